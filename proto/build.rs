@@ -1,0 +1,14 @@
+//! Generates the gRPC code from `knoc/v1/*.proto` with protox: no `protoc` is needed.
+use std::{env, fs, path::PathBuf};
+
+use prost::Message as _;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let files = ["knoc/v1/pod.proto", "knoc/v1/agent.proto", "knoc/v1/shim.proto"];
+    println!("cargo:rerun-if-changed=knoc/v1");
+    let descriptors = protox::compile(files, ["."])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("knoc.v1.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    Ok(())
+}

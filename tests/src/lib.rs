@@ -1,0 +1,1 @@
+//! KNoC test world.
