@@ -3,12 +3,22 @@ use std::{env, fs, path::PathBuf};
 
 use prost::Message as _;
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "OUT_DIR belongs to this build alone"
+)]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["knoc/v1/pod.proto", "knoc/v1/agent.proto", "knoc/v1/shim.proto"];
+    let files = [
+        "knoc/v1/pod.proto",
+        "knoc/v1/agent.proto",
+        "knoc/v1/shim.proto",
+    ];
     println!("cargo:rerun-if-changed=knoc/v1");
     let descriptors = protox::compile(files, ["."])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("knoc.v1.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -1,11 +1,24 @@
 //! What the processes of KNoC share: the gRPC contracts, domain types, error reasons, the link.
+//!
+//! Dependencies point one way: `knoc-kubelet → knoc-proto ← knoc-agent`. This crate starts no process, reads no
+//! configuration and decides nothing about pods; what it holds is either pure ([`ids`], [`pod`], [`expand`],
+//! [`reason`], [`error`]) or the transport both ends need ([`link`], [`pki`]).
 #![forbid(unsafe_code)]
+
+pub mod crash;
+pub mod error;
+pub mod expand;
+pub mod ids;
+pub mod pod;
+pub mod reason;
 
 /// The generated messages and services of `knoc/v1/*.proto`; the texts stand in the `.proto` files.
 #[allow(
     missing_docs,
     missing_debug_implementations,
     unreachable_pub,
+    clippy::allow_attributes_without_reason,
+    clippy::or_fun_call,
     clippy::all,
     clippy::pedantic,
     reason = "generated code"

@@ -1,0 +1,147 @@
+//! `$(VAR)` in environment values, commands and arguments, by Kubernetes' rules.
+//!
+//! Pure, over bytes: values need not be UTF-8. The rules (`third_party/forked/golang/expansion` of Kubernetes):
+//! `$(NAME)` becomes the value, or stays as it is where no variable has the name; `$$` is a literal `$`, so `$$(NAME)`
+//! becomes `$(NAME)`; an opened reference without `)` and a `$` before anything else stay. The value is not expanded
+//! again. A variable sees only the pod's variables before it: never the image's own environment, as on a real node.
+use std::collections::HashMap;
+
+use crate::pb::{self, RuntimeField, env_var};
+
+/// A variable: name and value.
+pub type Variable = (Vec<u8>, Vec<u8>);
+
+/// What is known only where the pod runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RuntimeFields {
+    /// `status.hostIP`
+    pub host_ip: String,
+    /// `status.podIP`; empty where the pod has none.
+    pub pod_ip: String,
+}
+
+impl RuntimeFields {
+    fn get(&self, field: RuntimeField) -> &str {
+        match field {
+            RuntimeField::HostIp => &self.host_ip,
+            RuntimeField::PodIp => &self.pod_ip,
+            RuntimeField::Unspecified => "",
+        }
+    }
+}
+
+/// The environment of a container: the image's, overridden and followed by the pod's. Each name occurs once.
+#[must_use]
+pub fn environment(
+    image_env: &[String],
+    vars: &[pb::EnvVar],
+    runtime: &RuntimeFields,
+) -> Vec<Variable> {
+    let mut merged = Ordered::default();
+    for entry in image_env {
+        let (name, value) = entry.split_once('=').unwrap_or((entry, ""));
+        merged.set(name.as_bytes().to_vec(), value.as_bytes().to_vec());
+    }
+    for (name, value) in pod_environment(vars, runtime) {
+        merged.set(name, value);
+    }
+    merged.list
+}
+
+/// The pod's own part of [`environment`]: what `command` and `args` are expanded from.
+#[must_use]
+pub fn pod_environment(vars: &[pb::EnvVar], runtime: &RuntimeFields) -> Vec<Variable> {
+    let mut known = Ordered::default();
+    for var in vars {
+        let value = match &var.value {
+            Some(env_var::Value::Literal(bytes)) => bytes.to_vec(),
+            Some(env_var::Value::Template(text)) => expand(text.as_bytes(), |name| known.get(name)),
+            Some(env_var::Value::Runtime(field)) => {
+                let field = RuntimeField::try_from(*field).unwrap_or(RuntimeField::Unspecified);
+                runtime.get(field).as_bytes().to_vec()
+            }
+            None => Vec::new(),
+        };
+        known.set(var.name.as_bytes().to_vec(), value);
+    }
+    known.list
+}
+
+/// `command` or `args` with their references replaced; `env` is [`pod_environment`]'s answer.
+#[must_use]
+pub fn argv(templates: &[String], env: &[Variable]) -> Vec<Vec<u8>> {
+    // Later wins, as in a shell's environment block that is read from its end.
+    let known: HashMap<&[u8], &[u8]> = env
+        .iter()
+        .map(|(name, value)| (name.as_slice(), value.as_slice()))
+        .collect();
+    templates
+        .iter()
+        .map(|template| expand(template.as_bytes(), |name| known.get(name).copied()))
+        .collect()
+}
+
+/// One string with its references replaced.
+fn expand<'v>(input: &[u8], value_of: impl Fn(&[u8]) -> Option<&'v [u8]>) -> Vec<u8> {
+    let mut output = Vec::with_capacity(input.len());
+    let mut rest = input;
+    while let Some(dollar) = rest.iter().position(|byte| *byte == b'$') {
+        output.extend_from_slice(&rest[..dollar]);
+        let after = &rest[dollar + 1..];
+        rest = match after.first() {
+            Some(b'$') => {
+                output.push(b'$');
+                &after[1..]
+            }
+            Some(b'(') => {
+                if let Some(close) = after.iter().position(|byte| *byte == b')') {
+                    match value_of(&after[1..close]) {
+                        Some(value) => output.extend_from_slice(value),
+                        None => output.extend_from_slice(&rest[dollar..=dollar + 1 + close]),
+                    }
+                    &after[close + 1..]
+                } else {
+                    output.extend_from_slice(b"$(");
+                    &after[1..]
+                }
+            }
+            Some(other) => {
+                output.extend_from_slice(&[b'$', *other]);
+                &after[1..]
+            }
+            None => {
+                output.push(b'$');
+                after
+            }
+        };
+    }
+    output.extend_from_slice(rest);
+    output
+}
+
+/// Variables in the order of their first appearance, the last value winning.
+#[derive(Default)]
+struct Ordered {
+    list: Vec<Variable>,
+    places: HashMap<Vec<u8>, usize>,
+}
+
+impl Ordered {
+    fn set(&mut self, name: Vec<u8>, value: Vec<u8>) {
+        if let Some(place) = self.places.get(&name) {
+            self.list[*place].1 = value;
+        } else {
+            self.places.insert(name.clone(), self.list.len());
+            self.list.push((name, value));
+        }
+    }
+
+    fn get(&self, name: &[u8]) -> Option<&[u8]> {
+        self.places
+            .get(name)
+            .map(|place| self.list[*place].1.as_slice())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,165 @@
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+
+fn literal(name: &str, value: &str) -> pb::EnvVar {
+    let value = env_var::Value::Literal(Bytes::copy_from_slice(value.as_bytes()));
+    pb::EnvVar {
+        name: name.into(),
+        value: Some(value),
+    }
+}
+
+fn template(name: &str, value: &str) -> pb::EnvVar {
+    pb::EnvVar {
+        name: name.into(),
+        value: Some(env_var::Value::Template(value.into())),
+    }
+}
+
+fn text(list: &[Variable]) -> Vec<(String, String)> {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    list.iter()
+        .map(|(name, value)| (text(name), text(value)))
+        .collect()
+}
+
+fn one(input: &str) -> String {
+    let env = vec![
+        (b"VAR_A".to_vec(), b"A".to_vec()),
+        (b"VAR_B".to_vec(), b"B".to_vec()),
+        (b"VAR_REF".to_vec(), b"$(VAR_A)".to_vec()),
+        (b"EMPTY".to_vec(), Vec::new()),
+    ];
+    String::from_utf8(argv(&[input.to_owned()], &env).remove(0)).unwrap()
+}
+
+/// The table of Kubernetes' own `expand_test.go`.
+#[test]
+fn kubernetes_cases() {
+    for (input, wanted) in [
+        ("$(VAR_A)", "A"),
+        ("___$(VAR_B)___", "___B___"),
+        ("$(VAR_REF)", "$(VAR_A)"),
+        ("$(EMPTY)", ""),
+        ("foo--$(VAR_A)", "foo--A"),
+        ("$(VAR_A)$(VAR_B)", "AB"),
+        ("$(VAR_A)-$(VAR_B)", "A-B"),
+        ("$$(VAR_A)", "$(VAR_A)"),
+        ("$$$(VAR_A)", "$A"),
+        ("$$$$(VAR_A)", "$$(VAR_A)"),
+        ("$$$$$(VAR_A)", "$$A"),
+        ("$VAR_A", "$VAR_A"),
+        ("$(UNKNOWN)", "$(UNKNOWN)"),
+        ("$$(UNKNOWN)", "$(UNKNOWN)"),
+        ("$$(VAR_A)$(VAR_B)", "$(VAR_A)B"),
+        ("f$(VAR_A", "f$(VAR_A"),
+        ("$()", "$()"),
+        ("$", "$"),
+        ("$$", "$"),
+        ("a$", "a$"),
+        ("$(VAR_A", "$(VAR_A"),
+        ("$$(", "$("),
+        ("$(VAR_A))", "A)"),
+        ("$((VAR_A))", "$((VAR_A))"),
+        ("\n\t$(VAR_B)ü", "\n\tBü"),
+        ("$ü$(VAR_A)", "$üA"),
+    ] {
+        assert_eq!(one(input), wanted, "{input}");
+    }
+}
+
+#[test]
+fn a_variable_sees_those_before_it_only() {
+    let vars = [
+        template("EARLY", "$(LATE)"),
+        literal("LATE", "$(EARLY)"),
+        template("BOTH", "$(LATE)/$(EARLY)"),
+    ];
+    let got = text(&pod_environment(&vars, &RuntimeFields::default()));
+    let wanted = [
+        ("EARLY", "$(LATE)"),
+        ("LATE", "$(EARLY)"),
+        ("BOTH", "$(EARLY)/$(LATE)"),
+    ];
+    assert_eq!(got, wanted.map(|(n, v)| (n.to_owned(), v.to_owned())));
+}
+
+#[test]
+fn the_image_is_overridden_and_not_referred_to() {
+    let image = [
+        "PATH=/bin".to_owned(),
+        "A=image".to_owned(),
+        "BARE".to_owned(),
+    ];
+    let vars = [
+        template("A", "x$(PATH)"),
+        literal("B", "1"),
+        template("B", "$(B)2"),
+    ];
+    let got = text(&environment(&image, &vars, &RuntimeFields::default()));
+    let wanted = [
+        ("PATH", "/bin"),
+        ("A", "x$(PATH)"),
+        ("BARE", ""),
+        ("B", "12"),
+    ];
+    assert_eq!(got, wanted.map(|(n, v)| (n.to_owned(), v.to_owned())));
+}
+
+#[test]
+fn runtime_fields_and_bytes() {
+    let runtime = RuntimeFields {
+        host_ip: "10.0.0.9".into(),
+        pod_ip: String::new(),
+    };
+    let host = env_var::Value::Runtime(RuntimeField::HostIp.into());
+    let vars = [
+        pb::EnvVar {
+            name: "HOST".into(),
+            value: Some(host),
+        },
+        pb::EnvVar {
+            name: "RAW".into(),
+            value: Some(env_var::Value::Literal(Bytes::from_static(b"\xff\x01"))),
+        },
+        template("URL", "http://$(HOST):80"),
+        template("RAW2", "<$(RAW)>"),
+    ];
+    let got = pod_environment(&vars, &runtime);
+    assert_eq!(got[2].1, b"http://10.0.0.9:80");
+    assert_eq!(got[3].1, b"<\xff\x01>");
+}
+
+proptest! {
+    #[test]
+    fn text_without_dollar_is_untouched(input in "[^$]{0,40}") {
+        prop_assert_eq!(one(&input), input);
+    }
+
+    #[test]
+    fn doubled_dollars_give_the_original(input in "[$()A-Z_ü]{0,40}") {
+        prop_assert_eq!(one(&input.replace('$', "$$")), input);
+    }
+
+    #[test]
+    fn nothing_known_changes_only_escapes(input in "[$()a-z]{0,40}") {
+        let got = argv(std::slice::from_ref(&input), &[]).remove(0);
+        prop_assert!(got.len() <= input.len());
+        if !input.contains("$$") {
+            prop_assert_eq!(got, input.into_bytes());
+        }
+    }
+
+    #[test]
+    fn every_name_occurs_once(names in proptest::collection::vec("[A-C]", 0..12)) {
+        let vars: Vec<_> = names.iter().map(|name| literal(name, "v")).collect();
+        let mut got: Vec<_> =
+            pod_environment(&vars, &RuntimeFields::default()).into_iter().map(|v| v.0).collect();
+        let all = got.len();
+        got.sort();
+        got.dedup();
+        prop_assert_eq!(all, got.len());
+    }
+}

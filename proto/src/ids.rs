@@ -1,0 +1,241 @@
+//! Names that travel between the processes, checked once at the boundary.
+//!
+//! Pure. Each of them becomes a file name or an argv element somewhere, so none may be empty, hold a slash, or begin
+//! with a dot or a dash.
+use std::fmt;
+
+/// Why a string is not a name of this kind.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidId {
+    /// Nothing there.
+    #[error("the {kind} is empty")]
+    Empty {
+        /// What it should have been.
+        kind: &'static str,
+    },
+    /// Longer than the limit.
+    #[error("the {kind} {value:?} has {length} bytes, more than {limit}")]
+    TooLong {
+        /// What it should have been.
+        kind: &'static str,
+        /// Its first bytes.
+        value: String,
+        /// Its length.
+        length: usize,
+        /// The most allowed.
+        limit: usize,
+    },
+    /// A character that the kind does not allow at its place.
+    #[error("the {kind} {value:?} may not hold {found:?} at position {position}")]
+    Character {
+        /// What it should have been.
+        kind: &'static str,
+        /// The string.
+        value: String,
+        /// The offending character.
+        found: char,
+        /// Where it stands, in bytes.
+        position: usize,
+    },
+}
+
+/// What one kind of name allows.
+struct Rules {
+    kind: &'static str,
+    limit: usize,
+    /// May this character stand at the first, a middle, the last place?
+    allows: fn(char, bool) -> bool,
+}
+
+impl Rules {
+    fn check(&self, value: &str) -> Result<(), InvalidId> {
+        let kind = self.kind;
+        if value.is_empty() {
+            return Err(InvalidId::Empty { kind });
+        }
+        if value.len() > self.limit {
+            let (length, limit) = (value.len(), self.limit);
+            let value = value.chars().take(80).collect();
+            return Err(InvalidId::TooLong {
+                kind,
+                value,
+                length,
+                limit,
+            });
+        }
+        let last = value
+            .char_indices()
+            .last()
+            .map_or(0, |(position, _)| position);
+        for (position, found) in value.char_indices() {
+            if !(self.allows)(found, position == 0 || position == last) {
+                let value = value.to_owned();
+                return Err(InvalidId::Character {
+                    kind,
+                    value,
+                    found,
+                    position,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+macro_rules! name_type {
+    ($(#[$doc:meta])* $name:ident, $rules:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            const RULES: Rules = $rules;
+
+            /// The name as text.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<&str> for $name {
+            type Error = InvalidId;
+
+            fn try_from(value: &str) -> Result<Self, InvalidId> {
+                Self::RULES.check(value)?;
+                Ok(Self(value.to_owned()))
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = InvalidId;
+
+            fn try_from(value: String) -> Result<Self, InvalidId> {
+                Self::RULES.check(&value)?;
+                Ok(Self(value))
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = InvalidId;
+
+            fn from_str(value: &str) -> Result<Self, InvalidId> {
+                Self::try_from(value)
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> String {
+                name.0
+            }
+        }
+
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+name_type!(
+    /// `metadata.uid`, the key of everything: a lower-case UUID, or `[A-Za-z0-9._-]{1,64}` for pods without
+    /// Kubernetes.
+    PodUid,
+    Rules {
+        kind: "pod uid",
+        limit: 64,
+        allows: |c, edge| c.is_ascii_alphanumeric() || (!edge && matches!(c, '.' | '_' | '-')),
+    }
+);
+
+name_type!(
+    /// The name of a container: a DNS label, as Kubernetes has it.
+    ContainerName,
+    Rules {
+        kind: "container name",
+        limit: 63,
+        allows: |c, edge| c.is_ascii_lowercase() || c.is_ascii_digit() || (!edge && c == '-'),
+    }
+);
+
+name_type!(
+    /// The scheduler's name of a job: `4711`, `4711_2`, `4711+1` from Slurm, the local scheduler's own otherwise.
+    JobId,
+    Rules {
+        kind: "job id",
+        limit: 64,
+        allows: |c, edge| {
+            c.is_ascii_alphanumeric() || (!edge && matches!(c, '.' | '_' | '-' | '+'))
+        },
+    }
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uids_of_kubernetes_and_of_people() {
+        for good in [
+            "0e9f5ac4-87ad-4ee6-9b5c-3a9be2f9fd73",
+            "demo",
+            "a",
+            "job_1.x-2",
+        ] {
+            assert_eq!(PodUid::try_from(good).unwrap().as_str(), good);
+        }
+        for bad in [
+            "",
+            ".",
+            "..",
+            "-x",
+            "a/b",
+            "a b",
+            "ä",
+            "x\n",
+            &"a".repeat(65),
+        ] {
+            PodUid::try_from(bad).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn container_names_are_dns_labels() {
+        ContainerName::try_from("web-1").unwrap();
+        for bad in ["Web", "a.b", "a_b", "-a", "a-", "", &"a".repeat(64)] {
+            ContainerName::try_from(bad).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn the_error_names_the_place() {
+        let error = JobId::try_from("47;11").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the job id \"47;11\" may not hold ';' at position 2"
+        );
+    }
+
+    #[test]
+    fn serde_checks_too() {
+        assert_eq!(
+            serde_json::from_str::<JobId>("\"47_1\"").unwrap().as_str(),
+            "47_1"
+        );
+        serde_json::from_str::<JobId>("\"../x\"").unwrap_err();
+    }
+}

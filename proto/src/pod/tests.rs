@@ -1,0 +1,110 @@
+use bytes::Bytes;
+
+use super::*;
+
+fn sound() -> pb::PodSpec {
+    let container = |name: &str| pb::Container {
+        name: name.into(),
+        image: "busybox:1.36".into(),
+        mounts: vec![pb::Mount {
+            volume: "conf".into(),
+            path: "/etc/app".into(),
+            ..pb::Mount::default()
+        }],
+        ..pb::Container::default()
+    };
+    pb::PodSpec {
+        uid: "u-1".into(),
+        namespace: "default".into(),
+        name: "demo".into(),
+        init_containers: vec![container("init")],
+        containers: vec![container("main")],
+        volumes: vec![pb::Volume {
+            name: "conf".into(),
+            source: Some(pb::volume::Source::Files(pb::FilesVolume {})),
+        }],
+        ..pb::PodSpec::default()
+    }
+}
+
+fn problems(change: impl FnOnce(&mut pb::PodSpec)) -> Vec<String> {
+    let mut spec = sound();
+    change(&mut spec);
+    PodSpec::try_from(spec).unwrap_err().problems
+}
+
+#[test]
+fn a_sound_pod_passes() {
+    let spec = PodSpec::try_from(sound()).unwrap();
+    assert_eq!(spec.uid().as_str(), "u-1");
+    assert_eq!(spec.generation(), 1);
+    assert_eq!(spec.all_containers().count(), 2);
+    assert!(spec.container("main").is_some());
+}
+
+#[test]
+fn all_problems_are_said_at_once() {
+    let got = problems(|spec| {
+        spec.uid = "../x".into();
+        spec.containers[0].name = "init".into();
+        spec.containers[0].mounts[0].volume = "nowhere".into();
+        spec.containers[0].mounts[0].path = "relative".into();
+        spec.containers[0].working_dir = "/a/../b".into();
+    });
+    assert_eq!(got.len(), 5, "{got:#?}");
+    assert!(
+        got.iter()
+            .any(|p| p.contains("two containers are named \"init\"")),
+        "{got:#?}"
+    );
+}
+
+#[test]
+fn paths_stay_inside() {
+    assert!(is_relative("a/..data"));
+    for bad in ["", "/a", "a//b", "../a", "a/..", "a/./b", "a\n"] {
+        assert!(!is_relative(bad), "{bad:?}");
+    }
+    assert!(is_absolute("/"));
+    for bad in ["", "a", "/a/..", "/a\0"] {
+        assert!(!is_absolute(bad), "{bad:?}");
+    }
+}
+
+#[test]
+fn a_mount_path_with_a_colon_is_refused() {
+    let got = problems(|spec| spec.containers[0].mounts[0].path = "/a:/etc".into());
+    assert_eq!(got, ["container \"main\": bad mount path \"/a:/etc\""]);
+}
+
+#[test]
+fn values_belong_to_the_shape_and_are_never_shown() {
+    let spec = PodSpec::try_from(sound()).unwrap();
+    let literal = |name: &str, value: &'static [u8]| pb::EnvVar {
+        name: name.into(),
+        value: Some(pb::env_var::Value::Literal(Bytes::from_static(value))),
+    };
+    let values = pb::PodValues {
+        env: vec![
+            pb::ContainerEnv {
+                container: "main".into(),
+                vars: vec![literal("A=B", b"s3cret")],
+            },
+            pb::ContainerEnv {
+                container: "ghost".into(),
+                vars: vec![literal("X", b"s3\0cret")],
+            },
+        ],
+        files: vec![pb::VolumeFiles {
+            volume: "conf".into(),
+            files: vec![pb::VolumeFile {
+                path: "../up".into(),
+                ..pb::VolumeFile::default()
+            }],
+        }],
+        ..pb::PodValues::default()
+    };
+    let error = PodValues::check(values, &spec).unwrap_err();
+    assert_eq!(error.problems.len(), 4, "{:#?}", error.problems);
+    assert!(!error.to_string().contains("cret"));
+}
