@@ -1,1 +1,14 @@
-//! placeholder
+//! The agent of KNoC on the login node of an HPC cluster, and the shim inside each Slurm job.
+//!
+//! One binary, `knoc-agent`, in several processes:
+//!
+//! - `serve` (module [`app`]): an ordinary user's process on the login node. Owns the life of each pod from accepted
+//!   to finished; one actor a pod ([`pod`]).
+//! - `shim JOBDIR`: inside the job. Owns the containers of one pod; never needs the agent to be alive.
+//! - `init`: makes certificates and the site file. `connect`: relays stdio to the agent's unix socket.
+//!
+//! What both share is the job directory ([`jobdir`]): files with one owner each.
+
+pub mod config;
+
+pub mod jobdir;

@@ -1,0 +1,21 @@
+//! How values of the site file are written: durations, defaults.
+
+use std::{path::PathBuf, time::Duration};
+
+use serde::{Deserialize as _, Deserializer, de::Error as _};
+
+/// Reads `"90s"`, `"10m"`, `"1h 30m"`.
+pub(super) fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(input)?;
+    let parsed: jiff::SignedDuration = text.parse().map_err(|error| {
+        D::Error::custom(format!(
+            "{text:?} is no duration such as \"90s\" or \"10m\": {error}"
+        ))
+    })?;
+    Duration::try_from(parsed).map_err(|_| D::Error::custom(format!("{text:?} is negative")))
+}
+
+/// The default state directory, before `~` is expanded.
+pub(super) fn state_dir() -> PathBuf {
+    PathBuf::from("~/.local/state/knoc")
+}

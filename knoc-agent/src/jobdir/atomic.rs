@@ -1,0 +1,152 @@
+//! Files that are either wholly there or not at all, also after a crash.
+//!
+//! Blocking file work: callers on a runtime use `spawn_blocking`. Never follows a half-written file: a temporary
+//! file beside the target is written, synced and renamed over it, then the folder is synced.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+/// What could not be done on which path.
+#[derive(Debug, thiserror::Error)]
+#[error("{action} {}", path.display())]
+pub struct FileError {
+    /// Verb phrase: "write", "rename over" …
+    pub action: &'static str,
+    /// The file it was about.
+    pub path: PathBuf,
+    /// The system's words.
+    #[source]
+    pub source: io::Error,
+}
+
+impl FileError {
+    /// For `map_err`: names the action and the path.
+    pub fn on(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self {
+            action,
+            path,
+            source,
+        }
+    }
+
+    /// Is it that the file is not there?
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        self.source.kind() == io::ErrorKind::NotFound
+    }
+}
+
+/// Distinguishes temporary files of one process; the process id does it between processes of one host.
+static COUNTER: AtomicU64 = AtomicU64::new(0);
+
+/// A name beside `path` that no other writer uses: the hosts of one shared file system meet in one folder.
+pub(crate) fn temporary(path: &Path) -> PathBuf {
+    let n = COUNTER.fetch_add(1, Ordering::Relaxed);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let random: u64 = rand::random();
+    path.with_file_name(format!(".{name}.{}.{n}.{random:016x}", std::process::id()))
+}
+
+/// Creates `path` anew with `mode` and the contents `bytes`, synced. Fails where it exists.
+pub(crate) fn create_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)
+        .map_err(FileError::on("create", path))?;
+    file.write_all(bytes)
+        .map_err(FileError::on("write", path))?;
+    file.sync_all().map_err(FileError::on("sync", path))
+}
+
+/// Replaces `path` by `bytes` with permission bits `mode`: temporary file, fsync, rename, fsync of the folder.
+pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    replace(path, bytes, mode)?;
+    sync_parent(path)
+}
+
+/// As [`write`], but without the sync of the folder: for several files in one folder, whose last one calls [`write`].
+pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    let temporary = temporary(path);
+    let written = create_synced(&temporary, bytes, mode)
+        .and_then(|()| fs::rename(&temporary, path).map_err(FileError::on("rename over", path)));
+    if written.is_err() {
+        // The first error is what matters; a left-over temporary file is swept with the folder.
+        drop(fs::remove_file(&temporary));
+    }
+    written
+}
+
+/// Makes the entry of `path` in its folder durable.
+pub fn sync_parent(path: &Path) -> Result<(), FileError> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    File::open(parent)
+        .and_then(|folder| folder.sync_all())
+        .map_err(FileError::on("sync", parent))
+}
+
+/// Makes `path` and its parents, 0700; those that exist are left as they are.
+pub fn create_dir(path: &Path) -> Result<(), FileError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(FileError::on("create folder", path))
+}
+
+/// Reads a whole file.
+pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    fs::read(path).map_err(FileError::on("read", path))
+}
+
+/// Reads a whole file, `None` where it is not there.
+pub fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
+    match read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn replaces_whole_and_leaves_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("record.json");
+        write(&path, b"one", 0o600).unwrap();
+        write(&path, b"two", 0o600).unwrap();
+        assert_eq!(read(&path).unwrap(), b"two");
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_missing_folder_is_named() {
+        let error = write(Path::new("/nonexistent/x"), b"", 0o600).unwrap_err();
+        assert!(
+            error.to_string().starts_with("create /nonexistent/."),
+            "{error}"
+        );
+        assert!(error.is_not_found());
+        assert!(
+            read_optional(Path::new("/nonexistent/x"))
+                .unwrap()
+                .is_none()
+        );
+    }
+}

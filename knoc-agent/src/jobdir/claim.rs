@@ -1,0 +1,179 @@
+//! The claim of a job directory: at most one job of a pod ever runs its containers.
+//!
+//! `sbatch` may time out although the job was accepted, and two agents may meet on one shared home, so two jobs may
+//! be started for one pod. Before anything else the shim calls [`claim`]: `link(2)` of a file that names the job and
+//! its restart count to `claim.<n>`, which succeeds for exactly one process on one file system. A job takes
+//! `claim.<n+1>` only where the newest claim names its own job id and a lower restart count (Slurm requeued it).
+//! Claims are never removed while the directory lives. Blocking file work.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::atomic::{self, FileError};
+
+/// Who may run the containers of a job directory. The content of `claim.<n>`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The scheduler's job id.
+    pub job_id: String,
+    /// The scheduler's restart count of that job (`SLURM_RESTART_COUNT`).
+    pub restart: u32,
+    /// Where the claimant ran: for people.
+    pub host: String,
+}
+
+/// Why the caller may not run the containers.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// Another job, or an equal or newer restart of this one, holds the directory: this job is surplus.
+    #[error("job {} (restart {}) on {} holds the claim", holder.job_id, holder.restart, holder.host)]
+    Surplus {
+        /// The newest claim.
+        holder: Claim,
+    },
+    /// The file system refused.
+    #[error("claim the job directory")]
+    File(#[from] FileError),
+    /// A claim file exists that cannot be understood. It might be another's: nothing is run.
+    #[error("{} is not a claim", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// Claims `folder` for `wanted`. Returns the claim's number; 2 and above mean that an earlier run of the same job
+/// began the containers before.
+pub fn claim(folder: &Path, wanted: &Claim) -> Result<u32, ClaimError> {
+    let mine = atomic::temporary(&folder.join("claim"));
+    let bytes = serde_json::to_vec(wanted).map_err(|source| ClaimError::Malformed {
+        path: mine.clone(),
+        source,
+    })?;
+    atomic::create_synced(&mine, &bytes, 0o600)?;
+    let outcome = take(folder, &mine, wanted);
+    // Its name has served; whether or not it can be removed changes nothing of the outcome.
+    drop(fs::remove_file(&mine));
+    outcome
+}
+
+/// The newest claim and its number, where there is one.
+pub fn newest(folder: &Path) -> Result<Option<(u32, Claim)>, ClaimError> {
+    let mut found = None;
+    // Not by listing the folder, which a shared file system may show late: by opening one name after the other.
+    for n in 1.. {
+        let path = path(folder, n);
+        let Some(bytes) = atomic::read_optional(&path)? else {
+            break;
+        };
+        let claim = serde_json::from_slice(&bytes)
+            .map_err(|source| ClaimError::Malformed { path, source })?;
+        found = Some((n, claim));
+    }
+    Ok(found)
+}
+
+fn path(folder: &Path, n: u32) -> PathBuf {
+    folder.join(format!("claim.{n}"))
+}
+
+fn take(folder: &Path, mine: &Path, wanted: &Claim) -> Result<u32, ClaimError> {
+    loop {
+        let n = match newest(folder)? {
+            None => 1,
+            Some((n, holder)) if may_follow(&holder, wanted) => n + 1,
+            Some((_, holder)) => return Err(ClaimError::Surplus { holder }),
+        };
+        let target = path(folder, n);
+        match fs::hard_link(mine, &target) {
+            Ok(()) => {}
+            // An NFS client may repeat a request that was done already; the link count tells.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                if fs::metadata(mine)
+                    .map_err(FileError::on("stat", mine))?
+                    .nlink()
+                    < 2
+                {
+                    continue;
+                }
+            }
+            Err(error) => return Err(FileError::on("link", &target)(error).into()),
+        }
+        atomic::sync_parent(&target)?;
+        return Ok(n);
+    }
+}
+
+fn may_follow(holder: &Claim, wanted: &Claim) -> bool {
+    holder.job_id == wanted.job_id && holder.restart < wanted.restart
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    fn job(id: &str, restart: u32) -> Claim {
+        Claim {
+            job_id: id.to_owned(),
+            restart,
+            host: "c1".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_second_job_is_surplus_and_a_restart_follows() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(claim(folder.path(), &job("7", 0)).unwrap(), 1);
+        for loser in [job("8", 0), job("8", 1), job("7", 0)] {
+            let error = claim(folder.path(), &loser).unwrap_err();
+            assert!(matches!(&error, ClaimError::Surplus { holder } if *holder == job("7", 0)));
+        }
+        assert_eq!(claim(folder.path(), &job("7", 2)).unwrap(), 2);
+        assert!(claim(folder.path(), &job("7", 1)).is_err());
+        assert_eq!(newest(folder.path()).unwrap(), Some((2, job("7", 2))));
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            2,
+            "no temporary file stays"
+        );
+    }
+
+    #[test]
+    fn a_claim_that_cannot_be_read_runs_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        atomic::write(&folder.path().join("claim.1"), b"{", 0o600).unwrap();
+        let error = claim(folder.path(), &job("7", 0)).unwrap_err();
+        assert!(matches!(error, ClaimError::Malformed { .. }));
+    }
+
+    #[test]
+    fn of_many_at_once_exactly_one_wins() {
+        const RACERS: usize = 16;
+        for _ in 0..20 {
+            let folder = tempfile::tempdir().unwrap();
+            let barrier = Barrier::new(RACERS);
+            let race = |n: usize| {
+                barrier.wait();
+                claim(folder.path(), &job(&n.to_string(), 0)).is_ok()
+            };
+            let won = std::thread::scope(|scope| {
+                let racers: Vec<_> = (0..RACERS).map(|n| scope.spawn(move || race(n))).collect();
+                racers
+                    .into_iter()
+                    .map(|racer| usize::from(racer.join().unwrap()))
+                    .sum::<usize>()
+            });
+            assert_eq!(won, 1);
+        }
+    }
+}

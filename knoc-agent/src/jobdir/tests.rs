@@ -1,0 +1,80 @@
+//! Layout and round trips of the job directory.
+
+use super::*;
+
+fn pod() -> (tempfile::TempDir, JobDir) {
+    let root = tempfile::tempdir().unwrap();
+    let state = StateDir::new(root.path().join("state"));
+    state.create().unwrap();
+    let dir = state.pod("0f1e-uid").unwrap();
+    dir.create().unwrap();
+    assert_eq!(state.list().unwrap(), [dir.clone()]);
+    (root, dir)
+}
+
+#[test]
+fn names_that_leave_the_folder_are_refused() {
+    let state = StateDir::new("/state");
+    for bad in [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        ".hidden",
+        "a b",
+        &"x".repeat(65),
+    ] {
+        assert!(state.pod(bad).is_err(), "{bad:?}");
+    }
+    assert_eq!(
+        state.pod("a.b_c-1").unwrap().path(),
+        Path::new("/state/pods/a.b_c-1")
+    );
+}
+
+#[test]
+fn the_newest_values_are_read_and_all_are_removed() {
+    let (_root, dir) = pod();
+    assert_eq!(dir.values().unwrap(), None);
+    for revision in [1, 10, 9] {
+        dir.write_values(&pb::PodValues {
+            revision,
+            ..Default::default()
+        })
+        .unwrap();
+    }
+    assert_eq!(dir.values().unwrap().unwrap().revision, 10);
+    dir.remove_values().unwrap();
+    assert_eq!(dir.values().unwrap(), None);
+}
+
+#[test]
+fn spec_and_report_come_back() {
+    let (_root, dir) = pod();
+    assert_eq!(dir.report().unwrap(), None);
+    let job = pb::JobFile {
+        runtime: "process".to_owned(),
+        ..Default::default()
+    };
+    dir.write_spec(&job).unwrap();
+    assert_eq!(dir.spec().unwrap(), job);
+    let report = pb::Report {
+        sequence: 3,
+        r#final: true,
+        ..Default::default()
+    };
+    dir.write_report(&report).unwrap();
+    assert_eq!(
+        JobDir::open(dir.path()).unwrap().report().unwrap(),
+        Some(report)
+    );
+    atomic::write(&dir.report_path(), b"\xff\xff", 0o600).unwrap();
+    assert!(matches!(
+        dir.report(),
+        Err(JobDirError::Decode { kind: "report", .. })
+    ));
+    dir.remove().unwrap();
+    dir.remove().unwrap();
+    assert!(JobDir::open(dir.path()).is_err());
+}
