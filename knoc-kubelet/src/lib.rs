@@ -1,1 +1,24 @@
-//! placeholder
+//! The cluster side of KNoC: the library under `knoc-kubelet` and `knocctl`.
+//!
+//! # Tasks of `knoc-kubelet` and the channels between them
+//!
+//! ```text
+//!  kube-apiserver                                                              knoc-agent
+//!     │ watch pods          ┌──────────────┐   queue (uid, latest wins)             │ WatchPods, WatchNode
+//!     └────► pods::watch ──►│ pods::Store  │──────────────► pods::controller        ▼
+//!                           │ uid → desired│◄─────────────────────────────── agent::watch
+//!                           │       observed                   │ one worker a pod │ watch<Link>, watch<NodeInfo>
+//!                           └──────┬───────┘                   │                  ▼
+//!                                  │ read only                 ├─► EnsurePod …   node (status), node::lease
+//!                                  ▼                           ├─► PATCH status, DELETE pod
+//!                               server                         └─► pods::events (bounded, own task)
+//! ```
+//!
+//! `app` is the composition root: it owns every task and joins it. Policy stands in pure modules
+//! (`pods::{decide, verdict, translate, status}`, `node::status`); the tasks around them only carry
+//! it out. Nothing is kept on disk: after a restart both first lists say all there is to know.
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod config;
+pub mod pods;

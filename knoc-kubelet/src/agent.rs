@@ -1,0 +1,152 @@
+//! The only user of the `Agent` client: deadlines, and the mapping of errors to what they mean here.
+//!
+//! Two connections lead to the agent. Control carries what the controller asks and the watches;
+//! bulk carries logs and exec, so that 100 MB of log never stand before an `EnsurePod`.
+//! This module never retries: who calls knows what a failure means and when to try again.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use knoc_proto::pb::{self, agent_client::AgentClient};
+use tonic::transport::Channel;
+
+/// A deadline for every unary call: the agent answers from memory or after one fsync'd write; staging
+/// and `sbatch` happen after the answer.
+const CALL_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What one message may weigh. A pod with its values is at most a few MiB (ConfigMaps and Secrets are 1 MiB each).
+pub const MESSAGE_LIMIT: usize = 32 << 20;
+
+/// A handle on the agent; clones share the connections.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    control: Channel,
+    bulk: Channel,
+    cluster_id: Arc<str>,
+    leadership: Arc<AtomicI64>,
+}
+
+impl Agent {
+    /// A handle over two (lazy) connections. `cluster_id` is the UID of the namespace `kube-system`.
+    pub fn new(control: Channel, bulk: Channel, cluster_id: &str) -> Self {
+        Self {
+            control,
+            bulk,
+            cluster_id: cluster_id.into(),
+            leadership: Arc::default(),
+        }
+    }
+
+    /// The cluster id that every mutating request names.
+    pub fn cluster_id(&self) -> &str {
+        &self.cluster_id
+    }
+
+    /// Sets the leadership epoch (`leaseTransitions`) that every mutating request carries from now on.
+    pub fn lead(&self, epoch: i64) {
+        self.leadership.store(epoch, Ordering::Release);
+    }
+
+    /// The client for streams of bytes: logs, exec. The caller sets deadlines.
+    pub fn bulk(&self) -> AgentClient<Channel> {
+        sized(self.bulk.clone())
+    }
+
+    /// The client for watches and single questions. The caller sets deadlines.
+    pub fn control(&self) -> AgentClient<Channel> {
+        sized(self.control.clone())
+    }
+
+    /// Makes the pod exist; idempotent by uid.
+    pub async fn ensure_pod(
+        &self,
+        spec: pb::PodSpec,
+        values: pb::PodValues,
+    ) -> Result<pb::EnsurePodResponse, tonic::Status> {
+        let request = pb::EnsurePodRequest {
+            leadership_epoch: self.epoch(),
+            cluster_id: self.cluster_id.to_string(),
+            spec: Some(spec),
+            values: Some(values),
+        };
+        let answer = self.control().ensure_pod(deadline(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Replaces the pod's values.
+    pub async fn update_values(
+        &self,
+        uid: &str,
+        values: pb::PodValues,
+    ) -> Result<(), tonic::Status> {
+        let request = pb::UpdateValuesRequest {
+            leadership_epoch: self.epoch(),
+            cluster_id: self.cluster_id.to_string(),
+            uid: uid.to_owned(),
+            values: Some(values),
+        };
+        self.control().update_values(deadline(request)).await?;
+        Ok(())
+    }
+
+    /// Begins the end of the pod; a shorter grace re-arms downwards.
+    pub async fn delete_pod(
+        &self,
+        uid: &str,
+        grace_seconds: i64,
+        reason: &str,
+    ) -> Result<pb::DeletePodResponse, tonic::Status> {
+        let request = pb::DeletePodRequest {
+            leadership_epoch: self.epoch(),
+            cluster_id: self.cluster_id.to_string(),
+            uid: uid.to_owned(),
+            grace_seconds,
+            reason: reason.to_owned(),
+        };
+        let answer = self.control().delete_pod(deadline(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Lets go of a finished pod.
+    pub async fn forget_pod(&self, uid: &str) -> Result<(), tonic::Status> {
+        let request = pb::ForgetPodRequest {
+            leadership_epoch: self.epoch(),
+            cluster_id: self.cluster_id.to_string(),
+            uid: uid.to_owned(),
+        };
+        self.control().forget_pod(deadline(request)).await?;
+        Ok(())
+    }
+
+    /// The handshake.
+    pub async fn get_info(&self) -> Result<pb::AgentInfo, tonic::Status> {
+        let request = pb::GetInfoRequest {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            capabilities: Vec::new(),
+            cluster_id: self.cluster_id.to_string(),
+        };
+        let answer = self.control().get_info(deadline(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    fn epoch(&self) -> i64 {
+        self.leadership.load(Ordering::Acquire)
+    }
+}
+
+fn sized(channel: Channel) -> AgentClient<Channel> {
+    AgentClient::new(channel)
+        .max_decoding_message_size(MESSAGE_LIMIT)
+        .max_encoding_message_size(MESSAGE_LIMIT)
+}
+
+fn deadline<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(CALL_DEADLINE);
+    request
+}

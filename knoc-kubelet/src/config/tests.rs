@@ -1,0 +1,103 @@
+use std::path::Path;
+
+use super::*;
+
+fn yaml(text: &str) -> YamlFile {
+    YamlFile::parse(Path::new("kubelet.yaml"), text)
+}
+
+fn load(text: &str, variables: &[(&str, &str)]) -> Result<Config, String> {
+    let file = yaml(text);
+    let environment = Environment::new(
+        variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned())),
+    );
+    Config::load(&[&environment, &file]).map_err(|invalid| invalid.to_string())
+}
+
+const GOOD: &str = "\
+# comment
+agent:
+  address: login:10350
+  ca: /ca
+  cert: /cert
+  key: /key
+  site: trixie
+node:
+  labels:
+    a: b
+    zone: hpc
+  queueFactor: 3
+server:
+  listen: :10255
+";
+
+#[test]
+fn a_good_file_with_its_defaults() {
+    let config = load(GOOD, &[]).unwrap();
+    assert_eq!(config.node.name, "knoc-trixie");
+    assert_eq!(config.node.queue_factor, 3);
+    assert_eq!(config.node.pods, 1000);
+    assert_eq!(config.node.labels["zone"], "hpc");
+    assert_eq!(config.server.listen.to_string(), "0.0.0.0:10255");
+    assert!(config.node.taint);
+}
+
+#[test]
+fn the_environment_goes_before_the_file() {
+    let config = load(
+        GOOD,
+        &[
+            ("KNOC_NODE_NAME", "other"),
+            ("KNOC_KUBELET_SERVICE_HOST", "1"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(config.node.name, "other");
+}
+
+#[test]
+fn the_environment_alone_is_enough() {
+    let config = load(
+        "",
+        &[
+            ("KNOC_AGENT_ADDRESS", "unix:/run/agent.sock"),
+            ("KNOC_NODE_NAME", "n"),
+        ],
+    )
+    .unwrap();
+    assert!(config.agent.credentials.is_none());
+}
+
+#[test]
+fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
+    let text = GOOD.replace("queueFactor: 3", "queueFactor: lots\n  colour: blue")
+        + "log:\n  format: xml\nextra: 1\n";
+    let error = load(&text, &[("KNOC_NODE_NAEM", "x")]).unwrap_err();
+    for expected in [
+        "$KNOC_NODE_NAEM: unknown variable; known: KNOC_AGENT_ADDRESS, ",
+        "kubelet.yaml:13: unknown key `node.colour`; known here: internalIP, labels, name, pods, queueFactor, taint",
+        "kubelet.yaml:18: unknown key `extra`; known here: agent, kubernetes, log, node, server",
+        "kubelet.yaml:17: log.format: `xml` is not one of: text, json",
+        "kubelet.yaml:12: node.queueFactor: `lots` is not a number from 1 to 10000",
+    ] {
+        assert!(error.contains(expected), "{expected}\nis not in\n{error}");
+    }
+    assert_eq!(error.lines().count(), 5, "{error}");
+}
+
+#[test]
+fn bad_yaml_is_named_with_its_line() {
+    let error = load("agent:\n  address: [unclosed\n", &[]).unwrap_err();
+    assert!(error.contains("kubelet.yaml:"), "{error}");
+}
+
+#[test]
+fn missing_files_are_named() {
+    let error = load("agent:\n  address: h:1\nnode:\n  name: n\n", &[]).unwrap_err();
+    assert!(
+        error.contains("agent.ca, agent.cert and agent.key"),
+        "{error}"
+    );
+}

@@ -1,0 +1,150 @@
+//! What is wanted and what was observed, by pod UID: the one place where both sides meet.
+//!
+//! Written by `pods::watch` (desired) and `agent::watch` (observed), read by the controller and the
+//! server. Locks are held for map operations only, never across an await.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
+
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::pb;
+
+/// `metadata.uid`: the key of everything.
+pub type Uid = Arc<str>;
+
+/// One pod as both sides know it.
+#[derive(Clone, Debug)]
+pub struct PodView {
+    /// The key.
+    pub uid: Uid,
+    /// As the API server has it (without managedFields).
+    pub pod: Arc<Pod>,
+    /// As the agent last reported it; kept while the link is down.
+    pub observed: Option<Arc<pb::PodObserved>>,
+}
+
+#[derive(Default, Debug)]
+struct Inner {
+    desired: HashMap<Uid, Arc<Pod>>,
+    observed: HashMap<Uid, Arc<pb::PodObserved>>,
+    names: HashMap<(String, String), Uid>,
+}
+
+/// The shared map; clones are handles on the same one.
+#[derive(Clone, Default, Debug)]
+pub struct Store(Arc<RwLock<Inner>>);
+
+impl Store {
+    /// The pod of this name that is bound to our node.
+    pub fn find(&self, namespace: &str, name: &str) -> Option<PodView> {
+        let inner = self.read();
+        let uid = inner.names.get(&(namespace.to_owned(), name.to_owned()))?;
+        inner.view(uid)
+    }
+
+    /// The pod of this UID that is bound to our node.
+    pub fn by_uid(&self, uid: &str) -> Option<PodView> {
+        self.read().view(uid)
+    }
+
+    /// All pods bound to our node, by namespace and name.
+    pub fn pods(&self) -> Vec<PodView> {
+        let inner = self.read();
+        let mut names: Vec<_> = inner.names.iter().collect();
+        names.sort();
+        names
+            .into_iter()
+            .filter_map(|(_, uid)| inner.view(uid))
+            .collect()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Inner> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Inner> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn view(&self, uid: &str) -> Option<PodView> {
+        let (uid, pod) = self.desired.get_key_value(uid)?;
+        Some(PodView {
+            uid: uid.clone(),
+            pod: pod.clone(),
+            observed: self.observed.get(uid).cloned(),
+        })
+    }
+}
+
+/// Writers: `pods::watch` for what is wanted, `agent::watch` for what was observed.
+impl Store {
+    /// Takes a pod as the API server has it; an older resourceVersion of the same UID is ignored.
+    pub fn set_desired(&self, uid: &Uid, pod: Arc<Pod>) {
+        let mut inner = self.write();
+        if let Some(known) = inner.desired.get(uid)
+            && older(&pod, known)
+        {
+            return;
+        }
+        inner.names.insert(key(&pod), uid.clone());
+        inner.desired.insert(uid.clone(), pod);
+    }
+
+    /// The pod is gone from the API server.
+    pub fn remove_desired(&self, uid: &str) -> Option<Arc<Pod>> {
+        let mut inner = self.write();
+        let pod = inner.desired.remove(uid)?;
+        let key = key(&pod);
+        if inner.names.get(&key).is_some_and(|other| &**other == uid) {
+            inner.names.remove(&key);
+        }
+        Some(pod)
+    }
+
+    /// Takes what the agent says of a pod.
+    pub fn set_observed(&self, uid: &Uid, observed: Arc<pb::PodObserved>) {
+        self.write().observed.insert(uid.clone(), observed);
+    }
+
+    /// The agent has forgotten the pod.
+    pub fn remove_observed(&self, uid: &str) {
+        self.write().observed.remove(uid);
+    }
+
+    /// What the agent says of a pod, bound to our node or not.
+    pub fn observed(&self, uid: &str) -> Option<Arc<pb::PodObserved>> {
+        self.read().observed.get(uid).cloned()
+    }
+
+    /// The UIDs of all pods the agent knows.
+    pub fn observed_uids(&self) -> Vec<Uid> {
+        self.read().observed.keys().cloned().collect()
+    }
+
+    /// The UIDs of all pods bound to our node.
+    pub fn desired_uids(&self) -> Vec<Uid> {
+        self.read().desired.keys().cloned().collect()
+    }
+}
+
+fn key(pod: &Pod) -> (String, String) {
+    (
+        pod.metadata.namespace.clone().unwrap_or_default(),
+        pod.metadata.name.clone().unwrap_or_default(),
+    )
+}
+
+/// Is `new` older than `known`? Where a resourceVersion is no number, what came last counts.
+fn older(new: &Pod, known: &Pod) -> bool {
+    let version = |pod: &Pod| {
+        pod.metadata
+            .resource_version
+            .as_deref()
+            .and_then(|version| version.parse::<u64>().ok())
+    };
+    matches!((version(new), version(known)), (Some(new), Some(known)) if new < known)
+}
