@@ -1,0 +1,84 @@
+# The project's doors. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+TARGET := x86_64-unknown-linux-musl
+TESTBED := tests/testbed
+export CC_x86_64_unknown_linux_musl := musl-gcc
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  STACK=full|slurm|local forces a stack for demo, test, up; HPC_SUITE=trixie|sid|bookworm chooses Slurm 24.11, 26.05, 22.05"
+
+.PHONY: tools
+tools:
+	@$(TESTBED)/build-tools.sh
+
+.PHONY: build
+build: tools ## the static binaries knoc-agent, knocctl, knoc-kubelet, once, for demo, tests and packages alike
+	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet
+
+.PHONY: check
+check: ## formatting, lints, documentation, unit tests, dependencies
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
+	cargo test -q --workspace --exclude knoc-tests
+	@if command -v cargo-deny >/dev/null; then cargo deny check bans licenses sources; \
+	 else echo "cargo-deny is missing, dependencies were not checked; install it with: cargo install --locked cargo-deny"; fi
+
+.PHONY: fmt
+fmt: ## formats the Rust code
+	cargo fmt --all
+
+.PHONY: test
+test: build ## all tests that this machine can carry, ending with a table by level
+	@tests/run.sh
+
+.PHONY: bench
+bench: build up ## T1 to T4 and streams beside their floors (docs/performance.md)
+	@eval "$$($(TESTBED)/env.sh)"; cargo run --release -p knoc-tests --bin knoc-bench
+
+.PHONY: demo
+demo: build ## brings the fullest stack up and runs a pod on it
+	@tests/demo.sh
+
+.PHONY: demo-transcript
+demo-transcript: build ## the same, written to docs/demo-transcript.md
+	@tests/demo.sh --transcript docs/demo-transcript.md
+
+.PHONY: up
+up: build ## the stack, brought up and left running; again: starts what does not run
+	@$(TESTBED)/up.sh
+
+.PHONY: down
+down: ## ends what up started
+	@$(TESTBED)/down.sh
+
+.PHONY: env
+env: ## shell exports for outside tools: eval "$(make -s env)"
+	@$(TESTBED)/env.sh
+
+.PHONY: agent
+agent: build ## the static knoc-agent and its tarball
+	@packaging/agent.sh
+
+.PHONY: container
+container: build ## the kubelet's OCI image, no engine needed
+	@packaging/container.sh
+
+.PHONY: chart
+chart: ## checks the chart and renders the plain manifests of deploy/
+	@deploy/render.sh
+
+.PHONY: skaffold
+skaffold: ## builds and deploys the kubelet with skaffold
+	@command -v skaffold >/dev/null || { echo "skaffold is missing; see https://skaffold.dev/docs/install"; exit 1; }
+	skaffold run -f deploy/skaffold.yaml
+
+.PHONY: clean
+clean: down ## ends the stack, removes what was built (the test bed's caches stay: rm -r $KNOC_BED)
+	cargo clean

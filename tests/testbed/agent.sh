@@ -1,0 +1,76 @@
+#!/bin/bash
+# The agent of the stack: agent.sh up | down | kill (-9) | running
+. "$(dirname "$0")/lib.sh"
+. "$testbed/stack.sh"
+pidfile=$run/agent-$STACK.pid
+config=$agent_home_here/.config/knoc
+
+install_binaries() { # under a new name first: what runs is never written to
+    local name
+    mkdir -p "$agent_home_here/bin"
+    for name in knoc-agent knocctl; do
+        [ -x "$KNOC_BIN/$name" ] || die "$KNOC_BIN/$name is missing: make build"
+        cmp -s "$KNOC_BIN/$name" "$agent_home_here/bin/$name" && continue
+        cp "$KNOC_BIN/$name" "$agent_home_here/bin/.$name.new"
+        mv "$agent_home_here/bin/.$name.new" "$agent_home_here/bin/$name"
+    done
+}
+# What differs on this site from what `init` found out by itself.
+configure() {
+    [ ! -f "$config/agent.toml" ] || return 0
+    "${as_agent[@]}" "$agent_home/bin/knoc-agent" init "${init_flags[@]}" >&2
+    [ "$STACK" != local ] || return 0
+    sed -i 's|^#* *image_roots *=.*|image_roots = ["/images", "/scratch"]|' "$config/agent.toml"
+    cat >>"$config/agent.toml" <<CONF
+
+[[registry]]
+prefix = "$registry"
+insecure = true
+
+[[registry]]
+prefix = "docker.io"
+mirror = "$registry"
+insecure = true
+CONF
+}
+# knocctl's configuration for this side of the link, from what `init` made for it.
+configure_knocctl() {
+    sed "s|$agent_home/|$agent_home_here/|g; s|^address *=.*|address = \"$agent_address\"|" \
+        "$config/knocctl.toml" >"$run/knocctl.toml"
+}
+# `hpc exec` stays as the parent of what it started in the node: the agent is it, or its child.
+agent_of() {
+    local pid
+    for pid in "$1" $(cat "/proc/$1/task/$1/children" 2>/dev/null); do
+        [ "$(cat "/proc/$pid/comm" 2>/dev/null)" != knoc-agent ] || { echo "$pid"; return 0; }
+    done
+    return 1
+}
+up() {
+    local pid
+    install_binaries
+    configure
+    configure_knocctl
+    if alive "$pidfile"; then
+        read -r pid _ <"$pidfile"
+        ! cmp -s "/proc/$pid/exe" "$KNOC_BIN/knoc-agent" || return 0
+        say "the agent's binary has changed: starting it again"
+        stop "$pidfile"
+    fi
+    start "$pidfile" "$log/agent-$STACK.log" "${as_agent[@]}" "$agent_home/bin/knoc-agent" serve
+    read -r pid _ <"$pidfile"
+    wait_for 10 "the agent's process" agent_of "$pid" || { tail -20 "$log/agent-$STACK.log" >&2; exit 1; }
+    pid=$(agent_of "$pid")
+    echo "$pid $(start_time "$pid")" >"$pidfile"
+    wait_for 15 "the agent on $agent_address" "$KNOC_BIN/knocctl" info || { tail -20 "$log/agent-$STACK.log" >&2; exit 1; }
+}
+
+export KNOCCTL_CONFIG=$run/knocctl.toml
+init_flags=(--site $site)
+case ${1:-} in
+up) up ;;
+down) stop "$pidfile" ;;
+kill) stop "$pidfile" KILL ;;
+running) alive "$pidfile" ;;
+*) sed -n 2p "$0" >&2; exit 2 ;;
+esac

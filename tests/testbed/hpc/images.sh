@@ -1,0 +1,52 @@
+#!/bin/bash
+# Makes the test images from Debian packages alone: in $HPC_PREFIX/shared/images (/images in every node) each as a sandbox
+# (busybox/), OCI layout (busybox.oci, tag latest), archives and SIF; and pushes them to the registry http://ctl:5000/library.
+# HPC_IMG_DEBIAN=1 adds debian (with python3, procps, curl).
+. "$(dirname "$0")/../lib.sh"
+images=$HPC_PREFIX/shared/images
+root=$HPC_PREFIX/rootfs
+node() { hpc exec login "$@"; }
+
+busybox() {
+    local tree=$images/busybox applet
+    mkdir -p "$tree"/{bin,etc,tmp,proc,sys,dev,root,home,var/tmp,usr/bin,mnt,srv,run}
+    chmod 1777 "$tree/tmp" "$tree/var/tmp"
+    cp "$root/bin/busybox" "$tree/bin/"
+    for applet in $(chroot "$root" busybox --list); do [ "$applet" = busybox ] || ln -sf busybox "$tree/bin/$applet"; done
+    ln -s /bin/env "$tree/usr/bin/env"
+    echo 'root:x:0:0:root:/root:/bin/sh' >"$tree/etc/passwd"
+    echo 'root:x:0:' >"$tree/etc/group"
+    touch "$tree"/etc/{resolv.conf,hosts,localtime}
+}
+debian() {
+    mmdebstrap --quiet --mode=root --variant=minbase --include=python3-minimal,procps,curl --aptopt='Acquire::Check-Valid-Until "false"' \
+        --aptopt='APT::Install-Recommends "false"' --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' trixie "$images/debian"
+    rm -rf "$images"/debian/dev/*
+}
+pack() { # pack NAME: every form from the directory
+    local name=$1 layout=/images/$1.oci
+    chmod -R a+rX "$images/$name"
+    node umoci init --layout "$layout"
+    node umoci new --image "$layout:latest"
+    node umoci insert --image "$layout:latest" "/images/$name" / >/dev/null 2>&1
+    node umoci config --image "$layout:latest" --config.cmd /bin/sh --config.workingdir / \
+        --config.env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+    node skopeo copy -q --insecure-policy "oci:$layout:latest" "docker-archive:/images/$name.docker.tar:$name:latest"
+    node skopeo copy -q --insecure-policy "oci:$layout:latest" "oci-archive:/images/$name.oci.tar:latest"
+    node apptainer -q build -F "/images/$name.sif" "docker-archive:/images/$name.docker.tar"
+    node skopeo copy -q --insecure-policy --dest-tls-verify=false "oci:$layout:latest" "docker://ctl:5000/library/$name:latest"
+}
+
+mkdir -p "$images"
+wanted=busybox
+[ "${HPC_IMG_DEBIAN:-0}" != 1 ] || wanted="busybox debian"
+for name in $wanted; do
+    [ ! -f "$images/.$name.packed" ] || continue
+    say "making the test image $name"
+    rm -rf --one-file-system "${images:?}/$name" "$images/$name".*
+    $name
+    pack "$name"
+    chmod -R a+rX "$images"
+    touch "$images/.$name.packed"
+done

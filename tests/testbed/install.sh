@@ -1,0 +1,14 @@
+#!/bin/bash
+# Installs and builds what the stack needs, once, saying so: Debian packages, Go, the control plane, the Slurm root.
+. "$(dirname "$0")/lib.sh"
+. "$testbed/stack.sh"
+[ "$STACK" != local ] || exit 0
+apt_install curl curl
+apt_install openssl openssl
+apt_install jq jq
+# Both are long and use different things (network and disk; processor).
+"$testbed/hpc/setup.sh" &
+slurm=$!
+[ "$STACK" != full ] || [ -n "$given_kubeconfig" ] || "$testbed/kube/setup.sh"
+[ -z "$given_kubeconfig" ] || apt_install kubectl kubernetes-client
+wait $slurm

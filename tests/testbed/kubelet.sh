@@ -1,0 +1,76 @@
+#!/bin/bash
+# The kubelet of the full stack, on the host, as the ServiceAccount of the chart: kubelet.sh up | down | kill (-9) | running
+. "$(dirname "$0")/lib.sh"
+. "$testbed/stack.sh"
+pidfile=$run/kubelet.pid
+state=$run/kubelet
+address=127.0.0.1
+
+# The bundle that the agent's `init` made goes into the cluster, and out of it again as the chart would mount it.
+install_chart() {
+    local part
+    kubectl create namespace $namespace --dry-run=client -o yaml | kubectl apply -f - >/dev/null
+    kubectl apply -n $namespace -f "$agent_home_here/.config/knoc/kubelet-bundle.yaml" >/dev/null
+    # Its own pod can run on no node here: no --wait.
+    helm upgrade --install knoc "$repository/deploy/chart" --namespace $namespace --set agent.address="$agent_address" \
+        --set agent.site=$site >"$log/helm.log" 2>&1 || { cat "$log/helm.log" >&2; die "helm could not install the chart"; }
+    mkdir -p "$state"
+    for part in ca.crt tls.crt tls.key; do
+        kubectl get secret knoc-agent -n $namespace -o json | jq -r ".data[\"$part\"]" | base64 -d >"$state/agent-$part"
+    done
+    chmod 600 "$state"/*.key
+}
+serving_certificate() { # signed by the cluster's CA, for the address that the Node will carry
+    local ca=$KUBE_PREFIX/run/ca
+    [ ! -f "$state/serving.crt" ] || return 0
+    openssl req -new -newkey rsa:2048 -nodes -keyout "$state/serving.key" -out "$state/serving.csr" -subj "/O=system:nodes/CN=system:node:$node" 2>/dev/null
+    openssl x509 -req -in "$state/serving.csr" -CA "$ca.crt" -CAkey "$ca.key" -CAcreateserial -days 365 -out "$state/serving.crt" -extfile <(
+        echo "keyUsage=critical,digitalSignature,keyEncipherment"
+        echo "extendedKeyUsage=serverAuth"
+        echo "subjectAltName=DNS:$node,IP:$address,IP:10.77.0.1") 2>/dev/null
+    rm "$state/serving.csr"
+}
+kubeconfig() { # of the chart's ServiceAccount: exactly the rights that the chart grants
+    local server file=$state/kubeconfig
+    server=$(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}')
+    kubectl config view --minify --raw -o 'jsonpath={.clusters[0].cluster.certificate-authority-data}' | base64 -d >"$state/cluster-ca.crt"
+    (
+        umask 077
+        kubectl config --kubeconfig="$file" set-cluster knoc --server="$server" --certificate-authority="$state/cluster-ca.crt" --embed-certs
+        kubectl config --kubeconfig="$file" set-credentials kubelet --token="$(kubectl create token knoc-kubelet -n $namespace --duration=24h)"
+        kubectl config --kubeconfig="$file" set-context knoc --cluster=knoc --user=kubelet --namespace=$namespace
+        kubectl config --kubeconfig="$file" use-context knoc
+    ) >/dev/null
+}
+up() {
+    local pid
+    if alive "$pidfile"; then
+        read -r pid _ <"$pidfile"
+        ! cmp -s "/proc/$pid/exe" "$KNOC_BIN/knoc-kubelet" || return 0
+        say "the kubelet's binary has changed: starting it again"
+        stop "$pidfile"
+    fi
+    install_chart
+    serving_certificate
+    kubeconfig
+    start "$pidfile" "$log/kubelet.log" env KUBECONFIG= \
+        KNOC_AGENT_ADDRESS="$agent_address" KNOC_AGENT_SITE=$site \
+        KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
+        KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
+        KNOC_NODE_NAME=$node KNOC_NODE_INTERNAL_IP=$address \
+        KNOC_SERVER_CERT="$state/serving.crt" KNOC_SERVER_KEY="$state/serving.key" KNOC_SERVER_CLIENT_CA="$KUBE_PREFIX/run/ca.crt" \
+        "$KNOC_BIN/knoc-kubelet"
+    wait_for 30 "the node $node Ready" ready || { tail -20 "$log/kubelet.log" >&2; exit 1; }
+}
+ready() {
+    alive "$pidfile" || { echo "the kubelet has ended"; return 1; }
+    kubectl wait --for=condition=Ready "node/$node" --timeout=1s
+}
+
+case ${1:-} in
+up) up ;;
+down) stop "$pidfile" ;;
+kill) stop "$pidfile" KILL ;;
+running) alive "$pidfile" ;;
+*) sed -n 2p "$0" >&2; exit 2 ;;
+esac

@@ -1,0 +1,79 @@
+# Shared by the scripts of the test bed: where things are, how progress is said, how processes are started and ended.
+# Sourced, never run.
+#
+#   KNOC_BED    everything the bed keeps: tools, roots, caches, state, logs, pid files
+#   KNOC_BIN    the binaries under test (default: the release build of `make build`)
+#   HPC_SUITE   Debian release of the Slurm cluster: trixie (24.11, default), sid (26.05), bookworm (22.05)
+#   STACK       full | slurm | local (default: the fullest that this machine can carry)
+set -euo pipefail
+
+testbed=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repository=$(cd "$testbed/../.." && pwd)
+if [ "$(id -u)" = 0 ]; then default_bed=/var/lib/knoc-testbed; else default_bed=${XDG_CACHE_HOME:-$HOME/.cache}/knoc-testbed; fi
+export KNOC_BED=${KNOC_BED:-$default_bed}
+target=x86_64-unknown-linux-musl
+export KNOC_BIN=${KNOC_BIN:-${CARGO_TARGET_DIR:-$repository/target}/$target/release}
+export HPC_SUITE=${HPC_SUITE:-trixie}
+case $HPC_SUITE in trixie) hpc_prefix=$KNOC_BED/hpc ;; *) hpc_prefix=$KNOC_BED/hpc-$HPC_SUITE ;; esac
+export HPC_PREFIX=${HPC_PREFIX:-$hpc_prefix}
+export KUBE_PREFIX=${KUBE_PREFIX:-$KNOC_BED/kube}
+run=$KNOC_BED/run      # pid files, certificates and configuration of what `up` starts
+log=$KNOC_BED/log
+tools=$KNOC_BED/tools  # Go, helm
+mkdir -p "$run" "$log" "$tools/bin"
+chmod 700 "$run"
+export PATH=$PATH:$tools/bin:$tools/go/bin
+
+hpc() { "$HPC_PREFIX/bin/hpc" "$@"; }
+kubectl() { "$KUBE_PREFIX/bin/kubectl" "$@"; }
+
+say() { echo "[$(date +%T)] $*" >&2; }
+die() { say "$*"; exit 1; }
+
+# missing COMMAND HINT: names a tool that is not there, and the command that installs it.
+missing() { die "$1 is missing; install it with: $2"; }
+
+# apt_install COMMAND PACKAGE: installs as root, else names the command.
+apt_install() {
+    command -v "$1" >/dev/null && return
+    [ "$(id -u)" = 0 ] || missing "$1" "sudo apt-get install -y $2"
+    command -v apt-get >/dev/null || missing "$1" "your system's package manager (Debian: $2)"
+    say "installing $2"
+    [ -n "${apt_updated:-}" ] || apt-get update -qq
+    apt_updated=1
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2" >"$log/apt.log" 2>&1 \
+        || { tail -5 "$log/apt.log" >&2; die "apt-get install $2 failed"; }
+}
+
+# A pid file holds "PID START", START being the process's start time: a recycled pid is never taken for ours.
+start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
+alive() { # alive PIDFILE
+    local pid began
+    read -r pid began 2>/dev/null <"$1" && [ -n "$began" ] && [ "$(start_time "$pid")" = "$began" ]
+}
+start() { # start PIDFILE LOGFILE COMMAND...: in the background, in a session of its own
+    local pidfile=$1 logfile=$2 pid
+    shift 2
+    setsid "$@" >>"$logfile" 2>&1 </dev/null &
+    pid=$!
+    echo "$pid $(start_time "$pid")" >"$pidfile"
+}
+stop() { # stop PIDFILE [SIGNAL]: TERM, then KILL after 5 s; with a SIGNAL that alone
+    local pidfile=$1 pid
+    if alive "$pidfile"; then
+        read -r pid _ <"$pidfile"
+        kill -"${2:-TERM}" "$pid" 2>/dev/null || true
+        for _ in $(seq 100); do alive "$pidfile" || break; sleep 0.05; done
+        ! alive "$pidfile" || kill -KILL "$pid" 2>/dev/null || true
+    fi
+    rm -f "$pidfile"
+}
+# wait_for SECONDS WHAT COMMAND...: until COMMAND succeeds; on time-out its last words.
+wait_for() {
+    local seconds=$1 what=$2 end=$((SECONDS + $1)) words
+    shift 2
+    until words=$("$@" 2>&1); do
+        [ $SECONDS -lt $end ] || { say "$what: not so after $seconds s; the last answer: $words"; return 1; }
+        sleep 0.1
+    done
+}
