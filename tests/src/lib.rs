@@ -1,1 +1,3 @@
 //! KNoC test world.
+
+pub mod cases;

@@ -18,9 +18,13 @@ const ENOSYS: u32 = 38;
 
 fn main() -> anyhow::Result<()> {
     let mut command = std::env::args_os().skip(1);
-    let program = command.next().context("usage: knoc-oldkernel COMMAND ARGUMENT…")?;
+    let program = command
+        .next()
+        .context("usage: knoc-oldkernel COMMAND ARGUMENT…")?;
     let filter: BpfProgram = SeccompFilter::new(
-        (FIRST_NEW..END).map(|number| (number, Vec::new())).collect::<BTreeMap<_, _>>(),
+        (FIRST_NEW..END)
+            .map(|number| (number, Vec::new()))
+            .collect::<BTreeMap<_, _>>(),
         SeccompAction::Allow,
         SeccompAction::Errno(ENOSYS),
         TargetArch::x86_64,
@@ -28,7 +32,10 @@ fn main() -> anyhow::Result<()> {
     .and_then(TryInto::try_into)
     .context("building the filter")?;
     seccompiler::apply_filter(&filter).context("installing the filter")?;
-    #[expect(clippy::disallowed_methods, reason = "this program becomes the command")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this program becomes the command"
+    )]
     let error = std::process::Command::new(&program).args(command).exec();
     Err(error).with_context(|| format!("running {}", program.display()))
 }

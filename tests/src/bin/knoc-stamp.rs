@@ -13,7 +13,10 @@ fn main() -> std::io::Result<()> {
     stamp("end")
 }
 
-#[expect(clippy::disallowed_methods, reason = "the clock is what this program prints")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the clock is what this program prints"
+)]
 fn stamp(word: &str) -> std::io::Result<()> {
     let now = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
