@@ -11,4 +11,6 @@
 
 pub mod config;
 
+pub mod command;
 pub mod jobdir;
+pub mod scheduler;

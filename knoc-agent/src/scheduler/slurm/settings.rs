@@ -1,0 +1,122 @@
+//! What the Slurm commands need of the site file. Pure data; the defaults suit a plain Slurm.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::Config;
+
+/// How this site's Slurm is asked, and what jobs get that say nothing.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Paths of the commands; a bare name is looked up in `path`.
+    pub sbatch: PathBuf,
+    /// See `sbatch`.
+    pub squeue: PathBuf,
+    /// See `sbatch`.
+    pub sacct: PathBuf,
+    /// See `sbatch`.
+    pub scancel: PathBuf,
+    /// See `sbatch`.
+    pub sinfo: PathBuf,
+    /// See `sbatch`.
+    pub scontrol: PathBuf,
+    /// PATH of the commands.
+    pub path: String,
+    /// `SLURM_CONF` of the commands, where it is not Slurm's built-in one.
+    pub conf: Option<PathBuf>,
+    /// Further environment of the commands.
+    pub env: BTreeMap<String, String>,
+    /// Lines of the batch script before the shim (`module load …`). The site's own words, never a pod's.
+    pub prelude: String,
+    /// Names of variables that sbatch carries into the job, beside the built-in list.
+    pub export: Vec<String>,
+    /// For pods that name none.
+    pub partition: Option<String>,
+    /// For pods that name none.
+    pub account: Option<String>,
+    /// For pods that name none.
+    pub qos: Option<String>,
+    /// Partitions that this site offers; empty: all.
+    pub partitions: Vec<String>,
+    /// Time limit for pods that name none; else the partition's.
+    pub default_time_minutes: Option<i64>,
+    /// Long names of further sbatch flags that pods may give.
+    pub allowed_flags: Vec<String>,
+    /// Extended resource → Slurm's gres name, such as `"amd.com/gpu" = "gpu"`.
+    pub gres: BTreeMap<String, String>,
+    /// Added to the pod's memory for the shim.
+    pub shim_memory_mib: i64,
+    /// Submissions that may come in a burst.
+    pub submit_burst: u32,
+    /// Submissions a second after that.
+    pub submit_per_second: f64,
+    /// `sbatch` processes at the same time.
+    pub submit_concurrency: usize,
+    /// Deadline of each command.
+    pub deadline: Duration,
+    /// Shortest time between two rounds.
+    pub round_interval: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            sbatch: PathBuf::from("sbatch"),
+            squeue: PathBuf::from("squeue"),
+            sacct: PathBuf::from("sacct"),
+            scancel: PathBuf::from("scancel"),
+            sinfo: PathBuf::from("sinfo"),
+            scontrol: PathBuf::from("scontrol"),
+            path: "/usr/local/bin:/usr/bin:/bin".to_owned(),
+            conf: None,
+            env: BTreeMap::new(),
+            prelude: String::new(),
+            export: Vec::new(),
+            partition: None,
+            account: None,
+            qos: None,
+            partitions: Vec::new(),
+            default_time_minutes: None,
+            allowed_flags: Vec::new(),
+            gres: BTreeMap::from([("nvidia.com/gpu".to_owned(), "gpu".to_owned())]),
+            shim_memory_mib: 64,
+            submit_burst: 100,
+            submit_per_second: 50.0,
+            submit_concurrency: 4,
+            deadline: Duration::from_secs(60),
+            round_interval: Duration::from_secs(1),
+        }
+    }
+}
+
+impl From<&Config> for Settings {
+    fn from(site: &Config) -> Self {
+        let default = Self::default();
+        let tool = |path: &Option<PathBuf>, name: PathBuf| path.clone().unwrap_or(name);
+        let mut env = site.env.clone();
+        Self {
+            sbatch: tool(&site.tools.sbatch, default.sbatch),
+            squeue: tool(&site.tools.squeue, default.squeue),
+            sacct: tool(&site.tools.sacct, default.sacct),
+            scancel: tool(&site.tools.scancel, default.scancel),
+            sinfo: tool(&site.tools.sinfo, default.sinfo),
+            scontrol: tool(&site.tools.scontrol, default.scontrol),
+            path: env.remove("PATH").unwrap_or(default.path),
+            conf: env.remove("SLURM_CONF").map(PathBuf::from),
+            env,
+            prelude: site.prelude.clone(),
+            partition: site.job.partition.clone(),
+            account: site.job.account.clone(),
+            qos: site.job.qos.clone(),
+            partitions: site.policy.partitions.clone(),
+            default_time_minutes: site.job.time_minutes.map(i64::from),
+            allowed_flags: site.policy.flags.clone(),
+            submit_burst: site.limits.sbatch_burst,
+            submit_per_second: site.limits.sbatch_rate,
+            submit_concurrency: site.limits.sbatch_concurrency,
+            round_interval: site.limits.poll_min,
+            ..Self::default()
+        }
+    }
+}
