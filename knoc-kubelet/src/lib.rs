@@ -22,3 +22,4 @@
 pub mod agent;
 pub mod config;
 pub mod pods;
+pub mod server;

@@ -1,0 +1,197 @@
+//! The kubelet's HTTPS API on :10250, as the API server, metrics-server and Prometheus call it.
+//!
+//! Owner: the task that runs [`Server::run`]; it owns the accept loop, one task a connection, and the reload of
+//! certificates, and joins them all. It reads pods and asks for streams through [`Backend`], and who may do what
+//! through [`Cluster`]; it holds no pod state, never writes to the API server and decides nothing about pods.
+//!
+//! HTTP/1.1 only (ALPN says so): upgrades need it. TLS 1.3, nothing is answered without an identity (KUBELET-CONTRACT
+//! 1 and 3.1): client certificate first, then bearer token, then `SubjectAccessReview`.
+
+mod accept;
+mod access;
+mod authn;
+mod authz;
+mod cluster;
+mod logs;
+mod options;
+pub mod query;
+mod routes;
+#[cfg(test)]
+mod tests;
+mod tls;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::pb;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+pub use authn::User;
+pub use cluster::{Cluster, ClusterError, KubeCluster};
+pub use tls::TlsError;
+
+/// What the operator says of the API.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where to listen; port 10250 unless told otherwise.
+    pub bind: SocketAddr,
+    /// The node's name: what reviews are about.
+    pub node: String,
+    /// The serving certificate.
+    pub serving: Serving,
+    /// Who signs client certificates.
+    pub client_ca: ClientCa,
+}
+
+/// The serving certificate: PEM files, re-read when they change.
+#[derive(Debug, Clone)]
+pub struct Serving {
+    /// Certificate chain, the server's own first.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+}
+
+/// The CA that client certificates must come from.
+#[derive(Debug, Clone)]
+pub enum ClientCa {
+    /// A PEM file, re-read when it changes.
+    File(PathBuf),
+    /// The cluster's own, from ConfigMap `kube-system/extension-apiserver-authentication`.
+    Cluster,
+}
+
+/// A pod as the kubelet knows it.
+#[derive(Debug, Clone, Default)]
+pub struct PodView {
+    /// The object as the API server has it.
+    pub pod: Arc<Pod>,
+    /// What the agent says of it, where it has said anything.
+    pub observed: Option<Arc<pb::PodObserved>>,
+}
+
+/// Bytes from a container, ending with an error where they broke off.
+pub type ByteStream = BoxStream<'static, Result<Bytes, tonic::Status>>;
+
+/// What the API asks of the rest of the kubelet.
+pub trait Backend: Send + Sync + 'static {
+    /// All pods bound to the node.
+    fn pods(&self) -> Vec<Arc<Pod>>;
+
+    /// One pod by namespace and name.
+    fn pod(&self, namespace: &str, name: &str) -> Option<PodView>;
+
+    /// The log of a container, from the agent; returns when the agent has accepted the request.
+    fn read_logs(
+        &self,
+        request: pb::ReadLogsRequest,
+    ) -> BoxFuture<'_, Result<ByteStream, tonic::Status>>;
+
+    /// Does the kubelet's main loop go on? The text says since when it does not.
+    fn sync_loop(&self) -> Result<(), String>;
+}
+
+/// Why the API could not start.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// Certificates.
+    #[error("load the certificates of the kubelet API")]
+    Tls {
+        /// What is wrong with them.
+        #[source]
+        source: TlsError,
+    },
+    /// The port.
+    #[error("listen on {address}")]
+    Bind {
+        /// The address asked for.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What every request sees.
+struct Context {
+    node: String,
+    backend: Arc<dyn Backend>,
+    cluster: Arc<dyn Cluster>,
+    tls: tls::Tls,
+    access: access::Access,
+}
+
+/// The API, bound and not yet serving.
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    context: Arc<Context>,
+    reload: tls::Reload,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server")
+            .field("address", &self.address)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// Loads certificates and binds the port, so that both kinds of mistake are errors at start.
+    pub async fn bind(
+        settings: Settings,
+        backend: Arc<dyn Backend>,
+        cluster: Arc<dyn Cluster>,
+    ) -> Result<Self, ServerError> {
+        let (reload, tls) =
+            tls::Reload::start(settings.serving, settings.client_ca, Arc::clone(&cluster))
+                .await
+                .map_err(|source| ServerError::Tls { source })?;
+        let bound = async {
+            let listener = TcpListener::bind(settings.bind).await?;
+            let address = listener.local_addr()?;
+            Ok((listener, address))
+        };
+        let (listener, address) = bound.await.map_err(|source| ServerError::Bind {
+            address: settings.bind,
+            source,
+        })?;
+        let context = Arc::new(Context {
+            node: settings.node,
+            backend,
+            cluster,
+            tls,
+            access: access::Access::default(),
+        });
+        Ok(Self {
+            listener,
+            address,
+            context,
+            reload,
+        })
+    }
+
+    /// The address that was bound: the port for `node.status.daemonEndpoints`.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `shutdown`, then lets requests under way finish for a few seconds.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let router = routes::router(Arc::clone(&self.context));
+        let tls = self.context.tls.clone();
+        tokio::join!(
+            self.reload.run(shutdown.clone()),
+            accept::serve(self.listener, tls, router, shutdown),
+        );
+    }
+}

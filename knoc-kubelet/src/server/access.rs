@@ -1,0 +1,215 @@
+//! The gate in front of every route, those that do not exist included: authentication, then authorization.
+//!
+//! Answers are cached for upstream's times: tokens 2 minutes, allow 5 minutes, deny 30 seconds. The caches are bounded;
+//! a full one is emptied, which costs reviews and nothing else.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+use http::StatusCode;
+use knoc_proto::error::chain;
+use rustls_pki_types::UnixTime;
+use sha2::{Digest as _, Sha256};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::authn::{Peer, User, bearer};
+use super::authz::{self, Attributes};
+use super::{Cluster, Context};
+
+const TOKEN_TTL: Duration = Duration::from_secs(120);
+const ALLOW_TTL: Duration = Duration::from_secs(300);
+const DENY_TTL: Duration = Duration::from_secs(30);
+/// Distinct callers of a kubelet are few (API server, metrics-server, Prometheus); more is somebody trying tokens.
+const CACHE_ENTRIES: usize = 1024;
+
+/// Lets a request pass with its [`User`] as an extension, or answers it.
+pub(super) async fn gate(
+    State(context): State<Arc<Context>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let peer = request.extensions().get::<Peer>().cloned();
+    let token = bearer(request.headers()).map(str::to_owned);
+    let user = match context.access.authenticate(&context, peer, token).await {
+        Ok(user) => user,
+        Err(refusal) => {
+            info!(path = request.uri().path(), %refusal, "refused a request without valid identity");
+            return (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
+        }
+    };
+    let attributes = authz::attributes(request.method(), request.uri().path());
+    match context.access.authorize(&context, &user, attributes).await {
+        Ok(true) => {
+            request.extensions_mut().insert(user);
+            next.run(request).await
+        }
+        Ok(false) => {
+            let text = authz::forbidden(&user, attributes);
+            info!(
+                user = user.name,
+                path = request.uri().path(),
+                "{}",
+                text.trim_end()
+            );
+            (StatusCode::FORBIDDEN, text).into_response()
+        }
+        Err(error) => {
+            warn!(user = user.name, error = %chain(&error), "no answer on what a caller may do");
+            let text = authz::undecided(&user, attributes);
+            (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
+        }
+    }
+}
+
+/// Why a caller is nobody; for the log only.
+#[derive(Debug)]
+struct Refusal {
+    peer: String,
+    reasons: Vec<String>,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.peer, self.reasons.join("; "))
+    }
+}
+
+type AccessKey = (User, &'static str, &'static str);
+
+/// The caches of the gate.
+#[derive(Debug, Default)]
+pub(super) struct Access {
+    tokens: Cache<[u8; 32], User>,
+    access: Cache<AccessKey, bool>,
+}
+
+impl Access {
+    async fn authenticate(
+        &self,
+        context: &Context,
+        peer: Option<Peer>,
+        token: Option<String>,
+    ) -> Result<User, Refusal> {
+        let mut reasons = Vec::new();
+        let verifier = context.tls.verifier.borrow().clone();
+        match peer
+            .as_ref()
+            .and_then(|peer| peer.user(&verifier, UnixTime::now()))
+        {
+            Some(Ok(user)) => return Ok(user),
+            Some(Err(reason)) => reasons.push(format!("certificate refused: {reason}")),
+            None => reasons.push("no client certificate".to_owned()),
+        }
+        match token {
+            None => reasons.push("no bearer token".to_owned()),
+            Some(token) => match self.token(&*context.cluster, token).await {
+                Ok(Some(user)) => return Ok(user),
+                Ok(None) => reasons.push("the cluster does not know the token".to_owned()),
+                Err(error) => reasons.push(chain(&error)),
+            },
+        }
+        let peer = peer.map_or_else(String::new, |peer| {
+            format!("{} ({})", peer.address, peer.claims())
+        });
+        Err(Refusal { peer, reasons })
+    }
+
+    async fn token(
+        &self,
+        cluster: &dyn Cluster,
+        token: String,
+    ) -> Result<Option<User>, super::ClusterError> {
+        let key: [u8; 32] = Sha256::digest(token.as_bytes()).into();
+        if let Some(user) = self.tokens.get(&key) {
+            return Ok(Some(user));
+        }
+        let user = cluster.review_token(token).await?;
+        if let Some(user) = &user {
+            self.tokens.put(key, user.clone(), TOKEN_TTL);
+        }
+        Ok(user)
+    }
+
+    async fn authorize(
+        &self,
+        context: &Context,
+        user: &User,
+        attributes: Attributes,
+    ) -> Result<bool, super::ClusterError> {
+        if user.is_master() {
+            return Ok(true);
+        }
+        for &subresource in attributes.subresources {
+            let key = (user.clone(), attributes.verb, subresource);
+            let allowed = match self.access.get(&key) {
+                Some(allowed) => allowed,
+                None => {
+                    let spec = authz::review(user, &context.node, attributes.verb, subresource);
+                    let allowed = context.cluster.review_access(spec).await?;
+                    let ttl = if allowed { ALLOW_TTL } else { DENY_TTL };
+                    self.access.put(key, allowed, ttl);
+                    allowed
+                }
+            };
+            if allowed {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// A bounded map whose entries expire. Its lock is never held across an await.
+#[derive(Debug)]
+struct Cache<K, V>(Mutex<HashMap<K, (V, Instant)>>);
+
+impl<K, V> Default for Cache<K, V> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Eq + Hash, V: Clone> Cache<K, V> {
+    fn get(&self, key: &K) -> Option<V> {
+        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (value, expires) = entries.get(key)?;
+        (*expires > Instant::now()).then(|| value.clone())
+    }
+
+    fn put(&self, key: K, value: V, ttl: Duration) {
+        let now = Instant::now();
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if entries.len() >= CACHE_ENTRIES {
+            entries.retain(|_, (_, expires)| *expires > now);
+        }
+        if entries.len() >= CACHE_ENTRIES {
+            entries.clear();
+        }
+        entries.insert(key, (value, now + ttl));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cache_forgets_in_time_and_stays_bounded() {
+        let cache = Cache::default();
+        cache.put(1, true, ALLOW_TTL);
+        tokio::time::advance(ALLOW_TTL - Duration::from_secs(1)).await;
+        assert_eq!(cache.get(&1), Some(true));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(cache.get(&1), None);
+        for key in 0..5 * CACHE_ENTRIES {
+            cache.put(key, true, ALLOW_TTL);
+        }
+        assert!(cache.0.lock().unwrap().len() <= CACHE_ENTRIES);
+    }
+}

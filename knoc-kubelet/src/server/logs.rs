@@ -1,0 +1,247 @@
+//! `GET /containerLogs/{namespace}/{pod}/{container}`: a container's log, as `kubectl logs` reads it.
+//!
+//! The agent filters at the source; bytes are relayed chunk by chunk, and a client that reads slowly holds up its own
+//! stream and nothing else. What goes wrong before the first byte is a status and a text (upstream's); what goes wrong
+//! later breaks the connection off, so that a cut log is never taken for a whole one.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Path, RawQuery, State};
+use axum::response::{IntoResponse as _, Response};
+use futures::TryStreamExt as _;
+use http::{StatusCode, header};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::pb;
+use knoc_proto::pb::container_status::State as ContainerState;
+use tracing::{info, warn};
+
+use super::options::{BadOptions, LogOptions};
+use super::query::Query;
+use super::{Context, PodView};
+
+/// An answer that is not the log.
+#[derive(Debug, PartialEq, Eq)]
+struct Refusal(StatusCode, String);
+
+/// Answers the request; see the module.
+pub(super) async fn container_logs(
+    State(context): State<Arc<Context>>,
+    Path((namespace, name, container)): Path<(String, String, String)>,
+    RawQuery(query): RawQuery,
+) -> Response {
+    let prepared = options(query.as_deref())
+        .and_then(|options| prepare(&context, &options, &namespace, &name, &container));
+    let request = match prepared {
+        Ok(request) => request,
+        Err(Refusal(status, text)) => return (status, text).into_response(),
+    };
+    let what = format!("{namespace}/{name}/{container}");
+    match context.backend.read_logs(request).await {
+        Ok(stream) => {
+            let stream = stream.inspect_err(move |status| {
+                warn!(container = what, code = ?status.code(), error = status.message(), "a log stream broke off");
+            });
+            let plain = [(header::CONTENT_TYPE, "text/plain")];
+            (plain, Body::from_stream(stream)).into_response()
+        }
+        Err(status) => {
+            info!(container = what, code = ?status.code(), error = status.message(), "no log");
+            (StatusCode::BAD_REQUEST, status.message().to_owned()).into_response()
+        }
+    }
+}
+
+fn options(query: Option<&str>) -> Result<LogOptions, Refusal> {
+    let undecodable = || {
+        let text = r#"{"message": "Unable to decode query."}"#;
+        Refusal(StatusCode::BAD_REQUEST, text.to_owned())
+    };
+    let query = Query::parse(query.unwrap_or_default()).map_err(|_| undecodable())?;
+    LogOptions::parse(&query).map_err(|bad| match bad {
+        BadOptions::Undecodable => undecodable(),
+        BadOptions::Invalid => {
+            let text = r#"{"message": "Invalid request."}"#;
+            Refusal(StatusCode::UNPROCESSABLE_ENTITY, text.to_owned())
+        }
+    })
+}
+
+fn prepare(
+    context: &Context,
+    options: &LogOptions,
+    namespace: &str,
+    name: &str,
+    container: &str,
+) -> Result<pb::ReadLogsRequest, Refusal> {
+    let not_found = |text: String| Refusal(StatusCode::NOT_FOUND, text);
+    let view = context
+        .backend
+        .pod(namespace, name)
+        .ok_or_else(|| not_found(format!("pod {name:?} does not exist\n")))?;
+    if !has_container(&view.pod, container) {
+        let text = format!("container {container:?} not found in pod {name:?}\n");
+        return Err(not_found(text));
+    }
+    readable(&view, name, container, options.previous)
+        .map_err(|text| Refusal(StatusCode::BAD_REQUEST, text))?;
+    let uid = view.pod.metadata.uid.as_deref().unwrap_or_default();
+    Ok(options.request(uid, container, Timestamp::now()))
+}
+
+/// Is it a container of the pod, of whatever kind?
+pub(super) fn has_container(pod: &Pod, container: &str) -> bool {
+    let Some(spec) = &pod.spec else { return false };
+    let regular = spec.containers.iter().map(|it| &it.name);
+    let init = spec.init_containers.iter().flatten().map(|it| &it.name);
+    let ephemeral = spec.ephemeral_containers.iter().flatten();
+    regular
+        .chain(init)
+        .chain(ephemeral.map(|it| &it.name))
+        .any(|name| name == container)
+}
+
+/// Has the container, by what is observed of it, a log? The text says why not, in upstream's words.
+fn readable(view: &PodView, pod: &str, container: &str, previous: bool) -> Result<(), String> {
+    let whole = format!("container {container:?} in pod {pod:?}");
+    let Some(status) = view
+        .observed
+        .as_ref()
+        .and_then(|observed| container_status(observed, container))
+    else {
+        return Err(unobserved(view, &whole, previous));
+    };
+    let earlier = status.last_termination.is_some();
+    if previous {
+        return if earlier {
+            Ok(())
+        } else {
+            Err(format!("previous terminated {whole} not found"))
+        };
+    }
+    match &status.state {
+        Some(ContainerState::Running(_)) => Ok(()),
+        Some(ContainerState::Terminated(ended)) if !ended.container_id.is_empty() => Ok(()),
+        _ if earlier => Ok(()),
+        Some(ContainerState::Terminated(_)) => Err(format!("{whole} is terminated")),
+        Some(ContainerState::Waiting(waiting)) => Err(match waiting.reason.as_str() {
+            "ErrImagePull" => format!("{whole} is waiting to start: image can't be pulled"),
+            "ImagePullBackOff" => {
+                format!("{whole} is waiting to start: trying and failing to pull image")
+            }
+            reason => format!("{whole} is waiting to start: {reason}"),
+        }),
+        None => Err(format!("{whole} is waiting to start - no logs yet")),
+    }
+}
+
+/// The words for a container of which the agent has said nothing.
+fn unobserved(view: &PodView, whole: &str, previous: bool) -> String {
+    let phase = view.pod.status.as_ref().and_then(|it| it.phase.as_deref());
+    match phase {
+        _ if previous => format!("previous terminated {whole} not found"),
+        None | Some("Pending") => format!("{whole} is waiting to start: ContainerCreating"),
+        Some(_) => format!("{whole} is not available"),
+    }
+}
+
+/// What is observed of a container.
+pub(super) fn container_status<'a>(
+    observed: &'a pb::PodObserved,
+    container: &str,
+) -> Option<&'a pb::ContainerStatus> {
+    observed
+        .containers
+        .iter()
+        .chain(&observed.init_containers)
+        .find(|status| status.name == container)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(state: Option<ContainerState>, last: Option<pb::Terminated>) -> PodView {
+        let status = pb::ContainerStatus {
+            name: "c".to_owned(),
+            state,
+            last_termination: last,
+            ..pb::ContainerStatus::default()
+        };
+        let observed = pb::PodObserved {
+            containers: vec![status],
+            ..pb::PodObserved::default()
+        };
+        PodView {
+            pod: Arc::default(),
+            observed: Some(Arc::new(observed)),
+        }
+    }
+
+    fn waiting(reason: &str) -> Option<ContainerState> {
+        Some(ContainerState::Waiting(pb::Waiting {
+            reason: reason.to_owned(),
+            ..pb::Waiting::default()
+        }))
+    }
+
+    fn ended(container_id: &str) -> pb::Terminated {
+        pb::Terminated {
+            container_id: container_id.to_owned(),
+            ..pb::Terminated::default()
+        }
+    }
+
+    #[test]
+    fn says_why_there_is_no_log_as_upstream() {
+        let cases = [
+            (
+                view(waiting("ContainerCreating"), None),
+                r#"container "c" in pod "p" is waiting to start: ContainerCreating"#,
+            ),
+            (
+                view(waiting("ErrImagePull"), None),
+                r#"container "c" in pod "p" is waiting to start: image can't be pulled"#,
+            ),
+            (
+                view(waiting("ImagePullBackOff"), None),
+                r#"container "c" in pod "p" is waiting to start: trying and failing to pull image"#,
+            ),
+            (
+                view(Some(ContainerState::Terminated(ended(""))), None),
+                r#"container "c" in pod "p" is terminated"#,
+            ),
+            (
+                view(None, None),
+                r#"container "c" in pod "p" is waiting to start - no logs yet"#,
+            ),
+            (
+                PodView::default(),
+                r#"container "c" in pod "p" is waiting to start: ContainerCreating"#,
+            ),
+        ];
+        for (view, text) in cases {
+            assert_eq!(readable(&view, "p", "c", false).unwrap_err(), text);
+            assert_eq!(
+                readable(&view, "p", "c", true).unwrap_err(),
+                r#"previous terminated container "c" in pod "p" not found"#
+            );
+        }
+    }
+
+    #[test]
+    fn reads_running_ended_and_restarting_containers() {
+        let running = Some(ContainerState::Running(pb::Running::default()));
+        let terminated = Some(ContainerState::Terminated(ended("apptainer://1.c.0")));
+        let last = Some(ended("apptainer://1.c.0"));
+        for view in [
+            view(running.clone(), None),
+            view(terminated, None),
+            view(waiting("CrashLoopBackOff"), last.clone()),
+        ] {
+            assert_eq!(readable(&view, "p", "c", false), Ok(()));
+        }
+        assert_eq!(readable(&view(running, last), "p", "c", true), Ok(()));
+    }
+}

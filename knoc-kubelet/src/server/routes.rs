@@ -1,0 +1,80 @@
+//! The router: which path is answered by whom. Every path goes through the gate, also one that nobody answers.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{RawQuery, State};
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::get;
+use http::{StatusCode, header};
+use k8s_openapi::List;
+use k8s_openapi::api::core::v1::Pod;
+
+use super::query::Query;
+use super::{Context, access, logs};
+
+/// All routes behind the gate.
+pub(super) fn router(context: Arc<Context>) -> Router {
+    Router::new()
+        .route("/healthz", get(healthz))
+        .route("/healthz/ping", get(ok))
+        .route("/healthz/log", get(ok))
+        .route("/healthz/syncloop", get(syncloop))
+        .route("/pods", get(pods))
+        .route(
+            "/containerLogs/{namespace}/{pod}/{container}",
+            get(logs::container_logs),
+        )
+        .fallback(async || (StatusCode::NOT_FOUND, "404 page not found\n"))
+        .layer(from_fn_with_state(Arc::clone(&context), access::gate))
+        .with_state(context)
+}
+
+async fn ok() -> &'static str {
+    "ok"
+}
+
+async fn healthz(State(context): State<Arc<Context>>, RawQuery(query): RawQuery) -> Response {
+    let sync = context.backend.sync_loop();
+    let query = Query::parse(query.as_deref().unwrap_or_default()).unwrap_or_default();
+    let list = match &sync {
+        Ok(()) => "[+]ping ok\n[+]log ok\n[+]syncloop ok\n",
+        Err(_) => "[+]ping ok\n[+]log ok\n[-]syncloop failed: reason withheld\n",
+    };
+    match sync {
+        Ok(()) if query.first("verbose").is_none() => "ok".into_response(),
+        Ok(()) => format!("{list}healthz check passed\n").into_response(),
+        Err(_) => {
+            let text = format!("{list}healthz check failed\n");
+            (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
+        }
+    }
+}
+
+async fn syncloop(State(context): State<Arc<Context>>) -> Response {
+    match context.backend.sync_loop() {
+        Ok(()) => "ok".into_response(),
+        Err(reason) => {
+            let text = format!("internal server error: {reason}\n");
+            (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
+        }
+    }
+}
+
+async fn pods(State(context): State<Arc<Context>>) -> Response {
+    let items: Vec<Pod> = context
+        .backend
+        .pods()
+        .iter()
+        .map(|pod| Pod::clone(pod))
+        .collect();
+    let list = List {
+        items,
+        ..List::default()
+    };
+    match serde_json::to_vec(&list) {
+        Ok(body) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
