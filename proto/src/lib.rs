@@ -9,6 +9,8 @@ pub mod crash;
 pub mod error;
 pub mod expand;
 pub mod ids;
+pub mod link;
+pub mod pki;
 pub mod pod;
 pub mod reason;
 
