@@ -1,3 +1,4 @@
 //! KNoC test world.
 
 pub mod cases;
+pub mod fake_api;

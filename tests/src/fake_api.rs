@@ -1,0 +1,266 @@
+//! A Kubernetes API server for tests without Kubernetes: it keeps any object it is given, answers
+//! list, watch, create, patch, replace and delete as a kubelet and its tests use them, and checks
+//! nothing. Plain HTTP on loopback. What depends on the real one's validation belongs in L3.
+
+mod patch;
+mod routes;
+mod store;
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::Context as _;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use self::store::{Store, Target};
+
+/// The server; it ends when this is dropped.
+#[derive(Debug)]
+pub struct FakeApi {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    tasks: JoinSet<()>,
+    _stop: DropGuard,
+}
+
+#[derive(Debug)]
+struct Shared {
+    store: Mutex<Store>,
+    /// The newest resource version: wakes the watches.
+    newest: watch::Sender<u64>,
+}
+
+impl Shared {
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs a change and wakes the watches.
+    fn change<T>(&self, act: impl FnOnce(&mut Store) -> T) -> T {
+        let mut store = self.store();
+        let answer = act(&mut store);
+        self.newest.send_replace(store.version);
+        answer
+    }
+}
+
+impl FakeApi {
+    /// Starts on a free port, with the namespaces `default` and `kube-system`.
+    pub async fn start() -> anyhow::Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .context("listening")?;
+        let address = listener.local_addr()?;
+        let shared = Arc::new(Shared {
+            store: Mutex::new(Store::default()),
+            newest: watch::Sender::new(0),
+        });
+        let stop = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve(listener, Arc::clone(&shared), stop.clone()));
+        let server = Self {
+            shared,
+            address,
+            tasks,
+            _stop: stop.drop_guard(),
+        };
+        for name in ["default", "kube-system"] {
+            server.create("v1", "namespaces", "", json!({"metadata": {"name": name}}))?;
+        }
+        let account = json!({"metadata": {"name": "default"}});
+        server.create("v1", "serviceaccounts", "default", account)?;
+        Ok(server)
+    }
+
+    /// `http://127.0.0.1:PORT`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Writes a kubeconfig that names this server.
+    pub fn kubeconfig(&self, path: &Path) -> anyhow::Result<()> {
+        let text = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "fake",
+            "clusters": [{"name": "fake", "cluster": {"server": self.url()}}],
+            "users": [{"name": "fake", "user": {}}],
+            "contexts": [{"name": "fake",
+                "context": {"cluster": "fake", "user": "fake", "namespace": "default"}}],
+        });
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a file of the test, read after this"
+        )]
+        std::fs::write(path, text.to_string()).with_context(|| path.display().to_string())
+    }
+
+    /// Creates an object, as a user would.
+    pub fn create(
+        &self,
+        version: &str,
+        resource: &str,
+        namespace: &str,
+        object: Value,
+    ) -> anyhow::Result<Value> {
+        let target = target(version, resource, namespace, "");
+        self.shared
+            .change(|store| store.create(&target, object))
+            .map_err(|refusal| refused(&refusal))
+    }
+
+    /// The object as it is now.
+    pub fn get(
+        &self,
+        version: &str,
+        resource: &str,
+        namespace: &str,
+        name: &str,
+    ) -> anyhow::Result<Value> {
+        self.shared
+            .store()
+            .get(&target(version, resource, namespace, name))
+            .map_err(|refusal| refused(&refusal))
+    }
+
+    /// All objects of a collection.
+    #[must_use]
+    pub fn list(&self, version: &str, resource: &str, namespace: &str) -> Vec<Value> {
+        self.shared
+            .store()
+            .list(&target(version, resource, namespace, ""))
+    }
+
+    /// Deletes an object, as `kubectl delete` would; `options` are `DeleteOptions`.
+    pub fn delete(
+        &self,
+        resource: &str,
+        namespace: &str,
+        name: &str,
+        options: &Value,
+    ) -> anyhow::Result<Value> {
+        let target = target("v1", resource, namespace, name);
+        self.shared
+            .change(|store| store.delete(&target, options))
+            .map_err(|refusal| refused(&refusal))
+    }
+
+    /// Grows with every change of any object: wait on it instead of polling.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.shared.newest.subscribe()
+    }
+
+    /// Ends the server and waits for it.
+    pub async fn stop(self) {
+        let Self {
+            mut tasks,
+            _stop: stop,
+            ..
+        } = self;
+        drop(stop);
+        while tasks.join_next().await.is_some() {}
+    }
+}
+
+fn target(version: &str, resource: &str, namespace: &str, name: &str) -> Target {
+    Target {
+        version: version.to_owned(),
+        resource: resource.to_owned(),
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+    }
+}
+
+fn refused(refusal: &store::Refusal) -> anyhow::Error {
+    anyhow::anyhow!("{} {}: {}", refusal.code, refusal.reason, refusal.message)
+}
+
+async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        // A connection that fails while it is accepted is its client's affair.
+        let Ok((stream, _)) = accepted else { continue };
+        let shared = Arc::clone(&shared);
+        let service = service_fn(move |request| {
+            let shared = Arc::clone(&shared);
+            async move { Ok::<_, Infallible>(routes::answer(shared, request).await) }
+        });
+        connections.spawn(async move {
+            // A client that goes away in mid-request shows itself in its own test.
+            let _ended = http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+        while connections.try_join_next().is_some() {}
+    }
+    connections.shutdown().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::TryStreamExt as _;
+    use k8s_openapi::api::core::v1::Pod;
+    use kube::api::{Api, DeleteParams, Patch, PatchParams, WatchEvent, WatchParams};
+    use serde_json::json;
+
+    use super::FakeApi;
+
+    #[tokio::test]
+    async fn a_client_sees_its_pod_come_change_and_go() -> anyhow::Result<()> {
+        let server = FakeApi::start().await?;
+        let config = kube::Config::new(server.url().parse()?);
+        let client = kube::Client::try_from(config)?;
+        let pods: Api<Pod> = Api::default_namespaced(client);
+        let list = pods.list(&kube::api::ListParams::default()).await?;
+        let version = list.metadata.resource_version.unwrap_or_default();
+        let mine = WatchParams::default().fields("spec.nodeName=here");
+        let events = pods.watch(&mine, &version).await?;
+        for (name, node) in [("a", "here"), ("b", "there")] {
+            let pod =
+                json!({"metadata": {"name": name}, "spec": {"nodeName": node, "containers": []}});
+            server.create("v1", "pods", "default", pod)?;
+        }
+        let status = json!({"status": {"phase": "Running"}});
+        pods.patch_status("a", &PatchParams::default(), &Patch::Merge(&status))
+            .await?;
+        pods.delete("a", &DeleteParams::default()).await?;
+        pods.delete("a", &DeleteParams::default().grace_period(0))
+            .await?;
+        let mut seen = Vec::new();
+        futures::pin_mut!(events);
+        while let Some(event) = events.try_next().await? {
+            match event {
+                WatchEvent::Added(pod) => seen.push(format!("added {:?}", pod.metadata.name)),
+                WatchEvent::Modified(pod) => seen.push(format!(
+                    "{:?} {:?}",
+                    pod.status.and_then(|status| status.phase),
+                    pod.metadata.deletion_timestamp.is_some()
+                )),
+                WatchEvent::Deleted(_) => break,
+                WatchEvent::Bookmark(_) | WatchEvent::Error(_) => {}
+            }
+        }
+        let expected = [
+            "added Some(\"a\")",
+            "Some(\"Running\") false",
+            "Some(\"Running\") true",
+        ];
+        assert_eq!(seen, expected);
+        server.stop().await;
+        Ok(())
+    }
+}

@@ -1,0 +1,335 @@
+//! Requests of the Kubernetes API to calls of the store, and back.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _, stream};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::{Method, Request, Response};
+use serde_json::{Value, json};
+
+use super::Shared;
+use super::patch::Kind;
+use super::store::{Change, Refusal, Target, belongs};
+
+type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+/// Longest life of a watch, as the real server bounds it.
+const WATCH_LIMIT: Duration = Duration::from_mins(10);
+
+/// Answers one request.
+pub(super) async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Response<Body> {
+    let method = request.method().clone();
+    let query: BTreeMap<String, String> = query(request.uri().query().unwrap_or(""));
+    let path = request.uri().path().to_owned();
+    let content = request
+        .headers()
+        .get("content-type")
+        .and_then(|value| value.to_str().ok());
+    let strategic = content.is_none_or(|content| !content.contains("application/merge-patch"));
+    let kind = if strategic {
+        Kind::Strategic
+    } else {
+        Kind::Json
+    };
+    let apply = content.is_some_and(|content| content.contains("apply-patch"));
+    let body = match request.into_body().collect().await {
+        Ok(body) => serde_json::from_slice(&body.to_bytes()).unwrap_or(Value::Null),
+        Err(_) => Value::Null,
+    };
+    if path == "/version" {
+        let version = json!({"major": "1", "minor": "36", "gitVersion": "v1.36.3",
+            "gitCommit": "", "gitTreeState": "", "buildDate": "", "goVersion": "", "compiler": "",
+            "platform": "linux/amd64"});
+        return reply(200, &version);
+    }
+    let Some((target, part)) = parse(&path) else {
+        let message = format!("no such path: {path}");
+        return refuse(&Refusal {
+            code: 404,
+            reason: "NotFound",
+            message,
+        });
+    };
+    if method == Method::GET && target.name.is_empty() && is_set(&query, "watch") {
+        return watch(shared, target, &query);
+    }
+    match act(
+        &shared,
+        &method,
+        &target,
+        &part,
+        &query,
+        (&body, kind, apply),
+    ) {
+        Ok((code, object)) => reply(code, &typed(&target, object)),
+        Err(refusal) => refuse(&refusal),
+    }
+}
+
+fn act(
+    shared: &Shared,
+    method: &Method,
+    target: &Target,
+    part: &str,
+    query: &BTreeMap<String, String>,
+    (body, kind, apply): (&Value, Kind, bool),
+) -> Result<(u16, Value), Refusal> {
+    match (method.as_str(), part) {
+        ("GET", _) if target.name.is_empty() => Ok((200, list(shared, target, query))),
+        ("GET", _) => shared.store().get(target).map(|object| (200, object)),
+        ("POST", "token") => Ok((201, token(target, body))),
+        ("POST", _) if target.resource.ends_with("reviews") => {
+            let mut review = body.clone();
+            review["status"] = json!({"allowed": true});
+            Ok((201, review))
+        }
+        ("POST", _) => shared
+            .change(|store| store.create(target, body.clone()))
+            .map(created),
+        ("PUT", _) => shared
+            .change(|store| store.replace(target, body.clone(), part))
+            .map(|object| (200, object)),
+        ("PATCH", _) => shared.change(|store| match store.patch(target, body, kind, part) {
+            Err(Refusal { code: 404, .. }) if apply => {
+                store.create(target, body.clone()).map(created)
+            }
+            answer => answer.map(|object| (200, object)),
+        }),
+        ("DELETE", _) => {
+            let mut options = body.clone();
+            if let Some(grace) = query
+                .get("gracePeriodSeconds")
+                .and_then(|text| text.parse::<i64>().ok())
+            {
+                options["gracePeriodSeconds"] = json!(grace);
+            }
+            shared
+                .change(|store| store.delete(target, &options))
+                .map(|object| (200, object))
+        }
+        _ => Err(Refusal {
+            code: 405,
+            reason: "MethodNotAllowed",
+            message: format!("{method} is not known here"),
+        }),
+    }
+}
+
+fn created(object: Value) -> (u16, Value) {
+    (201, object)
+}
+
+fn list(shared: &Shared, target: &Target, query: &BTreeMap<String, String>) -> Value {
+    let store = shared.store();
+    let mut items = store.list(target);
+    items.retain(|object| matches(object, query));
+    json!({
+        "kind": "List", "apiVersion": target.version,
+        "metadata": {"resourceVersion": store.version.to_string()}, "items": items,
+    })
+}
+
+/// A token that nobody can check, with the expiry that was asked for.
+fn token(target: &Target, body: &Value) -> Value {
+    let seconds = body["spec"]["expirationSeconds"].as_i64().unwrap_or(3600);
+    let expiry = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
+    json!({
+        "kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1",
+        "metadata": {}, "spec": body["spec"],
+        "status": {
+            "token": format!("token-of-{}-{}", target.namespace, target.name),
+            "expirationTimestamp": expiry.to_string(),
+        },
+    })
+}
+
+fn watch(shared: Arc<Shared>, target: Target, query: &BTreeMap<String, String>) -> Response<Body> {
+    let from = query
+        .get("resourceVersion")
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(0);
+    let seconds = query
+        .get("timeoutSeconds")
+        .and_then(|text| text.parse().ok());
+    let limit = seconds.map_or(WATCH_LIMIT, Duration::from_secs);
+    let mut initial = VecDeque::new();
+    let mut seen = from;
+    if from == 0 {
+        let store = shared.store();
+        seen = store.version;
+        let items = store
+            .list(&target)
+            .into_iter()
+            .filter(|object| matches(object, query));
+        initial.extend(items.map(|object| event("ADDED", &typed(&target, object))));
+        if is_set(query, "sendInitialEvents") {
+            let bookmark = json!({"metadata": {"resourceVersion": seen.to_string(),
+                "annotations": {"k8s.io/initial-events-end": "true"}}});
+            initial.push_back(event("BOOKMARK", &typed(&target, bookmark)));
+        }
+    }
+    let later = changes(shared, target, query.clone(), seen);
+    let frames = stream::iter(initial)
+        .chain(later)
+        .map(|line| Ok(Frame::data(line)));
+    let frames = frames.take_until(tokio::time::sleep(limit));
+    response(200, StreamBody::new(frames).boxed_unsync())
+}
+
+/// Each change of the collection after that version, one line of JSON each.
+fn changes(
+    shared: Arc<Shared>,
+    target: Target,
+    query: BTreeMap<String, String>,
+    seen: u64,
+) -> impl Stream<Item = Bytes> {
+    let newest = shared.newest.subscribe();
+    let start = (shared, newest, seen);
+    let batches = stream::unfold(start, move |(shared, mut newest, seen)| {
+        let (target, query) = (target.clone(), query.clone());
+        async move {
+            newest.wait_for(|version| *version > seen).await.ok()?;
+            let (lines, seen) = {
+                let store = shared.store();
+                let fresh = store.history.iter().filter(|change| {
+                    change.version > seen
+                        && belongs(&change.target, &target)
+                        && matches(&change.object, &query)
+                });
+                let line =
+                    |change: &Change| event(change.kind, &typed(&target, change.object.clone()));
+                (fresh.map(line).collect::<Vec<_>>(), store.version)
+            };
+            Some((stream::iter(lines), (shared, newest, seen)))
+        }
+    });
+    batches.flatten()
+}
+
+fn event(kind: &str, object: &Value) -> Bytes {
+    Bytes::from(format!("{}\n", json!({"type": kind, "object": object})))
+}
+
+/// Objects of a list carry no kind in our store; clients that read single ones want it.
+fn typed(target: &Target, mut object: Value) -> Value {
+    if object.get("kind").is_none() {
+        let kind = match target.resource.as_str() {
+            "configmaps" => "ConfigMap",
+            "serviceaccounts" => "ServiceAccount",
+            "endpointslices" => "EndpointSlice",
+            "replicasets" => "ReplicaSet",
+            "priorityclasses" => "PriorityClass",
+            "runtimeclasses" => "RuntimeClass",
+            other => {
+                let singular = other.strip_suffix('s').unwrap_or(other);
+                let mut letters = singular.chars();
+                let first = letters.next().map(|letter| letter.to_ascii_uppercase());
+                object["kind"] = json!(first.into_iter().chain(letters).collect::<String>());
+                object["apiVersion"] = json!(target.version);
+                return object;
+            }
+        };
+        object["kind"] = json!(kind);
+        object["apiVersion"] = json!(target.version);
+    }
+    object
+}
+
+/// `/api/v1/…` and `/apis/GROUP/VERSION/…`: the target and its subresource.
+fn parse(path: &str) -> Option<(Target, String)> {
+    let mut parts: VecDeque<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+    let mut target = Target::default();
+    match parts.pop_front()? {
+        "api" => parts.pop_front()?.clone_into(&mut target.version),
+        "apis" => target.version = format!("{}/{}", parts.pop_front()?, parts.pop_front()?),
+        _ => return None,
+    }
+    if parts.front() == Some(&"namespaces") && parts.len() > 2 {
+        parts.pop_front();
+        parts.pop_front()?.clone_into(&mut target.namespace);
+    }
+    parts.pop_front()?.clone_into(&mut target.resource);
+    parts
+        .pop_front()
+        .unwrap_or_default()
+        .clone_into(&mut target.name);
+    Some((target, parts.pop_front().unwrap_or_default().to_owned()))
+}
+
+/// The field selector, `a.b=c` joined by commas; label selectors are not looked at.
+fn matches(object: &Value, query: &BTreeMap<String, String>) -> bool {
+    let selector = query.get("fieldSelector").map_or("", String::as_str);
+    selector
+        .split(',')
+        .filter(|term| !term.is_empty())
+        .all(|term| {
+            let (path, wanted, equal) = match term.split_once("!=") {
+                Some((path, wanted)) => (path, wanted, false),
+                None => match term.split_once('=') {
+                    Some((path, wanted)) => (path, wanted.trim_start_matches('='), true),
+                    None => return false,
+                },
+            };
+            let pointer = format!("/{}", path.replace('.', "/"));
+            let found = object
+                .pointer(&pointer)
+                .and_then(Value::as_str)
+                .unwrap_or("");
+            (found == wanted) == equal
+        })
+}
+
+fn is_set(query: &BTreeMap<String, String>, name: &str) -> bool {
+    query
+        .get(name)
+        .is_some_and(|value| value == "true" || value == "1")
+}
+
+fn query(text: &str) -> BTreeMap<String, String> {
+    let pairs = text.split('&').filter_map(|pair| pair.split_once('='));
+    pairs
+        .map(|(name, value)| (decode(name), decode(value)))
+        .collect()
+}
+
+fn decode(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte == b'%' {
+            let digits: String = rest.by_ref().take(2).map(char::from).collect();
+            bytes.extend(u8::from_str_radix(&digits, 16));
+        } else {
+            bytes.push(if byte == b'+' { b' ' } else { byte });
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn reply(code: u16, object: &Value) -> Response<Body> {
+    response(code, Full::from(object.to_string()).boxed_unsync())
+}
+
+fn refuse(refusal: &Refusal) -> Response<Body> {
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+        "message": refusal.message, "reason": refusal.reason, "code": refusal.code,
+    });
+    reply(refusal.code, &status)
+}
+
+fn response(code: u16, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = hyper::StatusCode::from_u16(code).unwrap_or_default();
+    let json = hyper::header::HeaderValue::from_static("application/json");
+    response
+        .headers_mut()
+        .insert(hyper::header::CONTENT_TYPE, json);
+    response
+}

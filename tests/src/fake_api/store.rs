@@ -1,0 +1,216 @@
+//! The objects of the fake API server: one map, one counter of resource versions, one history that
+//! watches read. Everything that happens, happens under one lock and in no time.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::patch::{self, Kind};
+
+/// A refusal: the HTTP status, the machine's reason, and words.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) code: u16,
+    pub(super) reason: &'static str,
+    pub(super) message: String,
+}
+
+/// What a request is about.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Target {
+    /// `v1` or `coordination.k8s.io/v1`.
+    pub(super) version: String,
+    /// Plural, as in the path.
+    pub(super) resource: String,
+    pub(super) namespace: String,
+    /// Empty for a collection.
+    pub(super) name: String,
+}
+
+/// One change, for watches.
+#[derive(Debug, Clone)]
+pub(super) struct Change {
+    pub(super) version: u64,
+    pub(super) kind: &'static str,
+    pub(super) target: Target,
+    pub(super) object: Value,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Store {
+    objects: BTreeMap<Target, Value>,
+    pub(super) history: Vec<Change>,
+    pub(super) version: u64,
+}
+
+impl Store {
+    pub(super) fn get(&self, target: &Target) -> Result<Value, Refusal> {
+        self.objects.get(target).cloned().ok_or_else(|| Refusal {
+            code: 404,
+            reason: "NotFound",
+            message: format!("{} {:?} not found", target.resource, target.name),
+        })
+    }
+
+    /// All objects of a collection; an empty namespace means all.
+    pub(super) fn list(&self, collection: &Target) -> Vec<Value> {
+        let items = self
+            .objects
+            .iter()
+            .filter(|(target, _)| belongs(target, collection));
+        items.map(|(_, object)| object.clone()).collect()
+    }
+
+    pub(super) fn create(&mut self, target: &Target, mut object: Value) -> Result<Value, Refusal> {
+        let mut target = target.clone();
+        if target.name.is_empty() {
+            let given = object["metadata"]["name"].as_str().map(str::to_owned);
+            let prefix = object["metadata"]["generateName"]
+                .as_str()
+                .unwrap_or("object-");
+            target.name = given.unwrap_or_else(|| format!("{prefix}{:05}", self.version));
+        }
+        if self.objects.contains_key(&target) {
+            return Err(Refusal {
+                code: 409,
+                reason: "AlreadyExists",
+                message: format!("{} {:?} already exists", target.resource, target.name),
+            });
+        }
+        let metadata = &mut object["metadata"];
+        metadata["name"] = json!(target.name);
+        if !target.namespace.is_empty() {
+            metadata["namespace"] = json!(target.namespace);
+        }
+        // A version 4 UUID in form; its number makes it unique.
+        metadata["uid"] = json!(format!("00000000-0000-4000-8000-{:012x}", self.version + 1));
+        metadata["creationTimestamp"] = json!(now());
+        metadata["generation"] = json!(1);
+        Ok(self.put("ADDED", target, object))
+    }
+
+    pub(super) fn replace(
+        &mut self,
+        target: &Target,
+        mut object: Value,
+        part: &str,
+    ) -> Result<Value, Refusal> {
+        let old = self.get(target)?;
+        let wanted = object["metadata"]["resourceVersion"].as_str();
+        if wanted.is_some_and(|wanted| Some(wanted) != old["metadata"]["resourceVersion"].as_str())
+        {
+            return Err(conflict(target, "the object has been modified"));
+        }
+        if part == "status" {
+            let status = object["status"].take();
+            object = old;
+            object["status"] = status;
+        } else {
+            for field in [
+                "uid",
+                "creationTimestamp",
+                "deletionTimestamp",
+                "generation",
+            ] {
+                if let Some(value) = old["metadata"].get(field) {
+                    object["metadata"][field] = value.clone();
+                }
+            }
+            if let Some(status) = old.get("status") {
+                object["status"] = status.clone();
+            }
+        }
+        Ok(self.put("MODIFIED", target.clone(), object))
+    }
+
+    pub(super) fn patch(
+        &mut self,
+        target: &Target,
+        body: &Value,
+        kind: Kind,
+        part: &str,
+    ) -> Result<Value, Refusal> {
+        let old = self.get(target)?;
+        let uid = body["metadata"]["uid"].as_str();
+        if uid.is_some_and(|uid| Some(uid) != old["metadata"]["uid"].as_str()) {
+            return Err(conflict(target, "the UID is another"));
+        }
+        let mut object = old.clone();
+        let mut body = body.clone();
+        if let Some(fields) = body.as_object_mut() {
+            fields.retain(|name, _| (name == "status") == (part == "status") || name == "metadata");
+        }
+        patch::merge(&mut object, &body, kind);
+        object["metadata"]["resourceVersion"] = old["metadata"]["resourceVersion"].clone();
+        if object == old {
+            return Ok(old);
+        }
+        Ok(self.put("MODIFIED", target.clone(), object))
+    }
+
+    /// Pods on a node end in two steps, as with a real API server; anything else at once.
+    pub(super) fn delete(&mut self, target: &Target, options: &Value) -> Result<Value, Refusal> {
+        let mut object = self.get(target)?;
+        let uid = options["preconditions"]["uid"].as_str();
+        if uid.is_some_and(|uid| Some(uid) != object["metadata"]["uid"].as_str()) {
+            return Err(conflict(target, "the UID in the precondition is another"));
+        }
+        let own = object["spec"]["terminationGracePeriodSeconds"]
+            .as_i64()
+            .unwrap_or(30);
+        let grace = options["gracePeriodSeconds"].as_i64().unwrap_or(own);
+        let on_a_node = object["spec"]["nodeName"]
+            .as_str()
+            .is_some_and(|node| !node.is_empty());
+        if target.resource == "pods" && on_a_node && grace > 0 {
+            object["metadata"]["deletionGracePeriodSeconds"] = json!(grace);
+            if object["metadata"]["deletionTimestamp"].is_null() {
+                object["metadata"]["deletionTimestamp"] = json!(now());
+            }
+            return Ok(self.put("MODIFIED", target.clone(), object));
+        }
+        self.objects.remove(target);
+        self.record("DELETED", target.clone(), object.clone());
+        Ok(object)
+    }
+
+    fn put(&mut self, kind: &'static str, target: Target, object: Value) -> Value {
+        let object = self.record(kind, target.clone(), object);
+        self.objects.insert(target, object.clone());
+        object
+    }
+
+    fn record(&mut self, kind: &'static str, target: Target, mut object: Value) -> Value {
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        let change = Change {
+            version: self.version,
+            kind,
+            target,
+            object: object.clone(),
+        };
+        self.history.push(change);
+        object
+    }
+}
+
+/// Does the object belong to the collection?
+pub(super) fn belongs(target: &Target, collection: &Target) -> bool {
+    target.version == collection.version
+        && target.resource == collection.resource
+        && (collection.namespace.is_empty() || target.namespace == collection.namespace)
+}
+
+fn conflict(target: &Target, words: &str) -> Refusal {
+    let message = format!("{} {:?}: {words}", target.resource, target.name);
+    Refusal {
+        code: 409,
+        reason: "Conflict",
+        message,
+    }
+}
+
+fn now() -> String {
+    let now = jiff::Timestamp::now();
+    now.round(jiff::Unit::Second).unwrap_or(now).to_string()
+}
