@@ -10,7 +10,7 @@ use tonic::transport::{Channel, Uri};
 use super::{
     CONNECT_TIMEOUT, Carrier, Credentials, ExpectPeer, LinkError, Peer, endpoint,
     listen::{Conn, unix_peer},
-    tls::Seen,
+    tls::{Seen, in_words},
 };
 
 /// A channel to the peer at `carrier`. Lazy: connects at the first request, and again at the next one after a cut;
@@ -89,7 +89,7 @@ async fn tcp(
     let handshake = |source| LinkError::Handshake {
         peer: carrier.to_string(),
         claimed: seen.text(),
-        source,
+        source: in_words(source),
     };
     let config = credentials
         .material()

@@ -24,7 +24,7 @@ use super::{
     CONNECT_TIMEOUT, Carrier, Credentials, ExpectPeer, Identity, LinkError,
     accept::{Accept, Listener, Raw},
     own_uid,
-    tls::Seen,
+    tls::{Seen, in_words},
 };
 use crate::error::chain;
 
@@ -168,7 +168,7 @@ async fn accept_tls(
     let failed = |source| LinkError::Handshake {
         peer: addr.to_string(),
         claimed: seen.text(),
-        source,
+        source: in_words(source),
     };
     stream.set_nodelay(true).map_err(failed)?;
     let config = credentials

@@ -28,7 +28,7 @@ use super::{
     CONNECT_TIMEOUT, Carrier, LinkError,
     accept::{Accept, Listener, Raw},
     listen::logged,
-    tls::{CredentialsError, client_config, no_tls12, other, provider, server_config},
+    tls::{CredentialsError, client_config, in_words, no_tls12, other, provider, server_config},
 };
 use crate::pki::{self, PkiError};
 
@@ -167,7 +167,7 @@ async fn accept(
     let failed = |source| LinkError::Handshake {
         peer: addr.to_string(),
         claimed: None,
-        source,
+        source: in_words(source),
     };
     stream.set_nodelay(true).map_err(failed)?;
     let config = server_config(Arc::new(Pin256 { expect: None }), pair.resolver())
@@ -199,7 +199,7 @@ pub async fn dial(address: &str, pair: &KeyPair, expect_spki: &str) -> Result<Tl
         let handshake = |source| LinkError::Handshake {
             peer: carrier.to_string(),
             claimed: None,
-            source,
+            source: in_words(source),
         };
         let verifier = Arc::new(Pin256 {
             expect: Some(expect_spki.to_owned()),
@@ -363,4 +363,10 @@ impl ClientCertVerifier for Pin256 {
             .signature_verification_algorithms
             .supported_schemes()
     }
+}
+
+/// Takes any key: for tests of a client that shows none itself.
+#[cfg(test)]
+pub(super) fn any_key() -> Arc<dyn ServerCertVerifier> {
+    Arc::new(Pin256 { expect: None })
 }

@@ -394,6 +394,19 @@ pub(super) fn other(error: impl std::error::Error + Send + Sync + 'static) -> ru
     rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
 }
 
+/// A failed handshake's error in words: rustls shows errors of ours only as Rust values.
+pub(super) fn in_words(error: io::Error) -> io::Error {
+    let inner = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    if let Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(ours)))) =
+        inner
+    {
+        return io::Error::new(error.kind(), chain(ours.as_ref()));
+    }
+    error
+}
+
 /// TLS 1.2 is not offered, so its signatures never occur.
 pub(super) fn no_tls12() -> rustls::Error {
     rustls::Error::General("TLS 1.2 is not spoken here".to_owned())
