@@ -23,6 +23,7 @@ mod tls;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -134,6 +135,8 @@ pub struct Server {
     address: SocketAddr,
     context: Arc<Context>,
     reload: tls::Reload,
+    reload_interval: Duration,
+    drain: Duration,
 }
 
 impl std::fmt::Debug for Server {
@@ -176,6 +179,8 @@ impl Server {
             address,
             context,
             reload,
+            reload_interval: tls::RELOAD_INTERVAL,
+            drain: accept::DRAIN,
         })
     }
 
@@ -190,8 +195,8 @@ impl Server {
         let router = routes::router(Arc::clone(&self.context));
         let tls = self.context.tls.clone();
         tokio::join!(
-            self.reload.run(shutdown.clone()),
-            accept::serve(self.listener, tls, router, shutdown),
+            self.reload.run(self.reload_interval, shutdown.clone()),
+            accept::serve(self.listener, tls, router, self.drain, shutdown),
         );
     }
 }

@@ -33,7 +33,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 /// Connections at once: a stream each, so 200 execs, 100 followers and a scraper fit many times over.
 const MAX_CONNECTIONS: usize = 2048;
 /// How long requests under way may go on after shutdown began.
-const DRAIN: Duration = Duration::from_secs(5);
+pub(super) const DRAIN: Duration = Duration::from_secs(5);
 /// After a failed accept (no file descriptors left) the loop must not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -42,6 +42,7 @@ pub(super) async fn serve(
     listener: TcpListener,
     tls: Tls,
     router: Router,
+    drain: Duration,
     shutdown: CancellationToken,
 ) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -74,7 +75,7 @@ pub(super) async fn serve(
         }
     }
     drop(listener);
-    let drained = tokio::time::timeout(DRAIN, async {
+    let drained = tokio::time::timeout(drain, async {
         while connections.join_next().await.is_some() {}
     });
     if drained.await.is_err() {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::{Path, RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
-use futures::TryStreamExt as _;
+use futures::{FutureExt as _, TryStreamExt as _};
 use http::{StatusCode, header};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
@@ -40,8 +40,10 @@ pub(super) async fn container_logs(
     let what = format!("{namespace}/{name}/{container}");
     match context.backend.read_logs(request).await {
         Ok(stream) => {
-            let stream = stream.inspect_err(move |status| {
+            let stream = stream.or_else(move |status| {
                 warn!(container = what, code = ?status.code(), error = status.message(), "a log stream broke off");
+                // Lets the connection flush what came before, which it would not do on an error.
+                tokio::task::yield_now().map(|()| Err(status))
             });
             let plain = [(header::CONTENT_TYPE, "text/plain")];
             (plain, Body::from_stream(stream)).into_response()
@@ -179,11 +181,11 @@ mod tests {
         }
     }
 
-    fn waiting(reason: &str) -> Option<ContainerState> {
-        Some(ContainerState::Waiting(pb::Waiting {
+    fn waiting(reason: &str) -> ContainerState {
+        ContainerState::Waiting(pb::Waiting {
             reason: reason.to_owned(),
             ..pb::Waiting::default()
-        }))
+        })
     }
 
     fn ended(container_id: &str) -> pb::Terminated {
@@ -197,15 +199,15 @@ mod tests {
     fn says_why_there_is_no_log_as_upstream() {
         let cases = [
             (
-                view(waiting("ContainerCreating"), None),
+                view(Some(waiting("ContainerCreating")), None),
                 r#"container "c" in pod "p" is waiting to start: ContainerCreating"#,
             ),
             (
-                view(waiting("ErrImagePull"), None),
+                view(Some(waiting("ErrImagePull")), None),
                 r#"container "c" in pod "p" is waiting to start: image can't be pulled"#,
             ),
             (
-                view(waiting("ImagePullBackOff"), None),
+                view(Some(waiting("ImagePullBackOff")), None),
                 r#"container "c" in pod "p" is waiting to start: trying and failing to pull image"#,
             ),
             (
@@ -238,7 +240,7 @@ mod tests {
         for view in [
             view(running.clone(), None),
             view(terminated, None),
-            view(waiting("CrashLoopBackOff"), last.clone()),
+            view(Some(waiting("CrashLoopBackOff")), last.clone()),
         ] {
             assert_eq!(readable(&view, "p", "c", false), Ok(()));
         }

@@ -133,7 +133,8 @@ mod tests {
     use super::*;
 
     fn parse(raw: &str) -> Result<LogOptions, BadOptions> {
-        LogOptions::parse(&Query::parse(raw).unwrap())
+        let query = Query::parse(raw).map_err(|_| BadOptions::Undecodable)?;
+        LogOptions::parse(&query)
     }
 
     #[test]

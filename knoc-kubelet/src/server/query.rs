@@ -61,8 +61,8 @@ fn decode(text: &str) -> Result<String, BadQuery> {
             b'+' => out.push(b' '),
             b'%' => {
                 let digits = (
-                    bytes.get(at + 1).and_then(hex),
-                    bytes.get(at + 2).and_then(hex),
+                    bytes.get(at + 1).copied().and_then(hex),
+                    bytes.get(at + 2).copied().and_then(hex),
                 );
                 let (Some(high), Some(low)) = digits else {
                     return Err(BadQuery::Escape { at });
@@ -77,7 +77,7 @@ fn decode(text: &str) -> Result<String, BadQuery> {
     String::from_utf8(out).map_err(|_| BadQuery::NotUtf8)
 }
 
-fn hex(digit: &u8) -> Option<u8> {
+fn hex(digit: u8) -> Option<u8> {
     match digit {
         b'0'..=b'9' => Some(digit - b'0'),
         b'a'..=b'f' => Some(digit - b'a' + 10),

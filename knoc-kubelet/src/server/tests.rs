@@ -1,1 +1,6 @@
 //! The API over real TLS, with a fake backend and a fake cluster.
+
+mod access;
+mod harness;
+mod lifecycle;
+mod logs;

@@ -30,7 +30,7 @@ use tracing::{info, warn};
 use super::{ClientCa, Cluster, Serving};
 
 /// How often files and ConfigMap are looked at again; a mounted Secret takes up to a minute to change anyway.
-const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
+pub(super) const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The verifier of client certificates, or none while no CA is known.
 pub(super) type Verifier = Option<Arc<dyn ClientCertVerifier>>;
@@ -102,7 +102,7 @@ pub(super) struct Reload {
     client_ca: ClientCa,
     cluster: Arc<dyn Cluster>,
     seen_serving: Material,
-    seen_ca: Vec<u8>,
+    seen_ca: Option<Vec<u8>>,
     last_problem: String,
     config: watch::Sender<Arc<ServerConfig>>,
     verifier: watch::Sender<Verifier>,
@@ -130,7 +130,7 @@ impl Reload {
             client_ca,
             cluster,
             seen_serving: material,
-            seen_ca: Vec::new(),
+            seen_ca: None,
             last_problem: String::new(),
             config,
             verifier,
@@ -146,10 +146,10 @@ impl Reload {
         Ok((reload, tls))
     }
 
-    /// Re-reads until `shutdown`.
-    pub(super) async fn run(mut self, shutdown: CancellationToken) {
+    /// Re-reads every `interval` until `shutdown`.
+    pub(super) async fn run(mut self, interval: Duration, shutdown: CancellationToken) {
         let tick = async |reload: &mut Self| {
-            tokio::time::sleep(RELOAD_INTERVAL).await;
+            tokio::time::sleep(interval).await;
             reload.reload().await;
         };
         while shutdown
@@ -197,12 +197,12 @@ impl Reload {
                 ("the cluster".to_owned(), pem.into_bytes())
             }
         };
-        if pem != self.seen_ca {
+        if self.seen_ca.as_ref() != Some(&pem) {
             self.verifier.send_replace(Some(verifier(&what, &pem)?));
-            if !self.seen_ca.is_empty() {
+            if self.seen_ca.is_some() {
                 info!(source = %what, "client CA of the kubelet API was replaced");
             }
-            self.seen_ca = pem;
+            self.seen_ca = Some(pem);
         }
         Ok(())
     }

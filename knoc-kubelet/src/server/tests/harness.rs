@@ -1,0 +1,354 @@
+//! A CA of its own, a server on a free port, and a client that speaks HTTP/1.1 over TLS.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use http_body_util::{BodyExt as _, Empty};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use k8s_openapi::api::authorization::v1::SubjectAccessReviewSpec;
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use knoc_proto::pb;
+use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer};
+use rcgen::{KeyPair, date_time_ymd};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::server::{
+    Backend, ByteStream, ClientCa, Cluster, ClusterError, PodView, Server, Serving, Settings, User,
+};
+
+/// Long enough for a loaded machine, short enough to end a hang.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(super) struct Pair {
+    pub(super) certificate: String,
+    pub(super) key: String,
+}
+
+pub(super) struct TestCa {
+    pub(super) pem: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl TestCa {
+    pub(super) fn new(name: &str) -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        let key = KeyPair::generate().unwrap();
+        let pem = params.self_signed(&key).unwrap().pem();
+        let issuer = Issuer::new(params, key);
+        Self { pem, issuer }
+    }
+
+    fn issue(&self, mut params: CertificateParams, name: &str, groups: &[&str]) -> Pair {
+        params.distinguished_name.push(DnType::CommonName, name);
+        for &group in groups {
+            params
+                .distinguished_name
+                .push(DnType::OrganizationName, group);
+        }
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap().pem();
+        Pair {
+            certificate,
+            key: key.serialize_pem(),
+        }
+    }
+
+    pub(super) fn client(&self, name: &str, groups: &[&str]) -> Pair {
+        let mut params = CertificateParams::default();
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        self.issue(params, name, groups)
+    }
+
+    pub(super) fn expired(&self, name: &str, groups: &[&str]) -> Pair {
+        let mut params = CertificateParams::default();
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        params.not_before = date_time_ymd(2001, 1, 1);
+        params.not_after = date_time_ymd(2002, 1, 1);
+        self.issue(params, name, groups)
+    }
+
+    pub(super) fn server(&self) -> Pair {
+        let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
+        self.issue(params, "system:node:virtual", &["system:nodes"])
+    }
+}
+
+#[derive(Default)]
+pub(super) struct FakeBackend {
+    pub(super) pods: Vec<PodView>,
+    pub(super) asked: Mutex<Vec<pb::ReadLogsRequest>>,
+    pub(super) log: Mutex<Option<Result<ByteStream, tonic::Status>>>,
+    pub(super) stuck: bool,
+}
+
+impl Backend for FakeBackend {
+    fn pods(&self) -> Vec<Arc<Pod>> {
+        self.pods.iter().map(|view| Arc::clone(&view.pod)).collect()
+    }
+
+    fn pod(&self, namespace: &str, name: &str) -> Option<PodView> {
+        let found = self.pods.iter().find(|view| {
+            let meta = &view.pod.metadata;
+            meta.namespace.as_deref() == Some(namespace) && meta.name.as_deref() == Some(name)
+        });
+        found.cloned()
+    }
+
+    fn read_logs(
+        &self,
+        request: pb::ReadLogsRequest,
+    ) -> BoxFuture<'_, Result<ByteStream, tonic::Status>> {
+        self.asked.lock().unwrap().push(request);
+        let log = self.log.lock().unwrap().take().unwrap();
+        async move { log }.boxed()
+    }
+
+    fn sync_loop(&self) -> Result<(), String> {
+        if self.stuck {
+            Err("sync Loop took longer than expected".to_owned())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Knows tokens, and lets users do what stands in `allowed` as `user verb subresource`.
+#[derive(Default)]
+pub(super) struct FakeCluster {
+    pub(super) tokens: HashMap<String, User>,
+    pub(super) allowed: Vec<&'static str>,
+    pub(super) broken: bool,
+    pub(super) reviews: Mutex<Vec<String>>,
+}
+
+const BROKEN: ClusterError = ClusterError::Deadline { call: "review" };
+
+impl Cluster for FakeCluster {
+    fn review_access(
+        &self,
+        spec: SubjectAccessReviewSpec,
+    ) -> BoxFuture<'_, Result<bool, ClusterError>> {
+        let attributes = spec.resource_attributes.unwrap();
+        assert_eq!(attributes.resource.as_deref(), Some("nodes"));
+        assert_eq!(attributes.name.as_deref(), Some("virtual"));
+        let asked = format!(
+            "{} {} {}",
+            spec.user.unwrap(),
+            attributes.verb.unwrap(),
+            attributes.subresource.unwrap()
+        );
+        let allowed = self.allowed.contains(&asked.as_str());
+        self.reviews.lock().unwrap().push(asked);
+        let answer = if self.broken {
+            Err(BROKEN)
+        } else {
+            Ok(allowed)
+        };
+        async move { answer }.boxed()
+    }
+
+    fn review_token(&self, token: String) -> BoxFuture<'_, Result<Option<User>, ClusterError>> {
+        self.reviews.lock().unwrap().push("token".to_owned());
+        let user = self.tokens.get(&token).cloned();
+        async move { Ok(user) }.boxed()
+    }
+
+    fn client_ca(&self) -> BoxFuture<'_, Result<String, ClusterError>> {
+        async { Err(BROKEN) }.boxed()
+    }
+}
+
+pub(super) fn pod(namespace: &str, name: &str, containers: &[&str]) -> Pod {
+    let container = |name: &&str| Container {
+        name: (*name).to_owned(),
+        ..Container::default()
+    };
+    let mut pod = Pod::default();
+    pod.metadata.namespace = Some(namespace.to_owned());
+    pod.metadata.name = Some(name.to_owned());
+    pod.metadata.uid = Some(format!("{namespace}-{name}"));
+    pod.spec = Some(PodSpec {
+        containers: containers.iter().map(container).collect(),
+        ..PodSpec::default()
+    });
+    pod
+}
+
+/// A pod whose containers all run.
+pub(super) fn running(namespace: &str, name: &str, containers: &[&str]) -> PodView {
+    let status = |name: &&str| pb::ContainerStatus {
+        name: (*name).to_owned(),
+        state: Some(pb::container_status::State::Running(pb::Running::default())),
+        ..pb::ContainerStatus::default()
+    };
+    PodView {
+        pod: Arc::new(pod(namespace, name, containers)),
+        observed: Some(Arc::new(pb::PodObserved {
+            containers: containers.iter().map(status).collect(),
+            ..pb::PodObserved::default()
+        })),
+    }
+}
+
+/// A server with its CA, files and tasks.
+pub(super) struct Fixture {
+    pub(super) ca: TestCa,
+    pub(super) folder: tempfile::TempDir,
+    pub(super) backend: Arc<FakeBackend>,
+    pub(super) cluster: Arc<FakeCluster>,
+    pub(super) address: SocketAddr,
+    pub(super) shutdown: CancellationToken,
+    pub(super) tasks: JoinSet<()>,
+}
+
+pub(super) fn put(path: &Path, text: &str) {
+    use std::io::Write as _;
+    std::fs::File::create(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .unwrap();
+}
+
+impl Fixture {
+    pub(super) async fn new(backend: FakeBackend, cluster: FakeCluster) -> Self {
+        let ca = TestCa::new("cluster");
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let serving = ca.server();
+        put(&path("ca.crt"), &ca.pem);
+        put(&path("tls.crt"), &serving.certificate);
+        put(&path("tls.key"), &serving.key);
+        let settings = Settings {
+            bind: "127.0.0.1:0".parse().unwrap(),
+            node: "virtual".to_owned(),
+            serving: Serving {
+                certificate: path("tls.crt"),
+                key: path("tls.key"),
+            },
+            client_ca: ClientCa::File(path("ca.crt")),
+        };
+        let backend = Arc::new(backend);
+        let cluster = Arc::new(cluster);
+        let mut server = Server::bind(
+            settings,
+            Arc::clone(&backend) as Arc<dyn Backend>,
+            Arc::clone(&cluster) as Arc<dyn Cluster>,
+        )
+        .await
+        .unwrap();
+        server.reload_interval = Duration::from_millis(20);
+        server.drain = Duration::from_millis(200);
+        let shutdown = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        let address = server.local_addr();
+        tasks.spawn(server.run(shutdown.clone()));
+        Self {
+            ca,
+            folder,
+            backend,
+            cluster,
+            address,
+            shutdown,
+            tasks,
+        }
+    }
+
+    pub(super) fn master(&self) -> Pair {
+        self.ca.client("kube-apiserver", &["system:masters"])
+    }
+
+    /// Connects, trusting `ca`, with a client certificate or none.
+    pub(super) async fn connect_trusting(&self, ca: &str, identity: Option<&Pair>) -> Client {
+        let mut roots = rustls::RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap())
+            .unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots);
+        let config = match identity {
+            None => builder.with_no_client_auth(),
+            Some(pair) => {
+                let chain = CertificateDer::from_pem_slice(pair.certificate.as_bytes()).unwrap();
+                let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
+                builder.with_client_auth_cert(vec![chain], key).unwrap()
+            }
+        };
+        let stream = TcpStream::connect(self.address).await.unwrap();
+        let name = ServerName::try_from("127.0.0.1").unwrap();
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
+            .connect(name, stream)
+            .await
+            .unwrap();
+        let serial = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(connection.map(drop));
+        Client {
+            sender,
+            served_by: serial,
+            tasks,
+        }
+    }
+
+    pub(super) async fn connect(&self, identity: Option<&Pair>) -> Client {
+        self.connect_trusting(&self.ca.pem, identity).await
+    }
+}
+
+/// One connection.
+pub(super) struct Client {
+    sender: hyper::client::conn::http1::SendRequest<Empty<Bytes>>,
+    pub(super) served_by: Vec<u8>,
+    pub(super) tasks: JoinSet<()>,
+}
+
+impl Client {
+    pub(super) async fn send(
+        &mut self,
+        method: &str,
+        path: &str,
+        token: Option<&str>,
+    ) -> http::Response<Incoming> {
+        let mut request = http::Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "127.0.0.1");
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(Empty::new()).unwrap();
+        tokio::time::timeout(PATIENCE, self.sender.send_request(request))
+            .await
+            .expect("no answer in time")
+            .unwrap()
+    }
+
+    /// Status and whole text.
+    pub(super) async fn get(&mut self, path: &str) -> (u16, String) {
+        self.get_as(path, None).await
+    }
+
+    pub(super) async fn get_as(&mut self, path: &str, token: Option<&str>) -> (u16, String) {
+        let response = self.send("GET", path, token).await;
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+}
