@@ -1,4 +1,16 @@
-//! KNoC test world.
+//! What the suites share: processes with deadlines, waiting on levels, pods, and the two worlds they live in.
+//!
+//! Level 2: real binaries and real TLS, the embedded scheduler, no root. [`world::World`] is
+//! level 3: the stack that `make up` brought up, real Kubernetes, Slurm and Apptainer.
 
 pub mod cases;
+pub mod command;
 pub mod fake_api;
+pub mod pod;
+pub mod wait;
+pub mod world;
+
+pub use command::{Output, Run};
+pub use pod::PodBuilder;
+pub use wait::wait_for;
+pub use world::World;

@@ -1,0 +1,180 @@
+//! Child processes of the tests: argv, bytes in, bytes out, a deadline. The one place where tests start any.
+
+use std::{ffi::OsStr, fmt, process::Stdio, time::Duration};
+
+use anyhow::{Context as _, bail};
+use tokio::{
+    io::AsyncWriteExt as _,
+    process::{Child, Command},
+    time::timeout,
+};
+
+/// Longest life of a child where a test does not say.
+const DEADLINE: Duration = Duration::from_mins(1);
+
+/// How a child ended, and what it said.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// Exit code; 128 + signal where a signal ended it.
+    pub code: i32,
+    /// Bytes of standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error, as text.
+    pub stderr: String,
+}
+
+impl Output {
+    /// Standard output as text, without the last line's end.
+    #[must_use]
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).trim_end().to_owned()
+    }
+}
+
+impl fmt::Display for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "code {}, stdout {:?}, stderr {:?}",
+            self.code,
+            self.text(),
+            self.stderr
+        )
+    }
+}
+
+/// A child about to be run.
+#[derive(Debug)]
+pub struct Run {
+    command: Command,
+    words: Vec<String>,
+    stdin: Option<Vec<u8>>,
+    deadline: Duration,
+}
+
+impl Run {
+    /// A program of `PATH`, or a path.
+    #[must_use]
+    pub fn new(program: impl AsRef<OsStr>) -> Self {
+        let words = vec![program.as_ref().to_string_lossy().into_owned()];
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the one place where tests start processes"
+        )]
+        let mut command = Command::new(program);
+        command.kill_on_drop(true);
+        Self {
+            command,
+            words,
+            stdin: None,
+            deadline: DEADLINE,
+        }
+    }
+
+    /// One more argument.
+    #[must_use]
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.words.push(arg.as_ref().to_string_lossy().into_owned());
+        self.command.arg(arg);
+        self
+    }
+
+    /// More arguments.
+    #[must_use]
+    pub fn args<S: AsRef<OsStr>>(self, args: impl IntoIterator<Item = S>) -> Self {
+        args.into_iter().fold(self, Self::arg)
+    }
+
+    /// A variable of its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Only what `env` gives from here on.
+    #[must_use]
+    pub fn env_clear(mut self) -> Self {
+        self.command.env_clear();
+        self
+    }
+
+    /// Its standard input; without it there is none.
+    #[must_use]
+    pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.stdin = Some(bytes.into());
+        self
+    }
+
+    /// How long it may take.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Runs it to its end, whatever its exit code.
+    pub async fn output(mut self) -> anyhow::Result<Output> {
+        let words = self.words.join(" ");
+        let stdin = self.stdin.take();
+        self.command.stdin(if stdin.is_some() {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        });
+        self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = self
+            .command
+            .spawn()
+            .with_context(|| format!("start `{words}`"))?;
+        let pipe = child.stdin.take();
+        let feed = async move {
+            if let (Some(mut pipe), Some(bytes)) = (pipe, stdin) {
+                // A child may end without reading all of it.
+                drop(pipe.write_all(&bytes).await);
+            }
+        };
+        let both = async { tokio::join!(feed, child.wait_with_output()).1 };
+        let Ok(output) = timeout(self.deadline, both).await else {
+            bail!("`{words}` has not ended after {:?}", self.deadline);
+        };
+        let output = output.with_context(|| format!("wait for `{words}`"))?;
+        Ok(Output {
+            code: code_of(output.status),
+            stdout: output.stdout,
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    /// Runs it to its end; any exit code but 0 is an error.
+    pub async fn ok(self) -> anyhow::Result<Output> {
+        let words = self.words.join(" ");
+        let output = self.output().await?;
+        if output.code != 0 {
+            bail!("`{words}`: {output}");
+        }
+        Ok(output)
+    }
+
+    /// Starts it in the background, its output into `log`. It is killed when the handle is dropped.
+    pub fn spawn(mut self, log: &std::path::Path) -> anyhow::Result<Child> {
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(log)?;
+        self.command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file);
+        self.command
+            .spawn()
+            .with_context(|| format!("start `{}`", self.words.join(" ")))
+    }
+}
+
+fn code_of(status: std::process::ExitStatus) -> i32 {
+    use std::os::unix::process::ExitStatusExt as _;
+    status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}

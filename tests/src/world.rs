@@ -1,0 +1,404 @@
+//! Level 3: the stack that `make up` brought up. Every test has a namespace of its own.
+//!
+//! The environment says where things are (`eval "$(make -s env)"`; `make test` does it).
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, bail};
+use k8s_openapi::api::core::v1::{Event, Namespace, Pod};
+use kube::{
+    Api, Client, ResourceExt as _,
+    api::{DeleteParams, ListParams, LogParams, PostParams},
+};
+use serde_json::json;
+
+use crate::{PodBuilder, Run, wait_for};
+
+/// From creation to an end of a pod that does next to nothing, on a busy machine.
+pub const SOON: Duration = Duration::from_mins(1);
+
+/// The stack, seen from one test.
+#[derive(Clone)]
+pub struct World {
+    /// Of the test alone.
+    pub namespace: String,
+    /// Our virtual node.
+    pub node: String,
+    client: Client,
+    testbed: PathBuf,
+    hpc: PathBuf,
+}
+
+impl fmt::Debug for World {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("World")
+            .field("namespace", &self.namespace)
+            .finish_non_exhaustive()
+    }
+}
+
+impl World {
+    /// The running stack, and a fresh namespace in it.
+    pub async fn new(test: &str) -> anyhow::Result<Self> {
+        let variable = |name: &str| {
+            std::env::var(name).with_context(|| {
+                format!("{name} is not set; bring the stack up and load it: make up && eval \"$(make -s env)\"")
+            })
+        };
+        let node = variable("KNOC_NODE")?;
+        let hpc = PathBuf::from(variable("HPC_PREFIX")?).join("bin/hpc");
+        // Both a process-wide choice; the first test makes it.
+        drop(rustls::crypto::ring::default_provider().install_default());
+        let client = Client::try_default()
+            .await
+            .context("connect to the API server")?;
+        let namespace = format!("t-{test}-{:05x}", rand::random::<u32>() & 0xf_ffff);
+        let api: Api<Namespace> = Api::all(client.clone());
+        let object = serde_json::from_value(json!({
+            "metadata": {"name": namespace, "labels": {"knoc-test": test}}
+        }))?;
+        api.create(&PostParams::default(), &object)
+            .await
+            .context("create the test's namespace")?;
+        let testbed = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("testbed");
+        let world = Self {
+            namespace,
+            node,
+            client,
+            testbed,
+            hpc,
+        };
+        wait_for("the default ServiceAccount", SOON, async || {
+            world
+                .kubectl(["get", "serviceaccount", "default"])
+                .ok()
+                .await
+        })
+        .await?;
+        Ok(world)
+    }
+
+    /// Lets go of the namespace and all in it. A test that fails leaves them, to be looked at.
+    pub async fn finish(self) -> anyhow::Result<()> {
+        let api: Api<Namespace> = Api::all(self.client.clone());
+        api.delete(&self.namespace, &DeleteParams::background())
+            .await?;
+        Ok(())
+    }
+
+    /// The client library's view of any kind in the test's namespace.
+    #[must_use]
+    pub fn api<K>(&self) -> Api<K>
+    where
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope>,
+        K::DynamicType: Default,
+    {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// The same of a kind without namespaces.
+    #[must_use]
+    pub fn cluster_api<K>(&self) -> Api<K>
+    where
+        K: kube::Resource,
+        K::DynamicType: Default,
+    {
+        Api::all(self.client.clone())
+    }
+
+    // ---- pods ----
+
+    /// Creates the pod and says its UID.
+    pub async fn create(&self, pod: &PodBuilder) -> anyhow::Result<String> {
+        let created = self
+            .api::<Pod>()
+            .create(&PostParams::default(), &pod.build()?)
+            .await
+            .with_context(|| format!("create pod {}", pod.name()))?;
+        created.uid().context("a pod without UID")
+    }
+
+    /// The pod as it is.
+    pub async fn pod(&self, name: &str) -> anyhow::Result<Pod> {
+        Ok(self.api::<Pod>().get(name).await?)
+    }
+
+    /// Waits until `is` answers something of the pod.
+    pub async fn wait<T>(
+        &self,
+        name: &str,
+        what: &str,
+        limit: Duration,
+        is: impl Fn(&Pod) -> Option<T>,
+    ) -> anyhow::Result<T> {
+        let outcome = wait_for(&format!("pod {name}: {what}"), limit, async || {
+            let pod = self.pod(name).await.map_err(|error| format!("{error:#}"))?;
+            is(&pod).ok_or_else(|| serde_json::to_string(&pod.status).unwrap_or_default())
+        })
+        .await;
+        match outcome {
+            Ok(value) => Ok(value),
+            Err(error) => {
+                Err(error.context(format!("events: {}", self.events(name).await?.join("; "))))
+            }
+        }
+    }
+
+    /// Waits until the pod is in that phase; another end fails at once. Answers the pod.
+    pub async fn wait_phase(
+        &self,
+        name: &str,
+        phase: &str,
+        limit: Duration,
+    ) -> anyhow::Result<Pod> {
+        let pod = self
+            .wait(name, &format!("phase {phase}"), limit, |pod| {
+                let now = phase_of(pod);
+                let ended = matches!(now, "Succeeded" | "Failed");
+                (now == phase || ended).then(|| pod.clone())
+            })
+            .await?;
+        if phase_of(&pod) != phase {
+            let status = serde_json::to_string(&pod.status)?;
+            let events = self.events(name).await?.join("; ");
+            bail!("pod {name}: {phase} was expected; status {status}; events: {events}");
+        }
+        Ok(pod)
+    }
+
+    /// Creates the pod and waits for a phase.
+    pub async fn run(&self, pod: &PodBuilder, phase: &str) -> anyhow::Result<Pod> {
+        self.create(pod).await?;
+        self.wait_phase(pod.name(), phase, SOON).await
+    }
+
+    /// Waits until the pod is no more.
+    pub async fn wait_gone(&self, name: &str, limit: Duration) -> anyhow::Result<()> {
+        wait_for(&format!("pod {name} gone"), limit, async || {
+            match self.api::<Pod>().get_opt(name).await {
+                Ok(None) => Ok(()),
+                Ok(Some(pod)) => Err(serde_json::to_string(&pod.status).unwrap_or_default()),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+        .await
+    }
+
+    /// Deletes the pod; `None`: with its own grace.
+    pub async fn delete(&self, name: &str, grace: Option<u32>) -> anyhow::Result<()> {
+        let how = DeleteParams {
+            grace_period_seconds: grace,
+            ..DeleteParams::default()
+        };
+        self.api::<Pod>()
+            .delete(name, &how)
+            .await
+            .with_context(|| format!("delete pod {name}"))?;
+        Ok(())
+    }
+
+    /// The whole log of a container, through the API server.
+    pub async fn logs(&self, name: &str, container: &str) -> anyhow::Result<String> {
+        let what = LogParams {
+            container: Some(container.into()),
+            ..LogParams::default()
+        };
+        self.api::<Pod>()
+            .logs(name, &what)
+            .await
+            .with_context(|| format!("logs of {name}/{container}"))
+    }
+
+    /// "Reason: message" of each event of the object.
+    pub async fn events(&self, name: &str) -> anyhow::Result<Vec<String>> {
+        let of = ListParams::default().fields(&format!("involvedObject.name={name}"));
+        let events = self.api::<Event>().list(&of).await?;
+        let words = |event: Event| {
+            format!(
+                "{}: {}",
+                event.reason.unwrap_or_default(),
+                event.message.unwrap_or_default()
+            )
+        };
+        Ok(events.items.into_iter().map(words).collect())
+    }
+
+    // ---- the tools ----
+
+    /// kubectl in the test's namespace.
+    #[must_use]
+    pub fn kubectl<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Run {
+        Run::new("kubectl")
+            .args(["--namespace", &self.namespace])
+            .args(args)
+    }
+
+    /// knocctl, over mutual TLS.
+    #[must_use]
+    pub fn knocctl<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Run {
+        Run::new("knocctl").args(args)
+    }
+
+    /// `knocctl exec` without a terminal.
+    #[must_use]
+    pub fn exec<const N: usize>(&self, uid: &str, container: &str, command: [&str; N]) -> Run {
+        self.knocctl(["exec", "-i", uid, "-c", container, "--"])
+            .args(command)
+    }
+
+    /// A command on a node of the cluster, as the user of the agent.
+    #[must_use]
+    pub fn on<const N: usize>(&self, node: &str, command: [&str; N]) -> Run {
+        Run::new(&self.hpc)
+            .args(["exec", node, "-u", "hpcuser"])
+            .args(command)
+    }
+
+    /// The same as root.
+    #[must_use]
+    pub fn on_as_root<const N: usize>(&self, node: &str, command: [&str; N]) -> Run {
+        Run::new(&self.hpc).args(["exec", node]).args(command)
+    }
+
+    /// Pulls the plug of a node (`node-down`), or puts it back (`node-up`).
+    #[must_use]
+    pub fn power(&self, action: &str, node: &str) -> Run {
+        Run::new(&self.hpc).args([action, node])
+    }
+
+    /// `agent.sh` or `kubelet.sh` of the test bed: up, down, kill.
+    #[must_use]
+    pub fn service(&self, script: &str, action: &str) -> Run {
+        Run::new(self.testbed.join(script)).arg(action)
+    }
+
+    // ---- Slurm ----
+
+    /// The jobs that Slurm ever had for the pod, as `JOBID|STATE|EXIT` each.
+    pub async fn jobs(&self, uid: &str) -> anyhow::Result<Vec<String>> {
+        let name = format!("knoc-{uid}");
+        let rows = self
+            .on(
+                "login",
+                [
+                    "sacct",
+                    "-X",
+                    "-n",
+                    "-P",
+                    "-D",
+                    "-o",
+                    "jobid,state,exitcode",
+                    "--name",
+                    &name,
+                ],
+            )
+            .ok()
+            .await?;
+        Ok(rows.text().lines().map(str::to_owned).collect())
+    }
+
+    /// Waits until the pod has a job, and says its id.
+    pub async fn wait_job(&self, uid: &str) -> anyhow::Result<String> {
+        let name = format!("knoc-{uid}");
+        wait_for(&format!("a job {name}"), SOON, async || {
+            let rows = self
+                .on("login", ["squeue", "-h", "-o", "%i", "--name", &name])
+                .ok()
+                .await?;
+            rows.text()
+                .lines()
+                .next()
+                .map(str::to_owned)
+                .context("squeue shows none")
+        })
+        .await
+    }
+
+    /// Waits until Slurm has no live job of the pod.
+    pub async fn wait_no_job(&self, uid: &str, limit: Duration) -> anyhow::Result<()> {
+        let name = format!("knoc-{uid}");
+        wait_for(&format!("no job {name}"), limit, async || {
+            let rows = self
+                .on("login", ["squeue", "-h", "-o", "%i %T %R", "--name", &name])
+                .ok()
+                .await?;
+            if rows.stdout.is_empty() {
+                Ok(())
+            } else {
+                Err(anyhow::anyhow!(rows.text()))
+            }
+        })
+        .await
+    }
+}
+
+/// The pod's phase, empty where it has none.
+#[must_use]
+pub fn phase_of(pod: &Pod) -> &str {
+    pod.status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref())
+        .unwrap_or_default()
+}
+
+/// The exit code of a container, init containers included, where it has ended.
+#[must_use]
+pub fn exit_code(pod: &Pod, container: &str) -> Option<i32> {
+    let status = pod.status.as_ref()?;
+    let all = status
+        .container_statuses
+        .iter()
+        .chain(&status.init_container_statuses)
+        .flatten();
+    let state = all
+        .into_iter()
+        .find(|one| one.name == container)?
+        .state
+        .as_ref()?;
+    Some(state.terminated.as_ref()?.exit_code)
+}
+
+/// The pod's reason, and its message.
+#[must_use]
+pub fn why(pod: &Pod) -> (String, String) {
+    let status = pod.status.clone().unwrap_or_default();
+    (
+        status.reason.unwrap_or_default(),
+        status.message.unwrap_or_default(),
+    )
+}
+
+/// The waiting or terminated reason of a container and its message.
+#[must_use]
+pub fn container_reason(pod: &Pod, container: &str) -> Option<(String, String)> {
+    let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
+    let state = statuses
+        .iter()
+        .find(|one| one.name == container)?
+        .state
+        .clone()?;
+    if let Some(waiting) = state.waiting {
+        return Some((
+            waiting.reason.unwrap_or_default(),
+            waiting.message.unwrap_or_default(),
+        ));
+    }
+    let ended = state.terminated?;
+    Some((
+        ended.reason.unwrap_or_default(),
+        ended.message.unwrap_or_default(),
+    ))
+}
+
+/// Is a condition of the pod True?
+#[must_use]
+pub fn has_condition(pod: &Pod, kind: &str) -> bool {
+    let conditions = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.as_ref());
+    conditions.is_some_and(|all| {
+        all.iter()
+            .any(|one| one.type_ == kind && one.status == "True")
+    })
+}
