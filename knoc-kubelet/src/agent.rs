@@ -19,7 +19,7 @@ use tonic::transport::Channel;
 /// and `sbatch` happen after the answer.
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
 
-/// What one message may weigh. A pod with its values is at most a few MiB (ConfigMaps and Secrets are 1 MiB each).
+/// What one message may weigh. A pod with its values is at most a few MiB (`ConfigMaps` and Secrets are 1 MiB each).
 pub const MESSAGE_LIMIT: usize = 32 << 20;
 
 /// A handle on the agent; clones share the connections.
@@ -33,6 +33,7 @@ pub struct Agent {
 
 impl Agent {
     /// A handle over two (lazy) connections. `cluster_id` is the UID of the namespace `kube-system`.
+    #[must_use]
     pub fn new(control: Channel, bulk: Channel, cluster_id: &str) -> Self {
         Self {
             control,
@@ -43,6 +44,7 @@ impl Agent {
     }
 
     /// The cluster id that every mutating request names.
+    #[must_use]
     pub fn cluster_id(&self) -> &str {
         &self.cluster_id
     }
@@ -53,11 +55,13 @@ impl Agent {
     }
 
     /// The client for streams of bytes: logs, exec. The caller sets deadlines.
+    #[must_use]
     pub fn bulk(&self) -> AgentClient<Channel> {
         sized(self.bulk.clone())
     }
 
     /// The client for watches and single questions. The caller sets deadlines.
+    #[must_use]
     pub fn control(&self) -> AgentClient<Channel> {
         sized(self.control.clone())
     }

@@ -11,6 +11,9 @@
 //!                     every round: status (pure) ► publish (PATCH iff changed)
 //! ```
 
+pub mod quantity;
 mod store;
+pub mod translate;
+pub mod verdict;
 
 pub use store::{PodView, Store, Uid};

@@ -58,6 +58,7 @@ pub struct YamlFile {
 
 impl YamlFile {
     /// Reads the text of the file at `path`.
+    #[must_use]
     pub fn parse(path: &Path, text: &str) -> Self {
         let mut file = Self::default();
         if text

@@ -38,6 +38,7 @@ pub struct Store(Arc<RwLock<Inner>>);
 
 impl Store {
     /// The pod of this name that is bound to our node.
+    #[must_use]
     pub fn find(&self, namespace: &str, name: &str) -> Option<PodView> {
         let inner = self.read();
         let uid = inner.names.get(&(namespace.to_owned(), name.to_owned()))?;
@@ -45,11 +46,13 @@ impl Store {
     }
 
     /// The pod of this UID that is bound to our node.
+    #[must_use]
     pub fn by_uid(&self, uid: &str) -> Option<PodView> {
         self.read().view(uid)
     }
 
     /// All pods bound to our node, by namespace and name.
+    #[must_use]
     pub fn pods(&self) -> Vec<PodView> {
         let inner = self.read();
         let mut names: Vec<_> = inner.names.iter().collect();
@@ -95,6 +98,7 @@ impl Store {
     }
 
     /// The pod is gone from the API server.
+    #[must_use]
     pub fn remove_desired(&self, uid: &str) -> Option<Arc<Pod>> {
         let mut inner = self.write();
         let pod = inner.desired.remove(uid)?;
@@ -116,16 +120,19 @@ impl Store {
     }
 
     /// What the agent says of a pod, bound to our node or not.
+    #[must_use]
     pub fn observed(&self, uid: &str) -> Option<Arc<pb::PodObserved>> {
         self.read().observed.get(uid).cloned()
     }
 
     /// The UIDs of all pods the agent knows.
+    #[must_use]
     pub fn observed_uids(&self) -> Vec<Uid> {
         self.read().observed.keys().cloned().collect()
     }
 
     /// The UIDs of all pods bound to our node.
+    #[must_use]
     pub fn desired_uids(&self) -> Vec<Uid> {
         self.read().desired.keys().cloned().collect()
     }

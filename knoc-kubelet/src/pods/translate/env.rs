@@ -1,0 +1,251 @@
+//! PURE: the environment of a container: service variables, envFrom, env; later wins.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{self as core, Pod, Service};
+use knoc_proto::pb::{self, env_var::Value};
+
+use super::{Needs, Resolved, files};
+
+/// What a container's variables refer to.
+pub(super) fn needs(container: &core::Container, needs: &mut Needs) {
+    for from in container.env_from.iter().flatten() {
+        needs
+            .config_maps
+            .extend(from.config_map_ref.iter().map(|from| from.name.clone()));
+        needs
+            .secrets
+            .extend(from.secret_ref.iter().map(|from| from.name.clone()));
+    }
+    for source in container
+        .env
+        .iter()
+        .flatten()
+        .filter_map(|var| var.value_from.as_ref())
+    {
+        needs
+            .config_maps
+            .extend(source.config_map_key_ref.iter().map(|key| key.name.clone()));
+        needs
+            .secrets
+            .extend(source.secret_key_ref.iter().map(|key| key.name.clone()));
+    }
+}
+
+pub(super) fn variables(
+    pod: &Pod,
+    container: &core::Container,
+    resolved: &Resolved,
+    skipped: &mut Vec<String>,
+    missing: &mut Vec<String>,
+) -> Vec<pb::EnvVar> {
+    let mut vars = Vec::new();
+    for (name, value) in &resolved.services {
+        push(&mut vars, name, Value::Literal(value.clone().into()));
+    }
+    for from in container.env_from.iter().flatten() {
+        let prefix = from.prefix.as_deref().unwrap_or_default();
+        for (key, data) in env_from(from, resolved, missing) {
+            let name = format!("{prefix}{key}");
+            if is_name(&name) && !data.contains(&0) {
+                push(&mut vars, &name, Value::Literal(data.into()));
+            } else {
+                skipped.push(name);
+            }
+        }
+    }
+    for var in container.env.iter().flatten() {
+        let value = match &var.value_from {
+            None => Some(Value::Template(var.value.clone().unwrap_or_default())),
+            Some(source) => from_source(pod, container, source, resolved, missing),
+        };
+        if let Some(value) = value {
+            push(&mut vars, &var.name, value);
+        }
+    }
+    vars
+}
+
+fn push(vars: &mut Vec<pb::EnvVar>, name: &str, value: Value) {
+    vars.push(pb::EnvVar {
+        name: name.to_owned(),
+        value: Some(value),
+    });
+}
+
+/// As Kubernetes >= 1.34: printable ASCII but `=`.
+fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.chars().all(|c| (' '..='~').contains(&c) && c != '=')
+}
+
+fn env_from(
+    from: &core::EnvFromSource,
+    resolved: &Resolved,
+    missing: &mut Vec<String>,
+) -> Vec<(String, Vec<u8>)> {
+    let mut found = Vec::new();
+    if let Some(reference) = &from.config_map_ref {
+        match resolved.config_maps.get(&reference.name) {
+            // binaryData does not become variables.
+            Some(map) => found.extend(
+                map.data
+                    .iter()
+                    .flatten()
+                    .map(|(key, value)| (key.clone(), value.clone().into())),
+            ),
+            None if reference.optional == Some(true) => {}
+            None => missing.push(format!("configmap \"{}\" not found", reference.name)),
+        }
+    }
+    if let Some(reference) = &from.secret_ref {
+        match resolved.secrets.get(&reference.name) {
+            Some(secret) => found.extend(
+                secret
+                    .data
+                    .iter()
+                    .flatten()
+                    .map(|(key, value)| (key.clone(), value.0.clone())),
+            ),
+            None if reference.optional == Some(true) => {}
+            None => missing.push(format!("secret \"{}\" not found", reference.name)),
+        }
+    }
+    found
+}
+
+fn from_source(
+    pod: &Pod,
+    container: &core::Container,
+    source: &core::EnvVarSource,
+    resolved: &Resolved,
+    missing: &mut Vec<String>,
+) -> Option<Value> {
+    if let Some(key) = &source.config_map_key_ref {
+        let map = resolved.config_maps.get(&key.name);
+        let data = map
+            .and_then(|map| map.data.as_ref()?.get(&key.key))
+            .cloned();
+        return key_value(
+            ("configmap", &key.name, &key.key),
+            map.is_some(),
+            data.map(Into::into),
+            key.optional,
+            missing,
+        );
+    }
+    if let Some(key) = &source.secret_key_ref {
+        let secret = resolved.secrets.get(&key.name);
+        let data = secret.and_then(|secret| secret.data.as_ref()?.get(&key.key));
+        return key_value(
+            ("secret", &key.name, &key.key),
+            secret.is_some(),
+            data.map(|data| data.0.clone()),
+            key.optional,
+            missing,
+        );
+    }
+    if let Some(field) = &source.field_ref {
+        return Some(match field.field_path.as_str() {
+            "status.hostIP" | "status.hostIPs" => Value::Runtime(pb::RuntimeField::HostIp.into()),
+            "status.podIP" | "status.podIPs" => Value::Runtime(pb::RuntimeField::PodIp.into()),
+            path => Value::Literal(files::field(pod, path).into()),
+        });
+    }
+    let resource = source.resource_field_ref.as_ref()?;
+    let text = files::resource(pod, Some(&container.name), resource, &resolved.allocatable);
+    Some(Value::Literal(text.into()))
+}
+
+fn key_value(
+    (kind, name, key): (&str, &str, &str),
+    object_found: bool,
+    data: Option<Vec<u8>>,
+    optional: Option<bool>,
+    missing: &mut Vec<String>,
+) -> Option<Value> {
+    if data.is_none() && optional != Some(true) {
+        missing.push(if object_found {
+            format!("couldn't find key {key} in {kind} {name}")
+        } else {
+            format!("{kind} \"{name}\" not found")
+        });
+    }
+    let data = data?;
+    if data.contains(&0) {
+        missing.push(format!(
+            "the value of key {key} in {kind} {name} holds a NUL byte"
+        ));
+        return None;
+    }
+    Some(Value::Literal(data.into()))
+}
+
+/// The variables of Services: those of the pod's namespace (`links`), and `KUBERNETES_*` of default/kubernetes always.
+pub fn service_variables<'a>(
+    services: impl Iterator<Item = &'a Service>,
+    namespace: &str,
+    links: bool,
+) -> Vec<(String, String)> {
+    let mut by_name = BTreeMap::new();
+    for service in services {
+        let meta = &service.metadata;
+        let (Some(name), Some(of)) = (&meta.name, &meta.namespace) else {
+            continue;
+        };
+        let master = of == "default" && name == "kubernetes";
+        let linked = links && of == namespace;
+        // A Service `kubernetes` of the pod's own namespace goes before the one of `default`.
+        if linked || (master && !by_name.contains_key(name)) {
+            by_name.insert(name.clone(), service);
+        }
+    }
+    by_name
+        .iter()
+        .flat_map(|(name, service)| of_service(name, service))
+        .collect()
+}
+
+fn of_service(name: &str, service: &Service) -> Vec<(String, String)> {
+    let Some(spec) = &service.spec else {
+        return Vec::new();
+    };
+    let ip = match spec.cluster_ip.as_deref() {
+        None | Some("" | "None") => return Vec::new(),
+        Some(ip) => ip,
+    };
+    let Some(ports) = spec.ports.as_ref().filter(|ports| !ports.is_empty()) else {
+        return Vec::new();
+    };
+    let name = name.to_uppercase().replace('-', "_");
+    let host = if ip.contains(':') {
+        format!("[{ip}]")
+    } else {
+        ip.to_owned()
+    };
+    let mut vars = vec![
+        (format!("{name}_SERVICE_HOST"), ip.to_owned()),
+        (format!("{name}_SERVICE_PORT"), ports[0].port.to_string()),
+    ];
+    for port in ports {
+        if let Some(port_name) = port.name.as_deref().filter(|name| !name.is_empty()) {
+            let port_name = port_name.to_uppercase().replace('-', "_");
+            vars.push((
+                format!("{name}_SERVICE_PORT_{port_name}"),
+                port.port.to_string(),
+            ));
+        }
+    }
+    for (index, port) in ports.iter().enumerate() {
+        let protocol = port.protocol.as_deref().unwrap_or("TCP");
+        let url = format!("{}://{host}:{}", protocol.to_lowercase(), port.port);
+        if index == 0 {
+            vars.push((format!("{name}_PORT"), url.clone()));
+        }
+        let prefix = format!("{name}_PORT_{}_{protocol}", port.port);
+        vars.push((prefix.clone(), url));
+        vars.push((format!("{prefix}_PROTO"), protocol.to_lowercase()));
+        vars.push((format!("{prefix}_PORT"), port.port.to_string()));
+        vars.push((format!("{prefix}_ADDR"), ip.to_owned()));
+    }
+    vars
+}

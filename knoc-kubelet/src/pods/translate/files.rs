@@ -1,0 +1,299 @@
+//! PURE: the files of configMap, secret, downwardAPI and projected volumes.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{self as core, KeyToPath, Pod, ResourceFieldSelector, Volume};
+use knoc_proto::pb;
+
+use super::{Needs, Resolved, TokenAsk, quantity};
+
+/// The ordinary mode of a file.
+const DEFAULT_MODE: i32 = 0o644;
+/// The ordinary life of a token.
+const DEFAULT_EXPIRATION: i64 = 3600;
+
+/// Is it a volume of files that we bring?
+pub(super) fn is_files(volume: &Volume) -> bool {
+    volume.config_map.is_some()
+        || volume.secret.is_some()
+        || volume.downward_api.is_some()
+        || volume.projected.is_some()
+}
+
+/// What a volume refers to.
+pub(super) fn needs(volume: &Volume, needs: &mut Needs) {
+    needs
+        .config_maps
+        .extend(volume.config_map.iter().map(|map| map.name.clone()));
+    needs.secrets.extend(
+        volume
+            .secret
+            .iter()
+            .filter_map(|secret| secret.secret_name.clone()),
+    );
+    let sources = volume
+        .projected
+        .iter()
+        .flat_map(|projected| projected.sources.iter().flatten());
+    for source in sources {
+        needs
+            .config_maps
+            .extend(source.config_map.iter().map(|map| map.name.clone()));
+        needs
+            .secrets
+            .extend(source.secret.iter().map(|secret| secret.name.clone()));
+        needs
+            .tokens
+            .extend(source.service_account_token.iter().map(ask));
+    }
+}
+
+fn ask(token: &core::ServiceAccountTokenProjection) -> TokenAsk {
+    TokenAsk {
+        audience: token.audience.clone().unwrap_or_default(),
+        expiration: token.expiration_seconds.unwrap_or(DEFAULT_EXPIRATION),
+    }
+}
+
+/// The files of a volume; none where it is of another kind.
+pub(super) fn files(
+    pod: &Pod,
+    volume: &Volume,
+    resolved: &Resolved,
+    missing: &mut Vec<String>,
+) -> Option<Vec<pb::VolumeFile>> {
+    let mut out = Files {
+        pod,
+        resolved,
+        missing,
+        mode: DEFAULT_MODE,
+        by_path: BTreeMap::new(),
+    };
+    if let Some(map) = &volume.config_map {
+        out.mode = map.default_mode.unwrap_or(DEFAULT_MODE);
+        out.config_map(&map.name, map.items.as_deref(), map.optional);
+    } else if let Some(secret) = &volume.secret {
+        out.mode = secret.default_mode.unwrap_or(DEFAULT_MODE);
+        let name = secret.secret_name.as_deref().unwrap_or_default();
+        out.secret(name, secret.items.as_deref(), secret.optional);
+    } else if let Some(downward) = &volume.downward_api {
+        out.mode = downward.default_mode.unwrap_or(DEFAULT_MODE);
+        out.downward(downward.items.iter().flatten());
+    } else if let Some(projected) = &volume.projected {
+        out.mode = projected.default_mode.unwrap_or(DEFAULT_MODE);
+        for source in projected.sources.iter().flatten() {
+            out.projection(source);
+        }
+    } else {
+        return None;
+    }
+    Some(out.by_path.into_values().collect())
+}
+
+struct Files<'a> {
+    pod: &'a Pod,
+    resolved: &'a Resolved,
+    missing: &'a mut Vec<String>,
+    mode: i32,
+    /// By path: where sources of a projected volume collide, the later one wins.
+    by_path: BTreeMap<String, pb::VolumeFile>,
+}
+
+impl Files<'_> {
+    fn projection(&mut self, source: &core::VolumeProjection) {
+        if let Some(map) = &source.config_map {
+            self.config_map(&map.name, map.items.as_deref(), map.optional);
+        }
+        if let Some(secret) = &source.secret {
+            self.secret(&secret.name, secret.items.as_deref(), secret.optional);
+        }
+        if let Some(downward) = &source.downward_api {
+            self.downward(downward.items.iter().flatten());
+        }
+        if let Some(token) = &source.service_account_token {
+            match self.resolved.tokens.get(&ask(token)) {
+                Some(found) => self.put(&token.path, found.token.clone().into_bytes(), None),
+                None => self
+                    .missing
+                    .push("the service account token was not issued".to_owned()),
+            }
+        }
+    }
+
+    fn config_map(&mut self, name: &str, items: Option<&[KeyToPath]>, optional: Option<bool>) {
+        let data = self.resolved.config_maps.get(name).map(|map| {
+            let text = map.data.iter().flatten();
+            let text = text.map(|(key, value)| (key.clone(), value.clone().into_bytes()));
+            let binary = map.binary_data.iter().flatten();
+            text.chain(binary.map(|(key, value)| (key.clone(), value.0.clone())))
+                .collect()
+        });
+        self.keys("configmap", name, data, items, optional);
+    }
+
+    fn secret(&mut self, name: &str, items: Option<&[KeyToPath]>, optional: Option<bool>) {
+        let data = self.resolved.secrets.get(name).map(|secret| {
+            let data = secret.data.iter().flatten();
+            data.map(|(key, value)| (key.clone(), value.0.clone()))
+                .collect()
+        });
+        self.keys("secret", name, data, items, optional);
+    }
+
+    fn keys(
+        &mut self,
+        kind: &str,
+        name: &str,
+        data: Option<BTreeMap<String, Vec<u8>>>,
+        items: Option<&[KeyToPath]>,
+        optional: Option<bool>,
+    ) {
+        let optional = optional == Some(true);
+        let Some(mut data) = data else {
+            if !optional {
+                self.missing.push(format!("{kind} \"{name}\" not found"));
+            }
+            return;
+        };
+        let Some(items) = items.filter(|items| !items.is_empty()) else {
+            for (key, value) in data {
+                self.put(&key, value, None);
+            }
+            return;
+        };
+        for item in items {
+            match data.remove(&item.key) {
+                Some(value) => self.put(&item.path, value, item.mode),
+                None if optional => {}
+                None => {
+                    let key = &item.key;
+                    self.missing
+                        .push(format!("couldn't find key {key} in {kind} {name}"));
+                }
+            }
+        }
+    }
+
+    fn downward<'i>(&mut self, items: impl Iterator<Item = &'i core::DownwardAPIVolumeFile>) {
+        for item in items {
+            let text = if let Some(reference) = &item.field_ref {
+                field(self.pod, &reference.field_path)
+            } else if let Some(selector) = &item.resource_field_ref {
+                resource(self.pod, None, selector, &self.resolved.allocatable)
+            } else {
+                continue;
+            };
+            self.put(&item.path, text.into_bytes(), item.mode);
+        }
+    }
+
+    fn put(&mut self, path: &str, data: Vec<u8>, mode: Option<i32>) {
+        let mode = u32::try_from(mode.unwrap_or(self.mode)).unwrap_or(0o644) & 0o777;
+        let file = pb::VolumeFile {
+            path: path.to_owned(),
+            data: data.into(),
+            mode,
+        };
+        self.by_path.insert(path.to_owned(), file);
+    }
+}
+
+/// A field of the pod, as the downward API gives it. What the verdict table does not let through is empty.
+pub(super) fn field(pod: &Pod, path: &str) -> String {
+    let meta = &pod.metadata;
+    let spec = pod.spec.as_ref();
+    let text = match path {
+        "metadata.name" => meta.name.clone(),
+        "metadata.namespace" => meta.namespace.clone(),
+        "metadata.uid" => meta.uid.clone(),
+        "metadata.labels" => meta.labels.as_ref().map(map_lines),
+        "metadata.annotations" => meta.annotations.as_ref().map(map_lines),
+        "spec.nodeName" => spec.and_then(|spec| spec.node_name.clone()),
+        "spec.serviceAccountName" => spec.and_then(|spec| spec.service_account_name.clone()),
+        _ => subscript(path, "metadata.labels")
+            .and_then(|key| meta.labels.as_ref()?.get(key).cloned())
+            .or_else(|| {
+                let key = subscript(path, "metadata.annotations")?;
+                meta.annotations.as_ref()?.get(key).cloned()
+            }),
+    };
+    text.unwrap_or_default()
+}
+
+/// The key in `metadata.labels['key']`.
+fn subscript<'a>(path: &'a str, of: &str) -> Option<&'a str> {
+    path.strip_prefix(of)?
+        .strip_prefix("['")?
+        .strip_suffix("']")
+}
+
+/// `key="value"` lines, quoted as Go does.
+fn map_lines(map: &BTreeMap<String, String>) -> String {
+    let lines: Vec<_> = map
+        .iter()
+        .map(|(key, value)| format!("{key}={}", quote(value)))
+        .collect();
+    lines.join("\n")
+}
+
+fn quote(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' => quoted.push_str("\\\""),
+            '\\' => quoted.push_str("\\\\"),
+            '\n' => quoted.push_str("\\n"),
+            '\r' => quoted.push_str("\\r"),
+            '\t' => quoted.push_str("\\t"),
+            c if c.is_control() => quoted.extend(format!("\\x{:02x}", u32::from(c)).chars()),
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('"');
+    quoted
+}
+
+/// A resource of a container in units of the divisor, rounded up; a limit not set is the node's allocatable.
+pub(super) fn resource(
+    pod: &Pod,
+    container: Option<&str>,
+    selector: &ResourceFieldSelector,
+    allocatable: &pb::Resources,
+) -> String {
+    let name = selector
+        .container_name
+        .as_deref()
+        .filter(|name| !name.is_empty())
+        .or(container);
+    let spec = pod.spec.as_ref();
+    let found = spec.and_then(|spec| {
+        let mut all = spec
+            .init_containers
+            .iter()
+            .flatten()
+            .chain(&spec.containers);
+        all.find(|candidate| Some(candidate.name.as_str()) == name)
+    });
+    let (of, resource) = selector.resource.split_once('.').unwrap_or(("limits", ""));
+    let resources = found.and_then(|container| container.resources.as_ref());
+    let list = |of: &str| match of {
+        "requests" => resources.and_then(|resources| resources.requests.as_ref()),
+        _ => resources.and_then(|resources| resources.limits.as_ref()),
+    };
+    let set = list(of).and_then(|list| list.get(resource));
+    let millis = match set.and_then(|quantity| quantity::millis(quantity).ok()) {
+        Some(millis) => millis,
+        None if of == "requests" => 0,
+        None => match resource {
+            "cpu" => allocatable.cpu_millis,
+            "memory" => allocatable.memory_bytes.saturating_mul(1000),
+            _ => allocatable.ephemeral_storage_bytes.saturating_mul(1000),
+        },
+    };
+    let divisor = selector
+        .divisor
+        .as_ref()
+        .and_then(|divisor| quantity::millis(divisor).ok());
+    let divisor = divisor.filter(|divisor| *divisor > 0).unwrap_or(1000);
+    quantity::ceil_div(millis, divisor).to_string()
+}

@@ -1,0 +1,165 @@
+use serde_json::json;
+
+use super::*;
+
+fn pod() -> Pod {
+    serde_json::from_value(json!({
+        "metadata": {
+            "name": "p", "namespace": "ns", "uid": "u-1", "generation": 3,
+            "labels": {"app": "x \"y\""},
+            "annotations": {
+                "knoc.io/partition": "gpu", "knoc.io/time": "2h", "knoc.io/flags": "--mail-type=END --comment='a b'",
+                "kubectl.kubernetes.io/last-applied-configuration": "secret",
+            },
+        },
+        "spec": {
+            "restartPolicy": "OnFailure", "nodeName": "knoc-t", "activeDeadlineSeconds": 60,
+            "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["a", "b"]}],
+            "initContainers": [{"name": "init", "image": "busybox:1.36", "resources": {"requests": {"cpu": "3", "memory": "10Mi"}}}],
+            "containers": [
+                {"name": "main", "image": "busybox", "command": ["sh", "-c"], "args": ["echo $(A)"], "tty": true,
+                 "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "2Gi", "nvidia.com/gpu": "2"}},
+                 "envFrom": [{"prefix": "P_", "configMapRef": {"name": "cm"}}, {"secretRef": {"name": "maybe", "optional": true}}],
+                 "env": [
+                    {"name": "A", "value": "a$(P_K)"},
+                    {"name": "S", "valueFrom": {"secretKeyRef": {"name": "sec", "key": "k"}}},
+                    {"name": "N", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['app']"}}},
+                    {"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+                    {"name": "CPU", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}},
+                    {"name": "MEM", "valueFrom": {"resourceFieldRef": {"resource": "limits.memory", "divisor": "1Mi"}}},
+                 ],
+                 "volumeMounts": [{"name": "files", "mountPath": "/f", "readOnly": true, "subPath": "s"}]},
+                {"name": "side", "image": "/images/x.sif", "imagePullPolicy": "Never"},
+            ],
+            "volumes": [
+                {"name": "files", "projected": {"defaultMode": 256, "sources": [
+                    {"configMap": {"name": "cm", "items": [{"key": "k", "path": "d/k", "mode": 511}]}},
+                    {"serviceAccountToken": {"expirationSeconds": 3607, "path": "token"}},
+                    {"downwardAPI": {"items": [{"path": "labels", "fieldRef": {"fieldPath": "metadata.labels"}}]}},
+                ]}},
+                {"name": "scratch", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
+            ],
+        },
+    }))
+    .unwrap()
+}
+
+fn resolved() -> Resolved {
+    let config_map = serde_json::from_value(json!({"data": {"k": "v", "bad=": "x"}})).unwrap();
+    let secret = serde_json::from_value(json!({"data": {"k": "AP8="}})).unwrap();
+    Resolved {
+        config_maps: [("cm".to_owned(), config_map)].into(),
+        secrets: [("sec".to_owned(), secret)].into(),
+        tokens: [(
+            TokenAsk {
+                audience: String::new(),
+                expiration: 3607,
+            },
+            Token {
+                token: "t".to_owned(),
+                expires: Timestamp::from_second(1000).unwrap(),
+            },
+        )]
+        .into(),
+        services: vec![("SVC_SERVICE_HOST".to_owned(), "10.0.0.9".to_owned())],
+        allocatable: pb::Resources {
+            cpu_millis: 64_500,
+            ..Default::default()
+        },
+    }
+}
+
+#[test]
+fn the_shape_of_a_pod() {
+    let mut shape = shape(&pod()).unwrap();
+    // A map without order.
+    let annotations: BTreeMap<_, _> = shape.annotations.drain().collect();
+    assert_eq!(
+        annotations.keys().map(String::as_str).collect::<Vec<_>>(),
+        ["knoc.io/flags", "knoc.io/partition", "knoc.io/time"]
+    );
+    insta::assert_debug_snapshot!(shape);
+}
+
+#[test]
+fn the_values_of_a_pod() {
+    let mut resolved = resolved();
+    let secret = serde_json::from_value(json!({"data": {"k": "/w=="}})).unwrap();
+    resolved.secrets.insert("sec".to_owned(), secret);
+    let values = values(&pod(), &resolved).unwrap();
+    assert_eq!(values.skipped, ["P_bad="]);
+    insta::assert_debug_snapshot!(values.values);
+}
+
+#[test]
+fn what_a_pod_refers_to() {
+    let needs = needs(&pod());
+    assert_eq!(needs.config_maps, ["cm"]);
+    assert_eq!(needs.secrets, ["maybe", "sec"]);
+    assert_eq!(needs.tokens.len(), 1);
+}
+
+#[test]
+fn all_that_is_missing_is_said_and_optional_ones_are_not() {
+    let error = values(&pod(), &Resolved::default()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "configmap \"cm\" not found; secret \"sec\" not found; configmap \"cm\" not found; \
+         the service account token was not issued"
+    );
+}
+
+#[test]
+fn a_nul_byte_cannot_be_a_variable() {
+    let error = values(&pod(), &resolved()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the value of key k in secret sec holds a NUL byte"
+    );
+}
+
+#[test]
+fn all_bad_numbers_are_named() {
+    let mut pod = pod();
+    pod.metadata.annotations = Some(
+        [
+            ("knoc.io/time", "soon"),
+            ("knoc.io/ntasks", "0"),
+            ("slurm.hpk.io/flags", "'"),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into(),
+    );
+    let problems = shape(&pod).unwrap_err();
+    assert_eq!(problems.len(), 3, "{problems:?}");
+}
+
+#[test]
+fn init_containers_count_as_the_largest() {
+    let job = shape(&pod()).unwrap().job.unwrap();
+    assert_eq!(job.cpu_millis, 3000);
+    assert_eq!(job.memory_bytes, 2 << 30);
+    assert_eq!(job.gres, "gpu:2");
+}
+
+#[test]
+fn service_variables_have_the_names_of_kubernetes() {
+    let services: Vec<core::Service> = serde_json::from_value(json!([
+        {"metadata": {"name": "kubernetes", "namespace": "default"},
+         "spec": {"clusterIP": "10.0.0.1", "ports": [{"name": "https", "port": 443}]}},
+        {"metadata": {"name": "my-db", "namespace": "ns"}, "spec": {"clusterIP": "10.0.0.2", "ports": [{"port": 5432, "protocol": "TCP"}]}},
+        {"metadata": {"name": "headless", "namespace": "ns"}, "spec": {"clusterIP": "None", "ports": [{"port": 1}]}},
+        {"metadata": {"name": "other", "namespace": "elsewhere"}, "spec": {"clusterIP": "10.0.0.3", "ports": [{"port": 1}]}},
+    ]))
+    .unwrap();
+    let lines = |links| {
+        let vars = service_variables(services.iter(), "ns", links);
+        vars.iter()
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect::<Vec<_>>()
+            .join("\n")
+    };
+    insta::assert_snapshot!(lines(true));
+    assert!(!lines(false).contains("MY_DB"));
+    assert!(lines(false).contains("KUBERNETES_SERVICE_HOST=10.0.0.1"));
+}

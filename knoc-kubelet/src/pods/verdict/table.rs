@@ -1,0 +1,291 @@
+//! The rows. Fields of one verdict and one reason share a row; the first row that fits counts.
+
+use super::{
+    Row, Type,
+    Verdict::{self, Honoured, Inside, Mapped, Refused, Satisfied},
+    When::{self, Any, Empty, Is, Starts},
+};
+
+const LATER: &str = "not supported yet";
+const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user on a compute node";
+const OWNER: &str = "files belong to the HPC user";
+const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
+const WINDOWS: &str = "compute nodes run Linux";
+const SCHEDULER: &str = "the business of the Kubernetes scheduler";
+
+const fn row(fields: &'static str, when: When, verdict: Verdict, note: &'static str) -> Row {
+    Row {
+        fields,
+        when,
+        verdict,
+        note,
+    }
+}
+
+const fn of(name: &'static str, heading: &'static str, rows: &'static [Row]) -> Type {
+    Type {
+        name,
+        heading,
+        rows,
+    }
+}
+
+#[rustfmt::skip]
+pub(super) const TABLE: &[Type] = &[
+    of("PodSpec", "The pod: `spec`", POD),
+    of("Container", "A container: `spec.containers[]`, `spec.initContainers[]`", CONTAINER),
+    of("EnvVar", "Environment: `env[]`", &[
+        row("name value", Any, Honoured, "any printable ASCII name without `=`; `$(VAR)` is expanded"),
+        row("valueFrom", Any, Inside("EnvVarSource"), ""),
+    ]),
+    of("EnvVarSource", "Environment: `env[].valueFrom`", &[
+        row("configMapKeyRef secretKeyRef", Any, Inside("KeySelector"), ""),
+        row("fieldRef", Any, Inside("EnvFieldRef"), ""),
+        row("resourceFieldRef", Any, Inside("ResourceFieldSelector"), ""),
+        row("fileKeyRef", Any, Refused, LATER),
+    ]),
+    of("KeySelector", "`configMapKeyRef`, `secretKeyRef`", &[row("name key optional", Any, Honoured, "")]),
+    of("EnvFieldRef", "`fieldRef` of a variable", &[
+        row("apiVersion", Any, Satisfied, ""),
+        row("fieldPath", Is(&["metadata.name", "metadata.namespace", "metadata.uid", "spec.nodeName", "spec.serviceAccountName"]), Honoured, ""),
+        row("fieldPath", Starts(&["metadata.labels['", "metadata.annotations['"]), Honoured, ""),
+        row("fieldPath", Is(&["status.hostIP", "status.hostIPs", "status.podIP", "status.podIPs"]), Honoured, "resolved on the compute node"),
+        row("fieldPath", Any, Refused, "this field is not offered to containers"),
+    ]),
+    of("ResourceFieldSelector", "`resourceFieldRef`", &[
+        row("containerName divisor", Any, Honoured, ""),
+        row("resource", Is(&["limits.cpu", "limits.memory", "limits.ephemeral-storage", "requests.cpu", "requests.memory", "requests.ephemeral-storage"]), Honoured, "a limit not set is the node's allocatable"),
+        row("resource", Any, Refused, "only cpu, memory and ephemeral-storage"),
+    ]),
+    of("EnvFromSource", "Environment: `envFrom[]`", &[
+        row("prefix", Any, Honoured, ""),
+        row("configMapRef secretRef", Any, Inside("Reference"), ""),
+    ]),
+    of("Reference", "`configMapRef`, `secretRef`", &[row("name optional", Any, Honoured, "")]),
+    of("ResourceRequirements", "`resources` of a container", &[
+        row("requests limits", Any, Inside("ResourceList"), ""),
+        row("claims", Empty, Satisfied, ""),
+        row("claims", Any, Refused, "dynamic resource allocation is not supported"),
+    ]),
+    of("ResourceList", "`resources.requests`, `resources.limits`", &[
+        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: the larger of the init containers, the sum of the others"),
+        row("hugepages-*", Any, Refused, "huge pages cannot be asked of Slurm"),
+        row("*", Any, Honoured, "extended resources, such as `nvidia.com/gpu`, become `--gres`"),
+    ]),
+    of("ContainerPort", "`ports[]`", &[
+        row("name containerPort protocol", Any, Satisfied, "informative, as on any node"),
+        row("hostPort", Is(&["0"]), Satisfied, ""),
+        row("hostPort", Any, Refused, "ports of a compute node are not handed out"),
+        row("hostIP", Empty, Satisfied, ""),
+        row("hostIP", Any, Refused, "ports of a compute node are not handed out"),
+    ]),
+    of("VolumeMount", "`volumeMounts[]`", &[
+        row("name mountPath readOnly subPath", Any, Honoured, ""),
+        row("mountPropagation", Is(&["None"]), Satisfied, ""),
+        row("mountPropagation", Any, Refused, "mounts are not propagated"),
+        row("recursiveReadOnly", Is(&["Disabled", "IfPossible"]), Satisfied, ""),
+        row("recursiveReadOnly", Any, Refused, LATER),
+        row("subPathExpr", Empty, Satisfied, ""),
+        row("subPathExpr bindMountOptions", Any, Refused, LATER),
+    ]),
+    of("PodSecurityContext", "`spec.securityContext`", &[
+        row("runAsUser runAsGroup supplementalGroups supplementalGroupsPolicy", Any, Mapped, IS_HPC_USER),
+        row("fsGroup fsGroupChangePolicy", Any, Mapped, OWNER),
+        row("runAsNonRoot", Any, Satisfied, "the HPC user is never root"),
+        row("seccompProfile appArmorProfile", Any, Inside("Profile"), ""),
+        row("seLinuxChangePolicy", Any, Satisfied, ""),
+        row("seLinuxOptions", Empty, Satisfied, ""),
+        row("seLinuxOptions", Any, Refused, "labels cannot be set by an ordinary user"),
+        row("sysctls", Empty, Satisfied, ""),
+        row("sysctls", Any, Refused, "kernel parameters cannot be set by an ordinary user"),
+        row("windowsOptions", Any, Refused, WINDOWS),
+    ]),
+    of("SecurityContext", "`securityContext` of a container", &[
+        row("runAsUser runAsGroup", Any, Mapped, IS_HPC_USER),
+        row("runAsNonRoot", Any, Satisfied, "the HPC user is never root"),
+        row("privileged", Is(&["false"]), Satisfied, ""),
+        row("privileged", Any, Refused, "an ordinary user cannot give privileges"),
+        row("allowPrivilegeEscalation", Any, Satisfied, "no_new_privs is always set"),
+        row("readOnlyRootFilesystem", Any, Honoured, ""),
+        row("capabilities", Any, Inside("Capabilities"), ""),
+        row("procMount", Is(&["Default"]), Satisfied, ""),
+        row("procMount", Any, Refused, "only Default"),
+        row("seccompProfile appArmorProfile", Any, Inside("Profile"), ""),
+        row("seLinuxOptions", Empty, Satisfied, ""),
+        row("seLinuxOptions", Any, Refused, "labels cannot be set by an ordinary user"),
+        row("windowsOptions", Any, Refused, WINDOWS),
+    ]),
+    of("Capabilities", "`capabilities`", &[
+        row("drop", Any, Satisfied, "containers have none"),
+        row("add", Empty, Satisfied, ""),
+        row("add", Any, Refused, "an ordinary user has no capabilities to give"),
+    ]),
+    of("Profile", "`seccompProfile`, `appArmorProfile`", &[
+        row("type", Is(&["RuntimeDefault", "Unconfined"]), Satisfied, ""),
+        row("type", Any, Refused, "profiles of the node's own are not loaded"),
+        row("localhostProfile", Any, Refused, "profiles of the node's own are not loaded"),
+    ]),
+    of("HostAlias", "`hostAliases[]`", &[row("ip hostnames", Any, Honoured, "")]),
+    of("ReadinessGate", "`readinessGates[]`", &[row("conditionType", Any, Honoured, "")]),
+    of("PodOS", "`os`", &[
+        row("name", Is(&["linux"]), Satisfied, ""),
+        row("name", Any, Refused, WINDOWS),
+    ]),
+    of("Volume", "Volumes: `spec.volumes[]`", VOLUME),
+    of("EmptyDirVolumeSource", "`emptyDir`", &[
+        row("medium", Is(&["", "Memory"]), Honoured, ""),
+        row("medium", Any, Refused, "only the default medium and Memory"),
+        row("sizeLimit", Any, Honoured, ""),
+        row("mode", Any, Refused, LATER),
+    ]),
+    of("ConfigMapVolumeSource", "`configMap`", &[
+        row("name optional defaultMode", Any, Honoured, ""),
+        row("items", Any, Inside("KeyToPath"), ""),
+        row("defaultUser", Any, Mapped, OWNER),
+    ]),
+    of("SecretVolumeSource", "`secret`", &[
+        row("secretName optional defaultMode", Any, Honoured, ""),
+        row("items", Any, Inside("KeyToPath"), ""),
+        row("defaultUser", Any, Mapped, OWNER),
+    ]),
+    of("KeyToPath", "`items[]` of configMap and secret", &[
+        row("key path mode", Any, Honoured, ""),
+        row("user", Any, Mapped, OWNER),
+    ]),
+    of("DownwardAPIVolumeSource", "`downwardAPI`", &[
+        row("defaultMode", Any, Honoured, ""),
+        row("items", Any, Inside("DownwardAPIVolumeFile"), ""),
+        row("defaultUser", Any, Mapped, OWNER),
+    ]),
+    of("DownwardAPIVolumeFile", "`items[]` of downwardAPI", &[
+        row("path mode", Any, Honoured, ""),
+        row("fieldRef", Any, Inside("FileFieldRef"), ""),
+        row("resourceFieldRef", Any, Inside("ResourceFieldSelector"), ""),
+        row("user", Any, Mapped, OWNER),
+    ]),
+    of("FileFieldRef", "`fieldRef` of a file", &[
+        row("apiVersion", Any, Satisfied, ""),
+        row("fieldPath", Is(&["metadata.name", "metadata.namespace", "metadata.uid", "metadata.labels", "metadata.annotations"]), Honoured, ""),
+        row("fieldPath", Starts(&["metadata.labels['", "metadata.annotations['"]), Honoured, ""),
+        row("fieldPath", Any, Refused, "this field is not offered to containers"),
+    ]),
+    of("ProjectedVolumeSource", "`projected`", &[
+        row("defaultMode", Any, Honoured, ""),
+        row("sources", Any, Inside("VolumeProjection"), ""),
+        row("defaultUser", Any, Mapped, OWNER),
+    ]),
+    of("VolumeProjection", "`projected.sources[]`", &[
+        row("configMap", Any, Inside("ConfigMapVolumeSource"), ""),
+        row("secret", Any, Inside("SecretProjection"), ""),
+        row("downwardAPI", Any, Inside("DownwardAPIVolumeSource"), ""),
+        row("serviceAccountToken", Any, Inside("ServiceAccountTokenProjection"), ""),
+        row("clusterTrustBundle podCertificate", Any, Refused, LATER),
+    ]),
+    of("SecretProjection", "`projected.sources[].secret`", &[
+        row("name optional", Any, Honoured, ""),
+        row("items", Any, Inside("KeyToPath"), ""),
+    ]),
+    of("ServiceAccountTokenProjection", "`projected.sources[].serviceAccountToken`", &[
+        row("audience expirationSeconds path", Any, Honoured, "bound to the pod, renewed at 80 % of its life"),
+        row("user", Any, Mapped, OWNER),
+    ]),
+    of("Annotations", "Annotations", ANNOTATIONS),
+];
+
+#[rustfmt::skip]
+const POD: &[Row] = &[
+    row("containers initContainers", Any, Inside("Container"), ""),
+    row("ephemeralContainers", Empty, Satisfied, ""),
+    row("ephemeralContainers", Any, Refused, LATER),
+    row("restartPolicy terminationGracePeriodSeconds", Any, Honoured, ""),
+    row("activeDeadlineSeconds", Any, Honoured, "counted from the start of the allocation, not from its submission; also part of `--time`"),
+    row("volumes", Any, Inside("Volume"), ""),
+    row("serviceAccountName serviceAccount automountServiceAccountToken", Any, Honoured, ""),
+    row("enableServiceLinks", Any, Honoured, ""),
+    row("hostname", Any, Honoured, "in the pod's environment and files; the name of the compute node itself stays"),
+    row("hostAliases", Any, Inside("HostAlias"), ""),
+    row("readinessGates", Any, Inside("ReadinessGate"), ""),
+    row("nodeName nodeSelector affinity tolerations topologySpreadConstraints schedulerName schedulingGates schedulingGroup", Any, Satisfied, SCHEDULER),
+    row("priority priorityClassName preemptionPolicy", Any, Satisfied, SCHEDULER),
+    row("evictionResponders", Any, Satisfied, "the business of the eviction API"),
+    row("securityContext", Any, Inside("PodSecurityContext"), ""),
+    row("dnsPolicy", Is(&["ClusterFirst", "ClusterFirstWithHostNet", "Default"]), Satisfied, "names resolve as on the compute node"),
+    row("dnsPolicy", Any, Refused, LATER),
+    row("dnsConfig", Empty, Satisfied, ""),
+    row("dnsConfig", Any, Refused, LATER),
+    row("subdomain hostnameOverride", Empty, Satisfied, ""),
+    row("subdomain hostnameOverride", Any, Refused, LATER),
+    row("setHostnameAsFQDN", Is(&["false"]), Satisfied, ""),
+    row("setHostnameAsFQDN", Any, Refused, LATER),
+    row("hostNetwork hostPID hostIPC", Is(&["false"]), Satisfied, ""),
+    row("hostNetwork", Any, Refused, LATER),
+    row("hostPID hostIPC", Any, Refused, "namespaces of the compute node are not shared with pods"),
+    row("hostUsers", Is(&["true"]), Satisfied, ""),
+    row("hostUsers", Any, Refused, LATER),
+    row("shareProcessNamespace", Is(&["false"]), Satisfied, ""),
+    row("shareProcessNamespace", Any, Refused, LATER),
+    row("imagePullSecrets", Empty, Satisfied, ""),
+    row("imagePullSecrets", Any, Refused, "credentials for registries are not supported yet (also where they come from the ServiceAccount)"),
+    row("os", Any, Inside("PodOS"), ""),
+    row("overhead", Empty, Satisfied, ""),
+    row("overhead", Any, Refused, LATER),
+    row("resourceClaims", Empty, Satisfied, ""),
+    row("resourceClaims", Any, Refused, "dynamic resource allocation is not supported"),
+    row("resources", Empty, Satisfied, ""),
+    row("resources", Any, Refused, "resources of the pod as a whole are not supported yet; give them to its containers"),
+    row("runtimeClassName", Is(&["knoc"]), Satisfied, ""),
+    row("runtimeClassName", Any, Refused, "only the RuntimeClass `knoc`"),
+];
+
+#[rustfmt::skip]
+const CONTAINER: &[Row] = &[
+    row("name image command args workingDir", Any, Honoured, "byte for byte, no shell between"),
+    row("imagePullPolicy", Any, Honoured, "pulled once on the login node, before the job is submitted"),
+    row("env", Any, Inside("EnvVar"), ""),
+    row("envFrom", Any, Inside("EnvFromSource"), ""),
+    row("resources", Any, Inside("ResourceRequirements"), ""),
+    row("resizePolicy", Any, Satisfied, "a job cannot be resized"),
+    row("volumeMounts", Any, Inside("VolumeMount"), ""),
+    row("volumeDevices", Empty, Satisfied, ""),
+    row("volumeDevices", Any, Refused, "block devices cannot be given to a job"),
+    row("ports", Any, Inside("ContainerPort"), ""),
+    row("stdin stdinOnce tty", Any, Honoured, ""),
+    row("terminationMessagePath terminationMessagePolicy", Any, Honoured, ""),
+    row("securityContext", Any, Inside("SecurityContext"), ""),
+    row("livenessProbe readinessProbe startupProbe", Any, Refused, "probes are not supported yet"),
+    row("lifecycle", Empty, Satisfied, ""),
+    row("lifecycle", Any, Refused, "hooks are not supported yet"),
+    row("restartPolicy", Any, Refused, "sidecars and restart policies of a container are not supported yet"),
+    row("restartPolicyRules", Empty, Satisfied, ""),
+    row("restartPolicyRules", Any, Refused, LATER),
+];
+
+#[rustfmt::skip]
+const VOLUME: &[Row] = &[
+    row("name", Any, Honoured, ""),
+    row("emptyDir", Any, Inside("EmptyDirVolumeSource"), ""),
+    row("configMap", Any, Inside("ConfigMapVolumeSource"), ""),
+    row("secret", Any, Inside("SecretVolumeSource"), ""),
+    row("downwardAPI", Any, Inside("DownwardAPIVolumeSource"), ""),
+    row("projected", Any, Inside("ProjectedVolumeSource"), ""),
+    row("hostPath persistentVolumeClaim ephemeral image", Any, Refused, "volumes of this kind are not supported yet"),
+    row("csi nfs iscsi fc cephfs rbd glusterfs flexVolume", Any, Refused, CSI),
+    row("awsElasticBlockStore azureDisk azureFile cinder flocker gcePersistentDisk photonPersistentDisk portworxVolume quobyte scaleIO storageos vsphereVolume", Any, Refused, CSI),
+    row("gitRepo", Any, Refused, "removed from Kubernetes"),
+];
+
+#[rustfmt::skip]
+const ANNOTATIONS: &[Row] = &[
+    row("knoc.io/partition knoc.io/account knoc.io/qos knoc.io/constraint knoc.io/reservation knoc.io/licenses knoc.io/dependency knoc.io/gres", Any, Honoured, "the sbatch option of this name"),
+    row("knoc.io/time", Any, Honoured, "minutes, `HH:MM:SS`, `D-HH:MM:SS`, or `90m`, `2h`, `1d`"),
+    row("knoc.io/ntasks", Any, Honoured, "a number; the CPUs are shared out evenly"),
+    row("knoc.io/nodes", Is(&["1"]), Satisfied, ""),
+    row("knoc.io/nodes", Any, Refused, "pods over several nodes are not supported yet"),
+    row("knoc.io/exclusive", Is(&["true", "false"]), Honoured, ""),
+    row("knoc.io/exclusive", Any, Refused, "`true` or `false`"),
+    row("knoc.io/flags slurm-job.knoc.io/flags slurm-job.vk.io/flags slurm.hpk.io/flags", Any, Honoured, "further sbatch options, as far as the site's allow-list goes"),
+    row("knoc.io/mpi knoc.io/image-root knoc.io/network knoc.io/requeue slurm-job.knoc.io/mpi-flags slurm-job.knoc.io/image-root", Any, Refused, LATER),
+    row("slurm-job.vk.io/singularity-options slurm-job.vk.io/pre-exec", Any, Refused, "options and scripts of a pod never reach the runtime or a shell"),
+    row("knoc.io/* slurm-job.knoc.io/* slurm-job.vk.io/* slurm.hpk.io/*", Any, Refused, "no annotation of this name is known"),
+    row("*", Any, Satisfied, "not ours"),
+];
