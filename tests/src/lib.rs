@@ -7,6 +7,7 @@ pub mod cases;
 pub mod command;
 pub mod fake_api;
 pub mod pod;
+pub mod site;
 pub mod wait;
 pub mod world;
 

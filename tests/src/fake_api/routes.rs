@@ -197,14 +197,14 @@ fn changes(
             newest.wait_for(|version| *version > seen).await.ok()?;
             let (lines, seen) = {
                 let store = shared.store();
-                let fresh = store.history.iter().filter(|change| {
-                    change.version > seen
-                        && belongs(&change.target, &target)
-                        && matches(&change.object, &query)
-                });
-                let line =
-                    |change: &Change| event(change.kind, &typed(&target, change.object.clone()));
-                (fresh.map(line).collect::<Vec<_>>(), store.version)
+                let fresh = store.history.iter().filter(|change| change.version > seen);
+                let mine = fresh.filter(|change| belongs(&change.target, &target));
+                let line = |change: &Change| {
+                    let object = change.object.as_deref()?;
+                    let object = matches(object, &query).then(|| object.clone())?;
+                    Some(event(change.kind, &typed(&target, object)))
+                };
+                (mine.filter_map(line).collect::<Vec<_>>(), store.version)
             };
             Some((stream::iter(lines), (shared, newest, seen)))
         }

@@ -2,6 +2,7 @@
 //! watches read. Everything that happens, happens under one lock and in no time.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -33,19 +34,24 @@ pub(super) struct Change {
     pub(super) version: u64,
     pub(super) kind: &'static str,
     pub(super) target: Target,
-    pub(super) object: Value,
+    /// None where a watch that is far behind sees the next change of the object instead.
+    pub(super) object: Option<Arc<Value>>,
 }
+
+/// How many changes keep their objects, though there are newer ones: pods can be large.
+const REMEMBERED: usize = 64;
 
 #[derive(Debug, Default)]
 pub(super) struct Store {
-    objects: BTreeMap<Target, Value>,
+    objects: BTreeMap<Target, Arc<Value>>,
     pub(super) history: Vec<Change>,
     pub(super) version: u64,
 }
 
 impl Store {
     pub(super) fn get(&self, target: &Target) -> Result<Value, Refusal> {
-        self.objects.get(target).cloned().ok_or_else(|| Refusal {
+        let found = self.objects.get(target).map(|object| Value::clone(object));
+        found.ok_or_else(|| Refusal {
             code: 404,
             reason: "NotFound",
             message: format!("{} {:?} not found", target.resource, target.name),
@@ -58,7 +64,7 @@ impl Store {
             .objects
             .iter()
             .filter(|(target, _)| belongs(target, collection));
-        items.map(|(_, object)| object.clone()).collect()
+        items.map(|(_, object)| Value::clone(object)).collect()
     }
 
     pub(super) fn create(&mut self, target: &Target, mut object: Value) -> Result<Value, Refusal> {
@@ -176,20 +182,31 @@ impl Store {
 
     fn put(&mut self, kind: &'static str, target: Target, object: Value) -> Value {
         let object = self.record(kind, target.clone(), object);
-        self.objects.insert(target, object.clone());
-        object
+        self.objects.insert(target, Arc::clone(&object));
+        Value::clone(&object)
     }
 
-    fn record(&mut self, kind: &'static str, target: Target, mut object: Value) -> Value {
+    fn record(&mut self, kind: &'static str, target: Target, mut object: Value) -> Arc<Value> {
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        let change = Change {
+        let object = Arc::new(object);
+        self.history.push(Change {
             version: self.version,
             kind,
             target,
-            object: object.clone(),
-        };
-        self.history.push(change);
+            object: Some(Arc::clone(&object)),
+        });
+        let forgotten = self.history.len().checked_sub(REMEMBERED + 1);
+        if let Some(old) = forgotten.and_then(|at| self.history.get_mut(at)) {
+            let newest = self.objects.get(&old.target);
+            let is_newest = match (newest, &old.object) {
+                (Some(newest), Some(object)) => Arc::ptr_eq(newest, object),
+                _ => false,
+            };
+            if old.kind != "DELETED" && !is_newest {
+                old.object = None;
+            }
+        }
         object
     }
 }

@@ -1,0 +1,299 @@
+//! A site without root, Slurm and Kubernetes: the real agent with its `local` scheduler and the
+//! `process` runtime in a temporary folder, its own CA, its own ports; where wanted, the real kubelet
+//! against the fake API server. Processes are started, killed and started again as a test likes.
+
+mod daemon;
+mod kubelet;
+mod pods;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use knoc_proto::link::{Carrier, Credentials, ExpectPeer, Identity};
+use knoc_proto::pb;
+use knoc_proto::pb::agent_client::AgentClient;
+use knoc_proto::pki::Ca;
+use tempfile::TempDir;
+use tonic::transport::Channel;
+
+use crate::wait_for;
+
+pub use daemon::{Daemon, nothing_names, processes_naming};
+pub use kubelet::{Kubelet, NODE};
+pub use pods::{Pod, brief, container};
+
+/// How long a daemon may take until it answers.
+const START: Duration = Duration::from_secs(20);
+
+/// Largest message of a client: a pod with the largest environment that Kubernetes keeps.
+const MESSAGE_LIMIT: usize = 8 << 20;
+
+/// The cluster id that the tests' kubelets name.
+pub const CLUSTER: &str = "11111111-2222-4333-8444-555555555555";
+
+/// What differs between sites of different tests.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Shell text at the head of every batch script.
+    pub prelude: String,
+    /// A command that runs the agent, such as knoc-oldkernel.
+    pub wrapper: Option<PathBuf>,
+    /// Further lines for the site file's `[limits]`.
+    pub limits: String,
+}
+
+/// The site. Dropping it ends what it started.
+#[derive(Debug)]
+pub struct Site {
+    dir: TempDir,
+    options: Options,
+    address: SocketAddr,
+    credentials: Credentials,
+}
+
+impl Site {
+    /// Makes the folder, certificates and site file; starts nothing.
+    pub fn new(options: Options) -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("knoc-site-").tempdir()?;
+        let ca = Ca::generate("knoc-tests")?;
+        let [kubelet, shim] = [free_port()?, free_port()?];
+        for (name, identity) in identities() {
+            let names = ["127.0.0.1".to_owned(), "localhost".to_owned()];
+            let pair = ca.issue(&identity, &names)?;
+            write(&dir.path().join(format!("{name}.crt")), &pair.cert_pem)?;
+            write(&dir.path().join(format!("{name}.key")), &pair.key_pem)?;
+        }
+        write(&dir.path().join("ca.crt"), ca.cert_pem())?;
+        let credentials = credentials(dir.path(), "ctl")?;
+        let site = Self {
+            dir,
+            options,
+            address: loopback(kubelet),
+            credentials,
+        };
+        write(&site.path("agent.toml"), &site.config(loopback(shim)))?;
+        Ok(site)
+    }
+
+    /// A path in the site's folder.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Where kubelets dial the agent.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Starts the agent and waits until it answers. `env` comes on top of HOME and PATH.
+    pub async fn agent(&self, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
+        let mut agent = self.agent_process(env)?;
+        let mut client = self.client()?;
+        wait_for("the agent answers", START, async || {
+            agent.still_runs()?;
+            let request = pb::GetInfoRequest::default();
+            client
+                .get_info(request)
+                .await
+                .map(|_| ())
+                .map_err(|status| status.to_string())
+        })
+        .await?;
+        Ok(agent)
+    }
+
+    /// Starts the agent and waits for nothing.
+    pub fn agent_process(&self, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
+        let binary = binary("knoc-agent")?;
+        let mut argv = vec![
+            binary,
+            "serve".into(),
+            "--config".into(),
+            self.path("agent.toml"),
+        ];
+        if let Some(wrapper) = &self.options.wrapper {
+            argv.insert(0, wrapper.clone());
+        }
+        Daemon::start(&argv, env, self.dir.path(), &self.path("agent.log"))
+    }
+
+    /// A client of the agent, with the identity of a `knocctl`. Lazy, and connects again.
+    pub fn client(&self) -> anyhow::Result<AgentClient<Channel>> {
+        let carrier = Carrier::Tcp(self.address.to_string());
+        let expect = ExpectPeer::AnyAgent;
+        let channel = knoc_proto::link::dial(carrier, Some(self.credentials.clone()), expect)?;
+        let client = AgentClient::new(channel);
+        Ok(client
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(MESSAGE_LIMIT))
+    }
+
+    /// The job directory of a pod.
+    #[must_use]
+    pub fn jobdir(&self, uid: &str) -> PathBuf {
+        self.path("state/pods").join(uid)
+    }
+
+    /// How many jobs claimed the pod.
+    pub fn claims(&self, uid: &str) -> anyhow::Result<usize> {
+        let mut claims = 0;
+        for entry in std::fs::read_dir(self.jobdir(uid))? {
+            claims += usize::from(entry?.file_name().to_string_lossy().starts_with("claim."));
+        }
+        Ok(claims)
+    }
+
+    /// How often the pod's program ran: it appends a line to `runs/UID`.
+    pub fn runs(&self, uid: &str) -> anyhow::Result<usize> {
+        match std::fs::read_to_string(self.path("runs").join(uid)) {
+            Ok(text) => Ok(text.lines().count()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The end of the agent's log, for messages.
+    #[must_use]
+    pub fn log(&self) -> String {
+        let text = std::fs::read_to_string(self.path("agent.log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().rev().take(15).collect();
+        lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+    }
+
+    fn config(&self, shim: SocketAddr) -> String {
+        let dir = self.dir.path().display();
+        let Options {
+            prelude, limits, ..
+        } = &self.options;
+        format!(
+            r#"
+site = "test"
+state_dir = "{dir}/state"
+scheduler = "local"
+runtime = "process"
+prelude = '''
+{prelude}'''
+
+[listen]
+kubelet = "{address}"
+shim = "{shim}"
+shim_addresses = ["{shim}"]
+socket = "{dir}/socket/agent.sock"
+
+[tls]
+ca = "{dir}/ca.crt"
+cert = "{dir}/agent.crt"
+key = "{dir}/agent.key"
+
+[env]
+PATH = "/usr/local/bin:/usr/bin:/bin"
+
+[limits]
+sbatch_rate = 1000.0
+sbatch_burst = 1000
+poll_min = "200ms"
+poll_max = "1s"
+report_grace = "3s"
+lost_after = "5s"
+{limits}
+
+[backoff]
+initial = "200ms"
+max = "2s"
+
+[job]
+scratch = "{dir}/scratch"
+"#,
+            address = self.address,
+        )
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // Jobs outlive their agent by design; those of a test end with it.
+        daemon::kill_naming(self.dir.path());
+    }
+}
+
+/// One of the project's binaries: in `$KNOC_BIN`, else where this test was built.
+pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
+    let given = std::env::var_os("KNOC_BIN").map(PathBuf::from);
+    let own = std::env::current_exe()?;
+    let built = own
+        .ancestors()
+        .find(|folder| folder.join(".fingerprint").is_dir());
+    let folders = given.into_iter().chain(built.map(Path::to_owned));
+    let mut candidates = folders.map(|folder| folder.join(name));
+    let found = candidates.find(|path| path.is_file());
+    found.with_context(|| format!("{name} is not built: `make build`, or set KNOC_BIN"))
+}
+
+/// Writes a file that only we may read.
+pub(crate) fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut options = std::fs::OpenOptions::new();
+    let file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path);
+    let mut file = file.with_context(|| path.display().to_string())?;
+    file.write_all(text.as_bytes())
+        .with_context(|| path.display().to_string())
+}
+
+/// PEM files of one identity of the site.
+pub(crate) fn credentials(dir: &Path, name: &str) -> anyhow::Result<Credentials> {
+    let file = |name: String| dir.join(name);
+    let pair = (file(format!("{name}.crt")), file(format!("{name}.key")));
+    Ok(Credentials::from_files(
+        file("ca.crt".to_owned()),
+        &pair.0,
+        &pair.1,
+    )?)
+}
+
+fn identities() -> [(&'static str, Identity); 3] {
+    [
+        (
+            "agent",
+            Identity::Agent {
+                site: "test".to_owned(),
+            },
+        ),
+        (
+            "kubelet",
+            Identity::Kubelet {
+                name: "test".to_owned(),
+            },
+        ),
+        (
+            "ctl",
+            Identity::Ctl {
+                name: "test".to_owned(),
+            },
+        ),
+    ]
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+/// A port below the ephemeral range, so that it stays ours while an agent is down.
+pub(crate) fn free_port() -> anyhow::Result<u16> {
+    for _ in 0..100 {
+        let port = rand::random_range(20_000..32_000);
+        if TcpListener::bind(loopback(port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no free port between 20000 and 32000")
+}
