@@ -14,3 +14,7 @@ pub mod config;
 pub mod command;
 pub mod jobdir;
 pub mod scheduler;
+pub mod launch;
+pub mod logs;
+pub mod runtime;
+pub mod shim;

@@ -56,11 +56,9 @@ fn main() -> ExitCode {
                 Err(_) => ExitCode::FAILURE,
             }
         }
-        Command::Init
-        | Command::Serve { .. }
-        | Command::Connect
-        | Command::Shim { .. }
-        | Command::Launch { .. }
-        | Command::Enter { .. } => ExitCode::FAILURE,
+        Command::Shim { jobdir } => knoc_agent::shim::main(&jobdir),
+        Command::Launch { socket } => knoc_agent::launch::main(&socket),
+        Command::Enter { arguments } => knoc_agent::launch::enter::main(&arguments),
+        Command::Init | Command::Serve { .. } | Command::Connect => ExitCode::FAILURE,
     }
 }

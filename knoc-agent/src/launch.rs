@@ -1,0 +1,36 @@
+//! The launch protocol: how a container's program gets exactly the argv, environment, directory and stdio it asked for.
+//!
+//! `knoc-agent launch SOCKET` is what the runtime starts inside the container. It connects to the shim's unix socket
+//! (the shim learns its pid by the peer credentials), takes one [`wire::LaunchSpec`] and the stdio descriptors, and
+//! becomes the program by `execve`. The socket is close-on-exec: end of file at the shim's side means that the program
+//! runs. So neither argv nor environment meets the runtime, a shell, or a file. Exec into a running container
+//! ([`enter`]) ends in the same code.
+//!
+//! Single-threaded and without an async runtime: it must be small, and `setns(2)` demands it.
+
+pub mod enter;
+pub mod fds;
+mod program;
+mod pty;
+mod sys;
+pub mod wire;
+
+use std::{os::unix::net::UnixStream, path::Path, process::ExitCode};
+
+/// What the launcher exits with where it could not even speak to the shim.
+const NO_SHIM: u8 = 125;
+
+/// Entry point of `knoc-agent launch SOCKET`. Returns only where the program could not be started.
+#[must_use]
+pub fn main(socket: &Path) -> ExitCode {
+    match UnixStream::connect(socket) {
+        Ok(stream) => program::run(&stream),
+        Err(error) => {
+            eprintln!(
+                "knoc-agent launch: connect to {}: {error}",
+                socket.display()
+            );
+            ExitCode::from(NO_SHIM)
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The audited unsafe calls of the launcher: `fork(2)`, resetting signal dispositions, and marking descriptors that
+//! others left open. Nothing else.
+#![expect(
+    unsafe_code,
+    reason = "these have no safe form; each states why it is sound"
+)]
+
+use std::os::fd::BorrowedFd;
+
+use nix::{
+    sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+    unistd::{ForkResult, fork},
+};
+
+/// Forks the calling process.
+pub(super) fn fork_single_threaded() -> nix::Result<ForkResult> {
+    // SAFETY: `launch` and `enter` start no thread, so the child's copy of the memory is consistent.
+    unsafe { fork() }
+}
+
+/// Gives every signal its default action and unblocks all: the program must not inherit what Rust's runtime
+/// (which ignores SIGPIPE) or a container runtime set.
+pub(super) fn reset_signals() {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    for signal in Signal::iterator() {
+        // SAFETY: SIG_DFL runs no code of ours. KILL and STOP refuse it, which is as good.
+        unsafe { sigaction(signal, &default) }.ok();
+    }
+    SigSet::empty().thread_set_mask().ok();
+}
+
+/// Marks all descriptors but stdio close-on-exec: runtimes leave some of theirs open.
+pub(super) fn close_on_exec() {
+    let open = std::fs::read_dir("/proc/self/fd")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let numbers: Vec<i32> = open
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        // SAFETY: the number is only used within this call; where it is closed by now, the kernel says EBADF.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).ok();
+    }
+}

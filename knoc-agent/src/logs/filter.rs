@@ -1,0 +1,248 @@
+//! PURE: from pieces of a log to the bytes that a reader asked for (since, stream, timestamps, byte limit), and where
+//! the last `n` lines begin.
+
+use jiff::Timestamp;
+use knoc_proto::pb;
+
+use super::cri::{self, Piece, Stream};
+
+/// What of a log a reader wants.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Lines of this stream only.
+    pub stream: Option<Stream>,
+    /// Not what is older than this stamp.
+    pub since: Option<String>,
+    /// The last so many lines; `None`: all.
+    pub tail_lines: Option<u64>,
+    /// Stop after so many bytes; `None`: never.
+    pub limit_bytes: Option<u64>,
+    /// Begin each line with its time.
+    pub timestamps: bool,
+}
+
+impl From<&pb::ReadLogsRequest> for Options {
+    fn from(request: &pb::ReadLogsRequest) -> Self {
+        let since = Timestamp::from_nanosecond(i128::from(request.since)).ok();
+        Self {
+            stream: match request.stream() {
+                pb::LogStream::All => None,
+                pb::LogStream::Stdout => Some(Stream::Stdout),
+                pb::LogStream::Stderr => Some(Stream::Stderr),
+            },
+            since: since.filter(|_| request.since > 0).map(cri::stamp),
+            tail_lines: u64::try_from(request.tail_lines).ok(),
+            limit_bytes: u64::try_from(request.limit_bytes)
+                .ok()
+                .filter(|limit| *limit > 0),
+            timestamps: request.timestamps,
+        }
+    }
+}
+
+impl Options {
+    fn wants(&self, stream: Stream) -> bool {
+        self.stream.is_none_or(|wanted| wanted == stream)
+    }
+}
+
+/// Turns log lines into output bytes.
+#[derive(Debug)]
+pub struct Filter {
+    options: Options,
+    left: u64,
+    /// By stream: is the next piece the beginning of a line?
+    at_start: [bool; 2],
+}
+
+impl Filter {
+    /// A filter that has seen nothing yet.
+    #[must_use]
+    pub fn new(options: Options) -> Self {
+        let left = options.limit_bytes.unwrap_or(u64::MAX);
+        Self {
+            options,
+            left,
+            at_start: [true; 2],
+        }
+    }
+
+    /// Has the byte limit been reached?
+    #[must_use]
+    pub fn done(&self) -> bool {
+        self.left == 0
+    }
+
+    /// Appends what of `line` (without its newline) is wanted. What is not in the format is left out.
+    pub fn push(&mut self, line: &[u8], out: &mut Vec<u8>) {
+        let Some(piece) = cri::parse(line) else {
+            return;
+        };
+        let options = &self.options;
+        let too_old = options
+            .since
+            .as_ref()
+            .is_some_and(|since| piece.stamp < since.as_bytes());
+        if too_old || !options.wants(piece.stream) {
+            return;
+        }
+        let before = out.len();
+        self.append(&piece, out);
+        let grown = u64::try_from(out.len() - before).unwrap_or(u64::MAX);
+        if grown > self.left {
+            let room = usize::try_from(self.left).unwrap_or(usize::MAX);
+            out.truncate(before.saturating_add(room));
+        }
+        self.left = self.left.saturating_sub(grown);
+    }
+
+    fn append(&mut self, piece: &Piece<'_>, out: &mut Vec<u8>) {
+        let index = usize::from(piece.stream == Stream::Stderr);
+        if let Some(at_start) = self.at_start.get_mut(index) {
+            if self.options.timestamps && *at_start {
+                out.extend_from_slice(piece.stamp);
+                out.push(b' ');
+            }
+            *at_start = !piece.partial;
+        }
+        out.extend_from_slice(piece.text);
+        if !piece.partial {
+            out.push(b'\n');
+        }
+    }
+}
+
+/// Finds where the last `n` lines begin, block by block from the end of a series.
+#[derive(Debug)]
+pub struct TailSearch {
+    options: Options,
+    wanted: u64,
+    found: u64,
+    seen_any: bool,
+}
+
+impl TailSearch {
+    /// `None` where all lines are wanted.
+    #[must_use]
+    pub fn new(options: &Options) -> Option<Self> {
+        let wanted = options.tail_lines?;
+        Some(Self {
+            options: options.clone(),
+            wanted,
+            found: 0,
+            seen_any: false,
+        })
+    }
+
+    /// Takes the next older line (without newline). `true` where reading must begin after this one.
+    pub fn is_before(&mut self, line: &[u8]) -> bool {
+        if self.wanted == 0 {
+            return true;
+        }
+        let Some(piece) = cri::parse(line) else {
+            return false;
+        };
+        if !self.options.wants(piece.stream) {
+            return false;
+        }
+        // A line ends with its F piece; P pieces before it belong to it. A P at the very end is a line too.
+        let ends_line = !piece.partial || !self.seen_any;
+        self.seen_any = true;
+        if ends_line {
+            if self.found == self.wanted {
+                return true;
+            }
+            self.found += 1;
+        }
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOG: [&str; 6] = [
+        "2026-11-22T18:00:01.000000000Z stdout F one",
+        "2026-11-22T18:00:02.000000000Z stderr F err",
+        "2026-11-22T18:00:03.000000000Z stdout P tw",
+        "2026-11-22T18:00:04.000000000Z stdout F o",
+        "garbage",
+        "2026-11-22T18:00:05.000000000Z stdout P end",
+    ];
+
+    fn run(options: Options) -> String {
+        let first = TailSearch::new(&options).map_or(0, |mut search| {
+            let before = LOG
+                .iter()
+                .rposition(|line| search.is_before(line.as_bytes()));
+            before.map_or(0, |index| index + 1)
+        });
+        let (mut filter, mut out) = (Filter::new(options), Vec::new());
+        LOG[first..]
+            .iter()
+            .for_each(|line| filter.push(line.as_bytes(), &mut out));
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn options_select() {
+        let all = Options::default();
+        assert_eq!(run(all.clone()), "one\nerr\ntwo\nend");
+        let stream = Some(Stream::Stderr);
+        assert_eq!(
+            run(Options {
+                stream,
+                ..all.clone()
+            }),
+            "err\n"
+        );
+        let since = Some("2026-11-22T18:00:03.000000000Z".to_owned());
+        assert_eq!(
+            run(Options {
+                since,
+                ..all.clone()
+            }),
+            "two\nend"
+        );
+        assert_eq!(
+            run(Options {
+                limit_bytes: Some(6),
+                ..all.clone()
+            }),
+            "one\ner"
+        );
+        let text = run(Options {
+            timestamps: true,
+            ..all
+        });
+        assert!(
+            text.ends_with(
+                "2026-11-22T18:00:03.000000000Z two\n2026-11-22T18:00:05.000000000Z end"
+            )
+        );
+    }
+
+    #[test]
+    fn the_tail_counts_whole_lines() {
+        for (lines, expected) in [
+            (0, ""),
+            (1, "end"),
+            (2, "two\nend"),
+            (3, "err\ntwo\nend"),
+            (9, "one\nerr\ntwo\nend"),
+        ] {
+            let options = Options {
+                tail_lines: Some(lines),
+                ..Options::default()
+            };
+            assert_eq!(run(options), expected, "{lines}");
+        }
+        let options = Options {
+            tail_lines: Some(3),
+            stream: Some(Stream::Stdout),
+            ..Options::default()
+        };
+        assert_eq!(run(options), "one\ntwo\nend");
+    }
+}

@@ -1,0 +1,299 @@
+//! Task: sends what a reader asked for of one log series, and follows it across rotation.
+//!
+//! Reads in blocks on the runtime's blocking threads; the channel to the reader is bounded, so a slow reader slows
+//! only this task. Follows by the writer's own signal where there is one (the shim), else by looking at the file every
+//! [`POLL`] (the agent, on a shared file system). Ends with the instance, the byte limit, or the reader.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use knoc_proto::{pb, reason::ErrorReason};
+use tokio::sync::{mpsc, watch};
+use tonic::Status;
+
+use super::{
+    filter::{Filter, Options, TailSearch},
+    rotated, series,
+};
+
+/// One read, and about one message to the reader.
+const BLOCK: usize = 128 << 10;
+
+/// How often a file that another host writes is looked at.
+const POLL: Duration = Duration::from_millis(100);
+
+/// How many chunks may wait for the reader.
+pub const CHUNKS: usize = 4;
+
+/// How a follower learns of news.
+#[derive(Debug, Clone)]
+pub struct Follow {
+    /// Changes with each batch written; `None`: look at the file.
+    pub written: Option<watch::Receiver<u64>>,
+    /// `true` once the instance has ended and all its output is written. A dropped sender counts as ended.
+    pub ended: watch::Receiver<bool>,
+}
+
+/// The channel to the reader.
+pub type Output = mpsc::Sender<Result<pb::LogChunk, Status>>;
+
+/// Sends the series whose live file is `live`. Returns when all was sent, or the reader is gone.
+pub async fn read(live: PathBuf, options: Options, follow: Option<Follow>, output: Output) {
+    if let Err(error) = run(live, options, follow, &output).await {
+        let message = format!("read the container's log: {error}");
+        // Where the reader is gone nobody is left to be told.
+        drop(
+            output
+                .send(Err(ErrorReason::Internal.status(message)))
+                .await,
+        );
+    }
+}
+
+async fn run(
+    live: PathBuf,
+    options: Options,
+    mut follow: Option<Follow>,
+    output: &Output,
+) -> io::Result<()> {
+    let mut reader = blocking(move || Reader::begin(live, options)).await?;
+    loop {
+        // Before the read: what is written after it wakes the wait below.
+        let ended = follow.as_mut().is_none_or(Follow::observe);
+        let (next, chunk, at_end) = blocking(move || {
+            let mut reader = reader;
+            let mut chunk = Vec::new();
+            let at_end = reader.next(&mut chunk)?;
+            Ok((reader, chunk, at_end))
+        })
+        .await?;
+        reader = next;
+        if !chunk.is_empty() {
+            let data = Bytes::from(chunk);
+            if output.send(Ok(pb::LogChunk { data })).await.is_err() {
+                return Ok(());
+            }
+        }
+        if reader.filter.done() || (at_end && ended) {
+            return Ok(());
+        }
+        if at_end && let Some(follow) = &mut follow {
+            tokio::select! {
+                biased;
+                () = output.closed() => return Ok(()),
+                () = follow.news() => {}
+            }
+        }
+    }
+}
+
+impl Follow {
+    /// Marks all news as seen. `true` where the instance has ended.
+    fn observe(&mut self) -> bool {
+        if let Some(written) = &mut self.written {
+            written.mark_unchanged();
+        }
+        let ended = *self.ended.borrow_and_update();
+        ended || self.ended.has_changed().is_err()
+    }
+
+    async fn news(&mut self) {
+        // A dropped sender ends the wait as well: then `observe` says that it is over.
+        let Self { written, ended } = self;
+        match written {
+            Some(written) => {
+                tokio::select! {
+                    biased;
+                    _ = ended.changed() => {}
+                    Ok(()) = written.changed() => {}
+                }
+            }
+            None => {
+                drop(tokio::time::timeout(POLL, ended.changed()).await);
+            }
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(io::Error::other)?
+}
+
+/// A position in a series.
+#[derive(Debug)]
+struct Reader {
+    live: PathBuf,
+    filter: Filter,
+    file: Option<File>,
+    offset: u64,
+    /// The beginning of a line whose end was not written yet.
+    held: Vec<u8>,
+}
+
+impl Reader {
+    fn begin(live: PathBuf, options: Options) -> io::Result<Self> {
+        let start = TailSearch::new(&options)
+            .map(|search| tail_start(&live, search))
+            .transpose()?;
+        let mut reader = Self {
+            live,
+            filter: Filter::new(options),
+            file: None,
+            offset: 0,
+            held: Vec::new(),
+        };
+        if let Some(Some((file, offset))) = start {
+            reader.file = Some(file);
+            reader.offset = offset;
+        }
+        Ok(reader)
+    }
+
+    /// Appends the next block's output to `chunk`. `true` where there is nothing more at the moment.
+    fn next(&mut self, chunk: &mut Vec<u8>) -> io::Result<bool> {
+        let mut block = vec![0; BLOCK];
+        loop {
+            let Some(file) = &self.file else {
+                let Some(oldest) = series(&self.live).into_iter().next() else {
+                    return Ok(true);
+                };
+                self.file = match File::open(oldest) {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+                    other => Some(other?),
+                };
+                self.offset = 0;
+                continue;
+            };
+            let count = file.read_at(&mut block, self.offset)?;
+            if count > 0 {
+                self.offset += u64::try_from(count).unwrap_or_default();
+                self.take(block.get(..count).unwrap_or_default(), chunk);
+                return Ok(false);
+            }
+            // The writer took back what it could not write whole.
+            let length = file.metadata()?.len();
+            if length < self.offset {
+                self.offset = length;
+                self.held.clear();
+            }
+            // The writer renames only after its last write: a name that leads elsewhere means this file is whole.
+            let Some(next) = self.newer()? else {
+                return Ok(true);
+            };
+            let Some(file) = &self.file else { continue };
+            if file.metadata()?.len() <= self.offset {
+                self.file = Some(next);
+                self.offset = 0;
+                self.held.clear();
+            }
+        }
+    }
+
+    fn take(&mut self, block: &[u8], chunk: &mut Vec<u8>) {
+        let mut rest = block;
+        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+            let (line, after) = rest.split_at(end);
+            rest = after.get(1..).unwrap_or_default();
+            if self.held.is_empty() {
+                self.filter.push(line, chunk);
+            } else {
+                self.held.extend_from_slice(line);
+                self.filter.push(&self.held, chunk);
+                self.held.clear();
+            }
+            if self.filter.done() {
+                return;
+            }
+        }
+        self.held.extend_from_slice(rest);
+    }
+
+    /// The file after the open one, where rotation made one.
+    fn newer(&self) -> io::Result<Option<File>> {
+        let Some(file) = &self.file else {
+            return Ok(None);
+        };
+        let own = identity(&file.metadata()?);
+        if is(&self.live, own) {
+            return Ok(None);
+        }
+        let files = series(&self.live);
+        let at = files.iter().position(|path| is(path, own));
+        // Not there any more: it was dropped for the limit, the oldest that is left comes next.
+        let next = at.map_or(0, |index| index + 1);
+        match files.get(next).map(File::open).transpose() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other,
+        }
+    }
+}
+
+fn identity(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+fn is(path: &Path, own: (u64, u64)) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| identity(&metadata) == own)
+}
+
+/// Where the wanted tail begins; `None`: at the beginning of the series.
+fn tail_start(live: &Path, mut search: TailSearch) -> io::Result<Option<(File, u64)>> {
+    for path in newest_first(live) {
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            other => other?,
+        };
+        if let Some(offset) = search_file(&file, &mut search)? {
+            return Ok(Some((file, offset)));
+        }
+    }
+    Ok(None)
+}
+
+fn newest_first(live: &Path) -> impl Iterator<Item = PathBuf> {
+    let older = (1..)
+        .map(|n| rotated(live, n))
+        .take_while(|path| path.exists());
+    std::iter::once(live.to_owned()).chain(older)
+}
+
+/// Walks the lines of one file from its end, block by block.
+fn search_file(file: &File, search: &mut TailSearch) -> io::Result<Option<u64>> {
+    let mut end = file.metadata()?.len();
+    // The bytes from `end` to the end of the line that begins before it.
+    let mut tail: Vec<u8> = Vec::new();
+    while end > 0 {
+        let begin = end.saturating_sub(u64::try_from(BLOCK).unwrap_or(1));
+        let mut block = vec![0; usize::try_from(end - begin).unwrap_or(BLOCK)];
+        file.read_exact_at(&mut block, begin)?;
+        block.append(&mut tail);
+        while let Some(newline) = block.iter().rposition(|byte| *byte == b'\n') {
+            let line_start = newline + 1;
+            let line = block.get(line_start..).unwrap_or_default();
+            if !line.is_empty() && search.is_before(line) {
+                let past = u64::try_from(line_start + line.len() + 1).unwrap_or_default();
+                return Ok(Some(begin + past));
+            }
+            block.truncate(newline);
+        }
+        tail = block;
+        end = begin;
+    }
+    if !tail.is_empty() && search.is_before(&tail) {
+        return Ok(Some(u64::try_from(tail.len() + 1).unwrap_or_default()));
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests;

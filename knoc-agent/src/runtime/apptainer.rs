@@ -1,0 +1,221 @@
+//! Apptainer and Singularity: PURE argv of `exec`. Their differences are in this one place.
+//!
+//! - `--no-init`: our launcher, and so the program, is PID 1 of the container's PID namespace.
+//! - `--no-eval`: values are not evaluated by a shell (Apptainer only; we give it none anyway).
+//! - A bind of a path with `,` or `:` goes by `--mount`, whose fields are CSV and can be quoted.
+
+use std::{
+    ffi::{OsStr, OsString},
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
+
+use super::{Bind, INSIDE, Root, Runtime, RuntimeError, Sandbox};
+
+/// Which of the two relatives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flavour {
+    Apptainer,
+    Singularity,
+}
+
+#[derive(Debug)]
+pub(super) struct Apptainer {
+    path: PathBuf,
+    flavour: Flavour,
+}
+
+impl Apptainer {
+    pub(super) fn new(path: &Path, flavour: Flavour) -> Self {
+        Self {
+            path: path.to_owned(),
+            flavour,
+        }
+    }
+}
+
+impl Runtime for Apptainer {
+    fn name(&self) -> &'static str {
+        match self.flavour {
+            Flavour::Apptainer => "apptainer",
+            Flavour::Singularity => "singularity",
+        }
+    }
+
+    fn isolates(&self) -> bool {
+        true
+    }
+
+    fn writable_roots(&self, overlay: &Path) -> Vec<Root> {
+        match self.flavour {
+            // Its folder option would take a colon as the start of options.
+            Flavour::Apptainer if !overlay.as_os_str().as_bytes().contains(&b':') => {
+                vec![
+                    Root::Overlay(overlay.to_owned()),
+                    Root::Memory,
+                    Root::ReadOnly,
+                ]
+            }
+            // The setuid starter takes no folder from a user.
+            Flavour::Apptainer | Flavour::Singularity => vec![Root::Memory, Root::ReadOnly],
+        }
+    }
+
+    fn argv(&self, sandbox: &Sandbox) -> Result<Vec<OsString>, RuntimeError> {
+        let mut argv: Vec<OsString> = vec![self.path.clone().into()];
+        let fixed = [
+            "--silent",
+            "exec",
+            "--containall",
+            "--no-init",
+            "--no-home",
+            "--cleanenv",
+        ];
+        argv.extend(fixed.map(OsString::from));
+        if self.flavour == Flavour::Apptainer {
+            argv.push("--no-eval".into());
+        }
+        match &sandbox.root {
+            Root::Overlay(folder) => argv.extend(["--overlay".into(), plain(folder)?.to_owned()]),
+            Root::Memory => argv.push("--writable-tmpfs".into()),
+            Root::ReadOnly => {}
+        }
+        argv.extend(["--workdir".into(), plain(&sandbox.work)?.to_owned()]);
+        if sandbox.fakeroot {
+            argv.push("--fakeroot".into());
+        }
+        if !sandbox.hostname.is_empty() {
+            argv.extend([
+                "--uts".into(),
+                "--hostname".into(),
+                sandbox.hostname.clone().into(),
+            ]);
+        }
+        // The initial directory is the launcher's business.
+        argv.extend(["--pwd".into(), "/".into()]);
+        let inside = |name: &str| Path::new(INSIDE).join(name);
+        let own = [
+            Bind {
+                source: sandbox.folder.clone(),
+                target: INSIDE.into(),
+                read_only: true,
+            },
+            Bind {
+                source: sandbox.agent.clone(),
+                target: inside("agent"),
+                read_only: true,
+            },
+        ];
+        for bind in own.iter().chain(&sandbox.binds) {
+            argv.extend(bind_option(bind)?);
+        }
+        argv.push(sandbox.image.clone().into());
+        argv.extend([
+            inside("agent").into(),
+            "launch".into(),
+            inside("launch.sock").into(),
+        ]);
+        Ok(argv)
+    }
+}
+
+fn bind_option(bind: &Bind) -> Result<[OsString; 2], RuntimeError> {
+    let (source, target) = (plain(&bind.source)?, plain(&bind.target)?);
+    let special = |path: &OsStr| path.as_bytes().iter().any(|byte| b",:\"\\".contains(byte));
+    let mut value = OsString::new();
+    if special(source) || special(target) {
+        value.push("type=bind,");
+        value.push(csv("source=", source));
+        value.push(",");
+        value.push(csv("destination=", target));
+        if bind.read_only {
+            value.push(",ro");
+        }
+        return Ok(["--mount".into(), value]);
+    }
+    value.push(source);
+    value.push(":");
+    value.push(target);
+    if bind.read_only {
+        value.push(":ro");
+    }
+    Ok(["--bind".into(), value])
+}
+
+/// One CSV field, quoted whole.
+fn csv(key: &str, path: &OsStr) -> OsString {
+    let mut field = format!("\"{key}").into_bytes();
+    for byte in path.as_bytes() {
+        field.extend(if *byte == b'"' {
+            &b"\"\""[..]
+        } else {
+            std::slice::from_ref(byte)
+        });
+    }
+    field.push(b'"');
+    OsStr::from_bytes(&field).to_owned()
+}
+
+/// Neither option syntax carries a line break; argv carries no NUL.
+fn plain(path: &Path) -> Result<&OsStr, RuntimeError> {
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.iter().any(|byte| b"\n\r\0".contains(byte)) {
+        return Err(RuntimeError::Path(path.to_owned()));
+    }
+    Ok(path.as_os_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sandbox(binds: Vec<Bind>) -> Sandbox {
+        Sandbox {
+            image: "/images/a.sif".into(),
+            agent: "/opt/knoc-agent".into(),
+            folder: "/tmp/knoc-1/0".into(),
+            binds,
+            hostname: "pod".to_owned(),
+            root: Root::Overlay("/tmp/knoc-1/0-root".into()),
+            work: "/tmp/knoc-1/0-work".into(),
+            fakeroot: false,
+        }
+    }
+
+    fn bind(source: &str, target: &str) -> Bind {
+        Bind {
+            source: source.into(),
+            target: target.into(),
+            read_only: true,
+        }
+    }
+
+    #[test]
+    fn argv_by_flavour() {
+        let argv = |flavour| {
+            let runtime = Apptainer::new(Path::new("/usr/bin/x"), flavour);
+            let words = runtime.argv(&sandbox(vec![bind("/a b", "/c")])).unwrap();
+            words
+                .iter()
+                .map(|word| word.to_str().unwrap().to_owned())
+                .collect::<Vec<_>>()
+                .join("|")
+        };
+        assert_eq!(
+            argv(Flavour::Apptainer),
+            "/usr/bin/x|--silent|exec|--containall|--no-init|--no-home|--cleanenv|--no-eval|\
+             --overlay|/tmp/knoc-1/0-root|--workdir|/tmp/knoc-1/0-work|--uts|--hostname|pod|--pwd|/|--bind|/tmp/knoc-1/0:/.knoc:ro|--bind|\
+             /opt/knoc-agent:/.knoc/agent:ro|--bind|/a b:/c:ro|/images/a.sif|/.knoc/agent|launch|\
+             /.knoc/launch.sock"
+        );
+        assert!(!argv(Flavour::Singularity).contains("--no-eval"));
+    }
+
+    #[test]
+    fn paths_that_bind_cannot_carry_go_by_mount() {
+        let [option, value] = bind_option(&bind("/a,\"b", "/c:d")).unwrap();
+        assert_eq!(option, "--mount");
+        assert_eq!(value, r#"type=bind,"source=/a,""b","destination=/c:d",ro"#);
+        assert!(bind_option(&bind("/a\nb", "/c")).is_err());
+    }
+}

@@ -1,0 +1,93 @@
+//! Reading `/proc`: identity of processes, the tree below one, the host's own facts. Blocking, but memory only.
+
+use std::{collections::HashMap, fs};
+
+/// One process of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Process {
+    pub(crate) pid: u32,
+    pub(crate) parent: u32,
+    pub(crate) session: u32,
+}
+
+/// When `pid` started, in clock ticks since boot: with the pid it names a process for good.
+pub(crate) fn start_time(pid: u32) -> Option<u64> {
+    field(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?, 19)
+}
+
+/// All processes that can be seen.
+pub(crate) fn all() -> Vec<Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            Some(Process {
+                pid,
+                parent: field(&stat, 1)?,
+                session: field(&stat, 3)?,
+            })
+        })
+        .collect()
+}
+
+/// PURE: the processes below `root` in `all`, `root` not included.
+pub(crate) fn descendants(all: &[Process], root: u32) -> Vec<u32> {
+    let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
+    for process in all {
+        children
+            .entry(process.parent)
+            .or_default()
+            .push(process.pid);
+    }
+    let mut found = Vec::new();
+    let mut queue = vec![root];
+    while let Some(parent) = queue.pop() {
+        // Taken out, so that nothing is walked twice whatever the table says.
+        for child in children.remove(&parent).unwrap_or_default() {
+            found.push(child);
+            queue.push(child);
+        }
+    }
+    found
+}
+
+/// PURE: a numeric field of `/proc/PID/stat`, counted from the state (0), which follows the name in parentheses.
+fn field<T: std::str::FromStr>(stat: &str, index: usize) -> Option<T> {
+    let (_, rest) = stat.rsplit_once(") ")?;
+    rest.split_ascii_whitespace().nth(index)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_follow_a_name_with_anything_in_it() {
+        let stat = "12 (a) b) S 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 777 23";
+        assert_eq!(field::<u32>(stat, 1), Some(3));
+        assert_eq!(field::<u64>(stat, 19), Some(777));
+        assert!(start_time(std::process::id()).is_some_and(|time| time > 0));
+        assert_eq!(start_time(0), None);
+    }
+
+    #[test]
+    fn the_tree_below() {
+        let process = |pid, parent| Process {
+            pid,
+            parent,
+            session: 0,
+        };
+        let all = [
+            process(2, 1),
+            process(3, 2),
+            process(4, 3),
+            process(5, 1),
+            process(6, 6),
+        ];
+        let mut found = descendants(&all, 2);
+        found.sort_unstable();
+        assert_eq!(found, [3, 4]);
+        assert_eq!(descendants(&all, 6), [6]);
+    }
+}
