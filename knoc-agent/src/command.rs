@@ -342,9 +342,11 @@ fn own_session(command: &mut std::process::Command) {
 }
 
 fn spawn_error(err: io::Error) -> CommandErrorKind {
-    match err.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => CommandErrorKind::NotFound,
-        _ => CommandErrorKind::Spawn(err),
+    let absent = [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied];
+    if absent.contains(&err.kind()) {
+        CommandErrorKind::NotFound
+    } else {
+        CommandErrorKind::Spawn(err)
     }
 }
 

@@ -17,6 +17,8 @@ use knoc_proto::ids::{JobId, PodUid};
 use knoc_proto::pb;
 
 use crate::command::CommandError;
+use crate::config::{Config, SchedulerKind};
+use crate::jobdir::JobDirError;
 
 pub mod local;
 pub mod slurm;
@@ -126,28 +128,36 @@ pub enum SchedulerError {
         problem: String,
     },
     /// A file of the local scheduler.
-    #[error("{action} {}", path.display())]
-    File {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: std::io::Error,
-    },
+    #[error("keep the jobs of this host")]
+    State(#[from] JobDirError),
+    /// The agent stops.
+    #[error("the agent stops")]
+    Stopping,
 }
 
 /// The scheduler of this site.
 #[derive(Debug)]
 pub enum Scheduler {
     /// Slurm, by its own commands.
-    Slurm(slurm::Slurm),
+    Slurm(Box<slurm::Slurm>),
     /// Process groups on this host.
     Local(local::Local),
 }
 
 impl Scheduler {
+    /// The one that the site file names; `pods` is the folder of the job directories.
+    #[must_use]
+    pub fn of_site(site: &Config, pods: PathBuf) -> Self {
+        match site.scheduler {
+            SchedulerKind::Slurm => {
+                Self::Slurm(Box::new(slurm::Slurm::new(slurm::Settings::from(site))))
+            }
+            SchedulerKind::Local => {
+                Self::Local(local::Local::new(local::Settings::of_site(site, pods)))
+            }
+        }
+    }
+
     /// `slurm` or `local`.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -214,6 +224,14 @@ impl Scheduler {
         match self {
             Self::Slurm(slurm) => slurm.node_info().await,
             Self::Local(local) => Ok(local.node_info()),
+        }
+    }
+
+    /// The scheduler's part of `doctor`'s check-list.
+    pub async fn checks(&self) -> Vec<pb::Finding> {
+        match self {
+            Self::Slurm(slurm) => slurm.checks().await,
+            Self::Local(local) => vec![local.check()],
         }
     }
 

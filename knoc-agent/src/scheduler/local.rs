@@ -1,64 +1,209 @@
-//! Jobs as process groups of the agent's own host.
+//! The embedded scheduler: jobs are sessions of processes on the agent's own host.
+//!
+//! It is what the quick start and the fast tests run on, and it keeps the promises that pods need of
+//! Slurm: a job outlives the agent, is found again with its exit code, is started at most once, waits
+//! with the reason `Resources` where the host is full, and ends at its time limit. What a job is stands
+//! in its job directory (see [`record`]); this module is the table of all of them.
+//!
+//! Owner task: none. Nothing happens between two calls: a queued job starts, and a time limit is
+//! enforced, in the next [`Local::round`]. Blocking file work, so every call runs on a blocking thread.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use knoc_proto::ids::PodUid;
 use knoc_proto::pb;
 
+use super::slurm::script::script;
 use super::{
-    Cancel, JobRef, JobView, Refusal, Rendered, Round, SchedulerError, SubmitRequest, Submitted,
+    Accounting, Cancel, JobRef, JobView, Refusal, RefusalKind, Rendered, Round, SchedulerError,
+    SubmitRequest, Submitted,
 };
+use crate::config::Config;
+use table::Table;
+
+mod process;
+mod record;
+mod table;
 
 /// A round costs a few reads of /proc.
 pub const ROUND_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What it needs of the site file.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
+    /// Folder of the job directories: jobs of earlier agents are found again there.
+    pub pods: PathBuf,
     /// Jobs that run at once; more wait with the reason `Resources`. 0: no limit.
     pub max_running: usize,
-    /// PATH of the batch script; empty: a usual one.
+    /// PATH of the batch script.
     pub path: String,
+    /// Further environment of the batch script.
+    pub env: Vec<(String, String)>,
     /// Lines of the batch script before the shim. The site's own words, never a pod's.
     pub prelude: String,
     /// Time limit for pods that name none; `None`: unlimited.
     pub default_time_minutes: Option<i64>,
+    /// From TERM to KILL, of a job that is cancelled or reaches its limit.
+    pub kill_wait: Duration,
+}
+
+impl Settings {
+    /// With defaults for everything but the folder.
+    #[must_use]
+    pub fn new(pods: PathBuf) -> Self {
+        Self {
+            pods,
+            max_running: 0,
+            path: "/usr/local/bin:/usr/bin:/bin".to_owned(),
+            env: Vec::new(),
+            prelude: String::new(),
+            default_time_minutes: None,
+            kill_wait: Duration::from_secs(5),
+        }
+    }
+
+    /// As the site file has it.
+    #[must_use]
+    pub fn of_site(site: &Config, pods: PathBuf) -> Self {
+        let default = Self::new(pods);
+        let mut env = site.env.clone();
+        Self {
+            path: env.remove("PATH").unwrap_or(default.path),
+            env: env.into_iter().collect(),
+            prelude: site.prelude.clone(),
+            default_time_minutes: site.job.time_minutes.map(i64::from),
+            ..Self::new(default.pods)
+        }
+    }
 }
 
 /// The embedded scheduler.
 #[derive(Debug)]
 pub struct Local {
-    settings: Settings,
-    pods: PathBuf,
+    settings: Arc<Settings>,
+    table: Arc<Mutex<Table>>,
 }
 
 impl Local {
-    /// `pods` is the folder of the job directories, `state_dir/pods`: jobs of earlier agents are
-    /// found again there.
+    /// Reads nothing yet: the first call finds the jobs of earlier agents.
     #[must_use]
-    pub fn new(settings: Settings, pods: PathBuf) -> Self {
-        Self { settings, pods }
+    pub fn new(settings: Settings) -> Self {
+        let settings = Arc::new(settings);
+        let table = Arc::new(Mutex::new(Table::new(Arc::clone(&settings))));
+        Self { settings, table }
     }
-    pub(super) fn render(&self, _request: &SubmitRequest) -> Result<Rendered, Refusal> {
-        Err(Refusal::permanent(format!(
-            "{:?}{:?}",
-            self.pods, self.settings
-        )))
+
+    pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, Refusal> {
+        let script = script(&self.settings.prelude, &request.shim, &request.jobdir)?;
+        let argv = vec![
+            "/bin/sh".to_owned(),
+            "-c".to_owned(),
+            record::WRAPPER.to_owned(),
+        ];
+        Ok(Rendered { argv, script })
     }
-    pub(super) async fn submit(&self, _request: &SubmitRequest) -> Result<Submitted, Refusal> {
-        Err(Refusal::permanent(""))
+
+    pub(super) async fn submit(&self, request: &SubmitRequest) -> Result<Submitted, Refusal> {
+        let script = self.render(request)?.script;
+        let request = request.clone();
+        let began = Timestamp::now();
+        let job = self
+            .with(move |table| table.submit(&request, &script, began.as_second()))
+            .await;
+        let job = job.map_err(|err| Refusal {
+            kind: RefusalKind::Ambiguous,
+            words: knoc_proto::error::chain(&err),
+            command: None,
+        })?;
+        Ok(Submitted {
+            job,
+            began,
+            ended: Timestamp::now(),
+        })
     }
-    pub(super) async fn find(&self, _uid: &PodUid) -> Result<Vec<JobView>, SchedulerError> {
-        Ok(Vec::new())
+
+    pub(super) async fn find(&self, uid: &PodUid) -> Result<Vec<JobView>, SchedulerError> {
+        let (uid, now) = (uid.clone(), Timestamp::now().as_second());
+        let mut jobs = self.with(move |table| table.views(now)).await?;
+        jobs.retain(|job| job.uid == uid);
+        jobs.reverse();
+        Ok(jobs)
     }
-    pub(super) async fn cancel(&self, _job: &JobRef, _how: Cancel) -> Result<(), SchedulerError> {
-        Ok(())
+
+    pub(super) async fn cancel(&self, job: &JobRef, how: Cancel) -> Result<(), SchedulerError> {
+        let (job, now) = (job.clone(), Timestamp::now().as_second());
+        self.with(move |table| table.cancel(&job, how, now)).await
     }
-    pub(super) async fn round(&self, _known: &[JobRef]) -> Result<Round, SchedulerError> {
-        Ok(Round::default())
+
+    pub(super) async fn round(&self, known: &[JobRef]) -> Result<Round, SchedulerError> {
+        let now = Timestamp::now().as_second();
+        let jobs = self.with(move |table| table.views(now)).await?;
+        let there = |job: &&JobRef| {
+            jobs.iter()
+                .any(|view| view.id == job.id && view.uid == job.uid)
+        };
+        let missing = known.iter().filter(|job| !there(job)).cloned().collect();
+        Ok(Round {
+            jobs,
+            missing,
+            accounting: Accounting::Answered,
+        })
     }
+
+    /// This host, as one partition.
     pub(super) fn node_info(&self) -> pb::NodeInfo {
-        pb::NodeInfo::default()
+        let host = process::host();
+        let partition = pb::Partition {
+            name: record::PARTITION.to_owned(),
+            is_default: true,
+            state: "up".to_owned(),
+            default_time_minutes: self.settings.default_time_minutes.unwrap_or(0),
+            cpu: host.cpu,
+            memory_bytes: host.memory_bytes,
+            nodes: 1,
+            ..Default::default()
+        };
+        pb::NodeInfo {
+            cpu: host.cpu,
+            memory_bytes: host.memory_bytes,
+            nodes_total: 1,
+            nodes_available: 1,
+            partitions: vec![partition],
+            ..Default::default()
+        }
+    }
+
+    pub(super) fn check(&self) -> pb::Finding {
+        let pods = &self.settings.pods;
+        pb::Finding {
+            check: "local: job directories".to_owned(),
+            ok: pods.is_dir(),
+            detail: format!(
+                "jobs are processes of this host, kept in {}",
+                pods.display()
+            ),
+            cure: if pods.is_dir() {
+                String::new()
+            } else {
+                "start the agent once".to_owned()
+            },
+        }
+    }
+
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Table) -> Result<T, SchedulerError> + Send + 'static,
+    ) -> Result<T, SchedulerError> {
+        let table = Arc::clone(&self.table);
+        let done = tokio::task::spawn_blocking(move || {
+            work(&mut table.lock().unwrap_or_else(PoisonError::into_inner))
+        });
+        done.await.map_err(|_cancelled| SchedulerError::Stopping)?
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,27 +1,62 @@
-//! Slurm by its own commands.
+//! Slurm by its own commands: the ones that every version has, and nothing that a plain user may not.
+//!
+//! Owner task: none. `sbatch` is behind a token bucket and a bound on processes; all jobs are asked
+//! for in one `squeue`, and in one `sacct` where some left the queue. It keeps no state but what the
+//! last `sinfo` said of the partitions' limits. What it never does: it gives no pod string to a shell,
+//! and it believes no job id whose name is not the pod's.
 
-use knoc_proto::ids::PodUid;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use jiff::Timestamp;
+use knoc_proto::ids::{JobId, PodUid};
 use knoc_proto::pb;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 use super::{
-    Cancel, JobRef, JobView, Refusal, Rendered, Round, SchedulerError, SubmitRequest, Submitted,
+    Cancel, JobRef, JobView, Refusal, RefusalKind, Rendered, Round, SchedulerError, SubmitRequest,
+    Submitted,
 };
+use crate::command::{Command, CommandError, Output};
 
+mod bucket;
+mod checks;
+mod flags;
+mod nodes;
+mod parse;
+mod refusal;
+mod round;
+pub(super) mod script;
 mod settings;
+mod shape;
 
 pub use settings::Settings;
+
+/// Answers of squeue and sacct: 100,000 jobs of 300 bytes.
+const ANSWER_LIMIT: usize = 32 << 20;
+/// How far back the accounting is searched for a job that is known by its pod only.
+const FIND_WINDOW: &str = "now-7days";
 
 /// The Slurm of this site.
 #[derive(Debug)]
 pub struct Slurm {
     settings: Settings,
+    bucket: Mutex<bucket::Bucket>,
+    submissions: Semaphore,
+    limits: Mutex<Arc<[shape::PartitionLimits]>>,
 }
 
 impl Slurm {
     /// Asks nothing yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
-        Self { settings }
+        let bucket = bucket::Bucket::new(settings.submit_burst, settings.submit_per_second);
+        Self {
+            bucket: Mutex::new(bucket),
+            submissions: Semaphore::new(settings.submit_concurrency.max(1)),
+            limits: Mutex::new(Arc::from([])),
+            settings,
+        }
     }
 
     /// What it was made with.
@@ -30,28 +65,176 @@ impl Slurm {
         &self.settings
     }
 
+    /// A Slurm command with the site's environment.
+    fn command(&self, program: &std::path::Path) -> Command {
+        let site = &self.settings;
+        let command = Command::new(site.find(program))
+            .envs(&site.env)
+            .env("PATH", &site.path)
+            .env("TZ", "UTC")
+            .env("LC_ALL", "C")
+            .env("SLURM_TIME_FORMAT", "standard")
+            .capture(ANSWER_LIMIT)
+            .deadline(site.deadline);
+        match &site.conf {
+            Some(conf) => command.env("SLURM_CONF", conf),
+            None => command,
+        }
+    }
+
+    async fn answer(
+        &self,
+        program: &'static str,
+        command: Command,
+    ) -> Result<String, SchedulerError> {
+        let output = command.run().await?;
+        if output.truncated {
+            let problem = format!("it is longer than {ANSWER_LIMIT} bytes");
+            return Err(SchedulerError::Answer { program, problem });
+        }
+        Ok(output.text())
+    }
+
     pub(super) async fn version(&self) -> Result<String, SchedulerError> {
-        Err(SchedulerError::Answer {
+        let command = self.command(&self.settings.sbatch).arg("--version");
+        let text = self.answer("sbatch", command).await?;
+        let version = text
+            .split_whitespace()
+            .last()
+            .filter(|word| word.contains('.'));
+        let version = version.ok_or_else(|| SchedulerError::Answer {
             program: "sbatch",
-            problem: String::new(),
-        })
+            problem: format!("no version in {:?}", text.trim()),
+        })?;
+        Ok(format!("slurm {version}"))
     }
-    pub(super) fn render(&self, _request: &SubmitRequest) -> Result<Rendered, Refusal> {
-        Err(Refusal::permanent(""))
+
+    pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, Refusal> {
+        let limits = Arc::clone(&self.limits.lock().unwrap_or_else(PoisonError::into_inner));
+        script::render(request, &self.settings, &limits)
     }
-    pub(super) async fn submit(&self, _request: &SubmitRequest) -> Result<Submitted, Refusal> {
-        Err(Refusal::permanent(""))
+
+    pub(super) async fn submit(&self, request: &SubmitRequest) -> Result<Submitted, Refusal> {
+        let rendered = self.render(request)?;
+        let wait = {
+            let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            bucket.take(Instant::now())
+        };
+        tokio::time::sleep(wait).await;
+        let _place = self
+            .submissions
+            .acquire()
+            .await
+            .map_err(|_closed| Refusal {
+                kind: RefusalKind::ControllerAway,
+                words: "the agent stops".to_owned(),
+                command: None,
+            })?;
+        let command = self.command(&self.settings.sbatch);
+        let command = command
+            .args(rendered.argv.iter().skip(1))
+            .stdin(rendered.script);
+        let began = Timestamp::now();
+        let output = command.run().await.map_err(refusal::of_command)?;
+        let ended = Timestamp::now();
+        let job = parsable(&output)?;
+        Ok(Submitted { job, began, ended })
     }
-    pub(super) async fn find(&self, _uid: &PodUid) -> Result<Vec<JobView>, SchedulerError> {
-        Ok(Vec::new())
+
+    pub(super) async fn find(&self, uid: &PodUid) -> Result<Vec<JobView>, SchedulerError> {
+        let name = script::job_name(uid);
+        let command = self.squeue().arg("--name").arg(&name);
+        let mut jobs = parse::squeue(&self.answer("squeue", command).await?);
+        let command = self.sacct().args(["-S", FIND_WINDOW, "--name"]).arg(&name);
+        match self.answer("sacct", command).await {
+            Ok(text) => {
+                for job in parse::sacct(&text).into_iter().rev() {
+                    if !jobs.iter().any(|known| known.id == job.id) {
+                        jobs.push(job);
+                    }
+                }
+            }
+            Err(SchedulerError::Command(err)) if round::accounting_disabled(&err) => {}
+            Err(err) => return Err(err),
+        }
+        jobs.retain(|job| &job.uid == uid);
+        jobs.sort_by_key(|job| std::cmp::Reverse(job.submitted_at));
+        Ok(jobs)
     }
-    pub(super) async fn cancel(&self, _job: &JobRef, _how: Cancel) -> Result<(), SchedulerError> {
-        Ok(())
+
+    pub(super) async fn cancel(&self, job: &JobRef, how: Cancel) -> Result<(), SchedulerError> {
+        // With the name as a filter the id cannot be another job's.
+        let name = format!("--name={}", script::job_name(&job.uid));
+        let command = self.command(&self.settings.scancel).arg(name);
+        let command = match how {
+            Cancel::Queued => command.arg("--state=PENDING"),
+            Cancel::Terminate => command.args(["--batch", "--signal=TERM"]),
+            Cancel::Kill => command,
+        };
+        match command.arg(job.id.as_str()).run().await {
+            Ok(_) => Ok(()),
+            Err(err) if is_gone(&err) => Ok(()),
+            Err(err) => Err(err.into()),
+        }
     }
-    pub(super) async fn round(&self, _known: &[JobRef]) -> Result<Round, SchedulerError> {
-        Ok(Round::default())
+
+    pub(super) async fn round(&self, known: &[JobRef]) -> Result<Round, SchedulerError> {
+        round::round(self, known).await
     }
+
     pub(super) async fn node_info(&self) -> Result<pb::NodeInfo, SchedulerError> {
-        Ok(pb::NodeInfo::default())
+        let command = self.command(&self.settings.sinfo);
+        let command = command.args(["--noheader", "--Node", "-o", nodes::SINFO_FORMAT]);
+        let info = nodes::node_info(&self.answer("sinfo", command).await?, &self.settings);
+        let limits = Arc::from(nodes::limits(&info));
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        Ok(info)
     }
+
+    fn squeue(&self) -> Command {
+        let command = self.command(&self.settings.squeue);
+        command.args([
+            "--noheader",
+            "--states=all",
+            "--me",
+            "-o",
+            parse::SQUEUE_FORMAT,
+        ])
+    }
+
+    fn sacct(&self) -> Command {
+        let command = self.command(&self.settings.sacct);
+        command.args(["-P", "-n", "-X", "-D", "-o", parse::SACCT_FORMAT])
+    }
+}
+
+/// `4711` or `4711;cluster`.
+fn parsable(output: &Output) -> Result<JobId, Refusal> {
+    let text = output.text();
+    let id = text
+        .lines()
+        .last()
+        .and_then(|line| line.split(';').next())
+        .unwrap_or_default()
+        .trim();
+    let number = Some(id).filter(|id| id.bytes().all(|byte| byte.is_ascii_digit()));
+    number
+        .and_then(|id| JobId::try_from(id).ok())
+        .ok_or_else(|| Refusal {
+            kind: RefusalKind::Ambiguous,
+            words: format!("sbatch succeeded without a job id: {:?}", text.trim()),
+            command: None,
+        })
+}
+
+/// The job ended before the signal came.
+fn is_gone(err: &CommandError) -> bool {
+    let words = err.words().unwrap_or_default().to_lowercase();
+    [
+        "invalid job id",
+        "already completing or completed",
+        "already finished",
+    ]
+    .iter()
+    .any(|text| words.contains(text))
 }

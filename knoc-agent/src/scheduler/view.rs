@@ -250,15 +250,17 @@ const STATES: &[(&str, JobState)] = &[
 
 impl fmt::Display for JobState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Cancelled { by: Some(uid) } => write!(f, "CANCELLED by {uid}"),
-            Self::Cancelled { by: None } => f.write_str("CANCELLED"),
-            Self::Unknown(text) => f.write_str(text),
-            state => {
-                let known = STATES.iter().find(|(_, known)| known == state);
-                f.write_str(known.map_or("UNKNOWN", |(name, _)| name))
-            }
+        if let Some((name, _)) = STATES.iter().find(|(_, known)| known == self) {
+            return f.write_str(name);
         }
+        if let Self::Cancelled { by: Some(uid) } = self {
+            return write!(f, "CANCELLED by {uid}");
+        }
+        f.write_str(if let Self::Unknown(text) = self {
+            text
+        } else {
+            "CANCELLED"
+        })
     }
 }
 

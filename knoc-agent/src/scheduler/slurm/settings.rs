@@ -1,7 +1,7 @@
 //! What the Slurm commands need of the site file. Pure data; the defaults suit a plain Slurm.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::config::Config;
@@ -84,7 +84,7 @@ impl Default for Settings {
             submit_burst: 100,
             submit_per_second: 50.0,
             submit_concurrency: 4,
-            deadline: Duration::from_secs(60),
+            deadline: Duration::from_mins(1),
             round_interval: Duration::from_secs(1),
         }
     }
@@ -118,5 +118,22 @@ impl From<&Config> for Settings {
             round_interval: site.limits.poll_min,
             ..Self::default()
         }
+    }
+}
+
+impl Settings {
+    /// The program as an absolute path: a bare name is looked up in the site's PATH, not in the
+    /// agent's. A name that is nowhere becomes a path that is not there.
+    #[must_use]
+    pub fn find(&self, program: &Path) -> PathBuf {
+        if program.components().count() > 1 {
+            return program.to_owned();
+        }
+        let mut dirs = self.path.split(':').filter(|dir| dir.starts_with('/'));
+        let found = dirs.find(|dir| Path::new(dir).join(program).is_file());
+        found.map_or_else(
+            || Path::new("/nonexistent").join(program),
+            |dir| Path::new(dir).join(program),
+        )
     }
 }

@@ -1,0 +1,236 @@
+use std::path::Path;
+
+use crate::scheduler::{JobExit, JobPhase, JobState};
+
+use super::*;
+
+struct World {
+    dir: tempfile::TempDir,
+    local: Local,
+}
+
+impl World {
+    fn new() -> Self {
+        Self::with(|settings| settings)
+    }
+
+    fn with(change: impl FnOnce(Settings) -> Settings) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let pods = dir.path().join("pods");
+        std::fs::create_dir(&pods).unwrap();
+        let local = Local::new(change(Settings::new(pods)));
+        Self { dir, local }
+    }
+
+    /// What an agent that was killed and started again sees.
+    fn restart(&mut self) {
+        self.local = Local::new(self.local.settings.as_ref().clone());
+    }
+
+    async fn submit(&self, uid: &str, shim: &str) -> JobRef {
+        let jobdir = self.dir.path().join("pods").join(uid);
+        std::fs::create_dir_all(&jobdir).unwrap();
+        let program = jobdir.join("program");
+        {
+            use std::io::Write as _;
+            let mut file = std::fs::File::create(&program).unwrap();
+            writeln!(file, "#!/bin/sh\n{shim}").unwrap();
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            file.set_permissions(mode).unwrap();
+        }
+        let uid = PodUid::try_from(uid).unwrap();
+        let request = SubmitRequest {
+            uid: uid.clone(),
+            spec: Arc::default(),
+            cluster_id: "c".to_owned(),
+            attempt: 1,
+            jobdir,
+            shim: program,
+        };
+        let id = self.local.submit(&request).await.unwrap().job;
+        JobRef { id, uid }
+    }
+
+    async fn wait(&self, job: &JobRef, until: impl Fn(&JobView) -> bool) -> JobView {
+        let mut last = None;
+        for _ in 0..1000 {
+            let round = self.local.round(std::slice::from_ref(job)).await.unwrap();
+            last = round.jobs.into_iter().find(|view| &view.job() == job);
+            if let Some(view) = last.as_ref().filter(|view| until(view)) {
+                return view.clone();
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        unreachable!("the state did not come; last seen {last:?}");
+    }
+
+    async fn ended(&self, job: &JobRef) -> JobView {
+        self.wait(job, |view| view.state.phase() == JobPhase::Ended)
+            .await
+    }
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+#[tokio::test]
+async fn exit_codes_and_signals() {
+    let world = World::new();
+    let cases = [
+        (
+            "a",
+            "exit 0",
+            JobState::Completed,
+            JobExit { code: 0, signal: 0 },
+        ),
+        (
+            "b",
+            "exit 64",
+            JobState::Failed,
+            JobExit {
+                code: 64,
+                signal: 0,
+            },
+        ),
+        (
+            "c",
+            "kill -9 $$",
+            JobState::Failed,
+            JobExit { code: 0, signal: 9 },
+        ),
+    ];
+    for (uid, shim, state, exit) in cases {
+        let job = world.submit(uid, shim).await;
+        let view = world.ended(&job).await;
+        assert_eq!((view.state, view.exit), (state, Some(exit)), "{uid}");
+    }
+}
+
+#[tokio::test]
+async fn the_shim_gets_its_job_id_and_directory_and_a_session_of_its_own() {
+    let world = World::new();
+    let job = world
+        .submit(
+            "a",
+            "echo \"$SLURM_JOB_ID $1 $2\"; cut -d' ' -f1,6 /proc/$PPID/stat",
+        )
+        .await;
+    world.ended(&job).await;
+    let out = read(world.dir.path().join("pods/a/batch.out"));
+    let expected = format!(
+        "{} shim {}\n",
+        job.id,
+        world.dir.path().join("pods/a").display()
+    );
+    assert!(out.starts_with(&expected), "{out}");
+    let line = out.lines().nth(1).unwrap();
+    let (pid, session) = line.split_once(' ').unwrap();
+    assert_eq!(pid, session, "the wrapper leads the session");
+}
+
+#[tokio::test]
+async fn a_job_outlives_the_agent_and_its_exit_code_is_known() {
+    let mut world = World::new();
+    let job = world
+        .submit("a", "while ! test -e go; do sleep 0.01; done; exit 7")
+        .await;
+    world
+        .wait(&job, |view| view.state == JobState::Running)
+        .await;
+    world.restart();
+    world
+        .wait(&job, |view| view.state == JobState::Running)
+        .await;
+    std::fs::File::create(world.dir.path().join("pods/a/go")).unwrap();
+    world.ended(&job).await;
+    world.restart();
+    let view = world.ended(&job).await;
+    assert_eq!(view.exit, Some(JobExit { code: 7, signal: 0 }));
+    let found = world.local.find(&job.uid).await.unwrap();
+    assert_eq!(found.len(), 1, "{found:?}");
+}
+
+#[tokio::test]
+async fn a_job_is_started_once_whoever_starts_it() {
+    let mut world = World::with(|settings| Settings {
+        max_running: 1,
+        ..settings
+    });
+    let first = world
+        .submit("a", "while ! test -e go; do sleep 0.01; done")
+        .await;
+    let second = world
+        .submit(
+            "b",
+            "echo once >>count; while ! test -e go; do sleep 0.01; done",
+        )
+        .await;
+    let view = world
+        .wait(&second, |view| view.state == JobState::Pending)
+        .await;
+    assert_eq!(view.reason, "Resources");
+    std::fs::File::create(world.dir.path().join("pods/a/go")).unwrap();
+    world.ended(&first).await;
+    world
+        .wait(&second, |view| view.state.phase() == JobPhase::Running)
+        .await;
+    // The agent is killed after the start and knows nothing of it.
+    world.restart();
+    world
+        .wait(&second, |view| view.state == JobState::Running)
+        .await;
+    std::fs::File::create(world.dir.path().join("pods/b/go")).unwrap();
+    world.ended(&second).await;
+    assert_eq!(read(world.dir.path().join("pods/b/count")), "once\n");
+}
+
+#[tokio::test]
+async fn cancel_means_what_it_says() {
+    let world = World::with(|settings| Settings {
+        kill_wait: Duration::from_secs(1),
+        ..settings
+    });
+    let trap = "trap 'echo term; exit 64' TERM; while :; do sleep 0.01; done";
+    let job = world.submit("a", trap).await;
+    world
+        .wait(&job, |view| view.state == JobState::Running)
+        .await;
+    world.local.cancel(&job, Cancel::Queued).await.unwrap();
+    assert_eq!(world.wait(&job, |_| true).await.state, JobState::Running);
+    let out = world.dir.path().join("pods/a/batch.out");
+    // The trap is set a moment after the job runs.
+    world.local.cancel(&job, Cancel::Terminate).await.unwrap();
+    let view = world.ended(&job).await;
+    assert!(
+        matches!(view.state, JobState::Failed),
+        "{view:?} {}",
+        read(out)
+    );
+
+    let stubborn = world
+        .submit(
+            "b",
+            "trap '' TERM; sleep 600 & while :; do sleep 0.01; done",
+        )
+        .await;
+    world
+        .wait(&stubborn, |view| view.state == JobState::Running)
+        .await;
+    world.local.cancel(&stubborn, Cancel::Kill).await.unwrap();
+    let view = world.ended(&stubborn).await;
+    assert_eq!(view.state, JobState::Cancelled { by: None });
+    world.local.cancel(&stubborn, Cancel::Kill).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_unknown_job_is_missing_and_a_wrong_uid_is_no_job() {
+    let world = World::new();
+    let job = world.submit("a", "exit 0").await;
+    let stranger = JobRef {
+        id: job.id.clone(),
+        uid: PodUid::try_from("other").unwrap(),
+    };
+    let round = world.local.round(&[job, stranger.clone()]).await.unwrap();
+    assert_eq!(round.missing, [stranger]);
+}

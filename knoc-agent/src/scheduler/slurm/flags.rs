@@ -1,0 +1,161 @@
+//! Further sbatch flags of a pod against the site's allow-list. Pure.
+//!
+//! Each element is one whole flag, `--name=value` or `--name` or `-xvalue`: a bare word would be taken
+//! for the script's path by sbatch, so it is refused.
+
+/// Flags that are the agent's own; no site can allow them.
+const RESERVED: &[&str] = &[
+    "array",
+    "batch",
+    "begin",
+    "bcast",
+    "chdir",
+    "cluster",
+    "clusters",
+    "comment",
+    "deadline",
+    "error",
+    "export",
+    "export-file",
+    "get-user-env",
+    "gid",
+    "help",
+    "hold",
+    "input",
+    "job-name",
+    "kill-on-invalid-dep",
+    "no-requeue",
+    "open-mode",
+    "output",
+    "parsable",
+    "requeue",
+    "signal",
+    "test-only",
+    "time",
+    "uid",
+    "usage",
+    "version",
+    "wait",
+    "wrap",
+];
+
+/// Short forms that sbatch knows.
+const SHORT: &[(char, &str)] = &[
+    ('A', "account"),
+    ('B', "extra-node-info"),
+    ('C', "constraint"),
+    ('D', "chdir"),
+    ('F', "nodefile"),
+    ('G', "gpus"),
+    ('H', "hold"),
+    ('I', "immediate"),
+    ('J', "job-name"),
+    ('L', "licenses"),
+    ('M', "clusters"),
+    ('N', "nodes"),
+    ('O', "overcommit"),
+    ('S', "core-spec"),
+    ('W', "wait"),
+    ('a', "array"),
+    ('b', "begin"),
+    ('c', "cpus-per-task"),
+    ('d', "dependency"),
+    ('e', "error"),
+    ('i', "input"),
+    ('k', "no-kill"),
+    ('m', "distribution"),
+    ('n', "ntasks"),
+    ('o', "output"),
+    ('p', "partition"),
+    ('q', "qos"),
+    ('s', "oversubscribe"),
+    ('t', "time"),
+    ('w', "nodelist"),
+    ('x', "exclude"),
+];
+
+/// Every flag is allowed, or one message that names all that are not.
+pub(super) fn check(flags: &[String], allowed: &[String]) -> Result<(), String> {
+    let problems: Vec<String> = flags
+        .iter()
+        .filter_map(|flag| problem(flag, allowed))
+        .collect();
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(problems.join("; "))
+    }
+}
+
+fn problem(flag: &str, allowed: &[String]) -> Option<String> {
+    if flag.contains('\0') {
+        return Some(format!("sbatch flag {flag:?} holds a NUL"));
+    }
+    let Some(name) = name(flag) else {
+        return Some(format!("{flag:?} is no sbatch flag: write --name=value"));
+    };
+    if RESERVED.contains(&name) {
+        return Some(format!("sbatch flag --{name} is set by the agent"));
+    }
+    let mut allowed = allowed.iter().map(|name| name.trim_start_matches('-'));
+    if allowed.any(|allowed| allowed == name) {
+        return None;
+    }
+    Some(format!(
+        "sbatch flag --{name} is not on this site's list of allowed flags"
+    ))
+}
+
+/// The long name of a flag.
+fn name(flag: &str) -> Option<&str> {
+    if let Some(long) = flag.strip_prefix("--") {
+        let name = long.split('=').next().unwrap_or_default();
+        // sbatch takes unambiguous beginnings of names too: only whole names are on lists, so a
+        // beginning is never allowed.
+        return Some(name).filter(|name| !name.is_empty());
+    }
+    let short = flag.strip_prefix('-')?.chars().next()?;
+    SHORT
+        .iter()
+        .find(|(c, _)| *c == short)
+        .map(|(_, name)| *name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_allowed_flags_pass() {
+        let allowed = [
+            "--mail-type".to_owned(),
+            "hint".to_owned(),
+            "exclude".to_owned(),
+        ];
+        let cases = [
+            ("--mail-type=ALL", true),
+            ("--hint=nomultithread", true),
+            ("-xc3", true),
+            ("--mail-typ=ALL", false),
+            ("--wrap=rm -rf /", false),
+            ("--output=/etc/passwd", false),
+            ("-o/x", false),
+            ("script.sh", false),
+            ("--", false),
+            ("-", false),
+            ("", false),
+            ("-Z", false),
+        ];
+        for (flag, good) in cases {
+            assert_eq!(check(&[flag.to_owned()], &allowed).is_ok(), good, "{flag}");
+        }
+        let both = check(&["--wrap=x".to_owned(), "a".to_owned()], &allowed).unwrap_err();
+        assert!(both.contains("--wrap") && both.contains("\"a\""), "{both}");
+    }
+
+    #[test]
+    fn reserved_flags_cannot_be_allowed() {
+        let err = check(&["--output=x".to_owned()], &["output".to_owned()]).unwrap_err();
+        assert_eq!(err, "sbatch flag --output is set by the agent");
+    }
+}

@@ -1,0 +1,208 @@
+//! What sbatch's failures mean. Pure: one table over Slurm's own words.
+//!
+//! The texts are those of `slurm_strerror` in 22.05 to 26.05; what could be provoked is recorded in
+//! the fixtures. Words that no row knows are permanent: a pod that fails with Slurm's words is better
+//! than one that is submitted for ever.
+
+use crate::command::{CommandError, CommandErrorKind};
+use crate::scheduler::{Refusal, RefusalKind};
+
+use RefusalKind::{Ambiguous, ControllerAway, Permanent, Throttled};
+
+/// First match wins.
+const TABLE: &[(&str, RefusalKind)] = &[
+    // The request may have arrived.
+    ("socket timed out", Ambiguous),
+    ("zero bytes were transmitted", Ambiguous),
+    ("(receive failure)", Ambiguous),
+    ("(shutdown failure)", Ambiguous),
+    ("(send failure)", Ambiguous),
+    ("connection timed out", Ambiguous),
+    ("connection reset", Ambiguous),
+    ("unexpected message received", Ambiguous),
+    ("insane message length", Ambiguous),
+    // It has not.
+    ("unable to contact slurm controller", ControllerAway),
+    ("connection refused", ControllerAway),
+    ("no route to host", ControllerAway),
+    ("network is unreachable", ControllerAway),
+    ("backup controller in standby", ControllerAway),
+    ("slurm backup controller", ControllerAway),
+    ("unable to resolve", ControllerAway),
+    ("configuration source", ControllerAway),
+    ("could not open/read/stat slurm.conf", ControllerAway),
+    ("munge", ControllerAway),
+    ("authentication", ControllerAway),
+    ("auth_g_create", ControllerAway),
+    // A limit of now: the specific words of a limit that waiting does not cure come first.
+    ("maxsubmit", Throttled),
+    ("grpsubmit", Throttled),
+    ("perjoblimit", Permanent),
+    ("maxwalldurationperjob", Permanent),
+    ("maxcpuperjob", Permanent),
+    ("maxmemoryperjob", Permanent),
+    ("maxmemperjob", Permanent),
+    ("maxnodeperjob", Permanent),
+    ("maxgresperjob", Permanent),
+    ("mincpunotsatisfied", Permanent),
+    ("accounting/qos policy", Throttled),
+    ("temporarily unable to accept", Throttled),
+    ("resource temporarily unavailable", Throttled),
+    ("unable to create job record, try again", Throttled),
+    ("rate limit", Throttled),
+    ("presently disabled", Throttled),
+    ("partition not available", Throttled),
+    ("inactive or drain", Throttled),
+    ("reservation not usable now", Throttled),
+    ("maintenance", Throttled),
+    ("maximum job count", Throttled),
+    ("slurmdbd", Throttled),
+    ("no space left", Throttled),
+];
+
+/// What the words mean.
+#[must_use]
+pub(super) fn classify(words: &str) -> RefusalKind {
+    let words = words.to_lowercase();
+    TABLE
+        .iter()
+        .find(|(text, _)| words.contains(text))
+        .map_or(Permanent, |(_, kind)| *kind)
+}
+
+/// The refusal that a failed sbatch is.
+#[must_use]
+pub(super) fn of_command(err: CommandError) -> Refusal {
+    let words = err.words().map(trim_words);
+    let kind = match (&err.kind, &words) {
+        (CommandErrorKind::NotFound | CommandErrorKind::Spawn(_), _) => ControllerAway,
+        (CommandErrorKind::Exit { code: Some(_), .. }, Some(words)) => classify(words),
+        (CommandErrorKind::Timeout { .. } | CommandErrorKind::Exit { .. }, _) => Ambiguous,
+    };
+    let words = words
+        .filter(|_| kind != Ambiguous)
+        .unwrap_or_else(|| err.to_string());
+    Refusal {
+        kind,
+        words,
+        command: Some(err),
+    }
+}
+
+/// Slurm's words without `sbatch: error: ` at the head of each line; its progress notes go.
+fn trim_words(words: &str) -> String {
+    let lines = words.lines().map(|line| {
+        let line = line.trim();
+        line.strip_prefix("sbatch: error: ")
+            .or_else(|| line.strip_prefix("sbatch: "))
+            .unwrap_or(line)
+    });
+    lines
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    #[test]
+    fn words_of_slurm() {
+        let cases = [
+            ("Invalid partition name specified", Permanent),
+            (
+                "Invalid account or account/partition combination specified",
+                Permanent,
+            ),
+            ("Invalid qos specification", Permanent),
+            ("Requested node configuration is not available", Permanent),
+            ("Invalid generic resource (gres) specification", Permanent),
+            (
+                "Pathname of a file, directory or other parameter too long",
+                Permanent,
+            ),
+            ("Job dependency problem", Permanent),
+            ("unrecognized option '--nonsense'", Permanent),
+            ("Access/permission denied", Permanent),
+            (
+                "QOSMaxSubmitJobPerUserLimit; Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+                Throttled,
+            ),
+            (
+                "AssocMaxSubmitJobLimit; Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+                Throttled,
+            ),
+            (
+                "QOSMaxWallDurationPerJobLimit; Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+                Permanent,
+            ),
+            (
+                "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+                Throttled,
+            ),
+            (
+                "Slurm temporarily unable to accept job, sleeping and retrying",
+                Throttled,
+            ),
+            (
+                "Required partition not available (inactive or drain)",
+                Throttled,
+            ),
+            (
+                "Unable to contact slurm controller (connect failure)",
+                ControllerAway,
+            ),
+            (
+                "Unable to contact slurm controller (receive failure)",
+                Ambiguous,
+            ),
+            ("Socket timed out on send/recv operation", Ambiguous),
+            ("Zero Bytes were transmitted or received", Ambiguous),
+            (
+                "Munge encode failed: Failed to access \"/run/munge/munge.socket.2\"",
+                ControllerAway,
+            ),
+        ];
+        for (words, kind) in cases {
+            assert_eq!(classify(words), kind, "{words}");
+        }
+    }
+
+    fn failed(kind: CommandErrorKind) -> Refusal {
+        of_command(CommandError {
+            program: PathBuf::from("/usr/bin/sbatch"),
+            kind,
+        })
+    }
+
+    #[test]
+    fn a_job_that_may_have_been_accepted_is_ambiguous() {
+        let timeout = CommandErrorKind::Timeout {
+            after: Duration::from_secs(1),
+            stderr: String::new(),
+        };
+        assert_eq!(failed(timeout).kind, Ambiguous);
+        let exit = |code, signal, stderr: &str| CommandErrorKind::Exit {
+            code,
+            signal,
+            stdout: String::new(),
+            stderr: stderr.to_owned(),
+        };
+        assert_eq!(
+            failed(exit(None, Some(9), "Invalid partition name")).kind,
+            Ambiguous
+        );
+        assert_eq!(failed(exit(Some(1), None, "")).kind, Ambiguous);
+        let words = "sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed: Invalid partition name specified\n";
+        let refusal = failed(exit(Some(1), None, words));
+        assert_eq!(refusal.kind, Permanent);
+        assert_eq!(
+            refusal.to_string(),
+            "invalid partition specified: nix; Batch job submission failed: Invalid partition name specified"
+        );
+        assert_eq!(failed(CommandErrorKind::NotFound).kind, ControllerAway);
+    }
+}

@@ -1,0 +1,209 @@
+//! The batch script and sbatch's arguments. Pure.
+//!
+//! Nothing of a pod stands in the script; in the arguments its strings are single argv elements. The
+//! script is the site's prelude and one `exec` of the shim, whose two paths are the agent's own.
+
+use std::path::Path;
+
+use knoc_proto::ids::PodUid;
+use knoc_proto::pb;
+
+use super::Settings;
+use super::flags;
+use super::shape::{PartitionLimits, Shape, partition};
+use crate::scheduler::{Refusal, Rendered, SubmitRequest};
+
+/// Carried into the job beside what the site names: what programs expect of a login.
+const EXPORT: &[&str] = &["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG"];
+/// First word of every comment: the version of its form.
+const COMMENT_VERSION: &str = "knoc/1";
+/// Slurm takes 1024 bytes of comment; the parts that are not ours are cut to this.
+const COMMENT_PART: usize = 253;
+
+/// The name of every job of a pod.
+#[must_use]
+pub(in crate::scheduler) fn job_name(uid: &PodUid) -> String {
+    format!("knoc-{uid}")
+}
+
+/// The pod's uid, where a job's name is one of ours.
+#[must_use]
+pub(in crate::scheduler) fn uid_of_name(name: &str) -> Option<PodUid> {
+    name.strip_prefix("knoc-")
+        .and_then(|uid| PodUid::try_from(uid).ok())
+}
+
+/// `knoc/1 <cluster id> <namespace>/<pod> <uid> <attempt>`; `-` stands for no cluster.
+fn comment(request: &SubmitRequest) -> String {
+    let SubmitRequest {
+        uid, spec, attempt, ..
+    } = request;
+    let cluster = word(&request.cluster_id);
+    let (namespace, name) = (word(&spec.namespace), word(&spec.name));
+    format!("{COMMENT_VERSION} {cluster} {namespace}/{name} {uid} {attempt}")
+}
+
+/// A string as one word of the comment.
+fn word(text: &str) -> String {
+    if text.is_empty() {
+        return "-".to_owned();
+    }
+    let clean = |c: char| {
+        if c.is_ascii_graphic() && c != '|' {
+            c
+        } else {
+            '_'
+        }
+    };
+    text.chars().take(COMMENT_PART).map(clean).collect()
+}
+
+/// What a comment of ours says: cluster id and attempt. `None`: not ours, or of another pod.
+#[must_use]
+pub(super) fn parse_comment(comment: &str, uid: &PodUid) -> Option<(String, u32)> {
+    let mut words = comment.split(' ');
+    let (version, cluster) = (words.next()?, words.next()?);
+    let (_pod, its_uid) = (words.next()?, words.next()?);
+    let attempt = words.next()?.parse().ok()?;
+    let ours = version == COMMENT_VERSION && its_uid == uid.as_str();
+    let cluster = if cluster == "-" { "" } else { cluster };
+    ours.then(|| (cluster.to_owned(), attempt))
+}
+
+/// What is submitted for a pod.
+pub(super) fn render(
+    request: &SubmitRequest,
+    site: &Settings,
+    partitions: &[PartitionLimits],
+) -> Result<Rendered, Refusal> {
+    let shape = Shape::of(&request.spec, site, partitions)?;
+    let job = request.spec.job.clone().unwrap_or_default();
+    flags::check(&job.flags, &site.allowed_flags).map_err(Refusal::permanent)?;
+    let mut argv = vec![site.sbatch.to_string_lossy().into_owned()];
+    argv.extend(identity(request, &shape, site)?);
+    argv.extend(resources(&shape));
+    argv.extend(choices(&job, site));
+    argv.extend(job.flags.iter().cloned());
+    let script = script(&site.prelude, &request.shim, &request.jobdir)?;
+    Ok(Rendered { argv, script })
+}
+
+fn identity(
+    request: &SubmitRequest,
+    shape: &Shape,
+    site: &Settings,
+) -> Result<Vec<String>, Refusal> {
+    let dir = path_text(&request.jobdir)?;
+    // In file names of sbatch `%` begins a pattern.
+    let output = dir.replace('%', "%%");
+    let export = EXPORT
+        .iter()
+        .copied()
+        .chain(site.export.iter().map(String::as_str));
+    let export: Vec<&str> = export.collect();
+    Ok(vec![
+        "--parsable".to_owned(),
+        format!("--job-name={}", job_name(&request.uid)),
+        format!("--comment={}", comment(request)),
+        format!("--chdir={dir}"),
+        format!("--output={output}/batch.out"),
+        "--open-mode=append".to_owned(),
+        if shape.requeue {
+            "--requeue"
+        } else {
+            "--no-requeue"
+        }
+        .to_owned(),
+        format!("--export={}", export.join(",")),
+    ])
+}
+
+fn resources(shape: &Shape) -> Vec<String> {
+    let mut argv = vec![
+        format!("--nodes={}", shape.nodes),
+        format!("--ntasks={}", shape.ntasks),
+        format!("--cpus-per-task={}", shape.cpus_per_task),
+    ];
+    argv.extend(shape.memory_mib.map(|mib| format!("--mem={mib}M")));
+    argv.extend(shape.tmp_mib.map(|mib| format!("--tmp={mib}M")));
+    let minutes = shape.time_minutes.map(|minutes| minutes.to_string());
+    argv.push(format!(
+        "--time={}",
+        minutes.as_deref().unwrap_or("UNLIMITED")
+    ));
+    argv.extend(
+        shape
+            .signal_seconds
+            .map(|seconds| format!("--signal=B:TERM@{seconds}")),
+    );
+    if !shape.gres.is_empty() {
+        argv.push(format!("--gres={}", shape.gres.join(",")));
+    }
+    argv
+}
+
+fn choices(job: &pb::JobRequest, site: &Settings) -> Vec<String> {
+    let named = |value: &str| Some(value.to_owned()).filter(|value| !value.is_empty());
+    let options = [
+        ("partition", partition(job, site)),
+        (
+            "account",
+            named(&job.account).or_else(|| site.account.clone()),
+        ),
+        ("qos", named(&job.qos).or_else(|| site.qos.clone())),
+        ("constraint", named(&job.constraint)),
+        ("reservation", named(&job.reservation)),
+        ("licenses", named(&job.licenses)),
+        ("dependency", named(&job.dependency)),
+        ("nice", (job.nice != 0).then(|| job.nice.to_string())),
+    ];
+    let options = options
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value?)));
+    let mut argv: Vec<String> = options
+        .map(|(name, value)| format!("--{name}={value}"))
+        .collect();
+    if job.exclusive {
+        argv.push("--exclusive".to_owned());
+    }
+    argv
+}
+
+/// The batch script.
+pub(in crate::scheduler) fn script(
+    prelude: &str,
+    shim: &Path,
+    jobdir: &Path,
+) -> Result<String, Refusal> {
+    let (shim, jobdir) = (quote(path_text(shim)?), quote(path_text(jobdir)?));
+    let mut script = "#!/bin/sh\n".to_owned();
+    if !prelude.trim().is_empty() {
+        script.push_str(prelude.trim_end());
+        script.push('\n');
+    }
+    script.push_str("exec ");
+    script.push_str(&[&shim, "shim", &jobdir].join(" "));
+    script.push('\n');
+    Ok(script)
+}
+
+fn path_text(path: &Path) -> Result<&str, Refusal> {
+    let text = path
+        .to_str()
+        .filter(|text| !text.contains(['\n', '\r', '\0']));
+    text.filter(|text| text.starts_with('/')).ok_or_else(|| {
+        Refusal::permanent(format!(
+            "{} is not an absolute path of plain characters",
+            path.display()
+        ))
+    })
+}
+
+/// One word of a POSIX shell, whatever is in it.
+#[must_use]
+pub(in crate::scheduler) fn quote(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests;

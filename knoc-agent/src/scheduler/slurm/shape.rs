@@ -1,0 +1,347 @@
+//! What a pod asks of Slurm, in Slurm's units. Pure: shape of the pod and settings of the site in,
+//! numbers or a refusal out.
+
+use std::collections::BTreeMap;
+
+use knoc_proto::pb;
+
+use super::Settings;
+use crate::scheduler::Refusal;
+
+const MIB: i64 = 1 << 20;
+/// Below this limit Slurm's own TERM at the end has to do: `--signal` may come a minute too early.
+const SIGNAL_FLOOR_SECONDS: i64 = 300;
+/// Beside the pod's grace, for the final report.
+const SIGNAL_SLACK_SECONDS: i64 = 15;
+const REQUEUE: &str = "knoc.io/requeue";
+
+/// What a partition grants, as far as it matters for a time limit.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct PartitionLimits {
+    pub(super) name: String,
+    pub(super) is_default: bool,
+    pub(super) default_minutes: Option<i64>,
+    pub(super) max_minutes: Option<i64>,
+}
+
+/// Resources of one job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) nodes: i64,
+    pub(super) ntasks: i64,
+    pub(super) cpus_per_task: i64,
+    /// Per node; `None`: the partition's default.
+    pub(super) memory_mib: Option<i64>,
+    pub(super) tmp_mib: Option<i64>,
+    /// `None`: unlimited.
+    pub(super) time_minutes: Option<i64>,
+    /// How long before the limit the shim gets TERM; `None`: only Slurm's own at the limit.
+    pub(super) signal_seconds: Option<i64>,
+    pub(super) gres: Vec<String>,
+    pub(super) requeue: bool,
+}
+
+impl Shape {
+    /// The shape of the job of `spec` at a site.
+    pub(super) fn of(
+        spec: &pb::PodSpec,
+        site: &Settings,
+        partitions: &[PartitionLimits],
+    ) -> Result<Self, Refusal> {
+        let job = spec.job.clone().unwrap_or_default();
+        let nodes = i64::from(job.nodes.max(1));
+        let ntasks = i64::from(job.ntasks).max(nodes);
+        let cpu_millis = positive(job.cpu_millis).unwrap_or_else(|| total(spec, cpu));
+        let memory = positive(job.memory_bytes).unwrap_or_else(|| total(spec, memory));
+        let tmp = positive(job.ephemeral_storage_bytes).unwrap_or_else(|| total(spec, ephemeral));
+        let time_minutes = time_limit(spec, &job, site, partitions);
+        Ok(Self {
+            nodes,
+            ntasks,
+            cpus_per_task: ceil(ceil(cpu_millis, 1000).max(1), ntasks),
+            memory_mib: positive(memory)
+                .map(|bytes| ceil(ceil(bytes, MIB), nodes) + site.shim_memory_mib),
+            tmp_mib: positive(tmp).map(|bytes| ceil(bytes, MIB)),
+            time_minutes,
+            signal_seconds: signal(spec.termination_grace_period_seconds, time_minutes),
+            gres: gres(spec, &job, site, nodes)?,
+            requeue: requeue(spec),
+        })
+    }
+}
+
+/// `a / b`, rounded up; both positive.
+fn ceil(a: i64, b: i64) -> i64 {
+    a / b + i64::from(a % b != 0)
+}
+
+fn positive(n: i64) -> Option<i64> {
+    (n > 0).then_some(n)
+}
+
+fn requeue(spec: &pb::PodSpec) -> bool {
+    let asked = spec
+        .annotations
+        .get(REQUEUE)
+        .is_some_and(|value| value == "true");
+    asked && spec.restart_policy() != pb::RestartPolicy::Never
+}
+
+fn request(container: &pb::Container) -> pb::Resources {
+    container.requests.clone().unwrap_or_default()
+}
+
+fn limit(container: &pb::Container) -> pb::Resources {
+    container.limits.clone().unwrap_or_default()
+}
+
+fn cpu(container: &pb::Container) -> i64 {
+    positive(request(container).cpu_millis).unwrap_or_else(|| limit(container).cpu_millis)
+}
+
+fn memory(container: &pb::Container) -> i64 {
+    positive(limit(container).memory_bytes).unwrap_or_else(|| request(container).memory_bytes)
+}
+
+fn ephemeral(container: &pb::Container) -> i64 {
+    let asked = request(container).ephemeral_storage_bytes;
+    positive(asked).unwrap_or_else(|| limit(container).ephemeral_storage_bytes)
+}
+
+/// The larger of what one init container needs and what the containers need together.
+fn total(spec: &pb::PodSpec, of: impl Fn(&pb::Container) -> i64) -> i64 {
+    let init = spec.init_containers.iter().map(&of).max().unwrap_or(0);
+    spec.containers
+        .iter()
+        .map(&of)
+        .fold(0, i64::saturating_add)
+        .max(init)
+}
+
+fn extended(spec: &pb::PodSpec) -> BTreeMap<String, i64> {
+    let mut names: Vec<String> = Vec::new();
+    for container in spec.init_containers.iter().chain(&spec.containers) {
+        names.extend(request(container).extended.into_keys());
+        names.extend(limit(container).extended.into_keys());
+    }
+    let amount = |container: &pb::Container, name: &str| {
+        let (limit, request) = (limit(container).extended, request(container).extended);
+        limit
+            .get(name)
+            .or_else(|| request.get(name))
+            .copied()
+            .unwrap_or(0)
+    };
+    let totals = names.into_iter().map(|name| {
+        let total = total(spec, |container| amount(container, &name));
+        (name, total)
+    });
+    totals.filter(|(_, total)| *total > 0).collect()
+}
+
+fn gres(
+    spec: &pb::PodSpec,
+    job: &pb::JobRequest,
+    site: &Settings,
+    nodes: i64,
+) -> Result<Vec<String>, Refusal> {
+    let mut all = Vec::new();
+    if !job.gres.is_empty() {
+        all.push(job.gres.clone());
+    }
+    for (resource, amount) in extended(spec) {
+        let Some(name) = site.gres.get(&resource) else {
+            let known: Vec<&str> = site.gres.keys().map(String::as_str).collect();
+            let known = known.join(", ");
+            return Err(Refusal::permanent(format!(
+                "this site maps no Slurm resource to {resource} (it maps: {known})"
+            )));
+        };
+        all.push(format!("{name}:{}", ceil(amount, nodes)));
+    }
+    Ok(all)
+}
+
+/// min(deadline of the pod + grace, what it asks for), else the site's default, else the
+/// partition's default, else the partition's maximum.
+fn time_limit(
+    spec: &pb::PodSpec,
+    job: &pb::JobRequest,
+    site: &Settings,
+    partitions: &[PartitionLimits],
+) -> Option<i64> {
+    let grace = spec.termination_grace_period_seconds.max(0);
+    let deadline = positive(spec.active_deadline_seconds)
+        .map(|seconds| ceil(seconds.saturating_add(grace), 60).max(1));
+    let asked = positive(job.time_minutes);
+    if let Some(minutes) = [deadline, asked].into_iter().flatten().min() {
+        return Some(minutes);
+    }
+    let name = partition(job, site);
+    let partition = partitions.iter().find(|p| match &name {
+        Some(name) => name == &p.name,
+        None => p.is_default,
+    });
+    let of_partition = || partition.and_then(|p| p.default_minutes.or(p.max_minutes));
+    site.default_time_minutes
+        .and_then(positive)
+        .or_else(of_partition)
+}
+
+/// The partition a job names, if any.
+pub(super) fn partition(job: &pb::JobRequest, site: &Settings) -> Option<String> {
+    let named = Some(job.partition.clone()).filter(|name| !name.is_empty());
+    named.or_else(|| site.partition.clone())
+}
+
+fn signal(grace: i64, minutes: Option<i64>) -> Option<i64> {
+    let limit = minutes?.saturating_mul(60);
+    let wanted = grace.max(0).saturating_add(SIGNAL_SLACK_SECONDS).min(65535);
+    (limit >= SIGNAL_FLOOR_SECONDS).then(|| wanted.min(limit / 4))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn container(cpu_millis: i64, memory_bytes: i64, gpus: i64) -> pb::Container {
+        let gpus = (gpus > 0).then(|| ("nvidia.com/gpu".to_owned(), gpus));
+        let extended = gpus.into_iter().collect();
+        let requests = pb::Resources {
+            cpu_millis,
+            memory_bytes,
+            extended,
+            ..Default::default()
+        };
+        pb::Container {
+            requests: Some(requests),
+            ..Default::default()
+        }
+    }
+
+    fn pod(containers: Vec<pb::Container>, job: pb::JobRequest) -> pb::PodSpec {
+        let grace = 30;
+        pb::PodSpec {
+            containers,
+            job: Some(job),
+            termination_grace_period_seconds: grace,
+            ..Default::default()
+        }
+    }
+
+    fn partitions() -> Vec<PartitionLimits> {
+        let limits = |name: &str, default, max| PartitionLimits {
+            name: name.to_owned(),
+            is_default: name == "main",
+            default_minutes: default,
+            max_minutes: max,
+        };
+        vec![
+            limits("main", Some(60), Some(10080)),
+            limits("long", None, Some(20000)),
+        ]
+    }
+
+    #[test]
+    fn resources_follow_the_pod() {
+        let site = Settings::default();
+        let mut spec = pod(
+            vec![container(1500, MIB + 1, 1), container(100, MIB, 1)],
+            pb::JobRequest::default(),
+        );
+        spec.init_containers = vec![container(3200, MIB, 0)];
+        let shape = Shape::of(&spec, &site, &partitions()).unwrap();
+        assert_eq!(
+            shape.cpus_per_task, 4,
+            "the init container's 3.2 beats the sum of 1.6"
+        );
+        assert_eq!(shape.memory_mib, Some(3 + 64));
+        assert_eq!(shape.gres, ["gpu:2"]);
+        assert_eq!(shape.time_minutes, Some(60));
+        assert_eq!(shape.signal_seconds, Some(45));
+        assert!(!shape.requeue);
+    }
+
+    #[test]
+    fn nothing_asked_is_one_cpu_and_the_partitions_memory() {
+        let shape = Shape::of(
+            &pod(vec![], pb::JobRequest::default()),
+            &Settings::default(),
+            &[],
+        );
+        let shape = shape.unwrap();
+        assert_eq!(
+            (shape.cpus_per_task, shape.memory_mib, shape.tmp_mib),
+            (1, None, None)
+        );
+        assert_eq!((shape.time_minutes, shape.signal_seconds), (None, None));
+    }
+
+    #[test]
+    fn the_time_limit_is_always_the_nearest_that_is_known() {
+        let job = |time_minutes, partition: &str| pb::JobRequest {
+            time_minutes,
+            partition: partition.to_owned(),
+            ..Default::default()
+        };
+        let cases = [
+            (0, 0, "", None, Some(60)),
+            (0, 0, "long", None, Some(20000)),
+            (0, 0, "nowhere", None, None),
+            (0, 0, "", Some(7), Some(7)),
+            (0, 90, "", Some(7), Some(90)),
+            (61, 90, "", None, Some(2)),
+            (86400, 90, "", None, Some(90)),
+            (1, 0, "", None, Some(1)),
+        ];
+        for (deadline, time, partition, default_time_minutes, expected) in cases {
+            let mut spec = pod(vec![], job(time, partition));
+            spec.active_deadline_seconds = deadline;
+            let site = Settings {
+                default_time_minutes,
+                ..Settings::default()
+            };
+            let shape = Shape::of(&spec, &site, &partitions()).unwrap();
+            assert_eq!(
+                shape.time_minutes, expected,
+                "{deadline} {time} {partition}"
+            );
+        }
+    }
+
+    #[test]
+    fn several_nodes_share_what_the_pod_asks_for() {
+        let job = pb::JobRequest {
+            nodes: 2,
+            ntasks: 8,
+            cpu_millis: 16000,
+            memory_bytes: 3 * MIB,
+            ..Default::default()
+        };
+        let shape = Shape::of(
+            &pod(vec![container(0, 0, 4)], job),
+            &Settings::default(),
+            &[],
+        )
+        .unwrap();
+        assert_eq!((shape.nodes, shape.ntasks, shape.cpus_per_task), (2, 8, 2));
+        assert_eq!(shape.memory_mib, Some(2 + 64));
+        assert_eq!(shape.gres, ["gpu:2"]);
+    }
+
+    #[test]
+    fn a_resource_without_a_mapping_is_refused_by_name() {
+        let mut one = container(0, 0, 0);
+        let fpga = BTreeMap::from([("example.com/fpga".to_owned(), 1)]);
+        one.limits = Some(pb::Resources {
+            extended: fpga.into_iter().collect(),
+            ..Default::default()
+        });
+        let refusal = Shape::of(
+            &pod(vec![one], pb::JobRequest::default()),
+            &Settings::default(),
+            &[],
+        );
+        assert!(refusal.unwrap_err().words.contains("example.com/fpga"));
+    }
+}
