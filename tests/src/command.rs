@@ -156,6 +156,11 @@ impl Run {
         Ok(output)
     }
 
+    /// The command itself, for what only one caller needs.
+    pub(crate) fn command_mut(&mut self) -> &mut Command {
+        &mut self.command
+    }
+
     /// Starts it in the background, its output into `log`. It is killed when the handle is dropped.
     pub fn spawn(mut self, log: &std::path::Path) -> anyhow::Result<Child> {
         let file = std::fs::File::options()

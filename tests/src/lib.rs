@@ -1,6 +1,6 @@
 //! What the suites share: processes with deadlines, waiting on levels, pods, and the two worlds they live in.
 //!
-//! Level 2: real binaries and real TLS, the embedded scheduler, no root. [`world::World`] is
+//! [`site::Site`] is level 2: real binaries and real TLS, the embedded scheduler, no root. [`world::World`] is
 //! level 3: the stack that `make up` brought up, real Kubernetes, Slurm and Apptainer.
 
 pub mod cases;
@@ -8,10 +8,12 @@ pub mod command;
 pub mod fake_api;
 pub mod pod;
 pub mod site;
+pub mod terminal;
 pub mod wait;
 pub mod world;
 
 pub use command::{Output, Run};
 pub use pod::PodBuilder;
+pub use terminal::Terminal;
 pub use wait::wait_for;
 pub use world::World;

@@ -1,0 +1,124 @@
+//! Deletion on the real stack: of a queued pod, a running one, by force.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use knoc_tests::{
+    PodBuilder, World,
+    world::{SOON, exit_code},
+};
+
+#[tokio::test]
+async fn a_queued_pod_says_why_it_waits_and_is_cancelled_when_deleted() -> anyhow::Result<()> {
+    let world = World::new("queued").await?;
+    let first = world
+        .create(&PodBuilder::new("first").sh("sleep 600"))
+        .await?;
+    let job = world.wait_job(&first).await?;
+    let second =
+        PodBuilder::new("second").annotation("knoc.io/dependency", &format!("afterany:{job}"));
+    let uid = world.create(&second).await?;
+    world
+        .wait("second", "Pending, with the reason of Slurm", SOON, |pod| {
+            serde_json::to_string(&pod.status)
+                .ok()
+                .filter(|status| status.contains("Dependency"))
+        })
+        .await?;
+    world.delete("second", None).await?;
+    world.wait_gone("second", Duration::from_secs(20)).await?;
+    world.wait_no_job(&uid, Duration::from_secs(5)).await?;
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.len() == 1 && jobs[0].contains("CANCELLED"), "{jobs:?}");
+    world.delete("first", Some(1)).await?;
+    world.wait_gone("first", SOON).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_running_pod_has_its_grace_and_is_gone_only_after_its_job() -> anyhow::Result<()> {
+    let world = World::new("running").await?;
+    let script = "trap 'echo stopping; sleep 1; echo stopped; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
+    let pod = PodBuilder::new("graceful").sh(script);
+    let uid = world.create(&pod).await?;
+    world.wait_phase("graceful", "Running", SOON).await?;
+    // The trap must stand before the signal comes.
+    knoc_tests::wait_for("ready in the log", SOON, async || {
+        let log = world.logs("graceful", "main").await?;
+        if log.contains("ready") {
+            Ok(())
+        } else {
+            Err(anyhow::anyhow!(log))
+        }
+    })
+    .await?;
+    world.delete("graceful", Some(20)).await?;
+    let ended = world
+        .wait(
+            "graceful",
+            "its exit code",
+            Duration::from_secs(20),
+            |pod| exit_code(pod, "main"),
+        )
+        .await;
+    // The object may go before we look.
+    if let Ok(code) = ended {
+        ensure!(code == 5, "{code}");
+    }
+    world.wait_gone("graceful", SOON).await?;
+    world.wait_no_job(&uid, Duration::from_millis(500)).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_that_ignores_term_is_killed_after_its_grace() -> anyhow::Result<()> {
+    let world = World::new("stubborn").await?;
+    let uid = world
+        .create(&PodBuilder::new("stubborn").sh("trap '' TERM; while :; do sleep 1; done"))
+        .await?;
+    world.wait_phase("stubborn", "Running", SOON).await?;
+    world.delete("stubborn", Some(2)).await?;
+    world.wait_gone("stubborn", SOON).await?;
+    world.wait_no_job(&uid, Duration::from_secs(5)).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_deleted_by_force_leaves_no_job() -> anyhow::Result<()> {
+    let world = World::new("forced").await?;
+    let uid = world
+        .create(&PodBuilder::new("forced").sh("trap '' TERM; while :; do sleep 1; done"))
+        .await?;
+    world.wait_phase("forced", "Running", SOON).await?;
+    world
+        .kubectl([
+            "delete",
+            "pod",
+            "forced",
+            "--force",
+            "--grace-period=0",
+            "--wait=false",
+        ])
+        .ok()
+        .await?;
+    world.wait_gone("forced", Duration::from_secs(10)).await?;
+    world.wait_no_job(&uid, Duration::from_secs(40)).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_new_pod_of_the_same_name_is_another_pod() -> anyhow::Result<()> {
+    let world = World::new("again").await?;
+    let first = world
+        .create(&PodBuilder::new("twin").sh("sleep 600"))
+        .await?;
+    world.wait_phase("twin", "Running", SOON).await?;
+    world.delete("twin", Some(0)).await?;
+    world.wait_gone("twin", SOON).await?;
+    world
+        .run(&PodBuilder::new("twin").sh("echo second"), "Succeeded")
+        .await?;
+    ensure!(world.logs("twin", "main").await? == "second\n");
+    world.wait_no_job(&first, SOON).await?;
+    world.finish().await
+}

@@ -1,0 +1,208 @@
+//! What goes into pods on the real stack (volumes, variables, images), and what is refused.
+
+use anyhow::{Context as _, ensure};
+use knoc_tests::{
+    PodBuilder, World,
+    world::{SOON, container_reason, why},
+};
+use serde_json::json;
+
+#[tokio::test]
+async fn volumes_and_variables_arrive() -> anyhow::Result<()> {
+    let world = World::new("inputs").await?;
+    let config = [
+        "create",
+        "configmap",
+        "settings",
+        "--from-literal=colour=blue",
+        "--from-literal=size=9",
+    ];
+    world.kubectl(config).ok().await?;
+    let secret = [
+        "create",
+        "secret",
+        "generic",
+        "hidden",
+        "--from-literal=password=a b'c\"$d",
+    ];
+    world.kubectl(secret).ok().await?;
+    let pod = PodBuilder::new("inputs")
+        .spec(
+            "volumes",
+            json!([
+                {"name": "config", "configMap": {"name": "settings"}},
+                {"name": "secret", "secret": {"secretName": "hidden", "defaultMode": 256}},
+                {"name": "space", "emptyDir": {}},
+            ]),
+        )
+        .sh("cat /config/colour; echo; cat /secret/password; echo; stat -L -c %a /secret/password; \
+             echo kept >/space/file; cat /space/file; echo \"$PASSWORD\"; echo $size; echo $POD; echo $EXPANDED")
+        .set(
+            "volumeMounts",
+            json!([
+                {"name": "config", "mountPath": "/config"},
+                {"name": "secret", "mountPath": "/secret", "readOnly": true},
+                {"name": "space", "mountPath": "/space"},
+            ]),
+        )
+        .set("envFrom", json!([{"configMapRef": {"name": "settings"}}]))
+        .set(
+            "env",
+            json!([
+                {"name": "PASSWORD", "valueFrom": {"secretKeyRef": {"name": "hidden", "key": "password"}}},
+                {"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+                {"name": "EXPANDED", "value": "$(POD)-$(colour)"},
+            ]),
+        );
+    world.run(&pod, "Succeeded").await?;
+    let log = world.logs("inputs", "main").await?;
+    ensure!(
+        log == "blue\na b'c\"$d\n400\nkept\na b'c\"$d\n9\ninputs\ninputs-blue\n",
+        "{log}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_default_pod_has_its_service_account_token() -> anyhow::Result<()> {
+    let world = World::new("token").await?;
+    let folder = "/var/run/secrets/kubernetes.io/serviceaccount";
+    let pod = PodBuilder::new("default")
+        .spec("automountServiceAccountToken", json!(true))
+        .sh(&format!(
+            "cd {folder} && cat namespace && head -1 ca.crt && cut -d. -f2 token | wc -c"
+        ));
+    world.run(&pod, "Succeeded").await?;
+    let log = world.logs("default", "main").await?;
+    ensure!(
+        log.starts_with(&format!("{}-----BEGIN CERTIFICATE-----", world.namespace)),
+        "{log}"
+    );
+    ensure!(
+        log.lines()
+            .last()
+            .is_some_and(|line| line.trim().parse::<u32>().is_ok_and(|n| n > 100)),
+        "{log}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_missing_config_map_is_waited_for() -> anyhow::Result<()> {
+    let world = World::new("waits").await?;
+    let pod = PodBuilder::new("waits")
+        .sh("echo $colour")
+        .set("envFrom", json!([{"configMapRef": {"name": "settings"}}]));
+    world.create(&pod).await?;
+    world
+        .wait("waits", "waiting reason", SOON, |pod| {
+            container_reason(pod, "main")
+                .filter(|(reason, _)| reason == "CreateContainerConfigError")
+        })
+        .await?;
+    world
+        .kubectl([
+            "create",
+            "configmap",
+            "settings",
+            "--from-literal=colour=red",
+        ])
+        .ok()
+        .await?;
+    world.wait_phase("waits", "Succeeded", SOON).await?;
+    ensure!(world.logs("waits", "main").await? == "red\n");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_with_unsupported_fields_fails_with_all_reasons_and_no_job() -> anyhow::Result<()> {
+    let world = World::new("refused").await?;
+    let pod = PodBuilder::new("refused")
+        .spec("hostPID", json!(true))
+        .spec(
+            "volumes",
+            json!([{"name": "share", "nfs": {"server": "s", "path": "/p"}}]),
+        )
+        .set("securityContext", json!({"privileged": true}));
+    let uid = world.create(&pod).await?;
+    let ended = world.wait_phase("refused", "Failed", SOON).await?;
+    let (reason, message) = why(&ended);
+    for word in ["hostPID", "nfs", "privileged"] {
+        ensure!(message.contains(word), "{reason}: {message}");
+    }
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.is_empty(), "{jobs:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn an_unknown_partition_fails_with_the_words_of_slurm() -> anyhow::Result<()> {
+    let world = World::new("partition").await?;
+    let pod = PodBuilder::new("nowhere").annotation("knoc.io/partition", "nonesuch");
+    let ended = world.run(&pod, "Failed").await?;
+    let (reason, message) = why(&ended);
+    ensure!(message.contains("invalid partition"), "{reason}: {message}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_missing_image_is_err_image_pull_with_back_off() -> anyhow::Result<()> {
+    let world = World::new("image").await?;
+    let image = PodBuilder::image_name().replace("busybox", "nonesuch");
+    world
+        .create(&PodBuilder::new("no-image").image(&image))
+        .await?;
+    let of = |wanted: &'static str| {
+        move |pod: &_| container_reason(pod, "main").filter(|(reason, _)| reason == wanted)
+    };
+    let (_, message) = world
+        .wait("no-image", "ErrImagePull", SOON, of("ErrImagePull"))
+        .await?;
+    ensure!(message.contains("nonesuch"), "{message}");
+    world
+        .wait("no-image", "ImagePullBackOff", SOON, of("ImagePullBackOff"))
+        .await?;
+    world.delete("no-image", None).await?;
+    world.wait_gone("no-image", SOON).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn images_come_from_files_folders_and_mirrors() -> anyhow::Result<()> {
+    let world = World::new("images").await?;
+    for (name, image) in [
+        ("sif", "/images/busybox.sif"),
+        ("sandbox", "/images/busybox"),
+        ("mirror", "busybox"),
+        ("scheme", "docker://busybox:latest"),
+    ] {
+        world
+            .create(&PodBuilder::new(name).image(image).sh("echo from $0"))
+            .await?;
+    }
+    for name in ["sif", "sandbox", "mirror", "scheme"] {
+        world.wait_phase(name, "Succeeded", SOON).await?;
+    }
+    let outside = PodBuilder::new("outside").image("/etc");
+    let ended = world.run(&outside, "Failed").await?;
+    ensure!(why(&ended).1.contains("/etc"), "{:?}", why(&ended));
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_command_that_is_not_there_is_a_start_error() -> anyhow::Result<()> {
+    let world = World::new("start-error").await?;
+    let ended = world
+        .run(
+            &PodBuilder::new("nothing").command(["/no/such/program"]),
+            "Failed",
+        )
+        .await?;
+    let (reason, message) = container_reason(&ended, "main").context("no reason")?;
+    ensure!(
+        reason == "StartError" || reason == "ContainerCannotRun",
+        "{reason}: {message}"
+    );
+    ensure!(message.contains("/no/such/program"), "{message}");
+    world.finish().await
+}

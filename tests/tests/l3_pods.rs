@@ -1,0 +1,224 @@
+//! Pods on the real stack: how they end, and what the status says then.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
+use knoc_tests::{
+    PodBuilder, World, wait_for,
+    world::{SOON, container_reason, exit_code, why},
+};
+use kube::api::{ListParams, PostParams};
+use serde_json::json;
+
+/// Slurm looks at time limits twice a minute, and they are whole minutes.
+const TIME_LIMIT: Duration = Duration::from_mins(3);
+
+#[tokio::test]
+async fn a_job_that_slurm_ends_at_its_time_limit_says_so() -> anyhow::Result<()> {
+    let world = World::new("time-limit").await?;
+    let pod = PodBuilder::new("long")
+        .annotation("knoc.io/partition", "short")
+        .annotation("knoc.io/time", "1")
+        .sh("sleep 600");
+    world.create(&pod).await?;
+    let ended = world.wait_phase("long", "Failed", TIME_LIMIT).await?;
+    ensure!(why(&ended).0 == "SlurmTimeLimit", "{:?}", why(&ended));
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_kubernetes_job_of_twenty_pods_succeeds() -> anyhow::Result<()> {
+    let world = World::new("job").await?;
+    let mut template = PodBuilder::new("unused")
+        .sh("echo $JOB_COMPLETION_INDEX")
+        .manifest();
+    template["spec"]["automountServiceAccountToken"] = json!(true);
+    let job = serde_json::from_value(json!({
+        "metadata": {"name": "twenty"},
+        "spec": {
+            "completions": 20, "parallelism": 20, "completionMode": "Indexed", "backoffLimit": 0,
+            "template": {"spec": template["spec"]},
+        },
+    }))?;
+    world
+        .api::<Job>()
+        .create(&PostParams::default(), &job)
+        .await?;
+    wait_for("the Job complete", Duration::from_mins(3), async || {
+        let status = world
+            .api::<Job>()
+            .get("twenty")
+            .await
+            .map_err(|error| error.to_string())?
+            .status;
+        let status = status.unwrap_or_default();
+        let done = status.succeeded == Some(20);
+        if done {
+            Ok(())
+        } else {
+            Err(serde_json::to_string(&status).unwrap_or_default())
+        }
+    })
+    .await?;
+    let pods = world.api::<Pod>().list(&ListParams::default()).await?.items;
+    ensure!(pods.len() == 20, "{} pods", pods.len());
+    for pod in pods {
+        let name = pod.metadata.name.clone().unwrap_or_default();
+        ensure!(
+            exit_code(&pod, "main") == Some(0),
+            "{name}: {:?}",
+            pod.status
+        );
+        let index = name.split('-').nth(1).unwrap_or_default().to_owned();
+        let log = world.logs(&name, "main").await?;
+        ensure!(log.trim_end() == index, "{name} wrote {log:?}");
+        let uid = pod.metadata.uid.unwrap_or_default();
+        let jobs = world.jobs(&uid).await?;
+        ensure!(
+            jobs.len() == 1 && jobs[0].contains("COMPLETED"),
+            "{name}: {jobs:?}"
+        );
+    }
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_that_fails_keeps_its_exit_code_and_message() -> anyhow::Result<()> {
+    let world = World::new("fails").await?;
+    let pod = PodBuilder::new("fails").sh("echo because >/dev/termination-log; exit 7");
+    let ended = world.run(&pod, "Failed").await?;
+    ensure!(exit_code(&ended, "main") == Some(7), "{:?}", ended.status);
+    let reason = container_reason(&ended, "main").context("no reason")?;
+    ensure!(reason == ("Error".into(), "because\n".into()), "{reason:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_program_killed_by_a_signal_has_its_code() -> anyhow::Result<()> {
+    let world = World::new("signal").await?;
+    // The shell is PID 1, where KILL from inside does nothing; its child it can kill.
+    let pod = PodBuilder::new("signal").sh("sh -c 'kill -9 $$'; exit $?");
+    let ended = world.run(&pod, "Failed").await?;
+    ensure!(exit_code(&ended, "main") == Some(137), "{:?}", ended.status);
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_over_its_memory_is_oom_killed() -> anyhow::Result<()> {
+    let world = World::new("oom").await?;
+    let pod = PodBuilder::new("oom")
+        .memory("64Mi")
+        .command(["tail", "/dev/zero"]);
+    let ended = world.run(&pod, "Failed").await?;
+    ensure!(exit_code(&ended, "main") == Some(137), "{:?}", ended.status);
+    let reason = container_reason(&ended, "main").context("no reason")?;
+    ensure!(reason.0 == "OOMKilled", "{reason:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_past_its_own_deadline_says_deadline_exceeded() -> anyhow::Result<()> {
+    let world = World::new("deadline").await?;
+    let pod = PodBuilder::new("late")
+        .spec("activeDeadlineSeconds", json!(3))
+        .sh("sleep 600");
+    let ended = world.run(&pod, "Failed").await?;
+    ensure!(why(&ended).0 == "DeadlineExceeded", "{:?}", why(&ended));
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_job_cancelled_by_the_administrator_says_by_whom() -> anyhow::Result<()> {
+    let world = World::new("cancelled").await?;
+    let uid = world
+        .create(&PodBuilder::new("victim").sh("sleep 600"))
+        .await?;
+    world.wait_phase("victim", "Running", SOON).await?;
+    let job = world.wait_job(&uid).await?;
+    world.on_as_root("ctl", ["scancel", &job]).ok().await?;
+    let ended = world.wait_phase("victim", "Failed", SOON).await?;
+    let (reason, message) = why(&ended);
+    ensure!(reason == "Cancelled", "{reason}: {message}");
+    ensure!(
+        message.contains("root") || message.contains("uid 0"),
+        "{message}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
+async fn init_containers_run_in_order_before_the_containers_run_together() -> anyhow::Result<()> {
+    let world = World::new("containers").await?;
+    let mount = json!([{"name": "shared", "mountPath": "/shared"}]);
+    let meet = |mine: &str, other: &str| {
+        format!(
+            "touch /shared/{mine}; until [ -e /shared/{other} ]; do sleep 0.1; done; cat /shared/order"
+        )
+    };
+    let pod = PodBuilder::new("several")
+        .spec("volumes", json!([{"name": "shared", "emptyDir": {}}]))
+        .sh(&meet("main", "side"))
+        .set("volumeMounts", mount.clone())
+        .container("side")
+        .sh(&meet("side", "main"))
+        .set("volumeMounts", mount.clone())
+        .init_container("first")
+        .sh("sleep 0.5; echo first >>/shared/order")
+        .set("volumeMounts", mount.clone())
+        .init_container("second")
+        .sh("echo second >>/shared/order")
+        .set("volumeMounts", mount);
+    let ended = world.run(&pod, "Succeeded").await?;
+    for container in ["main", "side", "first", "second"] {
+        ensure!(
+            exit_code(&ended, container) == Some(0),
+            "{container}: {:?}",
+            ended.status
+        );
+    }
+    for container in ["main", "side"] {
+        ensure!(world.logs("several", container).await? == "first\nsecond\n");
+    }
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_failing_init_container_fails_the_pod() -> anyhow::Result<()> {
+    let world = World::new("init-fails").await?;
+    let pod = PodBuilder::new("unlucky")
+        .sh("echo never")
+        .init_container("init")
+        .sh("exit 3");
+    let ended = world.run(&pod, "Failed").await?;
+    ensure!(exit_code(&ended, "init") == Some(3), "{:?}", ended.status);
+    ensure!(
+        exit_code(&ended, "main").is_none_or(|code| code != 0),
+        "{:?}",
+        ended.status
+    );
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_container_is_restarted_and_its_previous_log_kept() -> anyhow::Result<()> {
+    let world = World::new("restart").await?;
+    let pod = PodBuilder::new("again")
+        .restart("OnFailure")
+        .spec("volumes", json!([{"name": "memory", "emptyDir": {}}]))
+        .sh("n=$(cat /m/n || echo 0); echo $((n+1)) >/m/n; echo life $n; [ $n = 1 ]")
+        .set(
+            "volumeMounts",
+            json!([{"name": "memory", "mountPath": "/m"}]),
+        );
+    let ended = world.run(&pod, "Succeeded").await?;
+    let statuses = ended
+        .status
+        .and_then(|status| status.container_statuses)
+        .unwrap_or_default();
+    ensure!(statuses[0].restart_count == 1, "{statuses:?}");
+    ensure!(world.logs("again", "main").await? == "life 1\n");
+    let previous = world.kubectl(["logs", "again", "--previous"]).ok().await?;
+    ensure!(previous.text().ends_with("life 0"), "{previous}");
+    world.finish().await
+}
