@@ -12,6 +12,7 @@
 //! ```
 
 pub mod quantity;
+pub mod status;
 mod store;
 pub mod translate;
 pub mod verdict;

@@ -1,0 +1,289 @@
+//! PURE: what the agent observed + the pod → the `PodStatus` that the kubelet owns.
+//!
+//! A terminal phase comes only from an admission refusal or from the agent's `Finished`, and is never left
+//! again. While the link is down the last observation stands, and only `Ready` turns False. Fields of others
+//! (conditions, qosClass, resourceClaimStatuses …) are not in the result, so that a merge leaves them.
+
+mod conditions;
+mod containers;
+mod phase;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::core::v1::{HostIP, Pod, PodStatus},
+    apimachinery::pkg::apis::meta::v1::Time,
+};
+use knoc_proto::pb::{self, OutcomeKind, PodPhase};
+
+use phase::Phase;
+
+/// What a status is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// As the API server has it.
+    pub pod: &'a Pod,
+    /// As the agent last reported it.
+    pub observed: Option<&'a pb::PodObserved>,
+    /// Why the agent does not have it yet: a reason for waiting containers, and words.
+    pub hold: Option<&'a Hold>,
+    /// The pod will never run.
+    pub rejection: Option<&'a Rejection>,
+    /// The link is down (for longer than a blink).
+    pub unreachable: bool,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// Why a pod waits before the agent has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// `CreateContainerConfigError` and the like.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
+/// Why a pod will never run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejection {
+    /// `UnsupportedPodSpec`, `OutOfcpu` …
+    pub reason: String,
+    /// For people: everything that is wrong.
+    pub message: String,
+}
+
+/// Is the phase one that is never left?
+#[must_use]
+pub fn is_terminal(pod: &Pod) -> bool {
+    let phase = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+/// The fields of the status that are ours; none where the phase is terminal already.
+#[must_use]
+pub fn status(input: &Input<'_>) -> Option<PodStatus> {
+    if is_terminal(input.pod) {
+        return None;
+    }
+    if let Some(rejection) = input.rejection {
+        return Some(rejected(input, rejection));
+    }
+    let statuses = containers::statuses(input);
+    let phase = overall_phase(input, &statuses);
+    let (reason, message) = words(input);
+    let host_ip = input.observed.map(|observed| observed.host_ip.clone());
+    let host_ip = host_ip.filter(|ip| !ip.is_empty());
+    Some(PodStatus {
+        phase: Some(phase.as_str().to_owned()),
+        reason,
+        message,
+        conditions: Some(conditions::conditions(input, phase, &statuses)),
+        host_ips: host_ip.clone().map(|ip| vec![HostIP { ip }]),
+        host_ip,
+        start_time: start_time(input),
+        observed_generation: observed_generation(input),
+        init_container_statuses: Some(statuses.init).filter(|list| !list.is_empty()),
+        container_statuses: Some(statuses.regular),
+        ..PodStatus::default()
+    })
+}
+
+fn rejected(input: &Input<'_>, rejection: &Rejection) -> PodStatus {
+    PodStatus {
+        phase: Some(Phase::Failed.as_str().to_owned()),
+        reason: Some(rejection.reason.clone()),
+        message: Some(rejection.message.clone()),
+        start_time: Some(seconds(input.now)),
+        observed_generation: input.pod.metadata.generation,
+        ..PodStatus::default()
+    }
+}
+
+fn overall_phase(input: &Input<'_>, statuses: &containers::Statuses) -> Phase {
+    let Some(observed) = input.observed else {
+        return earlier(input.pod);
+    };
+    match observed.phase() {
+        PodPhase::Unspecified
+        | PodPhase::Accepted
+        | PodPhase::Staging
+        | PodPhase::Throttled
+        | PodPhase::Submitting => Phase::Pending,
+        // A requeued job: the pod has been running and stays so.
+        PodPhase::Queued | PodPhase::Lost => earlier(input.pod),
+        PodPhase::Running | PodPhase::Stopping => {
+            match phase::of(restart_policy(input.pod), statuses) {
+                // The containers have ended, the pod only when the agent says so.
+                Phase::Succeeded | Phase::Failed => Phase::Running,
+                phase @ (Phase::Pending | Phase::Running) => later(earlier(input.pod), phase),
+            }
+        }
+        PodPhase::Finished => {
+            let kind = observed.outcome.as_ref().map(pb::Outcome::kind);
+            match kind {
+                Some(OutcomeKind::Succeeded) => Phase::Succeeded,
+                Some(OutcomeKind::Failed | OutcomeKind::Unspecified) | None => Phase::Failed,
+            }
+        }
+    }
+}
+
+/// The phase as the API server has it.
+fn earlier(pod: &Pod) -> Phase {
+    match pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref())
+    {
+        Some("Running") => Phase::Running,
+        _ => Phase::Pending,
+    }
+}
+
+/// Running never becomes Pending again.
+fn later(earlier: Phase, phase: Phase) -> Phase {
+    if earlier == Phase::Running {
+        Phase::Running
+    } else {
+        phase
+    }
+}
+
+fn restart_policy(pod: &Pod) -> &str {
+    let policy = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.restart_policy.as_deref());
+    policy.unwrap_or("Always")
+}
+
+/// The pod's reason and message.
+fn words(input: &Input<'_>) -> (Option<String>, Option<String>) {
+    let some = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+    if let Some(hold) = input.hold.filter(|_| input.observed.is_none()) {
+        return (None, some(&hold.message));
+    }
+    let Some(observed) = input.observed else {
+        return (None, None);
+    };
+    match observed.phase() {
+        PodPhase::Finished => {
+            let Some(outcome) = &observed.outcome else {
+                return (some("ContainerStatusUnknown"), some(&observed.message));
+            };
+            // Deleted says nothing that the deletion does not say.
+            let reason = some(&outcome.reason).filter(|reason| reason != "Deleted");
+            (reason, some(&outcome.message))
+        }
+        PodPhase::Unspecified
+        | PodPhase::Accepted
+        | PodPhase::Staging
+        | PodPhase::Throttled
+        | PodPhase::Submitting
+        | PodPhase::Queued
+        | PodPhase::Running
+        | PodPhase::Stopping
+        | PodPhase::Lost => (None, some(&waiting_message(observed))),
+    }
+}
+
+/// Why the pod waits, for people: `Slurm job 12 pending: Priority, estimated start 2026-11-22T10:00Z`.
+fn waiting_message(observed: &pb::PodObserved) -> String {
+    let default = pb::Job::default();
+    let job = observed.job.as_ref().unwrap_or(&default);
+    match observed.phase() {
+        PodPhase::Queued => queue_message(job, &observed.message),
+        PodPhase::Lost => join(
+            &format!("Slurm job {} is not known to Slurm", job.id),
+            &observed.message,
+        ),
+        PodPhase::Throttled => join(
+            "submission is held back",
+            &join(&observed.reason, &observed.message),
+        ),
+        PodPhase::Accepted | PodPhase::Staging | PodPhase::Submitting => observed.message.clone(),
+        PodPhase::Running if job.state == "SUSPENDED" => {
+            format!("Slurm job {} is suspended", job.id)
+        }
+        PodPhase::Unspecified | PodPhase::Running | PodPhase::Stopping | PodPhase::Finished => {
+            String::new()
+        }
+    }
+}
+
+fn queue_message(job: &pb::Job, more: &str) -> String {
+    let state = if job.state.is_empty() {
+        "pending".to_owned()
+    } else {
+        job.state.to_lowercase()
+    };
+    let mut text = format!("Slurm job {} {state}", job.id);
+    if !job.reason.is_empty() && job.reason != "None" {
+        text = format!("{text}: {}", job.reason);
+    }
+    if let Ok(start) = Timestamp::from_second(job.estimated_start)
+        && job.estimated_start > 0
+    {
+        text = format!(
+            "{text}, estimated start {}",
+            start.strftime("%Y-%m-%dT%H:%MZ")
+        );
+    }
+    if more.is_empty() || more.contains(&job.reason) {
+        text
+    } else {
+        join(&text, more)
+    }
+}
+
+fn join(one: &str, other: &str) -> String {
+    match (one.is_empty(), other.is_empty()) {
+        (true, _) => other.to_owned(),
+        (_, true) => one.to_owned(),
+        (false, false) => format!("{one}: {other}"),
+    }
+}
+
+/// The start of the allocation: queueing does not eat `activeDeadlineSeconds`.
+fn start_time(input: &Input<'_>) -> Option<Time> {
+    let before = input
+        .pod
+        .status
+        .as_ref()
+        .and_then(|status| status.start_time.clone());
+    let started = input
+        .observed
+        .and_then(|observed| observed.job.as_ref())
+        .map(|job| job.started_at);
+    let started = started
+        .filter(|at| *at > 0)
+        .and_then(|at| Timestamp::from_second(at).ok());
+    before.or_else(|| started.map(Time))
+}
+
+/// The generation acted on.
+fn observed_generation(input: &Input<'_>) -> Option<i64> {
+    let generation = input.pod.metadata.generation?;
+    Some(input.observed.map_or(generation, |observed| {
+        observed.spec_generation.clamp(1, generation)
+    }))
+}
+
+/// Kubernetes keeps whole seconds.
+fn seconds(at: Timestamp) -> Time {
+    Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
+}
+
+/// A time of the agent (Unix nanoseconds); none where it is 0.
+fn nanoseconds(at: i64) -> Option<Time> {
+    let at = Timestamp::from_nanosecond(i128::from(at))
+        .ok()
+        .filter(|_| at > 0)?;
+    Some(seconds(at))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,176 @@
+//! PURE: the conditions that are the kubelet's. `lastTransitionTime` moves only with the status.
+
+use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition};
+use knoc_proto::pb::PodPhase;
+
+use super::{Input, containers::Statuses, phase::Phase, seconds};
+
+/// Why a condition is False (or, for a finished pod, True); none: True and nothing to say.
+type Why = Option<(bool, &'static str, String)>;
+
+pub(super) fn conditions(
+    input: &Input<'_>,
+    phase: Phase,
+    statuses: &Statuses,
+) -> Vec<PodCondition> {
+    let containers_ready = containers_ready(phase, &statuses.regular);
+    let ready = if input.unreachable && !matches!(phase, Phase::Succeeded | Phase::Failed) {
+        Some((
+            false,
+            "AgentUnreachable",
+            "the link to the agent is down; the job goes on".to_owned(),
+        ))
+    } else {
+        containers_ready.clone().or_else(|| gates(input))
+    };
+    let mut list = vec![
+        condition(input, "PodReadyToStartContainers", start_containers(input)),
+        condition(input, "Initialized", initialized(phase, statuses)),
+        condition(input, "Ready", ready),
+        condition(input, "ContainersReady", containers_ready),
+        condition(input, "PodScheduled", None),
+    ];
+    let outcome = input
+        .observed
+        .and_then(|observed| observed.outcome.as_ref());
+    if let Some(outcome) = outcome.filter(|outcome| outcome.disruption) {
+        let why = Some((true, "TerminationByKubelet", outcome.message.clone()));
+        list.push(condition(input, "DisruptionTarget", why));
+    }
+    list
+}
+
+fn condition(input: &Input<'_>, type_: &str, why: Why) -> PodCondition {
+    let (value, reason, message) = match why {
+        None => (true, None, None),
+        Some((value, reason, message)) => (
+            value,
+            Some(reason.to_owned()),
+            Some(message).filter(|text| !text.is_empty()),
+        ),
+    };
+    let status = if value { "True" } else { "False" };
+    let before = input.pod.status.as_ref().and_then(|status| {
+        status
+            .conditions
+            .as_ref()?
+            .iter()
+            .find(|before| before.type_ == type_)
+    });
+    let since = before
+        .filter(|before| before.status == status)
+        .and_then(|before| before.last_transition_time.clone());
+    PodCondition {
+        type_: type_.to_owned(),
+        status: status.to_owned(),
+        reason,
+        message,
+        last_transition_time: since.or_else(|| Some(seconds(input.now))),
+        ..PodCondition::default()
+    }
+}
+
+/// True while the pod's allocation is there.
+fn start_containers(input: &Input<'_>) -> Why {
+    let phase = input.observed.map(|observed| observed.phase());
+    match phase {
+        Some(PodPhase::Running | PodPhase::Stopping) => None,
+        Some(PodPhase::Lost) | None if before_is_true(input) => None,
+        Some(
+            PodPhase::Unspecified
+            | PodPhase::Accepted
+            | PodPhase::Staging
+            | PodPhase::Throttled
+            | PodPhase::Submitting
+            | PodPhase::Queued
+            | PodPhase::Lost
+            | PodPhase::Finished,
+        )
+        | None => Some((false, "", String::new())),
+    }
+}
+
+fn before_is_true(input: &Input<'_>) -> bool {
+    let conditions = input
+        .pod
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.as_ref());
+    conditions.is_some_and(|list| {
+        list.iter()
+            .any(|one| one.type_ == "PodReadyToStartContainers" && one.status == "True")
+    })
+}
+
+fn initialized(phase: Phase, statuses: &Statuses) -> Why {
+    if phase == Phase::Succeeded {
+        return Some((true, "PodCompleted", String::new()));
+    }
+    let unfinished = names(&statuses.init, |status| {
+        let terminated = status
+            .state
+            .as_ref()
+            .and_then(|state| state.terminated.as_ref());
+        !terminated.is_some_and(|terminated| terminated.exit_code == 0)
+    });
+    let unfinished = unfinished?;
+    let text = format!("containers with incomplete status: [{unfinished}]");
+    Some((false, "ContainersNotInitialized", text))
+}
+
+fn containers_ready(phase: Phase, regular: &[ContainerStatus]) -> Why {
+    match phase {
+        Phase::Succeeded => Some((false, "PodCompleted", String::new())),
+        Phase::Failed => Some((false, "PodFailed", String::new())),
+        Phase::Pending | Phase::Running => {
+            let unready = names(regular, |status| !status.ready)?;
+            let text = format!("containers with unready status: [{unready}]");
+            Some((false, "ContainersNotReady", text))
+        }
+    }
+}
+
+/// The pod's readiness gates: conditions that others set.
+fn gates(input: &Input<'_>) -> Why {
+    let gates = input.pod.spec.as_ref()?.readiness_gates.as_ref()?;
+    let conditions = input
+        .pod
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.as_deref());
+    let is_true = |kind: &str| {
+        conditions.is_some_and(|list| {
+            list.iter()
+                .any(|one| one.type_ == kind && one.status == "True")
+        })
+    };
+    let closed: Vec<_> = gates
+        .iter()
+        .filter(|gate| !is_true(&gate.condition_type))
+        .map(|gate| {
+            format!(
+                "the status of pod readiness gate \"{0}\" is not \"True\"",
+                gate.condition_type
+            )
+        })
+        .collect();
+    if closed.is_empty() {
+        None
+    } else {
+        Some((false, "ReadinessGatesNotReady", closed.join(", ")))
+    }
+}
+
+/// The names of those that fit, as `a b`; none where none does.
+fn names(list: &[ContainerStatus], fits: impl Fn(&ContainerStatus) -> bool) -> Option<String> {
+    let names: Vec<_> = list
+        .iter()
+        .filter(|status| fits(status))
+        .map(|status| status.name.as_str())
+        .collect();
+    if names.is_empty() {
+        None
+    } else {
+        Some(names.join(" "))
+    }
+}

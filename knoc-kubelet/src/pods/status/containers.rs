@@ -1,0 +1,254 @@
+//! PURE: containerStatuses and initContainerStatuses. Every container of the spec is there from the first status on.
+
+use k8s_openapi::api::core::v1::{
+    Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
+    ContainerStateWaiting, ContainerStatus,
+};
+use knoc_proto::pb::{self, PodPhase, container_status::State};
+
+use super::{Input, nanoseconds, seconds, waiting_message};
+
+/// The statuses of a pod's containers, in the order of the spec.
+pub(super) struct Statuses {
+    pub(super) init: Vec<ContainerStatus>,
+    pub(super) regular: Vec<ContainerStatus>,
+}
+
+/// Reasons of a pod that are reasons of its waiting containers.
+const WAITING_REASONS: &[&str] = &[
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "ErrImageNeverPull",
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+];
+
+/// Exit code of a container whose end nobody saw.
+const UNKNOWN_EXIT_CODE: i32 = 137;
+
+pub(super) fn statuses(input: &Input<'_>) -> Statuses {
+    let spec = input.pod.spec.as_ref();
+    let init = spec
+        .and_then(|spec| spec.init_containers.as_deref())
+        .unwrap_or_default();
+    let regular = spec
+        .map(|spec| spec.containers.as_slice())
+        .unwrap_or_default();
+    let before = input.pod.status.as_ref();
+    let (init_before, regular_before) = (
+        before.and_then(|status| status.init_container_statuses.as_deref()),
+        before.and_then(|status| status.container_statuses.as_deref()),
+    );
+    let (init_seen, regular_seen) = input.observed.map_or_else(Default::default, |observed| {
+        (
+            observed.init_containers.as_slice(),
+            observed.containers.as_slice(),
+        )
+    });
+    let list = |containers: &[Container], before: Option<&[ContainerStatus]>, seen: &[_]| {
+        let one = |container: &Container| {
+            let before = before.and_then(|list| list.iter().find(|one| one.name == container.name));
+            let seen = seen
+                .iter()
+                .find(|one: &&pb::ContainerStatus| one.name == container.name);
+            status(input, container, before, seen, !init.is_empty())
+        };
+        containers.iter().map(one).collect()
+    };
+    let mut statuses = Statuses {
+        init: list(init, init_before, init_seen),
+        regular: list(regular, regular_before, regular_seen),
+    };
+    for status in &mut statuses.init {
+        status.ready = ended_well(status);
+    }
+    for status in &mut statuses.regular {
+        status.ready &= status.state.as_ref().is_some_and(|state| state.running.is_some());
+    }
+    statuses
+}
+
+fn ended_well(status: &ContainerStatus) -> bool {
+    let terminated = status.state.as_ref().and_then(|state| state.terminated.as_ref());
+    terminated.is_some_and(|terminated| terminated.exit_code == 0)
+}
+
+fn status(
+    input: &Input<'_>,
+    container: &Container,
+    before: Option<&ContainerStatus>,
+    seen: Option<&pb::ContainerStatus>,
+    has_init: bool,
+) -> ContainerStatus {
+    let mut status = match (seen, before) {
+        (Some(seen), before) => of(container, seen, before),
+        // Nothing new is known: what was published stands.
+        (None, Some(before)) if started(before) => before.clone(),
+        (None, _) => waiting(input, container, has_init),
+    };
+    if input
+        .observed
+        .is_some_and(|observed| observed.phase() == PodPhase::Finished)
+    {
+        settle(input, &mut status);
+    }
+    status
+}
+
+fn started(status: &ContainerStatus) -> bool {
+    status
+        .state
+        .as_ref()
+        .is_some_and(|state| state.waiting.is_none())
+        || status
+            .last_state
+            .as_ref()
+            .is_some_and(|state| state.terminated.is_some())
+}
+
+fn of(
+    container: &Container,
+    seen: &pb::ContainerStatus,
+    before: Option<&ContainerStatus>,
+) -> ContainerStatus {
+    let state = match &seen.state {
+        Some(State::Waiting(waiting)) => ContainerState {
+            waiting: Some(ContainerStateWaiting {
+                reason: text(&waiting.reason),
+                message: text(&waiting.message),
+            }),
+            ..ContainerState::default()
+        },
+        Some(State::Running(running)) => ContainerState {
+            running: Some(ContainerStateRunning {
+                started_at: nanoseconds(running.started_at),
+            }),
+            ..ContainerState::default()
+        },
+        Some(State::Terminated(terminated)) => terminated_state(terminated),
+        None => ContainerState {
+            waiting: Some(ContainerStateWaiting::default()),
+            ..ContainerState::default()
+        },
+    };
+    let running = state.running.is_some();
+    let restarts = before.map_or(0, |before| before.restart_count);
+    ContainerStatus {
+        name: container.name.clone(),
+        ready: seen.ready,
+        started: Some(seen.started && running),
+        restart_count: seen.restart_count.max(restarts),
+        image: text(&seen.image)
+            .or_else(|| container.image.clone())
+            .unwrap_or_default(),
+        image_id: seen.image_id.clone(),
+        container_id: text(&seen.container_id),
+        last_state: seen.last_termination.as_ref().map(terminated_state),
+        state: Some(state),
+        ..ContainerStatus::default()
+    }
+}
+
+fn terminated_state(terminated: &pb::Terminated) -> ContainerState {
+    ContainerState {
+        terminated: Some(ContainerStateTerminated {
+            exit_code: terminated.exit_code,
+            signal: Some(terminated.signal).filter(|signal| *signal != 0),
+            reason: text(&terminated.reason),
+            message: text(&terminated.message),
+            started_at: nanoseconds(terminated.started_at),
+            finished_at: nanoseconds(terminated.finished_at),
+            container_id: text(&terminated.container_id),
+        }),
+        ..ContainerState::default()
+    }
+}
+
+fn waiting(input: &Input<'_>, container: &Container, has_init: bool) -> ContainerStatus {
+    let (reason, message) = waiting_words(input, has_init);
+    ContainerStatus {
+        name: container.name.clone(),
+        ready: false,
+        started: Some(false),
+        image: container.image.clone().unwrap_or_default(),
+        state: Some(ContainerState {
+            waiting: Some(ContainerStateWaiting {
+                reason: text(&reason),
+                message: text(&message),
+            }),
+            ..ContainerState::default()
+        }),
+        ..ContainerStatus::default()
+    }
+}
+
+fn waiting_words(input: &Input<'_>, has_init: bool) -> (String, String) {
+    let usual = if has_init {
+        "PodInitializing"
+    } else {
+        "ContainerCreating"
+    };
+    match (input.observed, input.hold) {
+        (Some(observed), _) if WAITING_REASONS.contains(&observed.reason.as_str()) => {
+            (observed.reason.clone(), observed.message.clone())
+        }
+        (Some(observed), _) => (usual.to_owned(), waiting_message(observed)),
+        (None, Some(hold)) => {
+            let known = WAITING_REASONS.contains(&hold.reason.as_str());
+            (
+                if known {
+                    hold.reason.clone()
+                } else {
+                    usual.to_owned()
+                },
+                hold.message.clone(),
+            )
+        }
+        (None, None) => (usual.to_owned(), String::new()),
+    }
+}
+
+/// The pod has ended: nothing runs any more. What was last seen running ended unseen; what never started stays waiting,
+/// unless nobody can know.
+fn settle(input: &Input<'_>, status: &mut ContainerStatus) {
+    status.started = Some(false);
+    let outcome = input
+        .observed
+        .and_then(|observed| observed.outcome.as_ref());
+    let reason = outcome.map_or("ContainerStatusUnknown", |outcome| outcome.reason.as_str());
+    let state = status.state.get_or_insert_default();
+    let unknown = state.waiting.is_some() && reason == "ContainerStatusUnknown";
+    if state.running.is_none() && !unknown {
+        return;
+    }
+    let started_at = state.running.take().and_then(|running| running.started_at);
+    let oom = reason == "OOMKilled";
+    *state = ContainerState {
+        terminated: Some(ContainerStateTerminated {
+            exit_code: UNKNOWN_EXIT_CODE,
+            reason: Some(
+                if oom {
+                    "OOMKilled"
+                } else {
+                    "ContainerStatusUnknown"
+                }
+                .to_owned(),
+            ),
+            message: Some(
+                "The container could not be located when the pod was terminated".to_owned(),
+            ),
+            started_at,
+            finished_at: outcome
+                .and_then(|outcome| nanoseconds(outcome.finished_at))
+                .or_else(|| Some(seconds(input.now))),
+            container_id: status.container_id.clone(),
+            ..ContainerStateTerminated::default()
+        }),
+        ..ContainerState::default()
+    };
+}
+
+fn text(text: &str) -> Option<String> {
+    Some(text.to_owned()).filter(|text| !text.is_empty())
+}

@@ -1,0 +1,424 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+fn pod(policy: &str, init: bool, status: Value) -> Pod {
+    let mut pod = json!({
+        "metadata": {"name": "p", "namespace": "ns", "uid": "u", "generation": 2},
+        "spec": {
+            "restartPolicy": policy,
+            "containers": [{"name": "a", "image": "busybox"}, {"name": "b", "image": "busybox"}],
+        },
+        "status": status,
+    });
+    if init {
+        pod["spec"]["initContainers"] = json!([{"name": "i", "image": "busybox"}]);
+    }
+    serde_json::from_value(pod).unwrap()
+}
+
+fn job() -> pb::Job {
+    pb::Job {
+        id: "12".to_owned(),
+        state: "PENDING".to_owned(),
+        reason: "Priority".to_owned(),
+        estimated_start: 7200,
+        ..pb::Job::default()
+    }
+}
+
+fn observed(phase: PodPhase, containers: Vec<pb::ContainerStatus>) -> pb::PodObserved {
+    pb::PodObserved {
+        uid: "u".to_owned(),
+        spec_generation: 2,
+        phase: phase.into(),
+        job: Some(job()),
+        containers,
+        ..pb::PodObserved::default()
+    }
+}
+
+fn container(name: &str, state: State) -> pb::ContainerStatus {
+    pb::ContainerStatus {
+        name: name.to_owned(),
+        ready: matches!(state, State::Running(_)),
+        started: true,
+        image: "busybox".to_owned(),
+        image_id: "sha256:1".to_owned(),
+        container_id: format!("apptainer://12.{name}.0"),
+        state: Some(state),
+        ..pb::ContainerStatus::default()
+    }
+}
+
+use knoc_proto::pb::container_status::State;
+
+fn running() -> State {
+    State::Running(pb::Running {
+        started_at: 5_000_000_000,
+    })
+}
+
+fn ended(exit_code: i32) -> State {
+    State::Terminated(pb::Terminated {
+        exit_code,
+        reason: if exit_code == 0 { "Completed" } else { "Error" }.to_owned(),
+        started_at: 5_000_000_000,
+        finished_at: 6_000_000_000,
+        ..pb::Terminated::default()
+    })
+}
+
+fn waiting(reason: &str) -> State {
+    State::Waiting(pb::Waiting {
+        reason: reason.to_owned(),
+        message: String::new(),
+    })
+}
+
+fn compute(pod: &Pod, observed: Option<&pb::PodObserved>) -> PodStatus {
+    let input = Input {
+        pod,
+        observed,
+        hold: None,
+        rejection: None,
+        unreachable: false,
+        now: at(1000),
+    };
+    status(&input).unwrap()
+}
+
+fn json_of(status: &PodStatus) -> String {
+    serde_json::to_string_pretty(status).unwrap()
+}
+
+#[test]
+fn the_first_status_names_every_container() {
+    let status = compute(&pod("Always", true, json!({})), None);
+    insta::assert_snapshot!(json_of(&status));
+}
+
+#[test]
+fn pending_says_why_and_until_when() {
+    let observed = observed(PodPhase::Queued, vec![]);
+    let status = compute(
+        &pod("Never", false, json!({"phase": "Pending"})),
+        Some(&observed),
+    );
+    assert_eq!(status.phase.as_deref(), Some("Pending"));
+    let text = "Slurm job 12 pending: Priority, estimated start 1970-01-01T02:00Z";
+    assert_eq!(status.message.as_deref(), Some(text));
+    let waiting = status.container_statuses.unwrap()[0]
+        .state
+        .clone()
+        .unwrap()
+        .waiting
+        .unwrap();
+    assert_eq!(waiting.reason.as_deref(), Some("ContainerCreating"));
+    assert_eq!(waiting.message.as_deref(), Some(text));
+}
+
+#[test]
+fn an_image_that_cannot_be_pulled_is_the_containers_reason() {
+    let mut observed = observed(PodPhase::Staging, vec![]);
+    observed.reason = "ErrImagePull".to_owned();
+    observed.message = "FATAL: no such image".to_owned();
+    let status = compute(&pod("Never", false, json!({})), Some(&observed));
+    let waiting = status.container_statuses.unwrap()[0]
+        .state
+        .clone()
+        .unwrap()
+        .waiting
+        .unwrap();
+    assert_eq!(waiting.reason.as_deref(), Some("ErrImagePull"));
+}
+
+#[test]
+fn running_and_ready() {
+    let mut observed = observed(
+        PodPhase::Running,
+        vec![container("a", running()), container("b", running())],
+    );
+    observed.job.as_mut().unwrap().started_at = 4;
+    observed.host_ip = "10.0.0.7".to_owned();
+    let status = compute(
+        &pod("Never", false, json!({"phase": "Pending"})),
+        Some(&observed),
+    );
+    insta::assert_snapshot!(json_of(&status));
+}
+
+#[test]
+fn the_phase_function_table() {
+    use PodPhase::{Finished, Running};
+    let two = |a, b| vec![container("a", a), container("b", b)];
+    for (policy, before, phase, containers, expected) in [
+        (
+            "Never",
+            "Pending",
+            Running,
+            two(running(), running()),
+            "Running",
+        ),
+        (
+            "Never",
+            "Pending",
+            Running,
+            two(waiting("ContainerCreating"), running()),
+            "Pending",
+        ),
+        (
+            "Never",
+            "Running",
+            Running,
+            two(ended(0), running()),
+            "Running",
+        ),
+        // The containers have ended; the pod has not, until the agent says so.
+        (
+            "Never",
+            "Running",
+            Running,
+            two(ended(0), ended(0)),
+            "Running",
+        ),
+        (
+            "Never",
+            "Running",
+            Running,
+            two(ended(0), ended(1)),
+            "Running",
+        ),
+        (
+            "OnFailure",
+            "Running",
+            Running,
+            two(ended(1), ended(0)),
+            "Running",
+        ),
+        (
+            "Always",
+            "Running",
+            Running,
+            two(ended(0), ended(0)),
+            "Running",
+        ),
+        // Running is never left for Pending.
+        (
+            "Always",
+            "Running",
+            Running,
+            two(waiting("CrashLoopBackOff"), running()),
+            "Running",
+        ),
+        ("Never", "Running", PodPhase::Lost, vec![], "Running"),
+        ("Never", "Pending", PodPhase::Lost, vec![], "Pending"),
+        ("Never", "Pending", PodPhase::Throttled, vec![], "Pending"),
+        ("Always", "Running", PodPhase::Queued, vec![], "Running"),
+        (
+            "Always",
+            "Running",
+            Finished,
+            two(ended(0), ended(0)),
+            "Failed",
+        ),
+    ] {
+        let observed = observed(phase, containers);
+        let status = compute(
+            &pod(policy, false, json!({"phase": before})),
+            Some(&observed),
+        );
+        assert_eq!(
+            status.phase.as_deref(),
+            Some(expected),
+            "{policy} {before} {phase:?}"
+        );
+    }
+}
+
+#[test]
+fn init_containers_come_first() {
+    let run = |policy: &str, state: State| {
+        let mut observed = observed(PodPhase::Running, vec![]);
+        observed.init_containers = vec![container("i", state)];
+        compute(
+            &pod(policy, true, json!({"phase": "Pending"})),
+            Some(&observed),
+        )
+    };
+    let status = run("Always", running());
+    assert_eq!(status.phase.as_deref(), Some("Pending"));
+    let find = |status: &PodStatus, kind: &str| {
+        let list = status.conditions.clone().unwrap();
+        list.into_iter().find(|one| one.type_ == kind).unwrap()
+    };
+    let condition = find(&status, "Initialized");
+    assert_eq!(condition.status, "False");
+    assert_eq!(
+        condition.message.as_deref(),
+        Some("containers with incomplete status: [i]")
+    );
+    let waiting = status.container_statuses.as_ref().unwrap()[0]
+        .state
+        .clone()
+        .unwrap();
+    assert_eq!(
+        waiting.waiting.unwrap().reason.as_deref(),
+        Some("PodInitializing")
+    );
+    assert_eq!(find(&run("Always", ended(0)), "Initialized").status, "True");
+    assert_eq!(run("Always", ended(1)).phase.as_deref(), Some("Pending"));
+}
+
+fn finished(
+    kind: OutcomeKind,
+    reason: &str,
+    containers: Vec<pb::ContainerStatus>,
+) -> pb::PodObserved {
+    let mut observed = observed(PodPhase::Finished, containers);
+    observed.outcome = Some(pb::Outcome {
+        kind: kind.into(),
+        reason: reason.to_owned(),
+        message: if reason.is_empty() {
+            String::new()
+        } else {
+            format!("because of {reason}")
+        },
+        disruption: reason == "NodeFailed",
+        finished_at: 9_000_000_000,
+    });
+    observed
+}
+
+#[test]
+fn a_succeeded_pod() {
+    let containers = vec![container("a", ended(0)), container("b", ended(0))];
+    let observed = finished(OutcomeKind::Succeeded, "", containers);
+    let status = compute(
+        &pod("Never", false, json!({"phase": "Running"})),
+        Some(&observed),
+    );
+    insta::assert_snapshot!(json_of(&status));
+}
+
+#[test]
+fn a_failed_node_is_a_disruption_and_no_guess_of_success() {
+    let containers = vec![container("a", running()), container("b", ended(0))];
+    let observed = finished(OutcomeKind::Failed, "NodeFailed", containers);
+    let status = compute(
+        &pod("Never", false, json!({"phase": "Running"})),
+        Some(&observed),
+    );
+    insta::assert_snapshot!(json_of(&status));
+}
+
+#[test]
+fn a_job_without_report_is_unknown() {
+    let observed = finished(OutcomeKind::Failed, "ContainerStatusUnknown", vec![]);
+    let status = compute(
+        &pod("Always", false, json!({"phase": "Running"})),
+        Some(&observed),
+    );
+    assert_eq!(status.phase.as_deref(), Some("Failed"));
+    for one in status.container_statuses.unwrap() {
+        let terminated = one.state.unwrap().terminated.unwrap();
+        assert_eq!(terminated.reason.as_deref(), Some("ContainerStatusUnknown"));
+    }
+}
+
+#[test]
+fn a_terminal_phase_is_never_left() {
+    let pod = pod("Always", false, json!({"phase": "Failed"}));
+    let observed = observed(PodPhase::Running, vec![container("a", running())]);
+    let input = Input {
+        pod: &pod,
+        observed: Some(&observed),
+        hold: None,
+        rejection: None,
+        unreachable: false,
+        now: at(1),
+    };
+    assert_eq!(status(&input), None);
+}
+
+#[test]
+fn a_refused_pod_failed_and_says_everything() {
+    let pod = pod("Always", false, json!({"phase": "Pending"}));
+    let rejection = Rejection {
+        reason: "UnsupportedPodSpec".to_owned(),
+        message: "all".to_owned(),
+    };
+    let input = Input {
+        pod: &pod,
+        observed: None,
+        hold: None,
+        rejection: Some(&rejection),
+        unreachable: false,
+        now: at(1),
+    };
+    let status = status(&input).unwrap();
+    assert_eq!(status.phase.as_deref(), Some("Failed"));
+    assert_eq!(status.reason.as_deref(), Some("UnsupportedPodSpec"));
+}
+
+#[test]
+fn a_missing_config_map_is_told_by_the_containers() {
+    let pod = pod("Always", false, json!({"phase": "Pending"}));
+    let hold = Hold {
+        reason: "CreateContainerConfigError".to_owned(),
+        message: "configmap \"x\" not found".to_owned(),
+    };
+    let input = Input {
+        pod: &pod,
+        observed: None,
+        hold: Some(&hold),
+        rejection: None,
+        unreachable: false,
+        now: at(1),
+    };
+    let status = status(&input).unwrap();
+    let state = status.container_statuses.unwrap()[1].state.clone().unwrap();
+    assert_eq!(
+        state.waiting.unwrap().reason.as_deref(),
+        Some("CreateContainerConfigError")
+    );
+    assert_eq!(status.phase.as_deref(), Some("Pending"));
+}
+
+#[test]
+fn a_cut_link_only_takes_readiness() {
+    let before = json!({
+        "phase": "Running",
+        "startTime": "1970-01-01T00:00:04Z",
+        "conditions": [{"type": "PodReadyToStartContainers", "status": "True", "lastTransitionTime": "1970-01-01T00:00:05Z"}],
+        "containerStatuses": [
+            {"name": "a", "image": "busybox", "imageID": "x", "ready": true, "restartCount": 3, "state": {"running": {}}},
+            {"name": "b", "image": "busybox", "imageID": "x", "ready": true, "restartCount": 0, "state": {"running": {}}},
+        ],
+    });
+    let pod = pod("Always", false, before);
+    let input = Input {
+        pod: &pod,
+        observed: None,
+        hold: None,
+        rejection: None,
+        unreachable: true,
+        now: at(1000),
+    };
+    let status = status(&input).unwrap();
+    insta::assert_snapshot!(json_of(&status));
+}
+
+#[test]
+fn restart_counts_never_fall() {
+    let before = json!({"phase": "Running", "containerStatuses": [
+        {"name": "a", "image": "busybox", "imageID": "x", "ready": true, "restartCount": 3, "state": {"running": {}}},
+    ]});
+    let observed = observed(PodPhase::Running, vec![container("a", running())]);
+    let status = compute(&pod("Always", false, before), Some(&observed));
+    assert_eq!(status.container_statuses.unwrap()[0].restart_count, 3);
+}
