@@ -154,6 +154,71 @@ impl Pod {
         Ok(())
     }
 
+    /// Waits until all its containers run and the shim's link is up.
+    pub async fn running(
+        &self,
+        client: &AgentClient<Channel>,
+        deadline: Duration,
+    ) -> anyhow::Result<pb::PodObserved> {
+        let what = format!("the pod {} runs", self.uid());
+        wait_for(&what, deadline, async || {
+            let pod = self.observe(client).await?;
+            let running = |status: &pb::ContainerStatus| {
+                matches!(status.state, Some(pb::container_status::State::Running(_)))
+            };
+            let all = !pod.containers.is_empty() && pod.containers.iter().all(running);
+            if all && pod.shim_connected {
+                Ok(pod)
+            } else {
+                Err(brief(&pod))
+            }
+        })
+        .await
+    }
+
+    /// Runs a command in a container with that standard input; answers its output and exit code.
+    pub async fn exec(
+        &self,
+        client: &AgentClient<Channel>,
+        container: &str,
+        command: &[&str],
+        stdin: &[u8],
+    ) -> anyhow::Result<(Vec<u8>, i32)> {
+        use pb::exec_input::Input;
+        use pb::exec_output::Output;
+        let start = pb::ExecStart {
+            uid: self.uid().to_owned(),
+            container: container.to_owned(),
+            command: command.iter().map(|&word| word.to_owned()).collect(),
+            stdin: true,
+            stdout: true,
+            stderr: true,
+            tty: false,
+            size: None,
+        };
+        let stdin = Bytes::copy_from_slice(stdin);
+        let inputs = [
+            Input::Start(start),
+            Input::Stdin(stdin),
+            Input::StdinClosed(true),
+        ];
+        let inputs = inputs.map(|input| pb::ExecInput { input: Some(input) });
+        let mut client = client.clone();
+        let mut outputs = client.exec(tokio_stream::iter(inputs)).await?.into_inner();
+        let mut stdout = Vec::new();
+        while let Some(message) = outputs.message().await? {
+            match message.output {
+                Some(Output::Stdout(data)) => stdout.extend_from_slice(&data),
+                Some(Output::Exit(exit)) => {
+                    anyhow::ensure!(exit.error.is_empty(), "not started: {}", exit.error);
+                    return Ok((stdout, exit.code));
+                }
+                Some(Output::Stderr(_) | Output::Started(_)) | None => {}
+            }
+        }
+        anyhow::bail!("the stream ended without an exit code")
+    }
+
     /// All log bytes of a container.
     pub async fn log(
         &self,

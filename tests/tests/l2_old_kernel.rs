@@ -1,0 +1,107 @@
+//! Level 2: the agent and all that it starts run on a kernel that is as old as Linux 3.10, which is a
+//! filter here that answers ENOSYS to every later system call.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use knoc_proto::pb;
+use knoc_tests::cases::{self, Size};
+use knoc_tests::site::{self, Options, Pod, Site, container};
+
+const OLD_KERNEL: &str = env!("CARGO_BIN_EXE_knoc-oldkernel");
+const READBACK: &str = env!("CARGO_BIN_EXE_knoc-readback");
+
+const SOON: Duration = Duration::from_secs(30);
+
+fn old_site() -> anyhow::Result<Site> {
+    Site::new(Options {
+        wrapper: Some(PathBuf::from(OLD_KERNEL)),
+        ..Options::default()
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_run_and_their_exit_codes_and_logs_arrive() -> anyhow::Result<()> {
+    let site = old_site()?;
+    let agent = site.agent(&[]).await.with_context(|| site.log())?;
+    let client = site.client()?;
+    let good = Pod::counting(&site, "good", 0.1)?;
+    let script = "echo out; echo err >&2; exit 3";
+    let bad = Pod::new(
+        "bad",
+        vec![container("main", &["/bin/sh", "-c", script], &[])],
+    );
+    good.ensure(&client).await?;
+    bad.ensure(&client).await?;
+    good.succeeded(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    let outcome = bad.finished(&client, SOON).await?;
+    assert_eq!(outcome.kind(), pb::OutcomeKind::Failed, "{outcome:?}");
+    let observed = bad.observe(&client).await.map_err(anyhow::Error::msg)?;
+    let state = observed
+        .containers
+        .first()
+        .and_then(|status| status.state.clone());
+    let Some(pb::container_status::State::Terminated(ended)) = state else {
+        anyhow::bail!("not terminated: {state:?}");
+    };
+    assert_eq!(ended.exit_code, 3);
+    let log = bad.log(&client, "main").await?;
+    let mut lines: Vec<&[u8]> = log.split(|byte| *byte == b'\n').collect();
+    lines.sort_unstable();
+    assert_eq!(lines, [&b""[..], b"err", b"out"]);
+    good.remove(&client).await?;
+    bad.remove(&client).await?;
+    agent.terminate().await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn arguments_and_environment_arrive() -> anyhow::Result<()> {
+    let site = old_site()?;
+    let agent = site.agent(&[]).await.with_context(|| site.log())?;
+    let client = site.client()?;
+    let bounds = Size {
+        pods: 1,
+        containers: 1,
+        cases: 20,
+    };
+    for cases in cases::nasty(bounds, 1).iter().flatten() {
+        let pod = Pod::new("argv", vec![container("main", &[READBACK], &cases.args)]);
+        let pod = pod.env("main", &cases.env);
+        pod.ensure(&client).await?;
+        pod.succeeded(&client, SOON)
+            .await
+            .with_context(|| site.log())?;
+        cases::check(cases, &pod.log(&client, "main").await?)?;
+        pod.remove(&client).await?;
+    }
+    agent.terminate().await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_stop_and_a_killed_agent() -> anyhow::Result<()> {
+    let site = old_site()?;
+    let agent = site.agent(&[]).await.with_context(|| site.log())?;
+    let client = site.client()?;
+    let pod = Pod::counting(&site, "long", 600.0)?;
+    pod.ensure(&client).await?;
+    pod.running(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    let (output, code) = pod
+        .exec(&client, "main", &["/bin/sh", "-c", "cat; exit 5"], b"typed")
+        .await?;
+    assert_eq!((output.as_slice(), code), (&b"typed"[..], 5));
+    agent.kill().await?;
+    let agent = site.agent(&[]).await?;
+    pod.running(&client, SOON).await?;
+    assert_eq!(site.runs("long")?, 1);
+    pod.remove(&client).await?;
+    site::nothing_names(&site.path("runs"), agent.pid()).await?;
+    agent.terminate().await?;
+    Ok(())
+}
