@@ -12,7 +12,7 @@ install_chart() {
     kubectl create namespace $namespace --dry-run=client -o yaml | kubectl apply -f - >/dev/null
     kubectl apply -n $namespace -f "$agent_home_here/.config/knoc/kubelet-bundle.yaml" >/dev/null
     # Its own pod can run on no node here: no --wait.
-    helm upgrade --install knoc "$repository/deploy/chart" --namespace $namespace --set agent.address="$agent_address" \
+    helm upgrade --install knoc "$repository/deploy/chart/knoc" --namespace $namespace --set agent.address="$agent_address" \
         --set agent.site=$site >"$log/helm.log" 2>&1 || { cat "$log/helm.log" >&2; die "helm could not install the chart"; }
     mkdir -p "$state"
     for part in ca.crt tls.crt tls.key; do

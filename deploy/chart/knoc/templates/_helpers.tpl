@@ -1,0 +1,53 @@
+{{- define "knoc.node" -}}
+{{- .Values.node.name | default (printf "knoc-%s" .Values.agent.site) -}}
+{{- end -}}
+
+{{- /* Cluster-wide names carry the node, so that several sites can be installed side by side. */ -}}
+{{- define "knoc.clusterName" -}}
+{{- printf "knoc-kubelet-%s" (include "knoc.node" .) | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "knoc.fullname" -}}
+{{- if contains "knoc" .Release.Name -}}
+{{- printf "%s-kubelet" .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-knoc-kubelet" .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "knoc.selector" -}}
+app.kubernetes.io/name: knoc-kubelet
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "knoc.labels" -}}
+{{ include "knoc.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: knoc
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "knoc.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{- /* What pods use of their namespace: values for environment and volumes, and tokens. */ -}}
+{{- define "knoc.podRules" -}}
+- apiGroups: [""]
+  resources: [configmaps, secrets]
+  verbs: [get]
+- apiGroups: [""]
+  resources: [serviceaccounts/token]
+  verbs: [create]
+{{- end -}}
+
+{{- define "knoc.subject" -}}
+- kind: ServiceAccount
+  name: {{ .Values.serviceAccount.name }}
+  namespace: {{ .Release.Namespace }}
+{{- end -}}
