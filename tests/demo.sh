@@ -1,0 +1,64 @@
+#!/bin/bash
+# Brings the fullest stack up, runs an example pod and shows what came of it (make demo).
+# demo.sh [--transcript FILE]
+[ "${1:-}" != --transcript ] || transcript=$2
+. "$(dirname "$0")/testbed/lib.sh"
+. "$testbed/stack.sh"
+"$testbed/up.sh"
+eval "$("$testbed/env.sh")"
+cd "$repository"
+
+show() { # runs a command line as a reader would type it
+    printf '\n\e[1m$ %s\e[0m\n' "$*"
+    eval "$*"
+}
+on_kubernetes() {
+    kubectl delete pod hello --ignore-not-found --wait=true >/dev/null
+    show kubectl apply -f deploy/examples/hello.yaml
+    show kubectl wait --for=condition=Ready pod/hello --timeout=60s
+    show kubectl get nodes
+    show kubectl get pods -o wide
+    show kubectl logs hello
+    uid=$(kubectl get pod hello -o 'jsonpath={.metadata.uid}')
+    show knocctl exec "$uid" -- hostname
+    show knocctl pods
+    show "$HPC_PREFIX/bin/hpc exec login -u hpcuser squeue"
+    cat <<'TEXT'
+
+Next:
+  eval "$(make -s env)"                 # kubectl, knocctl and their configuration
+  kubectl apply -f deploy/examples/     # more pods
+  knocctl doctor                        # every link of the chain
+  make down
+TEXT
+}
+on_the_agent_alone() {
+    knocctl delete hello >/dev/null 2>&1 || true
+    show knocctl info
+    show knocctl run -f deploy/examples/hello.yaml
+    wait_for 60 "the pod hello runs" sh -c 'knocctl pods | grep -i "hello.*running"'
+    show knocctl pods
+    show knocctl logs hello
+    show knocctl exec hello -- hostname
+    cat <<'TEXT'
+
+Next:
+  eval "$(make -s env)"    # knocctl and its configuration
+  knocctl describe hello
+  knocctl doctor
+  make down
+TEXT
+}
+demo() {
+    say "STACK=$STACK ($why)"
+    case $STACK in full) on_kubernetes ;; *) on_the_agent_alone ;; esac
+}
+if [ -n "${transcript:-}" ]; then
+    {
+        printf '# A demo, as it ran\n\nWritten by `make demo-transcript`, %s, %s.\n\n```\n' "$(date -u +%F)" "$(. /etc/os-release && echo "$PRETTY_NAME")"
+        demo 2>&1 | sed 's/\x1b\[[0-9]*m//g'
+        echo '```'
+    } | tee "$transcript"
+else
+    demo
+fi

@@ -1,0 +1,70 @@
+#!/bin/bash
+# Runs the tests that this machine can carry, and ends with a table by level and a line of sums (make test).
+# With STACK=full given, a stack that does not come up, and any skip, is a failure.
+given_stack=${STACK:-}
+. "$(dirname "$0")/testbed/lib.sh"
+. "$testbed/stack.sh"
+cd "$repository"
+say "STACK=$STACK ($why)"
+results=$log/tests
+mkdir -p "$results"
+rm -f "$results"/*
+reasons=()
+total_passed=0 total_failed=0 total_skipped=0
+
+# suite LEVEL CARGO-ARGUMENTS...: runs, shows and keeps the output.
+suite() {
+    local level=$1 code=0
+    shift
+    say "$level: cargo test $*"
+    cargo test --no-fail-fast "$@" 2>&1 | tee -a "$results/$level" || code=$?
+    # A suite that ends without saying how many failed (it did not compile, it crashed) is one failure.
+    [ $code = 0 ] || grep -q '^test result: FAILED' "$results/$level" || echo "test result: FAILED. 0 passed; 1 failed; 0 ignored" >>"$results/$level"
+}
+# skip LEVEL REASON CARGO-ARGUMENTS...: counts what is not run.
+skip() {
+    local level=$1 reason=$2 count
+    shift 2
+    count=$(cargo test -q "$@" -- --list 2>/dev/null | grep -c ': test$' || true)
+    echo "test result: ok. 0 passed; 0 failed; $count ignored" >>"$results/$level"
+    reasons+=("$level: $reason")
+}
+row() { # row LEVEL WHAT
+    local passed failed skipped
+    read -r passed failed skipped < <(sed -n 's/^test result: .*\. \([0-9]*\) passed; \([0-9]*\) failed; \([0-9]*\) ignored.*/\1 \2 \3/p' "$results/$1" \
+        | awk '{ p += $1; f += $2; s += $3 } END { print p + 0, f + 0, s + 0 }')
+    printf '%-5s %-46s %7d %7d %8d\n' "$1" "$2" "$passed" "$failed" "$skipped"
+    total_passed=$((total_passed + passed)) total_failed=$((total_failed + failed)) total_skipped=$((total_skipped + skipped))
+}
+tests_named() { (cd tests/tests && ls $1 2>/dev/null | sed 's/\.rs$//; s/^/--test /'); }
+
+suite unit --workspace --exclude knoc-tests
+suite unit -p knoc-tests --lib --bins $(tests_named 'tidy*.rs')
+suite L2 -p knoc-tests $(tests_named 'l2_*.rs')
+
+# Faults (nodes that go down, processes that are killed) would be seen by other tests: alone, one after the other.
+faults=$(tests_named 'l3_faults*.rs l3_crash*.rs')
+others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash')
+if [ "$STACK" != full ]; then
+    skip L3 "STACK=$STACK ($why); the real stack is STACK=full" -p knoc-tests $others $faults
+elif ! "$testbed/up.sh"; then
+    skip L3 "the stack did not come up, see above" -p knoc-tests $others $faults
+    [ "$given_stack" != full ] || total_failed=1
+else
+    eval "$("$testbed/env.sh")"
+    kubectl delete namespaces -l knoc-test --wait=false >/dev/null
+    suite L3 -p knoc-tests $others -- --test-threads=8
+    [ -z "$faults" ] || suite L3 -p knoc-tests $faults -- --test-threads=1
+fi
+
+echo
+printf '%-5s %-46s %7s %7s %8s\n' level what passed failed skipped
+row unit "decisions, parsers, protocols, in one process"
+row L2 "real binaries, TLS, local scheduler, no root"
+row L3 "Kubernetes, Slurm, Apptainer"
+grep -h '^test .* ignored, ' "$results"/* | sed 's/^test \(.*\) \.\.\. ignored, /skipped: \1: /' || true
+for reason in "${reasons[@]}"; do echo "skipped: $reason"; done
+grep -h '^test .* FAILED$' "$results"/* | sed 's/^test \(.*\) \.\.\. FAILED/failed: \1/' || true
+[ "$given_stack" != full ] || total_failed=$((total_failed + total_skipped))
+echo "$total_passed passed, $total_failed failed, $total_skipped skipped"
+[ $total_failed = 0 ]
