@@ -1,0 +1,272 @@
+//! Faults on the real stack: a node that loses power, an agent and a controller that are away, a job that cannot start.
+//! They touch what others share, so this suite runs alone, one test after the other.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::Node;
+use knoc_tests::{
+    PodBuilder, World, wait_for,
+    world::{SOON, exit_code, has_condition, why},
+};
+
+const MINUTES: Duration = Duration::from_mins(3);
+
+/// The status of a condition of our node.
+async fn condition(world: &World, kind: &str) -> anyhow::Result<String> {
+    let node = world.cluster_api::<Node>().get(&world.node).await?;
+    let conditions = node
+        .status
+        .and_then(|status| status.conditions)
+        .unwrap_or_default();
+    let found = conditions.into_iter().find(|one| one.type_ == kind);
+    Ok(found
+        .with_context(|| format!("the node has no condition {kind}"))?
+        .status)
+}
+
+async fn wait_condition(world: &World, kind: &str, status: &str) -> anyhow::Result<()> {
+    wait_for(&format!("condition {kind}={status}"), SOON, async || {
+        let now = condition(world, kind).await?;
+        if now == status {
+            Ok(())
+        } else {
+            Err(anyhow::anyhow!(now))
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_node_that_loses_power_fails_its_pods_as_a_disruption() -> anyhow::Result<()> {
+    let world = World::new("power").await?;
+    let uid = world
+        .create(&PodBuilder::new("unlucky").sh("sleep 600"))
+        .await?;
+    world.wait_phase("unlucky", "Running", SOON).await?;
+    let job = world.wait_job(&uid).await?;
+    let node = world
+        .on("login", ["squeue", "-h", "-o", "%N", "-j", &job])
+        .ok()
+        .await?
+        .text();
+    world.power("node-down", &node).ok().await?;
+    let ended = world.wait_phase("unlucky", "Failed", MINUTES).await;
+    world.power("node-up", &node).ok().await?;
+    let ended = ended?;
+    ensure!(
+        has_condition(&ended, "DisruptionTarget"),
+        "{:?}",
+        ended.status
+    );
+    ensure!(why(&ended).0 == "NodeFailed", "{:?}", why(&ended));
+    wait_for("the node is idle again", SOON, async || {
+        let state = world
+            .on(
+                "login",
+                ["sinfo", "-h", "-N", "-p", "main", "-n", &node, "-o", "%T"],
+            )
+            .ok()
+            .await?;
+        if state.text() == "idle" {
+            Ok(())
+        } else {
+            Err(anyhow::anyhow!(state.text()))
+        }
+    })
+    .await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn an_agent_that_is_away_costs_no_pod_and_the_node_says_so() -> anyhow::Result<()> {
+    let world = World::new("agent-away").await?;
+    let long = world
+        .create(&PodBuilder::new("long").sh("sleep 600"))
+        .await?;
+    world
+        .create(&PodBuilder::new("short").sh("sleep 5; echo done; exit 4"))
+        .await?;
+    world.wait_phase("long", "Running", SOON).await?;
+    world.wait_phase("short", "Running", SOON).await?;
+    world.service("agent.sh", "kill").ok().await?;
+    let away = async {
+        wait_condition(&world, "AgentConnected", "False").await?;
+        ensure!(condition(&world, "Ready").await? == "True");
+        let doctor = world.knocctl(["doctor"]).output().await?;
+        ensure!(doctor.code != 0 && doctor.text().contains('✗'), "{doctor}");
+        // Created while nobody can take it.
+        world
+            .create(&PodBuilder::new("later").sh("echo late"))
+            .await?;
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        anyhow::Ok(())
+    };
+    let away = away.await;
+    world.service("agent.sh", "up").ok().await?;
+    away?;
+    wait_condition(&world, "AgentConnected", "True").await?;
+    let ended = world.wait_phase("short", "Failed", SOON).await?;
+    ensure!(exit_code(&ended, "main") == Some(4), "{:?}", ended.status);
+    world.wait_phase("later", "Succeeded", SOON).await?;
+    ensure!(world.jobs(&long).await?.len() == 1);
+    world.exec(&long, "main", ["true"]).ok().await?;
+    world.delete("long", Some(1)).await?;
+    world.wait_gone("long", SOON).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_kubelet_that_was_killed_finds_its_pods_again() -> anyhow::Result<()> {
+    let world = World::new("kubelet-killed").await?;
+    let uid = world
+        .create(&PodBuilder::new("short").sh("sleep 5; exit 6"))
+        .await?;
+    world.wait_phase("short", "Running", SOON).await?;
+    world.service("kubelet.sh", "kill").ok().await?;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    world.service("kubelet.sh", "up").ok().await?;
+    let ended = world.wait_phase("short", "Failed", SOON).await?;
+    ensure!(exit_code(&ended, "main") == Some(6), "{:?}", ended.status);
+    ensure!(world.jobs(&uid).await?.len() == 1);
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_controller_that_is_down_is_said_with_since_when_and_pods_wait() -> anyhow::Result<()> {
+    let world = World::new("controller").await?;
+    let uid = world
+        .create(&PodBuilder::new("running").sh("sleep 15; exit 0"))
+        .await?;
+    world.wait_phase("running", "Running", SOON).await?;
+    let stop = "p=$(cat /run/slurm/slurmctld.pid); kill $p; while kill -0 $p 2>/dev/null; do sleep 0.1; done";
+    world.on_as_root("ctl", ["sh", "-c", stop]).ok().await?;
+    let down = async {
+        wait_condition(&world, "SchedulerReachable", "False").await?;
+        let info = world.knocctl(["info"]).ok().await?;
+        ensure!(info.text().contains("since"), "{info}");
+        let pods = world.knocctl(["pods"]).ok().await?;
+        ensure!(pods.text().contains("running"), "{pods}");
+        world.exec(&uid, "main", ["true"]).ok().await?;
+        world
+            .create(&PodBuilder::new("later").sh("echo late"))
+            .await?;
+        anyhow::Ok(())
+    };
+    let down = down.await;
+    let start = [
+        "setpriv",
+        "--reuid=slurm",
+        "--regid=slurm",
+        "--clear-groups",
+        "slurmctld",
+    ];
+    world.on_as_root("ctl", start).ok().await?;
+    down?;
+    world.wait_phase("running", "Succeeded", MINUTES).await?;
+    world.wait_phase("later", "Succeeded", MINUTES).await?;
+    wait_condition(&world, "SchedulerReachable", "True").await?;
+    ensure!(world.jobs(&uid).await?.len() == 1);
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_job_whose_shim_is_missing_explains_itself() -> anyhow::Result<()> {
+    let world = World::new("no-shim").await?;
+    let versions = "/home/hpcuser/.local/state/knoc/versions";
+    let hidden = format!("{versions}.hidden");
+    // Hidden while the job starts: it is queued behind another.
+    let first = world
+        .create(&PodBuilder::new("first").sh("sleep 600"))
+        .await?;
+    let job = world.wait_job(&first).await?;
+    world.wait_phase("first", "Running", SOON).await?;
+    let pod =
+        PodBuilder::new("second").annotation("knoc.io/dependency", &format!("afterany:{job}"));
+    let second = world.create(&pod).await?;
+    world.wait_job(&second).await?;
+    world.on("login", ["mv", versions, &hidden]).ok().await?;
+    world.delete("first", Some(0)).await?;
+    let ended = world.wait_phase("second", "Failed", MINUTES).await;
+    world.on("login", ["mv", &hidden, versions]).ok().await?;
+    let (reason, message) = why(&ended?);
+    ensure!(message.contains("knoc-agent"), "{reason}: {message}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_job_whose_folder_cannot_be_written_explains_itself() -> anyhow::Result<()> {
+    let world = World::new("no-folder").await?;
+    let first = world
+        .create(&PodBuilder::new("first").sh("sleep 600"))
+        .await?;
+    let job = world.wait_job(&first).await?;
+    world.wait_phase("first", "Running", SOON).await?;
+    let pod =
+        PodBuilder::new("second").annotation("knoc.io/dependency", &format!("afterany:{job}"));
+    let second = world.create(&pod).await?;
+    world.wait_job(&second).await?;
+    let folder = format!("/home/hpcuser/.local/state/knoc/pods/{second}");
+    world.on("login", ["chmod", "500", &folder]).ok().await?;
+    world.delete("first", Some(0)).await?;
+    let ended = world.wait_phase("second", "Failed", MINUTES).await;
+    world.on("login", ["chmod", "700", &folder]).ok().await?;
+    let (reason, message) = why(&ended?);
+    ensure!(
+        message.to_lowercase().contains("permission denied"),
+        "{reason}: {message}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
+async fn of_two_processes_that_claim_one_job_directory_one_runs() -> anyhow::Result<()> {
+    let world = World::new("claim").await?;
+    let pod = PodBuilder::new("once").sh("echo ran; sleep 600");
+    let uid = world.create(&pod).await?;
+    world.wait_phase("once", "Running", SOON).await?;
+    let folder = format!("/home/hpcuser/.local/state/knoc/pods/{uid}");
+    let script = world
+        .on(
+            "login",
+            [
+                "find",
+                "/home/hpcuser/.local/state/knoc/versions",
+                "-name",
+                "knoc-agent",
+            ],
+        )
+        .ok()
+        .await?;
+    let agent = script
+        .text()
+        .lines()
+        .next()
+        .context("no version")?
+        .to_owned();
+    // A second job on the same directory: surplus, by its exit code.
+    let wrap = format!("{agent} shim {folder}");
+    let surplus = world
+        .on(
+            "login",
+            [
+                "sbatch",
+                "--parsable",
+                "--wait",
+                "-o",
+                "/dev/null",
+                "--job-name",
+                "surplus",
+                "--wrap",
+                &wrap,
+            ],
+        )
+        .output()
+        .await?;
+    ensure!(surplus.code == 66, "{surplus}");
+    let log = world.logs("once", "main").await?;
+    ensure!(log == "ran\n", "{log}");
+    world.delete("once", Some(1)).await?;
+    world.wait_gone("once", SOON).await?;
+    world.finish().await
+}
