@@ -12,9 +12,10 @@
 pub mod config;
 
 pub mod command;
+pub mod image;
 pub mod jobdir;
-pub mod scheduler;
 pub mod launch;
 pub mod logs;
 pub mod runtime;
+pub mod scheduler;
 pub mod shim;

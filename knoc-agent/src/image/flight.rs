@@ -1,0 +1,94 @@
+//! Single flight: who asks for a key that is being worked on waits for that work.
+//!
+//! The work lives in whoever waits for it: when the last one goes away it is dropped, and a pull with
+//! it. Its outcome, good or bad, goes to all who waited; the next one to ask starts anew.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::sync::{Mutex, PoisonError};
+
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared, WeakShared};
+
+type Work<V> = BoxFuture<'static, V>;
+
+/// Work in flight by key.
+pub(super) struct Flights<V: Clone> {
+    flights: Mutex<HashMap<String, WeakShared<Work<V>>>>,
+}
+
+impl<V: Clone> fmt::Debug for Flights<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Flights").finish_non_exhaustive()
+    }
+}
+
+impl<V: Clone> Default for Flights<V> {
+    fn default() -> Self {
+        Self {
+            flights: Mutex::new(HashMap::new()),
+        }
+    }
+}
+
+impl<V: Clone + Send + Sync + 'static> Flights<V> {
+    /// Waits for the work on `key`, which is `start`'s where there is none.
+    pub(super) async fn join<F>(&self, key: &str, start: impl FnOnce() -> F) -> V
+    where
+        F: Future<Output = V> + Send + 'static,
+    {
+        let flight: Shared<Work<V>> = {
+            let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+            flights.retain(|_, flight| flight.upgrade().is_some());
+            let there = flights.get(key).and_then(WeakShared::upgrade);
+            // A flight that has landed is only there because somebody has not looked yet.
+            if let Some(flight) = there.filter(|flight| flight.peek().is_none()) {
+                flight
+            } else {
+                let flight = start().boxed().shared();
+                flights.extend(flight.downgrade().map(|weak| (key.to_owned(), weak)));
+                flight
+            }
+        };
+        flight.await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[tokio::test]
+    async fn many_wait_for_one() {
+        let (flights, runs) = (Flights::default(), Arc::new(AtomicUsize::new(0)));
+        let gate = tokio_util::sync::CancellationToken::new();
+        let ask = || {
+            let (runs, gate) = (Arc::clone(&runs), gate.clone());
+            flights.join("k", || async move {
+                gate.cancelled().await;
+                runs.fetch_add(1, Ordering::SeqCst)
+            })
+        };
+        let mut all = Box::pin(futures::future::join_all((0..10).map(|_| ask())));
+        assert!(futures::poll!(&mut all).is_pending());
+        gate.cancel();
+        assert_eq!(all.await, vec![0; 10]);
+        assert_eq!(ask().await, 1, "the next one starts anew");
+    }
+
+    #[tokio::test]
+    async fn one_who_leaves_takes_nobody_along() {
+        let flights = Flights::default();
+        let (send, receive) = tokio::sync::oneshot::channel::<u32>();
+        let mut first = Box::pin(flights.join("k", || async { receive.await.unwrap() }));
+        assert!(futures::poll!(&mut first).is_pending());
+        let mut second = Box::pin(flights.join("k", || async { 0 }));
+        assert!(futures::poll!(&mut second).is_pending());
+        drop(first);
+        send.send(7).unwrap();
+        assert_eq!(second.await, 7);
+    }
+}

@@ -1,0 +1,235 @@
+//! What a pod may write as an image. Pure.
+
+use std::path::PathBuf;
+
+use oci_client::Reference as OciReference;
+
+use super::{ImageError, ImageErrorKind};
+use crate::config::Registry;
+
+/// A parsed image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reference {
+    /// In a registry.
+    Registry(OciReference),
+    /// A SIF file or sandbox folder; not checked yet.
+    Path(PathBuf),
+}
+
+/// Schemes of Apptainer that are not served yet, or never: refused by name.
+const REFUSED: &[&str] = &[
+    "oras",
+    "library",
+    "shub",
+    "oci",
+    "oci-archive",
+    "docker-archive",
+    "docker-daemon",
+    "http",
+    "https",
+    "instance",
+    "file",
+    "dhub",
+];
+
+/// Parses what a pod names: `busybox`, `quay.io/a/b:tag`, `docker://…`, an absolute path.
+pub fn parse(image: &str) -> Result<Reference, ImageError> {
+    let invalid = |words: String| ImageError::new(image, ImageErrorKind::InvalidName, words);
+    if image.starts_with('/') {
+        if image.contains('\0') {
+            return Err(invalid("a path holds no NUL".to_owned()));
+        }
+        return Ok(Reference::Path(PathBuf::from(image)));
+    }
+    let name = image.strip_prefix("docker://").unwrap_or(image);
+    if let Some((scheme, rest)) = name.split_once(':')
+        && (rest.starts_with("//") || (REFUSED.contains(&scheme) && rest.starts_with(['/', '.'])))
+    {
+        let words = if REFUSED.contains(&scheme) {
+            "is not supported"
+        } else {
+            "is unknown"
+        };
+        return Err(invalid(format!(
+            "the source {scheme}: {words}; name a docker image, or a path under the site's roots"
+        )));
+    }
+    name.parse()
+        .map(Reference::Registry)
+        .map_err(|err| invalid(format!("{err}")))
+}
+
+/// Where an image is fetched from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Name at the mirror, or the name itself.
+    pub reference: OciReference,
+    /// Plain HTTP.
+    pub insecure: bool,
+}
+
+/// The first mirror whose prefix matches at a `/`, or the registry itself.
+pub fn source(name: &OciReference, registries: &[Registry]) -> Result<Source, String> {
+    let full = format!("{}/{}", name.registry(), name.repository());
+    for entry in registries {
+        let prefix = entry.prefix.trim_end_matches('/');
+        let Some(rest) = full.strip_prefix(prefix).filter(|rest| at_slash(rest)) else {
+            continue;
+        };
+        let mirror = entry
+            .mirror
+            .as_deref()
+            .unwrap_or(prefix)
+            .trim_end_matches('/');
+        let plain = mirror.strip_prefix("http://");
+        let mirror = plain
+            .or_else(|| mirror.strip_prefix("https://"))
+            .unwrap_or(mirror);
+        let reference = rename(name, &format!("{mirror}{rest}"))?;
+        return Ok(Source {
+            reference,
+            insecure: entry.insecure || plain.is_some(),
+        });
+    }
+    Ok(Source {
+        reference: name.clone(),
+        insecure: false,
+    })
+}
+
+fn at_slash(rest: &str) -> bool {
+    rest.is_empty() || rest.starts_with('/')
+}
+
+/// The same tag and digest under another name.
+fn rename(name: &OciReference, full: &str) -> Result<OciReference, String> {
+    let (tag, digest) = (name.tag(), name.digest());
+    let tag = tag.map(|tag| format!(":{tag}")).unwrap_or_default();
+    let digest = digest
+        .map(|digest| format!("@{digest}"))
+        .unwrap_or_default();
+    let text = format!("{full}{tag}{digest}");
+    text.parse()
+        .map_err(|err| format!("the mirror's name {text:?}: {err}"))
+}
+
+/// `docker.io/library/busybox@sha256:…`: the name that Kubernetes shows, whatever the mirror.
+#[must_use]
+pub fn image_id(name: &OciReference, digest: &str) -> String {
+    format!("{}/{}@{digest}", name.registry(), name.repository())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn whole(image: &str) -> String {
+        match parse(image) {
+            Ok(Reference::Registry(name)) => name.whole(),
+            Ok(Reference::Path(path)) => format!("path {}", path.display()),
+            Err(err) => format!("{}: {}", err.reason(), err.words),
+        }
+    }
+
+    #[test]
+    fn names_of_pods() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let cases = [
+            ("busybox", "docker.io/library/busybox:latest"),
+            ("busybox:1.36", "docker.io/library/busybox:1.36"),
+            ("docker://busybox", "docker.io/library/busybox:latest"),
+            ("argoproj/argoexec:v3", "docker.io/argoproj/argoexec:v3"),
+            (
+                "ctl:5000/library/busybox",
+                "ctl:5000/library/busybox:latest",
+            ),
+            ("localhost/x", "localhost/x:latest"),
+            ("quay.io/a/b/c:t", "quay.io/a/b/c:t"),
+            ("/images/x.sif", "path /images/x.sif"),
+        ];
+        for (image, expected) in cases {
+            assert_eq!(whole(image), expected, "{image}");
+        }
+        assert_eq!(
+            whole(&format!("busybox@{digest}")),
+            format!("docker.io/library/busybox@{digest}")
+        );
+        for bad in [
+            "",
+            " ",
+            "Busybox",
+            "busybox:",
+            "a b",
+            "oras://x/y",
+            "library://a/b:c",
+            "shub://x",
+            "docker-archive:/x.tar",
+            "oci:/dir",
+            "busybox@sha256:1",
+            "foo://bar",
+            "../x",
+            "./x.sif",
+            "docker://",
+            "docker-daemon://x",
+        ] {
+            assert!(
+                whole(bad).starts_with("InvalidImageName: "),
+                "{bad}: {}",
+                whole(bad)
+            );
+        }
+        assert!(whole("oras://x/y").contains("oras: is not supported"));
+    }
+
+    fn registry(prefix: &str, mirror: Option<&str>, insecure: bool) -> Registry {
+        Registry {
+            prefix: prefix.to_owned(),
+            mirror: mirror.map(str::to_owned),
+            insecure,
+        }
+    }
+
+    #[test]
+    fn mirrors_replace_whole_path_parts() {
+        let registries = [
+            registry("docker.io/library", Some("ctl:5000/lib"), true),
+            registry("docker.io", Some("https://mirror.example.org/hub/"), false),
+            registry("plain.example.org", Some("http://plain:80"), false),
+            registry("ctl:5000", None, true),
+        ];
+        let cases = [
+            ("busybox", "ctl:5000/lib/busybox:latest", true),
+            ("a/b:c", "mirror.example.org/hub/a/b:c", false),
+            (
+                "docker.io/libraryx/b",
+                "mirror.example.org/hub/libraryx/b:latest",
+                false,
+            ),
+            ("plain.example.org/x", "plain:80/x:latest", true),
+            ("ctl:5000/x/y", "ctl:5000/x/y:latest", true),
+            ("ctl:50001/x/y", "ctl:50001/x/y:latest", false),
+            ("quay.io/x/y", "quay.io/x/y:latest", false),
+        ];
+        for (image, expected, insecure) in cases {
+            let Ok(Reference::Registry(name)) = parse(image) else {
+                unreachable!("{image}")
+            };
+            let source = source(&name, &registries).unwrap();
+            assert_eq!(
+                (source.reference.whole().as_str(), source.insecure),
+                (expected, insecure)
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(image in ".*") {
+            if let Ok(Reference::Registry(name)) = parse(&image) {
+                let registries = [registry("docker.io", Some("ctl:5000"), true)];
+                source(&name, &registries).ok();
+            }
+        }
+    }
+}
