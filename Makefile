@@ -64,18 +64,18 @@ env: ## shell exports for outside tools: eval "$(make -s env)"
 
 .PHONY: agent
 agent: build ## the static knoc-agent and its tarball
-	@packaging/agent.sh
+	@packaging/agent/build-tarball.sh
 
 .PHONY: container
 container: build ## the kubelet's OCI image, no engine needed
-	@packaging/container.sh
+	@packaging/kubelet/build-image.sh
 
 .PHONY: chart
 chart: ## checks the chart and renders the plain manifests of deploy/
 	@deploy/render.sh
 
 .PHONY: skaffold
-skaffold: ## builds and deploys the kubelet with skaffold
+skaffold: build ## builds and deploys the kubelet with skaffold
 	@command -v skaffold >/dev/null || { echo "skaffold is missing; see https://skaffold.dev/docs/install"; exit 1; }
 	skaffold run -f deploy/skaffold.yaml
 

@@ -1,0 +1,79 @@
+#!/bin/sh
+# Installs knoc-agent and knocctl for the user who runs it; root is neither needed nor wanted.
+#
+#   ./install.sh [--prefix DIR]      default: ~/.local
+#
+# Puts the binaries into DIR/lib/knoc/VERSION and links to them into DIR/bin, the systemd user unit and completions
+# where user units and completions lie. A running agent keeps its old file until it is started again, and jobs have a
+# copy of their own. Configuration, certificates and state are never touched; `knoc-agent init` makes them.
+set -eu
+umask 022
+
+prefix=$HOME/.local
+while [ $# -gt 0 ]; do
+    case $1 in
+    --prefix) [ $# -ge 2 ] || { echo "install.sh: --prefix needs a folder" >&2; exit 2; }; prefix=$2; shift 2 ;;
+    --prefix=*) prefix=${1#*=}; shift ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "install.sh: unknown argument $1 (--prefix DIR, --help)" >&2; exit 2 ;;
+    esac
+done
+case $prefix in /*) ;; *) echo "install.sh: --prefix must be an absolute path, it is $prefix" >&2; exit 2 ;; esac
+
+here=$(cd "$(dirname "$0")" && pwd)
+version=$("$here/knoc-agent" version | awk '{print $2}') || version=
+[ -n "$version" ] || { echo "install.sh: $here/knoc-agent does not run on this machine ($(uname -sm))" >&2; exit 1; }
+store=$prefix/lib/knoc/$version
+
+# put FILE TARGET MODE: under another name first, then renamed, so that nothing is ever half there or written while it runs.
+put() {
+    mkdir -p "$(dirname "$2")"
+    if [ -e "$2" ] && cmp -s "$1" "$2"; then return 0; fi
+    cp "$1" "$2.new.$$"
+    chmod "$3" "$2.new.$$"
+    mv -f "$2.new.$$" "$2"
+}
+# The link is replaced in one step too: at every moment there is a knoc-agent.
+link() {
+    mkdir -p "$(dirname "$2")"
+    if [ -d "$2" ] && [ ! -L "$2" ]; then echo "install.sh: $2 is a folder" >&2; exit 1; fi
+    ln -s "$1" "$2.new.$$"
+    mv -f "$2.new.$$" "$2"
+}
+
+for name in knoc-agent knocctl; do
+    put "$here/$name" "$store/$name" 755
+    link "../lib/knoc/$version/$name" "$prefix/bin/$name"
+done
+data=${XDG_DATA_HOME:-$HOME/.local/share}
+config=${XDG_CONFIG_HOME:-$HOME/.config}
+put "$here/completions/knocctl.bash" "$data/bash-completion/completions/knocctl" 644
+put "$here/completions/_knocctl" "$data/zsh/site-functions/_knocctl" 644
+put "$here/completions/knocctl.fish" "$data/fish/vendor_completions.d/knocctl.fish" 644
+
+# A unit that somebody has changed is theirs: ours goes beside it. Unchanged is what an installed version has put there.
+unit=$config/systemd/user/knoc-agent.service
+unchanged() {
+    for known in "$prefix"/lib/knoc/*/knoc-agent.service; do
+        if cmp -s "$known" "$unit"; then return 0; fi
+    done
+    return 1
+}
+if [ ! -e "$unit" ] || unchanged; then target=$unit; else target=$unit.new; fi
+rendered=$(mktemp)
+sed "s|@PREFIX@|$prefix|g" "$here/knoc-agent.service" >"$rendered"
+put "$rendered" "$store/knoc-agent.service" 644
+put "$rendered" "$target" 644
+rm -f "$rendered"
+[ "$target" = "$unit" ] || cmp -s "$unit" "$target" || echo "kept your $unit; the new one is beside it as ${target##*/}"
+
+echo "installed knoc-agent and knocctl $version in $prefix/bin"
+case :$PATH: in *:"$prefix/bin":*) ;; *) echo "add $prefix/bin to your PATH" ;; esac
+[ -e "$config/knoc/agent.toml" ] || echo "next: knoc-agent init, then read $config/knoc/agent.toml"
+if systemctl --user show-environment >/dev/null 2>&1; then
+    echo "start:   systemctl --user daemon-reload && systemctl --user enable --now knoc-agent"
+    echo "upgrade: systemctl --user daemon-reload && systemctl --user restart knoc-agent   (jobs go on)"
+    echo "to keep it running after you log out: loginctl enable-linger"
+else
+    echo "start:   nohup knoc-agent serve >>~/knoc-agent.log 2>&1 &   (no systemd user session here)"
+fi
