@@ -5,7 +5,7 @@ given_stack=${STACK:-}
 . "$(dirname "$0")/testbed/lib.sh"
 . "$testbed/stack.sh"
 cd "$repository"
-export RUST_BACKTRACE=0 # the error says what was seen
+export RUST_BACKTRACE=0 RUST_LIB_BACKTRACE=0 # the error says what was seen
 say "STACK=$STACK ($why)"
 results=$log/tests
 mkdir -p "$results"

@@ -14,11 +14,11 @@ use anyhow::{Context as _, bail};
 use knoc_proto::link::{Carrier, Credentials, ExpectPeer, Identity};
 use knoc_proto::pb;
 use knoc_proto::pb::agent_client::AgentClient;
-use knoc_proto::pki::Ca;
+use knoc_proto::pki::{Ca, Validity};
 use tempfile::TempDir;
 use tonic::transport::Channel;
 
-use crate::wait_for;
+use crate::{Run, wait_for};
 
 pub use daemon::{Daemon, nothing_names, processes_naming};
 pub use kubelet::{Kubelet, NODE};
@@ -51,6 +51,7 @@ pub struct Site {
     options: Options,
     address: SocketAddr,
     credentials: Credentials,
+    ca: Ca,
 }
 
 impl Site {
@@ -72,6 +73,7 @@ impl Site {
             options,
             address: loopback(kubelet),
             credentials,
+            ca,
         };
         write(&site.path("agent.toml"), &site.config(loopback(shim)))?;
         Ok(site)
@@ -81,6 +83,40 @@ impl Site {
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// `knocctl` with the site's certificate, over TLS.
+    pub fn knocctl<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        args: impl IntoIterator<Item = S>,
+    ) -> anyhow::Result<Run> {
+        let config = self.path("knocctl.toml");
+        if !config.exists() {
+            let (dir, address) = (self.dir.path().display(), self.address);
+            let text = format!(
+                "[contexts.site]\naddress = \"{address}\"\nca = \"{dir}/ca.crt\"\n\
+                 cert = \"{dir}/ctl.crt\"\nkey = \"{dir}/ctl.key\"\n"
+            );
+            write(&config, &text)?;
+        }
+        let run = Run::new(binary("knocctl")?).env("KNOCCTL_CONFIG", config);
+        Ok(run.env("HOME", self.dir.path()).args(args))
+    }
+
+    /// Credentials of another identity and other dates from the site's CA.
+    pub fn issue(&self, identity: &Identity, validity: Validity) -> anyhow::Result<Credentials> {
+        let pair = self.ca.issue_for(identity, &[], validity)?;
+        let (ca, cert, key) = (self.ca.cert_pem(), &pair.cert_pem, &pair.key_pem);
+        Ok(Credentials::from_pem(ca, cert, key)?)
+    }
+
+    /// A client of the agent with other credentials.
+    pub fn client_with(&self, credentials: Credentials) -> anyhow::Result<AgentClient<Channel>> {
+        let carrier = Carrier::Tcp(self.address.to_string());
+        let channel = knoc_proto::link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
+        Ok(AgentClient::new(channel)
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(MESSAGE_LIMIT))
     }
 
     /// Where kubelets dial the agent.
@@ -123,13 +159,7 @@ impl Site {
 
     /// A client of the agent, with the identity of a `knocctl`. Lazy, and connects again.
     pub fn client(&self) -> anyhow::Result<AgentClient<Channel>> {
-        let carrier = Carrier::Tcp(self.address.to_string());
-        let expect = ExpectPeer::AnyAgent;
-        let channel = knoc_proto::link::dial(carrier, Some(self.credentials.clone()), expect)?;
-        let client = AgentClient::new(channel);
-        Ok(client
-            .max_decoding_message_size(MESSAGE_LIMIT)
-            .max_encoding_message_size(MESSAGE_LIMIT))
+        self.client_with(self.credentials.clone())
     }
 
     /// The job directory of a pod.

@@ -1,0 +1,122 @@
+//! Level 2: `knocctl` against the real agent, without Kubernetes.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use knoc_tests::{
+    Terminal,
+    site::{Options, Site},
+    wait_for,
+};
+
+const SOON: Duration = Duration::from_secs(20);
+
+const POD: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: hello}
+spec:
+  restartPolicy: Never
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: none
+    command: [sh, -c, "echo hello $NAME; while :; do sleep 0.1; done"]
+    env: [{name: NAME, value: world}]
+"#;
+
+async fn run_hello(site: &Site) -> anyhow::Result<()> {
+    site.knocctl(["run", "-f", "-"])?.stdin(POD).ok().await?;
+    wait_for("hello in the log", SOON, async || {
+        let log = site.knocctl(["logs", "hello"])?.output().await?;
+        if log.stdout == b"hello world\n" {
+            Ok(())
+        } else {
+            Err(anyhow::anyhow!("{log}"))
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_pod_is_run_shown_entered_and_deleted() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    run_hello(&site).await?;
+    let pods = site.knocctl(["pods"])?.ok().await?;
+    ensure!(
+        pods.text().contains("hello") && pods.text().contains("Running"),
+        "{pods}"
+    );
+    let json = site.knocctl(["pods", "-o", "json"])?.ok().await?;
+    serde_json::from_slice::<serde_json::Value>(&json.stdout)?;
+    let described = site.knocctl(["describe", "hello"])?.ok().await?;
+    ensure!(described.text().contains("main"), "{described}");
+    let output = site.knocctl(["exec", "-i", "hello", "--", "sh", "-c", "cat; exit 5"])?;
+    let output = output.stdin("bytes\0\u{ff}").output().await?;
+    ensure!(
+        output.code == 5 && output.stdout == "bytes\0\u{ff}".as_bytes(),
+        "{output}"
+    );
+    site.knocctl(["delete", "hello"])?.ok().await?;
+    wait_for("no pod", SOON, async || {
+        let pods = site.knocctl(["pods"])?.ok().await?;
+        if pods.text().contains("Running") {
+            Err(anyhow::anyhow!(pods.text()))
+        } else {
+            Ok(())
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn exec_has_a_real_terminal() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    run_hello(&site).await?;
+    let knocctl = knoc_tests::site::binary("knocctl")?;
+    let config = format!("KNOCCTL_CONFIG={}", site.path("knocctl.toml").display());
+    let args = [
+        &config,
+        &knocctl.display().to_string(),
+        "exec",
+        "-it",
+        "hello",
+        "--",
+        "sh",
+    ];
+    let mut terminal = Terminal::start("env", &args.map(AsRef::as_ref), 30, 90)?;
+    terminal.type_text("stty size; echo be''gun\n")?;
+    terminal.expect("begun").await?;
+    terminal.expect("30 90").await?;
+    terminal.type_text("sleep 100; echo code=$?\n")?;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    terminal.type_text("\u{3}")?;
+    terminal.expect("code=130").await?;
+    terminal.type_text("exit 4\n")?;
+    ensure!(terminal.exit_code().await? == Some(4));
+    Ok(())
+}
+
+#[tokio::test]
+async fn script_shows_the_job_and_submits_nothing() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let script = site.knocctl(["script", "-f", "-"])?.stdin(POD).ok().await?;
+    ensure!(script.text().contains("shim"), "{script}");
+    let pods = site.knocctl(["pods"])?.ok().await?;
+    ensure!(!pods.text().contains("hello"), "{pods}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn doctor_names_what_is_wrong_and_its_cure() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let away = site.knocctl(["doctor"])?.output().await?;
+    ensure!(away.code != 0 && away.text().contains('✗'), "{away}");
+    let _agent = site.agent(&[]).await?;
+    let well = site.knocctl(["doctor"])?.output().await?;
+    ensure!(well.code == 0 && well.text().contains('✓'), "{well}");
+    Ok(())
+}

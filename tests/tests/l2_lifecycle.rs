@@ -1,0 +1,317 @@
+//! Level 2: the life of a pod on the real agent and shim, with the embedded scheduler and no container runtime.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use knoc_proto::{
+    pb::{self, agent_client::AgentClient},
+    reason::ErrorReason,
+};
+use knoc_tests::{
+    site::{CLUSTER, Options, Pod, Site, brief, container},
+    wait_for,
+};
+use tonic::transport::Channel;
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn shell(name: &str, script: &str) -> pb::Container {
+    container(name, &["/bin/sh", "-c", script], &[])
+}
+
+fn terminated<'a>(
+    statuses: &'a [pb::ContainerStatus],
+    name: &str,
+) -> anyhow::Result<&'a pb::Terminated> {
+    let status = statuses
+        .iter()
+        .find(|one| one.name == name)
+        .context("no such container")?;
+    match &status.state {
+        Some(pb::container_status::State::Terminated(ended)) => Ok(ended),
+        other => anyhow::bail!("{name} is {other:?}"),
+    }
+}
+
+fn change(pod: &Pod, edit: impl FnOnce(&mut pb::PodSpec)) -> Pod {
+    let mut changed = pod.clone();
+    if let Some(spec) = &mut changed.request.spec {
+        edit(spec);
+    }
+    changed
+}
+
+async fn logs_ready(pod: &Pod, client: &AgentClient<Channel>) -> anyhow::Result<()> {
+    wait_for("ready in the log", SOON, async || {
+        let log = pod.log(client, "main").await?;
+        if log == "ready\n" {
+            Ok(())
+        } else {
+            Err(anyhow::anyhow!("{log:?}"))
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn exit_codes_and_signals_decide_the_outcome() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    for (uid, script, code, signal, kind) in [
+        ("good", "echo fine", 0, 0, pb::OutcomeKind::Succeeded),
+        ("bad", "exit 7", 7, 0, pb::OutcomeKind::Failed),
+        ("killed", "kill -9 $$", 137, 9, pb::OutcomeKind::Failed),
+    ] {
+        let pod = Pod::new(uid, vec![shell("main", script)]);
+        pod.ensure(&client).await?;
+        let outcome = pod
+            .finished(&client, SOON)
+            .await
+            .with_context(|| site.log())?;
+        ensure!(outcome.kind() == kind, "{uid}: {outcome:?}");
+        let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+        let ended = terminated(&seen.containers, "main")?;
+        ensure!(
+            (ended.exit_code, ended.signal) == (code, signal),
+            "{uid}: {ended:?}"
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn init_containers_come_first_and_in_order() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    let notes = site.path("notes");
+    let note = |word: &str| shell(word, &format!("echo {word} >>{}", notes.display()));
+    let pod = Pod::new("ordered", vec![note("third"), shell("fourth", "true")]);
+    let pod = change(&pod, |spec| {
+        spec.init_containers = vec![note("first"), note("second")];
+    });
+    pod.ensure(&client).await?;
+    pod.succeeded(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    let order = std::fs::read_to_string(&notes)?;
+    ensure!(order == "first\nsecond\nthird\n", "{order}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_failed_container_is_restarted_with_back_off_until_it_succeeds() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    let count = site.path("count");
+    let script = format!("echo x >>{0}; [ $(wc -l <{0}) = 3 ]", count.display());
+    let pod = Pod::new("again", vec![shell("main", &script)]);
+    let pod = change(&pod, |spec| {
+        spec.set_restart_policy(pb::RestartPolicy::OnFailure);
+    });
+    pod.ensure(&client).await?;
+    pod.succeeded(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+    ensure!(
+        seen.containers[0].restart_count == 2,
+        "{:?}",
+        seen.containers
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    for (uid, script, code) in [
+        (
+            "polite",
+            "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done",
+            3,
+        ),
+        (
+            "deaf",
+            "trap '' TERM; echo ready; while :; do sleep 0.05; done",
+            137,
+        ),
+    ] {
+        let pod = Pod::new(uid, vec![shell("main", script)]);
+        pod.ensure(&client).await?;
+        logs_ready(&pod, &client)
+            .await
+            .with_context(|| site.log())?;
+        let request = pb::DeletePodRequest {
+            cluster_id: CLUSTER.into(),
+            uid: uid.into(),
+            grace_seconds: 1,
+            reason: "the test".into(),
+            ..pb::DeletePodRequest::default()
+        };
+        client.clone().delete_pod(request).await?;
+        pod.finished(&client, SOON).await?;
+        let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+        ensure!(seen.deleting, "{}", brief(&seen));
+        let ended = terminated(&seen.containers, "main")?;
+        ensure!(ended.exit_code == code, "{uid}: {ended:?}");
+        pod.remove(&client).await?;
+        ensure!(!site.jobdir(uid).exists());
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_restarted_agent_finds_what_runs_and_what_ended_meanwhile() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    let short = Pod::counting(&site, "short", 1.0)?;
+    let long = Pod::counting(&site, "long", 5.0)?;
+    for pod in [&short, &long] {
+        pod.ensure(&client).await?;
+        wait_for("it runs", SOON, async || {
+            let seen = pod.observe(&client).await?;
+            if seen.phase() == pb::PodPhase::Running {
+                Ok(())
+            } else {
+                Err(brief(&seen))
+            }
+        })
+        .await?;
+    }
+    agent.kill().await?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let _agent = site.agent(&[]).await?;
+    for pod in [&short, &long] {
+        pod.succeeded(&client, SOON)
+            .await
+            .with_context(|| site.log())?;
+        ensure!(
+            site.runs(pod.uid())? == 1,
+            "{} ran more than once",
+            pod.uid()
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_same_pod_again_is_no_op_and_another_shape_a_conflict() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let mut client = site.client()?;
+    let pod = Pod::counting(&site, "same", 2.0)?;
+    let created = client.ensure_pod(pod.request.clone()).await?.into_inner();
+    ensure!(created.created);
+    ensure!(
+        !client
+            .ensure_pod(pod.request.clone())
+            .await?
+            .into_inner()
+            .created
+    );
+    let other = change(&pod, |spec| {
+        spec.generation = 2;
+        spec.containers.push(shell("second", "true"));
+    });
+    let refused = client
+        .ensure_pod(other.request)
+        .await
+        .err()
+        .context("it was accepted")?;
+    ensure!(
+        ErrorReason::of(&refused) == Some(ErrorReason::SpecConflict),
+        "{refused}"
+    );
+    let labelled = change(&pod, |spec| {
+        spec.generation = 2;
+        spec.labels.insert("colour".into(), "blue".into());
+    });
+    client.ensure_pod(labelled.request).await?;
+    let forget = pb::ForgetPodRequest {
+        cluster_id: CLUSTER.into(),
+        uid: "same".into(),
+        ..pb::ForgetPodRequest::default()
+    };
+    let refused = client
+        .forget_pod(forget)
+        .await
+        .err()
+        .context("it was forgotten")?;
+    ensure!(
+        ErrorReason::of(&refused) == Some(ErrorReason::NotFinished),
+        "{refused}"
+    );
+    pod.succeeded(&client, SOON).await?;
+    ensure!(site.runs("same")? == 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_older_leader_and_another_cluster_are_refused() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let mut client = site.client()?;
+    let mut pod = Pod::new("led", vec![shell("main", "true")]);
+    pod.request.leadership_epoch = 5;
+    client.ensure_pod(pod.request.clone()).await?;
+    let mut stale = Pod::new("stale", vec![shell("main", "true")]);
+    stale.request.leadership_epoch = 4;
+    let refused = client
+        .ensure_pod(stale.request.clone())
+        .await
+        .err()
+        .context("accepted")?;
+    ensure!(
+        ErrorReason::of(&refused) == Some(ErrorReason::StaleLeader),
+        "{refused}"
+    );
+    stale.request.leadership_epoch = 6;
+    stale.request.cluster_id = "another-cluster".into();
+    let refused = client
+        .ensure_pod(stale.request)
+        .await
+        .err()
+        .context("accepted")?;
+    ensure!(
+        ErrorReason::of(&refused) == Some(ErrorReason::ClusterMismatch),
+        "{refused}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_invalid_pod_is_refused_with_all_reasons() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let mut client = site.client()?;
+    let mut twice = Pod::new(
+        "invalid",
+        vec![shell("main", "true"), shell("main", "true")],
+    );
+    if let Some(spec) = &mut twice.request.spec {
+        spec.containers[0].mounts.push(pb::Mount {
+            volume: "nowhere".into(),
+            path: "relative".into(),
+            ..pb::Mount::default()
+        });
+    }
+    let refused = client
+        .ensure_pod(twice.request)
+        .await
+        .err()
+        .context("it was accepted")?;
+    ensure!(
+        ErrorReason::of(&refused) == Some(ErrorReason::InvalidSpec),
+        "{refused}"
+    );
+    for word in ["main", "nowhere", "relative"] {
+        ensure!(refused.message().contains(word), "{refused}");
+    }
+    Ok(())
+}

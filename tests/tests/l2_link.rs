@@ -1,0 +1,123 @@
+//! Level 2: who may talk to the agent. What is refused is logged with the peer and, where known, its identity.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use jiff::{SignedDuration, Timestamp};
+use knoc_proto::{
+    link::{Credentials, Identity},
+    pb,
+    pki::{Ca, Validity},
+};
+use knoc_tests::{
+    site::{Options, Site},
+    wait_for,
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+fn ctl() -> Identity {
+    Identity::Ctl {
+        name: "test".into(),
+    }
+}
+
+async fn refused(site: &Site, credentials: Credentials, logged: &str) -> anyhow::Result<()> {
+    let mut client = site.client_with(credentials)?;
+    let answer = client.get_info(pb::GetInfoRequest::default()).await;
+    ensure!(answer.is_err(), "it was let in");
+    wait_for(
+        "the refusal in the log",
+        Duration::from_secs(10),
+        async || {
+            let log = site.log();
+            if log.contains("127.0.0.1:") && log.contains(logged) {
+                Ok(())
+            } else {
+                Err(log)
+            }
+        },
+    )
+    .await
+}
+
+#[tokio::test]
+async fn a_certificate_of_another_ca_is_refused() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let other = Ca::generate("other")?;
+    let pair = other.issue(&ctl(), &[])?;
+    // It trusts the agent, but the agent does not trust it.
+    let ca = std::fs::read_to_string(site.path("ca.crt"))?;
+    let credentials = Credentials::from_pem(&ca, &pair.cert_pem, &pair.key_pem)?;
+    refused(&site, credentials, "spiffe://knoc/ctl/test").await
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_refused() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let now = Timestamp::now();
+    let dates = Validity {
+        from: now.checked_sub(SignedDuration::from_hours(2))?,
+        until: now.checked_sub(SignedDuration::from_hours(1))?,
+    };
+    let credentials = site.issue(&ctl(), dates)?;
+    refused(&site, credentials, "spiffe://knoc/ctl/test").await
+}
+
+#[tokio::test]
+async fn an_agent_is_no_client() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let identity = Identity::Agent {
+        site: "elsewhere".into(),
+    };
+    let dates = Validity::starting(Timestamp::now(), Duration::from_hours(1));
+    let credentials = site.issue(&identity, dates)?;
+    refused(&site, credentials, "spiffe://knoc/agent/elsewhere").await
+}
+
+#[tokio::test]
+async fn without_tls_nobody_is_answered() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let mut plain = tokio::net::TcpStream::connect(site.address()).await?;
+    plain.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+    let mut answer = Vec::new();
+    let end = tokio::time::timeout(Duration::from_secs(10), plain.read_to_end(&mut answer)).await;
+    drop(end.context("the connection stays open")?);
+    // A TLS alert at most, no HTTP/2 frame.
+    ensure!(
+        answer.first().is_none_or(|first| *first == 0x15),
+        "{answer:?}"
+    );
+    wait_for(
+        "the refusal in the log",
+        Duration::from_secs(10),
+        async || {
+            let log = site.log();
+            if log.contains("127.0.0.1:") {
+                Ok(())
+            } else {
+                Err(log)
+            }
+        },
+    )
+    .await
+}
+
+#[tokio::test]
+async fn a_mistake_in_the_site_file_is_named_before_anything_starts() -> anyhow::Result<()> {
+    let site = Site::new(Options {
+        limits: "sbatch_rat = 3".into(),
+        ..Options::default()
+    })?;
+    let mut agent = site.agent_process(&[])?;
+    let status = agent.ended(Duration::from_secs(10)).await?;
+    ensure!(!status.success());
+    let log = site.log();
+    for word in ["agent.toml", "line", "sbatch_rat", "sbatch_rate"] {
+        ensure!(log.contains(word), "{word}: {log}");
+    }
+    Ok(())
+}
