@@ -21,5 +21,6 @@
 
 pub mod agent;
 pub mod config;
+pub mod knocctl;
 pub mod pods;
 pub mod server;

@@ -1,0 +1,217 @@
+//! What is printed, and how: tables for people, JSON and YAML for programs.
+//!
+//! Rendering is pure. Text that came from elsewhere has its control characters replaced: a pod cannot
+//! move the cursor of who looks at it.
+
+use std::io::{self, Write as _};
+
+use serde_json::Value;
+
+use super::CtlError;
+
+/// The space between two columns.
+const GAP: usize = 3;
+
+/// How to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Table,
+    /// The same with more columns.
+    Wide,
+    /// For programs.
+    Json,
+    /// For programs that people read.
+    Yaml,
+}
+
+/// Prints `value` where a program reads, `text` otherwise.
+pub(super) fn show(
+    format: Format,
+    value: impl FnOnce() -> Value,
+    text: impl FnOnce(bool) -> String,
+) -> Result<(), CtlError> {
+    match format {
+        Format::Table => print(&text(false)),
+        Format::Wide => print(&text(true)),
+        Format::Json => {
+            let text = serde_json::to_string_pretty(&value());
+            print(&format!("{}\n", text.unwrap_or_default()))
+        }
+        Format::Yaml => print(&yaml(&value())),
+    }
+}
+
+fn yaml(value: &Value) -> String {
+    serde_saphyr::to_string(value).unwrap_or_default()
+}
+
+/// Writes to standard output, at once.
+pub(super) fn print(text: &str) -> Result<(), CtlError> {
+    print_bytes(text.as_bytes())
+}
+
+/// Writes bytes as they are to standard output, at once.
+pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), CtlError> {
+    let mut stdout = io::stdout().lock();
+    let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
+    written.map_err(|source| CtlError::Print { source })
+}
+
+/// Writes bytes as they are to standard error, at once.
+pub(super) fn complain_bytes(bytes: &[u8]) -> Result<(), CtlError> {
+    let mut stderr = io::stderr().lock();
+    let written = stderr.write_all(bytes).and_then(|()| stderr.flush());
+    written.map_err(|source| CtlError::Print { source })
+}
+
+/// A line for people on standard error. Where even that fails nobody is left to be told.
+pub(super) fn complain(line: &str) {
+    complain_bytes(format!("{}\n", multiline(line)).as_bytes()).unwrap_or_default();
+}
+
+/// A table: headings, then rows, columns as wide as they need.
+#[must_use]
+pub fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| plain(cell)).collect())
+        .collect();
+    let width = |column: usize| {
+        let cells = rows
+            .iter()
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.chars().count());
+        cells
+            .chain([headings[column].chars().count()])
+            .max()
+            .unwrap_or(0)
+            + GAP
+    };
+    let widths: Vec<usize> = (0..headings.len()).map(width).collect();
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
+        let padded = cells
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"));
+        let mut line = padded.collect::<String>().trim_end().to_owned();
+        line.push('\n');
+        line
+    };
+    let mut text = line(&mut headings.iter().copied());
+    for row in &rows {
+        text.push_str(&line(&mut row.iter().map(String::as_str)));
+    }
+    text
+}
+
+/// `name: value` lines with the values under each other; empty values are left out.
+#[must_use]
+pub fn fields(indent: usize, list: &[(&str, String)]) -> String {
+    let shown = || list.iter().filter(|(_, value)| !value.is_empty());
+    let width = shown().map(|(name, _)| name.len() + 1).max().unwrap_or(0) + 2;
+    let line = |(name, value): &(&str, String)| {
+        let name = format!("{name}:");
+        format!("{:indent$}{name:<width$}{}\n", "", plain(value))
+    };
+    shown().map(line).collect()
+}
+
+/// One line without control characters.
+#[must_use]
+pub fn plain(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}
+
+/// The same, but lines stay lines.
+fn multiline(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() && c != '\n' { ' ' } else { c })
+        .collect()
+}
+
+/// A span of time as people say it: `45s`, `12m`, `3h20m`, `5d`.
+#[must_use]
+pub fn span(seconds: i64) -> String {
+    let s = seconds.max(0);
+    match s {
+        0..120 => format!("{s}s"),
+        120..7200 => format!("{}m", s / 60),
+        7200..172_800 if s % 3600 / 60 == 0 => format!("{}h", s / 3600),
+        7200..172_800 => format!("{}h{}m", s / 3600, s % 3600 / 60),
+        _ => format!("{}d", s / 86_400),
+    }
+}
+
+/// Bytes as people say them.
+#[must_use]
+pub fn size(bytes: i64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = bytes.max(0);
+    let mut unit = "B";
+    for larger in UNITS {
+        if value < 10_240 {
+            break;
+        }
+        value /= 1024;
+        unit = larger;
+    }
+    format!("{value} {unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_as_wide_as_they_need() {
+        let rows = vec![
+            vec!["a".into(), "long-name".into()],
+            vec!["bcdefgh".into(), "x\u{1b}[31m".into()],
+        ];
+        let wanted = "NS        NAME\na         long-name\nbcdefgh   x [31m\n";
+        assert_eq!(table(&["NS", "NAME"], &rows), wanted);
+        assert_eq!(table(&["NS", "NAME"], &[]), "NS   NAME\n");
+    }
+
+    #[test]
+    fn fields_leave_out_what_is_empty() {
+        let list = [
+            ("Name", "x".into()),
+            ("Nothing", String::new()),
+            ("Longer", "y\nz".into()),
+        ];
+        assert_eq!(fields(2, &list), "  Name:    x\n  Longer:  y z\n");
+    }
+
+    #[test]
+    fn spans_and_sizes() {
+        for (seconds, words) in [
+            (-5, "0s"),
+            (119, "119s"),
+            (120, "2m"),
+            (7200, "2h"),
+            (12_000, "3h20m"),
+            (172_800, "2d"),
+        ] {
+            assert_eq!(span(seconds), words);
+        }
+        for (bytes, words) in [
+            (0, "0 B"),
+            (10_239, "10239 B"),
+            (64 << 20, "64 MiB"),
+            (1 << 40, "1024 GiB"),
+        ] {
+            assert_eq!(size(bytes), words);
+        }
+    }
+
+    #[test]
+    fn yaml_and_json_say_the_same() {
+        let value = serde_json::json!({"name": "x", "list": [1, 2], "text": "yes"});
+        let back: Value = serde_saphyr::from_str(&yaml(&value)).unwrap();
+        assert_eq!(back, value);
+    }
+}
