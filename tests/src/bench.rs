@@ -1,0 +1,93 @@
+//! The benchmarks: T1 to T4 and streams as the design defines them, on the running stack, each sample
+//! beside a sample of its floor in the same run. KNoC's own share is what is measured.
+//!
+//! | figure | from → to | floor |
+//! |---|---|---|
+//! | T1 | a second client's watch shows `spec.nodeName` → `sbatch` has exited 0 | `sbatch` itself |
+//! | T2 | pod created → first line executed in the container | `sbatch` + `apptainer exec` |
+//! | T3 | last line of the program → a watch shows the terminal phase | a watch's own delay |
+//! | T4 | `exec true` by a warm client | `apptainer exec instance://… true` on the compute node |
+//! | streams | log and exec bytes | the same bytes through as many TLS relays, one process each |
+
+mod bed;
+mod exec;
+mod floor;
+mod load;
+mod machine;
+mod pods;
+pub mod relay;
+mod report;
+mod stats;
+mod streams;
+
+use std::path::Path;
+
+use anyhow::Context as _;
+
+use self::bed::Bed;
+use self::stats::Series;
+
+/// Pods at once, and how many rounds of it.
+const ROUNDS: [(usize, usize); 3] = [(1, 20), (10, 5), (50, 3)];
+
+/// Exec samples.
+const EXECS: usize = 100;
+
+/// Rounds of each stream.
+const STREAMS: usize = 3;
+
+/// Bytes of each stream.
+const STREAM_BYTES: u64 = 100_000_000;
+
+/// Everything measured.
+#[derive(Debug, Default)]
+struct Figures {
+    /// By number of pods at once.
+    batches: Vec<pods::Batch>,
+    watch_delay: Series,
+    exec: exec::Exec,
+    streams: Vec<streams::Stream>,
+    load: load::Load,
+}
+
+/// Measures all of it and writes the page. `quick` takes few samples, to try the harness itself.
+pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
+    let bed = Bed::open().await?;
+    let mut figures = Figures::default();
+    say("a watch's own delay");
+    figures.watch_delay = pods::watch_delay(&bed, if quick { 5 } else { 20 }).await?;
+    for (pods, rounds) in ROUNDS {
+        let rounds = if quick { 1 } else { rounds };
+        let mut batch = pods::Batch::new(pods);
+        for round in 1..=rounds {
+            say(&format!(
+                "T1, T2, T3: {pods} pods at once, round {round} of {rounds}"
+            ));
+            batch
+                .round(&bed, round)
+                .await
+                .with_context(|| format!("{pods} pods"))?;
+        }
+        figures.batches.push(batch);
+    }
+    say("T4: exec");
+    figures.exec = exec::measure(&bed, if quick { 10 } else { EXECS }).await?;
+    say("streams");
+    let (rounds, bytes) = if quick {
+        (1, STREAM_BYTES / 10)
+    } else {
+        (STREAMS, STREAM_BYTES)
+    };
+    figures.streams = streams::measure(&bed, rounds, bytes).await?;
+    say("memory and RPCs at 50 running pods");
+    figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
+    let text = report::page(&figures, &bed)?;
+    #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
+    std::fs::write(page, text).with_context(|| page.display().to_string())?;
+    bed.close().await
+}
+
+/// Progress, for people.
+fn say(words: &str) {
+    eprintln!("bench: {words}");
+}

@@ -1,0 +1,152 @@
+//! The stack that is measured: the world of level 3, a client of the agent, and an image with our
+//! stamping program.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use knoc_proto::link::{Carrier, Credentials, ExpectPeer};
+use knoc_proto::pb;
+use knoc_proto::pb::agent_client::AgentClient;
+use serde::Deserialize;
+use tonic::transport::Channel;
+
+use crate::{Run, World};
+
+/// The folder of the benchmark as the nodes see it.
+pub(super) const FOLDER: &str = "/scratch/knoc-bench";
+
+/// How the floor starts containers: as the shim does.
+pub(super) const EXEC: &str = "apptainer --silent exec --containall --no-init --no-home --no-eval";
+
+/// Image conversion and the like.
+const BUILD: Duration = Duration::from_mins(2);
+
+pub(super) struct Bed {
+    pub(super) world: World,
+    pub(super) agent: AgentClient<Channel>,
+    pub(super) info: pb::AgentInfo,
+    /// The shared file system as this host sees it.
+    shared: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Knocctl {
+    contexts: BTreeMap<String, Context>,
+}
+
+#[derive(Deserialize)]
+struct Context {
+    address: String,
+    ca: PathBuf,
+    cert: PathBuf,
+    key: PathBuf,
+}
+
+impl Bed {
+    pub(super) async fn open() -> anyhow::Result<Self> {
+        let world = World::new("bench").await?;
+        let prefix = std::env::var("HPC_PREFIX").context("HPC_PREFIX is not set: make up")?;
+        let mut agent = agent()?;
+        let info = agent
+            .get_info(pb::GetInfoRequest::default())
+            .await?
+            .into_inner();
+        let bed = Self {
+            world,
+            agent,
+            info,
+            shared: Path::new(&prefix).join("shared"),
+        };
+        bed.image().await?;
+        Ok(bed)
+    }
+
+    pub(super) async fn close(self) -> anyhow::Result<()> {
+        self.world.finish().await
+    }
+
+    /// A path of the shared file system, as this host has it.
+    pub(super) fn here(&self, path: &str) -> PathBuf {
+        self.shared.join(path.trim_start_matches('/'))
+    }
+
+    /// The image that pods and floor run.
+    pub(super) fn image_path() -> String {
+        format!("{FOLDER}/bench.sif")
+    }
+
+    /// A shell text on a node, as the user.
+    pub(super) fn shell(&self, node: &str, text: &str) -> Run {
+        self.world.on(node, ["bash", "-c", text]).deadline(BUILD)
+    }
+
+    /// When the job of a pod began: its output file is the first thing that it makes.
+    pub(super) fn job_began(&self, uid: &str) -> anyhow::Result<i64> {
+        let path = self
+            .here(&self.info.state_dir)
+            .join("pods")
+            .join(uid)
+            .join("batch.out");
+        let made = std::fs::metadata(&path).and_then(|file| file.created());
+        let made = made.with_context(|| path.display().to_string())?;
+        let since = made.duration_since(std::time::UNIX_EPOCH)?;
+        Ok(i64::try_from(since.as_nanos())?)
+    }
+
+    async fn image(&self) -> anyhow::Result<()> {
+        self.shell("login", &format!("mkdir -p {FOLDER}"))
+            .ok()
+            .await?;
+        let folder = self.here(FOLDER);
+        for program in ["knoc-stamp", "knoc-readback"] {
+            static_program(program, &folder.join(program)).await?;
+        }
+        let definition = format!(
+            "Bootstrap: localimage\nFrom: /images/busybox.sif\n%files\n  \
+             {FOLDER}/knoc-stamp /knoc-stamp\n  {FOLDER}/knoc-readback /knoc-readback\n"
+        );
+        let build = format!(
+            "cd {FOLDER} && printf %s '{definition}' > bench.def && \
+             apptainer build --force bench.new.sif bench.def && mv bench.new.sif bench.sif"
+        );
+        self.shell("login", &build)
+            .ok()
+            .await
+            .context("building the image")?;
+        Ok(())
+    }
+}
+
+/// Compiles one of our one-file programs for any Linux.
+pub(crate) async fn static_program(name: &str, to: &Path) -> anyhow::Result<()> {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let source = manifest.join("src/bin").join(format!("{name}.rs"));
+    let rustc = Run::new("rustc").args(["--edition", "2024", "-O", "-C", "strip=symbols"]);
+    let rustc = rustc.args(["--target", "x86_64-unknown-linux-musl", "-o"]);
+    let rustc = rustc.arg(to).arg(&source).deadline(BUILD);
+    rustc
+        .ok()
+        .await
+        .with_context(|| format!("compiling {}", source.display()))?;
+    Ok(())
+}
+
+/// A client by the configuration of knocctl.
+fn agent() -> anyhow::Result<AgentClient<Channel>> {
+    let path = std::env::var("KNOCCTL_CONFIG").context("KNOCCTL_CONFIG is not set: make up")?;
+    let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+    let config: Knocctl = toml::from_str(&text).with_context(|| path.clone())?;
+    let context = config
+        .contexts
+        .into_values()
+        .next()
+        .context("knocctl has no context")?;
+    let base = Path::new(&path).parent().unwrap_or_else(|| Path::new("/"));
+    let [ca, cert, key] = [context.ca, context.cert, context.key].map(|file| base.join(file));
+    let credentials = Credentials::from_files(&ca, &cert, &key)?;
+    let carrier: Carrier = context.address.parse()?;
+    let channel = knoc_proto::link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
+    Ok(AgentClient::new(channel).max_decoding_message_size(16 << 20))
+}

@@ -1,0 +1,236 @@
+//! The page: docs/performance.md.
+
+use std::fmt::Write as _;
+
+use super::bed::Bed;
+use super::pods::Batch;
+use super::stats::Series;
+use super::{Figures, machine};
+
+/// One bound of the issue: what was measured, what it must not exceed.
+struct Bound {
+    what: String,
+    found: f64,
+    limit: f64,
+    unit: &'static str,
+}
+
+pub(super) fn page(figures: &Figures, bed: &Bed) -> anyhow::Result<String> {
+    let mut out = String::new();
+    let info = &bed.info;
+    writeln!(out, "# Performance\n")?;
+    writeln!(
+        out,
+        "Written by `make bench`, {date}; KNoC {version}, {scheduler}, {runtime}, Kubernetes on the same machine: {machine}. \
+         Control plane, Slurm (three nodes), registry and all of KNoC share it, so there is no network delay, and figures at \
+         50 pods contain 50 container starts on these cores. Milliseconds unless said otherwise. Every figure stands beside its \
+         floor, which is Slurm and Apptainer by hand as the same user, measured in the same run, in turns.\n",
+        date = jiff::Timestamp::now().strftime("%Y-%m-%d"),
+        version = info.version,
+        scheduler = info.scheduler_version,
+        runtime = info.runtime_version,
+        machine = machine::describe(),
+    )?;
+    bounds(&mut out, figures)?;
+    for batch in &figures.batches {
+        pods(&mut out, batch)?;
+    }
+    others(&mut out, figures)?;
+    peers(&mut out)?;
+    Ok(out)
+}
+
+fn bounds(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
+    writeln!(
+        out,
+        "## Targets\n\n| figure | found | target | |\n|---|---|---|---|"
+    )?;
+    for Bound {
+        what,
+        found,
+        limit,
+        unit,
+    } in all_bounds(figures)
+    {
+        let verdict = if found <= limit { "met" } else { "**missed**" };
+        writeln!(
+            out,
+            "| {what} | {found:.1}{unit} | ≤ {limit:.1}{unit} | {verdict} |"
+        )?;
+    }
+    writeln!(out)?;
+    Ok(())
+}
+
+fn all_bounds(figures: &Figures) -> Vec<Bound> {
+    let mut bounds = Vec::new();
+    for batch in &figures.batches {
+        let (pods, t3) = (batch.pods, &batch.t3);
+        if pods == 1 {
+            let (t1, t2) = (batch.t1_share.median(), batch.t2_share());
+            bounds.push(bound("T1 less sbatch's own span, p50", t1, 40.0, " ms"));
+            bounds.push(bound("KNoC's share of T2, p50", t2, 100.0, " ms"));
+        }
+        if pods == 50 {
+            let ratio = batch.t1_last.median() / batch.sbatch_row.median();
+            bounds.push(bound(
+                "T1 of the 50th of 50 / 50 sbatch in a row",
+                ratio,
+                1.3,
+                " ×",
+            ));
+        }
+        let at = format!("T3 at {pods} pods");
+        bounds.push(bound(&format!("{at}, p50"), t3.median(), 100.0, " ms"));
+        bounds.push(bound(&format!("{at}, p99"), t3.at(99), 500.0, " ms"));
+    }
+    let exec = &figures.exec;
+    let ratio = exec.knoc.median() / exec.instance.median();
+    bounds.push(bound(
+        "T4 over gRPC / apptainer exec instance://",
+        ratio,
+        1.5,
+        " ×",
+    ));
+    let load = &figures.load;
+    let resident = [
+        ("agent", load.agent, 32.0),
+        ("kubelet", load.kubelet, 48.0),
+        ("shim, median", load.shim.0, 5.0),
+    ];
+    for (what, kib, limit) in resident {
+        let what = format!("resident memory of the {what} at {} pods", load.pods);
+        bounds.push(bound(&what, mib(kib), limit, " MiB"));
+    }
+    bounds
+}
+
+fn bound(what: &str, found: f64, limit: f64, unit: &'static str) -> Bound {
+    Bound {
+        what: what.to_owned(),
+        found,
+        limit,
+        unit,
+    }
+}
+
+fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
+    let many = if batch.pods == 1 {
+        "1 pod"
+    } else {
+        &format!("{} pods at once", batch.pods)
+    };
+    writeln!(
+        out,
+        "## {many}\n\n| | p50 | p99 | max | n |\n|---|---|---|---|---|"
+    )?;
+    let mut row = |name: &str, series: &Series| {
+        writeln!(
+            out,
+            "| {name} | {:.1} | {:.1} | {:.1} | {} |",
+            series.median(),
+            series.at(99),
+            series.max(),
+            series.count()
+        )
+    };
+    row("T1: nodeName seen → sbatch exited", &batch.t1)?;
+    row("T1 less the span of its own sbatch", &batch.t1_share)?;
+    row("floor: sbatch", &batch.sbatch)?;
+    row("first nodeName seen → last sbatch exited", &batch.t1_last)?;
+    row("floor: as many sbatch in a row", &batch.sbatch_row)?;
+    row("T2: created → first line of the program", &batch.t2)?;
+    row("floor: sbatch → first line, by hand", &batch.t2_hand)?;
+    row("created → sbatch accepted", &batch.t2_before)?;
+    row("job began → first line", &batch.t2_start)?;
+    row("floor: apptainer exec → first line", &batch.t2_apptainer)?;
+    row("T3: last line → terminal phase seen", &batch.t3)?;
+    writeln!(
+        out,
+        "\nKNoC's share of T2, by medians (created → accepted, and job began → first line less apptainer exec): {:.1} ms. \
+         slurmctld starts jobs once a second, so whole T2 differs by ± 500 ms whatever one does.\n",
+        batch.t2_share()
+    )?;
+    Ok(())
+}
+
+fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
+    let exec = &figures.exec;
+    writeln!(
+        out,
+        "## Exec, streams, memory\n\n| | p50 | p99 | n |\n|---|---|---|---|"
+    )?;
+    for (name, series) in [
+        ("T4: exec true over gRPC, warm client", &exec.knoc),
+        (
+            "floor: apptainer exec instance:// true, on the compute node",
+            &exec.instance,
+        ),
+        (
+            "beside: srun --overlap of it, from the login node",
+            &exec.srun,
+        ),
+        ("floor of T3: a watch's own delay", &figures.watch_delay),
+    ] {
+        writeln!(
+            out,
+            "| {name} | {:.1} | {:.1} | {} |",
+            series.median(),
+            series.at(99),
+            series.count()
+        )?;
+    }
+    writeln!(
+        out,
+        "\n| stream, MB/s | KNoC | bare TLS relays, one process a hop | ratio | hops | MB |\n|---|---|---|---|---|---|"
+    )?;
+    for stream in &figures.streams {
+        let (knoc, floor) = (stream.knoc.median(), stream.floor.median());
+        let (name, hops, megabytes) = (stream.name, stream.hops, stream.bytes / 1_000_000);
+        writeln!(
+            out,
+            "| {name} | {knoc:.0} | {floor:.0} | {:.2} | {hops} | {megabytes} |",
+            knoc / floor
+        )?;
+    }
+    let load = &figures.load;
+    writeln!(
+        out,
+        "\nAt {} running pods: agent {:.1} MiB resident, kubelet {:.1} MiB, shim {:.1} MiB (median; largest {:.1}); \
+         {} RPCs a minute to slurmctld.\n",
+        load.pods,
+        mib(load.agent),
+        mib(load.kubelet),
+        mib(load.shim.0),
+        mib(load.shim.1),
+        load.rpcs,
+    )?;
+    Ok(())
+}
+
+/// Measured on the same bed before KNoC was written.
+fn peers(out: &mut String) -> anyhow::Result<()> {
+    out.push_str(
+        "## Beside the peers\n\n\
+         Both were built and run on this bed, median / min / max; the program sleeps 1 s, as above.\n\n\
+         | | by hand | interLink | Go KNoC |\n|---|---|---|---|\n\
+         | T1 created → job in the queue | 10 | 74 / 36 / 268 | 678 / 574 / 1117 |\n\
+         | T2 created → first line | 560 | 837 / 415 / 1407 | 1466 / 847 / 1741 |\n\
+         | T3 process end → Succeeded seen | – | 6975 / 4033 / 10,024 | 3455 / 141 / 5048 |\n\
+         | 50 at once: T2 | 50 × sbatch ≈ 1,500 | 3710 / 1591 / 8757 | 10,507 / 3459 / 18,080 |\n\
+         | 50 at once: T3 | – | 268,600 / 17,085 / 516,600 | 4139 / 917 / 9684 |\n\
+         | RPCs a minute to slurmctld at 50 running pods | 0 | 36 | 0 (never asks) |\n\
+         | resident memory at 50 pods | – | 65 + 39 + 34 MB | 43 MB |\n\
+         | exec | 78 (instance://) | not implemented | hangs |\n\n",
+    );
+    writeln!(
+        out,
+        "Repeat: `make bench` (the stack is brought up where it is not)."
+    )?;
+    Ok(())
+}
+
+#[expect(clippy::cast_precision_loss, reason = "shown with one digit")]
+fn mib(kib: u64) -> f64 {
+    kib as f64 / 1024.0
+}

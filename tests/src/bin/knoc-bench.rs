@@ -1,0 +1,29 @@
+//! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
+//! `knoc-bench relay PORT ROLE KEYS` is one of the relays that it measures itself against.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use knoc_tests::bench::{self, relay};
+
+fn main() -> anyhow::Result<()> {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|word| word == "relay") {
+        let [_, port, role, keys] = arguments.as_slice() else {
+            anyhow::bail!("usage: knoc-bench relay PORT source=BYTES|relay=PORT KEYS");
+        };
+        let role = relay::Role::parse(role)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        return runtime.block_on(relay::serve(port.parse()?, role, Path::new(keys)));
+    }
+    let quick = arguments
+        .iter()
+        .position(|word| word == "--quick")
+        .map(|at| arguments.remove(at));
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
+    let page = arguments.first().map_or(page, PathBuf::from);
+    let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
+    runtime.block_on(bench::run(&page, quick.is_some()))
+}
