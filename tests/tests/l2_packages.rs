@@ -1,6 +1,9 @@
 //! The packages, made from the binaries under test: the agent's tarball installed by an ordinary user, the kubelet's image.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::Run;
@@ -47,10 +50,10 @@ fn blob(layout: &Path, digest: &Value) -> anyhow::Result<Vec<u8>> {
     let digest = digest.as_str().context("a digest")?;
     let hex = digest.strip_prefix("sha256:").context("sha256")?;
     let data = std::fs::read(layout.join("blobs/sha256").join(hex))?;
-    let found: String = Sha256::digest(&data)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let mut found = String::new();
+    for byte in Sha256::digest(&data) {
+        write!(found, "{byte:02x}")?;
+    }
     ensure!(found == hex, "{digest} holds {found}");
     Ok(data)
 }

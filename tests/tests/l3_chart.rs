@@ -51,7 +51,7 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the ServiceAccount may do, and what it may not, as `kubectl auth can-i` takes it.
+/// What the `ServiceAccount` may do, and what it may not, as `kubectl auth can-i` takes it.
 const MAY: [&str; 14] = [
     "create nodes",
     "get nodes/knoc-chart",
