@@ -32,7 +32,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
 use prost::Message as _;
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -153,15 +153,9 @@ impl StateDir {
     }
 
     /// The job directory of `uid`, whether it exists or not.
-    pub fn pod(&self, uid: &str) -> Result<JobDir, JobDirError> {
-        if !is_uid(uid) {
-            return Err(JobDirError::Uid {
-                uid: uid.to_owned(),
-            });
-        }
-        Ok(JobDir {
-            path: self.pods().join(uid),
-        })
+    #[must_use]
+    pub fn pod(&self, uid: &PodUid) -> JobDir {
+        JobDir { path: self.pods().join(uid.as_str()) }
     }
 
     /// The job directories that exist. Names that are no uid are left out.
@@ -179,8 +173,7 @@ impl StateDir {
 }
 
 fn is_uid(name: &str) -> bool {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    (1..=64).contains(&name.len()) && name.chars().all(allowed) && !name.starts_with('.')
+    PodUid::try_from(name).is_ok()
 }
 
 /// The job directory of one pod: names only, no handle is held.

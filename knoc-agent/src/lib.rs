@@ -9,13 +9,22 @@
 //!
 //! What both share is the job directory ([`jobdir`]): files with one owner each.
 
-pub mod config;
-
+pub mod api;
+pub mod app;
 pub mod command;
+pub mod config;
+pub mod connect;
+pub mod doctor;
 pub mod image;
+pub mod init;
 pub mod jobdir;
 pub mod launch;
+pub mod lease;
 pub mod logs;
+pub mod pod;
+pub mod registry;
 pub mod runtime;
 pub mod scheduler;
 pub mod shim;
+pub mod shims;
+pub mod site;

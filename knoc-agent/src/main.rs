@@ -1,12 +1,22 @@
 //! `knoc-agent`: command line, tracing, runtime, signals, exit code. All else is in the library.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use knoc_agent::{
+    app::{App, socket_path},
+    config::{Config, Home},
+    connect, init,
+};
+use knoc_proto::error::chain;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
 
 /// Runs pods of a Kubernetes cluster as jobs of an HPC cluster, as an ordinary user.
 #[derive(Debug, Parser)]
-#[command(name = "knoc-agent", version, disable_version_flag = true)]
+#[command(name = "knoc-agent", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -15,15 +25,11 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Makes certificates, the kubelet's bundle and a commented site file. Overwrites nothing.
-    Init,
+    Init(init::Options),
     /// Serves the agent on the login node.
-    Serve {
-        /// The site file.
-        #[arg(long, env = "KNOC_AGENT_CONFIG", value_name = "FILE")]
-        config: Option<PathBuf>,
-    },
+    Serve(ConfigFile),
     /// Relays standard input and output to the running agent's unix socket.
-    Connect,
+    Connect(ConfigFile),
     /// Runs the containers of one pod inside its job.
     Shim {
         /// The job directory.
@@ -46,19 +52,84 @@ enum Command {
     },
 }
 
-fn main() -> ExitCode {
-    match Cli::parse().command {
-        Command::Version => {
-            let stdout = &mut std::io::stdout();
-            let line = format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"));
-            match std::io::Write::write_all(stdout, line.as_bytes()) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(_) => ExitCode::FAILURE,
-            }
-        }
-        Command::Shim { jobdir } => knoc_agent::shim::main(&jobdir),
-        Command::Launch { socket } => knoc_agent::launch::main(&socket),
-        Command::Enter { arguments } => knoc_agent::launch::enter::main(&arguments),
-        Command::Init | Command::Serve { .. } | Command::Connect => ExitCode::FAILURE,
+#[derive(Debug, clap::Args)]
+struct ConfigFile {
+    /// The site file [default: ~/.config/knoc/agent.toml]
+    #[arg(long, env = "KNOC_AGENT_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigFile {
+    fn load(self) -> anyhow::Result<Config> {
+        let home = home()?;
+        let path = self.config.unwrap_or_else(|| home.home.join(".config/knoc/agent.toml"));
+        Ok(Config::load(&path, &home)?)
     }
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Shim { jobdir } => return knoc_agent::shim::main(&jobdir),
+        Command::Launch { socket } => return knoc_agent::launch::main(&socket),
+        Command::Enter { arguments } => return knoc_agent::launch::enter::main(&arguments),
+        Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
+        Command::Init(options) => {
+            home().and_then(|home| say(&init::run(&options, &home.home)?))
+        }
+        Command::Serve(config) => config.load().and_then(serve),
+        Command::Connect(config) => config.load().and_then(|config| relay(&config)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let line = format!("knoc-agent: {}\n", chain(error.as_ref()));
+            // Where standard error is gone the exit code still tells.
+            drop(std::io::stderr().write_all(line.as_bytes()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn home() -> anyhow::Result<Home> {
+    let home = std::env::var_os("HOME").context("HOME is not set")?;
+    Ok(Home { home: home.into() })
+}
+
+fn say(text: &str) -> anyhow::Result<()> {
+    std::io::stdout().write_all(text.as_bytes()).context("write to standard output")
+}
+
+fn serve(config: Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_env("KNOC_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let app = App::build(config).await?;
+        let token = shutdown.clone();
+        let signals = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            token.cancel();
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = app.run(shutdown) => {}
+            () = signals => {}
+        }
+        Ok(())
+    })
+}
+
+fn relay(config: &Config) -> anyhow::Result<()> {
+    let socket = socket_path(config);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let relayed = runtime.block_on(connect::run(&socket));
+    // Reading standard input cannot be cancelled: it would hold up the end.
+    runtime.shutdown_background();
+    relayed.with_context(|| format!("relay to the agent at {}", socket.display()))
 }

@@ -6,31 +6,10 @@ fn pod() -> (tempfile::TempDir, JobDir) {
     let root = tempfile::tempdir().unwrap();
     let state = StateDir::new(root.path().join("state"));
     state.create().unwrap();
-    let dir = state.pod("0f1e-uid").unwrap();
+    let dir = state.pod(&PodUid::try_from("0f1e-uid").unwrap());
     dir.create().unwrap();
     assert_eq!(state.list().unwrap(), [dir.clone()]);
     (root, dir)
-}
-
-#[test]
-fn names_that_leave_the_folder_are_refused() {
-    let state = StateDir::new("/state");
-    for bad in [
-        "",
-        ".",
-        "..",
-        "../x",
-        "a/b",
-        ".hidden",
-        "a b",
-        &"x".repeat(65),
-    ] {
-        assert!(state.pod(bad).is_err(), "{bad:?}");
-    }
-    assert_eq!(
-        state.pod("a.b_c-1").unwrap().path(),
-        Path::new("/state/pods/a.b_c-1")
-    );
 }
 
 #[test]

@@ -24,7 +24,7 @@ debian() {
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' trixie "$images/debian"
     rm -rf "$images"/debian/dev/*
 }
-pack() { # pack NAME TAG: every form from the directory; in the registry as TAG and latest
+pack() { # pack NAME: every form from the directory
     local name=$1 layout=/images/$1.oci
     chmod -R a+rX "$images/$name"
     node umoci init --layout "$layout"
@@ -35,21 +35,18 @@ pack() { # pack NAME TAG: every form from the directory; in the registry as TAG 
     node skopeo copy -q --insecure-policy "oci:$layout:latest" "docker-archive:/images/$name.docker.tar:$name:latest"
     node skopeo copy -q --insecure-policy "oci:$layout:latest" "oci-archive:/images/$name.oci.tar:latest"
     node apptainer -q build -F "/images/$name.sif" "docker-archive:/images/$name.docker.tar"
-    for tag in latest $2; do
-        node skopeo copy -q --insecure-policy --dest-tls-verify=false "oci:$layout:latest" "docker://ctl:5000/library/$name:$tag"
-    done
+    node skopeo copy -q --insecure-policy --dest-tls-verify=false "oci:$layout:latest" "docker://ctl:5000/library/$name:latest"
 }
 
 mkdir -p "$images"
-wanted=busybox:1.36
-[ "${HPC_IMG_DEBIAN:-0}" != 1 ] || wanted="$wanted debian:13"
-for image in $wanted; do
-    name=${image%:*}
+wanted=busybox
+[ "${HPC_IMG_DEBIAN:-0}" != 1 ] || wanted="busybox debian"
+for name in $wanted; do
     [ ! -f "$images/.$name.packed" ] || continue
     say "making the test image $name"
     rm -rf --one-file-system "${images:?}/$name" "$images/$name".*
     $name
-    pack "$name" "${image#*:}"
+    pack "$name"
     chmod -R a+rX "$images"
     touch "$images/.$name.packed"
 done

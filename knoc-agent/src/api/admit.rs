@@ -1,0 +1,104 @@
+//! Who may call, and which pods may come in: the site's policy, which the cluster cannot widen.
+
+use knoc_proto::{ids::PodUid, link::Peer, pod::PodSpec, reason::ErrorReason};
+use tonic::{Request, Status, service::Interceptor};
+
+use crate::{scheduler::RefusalKind, shims::Client, site::Site};
+
+/// The identities served.
+#[derive(Debug, Clone)]
+pub(super) struct Identities {
+    /// `kubelet/knoc`, `ctl/*` …; empty: all.
+    patterns: Vec<String>,
+}
+
+impl Identities {
+    pub(super) fn new(patterns: Vec<String>) -> Self {
+        Self { patterns }
+    }
+
+    fn allows(&self, identity: &str) -> bool {
+        let name = identity.strip_prefix("spiffe://knoc/").unwrap_or(identity);
+        let matches = |pattern: &String| match pattern.strip_suffix('*') {
+            Some(prefix) => name.starts_with(prefix),
+            None => name == pattern || identity == pattern,
+        };
+        self.patterns.is_empty() || self.patterns.iter().any(matches)
+    }
+}
+
+impl Interceptor for Identities {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        match request.extensions().get::<Peer>() {
+            // The socket's folder is our own user's.
+            Some(Peer::Unix { .. }) => Ok(request),
+            Some(Peer::Tls { identity, .. }) if self.allows(&identity.to_string()) => Ok(request),
+            Some(Peer::Tls { identity, addr }) => {
+                tracing::warn!(%identity, %addr, "refused by policy.clients");
+                let message = format!("{identity} is not among policy.clients of the site file");
+                Err(ErrorReason::PermissionDenied.status(message))
+            }
+            Some(Peer::Pinned) | None => {
+                Err(ErrorReason::PermissionDenied.status("the peer is not known"))
+            }
+        }
+    }
+}
+
+/// May this pod, never seen before, come in? Says all reasons in one message.
+pub(super) fn pod(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), Status> {
+    let namespaces = &site.config.policy.namespaces;
+    if !namespaces.is_empty() && !namespaces.contains(&spec.namespace) {
+        let message = format!("namespace {:?} is not among policy.namespaces", spec.namespace);
+        return Err(ErrorReason::PermissionDenied.status(message));
+    }
+    let mut problems: Vec<String> = spec
+        .all_containers()
+        .filter_map(|container| site.images.check(&container.image).err())
+        .map(|error| error.to_string())
+        .collect();
+    if let Err(refusal) = site.scheduler.render(&super::submit_request(site, spec, cluster_id))
+        && refusal.kind == RefusalKind::Permanent
+    {
+        problems.push(refusal.words);
+    }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(ErrorReason::InvalidSpec.status(problems.join("; ")))
+    }
+}
+
+/// The link to the shim of a pod that runs.
+pub(super) fn running(site: &Site, uid: &PodUid) -> Result<Client, Status> {
+    if let Some(client) = site.shims.client(uid) {
+        return Ok(client);
+    }
+    let Some(pod) = site.board.get(uid.as_str()) else {
+        return Err(ErrorReason::NotFound.status(format!("no pod {uid}")));
+    };
+    let idle = pod.host_ip.is_empty() || pod.outcome.is_some();
+    if idle {
+        let phase = pod.phase().as_str_name().trim_start_matches("POD_PHASE_").to_lowercase();
+        return Err(ErrorReason::NotRunning.status(format!("pod {uid} is {phase}")));
+    }
+    let message = format!(
+        "the shim of pod {uid} on {} has no link to the agent: can compute nodes reach {}?",
+        pod.host_ip, site.config.listen.shim
+    );
+    Err(ErrorReason::ShimUnreachable.status(message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_names_and_prefixes() {
+        let some = Identities::new(vec!["kubelet/knoc".to_owned(), "ctl/*".to_owned()]);
+        assert!(some.allows("spiffe://knoc/kubelet/knoc"));
+        assert!(some.allows("spiffe://knoc/ctl/ann"));
+        assert!(!some.allows("spiffe://knoc/kubelet/knoc2"));
+        assert!(Identities::new(Vec::new()).allows("spiffe://knoc/kubelet/any"));
+    }
+}

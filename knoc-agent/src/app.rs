@@ -1,0 +1,154 @@
+//! Composition root of `serve`: makes everything in order, owns all tasks, ends them in order.
+//!
+//! ```text
+//! listener unix ─┐                        ┌─ poller ──rounds──┐
+//! listener tcp  ─┴─► api ──► registry ──► actors (one a pod) ─┴─► board ──► WatchPods
+//! listener shim ───► shims ──reports──────┘                      node ───► WatchNode
+//! ```
+//!
+//! At the end: stop accepting, finish what is in flight, give the lease back. Jobs are never touched.
+
+mod prepare;
+
+use std::{sync::Arc, time::Duration};
+
+use knoc_proto::{error::chain, link, pb};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api,
+    config::Config,
+    jobdir::{self, schema::Endpoint},
+    lease,
+    registry::{self, Registry, cluster::Pin, poll},
+    shims,
+    site::Site,
+};
+
+pub use prepare::{PrepareError, socket_path};
+
+/// Streams that are open get this long at the end.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// An agent with its sockets bound, ready to run.
+#[derive(Debug)]
+pub struct App {
+    site: Arc<Site>,
+    registry: Arc<Registry>,
+    node: watch::Sender<pb::NodeInfo>,
+    ended: mpsc::Receiver<knoc_proto::ids::PodUid>,
+    service: api::Service,
+    near: Vec<link::Incoming>,
+    shim_hop: link::pinned::PinnedIncoming,
+    /// Ends what takes requests; the registry's own token ends the actors after it.
+    stop: CancellationToken,
+    actors: CancellationToken,
+}
+
+impl App {
+    /// Checks the site, takes the lease, binds the sockets and brings the pods back.
+    pub async fn build(config: Config) -> Result<Self, PrepareError> {
+        let stop = CancellationToken::new();
+        let actors = CancellationToken::new();
+        let (ended_by, ended) = mpsc::channel(registry::ENDED);
+        let prepared = prepare::prepare(config, ended_by).await?;
+        let prepare::Prepared { site, pod_limit, pair } = prepared;
+        let shim_hop = link::pinned::listen(site.config.listen.shim, pair.clone())
+            .await
+            .map_err(prepare::listen)?;
+        let near = prepare::near_listeners(&site.config).await?;
+        let port = shim_hop.local_addr().map_or(site.config.listen.shim.port(), |a| a.port());
+        let endpoint = Endpoint {
+            addresses: prepare::advertised(&site.config, port),
+            spki: pair.spki().to_owned(),
+        };
+        tracing::info!(addresses = ?endpoint.addresses, "shims are told to dial");
+        jobdir::write_json(&site.state.endpoint(), &endpoint)?;
+        let pin = Pin::load(&site.state, site.config.policy.cluster_id.clone())?;
+        let (node, watched) = watch::channel(pb::NodeInfo {
+            pid_isolation: site.runtime.name != "process",
+            pod_limit: pod_limit.try_into().unwrap_or(i32::MAX),
+            ..pb::NodeInfo::default()
+        });
+        let registry = Registry::new(Arc::clone(&site), pod_limit, actors.clone());
+        let count = registry.recover().await?;
+        tracing::info!(count, epoch = site.lease.epoch(), "pods were brought back");
+        let service = api::Service::new(
+            Arc::clone(&site),
+            Arc::clone(&registry),
+            watched,
+            pin,
+            stop.clone(),
+        );
+        Ok(Self { site, registry, node, ended, service, near, shim_hop, stop, actors })
+    }
+
+    /// Runs until `shutdown`; then ends in order.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let Self { site, registry, node, ended, service, near, shim_hop, stop, actors } = self;
+        let mut tasks = JoinSet::new();
+        let background = actors.child_token();
+        tasks.spawn(shims::serve(site.shims.clone(), shim_hop, background.clone()));
+        let poller = poll::Poller::new(Arc::clone(&site), Arc::clone(&registry), node.clone());
+        tasks.spawn(poller.run(background.clone()));
+        tasks.spawn(poll::capacity(Arc::clone(&site), node, background.clone()));
+        tasks.spawn(registry::sweep(Arc::clone(&registry), ended, background.clone()));
+        tasks.spawn(heartbeat(Arc::clone(&site), background, shutdown.clone()));
+        let mut servers = JoinSet::new();
+        for incoming in near {
+            servers.spawn(api::serve(service.clone(), incoming, stop.child_token()));
+        }
+        drop(service);
+        site.hurry.notify_one();
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => tracing::info!("stopping; jobs are not touched"),
+            // A server ends by itself only when it failed, which it has logged.
+            Some(_) = servers.join_next() => tracing::error!("a listener has ended"),
+        }
+        stop.cancel();
+        let drained = tokio::time::timeout(DRAIN, async {
+            while servers.join_next().await.is_some() {}
+        });
+        if drained.await.is_err() {
+            tracing::info!("streams still open were cut");
+            servers.shutdown().await;
+        }
+        actors.cancel();
+        registry.join().await;
+        while tasks.join_next().await.is_some() {}
+        let lease = site.lease.clone();
+        match tokio::task::spawn_blocking(move || lease.release()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = chain(&error), "give the lease back"),
+            Err(error) => tracing::warn!(error = chain(&error), "give the lease back"),
+        }
+        tracing::info!("stopped");
+    }
+}
+
+/// Task: shows that we live. An agent that was fenced stops: its jobs are the newer one's.
+async fn heartbeat(site: Arc<Site>, stop: CancellationToken, shutdown: CancellationToken) {
+    loop {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(lease::HEARTBEAT) => {}
+        }
+        let lease = site.lease.clone();
+        let now = jiff::Timestamp::now();
+        match tokio::task::spawn_blocking(move || lease.heartbeat(now)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error @ lease::LeaseError::Fenced { .. })) => {
+                tracing::error!(error = chain(&error), "stopping");
+                shutdown.cancel();
+            }
+            Ok(Err(error)) => tracing::warn!(error = chain(&error), "heartbeat"),
+            Err(error) => tracing::warn!(error = chain(&error), "heartbeat"),
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! What must be there before anything is served: folders, lease, keys, runtime, limits, the installed version.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use jiff::Timestamp;
+use knoc_proto::{
+    error::chain,
+    ids::PodUid,
+    link::{self, Credentials, CredentialsError, LinkError, pinned::KeyPair},
+};
+use nix::sys::resource::{Resource, getrlimit};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::{Notify, mpsc};
+
+use crate::{
+    config::{Config, RuntimeKind, SchedulerKind},
+    image::{self, Images},
+    jobdir::{
+        JobDirError, StateDir,
+        atomic::{self, FileError},
+    },
+    lease::{Holder, LeaseError, Process},
+    registry::board::Board,
+    scheduler::{Scheduler, local, slurm},
+    shims::Shims,
+    site::{RuntimeInfo, Site},
+};
+
+/// Open files of one pod at the worst: the shim's socket, a record being written, an stream or two.
+const FILES_A_POD: u64 = 4;
+/// Open files that the agent needs for itself.
+const FILES_OWN: u64 = 128;
+/// More than any agent was tried with.
+const PODS: u64 = 20_000;
+
+/// Why the agent cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// Files of the state directory.
+    #[error("prepare the state directory")]
+    Files(#[from] JobDirError),
+    /// Another agent lives, or the lease cannot be written.
+    #[error("take the lease")]
+    Lease(#[from] LeaseError),
+    /// The state directory is open to others.
+    #[error("{} must be a folder of our own with mode 0700; it has mode {mode:o} and belongs to uid {uid}", path.display())]
+    Open {
+        /// The folder.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+        /// Its owner.
+        uid: u32,
+    },
+    /// A socket cannot be served.
+    #[error("listen")]
+    Listen(#[source] Box<LinkError>),
+    /// Certificates or keys.
+    #[error("load keys")]
+    Keys(#[from] CredentialsError),
+    /// No container runtime.
+    #[error("no apptainer or singularity in {path:?}; name one in `tools`, or set runtime = \"process\"")]
+    NoRuntime {
+        /// Where it was looked for.
+        path: String,
+    },
+}
+
+impl From<FileError> for PrepareError {
+    fn from(error: FileError) -> Self {
+        Self::Files(error.into())
+    }
+}
+
+pub(super) fn listen(error: LinkError) -> PrepareError {
+    PrepareError::Listen(Box::new(error))
+}
+
+/// What `serve` starts from.
+pub(super) struct Prepared {
+    pub(super) site: Arc<Site>,
+    pub(super) pod_limit: usize,
+    pub(super) pair: KeyPair,
+}
+
+pub(super) async fn prepare(
+    config: Config,
+    ended: mpsc::Sender<PodUid>,
+) -> Result<Prepared, PrepareError> {
+    let state = StateDir::new(&config.state_dir);
+    state.create()?;
+    check_private(state.root())?;
+    let lease = Holder::take(&state, Process::own(), Timestamp::now())?;
+    let pair = shim_hop_pair(&state)?;
+    let shim = install(&state)?;
+    let scheduler = match config.scheduler {
+        SchedulerKind::Slurm => Scheduler::Slurm(Box::new(slurm::Slurm::new((&config).into()))),
+        SchedulerKind::Local => {
+            let settings = local::Settings::of_site(&config, state.pods());
+            Scheduler::Local(local::Local::new(settings))
+        }
+    };
+    let (name, path) = runtime(&config)?;
+    let program = (name != "process").then(|| path.clone());
+    let settings = image::Settings::of_site(&config, program, state.images());
+    let version = image::runtime_version(&settings).await.unwrap_or_else(|error| {
+        tracing::warn!(error = chain(&error), "the container runtime does not say its version");
+        "unknown".to_owned()
+    });
+    let images = Images::new(settings);
+    images.sweep();
+    let limit = pod_limit(&config);
+    let site = Arc::new(Site {
+        board: Board::new(lease.epoch()),
+        runtime: RuntimeInfo { name: name.to_owned(), path, version },
+        shims: Shims::default(),
+        hurry: Arc::new(Notify::new()),
+        config,
+        state,
+        scheduler,
+        images,
+        lease,
+        shim,
+        ended,
+    });
+    Ok(Prepared { site, pod_limit: limit, pair })
+}
+
+fn check_private(path: &Path) -> Result<(), PrepareError> {
+    let meta = fs::metadata(path).map_err(FileError::on("stat", path))?;
+    let mode = meta.permissions().mode() & 0o777;
+    if meta.uid() == nix::unistd::geteuid().as_raw() && mode & 0o077 == 0 {
+        return Ok(());
+    }
+    Err(PrepareError::Open { path: path.to_owned(), mode, uid: meta.uid() })
+}
+
+/// The agent's pair of the shim hop: kept, since running shims know its pin.
+fn shim_hop_pair(state: &StateDir) -> Result<KeyPair, PrepareError> {
+    let (cert, key) = state.shim_hop();
+    if cert.exists() && key.exists() {
+        return Ok(KeyPair::from_files(&cert, &key)?);
+    }
+    let pair = KeyPair::generate("knoc-agent shim hop")?;
+    atomic::write(&key, pair.key_pem().as_bytes(), 0o600)?;
+    atomic::write(&cert, pair.cert_pem().as_bytes(), 0o600)?;
+    Ok(pair)
+}
+
+/// Copies this executable to where jobs exec it. What is there is never overwritten: jobs may run it.
+fn install(state: &StateDir) -> Result<PathBuf, PrepareError> {
+    // By the link itself: the file may have been replaced since we were started.
+    let own = Path::new("/proc/self/exe");
+    let bytes = atomic::read(own)?;
+    let version = env!("CARGO_PKG_VERSION");
+    let folder = state.versions().join(version);
+    let target = folder.join("knoc-agent");
+    match atomic::read_optional(&target)? {
+        Some(known) if known == bytes => return Ok(target),
+        None => {
+            atomic::create_dir(&folder)?;
+            atomic::write(&target, &bytes, 0o755)?;
+            return Ok(target);
+        }
+        Some(_) => {}
+    }
+    // Another build of the same version.
+    let digest = Sha256::digest(&bytes);
+    let hash: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    let folder = state.versions().join(format!("{version}+{hash}"));
+    let target = folder.join("knoc-agent");
+    if !target.exists() {
+        atomic::create_dir(&folder)?;
+        atomic::write(&target, &bytes, 0o755)?;
+    }
+    Ok(target)
+}
+
+/// Name and path of what starts containers.
+fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
+    let path = config.env.get("PATH").map_or("/usr/local/bin:/usr/bin:/bin", String::as_str);
+    let find = |name: &str, named: &Option<PathBuf>| {
+        named.clone().or_else(|| {
+            let mut folders = path.split(':').filter(|folder| folder.starts_with('/'));
+            folders.find_map(|f| Some(Path::new(f).join(name)).filter(|p| p.is_file()))
+        })
+    };
+    let apptainer = || Some(("apptainer", find("apptainer", &config.tools.apptainer)?));
+    let singularity = || Some(("singularity", find("singularity", &config.tools.singularity)?));
+    let found = match config.runtime {
+        RuntimeKind::Process => Some(("process", PathBuf::new())),
+        RuntimeKind::Apptainer => apptainer(),
+        RuntimeKind::Singularity => singularity(),
+        RuntimeKind::Auto => apptainer().or_else(singularity),
+    };
+    found.ok_or_else(|| PrepareError::NoRuntime { path: path.to_owned() })
+}
+
+/// How many pods this process may carry.
+pub(crate) fn pod_limit(config: &Config) -> usize {
+    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+    let carried = (files.saturating_sub(FILES_OWN) / FILES_A_POD).clamp(1, PODS);
+    let wanted = config.limits.pods.map_or(carried, u64::from);
+    if wanted > carried {
+        tracing::warn!(wanted, carried, files, "the limit of open files carries fewer pods");
+    }
+    tracing::info!(pods = wanted.min(carried), open_files = files, "process limits");
+    usize::try_from(wanted.min(carried)).unwrap_or(usize::MAX)
+}
+
+/// The unix socket, and TCP where there are certificates.
+pub(super) async fn near_listeners(config: &Config) -> Result<Vec<link::Incoming>, PrepareError> {
+    let socket = socket_path(config);
+    let mut near = vec![link::listen::unix(&socket).map_err(listen)?];
+    tracing::info!(socket = %socket.display(), "serving knocctl");
+    match &config.tls {
+        Some(tls) => {
+            let credentials = Credentials::from_files(&tls.ca, &tls.cert, &tls.key)?;
+            let incoming = link::listen::tcp(config.listen.kubelet, credentials).await;
+            near.push(incoming.map_err(listen)?);
+            tracing::info!(address = %config.listen.kubelet, "serving kubelets");
+        }
+        None => tracing::warn!("no [tls] in the site file: only the unix socket is served"),
+    }
+    Ok(near)
+}
+
+/// The agent's unix socket: as configured, else `$XDG_RUNTIME_DIR/knoc`, else `/tmp/knoc-<uid>`.
+#[must_use]
+pub fn socket_path(config: &Config) -> PathBuf {
+    if let Some(socket) = &config.listen.socket {
+        return socket.clone();
+    }
+    let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    match runtime_dir.filter(|dir| dir.is_dir()) {
+        Some(dir) => dir.join("knoc/agent.sock"),
+        None => PathBuf::from(format!("/tmp/knoc-{}/agent.sock", nix::unistd::getuid())),
+    }
+}
+
+/// What shims dial: as configured, else every address of this host but loopback's, else its name.
+pub(super) fn advertised(config: &Config, port: u16) -> Vec<String> {
+    let listen = config.listen.shim;
+    if !config.listen.shim_addresses.is_empty() {
+        return config.listen.shim_addresses.clone();
+    }
+    if !listen.ip().is_unspecified() {
+        return vec![SocketAddr::new(listen.ip(), port).to_string()];
+    }
+    let mut addresses: Vec<_> = own_addresses()
+        .into_iter()
+        .filter(|address| !address.is_loopback())
+        .map(|address| SocketAddr::new(address, port).to_string())
+        .collect();
+    if addresses.is_empty() || config.scheduler == SchedulerKind::Local {
+        addresses.insert(0, format!("127.0.0.1:{port}"));
+    }
+    addresses
+}
+
+/// IPv4 addresses of this host's interfaces, from the kernel's table of local routes.
+fn own_addresses() -> Vec<std::net::IpAddr> {
+    let trie = fs::read_to_string("/proc/net/fib_trie").unwrap_or_default();
+    let mut found = Vec::new();
+    let mut last = None;
+    for line in trie.lines() {
+        let word = line.trim_start_matches([' ', '|', '+', '-']);
+        if line.contains("/32 host LOCAL") {
+            if let Some(address) = last.take()
+                && !found.contains(&address)
+            {
+                found.push(address);
+            }
+        } else if let Ok(address) = word.trim().parse() {
+            last = Some(address);
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_host_has_loopback() {
+        assert!(own_addresses().iter().any(std::net::IpAddr::is_loopback));
+    }
+
+    #[test]
+    fn an_installed_version_is_never_overwritten() {
+        let root = tempfile::tempdir().unwrap();
+        let state = StateDir::new(root.path());
+        state.create().unwrap();
+        let first = install(&state).unwrap();
+        assert_eq!(install(&state).unwrap(), first);
+        atomic::write(&first, b"another build", 0o755).unwrap();
+        let second = install(&state).unwrap();
+        assert_ne!(second, first);
+        assert_eq!(atomic::read(&first).unwrap(), b"another build");
+    }
+}

@@ -1,0 +1,203 @@
+//! Which agent may submit jobs from a state directory: the lease file.
+//!
+//! Two login nodes share one home, and a user may start an agent on each. The lease names the holder (host, boot id,
+//! process id) and an epoch that grows with every start. A second agent finds a live holder and stops with a message;
+//! it takes over one that is dead (same host and no such process, or no heartbeat for [`STALE`]). An agent whose epoch
+//! is no longer the newest is fenced: [`Holder::check`] before each `sbatch` says so, and it changes nothing more.
+//! Blocking file work. Never removes another's lease.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+
+use crate::jobdir::{self, JobDirError, StateDir, schema::Lease};
+
+/// How often the holder shows that it lives.
+pub const HEARTBEAT: Duration = Duration::from_secs(15);
+/// A heartbeat older than this means a dead holder.
+pub const STALE: Duration = Duration::from_mins(1);
+
+/// Why this agent may not submit.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaseError {
+    /// Another agent lives.
+    #[error(
+        "another agent holds {}: process {} on {}, last heartbeat {} s ago; stop it first, or wait \
+         until its heartbeat is {} s old",
+        path.display(), holder.pid, holder.host, age, STALE.as_secs()
+    )]
+    Held {
+        /// The lease file.
+        path: PathBuf,
+        /// Who.
+        holder: Lease,
+        /// Seconds since its heartbeat.
+        age: i64,
+    },
+    /// A newer agent took over.
+    #[error("this agent (epoch {own}) was fenced by a newer one (epoch {}, {} on {})", holder.epoch, holder.pid, holder.host)]
+    Fenced {
+        /// Ours.
+        own: i64,
+        /// Who holds it now.
+        holder: Lease,
+    },
+    /// The file cannot be read or written.
+    #[error("lease file")]
+    File(#[from] JobDirError),
+}
+
+/// What tells one process from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Host name.
+    pub host: String,
+    /// The host's boot.
+    pub boot_id: String,
+    /// Process id.
+    pub pid: u32,
+}
+
+impl Process {
+    /// This one.
+    #[must_use]
+    pub fn own() -> Self {
+        let host = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        Self { host, boot_id: boot_id.trim().to_owned(), pid: std::process::id() }
+    }
+}
+
+/// The lease while we hold it.
+#[derive(Debug, Clone)]
+pub struct Holder {
+    path: PathBuf,
+    process: Process,
+    epoch: i64,
+}
+
+impl Holder {
+    /// Takes the lease of `state`, where nobody alive holds it.
+    pub fn take(state: &StateDir, process: Process, now: Timestamp) -> Result<Self, LeaseError> {
+        let path = state.lease();
+        let known: Option<Lease> = jobdir::read_json(&path)?;
+        if let Some(holder) = &known
+            && is_alive(holder, &process, now)
+        {
+            let age = now.as_second() - holder.heartbeat;
+            return Err(LeaseError::Held { path, holder: holder.clone(), age });
+        }
+        // The clock as floor: an epoch never falls, also where the file was lost.
+        let epoch = known.map_or(0, |lease| lease.epoch).max(now.as_second()) + 1;
+        let holder = Self { path, process, epoch };
+        holder.write(now)?;
+        Ok(holder)
+    }
+
+    /// The agent's epoch.
+    #[must_use]
+    pub fn epoch(&self) -> i64 {
+        self.epoch
+    }
+
+    /// Still ours? Reads the file.
+    pub fn check(&self) -> Result<(), LeaseError> {
+        match jobdir::read_json::<Lease>(&self.path)? {
+            Some(holder) if holder.epoch > self.epoch || !self.is_ours(&holder) => {
+                Err(LeaseError::Fenced { own: self.epoch, holder })
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Shows that we live, where it is still ours.
+    pub fn heartbeat(&self, now: Timestamp) -> Result<(), LeaseError> {
+        self.check()?;
+        self.write(now)
+    }
+
+    /// Gives it back: the next agent need not wait.
+    pub fn release(&self) -> Result<(), LeaseError> {
+        self.check()?;
+        // The epoch stays, the heartbeat says that nobody lives.
+        self.write(Timestamp::UNIX_EPOCH)
+    }
+
+    fn is_ours(&self, lease: &Lease) -> bool {
+        lease.epoch == self.epoch && lease.pid == self.process.pid && lease.host == self.process.host
+    }
+
+    fn write(&self, now: Timestamp) -> Result<(), LeaseError> {
+        let lease = Lease {
+            host: self.process.host.clone(),
+            boot_id: self.process.boot_id.clone(),
+            pid: self.process.pid,
+            epoch: self.epoch,
+            heartbeat: now.as_second(),
+        };
+        Ok(jobdir::write_json(&self.path, &lease)?)
+    }
+}
+
+fn is_alive(holder: &Lease, own: &Process, now: Timestamp) -> bool {
+    let fresh = now.as_second() - holder.heartbeat <= STALE.as_secs().try_into().unwrap_or(60);
+    if holder.host != own.host {
+        return fresh;
+    }
+    // On our own host the kernel knows better than the heartbeat.
+    let running = Path::new("/proc").join(holder.pid.to_string()).exists();
+    fresh && holder.boot_id == own.boot_id && running && holder.pid != own.pid
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(1_800_000_000 + seconds).unwrap()
+    }
+
+    fn process(host: &str, pid: u32) -> Process {
+        Process { host: host.to_owned(), boot_id: "b".to_owned(), pid }
+    }
+
+    #[test]
+    fn a_second_agent_waits_for_a_stale_heartbeat_and_then_fences_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        let first = Holder::take(&state, process("login1", 10), at(0)).unwrap();
+        let error = Holder::take(&state, process("login2", 10), at(60)).unwrap_err();
+        assert!(error.to_string().contains("process 10 on login1"), "{error}");
+        first.check().unwrap();
+        let second = Holder::take(&state, process("login2", 10), at(61)).unwrap();
+        assert!(second.epoch() > first.epoch());
+        assert!(matches!(first.heartbeat(at(62)), Err(LeaseError::Fenced { .. })));
+        second.heartbeat(at(62)).unwrap();
+    }
+
+    #[test]
+    fn on_the_same_host_a_dead_process_holds_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        let dead = process("login1", u32::MAX - 1);
+        let first = Holder::take(&state, dead, at(0)).unwrap();
+        let second = Holder::take(&state, process("login1", 7), at(1)).unwrap();
+        assert!(second.epoch() > first.epoch());
+        second.release().unwrap();
+        Holder::take(&state, process("login2", 7), at(2)).unwrap();
+    }
+
+    #[test]
+    fn a_live_process_of_this_host_is_respected() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        let own = Process::own();
+        Holder::take(&state, own.clone(), at(0)).unwrap();
+        let other = Process { pid: 1, ..own };
+        assert!(matches!(Holder::take(&state, other, at(1)), Err(LeaseError::Held { .. })));
+    }
+}

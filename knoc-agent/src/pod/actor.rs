@@ -1,0 +1,448 @@
+//! One task a pod: takes an input, steps the machine, persists, performs the effects, publishes.
+//!
+//! Inputs come from the api (with a reply), the poller (rounds), the shim's link (reports) and the actor's own effect
+//! tasks, which it holds in a `JoinSet` and ends with itself. The machine decides; here is only doing. The record is
+//! written before any effect that follows `Persist`; what a shim's final report says is shown at once, since the
+//! report itself is on disk already.
+
+mod effects;
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use knoc_proto::{crash, error::chain, ids::PodUid, pb, reason::ErrorReason};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::{AbortHandle, JoinSet},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    publish::observed,
+    record::Record,
+    stage,
+    state::{Event, Facts, Patience, Pod, State, step},
+};
+use crate::{
+    config::{AtRest, Config},
+    jobdir::{JobDir, JobDirError, atomic},
+    registry::Wanted,
+    site::Site,
+};
+
+/// Inputs that may wait for a busy actor (one that writes its record).
+pub const INPUTS: usize = 64;
+
+/// A refusal, for the api.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// For the caller's decision.
+    pub reason: ErrorReason,
+    /// For people.
+    pub message: String,
+}
+
+impl Refused {
+    /// A refusal with its words.
+    pub fn new(reason: ErrorReason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into() }
+    }
+}
+
+/// The answer to an api request.
+pub type Reply<T> = oneshot::Sender<Result<T, Refused>>;
+
+/// What an actor is asked.
+#[derive(Debug)]
+pub enum Input {
+    /// Something happened.
+    Event(Event),
+    /// `EnsurePod`. The first input of a new pod.
+    Ensure {
+        /// The shape.
+        spec: Box<pb::PodSpec>,
+        /// The values.
+        values: Box<pb::PodValues>,
+        /// Of which cluster.
+        cluster_id: String,
+        /// The pod, and whether it is new.
+        reply: Reply<(pb::PodObserved, bool)>,
+    },
+    /// `UpdateValues`.
+    Values {
+        /// The values.
+        values: Box<pb::PodValues>,
+        /// When they are staged, or written on the compute node.
+        reply: Reply<()>,
+    },
+    /// `DeletePod`.
+    Delete {
+        /// Time for the containers; `None`: the pod's own.
+        grace: Option<Duration>,
+        /// For people.
+        reason: String,
+        /// When the intent is on disk.
+        reply: Reply<pb::PodObserved>,
+    },
+    /// `ForgetPod`.
+    Forget {
+        /// When nothing is left on disk.
+        reply: Reply<()>,
+    },
+}
+
+/// A pod that was found on disk.
+#[derive(Debug)]
+pub struct Restored {
+    /// As the record has it.
+    pub pod: Pod,
+    /// Its shape.
+    pub spec: pb::PodSpec,
+    /// Of which cluster.
+    pub cluster_id: String,
+}
+
+/// The task of one pod.
+#[derive(Debug)]
+pub struct Actor {
+    site: Arc<Site>,
+    uid: PodUid,
+    dir: JobDir,
+    /// For the effects that send reports, and the shim's link.
+    own: mpsc::WeakSender<Input>,
+    spec: Arc<pb::PodSpec>,
+    cluster_id: String,
+    /// Kept only where values do not lie on disk.
+    values: Option<pb::PodValues>,
+    values_revision: i64,
+    effects: JoinSet<Event>,
+    staging: Option<AbortHandle>,
+    /// For the poller.
+    wants: watch::Sender<Wanted>,
+}
+
+/// What the machine must know of the pod and the site.
+#[must_use]
+pub fn facts(uid: &PodUid, spec: &pb::PodSpec, config: &Config) -> Facts {
+    let seconds = |n: i64| Duration::from_secs(n.try_into().unwrap_or(0));
+    let limits = &config.limits;
+    Facts {
+        uid: uid.clone(),
+        grace: seconds(spec.termination_grace_period_seconds),
+        deadline: (spec.active_deadline_seconds > 0).then(|| seconds(spec.active_deadline_seconds)),
+        patience: Patience {
+            report_grace: limits.report_grace,
+            never_ends_after: limits.never_ends_after,
+            lost_after: limits.lost_after,
+            stop_slack: limits.stop_slack,
+            backoff_initial: config.backoff.initial,
+            backoff_max: config.backoff.max,
+        },
+    }
+}
+
+impl Actor {
+    /// An actor for the pod `uid`, whose inputs come through `own`'s channel.
+    #[must_use]
+    pub fn new(
+        site: Arc<Site>,
+        uid: PodUid,
+        own: mpsc::WeakSender<Input>,
+        wants: watch::Sender<Wanted>,
+    ) -> Self {
+        Self {
+            dir: site.state.pod(&uid),
+            wants,
+            site,
+            uid,
+            own,
+            spec: Arc::default(),
+            cluster_id: String::new(),
+            values: None,
+            values_revision: 0,
+            effects: JoinSet::new(),
+            staging: None,
+        }
+    }
+
+    /// Runs until the pod is forgotten, or `stop`. Cancelled between inputs only: a record is never half written.
+    pub async fn run(
+        mut self,
+        restored: Option<Restored>,
+        mut inputs: mpsc::Receiver<Input>,
+        stop: CancellationToken,
+    ) {
+        let born = match restored {
+            Some(restored) => Some(self.adopt(restored).await),
+            None => self.birth(&mut inputs).await,
+        };
+        if let Some(mut pod) = born {
+            loop {
+                let input = tokio::select! {
+                    // Shutdown first, then what is done, then what is asked: effects' answers must not starve.
+                    biased;
+                    () = stop.cancelled() => break,
+                    Some(done) = self.effects.join_next() => match done {
+                        Ok(event) => Input::Event(event),
+                        Err(error) if error.is_cancelled() => continue,
+                        Err(error) => {
+                            tracing::error!(uid = %self.uid, error = chain(&error), "an effect failed");
+                            continue;
+                        }
+                    },
+                    input = inputs.recv() => match input {
+                        Some(input) => input,
+                        None => break,
+                    },
+                    () = sleep_until(pod.wake()) => Input::Event(Event::Tick),
+                };
+                pod = self.take(pod, input).await;
+                if matches!(pod.state, State::Forgotten) {
+                    break;
+                }
+            }
+        }
+        // Effects that run are ended with us: an sbatch that has begun is found again by name.
+        self.effects.shutdown().await;
+        if !stop.is_cancelled() {
+            self.site.shims.forget(&self.uid);
+            self.site.board.remove(self.uid.as_str());
+            // The registry may be gone already: then nobody keeps a handle.
+            drop(self.site.ended.send(self.uid.clone()).await);
+        }
+    }
+
+    async fn adopt(&mut self, restored: Restored) -> Pod {
+        let Restored { pod, spec, cluster_id } = restored;
+        self.spec = Arc::new(spec);
+        self.cluster_id = cluster_id;
+        let dir = self.dir.clone();
+        if !pod.is_finished() {
+            let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));
+            match read.await {
+                Ok((pin, values)) => {
+                    self.expect_link(pin);
+                    self.values_revision = values.ok().flatten().map_or(0, |v| v.revision);
+                }
+                Err(error) => tracing::error!(uid = %self.uid, error = chain(&error), "restore"),
+            }
+        }
+        self.show(&pod);
+        self.apply(pod, Event::Begin).await
+    }
+
+    /// The first input must make the pod; any other finds none.
+    async fn birth(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Option<Pod> {
+        loop {
+            match inputs.recv().await? {
+                Input::Ensure { spec, values, cluster_id, reply } => {
+                    match self.accept(*spec, *values, cluster_id).await {
+                        Ok(pod) => {
+                            self.show(&pod);
+                            let shown = self.observed(&pod);
+                            drop(reply.send(Ok((shown, true))));
+                            return Some(self.apply(pod, Event::Begin).await);
+                        }
+                        Err(refused) => {
+                            drop(reply.send(Err(refused)));
+                            return None;
+                        }
+                    }
+                }
+                Input::Values { reply, .. } | Input::Forget { reply } => {
+                    drop(reply.send(Err(not_found(&self.uid))));
+                }
+                Input::Delete { reply, .. } => drop(reply.send(Err(not_found(&self.uid)))),
+                Input::Event(_) => {}
+            }
+        }
+    }
+
+    /// Puts a new pod on disk.
+    async fn accept(
+        &mut self,
+        spec: pb::PodSpec,
+        values: pb::PodValues,
+        cluster_id: String,
+    ) -> Result<Pod, Refused> {
+        let now = Timestamp::now();
+        let pod = Pod::new(facts(&self.uid, &spec, &self.site.config), now);
+        let at_rest = self.site.config.values.at_rest;
+        self.values_revision = values.revision;
+        self.spec = Arc::new(spec);
+        self.cluster_id = cluster_id;
+        let (dir, spec) = (self.dir.clone(), Arc::clone(&self.spec));
+        let (cluster_id, staged) = (self.cluster_id.clone(), values.clone());
+        let record = Record::of(&pod, &self.cluster_id);
+        let written = tokio::task::spawn_blocking(move || {
+            stage::accept(&dir, &spec, &cluster_id, &staged, at_rest)?;
+            let pin = stage::link_pin(&dir);
+            write_record(&dir, &record)?;
+            // The folder's own entry, without which a crash of the file server would lose all of it.
+            atomic::sync_parent(dir.path())?;
+            Ok::<_, JobDirError>(pin)
+        });
+        let failed = |error: &(dyn std::error::Error + 'static)| {
+            Refused::new(ErrorReason::Internal, format!("accept pod: {}", chain(error)))
+        };
+        let pin = written.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
+        self.expect_link(pin);
+        self.values = (at_rest == AtRest::None).then_some(values);
+        Ok(pod)
+    }
+
+    fn expect_link(&self, pin: Result<String, stage::StageError>) {
+        match (pin, self.own.upgrade()) {
+            (Ok(pin), Some(own)) => self.site.shims.expect(&self.uid, pin, own),
+            (Err(error), _) => tracing::warn!(uid = %self.uid, error = error.message, "link keys"),
+            (Ok(_), None) => {}
+        }
+    }
+
+    async fn take(&mut self, pod: Pod, input: Input) -> Pod {
+        match input {
+            Input::Event(Event::Link(up)) => {
+                if up {
+                    self.push_values().await;
+                }
+                self.apply(pod, Event::Link(up)).await
+            }
+            Input::Event(event) => self.apply(pod, event).await,
+            Input::Ensure { spec, cluster_id, reply, .. } => {
+                self.ensure_again(pod, *spec, &cluster_id, reply).await
+            }
+            Input::Values { values, reply } => {
+                let result = self.update_values(&pod, *values).await;
+                drop(reply.send(result));
+                pod
+            }
+            Input::Delete { grace, reason, reply } => {
+                let pod = self.apply(pod, Event::Delete { grace, reason }).await;
+                drop(reply.send(Ok(self.observed(&pod))));
+                pod
+            }
+            Input::Forget { reply } => {
+                let pod = self.apply(pod, Event::Forget).await;
+                let result = match pod.state {
+                    State::Forgotten => Ok(()),
+                    _ => Err(Refused::new(
+                        ErrorReason::NotFinished,
+                        format!("pod {} is not finished", self.uid),
+                    )),
+                };
+                drop(reply.send(result));
+                pod
+            }
+        }
+    }
+
+    /// The same pod again: nothing, an older generation, or a newer one that changes what may change.
+    async fn ensure_again(
+        &mut self,
+        pod: Pod,
+        spec: pb::PodSpec,
+        cluster_id: &str,
+        reply: Reply<(pb::PodObserved, bool)>,
+    ) -> Pod {
+        if cluster_id != self.cluster_id {
+            let message = format!("pod {} belongs to cluster {:?}", self.uid, self.cluster_id);
+            drop(reply.send(Err(Refused::new(ErrorReason::ClusterMismatch, message))));
+            return pod;
+        }
+        let newer = spec.generation.max(1) > self.spec.generation.max(1);
+        if !newer {
+            let same = spec.generation.max(1) < self.spec.generation.max(1) || spec == *self.spec;
+            let answer = if same {
+                Ok((self.observed(&pod), false))
+            } else {
+                Err(Refused::new(
+                    ErrorReason::SpecConflict,
+                    format!("pod {} exists with another shape of this generation", self.uid),
+                ))
+            };
+            drop(reply.send(answer));
+            return pod;
+        }
+        if let Err(message) = super::update::allowed(&self.spec, &spec) {
+            drop(reply.send(Err(Refused::new(ErrorReason::SpecConflict, message))));
+            return pod;
+        }
+        let facts = facts(&self.uid, &spec, &self.site.config);
+        self.spec = Arc::new(spec);
+        if let Err(refused) = self.rewrite_spec().await {
+            drop(reply.send(Err(refused)));
+            return pod;
+        }
+        let pod = self.apply(pod, Event::Update(facts)).await;
+        drop(reply.send(Ok((self.observed(&pod), false))));
+        pod
+    }
+
+    /// One step, and what follows from it.
+    async fn apply(&mut self, pod: Pod, event: Event) -> Pod {
+        let final_report = matches!(&event, Event::Report(report) if report.r#final);
+        if final_report {
+            crash::point("agent.report.before");
+        }
+        let (pod, effects) = step(pod, event, Timestamp::now());
+        if pod.is_finished() || pod.deletion.is_some() {
+            // Images for a pod that is not wanted any more.
+            self.staging.take().inspect(AbortHandle::abort);
+        }
+        if final_report {
+            self.show(&pod);
+        }
+        self.perform(&pod, effects).await;
+        if final_report {
+            crash::point("agent.report.after");
+        }
+        self.show(&pod);
+        pod
+    }
+
+    fn observed(&self, pod: &Pod) -> pb::PodObserved {
+        observed(pod, &self.spec, &self.cluster_id)
+    }
+
+    fn show(&self, pod: &Pod) {
+        let wanted = Wanted { job: pod.job(), hurried: pod.hurried() };
+        self.wants.send_if_modified(|known| {
+            let news = *known != wanted;
+            *known = wanted;
+            news
+        });
+        self.site.board.publish(self.observed(pod));
+    }
+}
+
+/// Reads what `pods/<uid>` holds; `None` where there is no record (half made, or half removed).
+pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDirError> {
+    let Some(record) = crate::jobdir::read_json::<Record>(&dir.record_path())? else {
+        return Ok(None);
+    };
+    let spec = dir.spec()?.spec.unwrap_or_default();
+    let report = dir.report()?;
+    let Ok(uid) = PodUid::try_from(dir.uid()) else { return Ok(None) };
+    let facts = facts(&uid, &spec, config);
+    let cluster_id = record.cluster_id.clone();
+    Ok(Some(Restored { pod: record.restore(facts, report), spec, cluster_id }))
+}
+
+pub(crate) fn write_record(dir: &JobDir, record: &Record) -> Result<(), JobDirError> {
+    crate::jobdir::write_json(&dir.record_path(), record)
+}
+
+fn not_found(uid: &PodUid) -> Refused {
+    Refused::new(ErrorReason::NotFound, format!("no pod {uid}"))
+}
+
+async fn sleep_until(at: Option<Timestamp>) {
+    match at {
+        Some(at) => {
+            let left = at.duration_since(Timestamp::now());
+            // Never early: a tick before its time is none.
+            tokio::time::sleep(Duration::try_from(left).unwrap_or_default()).await;
+        }
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,292 @@
+//! What the actor does: each effect of the machine, and the values.
+
+use std::sync::Arc;
+
+use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
+use tokio::sync::mpsc;
+use tonic::Request;
+
+use super::{Actor, Input, Refused, write_record};
+use crate::{
+    config::AtRest,
+    jobdir::JobDir,
+    lease::LeaseError,
+    pod::{
+        record::Record,
+        stage::{self, StageError},
+        state::{Effect, Event, Note, Pod, State},
+    },
+    scheduler::{Cancel, JobRef, RefusalKind, SubmitRequest},
+    shims::DEADLINE,
+    site::Site,
+};
+
+/// The end of `batch.out` that becomes part of a message.
+const TAIL: u64 = 1024;
+
+impl Actor {
+    /// Performs `effects` in their order. What takes long runs beside the actor and answers with an event.
+    pub(super) async fn perform(&mut self, pod: &Pod, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Persist => {
+                    if !self.persist(pod).await {
+                        // What follows relies on the record; the deadline of the state, or a restart, tries again.
+                        return;
+                    }
+                }
+                Effect::Stage => {
+                    let work = stage(
+                        Arc::clone(&self.site),
+                        self.dir.clone(),
+                        Arc::clone(&self.spec),
+                        self.cluster_id.clone(),
+                        self.own.clone(),
+                    );
+                    self.staging = Some(self.effects.spawn(work));
+                }
+                Effect::Submit => {
+                    let request = SubmitRequest {
+                        uid: self.uid.clone(),
+                        spec: Arc::clone(&self.spec),
+                        cluster_id: self.cluster_id.clone(),
+                        attempt: pod.attempt,
+                        jobdir: self.dir.path().to_owned(),
+                        shim: self.site.shim.clone(),
+                    };
+                    self.effects.spawn(submit(Arc::clone(&self.site), request));
+                }
+                Effect::Find => {
+                    self.effects.spawn(find(Arc::clone(&self.site), self.uid.clone()));
+                }
+                Effect::Cancel { job, how } => {
+                    self.effects.spawn(cancel(Arc::clone(&self.site), job, how));
+                }
+                Effect::Stop { job, grace } => {
+                    let request = pb::StopRequest {
+                        grace_seconds: grace.as_secs().try_into().unwrap_or(i64::MAX),
+                        reason: pod.deletion.as_ref().map_or_else(String::new, |d| d.reason.clone()),
+                    };
+                    self.effects.spawn(stop(Arc::clone(&self.site), job, request));
+                }
+                Effect::ReadFiles => {
+                    self.effects.spawn(read_files(self.dir.clone()));
+                }
+                Effect::CleanUp => self.clean_up().await,
+                Effect::Hurry => self.site.hurry.notify_one(),
+                Effect::Remove => self.remove().await,
+            }
+        }
+    }
+
+    /// Writes the record. False where it could not be written.
+    async fn persist(&self, pod: &Pod) -> bool {
+        let submitting = matches!(pod.state, State::Submitting { look: None });
+        if submitting {
+            crash::point("agent.record.before");
+        }
+        let record = Record::of(pod, &self.cluster_id);
+        let dir = self.dir.clone();
+        let written = tokio::task::spawn_blocking(move || write_record(&dir, &record)).await;
+        if submitting {
+            crash::point("agent.record.after");
+        }
+        let error = match written {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => chain(&error),
+            Err(error) => chain(&error),
+        };
+        tracing::error!(uid = %self.uid, error, "the pod's record could not be written");
+        if submitting && let Some(own) = self.own.upgrade() {
+            let event = Event::Refused { kind: RefusalKind::Throttled, words: error };
+            // A full queue only means that somebody else will wake this pod.
+            drop(own.try_send(Input::Event(event)));
+        }
+        false
+    }
+
+    async fn clean_up(&mut self) {
+        self.values = None;
+        let dir = self.dir.clone();
+        match tokio::task::spawn_blocking(move || dir.remove_values()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(uid = %self.uid, error = chain(&error), "values"),
+            Err(error) => tracing::warn!(uid = %self.uid, error = chain(&error), "values"),
+        }
+    }
+
+    async fn remove(&self) {
+        let dir = self.dir.clone();
+        match tokio::task::spawn_blocking(move || dir.remove()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(uid = %self.uid, error = chain(&error), "remove"),
+            Err(error) => tracing::warn!(uid = %self.uid, error = chain(&error), "remove"),
+        }
+    }
+
+    /// Where values do not lie on disk the shim gets them when its link comes up.
+    pub(super) async fn push_values(&self) {
+        let (Some(values), Some(mut client)) =
+            (self.values.clone(), self.site.shims.client(&self.uid))
+        else {
+            return;
+        };
+        let mut request = Request::new(values);
+        request.set_timeout(DEADLINE);
+        if let Err(status) = client.update_values(request).await {
+            tracing::warn!(uid = %self.uid, error = status.message(), "give the shim its values");
+        }
+    }
+
+    /// `UpdateValues`: staged for a queued pod, written on the compute node for a running one.
+    pub(super) async fn update_values(
+        &mut self,
+        pod: &Pod,
+        values: pb::PodValues,
+    ) -> Result<(), Refused> {
+        if pod.is_finished() || values.revision <= self.values_revision {
+            return Ok(());
+        }
+        let revision = values.revision;
+        if let Some(mut client) = self.site.shims.client(&self.uid) {
+            let mut request = Request::new(values.clone());
+            request.set_timeout(DEADLINE);
+            client.update_values(request).await.map_err(|status| {
+                Refused::new(ErrorReason::ShimUnreachable, status.message().to_owned())
+            })?;
+        } else if pod.report.is_some() {
+            let message = "the pod runs, and its shim has no link to the agent now";
+            return Err(Refused::new(ErrorReason::ShimUnreachable, message));
+        } else if self.site.config.values.at_rest == AtRest::File {
+            let (dir, staged) = (self.dir.clone(), values.clone());
+            let written = tokio::task::spawn_blocking(move || dir.write_values(&staged)).await;
+            let failed = |error: &(dyn std::error::Error + 'static)| {
+                Refused::new(ErrorReason::Internal, format!("stage values: {}", chain(error)))
+            };
+            written.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
+        }
+        self.values_revision = revision;
+        if self.values.is_some() {
+            self.values = Some(values);
+        }
+        Ok(())
+    }
+
+    /// A newer generation: the shape in `job.pb` follows, the rest of it stays.
+    pub(super) async fn rewrite_spec(&self) -> Result<(), Refused> {
+        let (dir, spec) = (self.dir.clone(), Arc::clone(&self.spec));
+        let written = tokio::task::spawn_blocking(move || {
+            let mut job = dir.spec()?;
+            job.spec = Some((*spec).clone());
+            dir.write_spec(&job)?;
+            Ok::<_, crate::jobdir::JobDirError>(())
+        });
+        let failed = |error: &(dyn std::error::Error + 'static)| {
+            Refused::new(ErrorReason::Internal, format!("write the shape: {}", chain(error)))
+        };
+        written.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+    }
+}
+
+async fn stage(
+    site: Arc<Site>,
+    dir: JobDir,
+    spec: Arc<pb::PodSpec>,
+    cluster_id: String,
+    own: mpsc::WeakSender<Input>,
+) -> Event {
+    match stage::stage(site, dir, spec, cluster_id, own).await {
+        Ok(()) => Event::Staged,
+        Err(StageError { container, reason, message }) => {
+            Event::StageFailed { container, reason, message }
+        }
+    }
+}
+
+async fn submit(site: Arc<Site>, request: SubmitRequest) -> Event {
+    let lease = site.lease.clone();
+    let held = tokio::task::spawn_blocking(move || lease.check()).await;
+    let words = match held {
+        Ok(Ok(())) => None,
+        Ok(Err(error @ LeaseError::Fenced { .. })) => {
+            tracing::error!(error = chain(&error), "not submitting");
+            Some(chain(&error))
+        }
+        Ok(Err(error)) => Some(chain(&error)),
+        Err(error) => Some(chain(&error)),
+    };
+    if let Some(words) = words {
+        return Event::Refused { kind: RefusalKind::Throttled, words };
+    }
+    crash::point("agent.sbatch.before");
+    let answer = site.scheduler.submit(&request).await;
+    crash::point("agent.sbatch.after");
+    match answer {
+        Ok(submitted) => Event::Submitted(submitted),
+        Err(refusal) => Event::Refused { kind: refusal.kind, words: refusal.words },
+    }
+}
+
+async fn find(site: Arc<Site>, uid: knoc_proto::ids::PodUid) -> Event {
+    match site.scheduler.find(&uid).await {
+        Ok(jobs) => Event::Found(jobs),
+        Err(error) => Event::FindFailed(chain(&error)),
+    }
+}
+
+async fn cancel(site: Arc<Site>, job: JobRef, how: Cancel) -> Event {
+    let event = match site.scheduler.cancel(&job, how).await {
+        Ok(()) => Event::Tick,
+        // The state's deadline tries again.
+        Err(error) => Event::Note(Note {
+            warning: true,
+            reason: "SlurmCancelFailed",
+            message: format!("cancel job {}: {}", job.id, chain(&error)),
+            container: String::new(),
+        }),
+    };
+    site.hurry.notify_one();
+    event
+}
+
+/// Tells the containers by the link; where there is none, by a signal to the batch script.
+async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest) -> Event {
+    if let Some(mut client) = site.shims.client(&job.uid) {
+        let mut request = Request::new(request);
+        request.set_timeout(DEADLINE);
+        match client.stop(request).await {
+            Ok(_) => return Event::Tick,
+            Err(status) => {
+                tracing::info!(uid = %job.uid, error = status.message(), "stop by the link");
+            }
+        }
+    }
+    cancel(site, job, Cancel::Terminate).await
+}
+
+/// The report file, else what the batch script printed.
+async fn read_files(dir: JobDir) -> Event {
+    let read = tokio::task::spawn_blocking(move || match dir.report() {
+        Ok(Some(report)) if report.r#final => Event::Report(Box::new(report)),
+        Ok(Some(report)) if JobId::try_from(report.job_id.as_str()).is_ok() => {
+            Event::Report(Box::new(report))
+        }
+        Ok(_) => Event::Files { batch_tail: tail(&dir) },
+        Err(error) => Event::Files { batch_tail: format!("{}; {}", chain(&error), tail(&dir)) },
+    });
+    read.await.unwrap_or_else(|error| Event::Files { batch_tail: chain(&error) })
+}
+
+fn tail(dir: &JobDir) -> String {
+    use std::io::{Read as _, Seek as _, SeekFrom};
+    let read = || {
+        let mut file = std::fs::File::open(dir.batch_out())?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;
+        let mut bytes = Vec::new();
+        file.take(TAIL).read_to_end(&mut bytes)?;
+        Ok::<_, std::io::Error>(String::from_utf8_lossy(&bytes).trim().to_owned())
+    };
+    // No output is as good as none that can be read: it only explains.
+    read().unwrap_or_default()
+}

@@ -1,0 +1,263 @@
+//! PURE: how a pod ended, from the shim's report, Slurm's state and who asked for the end.
+//!
+//! A synced final report beats every Slurm state: one OOM-killed child makes a *job* OUT_OF_MEMORY although its
+//! containers went well. Where a signal from outside ended the containers, the codes are the report's and the reason is
+//! Slurm's. Without a report the answer is never a guess of success.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use knoc_proto::pb;
+
+use crate::scheduler::{JobExit, JobState, JobView};
+
+/// The shim's exit code where its report could not be written.
+pub const EXIT_NO_REPORT: i32 = 65;
+/// The shim's exit code where another job holds the claim.
+pub const EXIT_SURPLUS: i32 = 66;
+/// The shim's exit code where it could not start.
+pub const EXIT_CANNOT_START: i32 = 67;
+/// Both exit codes that promise a report: succeeded, failed.
+pub const EXITS_WITH_REPORT: [i32; 2] = [0, 64];
+/// slurmd's code (as a signal) where the script's output file cannot be opened.
+const SIGNAL_UNWRITABLE: i32 = 53;
+
+/// How a pod ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// Succeeded, or failed.
+    pub succeeded: bool,
+    /// CamelCase; empty where the containers' own codes say it.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+    /// The infrastructure's fault.
+    pub disruption: bool,
+    /// When.
+    pub finished_at: Timestamp,
+}
+
+/// Why the agent itself ended a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cause {
+    /// `DeletePod`; its words.
+    Deleted(String),
+    /// The job waited for a reason that never ends.
+    NeverStarts(String),
+}
+
+/// All that is known of the end.
+#[derive(Debug)]
+pub struct Evidence<'a> {
+    /// The newest that the scheduler said.
+    pub view: Option<&'a JobView>,
+    /// The newest report, final or not.
+    pub report: Option<&'a pb::Report>,
+    /// Where we asked for the end.
+    pub cause: Option<&'a Cause>,
+    /// The pod's own deadline and grace.
+    pub deadline: Option<Duration>,
+    /// Termination grace.
+    pub grace: Duration,
+    /// The end of `batch.out`.
+    pub batch_tail: &'a str,
+}
+
+/// Decides how the pod ended.
+#[must_use]
+pub fn decide(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
+    match evidence.report.filter(|report| report.r#final) {
+        Some(report) => with_report(evidence, report, now),
+        None => without_report(evidence, now),
+    }
+}
+
+fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> Outcome {
+    let own = Outcome {
+        succeeded: report.outcome() == pb::OutcomeKind::Succeeded,
+        reason: report.reason.clone(),
+        message: report.message.clone(),
+        disruption: false,
+        finished_at: last_end(report).unwrap_or(now),
+    };
+    match report.ended_by() {
+        pb::EndedBy::Unspecified | pb::EndedBy::Themselves => own,
+        pb::EndedBy::Stop => match evidence.cause {
+            Some(cause) if !own.succeeded => failed(cause, own.finished_at),
+            Some(_) | None => own,
+        },
+        pb::EndedBy::Deadline => Outcome {
+            succeeded: false,
+            reason: "DeadlineExceeded".to_owned(),
+            message: if own.message.is_empty() {
+                "Pod was active on the node longer than the specified deadline".to_owned()
+            } else {
+                own.message
+            },
+            ..own
+        },
+        pb::EndedBy::Signal => by_signal(evidence, own),
+    }
+}
+
+/// The containers were ended from outside: the reason is Slurm's, or ours where we sent the signal.
+fn by_signal(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
+    if let Some(cause) = evidence.cause {
+        return if own.succeeded { own } else { failed(cause, own.finished_at) };
+    }
+    match evidence.view.and_then(|view| by_state(evidence, view)) {
+        Some(slurm) => Outcome { finished_at: own.finished_at, ..slurm },
+        // Slurm says nothing of it (the job went on and completed): the report stands.
+        None => own,
+    }
+}
+
+fn failed(cause: &Cause, finished_at: Timestamp) -> Outcome {
+    let (reason, message) = match cause {
+        Cause::Deleted(words) => ("Deleted", words.clone()),
+        Cause::NeverStarts(reason) => {
+            ("SlurmJobNeverStarts", format!("the job would have waited for ever: {reason}"))
+        }
+    };
+    let reason = reason.to_owned();
+    Outcome { succeeded: false, reason, message, disruption: false, finished_at }
+}
+
+fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
+    let ended = evidence.view.and_then(|view| view.ended_at);
+    let at = ended.and_then(|seconds| Timestamp::from_second(seconds).ok()).unwrap_or(now);
+    if let Some(cause) = evidence.cause {
+        return failed(cause, at);
+    }
+    let Some(view) = evidence.view else {
+        return unknown("the scheduler does not know the job, and it left no report", evidence, at);
+    };
+    // The shim's own word comes before the state, which only repeats that its code was not zero.
+    let decided = by_exit(evidence, view).or_else(|| by_state(evidence, view));
+    let decided = decided.unwrap_or_else(|| {
+        let how = view.exit.map_or_else(String::new, |exit| {
+            format!(", exit code {}, signal {}", exit.code, exit.signal)
+        });
+        unknown(&format!("the job ended ({}{how}) without a report", view.state), evidence, at)
+    });
+    Outcome { finished_at: at, ..decided }
+}
+
+fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
+    let at = Timestamp::UNIX_EPOCH;
+    match view.exit? {
+        JobExit { code: EXIT_NO_REPORT, .. } => {
+            Some(unknown("the shim could not write its report", evidence, at))
+        }
+        JobExit { code: EXIT_CANNOT_START, .. } => {
+            Some(plain("CannotStart", &with_tail("the shim could not start", evidence), at))
+        }
+        JobExit { code: EXIT_SURPLUS, .. } => {
+            Some(unknown("the claim of the job directory is another job's", evidence, at))
+        }
+        JobExit { code: 0, signal: SIGNAL_UNWRITABLE } => Some(plain(
+            "CannotStart",
+            "slurmd could not open the job's output file (exit 0:53): the state directory is not \
+             there or not writable on the compute node; is it on a shared file system?",
+            at,
+        )),
+        JobExit { .. } => None,
+    }
+}
+
+/// What Slurm's state alone says. `None` where it says nothing of why.
+fn by_state(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
+    let at = Timestamp::UNIX_EPOCH;
+    let limit = || view.time_limit_minutes.map_or_else(String::new, |m| format!(" of {m} minutes"));
+    let outcome = match &view.state {
+        JobState::Timeout if deadline_was_the_limit(evidence, view) => {
+            plain("DeadlineExceeded", "the pod's activeDeadlineSeconds are over", at)
+        }
+        JobState::Timeout => {
+            plain("SlurmTimeLimit", &format!("the job reached its time limit{}", limit()), at)
+        }
+        JobState::Deadline => plain("SlurmDeadline", "the job's --deadline passed", at),
+        JobState::OutOfMemory => plain(
+            "OOMKilled",
+            &with_tail("the job was killed for using more memory than it asked for", evidence),
+            at,
+        ),
+        JobState::Preempted => disrupted("Preempted", "a more important job took the nodes", at),
+        JobState::NodeFail
+        | JobState::BootFail
+        | JobState::LaunchFailed
+        | JobState::ReconfigFail
+        | JobState::Revoked => {
+            disrupted("NodeFailed", &format!("Slurm ended the job: {}", view.state), at)
+        }
+        JobState::Cancelled { by } => {
+            let who = by.map_or_else(String::new, |uid| format!(" by user id {uid}"));
+            plain("Cancelled", &format!("the job was cancelled{who}, not through Kubernetes"), at)
+        }
+        JobState::Pending
+        | JobState::Configuring
+        | JobState::Running
+        | JobState::Completing
+        | JobState::Suspended
+        | JobState::Stopped
+        | JobState::Resizing
+        | JobState::Signaling
+        | JobState::StageOut
+        | JobState::Requeued
+        | JobState::RequeueHold
+        | JobState::RequeueFed
+        | JobState::SpecialExit
+        | JobState::ResvDelHold
+        | JobState::Completed
+        | JobState::Failed
+        | JobState::Unknown(_) => return None,
+    };
+    Some(outcome)
+}
+
+/// Was the job's time limit made of the pod's own deadline (and its grace, rounded up to minutes)?
+fn deadline_was_the_limit(evidence: &Evidence<'_>, view: &JobView) -> bool {
+    let (Some(deadline), Some(minutes)) = (evidence.deadline, view.time_limit_minutes) else {
+        return false;
+    };
+    let seconds = u64::try_from(minutes).unwrap_or(0).saturating_mul(60);
+    // An explicit, shorter time limit is Slurm's; a minute of slack for the rounding.
+    deadline.as_secs() <= seconds
+        && seconds <= (deadline + evidence.grace).as_secs().saturating_add(120)
+}
+
+fn plain(reason: &str, message: &str, finished_at: Timestamp) -> Outcome {
+    let (reason, message) = (reason.to_owned(), message.to_owned());
+    Outcome { succeeded: false, reason, message, disruption: false, finished_at }
+}
+
+fn disrupted(reason: &str, message: &str, finished_at: Timestamp) -> Outcome {
+    Outcome { disruption: true, ..plain(reason, message, finished_at) }
+}
+
+fn unknown(message: &str, evidence: &Evidence<'_>, at: Timestamp) -> Outcome {
+    plain("ContainerStatusUnknown", &with_tail(message, evidence), at)
+}
+
+fn with_tail(message: &str, evidence: &Evidence<'_>) -> String {
+    match evidence.batch_tail.trim() {
+        "" => message.to_owned(),
+        tail => format!("{message}; the job's output ends with: {tail}"),
+    }
+}
+
+/// When the last container ended.
+fn last_end(report: &pb::Report) -> Option<Timestamp> {
+    let all = report.init_containers.iter().chain(&report.containers);
+    let ends = all.filter_map(|container| match &container.state {
+        Some(pb::container_status::State::Terminated(terminated)) => Some(terminated.finished_at),
+        Some(
+            pb::container_status::State::Waiting(_) | pb::container_status::State::Running(_),
+        )
+        | None => None,
+    });
+    Timestamp::from_nanosecond(ends.max().filter(|at| *at > 0)?.into()).ok()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,211 @@
+//! PURE: what outsiders see of a pod.
+
+use jiff::Timestamp;
+use knoc_proto::pb::{self, container_status::State as Status};
+
+use super::{
+    outcome::Outcome,
+    state::{Pod, State, nanos},
+};
+
+/// The exit code of a container of which nobody knows how it ended, as in Kubernetes.
+const EXIT_UNKNOWN: i32 = 137;
+
+/// All that the agent knows of the pod. `generation` is left to the board.
+#[must_use]
+pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObserved {
+    let (phase, reason, message) = words(pod);
+    let containers = |of_spec: &[pb::Container], reported: fn(&pb::Report) -> &[pb::ContainerStatus]| {
+        let reported = pod.report.as_ref().map_or(&[][..], reported);
+        of_spec.iter().map(|container| status(pod, container, reported, &message)).collect()
+    };
+    pb::PodObserved {
+        uid: spec.uid.clone(),
+        namespace: spec.namespace.clone(),
+        name: spec.name.clone(),
+        spec_generation: spec.generation.max(1),
+        phase: phase.into(),
+        since: nanos(pod.since),
+        job: job(pod),
+        init_containers: containers(&spec.init_containers, |report| &report.init_containers),
+        containers: containers(&spec.containers, |report| &report.containers),
+        outcome: match &pod.state {
+            State::Finished { outcome, .. } => Some(encode(outcome)),
+            _ => None,
+        },
+        deleting: pod.deletion.is_some(),
+        host_ip: pod.report.as_ref().map_or_else(String::new, |report| report.host_ip.clone()),
+        notes: pod.notes.clone(),
+        shim_connected: pod.link,
+        cluster_id: cluster_id.to_owned(),
+        reason,
+        message,
+        generation: 0,
+    }
+}
+
+fn encode(outcome: &Outcome) -> pb::Outcome {
+    let kind = if outcome.succeeded { pb::OutcomeKind::Succeeded } else { pb::OutcomeKind::Failed };
+    pb::Outcome {
+        kind: kind.into(),
+        reason: outcome.reason.clone(),
+        message: outcome.message.clone(),
+        disruption: outcome.disruption,
+        finished_at: nanos(outcome.finished_at),
+    }
+}
+
+/// Phase, reason and message of the pod.
+fn words(pod: &Pod) -> (pb::PodPhase, String, String) {
+    use pb::PodPhase as Phase;
+    let word = |phase, reason: &str, message: String| (phase, reason.to_owned(), message);
+    match &pod.state {
+        State::Accepted => word(Phase::Accepted, "", String::new()),
+        State::Staging { trouble: None, .. } => word(Phase::Staging, "", String::new()),
+        State::Staging { trouble: Some(trouble), .. } => {
+            word(Phase::Staging, &trouble.reason, trouble.message.clone())
+        }
+        State::Throttled { reason, message, .. } => word(Phase::Throttled, reason, message.clone()),
+        State::Submitting { look: None } => word(Phase::Submitting, "", String::new()),
+        State::Submitting { look: Some(look) } => {
+            word(Phase::Submitting, "SubmissionUncertain", look.message.clone())
+        }
+        State::Queued { job, .. } => {
+            let reason = pod.view.as_ref().map_or("", |view| view.reason.as_str());
+            let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+            word(Phase::Queued, reason, format!("job {job} waits{why}"))
+        }
+        State::Running { .. } => running(pod),
+        State::Stopping { job, .. } => {
+            word(Phase::Stopping, "", format!("job {job} is being ended"))
+        }
+        State::Lost { job, .. } => {
+            let message = format!("the scheduler does not know job {job}");
+            word(Phase::Lost, "SlurmJobLost", message)
+        }
+        State::Settling { job, .. } => {
+            let phase = if pod.deletion.is_some() { Phase::Stopping } else { Phase::Running };
+            word(phase, "", format!("job {job} has ended; its report is awaited"))
+        }
+        State::Finished { outcome, .. } => {
+            word(Phase::Finished, &outcome.reason, outcome.message.clone())
+        }
+        State::Forgotten => word(Phase::Finished, "", String::new()),
+    }
+}
+
+fn running(pod: &Pod) -> (pb::PodPhase, String, String) {
+    use crate::scheduler::JobState as Job;
+    let state = pod.view.as_ref().map(|view| &view.state);
+    let reason = match state {
+        Some(Job::Suspended | Job::Stopped) => "SlurmJobSuspended",
+        Some(Job::Pending | Job::Requeued | Job::RequeueHold | Job::Configuring) => {
+            "SlurmJobRequeued"
+        }
+        _ => "",
+    };
+    let message = match (reason, state) {
+        ("", _) | (_, None) => String::new(),
+        (_, Some(state)) => format!("the job is {state}"),
+    };
+    (pb::PodPhase::Running, reason.to_owned(), message)
+}
+
+fn job(pod: &Pod) -> Option<pb::Job> {
+    let (began, ended) = pod.sbatch.map_or((0, 0), |(began, ended)| (nanos(began), nanos(ended)));
+    let id = pod.view.as_ref().map(|view| view.id.clone()).or_else(|| pod.job().map(|job| job.id));
+    let known = pb::Job { sbatch_began: began, sbatch_ended: ended, ..pb::Job::default() };
+    let started = pod.report.as_ref().map_or(0, |report| report.started_at / 1_000_000_000);
+    let Some(view) = &pod.view else {
+        return id.map(|id| pb::Job {
+            id: id.to_string(),
+            submitted_at: pod.sbatch.map_or(0, |(_, ended)| ended.as_second()),
+            started_at: started,
+            ..known
+        });
+    };
+    Some(pb::Job {
+        id: view.id.to_string(),
+        state: view.state.to_string(),
+        reason: view.reason.clone(),
+        nodes: view.nodes.clone(),
+        partition: view.partition.clone(),
+        submitted_at: view.submitted_at.unwrap_or(0),
+        started_at: view.started_at.unwrap_or(started),
+        ended_at: view.ended_at.unwrap_or(0),
+        estimated_start: view.estimated_start.unwrap_or(0),
+        restarts: view.restarts.try_into().unwrap_or(i32::MAX),
+        ..known
+    })
+}
+
+/// The container as the shim reports it; before that as the state has it, after the end never as running.
+fn status(
+    pod: &Pod,
+    container: &pb::Container,
+    reported: &[pb::ContainerStatus],
+    message: &str,
+) -> pb::ContainerStatus {
+    let known = reported.iter().find(|status| status.name == container.name);
+    let status = known.cloned().unwrap_or_else(|| pb::ContainerStatus {
+        name: container.name.clone(),
+        image: container.image.clone(),
+        state: Some(Status::Waiting(waiting(pod, container, message))),
+        ..pb::ContainerStatus::default()
+    });
+    match &pod.state {
+        State::Finished { outcome, .. } if pod.report.is_some() || was_started(pod) => {
+            settled(status, outcome, pod.since)
+        }
+        _ => status,
+    }
+}
+
+fn was_started(pod: &Pod) -> bool {
+    pod.view.as_ref().is_some_and(|view| view.started_at.is_some())
+}
+
+fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
+    let own = match &pod.state {
+        State::Staging { trouble: Some(trouble), .. } if trouble.container == container.name => {
+            Some((&trouble.reason, &trouble.message))
+        }
+        _ => None,
+    };
+    let (reason, message) =
+        own.map_or(("ContainerCreating", message), |(reason, words)| (reason, words));
+    pb::Waiting { reason: reason.to_owned(), message: message.to_owned() }
+}
+
+/// A container of a finished pod that was last seen alive: nobody knows how it ended.
+fn settled(
+    mut status: pb::ContainerStatus,
+    outcome: &Outcome,
+    since: Timestamp,
+) -> pb::ContainerStatus {
+    let started_at = match &status.state {
+        Some(Status::Terminated(_)) => return status,
+        Some(Status::Running(running)) => running.started_at,
+        // An init container that never ran, or one after it, stays as it is where the report was final.
+        Some(Status::Waiting(_)) | None => 0,
+    };
+    if started_at == 0 && (outcome.succeeded || status.restart_count > 0) {
+        return status;
+    }
+    status.ready = false;
+    status.started = false;
+    let known = ["OOMKilled", "ContainerStatusUnknown"].contains(&outcome.reason.as_str());
+    status.state = Some(Status::Terminated(pb::Terminated {
+        exit_code: EXIT_UNKNOWN,
+        reason: if known { outcome.reason.clone() } else { "ContainerStatusUnknown".to_owned() },
+        message: outcome.message.clone(),
+        started_at,
+        finished_at: nanos(since),
+        container_id: status.container_id.clone(),
+        ..pb::Terminated::default()
+    }));
+    status
+}
+
+#[cfg(test)]
+mod tests;

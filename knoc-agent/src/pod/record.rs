@@ -1,0 +1,325 @@
+//! `record.json`: what the agent must know of a pod after a restart.
+//!
+//! PURE conversions between [`Pod`] and [`Record`]; reading and writing is the caller's. A versioned protocol between
+//! agents of different releases: fields are only ever added, with a default that means "as before". The shape of the
+//! pod is in `job.pb`, the containers' states in `report.pb`.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use knoc_proto::{
+    ids::{JobId, PodUid},
+    pb,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    outcome::{Cause, Outcome},
+    state::{Deletion, Ending, Facts, Pod, State},
+};
+use crate::scheduler::{JobExit, JobState, JobView};
+
+/// What newer agents must still read.
+const VERSION: u32 = 1;
+
+/// The content of `record.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    version: u32,
+    /// UID of the cluster that wanted the pod.
+    #[serde(default)]
+    pub cluster_id: String,
+    phase: Phase,
+    since: Timestamp,
+    #[serde(default)]
+    attempt: u32,
+    #[serde(default)]
+    job: Option<JobId>,
+    #[serde(default)]
+    sbatch: Option<(Timestamp, Timestamp)>,
+    #[serde(default)]
+    view: Option<View>,
+    #[serde(default)]
+    deletion: Option<RecordedDeletion>,
+    #[serde(default)]
+    batch_tail: String,
+    #[serde(default)]
+    notes: Vec<RecordedNote>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Phase {
+    Accepted,
+    Staging,
+    Throttled { tries: u32, reason: String, message: String, retry_at: Timestamp },
+    Submitting,
+    Queued,
+    Running,
+    Stopping { cause: RecordedCause, how: How, deadline: Timestamp },
+    Lost,
+    Settling { cause: Option<RecordedCause>, until: Timestamp },
+    Finished(RecordedOutcome),
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RecordedCause {
+    Deleted(String),
+    NeverStarts(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum How {
+    Dequeued,
+    Told,
+    Cancelled,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct RecordedDeletion {
+    grace_seconds: u64,
+    reason: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct RecordedOutcome {
+    succeeded: bool,
+    reason: String,
+    message: String,
+    disruption: bool,
+    finished_at: Timestamp,
+    /// The job may still be there.
+    lingering: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct RecordedNote {
+    sequence: i64,
+    warning: bool,
+    reason: String,
+    message: String,
+    container: String,
+    at: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct View {
+    id: JobId,
+    state: String,
+    #[serde(default)]
+    reason: String,
+    #[serde(default)]
+    exit: Option<(i32, i32)>,
+    #[serde(default)]
+    nodes: String,
+    #[serde(default)]
+    partition: String,
+    #[serde(default)]
+    submitted_at: Option<i64>,
+    #[serde(default)]
+    started_at: Option<i64>,
+    #[serde(default)]
+    ended_at: Option<i64>,
+    #[serde(default)]
+    time_limit_minutes: Option<i64>,
+    #[serde(default)]
+    restarts: u32,
+}
+
+impl Record {
+    /// What is to be kept of `pod`.
+    #[must_use]
+    pub fn of(pod: &Pod, cluster_id: &str) -> Self {
+        Self {
+            version: VERSION,
+            cluster_id: cluster_id.to_owned(),
+            phase: phase(&pod.state),
+            since: pod.since,
+            attempt: pod.attempt,
+            job: pod.job().map(|job| job.id),
+            sbatch: pod.sbatch,
+            view: pod.view.as_ref().map(view),
+            deletion: pod.deletion.as_ref().map(|deletion| RecordedDeletion {
+                grace_seconds: deletion.grace.as_secs(),
+                reason: deletion.reason.clone(),
+            }),
+            batch_tail: pod.batch_tail.clone(),
+            notes: pod.notes.iter().map(note).collect(),
+        }
+    }
+
+    /// The pod as it was, with the report that lies beside the record.
+    #[must_use]
+    pub fn restore(self, facts: Facts, report: Option<pb::Report>) -> Pod {
+        let state = state(self.phase, self.job, self.since);
+        let mut pod = Pod::new(facts, self.since);
+        pod.view = self.view.map(|view| unview(view, &pod.facts.uid));
+        pod.state = state;
+        pod.attempt = self.attempt;
+        pod.sbatch = self.sbatch;
+        pod.report = report;
+        pod.deletion = self.deletion.map(|deletion| Deletion {
+            grace: Duration::from_secs(deletion.grace_seconds),
+            reason: deletion.reason,
+        });
+        pod.batch_tail = self.batch_tail;
+        pod.notes = self.notes.into_iter().map(unnote).collect();
+        pod
+    }
+}
+
+fn phase(state: &State) -> Phase {
+    match state {
+        State::Accepted => Phase::Accepted,
+        State::Staging { .. } => Phase::Staging,
+        State::Throttled { tries, reason, message, retry_at } => Phase::Throttled {
+            tries: *tries,
+            reason: reason.clone(),
+            message: message.clone(),
+            retry_at: *retry_at,
+        },
+        State::Submitting { .. } => Phase::Submitting,
+        State::Queued { .. } => Phase::Queued,
+        State::Running { .. } => Phase::Running,
+        State::Stopping { cause: why, how, deadline, .. } => {
+            let how = match how {
+                Ending::Dequeued => How::Dequeued,
+                Ending::Told => How::Told,
+                Ending::Cancelled => How::Cancelled,
+            };
+            Phase::Stopping { cause: cause(why), how, deadline: *deadline }
+        }
+        State::Lost { .. } => Phase::Lost,
+        State::Settling { cause: why, until, .. } => {
+            Phase::Settling { cause: why.as_ref().map(cause), until: *until }
+        }
+        State::Finished { outcome, lingering } => Phase::Finished(RecordedOutcome {
+            succeeded: outcome.succeeded,
+            reason: outcome.reason.clone(),
+            message: outcome.message.clone(),
+            disruption: outcome.disruption,
+            finished_at: outcome.finished_at,
+            lingering: lingering.is_some(),
+        }),
+        // Its folder is being removed; should the agent die in between, the rest is swept as one being deleted.
+        State::Forgotten => Phase::Accepted,
+    }
+}
+
+/// A state that names a job without one in the record cannot come from us; looking by name is right for it.
+fn state(phase: Phase, job: Option<JobId>, since: Timestamp) -> State {
+    match (phase, job) {
+        (Phase::Accepted, _) => State::Accepted,
+        (Phase::Staging, _) => State::Staging { tries: 0, trouble: None },
+        (Phase::Throttled { tries, reason, message, retry_at }, _) => {
+            State::Throttled { tries, reason, message, retry_at }
+        }
+        (Phase::Queued, Some(job)) => State::Queued { job, never: None },
+        (Phase::Running, Some(job)) => State::Running { job },
+        (Phase::Stopping { cause, how, deadline }, Some(job)) => {
+            let how = match how {
+                How::Dequeued => Ending::Dequeued,
+                How::Told => Ending::Told,
+                How::Cancelled => Ending::Cancelled,
+            };
+            State::Stopping { job, cause: uncause(cause), how, deadline }
+        }
+        (Phase::Lost, Some(job)) => State::Lost { job, since, look_at: since },
+        (Phase::Settling { cause, until }, Some(job)) => {
+            State::Settling { job, cause: cause.map(uncause), until, look_at: since }
+        }
+        (Phase::Finished(outcome), job) => State::Finished {
+            lingering: job.filter(|_| outcome.lingering),
+            outcome: Outcome {
+                succeeded: outcome.succeeded,
+                reason: outcome.reason,
+                message: outcome.message,
+                disruption: outcome.disruption,
+                finished_at: outcome.finished_at,
+            },
+        },
+        (
+            Phase::Submitting
+            | Phase::Queued
+            | Phase::Running
+            | Phase::Stopping { .. }
+            | Phase::Lost
+            | Phase::Settling { .. },
+            _,
+        ) => State::Submitting { look: None },
+    }
+}
+
+fn cause(cause: &Cause) -> RecordedCause {
+    match cause {
+        Cause::Deleted(words) => RecordedCause::Deleted(words.clone()),
+        Cause::NeverStarts(reason) => RecordedCause::NeverStarts(reason.clone()),
+    }
+}
+
+fn uncause(cause: RecordedCause) -> Cause {
+    match cause {
+        RecordedCause::Deleted(words) => Cause::Deleted(words),
+        RecordedCause::NeverStarts(reason) => Cause::NeverStarts(reason),
+    }
+}
+
+fn view(view: &JobView) -> View {
+    View {
+        id: view.id.clone(),
+        state: view.state.to_string(),
+        reason: view.reason.clone(),
+        exit: view.exit.map(|exit| (exit.code, exit.signal)),
+        nodes: view.nodes.clone(),
+        partition: view.partition.clone(),
+        submitted_at: view.submitted_at,
+        started_at: view.started_at,
+        ended_at: view.ended_at,
+        time_limit_minutes: view.time_limit_minutes,
+        restarts: view.restarts,
+    }
+}
+
+fn unview(view: View, uid: &PodUid) -> JobView {
+    JobView {
+        id: view.id,
+        uid: uid.clone(),
+        cluster_id: String::new(),
+        attempt: 0,
+        state: JobState::parse(&view.state),
+        reason: view.reason,
+        exit: view.exit.map(|(code, signal)| JobExit { code, signal }),
+        nodes: view.nodes,
+        partition: view.partition,
+        submitted_at: view.submitted_at,
+        started_at: view.started_at,
+        ended_at: view.ended_at,
+        estimated_start: None,
+        time_limit_minutes: view.time_limit_minutes,
+        restarts: view.restarts,
+    }
+}
+
+fn note(note: &pb::PodNote) -> RecordedNote {
+    RecordedNote {
+        sequence: note.sequence,
+        warning: note.warning,
+        reason: note.reason.clone(),
+        message: note.message.clone(),
+        container: note.container.clone(),
+        at: note.at,
+    }
+}
+
+fn unnote(note: RecordedNote) -> pb::PodNote {
+    pb::PodNote {
+        sequence: note.sequence,
+        warning: note.warning,
+        reason: note.reason,
+        message: note.message,
+        container: note.container,
+        at: note.at,
+    }
+}

@@ -1,0 +1,389 @@
+//! PURE: the steps of a pod that has a job: what the scheduler's rounds and the shim's reports mean for it.
+
+use jiff::Timestamp;
+use knoc_proto::{ids::JobId, pb};
+
+use super::{Effect, FILES_AGAIN, LINGER, Pod, State, ending, submit};
+use crate::{
+    pod::outcome::{
+        Cause, EXIT_CANNOT_START, EXIT_NO_REPORT, EXIT_SURPLUS, EXITS_WITH_REPORT, Evidence, decide,
+    },
+    scheduler::{Cancel, JobExit, JobPhase, JobState, JobView},
+};
+
+pub(super) fn round(
+    pod: &mut Pod,
+    jobs: Vec<JobView>,
+    missing: bool,
+    now: Timestamp,
+) -> Vec<Effect> {
+    let Some(own) = pod.job() else { return Vec::new() };
+    let mut effects = if pod.is_finished() {
+        Vec::new()
+    } else {
+        submit::cancel_surplus(pod, &jobs, now)
+    };
+    if let Some(view) = jobs.into_iter().find(|view| view.id == own.id) {
+        effects.extend(seen(pod, view, now));
+    } else if missing {
+        effects.extend(gone(pod, now));
+    }
+    effects
+}
+
+/// The scheduler knows the pod's job.
+fn seen(pod: &mut Pod, view: JobView, now: Timestamp) -> Vec<Effect> {
+    let (phase, id) = (view.state.phase(), view.id.clone());
+    let first = pod.view.is_none();
+    let before = pod.view.replace(view);
+    match phase {
+        JobPhase::Ended => return ended(pod, now),
+        JobPhase::Running | JobPhase::Queued => {}
+    }
+    match &pod.state {
+        State::Queued { .. } if phase == JobPhase::Running => run(pod, id, now),
+        State::Queued { .. } => {
+            pending(pod, before.as_ref(), now);
+            if first { vec![Effect::Persist] } else { Vec::new() }
+        }
+        State::Running { .. } => {
+            running(pod, before.as_ref(), now);
+            Vec::new()
+        }
+        State::Lost { .. } if phase == JobPhase::Running => run(pod, id, now),
+        // Known again; what ended may also have been requeued by hand.
+        State::Lost { .. } => {
+            pod.enter(State::Queued { job: id, never: None }, now);
+            vec![Effect::Persist]
+        }
+        State::Settling { cause: None, .. } if phase == JobPhase::Running && !reported(pod) => {
+            run(pod, id, now)
+        }
+        State::Stopping { .. } => ending::still_there(pod, phase, now),
+        State::Finished { .. } => linger(pod, now),
+        State::Settling { .. }
+        | State::Accepted
+        | State::Staging { .. }
+        | State::Throttled { .. }
+        | State::Submitting { .. }
+        | State::Forgotten => Vec::new(),
+    }
+}
+
+fn run(pod: &mut Pod, job: JobId, now: Timestamp) -> Vec<Effect> {
+    let nodes = pod.view.as_ref().map_or("", |view| view.nodes.as_str());
+    let text = if nodes.is_empty() {
+        format!("job {job} has started")
+    } else {
+        format!("job {job} has started on {nodes}")
+    };
+    pod.note(false, "SlurmJobStarted", text, now);
+    pod.enter(State::Running { job }, now);
+    vec![Effect::Persist]
+}
+
+/// A queued job: why it waits, and whether it waits for ever.
+fn pending(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
+    let Some(view) = pod.view.clone() else { return };
+    let never_starts = view.never_starts();
+    if before.is_none_or(|before| before.reason != view.reason) && !view.reason.is_empty() {
+        let text = format!("job {} waits: {}", view.id, view.reason);
+        let reason = if never_starts { "SlurmJobNeverStarts" } else { "SlurmJobPending" };
+        pod.note(never_starts, reason, text, now);
+    }
+    if let State::Queued { never, .. } = &mut pod.state {
+        *never = never_starts.then(|| never.unwrap_or(now));
+    }
+}
+
+fn running(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
+    let Some(view) = pod.view.clone() else { return };
+    if before.is_some_and(|before| before.state == view.state) {
+        return;
+    }
+    let (warning, reason) = match view.state {
+        JobState::Suspended | JobState::Stopped => (true, "SlurmJobSuspended"),
+        JobState::Running if before.is_some_and(|b| b.state == JobState::Suspended) => {
+            (false, "SlurmJobResumed")
+        }
+        _ if view.state.phase() == JobPhase::Queued => (true, "SlurmJobRequeued"),
+        _ => return,
+    };
+    let text = format!("job {} is {}", view.id, view.state);
+    pod.note(warning, reason, text, now);
+}
+
+/// The job has ended: how is the report's word, which may take a while to show.
+fn ended(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let (job, cause) = match &pod.state {
+        State::Queued { job, .. } | State::Running { job } | State::Lost { job, .. } => {
+            (job.clone(), None)
+        }
+        State::Stopping { job, cause, .. } => (job.clone(), Some(cause.clone())),
+        // Where the report was waiting for Slurm's word, here it is.
+        State::Settling { job, cause, .. } => (job.clone(), cause.clone()),
+        State::Finished { .. } => {
+            if let State::Finished { lingering, .. } = &mut pod.state {
+                *lingering = None;
+            }
+            return Vec::new();
+        }
+        State::Accepted
+        | State::Staging { .. }
+        | State::Throttled { .. }
+        | State::Submitting { .. }
+        | State::Forgotten => return Vec::new(),
+    };
+    if reported(pod) {
+        return conclude(pod, cause, now);
+    }
+    if let State::Settling { .. } = pod.state {
+        return Vec::new();
+    }
+    let until = now + patience(pod);
+    pod.enter(State::Settling { job, cause, until, look_at: now + FILES_AGAIN }, now);
+    vec![Effect::Persist, Effect::ReadFiles]
+}
+
+fn reported(pod: &Pod) -> bool {
+    pod.report.as_ref().is_some_and(|report| report.r#final)
+}
+
+/// How long a final report may still show. Where none can come, the files are read once all the same.
+fn patience(pod: &Pod) -> std::time::Duration {
+    let Some(view) = &pod.view else { return pod.facts.patience.report_grace };
+    let never_started = view.started_at.is_none() && pod.report.is_none();
+    let none_can_come = match view.exit {
+        Some(JobExit { code, signal: 0 }) if EXITS_WITH_REPORT.contains(&code) => false,
+        Some(JobExit { code, .. }) => {
+            [EXIT_NO_REPORT, EXIT_CANNOT_START, EXIT_SURPLUS].contains(&code)
+        }
+        None => false,
+    };
+    let stopping = matches!(pod.state, State::Stopping { .. });
+    let cancelled = matches!(view.state, JobState::Cancelled { .. });
+    let cancelled_in_queue = never_started && (cancelled || stopping);
+    let crashed = view.exit.is_some_and(|exit| exit.code == 0 && exit.signal == 53);
+    let node_gone = matches!(
+        view.state,
+        JobState::NodeFail | JobState::BootFail | JobState::LaunchFailed | JobState::ReconfigFail
+    );
+    if none_can_come || cancelled_in_queue || crashed || node_gone {
+        FILES_AGAIN
+    } else {
+        pod.facts.patience.report_grace
+    }
+}
+
+/// Neither queue nor accounting know the job.
+fn gone(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    match &mut pod.state {
+        State::Queued { job, .. } | State::Running { job } => {
+            let job = job.clone();
+            pod.note(true, "SlurmJobLost", format!("the scheduler does not know job {job}"), now);
+            pod.enter(State::Lost { job, since: now, look_at: now + FILES_AGAIN }, now);
+            vec![Effect::Persist, Effect::ReadFiles]
+        }
+        State::Stopping { .. } => ended(pod, now),
+        State::Finished { lingering, .. } => {
+            *lingering = None;
+            Vec::new()
+        }
+        State::Lost { .. }
+        | State::Settling { .. }
+        | State::Accepted
+        | State::Staging { .. }
+        | State::Throttled { .. }
+        | State::Submitting { .. }
+        | State::Forgotten => Vec::new(),
+    }
+}
+
+/// The shim speaks. Its reports come only from the job that holds the claim.
+pub(super) fn report(pod: &mut Pod, report: pb::Report, now: Timestamp) -> Vec<Effect> {
+    let newer = pod.report.as_ref().is_none_or(|known| {
+        (report.restart, report.sequence, report.r#final)
+            > (known.restart, known.sequence, known.r#final)
+    });
+    if !newer || report.uid != pod.facts.uid.as_str() || pod.is_finished() {
+        return Vec::new();
+    }
+    let Ok(job) = JobId::try_from(report.job_id.as_str()) else { return Vec::new() };
+    adopt(pod, &job, now);
+    take_notes(pod, &report);
+    let is_final = report.r#final;
+    pod.report = Some(report);
+    let mut effects = match &pod.state {
+        State::Queued { .. } | State::Lost { .. } => run(pod, job, now),
+        State::Stopping { cause: Cause::NeverStarts(_), .. } => run(pod, job, now),
+        // A look by name is under way, or sbatch has not answered yet: here is the answer.
+        State::Submitting { .. } => {
+            let effects = run(pod, job, now);
+            match pod.deletion.clone() {
+                Some(_) => effects.into_iter().chain(ending::tell(pod, now)).collect(),
+                None => effects,
+            }
+        }
+        State::Running { .. }
+        | State::Stopping { .. }
+        | State::Settling { .. }
+        | State::Accepted
+        | State::Staging { .. }
+        | State::Throttled { .. }
+        | State::Finished { .. }
+        | State::Forgotten => Vec::new(),
+    };
+    if is_final {
+        effects.extend(final_report(pod, now));
+    }
+    effects
+}
+
+/// The claim is another job's than the one we know: that one is the pod's.
+fn adopt(pod: &mut Pod, claimant: &JobId, now: Timestamp) {
+    let own = match &mut pod.state {
+        State::Queued { job, .. }
+        | State::Running { job }
+        | State::Stopping { job, .. }
+        | State::Lost { job, .. }
+        | State::Settling { job, .. } => job,
+        State::Accepted
+        | State::Staging { .. }
+        | State::Throttled { .. }
+        | State::Submitting { .. }
+        | State::Finished { .. }
+        | State::Forgotten => return,
+    };
+    if own == claimant {
+        return;
+    }
+    let text = format!("job {claimant} holds the claim; it is the pod's instead of {own}");
+    own.clone_from(claimant);
+    pod.view = None;
+    pod.note(true, "SlurmJobSurplus", text, now);
+}
+
+/// The shim's notes, once each.
+fn take_notes(pod: &mut Pod, report: &pb::Report) {
+    let known = pod.report.as_ref().and_then(|known| known.notes.last()).map_or(0, |n| n.sequence);
+    for note in report.notes.iter().filter(|note| note.sequence > known) {
+        pod.push_note(note.clone());
+    }
+}
+
+/// All containers have ended, and the report of it is synced.
+fn final_report(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let by_signal = pod.report.as_ref().is_some_and(|r| r.ended_by() == pb::EndedBy::Signal);
+    match &pod.state {
+        // Only Slurm knows why; and only the end of the job finishes a pod that is being deleted.
+        State::Running { job } if by_signal => {
+            let job = job.clone();
+            let until = now + pod.facts.patience.report_grace;
+            let look_at = until;
+            pod.enter(State::Settling { job, cause: None, until, look_at }, now);
+            vec![Effect::Persist, Effect::Hurry]
+        }
+        State::Running { .. } => conclude(pod, None, now),
+        State::Settling { cause, .. } => {
+            let cause = cause.clone();
+            conclude(pod, cause, now)
+        }
+        State::Stopping { .. } => vec![Effect::Hurry],
+        State::Accepted
+        | State::Staging { .. }
+        | State::Throttled { .. }
+        | State::Submitting { .. }
+        | State::Queued { .. }
+        | State::Lost { .. }
+        | State::Finished { .. }
+        | State::Forgotten => Vec::new(),
+    }
+}
+
+/// The files were read; no final report is there.
+pub(super) fn files(pod: &mut Pod, batch_tail: String, now: Timestamp) -> Vec<Effect> {
+    match &pod.state {
+        State::Settling { .. } | State::Lost { .. } => {
+            pod.batch_tail = batch_tail;
+            tick(pod, now)
+        }
+        State::Accepted
+        | State::Staging { .. }
+        | State::Throttled { .. }
+        | State::Submitting { .. }
+        | State::Queued { .. }
+        | State::Running { .. }
+        | State::Stopping { .. }
+        | State::Finished { .. }
+        | State::Forgotten => Vec::new(),
+    }
+}
+
+pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let lost_after = pod.facts.patience.lost_after;
+    let link = pod.link;
+    match &mut pod.state {
+        State::Queued { never: Some(since), .. } => {
+            if now < *since + pod.facts.patience.never_ends_after {
+                return Vec::new();
+            }
+            let reason = pod.view.as_ref().map_or_else(String::new, |view| view.reason.clone());
+            ending::dequeue(pod, Cause::NeverStarts(reason), now)
+        }
+        State::Settling { until, cause, .. } if now >= *until => {
+            let cause = cause.clone();
+            conclude(pod, cause, now)
+        }
+        // While its shim speaks, the job lives, whatever the scheduler says.
+        State::Lost { since, .. } if now >= *since + lost_after && !link => {
+            pod.view = None;
+            conclude(pod, None, now)
+        }
+        State::Settling { look_at, .. } | State::Lost { look_at, .. } if now >= *look_at => {
+            *look_at = now + FILES_AGAIN;
+            vec![Effect::ReadFiles]
+        }
+        State::Settling { .. }
+        | State::Lost { .. }
+        | State::Queued { .. }
+        | State::Accepted
+        | State::Staging { .. }
+        | State::Throttled { .. }
+        | State::Submitting { .. }
+        | State::Running { .. }
+        | State::Stopping { .. }
+        | State::Finished { .. }
+        | State::Forgotten => Vec::new(),
+    }
+}
+
+/// Decides how the pod ended.
+pub(super) fn conclude(pod: &mut Pod, cause: Option<Cause>, now: Timestamp) -> Vec<Effect> {
+    let outcome = decide(
+        &Evidence {
+            view: pod.view.as_ref(),
+            report: pod.report.as_ref(),
+            cause: cause.as_ref(),
+            deadline: pod.facts.deadline,
+            grace: pod.facts.grace,
+            batch_tail: &pod.batch_tail,
+        },
+        now,
+    );
+    let job_ended = pod.view.as_ref().is_some_and(|v| v.state.phase() == JobPhase::Ended);
+    let lingering = pod.job().map(|job| job.id).filter(|_| !job_ended && cause.is_none());
+    ending::finish(pod, outcome, lingering, now)
+}
+
+/// A job that outlives its final report is cancelled: none leaks.
+fn linger(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let Some(job) = pod.job() else { return Vec::new() };
+    if now < pod.since + LINGER {
+        return Vec::new();
+    }
+    let text = format!("job {} outlived its pod and was cancelled", job.id);
+    if !pod.notes.iter().any(|note| note.message == text) {
+        pod.note(true, "SlurmJobSurplus", text, now);
+    }
+    vec![Effect::Cancel { job, how: Cancel::Kill }]
+}

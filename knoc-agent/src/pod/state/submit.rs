@@ -1,0 +1,244 @@
+//! PURE: the steps up to the job: staging, submission, and looking for a job that may have been accepted.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use super::{Effect, LOOK_AGAIN, LOOKS, Look, Pod, State, Trouble, ending, job};
+use crate::{
+    pod::outcome::{Cause, Outcome},
+    scheduler::{Cancel, JobPhase, JobView, RefusalKind, Submitted},
+};
+
+/// Shown right after a failed pull …
+pub(super) const ERR_IMAGE_PULL: &str = "ErrImagePull";
+/// … and from then on until the next one.
+const IMAGE_PULL_BACK_OFF: &str = "ImagePullBackOff";
+/// How long the error itself is shown.
+pub(super) const SHOW_ERROR: Duration = Duration::from_secs(1);
+
+/// The actor has started: the effect that the state waits for is under way nowhere.
+pub(super) fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    match &mut pod.state {
+        State::Accepted => {
+            if pod.deletion.is_some() {
+                return deleted_before_job(pod, now);
+            }
+            pod.enter(State::Staging { tries: 0, trouble: None }, now);
+            vec![Effect::Stage]
+        }
+        State::Staging { trouble, .. } => {
+            *trouble = None;
+            vec![Effect::Stage]
+        }
+        // The agent died between the intent and the answer: the job may exist.
+        State::Submitting { look } => {
+            let message = "the agent was restarted during the submission".to_owned();
+            *look = Some(Look { tries: 0, at: now + LOOK_AGAIN, message });
+            vec![Effect::Find]
+        }
+        State::Queued { .. } | State::Running { .. } => vec![Effect::ReadFiles, Effect::Hurry],
+        State::Stopping { deadline, .. } => {
+            *deadline = now;
+            vec![Effect::ReadFiles, Effect::Hurry]
+        }
+        State::Lost { .. } | State::Settling { .. } => vec![Effect::ReadFiles, Effect::Hurry],
+        State::Finished { lingering: Some(_), .. } => vec![Effect::Hurry],
+        State::Throttled { .. } | State::Finished { .. } | State::Forgotten => Vec::new(),
+    }
+}
+
+pub(super) fn staged(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    if !matches!(pod.state, State::Staging { .. }) {
+        return Vec::new();
+    }
+    submit(pod, now)
+}
+
+fn submit(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    if pod.deletion.is_some() {
+        return deleted_before_job(pod, now);
+    }
+    pod.attempt += 1;
+    pod.enter(State::Submitting { look: None }, now);
+    vec![Effect::Persist, Effect::Submit]
+}
+
+pub(super) fn stage_failed(
+    pod: &mut Pod,
+    container: String,
+    reason: String,
+    message: String,
+    now: Timestamp,
+) -> Vec<Effect> {
+    let State::Staging { tries, .. } = pod.state else { return Vec::new() };
+    if pod.deletion.is_some() {
+        return deleted_before_job(pod, now);
+    }
+    pod.note(true, "Failed", format!("{reason}: {message}"), now);
+    if let Some(note) = pod.notes.last_mut() {
+        note.container.clone_from(&container);
+    }
+    let retry_at = now + pod.pause(tries);
+    let trouble = Trouble { container, reason, message, since: now, retry_at };
+    pod.state = State::Staging { tries: tries + 1, trouble: Some(trouble) };
+    Vec::new()
+}
+
+pub(super) fn submitted(pod: &mut Pod, submitted: Submitted, now: Timestamp) -> Vec<Effect> {
+    let State::Submitting { .. } = pod.state else {
+        // An answer nobody waits for: the machine went on by another way; the round will sort the job out.
+        return vec![Effect::Hurry];
+    };
+    pod.sbatch = Some((submitted.began, submitted.ended));
+    let text = format!("job {} was submitted", submitted.job);
+    pod.note(false, "SlurmJobSubmitted", text, now);
+    pod.enter(State::Queued { job: submitted.job, never: None }, now);
+    let mut effects = vec![Effect::Persist, Effect::Hurry];
+    if let Some(deletion) = pod.deletion.clone() {
+        effects.extend(ending::dequeue(pod, Cause::Deleted(deletion.reason), now));
+    }
+    effects
+}
+
+pub(super) fn refused(
+    pod: &mut Pod,
+    kind: RefusalKind,
+    words: String,
+    now: Timestamp,
+) -> Vec<Effect> {
+    let State::Submitting { .. } = pod.state else { return Vec::new() };
+    if kind == RefusalKind::Ambiguous {
+        let look = Look { tries: 0, at: now + LOOK_AGAIN, message: words };
+        pod.state = State::Submitting { look: Some(look) };
+        return vec![Effect::Find];
+    }
+    if pod.deletion.is_some() {
+        return deleted_before_job(pod, now);
+    }
+    let (reason, permanent) = match kind {
+        RefusalKind::Permanent => ("SlurmRejected", true),
+        RefusalKind::Throttled => ("Throttled", false),
+        RefusalKind::ControllerAway => ("SchedulerUnavailable", false),
+        RefusalKind::Ambiguous => return Vec::new(),
+    };
+    pod.note(true, reason, words.clone(), now);
+    if permanent {
+        let outcome = Outcome {
+            succeeded: false,
+            reason: "Rejected".to_owned(),
+            message: words,
+            disruption: false,
+            finished_at: now,
+        };
+        return ending::finish(pod, outcome, None, now);
+    }
+    // The attempt counts the refusals in a row as well as need be: each made one.
+    let tries = pod.attempt;
+    let retry_at = now + pod.pause(tries.saturating_sub(1));
+    let reason = reason.to_owned();
+    pod.enter(State::Throttled { tries, reason, message: words, retry_at }, now);
+    vec![Effect::Persist]
+}
+
+/// The jobs of this pod, by name. The one that may be alive is ours; others are surplus.
+pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Effect> {
+    let State::Submitting { look: Some(look) } = &pod.state else {
+        return Vec::new();
+    };
+    let (look, message) = (look.tries + 1, look.message.clone());
+    // One that runs before one that waits before one that ended; else the newest.
+    let best = jobs.iter().enumerate().min_by_key(|(n, view)| {
+        let rank = match view.state.phase() {
+            JobPhase::Running => 0,
+            JobPhase::Queued => 1,
+            JobPhase::Ended => 2,
+        };
+        (rank, *n)
+    });
+    let Some((_, best)) = best else {
+        if look < LOOKS {
+            let look = Look { tries: look, at: now + LOOK_AGAIN, message };
+            pod.state = State::Submitting { look: Some(look) };
+            return Vec::new();
+        }
+        return submit(pod, now);
+    };
+    let job = best.id.clone();
+    let text = format!("job {job} was found again by its name");
+    pod.note(false, "SlurmJobSubmitted", text, now);
+    pod.enter(State::Queued { job, never: None }, now);
+    let mut effects = vec![Effect::Persist];
+    effects.extend(job::round(pod, jobs, false, now));
+    if let (Some(deletion), State::Queued { .. }) = (pod.deletion.clone(), &pod.state) {
+        effects.extend(ending::dequeue(pod, Cause::Deleted(deletion.reason), now));
+    }
+    effects
+}
+
+pub(super) fn find_failed(pod: &mut Pod, message: String, now: Timestamp) -> Vec<Effect> {
+    let pause = pod.pause(0);
+    if let State::Submitting { look: Some(look) } = &mut pod.state {
+        // A look that failed says nothing: it does not count.
+        look.at = now + pause;
+        look.message = message;
+    }
+    Vec::new()
+}
+
+pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    match &mut pod.state {
+        State::Staging { trouble, .. } => {
+            let Some(waiting) = trouble else { return Vec::new() };
+            if now < waiting.retry_at {
+                IMAGE_PULL_BACK_OFF.clone_into(&mut waiting.reason);
+                waiting.message = format!("Back-off pulling image: {}", waiting.message);
+                return Vec::new();
+            }
+            *trouble = None;
+            vec![Effect::Stage]
+        }
+        State::Throttled { .. } => submit(pod, now),
+        State::Submitting { look: Some(look) } => {
+            look.at = now + Duration::from_secs(60);
+            vec![Effect::Find]
+        }
+        State::Submitting { look: None }
+        | State::Accepted
+        | State::Queued { .. }
+        | State::Running { .. }
+        | State::Stopping { .. }
+        | State::Lost { .. }
+        | State::Settling { .. }
+        | State::Finished { .. }
+        | State::Forgotten => Vec::new(),
+    }
+}
+
+/// No job was ever accepted.
+pub(super) fn deleted_before_job(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let message = pod.deletion.as_ref().map_or_else(String::new, |d| d.reason.clone());
+    let outcome = Outcome {
+        succeeded: false,
+        reason: "Deleted".to_owned(),
+        message,
+        disruption: false,
+        finished_at: now,
+    };
+    ending::finish(pod, outcome, None, now)
+}
+
+/// A surplus job that has not started leaves the queue; one that runs ends by the claim.
+pub(super) fn cancel_surplus(pod: &mut Pod, jobs: &[JobView], now: Timestamp) -> Vec<Effect> {
+    let Some(own) = pod.job() else { return Vec::new() };
+    let surplus: Vec<_> = jobs
+        .iter()
+        .filter(|view| view.id != own.id && view.state.phase() == JobPhase::Queued)
+        .map(JobView::job)
+        .collect();
+    for job in &surplus {
+        let text = format!("job {} is surplus and was cancelled; {} is the pod's", job.id, own.id);
+        pod.note(true, "SlurmJobSurplus", text, now);
+    }
+    surplus.into_iter().map(|job| Effect::Cancel { job, how: Cancel::Queued }).collect()
+}

@@ -1,0 +1,50 @@
+//! PURE: what a newer generation of a pod's shape may change.
+
+use knoc_proto::pb;
+
+/// May `new` take the place of `old`? Labels, annotations, and a lower `activeDeadlineSeconds` may change.
+pub fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String> {
+    let deadline_falls = new.active_deadline_seconds > 0
+        && (old.active_deadline_seconds == 0
+            || new.active_deadline_seconds <= old.active_deadline_seconds);
+    if new.active_deadline_seconds != old.active_deadline_seconds && !deadline_falls {
+        return Err("activeDeadlineSeconds may only be lowered".to_owned());
+    }
+    let comparable = |spec: &pb::PodSpec| pb::PodSpec {
+        generation: 0,
+        active_deadline_seconds: 0,
+        labels: std::collections::HashMap::default(),
+        annotations: std::collections::HashMap::default(),
+        ..spec.clone()
+    };
+    if comparable(old) == comparable(new) {
+        Ok(())
+    } else {
+        Err(format!(
+            "pod {} exists, and only labels, annotations and a lower activeDeadlineSeconds may change",
+            old.uid
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_contract_allows() {
+        let old = pb::PodSpec { uid: "u".into(), active_deadline_seconds: 60, ..Default::default() };
+        let with = |change: fn(&mut pb::PodSpec)| {
+            let mut new = old.clone();
+            new.generation = 2;
+            change(&mut new);
+            allowed(&old, &new)
+        };
+        with(|_| ()).unwrap();
+        with(|spec| spec.active_deadline_seconds = 30).unwrap();
+        with(|spec| drop(spec.labels.insert("a".into(), "b".into()))).unwrap();
+        with(|spec| spec.active_deadline_seconds = 90).unwrap_err();
+        with(|spec| spec.active_deadline_seconds = 0).unwrap_err();
+        with(|spec| spec.hostname = "x".into()).unwrap_err();
+    }
+}

@@ -1,0 +1,253 @@
+//! uid → pod: finds or makes the actor that a request is for, and brings all pods back at start.
+//!
+//! Holds the actors' tasks and joins them. Its map is locked for look-ups only, never across an await. Decides nothing
+//! about a pod.
+
+pub mod board;
+pub mod cluster;
+pub mod poll;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use knoc_proto::{error::chain, ids::PodUid, pb, reason::ErrorReason};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    jobdir::JobDirError,
+    pod::actor::{self, Actor, INPUTS, Input, Refused, Reply, Restored},
+    scheduler::JobRef,
+    site::Site,
+};
+
+/// Actors that have ended and wait to be taken off the map.
+pub const ENDED: usize = 1024;
+/// An actor answers when its record is written: longer than any healthy file system takes.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// What the poller must know of a pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its job, where it has one that may be alive.
+    pub job: Option<JobRef>,
+    /// A change is expected within seconds.
+    pub hurried: bool,
+}
+
+/// A pod from outside its actor.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    input: mpsc::Sender<Input>,
+    wanted: watch::Receiver<Wanted>,
+}
+
+impl Handle {
+    /// What the poller must know.
+    #[must_use]
+    pub fn wanted(&self) -> Wanted {
+        self.wanted.borrow().clone()
+    }
+
+    /// Hands over an input without waiting. False where the queue is full or the actor has ended.
+    #[must_use]
+    pub fn offer(&self, input: Input) -> bool {
+        self.input.try_send(input).is_ok()
+    }
+}
+
+/// All pods.
+#[derive(Debug)]
+pub struct Registry {
+    site: Arc<Site>,
+    pods: Mutex<HashMap<PodUid, Handle>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    limit: usize,
+}
+
+impl Registry {
+    /// No pods yet. At most `limit` at the same time.
+    #[must_use]
+    pub fn new(site: Arc<Site>, limit: usize, stop: CancellationToken) -> Arc<Self> {
+        let (pods, tasks) = (Mutex::default(), TaskTracker::new());
+        Arc::new(Self { site, pods, tasks, stop, limit })
+    }
+
+    /// Brings back what is on disk. A pod that cannot be read is logged and left alone.
+    pub async fn recover(&self) -> Result<usize, JobDirError> {
+        let state = self.site.state.clone();
+        let site = Arc::clone(&self.site);
+        let read = tokio::task::spawn_blocking(move || {
+            let mut found = Vec::new();
+            for dir in state.list()? {
+                match actor::restore(&dir, &site.config) {
+                    Ok(Some(restored)) => found.push((dir, restored)),
+                    // Nothing was promised: the request that was making it got no answer.
+                    Ok(None) => dir.remove()?,
+                    Err(error) => {
+                        let path = dir.path().display();
+                        tracing::error!(%path, error = chain(&error), "a pod cannot be read");
+                    }
+                }
+            }
+            Ok::<_, JobDirError>(found)
+        });
+        let Ok(found) = read.await else { return Ok(0) };
+        let found = found?;
+        let count = found.len();
+        for (dir, restored) in found {
+            if let Ok(uid) = PodUid::try_from(dir.uid()) {
+                let handle = self.start(&uid, Some(restored));
+                self.lock().insert(uid, handle);
+            }
+        }
+        Ok(count)
+    }
+
+    /// `EnsurePod`.
+    pub async fn ensure(
+        &self,
+        uid: &PodUid,
+        spec: pb::PodSpec,
+        values: pb::PodValues,
+        cluster_id: String,
+    ) -> Result<(pb::PodObserved, bool), Refused> {
+        let handle = {
+            let mut pods = self.lock();
+            match pods.get(uid).filter(|handle| !handle.input.is_closed()) {
+                Some(handle) => handle.clone(),
+                None if pods.len() >= self.limit => {
+                    let message = format!("this agent carries {} pods at most", self.limit);
+                    return Err(Refused::new(ErrorReason::Overloaded, message));
+                }
+                None => {
+                    let handle = self.start(uid, None);
+                    pods.insert(uid.clone(), handle.clone());
+                    handle
+                }
+            }
+        };
+        let (spec, values) = (Box::new(spec), Box::new(values));
+        ask(&handle, |reply| Input::Ensure { spec, values, cluster_id, reply }).await
+    }
+
+    /// `DeletePod`.
+    pub async fn delete(
+        &self,
+        uid: &PodUid,
+        grace: Option<Duration>,
+        reason: String,
+    ) -> Result<pb::PodObserved, Refused> {
+        let handle = self.get(uid)?;
+        ask(&handle, |reply| Input::Delete { grace, reason, reply }).await
+    }
+
+    /// `ForgetPod`.
+    pub async fn forget(&self, uid: &PodUid) -> Result<(), Refused> {
+        let handle = self.get(uid)?;
+        ask(&handle, |reply| Input::Forget { reply }).await
+    }
+
+    /// `UpdateValues`.
+    pub async fn update(&self, uid: &PodUid, values: pb::PodValues) -> Result<(), Refused> {
+        let handle = self.get(uid)?;
+        let values = Box::new(values);
+        ask(&handle, |reply| Input::Values { values, reply }).await
+    }
+
+    /// All pods, for the poller.
+    #[must_use]
+    pub fn handles(&self) -> Vec<(PodUid, Handle)> {
+        self.lock().iter().map(|(uid, handle)| (uid.clone(), handle.clone())).collect()
+    }
+
+    /// How many pods there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// No pods?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    /// An actor has ended: its handle goes, unless a new one took its place.
+    pub fn release(&self, uid: &PodUid) {
+        let mut pods = self.lock();
+        if pods.get(uid).is_some_and(|handle| handle.input.is_closed()) {
+            pods.remove(uid);
+        }
+    }
+
+    /// Waits until all actors have ended, after the stop.
+    pub async fn join(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn get(&self, uid: &PodUid) -> Result<Handle, Refused> {
+        let found = self.lock().get(uid).cloned();
+        found.ok_or_else(|| Refused::new(ErrorReason::NotFound, format!("no pod {uid}")))
+    }
+
+    fn start(&self, uid: &PodUid, restored: Option<Restored>) -> Handle {
+        let (input, inputs) = mpsc::channel(INPUTS);
+        let (wants, wanted) = watch::channel(Wanted::default());
+        let site = Arc::clone(&self.site);
+        let actor = Actor::new(site, uid.clone(), input.downgrade(), wants);
+        self.tasks.spawn(actor.run(restored, inputs, self.stop.child_token()));
+        Handle { input, wanted }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<PodUid, Handle>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Asks an actor and waits for its answer.
+async fn ask<T>(
+    handle: &Handle,
+    input: impl FnOnce(Reply<T>) -> Input,
+) -> Result<T, Refused> {
+    let (reply, answer) = oneshot::channel();
+    handle.input.try_send(input(reply)).map_err(|error| match error {
+        mpsc::error::TrySendError::Full(_) => {
+            Refused::new(ErrorReason::Overloaded, "the pod's queue is full")
+        }
+        mpsc::error::TrySendError::Closed(_) => {
+            Refused::new(ErrorReason::NotFound, "the pod is being forgotten")
+        }
+    })?;
+    match tokio::time::timeout(ANSWER, answer).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) => Err(Refused::new(ErrorReason::ShuttingDown, "the agent is about to end")),
+        Err(_) => Err(Refused::new(
+            ErrorReason::Internal,
+            "the pod's record could not be written in time: is the state directory's file system slow?",
+        )),
+    }
+}
+
+/// Task: takes ended actors off the map until `stop`.
+pub async fn sweep(
+    registry: Arc<Registry>,
+    mut ended: mpsc::Receiver<PodUid>,
+    stop: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            uid = ended.recv() => match uid {
+                Some(uid) => registry.release(&uid),
+                None => return,
+            },
+        }
+    }
+}

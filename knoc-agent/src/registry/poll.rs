@@ -1,0 +1,206 @@
+//! Task: asks the scheduler about all jobs in one batched round, and the site's capacity now and then.
+//!
+//! In: the jobs that actors want to know of, and a nudge when one expects something. Out: `Round` events to actors
+//! whose jobs changed, and [`pb::NodeInfo`] on a watch. Adaptive and jittered: the scheduler's shortest interval while
+//! something is expected, slower and slower up to the longest one otherwise, and no round at all without jobs. A
+//! controller that is away is a fact about the scheduler, never about a pod: nothing is sent then.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use knoc_proto::{error::chain, ids::PodUid, pb};
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{Handle, Registry};
+use crate::{
+    pod::{
+        actor::Input,
+        state::{Event, nanos},
+    },
+    scheduler::{JobRef, JobView, Round},
+    site::Site,
+};
+
+/// The site's capacity changes slowly.
+const CAPACITY: Duration = Duration::from_mins(1);
+/// After a failed question for the capacity.
+const CAPACITY_AGAIN: Duration = Duration::from_secs(10);
+
+/// What was last told to an actor.
+#[derive(Debug, PartialEq)]
+struct Told {
+    job: JobRef,
+    jobs: Vec<JobView>,
+    missing: bool,
+}
+
+/// The poller.
+#[derive(Debug)]
+pub struct Poller {
+    site: Arc<Site>,
+    registry: Arc<Registry>,
+    node: watch::Sender<pb::NodeInfo>,
+    told: HashMap<PodUid, Told>,
+    interval: Duration,
+}
+
+impl Poller {
+    /// A poller that shows the site's capacity and health on `node`.
+    #[must_use]
+    pub fn new(
+        site: Arc<Site>,
+        registry: Arc<Registry>,
+        node: watch::Sender<pb::NodeInfo>,
+    ) -> Self {
+        let interval = site.config.limits.poll_max;
+        Self { site, registry, node, told: HashMap::new(), interval }
+    }
+
+    /// Runs until `stop`.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut last = Instant::now() - self.shortest();
+        loop {
+            let hurry = Arc::clone(&self.site.hurry);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                () = hurry.notified() => {
+                    self.interval = self.shortest();
+                    // One nudge among many: never faster than the shortest interval.
+                    let soonest = last + jittered(self.interval);
+                    tokio::select! {
+                        biased;
+                        () = stop.cancelled() => return,
+                        () = tokio::time::sleep_until(soonest) => {}
+                    }
+                }
+                () = tokio::time::sleep_until(last + jittered(self.interval)) => {}
+            }
+            last = Instant::now();
+            self.round().await;
+        }
+    }
+
+    fn shortest(&self) -> Duration {
+        self.site.scheduler.round_interval()
+    }
+
+    async fn round(&mut self) {
+        let wanted: Vec<_> = self
+            .registry
+            .handles()
+            .into_iter()
+            .map(|(uid, handle)| (uid, handle.wanted(), handle))
+            .filter_map(|(uid, wanted, handle)| Some((uid, wanted.job?, wanted.hurried, handle)))
+            .collect();
+        let longest = self.site.config.limits.poll_max;
+        if wanted.is_empty() {
+            self.told.clear();
+            self.interval = longest;
+            return;
+        }
+        let hurried = wanted.iter().any(|(_, _, hurried, _)| *hurried);
+        self.interval =
+            if hurried { self.shortest() } else { self.interval.mul_f32(1.5).min(longest) };
+        let known: Vec<_> = wanted.iter().map(|(_, job, _, _)| job.clone()).collect();
+        match self.site.scheduler.round(&known).await {
+            Ok(round) => {
+                self.health(None);
+                self.distribute(round, wanted);
+            }
+            Err(error) => self.health(Some(chain(&error))),
+        }
+    }
+
+    fn distribute(&mut self, round: Round, wanted: Vec<(PodUid, JobRef, bool, Handle)>) {
+        let mut by_pod: HashMap<PodUid, Vec<JobView>> = HashMap::new();
+        for view in round.jobs {
+            by_pod.entry(view.uid.clone()).or_default().push(view);
+        }
+        let mut told = HashMap::new();
+        for (uid, job, hurried, handle) in wanted {
+            let missing = round.missing.contains(&job);
+            let jobs = by_pod.remove(&uid).unwrap_or_default();
+            let news = Told { job, jobs, missing };
+            let known = self.told.remove(&uid);
+            let queued = news.jobs.iter().all(|view| view.started_at.is_none());
+            if known.as_ref() == Some(&news) && (!hurried || queued) {
+                told.insert(uid, news);
+            } else {
+                let event = Event::Round { jobs: news.jobs.clone(), missing };
+                // A full queue: the next round says it again.
+                if handle.offer(Input::Event(event)) {
+                    told.insert(uid, news);
+                }
+            }
+        }
+        self.told = told;
+    }
+
+    /// The scheduler answered, or what it said instead.
+    fn health(&self, trouble: Option<String>) {
+        report_health(&self.node, trouble);
+    }
+}
+
+fn report_health(node: &watch::Sender<pb::NodeInfo>, trouble: Option<String>) {
+    let now = nanos(Timestamp::now());
+    node.send_if_modified(|info| {
+        let health = info.scheduler.get_or_insert_default();
+        let (reachable, message) = (trouble.is_none(), trouble.unwrap_or_default());
+        if reachable {
+            health.last_round = now;
+        }
+        if health.since != 0 && health.reachable == reachable {
+            return false;
+        }
+        if reachable {
+            tracing::info!("the scheduler answers");
+        } else {
+            tracing::warn!(error = message, "the scheduler does not answer");
+        }
+        (health.reachable, health.message, health.since) = (reachable, message, now);
+        true
+    });
+}
+
+/// Between 85 and 115 % of `interval`: agents of one cluster do not ask in step.
+fn jittered(interval: Duration) -> Duration {
+    interval.mul_f64(rand::random_range(0.85..1.15))
+}
+
+/// Task: keeps the site's capacity on `node` until `stop`.
+pub async fn capacity(site: Arc<Site>, node: watch::Sender<pb::NodeInfo>, stop: CancellationToken) {
+    loop {
+        let pause = match site.scheduler.node_info().await {
+            Ok(info) => {
+                node.send_if_modified(|known| {
+                    let kept = known.clone();
+                    *known = pb::NodeInfo {
+                        scheduler: kept.scheduler.clone(),
+                        pid_isolation: kept.pid_isolation,
+                        pod_limit: kept.pod_limit,
+                        ..info
+                    };
+                    *known != kept
+                });
+                report_health(&node, None);
+                CAPACITY
+            }
+            Err(error) => {
+                report_health(&node, Some(chain(&error)));
+                CAPACITY_AGAIN
+            }
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(jittered(pause)) => {}
+        }
+    }
+}

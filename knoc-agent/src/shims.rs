@@ -1,0 +1,179 @@
+//! Links of live shims: the listener of the shim hop, and the routes to running pods.
+//!
+//! Owner task: [`serve`], which holds one task a link. A shim dials, proves the key that lies in its job directory,
+//! and from then on is the far side: `WatchReport` of it becomes events of the pod's actor in milliseconds. Streams
+//! (logs, exec) are opened by the api on [`Shims::client`]. Never decides anything; a link that is down is no fact
+//! about a pod.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::StreamExt as _;
+use knoc_proto::{
+    error::chain,
+    ids::PodUid,
+    link::{self, pinned::PinnedIncoming},
+    pb::{self, shim_client::ShimClient},
+};
+use tokio::{sync::mpsc, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+
+use crate::pod::{actor::Input, state::Event};
+
+/// The deadline of a short request to a shim.
+pub const DEADLINE: Duration = Duration::from_secs(5);
+/// Links of one agent. More are refused: each is a socket and some buffers.
+const LINKS: usize = 20_000;
+
+/// The client of one shim.
+pub type Client = ShimClient<Channel>;
+
+/// Links of live shims.
+#[derive(Debug, Clone, Default)]
+pub struct Shims(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Whose key is it? By SHA-256 of the public key.
+    pins: Mutex<HashMap<String, Route>>,
+    links: Mutex<HashMap<PodUid, Link>>,
+    counter: AtomicU64,
+}
+
+#[derive(Debug, Clone)]
+struct Route {
+    uid: PodUid,
+    input: mpsc::Sender<Input>,
+}
+
+#[derive(Debug, Clone)]
+struct Link {
+    /// Tells a link from the one that took its place.
+    number: u64,
+    client: Client,
+}
+
+impl Shims {
+    /// The shim of `uid` will show the key `spki`; what it says goes to `input`.
+    pub(crate) fn expect(&self, uid: &PodUid, spki: String, input: mpsc::Sender<Input>) {
+        lock(&self.0.pins).insert(spki, Route { uid: uid.clone(), input });
+    }
+
+    /// The pod is gone: its key opens nothing any more.
+    pub(crate) fn forget(&self, uid: &PodUid) {
+        lock(&self.0.pins).retain(|_, route| route.uid != *uid);
+        lock(&self.0.links).remove(uid);
+    }
+
+    /// The client of a pod's shim, where its link is up.
+    #[must_use]
+    pub fn client(&self, uid: &PodUid) -> Option<Client> {
+        lock(&self.0.links).get(uid).map(|link| link.client.clone())
+    }
+
+    /// Links that are up.
+    #[must_use]
+    pub fn connected(&self) -> usize {
+        lock(&self.0.links).len()
+    }
+
+    fn open(&self, uid: &PodUid, client: Client) -> u64 {
+        let number = self.0.counter.fetch_add(1, Ordering::Relaxed);
+        lock(&self.0.links).insert(uid.clone(), Link { number, client });
+        number
+    }
+
+    /// Is it still the newest link of the pod? Then it is gone now.
+    fn close(&self, uid: &PodUid, number: u64) -> bool {
+        let mut links = lock(&self.0.links);
+        let newest = links.get(uid).is_some_and(|link| link.number == number);
+        if newest {
+            links.remove(uid);
+        }
+        newest
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes links until `stop`.
+pub async fn serve(shims: Shims, mut incoming: PinnedIncoming, stop: CancellationToken) {
+    let mut tasks = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            Some(_) = tasks.join_next() => continue,
+            accepted = incoming.next() => accepted,
+        };
+        let (spki, io) = match accepted {
+            Some(Ok(accepted)) => accepted,
+            Some(Err(error)) => {
+                tracing::warn!(error = chain(&error), "accept on the shim hop");
+                continue;
+            }
+            None => break,
+        };
+        let Some(route) = lock(&shims.0.pins).get(&spki).cloned() else {
+            tracing::warn!(spki, "a shim with an unknown key was refused");
+            continue;
+        };
+        if tasks.len() >= LINKS {
+            tracing::warn!(uid = %route.uid, "too many shim links: refused");
+            continue;
+        }
+        let client = ShimClient::new(link::near_side(io))
+            .max_decoding_message_size(link::MAX_MESSAGE)
+            .max_encoding_message_size(link::MAX_MESSAGE);
+        tasks.spawn(follow(shims.clone(), route, client, stop.clone()));
+    }
+    tasks.shutdown().await;
+}
+
+/// One link: every report becomes an event, until the link is gone.
+async fn follow(shims: Shims, route: Route, mut client: Client, stop: CancellationToken) {
+    let uid = &route.uid;
+    let watched = client.watch_report(pb::WatchReportRequest {}).await;
+    let mut reports = match watched {
+        Ok(answer) => answer.into_inner(),
+        Err(status) => {
+            tracing::debug!(%uid, error = status.message(), "the shim's link broke at once");
+            return;
+        }
+    };
+    let number = shims.open(uid, client);
+    tracing::debug!(%uid, "the shim's link is up");
+    let mut input_open = route.input.send(Input::Event(Event::Link(true))).await.is_ok();
+    while input_open {
+        let report = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            report = reports.next() => report,
+        };
+        match report {
+            Some(Ok(report)) => {
+                let event = Event::Report(Box::new(report));
+                input_open = route.input.send(Input::Event(event)).await.is_ok();
+            }
+            Some(Err(status)) => {
+                tracing::debug!(%uid, error = status.message(), "the shim's link broke");
+                break;
+            }
+            // After the final report.
+            None => break,
+        }
+    }
+    if shims.close(uid, number) {
+        // Where the actor is gone nobody is left to be told.
+        drop(route.input.send(Input::Event(Event::Link(false))).await);
+    }
+}

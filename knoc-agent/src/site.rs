@@ -1,0 +1,49 @@
+//! What all pods of this agent share.
+
+use std::{path::PathBuf, sync::Arc};
+
+use knoc_proto::ids::PodUid;
+use tokio::sync::Notify;
+
+use crate::{
+    config::Config, image::Images, jobdir::StateDir, lease::Holder, registry::board::Board,
+    scheduler::Scheduler, shims::Shims,
+};
+
+/// What starts containers here: found once, at start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuntimeInfo {
+    /// `apptainer`, `singularity` or `process`.
+    pub name: String,
+    /// Its executable; empty for `process`.
+    pub path: PathBuf,
+    /// As it says itself.
+    pub version: String,
+}
+
+/// What all pods of this agent share.
+#[derive(Debug)]
+pub struct Site {
+    /// The site file.
+    pub config: Config,
+    /// The files.
+    pub state: StateDir,
+    /// Who owns the jobs.
+    pub scheduler: Scheduler,
+    /// What starts containers.
+    pub runtime: RuntimeInfo,
+    /// Where images come from.
+    pub images: Images,
+    /// The right to submit.
+    pub lease: Holder,
+    /// What jobs exec.
+    pub shim: PathBuf,
+    /// What outsiders see.
+    pub board: Board,
+    /// Links of live shims.
+    pub shims: Shims,
+    /// Wakes the poller: something is expected.
+    pub hurry: Arc<Notify>,
+    /// A pod's actor ends: its handle may go.
+    pub ended: tokio::sync::mpsc::Sender<PodUid>,
+}
