@@ -7,6 +7,7 @@ pub mod bench;
 pub mod cases;
 pub mod command;
 pub mod fake_api;
+pub mod image;
 pub mod pod;
 pub mod site;
 pub mod terminal;

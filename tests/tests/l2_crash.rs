@@ -265,6 +265,36 @@ async fn kubelet_dies_at(point: &str) -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_kubelet_dies_fifty_times_under_load() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let agent = site.agent(&[]).await?;
+    let kubelet = Kubelet::prepare(&site).await?;
+    let mut pods: Vec<(String, String)> = Vec::new();
+    for kill in 0..KILLS {
+        let running = kubelet.process(&site, &[])?;
+        let name = format!("load-{kill}");
+        let uid = kubelet.create_pod(&name, counting(&site)?)?;
+        pods.push((name, uid));
+        let moment = Duration::from_millis(rand::random_range(0..600));
+        tokio::time::sleep(moment).await;
+        running.kill().await?;
+    }
+    let running = kubelet.start(&site, &[]).await?;
+    for (name, uid) in &pods {
+        kubelet.phase(name, "Succeeded", RIGHT).await?;
+        ran_once(&site, &Pod::new(uid, Vec::new()), name)?;
+        let options = json!({"gracePeriodSeconds": 1});
+        kubelet.api.delete("pods", "default", name, &options)?;
+    }
+    for (name, _) in &pods {
+        kubelet.gone(name, RIGHT).await?;
+    }
+    running.terminate().await?;
+    agent.terminate().await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_kubelet_dies_before_a_status_patch() -> anyhow::Result<()> {
     kubelet_dies_at("kubelet.patch.before").await
 }

@@ -12,7 +12,7 @@ use knoc_proto::pb::agent_client::AgentClient;
 use serde::Deserialize;
 use tonic::transport::Channel;
 
-use crate::{Run, World};
+use crate::{Run, World, image};
 
 /// The folder of the benchmark as the nodes see it.
 pub(super) const FOLDER: &str = "/scratch/knoc-bench";
@@ -53,13 +53,13 @@ impl Bed {
             .get_info(pb::GetInfoRequest::default())
             .await?
             .into_inner();
+        image::build(&world, FOLDER).await?;
         let bed = Self {
             world,
             agent,
             info,
             shared: Path::new(&prefix).join("shared"),
         };
-        bed.image().await?;
         Ok(bed)
     }
 
@@ -74,7 +74,7 @@ impl Bed {
 
     /// The image that pods and floor run.
     pub(super) fn image_path() -> String {
-        format!("{FOLDER}/bench.sif")
+        image::path(FOLDER)
     }
 
     /// A shell text on a node, as the user.
@@ -94,43 +94,6 @@ impl Bed {
         let since = made.duration_since(std::time::UNIX_EPOCH)?;
         Ok(i64::try_from(since.as_nanos())?)
     }
-
-    async fn image(&self) -> anyhow::Result<()> {
-        self.shell("login", &format!("mkdir -p {FOLDER}"))
-            .ok()
-            .await?;
-        let folder = self.here(FOLDER);
-        for program in ["knoc-stamp", "knoc-readback"] {
-            static_program(program, &folder.join(program)).await?;
-        }
-        let definition = format!(
-            "Bootstrap: localimage\nFrom: /images/busybox.sif\n%files\n  \
-             {FOLDER}/knoc-stamp /knoc-stamp\n  {FOLDER}/knoc-readback /knoc-readback\n"
-        );
-        let build = format!(
-            "cd {FOLDER} && printf %s '{definition}' > bench.def && \
-             apptainer build --force bench.new.sif bench.def && mv bench.new.sif bench.sif"
-        );
-        self.shell("login", &build)
-            .ok()
-            .await
-            .context("building the image")?;
-        Ok(())
-    }
-}
-
-/// Compiles one of our one-file programs for any Linux.
-pub(crate) async fn static_program(name: &str, to: &Path) -> anyhow::Result<()> {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let source = manifest.join("src/bin").join(format!("{name}.rs"));
-    let rustc = Run::new("rustc").args(["--edition", "2024", "-O", "-C", "strip=symbols"]);
-    let rustc = rustc.args(["--target", "x86_64-unknown-linux-musl", "-o"]);
-    let rustc = rustc.arg(to).arg(&source).deadline(BUILD);
-    rustc
-        .ok()
-        .await
-        .with_context(|| format!("compiling {}", source.display()))?;
-    Ok(())
 }
 
 /// A client by the configuration of knocctl.
