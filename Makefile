@@ -72,7 +72,7 @@ container: build ## the kubelet's OCI image, no engine needed
 
 .PHONY: chart
 chart: ## checks the chart and renders the plain manifests of deploy/
-	@deploy/render.sh
+	@PATH="$$PATH:$${KNOC_BED:-/var/lib/knoc-testbed}/kube/bin" deploy/render.sh
 
 .PHONY: skaffold
 skaffold: build ## builds and deploys the kubelet with skaffold

@@ -12,15 +12,76 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
 use knoc_proto::pb::{self, agent_client::AgentClient};
+use tokio::time::Instant;
 use tonic::transport::Channel;
+
+pub mod watch;
 
 /// A deadline for every unary call: the agent answers from memory or after one fsync'd write; staging
 /// and `sbatch` happen after the answer.
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
 
 /// What one message may weigh. A pod with its values is at most a few MiB (`ConfigMaps` and Secrets are 1 MiB each).
-pub const MESSAGE_LIMIT: usize = 32 << 20;
+pub const MESSAGE_LIMIT: usize = knoc_proto::link::MAX_MESSAGE;
+
+/// Is the agent there?
+#[derive(Clone, Debug)]
+pub enum Link {
+    /// The snapshot is read, the watch is on.
+    Up {
+        /// Who answered.
+        info: Arc<pb::AgentInfo>,
+        /// Since when.
+        since: Timestamp,
+    },
+    /// It is not.
+    Down {
+        /// Since when.
+        since: Timestamp,
+        /// The same for measuring.
+        at: Instant,
+        /// The last error.
+        message: String,
+    },
+}
+
+impl Link {
+    /// The state before the first attempt.
+    #[must_use]
+    pub fn never() -> Self {
+        Self::Down {
+            since: Timestamp::now(),
+            at: Instant::now(),
+            message: "not connected yet".to_owned(),
+        }
+    }
+
+    /// Is it up?
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        matches!(self, Self::Up { .. })
+    }
+
+    /// For how long it has been down; zero while it is up.
+    #[must_use]
+    pub fn down_for(&self) -> Duration {
+        match self {
+            Self::Up { .. } => Duration::ZERO,
+            Self::Down { at, .. } => at.elapsed(),
+        }
+    }
+
+    /// The last error; empty while it is up.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        match self {
+            Self::Up { .. } => "",
+            Self::Down { message, .. } => message,
+        }
+    }
+}
 
 /// A handle on the agent; clones share the connections.
 #[derive(Clone, Debug)]

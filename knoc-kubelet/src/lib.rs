@@ -20,7 +20,10 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod app;
 pub mod config;
 pub mod knocctl;
+pub mod leader;
+pub mod node;
 pub mod pods;
 pub mod server;

@@ -1,2 +1,97 @@
-//! placeholder
-fn main() {}
+//! `knoc-kubelet`: a virtual node whose pods run on an HPC cluster.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context as _;
+use clap::Parser;
+use knoc_kubelet::{
+    app::App,
+    config::{Config, Environment, LogConfig, YamlFile},
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// A virtual Kubernetes node whose pods run on an HPC cluster, as jobs of knoc-agent's user.
+///
+/// Every setting may stand in the file or in the environment (KNOC_*); the environment goes first.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration, a YAML file.
+    #[arg(long, env = "KNOC_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Logging may not be set up yet.
+            let text = format!("knoc-kubelet: {error:#}\n");
+            drop(std::io::Write::write_all(
+                &mut std::io::stderr(),
+                text.as_bytes(),
+            ));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let environment = Environment::new(std::env::vars());
+    let file = match &arguments.config {
+        None => YamlFile::default(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("read {}", path.display()))?;
+            YamlFile::parse(path, &text)
+        }
+    };
+    let config = Config::load(&[&environment, &file])?;
+    log_to(&config.log)?;
+    // kube takes the process's default; the link names ring itself.
+    drop(rustls::crypto::ring::default_provider().install_default());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let shutdown = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let token = shutdown.clone();
+    let run = async {
+        let app = App::build(config).await?;
+        app.run(token).await?;
+        Ok(())
+    };
+    let mut run = std::pin::pin!(run);
+    tokio::select! {
+        biased;
+        ended = &mut run => return ended,
+        _ = terminate.recv() => tracing::info!("SIGTERM: stopping; jobs go on"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: stopping; jobs go on"),
+    }
+    shutdown.cancel();
+    run.await
+}
+
+fn log_to(config: &LogConfig) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.level)
+        .with_context(|| format!("log.level `{}` is not a filter", config.level))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if config.json {
+        builder.json().init();
+    } else {
+        builder.init();
+    }
+    Ok(())
+}

@@ -11,10 +11,23 @@
 //!                     every round: status (pure) ► publish (PATCH iff changed)
 //! ```
 
+mod controller;
+pub mod decide;
+pub mod events;
+mod orphans;
+pub mod publish;
 pub mod quantity;
+pub mod queue;
+mod resolve;
+mod services;
 pub mod status;
 mod store;
 pub mod translate;
 pub mod verdict;
+pub mod watch;
 
+pub(crate) use controller::UNREACHABLE_AFTER;
+pub use controller::{Context, Controller};
+pub(crate) use orphans::run as watch_orphans;
+pub use services::Services;
 pub use store::{PodView, Store, Uid};

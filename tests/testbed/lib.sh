@@ -19,10 +19,10 @@ export HPC_PREFIX=${HPC_PREFIX:-$hpc_prefix}
 export KUBE_PREFIX=${KUBE_PREFIX:-$KNOC_BED/kube}
 run=$KNOC_BED/run      # pid files, certificates and configuration of what `up` starts
 log=$KNOC_BED/log
-tools=$KNOC_BED/tools  # Go, helm
+tools=$KNOC_BED/tools  # Go, where the machine has none
 mkdir -p "$run" "$log" "$tools/bin"
 chmod 700 "$run"
-export PATH=$PATH:$tools/bin:$tools/go/bin
+export PATH=$PATH:$KUBE_PREFIX/bin:$tools/bin
 
 hpc() { "$HPC_PREFIX/bin/hpc" "$@"; }
 kubectl() { "$KUBE_PREFIX/bin/kubectl" "$@"; }

@@ -4,12 +4,14 @@
 //! server. Locks are held for map operations only, never across an await.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
+
+use super::verdict::Findings;
 
 /// `metadata.uid`: the key of everything.
 pub type Uid = Arc<str>;
@@ -25,11 +27,19 @@ pub struct PodView {
     pub observed: Option<Arc<pb::PodObserved>>,
 }
 
+#[derive(Clone, Debug)]
+struct Desired {
+    pod: Arc<Pod>,
+    findings: Arc<Findings>,
+}
+
 #[derive(Default, Debug)]
 struct Inner {
-    desired: HashMap<Uid, Arc<Pod>>,
+    desired: HashMap<Uid, Desired>,
     observed: HashMap<Uid, Arc<pb::PodObserved>>,
     names: HashMap<(String, String), Uid>,
+    /// Pods that this process saw bound to our node, until nothing is left of them.
+    seen: HashSet<Uid>,
 }
 
 /// The shared map; clones are handles on the same one.
@@ -74,10 +84,10 @@ impl Store {
 
 impl Inner {
     fn view(&self, uid: &str) -> Option<PodView> {
-        let (uid, pod) = self.desired.get_key_value(uid)?;
+        let (uid, desired) = self.desired.get_key_value(uid)?;
         Some(PodView {
             uid: uid.clone(),
-            pod: pod.clone(),
+            pod: desired.pod.clone(),
             observed: self.observed.get(uid).cloned(),
         })
     }
@@ -86,22 +96,52 @@ impl Inner {
 /// Writers: `pods::watch` for what is wanted, `agent::watch` for what was observed.
 impl Store {
     /// Takes a pod as the API server has it; an older resourceVersion of the same UID is ignored.
-    pub fn set_desired(&self, uid: &Uid, pod: Arc<Pod>) {
+    pub fn set_desired(&self, uid: &Uid, pod: Arc<Pod>, findings: Arc<Findings>) {
         let mut inner = self.write();
         if let Some(known) = inner.desired.get(uid)
-            && older(&pod, known)
+            && older(&pod, &known.pod)
         {
             return;
         }
         inner.names.insert(key(&pod), uid.clone());
-        inner.desired.insert(uid.clone(), pod);
+        inner.seen.insert(uid.clone());
+        inner.desired.insert(uid.clone(), Desired { pod, findings });
+    }
+
+    /// Takes the answer to a patch of ours: what the watch will bring soon.
+    pub fn refresh_desired(&self, uid: &Uid, pod: Pod) {
+        let mut inner = self.write();
+        if let Some(known) = inner.desired.get_mut(uid)
+            && !older(&pod, &known.pod)
+        {
+            known.pod = Arc::new(pod);
+        }
+    }
+
+    /// Did this process see the pod bound to our node?
+    #[must_use]
+    pub fn was_seen(&self, uid: &str) -> bool {
+        self.read().seen.contains(uid)
+    }
+
+    /// Nothing is left of the pod on either side.
+    pub fn forget(&self, uid: &str) {
+        self.write().seen.remove(uid);
+    }
+
+    /// What the verdict table says of a pod.
+    #[must_use]
+    pub fn findings(&self, uid: &str) -> Option<Arc<Findings>> {
+        self.read()
+            .desired
+            .get(uid)
+            .map(|desired| desired.findings.clone())
     }
 
     /// The pod is gone from the API server.
-    #[must_use]
     pub fn remove_desired(&self, uid: &str) -> Option<Arc<Pod>> {
         let mut inner = self.write();
-        let pod = inner.desired.remove(uid)?;
+        let pod = inner.desired.remove(uid)?.pod;
         let key = key(&pod);
         if inner.names.get(&key).is_some_and(|other| &**other == uid) {
             inner.names.remove(&key);
@@ -112,6 +152,26 @@ impl Store {
     /// Takes what the agent says of a pod.
     pub fn set_observed(&self, uid: &Uid, observed: Arc<pb::PodObserved>) {
         self.write().observed.insert(uid.clone(), observed);
+    }
+
+    /// Takes what the agent answered to a request; the watch may have brought something newer meanwhile.
+    pub fn answer_observed(&self, uid: &Uid, observed: pb::PodObserved) {
+        let mut inner = self.write();
+        let known = inner.observed.get(uid).map_or(-1, |known| known.generation);
+        if observed.generation > known {
+            inner.observed.insert(uid.clone(), Arc::new(observed));
+        }
+    }
+
+    /// How many pods are bound to our node and not terminal.
+    #[must_use]
+    pub fn active(&self) -> usize {
+        let inner = self.read();
+        inner
+            .desired
+            .values()
+            .filter(|desired| !super::status::is_terminal(&desired.pod))
+            .count()
     }
 
     /// The agent has forgotten the pod.

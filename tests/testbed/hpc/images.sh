@@ -24,7 +24,7 @@ debian() {
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' trixie "$images/debian"
     rm -rf "$images"/debian/dev/*
 }
-pack() { # pack NAME: every form from the directory
+pack() { # pack NAME TAG: every form from the directory; in the registry as TAG and latest
     local name=$1 layout=/images/$1.oci
     chmod -R a+rX "$images/$name"
     node umoci init --layout "$layout"
@@ -35,18 +35,21 @@ pack() { # pack NAME: every form from the directory
     node skopeo copy -q --insecure-policy "oci:$layout:latest" "docker-archive:/images/$name.docker.tar:$name:latest"
     node skopeo copy -q --insecure-policy "oci:$layout:latest" "oci-archive:/images/$name.oci.tar:latest"
     node apptainer -q build -F "/images/$name.sif" "docker-archive:/images/$name.docker.tar"
-    node skopeo copy -q --insecure-policy --dest-tls-verify=false "oci:$layout:latest" "docker://ctl:5000/library/$name:latest"
+    for tag in latest $2; do
+        node skopeo copy -q --insecure-policy --dest-tls-verify=false "oci:$layout:latest" "docker://ctl:5000/library/$name:$tag"
+    done
 }
 
 mkdir -p "$images"
-wanted=busybox
-[ "${HPC_IMG_DEBIAN:-0}" != 1 ] || wanted="busybox debian"
-for name in $wanted; do
+wanted=busybox:1.36
+[ "${HPC_IMG_DEBIAN:-0}" != 1 ] || wanted="$wanted debian:13"
+for image in $wanted; do
+    name=${image%:*}
     [ ! -f "$images/.$name.packed" ] || continue
     say "making the test image $name"
     rm -rf --one-file-system "${images:?}/$name" "$images/$name".*
     $name
-    pack "$name"
+    pack "$name" "${image#*:}"
     chmod -R a+rX "$images"
     touch "$images/.$name.packed"
 done

@@ -45,7 +45,7 @@ fn condition(input: &Input<'_>, type_: &str, why: Why) -> PodCondition {
         None => (true, None, None),
         Some((value, reason, message)) => (
             value,
-            Some(reason.to_owned()),
+            Some(reason.to_owned()).filter(|text| !text.is_empty()),
             Some(message).filter(|text| !text.is_empty()),
         ),
     };

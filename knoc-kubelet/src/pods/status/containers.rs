@@ -64,13 +64,19 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
         status.ready = ended_well(status);
     }
     for status in &mut statuses.regular {
-        status.ready &= status.state.as_ref().is_some_and(|state| state.running.is_some());
+        status.ready &= status
+            .state
+            .as_ref()
+            .is_some_and(|state| state.running.is_some());
     }
     statuses
 }
 
 fn ended_well(status: &ContainerStatus) -> bool {
-    let terminated = status.state.as_ref().and_then(|state| state.terminated.as_ref());
+    let terminated = status
+        .state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref());
     terminated.is_some_and(|terminated| terminated.exit_code == 0)
 }
 

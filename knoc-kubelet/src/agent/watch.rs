@@ -1,0 +1,229 @@
+//! Task: WatchPods and WatchNode, with reconnect and back-off, into the [`Store`], the queue and two watch channels.
+//!
+//! A snapshot replaces what was known (a pod it lacks is unknown to the agent), then each change follows. While
+//! the link is down the last observations stand; [`Link`] says since when. This task changes nothing at the agent.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use knoc_proto::pb::{self, pod_event::Event};
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{Agent, Link};
+use crate::pods::{Store, UNREACHABLE_AFTER, Uid, queue::Queue};
+
+/// The first attempt to come back; each further one twice as late.
+const BACKOFF: Duration = Duration::from_millis(100);
+const BACKOFF_MOST: Duration = Duration::from_secs(5);
+/// From the call to the end of the snapshot: 10,000 pods are some MiB.
+const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The watch over one agent.
+#[derive(Debug)]
+pub struct AgentWatch {
+    agent: Agent,
+    store: Store,
+    queue: Queue,
+    link: watch::Sender<Link>,
+    capacity: watch::Sender<Option<Arc<pb::NodeInfo>>>,
+}
+
+impl AgentWatch {
+    /// A watch that writes to `store` and `queue`, and publishes link and capacity.
+    #[must_use]
+    pub fn new(
+        agent: Agent,
+        store: Store,
+        queue: Queue,
+        link: watch::Sender<Link>,
+        capacity: watch::Sender<Option<Arc<pb::NodeInfo>>>,
+    ) -> Self {
+        Self {
+            agent,
+            store,
+            queue,
+            link,
+            capacity,
+        }
+    }
+
+    /// Watches until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut backoff = BACKOFF;
+        loop {
+            let status = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                status = self.session() => status,
+            };
+            if self.link.borrow().is_up() {
+                backoff = BACKOFF;
+            }
+            self.down(&status);
+            let wait = backoff.mul_f64(rand::random_range(0.5..1.5));
+            backoff = (backoff * 2).min(BACKOFF_MOST);
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    /// One life of the link; returns why it ended.
+    async fn session(&self) -> tonic::Status {
+        let info = match self.agent.get_info().await {
+            Ok(info) => Arc::new(info),
+            Err(status) => return status,
+        };
+        let node = self.watch_node();
+        let pods = self.watch_pods(&info);
+        tokio::select! {
+            biased;
+            status = pods => status,
+            status = node => status,
+        }
+    }
+
+    async fn watch_node(&self) -> tonic::Status {
+        let mut stream = match self
+            .agent
+            .control()
+            .watch_node(pb::WatchNodeRequest {})
+            .await
+        {
+            Ok(answer) => answer.into_inner(),
+            Err(status) => return status,
+        };
+        loop {
+            match stream.message().await {
+                Ok(Some(node)) => {
+                    self.capacity.send_replace(Some(Arc::new(node)));
+                }
+                Ok(None) => return tonic::Status::unavailable("the agent ended WatchNode"),
+                Err(status) => return status,
+            }
+        }
+    }
+
+    async fn watch_pods(&self, info: &Arc<pb::AgentInfo>) -> tonic::Status {
+        let mut stream = match self
+            .agent
+            .control()
+            .watch_pods(pb::WatchPodsRequest {})
+            .await
+        {
+            Ok(answer) => answer.into_inner(),
+            Err(status) => return status,
+        };
+        let snapshot = tokio::time::timeout(SNAPSHOT_DEADLINE, self.snapshot(&mut stream)).await;
+        match snapshot {
+            Ok(Ok(seen)) => self.up(info, &seen),
+            Ok(Err(status)) => return status,
+            Err(_) => {
+                return tonic::Status::deadline_exceeded("the agent's snapshot is not complete");
+            }
+        }
+        loop {
+            match stream.message().await {
+                Ok(Some(event)) => self.take(event),
+                Ok(None) => return tonic::Status::unavailable("the agent ended WatchPods"),
+                Err(status) => return status,
+            }
+        }
+    }
+
+    /// The UIDs of the snapshot; it ends with Synced.
+    async fn snapshot(
+        &self,
+        stream: &mut tonic::Streaming<pb::PodEvent>,
+    ) -> Result<HashSet<Uid>, tonic::Status> {
+        let mut seen = HashSet::new();
+        loop {
+            match stream.message().await?.and_then(|event| event.event) {
+                Some(Event::Item(pod)) => {
+                    let uid: Uid = pod.uid.as_str().into();
+                    self.store.set_observed(&uid, Arc::new(pod));
+                    seen.insert(uid);
+                }
+                Some(Event::Synced(_)) => return Ok(seen),
+                Some(Event::RemovedUid(uid)) => {
+                    seen.remove(uid.as_str());
+                }
+                None => return Err(tonic::Status::unavailable("the agent ended WatchPods")),
+            }
+        }
+    }
+
+    fn up(&self, info: &Arc<pb::AgentInfo>, seen: &HashSet<Uid>) {
+        for uid in self.store.observed_uids() {
+            if !seen.contains(&uid) {
+                self.store.remove_observed(&uid);
+            }
+        }
+        tracing::info!(
+            version = info.version,
+            site = info.site,
+            scheduler = info.scheduler_version,
+            runtime = info.runtime_version,
+            pods = seen.len(),
+            "agent connected"
+        );
+        self.link.send_replace(Link::Up {
+            info: info.clone(),
+            since: Timestamp::now(),
+        });
+        self.push_all(Duration::ZERO);
+    }
+
+    fn take(&self, event: pb::PodEvent) {
+        match event.event {
+            Some(Event::Item(pod)) => {
+                let uid: Uid = pod.uid.as_str().into();
+                self.store.set_observed(&uid, Arc::new(pod));
+                self.queue.push(&uid);
+            }
+            Some(Event::RemovedUid(uid)) => {
+                let uid: Uid = uid.into();
+                self.store.remove_observed(&uid);
+                self.queue.push(&uid);
+            }
+            Some(Event::Synced(_)) | None => {}
+        }
+    }
+
+    fn down(&self, status: &tonic::Status) {
+        let message = knoc_proto::error::chain(status);
+        let was_up = self.link.borrow().is_up();
+        if was_up || self.link.borrow().message() != message {
+            tracing::warn!(error = %message, "no link to the agent");
+        }
+        self.link.send_modify(|link| match link {
+            Link::Down { message: known, .. } => *known = message,
+            Link::Up { .. } => {
+                *link = Link::Down {
+                    since: Timestamp::now(),
+                    at: Instant::now(),
+                    message,
+                };
+            }
+        });
+        if was_up {
+            self.push_all(UNREACHABLE_AFTER + Duration::from_millis(100));
+        }
+    }
+
+    /// All pods are looked at again.
+    fn push_all(&self, after: Duration) {
+        let mut uids: HashSet<Uid> = self.store.desired_uids().into_iter().collect();
+        uids.extend(self.store.observed_uids());
+        for uid in &uids {
+            if after.is_zero() {
+                self.queue.push(uid);
+            } else {
+                self.queue.push_after(uid, after);
+            }
+        }
+    }
+}

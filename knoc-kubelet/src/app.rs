@@ -1,0 +1,257 @@
+//! Composition root: [`App::build`] makes everything, [`App::run`] owns all tasks, drains and joins them.
+//!
+//! Order at start: configuration, API server, leadership, port, node, then the watches. Order at the end: the controller stops
+//! taking work and finishes what is under way, Events are written out, the Lease is let go. The Node object and all jobs stay.
+
+mod backend;
+mod build;
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use kube::Client;
+use tokio::{sync::watch, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    agent::{Agent, Link, watch::AgentWatch},
+    config::Config,
+    leader::{Leader, LeaderError},
+    node::{self, NodeError, NodeTask},
+    pods::{
+        Context, Controller, Services, Store,
+        events::{Events, Recorder},
+        queue::Queue,
+        watch::PodWatch,
+        watch_orphans,
+    },
+    server::{Server, ServerError},
+};
+
+pub use build::BuildError;
+
+/// From the word to stop until tasks are aborted.
+const STOP: Duration = Duration::from_secs(10);
+
+/// Why the kubelet ended other than by being told to.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Leadership.
+    #[error("lead node {node}")]
+    Leader {
+        /// The node.
+        node: String,
+        /// Why not.
+        #[source]
+        source: LeaderError,
+    },
+    /// The agent says that another kubelet leads.
+    #[error("another kubelet of node {node} has a newer leadership epoch")]
+    Deposed {
+        /// The node.
+        node: String,
+    },
+    /// The kubelet API.
+    #[error("serve the kubelet API")]
+    Server {
+        /// Why not.
+        #[source]
+        source: ServerError,
+    },
+    /// The Node object.
+    #[error("register the node")]
+    Node {
+        /// Why not.
+        #[source]
+        source: NodeError,
+    },
+}
+
+/// One kubelet, ready to run.
+#[expect(missing_debug_implementations, reason = "kube::Client has none")]
+pub struct App {
+    config: Config,
+    client: Client,
+    agent: Agent,
+    namespace: String,
+    identity: String,
+    internal_ip: String,
+    store: Store,
+}
+
+impl App {
+    /// What the kubelet knows of its pods; for tests.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Runs until `shutdown`, or until leadership is lost.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), RunError> {
+        let name = self.config.node.name.clone();
+        let lead = Leader::acquire(
+            self.client.clone(),
+            &self.namespace,
+            &name,
+            &self.identity,
+            &shutdown,
+        );
+        let mut leader = match lead.await {
+            Ok(leader) => leader,
+            Err(LeaderError::Shutdown) => return Ok(()),
+            Err(source) => return Err(RunError::Leader { node: name, source }),
+        };
+        tracing::info!(
+            node = name,
+            epoch = leader.epoch(),
+            identity = self.identity,
+            "leading"
+        );
+        self.agent.lead(leader.epoch());
+        let inner = shutdown.child_token();
+        let deposed = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        let started = self.start(&mut tasks, &inner, &deposed).await;
+        let ended = match started {
+            Err(error) => Err(error),
+            Ok(()) => tokio::select! {
+                biased;
+                kept = leader.keep(&shutdown) => {
+                    kept.map_err(|source| RunError::Leader { node: name, source })
+                }
+                () = deposed.cancelled() => Err(RunError::Deposed { node: name }),
+            },
+        };
+        inner.cancel();
+        drain(tasks).await;
+        if !matches!(
+            ended,
+            Err(RunError::Leader { .. } | RunError::Deposed { .. })
+        ) && let Err(error) = leader.release().await
+        {
+            let error = knoc_proto::error::chain(&error);
+            tracing::warn!(%error, "leadership not released: the next kubelet waits for it to run out");
+        }
+        ended
+    }
+
+    async fn start(
+        &self,
+        tasks: &mut JoinSet<()>,
+        shutdown: &CancellationToken,
+        deposed: &CancellationToken,
+    ) -> Result<(), RunError> {
+        let (link_to, link) = watch::channel(Link::never());
+        let (capacity_to, capacity) = watch::channel(None);
+        let (orphans_to, orphans) = watch::channel(0);
+        let (listed_to, listed) = watch::channel(false);
+        let (events, notes) = Events::channel();
+        let queue = Queue::default();
+        let services = Services::default();
+        let context = Arc::new(Context {
+            client: self.client.clone(),
+            agent: self.agent.clone(),
+            store: self.store.clone(),
+            queue: queue.clone(),
+            events,
+            services: services.clone(),
+            link: link.clone(),
+            listed,
+            capacity: capacity.clone(),
+            pods: self.config.node.pods,
+            queue_factor: self.config.node.queue_factor,
+            started: Timestamp::now(),
+            deposed: deposed.clone(),
+        });
+        let port = self.serve(tasks, shutdown, link.clone()).await?;
+        let node = NodeTask::new(
+            self.client.clone(),
+            self.node_identity(port),
+            link,
+            capacity,
+            orphans,
+        );
+        let registered = node
+            .register()
+            .await
+            .map_err(|source| RunError::Node { source })?;
+        let recorder = Recorder::new(self.client.clone(), &self.config.node.name);
+        let agent_watch = AgentWatch::new(
+            self.agent.clone(),
+            self.store.clone(),
+            queue.clone(),
+            link_to,
+            capacity_to,
+        );
+        let pod_watch = PodWatch::new(self.store.clone(), queue, listed_to);
+        let (client, name) = (self.client.clone(), self.config.node.name.clone());
+        let token = || shutdown.clone();
+        tasks.spawn(node::lease::run(client.clone(), registered, token()));
+        tasks.spawn(node.run(token()));
+        tasks.spawn(services.run(client.clone(), token()));
+        tasks.spawn(agent_watch.run(token()));
+        tasks.spawn(watch_orphans(context.clone(), orphans_to, token()));
+        tasks.spawn(recorder.run(notes, token()));
+        tasks.spawn(Controller::new(context).run(token()));
+        let stop = token();
+        tasks.spawn(async move { pod_watch.run(client, &name, stop).await });
+        Ok(())
+    }
+
+    fn node_identity(&self, port: u16) -> node::Identity {
+        let config = &self.config.node;
+        node::Identity {
+            name: config.name.clone(),
+            internal_ip: self.internal_ip.clone(),
+            port,
+            labels: config.labels.clone(),
+            pods: config.pods,
+            queue_factor: config.queue_factor,
+            taint: config.taint,
+        }
+    }
+
+    /// Binds and serves the kubelet API; returns its port. Without a certificate it is not served.
+    async fn serve(
+        &self,
+        tasks: &mut JoinSet<()>,
+        shutdown: &CancellationToken,
+        link: watch::Receiver<Link>,
+    ) -> Result<u16, RunError> {
+        let Some(settings) = build::server_settings(&self.config) else {
+            tracing::warn!("server.cert and server.key are not set: the kubelet API is not served");
+            return Ok(self.config.server.listen.port());
+        };
+        let backend = Arc::new(backend::KubeletBackend::new(
+            self.store.clone(),
+            self.agent.clone(),
+            link,
+        ));
+        let cluster = Arc::new(crate::server::KubeCluster::new(self.client.clone()));
+        let server = Server::bind(settings, backend, cluster)
+            .await
+            .map_err(|source| RunError::Server { source })?;
+        let address = server.local_addr();
+        tracing::info!(%address, "kubelet API");
+        tasks.spawn(server.run(shutdown.clone()));
+        Ok(address.port())
+    }
+}
+
+/// Waits for all tasks, but not for ever.
+async fn drain(mut tasks: JoinSet<()>) {
+    let joined = tokio::time::timeout(STOP, async {
+        while let Some(ended) = tasks.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a task ended badly");
+            }
+        }
+    });
+    if joined.await.is_err() {
+        tracing::warn!(
+            left = tasks.len(),
+            "tasks did not end in time and are aborted"
+        );
+        tasks.shutdown().await;
+    }
+}

@@ -1,0 +1,64 @@
+//! What the kubelet API sees of the rest: pods from the [`Store`], streams from the agent.
+
+use std::sync::Arc;
+
+use futures::{StreamExt as _, future::BoxFuture};
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::pb;
+use tokio::sync::watch;
+
+use crate::{
+    agent::{Agent, Link},
+    pods::Store,
+    server::{Backend, ByteStream, PodView},
+};
+
+/// The API's view of the kubelet.
+#[derive(Debug)]
+pub(super) struct KubeletBackend {
+    store: Store,
+    agent: Agent,
+    _link: watch::Receiver<Link>,
+}
+
+impl KubeletBackend {
+    pub(super) fn new(store: Store, agent: Agent, link: watch::Receiver<Link>) -> Self {
+        Self {
+            store,
+            agent,
+            _link: link,
+        }
+    }
+}
+
+impl Backend for KubeletBackend {
+    fn pods(&self) -> Vec<Arc<Pod>> {
+        self.store.pods().into_iter().map(|view| view.pod).collect()
+    }
+
+    fn pod(&self, namespace: &str, name: &str) -> Option<PodView> {
+        let view = self.store.find(namespace, name)?;
+        Some(PodView {
+            pod: view.pod,
+            observed: view.observed,
+        })
+    }
+
+    fn read_logs(
+        &self,
+        request: pb::ReadLogsRequest,
+    ) -> BoxFuture<'_, Result<ByteStream, tonic::Status>> {
+        Box::pin(async move {
+            let answer = self.agent.bulk().read_logs(request).await?;
+            let bytes = answer
+                .into_inner()
+                .map(|chunk| chunk.map(|chunk| chunk.data));
+            Ok(bytes.boxed() as ByteStream)
+        })
+    }
+
+    fn sync_loop(&self) -> Result<(), String> {
+        // The controller is driven by watches: while the process lives it goes on.
+        Ok(())
+    }
+}

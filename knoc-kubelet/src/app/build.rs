@@ -1,0 +1,197 @@
+//! From the configuration to an [`App`]: the client, who we are, the link.
+
+use std::{
+    net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket},
+    time::Duration,
+};
+
+use k8s_openapi::api::core::v1::Namespace;
+use knoc_proto::link::{self, Carrier, Credentials, ExpectPeer, LinkError};
+use kube::{
+    Api, Client,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+
+use super::App;
+use crate::{
+    agent::Agent,
+    config::{AgentConfig, Config},
+    pods::Store,
+    server::{ClientCa, Serving, Settings},
+};
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Why no kubelet could be made of the configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The kubeconfig, or what is in the pod.
+    #[error("read the Kubernetes client configuration")]
+    Kubeconfig {
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The API server.
+    #[error("read namespace kube-system, whose UID is the cluster's id, from {server}")]
+    Cluster {
+        /// The API server.
+        server: String,
+        /// Why not.
+        #[source]
+        source: kube::Error,
+    },
+    /// The API server did not answer.
+    #[error("no answer from {server} within {} s", DEADLINE.as_secs())]
+    Late {
+        /// The API server.
+        server: String,
+    },
+    /// The agent's address.
+    #[error("agent.address `{address}`")]
+    Address {
+        /// As configured.
+        address: String,
+        /// Why not.
+        #[source]
+        source: link::InvalidCarrier,
+    },
+    /// The link's certificates.
+    #[error("read agent.ca, agent.cert and agent.key")]
+    Credentials {
+        /// Why not.
+        #[source]
+        source: link::CredentialsError,
+    },
+    /// The link.
+    #[error("prepare the link to the agent")]
+    Link {
+        /// Why not.
+        #[source]
+        source: LinkError,
+    },
+}
+
+impl App {
+    /// Reads all files, asks the API server who it is, prepares the link. Connects to no agent yet.
+    pub async fn build(config: Config) -> Result<Self, BuildError> {
+        let kube_config = kube_config(&config).await?;
+        let server = kube_config.cluster_url.to_string();
+        let default_namespace = kube_config.default_namespace.clone();
+        let internal_ip = config
+            .node
+            .internal_ip
+            .or_else(|| our_address(kube_config.cluster_url.host()?, &server))
+            .unwrap_or(IpAddr::from([127, 0, 0, 1]));
+        let client = Client::try_from(kube_config).map_err(|source| BuildError::Kubeconfig {
+            source: source.into(),
+        })?;
+        let cluster_id = cluster_id(&client, &server).await?;
+        let agent = connect(&config.agent, &cluster_id)?;
+        let host = nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok());
+        let identity = config.kubernetes.identity.clone().or(host);
+        Ok(Self {
+            namespace: config
+                .kubernetes
+                .namespace
+                .clone()
+                .unwrap_or(default_namespace),
+            identity: identity.unwrap_or_else(|| "knoc-kubelet".to_owned()),
+            internal_ip: internal_ip.to_string(),
+            store: Store::default(),
+            client,
+            agent,
+            config,
+        })
+    }
+}
+
+async fn kube_config(config: &Config) -> Result<kube::Config, BuildError> {
+    let kubeconfig = |source: kube::config::KubeconfigError| BuildError::Kubeconfig {
+        source: Box::new(source),
+    };
+    match &config.kubernetes.kubeconfig {
+        Some(path) => {
+            let file = Kubeconfig::read_from(path).map_err(kubeconfig)?;
+            let options = KubeConfigOptions::default();
+            kube::Config::from_custom_kubeconfig(file, &options)
+                .await
+                .map_err(kubeconfig)
+        }
+        None => kube::Config::infer()
+            .await
+            .map_err(|source| BuildError::Kubeconfig {
+                source: Box::new(source),
+            }),
+    }
+}
+
+async fn cluster_id(client: &Client, server: &str) -> Result<String, BuildError> {
+    let api: Api<Namespace> = Api::all(client.clone());
+    let answer = tokio::time::timeout(DEADLINE, api.get("kube-system")).await;
+    let server = server.to_owned();
+    match answer {
+        Err(_) => Err(BuildError::Late { server }),
+        Ok(Err(source)) => Err(BuildError::Cluster { server, source }),
+        Ok(Ok(namespace)) => Ok(namespace.metadata.uid.unwrap_or_default()),
+    }
+}
+
+fn connect(config: &AgentConfig, cluster_id: &str) -> Result<Agent, BuildError> {
+    let carrier: Carrier = config
+        .address
+        .parse()
+        .map_err(|source| BuildError::Address {
+            address: config.address.clone(),
+            source,
+        })?;
+    let credentials = match &config.credentials {
+        None => None,
+        Some(files) => Some(
+            Credentials::from_files(&files.ca, &files.cert, &files.key)
+                .map_err(|source| BuildError::Credentials { source })?,
+        ),
+    };
+    let expect = match &config.site {
+        Some(site) => ExpectPeer::Exactly(link::Identity::Agent { site: site.clone() }),
+        None => ExpectPeer::AnyAgent,
+    };
+    let dial = || {
+        link::dial(carrier.clone(), credentials.clone(), expect.clone())
+            .map_err(|source| BuildError::Link { source })
+    };
+    Ok(Agent::new(dial()?, dial()?, cluster_id))
+}
+
+/// Our address on the way to the API server: nothing is sent.
+fn our_address(host: &str, server: &str) -> Option<IpAddr> {
+    let port = if server.starts_with("http:") { 80 } else { 443 };
+    let target: SocketAddr = (host.trim_matches(['[', ']']), port)
+        .to_socket_addrs()
+        .ok()?
+        .next()?;
+    let any: SocketAddr = if target.is_ipv4() {
+        ([0, 0, 0, 0], 0).into()
+    } else {
+        ([0u16; 8], 0).into()
+    };
+    let socket = UdpSocket::bind(any).ok()?;
+    socket.connect(target).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
+pub(super) fn server_settings(config: &Config) -> Option<Settings> {
+    let (certificate, key) = config.server.cert.clone()?;
+    Some(Settings {
+        bind: config.server.listen,
+        node: config.node.name.clone(),
+        serving: Serving { certificate, key },
+        client_ca: config
+            .server
+            .client_ca
+            .clone()
+            .map_or(ClientCa::Cluster, ClientCa::File),
+    })
+}

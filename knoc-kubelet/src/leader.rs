@@ -1,0 +1,331 @@
+//! Task: the leadership Lease `knoc-kubelet-<node>`, which guards the overlap of two kubelets of one node.
+//!
+//! Not the node's Lease, whose holder must be the node. `leaseTransitions` is the leadership epoch: it grows with every start
+//! of a kubelet and every change of holder, every mutating request to the agent carries it, and the agent refuses a lower
+//! one. A process that starts with the holder's own identity (the same pod) takes over at once.
+//!
+//! ```text
+//!  Candidate ── free, released, ours, or unchanged for 15 s ──► Leader ── renewed every 2 s ──► Leader
+//!                                                                 │ another holds it, or no renewal for 10 s
+//!                                                                 ▼
+//!                                                               Lost: stop mutating, end the process
+//! ```
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::coordination::v1::{Lease, LeaseSpec},
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
+};
+use kube::{Api, Client, api::PostParams};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How long a Lease is good without renewal.
+const DURATION: Duration = Duration::from_secs(15);
+/// Between renewals, and between looks of a candidate.
+const RENEW: Duration = Duration::from_secs(2);
+/// Without a renewal for this long we stop, well before another may begin.
+const GIVE_UP: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// Why leadership could not be had, kept or let go.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaderError {
+    /// The API server refused or failed.
+    #[error("{what} the leadership lease {name}")]
+    Lease {
+        /// What was tried.
+        what: &'static str,
+        /// Of the Lease.
+        name: String,
+        /// What the API server said.
+        #[source]
+        source: kube::Error,
+    },
+    /// No answer in time.
+    #[error("{what} the leadership lease {name}: no answer within {} s", DEADLINE.as_secs())]
+    Late {
+        /// What was tried.
+        what: &'static str,
+        /// Of the Lease.
+        name: String,
+    },
+    /// Another kubelet has it.
+    #[error("the leadership lease {name} is held by {holder}")]
+    Taken {
+        /// Of the Lease.
+        name: String,
+        /// Who holds it.
+        holder: String,
+    },
+    /// Shutdown came before leadership.
+    #[error("shutdown while waiting for leadership")]
+    Shutdown,
+}
+
+/// PURE: what a candidate may do with the Lease it sees.
+#[derive(Debug, PartialEq, Eq)]
+enum Claim {
+    /// Take it, with this epoch.
+    Take(i32),
+    /// Another holds it.
+    Wait,
+}
+
+/// `unchanged` is how long we have seen the Lease as it is: clocks of others are not believed.
+fn claim(spec: &LeaseSpec, identity: &str, unchanged: Duration) -> Claim {
+    let holder = spec.holder_identity.as_deref().unwrap_or_default();
+    let duration = spec
+        .lease_duration_seconds
+        .and_then(|seconds| u64::try_from(seconds).ok());
+    let duration = duration.map_or(DURATION, Duration::from_secs);
+    if holder.is_empty() || holder == identity || unchanged >= duration {
+        Claim::Take(spec.lease_transitions.unwrap_or(0).saturating_add(1))
+    } else {
+        Claim::Wait
+    }
+}
+
+/// The holder's side of the Lease.
+#[expect(missing_debug_implementations, reason = "kube::Client has none")]
+pub struct Leader {
+    api: Api<Lease>,
+    name: String,
+    identity: String,
+    /// As the API server has it.
+    lease: Lease,
+    renewed: Instant,
+}
+
+impl Leader {
+    /// Waits until we lead, or until `shutdown`.
+    pub async fn acquire(
+        client: Client,
+        namespace: &str,
+        node: &str,
+        identity: &str,
+        shutdown: &CancellationToken,
+    ) -> Result<Self, LeaderError> {
+        let api: Api<Lease> = Api::namespaced(client, namespace);
+        let name = format!("knoc-kubelet-{node}");
+        let mut seen: Option<(Option<String>, Instant)> = None;
+        let mut told = String::new();
+        loop {
+            let found = within("get", &name, api.get_opt(&name)).await?;
+            let version = found
+                .as_ref()
+                .and_then(|lease| lease.metadata.resource_version.clone());
+            let since = match &seen {
+                Some((before, since)) if *before == version => *since,
+                Some(_) | None => Instant::now(),
+            };
+            seen = Some((version, since));
+            let renewed = Instant::now();
+            match take(&api, &name, identity, found, since.elapsed()).await? {
+                Ok(lease) => {
+                    return Ok(Self {
+                        api,
+                        name,
+                        identity: identity.to_owned(),
+                        lease,
+                        renewed,
+                    });
+                }
+                Err(holder) if holder != told => {
+                    tracing::info!(name, holder, "waiting for leadership");
+                    told = holder;
+                }
+                Err(_) => {}
+            }
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Err(LeaderError::Shutdown),
+                () = tokio::time::sleep(RENEW) => {}
+            }
+        }
+    }
+
+    /// The leadership epoch.
+    #[must_use]
+    pub fn epoch(&self) -> i64 {
+        let spec = self.lease.spec.as_ref();
+        i64::from(spec.and_then(|spec| spec.lease_transitions).unwrap_or(0))
+    }
+
+    /// Renews until `shutdown`, or until leadership is lost; then says why.
+    pub async fn keep(&mut self, shutdown: &CancellationToken) -> Result<(), LeaderError> {
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(()),
+                () = tokio::time::sleep(RENEW) => {}
+            }
+            match self.renew().await {
+                Ok(()) => {}
+                Err(error @ LeaderError::Taken { .. }) => return Err(error),
+                Err(error) if self.renewed.elapsed() >= GIVE_UP => return Err(error),
+                Err(error) => {
+                    let error = knoc_proto::error::chain(&error);
+                    tracing::warn!(%error, "leadership not renewed, trying again");
+                }
+            }
+        }
+    }
+
+    async fn renew(&mut self) -> Result<(), LeaderError> {
+        let began = Instant::now();
+        let mut lease = self.lease.clone();
+        if let Some(spec) = &mut lease.spec {
+            spec.renew_time = Some(MicroTime(Timestamp::now()));
+        }
+        let params = PostParams::default();
+        let answer = self.api.replace(&self.name, &params, &lease);
+        match within("renew", &self.name, answer).await {
+            Ok(lease) => {
+                self.lease = lease;
+                self.renewed = began;
+                Ok(())
+            }
+            Err(LeaderError::Lease {
+                source: kube::Error::Api(status),
+                ..
+            }) if status.code == 409 || status.code == 404 => self.look().await,
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Somebody wrote the Lease: is it ours still?
+    async fn look(&mut self) -> Result<(), LeaderError> {
+        let found = within("get", &self.name, self.api.get_opt(&self.name)).await?;
+        let holder = found
+            .as_ref()
+            .and_then(|lease| lease.spec.as_ref())
+            .and_then(|spec| spec.holder_identity.clone())
+            .unwrap_or_default();
+        let epoch = self.epoch();
+        match found {
+            Some(lease) if holder == self.identity => {
+                self.lease = lease;
+                if self.epoch() == epoch {
+                    Ok(())
+                } else {
+                    Err(self.taken(holder))
+                }
+            }
+            Some(_) | None => Err(self.taken(holder)),
+        }
+    }
+
+    fn taken(&self, holder: String) -> LeaderError {
+        LeaderError::Taken {
+            name: self.name.clone(),
+            holder,
+        }
+    }
+
+    /// Lets go, so that the next one need not wait.
+    pub async fn release(mut self) -> Result<(), LeaderError> {
+        if let Some(spec) = &mut self.lease.spec {
+            spec.holder_identity = Some(String::new());
+            spec.lease_duration_seconds = Some(1);
+        }
+        let params = PostParams::default();
+        let answer = self.api.replace(&self.name, &params, &self.lease);
+        within("release", &self.name, answer).await.map(drop)
+    }
+}
+
+/// Takes the Lease if it may be had; otherwise says who holds it.
+async fn take(
+    api: &Api<Lease>,
+    name: &str,
+    identity: &str,
+    found: Option<Lease>,
+    unchanged: Duration,
+) -> Result<Result<Lease, String>, LeaderError> {
+    let now = MicroTime(Timestamp::now());
+    let spec = |epoch| LeaseSpec {
+        holder_identity: Some(identity.to_owned()),
+        lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
+        acquire_time: Some(now.clone()),
+        renew_time: Some(now.clone()),
+        lease_transitions: Some(epoch),
+        ..LeaseSpec::default()
+    };
+    let params = PostParams::default();
+    let answer = if let Some(mut lease) = found {
+        let before = lease.spec.unwrap_or_default();
+        let Claim::Take(epoch) = claim(&before, identity, unchanged) else {
+            return Ok(Err(before.holder_identity.unwrap_or_default()));
+        };
+        lease.spec = Some(spec(epoch));
+        within("take", name, api.replace(name, &params, &lease)).await
+    } else {
+        let metadata = ObjectMeta {
+            name: Some(name.to_owned()),
+            ..ObjectMeta::default()
+        };
+        let lease = Lease {
+            metadata,
+            spec: Some(spec(1)),
+        };
+        within("create", name, api.create(&params, &lease)).await
+    };
+    match answer {
+        Ok(lease) => Ok(Ok(lease)),
+        // Another was quicker.
+        Err(LeaderError::Lease {
+            source: kube::Error::Api(status),
+            ..
+        }) if status.code == 409 => Ok(Err("another".to_owned())),
+        Err(error) => Err(error),
+    }
+}
+
+async fn within<T>(
+    what: &'static str,
+    name: &str,
+    call: impl Future<Output = kube::Result<T>>,
+) -> Result<T, LeaderError> {
+    match tokio::time::timeout(DEADLINE, call).await {
+        Err(_) => Err(LeaderError::Late {
+            what,
+            name: name.to_owned(),
+        }),
+        Ok(Err(source)) => Err(LeaderError::Lease {
+            what,
+            name: name.to_owned(),
+            source,
+        }),
+        Ok(Ok(answer)) => Ok(answer),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(holder: &str, epoch: i32) -> LeaseSpec {
+        LeaseSpec {
+            holder_identity: Some(holder.to_owned()),
+            lease_duration_seconds: Some(15),
+            lease_transitions: Some(epoch),
+            ..LeaseSpec::default()
+        }
+    }
+
+    #[test]
+    fn a_candidate_takes_what_is_free_released_its_own_or_stale() {
+        let short = Duration::from_secs(1);
+        assert_eq!(claim(&LeaseSpec::default(), "a", short), Claim::Take(1));
+        assert_eq!(claim(&spec("", 4), "a", short), Claim::Take(5));
+        assert_eq!(claim(&spec("a", 4), "a", short), Claim::Take(5));
+        assert_eq!(claim(&spec("b", 4), "a", short), Claim::Wait);
+        assert_eq!(
+            claim(&spec("b", 4), "a", Duration::from_secs(15)),
+            Claim::Take(5)
+        );
+    }
+}

@@ -1,0 +1,257 @@
+//! Task: the Node object: registration, labels, taints, status. Never deletes it.
+//!
+//! In: link and capacity (watch channels). The status is computed purely ([`status`]) at every change and every 10 s, and sent where
+//! it differs or is 5 minutes old. While the link is down the node stays Ready; it only says so and takes no new pods.
+
+pub mod lease;
+pub mod status;
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Node, Taint};
+use knoc_proto::pb;
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams, PostParams},
+};
+use serde_json::{Value, json};
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::Link;
+use status::Facts;
+
+/// Between computations of the status.
+const UPDATE: Duration = Duration::from_secs(10);
+/// An unchanged status is sent after this long.
+const REPORT: Duration = Duration::from_secs(300);
+const DEADLINE: Duration = Duration::from_secs(10);
+/// The taint is set only after the link was down this long: a restarted agent is back sooner.
+const TAINT_AFTER: Duration = Duration::from_secs(5);
+
+const DISCONNECTED: &str = "knoc.io/agent-disconnected";
+const PROVIDER: &str = "virtual-kubelet.io/provider";
+
+/// Why the Node could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The API server refused or failed.
+    #[error("{what} node {name}")]
+    Api {
+        /// What was tried.
+        what: &'static str,
+        /// Of the node.
+        name: String,
+        /// What the API server said.
+        #[source]
+        source: kube::Error,
+    },
+    /// No answer in time.
+    #[error("{what} node {name}: no answer within {} s", DEADLINE.as_secs())]
+    Late {
+        /// What was tried.
+        what: &'static str,
+        /// Of the node.
+        name: String,
+    },
+}
+
+/// What does not change while the process lives.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The node's name.
+    pub name: String,
+    /// Where the API server reaches us.
+    pub internal_ip: String,
+    /// Of the kubelet API.
+    pub port: u16,
+    /// Labels of the operator.
+    pub labels: BTreeMap<String, String>,
+    /// The most pods.
+    pub pods: u32,
+    /// allocatable = total × this.
+    pub queue_factor: u32,
+    /// With the provider's taint?
+    pub taint: bool,
+}
+
+/// The task's own state.
+#[expect(missing_debug_implementations, reason = "kube::Client has none")]
+pub struct NodeTask {
+    api: Api<Node>,
+    identity: Identity,
+    link: watch::Receiver<Link>,
+    capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
+    orphans: watch::Receiver<usize>,
+    sent: Option<(Value, Instant)>,
+}
+
+impl NodeTask {
+    /// A task for this node.
+    #[must_use]
+    pub fn new(
+        client: Client,
+        identity: Identity,
+        link: watch::Receiver<Link>,
+        capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
+        orphans: watch::Receiver<usize>,
+    ) -> Self {
+        Self {
+            api: Api::all(client),
+            identity,
+            link,
+            capacity,
+            orphans,
+            sent: None,
+        }
+    }
+
+    /// Makes the Node exist with its labels and taint; returns it.
+    pub async fn register(&self) -> Result<Node, NodeError> {
+        let labels = status::labels(&self.identity);
+        let found = self
+            .within("get", self.api.get_opt(&self.identity.name))
+            .await?;
+        if found.is_some() {
+            let patch = json!({"metadata": {"labels": labels}});
+            return self.patch(&patch).await;
+        }
+        let taints: Vec<Taint> = self.provider_taint().into_iter().collect();
+        let node = json!({
+            "metadata": {"name": self.identity.name, "labels": labels},
+            "spec": {"taints": taints},
+        });
+        let Ok(node) = serde_json::from_value::<Node>(node) else {
+            return Ok(Node::default());
+        };
+        let params = PostParams::default();
+        let node = self
+            .within("create", self.api.create(&params, &node))
+            .await?;
+        tracing::info!(node = self.identity.name, "node registered");
+        Ok(node)
+    }
+
+    /// Keeps the status until `shutdown`.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        loop {
+            if let Err(error) = self.update().await {
+                let error = knoc_proto::error::chain(&error);
+                tracing::warn!(%error, "node not updated, trying again");
+            }
+            self.link.mark_unchanged();
+            self.capacity.mark_unchanged();
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                Ok(()) = self.link.changed() => {}
+                Ok(()) = self.capacity.changed() => {}
+                () = tokio::time::sleep(UPDATE) => {}
+            }
+        }
+    }
+
+    async fn update(&mut self) -> Result<(), NodeError> {
+        let node = match self
+            .within("get", self.api.get_opt(&self.identity.name))
+            .await?
+        {
+            Some(node) => node,
+            None => self.register().await?,
+        };
+        let link = self.link.borrow().clone();
+        self.taint(&node, link.down_for() >= TAINT_AFTER).await?;
+        let capacity = self.capacity.borrow().clone();
+        let orphans = *self.orphans.borrow();
+        let facts = Facts {
+            identity: &self.identity,
+            link: &link,
+            capacity: capacity.as_deref(),
+            orphans,
+            previous: node.status.as_ref(),
+            now: Timestamp::now(),
+        };
+        let wanted = status::status(&facts);
+        let same = self
+            .sent
+            .as_ref()
+            .is_some_and(|(sent, at)| status::same(sent, &wanted) && at.elapsed() < REPORT);
+        if same {
+            return Ok(());
+        }
+        let patch = Patch::Strategic(json!({"status": wanted}));
+        let params = PatchParams::default();
+        let write = self.api.patch_status(&self.identity.name, &params, &patch);
+        self.within("patch the status of", write).await?;
+        self.sent = Some((wanted, Instant::now()));
+        Ok(())
+    }
+
+    /// Sets or takes away our taints; those of others stay.
+    async fn taint(&self, node: &Node, disconnected: bool) -> Result<(), NodeError> {
+        let before = node
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.taints.clone())
+            .unwrap_or_default();
+        let ours = |taint: &Taint| taint.key == DISCONNECTED || taint.key == PROVIDER;
+        let mut taints: Vec<Taint> = before
+            .iter()
+            .filter(|taint| !ours(taint))
+            .cloned()
+            .collect();
+        taints.extend(self.provider_taint());
+        if disconnected {
+            taints.push(Taint {
+                key: DISCONNECTED.to_owned(),
+                effect: "NoSchedule".to_owned(),
+                ..Taint::default()
+            });
+        }
+        let key = |taint: &Taint| (taint.key.clone(), taint.effect.clone(), taint.value.clone());
+        let set = |list: &[Taint]| {
+            list.iter()
+                .map(key)
+                .collect::<std::collections::BTreeSet<_>>()
+        };
+        if set(&before) == set(&taints) {
+            return Ok(());
+        }
+        let version = &node.metadata.resource_version;
+        let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": taints}});
+        self.patch(&patch).await.map(drop)
+    }
+
+    fn provider_taint(&self) -> Option<Taint> {
+        self.identity.taint.then(|| Taint {
+            key: PROVIDER.to_owned(),
+            value: Some("knoc".to_owned()),
+            effect: "NoSchedule".to_owned(),
+            ..Taint::default()
+        })
+    }
+
+    async fn patch(&self, patch: &Value) -> Result<Node, NodeError> {
+        let params = PatchParams::default();
+        let patch = Patch::Merge(patch);
+        self.within(
+            "patch",
+            self.api.patch(&self.identity.name, &params, &patch),
+        )
+        .await
+    }
+
+    async fn within<T>(
+        &self,
+        what: &'static str,
+        call: impl Future<Output = kube::Result<T>>,
+    ) -> Result<T, NodeError> {
+        let name = self.identity.name.clone();
+        match tokio::time::timeout(DEADLINE, call).await {
+            Err(_) => Err(NodeError::Late { what, name }),
+            Ok(Err(source)) => Err(NodeError::Api { what, name, source }),
+            Ok(Ok(answer)) => Ok(answer),
+        }
+    }
+}

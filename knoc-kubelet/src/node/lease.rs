@@ -1,0 +1,93 @@
+//! Task: the node's Lease in `kube-node-lease`: 40 s, renewed every 10 s, owned by the Node.
+//!
+//! It says that this kubelet lives, nothing about the agent: a cut link never makes the node NotReady.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::{
+        coordination::v1::{Lease, LeaseSpec},
+        core::v1::Node,
+    },
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference},
+};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams, PostParams},
+};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+const NAMESPACE: &str = "kube-node-lease";
+const DURATION: i32 = 40;
+const RENEW: Duration = Duration::from_secs(10);
+/// After a failure.
+const RETRY: Duration = Duration::from_secs(2);
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// Renews until `shutdown`.
+pub async fn run(client: Client, node: Node, shutdown: CancellationToken) {
+    let api: Api<Lease> = Api::namespaced(client, NAMESPACE);
+    loop {
+        let renewed = tokio::time::timeout(DEADLINE, renew(&api, &node)).await;
+        let wait = match renewed {
+            Ok(Ok(())) => RENEW,
+            Ok(Err(error)) => {
+                let error = knoc_proto::error::chain(&error);
+                tracing::warn!(%error, "node lease not renewed, trying again");
+                RETRY
+            }
+            Err(_) => {
+                tracing::warn!("node lease not renewed in time, trying again");
+                RETRY
+            }
+        };
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+async fn renew(api: &Api<Lease>, node: &Node) -> kube::Result<()> {
+    let name = node.metadata.name.clone().unwrap_or_default();
+    let now = MicroTime(Timestamp::now());
+    let patch = json!({"spec": {
+        "holderIdentity": name, "leaseDurationSeconds": DURATION, "renewTime": now,
+    }});
+    match api
+        .patch(&name, &PatchParams::default(), &Patch::Merge(patch))
+        .await
+    {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 404 => api
+            .create(&PostParams::default(), &lease(node, &name, now))
+            .await
+            .map(drop),
+        Err(error) => Err(error),
+    }
+}
+
+fn lease(node: &Node, name: &str, now: MicroTime) -> Lease {
+    Lease {
+        metadata: ObjectMeta {
+            name: Some(name.to_owned()),
+            owner_references: Some(vec![OwnerReference {
+                api_version: "v1".to_owned(),
+                kind: "Node".to_owned(),
+                name: name.to_owned(),
+                uid: node.metadata.uid.clone().unwrap_or_default(),
+                ..OwnerReference::default()
+            }]),
+            ..ObjectMeta::default()
+        },
+        spec: Some(LeaseSpec {
+            holder_identity: Some(name.to_owned()),
+            lease_duration_seconds: Some(DURATION),
+            renew_time: Some(now),
+            ..LeaseSpec::default()
+        }),
+    }
+}

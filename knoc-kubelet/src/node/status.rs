@@ -1,0 +1,407 @@
+//! PURE: link + capacity → the Node's labels and status.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::NodeStatus;
+use knoc_proto::pb;
+use serde_json::{Map, Value, json};
+
+use super::Identity;
+use crate::agent::Link;
+
+/// The kubelet's version as Kubernetes reads it: a release it knows how to talk to, ours as build metadata.
+const KUBELET_VERSION: &str = concat!("v1.36.0+knoc.", env!("CARGO_PKG_VERSION"));
+
+/// What a status is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    /// What does not change.
+    pub identity: &'a Identity,
+    /// The link to the agent.
+    pub link: &'a Link,
+    /// Slurm's capacity, as last heard.
+    pub capacity: Option<&'a pb::NodeInfo>,
+    /// Jobs without a pod that wait for a word of the operator.
+    pub orphans: usize,
+    /// The status in the API server.
+    pub previous: Option<&'a NodeStatus>,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// The labels of the Node that are ours.
+#[must_use]
+pub fn labels(identity: &Identity) -> BTreeMap<String, String> {
+    let mut labels: BTreeMap<String, String> = [
+        ("kubernetes.io/hostname", identity.name.as_str()),
+        ("kubernetes.io/os", "linux"),
+        ("kubernetes.io/arch", arch()),
+        ("type", "virtual-kubelet"),
+        ("node.kubernetes.io/instance-type", "knoc"),
+        (
+            "node.kubernetes.io/exclude-from-external-load-balancers",
+            "true",
+        ),
+    ]
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+    .into();
+    labels.extend(identity.labels.clone());
+    labels
+}
+
+fn arch() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+/// The status of the Node, as a strategic merge patch.
+#[must_use]
+pub fn status(facts: &Facts<'_>) -> Value {
+    let identity = facts.identity;
+    let mut status = json!({
+        "addresses": [{"type": "InternalIP", "address": identity.internal_ip}],
+        "daemonEndpoints": {"kubeletEndpoint": {"Port": identity.port}},
+        "nodeInfo": node_info(facts),
+        "conditions": conditions(facts),
+    });
+    if let (Some(capacity), Value::Object(fields)) = (facts.capacity, &mut status) {
+        fields.insert("capacity".to_owned(), resources(identity, capacity, 1));
+        let factor = i64::from(identity.queue_factor);
+        fields.insert(
+            "allocatable".to_owned(),
+            resources(identity, capacity, factor),
+        );
+    }
+    status
+}
+
+/// Do two statuses say the same, heartbeats aside?
+#[must_use]
+pub fn same(one: &Value, other: &Value) -> bool {
+    without_heartbeats(one) == without_heartbeats(other)
+}
+
+fn without_heartbeats(status: &Value) -> Value {
+    let mut status = status.clone();
+    let conditions = status.get_mut("conditions").and_then(Value::as_array_mut);
+    for condition in conditions
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_object_mut)
+    {
+        condition.remove("lastHeartbeatTime");
+        condition.remove("lastTransitionTime");
+    }
+    status
+}
+
+fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value {
+    let pods = match u32::try_from(capacity.pod_limit) {
+        Ok(limit) if limit > 0 => identity.pods.min(limit),
+        Ok(_) | Err(_) => identity.pods,
+    };
+    let mut list = Map::new();
+    let mut put = |name: &str, amount: i64| {
+        list.insert(
+            name.to_owned(),
+            amount.saturating_mul(factor).to_string().into(),
+        );
+    };
+    put("cpu", capacity.cpu);
+    put("memory", capacity.memory_bytes);
+    if capacity.ephemeral_storage_bytes > 0 {
+        put("ephemeral-storage", capacity.ephemeral_storage_bytes);
+    }
+    for (name, amount) in &capacity.extended {
+        put(name, *amount);
+    }
+    list.insert("pods".to_owned(), pods.to_string().into());
+    list.into()
+}
+
+fn node_info(facts: &Facts<'_>) -> Value {
+    let runtime = match facts.link {
+        Link::Up { info, .. } => format!("{}://{}", info.runtime, version(&info.runtime_version)),
+        Link::Down { .. } => facts
+            .previous
+            .and_then(|status| status.node_info.as_ref())
+            .map(|info| info.container_runtime_version.clone())
+            .filter(|text| !text.is_empty())
+            .unwrap_or_else(|| "apptainer://unknown".to_owned()),
+    };
+    let scheduler = match facts.link {
+        Link::Up { info, .. } => info.scheduler_version.clone(),
+        Link::Down { .. } => facts
+            .previous
+            .and_then(|status| status.node_info.as_ref())
+            .map(|info| info.os_image.clone())
+            .unwrap_or_default(),
+    };
+    json!({
+        "architecture": arch(),
+        "bootID": "",
+        "containerRuntimeVersion": runtime,
+        "kernelVersion": "",
+        "kubeProxyVersion": "",
+        "kubeletVersion": KUBELET_VERSION,
+        "machineID": "",
+        "operatingSystem": "linux",
+        "osImage": scheduler,
+        "systemUUID": "",
+    })
+}
+
+/// The number in `apptainer version 1.4.5`.
+fn version(text: &str) -> &str {
+    text.split_whitespace().last().unwrap_or("unknown")
+}
+
+fn conditions(facts: &Facts<'_>) -> Vec<Value> {
+    let fine = |kind, reason, text: &str| (kind, "False", reason, text.to_owned());
+    let mut list = vec![
+        (
+            "Ready",
+            "True",
+            "KubeletReady",
+            "kubelet is posting ready status".to_owned(),
+        ),
+        fine(
+            "MemoryPressure",
+            "KubeletHasSufficientMemory",
+            "kubelet has sufficient memory available",
+        ),
+        fine(
+            "DiskPressure",
+            "KubeletHasNoDiskPressure",
+            "kubelet has no disk pressure",
+        ),
+        fine(
+            "PIDPressure",
+            "KubeletHasSufficientPID",
+            "kubelet has sufficient PID available",
+        ),
+        fine(
+            "NetworkUnavailable",
+            "RouteCreated",
+            "pods use the network of the cluster's compute nodes",
+        ),
+        agent_connected(facts),
+    ];
+    list.extend(from_capacity(facts));
+    if facts.orphans > 0 {
+        let text = format!(
+            "{} jobs have no pod: too many at once, none is ended",
+            facts.orphans
+        );
+        list.push(("OrphansHalted", "True", "TooManyOrphans", text));
+    } else if has(facts, "OrphansHalted") {
+        list.push(fine("OrphansHalted", "NoOrphans", "no jobs without a pod"));
+    }
+    list.into_iter()
+        .map(|condition| render(facts, &condition))
+        .collect()
+}
+
+type Condition = (&'static str, &'static str, &'static str, String);
+
+fn agent_connected(facts: &Facts<'_>) -> Condition {
+    match facts.link {
+        Link::Up { info, .. } => {
+            let text = format!(
+                "agent {} of site {} on {}",
+                info.version, info.site, info.hostname
+            );
+            ("AgentConnected", "True", "LinkUp", text)
+        }
+        Link::Down { since, message, .. } => {
+            let text = format!(
+                "no link since {}: {message}",
+                since.strftime("%Y-%m-%dT%H:%M:%SZ")
+            );
+            ("AgentConnected", "False", "LinkDown", text)
+        }
+    }
+}
+
+/// What only the agent can tell; while it cannot, the old ones become Unknown.
+fn from_capacity(facts: &Facts<'_>) -> Vec<Condition> {
+    let capacity = facts.capacity.filter(|_| facts.link.is_up());
+    let Some(capacity) = capacity else {
+        let unknown = |kind| {
+            (
+                kind,
+                "Unknown",
+                "LinkDown",
+                "the agent cannot be asked".to_owned(),
+            )
+        };
+        return vec![unknown("SlurmReachable"), unknown("PidIsolation")];
+    };
+    let health = capacity.scheduler.clone().unwrap_or_default();
+    let since = Timestamp::from_nanosecond(i128::from(health.since)).unwrap_or_default();
+    let slurm = if health.reachable {
+        let text = if health.message.is_empty() {
+            "the controller answers".to_owned()
+        } else {
+            health.message
+        };
+        ("SlurmReachable", "True", "ControllerAnswers", text)
+    } else {
+        let since = since.strftime("%Y-%m-%dT%H:%M:%SZ");
+        let text = format!("no answer since {since}: {}", health.message);
+        ("SlurmReachable", "False", "ControllerDown", text)
+    };
+    let isolation = if capacity.pid_isolation {
+        (
+            "PidIsolation",
+            "True",
+            "PidNamespaces",
+            "each container has its own PID namespace".to_owned(),
+        )
+    } else {
+        (
+            "PidIsolation",
+            "False",
+            "NoPidNamespaces",
+            "containers see the job's processes".to_owned(),
+        )
+    };
+    vec![slurm, isolation]
+}
+
+fn has(facts: &Facts<'_>, kind: &str) -> bool {
+    let conditions = facts.previous.and_then(|status| status.conditions.as_ref());
+    conditions.is_some_and(|list| list.iter().any(|one| one.type_ == kind))
+}
+
+fn render(facts: &Facts<'_>, (kind, status, reason, message): &Condition) -> Value {
+    let previous = facts.previous.and_then(|status| status.conditions.as_ref());
+    let since = previous
+        .and_then(|list| {
+            list.iter()
+                .find(|one| one.type_ == *kind && one.status == *status)
+        })
+        .and_then(|one| one.last_transition_time.clone())
+        .map_or(facts.now, |time| time.0);
+    let text = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    json!({
+        "type": kind, "status": status, "reason": reason, "message": message,
+        "lastHeartbeatTime": text(facts.now), "lastTransitionTime": text(since),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::time::Instant;
+
+    use super::*;
+
+    fn identity() -> Identity {
+        Identity {
+            name: "knoc-t".to_owned(),
+            internal_ip: "10.0.0.1".to_owned(),
+            port: 10250,
+            labels: BTreeMap::new(),
+            pods: 100,
+            queue_factor: 10,
+            taint: true,
+        }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn up() -> Link {
+        let info = pb::AgentInfo {
+            version: "0.1.0".to_owned(),
+            site: "t".to_owned(),
+            hostname: "login".to_owned(),
+            runtime: "apptainer".to_owned(),
+            runtime_version: "apptainer version 1.4.5".to_owned(),
+            scheduler_version: "slurm 24.11.5".to_owned(),
+            ..pb::AgentInfo::default()
+        };
+        Link::Up {
+            info: Arc::new(info),
+            since: at(1),
+        }
+    }
+
+    fn capacity() -> pb::NodeInfo {
+        pb::NodeInfo {
+            cpu: 12,
+            memory_bytes: 1 << 34,
+            extended: [("nvidia.com/gpu".to_owned(), 4)].into(),
+            pid_isolation: true,
+            scheduler: Some(pb::SchedulerHealth {
+                reachable: true,
+                ..Default::default()
+            }),
+            ..pb::NodeInfo::default()
+        }
+    }
+
+    #[test]
+    fn a_connected_node() {
+        let (identity, link, capacity) = (identity(), up(), capacity());
+        let facts = Facts {
+            identity: &identity,
+            link: &link,
+            capacity: Some(&capacity),
+            orphans: 0,
+            previous: None,
+            now: at(100),
+        };
+        insta::assert_snapshot!(serde_json::to_string_pretty(&status(&facts)).unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_cut_link_leaves_the_node_ready() {
+        let (identity, capacity) = (identity(), capacity());
+        let link = Link::Down {
+            since: at(50),
+            at: Instant::now(),
+            message: "refused".to_owned(),
+        };
+        let facts = Facts {
+            identity: &identity,
+            link: &link,
+            capacity: Some(&capacity),
+            orphans: 7,
+            previous: None,
+            now: at(100),
+        };
+        let conditions = status(&facts)["conditions"].clone();
+        let line = |condition: &Value| {
+            format!(
+                "{} {} {}",
+                condition["type"], condition["status"], condition["message"]
+            )
+        };
+        let lines: Vec<_> = conditions.as_array().unwrap().iter().map(line).collect();
+        insta::assert_snapshot!(lines.join("\n"));
+    }
+
+    #[test]
+    fn a_heartbeat_is_no_change() {
+        let (identity, link) = (identity(), up());
+        let mut facts = Facts {
+            identity: &identity,
+            link: &link,
+            capacity: None,
+            orphans: 0,
+            previous: None,
+            now: at(100),
+        };
+        let one = status(&facts);
+        facts.now = at(200);
+        assert!(same(&one, &status(&facts)));
+    }
+}

@@ -1,0 +1,237 @@
+//! `EnsurePod` and `UpdateValues`: resolve, translate, call, and what a refusal means.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::{pb, reason::ErrorReason};
+use prost::Message as _;
+
+use super::worker::Worker;
+use crate::pods::{
+    resolve::{self, ResolveError},
+    status::Rejection,
+    store::PodView,
+    translate::{self, Missing},
+};
+
+/// Why there are no values.
+#[derive(Debug, thiserror::Error)]
+enum NoValues {
+    #[error(transparent)]
+    Missing(#[from] Missing),
+    #[error("resolve what the pod refers to")]
+    Resolve(#[from] ResolveError),
+}
+
+impl Worker<'_> {
+    /// Makes the agent have the pod, or remembers why it has not.
+    pub(super) async fn ensure(&mut self, pod: &Pod) {
+        let shape = match translate::shape(pod) {
+            Ok(shape) => shape,
+            Err(problems) => {
+                self.reject(pod, "UnsupportedPodSpec", &problems.join("; "));
+                return;
+            }
+        };
+        let values = match self.values(pod).await {
+            Ok(values) => values,
+            Err(error) => {
+                let message = knoc_proto::error::chain(&error);
+                self.tell(pod, true, "Failed", &format!("Error: {message}"));
+                self.hold("CreateContainerConfigError", &message);
+                self.retry();
+                return;
+            }
+        };
+        let generation = shape.generation;
+        let hash = contents(&values);
+        knoc_proto::crash::point("kubelet.ensure.before");
+        let answer = self.context.agent.ensure_pod(shape, values).await;
+        knoc_proto::crash::point("kubelet.ensure.after");
+        match answer {
+            Ok(answer) => {
+                self.memory.ensured = generation;
+                self.memory.values = Some(hash);
+                self.memory.hold = None;
+                self.memory.attempts = 0;
+                self.answered(answer.pod);
+            }
+            Err(status) => self.not_ensured(pod, generation, &status),
+        }
+    }
+
+    fn not_ensured(&mut self, pod: &Pod, generation: i64, status: &tonic::Status) {
+        use ErrorReason as R;
+        let message = status.message();
+        match R::of(status) {
+            Some(R::InvalidSpec | R::InvalidRequest | R::Unsupported) => {
+                self.reject(pod, "UnsupportedPodSpec", message);
+            }
+            Some(R::PermissionDenied) => self.reject(pod, "NotAllowed", message),
+            Some(R::SpecConflict) => {
+                self.memory.ensured = generation;
+                self.tell(pod, true, "SpecConflict", message);
+            }
+            _ => {
+                self.hold("", &format!("the agent does not take the pod: {message}"));
+                self.failed("EnsurePod", status);
+            }
+        }
+    }
+
+    fn reject(&mut self, pod: &Pod, reason: &str, message: &str) {
+        let message = format!("Pod was rejected: {message}");
+        self.tell(pod, true, reason, &message);
+        self.memory.rejection = Some(Rejection {
+            reason: reason.to_owned(),
+            message,
+        });
+    }
+
+    /// Sends the values again where they changed.
+    pub(super) async fn refresh(&mut self, pod: &Pod) {
+        let values = match self.values(pod).await {
+            Ok(values) => values,
+            Err(error) => {
+                let error = knoc_proto::error::chain(&error);
+                tracing::warn!(uid = %self.uid, %error, "values not refreshed, the old ones stay");
+                self.refresh_later(Duration::from_secs(60));
+                return;
+            }
+        };
+        let hash = contents(&values);
+        if self.memory.values == Some(hash) {
+            return;
+        }
+        match self.context.agent.update_values(self.uid, values).await {
+            Ok(()) => self.memory.values = Some(hash),
+            Err(status) => {
+                self.refresh_later(Duration::from_secs(10));
+                self.failed("UpdateValues", &status);
+            }
+        }
+    }
+
+    async fn values(&mut self, pod: &Pod) -> Result<pb::PodValues, NoValues> {
+        let now = Timestamp::now();
+        let needs = resolve::needs(pod);
+        let allocatable = self.context.allocatable();
+        let resolved = resolve::resolve(
+            &self.context.client,
+            &self.context.services,
+            pod,
+            &needs,
+            &allocatable,
+            &mut self.memory.tokens,
+            now,
+        )
+        .await?;
+        let translate::Values {
+            mut values,
+            skipped,
+        } = translate::values(pod, &resolved)?;
+        if !skipped.is_empty() {
+            let text = format!(
+                "Keys [{}] were skipped since they are considered invalid environment variable names.",
+                skipped.join(", ")
+            );
+            self.tell(pod, true, "InvalidEnvironmentVariableNames", &text);
+        }
+        self.memory.revision = self.memory.revision.max(now.as_millisecond() - 1) + 1;
+        values.revision = self.memory.revision;
+        self.memory.refresh_at = resolve::refresh_at(&needs, &self.memory.tokens, now);
+        self.memory.metadata = Some(metadata(pod));
+        self.plan(now);
+        Ok(values)
+    }
+
+    /// When the values are to be looked at: as planned; soon for a pod of an earlier process; at once where labels or
+    /// annotations changed that the pod may read.
+    pub(super) fn plan_refresh(&mut self, view: &PodView, now: Timestamp) {
+        let Some(observed) = &view.observed else {
+            return;
+        };
+        if observed.phase() == pb::PodPhase::Finished {
+            self.memory.refresh_at = None;
+            return;
+        }
+        match self.memory.metadata {
+            None => {
+                let needs = resolve::needs(&view.pod);
+                if needs != translate::Needs::default() {
+                    self.refresh_later(Duration::from_millis(rand::random_range(1000..60_000)));
+                }
+                self.memory.metadata = Some(metadata(&view.pod));
+            }
+            Some(before) if before != metadata(&view.pod) && reads_metadata(&view.pod) => {
+                self.memory.refresh_at = Some(now);
+            }
+            Some(_) => {}
+        }
+        self.plan(now);
+    }
+
+    fn refresh_later(&mut self, after: Duration) {
+        let after = SignedDuration::try_from(after).unwrap_or(SignedDuration::from_secs(60));
+        let now = Timestamp::now();
+        self.memory.refresh_at = now.checked_add(after).ok();
+        self.plan(now);
+    }
+
+    /// Comes back when the refresh is due.
+    fn plan(&mut self, now: Timestamp) {
+        if let Some(at) = self.memory.refresh_at {
+            let wait = at.duration_since(now).max(SignedDuration::ZERO);
+            self.look_after(Duration::try_from(wait).unwrap_or_default());
+        }
+    }
+}
+
+/// What the values hold, whatever their revision.
+fn contents(values: &pb::PodValues) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    let bare = pb::PodValues {
+        revision: 0,
+        ..values.clone()
+    };
+    bare.encode_to_vec().hash(&mut hasher);
+    hasher.finish()
+}
+
+fn metadata(pod: &Pod) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (&pod.metadata.labels, &pod.metadata.annotations).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Does a volume of the pod show its labels or annotations?
+fn reads_metadata(pod: &Pod) -> bool {
+    let volumes = pod
+        .spec
+        .iter()
+        .flat_map(|spec| spec.volumes.iter().flatten());
+    let items = volumes.flat_map(|volume| {
+        let own = volume
+            .downward_api
+            .iter()
+            .flat_map(|source| source.items.iter().flatten());
+        let projected = volume
+            .projected
+            .iter()
+            .flat_map(|source| source.sources.iter().flatten());
+        let projected = projected
+            .filter_map(|source| source.downward_api.as_ref())
+            .flat_map(|source| source.items.iter().flatten());
+        own.chain(projected)
+    });
+    items
+        .filter_map(|item| item.field_ref.as_ref())
+        .any(|field| {
+            field.field_path.starts_with("metadata.labels")
+                || field.field_path.starts_with("metadata.annotations")
+        })
+}

@@ -1,0 +1,342 @@
+//! One round for one pod: look at both sides, decide, publish, act.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::{pb, reason::ErrorReason};
+
+use super::{
+    Context, Memory, Round, UNREACHABLE_AFTER,
+    admission::{self, Room},
+};
+use crate::pods::{
+    decide::{self, AgentSide, Decision, Desired, Done, Present},
+    events::{Note, about_pod},
+    publish::{self, PublishError},
+    status::{self, Hold, Input},
+    store::{PodView, Uid},
+};
+
+/// The first retry comes after this, each further one after twice as long.
+const BACKOFF: Duration = Duration::from_millis(250);
+const BACKOFF_MOST: Duration = Duration::from_secs(10);
+
+pub(super) async fn reconcile(context: Arc<Context>, uid: Uid, memory: Memory) -> Round {
+    let mut worker = Worker {
+        context: &context,
+        uid: &uid,
+        memory,
+        again: None,
+    };
+    let kept = worker.round().await;
+    let Worker { memory, again, .. } = worker;
+    Round {
+        memory: kept.then_some(memory),
+        again,
+    }
+}
+
+pub(super) struct Worker<'a> {
+    pub(super) context: &'a Context,
+    pub(super) uid: &'a Uid,
+    pub(super) memory: Memory,
+    pub(super) again: Option<Duration>,
+}
+
+impl Worker<'_> {
+    /// False where nothing is left of the pod.
+    async fn round(&mut self) -> bool {
+        let now = Timestamp::now();
+        let view = self.context.store.by_uid(self.uid);
+        if let Some(view) = &view {
+            self.judge(view);
+            self.tell_notes(view);
+            self.plan_refresh(view, now);
+        }
+        let decision = decide::decide(
+            self.desired(view.as_ref()),
+            self.agent_side(),
+            self.done(now),
+        );
+        tracing::debug!(uid = %self.uid, ?decision, "round");
+        match (decision, &view) {
+            (Decision::Drop, _) => {
+                self.context.store.forget(self.uid);
+                return false;
+            }
+            (Decision::Ensure, Some(view)) => self.ensure(&view.pod).await,
+            (Decision::Lose, _) => self.memory.lost = true,
+            (_, _) => {}
+        }
+        if let Some(view) = &view
+            && !self.publish(view).await
+        {
+            return true;
+        }
+        match (decision, &view) {
+            (Decision::Refresh, Some(view)) => self.refresh(&view.pod).await,
+            (Decision::Stop(grace), _) => self.stop(grace, view.is_none()).await,
+            (Decision::Release, Some(view)) => self.release(&view.pod).await,
+            (Decision::Forget, _) => self.forget().await,
+            (_, _) => {}
+        }
+        true
+    }
+
+    fn desired(&self, view: Option<&PodView>) -> Desired {
+        let Some(view) = view else {
+            let seen = self.context.store.was_seen(self.uid);
+            return if seen { Desired::Gone } else { Desired::Unseen };
+        };
+        let meta = &view.pod.metadata;
+        let annotations = meta.annotations.as_ref();
+        Desired::Present(Present {
+            generation: meta.generation.unwrap_or(1),
+            terminal: status::is_terminal(&view.pod),
+            ran: ran(&view.pod),
+            deletion: meta
+                .deletion_timestamp
+                .is_some()
+                .then(|| meta.deletion_grace_period_seconds.unwrap_or(30)),
+            refused: self.memory.rejection.is_some(),
+            mirror: annotations.is_some_and(|map| map.contains_key("kubernetes.io/config.mirror")),
+        })
+    }
+
+    fn agent_side(&self) -> AgentSide {
+        if !self.context.knows() {
+            return AgentSide::Unknown;
+        }
+        match self.context.store.observed(self.uid) {
+            None => AgentSide::Absent,
+            Some(observed) => AgentSide::Known {
+                phase: observed.phase(),
+                generation: observed.spec_generation,
+                deleting: observed.deleting,
+            },
+        }
+    }
+
+    fn done(&self, now: Timestamp) -> Done {
+        Done {
+            ensured: self.memory.ensured,
+            stop: self.memory.stop,
+            refresh_due: self.memory.refresh_at.is_some_and(|at| at <= now),
+        }
+    }
+
+    /// Admission: only for pods that were never accepted.
+    fn judge(&mut self, view: &PodView) {
+        let terminal = status::is_terminal(&view.pod);
+        let generation = view.pod.metadata.generation.unwrap_or(1);
+        if terminal && self.memory.rejection.is_some() {
+            return;
+        }
+        if self.memory.judged >= generation {
+            return;
+        }
+        let findings = self.context.store.findings(self.uid).unwrap_or_default();
+        let accepted = view.observed.is_some() || self.memory.ensured > 0 || ran(&view.pod);
+        let total = self.context.capacity.borrow().clone();
+        let room = Room {
+            pods: usize::try_from(self.context.pods).unwrap_or(usize::MAX),
+            active: self.context.store.active(),
+            total: total.as_deref(),
+            queue_factor: self.context.queue_factor,
+        };
+        self.memory.judged = generation;
+        match admission::admit(&view.pod, &findings, room) {
+            Ok(_) if !accepted && !terminal && !findings.mapped.is_empty() => {
+                self.tell(&view.pod, false, "Mapped", &findings.mapped.join("; "));
+            }
+            Ok(_) => {}
+            Err(rejection) => {
+                if !terminal {
+                    self.tell(&view.pod, true, &rejection.reason, &rejection.message);
+                }
+                if !accepted {
+                    self.memory.rejection = Some(rejection);
+                }
+            }
+        }
+    }
+
+    /// Writes the status where it differs; false where there is no point in going on.
+    async fn publish(&mut self, view: &PodView) -> bool {
+        // What this round did may have changed both.
+        let observed = match self.context.store.observed(self.uid) {
+            None if self.memory.lost => Some(Arc::new(lost(view))),
+            observed => observed,
+        };
+        let input = Input {
+            pod: &view.pod,
+            observed: observed.as_deref(),
+            hold: self.memory.hold.as_ref(),
+            rejection: self.memory.rejection.as_ref(),
+            unreachable: self.unreachable(),
+            now: Timestamp::now(),
+        };
+        let Some(patch) =
+            status::status(&input).and_then(|wanted| publish::patch(&view.pod, &wanted))
+        else {
+            return true;
+        };
+        let sent = (patch, view.pod.metadata.resource_version.clone());
+        if self.memory.sent.as_ref() == Some(&sent) {
+            // The API server does not keep all that we say (an older one).
+            return true;
+        }
+        match publish::send(&self.context.client, &view.pod, &sent.0).await {
+            Ok(pod) => {
+                self.memory.sent = Some((sent.0, pod.metadata.resource_version.clone()));
+                self.context.store.refresh_desired(self.uid, pod);
+                true
+            }
+            Err(PublishError::Gone) => {
+                // The watch will say so; if it does not, look again.
+                self.look_after(Duration::from_secs(1));
+                false
+            }
+            Err(error) => {
+                let error = knoc_proto::error::chain(&error);
+                tracing::warn!(uid = %self.uid, %error, "status not written, trying again");
+                self.retry();
+                false
+            }
+        }
+    }
+
+    fn unreachable(&self) -> bool {
+        *self.context.listed.borrow() && self.context.link.borrow().down_for() >= UNREACHABLE_AFTER
+    }
+
+    async fn stop(&mut self, grace: i64, gone: bool) {
+        let reason = if gone {
+            "the pod is gone from Kubernetes"
+        } else {
+            "deleted in Kubernetes"
+        };
+        match self.context.agent.delete_pod(self.uid, grace, reason).await {
+            Ok(answer) => {
+                self.memory.attempts = 0;
+                let told = self.memory.stop.map_or(grace, |told| told.min(grace));
+                self.memory.stop = Some(told);
+                self.answered(answer.pod);
+            }
+            Err(status) => self.failed("DeletePod", &status),
+        }
+    }
+
+    async fn release(&mut self, pod: &Pod) {
+        match publish::release(&self.context.client, pod).await {
+            Ok(()) | Err(PublishError::Gone) => self.look_after(Duration::from_secs(5)),
+            Err(error) => {
+                let error = knoc_proto::error::chain(&error);
+                tracing::warn!(uid = %self.uid, %error, "the last delete failed, trying again");
+                self.retry();
+            }
+        }
+    }
+
+    async fn forget(&mut self) {
+        match self.context.agent.forget_pod(self.uid).await {
+            Ok(()) => {
+                self.context.store.remove_observed(self.uid);
+                self.context.queue.push(self.uid);
+            }
+            Err(status) if ErrorReason::of(&status) == Some(ErrorReason::NotFound) => {
+                self.context.store.remove_observed(self.uid);
+                self.context.queue.push(self.uid);
+            }
+            Err(status) => self.failed("ForgetPod", &status),
+        }
+    }
+
+    /// What the agent answered, and the next round at once.
+    pub(super) fn answered(&self, pod: Option<pb::PodObserved>) {
+        if let Some(pod) = pod {
+            self.context.store.answer_observed(self.uid, pod);
+        }
+    }
+
+    /// A call to the agent failed: log it once, and see when to try again.
+    pub(super) fn failed(&mut self, call: &str, status: &tonic::Status) {
+        let error = knoc_proto::error::chain(status);
+        match ErrorReason::of(status) {
+            Some(ErrorReason::StaleLeader) => {
+                tracing::error!(%error, "another kubelet leads");
+                self.context.deposed.cancel();
+            }
+            Some(ErrorReason::NotFound) => {
+                // The watch is behind or ahead; it will say what is.
+                self.look_after(Duration::from_secs(1));
+            }
+            _ => {
+                tracing::warn!(uid = %self.uid, call, %error, "the agent refused or failed, trying again");
+                self.retry();
+            }
+        }
+    }
+
+    pub(super) fn hold(&mut self, reason: &str, message: &str) {
+        self.memory.hold = Some(Hold {
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+        });
+    }
+
+    pub(super) fn retry(&mut self) {
+        let shift = self.memory.attempts.min(6);
+        self.memory.attempts = self.memory.attempts.saturating_add(1);
+        let delay = BACKOFF.saturating_mul(1 << shift).min(BACKOFF_MOST);
+        self.look_after(delay.mul_f64(rand::random_range(0.75..1.25)));
+    }
+
+    pub(super) fn look_after(&mut self, after: Duration) {
+        self.again = Some(self.again.map_or(after, |again| again.min(after)));
+    }
+
+    pub(super) fn tell(&self, pod: &Pod, warning: bool, reason: &str, message: &str) {
+        self.context.events.tell(Note {
+            object: about_pod(pod, ""),
+            warning,
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+            at: Timestamp::now(),
+            salt: 0,
+        });
+    }
+}
+
+/// What stands for a pod that ran and that the agent does not know any more.
+fn lost(view: &PodView) -> pb::PodObserved {
+    pb::PodObserved {
+        uid: view.uid.to_string(),
+        spec_generation: view.pod.metadata.generation.unwrap_or(1),
+        phase: pb::PodPhase::Finished.into(),
+        outcome: Some(pb::Outcome {
+            kind: pb::OutcomeKind::Failed.into(),
+            reason: "ContainerStatusUnknown".to_owned(),
+            message: "the agent does not know this pod any more, although it ran".to_owned(),
+            ..pb::Outcome::default()
+        }),
+        ..pb::PodObserved::default()
+    }
+}
+
+/// Does the status in the API server say that a container ran?
+fn ran(pod: &Pod) -> bool {
+    let Some(status) = &pod.status else {
+        return false;
+    };
+    if status.phase.as_deref() == Some("Running") {
+        return true;
+    }
+    let lists = [&status.init_container_statuses, &status.container_statuses];
+    lists.into_iter().flatten().flatten().any(|one| {
+        one.state
+            .as_ref()
+            .is_some_and(|state| state.running.is_some() || state.terminated.is_some())
+    })
+}

@@ -1,0 +1,139 @@
+//! Task: jobs whose pod this kubelet process never saw. The slow and careful way to end a job.
+//!
+//! Only for the same cluster id, only after a live GET said 404 or another UID, lasting for [`GUARD`]; and more than
+//! max(5, 10 %) at once halts: then something is wrong with what we see, not with the jobs.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::pb::{self, PodPhase};
+use kube::Api;
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{controller::Context, store::Uid};
+
+/// How long a job must have been without a pod.
+const GUARD: Duration = Duration::from_secs(600);
+/// How often we look.
+const ROUND: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// PURE: may so many of so many be ended at once?
+fn plausible(orphans: usize, all: usize) -> bool {
+    orphans <= 5.max(all / 10)
+}
+
+/// Looks once a minute until `shutdown`. `halted` tells the node how many orphans wait for a word of the operator.
+pub(crate) async fn run(
+    context: Arc<Context>,
+    halted: watch::Sender<usize>,
+    shutdown: CancellationToken,
+) {
+    let mut since: HashMap<Uid, Instant> = HashMap::new();
+    loop {
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(ROUND) => {}
+        }
+        if !*context.listed.borrow() || !context.link.borrow().is_up() {
+            continue;
+        }
+        let ripe = ripe(&context, &mut since);
+        let all = context.store.observed_uids().len();
+        if !plausible(ripe.len(), all) {
+            tracing::error!(
+                orphans = ripe.len(),
+                all,
+                "too many jobs without a pod at once: none is ended"
+            );
+            halted.send_replace(ripe.len());
+            continue;
+        }
+        halted.send_replace(0);
+        for observed in ripe {
+            if is_gone(&context, &observed).await {
+                end(&context, &observed).await;
+            }
+        }
+    }
+}
+
+/// Jobs of this cluster that have been without a pod for long enough.
+fn ripe(context: &Context, since: &mut HashMap<Uid, Instant>) -> Vec<Arc<pb::PodObserved>> {
+    let now = Instant::now();
+    let candidates: HashMap<Uid, Arc<pb::PodObserved>> = context
+        .store
+        .observed_uids()
+        .into_iter()
+        .filter(|uid| !context.store.was_seen(uid))
+        .filter_map(|uid| context.store.observed(&uid).map(|observed| (uid, observed)))
+        .filter(|(_, observed)| observed.cluster_id == context.agent.cluster_id())
+        .collect();
+    let here: HashSet<&Uid> = candidates.keys().collect();
+    since.retain(|uid, _| here.contains(uid));
+    for uid in candidates.keys() {
+        since.entry(uid.clone()).or_insert(now);
+    }
+    candidates
+        .into_iter()
+        .filter(|(uid, _)| {
+            since
+                .get(uid)
+                .is_some_and(|at| now.duration_since(*at) >= GUARD)
+        })
+        .map(|(_, observed)| observed)
+        .collect()
+}
+
+/// Does the API server itself say that there is no such pod?
+async fn is_gone(context: &Context, observed: &pb::PodObserved) -> bool {
+    let api: Api<Pod> = Api::namespaced(context.client.clone(), &observed.namespace);
+    match tokio::time::timeout(DEADLINE, api.get_opt(&observed.name)).await {
+        Ok(Ok(None)) => true,
+        Ok(Ok(Some(pod))) => pod.metadata.uid.as_deref() != Some(observed.uid.as_str()),
+        Ok(Err(_)) | Err(_) => false,
+    }
+}
+
+async fn end(context: &Context, observed: &pb::PodObserved) {
+    let uid = observed.uid.as_str();
+    tracing::warn!(
+        uid,
+        namespace = observed.namespace,
+        name = observed.name,
+        "a job without a pod is ended"
+    );
+    let ended = if observed.phase() == PodPhase::Finished {
+        context.agent.forget_pod(uid).await
+    } else {
+        context
+            .agent
+            .delete_pod(uid, -1, "orphan: no such pod in Kubernetes")
+            .await
+            .map(drop)
+    };
+    if let Err(status) = ended {
+        let error = knoc_proto::error::chain(&status);
+        tracing::warn!(uid, %error, "the orphan could not be ended, trying again");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sudden_desert_is_not_believed() {
+        assert!(plausible(5, 5));
+        assert!(!plausible(6, 10));
+        assert!(plausible(10, 100));
+        assert!(!plausible(11, 100));
+        assert!(plausible(0, 0));
+    }
+}

@@ -1,0 +1,230 @@
+//! The writes to a pod in the API server: status (only what changed), and the last DELETE.
+//!
+//! The patch names the UID, so a pod of the same name that was recreated answers with a conflict. Fields of
+//! others are never sent. This module decides nothing.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Pod, PodCondition, PodStatus};
+use kube::{
+    Api, Client,
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
+};
+use serde_json::{Map, Value, json};
+
+/// For each write.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Fields of a status that are ours: sent as null where we say nothing and the API server has something.
+const OURS: &[&str] = &[
+    "containerStatuses",
+    "hostIP",
+    "hostIPs",
+    "initContainerStatuses",
+    "message",
+    "observedGeneration",
+    "phase",
+    "reason",
+    "startTime",
+];
+
+/// Why a write failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// The pod is gone, or another has its name: nothing to write to.
+    #[error("the pod is gone")]
+    Gone,
+    /// The API server refused or failed.
+    #[error("{what} of pod {namespace}/{name}")]
+    Write {
+        /// What was tried.
+        what: &'static str,
+        /// Of the pod.
+        namespace: String,
+        /// Of the pod.
+        name: String,
+        /// What the API server said.
+        #[source]
+        source: kube::Error,
+    },
+    /// No answer in time.
+    #[error("{what} of a pod: no answer from the API server within {} s", DEADLINE.as_secs())]
+    Late {
+        /// What was tried.
+        what: &'static str,
+    },
+}
+
+/// PURE: the body of the patch that makes the status in the API server `wanted`; none where it is so already.
+#[must_use]
+pub fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
+    let have = serde_json::to_value(&pod.status).unwrap_or_default();
+    let mut want = serde_json::to_value(wanted).unwrap_or_default();
+    let mut changes = Map::new();
+    for field in OURS {
+        let (have, want) = (have.get(field), want.get_mut(*field).map(Value::take));
+        let want = want.unwrap_or(Value::Null);
+        if *have.unwrap_or(&Value::Null) != want {
+            changes.insert((*field).to_owned(), want);
+        }
+    }
+    let before = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.as_deref());
+    let conditions: Vec<_> = wanted
+        .conditions
+        .iter()
+        .flatten()
+        .filter(|condition| !is_there(before.unwrap_or_default(), condition))
+        .map(condition_patch)
+        .collect();
+    if !conditions.is_empty() {
+        changes.insert("conditions".to_owned(), conditions.into());
+    }
+    if changes.is_empty() {
+        return None;
+    }
+    Some(json!({"metadata": {"uid": pod.metadata.uid}, "status": changes}))
+}
+
+fn is_there(before: &[PodCondition], condition: &PodCondition) -> bool {
+    before.iter().any(|one| {
+        one.type_ == condition.type_
+            && one.status == condition.status
+            && one.reason.as_deref().unwrap_or("") == condition.reason.as_deref().unwrap_or("")
+            && one.message.as_deref().unwrap_or("") == condition.message.as_deref().unwrap_or("")
+    })
+}
+
+/// With null for what has nothing to say, so that a merge clears it.
+fn condition_patch(condition: &PodCondition) -> Value {
+    json!({
+        "type": condition.type_,
+        "status": condition.status,
+        "reason": condition.reason,
+        "message": condition.message,
+        "lastTransitionTime": condition.last_transition_time,
+    })
+}
+
+/// Sends a status patch; the answer is the pod as the API server has it now.
+pub async fn send(client: &Client, pod: &Pod, patch: &Value) -> Result<Pod, PublishError> {
+    let (api, namespace, name) = api(client, pod);
+    knoc_proto::crash::point("kubelet.patch.before");
+    let params = PatchParams::default();
+    let patch = Patch::Strategic(patch);
+    let write = api.patch_status(&name, &params, &patch);
+    let answer = within("patch the status", &namespace, &name, write).await;
+    knoc_proto::crash::point("kubelet.patch.after");
+    let mut pod = answer?;
+    pod.metadata.managed_fields = None;
+    Ok(pod)
+}
+
+/// The last DELETE, after the job is gone.
+pub async fn release(client: &Client, pod: &Pod) -> Result<(), PublishError> {
+    let (api, namespace, name) = api(client, pod);
+    let params = DeleteParams {
+        grace_period_seconds: Some(0),
+        preconditions: Some(Preconditions {
+            uid: pod.metadata.uid.clone(),
+            ..Preconditions::default()
+        }),
+        ..DeleteParams::default()
+    };
+    knoc_proto::crash::point("kubelet.delete.before");
+    let answer = within(
+        "delete the object",
+        &namespace,
+        &name,
+        api.delete(&name, &params),
+    )
+    .await;
+    knoc_proto::crash::point("kubelet.delete.after");
+    answer.map(drop)
+}
+
+fn api(client: &Client, pod: &Pod) -> (Api<Pod>, String, String) {
+    let namespace = pod
+        .metadata
+        .namespace
+        .clone()
+        .unwrap_or_else(|| "default".to_owned());
+    let name = pod.metadata.name.clone().unwrap_or_default();
+    (Api::namespaced(client.clone(), &namespace), namespace, name)
+}
+
+async fn within<T>(
+    what: &'static str,
+    namespace: &str,
+    name: &str,
+    write: impl Future<Output = kube::Result<T>>,
+) -> Result<T, PublishError> {
+    match tokio::time::timeout(DEADLINE, write).await {
+        Err(_) => Err(PublishError::Late { what }),
+        // 409: the UID is another's.
+        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
+            Err(PublishError::Gone)
+        }
+        Ok(Err(source)) => Err(PublishError::Write {
+            what,
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            source,
+        }),
+        Ok(Ok(answer)) => Ok(answer),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(status: Value) -> Pod {
+        serde_json::from_value(json!({"metadata": {"name": "p", "uid": "u"}, "status": status}))
+            .unwrap()
+    }
+
+    fn status(status: Value) -> PodStatus {
+        serde_json::from_value(status).unwrap()
+    }
+
+    #[test]
+    fn only_what_changed_is_sent_and_what_is_over_is_cleared() {
+        let pod = pod(json!({
+            "phase": "Pending", "message": "waits", "qosClass": "BestEffort",
+            "conditions": [
+                {"type": "Ready", "status": "False", "reason": "ContainersNotReady", "lastTransitionTime": "2026-01-01T00:00:00Z"},
+                {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"},
+                {"type": "example.com/other", "status": "True"},
+            ],
+        }));
+        let wanted = status(json!({
+            "phase": "Running",
+            "conditions": [
+                {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:09Z"},
+                {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"},
+            ],
+        }));
+        let patch = patch(&pod, &wanted).unwrap();
+        assert_eq!(
+            patch,
+            json!({"metadata": {"uid": "u"}, "status": {
+                "phase": "Running", "message": null,
+                "conditions": [{"type": "Ready", "status": "True", "reason": null, "message": null,
+                                "lastTransitionTime": "2026-01-01T00:00:09Z"}],
+            }})
+        );
+    }
+
+    #[test]
+    fn nothing_is_sent_where_nothing_changed() {
+        let same = json!({
+            "phase": "Running", "startTime": "2026-01-01T00:00:00Z",
+            "containerStatuses": [{"name": "a", "image": "i", "imageID": "", "ready": true, "restartCount": 0,
+                                   "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}],
+        });
+        assert_eq!(patch(&pod(same.clone()), &status(same)), None);
+    }
+}

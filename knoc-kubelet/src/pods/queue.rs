@@ -1,0 +1,167 @@
+//! Keys to look at: each at most once in the queue, never handed out twice at a time, at once or later.
+//!
+//! Levels, not edges: a key pushed while its worker runs comes again when the worker is done, once.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::Notify, time::Instant};
+
+use super::store::Uid;
+
+#[derive(Default, Debug)]
+struct State {
+    ready: VecDeque<Uid>,
+    queued: HashSet<Uid>,
+    running: HashSet<Uid>,
+    again: HashSet<Uid>,
+    later: BTreeMap<(Instant, Uid), ()>,
+    due: HashMap<Uid, Instant>,
+}
+
+#[derive(Default, Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+/// The queue; clones are handles on the same one. One task takes from it.
+#[derive(Clone, Default, Debug)]
+pub struct Queue(Arc<Shared>);
+
+impl Queue {
+    /// Look at this key soon.
+    pub fn push(&self, uid: &Uid) {
+        self.state().push(uid);
+        self.0.changed.notify_one();
+    }
+
+    /// Look at this key after a while, or earlier where that was asked before.
+    pub fn push_after(&self, uid: &Uid, after: Duration) {
+        self.state().push_at(uid, Instant::now() + after);
+        self.0.changed.notify_one();
+    }
+
+    /// The next key; it is not handed out again before [`Queue::done`]. Cancel safe.
+    pub async fn next(&self) -> Uid {
+        loop {
+            let changed = self.0.changed.notified();
+            let wake = {
+                let mut state = self.state();
+                state.ripen(Instant::now());
+                if let Some(uid) = state.pop() {
+                    return uid;
+                }
+                state.later.first_key_value().map(|((at, _), ())| *at)
+            };
+            match wake {
+                None => changed.await,
+                Some(at) => {
+                    tokio::select! {
+                        biased;
+                        () = changed => {}
+                        () = tokio::time::sleep_until(at) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// The worker of this key is done.
+    pub fn done(&self, uid: &Uid) {
+        let mut state = self.state();
+        state.running.remove(uid);
+        if state.again.remove(uid) {
+            state.push(uid);
+        }
+        drop(state);
+        self.0.changed.notify_one();
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn push(&mut self, uid: &Uid) {
+        if self.running.contains(uid) {
+            self.again.insert(uid.clone());
+        } else if self.queued.insert(uid.clone()) {
+            self.ready.push_back(uid.clone());
+        }
+    }
+
+    fn push_at(&mut self, uid: &Uid, at: Instant) {
+        if let Some(before) = self.due.get(uid).copied() {
+            if before <= at {
+                return;
+            }
+            self.later.remove(&(before, uid.clone()));
+        }
+        self.due.insert(uid.clone(), at);
+        self.later.insert((at, uid.clone()), ());
+    }
+
+    fn ripen(&mut self, now: Instant) {
+        while let Some(((at, _), ())) = self.later.first_key_value()
+            && *at <= now
+            && let Some(((_, uid), ())) = self.later.pop_first()
+        {
+            self.due.remove(&uid);
+            self.push(&uid);
+        }
+    }
+
+    fn pop(&mut self) -> Option<Uid> {
+        let uid = self.ready.pop_front()?;
+        self.queued.remove(&uid);
+        self.running.insert(uid.clone());
+        Some(uid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn uid(name: &str) -> Uid {
+        name.into()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_is_handed_out_once_and_comes_again_when_pushed_meanwhile() {
+        let queue = Queue::default();
+        queue.push(&uid("a"));
+        queue.push(&uid("a"));
+        queue.push(&uid("b"));
+        assert_eq!(&*queue.next().await, "a");
+        queue.push(&uid("a"));
+        queue.push(&uid("a"));
+        assert_eq!(&*queue.next().await, "b");
+        let none = tokio::time::timeout(Duration::from_secs(1), queue.next()).await;
+        assert!(none.is_err(), "a runs still");
+        queue.done(&uid("a"));
+        assert_eq!(&*queue.next().await, "a");
+        queue.done(&uid("a"));
+        let none = tokio::time::timeout(Duration::from_secs(1), queue.next()).await;
+        assert!(none.is_err(), "pushed twice, looked at once more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn later_means_later_and_the_earlier_wish_wins() {
+        let queue = Queue::default();
+        let start = Instant::now();
+        queue.push_after(&uid("a"), Duration::from_secs(60));
+        queue.push_after(&uid("a"), Duration::from_secs(5));
+        queue.push_after(&uid("a"), Duration::from_secs(30));
+        assert_eq!(&*queue.next().await, "a");
+        assert_eq!(start.elapsed(), Duration::from_secs(5));
+        queue.done(&uid("a"));
+        let none = tokio::time::timeout(Duration::from_secs(600), queue.next()).await;
+        assert!(none.is_err());
+    }
+}

@@ -1,0 +1,255 @@
+//! Fetches what a pod refers to: ConfigMaps, Secrets, service account tokens, service variables.
+//!
+//! One GET an object, all at once, each with a deadline: the right to `get` is enough, and the hot path costs
+//! one round trip. What is not there is simply absent from the result; whether that matters is decided by
+//! [`translate::values`]. Secrets are not kept; tokens are, until they are due.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use futures::future::{join_all, try_join, try_join3};
+use jiff::Timestamp;
+use k8s_openapi::{
+    NamespaceResourceScope,
+    api::{
+        authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
+        core::v1::{ConfigMap, Pod, Secret, ServiceAccount},
+    },
+};
+use knoc_proto::pb;
+use kube::{Api, Client, Resource, api::PostParams};
+use serde::de::DeserializeOwned;
+
+use super::{
+    services::Services,
+    translate::{self, Needs, Resolved, Token, TokenAsk},
+};
+
+/// For each question to the API server.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A token is renewed when this much of its life is over.
+const TOKEN_LIFE: f64 = 0.8;
+/// And after this long in any case.
+const TOKEN_AGE: i64 = 24 * 3600;
+
+/// Why something could not be fetched.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ResolveError {
+    /// The API server refused or failed.
+    #[error("get {kind} \"{name}\"")]
+    Get {
+        /// configmap or secret.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+        /// What the API server said.
+        #[source]
+        source: kube::Error,
+    },
+    /// No token was issued.
+    #[error("request a token of service account \"{account}\"")]
+    Token {
+        /// The service account.
+        account: String,
+        /// What the API server said.
+        #[source]
+        source: kube::Error,
+    },
+    /// No answer in time.
+    #[error("{what}: no answer from the API server within {} s", DEADLINE.as_secs())]
+    Late {
+        /// What was asked.
+        what: String,
+    },
+}
+
+/// A token and when it is due to be renewed.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    token: Token,
+    pub(crate) renew_at: Timestamp,
+}
+
+/// Tokens that were issued for one pod.
+pub(crate) type Tokens = BTreeMap<TokenAsk, Kept>;
+
+/// Fetches all that `needs` names.
+pub(crate) async fn resolve(
+    client: &Client,
+    services: &Services,
+    pod: &Pod,
+    needs: &Needs,
+    allocatable: &pb::Resources,
+    tokens: &mut Tokens,
+    now: Timestamp,
+) -> Result<Resolved, ResolveError> {
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
+    let due: Vec<_> = needs
+        .tokens
+        .iter()
+        .filter(|ask| tokens.get(ask).is_none_or(|kept| kept.renew_at <= now))
+        .cloned()
+        .collect();
+    let links = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.enable_service_links)
+        .unwrap_or(true);
+    let (objects, issued) = try_join(
+        try_join3(
+            get_all::<ConfigMap>(client, "configmap", namespace, &needs.config_maps),
+            get_all::<Secret>(client, "secret", namespace, &needs.secrets),
+            async { Ok(services.variables(namespace, links).await) },
+        ),
+        issue_all(client, pod, due, now),
+    )
+    .await?;
+    tokens.extend(issued);
+    let (config_maps, secrets, services) = objects;
+    Ok(Resolved {
+        config_maps,
+        secrets,
+        tokens: tokens
+            .iter()
+            .map(|(ask, kept)| (ask.clone(), kept.token.clone()))
+            .collect(),
+        services,
+        allocatable: allocatable.clone(),
+    })
+}
+
+async fn get_all<K>(
+    client: &Client,
+    kind: &'static str,
+    namespace: &str,
+    names: &[String],
+) -> Result<BTreeMap<String, K>, ResolveError>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug,
+{
+    let api: Api<K> = Api::namespaced(client.clone(), namespace);
+    let gets = names.iter().map(|name| {
+        let api = api.clone();
+        async move {
+            match tokio::time::timeout(DEADLINE, api.get_opt(name)).await {
+                Err(_) => Err(ResolveError::Late {
+                    what: format!("get {kind} \"{name}\""),
+                }),
+                Ok(Err(source)) => Err(ResolveError::Get {
+                    kind,
+                    name: name.clone(),
+                    source,
+                }),
+                Ok(Ok(found)) => Ok(found.map(|object| (name.clone(), object))),
+            }
+        }
+    });
+    let found: Result<Vec<_>, _> = join_all(gets).await.into_iter().collect();
+    Ok(found?.into_iter().flatten().collect())
+}
+
+async fn issue_all(
+    client: &Client,
+    pod: &Pod,
+    asks: Vec<TokenAsk>,
+    now: Timestamp,
+) -> Result<Vec<(TokenAsk, Kept)>, ResolveError> {
+    let issues = asks.into_iter().map(|ask| async {
+        let kept = issue(client, pod, &ask, now).await?;
+        Ok((ask, kept))
+    });
+    join_all(issues).await.into_iter().collect()
+}
+
+async fn issue(
+    client: &Client,
+    pod: &Pod,
+    ask: &TokenAsk,
+    now: Timestamp,
+) -> Result<Kept, ResolveError> {
+    let meta = &pod.metadata;
+    let spec = pod.spec.as_ref();
+    let account = spec.and_then(|spec| spec.service_account_name.clone());
+    let account = account.unwrap_or_else(|| "default".to_owned());
+    let request = TokenRequest {
+        spec: Some(TokenRequestSpec {
+            audiences: Some(ask.audience.clone())
+                .filter(|text| !text.is_empty())
+                .map(|audience| vec![audience]),
+            expiration_seconds: Some(ask.expiration),
+            bound_object_ref: Some(BoundObjectReference {
+                api_version: Some("v1".to_owned()),
+                kind: Some("Pod".to_owned()),
+                name: meta.name.clone(),
+                uid: meta.uid.clone(),
+            }),
+            ..TokenRequestSpec::default()
+        }),
+        ..TokenRequest::default()
+    };
+    let namespace = meta.namespace.as_deref().unwrap_or("default");
+    let api: Api<ServiceAccount> = Api::namespaced(client.clone(), namespace);
+    let params = PostParams::default();
+    let answer = api.create_token_request(&account, &params, &request);
+    let answer = match tokio::time::timeout(DEADLINE, answer).await {
+        Err(_) => {
+            return Err(ResolveError::Late {
+                what: format!("request a token of \"{account}\""),
+            });
+        }
+        Ok(Err(source)) => return Err(ResolveError::Token { account, source }),
+        Ok(Ok(answer)) => answer,
+    };
+    let status = answer.status.unwrap_or_default();
+    let (Some(token), Some(expires)) = (status.token, status.expiration_timestamp) else {
+        return Err(ResolveError::Late {
+            what: format!("request a token of \"{account}\""),
+        });
+    };
+    let expires = expires.0;
+    Ok(Kept {
+        renew_at: renewal(now, expires),
+        token: Token { token, expires },
+    })
+}
+
+/// 80 % of its life, at most a day, less up to 10 s so that many pods do not come at once.
+fn renewal(now: Timestamp, expires: Timestamp) -> Timestamp {
+    let life = expires.duration_since(now).as_secs_f64().max(0.0);
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "seconds of a token's life, far below 2^53"
+    )]
+    let seconds = ((life * TOKEN_LIFE) as i64).min(TOKEN_AGE);
+    let early = rand::random_range(0..=10i64).min(seconds / 4);
+    now.checked_add(jiff::SignedDuration::from_secs(seconds - early))
+        .unwrap_or(expires)
+}
+
+/// When the values are to be looked at again; none where nothing in them can change.
+pub(crate) fn refresh_at(needs: &Needs, tokens: &Tokens, now: Timestamp) -> Option<Timestamp> {
+    let renewal = tokens.values().map(|kept| kept.renew_at).min();
+    // The cluster's CA changes with the cluster; it is renewed with the token.
+    let changes = needs
+        .config_maps
+        .iter()
+        .any(|name| name != "kube-root-ca.crt")
+        || !needs.secrets.is_empty();
+    let jittered = rand::random_range(50..=70i64);
+    let look = changes.then(|| {
+        now.checked_add(jiff::SignedDuration::from_secs(jittered))
+            .ok()
+    });
+    match (renewal, look.flatten()) {
+        (Some(renewal), Some(look)) => Some(renewal.min(look)),
+        (renewal, look) => renewal.or(look),
+    }
+}
+
+/// What a pod needs; a convenience for the controller.
+pub(crate) fn needs(pod: &Pod) -> Needs {
+    translate::needs(pod)
+}

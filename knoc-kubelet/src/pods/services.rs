@@ -1,0 +1,112 @@
+//! Task: the cluster's Services, kept small, for the service variables of pods.
+//!
+//! Only what becomes a variable is kept. Before the first list is whole no pod is started, for a bounded time.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use futures::StreamExt as _;
+use k8s_openapi::api::core::v1::{Service, ServiceSpec};
+use kube::{
+    Api, Client,
+    runtime::{WatchStreamExt as _, watcher},
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::translate;
+
+/// How long a pod waits for the first list.
+const FIRST_LIST: Duration = Duration::from_secs(10);
+
+type Key = (String, String);
+
+/// The Services; clones are handles on the same ones.
+#[derive(Clone, Debug)]
+pub struct Services {
+    known: Arc<RwLock<BTreeMap<Key, Service>>>,
+    synced: watch::Sender<bool>,
+}
+
+impl Default for Services {
+    fn default() -> Self {
+        Self {
+            known: Arc::default(),
+            synced: watch::Sender::new(false),
+        }
+    }
+}
+
+impl Services {
+    /// The variables for a pod of `namespace`; waits for the first list, but not for long.
+    pub async fn variables(&self, namespace: &str, links: bool) -> Vec<(String, String)> {
+        let mut synced = self.synced.subscribe();
+        let first_list = synced.wait_for(|synced| *synced);
+        if tokio::time::timeout(FIRST_LIST, first_list).await.is_err() {
+            tracing::warn!("the Services could not be listed: pods start without their variables");
+        }
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        translate::service_variables(known.values(), namespace, links)
+    }
+
+    /// Watches until `shutdown`.
+    pub async fn run(self, client: Client, shutdown: CancellationToken) {
+        let api: Api<Service> = Api::all(client);
+        let events = watcher(api, watcher::Config::default()).default_backoff();
+        let mut events = std::pin::pin!(events);
+        let mut listed = BTreeMap::new();
+        loop {
+            let event = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                event = events.next() => event,
+            };
+            match event {
+                None => return,
+                Some(Ok(event)) => self.take(event, &mut listed),
+                Some(Err(error)) => {
+                    let error = knoc_proto::error::chain(&error);
+                    tracing::warn!(%error, "watch of Services broke off, it begins again");
+                }
+            }
+        }
+    }
+
+    fn take(&self, event: watcher::Event<Service>, listed: &mut BTreeMap<Key, Service>) {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            watcher::Event::Init => listed.clear(),
+            watcher::Event::InitApply(service) => {
+                listed.extend(small(service));
+            }
+            watcher::Event::InitDone => {
+                *known = std::mem::take(listed);
+                self.synced.send_replace(true);
+            }
+            watcher::Event::Apply(service) => known.extend(small(service)),
+            watcher::Event::Delete(service) => {
+                if let Some((key, _)) = small(service) {
+                    known.remove(&key);
+                }
+            }
+        }
+    }
+}
+
+/// Name, address and ports only.
+fn small(service: Service) -> Option<(Key, Service)> {
+    let name = service.metadata.name?;
+    let namespace = service.metadata.namespace?;
+    let mut small = Service::default();
+    small.metadata.name = Some(name.clone());
+    small.metadata.namespace = Some(namespace.clone());
+    small.spec = service.spec.map(|spec| ServiceSpec {
+        cluster_ip: spec.cluster_ip,
+        ports: spec.ports,
+        ..ServiceSpec::default()
+    });
+    Some(((namespace, name), small))
+}

@@ -1,0 +1,122 @@
+//! The Helm chart on the real control plane: what it refuses, what it grants, and the examples.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::ensure;
+use knoc_tests::{Run, World};
+
+fn deploy() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
+}
+
+fn helm<const N: usize>(args: [&str; N]) -> Run {
+    Run::new("helm").args(args)
+}
+
+#[tokio::test]
+async fn the_plain_manifests_are_what_the_chart_renders() -> anyhow::Result<()> {
+    Run::new(deploy().join("render.sh"))
+        .arg("--check")
+        .ok()
+        .await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
+    let cases = [
+        ("agent.address=nowhere", "/agent/address"),
+        ("agent.site=Not_A_Name", "/agent/site"),
+        ("node.pod=3", "'pod' not allowed"),
+        ("node.queueFactor=0", "/node/queueFactor"),
+        ("server.port=80", "/server/port"),
+        ("log.format=xml", "'text', 'json'"),
+        ("image.digest=md5:1", "/image/digest"),
+    ];
+    for (mistake, named) in cases {
+        let output = helm(["template", "x", "--kube-version", "1.36.0"])
+            .arg(deploy().join("chart/knoc"))
+            .args([
+                "--set",
+                "agent.address=login:10350",
+                "--set",
+                "agent.site=s",
+            ])
+            .args(["--set", mistake])
+            .output()
+            .await?;
+        ensure!(output.code != 0, "{mistake} was taken");
+        ensure!(output.stderr.contains(named), "{mistake}: {output}");
+    }
+    Ok(())
+}
+
+/// What the `ServiceAccount` may do, and what it may not, as `kubectl auth can-i` takes it.
+const MAY: [&str; 14] = [
+    "create nodes",
+    "get nodes/knoc-chart",
+    "patch nodes/knoc-chart --subresource=status",
+    "list pods --all-namespaces",
+    "patch pods/x --subresource=status --all-namespaces",
+    "delete pods/x --all-namespaces",
+    "create events --all-namespaces",
+    "get secrets/x --all-namespaces",
+    "get configmaps/x --all-namespaces",
+    "create serviceaccounts/x --subresource=token --all-namespaces",
+    "create subjectaccessreviews.authorization.k8s.io",
+    "create tokenreviews.authentication.k8s.io",
+    "patch leases/knoc-chart --namespace=kube-node-lease",
+    "get configmaps/extension-apiserver-authentication --namespace=kube-system",
+];
+const MAY_NOT: [&str; 9] = [
+    "delete nodes/knoc-chart",
+    "patch nodes/other",
+    "create pods --all-namespaces",
+    "create pods/x --subresource=exec --all-namespaces",
+    "list secrets --all-namespaces",
+    "patch leases/other --namespace=kube-node-lease",
+    "get namespaces/default",
+    "get nodes/knoc-chart --subresource=proxy",
+    "create clusterrolebindings",
+];
+
+#[tokio::test]
+async fn the_chart_installs_and_grants_what_it_says() -> anyhow::Result<()> {
+    let world = World::new("chart").await?;
+    let namespace = world.namespace.as_str();
+    let chart = deploy().join("chart/knoc");
+    // Cluster-wide objects carry the node's name, so this one lives beside the stack's own.
+    helm(["install", "charttest", "--namespace", namespace])
+        .arg(&chart)
+        .args([
+            "--set",
+            "agent.address=login:10350",
+            "--set",
+            "agent.site=chart",
+        ])
+        .args(["--set", "runtimeClass.name=knoc-chart"])
+        .ok()
+        .await?;
+    let account = format!("--as=system:serviceaccount:{namespace}:knoc-kubelet");
+    for (questions, wanted) in [(&MAY[..], "yes"), (&MAY_NOT[..], "no")] {
+        for question in questions {
+            let answer = Run::new("kubectl")
+                .args(["auth", "can-i", &account])
+                .args(question.split(' '))
+                .output()
+                .await?;
+            ensure!(answer.text() == wanted, "{question}: {answer}");
+        }
+    }
+    for entry in std::fs::read_dir(deploy().join("examples"))? {
+        world
+            .kubectl(["apply", "--dry-run=server", "-f"])
+            .arg(entry?.path())
+            .ok()
+            .await?;
+    }
+    helm(["uninstall", "charttest", "--namespace", namespace])
+        .ok()
+        .await?;
+    world.finish().await
+}
