@@ -74,7 +74,8 @@ fn main() -> ExitCode {
         Command::Enter { arguments } => return knoc_agent::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {
-            home().and_then(|home| say(&init::run(&options, &home.home)?))
+            let found = init::Found::look(init::Environment::own());
+            home().and_then(|home| say(&init::run(&options, &home.home, &found)?))
         }
         Command::Serve(config) => config.load().and_then(serve),
         Command::Connect(config) => config.load().and_then(|config| relay(&config)),
