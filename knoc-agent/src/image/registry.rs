@@ -89,6 +89,22 @@ impl RegistryClient {
 /// The registry's own words, and what they are about.
 fn words(source: &Source, err: &OciDistributionError) -> String {
     let name = source.reference.whole();
-    let text = knoc_proto::error::chain(err);
-    format!("{name}: {text}")
+    let text = if let OciDistributionError::RegistryError { envelope, .. } = err {
+        let words: Vec<&str> = envelope
+            .errors
+            .iter()
+            .map(|error| error.message.as_str())
+            .collect();
+        words.join("; ")
+    } else {
+        knoc_proto::error::chain(err)
+    };
+    // What rustls says to an answer that is no TLS.
+    let plain = !source.insecure && text.contains("InvalidContentType");
+    let hint = if plain {
+        " (plain HTTP needs insecure = true in [[registry]])"
+    } else {
+        ""
+    };
+    format!("{name}: {text}{hint}")
 }

@@ -125,7 +125,7 @@ async fn exits_from_controller(slurm: &Slurm, jobs: &mut [JobView], asked: &[Job
         job.exit.is_none() && job.state.phase() == JobPhase::Ended && asked.contains(&job.job())
     });
     for job in ended.take(SCONTROL_BATCH) {
-        let command = slurm.command(&slurm.settings.scontrol);
+        let command = slurm.question(&slurm.settings.scontrol);
         let command = command.args(["show", "job", "-o", job.id.as_str()]);
         let Ok(text) = slurm.answer("scontrol", command).await else {
             return;

@@ -25,12 +25,10 @@ pub struct Settings {
     pub path: String,
     /// `SLURM_CONF` of the commands, where it is not Slurm's built-in one.
     pub conf: Option<PathBuf>,
-    /// Further environment of the commands.
+    /// Further environment of the commands, and of the jobs: all that a batch script gets beside Slurm's own.
     pub env: BTreeMap<String, String>,
     /// Lines of the batch script before the shim (`module load …`). The site's own words, never a pod's.
     pub prelude: String,
-    /// Names of variables that sbatch carries into the job, beside the built-in list.
-    pub export: Vec<String>,
     /// For pods that name none.
     pub partition: Option<String>,
     /// For pods that name none.
@@ -72,7 +70,6 @@ impl Default for Settings {
             conf: None,
             env: BTreeMap::new(),
             prelude: String::new(),
-            export: Vec::new(),
             partition: None,
             account: None,
             qos: None,
@@ -90,11 +87,22 @@ impl Default for Settings {
     }
 }
 
+/// What programs expect of a login, as the agent was started with it. Read once, for sites whose file
+/// does not name them.
+fn login_variables() -> BTreeMap<String, String> {
+    let names = ["HOME", "USER", "LOGNAME", "SHELL", "LANG"];
+    let found = names
+        .iter()
+        .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)));
+    found.collect()
+}
+
 impl From<&Config> for Settings {
     fn from(site: &Config) -> Self {
         let default = Self::default();
         let tool = |path: &Option<PathBuf>, name: PathBuf| path.clone().unwrap_or(name);
-        let mut env = site.env.clone();
+        let mut env = login_variables();
+        env.extend(site.env.clone());
         Self {
             sbatch: tool(&site.tools.sbatch, default.sbatch),
             squeue: tool(&site.tools.squeue, default.squeue),
