@@ -321,8 +321,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            sbatch_rate: 10.0,
-            sbatch_burst: 50,
+            sbatch_rate: 50.0,
+            sbatch_burst: 100,
             sbatch_concurrency: 4,
             image_concurrency: 2,
             poll_min: Duration::from_secs(1),

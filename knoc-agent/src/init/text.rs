@@ -163,8 +163,8 @@ qos = []
 
 [limits]
 # Submissions: a second in the long run, at once after a pause, at the same time.
-# sbatch_rate = 10.0
-# sbatch_burst = 50
+# sbatch_rate = 50.0
+# sbatch_burst = 100
 # sbatch_concurrency = 4
 # image_concurrency = 2
 # Rounds of squeue: the shortest and the longest time between two.

@@ -91,6 +91,8 @@ fn merge(jobs: &mut Vec<JobView>, rows: Vec<JobView>, asked: &[JobRef]) {
     for row in rows {
         // A requeued job has a row for every life: the last one counts, also where it runs.
         if asked.contains(&row.job()) {
+            let before = newest.get(&row.id).map(|life| life.restarts + 1);
+            let row = JobView { restarts: before.unwrap_or(0), ..row };
             newest.insert(row.id.clone(), row);
         }
     }

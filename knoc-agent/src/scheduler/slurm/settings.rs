@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::command::login_environment;
 use crate::config::Config;
 
 /// How this site's Slurm is asked, and what jobs get that say nothing.
@@ -87,21 +88,11 @@ impl Default for Settings {
     }
 }
 
-/// What programs expect of a login, as the agent was started with it. Read once, for sites whose file
-/// does not name them.
-fn login_variables() -> BTreeMap<String, String> {
-    let names = ["HOME", "USER", "LOGNAME", "SHELL", "LANG"];
-    let found = names
-        .iter()
-        .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)));
-    found.collect()
-}
-
 impl From<&Config> for Settings {
     fn from(site: &Config) -> Self {
         let default = Self::default();
         let tool = |path: &Option<PathBuf>, name: PathBuf| path.clone().unwrap_or(name);
-        let mut env = login_variables();
+        let mut env = login_environment();
         env.extend(site.env.clone());
         Self {
             sbatch: tool(&site.tools.sbatch, default.sbatch),
