@@ -7,7 +7,6 @@ mod detect;
 mod text;
 
 use std::{
-    fmt::Write as _,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -55,7 +54,9 @@ fn scheduler(text: &str) -> Result<SchedulerKind, String> {
 
 fn runtime(text: &str) -> Result<RuntimeKind, String> {
     use RuntimeKind::{Apptainer, Auto, Process, Singularity};
-    let found = [Auto, Apptainer, Singularity, Process].into_iter().find(|k| k.as_str() == text);
+    let found = [Auto, Apptainer, Singularity, Process]
+        .into_iter()
+        .find(|k| k.as_str() == text);
     found.ok_or_else(|| "auto, apptainer, singularity or process".to_owned())
 }
 
@@ -103,7 +104,10 @@ struct Init<'a> {
 
 /// Writes what is not there yet. Returns what to tell the user.
 pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, InitError> {
-    let folder = options.dir.clone().unwrap_or_else(|| home.join(".config/knoc"));
+    let folder = options
+        .dir
+        .clone()
+        .unwrap_or_else(|| home.join(".config/knoc"));
     let given = options.address.iter().map(|address| parse_address(address));
     let mut addresses = given.collect::<Result<Vec<_>, _>>()?;
     if addresses.is_empty() {
@@ -112,9 +116,20 @@ pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, Init
     let site_file = text::site_file(options, &folder, &addresses, found);
     let path = folder.join("agent.toml");
     // Before anything is written: a mistake in the options costs nothing.
-    Config::parse(&site_file, &path, &Home { home: home.to_owned() })?;
-    let mut init =
-        Init { options, folder, addresses, written: Vec::new(), kept: Vec::new() };
+    Config::parse(
+        &site_file,
+        &path,
+        &Home {
+            home: home.to_owned(),
+        },
+    )?;
+    let mut init = Init {
+        options,
+        folder,
+        addresses,
+        written: Vec::new(),
+        kept: Vec::new(),
+    };
     atomic::create_dir(&init.folder.join("tls"))?;
     init.certificates()?;
     init.write(&path, &site_file)?;
@@ -122,7 +137,9 @@ pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, Init
 }
 
 fn parse_address(address: &str) -> Result<(String, u16), InitError> {
-    let wrong = || InitError::Address { address: address.to_owned() };
+    let wrong = || InitError::Address {
+        address: address.to_owned(),
+    };
     let (host, port) = match address.rsplit_once(':') {
         // An IPv6 address without a port has colons of its own.
         Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
@@ -147,9 +164,17 @@ impl Init<'_> {
     fn certificates(&mut self) -> Result<(), InitError> {
         let site = &self.options.site;
         let agent = Identity::Agent { site: site.clone() };
-        let names: Vec<_> = self.addresses.iter().map(|(host, _)| host.clone()).collect();
-        let kubelet = Identity::Kubelet { name: format!("knoc-{site}") };
-        let ctl = Identity::Ctl { name: "admin".to_owned() };
+        let names: Vec<_> = self
+            .addresses
+            .iter()
+            .map(|(host, _)| host.clone())
+            .collect();
+        let kubelet = Identity::Kubelet {
+            name: format!("knoc-{site}"),
+        };
+        let ctl = Identity::Ctl {
+            name: "admin".to_owned(),
+        };
         let ca = self.ca()?;
         self.pair(ca.as_ref(), "agent", &agent, &names)?;
         self.pair(ca.as_ref(), "knocctl", &ctl, &[])?;
@@ -191,7 +216,10 @@ impl Init<'_> {
         identity: &Identity,
         names: &[String],
     ) -> Result<(), InitError> {
-        let (cert, key) = (self.tls(&format!("{name}.crt")), self.tls(&format!("{name}.key")));
+        let (cert, key) = (
+            self.tls(&format!("{name}.crt")),
+            self.tls(&format!("{name}.key")),
+        );
         // Both or none: a certificate without its key is of no use.
         let missing = self.is_missing(&cert)?;
         if !missing && !self.is_missing(&key)? {
@@ -204,14 +232,22 @@ impl Init<'_> {
     }
 
     fn no_key(&self) -> InitError {
-        InitError::NoCaKey { key: self.tls("ca.key"), folder: self.folder.join("tls") }
+        InitError::NoCaKey {
+            key: self.tls("ca.key"),
+            folder: self.folder.join("tls"),
+        }
     }
 
     /// Is `path` still to be made? Notes it as kept otherwise.
     fn is_missing(&mut self, path: &Path) -> Result<bool, FileError> {
         match fs::symlink_metadata(path) {
             Ok(_) => {
-                if !self.kept.iter().chain(&self.written).any(|known| known == path) {
+                if !self
+                    .kept
+                    .iter()
+                    .chain(&self.written)
+                    .any(|known| known == path)
+                {
                     self.kept.push(path.to_owned());
                 }
                 Ok(false)
@@ -230,30 +266,28 @@ impl Init<'_> {
     }
 
     fn summary(&self) -> String {
-        let mut text = String::new();
-        let mut list = |title: &str, paths: &[PathBuf]| {
-            if !paths.is_empty() {
-                // Writing to a String cannot fail.
-                drop(writeln!(text, "{title}:"));
-                for path in paths {
-                    drop(writeln!(text, "  {}", path.display()));
-                }
+        let list = |title: &str, paths: &[PathBuf]| {
+            let lines = paths.iter().map(|path| format!("  {}\n", path.display()));
+            let lines: String = lines.collect();
+            if lines.is_empty() {
+                lines
+            } else {
+                format!("{title}:\n{lines}")
             }
         };
-        list("Written", &self.written);
-        list("Already there, left as they are (move one away to have it made anew)", &self.kept);
+        let written = list("Written", &self.written);
+        let kept = "Already there, left as they are (move one away to have it made anew)";
+        let kept = list(kept, &self.kept);
         let folder = self.folder.display();
         let (host, port) = &self.addresses[0];
-        drop(write!(
-            text,
-            "\nNext:\n  1. Look through {folder}/agent.toml.\n  2. Start the agent: knoc-agent serve\n  \
-             3. Check it: knocctl doctor\n  4. In the cluster: kubectl apply -n knoc-system -f \
-             {folder}/kubelet-bundle.yaml\n     and install the chart with agent.site={}, \
-             agent.address={host}:{port}\n\n{folder}/tls/ca.key signs further clients; keep it \
-             safe, or throw it away.\n",
-            self.options.site
-        ));
-        text
+        let site = &self.options.site;
+        format!(
+            "{written}{kept}\nNext:\n  1. Look through {folder}/agent.toml.\n  2. Start the agent: \
+             knoc-agent serve\n  3. Check it: knocctl doctor\n  4. In the cluster: kubectl apply -n \
+             knoc-system -f {folder}/kubelet-bundle.yaml\n     and install the chart with \
+             agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key signs further \
+             clients; keep it safe, or throw it away.\n",
+        )
     }
 }
 

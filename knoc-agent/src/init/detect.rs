@@ -14,15 +14,21 @@ pub struct Environment {
 }
 
 /// Variables that the tools of a site may need.
-const PASSED_ON: &[&str] =
-    &["APPTAINER_TMPDIR", "APPTAINER_CACHEDIR", "SINGULARITY_TMPDIR", "SINGULARITY_CACHEDIR"];
+const PASSED_ON: &[&str] = &[
+    "APPTAINER_TMPDIR",
+    "APPTAINER_CACHEDIR",
+    "SINGULARITY_TMPDIR",
+    "SINGULARITY_CACHEDIR",
+];
 
 impl Environment {
     /// Of this process.
     #[must_use]
     pub fn own() -> Self {
         let get = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let extra = PASSED_ON.iter().filter_map(|name| Some(((*name).to_owned(), get(name)?)));
+        let extra = PASSED_ON
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), get(name)?)));
         Self {
             path: get("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".to_owned()),
             slurm_conf: get("SLURM_CONF"),
@@ -60,15 +66,22 @@ impl Found {
     /// Looks through the folders of PATH.
     #[must_use]
     pub fn look(environment: Environment) -> Self {
-        let folders: Vec<_> =
-            environment.path.split(':').filter(|folder| folder.starts_with('/')).collect();
+        let folders: Vec<_> = environment
+            .path
+            .split(':')
+            .filter(|folder| folder.starts_with('/'))
+            .collect();
         let find = |name: &&'static str| {
             let mut paths = folders.iter().map(|folder| Path::new(folder).join(name));
             Some((*name, paths.find(|path| path.is_file())?))
         };
         let tools = TOOLS.iter().filter_map(find).collect();
         let hostname = nix::unistd::gethostname().unwrap_or_default();
-        Self { tools, hostname: hostname.to_string_lossy().into_owned(), environment }
+        Self {
+            tools,
+            hostname: hostname.to_string_lossy().into_owned(),
+            environment,
+        }
     }
 
     /// Was this tool found?

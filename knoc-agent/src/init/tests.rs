@@ -23,7 +23,11 @@ fn found() -> Found {
         extra: Vec::new(),
     };
     let tools = vec![("sbatch", PathBuf::from("/opt/slurm/bin/sbatch"))];
-    Found { environment, hostname: "login1".to_owned(), tools }
+    Found {
+        environment,
+        hostname: "login1".to_owned(),
+        tools,
+    }
 }
 
 #[test]
@@ -31,9 +35,19 @@ fn all_is_written_once_and_secret() {
     let root = tempfile::tempdir().unwrap();
     let folder = root.path().join("knoc");
     let said = run(&options(&folder), root.path(), &found()).unwrap();
-    assert!(said.contains("agent.address=login.example.org:10350"), "{said}");
+    assert!(
+        said.contains("agent.address=login.example.org:10350"),
+        "{said}"
+    );
     let tls = folder.join("tls");
-    for name in ["ca.crt", "ca.key", "agent.crt", "agent.key", "knocctl.crt", "knocctl.key"] {
+    for name in [
+        "ca.crt",
+        "ca.key",
+        "agent.crt",
+        "agent.key",
+        "knocctl.crt",
+        "knocctl.key",
+    ] {
         let mode = fs::metadata(tls.join(name)).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode, 0o600, "{name}");
     }
@@ -41,11 +55,16 @@ fn all_is_written_once_and_secret() {
         let part = |end: &str| tls.join(format!("{name}.{end}"));
         Credentials::from_files(tls.join("ca.crt"), part("crt"), part("key")).unwrap();
     }
-    let home = Home { home: root.path().to_owned() };
+    let home = Home {
+        home: root.path().to_owned(),
+    };
     let config = Config::load(&folder.join("agent.toml"), &home).unwrap();
     assert_eq!(config.scheduler, SchedulerKind::Slurm);
     assert_eq!(config.runtime, RuntimeKind::Process);
-    assert_eq!(config.tools.sbatch.unwrap(), Path::new("/opt/slurm/bin/sbatch"));
+    assert_eq!(
+        config.tools.sbatch.unwrap(),
+        Path::new("/opt/slurm/bin/sbatch")
+    );
     assert_eq!(config.env["SLURM_CONF"], "/etc/slurm.conf");
     let before = fs::read(tls.join("agent.crt")).unwrap();
     fs::remove_file(folder.join("kubelet-bundle.yaml")).unwrap();
@@ -71,11 +90,26 @@ fn without_the_ca_key_nothing_new_is_signed() {
 fn mistakes_cost_nothing() {
     let root = tempfile::tempdir().unwrap();
     let folder = root.path().join("knoc");
-    let bad = Options { site: "a b".to_owned(), ..options(&folder) };
-    assert!(matches!(run(&bad, root.path(), &found()), Err(InitError::Invalid(_))));
-    let bad = Options { address: vec!["a:b".to_owned()], ..options(&folder) };
-    assert!(matches!(run(&bad, root.path(), &found()), Err(InitError::Address { .. })));
+    let bad = Options {
+        site: "a b".to_owned(),
+        ..options(&folder)
+    };
+    assert!(matches!(
+        run(&bad, root.path(), &found()),
+        Err(InitError::Invalid(_))
+    ));
+    let bad = Options {
+        address: vec!["a:b".to_owned()],
+        ..options(&folder)
+    };
+    assert!(matches!(
+        run(&bad, root.path(), &found()),
+        Err(InitError::Address { .. })
+    ));
     assert!(!folder.exists());
     assert_eq!(parse_address("[::1]:7").unwrap(), ("::1".to_owned(), 7));
-    assert_eq!(parse_address("fe80::1").unwrap(), ("fe80::1".to_owned(), PORT));
+    assert_eq!(
+        parse_address("fe80::1").unwrap(),
+        ("fe80::1".to_owned(), PORT)
+    );
 }

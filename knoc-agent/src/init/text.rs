@@ -1,6 +1,6 @@
 //! PURE: the texts that `init` writes.
 
-use std::{fmt::Write as _, path::Path};
+use std::path::Path;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use knoc_proto::pki::CertifiedKey;
@@ -15,7 +15,11 @@ fn quoted(text: &str) -> String {
 
 /// `host:port`, with brackets around an IPv6 address.
 fn address((host, port): &(String, u16)) -> String {
-    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
 }
 
 /// The site file.
@@ -25,24 +29,39 @@ pub(super) fn site_file(
     addresses: &[(String, u16)],
     found: &Found,
 ) -> String {
-    let slurm = if found.has("sbatch") { SchedulerKind::Slurm } else { SchedulerKind::Local };
+    let slurm = if found.has("sbatch") {
+        SchedulerKind::Slurm
+    } else {
+        SchedulerKind::Local
+    };
     let scheduler = options.scheduler.unwrap_or(slurm);
     let any = found.has("apptainer") || found.has("singularity");
-    let runtime = if any { RuntimeKind::Auto } else { RuntimeKind::Process };
+    let runtime = if any {
+        RuntimeKind::Auto
+    } else {
+        RuntimeKind::Process
+    };
     let runtime = options.runtime.unwrap_or(runtime);
     let port = addresses.first().map_or(super::PORT, |(_, port)| *port);
     let tls = |name: &str| quoted(&folder.join("tls").join(name).to_string_lossy());
     let mut env = format!("PATH = {}\n", quoted(&found.environment.path));
-    let conf = found.environment.slurm_conf.iter().map(|conf| ("SLURM_CONF", conf));
-    let extra = found.environment.extra.iter().map(|(name, value)| (name.as_str(), value));
-    for (name, value) in conf.chain(extra) {
-        // Writing to a String cannot fail.
-        drop(writeln!(env, "{name} = {}", quoted(value)));
-    }
-    let mut tools = String::new();
-    for (name, path) in &found.tools {
-        drop(writeln!(tools, "{name} = {}", quoted(&path.to_string_lossy())));
-    }
+    let conf = found
+        .environment
+        .slurm_conf
+        .iter()
+        .map(|conf| ("SLURM_CONF", conf));
+    let extra = found
+        .environment
+        .extra
+        .iter()
+        .map(|(name, value)| (name.as_str(), value));
+    let line = |name: &str, value: &str| format!("{name} = {}\n", quoted(value));
+    env.extend(conf.chain(extra).map(|(name, value)| line(name, value)));
+    let tools = found
+        .tools
+        .iter()
+        .map(|(name, path)| line(name, &path.to_string_lossy()));
+    let tools: String = tools.collect();
     TEMPLATE
         .replace("@SITE@", &quoted(&options.site))
         .replace("@SCHEDULER@", scheduler.as_str())
