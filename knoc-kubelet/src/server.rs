@@ -12,10 +12,14 @@ mod access;
 mod authn;
 mod authz;
 mod cluster;
+mod exec;
 mod logs;
 mod options;
 pub mod query;
+mod remote;
+mod remotecommand;
 mod routes;
+mod spdy;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -32,7 +36,9 @@ use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 use thiserror::Error;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 pub use authn::User;
 pub use cluster::{Cluster, ClusterError, KubeCluster};
@@ -81,6 +87,9 @@ pub struct PodView {
 /// Bytes from a container, ending with an error where they broke off.
 pub type ByteStream = BoxStream<'static, Result<Bytes, tonic::Status>>;
 
+/// What a command in a container says.
+pub type ExecStream = BoxStream<'static, Result<pb::ExecOutput, tonic::Status>>;
+
 /// What the API asks of the rest of the kubelet.
 pub trait Backend: Send + Sync + 'static {
     /// All pods bound to the node.
@@ -94,6 +103,13 @@ pub trait Backend: Send + Sync + 'static {
         &self,
         request: pb::ReadLogsRequest,
     ) -> BoxFuture<'_, Result<ByteStream, tonic::Status>>;
+
+    /// Runs a command in a container: the first message is `Start`, the last answer `Exit`. Dropping the answers ends
+    /// the command.
+    fn exec(
+        &self,
+        input: mpsc::Receiver<pb::ExecInput>,
+    ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>>;
 
     /// Does the kubelet's main loop go on? The text says since when it does not.
     fn sync_loop(&self) -> Result<(), String>;
@@ -127,6 +143,10 @@ struct Context {
     cluster: Arc<dyn Cluster>,
     tls: tls::Tls,
     access: access::Access,
+    /// Tasks of upgraded connections, joined at the end.
+    streams: TaskTracker,
+    /// Ends what goes on after the drain.
+    cut: CancellationToken,
 }
 
 /// The API, bound and not yet serving.
@@ -173,6 +193,8 @@ impl Server {
             cluster,
             tls,
             access: access::Access::default(),
+            streams: TaskTracker::new(),
+            cut: CancellationToken::new(),
         });
         Ok(Self {
             listener,
@@ -198,5 +220,12 @@ impl Server {
             self.reload.run(self.reload_interval, shutdown.clone()),
             accept::serve(self.listener, tls, router, self.drain, shutdown),
         );
+        self.context.streams.close();
+        let drained = tokio::time::timeout(self.drain, self.context.streams.wait()).await;
+        if drained.is_err() {
+            tracing::info!(cut = self.context.streams.len(), "execs that went on were cut");
+        }
+        self.context.cut.cancel();
+        self.context.streams.wait().await;
     }
 }

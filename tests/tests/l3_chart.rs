@@ -68,9 +68,10 @@ const MAY: [&str; 14] = [
     "patch leases/knoc-chart --namespace=kube-node-lease",
     "get configmaps/extension-apiserver-authentication --namespace=kube-system",
 ];
-const MAY_NOT: [&str; 9] = [
+const MAY_NOT: [&str; 10] = [
     "delete nodes/knoc-chart",
     "patch nodes/other",
+    "list nodes",
     "create pods --all-namespaces",
     "create pods/x --subresource=exec --all-namespaces",
     "list secrets --all-namespaces",

@@ -280,7 +280,6 @@ const NEVER: &[&str] = &[
     "JobHeldAdmin",
     "JobHoldMaxRequeue",
     "JobLaunchFailure",
-    "PartitionConfig",
     "PartitionNodeLimit",
     "PartitionTimeLimit",
     "QOSMaxCpuPerJobLimit",

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use futures::{StreamExt as _, future::BoxFuture};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
     agent::{Agent, Link},
     pods::Store,
-    server::{Backend, ByteStream, PodView},
+    server::{Backend, ByteStream, ExecStream, PodView},
 };
 
 /// The API's view of the kubelet.
@@ -54,6 +55,16 @@ impl Backend for KubeletBackend {
                 .into_inner()
                 .map(|chunk| chunk.map(|chunk| chunk.data));
             Ok(bytes.boxed() as ByteStream)
+        })
+    }
+
+    fn exec(
+        &self,
+        input: mpsc::Receiver<pb::ExecInput>,
+    ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
+        Box::pin(async move {
+            let answer = self.agent.bulk().exec(ReceiverStream::new(input)).await?;
+            Ok(answer.into_inner().boxed() as ExecStream)
         })
     }
 

@@ -132,7 +132,7 @@ async fn copy(session: &mut Session, request: ReadLogsRequest) -> Result<(), Ctl
             what: what.clone(),
             source,
         })?;
-        output::pass(&chunk.data).await?;
+        output::print_bytes(&chunk.data)?;
     }
     Ok(())
 }

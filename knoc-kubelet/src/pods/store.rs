@@ -139,15 +139,14 @@ impl Store {
     }
 
     /// The pod is gone from the API server.
-    pub fn remove_desired(&self, uid: &str) {
+    pub fn remove_desired(&self, uid: &str) -> Option<Arc<Pod>> {
         let mut inner = self.write();
-        let Some(desired) = inner.desired.remove(uid) else {
-            return;
-        };
-        let key = key(&desired.pod);
+        let pod = inner.desired.remove(uid)?.pod;
+        let key = key(&pod);
         if inner.names.get(&key).is_some_and(|other| &**other == uid) {
             inner.names.remove(&key);
         }
+        Some(pod)
     }
 
     /// Takes what the agent says of a pod.

@@ -12,7 +12,7 @@ use k8s_openapi::List;
 use k8s_openapi::api::core::v1::Pod;
 
 use super::query::Query;
-use super::{Context, access, logs};
+use super::{Context, access, exec, logs};
 
 /// All routes behind the gate.
 pub(super) fn router(context: Arc<Context>) -> Router {
@@ -25,6 +25,14 @@ pub(super) fn router(context: Arc<Context>) -> Router {
         .route(
             "/containerLogs/{namespace}/{pod}/{container}",
             get(logs::container_logs),
+        )
+        .route(
+            "/exec/{namespace}/{pod}/{container}",
+            get(exec::exec).post(exec::exec),
+        )
+        .route(
+            "/exec/{namespace}/{pod}/{uid}/{container}",
+            get(exec::exec_by_uid).post(exec::exec_by_uid),
         )
         .fallback(async || (StatusCode::NOT_FOUND, "404 page not found\n"))
         .layer(from_fn_with_state(Arc::clone(&context), access::gate))

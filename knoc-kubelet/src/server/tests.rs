@@ -1,6 +1,7 @@
 //! The API over real TLS, with a fake backend and a fake cluster.
 
 mod access;
+mod exec;
 mod harness;
 mod lifecycle;
 mod logs;

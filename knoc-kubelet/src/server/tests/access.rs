@@ -53,7 +53,7 @@ async fn masters_need_no_review() {
         (200, verbose.to_owned())
     );
     assert_eq!(client.get("/nowhere").await.0, 404);
-    assert_eq!(client.get("/exec/ns/pod/c").await.0, 404);
+    assert_eq!(client.get("/exec/ns/pod/c").await.0, 400, "no upgrade");
     let post = client.send("POST", "/pods", None).await;
     assert_eq!(post.status(), 405);
     assert!(post.headers()["allow"].to_str().unwrap().contains("GET"));

@@ -20,11 +20,13 @@ use rcgen::{KeyPair, date_time_ymd};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::server::{
-    Backend, ByteStream, ClientCa, Cluster, ClusterError, PodView, Server, Serving, Settings, User,
+    Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView, Server, Serving,
+    Settings, User,
 };
 
 /// Long enough for a loaded machine, short enough to end a hang.
@@ -92,7 +94,11 @@ pub(super) struct FakeBackend {
     pub(super) asked: Mutex<Vec<pb::ReadLogsRequest>>,
     pub(super) log: Mutex<Option<Result<ByteStream, tonic::Status>>>,
     pub(super) stuck: bool,
+    pub(super) command: Mutex<Option<Command>>,
 }
+
+/// What a fake command says to what it is given.
+pub(super) type Command = Box<dyn FnOnce(mpsc::Receiver<pb::ExecInput>) -> ExecStream + Send>;
 
 impl Backend for FakeBackend {
     fn pods(&self) -> Vec<Arc<Pod>> {
@@ -114,6 +120,14 @@ impl Backend for FakeBackend {
         self.asked.lock().unwrap().push(request);
         let log = self.log.lock().unwrap().take().unwrap();
         async move { log }.boxed()
+    }
+
+    fn exec(
+        &self,
+        input: mpsc::Receiver<pb::ExecInput>,
+    ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
+        let command = self.command.lock().unwrap().take().unwrap();
+        async move { Ok(command(input)) }.boxed()
     }
 
     fn sync_loop(&self) -> Result<(), String> {
@@ -299,7 +313,7 @@ impl Fixture {
             .await
             .unwrap();
         let mut tasks = JoinSet::new();
-        tasks.spawn(connection.map(drop));
+        tasks.spawn(connection.with_upgrades().map(drop));
         Client {
             sender,
             served_by: serial,
@@ -326,12 +340,26 @@ impl Client {
         path: &str,
         token: Option<&str>,
     ) -> http::Response<Incoming> {
+        let token = token.map(|token| format!("Bearer {token}"));
+        let headers: Vec<_> = token
+            .iter()
+            .map(|it| ("authorization", it.as_str()))
+            .collect();
+        self.send_with(method, path, &headers).await
+    }
+
+    pub(super) async fn send_with(
+        &mut self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> http::Response<Incoming> {
         let mut request = http::Request::builder()
             .method(method)
             .uri(path)
             .header("host", "127.0.0.1");
-        if let Some(token) = token {
-            request = request.header("authorization", format!("Bearer {token}"));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
         }
         let request = request.body(Empty::new()).unwrap();
         tokio::time::timeout(PATIENCE, self.sender.send_request(request))

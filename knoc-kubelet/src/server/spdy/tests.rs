@@ -1,0 +1,260 @@
+//! Sessions against a client that speaks frames, over an in-memory pipe.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream};
+use tokio::task::JoinSet;
+
+use super::frame::{self, Decoder, Frame};
+use super::headers::{Deflater, Headers};
+use super::{Incoming, SessionError, session};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The other end: writes and reads frames by hand.
+pub(in crate::server) struct Peer<Io> {
+    io: Io,
+    deflater: Deflater,
+    decoder: Decoder,
+    buffer: BytesMut,
+}
+
+impl<Io: AsyncRead + AsyncWrite + Unpin> Peer<Io> {
+    pub(in crate::server) fn new(io: Io) -> Self {
+        Self {
+            io,
+            deflater: Deflater::new().unwrap(),
+            decoder: Decoder::default(),
+            buffer: BytesMut::new(),
+        }
+    }
+
+    async fn write(&mut self, wire: &[u8]) {
+        self.io.write_all(wire).await.unwrap();
+    }
+
+    fn opening(&mut self, id: u32, pairs: &[(&str, &str)]) -> BytesMut {
+        let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let headers = Headers(pairs.iter().map(own).collect());
+        let block = self.deflater.block(&headers).unwrap();
+        let mut wire = BytesMut::new();
+        frame::syn_stream(&mut wire, id, &block);
+        wire
+    }
+
+    pub(in crate::server) async fn open(&mut self, id: u32, pairs: &[(&str, &str)]) {
+        let wire = self.opening(id, pairs);
+        self.write(&wire).await;
+    }
+
+    pub(in crate::server) async fn data(&mut self, id: u32, bytes: &[u8], fin: bool) {
+        let mut wire = BytesMut::new();
+        frame::data(&mut wire, id, bytes, fin);
+        self.write(&wire).await;
+    }
+
+    /// The next frame; `None` where the session has closed.
+    pub(in crate::server) async fn next(&mut self) -> Option<Frame> {
+        let read = async {
+            loop {
+                if let Some(frame) = self.decoder.decode(&mut self.buffer).unwrap() {
+                    return Some(frame);
+                }
+                // A connection that is cut has no end of TLS.
+                if self.io.read_buf(&mut self.buffer).await.unwrap_or(0) == 0 {
+                    return None;
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, read)
+            .await
+            .expect("no frame")
+    }
+}
+
+type Ended = JoinSet<Result<(), SessionError>>;
+
+fn connected() -> (Peer<DuplexStream>, Incoming, Ended) {
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let (session, incoming) = session(near);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(session.run());
+    (Peer::new(far), incoming, tasks)
+}
+
+async fn ended(mut tasks: Ended) -> Result<(), SessionError> {
+    let joined = tokio::time::timeout(PATIENCE, tasks.join_next()).await;
+    joined.expect("the session goes on").unwrap().unwrap()
+}
+
+#[tokio::test]
+async fn bytes_pass_both_ways_and_the_end_is_in_order() {
+    let (mut peer, mut incoming, tasks) = connected();
+    peer.open(1, &[("streamtype", "data")]).await;
+    let stream = incoming.next().await.unwrap();
+    assert_eq!(stream.headers().get("streamtype"), Some("data"));
+    let (mut receiver, sender) = stream.accept().await;
+    assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+    peer.data(1, b"up", false).await;
+    peer.data(1, b"", true).await;
+    assert_eq!(receiver.next().await.unwrap(), "up");
+    assert_eq!(receiver.next().await, None, "FIN is the end of our reading");
+    sender.send(Bytes::from("down")).await.unwrap();
+    sender.finish(Bytes::from("last")).await.unwrap();
+    drop((incoming, receiver));
+    let mut down = BytesMut::new();
+    loop {
+        match peer.next().await.unwrap() {
+            Frame::Data { id: 1, data, fin } => {
+                down.extend_from_slice(&data);
+                if fin {
+                    break;
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(down, "downlast");
+    assert_eq!(peer.next().await, Some(Frame::GoAway));
+    drop(peer);
+    assert!(ended(tasks).await.is_ok());
+}
+
+#[tokio::test]
+async fn pings_are_echoed_and_answers_to_ours_are_not() {
+    let (mut peer, _incoming, _tasks) = connected();
+    let mut wire = BytesMut::new();
+    frame::ping(&mut wire, 2);
+    frame::ping(&mut wire, 3);
+    peer.write(&wire).await;
+    assert_eq!(peer.next().await, Some(Frame::Ping { id: 3 }));
+}
+
+#[tokio::test]
+async fn a_refused_stream_does_not_spoil_the_header_compression() {
+    let (mut peer, mut incoming, _tasks) = connected();
+    peer.open(1, &[("streamtype", "nonsense")]).await;
+    incoming.next().await.unwrap().refuse().await;
+    assert_eq!(peer.next().await, Some(Frame::Reset { id: 1 }));
+    // An id that does not grow, and an even one, are refused by the session itself.
+    peer.open(1, &[("streamtype", "again")]).await;
+    assert_eq!(peer.next().await, Some(Frame::Reset { id: 1 }));
+    peer.open(4, &[("streamtype", "even")]).await;
+    assert_eq!(peer.next().await, Some(Frame::Reset { id: 4 }));
+    peer.open(5, &[("streamtype", "error")]).await;
+    let stream = incoming.next().await.unwrap();
+    assert_eq!(stream.headers().get("streamtype"), Some("error"));
+}
+
+#[tokio::test]
+async fn a_reader_that_waits_stops_the_socket_and_loses_nothing() {
+    const PIECES: usize = 100;
+    let (mut peer, mut incoming, _tasks) = connected();
+    peer.open(1, &[]).await;
+    let (mut receiver, _sender) = incoming.next().await.unwrap().accept().await;
+    let mut wire = BytesMut::new();
+    for number in 0..PIECES {
+        frame::data(
+            &mut wire,
+            1,
+            &[u8::try_from(number).unwrap(); 64 << 10],
+            false,
+        );
+    }
+    frame::data(&mut wire, 1, &[], true);
+    let mut tasks = JoinSet::new();
+    let total = wire.len();
+    tasks.spawn(async move {
+        let mut sent = 0;
+        while sent < wire.len() {
+            let wrote =
+                tokio::time::timeout(Duration::from_millis(300), peer.io.write(&wire[sent..]));
+            match wrote.await {
+                Ok(wrote) => sent += wrote.unwrap(),
+                Err(_) => break,
+            }
+        }
+        let stopped_at = sent;
+        peer.io.write_all(&wire[sent..]).await.unwrap();
+        (stopped_at, peer)
+    });
+    // Nobody reads until the peer is stuck.
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    let mut whole = BytesMut::new();
+    while let Some(piece) = receiver.next().await {
+        whole.extend_from_slice(&piece);
+    }
+    assert_eq!(whole.len(), PIECES << 16);
+    for (number, piece) in whole.chunks(64 << 10).enumerate() {
+        assert!(
+            piece.iter().all(|byte| usize::from(*byte) == number),
+            "piece {number}"
+        );
+    }
+    let (stopped_at, _peer) = tasks.join_next().await.unwrap().unwrap();
+    assert!(stopped_at < total / 2, "{stopped_at} bytes went to nobody");
+}
+
+#[tokio::test]
+async fn ten_thousand_streams_are_refused_past_the_limit() {
+    let (mut peer, mut incoming, _tasks) = connected();
+    let mut taker = JoinSet::new();
+    taker.spawn(async move {
+        let mut held = Vec::new();
+        while let Some(stream) = incoming.next().await {
+            held.push(stream.accept().await);
+        }
+    });
+    let (mut replies, mut resets) = (0, 0);
+    for number in 0..10_000_u32 {
+        peer.open(2 * number + 1, &[]).await;
+        match peer.next().await.unwrap() {
+            Frame::SynReply { .. } => replies += 1,
+            Frame::Reset { .. } => resets += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(
+        (replies, resets),
+        (super::MAX_STREAMS, 10_000 - super::MAX_STREAMS)
+    );
+}
+
+#[tokio::test]
+async fn what_cannot_be_understood_ends_the_session_and_its_streams() {
+    let (mut peer, mut incoming, tasks) = connected();
+    peer.open(1, &[]).await;
+    let (mut receiver, sender) = incoming.next().await.unwrap().accept().await;
+    peer.write(&[0x80, 3, 0, 1, 0, 0, 0, 12]).await;
+    peer.write(&[0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0xff, 0xff])
+        .await;
+    let error = ended(tasks).await.unwrap_err();
+    assert!(matches!(error, SessionError::Headers { .. }), "{error:?}");
+    assert_eq!(receiver.next().await, None);
+    assert!(sender.send(Bytes::from("x")).await.is_err());
+}
+
+#[tokio::test]
+async fn a_peer_that_leaves_ends_everything() {
+    let (mut peer, mut incoming, tasks) = connected();
+    peer.open(1, &[]).await;
+    let (mut receiver, _sender) = incoming.next().await.unwrap().accept().await;
+    drop(peer);
+    assert!(ended(tasks).await.is_ok());
+    assert_eq!(receiver.next().await, None);
+    assert!(incoming.next().await.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_in_which_nothing_moves_ends_in_time() {
+    let (mut peer, _incoming, tasks) = connected();
+    tokio::time::sleep(super::IDLE - Duration::from_mins(1)).await;
+    peer.open(1, &[]).await;
+    tokio::time::sleep(super::IDLE - Duration::from_mins(1)).await;
+    assert!(!tasks.is_empty() && peer.io.write_all(&[]).await.is_ok());
+    tokio::time::sleep(Duration::from_mins(2)).await;
+    let mut tasks = tasks;
+    let error = tasks.join_next().await.unwrap().unwrap().unwrap_err();
+    assert!(matches!(error, SessionError::Idle), "{error:?}");
+}

@@ -1,0 +1,313 @@
+//! Exec by a SPDY client over TLS: refusals before the upgrade, bytes both ways, codes, and ends of all kinds.
+
+use std::collections::BTreeMap;
+
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt as _, stream};
+use http_body_util::BodyExt as _;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use knoc_proto::pb;
+use knoc_proto::pb::{exec_input::Input, exec_output::Output};
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::harness::*;
+use crate::server::PodView;
+use crate::server::spdy::frame::Frame;
+use crate::server::spdy::tests::Peer;
+
+const UPGRADE: [(&str, &str); 3] = [
+    ("connection", "Upgrade"),
+    ("upgrade", "SPDY/3.1"),
+    ("x-stream-protocol-version", "v4.channel.k8s.io"),
+];
+
+async fn with_command(command: Command) -> Fixture {
+    let queued = PodView {
+        pod: pod("ns", "queued", &["c"]).into(),
+        observed: None,
+    };
+    let backend = FakeBackend {
+        pods: vec![running("ns", "pod", &["c"]), queued],
+        command: Some(command).into(),
+        ..FakeBackend::default()
+    };
+    Fixture::new(backend, FakeCluster::default()).await
+}
+
+fn nothing() -> Command {
+    Box::new(|_| stream::empty().boxed())
+}
+
+fn says(outputs: Vec<Output>) -> Command {
+    let answer = |output| {
+        Ok(pb::ExecOutput {
+            output: Some(output),
+        })
+    };
+    Box::new(move |_| stream::iter(outputs).map(answer).boxed())
+}
+
+fn exit(code: i32) -> Output {
+    Output::Exit(pb::ExecExit {
+        code,
+        ..pb::ExecExit::default()
+    })
+}
+
+/// The client's side of an exec.
+struct Exec {
+    peer: Peer<TokioIo<Upgraded>>,
+    _client: Client,
+}
+
+/// Upgrades and opens streams of these types with ids 1, 3, 5 …
+async fn exec(fixture: &Fixture, query: &str, streams: &[&str]) -> Exec {
+    let mut client = fixture.connect(Some(&fixture.master())).await;
+    let path = format!("/exec/ns/pod/c?{query}");
+    let response = client.send_with("POST", &path, &UPGRADE).await;
+    assert_eq!(response.status(), 101);
+    let agreed = &response.headers()["x-stream-protocol-version"];
+    assert_eq!(agreed, "v4.channel.k8s.io");
+    let io = hyper::upgrade::on(response).await.unwrap();
+    let mut peer = Peer::new(TokioIo::new(io));
+    for (number, kind) in (0..).zip(streams) {
+        peer.open(2 * number + 1, &[("streamtype", kind)]).await;
+        assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+    }
+    Exec {
+        peer,
+        _client: client,
+    }
+}
+
+impl Exec {
+    /// All that comes until every stream of ours has ended, by id; and the order in which they ended.
+    async fn output(&mut self, open: usize) -> (BTreeMap<u32, BytesMut>, Vec<u32>) {
+        let (mut bytes, mut ended) = (BTreeMap::<u32, BytesMut>::new(), Vec::new());
+        while ended.len() < open {
+            match self.peer.next().await.expect("closed too early") {
+                Frame::Data { id, data, fin } => {
+                    bytes.entry(id).or_default().extend_from_slice(&data);
+                    if fin {
+                        ended.push(id);
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(self.peer.next().await, Some(Frame::GoAway));
+        (bytes, ended)
+    }
+}
+
+#[tokio::test]
+async fn output_is_whole_before_the_status_comes() {
+    let chunk = Bytes::from(vec![7; 100_000]);
+    let mut outputs = vec![Output::Started(true)];
+    outputs.extend((0..50).map(|_| Output::Stdout(chunk.clone())));
+    outputs.push(Output::Stderr(Bytes::from("oops")));
+    outputs.push(exit(3));
+    let fixture = with_command(says(outputs)).await;
+    let mut exec = exec(
+        &fixture,
+        "command=x&output=1&error=1",
+        &["error", "stdout", "stderr"],
+    )
+    .await;
+    let (bytes, ended) = exec.output(3).await;
+    assert_eq!(bytes[&3].len(), 5_000_000);
+    assert_eq!(bytes[&5], "oops");
+    let status: serde_json::Value = serde_json::from_slice(&bytes[&1]).unwrap();
+    assert_eq!(status["details"]["causes"][0]["message"], "3");
+    assert_eq!(ended.last(), Some(&1), "the status is last");
+}
+
+/// A command that sends its input back, and ends with its input.
+fn echo(seen: oneshot::Sender<pb::ExecStart>) -> Command {
+    Box::new(move |mut input| {
+        let (sender, receiver) = mpsc::channel(1);
+        let echo = async move {
+            let mut seen = Some(seen);
+            while let Some(message) = input.recv().await {
+                let output = match message.input {
+                    Some(Input::Start(start)) => {
+                        drop(seen.take().unwrap().send(start));
+                        Output::Started(true)
+                    }
+                    Some(Input::Stdin(data)) => Output::Stdout(data),
+                    Some(Input::StdinClosed(_)) => exit(0),
+                    Some(Input::Resize(size)) => {
+                        Output::Stdout(format!("[{}x{}]", size.width, size.height).into())
+                    }
+                    None => continue,
+                };
+                let last = matches!(output, Output::Exit(_));
+                let answer = pb::ExecOutput {
+                    output: Some(output),
+                };
+                if sender.send(Ok(answer)).await.is_err() || last {
+                    break;
+                }
+            }
+        };
+        let echo = Box::pin(stream::once(echo).filter_map(async |()| None));
+        stream::select(ReceiverStream::new(receiver), echo).boxed()
+    })
+}
+
+#[tokio::test]
+async fn input_arrives_with_its_end_and_sizes_too() {
+    let (seen, start) = oneshot::channel();
+    let fixture = with_command(echo(seen)).await;
+    let mut exec = exec(
+        &fixture,
+        "command=sh&command=-c&command=cat+%261&input=1&output=1&tty=1&error=1",
+        &["error", "stdin", "stdout", "resize"],
+    )
+    .await;
+    let start = start.await.unwrap();
+    assert_eq!(start.command, ["sh", "-c", "cat &1"]);
+    assert!(start.tty && start.stdin && !start.stderr);
+    assert_eq!(
+        (start.uid.as_str(), start.container.as_str()),
+        ("ns-pod", "c")
+    );
+    exec.peer
+        .data(7, br#"{"Width":80,"Height":24}"#, false)
+        .await;
+    let Some(Frame::Data { id: 5, data, .. }) = exec.peer.next().await else {
+        panic!("no size");
+    };
+    assert_eq!(data, "[80x24]");
+    exec.peer.data(3, &[1, 2, 0, 255], false).await;
+    exec.peer.data(3, &[], true).await;
+    let (bytes, _) = exec.output(2).await;
+    assert_eq!(bytes[&5][..], [1, 2, 0, 255]);
+    assert_eq!(bytes[&1], r#"{"metadata":{},"status":"Success"}"#);
+}
+
+#[tokio::test]
+async fn what_goes_wrong_later_is_on_the_error_stream() {
+    let broken: Command = Box::new(|_| {
+        let status = tonic::Status::unavailable("the shim's link is down");
+        stream::iter([Err(status)]).boxed()
+    });
+    let no_program = Output::Exit(pb::ExecExit {
+        code: 127,
+        error: "exec: \"nope\": no such file or directory".to_owned(),
+        ..pb::ExecExit::default()
+    });
+    for (command, text) in [
+        (broken, "the shim's link is down"),
+        (says(vec![no_program]), "no such file or directory"),
+        (nothing(), "ended before the command"),
+    ] {
+        let fixture = with_command(command).await;
+        let mut exec = exec(&fixture, "command=x&output=1", &["error", "stdout"]).await;
+        let (bytes, _) = exec.output(2).await;
+        let status: serde_json::Value = serde_json::from_slice(&bytes[&1]).unwrap();
+        assert_eq!(status["reason"], "InternalError");
+        let message = status["message"].as_str().unwrap();
+        assert!(message.contains(text), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_ends_the_command() {
+    let (gone, ended) = oneshot::channel::<()>();
+    let command: Command = Box::new(move |input| {
+        // Dropped with the call.
+        let held = (gone, input);
+        stream::pending()
+            .inspect(move |_: &Result<pb::ExecOutput, tonic::Status>| {
+                let _held = &held;
+            })
+            .boxed()
+    });
+    let fixture = with_command(command).await;
+    let exec = exec(&fixture, "command=x&output=1", &["error", "stdout"]).await;
+    drop(exec);
+    let told = tokio::time::timeout(PATIENCE, ended).await;
+    assert!(told.expect("the command goes on").is_err());
+}
+
+#[tokio::test]
+async fn shutdown_cuts_an_exec_that_goes_on() {
+    let command: Command = Box::new(|_| stream::pending().boxed());
+    let mut fixture = with_command(command).await;
+    let mut exec = exec(&fixture, "command=x&output=1", &["error", "stdout"]).await;
+    fixture.shutdown.cancel();
+    assert_eq!(exec.peer.next().await, None);
+    let joined = tokio::time::timeout(PATIENCE, fixture.tasks.join_next()).await;
+    assert!(joined.unwrap().unwrap().is_ok(), "the server has ended");
+}
+
+#[tokio::test]
+async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
+    let fixture = with_command(nothing()).await;
+    let mut client = fixture.connect(Some(&fixture.master())).await;
+    let without_version = &UPGRADE[..2];
+    let foreign = [UPGRADE[0], UPGRADE[1], ("x-stream-protocol-version", "v9")];
+    let cases: [(&str, &[(&str, &str)], u16, &str); 8] = [
+        (
+            "ns/pod/c?command=x",
+            &UPGRADE,
+            400,
+            "at least 1 of stdin, stdout, stderr",
+        ),
+        (
+            "ns/pod/c?command=%zz&output=1",
+            &UPGRADE,
+            400,
+            "malformed percent escape",
+        ),
+        ("ns/none/c?output=1", &UPGRADE, 404, "pod does not exist"),
+        (
+            "ns/pod/x?output=1",
+            &UPGRADE,
+            500,
+            "container not found (\"x\")",
+        ),
+        (
+            "ns/queued/c?output=1",
+            &UPGRADE,
+            500,
+            "container not found (\"c\")",
+        ),
+        (
+            "ns/pod/other-uid/c?output=1",
+            &UPGRADE,
+            500,
+            "container not found (\"c\")",
+        ),
+        (
+            "ns/pod/ns-pod/c?output=1",
+            without_version,
+            400,
+            "x-stream-protocol-version",
+        ),
+        (
+            "ns/pod/c?output=1",
+            &foreign,
+            403,
+            "none of the protocol versions",
+        ),
+    ];
+    for (path, headers, status, text) in cases {
+        let response = client
+            .send_with("POST", &format!("/exec/{path}"), headers)
+            .await;
+        assert_eq!(response.status().as_u16(), status, "{path}");
+        if status == 403 {
+            let ours = response
+                .headers()
+                .get_all("x-accepted-stream-protocol-versions");
+            assert_eq!(ours.iter().count(), 4);
+        }
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let body = String::from_utf8_lossy(&body);
+        assert!(body.contains(text), "{path}: {body}");
+    }
+}
