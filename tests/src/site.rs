@@ -58,6 +58,7 @@ impl Site {
     /// Makes the folder, certificates and site file; starts nothing.
     pub fn new(options: Options) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("knoc-site-").tempdir()?;
+        std::fs::create_dir(dir.path().join("scratch"))?;
         let ca = Ca::generate("knoc-tests")?;
         let [kubelet, shim] = [free_port()?, free_port()?];
         for (name, identity) in identities() {
