@@ -195,3 +195,6 @@ impl Context {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -52,6 +52,12 @@ impl Services {
         translate::service_variables(known.values(), namespace, links)
     }
 
+    /// As if an empty list had been read.
+    #[cfg(test)]
+    pub(crate) fn no_services(&self) {
+        self.synced.send_replace(true);
+    }
+
     /// Watches until `shutdown`.
     pub async fn run(self, client: Client, shutdown: CancellationToken) {
         let api: Api<Service> = Api::all(client);

@@ -1,0 +1,352 @@
+//! L1: the controller between a fake API server and a fake agent, both in this process.
+
+mod agent;
+mod api;
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::pb::{OutcomeKind, PodPhase};
+use serde_json::{Value, json};
+use tokio::{sync::watch, task::JoinSet};
+
+use super::*;
+use crate::{
+    agent::watch::AgentWatch,
+    pods::{events::Recorder, verdict},
+};
+use agent::FakeAgent;
+use api::FakeApi;
+
+const UID: &str = "0f0f0f0f-0000-4000-8000-000000000001";
+const SOON: Duration = Duration::from_secs(10);
+
+/// One kubelet without Node and Lease: controller, agent watch, Events.
+struct Kubelet {
+    api: FakeApi,
+    agent: FakeAgent,
+    store: Store,
+    queue: Queue,
+    deposed: CancellationToken,
+    shutdown: CancellationToken,
+    tasks: JoinSet<()>,
+    version: u64,
+}
+
+impl Kubelet {
+    async fn start() -> Self {
+        let (api, client) = FakeApi::start();
+        let agent = FakeAgent::start();
+        let handle = agent.handle();
+        let (link_to, link) = watch::channel(Link::never());
+        let (capacity_to, capacity) = watch::channel(None);
+        let (_, listed) = watch::channel(true);
+        let (events, notes) = Events::channel();
+        let services = Services::default();
+        services.no_services();
+        let (store, queue) = (Store::default(), Queue::default());
+        let (shutdown, deposed) = (CancellationToken::new(), CancellationToken::new());
+        let context = Arc::new(Context {
+            client: client.clone(),
+            agent: handle.clone(),
+            store: store.clone(),
+            queue: queue.clone(),
+            events,
+            services,
+            link: link.clone(),
+            listed,
+            capacity,
+            pods: 10,
+            queue_factor: 10,
+            started: Timestamp::now(),
+            deposed: deposed.clone(),
+        });
+        let mut tasks = JoinSet::new();
+        let watch = AgentWatch::new(handle, store.clone(), queue.clone(), link_to, capacity_to);
+        tasks.spawn(watch.run(shutdown.clone()));
+        tasks.spawn(Recorder::new(client, "knoc-t").run(notes, shutdown.clone()));
+        tasks.spawn(Controller::new(context).run(shutdown.clone()));
+        let up = link.clone().wait_for(Link::is_up).await.map(drop);
+        up.unwrap();
+        Self {
+            api,
+            agent,
+            store,
+            queue,
+            deposed,
+            shutdown,
+            tasks,
+            version: 0,
+        }
+    }
+
+    /// What the watch of pods does.
+    fn apply(&mut self, change: impl FnOnce(&mut Value)) {
+        self.version += 1000;
+        let mut json = json!({
+            "metadata": {"name": "p", "namespace": "ns", "uid": UID, "generation": 1},
+            "spec": {
+                "nodeName": "knoc-t", "restartPolicy": "Never", "terminationGracePeriodSeconds": 7,
+                "containers": [{"name": "main", "image": "busybox"}],
+                "volumes": [{"name": "token", "projected": {"sources": [
+                    {"serviceAccountToken": {"path": "token", "expirationSeconds": 3607}},
+                    {"configMap": {"name": "kube-root-ca.crt"}},
+                ]}}],
+            },
+            "status": {"phase": "Pending"},
+        });
+        if let Some(known) = self.store.by_uid(UID) {
+            json = serde_json::to_value(&*known.pod).unwrap();
+        }
+        json["metadata"]["resourceVersion"] = self.version.to_string().into();
+        change(&mut json);
+        self.api.pod(&json);
+        let findings = verdict::judge(&json);
+        let pod: Pod = serde_json::from_value(json).unwrap();
+        let uid: Uid = UID.into();
+        self.store.set_desired(&uid, pod.into(), findings.into());
+        self.queue.push(&uid);
+    }
+
+    fn vanish(&self) {
+        self.store.remove_desired(UID);
+        self.queue.push(&UID.into());
+    }
+
+    async fn wait(&self, what: &str, reached: impl Fn(&Self) -> bool) {
+        let waited = tokio::time::timeout(SOON, async {
+            while !reached(self) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        if waited.await.is_err() {
+            panic!(
+                "not reached: {what}\napi: {:#?}\nagent: {:#?}",
+                self.api.calls(),
+                self.agent.calls()
+            );
+        }
+    }
+
+    async fn phase(&self, phase: &str) {
+        self.wait(phase, |kubelet| {
+            kubelet.phase_now().as_deref() == Some(phase)
+        })
+        .await;
+    }
+
+    fn phase_now(&self) -> Option<String> {
+        self.store.by_uid(UID)?.pod.status.clone()?.phase
+    }
+
+    fn called(&self, call: &str) -> usize {
+        let calls = self.api.calls().into_iter().chain(self.agent.calls());
+        calls.filter(|line| line.starts_with(call)).count()
+    }
+
+    async fn stop(mut self) {
+        self.shutdown.cancel();
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+fn finish(pod: &mut pb::PodObserved) {
+    pod.phase = PodPhase::Finished.into();
+    let kind = OutcomeKind::Succeeded.into();
+    pod.outcome = Some(pb::Outcome {
+        kind,
+        ..pb::Outcome::default()
+    });
+}
+
+#[tokio::test]
+async fn a_pod_from_the_watch_to_succeeded_and_away() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.apply(|_| ());
+    kubelet
+        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
+        .await;
+    let values = kubelet.agent.values();
+    let files = &values.files[0].files;
+    assert_eq!(
+        files
+            .iter()
+            .map(|file| file.path.as_str())
+            .collect::<Vec<_>>(),
+        ["ca.crt", "token"]
+    );
+    assert!(values.not_after > 0);
+    kubelet
+        .agent
+        .change(UID, |pod| pod.phase = PodPhase::Running.into());
+    kubelet.agent.change(UID, finish);
+    kubelet.phase("Succeeded").await;
+    assert_eq!(kubelet.called("EnsurePod"), 1, "the same pod is sent once");
+    assert_eq!(kubelet.called("DeletePod"), 0);
+    kubelet.apply(|pod| {
+        pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+        pod["metadata"]["deletionGracePeriodSeconds"] = 7.into();
+    });
+    kubelet
+        .wait("the last DELETE", |kubelet| kubelet.called("DELETE") == 1)
+        .await;
+    let last = kubelet
+        .api
+        .calls()
+        .into_iter()
+        .find(|line| line.starts_with("DELETE"))
+        .unwrap();
+    assert!(last.contains(&format!("\"uid\":\"{UID}\"")), "{last}");
+    assert!(last.contains("\"gracePeriodSeconds\":0"), "{last}");
+    kubelet.vanish();
+    kubelet
+        .wait("ForgetPod", |kubelet| kubelet.called("ForgetPod") == 1)
+        .await;
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_refused_pod_fails_with_all_reasons_and_no_job() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.apply(|pod| {
+        pod["spec"]["hostPID"] = true.into();
+        pod["spec"]["hostIPC"] = true.into();
+    });
+    kubelet.phase("Failed").await;
+    let status = kubelet
+        .store
+        .by_uid(UID)
+        .unwrap()
+        .pod
+        .status
+        .clone()
+        .unwrap();
+    assert_eq!(status.reason.as_deref(), Some("UnsupportedPodSpec"));
+    let message = status.message.unwrap();
+    assert!(
+        message.contains("hostPID") && message.contains("hostIPC"),
+        "{message}"
+    );
+    kubelet
+        .wait("an Event", |kubelet| {
+            kubelet.called("POST /api/v1/namespaces/ns/events") == 1
+        })
+        .await;
+    assert_eq!(kubelet.called("EnsurePod"), 0);
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_deleted_pod_is_stopped_and_released_only_after_its_job_has_ended() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.apply(|_| ());
+    kubelet
+        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
+        .await;
+    kubelet
+        .agent
+        .change(UID, |pod| pod.phase = PodPhase::Running.into());
+    kubelet.apply(|pod| {
+        pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+        pod["metadata"]["deletionGracePeriodSeconds"] = 7.into();
+    });
+    kubelet
+        .wait("DeletePod", |kubelet| {
+            kubelet.called("DeletePod grace 7") == 1
+        })
+        .await;
+    assert_eq!(kubelet.called("DELETE"), 0, "the job lives");
+    kubelet.apply(|pod| pod["metadata"]["deletionGracePeriodSeconds"] = 2.into());
+    kubelet
+        .wait("a shorter grace", |kubelet| {
+            kubelet.called("DeletePod grace 2") == 1
+        })
+        .await;
+    kubelet.agent.change(UID, finish);
+    kubelet
+        .wait("the last DELETE", |kubelet| kubelet.called("DELETE") == 1)
+        .await;
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_pod_that_vanishes_takes_its_job_with_it_at_once() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.apply(|_| ());
+    kubelet
+        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
+        .await;
+    kubelet.vanish();
+    kubelet
+        .wait("DeletePod", |kubelet| {
+            kubelet.called("DeletePod grace 0") == 1
+        })
+        .await;
+    kubelet.agent.change(UID, finish);
+    kubelet
+        .wait("ForgetPod", |kubelet| kubelet.called("ForgetPod") == 1)
+        .await;
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_missing_config_map_holds_the_pod_until_it_is_there() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.apply(|pod| {
+        pod["spec"]["containers"][0]["envFrom"] = json!([{"configMapRef": {"name": "later"}}]);
+    });
+    let waits = |kubelet: &Kubelet| {
+        let view = kubelet.store.by_uid(UID)?;
+        let statuses = view.pod.status.as_ref()?.container_statuses.as_ref()?;
+        statuses[0].state.as_ref()?.waiting.as_ref()?.reason.clone()
+    };
+    kubelet
+        .wait("CreateContainerConfigError", |kubelet| {
+            waits(kubelet).as_deref() == Some("CreateContainerConfigError")
+        })
+        .await;
+    assert_eq!(kubelet.called("EnsurePod"), 0);
+    kubelet.api.config_map("later", json!({"K": "v"}));
+    kubelet
+        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
+        .await;
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_known_pod_is_adopted_and_one_that_ran_is_never_run_again() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.agent.put(pb::PodObserved {
+        uid: UID.to_owned(),
+        phase: PodPhase::Running.into(),
+        spec_generation: 1,
+        ..pb::PodObserved::default()
+    });
+    kubelet
+        .wait("the agent's pod", |kubelet| {
+            kubelet.store.observed(UID).is_some()
+        })
+        .await;
+    kubelet.apply(|pod| pod["status"]["phase"] = "Running".into());
+    kubelet
+        .wait("a status", |kubelet| kubelet.called("PATCH") >= 1)
+        .await;
+    assert_eq!(kubelet.called("EnsurePod"), 0, "adopted");
+    kubelet.agent.remove(UID);
+    kubelet.phase("Failed").await;
+    assert_eq!(kubelet.called("EnsurePod"), 0, "never twice");
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_newer_leader_ends_this_one() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet
+        .agent
+        .refuse(knoc_proto::reason::ErrorReason::StaleLeader);
+    kubelet.apply(|_| ());
+    kubelet
+        .wait("deposed", |kubelet| kubelet.deposed.is_cancelled())
+        .await;
+    kubelet.stop().await;
+}

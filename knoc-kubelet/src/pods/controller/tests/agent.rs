@@ -1,0 +1,267 @@
+//! A fake agent on a unix socket: keeps pods as it is told, and what it was asked.
+
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    sync::{Arc, Mutex},
+};
+
+use futures::Stream;
+use knoc_proto::{
+    link::{self, Carrier, ExpectPeer},
+    pb::{
+        self, PodPhase,
+        agent_server::{Agent as Service, AgentServer},
+        pod_event::Event,
+    },
+    reason::ErrorReason,
+};
+use tokio::{sync::broadcast, task::JoinSet};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::agent::Agent;
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[derive(Default)]
+struct State {
+    pods: BTreeMap<String, pb::PodObserved>,
+    calls: Vec<String>,
+    values: Option<pb::PodValues>,
+    refuse: Option<ErrorReason>,
+}
+
+#[derive(Clone)]
+struct Fake {
+    state: Arc<Mutex<State>>,
+    changes: broadcast::Sender<Event>,
+}
+
+pub(super) struct FakeAgent {
+    fake: Fake,
+    folder: tempfile::TempDir,
+    _tasks: JoinSet<()>,
+}
+
+impl FakeAgent {
+    pub(super) fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let incoming = link::listen::unix(&folder.path().join("private/agent.sock")).unwrap();
+        let (changes, _) = broadcast::channel(64);
+        let fake = Fake {
+            state: Arc::default(),
+            changes,
+        };
+        let service = AgentServer::new(fake.clone());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            link::server()
+                .add_service(service)
+                .serve_with_incoming(incoming)
+                .await
+                .unwrap();
+        });
+        Self {
+            fake,
+            folder,
+            _tasks: tasks,
+        }
+    }
+
+    pub(super) fn handle(&self) -> Agent {
+        let carrier = Carrier::Unix(self.folder.path().join("private/agent.sock"));
+        let dial = || link::dial(carrier.clone(), None, ExpectPeer::AnyAgent).unwrap();
+        Agent::new(dial(), dial(), "cluster")
+    }
+
+    pub(super) fn calls(&self) -> Vec<String> {
+        self.fake.state.lock().unwrap().calls.clone()
+    }
+
+    pub(super) fn values(&self) -> pb::PodValues {
+        self.fake.state.lock().unwrap().values.clone().unwrap()
+    }
+
+    pub(super) fn refuse(&self, reason: ErrorReason) {
+        self.fake.state.lock().unwrap().refuse = Some(reason);
+    }
+
+    pub(super) fn put(&self, pod: pb::PodObserved) {
+        let uid = pod.uid.clone();
+        self.fake
+            .state
+            .lock()
+            .unwrap()
+            .pods
+            .insert(uid.clone(), pod);
+        self.change(&uid, |_| ());
+    }
+
+    pub(super) fn change(&self, uid: &str, change: impl FnOnce(&mut pb::PodObserved)) {
+        self.fake.change(uid, change);
+    }
+
+    pub(super) fn remove(&self, uid: &str) {
+        self.fake.state.lock().unwrap().pods.remove(uid);
+        drop(self.fake.changes.send(Event::RemovedUid(uid.to_owned())));
+    }
+}
+
+impl Fake {
+    fn called(&self, call: String) -> Result<(), Status> {
+        let mut state = self.state.lock().unwrap();
+        state.calls.push(call);
+        match state.refuse {
+            Some(reason) => Err(reason.status("refused")),
+            None => Ok(()),
+        }
+    }
+
+    fn change(&self, uid: &str, change: impl FnOnce(&mut pb::PodObserved)) -> pb::PodObserved {
+        let mut state = self.state.lock().unwrap();
+        let pod = state.pods.get_mut(uid).unwrap();
+        change(pod);
+        pod.generation += 1;
+        let pod = pod.clone();
+        drop(self.changes.send(Event::Item(pod.clone())));
+        pod
+    }
+}
+
+fn event(event: Event) -> Result<pb::PodEvent, Status> {
+    Ok(pb::PodEvent { event: Some(event) })
+}
+
+#[tonic::async_trait]
+impl Service for Fake {
+    async fn get_info(
+        &self,
+        _: Request<pb::GetInfoRequest>,
+    ) -> Result<Response<pb::AgentInfo>, Status> {
+        Ok(Response::new(pb::AgentInfo::default()))
+    }
+
+    type WatchNodeStream = Answers<pb::NodeInfo>;
+
+    async fn watch_node(
+        &self,
+        _: Request<pb::WatchNodeRequest>,
+    ) -> Result<Response<Self::WatchNodeStream>, Status> {
+        Ok(Response::new(Box::pin(futures::stream::pending())))
+    }
+
+    async fn ensure_pod(
+        &self,
+        request: Request<pb::EnsurePodRequest>,
+    ) -> Result<Response<pb::EnsurePodResponse>, Status> {
+        let request = request.into_inner();
+        let spec = request.spec.unwrap();
+        self.called(format!("EnsurePod {}", spec.name))?;
+        {
+            let mut state = self.state.lock().unwrap();
+            state.values = request.values;
+            state
+                .pods
+                .entry(spec.uid.clone())
+                .or_insert_with(|| pb::PodObserved {
+                    uid: spec.uid.clone(),
+                    phase: PodPhase::Accepted.into(),
+                    ..pb::PodObserved::default()
+                });
+        }
+        let pod = self.change(&spec.uid, |pod| pod.spec_generation = spec.generation);
+        Ok(Response::new(pb::EnsurePodResponse {
+            pod: Some(pod),
+            created: true,
+        }))
+    }
+
+    async fn delete_pod(
+        &self,
+        request: Request<pb::DeletePodRequest>,
+    ) -> Result<Response<pb::DeletePodResponse>, Status> {
+        let request = request.into_inner();
+        self.called(format!("DeletePod grace {}", request.grace_seconds))?;
+        let pod = self.change(&request.uid, |pod| pod.deleting = true);
+        Ok(Response::new(pb::DeletePodResponse { pod: Some(pod) }))
+    }
+
+    async fn forget_pod(
+        &self,
+        request: Request<pb::ForgetPodRequest>,
+    ) -> Result<Response<pb::ForgetPodResponse>, Status> {
+        let uid = request.into_inner().uid;
+        self.called(format!("ForgetPod {uid}"))?;
+        self.state.lock().unwrap().pods.remove(&uid);
+        Ok(Response::new(pb::ForgetPodResponse {}))
+    }
+
+    async fn get_pod(
+        &self,
+        _: Request<pb::GetPodRequest>,
+    ) -> Result<Response<pb::PodObserved>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type WatchPodsStream = Answers<pb::PodEvent>;
+
+    async fn watch_pods(
+        &self,
+        _: Request<pb::WatchPodsRequest>,
+    ) -> Result<Response<Self::WatchPodsStream>, Status> {
+        let changes = self.changes.subscribe();
+        let known: Vec<_> = self.state.lock().unwrap().pods.values().cloned().collect();
+        let snapshot = known.into_iter().map(Event::Item);
+        let snapshot = snapshot
+            .chain([Event::Synced(pb::Synced::default())])
+            .map(event);
+        let later = futures::stream::unfold(changes, |mut changes| async {
+            Some((event(changes.recv().await.ok()?), changes))
+        });
+        let all =
+            futures::StreamExt::chain(futures::stream::iter(snapshot.collect::<Vec<_>>()), later);
+        Ok(Response::new(Box::pin(all)))
+    }
+
+    async fn update_values(
+        &self,
+        _: Request<pb::UpdateValuesRequest>,
+    ) -> Result<Response<pb::UpdateValuesResponse>, Status> {
+        self.called("UpdateValues".to_owned())?;
+        Ok(Response::new(pb::UpdateValuesResponse {}))
+    }
+
+    type ReadLogsStream = Answers<pb::LogChunk>;
+
+    async fn read_logs(
+        &self,
+        _: Request<pb::ReadLogsRequest>,
+    ) -> Result<Response<Self::ReadLogsStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type ExecStream = Answers<pb::ExecOutput>;
+
+    async fn exec(
+        &self,
+        _: Request<Streaming<pb::ExecInput>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn render_script(
+        &self,
+        _: Request<pb::RenderScriptRequest>,
+    ) -> Result<Response<pb::RenderScriptResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type DiagnoseStream = Answers<pb::Finding>;
+
+    async fn diagnose(
+        &self,
+        _: Request<pb::DiagnoseRequest>,
+    ) -> Result<Response<Self::DiagnoseStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}

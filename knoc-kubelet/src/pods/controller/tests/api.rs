@@ -1,0 +1,120 @@
+//! A fake API server behind `tower_test::mock`: what the controller asks, and no more.
+
+use std::sync::{Arc, Mutex};
+
+use http::{Method, Request, Response};
+use http_body_util::BodyExt as _;
+use kube::{Client, client::Body};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+#[derive(Default)]
+struct State {
+    calls: Vec<String>,
+    config_maps: Vec<(String, Value)>,
+    pod: Value,
+}
+
+pub(super) struct FakeApi {
+    state: Arc<Mutex<State>>,
+    _task: JoinSet<()>,
+}
+
+impl FakeApi {
+    pub(super) fn start() -> (Self, Client) {
+        let (service, mut handle) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
+        let state: Arc<Mutex<State>> = Arc::default();
+        state
+            .lock()
+            .unwrap()
+            .config_maps
+            .push(("kube-root-ca.crt".to_owned(), json!({"ca.crt": "CA"})));
+        let shared = state.clone();
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            while let Some((request, send)) = handle.next_request().await {
+                let (parts, body) = request.into_parts();
+                let body = body.collect().await.unwrap().to_bytes();
+                let answer = shared
+                    .lock()
+                    .unwrap()
+                    .answer(&parts.method, parts.uri.path(), &body);
+                let (code, json) = answer;
+                let body = Body::from(serde_json::to_vec(&json).unwrap());
+                send.send_response(Response::builder().status(code).body(body).unwrap());
+            }
+        });
+        (Self { state, _task: task }, Client::new(service, "default"))
+    }
+
+    pub(super) fn calls(&self) -> Vec<String> {
+        self.state.lock().unwrap().calls.clone()
+    }
+
+    /// The pod as it is applied.
+    pub(super) fn pod(&self, pod: &Value) {
+        self.state.lock().unwrap().pod = pod.clone();
+    }
+
+    pub(super) fn config_map(&self, name: &str, data: Value) {
+        self.state
+            .lock()
+            .unwrap()
+            .config_maps
+            .push((name.to_owned(), data));
+    }
+}
+
+impl State {
+    fn answer(&mut self, method: &Method, path: &str, body: &[u8]) -> (u16, Value) {
+        let text = String::from_utf8_lossy(body);
+        self.calls.push(format!("{method} {path} {text}"));
+        let last = path.rsplit('/').next().unwrap_or_default();
+        if path.ends_with("/token") {
+            return (
+                201,
+                json!({
+                    "metadata": {}, "spec": {"audiences": []},
+                    "status": {"token": "t0k3n", "expirationTimestamp": "2099-01-01T00:00:00Z"},
+                }),
+            );
+        }
+        if path.contains("/configmaps/") {
+            let found = self.config_maps.iter().find(|(name, _)| name == last);
+            return match found {
+                Some((name, data)) => (200, json!({"metadata": {"name": name}, "data": data})),
+                None => (404, failure(404, "NotFound")),
+            };
+        }
+        if *method == Method::PATCH && path.ends_with("/status") {
+            let patch: Value = serde_json::from_slice(body).unwrap();
+            self.merge(&patch["status"]);
+            return (200, self.pod.clone());
+        }
+        (200, json!({"metadata": {"name": "p"}}))
+    }
+
+    /// Field by field, conditions by their type.
+    fn merge(&mut self, patch: &Value) {
+        let status = &mut self.pod["status"];
+        for (field, value) in patch.as_object().unwrap() {
+            if value.is_null() {
+                status.as_object_mut().unwrap().remove(field);
+            } else if field == "conditions" {
+                let mut list = status[field].as_array().cloned().unwrap_or_default();
+                for one in value.as_array().unwrap() {
+                    list.retain(|known| known["type"] != one["type"]);
+                    list.push(one.clone());
+                }
+                status[field] = list.into();
+            } else {
+                status[field] = value.clone();
+            }
+        }
+    }
+}
+
+fn failure(code: u16, reason: &str) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason,
+           "message": reason, "metadata": {}})
+}
