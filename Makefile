@@ -40,7 +40,7 @@ test: build ## all tests that this machine can carry, ending with a table by lev
 
 .PHONY: bench
 bench: build up ## T1 to T4 and streams beside their floors (docs/performance.md)
-	@eval "$$($(TESTBED)/env.sh)"; cargo run --release -p knoc-tests --bin knoc-bench
+	@eval "$$($(TESTBED)/env.sh)"; cargo run --release --target $(TARGET) -p knoc-tests --bin knoc-bench
 
 .PHONY: demo
 demo: build ## brings the fullest stack up and runs a pod on it

@@ -66,11 +66,23 @@ impl Service {
     ) -> Self {
         let started_at = crate::pod::state::nanos(jiff::Timestamp::now());
         let tasks = TaskTracker::new();
-        Self(Arc::new(Shared { site, registry, node, pin, started_at, stop, tasks }))
+        Self(Arc::new(Shared {
+            site,
+            registry,
+            node,
+            pin,
+            started_at,
+            stop,
+            tasks,
+        }))
     }
 
     async fn check(&self, cluster_id: &str, leadership_epoch: i64) -> Result<(), Status> {
-        self.0.pin.check(cluster_id, leadership_epoch).await.map_err(refused)
+        self.0
+            .pin
+            .check(cluster_id, leadership_epoch)
+            .await
+            .map_err(refused)
     }
 }
 
@@ -123,7 +135,11 @@ impl pb::agent_server::Agent for Service {
         request: Request<pb::GetInfoRequest>,
     ) -> Result<Response<pb::AgentInfo>, Status> {
         let request = request.into_inner();
-        self.0.pin.admit(&request.cluster_id).await.map_err(refused)?;
+        self.0
+            .pin
+            .admit(&request.cluster_id)
+            .await
+            .map_err(refused)?;
         let site = &self.0.site;
         let node = self.0.node.borrow().clone();
         let version = match site.scheduler.version().await {
@@ -131,7 +147,9 @@ impl pb::agent_server::Agent for Service {
             Err(error) => chain(&error),
         };
         let process = crate::lease::Process::own();
-        let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
+        let user = nix::unistd::User::from_uid(nix::unistd::geteuid())
+            .ok()
+            .flatten();
         Ok(Response::new(pb::AgentInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             site: site.config.site.clone(),
@@ -166,8 +184,11 @@ impl pb::agent_server::Agent for Service {
         request: Request<pb::EnsurePodRequest>,
     ) -> Result<Response<pb::EnsurePodResponse>, Status> {
         let request = request.into_inner();
-        self.check(&request.cluster_id, request.leadership_epoch).await?;
-        let spec = request.spec.ok_or_else(|| ErrorReason::InvalidRequest.status("no spec"))?;
+        self.check(&request.cluster_id, request.leadership_epoch)
+            .await?;
+        let spec = request
+            .spec
+            .ok_or_else(|| ErrorReason::InvalidRequest.status("no spec"))?;
         let spec = PodSpec::try_from(spec).map_err(|error| invalid(&error))?;
         let values = request.values.unwrap_or_default();
         let values = PodValues::check(values, &spec).map_err(|error| invalid(&error))?;
@@ -177,9 +198,16 @@ impl pb::agent_server::Agent for Service {
         }
         let uid = spec.uid().clone();
         let (spec, values) = (spec.into_inner(), values.into_inner());
-        let ensured = self.0.registry.ensure(&uid, spec, values, request.cluster_id).await;
+        let ensured = self
+            .0
+            .registry
+            .ensure(&uid, spec, values, request.cluster_id)
+            .await;
         let (pod, created) = ensured.map_err(refused)?;
-        Ok(Response::new(pb::EnsurePodResponse { pod: Some(pod), created }))
+        Ok(Response::new(pb::EnsurePodResponse {
+            pod: Some(pod),
+            created,
+        }))
     }
 
     async fn delete_pod(
@@ -187,10 +215,19 @@ impl pb::agent_server::Agent for Service {
         request: Request<pb::DeletePodRequest>,
     ) -> Result<Response<pb::DeletePodResponse>, Status> {
         let request = request.into_inner();
-        self.check(&request.cluster_id, request.leadership_epoch).await?;
-        let grace = u64::try_from(request.grace_seconds).ok().map(Duration::from_secs);
-        let deleted = self.0.registry.delete(&uid(&request.uid)?, grace, request.reason).await;
-        Ok(Response::new(pb::DeletePodResponse { pod: Some(deleted.map_err(refused)?) }))
+        self.check(&request.cluster_id, request.leadership_epoch)
+            .await?;
+        let grace = u64::try_from(request.grace_seconds)
+            .ok()
+            .map(Duration::from_secs);
+        let deleted = self
+            .0
+            .registry
+            .delete(&uid(&request.uid)?, grace, request.reason)
+            .await;
+        Ok(Response::new(pb::DeletePodResponse {
+            pod: Some(deleted.map_err(refused)?),
+        }))
     }
 
     async fn forget_pod(
@@ -198,8 +235,13 @@ impl pb::agent_server::Agent for Service {
         request: Request<pb::ForgetPodRequest>,
     ) -> Result<Response<pb::ForgetPodResponse>, Status> {
         let request = request.into_inner();
-        self.check(&request.cluster_id, request.leadership_epoch).await?;
-        self.0.registry.forget(&uid(&request.uid)?).await.map_err(refused)?;
+        self.check(&request.cluster_id, request.leadership_epoch)
+            .await?;
+        self.0
+            .registry
+            .forget(&uid(&request.uid)?)
+            .await
+            .map_err(refused)?;
         Ok(Response::new(pb::ForgetPodResponse {}))
     }
 
@@ -209,8 +251,7 @@ impl pb::agent_server::Agent for Service {
     ) -> Result<Response<pb::PodObserved>, Status> {
         let uid = uid(&request.into_inner().uid)?;
         let found = self.0.site.board.get(uid.as_str());
-        let found =
-            found.ok_or_else(|| ErrorReason::NotFound.status(format!("no pod {uid}")))?;
+        let found = found.ok_or_else(|| ErrorReason::NotFound.status(format!("no pod {uid}")))?;
         Ok(Response::new((*found).clone()))
     }
 
@@ -229,9 +270,14 @@ impl pb::agent_server::Agent for Service {
         request: Request<pb::UpdateValuesRequest>,
     ) -> Result<Response<pb::UpdateValuesResponse>, Status> {
         let request = request.into_inner();
-        self.check(&request.cluster_id, request.leadership_epoch).await?;
+        self.check(&request.cluster_id, request.leadership_epoch)
+            .await?;
         let values = request.values.unwrap_or_default();
-        self.0.registry.update(&uid(&request.uid)?, values).await.map_err(refused)?;
+        self.0
+            .registry
+            .update(&uid(&request.uid)?, values)
+            .await
+            .map_err(refused)?;
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 
@@ -262,7 +308,9 @@ impl pb::agent_server::Agent for Service {
                 | pb::exec_input::Input::StdinClosed(_)
                 | pb::exec_input::Input::Resize(_),
             )
-            | None => return Err(ErrorReason::InvalidRequest.status("the first message is `start`")),
+            | None => {
+                return Err(ErrorReason::InvalidRequest.status("the first message is `start`"));
+            }
         };
         let uid = uid(&start.uid)?;
         let mut client = admit::running(&self.0.site, &uid)?;
@@ -285,7 +333,10 @@ impl pb::agent_server::Agent for Service {
         let rendered = site.scheduler.render(&request);
         let rendered =
             rendered.map_err(|refusal| ErrorReason::InvalidSpec.status(refusal.words))?;
-        Ok(Response::new(pb::RenderScriptResponse { script: rendered.script, argv: rendered.argv }))
+        Ok(Response::new(pb::RenderScriptResponse {
+            script: rendered.script,
+            argv: rendered.argv,
+        }))
     }
 
     type DiagnoseStream = Answers<pb::Finding>;

@@ -56,12 +56,18 @@ impl App {
         let actors = CancellationToken::new();
         let (ended_by, ended) = mpsc::channel(registry::ENDED);
         let prepared = prepare::prepare(config, ended_by).await?;
-        let prepare::Prepared { site, pod_limit, pair } = prepared;
+        let prepare::Prepared {
+            site,
+            pod_limit,
+            pair,
+        } = prepared;
         let shim_hop = link::pinned::listen(site.config.listen.shim, pair.clone())
             .await
             .map_err(prepare::listen)?;
         let near = prepare::near_listeners(&site.config).await?;
-        let port = shim_hop.local_addr().map_or(site.config.listen.shim.port(), |a| a.port());
+        let port = shim_hop
+            .local_addr()
+            .map_or_else(|| site.config.listen.shim.port(), |a| a.port());
         let endpoint = Endpoint {
             addresses: prepare::advertised(&site.config, port),
             spki: pair.spki().to_owned(),
@@ -84,19 +90,47 @@ impl App {
             pin,
             stop.clone(),
         );
-        Ok(Self { site, registry, node, ended, service, near, shim_hop, stop, actors })
+        Ok(Self {
+            site,
+            registry,
+            node,
+            ended,
+            service,
+            near,
+            shim_hop,
+            stop,
+            actors,
+        })
     }
 
     /// Runs until `shutdown`; then ends in order.
     pub async fn run(self, shutdown: CancellationToken) {
-        let Self { site, registry, node, ended, service, near, shim_hop, stop, actors } = self;
+        let Self {
+            site,
+            registry,
+            node,
+            ended,
+            service,
+            near,
+            shim_hop,
+            stop,
+            actors,
+        } = self;
         let mut tasks = JoinSet::new();
         let background = actors.child_token();
-        tasks.spawn(shims::serve(site.shims.clone(), shim_hop, background.clone()));
+        tasks.spawn(shims::serve(
+            site.shims.clone(),
+            shim_hop,
+            background.clone(),
+        ));
         let poller = poll::Poller::new(Arc::clone(&site), Arc::clone(&registry), node.clone());
         tasks.spawn(poller.run(background.clone()));
         tasks.spawn(poll::capacity(Arc::clone(&site), node, background.clone()));
-        tasks.spawn(registry::sweep(Arc::clone(&registry), ended, background.clone()));
+        tasks.spawn(registry::sweep(
+            Arc::clone(&registry),
+            ended,
+            background.clone(),
+        ));
         tasks.spawn(heartbeat(Arc::clone(&site), background, shutdown.clone()));
         let mut servers = JoinSet::new();
         for incoming in near {

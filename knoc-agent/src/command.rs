@@ -7,6 +7,7 @@
 //! Owner task: none; whoever awaits [`Command::run`] owns the child. Cancel safety: dropping the
 //! future kills the process group.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
@@ -27,6 +28,15 @@ const DEFAULT_DEADLINE: Duration = Duration::from_secs(30);
 /// Of a failed command's output only this much goes into its error.
 const WORDS_LIMIT: usize = 4096;
 const READ_BUFFER: usize = 16 * 1024;
+
+/// What programs expect of a login, as the agent was started with it: for sites whose file does not
+/// name these variables. Read where settings are made, never later.
+#[must_use]
+pub fn login_environment() -> BTreeMap<String, String> {
+    let names = ["HOME", "USER", "LOGNAME", "SHELL", "LANG"];
+    let found = names.into_iter().filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
+    found.collect()
+}
 
 /// A program with all that it is given.
 #[derive(Debug, Clone)]

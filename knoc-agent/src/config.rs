@@ -321,15 +321,15 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            sbatch_rate: 10.0,
-            sbatch_burst: 50,
+            sbatch_rate: 50.0,
+            sbatch_burst: 100,
             sbatch_concurrency: 4,
             image_concurrency: 2,
             poll_min: Duration::from_secs(1),
             poll_max: Duration::from_secs(30),
             report_grace: Duration::from_secs(90),
-            never_ends_after: Duration::from_secs(600),
-            lost_after: Duration::from_secs(300),
+            never_ends_after: Duration::from_mins(10),
+            lost_after: Duration::from_mins(5),
             stop_slack: Duration::from_secs(15),
             pods: None,
         }
@@ -371,7 +371,7 @@ impl Default for Backoff {
     fn default() -> Self {
         Self {
             initial: Duration::from_secs(10),
-            max: Duration::from_secs(300),
+            max: Duration::from_mins(5),
         }
     }
 }

@@ -18,10 +18,11 @@ use std::time::Duration;
 
 use knoc_proto::pb;
 
-use crate::command::{Command, CommandError};
+use crate::command::{Command, CommandError, login_environment};
 use crate::config::{Config, Registry, RuntimeKind};
 
 mod cache;
+mod checks;
 mod flight;
 mod local;
 mod pull;
@@ -121,9 +122,12 @@ impl Settings {
     #[must_use]
     pub fn of_site(site: &Config, program: Option<PathBuf>, cache: PathBuf) -> Self {
         let none = matches!(site.runtime, RuntimeKind::Process);
+        let mut env = login_environment();
+        env.insert("PATH".to_owned(), "/usr/local/bin:/usr/bin:/bin".to_owned());
+        env.extend(site.env.clone());
         Self {
             program: program.filter(|_| !none),
-            env: site.env.clone(),
+            env,
             cache,
             roots: site.image_roots.clone(),
             registries: site.registries.clone(),

@@ -1,20 +1,295 @@
-//! `knoc-agent init`: certificates, the kubelet's bundle, and a commented site file.
+//! `knoc-agent init`: a CA, the agent's certificate, the kubelet's bundle, knocctl's files, and a commented site file.
+//!
+//! Blocking; runs once, by hand. Never overwrites: what is there stays and is said so, what is missing is made, so that
+//! a second run completes a first one. Secret files have mode 0600 in a 0700 folder.
 
-use std::path::Path;
+mod detect;
+mod text;
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use knoc_proto::{
+    link::Identity,
+    pki::{Ca, CertifiedKey, PkiError},
+};
+
+use crate::{
+    config::{Config, ConfigError, Home, RuntimeKind, SchedulerKind},
+    jobdir::atomic::{self, FileError},
+};
+
+pub use detect::{Environment, Found};
+
+/// The port for kubelets where an address names none.
+const PORT: u16 = 10350;
 
 /// The command line of `init`.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Name of the site.
+    /// Name of the site: letters, digits, `-_.`
     #[arg(long)]
-    pub site: Option<String>,
+    pub site: String,
+    /// How kubelets reach this login node; the first one stands in the bundle [default: this host's name]
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub address: Vec<String>,
+    /// Where to write [default: ~/.config/knoc]
+    #[arg(long, value_name = "FOLDER")]
+    pub dir: Option<PathBuf>,
+    /// slurm or local [default: slurm where sbatch is in PATH]
+    #[arg(long, value_name = "NAME", value_parser = scheduler)]
+    pub scheduler: Option<SchedulerKind>,
+    /// auto, apptainer, singularity or process [default: process where no runtime is in PATH]
+    #[arg(long, value_name = "NAME", value_parser = runtime)]
+    pub runtime: Option<RuntimeKind>,
+}
+
+fn scheduler(text: &str) -> Result<SchedulerKind, String> {
+    let known = [SchedulerKind::Slurm, SchedulerKind::Local];
+    let found = known.into_iter().find(|kind| kind.as_str() == text);
+    found.ok_or_else(|| "slurm or local".to_owned())
+}
+
+fn runtime(text: &str) -> Result<RuntimeKind, String> {
+    use RuntimeKind::{Apptainer, Auto, Process, Singularity};
+    let found = [Auto, Apptainer, Singularity, Process]
+        .into_iter()
+        .find(|k| k.as_str() == text);
+    found.ok_or_else(|| "auto, apptainer, singularity or process".to_owned())
 }
 
 /// Why nothing, or not all, was written.
 #[derive(Debug, thiserror::Error)]
-pub enum InitError {}
+pub enum InitError {
+    /// A file cannot be read or written.
+    #[error("write the agent's configuration")]
+    File(#[from] FileError),
+    /// Certificates cannot be made.
+    #[error("make certificates")]
+    Pki(#[from] PkiError),
+    /// The CA's key was thrown away, and something must be signed.
+    #[error(
+        "{} is missing, so nothing can be signed by the CA beside it; put it back, or move {} away \
+         and run init again (which makes a new CA: kubelets then need the new bundle)",
+        key.display(), folder.display()
+    )]
+    NoCaKey {
+        /// Where it should be.
+        key: PathBuf,
+        /// The folder of certificates.
+        folder: PathBuf,
+    },
+    /// An address cannot be one.
+    #[error("{address:?} is no HOST or HOST:PORT")]
+    Address {
+        /// As given.
+        address: String,
+    },
+    /// The options make a site file that would not be accepted.
+    #[error("these options make no valid site file")]
+    Invalid(#[from] ConfigError),
+}
+
+/// What to write, and what was done so far.
+#[derive(Debug)]
+struct Init<'a> {
+    options: &'a Options,
+    folder: PathBuf,
+    addresses: Vec<(String, u16)>,
+    written: Vec<PathBuf>,
+    kept: Vec<PathBuf>,
+}
 
 /// Writes what is not there yet. Returns what to tell the user.
-pub fn run(_options: &Options, _home: &Path) -> Result<String, InitError> {
-    Ok(String::new())
+pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, InitError> {
+    let folder = options
+        .dir
+        .clone()
+        .unwrap_or_else(|| home.join(".config/knoc"));
+    let given = options.address.iter().map(|address| parse_address(address));
+    let mut addresses = given.collect::<Result<Vec<_>, _>>()?;
+    if addresses.is_empty() {
+        addresses.push((found.hostname.clone(), PORT));
+    }
+    let site_file = text::site_file(options, &folder, &addresses, found);
+    let path = folder.join("agent.toml");
+    // Before anything is written: a mistake in the options costs nothing.
+    Config::parse(
+        &site_file,
+        &path,
+        &Home {
+            home: home.to_owned(),
+        },
+    )?;
+    let mut init = Init {
+        options,
+        folder,
+        addresses,
+        written: Vec::new(),
+        kept: Vec::new(),
+    };
+    atomic::create_dir(&init.folder.join("tls"))?;
+    init.certificates()?;
+    init.write(&path, &site_file)?;
+    Ok(init.summary())
 }
+
+fn parse_address(address: &str) -> Result<(String, u16), InitError> {
+    let wrong = || InitError::Address {
+        address: address.to_owned(),
+    };
+    let (host, port) = match address.rsplit_once(':') {
+        // An IPv6 address without a port has colons of its own.
+        Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
+            (host, port.parse().map_err(|_| wrong())?)
+        }
+        Some(_) | None => (address, PORT),
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '_');
+    if host.is_empty() || !host.chars().all(plain) {
+        return Err(wrong());
+    }
+    Ok((host.to_owned(), port))
+}
+
+impl Init<'_> {
+    fn tls(&self, name: &str) -> PathBuf {
+        self.folder.join("tls").join(name)
+    }
+
+    /// The CA and what it signs; only what is not there yet.
+    fn certificates(&mut self) -> Result<(), InitError> {
+        let site = &self.options.site;
+        let agent = Identity::Agent { site: site.clone() };
+        let names: Vec<_> = self
+            .addresses
+            .iter()
+            .map(|(host, _)| host.clone())
+            .collect();
+        let kubelet = Identity::Kubelet {
+            name: format!("knoc-{site}"),
+        };
+        let ctl = Identity::Ctl {
+            name: "admin".to_owned(),
+        };
+        let ca = self.ca()?;
+        self.pair(ca.as_ref(), "agent", &agent, &names)?;
+        self.pair(ca.as_ref(), "knocctl", &ctl, &[])?;
+        let bundle = self.folder.join("kubelet-bundle.yaml");
+        if self.is_missing(&bundle)? {
+            let ca = ca.as_ref().ok_or_else(|| self.no_key())?;
+            let pair = ca.issue(&kubelet, &[])?;
+            let manifest = text::bundle(site, &self.addresses[0], ca.cert_pem(), &pair);
+            self.write(&bundle, &manifest)?;
+        }
+        let context = text::knocctl(site, &self.folder, &self.addresses[0]);
+        let path = self.folder.join("knocctl.toml");
+        self.write(&path, &context)
+    }
+
+    /// The CA, made where there is none; `None` where its key was thrown away.
+    fn ca(&mut self) -> Result<Option<Ca>, InitError> {
+        let (cert, key) = (self.tls("ca.crt"), self.tls("ca.key"));
+        if !self.is_missing(&cert)? {
+            let cert_pem = atomic::read(&cert)?;
+            return match atomic::read_optional(&key)? {
+                Some(key_pem) => {
+                    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+                    Ok(Some(Ca::from_pem(&text(cert_pem), &text(key_pem))?))
+                }
+                None => Ok(None),
+            };
+        }
+        let ca = Ca::generate(&format!("KNoC {}", self.options.site))?;
+        self.write(&key, &ca.key_pem())?;
+        self.write(&cert, ca.cert_pem())?;
+        Ok(Some(ca))
+    }
+
+    fn pair(
+        &mut self,
+        ca: Option<&Ca>,
+        name: &str,
+        identity: &Identity,
+        names: &[String],
+    ) -> Result<(), InitError> {
+        let (cert, key) = (
+            self.tls(&format!("{name}.crt")),
+            self.tls(&format!("{name}.key")),
+        );
+        // Both or none: a certificate without its key is of no use.
+        let missing = self.is_missing(&cert)?;
+        if !missing && !self.is_missing(&key)? {
+            return Ok(());
+        }
+        let CertifiedKey { cert_pem, key_pem } =
+            ca.ok_or_else(|| self.no_key())?.issue(identity, names)?;
+        self.write(&key, &key_pem)?;
+        self.write(&cert, &cert_pem)
+    }
+
+    fn no_key(&self) -> InitError {
+        InitError::NoCaKey {
+            key: self.tls("ca.key"),
+            folder: self.folder.join("tls"),
+        }
+    }
+
+    /// Is `path` still to be made? Notes it as kept otherwise.
+    fn is_missing(&mut self, path: &Path) -> Result<bool, FileError> {
+        match fs::symlink_metadata(path) {
+            Ok(_) => {
+                if !self
+                    .kept
+                    .iter()
+                    .chain(&self.written)
+                    .any(|known| known == path)
+                {
+                    self.kept.push(path.to_owned());
+                }
+                Ok(false)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+            Err(error) => Err(FileError::on("look for", path)(error)),
+        }
+    }
+
+    fn write(&mut self, path: &Path, text: &str) -> Result<(), InitError> {
+        if self.is_missing(path)? {
+            atomic::write(path, text.as_bytes(), 0o600)?;
+            self.written.push(path.to_owned());
+        }
+        Ok(())
+    }
+
+    fn summary(&self) -> String {
+        let list = |title: &str, paths: &[PathBuf]| {
+            let lines = paths.iter().map(|path| format!("  {}\n", path.display()));
+            let lines: String = lines.collect();
+            if lines.is_empty() {
+                lines
+            } else {
+                format!("{title}:\n{lines}")
+            }
+        };
+        let written = list("Written", &self.written);
+        let kept = "Already there, left as they are (move one away to have it made anew)";
+        let kept = list(kept, &self.kept);
+        let folder = self.folder.display();
+        let (host, port) = &self.addresses[0];
+        let site = &self.options.site;
+        format!(
+            "{written}{kept}\nNext:\n  1. Look through {folder}/agent.toml.\n  2. Start the agent: \
+             knoc-agent serve\n  3. Check it: knocctl doctor\n  4. In the cluster: kubectl apply -n \
+             knoc-system -f {folder}/kubelet-bundle.yaml\n     and install the chart with \
+             agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key signs further \
+             clients; keep it safe, or throw it away.\n",
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -155,7 +155,9 @@ impl StateDir {
     /// The job directory of `uid`, whether it exists or not.
     #[must_use]
     pub fn pod(&self, uid: &PodUid) -> JobDir {
-        JobDir { path: self.pods().join(uid.as_str()) }
+        JobDir {
+            path: self.pods().join(uid.as_str()),
+        }
     }
 
     /// The job directories that exist. Names that are no uid are left out.

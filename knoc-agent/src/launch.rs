@@ -15,7 +15,11 @@ mod pty;
 mod sys;
 pub mod wire;
 
-use std::{os::unix::net::UnixStream, path::Path, process::ExitCode};
+use std::{
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::Path,
+    process::ExitCode,
+};
 
 /// What the launcher exits with where it could not even speak to the shim.
 const NO_SHIM: u8 = 125;
@@ -33,4 +37,10 @@ pub fn main(socket: &Path) -> ExitCode {
             ExitCode::from(NO_SHIM)
         }
     }
+}
+
+/// Tells the terminal behind `master` its window's size; programs in it get `SIGWINCH`.
+pub(crate) fn set_terminal_size(master: &OwnedFd, window: wire::Window) {
+    // The program may have gone.
+    pty::set_size(master, window).ok();
 }

@@ -66,9 +66,16 @@ impl Process {
     /// This one.
     #[must_use]
     pub fn own() -> Self {
-        let host = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
+        let host = nix::unistd::gethostname()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        Self { host, boot_id: boot_id.trim().to_owned(), pid: std::process::id() }
+        Self {
+            host,
+            boot_id: boot_id.trim().to_owned(),
+            pid: std::process::id(),
+        }
     }
 }
 
@@ -89,11 +96,19 @@ impl Holder {
             && is_alive(holder, &process, now)
         {
             let age = now.as_second() - holder.heartbeat;
-            return Err(LeaseError::Held { path, holder: holder.clone(), age });
+            return Err(LeaseError::Held {
+                path,
+                holder: holder.clone(),
+                age,
+            });
         }
         // The clock as floor: an epoch never falls, also where the file was lost.
         let epoch = known.map_or(0, |lease| lease.epoch).max(now.as_second()) + 1;
-        let holder = Self { path, process, epoch };
+        let holder = Self {
+            path,
+            process,
+            epoch,
+        };
         holder.write(now)?;
         Ok(holder)
     }
@@ -108,7 +123,10 @@ impl Holder {
     pub fn check(&self) -> Result<(), LeaseError> {
         match jobdir::read_json::<Lease>(&self.path)? {
             Some(holder) if holder.epoch > self.epoch || !self.is_ours(&holder) => {
-                Err(LeaseError::Fenced { own: self.epoch, holder })
+                Err(LeaseError::Fenced {
+                    own: self.epoch,
+                    holder,
+                })
             }
             Some(_) | None => Ok(()),
         }
@@ -128,7 +146,9 @@ impl Holder {
     }
 
     fn is_ours(&self, lease: &Lease) -> bool {
-        lease.epoch == self.epoch && lease.pid == self.process.pid && lease.host == self.process.host
+        lease.epoch == self.epoch
+            && lease.pid == self.process.pid
+            && lease.host == self.process.host
     }
 
     fn write(&self, now: Timestamp) -> Result<(), LeaseError> {
@@ -162,7 +182,11 @@ mod tests {
     }
 
     fn process(host: &str, pid: u32) -> Process {
-        Process { host: host.to_owned(), boot_id: "b".to_owned(), pid }
+        Process {
+            host: host.to_owned(),
+            boot_id: "b".to_owned(),
+            pid,
+        }
     }
 
     #[test]
@@ -171,11 +195,17 @@ mod tests {
         let state = StateDir::new(folder.path());
         let first = Holder::take(&state, process("login1", 10), at(0)).unwrap();
         let error = Holder::take(&state, process("login2", 10), at(60)).unwrap_err();
-        assert!(error.to_string().contains("process 10 on login1"), "{error}");
+        assert!(
+            error.to_string().contains("process 10 on login1"),
+            "{error}"
+        );
         first.check().unwrap();
         let second = Holder::take(&state, process("login2", 10), at(61)).unwrap();
         assert!(second.epoch() > first.epoch());
-        assert!(matches!(first.heartbeat(at(62)), Err(LeaseError::Fenced { .. })));
+        assert!(matches!(
+            first.heartbeat(at(62)),
+            Err(LeaseError::Fenced { .. })
+        ));
         second.heartbeat(at(62)).unwrap();
     }
 
@@ -198,6 +228,9 @@ mod tests {
         let own = Process::own();
         Holder::take(&state, own.clone(), at(0)).unwrap();
         let other = Process { pid: 1, ..own };
-        assert!(matches!(Holder::take(&state, other, at(1)), Err(LeaseError::Held { .. })));
+        assert!(matches!(
+            Holder::take(&state, other, at(1)),
+            Err(LeaseError::Held { .. })
+        ));
     }
 }

@@ -62,7 +62,9 @@ struct ConfigFile {
 impl ConfigFile {
     fn load(self) -> anyhow::Result<Config> {
         let home = home()?;
-        let path = self.config.unwrap_or_else(|| home.home.join(".config/knoc/agent.toml"));
+        let path = self
+            .config
+            .unwrap_or_else(|| home.home.join(".config/knoc/agent.toml"));
         Ok(Config::load(&path, &home)?)
     }
 }
@@ -74,7 +76,8 @@ fn main() -> ExitCode {
         Command::Enter { arguments } => return knoc_agent::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {
-            home().and_then(|home| say(&init::run(&options, &home.home)?))
+            let found = init::Found::look(init::Environment::own());
+            home().and_then(|home| say(&init::run(&options, &home.home, &found)?))
         }
         Command::Serve(config) => config.load().and_then(serve),
         Command::Connect(config) => config.load().and_then(|config| relay(&config)),
@@ -96,13 +99,20 @@ fn home() -> anyhow::Result<Home> {
 }
 
 fn say(text: &str) -> anyhow::Result<()> {
-    std::io::stdout().write_all(text.as_bytes()).context("write to standard output")
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .context("write to standard output")
 }
 
 fn serve(config: Config) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_env("KNOC_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         let shutdown = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
@@ -127,7 +137,9 @@ fn serve(config: Config) -> anyhow::Result<()> {
 
 fn relay(config: &Config) -> anyhow::Result<()> {
     let socket = socket_path(config);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let relayed = runtime.block_on(connect::run(&socket));
     // Reading standard input cannot be cancelled: it would hold up the end.
     runtime.shutdown_background();

@@ -74,7 +74,13 @@ impl Registry {
     #[must_use]
     pub fn new(site: Arc<Site>, limit: usize, stop: CancellationToken) -> Arc<Self> {
         let (pods, tasks) = (Mutex::default(), TaskTracker::new());
-        Arc::new(Self { site, pods, tasks, stop, limit })
+        Arc::new(Self {
+            site,
+            pods,
+            tasks,
+            stop,
+            limit,
+        })
     }
 
     /// Brings back what is on disk. A pod that cannot be read is logged and left alone.
@@ -132,7 +138,13 @@ impl Registry {
             }
         };
         let (spec, values) = (Box::new(spec), Box::new(values));
-        ask(&handle, |reply| Input::Ensure { spec, values, cluster_id, reply }).await
+        ask(&handle, |reply| Input::Ensure {
+            spec,
+            values,
+            cluster_id,
+            reply,
+        })
+        .await
     }
 
     /// `DeletePod`.
@@ -143,7 +155,12 @@ impl Registry {
         reason: String,
     ) -> Result<pb::PodObserved, Refused> {
         let handle = self.get(uid)?;
-        ask(&handle, |reply| Input::Delete { grace, reason, reply }).await
+        ask(&handle, |reply| Input::Delete {
+            grace,
+            reason,
+            reply,
+        })
+        .await
     }
 
     /// `ForgetPod`.
@@ -162,7 +179,10 @@ impl Registry {
     /// All pods, for the poller.
     #[must_use]
     pub fn handles(&self) -> Vec<(PodUid, Handle)> {
-        self.lock().iter().map(|(uid, handle)| (uid.clone(), handle.clone())).collect()
+        self.lock()
+            .iter()
+            .map(|(uid, handle)| (uid.clone(), handle.clone()))
+            .collect()
     }
 
     /// How many pods there are.
@@ -201,7 +221,8 @@ impl Registry {
         let (wants, wanted) = watch::channel(Wanted::default());
         let site = Arc::clone(&self.site);
         let actor = Actor::new(site, uid.clone(), input.downgrade(), wants);
-        self.tasks.spawn(actor.run(restored, inputs, self.stop.child_token()));
+        self.tasks
+            .spawn(actor.run(restored, inputs, self.stop.child_token()));
         Handle { input, wanted }
     }
 
@@ -211,22 +232,25 @@ impl Registry {
 }
 
 /// Asks an actor and waits for its answer.
-async fn ask<T>(
-    handle: &Handle,
-    input: impl FnOnce(Reply<T>) -> Input,
-) -> Result<T, Refused> {
+async fn ask<T>(handle: &Handle, input: impl FnOnce(Reply<T>) -> Input) -> Result<T, Refused> {
     let (reply, answer) = oneshot::channel();
-    handle.input.try_send(input(reply)).map_err(|error| match error {
-        mpsc::error::TrySendError::Full(_) => {
-            Refused::new(ErrorReason::Overloaded, "the pod's queue is full")
-        }
-        mpsc::error::TrySendError::Closed(_) => {
-            Refused::new(ErrorReason::NotFound, "the pod is being forgotten")
-        }
-    })?;
+    handle
+        .input
+        .try_send(input(reply))
+        .map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                Refused::new(ErrorReason::Overloaded, "the pod's queue is full")
+            }
+            mpsc::error::TrySendError::Closed(_) => {
+                Refused::new(ErrorReason::NotFound, "the pod is being forgotten")
+            }
+        })?;
     match tokio::time::timeout(ANSWER, answer).await {
         Ok(Ok(result)) => result,
-        Ok(Err(_)) => Err(Refused::new(ErrorReason::ShuttingDown, "the agent is about to end")),
+        Ok(Err(_)) => Err(Refused::new(
+            ErrorReason::ShuttingDown,
+            "the agent is about to end",
+        )),
         Err(_) => Err(Refused::new(
             ErrorReason::Internal,
             "the pod's record could not be written in time: is the state directory's file system slow?",

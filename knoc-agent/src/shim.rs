@@ -1,11 +1,318 @@
-//! The shim inside a job: claims the job directory and runs the containers of one pod.
+//! The shim inside a job: claims the job directory, runs the containers of one pod, reports how they ended.
+//!
+//! One process, one thread (and one for file work). Its tasks, all owned by [`run`]:
+//!
+//! - [`supervisor`]: owns the containers' states; one [`container`] task per attempt. Takes commands over a bounded
+//!   channel, publishes the report and the [`directory`] over watch channels.
+//! - [`report::keep`]: the durable copy of the newest report.
+//! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
+//! - the reaper ([`children`]) and the watcher of signals from outside.
+//!
+//! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
+mod children;
+mod container;
+mod directory;
+mod environment;
+mod exec;
+mod fdio;
+mod handshake;
+mod link;
+mod oom;
+mod output;
+mod plan;
+mod pod;
 pub(crate) mod proc;
+mod report;
+mod scratch;
+mod serve;
+mod signals;
+mod supervisor;
+mod volumes;
 
-use std::{path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use jiff::Timestamp;
+use knoc_proto::{
+    crash,
+    error::chain,
+    pb::{self, EndedBy, OutcomeKind},
+};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{
+    children::Children,
+    directory::Directory,
+    link::{Link, State},
+    pod::Pod,
+    report::Publisher,
+    serve::Service,
+    supervisor::{Command, Supervisor},
+};
+use crate::jobdir::{
+    self, JobDir,
+    claim::{Claim, ClaimError},
+    schema::Endpoint,
+};
+
+const FAILED: u8 = 64;
+const NOT_REPORTED: u8 = 65;
+const SURPLUS: u8 = 66;
+const CANNOT_START: u8 = 67;
+
+const COMMANDS: usize = 16;
+
+/// The grace of a signal from outside is Slurm's `KillWait`, 30 s by default, which we cannot see: a little less.
+const OUTSIDE_GRACE: Duration = Duration::from_secs(25);
+
+/// How long an agent that is there may take to read the final report.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How long the link's last bytes may take.
+const FLUSH: Duration = Duration::from_millis(500);
 
 /// Entry point of `knoc-agent shim JOBDIR`.
+///
+/// Exits with 0: the pod succeeded, 64: it failed (both after the report was synced), 65: the report could not be
+/// written, 66: another job holds the claim, 67: nothing could be started.
 #[must_use]
-pub fn main(_jobdir: &Path) -> ExitCode {
-    ExitCode::from(67)
+pub fn main(jobdir: &Path) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(1)
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("knoc-agent shim: {error}");
+            return ExitCode::from(CANNOT_START);
+        }
+    };
+    let code = runtime.block_on(start(jobdir)).unwrap_or_else(|error| {
+        eprintln!("knoc-agent shim: {error:#}");
+        ExitCode::from(CANNOT_START)
+    });
+    // A file system that hangs must not hold the job.
+    runtime.shutdown_background();
+    code
 }
+
+/// Claims the directory, then runs the pod.
+async fn start(path: &Path) -> anyhow::Result<ExitCode> {
+    let jobdir = JobDir::open(path)?;
+    let claim = Claim {
+        host: pod::node_name(),
+        ..identity()?
+    };
+    crash::point("shim.claim.before");
+    match jobdir.claim(&claim) {
+        Ok(_) => {}
+        Err(error @ ClaimError::Surplus { .. }) => {
+            eprintln!("knoc-agent shim: this job is surplus: {}", chain(&error));
+            return Ok(ExitCode::from(SURPLUS));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    crash::point("shim.claim.after");
+    let state_dir = path
+        .parent()
+        .and_then(Path::parent)
+        .context("the job directory's place")?;
+    let endpoint_path = jobdir::StateDir::new(state_dir).endpoint();
+    let endpoint = jobdir::read_json::<Endpoint>(&endpoint_path).ok().flatten();
+    let previous = jobdir.report().ok().flatten();
+    let values = jobdir.values()?;
+    let pod = Arc::new(Pod::open(jobdir, claim, endpoint.as_ref())?);
+    log(&pod);
+    pod.jobdir.remove_values()?;
+    run(pod, previous, values, endpoint_path).await
+}
+
+/// Which job this is, by the scheduler's word.
+fn identity() -> anyhow::Result<Claim> {
+    let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let job_id = var("SLURM_JOB_ID")
+        .or_else(|| var("KNOC_JOB_ID"))
+        .context("neither SLURM_JOB_ID nor KNOC_JOB_ID is set: not inside a job")?;
+    let restart = var("SLURM_RESTART_COUNT").or_else(|| var("KNOC_RESTART_COUNT"));
+    let restart = restart
+        .map(|count| count.parse())
+        .transpose()
+        .context("the restart count")?;
+    Ok(Claim {
+        job_id,
+        restart: restart.unwrap_or(0),
+        host: String::new(),
+    })
+}
+
+/// Logs go to standard error, which is the job's `batch.out`.
+fn log(pod: &Pod) {
+    let level = if pod.settings().log_debug {
+        tracing::Level::DEBUG
+    } else {
+        tracing::Level::WARN
+    };
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .finish();
+    // In tests there may be one already.
+    tracing::subscriber::set_global_default(subscriber).ok();
+}
+
+async fn run(
+    pod: Arc<Pod>,
+    previous: Option<pb::Report>,
+    values: Option<pb::PodValues>,
+    endpoint: std::path::PathBuf,
+) -> anyhow::Result<ExitCode> {
+    // Orphans of a program without a PID namespace fall to us.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
+    let mut background = JoinSet::new();
+    background.spawn(pod.children.clone().reap(Children::signal()?));
+    let (commands, orders) = mpsc::channel(COMMANDS);
+    let outside = [
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    ];
+    background.spawn(obey_signals(outside, own_grace(&pod), commands.clone()));
+    let publisher = Publisher::new(first_report(&pod, previous.as_ref()));
+    let mut reports = publisher.subscribe();
+    let mut keeper = JoinSet::new();
+    keeper.spawn(report::keep(pod.jobdir.clone(), publisher.subscribe()));
+    let directory = watch::Sender::new(Arc::new(Directory::default()));
+    let service = Service {
+        pod: Arc::clone(&pod),
+        reports: publisher.subscribe(),
+        directory: directory.subscribe(),
+        commands,
+        streams: TaskTracker::new(),
+        delivered: watch::Sender::new(false),
+        execs: Service::exec_slots(),
+    };
+    let farewell = Farewell {
+        delivered: service.delivered.subscribe(),
+        link: watch::Sender::new(State::Dialling),
+        hang_up: CancellationToken::new(),
+    };
+    let link = Link {
+        endpoint,
+        pair: pod.jobdir.link_pair(),
+        service,
+        state: farewell.link.clone(),
+    };
+    let mut linked = JoinSet::new();
+    linked.spawn(link.run(farewell.hang_up.clone()));
+    Supervisor::new(
+        Arc::clone(&pod),
+        previous.as_ref(),
+        orders,
+        publisher,
+        directory,
+    )
+    .run(values)
+    .await;
+    if !pod.runtime.isolates() {
+        end_leftovers();
+    }
+    let written = keeper.join_next().await;
+    farewell.wait().await;
+    tokio::time::timeout(FLUSH, linked.join_next()).await.ok();
+    let succeeded = reports.borrow_and_update().outcome() == OutcomeKind::Succeeded;
+    Ok(match written {
+        Some(Ok(true)) if succeeded => ExitCode::SUCCESS,
+        Some(Ok(true)) => ExitCode::from(FAILED),
+        Some(Ok(false) | Err(_)) | None => ExitCode::from(NOT_REPORTED),
+    })
+}
+
+fn own_grace(pod: &Pod) -> Duration {
+    let seconds = pod.spec().termination_grace_period_seconds;
+    Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
+}
+
+fn first_report(pod: &Pod, previous: Option<&pb::Report>) -> pb::Report {
+    pb::Report {
+        uid: pod.spec().uid.clone(),
+        job_id: pod.claim.job_id.clone(),
+        restart: i32::try_from(pod.claim.restart).unwrap_or(i32::MAX),
+        sequence: previous.map_or(0, |report| report.sequence) + 1,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        capabilities: report::CAPABILITIES.map(str::to_owned).to_vec(),
+        hostname: pod::node_name(),
+        host_ip: pod.facts.fields.host_ip.clone(),
+        started_at: report::nanos(Timestamp::now()),
+        notes: previous
+            .map(|report| report.notes.clone())
+            .unwrap_or_default(),
+        pid_isolation: pod.runtime.isolates(),
+        ..Default::default()
+    }
+}
+
+/// Task: signals from outside (scancel, a time limit, preemption) begin the stop.
+async fn obey_signals(
+    [mut term, mut interrupt]: [Signal; 2],
+    own_grace: Duration,
+    commands: mpsc::Sender<Command>,
+) {
+    loop {
+        let name = tokio::select! {
+            biased;
+            Some(()) = term.recv() => "SIGTERM",
+            Some(()) = interrupt.recv() => "SIGINT",
+            else => return,
+        };
+        let stop = Command::Stop {
+            grace: own_grace.min(OUTSIDE_GRACE),
+            by: EndedBy::Signal,
+            reason: format!("the job was sent {name}"),
+        };
+        if commands.send(stop).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Without PID namespaces what daemonised itself would outlive its container.
+fn end_leftovers() {
+    let own = std::process::id();
+    for pid in proc::descendants(&proc::all(), own) {
+        signals::send(pid, rustix::process::Signal::KILL);
+    }
+}
+
+/// The end of the link.
+struct Farewell {
+    delivered: watch::Receiver<bool>,
+    link: watch::Sender<State>,
+    hang_up: CancellationToken,
+}
+
+impl Farewell {
+    /// Waits until an agent that is there has the final report, and hangs up.
+    async fn wait(mut self) {
+        let mut link = self.link.subscribe();
+        let read = async {
+            tokio::select! {
+                biased;
+                _ = self.delivered.wait_for(|delivered| *delivered) => {}
+                _ = link.wait_for(|state| *state == State::Down) => {}
+            }
+        };
+        // Where it takes longer the report file tells.
+        tokio::time::timeout(FAREWELL, read).await.ok();
+        self.hang_up.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -63,7 +63,13 @@ struct Link {
 impl Shims {
     /// The shim of `uid` will show the key `spki`; what it says goes to `input`.
     pub(crate) fn expect(&self, uid: &PodUid, spki: String, input: mpsc::Sender<Input>) {
-        lock(&self.0.pins).insert(spki, Route { uid: uid.clone(), input });
+        lock(&self.0.pins).insert(
+            spki,
+            Route {
+                uid: uid.clone(),
+                input,
+            },
+        );
     }
 
     /// The pod is gone: its key opens nothing any more.
@@ -152,7 +158,11 @@ async fn follow(shims: Shims, route: Route, mut client: Client, stop: Cancellati
     };
     let number = shims.open(uid, client);
     tracing::debug!(%uid, "the shim's link is up");
-    let mut input_open = route.input.send(Input::Event(Event::Link(true))).await.is_ok();
+    let mut input_open = route
+        .input
+        .send(Input::Event(Event::Link(true)))
+        .await
+        .is_ok();
     while input_open {
         let report = tokio::select! {
             biased;

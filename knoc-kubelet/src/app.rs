@@ -112,15 +112,16 @@ impl App {
         let deposed = CancellationToken::new();
         let mut tasks = JoinSet::new();
         let started = self.start(&mut tasks, &inner, &deposed).await;
-        let ended = match started {
-            Err(error) => Err(error),
-            Ok(()) => tokio::select! {
+        let ended = if started.is_ok() {
+            tokio::select! {
                 biased;
                 kept = leader.keep(&shutdown) => {
                     kept.map_err(|source| RunError::Leader { node: name, source })
                 }
                 () = deposed.cancelled() => Err(RunError::Deposed { node: name }),
-            },
+            }
+        } else {
+            started
         };
         inner.cancel();
         drain(tasks).await;

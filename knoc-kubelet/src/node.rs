@@ -25,7 +25,7 @@ use status::Facts;
 /// Between computations of the status.
 const UPDATE: Duration = Duration::from_secs(10);
 /// An unchanged status is sent after this long.
-const REPORT: Duration = Duration::from_secs(300);
+const REPORT: Duration = Duration::from_mins(5);
 const DEADLINE: Duration = Duration::from_secs(10);
 /// The taint is set only after the link was down this long: a restarted agent is back sooner.
 const TAINT_AFTER: Duration = Duration::from_secs(5);

@@ -49,7 +49,10 @@ impl Interceptor for Identities {
 pub(super) fn pod(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), Status> {
     let namespaces = &site.config.policy.namespaces;
     if !namespaces.is_empty() && !namespaces.contains(&spec.namespace) {
-        let message = format!("namespace {:?} is not among policy.namespaces", spec.namespace);
+        let message = format!(
+            "namespace {:?} is not among policy.namespaces",
+            spec.namespace
+        );
         return Err(ErrorReason::PermissionDenied.status(message));
     }
     let mut problems: Vec<String> = spec
@@ -57,7 +60,9 @@ pub(super) fn pod(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), S
         .filter_map(|container| site.images.check(&container.image).err())
         .map(|error| error.to_string())
         .collect();
-    if let Err(refusal) = site.scheduler.render(&super::submit_request(site, spec, cluster_id))
+    if let Err(refusal) = site
+        .scheduler
+        .render(&super::submit_request(site, spec, cluster_id))
         && refusal.kind == RefusalKind::Permanent
     {
         problems.push(refusal.words);
@@ -79,7 +84,11 @@ pub(super) fn running(site: &Site, uid: &PodUid) -> Result<Client, Status> {
     };
     let idle = pod.host_ip.is_empty() || pod.outcome.is_some();
     if idle {
-        let phase = pod.phase().as_str_name().trim_start_matches("POD_PHASE_").to_lowercase();
+        let phase = pod
+            .phase()
+            .as_str_name()
+            .trim_start_matches("POD_PHASE_")
+            .to_lowercase();
         return Err(ErrorReason::NotRunning.status(format!("pod {uid} is {phase}")));
     }
     let message = format!(

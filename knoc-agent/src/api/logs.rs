@@ -44,7 +44,10 @@ pub(super) async fn read(
     }
     let (output, chunks) = mpsc::channel(read::CHUNKS);
     let (ended_by, ended) = watch::channel(false);
-    let follow = request.follow.then_some(read::Follow { written: None, ended });
+    let follow = request.follow.then_some(read::Follow {
+        written: None,
+        ended,
+    });
     let reading = read::read(live, Options::from(&request), follow, output);
     let site = Arc::clone(site);
     tasks.spawn(async move {
@@ -76,16 +79,25 @@ fn attempt(
         });
     }
     if let (Some(State::Waiting(waiting)), 0) = (&status.state, current) {
-        let message =
-            format!("container {container} is waiting to start: {}", waiting.reason);
+        let message = format!(
+            "container {container} is waiting to start: {}",
+            waiting.reason
+        );
         return Err(ErrorReason::NotRunning.status(message));
     }
     // Between two attempts the last one that ran is meant.
     let waits = matches!(status.state, Some(State::Waiting(_)));
-    Ok(if waits { current.saturating_sub(1) } else { current })
+    Ok(if waits {
+        current.saturating_sub(1)
+    } else {
+        current
+    })
 }
 
-fn find<'a>(pod: &'a pb::PodObserved, container: &ContainerName) -> Option<&'a pb::ContainerStatus> {
+fn find<'a>(
+    pod: &'a pb::PodObserved,
+    container: &ContainerName,
+) -> Option<&'a pb::ContainerStatus> {
     let mut all = pod.init_containers.iter().chain(&pod.containers);
     all.find(|status| status.name == container.as_str())
 }

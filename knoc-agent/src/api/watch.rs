@@ -45,7 +45,10 @@ pub(super) fn node(
 /// Where a watch of pods stands.
 enum Place {
     Start,
-    Seen { generation: i64, changed: Receiver<i64> },
+    Seen {
+        generation: i64,
+        changed: Receiver<i64>,
+    },
     End,
 }
 
@@ -71,11 +74,22 @@ async fn batch(site: &Site, stop: &CancellationToken, place: Place) -> Option<(B
             let changed = site.board.subscribe();
             let (pods, synced) = site.board.snapshot();
             let generation = synced.generation;
-            let items = pods.into_iter().map(|pod| event(Event::Item((*pod).clone())));
+            let items = pods
+                .into_iter()
+                .map(|pod| event(Event::Item((*pod).clone())));
             let batch = items.chain([event(Event::Synced(synced))]).collect();
-            Some((batch, Place::Seen { generation, changed }))
+            Some((
+                batch,
+                Place::Seen {
+                    generation,
+                    changed,
+                },
+            ))
         }
-        Place::Seen { generation, mut changed } => {
+        Place::Seen {
+            generation,
+            mut changed,
+        } => {
             let news = tokio::select! {
                 biased;
                 () = stop.cancelled() => None,
@@ -87,7 +101,13 @@ async fn batch(site: &Site, stop: &CancellationToken, place: Place) -> Option<(B
             match site.board.since(generation) {
                 Ok((events, generation)) => {
                     let batch = events.into_iter().map(event).collect();
-                    Some((batch, Place::Seen { generation, changed }))
+                    Some((
+                        batch,
+                        Place::Seen {
+                            generation,
+                            changed,
+                        },
+                    ))
                 }
                 Err(behind) => {
                     let status = ErrorReason::Overloaded.status(behind.to_string());

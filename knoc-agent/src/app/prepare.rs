@@ -65,7 +65,9 @@ pub enum PrepareError {
     #[error("load keys")]
     Keys(#[from] CredentialsError),
     /// No container runtime.
-    #[error("no apptainer or singularity in {path:?}; name one in `tools`, or set runtime = \"process\"")]
+    #[error(
+        "no apptainer or singularity in {path:?}; name one in `tools`, or set runtime = \"process\""
+    )]
     NoRuntime {
         /// Where it was looked for.
         path: String,
@@ -109,16 +111,25 @@ pub(super) async fn prepare(
     let (name, path) = runtime(&config)?;
     let program = (name != "process").then(|| path.clone());
     let settings = image::Settings::of_site(&config, program, state.images());
-    let version = image::runtime_version(&settings).await.unwrap_or_else(|error| {
-        tracing::warn!(error = chain(&error), "the container runtime does not say its version");
-        "unknown".to_owned()
-    });
+    let version = image::runtime_version(&settings)
+        .await
+        .unwrap_or_else(|error| {
+            tracing::warn!(
+                error = chain(&error),
+                "the container runtime does not say its version"
+            );
+            "unknown".to_owned()
+        });
     let images = Images::new(settings);
     images.sweep();
     let limit = pod_limit(&config);
     let site = Arc::new(Site {
         board: Board::new(lease.epoch()),
-        runtime: RuntimeInfo { name: name.to_owned(), path, version },
+        runtime: RuntimeInfo {
+            name: name.to_owned(),
+            path,
+            version,
+        },
         shims: Shims::default(),
         hurry: Arc::new(Notify::new()),
         config,
@@ -129,16 +140,24 @@ pub(super) async fn prepare(
         shim,
         ended,
     });
-    Ok(Prepared { site, pod_limit: limit, pair })
+    Ok(Prepared {
+        site,
+        pod_limit: limit,
+        pair,
+    })
 }
 
 fn check_private(path: &Path) -> Result<(), PrepareError> {
     let meta = fs::metadata(path).map_err(FileError::on("stat", path))?;
     let mode = meta.permissions().mode() & 0o777;
-    if meta.uid() == nix::unistd::geteuid().as_raw() && mode & 0o077 == 0 {
+    if meta.uid() == nix::unistd::geteuid().as_raw() && mode.trailing_zeros() >= 6 {
         return Ok(());
     }
-    Err(PrepareError::Open { path: path.to_owned(), mode, uid: meta.uid() })
+    Err(PrepareError::Open {
+        path: path.to_owned(),
+        mode,
+        uid: meta.uid(),
+    })
 }
 
 /// The agent's pair of the shim hop: kept, since running shims know its pin.
@@ -172,7 +191,8 @@ fn install(state: &StateDir) -> Result<PathBuf, PrepareError> {
     }
     // Another build of the same version.
     let digest = Sha256::digest(&bytes);
-    let hash: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    let mut hash = hex(&digest);
+    hash.truncate(12);
     let folder = state.versions().join(format!("{version}+{hash}"));
     let target = folder.join("knoc-agent");
     if !target.exists() {
@@ -182,9 +202,23 @@ fn install(state: &StateDir) -> Result<PathBuf, PrepareError> {
     Ok(target)
 }
 
+fn hex(bytes: &[u8]) -> String {
+    let digits = b"0123456789abcdef";
+    let pair = |byte: &u8| {
+        [
+            digits[usize::from(byte >> 4)],
+            digits[usize::from(byte & 15)],
+        ]
+    };
+    bytes.iter().flat_map(pair).map(char::from).collect()
+}
+
 /// Name and path of what starts containers.
 fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
-    let path = config.env.get("PATH").map_or("/usr/local/bin:/usr/bin:/bin", String::as_str);
+    let path = config
+        .env
+        .get("PATH")
+        .map_or("/usr/local/bin:/usr/bin:/bin", String::as_str);
     let find = |name: &str, named: &Option<PathBuf>| {
         named.clone().or_else(|| {
             let mut folders = path.split(':').filter(|folder| folder.starts_with('/'));
@@ -192,14 +226,21 @@ fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
         })
     };
     let apptainer = || Some(("apptainer", find("apptainer", &config.tools.apptainer)?));
-    let singularity = || Some(("singularity", find("singularity", &config.tools.singularity)?));
+    let singularity = || {
+        Some((
+            "singularity",
+            find("singularity", &config.tools.singularity)?,
+        ))
+    };
     let found = match config.runtime {
         RuntimeKind::Process => Some(("process", PathBuf::new())),
         RuntimeKind::Apptainer => apptainer(),
         RuntimeKind::Singularity => singularity(),
         RuntimeKind::Auto => apptainer().or_else(singularity),
     };
-    found.ok_or_else(|| PrepareError::NoRuntime { path: path.to_owned() })
+    found.ok_or_else(|| PrepareError::NoRuntime {
+        path: path.to_owned(),
+    })
 }
 
 /// How many pods this process may carry.
@@ -208,9 +249,18 @@ pub(crate) fn pod_limit(config: &Config) -> usize {
     let carried = (files.saturating_sub(FILES_OWN) / FILES_A_POD).clamp(1, PODS);
     let wanted = config.limits.pods.map_or(carried, u64::from);
     if wanted > carried {
-        tracing::warn!(wanted, carried, files, "the limit of open files carries fewer pods");
+        tracing::warn!(
+            wanted,
+            carried,
+            files,
+            "the limit of open files carries fewer pods"
+        );
     }
-    tracing::info!(pods = wanted.min(carried), open_files = files, "process limits");
+    tracing::info!(
+        pods = wanted.min(carried),
+        open_files = files,
+        "process limits"
+    );
     usize::try_from(wanted.min(carried)).unwrap_or(usize::MAX)
 }
 
@@ -219,14 +269,13 @@ pub(super) async fn near_listeners(config: &Config) -> Result<Vec<link::Incoming
     let socket = socket_path(config);
     let mut near = vec![link::listen::unix(&socket).map_err(listen)?];
     tracing::info!(socket = %socket.display(), "serving knocctl");
-    match &config.tls {
-        Some(tls) => {
-            let credentials = Credentials::from_files(&tls.ca, &tls.cert, &tls.key)?;
-            let incoming = link::listen::tcp(config.listen.kubelet, credentials).await;
-            near.push(incoming.map_err(listen)?);
-            tracing::info!(address = %config.listen.kubelet, "serving kubelets");
-        }
-        None => tracing::warn!("no [tls] in the site file: only the unix socket is served"),
+    if let Some(tls) = &config.tls {
+        let credentials = Credentials::from_files(&tls.ca, &tls.cert, &tls.key)?;
+        let incoming = link::listen::tcp(config.listen.kubelet, credentials).await;
+        near.push(incoming.map_err(listen)?);
+        tracing::info!(address = %config.listen.kubelet, "serving kubelets");
+    } else {
+        tracing::warn!("no [tls] in the site file: only the unix socket is served");
     }
     Ok(near)
 }

@@ -6,7 +6,8 @@ fn parse(text: &str) -> Result<Config, String> {
     let home = Home {
         home: PathBuf::from("/home/u"),
     };
-    Config::parse(text, Path::new("agent.toml"), &home).map_err(|error| chain(&error))
+    Config::parse(text, Path::new("agent.toml"), &home)
+        .map_err(|error| knoc_proto::error::chain(&error))
 }
 
 #[test]
@@ -63,10 +64,4 @@ fn sections_are_read() {
     assert!(config.registries[0].insecure);
     assert_eq!(config.tls.unwrap().ca, Path::new("/home/u/ca.crt"));
     assert_eq!(config.values.at_rest, AtRest::None);
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |e| e.source())
-        .map(|e| format!("{e}: "))
-        .collect()
 }

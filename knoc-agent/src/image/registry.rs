@@ -86,9 +86,38 @@ impl RegistryClient {
     }
 }
 
+impl RegistryClient {
+    /// Whether a registry is there: that it lacks the image is an answer too.
+    pub(super) async fn answers(&self, source: &Source) -> Result<(), String> {
+        let client = if source.insecure { &self.insecure } else { &self.secure };
+        let ask = client.fetch_manifest_digest(&source.reference, &RegistryAuth::Anonymous);
+        match tokio::time::timeout(self.timeout, ask).await {
+            Err(_elapsed) => Err(format!("no answer within {:?}", self.timeout)),
+            Ok(Err(err @ OciDistributionError::RequestError(_))) => Err(words(source, &err)),
+            Ok(Ok(_) | Err(_)) => Ok(()),
+        }
+    }
+}
+
 /// The registry's own words, and what they are about.
 fn words(source: &Source, err: &OciDistributionError) -> String {
     let name = source.reference.whole();
-    let text = knoc_proto::error::chain(err);
-    format!("{name}: {text}")
+    let text = if let OciDistributionError::RegistryError { envelope, .. } = err {
+        let words: Vec<&str> = envelope
+            .errors
+            .iter()
+            .map(|error| error.message.as_str())
+            .collect();
+        words.join("; ")
+    } else {
+        knoc_proto::error::chain(err)
+    };
+    // What rustls says to an answer that is no TLS.
+    let plain = !source.insecure && text.contains("InvalidContentType");
+    let hint = if plain {
+        " (plain HTTP needs insecure = true in [[registry]])"
+    } else {
+        ""
+    };
+    format!("{name}: {text}{hint}")
 }

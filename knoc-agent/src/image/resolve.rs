@@ -49,6 +49,10 @@ impl Images {
         &self.settings
     }
 
+    pub(super) fn registry(&self) -> &RegistryClient {
+        &self.registry
+    }
+
     /// Removes what pulls of an earlier agent left behind. Blocking; once, at the start.
     pub fn sweep(&self) {
         std::fs::remove_dir_all(self.cache.temporary()).ok();

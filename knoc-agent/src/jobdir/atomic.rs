@@ -86,7 +86,7 @@ pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
 
 /// Makes the entry of `path` in its folder durable.
 pub fn sync_parent(path: &Path) -> Result<(), FileError> {
-    let parent = path.parent().unwrap_or(Path::new("/"));
+    let parent = path.parent().unwrap_or_else(|| Path::new("/"));
     File::open(parent)
         .and_then(|folder| folder.sync_all())
         .map_err(FileError::on("sync", parent))

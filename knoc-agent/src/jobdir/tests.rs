@@ -8,7 +8,7 @@ fn pod() -> (tempfile::TempDir, JobDir) {
     state.create().unwrap();
     let dir = state.pod(&PodUid::try_from("0f1e-uid").unwrap());
     dir.create().unwrap();
-    assert_eq!(state.list().unwrap(), [dir.clone()]);
+    assert_eq!(state.list().unwrap(), std::slice::from_ref(&dir));
     (root, dir)
 }
 

@@ -129,6 +129,21 @@ async fn blocking<T: Send + 'static>(
         .map_err(io::Error::other)?
 }
 
+/// The last lines of a series, cut to the last `bytes`. Blocking.
+pub fn last_text(live: &Path, lines: u64, bytes: usize) -> io::Result<Vec<u8>> {
+    let options = Options {
+        tail_lines: Some(lines),
+        ..Options::default()
+    };
+    let mut reader = Reader::begin(live.to_owned(), options)?;
+    let mut text = Vec::new();
+    while !reader.next(&mut text)? {
+        let excess = text.len().saturating_sub(bytes);
+        text.drain(..excess);
+    }
+    Ok(text)
+}
+
 /// A position in a series.
 #[derive(Debug)]
 struct Reader {

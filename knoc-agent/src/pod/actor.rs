@@ -45,7 +45,10 @@ pub struct Refused {
 impl Refused {
     /// A refusal with its words.
     pub fn new(reason: ErrorReason, message: impl Into<String>) -> Self {
-        Self { reason, message: message.into() }
+        Self {
+            reason,
+            message: message.into(),
+        }
     }
 }
 
@@ -213,7 +216,11 @@ impl Actor {
     }
 
     async fn adopt(&mut self, restored: Restored) -> Pod {
-        let Restored { pod, spec, cluster_id } = restored;
+        let Restored {
+            pod,
+            spec,
+            cluster_id,
+        } = restored;
         self.spec = Arc::new(spec);
         self.cluster_id = cluster_id;
         let dir = self.dir.clone();
@@ -235,20 +242,23 @@ impl Actor {
     async fn birth(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Option<Pod> {
         loop {
             match inputs.recv().await? {
-                Input::Ensure { spec, values, cluster_id, reply } => {
-                    match self.accept(*spec, *values, cluster_id).await {
-                        Ok(pod) => {
-                            self.show(&pod);
-                            let shown = self.observed(&pod);
-                            drop(reply.send(Ok((shown, true))));
-                            return Some(self.apply(pod, Event::Begin).await);
-                        }
-                        Err(refused) => {
-                            drop(reply.send(Err(refused)));
-                            return None;
-                        }
+                Input::Ensure {
+                    spec,
+                    values,
+                    cluster_id,
+                    reply,
+                } => match self.accept(*spec, *values, cluster_id).await {
+                    Ok(pod) => {
+                        self.show(&pod);
+                        let shown = self.observed(&pod);
+                        drop(reply.send(Ok((shown, true))));
+                        return Some(self.apply(pod, Event::Begin).await);
                     }
-                }
+                    Err(refused) => {
+                        drop(reply.send(Err(refused)));
+                        return None;
+                    }
+                },
                 Input::Values { reply, .. } | Input::Forget { reply } => {
                     drop(reply.send(Err(not_found(&self.uid))));
                 }
@@ -283,9 +293,15 @@ impl Actor {
             Ok::<_, JobDirError>(pin)
         });
         let failed = |error: &(dyn std::error::Error + 'static)| {
-            Refused::new(ErrorReason::Internal, format!("accept pod: {}", chain(error)))
+            Refused::new(
+                ErrorReason::Internal,
+                format!("accept pod: {}", chain(error)),
+            )
         };
-        let pin = written.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
+        let pin = written
+            .await
+            .map_err(|e| failed(&e))?
+            .map_err(|e| failed(&e))?;
         self.expect_link(pin);
         self.values = (at_rest == AtRest::None).then_some(values);
         Ok(pod)
@@ -308,27 +324,33 @@ impl Actor {
                 self.apply(pod, Event::Link(up)).await
             }
             Input::Event(event) => self.apply(pod, event).await,
-            Input::Ensure { spec, cluster_id, reply, .. } => {
-                self.ensure_again(pod, *spec, &cluster_id, reply).await
-            }
+            Input::Ensure {
+                spec,
+                cluster_id,
+                reply,
+                ..
+            } => self.ensure_again(pod, *spec, &cluster_id, reply).await,
             Input::Values { values, reply } => {
                 let result = self.update_values(&pod, *values).await;
                 drop(reply.send(result));
                 pod
             }
-            Input::Delete { grace, reason, reply } => {
+            Input::Delete {
+                grace,
+                reason,
+                reply,
+            } => {
                 let pod = self.apply(pod, Event::Delete { grace, reason }).await;
                 drop(reply.send(Ok(self.observed(&pod))));
                 pod
             }
             Input::Forget { reply } => {
                 let pod = self.apply(pod, Event::Forget).await;
-                let result = match pod.state {
-                    State::Forgotten => Ok(()),
-                    _ => Err(Refused::new(
-                        ErrorReason::NotFinished,
-                        format!("pod {} is not finished", self.uid),
-                    )),
+                let result = if matches!(pod.state, State::Forgotten) {
+                    Ok(())
+                } else {
+                    let message = format!("pod {} is not finished", self.uid);
+                    Err(Refused::new(ErrorReason::NotFinished, message))
                 };
                 drop(reply.send(result));
                 pod
@@ -357,7 +379,10 @@ impl Actor {
             } else {
                 Err(Refused::new(
                     ErrorReason::SpecConflict,
-                    format!("pod {} exists with another shape of this generation", self.uid),
+                    format!(
+                        "pod {} exists with another shape of this generation",
+                        self.uid
+                    ),
                 ))
             };
             drop(reply.send(answer));
@@ -405,7 +430,10 @@ impl Actor {
     }
 
     fn show(&self, pod: &Pod) {
-        let wanted = Wanted { job: pod.job(), hurried: pod.hurried() };
+        let wanted = Wanted {
+            job: pod.job(),
+            hurried: pod.hurried(),
+        };
         self.wants.send_if_modified(|known| {
             let news = *known != wanted;
             *known = wanted;
@@ -422,10 +450,16 @@ pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDir
     };
     let spec = dir.spec()?.spec.unwrap_or_default();
     let report = dir.report()?;
-    let Ok(uid) = PodUid::try_from(dir.uid()) else { return Ok(None) };
+    let Ok(uid) = PodUid::try_from(dir.uid()) else {
+        return Ok(None);
+    };
     let facts = facts(&uid, &spec, config);
     let cluster_id = record.cluster_id.clone();
-    Ok(Some(Restored { pod: record.restore(facts, report), spec, cluster_id }))
+    Ok(Some(Restored {
+        pod: record.restore(facts, report),
+        spec,
+        cluster_id,
+    }))
 }
 
 pub(crate) fn write_record(dir: &JobDir, record: &Record) -> Result<(), JobDirError> {

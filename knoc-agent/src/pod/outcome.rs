@@ -103,10 +103,17 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
 /// The containers were ended from outside: the reason is Slurm's, or ours where we sent the signal.
 fn by_signal(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
     if let Some(cause) = evidence.cause {
-        return if own.succeeded { own } else { failed(cause, own.finished_at) };
+        return if own.succeeded {
+            own
+        } else {
+            failed(cause, own.finished_at)
+        };
     }
     match evidence.view.and_then(|view| by_state(evidence, view)) {
-        Some(slurm) => Outcome { finished_at: own.finished_at, ..slurm },
+        Some(slurm) => Outcome {
+            finished_at: own.finished_at,
+            ..slurm
+        },
         // Slurm says nothing of it (the job went on and completed): the report stands.
         None => own,
     }
@@ -115,22 +122,35 @@ fn by_signal(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
 fn failed(cause: &Cause, finished_at: Timestamp) -> Outcome {
     let (reason, message) = match cause {
         Cause::Deleted(words) => ("Deleted", words.clone()),
-        Cause::NeverStarts(reason) => {
-            ("SlurmJobNeverStarts", format!("the job would have waited for ever: {reason}"))
-        }
+        Cause::NeverStarts(reason) => (
+            "SlurmJobNeverStarts",
+            format!("the job would have waited for ever: {reason}"),
+        ),
     };
     let reason = reason.to_owned();
-    Outcome { succeeded: false, reason, message, disruption: false, finished_at }
+    Outcome {
+        succeeded: false,
+        reason,
+        message,
+        disruption: false,
+        finished_at,
+    }
 }
 
 fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
     let ended = evidence.view.and_then(|view| view.ended_at);
-    let at = ended.and_then(|seconds| Timestamp::from_second(seconds).ok()).unwrap_or(now);
+    let at = ended
+        .and_then(|seconds| Timestamp::from_second(seconds).ok())
+        .unwrap_or(now);
     if let Some(cause) = evidence.cause {
         return failed(cause, at);
     }
     let Some(view) = evidence.view else {
-        return unknown("the scheduler does not know the job, and it left no report", evidence, at);
+        return unknown(
+            "the scheduler does not know the job, and it left no report",
+            evidence,
+            at,
+        );
     };
     // The shim's own word comes before the state, which only repeats that its code was not zero.
     let decided = by_exit(evidence, view).or_else(|| by_state(evidence, view));
@@ -138,24 +158,44 @@ fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
         let how = view.exit.map_or_else(String::new, |exit| {
             format!(", exit code {}, signal {}", exit.code, exit.signal)
         });
-        unknown(&format!("the job ended ({}{how}) without a report", view.state), evidence, at)
+        unknown(
+            &format!("the job ended ({}{how}) without a report", view.state),
+            evidence,
+            at,
+        )
     });
-    Outcome { finished_at: at, ..decided }
+    Outcome {
+        finished_at: at,
+        ..decided
+    }
 }
 
 fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let at = Timestamp::UNIX_EPOCH;
     match view.exit? {
-        JobExit { code: EXIT_NO_REPORT, .. } => {
-            Some(unknown("the shim could not write its report", evidence, at))
-        }
-        JobExit { code: EXIT_CANNOT_START, .. } => {
-            Some(plain("CannotStart", &with_tail("the shim could not start", evidence), at))
-        }
-        JobExit { code: EXIT_SURPLUS, .. } => {
-            Some(unknown("the claim of the job directory is another job's", evidence, at))
-        }
-        JobExit { code: 0, signal: SIGNAL_UNWRITABLE } => Some(plain(
+        JobExit {
+            code: EXIT_NO_REPORT,
+            ..
+        } => Some(unknown("the shim could not write its report", evidence, at)),
+        JobExit {
+            code: EXIT_CANNOT_START,
+            ..
+        } => Some(plain(
+            "CannotStart",
+            &with_tail("the shim could not start", evidence),
+            at,
+        )),
+        JobExit {
+            code: EXIT_SURPLUS, ..
+        } => Some(unknown(
+            "the claim of the job directory is another job's",
+            evidence,
+            at,
+        )),
+        JobExit {
+            code: 0,
+            signal: SIGNAL_UNWRITABLE,
+        } => Some(plain(
             "CannotStart",
             "slurmd could not open the job's output file (exit 0:53): the state directory is not \
              there or not writable on the compute node; is it on a shared file system?",
@@ -166,51 +206,50 @@ fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
 }
 
 /// What Slurm's state alone says. `None` where it says nothing of why.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the states that end a job for a reason of their own are all above"
+)]
 fn by_state(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let at = Timestamp::UNIX_EPOCH;
-    let limit = || view.time_limit_minutes.map_or_else(String::new, |m| format!(" of {m} minutes"));
+    let limit = || {
+        view.time_limit_minutes
+            .map_or_else(String::new, |m| format!(" of {m} minutes"))
+    };
     let outcome = match &view.state {
-        JobState::Timeout if deadline_was_the_limit(evidence, view) => {
-            plain("DeadlineExceeded", "the pod's activeDeadlineSeconds are over", at)
-        }
-        JobState::Timeout => {
-            plain("SlurmTimeLimit", &format!("the job reached its time limit{}", limit()), at)
-        }
+        JobState::Timeout if deadline_was_the_limit(evidence, view) => plain(
+            "DeadlineExceeded",
+            "the pod's activeDeadlineSeconds are over",
+            at,
+        ),
+        JobState::Timeout => plain(
+            "SlurmTimeLimit",
+            &format!("the job reached its time limit{}", limit()),
+            at,
+        ),
         JobState::Deadline => plain("SlurmDeadline", "the job's --deadline passed", at),
         JobState::OutOfMemory => plain(
             "OOMKilled",
-            &with_tail("the job was killed for using more memory than it asked for", evidence),
+            &with_tail(
+                "the job was killed for using more memory than it asked for",
+                evidence,
+            ),
             at,
         ),
         JobState::Preempted => disrupted("Preempted", "a more important job took the nodes", at),
-        JobState::NodeFail
-        | JobState::BootFail
-        | JobState::LaunchFailed
-        | JobState::ReconfigFail
-        | JobState::Revoked => {
-            disrupted("NodeFailed", &format!("Slurm ended the job: {}", view.state), at)
+        state if state.is_disruption() => {
+            disrupted("NodeFailed", &format!("Slurm ended the job: {state}"), at)
         }
         JobState::Cancelled { by } => {
             let who = by.map_or_else(String::new, |uid| format!(" by user id {uid}"));
-            plain("Cancelled", &format!("the job was cancelled{who}, not through Kubernetes"), at)
+            plain(
+                "Cancelled",
+                &format!("the job was cancelled{who}, not through Kubernetes"),
+                at,
+            )
         }
-        JobState::Pending
-        | JobState::Configuring
-        | JobState::Running
-        | JobState::Completing
-        | JobState::Suspended
-        | JobState::Stopped
-        | JobState::Resizing
-        | JobState::Signaling
-        | JobState::StageOut
-        | JobState::Requeued
-        | JobState::RequeueHold
-        | JobState::RequeueFed
-        | JobState::SpecialExit
-        | JobState::ResvDelHold
-        | JobState::Completed
-        | JobState::Failed
-        | JobState::Unknown(_) => return None,
+        // It has not ended, or its end says nothing of why.
+        _ => return None,
     };
     Some(outcome)
 }
@@ -228,11 +267,20 @@ fn deadline_was_the_limit(evidence: &Evidence<'_>, view: &JobView) -> bool {
 
 fn plain(reason: &str, message: &str, finished_at: Timestamp) -> Outcome {
     let (reason, message) = (reason.to_owned(), message.to_owned());
-    Outcome { succeeded: false, reason, message, disruption: false, finished_at }
+    Outcome {
+        succeeded: false,
+        reason,
+        message,
+        disruption: false,
+        finished_at,
+    }
 }
 
 fn disrupted(reason: &str, message: &str, finished_at: Timestamp) -> Outcome {
-    Outcome { disruption: true, ..plain(reason, message, finished_at) }
+    Outcome {
+        disruption: true,
+        ..plain(reason, message, finished_at)
+    }
 }
 
 fn unknown(message: &str, evidence: &Evidence<'_>, at: Timestamp) -> Outcome {
@@ -251,9 +299,7 @@ fn last_end(report: &pb::Report) -> Option<Timestamp> {
     let all = report.init_containers.iter().chain(&report.containers);
     let ends = all.filter_map(|container| match &container.state {
         Some(pb::container_status::State::Terminated(terminated)) => Some(terminated.finished_at),
-        Some(
-            pb::container_status::State::Waiting(_) | pb::container_status::State::Running(_),
-        )
+        Some(pb::container_status::State::Waiting(_) | pb::container_status::State::Running(_))
         | None => None,
     });
     Timestamp::from_nanosecond(ends.max().filter(|at| *at > 0)?.into()).ok()

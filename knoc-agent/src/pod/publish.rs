@@ -15,9 +15,13 @@ const EXIT_UNKNOWN: i32 = 137;
 #[must_use]
 pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObserved {
     let (phase, reason, message) = words(pod);
-    let containers = |of_spec: &[pb::Container], reported: fn(&pb::Report) -> &[pb::ContainerStatus]| {
+    let containers = |of_spec: &[pb::Container],
+                      reported: fn(&pb::Report) -> &[pb::ContainerStatus]| {
         let reported = pod.report.as_ref().map_or(&[][..], reported);
-        of_spec.iter().map(|container| status(pod, container, reported, &message)).collect()
+        of_spec
+            .iter()
+            .map(|container| status(pod, container, reported, &message))
+            .collect()
     };
     pb::PodObserved {
         uid: spec.uid.clone(),
@@ -29,12 +33,12 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
         job: job(pod),
         init_containers: containers(&spec.init_containers, |report| &report.init_containers),
         containers: containers(&spec.containers, |report| &report.containers),
-        outcome: match &pod.state {
-            State::Finished { outcome, .. } => Some(encode(outcome)),
-            _ => None,
-        },
+        outcome: pod.outcome().map(encode),
         deleting: pod.deletion.is_some(),
-        host_ip: pod.report.as_ref().map_or_else(String::new, |report| report.host_ip.clone()),
+        host_ip: pod
+            .report
+            .as_ref()
+            .map_or_else(String::new, |report| report.host_ip.clone()),
         notes: pod.notes.clone(),
         shim_connected: pod.link,
         cluster_id: cluster_id.to_owned(),
@@ -45,7 +49,11 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
 }
 
 fn encode(outcome: &Outcome) -> pb::Outcome {
-    let kind = if outcome.succeeded { pb::OutcomeKind::Succeeded } else { pb::OutcomeKind::Failed };
+    let kind = if outcome.succeeded {
+        pb::OutcomeKind::Succeeded
+    } else {
+        pb::OutcomeKind::Failed
+    };
     pb::Outcome {
         kind: kind.into(),
         reason: outcome.reason.clone(),
@@ -62,17 +70,26 @@ fn words(pod: &Pod) -> (pb::PodPhase, String, String) {
     match &pod.state {
         State::Accepted => word(Phase::Accepted, "", String::new()),
         State::Staging { trouble: None, .. } => word(Phase::Staging, "", String::new()),
-        State::Staging { trouble: Some(trouble), .. } => {
-            word(Phase::Staging, &trouble.reason, trouble.message.clone())
-        }
-        State::Throttled { reason, message, .. } => word(Phase::Throttled, reason, message.clone()),
+        State::Staging {
+            trouble: Some(trouble),
+            ..
+        } => word(Phase::Staging, &trouble.reason, trouble.message.clone()),
+        State::Throttled {
+            reason, message, ..
+        } => word(Phase::Throttled, reason, message.clone()),
         State::Submitting { look: None } => word(Phase::Submitting, "", String::new()),
-        State::Submitting { look: Some(look) } => {
-            word(Phase::Submitting, "SubmissionUncertain", look.message.clone())
-        }
+        State::Submitting { look: Some(look) } => word(
+            Phase::Submitting,
+            "SubmissionUncertain",
+            look.message.clone(),
+        ),
         State::Queued { job, .. } => {
             let reason = pod.view.as_ref().map_or("", |view| view.reason.as_str());
-            let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+            let why = if reason.is_empty() {
+                String::new()
+            } else {
+                format!(": {reason}")
+            };
             word(Phase::Queued, reason, format!("job {job} waits{why}"))
         }
         State::Running { .. } => running(pod),
@@ -84,8 +101,16 @@ fn words(pod: &Pod) -> (pb::PodPhase, String, String) {
             word(Phase::Lost, "SlurmJobLost", message)
         }
         State::Settling { job, .. } => {
-            let phase = if pod.deletion.is_some() { Phase::Stopping } else { Phase::Running };
-            word(phase, "", format!("job {job} has ended; its report is awaited"))
+            let phase = if pod.deletion.is_some() {
+                Phase::Stopping
+            } else {
+                Phase::Running
+            };
+            word(
+                phase,
+                "",
+                format!("job {job} has ended; its report is awaited"),
+            )
         }
         State::Finished { outcome, .. } => {
             word(Phase::Finished, &outcome.reason, outcome.message.clone())
@@ -112,10 +137,23 @@ fn running(pod: &Pod) -> (pb::PodPhase, String, String) {
 }
 
 fn job(pod: &Pod) -> Option<pb::Job> {
-    let (began, ended) = pod.sbatch.map_or((0, 0), |(began, ended)| (nanos(began), nanos(ended)));
-    let id = pod.view.as_ref().map(|view| view.id.clone()).or_else(|| pod.job().map(|job| job.id));
-    let known = pb::Job { sbatch_began: began, sbatch_ended: ended, ..pb::Job::default() };
-    let started = pod.report.as_ref().map_or(0, |report| report.started_at / 1_000_000_000);
+    let (began, ended) = pod
+        .sbatch
+        .map_or((0, 0), |(began, ended)| (nanos(began), nanos(ended)));
+    let id = pod
+        .view
+        .as_ref()
+        .map(|view| view.id.clone())
+        .or_else(|| pod.job().map(|job| job.id));
+    let known = pb::Job {
+        sbatch_began: began,
+        sbatch_ended: ended,
+        ..pb::Job::default()
+    };
+    let started = pod
+        .report
+        .as_ref()
+        .map_or(0, |report| report.started_at / 1_000_000_000);
     let Some(view) = &pod.view else {
         return id.map(|id| pb::Job {
             id: id.to_string(),
@@ -153,28 +191,32 @@ fn status(
         state: Some(Status::Waiting(waiting(pod, container, message))),
         ..pb::ContainerStatus::default()
     });
-    match &pod.state {
-        State::Finished { outcome, .. } if pod.report.is_some() || was_started(pod) => {
+    match pod.outcome() {
+        Some(outcome) if pod.report.is_some() || was_started(pod) => {
             settled(status, outcome, pod.since)
         }
-        _ => status,
+        Some(_) | None => status,
     }
 }
 
 fn was_started(pod: &Pod) -> bool {
-    pod.view.as_ref().is_some_and(|view| view.started_at.is_some())
+    pod.view
+        .as_ref()
+        .is_some_and(|view| view.started_at.is_some())
 }
 
 fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
-    let own = match &pod.state {
-        State::Staging { trouble: Some(trouble), .. } if trouble.container == container.name => {
-            Some((&trouble.reason, &trouble.message))
-        }
-        _ => None,
-    };
-    let (reason, message) =
-        own.map_or(("ContainerCreating", message), |(reason, words)| (reason, words));
-    pb::Waiting { reason: reason.to_owned(), message: message.to_owned() }
+    let own = pod
+        .trouble()
+        .filter(|trouble| trouble.container == container.name);
+    let own = own.map(|trouble| (&trouble.reason, &trouble.message));
+    let (reason, message) = own.map_or(("ContainerCreating", message), |(reason, words)| {
+        (reason, words)
+    });
+    pb::Waiting {
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+    }
 }
 
 /// A container of a finished pod that was last seen alive: nobody knows how it ended.
@@ -197,7 +239,11 @@ fn settled(
     let known = ["OOMKilled", "ContainerStatusUnknown"].contains(&outcome.reason.as_str());
     status.state = Some(Status::Terminated(pb::Terminated {
         exit_code: EXIT_UNKNOWN,
-        reason: if known { outcome.reason.clone() } else { "ContainerStatusUnknown".to_owned() },
+        reason: if known {
+            outcome.reason.clone()
+        } else {
+            "ContainerStatusUnknown".to_owned()
+        },
         message: outcome.message.clone(),
         started_at,
         finished_at: nanos(since),

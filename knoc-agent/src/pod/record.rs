@@ -52,13 +52,25 @@ pub struct Record {
 enum Phase {
     Accepted,
     Staging,
-    Throttled { tries: u32, reason: String, message: String, retry_at: Timestamp },
+    Throttled {
+        tries: u32,
+        reason: String,
+        message: String,
+        retry_at: Timestamp,
+    },
     Submitting,
     Queued,
     Running,
-    Stopping { cause: RecordedCause, how: How, deadline: Timestamp },
+    Stopping {
+        cause: RecordedCause,
+        how: How,
+        deadline: Timestamp,
+    },
     Lost,
-    Settling { cause: Option<RecordedCause>, until: Timestamp },
+    Settling {
+        cause: Option<RecordedCause>,
+        until: Timestamp,
+    },
     Finished(RecordedOutcome),
 }
 
@@ -172,9 +184,13 @@ impl Record {
 
 fn phase(state: &State) -> Phase {
     match state {
-        State::Accepted => Phase::Accepted,
         State::Staging { .. } => Phase::Staging,
-        State::Throttled { tries, reason, message, retry_at } => Phase::Throttled {
+        State::Throttled {
+            tries,
+            reason,
+            message,
+            retry_at,
+        } => Phase::Throttled {
             tries: *tries,
             reason: reason.clone(),
             message: message.clone(),
@@ -183,28 +199,28 @@ fn phase(state: &State) -> Phase {
         State::Submitting { .. } => Phase::Submitting,
         State::Queued { .. } => Phase::Queued,
         State::Running { .. } => Phase::Running,
-        State::Stopping { cause: why, how, deadline, .. } => {
-            let how = match how {
-                Ending::Dequeued => How::Dequeued,
-                Ending::Told => How::Told,
-                Ending::Cancelled => How::Cancelled,
-            };
-            Phase::Stopping { cause: cause(why), how, deadline: *deadline }
-        }
+        State::Stopping {
+            cause: why,
+            how,
+            deadline,
+            ..
+        } => Phase::Stopping {
+            cause: cause(why),
+            how: (*how).into(),
+            deadline: *deadline,
+        },
         State::Lost { .. } => Phase::Lost,
-        State::Settling { cause: why, until, .. } => {
-            Phase::Settling { cause: why.as_ref().map(cause), until: *until }
+        State::Settling {
+            cause: why, until, ..
+        } => Phase::Settling {
+            cause: why.as_ref().map(cause),
+            until: *until,
+        },
+        State::Finished { outcome, lingering } => {
+            Phase::Finished(recorded(outcome, lingering.is_some()))
         }
-        State::Finished { outcome, lingering } => Phase::Finished(RecordedOutcome {
-            succeeded: outcome.succeeded,
-            reason: outcome.reason.clone(),
-            message: outcome.message.clone(),
-            disruption: outcome.disruption,
-            finished_at: outcome.finished_at,
-            lingering: lingering.is_some(),
-        }),
-        // Its folder is being removed; should the agent die in between, the rest is swept as one being deleted.
-        State::Forgotten => Phase::Accepted,
+        // One that is forgotten has no record any more.
+        State::Accepted | State::Forgotten => Phase::Accepted,
     }
 }
 
@@ -212,33 +228,53 @@ fn phase(state: &State) -> Phase {
 fn state(phase: Phase, job: Option<JobId>, since: Timestamp) -> State {
     match (phase, job) {
         (Phase::Accepted, _) => State::Accepted,
-        (Phase::Staging, _) => State::Staging { tries: 0, trouble: None },
-        (Phase::Throttled { tries, reason, message, retry_at }, _) => {
-            State::Throttled { tries, reason, message, retry_at }
-        }
+        (Phase::Staging, _) => State::Staging {
+            tries: 0,
+            trouble: None,
+        },
+        (
+            Phase::Throttled {
+                tries,
+                reason,
+                message,
+                retry_at,
+            },
+            _,
+        ) => State::Throttled {
+            tries,
+            reason,
+            message,
+            retry_at,
+        },
         (Phase::Queued, Some(job)) => State::Queued { job, never: None },
         (Phase::Running, Some(job)) => State::Running { job },
-        (Phase::Stopping { cause, how, deadline }, Some(job)) => {
-            let how = match how {
-                How::Dequeued => Ending::Dequeued,
-                How::Told => Ending::Told,
-                How::Cancelled => Ending::Cancelled,
-            };
-            State::Stopping { job, cause: uncause(cause), how, deadline }
-        }
-        (Phase::Lost, Some(job)) => State::Lost { job, since, look_at: since },
-        (Phase::Settling { cause, until }, Some(job)) => {
-            State::Settling { job, cause: cause.map(uncause), until, look_at: since }
-        }
+        (
+            Phase::Stopping {
+                cause,
+                how,
+                deadline,
+            },
+            Some(job),
+        ) => State::Stopping {
+            job,
+            cause: uncause(cause),
+            how: how.into(),
+            deadline,
+        },
+        (Phase::Lost, Some(job)) => State::Lost {
+            job,
+            since,
+            look_at: since,
+        },
+        (Phase::Settling { cause, until }, Some(job)) => State::Settling {
+            job,
+            cause: cause.map(uncause),
+            until,
+            look_at: since,
+        },
         (Phase::Finished(outcome), job) => State::Finished {
             lingering: job.filter(|_| outcome.lingering),
-            outcome: Outcome {
-                succeeded: outcome.succeeded,
-                reason: outcome.reason,
-                message: outcome.message,
-                disruption: outcome.disruption,
-                finished_at: outcome.finished_at,
-            },
+            outcome: unrecorded(outcome),
         },
         (
             Phase::Submitting
@@ -249,6 +285,47 @@ fn state(phase: Phase, job: Option<JobId>, since: Timestamp) -> State {
             | Phase::Settling { .. },
             _,
         ) => State::Submitting { look: None },
+    }
+}
+
+fn recorded(outcome: &Outcome, lingering: bool) -> RecordedOutcome {
+    RecordedOutcome {
+        succeeded: outcome.succeeded,
+        reason: outcome.reason.clone(),
+        message: outcome.message.clone(),
+        disruption: outcome.disruption,
+        finished_at: outcome.finished_at,
+        lingering,
+    }
+}
+
+fn unrecorded(outcome: RecordedOutcome) -> Outcome {
+    Outcome {
+        succeeded: outcome.succeeded,
+        reason: outcome.reason,
+        message: outcome.message,
+        disruption: outcome.disruption,
+        finished_at: outcome.finished_at,
+    }
+}
+
+impl From<Ending> for How {
+    fn from(how: Ending) -> Self {
+        match how {
+            Ending::Dequeued => Self::Dequeued,
+            Ending::Told => Self::Told,
+            Ending::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+impl From<How> for Ending {
+    fn from(how: How) -> Self {
+        match how {
+            How::Dequeued => Self::Dequeued,
+            How::Told => Self::Told,
+            How::Cancelled => Self::Cancelled,
+        }
     }
 }
 

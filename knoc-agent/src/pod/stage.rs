@@ -32,7 +32,11 @@ pub struct StageError {
 impl StageError {
     fn files(error: &JobDirError) -> Self {
         let reason = "StagingFailed".to_owned();
-        Self { container: String::new(), reason, message: chain(error) }
+        Self {
+            container: String::new(),
+            reason,
+            message: chain(error),
+        }
     }
 }
 
@@ -46,7 +50,9 @@ async fn image(
     own: &mpsc::WeakSender<Input>,
 ) -> Result<pb::ResolvedImage, StageError> {
     let began = Instant::now();
-    let resolving = site.images.resolve(&container.image, container.pull_policy());
+    let resolving = site
+        .images
+        .resolve(&container.image, container.pull_policy());
     tokio::pin!(resolving);
     let mut pulling = false;
     let resolved = loop {
@@ -67,9 +73,15 @@ async fn image(
     })?;
     let message = if pulling {
         let seconds = began.elapsed().as_secs_f64();
-        format!("Successfully pulled image {:?} in {seconds:.1}s", container.image)
+        format!(
+            "Successfully pulled image {:?} in {seconds:.1}s",
+            container.image
+        )
     } else {
-        format!("Container image {:?} already present on machine", container.image)
+        format!(
+            "Container image {:?} already present on machine",
+            container.image
+        )
     };
     note(own, container, "Pulled", message).await;
     Ok(pb::ResolvedImage {
@@ -87,7 +99,12 @@ async fn note(
     message: String,
 ) {
     let container = container.name.clone();
-    let note = Note { warning: false, reason, message, container };
+    let note = Note {
+        warning: false,
+        reason,
+        message,
+        container,
+    };
     if let Some(own) = own.upgrade() {
         // The actor is about to end: its notes with it.
         drop(own.send(Input::Event(Event::Note(note))).await);
@@ -164,7 +181,8 @@ fn job_file(
     cluster_id: String,
 ) -> pb::JobFile {
     let config = &site.config;
-    let millis = |duration: std::time::Duration| duration.as_millis().try_into().unwrap_or(i64::MAX);
+    let millis =
+        |duration: std::time::Duration| duration.as_millis().try_into().unwrap_or(i64::MAX);
     pb::JobFile {
         spec: Some(spec.clone()),
         images,
@@ -176,7 +194,11 @@ fn job_file(
             log_max_files: config.logs.max_files,
             backoff_initial_ms: millis(config.backoff.initial),
             backoff_max_ms: millis(config.backoff.max),
-            scratch: config.job.scratch.clone().unwrap_or_else(|| "/tmp".to_owned()),
+            scratch: config
+                .job
+                .scratch
+                .clone()
+                .unwrap_or_else(|| "/tmp".to_owned()),
             ..pb::ShimSettings::default()
         }),
         cluster_id,

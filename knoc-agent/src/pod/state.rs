@@ -28,7 +28,7 @@ pub(crate) const FILES_AGAIN: Duration = Duration::from_secs(1);
 /// Between two cancellations of a job that does not go.
 pub(crate) const CANCEL_AGAIN: Duration = Duration::from_secs(10);
 /// A job may outlive its final report this long (its epilog, a hanging file system) before it is cancelled.
-pub(crate) const LINGER: Duration = Duration::from_secs(60);
+pub(crate) const LINGER: Duration = Duration::from_mins(1);
 /// Notes kept of one pod.
 const NOTES: usize = 32;
 
@@ -369,9 +369,11 @@ impl Pod {
     #[must_use]
     pub fn hurried(&self) -> bool {
         match &self.state {
-            State::Queued { .. } | State::Stopping { .. } | State::Settling { .. } => true,
+            State::Queued { .. }
+            | State::Stopping { .. }
+            | State::Settling { .. }
+            | State::Lost { .. } => true,
             State::Running { .. } => !self.link,
-            State::Lost { .. } => true,
             State::Finished { lingering, .. } => lingering.is_some(),
             State::Accepted
             | State::Staging { .. }
@@ -394,14 +396,35 @@ impl Pod {
             }),
             State::Throttled { retry_at, .. } => Some(*retry_at),
             State::Submitting { look } => look.as_ref().map(|look| look.at),
-            State::Queued { never, .. } => never.map(|at| at + self.facts.patience.never_ends_after),
+            State::Queued { never, .. } => {
+                never.map(|at| at + self.facts.patience.never_ends_after)
+            }
             State::Stopping { deadline, .. } => Some(*deadline),
             State::Lost { look_at, .. } => Some(*look_at),
             State::Settling { until, look_at, .. } => Some((*until).min(*look_at)),
-            State::Accepted
-            | State::Running { .. }
-            | State::Finished { .. }
-            | State::Forgotten => None,
+            State::Accepted | State::Running { .. } | State::Finished { .. } | State::Forgotten => {
+                None
+            }
+        }
+    }
+
+    /// How it ended, where it has.
+    #[must_use]
+    pub fn outcome(&self) -> Option<&Outcome> {
+        if let State::Finished { outcome, .. } = &self.state {
+            Some(outcome)
+        } else {
+            None
+        }
+    }
+
+    /// Why staging does not go on.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&Trouble> {
+        if let State::Staging { trouble, .. } = &self.state {
+            trouble.as_ref()
+        } else {
+            None
         }
     }
 
@@ -412,7 +435,10 @@ impl Pod {
     }
 
     fn job_ref(&self, id: &JobId) -> JobRef {
-        JobRef { id: id.clone(), uid: self.facts.uid.clone() }
+        JobRef {
+            id: id.clone(),
+            uid: self.facts.uid.clone(),
+        }
     }
 
     fn enter(&mut self, state: State, now: Timestamp) {
@@ -441,7 +467,10 @@ impl Pod {
     fn pause(&self, tries: u32) -> Duration {
         let patience = &self.facts.patience;
         let factor = 2_u32.saturating_pow(tries.min(16));
-        patience.backoff_initial.saturating_mul(factor).min(patience.backoff_max)
+        patience
+            .backoff_initial
+            .saturating_mul(factor)
+            .min(patience.backoff_max)
     }
 }
 
@@ -456,9 +485,11 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
     let effects = match event {
         Event::Begin => submit::begin(&mut pod, now),
         Event::Staged => submit::staged(&mut pod, now),
-        Event::StageFailed { container, reason, message } => {
-            submit::stage_failed(&mut pod, container, reason, message, now)
-        }
+        Event::StageFailed {
+            container,
+            reason,
+            message,
+        } => submit::stage_failed(&mut pod, container, reason, message, now),
         Event::Submitted(submitted) => submit::submitted(&mut pod, submitted, now),
         Event::Refused { kind, words } => submit::refused(&mut pod, kind, words, now),
         Event::Found(jobs) => submit::found(&mut pod, jobs, now),
@@ -502,10 +533,9 @@ fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         }
         State::Queued { .. } | State::Lost { .. } | State::Settling { .. } => job::tick(pod, now),
         State::Stopping { .. } => ending::tick(pod, now),
-        State::Accepted
-        | State::Running { .. }
-        | State::Finished { .. }
-        | State::Forgotten => Vec::new(),
+        State::Accepted | State::Running { .. } | State::Finished { .. } | State::Forgotten => {
+            Vec::new()
+        }
     }
 }
 

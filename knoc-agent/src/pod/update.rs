@@ -3,7 +3,7 @@
 use knoc_proto::pb;
 
 /// May `new` take the place of `old`? Labels, annotations, and a lower `activeDeadlineSeconds` may change.
-pub fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String> {
+pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String> {
     let deadline_falls = new.active_deadline_seconds > 0
         && (old.active_deadline_seconds == 0
             || new.active_deadline_seconds <= old.active_deadline_seconds);
@@ -33,7 +33,11 @@ mod tests {
 
     #[test]
     fn only_what_the_contract_allows() {
-        let old = pb::PodSpec { uid: "u".into(), active_deadline_seconds: 60, ..Default::default() };
+        let old = pb::PodSpec {
+            uid: "u".into(),
+            active_deadline_seconds: 60,
+            ..Default::default()
+        };
         let with = |change: fn(&mut pb::PodSpec)| {
             let mut new = old.clone();
             new.generation = 2;

@@ -44,7 +44,11 @@ impl Board {
     /// An empty board of the agent's `epoch`.
     #[must_use]
     pub fn new(epoch: i64) -> Self {
-        Self { epoch, inner: Mutex::default(), changed: watch::Sender::new(0) }
+        Self {
+            epoch,
+            inner: Mutex::default(),
+            changed: watch::Sender::new(0),
+        }
     }
 
     /// Shows `observed`, where it differs from what is shown.
@@ -69,7 +73,9 @@ impl Board {
     /// The pod is gone.
     pub fn remove(&self, uid: &str) {
         let mut inner = self.lock();
-        let Some(known) = inner.pods.remove(uid) else { return };
+        let Some(known) = inner.pods.remove(uid) else {
+            return;
+        };
         inner.order.remove(&known.generation);
         inner.generation += 1;
         let generation = inner.generation;
@@ -93,8 +99,18 @@ impl Board {
     #[must_use]
     pub fn snapshot(&self) -> (Vec<Arc<pb::PodObserved>>, pb::Synced) {
         let inner = self.lock();
-        let pods = inner.order.values().filter_map(|uid| inner.pods.get(uid).cloned()).collect();
-        (pods, pb::Synced { epoch: self.epoch, generation: inner.generation })
+        let pods = inner
+            .order
+            .values()
+            .filter_map(|uid| inner.pods.get(uid).cloned())
+            .collect();
+        (
+            pods,
+            pb::Synced {
+                epoch: self.epoch,
+                generation: inner.generation,
+            },
+        )
     }
 
     /// All that changed after generation `seen`, and the generation that a reader has then seen.
@@ -104,9 +120,17 @@ impl Board {
             return Err(Behind);
         }
         let after = (std::ops::Bound::Excluded(seen), std::ops::Bound::Unbounded);
-        let items = inner.order.range(after).filter_map(|(_, uid)| inner.pods.get(uid));
-        let removed = inner.removed.range(after).map(|(_, uid)| Event::RemovedUid(uid.clone()));
-        let events = removed.chain(items.map(|pod| Event::Item((**pod).clone()))).collect();
+        let items = inner
+            .order
+            .range(after)
+            .filter_map(|(_, uid)| inner.pods.get(uid));
+        let removed = inner
+            .removed
+            .range(after)
+            .map(|(_, uid)| Event::RemovedUid(uid.clone()));
+        let events = removed
+            .chain(items.map(|pod| Event::Item((**pod).clone())))
+            .collect();
         Ok((events, inner.generation))
     }
 
@@ -126,7 +150,11 @@ mod tests {
     use super::*;
 
     fn pod(uid: &str, message: &str) -> pb::PodObserved {
-        pb::PodObserved { uid: uid.to_owned(), message: message.to_owned(), ..Default::default() }
+        pb::PodObserved {
+            uid: uid.to_owned(),
+            message: message.to_owned(),
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -155,7 +183,10 @@ mod tests {
         board.remove("a");
         board.publish(pod("a", "2"));
         let (events, _) = board.since(1).unwrap();
-        assert!(matches!(&events[..], [Event::RemovedUid(_), Event::Item(_)]));
+        assert!(matches!(
+            &events[..],
+            [Event::RemovedUid(_), Event::Item(_)]
+        ));
     }
 
     #[test]

@@ -30,9 +30,16 @@ impl Pin {
         if let Some(id) = &configured
             && *id != known.cluster_id
         {
-            known = Cluster { cluster_id: id.clone(), leadership_epoch: 0 };
+            known = Cluster {
+                cluster_id: id.clone(),
+                leadership_epoch: 0,
+            };
         }
-        Ok(Self { path, configured, known: Mutex::new(known) })
+        Ok(Self {
+            path,
+            configured,
+            known: Mutex::new(known),
+        })
     }
 
     /// The pinned cluster, empty where none is.
@@ -50,7 +57,11 @@ impl Pin {
         let mut known = self.known.lock().await;
         let pinned = &known.cluster_id;
         if !cluster_id.is_empty() && !pinned.is_empty() && cluster_id != pinned {
-            let how = if self.configured.is_some() { "by its site file" } else { "since its first use" };
+            let how = if self.configured.is_some() {
+                "by its site file"
+            } else {
+                "since its first use"
+            };
             let message = format!(
                 "this agent serves the cluster {pinned} {how}, not {cluster_id}; a new cluster needs \
                  policy.cluster_id in the site file, or an empty state directory"
@@ -75,7 +86,10 @@ impl Pin {
         let (path, written) = (self.path.clone(), next.clone());
         let write = tokio::task::spawn_blocking(move || jobdir::write_json(&path, &written)).await;
         let failed = |error: &(dyn std::error::Error + 'static)| {
-            Refused::new(ErrorReason::Internal, format!("pin the cluster: {}", chain(error)))
+            Refused::new(
+                ErrorReason::Internal,
+                format!("pin the cluster: {}", chain(error)),
+            )
         };
         write.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
         *known = next;
@@ -97,11 +111,17 @@ mod tests {
         let other = pin.check("two", 4).await.unwrap_err();
         assert_eq!(other.reason, ErrorReason::ClusterMismatch);
         let pin = Pin::load(&state, None).unwrap();
-        assert_eq!(pin.check("one", 2).await.unwrap_err().reason, ErrorReason::StaleLeader);
+        assert_eq!(
+            pin.check("one", 2).await.unwrap_err().reason,
+            ErrorReason::StaleLeader
+        );
         pin.check("one", 0).await.unwrap();
         pin.check("one", 3).await.unwrap();
         let pin = Pin::load(&state, Some("two".to_owned())).unwrap();
-        assert_eq!(pin.check("one", 9).await.unwrap_err().reason, ErrorReason::ClusterMismatch);
+        assert_eq!(
+            pin.check("one", 9).await.unwrap_err().reason,
+            ErrorReason::ClusterMismatch
+        );
         pin.check("two", 1).await.unwrap();
     }
 }

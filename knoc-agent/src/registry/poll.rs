@@ -5,11 +5,7 @@
 //! something is expected, slower and slower up to the longest one otherwise, and no round at all without jobs. A
 //! controller that is away is a fact about the scheduler, never about a pod: nothing is sent then.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_proto::{error::chain, ids::PodUid, pb};
@@ -58,7 +54,13 @@ impl Poller {
         node: watch::Sender<pb::NodeInfo>,
     ) -> Self {
         let interval = site.config.limits.poll_max;
-        Self { site, registry, node, told: HashMap::new(), interval }
+        Self {
+            site,
+            registry,
+            node,
+            told: HashMap::new(),
+            interval,
+        }
     }
 
     /// Runs until `stop`.
@@ -105,8 +107,11 @@ impl Poller {
             return;
         }
         let hurried = wanted.iter().any(|(_, _, hurried, _)| *hurried);
-        self.interval =
-            if hurried { self.shortest() } else { self.interval.mul_f32(1.5).min(longest) };
+        self.interval = if hurried {
+            self.shortest()
+        } else {
+            self.interval.mul_f32(1.5).min(longest)
+        };
         let known: Vec<_> = wanted.iter().map(|(_, job, _, _)| job.clone()).collect();
         match self.site.scheduler.round(&known).await {
             Ok(round) => {
@@ -132,7 +137,10 @@ impl Poller {
             if known.as_ref() == Some(&news) && (!hurried || queued) {
                 told.insert(uid, news);
             } else {
-                let event = Event::Round { jobs: news.jobs.clone(), missing };
+                let event = Event::Round {
+                    jobs: news.jobs.clone(),
+                    missing,
+                };
                 // A full queue: the next round says it again.
                 if handle.offer(Input::Event(event)) {
                     told.insert(uid, news);

@@ -21,6 +21,7 @@ use super::{
     Accounting, Cancel, JobRef, JobView, Refusal, RefusalKind, Rendered, Round, SchedulerError,
     SubmitRequest, Submitted,
 };
+use crate::command::login_environment;
 use crate::config::Config;
 use table::Table;
 
@@ -69,7 +70,8 @@ impl Settings {
     #[must_use]
     pub fn of_site(site: &Config, pods: PathBuf) -> Self {
         let default = Self::new(pods);
-        let mut env = site.env.clone();
+        let mut env = login_environment();
+        env.extend(site.env.clone());
         Self {
             path: env.remove("PATH").unwrap_or(default.path),
             env: env.into_iter().collect(),

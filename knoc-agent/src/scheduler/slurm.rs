@@ -65,21 +65,24 @@ impl Slurm {
         &self.settings
     }
 
-    /// A Slurm command with the site's environment.
+    /// A Slurm command with the site's environment, and nothing else: sbatch hands it to the job.
     fn command(&self, program: &std::path::Path) -> Command {
         let site = &self.settings;
         let command = Command::new(site.find(program))
             .envs(&site.env)
             .env("PATH", &site.path)
-            .env("TZ", "UTC")
-            .env("LC_ALL", "C")
-            .env("SLURM_TIME_FORMAT", "standard")
             .capture(ANSWER_LIMIT)
             .deadline(site.deadline);
         match &site.conf {
             Some(conf) => command.env("SLURM_CONF", conf),
             None => command,
         }
+    }
+
+    /// A command whose answer is parsed: one language, one time zone, one form of times.
+    fn question(&self, program: &std::path::Path) -> Command {
+        let command = self.command(program).env("TZ", "UTC").env("LC_ALL", "C");
+        command.env("SLURM_TIME_FORMAT", "standard")
     }
 
     async fn answer(
@@ -183,7 +186,7 @@ impl Slurm {
     }
 
     pub(super) async fn node_info(&self) -> Result<pb::NodeInfo, SchedulerError> {
-        let command = self.command(&self.settings.sinfo);
+        let command = self.question(&self.settings.sinfo);
         let command = command.args(["--noheader", "--Node", "-o", nodes::SINFO_FORMAT]);
         let info = nodes::node_info(&self.answer("sinfo", command).await?, &self.settings);
         let limits = Arc::from(nodes::limits(&info));
@@ -192,7 +195,7 @@ impl Slurm {
     }
 
     fn squeue(&self) -> Command {
-        let command = self.command(&self.settings.squeue);
+        let command = self.question(&self.settings.squeue);
         command.args([
             "--noheader",
             "--states=all",
@@ -203,7 +206,7 @@ impl Slurm {
     }
 
     fn sacct(&self) -> Command {
-        let command = self.command(&self.settings.sacct);
+        let command = self.question(&self.settings.sacct);
         command.args(["-P", "-n", "-X", "-D", "-o", parse::SACCT_FORMAT])
     }
 }

@@ -280,6 +280,7 @@ const NEVER: &[&str] = &[
     "JobHeldAdmin",
     "JobHoldMaxRequeue",
     "JobLaunchFailure",
+    "PartitionConfig",
     "PartitionNodeLimit",
     "PartitionTimeLimit",
     "QOSMaxCpuPerJobLimit",

@@ -17,7 +17,7 @@ use crate::pods::{Store, UNREACHABLE_AFTER, Uid, queue::Queue};
 const BACKOFF: Duration = Duration::from_millis(100);
 const BACKOFF_MOST: Duration = Duration::from_secs(5);
 /// From the call to the end of the snapshot: 10,000 pods are some MiB.
-const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(60);
+const SNAPSHOT_DEADLINE: Duration = Duration::from_mins(1);
 
 /// The watch over one agent.
 #[derive(Debug)]

@@ -82,7 +82,7 @@ impl App {
             .node
             .internal_ip
             .or_else(|| our_address(kube_config.cluster_url.host()?, &server))
-            .unwrap_or(IpAddr::from([127, 0, 0, 1]));
+            .unwrap_or(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
         let client = Client::try_from(kube_config).map_err(|source| BuildError::Kubeconfig {
             source: source.into(),
         })?;

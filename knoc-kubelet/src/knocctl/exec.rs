@@ -208,8 +208,8 @@ async fn receive(
             source,
         })?;
         match message.output {
-            Some(Output::Stdout(bytes)) => output::print_bytes(&bytes)?,
-            Some(Output::Stderr(bytes)) => output::complain_bytes(&bytes)?,
+            Some(Output::Stdout(bytes)) => output::pass(&bytes).await?,
+            Some(Output::Stderr(bytes)) => output::pass_error(&bytes).await?,
             Some(Output::Exit(exit)) => return Ok(exit),
             Some(Output::Started(_)) | None => {}
         }

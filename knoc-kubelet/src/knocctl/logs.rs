@@ -132,7 +132,7 @@ async fn copy(session: &mut Session, request: ReadLogsRequest) -> Result<(), Ctl
             what: what.clone(),
             source,
         })?;
-        output::print_bytes(&chunk.data)?;
+        output::pass(&chunk.data).await?;
     }
     Ok(())
 }

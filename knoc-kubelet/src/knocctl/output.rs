@@ -6,6 +6,7 @@
 use std::io::{self, Write as _};
 
 use serde_json::Value;
+use tokio::io::AsyncWriteExt as _;
 
 use super::CtlError;
 
@@ -59,8 +60,34 @@ pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), CtlError> {
     written.map_err(|source| CtlError::Print { source })
 }
 
+/// [`print_bytes`] for streams: while a reader (`less`) takes its time the link goes on to answer pings.
+pub(super) async fn pass(bytes: &[u8]) -> Result<(), CtlError> {
+    let mut stdout = tokio::io::stdout();
+    stdout
+        .write_all(bytes)
+        .await
+        .map_err(|source| CtlError::Print { source })?;
+    stdout
+        .flush()
+        .await
+        .map_err(|source| CtlError::Print { source })
+}
+
+/// The same to standard error.
+pub(super) async fn pass_error(bytes: &[u8]) -> Result<(), CtlError> {
+    let mut stderr = tokio::io::stderr();
+    stderr
+        .write_all(bytes)
+        .await
+        .map_err(|source| CtlError::Print { source })?;
+    stderr
+        .flush()
+        .await
+        .map_err(|source| CtlError::Print { source })
+}
+
 /// Writes bytes as they are to standard error, at once.
-pub(super) fn complain_bytes(bytes: &[u8]) -> Result<(), CtlError> {
+fn complain_bytes(bytes: &[u8]) -> Result<(), CtlError> {
     let mut stderr = io::stderr().lock();
     let written = stderr.write_all(bytes).and_then(|()| stderr.flush());
     written.map_err(|source| CtlError::Print { source })

@@ -379,13 +379,13 @@ mod tests {
             now: at(100),
         };
         let conditions = status(&facts)["conditions"].clone();
-        let line = |condition: &Value| {
+        let words = |condition: &Value| {
             format!(
                 "{} {} {}",
                 condition["type"], condition["status"], condition["message"]
             )
         };
-        let lines: Vec<_> = conditions.as_array().unwrap().iter().map(line).collect();
+        let lines: Vec<_> = conditions.as_array().unwrap().iter().map(words).collect();
         insta::assert_snapshot!(lines.join("\n"));
     }
 

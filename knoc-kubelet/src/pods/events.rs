@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 const WAITING: usize = 4096;
 /// Events of one object in a row; then one every [`REFILL`]. As the kubelet does.
 const BURST: u32 = 25;
-const REFILL: Duration = Duration::from_secs(300);
+const REFILL: Duration = Duration::from_mins(5);
 /// Objects and Events remembered for limits and counts.
 const REMEMBERED: usize = 4096;
 const DEADLINE: Duration = Duration::from_secs(10);

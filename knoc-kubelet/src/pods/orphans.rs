@@ -18,9 +18,9 @@ use tokio_util::sync::CancellationToken;
 use super::{controller::Context, store::Uid};
 
 /// How long a job must have been without a pod.
-const GUARD: Duration = Duration::from_secs(600);
+const GUARD: Duration = Duration::from_mins(10);
 /// How often we look.
-const ROUND: Duration = Duration::from_secs(60);
+const ROUND: Duration = Duration::from_mins(1);
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// PURE: may so many of so many be ended at once?

@@ -181,7 +181,7 @@ async fn within<T>(
 mod tests {
     use super::*;
 
-    fn pod(status: Value) -> Pod {
+    fn pod(status: &Value) -> Pod {
         serde_json::from_value(json!({"metadata": {"name": "p", "uid": "u"}, "status": status}))
             .unwrap()
     }
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn only_what_changed_is_sent_and_what_is_over_is_cleared() {
-        let pod = pod(json!({
+        let pod = pod(&json!({
             "phase": "Pending", "message": "waits", "qosClass": "BestEffort",
             "conditions": [
                 {"type": "Ready", "status": "False", "reason": "ContainersNotReady", "lastTransitionTime": "2026-01-01T00:00:00Z"},
@@ -225,6 +225,6 @@ mod tests {
             "containerStatuses": [{"name": "a", "image": "i", "imageID": "", "ready": true, "restartCount": 0,
                                    "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}],
         });
-        assert_eq!(patch(&pod(same.clone()), &status(same)), None);
+        assert_eq!(patch(&pod(&same), &status(same)), None);
     }
 }

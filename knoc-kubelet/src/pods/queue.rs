@@ -3,7 +3,7 @@
 //! Levels, not edges: a key pushed while its worker runs comes again when the worker is done, once.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -18,7 +18,7 @@ struct State {
     queued: HashSet<Uid>,
     running: HashSet<Uid>,
     again: HashSet<Uid>,
-    later: BTreeMap<(Instant, Uid), ()>,
+    later: BTreeSet<(Instant, Uid)>,
     due: HashMap<Uid, Instant>,
 }
 
@@ -55,7 +55,7 @@ impl Queue {
                 if let Some(uid) = state.pop() {
                     return uid;
                 }
-                state.later.first_key_value().map(|((at, _), ())| *at)
+                state.later.first().map(|(at, _)| *at)
             };
             match wake {
                 None => changed.await,
@@ -103,13 +103,13 @@ impl State {
             self.later.remove(&(before, uid.clone()));
         }
         self.due.insert(uid.clone(), at);
-        self.later.insert((at, uid.clone()), ());
+        self.later.insert((at, uid.clone()));
     }
 
     fn ripen(&mut self, now: Instant) {
-        while let Some(((at, _), ())) = self.later.first_key_value()
+        while let Some((at, _)) = self.later.first()
             && *at <= now
-            && let Some(((_, uid), ())) = self.later.pop_first()
+            && let Some((_, uid)) = self.later.pop_first()
         {
             self.due.remove(&uid);
             self.push(&uid);
@@ -155,13 +155,13 @@ mod tests {
     async fn later_means_later_and_the_earlier_wish_wins() {
         let queue = Queue::default();
         let start = Instant::now();
-        queue.push_after(&uid("a"), Duration::from_secs(60));
+        queue.push_after(&uid("a"), Duration::from_mins(1));
         queue.push_after(&uid("a"), Duration::from_secs(5));
         queue.push_after(&uid("a"), Duration::from_secs(30));
         assert_eq!(&*queue.next().await, "a");
         assert_eq!(start.elapsed(), Duration::from_secs(5));
         queue.done(&uid("a"));
-        let none = tokio::time::timeout(Duration::from_secs(600), queue.next()).await;
+        let none = tokio::time::timeout(Duration::from_mins(10), queue.next()).await;
         assert!(none.is_err());
     }
 }

@@ -139,14 +139,15 @@ impl Store {
     }
 
     /// The pod is gone from the API server.
-    pub fn remove_desired(&self, uid: &str) -> Option<Arc<Pod>> {
+    pub fn remove_desired(&self, uid: &str) {
         let mut inner = self.write();
-        let pod = inner.desired.remove(uid)?.pod;
-        let key = key(&pod);
+        let Some(desired) = inner.desired.remove(uid) else {
+            return;
+        };
+        let key = key(&desired.pod);
         if inner.names.get(&key).is_some_and(|other| &**other == uid) {
             inner.names.remove(&key);
         }
-        Some(pod)
     }
 
     /// Takes what the agent says of a pod.

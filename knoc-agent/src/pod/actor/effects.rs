@@ -57,7 +57,8 @@ impl Actor {
                     self.effects.spawn(submit(Arc::clone(&self.site), request));
                 }
                 Effect::Find => {
-                    self.effects.spawn(find(Arc::clone(&self.site), self.uid.clone()));
+                    self.effects
+                        .spawn(find(Arc::clone(&self.site), self.uid.clone()));
                 }
                 Effect::Cancel { job, how } => {
                     self.effects.spawn(cancel(Arc::clone(&self.site), job, how));
@@ -65,9 +66,13 @@ impl Actor {
                 Effect::Stop { job, grace } => {
                     let request = pb::StopRequest {
                         grace_seconds: grace.as_secs().try_into().unwrap_or(i64::MAX),
-                        reason: pod.deletion.as_ref().map_or_else(String::new, |d| d.reason.clone()),
+                        reason: pod
+                            .deletion
+                            .as_ref()
+                            .map_or_else(String::new, |d| d.reason.clone()),
                     };
-                    self.effects.spawn(stop(Arc::clone(&self.site), job, request));
+                    self.effects
+                        .spawn(stop(Arc::clone(&self.site), job, request));
                 }
                 Effect::ReadFiles => {
                     self.effects.spawn(read_files(self.dir.clone()));
@@ -98,7 +103,10 @@ impl Actor {
         };
         tracing::error!(uid = %self.uid, error, "the pod's record could not be written");
         if submitting && let Some(own) = self.own.upgrade() {
-            let event = Event::Refused { kind: RefusalKind::Throttled, words: error };
+            let event = Event::Refused {
+                kind: RefusalKind::Throttled,
+                words: error,
+            };
             // A full queue only means that somebody else will wake this pod.
             drop(own.try_send(Input::Event(event)));
         }
@@ -161,7 +169,10 @@ impl Actor {
             let (dir, staged) = (self.dir.clone(), values.clone());
             let written = tokio::task::spawn_blocking(move || dir.write_values(&staged)).await;
             let failed = |error: &(dyn std::error::Error + 'static)| {
-                Refused::new(ErrorReason::Internal, format!("stage values: {}", chain(error)))
+                Refused::new(
+                    ErrorReason::Internal,
+                    format!("stage values: {}", chain(error)),
+                )
             };
             written.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
         }
@@ -182,9 +193,15 @@ impl Actor {
             Ok::<_, crate::jobdir::JobDirError>(())
         });
         let failed = |error: &(dyn std::error::Error + 'static)| {
-            Refused::new(ErrorReason::Internal, format!("write the shape: {}", chain(error)))
+            Refused::new(
+                ErrorReason::Internal,
+                format!("write the shape: {}", chain(error)),
+            )
         };
-        written.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
+        written
+            .await
+            .map_err(|e| failed(&e))?
+            .map_err(|e| failed(&e))
     }
 }
 
@@ -197,9 +214,15 @@ async fn stage(
 ) -> Event {
     match stage::stage(site, dir, spec, cluster_id, own).await {
         Ok(()) => Event::Staged,
-        Err(StageError { container, reason, message }) => {
-            Event::StageFailed { container, reason, message }
-        }
+        Err(StageError {
+            container,
+            reason,
+            message,
+        }) => Event::StageFailed {
+            container,
+            reason,
+            message,
+        },
     }
 }
 
@@ -216,14 +239,20 @@ async fn submit(site: Arc<Site>, request: SubmitRequest) -> Event {
         Err(error) => Some(chain(&error)),
     };
     if let Some(words) = words {
-        return Event::Refused { kind: RefusalKind::Throttled, words };
+        return Event::Refused {
+            kind: RefusalKind::Throttled,
+            words,
+        };
     }
     crash::point("agent.sbatch.before");
     let answer = site.scheduler.submit(&request).await;
     crash::point("agent.sbatch.after");
     match answer {
         Ok(submitted) => Event::Submitted(submitted),
-        Err(refusal) => Event::Refused { kind: refusal.kind, words: refusal.words },
+        Err(refusal) => Event::Refused {
+            kind: refusal.kind,
+            words: refusal.words,
+        },
     }
 }
 
@@ -271,10 +300,16 @@ async fn read_files(dir: JobDir) -> Event {
         Ok(Some(report)) if JobId::try_from(report.job_id.as_str()).is_ok() => {
             Event::Report(Box::new(report))
         }
-        Ok(_) => Event::Files { batch_tail: tail(&dir) },
-        Err(error) => Event::Files { batch_tail: format!("{}; {}", chain(&error), tail(&dir)) },
+        Ok(_) => Event::Files {
+            batch_tail: tail(&dir),
+        },
+        Err(error) => Event::Files {
+            batch_tail: format!("{}; {}", chain(&error), tail(&dir)),
+        },
     });
-    read.await.unwrap_or_else(|error| Event::Files { batch_tail: chain(&error) })
+    read.await.unwrap_or_else(|error| Event::Files {
+        batch_tail: chain(&error),
+    })
 }
 
 fn tail(dir: &JobDir) -> String {

@@ -1,1 +1,183 @@
-//! Tests.
+//! The table of outcomes.
+
+use knoc_proto::ids::{JobId, PodUid};
+
+use super::*;
+
+fn view(state: JobState, exit: Option<(i32, i32)>) -> JobView {
+    JobView {
+        id: JobId::try_from("1").unwrap(),
+        uid: PodUid::try_from("u").unwrap(),
+        cluster_id: String::new(),
+        attempt: 1,
+        state,
+        reason: String::new(),
+        exit: exit.map(|(code, signal)| JobExit { code, signal }),
+        nodes: "c1".to_owned(),
+        partition: "batch".to_owned(),
+        submitted_at: None,
+        started_at: Some(1),
+        ended_at: Some(100),
+        estimated_start: None,
+        time_limit_minutes: Some(2),
+        restarts: 0,
+    }
+}
+
+fn report(ended_by: pb::EndedBy, outcome: pb::OutcomeKind) -> pb::Report {
+    let (ended_by, outcome) = (ended_by.into(), outcome.into());
+    pb::Report {
+        r#final: true,
+        ended_by,
+        outcome,
+        ..pb::Report::default()
+    }
+}
+
+fn judge(
+    view: Option<&JobView>,
+    report: Option<&pb::Report>,
+    cause: Option<&Cause>,
+    deadline: Option<u64>,
+) -> Outcome {
+    let evidence = Evidence {
+        view,
+        report,
+        cause,
+        deadline: deadline.map(Duration::from_secs),
+        grace: Duration::from_secs(30),
+        batch_tail: "module: command not found",
+    };
+    decide(&evidence, Timestamp::from_second(200).unwrap())
+}
+
+#[test]
+fn a_final_report_beats_every_state() {
+    use pb::{EndedBy::Themselves, OutcomeKind::Succeeded};
+    let well = report(Themselves, Succeeded);
+    for state in [
+        JobState::OutOfMemory,
+        JobState::Failed,
+        JobState::Completed,
+        JobState::NodeFail,
+    ] {
+        let outcome = judge(Some(&view(state, None)), Some(&well), None, None);
+        assert!(
+            outcome.succeeded && outcome.reason.is_empty(),
+            "{outcome:?}"
+        );
+    }
+}
+
+#[test]
+fn after_a_signal_the_reason_is_slurms() {
+    use pb::{EndedBy::Signal, OutcomeKind};
+    let ended = report(Signal, OutcomeKind::Failed);
+    for (state, reason, disruption) in [
+        (JobState::Timeout, "SlurmTimeLimit", false),
+        (JobState::OutOfMemory, "OOMKilled", false),
+        (JobState::Preempted, "Preempted", true),
+        (JobState::NodeFail, "NodeFailed", true),
+        (JobState::Cancelled { by: Some(1001) }, "Cancelled", false),
+    ] {
+        let outcome = judge(Some(&view(state, None)), Some(&ended), None, None);
+        assert_eq!(
+            (outcome.reason.as_str(), outcome.disruption),
+            (reason, disruption)
+        );
+        assert!(!outcome.succeeded);
+    }
+    let who = judge(
+        Some(&view(JobState::Cancelled { by: Some(1001) }, None)),
+        Some(&ended),
+        None,
+        None,
+    );
+    assert!(who.message.contains("1001"), "{}", who.message);
+    let fine = judge(
+        Some(&view(JobState::Completed, None)),
+        Some(&ended),
+        None,
+        None,
+    );
+    assert_eq!(fine.reason, "");
+}
+
+#[test]
+fn a_time_limit_is_the_pods_deadline_only_where_that_was_the_limit() {
+    let ended = report(pb::EndedBy::Signal, pb::OutcomeKind::Failed);
+    let timeout = view(JobState::Timeout, None);
+    for (deadline, reason) in [
+        (Some(60), "DeadlineExceeded"),
+        (Some(90), "DeadlineExceeded"),
+        (Some(7200), "SlurmTimeLimit"),
+        (None, "SlurmTimeLimit"),
+    ] {
+        assert_eq!(
+            judge(Some(&timeout), Some(&ended), None, deadline).reason,
+            reason
+        );
+    }
+    let by_shim = report(pb::EndedBy::Deadline, pb::OutcomeKind::Failed);
+    assert_eq!(
+        judge(None, Some(&by_shim), None, Some(5)).reason,
+        "DeadlineExceeded"
+    );
+}
+
+#[test]
+fn without_a_report_success_is_never_guessed() {
+    for (state, exit, reason) in [
+        (JobState::Completed, Some((0, 0)), "ContainerStatusUnknown"),
+        (JobState::Failed, Some((64, 0)), "ContainerStatusUnknown"),
+        (JobState::Failed, Some((65, 0)), "ContainerStatusUnknown"),
+        (JobState::Failed, Some((67, 0)), "CannotStart"),
+        (JobState::Failed, Some((0, 53)), "CannotStart"),
+        (JobState::Failed, Some((127, 0)), "ContainerStatusUnknown"),
+        (JobState::Timeout, Some((0, 15)), "SlurmTimeLimit"),
+        (JobState::OutOfMemory, Some((0, 125)), "OOMKilled"),
+        (JobState::BootFail, None, "NodeFailed"),
+        (JobState::Preempted, None, "Preempted"),
+        (JobState::Cancelled { by: None }, None, "Cancelled"),
+        (JobState::Deadline, None, "SlurmDeadline"),
+    ] {
+        let outcome = judge(Some(&view(state.clone(), exit)), None, None, None);
+        assert_eq!(outcome.reason, reason, "{state} {exit:?}");
+        assert!(!outcome.succeeded);
+        assert_eq!(outcome.finished_at.as_second(), 100);
+    }
+    let failed = judge(
+        Some(&view(JobState::Failed, Some((127, 0)))),
+        None,
+        None,
+        None,
+    );
+    assert!(
+        failed.message.contains("module: command not found"),
+        "{}",
+        failed.message
+    );
+    let lost = judge(None, None, None, None);
+    assert_eq!(lost.reason, "ContainerStatusUnknown");
+}
+
+#[test]
+fn what_we_ended_says_so() {
+    let deleted = Cause::Deleted("by Kubernetes".to_owned());
+    let cancelled = view(JobState::Cancelled { by: None }, None);
+    assert_eq!(
+        judge(Some(&cancelled), None, Some(&deleted), None).reason,
+        "Deleted"
+    );
+    let stopped = report(pb::EndedBy::Stop, pb::OutcomeKind::Failed);
+    assert_eq!(
+        judge(None, Some(&stopped), Some(&deleted), None).reason,
+        "Deleted"
+    );
+    let well = report(pb::EndedBy::Stop, pb::OutcomeKind::Succeeded);
+    assert!(judge(None, Some(&well), Some(&deleted), None).succeeded);
+    let never = Cause::NeverStarts("PartitionTimeLimit".to_owned());
+    let outcome = judge(None, None, Some(&never), None);
+    assert_eq!(outcome.reason, "SlurmJobNeverStarts");
+    assert!(outcome.message.contains("PartitionTimeLimit"));
+}

@@ -1,1 +1,142 @@
-//! Tests.
+//! What outsiders see, state by state.
+
+use std::time::Duration;
+
+use knoc_proto::ids::{JobId, PodUid};
+
+use super::*;
+use crate::pod::state::{Facts, Patience, Trouble};
+
+fn spec() -> pb::PodSpec {
+    let container = |name: &str| pb::Container {
+        name: name.to_owned(),
+        image: "busybox".to_owned(),
+        ..pb::Container::default()
+    };
+    pb::PodSpec {
+        uid: "u".to_owned(),
+        init_containers: vec![container("first")],
+        containers: vec![container("main"), container("side")],
+        ..pb::PodSpec::default()
+    }
+}
+
+fn pod(state: State) -> Pod {
+    let second = Duration::from_secs(1);
+    let patience = Patience {
+        report_grace: second,
+        never_ends_after: second,
+        lost_after: second,
+        stop_slack: second,
+        backoff_initial: second,
+        backoff_max: second,
+    };
+    let uid = PodUid::try_from("u").unwrap();
+    let facts = Facts {
+        uid,
+        grace: second,
+        deadline: None,
+        patience,
+    };
+    let mut pod = Pod::new(facts, Timestamp::UNIX_EPOCH);
+    pod.state = state;
+    pod
+}
+
+fn waiting(status: &pb::ContainerStatus) -> (&str, &str) {
+    match &status.state {
+        Some(Status::Waiting(waiting)) => (&waiting.reason, &waiting.message),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn before_the_shim_speaks_all_containers_wait() {
+    let job = JobId::try_from("7").unwrap();
+    let shown = observed(&pod(State::Queued { job, never: None }), &spec(), "c");
+    assert_eq!(shown.phase(), pb::PodPhase::Queued);
+    assert_eq!(shown.job.unwrap().id, "7");
+    assert_eq!(
+        (shown.init_containers.len(), shown.containers.len()),
+        (1, 2)
+    );
+    assert_eq!(
+        waiting(&shown.containers[0]),
+        ("ContainerCreating", "job 7 waits")
+    );
+}
+
+#[test]
+fn a_failed_pull_shows_on_its_container() {
+    let trouble = Trouble {
+        container: "side".to_owned(),
+        reason: "ErrImagePull".to_owned(),
+        message: "no such image".to_owned(),
+        since: Timestamp::UNIX_EPOCH,
+        retry_at: Timestamp::UNIX_EPOCH,
+    };
+    let shown = observed(
+        &pod(State::Staging {
+            tries: 1,
+            trouble: Some(trouble),
+        }),
+        &spec(),
+        "c",
+    );
+    assert_eq!(
+        (shown.phase(), shown.reason.as_str()),
+        (pb::PodPhase::Staging, "ErrImagePull")
+    );
+    assert_eq!(waiting(&shown.containers[0]).0, "ContainerCreating");
+    assert_eq!(
+        waiting(&shown.containers[1]),
+        ("ErrImagePull", "no such image")
+    );
+}
+
+#[test]
+fn containers_last_seen_alive_end_unknown() {
+    let outcome = Outcome {
+        succeeded: false,
+        reason: "NodeFailed".to_owned(),
+        message: "the node failed".to_owned(),
+        disruption: true,
+        finished_at: Timestamp::UNIX_EPOCH,
+    };
+    let mut pod = pod(State::Finished {
+        outcome,
+        lingering: None,
+    });
+    let status = |name: &str, state| pb::ContainerStatus {
+        name: name.to_owned(),
+        state: Some(state),
+        ..pb::ContainerStatus::default()
+    };
+    let ended = pb::Terminated {
+        exit_code: 3,
+        ..pb::Terminated::default()
+    };
+    pod.report = Some(pb::Report {
+        init_containers: vec![status("first", Status::Terminated(ended.clone()))],
+        containers: vec![status(
+            "main",
+            Status::Running(pb::Running { started_at: 5 }),
+        )],
+        ..pb::Report::default()
+    });
+    let shown = observed(&pod, &spec(), "c");
+    assert_eq!(
+        shown.init_containers[0].state,
+        Some(Status::Terminated(ended))
+    );
+    for status in &shown.containers {
+        let Some(Status::Terminated(end)) = &status.state else {
+            panic!("{status:?}")
+        };
+        assert_eq!(
+            (end.exit_code, end.reason.as_str()),
+            (137, "ContainerStatusUnknown")
+        );
+    }
+    assert!(shown.outcome.unwrap().disruption);
+}

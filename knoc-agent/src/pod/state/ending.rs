@@ -18,54 +18,76 @@ pub(super) fn delete(
     now: Timestamp,
 ) -> Vec<Effect> {
     let grace = grace.unwrap_or(pod.facts.grace);
-    let shorter = pod.deletion.as_ref().is_none_or(|known| grace < known.grace);
+    let shorter = pod
+        .deletion
+        .as_ref()
+        .is_none_or(|known| grace < known.grace);
     if !shorter {
         return Vec::new();
     }
     let reason = pod.deletion.take().map_or(reason, |known| known.reason);
-    pod.deletion = Some(Deletion { grace, reason: reason.clone() });
-    match &pod.state {
+    pod.deletion = Some(Deletion {
+        grace,
+        reason: reason.clone(),
+    });
+    match &mut pod.state {
         // Staging may be under way: its answer is then ignored.
         State::Accepted | State::Staging { .. } | State::Throttled { .. } => {
             submit::deleted_before_job(pod, now)
         }
-        State::Submitting { .. } => vec![Effect::Persist],
-        State::Queued { .. } => {
-            let mut effects = dequeue(pod, Cause::Deleted(reason), now);
-            effects.insert(0, Effect::Persist);
-            effects
+        // The answer of sbatch, or the end of the job, is awaited anyway.
+        State::Submitting { .. } | State::Settling { .. } | State::Finished { .. } => {
+            vec![Effect::Persist]
         }
-        State::Running { .. } | State::Stopping { how: Ending::Told, .. } => tell(pod, now),
-        State::Lost { job, .. } => {
-            let job = pod.job_ref(job);
+        State::Queued { .. } => dequeue(pod, Cause::Deleted(reason), now),
+        State::Stopping {
+            how: Ending::Dequeued | Ending::Cancelled,
+            cause,
+            ..
+        } => {
+            *cause = Cause::Deleted(reason);
+            vec![Effect::Persist]
+        }
+        State::Running { .. }
+        | State::Stopping {
+            how: Ending::Told, ..
+        } => tell(pod, now),
+        State::Lost { .. } => {
             let mut effects = tell(pod, now);
-            effects.push(Effect::Cancel { job, how: Cancel::Queued });
+            effects.extend(pod.job().map(|job| Effect::Cancel {
+                job,
+                how: Cancel::Queued,
+            }));
             effects
         }
-        State::Stopping { job, how, deadline, .. } => {
-            let (job, how, deadline) = (job.clone(), *how, *deadline);
-            let cause = Cause::Deleted(reason);
-            pod.state = State::Stopping { job, cause, how, deadline };
-            vec![Effect::Persist]
-        }
-        State::Settling { job, until, look_at, .. } => {
-            let (job, until, look_at) = (job.clone(), *until, *look_at);
-            let cause = None;
-            pod.state = State::Settling { job, cause, until, look_at };
-            vec![Effect::Persist]
-        }
-        State::Finished { .. } => vec![Effect::Persist],
         State::Forgotten => Vec::new(),
     }
 }
 
 /// A queued job leaves the queue. Should it have started meanwhile, [`still_there`] tells its containers.
 pub(super) fn dequeue(pod: &mut Pod, cause: Cause, now: Timestamp) -> Vec<Effect> {
-    let Some(job) = pod.job() else { return Vec::new() };
+    let Some(job) = pod.job() else {
+        return Vec::new();
+    };
     let deadline = now + CANCEL_AGAIN;
     let id = job.id.clone();
-    pod.enter(State::Stopping { job: id, cause, how: Ending::Dequeued, deadline }, now);
-    vec![Effect::Persist, Effect::Cancel { job, how: Cancel::Queued }, Effect::Hurry]
+    pod.enter(
+        State::Stopping {
+            job: id,
+            cause,
+            how: Ending::Dequeued,
+            deadline,
+        },
+        now,
+    );
+    vec![
+        Effect::Persist,
+        Effect::Cancel {
+            job,
+            how: Cancel::Queued,
+        },
+        Effect::Hurry,
+    ]
 }
 
 /// The containers are told to end.
@@ -91,7 +113,13 @@ pub(super) fn tell(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
 
 /// A job that is being ended is still known to the scheduler.
 pub(super) fn still_there(pod: &mut Pod, phase: JobPhase, now: Timestamp) -> Vec<Effect> {
-    let State::Stopping { how: Ending::Dequeued, cause, job, .. } = &pod.state else {
+    let State::Stopping {
+        how: Ending::Dequeued,
+        cause,
+        job,
+        ..
+    } = &pod.state
+    else {
         return Vec::new();
     };
     match (phase, cause) {
@@ -108,14 +136,27 @@ pub(super) fn still_there(pod: &mut Pod, phase: JobPhase, now: Timestamp) -> Vec
 
 /// The deadline of a measure has passed: the next, harder one.
 pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
-    let Some(job) = pod.job() else { return Vec::new() };
-    let grace = pod.deletion.as_ref().map_or(Duration::ZERO, |deletion| deletion.grace);
+    let Some(job) = pod.job() else {
+        return Vec::new();
+    };
+    let grace = pod
+        .deletion
+        .as_ref()
+        .map_or(Duration::ZERO, |deletion| deletion.grace);
     let slack = pod.facts.patience.stop_slack;
-    let State::Stopping { how, deadline, .. } = &mut pod.state else { return Vec::new() };
+    let State::Stopping { how, deadline, .. } = &mut pod.state else {
+        return Vec::new();
+    };
     match how {
         Ending::Dequeued => {
             *deadline = now + CANCEL_AGAIN;
-            vec![Effect::Cancel { job, how: Cancel::Queued }, Effect::Hurry]
+            vec![
+                Effect::Cancel {
+                    job,
+                    how: Cancel::Queued,
+                },
+                Effect::Hurry,
+            ]
         }
         // After a restart of the agent it is not known how far this went: the shim knows.
         Ending::Told if now < pod.since + grace.saturating_add(slack) => {
@@ -125,7 +166,14 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         Ending::Told | Ending::Cancelled => {
             *how = Ending::Cancelled;
             *deadline = now + CANCEL_AGAIN;
-            vec![Effect::Persist, Effect::Cancel { job, how: Cancel::Kill }, Effect::Hurry]
+            vec![
+                Effect::Persist,
+                Effect::Cancel {
+                    job,
+                    how: Cancel::Kill,
+                },
+                Effect::Hurry,
+            ]
         }
     }
 }
@@ -150,7 +198,10 @@ pub(super) fn forget(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         State::Finished { .. } => {
             // Right after its final report a job is about to exit by itself.
             let surplus = pod.job().filter(|_| now >= pod.since + LINGER);
-            let surplus = surplus.map(|job| Effect::Cancel { job, how: Cancel::Kill });
+            let surplus = surplus.map(|job| Effect::Cancel {
+                job,
+                how: Cancel::Kill,
+            });
             pod.enter(State::Forgotten, now);
             surplus.into_iter().chain([Effect::Remove]).collect()
         }

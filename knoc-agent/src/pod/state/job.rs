@@ -17,7 +17,9 @@ pub(super) fn round(
     missing: bool,
     now: Timestamp,
 ) -> Vec<Effect> {
-    let Some(own) = pod.job() else { return Vec::new() };
+    let Some(own) = pod.job() else {
+        return Vec::new();
+    };
     let mut effects = if pod.is_finished() {
         Vec::new()
     } else {
@@ -41,19 +43,30 @@ fn seen(pod: &mut Pod, view: JobView, now: Timestamp) -> Vec<Effect> {
         JobPhase::Running | JobPhase::Queued => {}
     }
     match &pod.state {
-        State::Queued { .. } if phase == JobPhase::Running => run(pod, id, now),
+        State::Queued { .. } | State::Lost { .. } if phase == JobPhase::Running => {
+            run(pod, id, now)
+        }
         State::Queued { .. } => {
             pending(pod, before.as_ref(), now);
-            if first { vec![Effect::Persist] } else { Vec::new() }
+            if first {
+                vec![Effect::Persist]
+            } else {
+                Vec::new()
+            }
         }
         State::Running { .. } => {
             running(pod, before.as_ref(), now);
             Vec::new()
         }
-        State::Lost { .. } if phase == JobPhase::Running => run(pod, id, now),
         // Known again; what ended may also have been requeued by hand.
         State::Lost { .. } => {
-            pod.enter(State::Queued { job: id, never: None }, now);
+            pod.enter(
+                State::Queued {
+                    job: id,
+                    never: None,
+                },
+                now,
+            );
             vec![Effect::Persist]
         }
         State::Settling { cause: None, .. } if phase == JobPhase::Running && !reported(pod) => {
@@ -88,7 +101,11 @@ fn pending(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
     let never_starts = view.never_starts();
     if before.is_none_or(|before| before.reason != view.reason) && !view.reason.is_empty() {
         let text = format!("job {} waits: {}", view.id, view.reason);
-        let reason = if never_starts { "SlurmJobNeverStarts" } else { "SlurmJobPending" };
+        let reason = if never_starts {
+            "SlurmJobNeverStarts"
+        } else {
+            "SlurmJobPending"
+        };
         pod.note(never_starts, reason, text, now);
     }
     if let State::Queued { never, .. } = &mut pod.state {
@@ -101,13 +118,15 @@ fn running(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
     if before.is_some_and(|before| before.state == view.state) {
         return;
     }
-    let (warning, reason) = match view.state {
-        JobState::Suspended | JobState::Stopped => (true, "SlurmJobSuspended"),
-        JobState::Running if before.is_some_and(|b| b.state == JobState::Suspended) => {
-            (false, "SlurmJobResumed")
-        }
-        _ if view.state.phase() == JobPhase::Queued => (true, "SlurmJobRequeued"),
-        _ => return,
+    let was_suspended = before.is_some_and(|before| before.state == JobState::Suspended);
+    let (warning, reason) = if matches!(view.state, JobState::Suspended | JobState::Stopped) {
+        (true, "SlurmJobSuspended")
+    } else if view.state == JobState::Running && was_suspended {
+        (false, "SlurmJobResumed")
+    } else if view.state.phase() == JobPhase::Queued {
+        (true, "SlurmJobRequeued")
+    } else {
+        return;
     };
     let text = format!("job {} is {}", view.id, view.state);
     pod.note(warning, reason, text, now);
@@ -135,13 +154,21 @@ fn ended(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         | State::Forgotten => return Vec::new(),
     };
     if reported(pod) {
-        return conclude(pod, cause, now);
+        return conclude(pod, cause.as_ref(), now);
     }
     if let State::Settling { .. } = pod.state {
         return Vec::new();
     }
     let until = now + patience(pod);
-    pod.enter(State::Settling { job, cause, until, look_at: now + FILES_AGAIN }, now);
+    pod.enter(
+        State::Settling {
+            job,
+            cause,
+            until,
+            look_at: now + FILES_AGAIN,
+        },
+        now,
+    );
     vec![Effect::Persist, Effect::ReadFiles]
 }
 
@@ -151,7 +178,9 @@ fn reported(pod: &Pod) -> bool {
 
 /// How long a final report may still show. Where none can come, the files are read once all the same.
 fn patience(pod: &Pod) -> std::time::Duration {
-    let Some(view) = &pod.view else { return pod.facts.patience.report_grace };
+    let Some(view) = &pod.view else {
+        return pod.facts.patience.report_grace;
+    };
     let never_started = view.started_at.is_none() && pod.report.is_none();
     let none_can_come = match view.exit {
         Some(JobExit { code, signal: 0 }) if EXITS_WITH_REPORT.contains(&code) => false,
@@ -163,7 +192,9 @@ fn patience(pod: &Pod) -> std::time::Duration {
     let stopping = matches!(pod.state, State::Stopping { .. });
     let cancelled = matches!(view.state, JobState::Cancelled { .. });
     let cancelled_in_queue = never_started && (cancelled || stopping);
-    let crashed = view.exit.is_some_and(|exit| exit.code == 0 && exit.signal == 53);
+    let crashed = view
+        .exit
+        .is_some_and(|exit| exit.code == 0 && exit.signal == 53);
     let node_gone = matches!(
         view.state,
         JobState::NodeFail | JobState::BootFail | JobState::LaunchFailed | JobState::ReconfigFail
@@ -180,8 +211,20 @@ fn gone(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     match &mut pod.state {
         State::Queued { job, .. } | State::Running { job } => {
             let job = job.clone();
-            pod.note(true, "SlurmJobLost", format!("the scheduler does not know job {job}"), now);
-            pod.enter(State::Lost { job, since: now, look_at: now + FILES_AGAIN }, now);
+            pod.note(
+                true,
+                "SlurmJobLost",
+                format!("the scheduler does not know job {job}"),
+                now,
+            );
+            pod.enter(
+                State::Lost {
+                    job,
+                    since: now,
+                    look_at: now + FILES_AGAIN,
+                },
+                now,
+            );
             vec![Effect::Persist, Effect::ReadFiles]
         }
         State::Stopping { .. } => ended(pod, now),
@@ -208,14 +251,20 @@ pub(super) fn report(pod: &mut Pod, report: pb::Report, now: Timestamp) -> Vec<E
     if !newer || report.uid != pod.facts.uid.as_str() || pod.is_finished() {
         return Vec::new();
     }
-    let Ok(job) = JobId::try_from(report.job_id.as_str()) else { return Vec::new() };
+    let Ok(job) = JobId::try_from(report.job_id.as_str()) else {
+        return Vec::new();
+    };
     adopt(pod, &job, now);
     take_notes(pod, &report);
     let is_final = report.r#final;
     pod.report = Some(report);
     let mut effects = match &pod.state {
-        State::Queued { .. } | State::Lost { .. } => run(pod, job, now),
-        State::Stopping { cause: Cause::NeverStarts(_), .. } => run(pod, job, now),
+        State::Queued { .. }
+        | State::Lost { .. }
+        | State::Stopping {
+            cause: Cause::NeverStarts(_),
+            ..
+        } => run(pod, job, now),
         // A look by name is under way, or sbatch has not answered yet: here is the answer.
         State::Submitting { .. } => {
             let effects = run(pod, job, now);
@@ -265,7 +314,11 @@ fn adopt(pod: &mut Pod, claimant: &JobId, now: Timestamp) {
 
 /// The shim's notes, once each.
 fn take_notes(pod: &mut Pod, report: &pb::Report) {
-    let known = pod.report.as_ref().and_then(|known| known.notes.last()).map_or(0, |n| n.sequence);
+    let known = pod
+        .report
+        .as_ref()
+        .and_then(|known| known.notes.last())
+        .map_or(0, |n| n.sequence);
     for note in report.notes.iter().filter(|note| note.sequence > known) {
         pod.push_note(note.clone());
     }
@@ -273,20 +326,31 @@ fn take_notes(pod: &mut Pod, report: &pb::Report) {
 
 /// All containers have ended, and the report of it is synced.
 fn final_report(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
-    let by_signal = pod.report.as_ref().is_some_and(|r| r.ended_by() == pb::EndedBy::Signal);
+    let by_signal = pod
+        .report
+        .as_ref()
+        .is_some_and(|r| r.ended_by() == pb::EndedBy::Signal);
     match &pod.state {
         // Only Slurm knows why; and only the end of the job finishes a pod that is being deleted.
         State::Running { job } if by_signal => {
             let job = job.clone();
             let until = now + pod.facts.patience.report_grace;
             let look_at = until;
-            pod.enter(State::Settling { job, cause: None, until, look_at }, now);
+            pod.enter(
+                State::Settling {
+                    job,
+                    cause: None,
+                    until,
+                    look_at,
+                },
+                now,
+            );
             vec![Effect::Persist, Effect::Hurry]
         }
         State::Running { .. } => conclude(pod, None, now),
         State::Settling { cause, .. } => {
             let cause = cause.clone();
-            conclude(pod, cause, now)
+            conclude(pod, cause.as_ref(), now)
         }
         State::Stopping { .. } => vec![Effect::Hurry],
         State::Accepted
@@ -323,16 +387,21 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let lost_after = pod.facts.patience.lost_after;
     let link = pod.link;
     match &mut pod.state {
-        State::Queued { never: Some(since), .. } => {
+        State::Queued {
+            never: Some(since), ..
+        } => {
             if now < *since + pod.facts.patience.never_ends_after {
                 return Vec::new();
             }
-            let reason = pod.view.as_ref().map_or_else(String::new, |view| view.reason.clone());
+            let reason = pod
+                .view
+                .as_ref()
+                .map_or_else(String::new, |view| view.reason.clone());
             ending::dequeue(pod, Cause::NeverStarts(reason), now)
         }
         State::Settling { until, cause, .. } if now >= *until => {
             let cause = cause.clone();
-            conclude(pod, cause, now)
+            conclude(pod, cause.as_ref(), now)
         }
         // While its shim speaks, the job lives, whatever the scheduler says.
         State::Lost { since, .. } if now >= *since + lost_after && !link => {
@@ -358,26 +427,34 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
 }
 
 /// Decides how the pod ended.
-pub(super) fn conclude(pod: &mut Pod, cause: Option<Cause>, now: Timestamp) -> Vec<Effect> {
+pub(super) fn conclude(pod: &mut Pod, cause: Option<&Cause>, now: Timestamp) -> Vec<Effect> {
     let outcome = decide(
         &Evidence {
             view: pod.view.as_ref(),
             report: pod.report.as_ref(),
-            cause: cause.as_ref(),
+            cause,
             deadline: pod.facts.deadline,
             grace: pod.facts.grace,
             batch_tail: &pod.batch_tail,
         },
         now,
     );
-    let job_ended = pod.view.as_ref().is_some_and(|v| v.state.phase() == JobPhase::Ended);
-    let lingering = pod.job().map(|job| job.id).filter(|_| !job_ended && cause.is_none());
+    let job_ended = pod
+        .view
+        .as_ref()
+        .is_some_and(|v| v.state.phase() == JobPhase::Ended);
+    let lingering = pod
+        .job()
+        .map(|job| job.id)
+        .filter(|_| !job_ended && cause.is_none());
     ending::finish(pod, outcome, lingering, now)
 }
 
 /// A job that outlives its final report is cancelled: none leaks.
 fn linger(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
-    let Some(job) = pod.job() else { return Vec::new() };
+    let Some(job) = pod.job() else {
+        return Vec::new();
+    };
     if now < pod.since + LINGER {
         return Vec::new();
     }
@@ -385,5 +462,8 @@ fn linger(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     if !pod.notes.iter().any(|note| note.message == text) {
         pod.note(true, "SlurmJobSurplus", text, now);
     }
-    vec![Effect::Cancel { job, how: Cancel::Kill }]
+    vec![Effect::Cancel {
+        job,
+        how: Cancel::Kill,
+    }]
 }

@@ -24,7 +24,13 @@ pub(super) fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             if pod.deletion.is_some() {
                 return deleted_before_job(pod, now);
             }
-            pod.enter(State::Staging { tries: 0, trouble: None }, now);
+            pod.enter(
+                State::Staging {
+                    tries: 0,
+                    trouble: None,
+                },
+                now,
+            );
             vec![Effect::Stage]
         }
         State::Staging { trouble, .. } => {
@@ -34,16 +40,24 @@ pub(super) fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         // The agent died between the intent and the answer: the job may exist.
         State::Submitting { look } => {
             let message = "the agent was restarted during the submission".to_owned();
-            *look = Some(Look { tries: 0, at: now + LOOK_AGAIN, message });
+            *look = Some(Look {
+                tries: 0,
+                at: now + LOOK_AGAIN,
+                message,
+            });
             vec![Effect::Find]
         }
-        State::Queued { .. } | State::Running { .. } => vec![Effect::ReadFiles, Effect::Hurry],
+        State::Queued { .. }
+        | State::Running { .. }
+        | State::Lost { .. }
+        | State::Settling { .. } => vec![Effect::ReadFiles, Effect::Hurry],
         State::Stopping { deadline, .. } => {
             *deadline = now;
             vec![Effect::ReadFiles, Effect::Hurry]
         }
-        State::Lost { .. } | State::Settling { .. } => vec![Effect::ReadFiles, Effect::Hurry],
-        State::Finished { lingering: Some(_), .. } => vec![Effect::Hurry],
+        State::Finished {
+            lingering: Some(_), ..
+        } => vec![Effect::Hurry],
         State::Throttled { .. } | State::Finished { .. } | State::Forgotten => Vec::new(),
     }
 }
@@ -71,7 +85,9 @@ pub(super) fn stage_failed(
     message: String,
     now: Timestamp,
 ) -> Vec<Effect> {
-    let State::Staging { tries, .. } = pod.state else { return Vec::new() };
+    let State::Staging { tries, .. } = pod.state else {
+        return Vec::new();
+    };
     if pod.deletion.is_some() {
         return deleted_before_job(pod, now);
     }
@@ -80,8 +96,17 @@ pub(super) fn stage_failed(
         note.container.clone_from(&container);
     }
     let retry_at = now + pod.pause(tries);
-    let trouble = Trouble { container, reason, message, since: now, retry_at };
-    pod.state = State::Staging { tries: tries + 1, trouble: Some(trouble) };
+    let trouble = Trouble {
+        container,
+        reason,
+        message,
+        since: now,
+        retry_at,
+    };
+    pod.state = State::Staging {
+        tries: tries + 1,
+        trouble: Some(trouble),
+    };
     Vec::new()
 }
 
@@ -93,7 +118,13 @@ pub(super) fn submitted(pod: &mut Pod, submitted: Submitted, now: Timestamp) -> 
     pod.sbatch = Some((submitted.began, submitted.ended));
     let text = format!("job {} was submitted", submitted.job);
     pod.note(false, "SlurmJobSubmitted", text, now);
-    pod.enter(State::Queued { job: submitted.job, never: None }, now);
+    pod.enter(
+        State::Queued {
+            job: submitted.job,
+            never: None,
+        },
+        now,
+    );
     let mut effects = vec![Effect::Persist, Effect::Hurry];
     if let Some(deletion) = pod.deletion.clone() {
         effects.extend(ending::dequeue(pod, Cause::Deleted(deletion.reason), now));
@@ -107,9 +138,15 @@ pub(super) fn refused(
     words: String,
     now: Timestamp,
 ) -> Vec<Effect> {
-    let State::Submitting { .. } = pod.state else { return Vec::new() };
+    let State::Submitting { .. } = pod.state else {
+        return Vec::new();
+    };
     if kind == RefusalKind::Ambiguous {
-        let look = Look { tries: 0, at: now + LOOK_AGAIN, message: words };
+        let look = Look {
+            tries: 0,
+            at: now + LOOK_AGAIN,
+            message: words,
+        };
         pod.state = State::Submitting { look: Some(look) };
         return vec![Effect::Find];
     }
@@ -137,7 +174,15 @@ pub(super) fn refused(
     let tries = pod.attempt;
     let retry_at = now + pod.pause(tries.saturating_sub(1));
     let reason = reason.to_owned();
-    pod.enter(State::Throttled { tries, reason, message: words, retry_at }, now);
+    pod.enter(
+        State::Throttled {
+            tries,
+            reason,
+            message: words,
+            retry_at,
+        },
+        now,
+    );
     vec![Effect::Persist]
 }
 
@@ -158,7 +203,11 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
     });
     let Some((_, best)) = best else {
         if look < LOOKS {
-            let look = Look { tries: look, at: now + LOOK_AGAIN, message };
+            let look = Look {
+                tries: look,
+                at: now + LOOK_AGAIN,
+                message,
+            };
             pod.state = State::Submitting { look: Some(look) };
             return Vec::new();
         }
@@ -189,7 +238,9 @@ pub(super) fn find_failed(pod: &mut Pod, message: String, now: Timestamp) -> Vec
 pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     match &mut pod.state {
         State::Staging { trouble, .. } => {
-            let Some(waiting) = trouble else { return Vec::new() };
+            let Some(waiting) = trouble else {
+                return Vec::new();
+            };
             if now < waiting.retry_at {
                 IMAGE_PULL_BACK_OFF.clone_into(&mut waiting.reason);
                 waiting.message = format!("Back-off pulling image: {}", waiting.message);
@@ -200,7 +251,7 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         }
         State::Throttled { .. } => submit(pod, now),
         State::Submitting { look: Some(look) } => {
-            look.at = now + Duration::from_secs(60);
+            look.at = now + Duration::from_mins(1);
             vec![Effect::Find]
         }
         State::Submitting { look: None }
@@ -217,7 +268,10 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
 
 /// No job was ever accepted.
 pub(super) fn deleted_before_job(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
-    let message = pod.deletion.as_ref().map_or_else(String::new, |d| d.reason.clone());
+    let message = pod
+        .deletion
+        .as_ref()
+        .map_or_else(String::new, |d| d.reason.clone());
     let outcome = Outcome {
         succeeded: false,
         reason: "Deleted".to_owned(),
@@ -230,15 +284,26 @@ pub(super) fn deleted_before_job(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
 
 /// A surplus job that has not started leaves the queue; one that runs ends by the claim.
 pub(super) fn cancel_surplus(pod: &mut Pod, jobs: &[JobView], now: Timestamp) -> Vec<Effect> {
-    let Some(own) = pod.job() else { return Vec::new() };
+    let Some(own) = pod.job() else {
+        return Vec::new();
+    };
     let surplus: Vec<_> = jobs
         .iter()
         .filter(|view| view.id != own.id && view.state.phase() == JobPhase::Queued)
         .map(JobView::job)
         .collect();
     for job in &surplus {
-        let text = format!("job {} is surplus and was cancelled; {} is the pod's", job.id, own.id);
+        let text = format!(
+            "job {} is surplus and was cancelled; {} is the pod's",
+            job.id, own.id
+        );
         pod.note(true, "SlurmJobSurplus", text, now);
     }
-    surplus.into_iter().map(|job| Effect::Cancel { job, how: Cancel::Queued }).collect()
+    surplus
+        .into_iter()
+        .map(|job| Effect::Cancel {
+            job,
+            how: Cancel::Queued,
+        })
+        .collect()
 }

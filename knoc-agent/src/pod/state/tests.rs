@@ -1,1 +1,629 @@
-//! Tests.
+//! The machine against its rules: scenarios edge by edge, then random events.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::scheduler::{JobExit, JobState};
+
+fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_second(1_800_000_000 + seconds).unwrap()
+}
+
+fn uid() -> PodUid {
+    PodUid::try_from("u").unwrap()
+}
+
+fn job(id: &str) -> JobId {
+    JobId::try_from(id).unwrap()
+}
+
+fn new() -> Pod {
+    let patience = Patience {
+        report_grace: Duration::from_secs(90),
+        never_ends_after: Duration::from_mins(10),
+        lost_after: Duration::from_mins(5),
+        stop_slack: Duration::from_secs(15),
+        backoff_initial: Duration::from_secs(10),
+        backoff_max: Duration::from_mins(5),
+    };
+    let (grace, deadline) = (Duration::from_secs(30), None);
+    Pod::new(
+        Facts {
+            uid: uid(),
+            grace,
+            deadline,
+            patience,
+        },
+        at(0),
+    )
+}
+
+fn view(id: &str, state: JobState) -> JobView {
+    let started = !matches!(state, JobState::Pending);
+    JobView {
+        id: job(id),
+        uid: uid(),
+        cluster_id: String::new(),
+        attempt: 1,
+        state,
+        reason: String::new(),
+        exit: None,
+        nodes: "c1".to_owned(),
+        partition: "batch".to_owned(),
+        submitted_at: Some(1),
+        started_at: started.then_some(2),
+        ended_at: None,
+        estimated_start: None,
+        time_limit_minutes: None,
+        restarts: 0,
+    }
+}
+
+fn seen(id: &str, state: JobState) -> Event {
+    Event::Round {
+        jobs: vec![view(id, state)],
+        missing: false,
+    }
+}
+
+fn submitted(id: &str) -> Event {
+    Event::Submitted(Submitted {
+        job: job(id),
+        began: at(0),
+        ended: at(0),
+    })
+}
+
+fn report(id: &str, sequence: i64, last: bool) -> Event {
+    Event::Report(Box::new(pb::Report {
+        uid: "u".to_owned(),
+        job_id: id.to_owned(),
+        sequence,
+        r#final: last,
+        ended_by: pb::EndedBy::Themselves.into(),
+        outcome: pb::OutcomeKind::Succeeded.into(),
+        ..pb::Report::default()
+    }))
+}
+
+fn delete() -> Event {
+    Event::Delete {
+        grace: None,
+        reason: "test".to_owned(),
+    }
+}
+
+/// Feeds events a second apart; returns the pod and the effects of the last one.
+fn feed(events: impl IntoIterator<Item = Event>) -> (Pod, Vec<Effect>) {
+    let mut pod = new();
+    let mut effects = Vec::new();
+    for (n, event) in events.into_iter().enumerate() {
+        (pod, effects) = step(pod, event, at(i64::try_from(n).unwrap()));
+    }
+    (pod, effects)
+}
+
+fn queued() -> Vec<Event> {
+    vec![Event::Begin, Event::Staged, submitted("1")]
+}
+
+fn running() -> Vec<Event> {
+    let mut events = queued();
+    events.push(seen("1", JobState::Running));
+    events
+}
+
+fn and(mut events: Vec<Event>, more: impl IntoIterator<Item = Event>) -> Vec<Event> {
+    events.extend(more);
+    events
+}
+
+fn outcome(pod: &Pod) -> (bool, &str) {
+    let outcome = pod.outcome().unwrap();
+    (outcome.succeeded, &outcome.reason)
+}
+
+#[test]
+fn the_intent_is_on_disk_before_the_submission() {
+    let (pod, effects) = feed([Event::Begin, Event::Staged]);
+    assert_eq!(effects, [Effect::Persist, Effect::Submit]);
+    assert_eq!(pod.state, State::Submitting { look: None });
+}
+
+#[test]
+fn a_final_report_finishes_at_once() {
+    let (pod, effects) = feed(and(
+        running(),
+        [report("1", 1, false), report("1", 2, true)],
+    ));
+    assert_eq!(outcome(&pod), (true, ""));
+    assert_eq!(effects, [Effect::Persist, Effect::CleanUp, Effect::Hurry]);
+    let (pod, _) = step(pod, seen("1", JobState::Completed), at(20));
+    assert_eq!(pod.job(), None);
+}
+
+#[test]
+fn a_report_runs_a_queued_pod_before_the_round() {
+    let (pod, _) = feed(and(queued(), [report("1", 1, false)]));
+    assert_eq!(pod.state, State::Running { job: job("1") });
+}
+
+#[test]
+fn after_a_restart_the_job_is_looked_for_before_it_is_submitted_again() {
+    let mut pod = new();
+    pod.state = State::Submitting { look: None };
+    let (pod, effects) = step(pod, Event::Begin, at(0));
+    assert_eq!(effects, [Effect::Find]);
+    let (pod, effects) = step(pod, Event::Found(Vec::new()), at(1));
+    assert_eq!(effects, []);
+    let (pod, effects) = step(pod, Event::Tick, at(60));
+    assert_eq!(effects, [Effect::Find]);
+    let (again, effects) = step(pod.clone(), Event::Found(Vec::new()), at(61));
+    assert_eq!(effects, [Effect::Persist, Effect::Submit]);
+    assert_eq!(again.attempt, 1);
+    let (found, _) = step(
+        pod,
+        Event::Found(vec![view("7", JobState::Pending)]),
+        at(61),
+    );
+    assert_eq!(found.job().unwrap().id, job("7"));
+}
+
+#[test]
+fn of_two_jobs_the_running_one_is_ours_and_a_queued_one_is_cancelled() {
+    let (pod, _) = feed([
+        Event::Begin,
+        Event::Staged,
+        Event::Refused {
+            kind: RefusalKind::Ambiguous,
+            words: "timed out".to_owned(),
+        },
+    ]);
+    let jobs = vec![view("2", JobState::Pending), view("1", JobState::Running)];
+    let (pod, effects) = step(pod, Event::Found(jobs), at(3));
+    assert_eq!(pod.state, State::Running { job: job("1") });
+    let surplus = JobRef {
+        id: job("2"),
+        uid: uid(),
+    };
+    assert!(effects.contains(&Effect::Cancel {
+        job: surplus,
+        how: Cancel::Queued
+    }));
+}
+
+#[test]
+fn the_claimant_is_the_pods_job() {
+    let (pod, _) = feed(and(queued(), [report("9", 1, false)]));
+    assert_eq!(pod.state, State::Running { job: job("9") });
+}
+
+#[test]
+fn refusals_for_good_and_for_now() {
+    let refuse = |kind| {
+        feed([
+            Event::Begin,
+            Event::Staged,
+            Event::Refused {
+                kind,
+                words: "words".to_owned(),
+            },
+        ])
+        .0
+    };
+    assert_eq!(
+        outcome(&refuse(RefusalKind::Permanent)),
+        (false, "Rejected")
+    );
+    for kind in [RefusalKind::Throttled, RefusalKind::ControllerAway] {
+        let pod = refuse(kind);
+        let due = pod.wake().unwrap();
+        let (pod, effects) = step(pod, Event::Tick, due);
+        assert_eq!(effects, [Effect::Persist, Effect::Submit]);
+        assert_eq!(pod.attempt, 2);
+    }
+}
+
+#[test]
+fn a_failed_pull_is_shown_then_backed_off_then_tried_again() {
+    let failed = Event::StageFailed {
+        container: "main".to_owned(),
+        reason: "ErrImagePull".to_owned(),
+        message: "no such image".to_owned(),
+    };
+    let reason = |pod: &Pod| pod.trouble().unwrap().reason.clone();
+    let (pod, _) = feed([Event::Begin, failed]);
+    assert_eq!(reason(&pod), "ErrImagePull");
+    let (pod, effects) = step(pod.clone(), Event::Tick, pod.wake().unwrap());
+    assert_eq!(
+        (reason(&pod).as_str(), effects.len()),
+        ("ImagePullBackOff", 0)
+    );
+    let due = pod.wake().unwrap();
+    assert_eq!(due, at(11));
+    let (_, effects) = step(pod, Event::Tick, due);
+    assert_eq!(effects, [Effect::Stage]);
+}
+
+#[test]
+fn deletion_while_queued_leaves_the_queue_and_ends_with_the_job() {
+    let (pod, effects) = feed(and(queued(), [delete()]));
+    let own = JobRef {
+        id: job("1"),
+        uid: uid(),
+    };
+    assert!(effects.contains(&Effect::Cancel {
+        job: own,
+        how: Cancel::Queued
+    }));
+    assert!(!pod.is_finished());
+    let mut cancelled = view("1", JobState::Cancelled { by: None });
+    cancelled.started_at = None;
+    let (pod, _) = step(
+        pod,
+        Event::Round {
+            jobs: vec![cancelled],
+            missing: false,
+        },
+        at(9),
+    );
+    let due = pod.wake().unwrap();
+    let (pod, _) = step(pod, Event::Tick, due);
+    assert_eq!(outcome(&pod), (false, "Deleted"));
+}
+
+#[test]
+fn deletion_of_a_job_that_starts_meanwhile_tells_its_containers() {
+    let (pod, effects) = feed(and(queued(), [delete(), seen("1", JobState::Running)]));
+    assert!(matches!(
+        pod.state,
+        State::Stopping {
+            how: Ending::Told,
+            ..
+        }
+    ));
+    assert!(
+        effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Stop { .. }))
+    );
+}
+
+#[test]
+fn deletion_while_running_waits_for_the_end_of_the_job() {
+    let (pod, effects) = feed(and(running(), [delete()]));
+    assert!(
+        effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Stop { .. }))
+    );
+    let (pod, _) = step(pod, report("1", 5, true), at(6));
+    assert!(
+        matches!(pod.state, State::Stopping { .. }),
+        "the job is still there"
+    );
+    let (pod, _) = step(pod, seen("1", JobState::Completed), at(7));
+    assert!(pod.is_finished());
+}
+
+#[test]
+fn a_stubborn_job_is_cancelled_past_grace_and_slack() {
+    let (pod, _) = feed(and(running(), [delete()]));
+    assert_eq!(pod.wake(), Some(at(4 + 30 + 15)));
+    let (pod, effects) = step(pod, Event::Tick, at(49));
+    let own = JobRef {
+        id: job("1"),
+        uid: uid(),
+    };
+    assert!(effects.contains(&Effect::Cancel {
+        job: own,
+        how: Cancel::Kill
+    }));
+    let (pod, _) = step(
+        pod,
+        Event::Round {
+            jobs: Vec::new(),
+            missing: true,
+        },
+        at(50),
+    );
+    let due = pod.wake().unwrap();
+    let (pod, _) = step(pod, Event::Tick, due.max(at(150)));
+    assert!(pod.is_finished());
+}
+
+#[test]
+fn a_shorter_grace_re_arms_downwards_only() {
+    let (pod, _) = feed(and(running(), [delete()]));
+    let with = |seconds, now| {
+        let grace = Some(Duration::from_secs(seconds));
+        step(
+            pod.clone(),
+            Event::Delete {
+                grace,
+                reason: String::new(),
+            },
+            at(now),
+        )
+    };
+    assert_eq!(with(60, 5).1, []);
+    let (shorter, effects) = with(1, 5);
+    assert!(
+        effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Stop { .. }))
+    );
+    assert_eq!(shorter.wake(), Some(at(5 + 1 + 15)));
+}
+
+#[test]
+fn an_ended_job_waits_for_its_report_and_then_gives_up() {
+    let (pod, effects) = feed(and(running(), [seen("1", JobState::Completed)]));
+    assert_eq!(effects, [Effect::Persist, Effect::ReadFiles]);
+    let (late, _) = step(pod.clone(), report("1", 9, true), at(30));
+    assert_eq!(outcome(&late), (true, ""));
+    let (pod, effects) = step(pod, Event::Tick, at(10));
+    assert_eq!(effects, [Effect::ReadFiles]);
+    let (pod, _) = step(pod, Event::Tick, at(94));
+    assert_eq!(outcome(&pod), (false, "ContainerStatusUnknown"));
+}
+
+#[test]
+fn a_node_failure_waits_for_nothing() {
+    let (pod, _) = feed(and(running(), [seen("1", JobState::NodeFail)]));
+    let (pod, _) = step(pod.clone(), Event::Tick, pod.wake().unwrap());
+    assert_eq!(outcome(&pod), (false, "NodeFailed"));
+}
+
+#[test]
+fn a_signal_from_outside_waits_for_slurms_word() {
+    let Event::Report(mut last) = report("1", 5, true) else {
+        panic!()
+    };
+    last.ended_by = pb::EndedBy::Signal.into();
+    last.outcome = pb::OutcomeKind::Failed.into();
+    let (pod, _) = feed(and(running(), [Event::Report(last)]));
+    assert!(matches!(pod.state, State::Settling { .. }));
+    let (pod, _) = step(pod, seen("1", JobState::Running), at(6));
+    assert!(matches!(pod.state, State::Settling { .. }));
+    let (pod, _) = step(pod, seen("1", JobState::Timeout), at(7));
+    assert_eq!(outcome(&pod), (false, "SlurmTimeLimit"));
+}
+
+#[test]
+fn a_lost_job_may_come_back_or_is_given_up() {
+    let lost = Event::Round {
+        jobs: Vec::new(),
+        missing: true,
+    };
+    let (pod, _) = feed(and(running(), [lost]));
+    assert!(matches!(pod.state, State::Lost { .. }));
+    let (back, _) = step(pod.clone(), seen("1", JobState::Running), at(9));
+    assert_eq!(back.state, State::Running { job: job("1") });
+    let (linked, _) = step(pod.clone(), Event::Link(true), at(9));
+    let (linked, _) = step(linked, Event::Tick, at(1000));
+    assert!(
+        matches!(linked.state, State::Lost { .. }),
+        "its shim speaks: it lives"
+    );
+    let (pod, _) = step(pod, Event::Tick, at(1000));
+    assert_eq!(outcome(&pod), (false, "ContainerStatusUnknown"));
+}
+
+#[test]
+fn a_reason_that_never_ends_is_noted_and_fails_later() {
+    let mut waits = view("1", JobState::Pending);
+    waits.reason = "PartitionTimeLimit".to_owned();
+    let round = Event::Round {
+        jobs: vec![waits],
+        missing: false,
+    };
+    let (pod, _) = feed(and(queued(), [round.clone()]));
+    assert!(
+        pod.notes
+            .iter()
+            .any(|note| note.reason == "SlurmJobNeverStarts" && note.warning)
+    );
+    assert_eq!(pod.wake(), Some(at(3 + 600)));
+    let (pod, _) = step(pod, round, at(300));
+    let (pod, effects) = step(pod, Event::Tick, at(603));
+    assert!(
+        effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Cancel { .. }))
+    );
+    let gone = Event::Round {
+        jobs: Vec::new(),
+        missing: true,
+    };
+    let (pod, _) = step(pod, gone, at(604));
+    let (pod, _) = step(pod, Event::Tick, at(700));
+    assert_eq!(outcome(&pod), (false, "SlurmJobNeverStarts"));
+}
+
+#[test]
+fn only_a_finished_pod_is_forgotten() {
+    let (pod, effects) = feed(and(running(), [Event::Forget]));
+    assert_eq!((effects.len(), pod.is_finished()), (0, false));
+    let (pod, effects) = feed(and(running(), [report("1", 2, true), Event::Forget]));
+    assert_eq!(pod.state, State::Forgotten);
+    assert_eq!(effects, [Effect::Remove]);
+}
+
+#[test]
+fn a_job_that_outlives_its_report_is_cancelled() {
+    let (pod, _) = feed(and(running(), [report("1", 2, true)]));
+    let (pod, effects) = step(pod, seen("1", JobState::Running), at(30));
+    assert_eq!(effects, []);
+    let (_, effects) = step(pod, seen("1", JobState::Running), at(90));
+    let own = JobRef {
+        id: job("1"),
+        uid: uid(),
+    };
+    assert_eq!(
+        effects,
+        [Effect::Cancel {
+            job: own,
+            how: Cancel::Kill
+        }]
+    );
+}
+
+#[test]
+fn a_record_brings_the_pod_back() {
+    use crate::pod::record::Record;
+    for events in [
+        vec![Event::Begin],
+        vec![Event::Begin, Event::Staged],
+        queued(),
+        running(),
+        and(running(), [delete()]),
+        and(
+            running(),
+            [Event::Round {
+                jobs: Vec::new(),
+                missing: true,
+            }],
+        ),
+        and(running(), [seen("1", JobState::Completed)]),
+        and(running(), [report("1", 2, true)]),
+    ] {
+        let (mut pod, _) = feed(events);
+        let record = Record::of(&pod, "c");
+        let json = serde_json::to_string(&record).unwrap();
+        let back: Record = serde_json::from_str(&json).unwrap();
+        let back = back.restore(pod.facts.clone(), pod.report.clone());
+        // Times at which files are looked at again, and trouble, are not kept.
+        for state in [&mut pod.state] {
+            if let State::Lost { look_at, .. } | State::Settling { look_at, .. } = state {
+                *look_at = pod.since;
+            }
+        }
+        if let Some(view) = &mut pod.view {
+            view.attempt = 0;
+        }
+        assert_eq!(back, pod);
+    }
+}
+
+fn any_state() -> impl Strategy<Value = JobState> {
+    prop::sample::select(vec![
+        JobState::Pending,
+        JobState::Configuring,
+        JobState::Running,
+        JobState::Completing,
+        JobState::Suspended,
+        JobState::Requeued,
+        JobState::Completed,
+        JobState::Failed,
+        JobState::Cancelled { by: Some(7) },
+        JobState::Timeout,
+        JobState::OutOfMemory,
+        JobState::NodeFail,
+        JobState::Preempted,
+        JobState::Unknown("DANCING".to_owned()),
+    ])
+}
+
+fn any_view() -> impl Strategy<Value = JobView> {
+    let exit = prop::option::of((prop::sample::select(vec![0, 1, 64, 65, 66, 67]), 0..1_i32));
+    (1..4_u8, any_state(), exit).prop_map(|(id, state, exit)| JobView {
+        exit: exit.map(|(code, signal)| JobExit { code, signal }),
+        ..view(&id.to_string(), state)
+    })
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let kinds = vec![
+        RefusalKind::Permanent,
+        RefusalKind::Throttled,
+        RefusalKind::ControllerAway,
+        RefusalKind::Ambiguous,
+    ];
+    let jobs = || prop::collection::vec(any_view(), 0..3);
+    prop_oneof![
+        1 => Just(Event::Begin),
+        3 => Just(Event::Staged),
+        1 => Just(Event::StageFailed {
+            container: "main".to_owned(),
+            reason: "ErrImagePull".to_owned(),
+            message: String::new()
+        }),
+        3 => (1..4_u8).prop_map(|id| submitted(&id.to_string())),
+        1 => prop::sample::select(kinds)
+            .prop_map(|kind| Event::Refused { kind, words: String::new() }),
+        1 => jobs().prop_map(Event::Found),
+        1 => Just(Event::FindFailed(String::new())),
+        4 => (jobs(), any::<bool>()).prop_map(|(jobs, missing)| Event::Round { jobs, missing }),
+        1 => (1..4_u8, 0..20_i64, any::<bool>()).prop_map(|(id, n, last)| report(&id.to_string(), n, last)),
+        1 => any::<bool>().prop_map(Event::Link),
+        1 => Just(Event::Files { batch_tail: "x".to_owned() }),
+        1 => (prop::option::of(0..60_u64)).prop_map(|grace| Event::Delete {
+            grace: grace.map(Duration::from_secs),
+            reason: String::new()
+        }),
+        4 => Just(Event::Tick),
+    ]
+}
+
+proptest! {
+    /// Terminal absorbs; a submission follows only the record; at most one job is the pod's; notes stay in order.
+    #[test]
+    fn rules_hold_under_any_events(events in prop::collection::vec((any_event(), 0..40_i64), 0..60)) {
+        let mut pod = new();
+        let mut now = 0;
+        let mut alive = None;
+        for (event, pause) in events {
+            now += pause;
+            let before = pod.clone();
+            let effects;
+            (pod, effects) = step(pod, event, at(now));
+            if let State::Finished { outcome, .. } = &before.state {
+                let same = matches!(&pod.state, State::Finished { outcome: now, .. } if now == outcome);
+                prop_assert!(same, "terminal absorbs");
+                prop_assert!(!effects.contains(&Effect::Submit));
+            }
+            if let Some(n) = effects.iter().position(|effect| *effect == Effect::Submit) {
+                prop_assert!(effects[..n].contains(&Effect::Persist), "the record goes first");
+                prop_assert!(alive.is_none(), "submitted while job {alive:?} may be alive");
+                prop_assert_eq!(pod.attempt, before.attempt + 1);
+            }
+            alive = pod.job();
+            prop_assert!(pod.deletion.is_some() || before.deletion.is_none(), "a deletion stays");
+            prop_assert!(pod.notes.windows(2).all(|two| two[0].sequence < two[1].sequence));
+            prop_assert!(pod.notes.len() <= NOTES);
+        }
+    }
+
+    /// Whatever came before: once deleted, answered honestly and given time, a pod ends.
+    #[test]
+    fn deletion_always_ends(events in prop::collection::vec(any_event(), 0..40)) {
+        let mut pod = new();
+        let mut now = 0;
+        let mut effects = Vec::new();
+        for event in events.into_iter().chain([Event::Begin, delete()]) {
+            now += 1;
+            let more;
+            (pod, more) = step(pod, event, at(now));
+            effects.extend(more);
+        }
+        for _ in 0..40 {
+            now += 100;
+            // A world that answers: nothing is known by name, every job is gone.
+            let answers = std::mem::take(&mut effects).into_iter().filter_map(|effect| match effect {
+                Effect::Stage => Some(Event::Staged),
+                Effect::Submit => Some(submitted("3")),
+                Effect::Find => Some(Event::Found(Vec::new())),
+                Effect::ReadFiles => Some(Event::Files { batch_tail: String::new() }),
+                Effect::Persist | Effect::Cancel { .. } | Effect::Stop { .. } | Effect::CleanUp | Effect::Hurry | Effect::Remove => None,
+            });
+            let gone = Event::Round { jobs: Vec::new(), missing: true };
+            for event in answers.collect::<Vec<_>>().into_iter().chain([Event::Link(false), Event::Tick, gone]) {
+                let more;
+                (pod, more) = step(pod, event, at(now));
+                effects.extend(more);
+            }
+        }
+        prop_assert!(pod.is_finished(), "{:?}", pod.state);
+    }
+}

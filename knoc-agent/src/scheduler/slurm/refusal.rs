@@ -30,6 +30,7 @@ const TABLE: &[(&str, RefusalKind)] = &[
     ("slurm backup controller", ControllerAway),
     ("unable to resolve", ControllerAway),
     ("configuration source", ControllerAway),
+    ("unable to process configuration file", ControllerAway),
     ("could not open/read/stat slurm.conf", ControllerAway),
     ("munge", ControllerAway),
     ("authentication", ControllerAway),
@@ -204,5 +205,59 @@ mod tests {
             "invalid partition specified: nix; Batch job submission failed: Invalid partition name specified"
         );
         assert_eq!(failed(CommandErrorKind::NotFound).kind, ControllerAway);
+    }
+
+    /// What the real programs said: `tests/testbed/record-slurm.sh`.
+    #[test]
+    fn recorded_words() {
+        let cases = [
+            ("partition", Permanent),
+            ("account", Permanent),
+            ("qos", Permanent),
+            ("cpus", Permanent),
+            ("memory", Permanent),
+            ("nodes", Permanent),
+            ("gres-unknown", Permanent),
+            ("gres-too-many", Permanent),
+            ("constraint", Permanent),
+            ("reservation", Permanent),
+            ("licenses", Permanent),
+            ("dependency", Permanent),
+            ("flag", Permanent),
+            ("time", Permanent),
+            ("comment-too-long", Permanent),
+            ("script-too-long", Permanent),
+            ("qos-submit-limit", Throttled),
+            ("qos-wall-limit", Permanent),
+            ("association-submit-limit", Throttled),
+            ("partition-down", Throttled),
+            ("partition-inactive", Throttled),
+            ("partition-drain", Throttled),
+            ("controller-away", ControllerAway),
+            ("controller-unknown", ControllerAway),
+            ("no-configuration", ControllerAway),
+            ("munge-away", ControllerAway),
+            ("controller-hangs", Ambiguous),
+        ];
+        let mut checked = 0;
+        for version in ["22.05", "24.11", "26.05"] {
+            let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+            let root = root.join(format!("tests/fixtures/slurm-{version}/refusals"));
+            for (case, kind) in cases {
+                let text = std::fs::read_to_string(root.join(format!("{case}.txt"))).unwrap();
+                let (head, words) = text.split_once('\n').unwrap();
+                // Some versions accept what others refuse; 124 is the recorder's own patience.
+                if ["exit 0", "exit 124"].contains(&head) {
+                    continue;
+                }
+                assert_eq!(
+                    classify(&trim_words(words)),
+                    kind,
+                    "{version} {case}: {words}"
+                );
+                checked += 1;
+            }
+        }
+        assert!(checked > 70, "{checked}");
     }
 }

@@ -91,6 +91,8 @@ fn merge(jobs: &mut Vec<JobView>, rows: Vec<JobView>, asked: &[JobRef]) {
     for row in rows {
         // A requeued job has a row for every life: the last one counts, also where it runs.
         if asked.contains(&row.job()) {
+            let before = newest.get(&row.id).map(|life| life.restarts + 1);
+            let row = JobView { restarts: before.unwrap_or(0), ..row };
             newest.insert(row.id.clone(), row);
         }
     }
@@ -125,7 +127,7 @@ async fn exits_from_controller(slurm: &Slurm, jobs: &mut [JobView], asked: &[Job
         job.exit.is_none() && job.state.phase() == JobPhase::Ended && asked.contains(&job.job())
     });
     for job in ended.take(SCONTROL_BATCH) {
-        let command = slurm.command(&slurm.settings.scontrol);
+        let command = slurm.question(&slurm.settings.scontrol);
         let command = command.args(["show", "job", "-o", job.id.as_str()]);
         let Ok(text) = slurm.answer("scontrol", command).await else {
             return;

@@ -13,8 +13,6 @@ use super::flags;
 use super::shape::{PartitionLimits, Shape, partition};
 use crate::scheduler::{Refusal, Rendered, SubmitRequest};
 
-/// Carried into the job beside what the site names: what programs expect of a login.
-const EXPORT: &[&str] = &["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG"];
 /// First word of every comment: the version of its form.
 const COMMENT_VERSION: &str = "knoc/1";
 /// Slurm takes 1024 bytes of comment; the parts that are not ours are cut to this.
@@ -80,7 +78,7 @@ pub(super) fn render(
     let job = request.spec.job.clone().unwrap_or_default();
     flags::check(&job.flags, &site.allowed_flags).map_err(Refusal::permanent)?;
     let mut argv = vec![site.sbatch.to_string_lossy().into_owned()];
-    argv.extend(identity(request, &shape, site)?);
+    argv.extend(identity(request, &shape)?);
     argv.extend(resources(&shape));
     argv.extend(choices(&job, site));
     argv.extend(job.flags.iter().cloned());
@@ -88,19 +86,10 @@ pub(super) fn render(
     Ok(Rendered { argv, script })
 }
 
-fn identity(
-    request: &SubmitRequest,
-    shape: &Shape,
-    site: &Settings,
-) -> Result<Vec<String>, Refusal> {
+fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, Refusal> {
     let dir = path_text(&request.jobdir)?;
     // In file names of sbatch `%` begins a pattern.
     let output = dir.replace('%', "%%");
-    let export = EXPORT
-        .iter()
-        .copied()
-        .chain(site.export.iter().map(String::as_str));
-    let export: Vec<&str> = export.collect();
     Ok(vec![
         "--parsable".to_owned(),
         format!("--job-name={}", job_name(&request.uid)),
@@ -114,7 +103,9 @@ fn identity(
             "--no-requeue"
         }
         .to_owned(),
-        format!("--export={}", export.join(",")),
+        // All of an environment that holds only what the site names. A list of names would make
+        // slurmd run a login shell for each job.
+        "--export=ALL".to_owned(),
     ])
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::command::login_environment;
 use crate::config::Config;
 
 /// How this site's Slurm is asked, and what jobs get that say nothing.
@@ -25,12 +26,10 @@ pub struct Settings {
     pub path: String,
     /// `SLURM_CONF` of the commands, where it is not Slurm's built-in one.
     pub conf: Option<PathBuf>,
-    /// Further environment of the commands.
+    /// Further environment of the commands, and of the jobs: all that a batch script gets beside Slurm's own.
     pub env: BTreeMap<String, String>,
     /// Lines of the batch script before the shim (`module load …`). The site's own words, never a pod's.
     pub prelude: String,
-    /// Names of variables that sbatch carries into the job, beside the built-in list.
-    pub export: Vec<String>,
     /// For pods that name none.
     pub partition: Option<String>,
     /// For pods that name none.
@@ -72,7 +71,6 @@ impl Default for Settings {
             conf: None,
             env: BTreeMap::new(),
             prelude: String::new(),
-            export: Vec::new(),
             partition: None,
             account: None,
             qos: None,
@@ -94,7 +92,8 @@ impl From<&Config> for Settings {
     fn from(site: &Config) -> Self {
         let default = Self::default();
         let tool = |path: &Option<PathBuf>, name: PathBuf| path.clone().unwrap_or(name);
-        let mut env = site.env.clone();
+        let mut env = login_environment();
+        env.extend(site.env.clone());
         Self {
             sbatch: tool(&site.tools.sbatch, default.sbatch),
             squeue: tool(&site.tools.squeue, default.squeue),

@@ -116,7 +116,7 @@ mod tests {
 
     use super::*;
 
-    fn pod(requests: serde_json::Value) -> Pod {
+    fn pod(requests: &serde_json::Value) -> Pod {
         serde_json::from_value(json!({
             "metadata": {"name": "p", "uid": "u"},
             "spec": {"containers": [{"name": "a", "image": "i", "resources": {"requests": requests}}]},
@@ -141,7 +141,7 @@ mod tests {
             ..pb::NodeInfo::default()
         };
         let admitted = |requests| {
-            admit(&pod(requests), &Findings::default(), room(&total))
+            admit(&pod(&requests), &Findings::default(), room(&total))
                 .map(drop)
                 .map_err(|no| no.reason)
         };
@@ -168,13 +168,13 @@ mod tests {
             active: 3,
             ..room(&total)
         };
-        let rejection = admit(&pod(json!({})), &Findings::default(), full).unwrap_err();
+        let rejection = admit(&pod(&json!({})), &Findings::default(), full).unwrap_err();
         assert_eq!(rejection.reason, "OutOfpods");
     }
 
     #[test]
     fn refusals_and_bad_numbers_come_in_one_message() {
-        let mut pod = pod(json!({"cpu": "much"}));
+        let mut pod = pod(&json!({"cpu": "much"}));
         pod.metadata.annotations = Some([("knoc.io/time".to_owned(), "soon".to_owned())].into());
         let findings = Findings {
             refused: vec!["spec.x: no".to_owned()],
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_daemon_set_that_tolerates_everything_is_refused() {
-        let mut json = serde_json::to_value(pod(json!({}))).unwrap();
+        let mut json = serde_json::to_value(pod(&json!({}))).unwrap();
         json["spec"]["tolerations"] = json!([{"operator": "Exists"}]);
         let alone: Pod = serde_json::from_value(json.clone()).unwrap();
         json["metadata"]["ownerReferences"] =

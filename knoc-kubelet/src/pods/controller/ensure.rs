@@ -99,7 +99,7 @@ impl Worker<'_> {
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
                 tracing::warn!(uid = %self.uid, %error, "values not refreshed, the old ones stay");
-                self.refresh_later(Duration::from_secs(60));
+                self.refresh_later(Duration::from_mins(1));
                 return;
             }
         };
@@ -176,7 +176,7 @@ impl Worker<'_> {
     }
 
     fn refresh_later(&mut self, after: Duration) {
-        let after = SignedDuration::try_from(after).unwrap_or(SignedDuration::from_secs(60));
+        let after = SignedDuration::try_from(after).unwrap_or(SignedDuration::from_mins(1));
         let now = Timestamp::now();
         self.memory.refresh_at = now.checked_add(after).ok();
         self.plan(now);

@@ -119,7 +119,9 @@ proptest! {
                 Decision::Release => desired = Desired::Gone,
                 Decision::Forget => agent = AgentSide::Absent,
                 Decision::Drop => return Ok(()),
-                other => panic!("{other:?} for a deleted pod"),
+                other @ (Decision::Reject | Decision::Ensure | Decision::Lose | Decision::Refresh) => {
+                    panic!("{other:?} for a deleted pod")
+                },
             }
         }
         prop_assert!(false, "no end: {desired:?} {agent:?} {done:?}");

@@ -1,7 +1,7 @@
 //! PURE: the conditions that are the kubelet's. `lastTransitionTime` moves only with the status.
 
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition};
-use knoc_proto::pb::PodPhase;
+use knoc_proto::pb::{self, PodPhase};
 
 use super::{Input, containers::Statuses, phase::Phase, seconds};
 
@@ -72,7 +72,7 @@ fn condition(input: &Input<'_>, type_: &str, why: Why) -> PodCondition {
 
 /// True while the pod's allocation is there.
 fn start_containers(input: &Input<'_>) -> Why {
-    let phase = input.observed.map(|observed| observed.phase());
+    let phase = input.observed.map(pb::PodObserved::phase);
     match phase {
         Some(PodPhase::Running | PodPhase::Stopping) => None,
         Some(PodPhase::Lost) | None if before_is_true(input) => None,
@@ -111,7 +111,7 @@ fn initialized(phase: Phase, statuses: &Statuses) -> Why {
             .state
             .as_ref()
             .and_then(|state| state.terminated.as_ref());
-        !terminated.is_some_and(|terminated| terminated.exit_code == 0)
+        terminated.is_none_or(|terminated| terminated.exit_code != 0)
     });
     let unfinished = unfinished?;
     let text = format!("containers with incomplete status: [{unfinished}]");

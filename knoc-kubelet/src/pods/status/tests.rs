@@ -6,7 +6,7 @@ fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
 }
 
-fn pod(policy: &str, init: bool, status: Value) -> Pod {
+fn pod(policy: &str, init: bool, status: &Value) -> Pod {
     let mut pod = json!({
         "metadata": {"name": "p", "namespace": "ns", "uid": "u", "generation": 2},
         "spec": {
@@ -98,7 +98,7 @@ fn json_of(status: &PodStatus) -> String {
 
 #[test]
 fn the_first_status_names_every_container() {
-    let status = compute(&pod("Always", true, json!({})), None);
+    let status = compute(&pod("Always", true, &json!({})), None);
     insta::assert_snapshot!(json_of(&status));
 }
 
@@ -106,7 +106,7 @@ fn the_first_status_names_every_container() {
 fn pending_says_why_and_until_when() {
     let observed = observed(PodPhase::Queued, vec![]);
     let status = compute(
-        &pod("Never", false, json!({"phase": "Pending"})),
+        &pod("Never", false, &json!({"phase": "Pending"})),
         Some(&observed),
     );
     assert_eq!(status.phase.as_deref(), Some("Pending"));
@@ -127,7 +127,7 @@ fn an_image_that_cannot_be_pulled_is_the_containers_reason() {
     let mut observed = observed(PodPhase::Staging, vec![]);
     observed.reason = "ErrImagePull".to_owned();
     observed.message = "FATAL: no such image".to_owned();
-    let status = compute(&pod("Never", false, json!({})), Some(&observed));
+    let status = compute(&pod("Never", false, &json!({})), Some(&observed));
     let waiting = status.container_statuses.unwrap()[0]
         .state
         .clone()
@@ -146,97 +146,55 @@ fn running_and_ready() {
     observed.job.as_mut().unwrap().started_at = 4;
     observed.host_ip = "10.0.0.7".to_owned();
     let status = compute(
-        &pod("Never", false, json!({"phase": "Pending"})),
+        &pod("Never", false, &json!({"phase": "Pending"})),
         Some(&observed),
     );
     insta::assert_snapshot!(json_of(&status));
 }
 
+type Case = (
+    &'static str,
+    &'static str,
+    PodPhase,
+    [Option<State>; 2],
+    &'static str,
+);
+
+/// Restart policy, phase in the API server, the agent's phase, both containers, the phase that follows.
+#[rustfmt::skip]
+fn phase_cases() -> Vec<Case> {
+    use PodPhase::{Finished, Lost, Queued, Running, Throttled};
+    let two = |a, b| [Some(a), Some(b)];
+    vec![
+        ("Never", "Pending", Running, two(running(), running()), "Running"),
+        ("Never", "Pending", Running, two(waiting("ContainerCreating"), running()), "Pending"),
+        ("Never", "Running", Running, two(ended(0), running()), "Running"),
+        // The containers have ended; the pod has not, until the agent says so.
+        ("Never", "Running", Running, two(ended(0), ended(0)), "Running"),
+        ("Never", "Running", Running, two(ended(0), ended(1)), "Running"),
+        ("OnFailure", "Running", Running, two(ended(1), ended(0)), "Running"),
+        ("Always", "Running", Running, two(ended(0), ended(0)), "Running"),
+        // Running is never left for Pending.
+        ("Always", "Running", Running, two(waiting("CrashLoopBackOff"), running()), "Running"),
+        ("Never", "Running", Lost, [None, None], "Running"),
+        ("Never", "Pending", Lost, [None, None], "Pending"),
+        ("Never", "Pending", Throttled, [None, None], "Pending"),
+        ("Always", "Running", Queued, [None, None], "Running"),
+        // No outcome is never a success.
+        ("Always", "Running", Finished, two(ended(0), ended(0)), "Failed"),
+    ]
+}
+
 #[test]
 fn the_phase_function_table() {
-    use PodPhase::{Finished, Running};
-    let two = |a, b| vec![container("a", a), container("b", b)];
-    for (policy, before, phase, containers, expected) in [
-        (
-            "Never",
-            "Pending",
-            Running,
-            two(running(), running()),
-            "Running",
-        ),
-        (
-            "Never",
-            "Pending",
-            Running,
-            two(waiting("ContainerCreating"), running()),
-            "Pending",
-        ),
-        (
-            "Never",
-            "Running",
-            Running,
-            two(ended(0), running()),
-            "Running",
-        ),
-        // The containers have ended; the pod has not, until the agent says so.
-        (
-            "Never",
-            "Running",
-            Running,
-            two(ended(0), ended(0)),
-            "Running",
-        ),
-        (
-            "Never",
-            "Running",
-            Running,
-            two(ended(0), ended(1)),
-            "Running",
-        ),
-        (
-            "OnFailure",
-            "Running",
-            Running,
-            two(ended(1), ended(0)),
-            "Running",
-        ),
-        (
-            "Always",
-            "Running",
-            Running,
-            two(ended(0), ended(0)),
-            "Running",
-        ),
-        // Running is never left for Pending.
-        (
-            "Always",
-            "Running",
-            Running,
-            two(waiting("CrashLoopBackOff"), running()),
-            "Running",
-        ),
-        ("Never", "Running", PodPhase::Lost, vec![], "Running"),
-        ("Never", "Pending", PodPhase::Lost, vec![], "Pending"),
-        ("Never", "Pending", PodPhase::Throttled, vec![], "Pending"),
-        ("Always", "Running", PodPhase::Queued, vec![], "Running"),
-        (
-            "Always",
-            "Running",
-            Finished,
-            two(ended(0), ended(0)),
-            "Failed",
-        ),
-    ] {
-        let observed = observed(phase, containers);
-        let status = compute(
-            &pod(policy, false, json!({"phase": before})),
-            Some(&observed),
-        );
-        assert_eq!(
-            status.phase.as_deref(),
-            Some(expected),
-            "{policy} {before} {phase:?}"
-        );
+    for (policy, before, phase, states, expected) in phase_cases() {
+        let containers = ["a", "b"].into_iter().zip(states);
+        let containers = containers.filter_map(|(name, state)| Some(container(name, state?)));
+        let observed = observed(phase, containers.collect());
+        let pod = pod(policy, false, &json!({"phase": before}));
+        let status = compute(&pod, Some(&observed));
+        let case = format!("{policy} {before} {phase:?}");
+        assert_eq!(status.phase.as_deref(), Some(expected), "{case}");
     }
 }
 
@@ -246,7 +204,7 @@ fn init_containers_come_first() {
         let mut observed = observed(PodPhase::Running, vec![]);
         observed.init_containers = vec![container("i", state)];
         compute(
-            &pod(policy, true, json!({"phase": "Pending"})),
+            &pod(policy, true, &json!({"phase": "Pending"})),
             Some(&observed),
         )
     };
@@ -299,7 +257,7 @@ fn a_succeeded_pod() {
     let containers = vec![container("a", ended(0)), container("b", ended(0))];
     let observed = finished(OutcomeKind::Succeeded, "", containers);
     let status = compute(
-        &pod("Never", false, json!({"phase": "Running"})),
+        &pod("Never", false, &json!({"phase": "Running"})),
         Some(&observed),
     );
     insta::assert_snapshot!(json_of(&status));
@@ -310,7 +268,7 @@ fn a_failed_node_is_a_disruption_and_no_guess_of_success() {
     let containers = vec![container("a", running()), container("b", ended(0))];
     let observed = finished(OutcomeKind::Failed, "NodeFailed", containers);
     let status = compute(
-        &pod("Never", false, json!({"phase": "Running"})),
+        &pod("Never", false, &json!({"phase": "Running"})),
         Some(&observed),
     );
     insta::assert_snapshot!(json_of(&status));
@@ -320,7 +278,7 @@ fn a_failed_node_is_a_disruption_and_no_guess_of_success() {
 fn a_job_without_report_is_unknown() {
     let observed = finished(OutcomeKind::Failed, "ContainerStatusUnknown", vec![]);
     let status = compute(
-        &pod("Always", false, json!({"phase": "Running"})),
+        &pod("Always", false, &json!({"phase": "Running"})),
         Some(&observed),
     );
     assert_eq!(status.phase.as_deref(), Some("Failed"));
@@ -332,7 +290,7 @@ fn a_job_without_report_is_unknown() {
 
 #[test]
 fn a_terminal_phase_is_never_left() {
-    let pod = pod("Always", false, json!({"phase": "Failed"}));
+    let pod = pod("Always", false, &json!({"phase": "Failed"}));
     let observed = observed(PodPhase::Running, vec![container("a", running())]);
     let input = Input {
         pod: &pod,
@@ -347,7 +305,7 @@ fn a_terminal_phase_is_never_left() {
 
 #[test]
 fn a_refused_pod_failed_and_says_everything() {
-    let pod = pod("Always", false, json!({"phase": "Pending"}));
+    let pod = pod("Always", false, &json!({"phase": "Pending"}));
     let rejection = Rejection {
         reason: "UnsupportedPodSpec".to_owned(),
         message: "all".to_owned(),
@@ -367,7 +325,7 @@ fn a_refused_pod_failed_and_says_everything() {
 
 #[test]
 fn a_missing_config_map_is_told_by_the_containers() {
-    let pod = pod("Always", false, json!({"phase": "Pending"}));
+    let pod = pod("Always", false, &json!({"phase": "Pending"}));
     let hold = Hold {
         reason: "CreateContainerConfigError".to_owned(),
         message: "configmap \"x\" not found".to_owned(),
@@ -400,7 +358,7 @@ fn a_cut_link_only_takes_readiness() {
             {"name": "b", "image": "busybox", "imageID": "x", "ready": true, "restartCount": 0, "state": {"running": {}}},
         ],
     });
-    let pod = pod("Always", false, before);
+    let pod = pod("Always", false, &before);
     let input = Input {
         pod: &pod,
         observed: None,
@@ -419,6 +377,6 @@ fn restart_counts_never_fall() {
         {"name": "a", "image": "busybox", "imageID": "x", "ready": true, "restartCount": 3, "state": {"running": {}}},
     ]});
     let observed = observed(PodPhase::Running, vec![container("a", running())]);
-    let status = compute(&pod("Always", false, before), Some(&observed));
+    let status = compute(&pod("Always", false, &before), Some(&observed));
     assert_eq!(status.container_statuses.unwrap()[0].restart_count, 3);
 }

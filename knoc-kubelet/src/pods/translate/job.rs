@@ -54,16 +54,7 @@ pub(super) fn request(
                 1
             })
     });
-    let mut flags = Vec::new();
-    for name in FLAGS {
-        let Some(value) = annotations.get(*name) else {
-            continue;
-        };
-        match words(value) {
-            Some(words) => flags.extend(words),
-            None => wrong(name, value, "a list of words (a quote is not closed)"),
-        }
-    }
+    let flags = flags(annotations, &mut wrong);
     let (cpu_millis, memory_bytes, ephemeral_storage_bytes) = totals(init, regular);
     pb::JobRequest {
         partition: text("partition").unwrap_or_default(),
@@ -84,6 +75,24 @@ pub(super) fn request(
         ephemeral_storage_bytes,
         nice: 0,
     }
+}
+
+/// The words of all annotations of flags, in the order of [`FLAGS`].
+fn flags(
+    annotations: &BTreeMap<String, String>,
+    wrong: &mut impl FnMut(&str, &str, &str),
+) -> Vec<String> {
+    let mut flags = Vec::new();
+    for name in FLAGS {
+        let Some(value) = annotations.get(*name) else {
+            continue;
+        };
+        match words(value) {
+            Some(words) => flags.extend(words),
+            None => wrong(name, value, "a list of words (a quote is not closed)"),
+        }
+    }
+    flags
 }
 
 /// CPU (request, else limit, else 1), memory (limit, else request), ephemeral storage (limit, else request).

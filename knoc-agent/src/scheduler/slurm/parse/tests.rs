@@ -1,1 +1,290 @@
+//! Against what the real programs of three versions printed: `tests/testbed/record-slurm.sh`.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const VERSIONS: [&str; 3] = ["22.05", "24.11", "26.05"];
+
+fn fixture(version: &str, name: &str) -> String {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let path = root.join(format!("slurm-{version}")).join(name);
+    std::fs::read_to_string(&path).unwrap_or_else(|err| unreachable!("{}: {err}", path.display()))
+}
+
+/// By case: what stands behind `rec-` in the uid.
+fn by_case(jobs: Vec<JobView>) -> BTreeMap<String, JobView> {
+    let case = |job: &JobView| job.uid.as_str().strip_prefix("rec-").map(str::to_owned);
+    jobs.into_iter()
+        .filter_map(|job| Some((case(&job)?, job)))
+        .collect()
+}
+
+#[test]
+fn the_recording_script_asks_as_the_agent_does() {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/testbed/record-slurm.sh");
+    let script = std::fs::read_to_string(path).unwrap();
+    for format in [
+        SQUEUE_FORMAT,
+        SACCT_FORMAT,
+        super::super::nodes::SINFO_FORMAT,
+    ] {
+        assert!(script.contains(format), "{format}");
+    }
+}
+
+#[test]
+fn pending_jobs_and_why() {
+    for version in VERSIONS {
+        let jobs = by_case(squeue(&fixture(version, "squeue-start.txt")));
+        for (case, reason, never) in [
+            ("pending-begin", "BeginTime", false),
+            ("pending-held", "JobHeldUser", false),
+            ("pending-dependency", "Dependency", false),
+            ("pending-never", "DependencyNeverSatisfied", true),
+            ("pending-time-limit", "PartitionTimeLimit", true),
+            ("pending-resources", "Resources", false),
+            ("pending-priority", "Priority", false),
+        ] {
+            let job = &jobs[case];
+            assert_eq!(job.state, JobState::Pending, "{version} {case}");
+            assert_eq!(job.reason, reason, "{version} {case}");
+            assert_eq!(job.never_starts(), never, "{version} {case}");
+            assert_eq!(
+                (job.started_at, job.ended_at),
+                (None, None),
+                "{version} {case}"
+            );
+        }
+        let guess = &jobs["pending-resources"];
+        assert!(
+            guess.estimated_start > guess.submitted_at,
+            "{version} {guess:?}"
+        );
+        assert_eq!(jobs["pending-never"].estimated_start, None, "{version}");
+    }
+}
+
+#[test]
+fn running_jobs_and_where() {
+    for version in VERSIONS {
+        let jobs = by_case(squeue(&fixture(version, "squeue-start.txt")));
+        let job = &jobs["running"];
+        assert_eq!(job.state, JobState::Running, "{version}");
+        assert_eq!(
+            (job.nodes.as_str(), job.partition.as_str()),
+            ("c1", "main"),
+            "{version}"
+        );
+        assert_eq!(
+            (job.cluster_id.as_str(), job.attempt),
+            ("cluster", 1),
+            "{version}"
+        );
+        assert_eq!(job.time_limit_minutes, Some(60), "{version}");
+        assert!(
+            job.started_at.is_some() && job.ended_at.is_none(),
+            "{version} {job:?}"
+        );
+        assert_eq!(jobs["timeout"].time_limit_minutes, Some(1), "{version}");
+    }
+}
+
+#[test]
+fn a_name_or_a_comment_alone_is_not_ours() {
+    for version in VERSIONS {
+        let text = fixture(version, "squeue-start.txt");
+        assert!(
+            text.contains("knoc-rec-forged") && text.contains("a|b|knoc-x"),
+            "{version}"
+        );
+        let jobs = by_case(squeue(&text));
+        assert!(!jobs.contains_key("forged"), "{version}");
+        assert!(jobs.contains_key("running"), "{version}");
+    }
+}
+
+#[test]
+fn jobs_on_their_way_out() {
+    for version in VERSIONS {
+        let jobs = by_case(squeue(&fixture(version, "squeue-middle.txt")));
+        assert_eq!(jobs["suspended"].state, JobState::Suspended, "{version}");
+        assert_eq!(jobs["completing"].state, JobState::Completing, "{version}");
+        assert_eq!(
+            jobs["completing"].state.phase(),
+            JobPhase::Running,
+            "{version}"
+        );
+        assert_eq!(
+            jobs["cancelled-pending"].state,
+            JobState::Cancelled { by: None },
+            "{version}"
+        );
+    }
+}
+
+#[test]
+fn ended_jobs_in_the_queue() {
+    for version in VERSIONS {
+        let jobs = by_case(squeue(&fixture(version, "squeue-end.txt")));
+        for (case, state) in [
+            ("completed", JobState::Completed),
+            ("failed", JobState::Failed),
+            ("signalled", JobState::Failed),
+            ("oom", JobState::OutOfMemory),
+            ("timeout", JobState::Timeout),
+            ("nodefail", JobState::NodeFail),
+            ("stopped-gracefully", JobState::Failed),
+            ("cancelled-by-user", JobState::Cancelled { by: None }),
+            ("cancelled-by-admin", JobState::Cancelled { by: None }),
+        ] {
+            let job = &jobs[case];
+            assert_eq!(job.state, state, "{version} {case}");
+            assert!(
+                job.ended_at >= job.started_at && job.started_at.is_some(),
+                "{version} {job:?}"
+            );
+            assert_eq!(job.estimated_start, None, "{version} {case}");
+        }
+    }
+}
+
+#[test]
+fn ended_jobs_in_the_accounting() {
+    let exit = |code, signal| Some(JobExit { code, signal });
+    for version in VERSIONS {
+        let jobs = by_case(sacct(&fixture(version, "sacct-end.txt")));
+        for (case, state, expected) in [
+            ("completed", JobState::Completed, exit(0, 0)),
+            ("failed", JobState::Failed, exit(64, 0)),
+            ("oom", JobState::OutOfMemory, exit(0, 125)),
+            ("timeout", JobState::Timeout, exit(0, 0)),
+            ("stopped-gracefully", JobState::Failed, exit(64, 0)),
+            (
+                "cancelled-by-user",
+                JobState::Cancelled { by: Some(2001) },
+                exit(0, 0),
+            ),
+            (
+                "cancelled-by-admin",
+                JobState::Cancelled { by: Some(0) },
+                exit(0, 0),
+            ),
+        ] {
+            let job = &jobs[case];
+            assert_eq!(
+                (&job.state, job.exit),
+                (&state, expected),
+                "{version} {case}"
+            );
+            assert_eq!(job.attempt, 1, "{version} {case}");
+        }
+        // Their exit differs between versions, and means nothing.
+        assert_eq!(jobs["nodefail"].state, JobState::NodeFail, "{version}");
+        assert_eq!(jobs["signalled"].state, JobState::Failed, "{version}");
+        assert_eq!(
+            (jobs["running"].ended_at, jobs["running"].exit),
+            (None, None),
+            "{version}"
+        );
+        assert_eq!(jobs["timeout"].time_limit_minutes, Some(1), "{version}");
+    }
+}
+
+#[test]
+fn every_life_of_a_requeued_job_the_oldest_first() {
+    for version in VERSIONS {
+        let jobs = sacct(&fixture(version, "sacct-end.txt"));
+        let lives: Vec<JobState> = jobs
+            .into_iter()
+            .filter(|job| job.uid.as_str() == "rec-requeued")
+            .map(|job| job.state)
+            .collect();
+        assert!(lives.len() >= 2, "{version} {lives:?}");
+        assert_eq!(lives[0], JobState::Requeued, "{version}");
+    }
+}
+
+#[test]
+fn the_accounting_is_away() {
+    for version in VERSIONS {
+        assert!(
+            sacct(&fixture(version, "sacct-away.txt")).is_empty(),
+            "{version}"
+        );
+    }
+}
+
+#[test]
+fn exits_from_the_controller() {
+    for version in VERSIONS {
+        let text = fixture(version, "scontrol-jobs.txt");
+        let line = |case: &str| {
+            let name = format!(" JobName=knoc-rec-{case} ");
+            text.lines()
+                .find(|line| line.contains(&name))
+                .unwrap()
+                .to_owned()
+        };
+        let (state, exit, restarts) = scontrol_job(&line("failed"), "knoc-rec-failed").unwrap();
+        assert_eq!((state, restarts), (JobState::Failed, 0), "{version}");
+        assert_eq!(
+            exit,
+            Some(JobExit {
+                code: 64,
+                signal: 0
+            }),
+            "{version}"
+        );
+        assert_eq!(
+            scontrol_job(&line("failed"), "knoc-other"),
+            None,
+            "{version}"
+        );
+        let unknown = fixture(version, "scontrol-unknown.txt");
+        assert_eq!(scontrol_job(&unknown, "knoc-rec-failed"), None, "{version}");
+    }
+}
+
+#[test]
+fn time_limits() {
+    let cases = [
+        ("7-00:00:00", Some(10080)),
+        ("1:00:00", Some(60)),
+        ("2:00", Some(2)),
+        ("0:30", Some(1)),
+        ("60", Some(60)),
+        ("1-12", Some(2160)),
+        ("1-12:30", Some(2190)),
+        ("UNLIMITED", None),
+        ("infinite", None),
+        ("Partition_Limit", None),
+        ("n/a", None),
+        ("", None),
+        ("99999999999999-00:00:00", Some(99_999_999_999_999 * 1440)),
+        ("9999999999999999999-0", None),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(minutes(text), expected, "{text}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_text_panics(text in "(?s).{0,200}", fields in prop::collection::vec("[ -~]{0,12}", 0..16)) {
+        for text in [text, fields.join("|"), format!("JobId={}", fields.join("="))] {
+            drop(squeue(&text));
+            drop(sacct(&text));
+            drop(scontrol_job(&text, "knoc-x"));
+            minutes(&text).unwrap_or_default();
+        }
+    }
+
+    #[test]
+    fn minutes_never_panic(text in "[0-9]{0,20}-?[0-9]{0,20}:?[0-9]{0,20}:?[0-9]{0,20}") {
+        minutes(&text).unwrap_or_default();
+    }
+}

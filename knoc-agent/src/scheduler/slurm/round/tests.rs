@@ -1,1 +1,261 @@
+//! Rounds against programs that print recorded answers.
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use knoc_proto::ids::PodUid;
+
+use super::*;
+use crate::scheduler::slurm::Settings;
+use crate::scheduler::{Cancel, JobExit, JobState, RefusalKind, Scheduler, SubmitRequest};
+
+/// A folder with Slurm's commands as scripts.
+struct Fake {
+    dir: tempfile::TempDir,
+}
+
+impl Fake {
+    fn new() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn program(&self, name: &str, script: &str) -> &Self {
+        let path = self.dir.path().join(name);
+        let script = format!(
+            "#!/bin/sh\necho \"$*\" >>'{}/calls'\n{script}\n",
+            self.dir.path().display()
+        );
+        std::io::Write::write_all(
+            &mut std::fs::File::create(&path).unwrap(),
+            script.as_bytes(),
+        )
+        .unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        self
+    }
+
+    fn recorded(&self, name: &str, file: &str) -> &Self {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/slurm-24.11");
+        self.program(name, &format!("cat '{}'", root.join(file).display()))
+    }
+
+    fn slurm(&self) -> Slurm {
+        let path = format!("{}:/usr/bin:/bin", self.dir.path().display());
+        Slurm::new(Settings {
+            path,
+            ..Settings::default()
+        })
+    }
+
+    fn calls(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("calls")).unwrap_or_default()
+    }
+}
+
+fn job(id: &str, case: &str) -> JobRef {
+    let uid = PodUid::try_from(format!("rec-{case}")).unwrap();
+    JobRef {
+        id: JobId::try_from(id).unwrap(),
+        uid,
+    }
+}
+
+fn find<'a>(round: &'a Round, job: &JobRef) -> &'a JobView {
+    round.jobs.iter().find(|view| &view.job() == job).unwrap()
+}
+
+#[tokio::test]
+async fn ended_jobs_get_their_exit_from_the_accounting() {
+    let fake = Fake::new();
+    fake.recorded("squeue", "squeue-end.txt")
+        .recorded("sacct", "sacct-end.txt");
+    let (failed, running, gone) = (job("4", "failed"), job("7", "running"), job("99", "gone"));
+    let reused = job("3", "somebody-else");
+    let known = [
+        failed.clone(),
+        running.clone(),
+        gone.clone(),
+        reused.clone(),
+    ];
+    let round = round(&fake.slurm(), &known).await.unwrap();
+    assert_eq!(
+        find(&round, &failed).exit,
+        Some(JobExit {
+            code: 64,
+            signal: 0
+        })
+    );
+    assert_eq!(
+        find(&round, &failed).reason,
+        "NonZeroExitCode",
+        "squeue's, where sacct has none"
+    );
+    assert_eq!(find(&round, &running).state, JobState::Running);
+    assert_eq!(
+        round.missing,
+        [gone, reused],
+        "an id that is another's by now is missing"
+    );
+    assert_eq!(round.accounting, Accounting::Answered);
+    assert!(fake.calls().contains("-j 4,99,3"), "{}", fake.calls());
+}
+
+#[tokio::test]
+async fn what_runs_costs_one_question() {
+    let fake = Fake::new();
+    fake.recorded("squeue", "squeue-start.txt")
+        .program("sacct", "exit 1");
+    let round = round(&fake.slurm(), &[job("7", "running")]).await.unwrap();
+    assert_eq!(round.accounting, Accounting::NotAsked);
+    assert_eq!(fake.calls().lines().count(), 1, "{}", fake.calls());
+}
+
+#[tokio::test]
+async fn without_an_answer_of_the_accounting_nothing_is_missing() {
+    let fake = Fake::new();
+    let away =
+        "echo 'sacct: error: Problem talking to the database: Connection refused' >&2; exit 1";
+    fake.recorded("squeue", "squeue-end.txt")
+        .program("sacct", away);
+    fake.program(
+        "scontrol",
+        "echo 'JobId=4 JobName=knoc-rec-failed JobState=FAILED Restarts=2 ExitCode=64:0'",
+    );
+    let failed = job("4", "failed");
+    let round = round(&fake.slurm(), &[failed.clone(), job("99", "gone")])
+        .await
+        .unwrap();
+    assert!(matches!(&round.accounting, Accounting::Away(words) if words.contains("refused")));
+    assert_eq!(round.missing, []);
+    assert_eq!(
+        find(&round, &failed).exit,
+        Some(JobExit {
+            code: 64,
+            signal: 0
+        })
+    );
+    assert_eq!(find(&round, &failed).restarts, 2);
+}
+
+#[tokio::test]
+async fn a_site_without_accounting_knows_what_is_missing() {
+    let fake = Fake::new();
+    let disabled = "echo 'Slurm accounting storage is disabled' >&2; exit 1";
+    fake.recorded("squeue", "squeue-end.txt")
+        .program("sacct", disabled)
+        .program("scontrol", "exit 1");
+    let gone = job("99", "gone");
+    let round = round(&fake.slurm(), std::slice::from_ref(&gone))
+        .await
+        .unwrap();
+    assert_eq!(
+        (round.accounting, round.missing),
+        (Accounting::Disabled, vec![gone])
+    );
+}
+
+#[tokio::test]
+async fn a_queue_that_does_not_answer_is_an_error() {
+    let fake = Fake::new();
+    fake.program(
+        "squeue",
+        "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1",
+    );
+    let err = round(&fake.slurm(), &[]).await.unwrap_err();
+    assert!(
+        knoc_proto::error::chain(&err).contains("Unable to contact"),
+        "{err:?}"
+    );
+}
+
+fn request(dir: &Path) -> SubmitRequest {
+    SubmitRequest {
+        uid: PodUid::try_from("p").unwrap(),
+        spec: std::sync::Arc::default(),
+        cluster_id: String::new(),
+        attempt: 1,
+        jobdir: dir.to_owned(),
+        shim: PathBuf::from("/opt/knoc-agent"),
+    }
+}
+
+#[tokio::test]
+async fn submit_hands_the_script_over_and_reads_the_id() {
+    let fake = Fake::new();
+    let out = fake.dir.path().join("script");
+    fake.program(
+        "sbatch",
+        &format!("cat >'{}'; echo '4711;cluster'", out.display()),
+    );
+    let slurm = Scheduler::Slurm(Box::new(fake.slurm()));
+    let submitted = slurm.submit(&request(fake.dir.path())).await.unwrap();
+    assert_eq!(submitted.job.as_str(), "4711");
+    assert!(submitted.ended >= submitted.began);
+    let script = std::fs::read_to_string(out).unwrap();
+    assert!(
+        script.starts_with("#!/bin/sh\nexec '/opt/knoc-agent' shim '"),
+        "{script}"
+    );
+}
+
+#[tokio::test]
+async fn an_answer_without_an_id_is_ambiguous() {
+    for answer in ["true", "echo hello", "echo 1 2"] {
+        let fake = Fake::new();
+        fake.program("sbatch", &format!("cat >/dev/null; {answer}"));
+        let refusal = fake
+            .slurm()
+            .submit(&request(fake.dir.path()))
+            .await
+            .unwrap_err();
+        assert_eq!(refusal.kind, RefusalKind::Ambiguous, "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn cancel_names_the_job_too_and_forgives_what_is_gone() {
+    let fake = Fake::new();
+    fake.program(
+        "scancel",
+        "echo 'scancel: error: Kill job error on job id 4: Invalid job id specified' >&2; exit 1",
+    );
+    let slurm = fake.slurm();
+    for how in [Cancel::Queued, Cancel::Terminate, Cancel::Kill] {
+        slurm.cancel(&job("4", "x"), how).await.unwrap();
+    }
+    let expected = "--name=knoc-rec-x --state=PENDING 4\n--name=knoc-rec-x --batch --signal=TERM 4\n--name=knoc-rec-x 4\n";
+    assert_eq!(fake.calls(), expected);
+    fake.program(
+        "scancel",
+        "echo 'Unable to contact slurm controller' >&2; exit 1",
+    );
+    slurm
+        .cancel(&job("4", "x"), Cancel::Kill)
+        .await
+        .unwrap_err();
+}
+
+#[tokio::test]
+async fn find_looks_in_both_places_and_does_not_guess() {
+    let fake = Fake::new();
+    fake.recorded("squeue", "squeue-end.txt")
+        .recorded("sacct", "sacct-end.txt");
+    let uid = PodUid::try_from("rec-failed").unwrap();
+    let found = fake.slurm().find(&uid).await.unwrap();
+    assert_eq!(
+        found.iter().map(|job| job.id.as_str()).collect::<Vec<_>>(),
+        ["4"]
+    );
+    fake.program(
+        "sacct",
+        "echo 'Problem talking to the database' >&2; exit 1",
+    );
+    fake.slurm().find(&uid).await.unwrap_err();
+    fake.program(
+        "sacct",
+        "echo 'Slurm accounting storage is disabled' >&2; exit 1",
+    );
+    assert_eq!(fake.slurm().find(&uid).await.unwrap().len(), 1);
+}

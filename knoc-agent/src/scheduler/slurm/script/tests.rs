@@ -75,7 +75,6 @@ fn everything_that_can_be_asked_for() {
     };
     let site = Settings {
         allowed_flags: vec!["--mail-type".to_owned()],
-        export: vec!["MODULEPATH".to_owned()],
         ..Settings::default()
     };
     let rendered = render(&request(spec), &site, &[]).unwrap();

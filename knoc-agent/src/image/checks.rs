@@ -1,0 +1,100 @@
+//! What `doctor` asks of images: the runtime, the cache, the roots, the mirrors.
+
+use std::path::Path;
+
+use knoc_proto::{error, pb};
+use oci_client::Reference as OciReference;
+
+use super::{Images, reference, runtime_version};
+
+impl Images {
+    /// Findings in the order of the chain.
+    pub async fn checks(&self) -> Vec<pb::Finding> {
+        let settings = self.settings();
+        let mut all = vec![self.runtime().await];
+        if settings.program.is_none() {
+            return all;
+        }
+        all.push(folder(
+            "images: cache",
+            &settings.cache,
+            "check quota and rights of state_dir",
+        ));
+        for root in &settings.roots {
+            all.push(folder(
+                "images: image_roots",
+                root,
+                "make the folder, or take it out of image_roots",
+            ));
+        }
+        for entry in settings
+            .registries
+            .iter()
+            .filter(|entry| entry.mirror.is_some())
+        {
+            all.push(self.mirror(&entry.prefix).await);
+        }
+        all
+    }
+
+    async fn runtime(&self) -> pb::Finding {
+        let settings = self.settings();
+        match runtime_version(settings).await {
+            Ok(version) => {
+                let path = settings.program.as_deref().unwrap_or_else(|| Path::new(""));
+                finding(
+                    "images: runtime",
+                    Ok(format!("{version} {}", path.display())),
+                    "",
+                )
+            }
+            Err(err) => {
+                let cure = "set tools.apptainer in the site file, or load its module before the agent starts";
+                finding("images: runtime", Err(error::chain(&err)), cure)
+            }
+        }
+    }
+
+    /// Whether a mirror answers at all: any answer of a registry will do, that it lacks the image too.
+    async fn mirror(&self, prefix: &str) -> pb::Finding {
+        let check = format!("images: mirror of {prefix}");
+        let cure = "check mirror and insecure of this [[registry]] in the site file";
+        let name: Result<OciReference, _> = format!("{prefix}/knoc/doctor:none").parse();
+        let Ok(name) = name else {
+            return finding(
+                &check,
+                Err("the prefix is no registry name".to_owned()),
+                cure,
+            );
+        };
+        let source = match reference::source(&name, &self.settings().registries) {
+            Ok(source) => source,
+            Err(words) => return finding(&check, Err(words), cure),
+        };
+        let registry = source.reference.registry().to_owned();
+        let result = self.registry().answers(&source).await;
+        finding(&check, result.map(|()| format!("{registry} answers")), cure)
+    }
+}
+
+fn folder(check: &str, path: &Path, cure: &str) -> pb::Finding {
+    let read = std::fs::read_dir(path).map(drop);
+    let result = read.map(|()| path.display().to_string());
+    finding(
+        check,
+        result.map_err(|err| format!("{}: {err}", path.display())),
+        cure,
+    )
+}
+
+fn finding(check: &str, result: Result<String, String>, cure: &str) -> pb::Finding {
+    let ok = result.is_ok();
+    let detail = result.unwrap_or_else(|words| words);
+    let cure = if ok { String::new() } else { cure.to_owned() };
+    pb::Finding {
+        check: check.to_owned(),
+        ok,
+        detail,
+        cure,
+    }
+}

@@ -1,0 +1,112 @@
+//! The shim's child processes: starts them, and reaps them and every orphan that falls to it.
+//!
+//! The shim is a subreaper, so it must wait for processes it never started; one task, [`Children::reap`], waits for
+//! all and gives each exit to who waits for it. The map is locked only for the moment of an insert or a removal.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::unix::process::CommandExt as _,
+    process::Command,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use rustix::process::{WaitOptions, WaitStatus, wait};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+};
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Exit {
+    /// 128 + signal where a signal ended it.
+    pub(crate) code: i32,
+    /// 0: none.
+    pub(crate) signal: i32,
+}
+
+impl From<WaitStatus> for Exit {
+    fn from(status: WaitStatus) -> Self {
+        match status.terminating_signal() {
+            Some(signal) => Self {
+                code: 128 + signal,
+                signal,
+            },
+            None => Self {
+                code: status.exit_status().unwrap_or(-1),
+                signal: 0,
+            },
+        }
+    }
+}
+
+/// A started process.
+#[derive(Debug)]
+pub(crate) struct Child {
+    pub(crate) pid: u32,
+    exit: oneshot::Receiver<Exit>,
+    /// What was piped of its stdio.
+    pub(crate) stderr: Option<std::process::ChildStderr>,
+}
+
+impl Child {
+    /// Waits for its end. Cancel safe; to be asked until it has answered once.
+    pub(crate) async fn wait(&mut self) -> Exit {
+        // The sender lives as long as the reaper, and that as long as the shim.
+        (&mut self.exit).await.unwrap_or(Exit {
+            code: -1,
+            signal: 0,
+        })
+    }
+}
+
+/// See the module.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Children {
+    waiting: Arc<Mutex<HashMap<u32, oneshot::Sender<Exit>>>>,
+}
+
+impl Children {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Exit>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts `command`, in a process group of its own where `group` is set.
+    pub(crate) fn spawn(&self, command: &mut Command, group: bool) -> io::Result<Child> {
+        // Locked over the start: the reaper must not see a child that is not in the map yet.
+        let mut waiting = self.waiting();
+        if group {
+            command.process_group(0);
+        }
+        let mut child = command.spawn()?;
+        let (sender, exit) = oneshot::channel();
+        waiting.insert(child.id(), sender);
+        Ok(Child {
+            pid: child.id(),
+            exit,
+            stderr: child.stderr.take(),
+        })
+    }
+
+    /// The task: reaps until dropped.
+    pub(crate) async fn reap(self, mut news: Signal) {
+        loop {
+            while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+                let pid = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or_default();
+                if let Some(sender) = self.waiting().remove(&pid) {
+                    // Who waited may be gone by now.
+                    sender.send(status.into()).ok();
+                }
+            }
+            if news.recv().await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// The signal that [`Self::reap`] wakes on: to be installed before the first child.
+    pub(crate) fn signal() -> io::Result<Signal> {
+        signal(SignalKind::child())
+    }
+}

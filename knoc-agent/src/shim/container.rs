@@ -1,0 +1,480 @@
+//! Task: one attempt of one container, from its folders to its end. The supervisor decides; this performs.
+//!
+//! Sends [`Event::Running`] once the program runs and ends with [`Ended`]. Cancelling `abort` ends the runtime where
+//! the program does not run yet, or where the runtime outlives a killed program. Never decides about restarts.
+
+mod folders;
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::Path,
+    process::{Command, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use knoc_proto::{error::chain, pb};
+use rustix::process::Signal;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use self::folders::{Folders, PrepareError};
+use super::{
+    children::{Child, Exit},
+    environment::{self, TerminationLog},
+    fdio::{self, Stream},
+    handshake::{self, HandshakeError},
+    output::{self, Source},
+    pod::Pod,
+    signals::{self, Identity},
+};
+use crate::{
+    launch::wire::LaunchSpec,
+    logs::{
+        cri,
+        read::last_text,
+        writer::{Losses, Writer},
+    },
+    runtime::{Root, Sandbox},
+};
+
+/// How much of the runtime's own words is kept.
+const WORDS: usize = 4096;
+
+/// How long a runtime may live on after it was told to end, or its program was killed.
+const RUNTIME_GRACE: Duration = Duration::from_secs(5);
+
+/// How long the runtime's helpers may hold its standard error after its end.
+const WORDS_GRACE: Duration = Duration::from_millis(500);
+
+/// Kubernetes' bounds of a termination message, and of the log's end in its place.
+const MESSAGE_BYTES: usize = 4096;
+const FALLBACK_LINES: u64 = 80;
+const FALLBACK_BYTES: usize = 2048;
+
+/// The exit code of a container whose program never ran.
+const NOT_STARTED: i32 = 128;
+
+/// A program that runs: what exec needs to do likewise.
+#[derive(Debug)]
+pub(crate) struct Program {
+    pub(crate) identity: Identity,
+    pub(crate) spec: LaunchSpec,
+}
+
+/// How an attempt ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Ended {
+    pub(crate) exit: Exit,
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
+    pub(crate) finished_at: Timestamp,
+    pub(crate) losses: Losses,
+}
+
+/// What an attempt tells the supervisor while it lasts.
+#[derive(Debug)]
+pub(crate) struct Event {
+    /// Index of the container.
+    pub(crate) index: usize,
+    pub(crate) program: Arc<Program>,
+    pub(crate) started_at: Timestamp,
+}
+
+/// What to run.
+#[derive(Debug)]
+pub(crate) struct Attempt {
+    pub(crate) index: usize,
+    /// Restart count.
+    pub(crate) number: u32,
+    pub(crate) values: Arc<pb::PodValues>,
+    /// Where the log's readers hear of news.
+    pub(crate) written: watch::Sender<u64>,
+    pub(crate) abort: CancellationToken,
+    pub(crate) events: mpsc::Sender<Event>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum AttemptError {
+    /// Our own preparations.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    /// The runtime could not make the container; its words.
+    #[error("{0}")]
+    Runtime(String),
+    /// The program could not be started.
+    #[error("unable to start container process")]
+    Start(#[source] HandshakeError),
+    #[error("stopped before it was started")]
+    Aborted,
+}
+
+impl AttemptError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Prepare(_) => "CreateContainerError",
+            Self::Runtime(_) => "ContainerCannotRun",
+            Self::Start(_) => "StartError",
+            Self::Aborted => "Error",
+        }
+    }
+}
+
+/// Runs the attempt to its end.
+pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
+    let outcome = try_run(&pod, &attempt).await;
+    let finished_at = Timestamp::now();
+    match outcome {
+        Ok((exit, message, losses, killed_by_kernel)) => Ended {
+            exit,
+            reason: reason_of(exit, killed_by_kernel),
+            message,
+            finished_at,
+            losses,
+        },
+        Err(error) => {
+            tracing::warn!(container = attempt.index, "{}", chain(&error));
+            let code = if matches!(error, AttemptError::Aborted) {
+                137
+            } else {
+                NOT_STARTED
+            };
+            Ended {
+                exit: Exit { code, signal: 0 },
+                reason: error.reason(),
+                message: chain(&error),
+                finished_at,
+                losses: Losses::default(),
+            }
+        }
+    }
+}
+
+/// PURE
+fn reason_of(exit: Exit, killed_by_kernel: bool) -> &'static str {
+    match exit.code {
+        0 => "Completed",
+        137 if killed_by_kernel => "OOMKilled",
+        _ => "Error",
+    }
+}
+
+type Done = (Exit, String, Losses, bool);
+
+async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
+    let container = pod.container(attempt.index);
+    let image = pod.image(attempt.index);
+    let folders = Folders::prepare(pod, attempt, container)?;
+    let config = image.config.clone().unwrap_or_default();
+    let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
+    if let TerminationLog::Link { name, target } = &folders.termination {
+        spec.links.extend([
+            name.clone().into_bytes(),
+            target.as_os_str().as_encoded_bytes().to_vec(),
+        ]);
+    }
+    let kills_before = pod.oom.kills();
+    let mut up = bring_up(pod, attempt, &folders, container, Path::new(&image.path)).await?;
+    let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
+    let keep_open = stdio.keep_open;
+    let launched = handshake::launch(up.socket, &spec, stdio.theirs).await;
+    let launched = match launched {
+        Ok(launched) => launched,
+        Err(error) => {
+            up.runtime.end().await;
+            return Err(AttemptError::Start(error));
+        }
+    };
+    let sources = match launched.master {
+        Some(master) => vec![Source::new(
+            Stream::new(master).map_err(PrepareError::Pipes)?,
+            cri::Stream::Stdout,
+        )],
+        None => sources,
+    };
+    let program = Program {
+        identity: up.identity,
+        spec,
+    };
+    let event = Event {
+        index: attempt.index,
+        program: Arc::new(program),
+        started_at: Timestamp::now(),
+    };
+    // The supervisor outlives its attempts.
+    attempt.events.send(event).await.ok();
+    let live = pod.jobdir.log_path(&container.name, attempt.number);
+    let writer = Writer::open(&live, pod.limits);
+    let over = CancellationToken::new();
+    let pump = output::pump(sources, writer, attempt.written.clone(), over.clone());
+    let ending = async {
+        let exit = up.runtime.ended(&attempt.abort, up.identity).await;
+        if !pod.runtime.isolates() {
+            signals::kill_left(up.identity.pid);
+        }
+        over.cancel();
+        exit
+    };
+    let (losses, exit) = tokio::join!(pump, ending);
+    drop(keep_open);
+    let killed = pod.oom.kills() > kills_before;
+    let message = message(&folders, container, exit, &live);
+    Ok((with_signal(exit), message, losses, killed))
+}
+
+/// Runtimes end with 128 + n where a signal ended the program.
+fn with_signal(exit: Exit) -> Exit {
+    let signal = if (129..=192).contains(&exit.code) {
+        exit.code - 128
+    } else {
+        exit.signal
+    };
+    Exit { signal, ..exit }
+}
+
+fn message(folders: &Folders, container: &pb::Container, exit: Exit, live: &Path) -> String {
+    let mut text = folders.termination_message(MESSAGE_BYTES);
+    if text.is_empty() && container.termination_message_fallback_to_logs && exit.code != 0 {
+        text = last_text(live, FALLBACK_LINES, FALLBACK_BYTES).unwrap_or_default();
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+/// The runtime's process, and what it says.
+struct Runtime {
+    child: Child,
+    words: Arc<Mutex<Vec<u8>>>,
+    /// Reads the words.
+    tasks: JoinSet<io::Result<()>>,
+    /// Does it lead a process group?
+    group: bool,
+}
+
+struct Up {
+    runtime: Runtime,
+    socket: UnixStream,
+    identity: Identity,
+}
+
+/// Starts the runtime, with the best root that works, until its launcher connects.
+async fn bring_up(
+    pod: &Arc<Pod>,
+    attempt: &Attempt,
+    folders: &Folders,
+    container: &pb::Container,
+    image: &Path,
+) -> Result<Up, AttemptError> {
+    let listener = folders.listen()?;
+    let mut roots = if container.read_only_root {
+        vec![Root::ReadOnly]
+    } else {
+        pod.runtime.writable_roots(&folders.root)
+    };
+    let mut first_words = None;
+    while !roots.is_empty() {
+        let sandbox = Sandbox {
+            image: image.to_owned(),
+            agent: pod.agent.clone(),
+            folder: folders.shared.clone(),
+            binds: folders.binds.clone(),
+            hostname: if pod.runtime.isolates() {
+                pod.facts.hostname.clone()
+            } else {
+                String::new()
+            },
+            root: roots.remove(0),
+            work: folders.work.clone(),
+            fakeroot: container.fakeroot,
+        };
+        match start(pod, attempt, &sandbox, &listener).await {
+            Err(AttemptError::Runtime(words)) => {
+                tracing::warn!(root = ?sandbox.root, %words, "the runtime gave up");
+                first_words.get_or_insert(words);
+            }
+            other => return other,
+        }
+    }
+    Err(AttemptError::Runtime(first_words.unwrap_or_default()))
+}
+
+async fn start(
+    pod: &Arc<Pod>,
+    attempt: &Attempt,
+    sandbox: &Sandbox,
+    listener: &UnixListener,
+) -> Result<Up, AttemptError> {
+    let argv = pod.runtime.argv(sandbox).map_err(PrepareError::Runtime)?;
+    let mut runtime = spawn(pod, &argv).map_err(PrepareError::Spawn)?;
+    loop {
+        tokio::select! {
+            biased;
+            connected = listener.accept() => {
+                let (socket, _) = connected.map_err(PrepareError::Pipes)?;
+                if let Some(identity) = peer(&socket) {
+                    return Ok(Up { runtime, socket, identity });
+                }
+            }
+            exit = runtime.child.wait() => {
+                return Err(AttemptError::Runtime(runtime.last_words(exit).await));
+            }
+            () = attempt.abort.cancelled() => {
+                runtime.end().await;
+                return Err(AttemptError::Aborted);
+            }
+        }
+    }
+}
+
+/// The launcher, if it is one of ours.
+fn peer(socket: &UnixStream) -> Option<Identity> {
+    let credentials = rustix::net::sockopt::socket_peercred(socket).ok()?;
+    if credentials.uid != rustix::process::getuid() {
+        return None;
+    }
+    Identity::of(u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()?)
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the shim's one module that starts containers"
+)]
+fn spawn(pod: &Pod, argv: &[std::ffi::OsString]) -> io::Result<Runtime> {
+    let [program, arguments @ ..] = argv else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .env_clear()
+        .envs(&pod.job.runtime_env)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    // A launcher that is the program itself must be able to lead a session.
+    let group = pod.runtime.isolates();
+    let mut child = pod.children.spawn(&mut command, group)?;
+    let words = Arc::new(Mutex::new(Vec::new()));
+    let mut tasks = JoinSet::new();
+    if let Some(stderr) = child.stderr.take() {
+        let stream = Stream::new(stderr.into())?;
+        tasks.spawn(output::keep_tail(stream, WORDS, Arc::clone(&words)));
+    }
+    Ok(Runtime {
+        child,
+        words,
+        tasks,
+        group,
+    })
+}
+
+impl Runtime {
+    /// Waits for the end of the container. Once aborted, a runtime that outlives its program is killed too.
+    async fn ended(&mut self, abort: &CancellationToken, program: Identity) -> Exit {
+        tokio::select! {
+            biased;
+            exit = self.child.wait() => return exit,
+            () = abort.cancelled() => {}
+        }
+        if let Ok(exit) = tokio::time::timeout(RUNTIME_GRACE, self.child.wait()).await {
+            return exit;
+        }
+        signals::to_program(program, Signal::KILL);
+        self.signal(Signal::KILL);
+        self.child.wait().await
+    }
+
+    /// Ends a runtime whose program does not run.
+    async fn end(&mut self) {
+        // Killing it at once would leave its file system helpers behind.
+        self.signal(Signal::TERM);
+        if tokio::time::timeout(RUNTIME_GRACE, self.child.wait())
+            .await
+            .is_err()
+        {
+            self.signal(Signal::KILL);
+            self.child.wait().await;
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        if self.group {
+            signals::to_group(self.child.pid, signal);
+        } else {
+            signals::send(self.child.pid, signal);
+        }
+    }
+
+    async fn last_words(&mut self, exit: Exit) -> String {
+        // Its helpers may hold the pipe: what they would say is not waited for.
+        tokio::time::timeout(WORDS_GRACE, self.tasks.join_next())
+            .await
+            .ok();
+        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let words = String::from_utf8_lossy(&words).trim().to_owned();
+        if words.is_empty() {
+            format!("the runtime ended with code {}", exit.code)
+        } else {
+            words
+        }
+    }
+}
+
+struct Stdio3 {
+    theirs: Vec<OwnedFd>,
+    /// The writing end of a standard input that nobody is attached to.
+    keep_open: Option<Stream>,
+}
+
+/// Pipes for the program; none where it has a terminal.
+fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
+    if container.tty {
+        return Ok((
+            Stdio3 {
+                theirs: Vec::new(),
+                keep_open: None,
+            },
+            Vec::new(),
+        ));
+    }
+    let (stdin, keep_open) = if container.stdin {
+        let (theirs, ours) = fdio::input_pipe()?;
+        (theirs, Some(ours))
+    } else {
+        (std::fs::File::open("/dev/null")?.into(), None)
+    };
+    let (ours_out, stdout) = fdio::output_pipe()?;
+    let (ours_err, stderr) = fdio::output_pipe()?;
+    let sources = vec![
+        Source::new(ours_out, cri::Stream::Stdout),
+        Source::new(ours_err, cri::Stream::Stderr),
+    ];
+    Ok((
+        Stdio3 {
+            theirs: vec![stdin, stdout, stderr],
+            keep_open,
+        },
+        sources,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_and_signals() {
+        let exit = |code| Exit { code, signal: 0 };
+        assert_eq!(reason_of(exit(0), true), "Completed");
+        assert_eq!(reason_of(exit(137), true), "OOMKilled");
+        assert_eq!(reason_of(exit(137), false), "Error");
+        assert_eq!(with_signal(exit(143)).signal, 15);
+        assert_eq!(with_signal(exit(255)).signal, 0);
+    }
+}

@@ -1,0 +1,168 @@
+//! The node-local folders and files of one attempt. Blocking, but local and small.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _, Seek as _, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use knoc_proto::pb;
+use tokio::net::UnixListener;
+
+use super::{
+    super::{
+        environment::{self, TerminationLog},
+        pod::Pod,
+        scratch::remove_tree,
+        volumes::VolumeError,
+    },
+    Attempt,
+};
+use crate::{
+    jobdir::atomic::FileError,
+    runtime::{Bind, RuntimeError},
+};
+
+/// Why an attempt could not be prepared.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PrepareError {
+    #[error("prepare the container's folders")]
+    File(#[from] FileError),
+    #[error("mount a volume")]
+    Volume(#[from] VolumeError),
+    #[error(transparent)]
+    Runtime(RuntimeError),
+    #[error("start the container runtime")]
+    Spawn(#[source] io::Error),
+    #[error("prepare the container's pipes")]
+    Pipes(#[source] io::Error),
+}
+
+/// See the module. Removed when dropped.
+#[derive(Debug)]
+pub(super) struct Folders {
+    /// What the container sees as `/.knoc`.
+    pub(super) shared: PathBuf,
+    /// What the container writes to its root.
+    pub(super) root: PathBuf,
+    /// Its `/tmp` and `/var/tmp`.
+    pub(super) work: PathBuf,
+    pub(super) binds: Vec<Bind>,
+    pub(super) termination: TerminationLog,
+}
+
+impl Folders {
+    pub(super) fn prepare(
+        pod: &Pod,
+        attempt: &Attempt,
+        container: &pb::Container,
+    ) -> Result<Self, PrepareError> {
+        let id = format!("{}-{}", attempt.index, attempt.number);
+        let shared = pod.scratch.disk(&format!("c{id}"))?;
+        let root = pod.scratch.disk(&format!("r{id}"))?;
+        let work = pod.scratch.disk(&format!("w{id}"))?;
+        let binds = pod.volumes.binds(&container.mounts)?;
+        // The runtime's own temporary folders are mounted too, below what the pod mounts.
+        let temporary = |target: &str, name: &str| Bind {
+            source: work.join(name),
+            target: target.into(),
+            read_only: false,
+        };
+        let mut mounted = vec![temporary("/tmp", "tmp"), temporary("/var/tmp", "var_tmp")];
+        mounted.extend(binds.iter().cloned());
+        let termination = environment::termination_log(container, &mounted);
+        let mut folders = Self {
+            shared,
+            root,
+            work,
+            binds,
+            termination,
+        };
+        if pod.runtime.isolates() {
+            folders.fill(pod)?;
+        }
+        Ok(folders)
+    }
+
+    fn fill(&mut self, pod: &Pod) -> Result<(), PrepareError> {
+        self.touch("agent")?;
+        let log = self.touch("termination-log")?;
+        match &self.termination {
+            TerminationLog::Mounted(path) => {
+                if let Some(parent) = path.parent() {
+                    fs::create_dir_all(parent).ok();
+                }
+                // A folder that cannot be written gives no message.
+                File::options().create(true).append(true).open(path).ok();
+            }
+            TerminationLog::Bind(target) => {
+                let bind = Bind {
+                    source: log,
+                    target: target.clone(),
+                    read_only: false,
+                };
+                self.binds.push(bind);
+            }
+            TerminationLog::Link { .. } => {}
+        }
+        let target = Path::new("/etc/hosts");
+        if !self.binds.iter().any(|bind| bind.target == target) {
+            let node = fs::read_to_string(target).unwrap_or_default();
+            let text = environment::hosts(&node, &pod.facts, &pod.spec().host_aliases);
+            let source = self.touch("hosts")?;
+            let mut file = File::options()
+                .write(true)
+                .open(&source)
+                .map_err(FileError::on("open", &source))?;
+            io::Write::write_all(&mut file, text.as_bytes())
+                .map_err(FileError::on("write", &source))?;
+            self.binds.push(Bind {
+                source,
+                target: target.into(),
+                read_only: false,
+            });
+        }
+        Ok(())
+    }
+
+    fn touch(&self, name: &str) -> Result<PathBuf, FileError> {
+        let path = self.shared.join(name);
+        File::create(&path).map_err(FileError::on("create", &path))?;
+        Ok(path)
+    }
+
+    /// The socket that the launcher connects to.
+    pub(super) fn listen(&self) -> Result<UnixListener, PrepareError> {
+        let path = self.shared.join("launch.sock");
+        Ok(UnixListener::bind(&path).map_err(FileError::on("listen on", &path))?)
+    }
+
+    /// The last `limit` bytes of what the program left as its message.
+    pub(super) fn termination_message(&self, limit: usize) -> Vec<u8> {
+        let path = match &self.termination {
+            TerminationLog::Mounted(path) => path.clone(),
+            TerminationLog::Link { .. } | TerminationLog::Bind(_) => {
+                self.shared.join("termination-log")
+            }
+        };
+        read_end(&path, limit).unwrap_or_default()
+    }
+}
+
+fn read_end(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let limit = u64::try_from(limit).unwrap_or_default();
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(limit)))?;
+    let mut text = Vec::new();
+    file.take(limit).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+impl Drop for Folders {
+    fn drop(&mut self) {
+        for folder in [&self.shared, &self.root, &self.work] {
+            remove_tree(folder);
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! PURE: what a container's program becomes: argv, environment, directory, hosts file; and where its termination
+//! message is found.
+
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
+
+use knoc_proto::{
+    expand::{self, RuntimeFields},
+    pb,
+};
+
+use crate::{
+    launch::wire::{LaunchSpec, Window},
+    runtime::{Bind, INSIDE},
+};
+
+const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const TERMINATION_LOG: &str = "/dev/termination-log";
+
+/// The window of a terminal nobody has attached to yet.
+const TERMINAL: Window = Window { cols: 80, rows: 24 };
+
+/// What is the same for all containers of a pod.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Facts {
+    /// The pod's host name.
+    pub(crate) hostname: String,
+    /// Addresses known only here.
+    pub(crate) fields: RuntimeFields,
+    /// The soft limit of open files that the job had.
+    pub(crate) open_files: u64,
+}
+
+/// What the launcher is told.
+pub(crate) fn launch_spec(
+    container: &pb::Container,
+    image: &pb::ImageConfig,
+    values: &pb::PodValues,
+    facts: &Facts,
+) -> LaunchSpec {
+    let own = values
+        .env
+        .iter()
+        .find(|env| env.container == container.name);
+    let vars = own.map_or(&[][..], |env| &env.vars);
+    let mut env = expand::environment(&image.env, vars, &facts.fields);
+    let mut default = |name: &[u8], value: &[u8]| {
+        if !env.iter().any(|(known, _)| known == name) {
+            env.push((name.to_vec(), value.to_vec()));
+        }
+    };
+    default(b"PATH", DEFAULT_PATH);
+    default(b"HOSTNAME", facts.hostname.as_bytes());
+    if container.tty {
+        default(b"TERM", b"xterm");
+    }
+    let cwd = [&container.working_dir, &image.working_dir]
+        .into_iter()
+        .find(|dir| !dir.is_empty());
+    LaunchSpec {
+        argv: argv(
+            container,
+            image,
+            &expand::pod_environment(vars, &facts.fields),
+        ),
+        env: env
+            .into_iter()
+            .map(|(name, value)| [name, value].join(&b'='))
+            .collect(),
+        cwd: cwd.map_or_else(|| b"/".to_vec(), |dir| dir.as_bytes().to_vec()),
+        create_cwd: true,
+        tty: container.tty.then_some(TERMINAL),
+        open_files: facts.open_files,
+        links: Vec::new(),
+    }
+}
+
+/// Kubernetes' rule: a command replaces the image's entrypoint and its arguments, args replace its arguments.
+fn argv(
+    container: &pb::Container,
+    image: &pb::ImageConfig,
+    env: &[expand::Variable],
+) -> Vec<Vec<u8>> {
+    let literal = |words: &[String]| words.iter().map(|word| word.clone().into_bytes()).collect();
+    let mut argv: Vec<Vec<u8>> = if container.command.is_empty() {
+        literal(&image.entrypoint)
+    } else {
+        expand::argv(&container.command, env)
+    };
+    if !container.args.is_empty() {
+        argv.extend(expand::argv(&container.args, env));
+    } else if container.command.is_empty() {
+        argv.extend::<Vec<Vec<u8>>>(literal(&image.cmd));
+    }
+    argv
+}
+
+/// The text of `/etc/hosts`: the node's, then the pod's name and aliases.
+pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> String {
+    let mut text = node.trim_end().to_owned();
+    text.push_str("\n\n# Entries added by KNoC.\n");
+    // Writing to a string cannot fail.
+    if !facts.hostname.is_empty() && !facts.fields.host_ip.is_empty() {
+        writeln!(text, "{}\t{}", facts.fields.host_ip, facts.hostname).ok();
+    }
+    for alias in aliases {
+        writeln!(text, "{}\t{}", alias.ip, alias.hostnames.join("\t")).ok();
+    }
+    text
+}
+
+/// How a container's termination message reaches the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum TerminationLog {
+    /// It lies in something that is mounted: made and read there.
+    Mounted(PathBuf),
+    /// Nothing can be mounted under `/dev`: a link leads to our file inside.
+    Link { name: String, target: PathBuf },
+    /// Our file is mounted over it.
+    Bind(PathBuf),
+}
+
+/// Decides by the path and what is mounted already.
+pub(crate) fn termination_log(container: &pb::Container, binds: &[Bind]) -> TerminationLog {
+    let path = container.termination_message_path.as_str();
+    let path = if path.is_empty() {
+        TERMINATION_LOG
+    } else {
+        path
+    };
+    let longest = binds
+        .iter()
+        .filter(|bind| Path::new(path).starts_with(&bind.target))
+        .max_by_key(|bind| bind.target.components().count());
+    if let Some(bind) = longest {
+        let rest = Path::new(path)
+            .strip_prefix(&bind.target)
+            .unwrap_or_else(|_| Path::new(""));
+        let host = if rest.as_os_str().is_empty() {
+            bind.source.clone()
+        } else {
+            bind.source.join(rest)
+        };
+        return TerminationLog::Mounted(host);
+    }
+    if path.starts_with("/dev/") {
+        let target = Path::new(INSIDE).join("termination-log");
+        return TerminationLog::Link {
+            name: path.to_owned(),
+            target,
+        };
+    }
+    TerminationLog::Bind(PathBuf::from(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(list: &[&str]) -> Vec<String> {
+        list.iter().map(|item| (*item).to_owned()).collect()
+    }
+
+    #[test]
+    fn command_and_args_replace_what_the_image_says() {
+        let image = pb::ImageConfig {
+            entrypoint: strings(&["/entry", "$(X)"]),
+            cmd: strings(&["c"]),
+            ..Default::default()
+        };
+        let run = |command: &[&str], args: &[&str]| {
+            let container = pb::Container {
+                command: strings(command),
+                args: strings(args),
+                ..Default::default()
+            };
+            let argv = argv(&container, &image, &[(b"X".to_vec(), b"1".to_vec())]);
+            argv.iter()
+                .map(|word| String::from_utf8_lossy(word).into_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(run(&[], &[]), ["/entry", "$(X)", "c"]);
+        assert_eq!(run(&[], &["a$(X)"]), ["/entry", "$(X)", "a1"]);
+        assert_eq!(run(&["b"], &[]), ["b"]);
+        assert_eq!(run(&["b"], &["a"]), ["b", "a"]);
+    }
+
+    #[test]
+    fn defaults_fill_what_nobody_set() {
+        let image = pb::ImageConfig {
+            env: strings(&["PATH=/i"]),
+            ..Default::default()
+        };
+        let facts = Facts {
+            hostname: "pod".to_owned(),
+            ..Facts::default()
+        };
+        let container = pb::Container {
+            tty: true,
+            ..Default::default()
+        };
+        let spec = launch_spec(&container, &image, &pb::PodValues::default(), &facts);
+        assert_eq!(spec.env, [&b"PATH=/i"[..], b"HOSTNAME=pod", b"TERM=xterm"]);
+        assert_eq!(spec.cwd, b"/");
+        assert_eq!(spec.tty, Some(TERMINAL));
+    }
+
+    #[test]
+    fn the_hosts_file_has_the_pods_names() {
+        let mut facts = Facts {
+            hostname: "pod".to_owned(),
+            ..Facts::default()
+        };
+        facts.fields.host_ip = "10.0.0.1".to_owned();
+        let alias = pb::HostAlias {
+            ip: "10.1.1.1".to_owned(),
+            hostnames: strings(&["a", "b"]),
+        };
+        assert_eq!(
+            hosts("127.0.0.1 localhost\n", &facts, &[alias]),
+            "127.0.0.1 localhost\n\n# Entries added by KNoC.\n10.0.0.1\tpod\n10.1.1.1\ta\tb\n"
+        );
+    }
+
+    #[test]
+    fn the_termination_message_is_found() {
+        let bind = |target: &str| Bind {
+            source: Path::new("/host").join(target.trim_start_matches('/')),
+            target: target.into(),
+            read_only: false,
+        };
+        let binds = [bind("/tmp"), bind("/tmp/deep")];
+        let at = |path: &str| {
+            let container = pb::Container {
+                termination_message_path: path.to_owned(),
+                ..Default::default()
+            };
+            termination_log(&container, &binds)
+        };
+        assert_eq!(
+            at("/tmp/deep/x"),
+            TerminationLog::Mounted("/host/tmp/deep/x".into())
+        );
+        assert_eq!(at("/tmp/x"), TerminationLog::Mounted("/host/tmp/x".into()));
+        assert_eq!(at("/other"), TerminationLog::Bind("/other".into()));
+        let link = TerminationLog::Link {
+            name: "/dev/termination-log".to_owned(),
+            target: "/.knoc/termination-log".into(),
+        };
+        assert_eq!(at(""), link);
+    }
+}

@@ -1,0 +1,369 @@
+//! Task: one process exec'd into a running container, with its streams.
+//!
+//! `knoc-agent enter` joins the container's namespaces; the launch protocol runs over a socket pair that is its
+//! standard input. Bytes go both ways with back-pressure, half-close is kept, the exit status comes last. A client that
+//! goes away hangs up: HUP, then TERM, then KILL, and the process is always reaped.
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    process::{Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use knoc_proto::{
+    error::chain,
+    pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
+};
+use rustix::process::Signal;
+use tokio::{net::UnixStream, sync::mpsc, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming};
+
+use super::{
+    children::{Child, Exit},
+    container::Program,
+    fdio::{self, Stream},
+    handshake::{self, HandshakeError, Launched},
+    pod::Pod,
+    signals,
+};
+use crate::launch::{
+    set_terminal_size,
+    wire::{LaunchSpec, Window},
+};
+
+/// One message of output.
+const CHUNK: usize = 64 << 10;
+
+/// How long what a program left behind may hold its streams in silence.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// From HUP to TERM, and from TERM to KILL, for a process whose client is gone.
+const HANG_UP: Duration = Duration::from_secs(1);
+const TERMINATE: Duration = Duration::from_secs(5);
+
+/// As a shell: found but not executable, and not found.
+const CANNOT_EXECUTE: i32 = 126;
+const NOT_FOUND: i32 = 127;
+
+/// What is to be run, and where its output goes.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) pod: Arc<Pod>,
+    pub(crate) program: Arc<Program>,
+    pub(crate) start: pb::ExecStart,
+    pub(crate) output: mpsc::Sender<Result<ExecOutput, Status>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ExecError {
+    #[error("start the exec helper")]
+    Spawn(#[source] io::Error),
+    #[error("exec failed: unable to start container process")]
+    Launch(#[source] HandshakeError),
+}
+
+impl ExecError {
+    fn code(&self) -> i32 {
+        match self {
+            Self::Launch(HandshakeError::Refused { errno, .. })
+                if *errno == rustix::io::Errno::NOENT.raw_os_error() =>
+            {
+                NOT_FOUND
+            }
+            Self::Launch(_) | Self::Spawn(_) => CANNOT_EXECUTE,
+        }
+    }
+}
+
+/// Runs the process to its end. The last output is its exit.
+pub(crate) async fn run(session: Session, input: Streaming<pb::ExecInput>) {
+    let running = match begin(&session).await {
+        Ok(running) => running,
+        Err(error) => {
+            let exit = pb::ExecExit {
+                code: error.code(),
+                signal: 0,
+                error: chain(&error),
+            };
+            send(&session.output, Output::Exit(exit)).await;
+            return;
+        }
+    };
+    let Running {
+        mut child,
+        pid,
+        streams,
+    } = running;
+    send(&session.output, Output::Started(true)).await;
+    let ended = tokio::select! {
+        biased;
+        () = session.output.closed() => None,
+        exit = drive(&session.output, streams, input, &mut child) => Some(exit),
+    };
+    match ended {
+        Some(Exit { code, signal }) => {
+            let exit = pb::ExecExit {
+                code,
+                signal,
+                error: String::new(),
+            };
+            send(&session.output, Output::Exit(exit)).await;
+        }
+        None => hang_up(&mut child, pid).await,
+    }
+}
+
+struct Running {
+    child: Child,
+    /// The process itself, a child of the helper.
+    pid: Option<u32>,
+    streams: Streams,
+}
+
+/// Our ends.
+#[derive(Default)]
+struct Streams {
+    stdin: Option<Stream>,
+    stdout: Option<Stream>,
+    stderr: Option<Stream>,
+    /// In place of all three.
+    terminal: Option<Stream>,
+}
+
+async fn begin(session: &Session) -> Result<Running, ExecError> {
+    let start = &session.start;
+    let spec = spec(&session.program.spec, start);
+    let (theirs, mut streams) = stdio(start).map_err(ExecError::Spawn)?;
+    let (mut child, socket) = spawn(&session.pod, &session.program).map_err(ExecError::Spawn)?;
+    match handshake::launch(socket, &spec, theirs).await {
+        Ok(Launched { pid, master }) => {
+            streams.terminal = master
+                .map(Stream::new)
+                .transpose()
+                .map_err(ExecError::Spawn)?;
+            Ok(Running {
+                child,
+                pid,
+                streams,
+            })
+        }
+        Err(error) => {
+            signals::send(child.pid, Signal::KILL);
+            child.wait().await;
+            Err(ExecError::Launch(error))
+        }
+    }
+}
+
+/// Environment and directory are the container's own.
+fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
+    let mut spec = LaunchSpec {
+        argv: start
+            .command
+            .iter()
+            .map(|word| word.clone().into_bytes())
+            .collect(),
+        tty: start.tty.then(|| window(start.size.as_ref())),
+        create_cwd: false,
+        links: Vec::new(),
+        ..container.clone()
+    };
+    if start.tty && !spec.env.iter().any(|entry| entry.starts_with(b"TERM=")) {
+        spec.env.push(b"TERM=xterm".to_vec());
+    }
+    spec
+}
+
+fn window(size: Option<&pb::TerminalSize>) -> Window {
+    let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+    size.map_or(Window { cols: 80, rows: 24 }, |size| Window {
+        cols: clamp(size.width),
+        rows: clamp(size.height),
+    })
+}
+
+fn stdio(start: &pb::ExecStart) -> io::Result<(Vec<OwnedFd>, Streams)> {
+    if start.tty {
+        return Ok((Vec::new(), Streams::default()));
+    }
+    let null = || -> io::Result<OwnedFd> {
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")?;
+        Ok(file.into())
+    };
+    let mut streams = Streams::default();
+    let mut theirs = Vec::with_capacity(3);
+    theirs.push(if start.stdin {
+        let (fd, ours) = fdio::input_pipe()?;
+        streams.stdin = Some(ours);
+        fd
+    } else {
+        null()?
+    });
+    for (wanted, ours) in [
+        (start.stdout, &mut streams.stdout),
+        (start.stderr, &mut streams.stderr),
+    ] {
+        theirs.push(if wanted {
+            let (reader, fd) = fdio::output_pipe()?;
+            *ours = Some(reader);
+            fd
+        } else {
+            null()?
+        });
+    }
+    Ok((theirs, streams))
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the shim's one module that starts exec helpers"
+)]
+fn spawn(pod: &Pod, program: &Program) -> io::Result<(Child, UnixStream)> {
+    let (ours, theirs) = StdUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let identity = program.identity;
+    let mut command = Command::new(&pod.agent);
+    command
+        .arg("enter")
+        .args([identity.pid.to_string(), identity.start.to_string()])
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let child = pod.children.spawn(&mut command, true)?;
+    // The command still holds their end: the shim must not, or it sees no end of file.
+    drop(command);
+    Ok((child, UnixStream::from_std(ours)?))
+}
+
+/// Copies all streams until the process has ended and its output is drained.
+async fn drive(
+    output: &mpsc::Sender<Result<ExecOutput, Status>>,
+    streams: Streams,
+    input: Streaming<pb::ExecInput>,
+    child: &mut Child,
+) -> Exit {
+    let Streams {
+        stdin,
+        stdout,
+        stderr,
+        terminal,
+    } = streams;
+    let ended = CancellationToken::new();
+    let copying = async {
+        let both = [stdout.as_ref(), terminal.as_ref()]
+            .into_iter()
+            .flatten()
+            .next();
+        tokio::join!(
+            copy(both, Output::Stdout, output, &ended),
+            copy(stderr.as_ref(), Output::Stderr, output, &ended),
+        );
+    };
+    let feeding = feed(input, stdin, terminal.as_ref());
+    tokio::pin!(copying, feeding);
+    let (mut exit, mut copied, mut fed) = (None, false, false);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut copying, if !copied => copied = true,
+            status = child.wait(), if exit.is_none() => {
+                exit = Some(status);
+                ended.cancel();
+            }
+            () = &mut feeding, if !fed && exit.is_none() => fed = true,
+        }
+        if let Some(exit) = exit.filter(|_| copied) {
+            return exit;
+        }
+    }
+}
+
+async fn copy(
+    stream: Option<&Stream>,
+    wrap: fn(Bytes) -> Output,
+    output: &mpsc::Sender<Result<ExecOutput, Status>>,
+    ended: &CancellationToken,
+) {
+    let Some(stream) = stream else { return };
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let silence = async {
+            ended.cancelled().await;
+            tokio::time::sleep(DRAIN).await;
+        };
+        let count = tokio::select! {
+            biased;
+            read = stream.read(&mut buffer) => read.unwrap_or(0),
+            () = silence => 0,
+        };
+        let data = buffer.get(..count).unwrap_or_default();
+        if data.is_empty() || !send(output, wrap(Bytes::copy_from_slice(data))).await {
+            return;
+        }
+    }
+}
+
+/// Takes the client's messages: input, its end, new window sizes.
+async fn feed(
+    mut input: Streaming<pb::ExecInput>,
+    mut stdin: Option<Stream>,
+    terminal: Option<&Stream>,
+) {
+    // The end of the stream, and a failed one, end the input; whether the client is gone shows at the output.
+    while let Ok(Some(message)) = input.message().await {
+        match message.input {
+            Some(Input::Stdin(data)) => {
+                if let Some(sink) = terminal.or(stdin.as_ref())
+                    && sink.write_all(&data).await.is_err()
+                {
+                    // It has closed its input: what still comes is taken and dropped.
+                    stdin = None;
+                }
+            }
+            Some(Input::StdinClosed(_)) => stdin = None,
+            Some(Input::Resize(size)) => {
+                if let Some(terminal) = terminal {
+                    set_terminal_size(terminal.fd(), window(Some(&size)));
+                }
+            }
+            Some(Input::Start(_)) | None => {}
+        }
+    }
+}
+
+/// The client is gone.
+async fn hang_up(child: &mut Child, pid: Option<u32>) {
+    // The process leads its session; without its number the helper, whose death kills it.
+    let helper = child.pid;
+    let signal = |signal| match pid {
+        Some(pid) => signals::to_group(pid, signal),
+        None => signals::send(helper, signal),
+    };
+    for (send, wait) in [(Signal::HUP, HANG_UP), (Signal::TERM, TERMINATE)] {
+        signal(send);
+        if timeout(wait, child.wait()).await.is_ok() {
+            return;
+        }
+    }
+    signal(Signal::KILL);
+    signals::send(helper, Signal::KILL);
+    child.wait().await;
+}
+
+async fn send(output: &mpsc::Sender<Result<ExecOutput, Status>>, message: Output) -> bool {
+    output
+        .send(Ok(ExecOutput {
+            output: Some(message),
+        }))
+        .await
+        .is_ok()
+}

@@ -1,0 +1,227 @@
+//! The pod's report: PURE building of container states, and the task that keeps the newest one on disk.
+//!
+//! The supervisor is the only one to publish. Readers (the link) see each newer report in a watch channel at once; the
+//! durable copy follows as fast as the file system allows, the newest only.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use knoc_proto::{
+    crash,
+    error::chain,
+    pb::{self, container_status::State},
+};
+use tokio::sync::watch;
+
+use super::{
+    container::Ended,
+    plan::{self, Phase, Time},
+};
+use crate::jobdir::JobDir;
+
+/// What a job can do that an older agent cannot expect.
+pub(crate) const CAPABILITIES: [&str; 0] = [];
+
+/// How many notes are kept.
+const NOTES: usize = 32;
+
+/// How often the final report is tried, and how long between.
+const FINAL_TRIES: u32 = 5;
+const FINAL_PAUSE: Duration = Duration::from_secs(2);
+
+/// Unix nanoseconds.
+pub(crate) fn nanos(at: Timestamp) -> i64 {
+    i64::try_from(at.as_nanosecond()).unwrap_or(i64::MAX)
+}
+
+/// What is known of one container beside its [`Phase`].
+#[derive(Debug, Clone, Default)]
+pub(crate) struct History {
+    /// The number of the running attempt, or of the last one.
+    pub(crate) attempt: u32,
+    pub(crate) started_at: Option<Timestamp>,
+    /// The last attempt's end, and the one before.
+    pub(crate) ended: Option<pb::Terminated>,
+    pub(crate) ended_before: Option<pb::Terminated>,
+}
+
+/// What a container's state is shown in the light of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Light<'a> {
+    pub(crate) init: bool,
+    /// Are all init containers done?
+    pub(crate) initialized: bool,
+    pub(crate) stopping: bool,
+    pub(crate) policy: pb::RestartPolicy,
+    /// Why containers wait for values.
+    pub(crate) values_missing: Option<&'a str>,
+    pub(crate) now: Time,
+}
+
+/// PURE: the state as Kubernetes words it.
+pub(crate) fn state(phase: Phase, history: &History, light: &Light<'_>) -> State {
+    let waiting = |reason: &str, message: &str| {
+        State::Waiting(pb::Waiting {
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+        })
+    };
+    match phase {
+        Phase::Running => State::Running(pb::Running {
+            started_at: history.started_at.map(nanos).unwrap_or_default(),
+        }),
+        Phase::Exited { code, restart_at } => {
+            let over = light.stopping || !plan::restarts(light.policy, light.init, code);
+            if over {
+                return State::Terminated(history.ended.clone().unwrap_or_default());
+            }
+            if light.now < restart_at {
+                let left = restart_at.saturating_sub(light.now).as_secs().max(1);
+                return waiting("CrashLoopBackOff", &format!("restarted in {left} s"));
+            }
+            waiting("ContainerCreating", "")
+        }
+        Phase::Idle if !light.init && !light.initialized => waiting("PodInitializing", ""),
+        Phase::Idle => match light.values_missing {
+            Some(why) => waiting("CreateContainerConfigError", why),
+            None => waiting("ContainerCreating", ""),
+        },
+        Phase::Starting => waiting("ContainerCreating", ""),
+    }
+}
+
+/// PURE: one container's status.
+pub(crate) fn status(
+    container: &pb::Container,
+    image: &pb::ResolvedImage,
+    (phase, history): (Phase, &History),
+    light: &Light<'_>,
+    container_id: String,
+) -> pb::ContainerStatus {
+    let state = state(phase, history, light);
+    let over = matches!(state, State::Terminated(_));
+    let running = phase == Phase::Running;
+    let succeeded = matches!(phase, Phase::Exited { code: 0, .. });
+    let last = if over {
+        &history.ended_before
+    } else {
+        &history.ended
+    };
+    pb::ContainerStatus {
+        name: container.name.clone(),
+        state: Some(state),
+        last_termination: last.clone(),
+        restart_count: i32::try_from(history.attempt).unwrap_or(i32::MAX),
+        ready: if light.init { succeeded } else { running },
+        started: running,
+        image: container.image.clone(),
+        image_id: image.image_id.clone(),
+        container_id: if phase == Phase::Idle {
+            String::new()
+        } else {
+            container_id
+        },
+    }
+}
+
+/// PURE: how an attempt ended, as it is reported.
+pub(crate) fn terminated(
+    ended: &Ended,
+    started_at: Option<Timestamp>,
+    container_id: String,
+) -> pb::Terminated {
+    pb::Terminated {
+        exit_code: ended.exit.code,
+        signal: ended.exit.signal,
+        reason: ended.reason.to_owned(),
+        message: ended.message.clone(),
+        started_at: started_at.map(nanos).unwrap_or_default(),
+        finished_at: nanos(ended.finished_at),
+        container_id,
+    }
+}
+
+/// Publishes reports: see the module.
+#[derive(Debug)]
+pub(crate) struct Publisher {
+    current: pb::Report,
+    sender: watch::Sender<pb::Report>,
+}
+
+impl Publisher {
+    /// Starts with `first`, which is published at once.
+    pub(crate) fn new(first: pb::Report) -> Self {
+        Self {
+            sender: watch::Sender::new(first.clone()),
+            current: first,
+        }
+    }
+
+    /// A reader that has not seen the current report yet.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<pb::Report> {
+        let mut receiver = self.sender.subscribe();
+        receiver.mark_changed();
+        receiver
+    }
+
+    /// Applies `change` and publishes where something did change.
+    pub(crate) fn update(&mut self, change: impl FnOnce(&mut pb::Report)) {
+        let before = self.current.clone();
+        change(&mut self.current);
+        if self.current != before {
+            self.current.sequence += 1;
+            self.sender.send_replace(self.current.clone());
+        }
+    }
+
+    /// Adds a note; the oldest gives way.
+    pub(crate) fn note(&mut self, reason: &str, message: String, container: &str) {
+        self.update(|report| {
+            let sequence = report.notes.last().map_or(1, |note| note.sequence + 1);
+            report.notes.push(pb::PodNote {
+                sequence,
+                warning: true,
+                reason: reason.to_owned(),
+                message,
+                container: container.to_owned(),
+                at: nanos(Timestamp::now()),
+            });
+            let excess = report.notes.len().saturating_sub(NOTES);
+            report.notes.drain(..excess);
+        });
+    }
+}
+
+/// Task: keeps the newest report on disk; ends with the final one. `false` where that could not be written.
+pub(crate) async fn keep(jobdir: JobDir, mut reports: watch::Receiver<pb::Report>) -> bool {
+    loop {
+        if reports.changed().await.is_err() {
+            // The supervisor is gone without a final report.
+            return false;
+        }
+        let report = reports.borrow_and_update().clone();
+        let last = report.r#final;
+        for left in (0..if last { FINAL_TRIES } else { 1 }).rev() {
+            match write(&jobdir, report.clone()).await {
+                Ok(()) if last => return true,
+                Ok(()) => break,
+                Err(error) => tracing::error!("the report was not written: {error}"),
+            }
+            if left == 0 && last {
+                return false;
+            }
+            tokio::time::sleep(FINAL_PAUSE).await;
+        }
+    }
+}
+
+async fn write(jobdir: &JobDir, report: pb::Report) -> Result<(), String> {
+    let jobdir = jobdir.clone();
+    let writing = tokio::task::spawn_blocking(move || {
+        crash::point("shim.report.before");
+        let written = jobdir.write_report(&report).map_err(|error| chain(&error));
+        crash::point("shim.report.after");
+        written
+    });
+    writing.await.map_err(|error| error.to_string())?
+}

@@ -1,0 +1,229 @@
+//! The `Shim` service over the link: finds the container, hands the work to the supervisor or a task of its own.
+//! Decides nothing.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use knoc_proto::{
+    pb::{self, EndedBy, shim_server::Shim},
+    reason::ErrorReason,
+};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{
+    directory::{Directory, Entry},
+    exec::{self, Session},
+    pod::Pod,
+    supervisor::Command,
+};
+use crate::logs::{
+    filter::Options,
+    read::{self, CHUNKS},
+};
+
+/// How many processes may be exec'd into the pod at once: each costs a handful of descriptors.
+const MAX_EXECS: usize = 256;
+
+/// How many outputs may wait for a slow reader of exec.
+const OUTPUTS: usize = 4;
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub(crate) struct Service {
+    pub(crate) pod: Arc<Pod>,
+    pub(crate) reports: watch::Receiver<pb::Report>,
+    pub(crate) directory: watch::Receiver<Arc<Directory>>,
+    pub(crate) commands: mpsc::Sender<Command>,
+    /// The tasks of all streams.
+    pub(crate) streams: TaskTracker,
+    /// Becomes true once a reader has taken the final report.
+    pub(crate) delivered: watch::Sender<bool>,
+    pub(crate) execs: Arc<Semaphore>,
+}
+
+impl Service {
+    pub(crate) fn exec_slots() -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(MAX_EXECS))
+    }
+
+    async fn command(&self, command: Command) -> Result<(), Status> {
+        let sent = self.commands.send(command).await;
+        sent.map_err(|_| ErrorReason::NotRunning.status("the pod has ended"))
+    }
+
+    fn entry(&self, name: &str) -> Result<(String, Entry), Status> {
+        let first = self
+            .pod
+            .spec()
+            .containers
+            .first()
+            .map_or("", |first| &first.name);
+        let name = if name.is_empty() { first } else { name };
+        let found = self.directory.borrow().get(name).cloned();
+        let missing = || {
+            let message = format!(
+                "container {name} is not valid for pod {}",
+                self.pod.spec().name
+            );
+            ErrorReason::ContainerNotFound.status(message)
+        };
+        found
+            .map(|entry| (name.to_owned(), entry))
+            .ok_or_else(missing)
+    }
+
+    fn log_path(&self, name: &str, entry: &Entry, previous: bool) -> Result<PathBuf, Status> {
+        let attempt = if previous {
+            entry.previous
+        } else {
+            entry.log.as_ref().map(|l| l.attempt)
+        };
+        let pod = &self.pod.spec().name;
+        let attempt = attempt.ok_or_else(|| {
+            if previous {
+                let message =
+                    format!("previous terminated container {name} in pod {pod} not found");
+                ErrorReason::ContainerNotFound.status(message)
+            } else {
+                let message = format!("container {name} in pod {pod} is waiting to start");
+                ErrorReason::NotRunning.status(message)
+            }
+        })?;
+        Ok(self.pod.jobdir.log_path(name, attempt))
+    }
+}
+
+type Stream<T> = ReceiverStream<Result<T, Status>>;
+
+#[tonic::async_trait]
+impl Shim for Service {
+    type WatchReportStream = Stream<pb::Report>;
+    type ReadLogsStream = Stream<pb::LogChunk>;
+    type ExecStream = Stream<pb::ExecOutput>;
+
+    async fn watch_report(
+        &self,
+        _request: Request<pb::WatchReportRequest>,
+    ) -> Result<Response<Self::WatchReportStream>, Status> {
+        let (output, stream) = mpsc::channel(1);
+        self.streams
+            .spawn(watch(self.reports.clone(), output, self.delivered.clone()));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn stop(
+        &self,
+        request: Request<pb::StopRequest>,
+    ) -> Result<Response<pb::StopResponse>, Status> {
+        let request = request.into_inner();
+        let own = self.pod.spec().termination_grace_period_seconds;
+        let seconds = if request.grace_seconds < 0 {
+            own
+        } else {
+            request.grace_seconds
+        };
+        let grace = Duration::from_secs(u64::try_from(seconds).unwrap_or_default());
+        let stop = Command::Stop {
+            grace,
+            by: EndedBy::Stop,
+            reason: request.reason,
+        };
+        self.command(stop).await?;
+        Ok(Response::new(pb::StopResponse {}))
+    }
+
+    async fn update_values(
+        &self,
+        request: Request<pb::PodValues>,
+    ) -> Result<Response<pb::ShimUpdateValuesResponse>, Status> {
+        let (answer, written) = oneshot::channel();
+        self.command(Command::Values(request.into_inner(), answer))
+            .await?;
+        match written.await {
+            Ok(Ok(())) => Ok(Response::new(pb::ShimUpdateValuesResponse {})),
+            Ok(Err(why)) => Err(ErrorReason::Internal.status(why)),
+            Err(_) => Err(ErrorReason::NotRunning.status("the pod has ended")),
+        }
+    }
+
+    async fn read_logs(
+        &self,
+        request: Request<pb::ReadLogsRequest>,
+    ) -> Result<Response<Self::ReadLogsStream>, Status> {
+        let request = request.into_inner();
+        let (name, entry) = self.entry(&request.container)?;
+        let path = self.log_path(&name, &entry, request.previous)?;
+        let follow = entry.log.filter(|_| request.follow && !request.previous);
+        let follow = follow.map(|log| log.follow);
+        let (output, stream) = mpsc::channel(CHUNKS);
+        self.streams
+            .spawn(read::read(path, Options::from(&request), follow, output));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn exec(
+        &self,
+        request: Request<Streaming<pb::ExecInput>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        let mut input = request.into_inner();
+        let Some(pb::ExecInput {
+            input: Some(pb::exec_input::Input::Start(start)),
+        }) = input.message().await?
+        else {
+            let message = "the first message of an exec stream is `start`";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        };
+        let (name, entry) = self.entry(&start.container)?;
+        let program = entry.program.ok_or_else(|| {
+            ErrorReason::NotRunning.status(format!("container {name} is not running"))
+        })?;
+        let slot = Arc::clone(&self.execs).try_acquire_owned().map_err(|_| {
+            let message = format!("{MAX_EXECS} processes are exec'd into this pod already");
+            ErrorReason::Overloaded.status(message)
+        })?;
+        let (output, stream) = mpsc::channel(OUTPUTS);
+        let session = Session {
+            pod: Arc::clone(&self.pod),
+            program,
+            start,
+            output,
+        };
+        self.streams.spawn(async move {
+            exec::run(session, input).await;
+            drop(slot);
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// Sends the report as it is, then each newer one, until the final one.
+async fn watch(
+    mut reports: watch::Receiver<pb::Report>,
+    output: mpsc::Sender<Result<pb::Report, Status>>,
+    delivered: watch::Sender<bool>,
+) {
+    reports.mark_changed();
+    loop {
+        tokio::select! {
+            biased;
+            () = output.closed() => return,
+            changed = reports.changed() => if changed.is_err() {
+                return;
+            },
+        }
+        let report = reports.borrow_and_update().clone();
+        let last = report.r#final;
+        if output.send(Ok(report)).await.is_err() {
+            return;
+        }
+        if last {
+            // The one place of the channel is free again: the stream has taken the report.
+            if output.reserve().await.is_ok() {
+                delivered.send_replace(true);
+            }
+            return;
+        }
+    }
+}

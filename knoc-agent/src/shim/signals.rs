@@ -1,0 +1,80 @@
+//! Signals to a container: to its program, or to all that belongs to it.
+
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+
+use super::proc;
+
+/// A running program, named for good: a pid alone may be given again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) pid: u32,
+    pub(crate) start: u64,
+}
+
+impl Identity {
+    /// The process that has `pid` now.
+    pub(crate) fn of(pid: u32) -> Option<Self> {
+        proc::start_time(pid).map(|start| Self { pid, start })
+    }
+
+    /// Is it still there?
+    pub(crate) fn lives(self) -> bool {
+        proc::start_time(self.pid) == Some(self.start)
+    }
+}
+
+/// Sends `signal` to the program only, as container runtimes do.
+pub(crate) fn to_program(program: Identity, signal: Signal) {
+    if program.lives() {
+        send(program.pid, signal);
+    }
+}
+
+/// Kills the program and, where no PID namespace does it for us, all that it started.
+pub(crate) fn kill_all(program: Identity, isolated: bool) {
+    let below = if isolated {
+        Vec::new()
+    } else {
+        belongings(program.pid)
+    };
+    to_program(program, Signal::KILL);
+    for pid in below {
+        send(pid, Signal::KILL);
+    }
+}
+
+/// Kills what a program without PID namespace left behind. Its number cannot be another's yet: its session has it.
+pub(crate) fn kill_left(pid: u32) {
+    for pid in belongings(pid) {
+        send(pid, Signal::KILL);
+    }
+}
+
+/// Signals a whole process group.
+pub(crate) fn to_group(leader: u32, signal: Signal) {
+    if let Some(pid) = i32::try_from(leader).ok().and_then(Pid::from_raw) {
+        // It may have ended by itself.
+        kill_process_group(pid, signal).ok();
+    }
+}
+
+/// Signals one process.
+pub(crate) fn send(pid: u32, signal: Signal) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        // It may have ended by itself.
+        kill_process(pid, signal).ok();
+    }
+}
+
+/// Those below `pid` in the tree, and those of its session (orphans leave the tree, not the session).
+fn belongings(pid: u32) -> Vec<u32> {
+    let all = proc::all();
+    let mut found = proc::descendants(&all, pid);
+    let session = all
+        .iter()
+        .filter(|process| process.session == pid && process.pid != pid);
+    found.extend(session.map(|process| process.pid));
+    found.sort_unstable();
+    found.dedup();
+    found
+}

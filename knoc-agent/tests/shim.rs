@@ -1,0 +1,276 @@
+//! The shim as a process: containers, restarts, stops, reports.
+
+mod harness;
+
+use std::time::{Duration, Instant};
+
+use harness::{Job, isolated, running, sh, terminated};
+use knoc_proto::pb::{self, EndedBy, OutcomeKind};
+use nix::sys::signal::Signal;
+
+#[tokio::test]
+async fn two_containers_and_an_init_container() {
+    let mut job = Job::new(vec![
+        sh("a", "echo out; echo err >&2; exit 0"),
+        sh("b", "test -n \"$MARK\" && exit 3"),
+    ]);
+    job.spec().init_containers = vec![sh("first", "echo prepared")];
+    job.set_env("b", vec![("MARK", b"x".to_vec())]);
+    job.start();
+    assert_eq!(job.code().await, 64);
+    let report = job.report();
+    assert!(report.r#final);
+    assert_eq!(report.outcome(), OutcomeKind::Failed);
+    assert_eq!(report.ended_by(), EndedBy::Themselves);
+    assert_eq!(terminated(&report.init_containers[0]).reason, "Completed");
+    assert_eq!(terminated(&report.containers[0]).exit_code, 0);
+    let failed = terminated(&report.containers[1]);
+    assert_eq!((failed.exit_code, failed.reason.as_str()), (3, "Error"));
+    assert!(failed.finished_at >= failed.started_at && failed.started_at > 0);
+    assert_eq!(job.log("first", 0), "prepared\n");
+    let mut lines: Vec<String> = job.log("a", 0).lines().map(str::to_owned).collect();
+    lines.sort();
+    assert_eq!(lines, ["err", "out"]);
+    assert!(
+        job.dir.values().unwrap().is_none(),
+        "the values stay on disk"
+    );
+}
+
+#[tokio::test]
+async fn a_pod_that_succeeds() {
+    let mut job = Job::new(vec![sh("a", "true")]);
+    job.start();
+    assert_eq!(job.code().await, 0);
+    assert_eq!(job.report().outcome(), OutcomeKind::Succeeded);
+}
+
+#[tokio::test]
+async fn a_failed_init_container_keeps_the_others_from_starting() {
+    let mut job = Job::new(vec![sh("a", "true")]);
+    job.spec().init_containers = vec![sh("first", "exit 5"), sh("second", "true")];
+    job.start();
+    assert_eq!(job.code().await, 64);
+    let report = job.report();
+    assert_eq!(terminated(&report.init_containers[0]).exit_code, 5);
+    assert!(!job.log_path("a", 0).exists() && !job.log_path("second", 0).exists());
+}
+
+/// Programs print NUL-separated words; a log cannot carry NULs through `String`, so they come as octal.
+#[tokio::test]
+async fn argv_and_environment_are_exact_and_nothing_leaks() {
+    let nasty = [
+        "",
+        " ",
+        "a b",
+        "$HOME `id` $(id)",
+        "'\"\\",
+        "--",
+        "-n",
+        "ünï\u{1F600}",
+        "l\nf",
+        "*",
+        "$(MARK)",
+        "$$(MARK)",
+    ];
+    let mut container = sh("a", "");
+    let print = "tr '\\0' '\\n' </proc/self/environ | wc -l; for word; do printf '<%s>' \"$word\"; done; env";
+    container.command = ["sh", "-c", print, "name"].map(str::to_owned).to_vec();
+    container.args = nasty.map(str::to_owned).to_vec();
+    let mut job = Job::new(vec![container]);
+    job.set_env(
+        "a",
+        vec![
+            ("MARK", b"m".to_vec()),
+            ("WITH.DOT", b"1".to_vec()),
+            ("QUOTES", b"'\"`$(id)\\ ; \t|&".to_vec()),
+            ("EMPTY", Vec::new()),
+            ("BYTES", b"\xc3\xa4=:,".to_vec()),
+        ],
+    );
+    job.start();
+    assert_eq!(job.code().await, 0, "{}", job.state_words());
+    let log = job.log("a", 0);
+    let words: String = nasty
+        .iter()
+        .map(|word| match *word {
+            "$(MARK)" => "<m>".to_owned(),
+            "$$(MARK)" => "<$(MARK)>".to_owned(),
+            word => format!("<{word}>"),
+        })
+        .collect();
+    assert!(log.contains(&words), "{log}");
+    for line in [
+        "MARK=m",
+        "QUOTES='\"`$(id)\\ ; \t|&",
+        "EMPTY=",
+        "BYTES=ä=:,",
+        "HOSTNAME=pod",
+    ] {
+        assert!(log.lines().any(|l| l.ends_with(line)), "{line} in {log}");
+    }
+    for leak in ["LEAKED", "KNOC_JOB_ID", "APPTAINER", "SINGULARITY", "SLURM"] {
+        assert!(!log.contains(leak), "{leak} in {log}");
+    }
+}
+
+#[tokio::test]
+async fn a_program_that_is_not_there() {
+    let mut container = sh("a", "");
+    container.command = vec!["no-such-program".to_owned()];
+    let mut job = Job::new(vec![container]);
+    job.start();
+    assert_eq!(job.code().await, 64);
+    let ended = terminated(&job.report().containers[0]);
+    assert_eq!(
+        (ended.exit_code, ended.reason.as_str()),
+        (128, "StartError")
+    );
+    let words = "exec: \"no-such-program\": executable file not found in $PATH";
+    assert!(ended.message.contains(words), "{}", ended.message);
+}
+
+#[tokio::test]
+async fn restarts_back_off_and_keep_their_logs() {
+    let mut container = sh("a", "");
+    let script =
+        "n=$(cat $COUNT 2>/dev/null || echo 0); echo $((n+1)) > $COUNT; echo run $n; test $n -ge 3";
+    container.command[2] = script.to_owned();
+    let mut job = Job::new(vec![container]);
+    job.spec().restart_policy = pb::RestartPolicy::OnFailure.into();
+    let count = if isolated() {
+        job.spec().volumes = vec![pb::Volume {
+            name: "v".to_owned(),
+            source: Some(pb::volume::Source::EmptyDir(pb::EmptyDir::default())),
+        }];
+        job.spec().containers[0].mounts = vec![pb::Mount {
+            volume: "v".to_owned(),
+            path: "/count".to_owned(),
+            ..Default::default()
+        }];
+        "/count/n".to_owned()
+    } else {
+        job.dir.path().join("count").display().to_string()
+    };
+    job.set_env("a", vec![("COUNT", count.into_bytes())]);
+    job.start();
+    assert_eq!(job.code().await, 0, "{}", job.state_words());
+    let status = &job.report().containers[0];
+    assert_eq!(status.restart_count, 3);
+    assert_eq!(terminated(status).exit_code, 0);
+    assert_eq!(status.last_termination.as_ref().unwrap().exit_code, 1);
+    for attempt in 0..4 {
+        assert_eq!(job.log("a", attempt), format!("run {attempt}\n"));
+    }
+}
+
+#[tokio::test]
+async fn a_signal_from_outside_ends_the_containers_gracefully() {
+    let mut job = Job::new(vec![sh(
+        "a",
+        "trap 'echo term; exit 42' TERM; echo up; while :; do sleep 0.05; done",
+    )]);
+    job.start();
+    job.until(running).await;
+    wait_for_log(&job, "a", "up\n").await;
+    job.signal(Signal::SIGTERM);
+    assert_eq!(job.code().await, 64);
+    let report = job.report();
+    assert_eq!(report.ended_by(), EndedBy::Signal);
+    assert_eq!(terminated(&report.containers[0]).exit_code, 42);
+    assert_eq!(job.log("a", 0), "up\nterm\n");
+}
+
+#[tokio::test]
+async fn the_deadline_kills_what_ignores_term() {
+    let mut job = Job::new(vec![sh("a", "trap '' TERM; while :; do sleep 0.05; done")]);
+    job.spec().active_deadline_seconds = 1;
+    job.spec().termination_grace_period_seconds = 1;
+    let began = Instant::now();
+    job.start();
+    assert_eq!(job.code().await, 64);
+    assert!(began.elapsed() >= Duration::from_secs(2));
+    let report = job.report();
+    assert_eq!(report.ended_by(), EndedBy::Deadline);
+    assert_eq!(report.reason, "DeadlineExceeded");
+    let ended = terminated(&report.containers[0]);
+    assert_eq!((ended.exit_code, ended.signal), (137, 9));
+}
+
+#[tokio::test]
+async fn what_a_program_leaves_behind_dies_with_it() {
+    let mut job = Job::new(vec![sh(
+        "a",
+        "sleep 333.25 & (setsid sleep 333.25 &) ; exit 7",
+    )]);
+    job.start();
+    assert_eq!(job.code().await, 64);
+    let left = std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter(|entry| {
+            let cmdline = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            cmdline.windows(6).any(|window| window == b"333.25")
+                && std::fs::read_link(entry.path().join("exe"))
+                    .is_ok_and(|exe| !exe.to_string_lossy().contains("agent"))
+        });
+    assert_eq!(left.count(), 0);
+}
+
+#[tokio::test]
+async fn a_second_job_is_surplus_and_a_requeued_one_goes_on_counting() {
+    let mut job = Job::new(vec![sh("a", "exit 1")]);
+    job.start();
+    assert_eq!(job.code().await, 64);
+    job.env = vec![("KNOC_JOB_ID".to_owned(), "4712".to_owned())];
+    job.spawn();
+    assert_eq!(job.code().await, 66);
+    job.env = vec![("KNOC_RESTART_COUNT".to_owned(), "1".to_owned())];
+    job.dir.write_values(&job.values).unwrap();
+    let before = job.report().sequence;
+    job.spawn();
+    assert_eq!(job.code().await, 64);
+    let report = job.report();
+    assert!(report.sequence > before && report.restart == 1);
+    assert_eq!(report.containers[0].restart_count, 1);
+}
+
+#[tokio::test]
+async fn the_last_words_of_a_failed_container() {
+    let mut container = sh("a", "echo one; echo last >&2; exit 1");
+    container.termination_message_fallback_to_logs = true;
+    let mut job = Job::new(vec![container]);
+    job.start();
+    job.code().await;
+    assert!(
+        terminated(&job.report().containers[0])
+            .message
+            .contains("last\n")
+    );
+    if isolated() {
+        let mut default = sh("a", "printf hello >/dev/termination-log");
+        let mut custom = sh("b", "printf there >/tmp/x/msg; echo y >/elsewhere");
+        custom.termination_message_path = "/tmp/x/msg".to_owned();
+        let mut bound = sh("c", "printf bound >/srv/result");
+        bound.termination_message_path = "/srv/result".to_owned();
+        default.tty = false;
+        let mut job = Job::new(vec![default, custom, bound]);
+        job.start();
+        assert_eq!(job.code().await, 0, "{}", job.state_words());
+        let messages: Vec<String> = job
+            .report()
+            .containers
+            .iter()
+            .map(|c| terminated(c).message)
+            .collect();
+        assert_eq!(messages, ["hello", "there", "bound"]);
+    }
+}
+
+async fn wait_for_log(job: &Job, container: &str, text: &str) {
+    let began = Instant::now();
+    while !job.log_path(container, 0).exists() || job.log(container, 0) != text {
+        assert!(began.elapsed() < harness::DEADLINE, "{}", job.state_words());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
