@@ -13,6 +13,8 @@ install_binaries() { # under a new name first: what runs is never written to
         cmp -s "$KNOC_BIN/$name" "$agent_home_here/bin/$name" && continue
         cp "$KNOC_BIN/$name" "$agent_home_here/bin/.$name.new"
         mv "$agent_home_here/bin/.$name.new" "$agent_home_here/bin/$name"
+        # The copy that jobs exec is kept by version; here, one version is built many times.
+        rm -rf "$agent_home_here/.local/state/knoc/versions"
     done
 }
 # What differs on this site from what `init` found out by itself.
@@ -35,8 +37,7 @@ CONF
 }
 # knocctl's configuration for this side of the link, from what `init` made for it.
 configure_knocctl() {
-    sed "s|$agent_home/|$agent_home_here/|g; s|^address *=.*|address = \"$agent_address\"|" \
-        "$config/knocctl.toml" >"$run/knocctl.toml"
+    sed "s|$agent_home/|$agent_home_here/|g" "$config/knocctl.toml" >"$run/knocctl.toml"
 }
 # `hpc exec` stays as the parent of what it started in the node: the agent is it, or its child.
 agent_of() {
@@ -66,7 +67,8 @@ up() {
 }
 
 export KNOCCTL_CONFIG=$run/knocctl.toml
-init_flags=(--site $site)
+init_flags=(--site $site --address "$agent_address")
+[ "$STACK" != local ] || init_flags+=(--scheduler local --runtime process)
 case ${1:-} in
 up) up ;;
 down) stop "$pidfile" ;;

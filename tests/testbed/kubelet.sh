@@ -53,7 +53,7 @@ up() {
     install_chart
     serving_certificate
     kubeconfig
-    start "$pidfile" "$log/kubelet.log" env KUBECONFIG= \
+    start "$pidfile" "$log/kubelet.log" env -i PATH="$PATH" HOME="$state" ${KNOC_CRASH_AT:+KNOC_CRASH_AT="$KNOC_CRASH_AT"} \
         KNOC_AGENT_ADDRESS="$agent_address" KNOC_AGENT_SITE=$site \
         KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
         KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
@@ -63,7 +63,7 @@ up() {
     wait_for 30 "the node $node Ready" ready || { tail -20 "$log/kubelet.log" >&2; exit 1; }
 }
 ready() {
-    alive "$pidfile" || { echo "the kubelet has ended"; return 1; }
+    alive "$pidfile" || { say "the kubelet has ended:"; tail -n 20 "$log/kubelet.log" >&2; exit 1; }
     kubectl wait --for=condition=Ready "node/$node" --timeout=1s
 }
 
