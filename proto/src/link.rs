@@ -16,6 +16,7 @@ use tonic::transport::{Endpoint, Server};
 
 mod accept;
 mod carrier;
+mod credentials;
 mod dial;
 mod identity;
 pub mod listen;
@@ -25,11 +26,11 @@ mod tls;
 
 pub use self::{
     carrier::{Carrier, InvalidCarrier},
+    credentials::{Credentials, CredentialsError},
     dial::{connect, dial},
     identity::{ExpectPeer, Identity, InvalidIdentity},
     listen::{Conn, Incoming, Peer},
     one::{FarIo, FarSide, far_side, near_side},
-    tls::{Credentials, CredentialsError},
 };
 
 /// Both sides ping as often: shorter than the idle limits of firewalls and NAT (often 60 s and more), rare enough to

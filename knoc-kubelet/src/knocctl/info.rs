@@ -27,14 +27,7 @@ fn text(info: &pb::AgentInfo, node: &pb::NodeInfo, wide: bool) -> String {
     let started = view::nanos(info.started_at)
         .map(view::whole)
         .unwrap_or_default();
-    let health = node.scheduler.as_ref().map(|health| {
-        let word = if health.reachable {
-            "reachable"
-        } else {
-            "NOT REACHABLE"
-        };
-        view::joined(word, &health.message)
-    });
+    let health = node.scheduler.as_ref().map(health).unwrap_or_default();
     let nodes = format!("{} of {} available", node.nodes_available, node.nodes_total);
     let mut list = vec![
         ("Version", info.version.clone()),
@@ -44,7 +37,7 @@ fn text(info: &pb::AgentInfo, node: &pb::NodeInfo, wide: bool) -> String {
             "Scheduler",
             version(&info.scheduler, &info.scheduler_version),
         ),
-        ("Health", health.unwrap_or_default()),
+        ("Health", health),
         ("Runtime", version(&info.runtime, &info.runtime_version)),
         ("Nodes", nodes),
         ("CPUs", node.cpu.to_string()),
@@ -65,6 +58,18 @@ fn text(info: &pb::AgentInfo, node: &pb::NodeInfo, wide: bool) -> String {
         text.push_str(&partitions(&node.partitions));
     }
     text
+}
+
+/// Where the scheduler is away also since when: what else is shown is as old.
+fn health(health: &pb::SchedulerHealth) -> String {
+    if health.reachable {
+        return "reachable".to_owned();
+    }
+    let since = view::nanos(health.since).map(|at| format!(" since {}", view::whole(at)));
+    view::joined(
+        &format!("NOT REACHABLE{}", since.unwrap_or_default()),
+        &health.message,
+    )
 }
 
 fn partitions(list: &[pb::Partition]) -> String {
@@ -117,6 +122,19 @@ fn version(name: &str, version: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_scheduler_that_is_away_says_since_when() {
+        let away = pb::SchedulerHealth {
+            since: 1_700_000_000_000_000_000,
+            message: "squeue: timed out".into(),
+            ..pb::SchedulerHealth::default()
+        };
+        assert_eq!(
+            health(&away),
+            "NOT REACHABLE since 2023-11-14 22:13:20Z: squeue: timed out"
+        );
+    }
 
     #[test]
     fn an_agent_for_people() {

@@ -25,10 +25,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use super::{
-    CONNECT_TIMEOUT, Carrier, LinkError,
+    CONNECT_TIMEOUT, Carrier, CredentialsError, LinkError,
     accept::{Accept, Listener, Raw},
     listen::logged,
-    tls::{CredentialsError, client_config, in_words, no_tls12, other, provider, server_config},
+    tls::{client_config, in_words, no_tls12, other, provider, server_config},
 };
 use crate::pki::{self, PkiError};
 
