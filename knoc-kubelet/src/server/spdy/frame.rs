@@ -261,7 +261,7 @@ mod tests {
                     frames.push(frame);
                     continue;
                 };
-                let (_, joined) = joining.get_or_insert((id, BytesMut::new()));
+                let (_, joined) = joining.get_or_insert_with(|| (id, BytesMut::new()));
                 joined.extend_from_slice(&data);
                 if decoder.data.is_none() {
                     let data = joining.take().unwrap().1.freeze();

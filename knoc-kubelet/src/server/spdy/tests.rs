@@ -105,14 +105,13 @@ async fn bytes_pass_both_ways_and_the_end_is_in_order() {
     drop((incoming, receiver));
     let mut down = BytesMut::new();
     loop {
-        match peer.next().await.unwrap() {
-            Frame::Data { id: 1, data, fin } => {
-                down.extend_from_slice(&data);
-                if fin {
-                    break;
-                }
-            }
-            other => panic!("{other:?}"),
+        let frame = peer.next().await;
+        let Some(Frame::Data { id: 1, data, fin }) = frame else {
+            panic!("{frame:?}");
+        };
+        down.extend_from_slice(&data);
+        if fin {
+            break;
         }
     }
     assert_eq!(down, "downlast");
@@ -158,7 +157,7 @@ async fn a_reader_that_waits_stops_the_socket_and_loses_nothing() {
         frame::data(
             &mut wire,
             1,
-            &[u8::try_from(number).unwrap(); 64 << 10],
+            &vec![u8::try_from(number).unwrap(); 64 << 10],
             false,
         );
     }
@@ -209,10 +208,10 @@ async fn ten_thousand_streams_are_refused_past_the_limit() {
     let (mut replies, mut resets) = (0, 0);
     for number in 0..10_000_u32 {
         peer.open(2 * number + 1, &[]).await;
-        match peer.next().await.unwrap() {
-            Frame::SynReply { .. } => replies += 1,
-            Frame::Reset { .. } => resets += 1,
-            other => panic!("{other:?}"),
+        if matches!(peer.next().await, Some(Frame::SynReply { .. })) {
+            replies += 1;
+        } else {
+            resets += 1;
         }
     }
     assert_eq!(
@@ -249,9 +248,10 @@ async fn a_peer_that_leaves_ends_everything() {
 #[tokio::test(start_paused = true)]
 async fn a_session_in_which_nothing_moves_ends_in_time() {
     let (mut peer, _incoming, tasks) = connected();
-    tokio::time::sleep(super::IDLE - Duration::from_mins(1)).await;
+    let almost = super::IDLE.checked_sub(Duration::from_mins(1)).unwrap();
+    tokio::time::sleep(almost).await;
     peer.open(1, &[]).await;
-    tokio::time::sleep(super::IDLE - Duration::from_mins(1)).await;
+    tokio::time::sleep(almost).await;
     assert!(!tasks.is_empty() && peer.io.write_all(&[]).await.is_ok());
     tokio::time::sleep(Duration::from_mins(2)).await;
     let mut tasks = tasks;

@@ -87,14 +87,13 @@ impl Exec {
     async fn output(&mut self, open: usize) -> (BTreeMap<u32, BytesMut>, Vec<u32>) {
         let (mut bytes, mut ended) = (BTreeMap::<u32, BytesMut>::new(), Vec::new());
         while ended.len() < open {
-            match self.peer.next().await.expect("closed too early") {
-                Frame::Data { id, data, fin } => {
-                    bytes.entry(id).or_default().extend_from_slice(&data);
-                    if fin {
-                        ended.push(id);
-                    }
-                }
-                other => panic!("{other:?}"),
+            let frame = self.peer.next().await;
+            let Some(Frame::Data { id, data, fin }) = frame else {
+                panic!("{frame:?}");
+            };
+            bytes.entry(id).or_default().extend_from_slice(&data);
+            if fin {
+                ended.push(id);
             }
         }
         assert_eq!(self.peer.next().await, Some(Frame::GoAway));
@@ -244,61 +243,69 @@ async fn shutdown_cuts_an_exec_that_goes_on() {
     assert!(joined.unwrap().unwrap().is_ok(), "the server has ended");
 }
 
+/// Path, upgrade headers, status, and what the text holds.
+type Refused = (
+    &'static str,
+    &'static [(&'static str, &'static str)],
+    u16,
+    &'static str,
+);
+
+const FOREIGN: [(&str, &str); 3] = [UPGRADE[0], UPGRADE[1], ("x-stream-protocol-version", "v9")];
+
+const REFUSED: [Refused; 8] = [
+    (
+        "ns/pod/c?command=x",
+        &UPGRADE,
+        400,
+        "at least 1 of stdin, stdout, stderr",
+    ),
+    (
+        "ns/pod/c?command=%zz&output=1",
+        &UPGRADE,
+        400,
+        "malformed percent escape",
+    ),
+    ("ns/none/c?output=1", &UPGRADE, 404, "pod does not exist"),
+    (
+        "ns/pod/x?output=1",
+        &UPGRADE,
+        500,
+        "container not found (\"x\")",
+    ),
+    (
+        "ns/queued/c?output=1",
+        &UPGRADE,
+        500,
+        "container not found (\"c\")",
+    ),
+    (
+        "ns/pod/other/c?output=1",
+        &UPGRADE,
+        500,
+        "container not found (\"c\")",
+    ),
+    (
+        "ns/pod/ns-pod/c?output=1",
+        UPGRADE.split_at(2).0,
+        400,
+        "x-stream-protocol-version",
+    ),
+    (
+        "ns/pod/c?output=1",
+        &FOREIGN,
+        403,
+        "none of the protocol versions",
+    ),
+];
+
 #[tokio::test]
 async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
     let fixture = with_command(nothing()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
-    let without_version = &UPGRADE[..2];
-    let foreign = [UPGRADE[0], UPGRADE[1], ("x-stream-protocol-version", "v9")];
-    let cases: [(&str, &[(&str, &str)], u16, &str); 8] = [
-        (
-            "ns/pod/c?command=x",
-            &UPGRADE,
-            400,
-            "at least 1 of stdin, stdout, stderr",
-        ),
-        (
-            "ns/pod/c?command=%zz&output=1",
-            &UPGRADE,
-            400,
-            "malformed percent escape",
-        ),
-        ("ns/none/c?output=1", &UPGRADE, 404, "pod does not exist"),
-        (
-            "ns/pod/x?output=1",
-            &UPGRADE,
-            500,
-            "container not found (\"x\")",
-        ),
-        (
-            "ns/queued/c?output=1",
-            &UPGRADE,
-            500,
-            "container not found (\"c\")",
-        ),
-        (
-            "ns/pod/other-uid/c?output=1",
-            &UPGRADE,
-            500,
-            "container not found (\"c\")",
-        ),
-        (
-            "ns/pod/ns-pod/c?output=1",
-            without_version,
-            400,
-            "x-stream-protocol-version",
-        ),
-        (
-            "ns/pod/c?output=1",
-            &foreign,
-            403,
-            "none of the protocol versions",
-        ),
-    ];
-    for (path, headers, status, text) in cases {
-        let response = client
-            .send_with("POST", &format!("/exec/{path}"), headers)
-            .await;
+    for (path, headers, status, text) in REFUSED {
+        let path = format!("/exec/{path}");
+        let response = client.send_with("POST", &path, headers).await;
         assert_eq!(response.status().as_u16(), status, "{path}");
         if status == 403 {
             let ours = response
