@@ -223,7 +223,10 @@ impl Server {
         self.context.streams.close();
         let drained = tokio::time::timeout(self.drain, self.context.streams.wait()).await;
         if drained.is_err() {
-            tracing::info!(cut = self.context.streams.len(), "execs that went on were cut");
+            tracing::info!(
+                cut = self.context.streams.len(),
+                "execs that went on were cut"
+            );
         }
         self.context.cut.cancel();
         self.context.streams.wait().await;

@@ -2,6 +2,8 @@
 //!
 //! Only for the same cluster id, only after a live GET said 404 or another UID, lasting for [`GUARD`]; and more than
 //! max(5, 10 %) at once halts: then something is wrong with what we see, not with the jobs.
+//! A record whose job has ended after a deletion, the leftover of a kubelet that died before `ForgetPod`, has nothing
+//! to end: it goes as soon as the GET says so.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -10,7 +12,10 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::pb::{self, PodPhase};
+use knoc_proto::{
+    pb::{self, PodPhase},
+    reason::ErrorReason,
+};
 use kube::Api;
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -19,8 +24,8 @@ use super::{controller::Context, store::Uid};
 
 /// How long a job must have been without a pod.
 const GUARD: Duration = Duration::from_mins(10);
-/// How often we look.
-const ROUND: Duration = Duration::from_mins(1);
+/// How often we look; soon after the start for what the last process left half done.
+const ROUND: Duration = Duration::from_secs(5);
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// PURE: may so many of so many be ended at once?
@@ -28,7 +33,7 @@ fn plausible(orphans: usize, all: usize) -> bool {
     orphans <= 5.max(all / 10)
 }
 
-/// Looks once a minute until `shutdown`. `halted` tells the node how many orphans wait for a word of the operator.
+/// Looks every few seconds until `shutdown`. `halted` tells the node how many orphans wait for a word of the operator.
 pub(crate) async fn run(
     context: Arc<Context>,
     halted: watch::Sender<usize>,
@@ -44,6 +49,7 @@ pub(crate) async fn run(
         if !*context.listed.borrow() || !context.link.borrow().is_up() {
             continue;
         }
+        forget_leftovers(&context).await;
         let ripe = ripe(&context, &mut since);
         let all = context.store.observed_uids().len();
         if !plausible(ripe.len(), all) {
@@ -64,31 +70,45 @@ pub(crate) async fn run(
     }
 }
 
-/// Jobs of this cluster that have been without a pod for long enough.
+/// Records of deleted pods whose jobs have ended.
+async fn forget_leftovers(context: &Context) {
+    for observed in strangers(context) {
+        let over = observed.deleting && observed.phase() == PodPhase::Finished;
+        if over && is_gone(context, &observed).await {
+            end(context, &observed).await;
+        }
+    }
+}
+
+/// What the agent has for this cluster and this process never saw.
+fn strangers(context: &Context) -> Vec<Arc<pb::PodObserved>> {
+    let unseen = context.store.observed_uids().into_iter();
+    let unseen = unseen.filter(|uid| !context.store.was_seen(uid));
+    let cluster_id = context.agent.cluster_id();
+    unseen
+        .filter_map(|uid| context.store.observed(&uid))
+        .filter(|observed| observed.cluster_id == cluster_id)
+        .collect()
+}
+
+/// Those that have been so for long enough.
 fn ripe(context: &Context, since: &mut HashMap<Uid, Instant>) -> Vec<Arc<pb::PodObserved>> {
     let now = Instant::now();
-    let candidates: HashMap<Uid, Arc<pb::PodObserved>> = context
-        .store
-        .observed_uids()
-        .into_iter()
-        .filter(|uid| !context.store.was_seen(uid))
-        .filter_map(|uid| context.store.observed(&uid).map(|observed| (uid, observed)))
-        .filter(|(_, observed)| observed.cluster_id == context.agent.cluster_id())
+    let mut strangers = strangers(context);
+    let here: HashSet<Uid> = strangers
+        .iter()
+        .map(|observed| observed.uid.as_str().into())
         .collect();
-    let here: HashSet<&Uid> = candidates.keys().collect();
     since.retain(|uid, _| here.contains(uid));
-    for uid in candidates.keys() {
-        since.entry(uid.clone()).or_insert(now);
+    for uid in here {
+        since.entry(uid).or_insert(now);
     }
-    candidates
-        .into_iter()
-        .filter(|(uid, _)| {
-            since
-                .get(uid)
-                .is_some_and(|at| now.duration_since(*at) >= GUARD)
-        })
-        .map(|(_, observed)| observed)
-        .collect()
+    strangers.retain(|observed| {
+        since
+            .get(observed.uid.as_str())
+            .is_some_and(|at| now.duration_since(*at) >= GUARD)
+    });
+    strangers
 }
 
 /// Does the API server itself say that there is no such pod?
@@ -107,7 +127,7 @@ async fn end(context: &Context, observed: &pb::PodObserved) {
         uid,
         namespace = observed.namespace,
         name = observed.name,
-        "a job without a pod is ended"
+        "a job without a pod is ended or forgotten"
     );
     let ended = if observed.phase() == PodPhase::Finished {
         context.agent.forget_pod(uid).await
@@ -118,7 +138,9 @@ async fn end(context: &Context, observed: &pb::PodObserved) {
             .await
             .map(drop)
     };
-    if let Err(status) = ended {
+    if let Err(status) = ended
+        && ErrorReason::of(&status) != Some(ErrorReason::NotFound)
+    {
         let error = knoc_proto::error::chain(&status);
         tracing::warn!(uid, %error, "the orphan could not be ended, trying again");
     }
