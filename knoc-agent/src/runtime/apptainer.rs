@@ -98,7 +98,7 @@ impl Runtime for Apptainer {
             Bind {
                 source: sandbox.folder.clone(),
                 target: INSIDE.into(),
-                read_only: true,
+                read_only: false,
             },
             Bind {
                 source: sandbox.agent.clone(),
@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(
             argv(Flavour::Apptainer),
             "/usr/bin/x|--silent|exec|--containall|--no-init|--no-home|--cleanenv|--no-eval|\
-             --overlay|/tmp/knoc-1/0-root|--workdir|/tmp/knoc-1/0-work|--uts|--hostname|pod|--pwd|/|--bind|/tmp/knoc-1/0:/.knoc:ro|--bind|\
+             --overlay|/tmp/knoc-1/0-root|--workdir|/tmp/knoc-1/0-work|--uts|--hostname|pod|--pwd|/|--bind|/tmp/knoc-1/0:/.knoc|--bind|\
              /opt/knoc-agent:/.knoc/agent:ro|--bind|/a b:/c:ro|/images/a.sif|/.knoc/agent|launch|\
              /.knoc/launch.sock"
         );
