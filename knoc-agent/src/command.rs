@@ -34,7 +34,9 @@ const READ_BUFFER: usize = 16 * 1024;
 #[must_use]
 pub fn login_environment() -> BTreeMap<String, String> {
     let names = ["HOME", "USER", "LOGNAME", "SHELL", "LANG"];
-    let found = names.into_iter().filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
+    let found = names
+        .into_iter()
+        .filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
     found.collect()
 }
 

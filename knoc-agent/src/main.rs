@@ -1,6 +1,10 @@
 //! `knoc-agent`: command line, tracing, runtime, signals, exit code. All else is in the library.
 
-use std::{io::Write as _, path::PathBuf, process::ExitCode};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -108,6 +112,7 @@ fn serve(config: Config) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_env("KNOC_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -89,7 +89,11 @@ impl RegistryClient {
 impl RegistryClient {
     /// Whether a registry is there: that it lacks the image is an answer too.
     pub(super) async fn answers(&self, source: &Source) -> Result<(), String> {
-        let client = if source.insecure { &self.insecure } else { &self.secure };
+        let client = if source.insecure {
+            &self.insecure
+        } else {
+            &self.secure
+        };
         let ask = client.fetch_manifest_digest(&source.reference, &RegistryAuth::Anonymous);
         match tokio::time::timeout(self.timeout, ask).await {
             Err(_elapsed) => Err(format!("no answer within {:?}", self.timeout)),

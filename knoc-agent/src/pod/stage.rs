@@ -174,7 +174,8 @@ pub(crate) async fn stage(
     }
 }
 
-fn job_file(
+/// `job.pb` of a pod whose images are known.
+pub(crate) fn job_file(
     site: &Site,
     spec: &pb::PodSpec,
     images: Vec<pb::ResolvedImage>,

@@ -92,7 +92,10 @@ fn merge(jobs: &mut Vec<JobView>, rows: Vec<JobView>, asked: &[JobRef]) {
         // A requeued job has a row for every life: the last one counts, also where it runs.
         if asked.contains(&row.job()) {
             let before = newest.get(&row.id).map(|life| life.restarts + 1);
-            let row = JobView { restarts: before.unwrap_or(0), ..row };
+            let row = JobView {
+                restarts: before.unwrap_or(0),
+                ..row
+            };
             newest.insert(row.id.clone(), row);
         }
     }

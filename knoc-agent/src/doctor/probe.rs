@@ -1,0 +1,222 @@
+//! A one-minute job that goes the whole way: sbatch, start, shim, link, report.
+//!
+//! Its container is the program `true` of the compute node, whatever the site's runtime: what is proved is the chain,
+//! not an image. The job directory has no record, so that a restarted agent sweeps it.
+
+use std::{sync::Arc, time::Duration};
+
+use knoc_proto::{
+    error::chain,
+    ids::PodUid,
+    pb::{self, Finding},
+};
+use tokio::{sync::mpsc, time::Instant};
+
+use super::finding;
+use crate::{
+    jobdir::{JobDir, JobDirError},
+    pod::{actor::Input, stage, state::Event},
+    scheduler::{Cancel, JobPhase, JobView, SubmitRequest, Submitted},
+    site::Site,
+};
+
+/// A job that has not ended by then is cancelled.
+const PATIENCE: Duration = Duration::from_mins(3);
+/// What the job may say in that time.
+const INPUTS: usize = 64;
+
+/// What became of the job.
+struct Journey {
+    last: Option<JobView>,
+    /// The shim's link came up.
+    linked: bool,
+    report: Option<pb::Report>,
+}
+
+pub(super) async fn run(site: &Arc<Site>) -> Vec<Finding> {
+    let name = format!("doctor-{:08x}", rand::random::<u32>());
+    let Ok(uid) = PodUid::try_from(name) else {
+        return Vec::new();
+    };
+    let (dir, spec) = (site.state.pod(&uid), spec(&uid));
+    let (input, inputs) = mpsc::channel(INPUTS);
+    let prepared = {
+        let (dir, spec, site) = (dir.clone(), spec.clone(), Arc::clone(site));
+        tokio::task::spawn_blocking(move || prepare(&site, &dir, spec)).await
+    };
+    let pin = match prepared {
+        Ok(Ok(pin)) => pin,
+        Ok(Err(error)) => return vec![finding("probe: stage", Err(chain(&error)), "see state")],
+        Err(error) => return vec![finding("probe: stage", Err(chain(&error)), "see the log")],
+    };
+    site.shims.expect(&uid, pin, input);
+    let findings = travel(site, &uid, spec, &dir, inputs).await;
+    site.shims.forget(&uid);
+    // Left over it is swept at the next start.
+    drop(tokio::task::spawn_blocking(move || dir.remove()).await);
+    findings
+}
+
+fn spec(uid: &PodUid) -> pb::PodSpec {
+    let container = pb::Container {
+        name: "probe".to_owned(),
+        image: "none".to_owned(),
+        command: vec!["true".to_owned()],
+        ..pb::Container::default()
+    };
+    pb::PodSpec {
+        uid: uid.to_string(),
+        namespace: "knoc".to_owned(),
+        name: "doctor".to_owned(),
+        generation: 1,
+        containers: vec![container],
+        restart_policy: pb::RestartPolicy::Never.into(),
+        job: Some(pb::JobRequest {
+            time_minutes: 1,
+            cpu_millis: 1000,
+            ..pb::JobRequest::default()
+        }),
+        ..pb::PodSpec::default()
+    }
+}
+
+fn prepare(site: &Site, dir: &JobDir, spec: pb::PodSpec) -> Result<String, JobDirError> {
+    dir.create()?;
+    dir.write_values(&pb::PodValues {
+        revision: 1,
+        ..pb::PodValues::default()
+    })?;
+    let image = pb::ResolvedImage {
+        container: "probe".to_owned(),
+        ..pb::ResolvedImage::default()
+    };
+    let mut job = stage::job_file(site, &spec, vec![image], String::new());
+    "process".clone_into(&mut job.runtime);
+    job.runtime_path.clear();
+    dir.write_spec(&job)?;
+    // Without a key the link is missing, which the last finding says.
+    Ok(stage::link_pin(dir).unwrap_or_default())
+}
+
+async fn travel(
+    site: &Arc<Site>,
+    uid: &PodUid,
+    spec: pb::PodSpec,
+    dir: &JobDir,
+    mut inputs: mpsc::Receiver<Input>,
+) -> Vec<Finding> {
+    let request = SubmitRequest {
+        uid: uid.clone(),
+        spec: Arc::new(spec),
+        cluster_id: String::new(),
+        attempt: 1,
+        jobdir: dir.path().to_owned(),
+        shim: site.shim.clone(),
+    };
+    let submitted = match site.scheduler.submit(&request).await {
+        Ok(submitted) => submitted,
+        Err(refusal) => {
+            let cure = "set what Slurm asks for in [job] of the site file";
+            return vec![finding("probe: submit", Err(refusal.words), cure)];
+        }
+    };
+    let journey = follow(site, uid, &submitted, &mut inputs).await;
+    let report = {
+        let dir = dir.clone();
+        let read = tokio::task::spawn_blocking(move || dir.report()).await;
+        read.ok().and_then(Result::ok).flatten()
+    };
+    judge(&submitted, journey, report)
+}
+
+/// Until the job has ended, or patience has.
+async fn follow(
+    site: &Site,
+    uid: &PodUid,
+    submitted: &Submitted,
+    inputs: &mut mpsc::Receiver<Input>,
+) -> Journey {
+    let mut journey = Journey {
+        last: None,
+        linked: false,
+        report: None,
+    };
+    let until = Instant::now() + PATIENCE;
+    let reference = crate::scheduler::JobRef {
+        id: submitted.job.clone(),
+        uid: uid.clone(),
+    };
+    while Instant::now() < until {
+        let pause = tokio::time::sleep(site.scheduler.round_interval());
+        tokio::pin!(pause);
+        loop {
+            tokio::select! {
+                biased;
+                Some(input) = inputs.recv() => match input {
+                    Input::Event(Event::Link(up)) => journey.linked |= up,
+                    Input::Event(Event::Report(report)) => journey.report = Some(*report),
+                    _ => {}
+                },
+                () = &mut pause => break,
+            }
+        }
+        let Ok(round) = site.scheduler.round(std::slice::from_ref(&reference)).await else {
+            continue;
+        };
+        let own = round.jobs.into_iter().find(|view| view.id == submitted.job);
+        let ended = own
+            .as_ref()
+            .is_some_and(|view| view.state.phase() == JobPhase::Ended);
+        journey.last = own.or(journey.last);
+        if ended || round.missing.contains(&reference) {
+            return journey;
+        }
+    }
+    if let Err(error) = site.scheduler.cancel(&reference, Cancel::Kill).await {
+        tracing::warn!(job = %submitted.job, error = chain(&error), "cancel the probe");
+    }
+    journey
+}
+
+fn judge(submitted: &Submitted, journey: Journey, file: Option<pb::Report>) -> Vec<Finding> {
+    let job = &submitted.job;
+    let span = submitted.ended.duration_since(submitted.began).as_millis();
+    let mut findings = vec![finding(
+        "probe: submit",
+        Ok(format!("job {job} was accepted in {span} ms")),
+        "",
+    )];
+    let state = journey.last.as_ref().map_or_else(
+        || "not known to the scheduler".to_owned(),
+        |view| format!("{} {} {}", view.state, view.reason, view.nodes),
+    );
+    let started = journey.last.as_ref().and_then(|view| view.started_at);
+    let waited = started.map(|at| at - submitted.ended.as_second());
+    findings.push(finding(
+        "probe: start",
+        waited
+            .map(|s| format!("started after {} s", s.max(0)))
+            .ok_or_else(|| state.clone()),
+        "the queue is full, or the job's limits do not fit the partition: see squeue -j",
+    ));
+    let well = |report: &pb::Report| report.outcome() == pb::OutcomeKind::Succeeded;
+    findings.push(finding(
+        "probe: report",
+        match &file {
+            Some(report) if well(report) => Ok(format!("the shim ran on {}", report.hostname)),
+            Some(report) => Err(format!("{}: {}", report.reason, report.message)),
+            None => Err(format!("no report came back; the job is {}", state.trim())),
+        },
+        "compute nodes must see state_dir at the same path, and may run programs from it",
+    ));
+    findings.push(finding(
+        "probe: link",
+        if journey.linked || journey.report.is_some() {
+            Ok("the shim dialled back".to_owned())
+        } else {
+            Err("the shim did not reach the agent".to_owned())
+        },
+        "set listen.shim_addresses to an address that compute nodes reach; open its port",
+    ));
+    findings
+}
