@@ -90,9 +90,11 @@ async fn exec_has_a_real_terminal() -> anyhow::Result<()> {
     terminal.type_text("stty size; echo be''gun\n")?;
     terminal.expect("begun").await?;
     terminal.expect("30 90").await?;
-    terminal.type_text("sleep 100; echo code=$?\n")?;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // A shell gives up the whole line on `^C`, so the next line asks for the code.
+    terminal.type_text("echo go''es; sleep 100\n")?;
+    terminal.expect("goes").await?;
     terminal.type_text("\u{3}")?;
+    terminal.type_text("echo co''de=$?\n")?;
     terminal.expect("code=130").await?;
     terminal.type_text("exit 4\n")?;
     ensure!(terminal.exit_code().await? == Some(4));
