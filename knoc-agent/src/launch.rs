@@ -27,6 +27,7 @@ const NO_SHIM: u8 = 125;
 /// Entry point of `knoc-agent launch SOCKET`. Returns only where the program could not be started.
 #[must_use]
 pub fn main(socket: &Path) -> ExitCode {
+    die_with_parent();
     match UnixStream::connect(socket) {
         Ok(stream) => program::run(&stream),
         Err(error) => {
@@ -37,6 +38,12 @@ pub fn main(socket: &Path) -> ExitCode {
             ExitCode::from(NO_SHIM)
         }
     }
+}
+
+/// Who started it is killed: so is the program. It survives `execve`.
+fn die_with_parent() {
+    let kill = rustix::process::Signal::KILL;
+    rustix::process::set_parent_process_death_signal(Some(kill)).ok();
 }
 
 /// Tells the terminal behind `master` its window's size; programs in it get `SIGWINCH`.

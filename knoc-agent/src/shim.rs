@@ -45,6 +45,10 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::{
+    Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 use self::{
     children::Children,
@@ -155,17 +159,22 @@ fn identity() -> anyhow::Result<Claim> {
 /// Logs go to standard error, which is the job's `batch.out`.
 fn log(pod: &Pod) {
     let level = if pod.settings().log_debug {
-        tracing::Level::DEBUG
+        LevelFilter::DEBUG
     } else {
-        tracing::Level::WARN
+        LevelFilter::WARN
     };
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(level)
+    // Only our own: what the libraries say at this level fills a file system.
+    let targets = Targets::new()
+        .with_default(LevelFilter::WARN)
+        .with_target(env!("CARGO_CRATE_NAME"), level);
+    let lines = tracing_subscriber::fmt::layer()
         .with_ansi(false)
-        .with_writer(std::io::stderr)
-        .finish();
+        .with_writer(std::io::stderr);
     // In tests there may be one already.
-    tracing::subscriber::set_global_default(subscriber).ok();
+    tracing_subscriber::registry()
+        .with(lines.with_filter(targets))
+        .try_init()
+        .ok();
 }
 
 async fn run(

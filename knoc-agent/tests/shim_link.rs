@@ -29,6 +29,12 @@ async fn up(container: pb::Container) -> (Job, harness::Agent, ShimClient<Channe
     job.start();
     let shim = agent.shim().await;
     job.until(running).await;
+    // Running is not yet listening to signals.
+    let began = Instant::now();
+    while job.log("a", 0) != "up\n" {
+        assert!(began.elapsed() < DEADLINE, "{}", job.state_words());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     (job, agent, shim)
 }
 
@@ -389,7 +395,11 @@ async fn logs(shim: &mut ShimClient<Channel>, request: pb::ReadLogsRequest) -> V
 #[tokio::test]
 async fn logs_are_followed_with_little_delay_to_the_end() {
     let script = "for n in 1 2 3 4 5; do date +%s%N 2>/dev/null; sleep 0.1; done; printf end";
-    let (mut job, _agent, mut shim) = up(sh("a", script)).await;
+    let mut job = Job::new(vec![sh("a", script)]);
+    let mut agent = job.agent().await;
+    job.start();
+    let mut shim = agent.shim().await;
+    job.until(running).await;
     let all = pb::ReadLogsRequest {
         follow: true,
         tail_lines: -1,
@@ -522,11 +532,11 @@ async fn volumes_are_mounted_and_refreshed() {
         command(&[
             "sh",
             "-c",
-            "cat '/etc/my,conf:ig/d/key'; ls -l '/etc/my,conf:ig/..data/d/key' | cut -c1-10; touch '/etc/my,conf:ig/x' 2>/dev/null || echo ro; df /mem | grep -c tmpfs",
+            "cat '/etc/my,conf:ig/d/key'; ls -l '/etc/my,conf:ig/..data/d/key' | cut -c1-10; touch '/etc/my,conf:ig/x' 2>/dev/null || echo ro; stat -f -c %T /mem",
         ])
     };
     let ran = exec(&mut shim, cat(), b"").await;
-    assert_eq!(ran.text(), "one-r--r-----\nro\n1\n", "{ran:?}");
+    assert_eq!(ran.text(), "one-r--r-----\nro\ntmpfs\n", "{ran:?}");
     job.values.revision = 2;
     job.values.files = files("two");
     shim.update_values(job.values.clone()).await.unwrap();

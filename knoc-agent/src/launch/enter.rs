@@ -67,6 +67,7 @@ impl EnterError {
 /// Entry point of the hidden subcommand.
 #[must_use]
 pub fn main(arguments: &[String]) -> ExitCode {
+    super::die_with_parent();
     let shim = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
         Ok(fd) => UnixStream::from(fd),
         Err(error) => {
@@ -79,8 +80,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
     }
     match sys::fork_single_threaded() {
         Ok(ForkResult::Child) => {
-            let kill = rustix::process::Signal::KILL;
-            rustix::process::set_parent_process_death_signal(Some(kill)).ok();
+            super::die_with_parent();
             program::run(&shim)
         }
         Ok(ForkResult::Parent { child }) => {
@@ -129,7 +129,6 @@ fn refuse(shim: &UnixStream, error: &EnterError) -> ExitCode {
 /// What was opened of the container before its mount namespace hid it.
 struct Target {
     namespaces: Vec<(&'static str, LinkNameSpaceType, OwnedFd)>,
-    root: OwnedFd,
     no_new_privileges: bool,
 }
 
@@ -147,16 +146,21 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     {
         return Err(EnterError::Ended);
     }
+    let mut root = None;
     for (name, kind, fd) in &target.namespaces {
+        if *name == "mnt" {
+            // Not before the user namespace is joined: a FUSE root is closed to those outside of it.
+            let path = format!("/proc/{pid}/root");
+            root = Some(File::open(&path).map_err(EnterError::on(format!("open {path}")))?);
+        }
         move_into_link_name_space(fd.as_fd(), Some(*kind))
             .map_err(io::Error::from)
             .map_err(EnterError::on(format!(
                 "join the {name} namespace of process {pid}"
             )))?;
     }
-    let entered = target.namespaces.iter().any(|(name, ..)| *name == "mnt");
-    if entered {
-        fchdir(&target.root)
+    if let Some(root) = root {
+        fchdir(&root)
             .and_then(|()| rustix::process::chroot("."))
             .map_err(io::Error::from)
             .map_err(EnterError::on("take the container's root"))?;
@@ -183,15 +187,10 @@ fn open(pid: u32) -> Result<Target, EnterError> {
             namespaces.push((name, kind, file.into()));
         }
     }
-    let root = format!("/proc/{pid}/root");
-    let root = File::open(&root)
-        .map_err(EnterError::on(format!("open {root}")))?
-        .into();
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let no_new_privileges = status.lines().any(|line| line == "NoNewPrivs:\t1");
     Ok(Target {
         namespaces,
-        root,
         no_new_privileges,
     })
 }

@@ -11,9 +11,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use rustix::process::{WaitOptions, WaitStatus, wait};
+use rustix::process::{Signal, WaitOptions, WaitStatus, set_parent_process_death_signal, wait};
 use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
+    signal::unix::{Signal as SignalStream, SignalKind, signal},
     sync::oneshot,
 };
 
@@ -38,6 +38,15 @@ impl From<WaitStatus> for Exit {
                 signal: 0,
             },
         }
+    }
+}
+
+/// The shim is killed: so is `command`, which without a job's cgroup nobody else would end.
+#[expect(unsafe_code, reason = "a hook between fork and exec has no safe form")]
+fn die_with_shim(command: &mut Command) {
+    // SAFETY: between fork and exec it makes one system call, which is async-signal-safe, and allocates nothing.
+    unsafe {
+        command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
     }
 }
 
@@ -72,10 +81,11 @@ impl Children {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts `command`, in a process group of its own where `group` is set.
+    /// Starts `command`, to die with the shim, in a process group of its own where `group` is set.
     pub(crate) fn spawn(&self, command: &mut Command, group: bool) -> io::Result<Child> {
         // Locked over the start: the reaper must not see a child that is not in the map yet.
         let mut waiting = self.waiting();
+        die_with_shim(command);
         if group {
             command.process_group(0);
         }
@@ -90,7 +100,7 @@ impl Children {
     }
 
     /// The task: reaps until dropped.
-    pub(crate) async fn reap(self, mut news: Signal) {
+    pub(crate) async fn reap(self, mut news: SignalStream) {
         loop {
             while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
                 let pid = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or_default();
@@ -106,7 +116,7 @@ impl Children {
     }
 
     /// The signal that [`Self::reap`] wakes on: to be installed before the first child.
-    pub(crate) fn signal() -> io::Result<Signal> {
+    pub(crate) fn signal() -> io::Result<SignalStream> {
         signal(SignalKind::child())
     }
 }
