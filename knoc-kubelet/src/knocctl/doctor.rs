@@ -170,10 +170,15 @@ impl Doctor {
                 );
             }
         };
+        let before = report.findings.len();
         loop {
             match tokio::time::timeout_at(deadline, findings.next()).await {
                 Ok(Some(Ok(finding))) => report.add(finding)?,
-                Ok(None) => return Ok(()),
+                Ok(None) if report.findings.len() > before => return Ok(()),
+                Ok(None) => {
+                    let cure = "an agent older than knocctl? `knoc-agent version` on its host";
+                    return report.bad("agent's checks", "the agent named none", cure);
+                }
                 Ok(Some(Err(status))) => {
                     return report.bad(
                         "agent's checks",
