@@ -8,7 +8,11 @@ mod ensure;
 mod notes;
 mod worker;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use knoc_proto::pb;
@@ -90,6 +94,8 @@ struct Memory {
     sent: Option<(serde_json::Value, Option<String>)>,
     /// Of the newest note told.
     note: Option<i64>,
+    /// Attempts and failures of containers that were told.
+    told: HashSet<u64>,
     /// The generation whose new refusals were told.
     judged: i64,
 }

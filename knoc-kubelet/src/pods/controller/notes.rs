@@ -1,14 +1,28 @@
-//! The agent's notes on a pod as Events, each once.
+//! What the agent tells of a pod as Events, each once: its notes, and the changes of containers.
+//!
+//! Changes of containers are read from levels: a container's id names one attempt, so `Created` and `Started` are told
+//! once an attempt however many observations were missed.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use jiff::{SignedDuration, Timestamp};
+use knoc_proto::pb::{self, container_status::State};
 
 use super::worker::Worker;
 use crate::pods::{
     events::{Note, about_pod},
     store::PodView,
 };
+
+/// Reasons of a waiting container that are failures.
+const FAILURES: &[&str] = &[
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "ErrImageNeverPull",
+    "ErrImagePull",
+    "InvalidImageName",
+    "RunContainerError",
+];
 
 /// Notes older than this at the start of the process were told by an earlier one.
 const EARLIER: SignedDuration = SignedDuration::from_secs(120);
@@ -31,16 +45,144 @@ impl Worker<'_> {
             if first && at < since {
                 continue;
             }
-            let mut salt = DefaultHasher::new();
-            (note.sequence, note.at).hash(&mut salt);
+            let salt = hash(&(note.sequence, note.at));
             self.context.events.tell(Note {
                 object: about_pod(&view.pod, &note.container),
                 warning: note.warning,
                 reason: note.reason.clone(),
                 message: note.message.clone(),
                 at,
-                salt: salt.finish(),
+                salt,
             });
         }
     }
+
+    /// `Created`, `Started`, `BackOff` and `Failed` of containers.
+    pub(super) fn tell_containers(&mut self, view: &PodView) {
+        let Some(observed) = &view.observed else {
+            return;
+        };
+        let since = self
+            .context
+            .started
+            .checked_sub(EARLIER)
+            .unwrap_or(Timestamp::MIN);
+        for status in observed.init_containers.iter().chain(&observed.containers) {
+            match &status.state {
+                Some(State::Running(running)) => {
+                    self.tell_start(view, status, running.started_at, since);
+                }
+                Some(State::Terminated(ended)) => {
+                    self.tell_start(view, status, ended.started_at, since);
+                }
+                Some(State::Waiting(waiting)) => self.tell_waiting(view, status, waiting, since),
+                None => {}
+            }
+        }
+    }
+
+    fn tell_start(
+        &mut self,
+        view: &PodView,
+        status: &pb::ContainerStatus,
+        started_at: i64,
+        since: Timestamp,
+    ) {
+        let Ok(at) = Timestamp::from_nanosecond(i128::from(started_at)) else {
+            return;
+        };
+        let salt = hash(&(&status.name, &status.container_id));
+        if started_at == 0 || at < since || !self.memory.told.insert(salt) {
+            return;
+        }
+        let name = &status.name;
+        for (reason, verb) in [("Created", "Created"), ("Started", "Started")] {
+            let message = format!("{verb} container {name}");
+            self.tell_container(view, name, false, (reason, message), at, salt);
+        }
+    }
+
+    fn tell_waiting(
+        &mut self,
+        view: &PodView,
+        status: &pb::ContainerStatus,
+        waiting: &pb::Waiting,
+        since: Timestamp,
+    ) {
+        if let Some(last) = &status.last_termination {
+            // A quick one was seen in neither of its states.
+            let last = pb::ContainerStatus {
+                container_id: last.container_id.clone(),
+                name: status.name.clone(),
+                state: Some(State::Terminated(last.clone())),
+                ..pb::ContainerStatus::default()
+            };
+            if let Some(State::Terminated(ended)) = &last.state {
+                self.tell_start(view, &last, ended.started_at, since);
+            }
+        }
+        let reason = match waiting.reason.as_str() {
+            "CrashLoopBackOff" | "ImagePullBackOff" => "BackOff",
+            failure if FAILURES.contains(&failure) => "Failed",
+            _ => return,
+        };
+        let salt = hash(&(
+            &status.name,
+            &waiting.reason,
+            &waiting.message,
+            status.restart_count,
+        ));
+        if self.memory.told.insert(salt) {
+            let message = match waiting.reason.as_str() {
+                "CrashLoopBackOff" => {
+                    format!("Back-off restarting failed container {}", status.name)
+                }
+                "ImagePullBackOff" => format!("Back-off pulling image: {}", waiting.message),
+                other => format!("Error: {other}: {}", waiting.message),
+            };
+            let now = Timestamp::now();
+            self.tell_container(view, &status.name, true, (reason, message), now, salt);
+        }
+    }
+
+    /// `Killing`, for each container that runs.
+    pub(super) fn tell_killing(&mut self, view: &PodView) {
+        let Some(observed) = &view.observed else {
+            return;
+        };
+        let now = Timestamp::now();
+        for status in observed.init_containers.iter().chain(&observed.containers) {
+            let salt = hash(&("Killing", &status.name, &status.container_id));
+            let runs = matches!(status.state, Some(State::Running(_)));
+            if runs && self.memory.told.insert(salt) {
+                let message = format!("Stopping container {}", status.name);
+                self.tell_container(view, &status.name, false, ("Killing", message), now, salt);
+            }
+        }
+    }
+
+    fn tell_container(
+        &self,
+        view: &PodView,
+        container: &str,
+        warning: bool,
+        (reason, message): (&str, String),
+        at: Timestamp,
+        salt: u64,
+    ) {
+        self.context.events.tell(Note {
+            object: about_pod(&view.pod, container),
+            warning,
+            reason: reason.to_owned(),
+            message,
+            at,
+            salt,
+        });
+    }
+}
+
+fn hash(what: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    what.hash(&mut hasher);
+    hasher.finish()
 }

@@ -52,6 +52,7 @@ impl Worker<'_> {
         if let Some(view) = &view {
             self.judge(view);
             self.tell_notes(view);
+            self.tell_containers(view);
             self.plan_refresh(view, now);
         }
         let decision = decide::decide(
@@ -76,7 +77,12 @@ impl Worker<'_> {
         }
         match (decision, &view) {
             (Decision::Refresh, Some(view)) => self.refresh(&view.pod).await,
-            (Decision::Stop(grace), _) => self.stop(grace, view.is_none()).await,
+            (Decision::Stop(grace), _) => {
+                if let Some(view) = &view {
+                    self.tell_killing(view);
+                }
+                self.stop(grace, view.is_none()).await;
+            }
             (Decision::Release, Some(view)) => self.release(&view.pod).await,
             (Decision::Forget, _) => self.forget().await,
             (_, _) => {}
