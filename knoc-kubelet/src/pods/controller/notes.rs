@@ -14,13 +14,10 @@ use crate::pods::{
     store::PodView,
 };
 
-/// Reasons of a waiting container that are failures.
+/// Reasons of a waiting container that are failures. Those of images are notes of the agent.
 const FAILURES: &[&str] = &[
     "CreateContainerConfigError",
     "CreateContainerError",
-    "ErrImageNeverPull",
-    "ErrImagePull",
-    "InvalidImageName",
     "RunContainerError",
 ];
 
@@ -122,7 +119,7 @@ impl Worker<'_> {
             }
         }
         let reason = match waiting.reason.as_str() {
-            "CrashLoopBackOff" | "ImagePullBackOff" => "BackOff",
+            "CrashLoopBackOff" => "BackOff",
             failure if FAILURES.contains(&failure) => "Failed",
             _ => return,
         };
@@ -137,7 +134,6 @@ impl Worker<'_> {
                 "CrashLoopBackOff" => {
                     format!("Back-off restarting failed container {}", status.name)
                 }
-                "ImagePullBackOff" => format!("Back-off pulling image: {}", waiting.message),
                 other => format!("Error: {other}: {}", waiting.message),
             };
             let now = Timestamp::now();
