@@ -61,7 +61,7 @@ async fn exit_codes_and_signals_decide_the_outcome() -> anyhow::Result<()> {
     for (uid, script, code, signal, kind) in [
         ("good", "echo fine", 0, 0, pb::OutcomeKind::Succeeded),
         ("bad", "exit 7", 7, 0, pb::OutcomeKind::Failed),
-        ("killed", "kill -9 $$", 137, 9, pb::OutcomeKind::Failed),
+        ("killed", "kill -9 $$$$", 137, 9, pb::OutcomeKind::Failed),
     ] {
         let pod = Pod::new(uid, vec![shell("main", script)]);
         pod.ensure(&client).await?;
