@@ -32,7 +32,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::{ids::PodUid, pb};
+use knoc_proto::{ids::PodUid, link::CredentialsError, pb};
 use prost::Message as _;
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -66,6 +66,13 @@ pub enum JobDirError {
         /// The parser's words.
         #[source]
         source: serde_json::Error,
+    },
+    /// The keys of the shim's link cannot be made.
+    #[error("make the keys of the shim's link")]
+    Keys {
+        /// Why not.
+        #[source]
+        source: CredentialsError,
     },
     /// The name cannot be a folder's.
     #[error("{uid:?} is not a pod uid")]

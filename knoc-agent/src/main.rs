@@ -18,6 +18,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
+/// File work that waits for a slow file system; a login node allows a user few processes.
+const BLOCKING_THREADS: usize = 64;
+
 /// Runs pods of a Kubernetes cluster as jobs of an HPC cluster, as an ordinary user.
 #[derive(Debug, Parser)]
 #[command(name = "knoc-agent", version)]
@@ -116,6 +119,7 @@ fn serve(config: Config) -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .max_blocking_threads(BLOCKING_THREADS)
         .enable_all()
         .build()?;
     runtime.block_on(async {

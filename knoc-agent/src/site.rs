@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use knoc_proto::ids::PodUid;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::{
     config::Config, image::Images, jobdir::StateDir, lease::Holder, registry::board::Board,
@@ -20,6 +20,9 @@ pub struct RuntimeInfo {
     /// As it says itself.
     pub version: String,
 }
+
+/// New pods that are put on disk at the same time: 8 threads each.
+pub const ACCEPTING: usize = 8;
 
 /// What all pods of this agent share.
 #[derive(Debug)]
@@ -44,6 +47,8 @@ pub struct Site {
     pub shims: Shims,
     /// Wakes the poller: something is expected.
     pub hurry: Arc<Notify>,
+    /// Bounds how many new pods are put on disk at the same time: each syncs its files by as many threads.
+    pub accepting: Semaphore,
     /// A pod's actor ends: its handle may go.
     pub ended: tokio::sync::mpsc::Sender<PodUid>,
 }

@@ -16,7 +16,7 @@ use knoc_proto::{
 };
 use nix::sys::resource::{Resource, getrlimit};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::{
     config::{Config, RuntimeKind, SchedulerKind},
@@ -29,7 +29,7 @@ use crate::{
     registry::board::Board,
     scheduler::{Scheduler, local, slurm},
     shims::Shims,
-    site::{RuntimeInfo, Site},
+    site::{ACCEPTING, RuntimeInfo, Site},
 };
 
 /// Open files of one pod at the worst: the shim's socket, a record being written, an stream or two.
@@ -132,6 +132,7 @@ pub(super) async fn prepare(
         },
         shims: Shims::default(),
         hurry: Arc::new(Notify::new()),
+        accepting: Semaphore::new(ACCEPTING),
         config,
         state,
         scheduler,

@@ -84,6 +84,38 @@ pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     written
 }
 
+/// Writes `files` that nobody reads yet, and syncs them and `folders` at the same time: a file system then needs about
+/// one commit for all. Not atomic: the caller knows how to tell a half-written set.
+pub fn create_together(
+    files: &[(PathBuf, Vec<u8>)],
+    folders: &[&Path],
+    mode: u32,
+) -> Result<(), FileError> {
+    let mut open = Vec::with_capacity(files.len() + folders.len());
+    for (path, bytes) in files {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(mode);
+        let mut file = options.open(path).map_err(FileError::on("create", path))?;
+        file.write_all(bytes)
+            .map_err(FileError::on("write", path))?;
+        open.push((file, path.as_path()));
+    }
+    for folder in folders {
+        let handle = File::open(folder).map_err(FileError::on("open", folder))?;
+        open.push((handle, folder));
+    }
+    let sync = |(file, path): (File, &Path)| file.sync_all().map_err(FileError::on("sync", path));
+    std::thread::scope(|scope| {
+        let syncing: Vec<_> = open
+            .into_iter()
+            .map(|one| scope.spawn(move || sync(one)))
+            .collect();
+        syncing
+            .into_iter()
+            .try_for_each(|one| one.join().unwrap_or(Ok(())))
+    })
+}
+
 /// Makes the entry of `path` in its folder durable.
 pub fn sync_parent(path: &Path) -> Result<(), FileError> {
     let parent = path.parent().unwrap_or_else(|| Path::new("/"));

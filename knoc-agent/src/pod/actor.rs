@@ -5,6 +5,7 @@
 //! written before any effect that follows `Persist`; what a shim's final report says is shown at once, since the
 //! report itself is on disk already.
 
+mod birth;
 mod effects;
 
 use std::{sync::Arc, time::Duration};
@@ -20,12 +21,11 @@ use tokio_util::sync::CancellationToken;
 use super::{
     publish::observed,
     record::Record,
-    stage,
     state::{Event, Facts, Patience, Pod, State, step},
 };
 use crate::{
-    config::{AtRest, Config},
-    jobdir::{JobDir, JobDirError, atomic},
+    config::Config,
+    jobdir::{JobDir, JobDirError},
     registry::Wanted,
     site::Site,
 };
@@ -212,106 +212,6 @@ impl Actor {
             self.site.board.remove(self.uid.as_str());
             // The registry may be gone already: then nobody keeps a handle.
             drop(self.site.ended.send(self.uid.clone()).await);
-        }
-    }
-
-    async fn adopt(&mut self, restored: Restored) -> Pod {
-        let Restored {
-            pod,
-            spec,
-            cluster_id,
-        } = restored;
-        self.spec = Arc::new(spec);
-        self.cluster_id = cluster_id;
-        let dir = self.dir.clone();
-        if !pod.is_finished() {
-            let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));
-            match read.await {
-                Ok((pin, values)) => {
-                    self.expect_link(pin);
-                    self.values_revision = values.ok().flatten().map_or(0, |v| v.revision);
-                }
-                Err(error) => tracing::error!(uid = %self.uid, error = chain(&error), "restore"),
-            }
-        }
-        self.show(&pod);
-        self.apply(pod, Event::Begin).await
-    }
-
-    /// The first input must make the pod; any other finds none.
-    async fn birth(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Option<Pod> {
-        loop {
-            match inputs.recv().await? {
-                Input::Ensure {
-                    spec,
-                    values,
-                    cluster_id,
-                    reply,
-                } => match self.accept(*spec, *values, cluster_id).await {
-                    Ok(pod) => {
-                        self.show(&pod);
-                        let shown = self.observed(&pod);
-                        drop(reply.send(Ok((shown, true))));
-                        return Some(self.apply(pod, Event::Begin).await);
-                    }
-                    Err(refused) => {
-                        drop(reply.send(Err(refused)));
-                        return None;
-                    }
-                },
-                Input::Values { reply, .. } | Input::Forget { reply } => {
-                    drop(reply.send(Err(not_found(&self.uid))));
-                }
-                Input::Delete { reply, .. } => drop(reply.send(Err(not_found(&self.uid)))),
-                Input::Event(_) => {}
-            }
-        }
-    }
-
-    /// Puts a new pod on disk.
-    async fn accept(
-        &mut self,
-        spec: pb::PodSpec,
-        values: pb::PodValues,
-        cluster_id: String,
-    ) -> Result<Pod, Refused> {
-        let now = Timestamp::now();
-        let pod = Pod::new(facts(&self.uid, &spec, &self.site.config), now);
-        let at_rest = self.site.config.values.at_rest;
-        self.values_revision = values.revision;
-        self.spec = Arc::new(spec);
-        self.cluster_id = cluster_id;
-        let (dir, spec) = (self.dir.clone(), Arc::clone(&self.spec));
-        let (cluster_id, staged) = (self.cluster_id.clone(), values.clone());
-        let record = Record::of(&pod, &self.cluster_id);
-        let written = tokio::task::spawn_blocking(move || {
-            stage::accept(&dir, &spec, &cluster_id, &staged, at_rest)?;
-            let pin = stage::link_pin(&dir);
-            write_record(&dir, &record)?;
-            // The folder's own entry, without which a crash of the file server would lose all of it.
-            atomic::sync_parent(dir.path())?;
-            Ok::<_, JobDirError>(pin)
-        });
-        let failed = |error: &(dyn std::error::Error + 'static)| {
-            Refused::new(
-                ErrorReason::Internal,
-                format!("accept pod: {}", chain(error)),
-            )
-        };
-        let pin = written
-            .await
-            .map_err(|e| failed(&e))?
-            .map_err(|e| failed(&e))?;
-        self.expect_link(pin);
-        self.values = (at_rest == AtRest::None).then_some(values);
-        Ok(pod)
-    }
-
-    fn expect_link(&self, pin: Result<String, stage::StageError>) {
-        match (pin, self.own.upgrade()) {
-            (Ok(pin), Some(own)) => self.site.shims.expect(&self.uid, pin, own),
-            (Err(error), _) => tracing::warn!(uid = %self.uid, error = error.message, "link keys"),
-            (Ok(_), None) => {}
         }
     }
 

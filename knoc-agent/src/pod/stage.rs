@@ -6,14 +6,15 @@
 use std::{sync::Arc, time::Duration};
 
 use knoc_proto::{error::chain, link::pinned::KeyPair, pb};
+use prost::Message as _;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     actor::Input,
+    record::Record,
     state::{Event, Note},
 };
 use crate::{
-    config::AtRest,
     jobdir::{JobDir, JobDirError, atomic},
     site::Site,
 };
@@ -42,6 +43,8 @@ impl StageError {
 
 /// A pull that takes longer than this is worth an Event.
 const WORTH_A_NOTE: Duration = Duration::from_millis(300);
+/// What is in the cache is found faster than this, also on a shared file system.
+const AT_HAND: Duration = Duration::from_millis(50);
 
 /// Where the image of `container` lies, fetched if need be. Tells the actor of pulls.
 async fn image(
@@ -71,25 +74,17 @@ async fn image(
         reason: error.reason().to_owned(),
         message: error.to_string(),
     })?;
-    let message = if pulling {
+    if pulling {
         let seconds = began.elapsed().as_secs_f64();
-        format!(
+        let message = format!(
             "Successfully pulled image {:?} in {seconds:.1}s",
             container.image
-        )
+        );
+        note(own, container, "Pulled", message).await;
     } else {
-        format!(
-            "Container image {:?} already present on machine",
-            container.image
-        )
-    };
-    note(own, container, "Pulled", message).await;
-    Ok(pb::ResolvedImage {
-        container: container.name.clone(),
-        path: resolved.path.to_string_lossy().into_owned(),
-        image_id: resolved.image_id,
-        config: Some(resolved.config),
-    })
+        tell(own, present(container)).await;
+    }
+    Ok(answer(container, resolved))
 }
 
 async fn note(
@@ -99,37 +94,91 @@ async fn note(
     message: String,
 ) {
     let container = container.name.clone();
-    let note = Note {
-        warning: false,
-        reason,
-        message,
-        container,
-    };
+    tell(
+        own,
+        Note {
+            warning: false,
+            reason,
+            message,
+            container,
+        },
+    )
+    .await;
+}
+
+async fn tell(own: &mpsc::WeakSender<Input>, note: Note) {
     if let Some(own) = own.upgrade() {
         // The actor is about to end: its notes with it.
         drop(own.send(Input::Event(Event::Note(note))).await);
     }
 }
 
-/// Makes the job directory with the pod's shape and values: what `EnsurePod` promises to be on disk, but the record.
+/// The note on an image that needed no pull.
+pub(crate) fn present(container: &pb::Container) -> Note {
+    Note {
+        warning: false,
+        reason: "Pulled",
+        message: format!(
+            "Container image {:?} already present on machine",
+            container.image
+        ),
+        container: container.name.clone(),
+    }
+}
+
+/// The images of a pod, where all of them are at hand within [`AT_HAND`]; a pull takes the long way.
+pub(crate) async fn at_hand(site: &Site, spec: &pb::PodSpec) -> Option<Vec<pb::ResolvedImage>> {
+    let containers = spec.init_containers.iter().chain(&spec.containers);
+    let resolving = containers.map(async |container| {
+        let policy = container.pull_policy();
+        let resolved = site.images.resolve(&container.image, policy).await;
+        resolved.map(|resolved| answer(container, resolved))
+    });
+    let resolving = futures::future::try_join_all(resolving);
+    tokio::time::timeout(AT_HAND, resolving).await.ok()?.ok()
+}
+
+fn answer(container: &pb::Container, resolved: crate::image::ResolvedImage) -> pb::ResolvedImage {
+    pb::ResolvedImage {
+        container: container.name.clone(),
+        path: resolved.path.to_string_lossy().into_owned(),
+        image_id: resolved.image_id,
+        config: Some(resolved.config),
+    }
+}
+
+/// Makes the job directory of a new pod: what `EnsurePod` promises to be on disk. Returns the pin of the shim's key.
+///
+/// Nothing was there before, so no file is replaced: all are written, then synced at the same time. A crash in between
+/// leaves a folder without a whole record, which promised nothing and is swept.
 pub(crate) fn accept(
     dir: &JobDir,
-    spec: &pb::PodSpec,
-    cluster_id: &str,
-    values: &pb::PodValues,
-    at_rest: AtRest,
-) -> Result<(), JobDirError> {
+    job: &pb::JobFile,
+    record: &Record,
+    values: Option<pb::PodValues>,
+) -> Result<String, JobDirError> {
+    let pair = KeyPair::generate(&format!("knoc shim {}", dir.uid()));
+    let pair = pair.map_err(|source| JobDirError::Keys { source })?;
     dir.create()?;
-    if at_rest == AtRest::File {
-        dir.write_values(values)?;
-    }
-    let job = pb::JobFile {
-        spec: Some(spec.clone()),
-        cluster_id: cluster_id.to_owned(),
-        ..pb::JobFile::default()
-    };
-    dir.write_spec(&job)?;
-    Ok(())
+    let (cert, key) = dir.link_pair();
+    let record_path = dir.record_path();
+    let record = serde_json::to_vec_pretty(record).map_err(|source| JobDirError::Json {
+        path: record_path.clone(),
+        source,
+    })?;
+    let mut files = vec![
+        (key, pair.key_pem().as_bytes().to_vec()),
+        (cert, pair.cert_pem().as_bytes().to_vec()),
+        (dir.spec_path(), job.encode_to_vec()),
+        (record_path, record),
+    ];
+    files.extend(values.map(|values| {
+        let path = dir.values_dir().join(values.revision.to_string());
+        (path, values.encode_to_vec())
+    }));
+    let parent = dir.path().parent().unwrap_or_else(|| dir.path());
+    atomic::create_together(&files, &[dir.path(), &dir.values_dir(), parent], 0o600)?;
+    Ok(pair.spki().to_owned())
 }
 
 /// The shim's key pair, made where it is not there yet. Returns its pin.

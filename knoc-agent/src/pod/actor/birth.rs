@@ -1,0 +1,167 @@
+//! How a pod comes to its actor: from disk after a restart, or by `EnsurePod`.
+//!
+//! What `EnsurePod` promises to be on disk is written in one go: all files beside each other, then all synced at the
+//! same time, since each sync waits for the disk and this is the way to `sbatch`. Where the images are at hand the
+//! record says at once that a job is being submitted.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use knoc_proto::{crash, error::chain, pb, reason::ErrorReason};
+use tokio::sync::mpsc;
+
+use super::{Actor, Input, Refused, Reply, Restored, facts, not_found};
+use crate::{
+    config::AtRest,
+    pod::{
+        record::Record,
+        stage,
+        state::{Effect, Event, Pod, State, step},
+    },
+};
+
+/// A pod as it begins, and what is to be done for it.
+struct Born {
+    pod: Pod,
+    effects: Vec<Effect>,
+}
+
+impl Actor {
+    /// A pod that was found on disk.
+    pub(super) async fn adopt(&mut self, restored: Restored) -> Pod {
+        let Restored {
+            pod,
+            spec,
+            cluster_id,
+        } = restored;
+        self.spec = Arc::new(spec);
+        self.cluster_id = cluster_id;
+        let dir = self.dir.clone();
+        if !pod.is_finished() {
+            let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));
+            match read.await {
+                Ok((pin, values)) => {
+                    self.expect_link(pin);
+                    self.values_revision = values.ok().flatten().map_or(0, |v| v.revision);
+                }
+                Err(error) => tracing::error!(uid = %self.uid, error = chain(&error), "restore"),
+            }
+        }
+        self.show(&pod);
+        self.apply(pod, Event::Begin).await
+    }
+
+    /// The first input must make the pod; any other finds none.
+    pub(super) async fn birth(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Option<Pod> {
+        loop {
+            match inputs.recv().await? {
+                Input::Ensure {
+                    spec,
+                    values,
+                    cluster_id,
+                    reply,
+                } => {
+                    self.spec = Arc::new(*spec);
+                    self.cluster_id = cluster_id;
+                    return self.accept(*values, reply).await;
+                }
+                Input::Values { reply, .. } | Input::Forget { reply } => {
+                    drop(reply.send(Err(not_found(&self.uid))));
+                }
+                Input::Delete { reply, .. } => drop(reply.send(Err(not_found(&self.uid)))),
+                Input::Event(_) => {}
+            }
+        }
+    }
+
+    async fn accept(
+        &mut self,
+        values: pb::PodValues,
+        reply: Reply<(pb::PodObserved, bool)>,
+    ) -> Option<Pod> {
+        let now = Timestamp::now();
+        let pod = Pod::new(facts(&self.uid, &self.spec, &self.site.config), now);
+        let images = stage::at_hand(&self.site, &self.spec).await;
+        let born = match &images {
+            Some(images) => self.begin(pod, images, now),
+            None => Born {
+                pod,
+                effects: Vec::new(),
+            },
+        };
+        if let Err(refused) = self.put_on_disk(&born.pod, images, values).await {
+            drop(reply.send(Err(refused)));
+            return None;
+        }
+        let Born { pod, effects } = born;
+        let submitting = matches!(pod.state, State::Submitting { .. });
+        self.show(&pod);
+        self.perform(&pod, effects).await;
+        drop(reply.send(Ok((self.observed(&pod), true))));
+        if submitting {
+            return Some(pod);
+        }
+        Some(self.apply(pod, Event::Begin).await)
+    }
+
+    /// Up to the submission, whose record is written with all the rest.
+    fn begin(&self, pod: Pod, images: &[pb::ResolvedImage], now: Timestamp) -> Born {
+        let (pod, _) = step(pod, Event::Begin, now);
+        let notes = self
+            .spec
+            .init_containers
+            .iter()
+            .chain(&self.spec.containers);
+        let notes = notes
+            .zip(images)
+            .map(|(container, _)| stage::present(container));
+        let pod = notes.fold(pod, |pod, note| step(pod, Event::Note(note), now).0);
+        let (pod, mut effects) = step(pod, Event::Staged, now);
+        effects.retain(|effect| *effect != Effect::Persist);
+        Born { pod, effects }
+    }
+
+    /// Writes all files of a new pod.
+    async fn put_on_disk(
+        &mut self,
+        pod: &Pod,
+        images: Option<Vec<pb::ResolvedImage>>,
+        values: pb::PodValues,
+    ) -> Result<(), Refused> {
+        let at_rest = self.site.config.values.at_rest;
+        self.values_revision = values.revision;
+        let record = Record::of(pod, &self.cluster_id);
+        let cluster_id = self.cluster_id.clone();
+        let job = stage::job_file(
+            &self.site,
+            &self.spec,
+            images.unwrap_or_default(),
+            cluster_id,
+        );
+        let staged = (at_rest == AtRest::File).then(|| values.clone());
+        let dir = self.dir.clone();
+        // Never closed: an error would only mean that there is no bound.
+        let place = self.site.accepting.acquire().await;
+        crash::point("agent.record.before");
+        let written =
+            tokio::task::spawn_blocking(move || stage::accept(&dir, &job, &record, staged)).await;
+        drop(place);
+        crash::point("agent.record.after");
+        let failed = |error: &(dyn std::error::Error + 'static)| {
+            let message = format!("accept pod: {}", chain(error));
+            Refused::new(ErrorReason::Internal, message)
+        };
+        let pin = written.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
+        self.expect_link(Ok(pin));
+        self.values = (at_rest == AtRest::None).then_some(values);
+        Ok(())
+    }
+
+    fn expect_link(&self, pin: Result<String, stage::StageError>) {
+        match (pin, self.own.upgrade()) {
+            (Ok(pin), Some(own)) => self.site.shims.expect(&self.uid, pin, own),
+            (Err(error), _) => tracing::warn!(uid = %self.uid, error = error.message, "link keys"),
+            (Ok(_), None) => {}
+        }
+    }
+}
