@@ -42,7 +42,7 @@ pub(super) async fn run(site: &Arc<Site>) -> Vec<Finding> {
     let (input, inputs) = mpsc::channel(INPUTS);
     let prepared = {
         let (dir, spec, site) = (dir.clone(), spec.clone(), Arc::clone(site));
-        tokio::task::spawn_blocking(move || prepare(&site, &dir, spec)).await
+        tokio::task::spawn_blocking(move || prepare(&site, &dir, &spec)).await
     };
     let pin = match prepared {
         Ok(Ok(pin)) => pin,
@@ -80,7 +80,7 @@ fn spec(uid: &PodUid) -> pb::PodSpec {
     }
 }
 
-fn prepare(site: &Site, dir: &JobDir, spec: pb::PodSpec) -> Result<String, JobDirError> {
+fn prepare(site: &Site, dir: &JobDir, spec: &pb::PodSpec) -> Result<String, JobDirError> {
     dir.create()?;
     dir.write_values(&pb::PodValues {
         revision: 1,
@@ -90,7 +90,7 @@ fn prepare(site: &Site, dir: &JobDir, spec: pb::PodSpec) -> Result<String, JobDi
         container: "probe".to_owned(),
         ..pb::ResolvedImage::default()
     };
-    let mut job = stage::job_file(site, &spec, vec![image], String::new());
+    let mut job = stage::job_file(site, spec, vec![image], String::new());
     "process".clone_into(&mut job.runtime);
     job.runtime_path.clear();
     dir.write_spec(&job)?;
@@ -126,7 +126,7 @@ async fn travel(
         let read = tokio::task::spawn_blocking(move || dir.report()).await;
         read.ok().and_then(Result::ok).flatten()
     };
-    judge(&submitted, journey, report)
+    judge(&submitted, &journey, report.as_ref())
 }
 
 /// Until the job has ended, or patience has.
@@ -155,7 +155,11 @@ async fn follow(
                 Some(input) = inputs.recv() => match input {
                     Input::Event(Event::Link(up)) => journey.linked |= up,
                     Input::Event(Event::Report(report)) => journey.report = Some(*report),
-                    _ => {}
+                    Input::Event(_)
+                    | Input::Ensure { .. }
+                    | Input::Values { .. }
+                    | Input::Delete { .. }
+                    | Input::Forget { .. } => {}
                 },
                 () = &mut pause => break,
             }
@@ -178,7 +182,7 @@ async fn follow(
     journey
 }
 
-fn judge(submitted: &Submitted, journey: Journey, file: Option<pb::Report>) -> Vec<Finding> {
+fn judge(submitted: &Submitted, journey: &Journey, file: Option<&pb::Report>) -> Vec<Finding> {
     let job = &submitted.job;
     let span = submitted.ended.duration_since(submitted.began).as_millis();
     let mut findings = vec![finding(
@@ -202,7 +206,7 @@ fn judge(submitted: &Submitted, journey: Journey, file: Option<pb::Report>) -> V
     let well = |report: &pb::Report| report.outcome() == pb::OutcomeKind::Succeeded;
     findings.push(finding(
         "probe: report",
-        match &file {
+        match file {
             Some(report) if well(report) => Ok(format!("the shim ran on {}", report.hostname)),
             Some(report) => Err(format!("{}: {}", report.reason, report.message)),
             None => Err(format!("no report came back; the job is {}", state.trim())),
