@@ -1,6 +1,6 @@
 //! The shim inside a job: claims the job directory, runs the containers of one pod, reports how they ended.
 //!
-//! One process, one thread (and one for file work). Its tasks, all owned by [`run`]:
+//! One process, one thread (and two for file work). Its tasks, all owned by [`run`]:
 //!
 //! - [`supervisor`]: owns the containers' states; one [`container`] task per attempt. Takes commands over a bounded
 //!   channel, publishes the report and the [`directory`] over watch channels.
@@ -72,11 +72,18 @@ const CANNOT_START: u8 = 67;
 
 const COMMANDS: usize = 16;
 
+/// One for logs and reports, one for what may take long: removing what a container wrote.
+const BLOCKING_THREADS: usize = 2;
+
 /// The grace of a signal from outside is Slurm's `KillWait`, 30 s by default, which we cannot see: a little less.
 const OUTSIDE_GRACE: Duration = Duration::from_secs(25);
 
 /// How long an agent that is there may take to read the final report.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How often, and how far apart, the shim looks for what its containers left behind.
+const LAST_LOOKS: u32 = 100;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 
 /// How long the link's last bytes may take.
 const FLUSH: Duration = Duration::from_millis(500);
@@ -89,7 +96,7 @@ const FLUSH: Duration = Duration::from_millis(500);
 pub fn main(jobdir: &Path) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(1)
+        .max_blocking_threads(BLOCKING_THREADS)
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
@@ -230,11 +237,13 @@ async fn run(
     .run(values)
     .await;
     if !pod.runtime.isolates() {
-        end_leftovers();
+        end_leftovers().await;
     }
     let written = keeper.join_next().await;
     farewell.wait().await;
     tokio::time::timeout(FLUSH, linked.join_next()).await.ok();
+    // Streams that are cut with the process may still hold the pod: its drop is not waited for.
+    pod.scratch.remove();
     let succeeded = reports.borrow_and_update().outcome() == OutcomeKind::Succeeded;
     Ok(match written {
         Some(Ok(true)) if succeeded => ExitCode::SUCCESS,
@@ -291,11 +300,18 @@ async fn obey_signals(
     }
 }
 
-/// Without PID namespaces what daemonised itself would outlive its container.
-fn end_leftovers() {
-    let own = std::process::id();
-    for pid in proc::descendants(&proc::all(), own) {
-        signals::send(pid, rustix::process::Signal::KILL);
+/// Without PID namespaces what daemonised itself would outlive its container. Repeated: what forks meanwhile is seen
+/// by the next look.
+async fn end_leftovers() {
+    for _ in 0..LAST_LOOKS {
+        let left = proc::descendants(&proc::all(), std::process::id());
+        if left.is_empty() {
+            return;
+        }
+        for pid in left {
+            signals::send(pid, rustix::process::Signal::KILL);
+        }
+        tokio::time::sleep(BETWEEN_LOOKS).await;
     }
 }
 

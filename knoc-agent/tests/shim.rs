@@ -267,6 +267,19 @@ async fn the_last_words_of_a_failed_container() {
     }
 }
 
+/// In a job with a memory limit of 200 MB.
+#[tokio::test]
+async fn an_oom_kill_is_named() {
+    if harness::var("KNOC_TEST_OOM").is_none() {
+        return;
+    }
+    let mut job = Job::new(vec![sh("a", "head -c 600000000 /dev/zero | tail")]);
+    job.start();
+    assert_eq!(job.code().await, 64);
+    let ended = terminated(&job.report().containers[0]);
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"));
+}
+
 async fn wait_for_log(job: &Job, container: &str, text: &str) {
     let began = Instant::now();
     while !job.log_path(container, 0).exists() || job.log(container, 0) != text {

@@ -1,6 +1,6 @@
 //! The writer of one log series: appends batches, rotates, and survives a file system that refuses.
 //!
-//! Blocking file work: the shim calls it on its one blocking thread. A batch that cannot be written whole is taken
+//! Blocking file work: the shim calls it on a blocking thread. A batch that cannot be written whole is taken
 //! back, so no torn line stays; its lines are counted, and once writing works again a line in the log says how many
 //! are missing. Never stops the program whose output it is.
 

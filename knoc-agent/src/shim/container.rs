@@ -225,6 +225,8 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     drop(keep_open);
     let killed = pod.oom.kills() > kills_before;
     let message = message(&folders, container, exit, &live);
+    // What the program wrote may be many files; nobody waits for their removal.
+    pod.removals.spawn_blocking(move || drop(folders));
     Ok((with_signal(exit), message, losses, killed))
 }
 

@@ -1,6 +1,6 @@
 //! Task: drains a container's output into its log. One per attempt.
 //!
-//! The pipes are always drained: while a batch is being written (on the blocking thread) the next one fills; when that
+//! The pipes are always drained: while a batch is being written (on a blocking thread) the next one fills; when that
 //! is full too the program waits, but not longer than [`STALL`]: then lines are dropped and counted. A batch goes as
 //! soon as the writer is free, so an idle pipe's line is written at once.
 

@@ -7,6 +7,7 @@ use std::{
 
 use knoc_proto::{expand::RuntimeFields, pb};
 use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio_util::task::TaskTracker;
 
 use super::{
     children::Children, environment::Facts, oom::OomCounter, scratch::Scratch, volumes::Volumes,
@@ -37,6 +38,8 @@ pub(crate) struct Pod {
     pub(crate) volumes: Volumes,
     pub(crate) scratch: Scratch,
     pub(crate) children: Children,
+    /// Folders of ended attempts that are being removed.
+    pub(crate) removals: TaskTracker,
 }
 
 impl Pod {
@@ -78,6 +81,7 @@ impl Pod {
             volumes: Volumes::create(&spec.volumes, &scratch)?,
             scratch,
             children: Children::default(),
+            removals: TaskTracker::new(),
             jobdir,
             claim,
             job,

@@ -48,6 +48,12 @@ impl Scratch {
         Ok(Self { disk, memory })
     }
 
+    /// Removes both.
+    pub(crate) fn remove(&self) {
+        remove_tree(&self.memory);
+        remove_tree(&self.disk);
+    }
+
     /// A sub-folder on disk, made where it is missing.
     pub(crate) fn disk(&self, name: &str) -> Result<PathBuf, FileError> {
         subfolder(&self.disk, name)
@@ -61,8 +67,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        remove_tree(&self.memory);
-        remove_tree(&self.disk);
+        self.remove();
     }
 }
 
