@@ -6,10 +6,13 @@
 //!
 //! ```text
 //!  Candidate ── free, released, ours, or unchanged for 15 s ──► Leader ── renewed every 2 s ──► Leader
-//!                                                                 │ another holds it, or no renewal for 10 s
+//!                                                                 │ another holds it
 //!                                                                 ▼
 //!                                                               Lost: stop mutating, end the process
 //! ```
+//!
+//! While the API server is away nobody can take the Lease and nothing new is wanted, so the leader stays and tries again. If another
+//! took it meanwhile, the agent refuses the older epoch at once, and the next renewal says so.
 
 use std::time::Duration;
 
@@ -26,8 +29,6 @@ use tokio_util::sync::CancellationToken;
 const DURATION: Duration = Duration::from_secs(15);
 /// Between renewals, and between looks of a candidate.
 const RENEW: Duration = Duration::from_secs(2);
-/// Without a renewal for this long we stop, well before another may begin.
-const GIVE_UP: Duration = Duration::from_secs(10);
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// Why leadership could not be had, kept or let go.
@@ -96,7 +97,6 @@ pub struct Leader {
     identity: String,
     /// As the API server has it.
     lease: Lease,
-    renewed: Instant,
 }
 
 impl Leader {
@@ -122,7 +122,6 @@ impl Leader {
                 Some(_) | None => Instant::now(),
             };
             seen = Some((version, since));
-            let renewed = Instant::now();
             match take(&api, &name, identity, found, since.elapsed()).await? {
                 Ok(lease) => {
                     return Ok(Self {
@@ -130,7 +129,6 @@ impl Leader {
                         name,
                         identity: identity.to_owned(),
                         lease,
-                        renewed,
                     });
                 }
                 Err(holder) if holder != told => {
@@ -165,7 +163,6 @@ impl Leader {
             match self.renew().await {
                 Ok(()) => {}
                 Err(error @ LeaderError::Taken { .. }) => return Err(error),
-                Err(error) if self.renewed.elapsed() >= GIVE_UP => return Err(error),
                 Err(error) => {
                     let error = knoc_proto::error::chain(&error);
                     tracing::warn!(%error, "leadership not renewed, trying again");
@@ -175,7 +172,6 @@ impl Leader {
     }
 
     async fn renew(&mut self) -> Result<(), LeaderError> {
-        let began = Instant::now();
         let mut lease = self.lease.clone();
         if let Some(spec) = &mut lease.spec {
             spec.renew_time = Some(MicroTime(Timestamp::now()));
@@ -185,7 +181,6 @@ impl Leader {
         match within("renew", &self.name, answer).await {
             Ok(lease) => {
                 self.lease = lease;
-                self.renewed = began;
                 Ok(())
             }
             Err(LeaderError::Lease {
