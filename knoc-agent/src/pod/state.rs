@@ -27,6 +27,8 @@ pub(crate) const LOOKS: u32 = 2;
 pub(crate) const FILES_AGAIN: Duration = Duration::from_secs(1);
 /// Between two cancellations of a job that does not go.
 pub(crate) const CANCEL_AGAIN: Duration = Duration::from_secs(10);
+/// How long the report of a job that we ended may take to show: it decides little more than exit codes.
+pub(crate) const ENDED_BY_US: Duration = Duration::from_secs(10);
 /// A job may outlive its final report this long (its epilog, a hanging file system) before it is cancelled.
 pub(crate) const LINGER: Duration = Duration::from_mins(1);
 /// Notes kept of one pod.
@@ -499,7 +501,12 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
         Event::Files { batch_tail } => job::files(&mut pod, batch_tail, now),
         Event::Link(up) => {
             pod.link = up;
-            Vec::new()
+            // A link that breaks may mean that the job has ended.
+            if up || pod.job().is_none() {
+                Vec::new()
+            } else {
+                vec![Effect::Hurry]
+            }
         }
         Event::Delete { grace, reason } => ending::delete(&mut pod, grace, reason, now),
         Event::Update(facts) => {

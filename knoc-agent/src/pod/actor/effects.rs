@@ -2,7 +2,14 @@
 
 use std::sync::Arc;
 
-use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
+use knoc_proto::{
+    crash,
+    error::chain,
+    ids::JobId,
+    pb,
+    pod::{InvalidPod, PodSpec, PodValues},
+    reason::ErrorReason,
+};
 use tokio::sync::mpsc;
 use tonic::Request;
 
@@ -155,6 +162,7 @@ impl Actor {
         if pod.is_finished() || values.revision <= self.values_revision {
             return Ok(());
         }
+        let values = self.checked(values)?;
         let revision = values.revision;
         if let Some(mut client) = self.site.shims.client(&self.uid) {
             let mut request = Request::new(values.clone());
@@ -181,6 +189,15 @@ impl Actor {
             self.values = Some(values);
         }
         Ok(())
+    }
+
+    /// Names, paths and references of the values against the pod's shape.
+    fn checked(&self, values: pb::PodValues) -> Result<pb::PodValues, Refused> {
+        let invalid = |error: InvalidPod| Refused::new(ErrorReason::InvalidSpec, error.to_string());
+        let spec = PodSpec::try_from((*self.spec).clone()).map_err(invalid)?;
+        PodValues::check(values, &spec)
+            .map(PodValues::into_inner)
+            .map_err(invalid)
     }
 
     /// A newer generation: the shape in `job.pb` follows, the rest of it stays.

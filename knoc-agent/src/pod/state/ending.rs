@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::{CANCEL_AGAIN, Deletion, Effect, Ending, LINGER, Pod, State, submit};
+use super::{CANCEL_AGAIN, Deletion, ENDED_BY_US, Effect, Ending, LINGER, Pod, State, submit};
 use crate::{
     pod::outcome::{Cause, Outcome},
     scheduler::{Cancel, JobPhase},
@@ -35,8 +35,10 @@ pub(super) fn delete(
         State::Accepted | State::Staging { .. } | State::Throttled { .. } => {
             submit::deleted_before_job(pod, now)
         }
-        // The answer of sbatch, or the end of the job, is awaited anyway.
-        State::Submitting { .. } | State::Settling { .. } | State::Finished { .. } => {
+        // The answer of sbatch is awaited anyway.
+        State::Submitting { .. } | State::Finished { .. } => vec![Effect::Persist],
+        State::Settling { until, .. } => {
+            *until = (*until).min(now + ENDED_BY_US);
             vec![Effect::Persist]
         }
         State::Queued { .. } => dequeue(pod, Cause::Deleted(reason), now),

@@ -3,12 +3,10 @@
 use jiff::Timestamp;
 use knoc_proto::{ids::JobId, pb};
 
-use super::{Effect, FILES_AGAIN, LINGER, Pod, State, ending, submit};
+use super::{ENDED_BY_US, Effect, FILES_AGAIN, LINGER, Pod, State, ending, submit};
 use crate::{
-    pod::outcome::{
-        Cause, EXIT_CANNOT_START, EXIT_NO_REPORT, EXIT_SURPLUS, EXITS_WITH_REPORT, Evidence, decide,
-    },
-    scheduler::{Cancel, JobExit, JobPhase, JobState, JobView},
+    pod::outcome::{Cause, EXIT_SURPLUS, EXITS_WITH_REPORT, Evidence, decide},
+    scheduler::{Cancel, JobPhase, JobState, JobView},
 };
 
 pub(super) fn round(
@@ -159,6 +157,11 @@ fn ended(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     if let State::Settling { .. } = pod.state {
         return Vec::new();
     }
+    if surplus(pod) {
+        let message = format!("job {job} found the claim taken");
+        pod.note(true, "SlurmJobSurplus", message.clone(), now);
+        return submit::look(pod, message, now);
+    }
     let until = now + patience(pod);
     pod.enter(
         State::Settling {
@@ -172,6 +175,12 @@ fn ended(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     vec![Effect::Persist, Effect::ReadFiles]
 }
 
+/// Did the shim of our job find the claim taken? Then another job of this pod runs, or ran.
+pub(super) fn surplus(pod: &Pod) -> bool {
+    let exit = pod.view.as_ref().and_then(|view| view.exit);
+    pod.report.is_none() && exit.is_some_and(|exit| exit.code == EXIT_SURPLUS)
+}
+
 fn reported(pod: &Pod) -> bool {
     pod.report.as_ref().is_some_and(|report| report.r#final)
 }
@@ -182,13 +191,9 @@ fn patience(pod: &Pod) -> std::time::Duration {
         return pod.facts.patience.report_grace;
     };
     let never_started = view.started_at.is_none() && pod.report.is_none();
-    let none_can_come = match view.exit {
-        Some(JobExit { code, signal: 0 }) if EXITS_WITH_REPORT.contains(&code) => false,
-        Some(JobExit { code, .. }) => {
-            [EXIT_NO_REPORT, EXIT_CANNOT_START, EXIT_SURPLUS].contains(&code)
-        }
-        None => false,
-    };
+    // The batch script becomes the shim, so its code is the shim's word: any but these two promises no report.
+    let code = view.exit.map_or(0, |exit| exit.code);
+    let none_can_come = !EXITS_WITH_REPORT.contains(&code);
     let stopping = matches!(pod.state, State::Stopping { .. });
     let cancelled = matches!(view.state, JobState::Cancelled { .. });
     let cancelled_in_queue = never_started && (cancelled || stopping);
@@ -201,6 +206,8 @@ fn patience(pod: &Pod) -> std::time::Duration {
     );
     if none_can_come || cancelled_in_queue || crashed || node_gone {
         FILES_AGAIN
+    } else if stopping {
+        pod.facts.patience.report_grace.min(ENDED_BY_US)
     } else {
         pod.facts.patience.report_grace
     }

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 
 use super::{Effect, LOOK_AGAIN, LOOKS, Look, Pod, State, Trouble, ending, job};
 use crate::{
-    pod::outcome::{Cause, Outcome},
+    pod::outcome::{Cause, EXIT_SURPLUS, Outcome},
     scheduler::{Cancel, JobPhase, JobView, RefusalKind, Submitted},
 };
 
@@ -192,8 +192,10 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
         return Vec::new();
     };
     let (look, message) = (look.tries + 1, look.message.clone());
-    // One that runs before one that waits before one that ended; else the newest.
-    let best = jobs.iter().enumerate().min_by_key(|(n, view)| {
+    // One that runs before one that waits before one that ended; else the newest. Never one that lost the claim.
+    let lost_claim = |view: &JobView| view.exit.is_some_and(|exit| exit.code == EXIT_SURPLUS);
+    let candidates = jobs.iter().filter(|view| !lost_claim(view)).enumerate();
+    let best = candidates.min_by_key(|(n, view)| {
         let rank = match view.state.phase() {
             JobPhase::Running => 0,
             JobPhase::Queued => 1,
@@ -211,18 +213,42 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
             pod.state = State::Submitting { look: Some(look) };
             return Vec::new();
         }
+        if job::surplus(pod) || !jobs.is_empty() {
+            // Submitted again it would find the claim taken again.
+            let cause = pod
+                .deletion
+                .clone()
+                .map(|deletion| Cause::Deleted(deletion.reason));
+            return job::conclude(pod, cause.as_ref(), now);
+        }
         return submit(pod, now);
     };
     let job = best.id.clone();
     let text = format!("job {job} was found again by its name");
     pod.note(false, "SlurmJobSubmitted", text, now);
     pod.enter(State::Queued { job, never: None }, now);
+    pod.view = None;
     let mut effects = vec![Effect::Persist];
     effects.extend(job::round(pod, jobs, false, now));
-    if let (Some(deletion), State::Queued { .. }) = (pod.deletion.clone(), &pod.state) {
-        effects.extend(ending::dequeue(pod, Cause::Deleted(deletion.reason), now));
+    match (pod.deletion.clone(), &pod.state) {
+        (Some(deletion), State::Queued { .. }) => {
+            effects.extend(ending::dequeue(pod, Cause::Deleted(deletion.reason), now));
+        }
+        (Some(_), State::Running { .. }) => effects.extend(ending::tell(pod, now)),
+        (Some(_) | None, _) => {}
     }
     effects
+}
+
+/// It is not known which job is the pod's: looks by name before anything else.
+pub(super) fn look(pod: &mut Pod, message: String, now: Timestamp) -> Vec<Effect> {
+    let look = Look {
+        tries: 0,
+        at: now + LOOK_AGAIN,
+        message,
+    };
+    pod.enter(State::Submitting { look: Some(look) }, now);
+    vec![Effect::Persist, Effect::Find]
 }
 
 pub(super) fn find_failed(pod: &mut Pod, message: String, now: Timestamp) -> Vec<Effect> {

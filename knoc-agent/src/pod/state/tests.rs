@@ -199,6 +199,34 @@ fn the_claimant_is_the_pods_job() {
 }
 
 #[test]
+fn where_the_claim_is_anothers_that_job_is_the_pods() {
+    let mut lost = view("1", JobState::Failed);
+    lost.exit = Some(JobExit {
+        code: 66,
+        signal: 0,
+    });
+    let round = Event::Round {
+        jobs: vec![lost.clone()],
+        missing: false,
+    };
+    let (pod, effects) = feed(and(running(), [round]));
+    assert_eq!(effects, [Effect::Persist, Effect::Find]);
+    let jobs = vec![lost.clone(), view("2", JobState::Running)];
+    let (other, _) = step(pod.clone(), Event::Found(jobs), at(9));
+    assert_eq!(other.state, State::Running { job: job("2") });
+    let (pod, _) = step(pod, Event::Found(vec![lost.clone()]), at(9));
+    let (pod, effects) = step(pod, Event::Found(vec![lost]), at(12));
+    assert!(!effects.contains(&Effect::Submit));
+    assert_eq!(outcome(&pod), (false, "ContainerStatusUnknown"));
+}
+
+#[test]
+fn a_broken_link_asks_the_scheduler() {
+    let (_, effects) = feed(and(running(), [Event::Link(true), Event::Link(false)]));
+    assert_eq!(effects, [Effect::Hurry]);
+}
+
+#[test]
 fn refusals_for_good_and_for_now() {
     let refuse = |kind| {
         feed([
