@@ -119,13 +119,12 @@ impl Kubelet {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         });
-        if waited.await.is_err() {
-            panic!(
-                "not reached: {what}\napi: {:#?}\nagent: {:#?}",
-                self.api.calls(),
-                self.agent.calls()
-            );
-        }
+        assert!(
+            waited.await.is_ok(),
+            "not reached: {what}\napi: {:#?}\nagent: {:#?}",
+            self.api.calls(),
+            self.agent.calls()
+        );
     }
 
     async fn phase(&self, phase: &str) {

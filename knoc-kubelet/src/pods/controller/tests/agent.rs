@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use futures::Stream;
@@ -29,6 +29,14 @@ struct State {
     calls: Vec<String>,
     values: Option<pb::PodValues>,
     refuse: Option<ErrorReason>,
+}
+
+impl State {
+    fn called(&mut self, call: String) -> Result<(), Status> {
+        self.calls.push(call);
+        self.refuse
+            .map_or(Ok(()), |reason| Err(reason.status("refused")))
+    }
 }
 
 #[derive(Clone)]
@@ -108,13 +116,8 @@ impl FakeAgent {
 }
 
 impl Fake {
-    fn called(&self, call: String) -> Result<(), Status> {
-        let mut state = self.state.lock().unwrap();
-        state.calls.push(call);
-        match state.refuse {
-            Some(reason) => Err(reason.status("refused")),
-            None => Ok(()),
-        }
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
     }
 
     fn change(&self, uid: &str, change: impl FnOnce(&mut pb::PodObserved)) -> pb::PodObserved {
@@ -128,8 +131,8 @@ impl Fake {
     }
 }
 
-fn event(event: Event) -> Result<pb::PodEvent, Status> {
-    Ok(pb::PodEvent { event: Some(event) })
+fn event(event: Event) -> pb::PodEvent {
+    pb::PodEvent { event: Some(event) }
 }
 
 #[tonic::async_trait]
@@ -156,7 +159,7 @@ impl Service for Fake {
     ) -> Result<Response<pb::EnsurePodResponse>, Status> {
         let request = request.into_inner();
         let spec = request.spec.unwrap();
-        self.called(format!("EnsurePod {}", spec.name))?;
+        self.state().called(format!("EnsurePod {}", spec.name))?;
         {
             let mut state = self.state.lock().unwrap();
             state.values = request.values;
@@ -181,7 +184,8 @@ impl Service for Fake {
         request: Request<pb::DeletePodRequest>,
     ) -> Result<Response<pb::DeletePodResponse>, Status> {
         let request = request.into_inner();
-        self.called(format!("DeletePod grace {}", request.grace_seconds))?;
+        self.state()
+            .called(format!("DeletePod grace {}", request.grace_seconds))?;
         let pod = self.change(&request.uid, |pod| pod.deleting = true);
         Ok(Response::new(pb::DeletePodResponse { pod: Some(pod) }))
     }
@@ -191,7 +195,7 @@ impl Service for Fake {
         request: Request<pb::ForgetPodRequest>,
     ) -> Result<Response<pb::ForgetPodResponse>, Status> {
         let uid = request.into_inner().uid;
-        self.called(format!("ForgetPod {uid}"))?;
+        self.state().called(format!("ForgetPod {uid}"))?;
         self.state.lock().unwrap().pods.remove(&uid);
         Ok(Response::new(pb::ForgetPodResponse {}))
     }
@@ -214,9 +218,10 @@ impl Service for Fake {
         let snapshot = known.into_iter().map(Event::Item);
         let snapshot = snapshot
             .chain([Event::Synced(pb::Synced::default())])
-            .map(event);
+            .map(event)
+            .map(Ok);
         let later = futures::stream::unfold(changes, |mut changes| async {
-            Some((event(changes.recv().await.ok()?), changes))
+            Some((Ok(event(changes.recv().await.ok()?)), changes))
         });
         let all =
             futures::StreamExt::chain(futures::stream::iter(snapshot.collect::<Vec<_>>()), later);
@@ -227,7 +232,7 @@ impl Service for Fake {
         &self,
         _: Request<pb::UpdateValuesRequest>,
     ) -> Result<Response<pb::UpdateValuesResponse>, Status> {
-        self.called("UpdateValues".to_owned())?;
+        self.state().called("UpdateValues".to_owned())?;
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 

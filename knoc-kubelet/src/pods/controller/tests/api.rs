@@ -87,8 +87,8 @@ impl State {
             };
         }
         if *method == Method::PATCH && path.ends_with("/status") {
-            let patch: Value = serde_json::from_slice(body).unwrap();
-            self.merge(&patch["status"]);
+            let change: Value = serde_json::from_slice(body).unwrap();
+            self.merge(&change["status"]);
             return (200, self.pod.clone());
         }
         (200, json!({"metadata": {"name": "p"}}))
