@@ -1,4 +1,8 @@
 //! The real `knocctl` against a scripted agent, over the agent's unix socket.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test: clippy exempts only #[test] functions and their modules"
+)]
 mod fake;
 
 use std::{
@@ -16,6 +20,19 @@ use rustix::{
 };
 use tempfile::TempDir;
 use tokio::task::JoinSet;
+
+/// More than any buffer on the way.
+static INPUT: [u8; 300_000] = {
+    let mut bytes = [0; 300_000];
+    let mut value = 0u8;
+    let mut at = 0;
+    while at < bytes.len() {
+        bytes[at] = value;
+        value = if value == 250 { 0 } else { value + 1 };
+        at += 1;
+    }
+    bytes
+};
 
 const POD: &str = "
 apiVersion: v1
@@ -210,15 +227,6 @@ async fn exec_passes_bytes_streams_and_codes() {
         (got.code, got.stdout.as_slice(), got.stderr.as_str()),
         (42, &b""[..], "bye\n")
     );
-    static INPUT: [u8; 300_000] = {
-        let mut bytes = [0; 300_000];
-        let mut at = 0;
-        while at < bytes.len() {
-            bytes[at] = (at % 251) as u8;
-            at += 1;
-        }
-        bytes
-    };
     let got = world
         .run_with(&["exec", "-i", "u1", "-c", "main", "--", "cat"], &INPUT)
         .await;
