@@ -20,6 +20,7 @@ mod handshake;
 mod link;
 mod oom;
 mod output;
+mod outside;
 mod plan;
 mod pod;
 pub(crate) mod proc;
@@ -74,9 +75,6 @@ const COMMANDS: usize = 16;
 
 /// One for logs and reports, one for what may take long: removing what a container wrote.
 const BLOCKING_THREADS: usize = 2;
-
-/// The grace of a signal from outside is Slurm's `KillWait`, 30 s by default, which we cannot see: a little less.
-const OUTSIDE_GRACE: Duration = Duration::from_secs(25);
 
 /// How long an agent that is there may take to read the final report.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -290,7 +288,7 @@ async fn obey_signals(
             else => return,
         };
         let stop = Command::Stop {
-            grace: own_grace.min(OUTSIDE_GRACE),
+            grace: outside::longest_grace().map_or(own_grace, |longest| own_grace.min(longest)),
             by: EndedBy::Signal,
             reason: format!("the job was sent {name}"),
         };
