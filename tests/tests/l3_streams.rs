@@ -157,9 +157,10 @@ async fn exec_on_a_terminal_resizes_interrupts_and_passes_the_exit_code() -> any
         }
     })
     .await?;
-    terminal.type_text("echo slee''ping; sleep 300; echo code=$?\n")?;
+    terminal.type_text("echo slee''ping; sleep 300\n")?;
     terminal.expect("sleeping").await?;
-    terminal.type_text("\u{3}")?;
+    // A line of its own: the shell gives up the whole line that is interrupted.
+    terminal.type_text("\u{3}echo code=$?\n")?;
     terminal.expect("code=130").await?;
     terminal.type_text("exit 7\n")?;
     ensure!(terminal.exit_code().await? == Some(7));

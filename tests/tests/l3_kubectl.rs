@@ -1,0 +1,148 @@
+//! Unmodified kubectl through API server, kubelet, agent and shim: exec with and without a terminal, and cp.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use knoc_tests::{PodBuilder, Terminal, World, wait_for, world::SOON};
+
+const MINUTES: Duration = Duration::from_mins(3);
+const SIZE: usize = 20 << 20;
+
+async fn target(test: &str) -> anyhow::Result<World> {
+    let world = World::new(test).await?;
+    world
+        .create(&PodBuilder::new("target").sh("sleep 600"))
+        .await?;
+    world.wait_phase("target", "Running", SOON).await?;
+    Ok(world)
+}
+
+fn random(size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    for chunk in bytes.chunks_mut(8) {
+        chunk.copy_from_slice(&rand::random::<u64>().to_le_bytes());
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn exec_keeps_codes_streams_and_words() -> anyhow::Result<()> {
+    let world = target("kubectl-exec").await?;
+    let script = "echo out; echo err >&2; exit 9";
+    let output = world
+        .kubectl(["exec", "target", "--", "sh", "-c", script])
+        .output()
+        .await?;
+    ensure!(output.code == 9 && output.stdout == b"out\n", "{output}");
+    ensure!(output.stderr.starts_with("err\n"), "{output}");
+    let killed = world
+        .kubectl(["exec", "target", "--", "sh", "-c", "kill -KILL $$"])
+        .output()
+        .await?;
+    ensure!(killed.code == 137, "{killed}");
+    let missing = world
+        .kubectl(["exec", "target", "--", "/no/such/program"])
+        .output()
+        .await?;
+    ensure!(
+        missing.code != 0 && missing.stderr.contains("/no/such/program"),
+        "{missing}"
+    );
+    // Bytes that mean something to a shell or in a URL arrive as they are.
+    let nasty = "a b&c=d%41;$HOME \"'\\ \u{e4}\u{1f980}\n--";
+    let echoed = world
+        .kubectl(["exec", "target", "--", "printf", "%s", nasty])
+        .ok()
+        .await?;
+    ensure!(echoed.stdout == nasty.as_bytes(), "{echoed}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn exec_and_cp_carry_binary_both_ways() -> anyhow::Result<()> {
+    let world = target("kubectl-bytes").await?;
+    let bytes = random(SIZE);
+    let echo = world
+        .kubectl(["exec", "-i", "target", "--", "cat"])
+        .stdin(bytes.clone())
+        .deadline(MINUTES)
+        .ok()
+        .await?;
+    ensure!(
+        echo.stdout == bytes,
+        "{} bytes came back",
+        echo.stdout.len()
+    );
+    let folder = tempfile::tempdir()?;
+    let (up, down) = (folder.path().join("up"), folder.path().join("down"));
+    tokio::fs::write(&up, &bytes).await?;
+    for (from, to) in [
+        (up.as_os_str(), "target:/tmp/file".as_ref()),
+        ("target:/tmp/file".as_ref(), down.as_os_str()),
+    ] {
+        world
+            .kubectl(["cp", "--retries=0"])
+            .arg(from)
+            .arg(to)
+            .deadline(MINUTES)
+            .ok()
+            .await?;
+    }
+    ensure!(tokio::fs::read(&down).await? == bytes, "cp changed bytes");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn many_execs_at_once_do_not_mix() -> anyhow::Result<()> {
+    const AT_ONCE: usize = 20;
+    let world = target("kubectl-many").await?;
+    let runs = (0..AT_ONCE).map(async |number| {
+        let script = format!("cat; exit {number}");
+        let output = world
+            .kubectl(["exec", "-i", "target", "--", "sh", "-c", &script])
+            .stdin(format!("input {number}"))
+            .deadline(MINUTES)
+            .output()
+            .await?;
+        let expected = (i32::try_from(number)?, format!("input {number}"));
+        ensure!(
+            (output.code, output.text()) == expected,
+            "{number}: {output}"
+        );
+        Ok(())
+    });
+    futures::future::try_join_all(runs).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_terminal_resizes_interrupts_and_passes_the_exit_code() -> anyhow::Result<()> {
+    let world = target("kubectl-tty").await?;
+    let args = ["-n", &world.namespace, "exec", "-it", "target", "--", "sh"];
+    let mut terminal = Terminal::start("kubectl", &args, 24, 80)?;
+    wait_for("the first size", SOON, async || {
+        size_is(&mut terminal, "24 80").await
+    })
+    .await?;
+    terminal.resize(50, 132)?;
+    wait_for("the new size", SOON, async || {
+        size_is(&mut terminal, "50 132").await
+    })
+    .await?;
+    terminal.type_text("echo slee''ping; sleep 300\n")?;
+    terminal.expect("sleeping").await?;
+    // A line of its own: the shell gives up the whole line that is interrupted.
+    terminal.type_text("\u{3}echo code=$?\n")?;
+    terminal.expect("code=130").await?;
+    terminal.type_text("exit 7\n")?;
+    ensure!(terminal.exit_code().await? == Some(7));
+    world.finish().await
+}
+
+async fn size_is(terminal: &mut Terminal, size: &str) -> anyhow::Result<()> {
+    terminal.type_text("stty size\n")?;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let shown = terminal.shown();
+    ensure!(shown.contains(size), "{shown}");
+    Ok(())
+}
