@@ -120,6 +120,8 @@ pub struct Actor {
     values_revision: i64,
     effects: JoinSet<Event>,
     staging: Option<AbortHandle>,
+    /// The last record that was to be written is on disk.
+    saved: bool,
     /// For the poller.
     wants: watch::Sender<Wanted>,
 }
@@ -163,6 +165,7 @@ impl Actor {
             cluster_id: String::new(),
             values: None,
             values_revision: 0,
+            saved: true,
             effects: JoinSet::new(),
             staging: None,
         }
@@ -241,7 +244,13 @@ impl Actor {
                 reply,
             } => {
                 let pod = self.apply(pod, Event::Delete { grace, reason }).await;
-                drop(reply.send(Ok(self.observed(&pod))));
+                let answer = if self.saved {
+                    Ok(self.observed(&pod))
+                } else {
+                    let message = "the pod's record could not be written";
+                    Err(Refused::new(ErrorReason::Internal, message))
+                };
+                drop(reply.send(answer));
                 pod
             }
             Input::Forget { reply } => {

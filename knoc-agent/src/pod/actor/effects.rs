@@ -92,7 +92,7 @@ impl Actor {
     }
 
     /// Writes the record. False where it could not be written.
-    async fn persist(&self, pod: &Pod) -> bool {
+    async fn persist(&mut self, pod: &Pod) -> bool {
         let submitting = matches!(pod.state, State::Submitting { look: None });
         if submitting {
             crash::point("agent.record.before");
@@ -104,10 +104,14 @@ impl Actor {
             crash::point("agent.record.after");
         }
         let error = match written {
-            Ok(Ok(())) => return true,
+            Ok(Ok(())) => {
+                self.saved = true;
+                return true;
+            }
             Ok(Err(error)) => chain(&error),
             Err(error) => chain(&error),
         };
+        self.saved = false;
         tracing::error!(uid = %self.uid, error, "the pod's record could not be written");
         if submitting && let Some(own) = self.own.upgrade() {
             let event = Event::Refused {
@@ -185,7 +189,7 @@ impl Actor {
             written.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
         }
         self.values_revision = revision;
-        if self.values.is_some() {
+        if self.site.config.values.at_rest == AtRest::None {
             self.values = Some(values);
         }
         Ok(())
