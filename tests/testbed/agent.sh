@@ -23,6 +23,8 @@ configure() {
     "${as_agent[@]}" "$agent_home/bin/knoc-agent" init "${init_flags[@]}" >&2
     [ "$STACK" != local ] || return 0
     sed -i 's|^#* *image_roots *=.*|image_roots = ["/images", "/scratch"]|' "$config/agent.toml"
+    # The nodes' shared file systems are one: a report shows at once or never.
+    sed -i 's|^# *report_grace *=.*|report_grace = "10s"|' "$config/agent.toml"
     cat >>"$config/agent.toml" <<CONF
 
 [[registry]]

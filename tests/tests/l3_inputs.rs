@@ -183,9 +183,15 @@ async fn images_come_from_files_folders_and_mirrors() -> anyhow::Result<()> {
     for name in ["sif", "sandbox", "mirror", "scheme"] {
         world.wait_phase(name, "Succeeded", SOON).await?;
     }
-    let outside = PodBuilder::new("outside").image("/etc");
-    let ended = world.run(&outside, "Failed").await?;
-    ensure!(why(&ended).1.contains("/etc"), "{:?}", why(&ended));
+    world.create(&PodBuilder::new("outside").image("/etc")).await?;
+    let refused = world
+        .wait("outside", "InvalidImageName", SOON, |pod| {
+            container_reason(pod, "main").filter(|(reason, _)| reason == "InvalidImageName")
+        })
+        .await?;
+    ensure!(refused.1.contains("/etc"), "{refused:?}");
+    world.delete("outside", None).await?;
+    world.wait_gone("outside", SOON).await?;
     world.finish().await
 }
 

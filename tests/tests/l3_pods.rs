@@ -97,8 +97,8 @@ async fn a_pod_that_fails_keeps_its_exit_code_and_message() -> anyhow::Result<()
 #[tokio::test]
 async fn a_program_killed_by_a_signal_has_its_code() -> anyhow::Result<()> {
     let world = World::new("signal").await?;
-    // The shell is PID 1, where KILL from inside does nothing; its child it can kill.
-    let pod = PodBuilder::new("signal").sh("sh -c 'kill -9 $$'; exit $?");
+    // The shell is PID 1, where KILL from inside does nothing; its child it can kill. `$$` is a `$` in Kubernetes.
+    let pod = PodBuilder::new("signal").sh("sh -c 'kill -9 $$$$'; exit $?");
     let ended = world.run(&pod, "Failed").await?;
     ensure!(exit_code(&ended, "main") == Some(137), "{:?}", ended.status);
     world.finish().await
@@ -141,7 +141,7 @@ async fn a_job_cancelled_by_the_administrator_says_by_whom() -> anyhow::Result<(
     let (reason, message) = why(&ended);
     ensure!(reason == "Cancelled", "{reason}: {message}");
     ensure!(
-        message.contains("root") || message.contains("uid 0"),
+        message.contains("root") || message.contains("user id 0"),
         "{message}"
     );
     world.finish().await
