@@ -183,7 +183,9 @@ async fn images_come_from_files_folders_and_mirrors() -> anyhow::Result<()> {
     for name in ["sif", "sandbox", "mirror", "scheme"] {
         world.wait_phase(name, "Succeeded", SOON).await?;
     }
-    world.create(&PodBuilder::new("outside").image("/etc")).await?;
+    world
+        .create(&PodBuilder::new("outside").image("/etc"))
+        .await?;
     let refused = world
         .wait("outside", "InvalidImageName", SOON, |pod| {
             container_reason(pod, "main").filter(|(reason, _)| reason == "InvalidImageName")
