@@ -16,6 +16,9 @@ use tonic::transport::Channel;
 /// From a restart to the right state.
 const RIGHT: Duration = Duration::from_secs(40);
 
+/// The same while it is killed again and again.
+const UNDER_LOAD: Duration = Duration::from_mins(3);
+
 /// How often the agent is killed under load.
 const KILLS: usize = 50;
 
@@ -184,9 +187,10 @@ async fn load(
 ) -> anyhow::Result<Vec<Pod>> {
     let mut pods = Vec::new();
     while pods.is_empty() || !stop.load(Ordering::Relaxed) {
+        // All kills may come while this one runs.
         let pod = Pod::counting(site, &format!("load-{worker}-{}", pods.len()), 0.3)?;
         pod.ensure(client).await?;
-        pod.succeeded(client, RIGHT)
+        pod.succeeded(client, UNDER_LOAD)
             .await
             .with_context(|| site.log())?;
         pods.push(pod);

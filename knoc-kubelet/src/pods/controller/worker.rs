@@ -234,7 +234,13 @@ impl Worker<'_> {
         }
     }
 
+    /// The last DELETE. The agent is told first: where we die before `ForgetPod`, its record says by itself that it is
+    /// nobody's any more.
     async fn release(&mut self, pod: &Pod) {
+        let known = self.context.store.observed(self.uid);
+        if known.is_some_and(|observed| !observed.deleting) {
+            return self.stop(0, false).await;
+        }
         match publish::release(&self.context.client, pod).await {
             Ok(()) | Err(PublishError::Gone) => self.look_after(Duration::from_secs(5)),
             Err(error) => {
