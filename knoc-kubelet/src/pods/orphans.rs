@@ -2,8 +2,8 @@
 //!
 //! Only for the same cluster id, only after a live GET said 404 or another UID, lasting for [`GUARD`]; and more than
 //! max(5, 10 %) at once halts: then something is wrong with what we see, not with the jobs.
-//! A record whose job has ended after a deletion, the leftover of a kubelet that died before `ForgetPod`, has nothing
-//! to end: it goes as soon as the GET says so.
+//! A record whose job has ended (the leftover of a kubelet that died before `ForgetPod`, or whose pod was deleted while
+//! none was there) has nothing to end: it goes as soon as the GET says so.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -70,11 +70,10 @@ pub(crate) async fn run(
     }
 }
 
-/// Records of deleted pods whose jobs have ended.
+/// Records without a pod whose jobs have ended.
 async fn forget_leftovers(context: &Context) {
     for observed in strangers(context) {
-        let over = observed.deleting && observed.phase() == PodPhase::Finished;
-        if over && is_gone(context, &observed).await {
+        if observed.phase() == PodPhase::Finished && is_gone(context, &observed).await {
             end(context, &observed).await;
         }
     }
