@@ -244,7 +244,9 @@ impl Actor {
                 reply,
             } => {
                 let pod = self.apply(pod, Event::Delete { grace, reason }).await;
-                let answer = if self.saved {
+                // Asked again after a failure: tried again.
+                let saved = self.saved || self.persist(&pod).await;
+                let answer = if saved {
                     Ok(self.observed(&pod))
                 } else {
                     let message = "the pod's record could not be written";

@@ -92,7 +92,7 @@ impl Actor {
     }
 
     /// Writes the record. False where it could not be written.
-    async fn persist(&mut self, pod: &Pod) -> bool {
+    pub(super) async fn persist(&mut self, pod: &Pod) -> bool {
         let submitting = matches!(pod.state, State::Submitting { look: None });
         if submitting {
             crash::point("agent.record.before");
