@@ -171,13 +171,22 @@ impl Record {
         pod.state = state;
         pod.attempt = self.attempt;
         pod.sbatch = self.sbatch;
-        pod.report = report;
         pod.deletion = self.deletion.map(|deletion| Deletion {
             grace: Duration::from_secs(deletion.grace_seconds),
             reason: deletion.reason,
         });
         pod.batch_tail = self.batch_tail;
         pod.notes = self.notes.into_iter().map(unnote).collect();
+        // What the shim noted while no agent was there. Notes are told apart by what they say and when.
+        for note in report.iter().flat_map(|report| &report.notes) {
+            let same = |known: &pb::PodNote| {
+                (known.at, &known.reason, &known.message) == (note.at, &note.reason, &note.message)
+            };
+            if !pod.notes.iter().any(same) {
+                pod.push_note(note.clone());
+            }
+        }
+        pod.report = report;
         pod
     }
 }

@@ -458,7 +458,7 @@ impl Pod {
         });
     }
 
-    fn push_note(&mut self, mut note: pb::PodNote) {
+    pub(super) fn push_note(&mut self, mut note: pb::PodNote) {
         note.sequence = self.notes.last().map_or(1, |last| last.sequence + 1);
         self.notes.push(note);
         let surplus = self.notes.len().saturating_sub(NOTES);

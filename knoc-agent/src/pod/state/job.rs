@@ -104,7 +104,10 @@ fn pending(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
         } else {
             "SlurmJobPending"
         };
-        pod.note(never_starts, reason, text, now);
+        // Reasons come and go; each is worth one Event.
+        if !pod.notes.iter().any(|note| note.message == text) {
+            pod.note(never_starts, reason, text, now);
+        }
     }
     if let State::Queued { never, .. } = &mut pod.state {
         *never = never_starts.then(|| never.unwrap_or(now));
@@ -265,6 +268,23 @@ pub(super) fn report(pod: &mut Pod, report: pb::Report, now: Timestamp) -> Vec<E
     take_notes(pod, &report);
     let is_final = report.r#final;
     pod.report = Some(report);
+    heard(pod, job, is_final, now)
+}
+
+/// After a restart of the agent: what the report on disk says goes before any question to the scheduler.
+pub(super) fn resume(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let Some(report) = &pod.report else {
+        return Vec::new();
+    };
+    let is_final = report.r#final;
+    let Ok(job) = JobId::try_from(report.job_id.as_str()) else {
+        return Vec::new();
+    };
+    heard(pod, job, is_final, now)
+}
+
+/// The shim of `job` holds the claim, so the job runs; with its final report it is about to end.
+fn heard(pod: &mut Pod, job: JobId, is_final: bool, now: Timestamp) -> Vec<Effect> {
     let mut effects = match &pod.state {
         State::Queued { .. }
         | State::Lost { .. }
@@ -355,6 +375,7 @@ fn final_report(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             vec![Effect::Persist, Effect::Hurry]
         }
         State::Running { .. } => conclude(pod, None, now),
+        State::Settling { cause: None, .. } if by_signal && !job_ended(pod) => vec![Effect::Hurry],
         State::Settling { cause, .. } => {
             let cause = cause.clone();
             conclude(pod, cause.as_ref(), now)
@@ -369,6 +390,11 @@ fn final_report(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         | State::Finished { .. }
         | State::Forgotten => Vec::new(),
     }
+}
+
+fn job_ended(pod: &Pod) -> bool {
+    let phase = pod.view.as_ref().map(|view| view.state.phase());
+    phase == Some(JobPhase::Ended)
 }
 
 /// The files were read; no final report is there.
@@ -446,10 +472,7 @@ pub(super) fn conclude(pod: &mut Pod, cause: Option<&Cause>, now: Timestamp) -> 
         },
         now,
     );
-    let job_ended = pod
-        .view
-        .as_ref()
-        .is_some_and(|v| v.state.phase() == JobPhase::Ended);
+    let job_ended = job_ended(pod);
     let lingering = pod
         .job()
         .map(|job| job.id)

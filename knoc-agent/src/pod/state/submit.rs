@@ -19,6 +19,11 @@ pub(super) const SHOW_ERROR: Duration = Duration::from_secs(1);
 
 /// The actor has started: the effect that the state waits for is under way nowhere.
 pub(super) fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let mut effects = job::resume(pod, now);
+    if !effects.is_empty() {
+        effects.push(Effect::Hurry);
+        return effects;
+    }
     match &mut pod.state {
         State::Accepted => {
             if pod.deletion.is_some() {

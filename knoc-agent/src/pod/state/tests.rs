@@ -498,6 +498,29 @@ fn a_job_that_outlives_its_report_is_cancelled() {
 }
 
 #[test]
+fn a_final_report_that_was_written_meanwhile_finishes_after_the_restart() {
+    let written = |pod: &Pod| {
+        let Event::Report(last) = report("1", 9, true) else {
+            panic!()
+        };
+        let mut pod = pod.clone();
+        pod.report = Some(*last);
+        step(pod, Event::Begin, at(50)).0
+    };
+    let (submitting, _) = feed([Event::Begin, Event::Staged]);
+    let (queued, _) = feed(queued());
+    let (running, _) = feed(running());
+    for pod in [&submitting, &queued, &running] {
+        assert_eq!(outcome(&written(pod)), (true, ""), "{:?}", pod.state);
+    }
+    let (deleted, _) = step(running, delete(), at(4));
+    assert!(
+        !written(&deleted).is_finished(),
+        "the job may still be there"
+    );
+}
+
+#[test]
 fn a_record_brings_the_pod_back() {
     use crate::pod::record::Record;
     for events in [
