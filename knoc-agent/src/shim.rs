@@ -83,8 +83,8 @@ const FAREWELL: Duration = Duration::from_secs(2);
 const LAST_LOOKS: u32 = 100;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 
-/// How long the link's last bytes may take.
-const FLUSH: Duration = Duration::from_millis(500);
+/// How long streams that are still being read (the end of a long log) may hold up the end of the job.
+const FLUSH: Duration = Duration::from_secs(15);
 
 /// Entry point of `knoc-agent shim JOBDIR`.
 ///
