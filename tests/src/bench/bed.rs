@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use knoc_proto::link::{Carrier, Credentials, ExpectPeer};
 use knoc_proto::pb;
 use knoc_proto::pb::agent_client::AgentClient;
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use serde::Deserialize;
 use tonic::transport::Channel;
 
@@ -89,10 +90,9 @@ impl Bed {
             .join("pods")
             .join(uid)
             .join("batch.out");
-        let made = std::fs::metadata(&path).and_then(|file| file.created());
-        let made = made.with_context(|| path.display().to_string())?;
-        let since = made.duration_since(std::time::UNIX_EPOCH)?;
-        Ok(i64::try_from(since.as_nanos())?)
+        let made = statx(CWD, &path, AtFlags::empty(), StatxFlags::BTIME);
+        let made = made.with_context(|| path.display().to_string())?.stx_btime;
+        Ok(made.tv_sec * 1_000_000_000 + i64::from(made.tv_nsec))
     }
 }
 

@@ -38,39 +38,49 @@ pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
     let pair = KeyPair::from_files(&keys.join("pair.crt"), &keys.join("pair.key"))?;
     let mut incoming = pinned::listen(loopback(port), pair.clone()).await?;
     while let Some(connection) = incoming.next().await {
-        let (_, mut near) = connection?;
+        // A probe whether we listen shakes no hands.
+        let Ok((_, near)) = connection else { continue };
         match role {
-            Role::Source(bytes) => {
-                let chunk = vec![b'x'; CHUNK];
-                let mut left = bytes;
-                while left > 0 {
-                    let take = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-                    near.write_all(&chunk[..take]).await?;
-                    left -= u64::try_from(take)?;
-                }
-                near.shutdown().await?;
-            }
-            Role::Relay(next) => {
-                let mut far = dial(next, &pair).await?;
-                copy_bidirectional_with_sizes(&mut near, &mut far, CHUNK, CHUNK).await?;
-            }
+            Role::Source(bytes) => make(near, bytes).await?,
+            Role::Relay(next) => pass(near, dial(next, &pair).await?).await?,
         }
     }
+    Ok(())
+}
+
+async fn make(mut near: pinned::TlsIo, bytes: u64) -> anyhow::Result<()> {
+    let chunk = vec![b'x'; CHUNK];
+    let mut left = bytes;
+    while left > 0 {
+        let take = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        near.write_all(&chunk[..take]).await?;
+        left -= u64::try_from(take)?;
+    }
+    near.shutdown().await?;
+    // What is sent is lost where a socket is closed with bytes unread.
+    let mut rest = Vec::new();
+    near.read_to_end(&mut rest).await?;
+    Ok(())
+}
+
+async fn pass(mut near: pinned::TlsIo, mut far: pinned::TlsIo) -> anyhow::Result<()> {
+    copy_bidirectional_with_sizes(&mut near, &mut far, CHUNK, CHUNK).await?;
     Ok(())
 }
 
 /// Reads all that a relay sends; answers how many bytes.
 pub(super) async fn read(port: u16, pair: &KeyPair) -> anyhow::Result<u64> {
     let mut relay = dial(port, pair).await?;
-    relay.shutdown().await.context("closing our half")?;
     let mut buffer = vec![0; CHUNK];
     let mut bytes = 0;
     loop {
         match relay.read(&mut buffer).await? {
-            0 => return Ok(bytes),
+            0 => break,
             read => bytes += u64::try_from(read)?,
         }
     }
+    relay.shutdown().await.context("closing our half")?;
+    Ok(bytes)
 }
 
 async fn dial(port: u16, pair: &KeyPair) -> anyhow::Result<pinned::TlsIo> {

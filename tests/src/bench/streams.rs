@@ -43,9 +43,9 @@ enum Way {
 
 /// Alternates each stream with its floor.
 pub(super) async fn measure(bed: &Bed, rounds: usize, bytes: u64) -> anyhow::Result<Vec<Stream>> {
-    let script = format!(
-        "yes 0123456789012345678901234567890123456789012345678901234567890123456789 | head -c {bytes}"
-    );
+    // Lines of 80 bytes, and whole ones only: what has no end is held back until it has one.
+    let line = "x".repeat(79);
+    let script = format!("yes {line} | head -c {bytes}");
     let pod = PodBuilder::new("stream")
         .image(&Bed::image_path())
         .sh(&format!("{script}; sleep 3600"));
