@@ -139,7 +139,7 @@ async fn a_kubelet_that_was_killed_finds_its_pods_again() -> anyhow::Result<()> 
 async fn a_controller_that_is_down_is_said_with_since_when_and_pods_wait() -> anyhow::Result<()> {
     let world = World::new("controller").await?;
     let uid = world
-        .create(&PodBuilder::new("running").sh("sleep 15; exit 0"))
+        .create(&PodBuilder::new("running").sh("sleep 45; exit 0"))
         .await?;
     world.wait_phase("running", "Running", SOON).await?;
     let stop = "p=$(cat /run/slurm/slurmctld.pid); kill $p; while kill -0 $p 2>/dev/null; do sleep 0.1; done";
