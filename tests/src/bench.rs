@@ -55,9 +55,9 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     let bed = Bed::open().await?;
     let mut figures = Figures::default();
     say("a watch's own delay");
-    figures.watch_delay = pods::watch_delay(&bed, if quick { 5 } else { 20 }).await?;
+    figures.watch_delay = pods::watch_delay(&bed, if quick { 10 } else { 20 }).await?;
     for (pods, rounds) in ROUNDS {
-        let rounds = if quick { 1 } else { rounds };
+        let rounds = if quick { (rounds / 2).max(1) } else { rounds };
         let mut batch = pods::Batch::new(pods);
         for round in 1..=rounds {
             say(&format!(
@@ -71,7 +71,7 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
         figures.batches.push(batch);
     }
     say("T4: exec");
-    figures.exec = exec::measure(&bed, if quick { 10 } else { EXECS }).await?;
+    figures.exec = exec::measure(&bed, if quick { 30 } else { EXECS }).await?;
     say("streams");
     let (rounds, bytes) = if quick {
         (1, STREAM_BYTES / 10)
@@ -81,7 +81,7 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     figures.streams = streams::measure(&bed, rounds, bytes).await?;
     say("memory and RPCs at 50 running pods");
     figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
-    let text = report::page(&figures, &bed)?;
+    let text = report::page(&figures, &bed, quick)?;
     #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
     std::fs::write(page, text).with_context(|| page.display().to_string())?;
     bed.close().await

@@ -15,7 +15,7 @@ struct Bound {
     unit: &'static str,
 }
 
-pub(super) fn page(figures: &Figures, bed: &Bed) -> anyhow::Result<String> {
+pub(super) fn page(figures: &Figures, bed: &Bed, quick: bool) -> anyhow::Result<String> {
     let mut out = String::new();
     let info = &bed.info;
     writeln!(out, "# Performance\n")?;
@@ -31,6 +31,12 @@ pub(super) fn page(figures: &Figures, bed: &Bed) -> anyhow::Result<String> {
         runtime = info.runtime_version,
         machine = machine::describe(),
     )?;
+    if quick {
+        out.push_str(
+            "**A quick run** (`knoc-bench --quick`, few samples, the machine shared with other work): \
+             it shows where KNoC stands and what is missed, not the last word.\n\n",
+        );
+    }
     bounds(&mut out, figures)?;
     for batch in &figures.batches {
         pods(&mut out, batch)?;
@@ -80,7 +86,7 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
                 " ×",
             ));
         }
-        let at = format!("T3 at {pods} pods");
+        let at = format!("T3, {pods} at once");
         bounds.push(bound(&format!("{at}, p50"), t3.median(), 100.0, " ms"));
         bounds.push(bound(&format!("{at}, p99"), t3.at(99), 500.0, " ms"));
     }
