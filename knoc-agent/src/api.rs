@@ -306,7 +306,8 @@ impl pb::agent_server::Agent for Service {
             Some(
                 pb::exec_input::Input::Stdin(_)
                 | pb::exec_input::Input::StdinClosed(_)
-                | pb::exec_input::Input::Resize(_),
+                | pb::exec_input::Input::Resize(_)
+                | pb::exec_input::Input::Attach(_),
             )
             | None => {
                 return Err(ErrorReason::InvalidRequest.status("the first message is `start`"));

@@ -335,7 +335,7 @@ async fn feed(
                     set_terminal_size(terminal.fd(), window(Some(&size)));
                 }
             }
-            Some(Input::Start(_)) | None => {}
+            Some(Input::Start(_) | Input::Attach(_)) | None => {}
         }
     }
 }

@@ -332,7 +332,7 @@ impl Fake {
                     let line = format!("{}x{}\r\n", size.width, size.height);
                     say.out(Output::Stdout(line.into())).await;
                 }
-                Some(Input::Start(_)) | None => {}
+                Some(Input::Start(_) | Input::Attach(_)) | None => {}
             }
         }
     }

@@ -140,7 +140,7 @@ fn echo(seen: oneshot::Sender<pb::ExecStart>) -> Command {
                     Some(Input::Resize(size)) => {
                         Output::Stdout(format!("[{}x{}]", size.width, size.height).into())
                     }
-                    None => continue,
+                    Some(Input::Attach(_)) | None => continue,
                 };
                 let last = matches!(output, Output::Exit(_));
                 let answer = pb::ExecOutput {
