@@ -3,19 +3,17 @@
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use super::cache::ImageFile;
-use super::{ImageError, ImageErrorKind, Settings};
+use super::sif::FileId;
+use super::{ImageError, ImageErrorKind};
 
 /// Where a SIF file says that it is one.
 const MAGIC_AT: usize = 32;
 const MAGIC: &[u8] = b"SIF_MAGIC";
-/// More JSON objects than that no SIF of ours has.
-const OBJECTS_LIMIT: usize = 16;
 
 /// What lies at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Local {
-    Sif(PathBuf),
+    Sif(PathBuf, FileId),
     Sandbox(PathBuf),
 }
 
@@ -57,67 +55,21 @@ pub(super) fn find(image: &str, path: &Path, roots: &[PathBuf]) -> Result<Local,
         return Ok(Local::Sandbox(path));
     }
     let mut head = [0_u8; MAGIC_AT + MAGIC.len()];
-    std::fs::File::open(&path)
-        .and_then(|mut file| file.read_exact(&mut head))
+    let id = std::fs::File::open(&path)
+        .and_then(|mut file| {
+            file.read_exact(&mut head)?;
+            file.metadata()
+        })
         .map_err(absent)?;
     if head.ends_with(MAGIC) {
-        return Ok(Local::Sif(path));
+        return Ok(Local::Sif(path, FileId::of(&id)));
     }
     Err(invalid("it is neither a SIF file nor a sandbox".to_owned()))
-}
-
-/// The OCI config that a SIF carries, if it does.
-pub(super) async fn config(settings: &Settings, sif: &Path) -> Option<ImageFile> {
-    let list = settings
-        .command()?
-        .args(["sif", "list"])
-        .arg(sif)
-        .run()
-        .await
-        .ok()?;
-    for id in json_objects(&list.text()).into_iter().take(OBJECTS_LIMIT) {
-        let dump = settings
-            .command()?
-            .args(["sif", "dump", &id])
-            .arg(sif)
-            .run()
-            .await
-            .ok()?;
-        if let Some(file) = ImageFile::of_sif(&dump.text()) {
-            return Some(file);
-        }
-    }
-    None
-}
-
-/// Ids of the JSON objects in `sif list`'s table.
-fn json_objects(table: &str) -> Vec<String> {
-    let rows = table
-        .lines()
-        .map(|line| line.split('|').map(str::trim).collect::<Vec<_>>());
-    let json = rows.filter(|row| row.last().is_some_and(|kind| kind.starts_with("JSON")));
-    let ids = json.filter_map(|row| row.first().map(|id| (*id).to_owned()));
-    ids.filter(|id| id.bytes().all(|byte| byte.is_ascii_digit()))
-        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_table_of_apptainer() {
-        let table = "\
-------------------------------------------------------------------------------
-ID   |GROUP   |LINK    |SIF POSITION (start-end)  |TYPE
-------------------------------------------------------------------------------
-1    |1       |NONE    |32176-32233               |Def.FILE
-2    |1       |NONE    |32233-36211               |JSON.Generic
-3    |1       |NONE    |36211-36323               |JSON.Generic
-4    |1       |NONE    |36864-1118208             |FS (Squashfs/*System/amd64)
-";
-        assert_eq!(json_objects(table), ["2", "3"]);
-    }
 
     #[test]
     fn only_what_lies_under_a_root() {

@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use knoc_proto::error::chain;
 use tokio::sync::Semaphore;
 
 use super::Settings;
 use super::cache::{Cache, ImageFile};
 use super::reference::Source;
+use crate::command::CommandError;
 use crate::jobdir::atomic;
 
 /// How much of Apptainer's progress lines is kept.
@@ -54,17 +56,19 @@ impl Puller {
             .deadline(self.settings.pull_timeout)
             .capture(WORDS);
         let begin = tokio::time::Instant::now();
-        command
-            .run()
-            .await
-            .map_err(|err| err.words().map_or_else(|| err.to_string(), fatal))?;
+        command.run().await.map_err(|err| why(&err))?;
         tracing::info!(image = %name, digest, elapsed = ?begin.elapsed(), "pulled");
         let cache = Arc::clone(&self.cache);
         let put = move || cache.put(&digest, &file, &temporary.0.join("image.sif"));
         let put = tokio::task::spawn_blocking(put).await;
         put.map_err(|err| err.to_string())?
-            .map_err(|err| knoc_proto::error::chain(&err))
+            .map_err(|err| chain(&err))
     }
+}
+
+/// Why the runtime failed, in its own words where it has some.
+pub(super) fn why(error: &CommandError) -> String {
+    error.words().map_or_else(|| chain(error), fatal)
 }
 
 /// Of Apptainer's many lines the ones that say why.
@@ -90,7 +94,7 @@ impl Temporary {
         let path = cache
             .temporary()
             .join(format!("{:016x}", rand::random::<u64>()));
-        atomic::create_dir(&path).map_err(|err| knoc_proto::error::chain(&err))?;
+        atomic::create_dir(&path).map_err(|err| chain(&err))?;
         Ok(Self(path))
     }
 }

@@ -12,6 +12,7 @@ use super::local::{self, Local};
 use super::pull::Puller;
 use super::reference::{self, Reference, Source};
 use super::registry::RegistryClient;
+use super::sif::Sifs;
 use super::{ImageError, ImageErrorKind, ResolvedImage, Settings};
 
 /// What the registry says of a name.
@@ -26,6 +27,7 @@ pub struct Images {
     places: Arc<Semaphore>,
     resolutions: Flights<Resolution>,
     pulls: Flights<Result<(), String>>,
+    sifs: Sifs,
 }
 
 impl Images {
@@ -39,6 +41,7 @@ impl Images {
             places: Arc::new(Semaphore::new(settings.concurrency.max(1))),
             resolutions: Flights::default(),
             pulls: Flights::default(),
+            sifs: Sifs::default(),
             settings,
         }
     }
@@ -98,17 +101,18 @@ impl Images {
         let found = tokio::task::spawn_blocking(find).await;
         let stopping = |_| ImageError::new(image, ImageErrorKind::Pull, "the agent stops");
         let (path, file) = match found.map_err(stopping)?? {
-            Local::Sandbox(path) => (path, None),
-            Local::Sif(path) => {
-                let file = local::config(&self.settings, &path).await;
-                (path, file)
+            Local::Sandbox(path) => (path, ImageFile::default()),
+            Local::Sif(path, id) => {
+                let file = self.sifs.config(&self.settings, &path, id).await;
+                let failed = |words| ImageError::new(image, ImageErrorKind::Pull, words);
+                (path, file.map_err(failed)?)
             }
         };
         let image_id = path.display().to_string();
         Ok(ResolvedImage {
             path,
             image_id,
-            config: file.unwrap_or_default().into(),
+            config: file.into(),
         })
     }
 

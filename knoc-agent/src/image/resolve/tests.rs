@@ -354,3 +354,50 @@ async fn without_a_runtime_an_image_is_only_a_name() {
         "InvalidImageName"
     );
 }
+
+/// `sif list` and `sif dump` of a file whose config names its own size as the command.
+const SIF: &str = r#"echo "$@" >>"$LOG"
+test -e "$FAIL" && { echo 'FATAL:   no such host file system' >&2; exit 255; }
+for last; do sif=$last; done
+case $2 in
+list) echo '1    |1       |NONE    |32176-32233               |JSON.Generic' ;;
+dump) echo "{\"Cmd\":[\"$(stat -c %s "$sif")\"]}" ;;
+esac
+"#;
+
+fn write_sif(path: &Path, padding: usize) {
+    let mut bytes = vec![0; 32];
+    bytes.extend_from_slice(b"SIF_MAGIC");
+    bytes.resize(bytes.len() + padding, 0);
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[tokio::test]
+async fn a_sif_is_asked_once_and_again_when_it_is_another() {
+    let world = World::new().await;
+    write_program(&world.dir.path().join("apptainer"), SIF);
+    let sif = world.dir.path().join("one.sif");
+    write_sif(&sif, 10);
+    let images = Images::new(Settings {
+        roots: vec![world.dir.path().to_owned()],
+        ..world.images.settings().clone()
+    });
+    let name = sif.display().to_string();
+    let ask = || images.resolve(&name, PullPolicy::IfNotPresent);
+    let fail = world.dir.path().join("fail");
+    std::fs::File::create(&fail).unwrap();
+    let failed = ask().await.unwrap_err();
+    assert_eq!(failed.words, "no such host file system");
+    assert!(failed.retryable());
+    std::fs::remove_file(fail).unwrap();
+    let all = futures::future::join_all((0..50).map(|_| ask())).await;
+    for image in all {
+        assert_eq!(image.unwrap().config.cmd, ["51"]);
+    }
+    ask().await.unwrap();
+    // One failure, then `list` and `dump` once.
+    assert_eq!(world.pulls(), 3);
+    write_sif(&sif, 20);
+    assert_eq!(ask().await.unwrap().config.cmd, ["61"]);
+    assert_eq!(world.pulls(), 5);
+}

@@ -1,0 +1,122 @@
+//! What SIF files that lie under the site's roots say of themselves: their OCI config, read once a file.
+//!
+//! Reading takes two or three processes of the runtime, tens of milliseconds each on a busy login node, and a hundred
+//! pods may name one file. So a config is kept by what the file is; one that was replaced or written to is another
+//! file. In memory only: after a restart each file is read once more. A file that cannot be read is not remembered.
+
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::Settings;
+use super::cache::ImageFile;
+use super::flight::Flights;
+use super::pull::why;
+use crate::command::CommandError;
+
+/// More JSON objects than that no SIF of ours has.
+const OBJECTS_LIMIT: usize = 16;
+/// Configs that are kept, of a few hundred bytes each; when there are more, all are read again.
+const KEPT: usize = 1024;
+
+/// Tells a file from what was there before: device, inode, size, and the times of the last change of its bytes and
+/// of its inode, in nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct FileId([u64; 3], [i64; 4]);
+
+impl FileId {
+    pub(super) fn of(file: &std::fs::Metadata) -> Self {
+        let times = [
+            file.mtime(),
+            file.mtime_nsec(),
+            file.ctime(),
+            file.ctime_nsec(),
+        ];
+        Self([file.dev(), file.ino(), file.size()], times)
+    }
+}
+
+/// The configs of this site's SIF files.
+#[derive(Debug, Default)]
+pub(super) struct Sifs {
+    known: Mutex<HashMap<FileId, ImageFile>>,
+    reading: Flights<Result<ImageFile, String>>,
+}
+
+impl Sifs {
+    /// The config of the SIF at `path`; empty where it carries none. The error is the runtime's words.
+    ///
+    /// Cancel safety: a dropped call leaves nothing; a reading that others wait for goes on.
+    pub(super) async fn config(
+        &self,
+        settings: &Arc<Settings>,
+        path: &Path,
+        id: FileId,
+    ) -> Result<ImageFile, String> {
+        let known = self.known().get(&id).cloned();
+        if let Some(file) = known {
+            return Ok(file);
+        }
+        let (settings, sif) = (Arc::clone(settings), path.to_owned());
+        let read = || async move { read(&settings, sif).await.map_err(|error| why(&error)) };
+        let file = self.reading.join(&format!("{id:?}"), read).await?;
+        let mut known = self.known();
+        if known.len() >= KEPT {
+            known.clear();
+        }
+        known.insert(id, file.clone());
+        Ok(file)
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<FileId, ImageFile>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn read(settings: &Settings, sif: PathBuf) -> Result<ImageFile, CommandError> {
+    let Some(list) = settings.command() else {
+        return Ok(ImageFile::default());
+    };
+    let list = list.args(["sif", "list"]).arg(&sif).run().await?;
+    for id in json_objects(&list.text()).into_iter().take(OBJECTS_LIMIT) {
+        let Some(dump) = settings.command() else {
+            break;
+        };
+        let dump = dump.args(["sif", "dump", &id]).arg(&sif).run().await?;
+        if let Some(file) = ImageFile::of_sif(&dump.text()) {
+            return Ok(file);
+        }
+    }
+    Ok(ImageFile::default())
+}
+
+/// Ids of the JSON objects in `sif list`'s table.
+fn json_objects(table: &str) -> Vec<String> {
+    let rows = table
+        .lines()
+        .map(|line| line.split('|').map(str::trim).collect::<Vec<_>>());
+    let json = rows.filter(|row| row.last().is_some_and(|kind| kind.starts_with("JSON")));
+    let ids = json.filter_map(|row| row.first().map(|id| (*id).to_owned()));
+    ids.filter(|id| id.bytes().all(|byte| byte.is_ascii_digit()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_apptainer() {
+        let table = "\
+------------------------------------------------------------------------------
+ID   |GROUP   |LINK    |SIF POSITION (start-end)  |TYPE
+------------------------------------------------------------------------------
+1    |1       |NONE    |32176-32233               |Def.FILE
+2    |1       |NONE    |32233-36211               |JSON.Generic
+3    |1       |NONE    |36211-36323               |JSON.Generic
+4    |1       |NONE    |36864-1118208             |FS (Squashfs/*System/amd64)
+";
+        assert_eq!(json_objects(table), ["2", "3"]);
+    }
+}
