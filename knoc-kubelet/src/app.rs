@@ -19,7 +19,7 @@ use crate::{
     leader::{Leader, LeaderError},
     node::{self, NodeError, NodeTask},
     pods::{
-        Context, Controller, Services, Store,
+        Context, Controller, Ledger, Pulse, Services, Store,
         events::{Events, Recorder},
         queue::Queue,
         watch::PodWatch,
@@ -149,6 +149,7 @@ impl App {
         let (events, notes) = Events::channel();
         let queue = Queue::default();
         let services = Services::default();
+        let pulse = Pulse::default();
         let context = Arc::new(Context {
             client: self.client.clone(),
             agent: self.agent.clone(),
@@ -160,11 +161,13 @@ impl App {
             listed,
             capacity: capacity.clone(),
             pods: self.config.node.pods,
+            ledger: Ledger::default(),
+            pulse: pulse.clone(),
             queue_factor: self.config.node.queue_factor,
             started: Timestamp::now(),
             deposed: deposed.clone(),
         });
-        let port = self.serve(tasks, shutdown, link.clone()).await?;
+        let port = self.serve(tasks, shutdown, pulse).await?;
         let node = NodeTask::new(
             self.client.clone(),
             self.node_identity(port),
@@ -217,7 +220,7 @@ impl App {
         &self,
         tasks: &mut JoinSet<()>,
         shutdown: &CancellationToken,
-        link: watch::Receiver<Link>,
+        pulse: Pulse,
     ) -> Result<u16, RunError> {
         let Some(settings) = build::server_settings(&self.config) else {
             tracing::warn!("server.cert and server.key are not set: the kubelet API is not served");
@@ -226,7 +229,7 @@ impl App {
         let backend = Arc::new(backend::KubeletBackend::new(
             self.store.clone(),
             self.agent.clone(),
-            link,
+            pulse,
         ));
         let cluster = Arc::new(crate::server::KubeCluster::new(self.client.clone()));
         let server = Server::bind(settings, backend, cluster)

@@ -27,7 +27,7 @@ pub mod verdict;
 pub mod watch;
 
 pub(crate) use controller::UNREACHABLE_AFTER;
-pub use controller::{Context, Controller};
+pub use controller::{Context, Controller, Ledger, Pulse};
 pub(crate) use orphans::run as watch_orphans;
 pub use services::Services;
 pub use store::{PodView, Store, Uid};

@@ -216,8 +216,9 @@ impl AgentWatch {
 
     /// All pods are looked at again.
     fn push_all(&self, after: Duration) {
-        let mut uids: HashSet<Uid> = self.store.desired_uids().into_iter().collect();
+        let mut uids = self.store.desired_uids();
         uids.extend(self.store.observed_uids());
+        // A key that is in the queue already keeps its place.
         for uid in &uids {
             if after.is_zero() {
                 self.queue.push(uid);

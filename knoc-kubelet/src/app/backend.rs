@@ -5,12 +5,12 @@ use std::sync::Arc;
 use futures::{StreamExt as _, future::BoxFuture};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
-    agent::{Agent, Link},
-    pods::Store,
+    agent::Agent,
+    pods::{Pulse, Store},
     server::{Backend, ByteStream, ExecStream, PodView},
 };
 
@@ -19,15 +19,15 @@ use crate::{
 pub(super) struct KubeletBackend {
     store: Store,
     agent: Agent,
-    _link: watch::Receiver<Link>,
+    pulse: Pulse,
 }
 
 impl KubeletBackend {
-    pub(super) fn new(store: Store, agent: Agent, link: watch::Receiver<Link>) -> Self {
+    pub(super) fn new(store: Store, agent: Agent, pulse: Pulse) -> Self {
         Self {
             store,
             agent,
-            _link: link,
+            pulse,
         }
     }
 }
@@ -69,7 +69,6 @@ impl Backend for KubeletBackend {
     }
 
     fn sync_loop(&self) -> Result<(), String> {
-        // The controller is driven by watches: while the process lives it goes on.
-        Ok(())
+        self.pulse.check()
     }
 }

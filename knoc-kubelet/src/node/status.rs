@@ -99,11 +99,17 @@ fn without_heartbeats(status: &Value) -> Value {
     status
 }
 
+/// The most pods of the node: as configured, and no more than the site may have in Slurm.
+#[must_use]
+pub fn pod_limit(configured: u32, capacity: &pb::NodeInfo) -> u32 {
+    match u32::try_from(capacity.pod_limit) {
+        Ok(limit) if limit > 0 => configured.min(limit),
+        Ok(_) | Err(_) => configured,
+    }
+}
+
 fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value {
-    let pods = match u32::try_from(capacity.pod_limit) {
-        Ok(limit) if limit > 0 => identity.pods.min(limit),
-        Ok(_) | Err(_) => identity.pods,
-    };
+    let pods = pod_limit(identity.pods, capacity);
     let mut list = Map::new();
     let mut put = |name: &str, amount: i64| {
         list.insert(

@@ -6,6 +6,8 @@
 mod admission;
 mod ensure;
 mod notes;
+mod pulse;
+mod room;
 mod worker;
 
 use std::{
@@ -40,6 +42,9 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// Readiness is taken only after the link was down this long: a restarted agent is back sooner.
 pub(crate) const UNREACHABLE_AFTER: Duration = Duration::from_secs(10);
 
+pub use pulse::Pulse;
+pub use room::Ledger;
+
 /// What all workers share.
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct Context {
@@ -63,6 +68,10 @@ pub struct Context {
     pub capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
     /// The most pods of the node.
     pub pods: u32,
+    /// What the accepted pods hold of the node.
+    pub ledger: Ledger,
+    /// Beaten while the controller's loop goes on.
+    pub pulse: Pulse,
     /// allocatable = total × this.
     pub queue_factor: u32,
     /// When this process began: older notes were told by an earlier one.
@@ -132,10 +141,17 @@ impl Controller {
     /// Works until `shutdown`; what is under way then is finished, or given up after a few seconds.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let queue = self.context.queue.clone();
+        let mut beat = tokio::time::interval(pulse::BEAT);
         loop {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
+                _ = beat.tick() => {
+                    // With all workers stuck the loop turns, but nothing goes on.
+                    if self.workers.len() < WORKERS {
+                        self.context.pulse.beat();
+                    }
+                }
                 Some(round) = self.workers.join_next_with_id() => self.finish(round),
                 uid = queue.next(), if self.workers.len() < WORKERS => self.start(uid),
             }
@@ -157,6 +173,7 @@ impl Controller {
     }
 
     fn finish(&mut self, round: Result<(Id, Round), tokio::task::JoinError>) {
+        self.context.pulse.beat();
         let (id, round) = match round {
             Ok((id, round)) => (id, Some(round)),
             Err(error) => {

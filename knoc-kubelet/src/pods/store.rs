@@ -164,17 +164,6 @@ impl Store {
         }
     }
 
-    /// How many pods are bound to our node and not terminal.
-    #[must_use]
-    pub fn active(&self) -> usize {
-        let inner = self.read();
-        inner
-            .desired
-            .values()
-            .filter(|desired| !super::status::is_terminal(&desired.pod))
-            .count()
-    }
-
     /// The agent has forgotten the pod.
     pub fn remove_observed(&self, uid: &str) {
         self.write().observed.remove(uid);
@@ -192,10 +181,16 @@ impl Store {
         self.read().observed.keys().cloned().collect()
     }
 
-    /// The UIDs of all pods bound to our node.
+    /// The UIDs of all pods bound to our node, the oldest pod first: so they are admitted.
     #[must_use]
     pub fn desired_uids(&self) -> Vec<Uid> {
-        self.read().desired.keys().cloned().collect()
+        let inner = self.read();
+        let mut pods: Vec<_> = inner.desired.iter().collect();
+        pods.sort_by_cached_key(|(uid, desired)| {
+            let created = desired.pod.metadata.creation_timestamp.as_ref();
+            (created.map(|time| time.0), (*uid).clone())
+        });
+        pods.into_iter().map(|(uid, _)| uid.clone()).collect()
     }
 }
 

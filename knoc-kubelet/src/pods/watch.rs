@@ -144,18 +144,18 @@ impl PodWatch {
 
     /// A list is whole: what it lacks has vanished.
     fn listed(&mut self) {
+        let listed = std::mem::take(&mut self.listed);
         for uid in self.store.desired_uids() {
-            if !self.listed.contains(&uid) {
+            if !listed.contains(&uid) {
                 self.gone(&uid);
             }
         }
-        let listed = std::mem::take(&mut self.listed);
         let pods = listed.len();
         if !self.synced.send_replace(true) {
             tracing::info!(pods, "pods of the node listed");
             // Now that it counts: look at each again.
-            for uid in &listed {
-                self.queue.push(uid);
+            for uid in self.store.desired_uids() {
+                self.queue.push(&uid);
             }
         }
     }

@@ -3,14 +3,14 @@
 mod agent;
 mod api;
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb::{OutcomeKind, PodPhase};
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinSet};
 
-use super::*;
+use super::{room::Allocatable, *};
 use crate::{
     agent::watch::AgentWatch,
     pods::{events::Recorder, verdict},
@@ -30,6 +30,7 @@ struct Kubelet {
     deposed: CancellationToken,
     shutdown: CancellationToken,
     tasks: JoinSet<()>,
+    context: Arc<Context>,
     version: u64,
 }
 
@@ -57,6 +58,8 @@ impl Kubelet {
             listed,
             capacity,
             pods: 10,
+            ledger: Ledger::default(),
+            pulse: Pulse::default(),
             queue_factor: 10,
             started: Timestamp::now(),
             deposed: deposed.clone(),
@@ -65,7 +68,7 @@ impl Kubelet {
         let watch = AgentWatch::new(handle, store.clone(), queue.clone(), link_to, capacity_to);
         tasks.spawn(watch.run(shutdown.clone()));
         tasks.spawn(Recorder::new(client, "knoc-t").run(notes, shutdown.clone()));
-        tasks.spawn(Controller::new(context).run(shutdown.clone()));
+        tasks.spawn(Controller::new(context.clone()).run(shutdown.clone()));
         let up = link.clone().wait_for(Link::is_up).await.map(drop);
         up.unwrap();
         Self {
@@ -76,6 +79,7 @@ impl Kubelet {
             deposed,
             shutdown,
             tasks,
+            context,
             version: 0,
         }
     }
@@ -347,5 +351,76 @@ async fn a_newer_leader_ends_this_one() {
     kubelet
         .wait("deposed", |kubelet| kubelet.deposed.is_cancelled())
         .await;
+    kubelet.stop().await;
+}
+
+/// The node's ten pods are there.
+fn fill(kubelet: &Kubelet) {
+    let mut room = kubelet.context.ledger.room();
+    for number in 0..10 {
+        room.hold(&format!("other-{number}").into(), BTreeMap::new());
+    }
+}
+
+#[tokio::test]
+async fn a_pod_for_which_there_is_no_room_fails_as_on_any_node() {
+    let mut kubelet = Kubelet::start().await;
+    fill(&kubelet);
+    kubelet.apply(|_| ());
+    kubelet.phase("Failed").await;
+    let status = kubelet.store.by_uid(UID).unwrap().pod.status.clone();
+    let status = status.unwrap();
+    assert_eq!(status.reason.as_deref(), Some("OutOfpods"));
+    assert_eq!(
+        status.message.as_deref(),
+        Some(
+            "Pod was rejected: Node didn't have enough resource: pods, requested: 1, used: 10, capacity: 10"
+        )
+    );
+    assert_eq!(kubelet.called("EnsurePod"), 0);
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_pod_that_was_accepted_before_needs_no_room() {
+    let mut kubelet = Kubelet::start().await;
+    fill(&kubelet);
+    kubelet.agent.put(pb::PodObserved {
+        uid: UID.to_owned(),
+        phase: PodPhase::Queued.into(),
+        spec_generation: 1,
+        ..pb::PodObserved::default()
+    });
+    kubelet
+        .wait("the agent's pod", |kubelet| {
+            kubelet.store.observed(UID).is_some()
+        })
+        .await;
+    kubelet.apply(|_| ());
+    kubelet
+        .wait("a status", |kubelet| kubelet.called("PATCH") >= 1)
+        .await;
+    assert_eq!(kubelet.phase_now().as_deref(), Some("Pending"));
+    kubelet.stop().await;
+}
+
+#[tokio::test]
+async fn a_pod_that_ended_makes_room_for_the_next() {
+    let mut kubelet = Kubelet::start().await;
+    kubelet.apply(|_| ());
+    kubelet
+        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
+        .await;
+    fill(&kubelet);
+    let short = |kubelet: &Kubelet| {
+        let next = "next".into();
+        let allocatable = Allocatable::of(None, 11, 10);
+        let mut room = kubelet.context.ledger.room();
+        room.ask(&next, BTreeMap::new(), &allocatable).is_err()
+    };
+    assert!(short(&kubelet), "ten others and this one");
+    kubelet.agent.change(UID, finish);
+    kubelet.phase("Succeeded").await;
+    kubelet.wait("room", |kubelet| !short(kubelet)).await;
     kubelet.stop().await;
 }

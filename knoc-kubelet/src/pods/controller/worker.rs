@@ -7,15 +7,16 @@ use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{pb, reason::ErrorReason};
 
 use super::{
-    Context, Memory, Round, UNREACHABLE_AFTER,
-    admission::{self, Room},
+    Context, Memory, Round, UNREACHABLE_AFTER, admission,
+    room::{self, Allocatable},
 };
 use crate::pods::{
     decide::{self, AgentSide, Decision, Desired, Done, Present},
     events::{Note, about_pod},
     publish::{self, PublishError},
-    status::{self, Hold, Input},
+    status::{self, Hold, Input, Rejection},
     store::{PodView, Uid},
+    translate,
 };
 
 /// The first retry comes after this, each further one after twice as long.
@@ -48,21 +49,19 @@ impl Worker<'_> {
     /// False where nothing is left of the pod.
     async fn round(&mut self) -> bool {
         let now = Timestamp::now();
+        let agent = self.agent_side();
         let view = self.context.store.by_uid(self.uid);
         if let Some(view) = &view {
-            self.judge(view);
+            self.judge(view, agent);
             self.tell_notes(view);
             self.tell_containers(view);
             self.plan_refresh(view, now);
         }
-        let decision = decide::decide(
-            self.desired(view.as_ref()),
-            self.agent_side(),
-            self.done(now),
-        );
+        let decision = decide::decide(self.desired(view.as_ref()), agent, self.done(now));
         tracing::debug!(uid = %self.uid, ?decision, "round");
         match (decision, &view) {
             (Decision::Drop, _) => {
+                self.context.ledger.room().release(self.uid);
                 self.context.store.forget(self.uid);
                 return false;
             }
@@ -132,31 +131,32 @@ impl Worker<'_> {
         }
     }
 
-    /// Admission: only for pods that were never accepted.
-    fn judge(&mut self, view: &PodView) {
+    /// Admission: only for pods that were never accepted, so only when the agent has said which ones it has.
+    fn judge(&mut self, view: &PodView, agent: AgentSide) {
         let terminal = status::is_terminal(&view.pod);
+        if terminal || observed_phase(view) == Some(pb::PodPhase::Finished) {
+            self.context.ledger.room().release(self.uid);
+        }
         let generation = view.pod.metadata.generation.unwrap_or(1);
+        if agent == AgentSide::Unknown || self.memory.judged >= generation {
+            return;
+        }
         if terminal && self.memory.rejection.is_some() {
             return;
         }
-        if self.memory.judged >= generation {
-            return;
-        }
-        let findings = self.context.store.findings(self.uid).unwrap_or_default();
-        let accepted = view.observed.is_some() || self.memory.ensured > 0 || ran(&view.pod);
-        let total = self.context.capacity.borrow().clone();
-        let room = Room {
-            pods: usize::try_from(self.context.pods).unwrap_or(usize::MAX),
-            active: self.context.store.active(),
-            total: total.as_deref(),
-            queue_factor: self.context.queue_factor,
-        };
         self.memory.judged = generation;
-        match admission::admit(&view.pod, &findings, room) {
-            Ok(_) if !accepted && !terminal && !findings.mapped.is_empty() => {
+        let accepted = view.observed.is_some() || self.memory.ensured > 0 || ran(&view.pod);
+        let findings = self.context.store.findings(self.uid).unwrap_or_default();
+        let admitted = match admission::admit(&view.pod, &findings) {
+            Ok(shape) if !accepted && !terminal => self.take_room(&shape),
+            Ok(_) => Ok(()),
+            Err(rejection) => Err(rejection),
+        };
+        match admitted {
+            Ok(()) if !accepted && !terminal && !findings.mapped.is_empty() => {
                 self.tell(&view.pod, false, "Mapped", &findings.mapped.join("; "));
             }
-            Ok(_) => {}
+            Ok(()) => {}
             Err(rejection) => {
                 if !terminal {
                     self.tell(&view.pod, true, &rejection.reason, &rejection.message);
@@ -166,6 +166,26 @@ impl Worker<'_> {
                 }
             }
         }
+    }
+
+    /// Room for a new pod, beside all that was accepted before, by this process or an earlier one.
+    fn take_room(&self, shape: &pb::PodSpec) -> Result<(), Rejection> {
+        let total = self.context.capacity.borrow().clone();
+        let (pods, factor) = (self.context.pods, self.context.queue_factor);
+        let allocatable = Allocatable::of(total.as_deref(), pods, factor);
+        let mut room = self.context.ledger.room();
+        if room.first_time() {
+            for view in self.context.store.pods() {
+                let ended = status::is_terminal(&view.pod)
+                    || observed_phase(&view) == Some(pb::PodPhase::Finished);
+                if !ended && (view.observed.is_some() || ran(&view.pod)) {
+                    let amounts = translate::shape(&view.pod).map(|shape| room::requests(&shape));
+                    room.hold(&view.uid, amounts.unwrap_or_default());
+                }
+            }
+        }
+        room.ask(self.uid, room::requests(shape), &allocatable)
+            .map_err(|short| admission::out_of(&short))
     }
 
     /// Writes the status where it differs; false where there is no point in going on.
@@ -319,6 +339,11 @@ impl Worker<'_> {
             salt: 0,
         });
     }
+}
+
+/// Where the pod stands, as the agent last said.
+fn observed_phase(view: &PodView) -> Option<pb::PodPhase> {
+    view.observed.as_ref().map(|observed| observed.phase())
 }
 
 /// What stands for a pod that ran and that the agent does not know any more.

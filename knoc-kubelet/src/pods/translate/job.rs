@@ -97,13 +97,13 @@ fn flags(
 
 /// CPU (request, else limit, else 1), memory (limit, else request), ephemeral storage (limit, else request).
 fn totals(init: &[pb::Container], regular: &[pb::Container]) -> (i64, i64, i64) {
-    let cpu = rule(init, regular, |requests, limits| {
+    let cpu = over_containers(init, regular, |requests, limits| {
         first(requests.cpu_millis, limits.cpu_millis)
     });
-    let memory = rule(init, regular, |requests, limits| {
+    let memory = over_containers(init, regular, |requests, limits| {
         first(limits.memory_bytes, requests.memory_bytes)
     });
-    let storage = rule(init, regular, |requests, limits| {
+    let storage = over_containers(init, regular, |requests, limits| {
         first(
             limits.ephemeral_storage_bytes,
             requests.ephemeral_storage_bytes,
@@ -116,8 +116,9 @@ fn first(one: i64, other: i64) -> i64 {
     if one == 0 { other } else { one }
 }
 
-/// The larger of: the largest init container, the sum of the containers.
-fn rule(
+/// The larger of: the largest init container, the sum of the containers; `amount` is told a container's requests and
+/// limits.
+pub(in crate::pods) fn over_containers(
     init: &[pb::Container],
     regular: &[pb::Container],
     amount: impl Fn(&pb::Resources, &pb::Resources) -> i64,
@@ -147,7 +148,7 @@ fn gres(init: &[pb::Container], regular: &[pb::Container]) -> String {
     let mut counts: BTreeMap<&str, i64> = BTreeMap::new();
     for name in names {
         let get = |resources: &pb::Resources| resources.extended.get(name).copied().unwrap_or(0);
-        let count = rule(init, regular, |requests, limits| {
+        let count = over_containers(init, regular, |requests, limits| {
             first(get(limits), get(requests))
         });
         let short = name.rsplit('/').next().unwrap_or(name);
