@@ -9,6 +9,7 @@ pub mod command;
 pub mod fake_api;
 pub mod image;
 pub mod pod;
+pub mod relay;
 pub mod site;
 pub mod terminal;
 pub mod wait;

@@ -42,6 +42,8 @@ pub struct Options {
     pub wrapper: Option<PathBuf>,
     /// Further lines for the site file's `[limits]`.
     pub limits: String,
+    /// Where shims dial instead of the agent itself, such as a [`crate::relay::Relay`].
+    pub shims_dial: Option<SocketAddr>,
 }
 
 /// The site. Dropping it ends what it started.
@@ -50,6 +52,7 @@ pub struct Site {
     dir: TempDir,
     options: Options,
     address: SocketAddr,
+    shim: SocketAddr,
     credentials: Credentials,
     ca: Ca,
 }
@@ -73,10 +76,11 @@ impl Site {
             dir,
             options,
             address: loopback(kubelet),
+            shim: loopback(shim),
             credentials,
             ca,
         };
-        write(&site.path("agent.toml"), &site.config(loopback(shim)))?;
+        write(&site.path("agent.toml"), &site.config())?;
         Ok(site)
     }
 
@@ -195,8 +199,15 @@ impl Site {
         lines.into_iter().rev().collect::<Vec<_>>().join("\n")
     }
 
-    fn config(&self, shim: SocketAddr) -> String {
-        let dir = self.dir.path().display();
+    /// Where the agent listens for shims.
+    #[must_use]
+    pub fn shim_address(&self) -> SocketAddr {
+        self.shim
+    }
+
+    fn config(&self) -> String {
+        let (dir, shim) = (self.dir.path().display(), self.shim);
+        let dialled = self.options.shims_dial.unwrap_or(shim);
         let Options {
             prelude, limits, ..
         } = &self.options;
@@ -212,7 +223,7 @@ prelude = '''
 [listen]
 kubelet = "{address}"
 shim = "{shim}"
-shim_addresses = ["{shim}"]
+shim_addresses = ["{dialled}"]
 socket = "{dir}/socket/agent.sock"
 
 [tls]

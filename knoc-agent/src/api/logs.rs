@@ -1,8 +1,9 @@
-//! `ReadLogs`: through the shim's link while the pod runs, from the files otherwise.
+//! `ReadLogs`: through the shim's link while the pod runs, from the files otherwise, and from the files where the link
+//! is lost on the way.
 
 use std::sync::Arc;
 
-use futures::StreamExt as _;
+use futures::{Stream, StreamExt as _};
 use knoc_proto::{
     ids::{ContainerName, PodUid},
     pb::{self, container_status::State},
@@ -11,11 +12,14 @@ use knoc_proto::{
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
-use tonic::{Code, Status};
+use tonic::{Code, Status, Streaming};
 
 use super::Answers;
 use crate::{
-    logs::{filter::Options, read},
+    logs::{
+        filter::Options,
+        read::{self, Series},
+    },
     site::Site,
 };
 
@@ -29,34 +33,154 @@ pub(super) async fn read(
     let container = ContainerName::try_from(request.container.as_str())
         .map_err(|error| ErrorReason::InvalidRequest.status(error.to_string()))?;
     let attempt = attempt(site, &uid, &container, request.previous)?;
-    if let Some(mut client) = site.shims.client(&uid) {
+    let log = Log {
+        site: Arc::clone(site),
+        uid,
+        container,
+        attempt,
+    };
+    if let Some(mut client) = site.shims.client(&log.uid) {
         match client.read_logs(request.clone()).await {
-            Ok(chunks) => return Ok(chunks.into_inner().boxed()),
+            Ok(chunks) => {
+                let (output, answer) = mpsc::channel(read::CHUNKS);
+                tasks.spawn(log.relay(chunks.into_inner(), request, output));
+                return Ok(ReceiverStream::new(answer).boxed());
+            }
             // The link has just gone: the files say the same.
             Err(status) if status.code() == Code::Unavailable => {}
             Err(status) => return Err(status),
         }
     }
-    let live = site.state.pod(&uid).log_path(container.as_str(), attempt);
+    let live = log.series().live;
     if !request.follow && !tokio::fs::try_exists(&live).await.unwrap_or(false) {
-        let message = format!("container {container} has written no log yet");
+        let message = format!("container {} has written no log yet", log.container);
         return Err(ErrorReason::NotRunning.status(message));
     }
-    let (output, chunks) = mpsc::channel(read::CHUNKS);
-    let (ended_by, ended) = watch::channel(false);
-    let follow = request.follow.then_some(read::Follow {
-        written: None,
-        ended,
-    });
-    let reading = read::read(live, Options::from(&request), follow, output);
-    let site = Arc::clone(site);
-    tasks.spawn(async move {
-        tokio::select! {
-            () = reading => {}
-            () = tell_end(&site, &uid, &container, attempt, ended_by) => {}
+    let (output, answer) = mpsc::channel(read::CHUNKS);
+    let options = Options::from(&request);
+    tasks.spawn(log.from_files(options, request.follow, output));
+    Ok(ReceiverStream::new(answer).boxed())
+}
+
+/// The log of one attempt of one container.
+struct Log {
+    site: Arc<Site>,
+    uid: PodUid,
+    container: ContainerName,
+    attempt: u32,
+}
+
+/// How far a stream of chunks came.
+#[derive(Debug, Default)]
+struct Progress {
+    bytes: u64,
+    next: Option<pb::LogPosition>,
+}
+
+impl Progress {
+    /// Is this the shim's own word, or an older one's, which does not say where it stands?
+    fn is_final(&self, status: &Status) -> bool {
+        ErrorReason::of(status).is_some() || (self.bytes > 0 && self.next.is_none())
+    }
+}
+
+/// How a stream of chunks ended.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// The reader has all of it, or the reason why not, or is gone.
+    Told,
+    /// Whoever sent it is gone, or the link.
+    Cut,
+}
+
+impl Log {
+    fn series(&self) -> Series {
+        let jobdir = self.site.state.pod(&self.uid);
+        Series {
+            live: jobdir.log_path(self.container.as_str(), self.attempt),
+            attempt: self.attempt,
         }
-    });
-    Ok(ReceiverStream::new(chunks).boxed())
+    }
+
+    /// Task: passes on what the shim sends. Where it is cut, the files say the rest, from the same byte.
+    async fn relay(
+        mut self,
+        chunks: Streaming<pb::LogChunk>,
+        request: pb::ReadLogsRequest,
+        output: read::Output,
+    ) {
+        let mut progress = Progress::default();
+        if pass_on(chunks, &output, &mut progress).await == End::Told {
+            return;
+        }
+        tracing::debug!(uid = %self.uid, container = %self.container, "a log goes on from the files");
+        let mut options = Options::from(&request);
+        if let Some(next) = &progress.next {
+            // The shim chose; a restart may have come between the question and its answer.
+            self.attempt = u32::try_from(next.attempt).unwrap_or(self.attempt);
+            options.from = Some(next.into());
+            options.limit_bytes = options
+                .limit_bytes
+                .map(|limit| limit.saturating_sub(progress.bytes));
+        }
+        self.from_files(options, request.follow, output).await;
+    }
+
+    /// Task: reads the files, and follows them until the instance has ended.
+    async fn from_files(self, options: Options, follow: bool, output: read::Output) {
+        let (ended_by, ended) = watch::channel(false);
+        let follow = follow.then_some(read::Follow {
+            written: None,
+            ended,
+        });
+        let (read_to, chunks) = mpsc::channel(read::CHUNKS);
+        let reading = read::read(self.series(), options, follow, read_to);
+        let mut progress = Progress::default();
+        let passing = pass_on(ReceiverStream::new(chunks), &output, &mut progress);
+        tokio::select! {
+            _ = async { tokio::join!(reading, passing) } => {}
+            () = tell_end(&self, ended_by) => {}
+        }
+    }
+}
+
+/// Passes chunks on, without what only a relay needs to know.
+async fn pass_on(
+    mut chunks: impl Stream<Item = Result<pb::LogChunk, Status>> + Unpin,
+    output: &read::Output,
+    progress: &mut Progress,
+) -> End {
+    loop {
+        let chunk = tokio::select! {
+            biased;
+            () = output.closed() => return End::Told,
+            chunk = chunks.next() => chunk,
+        };
+        let chunk = match chunk {
+            Some(Ok(chunk)) => chunk,
+            Some(Err(status)) if progress.is_final(&status) => {
+                // Where the reader is gone nobody is left to be told.
+                drop(output.send(Err(status)).await);
+                return End::Told;
+            }
+            None if progress.bytes > 0 && progress.next.is_none() => return End::Told,
+            Some(Err(_)) | None => return End::Cut,
+        };
+        progress.bytes += u64::try_from(chunk.data.len()).unwrap_or_default();
+        progress.next = chunk.next.or(progress.next.take());
+        if !chunk.data.is_empty() {
+            let bare = pb::LogChunk {
+                data: chunk.data,
+                ..pb::LogChunk::default()
+            };
+            if output.send(Ok(bare)).await.is_err() {
+                return End::Told;
+            }
+        }
+        if chunk.end {
+            return End::Told;
+        }
+    }
 }
 
 /// Which attempt the request means.
@@ -103,19 +227,13 @@ fn find<'a>(
 }
 
 /// Tells the reader when the instance has ended, then waits for the reader, which ends this.
-async fn tell_end(
-    site: &Site,
-    uid: &PodUid,
-    container: &ContainerName,
-    attempt: u32,
-    ended: watch::Sender<bool>,
-) {
-    let mut changed = site.board.subscribe();
+async fn tell_end(log: &Log, ended: watch::Sender<bool>) {
+    let mut changed = log.site.board.subscribe();
     loop {
-        let over = site.board.get(uid.as_str()).is_none_or(|pod| {
+        let over = log.site.board.get(log.uid.as_str()).is_none_or(|pod| {
             pod.outcome.is_some()
-                || find(&pod, container).is_none_or(|status| {
-                    u32::try_from(status.restart_count).unwrap_or(0) > attempt
+                || find(&pod, &log.container).is_none_or(|status| {
+                    u32::try_from(status.restart_count).unwrap_or(0) > log.attempt
                         || matches!(status.state, Some(State::Terminated(_)))
                 })
         });

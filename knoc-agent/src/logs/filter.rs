@@ -19,6 +19,21 @@ pub struct Options {
     pub limit_bytes: Option<u64>,
     /// Begin each line with its time.
     pub timestamps: bool,
+    /// Go on where another reader stopped.
+    pub from: Option<Position>,
+}
+
+/// A place in a series, as one reader leaves it for the next.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Position {
+    /// The file, whatever rotation calls it meanwhile.
+    pub inode: u64,
+    /// The byte in it where the next line begins.
+    pub offset: u64,
+    /// Of the last line before it.
+    pub stamp: Vec<u8>,
+    /// By stream: is the next piece the beginning of a line?
+    pub at_start: [bool; 2],
 }
 
 impl From<&pb::ReadLogsRequest> for Options {
@@ -36,6 +51,34 @@ impl From<&pb::ReadLogsRequest> for Options {
                 .ok()
                 .filter(|limit| *limit > 0),
             timestamps: request.timestamps,
+            from: None,
+        }
+    }
+}
+
+impl Position {
+    /// As it travels; `attempt` is whose log it is.
+    #[must_use]
+    pub fn to_wire(&self, attempt: u32) -> pb::LogPosition {
+        let [stdout, stderr] = self.at_start;
+        pb::LogPosition {
+            attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
+            inode: self.inode,
+            offset: self.offset,
+            stamp: String::from_utf8_lossy(&self.stamp).into_owned(),
+            in_stdout_line: !stdout,
+            in_stderr_line: !stderr,
+        }
+    }
+}
+
+impl From<&pb::LogPosition> for Position {
+    fn from(wire: &pb::LogPosition) -> Self {
+        Self {
+            inode: wire.inode,
+            offset: wire.offset,
+            stamp: wire.stamp.clone().into_bytes(),
+            at_start: [!wire.in_stdout_line, !wire.in_stderr_line],
         }
     }
 }
@@ -53,6 +96,10 @@ pub struct Filter {
     left: u64,
     /// By stream: is the next piece the beginning of a line?
     at_start: [bool; 2],
+    /// Of the last piece seen, wanted or not.
+    stamp: Vec<u8>,
+    /// Pieces up to this stamp were sent by another reader.
+    sent: Option<Vec<u8>>,
 }
 
 impl Filter {
@@ -60,11 +107,25 @@ impl Filter {
     #[must_use]
     pub fn new(options: Options) -> Self {
         let left = options.limit_bytes.unwrap_or(u64::MAX);
+        let from = options.from.as_ref();
         Self {
-            options,
             left,
-            at_start: [true; 2],
+            at_start: from.map_or([true; 2], |from| from.at_start),
+            stamp: from.map(|from| from.stamp.clone()).unwrap_or_default(),
+            sent: None,
+            options,
         }
+    }
+
+    /// The file where another reader stopped is not there: what is not newer than its last line was sent.
+    pub fn skip_sent(&mut self) {
+        self.sent = Some(self.stamp.clone());
+    }
+
+    /// The last stamp, and by stream whether a line begins: what the next reader must know beside the place.
+    #[must_use]
+    pub fn state(&self) -> (&[u8], [bool; 2]) {
+        (&self.stamp, self.at_start)
     }
 
     /// Has the byte limit been reached?
@@ -78,6 +139,15 @@ impl Filter {
         let Some(piece) = cri::parse(line) else {
             return;
         };
+        if self
+            .sent
+            .as_ref()
+            .is_some_and(|sent| piece.stamp <= sent.as_slice())
+        {
+            return;
+        }
+        self.stamp.clear();
+        self.stamp.extend_from_slice(piece.stamp);
         let options = &self.options;
         let too_old = options
             .since

@@ -2,7 +2,8 @@
 //!
 //! Reads in blocks on the runtime's blocking threads; the channel to the reader is bounded, so a slow reader slows
 //! only this task. Follows by the writer's own signal where there is one (the shim), else by looking at the file every
-//! [`POLL`] (the agent, on a shared file system). Ends with the instance, the byte limit, or the reader.
+//! [`POLL`] (the agent, on a shared file system). Ends with the instance, the byte limit, or the reader. Each chunk says
+//! where the next one begins, so that another reader, on another host, can go on from there ([`Position`]).
 
 use std::{
     fs::{self, File},
@@ -18,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
 use super::{
-    filter::{Filter, Options, TailSearch},
+    filter::{Filter, Options, Position, TailSearch},
     rotated, series,
 };
 
@@ -43,9 +44,18 @@ pub struct Follow {
 /// The channel to the reader.
 pub type Output = mpsc::Sender<Result<pb::LogChunk, Status>>;
 
-/// Sends the series whose live file is `live`. Returns when all was sent, or the reader is gone.
-pub async fn read(live: PathBuf, options: Options, follow: Option<Follow>, output: Output) {
-    if let Err(error) = run(live, options, follow, &output).await {
+/// The series of one attempt.
+#[derive(Debug, Clone)]
+pub struct Series {
+    /// Its live file.
+    pub live: PathBuf,
+    /// Whose it is.
+    pub attempt: u32,
+}
+
+/// Sends a series, at last a chunk that says `end`. Returns when all was sent, or the reader is gone.
+pub async fn read(series: Series, options: Options, follow: Option<Follow>, output: Output) {
+    if let Err(error) = run(series, options, follow, &output).await {
         let message = format!("read the container's log: {error}");
         // Where the reader is gone nobody is left to be told.
         drop(
@@ -57,7 +67,7 @@ pub async fn read(live: PathBuf, options: Options, follow: Option<Follow>, outpu
 }
 
 async fn run(
-    live: PathBuf,
+    Series { live, attempt }: Series,
     options: Options,
     mut follow: Option<Follow>,
     output: &Output,
@@ -74,14 +84,16 @@ async fn run(
         })
         .await?;
         reader = next;
-        if !chunk.is_empty() {
-            let data = Bytes::from(chunk);
-            if output.send(Ok(pb::LogChunk { data })).await.is_err() {
+        let end = reader.filter.done() || (at_end && ended);
+        if end || !chunk.is_empty() {
+            let chunk = pb::LogChunk {
+                data: Bytes::from(chunk),
+                next: reader.position()?.map(|next| next.to_wire(attempt)),
+                end,
+            };
+            if output.send(Ok(chunk)).await.is_err() || end {
                 return Ok(());
             }
-        }
-        if reader.filter.done() || (at_end && ended) {
-            return Ok(());
         }
         if at_end && let Some(follow) = &mut follow {
             tokio::select! {
@@ -157,21 +169,43 @@ struct Reader {
 
 impl Reader {
     fn begin(live: PathBuf, options: Options) -> io::Result<Self> {
-        let start = TailSearch::new(&options)
-            .map(|search| tail_start(&live, search))
-            .transpose()?;
+        let from = options.from.clone();
+        let start = match (&from, TailSearch::new(&options)) {
+            (Some(from), _) => find(&live, from.inode)?.map(|file| (file, from.offset)),
+            (None, Some(search)) => tail_start(&live, search)?,
+            (None, None) => None,
+        };
+        let mut filter = Filter::new(options);
+        if from.is_some() && start.is_none() {
+            filter.skip_sent();
+        }
         let mut reader = Self {
             live,
-            filter: Filter::new(options),
+            filter,
             file: None,
             offset: 0,
             held: Vec::new(),
         };
-        if let Some(Some((file, offset))) = start {
+        if let Some((file, offset)) = start {
             reader.file = Some(file);
             reader.offset = offset;
         }
         Ok(reader)
+    }
+
+    /// Where the first line begins that was not sent; none before the series has begun.
+    fn position(&self) -> io::Result<Option<Position>> {
+        let Some(file) = &self.file else {
+            return Ok(None);
+        };
+        let held = u64::try_from(self.held.len()).unwrap_or_default();
+        let (stamp, at_start) = self.filter.state();
+        Ok(Some(Position {
+            inode: file.metadata()?.ino(),
+            offset: self.offset.saturating_sub(held),
+            stamp: stamp.to_vec(),
+            at_start,
+        }))
     }
 
     /// Appends the next block's output to `chunk`. `true` where there is nothing more at the moment.
@@ -259,6 +293,18 @@ fn identity(metadata: &fs::Metadata) -> (u64, u64) {
 
 fn is(path: &Path, own: (u64, u64)) -> bool {
     fs::metadata(path).is_ok_and(|metadata| identity(&metadata) == own)
+}
+
+/// The file of the series that has this inode; the same on each host of a shared file system.
+fn find(live: &Path, inode: u64) -> io::Result<Option<File>> {
+    for path in series(live) {
+        match File::open(&path) {
+            Ok(file) if file.metadata()?.ino() == inode => return Ok(Some(file)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(_) | Err(_) => {}
+        }
+    }
+    Ok(None)
 }
 
 /// Where the wanted tail begins; `None`: at the beginning of the series.

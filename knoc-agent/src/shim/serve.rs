@@ -1,7 +1,7 @@
 //! The `Shim` service over the link: finds the container, hands the work to the supervisor or a task of its own.
 //! Decides nothing.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use knoc_proto::{
     pb::{self, EndedBy, shim_server::Shim},
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::logs::{
     filter::Options,
-    read::{self, CHUNKS},
+    read::{self, CHUNKS, Series},
 };
 
 /// How many processes may be exec'd into the pod at once: each costs a handful of descriptors.
@@ -74,7 +74,7 @@ impl Service {
             .ok_or_else(missing)
     }
 
-    fn log_path(&self, name: &str, entry: &Entry, previous: bool) -> Result<PathBuf, Status> {
+    fn series(&self, name: &str, entry: &Entry, previous: bool) -> Result<Series, Status> {
         let attempt = if previous {
             entry.previous
         } else {
@@ -91,7 +91,10 @@ impl Service {
                 ErrorReason::NotRunning.status(message)
             }
         })?;
-        Ok(self.pod.jobdir.log_path(name, attempt))
+        Ok(Series {
+            live: self.pod.jobdir.log_path(name, attempt),
+            attempt,
+        })
     }
 }
 
@@ -154,12 +157,12 @@ impl Shim for Service {
     ) -> Result<Response<Self::ReadLogsStream>, Status> {
         let request = request.into_inner();
         let (name, entry) = self.entry(&request.container)?;
-        let path = self.log_path(&name, &entry, request.previous)?;
+        let series = self.series(&name, &entry, request.previous)?;
         let follow = entry.log.filter(|_| request.follow && !request.previous);
         let follow = follow.map(|log| log.follow);
         let (output, stream) = mpsc::channel(CHUNKS);
         self.streams
-            .spawn(read::read(path, Options::from(&request), follow, output));
+            .spawn(read::read(series, Options::from(&request), follow, output));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 

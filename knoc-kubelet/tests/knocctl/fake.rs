@@ -206,7 +206,14 @@ impl Agent for Fake {
             Bytes::from(head),
             Bytes::from_static(b"\x00\xff\x1b[31m no newline"),
         ];
-        Ok(answers(chunks.map(|data| pb::LogChunk { data }).into()))
+        Ok(answers(
+            chunks
+                .map(|data| pb::LogChunk {
+                    data,
+                    ..Default::default()
+                })
+                .into(),
+        ))
     }
 
     type ExecStream = Answers<pb::ExecOutput>;

@@ -15,9 +15,16 @@ fn write(writer: &mut Writer, text: &str) {
     writer.append(&out, lines);
 }
 
+fn whole(live: &Path) -> Series {
+    Series {
+        live: live.to_owned(),
+        attempt: 0,
+    }
+}
+
 async fn collect(live: &Path, options: Options, follow: Option<Follow>) -> String {
     let (output, mut input) = mpsc::channel(CHUNKS);
-    let task = read(live.to_owned(), options, follow, output);
+    let task = read(whole(live), options, follow, output);
     let gather = async {
         let mut all = Vec::new();
         while let Some(chunk) = input.recv().await {
@@ -124,4 +131,129 @@ async fn a_follower_sees_every_line_across_rotation_and_ends_with_the_instance()
         let (text, ()) = tokio::join!(reader, writing);
         assert_eq!(text, numbered(0..200), "signalled: {signalled}");
     }
+}
+
+/// All chunks of a finished series.
+async fn chunks(live: &Path, options: Options) -> Vec<pb::LogChunk> {
+    let (output, mut input) = mpsc::channel(CHUNKS);
+    let gather = async {
+        let mut all: Vec<pb::LogChunk> = Vec::new();
+        while let Some(chunk) = input.recv().await {
+            all.push(Result::unwrap(chunk));
+        }
+        all
+    };
+    tokio::join!(read(whole(live), options, None, output), gather).1
+}
+
+fn text(chunks: &[pb::LogChunk]) -> String {
+    let bytes: Vec<u8> = chunks.iter().flat_map(|chunk| chunk.data.clone()).collect();
+    String::from_utf8(bytes).unwrap()
+}
+
+fn varied() -> [Options; 5] {
+    let all = Options::default();
+    let tail = Some(30_000);
+    [
+        all.clone(),
+        Options {
+            tail_lines: tail,
+            ..all.clone()
+        },
+        Options {
+            timestamps: true,
+            ..all.clone()
+        },
+        Options {
+            stream: Some(Stream::Stderr),
+            ..all.clone()
+        },
+        Options {
+            limit_bytes: Some(1_000_000),
+            timestamps: true,
+            ..all
+        },
+    ]
+}
+
+/// Both streams, long lines in pieces, many files, each batch with a time of its own.
+fn fill(live: &Path) -> Writer {
+    let limits = Limits {
+        max_bytes: 300_000,
+        max_files: 100,
+    };
+    let mut writer = Writer::open(live, limits);
+    let mut cutters = [Cutter::new(Stream::Stdout), Cutter::new(Stream::Stderr)];
+    for n in 0..3000_i64 {
+        let at = jiff::Timestamp::from_microsecond(1_795_370_516_000_000 + n).unwrap();
+        let text = if n % 100 == 0 {
+            "x".repeat(40_000)
+        } else {
+            numbered(0..u32::try_from(n % 20).unwrap())
+        };
+        let mut out = Vec::new();
+        let cutter = &mut cutters[usize::from(n % 3 == 0)];
+        let lines = cutter.push(text.as_bytes(), &stamp(at), &mut out);
+        writer.append(&out, lines);
+    }
+    writer
+}
+
+#[tokio::test]
+async fn another_reader_goes_on_at_any_chunk_with_nothing_lost_and_nothing_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let live = folder.path().join("0.log");
+    fill(&live);
+    assert!(series(&live).len() > 3);
+    for options in varied() {
+        let all = chunks(&live, options.clone()).await;
+        let (last, before) = all.split_last().unwrap();
+        assert!(last.end && before.iter().all(|chunk| !chunk.end));
+        for (index, chunk) in all.iter().enumerate() {
+            let sent = text(&all[..=index]);
+            let limit = options.limit_bytes.map(|limit| limit - sent.len() as u64);
+            if limit == Some(0) {
+                continue;
+            }
+            let rest = Options {
+                from: Some(chunk.next.as_ref().unwrap().into()),
+                limit_bytes: limit,
+                ..options.clone()
+            };
+            let rest = text(&chunks(&live, rest).await);
+            assert!(
+                sent + &rest == text(&all),
+                "{options:?} after chunk {index}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn where_the_file_was_dropped_meanwhile_only_what_is_newer_follows() {
+    let folder = tempfile::tempdir().unwrap();
+    let live = folder.path().join("0.log");
+    fill(&live);
+    let all = chunks(&live, Options::default()).await;
+    let next = all.first().and_then(|chunk| chunk.next.as_ref()).unwrap();
+    let files = series(&live);
+    std::fs::remove_file(&files[0]).unwrap();
+    let rest = |from: &pb::LogPosition| {
+        let from = Some(from.into());
+        chunks(
+            &live,
+            Options {
+                from,
+                ..Options::default()
+            },
+        )
+    };
+    let left = text(&chunks(&live, Options::default()).await);
+    assert!(text(&rest(next).await) == left, "all that is left is newer");
+    // A file that this host does not see yet: what it sees is older, and was sent.
+    let unseen = pb::LogPosition {
+        inode: u64::MAX,
+        ..all.last().and_then(|chunk| chunk.next.clone()).unwrap()
+    };
+    assert_eq!(text(&rest(&unseen).await), "");
 }

@@ -1,0 +1,73 @@
+//! A link that can be cut: a TCP relay on loopback, opaque to what passes.
+
+use std::net::SocketAddr;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+/// A relay. Dropping it cuts all connections and refuses new ones.
+#[derive(Debug)]
+pub struct Relay {
+    address: SocketAddr,
+    target: Option<oneshot::Sender<SocketAddr>>,
+    _task: JoinSet<()>,
+}
+
+impl Relay {
+    /// Listens; nothing passes before [`Relay::lead_to`].
+    pub async fn start() -> anyhow::Result<Self> {
+        let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
+        let (target, told) = oneshot::channel();
+        let mut task = JoinSet::new();
+        task.spawn(serve(listener, told));
+        Ok(Self {
+            address,
+            target: Some(target),
+            _task: task,
+        })
+    }
+
+    /// Where to dial.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// From now on connections lead there.
+    pub fn lead_to(&mut self, target: SocketAddr) {
+        if let Some(told) = self.target.take() {
+            // Where the task has ended there is nothing to lead.
+            told.send(target).ok();
+        }
+    }
+
+    /// Cuts all connections; nobody gets through any more.
+    pub fn cut(self) {
+        drop(self);
+    }
+}
+
+async fn serve(listener: TcpListener, told: oneshot::Receiver<SocketAddr>) {
+    let Ok(target) = told.await else { return };
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => {
+                let Ok((near, _)) = accepted else { return };
+                connections.spawn(pass(near, target));
+            }
+        }
+    }
+}
+
+async fn pass(mut near: TcpStream, target: SocketAddr) {
+    if let Ok(mut far) = TcpStream::connect(target).await {
+        // However it ends, both ends see it.
+        tokio::io::copy_bidirectional(&mut near, &mut far)
+            .await
+            .ok();
+    }
+}
