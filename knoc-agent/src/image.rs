@@ -29,6 +29,7 @@ mod pull;
 pub mod reference;
 mod registry;
 mod resolve;
+mod sif;
 
 pub use resolve::Images;
 
