@@ -10,6 +10,7 @@ use prost::Message as _;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = [
         "knoc/v1/pod.proto",
+        "knoc/v1/stats.proto",
         "knoc/v1/agent.proto",
         "knoc/v1/shim.proto",
     ];

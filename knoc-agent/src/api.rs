@@ -6,6 +6,7 @@
 
 mod admit;
 mod logs;
+mod stats;
 mod watch;
 
 use std::{future::ready, sync::Arc, time::Duration};
@@ -29,10 +30,11 @@ use crate::{
     registry::{Registry, cluster::Pin},
     scheduler::SubmitRequest,
     site::Site,
+    stats::Stats,
 };
 
 /// What this agent can do beyond the first release: names that the near side asks for.
-const CAPABILITIES: &[&str] = &["exec", "values", "diagnose", "script"];
+const CAPABILITIES: &[&str] = &["exec", "values", "diagnose", "script", "stats"];
 
 /// A stream of answers.
 type Answers<T> = BoxStream<'static, Result<T, Status>>;
@@ -52,6 +54,7 @@ struct Shared {
     stop: CancellationToken,
     /// Readers of log files.
     tasks: TaskTracker,
+    stats: Arc<Stats>,
 }
 
 impl Service {
@@ -74,6 +77,7 @@ impl Service {
             started_at,
             stop,
             tasks,
+            stats: Arc::default(),
         }))
     }
 
@@ -321,6 +325,17 @@ impl pb::agent_server::Agent for Service {
         let inputs = futures::stream::iter(first).chain(rest);
         let outputs = client.exec(inputs).await?.into_inner();
         Ok(Response::new(outputs.boxed()))
+    }
+
+    type GetStatsStream = Answers<pb::PodStats>;
+
+    async fn get_stats(
+        &self,
+        request: Request<pb::GetStatsRequest>,
+    ) -> Result<Response<Self::GetStatsStream>, Status> {
+        let uids = request.into_inner().uids;
+        let stream = stats::stream(&self.0.site, &self.0.stats, &uids);
+        Ok(Response::new(stream.map(Ok).boxed()))
     }
 
     async fn render_script(

@@ -28,3 +28,4 @@ pub mod scheduler;
 pub mod shim;
 pub mod shims;
 pub mod site;
+pub mod stats;

@@ -6,10 +6,11 @@
 //!   channel, publishes the report and the [`directory`] over watch channels.
 //! - [`report::keep`]: the durable copy of the newest report.
 //! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
-//! - the reaper ([`children`]), the watcher of signals from outside, and [`resident::keep_small`].
+//! - the reaper ([`children`]) and the watcher of signals from outside.
 //!
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
+mod cgroup;
 mod children;
 mod container;
 mod directory;
@@ -18,6 +19,7 @@ mod exec;
 mod fdio;
 mod handshake;
 mod link;
+mod measure;
 mod oom;
 mod output;
 mod outside;
@@ -25,11 +27,11 @@ mod plan;
 mod pod;
 pub(crate) mod proc;
 mod report;
-mod resident;
 mod scratch;
 mod serve;
 mod signals;
 mod supervisor;
+mod usage;
 mod volumes;
 
 use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
@@ -201,7 +203,6 @@ async fn run(
     background.spawn(obey_signals(outside, own_grace(&pod), commands.clone()));
     let publisher = Publisher::new(first_report(&pod, previous.as_ref()));
     let mut reports = publisher.subscribe();
-    background.spawn(resident::keep_small(publisher.subscribe()));
     let mut keeper = JoinSet::new();
     keeper.spawn(report::keep(pod.jobdir.clone(), publisher.subscribe()));
     let directory = watch::Sender::new(Arc::new(Directory::default()));

@@ -188,6 +188,15 @@ impl Agent {
         Ok(())
     }
 
+    /// What the running pods use. The caller sets the deadline. Cancel safe.
+    pub async fn stats(&self) -> Result<Vec<pb::PodStats>, tonic::Status> {
+        let answer = self
+            .bulk()
+            .get_stats(pb::GetStatsRequest::default())
+            .await?;
+        futures::TryStreamExt::try_collect(answer.into_inner()).await
+    }
+
     /// The handshake.
     pub async fn get_info(&self) -> Result<pb::AgentInfo, tonic::Status> {
         let request = pb::GetInfoRequest {

@@ -17,6 +17,7 @@ use crate::{
     agent::{Agent, Link, watch::AgentWatch},
     config::Config,
     leader::{Leader, LeaderError},
+    metrics::Metrics,
     node::{self, NodeError, NodeTask},
     pods::{
         Context, Controller, Ledger, Pulse, Services, Store,
@@ -26,6 +27,7 @@ use crate::{
         watch_orphans,
     },
     server::{Server, ServerError},
+    stats::Stats,
 };
 
 pub use build::BuildError;
@@ -150,6 +152,7 @@ impl App {
         let queue = Queue::default();
         let services = Services::default();
         let pulse = Pulse::default();
+        let metrics = Metrics::default();
         let context = Arc::new(Context {
             client: self.client.clone(),
             agent: self.agent.clone(),
@@ -166,8 +169,19 @@ impl App {
             queue_factor: self.config.node.queue_factor,
             started: Timestamp::now(),
             deposed: deposed.clone(),
+            metrics: metrics.clone(),
         });
-        let port = self.serve(tasks, shutdown, pulse).await?;
+        let backend = backend::KubeletBackend {
+            store: self.store.clone(),
+            agent: self.agent.clone(),
+            link: link.clone(),
+            capacity: capacity.clone(),
+            pulse,
+            metrics,
+            stats: Stats::new(self.agent.clone(), self.store.clone()),
+            config: self.config.effective.clone(),
+        };
+        let port = self.serve(tasks, shutdown, backend).await?;
         let node = NodeTask::new(
             self.client.clone(),
             self.node_identity(port),
@@ -220,19 +234,14 @@ impl App {
         &self,
         tasks: &mut JoinSet<()>,
         shutdown: &CancellationToken,
-        pulse: Pulse,
+        backend: backend::KubeletBackend,
     ) -> Result<u16, RunError> {
         let Some(settings) = build::server_settings(&self.config) else {
             tracing::warn!("server.cert and server.key are not set: the kubelet API is not served");
             return Ok(self.config.server.listen.port());
         };
-        let backend = Arc::new(backend::KubeletBackend::new(
-            self.store.clone(),
-            self.agent.clone(),
-            pulse,
-        ));
         let cluster = Arc::new(crate::server::KubeCluster::new(self.client.clone()));
-        let server = Server::bind(settings, backend, cluster)
+        let server = Server::bind(settings, Arc::new(backend), cluster)
             .await
             .map_err(|source| RunError::Server { source })?;
         let address = server.local_addr();

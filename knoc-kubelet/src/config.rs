@@ -8,6 +8,8 @@ mod source;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr};
 
+use serde_json::{Map, Value};
+
 pub use source::{Environment, Found, Origin, Source, YamlFile};
 
 /// One setting.
@@ -179,6 +181,8 @@ pub struct Config {
     pub node: NodeConfig,
     /// The kubelet's HTTPS API.
     pub server: ServerConfig,
+    /// Every setting as it is in effect, for `/configz`. Settings hold no secrets: they name the files that do.
+    pub effective: serde_json::Value,
 }
 
 /// The link to the agent.
@@ -294,7 +298,23 @@ impl Reader<'_> {
             log: LogConfig { json, level },
             node: node?,
             server: server?,
+            effective: self.effective(),
         })
+    }
+
+    /// Each setting's text, or its default in words; one that is neither set nor has a default is null.
+    fn effective(&self) -> Value {
+        let mut root = Value::Object(Map::new());
+        for setting in SETTINGS {
+            let default = Some(setting.default.to_owned()).filter(|text| !text.is_empty());
+            let text = self.text(setting.key).or(default);
+            let mut place = &mut root;
+            for part in setting.key.split('.') {
+                place = &mut place[part];
+            }
+            *place = text.into();
+        }
+        root
     }
 
     fn agent(&mut self) -> Option<AgentConfig> {

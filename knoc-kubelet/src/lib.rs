@@ -24,6 +24,8 @@ pub mod app;
 pub mod config;
 pub mod knocctl;
 pub mod leader;
+pub mod metrics;
 pub mod node;
 pub mod pods;
 pub mod server;
+pub mod stats;

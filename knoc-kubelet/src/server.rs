@@ -20,6 +20,7 @@ mod remote;
 mod remotecommand;
 mod routes;
 mod spdy;
+mod stats;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -39,6 +40,9 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use crate::metrics::{Gauges, Metrics};
+use crate::stats::Snapshot;
 
 pub use authn::User;
 pub use cluster::{Cluster, ClusterError, KubeCluster};
@@ -110,6 +114,21 @@ pub trait Backend: Send + Sync + 'static {
         &self,
         input: mpsc::Receiver<pb::ExecInput>,
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>>;
+
+    /// What node, pods and containers use: a measurement of at most a few seconds ago.
+    fn stats(&self) -> BoxFuture<'_, Arc<Snapshot>>;
+
+    /// All pods that the agent knows.
+    fn observed(&self) -> Vec<Arc<pb::PodObserved>>;
+
+    /// Our own counters.
+    fn metrics(&self) -> &Metrics;
+
+    /// Our own levels, as they are now; streams are the server's to say.
+    fn gauges(&self) -> Gauges;
+
+    /// The effective configuration, without secrets.
+    fn config(&self) -> serde_json::Value;
 
     /// Does the kubelet's main loop go on? The text says since when it does not.
     fn sync_loop(&self) -> Result<(), String>;

@@ -45,6 +45,7 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
         reason,
         message,
         generation: 0,
+        last_usage: pod.report.as_ref().and_then(|report| report.usage),
     }
 }
 

@@ -11,11 +11,16 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use rustix::process::{Signal, WaitOptions, WaitStatus, set_parent_process_death_signal, wait};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use rustix::process::{
+    Pid, Signal, WaitOptions, WaitStatus, set_parent_process_death_signal, waitpid,
+};
 use tokio::{
     signal::unix::{Signal as SignalStream, SignalKind, signal},
     sync::oneshot,
 };
+
+use super::{measure, usage::Used};
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +59,9 @@ fn die_with_shim(command: &mut Command) {
 #[derive(Debug)]
 pub(crate) struct Child {
     pub(crate) pid: u32,
-    exit: oneshot::Receiver<Exit>,
+    /// What it had used, with all that was waited for below it; known once it has ended.
+    pub(crate) used: Option<Used>,
+    exit: oneshot::Receiver<Ended>,
     /// What was piped of its stdio.
     pub(crate) stderr: Option<std::process::ChildStderr>,
 }
@@ -63,21 +70,27 @@ impl Child {
     /// Waits for its end. Cancel safe; to be asked until it has answered once.
     pub(crate) async fn wait(&mut self) -> Exit {
         // The sender lives as long as the reaper, and that as long as the shim.
-        (&mut self.exit).await.unwrap_or(Exit {
-            code: -1,
-            signal: 0,
-        })
+        let Ok((exit, used)) = (&mut self.exit).await else {
+            return Exit {
+                code: -1,
+                signal: 0,
+            };
+        };
+        self.used = used;
+        exit
     }
 }
+
+type Ended = (Exit, Option<Used>);
 
 /// See the module.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Children {
-    waiting: Arc<Mutex<HashMap<u32, oneshot::Sender<Exit>>>>,
+    waiting: Arc<Mutex<HashMap<u32, oneshot::Sender<Ended>>>>,
 }
 
 impl Children {
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Exit>>> {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Ended>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -94,6 +107,7 @@ impl Children {
         waiting.insert(child.id(), sender);
         Ok(Child {
             pid: child.id(),
+            used: None,
             exit,
             stderr: child.stderr.take(),
         })
@@ -102,11 +116,10 @@ impl Children {
     /// The task: reaps until dropped.
     pub(crate) async fn reap(self, mut news: SignalStream) {
         loop {
-            while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-                let pid = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or_default();
+            while let Some((pid, used, status)) = reap_one() {
                 if let Some(sender) = self.waiting().remove(&pid) {
                     // Who waited may be gone by now.
-                    sender.send(status.into()).ok();
+                    sender.send((status.into(), used)).ok();
                 }
             }
             if news.recv().await.is_none() {
@@ -119,4 +132,14 @@ impl Children {
     pub(crate) fn signal() -> io::Result<SignalStream> {
         signal(SignalKind::child())
     }
+}
+
+/// One child that has ended. It is looked at before it is waited for: after that nobody knows what it used.
+fn reap_one() -> Option<(u32, Option<Used>, WaitStatus)> {
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    let raw = waitid(Id::All, look).ok()?.pid()?.as_raw();
+    let pid = u32::try_from(raw).ok()?;
+    let used = measure::used(pid);
+    let (_, status) = waitpid(Pid::from_raw(raw), WaitOptions::NOHANG).ok()??;
+    Some((pid, used, status))
 }

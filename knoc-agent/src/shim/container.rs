@@ -30,9 +30,11 @@ use super::{
     environment::{self, TerminationLog},
     fdio::{self, Stream},
     handshake::{self, HandshakeError},
+    measure,
     output::{self, Source},
     pod::Pod,
     signals::{self, Identity},
+    usage::{Counters, Used},
 };
 use crate::{
     launch::wire::LaunchSpec,
@@ -76,6 +78,8 @@ pub(crate) struct Ended {
     pub(crate) message: String,
     pub(crate) finished_at: Timestamp,
     pub(crate) losses: Losses,
+    /// What all its processes used; zero where the program never ran.
+    pub(crate) used: Counters,
 }
 
 /// What an attempt tells the supervisor while it lasts.
@@ -131,12 +135,13 @@ pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
     let outcome = try_run(&pod, &attempt).await;
     let finished_at = Timestamp::now();
     match outcome {
-        Ok((exit, message, losses, killed_by_kernel)) => Ended {
+        Ok((exit, message, losses, killed_by_kernel, used)) => Ended {
             exit,
             reason: reason_of(exit, killed_by_kernel),
             message,
             finished_at,
             losses,
+            used,
         },
         Err(error) => {
             tracing::warn!(container = attempt.index, "{}", chain(&error));
@@ -151,6 +156,7 @@ pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
                 message: chain(&error),
                 finished_at,
                 losses: Losses::default(),
+                used: Counters::default(),
             }
         }
     }
@@ -165,7 +171,17 @@ fn reason_of(exit: Exit, killed_by_kernel: bool) -> &'static str {
     }
 }
 
-type Done = (Exit, String, Losses, bool);
+/// PURE: what the container used, by what its runtime's process had used before the program ran and at the end.
+fn spent(isolated: bool, before: Used, end: Used) -> Counters {
+    if isolated {
+        // The program is a child of the runtime, whose own work and helpers are none of the container's.
+        end.kids - before.kids
+    } else {
+        end.own + end.kids
+    }
+}
+
+type Done = (Exit, String, Losses, bool, Counters);
 
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = pod.container(attempt.index);
@@ -198,6 +214,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         )],
         None => sources,
     };
+    let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     let program = Program {
         identity: up.identity,
         spec,
@@ -227,7 +244,9 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let message = message(&folders, container, exit, &live);
     // What the program wrote may be many files; nobody waits for their removal.
     pod.removals.spawn_blocking(move || drop(folders));
-    Ok((with_signal(exit), message, losses, killed))
+    let used_at_end = up.runtime.child.used.unwrap_or_default();
+    let used = spent(pod.runtime.isolates(), used_before, used_at_end);
+    Ok((with_signal(exit), message, losses, killed, used))
 }
 
 /// Runtimes end with 128 + n where a signal ended the program.
@@ -469,6 +488,21 @@ fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_runtimes_own_work_is_not_the_containers() {
+        let cpu = |cpu| Counters {
+            cpu,
+            ..Counters::default()
+        };
+        let used = |own, kids| Used {
+            own: cpu(own),
+            kids: cpu(kids),
+        };
+        assert_eq!(spent(true, used(10, 100), used(20, 150)), cpu(50));
+        assert_eq!(spent(false, used(1, 0), used(20, 150)), cpu(170));
+        assert_eq!(spent(true, used(10, 100), used(0, 0)), cpu(0));
+    }
 
     #[test]
     fn reasons_and_signals() {

@@ -10,7 +10,8 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio_util::task::TaskTracker;
 
 use super::{
-    children::Children, environment::Facts, oom::OomCounter, scratch::Scratch, volumes::Volumes,
+    cgroup::JobCgroup, children::Children, environment::Facts, oom::OomCounter, scratch::Scratch,
+    volumes::Volumes,
 };
 use crate::{
     jobdir::{JobDir, claim::Claim, schema::Endpoint},
@@ -35,6 +36,7 @@ pub(crate) struct Pod {
     pub(crate) facts: Facts,
     pub(crate) limits: Limits,
     pub(crate) oom: OomCounter,
+    pub(crate) cgroup: JobCgroup,
     pub(crate) volumes: Volumes,
     pub(crate) scratch: Scratch,
     pub(crate) children: Children,
@@ -78,6 +80,7 @@ impl Pod {
                     .unwrap_or(LOG_MAX_FILES),
             },
             oom: OomCounter::find(),
+            cgroup: JobCgroup::find(),
             volumes: Volumes::create(&spec.volumes, &scratch)?,
             scratch,
             children: Children::default(),

@@ -20,7 +20,7 @@ use super::{
 use crate::jobdir::JobDir;
 
 /// What a job can do that an older agent cannot expect.
-pub(crate) const CAPABILITIES: [&str; 0] = [];
+pub(crate) const CAPABILITIES: [&str; 1] = ["stats"];
 
 /// How many notes are kept.
 const NOTES: usize = 32;
@@ -155,6 +155,11 @@ impl Publisher {
             sender: watch::Sender::new(first.clone()),
             current: first,
         }
+    }
+
+    /// When the shim began, Unix nanoseconds.
+    pub(crate) fn started_at(&self) -> i64 {
+        self.current.started_at
     }
 
     /// A reader that has not seen the current report yet.

@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     directory::{Directory, Entry},
     exec::{self, Session},
+    measure,
     pod::Pod,
     supervisor::Command,
 };
@@ -149,6 +150,20 @@ impl Shim for Service {
             Ok(Err(why)) => Err(ErrorReason::Internal.status(why)),
             Err(_) => Err(ErrorReason::NotRunning.status("the pod has ended")),
         }
+    }
+
+    async fn get_stats(
+        &self,
+        _request: Request<pb::ShimGetStatsRequest>,
+    ) -> Result<Response<pb::PodStats>, Status> {
+        // On a busy node there are many processes to look at.
+        let samples = tokio::task::spawn_blocking(measure::pod).await;
+        let samples = samples.map_err(|error| ErrorReason::Internal.status(error.to_string()))?;
+        let (answer, stats) = oneshot::channel();
+        self.command(Command::Stats(samples, answer)).await?;
+        let stats = stats.await;
+        let stats = stats.map_err(|_| ErrorReason::NotRunning.status("the pod has ended"))?;
+        Ok(Response::new(stats))
     }
 
     async fn read_logs(

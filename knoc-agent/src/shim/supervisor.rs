@@ -4,6 +4,7 @@
 //! [`plan::decide`] and performs the answer, then publishes the report and the [`Directory`].
 
 mod slot;
+mod stats;
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,6 +28,7 @@ use super::{
     pod::Pod,
     report::{self, Light, Publisher},
     signals,
+    usage::{Counters, Sample},
 };
 
 const EVENTS: usize = 64;
@@ -45,6 +47,8 @@ pub(crate) enum Command {
         by: EndedBy,
         reason: String,
     },
+    /// What the containers use, by a measurement of just now.
+    Stats(Vec<Sample>, oneshot::Sender<pb::PodStats>),
     /// Newer values; the answer comes when they are written.
     Values(pb::PodValues, oneshot::Sender<Result<(), String>>),
 }
@@ -69,6 +73,8 @@ pub(crate) struct Supervisor {
     commands: mpsc::Receiver<Command>,
     publisher: Publisher,
     directory: watch::Sender<Arc<Directory>>,
+    /// The pod's counters as they were last shown.
+    shown: Counters,
 }
 
 impl Supervisor {
@@ -111,6 +117,7 @@ impl Supervisor {
             commands,
             publisher,
             directory,
+            shown: Counters::default(),
         }
     }
 
@@ -192,6 +199,10 @@ impl Supervisor {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Stop { grace, by, reason } => self.order_stop(grace, by, reason),
+            Command::Stats(samples, answer) => {
+                // Who asked may be gone.
+                answer.send(self.stats(&samples)).ok();
+            }
             Command::Values(values, answer) => {
                 // Who asked may be gone.
                 answer.send(self.take_values(values)).ok();
@@ -392,7 +403,9 @@ impl Supervisor {
             .as_ref()
             .map(|stop| stop.reason.clone())
             .unwrap_or_default();
+        let usage = self.usage(&[]);
         self.publisher.update(|report| {
+            report.usage = Some(usage);
             report.init_containers = init;
             report.containers = main;
             report.r#final = true;

@@ -1,35 +1,38 @@
 //! What the kubelet API sees of the rest: pods from the [`Store`], streams from the agent.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, future::BoxFuture};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, Link},
+    metrics::{Gauges, Metrics, process},
     pods::{Pulse, Store},
     server::{Backend, ByteStream, ExecStream, PodView},
+    stats::{Snapshot, Stats},
 };
+
+/// The phases of Kubernetes: each has a sample, also where no pod has it.
+const PHASES: [&str; 5] = ["Pending", "Running", "Succeeded", "Failed", "Unknown"];
 
 /// The API's view of the kubelet.
 #[derive(Debug)]
 pub(super) struct KubeletBackend {
-    store: Store,
-    agent: Agent,
-    pulse: Pulse,
-}
-
-impl KubeletBackend {
-    pub(super) fn new(store: Store, agent: Agent, pulse: Pulse) -> Self {
-        Self {
-            store,
-            agent,
-            pulse,
-        }
-    }
+    pub(super) store: Store,
+    pub(super) agent: Agent,
+    pub(super) link: watch::Receiver<Link>,
+    pub(super) pulse: Pulse,
+    /// What the site has, as last heard.
+    pub(super) capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
+    pub(super) metrics: Metrics,
+    pub(super) stats: Stats,
+    /// As `/configz` shows it.
+    pub(super) config: serde_json::Value,
 }
 
 impl Backend for KubeletBackend {
@@ -68,7 +71,74 @@ impl Backend for KubeletBackend {
         })
     }
 
+    fn stats(&self) -> BoxFuture<'_, Arc<Snapshot>> {
+        let capacity = self.capacity.borrow().clone();
+        let memory = capacity.map_or(0, |node| node.memory_bytes);
+        let memory = u64::try_from(memory).unwrap_or_default();
+        Box::pin(self.stats.snapshot(memory))
+    }
+
+    fn observed(&self) -> Vec<Arc<pb::PodObserved>> {
+        let uids = self.store.observed_uids();
+        uids.iter()
+            .filter_map(|uid| self.store.observed(uid))
+            .collect()
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    fn gauges(&self) -> Gauges {
+        let mut phases: BTreeMap<String, usize> =
+            PHASES.iter().map(|&phase| (phase.to_owned(), 0)).collect();
+        for view in self.store.pods() {
+            let phase = view.pod.status.as_ref().and_then(|s| s.phase.as_deref());
+            *phases
+                .entry(phase.unwrap_or("Pending").to_owned())
+                .or_default() += 1;
+        }
+        let (agent, since) = match &*self.link.borrow() {
+            Link::Up { info, since } => (Some(Arc::clone(info)), *since),
+            Link::Down { since, .. } => (None, *since),
+        };
+        let capacity = self.capacity.borrow().clone();
+        let scheduler = capacity.and_then(|node| node.scheduler.clone());
+        Gauges {
+            phases,
+            agent,
+            link_changed: since.as_second(),
+            scheduler: scheduler.map(|one| (one.reachable, age(one.last_round, Timestamp::now()))),
+            streams: 0,
+            process: process::own(),
+        }
+    }
+
+    fn config(&self) -> serde_json::Value {
+        self.config.clone()
+    }
+
     fn sync_loop(&self) -> Result<(), String> {
         self.pulse.check()
+    }
+}
+
+/// PURE: since `at` (Unix nanoseconds; 0: never).
+fn age(at: i64, now: Timestamp) -> Option<Duration> {
+    let at = (at > 0).then(|| Timestamp::from_nanosecond(i128::from(at)).ok())??;
+    // The clock of the login node may be ahead of ours.
+    Some(Duration::try_from(now.duration_since(at)).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages() {
+        let now = Timestamp::from_second(10).unwrap();
+        assert_eq!(age(0, now), None);
+        assert_eq!(age(8_500_000_000, now), Some(Duration::from_millis(1500)));
+        assert_eq!(age(11_000_000_000, now), Some(Duration::ZERO));
     }
 }

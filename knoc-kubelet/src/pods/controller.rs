@@ -33,7 +33,10 @@ use super::{
     status::{Hold, Rejection},
     store::{Store, Uid},
 };
-use crate::agent::{Agent, Link};
+use crate::{
+    agent::{Agent, Link},
+    metrics::Metrics,
+};
 
 /// Workers at a time: their time is spent waiting for the API server and the agent, which both take 50 at once.
 const WORKERS: usize = 64;
@@ -78,6 +81,8 @@ pub struct Context {
     pub started: Timestamp,
     /// Cancelled when another kubelet leads.
     pub deposed: CancellationToken,
+    /// Counts what is written.
+    pub metrics: Metrics,
 }
 
 /// What a worker remembers of a pod between rounds.

@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 
 use super::verdict::Findings;
+use crate::stats::ledger::{Ledger, Totals};
 
 /// `metadata.uid`: the key of everything.
 pub type Uid = Arc<str>;
@@ -40,6 +41,8 @@ struct Inner {
     names: HashMap<(String, String), Uid>,
     /// Pods that this process saw bound to our node, until nothing is left of them.
     seen: HashSet<Uid>,
+    /// What the pods that were seen used, of CPU time and the like.
+    ledger: Ledger,
 }
 
 /// The shared map; clones are handles on the same one.
@@ -164,9 +167,38 @@ impl Store {
         }
     }
 
-    /// The agent has forgotten the pod.
+    /// The agent has forgotten the pod; what it used stays in the node's totals.
     pub fn remove_observed(&self, uid: &str) {
-        self.write().observed.remove(uid);
+        let mut inner = self.write();
+        let last = inner.observed.remove(uid).and_then(|last| last.last_usage);
+        if let Some(last) = last.filter(|_| inner.seen.contains(uid)) {
+            inner.ledger.observe(uid, Totals::of(&last));
+        }
+        inner.ledger.close(uid);
+    }
+
+    /// What all pods of the node ever used: `running` as they are now, those that ended by their last word, and those
+    /// that are gone. Never falls.
+    pub fn used<'a>(&self, running: impl Iterator<Item = (&'a str, Totals)>) -> Totals {
+        let mut inner = self.write();
+        let Inner {
+            observed,
+            seen,
+            ledger,
+            ..
+        } = &mut *inner;
+        for (uid, used) in running {
+            // Of one the agent has let go meanwhile nobody would ever close the entry.
+            if observed.contains_key(uid) {
+                ledger.observe(uid, used);
+            }
+        }
+        for (uid, pod) in observed.iter() {
+            if let Some(last) = pod.last_usage.as_ref().filter(|_| seen.contains(uid)) {
+                ledger.observe(uid, Totals::of(last));
+            }
+        }
+        ledger.total()
     }
 
     /// What the agent says of a pod, bound to our node or not.
@@ -210,4 +242,47 @@ fn older(new: &Pod, known: &Pod) -> bool {
             .and_then(|version| version.parse::<u64>().ok())
     };
     matches!((version(new), version(known)), (Some(new), Some(known)) if new < known)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn observed(used: Option<u64>) -> Arc<pb::PodObserved> {
+        Arc::new(pb::PodObserved {
+            last_usage: used.map(|cpu_nanoseconds| pb::Usage {
+                cpu_nanoseconds,
+                ..pb::Usage::default()
+            }),
+            ..pb::PodObserved::default()
+        })
+    }
+
+    fn cpu(cpu: u64) -> Totals {
+        Totals {
+            cpu,
+            ..Totals::default()
+        }
+    }
+
+    #[test]
+    fn what_a_pod_used_outlives_it() {
+        let store = Store::default();
+        let uid: Uid = "u1".into();
+        store.set_desired(&uid, Arc::default(), Arc::default());
+        store.set_observed(&uid, observed(None));
+        let running = || [("u1", cpu(5))].into_iter();
+        assert_eq!(store.used(running()).cpu, 5);
+        // It ended between two questions, and was deleted before the second one.
+        store.set_observed(&uid, observed(Some(8)));
+        store.remove_desired("u1");
+        store.remove_observed("u1");
+        store.forget("u1");
+        assert_eq!(store.used(std::iter::empty()).cpu, 8);
+        // A word that comes late changes nothing.
+        assert_eq!(store.used(running()).cpu, 8);
+        // A pod of somebody else's, which the same agent runs.
+        store.set_observed(&"u2".into(), observed(Some(100)));
+        assert_eq!(store.used(std::iter::empty()).cpu, 8);
+    }
 }

@@ -12,7 +12,7 @@ use k8s_openapi::List;
 use k8s_openapi::api::core::v1::Pod;
 
 use super::query::Query;
-use super::{Context, access, exec, logs};
+use super::{Context, access, exec, logs, stats};
 
 /// All routes behind the gate.
 pub(super) fn router(context: Arc<Context>) -> Router {
@@ -34,8 +34,10 @@ pub(super) fn router(context: Arc<Context>) -> Router {
             "/exec/{namespace}/{pod}/{uid}/{container}",
             get(exec::exec_by_uid).post(exec::exec_by_uid),
         )
+        .merge(stats::routes())
         .fallback(async || (StatusCode::NOT_FOUND, "404 page not found\n"))
         .layer(from_fn_with_state(Arc::clone(&context), access::gate))
+        .layer(from_fn_with_state(Arc::clone(&context), stats::count))
         .with_state(context)
 }
 

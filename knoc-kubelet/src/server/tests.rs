@@ -5,3 +5,4 @@ mod exec;
 mod harness;
 mod lifecycle;
 mod logs;
+mod stats;

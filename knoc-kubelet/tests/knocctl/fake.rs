@@ -231,6 +231,40 @@ impl Agent for Fake {
         Ok(Response::new(Box::pin(both)))
     }
 
+    type GetStatsStream = Answers<pb::PodStats>;
+
+    /// `web` of `default` burns one core; `team/web` is silent.
+    async fn get_stats(
+        &self,
+        request: Request<pb::GetStatsRequest>,
+    ) -> Result<Response<Self::GetStatsStream>, Status> {
+        let uids = request.into_inner().uids;
+        self.asked.note(format!("stats {uids:?}"));
+        let round = self.asked.all().len() as u64;
+        let usage = pb::Usage {
+            time: i64::try_from(round * 1_000_000_000).unwrap(),
+            cpu_nanoseconds: round * 1_000_000_000,
+            working_set_bytes: 300 << 20,
+            ..pb::Usage::default()
+        };
+        let container = |name: &str, share: u64| pb::ContainerStats {
+            name: name.into(),
+            started_at: 1,
+            usage: Some(pb::Usage {
+                cpu_nanoseconds: usage.cpu_nanoseconds / share,
+                ..usage
+            }),
+        };
+        Ok(answers(vec![pb::PodStats {
+            uid: "u1".into(),
+            namespace: "default".into(),
+            name: "web".into(),
+            started_at: 1,
+            usage: Some(usage),
+            containers: vec![container("main", 2), container("side", 4)],
+        }]))
+    }
+
     async fn render_script(
         &self,
         _: Request<pb::RenderScriptRequest>,

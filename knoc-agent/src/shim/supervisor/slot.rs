@@ -11,6 +11,7 @@ use super::super::{
     directory::{Entry, Log},
     plan::{Backoff, Container, Phase, Signalled, Time},
     report::{self, History},
+    usage::{Account, Counters},
 };
 use crate::logs::read::Follow;
 
@@ -22,6 +23,10 @@ pub(super) struct Slot {
     pub(super) history: History,
     pub(super) program: Option<Arc<Program>>,
     pub(super) abort: CancellationToken,
+    /// What the running attempt used.
+    pub(super) account: Account,
+    /// What the attempts before it used.
+    pub(super) used_before: Counters,
     backoff: Backoff,
     /// Has any attempt begun, in this job or before?
     tried: bool,
@@ -53,6 +58,8 @@ impl Slot {
             history,
             program: None,
             abort: CancellationToken::new(),
+            account: Account::default(),
+            used_before: Counters::default(),
             backoff,
             tried,
             ending: None,
@@ -101,6 +108,8 @@ impl Slot {
     pub(super) fn end(&mut self, ended: &Ended, id: String, now: Time) {
         let started_at = self.history.started_at;
         self.program = None;
+        let mut account = std::mem::take(&mut self.account);
+        self.used_before = self.used_before + account.end(ended.used);
         if let Some(ending) = self.ending.take() {
             ending.send_replace(true);
         }

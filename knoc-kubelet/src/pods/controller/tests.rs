@@ -63,6 +63,7 @@ impl Kubelet {
             queue_factor: 10,
             started: Timestamp::now(),
             deposed: deposed.clone(),
+            metrics: Metrics::default(),
         });
         let mut tasks = JoinSet::new();
         let watch = AgentWatch::new(handle, store.clone(), queue.clone(), link_to, capacity_to);

@@ -5,11 +5,13 @@ use std::{sync::Arc, time::Duration};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{pb, reason::ErrorReason};
+use tokio::time::Instant;
 
 use super::{
     Context, Memory, Round, UNREACHABLE_AFTER, admission,
     room::{self, Allocatable},
 };
+use crate::metrics::Patched;
 use crate::pods::{
     decide::{self, AgentSide, Decision, Desired, Done, Present},
     events::{Note, about_pod},
@@ -213,7 +215,15 @@ impl Worker<'_> {
             // The API server does not keep all that we say (an older one).
             return true;
         }
-        match publish::send(&self.context.client, &view.pod, &sent.0).await {
+        let began = Instant::now();
+        let answer = publish::send(&self.context.client, &view.pod, &sent.0).await;
+        let result = match &answer {
+            Ok(_) => Patched::Ok,
+            Err(PublishError::Gone) => Patched::Gone,
+            Err(_) => Patched::Error,
+        };
+        self.context.metrics.patched(result, began.elapsed());
+        match answer {
             Ok(pod) => {
                 self.memory.sent = Some((sent.0, pod.metadata.resource_version.clone()));
                 self.context.store.refresh_desired(self.uid, pod);

@@ -10,7 +10,14 @@ fn user(name: &str) -> User {
     }
 }
 
-const EVERY_PATH: [&str; 6] = [
+const EVERY_PATH: [&str; 13] = [
+    "/metrics",
+    "/metrics/resource",
+    "/metrics/probes",
+    "/stats/summary",
+    "/configz",
+    "/runningpods/",
+    "/checkpoint/ns/pod/c",
     "/healthz",
     "/healthz/ping",
     "/pods",

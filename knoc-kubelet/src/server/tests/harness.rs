@@ -24,10 +24,12 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::metrics::{Gauges, Metrics};
 use crate::server::{
     Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView, Server, Serving,
     Settings, User,
 };
+use crate::stats::Snapshot;
 
 /// Long enough for a loaded machine, short enough to end a hang.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -95,6 +97,8 @@ pub(super) struct FakeBackend {
     pub(super) log: Mutex<Option<Result<ByteStream, tonic::Status>>>,
     pub(super) stuck: bool,
     pub(super) command: Mutex<Option<Command>>,
+    pub(super) snapshot: Snapshot,
+    pub(super) metrics: Metrics,
 }
 
 /// What a fake command says to what it is given.
@@ -128,6 +132,27 @@ impl Backend for FakeBackend {
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
         let command = self.command.lock().unwrap().take().unwrap();
         async move { Ok(command(input)) }.boxed()
+    }
+
+    fn stats(&self) -> BoxFuture<'_, Arc<Snapshot>> {
+        async { Arc::new(self.snapshot.clone()) }.boxed()
+    }
+
+    fn observed(&self) -> Vec<Arc<pb::PodObserved>> {
+        let views = self.pods.iter();
+        views.filter_map(|view| view.observed.clone()).collect()
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    fn gauges(&self) -> Gauges {
+        Gauges::default()
+    }
+
+    fn config(&self) -> serde_json::Value {
+        serde_json::json!({"node": {"name": "virtual"}})
     }
 
     fn sync_loop(&self) -> Result<(), String> {
@@ -211,6 +236,9 @@ pub(super) fn running(namespace: &str, name: &str, containers: &[&str]) -> PodVi
     PodView {
         pod: Arc::new(pod(namespace, name, containers)),
         observed: Some(Arc::new(pb::PodObserved {
+            uid: format!("{namespace}-{name}"),
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
             containers: containers.iter().map(status).collect(),
             ..pb::PodObserved::default()
         })),

@@ -254,6 +254,15 @@ impl Service for Fake {
         Err(Status::unimplemented(""))
     }
 
+    type GetStatsStream = Answers<pb::PodStats>;
+
+    async fn get_stats(
+        &self,
+        _: Request<pb::GetStatsRequest>,
+    ) -> Result<Response<Self::GetStatsStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn render_script(
         &self,
         _: Request<pb::RenderScriptRequest>,

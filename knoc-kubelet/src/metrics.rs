@@ -1,0 +1,383 @@
+//! `/metrics`: what the kubelet says of itself. [`FAMILIES`] is the whole list, and docs/guide/metrics.md its copy.
+//!
+//! Counters live in [`Metrics`], which tasks share; levels are gathered as [`Gauges`] when somebody asks. Rendering is
+//! pure. Locks are held for one addition. The number of series is bounded: paths are routes, never what a caller sent.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use knoc_proto::pb;
+
+use crate::stats::resource::{braces, head, line};
+
+pub mod process;
+
+/// One family of samples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Family {
+    /// Its name.
+    pub name: &'static str,
+    /// counter, gauge or histogram.
+    pub kind: &'static str,
+    /// The labels of its samples, separated by commas.
+    pub labels: &'static str,
+    /// One line.
+    pub help: &'static str,
+}
+
+const fn family(
+    name: &'static str,
+    kind: &'static str,
+    labels: &'static str,
+    help: &'static str,
+) -> Family {
+    Family {
+        name,
+        kind,
+        labels,
+        help,
+    }
+}
+
+const AGENT_INFO: Family = family(
+    "knoc_agent_info",
+    "gauge",
+    "version,site,scheduler,runtime",
+    "1, with what the agent says of itself; absent while there is no link",
+);
+const LINK_CHANGED: Family = family(
+    "knoc_agent_link_changed_timestamp_seconds",
+    "gauge",
+    "",
+    "Since when the link to the agent is up or down, Unix seconds",
+);
+const LINK_UP: Family = family(
+    "knoc_agent_link_up",
+    "gauge",
+    "",
+    "1 while the agent is connected and its pods are known",
+);
+const BUILD: Family = family("knoc_build_info", "gauge", "version", "1, with our version");
+const REQUESTS: Family = family(
+    "knoc_http_requests_total",
+    "counter",
+    "path,verb,code",
+    "Requests to the kubelet API that were answered, by route, HTTP method and status",
+);
+const PODS: Family = family(
+    "knoc_pods",
+    "gauge",
+    "phase",
+    "Pods bound to the node, by their phase in Kubernetes",
+);
+const ROUND_AGE: Family = family(
+    "knoc_scheduler_round_age_seconds",
+    "gauge",
+    "",
+    "How long ago the agent last read the jobs' states from Slurm; absent before the first time",
+);
+const SCHEDULER_UP: Family = family(
+    "knoc_scheduler_up",
+    "gauge",
+    "",
+    "1 where Slurm answered the agent last time; absent before the agent said so",
+);
+const PATCHES: Family = family(
+    "knoc_status_patch_duration_seconds",
+    "histogram",
+    "result",
+    "How long the API server took for a pod's status; result is ok, gone (the pod is another or none) or error",
+);
+const STREAMS: Family = family(
+    "knoc_streams_open",
+    "gauge",
+    "",
+    "Connections that were upgraded to streams: exec and its kin",
+);
+const PROCESS_CPU: Family = family(
+    "process_cpu_seconds_total",
+    "counter",
+    "",
+    "CPU time of this process, user and system",
+);
+const PROCESS_FDS_MOST: Family = family(
+    "process_max_fds",
+    "gauge",
+    "",
+    "How many descriptors this process may open",
+);
+const PROCESS_FDS: Family = family(
+    "process_open_fds",
+    "gauge",
+    "",
+    "How many descriptors this process has open",
+);
+const PROCESS_MEMORY: Family = family(
+    "process_resident_memory_bytes",
+    "gauge",
+    "",
+    "Memory of this process",
+);
+const PROCESS_START: Family = family(
+    "process_start_time_seconds",
+    "gauge",
+    "",
+    "When this process began, Unix seconds",
+);
+
+/// Every family of `/metrics`, by name.
+pub const FAMILIES: &[Family] = &[
+    AGENT_INFO,
+    LINK_CHANGED,
+    LINK_UP,
+    BUILD,
+    REQUESTS,
+    PODS,
+    ROUND_AGE,
+    SCHEDULER_UP,
+    PATCHES,
+    STREAMS,
+    PROCESS_CPU,
+    PROCESS_FDS_MOST,
+    PROCESS_FDS,
+    PROCESS_MEMORY,
+    PROCESS_START,
+];
+
+/// The families of `/metrics/probes`, of the names that a kubelet has. They have no samples while no pod may have a
+/// probe (see the table of pod fields).
+pub const PROBE_FAMILIES: &[Family] = &[
+    family(
+        "prober_probe_duration_seconds",
+        "histogram",
+        "container,namespace,pod,probe_type",
+        "How long a probe of a container took",
+    ),
+    family(
+        "prober_probe_total",
+        "counter",
+        "container,namespace,pod,pod_uid,probe_type,result",
+        "Probes of a container, by result",
+    ),
+];
+
+/// The upper bounds of a histogram's buckets, in milliseconds.
+const BUCKETS: [u64; 11] = [5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000];
+
+/// How a status patch ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Patched {
+    /// Written.
+    Ok,
+    /// The pod is gone, or another one of its name is there.
+    Gone,
+    /// Not written; it is tried again.
+    Error,
+}
+
+impl Patched {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Gone => "gone",
+            Self::Error => "error",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+struct Histogram {
+    buckets: [u64; BUCKETS.len()],
+    count: u64,
+    sum: Duration,
+}
+
+impl Histogram {
+    fn observe(&mut self, value: Duration) {
+        for (bucket, bound) in self.buckets.iter_mut().zip(BUCKETS) {
+            if value <= Duration::from_millis(bound) {
+                *bucket += 1;
+            }
+        }
+        self.count += 1;
+        self.sum += value;
+    }
+}
+
+/// Path, verb, code.
+type Request = (String, &'static str, u16);
+
+#[derive(Debug, Default)]
+struct Counted {
+    requests: BTreeMap<Request, u64>,
+    patches: BTreeMap<Patched, Histogram>,
+}
+
+/// The counters; clones count together.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics(Arc<Mutex<Counted>>);
+
+/// Levels, as they are when somebody asks.
+#[derive(Debug, Clone, Default)]
+pub struct Gauges {
+    /// Pods by phase.
+    pub phases: BTreeMap<String, usize>,
+    /// Who is connected, while the link is up.
+    pub agent: Option<Arc<pb::AgentInfo>>,
+    /// Since when it is or is not, Unix seconds.
+    pub link_changed: i64,
+    /// Did Slurm answer last time, and how long ago did a round succeed (where one has)?
+    pub scheduler: Option<(bool, Option<Duration>)>,
+    /// Upgraded connections.
+    pub streams: usize,
+    /// This process, where `/proc` tells.
+    pub process: Option<process::Process>,
+}
+
+impl Metrics {
+    /// A request was answered. `path` is a route.
+    pub fn request(&self, path: &str, method: &http::Method, code: u16) {
+        let key = (path.to_owned(), verb(method), code);
+        *self.lock().requests.entry(key).or_default() += 1;
+    }
+
+    /// The API server answered a patch of a pod's status, or did not in time.
+    pub fn patched(&self, result: Patched, took: Duration) {
+        let mut counted = self.lock();
+        counted.patches.entry(result).or_default().observe(took);
+    }
+
+    /// The text of `/metrics`.
+    #[must_use]
+    pub fn render(&self, gauges: &Gauges) -> String {
+        let mut page = Page::default();
+        of_agent(&mut page, gauges);
+        page.one(BUILD, &[("version", env!("CARGO_PKG_VERSION"))], 1);
+        self.requests(&mut page);
+        let phases: Vec<_> = gauges.phases.iter().collect();
+        page.head(PODS);
+        for (phase, count) in phases {
+            page.sample(PODS.name, &[("phase", phase)], *count);
+        }
+        if let Some((up, age)) = gauges.scheduler {
+            if let Some(age) = age {
+                page.one(ROUND_AGE, &[], age.as_secs_f64());
+            }
+            page.one(SCHEDULER_UP, &[], u8::from(up));
+        }
+        self.patches(&mut page);
+        page.one(STREAMS, &[], gauges.streams);
+        if let Some(process) = &gauges.process {
+            page.one(PROCESS_CPU, &[], process.cpu.as_secs_f64());
+            page.one(PROCESS_FDS_MOST, &[], process.max_fds);
+            page.one(PROCESS_FDS, &[], process.open_fds);
+            page.one(PROCESS_MEMORY, &[], process.resident);
+            page.one(PROCESS_START, &[], process.started.as_secs_f64());
+        }
+        page.text
+    }
+
+    fn requests(&self, page: &mut Page) {
+        page.head(REQUESTS);
+        for ((path, verb, code), count) in &self.lock().requests {
+            let code = code.to_string();
+            let labels = [("path", path.as_str()), ("verb", verb), ("code", &code)];
+            page.sample(REQUESTS.name, &labels, count);
+        }
+    }
+
+    fn patches(&self, page: &mut Page) {
+        page.head(PATCHES);
+        for (result, histogram) in &self.lock().patches {
+            page.histogram(PATCHES.name, ("result", result.word()), histogram);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counted> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn of_agent(page: &mut Page, gauges: &Gauges) {
+    if let Some(agent) = &gauges.agent {
+        let labels = [
+            ("version", agent.version.as_str()),
+            ("site", &agent.site),
+            ("scheduler", &agent.scheduler_version),
+            ("runtime", &agent.runtime_version),
+        ];
+        page.one(AGENT_INFO, &labels, 1);
+    }
+    page.one(LINK_CHANGED, &[], gauges.link_changed);
+    page.one(LINK_UP, &[], u8::from(gauges.agent.is_some()));
+}
+
+/// The text of `/metrics/probes`.
+#[must_use]
+pub fn render_probes() -> String {
+    let mut page = Page::default();
+    for family in PROBE_FAMILIES {
+        page.head(*family);
+    }
+    page.text
+}
+
+/// The method in lower case; one nobody knows is `other`, since a caller may invent them.
+fn verb(method: &http::Method) -> &'static str {
+    match method.as_str() {
+        "GET" => "get",
+        "POST" => "post",
+        "HEAD" => "head",
+        "PUT" => "put",
+        "PATCH" => "patch",
+        "DELETE" => "delete",
+        "OPTIONS" => "options",
+        _ => "other",
+    }
+}
+
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+impl Page {
+    fn head(&mut self, family: Family) {
+        head(&mut self.text, family.name, family.help, family.kind);
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl ToString) {
+        let labels = if labels.is_empty() {
+            String::new()
+        } else {
+            braces(labels)
+        };
+        line(&mut self.text, name, &labels, &value.to_string(), None);
+    }
+
+    fn one(&mut self, family: Family, labels: &[(&str, &str)], value: impl ToString) {
+        self.head(family);
+        self.sample(family.name, labels, value);
+    }
+
+    fn histogram(&mut self, name: &str, label: (&str, &str), histogram: &Histogram) {
+        let bucket = format!("{name}_bucket");
+        for (bound, count) in BUCKETS.iter().zip(histogram.buckets) {
+            let bound = Duration::from_millis(*bound).as_secs_f64().to_string();
+            self.sample(&bucket, &[label, ("le", &bound)], count);
+        }
+        self.sample(&bucket, &[label, ("le", "+Inf")], histogram.count);
+        let labels = braces(&[label]);
+        let sum = histogram.sum.as_secs_f64();
+        // Writing to a String cannot fail.
+        writeln!(self.text, "{name}_sum{labels} {sum}").ok();
+        writeln!(self.text, "{name}_count{labels} {}", histogram.count).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests;

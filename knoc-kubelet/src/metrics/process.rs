@@ -1,0 +1,73 @@
+//! This process, by `/proc`.
+
+use std::{fs, time::Duration};
+
+/// What the kernel says of this process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Process {
+    /// CPU time, user and system.
+    pub cpu: Duration,
+    /// Bytes in memory.
+    pub resident: u64,
+    /// Descriptors that are open.
+    pub open_fds: usize,
+    /// How many there may be.
+    pub max_fds: u64,
+    /// Since the epoch.
+    pub started: Duration,
+}
+
+/// Of this process now; `None` where `/proc` is not as expected.
+#[must_use]
+pub fn own() -> Option<Process> {
+    let ticks = rustix::param::clock_ticks_per_second();
+    let page = u64::try_from(rustix::param::page_size()).ok()?;
+    let read = |path: &str| fs::read_to_string(path).ok();
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let process = parse(&read("/proc/self/stat")?, &read("/proc/stat")?, ticks, page)?;
+    Some(Process {
+        open_fds: fs::read_dir("/proc/self/fd").ok()?.count(),
+        max_fds: limit.current.unwrap_or(u64::MAX),
+        ..process
+    })
+}
+
+/// PURE: from the texts of `/proc/self/stat` and `/proc/stat`.
+fn parse(stat: &str, host: &str, ticks: u64, page: u64) -> Option<Process> {
+    let (_, rest) = stat.rsplit_once(") ")?;
+    // From the state on, which is 0.
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
+    let time = |count: u64| Duration::from_millis(count.saturating_mul(1000) / ticks.max(1));
+    let booted = host
+        .lines()
+        .find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok())?;
+    Some(Process {
+        cpu: time(number(11)?.saturating_add(number(12)?)),
+        resident: number(21)?.saturating_mul(page),
+        started: Duration::from_secs(booted) + time(number(19)?),
+        ..Process::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_files_are_read() {
+        let stat = "7 (a) b) S 3 4 5 6 7 8 70 80 1 2 150 50 300 100 20 0 3 0 777 900 25 2";
+        let process = parse(stat, "cpu 1 2\nbtime 1700000000\n", 100, 4096).unwrap();
+        assert_eq!(process.cpu, Duration::from_secs(2));
+        assert_eq!(process.resident, 25 * 4096);
+        assert_eq!(process.started, Duration::from_millis(1_700_000_007_770));
+        assert_eq!(parse("7 (x) S 1", "btime 1\n", 100, 4096), None);
+    }
+
+    #[test]
+    fn we_see_ourselves() {
+        let own = own().unwrap();
+        assert!(own.resident > 1 << 20 && own.open_fds > 2, "{own:?}");
+        assert!(own.max_fds >= 64, "{own:?}");
+    }
+}

@@ -1,0 +1,123 @@
+//! PURE: what all pods of the node ever used, since this kubelet began. It never falls, also when pods go.
+
+use std::{collections::HashMap, sync::Arc};
+
+use knoc_proto::pb;
+
+/// Counters that only grow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// CPU time, nanoseconds.
+    pub cpu: u64,
+    /// Page faults without and with disk.
+    pub faults: u64,
+    /// Of those, the ones that read from disk.
+    pub major: u64,
+}
+
+impl Totals {
+    /// Those of a measurement.
+    #[must_use]
+    pub fn of(usage: &pb::Usage) -> Self {
+        Self {
+            cpu: usage.cpu_nanoseconds,
+            faults: usage.page_faults,
+            major: usage.major_page_faults,
+        }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            cpu: self.cpu.saturating_add(other.cpu),
+            faults: self.faults.saturating_add(other.faults),
+            major: self.major.saturating_add(other.major),
+        }
+    }
+
+    fn max(self, other: Self) -> Self {
+        Self {
+            cpu: self.cpu.max(other.cpu),
+            faults: self.faults.max(other.faults),
+            major: self.major.max(other.major),
+        }
+    }
+}
+
+/// See the module. Holds one entry a pod that is still known to the agent.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    gone: Totals,
+    pods: HashMap<Arc<str>, Totals>,
+}
+
+impl Ledger {
+    /// A pod is said to have used so much. Less than was said before is not believed.
+    pub fn observe(&mut self, uid: &str, used: Totals) {
+        match self.pods.get_mut(uid) {
+            Some(known) => *known = known.max(used),
+            None => {
+                self.pods.insert(uid.into(), used);
+            }
+        }
+    }
+
+    /// Nothing will be said of the pod any more; what it used stays.
+    pub fn close(&mut self, uid: &str) {
+        if let Some(used) = self.pods.remove(uid) {
+            self.gone = self.gone.plus(used);
+        }
+    }
+
+    /// Of all pods.
+    #[must_use]
+    pub fn total(&self) -> Totals {
+        self.pods
+            .values()
+            .fold(self.gone, |sum, used| sum.plus(*used))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn cpu(cpu: u64) -> Totals {
+        Totals {
+            cpu,
+            ..Totals::default()
+        }
+    }
+
+    #[test]
+    fn what_a_pod_used_stays_when_it_goes() {
+        let mut ledger = Ledger::default();
+        ledger.observe("a", cpu(5));
+        ledger.observe("b", cpu(7));
+        ledger.observe("a", cpu(6));
+        assert_eq!(ledger.total().cpu, 13);
+        ledger.close("a");
+        ledger.close("a");
+        assert_eq!(ledger.total().cpu, 13);
+        assert_eq!(ledger.pods.len(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn the_total_never_falls(steps in prop::collection::vec((0..4_u8, 0..100_u64, any::<bool>()), 0..100)) {
+            let mut ledger = Ledger::default();
+            let mut before = 0;
+            for (pod, used, closes) in steps {
+                let uid = pod.to_string();
+                if closes {
+                    ledger.close(&uid);
+                } else {
+                    ledger.observe(&uid, cpu(used));
+                }
+                prop_assert!(ledger.total().cpu >= before);
+                before = ledger.total().cpu;
+            }
+        }
+    }
+}
