@@ -6,7 +6,7 @@
 //!   channel, publishes the report and the [`directory`] over watch channels.
 //! - [`report::keep`]: the durable copy of the newest report.
 //! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
-//! - the reaper ([`children`]) and the watcher of signals from outside.
+//! - the reaper ([`children`]), the watcher of signals from outside, and [`resident::keep_small`].
 //!
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
@@ -27,6 +27,7 @@ mod plan;
 mod pod;
 pub(crate) mod proc;
 mod report;
+mod resident;
 mod scratch;
 mod serve;
 mod signals;
@@ -203,6 +204,7 @@ async fn run(
     background.spawn(obey_signals(outside, own_grace(&pod), commands.clone()));
     let publisher = Publisher::new(first_report(&pod, previous.as_ref()));
     let mut reports = publisher.subscribe();
+    background.spawn(resident::keep_small(publisher.subscribe()));
     let mut keeper = JoinSet::new();
     keeper.spawn(report::keep(pod.jobdir.clone(), publisher.subscribe()));
     let directory = watch::Sender::new(Arc::new(Directory::default()));

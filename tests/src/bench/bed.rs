@@ -83,17 +83,20 @@ impl Bed {
         self.world.on(node, ["bash", "-c", text]).deadline(BUILD)
     }
 
-    /// When the job of a pod began: its output file is the first thing that it makes.
+    /// When the job of a pod began.
     pub(super) fn job_began(&self, uid: &str) -> anyhow::Result<i64> {
-        let path = self
-            .here(&self.info.state_dir)
-            .join("pods")
-            .join(uid)
-            .join("batch.out");
-        let made = statx(CWD, &path, AtFlags::empty(), StatxFlags::BTIME);
-        let made = made.with_context(|| path.display().to_string())?.stx_btime;
-        Ok(made.tv_sec * 1_000_000_000 + i64::from(made.tv_nsec))
+        let state = self.here(&self.info.state_dir);
+        began(&state.join("pods").join(uid).join("batch.out"))
     }
+}
+
+/// When the job began whose output file this is: slurmstepd makes it first of all.
+pub(super) fn began(output: &Path) -> anyhow::Result<i64> {
+    let made = statx(CWD, output, AtFlags::empty(), StatxFlags::BTIME);
+    let made = made
+        .with_context(|| output.display().to_string())?
+        .stx_btime;
+    Ok(made.tv_sec * 1_000_000_000 + i64::from(made.tv_nsec))
 }
 
 /// A client by the configuration of knocctl.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 
-use super::bed::{Bed, EXEC, FOLDER};
+use super::bed::{Bed, EXEC, FOLDER, began};
 use super::stats::bash_time;
 use crate::wait_for;
 
@@ -22,8 +22,8 @@ pub(super) struct Submission {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Job {
     pub(super) submission: Submission,
-    /// The batch script's first line.
-    pub(super) script: i64,
+    /// The job's beginning, as a pod's is taken.
+    pub(super) began: i64,
     /// The program's first line.
     pub(super) program: i64,
 }
@@ -39,11 +39,24 @@ pub(super) async fn sbatch_row(bed: &Bed, count: usize) -> anyhow::Result<Vec<Su
     output.text().lines().map(submission).collect()
 }
 
+/// The root file system of a container by hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Root {
+    /// As a pod's containers have it: what they write goes to a folder on the node.
+    Writable,
+    /// As Apptainer does it by itself.
+    ReadOnly,
+}
+
 /// So many jobs at once that start a container each.
-pub(super) async fn jobs(bed: &Bed, count: usize) -> anyhow::Result<Vec<Job>> {
+pub(super) async fn jobs(bed: &Bed, count: usize, root: Root) -> anyhow::Result<Vec<Job>> {
+    let image = Bed::image_path();
+    let overlay = match root {
+        Root::Writable => " --overlay $over",
+        Root::ReadOnly => "",
+    };
     let script = format!(
-        "#!/bin/bash\necho script $EPOCHREALTIME\nexec {EXEC} {} /knoc-stamp 0\n",
-        Bed::image_path()
+        "#!/bin/bash\nover=$(mktemp -d)\n{EXEC}{overlay} {image} /knoc-stamp 0\nrm -rf $over\n"
     );
     let text = format!(
         "cd {FOLDER} && printf %s '{script}' > floor.sh && \
@@ -56,19 +69,15 @@ pub(super) async fn jobs(bed: &Bed, count: usize) -> anyhow::Result<Vec<Job>> {
     for line in output.lines() {
         let id = line.split(' ').nth(2).context("no job id")?;
         let path = bed.here(FOLDER).join(format!("floor-{id}.out"));
-        let (script, program) = wait_for(&format!("job {id} by hand"), SOON, async || {
+        let program = wait_for(&format!("job {id} by hand"), SOON, async || {
             let text = std::fs::read_to_string(&path).map_err(|error| error.to_string())?;
-            let find = |word: &str| text.lines().find_map(|line| line.strip_prefix(word));
-            let program = find("start ").and_then(|time| time.parse().ok());
-            find("script ")
-                .and_then(bash_time)
-                .zip(program)
-                .ok_or_else(|| text.clone())
+            let start = text.lines().find_map(|line| line.strip_prefix("start "));
+            start.and_then(|time| time.parse().ok()).ok_or(text)
         })
         .await?;
         jobs.push(Job {
             submission: submission(line)?,
-            script,
+            began: began(&path)?,
             program,
         });
     }

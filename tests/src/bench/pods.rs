@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::bed::Bed;
-use super::floor::{self, Job, Submission};
+use super::floor::{self, Job, Root, Submission};
 use super::stats::{Series, now, span};
 use crate::{PodBuilder, wait_for};
 
@@ -47,8 +47,10 @@ pub(super) struct Batch {
     pub(super) t2_before: Series,
     /// Job began → the program's first line.
     pub(super) t2_start: Series,
-    /// `apptainer exec` by hand → the program's first line.
+    /// Job began → the program's first line, by hand, with a root that can be written to, as a pod's.
     pub(super) t2_apptainer: Series,
+    /// The same with a read-only root.
+    pub(super) t2_read_only: Series,
     /// The program's last line → the terminal phase is seen.
     pub(super) t3: Series,
 }
@@ -70,7 +72,7 @@ impl Batch {
         }
     }
 
-    /// KNoC's share of T2: created → accepted, and job start → program less `apptainer exec`.
+    /// KNoC's share of T2: created → accepted, and job start → program less `apptainer exec` of the same kind.
     pub(super) fn t2_share(&self) -> f64 {
         self.t2_before.median() + self.t2_start.median() - self.t2_apptainer.median()
     }
@@ -87,12 +89,15 @@ impl Batch {
         }
         for Job {
             submission,
-            script,
+            began,
             program,
-        } in floor::jobs(bed, self.pods).await?
+        } in floor::jobs(bed, self.pods, Root::Writable).await?
         {
             self.t2_hand.push(span(submission.began, program));
-            self.t2_apptainer.push(span(script, program));
+            self.t2_apptainer.push(span(began, program));
+        }
+        for job in floor::jobs(bed, self.pods, Root::ReadOnly).await? {
+            self.t2_read_only.push(span(job.began, job.program));
         }
         Ok(())
     }

@@ -149,7 +149,11 @@ fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     row("floor: sbatch → first line, by hand", &batch.t2_hand)?;
     row("created → sbatch accepted", &batch.t2_before)?;
     row("job began → first line", &batch.t2_start)?;
-    row("floor: apptainer exec → first line", &batch.t2_apptainer)?;
+    row(
+        "floor: the same by hand, apptainer exec --overlay",
+        &batch.t2_apptainer,
+    )?;
+    row("beside: by hand, a read-only root", &batch.t2_read_only)?;
     row("T3: last line → terminal phase seen", &batch.t3)?;
     writeln!(
         out,
