@@ -1,9 +1,10 @@
 //! Task: asks the scheduler about all jobs in one batched round, and the site's capacity now and then.
 //!
 //! In: the jobs that actors want to know of, and a nudge when one expects something. Out: `Round` events to actors
-//! whose jobs changed, and [`pb::NodeInfo`] on a watch. Adaptive and jittered: the scheduler's shortest interval while
-//! something is expected, slower and slower up to the longest one otherwise, and no round at all without jobs. A
-//! controller that is away is a fact about the scheduler, never about a pod: nothing is sent then.
+//! whose jobs changed, and [`pb::NodeInfo`] on a watch. Adaptive and jittered: the scheduler's shortest interval after
+//! a nudge or news, then slower and slower, up to [`PATIENT`] times that while something is expected (a job may queue
+//! for days), up to the longest one otherwise, and no round at all without jobs. A controller that is away is a fact
+//! about the scheduler, never about a pod: nothing is sent then.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -22,6 +23,10 @@ use crate::{
     site::Site,
 };
 
+/// While something is expected, rounds without news become rarer down to one in so many of the shortest intervals.
+const PATIENT: u32 = 5;
+/// By how much the interval grows with each round that has no news.
+const SLOWER: f32 = 1.5;
 /// The site's capacity changes slowly.
 const CAPACITY: Duration = Duration::from_mins(1);
 /// After a failed question for the capacity.
@@ -107,22 +112,25 @@ impl Poller {
             return;
         }
         let hurried = wanted.iter().any(|(_, _, hurried, _)| *hurried);
-        self.interval = if hurried {
-            self.shortest()
-        } else {
-            self.interval.mul_f32(1.5).min(longest)
-        };
         let known: Vec<_> = wanted.iter().map(|(_, job, _, _)| job.clone()).collect();
         match self.site.scheduler.round(&known).await {
             Ok(round) => {
                 self.health(None);
-                self.distribute(round, wanted);
+                let news = self.distribute(round, wanted);
+                self.interval =
+                    next_interval(self.interval, self.shortest(), longest, hurried, news);
             }
-            Err(error) => self.health(Some(chain(&error))),
+            Err(error) => {
+                self.health(Some(chain(&error)));
+                self.interval =
+                    next_interval(self.interval, self.shortest(), longest, hurried, false);
+            }
         }
     }
 
-    fn distribute(&mut self, round: Round, wanted: Vec<(PodUid, JobRef, bool, Handle)>) {
+    /// Tells each actor what is new of its job. True where something was.
+    fn distribute(&mut self, round: Round, wanted: Vec<(PodUid, JobRef, bool, Handle)>) -> bool {
+        let mut any = false;
         let mut by_pod: HashMap<PodUid, Vec<JobView>> = HashMap::new();
         for view in round.jobs {
             by_pod.entry(view.uid.clone()).or_default().push(view);
@@ -134,7 +142,9 @@ impl Poller {
             let news = Told { job, jobs, missing };
             let known = self.told.remove(&uid);
             let queued = news.jobs.iter().all(|view| view.started_at.is_none());
-            if known.as_ref() == Some(&news) && (!hurried || queued) {
+            let same = known.as_ref() == Some(&news);
+            any |= !same;
+            if same && (!hurried || queued) {
                 told.insert(uid, news);
             } else {
                 let event = Event::Round {
@@ -148,6 +158,7 @@ impl Poller {
             }
         }
         self.told = told;
+        any
     }
 
     /// The scheduler answered, or what it said instead.
@@ -175,6 +186,26 @@ fn report_health(node: &watch::Sender<pb::NodeInfo>, trouble: Option<String>) {
         (health.reachable, health.message, health.since) = (reachable, message, now);
         true
     });
+}
+
+/// PURE: how long after this round the next one is.
+fn next_interval(
+    now: Duration,
+    shortest: Duration,
+    longest: Duration,
+    hurried: bool,
+    news: bool,
+) -> Duration {
+    let most = if hurried {
+        longest.min(shortest * PATIENT)
+    } else {
+        longest
+    };
+    if hurried && news {
+        shortest
+    } else {
+        now.max(shortest).mul_f32(SLOWER).min(most)
+    }
 }
 
 /// Between 85 and 115 % of `interval`: agents of one cluster do not ask in step.
@@ -210,5 +241,28 @@ pub async fn capacity(site: Arc<Site>, node: watch::Sender<pb::NodeInfo>, stop: 
             () = stop.cancelled() => return,
             () = tokio::time::sleep(jittered(pause)) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_become_rarer_until_there_is_news() {
+        let [shortest, longest] = [1, 30].map(Duration::from_secs);
+        let after = |rounds: usize, hurried| {
+            (0..rounds).fold(shortest, |now, _| {
+                next_interval(now, shortest, longest, hurried, false)
+            })
+        };
+        assert_eq!(after(1, true), Duration::from_millis(1500));
+        assert_eq!(after(20, true), Duration::from_secs(5), "a job that queues");
+        assert_eq!(after(20, false), longest, "jobs that only run");
+        let late = after(20, true);
+        assert_eq!(next_interval(late, shortest, longest, true, true), shortest);
+        // What ran for long is expected to end: not at the pace of before.
+        let hurried = next_interval(longest, shortest, longest, true, false);
+        assert_eq!(hurried, Duration::from_secs(5));
     }
 }
