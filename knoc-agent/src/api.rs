@@ -7,9 +7,10 @@
 mod admit;
 mod logs;
 mod stats;
+mod streams;
 mod watch;
 
-use std::{future::ready, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream::BoxStream};
 use knoc_proto::{
@@ -34,7 +35,15 @@ use crate::{
 };
 
 /// What this agent can do beyond the first release: names that the near side asks for.
-const CAPABILITIES: &[&str] = &["exec", "values", "diagnose", "script", "stats"];
+const CAPABILITIES: &[&str] = &[
+    "exec",
+    "attach",
+    "port-forward",
+    "values",
+    "diagnose",
+    "script",
+    "stats",
+];
 
 /// A stream of answers.
 type Answers<T> = BoxStream<'static, Result<T, Status>>;
@@ -298,33 +307,29 @@ impl pb::agent_server::Agent for Service {
 
     type ExecStream = Answers<pb::ExecOutput>;
 
-    /// Relays the stream to the shim as it is; cancelling it cancels the shim's.
     async fn exec(
         &self,
         request: Request<Streaming<pb::ExecInput>>,
     ) -> Result<Response<Self::ExecStream>, Status> {
-        let mut inputs = request.into_inner();
-        let first = inputs.message().await?;
-        let start = match first.as_ref().and_then(|first| first.input.as_ref()) {
-            Some(pb::exec_input::Input::Start(start)) => start,
-            Some(
-                pb::exec_input::Input::Stdin(_)
-                | pb::exec_input::Input::StdinClosed(_)
-                | pb::exec_input::Input::Resize(_)
-                | pb::exec_input::Input::Attach(_),
-            )
-            | None => {
-                return Err(ErrorReason::InvalidRequest.status("the first message is `start`"));
-            }
-        };
-        let uid = uid(&start.uid)?;
-        let mut client = admit::running(&self.0.site, &uid)?;
-        // A broken stream ends here; the answer's end, which is dropped with it, cancels the shim's side.
-        let rest = inputs.take_while(|input| ready(input.is_ok()));
-        let rest = rest.filter_map(|input| ready(input.ok()));
-        let inputs = futures::stream::iter(first).chain(rest);
-        let outputs = client.exec(inputs).await?.into_inner();
-        Ok(Response::new(outputs.boxed()))
+        streams::exec(&self.0.site, request.into_inner()).await
+    }
+
+    type AttachStream = Answers<pb::ExecOutput>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<pb::ExecInput>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        streams::attach(&self.0.site, request.into_inner()).await
+    }
+
+    type PortForwardStream = Answers<pb::PortForwardOutput>;
+
+    async fn port_forward(
+        &self,
+        request: Request<Streaming<pb::PortForwardInput>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        streams::port_forward(&self.0.site, request.into_inner()).await
     }
 
     type GetStatsStream = Answers<pb::PodStats>;

@@ -10,6 +10,7 @@
 //!
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
+mod attach;
 mod cgroup;
 mod children;
 mod container;
@@ -17,8 +18,10 @@ mod directory;
 mod environment;
 mod exec;
 mod fdio;
+mod forward;
 mod handshake;
 mod link;
+mod listeners;
 mod measure;
 mod oom;
 mod output;
@@ -61,7 +64,7 @@ use self::{
     link::{Link, State},
     pod::Pod,
     report::Publisher,
-    serve::Service,
+    serve::{Service, Slots},
     supervisor::{Command, Supervisor},
 };
 use crate::jobdir::{
@@ -215,7 +218,7 @@ async fn run(
         commands,
         streams: TaskTracker::new(),
         delivered: watch::Sender::new(false),
-        execs: Service::exec_slots(),
+        slots: Slots::default(),
     };
     let farewell = Farewell {
         delivered: service.delivered.subscribe(),

@@ -20,10 +20,11 @@ use knoc_proto::{
     ids::PodUid,
     link::{self, pinned::PinnedIncoming},
     pb::{self, shim_client::ShimClient},
+    reason::ErrorReason,
 };
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
+use tonic::{Status, transport::Channel};
 
 use crate::pod::{actor::Input, state::Event};
 
@@ -58,6 +59,24 @@ struct Link {
     /// Tells a link from the one that took its place.
     number: u64,
     client: Client,
+    /// Of its first report.
+    about: Arc<About>,
+}
+
+/// What a shim said of itself.
+#[derive(Debug, Default)]
+pub struct About {
+    version: String,
+    capabilities: Vec<String>,
+}
+
+impl About {
+    fn of(report: &pb::Report) -> Self {
+        Self {
+            version: report.version.clone(),
+            capabilities: report.capabilities.clone(),
+        }
+    }
 }
 
 impl Shims {
@@ -84,15 +103,40 @@ impl Shims {
         lock(&self.0.links).get(uid).map(|link| link.client.clone())
     }
 
+    /// The client of a pod's shim that has `capability`; a shim that started under an older agent is refused by name.
+    /// `None`: its link is down.
+    #[must_use]
+    pub fn able(&self, uid: &PodUid, capability: &str) -> Option<Result<Client, Status>> {
+        let link = lock(&self.0.links).get(uid).cloned()?;
+        let About {
+            version,
+            capabilities,
+        } = &*link.about;
+        let able = capabilities.iter().any(|name| name == capability);
+        Some(if able {
+            Ok(link.client)
+        } else {
+            let message = format!(
+                "the job of pod {uid} runs version {version}, which has no {capability:?}: a pod that starts now has it"
+            );
+            Err(ErrorReason::Unsupported.status(message))
+        })
+    }
+
     /// Links that are up.
     #[must_use]
     pub fn connected(&self) -> usize {
         lock(&self.0.links).len()
     }
 
-    fn open(&self, uid: &PodUid, client: Client) -> u64 {
+    fn open(&self, uid: &PodUid, client: Client, about: About) -> u64 {
         let number = self.0.counter.fetch_add(1, Ordering::Relaxed);
-        lock(&self.0.links).insert(uid.clone(), Link { number, client });
+        let link = Link {
+            number,
+            client,
+            about: Arc::new(about),
+        };
+        lock(&self.0.links).insert(uid.clone(), link);
         number
     }
 
@@ -145,41 +189,49 @@ pub async fn serve(shims: Shims, mut incoming: PinnedIncoming, stop: Cancellatio
     tasks.shutdown().await;
 }
 
-/// One link: every report becomes an event, until the link is gone.
+/// One link: every report becomes an event, until the link is gone. It is open from its first report on, which says
+/// what the shim can do.
 async fn follow(shims: Shims, route: Route, mut client: Client, stop: CancellationToken) {
     let uid = &route.uid;
-    let watched = client.watch_report(pb::WatchReportRequest {}).await;
-    let mut reports = match watched {
-        Ok(answer) => answer.into_inner(),
+    let begun = async {
+        let watched = client.watch_report(pb::WatchReportRequest {}).await?;
+        let mut reports = watched.into_inner();
+        Ok::<_, Status>((reports.message().await?, reports))
+    };
+    let begun = tokio::select! {
+        biased;
+        () = stop.cancelled() => return,
+        begun = begun => begun,
+    };
+    let (mut next, mut reports) = match begun {
+        Ok((first, reports)) => (first, reports),
         Err(status) => {
             tracing::debug!(%uid, error = status.message(), "the shim's link broke at once");
             return;
         }
     };
-    let number = shims.open(uid, client);
+    let about = next.as_ref().map(About::of).unwrap_or_default();
+    let number = shims.open(uid, client, about);
     tracing::debug!(%uid, "the shim's link is up");
     let mut input_open = route
         .input
         .send(Input::Event(Event::Link(true)))
         .await
         .is_ok();
-    while input_open {
-        let report = tokio::select! {
+    // None comes after the final report.
+    while input_open && let Some(report) = next.take() {
+        let event = Event::Report(Box::new(report));
+        input_open = route.input.send(Input::Event(event)).await.is_ok();
+        let message = tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            report = reports.next() => report,
+            message = reports.message() => message,
         };
-        match report {
-            Some(Ok(report)) => {
-                let event = Event::Report(Box::new(report));
-                input_open = route.input.send(Input::Event(event)).await.is_ok();
-            }
-            Some(Err(status)) => {
+        match message {
+            Ok(report) => next = report,
+            Err(status) => {
                 tracing::debug!(%uid, error = status.message(), "the shim's link broke");
-                break;
             }
-            // After the final report.
-            None => break,
         }
     }
     if shims.close(uid, number) {

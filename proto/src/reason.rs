@@ -73,6 +73,8 @@ reasons! {
     ClusterMismatch => PermissionDenied, false;
     /// The agent's policy or the peer's identity forbids it.
     PermissionDenied => PermissionDenied, false;
+    /// Nothing of the pod's own listens on this port, or it refused the connection.
+    NotListening => FailedPrecondition, true;
     /// This agent, runtime or site cannot do it.
     Unsupported => Unimplemented, false;
     /// The job's shim has no link to the agent at the moment.

@@ -76,11 +76,19 @@ pub(super) fn pod(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), S
 
 /// The link to the shim of a pod that runs.
 pub(super) fn running(site: &Site, uid: &PodUid) -> Result<Client, Status> {
-    if let Some(client) = site.shims.client(uid) {
-        return Ok(client);
-    }
+    site.shims.client(uid).ok_or_else(|| no_link(site, uid))
+}
+
+/// The same, of a shim that has `capability`.
+pub(super) fn able(site: &Site, uid: &PodUid, capability: &str) -> Result<Client, Status> {
+    let found = site.shims.able(uid, capability);
+    found.unwrap_or_else(|| Err(no_link(site, uid)))
+}
+
+/// Why a pod has no link.
+fn no_link(site: &Site, uid: &PodUid) -> Status {
     let Some(pod) = site.board.get(uid.as_str()) else {
-        return Err(ErrorReason::NotFound.status(format!("no pod {uid}")));
+        return ErrorReason::NotFound.status(format!("no pod {uid}"));
     };
     let idle = pod.host_ip.is_empty() || pod.outcome.is_some();
     if idle {
@@ -89,13 +97,13 @@ pub(super) fn running(site: &Site, uid: &PodUid) -> Result<Client, Status> {
             .as_str_name()
             .trim_start_matches("POD_PHASE_")
             .to_lowercase();
-        return Err(ErrorReason::NotRunning.status(format!("pod {uid} is {phase}")));
+        return ErrorReason::NotRunning.status(format!("pod {uid} is {phase}"));
     }
     let message = format!(
         "the shim of pod {uid} on {} has no link to the agent: can compute nodes reach {}?",
         pod.host_ip, site.config.listen.shim
     );
-    Err(ErrorReason::ShimUnreachable.status(message))
+    ErrorReason::ShimUnreachable.status(message)
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::folders::{Folders, PrepareError};
 use super::{
+    attach::hub::{self, Hub},
     children::{Child, Exit},
     environment::{self, TerminationLog},
     fdio::{self, Stream},
@@ -63,11 +64,12 @@ const FALLBACK_BYTES: usize = 2048;
 /// The exit code of a container whose program never ran.
 const NOT_STARTED: i32 = 128;
 
-/// A program that runs: what exec needs to do likewise.
+/// A program that runs: what exec needs to do likewise, and attach to reach it.
 #[derive(Debug)]
 pub(crate) struct Program {
     pub(crate) identity: Identity,
     pub(crate) spec: LaunchSpec,
+    pub(crate) hub: Arc<Hub>,
 }
 
 /// How an attempt ended.
@@ -198,7 +200,6 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let kills_before = pod.oom.kills();
     let mut up = bring_up(pod, attempt, &folders, container, Path::new(&image.path)).await?;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
-    let keep_open = stdio.keep_open;
     let launched = handshake::launch(up.socket, &spec, stdio.theirs).await;
     let launched = match launched {
         Ok(launched) => launched,
@@ -207,17 +208,19 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
             return Err(AttemptError::Start(error));
         }
     };
-    let sources = match launched.master {
-        Some(master) => vec![Source::new(
-            Stream::new(master).map_err(PrepareError::Pipes)?,
-            cri::Stream::Stdout,
-        )],
+    let terminal = launched.master.map(Stream::new).transpose();
+    let terminal = terminal.map_err(PrepareError::Pipes)?.map(Arc::new);
+    let sources = match &terminal {
+        Some(terminal) => vec![Source::new(Arc::clone(terminal), cri::Stream::Stdout)],
         None => sources,
     };
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
+    let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
+    let hub = keeper.hub();
     let program = Program {
         identity: up.identity,
         spec,
+        hub: Arc::clone(&hub),
     };
     let event = Event {
         index: attempt.index,
@@ -229,7 +232,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let live = pod.jobdir.log_path(&container.name, attempt.number);
     let writer = Writer::open(&live, pod.limits);
     let over = CancellationToken::new();
-    let pump = output::pump(sources, writer, attempt.written.clone(), over.clone());
+    let pump = output::pump(sources, writer, attempt.written.clone(), over.clone(), &hub);
     let ending = async {
         let exit = up.runtime.ended(&attempt.abort, up.identity).await;
         if !pod.runtime.isolates() {
@@ -238,15 +241,20 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         over.cancel();
         exit
     };
-    let (losses, exit) = tokio::join!(pump, ending);
-    drop(keep_open);
+    let (losses, exit) = tokio::select! {
+        biased;
+        both = async { tokio::join!(pump, ending) } => both,
+        never = keeper.feed() => match never {},
+    };
+    let exit = with_signal(exit);
+    keeper.end(exit);
     let killed = pod.oom.kills() > kills_before;
     let message = message(&folders, container, exit, &live);
     // What the program wrote may be many files; nobody waits for their removal.
     pod.removals.spawn_blocking(move || drop(folders));
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
-    Ok((with_signal(exit), message, losses, killed, used))
+    Ok((exit, message, losses, killed, used))
 }
 
 /// Runtimes end with 128 + n where a signal ended the program.
@@ -449,8 +457,8 @@ impl Runtime {
 
 struct Stdio3 {
     theirs: Vec<OwnedFd>,
-    /// The writing end of a standard input that nobody is attached to.
-    keep_open: Option<Stream>,
+    /// The writing end of the standard input, for those who attach.
+    ours: Option<Stream>,
 }
 
 /// Pipes for the program; none where it has a terminal.
@@ -459,12 +467,12 @@ fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
         return Ok((
             Stdio3 {
                 theirs: Vec::new(),
-                keep_open: None,
+                ours: None,
             },
             Vec::new(),
         ));
     }
-    let (stdin, keep_open) = if container.stdin {
+    let (stdin, ours) = if container.stdin {
         let (theirs, ours) = fdio::input_pipe()?;
         (theirs, Some(ours))
     } else {
@@ -479,7 +487,7 @@ fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
     Ok((
         Stdio3 {
             theirs: vec![stdin, stdout, stderr],
-            keep_open,
+            ours,
         },
         sources,
     ))

@@ -32,6 +32,11 @@ impl Directory {
         Self(entries.into_iter().collect())
     }
 
+    /// The programs that run.
+    pub(crate) fn running(&self) -> impl Iterator<Item = &Arc<Program>> {
+        self.0.values().filter_map(|entry| entry.program.as_ref())
+    }
+
     pub(crate) fn get(&self, name: &str) -> Option<&Entry> {
         self.0.get(name)
     }

@@ -178,7 +178,7 @@ fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
     spec
 }
 
-fn window(size: Option<&pb::TerminalSize>) -> Window {
+pub(super) fn window(size: Option<&pb::TerminalSize>) -> Window {
     let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
     size.map_or(Window { cols: 80, rows: 24 }, |size| Window {
         cols: clamp(size.width),
@@ -359,7 +359,10 @@ async fn hang_up(child: &mut Child, pid: Option<u32>) {
     child.wait().await;
 }
 
-async fn send(output: &mpsc::Sender<Result<ExecOutput, Status>>, message: Output) -> bool {
+pub(super) async fn send(
+    output: &mpsc::Sender<Result<ExecOutput, Status>>,
+    message: Output,
+) -> bool {
     output
         .send(Ok(ExecOutput {
             output: Some(message),

@@ -1,16 +1,16 @@
-//! Task: drains a container's output into its log. One per attempt.
+//! Task: drains a container's output into its log, and hands it to attached clients. One per attempt.
 //!
 //! The pipes are always drained: while a batch is being written (on a blocking thread) the next one fills; when that
 //! is full too the program waits, but not longer than [`STALL`]: then lines are dropped and counted. A batch goes as
 //! soon as the writer is free, so an idle pipe's line is written at once.
 
-use std::{io, pin::Pin, time::Duration};
+use std::{io, pin::Pin, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::fdio::Stream;
+use super::{attach::hub::Hub, fdio::Stream};
 use crate::logs::{
     cri::{Cutter, stamp},
     writer::{Losses, Writer},
@@ -28,15 +28,18 @@ const DRAIN: Duration = Duration::from_secs(1);
 /// One of the program's streams.
 #[derive(Debug)]
 pub(crate) struct Source {
-    stream: Stream,
+    /// A terminal is input as well.
+    stream: Arc<Stream>,
+    kind: crate::logs::cri::Stream,
     cutter: Cutter,
     open: bool,
 }
 
 impl Source {
-    pub(crate) fn new(stream: Stream, kind: crate::logs::cri::Stream) -> Self {
+    pub(crate) fn new(stream: impl Into<Arc<Stream>>, kind: crate::logs::cri::Stream) -> Self {
         Self {
-            stream,
+            stream: stream.into(),
+            kind,
             cutter: Cutter::new(kind),
             open: true,
         }
@@ -51,13 +54,9 @@ pub(crate) async fn pump(
     writer: Writer,
     written: watch::Sender<u64>,
     ended: CancellationToken,
+    hub: &Hub,
 ) -> Losses {
-    let buffer = vec![0; 64 << 10];
-    let mut pump = Pump {
-        sources,
-        buffer,
-        ..Pump::default()
-    };
+    let mut pump = Pump::new(sources, hub);
     let mut idle = Some(writer);
     let mut writing: Option<Writing> = None;
     loop {
@@ -89,15 +88,16 @@ pub(crate) async fn pump(
     finish(idle, pump).await
 }
 
-async fn finish(writer: Option<Writer>, mut pump: Pump) -> Losses {
+async fn finish(writer: Option<Writer>, mut pump: Pump<'_>) -> Losses {
     let Some(mut writer) = writer else {
         return Losses::default();
     };
     pump.close();
+    let (batch, lines, dropped) = (pump.batch, pump.lines, pump.dropped);
     let finishing = tokio::task::spawn_blocking(move || {
-        writer.lose(pump.dropped);
-        if !pump.batch.is_empty() {
-            writer.append(&pump.batch, pump.lines);
+        writer.lose(dropped);
+        if !batch.is_empty() {
+            writer.append(&batch, lines);
         }
         writer.finish();
         writer.losses().clone()
@@ -117,9 +117,9 @@ async fn silent(ended: &CancellationToken, until: Instant) {
     tokio::time::sleep_until(until).await;
 }
 
-#[derive(Default)]
-struct Pump {
+struct Pump<'a> {
     sources: Vec<Source>,
+    hub: &'a Hub,
     batch: Vec<u8>,
     lines: u64,
     /// Lines given up since the last write.
@@ -129,7 +129,19 @@ struct Pump {
     buffer: Vec<u8>,
 }
 
-impl Pump {
+impl<'a> Pump<'a> {
+    fn new(sources: Vec<Source>, hub: &'a Hub) -> Self {
+        Self {
+            sources,
+            hub,
+            batch: Vec::new(),
+            lines: 0,
+            dropped: 0,
+            spare: Vec::new(),
+            buffer: vec![0; 64 << 10],
+        }
+    }
+
     fn write(&mut self, mut writer: Writer) -> Writing {
         let batch = std::mem::replace(&mut self.batch, std::mem::take(&mut self.spare));
         let lines = std::mem::take(&mut self.lines);
@@ -172,6 +184,7 @@ impl Pump {
                     Ok(Some(count)) => {
                         more = true;
                         let data = self.buffer.get(..count).unwrap_or_default();
+                        self.hub.publish(source.kind, data);
                         self.lines += source.cutter.push(data, &stamp, &mut self.batch);
                     }
                 }

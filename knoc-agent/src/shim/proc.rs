@@ -15,6 +15,12 @@ pub(crate) fn start_time(pid: u32) -> Option<u64> {
     field(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?, 19)
 }
 
+/// Does `pid` see the same network as we do?
+pub(crate) fn same_network(pid: u32) -> bool {
+    let name = |of: &str| fs::read_link(format!("/proc/{of}/ns/net")).ok();
+    name("self").is_some_and(|own| name(&pid.to_string()) == Some(own))
+}
+
 /// All processes that can be seen.
 pub(crate) fn all() -> Vec<Process> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -29,6 +35,43 @@ pub(crate) fn all() -> Vec<Process> {
             })
         })
         .collect()
+}
+
+/// The processes below `root`, `root` not included. Cheap where the kernel lists children, whatever else the node runs.
+pub(crate) fn below(root: u32) -> Vec<u32> {
+    let mut found = Vec::new();
+    let mut queue = vec![root];
+    while let Some(parent) = queue.pop() {
+        let Some(below) = children(parent) else {
+            // Gone meanwhile; or a kernel without these lists, which shows at the root.
+            if parent == root {
+                return descendants(&all(), root);
+            }
+            continue;
+        };
+        queue.extend_from_slice(&below);
+        found.extend(below);
+    }
+    found
+}
+
+/// Of all threads of `pid`.
+fn children(pid: u32) -> Option<Vec<u32>> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+    let mut all = Vec::new();
+    let mut listed = false;
+    for thread in threads {
+        // A thread may have ended meanwhile.
+        let Ok(list) = fs::read_to_string(thread.path().join("children")) else {
+            continue;
+        };
+        listed = true;
+        all.extend(
+            list.split_ascii_whitespace()
+                .filter_map(|pid| pid.parse::<u32>().ok()),
+        );
+    }
+    listed.then_some(all)
 }
 
 /// PURE: the processes below `root` in `all`, `root` not included.
@@ -69,6 +112,16 @@ mod tests {
         assert_eq!(field::<u64>(stat, 19), Some(777));
         assert!(start_time(std::process::id()).is_some_and(|time| time > 0));
         assert_eq!(start_time(0), None);
+    }
+
+    #[test]
+    fn both_ways_find_the_same_tree() {
+        let parent = std::os::unix::process::parent_id();
+        let own = std::process::id();
+        assert!(below(parent).contains(&own));
+        assert!(descendants(&all(), parent).contains(&own));
+        assert!(!below(own).contains(&own));
+        assert_eq!(below(0), Vec::<u32>::new());
     }
 
     #[test]

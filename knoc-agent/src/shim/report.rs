@@ -20,7 +20,7 @@ use super::{
 use crate::jobdir::JobDir;
 
 /// What a job can do that an older agent cannot expect.
-pub(crate) const CAPABILITIES: [&str; 1] = ["stats"];
+pub(crate) const CAPABILITIES: [&str; 3] = ["attach", "port-forward", "stats"];
 
 /// How many notes are kept.
 const NOTES: usize = 32;

@@ -13,10 +13,13 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
+    attach,
+    container::Program,
     directory::{Directory, Entry},
     exec::{self, Session},
-    measure,
+    forward, measure,
     pod::Pod,
+    proc,
     supervisor::Command,
 };
 use crate::logs::{
@@ -27,8 +30,27 @@ use crate::logs::{
 /// How many processes may be exec'd into the pod at once: each costs a handful of descriptors.
 const MAX_EXECS: usize = 256;
 
-/// How many outputs may wait for a slow reader of exec.
+/// How many connections may be forwarded into the pod at once: browsers open six a page.
+const MAX_FORWARDS: usize = 256;
+
+/// How many outputs may wait for a slow reader of exec, attach or port-forward.
 const OUTPUTS: usize = 4;
+
+/// The bounds of streams into the pod.
+#[derive(Debug, Clone)]
+pub(crate) struct Slots {
+    execs: Arc<Semaphore>,
+    forwards: Arc<Semaphore>,
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self {
+            execs: Arc::new(Semaphore::new(MAX_EXECS)),
+            forwards: Arc::new(Semaphore::new(MAX_FORWARDS)),
+        }
+    }
+}
 
 /// See the module.
 #[derive(Debug, Clone)]
@@ -41,14 +63,10 @@ pub(crate) struct Service {
     pub(crate) streams: TaskTracker,
     /// Becomes true once a reader has taken the final report.
     pub(crate) delivered: watch::Sender<bool>,
-    pub(crate) execs: Arc<Semaphore>,
+    pub(crate) slots: Slots,
 }
 
 impl Service {
-    pub(crate) fn exec_slots() -> Arc<Semaphore> {
-        Arc::new(Semaphore::new(MAX_EXECS))
-    }
-
     async fn command(&self, command: Command) -> Result<(), Status> {
         let sent = self.commands.send(command).await;
         sent.map_err(|_| ErrorReason::NotRunning.status("the pod has ended"))
@@ -73,6 +91,28 @@ impl Service {
         found
             .map(|entry| (name.to_owned(), entry))
             .ok_or_else(missing)
+    }
+
+    fn program(&self, name: &str) -> Result<(String, Arc<Program>), Status> {
+        let (name, entry) = self.entry(name)?;
+        let program = entry.program.ok_or_else(|| {
+            ErrorReason::NotRunning.status(format!("container {name} is not running"))
+        })?;
+        Ok((name, program))
+    }
+
+    /// Do the pod's programs live in the network that the shim sees?
+    fn check_network(&self) -> Result<(), Status> {
+        let directory = Arc::clone(&self.directory.borrow());
+        let program = directory.running().next().ok_or_else(|| {
+            let message = format!("no container of pod {} is running", self.pod.spec().name);
+            ErrorReason::NotRunning.status(message)
+        })?;
+        if proc::same_network(program.identity.pid) {
+            return Ok(());
+        }
+        let message = "the pod has a network of its own: port-forward works in the node's only";
+        Err(ErrorReason::Unsupported.status(message))
     }
 
     fn series(&self, name: &str, entry: &Entry, previous: bool) -> Result<Series, Status> {
@@ -193,14 +233,13 @@ impl Shim for Service {
             let message = "the first message of an exec stream is `start`";
             return Err(ErrorReason::InvalidRequest.status(message));
         };
-        let (name, entry) = self.entry(&start.container)?;
-        let program = entry.program.ok_or_else(|| {
-            ErrorReason::NotRunning.status(format!("container {name} is not running"))
-        })?;
-        let slot = Arc::clone(&self.execs).try_acquire_owned().map_err(|_| {
-            let message = format!("{MAX_EXECS} processes are exec'd into this pod already");
-            ErrorReason::Overloaded.status(message)
-        })?;
+        let (_, program) = self.program(&start.container)?;
+        let slot = Arc::clone(&self.slots.execs)
+            .try_acquire_owned()
+            .map_err(|_| {
+                let message = format!("{MAX_EXECS} processes are exec'd into this pod already");
+                ErrorReason::Overloaded.status(message)
+            })?;
         let (output, stream) = mpsc::channel(OUTPUTS);
         let session = Session {
             pod: Arc::clone(&self.pod),
@@ -210,6 +249,62 @@ impl Shim for Service {
         };
         self.streams.spawn(async move {
             exec::run(session, input).await;
+            drop(slot);
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type AttachStream = Stream<pb::ExecOutput>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<pb::ExecInput>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut input = request.into_inner();
+        let Some(pb::ExecInput {
+            input: Some(pb::exec_input::Input::Attach(start)),
+        }) = input.message().await?
+        else {
+            let message = "the first message of an attach stream is `attach`";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        };
+        let (name, program) = self.program(&start.container)?;
+        let (output, stream) = mpsc::channel(OUTPUTS);
+        let hub = Arc::clone(&program.hub);
+        let session = attach::Session::new(&name, hub, &start, output)?;
+        self.streams.spawn(attach::run(session, input));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type PortForwardStream = Stream<pb::PortForwardOutput>;
+
+    async fn port_forward(
+        &self,
+        request: Request<Streaming<pb::PortForwardInput>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        let mut input = request.into_inner();
+        let Some(pb::PortForwardInput {
+            input: Some(pb::port_forward_input::Input::Start(start)),
+        }) = input.message().await?
+        else {
+            let message = "the first message of a port-forward stream is `start`";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        };
+        let port = u16::try_from(start.port).ok().filter(|port| *port > 0);
+        let port = port.ok_or_else(|| {
+            let message = format!("port {} is not between 1 and 65535", start.port);
+            ErrorReason::InvalidRequest.status(message)
+        })?;
+        self.check_network()?;
+        let slot = Arc::clone(&self.slots.forwards);
+        let slot = slot.try_acquire_owned().map_err(|_| {
+            let message = format!("{MAX_FORWARDS} connections are forwarded into this pod already");
+            ErrorReason::Overloaded.status(message)
+        })?;
+        let connection = forward::connect(port, std::process::id()).await?;
+        let (output, stream) = mpsc::channel(OUTPUTS);
+        self.streams.spawn(async move {
+            forward::run(connection, input, output).await;
             drop(slot);
         });
         Ok(Response::new(ReceiverStream::new(stream)))

@@ -10,6 +10,8 @@
 )]
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod streams;
+
 use std::{
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},

@@ -181,6 +181,9 @@ fn hint_for(status: &Status) -> Option<String> {
         ErrorReason::NotRunning | ErrorReason::ShimUnreachable => {
             "`knocctl describe POD` shows where the pod stands"
         }
+        ErrorReason::NotListening => {
+            "a program of the pod must listen on this port at 127.0.0.1, ::1 or all addresses; its log may say more"
+        }
         ErrorReason::SpecConflict => {
             "a pod cannot change while it runs: delete it, or run it by another name"
         }

@@ -265,6 +265,24 @@ impl Agent for Fake {
         }]))
     }
 
+    type AttachStream = Answers<pb::ExecOutput>;
+
+    async fn attach(
+        &self,
+        _: Request<Streaming<pb::ExecInput>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        Err(ErrorReason::Unsupported.status("not asked by knocctl"))
+    }
+
+    type PortForwardStream = Answers<pb::PortForwardOutput>;
+
+    async fn port_forward(
+        &self,
+        _: Request<Streaming<pb::PortForwardInput>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        Err(ErrorReason::Unsupported.status("not asked by knocctl"))
+    }
+
     async fn render_script(
         &self,
         _: Request<pb::RenderScriptRequest>,

@@ -263,6 +263,24 @@ impl Service for Fake {
         Err(Status::unimplemented(""))
     }
 
+    type AttachStream = Answers<pb::ExecOutput>;
+
+    async fn attach(
+        &self,
+        _: Request<Streaming<pb::ExecInput>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type PortForwardStream = Answers<pb::PortForwardOutput>;
+
+    async fn port_forward(
+        &self,
+        _: Request<Streaming<pb::PortForwardInput>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn render_script(
         &self,
         _: Request<pb::RenderScriptRequest>,

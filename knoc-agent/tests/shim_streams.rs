@@ -1,0 +1,516 @@
+//! Attach and port-forward at the shim, over its link.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod harness;
+
+use std::time::{Duration, Instant};
+
+use harness::{
+    DEADLINE, Job, running, sh,
+    streams::{message, stop, up},
+};
+use knoc_proto::{
+    pb::{
+        self, AttachStart, ExecInput, PortForwardInput, PortForwardStart, exec_input::Input,
+        exec_output::Output, port_forward_input::Input as ToPod,
+        port_forward_output::Output as FromPod, shim_client::ShimClient,
+    },
+    reason::ErrorReason,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming, transport::Channel};
+
+fn both() -> AttachStart {
+    AttachStart {
+        stdout: true,
+        stderr: true,
+        ..Default::default()
+    }
+}
+
+fn with_stdin() -> AttachStart {
+    AttachStart {
+        stdin: true,
+        ..both()
+    }
+}
+
+/// One attached client.
+struct Attached {
+    input: mpsc::Sender<ExecInput>,
+    output: Streaming<pb::ExecOutput>,
+    text: String,
+    errors: String,
+    exit: Option<pb::ExecExit>,
+}
+
+impl Attached {
+    async fn try_new(shim: &ShimClient<Channel>, start: AttachStart) -> Result<Self, Status> {
+        let (input, inputs) = mpsc::channel(4);
+        input.send(message(Input::Attach(start))).await.unwrap();
+        let answer = shim.clone().attach(ReceiverStream::new(inputs)).await?;
+        let mut attached = Self {
+            input,
+            output: answer.into_inner(),
+            text: String::new(),
+            errors: String::new(),
+            exit: None,
+        };
+        let first = attached.output.message().await?.unwrap();
+        assert_eq!(first.output, Some(Output::Started(true)));
+        Ok(attached)
+    }
+
+    async fn new(shim: &ShimClient<Channel>, start: AttachStart) -> Self {
+        Self::try_new(shim, start).await.unwrap()
+    }
+
+    async fn say(&self, text: &str) {
+        let data = text.to_owned().into();
+        self.input.send(message(Input::Stdin(data))).await.unwrap();
+    }
+
+    async fn close(&self) {
+        self.input
+            .send(message(Input::StdinClosed(true)))
+            .await
+            .unwrap();
+    }
+
+    /// Takes output until `enough`, or the end.
+    async fn until(&mut self, enough: impl Fn(&Self) -> bool) {
+        let taking = async {
+            while !enough(self) {
+                let Some(item) = self.output.message().await.unwrap() else {
+                    return;
+                };
+                match item.output.unwrap() {
+                    Output::Stdout(data) => self.text.push_str(std::str::from_utf8(&data).unwrap()),
+                    Output::Stderr(data) => {
+                        self.errors.push_str(std::str::from_utf8(&data).unwrap())
+                    }
+                    Output::Exit(exit) => self.exit = Some(exit),
+                    Output::Started(_) => panic!("started twice"),
+                }
+            }
+        };
+        tokio::time::timeout(DEADLINE, taking)
+            .await
+            .expect("nothing more comes");
+        assert!(
+            enough(self),
+            "ended with {:?} {:?} {:?}",
+            self.text,
+            self.errors,
+            self.exit
+        );
+    }
+
+    async fn exit(&mut self) -> pb::ExecExit {
+        self.until(|all| all.exit.is_some()).await;
+        assert!(self.output.message().await.unwrap().is_none());
+        self.exit.clone().unwrap()
+    }
+}
+
+async fn refused(shim: &ShimClient<Channel>, start: AttachStart) -> Status {
+    match Attached::try_new(shim, start).await {
+        Ok(_) => panic!("it is attached"),
+        Err(status) => status,
+    }
+}
+
+#[tokio::test]
+async fn attached_clients_see_output_from_now_on_and_the_exit() {
+    let script = "echo up; read line; echo out $line; echo err >&2; exit 7";
+    let mut container = sh("a", script);
+    container.stdin = true;
+    let (mut job, _agent, shim) = up(container).await;
+    let mut first = Attached::new(&shim, with_stdin()).await;
+    let mut second = Attached::new(&shim, both()).await;
+    let mut errors = Attached::new(
+        &shim,
+        AttachStart {
+            stdout: false,
+            ..both()
+        },
+    )
+    .await;
+    first.say("hello\n").await;
+    for client in [&mut first, &mut second] {
+        assert_eq!(client.exit().await.code, 7);
+        assert_eq!(
+            (client.text.as_str(), client.errors.as_str()),
+            ("out hello\n", "err\n")
+        );
+    }
+    assert_eq!(errors.exit().await.code, 7);
+    assert_eq!(
+        (errors.text.as_str(), errors.errors.as_str()),
+        ("", "err\n")
+    );
+    assert_eq!(job.code().await, 64);
+    assert_eq!(job.log("a", 0), "up\nout hello\nerr\n");
+}
+
+#[tokio::test]
+async fn what_the_container_has_not_is_refused_by_name() {
+    let (mut job, _agent, mut shim) = up(sh("a", harness::streams::SLEEPER)).await;
+    let status = refused(&shim, with_stdin()).await;
+    assert!(
+        status.message().contains("stdin: true is not set"),
+        "{status}"
+    );
+    assert_eq!(ErrorReason::of(&status), Some(ErrorReason::InvalidRequest));
+    let status = refused(
+        &shim,
+        AttachStart {
+            tty: true,
+            ..both()
+        },
+    )
+    .await;
+    assert!(status.message().contains("has no terminal"), "{status}");
+    let status = refused(
+        &shim,
+        AttachStart {
+            container: "none".to_owned(),
+            ..both()
+        },
+    )
+    .await;
+    assert_eq!(
+        ErrorReason::of(&status),
+        Some(ErrorReason::ContainerNotFound)
+    );
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+#[tokio::test]
+async fn stdin_once_ends_with_its_first_client() {
+    let mut container = sh("a", "echo up; cat; echo end; sleep 0.1; exit 3");
+    container.stdin = true;
+    container.stdin_once = true;
+    let (mut job, _agent, shim) = up(container).await;
+    let mut watching = Attached::new(&shim, both()).await;
+    let first = Attached::new(&shim, with_stdin()).await;
+    let status = refused(&shim, with_stdin()).await;
+    assert!(
+        status.message().contains("has its one client (stdinOnce"),
+        "{status}"
+    );
+    first.say("all of it\n").await;
+    watching.until(|all| all.text == "all of it\n").await;
+    // Going away is an end as well.
+    drop(first);
+    assert_eq!(watching.exit().await.code, 3);
+    assert_eq!(watching.text, "all of it\nend\n");
+    job.code().await;
+}
+
+#[tokio::test]
+async fn an_end_of_input_leaves_a_shared_stdin_open_and_detaches() {
+    let mut container = sh(
+        "a",
+        "echo up; while read line; do echo got $line; done; exit 4",
+    );
+    container.stdin = true;
+    let (mut job, _agent, mut shim) = up(container).await;
+    let mut first = Attached::new(&shim, with_stdin()).await;
+    first.say("one\n").await;
+    first.close().await;
+    let exit = first.exit().await;
+    assert_eq!(
+        (exit, first.text.as_str()),
+        (pb::ExecExit::default(), "got one\n")
+    );
+    let mut second = Attached::new(&shim, with_stdin()).await;
+    second.say("two\n").await;
+    second.until(|all| all.text == "got two\n").await;
+    stop(&mut shim).await;
+    assert_eq!(second.exit().await.signal, 15);
+    job.code().await;
+}
+
+#[tokio::test]
+async fn a_terminal_is_attached_to_with_its_size() {
+    let mut container = sh(
+        "a",
+        "echo up; read line; stty size; echo got $line; read line; stty size; exit 2",
+    );
+    container.stdin = true;
+    container.tty = true;
+    let mut job = Job::new(vec![container]);
+    let mut agent = job.agent().await;
+    job.start();
+    let shim = agent.shim().await;
+    job.until(running).await;
+    let size = |width, height| Some(pb::TerminalSize { width, height });
+    let start = AttachStart {
+        tty: true,
+        size: size(101, 33),
+        ..with_stdin()
+    };
+    let mut client = Attached::new(&shim, start).await;
+    let status = refused(&shim, both()).await;
+    assert!(status.message().contains("has a terminal"), "{status}");
+    client.say("hi\r").await;
+    client
+        .until(|all| all.text.contains("33 101") && all.text.contains("got hi"))
+        .await;
+    let smaller = Input::Resize(size(77, 22).unwrap());
+    client.input.send(message(smaller)).await.unwrap();
+    client.say("\r").await;
+    assert_eq!(client.exit().await.code, 2);
+    assert!(
+        client.text.contains("22 77") && client.errors.is_empty(),
+        "{}",
+        client.text
+    );
+    job.code().await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_is_detached_and_the_program_goes_on() {
+    // Far more than all buffers on the way hold.
+    let mut container = sh(
+        "a",
+        "echo up; read go; head -c 67108864 /dev/zero; echo; echo done; read end; exit 6",
+    );
+    container.stdin = true;
+    let (mut job, _agent, shim) = up(container).await;
+    let mut slow = Attached::new(&shim, both()).await;
+    let other = Attached::new(&shim, with_stdin()).await;
+    other.say("go\n").await;
+    let began = Instant::now();
+    // Nobody reads, yet the program comes to its end of output.
+    while !job.log("a", 0).ends_with("done\n") {
+        assert!(began.elapsed() < DEADLINE, "the program is held up");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let exit = slow.exit().await;
+    assert!(exit.error.contains("too slowly"), "{exit:?}");
+    assert!(slow.text.len() < 67_108_864);
+    let mut third = Attached::new(&shim, with_stdin()).await;
+    third.say("end\n").await;
+    assert_eq!(third.exit().await.code, 6);
+    job.code().await;
+}
+
+/// One forwarded connection.
+struct Forwarded {
+    input: mpsc::Sender<PortForwardInput>,
+    output: Streaming<pb::PortForwardOutput>,
+}
+
+impl Forwarded {
+    async fn new(shim: &ShimClient<Channel>, port: u16) -> Result<Self, Status> {
+        let (input, inputs) = mpsc::channel(4);
+        let start = PortForwardStart {
+            port: port.into(),
+            ..Default::default()
+        };
+        let forwarded = |output| Self {
+            input: input.clone(),
+            output,
+        };
+        let sent = input.send(PortForwardInput {
+            input: Some(ToPod::Start(start)),
+        });
+        sent.await.unwrap();
+        let answer = shim
+            .clone()
+            .port_forward(ReceiverStream::new(inputs))
+            .await?;
+        let mut forwarded = forwarded(answer.into_inner());
+        let first = forwarded.next().await?;
+        assert_eq!(first, Some(FromPod::Connected(true)));
+        Ok(forwarded)
+    }
+
+    async fn next(&mut self) -> Result<Option<FromPod>, Status> {
+        let next = tokio::time::timeout(DEADLINE, self.output.message());
+        let next = next.await.expect("the connection says nothing")?;
+        Ok(next.and_then(|message| message.output))
+    }
+
+    async fn send(&self, input: ToPod) {
+        self.input
+            .send(PortForwardInput { input: Some(input) })
+            .await
+            .unwrap();
+    }
+
+    /// All that comes until the pod has closed its side.
+    async fn all(&mut self) -> Vec<u8> {
+        let mut all = Vec::new();
+        loop {
+            match self.next().await.unwrap() {
+                Some(FromPod::Data(data)) => all.extend_from_slice(&data),
+                Some(FromPod::Closed(_)) => return all,
+                other => panic!("{other:?} after {} bytes", all.len()),
+            }
+        }
+    }
+}
+
+/// A port that is free at the moment.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// Answers each connection, after its end, with what it said and `-end`.
+const ECHO: &str = r#"
+import socket, sys, threading
+family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+server = socket.socket(family)
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+server.bind((sys.argv[1], int(sys.argv[2])))
+server.listen(64)
+print("up", flush=True)
+def serve(peer):
+    try:
+        total = b""
+        while data := peer.recv(65536):
+            total += data
+        peer.sendall(total + b"-end")
+    except ConnectionResetError:
+        print("reset", flush=True)
+    peer.close()
+while True:
+    threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+"#;
+
+fn listening(address: &str, port: u16) -> pb::Container {
+    let port = port.to_string();
+    let words = ["python3", "-c", ECHO, address, &port];
+    pb::Container {
+        command: words.map(str::to_owned).to_vec(),
+        ..sh("a", "")
+    }
+}
+
+#[tokio::test]
+async fn both_directions_close_on_their_own() {
+    let port = free_port();
+    let (mut job, _agent, mut shim) = up(listening("127.0.0.1", port)).await;
+    let data: Vec<u8> = (0..20_u32 << 20)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0])
+        .collect();
+    let mut connection = Forwarded::new(&shim, port).await.unwrap();
+    for piece in data.chunks(50_000) {
+        connection.send(ToPod::Data(piece.to_vec().into())).await;
+    }
+    // The program answers after the end of what we say: half-close.
+    connection.send(ToPod::Closed(true)).await;
+    let all = connection.all().await;
+    assert!(
+        all.strip_suffix(b"-end") == Some(&data),
+        "{} bytes",
+        all.len()
+    );
+    assert_eq!(connection.next().await.unwrap(), None);
+    // The end of the call's own input is an end as well.
+    let mut connection = Forwarded::new(&shim, port).await.unwrap();
+    connection.send(ToPod::Data("x".into())).await;
+    let Forwarded { input, output } = connection;
+    drop(input);
+    connection = Forwarded {
+        input: mpsc::channel(1).0,
+        output,
+    };
+    assert_eq!(connection.all().await, b"x-end");
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+#[tokio::test]
+async fn many_connections_at_once_on_ipv6() {
+    let port = free_port();
+    let (mut job, _agent, mut shim) = up(listening("::1", port)).await;
+    let all = (0..100).map(|n| {
+        let shim = shim.clone();
+        async move {
+            let mut connection = Forwarded::new(&shim, port).await.unwrap();
+            connection.send(ToPod::Data(format!("{n}").into())).await;
+            connection.send(ToPod::Closed(true)).await;
+            assert_eq!(connection.all().await, format!("{n}-end").into_bytes());
+        }
+    });
+    futures::future::join_all(all).await;
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_resets_the_connection() {
+    let port = free_port();
+    let (mut job, _agent, mut shim) = up(listening("0.0.0.0", port)).await;
+    let connection = Forwarded::new(&shim, port).await.unwrap();
+    connection.send(ToPod::Data("half a request".into())).await;
+    drop(connection);
+    let began = Instant::now();
+    while job.log("a", 0) != "up\nreset\n" {
+        assert!(began.elapsed() < DEADLINE, "{}", job.log("a", 0));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+#[tokio::test]
+async fn only_the_pods_own_listeners_are_forwarded_to() {
+    let (mut job, _agent, mut shim) = up(sh("a", harness::streams::SLEEPER)).await;
+    let outside = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = outside.local_addr().unwrap().port();
+    let status = Forwarded::new(&shim, port).await.err().unwrap();
+    assert_eq!(ErrorReason::of(&status), Some(ErrorReason::NotListening));
+    assert!(status.message().contains("outside the pod"), "{status}");
+    let nobody = tokio::time::timeout(Duration::from_millis(50), outside.accept()).await;
+    nobody.expect_err("the listener was dialled all the same");
+    drop(outside);
+    let status = Forwarded::new(&shim, port).await.err().unwrap();
+    assert!(
+        status.message().ends_with("connect: connection refused"),
+        "{status}"
+    );
+    let status = Forwarded::new(&shim, 0).await.err().unwrap();
+    assert_eq!(ErrorReason::of(&status), Some(ErrorReason::InvalidRequest));
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+#[tokio::test]
+async fn a_reader_that_stops_holds_up_the_program_not_the_shim() {
+    let port = free_port();
+    let server = format!(
+        "import socket\ns = socket.create_server(('127.0.0.1', {port}))\nprint('up', flush=True)\np = s.accept()[0]\n\
+         p.settimeout(1)\nn = 0\ntry:\n    while True: n += p.send(b'x' * 65536)\nexcept TimeoutError: print('stuck', n < 64 << 20, flush=True)\n\
+         p.settimeout(None)\np.recv(1)"
+    );
+    let words = ["python3", "-c", &server];
+    let container = pb::Container {
+        command: words.map(str::to_owned).to_vec(),
+        ..sh("a", "")
+    };
+    let (mut job, _agent, shim) = up(container).await;
+    let mut connection = Forwarded::new(&shim, port).await.unwrap();
+    let began = Instant::now();
+    while job.log("a", 0) != "up\nstuck True\n" {
+        assert!(began.elapsed() < DEADLINE, "{}", job.log("a", 0));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Nothing of what was on the way is lost.
+    connection.send(ToPod::Data("x".into())).await;
+    let all = connection.all().await;
+    assert!(!all.is_empty() && all.iter().all(|byte| *byte == b'x'));
+    job.code().await;
+}
