@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use harness::{
     DEADLINE, Job, running, sh,
-    streams::{message, stop, up},
+    streams::{command, message, stop, up},
 };
 use knoc_proto::{
     pb::{
@@ -302,6 +302,221 @@ async fn a_client_that_does_not_read_is_detached_and_the_program_goes_on() {
     third.say("end\n").await;
     assert_eq!(third.exit().await.code, 6);
     job.code().await;
+}
+
+#[tokio::test]
+async fn a_client_that_is_gone_means_hup_then_term_then_kill() {
+    let (mut job, _agent, mut shim) = up(sh("a", harness::streams::SLEEPER)).await;
+    let told = job.dir.path().join("told");
+    // It hears of both and ends of neither.
+    let script = format!(
+        "t={}; trap 'echo hup >>$t' HUP; trap 'echo term >>$t' TERM; echo ready >>$t; while :; do sleep 0.05; done # 555.1",
+        told.display()
+    );
+    let (input, inputs) = mpsc::channel(4);
+    let start = command(&["sh", "-c", &script]);
+    input.send(message(Input::Start(start))).await.unwrap();
+    let output = shim.exec(ReceiverStream::new(inputs)).await.unwrap();
+    let text = || std::fs::read_to_string(&told).unwrap_or_default();
+    until("ready", || text() == "ready\n").await;
+    drop((input, output));
+    until("killed", || {
+        children_of(job.pid())
+            .iter()
+            .all(|line| !line.contains("555.1"))
+    })
+    .await;
+    assert_eq!(text(), "ready\nhup\nterm\n");
+    let zombies = || {
+        children_of(job.pid())
+            .iter()
+            .filter(|line| line.starts_with('Z'))
+            .count()
+    };
+    until("reaped", || zombies() == 0).await;
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+/// Waits until it is so.
+async fn until(what: &str, so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !so() {
+        assert!(began.elapsed() < DEADLINE, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// State and command line of all processes below `pid`.
+fn children_of(pid: i32) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut parents = vec![pid.to_string()];
+    let stats: Vec<(String, String, String)> = std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| {
+            let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+            let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+            let (state, parent) = (fields.next()?.to_owned(), fields.next()?.to_owned());
+            Some((entry.file_name().into_string().ok()?, parent, state))
+        })
+        .collect();
+    while let Some(parent) = parents.pop() {
+        for (pid, _, state) in stats.iter().filter(|(_, above, _)| *above == parent) {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            found.push(format!("{state} {}", String::from_utf8_lossy(&line)));
+            parents.push(pid.clone());
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn an_exec_ends_with_its_container() {
+    let mut first = sh("a", "echo up; read line; exit 3");
+    first.stdin = true;
+    let mut job = Job::new(vec![first, sh("b", harness::streams::SLEEPER)]);
+    let mut agent = job.agent().await;
+    job.start();
+    let mut shim = agent.shim().await;
+    job.until(running).await;
+    let attached = Attached::new(
+        &shim,
+        AttachStart {
+            container: "a".to_owned(),
+            ..with_stdin()
+        },
+    )
+    .await;
+    let (_input, inputs) = mpsc::channel(4);
+    let mut start = command(&["sleep", "600"]);
+    start.container = "a".to_owned();
+    _input.send(message(Input::Start(start))).await.unwrap();
+    let mut output = shim
+        .exec(ReceiverStream::new(inputs))
+        .await
+        .unwrap()
+        .into_inner();
+    attached.say("end\n").await;
+    let mut last = None;
+    while let Some(item) = output.message().await.unwrap() {
+        last = item.output;
+    }
+    match last {
+        Some(Output::Exit(exit)) => assert_eq!(exit.code, 137),
+        other => panic!("{other:?}"),
+    }
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+#[tokio::test]
+async fn two_hundred_execs_at_once() {
+    let (mut job, _agent, mut shim) = up(sh("a", harness::streams::SLEEPER)).await;
+    let gate = tokio::sync::Barrier::new(200);
+    let all = (0..200).map(|n: i32| {
+        let (mut shim, gate) = (shim.clone(), &gate);
+        async move {
+            let (input, inputs) = mpsc::channel(4);
+            let script = format!("cat; exit {}", n % 100);
+            let start = pb::ExecStart {
+                stdin: true,
+                ..command(&["sh", "-c", &script])
+            };
+            input.send(message(Input::Start(start))).await.unwrap();
+            let mut output = shim
+                .exec(ReceiverStream::new(inputs))
+                .await
+                .unwrap()
+                .into_inner();
+            assert_eq!(
+                output.message().await.unwrap().unwrap().output,
+                Some(Output::Started(true))
+            );
+            // All run at the same time.
+            gate.wait().await;
+            let text = n.to_string();
+            input
+                .send(message(Input::Stdin(text.clone().into())))
+                .await
+                .unwrap();
+            input.send(message(Input::StdinClosed(true))).await.unwrap();
+            let mut got = Vec::new();
+            loop {
+                match output.message().await.unwrap().unwrap().output.unwrap() {
+                    Output::Stdout(data) => got.extend_from_slice(&data),
+                    Output::Exit(exit) => {
+                        break assert_eq!((got, exit.code), (text.into_bytes(), n % 100));
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    });
+    tokio::time::timeout(2 * DEADLINE, futures::future::join_all(all))
+        .await
+        .unwrap();
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+/// The target of the release build is 5 MiB with its code; what is measured here is what this process alone uses.
+#[tokio::test]
+async fn a_shim_at_rest_is_small() {
+    let (mut job, _agent, mut shim) = up(sh("a", harness::streams::SLEEPER)).await;
+    let _reports = shim.watch_report(pb::WatchReportRequest {}).await.unwrap();
+    assert_eq!(
+        harness::streams::exec(&mut shim, command(&["true"]), b"")
+            .await
+            .code(),
+        0
+    );
+    let status = std::fs::read_to_string(format!("/proc/{}/status", job.pid())).unwrap();
+    let kib = |name: &str| {
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap();
+        line.split_whitespace()
+            .next()
+            .unwrap()
+            .parse::<u32>()
+            .unwrap()
+    };
+    eprintln!(
+        "RSS {} KiB, of that private {} KiB",
+        kib("VmRSS:"),
+        kib("RssAnon:")
+    );
+    eprintln!("{}", smaps(job.pid()));
+    assert!(kib("RssAnon:") < 4096, "{status}");
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+/// Resident memory by what it maps, the largest first.
+fn smaps(pid: i32) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let mut sums = std::collections::BTreeMap::<String, u64>::new();
+    let mut name = String::new();
+    for line in text.lines() {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        match fields.as_slice() {
+            ["Rss:", kib, _] => {
+                *sums.entry(name.clone()).or_default() += kib.parse::<u64>().unwrap()
+            }
+            [range, modes, _, _, _, rest @ ..] if range.contains('-') => {
+                name = format!("{modes} {}", rest.join(" "));
+            }
+            _ => {}
+        }
+    }
+    let mut sums: Vec<_> = sums.into_iter().collect();
+    sums.sort_by_key(|(_, kib)| std::cmp::Reverse(*kib));
+    sums.iter()
+        .take(12)
+        .map(|(name, kib)| format!("{kib:>7} KiB {name}\n"))
+        .collect()
 }
 
 /// One forwarded connection.

@@ -79,17 +79,23 @@ fn relay<T: Send + 'static>(
     outputs: Result<Response<Streaming<T>>, Status>,
 ) -> Answer<T> {
     match outputs {
-        Ok(outputs) => {
-            let outputs = outputs.into_inner();
-            let outputs = outputs.map(move |item| item.map_err(|status| broken(&uid, status)));
-            Ok(Response::new(outputs.boxed()))
-        }
+        Ok(outputs) => Ok(Response::new(relayed(uid, outputs))),
         Err(status) => Err(broken(&uid, status)),
     }
 }
 
+/// The shim's messages as they are; where its link breaks, the stream fails by name.
+pub(super) fn relayed<T: Send + 'static>(
+    uid: PodUid,
+    outputs: Response<Streaming<T>>,
+) -> Answers<T> {
+    let outputs = outputs.into_inner();
+    let outputs = outputs.map(move |item| item.map_err(|status| broken(&uid, status)));
+    outputs.boxed()
+}
+
 /// The shim's own refusals have a reason and pass as they are; what has none is the link's failure.
-pub(super) fn broken(uid: &PodUid, status: Status) -> Status {
+fn broken(uid: &PodUid, status: Status) -> Status {
     if ErrorReason::of(&status).is_some() {
         return status;
     }

@@ -99,10 +99,12 @@ pub(crate) async fn run(session: Session, input: Streaming<pb::ExecInput>) {
         streams,
     } = running;
     send(&session.output, Output::Started(true)).await;
+    let helper = child.pid;
     let ended = tokio::select! {
         biased;
         () = session.output.closed() => None,
         exit = drive(&session.output, streams, input, &mut child) => Some(exit),
+        () = end_with(&session.program, pid, helper) => None,
     };
     match ended {
         Some(Exit { code, signal }) => {
@@ -338,6 +340,19 @@ async fn feed(
             Some(Input::Start(_) | Input::Attach(_)) | None => {}
         }
     }
+}
+
+/// Nothing outlives its container: where no PID namespace sees to that, this does. Never returns: the process' own end
+/// ends its streams.
+async fn end_with(program: &Program, pid: Option<u32>, helper: u32) {
+    let mut ended = program.hub.ended();
+    // A sender that was dropped is an end as well.
+    ended.wait_for(Option::is_some).await.map(drop).ok();
+    match pid {
+        Some(pid) => signals::to_group(pid, Signal::KILL),
+        None => signals::send(helper, Signal::KILL),
+    }
+    std::future::pending().await
 }
 
 /// The client is gone.
