@@ -37,6 +37,15 @@ mirror = "$registry"
 insecure = true
 CONF
 }
+# The agent serves one cluster, by default the first that it meets; the bed has one a version of Kubernetes.
+serve_this_cluster() {
+    local id
+    [ "$STACK" = full ] || return 0
+    id=$(kubectl get namespace kube-system -o 'jsonpath={.metadata.uid}')
+    ! grep -q "^cluster_id = \"$id\"" "$config/agent.toml" || return 0
+    sed -i "s|^#* *cluster_id *=.*|cluster_id = \"$id\"|" "$config/agent.toml"
+    stop "$pidfile"
+}
 # knocctl's configuration for this side of the link, from what `init` made for it.
 configure_knocctl() {
     sed "s|$agent_home/|$agent_home_here/|g" "$config/knocctl.toml" >"$run/knocctl.toml"
@@ -53,6 +62,7 @@ up() {
     local pid
     install_binaries
     configure
+    serve_this_cluster
     configure_knocctl
     if alive "$pidfile"; then
         read -r pid _ <"$pidfile"

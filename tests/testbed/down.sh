@@ -4,8 +4,8 @@
 . "$testbed/stack.sh"
 "$testbed/kubelet.sh" down
 for STACK in full slurm local; do STACK=$STACK "$testbed/agent.sh" down; done
-"$testbed/kube/stop.sh"
+for prefix in "$KNOC_BED"/kube*; do KUBE_PREFIX=$prefix "$testbed/kube/stop.sh"; done
 [ ! -x "$HPC_PREFIX/bin/hpc" ] || hpc down
 [ "${1:-}" = --wipe ] || exit 0
-rm -rf --one-file-system "${KUBE_PREFIX:?}/run" "${KNOC_BED:?}/local" "${HPC_PREFIX:?}"/nodes/* "$HPC_PREFIX"/shared/images/.*.packed \
+rm -rf --one-file-system "${KNOC_BED:?}"/kube*/run "${KNOC_BED:?}/local" "${HPC_PREFIX:?}"/nodes/* "$HPC_PREFIX"/shared/images/.*.packed \
     "$HPC_PREFIX"/shared/home/hpcuser/{.config,.local,bin} "$run"

@@ -6,6 +6,7 @@ export_line() { printf 'export %s=%q\n' "$1" "$2"; }
 export_line KNOC_BED "$KNOC_BED"
 export_line KNOC_BIN "$KNOC_BIN"
 export_line STACK "$STACK"
+export_line KUBE_VERSION "$KUBE_VERSION"
 export_line KNOCCTL_CONFIG "$run/knocctl.toml"
 path=$KNOC_BIN
 if [ "$STACK" != local ]; then

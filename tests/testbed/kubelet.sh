@@ -4,6 +4,7 @@
 . "$testbed/stack.sh"
 pidfile=$run/kubelet.pid
 state=$run/kubelet
+[ "$KUBE_VERSION" = 1.36 ] || state=$state-$KUBE_VERSION # certificates and tokens are of one control plane
 address=127.0.0.1
 
 # The bundle that the agent's `init` made goes into the cluster, and out of it again as the chart would mount it.

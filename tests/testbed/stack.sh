@@ -35,9 +35,8 @@ node=knoc-$site
 namespace=knoc-system
 registry=ctl:5000
 own_kubeconfig=$KUBE_PREFIX/run/admin.kubeconfig
-# A kubeconfig of somebody else's is used instead of starting a control plane.
-given_kubeconfig=
-[ -z "${KUBECONFIG:-}" ] || [ "$KUBECONFIG" = "$own_kubeconfig" ] || given_kubeconfig=$KUBECONFIG
+# A kubeconfig of somebody else's is used instead of starting a control plane; the bed's own are those of its versions.
+case ${KUBECONFIG:-} in '' | "$KNOC_BED"/kube*/run/admin.kubeconfig) given_kubeconfig= ;; *) given_kubeconfig=$KUBECONFIG ;; esac
 export KUBECONFIG=${given_kubeconfig:-$own_kubeconfig}
 detect_stack
 locate_agent

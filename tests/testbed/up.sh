@@ -14,7 +14,16 @@ cluster_up() {
     say "Slurm is up: $(hpc exec login sinfo -V), $(hpc exec login apptainer --version)"
 }
 control_plane_up() {
-    [ -n "$given_kubeconfig" ] || "$testbed/kube/start.sh"
+    local other
+    if [ -z "$given_kubeconfig" ]; then
+        for other in "$KNOC_BED"/kube*; do # fixed ports: one control plane a machine, and the kubelet belongs to it
+            [ "$other" != "$KUBE_PREFIX" ] && alive "$other/run/kube-apiserver.pid" || continue
+            say "ending the other control plane, $other"
+            "$testbed/kubelet.sh" down
+            KUBE_PREFIX=$other "$testbed/kube/stop.sh"
+        done
+        "$testbed/kube/start.sh"
+    fi
     say "Kubernetes is up: $(kubectl version -o json | jq -r .serverVersion.gitVersion)"
 }
 
