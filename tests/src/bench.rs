@@ -7,11 +7,14 @@
 //! | T2 | pod created → first line executed in the container | `sbatch` + `apptainer exec` |
 //! | T3 | last line of the program → a watch shows the terminal phase | a watch's own delay |
 //! | T4 | `exec true` by a warm client | `apptainer exec instance://… true` on the compute node |
-//! | streams | log and exec bytes | the same bytes through as many TLS relays, one process each |
+//! | follow | the program writes a line → a client of the API server has it | none |
+//! | streams | log, exec, cp and port-forward bytes | the same bytes through as many TLS relays, one process each |
 
 mod bed;
 mod exec;
 mod floor;
+mod follow;
+mod kubernetes;
 mod load;
 mod machine;
 mod pods;
@@ -36,8 +39,14 @@ const EXECS: usize = 100;
 /// Rounds of each stream.
 const STREAMS: usize = 3;
 
-/// Bytes of each stream.
+/// Lines of the log that is followed.
+const FOLLOWED: usize = 300;
+
+/// Bytes of each stream, in whole lines.
 const STREAM_BYTES: u64 = 100_000_000;
+
+/// Bytes of the large ones, once each: a GiB in whole lines.
+const LARGE_BYTES: u64 = 80 * 13_421_773;
 
 /// Everything measured.
 #[derive(Debug, Default)]
@@ -46,6 +55,7 @@ struct Figures {
     batches: Vec<pods::Batch>,
     watch_delay: Series,
     exec: exec::Exec,
+    follow: Series,
     streams: Vec<streams::Stream>,
     load: load::Load,
 }
@@ -72,13 +82,23 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     }
     say("T4: exec");
     figures.exec = exec::measure(&bed, if quick { 30 } else { EXECS }).await?;
+    say("a followed log");
+    figures.follow = follow::measure(&bed, if quick { 60 } else { FOLLOWED }).await?;
     say("streams");
-    let (rounds, bytes) = if quick {
-        (1, STREAM_BYTES / 10)
+    let sizes = if quick {
+        streams::Sizes {
+            rounds: 1,
+            bytes: STREAM_BYTES / 10,
+            large: STREAM_BYTES,
+        }
     } else {
-        (STREAMS, STREAM_BYTES)
+        streams::Sizes {
+            rounds: STREAMS,
+            bytes: STREAM_BYTES,
+            large: LARGE_BYTES,
+        }
     };
-    figures.streams = streams::measure(&bed, rounds, bytes).await?;
+    figures.streams = streams::measure(&bed, sizes).await?;
     say("memory and RPCs at 50 running pods");
     figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
     let text = report::page(&figures, &bed, quick)?;

@@ -8,6 +8,7 @@ pub mod cases;
 pub mod command;
 pub mod fake_api;
 pub mod image;
+pub mod interop;
 pub mod pod;
 pub mod relay;
 pub mod site;

@@ -209,6 +209,13 @@ impl World {
             .with_context(|| format!("logs of {name}/{container}"))
     }
 
+    /// What our kubelet answers to a GET of that path, through the API server's proxy.
+    pub async fn kubelet(&self, path: &str) -> anyhow::Result<String> {
+        let uri = format!("/api/v1/nodes/{}/proxy/{path}", self.node);
+        let request = http::Request::get(&uri).body(Vec::new())?;
+        self.client.request_text(request).await.context(uri)
+    }
+
     /// "Reason: message" of each event of the object.
     pub async fn events(&self, name: &str) -> anyhow::Result<Vec<String>> {
         let of = ListParams::default().fields(&format!("involvedObject.name={name}"));

@@ -1,5 +1,5 @@
-//! T4: `true` in a running container by a warm gRPC client, beside Apptainer's own way into a running
-//! container on the compute node, and `srun --overlap` of that.
+//! T4: `true` in a running container by a warm client of the API server and by a warm gRPC client, beside Apptainer's
+//! own way into a running container on the compute node, and `srun --overlap` of that.
 
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use knoc_proto::pb::exec_input::Input;
 use knoc_proto::pb::exec_output::Output;
 
 use super::bed::{Bed, EXEC, FOLDER};
+use super::kubernetes;
 use super::stats::{Series, bash_time, now, span};
 use crate::{PodBuilder, wait_for};
 
@@ -21,6 +22,8 @@ const NODE: &str = "c1";
 /// Series of T4.
 #[derive(Debug, Default)]
 pub(super) struct Exec {
+    /// Through the API server, from the request to the status.
+    pub(super) kubernetes: Series,
     /// Over gRPC, from the request to the exit code.
     pub(super) knoc: Series,
     /// `apptainer exec instance://… true` on the compute node.
@@ -46,6 +49,9 @@ pub(super) async fn measure(bed: &Bed, samples: usize) -> anyhow::Result<Exec> {
         let (_, code) = run(bed, &uid, "main", &["true"]).await?;
         anyhow::ensure!(code == 0, "true answered {code}");
         figures.knoc.push(span(began, now()));
+        let began = now();
+        kubernetes::exec(bed, "exec", &["true"]).await?;
+        figures.kubernetes.push(span(began, now()));
         let join = "apptainer --silent exec instance://knoc-bench true";
         figures.instance.push(timed(bed, NODE, join).await?);
         let srun = format!("srun --quiet --overlap --jobid={job} {join}");

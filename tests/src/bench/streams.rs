@@ -1,23 +1,23 @@
-//! Streams: the bytes of a log and of an exec, and the same bytes through bare TLS relays.
+//! Streams: the bytes of a log, an exec, a port-forward and a copy, and the same bytes through bare TLS relays.
 
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use futures::AsyncReadExt as _;
-use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::link::pinned::KeyPair;
 use knoc_proto::pb;
-use kube::api::{Api, LogParams};
 use tempfile::TempDir;
 use tokio::process::Child;
 
 use super::bed::Bed;
-use super::{exec, relay};
+use super::{exec, kubernetes, relay};
 use crate::site::free_port;
 use crate::{PodBuilder, Run, wait_for};
 
 /// Of a pod that writes the bytes.
-const WRITTEN: Duration = Duration::from_mins(3);
+const WRITTEN: Duration = Duration::from_mins(5);
+
+/// Where the pod serves bytes; nobody else of the node does.
+const PORT: u16 = 19_099;
 
 /// One stream, each series in megabytes a second.
 #[derive(Debug, Default)]
@@ -26,54 +26,91 @@ pub(super) struct Stream {
     /// TLS connections that a byte passes.
     pub(super) hops: usize,
     pub(super) bytes: u64,
+    /// What the rate must be of the floor's, where a bound stands.
+    pub(super) share: Option<f64>,
     pub(super) knoc: super::Series,
     pub(super) floor: super::Series,
 }
 
-/// Which way the bytes come.
+/// How much is measured.
 #[derive(Debug, Clone, Copy)]
+pub(super) struct Sizes {
+    /// Of each stream but the large ones, which are measured once.
+    pub(super) rounds: usize,
+    /// Of each stream, in whole lines of 80.
+    pub(super) bytes: u64,
+    /// Of the large log and the copies.
+    pub(super) large: u64,
+}
+
+/// Which way the bytes come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     /// `kubectl logs`' own: API server, kubelet, agent.
     LogsByKubernetes,
+    /// `kubectl exec`'s own: API server, kubelet, agent, shim.
+    ExecByKubernetes,
+    /// `kubectl port-forward`'s own: the same.
+    ForwardByKubernetes,
+    /// `kubectl cp` from the pod: the same.
+    CopyDown,
+    /// And to it.
+    CopyUp,
     /// `ReadLogs` of the agent.
     LogsByAgent,
     /// `Exec` of the agent, relayed from the shim.
     ExecByAgent,
 }
 
+/// Of the floor, through the API server (issue and design).
+const SHARE: Option<f64> = Some(0.7);
+
+const STREAMS: [(&str, usize, Way, Option<f64>); 5] = [
+    (
+        "log through the API server",
+        3,
+        Way::LogsByKubernetes,
+        SHARE,
+    ),
+    (
+        "exec through the API server",
+        4,
+        Way::ExecByKubernetes,
+        SHARE,
+    ),
+    (
+        "port-forward through the API server",
+        4,
+        Way::ForwardByKubernetes,
+        SHARE,
+    ),
+    ("log through the agent", 1, Way::LogsByAgent, None),
+    ("exec through the agent", 2, Way::ExecByAgent, None),
+];
+
+const LARGE: [(&str, usize, Way, Option<f64>); 3] = [
+    (
+        "large log through the API server",
+        3,
+        Way::LogsByKubernetes,
+        SHARE,
+    ),
+    ("kubectl cp from the pod", 4, Way::CopyDown, SHARE),
+    ("kubectl cp to the pod", 4, Way::CopyUp, SHARE),
+];
+
 /// Alternates each stream with its floor.
-pub(super) async fn measure(bed: &Bed, rounds: usize, bytes: u64) -> anyhow::Result<Vec<Stream>> {
-    // Lines of 80 bytes, and whole ones only: what has no end is held back until it has one.
-    let line = "x".repeat(79);
-    let script = format!("yes {line} | head -c {bytes}");
-    let pod = PodBuilder::new("stream")
-        .image(&Bed::image_path())
-        .sh(&format!("{script}; sleep 3600"));
-    let uid = bed.world.create(&pod).await?;
-    bed.world.wait_phase("stream", "Running", WRITTEN).await?;
-    let whole = || exec::run(bed, &uid, "main", &["true"]);
-    wait_for("exec works", WRITTEN, async || {
-        whole().await.map_err(|error| format!("{error:#}"))
-    })
-    .await?;
-    wait_for("the log is whole", WRITTEN, async || {
-        match logs(bed, &uid).await {
-            Ok(read) if read == bytes => Ok(()),
-            Ok(read) => Err(format!("{read} of {bytes} bytes")),
-            Err(error) => Err(format!("{error:#}")),
-        }
-    })
-    .await?;
+pub(super) async fn measure(bed: &Bed, sizes: Sizes) -> anyhow::Result<Vec<Stream>> {
+    let uid = talker(bed, sizes).await?;
     let mut streams = Vec::new();
-    for (name, hops, way) in [
-        ("log through the API server", 3, Way::LogsByKubernetes),
-        ("log through the agent", 1, Way::LogsByAgent),
-        ("exec through the agent", 2, Way::ExecByAgent),
-    ] {
+    let small = STREAMS.map(|stream| (stream, sizes.bytes, sizes.rounds));
+    let large = LARGE.map(|stream| (stream, sizes.large, 1));
+    for ((name, hops, way, share), bytes, rounds) in small.into_iter().chain(large) {
         let mut stream = Stream {
             name,
             hops,
             bytes,
+            share,
             ..Stream::default()
         };
         stream
@@ -87,6 +124,45 @@ pub(super) async fn measure(bed: &Bed, rounds: usize, bytes: u64) -> anyhow::Res
     Ok(streams)
 }
 
+/// A pod that has written the large log and a large file, and serves bytes on its port. Answers its UID.
+async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
+    let Sizes { bytes, large, .. } = sizes;
+    // Lines of 80 bytes, and whole ones only: what has no end is held back until it has one.
+    let line = "x".repeat(79);
+    let script = format!(
+        "nc -ll -p {PORT} -e head -c {bytes} /dev/zero & head -c {large} /dev/zero >/data/down; \
+         yes {line} | head -c {large}; wait"
+    );
+    let pod = PodBuilder::new("stream")
+        .image(&Bed::image_path())
+        .memory("512Mi")
+        .set(
+            "volumeMounts",
+            serde_json::json!([{"name": "data", "mountPath": "/data"}]),
+        )
+        .spec(
+            "volumes",
+            serde_json::json!([{"name": "data", "emptyDir": {}}]),
+        )
+        .sh(&script);
+    let uid = bed.world.create(&pod).await?;
+    bed.world.wait_phase("stream", "Running", WRITTEN).await?;
+    let whole = || exec::run(bed, &uid, "main", &["true"]);
+    wait_for("exec works", WRITTEN, async || {
+        whole().await.map_err(|error| format!("{error:#}"))
+    })
+    .await?;
+    wait_for("the log is whole", WRITTEN, async || {
+        match logs(bed, &uid, large).await {
+            Ok(read) if read == large => Ok(()),
+            Ok(read) => Err(format!("{read} of {large} bytes")),
+            Err(error) => Err(format!("{error:#}")),
+        }
+    })
+    .await?;
+    Ok(uid)
+}
+
 impl Stream {
     async fn alternate(
         &mut self,
@@ -97,11 +173,24 @@ impl Stream {
     ) -> anyhow::Result<()> {
         let bytes = self.bytes;
         let relays = Relays::start(self.hops, bytes).await?;
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("file");
+        if way == Way::CopyUp {
+            std::fs::File::create(&file)?.set_len(bytes)?;
+        }
+        let path = file.display().to_string();
         for _ in 0..rounds {
             let began = Instant::now();
             let read = match way {
-                Way::LogsByKubernetes => logs_by_kubernetes(bed).await?,
-                Way::LogsByAgent => logs(bed, uid).await?,
+                Way::LogsByKubernetes => kubernetes::logs(bed, "stream", bytes).await?,
+                Way::ExecByKubernetes => {
+                    let count = bytes.to_string();
+                    kubernetes::exec(bed, "stream", &["head", "-c", &count, "/dev/zero"]).await?
+                }
+                Way::ForwardByKubernetes => kubernetes::forward(bed, "stream", PORT).await?,
+                Way::CopyDown => kubernetes::copy(bed, "stream:/data/down", &path, &file).await?,
+                Way::CopyUp => kubernetes::copy(bed, &path, "stream:/data/up", &file).await?,
+                Way::LogsByAgent => logs(bed, uid, bytes).await?,
                 Way::ExecByAgent => {
                     let count = bytes.to_string();
                     exec::run(bed, uid, "main", &["head", "-c", &count, "/dev/zero"])
@@ -122,24 +211,13 @@ impl Stream {
     }
 }
 
-async fn logs_by_kubernetes(bed: &Bed) -> anyhow::Result<u64> {
-    let pods: Api<Pod> = bed.world.api();
-    let mut stream = pods.log_stream("stream", &LogParams::default()).await?;
-    let mut buffer = vec![0; 64 << 10];
-    let mut bytes = 0;
-    loop {
-        match stream.read(&mut buffer).await? {
-            0 => return Ok(bytes),
-            read => bytes += u64::try_from(read)?,
-        }
-    }
-}
-
-async fn logs(bed: &Bed, uid: &str) -> anyhow::Result<u64> {
+/// Reads so many bytes of the log from the agent.
+async fn logs(bed: &Bed, uid: &str, bytes: u64) -> anyhow::Result<u64> {
     let request = pb::ReadLogsRequest {
         uid: uid.to_owned(),
         container: "main".to_owned(),
         tail_lines: -1,
+        limit_bytes: i64::try_from(bytes)?,
         ..pb::ReadLogsRequest::default()
     };
     let mut chunks = bed.agent.clone().read_logs(request).await?.into_inner();

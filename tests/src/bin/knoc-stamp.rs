@@ -1,5 +1,5 @@
-//! The container's program in the benchmarks: `knoc-stamp [MILLISECONDS]` prints the real-time clock
-//! in nanoseconds as its first act, sleeps, and prints it again as its last line. Standard library
+//! The container's program in the benchmarks: `knoc-stamp [MILLISECONDS [TIMES]]` prints the real-time clock
+//! in nanoseconds as its first act, sleeps so often (once unless told), and prints it again after each. Standard library
 //! only: the benchmark compiles this one file for musl and puts it into an image.
 
 use std::io::Write;
@@ -7,10 +7,18 @@ use std::time::{Duration, SystemTime};
 
 fn main() -> std::io::Result<()> {
     stamp("start")?;
-    let milliseconds = std::env::args().nth(1).and_then(|text| text.parse().ok());
-    #[expect(clippy::disallowed_methods, reason = "a program without a runtime")]
-    std::thread::sleep(Duration::from_millis(milliseconds.unwrap_or(0)));
-    stamp("end")
+    let number = |at| {
+        std::env::args()
+            .nth(at)
+            .and_then(|text| text.parse::<u64>().ok())
+    };
+    let (milliseconds, times) = (number(1).unwrap_or(0), number(2).unwrap_or(1));
+    for left in (0..times).rev() {
+        #[expect(clippy::disallowed_methods, reason = "a program without a runtime")]
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        stamp(if left == 0 { "end" } else { "tick" })?;
+    }
+    Ok(())
 }
 
 #[expect(
