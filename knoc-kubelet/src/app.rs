@@ -1,10 +1,11 @@
 //! Composition root: [`App::build`] makes everything, [`App::run`] owns all tasks, drains and joins them.
 //!
-//! Order at start: configuration, API server, leadership, port, node, then the watches. Order at the end: the controller stops
+//! Order at start: configuration, API server, leadership, our own certificates, port, node, then the watches. Order at the end: the controller stops
 //! taking work and finishes what is under way, Events are written out, the Lease is let go. The Node object and all jobs stay.
 
 mod backend;
 mod build;
+mod certificates;
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::{Agent, Link, watch::AgentWatch},
+    certs::StartError,
     config::Config,
     leader::{Leader, LeaderError},
     metrics::Metrics,
@@ -53,6 +55,15 @@ pub enum RunError {
         /// The node.
         node: String,
     },
+    /// Our own certificates.
+    #[error("start the {purpose} certificate")]
+    Certificate {
+        /// What it is for.
+        purpose: &'static str,
+        /// Why not.
+        #[source]
+        source: StartError,
+    },
     /// The kubelet API.
     #[error("serve the kubelet API")]
     Server {
@@ -73,7 +84,11 @@ pub enum RunError {
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct App {
     config: Config,
-    client: Client,
+    kube_config: kube::Config,
+    /// Speaks as the ServiceAccount.
+    account: Client,
+    /// Asks for the first client certificate of the node's identity; none: the identity is the ServiceAccount's.
+    bootstrap: Option<Client>,
     agent: Agent,
     namespace: String,
     identity: String,
@@ -92,7 +107,7 @@ impl App {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), RunError> {
         let name = self.config.node.name.clone();
         let lead = Leader::acquire(
-            self.client.clone(),
+            self.account.clone(),
             &self.namespace,
             &name,
             &self.identity,
@@ -113,17 +128,20 @@ impl App {
         let inner = shutdown.child_token();
         let deposed = CancellationToken::new();
         let mut tasks = JoinSet::new();
-        let started = self.start(&mut tasks, &inner, &deposed).await;
-        let ended = if started.is_ok() {
-            tokio::select! {
-                biased;
-                kept = leader.keep(&shutdown) => {
-                    kept.map_err(|source| RunError::Leader { node: name, source })
-                }
-                () = deposed.cancelled() => Err(RunError::Deposed { node: name }),
+        // The start may wait for days, for an approval: we lead meanwhile.
+        let start = Box::pin(async {
+            match self.start(&mut tasks, &inner, &deposed).await {
+                Ok(()) => std::future::pending().await,
+                Err(error) => error,
             }
-        } else {
-            started
+        });
+        let ended = tokio::select! {
+            biased;
+            kept = leader.keep(&shutdown) => {
+                kept.map_err(|source| RunError::Leader { node: name, source })
+            }
+            () = deposed.cancelled() => Err(RunError::Deposed { node: name }),
+            error = start => Err(error),
         };
         inner.cancel();
         drain(tasks).await;
@@ -148,13 +166,16 @@ impl App {
         let (capacity_to, capacity) = watch::channel(None);
         let (orphans_to, orphans) = watch::channel(0);
         let (listed_to, listed) = watch::channel(false);
-        let (events, notes) = Events::channel();
+        let events = self.record(tasks, shutdown);
+        let own = self.certificates(tasks, shutdown, &events).await?;
+        let client = own.clients.node.clone();
         let queue = Queue::default();
         let services = Services::default();
         let pulse = Pulse::default();
         let metrics = Metrics::default();
         let context = Arc::new(Context {
-            client: self.client.clone(),
+            client: client.clone(),
+            node: self.config.node.name.clone(),
             agent: self.agent.clone(),
             store: self.store.clone(),
             queue: queue.clone(),
@@ -181,10 +202,11 @@ impl App {
             stats: Stats::new(self.agent.clone(), self.store.clone()),
             config: self.config.effective.clone(),
         };
-        let port = self.serve(tasks, shutdown, backend).await?;
+        let port = self.serve(tasks, shutdown, &own, backend).await?;
         let node = NodeTask::new(
-            self.client.clone(),
+            own.clients,
             self.node_identity(port),
+            own.health,
             link,
             capacity,
             orphans,
@@ -193,7 +215,6 @@ impl App {
             .register()
             .await
             .map_err(|source| RunError::Node { source })?;
-        let recorder = Recorder::new(self.client.clone(), &self.config.node.name);
         let agent_watch = AgentWatch::new(
             self.agent.clone(),
             self.store.clone(),
@@ -202,14 +223,13 @@ impl App {
             capacity_to,
         );
         let pod_watch = PodWatch::new(self.store.clone(), queue, listed_to);
-        let (client, name) = (self.client.clone(), self.config.node.name.clone());
+        let name = self.config.node.name.clone();
         let token = || shutdown.clone();
         tasks.spawn(node::lease::run(client.clone(), registered, token()));
         tasks.spawn(node.run(token()));
         tasks.spawn(services.run(client.clone(), token()));
         tasks.spawn(agent_watch.run(token()));
         tasks.spawn(watch_orphans(context.clone(), orphans_to, token()));
-        tasks.spawn(recorder.run(notes, token()));
         tasks.spawn(Controller::new(context).run(token()));
         let stop = token();
         tasks.spawn(async move { pod_watch.run(client, &name, stop).await });
@@ -229,18 +249,24 @@ impl App {
         }
     }
 
-    /// Binds and serves the kubelet API; returns its port. Without a certificate it is not served.
+    /// Starts the task that writes Events, as the account: the first may come before there is a node to speak as.
+    fn record(&self, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) -> Events {
+        let (events, notes) = Events::channel();
+        let recorder = Recorder::new(self.account.clone(), &self.config.node.name);
+        tasks.spawn(recorder.run(notes, shutdown.clone()));
+        events
+    }
+
+    /// Binds and serves the kubelet API; returns its port.
     async fn serve(
         &self,
         tasks: &mut JoinSet<()>,
         shutdown: &CancellationToken,
+        own: &certificates::Own,
         backend: backend::KubeletBackend,
     ) -> Result<u16, RunError> {
-        let Some(settings) = build::server_settings(&self.config) else {
-            tracing::warn!("server.cert and server.key are not set: the kubelet API is not served");
-            return Ok(self.config.server.listen.port());
-        };
-        let cluster = Arc::new(crate::server::KubeCluster::new(self.client.clone()));
+        let cluster = Arc::new(crate::server::KubeCluster::new(own.clients.clone()));
+        let settings = build::server_settings(&self.config, own.serving.clone());
         let server = Server::bind(settings, Arc::new(backend), cluster)
             .await
             .map_err(|source| RunError::Server { source })?;

@@ -4,154 +4,15 @@
 //! are named at once, each with its place (file and line, or variable) and the values allowed, before
 //! anything starts. The environment goes before the file.
 
+mod settings;
 mod source;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr};
 
 use serde_json::{Map, Value};
 
+pub use settings::{SETTINGS, Setting};
 pub use source::{Environment, Found, Origin, Source, YamlFile};
-
-/// One setting.
-#[derive(Debug)]
-pub struct Setting {
-    /// The path in the YAML file.
-    pub key: &'static str,
-    /// The environment variable.
-    pub variable: &'static str,
-    /// The default, in words where it is computed; empty where there is none.
-    pub default: &'static str,
-    /// What it is and which values it takes.
-    pub help: &'static str,
-}
-
-const fn setting(
-    key: &'static str,
-    variable: &'static str,
-    default: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting {
-        key,
-        variable,
-        default,
-        help,
-    }
-}
-
-/// Every setting there is.
-pub const SETTINGS: &[Setting] = &[
-    setting(
-        "agent.address",
-        "KNOC_AGENT_ADDRESS",
-        "",
-        "the agent: `host:port`, `tcp:host:port` or `unix:/path`",
-    ),
-    setting(
-        "agent.ca",
-        "KNOC_AGENT_CA",
-        "",
-        "PEM file: the CA of the link's certificates",
-    ),
-    setting(
-        "agent.cert",
-        "KNOC_AGENT_CERT",
-        "",
-        "PEM file: our certificate on the link",
-    ),
-    setting("agent.key", "KNOC_AGENT_KEY", "", "PEM file: its key"),
-    setting(
-        "agent.site",
-        "KNOC_AGENT_SITE",
-        "",
-        "the agent's site name: its certificate must say `spiffe://knoc/agent/<site>`",
-    ),
-    setting(
-        "kubernetes.kubeconfig",
-        "KNOC_KUBERNETES_KUBECONFIG",
-        "in-cluster, else $KUBECONFIG",
-        "path of a kubeconfig",
-    ),
-    setting(
-        "kubernetes.namespace",
-        "KNOC_KUBERNETES_NAMESPACE",
-        "the pod's own, else default",
-        "namespace of the leadership Lease",
-    ),
-    setting(
-        "kubernetes.identity",
-        "KNOC_KUBERNETES_IDENTITY",
-        "the host name",
-        "holder of the leadership Lease",
-    ),
-    setting("log.format", "KNOC_LOG_FORMAT", "text", "`text` or `json`"),
-    setting(
-        "log.level",
-        "KNOC_LOG_LEVEL",
-        "info",
-        "a tracing filter, such as `info` or `knoc_kubelet=debug,info`",
-    ),
-    setting(
-        "node.internalIP",
-        "KNOC_NODE_INTERNAL_IP",
-        "the address towards the API server",
-        "where the API server reaches our port",
-    ),
-    setting(
-        "node.labels",
-        "KNOC_NODE_LABELS",
-        "",
-        "further labels: a map, or `a=b,c=d`",
-    ),
-    setting(
-        "node.name",
-        "KNOC_NODE_NAME",
-        "knoc-<site>",
-        "name of the virtual node",
-    ),
-    setting(
-        "node.pods",
-        "KNOC_NODE_PODS",
-        "1000",
-        "how many pods the node takes, 1 to 100000",
-    ),
-    setting(
-        "node.queueFactor",
-        "KNOC_NODE_QUEUE_FACTOR",
-        "10",
-        "allocatable = total × this, 1 to 10000: Slurm owns the queue",
-    ),
-    setting(
-        "node.taint",
-        "KNOC_NODE_TAINT",
-        "true",
-        "`true` or `false`: the taint virtual-kubelet.io/provider=knoc:NoSchedule",
-    ),
-    setting(
-        "server.cert",
-        "KNOC_SERVER_CERT",
-        "",
-        "PEM file: the serving certificate of the kubelet API",
-    ),
-    setting(
-        "server.clientCA",
-        "KNOC_SERVER_CLIENT_CA",
-        "ConfigMap kube-system/extension-apiserver-authentication",
-        "PEM file: the CA of client certificates",
-    ),
-    setting(
-        "server.key",
-        "KNOC_SERVER_KEY",
-        "",
-        "PEM file: the key of the serving certificate",
-    ),
-    setting(
-        "server.listen",
-        "KNOC_SERVER_LISTEN",
-        "0.0.0.0:10250",
-        "address and port of the kubelet API",
-    ),
-];
 
 /// One mistake in the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -173,6 +34,10 @@ pub struct InvalidConfig(pub Vec<Problem>);
 pub struct Config {
     /// The agent and the link to it.
     pub agent: AgentConfig,
+    /// Who we are towards the API server.
+    pub identity: IdentityConfig,
+    /// Where our own keys lie.
+    pub keys: KeysConfig,
     /// How to reach the API server, and who we are in the leadership Lease.
     pub kubernetes: KubernetesConfig,
     /// Logging.
@@ -205,6 +70,38 @@ pub struct CredentialFiles {
     pub cert: PathBuf,
     /// Our key.
     pub key: PathBuf,
+}
+
+/// Who we are towards the API server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum IdentityConfig {
+    /// The user of the kubeconfig: a ServiceAccount.
+    ServiceAccount,
+    /// `system:node:NAME`; what a node may not do, the ServiceAccount does.
+    Node {
+        /// Asks for the first client certificate; none: the ServiceAccount.
+        bootstrap: Option<PathBuf>,
+    },
+}
+
+/// Where the kubelet's own keys and certificates lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeysConfig {
+    /// A Secret of the kubelet's namespace.
+    Secret(String),
+    /// A folder.
+    Folder(PathBuf),
+}
+
+/// Where the serving certificate is from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServingConfig {
+    /// PEM files: certificate and key.
+    Files(PathBuf, PathBuf),
+    /// It vouches for itself.
+    SelfSigned,
+    /// The cluster's signer `kubernetes.io/kubelet-serving`.
+    Csr,
 }
 
 /// How to reach the API server.
@@ -249,8 +146,8 @@ pub struct NodeConfig {
 pub struct ServerConfig {
     /// Where it listens.
     pub listen: SocketAddr,
-    /// Serving certificate and key; none: the API is not served, and the node says so.
-    pub cert: Option<(PathBuf, PathBuf)>,
+    /// The serving certificate.
+    pub serving: ServingConfig,
     /// CA file of client certificates; none: the ConfigMap of the cluster.
     pub client_ca: Option<PathBuf>,
 }
@@ -292,8 +189,12 @@ impl Reader<'_> {
         let level = self.text("log.level").unwrap_or_else(|| "info".to_owned());
         let node = self.node(agent.as_ref().and_then(|agent| agent.site.as_deref()));
         let server = self.server();
+        let identity = self.identity();
+        let keys = self.keys(node.as_ref().map_or("", |node| node.name.as_str()));
         Some(Config {
             agent: agent?,
+            identity,
+            keys,
             kubernetes,
             log: LogConfig { json, level },
             node: node?,
@@ -376,20 +277,70 @@ impl Reader<'_> {
             }
             Some(text) => self.parsed("server.listen", &text, "address:port"),
         };
-        let cert = match (self.path("server.cert"), self.path("server.key")) {
-            (Some(cert), Some(key)) => Some((cert, key)),
-            (None, None) => None,
-            _ => {
-                self.missing("server.cert and server.key", "both or neither");
-                None
-            }
-        };
+        let serving = self.serving();
         let client_ca = self.path("server.clientCA");
         Some(ServerConfig {
             listen: listen?,
-            cert,
+            serving: serving?,
             client_ca,
         })
+    }
+
+    fn serving(&mut self) -> Option<ServingConfig> {
+        let files = (self.path("server.cert"), self.path("server.key"));
+        let source = self.one_of("server.certificate", &["self-signed", "csr", "files"]);
+        match (source.as_deref(), files) {
+            (Some("files") | None, (Some(cert), Some(key))) => {
+                Some(ServingConfig::Files(cert, key))
+            }
+            (Some("csr"), (None, None)) => Some(ServingConfig::Csr),
+            (Some("self-signed") | None, (None, None)) => Some(ServingConfig::SelfSigned),
+            (Some("files"), (None, None)) => {
+                self.missing(
+                    "server.cert and server.key",
+                    "server.certificate is `files`",
+                );
+                None
+            }
+            (_, (Some(_), Some(_))) => {
+                let allowed = "`files`, which server.cert and server.key belong to";
+                self.wrong("server.certificate", &source.unwrap_or_default(), allowed);
+                None
+            }
+            (_, (Some(_), None) | (None, Some(_))) => {
+                self.missing("server.cert and server.key", "both or neither");
+                None
+            }
+            (Some(_), (None, None)) => None,
+        }
+    }
+
+    fn identity(&mut self) -> IdentityConfig {
+        let bootstrap = self.path("identity.bootstrapKubeconfig");
+        let kind = self.one_of("identity.kind", &["serviceaccount", "node"]);
+        if kind.as_deref() == Some("node") {
+            return IdentityConfig::Node { bootstrap };
+        }
+        if let Some(path) = bootstrap {
+            let allowed = "of any use unless identity.kind is `node`";
+            let path = path.display().to_string();
+            self.wrong("identity.bootstrapKubeconfig", &path, allowed);
+        }
+        IdentityConfig::ServiceAccount
+    }
+
+    fn keys(&mut self, node: &str) -> KeysConfig {
+        let secret = self.text("keys.secret");
+        match (self.path("keys.folder"), secret) {
+            (Some(folder), Some(_)) => {
+                let text = folder.display().to_string();
+                self.wrong("keys.folder", &text, "possible together with keys.secret");
+                KeysConfig::Folder(folder)
+            }
+            (Some(folder), None) => KeysConfig::Folder(folder),
+            (None, Some(secret)) => KeysConfig::Secret(secret),
+            (None, None) => KeysConfig::Secret(format!("knoc-kubelet-{node}-keys")),
+        }
     }
 
     fn labels(&mut self) -> BTreeMap<String, String> {

@@ -16,12 +16,14 @@
 //!
 //! `app` is the composition root: it owns every task and joins it. Policy stands in pure modules
 //! (`pods::{decide, verdict, translate, status}`, `node::status`); the tasks around them only carry
-//! it out. Nothing is kept on disk: after a restart both first lists say all there is to know.
+//! it out. `certs` has one task for each certificate of ours, `identity` the clients that follow from them. Nothing is kept on disk: after a restart both first lists say all there is to know.
 #![forbid(unsafe_code)]
 
 pub mod agent;
 pub mod app;
+pub mod certs;
 pub mod config;
+pub mod identity;
 pub mod knocctl;
 pub mod leader;
 pub mod metrics;

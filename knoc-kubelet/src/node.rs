@@ -12,14 +12,18 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Taint};
 use knoc_proto::pb;
 use kube::{
-    Api, Client,
+    Api,
     api::{Patch, PatchParams, PostParams},
 };
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::Link;
+use crate::{
+    agent::Link,
+    certs::{Health, Purpose},
+    identity::Clients,
+};
 use status::Facts;
 
 /// Between computations of the status.
@@ -76,10 +80,16 @@ pub struct Identity {
     pub taint: bool,
 }
 
+/// How our own certificates do.
+pub type Certificates = Vec<(Purpose, watch::Receiver<Health>)>;
+
 /// The task's own state.
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct NodeTask {
     api: Api<Node>,
+    /// Changes taints, which a node may not once its object is there.
+    account: Api<Node>,
+    certificates: Certificates,
     identity: Identity,
     link: watch::Receiver<Link>,
     capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
@@ -91,14 +101,17 @@ impl NodeTask {
     /// A task for this node.
     #[must_use]
     pub fn new(
-        client: Client,
+        clients: Clients,
         identity: Identity,
+        certificates: Certificates,
         link: watch::Receiver<Link>,
         capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
         orphans: watch::Receiver<usize>,
     ) -> Self {
         Self {
-            api: Api::all(client),
+            api: Api::all(clients.node),
+            account: Api::all(clients.account),
+            certificates,
             identity,
             link,
             capacity,
@@ -115,7 +128,7 @@ impl NodeTask {
             .await?;
         if found.is_some() {
             let patch = json!({"metadata": {"labels": labels}});
-            return self.patch(&patch).await;
+            return self.patch(&self.api, &patch).await;
         }
         let taints: Vec<Taint> = self.provider_taint().into_iter().collect();
         let node = json!({
@@ -164,11 +177,17 @@ impl NodeTask {
         self.taint(&node, link.down_for() >= TAINT_AFTER).await?;
         let capacity = self.capacity.borrow().clone();
         let orphans = *self.orphans.borrow();
+        let certificates: Vec<_> = self
+            .certificates
+            .iter()
+            .map(|(purpose, health)| (*purpose, health.borrow().clone()))
+            .collect();
         let facts = Facts {
             identity: &self.identity,
             link: &link,
             capacity: capacity.as_deref(),
             orphans,
+            certificates: &certificates,
             previous: node.status.as_ref(),
             now: Timestamp::now(),
         };
@@ -220,7 +239,7 @@ impl NodeTask {
         }
         let version = &node.metadata.resource_version;
         let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": taints}});
-        self.patch(&patch).await.map(drop)
+        self.patch(&self.account, &patch).await.map(drop)
     }
 
     fn provider_taint(&self) -> Option<Taint> {
@@ -232,14 +251,11 @@ impl NodeTask {
         })
     }
 
-    async fn patch(&self, patch: &Value) -> Result<Node, NodeError> {
+    async fn patch(&self, api: &Api<Node>, patch: &Value) -> Result<Node, NodeError> {
         let params = PatchParams::default();
         let patch = Patch::Merge(patch);
-        self.within(
-            "patch",
-            self.api.patch(&self.identity.name, &params, &patch),
-        )
-        .await
+        let write = api.patch(&self.identity.name, &params, &patch);
+        self.within("patch", write).await
     }
 
     async fn within<T>(

@@ -41,6 +41,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
 use crate::stats::Snapshot;
 
@@ -61,13 +62,18 @@ pub struct Settings {
     pub client_ca: ClientCa,
 }
 
-/// The serving certificate: PEM files, re-read when they change.
+/// The serving certificate.
 #[derive(Debug, Clone)]
-pub struct Serving {
-    /// Certificate chain, the server's own first.
-    pub certificate: PathBuf,
-    /// Its private key.
-    pub key: PathBuf,
+pub enum Serving {
+    /// PEM files, re-read when they change.
+    Files {
+        /// Certificate chain, the server's own first.
+        certificate: PathBuf,
+        /// Its private key.
+        key: PathBuf,
+    },
+    /// The newest that the kubelet made or was issued.
+    Own(Pairs),
 }
 
 /// The CA that client certificates must come from.

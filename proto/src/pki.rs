@@ -89,7 +89,8 @@ impl Validity {
         }
     }
 
-    fn apply(self, params: &mut CertificateParams) -> Result<(), PkiError> {
+    /// Writes both dates into what rcgen is about to sign.
+    pub fn apply(self, params: &mut CertificateParams) -> Result<(), PkiError> {
         let seconds = |at: Timestamp| {
             u64::try_from(at.as_second())
                 .map(Duration::from_secs)

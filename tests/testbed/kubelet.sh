@@ -1,11 +1,14 @@
 #!/bin/bash
 # The kubelet of the full stack, on the host, as the ServiceAccount of the chart: kubelet.sh up | down | kill (-9) | running
+# KNOC_IDENTITY=node: as system:node:NAME, the first certificate approved here; KNOC_SERVING=csr: with a serving certificate of the cluster's signer.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 pidfile=$run/kubelet.pid
 state=$run/kubelet
 [ "$KUBE_VERSION" = 1.36 ] || state=$state-$KUBE_VERSION # certificates and tokens are of one control plane
 address=127.0.0.1
+identity=${KNOC_IDENTITY:-serviceaccount}
+serving=${KNOC_SERVING:-files}
 
 # The bundle that the agent's `init` made goes into the cluster, and out of it again as the chart would mount it.
 install_chart() {
@@ -14,7 +17,7 @@ install_chart() {
     kubectl apply -n $namespace -f "$agent_home_here/.config/knoc/kubelet-bundle.yaml" >/dev/null
     # Its own pod can run on no node here: no --wait.
     helm upgrade --install knoc "$repository/deploy/chart/knoc" --namespace $namespace --set agent.address="$agent_address" \
-        --set agent.site=$site >"$log/helm.log" 2>&1 || { cat "$log/helm.log" >&2; die "helm could not install the chart"; }
+        --set agent.site=$site --set identity.kind="$identity" --set server.certificate="$serving" >"$log/helm.log" 2>&1 || { cat "$log/helm.log" >&2; die "helm could not install the chart"; }
     mkdir -p "$state"
     for part in ca.crt tls.crt tls.key; do
         kubectl get secret knoc-agent -n $namespace -o json | jq -r ".data[\"$part\"]" | base64 -d >"$state/agent-$part"
@@ -52,16 +55,30 @@ up() {
         stop "$pidfile"
     fi
     install_chart
-    serving_certificate
     kubeconfig
+    local source=(KNOC_SERVER_CERTIFICATE="$serving")
+    if [ "$serving" = files ]; then
+        serving_certificate
+        source+=(KNOC_SERVER_CERT="$state/serving.crt" KNOC_SERVER_KEY="$state/serving.key")
+    fi
     start "$pidfile" "$log/kubelet.log" env -i PATH="$PATH" HOME="$state" ${KNOC_CRASH_AT:+KNOC_CRASH_AT="$KNOC_CRASH_AT"} \
         KNOC_AGENT_ADDRESS="$agent_address" KNOC_AGENT_SITE=$site \
         KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
         KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
         KNOC_NODE_NAME=$node KNOC_NODE_INTERNAL_IP=$address \
-        KNOC_SERVER_CERT="$state/serving.crt" KNOC_SERVER_KEY="$state/serving.key" KNOC_SERVER_CLIENT_CA="$KUBE_PREFIX/run/ca.crt" \
+        KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys "${source[@]}" KNOC_SERVER_CLIENT_CA="$KUBE_PREFIX/run/ca.crt" \
         "$KNOC_BIN/knoc-kubelet"
+    [ "$identity" = serviceaccount ] || wait_for 30 "a client certificate for the node" approved client
+    [ "$serving" != csr ] || wait_for 30 "a serving certificate for the node" approved serving
     wait_for 30 "the node $node Ready" ready || { tail -20 "$log/kubelet.log" >&2; exit 1; }
+}
+# What the kubelet's Event tells an operator to type; nothing to do where an approved certificate is in the Secret already.
+approved() { # approved client|serving
+    local request
+    kubectl get secret knoc-kubelet-keys -n $namespace -o json | jq -e ".data[\"$1.pem\"] and (.data[\"$1-next.pem\"] | not)" >/dev/null && return
+    request=$(kubectl get csr -o json | jq -r ".items[] | select(.metadata.name | startswith(\"knoc-$1-$node-\")) | select(.status.conditions | not) | .metadata.name")
+    [ -z "$request" ] || kubectl certificate approve $request
+    return 1
 }
 ready() {
     alive "$pidfile" || { say "the kubelet has ended:"; tail -n 20 "$log/kubelet.log" >&2; exit 1; }

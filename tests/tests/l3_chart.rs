@@ -32,6 +32,9 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
         ("server.port=80", "/server/port"),
         ("log.format=xml", "'text', 'json'"),
         ("image.digest=md5:1", "/image/digest"),
+        ("server.certificate=acme", "'self-signed', 'csr', 'files'"),
+        ("identity.kind=root", "'serviceaccount', 'node'"),
+        ("identity.approve=1", "/identity/approve"),
     ];
     for (mistake, named) in cases {
         let output = helm(["template", "x", "--kube-version", "1.36.0"])

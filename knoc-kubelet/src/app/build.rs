@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket},
+    path::Path,
     time::Duration,
 };
 
@@ -15,7 +16,8 @@ use kube::{
 use super::App;
 use crate::{
     agent::Agent,
-    config::{AgentConfig, Config},
+    certs::{Keep, Pairs},
+    config::{AgentConfig, Config, IdentityConfig, KeysConfig, ServingConfig},
     pods::Store,
     server::{ClientCa, Serving, Settings},
 };
@@ -75,7 +77,7 @@ pub enum BuildError {
 impl App {
     /// Reads all files, asks the API server who it is, prepares the link. Connects to no agent yet.
     pub async fn build(config: Config) -> Result<Self, BuildError> {
-        let kube_config = kube_config(&config).await?;
+        let kube_config = kube_config(config.kubernetes.kubeconfig.as_deref()).await?;
         let server = kube_config.cluster_url.to_string();
         let default_namespace = kube_config.default_namespace.clone();
         let internal_ip = config
@@ -83,10 +85,15 @@ impl App {
             .internal_ip
             .or_else(|| our_address(kube_config.cluster_url.host()?, &server))
             .unwrap_or(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
-        let client = Client::try_from(kube_config).map_err(|source| BuildError::Kubeconfig {
-            source: source.into(),
-        })?;
-        let cluster_id = cluster_id(&client, &server).await?;
+        let account = client(kube_config.clone())?;
+        let bootstrap = match &config.identity {
+            IdentityConfig::Node {
+                bootstrap: Some(path),
+            } => Some(client(self::kube_config(Some(path)).await?)?),
+            IdentityConfig::Node { bootstrap: None } => Some(account.clone()),
+            IdentityConfig::ServiceAccount => None,
+        };
+        let cluster_id = cluster_id(&account, &server).await?;
         let agent = connect(&config.agent, &cluster_id)?;
         let host = nix::unistd::gethostname()
             .ok()
@@ -101,18 +108,34 @@ impl App {
             identity: identity.unwrap_or_else(|| "knoc-kubelet".to_owned()),
             internal_ip: internal_ip.to_string(),
             store: Store::default(),
-            client,
+            kube_config,
+            account,
+            bootstrap,
             agent,
             config,
         })
     }
+
+    /// Where our own keys lie.
+    pub(super) fn keep(&self) -> Keep {
+        match &self.config.keys {
+            KeysConfig::Folder(folder) => Keep::Folder(folder.clone()),
+            KeysConfig::Secret(name) => Keep::secret(self.account.clone(), &self.namespace, name),
+        }
+    }
 }
 
-async fn kube_config(config: &Config) -> Result<kube::Config, BuildError> {
+fn client(config: kube::Config) -> Result<Client, BuildError> {
+    Client::try_from(config).map_err(|source| BuildError::Kubeconfig {
+        source: source.into(),
+    })
+}
+
+async fn kube_config(path: Option<&Path>) -> Result<kube::Config, BuildError> {
     let kubeconfig = |source: kube::config::KubeconfigError| BuildError::Kubeconfig {
         source: Box::new(source),
     };
-    match &config.kubernetes.kubeconfig {
+    match path {
         Some(path) => {
             let file = Kubeconfig::read_from(path).map_err(kubeconfig)?;
             let options = KubeConfigOptions::default();
@@ -182,16 +205,26 @@ fn our_address(host: &str, server: &str) -> Option<IpAddr> {
     Some(socket.local_addr().ok()?.ip())
 }
 
-pub(super) fn server_settings(config: &Config) -> Option<Settings> {
-    let (certificate, key) = config.server.cert.clone()?;
-    Some(Settings {
+pub(super) fn server_settings(config: &Config, own: Option<Pairs>) -> Settings {
+    let serving = match (&config.server.serving, own) {
+        (_, Some(pairs)) => Serving::Own(pairs),
+        (ServingConfig::Files(certificate, key), None) => Serving::Files {
+            certificate: certificate.clone(),
+            key: key.clone(),
+        },
+        // No certificate of our own was started: a receiver that never has one is an error at start.
+        (ServingConfig::SelfSigned | ServingConfig::Csr, None) => {
+            Serving::Own(tokio::sync::watch::channel(None).1)
+        }
+    };
+    Settings {
         bind: config.server.listen,
         node: config.node.name.clone(),
-        serving: Serving { certificate, key },
+        serving,
         client_ca: config
             .server
             .client_ca
             .clone()
             .map_or(ClientCa::Cluster, ClientCa::File),
-    })
+    }
 }

@@ -78,7 +78,7 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
     for expected in [
         "$KNOC_NODE_NAEM: unknown variable; known: KNOC_AGENT_ADDRESS, ",
         "kubelet.yaml:13: unknown key `node.colour`; known here: internalIP, labels, name, pods, queueFactor, taint",
-        "kubelet.yaml:18: unknown key `extra`; known here: agent, kubernetes, log, node, server",
+        "kubelet.yaml:18: unknown key `extra`; known here: agent, identity, keys, kubernetes, log, node, server",
         "kubelet.yaml:17: log.format: `xml` is not one of: text, json",
         "kubelet.yaml:12: node.queueFactor: `lots` is not a number from 1 to 10000",
     ] {
@@ -100,4 +100,63 @@ fn missing_files_are_named() {
         error.contains("agent.ca, agent.cert and agent.key"),
         "{error}"
     );
+}
+
+#[test]
+fn certificates_have_one_source_and_a_default_without_manual_steps() {
+    let config = load(GOOD, &[]).unwrap();
+    assert_eq!(config.server.serving, ServingConfig::SelfSigned);
+    assert_eq!(config.identity, IdentityConfig::ServiceAccount);
+    let secret = KeysConfig::Secret("knoc-kubelet-knoc-trixie-keys".to_owned());
+    assert_eq!(config.keys, secret);
+    let files = [("KNOC_SERVER_CERT", "/c"), ("KNOC_SERVER_KEY", "/k")];
+    let pair = ServingConfig::Files("/c".into(), "/k".into());
+    assert_eq!(load(GOOD, &files).unwrap().server.serving, pair);
+    let csr = [
+        ("KNOC_SERVER_CERTIFICATE", "csr"),
+        ("KNOC_IDENTITY_KIND", "node"),
+        ("KNOC_IDENTITY_BOOTSTRAP_KUBECONFIG", "/b"),
+        ("KNOC_KEYS_FOLDER", "/f"),
+    ];
+    let config = load(GOOD, &csr).unwrap();
+    assert_eq!(config.server.serving, ServingConfig::Csr);
+    let bootstrap = Some("/b".into());
+    assert_eq!(config.identity, IdentityConfig::Node { bootstrap });
+    assert_eq!(config.keys, KeysConfig::Folder("/f".into()));
+}
+
+#[test]
+fn sources_that_contradict_each_other_are_named() {
+    let cases: [(&[(&str, &str)], &str); 6] = [
+        (
+            &[("KNOC_SERVER_CERTIFICATE", "acme")],
+            "`acme` is not one of: self-signed, csr, files",
+        ),
+        (
+            &[("KNOC_SERVER_CERTIFICATE", "files")],
+            "server.cert and server.key is missing: server.certificate is `files`",
+        ),
+        (&[("KNOC_SERVER_CERT", "/c")], "both or neither"),
+        (
+            &[
+                ("KNOC_SERVER_CERTIFICATE", "csr"),
+                ("KNOC_SERVER_CERT", "/c"),
+                ("KNOC_SERVER_KEY", "/k"),
+            ],
+            "`csr` is not `files`",
+        ),
+        (
+            &[("KNOC_IDENTITY_BOOTSTRAP_KUBECONFIG", "/b")],
+            "unless identity.kind is `node`",
+        ),
+        (
+            &[("KNOC_KEYS_FOLDER", "/f"), ("KNOC_KEYS_SECRET", "s")],
+            "together with keys.secret",
+        ),
+    ];
+    for (variables, expected) in cases {
+        let error = load(GOOD, variables).unwrap_err();
+        assert!(error.contains(expected), "{expected}\nis not in\n{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
 }

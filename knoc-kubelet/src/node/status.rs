@@ -8,7 +8,10 @@ use knoc_proto::pb;
 use serde_json::{Map, Value, json};
 
 use super::Identity;
-use crate::agent::Link;
+use crate::{
+    agent::Link,
+    certs::{Health, Purpose},
+};
 
 /// The kubelet's version as Kubernetes reads it: a release it knows how to talk to, ours as build metadata.
 const KUBELET_VERSION: &str = concat!("v1.36.0+knoc.", env!("CARGO_PKG_VERSION"));
@@ -24,6 +27,8 @@ pub struct Facts<'a> {
     pub capacity: Option<&'a pb::NodeInfo>,
     /// Jobs without a pod that wait for a word of the operator.
     pub orphans: usize,
+    /// How our own certificates do.
+    pub certificates: &'a [(Purpose, Health)],
     /// The status in the API server.
     pub previous: Option<&'a NodeStatus>,
     /// Now.
@@ -198,6 +203,11 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
         agent_connected(facts),
     ];
     list.extend(from_capacity(facts));
+    let certificates = facts.certificates.iter();
+    list.extend(certificates.filter_map(|(purpose, health)| {
+        let (status, reason, message) = health.condition()?;
+        Some((purpose.condition(), status, reason, message))
+    }));
     if facts.orphans > 0 {
         let text = format!(
             "{} jobs have no pod: too many at once, none is ended",
@@ -362,6 +372,7 @@ mod tests {
             link: &link,
             capacity: Some(&capacity),
             orphans: 0,
+            certificates: &[],
             previous: None,
             now: at(100),
         };
@@ -381,6 +392,7 @@ mod tests {
             link: &link,
             capacity: Some(&capacity),
             orphans: 7,
+            certificates: &[],
             previous: None,
             now: at(100),
         };
@@ -403,6 +415,7 @@ mod tests {
             link: &link,
             capacity: None,
             orphans: 0,
+            certificates: &[],
             previous: None,
             now: at(100),
         };

@@ -53,6 +53,8 @@ pub use room::Ledger;
 pub struct Context {
     /// The API server.
     pub client: Client,
+    /// The node's name.
+    pub node: String,
     /// The agent.
     pub agent: Agent,
     /// Both sides.

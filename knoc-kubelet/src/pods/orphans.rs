@@ -1,9 +1,9 @@
 //! Task: jobs whose pod this kubelet process never saw. The slow and careful way to end a job.
 //!
-//! Only for the same cluster id, only after a live GET said 404 or another UID, lasting for [`GUARD`]; and more than
+//! Only for the same cluster id, only after a live list said that no such pod is on our node, lasting for [`GUARD`]; and more than
 //! max(5, 10 %) at once halts: then something is wrong with what we see, not with the jobs.
 //! A record whose job has ended (the leftover of a kubelet that died before `ForgetPod`, or whose pod was deleted while
-//! none was there) has nothing to end: it goes as soon as the GET says so.
+//! none was there) has nothing to end: it goes as soon as the list says so.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,7 +16,7 @@ use knoc_proto::{
     pb::{self, PodPhase},
     reason::ErrorReason,
 };
-use kube::Api;
+use kube::{Api, api::ListParams};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -110,12 +110,21 @@ fn ripe(context: &Context, since: &mut HashMap<Uid, Instant>) -> Vec<Arc<pb::Pod
     strangers
 }
 
-/// Does the API server itself say that there is no such pod?
+/// Does the API server itself say that there is no such pod on this node?
+///
+/// A list of one: a node may list its own pods, but not get one that is none, so a GET would say 403 where 404 is meant. As
+/// current as a GET, since no resource version is named.
 async fn is_gone(context: &Context, observed: &pb::PodObserved) -> bool {
     let api: Api<Pod> = Api::namespaced(context.client.clone(), &observed.namespace);
-    match tokio::time::timeout(DEADLINE, api.get_opt(&observed.name)).await {
-        Ok(Ok(None)) => true,
-        Ok(Ok(Some(pod))) => pod.metadata.uid.as_deref() != Some(observed.uid.as_str()),
+    let fields = format!(
+        "metadata.name={},spec.nodeName={}",
+        observed.name, context.node
+    );
+    let params = ListParams::default().fields(&fields);
+    match tokio::time::timeout(DEADLINE, api.list(&params)).await {
+        Ok(Ok(found)) => found
+            .iter()
+            .all(|pod| pod.metadata.uid.as_deref() != Some(observed.uid.as_str())),
         Ok(Err(_)) | Err(_) => false,
     }
 }

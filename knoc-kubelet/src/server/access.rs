@@ -20,6 +20,7 @@ use tracing::{info, warn};
 
 use super::authn::{Peer, User, bearer};
 use super::authz::{self, Attributes};
+use super::tls::Verifier;
 use super::{Cluster, Context};
 
 const TOKEN_TTL: Duration = Duration::from_mins(2);
@@ -36,7 +37,10 @@ pub(super) async fn gate(
 ) -> Response {
     let peer = request.extensions().get::<Peer>().cloned();
     let token = bearer(request.headers()).map(str::to_owned);
-    let user = match context.access.authenticate(&context, peer, token).await {
+    let verifier = context.tls.verifier.borrow().clone();
+    let cluster = &*context.cluster;
+    let identity = context.access.authenticate(cluster, &verifier, peer, token);
+    let user = match identity.await {
         Ok(user) => user,
         Err(refusal) => {
             info!(path = request.uri().path(), %refusal, "refused a request without valid identity");
@@ -44,7 +48,10 @@ pub(super) async fn gate(
         }
     };
     let attributes = authz::attributes(request.method(), request.uri().path());
-    match context.access.authorize(&context, &user, attributes).await {
+    let may = context
+        .access
+        .authorize(cluster, &context.node, &user, attributes);
+    match may.await {
         Ok(true) => {
             request.extensions_mut().insert(user);
             next.run(request).await
@@ -92,15 +99,15 @@ pub(super) struct Access {
 impl Access {
     async fn authenticate(
         &self,
-        context: &Context,
+        cluster: &dyn Cluster,
+        verifier: &Verifier,
         peer: Option<Peer>,
         token: Option<String>,
     ) -> Result<User, Refusal> {
         let mut reasons = Vec::new();
-        let verifier = context.tls.verifier.borrow().clone();
         match peer
             .as_ref()
-            .and_then(|peer| peer.user(&verifier, UnixTime::now()))
+            .and_then(|peer| peer.user(verifier, UnixTime::now()))
         {
             Some(Ok(user)) => return Ok(user),
             Some(Err(reason)) => reasons.push(format!("certificate refused: {reason}")),
@@ -108,7 +115,7 @@ impl Access {
         }
         match token {
             None => reasons.push("no bearer token".to_owned()),
-            Some(token) => match self.token(&*context.cluster, token).await {
+            Some(token) => match self.token(cluster, token).await {
                 Ok(Some(user)) => return Ok(user),
                 Ok(None) => reasons.push("the cluster does not know the token".to_owned()),
                 Err(error) => reasons.push(chain(&error)),
@@ -129,7 +136,7 @@ impl Access {
         if let Some(user) = self.tokens.get(&key) {
             return Ok(Some(user));
         }
-        let user = cluster.review_token(token).await?;
+        let user = cluster.review_token(token).await?.map(User::authenticated);
         if let Some(user) = &user {
             self.tokens.put(key, user.clone(), TOKEN_TTL);
         }
@@ -138,7 +145,8 @@ impl Access {
 
     async fn authorize(
         &self,
-        context: &Context,
+        cluster: &dyn Cluster,
+        node: &str,
         user: &User,
         attributes: Attributes,
     ) -> Result<bool, super::ClusterError> {
@@ -150,8 +158,8 @@ impl Access {
             let allowed = if let Some(allowed) = self.access.get(&key) {
                 allowed
             } else {
-                let spec = authz::review(user, &context.node, attributes.verb, subresource);
-                let allowed = context.cluster.review_access(spec).await?;
+                let spec = authz::review(user, node, attributes.verb, subresource);
+                let allowed = cluster.review_access(spec).await?;
                 let ttl = if allowed { ALLOW_TTL } else { DENY_TTL };
                 self.access.put(key, allowed, ttl);
                 allowed
@@ -195,20 +203,4 @@ impl<K: Eq + Hash, V: Clone> Cache<K, V> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_cache_forgets_in_time_and_stays_bounded() {
-        let cache = Cache::default();
-        cache.put(1, true, ALLOW_TTL);
-        tokio::time::advance(Duration::from_secs(299)).await;
-        assert_eq!(cache.get(&1), Some(true));
-        tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(cache.get(&1), None);
-        for key in 0..5 * CACHE_ENTRIES {
-            cache.put(key, true, ALLOW_TTL);
-        }
-        assert!(cache.0.lock().unwrap().len() <= CACHE_ENTRIES);
-    }
-}
+mod tests;

@@ -13,6 +13,9 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::tls::Verifier;
 
+/// The group of all whose identity was proved; upstream's kubelet adds it to the groups of a certificate.
+const AUTHENTICATED: &str = "system:authenticated";
+
 /// The caller as Kubernetes names it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct User {
@@ -30,6 +33,14 @@ impl User {
     /// The group that may do everything, and that RBAC cannot take anything from.
     pub(super) fn is_master(&self) -> bool {
         self.groups.iter().any(|group| group == "system:masters")
+    }
+
+    /// With the group of all who proved an identity, for rights that are bound to it.
+    pub(super) fn authenticated(mut self) -> Self {
+        if !self.groups.iter().any(|group| group == AUTHENTICATED) {
+            self.groups.push(AUTHENTICATED.to_owned());
+        }
+        self
     }
 }
 
@@ -81,11 +92,12 @@ fn subject(certificate: &CertificateDer<'_>) -> Result<User, String> {
         .filter_map(|attribute| attribute.as_str().ok())
         .map(str::to_owned)
         .collect();
-    Ok(User {
+    let user = User {
         name: name.to_owned(),
         groups,
         ..User::default()
-    })
+    };
+    Ok(user.authenticated())
 }
 
 /// The bearer token of a request.

@@ -14,6 +14,7 @@ use kube::api::{Api, PostParams};
 use thiserror::Error;
 
 use super::authn::User;
+use crate::identity::Clients;
 
 /// The API server answers reviews in milliseconds; past this the caller gets an error instead of a hang.
 const REVIEW_DEADLINE: Duration = Duration::from_secs(10);
@@ -61,10 +62,10 @@ pub trait Cluster: Send + Sync + 'static {
     fn client_ca(&self) -> BoxFuture<'_, Result<String, ClusterError>>;
 }
 
-/// The cluster behind a client.
+/// The cluster behind our clients: a node may ask for reviews, and the account reads the CA of clients.
 #[derive(Clone)]
 pub struct KubeCluster {
-    client: kube::Client,
+    clients: Clients,
 }
 
 impl std::fmt::Debug for KubeCluster {
@@ -74,10 +75,10 @@ impl std::fmt::Debug for KubeCluster {
 }
 
 impl KubeCluster {
-    /// Asks through this client.
+    /// Asks through these clients.
     #[must_use]
-    pub fn new(client: kube::Client) -> Self {
-        Self { client }
+    pub fn new(clients: Clients) -> Self {
+        Self { clients }
     }
 }
 
@@ -106,7 +107,7 @@ impl Cluster for KubeCluster {
                 spec,
                 ..SubjectAccessReview::default()
             };
-            let api: Api<SubjectAccessReview> = Api::all(self.client.clone());
+            let api: Api<SubjectAccessReview> = Api::all(self.clients.node.clone());
             let answer = bounded(CALL, api.create(&PostParams::default(), &review)).await?;
             let status = answer.status.ok_or(ClusterError::Incomplete {
                 call: CALL,
@@ -127,7 +128,7 @@ impl Cluster for KubeCluster {
                 },
                 ..TokenReview::default()
             };
-            let api: Api<TokenReview> = Api::all(self.client.clone());
+            let api: Api<TokenReview> = Api::all(self.clients.node.clone());
             let answer = bounded(CALL, api.create(&PostParams::default(), &review)).await?;
             let status = answer.status.ok_or(ClusterError::Incomplete {
                 call: CALL,
@@ -144,7 +145,7 @@ impl Cluster for KubeCluster {
     fn client_ca(&self) -> BoxFuture<'_, Result<String, ClusterError>> {
         async move {
             const CALL: &str = "get ConfigMap kube-system/extension-apiserver-authentication";
-            let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), "kube-system");
+            let api: Api<ConfigMap> = Api::namespaced(self.clients.account.clone(), "kube-system");
             let answer = bounded(CALL, api.get("extension-apiserver-authentication")).await?;
             answer
                 .data

@@ -3,6 +3,7 @@
 mod access;
 mod exec;
 mod harness;
+mod identity;
 mod lifecycle;
 mod logs;
 mod stats;

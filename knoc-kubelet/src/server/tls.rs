@@ -1,7 +1,8 @@
 //! The TLS side of the API: serving certificate and client CA, both replaced while the server runs.
 //!
 //! Owner: the server's reload task, which re-reads the files (and asks the cluster for the CA, where it is the source)
-//! every [`RELOAD_INTERVAL`] and publishes what it got on two `watch` channels. What cannot be read or does not fit
+//! every [`RELOAD_INTERVAL`], takes the kubelet's own certificate as soon as there is a newer one, and publishes what it got on
+//! two `watch` channels. What cannot be read or does not fit
 //! together is logged once and the old stays.
 //!
 //! A client certificate is taken from whoever presents one and proves to hold its key, whoever signed it; whether it
@@ -31,6 +32,9 @@ use super::{ClientCa, Cluster, Serving};
 
 /// How often files and ConfigMap are looked at again; a mounted Secret takes up to a minute to change anyway.
 pub(super) const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The kubelet's own certificate, in messages.
+const OWN: &str = "the kubelet's own certificate";
 
 /// The verifier of client certificates, or none while no CA is known.
 pub(super) type Verifier = Option<Arc<dyn ClientCertVerifier>>;
@@ -149,7 +153,11 @@ impl Reload {
     /// Re-reads every `interval` until `shutdown`.
     pub(super) async fn run(mut self, interval: Duration, shutdown: CancellationToken) {
         let tick = async |reload: &mut Self| {
-            tokio::time::sleep(interval).await;
+            tokio::select! {
+                biased;
+                () = newer(&mut reload.serving) => {}
+                () = tokio::time::sleep(interval) => {}
+            }
             reload.reload().await;
         };
         while shutdown
@@ -218,10 +226,33 @@ async fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
 }
 
 async fn read_serving(serving: &Serving) -> Result<Material, TlsError> {
-    Ok(Material {
-        certificates: read(&serving.certificate).await?,
-        key: read(&serving.key).await?,
-    })
+    match serving {
+        Serving::Files { certificate, key } => Ok(Material {
+            certificates: read(certificate).await?,
+            key: read(key).await?,
+        }),
+        Serving::Own(pairs) => {
+            let pair = pairs.borrow().clone();
+            let pair = pair.ok_or_else(|| TlsError::Empty {
+                what: OWN.to_owned(),
+            })?;
+            Ok(Material {
+                certificates: pair.cert_pem.clone().into_bytes(),
+                key: pair.key_pem.clone().into_bytes(),
+            })
+        }
+    }
+}
+
+/// Until the kubelet has a newer certificate of its own; never for files, which tell nobody.
+async fn newer(serving: &mut Serving) {
+    let changed = match serving {
+        Serving::Files { .. } => false,
+        Serving::Own(pairs) => pairs.changed().await.is_ok(),
+    };
+    if !changed {
+        std::future::pending::<()>().await;
+    }
 }
 
 fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
@@ -244,8 +275,12 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 fn server_config(serving: &Serving, material: &Material) -> Result<Arc<ServerConfig>, TlsError> {
-    let what = serving.certificate.display().to_string();
-    let key_what = serving.key.display().to_string();
+    let (what, key_what) = match serving {
+        Serving::Files { certificate, key } => {
+            (certificate.display().to_string(), key.display().to_string())
+        }
+        Serving::Own(_) => (OWN.to_owned(), OWN.to_owned()),
+    };
     let chain = certificates(&what, &material.certificates)?;
     let key = PrivateKeyDer::from_pem_slice(&material.key).map_err(|source| TlsError::Pem {
         what: key_what,

@@ -51,3 +51,19 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   name: {{ .Values.serviceAccount.name }}
   namespace: {{ .Release.Namespace }}
 {{- end -}}
+
+{{- define "knoc.keys" -}}
+{{- .Values.keys.secret | default (printf "%s-keys" (include "knoc.fullname" .)) -}}
+{{- end -}}
+
+{{- /* Non-empty where the kubelet has keys of its own to keep. */ -}}
+{{- define "knoc.ownKeys" -}}
+{{- if or (ne .Values.server.certificate "files") (eq .Values.identity.kind "node") }}yes{{ end -}}
+{{- end -}}
+
+{{- /* Non-empty where the ServiceAccount makes CertificateSigningRequests. */ -}}
+{{- define "knoc.asks" -}}
+{{- if eq .Values.identity.kind "node" }}
+{{- if not .Values.identity.bootstrapSecret }}yes{{ end }}
+{{- else if eq .Values.server.certificate "csr" }}yes{{ end -}}
+{{- end -}}

@@ -48,6 +48,7 @@ impl Kubelet {
         let (store, queue) = (Store::default(), Queue::default());
         let (shutdown, deposed) = (CancellationToken::new(), CancellationToken::new());
         let context = Arc::new(Context {
+            node: "n".to_owned(),
             client: client.clone(),
             agent: handle.clone(),
             store: store.clone(),

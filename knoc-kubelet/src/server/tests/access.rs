@@ -112,6 +112,33 @@ async fn a_certificate_of_the_ca_is_reviewed_too() {
 }
 
 #[tokio::test]
+async fn streams_need_create_whatever_the_method_and_the_spelling() {
+    let cluster = FakeCluster {
+        tokens: [("t".to_owned(), user("monitor"))].into(),
+        allowed: vec!["monitor get proxy", "monitor get pods"],
+        ..FakeCluster::default()
+    };
+    let fixture = Fixture::new(FakeBackend::default(), cluster).await;
+    let mut client = fixture.connect(None).await;
+    for path in [
+        "/exec/ns/pod/c?command=id",
+        "/exec/ns/pod/uid/c",
+        "/attach/ns/pod/c",
+        "/run/ns/pod/c",
+        "/portForward/ns/pod",
+    ] {
+        for method in ["GET", "POST"] {
+            let answer = client.send(method, path, Some("t")).await;
+            assert_eq!(answer.status(), 403, "{method} {path}");
+        }
+    }
+    // Spelled otherwise it is another path, and nobody's.
+    for path in ["/%65xec/ns/pod/c", "//exec/ns/pod/c", "/x/../exec/ns/pod/c"] {
+        assert_eq!(client.get_as(path, Some("t")).await.0, 404, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn an_authorizer_that_does_not_answer_is_a_500() {
     let cluster = FakeCluster {
         tokens: [("t".to_owned(), user("prometheus"))].into(),

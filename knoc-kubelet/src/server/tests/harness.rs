@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
 use crate::server::{
     Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView, Server, Serving,
@@ -268,18 +269,36 @@ impl Fixture {
         let ca = TestCa::new("cluster");
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
-        let serving = ca.server();
-        put(&path("ca.crt"), &ca.pem);
-        put(&path("tls.crt"), &serving.certificate);
-        put(&path("tls.key"), &serving.key);
+        let pair = ca.server();
+        put(&path("tls.crt"), &pair.certificate);
+        put(&path("tls.key"), &pair.key);
+        let serving = Serving::Files {
+            certificate: path("tls.crt"),
+            key: path("tls.key"),
+        };
+        Self::serving(ca, folder, serving, backend, cluster).await
+    }
+
+    /// With a certificate that the kubelet has made.
+    pub(super) async fn with_own(ca: TestCa, pairs: Pairs) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (backend, cluster) = (FakeBackend::default(), FakeCluster::default());
+        Self::serving(ca, folder, Serving::Own(pairs), backend, cluster).await
+    }
+
+    async fn serving(
+        ca: TestCa,
+        folder: tempfile::TempDir,
+        serving: Serving,
+        backend: FakeBackend,
+        cluster: FakeCluster,
+    ) -> Self {
+        put(&folder.path().join("ca.crt"), &ca.pem);
         let settings = Settings {
             bind: "127.0.0.1:0".parse().unwrap(),
             node: "virtual".to_owned(),
-            serving: Serving {
-                certificate: path("tls.crt"),
-                key: path("tls.key"),
-            },
-            client_ca: ClientCa::File(path("ca.crt")),
+            serving,
+            client_ca: ClientCa::File(folder.path().join("ca.crt")),
         };
         let backend = Arc::new(backend);
         let cluster = Arc::new(cluster);

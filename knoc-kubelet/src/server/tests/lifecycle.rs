@@ -122,7 +122,7 @@ async fn mistakes_are_errors_at_start() {
         let settings = Settings {
             bind: "127.0.0.1:0".parse().unwrap(),
             node: "virtual".to_owned(),
-            serving: Serving {
+            serving: Serving::Files {
                 certificate: path(certificate),
                 key: path(key),
             },

@@ -1,0 +1,401 @@
+//! Task: one certificate, from the first to every later one.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ObjectReference;
+use knoc_proto::{
+    error::chain,
+    pki::{CertifiedKey, LEAF_LIFE, PkiError, Validity},
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Authority, Health, Keep, KeepError, Purpose, Wanted,
+    authority::{Answer, AuthorityError},
+    plan::{self, Facts, Step, Unusable, Why},
+    request,
+};
+use crate::pods::events::{Events, Note};
+
+/// Between looks at a request that waits.
+const POLL: Duration = Duration::from_secs(3);
+/// The longest sleep: the machine's clock may be set, so that a far date comes nearer.
+const LOOK: Duration = Duration::from_hours(1);
+/// After a failure; doubled with each, up to [`RETRY_MOST`].
+const RETRY: Duration = Duration::from_secs(1);
+const RETRY_MOST: Duration = Duration::from_mins(5);
+/// After somebody said no: a new request now would only be denied again.
+const REFUSED: Duration = Duration::from_mins(10);
+
+/// The newest certificate; `None` while there is none that may be used.
+pub type Pairs = watch::Receiver<Option<Arc<CertifiedKey>>>;
+
+/// The time; tests have their own.
+pub(super) type Clock = Box<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// Who vouches for a certificate.
+#[derive(Clone)]
+pub enum Issuer {
+    /// It vouches for itself, for a year.
+    SelfSigned,
+    /// An authority that is asked.
+    Authority(Arc<dyn Authority>),
+}
+
+impl std::fmt::Debug for Issuer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::SelfSigned => "SelfSigned",
+            Self::Authority(_) => "Authority",
+        })
+    }
+}
+
+/// Why no certificate could be had this time.
+#[derive(Debug, thiserror::Error)]
+enum ObtainError {
+    #[error("keep it")]
+    Keep {
+        #[from]
+        source: KeepError,
+    },
+    #[error("make it")]
+    Make {
+        #[from]
+        source: PkiError,
+    },
+    #[error("request it")]
+    Ask {
+        #[from]
+        source: AuthorityError,
+    },
+    #[error("{request} was refused: {words}")]
+    Refused { request: String, words: String },
+    #[error("use what was issued for {request}")]
+    Unusable {
+        request: String,
+        #[source]
+        source: Unusable,
+    },
+    #[error(
+        "what was issued for {request} has another subject, other names or is not valid now: {facts:?}"
+    )]
+    Unfit { request: String, facts: Box<Facts> },
+}
+
+impl ObtainError {
+    /// Is the same request of no use any more?
+    fn ends_request(&self) -> bool {
+        matches!(
+            self,
+            Self::Refused { .. } | Self::Unusable { .. } | Self::Unfit { .. }
+        )
+    }
+}
+
+enum Progress {
+    Done,
+    Waiting(String),
+}
+
+/// The task's own state.
+#[derive(Debug)]
+pub struct Rotator {
+    wanted: Wanted,
+    keep: Keep,
+    issuer: Issuer,
+    events: Events,
+    clock: DebugClock,
+    /// What the kept certificate says of itself.
+    have: Option<Facts>,
+    failures: u32,
+    /// The request that was told of.
+    told: String,
+    pairs: watch::Sender<Option<Arc<CertifiedKey>>>,
+    health: watch::Sender<Health>,
+}
+
+struct DebugClock(Clock);
+
+impl std::fmt::Debug for DebugClock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Clock")
+    }
+}
+
+impl Rotator {
+    /// Reads what is kept. A serving certificate is there at once: until there is a better one, a self-signed one that is
+    /// kept nowhere. A client's is there when it was kept and is still good. Every one goes to `pairs`.
+    pub async fn start(
+        wanted: Wanted,
+        keep: Keep,
+        issuer: Issuer,
+        events: Events,
+        pairs: watch::Sender<Option<Arc<CertifiedKey>>>,
+    ) -> Result<Self, StartError> {
+        Self::start_at(
+            wanted,
+            keep,
+            issuer,
+            events,
+            pairs,
+            Box::new(Timestamp::now),
+        )
+        .await
+    }
+
+    pub(super) async fn start_at(
+        wanted: Wanted,
+        keep: Keep,
+        issuer: Issuer,
+        events: Events,
+        pairs: watch::Sender<Option<Arc<CertifiedKey>>>,
+        clock: Clock,
+    ) -> Result<Self, StartError> {
+        let purpose = wanted.purpose;
+        let kept = keep.pair(purpose).await?;
+        let mut rotator = Self {
+            wanted,
+            keep,
+            issuer,
+            events,
+            clock: DebugClock(clock),
+            have: None,
+            failures: 0,
+            told: String::new(),
+            pairs,
+            health: watch::Sender::new(Health::Starting),
+        };
+        match kept.map(|pair| (Facts::of(&pair), pair)) {
+            Some((Ok(facts), pair)) if plan::is_valid(&facts, rotator.now()) => {
+                rotator.publish(facts, pair);
+            }
+            Some((Err(error), _)) => {
+                let error = chain(&error);
+                tracing::warn!(purpose = purpose.name(), %error, "the kept certificate cannot be used");
+            }
+            Some((Ok(_), _)) | None => {}
+        }
+        if rotator.have.is_none() && purpose == Purpose::Serving {
+            let provisional = rotator.self_signed()?;
+            rotator.pairs.send_replace(Some(Arc::new(provisional)));
+        }
+        Ok(rotator)
+    }
+
+    /// How it does.
+    #[must_use]
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
+    }
+
+    /// Renews until `shutdown`.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        while let Some(wait) = shutdown.run_until_cancelled(self.turn()).await {
+            let slept = shutdown.run_until_cancelled(tokio::time::sleep(wait)).await;
+            if slept.is_none() {
+                return;
+            }
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        (self.clock.0)()
+    }
+
+    /// Until when the one in use is good.
+    fn until(&self) -> Option<Timestamp> {
+        let now = self.now();
+        let good = self
+            .have
+            .as_ref()
+            .filter(|facts| plan::is_valid(facts, now));
+        good.map(|facts| facts.until)
+    }
+
+    /// One thing, and how long to wait for the next.
+    ///
+    /// Cancel safe: what is kept is whole, and what was asked for is found again.
+    async fn turn(&mut self) -> Duration {
+        let now = self.now();
+        let why = match plan::step(self.have.as_ref(), &self.wanted, now) {
+            Step::Keep(due) => {
+                if let Some(until) = self.until() {
+                    self.say(Health::Valid { until });
+                }
+                let left = due.duration_since(now).max(jiff::SignedDuration::ZERO);
+                return Duration::try_from(left).unwrap_or(LOOK).clamp(RETRY, LOOK);
+            }
+            Step::Obtain(why) => why,
+        };
+        match self.obtain(why).await {
+            Ok(Progress::Done) => {
+                self.failures = 0;
+                Duration::ZERO
+            }
+            Ok(Progress::Waiting(request)) => {
+                self.failures = 0;
+                self.waits(request, why);
+                POLL
+            }
+            Err(error) => self.failed(&error).await,
+        }
+    }
+
+    async fn failed(&mut self, error: &ObtainError) -> Duration {
+        let (purpose, message) = (self.wanted.purpose, chain(error));
+        let again = matches!(&*self.health.borrow(), Health::Failing { message: told, .. } if *told == message);
+        if !again {
+            tracing::warn!(purpose = purpose.name(), error = %message, "no new certificate, trying again");
+            self.tell("CertificateFailed", &message);
+        }
+        let until = self.until();
+        self.say(Health::Failing { message, until });
+        if error.ends_request() {
+            if let Err(error) = self.keep.drop_next_key(purpose).await {
+                let error = chain(&error);
+                tracing::warn!(purpose = purpose.name(), %error, "the key of the request stays");
+            }
+            return REFUSED;
+        }
+        self.failures = self.failures.saturating_add(1);
+        let doubled = RETRY.saturating_mul(1 << self.failures.min(16).saturating_sub(1));
+        doubled
+            .min(RETRY_MOST)
+            .mul_f64(rand::random_range(0.8..1.2))
+    }
+
+    fn waits(&mut self, request: String, why: Why) {
+        if self.told != request {
+            let purpose = self.wanted.purpose;
+            let text = format!(
+                "{} certificate ({}): waits for approval: kubectl certificate approve {request}",
+                purpose.name(),
+                why.text()
+            );
+            tracing::info!(request, "{text}");
+            self.tell("CertificateAwaitsApproval", &text);
+            self.told.clone_from(&request);
+        }
+        let until = self.until();
+        self.say(Health::Waiting { request, until });
+    }
+
+    async fn obtain(&mut self, why: Why) -> Result<Progress, ObtainError> {
+        let (purpose, issuer) = (self.wanted.purpose, self.issuer.clone());
+        let (facts, pair) = match issuer {
+            Issuer::SelfSigned => {
+                let pair = self.self_signed()?;
+                let facts = Facts::of(&pair).map_err(|source| ObtainError::Unusable {
+                    request: "a self-signed certificate".to_owned(),
+                    source,
+                })?;
+                (facts, pair)
+            }
+            Issuer::Authority(authority) => match self.request(&*authority).await? {
+                Ok(made) => made,
+                Err(request) => return Ok(Progress::Waiting(request)),
+            },
+        };
+        self.keep.put_pair(purpose, &pair).await?;
+        tracing::info!(
+            purpose = purpose.name(),
+            until = %facts.until,
+            "a new certificate is in use: {}",
+            why.text()
+        );
+        self.publish(facts, pair);
+        Ok(Progress::Done)
+    }
+
+    /// The pair that was issued, or the name of the request that waits.
+    async fn request(
+        &self,
+        authority: &dyn Authority,
+    ) -> Result<Result<(Facts, CertifiedKey), String>, ObtainError> {
+        let purpose = self.wanted.purpose;
+        let kept = self.keep.next_key(purpose).await?;
+        let key_pem = if let Some(key) = kept {
+            key
+        } else {
+            let key = request::key()?;
+            self.keep.put_next_key(purpose, &key).await?;
+            key
+        };
+        let made = request::request(&self.wanted, &key_pem)?;
+        let request = made.name.clone();
+        let cert_pem = match authority.look(&request).await? {
+            Answer::Issued(pem) => pem,
+            Answer::Waiting => return Ok(Err(request)),
+            Answer::Absent => {
+                authority.ask(&made).await?;
+                return Ok(Err(request));
+            }
+            Answer::Refused(words) => return Err(ObtainError::Refused { request, words }),
+        };
+        let pair = CertifiedKey { cert_pem, key_pem };
+        let facts = match Facts::of(&pair) {
+            Ok(facts) => facts,
+            Err(source) => return Err(ObtainError::Unusable { request, source }),
+        };
+        if !facts.fits(&self.wanted) || !plan::is_valid(&facts, self.now()) {
+            let facts = Box::new(facts);
+            return Err(ObtainError::Unfit { request, facts });
+        }
+        Ok(Ok((facts, pair)))
+    }
+
+    fn self_signed(&self) -> Result<CertifiedKey, PkiError> {
+        request::self_signed(&self.wanted, Validity::starting(self.now(), LEAF_LIFE))
+    }
+
+    fn publish(&mut self, facts: Facts, pair: CertifiedKey) {
+        self.have = Some(facts);
+        self.pairs.send_replace(Some(Arc::new(pair)));
+    }
+
+    fn say(&self, health: Health) {
+        self.health.send_if_modified(|old| {
+            let changed = *old != health;
+            *old = health;
+            changed
+        });
+    }
+
+    fn tell(&self, reason: &str, message: &str) {
+        self.events.tell(Note {
+            object: ObjectReference {
+                kind: Some("Node".to_owned()),
+                name: Some(self.wanted.node.clone()),
+                uid: Some(self.wanted.node.clone()),
+                ..ObjectReference::default()
+            },
+            warning: true,
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+            at: self.now(),
+            salt: 0,
+        });
+    }
+}
+
+/// Why the task could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// What is kept cannot be read.
+    #[error("read the kubelet's keys")]
+    Keep {
+        /// Why not.
+        #[from]
+        source: KeepError,
+    },
+    /// No certificate can be made of the node's name and addresses.
+    #[error("make a certificate for the node")]
+    Make {
+        /// Why not.
+        #[from]
+        source: PkiError,
+    },
+}

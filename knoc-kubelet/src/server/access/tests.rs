@@ -1,0 +1,163 @@
+//! How long answers are kept, that none is kept of what failed, and that the caches stay bounded. Time is paused.
+
+use std::sync::Mutex;
+
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use http::Method;
+use k8s_openapi::api::authorization::v1::SubjectAccessReviewSpec;
+
+use super::*;
+use crate::server::ClusterError;
+
+/// Answers as it is told, and notes what it was asked.
+#[derive(Default)]
+struct Scripted {
+    asked: Mutex<Vec<String>>,
+    allowed: Mutex<Vec<&'static str>>,
+    known: Mutex<bool>,
+    broken: Mutex<bool>,
+}
+
+impl Scripted {
+    fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut self.asked.lock().unwrap())
+    }
+
+    #[expect(clippy::unwrap_in_result, reason = "a poisoned lock ends the test")]
+    fn answer<T>(&self, answer: T) -> Result<T, ClusterError> {
+        if *self.broken.lock().unwrap() {
+            Err(ClusterError::Deadline { call: "review" })
+        } else {
+            Ok(answer)
+        }
+    }
+}
+
+impl Cluster for Scripted {
+    fn review_access(
+        &self,
+        spec: SubjectAccessReviewSpec,
+    ) -> BoxFuture<'_, Result<bool, ClusterError>> {
+        let subresource = spec.resource_attributes.unwrap().subresource.unwrap();
+        let allowed = self
+            .allowed
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|one| *one == subresource);
+        self.asked.lock().unwrap().push(subresource);
+        let answer = self.answer(allowed);
+        async move { answer }.boxed()
+    }
+
+    fn review_token(&self, token: String) -> BoxFuture<'_, Result<Option<User>, ClusterError>> {
+        self.asked.lock().unwrap().push(token.clone());
+        let user = self.known.lock().unwrap().then(|| User {
+            name: token,
+            ..User::default()
+        });
+        let answer = self.answer(user);
+        async move { answer }.boxed()
+    }
+
+    fn client_ca(&self) -> BoxFuture<'_, Result<String, ClusterError>> {
+        async { Err(ClusterError::Deadline { call: "CA" }) }.boxed()
+    }
+}
+
+async fn may(access: &Access, cluster: &Scripted, path: &str) -> Result<bool, ClusterError> {
+    let user = User {
+        name: "eve".to_owned(),
+        ..User::default()
+    };
+    let attributes = authz::attributes(&Method::GET, path);
+    access.authorize(cluster, "node", &user, attributes).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_allowance_counts_five_minutes_and_a_refusal_thirty_seconds() {
+    let (access, cluster) = (Access::default(), Scripted::default());
+    assert!(!may(&access, &cluster, "/pods").await.unwrap());
+    assert_eq!(cluster.asked(), ["pods", "proxy"]);
+    tokio::time::advance(Duration::from_secs(29)).await;
+    assert!(!may(&access, &cluster, "/pods").await.unwrap());
+    assert!(cluster.asked().is_empty(), "a refusal is kept");
+    cluster.allowed.lock().unwrap().push("proxy");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert!(may(&access, &cluster, "/pods").await.unwrap());
+    assert_eq!(cluster.asked(), ["pods", "proxy"]);
+    cluster.allowed.lock().unwrap().clear();
+    tokio::time::advance(Duration::from_secs(299)).await;
+    assert!(
+        may(&access, &cluster, "/configz").await.unwrap(),
+        "`proxy` is the same right on every path"
+    );
+    assert_eq!(cluster.asked(), ["configz"]);
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert!(!may(&access, &cluster, "/pods").await.unwrap());
+    assert_eq!(cluster.asked(), ["pods", "proxy"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_counts_two_minutes_and_only_where_it_is_known() {
+    let (access, cluster) = (Access::default(), Scripted::default());
+    let mut names = Vec::new();
+    let mut ask = async || {
+        let token = Some("t".to_owned());
+        let user = access.authenticate(&cluster, &None, None, token).await;
+        names.push(user.as_ref().map(|user| user.groups.clone()).ok());
+        user.is_ok()
+    };
+    assert!(!ask().await, "not known");
+    *cluster.known.lock().unwrap() = true;
+    assert!(ask().await, "a refusal of a token is not kept");
+    tokio::time::advance(Duration::from_secs(119)).await;
+    *cluster.known.lock().unwrap() = false;
+    assert!(ask().await);
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert!(!ask().await, "a withdrawn token ends within two minutes");
+    assert_eq!(cluster.asked(), ["t", "t", "t"]);
+    let group = Some(vec!["system:authenticated".to_owned()]);
+    assert_eq!(names, [None, group.clone(), group, None]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_is_no_answer_and_is_not_kept() {
+    let (access, cluster) = (Access::default(), Scripted::default());
+    *cluster.broken.lock().unwrap() = true;
+    assert!(may(&access, &cluster, "/pods").await.is_err());
+    *cluster.broken.lock().unwrap() = false;
+    assert!(!may(&access, &cluster, "/pods").await.unwrap());
+    assert_eq!(cluster.asked(), ["pods", "pods", "proxy"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flood_of_tokens_leaves_the_caches_bounded() {
+    let (access, cluster) = (Access::default(), Scripted::default());
+    *cluster.known.lock().unwrap() = true;
+    for number in 0..3 * CACHE_ENTRIES {
+        let token = Some(number.to_string());
+        let user = access.authenticate(&cluster, &None, None, token).await;
+        let user = user.unwrap();
+        let attributes = authz::attributes(&Method::GET, "/stats");
+        let may = access.authorize(&cluster, "node", &user, attributes);
+        assert!(!may.await.unwrap());
+    }
+    assert!(access.tokens.0.lock().unwrap().len() <= CACHE_ENTRIES);
+    assert!(access.access.0.lock().unwrap().len() <= CACHE_ENTRIES);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cache_forgets_in_time_and_stays_bounded() {
+    let cache = Cache::default();
+    cache.put(1, true, ALLOW_TTL);
+    tokio::time::advance(Duration::from_secs(299)).await;
+    assert_eq!(cache.get(&1), Some(true));
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert_eq!(cache.get(&1), None);
+    for key in 0..5 * CACHE_ENTRIES {
+        cache.put(key, true, ALLOW_TTL);
+    }
+    assert!(cache.0.lock().unwrap().len() <= CACHE_ENTRIES);
+}
