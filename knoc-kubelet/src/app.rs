@@ -75,7 +75,7 @@ pub enum RunError {
     #[error("register the node")]
     Node {
         /// Why not.
-        #[source]
+        #[from]
         source: NodeError,
     },
 }
@@ -211,10 +211,7 @@ impl App {
             capacity,
             orphans,
         );
-        let registered = node
-            .register()
-            .await
-            .map_err(|source| RunError::Node { source })?;
+        let registered = node.register().await?;
         let agent_watch = AgentWatch::new(
             self.agent.clone(),
             self.store.clone(),
