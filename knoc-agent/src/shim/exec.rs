@@ -5,6 +5,7 @@
 //! goes away hangs up: HUP, then TERM, then KILL, and the process is always reaped.
 
 use std::{
+    convert::Infallible,
     io,
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     process::{Command, Stdio},
@@ -96,14 +97,15 @@ pub(crate) async fn run(session: Session, input: Streaming<pb::ExecInput>) {
     let Running {
         mut child,
         pid,
-        streams,
+        mut streams,
     } = running;
+    let stdin = streams.stdin.take();
     send(&session.output, Output::Started(true)).await;
     let helper = child.pid;
     let ended = tokio::select! {
         biased;
         () = session.output.closed() => None,
-        exit = drive(&session.output, streams, input, &mut child) => Some(exit),
+        exit = drive(&session.output, &streams, stdin, input, &mut child) => Some(exit),
         () = end_with(&session.program, pid, helper) => None,
     };
     match ended {
@@ -115,7 +117,12 @@ pub(crate) async fn run(session: Session, input: Streaming<pb::ExecInput>) {
             };
             send(&session.output, Output::Exit(exit)).await;
         }
-        None => hang_up(&mut child, pid).await,
+        // What it says of that is still taken: it must not end by a broken pipe before it has come to its senses.
+        None => tokio::select! {
+            biased;
+            () = hang_up(&mut child, pid) => {}
+            never = streams.discard() => match never {},
+        },
     }
 }
 
@@ -134,6 +141,19 @@ struct Streams {
     stderr: Option<Stream>,
     /// In place of all three.
     terminal: Option<Stream>,
+}
+
+impl Streams {
+    /// Takes all output, for nobody.
+    async fn discard(&self) -> Infallible {
+        let take = async |stream: &Option<Stream>| {
+            let Some(stream) = stream else { return };
+            let mut buffer = vec![0; 4096];
+            while stream.read(&mut buffer).await.is_ok_and(|count| count > 0) {}
+        };
+        tokio::join!(take(&self.stdout), take(&self.stderr), take(&self.terminal));
+        std::future::pending().await
+    }
 }
 
 async fn begin(session: &Session) -> Result<Running, ExecError> {
@@ -249,12 +269,13 @@ fn spawn(pod: &Pod, program: &Program) -> io::Result<(Child, UnixStream)> {
 /// Copies all streams until the process has ended and its output is drained.
 async fn drive(
     output: &mpsc::Sender<Result<ExecOutput, Status>>,
-    streams: Streams,
+    streams: &Streams,
+    stdin: Option<Stream>,
     input: Streaming<pb::ExecInput>,
     child: &mut Child,
 ) -> Exit {
     let Streams {
-        stdin,
+        stdin: _,
         stdout,
         stderr,
         terminal,
