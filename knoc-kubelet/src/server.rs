@@ -15,15 +15,21 @@ mod cluster;
 mod exec;
 mod logs;
 mod options;
+mod portforward;
 pub mod query;
+mod refused;
 mod remote;
 mod remotecommand;
 mod routes;
 mod spdy;
 mod stats;
+mod streams;
+mod target;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod upgrade;
+mod websocket;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -100,6 +106,9 @@ pub type ByteStream = BoxStream<'static, Result<Bytes, tonic::Status>>;
 /// What a command in a container says.
 pub type ExecStream = BoxStream<'static, Result<pb::ExecOutput, tonic::Status>>;
 
+/// What a connection to a port of a pod says.
+pub type PortForwardStream = BoxStream<'static, Result<pb::PortForwardOutput, tonic::Status>>;
+
 /// What the API asks of the rest of the kubelet.
 pub trait Backend: Send + Sync + 'static {
     /// All pods bound to the node.
@@ -120,6 +129,20 @@ pub trait Backend: Send + Sync + 'static {
         &self,
         input: mpsc::Receiver<pb::ExecInput>,
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>>;
+
+    /// Attaches to a container's own program: as [`Backend::exec`], with `AttachStart` first. Dropping the answers ends
+    /// nothing but the attachment.
+    fn attach(
+        &self,
+        input: mpsc::Receiver<pb::ExecInput>,
+    ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>>;
+
+    /// Connects to a port of a pod: the first message is `Start`, the first answer `Connected`; both directions close on
+    /// their own. Dropping the answers resets the connection.
+    fn port_forward(
+        &self,
+        input: mpsc::Receiver<pb::PortForwardInput>,
+    ) -> BoxFuture<'_, Result<PortForwardStream, tonic::Status>>;
 
     /// What node, pods and containers use: a measurement of at most a few seconds ago.
     fn stats(&self) -> BoxFuture<'_, Arc<Snapshot>>;

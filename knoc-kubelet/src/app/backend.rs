@@ -13,7 +13,7 @@ use crate::{
     agent::{Agent, Link},
     metrics::{Gauges, Metrics, process},
     pods::{Pulse, Store},
-    server::{Backend, ByteStream, ExecStream, PodView},
+    server::{Backend, ByteStream, ExecStream, PodView, PortForwardStream},
     stats::{Snapshot, Stats},
 };
 
@@ -33,6 +33,23 @@ pub(super) struct KubeletBackend {
     pub(super) stats: Stats,
     /// As `/configz` shows it.
     pub(super) config: serde_json::Value,
+}
+
+impl KubeletBackend {
+    /// An older agent does not know of it: better said here than by a missing method. While the link is down the call
+    /// itself says so.
+    fn needs(&self, capability: &str) -> Result<(), tonic::Status> {
+        match &*self.link.borrow() {
+            Link::Up { info, .. } if !info.capabilities.iter().any(|it| it == capability) => {
+                let text = format!(
+                    "the agent on the login node ({}) knows no {capability}: upgrade it",
+                    info.version
+                );
+                Err(tonic::Status::unimplemented(text))
+            }
+            Link::Up { .. } | Link::Down { .. } => Ok(()),
+        }
+    }
 }
 
 impl Backend for KubeletBackend {
@@ -68,6 +85,29 @@ impl Backend for KubeletBackend {
         Box::pin(async move {
             let answer = self.agent.bulk().exec(ReceiverStream::new(input)).await?;
             Ok(answer.into_inner().boxed() as ExecStream)
+        })
+    }
+
+    fn attach(
+        &self,
+        input: mpsc::Receiver<pb::ExecInput>,
+    ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
+        Box::pin(async move {
+            self.needs("attach")?;
+            let answer = self.agent.bulk().attach(ReceiverStream::new(input)).await?;
+            Ok(answer.into_inner().boxed() as ExecStream)
+        })
+    }
+
+    fn port_forward(
+        &self,
+        input: mpsc::Receiver<pb::PortForwardInput>,
+    ) -> BoxFuture<'_, Result<PortForwardStream, tonic::Status>> {
+        Box::pin(async move {
+            self.needs("port-forward")?;
+            let input = ReceiverStream::new(input);
+            let answer = self.agent.bulk().port_forward(input).await?;
+            Ok(answer.into_inner().boxed() as PortForwardStream)
         })
     }
 

@@ -1,4 +1,5 @@
-//! `/exec/{namespace}/{pod}[/{uid}]/{container}`: a command in a container, for `kubectl exec` and `kubectl cp`.
+//! `/exec/{namespace}/{pod}[/{uid}]/{container}`, a command in a container, for `kubectl exec` and `kubectl cp`; and
+//! `/attach/…`, the container's own program, for `kubectl attach` and `kubectl run -it`.
 //!
 //! The request is checked and the upgrade answered here; a task of the server then relays between the client's
 //! streams ([`super::remote`]) and the agent. What fails before the upgrade is a status with upstream's words, what
@@ -8,203 +9,217 @@ use std::sync::Arc;
 
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::{IntoResponse as _, Response};
-use http::{HeaderMap, StatusCode, header};
-use hyper_util::rt::TokioIo;
-use knoc_proto::error::chain;
 use knoc_proto::pb;
-use knoc_proto::pb::container_status::State as ContainerState;
-use tracing::{debug, info};
 
 use super::query::Query;
-use super::remote;
-use super::remotecommand::{
-    ACCEPTED_HEADER, NoVersion, SPDY_VERSIONS, VERSION_HEADER, Version, Wanted, negotiate,
-};
-use super::{Context, logs, spdy};
+use super::remote::{self, RemoteError, Start, Streams};
+use super::remotecommand::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted};
+use super::target::{Refusal, Target};
+use super::upgrade::{self, Carrier, Io, Refused, together};
+use super::{Context, spdy, websocket};
 
-/// What is asked for, by its path.
-#[derive(Debug, Clone)]
-pub(super) struct Target {
-    namespace: String,
-    pod: String,
-    uid: Option<String>,
-    container: String,
+type ByName = (String, String, String);
+type ByUid = (String, String, String, String);
+
+fn by_name((namespace, pod, container): ByName) -> (Target, String) {
+    let uid = None;
+    let target = Target {
+        namespace,
+        pod,
+        uid,
+    };
+    (target, container)
+}
+
+fn by_uid((namespace, pod, uid, container): ByUid) -> (Target, String) {
+    let uid = Some(uid);
+    let target = Target {
+        namespace,
+        pod,
+        uid,
+    };
+    (target, container)
 }
 
 /// `/exec/{namespace}/{pod}/{container}`
 pub(super) async fn exec(
     State(context): State<Arc<Context>>,
-    Path((namespace, pod, container)): Path<(String, String, String)>,
+    Path(path): Path<ByName>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    let target = Target {
-        namespace,
-        pod,
-        uid: None,
-        container,
-    };
-    answer(&context, &target, query.as_deref(), request)
+    answer(
+        &context,
+        &by_name(path),
+        exec_start,
+        query.as_deref(),
+        request,
+    )
 }
 
 /// `/exec/{namespace}/{pod}/{uid}/{container}`
 pub(super) async fn exec_by_uid(
     State(context): State<Arc<Context>>,
-    Path((namespace, pod, uid, container)): Path<(String, String, String, String)>,
+    Path(path): Path<ByUid>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    let target = Target {
-        namespace,
-        pod,
-        uid: Some(uid),
-        container,
-    };
-    answer(&context, &target, query.as_deref(), request)
+    answer(
+        &context,
+        &by_uid(path),
+        exec_start,
+        query.as_deref(),
+        request,
+    )
 }
 
-fn answer(
-    context: &Arc<Context>,
-    target: &Target,
-    query: Option<&str>,
+/// `/attach/{namespace}/{pod}/{container}`
+pub(super) async fn attach(
+    State(context): State<Arc<Context>>,
+    Path(path): Path<ByName>,
+    RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    let start = match start(context, target, query) {
-        Ok(start) => start,
-        Err(refusal) => return refusal.into_response(),
-    };
-    upgrade(context, start, request)
+    answer(
+        &context,
+        &by_name(path),
+        attach_start,
+        query.as_deref(),
+        request,
+    )
 }
 
-type Refusal = (StatusCode, String);
+/// `/attach/{namespace}/{pod}/{uid}/{container}`
+pub(super) async fn attach_by_uid(
+    State(context): State<Arc<Context>>,
+    Path(path): Path<ByUid>,
+    RawQuery(query): RawQuery,
+    request: Request,
+) -> Response {
+    answer(
+        &context,
+        &by_uid(path),
+        attach_start,
+        query.as_deref(),
+        request,
+    )
+}
 
-/// Checks the request: what is asked, and is there somebody to ask?
-fn start(
+/// Makes the start of what is asked for, or says why there is none.
+type Prepare = fn(&Context, &(Target, String), &Query, Wanted) -> Result<Start, Refusal>;
+
+fn exec_start(
     context: &Context,
-    target: &Target,
-    query: Option<&str>,
-) -> Result<pb::ExecStart, Refusal> {
-    let query = Query::parse(query.unwrap_or_default())
-        .map_err(|error| (StatusCode::BAD_REQUEST, format!("{error}\n")))?;
-    let wanted = Wanted::parse(&query).ok_or_else(|| {
-        let text = "you must specify at least 1 of stdin, stdout, stderr";
-        (StatusCode::BAD_REQUEST, text.to_owned())
-    })?;
-    let view = context
-        .backend
-        .pod(&target.namespace, &target.pod)
-        .ok_or_else(|| (StatusCode::NOT_FOUND, "pod does not exist".to_owned()))?;
-    let uid = view.pod.metadata.uid.clone().unwrap_or_default();
-    let runs = view
-        .observed
-        .as_ref()
-        .and_then(|observed| logs::container_status(observed, &target.container))
-        .is_some_and(|status| matches!(status.state, Some(ContainerState::Running(_))));
-    if !runs || target.uid.as_ref().is_some_and(|asked| *asked != uid) {
-        let text = format!("container not found ({:?})", target.container);
-        return Err((StatusCode::INTERNAL_SERVER_ERROR, text));
-    }
-    Ok(pb::ExecStart {
-        uid,
-        container: target.container.clone(),
+    (target, container): &(Target, String),
+    query: &Query,
+    wanted: Wanted,
+) -> Result<Start, Refusal> {
+    Ok(Start::Exec(pb::ExecStart {
+        uid: target.exec(context, container)?,
+        container: container.clone(),
         command: query.all("command").map(str::to_owned).collect(),
         stdin: wanted.stdin,
         stdout: wanted.stdout,
         stderr: wanted.stderr,
         tty: wanted.tty,
         size: None,
-    })
+    }))
 }
 
-fn upgrades_to_spdy(headers: &HeaderMap) -> bool {
-    let names = |name: header::HeaderName, wanted: &str| {
-        headers
-            .get_all(name)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .any(|part| part.trim().eq_ignore_ascii_case(wanted))
-    };
-    names(header::CONNECTION, "upgrade") && names(header::UPGRADE, "spdy/3.1")
-}
-
-fn upgrade(context: &Arc<Context>, start: pb::ExecStart, mut request: Request) -> Response {
-    if !upgrades_to_spdy(request.headers()) {
-        let text =
-            "unable to upgrade: missing upgrade headers in request, SPDY/3.1 is spoken here\n";
-        return (StatusCode::BAD_REQUEST, text).into_response();
-    }
-    let (name, version) = match negotiate(request.headers()) {
-        Ok(agreed) => agreed,
-        Err(NoVersion::Unnamed) => {
-            let text = format!("unable to upgrade: {VERSION_HEADER} is required\n");
-            return (StatusCode::BAD_REQUEST, text).into_response();
-        }
-        Err(NoVersion::Foreign) => return foreign(),
-    };
-    let upgraded = hyper::upgrade::on(&mut request);
-    let relay = Arc::clone(context);
-    let what = format!("{}/{}", start.uid, start.container);
-    context.streams.spawn(async move {
-        match upgraded.await {
-            Ok(io) => relay_spdy(&relay, TokioIo::new(io), start, version, &what).await,
-            Err(error) => debug!(%error, exec = what, "the client left before the upgrade"),
-        }
-    });
-    let headers = [
-        (header::CONNECTION, "Upgrade"),
-        (header::UPGRADE, "SPDY/3.1"),
-        (header::HeaderName::from_static(VERSION_HEADER), name),
-    ];
-    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
-}
-
-fn foreign() -> Response {
-    let mut response = (
-        StatusCode::FORBIDDEN,
-        "unable to upgrade: none of the protocol versions is spoken here\n",
-    )
-        .into_response();
-    for (name, _) in SPDY_VERSIONS {
-        response.headers_mut().append(
-            header::HeaderName::from_static(ACCEPTED_HEADER),
-            header::HeaderValue::from_static(name),
-        );
-    }
-    response
-}
-
-async fn relay_spdy(
+/// Whether there is a terminal is the container's affair, as upstream has it.
+fn attach_start(
     context: &Context,
-    io: TokioIo<hyper::upgrade::Upgraded>,
-    start: pb::ExecStart,
-    version: Version,
-    what: &str,
-) {
-    let (session, incoming) = spdy::session(io);
-    let relay = remote::spdy(context, incoming, start, version);
-    // The session ends when the client does, or when the relay has let go of its streams and all is written.
-    let work = async {
-        let mut session = std::pin::pin!(session.run());
-        let mut relay = std::pin::pin!(relay);
-        tokio::select! {
-            biased;
-            ended = session.as_mut() => (ended, Ok(())),
-            relayed = relay.as_mut() => (session.await, relayed),
-        }
+    (target, container): &(Target, String),
+    _query: &Query,
+    wanted: Wanted,
+) -> Result<Start, Refusal> {
+    let (uid, spec) = target.attach(context, container)?;
+    let tty = spec.tty.unwrap_or_default();
+    Ok(Start::Attach(pb::AttachStart {
+        uid,
+        container: container.clone(),
+        stdin: wanted.stdin && spec.stdin.unwrap_or_default(),
+        stdout: wanted.stdout,
+        stderr: wanted.stderr && !tty,
+        tty,
+        size: None,
+    }))
+}
+
+fn answer(
+    context: &Arc<Context>,
+    target: &(Target, String),
+    prepare: Prepare,
+    query: Option<&str>,
+    request: Request,
+) -> Response {
+    let prepared = options(query).and_then(|(query, wanted)| {
+        let start = prepare(context, target, &query, wanted)?;
+        Ok((start, wanted, upgrade::carrier(&request)?))
+    });
+    let (start, wanted, carrier) = match prepared {
+        Ok(prepared) => prepared,
+        Err(refusal) => return refusal.into_response(),
     };
-    // Shutdown: what still runs is cut when its time is over.
-    let cut = context.cut.cancelled();
-    tokio::select! {
-        biased;
-        () = cut => info!(exec = what, "the stream was cut by our shutdown"),
-        (ended, relayed) = work => {
-            if let Err(error) = ended {
-                debug!(exec = what, error = %chain(&error), "the client's connection ended");
-            }
-            if let Err(error) = relayed {
-                info!(exec = what, error = %chain(&error), "exec was not set up");
-            }
-        }
-    }
+    let (target, container) = target;
+    let what = format!("{}/{}/{container}", target.namespace, target.pod);
+    let answered = match carrier {
+        Carrier::Spdy => over_spdy(context, request, start, wanted, what),
+        Carrier::WebSocket => over_websocket(context, request, start, wanted, what),
+    };
+    answered.unwrap_or_else(|refused| *refused)
+}
+
+fn options(query: Option<&str>) -> Result<(Query, Wanted), Refusal> {
+    let query = Query::parse(query.unwrap_or_default())
+        .map_err(|error| Refusal::bad_request(format!("{error}\n")))?;
+    let wanted = Wanted::parse(&query).ok_or_else(|| {
+        Refusal::bad_request("you must specify at least 1 of stdin, stdout, stderr")
+    })?;
+    Ok((query, wanted))
+}
+
+fn over_spdy(
+    context: &Arc<Context>,
+    request: Request,
+    start: Start,
+    wanted: Wanted,
+    what: String,
+) -> Result<Response, Refused> {
+    let (answer, version) = upgrade::spdy(request.headers(), &SPDY_VERSIONS)?;
+    let backend = Arc::clone(&context.backend);
+    let name = what.clone();
+    let serve = async move |io: Io| {
+        let (session, incoming) = spdy::session(io);
+        let relay = async {
+            let streams = Streams::of_spdy(incoming, wanted, version).await?;
+            remote::serve(&*backend, start, streams, version).await;
+            Ok::<(), RemoteError>(())
+        };
+        together(session.run(), relay, &name).await;
+    };
+    Ok(upgrade::switch(context, request, answer, what, serve))
+}
+
+fn over_websocket(
+    context: &Arc<Context>,
+    request: Request,
+    start: Start,
+    wanted: Wanted,
+    what: String,
+) -> Result<Response, Refused> {
+    let (answer, (version, encoding)) =
+        upgrade::websocket(request.headers(), &WEBSOCKET_VERSIONS, WEBSOCKET_UNNAMED)?;
+    let backend = Arc::clone(&context.backend);
+    let name = what.clone();
+    let serve = async move |io: Io| {
+        let (session, channels) = websocket::session(io, encoding, &wanted.writable());
+        let relay = async {
+            let streams = Streams::of_websocket(channels, wanted).await;
+            remote::serve(&*backend, start, streams, version).await;
+            Ok::<(), RemoteError>(())
+        };
+        together(session.run(), relay, &name).await;
+    };
+    Ok(upgrade::switch(context, request, answer, what, serve))
 }

@@ -1,7 +1,8 @@
-//! Between a client's streams and the agent's `Exec`: bytes both ways, untouched, with back-pressure end to end.
+//! Between a client's streams and the agent's `Exec` or `Attach`: bytes both ways, untouched, with back-pressure end to
+//! end. What carries the client's streams makes no difference here.
 //!
 //! Output is complete before the status is sent, since clients stop on it. A client that goes ends the call to the
-//! agent, and so the process. Nothing here buffers more than a few pieces.
+//! agent, and so the process of an exec. Nothing here buffers more than a few pieces.
 
 use std::time::Duration;
 
@@ -14,15 +15,17 @@ use tokio::sync::mpsc;
 use tracing::debug;
 
 use super::remotecommand::{Ending, Resizes, Role, Version, Wanted};
-use super::spdy::{Incoming, Receiver, Sender};
-use super::{Backend, Context};
+use super::spdy::Incoming;
+use super::streams::{Closed, End, Inlet, Outlet};
+use super::websocket::Channels;
+use super::{Backend, ExecStream};
 
 /// How long a client may take to open its streams, as upstream.
-const STREAMS_DEADLINE: Duration = Duration::from_secs(30);
+pub(super) const STREAMS_DEADLINE: Duration = Duration::from_secs(30);
 /// Messages to the agent that wait; the next ones stop the reading from the client.
 const INPUT_QUEUE: usize = 4;
 
-/// Why no command was started.
+/// Why nothing was started.
 #[derive(Debug, Error)]
 pub(super) enum RemoteError {
     #[error("the client opened {opened} of {expected} streams in {} s", STREAMS_DEADLINE.as_secs())]
@@ -31,87 +34,158 @@ pub(super) enum RemoteError {
     Left,
 }
 
+/// What is asked of the agent.
+#[derive(Debug)]
+pub(super) enum Start {
+    /// A process of its own.
+    Exec(pb::ExecStart),
+    /// The container's own program.
+    Attach(pb::AttachStart),
+}
+
+impl Start {
+    fn stdin(&self) -> bool {
+        match self {
+            Self::Exec(start) => start.stdin,
+            Self::Attach(start) => start.stdin,
+        }
+    }
+
+    /// What we are about, as upstream says it in errors.
+    fn about(&self) -> &'static str {
+        match self {
+            Self::Exec(_) => "executing command in",
+            Self::Attach(_) => "attaching to",
+        }
+    }
+
+    /// The end that is told. An attach has none of its own: the pod's status tells how the container ended.
+    fn ending(&self, exit: pb::ExecExit) -> Ending {
+        match self {
+            _ if !exit.error.is_empty() => Ending::Failed(self.about(), exit.error),
+            Self::Exec(_) => Ending::Exited(exit.code),
+            Self::Attach(_) => Ending::Exited(0),
+        }
+    }
+
+    fn message(&self) -> pb::ExecInput {
+        message(match self {
+            Self::Exec(start) => Input::Start(start.clone()),
+            Self::Attach(start) => Input::Attach(start.clone()),
+        })
+    }
+
+    async fn call(
+        &self,
+        backend: &dyn Backend,
+        input: mpsc::Receiver<pb::ExecInput>,
+    ) -> Result<ExecStream, tonic::Status> {
+        match self {
+            Self::Exec(_) => backend.exec(input).await,
+            Self::Attach(_) => backend.attach(input).await,
+        }
+    }
+}
+
 /// The streams of a client, as far as it opened them.
 #[derive(Debug, Default)]
-struct Streams {
-    error: Option<Sender>,
-    stdin: Option<Receiver>,
-    stdout: Option<Sender>,
-    stderr: Option<Sender>,
-    resize: Option<Receiver>,
+pub(super) struct Streams {
+    error: Option<Outlet>,
+    stdin: Option<Inlet>,
+    stdout: Option<Outlet>,
+    stderr: Option<Outlet>,
+    resize: Option<Inlet>,
 }
 
 impl Streams {
     /// Keeps the half that carries something; what a client sends on the other is thrown away.
-    fn take(&mut self, role: Role, receiver: Receiver, sender: Sender) {
+    fn take(&mut self, role: Role, inlet: Option<Inlet>, outlet: Outlet) {
         match role {
-            Role::Error => self.error = Some(sender),
-            Role::Stdout => self.stdout = Some(sender),
-            Role::Stderr => self.stderr = Some(sender),
-            Role::Stdin => self.stdin = Some(receiver),
-            Role::Resize => self.resize = Some(receiver),
+            Role::Error => self.error = Some(outlet),
+            Role::Stdout => self.stdout = Some(outlet),
+            Role::Stderr => self.stderr = Some(outlet),
+            Role::Stdin => self.stdin = inlet,
+            Role::Resize => self.resize = inlet,
         }
+    }
+
+    /// Takes the streams that a SPDY client opens, until it has opened all that it wants.
+    pub(super) async fn of_spdy(
+        mut incoming: Incoming,
+        wanted: Wanted,
+        version: Version,
+    ) -> Result<Self, RemoteError> {
+        let expected = wanted.streams(version);
+        let mut streams = Self::default();
+        let mut opened = 0;
+        let all = async {
+            while opened < expected {
+                let stream = incoming.next().await.ok_or(RemoteError::Left)?;
+                let kind = stream.headers().get("streamtype").unwrap_or_default();
+                let Some(role) = Role::parse(kind) else {
+                    debug!(kind, "refused a stream of unknown type");
+                    stream.refuse().await;
+                    continue;
+                };
+                let (inlet, sender) = stream.accept().await;
+                streams.take(role, Some(inlet), Outlet::Spdy(sender));
+                opened += 1;
+            }
+            Ok(())
+        };
+        match tokio::time::timeout(STREAMS_DEADLINE, all).await {
+            Ok(taken) => taken.map(|()| streams),
+            Err(_) => Err(RemoteError::Streams { opened, expected }),
+        }
+    }
+
+    /// Takes the channels of a WebSocket, and tells the client that they are open.
+    pub(super) async fn of_websocket(mut channels: Channels, wanted: Wanted) -> Self {
+        let mut streams = Self::default();
+        for role in wanted.roles() {
+            let channel = role as u8;
+            let sender = channels.sender(channel);
+            streams.take(role, channels.inlet(channel), Outlet::Channel(sender));
+        }
+        let lowest = [&streams.stdout, &streams.stderr, &streams.error];
+        if let Some(Outlet::Channel(sender)) = lowest.into_iter().flatten().next() {
+            // A client that has gone already ends the session.
+            drop(sender.ready().await);
+        }
+        streams
     }
 }
 
-/// Takes the client's streams and runs the command.
-pub(super) async fn spdy(
-    context: &Context,
-    mut incoming: Incoming,
-    start: pb::ExecStart,
+/// Runs what is asked for on the client's streams and tells the client how it ended.
+pub(super) async fn serve(
+    backend: &dyn Backend,
+    start: Start,
+    mut streams: Streams,
     version: Version,
-) -> Result<(), RemoteError> {
-    let wanted = Wanted {
-        stdin: start.stdin,
-        stdout: start.stdout,
-        stderr: start.stderr,
-        tty: start.tty,
-    };
-    let expected = wanted.streams(version);
-    let mut streams = Streams::default();
-    let mut opened = 0;
-    let all = async {
-        while opened < expected {
-            let stream = incoming.next().await.ok_or(RemoteError::Left)?;
-            let kind = stream.headers().get("streamtype").unwrap_or_default();
-            let Some(role) = Role::parse(kind) else {
-                debug!(kind, "refused a stream of unknown type");
-                stream.refuse().await;
-                continue;
-            };
-            let (receiver, sender) = stream.accept().await;
-            streams.take(role, receiver, sender);
-            opened += 1;
-        }
-        Ok(())
-    };
-    match tokio::time::timeout(STREAMS_DEADLINE, all).await {
-        Ok(taken) => taken?,
-        Err(_) => return Err(RemoteError::Streams { opened, expected }),
-    }
-    let mut error = streams.error.take();
-    let ending = run(&*context.backend, start, &mut streams).await;
-    for sender in [streams.stdout.take(), streams.stderr.take()]
+) {
+    let ending = run(backend, &start, &mut streams).await;
+    for outlet in [streams.stdout.take(), streams.stderr.take()]
         .into_iter()
         .flatten()
     {
         // A client that has gone needs no end.
-        drop(sender.finish(Bytes::new()).await);
+        drop(outlet.finish(Bytes::new()).await);
     }
-    if let Some(error) = error.take() {
+    if let Some(error) = streams.error.take() {
         drop(error.finish(ending.status(version).into()).await);
     }
-    Ok(())
 }
 
-/// Relays until the command has ended and all of its output is handed over.
-async fn run(backend: &dyn Backend, start: pb::ExecStart, streams: &mut Streams) -> Ending {
+/// Relays until the process has ended and all of its output is handed over.
+async fn run(backend: &dyn Backend, start: &Start, streams: &mut Streams) -> Ending {
+    let lost = |reason: &str| Ending::Failed(start.about(), reason.to_owned());
     let (queue, input) = mpsc::channel(INPUT_QUEUE);
-    let first = Input::Start(start);
-    if queue.send(message(first)).await.is_err() {
+    if queue.send(start.message()).await.is_err() {
         return lost("the relay ended");
     }
-    let stdin = feed(streams.stdin.take(), queue.clone());
+    // A container that has no input: what the client sends is let go.
+    let stdin = streams.stdin.take().filter(|_| start.stdin());
+    let stdin = feed(stdin, queue.clone());
     let resize = resizes(streams.resize.take(), queue);
     // Input never ends the relay: its future stays pending, and with it the agent's half of the call open.
     let feeds = async {
@@ -119,18 +193,20 @@ async fn run(backend: &dyn Backend, start: pb::ExecStart, streams: &mut Streams)
         future::pending::<()>().await;
     };
     let output = async {
-        let called = backend.exec(input).await;
-        let mut output = match called {
+        let mut output = match start.call(backend, input).await {
             Ok(output) => output,
             Err(status) => return lost(status.message()),
         };
         while let Some(next) = output.next().await {
-            match next.map(|message| message.output) {
+            let handed = match next.map(|message| message.output) {
                 Ok(Some(Output::Stdout(data))) => hand_over(streams.stdout.as_ref(), data).await,
                 Ok(Some(Output::Stderr(data))) => hand_over(streams.stderr.as_ref(), data).await,
-                Ok(Some(Output::Exit(exit))) => return exit.into(),
-                Ok(Some(Output::Started(_)) | None) => {}
+                Ok(Some(Output::Exit(exit))) => return start.ending(exit),
+                Ok(Some(Output::Started(_)) | None) => Ok(()),
                 Err(status) => return lost(status.message()),
+            };
+            if handed.is_err() {
+                return lost("the client has gone");
             }
         }
         lost("the connection to the compute node ended before the command")
@@ -142,40 +218,42 @@ async fn run(backend: &dyn Backend, start: pb::ExecStart, streams: &mut Streams)
     }
 }
 
-fn lost(reason: &str) -> Ending {
-    Ending::Failed(reason.to_owned())
-}
-
 fn message(input: Input) -> pb::ExecInput {
     pb::ExecInput { input: Some(input) }
 }
 
-/// To a client that has gone there is nothing to hand over; the end of its connection ends the relay.
-async fn hand_over(stream: Option<&Sender>, data: Bytes) {
-    if let Some(stream) = stream
-        && !data.is_empty()
-    {
-        drop(stream.send(data).await);
+async fn hand_over(stream: Option<&Outlet>, data: Bytes) -> Result<(), Closed> {
+    match stream {
+        Some(stream) if !data.is_empty() => stream.send(data).await,
+        _ => Ok(()),
     }
 }
 
 /// Standard input, then its end. Keeps its place in the queue open until the end of the call.
-async fn feed(stdin: Option<Receiver>, queue: mpsc::Sender<pb::ExecInput>) {
+async fn feed(stdin: Option<Inlet>, queue: mpsc::Sender<pb::ExecInput>) {
     if let Some(mut stdin) = stdin {
-        while let Some(data) = stdin.next().await {
-            if queue.send(message(Input::Stdin(data))).await.is_err() {
-                return;
+        let end = loop {
+            match stdin.next().await {
+                Ok(data) => {
+                    if queue.send(message(Input::Stdin(data))).await.is_err() {
+                        return;
+                    }
+                }
+                Err(end) => break end,
             }
+        };
+        // A connection that ended takes the call with it; its input has not come to an end.
+        if end != End::Lost {
+            drop(queue.send(message(Input::StdinClosed(true))).await);
         }
-        drop(queue.send(message(Input::StdinClosed(true))).await);
     }
     future::pending::<()>().await;
 }
 
-async fn resizes(stream: Option<Receiver>, queue: mpsc::Sender<pb::ExecInput>) {
+async fn resizes(stream: Option<Inlet>, queue: mpsc::Sender<pb::ExecInput>) {
     let Some(mut stream) = stream else { return };
     let mut resizes = Resizes::default();
-    while let Some(bytes) = stream.next().await {
+    while let Ok(bytes) = stream.next().await {
         for size in resizes.feed(&bytes) {
             if queue.send(message(Input::Resize(size))).await.is_err() {
                 return;

@@ -6,6 +6,7 @@ use knoc_proto::pb;
 use serde_json::json;
 
 use super::query::Query;
+use super::websocket::channel::Encoding;
 
 /// The header of SPDY requests that lists protocol versions.
 pub(super) const VERSION_HEADER: &str = "x-stream-protocol-version";
@@ -18,6 +19,20 @@ pub(super) const SPDY_VERSIONS: [(&str, Version); 4] = [
     ("v2.channel.k8s.io", Version::V2),
     ("channel.k8s.io", Version::V1),
 ];
+
+/// What we speak over WebSocket, newest first. v5 is v4 with channels that the client may close.
+pub(super) const WEBSOCKET_VERSIONS: [(&str, (Version, Encoding)); 5] = [
+    (
+        "v5.channel.k8s.io",
+        (Version::V4, Encoding::BinaryWithClose),
+    ),
+    ("v4.channel.k8s.io", (Version::V4, Encoding::Binary)),
+    ("v4.base64.channel.k8s.io", (Version::V4, Encoding::Base64)),
+    ("channel.k8s.io", (Version::V1, Encoding::Binary)),
+    ("base64.channel.k8s.io", (Version::V1, Encoding::Base64)),
+];
+/// What a WebSocket client speaks that names nothing.
+pub(super) const WEBSOCKET_UNNAMED: (Version, Encoding) = (Version::V1, Encoding::Binary);
 
 /// A version of the protocol. v3 brought terminal sizes, v4 the exit code as JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,8 +52,11 @@ pub(super) enum NoVersion {
     Foreign,
 }
 
-/// The first version in the client's order that we speak, with the name to echo.
-pub(super) fn negotiate(headers: &HeaderMap) -> Result<(&'static str, Version), NoVersion> {
+/// The first version in the client's order that is in `ours`, with the name to echo.
+pub(super) fn negotiate<T: Copy>(
+    headers: &HeaderMap,
+    ours: &[(&'static str, T)],
+) -> Result<(&'static str, T), NoVersion> {
     let offered: Vec<&str> = headers
         .get_all(VERSION_HEADER)
         .iter()
@@ -50,8 +68,8 @@ pub(super) fn negotiate(headers: &HeaderMap) -> Result<(&'static str, Version), 
     if offered.is_empty() {
         return Err(NoVersion::Unnamed);
     }
-    let ours = |name: &&str| SPDY_VERSIONS.into_iter().find(|(own, _)| own == name);
-    offered.iter().find_map(ours).ok_or(NoVersion::Foreign)
+    let own = |name: &&str| ours.iter().find(|(own, _)| own == name).copied();
+    offered.iter().find_map(own).ok_or(NoVersion::Foreign)
 }
 
 /// What of a process is wanted.
@@ -83,22 +101,39 @@ impl Wanted {
 
     /// The streams that a SPDY client opens, the error stream included.
     pub(super) fn streams(self, version: Version) -> usize {
-        let resize = self.tty && version >= Version::V3;
-        [true, self.stdin, self.stdout, self.stderr, resize]
-            .into_iter()
-            .filter(|wanted| *wanted)
+        let resize = version >= Version::V3;
+        self.roles()
+            .filter(|role| resize || *role != Role::Resize)
             .count()
+    }
+
+    /// The streams that are there, the error stream always.
+    pub(super) fn roles(self) -> impl Iterator<Item = Role> {
+        let all = [
+            (Role::Stdin, self.stdin),
+            (Role::Stdout, self.stdout),
+            (Role::Stderr, self.stderr),
+            (Role::Error, true),
+            (Role::Resize, self.tty),
+        ];
+        all.into_iter()
+            .filter_map(|(role, wanted)| wanted.then_some(role))
+    }
+
+    /// Which channels of a WebSocket the client may write, by their numbers.
+    pub(super) fn writable(self) -> [bool; 5] {
+        [self.stdin, false, false, false, self.tty]
     }
 }
 
-/// The roles of streams.
+/// The roles of streams; as a number, the channel of a WebSocket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
-    Error,
-    Stdin,
-    Stdout,
-    Stderr,
-    Resize,
+    Stdin = 0,
+    Stdout = 1,
+    Stderr = 2,
+    Error = 3,
+    Resize = 4,
 }
 
 impl Role {
@@ -120,8 +155,8 @@ impl Role {
 pub(super) enum Ending {
     /// With a code; 128 + signal where a signal ended it.
     Exited(i32),
-    /// It could not run, or what became of it is not known.
-    Failed(String),
+    /// It could not run, or what became of it is not known: what we were about, and why it failed.
+    Failed(&'static str, String),
 }
 
 impl Ending {
@@ -135,8 +170,8 @@ impl Ending {
             Self::Exited(code) => format!(
                 "command terminated with non-zero exit code: command terminated with exit code {code}"
             ),
-            Self::Failed(reason) => {
-                format!("Internal error occurred: error executing command in container: {reason}")
+            Self::Failed(about, reason) => {
+                format!("Internal error occurred: error {about} container: {reason}")
             }
         };
         if version < Version::V4 {
@@ -147,25 +182,15 @@ impl Ending {
                 "metadata": {}, "status": "Failure", "message": failure, "reason": "NonZeroExitCode",
                 "details": {"causes": [{"reason": "ExitCode", "message": code.to_string()}]},
             }),
-            Self::Failed(reason) => json!({
+            Self::Failed(about, reason) => json!({
                 "metadata": {}, "status": "Failure", "message": failure, "reason": "InternalError",
                 "details": {"causes": [{
-                    "message": format!("error executing command in container: {reason}"),
+                    "message": format!("error {about} container: {reason}"),
                 }]},
                 "code": 500,
             }),
         };
         status.to_string()
-    }
-}
-
-impl From<pb::ExecExit> for Ending {
-    fn from(exit: pb::ExecExit) -> Self {
-        if exit.error.is_empty() {
-            Self::Exited(exit.code)
-        } else {
-            Self::Failed(exit.error)
-        }
     }
 }
 
@@ -232,6 +257,7 @@ mod tests {
     #[test]
     fn takes_the_first_version_of_the_client_that_we_speak() {
         let v5_first = offered(&["v5.channel.k8s.io", "v4.channel.k8s.io", "channel.k8s.io"]);
+        let negotiate = |headers: &HeaderMap| super::negotiate(headers, &SPDY_VERSIONS);
         assert_eq!(negotiate(&v5_first), Ok(("v4.channel.k8s.io", Version::V4)));
         let list = offered(&["v2.channel.k8s.io, v4.channel.k8s.io"]);
         assert_eq!(negotiate(&list), Ok(("v2.channel.k8s.io", Version::V2)));
@@ -262,7 +288,8 @@ mod tests {
         assert_eq!(status["reason"], "NonZeroExitCode");
         let cause = json!({"reason": "ExitCode", "message": "3"});
         assert_eq!(status["details"]["causes"][0], cause);
-        let text = Ending::Failed("no such file".to_owned()).status(Version::V1);
+        let text = Ending::Failed("executing command in", "no such file".to_owned());
+        let text = text.status(Version::V1);
         assert_eq!(
             text,
             "Internal error occurred: error executing command in container: no such file"

@@ -12,7 +12,7 @@ use k8s_openapi::List;
 use k8s_openapi::api::core::v1::Pod;
 
 use super::query::Query;
-use super::{Context, access, exec, logs, stats};
+use super::{Context, access, exec, logs, portforward, refused, stats};
 
 /// All routes behind the gate.
 pub(super) fn router(context: Arc<Context>) -> Router {
@@ -26,6 +26,18 @@ pub(super) fn router(context: Arc<Context>) -> Router {
             "/containerLogs/{namespace}/{pod}/{container}",
             get(logs::container_logs),
         )
+        .merge(streams())
+        .merge(refused::routes())
+        .merge(stats::routes())
+        .fallback(async || (StatusCode::NOT_FOUND, "404 page not found\n"))
+        .layer(from_fn_with_state(Arc::clone(&context), access::gate))
+        .layer(from_fn_with_state(Arc::clone(&context), stats::count))
+        .with_state(context)
+}
+
+/// By GET (a WebSocket's) and POST.
+fn streams() -> Router<Arc<Context>> {
+    Router::new()
         .route(
             "/exec/{namespace}/{pod}/{container}",
             get(exec::exec).post(exec::exec),
@@ -34,11 +46,22 @@ pub(super) fn router(context: Arc<Context>) -> Router {
             "/exec/{namespace}/{pod}/{uid}/{container}",
             get(exec::exec_by_uid).post(exec::exec_by_uid),
         )
-        .merge(stats::routes())
-        .fallback(async || (StatusCode::NOT_FOUND, "404 page not found\n"))
-        .layer(from_fn_with_state(Arc::clone(&context), access::gate))
-        .layer(from_fn_with_state(Arc::clone(&context), stats::count))
-        .with_state(context)
+        .route(
+            "/attach/{namespace}/{pod}/{container}",
+            get(exec::attach).post(exec::attach),
+        )
+        .route(
+            "/attach/{namespace}/{pod}/{uid}/{container}",
+            get(exec::attach_by_uid).post(exec::attach_by_uid),
+        )
+        .route(
+            "/portForward/{namespace}/{pod}",
+            get(portforward::by_name).post(portforward::by_name),
+        )
+        .route(
+            "/portForward/{namespace}/{pod}/{uid}",
+            get(portforward::by_uid).post(portforward::by_uid),
+        )
 }
 
 async fn ok() -> &'static str {

@@ -1,12 +1,13 @@
 //! A SPDY/3.1 server session over any byte stream, as Go's spdystream expects it. Knows nothing of Kubernetes.
 //!
 //! Owner: the task that polls [`Session::run`], which reads, writes and answers pings; streams that the peer opens come
-//! out of [`Incoming`], each with a bounded queue of what it receives. A queue that is full stops the reading of the
-//! socket: nothing is ever dropped, and since the peer knows no flow control either, one slow stream holds up its
-//! connection (as it does in every kubelet) and no other.
+//! out of [`Incoming`], each with a bounded queue of what it receives, all of them together within one [`Budget`]. A
+//! queue that is full stops the reading of the socket: nothing is ever dropped, and since the peer knows no flow control
+//! either, one slow stream holds up its connection (as it does in every kubelet) and no other.
 //!
 //! The end: when `Incoming` and all halves of streams are dropped, what is queued is written, then GOAWAY, and the peer
-//! gets [`LINGER`] to close. A peer that closes first ends `run` at once, and with it every stream.
+//! gets [`LINGER`] to close. A peer that closes first ends `run` at once, and with it every stream. A GOAWAY of the peer
+//! ends `Incoming`; streams that are open go on.
 //!
 //! What a session never does: open streams of its own, wait for WINDOW_UPDATE, or lose the state of the header
 //! compression over a refused stream.
@@ -19,15 +20,14 @@ pub(super) mod tests;
 mod writer;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf};
-use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
+use super::streams::{Activity, Budget, Closed, IDLE, Inlet};
 use frame::Reset;
 pub(super) use headers::Headers;
 use writer::Out;
@@ -36,12 +36,12 @@ use writer::Out;
 const MAX_STREAMS: usize = 1024;
 /// Streams that wait to be taken out of [`Incoming`]; more stop the reading.
 const INCOMING: usize = 16;
-/// Pieces that wait in a stream: with reads of [`reader::CHUNK`], half a MiB.
-const RECEIVE_QUEUE: usize = 8;
-/// Frames that wait to be written, of all streams together.
+/// Streams that a peer may open at once after a pause, and
+const OPEN_BURST: u32 = 1024;
+/// how many it may open each second in the long run; beyond that its socket is not read. Each costs a call to the agent.
+const OPEN_RATE: u32 = 1000;
+/// Frames that wait to be written, of all streams together; each of at most [`frame::MAX_DATA`], so a MiB in all.
 const SEND_QUEUE: usize = 16;
-/// As `streamingConnectionIdleTimeout` of a real kubelet: no stream opened, no byte moved.
-const IDLE: Duration = Duration::from_hours(4);
 /// How long the peer may take to close after our GOAWAY.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -72,39 +72,6 @@ pub(super) enum SessionError {
     Idle,
 }
 
-/// When a byte last moved, shared by both directions.
-#[derive(Debug, Clone)]
-struct Activity {
-    start: Instant,
-    last: Arc<AtomicU64>,
-}
-
-impl Activity {
-    fn new() -> Self {
-        Self {
-            start: Instant::now(),
-            last: Arc::default(),
-        }
-    }
-
-    fn touch(&self) {
-        let elapsed = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last.store(elapsed, Ordering::Relaxed);
-    }
-
-    /// Returns when nothing has moved for [`IDLE`].
-    async fn idle(&self) {
-        loop {
-            let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
-            let deadline = self.start + last + IDLE;
-            if deadline <= Instant::now() {
-                return;
-            }
-            tokio::time::sleep_until(deadline).await;
-        }
-    }
-}
-
 /// One connection; see the module.
 #[derive(Debug)]
 pub(super) struct Session<Io> {
@@ -130,29 +97,38 @@ impl Incoming {
     }
 }
 
+/// Counts against [`MAX_STREAMS`] while either half of a stream is in use.
+type Slot = Arc<OwnedSemaphorePermit>;
+
 /// A stream that the peer has opened and that awaits its answer.
 #[derive(Debug)]
 pub(super) struct Stream {
     id: u32,
     headers: Headers,
-    receiver: mpsc::Receiver<Bytes>,
+    inlet: Inlet,
     queue: mpsc::Sender<Out>,
+    slot: Slot,
 }
 
 impl Stream {
+    pub(super) fn id(&self) -> u32 {
+        self.id
+    }
+
     pub(super) fn headers(&self) -> &Headers {
         &self.headers
     }
 
     /// Answers with no headers, as the peer expects; both halves are open then.
-    pub(super) async fn accept(self) -> (Receiver, Sender) {
+    pub(super) async fn accept(self) -> (Inlet, Sender) {
         // A queue that is closed means a session that has ended: both halves will say so.
         drop(self.queue.send(Out::Reply(self.id)).await);
         let sender = Sender {
             id: self.id,
             queue: self.queue,
+            _slot: self.slot,
         };
-        (Receiver(self.receiver), sender)
+        (self.inlet, sender)
     }
 
     /// Refuses it.
@@ -161,48 +137,44 @@ impl Stream {
     }
 }
 
-/// What the peer sends on a stream.
-#[derive(Debug)]
-pub(super) struct Receiver(mpsc::Receiver<Bytes>);
-
-impl Receiver {
-    /// The next bytes, never empty; `None` after the peer's FIN, its reset, or the end of the session. Cancel safe.
-    pub(super) async fn next(&mut self) -> Option<Bytes> {
-        self.0.recv().await
-    }
-}
-
-/// The session has ended: nothing more can be sent.
-#[derive(Debug, Error)]
-#[error("the connection has ended")]
-pub(super) struct Closed;
-
 /// What we send on a stream.
 #[derive(Debug)]
 pub(super) struct Sender {
     id: u32,
     queue: mpsc::Sender<Out>,
+    _slot: Slot,
 }
 
 impl Sender {
     /// Queues bytes; waits while the peer does not read.
     pub(super) async fn send(&self, data: Bytes) -> Result<(), Closed> {
-        let out = Out::Data {
-            id: self.id,
-            data,
-            fin: false,
-        };
-        self.queue.send(out).await.map_err(|_| Closed)
+        self.pieces(data, false).await
     }
 
     /// The last bytes, then FIN: our half of the stream is closed.
     pub(super) async fn finish(self, data: Bytes) -> Result<(), Closed> {
-        let out = Out::Data {
-            id: self.id,
-            data,
-            fin: true,
-        };
-        self.queue.send(out).await.map_err(|_| Closed)
+        self.pieces(data, true).await
+    }
+
+    /// Gives the stream up: the peer shall neither expect more nor send more.
+    pub(super) async fn reset(self) {
+        drop(self.queue.send(Out::Reset(self.id, Reset::Internal)).await);
+    }
+
+    async fn pieces(&self, mut data: Bytes, fin: bool) -> Result<(), Closed> {
+        loop {
+            let piece = data.split_to(data.len().min(frame::MAX_DATA));
+            let last = data.is_empty();
+            let out = Out::Data {
+                id: self.id,
+                data: piece,
+                fin: fin && last,
+            };
+            self.queue.send(out).await.map_err(|_| Closed)?;
+            if last {
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -215,10 +187,11 @@ where
     let (sender, queue) = mpsc::channel(SEND_QUEUE);
     let (incoming, streams) = mpsc::channel(INCOMING);
     let activity = Activity::new();
+    let budget = Budget::new();
     let session = Session {
         input,
         output,
-        reader: reader::Reader::new(incoming, sender.downgrade(), activity.clone()),
+        reader: reader::Reader::new(incoming, sender.downgrade(), activity.clone(), budget),
         queue,
         activity,
     };
@@ -233,6 +206,12 @@ impl<Io> Session<Io>
 where
     Io: AsyncRead + AsyncWrite,
 {
+    /// What was received and waits.
+    #[cfg(test)]
+    fn budget(&self) -> Budget {
+        self.reader.budget()
+    }
+
     /// Reads and writes until either side has ended the session.
     pub(super) async fn run(self) -> Result<(), SessionError> {
         let Self {

@@ -1,9 +1,13 @@
 //! The API over real TLS, with a fake backend and a fake cluster.
 
 mod access;
+mod commands;
 mod exec;
-mod harness;
+pub(super) mod harness;
 mod identity;
 mod lifecycle;
 mod logs;
+mod portforward;
+mod refused;
 mod stats;
+mod websocket;

@@ -34,6 +34,7 @@ pub(super) enum Reset {
     Protocol = 1,
     InvalidStream = 2,
     Refused = 3,
+    Internal = 6,
 }
 
 /// A frame that the peer has sent, or a piece of one.

@@ -11,7 +11,7 @@ use thiserror::Error;
 /// The preset dictionary of SPDY/3.
 const DICTIONARY: &[u8] = include_bytes!("dictionary.bin");
 /// The most bytes of one inflated block.
-const MAX_INFLATED: usize = 256 << 10;
+const MAX_INFLATED: usize = 1 << 20;
 /// The most headers of one block.
 const MAX_HEADERS: usize = 100;
 /// What inflates in one step.
@@ -47,6 +47,12 @@ pub(crate) enum HeaderError {
 pub(crate) struct Headers(pub(super) Vec<(String, String)>);
 
 impl Headers {
+    /// Of pairs with names in lower case.
+    #[cfg(test)]
+    pub(crate) fn of(pairs: impl Iterator<Item = (String, String)>) -> Self {
+        Self(pairs.collect())
+    }
+
     /// The first value of a name, given in lower case.
     pub(crate) fn get(&self, name: &str) -> Option<&str> {
         let mut pairs = self.0.iter();

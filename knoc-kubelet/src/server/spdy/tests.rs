@@ -8,7 +8,8 @@ use tokio::task::JoinSet;
 
 use super::frame::{self, Decoder, Frame};
 use super::headers::{Deflater, Headers};
-use super::{Incoming, SessionError, session};
+use super::{IDLE, Incoming, SessionError, session};
+use crate::server::streams::{End, RECEIVE_BYTES};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -18,6 +19,7 @@ pub(in crate::server) struct Peer<Io> {
     deflater: Deflater,
     decoder: Decoder,
     buffer: BytesMut,
+    pub(in crate::server) patience: Duration,
 }
 
 impl<Io: AsyncRead + AsyncWrite + Unpin> Peer<Io> {
@@ -27,6 +29,7 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> Peer<Io> {
             deflater: Deflater::new().unwrap(),
             decoder: Decoder::default(),
             buffer: BytesMut::new(),
+            patience: PATIENCE,
         }
     }
 
@@ -54,6 +57,24 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> Peer<Io> {
         self.write(&wire).await;
     }
 
+    pub(in crate::server) async fn ping(&mut self, id: u32) {
+        let mut wire = BytesMut::new();
+        frame::ping(&mut wire, id);
+        self.write(&wire).await;
+    }
+
+    pub(in crate::server) async fn reset(&mut self, id: u32) {
+        let mut wire = BytesMut::new();
+        frame::reset(&mut wire, id, frame::Reset::Refused);
+        self.write(&wire).await;
+    }
+
+    pub(in crate::server) async fn go_away(&mut self) {
+        let mut wire = BytesMut::new();
+        frame::go_away(&mut wire, 0);
+        self.write(&wire).await;
+    }
+
     /// The next frame; `None` where the session has closed.
     pub(in crate::server) async fn next(&mut self) -> Option<Frame> {
         let read = async {
@@ -67,7 +88,7 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> Peer<Io> {
                 }
             }
         };
-        tokio::time::timeout(PATIENCE, read)
+        tokio::time::timeout(self.patience, read)
             .await
             .expect("no frame")
     }
@@ -99,7 +120,8 @@ async fn bytes_pass_both_ways_and_the_end_is_in_order() {
     peer.data(1, b"up", false).await;
     peer.data(1, b"", true).await;
     assert_eq!(receiver.next().await.unwrap(), "up");
-    assert_eq!(receiver.next().await, None, "FIN is the end of our reading");
+    let end = receiver.next().await;
+    assert_eq!(end, Err(End::Fin), "FIN is the end of our reading");
     sender.send(Bytes::from("down")).await.unwrap();
     sender.finish(Bytes::from("last")).await.unwrap();
     drop((incoming, receiver));
@@ -181,7 +203,7 @@ async fn a_reader_that_waits_stops_the_socket_and_loses_nothing() {
     // Nobody reads until the peer is stuck.
     tokio::time::sleep(Duration::from_millis(600)).await;
     let mut whole = BytesMut::new();
-    while let Some(piece) = receiver.next().await {
+    while let Ok(piece) = receiver.next().await {
         whole.extend_from_slice(&piece);
     }
     assert_eq!(whole.len(), PIECES << 16);
@@ -230,7 +252,7 @@ async fn what_cannot_be_understood_ends_the_session_and_its_streams() {
         .await;
     let error = ended(tasks).await.unwrap_err();
     assert!(matches!(error, SessionError::Headers { .. }), "{error:?}");
-    assert_eq!(receiver.next().await, None);
+    assert_eq!(receiver.next().await, Err(End::Lost));
     assert!(sender.send(Bytes::from("x")).await.is_err());
 }
 
@@ -241,14 +263,14 @@ async fn a_peer_that_leaves_ends_everything() {
     let (mut receiver, _sender) = incoming.next().await.unwrap().accept().await;
     drop(peer);
     assert!(ended(tasks).await.is_ok());
-    assert_eq!(receiver.next().await, None);
+    assert_eq!(receiver.next().await, Err(End::Lost));
     assert!(incoming.next().await.is_none());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_session_in_which_nothing_moves_ends_in_time() {
     let (mut peer, _incoming, tasks) = connected();
-    let almost = super::IDLE.checked_sub(Duration::from_mins(1)).unwrap();
+    let almost = IDLE.checked_sub(Duration::from_mins(1)).unwrap();
     tokio::time::sleep(almost).await;
     peer.open(1, &[]).await;
     tokio::time::sleep(almost).await;
@@ -257,4 +279,107 @@ async fn a_session_in_which_nothing_moves_ends_in_time() {
     let mut tasks = tasks;
     let error = tasks.join_next().await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, SessionError::Idle), "{error:?}");
+}
+
+#[tokio::test]
+async fn what_a_client_sends_to_nobody_is_bounded_over_all_streams() {
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let (session, mut incoming) = session(near);
+    let budget = session.budget();
+    let mut tasks: Ended = JoinSet::new();
+    tasks.spawn(session.run());
+    let mut peer = Peer::new(far);
+    let mut held = Vec::new();
+    for number in 0..500 {
+        peer.open(2 * number + 1, &[]).await;
+        held.push(incoming.next().await.unwrap());
+    }
+    let mut wire = BytesMut::new();
+    for number in 0..500 {
+        frame::data(&mut wire, 2 * number + 1, &vec![7; 32 << 10], false);
+    }
+    // Half of each stream's queue, and more than all may hold: the writing stops.
+    let stuck = tokio::time::timeout(Duration::from_millis(500), peer.io.write_all(&wire));
+    assert!(stuck.await.is_err(), "{} bytes went to nobody", wire.len());
+    assert!(budget.held() <= RECEIVE_BYTES, "{}", budget.held());
+    assert!(budget.held() > RECEIVE_BYTES / 2, "{}", budget.held());
+    drop(held);
+    let freed = async {
+        while budget.held() > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    let freed = tokio::time::timeout(PATIENCE, freed).await;
+    assert!(freed.is_ok(), "{} bytes are still held", budget.held());
+}
+
+#[tokio::test]
+async fn a_client_that_never_reads_holds_up_the_writer_and_no_memory() {
+    let (mut peer, mut incoming, _tasks) = connected();
+    peer.open(1, &[]).await;
+    let (_inlet, sender) = incoming.next().await.unwrap().accept().await;
+    let mut accepted = 0;
+    let piece = Bytes::from(vec![0; 1 << 20]);
+    let endless = async {
+        loop {
+            sender.send(piece.clone()).await.unwrap();
+            accepted += piece.len();
+        }
+    };
+    assert!(
+        tokio::time::timeout(Duration::from_millis(500), endless)
+            .await
+            .is_err()
+    );
+    let most = (super::SEND_QUEUE + 4) * frame::MAX_DATA + (1 << 20);
+    assert!(accepted <= most, "{accepted} bytes accepted for nobody");
+}
+
+#[tokio::test]
+async fn streams_that_the_client_has_ended_count_while_we_hold_them() {
+    let (mut peer, mut incoming, _tasks) = connected();
+    let mut held = Vec::new();
+    for number in 0..u32::try_from(super::MAX_STREAMS).unwrap() {
+        peer.open(2 * number + 1, &[]).await;
+        peer.data(2 * number + 1, &[], true).await;
+        held.push(incoming.next().await.unwrap().accept().await);
+        assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+    }
+    peer.open(9001, &[]).await;
+    assert_eq!(peer.next().await, Some(Frame::Reset { id: 9001 }));
+    held.pop();
+    peer.open(9003, &[]).await;
+    assert!(incoming.next().await.is_some(), "one place is free again");
+}
+
+#[tokio::test]
+async fn a_goaway_of_the_peer_ends_the_coming_of_streams_and_nothing_else() {
+    let (mut peer, mut incoming, tasks) = connected();
+    peer.open(1, &[]).await;
+    let (mut inlet, sender) = incoming.next().await.unwrap().accept().await;
+    peer.go_away().await;
+    assert!(incoming.next().await.is_none());
+    drop(incoming);
+    peer.open(3, &[]).await;
+    peer.data(1, b"still", true).await;
+    assert_eq!(inlet.next().await.unwrap(), "still");
+    assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+    assert_eq!(peer.next().await, Some(Frame::Reset { id: 3 }));
+    sender.finish(Bytes::from("here")).await.unwrap();
+    drop(inlet);
+    let last = peer.next().await;
+    assert!(
+        matches!(
+            last,
+            Some(Frame::Data {
+                id: 1,
+                fin: true,
+                ..
+            })
+        ),
+        "{last:?}"
+    );
+    assert_eq!(peer.next().await, Some(Frame::GoAway));
+    drop(peer);
+    assert!(ended(tasks).await.is_ok());
 }

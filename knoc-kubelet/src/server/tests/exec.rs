@@ -8,12 +8,11 @@ use http_body_util::BodyExt as _;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use knoc_proto::pb;
-use knoc_proto::pb::{exec_input::Input, exec_output::Output};
-use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::ReceiverStream;
+use knoc_proto::pb::exec_output::Output;
+use tokio::sync::oneshot;
 
+use super::commands::*;
 use super::harness::*;
-use crate::server::PodView;
 use crate::server::spdy::frame::Frame;
 use crate::server::spdy::tests::Peer;
 
@@ -23,39 +22,6 @@ const UPGRADE: [(&str, &str); 3] = [
     ("x-stream-protocol-version", "v4.channel.k8s.io"),
 ];
 
-async fn with_command(command: Command) -> Fixture {
-    let queued = PodView {
-        pod: pod("ns", "queued", &["c"]).into(),
-        observed: None,
-    };
-    let backend = FakeBackend {
-        pods: vec![running("ns", "pod", &["c"]), queued],
-        command: Some(command).into(),
-        ..FakeBackend::default()
-    };
-    Fixture::new(backend, FakeCluster::default()).await
-}
-
-fn nothing() -> Command {
-    Box::new(|_| stream::empty().boxed())
-}
-
-fn says(outputs: Vec<Output>) -> Command {
-    let answer = |output| {
-        Ok(pb::ExecOutput {
-            output: Some(output),
-        })
-    };
-    Box::new(move |_| stream::iter(outputs).map(answer).boxed())
-}
-
-fn exit(code: i32) -> Output {
-    Output::Exit(pb::ExecExit {
-        code,
-        ..pb::ExecExit::default()
-    })
-}
-
 /// The client's side of an exec.
 struct Exec {
     peer: Peer<TokioIo<Upgraded>>,
@@ -64,9 +30,12 @@ struct Exec {
 
 /// Upgrades and opens streams of these types with ids 1, 3, 5 …
 async fn exec(fixture: &Fixture, query: &str, streams: &[&str]) -> Exec {
+    streams_of(fixture, &format!("/exec/ns/pod/c?{query}"), streams).await
+}
+
+async fn streams_of(fixture: &Fixture, path: &str, streams: &[&str]) -> Exec {
     let mut client = fixture.connect(Some(&fixture.master())).await;
-    let path = format!("/exec/ns/pod/c?{query}");
-    let response = client.send_with("POST", &path, &UPGRADE).await;
+    let response = client.send_with("POST", path, &UPGRADE).await;
     assert_eq!(response.status(), 101);
     let agreed = &response.headers()["x-stream-protocol-version"];
     assert_eq!(agreed, "v4.channel.k8s.io");
@@ -123,39 +92,6 @@ async fn output_is_whole_before_the_status_comes() {
     assert_eq!(ended.last(), Some(&1), "the status is last");
 }
 
-/// A command that sends its input back, and ends with its input.
-fn echo(seen: oneshot::Sender<pb::ExecStart>) -> Command {
-    Box::new(move |mut input| {
-        let (sender, receiver) = mpsc::channel(1);
-        let echo = async move {
-            let mut seen = Some(seen);
-            while let Some(message) = input.recv().await {
-                let output = match message.input {
-                    Some(Input::Start(start)) => {
-                        drop(seen.take().unwrap().send(start));
-                        Output::Started(true)
-                    }
-                    Some(Input::Stdin(data)) => Output::Stdout(data),
-                    Some(Input::StdinClosed(_)) => exit(0),
-                    Some(Input::Resize(size)) => {
-                        Output::Stdout(format!("[{}x{}]", size.width, size.height).into())
-                    }
-                    Some(Input::Attach(_)) | None => continue,
-                };
-                let last = matches!(output, Output::Exit(_));
-                let answer = pb::ExecOutput {
-                    output: Some(output),
-                };
-                if sender.send(Ok(answer)).await.is_err() || last {
-                    break;
-                }
-            }
-        };
-        let echo = Box::pin(stream::once(echo).filter_map(async |()| None));
-        stream::select(ReceiverStream::new(receiver), echo).boxed()
-    })
-}
-
 #[tokio::test]
 async fn input_arrives_with_its_end_and_sizes_too() {
     let (seen, start) = oneshot::channel();
@@ -166,7 +102,9 @@ async fn input_arrives_with_its_end_and_sizes_too() {
         &["error", "stdin", "stdout", "resize"],
     )
     .await;
-    let start = start.await.unwrap();
+    let Begun::Exec(start) = start.await.unwrap() else {
+        panic!("no exec");
+    };
     assert_eq!(start.command, ["sh", "-c", "cat &1"]);
     assert!(start.tty && start.stdin && !start.stderr);
     assert_eq!(
@@ -316,5 +254,73 @@ async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
         let body = response.into_body().collect().await.unwrap().to_bytes();
         let body = String::from_utf8_lossy(&body);
         assert!(body.contains(text), "{path}: {body}");
+    }
+}
+
+#[tokio::test]
+async fn an_attach_takes_the_terminal_of_the_container_and_ends_with_success() {
+    let (seen, start) = oneshot::channel();
+    let fixture = with_command(echo(seen)).await;
+    let mut attach = streams_of(
+        &fixture,
+        "/attach/ns/terminal/c?input=1&output=1&tty=1",
+        &["error", "stdin", "stdout", "resize"],
+    )
+    .await;
+    let start = match start.await.unwrap() {
+        Begun::Attach(start) => start,
+        begun @ Begun::Exec(_) => panic!("{begun:?}"),
+    };
+    let identity = (start.uid.as_str(), start.container.as_str());
+    assert_eq!(identity, ("ns-terminal", "c"));
+    assert!(start.tty && start.stdin && start.stdout && !start.stderr);
+    attach.peer.data(3, b"hi", true).await;
+    let (bytes, _) = attach.output(2).await;
+    assert_eq!(bytes[&5], "hi");
+    // The container's own code, 7 here, is told by the pod's status.
+    assert_eq!(bytes[&1], r#"{"metadata":{},"status":"Success"}"#);
+}
+
+#[tokio::test]
+async fn an_attach_without_the_containers_input_lets_the_clients_go() {
+    let (seen, start) = oneshot::channel();
+    let fixture = with_command(echo(seen)).await;
+    let mut attach = streams_of(
+        &fixture,
+        "/attach/ns/pod/ns-pod/c?input=1&output=1&error=1",
+        &["error", "stdin", "stdout", "stderr"],
+    )
+    .await;
+    let Begun::Attach(start) = start.await.unwrap() else {
+        panic!("no attach");
+    };
+    assert!(!start.stdin && start.stderr && !start.tty);
+    attach.peer.data(3, &vec![0; 4 << 20], true).await;
+    // Still answered: what nobody wants has not stopped the reading.
+    attach.peer.ping(9).await;
+    assert_eq!(attach.peer.next().await, Some(Frame::Ping { id: 9 }));
+}
+
+#[tokio::test]
+async fn an_attach_says_why_not_in_the_words_of_a_kubelet() {
+    let fixture = with_command(nothing()).await;
+    let mut client = fixture.connect(Some(&fixture.master())).await;
+    let cases = [
+        ("ns/none/c", 404, "pod does not exist"),
+        ("ns/pod/x", 500, "container x not found in pod pod_ns"),
+        ("ns/queued/c", 500, "container c not found in pod queued_ns"),
+        ("ns/pod/other/c", 500, "pod pod_ns not found"),
+        (
+            "ns/terminal/debugger",
+            500,
+            "container debugger not found in pod terminal_ns: ephemeral containers (kubectl debug) are not supported by this node",
+        ),
+    ];
+    for (path, status, text) in cases {
+        let path = format!("/attach/{path}?output=1");
+        let response = client.send_with("POST", &path, &UPGRADE).await;
+        assert_eq!(response.status(), status, "{path}");
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(body, text, "{path}");
     }
 }

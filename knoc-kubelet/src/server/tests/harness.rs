@@ -27,26 +27,26 @@ use tokio_util::sync::CancellationToken;
 use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
 use crate::server::{
-    Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView, Server, Serving,
-    Settings, User,
+    Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView, PortForwardStream,
+    Server, Serving, Settings, User,
 };
 use crate::stats::Snapshot;
 
 /// Long enough for a loaded machine, short enough to end a hang.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(in crate::server) const PATIENCE: Duration = Duration::from_secs(20);
 
-pub(super) struct Pair {
-    pub(super) certificate: String,
-    pub(super) key: String,
+pub(in crate::server) struct Pair {
+    pub(in crate::server) certificate: String,
+    pub(in crate::server) key: String,
 }
 
-pub(super) struct TestCa {
-    pub(super) pem: String,
+pub(in crate::server) struct TestCa {
+    pub(in crate::server) pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl TestCa {
-    pub(super) fn new(name: &str) -> Self {
+    pub(in crate::server) fn new(name: &str) -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, name);
@@ -71,13 +71,13 @@ impl TestCa {
         }
     }
 
-    pub(super) fn client(&self, name: &str, groups: &[&str]) -> Pair {
+    pub(in crate::server) fn client(&self, name: &str, groups: &[&str]) -> Pair {
         let mut params = CertificateParams::default();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         self.issue(params, name, groups)
     }
 
-    pub(super) fn expired(&self, name: &str, groups: &[&str]) -> Pair {
+    pub(in crate::server) fn expired(&self, name: &str, groups: &[&str]) -> Pair {
         let mut params = CertificateParams::default();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         params.not_before = date_time_ymd(2001, 1, 1);
@@ -85,25 +85,36 @@ impl TestCa {
         self.issue(params, name, groups)
     }
 
-    pub(super) fn server(&self) -> Pair {
+    pub(in crate::server) fn server(&self) -> Pair {
         let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
         self.issue(params, "system:node:virtual", &["system:nodes"])
     }
 }
 
 #[derive(Default)]
-pub(super) struct FakeBackend {
-    pub(super) pods: Vec<PodView>,
-    pub(super) asked: Mutex<Vec<pb::ReadLogsRequest>>,
-    pub(super) log: Mutex<Option<Result<ByteStream, tonic::Status>>>,
-    pub(super) stuck: bool,
-    pub(super) command: Mutex<Option<Command>>,
-    pub(super) snapshot: Snapshot,
-    pub(super) metrics: Metrics,
+pub(in crate::server) struct FakeBackend {
+    pub(in crate::server) pods: Vec<PodView>,
+    pub(in crate::server) asked: Mutex<Vec<pb::ReadLogsRequest>>,
+    pub(in crate::server) log: Mutex<Option<Result<ByteStream, tonic::Status>>>,
+    pub(in crate::server) stuck: bool,
+    /// Of an exec or an attach.
+    pub(in crate::server) command: Mutex<Option<Command>>,
+    /// Answers every connection to a port.
+    pub(in crate::server) ports: Option<Port>,
+    pub(in crate::server) snapshot: Snapshot,
+    pub(in crate::server) metrics: Metrics,
 }
 
+/// What listens on the ports of a fake pod.
+pub(in crate::server) type Port = Box<
+    dyn Fn(mpsc::Receiver<pb::PortForwardInput>) -> Result<PortForwardStream, tonic::Status>
+        + Send
+        + Sync,
+>;
+
 /// What a fake command says to what it is given.
-pub(super) type Command = Box<dyn FnOnce(mpsc::Receiver<pb::ExecInput>) -> ExecStream + Send>;
+pub(in crate::server) type Command =
+    Box<dyn FnOnce(mpsc::Receiver<pb::ExecInput>) -> ExecStream + Send>;
 
 impl Backend for FakeBackend {
     fn pods(&self) -> Vec<Arc<Pod>> {
@@ -133,6 +144,21 @@ impl Backend for FakeBackend {
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
         let command = self.command.lock().unwrap().take().unwrap();
         async move { Ok(command(input)) }.boxed()
+    }
+
+    fn attach(
+        &self,
+        input: mpsc::Receiver<pb::ExecInput>,
+    ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
+        self.exec(input)
+    }
+
+    fn port_forward(
+        &self,
+        input: mpsc::Receiver<pb::PortForwardInput>,
+    ) -> BoxFuture<'_, Result<PortForwardStream, tonic::Status>> {
+        let port = self.ports.as_ref().unwrap();
+        async move { port(input) }.boxed()
     }
 
     fn stats(&self) -> BoxFuture<'_, Arc<Snapshot>> {
@@ -167,11 +193,11 @@ impl Backend for FakeBackend {
 
 /// Knows tokens, and lets users do what stands in `allowed` as `user verb subresource`.
 #[derive(Default)]
-pub(super) struct FakeCluster {
-    pub(super) tokens: HashMap<String, User>,
-    pub(super) allowed: Vec<&'static str>,
-    pub(super) broken: bool,
-    pub(super) reviews: Mutex<Vec<String>>,
+pub(in crate::server) struct FakeCluster {
+    pub(in crate::server) tokens: HashMap<String, User>,
+    pub(in crate::server) allowed: Vec<&'static str>,
+    pub(in crate::server) broken: bool,
+    pub(in crate::server) reviews: Mutex<Vec<String>>,
 }
 
 const BROKEN: ClusterError = ClusterError::Deadline { call: "review" };
@@ -211,7 +237,7 @@ impl Cluster for FakeCluster {
     }
 }
 
-pub(super) fn pod(namespace: &str, name: &str, containers: &[&str]) -> Pod {
+pub(in crate::server) fn pod(namespace: &str, name: &str, containers: &[&str]) -> Pod {
     let container = |name: &&str| Container {
         name: (*name).to_owned(),
         ..Container::default()
@@ -228,7 +254,7 @@ pub(super) fn pod(namespace: &str, name: &str, containers: &[&str]) -> Pod {
 }
 
 /// A pod whose containers all run.
-pub(super) fn running(namespace: &str, name: &str, containers: &[&str]) -> PodView {
+pub(in crate::server) fn running(namespace: &str, name: &str, containers: &[&str]) -> PodView {
     let status = |name: &&str| pb::ContainerStatus {
         name: (*name).to_owned(),
         state: Some(pb::container_status::State::Running(pb::Running::default())),
@@ -247,17 +273,17 @@ pub(super) fn running(namespace: &str, name: &str, containers: &[&str]) -> PodVi
 }
 
 /// A server with its CA, files and tasks.
-pub(super) struct Fixture {
-    pub(super) ca: TestCa,
-    pub(super) folder: tempfile::TempDir,
-    pub(super) backend: Arc<FakeBackend>,
-    pub(super) cluster: Arc<FakeCluster>,
-    pub(super) address: SocketAddr,
-    pub(super) shutdown: CancellationToken,
-    pub(super) tasks: JoinSet<()>,
+pub(in crate::server) struct Fixture {
+    pub(in crate::server) ca: TestCa,
+    pub(in crate::server) folder: tempfile::TempDir,
+    pub(in crate::server) backend: Arc<FakeBackend>,
+    pub(in crate::server) cluster: Arc<FakeCluster>,
+    pub(in crate::server) address: SocketAddr,
+    pub(in crate::server) shutdown: CancellationToken,
+    pub(in crate::server) tasks: JoinSet<()>,
 }
 
-pub(super) fn put(path: &Path, text: &str) {
+pub(in crate::server) fn put(path: &Path, text: &str) {
     use std::io::Write as _;
     std::fs::File::create(path)
         .and_then(|mut file| file.write_all(text.as_bytes()))
@@ -265,7 +291,7 @@ pub(super) fn put(path: &Path, text: &str) {
 }
 
 impl Fixture {
-    pub(super) async fn new(backend: FakeBackend, cluster: FakeCluster) -> Self {
+    pub(in crate::server) async fn new(backend: FakeBackend, cluster: FakeCluster) -> Self {
         let ca = TestCa::new("cluster");
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
@@ -326,12 +352,16 @@ impl Fixture {
         }
     }
 
-    pub(super) fn master(&self) -> Pair {
+    pub(in crate::server) fn master(&self) -> Pair {
         self.ca.client("kube-apiserver", &["system:masters"])
     }
 
     /// Connects, trusting `ca`, with a client certificate or none.
-    pub(super) async fn connect_trusting(&self, ca: &str, identity: Option<&Pair>) -> Client {
+    pub(in crate::server) async fn connect_trusting(
+        &self,
+        ca: &str,
+        identity: Option<&Pair>,
+    ) -> Client {
         let mut roots = rustls::RootCertStore::empty();
         roots
             .add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap())
@@ -368,20 +398,20 @@ impl Fixture {
         }
     }
 
-    pub(super) async fn connect(&self, identity: Option<&Pair>) -> Client {
+    pub(in crate::server) async fn connect(&self, identity: Option<&Pair>) -> Client {
         self.connect_trusting(&self.ca.pem, identity).await
     }
 }
 
 /// One connection.
-pub(super) struct Client {
+pub(in crate::server) struct Client {
     sender: hyper::client::conn::http1::SendRequest<Empty<Bytes>>,
-    pub(super) served_by: Vec<u8>,
-    pub(super) tasks: JoinSet<()>,
+    pub(in crate::server) served_by: Vec<u8>,
+    pub(in crate::server) tasks: JoinSet<()>,
 }
 
 impl Client {
-    pub(super) async fn send(
+    pub(in crate::server) async fn send(
         &mut self,
         method: &str,
         path: &str,
@@ -395,7 +425,7 @@ impl Client {
         self.send_with(method, path, &headers).await
     }
 
-    pub(super) async fn send_with(
+    pub(in crate::server) async fn send_with(
         &mut self,
         method: &str,
         path: &str,
@@ -415,12 +445,29 @@ impl Client {
             .unwrap()
     }
 
+    /// Status and whole text of a request by any method.
+    pub(in crate::server) async fn ask(&mut self, method: &str, path: &str) -> (u16, String) {
+        let response = self.send(method, path, None).await;
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    /// Reads an answer to its end, so that the next request can be sent.
+    pub(in crate::server) async fn drain(&mut self, response: http::Response<Incoming>) {
+        drop(response.into_body().collect().await.unwrap());
+    }
+
     /// Status and whole text.
-    pub(super) async fn get(&mut self, path: &str) -> (u16, String) {
+    pub(in crate::server) async fn get(&mut self, path: &str) -> (u16, String) {
         self.get_as(path, None).await
     }
 
-    pub(super) async fn get_as(&mut self, path: &str, token: Option<&str>) -> (u16, String) {
+    pub(in crate::server) async fn get_as(
+        &mut self,
+        path: &str,
+        token: Option<&str>,
+    ) -> (u16, String) {
         let response = self.send("GET", path, token).await;
         let status = response.status().as_u16();
         let body = response.into_body().collect().await.unwrap().to_bytes();

@@ -1,0 +1,187 @@
+//! `/portForward/{namespace}/{pod}[/{uid}]`: connections to ports of a pod, for `kubectl port-forward`.
+//!
+//! Three forms: SPDY, where the client opens a pair of streams for each connection ([`pairs`]); the same within binary
+//! messages of a WebSocket (`SPDY/3.1+portforward.k8s.io`); and WebSocket channels, a pair for each of the ports named in
+//! the query and one connection on each. What runs on a pair is [`relay`].
+
+mod options;
+mod pairs;
+mod relay;
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::sync::Arc;
+
+use axum::extract::{Path, RawQuery, Request, State};
+use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
+use futures::future::join_all;
+
+use super::query::Query;
+use super::streams::Outlet;
+use super::target::{Refusal, Target};
+use super::upgrade::{self, Carrier, Io, Refused, together};
+use super::websocket::Channels;
+use super::websocket::channel::Encoding;
+use super::websocket::tunnel::Tunnel;
+use super::{Context, spdy, websocket};
+use options::ports;
+use relay::{Connection, Goal};
+
+/// The protocol over SPDY.
+const SPDY_PROTOCOLS: [(&str, ()); 1] = [("portforward.k8s.io", ())];
+/// The protocols over WebSocket, newest first.
+const WEBSOCKET_PROTOCOLS: [(&str, Form); 3] = [
+    ("SPDY/3.1+portforward.k8s.io", Form::Tunnel),
+    ("v4.channel.k8s.io", Form::Channels(Encoding::Binary)),
+    ("v4.base64.channel.k8s.io", Form::Channels(Encoding::Base64)),
+];
+/// What a WebSocket client speaks that names nothing.
+const WEBSOCKET_UNNAMED: Form = Form::Channels(Encoding::Binary);
+
+/// What a WebSocket carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Tunnel,
+    Channels(Encoding),
+}
+
+/// `/portForward/{namespace}/{pod}`
+pub(super) async fn by_name(
+    State(context): State<Arc<Context>>,
+    Path((namespace, pod)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+    request: Request,
+) -> Response {
+    let uid = None;
+    let target = Target {
+        namespace,
+        pod,
+        uid,
+    };
+    answer(&context, &target, query.as_deref(), request)
+}
+
+/// `/portForward/{namespace}/{pod}/{uid}`
+pub(super) async fn by_uid(
+    State(context): State<Arc<Context>>,
+    Path((namespace, pod, uid)): Path<(String, String, String)>,
+    RawQuery(query): RawQuery,
+    request: Request,
+) -> Response {
+    let uid = Some(uid);
+    let target = Target {
+        namespace,
+        pod,
+        uid,
+    };
+    answer(&context, &target, query.as_deref(), request)
+}
+
+fn answer(
+    context: &Arc<Context>,
+    target: &Target,
+    query: Option<&str>,
+    request: Request,
+) -> Response {
+    let prepared = Query::parse(query.unwrap_or_default())
+        .map_err(|error| Refusal::bad_request(format!("{error}\n")))
+        .and_then(|query| {
+            let uid = target.port_forward(context)?;
+            Ok((query, uid, upgrade::carrier(&request)?))
+        });
+    let (query, uid, carrier) = match prepared {
+        Ok(prepared) => prepared,
+        Err(refusal) => return refusal.into_response(),
+    };
+    let goal = Goal {
+        backend: Arc::clone(&context.backend),
+        pod: target.pod.clone(),
+        uid,
+    };
+    let what = format!("{}/{}", target.namespace, target.pod);
+    let answered = match carrier {
+        Carrier::Spdy => over_spdy(context, request, goal, what),
+        Carrier::WebSocket => over_websocket(context, request, goal, &query, what),
+    };
+    answered.unwrap_or_else(|refused| *refused)
+}
+
+fn over_spdy(
+    context: &Arc<Context>,
+    request: Request,
+    goal: Goal,
+    what: String,
+) -> Result<Response, Refused> {
+    let (answer, ()) = upgrade::spdy(request.headers(), &SPDY_PROTOCOLS)?;
+    let name = what.clone();
+    let serve = async move |io: Io| {
+        let (session, incoming) = spdy::session(io);
+        together(session.run(), pairs::serve(incoming, &goal), &name).await;
+    };
+    Ok(upgrade::switch(context, request, answer, what, serve))
+}
+
+fn over_websocket(
+    context: &Arc<Context>,
+    request: Request,
+    goal: Goal,
+    query: &Query,
+    what: String,
+) -> Result<Response, Refused> {
+    let headers = request.headers();
+    let (answer, form) = upgrade::websocket(headers, &WEBSOCKET_PROTOCOLS, WEBSOCKET_UNNAMED)?;
+    let name = what.clone();
+    match form {
+        Form::Tunnel => {
+            let serve = async move |io: Io| {
+                let (session, incoming) = spdy::session(Tunnel::new(io));
+                together(session.run(), pairs::serve(incoming, &goal), &name).await;
+            };
+            Ok(upgrade::switch(context, request, answer, what, serve))
+        }
+        Form::Channels(encoding) => {
+            let ports = ports(query).map_err(|bad| {
+                Box::new(Refusal::bad_request(format!("{bad}\n")).into_response())
+            })?;
+            let serve = async move |io: Io| {
+                // Data, which the client may write, then errors, which it may not; for each port.
+                let writable: Vec<bool> = ports.iter().flat_map(|_| [true, false]).collect();
+                let (session, channels) = websocket::session(io, encoding, &writable);
+                let relay = on_channels(channels, &ports, &goal);
+                together(session.run(), relay, &name).await;
+            };
+            Ok(upgrade::switch(context, request, answer, what, serve))
+        }
+    }
+}
+
+/// One connection a port: on channel 2i its bytes, on 2i + 1 what goes wrong. Both begin with the port.
+async fn on_channels(
+    mut channels: Channels,
+    ports: &[u16],
+    goal: &Goal,
+) -> Result<(), std::convert::Infallible> {
+    let mut relays = Vec::new();
+    for (number, port) in (0u8..).zip(ports) {
+        let (data, error) = (2 * number, 2 * number + 1);
+        let Some(inlet) = channels.inlet(data) else {
+            continue;
+        };
+        let connection = Connection {
+            port: *port,
+            inlet,
+            data: Outlet::Channel(channels.sender(data)),
+            error: Outlet::Channel(channels.sender(error)),
+        };
+        let greeting = Bytes::copy_from_slice(&port.to_le_bytes());
+        for outlet in [&connection.data, &connection.error] {
+            // A client that has gone ends the session.
+            drop(outlet.send(greeting.clone()).await);
+        }
+        relays.push(connection.serve(goal));
+    }
+    drop(channels);
+    join_all(relays).await;
+    Ok(())
+}

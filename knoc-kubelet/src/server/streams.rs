@@ -1,0 +1,287 @@
+//! The streams of a client, whatever carries them: SPDY or WebSocket fill them, the relays read and write them.
+//!
+//! A carrier's reader holds a [`Feed`] for each stream and a relay the [`Inlet`] at its other end; the other direction
+//! is an [`Outlet`]. What a connection has received and nobody has taken is bounded by its [`Budget`], however many
+//! streams it has: a full one stops the reading of the socket. Nothing is ever dropped.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Instant;
+
+use super::{spdy, websocket};
+
+/// Pieces that wait in a stream; the next one stops the reading of its connection.
+const RECEIVE_QUEUE: usize = 8;
+/// Bytes that wait in all streams of a connection together: several times what is on its way between two hops.
+pub(super) const RECEIVE_BYTES: usize = 2 << 20;
+/// What a piece weighs at least: its place in the queue and its allocation, so that empty ones are not free.
+const LEAST_WEIGHT: usize = 256;
+/// Pieces below this are copied out of the buffer that they were read into, which a small one would keep alive whole.
+const COPIED: usize = 16 << 10;
+/// As `streamingConnectionIdleTimeout` of a real kubelet: no stream opened, no byte moved. Pings do not count.
+pub(super) const IDLE: Duration = Duration::from_hours(4);
+
+/// What happens on the client's half of a stream.
+#[derive(Debug)]
+enum Item {
+    /// Never empty. The room goes back to the budget when the bytes are taken.
+    Data {
+        data: Bytes,
+        _room: OwnedSemaphorePermit,
+    },
+    Fin,
+    Reset,
+}
+
+/// How the client's half of a stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// It has said all.
+    Fin,
+    /// It gave the stream up.
+    Reset,
+    /// Its connection ended.
+    Lost,
+}
+
+/// What a connection may still receive before somebody takes of it.
+#[derive(Debug, Clone)]
+pub(super) struct Budget(Arc<Semaphore>);
+
+impl Budget {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Semaphore::new(RECEIVE_BYTES)))
+    }
+
+    /// Bytes that were received and wait.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        RECEIVE_BYTES - self.0.available_permits()
+    }
+}
+
+/// The carrier's end of a stream that the client writes.
+#[derive(Debug)]
+pub(super) struct Feed {
+    items: mpsc::Sender<Item>,
+    budget: Budget,
+}
+
+/// A stream that the client writes.
+pub(super) fn stream(budget: &Budget) -> (Feed, Inlet) {
+    let (sender, items) = mpsc::channel(RECEIVE_QUEUE);
+    let feed = Feed {
+        items: sender,
+        budget: budget.clone(),
+    };
+    (feed, Inlet { items, end: None })
+}
+
+impl Feed {
+    /// Hands on a piece; waits while the relay does not take, or where the connection holds too much. An [`Inlet`]
+    /// that was dropped wants no more, and what comes is let go.
+    pub(super) async fn data(&self, data: Bytes) {
+        if data.is_empty() || self.items.is_closed() {
+            return;
+        }
+        let data = if data.len() < COPIED {
+            Bytes::copy_from_slice(&data)
+        } else {
+            data
+        };
+        let weight = data.len().clamp(LEAST_WEIGHT, RECEIVE_BYTES);
+        let weight = u32::try_from(weight).unwrap_or(u32::MAX);
+        let room = tokio::select! {
+            biased;
+            // What was queued is freed with the receiver, but other streams may hold the budget.
+            () = self.items.closed() => return,
+            room = Arc::clone(&self.budget.0).acquire_many_owned(weight) => room,
+        };
+        if let Ok(room) = room {
+            drop(self.items.send(Item::Data { data, _room: room }).await);
+        }
+    }
+
+    /// The client has said all.
+    pub(super) async fn finish(self) {
+        drop(self.items.send(Item::Fin).await);
+    }
+
+    /// The client gave the stream up.
+    pub(super) async fn reset(self) {
+        drop(self.items.send(Item::Reset).await);
+    }
+}
+
+/// What a client sends on a stream.
+#[derive(Debug)]
+pub(super) struct Inlet {
+    items: mpsc::Receiver<Item>,
+    end: Option<End>,
+}
+
+impl Inlet {
+    /// The next bytes, never empty, or how they ended (then for ever the same). Cancel safe.
+    pub(super) async fn next(&mut self) -> Result<Bytes, End> {
+        if let Some(end) = self.end {
+            return Err(end);
+        }
+        let end = match self.items.recv().await {
+            Some(Item::Data { data, .. }) => return Ok(data),
+            Some(Item::Fin) => End::Fin,
+            Some(Item::Reset) => End::Reset,
+            None => End::Lost,
+        };
+        self.end = Some(end);
+        Err(end)
+    }
+}
+
+/// The connection has ended: nothing more can be sent.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("the connection has ended")]
+pub(super) struct Closed;
+
+/// What we send on a stream. Dropped without an end it leaves the client's reading open.
+#[derive(Debug)]
+pub(super) enum Outlet {
+    Spdy(spdy::Sender),
+    Channel(websocket::Sender),
+}
+
+impl Outlet {
+    /// Queues bytes; waits while the client does not read.
+    pub(super) async fn send(&self, data: Bytes) -> Result<(), Closed> {
+        match self {
+            Self::Spdy(sender) => sender.send(data).await,
+            Self::Channel(sender) => sender.send(data).await,
+        }
+    }
+
+    /// The last bytes, then our half is closed (a channel of a WebSocket knows no end but the connection's).
+    pub(super) async fn finish(self, data: Bytes) -> Result<(), Closed> {
+        match self {
+            Self::Spdy(sender) => sender.finish(data).await,
+            Self::Channel(sender) => sender.send(data).await,
+        }
+    }
+
+    /// Gives the stream up, in both directions (a channel of a WebSocket: nothing is said).
+    pub(super) async fn reset(self) {
+        match self {
+            Self::Spdy(sender) => sender.reset().await,
+            Self::Channel(_) => {}
+        }
+    }
+}
+
+/// When a byte last moved, shared by both directions of a connection.
+#[derive(Debug, Clone)]
+pub(super) struct Activity {
+    start: Instant,
+    last: Arc<AtomicU64>,
+}
+
+impl Activity {
+    pub(super) fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            last: Arc::default(),
+        }
+    }
+
+    pub(super) fn touch(&self) {
+        let elapsed = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last.store(elapsed, Ordering::Relaxed);
+    }
+
+    /// Returns when nothing has moved for [`IDLE`].
+    pub(super) async fn idle(&self) {
+        loop {
+            let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
+            let deadline = self.start + last + IDLE;
+            if deadline <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(deadline).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt as _;
+
+    #[tokio::test]
+    async fn what_waits_is_bounded_over_all_streams_of_a_connection() {
+        let budget = Budget::new();
+        let piece = Bytes::from(vec![1; 64 << 10]);
+        let streams: Vec<_> = (0..100).map(|_| stream(&budget)).collect();
+        let mut taken = 0;
+        for (feed, _) in &streams {
+            for _ in 1..RECEIVE_QUEUE {
+                taken += usize::from(feed.data(piece.clone()).now_or_never().is_some());
+            }
+        }
+        assert_eq!(
+            taken,
+            RECEIVE_BYTES >> 16,
+            "no stream is full, the connection is"
+        );
+        assert_eq!(budget.held(), RECEIVE_BYTES);
+        drop(streams);
+        assert_eq!(budget.held(), 0, "what nobody will read is let go");
+    }
+
+    #[tokio::test]
+    async fn taking_frees_and_a_small_piece_keeps_no_large_buffer() {
+        let budget = Budget::new();
+        let (feed, mut inlet) = stream(&budget);
+        let buffer = Bytes::from(vec![1; 64 << 10]);
+        feed.data(buffer.slice(..1)).await;
+        assert!(buffer.is_unique(), "the piece is a copy");
+        assert_eq!(budget.held(), LEAST_WEIGHT);
+        assert_eq!(inlet.next().await.unwrap().len(), 1);
+        assert_eq!(budget.held(), 0);
+        feed.data(Bytes::new()).await;
+        feed.finish().await;
+        assert_eq!(inlet.next().await, Err(End::Fin));
+        assert_eq!(inlet.next().await, Err(End::Fin));
+    }
+
+    #[tokio::test]
+    async fn ends_are_told_apart_and_come_after_the_bytes() {
+        let budget = Budget::new();
+        for (how, end) in [(0, End::Fin), (1, End::Reset), (2, End::Lost)] {
+            let (feed, mut inlet) = stream(&budget);
+            feed.data(Bytes::from("x")).await;
+            match how {
+                0 => feed.finish().await,
+                1 => feed.reset().await,
+                _ => drop(feed),
+            }
+            assert_eq!(inlet.next().await.unwrap(), "x");
+            assert_eq!(inlet.next().await, Err(end));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_nobody_reads_any_more_swallows() {
+        let budget = Budget::new();
+        let (feed, inlet) = stream(&budget);
+        let (other, _held) = stream(&budget);
+        for _ in 1..RECEIVE_QUEUE {
+            other.data(Bytes::from(vec![0; 64 << 10])).await;
+        }
+        drop(inlet);
+        for _ in 0..1000 {
+            feed.data(Bytes::from(vec![0; 64 << 10])).await;
+        }
+    }
+}

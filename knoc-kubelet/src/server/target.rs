@@ -1,0 +1,151 @@
+//! Which container or pod a stream is for, and whether there is one: the checks before any upgrade, in upstream's words.
+
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use k8s_openapi::api::core::v1::{Container, Pod};
+use knoc_proto::pb::container_status::State;
+
+use super::{Context, PodView, logs};
+
+/// Ephemeral containers are not there yet; whoever asks for one hears it.
+pub(super) const NO_EPHEMERAL: &str =
+    "ephemeral containers (kubectl debug) are not supported by this node";
+
+/// An answer that is not the upgrade.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Refusal(pub(super) StatusCode, pub(super) String);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, self.1).into_response()
+    }
+}
+
+impl Refusal {
+    pub(super) fn bad_request(text: impl Into<String>) -> Self {
+        Self(StatusCode::BAD_REQUEST, text.into())
+    }
+
+    pub(super) fn internal(text: impl Into<String>) -> Self {
+        Self(StatusCode::INTERNAL_SERVER_ERROR, text.into())
+    }
+}
+
+/// A pod by its path.
+#[derive(Debug, Clone)]
+pub(super) struct Target {
+    pub(super) namespace: String,
+    pub(super) pod: String,
+    /// Where the path names it, it must be this pod's.
+    pub(super) uid: Option<String>,
+}
+
+impl Target {
+    /// As upstream names pods in errors.
+    fn full_name(&self) -> String {
+        format!("{}_{}", self.pod, self.namespace)
+    }
+
+    /// The pod; 404 where it is unknown.
+    pub(super) fn pod(&self, context: &Context) -> Result<PodView, Refusal> {
+        context
+            .backend
+            .pod(&self.namespace, &self.pod)
+            .ok_or_else(|| Refusal(StatusCode::NOT_FOUND, "pod does not exist".to_owned()))
+    }
+
+    fn is_uid_of(&self, pod: &Pod) -> bool {
+        let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        self.uid.as_deref().is_none_or(|asked| asked == uid)
+    }
+
+    /// The uid of a pod with a container that runs, for an exec in it.
+    pub(super) fn exec(&self, context: &Context, container: &str) -> Result<String, Refusal> {
+        let view = self.pod(context)?;
+        if self.is_uid_of(&view.pod) && runs(&view, container) {
+            return Ok(uid(&view));
+        }
+        let why = ephemeral(&view.pod, container);
+        Err(Refusal::internal(format!(
+            "container not found ({container:?}){why}"
+        )))
+    }
+
+    /// The uid of a pod and a container of it that runs, to attach to.
+    pub(super) fn attach(
+        &self,
+        context: &Context,
+        container: &str,
+    ) -> Result<(String, Container), Refusal> {
+        let view = self.pod(context)?;
+        let name = self.full_name();
+        if !self.is_uid_of(&view.pod) {
+            return Err(Refusal::internal(format!("pod {name} not found")));
+        }
+        match container_spec(&view.pod, container) {
+            Some(spec) if runs(&view, container) => Ok((uid(&view), spec.clone())),
+            Some(_) | None => {
+                let why = ephemeral(&view.pod, container);
+                Err(Refusal::internal(format!(
+                    "container {container} not found in pod {name}{why}"
+                )))
+            }
+        }
+    }
+
+    /// The uid of a pod that runs, for connections to its ports.
+    pub(super) fn port_forward(&self, context: &Context) -> Result<String, Refusal> {
+        let view = self.pod(context)?;
+        if !self.is_uid_of(&view.pod) {
+            return Err(Refusal(StatusCode::NOT_FOUND, "pod not found".to_owned()));
+        }
+        let observed = view.observed.as_deref();
+        let statuses = observed
+            .iter()
+            .flat_map(|it| it.init_containers.iter().chain(&it.containers));
+        let mut states = statuses.map(|status| &status.state);
+        if states.any(|state| matches!(state, Some(State::Running(_)))) {
+            return Ok(uid(&view));
+        }
+        Err(Refusal::internal(format!(
+            "pod not found ({:?})",
+            self.full_name()
+        )))
+    }
+}
+
+fn uid(view: &PodView) -> String {
+    view.pod.metadata.uid.clone().unwrap_or_default()
+}
+
+fn runs(view: &PodView, container: &str) -> bool {
+    let observed = view.observed.as_deref();
+    observed
+        .and_then(|observed| logs::container_status(observed, container))
+        .is_some_and(|status| matches!(status.state, Some(State::Running(_))))
+}
+
+fn container_spec<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
+    let spec = pod.spec.as_ref()?;
+    let init = spec.init_containers.iter().flatten();
+    let mut all = spec.containers.iter().chain(init);
+    all.find(|container| container.name == name)
+}
+
+/// Is it an ephemeral container of the pod?
+pub(super) fn is_ephemeral(pod: &Pod, container: &str) -> bool {
+    let spec = pod.spec.as_ref();
+    let mut all = spec
+        .into_iter()
+        .flat_map(|it| it.ephemeral_containers.iter().flatten());
+    all.any(|one| one.name == container)
+}
+
+/// What is added to the words for a container that does not run.
+fn ephemeral(pod: &Pod, container: &str) -> String {
+    if is_ephemeral(pod, container) {
+        format!(": {NO_EPHEMERAL}")
+    } else {
+        String::new()
+    }
+}

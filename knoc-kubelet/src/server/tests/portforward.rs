@@ -1,0 +1,506 @@
+//! Port-forward over all its carriers: pairs in any order, half-closes, what fails, and what never gets its partner.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures::{FutureExt as _, StreamExt as _, stream};
+use http_body_util::BodyExt as _;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use knoc_proto::pb;
+use knoc_proto::pb::{port_forward_input::Input, port_forward_output::Output};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_tungstenite::tungstenite::Message;
+
+use super::harness::*;
+use super::websocket::{self, Socket};
+use crate::server::PortForwardStream;
+use crate::server::spdy::frame::Frame;
+use crate::server::spdy::tests::Peer;
+
+const UPGRADE: [(&str, &str); 3] = [
+    ("connection", "Upgrade"),
+    ("upgrade", "SPDY/3.1"),
+    ("x-stream-protocol-version", "portforward.k8s.io"),
+];
+
+#[expect(clippy::unnecessary_wraps, reason = "the item of a stream")]
+fn answer(output: Output) -> Result<pb::PortForwardOutput, tonic::Status> {
+    let output = Some(output);
+    Ok(pb::PortForwardOutput { output })
+}
+
+/// Listens on every port but 81, greets with the port, and sends back what it hears; after the client's end it says "bye".
+fn echo(
+    mut input: mpsc::Receiver<pb::PortForwardInput>,
+) -> Result<PortForwardStream, tonic::Status> {
+    let (sender, receiver) = mpsc::channel(1);
+    let first = input
+        .recv()
+        .now_or_never()
+        .flatten()
+        .and_then(|it| it.input);
+    let Some(Input::Start(start)) = first else {
+        panic!("{first:?}");
+    };
+    assert_eq!(start.uid, "ns-pod");
+    if start.port == 81 {
+        let text = "dial tcp4 127.0.0.1:81: connect: connection refused";
+        return Err(tonic::Status::failed_precondition(text));
+    }
+    let echo = async move {
+        let greeting = Output::Data(Bytes::from(format!("{}:", start.port)));
+        for output in [Output::Connected(true), greeting] {
+            sender.send(answer(output)).await.unwrap();
+        }
+        while let Some(message) = input.recv().await {
+            let output = match message.input {
+                Some(Input::Data(data)) => Output::Data(data),
+                Some(Input::Closed(_)) => break,
+                other => panic!("{other:?}"),
+            };
+            if sender.send(answer(output)).await.is_err() {
+                return;
+            }
+        }
+        drop(sender.send(answer(Output::Data(Bytes::from("bye")))).await);
+        drop(sender.send(answer(Output::Closed(true))).await);
+    };
+    let echo = Box::pin(stream::once(echo).filter_map(async |()| None));
+    Ok(stream::select(ReceiverStream::new(receiver), echo).boxed())
+}
+
+async fn with_ports(port: Port) -> Fixture {
+    let backend = FakeBackend {
+        pods: vec![running("ns", "pod", &["c"])],
+        ports: Some(port),
+        ..FakeBackend::default()
+    };
+    Fixture::new(backend, FakeCluster::default()).await
+}
+
+type SpdyPeer = Peer<TokioIo<Upgraded>>;
+
+async fn spdy(fixture: &Fixture) -> (SpdyPeer, Client) {
+    let mut client = fixture.connect(Some(&fixture.master())).await;
+    let response = client
+        .send_with("POST", "/portForward/ns/pod", &UPGRADE)
+        .await;
+    assert_eq!(response.status(), 101);
+    assert_eq!(
+        response.headers()["x-stream-protocol-version"],
+        "portforward.k8s.io"
+    );
+    let io = hyper::upgrade::on(response).await.unwrap();
+    (Peer::new(TokioIo::new(io)), client)
+}
+
+/// Opens a pair: the error stream `id` and the data stream after it.
+async fn pair<Io: AsyncRead + AsyncWrite + Unpin>(peer: &mut Peer<Io>, id: u32, port: &str) {
+    let request = id.to_string();
+    let headers = |kind| {
+        [
+            ("streamtype", kind),
+            ("port", port),
+            ("requestid", request.as_str()),
+        ]
+    };
+    peer.open(id, &headers("error")).await;
+    peer.data(id, b"", true).await;
+    peer.open(id + 2, &headers("data")).await;
+}
+
+/// All that comes by stream until these have ended, with FIN or reset.
+async fn until<Io: AsyncRead + AsyncWrite + Unpin>(
+    peer: &mut Peer<Io>,
+    ends: &[u32],
+) -> (BTreeMap<u32, BytesMut>, Vec<u32>) {
+    let (mut bytes, mut left, mut reset) =
+        (BTreeMap::<u32, BytesMut>::new(), ends.to_vec(), Vec::new());
+    while !left.is_empty() {
+        match peer.next().await {
+            Some(Frame::Data { id, data, fin }) => {
+                bytes.entry(id).or_default().extend_from_slice(&data);
+                left.retain(|it| !fin || *it != id);
+            }
+            Some(Frame::Reset { id }) => {
+                left.retain(|it| *it != id);
+                reset.push(id);
+            }
+            Some(Frame::SynReply { .. }) => {}
+            other => panic!("{other:?}, {left:?} still open"),
+        }
+    }
+    (bytes, reset)
+}
+
+#[tokio::test]
+async fn a_pair_carries_a_connection_with_its_half_closes() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    pair(&mut peer, 1, "80").await;
+    peer.data(3, b"hello ", false).await;
+    peer.data(3, b"", true).await;
+    let (bytes, reset) = until(&mut peer, &[1, 3]).await;
+    assert_eq!(
+        bytes[&3], "80:hello bye",
+        "what comes after the client's end arrives"
+    );
+    assert!(
+        bytes[&1].is_empty() && reset.is_empty(),
+        "{bytes:?} {reset:?}"
+    );
+    // The connection stays open with no stream, for the next.
+    pair(&mut peer, 5, "8080").await;
+    peer.data(7, b"again", true).await;
+    let (bytes, _) = until(&mut peer, &[5, 7]).await;
+    assert_eq!(bytes[&7], "8080:againbye");
+    peer.go_away().await;
+    assert_eq!(
+        peer.next().await,
+        Some(Frame::GoAway),
+        "and ends when the client says so"
+    );
+}
+
+#[tokio::test]
+async fn pairs_find_each_other_in_any_order_and_without_an_id() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    let named = |kind, request| [("streamtype", kind), ("port", "80"), ("requestid", request)];
+    peer.open(1, &named("data", "b")).await;
+    peer.open(3, &named("error", "a")).await;
+    peer.open(5, &named("data", "a")).await;
+    peer.open(7, &named("error", "b")).await;
+    peer.open(9, &[("streamtype", "error"), ("port", "82")])
+        .await;
+    peer.open(11, &[("streamtype", "data"), ("port", "82")])
+        .await;
+    for (id, text) in [(1, &b"one"[..]), (5, b"five"), (11, b"eleven")] {
+        peer.data(id, text, true).await;
+    }
+    let (bytes, _) = until(&mut peer, &[1, 3, 5, 7, 9, 11]).await;
+    assert_eq!(
+        (&bytes[&1][..], &bytes[&5][..]),
+        (&b"80:onebye"[..], &b"80:fivebye"[..])
+    );
+    assert_eq!(bytes[&11], "82:elevenbye");
+}
+
+#[tokio::test]
+async fn a_port_that_refuses_is_told_on_its_error_stream_and_harms_no_other() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    pair(&mut peer, 1, "80").await;
+    pair(&mut peer, 5, "81").await;
+    let (bytes, reset) = until(&mut peer, &[5, 7]).await;
+    assert_eq!(
+        bytes[&5],
+        "error forwarding port 81 to pod pod, uid ns-pod: dial tcp4 127.0.0.1:81: connect: connection refused"
+    );
+    assert_eq!(reset, [7]);
+    peer.data(3, b"still here", true).await;
+    let (bytes, _) = until(&mut peer, &[1, 3]).await;
+    assert!(bytes[&3].ends_with(b"still herebye"), "{bytes:?}");
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_off_is_no_end() {
+    let broken: Port = Box::new(|_| {
+        let lost = Err(tonic::Status::unavailable("the shim's link is down"));
+        let outputs = [
+            answer(Output::Connected(true)),
+            answer(Output::Data(Bytes::from("half"))),
+            lost,
+        ];
+        Ok(stream::iter(outputs).boxed())
+    });
+    let fixture = with_ports(broken).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    pair(&mut peer, 1, "80").await;
+    let (bytes, reset) = until(&mut peer, &[1, 3]).await;
+    assert_eq!(bytes[&3], "half");
+    assert!(
+        bytes[&1].ends_with(b": the shim's link is down"),
+        "{bytes:?}"
+    );
+    assert_eq!(reset, [3]);
+}
+
+#[tokio::test]
+async fn a_reset_or_a_lost_client_ends_the_connection_to_the_port() {
+    let (held, mut live) = mpsc::channel::<()>(1);
+    let port: Port = Box::new(move |input| {
+        let held = (held.clone(), input);
+        let outputs =
+            stream::pending().inspect(move |_: &Result<pb::PortForwardOutput, tonic::Status>| {
+                let _held = &held;
+            });
+        Ok(outputs.boxed())
+    });
+    let fixture = with_ports(port).await;
+    let (mut peer, client) = spdy(&fixture).await;
+    pair(&mut peer, 1, "80").await;
+    peer.reset(3).await;
+    let (_, reset) = until(&mut peer, &[1, 3]).await;
+    assert_eq!(reset, [1, 3]);
+    pair(&mut peer, 5, "80").await;
+    drop((peer, client));
+    // The fixture itself holds the last sender.
+    drop(fixture);
+    let gone = tokio::time::timeout(PATIENCE, live.recv()).await;
+    assert_eq!(gone.expect("a connection goes on"), None);
+}
+
+#[tokio::test]
+async fn streams_with_wrong_headers_are_refused_alone() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    let wrong: [&[(&str, &str)]; 4] = [
+        &[("streamtype", "data")],
+        &[("streamtype", "data"), ("port", "0")],
+        &[("streamtype", "data"), ("port", "65536")],
+        &[("streamtype", "resize"), ("port", "80")],
+    ];
+    for (number, headers) in (0..).zip(wrong) {
+        let id = 2 * number + 1;
+        peer.open(id, headers).await;
+        assert_eq!(peer.next().await, Some(Frame::Reset { id }));
+    }
+    pair(&mut peer, 101, "80").await;
+    peer.data(103, b"", true).await;
+    let (bytes, _) = until(&mut peer, &[101, 103]).await;
+    assert_eq!(bytes[&103], "80:bye");
+}
+
+#[tokio::test]
+async fn a_hundred_connections_at_once() {
+    const PAIRS: u32 = 100;
+    let fixture = with_ports(Box::new(echo)).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    let ids = || (0..PAIRS).map(|number| 4 * number + 1);
+    for id in ids() {
+        pair(&mut peer, id, "80").await;
+        peer.data(id + 2, &id.to_le_bytes().repeat(1000), true)
+            .await;
+    }
+    let ends: Vec<u32> = ids().flat_map(|id| [id, id + 2]).collect();
+    let (bytes, reset) = until(&mut peer, &ends).await;
+    assert!(reset.is_empty(), "{reset:?}");
+    for id in ids() {
+        let expected = [b"80:", &id.to_le_bytes().repeat(1000)[..], b"bye"].concat();
+        assert!(bytes[&(id + 2)] == expected, "stream {}", id + 2);
+    }
+}
+
+#[tokio::test]
+async fn spdy_runs_through_a_websocket() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let protocol = "SPDY/3.1+portforward.k8s.io";
+    let offered = format!("{protocol}, v4.channel.k8s.io");
+    let Socket { socket, .. } =
+        &mut websocket::open(&fixture, "/portForward/ns/pod", &offered, Some(protocol)).await;
+    // Our side of the pipe speaks SPDY, its other end is carried in messages with borders in odd places.
+    let (near, far) = tokio::io::duplex(1 << 20);
+    let carry = carry(socket, far);
+    let client = async {
+        let mut peer = Peer::new(near);
+        pair(&mut peer, 1, "80").await;
+        let large = vec![9; 3 << 20];
+        peer.data(3, &large, true).await;
+        let (bytes, _) = until(&mut peer, &[1, 3]).await;
+        assert_eq!(bytes[&3].len(), 3 + large.len() + 3);
+        peer.ping(77).await;
+        assert_eq!(peer.next().await, Some(Frame::Ping { id: 77 }));
+        peer.go_away().await;
+        assert_eq!(peer.next().await, Some(Frame::GoAway));
+    };
+    let both = async { tokio::join!(carry, client) };
+    tokio::time::timeout(PATIENCE, both)
+        .await
+        .expect("the tunnel is stuck");
+}
+
+async fn carry(
+    socket: &mut tokio_tungstenite::WebSocketStream<TokioIo<Upgraded>>,
+    far: tokio::io::DuplexStream,
+) {
+    use futures::SinkExt as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let (mut sink, mut messages) = socket.split();
+    let (mut read, mut write) = tokio::io::split(far);
+    let up = async {
+        let mut piece = [0; 7001];
+        loop {
+            match read.read(&mut piece).await.unwrap() {
+                0 => break,
+                length => {
+                    let message = Message::Binary(Bytes::copy_from_slice(&piece[..length]));
+                    sink.send(message).await.unwrap();
+                }
+            }
+        }
+        // Still answered when nothing else is on its way.
+        drop(sink.send(Message::Ping(Bytes::new())).await);
+    };
+    let down = async {
+        while let Some(Ok(message)) = messages.next().await {
+            if message.is_binary() {
+                write.write_all(&message.into_data()).await.unwrap();
+            }
+        }
+        write.shutdown().await.unwrap();
+    };
+    tokio::join!(up, down);
+}
+
+#[tokio::test]
+async fn channels_carry_a_connection_for_each_port() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let path = "/portForward/ns/pod/ns-pod?ports=80,81";
+    let protocol = "v4.channel.k8s.io";
+    let mut socket = websocket::open(&fixture, path, protocol, Some(protocol)).await;
+    let mut heard: BTreeMap<u8, BytesMut> = BTreeMap::new();
+    socket
+        .say(Message::Binary(Bytes::from_static(b"\x00hello")))
+        .await;
+    let enough = |heard: &BTreeMap<u8, BytesMut>| {
+        heard.get(&0).is_some_and(|it| it.ends_with(b"hello"))
+            && heard.get(&3).is_some_and(|it| it.ends_with(b"refused"))
+            && heard.len() == 4
+    };
+    while !enough(&heard) {
+        let bytes = socket
+            .next()
+            .await
+            .expect("the connection ended")
+            .into_data();
+        heard
+            .entry(bytes[0])
+            .or_default()
+            .extend_from_slice(&bytes[1..]);
+    }
+    assert_eq!(&heard[&0][..], b"\x50\x0080:hello");
+    assert_eq!(&heard[&1][..], b"\x50\x00");
+    assert_eq!(&heard[&2][..], b"\x51\x00");
+    assert_eq!(
+        &heard[&3][..],
+        b"\x51\x00error forwarding port 81 to pod pod, uid ns-pod: dial tcp4 127.0.0.1:81: connect: connection refused"
+    );
+}
+
+#[tokio::test]
+async fn channels_are_carried_as_base64_too() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let protocol = "v4.base64.channel.k8s.io";
+    let mut socket = websocket::open(
+        &fixture,
+        "/portForward/ns/pod?port=80",
+        protocol,
+        Some(protocol),
+    )
+    .await;
+    for expected in ["0UAA=", "1UAA=", "0ODA6"] {
+        assert_eq!(socket.next().await, Some(Message::text(expected)));
+    }
+    socket.say(Message::text("0aGk=")).await;
+    assert_eq!(socket.next().await, Some(Message::text("0aGk=")));
+}
+
+type Headers<'a> = &'a [(&'a str, &'a str)];
+
+#[tokio::test]
+async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let mut client = fixture.connect(Some(&fixture.master())).await;
+    let foreign = [
+        UPGRADE[0],
+        UPGRADE[1],
+        ("x-stream-protocol-version", "v4.channel.k8s.io"),
+    ];
+    let socket = &websocket::UPGRADE[..];
+    let cases: [(&str, &str, Headers<'_>, u16, &str); 7] = [
+        ("POST", "ns/none", &UPGRADE, 404, "pod does not exist"),
+        ("POST", "ns/pod/other", &UPGRADE, 404, "pod not found"),
+        (
+            "POST",
+            "ns/pod",
+            &foreign,
+            403,
+            "none of the protocol versions",
+        ),
+        (
+            "POST",
+            "ns/pod",
+            &UPGRADE[..2],
+            400,
+            "x-stream-protocol-version is required",
+        ),
+        ("GET", "ns/pod", &[], 400, "missing upgrade headers"),
+        (
+            "GET",
+            "ns/pod",
+            socket,
+            400,
+            "query parameter \"port\" is required",
+        ),
+        (
+            "GET",
+            "ns/pod?port=x",
+            socket,
+            400,
+            "unable to parse \"x\" as a port",
+        ),
+    ];
+    for (method, path, headers, status, text) in cases {
+        let path = format!("/portForward/{path}");
+        let response = client.send_with(method, &path, headers).await;
+        assert_eq!(response.status(), status, "{path}");
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let body = String::from_utf8_lossy(&body);
+        assert!(body.contains(text), "{path}: {body}");
+    }
+}
+
+/// Not over TLS: time stands still, and only the session's own clock moves it.
+#[tokio::test(start_paused = true)]
+async fn half_a_pair_is_given_up_after_thirty_seconds() {
+    use crate::server::portforward::tests::serve;
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let port: Port = Box::new(echo);
+    let served = serve(near, port);
+    let client = async {
+        let mut peer = Peer::new(far);
+        let named = |kind, request| [("streamtype", kind), ("port", "80"), ("requestid", request)];
+        let began = tokio::time::Instant::now();
+        peer.open(1, &named("error", "lonely")).await;
+        peer.open(3, &named("data", "other")).await;
+        let (bytes, reset) = until_patient(&mut peer, &[1, 3]).await;
+        assert_eq!(bytes[&1], "(request=lonely) timed out waiting for streams");
+        assert_eq!(reset, [3]);
+        let took = began.elapsed();
+        assert!((30..31).contains(&took.as_secs()), "{took:?}");
+        // One that comes too late begins anew.
+        peer.open(5, &named("data", "lonely")).await;
+        peer.open(7, &named("error", "lonely")).await;
+        peer.data(5, b"", true).await;
+        let (bytes, _) = until_patient(&mut peer, &[5, 7]).await;
+        assert_eq!(bytes[&5], "80:bye");
+    };
+    tokio::select! {
+        () = served => panic!("the session ended"),
+        () = client => {}
+    }
+}
+
+/// As [`until`], with more patience than the deadline of halves.
+async fn until_patient<Io: AsyncRead + AsyncWrite + Unpin>(
+    peer: &mut Peer<Io>,
+    ends: &[u32],
+) -> (BTreeMap<u32, BytesMut>, Vec<u32>) {
+    peer.patience = Duration::from_mins(2);
+    until(peer, ends).await
+}

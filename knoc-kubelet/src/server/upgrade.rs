@@ -1,0 +1,185 @@
+//! From a request to a connection that carries streams: which carrier is asked for, the answer 101, and the task that
+//! serves the connection until its end or ours.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use axum::extract::Request;
+use axum::response::{IntoResponse as _, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use knoc_proto::error::chain;
+use tracing::{debug, info};
+
+use super::Context;
+use super::remotecommand::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
+use super::target::Refusal;
+use super::websocket::handshake::{self, BadHandshake};
+
+/// A connection that is no longer HTTP.
+pub(super) type Io = TokioIo<Upgraded>;
+
+/// What carries the streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Carrier {
+    Spdy,
+    WebSocket,
+}
+
+/// What a request wants to become; 400 where it is nothing that we know.
+pub(super) fn carrier(request: &Request) -> Result<Carrier, Refusal> {
+    let headers = request.headers();
+    let names = |name: HeaderName, wanted: &str| {
+        headers
+            .get_all(name)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .any(|part| part.trim().eq_ignore_ascii_case(wanted))
+    };
+    let upgrades = names(header::CONNECTION, "upgrade");
+    if upgrades && names(header::UPGRADE, "spdy/3.1") {
+        return Ok(Carrier::Spdy);
+    }
+    if upgrades && names(header::UPGRADE, "websocket") && request.method() == Method::GET {
+        return Ok(Carrier::WebSocket);
+    }
+    Err(Refusal::bad_request(
+        "unable to upgrade: missing upgrade headers in request, SPDY/3.1 and websocket (by GET) are spoken here\n",
+    ))
+}
+
+/// The headers of an answer 101.
+type Answer = Vec<(HeaderName, HeaderValue)>;
+
+/// An answer that is not 101.
+pub(super) type Refused = Box<Response>;
+
+/// Agrees on a protocol version of a SPDY request.
+pub(super) fn spdy<T: Copy>(
+    headers: &HeaderMap,
+    ours: &[(&'static str, T)],
+) -> Result<(Answer, T), Refused> {
+    let (name, version) = negotiate(headers, ours).map_err(|no| Box::new(no_version(no, ours)))?;
+    let answer = vec![
+        (header::UPGRADE, HeaderValue::from_static("SPDY/3.1")),
+        (
+            HeaderName::from_static(VERSION_HEADER),
+            HeaderValue::from_static(name),
+        ),
+    ];
+    Ok((answer, version))
+}
+
+fn no_version<T>(no: NoVersion, ours: &[(&'static str, T)]) -> Response {
+    match no {
+        NoVersion::Unnamed => {
+            let text = format!("unable to upgrade: {VERSION_HEADER} is required\n");
+            (StatusCode::BAD_REQUEST, text).into_response()
+        }
+        NoVersion::Foreign => {
+            let text = "unable to upgrade: none of the protocol versions is spoken here\n";
+            let mut response = (StatusCode::FORBIDDEN, text).into_response();
+            for (name, _) in ours {
+                response.headers_mut().append(
+                    HeaderName::from_static(ACCEPTED_HEADER),
+                    HeaderValue::from_static(name),
+                );
+            }
+            response
+        }
+    }
+}
+
+/// Agrees on a subprotocol of a WebSocket request; `unnamed` is for a client that offers none.
+pub(super) fn websocket<T: Copy>(
+    headers: &HeaderMap,
+    ours: &[(&'static str, T)],
+    unnamed: T,
+) -> Result<(Answer, T), Refused> {
+    let agreed = handshake::accept(headers)
+        .and_then(|accept| Ok((accept, handshake::agree(headers, ours, unnamed)?)));
+    let (accept, (name, protocol)) = agreed.map_err(|bad| Box::new(bad_handshake(&bad)))?;
+    let mut answer = vec![
+        (header::UPGRADE, HeaderValue::from_static("websocket")),
+        (header::SEC_WEBSOCKET_ACCEPT, accept),
+    ];
+    if let Some(name) = name {
+        let name = HeaderValue::from_static(name);
+        answer.push((header::SEC_WEBSOCKET_PROTOCOL, name));
+    }
+    Ok((answer, protocol))
+}
+
+fn bad_handshake(bad: &BadHandshake) -> Response {
+    let text = format!("{bad}\n");
+    match bad {
+        BadHandshake::Version => {
+            let version = [(header::SEC_WEBSOCKET_VERSION, handshake::VERSION)];
+            (StatusCode::BAD_REQUEST, version, text).into_response()
+        }
+        BadHandshake::Key => (StatusCode::BAD_REQUEST, text).into_response(),
+        BadHandshake::Subprotocol { .. } => (StatusCode::FORBIDDEN, text).into_response(),
+    }
+}
+
+/// Answers 101, and has a task of the server serve the connection. Our shutdown cuts it when the drain is over.
+pub(super) fn switch<S, F>(
+    context: &Arc<Context>,
+    mut request: Request,
+    answer: Answer,
+    what: String,
+    serve: S,
+) -> Response
+where
+    S: FnOnce(Io) -> F + Send + 'static,
+    F: Future<Output = ()> + Send,
+{
+    let upgraded = hyper::upgrade::on(&mut request);
+    let cut = context.cut.clone();
+    debug!(stream = what, ?answer, "upgraded");
+    context.streams.spawn(async move {
+        let io = match upgraded.await {
+            Ok(io) => TokioIo::new(io),
+            Err(error) => {
+                debug!(%error, stream = what, "the client left before the upgrade");
+                return;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = cut.cancelled() => info!(stream = what, "the stream was cut by our shutdown"),
+            () = serve(io) => {}
+        }
+    });
+    let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.extend(answer);
+    response
+}
+
+/// Runs a session with the relay of its streams: it ends when the client does, or when the relay has let go of its
+/// streams and all is written.
+pub(super) async fn together<S, R>(
+    session: impl Future<Output = Result<(), S>>,
+    relay: impl Future<Output = Result<(), R>>,
+    what: &str,
+) where
+    S: Error + 'static,
+    R: Error + 'static,
+{
+    let (mut session, mut relay) = (std::pin::pin!(session), std::pin::pin!(relay));
+    let (ended, relayed) = tokio::select! {
+        biased;
+        ended = session.as_mut() => (ended, Ok(())),
+        relayed = relay.as_mut() => (session.await, relayed),
+    };
+    if let Err(error) = ended {
+        debug!(stream = what, error = %chain(&error), "the client's connection ended");
+    }
+    if let Err(error) = relayed {
+        info!(stream = what, error = %chain(&error), "the stream was not set up");
+    }
+}
