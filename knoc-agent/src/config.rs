@@ -376,12 +376,24 @@ impl Default for Backoff {
     }
 }
 
-/// What lies with the values of pods on disk.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+/// The values of pods: Secrets, tokens, environment.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Values {
     /// Where they wait for the job.
     pub at_rest: AtRest,
+    /// How long a job that could start waits for values that are not there, or have expired, before its pod fails.
+    #[serde(deserialize_with = "text::duration")]
+    pub wait: Duration,
+}
+
+impl Default for Values {
+    fn default() -> Self {
+        Self {
+            at_rest: AtRest::default(),
+            wait: Duration::from_mins(30),
+        }
+    }
 }
 
 /// Where values wait for the job.

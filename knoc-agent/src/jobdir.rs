@@ -8,7 +8,7 @@
 //!   cluster.json              the pinned cluster id and leadership epoch (schema::Cluster)
 //!   shim-hop.crt, .key        the agent's self-signed pair of the shim hop
 //!   images/<digest>.sif|.json
-//!   versions/<X.Y.Z>/knoc-agent   what jobs exec
+//!   versions/<X.Y.Z>/knoc-agent   what jobs exec; kept while a job.pb names it ([`crate::versions`])
 //!   pods/<uid>/               JobDir, 0700
 //!     record.json             the agent's intent and state
 //!     job.pb                  JobFile: what the shim runs

@@ -29,3 +29,4 @@ pub mod shim;
 pub mod shims;
 pub mod site;
 pub mod stats;
+pub mod versions;

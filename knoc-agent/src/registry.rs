@@ -91,15 +91,20 @@ impl Registry {
             let mut found = Vec::new();
             for dir in state.list()? {
                 match actor::restore(&dir, &site.config) {
-                    Ok(Some(restored)) => found.push((dir, restored)),
+                    Ok(Some(restored)) => {
+                        site.versions.hold(&restored.version);
+                        found.push((dir, restored));
+                    }
                     // Nothing was promised: the request that was making it got no answer.
                     Ok(None) => dir.remove()?,
                     Err(error) => {
+                        site.versions.hold("");
                         let path = dir.path().display();
                         tracing::error!(%path, error = chain(&error), "a pod cannot be read");
                     }
                 }
             }
+            site.versions.prune();
             Ok::<_, JobDirError>(found)
         });
         let Ok(found) = read.await else { return Ok(0) };

@@ -7,7 +7,7 @@ use tokio::sync::{Notify, Semaphore};
 
 use crate::{
     config::Config, image::Images, jobdir::StateDir, lease::Holder, registry::board::Board,
-    scheduler::Scheduler, shims::Shims,
+    scheduler::Scheduler, shims::Shims, versions::Versions,
 };
 
 /// What starts containers here: found once, at start.
@@ -39,8 +39,10 @@ pub struct Site {
     pub images: Images,
     /// The right to submit.
     pub lease: Holder,
-    /// What jobs exec.
+    /// What new jobs exec.
     pub shim: PathBuf,
+    /// What older jobs exec, too.
+    pub versions: Versions,
     /// What outsiders see.
     pub board: Board,
     /// Links of live shims.

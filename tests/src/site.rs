@@ -42,6 +42,8 @@ pub struct Options {
     pub wrapper: Option<PathBuf>,
     /// Further lines for the site file's `[limits]`.
     pub limits: String,
+    /// Further tables for the site file.
+    pub tables: String,
     /// Where shims dial instead of the agent itself, such as a [`crate::relay::Relay`].
     pub shims_dial: Option<SocketAddr>,
 }
@@ -88,6 +90,11 @@ impl Site {
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// Writes a file into the site's folder.
+    pub fn put(&self, name: &str, text: &str) -> anyhow::Result<()> {
+        write(&self.path(name), text)
     }
 
     /// `knocctl` with the site's certificate, over TLS.
@@ -209,7 +216,10 @@ impl Site {
         let (dir, shim) = (self.dir.path().display(), self.shim);
         let dialled = self.options.shims_dial.unwrap_or(shim);
         let Options {
-            prelude, limits, ..
+            prelude,
+            limits,
+            tables,
+            ..
         } = &self.options;
         format!(
             r#"
@@ -249,6 +259,8 @@ max = "2s"
 
 [job]
 scratch = "{dir}/scratch"
+
+{tables}
 "#,
             address = self.address,
         )

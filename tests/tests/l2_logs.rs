@@ -125,7 +125,7 @@ async fn a_log_goes_on_from_the_files_when_the_link_is_cut() -> anyhow::Result<(
         }
     })
     .await?;
-    std::fs::write(site.path("go"), "")?;
+    site.put("go", "")?;
     let expected = whole();
     same("read from the start", &early.rest().await?, &expected)?;
     same("not read before", &idle.rest().await?, &expected)?;

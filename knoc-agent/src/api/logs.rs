@@ -58,7 +58,7 @@ pub(super) async fn read(
     }
     let (output, answer) = mpsc::channel(read::CHUNKS);
     let options = Options::from(&request);
-    tasks.spawn(log.from_files(options, request.follow, output));
+    tasks.spawn(log.read_files(options, request.follow, output));
     Ok(ReceiverStream::new(answer).boxed())
 }
 
@@ -123,11 +123,11 @@ impl Log {
                 .limit_bytes
                 .map(|limit| limit.saturating_sub(progress.bytes));
         }
-        self.from_files(options, request.follow, output).await;
+        self.read_files(options, request.follow, output).await;
     }
 
     /// Task: reads the files, and follows them until the instance has ended.
-    async fn from_files(self, options: Options, follow: bool, output: read::Output) {
+    async fn read_files(self, options: Options, follow: bool, output: read::Output) {
         let (ended_by, ended) = watch::channel(false);
         let follow = follow.then_some(read::Follow {
             written: None,
@@ -167,7 +167,9 @@ async fn pass_on(
             Some(Err(_)) | None => return End::Cut,
         };
         progress.bytes += u64::try_from(chunk.data.len()).unwrap_or_default();
-        progress.next = chunk.next.or(progress.next.take());
+        if chunk.next.is_some() {
+            progress.next = chunk.next;
+        }
         if !chunk.data.is_empty() {
             let bare = pb::LogChunk {
                 data: chunk.data,

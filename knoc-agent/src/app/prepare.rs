@@ -15,7 +15,6 @@ use knoc_proto::{
     link::{self, Credentials, CredentialsError, LinkError, pinned::KeyPair},
 };
 use nix::sys::resource::{Resource, getrlimit};
-use sha2::{Digest as _, Sha256};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::{
@@ -30,6 +29,7 @@ use crate::{
     scheduler::{Scheduler, local, slurm},
     shims::Shims,
     site::{ACCEPTING, RuntimeInfo, Site},
+    versions::Versions,
 };
 
 /// Open files of one pod at the worst: the shim's socket, a record being written, an stream or two.
@@ -100,7 +100,7 @@ pub(super) async fn prepare(
     check_private(state.root())?;
     let lease = Holder::take(&state, Process::own(), Timestamp::now())?;
     let pair = shim_hop_pair(&state)?;
-    let shim = install(&state)?;
+    let versions = Versions::install(&state)?;
     let scheduler = match config.scheduler {
         SchedulerKind::Slurm => Scheduler::Slurm(Box::new(slurm::Slurm::new((&config).into()))),
         SchedulerKind::Local => {
@@ -138,7 +138,8 @@ pub(super) async fn prepare(
         scheduler,
         images,
         lease,
-        shim,
+        shim: versions.own_program(),
+        versions,
         ended,
     });
     Ok(Prepared {
@@ -171,47 +172,6 @@ fn shim_hop_pair(state: &StateDir) -> Result<KeyPair, PrepareError> {
     atomic::write(&key, pair.key_pem().as_bytes(), 0o600)?;
     atomic::write(&cert, pair.cert_pem().as_bytes(), 0o600)?;
     Ok(pair)
-}
-
-/// Copies this executable to where jobs exec it. What is there is never overwritten: jobs may run it.
-fn install(state: &StateDir) -> Result<PathBuf, PrepareError> {
-    // By the link itself: the file may have been replaced since we were started.
-    let own = Path::new("/proc/self/exe");
-    let bytes = atomic::read(own)?;
-    let version = env!("CARGO_PKG_VERSION");
-    let folder = state.versions().join(version);
-    let target = folder.join("knoc-agent");
-    match atomic::read_optional(&target)? {
-        Some(known) if known == bytes => return Ok(target),
-        None => {
-            atomic::create_dir(&folder)?;
-            atomic::write(&target, &bytes, 0o755)?;
-            return Ok(target);
-        }
-        Some(_) => {}
-    }
-    // Another build of the same version.
-    let digest = Sha256::digest(&bytes);
-    let mut hash = hex(&digest);
-    hash.truncate(12);
-    let folder = state.versions().join(format!("{version}+{hash}"));
-    let target = folder.join("knoc-agent");
-    if !target.exists() {
-        atomic::create_dir(&folder)?;
-        atomic::write(&target, &bytes, 0o755)?;
-    }
-    Ok(target)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    let digits = b"0123456789abcdef";
-    let pair = |byte: &u8| {
-        [
-            digits[usize::from(byte >> 4)],
-            digits[usize::from(byte & 15)],
-        ]
-    };
-    bytes.iter().flat_map(pair).map(char::from).collect()
 }
 
 /// Name and path of what starts containers.
@@ -341,18 +301,5 @@ mod tests {
     #[test]
     fn this_host_has_loopback() {
         assert!(own_addresses().iter().any(std::net::IpAddr::is_loopback));
-    }
-
-    #[test]
-    fn an_installed_version_is_never_overwritten() {
-        let root = tempfile::tempdir().unwrap();
-        let state = StateDir::new(root.path());
-        state.create().unwrap();
-        let first = install(&state).unwrap();
-        assert_eq!(install(&state).unwrap(), first);
-        atomic::write(&first, b"another build", 0o755).unwrap();
-        let second = install(&state).unwrap();
-        assert_ne!(second, first);
-        assert_eq!(atomic::read(&first).unwrap(), b"another build");
     }
 }

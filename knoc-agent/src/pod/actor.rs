@@ -103,6 +103,8 @@ pub struct Restored {
     pub spec: pb::PodSpec,
     /// Of which cluster.
     pub cluster_id: String,
+    /// What its job execs (`JobFile.version`).
+    pub version: String,
 }
 
 /// The task of one pod.
@@ -115,6 +117,8 @@ pub struct Actor {
     own: mpsc::WeakSender<Input>,
     spec: Arc<pb::PodSpec>,
     cluster_id: String,
+    /// What its job execs, as its directory names it.
+    version: String,
     /// Kept only where values do not lie on disk.
     values: Option<pb::PodValues>,
     values_revision: i64,
@@ -158,6 +162,7 @@ impl Actor {
         Self {
             dir: site.state.pod(&uid),
             wants,
+            version: site.versions.own().to_owned(),
             site,
             uid,
             own,
@@ -337,7 +342,10 @@ impl Actor {
     }
 
     fn observed(&self, pod: &Pod) -> pb::PodObserved {
-        observed(pod, &self.spec, &self.cluster_id)
+        let mut observed = observed(pod, &self.spec, &self.cluster_id);
+        // What we have it gets from us.
+        observed.values_wanted &= self.values.is_none();
+        observed
     }
 
     fn show(&self, pod: &Pod) {
@@ -359,7 +367,8 @@ pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDir
     let Some(record) = crate::jobdir::read_json::<Record>(&dir.record_path())? else {
         return Ok(None);
     };
-    let spec = dir.spec()?.spec.unwrap_or_default();
+    let job = dir.spec()?;
+    let spec = job.spec.unwrap_or_default();
     let report = dir.report()?;
     let Ok(uid) = PodUid::try_from(dir.uid()) else {
         return Ok(None);
@@ -370,6 +379,7 @@ pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDir
         pod: record.restore(facts, report),
         spec,
         cluster_id,
+        version: job.version,
     }))
 }
 

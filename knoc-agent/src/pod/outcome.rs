@@ -81,7 +81,7 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
         finished_at: last_end(report).unwrap_or(now),
     };
     match report.ended_by() {
-        pb::EndedBy::Unspecified | pb::EndedBy::Themselves => own,
+        pb::EndedBy::Unspecified | pb::EndedBy::Themselves | pb::EndedBy::NoValues => own,
         pb::EndedBy::Stop => match evidence.cause {
             Some(cause) if !own.succeeded => failed(cause, own.finished_at),
             Some(_) | None => own,

@@ -41,6 +41,10 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
             .map_or_else(String::new, |report| report.host_ip.clone()),
         notes: pod.notes.clone(),
         shim_connected: pod.link,
+        values_wanted: pod
+            .report
+            .as_ref()
+            .is_some_and(|report| report.waits_for_values),
         cluster_id: cluster_id.to_owned(),
         reason,
         message,

@@ -244,6 +244,7 @@ pub(crate) fn job_file(
             log_max_files: config.logs.max_files,
             backoff_initial_ms: millis(config.backoff.initial),
             backoff_max_ms: millis(config.backoff.max),
+            values_wait_ms: millis(config.values.wait),
             scratch: config
                 .job
                 .scratch
@@ -252,5 +253,6 @@ pub(crate) fn job_file(
             ..pb::ShimSettings::default()
         }),
         cluster_id,
+        version: site.versions.own().to_owned(),
     }
 }

@@ -49,7 +49,7 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    fn lives(self) -> bool {
+    pub(crate) fn lives(self) -> bool {
         match self.phase {
             Phase::Starting | Phase::Running => true,
             Phase::Idle | Phase::Exited { .. } => false,

@@ -3,6 +3,7 @@
 //! Wakes on events of its attempts, on [`Command`]s (from the link, from signals), and on time. Each time it asks
 //! [`plan::decide`] and performs the answer, then publishes the report and the [`Directory`].
 
+mod patience;
 mod slot;
 mod stats;
 
@@ -20,7 +21,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use self::slot::Slot;
+use self::{patience::Patience, slot::Slot};
 use super::{
     container::{self, Attempt, Ended, Event},
     directory::Directory,
@@ -34,6 +35,8 @@ use super::{
 const EVENTS: usize = 64;
 const BACKOFF_INITIAL: Duration = Duration::from_secs(10);
 const BACKOFF_MAX: Duration = Duration::from_mins(5);
+/// Job files of older agents do not say how long to wait for values.
+const VALUES_WAIT: Duration = Duration::from_mins(30);
 
 /// Nothing to wake for: far enough that it never comes.
 const NEVER: Duration = Duration::from_hours(24 * 365);
@@ -67,6 +70,7 @@ pub(crate) struct Supervisor {
     values: Option<Arc<pb::PodValues>>,
     /// Why there are none, in words.
     values_missing: String,
+    patience: Patience,
     stop: Option<Stop>,
     attempts: JoinSet<(usize, Ended)>,
     events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
@@ -111,6 +115,7 @@ impl Supervisor {
             slots,
             values: None,
             values_missing: "waits for its values from the agent".to_owned(),
+            patience: Patience::new(or(settings.values_wait_ms, VALUES_WAIT)),
             stop: None,
             attempts: JoinSet::new(),
             events: mpsc::channel(EVENTS),
@@ -130,6 +135,7 @@ impl Supervisor {
         }
         loop {
             self.check_deadline();
+            self.check_values();
             let plan = plan::decide(&self.view());
             for action in &plan.actions {
                 self.perform(*action);
@@ -164,6 +170,14 @@ impl Supervisor {
         }
     }
 
+    /// A pod that never gets its values gives its nodes back.
+    fn check_values(&mut self) {
+        if self.patience.is_over(&self.view()) {
+            let reason = format!("gave up: {}", self.values_missing);
+            self.order_stop(Duration::ZERO, EndedBy::NoValues, reason);
+        }
+    }
+
     fn view(&self) -> View {
         let expired = |values: &Arc<pb::PodValues>| {
             values.not_after > 0 && values.not_after <= Timestamp::now().as_second()
@@ -179,7 +193,7 @@ impl Supervisor {
     }
 
     async fn wait(&mut self, plan: &Plan) {
-        let wake = [plan.wake, self.deadline()]
+        let wake = [plan.wake, self.deadline(), self.patience.ends()]
             .into_iter()
             .flatten()
             .min()
@@ -360,6 +374,7 @@ impl Supervisor {
 
     fn publish(&mut self) {
         let (init, main) = self.statuses();
+        let waits = !self.view().values && self.stop.is_none();
         let stop = self
             .stop
             .as_ref()
@@ -367,6 +382,7 @@ impl Supervisor {
         self.publisher.update(|report| {
             report.init_containers = init;
             report.containers = main;
+            report.waits_for_values = waits;
             if let Some((by, message)) = stop {
                 report.ended_by = by.into();
                 report.message = message;
@@ -409,10 +425,13 @@ impl Supervisor {
             report.init_containers = init;
             report.containers = main;
             report.r#final = true;
+            report.waits_for_values = false;
             report.ended_by = by.into();
             report.outcome = outcome.into();
-            if by == EndedBy::Deadline {
-                "DeadlineExceeded".clone_into(&mut report.reason);
+            match by {
+                EndedBy::Deadline => "DeadlineExceeded".clone_into(&mut report.reason),
+                EndedBy::NoValues => "CreateContainerConfigError".clone_into(&mut report.reason),
+                EndedBy::Unspecified | EndedBy::Themselves | EndedBy::Stop | EndedBy::Signal => {}
             }
             report.message = message;
         });

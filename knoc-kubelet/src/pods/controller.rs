@@ -104,6 +104,8 @@ struct Memory {
     revision: i64,
     values: Option<u64>,
     refresh_at: Option<Timestamp>,
+    /// When values that the agent wanted were last sent.
+    answered: Option<Timestamp>,
     /// Labels and annotations when the values were made.
     metadata: Option<u64>,
     /// The last status patch, and the resourceVersion it led to.

@@ -16,7 +16,7 @@ use tonic::Request;
 use super::{Actor, Input, Refused, write_record};
 use crate::{
     config::AtRest,
-    jobdir::JobDir,
+    jobdir::{JobDir, atomic::FileError},
     lease::LeaseError,
     pod::{
         record::Record,
@@ -59,7 +59,7 @@ impl Actor {
                         cluster_id: self.cluster_id.clone(),
                         attempt: pod.attempt,
                         jobdir: self.dir.path().to_owned(),
-                        shim: self.site.shim.clone(),
+                        shim: self.site.versions.program_or_own(&self.version),
                     };
                     self.effects.spawn(submit(Arc::clone(&self.site), request));
                 }
@@ -135,8 +135,19 @@ impl Actor {
     }
 
     async fn remove(&self) {
-        let dir = self.dir.clone();
-        match tokio::task::spawn_blocking(move || dir.remove()).await {
+        let (dir, site, version) = (
+            self.dir.clone(),
+            Arc::clone(&self.site),
+            self.version.clone(),
+        );
+        let removed = tokio::task::spawn_blocking(move || {
+            dir.remove()?;
+            if site.versions.release(&version) {
+                site.versions.prune();
+            }
+            Ok::<_, FileError>(())
+        });
+        match removed.await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(uid = %self.uid, error = chain(&error), "remove"),
             Err(error) => tracing::warn!(uid = %self.uid, error = chain(&error), "remove"),
@@ -144,16 +155,21 @@ impl Actor {
     }
 
     /// Where values do not lie on disk the shim gets them when its link comes up.
-    pub(super) async fn push_values(&self) {
-        let (Some(values), Some(mut client)) =
-            (self.values.clone(), self.site.shims.client(&self.uid))
-        else {
+    pub(super) async fn push_values(&mut self) {
+        let Some(mut client) = self.site.shims.client(&self.uid) else {
             return;
         };
-        let mut request = Request::new(values);
+        let Some(values) = self.values.take() else {
+            return;
+        };
+        let mut request = Request::new(values.clone());
         request.set_timeout(DEADLINE);
-        if let Err(status) = client.update_values(request).await {
-            tracing::warn!(uid = %self.uid, error = status.message(), "give the shim its values");
+        match client.update_values(request).await {
+            Ok(_) => self.values = Some(values),
+            // Without them here the pod is shown to want some, and the kubelet sends its newest.
+            Err(status) => {
+                tracing::warn!(uid = %self.uid, error = status.message(), "give the shim its values");
+            }
         }
     }
 

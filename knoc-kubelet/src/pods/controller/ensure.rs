@@ -18,6 +18,9 @@ use crate::pods::{
     translate::{self, Missing},
 };
 
+/// Between two answers to the agent's wish for values.
+const WISH_PAUSE: SignedDuration = SignedDuration::from_secs(5);
+
 /// Why there are no values.
 #[derive(Debug, thiserror::Error)]
 enum NoValues {
@@ -159,6 +162,11 @@ impl Worker<'_> {
             self.memory.refresh_at = None;
             return;
         }
+        if observed.values_wanted {
+            self.answer_wish(now);
+        } else {
+            self.memory.answered = None;
+        }
         match self.memory.metadata {
             None => {
                 let needs = resolve::needs(&view.pod);
@@ -173,6 +181,23 @@ impl Worker<'_> {
             Some(_) => {}
         }
         self.plan(now);
+    }
+
+    /// The agent has lost the values (it keeps them in memory, or the job runs again): they are sent whatever was sent
+    /// before, but not again and again before the job can have taken them.
+    fn answer_wish(&mut self, now: Timestamp) {
+        let again = self
+            .memory
+            .answered
+            .and_then(|at| at.checked_add(WISH_PAUSE).ok());
+        if let Some(again) = again.filter(|again| *again > now) {
+            let soonest = self.memory.refresh_at.map_or(again, |at| at.min(again));
+            self.memory.refresh_at = Some(soonest);
+        } else {
+            self.memory.answered = Some(now);
+            self.memory.values = None;
+            self.memory.refresh_at = Some(now);
+        }
     }
 
     fn refresh_later(&mut self, after: Duration) {
