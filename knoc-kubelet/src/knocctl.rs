@@ -28,6 +28,7 @@ mod run;
 mod script;
 mod session;
 mod terminal;
+mod top;
 pub mod view;
 
 pub use self::error::CtlError;
@@ -80,6 +81,8 @@ enum Command {
     Logs(logs::Logs),
     /// Runs a command in a container
     Exec(exec::Exec),
+    /// Shows what running pods use of CPU and memory
+    Top(top::Top),
     /// Prints the batch script of a pod; submits nothing
     Script(script::Script),
     /// Ends pods, and lets go of what they left
@@ -137,6 +140,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CtlError> {
         Command::Run(command) => Box::pin(command.run(global)).await,
         Command::Logs(command) => command.run(global).await,
         Command::Exec(command) => Box::pin(command.run(global)).await,
+        Command::Top(command) => Box::pin(command.run(global)).await,
         Command::Script(command) => command.run(global).await,
         Command::Delete(command) => command.run(global).await,
         Command::Doctor(command) => Box::pin(command.run(global)).await,

@@ -121,3 +121,36 @@ fn every_invariant_names_a_test_that_exists() -> anyhow::Result<()> {
     ensure!(count > 0, "ARCHITECTURE.md names no test (`Test: `)");
     Ok(())
 }
+
+/// A family of metrics as the guide shows it.
+fn row(family: &knoc_kubelet::metrics::Family) -> String {
+    let labels: Vec<String> = family
+        .labels
+        .split(',')
+        .filter(|label| !label.is_empty())
+        .map(|label| format!("`{label}`"))
+        .collect();
+    let (name, kind, help) = (family.name, family.kind, family.help);
+    format!("| `{name}` | {kind} | {} | {help} |", labels.join(", "))
+}
+
+#[test]
+fn the_guide_lists_every_metric_as_it_is() -> anyhow::Result<()> {
+    use knoc_kubelet::metrics::{FAMILIES, PROBE_FAMILIES};
+    let guide = fs::read_to_string(root().join("docs/guide/metrics.md"))?;
+    let shown: Vec<&str> = guide
+        .lines()
+        .filter(|line| {
+            ["| `knoc_", "| `process_", "| `prober_"]
+                .iter()
+                .any(|head| line.starts_with(head))
+        })
+        .collect();
+    let listed: Vec<String> = FAMILIES.iter().chain(PROBE_FAMILIES).map(row).collect();
+    ensure!(
+        shown == listed,
+        "docs/guide/metrics.md should have\n{}",
+        listed.join("\n")
+    );
+    Ok(())
+}

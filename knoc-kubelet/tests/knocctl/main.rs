@@ -144,6 +144,37 @@ async fn pods_are_listed_and_described() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn top_measures_twice_for_a_rate() {
+    let world = world();
+    let got = world.run(&["top", "--interval", "1", "-o", "json"]).await;
+    assert_eq!(got.code, 0, "{}", got.stderr);
+    let pods: serde_json::Value = serde_json::from_slice(&got.stdout).unwrap();
+    assert_eq!(pods[0]["name"], "web");
+    assert_eq!(pods[0]["cpu"]["nanoCores"], 1_000_000_000_u64);
+    assert_eq!(
+        pods[0]["containers"][1]["cpu"]["nanoCores"],
+        250_000_000_u64
+    );
+    let got = world
+        .run(&["top", "default/web", "--containers", "--interval", "1"])
+        .await;
+    let text = got.text();
+    let main = text.lines().nth(1).unwrap_or_default();
+    let cells: Vec<&str> = main.split_whitespace().collect();
+    assert_eq!(
+        cells[..5],
+        ["default", "web", "main", "500m", "300Mi"],
+        "{text}"
+    );
+    let asked = world.asked.all();
+    assert_eq!(asked[2..], ["stats [\"u1\"]", "stats [\"u1\"]"]);
+    let got = world.run(&["top", "-n", "team"]).await;
+    assert!(got.stderr.contains("no pod that runs"), "{}", got.stderr);
+    let got = world.run(&["top", "--interval", "0"]).await;
+    assert_eq!(got.code, 2, "{}", got.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn info_script_and_completions() {
     let world = world();
     assert!(

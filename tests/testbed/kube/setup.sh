@@ -1,6 +1,7 @@
 #!/bin/bash
-# Builds the control plane of main.go (etcd, Kubernetes $KUBE_VERSION, kubectl; about 6 minutes on 2 cores) and helm into
-# $KUBE_PREFIX/bin. Does nothing when they are there. Versions stand in go.mod and go-VERSION.mod.
+# Builds the control plane of main.go (etcd, Kubernetes $KUBE_VERSION, kubectl; about 6 minutes on 2 cores), helm and
+# metrics-server (unmodified, by a go.mod of its own) into $KUBE_PREFIX/bin. Does nothing when they are there. Versions stand
+# in go.mod and go-VERSION.mod.
 . "$(dirname "$0")/../lib.sh"
 here=$testbed/kube
 bin=$KUBE_PREFIX/bin
@@ -33,7 +34,18 @@ build_helm() {
     CGO_ENABLED=0 GOBIN=$bin go install -trimpath -ldflags "-s -w" helm.sh/helm/v3/cmd/helm@$helm_version
     echo $helm_version >"$bin/.helm"
 }
+build_metrics_server() {
+    local module=$here/metrics-server stamp version
+    stamp=$(cat "$module"/go.mod "$module"/go.sum | sha256sum | cut -c1-16)
+    [ "$(cat "$bin/.metrics-server" 2>/dev/null)" != "$stamp" ] || return 0
+    install_go
+    version=$(sed -n 's/.*sigs.k8s.io\/metrics-server \(v[^ ]*\).*/\1/p' "$module/go.mod")
+    say "building metrics-server $version (about 2 minutes, once)"
+    (cd "$module" && CGO_ENABLED=0 go build -trimpath -o "$bin/metrics-server" -ldflags "-s -w" sigs.k8s.io/metrics-server/cmd/metrics-server)
+    echo "$stamp" >"$bin/.metrics-server"
+}
 exec 9>"$KUBE_PREFIX/.setup.lock"
 flock 9
 build_control_plane
 build_helm
+build_metrics_server

@@ -1,4 +1,4 @@
 #!/bin/bash
 # Ends what start.sh started, by its pid files.
 . "$(dirname "$0")/../lib.sh"
-for name in kube-scheduler kube-controller-manager kube-apiserver etcd; do stop "$KUBE_PREFIX/run/$name.pid"; done
+for name in metrics-server kube-scheduler kube-controller-manager kube-apiserver etcd; do stop "$KUBE_PREFIX/run/$name.pid"; done
