@@ -6,7 +6,7 @@
 pidfile=$run/kubelet.pid
 state=$run/kubelet
 [ "$KUBE_VERSION" = 1.36 ] || state=$state-$KUBE_VERSION # certificates and tokens are of one control plane
-address=127.0.0.1
+address=10.77.0.1 # of the host on the way to the login node; to a loopback address the API server proxies nothing
 identity=${KNOC_IDENTITY:-serviceaccount}
 serving=${KNOC_SERVING:-files}
 
@@ -31,7 +31,7 @@ serving_certificate() { # signed by the cluster's CA, for the address that the N
     openssl x509 -req -in "$state/serving.csr" -CA "$ca.crt" -CAkey "$ca.key" -CAcreateserial -days 365 -out "$state/serving.crt" -extfile <(
         echo "keyUsage=critical,digitalSignature,keyEncipherment"
         echo "extendedKeyUsage=serverAuth"
-        echo "subjectAltName=DNS:$node,IP:$address,IP:10.77.0.1") 2>/dev/null
+        echo "subjectAltName=DNS:$node,IP:$address") 2>/dev/null
     rm "$state/serving.csr"
 }
 kubeconfig() { # of the chart's ServiceAccount: exactly the rights that the chart grants
