@@ -211,7 +211,7 @@ impl App {
             capacity,
             orphans,
         );
-        let registered = node.register().await?;
+        node.register().await?;
         let agent_watch = AgentWatch::new(
             self.agent.clone(),
             self.store.clone(),
@@ -222,7 +222,7 @@ impl App {
         let pod_watch = PodWatch::new(self.store.clone(), queue, listed_to);
         let name = self.config.node.name.clone();
         let token = || shutdown.clone();
-        tasks.spawn(node::lease::run(client.clone(), registered, token()));
+        tasks.spawn(node::lease::run(client.clone(), name.clone(), token()));
         tasks.spawn(node.run(token()));
         tasks.spawn(services.run(client.clone(), token()));
         tasks.spawn(agent_watch.run(token()));

@@ -1,7 +1,7 @@
 //! Task: the Node object: registration, labels, taints, status. Never deletes it.
 //!
-//! In: link and capacity (watch channels). The status is computed purely ([`status`]) at every change and every 10 s, and sent where
-//! it differs or is 5 minutes old. While the link is down the node stays Ready; it only says so and takes no new pods.
+//! In: link and capacity (watch channels). The status is computed purely ([`status`]) at every change and every 10 s, and
+//! sent where it differs from the last one, where the API server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so and takes no new pods.
 
 pub mod lease;
 pub mod status;
@@ -149,12 +149,13 @@ impl NodeTask {
     /// Keeps the status until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         loop {
+            // Before it looks: what changes while it writes wakes it again.
+            self.link.mark_unchanged();
+            self.capacity.mark_unchanged();
             if let Err(error) = self.update().await {
                 let error = knoc_proto::error::chain(&error);
                 tracing::warn!(%error, "node not updated, trying again");
             }
-            self.link.mark_unchanged();
-            self.capacity.mark_unchanged();
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
@@ -196,7 +197,8 @@ impl NodeTask {
             .sent
             .as_ref()
             .is_some_and(|(sent, at)| status::same(sent, &wanted) && at.elapsed() < REPORT);
-        if same {
+        // Others write too: the node controller while we cannot be heard, and whoever makes the object anew.
+        if same && status::stands(&wanted, node.status.as_ref()) {
             return Ok(());
         }
         let patch = Patch::Strategic(json!({"status": wanted}));

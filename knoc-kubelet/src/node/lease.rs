@@ -1,4 +1,5 @@
-//! Task: the node's Lease in `kube-node-lease`: 40 s, renewed every 10 s, owned by the Node.
+//! Task: the node's Lease in `kube-node-lease`: 40 s, renewed every 10 s, owned by the Node as it is now. Where the Node
+//! was deleted and made again, the garbage collector takes the old Lease away and the new one is the new Node's.
 //!
 //! It says that this kubelet lives, nothing about the agent: a cut link never makes the node NotReady.
 
@@ -27,10 +28,11 @@ const RETRY: Duration = Duration::from_secs(2);
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// Renews until `shutdown`.
-pub async fn run(client: Client, node: Node, shutdown: CancellationToken) {
+pub async fn run(client: Client, node: String, shutdown: CancellationToken) {
+    let nodes: Api<Node> = Api::all(client.clone());
     let api: Api<Lease> = Api::namespaced(client, NAMESPACE);
     loop {
-        let renewed = tokio::time::timeout(DEADLINE, renew(&api, &node)).await;
+        let renewed = tokio::time::timeout(DEADLINE, renew(&api, &nodes, &node)).await;
         let wait = match renewed {
             Ok(Ok(())) => RENEW,
             Ok(Err(error)) => {
@@ -51,26 +53,28 @@ pub async fn run(client: Client, node: Node, shutdown: CancellationToken) {
     }
 }
 
-async fn renew(api: &Api<Lease>, node: &Node) -> kube::Result<()> {
-    let name = node.metadata.name.clone().unwrap_or_default();
+async fn renew(api: &Api<Lease>, nodes: &Api<Node>, name: &str) -> kube::Result<()> {
     let now = MicroTime(Timestamp::now());
     let patch = json!({"spec": {
         "holderIdentity": name, "leaseDurationSeconds": DURATION, "renewTime": now,
     }});
     match api
-        .patch(&name, &PatchParams::default(), &Patch::Merge(patch))
+        .patch(name, &PatchParams::default(), &Patch::Merge(patch))
         .await
     {
         Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if status.code == 404 => api
-            .create(&PostParams::default(), &lease(node, &name, now))
-            .await
-            .map(drop),
+        Err(kube::Error::Api(status)) if status.code == 404 => {
+            // Owned by a Node that is gone it would be collected again and again.
+            let node = nodes.get(name).await?;
+            let uid = node.metadata.uid.unwrap_or_default();
+            let lease = lease(uid, name, now);
+            api.create(&PostParams::default(), &lease).await.map(drop)
+        }
         Err(error) => Err(error),
     }
 }
 
-fn lease(node: &Node, name: &str, now: MicroTime) -> Lease {
+fn lease(uid: String, name: &str, now: MicroTime) -> Lease {
     Lease {
         metadata: ObjectMeta {
             name: Some(name.to_owned()),
@@ -78,7 +82,7 @@ fn lease(node: &Node, name: &str, now: MicroTime) -> Lease {
                 api_version: "v1".to_owned(),
                 kind: "Node".to_owned(),
                 name: name.to_owned(),
-                uid: node.metadata.uid.clone().unwrap_or_default(),
+                uid,
                 ..OwnerReference::default()
             }]),
             ..ObjectMeta::default()

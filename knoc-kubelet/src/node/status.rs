@@ -104,6 +104,29 @@ fn without_heartbeats(status: &Value) -> Value {
     status
 }
 
+/// Does the API server still have what was sent: each of our conditions, an address, the capacity? Other writers are
+/// the node controller (Ready becomes Unknown) and whoever deletes the Node.
+#[must_use]
+pub fn stands(wanted: &Value, live: Option<&NodeStatus>) -> bool {
+    let Some(live) = live else {
+        return false;
+    };
+    let conditions = live.conditions.as_deref().unwrap_or_default();
+    let stands = |condition: &Value| {
+        let text = |key: &str| condition.get(key).and_then(Value::as_str);
+        conditions.iter().any(|one| {
+            Some(one.type_.as_str()) == text("type")
+                && Some(one.status.as_str()) == text("status")
+                && one.reason.as_deref() == text("reason")
+        })
+    };
+    let ours = wanted.get("conditions").and_then(Value::as_array);
+    let has_capacity = live.capacity.as_ref().is_some_and(|list| !list.is_empty());
+    ours.into_iter().flatten().all(stands)
+        && live.addresses.as_ref().is_some_and(|list| !list.is_empty())
+        && (has_capacity || wanted.get("capacity").is_none())
+}
+
 /// The most pods of the node: as configured, and no more than the site may have in Slurm.
 #[must_use]
 pub fn pod_limit(configured: u32, capacity: &pb::NodeInfo) -> u32 {
@@ -405,6 +428,47 @@ mod tests {
         };
         let lines: Vec<_> = conditions.as_array().unwrap().iter().map(words).collect();
         insta::assert_snapshot!(lines.join("\n"));
+    }
+
+    #[test]
+    fn what_others_wrote_over_is_sent_again() {
+        let (identity, link, capacity) = (identity(), up(), capacity());
+        let facts = Facts {
+            identity: &identity,
+            link: &link,
+            capacity: Some(&capacity),
+            orphans: 0,
+            certificates: &[],
+            previous: None,
+            now: at(100),
+        };
+        let wanted = status(&facts);
+        let live = |wanted: &Value| serde_json::from_value::<NodeStatus>(wanted.clone()).unwrap();
+        assert!(stands(&wanted, Some(&live(&wanted))));
+        assert!(!stands(&wanted, None));
+        assert!(!stands(&wanted, Some(&NodeStatus::default())), "a new Node");
+        let mut unknown = live(&wanted);
+        for condition in unknown.conditions.iter_mut().flatten() {
+            if condition.type_ == "Ready" {
+                condition.status = "Unknown".to_owned();
+                condition.reason = Some("NodeStatusUnknown".to_owned());
+            }
+        }
+        assert!(!stands(&wanted, Some(&unknown)), "the node controller");
+        let mut bare = live(&wanted);
+        bare.capacity = None;
+        assert!(!stands(&wanted, Some(&bare)));
+        // What others add is theirs.
+        let mut more = live(&wanted);
+        let extra = live(&wanted).conditions.unwrap()[0].clone();
+        more.conditions
+            .as_mut()
+            .unwrap()
+            .push(k8s_openapi::api::core::v1::NodeCondition {
+                type_: "Foreign".to_owned(),
+                ..extra
+            });
+        assert!(stands(&wanted, Some(&more)));
     }
 
     #[test]

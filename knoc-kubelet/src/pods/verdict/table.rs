@@ -135,7 +135,12 @@ pub(super) const TABLE: &[Type] = &[
     of("EmptyDirVolumeSource", "`emptyDir`", &[
         row("medium", Is(&["", "Memory"]), Honoured, ""),
         row("medium", Any, Refused, "only the default medium and Memory"),
-        row("sizeLimit", Any, Honoured, ""),
+        row(
+            "sizeLimit",
+            Any,
+            Mapped,
+            "not enforced by itself: the limits of the job and of the node's disk hold",
+        ),
         row("mode", Any, Refused, LATER),
     ]),
     of("ConfigMapVolumeSource", "`configMap`", &[
@@ -234,7 +239,18 @@ const POD: &[Row] = &[
     row("resources", Empty, Satisfied, ""),
     row("resources", Any, Refused, "resources of the pod as a whole are not supported yet; give them to its containers"),
     row("runtimeClassName", Is(&["knoc"]), Satisfied, ""),
-    row("runtimeClassName", Any, Refused, "only the RuntimeClass `knoc`"),
+    row(
+        "runtimeClassName",
+        Starts(&["knoc-"]),
+        Satisfied,
+        "of a site among several",
+    ),
+    row(
+        "runtimeClassName",
+        Any,
+        Refused,
+        "only RuntimeClasses whose names are `knoc` or begin with `knoc-`",
+    ),
 ];
 
 #[rustfmt::skip]
