@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use knoc_proto::ids::SiteName;
 use serde::Deserialize;
 
 /// Why the site file cannot be used.
@@ -460,12 +461,9 @@ impl Config {
 
     /// The first value that parses but cannot be meant.
     fn problem(&self) -> Option<(&'static str, String)> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if self.site.is_empty() || !self.site.chars().all(plain) {
-            return Some((
-                "site",
-                format!("is {:?}; letters, digits, `-_.` only", self.site),
-            ));
+        if let Err(error) = SiteName::try_from(self.site.as_str()) {
+            let text = format!("must be a DNS label of at most 58 characters: {error}");
+            return Some(("site", text));
         }
         if !self.state_dir.is_absolute() {
             return Some((

@@ -12,6 +12,7 @@ use std::{
 };
 
 use knoc_proto::{
+    ids::{InvalidId, SiteName},
     link::Identity,
     pki::{Ca, CertifiedKey, PkiError},
 };
@@ -29,8 +30,8 @@ const PORT: u16 = 10350;
 /// The command line of `init`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Name of the site: letters, digits, `-_.`
-    #[arg(long)]
+    /// Name of the site, a DNS label of at most 58 characters: the node is called knoc-SITE
+    #[arg(long, value_parser = site_name)]
     pub site: String,
     /// How kubelets reach this login node; the first one stands in the bundle [default: this host's name]
     #[arg(long, value_name = "HOST[:PORT]")]
@@ -44,6 +45,10 @@ pub struct Options {
     /// auto, apptainer, singularity or process [default: process where no runtime is in PATH]
     #[arg(long, value_name = "NAME", value_parser = runtime)]
     pub runtime: Option<RuntimeKind>,
+}
+
+fn site_name(text: &str) -> Result<String, InvalidId> {
+    SiteName::try_from(text).map(String::from)
 }
 
 fn scheduler(text: &str) -> Result<SchedulerKind, String> {

@@ -9,6 +9,7 @@ mod source;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr};
 
+use knoc_proto::ids::SiteName;
 use serde_json::{Map, Value};
 
 pub use settings::{SETTINGS, Setting};
@@ -220,7 +221,9 @@ impl Reader<'_> {
 
     fn agent(&mut self) -> Option<AgentConfig> {
         let address = self.required("agent.address");
-        let site = self.text("agent.site");
+        let site = self
+            .parse::<SiteName>("agent.site", "a DNS label of at most 58 characters")
+            .map(String::from);
         let files = [
             self.path("agent.ca"),
             self.path("agent.cert"),

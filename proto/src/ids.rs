@@ -184,6 +184,16 @@ name_type!(
     }
 );
 
+name_type!(
+    /// The name of a site: a DNS label short enough for `knoc-<site>` to be one, since so the node is called.
+    SiteName,
+    Rules {
+        kind: "site name",
+        limit: 58,
+        allows: |c, edge| c.is_ascii_lowercase() || c.is_ascii_digit() || (!edge && c == '-'),
+    }
+);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,6 +229,31 @@ mod tests {
         for bad in ["Web", "a.b", "a_b", "-a", "a-", "", &"a".repeat(64)] {
             ContainerName::try_from(bad).unwrap_err();
         }
+    }
+
+    #[test]
+    fn a_site_gives_its_node_a_name() {
+        for good in ["a", "my-site", "7", &"a".repeat(58)] {
+            SiteName::try_from(good).unwrap();
+            ContainerName::try_from(format!("knoc-{good}")).unwrap();
+        }
+        for bad in ["", "My", "a.b", "a_b", "-a", "a-", &"a".repeat(59)] {
+            SiteName::try_from(bad).unwrap_err();
+        }
+    }
+
+    /// What `knoc-agent init` takes the chart takes, and nothing else.
+    #[test]
+    fn the_chart_has_the_same_rule_for_sites() {
+        let schema = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../deploy/chart/knoc/values.schema.json"
+        );
+        let schema: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(schema).unwrap()).unwrap();
+        let site = &schema["properties"]["agent"]["properties"]["site"];
+        assert_eq!(site["maxLength"], SiteName::RULES.limit);
+        assert_eq!(site["pattern"], "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$");
     }
 
     #[test]

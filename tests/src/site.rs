@@ -274,16 +274,25 @@ impl Drop for Site {
     }
 }
 
-/// One of the project's binaries: in `$KNOC_BIN`, else where this test was built.
+/// One of the project's binaries: in `$KNOC_BIN` and nowhere else where that is set (`make test`: the release build that
+/// is shipped), else where this test was built.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
-    let given = std::env::var_os("KNOC_BIN").map(PathBuf::from);
+    if let Some(folder) = std::env::var_os("KNOC_BIN").map(PathBuf::from) {
+        let path = folder.join(name);
+        anyhow::ensure!(
+            path.is_file(),
+            "{} is not built: make build",
+            path.display()
+        );
+        return Ok(path);
+    }
     let own = std::env::current_exe()?;
     let built = own
         .ancestors()
         .find(|folder| folder.join(".fingerprint").is_dir());
-    let folders = given.into_iter().chain(built.map(Path::to_owned));
-    let mut candidates = folders.map(|folder| folder.join(name));
-    let found = candidates.find(|path| path.is_file());
+    let found = built
+        .map(|folder| folder.join(name))
+        .filter(|path| path.is_file());
     found.with_context(|| format!("{name} is not built: `make build`, or set KNOC_BIN"))
 }
 

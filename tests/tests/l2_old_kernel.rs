@@ -1,5 +1,5 @@
 //! Level 2: the agent and all that it starts run on a kernel that is as old as Linux 3.10, which is a
-//! filter here that answers ENOSYS to every later system call.
+//! filter here that answers ENOSYS to every later system call. In `make test` these are the static release binaries.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,6 +19,38 @@ fn old_site() -> anyhow::Result<Site> {
         wrapper: Some(PathBuf::from(OLD_KERNEL)),
         ..Options::default()
     })
+}
+
+/// Does the ELF file ask for a dynamic linker (`PT_INTERP`)?
+fn asks_for_a_linker(elf: &[u8]) -> Option<bool> {
+    let word = |at: usize| Some(u16::from_le_bytes(elf.get(at..at + 2)?.try_into().ok()?));
+    let long = |at: usize| Some(u64::from_le_bytes(elf.get(at..at + 8)?.try_into().ok()?));
+    // 64-bit, little endian: offset, size and number of program headers.
+    let (first, size, count) = (long(32)?, word(54)?, word(56)?);
+    let kinds = (0..usize::from(count)).map(|index| {
+        let at = usize::try_from(first).ok()? + index * usize::from(size);
+        Some(u32::from_le_bytes(elf.get(at..at + 4)?.try_into().ok()?))
+    });
+    let kinds: Option<Vec<u32>> = kinds.collect();
+    Some(kinds?.contains(&3))
+}
+
+/// `make test` names the release build in `KNOC_BIN`: then it is that one which runs under the filter.
+#[test]
+fn what_runs_here_is_the_static_binary_that_is_shipped() -> anyhow::Result<()> {
+    let binary = site::binary("knoc-agent")?;
+    let elf = std::fs::read(&binary)?;
+    let dynamic = asks_for_a_linker(&elf).context("no ELF file")?;
+    let shipped = binary
+        .components()
+        .any(|part| part.as_os_str() == "release");
+    anyhow::ensure!(!(shipped && dynamic), "{} is not static", binary.display());
+    let own = asks_for_a_linker(&std::fs::read(std::env::current_exe()?)?);
+    anyhow::ensure!(
+        own == Some(true),
+        "the check does not see a linker where there is one"
+    );
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

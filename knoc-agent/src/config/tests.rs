@@ -34,7 +34,8 @@ fn mistakes_name_line_and_allowed_values() {
             "site = 'x'\n[limits]\npoll_min = '5 bananas'",
             &["line 3", "90s"],
         ),
-        ("site = 'a b'", &["`site`", "letters"]),
+        ("site = 'a b'", &["`site`", "DNS label", "' '"]),
+        ("site = 'My-Site'", &["`site`", "DNS label", "'M'"]),
         (
             "site = 'x'\n[limits]\npoll_min = '60s'",
             &["limits.poll_min", "poll_max"],
