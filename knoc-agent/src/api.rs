@@ -45,6 +45,13 @@ const CAPABILITIES: &[&str] = &[
     "stats",
 ];
 
+/// What of them holds on this site.
+fn capabilities(exec: bool) -> Vec<String> {
+    let possible = |name: &&str| exec || *name != "exec";
+    let names = CAPABILITIES.iter().copied().filter(possible);
+    names.map(str::to_owned).collect()
+}
+
 /// A stream of answers.
 type Answers<T> = BoxStream<'static, Result<T, Status>>;
 
@@ -166,7 +173,7 @@ impl pb::agent_server::Agent for Service {
         Ok(Response::new(pb::AgentInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             site: site.config.site.clone(),
-            capabilities: CAPABILITIES.iter().map(|&name| name.to_owned()).collect(),
+            capabilities: capabilities(site.runtime.exec),
             scheduler: site.scheduler.name().to_owned(),
             scheduler_version: version,
             runtime: site.runtime.name.clone(),

@@ -5,6 +5,7 @@
 
 mod apptainer;
 mod process;
+pub mod setuid;
 
 use std::{
     ffi::OsString,

@@ -19,6 +19,8 @@ pub struct RuntimeInfo {
     pub path: PathBuf,
     /// As it says itself.
     pub version: String,
+    /// Can processes be exec'd into its containers? Not where it sets them up as root.
+    pub exec: bool,
 }
 
 /// New pods that are put on disk at the same time: 8 threads each.

@@ -26,6 +26,7 @@ use crate::{
     },
     lease::{Holder, LeaseError, Process},
     registry::board::Board,
+    runtime::setuid,
     scheduler::{Scheduler, local, slurm},
     shims::Shims,
     site::{ACCEPTING, RuntimeInfo, Site},
@@ -127,6 +128,7 @@ pub(super) async fn prepare(
         board: Board::new(lease.epoch()),
         runtime: RuntimeInfo {
             name: name.to_owned(),
+            exec: setuid::starter(name, &path).is_none(),
             path,
             version,
         },

@@ -6,15 +6,17 @@ use knoc_proto::{error, pb};
 use oci_client::Reference as OciReference;
 
 use super::{Images, reference, runtime_version};
+use crate::runtime::setuid;
 
 impl Images {
     /// Findings in the order of the chain.
     pub async fn checks(&self) -> Vec<pb::Finding> {
         let settings = self.settings();
         let mut all = vec![self.runtime().await];
-        if settings.program.is_none() {
+        let Some(program) = &settings.program else {
             return all;
-        }
+        };
+        all.push(exec(program));
         all.push(folder(
             "images: cache",
             &settings.cache,
@@ -75,6 +77,22 @@ impl Images {
         let result = self.registry().answers(&source).await;
         finding(&check, result.map(|()| format!("{registry} answers")), cure)
     }
+}
+
+/// Can a process be exec'd into a container?
+fn exec(program: &Path) -> pb::Finding {
+    let name = program
+        .file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let result = match setuid::starter(&name, program) {
+        None => Ok("by joining the container's namespaces (userns)".to_owned()),
+        Some(starter) => Err(format!(
+            "not possible: {} sets containers up as root, and nobody else may join them",
+            starter.display()
+        )),
+    };
+    let cure = "install Apptainer without its setuid part, or set `allow setuid = no` in the runtime's configuration";
+    finding("runtime: exec", result, cure)
 }
 
 fn folder(check: &str, path: &Path, cure: &str) -> pb::Finding {

@@ -49,6 +49,11 @@ enum EnterError {
     Usage,
     #[error("the container has ended")]
     Ended,
+    #[error(
+        "exec is not possible into this container: its runtime set it up as root (setuid), and the kernel lets nobody \
+         else join it; the site needs Apptainer, or `allow setuid = no` in the runtime's configuration"
+    )]
+    Setuid,
     #[error("{what}")]
     Io {
         what: String,
@@ -116,6 +121,7 @@ fn release_stdin() {
 fn refuse(shim: &UnixStream, error: &EnterError) -> ExitCode {
     let errno = match error {
         EnterError::Io { source, .. } => source.raw_os_error().unwrap_or_default(),
+        EnterError::Setuid => nix::libc::EPERM,
         EnterError::Usage | EnterError::Ended => 0,
     };
     let reply = Reply::Failed {
@@ -146,6 +152,7 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     {
         return Err(EnterError::Ended);
     }
+    let own_user = target.namespaces.iter().all(|(name, ..)| *name != "user");
     let mut root = None;
     for (name, kind, fd) in &target.namespaces {
         if *name == "mnt" {
@@ -155,9 +162,7 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
         }
         move_into_link_name_space(fd.as_fd(), Some(*kind))
             .map_err(io::Error::from)
-            .map_err(EnterError::on(format!(
-                "join the {name} namespace of process {pid}"
-            )))?;
+            .map_err(|source| not_joined(name, pid, own_user, source))?;
     }
     if let Some(root) = root {
         fchdir(&root)
@@ -169,6 +174,14 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
         set_no_new_privs(true).ok();
     }
     Ok(())
+}
+
+/// PURE: why a namespace was not joined. Without a user namespace of its own the container belongs to root.
+fn not_joined(name: &str, pid: u32, own_user: bool, source: io::Error) -> EnterError {
+    if own_user && source.kind() == io::ErrorKind::PermissionDenied {
+        return EnterError::Setuid;
+    }
+    EnterError::on(format!("join the {name} namespace of process {pid}"))(source)
 }
 
 fn open(pid: u32) -> Result<Target, EnterError> {
@@ -222,4 +235,28 @@ fn raise_same(signal: Signal) -> ExitCode {
     sys::reset_signals();
     raise(signal).ok();
     ExitCode::from(u8::try_from(128 + signal as i32).unwrap_or(FAILED))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_of_root_is_refused_by_name_with_its_cure() {
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let setuid = not_joined("mnt", 7, true, denied());
+        let text = knoc_proto::error::chain(&setuid);
+        assert!(
+            text.contains("setuid") && text.contains("allow setuid = no"),
+            "{text}"
+        );
+        // With a user namespace, or for another reason, the kernel's own words stand.
+        for (own_user, source) in [(false, denied()), (true, io::ErrorKind::NotFound.into())] {
+            let text = knoc_proto::error::chain(&not_joined("mnt", 7, own_user, source));
+            assert!(
+                text.starts_with("join the mnt namespace of process 7: "),
+                "{text}"
+            );
+        }
+    }
 }
