@@ -1,5 +1,6 @@
 #!/bin/bash
-# Ends what up.sh started, by pid, and nothing else. Jobs that run end with their cluster. --wipe forgets all state too.
+# Ends what up.sh started, by pid, and nothing else. Jobs that run end with their cluster; those of the
+# local scheduler go on to their own end, as jobs do. --wipe forgets all state too.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 "$testbed/kubelet.sh" down

@@ -3,6 +3,8 @@
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 [ "$STACK" != local ] || exit 0
+[ "$(id -u)" = 0 ] || die "STACK=$STACK makes its own Slurm cluster of network namespaces, which needs root (sudo make ... STACK=$STACK).
+Without root: STACK=local, the agent with its embedded scheduler. On a login node that has Slurm: docs/guide/install.md, which needs no root."
 apt_install curl curl
 apt_install openssl openssl
 apt_install jq jq

@@ -214,3 +214,40 @@ async fn a_command_that_is_not_there_is_a_start_error() -> anyhow::Result<()> {
     ensure!(message.contains("/no/such/program"), "{message}");
     world.finish().await
 }
+
+/// ADR 0022: why jobs get `--export=ALL` of an explicit environment, and not a list of names.
+#[tokio::test]
+async fn a_job_gets_what_is_named_and_no_login_shell() -> anyhow::Result<()> {
+    let world = World::new("export").await?;
+    let environment = async |export: &str| {
+        let out = format!("/home/hpcuser/export-{}.out", world.namespace);
+        let (export, output) = (format!("--export={export}"), format!("--output={out}"));
+        let job = [
+            "env",
+            "-i",
+            "PATH=/usr/local/bin:/usr/bin:/bin",
+            "NAMED=1",
+            "sbatch",
+            "--wait",
+            "--time=1",
+            &export,
+            &output,
+            "--wrap",
+            "env",
+        ];
+        world.on("login", job).ok().await?;
+        let text = world.on("login", ["cat", &out]).ok().await?.text();
+        world.on("login", ["rm", &out]).ok().await?;
+        anyhow::Ok(text)
+    };
+    let all = environment("ALL").await?;
+    ensure!(
+        all.contains("NAMED=1") && !all.contains("SLURM_GET_USER_ENV"),
+        "{all}"
+    );
+    for export in ["PATH,NAMED", "NONE"] {
+        let list = environment(export).await?;
+        ensure!(list.contains("SLURM_GET_USER_ENV=1"), "{export}: {list}");
+    }
+    world.finish().await
+}
