@@ -96,7 +96,13 @@ impl Registry {
                         found.push((dir, restored));
                     }
                     // Nothing was promised: the request that was making it got no answer.
-                    Ok(None) => dir.remove()?,
+                    Ok(None) => {
+                        if let Err(error) = dir.remove() {
+                            // Somebody still writes there, or the file system holds it: the next start tries again.
+                            let path = dir.path().display();
+                            tracing::warn!(%path, error = chain(&error), "what was half made stays");
+                        }
+                    }
                     Err(error) => {
                         site.versions.hold("");
                         let path = dir.path().display();

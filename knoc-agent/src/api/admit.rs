@@ -1,6 +1,8 @@
 //! Who may call, and which pods may come in: the site's policy, which the cluster cannot widen.
 
-use knoc_proto::{ids::PodUid, link::Peer, pod::PodSpec, reason::ErrorReason};
+use std::path::{Path, PathBuf};
+
+use knoc_proto::{ids::PodUid, link::Peer, pb, pod::PodSpec, reason::ErrorReason};
 use tonic::{Request, Status, service::Interceptor};
 
 use crate::{scheduler::RefusalKind, shims::Client, site::Site};
@@ -60,6 +62,7 @@ pub(super) fn pod(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), S
         .filter_map(|container| site.images.check(&container.image).err())
         .map(|error| error.to_string())
         .collect();
+    problems.extend(foreign_paths(&spec.volumes, &site.config.host_paths));
     if let Err(refusal) = site
         .scheduler
         .render(&super::submit_request(site, spec, cluster_id))
@@ -72,6 +75,24 @@ pub(super) fn pod(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), S
     } else {
         Err(ErrorReason::InvalidSpec.status(problems.join("; ")))
     }
+}
+
+/// Host paths outside the site's roots, a sentence each. Links are followed: what counts is where a path leads.
+fn foreign_paths(volumes: &[pb::Volume], roots: &[PathBuf]) -> Vec<String> {
+    let canonical = |path: &Path| std::fs::canonicalize(path).ok();
+    let roots: Vec<PathBuf> = roots.iter().filter_map(|root| canonical(root)).collect();
+    let outside = |volume: &pb::Volume| {
+        let Some(pb::volume::Source::HostPath(host)) = &volume.source else {
+            return None;
+        };
+        let inside = canonical(Path::new(&host.path))
+            .is_some_and(|path| roots.iter().any(|root| path.starts_with(root)));
+        (!inside).then(|| {
+            let (name, path) = (&volume.name, &host.path);
+            format!("volume {name:?}: {path:?} is not under host_paths of the site file")
+        })
+    };
+    volumes.iter().filter_map(outside).collect()
 }
 
 /// The link to the shim of a pod that runs.
@@ -109,6 +130,34 @@ fn no_link(site: &Site, uid: &PodUid) -> Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn host_paths_stay_under_the_sites_roots() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, other) = (folder.path().join("root"), folder.path().join("other"));
+        std::fs::create_dir_all(root.join("data")).unwrap();
+        std::fs::create_dir_all(&other).unwrap();
+        std::os::unix::fs::symlink(&other, root.join("out")).unwrap();
+        let problems = |path: &Path, roots: &[PathBuf]| {
+            let path = path.display().to_string();
+            let source = pb::volume::Source::HostPath(pb::HostPath { path });
+            let volume = pb::Volume {
+                name: "v".to_owned(),
+                source: Some(source),
+            };
+            foreign_paths(&[volume], roots).len()
+        };
+        let roots = [root.clone()];
+        assert_eq!(problems(&root.join("data"), &roots), 0);
+        assert_eq!(problems(&root.join("data"), &[]), 1, "no roots, no paths");
+        assert_eq!(
+            problems(&root.join("out"), &roots),
+            1,
+            "a link that leads out"
+        );
+        assert_eq!(problems(&root.join("../other"), &roots), 1);
+        assert_eq!(problems(&root.join("nothing"), &roots), 1);
+    }
 
     #[test]
     fn patterns_match_names_and_prefixes() {

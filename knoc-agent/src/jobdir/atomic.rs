@@ -106,13 +106,22 @@ pub fn create_together(
     }
     let sync = |(file, path): (File, &Path)| file.sync_all().map_err(FileError::on("sync", path));
     std::thread::scope(|scope| {
-        let syncing: Vec<_> = open
-            .into_iter()
-            .map(|one| scope.spawn(move || sync(one)))
-            .collect();
-        syncing
-            .into_iter()
-            .try_for_each(|one| one.join().unwrap_or(Ok(())))
+        let mut syncing = Vec::with_capacity(open.len());
+        for (file, path) in open {
+            // Login nodes bound the threads of a user: what gets none is synced here, one after the other.
+            let own = file.try_clone().map_err(FileError::on("sync", path))?;
+            let spawned =
+                std::thread::Builder::new().spawn_scoped(scope, move || sync((own, path)));
+            match spawned {
+                Ok(handle) => syncing.push((handle, path)),
+                Err(_) => sync((file, path))?,
+            }
+        }
+        let lost = || io::Error::other("the thread that synced it has ended");
+        syncing.into_iter().try_for_each(|(one, path)| {
+            one.join()
+                .unwrap_or_else(|_| Err(FileError::on("sync", path)(lost())))
+        })
     })
 }
 

@@ -369,7 +369,15 @@ pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDir
     };
     let job = dir.spec()?;
     let spec = job.spec.unwrap_or_default();
-    let report = dir.report()?;
+    // Only an aid: the shim and Slurm say it again. A pod that is not taken up would be lost with its job.
+    let report = dir.report().unwrap_or_else(|error| {
+        tracing::warn!(
+            uid = dir.uid(),
+            error = chain(&error),
+            "a report cannot be read"
+        );
+        None
+    });
     let Ok(uid) = PodUid::try_from(dir.uid()) else {
         return Ok(None);
     };

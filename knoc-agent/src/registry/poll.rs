@@ -141,7 +141,7 @@ impl Poller {
             let jobs = by_pod.remove(&uid).unwrap_or_default();
             let news = Told { job, jobs, missing };
             let known = self.told.remove(&uid);
-            let queued = news.jobs.iter().all(|view| view.started_at.is_none());
+            let queued = !missing && news.jobs.iter().all(|view| view.started_at.is_none());
             let same = known.as_ref() == Some(&news);
             any |= !same;
             if same && (!hurried || queued) {

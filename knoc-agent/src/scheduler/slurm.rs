@@ -34,6 +34,8 @@ pub use settings::Settings;
 
 /// Answers of squeue and sacct: 100,000 jobs of 300 bytes.
 const ANSWER_LIMIT: usize = 32 << 20;
+/// `squeue`, `sacct` and `scancel` for single pods at the same time: a namespace of thousands may be deleted at once.
+const QUESTIONS: usize = 4;
 /// How far back the accounting is searched for a job that is known by its pod only.
 const FIND_WINDOW: &str = "now-7days";
 
@@ -43,7 +45,10 @@ pub struct Slurm {
     settings: Settings,
     bucket: Mutex<bucket::Bucket>,
     submissions: Semaphore,
-    limits: Mutex<Arc<[shape::PartitionLimits]>>,
+    /// All other commands that are started for one pod.
+    questions: Semaphore,
+    /// `None` until `sinfo` has answered once.
+    limits: Mutex<Option<Arc<[shape::PartitionLimits]>>>,
 }
 
 impl Slurm {
@@ -54,7 +59,8 @@ impl Slurm {
         Self {
             bucket: Mutex::new(bucket),
             submissions: Semaphore::new(settings.submit_concurrency.max(1)),
-            limits: Mutex::new(Arc::from([])),
+            questions: Semaphore::new(QUESTIONS),
+            limits: Mutex::new(None),
             settings,
         }
     }
@@ -113,11 +119,27 @@ impl Slurm {
     }
 
     pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, Refusal> {
-        let limits = Arc::clone(&self.limits.lock().unwrap_or_else(PoisonError::into_inner));
-        script::render(request, &self.settings, &limits)
+        script::render(
+            request,
+            &self.settings,
+            &self.known_limits().unwrap_or_default(),
+        )
+    }
+
+    fn known_limits(&self) -> Option<Arc<[shape::PartitionLimits]>> {
+        let limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        limits.clone()
     }
 
     pub(super) async fn submit(&self, request: &SubmitRequest) -> Result<Submitted, Refusal> {
+        if self.known_limits().is_none() {
+            // The time limit comes from the partition: without it a job would be submitted that can never start.
+            self.node_info().await.map_err(|error| Refusal {
+                kind: RefusalKind::ControllerAway,
+                words: knoc_proto::error::chain(&error),
+                command: None,
+            })?;
+        }
         let rendered = self.render(request)?;
         let wait = {
             let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
@@ -145,6 +167,7 @@ impl Slurm {
     }
 
     pub(super) async fn find(&self, uid: &PodUid) -> Result<Vec<JobView>, SchedulerError> {
+        let _place = self.place().await?;
         let name = script::job_name(uid);
         let command = self.squeue().arg("--name").arg(&name);
         let mut jobs = parse::squeue(&self.answer("squeue", command).await?);
@@ -166,6 +189,7 @@ impl Slurm {
     }
 
     pub(super) async fn cancel(&self, job: &JobRef, how: Cancel) -> Result<(), SchedulerError> {
+        let _place = self.place().await?;
         // With the name as a filter the id cannot be another job's.
         let name = format!("--name={}", script::job_name(&job.uid));
         let command = self.command(&self.settings.scancel).arg(name);
@@ -190,8 +214,13 @@ impl Slurm {
         let command = command.args(["--noheader", "--Node", "-o", nodes::SINFO_FORMAT]);
         let info = nodes::node_info(&self.answer("sinfo", command).await?, &self.settings);
         let limits = Arc::from(nodes::limits(&info));
-        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = Some(limits);
         Ok(info)
+    }
+
+    async fn place(&self) -> Result<tokio::sync::SemaphorePermit<'_>, SchedulerError> {
+        let place = self.questions.acquire().await;
+        place.map_err(|_closed| SchedulerError::Stopping)
     }
 
     fn squeue(&self) -> Command {
@@ -199,6 +228,8 @@ impl Slurm {
         command.args([
             "--noheader",
             "--states=all",
+            // Hidden partitions too: a job that is not shown would count as gone.
+            "--all",
             "--me",
             "-o",
             parse::SQUEUE_FORMAT,

@@ -156,7 +156,18 @@ impl Actor {
             let message = format!("accept pod: {}", chain(error));
             Refused::new(ErrorReason::Internal, message)
         };
-        let pin = written.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
+        let pin = match written {
+            Ok(Ok(pin)) => pin,
+            Ok(Err(error)) => {
+                // A refused pod leaves nothing: a whole record would be taken up at the next start.
+                self.remove().await;
+                return Err(failed(&error));
+            }
+            Err(error) => {
+                self.remove().await;
+                return Err(failed(&error));
+            }
+        };
         self.expect_link(Ok(pin));
         self.values = (at_rest == AtRest::None).then_some(values);
         Ok(())

@@ -134,7 +134,7 @@ impl Actor {
         }
     }
 
-    async fn remove(&self) {
+    pub(super) async fn remove(&self) {
         let (dir, site, version) = (
             self.dir.clone(),
             Arc::clone(&self.site),

@@ -105,7 +105,15 @@ pub(super) fn tell(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         how: Ending::Told,
         deadline,
     };
-    if matches!(pod.state, State::Stopping { .. }) {
+    // The grace counts from the first telling, also after a restart; leaving the queue was none.
+    let told = matches!(
+        pod.state,
+        State::Stopping {
+            how: Ending::Told,
+            ..
+        }
+    );
+    if told {
         pod.state = state;
     } else {
         pod.enter(state, now);

@@ -74,6 +74,9 @@ const SHORT: &[(char, &str)] = &[
     ('x', "exclude"),
 ];
 
+/// Of these the ones without a value: a letter after them is the next flag to sbatch.
+const WITHOUT_VALUE: &[char] = &['H', 'I', 'O', 'W', 'k', 's'];
+
 /// Every flag is allowed, or one message that names all that are not.
 pub(super) fn check(flags: &[String], allowed: &[String]) -> Result<(), String> {
     let problems: Vec<String> = flags
@@ -90,6 +93,12 @@ pub(super) fn check(flags: &[String], allowed: &[String]) -> Result<(), String> 
 fn problem(flag: &str, allowed: &[String]) -> Option<String> {
     if flag.contains('\0') {
         return Some(format!("sbatch flag {flag:?} holds a NUL"));
+    }
+    let mut letters = flag.chars().skip(1);
+    if letters.next().is_some_and(|c| WITHOUT_VALUE.contains(&c)) && letters.next().is_some() {
+        return Some(format!(
+            "{flag:?} is more than one sbatch flag: give each as an element of its own"
+        ));
     }
     let Some(name) = name(flag) else {
         return Some(format!("{flag:?} is no sbatch flag: write --name=value"));
@@ -131,8 +140,12 @@ mod tests {
             "--mail-type".to_owned(),
             "hint".to_owned(),
             "exclude".to_owned(),
+            "oversubscribe".to_owned(),
         ];
         let cases = [
+            ("-s", true),
+            ("-so/home/u/.bashrc", false),
+            ("-sW", false),
             ("--mail-type=ALL", true),
             ("--hint=nomultithread", true),
             ("-xc3", true),

@@ -77,6 +77,10 @@ pub(super) fn render(
     let shape = Shape::of(&request.spec, site, partitions)?;
     let job = request.spec.job.clone().unwrap_or_default();
     flags::check(&job.flags, &site.allowed_flags).map_err(Refusal::permanent)?;
+    let foreign = foreign_choices(&job, site);
+    if !foreign.is_empty() {
+        return Err(Refusal::permanent(foreign.join("; ")));
+    }
     let mut argv = vec![site.sbatch.to_string_lossy().into_owned()];
     argv.extend(identity(request, &shape)?);
     argv.extend(resources(&shape));
@@ -84,6 +88,28 @@ pub(super) fn render(
     argv.extend(job.flags.iter().cloned());
     let script = script(&site.prelude, &request.shim, &request.jobdir)?;
     Ok(Rendered { argv, script })
+}
+
+/// Partitions, accounts and QOS that the pod names and the site's policy does not, a sentence each.
+fn foreign_choices(job: &pb::JobRequest, site: &Settings) -> Vec<String> {
+    let lists = [
+        ("partition", &job.partition, &site.partitions, "partitions"),
+        ("account", &job.account, &site.accounts, "accounts"),
+        ("qos", &job.qos, &site.qos_allowed, "qos"),
+    ];
+    let mut problems = Vec::new();
+    for (what, named, allowed, key) in lists {
+        // Slurm takes several, separated by commas.
+        let foreign = named
+            .split(',')
+            .filter(|name| !name.is_empty() && !allowed.is_empty())
+            .filter(|name| !allowed.iter().any(|allowed| allowed == name));
+        problems.extend(foreign.map(|name| {
+            let list = allowed.join(", ");
+            format!("{what} {name:?} is not among policy.{key} of this site ({list})")
+        }));
+    }
+    problems
 }
 
 fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, Refusal> {

@@ -38,6 +38,10 @@ pub struct Settings {
     pub qos: Option<String>,
     /// Partitions that this site offers; empty: all.
     pub partitions: Vec<String>,
+    /// Accounts and QOS that pods may name; empty: all.
+    pub accounts: Vec<String>,
+    /// See `accounts`.
+    pub qos_allowed: Vec<String>,
     /// Time limit for pods that name none; else the partition's.
     pub default_time_minutes: Option<i64>,
     /// Long names of further sbatch flags that pods may give.
@@ -75,6 +79,8 @@ impl Default for Settings {
             account: None,
             qos: None,
             partitions: Vec::new(),
+            accounts: Vec::new(),
+            qos_allowed: Vec::new(),
             default_time_minutes: None,
             allowed_flags: Vec::new(),
             gres: BTreeMap::from([("nvidia.com/gpu".to_owned(), "gpu".to_owned())]),
@@ -109,6 +115,8 @@ impl From<&Config> for Settings {
             account: site.job.account.clone(),
             qos: site.job.qos.clone(),
             partitions: site.policy.partitions.clone(),
+            accounts: site.policy.accounts.clone(),
+            qos_allowed: site.policy.qos.clone(),
             default_time_minutes: site.job.time_minutes.map(i64::from),
             allowed_flags: site.policy.flags.clone(),
             submit_burst: site.limits.sbatch_burst,

@@ -163,3 +163,33 @@ proptest! {
         prop_assert_eq!(parsed, attempt);
     }
 }
+
+#[test]
+fn a_site_that_lists_choices_allows_no_others() {
+    let site = Settings {
+        partitions: vec!["short".to_owned(), "long".to_owned()],
+        accounts: vec!["proj".to_owned()],
+        qos_allowed: vec!["normal".to_owned()],
+        ..Settings::default()
+    };
+    let rendered = |partition: &str, account: &str, qos: &str| {
+        let job = pb::JobRequest {
+            partition: partition.to_owned(),
+            account: account.to_owned(),
+            qos: qos.to_owned(),
+            ..Default::default()
+        };
+        let spec = pb::PodSpec {
+            job: Some(job),
+            ..Default::default()
+        };
+        render(&request(spec), &site, &[]).map_err(|refusal| refusal.words)
+    };
+    assert!(rendered("", "", "").is_ok());
+    assert!(rendered("short,long", "proj", "normal").is_ok());
+    let words = rendered("short,debug", "other", "high").unwrap_err();
+    let expected = "partition \"debug\" is not among policy.partitions of this site (short, long); \
+                    account \"other\" is not among policy.accounts of this site (proj); \
+                    qos \"high\" is not among policy.qos of this site (normal)";
+    assert_eq!(words, expected);
+}
