@@ -250,12 +250,17 @@ async fn run(
     tokio::time::timeout(FLUSH, linked.join_next()).await.ok();
     // Streams that are cut with the process may still hold the pod: its drop is not waited for.
     pod.scratch.remove();
-    let succeeded = reports.borrow_and_update().outcome() == OutcomeKind::Succeeded;
-    Ok(match written {
-        Some(Ok(true)) if succeeded => ExitCode::SUCCESS,
-        Some(Ok(true)) => ExitCode::from(FAILED),
-        Some(Ok(false) | Err(_)) | None => ExitCode::from(NOT_REPORTED),
-    })
+    let reported = matches!(written, Some(Ok(true)));
+    Ok(exit_code(reported, reports.borrow_and_update().outcome()))
+}
+
+/// The exit code as protocol: see [`main`].
+fn exit_code(reported: bool, outcome: OutcomeKind) -> ExitCode {
+    match outcome {
+        _ if !reported => ExitCode::from(NOT_REPORTED),
+        OutcomeKind::Succeeded => ExitCode::SUCCESS,
+        OutcomeKind::Failed | OutcomeKind::Unspecified => ExitCode::from(FAILED),
+    }
 }
 
 fn own_grace(pod: &Pod) -> Duration {

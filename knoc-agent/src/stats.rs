@@ -115,11 +115,11 @@ mod tests {
         PodUid::try_from("u1").unwrap()
     }
 
-    fn said(at: i64) -> Answer {
-        Ok(pb::PodStats {
+    fn said(at: i64) -> pb::PodStats {
+        pb::PodStats {
             started_at: at,
             ..pb::PodStats::default()
-        })
+        }
     }
 
     fn soon() -> Instant {
@@ -135,7 +135,7 @@ mod tests {
         let stats = Stats::default();
         let absent = None::<Ready<Answer>>;
         assert_eq!(at(stats.one(uid(), absent.clone(), soon()).await), None);
-        let first = stats.one(uid(), Some(ready(said(1))), soon()).await;
+        let first = stats.one(uid(), Some(ready(Ok(said(1)))), soon()).await;
         assert_eq!(at(first), Some(1));
         tokio::time::advance(FRESH).await;
         assert_eq!(at(stats.one(uid(), absent, soon()).await), Some(1));
@@ -160,7 +160,7 @@ mod tests {
             Some(async move {
                 asked.fetch_add(1, Ordering::Relaxed);
                 tokio::time::sleep(Duration::from_millis(100)).await;
-                said(7)
+                Ok(said(7))
             })
         };
         let all = (0..50).map(|_| stats.one(uid(), question(), soon()));

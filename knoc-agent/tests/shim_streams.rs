@@ -93,7 +93,7 @@ impl Attached {
                 match item.output.unwrap() {
                     Output::Stdout(data) => self.text.push_str(std::str::from_utf8(&data).unwrap()),
                     Output::Stderr(data) => {
-                        self.errors.push_str(std::str::from_utf8(&data).unwrap())
+                        self.errors.push_str(std::str::from_utf8(&data).unwrap());
                     }
                     Output::Exit(exit) => self.exit = Some(exit),
                     Output::Started(_) => panic!("started twice"),
@@ -388,10 +388,10 @@ async fn an_exec_ends_with_its_container() {
         },
     )
     .await;
-    let (_input, inputs) = mpsc::channel(4);
+    let (input, inputs) = mpsc::channel(4);
     let mut start = command(&["sleep", "600"]);
     start.container = "a".to_owned();
-    _input.send(message(Input::Start(start))).await.unwrap();
+    input.send(message(Input::Start(start))).await.unwrap();
     let mut output = shim
         .exec(ReceiverStream::new(inputs))
         .await
@@ -448,7 +448,7 @@ async fn two_hundred_execs_at_once() {
                     Output::Exit(exit) => {
                         break assert_eq!((got, exit.code), (text.into_bytes(), n % 100));
                     }
-                    other => panic!("{other:?}"),
+                    other @ (Output::Stderr(_) | Output::Started(_)) => panic!("{other:?}"),
                 }
             }
         }
@@ -503,7 +503,7 @@ fn smaps(pid: i32) -> String {
         let fields: Vec<&str> = line.split_whitespace().collect();
         match fields.as_slice() {
             ["Rss:", kib, _] => {
-                *sums.entry(name.clone()).or_default() += kib.parse::<u64>().unwrap()
+                *sums.entry(name.clone()).or_default() += kib.parse::<u64>().unwrap();
             }
             [range, modes, _, _, _, rest @ ..] if range.contains('-') => {
                 name = format!("{modes} {}", rest.join(" "));
@@ -513,10 +513,11 @@ fn smaps(pid: i32) -> String {
     }
     let mut sums: Vec<_> = sums.into_iter().collect();
     sums.sort_by_key(|(_, kib)| std::cmp::Reverse(*kib));
-    sums.iter()
-        .take(12)
-        .map(|(name, kib)| format!("{kib:>7} KiB {name}\n"))
-        .collect()
+    let lines = sums.iter().take(12);
+    let lines: Vec<_> = lines
+        .map(|(name, kib)| format!("{kib:>7} KiB {name}"))
+        .collect();
+    lines.join("\n")
 }
 
 /// One forwarded connection.

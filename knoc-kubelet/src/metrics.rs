@@ -350,7 +350,7 @@ impl Page {
         head(&mut self.text, family.name, family.help, family.kind);
     }
 
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl ToString) {
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl ToString + Copy) {
         let labels = if labels.is_empty() {
             String::new()
         } else {
@@ -359,7 +359,7 @@ impl Page {
         line(&mut self.text, name, &labels, &value.to_string(), None);
     }
 
-    fn one(&mut self, family: Family, labels: &[(&str, &str)], value: impl ToString) {
+    fn one(&mut self, family: Family, labels: &[(&str, &str)], value: impl ToString + Copy) {
         self.head(family);
         self.sample(family.name, labels, value);
     }

@@ -32,11 +32,11 @@ pub fn starter(name: &str, program: &Path) -> Option<PathBuf> {
 
 /// PURE: `allow setuid` of `apptainer.conf` or `singularity.conf`; it is on where nothing is said.
 fn allows(configuration: &str) -> bool {
-    let said = configuration.lines().filter_map(|line| {
+    let mut said = configuration.lines().filter_map(|line| {
         let (key, value) = line.trim().split_once('=')?;
         (key.trim() == "allow setuid").then(|| value.trim() != "no")
     });
-    said.last().unwrap_or(true)
+    said.next_back().unwrap_or(true)
 }
 
 #[cfg(test)]

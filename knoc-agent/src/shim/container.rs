@@ -183,6 +183,23 @@ fn spent(isolated: bool, before: Used, end: Used) -> Counters {
     }
 }
 
+/// Name and target of the link to the termination log, where there is to be one.
+fn termination_link(folders: &Folders) -> impl Iterator<Item = Vec<u8>> + use<> {
+    let link = match &folders.termination {
+        TerminationLog::Link { name, target } => Some([
+            name.clone().into_bytes(),
+            target.as_os_str().as_encoded_bytes().to_vec(),
+        ]),
+        TerminationLog::Mounted(_) | TerminationLog::Bind(_) => None,
+    };
+    link.into_iter().flatten()
+}
+
+/// With a terminal all output comes from it.
+fn from_terminal(terminal: Option<&Arc<Stream>>) -> Option<Vec<Source>> {
+    terminal.map(|terminal| vec![Source::new(Arc::clone(terminal), cri::Stream::Stdout)])
+}
+
 type Done = (Exit, String, Losses, bool, Counters);
 
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
@@ -191,17 +208,11 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let folders = Folders::prepare(pod, attempt, container)?;
     let config = image.config.clone().unwrap_or_default();
     let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
-    if let TerminationLog::Link { name, target } = &folders.termination {
-        spec.links.extend([
-            name.clone().into_bytes(),
-            target.as_os_str().as_encoded_bytes().to_vec(),
-        ]);
-    }
+    spec.links.extend(termination_link(&folders));
     let kills_before = pod.oom.kills();
     let mut up = bring_up(pod, attempt, &folders, container, Path::new(&image.path)).await?;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
-    let launched = handshake::launch(up.socket, &spec, stdio.theirs).await;
-    let launched = match launched {
+    let launched = match handshake::launch(up.socket, &spec, stdio.theirs).await {
         Ok(launched) => launched,
         Err(error) => {
             up.runtime.end().await;
@@ -210,10 +221,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     };
     let terminal = launched.master.map(Stream::new).transpose();
     let terminal = terminal.map_err(PrepareError::Pipes)?.map(Arc::new);
-    let sources = match &terminal {
-        Some(terminal) => vec![Source::new(Arc::clone(terminal), cri::Stream::Stdout)],
-        None => sources,
-    };
+    let sources = from_terminal(terminal.as_ref()).unwrap_or(sources);
     let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
     let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
     let hub = keeper.hub();

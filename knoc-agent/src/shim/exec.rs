@@ -108,21 +108,20 @@ pub(crate) async fn run(session: Session, input: Streaming<pb::ExecInput>) {
         exit = drive(&session.output, &streams, stdin, input, &mut child) => Some(exit),
         () = end_with(&session.program, pid, helper) => None,
     };
-    match ended {
-        Some(Exit { code, signal }) => {
-            let exit = pb::ExecExit {
-                code,
-                signal,
-                error: String::new(),
-            };
-            send(&session.output, Output::Exit(exit)).await;
-        }
-        // What it says of that is still taken: it must not end by a broken pipe before it has come to its senses.
-        None => tokio::select! {
-            biased;
-            () = hang_up(&mut child, pid) => {}
-            never = streams.discard() => match never {},
-        },
+    if let Some(Exit { code, signal }) = ended {
+        let exit = pb::ExecExit {
+            code,
+            signal,
+            error: String::new(),
+        };
+        send(&session.output, Output::Exit(exit)).await;
+        return;
+    }
+    // What it says of that is still taken: it must not end by a broken pipe before it has come to its senses.
+    tokio::select! {
+        biased;
+        () = hang_up(&mut child, pid) => {}
+        never = streams.discard() => match never {},
     }
 }
 
@@ -373,7 +372,7 @@ async fn end_with(program: &Program, pid: Option<u32>, helper: u32) {
         Some(pid) => signals::to_group(pid, Signal::KILL),
         None => signals::send(helper, Signal::KILL),
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// The client is gone.

@@ -106,8 +106,8 @@ mod tests {
     #[test]
     fn the_kernels_files_are_read() {
         let stat = "7 (a) b) S 3 4 5 6 7 8 70 80 1 2 150 50 300 100 20 0 3 0 777 1 2";
-        let (process, start, used) = parse(stat, 100).unwrap();
-        assert_eq!((process.parent, process.session, start), (3, 5, 777));
+        let (process, began, used) = parse(stat, 100).unwrap();
+        assert_eq!((process.parent, process.session, began), (3, 5, 777));
         let own = Counters {
             cpu: 2_000_000_000,
             faults: 70,

@@ -62,7 +62,7 @@ fn code(maps: &str, exe: &Path) -> Vec<(usize, usize)> {
             let mut words = line.split_ascii_whitespace();
             let (range, rights) = (words.next()?, words.next()?);
             // Offset, device, inode; the path may hold spaces.
-            let path = line.splitn(2, '/').nth(1)?;
+            let path = line.split_once('/')?.1;
             if rights != "r-xp" || Path::new("/").join(path) != exe {
                 return None;
             }

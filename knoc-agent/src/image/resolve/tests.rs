@@ -369,7 +369,7 @@ fn write_sif(path: &Path, padding: usize) {
     let mut bytes = vec![0; 32];
     bytes.extend_from_slice(b"SIF_MAGIC");
     bytes.resize(bytes.len() + padding, 0);
-    std::fs::write(path, bytes).unwrap();
+    crate::jobdir::atomic::write(path, &bytes, 0o600).unwrap();
 }
 
 #[tokio::test]
