@@ -56,6 +56,15 @@ else
     kubectl delete namespaces -l knoc-test --wait=false >/dev/null
     suite L3 -p knoc-tests $others -- --test-threads=8
     [ -z "$faults" ] || suite L3 -p knoc-tests $faults -- --test-threads=1
+    # The core once more with a kubelet that is a node: NodeRestriction bounds it, and its certificates come from the cluster.
+    "$testbed/kubelet.sh" down
+    if KNOC_IDENTITY=node KNOC_SERVING=csr "$testbed/kubelet.sh" up; then
+        suite node -p knoc-tests $(tests_named 'l3_access.rs l3_pods.rs l3_kubectl.rs l3_delete.rs') -- --test-threads=8
+    else
+        echo "test result: FAILED. 0 passed; 1 failed; 0 ignored" >>"$results/node"
+    fi
+    "$testbed/kubelet.sh" down
+    "$testbed/kubelet.sh" up
 fi
 
 echo
@@ -63,6 +72,7 @@ printf '%-5s %-46s %7s %7s %8s\n' level what passed failed skipped
 row unit "decisions, parsers, protocols, in one process"
 row L2 "real binaries, TLS, local scheduler, no root"
 row L3 "Kubernetes, Slurm, Apptainer"
+[ ! -f "$results/node" ] || row node "the core of L3 with the identity of a node"
 grep -h '^test .* ignored, ' "$results"/* | sed 's/^test \(.*\) \.\.\. ignored, /skipped: \1: /' || true
 for reason in "${reasons[@]}"; do echo "skipped: $reason"; done
 grep -h '^test .* FAILED$' "$results"/* | sed 's/^test \(.*\) \.\.\. FAILED/failed: \1/' || true

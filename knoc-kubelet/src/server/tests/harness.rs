@@ -197,6 +197,8 @@ pub(in crate::server) struct FakeCluster {
     pub(in crate::server) tokens: HashMap<String, User>,
     pub(in crate::server) allowed: Vec<&'static str>,
     pub(in crate::server) broken: bool,
+    /// The ConfigMap's CA; none: it is not to be had.
+    pub(in crate::server) ca: Mutex<Option<String>>,
     pub(in crate::server) reviews: Mutex<Vec<String>>,
 }
 
@@ -233,7 +235,8 @@ impl Cluster for FakeCluster {
     }
 
     fn client_ca(&self) -> BoxFuture<'_, Result<String, ClusterError>> {
-        async { Err(BROKEN) }.boxed()
+        let ca = self.ca.lock().unwrap().clone().ok_or(BROKEN);
+        async move { ca }.boxed()
     }
 }
 
@@ -290,6 +293,15 @@ pub(in crate::server) fn put(path: &Path, text: &str) {
         .unwrap();
 }
 
+fn settings(serving: Serving, client_ca: ClientCa) -> Settings {
+    Settings {
+        bind: "127.0.0.1:0".parse().unwrap(),
+        node: "virtual".to_owned(),
+        serving,
+        client_ca,
+    }
+}
+
 impl Fixture {
     pub(in crate::server) async fn new(backend: FakeBackend, cluster: FakeCluster) -> Self {
         let ca = TestCa::new("cluster");
@@ -302,30 +314,25 @@ impl Fixture {
             certificate: path("tls.crt"),
             key: path("tls.key"),
         };
-        Self::serving(ca, folder, serving, backend, cluster).await
+        put(&path("ca.crt"), &ca.pem);
+        let settings = settings(serving, ClientCa::File(path("ca.crt")));
+        Self::start(ca, folder, settings, backend, cluster).await
     }
 
-    /// With a certificate that the kubelet has made.
-    pub(super) async fn with_own(ca: TestCa, pairs: Pairs) -> Self {
+    /// With a certificate that the kubelet has made, and the cluster's CA of clients.
+    pub(super) async fn with_own(ca: TestCa, pairs: Pairs, cluster: FakeCluster) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let (backend, cluster) = (FakeBackend::default(), FakeCluster::default());
-        Self::serving(ca, folder, Serving::Own(pairs), backend, cluster).await
+        let settings = settings(Serving::Own(pairs), ClientCa::Cluster);
+        Self::start(ca, folder, settings, FakeBackend::default(), cluster).await
     }
 
-    async fn serving(
+    async fn start(
         ca: TestCa,
         folder: tempfile::TempDir,
-        serving: Serving,
+        settings: Settings,
         backend: FakeBackend,
         cluster: FakeCluster,
     ) -> Self {
-        put(&folder.path().join("ca.crt"), &ca.pem);
-        let settings = Settings {
-            bind: "127.0.0.1:0".parse().unwrap(),
-            node: "virtual".to_owned(),
-            serving,
-            client_ca: ClientCa::File(folder.path().join("ca.crt")),
-        };
         let backend = Arc::new(backend);
         let cluster = Arc::new(cluster);
         let mut server = Server::bind(

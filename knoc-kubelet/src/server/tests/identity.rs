@@ -55,7 +55,11 @@ async fn a_new_client_certificate_counts_from_the_next_request_on() {
 async fn a_certificate_of_its_own_is_swapped_as_soon_as_there_is_a_newer_one() {
     let ca = TestCa::new("cluster");
     let (newest, pairs) = watch::channel(Some(certified(&ca.server())));
-    let fixture = Fixture::with_own(ca, pairs).await;
+    let cluster = FakeCluster {
+        ca: Some(ca.pem.clone()).into(),
+        ..FakeCluster::default()
+    };
+    let fixture = Fixture::with_own(ca, pairs, cluster).await;
     let identity = fixture.master();
     let before = fixture.connect(Some(&identity)).await.served_by;
     let mut open = fixture.connect(Some(&identity)).await;
@@ -68,4 +72,35 @@ async fn a_certificate_of_its_own_is_swapped_as_soon_as_there_is_a_newer_one() {
     let waited = tokio::time::timeout(PATIENCE, wait).await;
     assert!(waited.is_ok(), "still the old certificate");
     assert_eq!(open.get("/healthz").await.0, 200, "open connections stay");
+}
+
+#[tokio::test]
+async fn the_ca_of_the_cluster_counts_from_when_it_is_known_and_changes() {
+    let ca = TestCa::new("cluster");
+    let (_newest, pairs) = watch::channel(Some(certified(&ca.server())));
+    let fixture = Fixture::with_own(ca, pairs, FakeCluster::default()).await;
+    let next = TestCa::new("next");
+    let (old, new) = (
+        fixture.master(),
+        next.client("kube-apiserver", &["system:masters"]),
+    );
+    let mut open = fixture.connect(Some(&old)).await;
+    assert_eq!(open.get("/healthz").await.0, 401, "no CA is known yet");
+    for (pem, taken, refused) in [(&fixture.ca.pem, &old, &new), (&next.pem, &new, &old)] {
+        *fixture.cluster.ca.lock().unwrap() = Some(pem.clone());
+        let mut client = fixture.connect(Some(taken)).await;
+        let wait = async {
+            while client.get("/healthz").await.0 != 200 {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        let waited = tokio::time::timeout(PATIENCE, wait).await;
+        assert!(waited.is_ok(), "the CA is not taken");
+        let mut other = fixture.connect(Some(refused)).await;
+        assert_eq!(other.get("/healthz").await.0, 401);
+    }
+    // While the cluster does not answer, the last one stays.
+    *fixture.cluster.ca.lock().unwrap() = None;
+    let mut client = fixture.connect(Some(&new)).await;
+    assert_eq!(client.get("/healthz").await.0, 200);
 }

@@ -1,0 +1,452 @@
+//! Kubelets of nodes of their own on the real control plane, with exactly the rights of the chart and no agent: how they come to
+//! their certificates, and that a node's identity is enough.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Context as _, ensure};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use jiff::Timestamp;
+use k8s_openapi::api::{
+    certificates::v1::CertificateSigningRequest,
+    core::v1::{Event, Node, Secret},
+};
+use knoc_proto::pki::Validity;
+use knoc_tests::{Run, World, site::Daemon, wait_for, world::SOON};
+use kube::{Api, api::ListParams};
+use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair};
+use serde_json::json;
+
+/// The host on the bed's network: the API server's proxy refuses loopback.
+const ADDRESS: &str = "10.77.0.1";
+const KEYS: &str = "lone-knoc-kubelet-keys";
+
+/// A kubelet beside that of the bed.
+struct Lone {
+    world: World,
+    node: String,
+    port: u16,
+    folder: tempfile::TempDir,
+    more: Vec<(&'static str, String)>,
+}
+
+fn kube(file: &str) -> anyhow::Result<String> {
+    let bed = std::env::var("KNOC_BED").context("KNOC_BED")?;
+    let prefix = std::env::var("KUBE_PREFIX").unwrap_or_else(|_| format!("{bed}/kube"));
+    Ok(std::fs::read_to_string(format!("{prefix}/run/{file}"))?)
+}
+
+fn put(path: &Path, text: &str) -> std::io::Result<()> {
+    std::fs::File::create(path)
+        .and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()))
+}
+
+/// A client certificate and its key, of the cluster's CA.
+fn signed(name: &str, group: &str, validity: Validity) -> anyhow::Result<(String, String)> {
+    let issuer = Issuer::from_ca_cert_pem(&kube("ca.crt")?, KeyPair::from_pem(&kube("ca.key")?)?)?;
+    let mut params = CertificateParams::default();
+    params
+        .distinguished_name
+        .push(DnType::OrganizationName, group);
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    validity.apply(&mut params)?;
+    let key = KeyPair::generate()?;
+    let certificate = params.signed_by(&key, &issuer)?;
+    Ok((certificate.pem(), key.serialize_pem()))
+}
+
+impl Lone {
+    /// Installs the chart with these values; starts nothing.
+    async fn install(test: &str, identity: &str, certificate: &str) -> anyhow::Result<Self> {
+        let world = World::new(test).await?;
+        let site = format!("lone-{:05x}", rand::random::<u32>() & 0xf_ffff);
+        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/chart/knoc");
+        Run::new("helm")
+            .args(["install", "lone", "--namespace", &world.namespace])
+            .arg(chart)
+            .args([
+                "--set",
+                "agent.address=login:10350,runtimeClass.create=false",
+            ])
+            .args([
+                "--set",
+                &format!("agent.site={site},identity.kind={identity}"),
+            ])
+            .args(["--set", &format!("server.certificate={certificate}")])
+            .ok()
+            .await?;
+        let lone = Self {
+            node: format!("knoc-{site}"),
+            port: rand::random_range(20_000..32_000),
+            folder: tempfile::tempdir()?,
+            more: vec![
+                ("KNOC_IDENTITY_KIND", identity.to_owned()),
+                ("KNOC_SERVER_CERTIFICATE", certificate.to_owned()),
+            ],
+            world,
+        };
+        let token = lone
+            .world
+            .kubectl(["create", "token", "knoc-kubelet"])
+            .ok()
+            .await?;
+        lone.kubeconfig("kubeconfig", &json!({"token": token.text()}))
+            .await?;
+        Ok(lone)
+    }
+
+    /// A kubeconfig of that user.
+    async fn kubeconfig(&self, file: &str, user: &serde_json::Value) -> anyhow::Result<()> {
+        let view = Run::new("kubectl").args(["config", "view", "--minify", "--raw", "-o", "json"]);
+        let view: serde_json::Value = serde_json::from_slice(&view.ok().await?.stdout)?;
+        let text = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "lone",
+            "clusters": [{"name": "lone", "cluster": view["clusters"][0]["cluster"]}],
+            "users": [{"name": "lone", "user": user}],
+            "contexts": [{"name": "lone", "context":
+                {"cluster": "lone", "user": "lone", "namespace": self.world.namespace}}],
+        });
+        Ok(put(&self.folder.path().join(file), &text.to_string())?)
+    }
+
+    fn path(&self, file: &str) -> String {
+        self.folder.path().join(file).display().to_string()
+    }
+
+    fn start(&self) -> anyhow::Result<Daemon> {
+        let listen = format!("{ADDRESS}:{}", self.port);
+        let (socket, kubeconfig) = (
+            format!("unix:{}", self.path("none")),
+            self.path("kubeconfig"),
+        );
+        let mut env = vec![
+            ("KNOC_AGENT_ADDRESS", socket.as_str()),
+            ("KNOC_KUBERNETES_KUBECONFIG", &kubeconfig),
+            ("KNOC_KUBERNETES_NAMESPACE", &self.world.namespace),
+            ("KNOC_KUBERNETES_IDENTITY", "lone"),
+            ("KNOC_KEYS_SECRET", KEYS),
+            ("KNOC_NODE_NAME", &self.node),
+            ("KNOC_NODE_INTERNAL_IP", ADDRESS),
+            ("KNOC_SERVER_LISTEN", &listen),
+        ];
+        env.extend(
+            self.more
+                .iter()
+                .map(|(name, value)| (*name, value.as_str())),
+        );
+        let program = knoc_tests::site::binary("knoc-kubelet")?;
+        let log = self.folder.path().join("log");
+        Daemon::start(&[program], &env, self.folder.path(), &log)
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// Waits until the Node is Ready.
+    async fn ready(&self) -> anyhow::Result<()> {
+        let api: Api<Node> = self.world.cluster_api();
+        let outcome = wait_for("the lone node is Ready", SOON, async || {
+            let node = api
+                .get(&self.node)
+                .await
+                .map_err(|error| error.to_string())?;
+            let conditions = node.status.and_then(|status| status.conditions);
+            let conditions = conditions.unwrap_or_default();
+            let ready = conditions
+                .iter()
+                .any(|one| one.type_ == "Ready" && one.status == "True");
+            if ready {
+                Ok(())
+            } else {
+                Err(format!("{conditions:?}"))
+            }
+        });
+        outcome.await.with_context(|| self.log())
+    }
+
+    /// Does what the Event says: approves the request for this purpose. Answers its name.
+    async fn approve(&self, purpose: &str) -> anyhow::Result<String> {
+        let api: Api<Event> = self.world.cluster_api();
+        let fields = format!("involvedObject.name={}", self.node);
+        let of = ListParams::default().fields(&fields);
+        let words = format!("kubectl certificate approve knoc-{purpose}-");
+        let told = wait_for("an Event that says what to approve", SOON, async || {
+            let events = api.list(&of).await.map_err(|error| error.to_string())?;
+            let texts: Vec<_> = events
+                .items
+                .into_iter()
+                .filter_map(|event| event.message)
+                .collect();
+            let found = texts.iter().find(|text| text.contains(&words));
+            found.cloned().ok_or_else(|| format!("{texts:?}"))
+        });
+        let told = told.await.with_context(|| self.log())?;
+        let name = told.split(' ').next_back().context("no name")?.to_owned();
+        Run::new("kubectl")
+            .args(["certificate", "approve", &name])
+            .ok()
+            .await?;
+        Ok(name)
+    }
+
+    /// An entry of the Secret of the keys.
+    async fn kept(&self, entry: &str) -> anyhow::Result<Option<String>> {
+        let secret = self.world.api::<Secret>().get(KEYS).await?;
+        let value = secret.data.and_then(|mut data| data.remove(entry));
+        Ok(value.map(|bytes| String::from_utf8_lossy(&bytes.0).into_owned()))
+    }
+
+    async fn keep(&self, entry: &str, text: &str) -> anyhow::Result<()> {
+        let patch = json!({"data": {entry: BASE64_STANDARD.encode(text)}}).to_string();
+        self.world
+            .kubectl(["patch", "secret", KEYS, "--type=merge", "-p", &patch])
+            .ok()
+            .await?;
+        Ok(())
+    }
+
+    /// Waits until the entry is there and other than `before`.
+    async fn kept_anew(&self, entry: &str, before: Option<&str>) -> anyhow::Result<String> {
+        let what = format!("another {entry} is kept");
+        let outcome = wait_for(&what, SOON, async || {
+            let kept = self
+                .kept(entry)
+                .await
+                .map_err(|error| format!("{error:#}"))?;
+            kept.filter(|text| Some(text.as_str()) != before)
+                .ok_or_else(|| "as before".to_owned())
+        });
+        outcome.await.with_context(|| self.log())
+    }
+
+    /// The requests of this node, oldest first.
+    async fn requests(&self) -> anyhow::Result<Vec<CertificateSigningRequest>> {
+        let api: Api<CertificateSigningRequest> = self.world.cluster_api();
+        let all = api.list(&ListParams::default()).await?;
+        let mine = |one: &CertificateSigningRequest| {
+            one.metadata
+                .name
+                .as_deref()
+                .is_some_and(|name| name.contains(&self.node))
+        };
+        let mut mine: Vec<_> = all.items.into_iter().filter(mine).collect();
+        mine.sort_by_key(|one| one.metadata.creation_timestamp.clone());
+        Ok(mine)
+    }
+
+    async fn finish(self) -> anyhow::Result<()> {
+        for request in self.requests().await? {
+            let name = request.metadata.name.unwrap_or_default();
+            Run::new("kubectl")
+                .args(["delete", "csr", &name])
+                .ok()
+                .await?;
+        }
+        Run::new("kubectl")
+            .args(["delete", "node", &self.node, "--ignore-not-found"])
+            .ok()
+            .await?;
+        Run::new("helm")
+            .args(["uninstall", "lone", "--namespace", &self.world.namespace])
+            .ok()
+            .await?;
+        self.world.finish().await
+    }
+}
+
+#[tokio::test]
+async fn a_node_appears_when_its_certificate_is_approved_and_a_kill_asks_for_nothing()
+-> anyhow::Result<()> {
+    let lone = Lone::install("id-approve", "node", "csr").await?;
+    let kubelet = lone.start()?;
+    let client = lone.approve("client").await?;
+    lone.ready().await?;
+    // The API server verifies kubelets: nothing passes before the serving certificate is approved.
+    let health = format!("/api/v1/nodes/{}/proxy/healthz", lone.node);
+    let proxied = || Run::new("kubectl").args(["get", "--raw", &health]);
+    let refused = proxied().output().await?;
+    ensure!(refused.stderr.contains("x509"), "{refused}");
+    let serving = lone.approve("serving").await?;
+    wait_for("the API server reaches the kubelet", SOON, async || {
+        proxied().ok().await
+    })
+    .await?;
+    let requests = lone.requests().await?;
+    let by: Vec<_> = requests
+        .iter()
+        .filter_map(|one| one.spec.username.clone())
+        .collect();
+    let account = format!(
+        "system:serviceaccount:{}:knoc-kubelet",
+        lone.world.namespace
+    );
+    ensure!(
+        by == [account, format!("system:node:{}", lone.node)],
+        "{by:?}"
+    );
+    // Changed by the account: the node itself may not.
+    let api: Api<Node> = lone.world.cluster_api();
+    wait_for("the taint of a lost agent", SOON, async || {
+        let node = api
+            .get(&lone.node)
+            .await
+            .map_err(|error| error.to_string())?;
+        let taints = node.spec.and_then(|spec| spec.taints).unwrap_or_default();
+        let there = taints
+            .iter()
+            .any(|taint| taint.key == "knoc.io/agent-disconnected");
+        if there {
+            Ok(())
+        } else {
+            Err(format!("{taints:?}"))
+        }
+    })
+    .await?;
+    kubelet.kill().await?;
+    let again = lone.start()?;
+    wait_for("the API server reaches the new one", SOON, async || {
+        proxied().ok().await
+    })
+    .await?;
+    let names: Vec<_> = lone
+        .requests()
+        .await?
+        .into_iter()
+        .filter_map(|one| one.metadata.name)
+        .collect();
+    ensure!(names == [client, serving], "{names:?}");
+    again.terminate().await?;
+    lone.finish().await
+}
+
+#[tokio::test]
+async fn a_due_client_certificate_is_renewed_without_anybody() -> anyhow::Result<()> {
+    let lone = Lone::install("id-renew", "node", "self-signed").await?;
+    let name = format!("system:node:{}", lone.node);
+    let now = Timestamp::now();
+    let validity = Validity {
+        from: now - Duration::from_hours(95),
+        until: now + Duration::from_hours(5),
+    };
+    let (certificate, key) = signed(&name, "system:nodes", validity)?;
+    let old = format!("{certificate}{key}");
+    lone.keep("client.pem", &old).await?;
+    let kubelet = lone.start()?;
+    lone.ready().await?;
+    lone.kept_anew("client.pem", Some(&old)).await?;
+    let requests = lone.requests().await?;
+    ensure!(requests.len() == 1, "{requests:?}");
+    ensure!(
+        requests[0].spec.username.as_deref() == Some(&name),
+        "{requests:?}"
+    );
+    ensure!(
+        lone.kept("client-next.pem").await?.is_none(),
+        "the key of the request is left"
+    );
+    lone.ready().await?;
+    kubelet.terminate().await?;
+    lone.finish().await
+}
+
+#[tokio::test]
+async fn a_bootstrap_kubeconfig_asks_for_the_first_certificate() -> anyhow::Result<()> {
+    let mut lone = Lone::install("id-bootstrap", "node", "self-signed").await?;
+    let group = format!("system:bootstrappers:{}", lone.world.namespace);
+    for role in [
+        "system:node-bootstrapper",
+        "system:certificates.k8s.io:certificatesigningrequests:nodeclient",
+    ] {
+        let binding = format!(
+            "{}-{}",
+            lone.world.namespace,
+            role.rsplit(':').next().unwrap_or(role)
+        );
+        Run::new("kubectl")
+            .args([
+                "create",
+                "clusterrolebinding",
+                &binding,
+                "--clusterrole",
+                role,
+                "--group",
+                &group,
+            ])
+            .ok()
+            .await?;
+    }
+    let validity = Validity::starting(Timestamp::now(), Duration::from_hours(1));
+    let (certificate, key) = signed("system:bootstrap:abcdef", &group, validity)?;
+    let user = json!({"client-certificate-data": BASE64_STANDARD.encode(certificate),
+        "client-key-data": BASE64_STANDARD.encode(key)});
+    lone.kubeconfig("bootstrap", &user).await?;
+    lone.more
+        .push(("KNOC_IDENTITY_BOOTSTRAP_KUBECONFIG", lone.path("bootstrap")));
+    let kubelet = lone.start()?;
+    lone.ready().await?;
+    let requests = lone.requests().await?;
+    let by = requests
+        .first()
+        .and_then(|one| one.spec.username.as_deref());
+    ensure!(by == Some("system:bootstrap:abcdef"), "{requests:?}");
+    kubelet.terminate().await?;
+    for role in ["system:node-bootstrapper", "nodeclient"] {
+        let end = role.rsplit(':').next().unwrap_or(role);
+        let binding = format!("{}-{end}", lone.world.namespace);
+        Run::new("kubectl")
+            .args(["delete", "clusterrolebinding", &binding])
+            .ok()
+            .await?;
+    }
+    lone.finish().await
+}
+
+#[tokio::test]
+async fn a_self_signed_certificate_is_kept_and_served_after_a_kill() -> anyhow::Result<()> {
+    let lone = Lone::install("id-self", "serviceaccount", "self-signed").await?;
+    let kubelet = lone.start()?;
+    lone.ready().await?;
+    let kept = lone.kept_anew("serving.pem", None).await?;
+    put(&lone.folder.path().join("serving.pem"), &kept)?;
+    kubelet.kill().await?;
+    let again = lone.start()?;
+    // Nobody is answered; but curl knows whom it asked.
+    let url = format!("https://{ADDRESS}:{}/healthz", lone.port);
+    let ask = async || {
+        let curl = Run::new("curl").args(["-sS", "--cacert", &lone.path("serving.pem"), &url]);
+        let answer = curl.ok().await.map_err(|error| format!("{error:#}"))?;
+        if answer.text() == "Unauthorized" {
+            Ok(())
+        } else {
+            Err(answer.to_string())
+        }
+    };
+    wait_for("the kept certificate is served", SOON, ask).await?;
+    ensure!(
+        lone.kept("serving.pem").await? == Some(kept),
+        "another was made"
+    );
+    // Its own Secret and no other.
+    let account = format!(
+        "--as=system:serviceaccount:{}:knoc-kubelet",
+        lone.world.namespace
+    );
+    let secret = format!("secret/{KEYS}");
+    for (question, wanted) in [
+        (["patch", secret.as_str()], "yes"),
+        (["create", "secrets"], "no"),
+        (["list", "secrets"], "no"),
+        (["patch", "secret/other"], "no"),
+    ] {
+        let can = lone
+            .world
+            .kubectl(["auth", "can-i", &account])
+            .args(question)
+            .output()
+            .await?;
+        ensure!(can.text() == wanted, "{question:?}: {can}");
+    }
+    again.terminate().await?;
+    lone.finish().await
+}
