@@ -171,8 +171,6 @@ impl App {
         let client = own.clients.node.clone();
         let queue = Queue::default();
         let services = Services::default();
-        let pulse = Pulse::default();
-        let metrics = Metrics::default();
         let context = Arc::new(Context {
             client: client.clone(),
             node: self.config.node.name.clone(),
@@ -186,23 +184,13 @@ impl App {
             capacity: capacity.clone(),
             pods: self.config.node.pods,
             ledger: Ledger::default(),
-            pulse: pulse.clone(),
+            pulse: Pulse::default(),
             queue_factor: self.config.node.queue_factor,
             started: Timestamp::now(),
             deposed: deposed.clone(),
-            metrics: metrics.clone(),
+            metrics: Metrics::default(),
         });
-        let backend = backend::KubeletBackend {
-            store: self.store.clone(),
-            agent: self.agent.clone(),
-            link: link.clone(),
-            capacity: capacity.clone(),
-            pulse,
-            metrics,
-            stats: Stats::new(self.agent.clone(), self.store.clone()),
-            config: self.config.effective.clone(),
-        };
-        let port = self.serve(tasks, shutdown, &own, backend).await?;
+        let port = self.serve(tasks, shutdown, &own, &context).await?;
         let node = NodeTask::new(
             own.clients,
             self.node_identity(port),
@@ -260,8 +248,18 @@ impl App {
         tasks: &mut JoinSet<()>,
         shutdown: &CancellationToken,
         own: &certificates::Own,
-        backend: backend::KubeletBackend,
+        context: &Context,
     ) -> Result<u16, RunError> {
+        let backend = backend::KubeletBackend {
+            store: self.store.clone(),
+            agent: self.agent.clone(),
+            link: context.link.clone(),
+            capacity: context.capacity.clone(),
+            pulse: context.pulse.clone(),
+            metrics: context.metrics.clone(),
+            stats: Stats::new(self.agent.clone(), self.store.clone()),
+            config: self.config.effective.clone(),
+        };
         let cluster = Arc::new(crate::server::KubeCluster::new(own.clients.clone()));
         let settings = build::server_settings(&self.config, own.serving.clone());
         let server = Server::bind(settings, Arc::new(backend), cluster)
