@@ -17,12 +17,12 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent::{Agent, Link, watch::AgentWatch},
     certs::StartError,
-    config::Config,
+    config::{Config, IdentityConfig},
     leader::{Leader, LeaderError},
     metrics::Metrics,
     node::{self, NodeError, NodeTask},
     pods::{
-        Context, Controller, Ledger, Pulse, Services, Store,
+        Ask, Context, Controller, Ledger, Pulse, Services, Store,
         events::{Events, Recorder},
         queue::Queue,
         watch::PodWatch,
@@ -174,6 +174,10 @@ impl App {
         let context = Arc::new(Context {
             client: client.clone(),
             node: self.config.node.name.clone(),
+            ask: match self.config.identity {
+                IdentityConfig::ServiceAccount => Ask::Get,
+                IdentityConfig::Node { .. } => Ask::OwnNode,
+            },
             agent: self.agent.clone(),
             store: self.store.clone(),
             queue: queue.clone(),
@@ -207,17 +211,20 @@ impl App {
             link_to,
             capacity_to,
         );
-        let pod_watch = PodWatch::new(self.store.clone(), queue, listed_to);
-        let name = self.config.node.name.clone();
+        let (missing_to, missing) = watch::channel(0);
+        let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
         let token = || shutdown.clone();
-        tasks.spawn(node::lease::run(client.clone(), name.clone(), token()));
+        tasks.spawn(node::lease::run(
+            client.clone(),
+            self.config.node.name.clone(),
+            token(),
+        ));
         tasks.spawn(node.run(token()));
-        tasks.spawn(services.run(client.clone(), token()));
+        tasks.spawn(services.run(client, token()));
         tasks.spawn(agent_watch.run(token()));
-        tasks.spawn(watch_orphans(context.clone(), orphans_to, token()));
+        tasks.spawn(watch_orphans(context.clone(), missing, orphans_to, token()));
         tasks.spawn(Controller::new(context).run(token()));
-        let stop = token();
-        tasks.spawn(async move { pod_watch.run(client, &name, stop).await });
+        tasks.spawn(pod_watch.run(token()));
         Ok(())
     }
 

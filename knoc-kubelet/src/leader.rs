@@ -4,6 +4,11 @@
 //! of a kubelet and every change of holder, every mutating request to the agent carries it, and the agent refuses a lower
 //! one. A process that starts with the holder's own identity (the same pod) takes over at once.
 //!
+//! The agent keeps the highest epoch it saw, and a Lease does not always: it is deleted with its namespace, or comes back older
+//! from a backup. So the epoch is also at least the time of the take-over in Unix seconds, which lies above every count of
+//! starts that could have gone before. It fits `leaseTransitions` (int32) until January 2038; after that, and with a clock that
+//! is behind, only the counting is left.
+//!
 //! ```text
 //!  Candidate ── free, released, ours, or unchanged for 15 s ──► Leader ── renewed every 2 s ──► Leader
 //!                                                                 │ another holds it
@@ -75,15 +80,22 @@ enum Claim {
     Wait,
 }
 
-/// `unchanged` is how long we have seen the Lease as it is: clocks of others are not believed.
-fn claim(spec: &LeaseSpec, identity: &str, unchanged: Duration) -> Claim {
+/// The epoch of a take-over at `now`, where the Lease says `known`.
+fn next_epoch(known: Option<i32>, now: Timestamp) -> i32 {
+    let clock = i32::try_from(now.as_second()).unwrap_or(0);
+    known.unwrap_or(0).saturating_add(1).max(clock)
+}
+
+/// `unchanged` is how long we have seen the Lease as it is: clocks of others are not believed. Ours (`now`) only makes the
+/// epoch larger.
+fn claim(spec: &LeaseSpec, identity: &str, unchanged: Duration, now: Timestamp) -> Claim {
     let holder = spec.holder_identity.as_deref().unwrap_or_default();
     let duration = spec
         .lease_duration_seconds
         .and_then(|seconds| u64::try_from(seconds).ok());
     let duration = duration.map_or(DURATION, Duration::from_secs);
     if holder.is_empty() || holder == identity || unchanged >= duration {
-        Claim::Take(spec.lease_transitions.unwrap_or(0).saturating_add(1))
+        Claim::Take(next_epoch(spec.lease_transitions, now))
     } else {
         Claim::Wait
     }
@@ -100,7 +112,8 @@ pub struct Leader {
 }
 
 impl Leader {
-    /// Waits until we lead, or until `shutdown`.
+    /// Waits until we lead, or until `shutdown`, which is the only error: what the API server refuses or fails is logged
+    /// where it changes and tried again, since it may be a matter of moments and a restart would only lose time.
     pub async fn acquire(
         client: Client,
         namespace: &str,
@@ -110,20 +123,11 @@ impl Leader {
     ) -> Result<Self, LeaderError> {
         let api: Api<Lease> = Api::namespaced(client, namespace);
         let name = format!("knoc-kubelet-{node}");
-        let mut seen: Option<(Option<String>, Instant)> = None;
+        let mut seen = None;
         let mut told = String::new();
         loop {
-            let found = within("get", &name, api.get_opt(&name)).await?;
-            let version = found
-                .as_ref()
-                .and_then(|lease| lease.metadata.resource_version.clone());
-            let since = match &seen {
-                Some((before, since)) if *before == version => *since,
-                Some(_) | None => Instant::now(),
-            };
-            seen = Some((version, since));
-            match take(&api, &name, identity, found, since.elapsed()).await? {
-                Ok(lease) => {
+            match attempt(&api, &name, identity, &mut seen).await {
+                Ok(Ok(lease)) => {
                     return Ok(Self {
                         api,
                         name,
@@ -131,11 +135,19 @@ impl Leader {
                         lease,
                     });
                 }
-                Err(holder) if holder != told => {
-                    tracing::info!(name, holder, "waiting for leadership");
+                Ok(Err(holder)) => {
+                    if holder != told {
+                        tracing::info!(name, holder, "waiting for leadership");
+                    }
                     told = holder;
                 }
-                Err(_) => {}
+                Err(error) => {
+                    let error = knoc_proto::error::chain(&error);
+                    if error != told {
+                        tracing::warn!(%error, "leadership not had, trying again");
+                    }
+                    told = error;
+                }
             }
             tokio::select! {
                 biased;
@@ -232,6 +244,28 @@ impl Leader {
     }
 }
 
+/// The Lease as it was last seen, and since when: its resource version; none where there is none.
+type Seen = Option<(Option<String>, Instant)>;
+
+/// Looks once, and takes the Lease if it may be had; otherwise says who holds it. A failed look leaves `seen` as it is.
+async fn attempt(
+    api: &Api<Lease>,
+    name: &str,
+    identity: &str,
+    seen: &mut Seen,
+) -> Result<Result<Lease, String>, LeaderError> {
+    let found = within("get", name, api.get_opt(name)).await?;
+    let version = found
+        .as_ref()
+        .and_then(|lease| lease.metadata.resource_version.clone());
+    let since = match seen {
+        Some((before, since)) if *before == version => *since,
+        Some(_) | None => Instant::now(),
+    };
+    *seen = Some((version, since));
+    take(api, name, identity, found, since.elapsed()).await
+}
+
 /// Takes the Lease if it may be had; otherwise says who holds it.
 async fn take(
     api: &Api<Lease>,
@@ -240,7 +274,8 @@ async fn take(
     found: Option<Lease>,
     unchanged: Duration,
 ) -> Result<Result<Lease, String>, LeaderError> {
-    let now = MicroTime(Timestamp::now());
+    let at = Timestamp::now();
+    let now = MicroTime(at);
     let spec = |epoch| LeaseSpec {
         holder_identity: Some(identity.to_owned()),
         lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
@@ -252,7 +287,7 @@ async fn take(
     let params = PostParams::default();
     let answer = if let Some(mut lease) = found {
         let before = lease.spec.unwrap_or_default();
-        let Claim::Take(epoch) = claim(&before, identity, unchanged) else {
+        let Claim::Take(epoch) = claim(&before, identity, unchanged, at) else {
             return Ok(Err(before.holder_identity.unwrap_or_default()));
         };
         lease.spec = Some(spec(epoch));
@@ -264,7 +299,7 @@ async fn take(
         };
         let lease = Lease {
             metadata,
-            spec: Some(spec(1)),
+            spec: Some(spec(next_epoch(None, at))),
         };
         within("create", name, api.create(&params, &lease)).await
     };
@@ -300,6 +335,11 @@ async fn within<T>(
 
 #[cfg(test)]
 mod tests {
+    use http::{Request, Response};
+    use http_body_util::BodyExt as _;
+    use kube::client::Body;
+    use serde_json::json;
+
     use super::*;
 
     fn spec(holder: &str, epoch: i32) -> LeaseSpec {
@@ -311,16 +351,69 @@ mod tests {
         }
     }
 
+    fn second(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
     #[test]
     fn a_candidate_takes_what_is_free_released_its_own_or_stale() {
         let short = Duration::from_secs(1);
-        assert_eq!(claim(&LeaseSpec::default(), "a", short), Claim::Take(1));
-        assert_eq!(claim(&spec("", 4), "a", short), Claim::Take(5));
-        assert_eq!(claim(&spec("a", 4), "a", short), Claim::Take(5));
-        assert_eq!(claim(&spec("b", 4), "a", short), Claim::Wait);
+        let claim = |spec: &LeaseSpec, unchanged| claim(spec, "a", unchanged, second(2));
+        assert_eq!(claim(&LeaseSpec::default(), short), Claim::Take(2));
+        assert_eq!(claim(&spec("", 4), short), Claim::Take(5));
+        assert_eq!(claim(&spec("a", 4), short), Claim::Take(5));
+        assert_eq!(claim(&spec("b", 4), short), Claim::Wait);
         assert_eq!(
-            claim(&spec("b", 4), "a", Duration::from_secs(15)),
+            claim(&spec("b", 4), Duration::from_secs(15)),
             Claim::Take(5)
         );
+    }
+
+    #[test]
+    fn an_epoch_never_falls_below_what_an_agent_may_know() {
+        let now = second(1_795_000_000);
+        // Installed anew, and restored from a backup: above any count of starts.
+        assert_eq!(next_epoch(None, now), 1_795_000_000);
+        assert_eq!(next_epoch(Some(3), now), 1_795_000_000);
+        // Twice in a second, and a clock that was set back: it grows still.
+        assert_eq!(next_epoch(Some(1_795_000_000), now), 1_795_000_001);
+        assert_eq!(next_epoch(Some(1_795_000_000), second(9)), 1_795_000_001);
+        // After 2038 the counting goes on.
+        assert_eq!(next_epoch(Some(7), second(3_000_000_000)), 8);
+        assert_eq!(next_epoch(Some(i32::MAX), now), i32::MAX);
+    }
+
+    /// What an API server in trouble answers is no reason to end.
+    #[tokio::test(start_paused = true)]
+    async fn a_candidate_outlasts_an_api_server_in_trouble() {
+        let (service, mut server) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
+        let client = Client::new(service, "default");
+        let failure = |code: u16| {
+            let reason = if code == 404 { "NotFound" } else { "Other" };
+            let json = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code,
+                              "reason": reason, "message": "m", "metadata": {}});
+            (code, json)
+        };
+        let answering = async {
+            for answer in [
+                Some(failure(500)),
+                Some(failure(403)),
+                Some(failure(404)),
+                Some(failure(503)),
+                Some(failure(404)),
+                None,
+            ] {
+                let (request, send) = server.next_request().await.unwrap();
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                let (code, json) =
+                    answer.unwrap_or_else(|| (201, serde_json::from_slice(&body).unwrap()));
+                let body = Body::from(serde_json::to_vec(&json).unwrap());
+                send.send_response(Response::builder().status(code).body(body).unwrap());
+            }
+        };
+        let shutdown = CancellationToken::new();
+        let lead = Leader::acquire(client, "ns", "n", "a", &shutdown);
+        let (leader, ()) = tokio::join!(lead, answering);
+        assert!(leader.unwrap().epoch() >= 1_700_000_000);
     }
 }

@@ -46,6 +46,7 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
             .as_ref()
             .is_some_and(|report| report.waits_for_values),
         cluster_id: cluster_id.to_owned(),
+        node_name: spec.node_name.clone(),
         reason,
         message,
         generation: 0,

@@ -117,6 +117,10 @@ mod tests {
         );
         pin.check("one", 0).await.unwrap();
         pin.check("one", 3).await.unwrap();
+        // A kubelet that was installed anew begins with the time.
+        pin.check("one", 1_795_000_000).await.unwrap();
+        let older = pin.check("one", 4).await.unwrap_err();
+        assert_eq!(older.reason, ErrorReason::StaleLeader);
         let pin = Pin::load(&state, Some("two".to_owned())).unwrap();
         assert_eq!(
             pin.check("one", 9).await.unwrap_err().reason,

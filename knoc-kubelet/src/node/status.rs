@@ -233,7 +233,7 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
     }));
     if facts.orphans > 0 {
         let text = format!(
-            "{} jobs have no pod: too many at once, none is ended",
+            "{} jobs have no pod: too many at once, none is ended; `knocctl delete UID` ends one",
             facts.orphans
         );
         list.push(("OrphansHalted", "True", "TooManyOrphans", text));

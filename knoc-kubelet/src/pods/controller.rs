@@ -22,11 +22,13 @@ use kube::Client;
 use tokio::{
     sync::watch,
     task::{Id, JoinSet},
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
     events::Events,
+    presence::Ask,
     queue::Queue,
     resolve::Tokens,
     services::Services,
@@ -55,6 +57,8 @@ pub struct Context {
     pub client: Client,
     /// The node's name.
     pub node: String,
+    /// How the API server may be asked whether a pod is there.
+    pub ask: Ask,
     /// The agent.
     pub agent: Agent,
     /// Both sides.
@@ -96,8 +100,10 @@ struct Memory {
     stop: Option<i64>,
     rejection: Option<Rejection>,
     hold: Option<Hold>,
-    /// It ran, and the agent does not know it any more.
+    /// It ran or is being deleted, and the agent does not know it (any more).
     lost: bool,
+    /// When the last DELETE was answered.
+    released: Option<Instant>,
     /// Failed attempts in a row.
     attempts: u32,
     tokens: Tokens,

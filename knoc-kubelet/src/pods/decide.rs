@@ -3,12 +3,13 @@
 //! ```text
 //!              ┌────────────── not both lists read, or link down ──────────────► Wait
 //!  present ────┤ refused, never accepted ──────────────────────────────────────► Reject
-//!              │ agent does not know it ── it ran already? ── yes ─────────────► Lose   (never run twice)
-//!              │                                         └── no ──────────────► Ensure
+//!              │ agent does not know it ── it ran already, or is being deleted ► Lose   (never run twice)
+//!              │                        └── else ──────────────────────────────► Ensure
 //!              │ newer generation ─────────────────────────────────────────────► Ensure
 //!              │ values due ───────────────────────────────────────────────────► Refresh
 //!              │ deletionTimestamp ── job not ended ───────────────────────────► Stop(grace)
-//!              │                  └── job ended, or never was ─────────────────► Release
+//!              │                  └── job ended, or never was ── not terminal ─► Settle (or Reject, Lose: terminal first)
+//!              │                                              └── terminal ─────► Release
 //!  gone ───────┤ agent knows it ── not ended ──────────────────────────────────► Stop(0)
 //!              │                └── ended ─────────────────────────────────────► Forget
 //!              └ on neither side ──────────────────────────────────────────────► Drop
@@ -88,8 +89,10 @@ pub enum Decision {
     Reject,
     /// resolve, translate, `EnsurePod`.
     Ensure,
-    /// The agent lost the pod after it ran: Failed, never a second run.
+    /// The agent does not know the pod, which ran or is being deleted: Failed, never a (second) run.
     Lose,
+    /// The job has ended and the pod is being deleted: its terminal phase is published first, whoever waits for it.
+    Settle,
     /// resolve, `UpdateValues`.
     Refresh,
     /// `DeletePod` with this grace.
@@ -131,25 +134,24 @@ fn gone(agent: AgentSide, done: Done) -> Decision {
 fn present(pod: Present, agent: AgentSide, done: Done) -> Decision {
     match agent {
         // Without a job there is nothing to wait for.
-        AgentSide::Unknown | AgentSide::Absent if pod.refused && pod.deletion.is_some() => {
-            Decision::Release
-        }
-        AgentSide::Unknown | AgentSide::Absent if pod.refused && !pod.terminal => Decision::Reject,
+        AgentSide::Unknown | AgentSide::Absent if pod.refused => match pod.deletion {
+            _ if !pod.terminal => Decision::Reject,
+            Some(_) => Decision::Release,
+            None => Decision::Wait,
+        },
         AgentSide::Unknown => Decision::Wait,
-        AgentSide::Absent if pod.deletion.is_some() => Decision::Release,
+        AgentSide::Absent if pod.terminal && pod.deletion.is_some() => Decision::Release,
         AgentSide::Absent if pod.terminal => Decision::Wait,
-        AgentSide::Absent if pod.ran => Decision::Lose,
+        AgentSide::Absent if pod.ran || pod.deletion.is_some() => Decision::Lose,
         AgentSide::Absent => Decision::Ensure,
         AgentSide::Known {
             phase: PodPhase::Finished,
             ..
-        } => {
-            if pod.deletion.is_some() {
-                Decision::Release
-            } else {
-                Decision::Wait
-            }
-        }
+        } => match pod.deletion {
+            Some(_) if pod.terminal => Decision::Release,
+            Some(_) => Decision::Settle,
+            None => Decision::Wait,
+        },
         AgentSide::Known {
             deleting,
             generation,

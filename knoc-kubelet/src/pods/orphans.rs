@@ -1,7 +1,8 @@
 //! Task: jobs whose pod this kubelet process never saw. The slow and careful way to end a job.
 //!
-//! Only for the same cluster id, only after a live list said that no such pod is on our node, lasting for [`GUARD`]; and more than
-//! max(5, 10 %) at once halts: then something is wrong with what we see, not with the jobs.
+//! Only records of our cluster id and our node, only after a live question was answered by 404 or another UID
+//! ([`super::presence`]), lasting for [`GUARD`]; and more than max(5, 10 %) at once halts: then something is wrong with what we
+//! see, not with the jobs. The way out is the operator's: `knocctl delete UID` ends a job, and what has ended is no danger.
 //! A record whose job has ended (the leftover of a kubelet that died before `ForgetPod`, or whose pod was deleted while
 //! none was there) has nothing to end: it goes as soon as the list says so.
 
@@ -11,31 +12,29 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{
     pb::{self, PodPhase},
     reason::ErrorReason,
 };
-use kube::{Api, api::ListParams};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{controller::Context, store::Uid};
+use super::{
+    controller::Context,
+    presence::{self, Ask, Presence, plausible},
+    store::Uid,
+};
 
 /// How long a job must have been without a pod.
 const GUARD: Duration = Duration::from_mins(10);
 /// How often we look; soon after the start for what the last process left half done.
 const ROUND: Duration = Duration::from_secs(5);
-const DEADLINE: Duration = Duration::from_secs(10);
 
-/// PURE: may so many of so many be ended at once?
-fn plausible(orphans: usize, all: usize) -> bool {
-    orphans <= 5.max(all / 10)
-}
-
-/// Looks every few seconds until `shutdown`. `halted` tells the node how many orphans wait for a word of the operator.
+/// Looks every few seconds until `shutdown`. `missing` is how many pods a relist lacked implausibly
+/// ([`super::watch`]); `halted` tells the node of both, the jobs that wait for a word of the operator.
 pub(crate) async fn run(
     context: Arc<Context>,
+    missing: watch::Receiver<usize>,
     halted: watch::Sender<usize>,
     shutdown: CancellationToken,
 ) {
@@ -51,17 +50,24 @@ pub(crate) async fn run(
         }
         forget_leftovers(&context).await;
         let ripe = ripe(&context, &mut since);
-        let all = context.store.observed_uids().len();
-        if !plausible(ripe.len(), all) {
+        let all = ours(&context).len();
+        let orphans = if plausible(ripe.len(), all) {
+            0
+        } else {
+            ripe.len()
+        };
+        let missing = *missing.borrow();
+        if halt(&halted, orphans + missing) && orphans + missing > 0 {
             tracing::error!(
-                orphans = ripe.len(),
+                orphans,
+                missing,
                 all,
-                "too many jobs without a pod at once: none is ended"
+                "too many jobs without a pod at once: none is ended; `knocctl delete UID` ends one"
             );
-            halted.send_replace(ripe.len());
+        }
+        if orphans > 0 {
             continue;
         }
-        halted.send_replace(0);
         for observed in ripe {
             if is_gone(&context, &observed).await {
                 end(&context, &observed).await;
@@ -79,15 +85,33 @@ async fn forget_leftovers(context: &Context) {
     }
 }
 
-/// What the agent has for this cluster and this process never saw.
-fn strangers(context: &Context) -> Vec<Arc<pb::PodObserved>> {
-    let unseen = context.store.observed_uids().into_iter();
-    let unseen = unseen.filter(|uid| !context.store.was_seen(uid));
-    let cluster_id = context.agent.cluster_id();
-    unseen
+/// Says how many jobs wait for the operator; true where that is news.
+fn halt(halted: &watch::Sender<usize>, jobs: usize) -> bool {
+    halted.send_if_modified(|known| std::mem::replace(known, jobs) != jobs)
+}
+
+/// PURE: is the record one of a pod of this cluster and this node? Of an older agent, which does not say the node, only a GET
+/// can tell whether the pod is there, wherever it was.
+fn is_ours(observed: &pb::PodObserved, cluster_id: &str, node: &str, ask: Ask) -> bool {
+    let here = observed.node_name == node || (observed.node_name.is_empty() && ask == Ask::Get);
+    observed.cluster_id == cluster_id && here
+}
+
+/// What the agent has for this cluster and this node.
+fn ours(context: &Context) -> Vec<Arc<pb::PodObserved>> {
+    let (cluster_id, node) = (context.agent.cluster_id(), context.node.as_str());
+    let known = context.store.observed_uids().into_iter();
+    known
         .filter_map(|uid| context.store.observed(&uid))
-        .filter(|observed| observed.cluster_id == cluster_id)
+        .filter(|observed| is_ours(observed, cluster_id, node, context.ask))
         .collect()
+}
+
+/// Those of ours that this process never saw.
+fn strangers(context: &Context) -> Vec<Arc<pb::PodObserved>> {
+    let mut strangers = ours(context);
+    strangers.retain(|observed| !context.store.was_seen(&observed.uid));
+    strangers
 }
 
 /// Those that have been so for long enough.
@@ -110,23 +134,14 @@ fn ripe(context: &Context, since: &mut HashMap<Uid, Instant>) -> Vec<Arc<pb::Pod
     strangers
 }
 
-/// Does the API server itself say that there is no such pod on this node?
-///
-/// A list of one: a node may list its own pods, but not get one that is none, so a GET would say 403 where 404 is meant. As
-/// current as a GET, since no resource version is named.
+/// Does the API server itself say that there is no such pod?
 async fn is_gone(context: &Context, observed: &pb::PodObserved) -> bool {
-    let api: Api<Pod> = Api::namespaced(context.client.clone(), &observed.namespace);
-    let fields = format!(
-        "metadata.name={},spec.nodeName={}",
-        observed.name, context.node
+    let which = (
+        observed.namespace.as_str(),
+        observed.name.as_str(),
+        observed.uid.as_str(),
     );
-    let params = ListParams::default().fields(&fields);
-    match tokio::time::timeout(DEADLINE, api.list(&params)).await {
-        Ok(Ok(found)) => found
-            .iter()
-            .all(|pod| pod.metadata.uid.as_deref() != Some(observed.uid.as_str())),
-        Ok(Err(_)) | Err(_) => false,
-    }
+    presence::presence(&context.client, context.ask, &context.node, which).await == Presence::Gone
 }
 
 async fn end(context: &Context, observed: &pb::PodObserved) {
@@ -159,11 +174,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sudden_desert_is_not_believed() {
-        assert!(plausible(5, 5));
-        assert!(!plausible(6, 10));
-        assert!(plausible(10, 100));
-        assert!(!plausible(11, 100));
-        assert!(plausible(0, 0));
+    fn records_of_other_nodes_and_clusters_are_not_ours() {
+        let record = |cluster: &str, node: &str| pb::PodObserved {
+            cluster_id: cluster.to_owned(),
+            node_name: node.to_owned(),
+            ..pb::PodObserved::default()
+        };
+        let ours = |record: &pb::PodObserved, ask| is_ours(record, "c", "n", ask);
+        for ask in [Ask::Get, Ask::OwnNode] {
+            assert!(ours(&record("c", "n"), ask));
+            assert!(!ours(&record("c", "other"), ask));
+            assert!(!ours(&record("d", "n"), ask));
+            assert!(!ours(&record("", "n"), ask));
+        }
+        // Of an older agent: only a GET can say something about it.
+        assert!(ours(&record("c", ""), Ask::Get));
+        assert!(!ours(&record("c", ""), Ask::OwnNode));
+    }
+
+    #[test]
+    fn a_halt_is_told_when_it_changes() {
+        let (halted, seen) = watch::channel(0);
+        assert!(!halt(&halted, 0));
+        assert!(halt(&halted, 7));
+        assert!(!halt(&halted, 7), "said before");
+        assert!(halt(&halted, 8));
+        assert_eq!(*seen.borrow(), 8);
+        assert!(halt(&halted, 0));
     }
 }

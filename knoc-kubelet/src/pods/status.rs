@@ -52,6 +52,26 @@ pub struct Rejection {
     pub message: String,
 }
 
+/// The words that Kubernetes puts before each reason.
+const REJECTED: &str = "Pod was rejected: ";
+
+impl Rejection {
+    /// A rejection with Kubernetes' words before the `why`.
+    #[must_use]
+    pub fn new(reason: &str, why: &str) -> Self {
+        Self {
+            reason: reason.to_owned(),
+            message: format!("{REJECTED}{why}"),
+        }
+    }
+
+    /// What is wrong, without the word of a rejection.
+    #[must_use]
+    pub fn why(&self) -> &str {
+        self.message.strip_prefix(REJECTED).unwrap_or(&self.message)
+    }
+}
+
 /// Is the phase one that is never left?
 #[must_use]
 pub fn is_terminal(pod: &Pod) -> bool {

@@ -86,6 +86,12 @@ impl Store {
 }
 
 impl Inner {
+    fn take(&mut self, uid: &Uid, pod: Arc<Pod>, findings: Arc<Findings>) {
+        self.names.insert(key(&pod), uid.clone());
+        self.seen.insert(uid.clone());
+        self.desired.insert(uid.clone(), Desired { pod, findings });
+    }
+
     fn view(&self, uid: &str) -> Option<PodView> {
         let (uid, desired) = self.desired.get_key_value(uid)?;
         Some(PodView {
@@ -98,7 +104,7 @@ impl Inner {
 
 /// Writers: `pods::watch` for what is wanted, `agent::watch` for what was observed.
 impl Store {
-    /// Takes a pod as the API server has it; an older resourceVersion of the same UID is ignored.
+    /// Takes a pod as a watch brings it; an older resourceVersion of the same UID is ignored.
     pub fn set_desired(&self, uid: &Uid, pod: Arc<Pod>, findings: Arc<Findings>) {
         let mut inner = self.write();
         if let Some(known) = inner.desired.get(uid)
@@ -106,9 +112,12 @@ impl Store {
         {
             return;
         }
-        inner.names.insert(key(&pod), uid.clone());
-        inner.seen.insert(uid.clone());
-        inner.desired.insert(uid.clone(), Desired { pod, findings });
+        inner.take(uid, pod, findings);
+    }
+
+    /// Takes a pod as a whole list has it, whatever was known: an API server restored from a backup counts from below again.
+    pub fn replace_desired(&self, uid: &Uid, pod: Arc<Pod>, findings: Arc<Findings>) {
+        self.write().take(uid, pod, findings);
     }
 
     /// Takes the answer to a patch of ours: what the watch will bring soon.
@@ -263,6 +272,25 @@ mod tests {
             cpu,
             ..Totals::default()
         }
+    }
+
+    #[test]
+    fn a_whole_list_is_believed_also_where_it_counts_from_below() {
+        let store = Store::default();
+        let uid: Uid = "u1".into();
+        let pod = |version: &str| {
+            let mut pod = Pod::default();
+            pod.metadata.resource_version = Some(version.to_owned());
+            Arc::new(pod)
+        };
+        let version = || store.by_uid("u1")?.pod.metadata.resource_version.clone();
+        store.set_desired(&uid, pod("900"), Arc::default());
+        store.set_desired(&uid, pod("20"), Arc::default());
+        assert_eq!(version().as_deref(), Some("900"), "a watch that is behind");
+        store.replace_desired(&uid, pod("20"), Arc::default());
+        assert_eq!(version().as_deref(), Some("20"), "a restored API server");
+        store.set_desired(&uid, pod("21"), Arc::default());
+        assert_eq!(version().as_deref(), Some("21"));
     }
 
     #[test]

@@ -1,27 +1,34 @@
 //! Task: pods with `spec.nodeName` = our node, from the API server into the [`Store`] and the queue.
 //!
-//! Nothing counts as known before the first list is whole. A pod that a later list lacks has vanished: the
-//! controller hears of it as of a DELETED. This task never writes to the API server.
+//! Nothing counts as known before the first list is whole. A DELETED of the live watch is believed at once. A pod that a later
+//! list lacks is only missing: the API server is asked for it by itself ([`super::presence`]) before the controller hears that
+//! it is gone, and where the jobs of more than max(5, 10 %) would end so, none does: an API server that was restored from a
+//! backup, or whose cache is behind, must not empty the node. This task never writes to the API server.
 
-use std::{borrow::Cow, collections::HashSet, sync::Arc};
+use std::{borrow::Cow, collections::HashSet, sync::Arc, time::Duration};
 
-use futures::StreamExt as _;
+use futures::{Stream, StreamExt as _};
 use k8s_openapi::{
     NamespaceResourceScope, api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
+use knoc_proto::pb::PodPhase;
 use kube::{
-    Api, Client, Resource,
+    Api, Resource,
     runtime::{WatchStreamExt as _, watcher},
 };
 use serde::{Deserialize, Deserializer, de::Error as _};
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinSet, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    queue::Queue,
-    store::{Store, Uid},
+    controller::Context,
+    presence::{self, Presence, plausible},
+    store::Uid,
     verdict::{self, Findings},
 };
+
+/// Between two questions for pods that are missing still.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 
 /// A pod together with what the verdict table says of the JSON it came as.
 #[derive(Clone, Debug)]
@@ -66,37 +73,68 @@ impl Resource for Watched {
 }
 
 /// The watch of one node's pods.
-#[derive(Debug)]
+#[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct PodWatch {
-    store: Store,
-    queue: Queue,
+    context: Arc<Context>,
     synced: watch::Sender<bool>,
+    /// How many jobs are spared, since it is not believed that so many pods vanished at once.
+    halted: watch::Sender<usize>,
     /// UIDs of the list under way.
     listed: HashSet<Uid>,
+    /// Known pods that the last list lacked.
+    missing: HashSet<Uid>,
+    /// Questions for them that are under way.
+    questions: JoinSet<(Uid, Presence)>,
 }
 
 impl PodWatch {
-    /// A watch that writes to `store` and `queue`, and says on `synced` when the first list is whole.
+    /// A watch that writes to the store and the queue of `context`, says on `synced` when the first list is whole, and on
+    /// `halted` how many missing pods wait for a word of the operator.
     #[must_use]
-    pub fn new(store: Store, queue: Queue, synced: watch::Sender<bool>) -> Self {
+    pub fn new(
+        context: Arc<Context>,
+        synced: watch::Sender<bool>,
+        halted: watch::Sender<usize>,
+    ) -> Self {
         Self {
-            store,
-            queue,
+            context,
             synced,
+            halted,
             listed: HashSet::new(),
+            missing: HashSet::new(),
+            questions: JoinSet::new(),
         }
     }
 
     /// Watches until `shutdown`.
-    pub async fn run(mut self, client: Client, node: &str, shutdown: CancellationToken) {
-        let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
-        let api: Api<Watched> = Api::all(client);
+    pub async fn run(self, shutdown: CancellationToken) {
+        let fields = format!("spec.nodeName={}", self.context.node);
+        let config = watcher::Config::default().fields(&fields);
+        let api: Api<Watched> = Api::all(self.context.client.clone());
         let events = watcher(api, config).default_backoff();
+        self.follow(events, shutdown).await;
+    }
+
+    /// Takes these events until `shutdown`.
+    pub(in crate::pods) async fn follow(
+        mut self,
+        events: impl Stream<Item = watcher::Result<watcher::Event<Watched>>>,
+        shutdown: CancellationToken,
+    ) {
         let mut events = std::pin::pin!(events);
+        let mut again = tokio::time::interval(ASK_AGAIN);
+        again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            let waits = !self.missing.is_empty() || *self.halted.borrow() > 0;
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
+                Some(answer) = self.questions.join_next() => {
+                    if let Ok((uid, presence)) = answer {
+                        self.answered(&uid, presence);
+                    }
+                }
+                _ = again.tick(), if waits => self.ask(),
                 event = events.next() => match event {
                     Some(Ok(event)) => self.take(event),
                     Some(Err(error)) => {
@@ -113,13 +151,13 @@ impl PodWatch {
         match event {
             watcher::Event::Init => self.listed.clear(),
             watcher::Event::InitApply(watched) => {
-                if let Some(uid) = self.put(watched) {
+                if let Some(uid) = self.put(watched, true) {
                     self.listed.insert(uid);
                 }
             }
             watcher::Event::InitDone => self.listed(),
             watcher::Event::Apply(watched) => {
-                self.put(watched);
+                self.put(watched, false);
             }
             watcher::Event::Delete(watched) => {
                 if let Some(uid) = watched.pod.metadata.uid.as_deref() {
@@ -129,34 +167,103 @@ impl PodWatch {
         }
     }
 
-    fn put(&self, watched: Watched) -> Option<Uid> {
+    /// A list replaces what was known, a watch only what is older.
+    fn put(&mut self, watched: Watched, list: bool) -> Option<Uid> {
         let uid: Uid = watched.pod.metadata.uid.as_deref()?.into();
-        self.store
-            .set_desired(&uid, Arc::new(watched.pod), Arc::new(watched.findings));
-        self.queue.push(&uid);
+        let store = &self.context.store;
+        let (pod, findings) = (Arc::new(watched.pod), Arc::new(watched.findings));
+        if list {
+            store.replace_desired(&uid, pod, findings);
+        } else {
+            store.set_desired(&uid, pod, findings);
+        }
+        self.missing.remove(&uid);
+        self.context.queue.push(&uid);
         Some(uid)
     }
 
-    fn gone(&self, uid: &Uid) {
-        self.store.remove_desired(uid);
-        self.queue.push(uid);
+    fn gone(&mut self, uid: &Uid) {
+        self.missing.remove(uid);
+        self.context.store.remove_desired(uid);
+        self.context.queue.push(uid);
     }
 
-    /// A list is whole: what it lacks has vanished.
+    /// A list is whole: what it lacks is missing.
     fn listed(&mut self) {
         let listed = std::mem::take(&mut self.listed);
-        for uid in self.store.desired_uids() {
-            if !listed.contains(&uid) {
-                self.gone(&uid);
-            }
-        }
+        let known = self.context.store.desired_uids().into_iter();
+        self.missing = known.filter(|uid| !listed.contains(uid)).collect();
         let pods = listed.len();
         if !self.synced.send_replace(true) {
             tracing::info!(pods, "pods of the node listed");
             // Now that it counts: look at each again.
-            for uid in self.store.desired_uids() {
-                self.queue.push(&uid);
+            for uid in self.context.store.desired_uids() {
+                self.context.queue.push(&uid);
             }
+        }
+        self.ask();
+    }
+
+    /// Asks for each that is missing; where too many jobs would end, only for those whose jobs have ended.
+    fn ask(&mut self) {
+        if !self.questions.is_empty() {
+            return;
+        }
+        let missing = self.missing.iter();
+        let (living, ended): (Vec<_>, Vec<_>) = missing.cloned().partition(|uid| self.lives(uid));
+        let all = self.context.store.desired_uids().len();
+        let halted = if plausible(living.len(), all) {
+            0
+        } else {
+            living.len()
+        };
+        let spared = self
+            .halted
+            .send_if_modified(|known| std::mem::replace(known, halted) != halted);
+        if spared && halted > 0 {
+            tracing::error!(
+                missing = halted,
+                all,
+                "a list lacks too many pods at once: no job is ended for it"
+            );
+        }
+        let believed = if halted > 0 { Vec::new() } else { living };
+        for uid in ended.into_iter().chain(believed) {
+            self.question(uid);
+        }
+    }
+
+    /// May the pod have a job that has not ended? While the link is down nobody knows.
+    fn lives(&self, uid: &Uid) -> bool {
+        let observed = self.context.store.observed(uid);
+        !self.context.link.borrow().is_up()
+            || observed.is_some_and(|observed| observed.phase() != PodPhase::Finished)
+    }
+
+    fn question(&mut self, uid: Uid) {
+        let Some(view) = self.context.store.by_uid(&uid) else {
+            self.missing.remove(&uid);
+            return;
+        };
+        let context = self.context.clone();
+        self.questions.spawn(async move {
+            let meta = &view.pod.metadata;
+            let namespace = meta.namespace.as_deref().unwrap_or_default();
+            let name = meta.name.as_deref().unwrap_or_default();
+            let which = (namespace, name, &*uid);
+            let said = presence::presence(&context.client, context.ask, &context.node, which).await;
+            (uid, said)
+        });
+    }
+
+    /// The answer counts only where the pod is missing still.
+    fn answered(&mut self, uid: &Uid, presence: Presence) {
+        match presence {
+            Presence::Gone if self.missing.contains(uid) => self.gone(uid),
+            Presence::There => {
+                tracing::warn!(uid = &**uid, "a list lacked a pod that is there");
+            }
+            Presence::Gone | Presence::Unknown => {}
         }
     }
 }

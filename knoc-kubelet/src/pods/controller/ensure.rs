@@ -36,7 +36,8 @@ impl Worker<'_> {
         let shape = match translate::shape(pod) {
             Ok(shape) => shape,
             Err(problems) => {
-                self.reject(pod, "UnsupportedPodSpec", &problems.join("; "));
+                let generation = pod.metadata.generation.unwrap_or(1);
+                self.refused(pod, generation, "UnsupportedPodSpec", &problems.join("; "));
                 return;
             }
         };
@@ -72,9 +73,9 @@ impl Worker<'_> {
         let message = status.message();
         match R::of(status) {
             Some(R::InvalidSpec | R::InvalidRequest | R::Unsupported) => {
-                self.reject(pod, "UnsupportedPodSpec", message);
+                self.refused(pod, generation, "UnsupportedPodSpec", message);
             }
-            Some(R::PermissionDenied) => self.reject(pod, "NotAllowed", message),
+            Some(R::PermissionDenied) => self.refused(pod, generation, "NotAllowed", message),
             Some(R::SpecConflict) => {
                 self.memory.ensured = generation;
                 self.tell(pod, true, "SpecConflict", message);
@@ -86,13 +87,21 @@ impl Worker<'_> {
         }
     }
 
-    fn reject(&mut self, pod: &Pod, reason: &str, message: &str) {
-        let message = format!("Pod was rejected: {message}");
-        self.tell(pod, true, reason, &message);
-        self.memory.rejection = Some(Rejection {
-            reason: reason.to_owned(),
-            message,
-        });
+    /// The pod is not taken as it is. What was accepted before goes on as it was accepted: then only the change is refused.
+    fn refused(&mut self, pod: &Pod, generation: i64, reason: &str, message: &str) {
+        if self.accepted(pod) {
+            self.memory.ensured = self.memory.ensured.max(generation);
+            self.tell_unsupported_change(pod, message);
+            if self.context.store.observed(self.uid).is_none() {
+                // The agent lost it before it ran: it may take it again when the site file or its version changes.
+                self.hold("", &format!("the agent does not take the pod: {message}"));
+                self.retry();
+            }
+            return;
+        }
+        let rejection = Rejection::new(reason, message);
+        self.tell(pod, true, reason, &rejection.message);
+        self.memory.rejection = Some(rejection);
     }
 
     /// Sends the values again where they changed.
@@ -142,7 +151,7 @@ impl Worker<'_> {
                 "Keys [{}] were skipped since they are considered invalid environment variable names.",
                 skipped.join(", ")
             );
-            self.tell(pod, true, "InvalidEnvironmentVariableNames", &text);
+            self.tell_once(pod, "InvalidEnvironmentVariableNames", &text);
         }
         self.memory.revision = self.memory.revision.max(now.as_millisecond() - 1) + 1;
         values.revision = self.memory.revision;

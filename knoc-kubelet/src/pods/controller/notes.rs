@@ -6,6 +6,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb::{self, container_status::State};
 
 use super::worker::Worker;
@@ -155,6 +156,19 @@ impl Worker<'_> {
                 self.tell_container(view, &status.name, false, ("Killing", message), now, salt);
             }
         }
+    }
+
+    /// A warning that each further round would only repeat: once a pod, and again where the words change.
+    pub(super) fn tell_once(&mut self, pod: &Pod, reason: &str, message: &str) {
+        if self.memory.told.insert(hash(&(reason, message))) {
+            self.tell(pod, true, reason, message);
+        }
+    }
+
+    /// An accepted pod was changed to something that does not run here: it goes on as it was.
+    pub(super) fn tell_unsupported_change(&mut self, pod: &Pod, message: &str) {
+        let message = format!("the change is not taken over: {message}");
+        self.tell_once(pod, "UnsupportedChange", &message);
     }
 
     fn tell_container(

@@ -2,6 +2,8 @@
 
 mod agent;
 mod api;
+mod changes;
+mod vanish;
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -49,6 +51,7 @@ impl Kubelet {
         let (shutdown, deposed) = (CancellationToken::new(), CancellationToken::new());
         let context = Arc::new(Context {
             node: "n".to_owned(),
+            ask: Ask::Get,
             client: client.clone(),
             agent: handle.clone(),
             store: store.clone(),

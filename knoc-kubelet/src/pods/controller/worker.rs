@@ -24,6 +24,8 @@ use crate::pods::{
 /// The first retry comes after this, each further one after twice as long.
 const BACKOFF: Duration = Duration::from_millis(250);
 const BACKOFF_MOST: Duration = Duration::from_secs(10);
+/// The last DELETE is sent again after this, for an API server that lost it: a finalizer may keep the object for days.
+const RELEASE_AGAIN: Duration = Duration::from_mins(10);
 
 pub(super) async fn reconcile(context: Arc<Context>, uid: Uid, memory: Memory) -> Round {
     let mut worker = Worker {
@@ -76,6 +78,12 @@ impl Worker<'_> {
         {
             return true;
         }
+        if matches!(
+            decision,
+            Decision::Reject | Decision::Lose | Decision::Settle
+        ) {
+            self.go_on_when_terminal();
+        }
         match (decision, &view) {
             (Decision::Refresh, Some(view)) => self.refresh(&view.pod).await,
             (Decision::Stop(grace), _) => {
@@ -89,6 +97,14 @@ impl Worker<'_> {
             (_, _) => {}
         }
         true
+    }
+
+    /// The terminal phase is published: what waited for it need not wait for the watch.
+    fn go_on_when_terminal(&self) {
+        let view = self.context.store.by_uid(self.uid);
+        if view.is_some_and(|view| status::is_terminal(&view.pod)) {
+            self.context.queue.push(self.uid);
+        }
     }
 
     fn desired(&self, view: Option<&PodView>) -> Desired {
@@ -147,7 +163,7 @@ impl Worker<'_> {
             return;
         }
         self.memory.judged = generation;
-        let accepted = view.observed.is_some() || self.memory.ensured > 0 || ran(&view.pod);
+        let accepted = self.accepted(&view.pod);
         let findings = self.context.store.findings(self.uid).unwrap_or_default();
         let admitted = match admission::admit(&view.pod, &findings) {
             Ok(shape) if !accepted && !terminal => self.take_room(&shape),
@@ -159,15 +175,25 @@ impl Worker<'_> {
                 self.tell(&view.pod, false, "Mapped", &findings.mapped.join("; "));
             }
             Ok(()) => {}
+            Err(rejection) if accepted => {
+                let known = view.observed.as_ref().map_or(0, |one| one.spec_generation);
+                if !terminal && known < generation {
+                    self.tell_unsupported_change(&view.pod, rejection.why());
+                }
+            }
             Err(rejection) => {
                 if !terminal {
                     self.tell(&view.pod, true, &rejection.reason, &rejection.message);
                 }
-                if !accepted {
-                    self.memory.rejection = Some(rejection);
-                }
+                self.memory.rejection = Some(rejection);
             }
         }
+    }
+
+    /// Does the agent have the pod, or had it once? Then it is never rejected any more, whatever it is changed to.
+    pub(super) fn accepted(&self, pod: &Pod) -> bool {
+        let known = self.context.store.observed(self.uid).is_some();
+        known || self.memory.ensured > 0 || ran(pod)
     }
 
     /// Room for a new pod, beside all that was accepted before, by this process or an earlier one.
@@ -201,7 +227,12 @@ impl Worker<'_> {
             pod: &view.pod,
             observed: observed.as_deref(),
             hold: self.memory.hold.as_ref(),
-            rejection: self.memory.rejection.as_ref(),
+            // What the agent has says itself how it goes.
+            rejection: self
+                .memory
+                .rejection
+                .as_ref()
+                .filter(|_| observed.is_none()),
             unreachable: self.unreachable(),
             now: Timestamp::now(),
         };
@@ -265,14 +296,21 @@ impl Worker<'_> {
     }
 
     /// The last DELETE. The agent is told first: where we die before `ForgetPod`, its record says by itself that it is
-    /// nobody's any more.
+    /// nobody's any more. Sent once: the API server itself removes the object when its last finalizer goes.
     async fn release(&mut self, pod: &Pod) {
         let known = self.context.store.observed(self.uid);
         if known.is_some_and(|observed| !observed.deleting) {
             return self.stop(0, false).await;
         }
+        let waited = self.memory.released.map(|at| at.elapsed());
+        if let Some(left) = waited.and_then(|waited| RELEASE_AGAIN.checked_sub(waited)) {
+            return self.look_after(left);
+        }
         match publish::release(&self.context.client, pod).await {
-            Ok(()) | Err(PublishError::Gone) => self.look_after(Duration::from_secs(5)),
+            Ok(()) | Err(PublishError::Gone) => {
+                self.memory.released = Some(Instant::now());
+                self.look_after(RELEASE_AGAIN);
+            }
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
                 tracing::warn!(uid = %self.uid, %error, "the last delete failed, trying again");
@@ -356,8 +394,14 @@ fn observed_phase(view: &PodView) -> Option<pb::PodPhase> {
     view.observed.as_ref().map(|observed| observed.phase())
 }
 
-/// What stands for a pod that ran and that the agent does not know any more.
+/// What stands for a pod that the agent does not know (any more) and that will not be sent again: it ran, or it is being
+/// deleted.
 fn lost(view: &PodView) -> pb::PodObserved {
+    let message = if ran(&view.pod) {
+        "the agent does not know this pod any more, although it ran"
+    } else {
+        "the pod was deleted before it ran, the agent does not know it"
+    };
     pb::PodObserved {
         uid: view.uid.to_string(),
         spec_generation: view.pod.metadata.generation.unwrap_or(1),
@@ -365,7 +409,7 @@ fn lost(view: &PodView) -> pb::PodObserved {
         outcome: Some(pb::Outcome {
             kind: pb::OutcomeKind::Failed.into(),
             reason: "ContainerStatusUnknown".to_owned(),
-            message: "the agent does not know this pod any more, although it ran".to_owned(),
+            message: message.to_owned(),
             ..pb::Outcome::default()
         }),
         ..pb::PodObserved::default()

@@ -79,6 +79,14 @@ proptest! {
         }
     }
 
+    /// Who waits for the end of a pod (a Job, a drain) must see how it ended before the object is gone.
+    #[test]
+    fn nothing_is_let_go_before_its_terminal_phase_is_published(pod in presents(), agent in agents(), done in dones()) {
+        if decide(Desired::Present(pod), agent, done) == Decision::Release {
+            prop_assert!(pod.terminal, "{pod:?} {agent:?}");
+        }
+    }
+
     #[test]
     fn what_was_never_seen_is_never_ended(agent in agents(), done in dones()) {
         let decision = decide(Desired::Unseen, agent, done);
@@ -102,7 +110,7 @@ proptest! {
         };
         let mut agent = if agent == AgentSide::Unknown { AgentSide::Absent } else { agent };
         let mut done = done;
-        for _ in 0..8 {
+        for _ in 0..9 {
             match decide(desired, agent, done) {
                 Decision::Wait => {
                     // Time passes: a job told to stop ends.
@@ -119,7 +127,11 @@ proptest! {
                 Decision::Release => desired = Desired::Gone,
                 Decision::Forget => agent = AgentSide::Absent,
                 Decision::Drop => return Ok(()),
-                other @ (Decision::Reject | Decision::Ensure | Decision::Lose | Decision::Refresh) => {
+                Decision::Reject | Decision::Lose | Decision::Settle => {
+                    let Desired::Present(pod) = desired else { panic!("a phase of nothing") };
+                    desired = Desired::Present(Present { terminal: true, ..pod });
+                }
+                other @ (Decision::Ensure | Decision::Refresh) => {
                     panic!("{other:?} for a deleted pod")
                 },
             }

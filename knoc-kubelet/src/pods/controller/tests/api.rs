@@ -56,6 +56,11 @@ impl FakeApi {
         self.state.lock().unwrap().pod = pod.clone();
     }
 
+    /// There is no pod any more.
+    pub(super) fn no_pod(&self) {
+        self.state.lock().unwrap().pod = Value::Null;
+    }
+
     pub(super) fn config_map(&self, name: &str, data: Value) {
         self.state
             .lock()
@@ -86,12 +91,25 @@ impl State {
                 None => (404, failure(404, "NotFound")),
             };
         }
+        if path.contains("/pods/") && !self.has_pod(path) {
+            return (404, failure(404, "NotFound"));
+        }
+        if *method == Method::GET && path.contains("/pods/") {
+            return (200, self.pod.clone());
+        }
         if *method == Method::PATCH && path.ends_with("/status") {
             let change: Value = serde_json::from_slice(body).unwrap();
             self.merge(&change["status"]);
             return (200, self.pod.clone());
         }
         (200, json!({"metadata": {"name": "p"}}))
+    }
+
+    /// Is it the pod that was applied last?
+    fn has_pod(&self, path: &str) -> bool {
+        let name = path.split("/pods/").nth(1).unwrap_or_default();
+        let name = name.split('/').next().unwrap_or_default();
+        self.pod["metadata"]["name"] == name
     }
 
     /// Field by field, conditions by their type.

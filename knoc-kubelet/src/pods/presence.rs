@@ -1,0 +1,142 @@
+//! Is a pod still there? Asked of the API server itself before a job is ended that nobody asked to end.
+//!
+//! Only a live answer counts, and only two: 404, or another UID under the name. A refusal, a failure and no answer in time
+//! are no proof of anything.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::{Api, Client, api::ListParams};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// What the API server says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Presence {
+    /// There is such a pod.
+    There,
+    /// There is none, or another has its name.
+    Gone,
+    /// Nobody said.
+    Unknown,
+}
+
+/// How the API server may be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// By a GET: of any pod.
+    Get,
+    /// By a list of one, on our own node. A node's identity may not GET a pod that is not there: it hears 403 where 404 is
+    /// meant. As current as a GET, since no resource version is named; but it proves nothing about pods of other nodes.
+    OwnNode,
+}
+
+/// Asks for the pod of this UID, which was last known on `node`.
+pub(crate) async fn presence(
+    client: &Client,
+    ask: Ask,
+    node: &str,
+    (namespace, name, uid): (&str, &str, &str),
+) -> Presence {
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let asked = async {
+        match ask {
+            Ask::Get => api.get_opt(name).await.map(|found| Vec::from_iter(found)),
+            Ask::OwnNode => {
+                let fields = format!("metadata.name={name},spec.nodeName={node}");
+                let params = ListParams::default().fields(&fields);
+                api.list(&params).await.map(|list| list.items)
+            }
+        }
+    };
+    match tokio::time::timeout(DEADLINE, asked).await {
+        Ok(Ok(found)) => {
+            let there = |pod: &Pod| pod.metadata.uid.as_deref() == Some(uid);
+            if found.iter().any(there) {
+                Presence::There
+            } else {
+                Presence::Gone
+            }
+        }
+        Ok(Err(error)) => {
+            let error = knoc_proto::error::chain(&error);
+            tracing::debug!(uid, %error, "the API server does not say whether the pod is there");
+            Presence::Unknown
+        }
+        Err(_) => Presence::Unknown,
+    }
+}
+
+/// PURE: may the jobs of so many of so many pods be ended at once? More than that is rather an error of what we see.
+pub(crate) fn plausible(gone: usize, all: usize) -> bool {
+    gone <= 5.max(all / 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{Request, Response};
+    use kube::client::Body;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// One question, and this answer to it; returns what was asked too.
+    async fn asked(ask: Ask, code: u16, answer: Value) -> (String, Presence) {
+        let (service, mut server) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
+        let client = Client::new(service, "default");
+        let question = presence(&client, ask, "n", ("ns", "p", "u1"));
+        let answering = async {
+            let (request, send) = server.next_request().await.unwrap();
+            let body = Body::from(serde_json::to_vec(&answer).unwrap());
+            send.send_response(Response::builder().status(code).body(body).unwrap());
+            request.uri().to_string()
+        };
+        let (presence, uri) = tokio::join!(question, answering);
+        (uri, presence)
+    }
+
+    fn pod(uid: &str) -> Value {
+        json!({"metadata": {"name": "p", "uid": uid}, "spec": {"nodeName": "renamed", "containers": []}})
+    }
+
+    fn failure(code: u16) -> Value {
+        let reason = if code == 404 { "NotFound" } else { "Other" };
+        json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": "m", "metadata": {}})
+    }
+
+    #[tokio::test]
+    async fn only_404_or_another_uid_means_gone() {
+        let get = |code, answer| asked(Ask::Get, code, answer);
+        let (uri, said) = get(404, failure(404)).await;
+        assert_eq!(said, Presence::Gone);
+        assert_eq!(uri, "/api/v1/namespaces/ns/pods/p");
+        assert_eq!(get(200, pod("u2")).await.1, Presence::Gone);
+        // On another node, or one of another name: it is there.
+        assert_eq!(get(200, pod("u1")).await.1, Presence::There);
+        assert_eq!(get(403, failure(403)).await.1, Presence::Unknown);
+        assert_eq!(get(500, failure(500)).await.1, Presence::Unknown);
+    }
+
+    #[tokio::test]
+    async fn a_node_asks_for_its_own_by_a_list_of_one() {
+        let list = |items: Value| json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items});
+        let ask = |items| asked(Ask::OwnNode, 200, list(items));
+        let (uri, said) = ask(json!([])).await;
+        assert_eq!(said, Presence::Gone);
+        assert!(uri.contains("spec.nodeName%3Dn"), "{uri}");
+        assert_eq!(ask(json!([pod("u1")])).await.1, Presence::There);
+        assert_eq!(
+            asked(Ask::OwnNode, 403, failure(403)).await.1,
+            Presence::Unknown
+        );
+    }
+
+    #[test]
+    fn a_sudden_desert_is_not_believed() {
+        assert!(plausible(5, 5));
+        assert!(!plausible(6, 10));
+        assert!(plausible(10, 100));
+        assert!(!plausible(11, 100));
+        assert!(plausible(0, 0));
+    }
+}
