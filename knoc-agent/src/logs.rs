@@ -6,6 +6,8 @@
 
 pub mod cri;
 pub mod filter;
+#[cfg(test)]
+mod fuzzed;
 pub mod read;
 pub mod writer;
 

@@ -238,6 +238,7 @@ impl App {
             pods: config.pods,
             queue_factor: config.queue_factor,
             taint: config.taint,
+            websockets: self.config.server.websockets,
         }
     }
 

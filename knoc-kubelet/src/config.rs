@@ -151,6 +151,8 @@ pub struct ServerConfig {
     pub serving: ServingConfig,
     /// CA file of client certificates; none: the ConfigMap of the cluster.
     pub client_ca: Option<PathBuf>,
+    /// Does the node declare that WebSockets may come as they are?
+    pub websockets: bool,
 }
 
 impl Config {
@@ -282,10 +284,12 @@ impl Reader<'_> {
         };
         let serving = self.serving();
         let client_ca = self.path("server.clientCA");
+        let websockets = self.one_of("server.websockets", &["true", "false"]);
         Some(ServerConfig {
             listen: listen?,
             serving: serving?,
             client_ca,
+            websockets: websockets.as_deref() != Some("false"),
         })
     }
 

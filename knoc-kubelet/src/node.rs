@@ -3,6 +3,7 @@
 //! In: link and capacity (watch channels). The status is computed purely ([`status`]) at every change and every 10 s, and
 //! sent where it differs from the last one, where the API server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so and takes no new pods.
 
+pub mod features;
 pub mod lease;
 pub mod status;
 
@@ -31,6 +32,8 @@ const UPDATE: Duration = Duration::from_secs(10);
 /// An unchanged status is sent after this long.
 const REPORT: Duration = Duration::from_mins(5);
 const DEADLINE: Duration = Duration::from_secs(10);
+/// Between questions for the API server's version: it may be upgraded, and taken back.
+const VERSION: Duration = Duration::from_mins(5);
 /// The taint is set only after the link was down this long: a restarted agent is back sooner.
 const TAINT_AFTER: Duration = Duration::from_secs(5);
 
@@ -78,6 +81,8 @@ pub struct Identity {
     pub queue_factor: u32,
     /// With the provider's taint?
     pub taint: bool,
+    /// Declare that WebSockets may come as they are?
+    pub websockets: bool,
 }
 
 /// How our own certificates do.
@@ -90,10 +95,13 @@ pub struct NodeTask {
     /// Changes taints, which a node may not once its object is there.
     account: Api<Node>,
     certificates: Certificates,
+    client: kube::Client,
     identity: Identity,
     link: watch::Receiver<Link>,
     capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
     orphans: watch::Receiver<usize>,
+    /// By the API server's version as last heard, and when.
+    features: Option<(Vec<&'static str>, Instant)>,
     sent: Option<(Value, Instant)>,
 }
 
@@ -109,6 +117,7 @@ impl NodeTask {
         orphans: watch::Receiver<usize>,
     ) -> Self {
         Self {
+            client: clients.node.clone(),
             api: Api::all(clients.node),
             account: Api::all(clients.account),
             certificates,
@@ -116,6 +125,7 @@ impl NodeTask {
             link,
             capacity,
             orphans,
+            features: None,
             sent: None,
         }
     }
@@ -174,6 +184,7 @@ impl NodeTask {
             Some(node) => node,
             None => self.register().await?,
         };
+        self.ask_version().await;
         let link = self.link.borrow().clone();
         self.taint(&node, link.down_for() >= TAINT_AFTER).await?;
         let capacity = self.capacity.borrow().clone();
@@ -189,6 +200,7 @@ impl NodeTask {
             capacity: capacity.as_deref(),
             orphans,
             certificates: &certificates,
+            features: self.features.as_ref().map(|(names, _)| names.as_slice()),
             previous: node.status.as_ref(),
             now: Timestamp::now(),
         };
@@ -207,6 +219,25 @@ impl NodeTask {
         self.within("patch the status of", write).await?;
         self.sent = Some((wanted, Instant::now()));
         Ok(())
+    }
+
+    /// Decides anew what is declared, where the last answer is old. Without an answer what was declared stays.
+    async fn ask_version(&mut self) {
+        let fresh = |(_, at): &(_, Instant)| at.elapsed() < VERSION;
+        if self.features.as_ref().is_some_and(fresh) {
+            return;
+        }
+        let asked = self.client.apiserver_version();
+        match self.within("ask the API server's version for", asked).await {
+            Ok(info) => {
+                let names = features::declared(self.identity.websockets, &info);
+                self.features = Some((names, Instant::now()));
+            }
+            Err(error) => {
+                let error = knoc_proto::error::chain(&error);
+                tracing::info!(%error, "the node's features are declared when the API server's version is known");
+            }
+        }
     }
 
     /// Sets or takes away our taints; those of others stay.

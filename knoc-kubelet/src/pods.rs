@@ -32,4 +32,5 @@ pub use controller::{Context, Controller, Ledger, Pulse};
 pub(crate) use orphans::run as watch_orphans;
 pub use presence::Ask;
 pub use services::Services;
+pub use status::NO_EPHEMERAL;
 pub use store::{PodView, Store, Uid};

@@ -13,6 +13,8 @@ mod authn;
 mod authz;
 mod cluster;
 mod exec;
+#[cfg(test)]
+mod fuzzed;
 mod logs;
 mod options;
 mod portforward;

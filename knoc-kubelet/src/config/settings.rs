@@ -169,4 +169,10 @@ pub const SETTINGS: &[Setting] = &[
         "0.0.0.0:10250",
         "address and port of the kubelet API",
     ),
+    setting(
+        "server.websockets",
+        "KNOC_SERVER_WEBSOCKETS",
+        "true",
+        "`true` or `false`: declares to API servers of 1.36 or later that WebSockets may come as they are (ExtendWebSocketsToKubelet)",
+    ),
 ];

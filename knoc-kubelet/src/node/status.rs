@@ -29,6 +29,8 @@ pub struct Facts<'a> {
     pub orphans: usize,
     /// How our own certificates do.
     pub certificates: &'a [(Purpose, Health)],
+    /// What is declared; none while the API server's version is not known.
+    pub features: Option<&'a [&'static str]>,
     /// The status in the API server.
     pub previous: Option<&'a NodeStatus>,
     /// Now.
@@ -73,6 +75,9 @@ pub fn status(facts: &Facts<'_>) -> Value {
         "nodeInfo": node_info(facts),
         "conditions": conditions(facts),
     });
+    if let (Some(features), Value::Object(fields)) = (declared(facts), &mut status) {
+        fields.insert("declaredFeatures".to_owned(), features);
+    }
     if let (Some(capacity), Value::Object(fields)) = (facts.capacity, &mut status) {
         fields.insert("capacity".to_owned(), resources(identity, capacity, 1));
         let factor = i64::from(identity.queue_factor);
@@ -82,6 +87,14 @@ pub fn status(facts: &Facts<'_>) -> Value {
         );
     }
     status
+}
+
+/// An empty list is said only to take back another: older API servers do not know the field.
+fn declared(facts: &Facts<'_>) -> Option<Value> {
+    let features = facts.features?;
+    let before = facts.previous.and_then(|it| it.declared_features.as_ref());
+    let said = !features.is_empty() || before.is_some_and(|before| !before.is_empty());
+    said.then(|| json!(features))
 }
 
 /// Do two statuses say the same, heartbeats aside?
@@ -350,6 +363,7 @@ mod tests {
             pods: 100,
             queue_factor: 10,
             taint: true,
+            websockets: true,
         }
     }
 
@@ -388,6 +402,32 @@ mod tests {
     }
 
     #[test]
+    fn features_are_declared_and_taken_back() {
+        let (identity, link) = (identity(), up());
+        let declared: NodeStatus =
+            serde_json::from_value(json!({"declaredFeatures": ["ExtendWebSocketsToKubelet"]}))
+                .unwrap();
+        let said = |features, previous| {
+            let facts = Facts {
+                identity: &identity,
+                link: &link,
+                capacity: None,
+                orphans: 0,
+                certificates: &[],
+                features,
+                previous,
+                now: at(100),
+            };
+            status(&facts).get("declaredFeatures").cloned()
+        };
+        let one = ["ExtendWebSocketsToKubelet"];
+        assert_eq!(said(None, Some(&declared)), None, "not known: as it was");
+        assert_eq!(said(Some(&one), None), Some(json!(one)));
+        assert_eq!(said(Some(&[]), Some(&declared)), Some(json!([])));
+        assert_eq!(said(Some(&[]), None), None);
+    }
+
+    #[test]
     fn a_connected_node() {
         let (identity, link, capacity) = (identity(), up(), capacity());
         let facts = Facts {
@@ -396,6 +436,7 @@ mod tests {
             capacity: Some(&capacity),
             orphans: 0,
             certificates: &[],
+            features: None,
             previous: None,
             now: at(100),
         };
@@ -416,6 +457,7 @@ mod tests {
             capacity: Some(&capacity),
             orphans: 7,
             certificates: &[],
+            features: None,
             previous: None,
             now: at(100),
         };
@@ -439,6 +481,7 @@ mod tests {
             capacity: Some(&capacity),
             orphans: 0,
             certificates: &[],
+            features: None,
             previous: None,
             now: at(100),
         };
@@ -480,6 +523,7 @@ mod tests {
             capacity: None,
             orphans: 0,
             certificates: &[],
+            features: None,
             previous: None,
             now: at(100),
         };

@@ -20,6 +20,7 @@ const OURS: &[&str] = &[
     "containerStatuses",
     "hostIP",
     "hostIPs",
+    "ephemeralContainerStatuses",
     "initContainerStatuses",
     "message",
     "observedGeneration",

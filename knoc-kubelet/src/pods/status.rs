@@ -17,6 +17,10 @@ use knoc_proto::pb::{self, OutcomeKind, PodPhase};
 
 use phase::Phase;
 
+/// The words for an ephemeral container, wherever somebody asks for one.
+pub const NO_EPHEMERAL: &str =
+    "ephemeral containers (kubectl debug) are not supported by this node";
+
 /// What a status is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
@@ -107,6 +111,7 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         observed_generation: observed_generation(input),
         init_container_statuses: Some(statuses.init).filter(|list| !list.is_empty()),
         container_statuses: Some(statuses.regular),
+        ephemeral_container_statuses: containers::ephemeral(input.pod),
         ..PodStatus::default()
     })
 }

@@ -19,7 +19,8 @@ use tracing::{info, warn};
 
 use super::options::{BadOptions, LogOptions};
 use super::query::Query;
-use super::{Context, PodView};
+use super::{Context, PodView, target};
+use crate::pods::NO_EPHEMERAL;
 
 /// An answer that is not the log.
 #[derive(Debug, PartialEq, Eq)]
@@ -85,6 +86,11 @@ fn prepare(
     if !has_container(&view.pod, container) {
         let text = format!("container {container:?} not found in pod {name:?}\n");
         return Err(not_found(text));
+    }
+    if target::is_ephemeral(&view.pod, container) {
+        let text =
+            format!("container {container:?} in pod {name:?} never started: {NO_EPHEMERAL}\n");
+        return Err(Refusal(StatusCode::BAD_REQUEST, text));
     }
     readable(&view, name, container, options.previous)
         .map_err(|text| Refusal(StatusCode::BAD_REQUEST, text))?;

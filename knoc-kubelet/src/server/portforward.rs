@@ -4,7 +4,7 @@
 //! messages of a WebSocket (`SPDY/3.1+portforward.k8s.io`); and WebSocket channels, a pair for each of the ports named in
 //! the query and one connection on each. What runs on a pair is [`relay`].
 
-mod options;
+pub(super) mod options;
 mod pairs;
 mod relay;
 #[cfg(test)]

@@ -13,7 +13,7 @@
 //! compression over a refused stream.
 
 pub(super) mod frame;
-mod headers;
+pub(super) mod headers;
 mod reader;
 #[cfg(test)]
 pub(super) mod tests;

@@ -6,10 +6,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use knoc_proto::pb::container_status::State;
 
 use super::{Context, PodView, logs};
-
-/// Ephemeral containers are not there yet; whoever asks for one hears it.
-pub(super) const NO_EPHEMERAL: &str =
-    "ephemeral containers (kubectl debug) are not supported by this node";
+use crate::pods::NO_EPHEMERAL;
 
 /// An answer that is not the upgrade.
 #[derive(Debug, PartialEq, Eq)]

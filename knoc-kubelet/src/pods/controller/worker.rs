@@ -183,7 +183,12 @@ impl Worker<'_> {
             }
             Err(rejection) => {
                 if !terminal {
-                    self.tell(&view.pod, true, &rejection.reason, &rejection.message);
+                    let message = if accepted {
+                        admission::without_effect(&rejection)
+                    } else {
+                        rejection.message.clone()
+                    };
+                    self.tell(&view.pod, true, &rejection.reason, &message);
                 }
                 self.memory.rejection = Some(rejection);
             }

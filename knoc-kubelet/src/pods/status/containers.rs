@@ -2,11 +2,11 @@
 
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
-    ContainerStateWaiting, ContainerStatus,
+    ContainerStateWaiting, ContainerStatus, EphemeralContainer, Pod,
 };
 use knoc_proto::pb::{self, PodPhase, container_status::State};
 
-use super::{Input, nanoseconds, seconds, waiting_message};
+use super::{Input, NO_EPHEMERAL, nanoseconds, seconds, waiting_message};
 
 /// The statuses of a pod's containers, in the order of the spec.
 pub(super) struct Statuses {
@@ -26,6 +26,9 @@ const WAITING_REASONS: &[&str] = &[
 
 /// Exit code of a container whose end nobody saw.
 const UNKNOWN_EXIT_CODE: i32 = 137;
+
+/// Exit code of a container that was never started, as container runtimes have it.
+const NEVER_STARTED_EXIT_CODE: i32 = 128;
 
 pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     let spec = input.pod.spec.as_ref();
@@ -70,6 +73,28 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
             .is_some_and(|state| state.running.is_some());
     }
     statuses
+}
+
+/// Ephemeral containers never start. Each is said to have ended, with the reason: whoever waits for it (kubectl debug)
+/// stops waiting and hears it.
+pub(super) fn ephemeral(pod: &Pod) -> Option<Vec<ContainerStatus>> {
+    let containers = pod.spec.as_ref()?.ephemeral_containers.as_deref()?;
+    let refused = |container: &EphemeralContainer| ContainerStatus {
+        name: container.name.clone(),
+        image: container.image.clone().unwrap_or_default(),
+        started: Some(false),
+        state: Some(ContainerState {
+            terminated: Some(ContainerStateTerminated {
+                exit_code: NEVER_STARTED_EXIT_CODE,
+                reason: Some("ContainerCannotRun".to_owned()),
+                message: Some(NO_EPHEMERAL.to_owned()),
+                ..ContainerStateTerminated::default()
+            }),
+            ..ContainerState::default()
+        }),
+        ..ContainerStatus::default()
+    };
+    Some(containers.iter().map(refused).collect::<Vec<_>>()).filter(|list| !list.is_empty())
 }
 
 fn ended_well(status: &ContainerStatus) -> bool {

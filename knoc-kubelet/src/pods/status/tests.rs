@@ -380,3 +380,30 @@ fn restart_counts_never_fall() {
     let status = compute(&pod("Always", false, &before), Some(&observed));
     assert_eq!(status.container_statuses.unwrap()[0].restart_count, 3);
 }
+
+#[test]
+fn ephemeral_containers_are_said_to_have_ended_and_why() {
+    let mut pod = pod("Always", false, &json!({"phase": "Running"}));
+    let said = |pod: &Pod| {
+        let input = Input {
+            pod,
+            observed: None,
+            hold: None,
+            rejection: None,
+            unreachable: false,
+            now: at(100),
+        };
+        status(&input).unwrap().ephemeral_container_statuses
+    };
+    assert_eq!(said(&pod), None);
+    let spec = pod.spec.as_mut().unwrap();
+    spec.ephemeral_containers =
+        serde_json::from_value(json!([{"name": "debugger", "image": "busybox"}])).unwrap();
+    let statuses = said(&pod).unwrap();
+    let [debugger] = &statuses[..] else {
+        panic!("one status");
+    };
+    let ended = debugger.state.as_ref().unwrap().terminated.as_ref();
+    assert_eq!(debugger.name, "debugger");
+    assert_eq!(ended.unwrap().message.as_deref(), Some(NO_EPHEMERAL));
+}

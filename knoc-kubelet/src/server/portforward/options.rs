@@ -7,11 +7,11 @@ use super::super::query::Query;
 /// What a real kubelet reads, and what the API server's own clients write.
 const NAMES: [&str; 2] = ["port", "ports"];
 /// The most ports of one connection: two channels each, whose numbers are one character in the base64 form.
-pub(super) const MAX_PORTS: usize = 32;
+pub(in crate::server) const MAX_PORTS: usize = 32;
 
 /// Why a query is refused; the texts are upstream's, save that of the bound.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub(super) enum BadPorts {
+pub(in crate::server) enum BadPorts {
     #[error("query parameter \"port\" is required")]
     Missing,
     #[error("query parameter \"port\" cannot be empty")]
@@ -31,7 +31,7 @@ pub(super) enum BadPorts {
 }
 
 /// The ports, in order: the parameter repeated, or a list with commas.
-pub(super) fn ports(query: &Query) -> Result<Vec<u16>, BadPorts> {
+pub(in crate::server) fn ports(query: &Query) -> Result<Vec<u16>, BadPorts> {
     let mut ports = Vec::new();
     for text in NAMES.into_iter().flat_map(|name| query.all(name)) {
         if text.is_empty() {

@@ -7,7 +7,7 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use thiserror::Error;
 
 /// The longest control frame that is taken: a compressed header block of Kubernetes has some hundred bytes.
-pub(super) const MAX_CONTROL: usize = 64 << 10;
+pub(in crate::server) const MAX_CONTROL: usize = 64 << 10;
 /// The longest data frame that is written; the peer must hold a frame whole.
 pub(super) const MAX_DATA: usize = 64 << 10;
 
@@ -72,7 +72,7 @@ pub(in crate::server) enum Frame {
 
 /// Cuts frames.
 #[derive(Debug, Default)]
-pub(super) struct Decoder {
+pub(in crate::server) struct Decoder {
     data: Option<OpenData>,
 }
 
@@ -86,7 +86,10 @@ struct OpenData {
 
 impl Decoder {
     /// Takes the next frame or piece off the front of `buffer`; `None` where more bytes are needed.
-    pub(super) fn decode(&mut self, buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
+    pub(in crate::server) fn decode(
+        &mut self,
+        buffer: &mut BytesMut,
+    ) -> Result<Option<Frame>, FrameError> {
         if let Some(open) = self.data.take() {
             return Ok(self.piece(open, buffer));
         }

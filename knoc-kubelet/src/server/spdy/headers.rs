@@ -11,7 +11,7 @@ use thiserror::Error;
 /// The preset dictionary of SPDY/3.
 const DICTIONARY: &[u8] = include_bytes!("dictionary.bin");
 /// The most bytes of one inflated block.
-const MAX_INFLATED: usize = 1 << 20;
+pub(in crate::server) const MAX_INFLATED: usize = 1 << 20;
 /// The most headers of one block.
 const MAX_HEADERS: usize = 100;
 /// What inflates in one step.
@@ -44,7 +44,7 @@ pub(crate) enum HeaderError {
 
 /// The headers of a stream: lower-case names; several values of one name are several pairs.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(crate) struct Headers(pub(super) Vec<(String, String)>);
+pub(crate) struct Headers(pub(in crate::server) Vec<(String, String)>);
 
 impl Headers {
     /// Of pairs with names in lower case.
@@ -64,15 +64,15 @@ impl Headers {
 
 /// The receiving direction.
 #[derive(Debug)]
-pub(super) struct Inflater(Decompress);
+pub(in crate::server) struct Inflater(Decompress);
 
 impl Inflater {
-    pub(super) fn new() -> Self {
+    pub(in crate::server) fn new() -> Self {
         Self(Decompress::new(true))
     }
 
     /// Reads one block.
-    pub(super) fn headers(&mut self, block: &[u8]) -> Result<Headers, HeaderError> {
+    pub(in crate::server) fn headers(&mut self, block: &[u8]) -> Result<Headers, HeaderError> {
         parse(&self.inflate(block)?)
     }
 

@@ -8,7 +8,7 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use thiserror::Error;
 
 /// The longest payload of a control frame, by the protocol.
-pub(super) const MAX_CONTROL: usize = 125;
+pub(in crate::server) const MAX_CONTROL: usize = 125;
 /// The longest payload of a message that is written: a peer must hold it whole.
 pub(super) const MAX_MESSAGE: usize = 64 << 10;
 

@@ -1,0 +1,33 @@
+//! The pure modules of the decoders, from their own files, and the harnesses on them.
+
+#![allow(
+    dead_code,
+    unused_imports,
+    missing_docs,
+    reason = "parts of larger crates"
+)]
+
+#[path = "../../src/server"]
+pub mod server {
+    pub mod spdy {
+        pub mod frame;
+        pub mod headers;
+    }
+    pub mod websocket {
+        pub mod channel;
+        pub mod frame;
+    }
+    pub mod portforward {
+        pub mod options;
+    }
+    pub mod fuzzed;
+    pub mod query;
+}
+
+#[cfg(feature = "logs")]
+#[path = "../../../knoc-agent/src/logs"]
+pub mod logs {
+    pub mod cri;
+    pub mod filter;
+    pub mod fuzzed;
+}
