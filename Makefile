@@ -11,7 +11,8 @@ export CC_x86_64_unknown_linux_musl := musl-gcc
 .PHONY: help
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  STACK=full|slurm|local forces a stack for demo, test, up; HPC_SUITE=trixie|sid|bookworm chooses Slurm 24.11, 26.05, 22.05"
+	@echo "  STACK=full|slurm|local forces a stack for demo, test, up; HPC_SUITE=trixie|sid|bookworm chooses Slurm 24.11, 26.05, 22.05;"
+	@echo "  KUBE_VERSION=1.36|1.34 chooses Kubernetes (1.34 is built beside it: 7 minutes, once)"
 
 .PHONY: tools
 tools:
@@ -49,6 +50,11 @@ demo: build ## brings the fullest stack up and runs a pod on it
 .PHONY: demo-transcript
 demo-transcript: build ## the same, written to docs/demo-transcript.md
 	@tests/demo.sh --transcript docs/demo-transcript.md
+
+.PHONY: interop
+interop: build up ## every client against the kubelet's API, written to docs/interop.md
+	@$(TESTBED)/interop.sh
+	@eval "$$($(TESTBED)/env.sh)"; KNOC_INTEROP_PAGE=$(CURDIR)/docs/interop.md cargo test -p knoc-tests --test l3_interop -- --test-threads=4
 
 .PHONY: up
 up: build ## the stack, brought up and left running; again: starts what does not run

@@ -51,6 +51,9 @@ if [ "$STACK" != full ]; then
 elif ! "$testbed/up.sh"; then
     skip L3 "the stack did not come up, see above" -p knoc-tests $others $faults
     [ "$given_stack" != full ] || total_failed=1
+elif ! "$testbed/interop.sh"; then
+    skip L3 "the clients of the interop suite could not be installed, see above" -p knoc-tests $others $faults
+    [ "$given_stack" != full ] || total_failed=1
 else
     eval "$("$testbed/env.sh")"
     kubectl delete namespaces -l knoc-test --wait=false >/dev/null

@@ -1,6 +1,7 @@
 // The JavaScript client library on the command line; README.md has the contract.
 import { createRequire } from 'node:module';
 import path from 'node:path';
+import { PassThrough } from 'node:stream';
 import { pathToFileURL } from 'node:url';
 
 // The library lies where interop.sh installed it, not beside this file.
@@ -42,7 +43,9 @@ async function attach() {
 
 async function forward() {
     const forwarder = new k8s.PortForward(kc);
-    await closed(await forwarder.portForward(namespace, pod, [Number(what)], process.stdout, process.stderr, process.stdin));
+    // The end of its input would be the end of all: the protocol has no half-close, and the library closes the connection.
+    const input = process.stdin.pipe(new PassThrough(), { end: false });
+    await closed(await forwarder.portForward(namespace, pod, [Number(what)], process.stdout, process.stderr, input));
 }
 
 async function logs() {

@@ -232,8 +232,13 @@ impl Resizes {
     }
 }
 
+/// Names in any case, as upstream's reader has it: the JavaScript client writes them small.
 fn size(value: &serde_json::Value) -> Option<pb::TerminalSize> {
-    let field = |name: &str| u32::from(u16::try_from(value.get(name)?.as_u64()?).ok()?).into();
+    let field = |name: &str| {
+        let mut fields = value.as_object()?.iter();
+        let (_, value) = fields.find(|(own, _)| own.eq_ignore_ascii_case(name))?;
+        u32::from(u16::try_from(value.as_u64()?).ok()?).into()
+    };
     let (width, height): (Option<u32>, Option<u32>) = (field("Width"), field("Height"));
     Some(pb::TerminalSize {
         width: width?,
@@ -299,8 +304,8 @@ mod tests {
     #[test]
     fn sizes_come_out_whatever_the_borders() {
         let wire = br#"{"Width":80,"Height":24}{"Width":100,"Height":50}
-            {"Width":70000,"Height":1}{"Width":1,"Height":2}"#;
-        let expected = [(80, 24), (100, 50), (1, 2)];
+            {"Width":70000,"Height":1}{"Width":1,"Height":2}{"height":33,"width":101}"#;
+        let expected = [(80, 24), (100, 50), (1, 2), (101, 33)];
         for step in 1..wire.len() {
             let mut resizes = Resizes::default();
             let sizes: Vec<_> = wire

@@ -93,13 +93,15 @@ async fn relay(
     }
 }
 
-/// From the pod to the client. The call's end is the connection's.
+/// From the pod to the client. The call's end is the connection's; so is the end of the pod's bytes where the client cannot
+/// be told of it in any other way, and could not end its own.
 async fn drain(
     backend: &dyn Backend,
     input: mpsc::Receiver<pb::PortForwardInput>,
     data: &mut Option<Outlet>,
 ) -> Result<(), Broken> {
     let failed = |status: tonic::Status| Broken::Pod(status.message().to_owned());
+    let half_closes = matches!(data, Some(Outlet::Spdy(_)));
     let mut output = backend.port_forward(input).await.map_err(failed)?;
     while let Some(next) = output.next().await {
         match next.map_err(failed)?.output {
@@ -108,7 +110,12 @@ async fn drain(
                     data.send(bytes).await.map_err(|_| Broken::Client)?;
                 }
             }
-            Some(Output::Closed(_)) => finish(data).await?,
+            Some(Output::Closed(_)) => {
+                finish(data).await?;
+                if !half_closes {
+                    return Ok(());
+                }
+            }
             Some(Output::Connected(_)) | None => {}
         }
     }

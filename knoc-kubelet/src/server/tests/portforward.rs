@@ -392,6 +392,32 @@ async fn channels_carry_a_connection_for_each_port() {
     );
 }
 
+/// Answers and closes, as a web server does; and waits for the client's end, which never comes.
+fn answers_and_closes(
+    mut input: mpsc::Receiver<pb::PortForwardInput>,
+) -> Result<PortForwardStream, tonic::Status> {
+    let outputs = [Output::Data(Bytes::from("answer")), Output::Closed(true)];
+    let waits = stream::once(async move { while input.recv().await.is_some() {} });
+    let waits = waits.filter_map(async |()| None);
+    Ok(stream::iter(outputs.map(answer)).chain(waits).boxed())
+}
+
+#[tokio::test]
+async fn channels_end_with_the_bytes_of_the_pod() {
+    let fixture = with_ports(Box::new(answers_and_closes)).await;
+    let protocol = "v4.channel.k8s.io";
+    let path = "/portForward/ns/pod?ports=80";
+    let mut socket = websocket::open(&fixture, path, protocol, Some(protocol)).await;
+    let mut heard = Vec::new();
+    while let Some(message) = socket.next().await {
+        if message.is_close() {
+            break;
+        }
+        heard.push(message.into_data());
+    }
+    assert_eq!(heard.last().map(|it| &it[..]), Some(&b"\x00answer"[..]));
+}
+
 #[tokio::test]
 async fn channels_are_carried_as_base64_too() {
     let fixture = with_ports(Box::new(echo)).await;
