@@ -11,8 +11,11 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
+mod attach;
 mod completions;
 pub mod config;
+mod converse;
+mod cp;
 mod delete;
 mod describe;
 mod doctor;
@@ -24,6 +27,7 @@ mod logs;
 pub mod manifest;
 pub mod output;
 mod pods;
+mod port_forward;
 mod run;
 mod script;
 mod session;
@@ -47,7 +51,7 @@ const HELP: &str = "\
 Without a configuration file the agent's own socket is used: $XDG_RUNTIME_DIR/knoc/agent.sock, else \
 /tmp/knoc-<uid>/agent.sock.
 A POD is a name, NAMESPACE/NAME, or a uid.
-Exit codes: 0 done, 1 failed, 2 wrong usage; exec and `run --wait` pass the program's own.";
+Exit codes: 0 done, 1 failed, 2 wrong usage; exec, attach and `run --wait` pass the program's own.";
 
 /// Options of every command.
 #[derive(Debug, Clone, clap::Args)]
@@ -81,6 +85,12 @@ enum Command {
     Logs(logs::Logs),
     /// Runs a command in a container
     Exec(exec::Exec),
+    /// Takes part in a container's own program: its output from now on, its input
+    Attach(attach::Attach),
+    /// Forwards local ports to ports of a pod
+    PortForward(port_forward::PortForward),
+    /// Copies files and folders to and from a container
+    Cp(cp::Cp),
     /// Shows what running pods use of CPU and memory
     Top(top::Top),
     /// Prints the batch script of a pod; submits nothing
@@ -140,6 +150,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CtlError> {
         Command::Run(command) => Box::pin(command.run(global)).await,
         Command::Logs(command) => command.run(global).await,
         Command::Exec(command) => Box::pin(command.run(global)).await,
+        Command::Attach(command) => Box::pin(command.run(global)).await,
+        Command::PortForward(command) => Box::pin(command.run(global)).await,
+        Command::Cp(command) => Box::pin(command.run(global)).await,
         Command::Top(command) => Box::pin(command.run(global)).await,
         Command::Script(command) => command.run(global).await,
         Command::Delete(command) => command.run(global).await,

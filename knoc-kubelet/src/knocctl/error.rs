@@ -1,6 +1,6 @@
 //! Why a command failed, and what to do next. Pure.
 
-use std::{io, path::PathBuf};
+use std::{io, net::SocketAddr, path::PathBuf};
 
 use knoc_proto::{
     link::{CredentialsError, LinkError},
@@ -95,6 +95,67 @@ pub enum CtlError {
         /// The system's words.
         words: String,
     },
+    /// The agent let go of us while the program goes on.
+    #[error("{words}")]
+    Detached {
+        /// Why.
+        words: String,
+    },
+    /// No program is left to talk to.
+    #[error("the pod {pod} has ended")]
+    PodEnded {
+        /// As given.
+        pod: String,
+    },
+    /// A local port cannot be had.
+    #[error("listen on {address}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// The system's words.
+        #[source]
+        source: io::Error,
+    },
+    /// Both sides of a copy here, or both in pods.
+    #[error("one of source and destination must be POD:PATH, the other a local path")]
+    CopySides,
+    /// Nothing that has a name.
+    #[error("{path:?} names no file or folder to copy")]
+    CopyPath {
+        /// As given.
+        path: String,
+    },
+    /// A local file cannot be read or written, or the archive cannot be.
+    #[error("{what}")]
+    Copy {
+        /// What was tried, on which file.
+        what: String,
+        /// The system's words.
+        #[source]
+        source: io::Error,
+    },
+    /// An archive that wants to be written elsewhere.
+    #[error("the archive from the pod names {}, outside of what was asked for", name.display())]
+    Archive {
+        /// The entry.
+        name: PathBuf,
+    },
+    /// `cp` rests on `tar`.
+    #[error("there is no `tar` in the container of {pod}")]
+    NoTar {
+        /// As given.
+        pod: String,
+    },
+    /// `tar` failed in the container.
+    #[error("tar in the container of {pod} ended with code {code}: {words}")]
+    Tar {
+        /// As given.
+        pod: String,
+        /// Its exit code.
+        code: i32,
+        /// What it said.
+        words: String,
+    },
     /// The terminal does not do what it should.
     #[error("{what} of the terminal")]
     Terminal {
@@ -155,8 +216,21 @@ impl CtlError {
                     "`knocctl delete {name}` ends it and lets go of what it left"
                 ));
             }
+            Self::Detached { .. } => "`knocctl logs` has all of it; attach again to go on",
+            Self::PodEnded { .. } => "`knocctl describe POD` shows how it ended",
+            Self::Listen { .. } => "another local port: LOCAL:REMOTE, or :REMOTE for any free one",
+            Self::CopySides => {
+                "`knocctl cp --help` shows the forms; a local path with a colon begins with ./"
+            }
+            Self::CopyPath { .. } => "give the file or folder itself",
+            Self::NoTar { .. } => {
+                "put `tar` in the image, or pass bytes through exec: `knocctl exec -i POD -- sh -c 'cat >FILE' <FILE`"
+            }
+            Self::Tar { .. } => "does the path exist, and may the container's user write there?",
             Self::NotStarted { .. } => "is the command in the image? Try a shell: `-- sh`",
             Self::Read { .. }
+            | Self::Copy { .. }
+            | Self::Archive { .. }
             | Self::Terminal { .. }
             | Self::Signal { .. }
             | Self::Input { .. }
@@ -170,9 +244,14 @@ impl CtlError {
 /// What the agent's refusal asks for.
 fn hint_for(status: &Status) -> Option<String> {
     let Some(reason) = ErrorReason::of(status) else {
-        return (status.code() == Code::Unavailable).then(|| {
-            "is the agent running? `knocctl doctor` looks at every link of the chain".to_owned()
-        });
+        let hint = match status.code() {
+            Code::Unavailable => {
+                "is the agent running? `knocctl doctor` looks at every link of the chain"
+            }
+            Code::Unimplemented => "the agent is older than this: `knocctl info` shows its version",
+            _ => return None,
+        };
+        return Some(hint.to_owned());
     };
     let hint = match reason {
         ErrorReason::NotFound => "`knocctl pods` lists the pods that the agent knows",

@@ -95,6 +95,16 @@ fn answers<T: Send + 'static>(list: Vec<T>) -> Response<Answers<T>> {
     Response::new(Box::pin(futures::stream::iter(list.into_iter().map(Ok))))
 }
 
+/// What `run` says: driven by the answer's own stream, no task of its own.
+fn driven<T: Send + 'static>(
+    receiver: mpsc::Receiver<Result<T, Status>>,
+    run: impl Future<Output = ()> + Send + 'static,
+) -> Response<Answers<T>> {
+    let run = futures::stream::once(run).filter_map(|()| async { None });
+    let both = futures::stream::select(ReceiverStream::new(receiver), run);
+    Response::new(Box::pin(both))
+}
+
 #[tonic::async_trait]
 impl Agent for Fake {
     async fn get_info(
@@ -225,10 +235,7 @@ impl Agent for Fake {
         let (sender, receiver) = mpsc::channel(4);
         let fake = self.clone();
         let run = async move { fake.command(request.into_inner(), sender).await };
-        // Driven by the answer's own stream: no task of its own.
-        let driven = futures::stream::once(run).filter_map(|()| async { None });
-        let both = futures::stream::select(ReceiverStream::new(receiver), driven);
-        Ok(Response::new(Box::pin(both)))
+        Ok(driven(receiver, run))
     }
 
     type GetStatsStream = Answers<pb::PodStats>;
@@ -269,18 +276,86 @@ impl Agent for Fake {
 
     async fn attach(
         &self,
-        _: Request<Streaming<pb::ExecInput>>,
+        request: Request<Streaming<pb::ExecInput>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
-        Err(ErrorReason::Unsupported.status("not asked by knocctl"))
+        let mut input = request.into_inner();
+        let Some(Ok(pb::ExecInput {
+            input: Some(Input::Attach(start)),
+        })) = input.next().await
+        else {
+            return Err(ErrorReason::InvalidRequest.status("the first message is `attach`"));
+        };
+        self.asked.note(format!(
+            "attach {} {} tty={} stdin={}",
+            start.uid, start.container, start.tty, start.stdin
+        ));
+        if start.container == "side" {
+            return Err(ErrorReason::InvalidRequest.status("container side has no terminal"));
+        }
+        let (sender, receiver) = mpsc::channel(4);
+        let fake = self.clone();
+        let run = async move {
+            let say = Say(sender);
+            say.out(Output::Started(true)).await;
+            say.out(Output::Stderr(Bytes::from_static(b"now on\n")))
+                .await;
+            let mut exit = pb::ExecExit {
+                code: 9,
+                ..pb::ExecExit::default()
+            };
+            if start.stdin {
+                fake.echo(&mut input, &say).await;
+            } else {
+                exit.code = 1;
+                exit.error = "detached: too slow".into();
+            }
+            say.out(Output::Exit(exit)).await;
+        };
+        Ok(driven(receiver, run))
     }
 
     type PortForwardStream = Answers<pb::PortForwardOutput>;
 
+    /// Port 80 gives back what it gets, then `-end`; nobody listens on the others.
     async fn port_forward(
         &self,
-        _: Request<Streaming<pb::PortForwardInput>>,
+        request: Request<Streaming<pb::PortForwardInput>>,
     ) -> Result<Response<Self::PortForwardStream>, Status> {
-        Err(ErrorReason::Unsupported.status("not asked by knocctl"))
+        use pb::{port_forward_input::Input as ToPod, port_forward_output::Output as FromPod};
+        let mut input = request.into_inner();
+        let first = input.next().await.unwrap()?.input;
+        let Some(ToPod::Start(start)) = first else {
+            return Err(ErrorReason::InvalidRequest.status("the first message is `start`"));
+        };
+        if start.port != 80 {
+            let words = format!("failed to connect to localhost:{}", start.port);
+            return Err(ErrorReason::NotListening.status(words));
+        }
+        let (sender, receiver) = mpsc::channel(4);
+        let asked = self.asked.clone();
+        let run = async move {
+            let say = async |output| {
+                let message = pb::PortForwardOutput {
+                    output: Some(output),
+                };
+                sender.send(Ok(message)).await.unwrap_or_default();
+            };
+            say(FromPod::Connected(true)).await;
+            while let Some(Ok(message)) = input.next().await {
+                match message.input {
+                    Some(ToPod::Data(data)) => say(FromPod::Data(data)).await,
+                    Some(ToPod::Closed(_)) => {
+                        asked.note("forward closed");
+                        say(FromPod::Data(Bytes::from_static(b"-end"))).await;
+                        say(FromPod::Closed(true)).await;
+                        return;
+                    }
+                    Some(ToPod::Start(_)) | None => {}
+                }
+            }
+            asked.note("forward broken");
+        };
+        Ok(driven(receiver, run))
     }
 
     async fn render_script(
@@ -353,7 +428,9 @@ impl Fake {
                 say.out(Output::Stderr(Bytes::from_static(b"bye\n"))).await;
                 exit.code = start.command[1].parse().unwrap();
             }
-            "nix" => {
+            // No folder, and no `tar`.
+            "test" => exit.code = 1,
+            "nix" | "tar" => {
                 exit = pb::ExecExit {
                     code: 127,
                     error: "no such file".into(),

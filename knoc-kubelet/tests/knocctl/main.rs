@@ -4,6 +4,7 @@
     reason = "a test: clippy exempts only #[test] functions and their modules"
 )]
 mod fake;
+mod streams;
 
 use std::{
     io::{Read as _, Write as _},

@@ -1,0 +1,79 @@
+//! `knocctl attach`: the container's own program, its output from now on and, where it has one, its input.
+
+use std::process::ExitCode;
+
+use knoc_proto::pb::{AttachStart, ExecInput, exec_input::Input};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::{
+    CtlError, Global,
+    converse::{self, Local, QUEUE},
+    find, logs, output,
+    session::{Session, asked},
+    terminal,
+};
+
+/// Arguments of `attach`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = HELP)]
+pub(super) struct Attach {
+    /// Name, NAMESPACE/NAME, or uid
+    pod: String,
+    /// The container, where the pod has several
+    #[arg(short, long)]
+    container: Option<String>,
+    /// Passes standard input on to the program (the container needs `stdin: true`)
+    #[arg(short = 'i', long)]
+    stdin: bool,
+    /// The program has a terminal (the container needs `tty: true`)
+    #[arg(short = 't', long)]
+    tty: bool,
+}
+
+const HELP: &str = "\
+What the program wrote before is in its log: `knocctl logs`. Without -t, ^C detaches and the program goes on; with -t \
+it is a key for the program. When the program ends, its exit code is passed on.";
+
+impl Attach {
+    pub(super) async fn run(self, global: &Global) -> Result<ExitCode, CtlError> {
+        let mut session = Session::open(global)?;
+        let pod = find::one(&mut session, global.namespace.as_deref(), &self.pod).await?;
+        let container = logs::container(&pod, self.container.as_deref());
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let start = self.start(pod.uid, container);
+        let first = ExecInput {
+            input: Some(Input::Attach(start)),
+        };
+        let what = format!("attach to {}", self.pod);
+        if sender.send(first).await.is_err() {
+            return Err(CtlError::CutShort { what });
+        }
+        let call = session.client.attach(ReceiverStream::new(receiver));
+        let stream = asked(&what, call).await?;
+        if self.stdin && terminal::is_one() {
+            output::complain("attached; where no prompt shows, press Enter");
+        }
+        let local = Local {
+            stdin: self.stdin,
+            tty: self.tty,
+        };
+        let exit = converse::run(stream, sender, local, &what).await?;
+        Ok(converse::exit_code(exit, |words| CtlError::Detached {
+            words,
+        }))
+    }
+
+    fn start(&self, uid: String, container: String) -> AttachStart {
+        AttachStart {
+            uid,
+            container,
+            stdin: self.stdin,
+            stdout: true,
+            // A terminal has one stream.
+            stderr: !self.tty,
+            tty: self.tty,
+            size: if self.tty { terminal::size() } else { None },
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! PURE: the two sides of a copy, in kubectl's forms.
+
+use std::{
+    convert::Infallible,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use super::super::CtlError;
+
+/// One side of a copy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Here.
+    Local(PathBuf),
+    /// `POD:PATH`.
+    Remote(Remote),
+}
+
+/// A path in a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Remote {
+    pub(super) pod: String,
+    pub(super) path: String,
+}
+
+impl FromStr for Place {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // `./a:b` and `/a:b` are files; `ns/pod:path` is none.
+        let local = text.starts_with(['.', '/']);
+        Ok(match text.split_once(':') {
+            Some((pod, path)) if !local && !pod.is_empty() => Self::Remote(Remote {
+                pod: pod.to_owned(),
+                path: path.to_owned(),
+            }),
+            _ => Self::Local(text.into()),
+        })
+    }
+}
+
+/// The last name of a path in a pod.
+pub(super) fn base(path: &str) -> Result<String, CtlError> {
+    let name = path.trim_end_matches('/').rsplit('/').next().unwrap_or("");
+    match name {
+        "" | "." | ".." => Err(CtlError::CopyPath {
+            path: path.to_owned(),
+        }),
+        name => Ok(name.to_owned()),
+    }
+}
+
+/// What `tar` packs of `path`, and where.
+pub(super) fn member(path: &str) -> (String, String) {
+    let path = path.trim_end_matches('/');
+    match path.rsplit_once('/') {
+        Some(("", name)) => ("/".to_owned(), name.to_owned()),
+        Some((folder, name)) => (folder.to_owned(), name.to_owned()),
+        None => (".".to_owned(), path.to_owned()),
+    }
+}
+
+/// Where `from` goes in the container: the folder to unpack in, and the name. `into`: `path` is a folder that takes it.
+pub(super) fn destination(
+    path: &str,
+    from: &Path,
+    into: bool,
+) -> Result<(String, PathBuf), CtlError> {
+    if !into {
+        base(path)?;
+        let (folder, name) = member(path);
+        return Ok((folder, name.into()));
+    }
+    // `.` has no name of its own: its contents go into the folder.
+    let name = from.file_name().map_or_else(|| ".".into(), PathBuf::from);
+    let folder = match path.trim_end_matches('/') {
+        "" if path.starts_with('/') => "/",
+        "" => ".",
+        folder => folder,
+    };
+    Ok((folder.to_owned(), name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sides() {
+        let place = |text: &str| text.parse::<Place>().unwrap_or_else(|never| match never {});
+        let remote = |pod: &str, path: &str| {
+            Place::Remote(Remote {
+                pod: pod.into(),
+                path: path.into(),
+            })
+        };
+        assert_eq!(place("web:/tmp/x"), remote("web", "/tmp/x"));
+        assert_eq!(place("ns/web:x:y"), remote("ns/web", "x:y"));
+        for local in ["x", "./a:b", "/a:b", "../a:b", ":x", "."] {
+            assert_eq!(place(local), Place::Local(local.into()));
+        }
+    }
+
+    #[test]
+    fn members_and_names() {
+        let member = |path: &str| super::member(path);
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        assert_eq!(member("/etc/hosts"), pair("/etc", "hosts"));
+        assert_eq!(member("/etc/"), pair("/", "etc"));
+        assert_eq!(member("a/b/"), pair("a", "b"));
+        assert_eq!(member("a"), pair(".", "a"));
+        assert_eq!(base("/a/b/").unwrap(), "b");
+        for path in ["", "/", ".", "a/..", "/."] {
+            base(path).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn destinations() {
+        let to = |path: &str, from: &str, into| {
+            let (folder, name) = destination(path, Path::new(from), into).unwrap();
+            format!("{folder} {}", name.display())
+        };
+        assert_eq!(to("/tmp/new", "a/file", false), "/tmp new");
+        assert_eq!(to("new", "file", false), ". new");
+        assert_eq!(to("/tmp", "a/file", true), "/tmp file");
+        assert_eq!(to("/", "file", true), "/ file");
+        assert_eq!(to("/tmp/", ".", true), "/tmp .");
+        destination("..", Path::new("x"), false).unwrap_err();
+    }
+}

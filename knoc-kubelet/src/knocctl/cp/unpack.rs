@@ -1,0 +1,175 @@
+//! Blocking: unpacks what `tar` at the other end sends, never outside of the destination.
+//!
+//! Links are not made at all, so no entry can lead elsewhere; a name with `..` or a root in it is refused, and so is
+//! one that is not below what was asked for: the image's `tar` is not trusted.
+
+use std::{
+    fs,
+    io::{self, Read},
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::{Component, Path, PathBuf},
+};
+
+use bytes::{Buf as _, Bytes};
+use tokio::sync::mpsc;
+
+use super::super::CtlError;
+
+/// Unpacks `member` of the archive as `to`. Answers what was left out (links, devices).
+pub(super) fn receive(
+    receiver: mpsc::Receiver<Bytes>,
+    member: &str,
+    to: &Path,
+) -> Result<Vec<PathBuf>, CtlError> {
+    let mut archive = tar::Archive::new(Pipe {
+        receiver,
+        left: Bytes::new(),
+    });
+    let broken = |source| CtlError::Copy {
+        what: "read the archive".to_owned(),
+        source,
+    };
+    let mut skipped = Vec::new();
+    for entry in archive.entries().map_err(broken)? {
+        let mut entry = entry.map_err(broken)?;
+        let name = entry.path().map_err(broken)?.into_owned();
+        let place = place(&name, member, to)?;
+        let mode = entry.header().mode().unwrap_or(0o644) & 0o777;
+        let failed = |source| CtlError::Copy {
+            what: format!("write {}", place.display()),
+            source,
+        };
+        let kind = entry.header().entry_type();
+        if kind.is_dir() {
+            fs::create_dir_all(&place).map_err(failed)?;
+            // What is inside comes after it, so we must be able to write.
+            let rights = fs::Permissions::from_mode(mode | 0o700);
+            fs::set_permissions(&place, rights).map_err(failed)?;
+        } else if kind.is_file() {
+            write(&place, mode, &mut entry).map_err(failed)?;
+        } else {
+            skipped.push(place);
+        }
+    }
+    Ok(skipped)
+}
+
+/// PURE: where an entry goes.
+fn place(name: &Path, member: &str, to: &Path) -> Result<PathBuf, CtlError> {
+    let refused = || CtlError::Archive {
+        name: name.to_owned(),
+    };
+    let inside = name.strip_prefix("./").unwrap_or(name);
+    let inside = inside.strip_prefix(member).map_err(|_| refused())?;
+    let mut place = to.to_owned();
+    for component in inside.components() {
+        match component {
+            Component::Normal(part) => place.push(part),
+            Component::CurDir => {}
+            Component::ParentDir | Component::RootDir | Component::Prefix(_) => {
+                return Err(refused());
+            }
+        }
+    }
+    Ok(place)
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a file for the user, who may look at it while it grows"
+)]
+fn write(place: &Path, mode: u32, data: &mut impl Read) -> io::Result<()> {
+    let mut options = fs::OpenOptions::new();
+    let options = options.write(true).create(true).truncate(true).mode(mode);
+    let mut file = options.open(place)?;
+    io::copy(data, &mut file)?;
+    Ok(())
+}
+
+/// The channel as a file.
+struct Pipe {
+    receiver: mpsc::Receiver<Bytes>,
+    left: Bytes,
+}
+
+impl Read for Pipe {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.left.is_empty() {
+            match self.receiver.blocking_recv() {
+                Some(data) => self.left = data,
+                None => return Ok(0),
+            }
+        }
+        let count = buffer.len().min(self.left.len());
+        self.left
+            .copy_to_slice(buffer.get_mut(..count).unwrap_or_default());
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_written_elsewhere() {
+        let to = Path::new("/home/me/copy");
+        let at = |name: &str| {
+            place(Path::new(name), "data", to).map(|place| place.display().to_string())
+        };
+        assert_eq!(at("data").unwrap(), "/home/me/copy");
+        assert_eq!(at("data/a/./b").unwrap(), "/home/me/copy/a/b");
+        assert_eq!(at("./data/a").unwrap(), "/home/me/copy/a");
+        for evil in [
+            "../x",
+            "data/../../x",
+            "/etc/passwd",
+            "other",
+            "data/../data/x",
+            "database",
+        ] {
+            let error = at(evil).unwrap_err().to_string();
+            assert!(error.contains("outside"), "{evil}: {error}");
+        }
+    }
+
+    fn unpack(archive: Vec<u8>, to: &Path) -> Result<Vec<PathBuf>, CtlError> {
+        let (sender, receiver) = mpsc::channel(1 << 10);
+        for piece in archive.chunks(700) {
+            sender.try_send(Bytes::copy_from_slice(piece)).unwrap();
+        }
+        drop(sender);
+        receive(receiver, "d", to)
+    }
+
+    #[test]
+    fn an_archive_arrives_and_its_links_do_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut archive = tar::Builder::new(Vec::new());
+        let mut entry = |name: &str, kind, data: &[u8]| {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_mode(0o4755);
+            header.set_size(data.len().try_into().unwrap());
+            if kind == tar::EntryType::Symlink {
+                header.set_link_name("/etc").unwrap();
+            }
+            archive.append_data(&mut header, name, data).unwrap();
+        };
+        entry("d", tar::EntryType::Directory, b"");
+        entry("d/run", tar::EntryType::Regular, b"#!/bin/sh\n");
+        entry("d/evil", tar::EntryType::Symlink, b"");
+        let bytes = archive.into_inner().unwrap();
+        let to = folder.path().join("copy");
+        let skipped = unpack(bytes.clone(), &to).unwrap();
+        assert_eq!(skipped, [to.join("evil")]);
+        assert_eq!(fs::read(to.join("run")).unwrap(), b"#!/bin/sh\n");
+        let mode = fs::metadata(to.join("run")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7700, 0o700);
+        let cut = unpack(
+            bytes[..bytes.len() / 2 + 100].to_vec(),
+            &folder.path().join("cut"),
+        );
+        assert!(cut.is_err(), "a cut archive is whole");
+    }
+}
