@@ -383,7 +383,8 @@ impl Default for Backoff {
 pub struct Values {
     /// Where they wait for the job.
     pub at_rest: AtRest,
-    /// How long a job that could start waits for values that are not there, or have expired, before its pod fails.
+    /// How long a job whose pod was never started waits for values that are not there, or have expired, before the pod
+    /// fails (`ValuesMissing`, `ValuesExpired`).
     #[serde(deserialize_with = "text::duration")]
     pub wait: Duration,
 }
@@ -392,7 +393,7 @@ impl Default for Values {
     fn default() -> Self {
         Self {
             at_rest: AtRest::default(),
-            wait: Duration::from_mins(30),
+            wait: Duration::from_mins(10),
         }
     }
 }

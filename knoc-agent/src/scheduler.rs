@@ -107,7 +107,9 @@ impl Refusal {
 pub enum Cancel {
     /// A queued job leaves the queue; a job that has started meanwhile is left alone.
     Queued,
-    /// TERM to the shim, which stops the containers with their grace.
+    /// USR1 to the shim, which stops the containers with their grace. Only to one that says `stop-signal`: it ends others.
+    Stop,
+    /// TERM to the shim, which takes it for Slurm's own: it stops the containers before Slurm would kill it.
     Terminate,
     /// The job ends: TERM to all of it, KILL soon after.
     Kill,

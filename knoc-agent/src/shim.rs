@@ -1,6 +1,6 @@
 //! The shim inside a job: claims the job directory, runs the containers of one pod, reports how they ended.
 //!
-//! One process, one thread (and two for file work). Its tasks, all owned by [`run`]:
+//! One process, one thread (and a few for file work). Its tasks, all owned by [`run`]:
 //!
 //! - [`supervisor`]: owns the containers' states; one [`container`] task per attempt. Takes commands over a bounded
 //!   channel, publishes the report and the [`directory`] over watch channels.
@@ -11,6 +11,7 @@
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
 mod attach;
+mod beneath;
 mod cgroup;
 mod children;
 mod container;
@@ -45,10 +46,9 @@ use jiff::Timestamp;
 use knoc_proto::{
     crash,
     error::chain,
-    pb::{self, EndedBy, OutcomeKind},
+    pb::{self, OutcomeKind},
 };
 use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
     task::JoinSet,
 };
@@ -58,6 +58,7 @@ use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
 
+pub(crate) use self::report::STOP_SIGNAL;
 use self::{
     children::Children,
     directory::Directory,
@@ -65,7 +66,7 @@ use self::{
     pod::Pod,
     report::Publisher,
     serve::{Service, Slots},
-    supervisor::{Command, Supervisor},
+    supervisor::Supervisor,
 };
 use crate::jobdir::{
     self, JobDir,
@@ -80,8 +81,9 @@ const CANNOT_START: u8 = 67;
 
 const COMMANDS: usize = 16;
 
-/// One for logs and reports, one for what may take long: removing what a container wrote.
-const BLOCKING_THREADS: usize = 2;
+/// Two for logs and reports, two for what may take long or hang: removing what a container wrote, looking into the
+/// volumes that it mounts.
+const BLOCKING_THREADS: usize = 4;
 
 /// How long an agent that is there may take to read the final report.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -200,11 +202,8 @@ async fn run(
     let mut background = JoinSet::new();
     background.spawn(pod.children.clone().reap(Children::signal()?));
     let (commands, orders) = mpsc::channel(COMMANDS);
-    let outside = [
-        signal(SignalKind::terminate())?,
-        signal(SignalKind::interrupt())?,
-    ];
-    background.spawn(obey_signals(outside, own_grace(&pod), commands.clone()));
+    let signals = outside::Signals::listen()?;
+    background.spawn(signals.obey(own_grace(&pod), commands.clone()));
     let publisher = Publisher::new(first_report(&pod, previous.as_ref()));
     let mut reports = publisher.subscribe();
     background.spawn(resident::keep_small(publisher.subscribe()));
@@ -284,30 +283,6 @@ fn first_report(pod: &Pod, previous: Option<&pb::Report>) -> pb::Report {
             .unwrap_or_default(),
         pid_isolation: pod.runtime.isolates(),
         ..Default::default()
-    }
-}
-
-/// Task: signals from outside (scancel, a time limit, preemption) begin the stop.
-async fn obey_signals(
-    [mut term, mut interrupt]: [Signal; 2],
-    own_grace: Duration,
-    commands: mpsc::Sender<Command>,
-) {
-    loop {
-        let name = tokio::select! {
-            biased;
-            Some(()) = term.recv() => "SIGTERM",
-            Some(()) = interrupt.recv() => "SIGINT",
-            else => return,
-        };
-        let stop = Command::Stop {
-            grace: outside::longest_grace().map_or(own_grace, |longest| own_grace.min(longest)),
-            by: EndedBy::Signal,
-            reason: format!("the job was sent {name}"),
-        };
-        if commands.send(stop).await.is_err() {
-            return;
-        }
     }
 }
 

@@ -181,6 +181,68 @@ async fn a_signal_from_outside_ends_the_containers_gracefully() {
     assert_eq!(job.log("a", 0), "up\nterm\n");
 }
 
+/// Slurm kills a job soon after TERM; its warning ahead of the time limit and the agent's own signal leave all of it.
+#[tokio::test]
+async fn only_a_signal_from_outside_cuts_the_grace() {
+    let script = "trap 'sleep 3; echo term; exit 42' TERM; echo up; while :; do sleep 0.05; done";
+    for (signal, by, reason, code) in [
+        (Signal::SIGUSR2, EndedBy::TimeLimit, "SlurmTimeLimit", 42),
+        (Signal::SIGUSR1, EndedBy::Stop, "", 42),
+        (Signal::SIGTERM, EndedBy::Signal, "", 137),
+    ] {
+        let mut job = Job::new(vec![sh("a", script)]);
+        let conf = job.dir.path().join("slurm.conf");
+        std::fs::write(&conf, "KillWait=2\n").unwrap();
+        let conf = conf.to_str().unwrap().to_owned();
+        job.env = vec![
+            ("SLURM_JOB_ID".to_owned(), "4711".to_owned()),
+            ("SLURM_CONF".to_owned(), conf),
+        ];
+        job.start();
+        wait_for_log(&job, "a", "up\n").await;
+        job.signal(signal);
+        assert_eq!(job.code().await, 64, "{signal}");
+        let report = job.report();
+        assert_eq!(report.ended_by(), by);
+        assert_eq!(report.reason, reason);
+        assert_eq!(
+            terminated(&report.containers[0]).exit_code,
+            code,
+            "{signal}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn values_that_expire_while_a_pod_runs_do_not_keep_it_from_restarting() {
+    let mut job = Job::new(vec![sh("a", "sleep 3; exit 1")]);
+    job.spec().restart_policy = pb::RestartPolicy::OnFailure.into();
+    job.values.not_after = jiff::Timestamp::now().as_second() + 3;
+    job.start();
+    job.until(|report| report.containers.iter().any(|c| c.restart_count > 1))
+        .await;
+    let report = job.report();
+    assert!(!report.waits_for_values, "{report:?}");
+}
+
+#[tokio::test]
+async fn values_that_have_expired_before_the_first_start_are_waited_for_within_bounds() {
+    let mut job = Job::new(vec![sh("a", "true")]);
+    job.values.not_after = 1;
+    if let Some(settings) = &mut job.file.settings {
+        settings.values_wait_ms = 300;
+    }
+    job.start();
+    assert_eq!(job.code().await, 64);
+    let report = job.report();
+    assert_eq!(report.ended_by(), EndedBy::NoValues);
+    assert_eq!(report.reason, "ValuesExpired");
+    assert!(
+        report.message.contains("create the pod again"),
+        "{report:?}"
+    );
+}
+
 #[tokio::test]
 async fn the_deadline_kills_what_ignores_term() {
     let mut job = Job::new(vec![sh("a", "trap '' TERM; while :; do sleep 0.05; done")]);

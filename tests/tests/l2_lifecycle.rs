@@ -124,6 +124,48 @@ async fn a_failed_container_is_restarted_with_back_off_until_it_succeeds() -> an
     Ok(())
 }
 
+/// Compute nodes that cannot reach the agent: the files say how a pod is, a signal ends it with its grace.
+#[tokio::test]
+async fn a_pod_whose_link_never_comes_up_has_a_status_and_logs_and_is_deleted() -> anyhow::Result<()>
+{
+    let site = Site::new(Options {
+        // Nobody listens there.
+        shims_dial: Some(([127, 0, 0, 1], 1).into()),
+        ..Options::default()
+    })?;
+    let _agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    let script = "trap 'sleep 1; exit 3' TERM; echo ready; while :; do sleep 0.05; done";
+    let pod = Pod::new("unlinked", vec![shell("main", script)]);
+    pod.ensure(&client).await?;
+    wait_for("the container runs", 2 * SOON, async || {
+        let seen = pod.observe(&client).await?;
+        match seen.containers.first().and_then(|one| one.state.clone()) {
+            Some(pb::container_status::State::Running(_)) if !seen.shim_connected => Ok(()),
+            _ => Err(brief(&seen)),
+        }
+    })
+    .await
+    .with_context(|| site.log())?;
+    logs_ready(&pod, &client)
+        .await
+        .with_context(|| site.log())?;
+    let request = pb::DeletePodRequest {
+        cluster_id: CLUSTER.into(),
+        uid: "unlinked".into(),
+        grace_seconds: 20,
+        reason: "the test".into(),
+        ..pb::DeletePodRequest::default()
+    };
+    client.clone().delete_pod(request).await?;
+    let outcome = pod.finished(&client, SOON).await?;
+    ensure!(outcome.reason == "Deleted", "{outcome:?}");
+    let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+    let ended = terminated(&seen.containers, "main")?;
+    ensure!(ended.exit_code == 3, "{ended:?}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;

@@ -196,7 +196,7 @@ async fn a_pod_whose_values_never_come_gives_its_nodes_back() -> anyhow::Result<
     site.put("gate", "")?;
     let outcome = pod.finished(&client, SOON).await?;
     ensure!(
-        outcome.kind() == pb::OutcomeKind::Failed && outcome.reason == "CreateContainerConfigError",
+        outcome.kind() == pb::OutcomeKind::Failed && outcome.reason == "ValuesMissing",
         "{outcome:?}"
     );
     Ok(())

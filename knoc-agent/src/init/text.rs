@@ -207,5 +207,5 @@ qos = []
 # Where Secrets and tokens wait for the job: file (0600 in a 0700 folder), or none (in the agent's memory).
 # at_rest = "file"
 # How long a job holds its nodes and waits for values that are not there or have expired, before its pod fails.
-# wait = "30m"
+# wait = "10m"
 "#;

@@ -124,6 +124,8 @@ pub struct Actor {
     values_revision: i64,
     effects: JoinSet<Event>,
     staging: Option<AbortHandle>,
+    /// One reading of the files at a time, however long the file system hangs.
+    reading: Option<AbortHandle>,
     /// The last record that was to be written is on disk.
     saved: bool,
     /// For the poller.
@@ -173,6 +175,7 @@ impl Actor {
             saved: true,
             effects: JoinSet::new(),
             staging: None,
+            reading: None,
         }
     }
 

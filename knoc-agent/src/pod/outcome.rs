@@ -97,6 +97,17 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
             ..own
         },
         pb::EndedBy::Signal => by_signal(evidence, own),
+        pb::EndedBy::TimeLimit => at_time_limit(evidence, own),
+    }
+}
+
+/// The shim ended the containers because the job's time limit was near. The job then ends by itself, before Slurm
+/// could call it a timeout.
+fn at_time_limit(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
+    match evidence.cause {
+        Some(_) if own.succeeded => own,
+        Some(cause) => failed(cause, own.finished_at),
+        None => time_limit(evidence, own.finished_at),
     }
 }
 
@@ -212,21 +223,8 @@ fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
 )]
 fn by_state(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let at = Timestamp::UNIX_EPOCH;
-    let limit = || {
-        view.time_limit_minutes
-            .map_or_else(String::new, |m| format!(" of {m} minutes"))
-    };
     let outcome = match &view.state {
-        JobState::Timeout if deadline_was_the_limit(evidence, view) => plain(
-            "DeadlineExceeded",
-            "the pod's activeDeadlineSeconds are over",
-            at,
-        ),
-        JobState::Timeout => plain(
-            "SlurmTimeLimit",
-            &format!("the job reached its time limit{}", limit()),
-            at,
-        ),
+        JobState::Timeout => time_limit(evidence, at),
         JobState::Deadline => plain("SlurmDeadline", "the job's --deadline passed", at),
         JobState::OutOfMemory => plain(
             "OOMKilled",
@@ -254,15 +252,35 @@ fn by_state(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     Some(outcome)
 }
 
+/// The job reached its time limit: whose?
+fn time_limit(evidence: &Evidence<'_>, at: Timestamp) -> Outcome {
+    let view = evidence.view;
+    if view.is_some_and(|view| deadline_was_the_limit(evidence, view)) {
+        return plain(
+            "DeadlineExceeded",
+            "the pod's activeDeadlineSeconds are over",
+            at,
+        );
+    }
+    let limit = view
+        .and_then(|view| view.time_limit_minutes)
+        .map_or_else(String::new, |m| format!(" of {m} minutes"));
+    plain(
+        "SlurmTimeLimit",
+        &format!("the job reached its time limit{limit}"),
+        at,
+    )
+}
+
 /// Was the job's time limit made of the pod's own deadline (and its grace, rounded up to minutes)?
 fn deadline_was_the_limit(evidence: &Evidence<'_>, view: &JobView) -> bool {
     let (Some(deadline), Some(minutes)) = (evidence.deadline, view.time_limit_minutes) else {
         return false;
     };
     let seconds = u64::try_from(minutes).unwrap_or(0).saturating_mul(60);
-    // An explicit, shorter time limit is Slurm's; a minute of slack for the rounding.
+    // An explicit, shorter time limit is Slurm's; slack for the warning ahead of the limit, and for the rounding.
     deadline.as_secs() <= seconds
-        && seconds <= (deadline + evidence.grace).as_secs().saturating_add(120)
+        && seconds <= (deadline + evidence.grace).as_secs().saturating_add(180)
 }
 
 fn plain(reason: &str, message: &str, finished_at: Timestamp) -> Outcome {

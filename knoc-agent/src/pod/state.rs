@@ -25,6 +25,8 @@ pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(2);
 pub(crate) const LOOKS: u32 = 2;
 /// Between two readings of the files of a job that ended without its report.
 pub(crate) const FILES_AGAIN: Duration = Duration::from_secs(1);
+/// Between two readings of the report of a pod that runs where its shim has no link to us.
+pub(crate) const FILES_UNLINKED: Duration = Duration::from_secs(10);
 /// Between two cancellations of a job that does not go.
 pub(crate) const CANCEL_AGAIN: Duration = Duration::from_secs(10);
 /// How long the report of a job that we ended may take to show: it decides little more than exit codes.
@@ -85,6 +87,8 @@ pub struct Pod {
     pub deletion: Option<Deletion>,
     /// Is the shim's link up?
     pub link: bool,
+    /// When the report was last read for want of a link, or the link or the job came.
+    pub read_at: Timestamp,
     /// The end of `batch.out`, read when the job ended without a report.
     pub batch_tail: String,
     /// What is worth an Event.
@@ -343,6 +347,7 @@ impl Pod {
             report: None,
             deletion: None,
             link: false,
+            read_at: now,
             batch_tail: String::new(),
             notes: Vec::new(),
         }
@@ -404,6 +409,8 @@ impl Pod {
             State::Stopping { deadline, .. } => Some(*deadline),
             State::Lost { look_at, .. } => Some(*look_at),
             State::Settling { until, look_at, .. } => Some((*until).min(*look_at)),
+            // Where compute nodes cannot reach us the report file is all that says how the pod is.
+            State::Running { .. } if !self.link => Some(self.read_at + FILES_UNLINKED),
             State::Accepted | State::Running { .. } | State::Finished { .. } | State::Forgotten => {
                 None
             }
@@ -501,6 +508,7 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
         Event::Files { batch_tail } => job::files(&mut pod, batch_tail, now),
         Event::Link(up) => {
             pod.link = up;
+            pod.read_at = now;
             // A link that breaks may mean that the job has ended.
             if up || pod.job().is_none() {
                 Vec::new()
@@ -538,11 +546,12 @@ fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         State::Staging { .. } | State::Throttled { .. } | State::Submitting { .. } => {
             submit::tick(pod, now)
         }
-        State::Queued { .. } | State::Lost { .. } | State::Settling { .. } => job::tick(pod, now),
+        State::Queued { .. }
+        | State::Running { .. }
+        | State::Lost { .. }
+        | State::Settling { .. } => job::tick(pod, now),
         State::Stopping { .. } => ending::tick(pod, now),
-        State::Accepted | State::Running { .. } | State::Finished { .. } | State::Forgotten => {
-            Vec::new()
-        }
+        State::Accepted | State::Finished { .. } | State::Forgotten => Vec::new(),
     }
 }
 

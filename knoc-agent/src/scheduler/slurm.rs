@@ -195,6 +195,7 @@ impl Slurm {
         let command = self.command(&self.settings.scancel).arg(name);
         let command = match how {
             Cancel::Queued => command.arg("--state=PENDING"),
+            Cancel::Stop => command.args(["--batch", "--signal=USR1"]),
             Cancel::Terminate => command.args(["--batch", "--signal=TERM"]),
             Cancel::Kill => command,
         };

@@ -1,6 +1,6 @@
 //! Task: one attempt of one container, from its folders to its end. The supervisor decides; this performs.
 //!
-//! Sends [`Event::Running`] once the program runs and ends with [`Ended`]. Cancelling `abort` ends the runtime where
+//! Sends [`News::Running`] once the program runs, [`News::Lost`] where its log lines are, and ends with [`Ended`]. Cancelling `abort` ends the runtime where
 //! the program does not run yet, or where the runtime outlives a killed program. Never decides about restarts.
 
 mod folders;
@@ -8,7 +8,7 @@ mod folders;
 use std::{
     io,
     os::fd::OwnedFd,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -30,20 +30,16 @@ use super::{
     children::{Child, Exit},
     environment::{self, TerminationLog},
     fdio::{self, Stream},
-    handshake::{self, HandshakeError},
+    handshake::{self, HandshakeError, Launched},
     measure,
-    output::{self, Source},
+    output::{self, Log, Source},
     pod::Pod,
     signals::{self, Identity},
     usage::{Counters, Used},
 };
 use crate::{
     launch::wire::LaunchSpec,
-    logs::{
-        cri,
-        read::last_text,
-        writer::{Losses, Writer},
-    },
+    logs::{cri, read::last_text, writer::Losses},
     runtime::{Root, Sandbox},
 };
 
@@ -60,6 +56,9 @@ const WORDS_GRACE: Duration = Duration::from_millis(500);
 const MESSAGE_BYTES: usize = 4096;
 const FALLBACK_LINES: u64 = 80;
 const FALLBACK_BYTES: usize = 2048;
+
+/// How long the message of an ended program may take: its file may lie on a file system that hangs.
+const MESSAGE_WAIT: Duration = Duration::from_secs(10);
 
 /// The exit code of a container whose program never ran.
 const NOT_STARTED: i32 = 128;
@@ -89,8 +88,19 @@ pub(crate) struct Ended {
 pub(crate) struct Event {
     /// Index of the container.
     pub(crate) index: usize,
-    pub(crate) program: Arc<Program>,
-    pub(crate) started_at: Timestamp,
+    pub(crate) news: News,
+}
+
+/// See [`Event`].
+#[derive(Debug)]
+pub(crate) enum News {
+    /// Its program runs.
+    Running {
+        program: Arc<Program>,
+        started_at: Timestamp,
+    },
+    /// Log lines were lost; all so far.
+    Lost(Losses),
 }
 
 /// What to run.
@@ -205,18 +215,18 @@ type Done = (Exit, String, Losses, bool, Counters);
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = pod.container(attempt.index);
     let image = pod.image(attempt.index);
-    let folders = Folders::prepare(pod, attempt, container)?;
+    let folders = prepare(pod, attempt).await?;
     let config = image.config.clone().unwrap_or_default();
     let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
     spec.links.extend(termination_link(&folders));
     let kills_before = pod.oom.kills();
     let mut up = bring_up(pod, attempt, &folders, container, Path::new(&image.path)).await?;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
-    let launched = match handshake::launch(up.socket, &spec, stdio.theirs).await {
+    let launched = match launch(up.socket, &spec, stdio.theirs, &attempt.abort).await {
         Ok(launched) => launched,
         Err(error) => {
             up.runtime.end().await;
-            return Err(AttemptError::Start(error));
+            return Err(error);
         }
     };
     let terminal = launched.master.map(Stream::new).transpose();
@@ -232,15 +242,26 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     };
     let event = Event {
         index: attempt.index,
-        program: Arc::new(program),
-        started_at: Timestamp::now(),
+        news: News::Running {
+            program: Arc::new(program),
+            started_at: Timestamp::now(),
+        },
     };
     // The supervisor outlives its attempts.
     attempt.events.send(event).await.ok();
     let live = pod.jobdir.log_path(&container.name, attempt.number);
-    let writer = Writer::open(&live, pod.limits);
+    let log = Log {
+        live: live.clone(),
+        limits: pod.limits,
+        written: attempt.written.clone(),
+        lost: Box::new(|losses| {
+            let (index, news) = (attempt.index, News::Lost(losses.clone()));
+            // Where the supervisor is busy the next telling says it too.
+            attempt.events.try_send(Event { index, news }).is_ok()
+        }),
+    };
     let over = CancellationToken::new();
-    let pump = output::pump(sources, writer, attempt.written.clone(), over.clone(), &hub);
+    let pump = output::pump(sources, log, over.clone(), &hub);
     let ending = async {
         let exit = up.runtime.ended(&attempt.abort, up.identity).await;
         if !pod.runtime.isolates() {
@@ -257,9 +278,8 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let exit = with_signal(exit);
     keeper.end(exit);
     let killed = pod.oom.kills() > kills_before;
-    let message = message(&folders, container, exit, &live);
-    // What the program wrote may be many files; nobody waits for their removal.
-    pod.removals.spawn_blocking(move || drop(folders));
+    let logs = container.termination_message_fallback_to_logs && exit.code != 0;
+    let message = message(pod, folders, logs.then_some(live)).await;
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
     Ok((exit, message, losses, killed, used))
@@ -275,11 +295,51 @@ fn with_signal(exit: Exit) -> Exit {
     Exit { signal, ..exit }
 }
 
-fn message(folders: &Folders, container: &pb::Container, exit: Exit, live: &Path) -> String {
-    let mut text = folders.termination_message(MESSAGE_BYTES);
-    if text.is_empty() && container.termination_message_fallback_to_logs && exit.code != 0 {
-        text = last_text(live, FALLBACK_LINES, FALLBACK_BYTES).unwrap_or_default();
+/// Starts the program; it may lie on a file system that hangs.
+async fn launch(
+    socket: UnixStream,
+    spec: &LaunchSpec,
+    stdio: Vec<OwnedFd>,
+    abort: &CancellationToken,
+) -> Result<Launched, AttemptError> {
+    tokio::select! {
+        biased;
+        launched = handshake::launch(socket, spec, stdio) => launched.map_err(AttemptError::Start),
+        () = abort.cancelled() => Err(AttemptError::Aborted),
     }
+}
+
+/// The folders are made on a blocking thread: what the pod mounts may hang.
+async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptError> {
+    let (shared, index, number) = (Arc::clone(pod), attempt.index, attempt.number);
+    let making = tokio::task::spawn_blocking(move || {
+        Folders::prepare(&shared, index, number, shared.container(index))
+    });
+    tokio::select! {
+        biased;
+        made = making => match made {
+            Ok(made) => Ok(made?),
+            Err(error) => Err(PrepareError::Pipes(io::Error::other(error)).into()),
+        },
+        // What is made nevertheless is removed with the task's answer.
+        () = attempt.abort.cancelled() => Err(AttemptError::Aborted),
+    }
+}
+
+/// What the program left as its message, else the end of its log `fallback`. Then its folders go.
+async fn message(pod: &Pod, folders: Folders, fallback: Option<PathBuf>) -> String {
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut text = folders.termination_message(MESSAGE_BYTES);
+        if let Some(live) = fallback.filter(|_| text.is_empty()) {
+            text = last_text(&live, FALLBACK_LINES, FALLBACK_BYTES).unwrap_or_default();
+        }
+        (text, folders)
+    });
+    let Ok(Ok((text, folders))) = tokio::time::timeout(MESSAGE_WAIT, reading).await else {
+        return String::new();
+    };
+    // What the program wrote may be many files; nobody waits for their removal.
+    pod.removals.spawn_blocking(move || drop(folders));
     String::from_utf8_lossy(&text).into_owned()
 }
 
@@ -518,6 +578,20 @@ mod tests {
         assert_eq!(spent(true, used(10, 100), used(20, 150)), cpu(50));
         assert_eq!(spent(false, used(1, 0), used(20, 150)), cpu(170));
         assert_eq!(spent(true, used(10, 100), used(0, 0)), cpu(0));
+    }
+
+    #[tokio::test]
+    async fn a_launcher_that_never_answers_is_given_up_when_the_pod_is_stopped() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let abort = CancellationToken::new();
+        let spec = LaunchSpec::default();
+        let launching = launch(ours, &spec, Vec::new(), &abort);
+        let stopping = async { abort.cancel() };
+        let both = async { tokio::join!(launching, stopping) };
+        let (launched, ()) = tokio::time::timeout(Duration::from_secs(20), both)
+            .await
+            .expect("it still waits");
+        assert!(matches!(launched, Err(AttemptError::Aborted)));
     }
 
     #[test]

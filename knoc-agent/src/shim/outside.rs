@@ -1,9 +1,20 @@
-//! How long a signal from outside leaves us: Slurm kills a job `KillWait` seconds after it was sent TERM.
+//! Task: signals to the job begin the stop of its containers.
 //!
-//! The value is read from `slurm.conf` on the node: asking the controller would be one request for each of many jobs
-//! that are cancelled together.
+//! - TERM and INT come from outside: `scancel`, preemption, a time limit. Slurm kills the job `KillWait` seconds later,
+//!   so the grace ends before. The value is read from `slurm.conf` on the node: asking the controller would be one
+//!   request for each of many jobs that are cancelled together.
+//! - USR2 is Slurm's warning ahead of the time limit (`--signal` of the batch script), early enough for the whole grace.
+//! - USR1 is the agent's own stop where the link is down (capability `stop-signal`): nobody kills the job meanwhile.
 
-use std::{path::PathBuf, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
+
+use knoc_proto::pb::EndedBy;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+};
+
+use super::supervisor::Command;
 
 /// Slurm's own default.
 const KILL_WAIT: Duration = Duration::from_secs(30);
@@ -14,8 +25,59 @@ const UNKNOWN: Duration = Duration::from_secs(10);
 /// How much of it is kept for killing, and for the final report.
 const MARGIN: Duration = Duration::from_secs(1);
 
+/// The signals that end a pod.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    term: Signal,
+    interrupt: Signal,
+    stop: Signal,
+    limit: Signal,
+}
+
+impl Signals {
+    /// From now on none of them ends the process.
+    pub(crate) fn listen() -> io::Result<Self> {
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            stop: signal(SignalKind::user_defined1())?,
+            limit: signal(SignalKind::user_defined2())?,
+        })
+    }
+
+    /// Task: see the module. Ends with the supervisor.
+    pub(crate) async fn obey(mut self, grace: Duration, commands: mpsc::Sender<Command>) {
+        loop {
+            // In the order of what they say of the reason, should several come at once.
+            let (by, reason) = tokio::select! {
+                biased;
+                Some(()) = self.limit.recv() => {
+                    (EndedBy::TimeLimit, "the job is about to reach its time limit")
+                }
+                Some(()) = self.stop.recv() => (EndedBy::Stop, "the agent ends the pod"),
+                Some(()) = self.term.recv() => (EndedBy::Signal, "the job was sent SIGTERM"),
+                Some(()) = self.interrupt.recv() => (EndedBy::Signal, "the job was sent SIGINT"),
+                else => return,
+            };
+            let longest = if by == EndedBy::Signal {
+                longest_grace()
+            } else {
+                None
+            };
+            let stop = Command::Stop {
+                grace: longest.map_or(grace, |longest| grace.min(longest)),
+                by,
+                reason: reason.to_owned(),
+            };
+            if commands.send(stop).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
 /// The longest grace that ends before Slurm kills us; `None` outside of Slurm.
-pub(crate) fn longest_grace() -> Option<Duration> {
+fn longest_grace() -> Option<Duration> {
     std::env::var_os("SLURM_JOB_ID")?;
     let named = std::env::var_os("SLURM_CONF").map(PathBuf::from);
     let usual = [

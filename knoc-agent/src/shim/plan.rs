@@ -65,7 +65,7 @@ pub(crate) struct View {
     /// How many of them are init containers.
     pub(crate) init: usize,
     pub(crate) policy: RestartPolicy,
-    /// Are there values that have not expired?
+    /// Are there values, and fresh enough for the first start where that is to come?
     pub(crate) values: bool,
     /// When a stop was ordered: the end of its grace period.
     pub(crate) kill_at: Option<Time>,

@@ -20,7 +20,10 @@ use super::{
 use crate::jobdir::JobDir;
 
 /// What a job can do that an older agent cannot expect.
-pub(crate) const CAPABILITIES: [&str; 3] = ["attach", "port-forward", "stats"];
+pub(crate) const CAPABILITIES: [&str; 4] = ["attach", "port-forward", "stats", STOP_SIGNAL];
+
+/// It takes USR1 for the agent's stop.
+pub(crate) const STOP_SIGNAL: &str = "stop-signal";
 
 /// How many notes are kept.
 const NOTES: usize = 32;

@@ -1,7 +1,8 @@
 //! The pod's node-local folders: on disk for sockets, roots and emptyDir, in memory for secrets. Blocking file work.
 //!
-//! Both are 0700, named after this process so that a later shim of the same user can tell a leftover, and removed at
-//! the end, whatever the containers made of their permissions.
+//! Both are 0700, named after this host and process so that a later shim of the same user can tell a leftover, and
+//! removed at the end, whatever the containers made of their permissions. The folder may lie on a file system that
+//! nodes share: whether a process lives is known on its own host only.
 
 use std::{
     fs::{self, DirBuilder},
@@ -10,7 +11,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::proc;
+use sha2::{Digest as _, Sha256};
+
+use super::{pod::node_name, proc};
 use crate::jobdir::atomic::FileError;
 
 const PREFIX: &str = "knoc-shim";
@@ -28,15 +31,18 @@ impl Scratch {
     /// Makes the folders for this process; `base` empty: `/tmp`. Without a writable `/dev/shm` both are on disk.
     pub(crate) fn create(base: &str) -> Result<Self, FileError> {
         let base = Path::new(if base.is_empty() { DEFAULT } else { base });
-        sweep(base);
-        sweep(Path::new(MEMORY));
+        let host = host_tag(&node_name());
+        sweep(base, &host);
+        sweep(Path::new(MEMORY), &host);
         let pid = std::process::id();
         let name = format!(
-            "{PREFIX}-{pid}-{}",
+            "{PREFIX}-{host}-{pid}-{}",
             proc::start_time(pid).unwrap_or_default()
         );
         let disk = base.join(&name);
         make(&disk)?;
+        // Later a link in a path below can only be a container's.
+        let disk = fs::canonicalize(&disk).map_err(FileError::on("resolve", &disk))?;
         let memory = Path::new(MEMORY).join(&name);
         let memory = if make(&memory).is_ok() {
             memory
@@ -102,17 +108,29 @@ fn open_up(folder: &Path) {
     }
 }
 
-/// Removes what killed shims of this user left on this node.
-fn sweep(base: &Path) {
+/// A host's name, short: sockets lie in the folder, and their paths are limited to 107 bytes.
+fn host_tag(name: &str) -> String {
+    let digest = Sha256::digest(name.as_bytes());
+    digest.iter().take(4).fold(String::new(), |mut tag, byte| {
+        tag.push_str(&format!("{byte:02x}"));
+        tag
+    })
+}
+
+/// Removes what killed shims of this user left on this host.
+fn sweep(base: &Path, host: &str) {
     let own = rustix::process::getuid().as_raw();
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(id) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else {
             continue;
         };
-        let mut numbers = id.split('-').skip(1);
-        let pid = numbers.next().and_then(|pid| pid.parse().ok());
-        let start: Option<u64> = numbers.next().and_then(|start| start.parse().ok());
+        let mut parts = id.split('-').skip(1);
+        if parts.next() != Some(host) {
+            continue;
+        }
+        let pid = parts.next().and_then(|pid| pid.parse().ok());
+        let start: Option<u64> = parts.next().and_then(|start| start.parse().ok());
         let (Some(pid), Some(start)) = (pid, start) else {
             continue;
         };
@@ -131,7 +149,14 @@ mod tests {
     #[test]
     fn leftovers_are_swept_and_live_folders_are_not() {
         let base = tempfile::tempdir().unwrap();
-        let dead = base.path().join("knoc-shim-4194305-1");
+        let named = |host: &str| {
+            let tag = host_tag(host);
+            base.path().join(format!("knoc-shim-{tag}-4194305-1"))
+        };
+        let dead = named(&node_name());
+        // There it may live.
+        let elsewhere = named("another-node");
+        fs::create_dir(&elsewhere).unwrap();
         let locked = dead.join("locked");
         fs::create_dir_all(locked.join("inner")).unwrap();
         fs::set_permissions(&locked, fs::Permissions::from_mode(0o0)).unwrap();
@@ -139,10 +164,10 @@ mod tests {
         fs::create_dir(&other).unwrap();
         let scratch = Scratch::create(base.path().to_str().unwrap()).unwrap();
         assert!(!dead.exists());
-        assert!(other.exists());
+        assert!(other.exists() && elsewhere.exists());
         let folder = scratch.disk("a").unwrap();
         assert_eq!(scratch.disk("a").unwrap(), folder);
-        sweep(base.path());
+        sweep(base.path(), &host_tag(&node_name()));
         assert!(folder.is_dir());
         let memory = scratch.memory("m").unwrap();
         drop(scratch);

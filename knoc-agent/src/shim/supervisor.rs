@@ -23,7 +23,7 @@ use tokio::{
 
 use self::{patience::Patience, slot::Slot};
 use super::{
-    container::{self, Attempt, Ended, Event},
+    container::{self, Attempt, Ended, Event, News, Program},
     directory::Directory,
     plan::{self, Action, Backoff, Phase, Plan, Signalled, Time, View},
     pod::Pod,
@@ -31,12 +31,15 @@ use super::{
     signals,
     usage::{Counters, Sample},
 };
+use crate::logs::writer::Losses;
 
 const EVENTS: usize = 64;
 const BACKOFF_INITIAL: Duration = Duration::from_secs(10);
 const BACKOFF_MAX: Duration = Duration::from_mins(5);
 /// Job files of older agents do not say how long to wait for values.
-const VALUES_WAIT: Duration = Duration::from_mins(30);
+const VALUES_WAIT: Duration = Duration::from_mins(10);
+
+const VALUES_EXPIRED: &str = "the values have expired; waits for fresh ones from the agent";
 
 /// Nothing to wake for: far enough that it never comes.
 const NEVER: Duration = Duration::from_hours(24 * 365);
@@ -173,20 +176,31 @@ impl Supervisor {
     /// A pod that never gets its values gives its nodes back.
     fn check_values(&mut self) {
         if self.patience.is_over(&self.view()) {
-            let reason = format!("gave up: {}", self.values_missing);
+            let (missing, waited) = (&self.values_missing, self.patience.limit().as_secs());
+            let reason = format!(
+                "gave up after {waited} s: {missing}; see that kubelet, agent and the link to the job work, then create \
+                 the pod again"
+            );
             self.order_stop(Duration::ZERO, EndedBy::NoValues, reason);
         }
     }
 
-    fn view(&self) -> View {
-        let expired = |values: &Arc<pb::PodValues>| {
+    /// How old values may be matters before the pod's first start only: what runs has them, and starts again with them.
+    fn has_values(&self) -> bool {
+        let expired = |values: &pb::PodValues| {
             values.not_after > 0 && values.not_after <= Timestamp::now().as_second()
         };
+        let started = self.slots.iter().any(|slot| slot.phase != Phase::Idle);
+        let values = self.values.as_ref();
+        values.is_some_and(|values| started || !expired(values))
+    }
+
+    fn view(&self) -> View {
         View {
             containers: self.slots.iter().map(Slot::view).collect(),
             init: self.pod.spec().init_containers.len(),
             policy: self.pod.spec().restart_policy(),
-            values: self.values.as_ref().is_some_and(|values| !expired(values)),
+            values: self.has_values(),
             kill_at: self.stop.as_ref().map(|stop| stop.kill_at),
             now: self.now(),
         }
@@ -200,7 +214,7 @@ impl Supervisor {
             .unwrap_or(NEVER);
         tokio::select! {
             biased;
-            Some(event) = self.events.1.recv() => self.running(event),
+            Some(event) = self.events.1.recv() => self.news(event),
             Some(ended) = self.attempts.join_next() => match ended {
                 Ok((index, ended)) => self.ended(index, &ended),
                 Err(error) => tracing::error!("an attempt's task failed: {error}"),
@@ -250,8 +264,7 @@ impl Supervisor {
             self.values_missing = chain(&error);
             return Err(self.values_missing.clone());
         }
-        "the values have expired; waits for fresh ones from the agent"
-            .clone_into(&mut self.values_missing);
+        VALUES_EXPIRED.clone_into(&mut self.values_missing);
         self.values = Some(Arc::new(values));
         Ok(())
     }
@@ -305,17 +318,42 @@ impl Supervisor {
             .spawn(async move { (index, container::run(pod, attempt).await) });
     }
 
-    fn running(&mut self, event: Event) {
-        let Some(slot) = self.slots.get_mut(event.index) else {
+    fn news(&mut self, event: Event) {
+        match event.news {
+            News::Running {
+                program,
+                started_at,
+            } => self.running(event.index, program, started_at),
+            News::Lost(losses) => self.note_lost_lines(event.index, &losses),
+        }
+    }
+
+    fn running(&mut self, index: usize, program: Arc<Program>, started_at: Timestamp) {
+        let Some(slot) = self.slots.get_mut(index) else {
             return;
         };
         slot.phase = Phase::Running;
-        slot.history.started_at = Some(event.started_at);
+        slot.history.started_at = Some(started_at);
         // A stop may have come in between: its signal is sent again by the next plan.
         if slot.signalled == Signalled::Term {
             slot.signalled = Signalled::Nothing;
         }
-        slot.program = Some(event.program);
+        slot.program = Some(program);
+    }
+
+    /// Says how many lines of this attempt's log were lost so far, where it are more than was said.
+    fn note_lost_lines(&mut self, index: usize, losses: &Losses) {
+        let Some(slot) = self.slots.get_mut(index) else {
+            return;
+        };
+        if losses.lines <= slot.lost_lines {
+            return;
+        }
+        slot.lost_lines = losses.lines;
+        let why = losses.error.as_deref().unwrap_or("the file system hangs");
+        let message = format!("{} log lines could not be written: {why}", losses.lines);
+        let name = self.pod.container(index).name.clone();
+        self.publisher.note("LogLinesLost", message, &name);
     }
 
     fn ended(&mut self, index: usize, ended: &Ended) {
@@ -325,13 +363,9 @@ impl Supervisor {
             return;
         };
         slot.end(ended, id, now);
-        let name = self.pod.container(index).name.clone();
         let losses = &ended.losses;
-        if losses.lines > 0 {
-            let why = losses.error.as_deref().unwrap_or("the file system hangs");
-            let message = format!("{} log lines could not be written: {why}", losses.lines);
-            self.publisher.note("LogLinesLost", message, &name);
-        }
+        self.note_lost_lines(index, losses);
+        let name = self.pod.container(index).name.clone();
         if losses.files > 0 {
             let message = format!("{} rotated log files were dropped", losses.files);
             self.publisher.note("LogFilesDropped", message, &name);
@@ -420,6 +454,11 @@ impl Supervisor {
             .map(|stop| stop.reason.clone())
             .unwrap_or_default();
         let usage = self.usage(&[]);
+        let no_values = if self.values.is_some() {
+            "ValuesExpired"
+        } else {
+            "ValuesMissing"
+        };
         self.publisher.update(|report| {
             report.usage = Some(usage);
             report.init_containers = init;
@@ -430,7 +469,8 @@ impl Supervisor {
             report.outcome = outcome.into();
             match by {
                 EndedBy::Deadline => "DeadlineExceeded".clone_into(&mut report.reason),
-                EndedBy::NoValues => "CreateContainerConfigError".clone_into(&mut report.reason),
+                EndedBy::NoValues => no_values.clone_into(&mut report.reason),
+                EndedBy::TimeLimit => "SlurmTimeLimit".clone_into(&mut report.reason),
                 EndedBy::Unspecified | EndedBy::Themselves | EndedBy::Stop | EndedBy::Signal => {}
             }
             report.message = message;

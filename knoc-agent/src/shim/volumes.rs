@@ -14,7 +14,7 @@ use std::{
 
 use knoc_proto::pb::{self, volume::Source};
 
-use super::scratch::Scratch;
+use super::{beneath, scratch::Scratch};
 use crate::{jobdir::atomic::FileError, runtime::Bind};
 
 /// The link to the folder of the current revision.
@@ -136,31 +136,37 @@ impl Volumes {
         if !is_inside(Path::new(&mount.sub_path)) {
             return Err(leaves());
         }
-        let wanted = root.path.join(&mount.sub_path);
         let failed = |source: FileError| VolumeError::File {
             volume: root.name.clone(),
             source,
         };
-        if !root.files && !root.foreign && !wanted.exists() {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o777)
-                .create(&wanted)
-                .map_err(FileError::on("create", &wanted))
-                .map_err(failed)?;
-        }
-        // A link made by an earlier container must not lead out of the volume.
         let resolve = |path: &Path| {
             fs::canonicalize(path)
                 .map_err(FileError::on("resolve", path))
                 .map_err(failed)
         };
-        let source = resolve(&wanted)?;
-        if source.starts_with(resolve(&root.path)?) {
-            Ok(bind(source))
-        } else {
-            Err(leaves())
+        // Links made by an earlier container must not lead out of the volume: each component is resolved before the
+        // next is looked at, and before anything is made below it.
+        let top = resolve(&root.path)?;
+        let makes = !root.files && !root.foreign;
+        let mut source = top.clone();
+        for component in Path::new(&mount.sub_path).components() {
+            let next = source.join(component);
+            let missing = fs::symlink_metadata(&next)
+                .is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+            if missing && makes {
+                beneath::make_folder(&next)
+                    .map_err(FileError::on("create", &next))
+                    .map_err(failed)?;
+                source = next;
+                continue;
+            }
+            source = resolve(&next)?;
+            if !source.starts_with(&top) {
+                return Err(leaves());
+            }
         }
+        Ok(bind(source))
     }
 }
 
@@ -332,6 +338,35 @@ mod tests {
             left,
             BTreeSet::from(["..2", "..data", "a"].map(str::to_owned))
         );
+    }
+
+    #[test]
+    fn nothing_is_made_outside_of_a_volume() {
+        let (base, _scratch, volumes) = volumes();
+        let home = base.path().join("home");
+        fs::create_dir(&home).unwrap();
+        let root = volumes
+            .binds(&[mount("empty", "")])
+            .unwrap()
+            .remove(0)
+            .source;
+        symlink(&home, root.join("out")).unwrap();
+        symlink(home.join("new"), root.join("dangling")).unwrap();
+        fs::create_dir(root.join("real")).unwrap();
+        symlink("real", root.join("within")).unwrap();
+        for path in [
+            "out",
+            "out/x",
+            "out/x/y",
+            "dangling",
+            "dangling/x",
+            "within/../../x",
+        ] {
+            assert!(volumes.binds(&[mount("empty", path)]).is_err(), "{path}");
+        }
+        assert_eq!(fs::read_dir(&home).unwrap().count(), 0);
+        let bind = volumes.binds(&[mount("empty", "within/x/y")]).unwrap();
+        assert!(bind[0].source.ends_with("real/x/y") && bind[0].source.is_dir());
     }
 
     #[test]

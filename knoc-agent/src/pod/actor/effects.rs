@@ -10,7 +10,7 @@ use knoc_proto::{
     pod::{InvalidPod, PodSpec, PodValues},
     reason::ErrorReason,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::AbortHandle};
 use tonic::Request;
 
 use super::{Actor, Input, Refused, write_record};
@@ -24,6 +24,7 @@ use crate::{
         state::{Effect, Event, Note, Pod, State},
     },
     scheduler::{Cancel, JobRef, RefusalKind, SubmitRequest},
+    shim::STOP_SIGNAL,
     shims::DEADLINE,
     site::Site,
 };
@@ -78,11 +79,14 @@ impl Actor {
                             .as_ref()
                             .map_or_else(String::new, |d| d.reason.clone()),
                     };
+                    let signal = stop_signal(pod.report.as_ref());
                     self.effects
-                        .spawn(stop(Arc::clone(&self.site), job, request));
+                        .spawn(stop(Arc::clone(&self.site), job, request, signal));
                 }
                 Effect::ReadFiles => {
-                    self.effects.spawn(read_files(self.dir.clone()));
+                    if self.reading.as_ref().is_none_or(AbortHandle::is_finished) {
+                        self.reading = Some(self.effects.spawn(read_files(self.dir.clone())));
+                    }
                 }
                 Effect::CleanUp => self.clean_up().await,
                 Effect::Hurry => self.site.hurry.notify_one(),
@@ -316,7 +320,7 @@ async fn cancel(site: Arc<Site>, job: JobRef, how: Cancel) -> Event {
 }
 
 /// Tells the containers by the link; where there is none, by a signal to the batch script.
-async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest) -> Event {
+async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Cancel) -> Event {
     if let Some(mut client) = site.shims.client(&job.uid) {
         let mut request = Request::new(request);
         request.set_timeout(DEADLINE);
@@ -327,7 +331,22 @@ async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest) -> Event {
             }
         }
     }
-    cancel(site, job, Cancel::Terminate).await
+    cancel(site, job, signal).await
+}
+
+/// The signal that tells this shim to stop. USR1 leaves it the whole grace, but would end a shim that does not know it
+/// (or be ignored, see the batch script): one of an older version, or whose word is not known, gets TERM, after which it
+/// takes the shorter grace that Slurm leaves.
+fn stop_signal(report: Option<&pb::Report>) -> Cancel {
+    let knows = report.is_some_and(|report| {
+        let mut all = report.capabilities.iter();
+        all.any(|capability| capability == STOP_SIGNAL)
+    });
+    if knows {
+        Cancel::Stop
+    } else {
+        Cancel::Terminate
+    }
 }
 
 /// The report file, else what the batch script printed.
@@ -361,4 +380,21 @@ fn tail(dir: &JobDir) -> String {
     };
     // No output is as good as none that can be read: it only explains.
     read().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_shim_that_knows_the_stop_signal_gets_it() {
+        let able = |capabilities: &[&str]| pb::Report {
+            capabilities: capabilities.iter().map(ToString::to_string).collect(),
+            ..pb::Report::default()
+        };
+        assert_eq!(stop_signal(None), Cancel::Terminate);
+        assert_eq!(stop_signal(Some(&able(&["stats"]))), Cancel::Terminate);
+        let new = able(&["stats", STOP_SIGNAL]);
+        assert_eq!(stop_signal(Some(&new)), Cancel::Stop);
+    }
 }

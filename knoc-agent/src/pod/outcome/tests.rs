@@ -126,6 +126,28 @@ fn a_time_limit_is_the_pods_deadline_only_where_that_was_the_limit() {
 }
 
 #[test]
+fn the_warning_of_a_time_limit_says_why_whatever_slurm_says_then() {
+    let ended = report(pb::EndedBy::TimeLimit, pb::OutcomeKind::Failed);
+    // The shim's exit code makes the job FAILED.
+    let failed = view(JobState::Failed, Some((64, 0)));
+    for (view, deadline, reason) in [
+        (Some(&failed), None, "SlurmTimeLimit"),
+        (Some(&failed), Some(60), "DeadlineExceeded"),
+        (Some(&failed), Some(7200), "SlurmTimeLimit"),
+        (None, None, "SlurmTimeLimit"),
+    ] {
+        let outcome = judge(view, Some(&ended), None, deadline);
+        assert_eq!(
+            (outcome.succeeded, outcome.reason.as_str()),
+            (false, reason)
+        );
+    }
+    let deleted = Cause::Deleted("by Kubernetes".to_owned());
+    let both = judge(Some(&failed), Some(&ended), Some(&deleted), None);
+    assert_eq!(both.reason, "Deleted");
+}
+
+#[test]
 fn without_a_report_success_is_never_guessed() {
     for (state, exit, reason) in [
         (JobState::Completed, Some((0, 0)), "ContainerStatusUnknown"),

@@ -90,6 +90,7 @@ fn run(pod: &mut Pod, job: JobId, now: Timestamp) -> Vec<Effect> {
     };
     pod.note(false, "SlurmJobStarted", text, now);
     pod.enter(State::Running { job }, now);
+    pod.read_at = now;
     vec![Effect::Persist]
 }
 
@@ -443,6 +444,10 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         }
         State::Settling { look_at, .. } | State::Lost { look_at, .. } if now >= *look_at => {
             *look_at = now + FILES_AGAIN;
+            vec![Effect::ReadFiles]
+        }
+        State::Running { .. } if !link => {
+            pod.read_at = now;
             vec![Effect::ReadFiles]
         }
         State::Settling { .. }

@@ -227,6 +227,35 @@ fn a_broken_link_asks_the_scheduler() {
 }
 
 #[test]
+fn without_a_link_a_running_pods_report_is_read_now_and_then() {
+    let (pod, _) = feed(running());
+    let due = at(3) + FILES_UNLINKED;
+    assert_eq!(pod.wake(), Some(due));
+    let (pod, effects) = step(pod, Event::Tick, due);
+    assert_eq!(effects, [Effect::ReadFiles]);
+    // What was read says how the containers are; then it is read again.
+    let (pod, _) = step(pod, report("1", 1, false), due);
+    assert_eq!(pod.state, State::Running { job: job("1") });
+    assert_eq!(pod.report.as_ref().map(|report| report.sequence), Some(1));
+    assert_eq!(pod.wake(), Some(due + FILES_UNLINKED));
+    let (pod, _) = step(pod, Event::Link(true), due);
+    assert_eq!(pod.wake(), None, "the link says it");
+    let (pod, _) = step(pod, Event::Link(false), at(60));
+    assert_eq!(pod.wake(), Some(at(60) + FILES_UNLINKED));
+}
+
+#[test]
+fn the_warning_of_a_time_limit_waits_for_nothing() {
+    let Event::Report(mut last) = report("1", 5, true) else {
+        panic!()
+    };
+    last.ended_by = pb::EndedBy::TimeLimit.into();
+    last.outcome = pb::OutcomeKind::Failed.into();
+    let (pod, _) = feed(and(running(), [Event::Report(last)]));
+    assert_eq!(outcome(&pod), (false, "SlurmTimeLimit"));
+}
+
+#[test]
 fn refusals_for_good_and_for_now() {
     let refuse = |kind| {
         feed([
@@ -550,6 +579,7 @@ fn a_record_brings_the_pod_back() {
                 *look_at = pod.since;
             }
         }
+        pod.read_at = pod.since;
         if let Some(view) = &mut pod.view {
             view.attempt = 0;
         }

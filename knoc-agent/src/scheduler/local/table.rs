@@ -102,15 +102,19 @@ impl Table {
                 job.end(EndingKind::Cancelled, now)?;
                 job.over(None, "", None, now);
             }
+            (Progress::Running { identity, .. }, Cancel::Stop) => {
+                // A job without a process is about to end.
+                process::signal_batch(identity, Signal::SIGUSR1);
+            }
             (Progress::Running { identity, .. }, Cancel::Terminate) => {
                 job.term_due = !process::signal_batch(identity, Signal::SIGTERM);
             }
-            (Progress::Starting { .. }, Cancel::Terminate) => job.term_due = true,
+            (Progress::Starting { .. }, Cancel::Stop | Cancel::Terminate) => job.term_due = true,
             (Progress::Running { .. } | Progress::Starting { .. }, Cancel::Kill) => {
                 job.end(EndingKind::Cancelled, now)?;
             }
             (Progress::Running { .. } | Progress::Starting { .. }, Cancel::Queued)
-            | (Progress::Queued, Cancel::Terminate)
+            | (Progress::Queued, Cancel::Stop | Cancel::Terminate)
             | (Progress::Ended { .. }, _) => {}
         }
         Ok(())

@@ -208,6 +208,20 @@ async fn cancel_means_what_it_says() {
         read(out)
     );
 
+    // The batch script ignores USR1 until a shim asks for it, and a shell cannot.
+    let told = world
+        .submit(
+            "c",
+            "exec env --default-signal=USR1 /bin/sh -c \
+             'trap \"exit 3\" USR1; trap : TERM; touch set; while :; do sleep 0.01; done'",
+        )
+        .await;
+    let set = world.dir.path().join("pods/c/set");
+    world.wait(&told, |_| set.exists()).await;
+    world.local.cancel(&told, Cancel::Stop).await.unwrap();
+    let view = world.ended(&told).await;
+    assert_eq!(view.exit.map(|exit| exit.code), Some(3), "{view:?}");
+
     let stubborn = world
         .submit(
             "b",

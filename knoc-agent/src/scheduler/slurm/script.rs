@@ -151,7 +151,7 @@ fn resources(shape: &Shape) -> Vec<String> {
     argv.extend(
         shape
             .signal_seconds
-            .map(|seconds| format!("--signal=B:TERM@{seconds}")),
+            .map(|seconds| format!("--signal=B:USR2@{seconds}")),
     );
     if !shape.gres.is_empty() {
         argv.push(format!("--gres={}", shape.gres.join(",")));
@@ -198,6 +198,9 @@ pub(in crate::scheduler) fn script(
         script.push_str(prelude.trim_end());
         script.push('\n');
     }
+    // USR2 warns of the time limit, USR1 is the agent's own stop. Both end a process that does not know them, and the
+    // shim of the job directory may be an older one: what is ignored here stays so until a shim asks for it.
+    script.push_str("trap '' USR1 USR2\n");
     script.push_str("exec ");
     script.push_str(&[&shim, "shim", &jobdir].join(" "));
     script.push('\n');

@@ -9,8 +9,10 @@ use super::Settings;
 use crate::scheduler::Refusal;
 
 const MIB: i64 = 1 << 20;
-/// Below this limit Slurm's own TERM at the end has to do: `--signal` may come a minute too early.
+/// Below this limit Slurm's own TERM at the end has to do: `--signal` may come [`SIGNAL_EARLY_SECONDS`] too early.
 const SIGNAL_FLOOR_SECONDS: i64 = 300;
+/// Slurm looks once a minute whom to warn.
+const SIGNAL_EARLY_SECONDS: i64 = 60;
 /// Beside the pod's grace, for the final report.
 const SIGNAL_SLACK_SECONDS: i64 = 15;
 const REQUEUE: &str = "knoc.io/requeue";
@@ -35,7 +37,7 @@ pub(super) struct Shape {
     pub(super) tmp_mib: Option<i64>,
     /// `None`: unlimited.
     pub(super) time_minutes: Option<i64>,
-    /// How long before the limit the shim gets TERM; `None`: only Slurm's own at the limit.
+    /// How long before the limit the shim gets USR2; `None`: only Slurm's own TERM at the limit.
     pub(super) signal_seconds: Option<i64>,
     pub(super) gres: Vec<String>,
     pub(super) requeue: bool,
@@ -163,7 +165,8 @@ fn gres(
 }
 
 /// min(deadline of the pod + grace, what it asks for), else the site's default, else the
-/// partition's default, else the partition's maximum.
+/// partition's default, else the partition's maximum. A deadline gets as much more as Slurm's warning may come before
+/// it: the pod's own deadline is to come first.
 fn time_limit(
     spec: &pb::PodSpec,
     job: &pb::JobRequest,
@@ -171,8 +174,9 @@ fn time_limit(
     partitions: &[PartitionLimits],
 ) -> Option<i64> {
     let grace = spec.termination_grace_period_seconds.max(0);
+    let warned = SIGNAL_SLACK_SECONDS + SIGNAL_EARLY_SECONDS;
     let deadline = positive(spec.active_deadline_seconds)
-        .map(|seconds| ceil(seconds.saturating_add(grace), 60).max(1));
+        .map(|seconds| ceil(seconds.saturating_add(grace).saturating_add(warned), 60).max(1));
     let asked = positive(job.time_minutes);
     if let Some(minutes) = [deadline, asked].into_iter().flatten().min() {
         return Some(minutes);
@@ -290,9 +294,9 @@ mod tests {
             (0, 0, "nowhere", None, None),
             (0, 0, "", Some(7), Some(7)),
             (0, 90, "", Some(7), Some(90)),
-            (61, 90, "", None, Some(2)),
+            (61, 90, "", None, Some(3)),
             (86400, 90, "", None, Some(90)),
-            (1, 0, "", None, Some(1)),
+            (1, 0, "", None, Some(2)),
         ];
         for (deadline, time, partition, default_time_minutes, expected) in cases {
             let mut spec = pod(vec![], job(time, partition));
@@ -306,6 +310,19 @@ mod tests {
                 shape.time_minutes, expected,
                 "{deadline} {time} {partition}"
             );
+        }
+    }
+
+    #[test]
+    fn a_deadline_comes_before_the_warning_of_the_limit_that_is_made_of_it() {
+        for (deadline, grace) in [(300, 30), (301, 30), (600, 0), (86_400, 300), (1000, 65)] {
+            let mut spec = pod(vec![], pb::JobRequest::default());
+            spec.active_deadline_seconds = deadline;
+            spec.termination_grace_period_seconds = grace;
+            let shape = Shape::of(&spec, &Settings::default(), &partitions()).unwrap();
+            let limit = shape.time_minutes.unwrap() * 60;
+            let warning = limit - shape.signal_seconds.unwrap() - SIGNAL_EARLY_SECONDS;
+            assert!(warning >= deadline, "{deadline} {grace}: {warning}");
         }
     }
 

@@ -1,22 +1,20 @@
-//! The node-local folders and files of one attempt. Blocking, but local and small.
+//! The node-local folders and files of one attempt. Blocking file work, also on what the pod mounts.
 
 use std::{
     fs::{self, File},
-    io::{self, Read as _, Seek as _, SeekFrom},
+    io,
     path::{Path, PathBuf},
 };
 
 use knoc_proto::pb;
 use tokio::net::UnixListener;
 
-use super::{
-    super::{
-        environment::{self, TerminationLog},
-        pod::Pod,
-        scratch::remove_tree,
-        volumes::VolumeError,
-    },
-    Attempt,
+use super::super::{
+    beneath,
+    environment::{self, TerminationLog},
+    pod::Pod,
+    scratch::remove_tree,
+    volumes::VolumeError,
 };
 use crate::{
     jobdir::atomic::FileError,
@@ -54,10 +52,11 @@ pub(super) struct Folders {
 impl Folders {
     pub(super) fn prepare(
         pod: &Pod,
-        attempt: &Attempt,
+        index: usize,
+        number: u32,
         container: &pb::Container,
     ) -> Result<Self, PrepareError> {
-        let id = format!("{}-{}", attempt.index, attempt.number);
+        let id = format!("{index}-{number}");
         let shared = pod.scratch.disk(&format!("c{id}"))?;
         let root = pod.scratch.disk(&format!("r{id}"))?;
         let work = pod.scratch.disk(&format!("w{id}"))?;
@@ -69,7 +68,11 @@ impl Folders {
             read_only: false,
         };
         let mut mounted = vec![temporary("/tmp", "tmp"), temporary("/var/tmp", "var_tmp")];
-        mounted.extend(binds.iter().cloned());
+        // A link that is in a source by now is the pod's own wish; one that comes later is a container's.
+        mounted.extend(binds.iter().map(|bind| Bind {
+            source: fs::canonicalize(&bind.source).unwrap_or_else(|_| bind.source.clone()),
+            ..bind.clone()
+        }));
         let termination = environment::termination_log(container, &mounted);
         let mut folders = Self {
             shared,
@@ -89,11 +92,8 @@ impl Folders {
         let log = self.touch("termination-log")?;
         match &self.termination {
             TerminationLog::Mounted(path) => {
-                if let Some(parent) = path.parent() {
-                    fs::create_dir_all(parent).ok();
-                }
                 // A folder that cannot be written gives no message.
-                File::options().create(true).append(true).open(path).ok();
+                beneath::touch(path).ok();
             }
             TerminationLog::Bind(target) => {
                 let bind = Bind {
@@ -137,7 +137,7 @@ impl Folders {
         Ok(UnixListener::bind(&path).map_err(FileError::on("listen on", &path))?)
     }
 
-    /// The last `limit` bytes of what the program left as its message.
+    /// The last `limit` bytes of what the program left as its message; nothing where it is no regular file.
     pub(super) fn termination_message(&self, limit: usize) -> Vec<u8> {
         let path = match &self.termination {
             TerminationLog::Mounted(path) => path.clone(),
@@ -145,24 +145,63 @@ impl Folders {
                 self.shared.join("termination-log")
             }
         };
-        read_end(&path, limit).unwrap_or_default()
+        beneath::read_end(&path, limit).unwrap_or_default()
     }
-}
-
-fn read_end(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
-    let mut file = File::open(path)?;
-    let limit = u64::try_from(limit).unwrap_or_default();
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(limit)))?;
-    let mut text = Vec::new();
-    file.take(limit).read_to_end(&mut text)?;
-    Ok(text)
 }
 
 impl Drop for Folders {
     fn drop(&mut self) {
         for folder in [&self.shared, &self.root, &self.work] {
             remove_tree(folder);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// `/.knoc` is the container's: what it puts in the place of its message is not read through.
+    #[test]
+    fn a_message_is_a_plain_file_of_the_container() {
+        let home = tempfile::tempdir().unwrap();
+        let secret = home.path().join("key");
+        fs::write(&secret, "secret").unwrap();
+        let base = tempfile::tempdir().unwrap();
+        let base = fs::canonicalize(base.path()).unwrap();
+        let folder = |name: &str| {
+            let path = base.join(name);
+            fs::create_dir_all(&path).unwrap();
+            path
+        };
+        for place in ["own", "volume", "volume/dir"] {
+            let shared = folder("shared");
+            let log = match place {
+                "own" => shared.join("termination-log"),
+                place => folder("v0").join(place).join("log"),
+            };
+            fs::create_dir_all(log.parent().unwrap()).unwrap();
+            let folders = Folders {
+                shared,
+                root: folder("root"),
+                work: folder("work"),
+                binds: Vec::new(),
+                termination: if place == "own" {
+                    TerminationLog::Bind("/srv/x".into())
+                } else {
+                    TerminationLog::Mounted(log.clone())
+                },
+            };
+            fs::write(&log, "hello").unwrap();
+            assert_eq!(folders.termination_message(4096), b"hello");
+            fs::remove_file(&log).unwrap();
+            symlink(&secret, &log).unwrap();
+            assert_eq!(folders.termination_message(4096), b"");
+            fs::remove_file(&log).unwrap();
+            nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            assert_eq!(folders.termination_message(4096), b"");
         }
     }
 }

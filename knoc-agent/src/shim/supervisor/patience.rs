@@ -16,6 +16,10 @@ impl Patience {
         Self { limit, since: None }
     }
 
+    pub(super) fn limit(&self) -> Duration {
+        self.limit
+    }
+
     /// Looks at the pod as it is now; true where it has waited for too long.
     pub(super) fn is_over(&mut self, view: &View) -> bool {
         self.since = starved(view).then(|| self.since.unwrap_or(view.now));

@@ -27,6 +27,8 @@ pub(super) struct Slot {
     pub(super) account: Account,
     /// What the attempts before it used.
     pub(super) used_before: Counters,
+    /// How many lost lines of the running attempt's log were told.
+    pub(super) lost_lines: u64,
     backoff: Backoff,
     /// Has any attempt begun, in this job or before?
     tried: bool,
@@ -60,6 +62,7 @@ impl Slot {
             abort: CancellationToken::new(),
             account: Account::default(),
             used_before: Counters::default(),
+            lost_lines: 0,
             backoff,
             tried,
             ending: None,
@@ -89,6 +92,7 @@ impl Slot {
         self.signalled = Signalled::Nothing;
         self.abort = CancellationToken::new();
         self.history.started_at = None;
+        self.lost_lines = 0;
         let (written, news) = watch::channel(0);
         let (ending, ended) = watch::channel(false);
         self.ending = Some(ending);

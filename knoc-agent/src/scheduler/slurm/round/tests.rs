@@ -195,7 +195,7 @@ async fn submit_hands_the_script_over_and_reads_the_id() {
     assert!(submitted.ended >= submitted.began);
     let script = std::fs::read_to_string(out).unwrap();
     assert!(
-        script.starts_with("#!/bin/sh\nexec '/opt/knoc-agent' shim '"),
+        script.starts_with("#!/bin/sh\ntrap '' USR1 USR2\nexec '/opt/knoc-agent' shim '"),
         "{script}"
     );
 }
@@ -222,10 +222,15 @@ async fn cancel_names_the_job_too_and_forgives_what_is_gone() {
         "echo 'scancel: error: Kill job error on job id 4: Invalid job id specified' >&2; exit 1",
     );
     let slurm = fake.slurm();
-    for how in [Cancel::Queued, Cancel::Terminate, Cancel::Kill] {
+    for how in [
+        Cancel::Queued,
+        Cancel::Stop,
+        Cancel::Terminate,
+        Cancel::Kill,
+    ] {
         slurm.cancel(&job("4", "x"), how).await.unwrap();
     }
-    let expected = "--name=knoc-rec-x --state=PENDING 4\n--name=knoc-rec-x --batch --signal=TERM 4\n--name=knoc-rec-x 4\n";
+    let expected = "--name=knoc-rec-x --state=PENDING 4\n--name=knoc-rec-x --batch --signal=USR1 4\n--name=knoc-rec-x --batch --signal=TERM 4\n--name=knoc-rec-x 4\n";
     assert_eq!(fake.calls(), expected);
     fake.program(
         "scancel",
