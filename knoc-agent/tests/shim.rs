@@ -181,6 +181,7 @@ async fn a_signal_from_outside_ends_the_containers_gracefully() {
     assert_eq!(job.log("a", 0), "up\nterm\n");
 }
 
+#[expect(clippy::disallowed_methods, reason = "a file of the test's own")]
 /// Slurm kills a job soon after TERM; its warning ahead of the time limit and the agent's own signal leave all of it.
 #[tokio::test]
 async fn only_a_signal_from_outside_cuts_the_grace() {

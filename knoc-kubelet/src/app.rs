@@ -174,10 +174,7 @@ impl App {
         let context = Arc::new(Context {
             client: client.clone(),
             node: self.config.node.name.clone(),
-            ask: match self.config.identity {
-                IdentityConfig::ServiceAccount => Ask::Get,
-                IdentityConfig::Node { .. } => Ask::OwnNode,
-            },
+            ask: self.ask(),
             agent: self.agent.clone(),
             store: self.store.clone(),
             queue: queue.clone(),
@@ -204,13 +201,8 @@ impl App {
             orphans,
         );
         node.register().await?;
-        let agent_watch = AgentWatch::new(
-            self.agent.clone(),
-            self.store.clone(),
-            queue.clone(),
-            link_to,
-            capacity_to,
-        );
+        let (agent, store) = (self.agent.clone(), self.store.clone());
+        let agent_watch = AgentWatch::new(agent, store, queue.clone(), link_to, capacity_to);
         let (missing_to, missing) = watch::channel(0);
         let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
         let token = || shutdown.clone();
@@ -226,6 +218,14 @@ impl App {
         tasks.spawn(Controller::new(context).run(token()));
         tasks.spawn(pod_watch.run(token()));
         Ok(())
+    }
+
+    /// How the API server may be asked about one pod: as what we are.
+    fn ask(&self) -> Ask {
+        match self.config.identity {
+            IdentityConfig::ServiceAccount => Ask::Get,
+            IdentityConfig::Node { .. } => Ask::OwnNode,
+        }
     }
 
     fn node_identity(&self, port: u16) -> node::Identity {

@@ -72,7 +72,7 @@ impl Kubelet {
         match caller {
             Caller::Nobody => {}
             Caller::Token(token) => {
-                run = run.args(["-H", &format!("Authorization: Bearer {token}")])
+                run = run.args(["-H", &format!("Authorization: Bearer {token}")]);
             }
             Caller::Certificate(name) => {
                 let file = |end: &str| self.folder.path().join(format!("{name}.{end}"));
@@ -258,67 +258,82 @@ async fn who_proves_no_identity_is_answered_401() -> anyhow::Result<()> {
     finish(world).await
 }
 
+/// An account, what it is granted, and what each of its requests is then answered.
+struct Case {
+    account: &'static str,
+    verbs: &'static [&'static str],
+    subresources: &'static [&'static str],
+    requests: &'static [(&'static str, &'static str, u16)],
+}
+
+const EXEC: &str = "/exec/ns/pod/c?command=id&output=1";
+
+const CASES: [Case; 5] = [
+    Case {
+        account: "none",
+        verbs: &[],
+        subresources: &[],
+        requests: &[
+            ("GET", "/pods", 403),
+            ("GET", "/healthz", 403),
+            ("GET", EXEC, 403),
+        ],
+    },
+    Case {
+        account: "pods",
+        verbs: &["get"],
+        subresources: &["pods"],
+        requests: &[
+            ("GET", "/pods", 200),
+            ("GET", "/healthz", 403),
+            ("GET", "/containerLogs/ns/pod/c", 403),
+        ],
+    },
+    Case {
+        account: "healthz",
+        verbs: &["get"],
+        subresources: &["healthz"],
+        requests: &[("GET", "/healthz/ping", 200), ("GET", "/pods", 403)],
+    },
+    Case {
+        account: "proxy",
+        verbs: &["get"],
+        subresources: &["proxy"],
+        requests: &[
+            ("GET", "/pods", 200),
+            ("GET", "/healthz", 200),
+            ("GET", "/containerLogs/ns/pod/c", 404),
+            ("GET", EXEC, 403),
+            ("POST", EXEC, 403),
+            ("POST", "/pods", 403),
+            ("GET", "/attach/ns/pod/c", 403),
+            ("GET", "/portForward/ns/pod", 403),
+            ("GET", "/stats/summary", 403),
+        ],
+    },
+    Case {
+        account: "creator",
+        verbs: &["create"],
+        subresources: &["proxy"],
+        requests: &[
+            ("GET", EXEC, 404),
+            ("POST", EXEC, 404),
+            ("GET", "/pods", 403),
+        ],
+    },
+];
+
 #[tokio::test]
 async fn rights_are_those_of_the_fine_grained_subresources() -> anyhow::Result<()> {
     let world = World::new("access-rights").await?;
     let kubelet = Kubelet::find(&world).await?;
-    let exec = "/exec/ns/pod/c?command=id&output=1";
-    // Account, what it is granted, and what each request is then answered.
-    let cases: [(&str, &[&str], &[&str], &[(&str, &str, u16)]); 5] = [
-        (
-            "none",
-            &[],
-            &[],
-            &[
-                ("GET", "/pods", 403),
-                ("GET", "/healthz", 403),
-                ("GET", exec, 403),
-            ],
-        ),
-        (
-            "pods",
-            &["get"],
-            &["pods"],
-            &[
-                ("GET", "/pods", 200),
-                ("GET", "/healthz", 403),
-                ("GET", "/containerLogs/ns/pod/c", 403),
-            ],
-        ),
-        (
-            "healthz",
-            &["get"],
-            &["healthz"],
-            &[("GET", "/healthz/ping", 200), ("GET", "/pods", 403)],
-        ),
-        (
-            "proxy",
-            &["get"],
-            &["proxy"],
-            &[
-                ("GET", "/pods", 200),
-                ("GET", "/healthz", 200),
-                ("GET", "/containerLogs/ns/pod/c", 404),
-                ("GET", exec, 403),
-                ("POST", exec, 403),
-                ("POST", "/pods", 403),
-                ("GET", "/attach/ns/pod/c", 403),
-                ("GET", "/portForward/ns/pod", 403),
-                ("GET", "/stats/summary", 403),
-            ],
-        ),
-        (
-            "creator",
-            &["create"],
-            &["proxy"],
-            &[
-                ("GET", exec, 404),
-                ("POST", exec, 404),
-                ("GET", "/pods", 403),
-            ],
-        ),
-    ];
-    for (name, verbs, subresources, requests) in cases {
+    for case in &CASES {
+        let Case {
+            account: name,
+            verbs,
+            subresources,
+            requests,
+        } = *case;
         let account = account(&world, name).await?;
         if !verbs.is_empty() {
             grant(&world, subject(&account), verbs, subresources).await?;
@@ -328,7 +343,7 @@ async fn rights_are_those_of_the_fine_grained_subresources() -> anyhow::Result<(
             let answer = kubelet.ask(Caller::Token(&token), method, path).await?;
             // What is past the gate may refuse the request for its own reasons.
             let passed = !matches!(answer.0, 401 | 403);
-            let fits = if *path == exec && *wanted == 404 {
+            let fits = if *path == EXEC && *wanted == 404 {
                 passed
             } else {
                 answer.0 == *wanted

@@ -90,6 +90,7 @@ fn folder(path: &Path, missing: Missing) -> io::Result<OwnedFd> {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "files of the test's own")]
 mod tests {
     use std::{fs, os::unix::fs::symlink, time::Instant};
 

@@ -1,33 +1,35 @@
 //! Task: one attempt of one container, from its folders to its end. The supervisor decides; this performs.
 //!
-//! Sends [`News::Running`] once the program runs, [`News::Lost`] where its log lines are, and ends with [`Ended`]. Cancelling `abort` ends the runtime where
-//! the program does not run yet, or where the runtime outlives a killed program. Never decides about restarts.
+//! Sends [`News::Running`] once the program runs, [`News::Lost`] where its log lines are, and ends with [`Ended`].
+//! Cancelling `abort` ends the runtime where the program does not run yet, or where the runtime outlives a killed
+//! program. Never decides about restarts.
 
 mod folders;
+mod up;
 
 use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
 use jiff::Timestamp;
 use knoc_proto::{error::chain, pb};
-use rustix::process::Signal;
 use tokio::{
-    net::{UnixListener, UnixStream},
+    net::UnixStream,
     sync::{mpsc, watch},
-    task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 
-use self::folders::{Folders, PrepareError};
+use self::{
+    folders::{Folders, PrepareError},
+    up::bring_up,
+};
 use super::{
     attach::hub::{self, Hub},
-    children::{Child, Exit},
+    children::Exit,
     environment::{self, TerminationLog},
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
@@ -40,17 +42,7 @@ use super::{
 use crate::{
     launch::wire::LaunchSpec,
     logs::{cri, read::last_text, writer::Losses},
-    runtime::{Root, Sandbox},
 };
-
-/// How much of the runtime's own words is kept.
-const WORDS: usize = 4096;
-
-/// How long a runtime may live on after it was told to end, or its program was killed.
-const RUNTIME_GRACE: Duration = Duration::from_secs(5);
-
-/// How long the runtime's helpers may hold its standard error after its end.
-const WORDS_GRACE: Duration = Duration::from_millis(500);
 
 /// Kubernetes' bounds of a termination message, and of the log's end in its place.
 const MESSAGE_BYTES: usize = 4096;
@@ -240,28 +232,12 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         spec,
         hub: Arc::clone(&hub),
     };
-    let event = Event {
-        index: attempt.index,
-        news: News::Running {
-            program: Arc::new(program),
-            started_at: Timestamp::now(),
-        },
-    };
+    let event = running(attempt.index, program);
     // The supervisor outlives its attempts.
     attempt.events.send(event).await.ok();
     let live = pod.jobdir.log_path(&container.name, attempt.number);
-    let log = Log {
-        live: live.clone(),
-        limits: pod.limits,
-        written: attempt.written.clone(),
-        lost: Box::new(|losses| {
-            let (index, news) = (attempt.index, News::Lost(losses.clone()));
-            // Where the supervisor is busy the next telling says it too.
-            attempt.events.try_send(Event { index, news }).is_ok()
-        }),
-    };
     let over = CancellationToken::new();
-    let pump = output::pump(sources, log, over.clone(), &hub);
+    let pump = output::pump(sources, log(pod, attempt, &live), over.clone(), &hub);
     let ending = async {
         let exit = up.runtime.ended(&attempt.abort, up.identity).await;
         if !pod.runtime.isolates() {
@@ -283,6 +259,28 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
     Ok((exit, message, losses, killed, used))
+}
+
+fn running(index: usize, program: Program) -> Event {
+    let news = News::Running {
+        program: Arc::new(program),
+        started_at: Timestamp::now(),
+    };
+    Event { index, news }
+}
+
+/// Where the output goes, and who hears of lines that could not be written.
+fn log<'a>(pod: &Pod, attempt: &'a Attempt, live: &Path) -> Log<'a> {
+    Log {
+        live: live.to_owned(),
+        limits: pod.limits,
+        written: attempt.written.clone(),
+        lost: Box::new(|losses| {
+            let (index, news) = (attempt.index, News::Lost(losses.clone()));
+            // Where the supervisor is busy the next telling says it too.
+            attempt.events.try_send(Event { index, news }).is_ok()
+        }),
+    }
 }
 
 /// Runtimes end with 128 + n where a signal ended the program.
@@ -341,186 +339,6 @@ async fn message(pod: &Pod, folders: Folders, fallback: Option<PathBuf>) -> Stri
     // What the program wrote may be many files; nobody waits for their removal.
     pod.removals.spawn_blocking(move || drop(folders));
     String::from_utf8_lossy(&text).into_owned()
-}
-
-/// The runtime's process, and what it says.
-struct Runtime {
-    child: Child,
-    words: Arc<Mutex<Vec<u8>>>,
-    /// Reads the words.
-    tasks: JoinSet<io::Result<()>>,
-    /// Does it lead a process group?
-    group: bool,
-}
-
-struct Up {
-    runtime: Runtime,
-    socket: UnixStream,
-    identity: Identity,
-}
-
-/// Starts the runtime, with the best root that works, until its launcher connects.
-async fn bring_up(
-    pod: &Arc<Pod>,
-    attempt: &Attempt,
-    folders: &Folders,
-    container: &pb::Container,
-    image: &Path,
-) -> Result<Up, AttemptError> {
-    let listener = folders.listen()?;
-    let mut roots = if container.read_only_root {
-        vec![Root::ReadOnly]
-    } else {
-        pod.runtime.writable_roots(&folders.root)
-    };
-    let mut first_words = None;
-    while !roots.is_empty() {
-        let sandbox = Sandbox {
-            image: image.to_owned(),
-            agent: pod.agent.clone(),
-            folder: folders.shared.clone(),
-            binds: folders.binds.clone(),
-            hostname: if pod.runtime.isolates() {
-                pod.facts.hostname.clone()
-            } else {
-                String::new()
-            },
-            root: roots.remove(0),
-            work: folders.work.clone(),
-            fakeroot: container.fakeroot,
-        };
-        match start(pod, attempt, &sandbox, &listener).await {
-            Err(AttemptError::Runtime(words)) => {
-                tracing::warn!(root = ?sandbox.root, %words, "the runtime gave up");
-                first_words.get_or_insert(words);
-            }
-            other => return other,
-        }
-    }
-    Err(AttemptError::Runtime(first_words.unwrap_or_default()))
-}
-
-async fn start(
-    pod: &Arc<Pod>,
-    attempt: &Attempt,
-    sandbox: &Sandbox,
-    listener: &UnixListener,
-) -> Result<Up, AttemptError> {
-    let argv = pod.runtime.argv(sandbox).map_err(PrepareError::Runtime)?;
-    let mut runtime = spawn(pod, &argv).map_err(PrepareError::Spawn)?;
-    loop {
-        tokio::select! {
-            biased;
-            connected = listener.accept() => {
-                let (socket, _) = connected.map_err(PrepareError::Pipes)?;
-                if let Some(identity) = peer(&socket) {
-                    return Ok(Up { runtime, socket, identity });
-                }
-            }
-            exit = runtime.child.wait() => {
-                return Err(AttemptError::Runtime(runtime.last_words(exit).await));
-            }
-            () = attempt.abort.cancelled() => {
-                runtime.end().await;
-                return Err(AttemptError::Aborted);
-            }
-        }
-    }
-}
-
-/// The launcher, if it is one of ours.
-fn peer(socket: &UnixStream) -> Option<Identity> {
-    let credentials = rustix::net::sockopt::socket_peercred(socket).ok()?;
-    if credentials.uid != rustix::process::getuid() {
-        return None;
-    }
-    Identity::of(u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()?)
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the shim's one module that starts containers"
-)]
-fn spawn(pod: &Pod, argv: &[std::ffi::OsString]) -> io::Result<Runtime> {
-    let [program, arguments @ ..] = argv else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env_clear()
-        .envs(&pod.job.runtime_env)
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    // A launcher that is the program itself must be able to lead a session.
-    let group = pod.runtime.isolates();
-    let mut child = pod.children.spawn(&mut command, group)?;
-    let words = Arc::new(Mutex::new(Vec::new()));
-    let mut tasks = JoinSet::new();
-    if let Some(stderr) = child.stderr.take() {
-        let stream = Stream::new(stderr.into())?;
-        tasks.spawn(output::keep_tail(stream, WORDS, Arc::clone(&words)));
-    }
-    Ok(Runtime {
-        child,
-        words,
-        tasks,
-        group,
-    })
-}
-
-impl Runtime {
-    /// Waits for the end of the container. Once aborted, a runtime that outlives its program is killed too.
-    async fn ended(&mut self, abort: &CancellationToken, program: Identity) -> Exit {
-        tokio::select! {
-            biased;
-            exit = self.child.wait() => return exit,
-            () = abort.cancelled() => {}
-        }
-        if let Ok(exit) = tokio::time::timeout(RUNTIME_GRACE, self.child.wait()).await {
-            return exit;
-        }
-        signals::to_program(program, Signal::KILL);
-        self.signal(Signal::KILL);
-        self.child.wait().await
-    }
-
-    /// Ends a runtime whose program does not run.
-    async fn end(&mut self) {
-        // Killing it at once would leave its file system helpers behind.
-        self.signal(Signal::TERM);
-        if tokio::time::timeout(RUNTIME_GRACE, self.child.wait())
-            .await
-            .is_err()
-        {
-            self.signal(Signal::KILL);
-            self.child.wait().await;
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        if self.group {
-            signals::to_group(self.child.pid, signal);
-        } else {
-            signals::send(self.child.pid, signal);
-        }
-    }
-
-    async fn last_words(&mut self, exit: Exit) -> String {
-        // Its helpers may hold the pipe: what they would say is not waited for.
-        tokio::time::timeout(WORDS_GRACE, self.tasks.join_next())
-            .await
-            .ok();
-        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
-        let words = String::from_utf8_lossy(&words).trim().to_owned();
-        if words.is_empty() {
-            format!("the runtime ended with code {}", exit.code)
-        } else {
-            words
-        }
-    }
 }
 
 struct Stdio3 {

@@ -111,10 +111,12 @@ fn open_up(folder: &Path) {
 /// A host's name, short: sockets lie in the folder, and their paths are limited to 107 bytes.
 fn host_tag(name: &str) -> String {
     let digest = Sha256::digest(name.as_bytes());
-    digest.iter().take(4).fold(String::new(), |mut tag, byte| {
-        tag.push_str(&format!("{byte:02x}"));
-        tag
-    })
+    let bytes: Vec<String> = digest
+        .iter()
+        .take(4)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    bytes.concat()
 }
 
 /// Removes what killed shims of this user left on this host.

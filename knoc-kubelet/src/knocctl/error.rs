@@ -244,12 +244,12 @@ impl CtlError {
 /// What the agent's refusal asks for.
 fn hint_for(status: &Status) -> Option<String> {
     let Some(reason) = ErrorReason::of(status) else {
-        let hint = match status.code() {
-            Code::Unavailable => {
-                "is the agent running? `knocctl doctor` looks at every link of the chain"
-            }
-            Code::Unimplemented => "the agent is older than this: `knocctl info` shows its version",
-            _ => return None,
+        let hint = if status.code() == Code::Unavailable {
+            "is the agent running? `knocctl doctor` looks at every link of the chain"
+        } else if status.code() == Code::Unimplemented {
+            "the agent is older than this: `knocctl info` shows its version"
+        } else {
+            return None;
         };
         return Some(hint.to_owned());
     };

@@ -41,7 +41,7 @@ pub(crate) async fn presence(
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let asked = async {
         match ask {
-            Ask::Get => api.get_opt(name).await.map(|found| Vec::from_iter(found)),
+            Ask::Get => api.get_opt(name).await.map(Vec::from_iter),
             Ask::OwnNode => {
                 let fields = format!("metadata.name={name},spec.nodeName={node}");
                 let params = ListParams::default().fields(&fields);

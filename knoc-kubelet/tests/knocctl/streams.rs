@@ -50,6 +50,7 @@ async fn who_is_detached_hears_why_and_what_to_do() {
     );
 }
 
+#[expect(clippy::disallowed_methods, reason = "a file of the test's own")]
 #[tokio::test(flavor = "multi_thread")]
 async fn copies_that_cannot_be_say_what_to_do() {
     let world = world();

@@ -326,6 +326,7 @@ async fn doctor_says_what_is_there() {
     let all: Vec<(bool, &str)> = findings.iter().map(|f| (f.ok, f.check.as_str())).collect();
     let expected = [
         (true, "images: runtime"),
+        (true, "runtime: exec"),
         (true, "images: cache"),
         (true, "images: mirror of docker.io"),
     ];

@@ -158,6 +158,7 @@ impl Drop for Folders {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "files of the test's own")]
 mod tests {
     use std::os::unix::fs::symlink;
 

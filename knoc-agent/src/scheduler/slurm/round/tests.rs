@@ -184,6 +184,7 @@ fn request(dir: &Path) -> SubmitRequest {
 #[tokio::test]
 async fn submit_hands_the_script_over_and_reads_the_id() {
     let fake = Fake::new();
+    fake.program("sinfo", "true");
     let out = fake.dir.path().join("script");
     fake.program(
         "sbatch",
@@ -204,6 +205,7 @@ async fn submit_hands_the_script_over_and_reads_the_id() {
 async fn an_answer_without_an_id_is_ambiguous() {
     for answer in ["true", "echo hello", "echo 1 2"] {
         let fake = Fake::new();
+        fake.program("sinfo", "true");
         fake.program("sbatch", &format!("cat >/dev/null; {answer}"));
         let refusal = fake
             .slurm()
@@ -212,6 +214,22 @@ async fn an_answer_without_an_id_is_ambiguous() {
             .unwrap_err();
         assert_eq!(refusal.kind, RefusalKind::Ambiguous, "{answer}");
     }
+}
+
+#[tokio::test]
+async fn nothing_is_submitted_before_the_partitions_limits_are_known() {
+    let fake = Fake::new();
+    fake.program("sbatch", "cat >/dev/null; echo 1");
+    fake.program(
+        "sinfo",
+        "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1",
+    );
+    let slurm = fake.slurm();
+    let refusal = slurm.submit(&request(fake.dir.path())).await.unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::ControllerAway);
+    assert!(!fake.calls().contains("--parsable"), "{}", fake.calls());
+    fake.program("sinfo", "true");
+    slurm.submit(&request(fake.dir.path())).await.unwrap();
 }
 
 #[tokio::test]
