@@ -72,7 +72,7 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     sync_parent(path)
 }
 
-/// As [`write`], but without the sync of the folder: for several files in one folder, whose last one calls [`write`].
+/// As [`write()`], but without the sync of the folder: for several files in one folder, whose last one calls [`write()`].
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     let temporary = temporary(path);
     let written = create_synced(&temporary, bytes, mode)

@@ -2,7 +2,7 @@
 //!
 //! The JSON of the pod is walked as the API server sent it, so a field that this build does not know
 //! is found too and refused by its path. All refusals are collected: the user reads them in one message.
-//! `docs/guide/pod-support.md` is [`table`]; a test holds both equal.
+//! `docs/guide/pod-support.md` is [`table()`]; a test holds both equal.
 
 mod table;
 

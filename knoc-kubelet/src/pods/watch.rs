@@ -1,4 +1,4 @@
-//! Task: pods with `spec.nodeName` = our node, from the API server into the [`Store`] and the queue.
+//! Task: pods with `spec.nodeName` = our node, from the API server into the [`Store`](super::store::Store) and the queue.
 //!
 //! Nothing counts as known before the first list is whole. A DELETED of the live watch is believed at once. A pod that a later
 //! list lacks is only missing: the API server is asked for it by itself ([`super::presence`]) before the controller hears that
