@@ -33,18 +33,21 @@ Next:
 TEXT
 }
 on_the_agent_alone() {
-    knocctl delete hello >/dev/null 2>&1 || true
+    # A name of its own: a pod hello of the full stack belongs to Kubernetes, also while that is down.
+    local pod=hello-alone
+    sed "s/^  name: hello$/  name: $pod/" deploy/examples/hello.yaml >"$run/$pod.yaml"
+    knocctl delete $pod >/dev/null 2>&1 || true
     show knocctl info
-    show knocctl run -f deploy/examples/hello.yaml
-    wait_for 60 "the pod hello runs" sh -c 'knocctl pods | grep -i "hello.*running"'
+    show knocctl run -f "$run/$pod.yaml"
+    wait_for 60 "the pod $pod runs" sh -c "knocctl pods | grep '$pod .* 1/1 '"
     show knocctl pods
-    show knocctl logs hello
-    show knocctl exec hello -- hostname
+    show knocctl logs $pod
+    show knocctl exec $pod -- hostname
     cat <<'TEXT'
 
 Next:
   eval "$(make -s env)"    # knocctl and its configuration
-  knocctl describe hello
+  knocctl describe hello-alone
   knocctl doctor
   make down
 TEXT

@@ -2,7 +2,9 @@
 # The agent of the stack: agent.sh up | down | kill (-9) | running
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
-pidfile=$run/agent-$STACK.pid
+# The stacks full and slurm have one agent.
+of=$STACK; [ "$of" != slurm ] || of=full
+pidfile=$run/agent-$of.pid
 config=$agent_home_here/.config/knoc
 
 install_binaries() { # under a new name first: what runs is never written to
@@ -70,12 +72,12 @@ up() {
         say "the agent's binary has changed: starting it again"
         stop "$pidfile"
     fi
-    start "$pidfile" "$log/agent-$STACK.log" "${as_agent[@]}" "$agent_home/bin/knoc-agent" serve
+    start "$pidfile" "$log/agent-$of.log" "${as_agent[@]}" "$agent_home/bin/knoc-agent" serve
     read -r pid _ <"$pidfile"
-    wait_for 10 "the agent's process" agent_of "$pid" || { tail -20 "$log/agent-$STACK.log" >&2; exit 1; }
+    wait_for 10 "the agent's process" agent_of "$pid" || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
     pid=$(agent_of "$pid")
     echo "$pid $(start_time "$pid")" >"$pidfile"
-    wait_for 15 "the agent on $agent_address" "$KNOC_BIN/knocctl" info || { tail -20 "$log/agent-$STACK.log" >&2; exit 1; }
+    wait_for 15 "the agent on $agent_address" "$KNOC_BIN/knocctl" info || { tail -20 "$log/agent-$of.log" >&2; exit 1; }
 }
 
 export KNOCCTL_CONFIG=$run/knocctl.toml
