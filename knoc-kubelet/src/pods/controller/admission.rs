@@ -33,13 +33,6 @@ pub(super) fn out_of(short: &Short) -> Rejection {
     rejection(&format!("OutOf{}", short.resource), &short.to_string())
 }
 
-/// The words for a pod that goes on: what was asked of it later (an ephemeral container) is not done.
-pub(super) fn without_effect(rejection: &Rejection) -> String {
-    let reasons = rejection.message.strip_prefix(REJECTED);
-    let reasons = reasons.unwrap_or(&rejection.message);
-    format!("The change has no effect, the pod goes on: {reasons}")
-}
-
 fn rejection(reason: &str, message: &str) -> Rejection {
     Rejection {
         reason: reason.to_owned(),
@@ -78,15 +71,6 @@ mod tests {
             "spec": {"containers": [{"name": "a", "image": "i", "resources": {"requests": requests}}]},
         }))
         .unwrap()
-    }
-
-    #[test]
-    fn what_is_asked_of_a_running_pod_is_no_rejection_of_it() {
-        let refused = rejection("UnsupportedPodSpec", "spec.ephemeralContainers: not yet");
-        assert_eq!(
-            without_effect(&refused),
-            "The change has no effect, the pod goes on: spec.ephemeralContainers: not yet"
-        );
     }
 
     #[test]

@@ -183,12 +183,7 @@ impl Worker<'_> {
             }
             Err(rejection) => {
                 if !terminal {
-                    let message = if accepted {
-                        admission::without_effect(&rejection)
-                    } else {
-                        rejection.message.clone()
-                    };
-                    self.tell(&view.pod, true, &rejection.reason, &message);
+                    self.tell(&view.pod, true, &rejection.reason, &rejection.message);
                 }
                 self.memory.rejection = Some(rejection);
             }
