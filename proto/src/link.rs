@@ -40,17 +40,22 @@ pub const KEEPALIVE: Duration = Duration::from_secs(20);
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// From the first packet to the end of the TLS handshake. Busy login nodes take seconds, not tens of them.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// What one stream may have in flight: 1 Gbit/s at 8 ms, while a hundred stalled readers hold 100 MiB at most.
-pub const STREAM_WINDOW: u32 = 1 << 20;
-/// What all streams of a connection may have in flight: a few busy ones do not starve the rest.
-pub const CONNECTION_WINDOW: u32 = 8 << 20;
+/// What one stream may have in flight, and so what a stalled reader holds: 1 Gbit/s at 4 ms.
+pub const STREAM_WINDOW: u32 = 512 << 10;
+/// What all streams of a connection may have in flight. What a stalled reader does not take counts here too, so this is
+/// as much as 512 of them leave: with less, a few of them would hold up every other stream of the node.
+pub const CONNECTION_WINDOW: u32 = 512 * STREAM_WINDOW;
 /// Streams of one connection: watches, and a follow or exec for every pod that people look at. Excess waits.
 pub const MAX_STREAMS: u32 = 2048;
 /// The largest message: a pod's values may hold some `ConfigMap`s and Secrets of 1 MiB each. tonic's default of 4 MiB is
 /// too small for `EnsurePod` and `UpdateValues`; give this to `max_decoding_message_size` of both sides.
 pub const MAX_MESSAGE: usize = 24 << 20;
-/// The data in one message of a byte stream: small enough to interleave, large enough that framing is noise.
-pub const CHUNK: usize = 64 << 10;
+/// The data in one message of a byte stream: small enough to interleave, large enough that framing is noise, and with
+/// the heads of message and frame exactly four TLS records.
+pub const CHUNK: usize = (64 << 10) - 64;
+/// The largest HTTP/2 frame that either side takes: a whole message of [`CHUNK`] in one write and one read. The least
+/// that the protocol allows, 16 KiB, costs four times the frames and their system calls.
+const FRAME: u32 = 64 << 10;
 
 /// An address that stands in `:authority`; the carrier decides where bytes go.
 const AUTHORITY: &str = "http://knoc.internal";
@@ -166,6 +171,7 @@ pub fn server() -> Server {
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
         .max_concurrent_streams(MAX_STREAMS)
 }
 
@@ -177,6 +183,7 @@ fn endpoint() -> Endpoint {
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
 }
 
 #[cfg(test)]

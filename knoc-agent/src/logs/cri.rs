@@ -6,6 +6,7 @@
 use std::io::BufRead as _;
 
 use jiff::Timestamp;
+use memchr::memchr;
 
 /// The longest text of one piece, as containerd's.
 pub const MAX_TEXT: usize = 16 << 10;
@@ -47,23 +48,20 @@ pub struct Piece<'a> {
 /// Reads one line of a log file, without its newline. `None` for what is not in the format.
 #[must_use]
 pub fn parse(line: &[u8]) -> Option<Piece<'_>> {
-    let mut fields = line.splitn(4, |byte| *byte == b' ');
-    let stamp = fields.next()?;
-    let stream = match fields.next()? {
-        b"stdout" => Stream::Stdout,
-        b"stderr" => Stream::Stderr,
-        _ => return None,
+    let (stamp, rest) = line.split_at_checked(memchr(b' ', line)?)?;
+    let (stream, rest) = match rest.strip_prefix(b" stdout ") {
+        Some(rest) => (Stream::Stdout, rest),
+        None => (Stream::Stderr, rest.strip_prefix(b" stderr ")?),
     };
-    let partial = match fields.next()? {
-        b"F" => false,
-        b"P" => true,
-        _ => return None,
+    let (partial, text) = match rest.strip_prefix(b"F ") {
+        Some(text) => (false, text),
+        None => (true, rest.strip_prefix(b"P ")?),
     };
     Some(Piece {
         stamp,
         stream,
         partial,
-        text: fields.next()?,
+        text,
     })
 }
 

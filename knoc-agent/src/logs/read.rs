@@ -1,7 +1,7 @@
 //! Task: sends what a reader asked for of one log series, and follows it across rotation.
 //!
-//! Reads in blocks on the runtime's blocking threads; the channel to the reader is bounded, so a slow reader slows
-//! only this task. Follows by the writer's own signal where there is one (the shim), else by looking at the file every
+//! Reads in blocks on the runtime's blocking threads, as many at once as the reader has room for: the channel to it is
+//! bounded, so a slow reader slows only this task. Follows by the writer's own signal where there is one (the shim), else by looking at the file every
 //! [`POLL`] (the agent, on a shared file system). Ends with the instance, the byte limit, or the reader. Each chunk says
 //! where the next one begins, so that another reader, on another host, can go on from there ([`Position`]).
 
@@ -15,6 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use knoc_proto::{pb, reason::ErrorReason};
+use memchr::memchr;
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
@@ -23,8 +24,8 @@ use super::{
     rotated, series,
 };
 
-/// One read, and about one message to the reader.
-const BLOCK: usize = 128 << 10;
+/// One read. With the heads of short lines taken off it gives about one message ([`knoc_proto::link::CHUNK`]).
+const BLOCK: usize = 96 << 10;
 
 /// How often a file that another host writes is looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -76,24 +77,31 @@ async fn run(
     loop {
         // Before the read: what is written after it wakes the wait below.
         let ended = follow.as_mut().is_none_or(Follow::observe);
-        let (next, chunk, at_end) = blocking(move || {
+        let room = output.capacity().max(1);
+        let (next, mut pieces, at_end) = blocking(move || {
             let mut reader = reader;
-            let mut chunk = Vec::new();
-            let at_end = reader.next(&mut chunk)?;
-            Ok((reader, chunk, at_end))
+            let (pieces, at_end) = reader.several(room)?;
+            Ok((reader, pieces, at_end))
         })
         .await?;
         reader = next;
         let end = reader.filter.done() || (at_end && ended);
-        if end || !chunk.is_empty() {
+        if end && pieces.is_empty() {
+            pieces.push(reader.piece(Vec::new())?);
+        }
+        let last = pieces.len();
+        for (number, Piece { data, next }) in (1..).zip(pieces) {
             let chunk = pb::LogChunk {
-                data: Bytes::from(chunk),
-                next: reader.position()?.map(|next| next.to_wire(attempt)),
-                end,
+                data,
+                next: next.map(|next| next.to_wire(attempt)),
+                end: end && number == last,
             };
-            if output.send(Ok(chunk)).await.is_err() || end {
+            if output.send(Ok(chunk)).await.is_err() {
                 return Ok(());
             }
+        }
+        if end {
+            return Ok(());
         }
         if at_end && let Some(follow) = &mut follow {
             tokio::select! {
@@ -156,6 +164,13 @@ pub fn last_text(live: &Path, lines: u64, bytes: usize) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
+/// Output, and where the next one begins.
+#[derive(Debug)]
+struct Piece {
+    data: Bytes,
+    next: Option<Position>,
+}
+
 /// A position in a series.
 #[derive(Debug)]
 struct Reader {
@@ -165,6 +180,8 @@ struct Reader {
     offset: u64,
     /// The beginning of a line whose end was not written yet.
     held: Vec<u8>,
+    /// What was read last; empty before the first read.
+    block: Vec<u8>,
 }
 
 impl Reader {
@@ -185,6 +202,7 @@ impl Reader {
             file: None,
             offset: 0,
             held: Vec::new(),
+            block: Vec::new(),
         };
         if let Some((file, offset)) = start {
             reader.file = Some(file);
@@ -208,9 +226,31 @@ impl Reader {
         }))
     }
 
+    /// At most so many pieces, none of them empty. `true` where there is nothing more at the moment.
+    fn several(&mut self, most: usize) -> io::Result<(Vec<Piece>, bool)> {
+        let mut pieces = Vec::new();
+        loop {
+            let mut data = Vec::with_capacity(BLOCK);
+            let at_end = self.next(&mut data)?;
+            if !data.is_empty() {
+                pieces.push(self.piece(data)?);
+            }
+            if at_end || self.filter.done() || pieces.len() == most {
+                return Ok((pieces, at_end));
+            }
+        }
+    }
+
+    fn piece(&self, data: Vec<u8>) -> io::Result<Piece> {
+        Ok(Piece {
+            data: Bytes::from(data),
+            next: self.position()?,
+        })
+    }
+
     /// Appends the next block's output to `chunk`. `true` where there is nothing more at the moment.
     fn next(&mut self, chunk: &mut Vec<u8>) -> io::Result<bool> {
-        let mut block = vec![0; BLOCK];
+        self.block.resize(BLOCK, 0);
         loop {
             let Some(file) = &self.file else {
                 let Some(oldest) = series(&self.live).into_iter().next() else {
@@ -223,10 +263,12 @@ impl Reader {
                 self.offset = 0;
                 continue;
             };
-            let count = file.read_at(&mut block, self.offset)?;
+            let count = file.read_at(&mut self.block, self.offset)?;
             if count > 0 {
                 self.offset += u64::try_from(count).unwrap_or_default();
+                let block = std::mem::take(&mut self.block);
                 self.take(block.get(..count).unwrap_or_default(), chunk);
+                self.block = block;
                 return Ok(false);
             }
             // The writer took back what it could not write whole.
@@ -250,7 +292,7 @@ impl Reader {
 
     fn take(&mut self, block: &[u8], chunk: &mut Vec<u8>) {
         let mut rest = block;
-        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+        while let Some(end) = memchr(b'\n', rest) {
             let (line, after) = rest.split_at(end);
             rest = after.get(1..).unwrap_or_default();
             if self.held.is_empty() {

@@ -16,6 +16,7 @@ use std::{
 use bytes::Bytes;
 use knoc_proto::{
     error::chain,
+    link::CHUNK,
     pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
 };
 use rustix::process::Signal;
@@ -35,9 +36,6 @@ use crate::launch::{
     set_terminal_size,
     wire::{LaunchSpec, Window},
 };
-
-/// One message of output.
-const CHUNK: usize = 64 << 10;
 
 /// How long what a program left behind may hold its streams in silence.
 const DRAIN: Duration = Duration::from_secs(1);
@@ -316,19 +314,17 @@ async fn copy(
     ended: &CancellationToken,
 ) {
     let Some(stream) = stream else { return };
-    let mut buffer = vec![0; CHUNK];
     loop {
         let silence = async {
             ended.cancelled().await;
             tokio::time::sleep(DRAIN).await;
         };
-        let count = tokio::select! {
+        let data = tokio::select! {
             biased;
-            read = stream.read(&mut buffer) => read.unwrap_or(0),
-            () = silence => 0,
+            read = stream.read_chunk(CHUNK) => read.unwrap_or_default(),
+            () = silence => Bytes::new(),
         };
-        let data = buffer.get(..count).unwrap_or_default();
-        if data.is_empty() || !send(output, wrap(Bytes::copy_from_slice(data))).await {
+        if data.is_empty() || !send(output, wrap(data)).await {
             return;
         }
     }

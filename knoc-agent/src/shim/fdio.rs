@@ -5,7 +5,9 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
+use bytes::Bytes;
 use rustix::{
+    buffer::spare_capacity,
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
 };
@@ -49,13 +51,7 @@ impl Stream {
             let count = rustix::io::read(fd, &mut *buffer)?;
             Ok(count)
         });
-        match read {
-            Ok(count) => Ok(Some(count)),
-            // A terminal whose last user is gone.
-            Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(Some(0)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error),
-        }
+        ended(read)
     }
 
     /// Reads at least one byte, 0 at the end. Cancel safe.
@@ -64,6 +60,23 @@ impl Stream {
             self.readable().await?;
             if let Some(count) = self.try_read(buffer)? {
                 return Ok(count);
+            }
+        }
+    }
+
+    /// Reads at least one byte and at most `limit`, none at the end. Memory is taken only for what is there; little of
+    /// it is copied, so that a large buffer does not wait for a slow reader with a few bytes in it. Cancel safe.
+    pub(crate) async fn read_chunk(&self, limit: usize) -> io::Result<Bytes> {
+        loop {
+            self.readable().await?;
+            let mut buffer = Vec::with_capacity(limit);
+            let read = self.0.try_io(Interest::READABLE, |fd| {
+                Ok(rustix::io::read(fd, spare_capacity(&mut buffer))?)
+            });
+            match ended(read)? {
+                None => {}
+                Some(count) if count < limit / 8 => return Ok(Bytes::copy_from_slice(&buffer)),
+                Some(_) => return Ok(Bytes::from(buffer)),
             }
         }
     }
@@ -78,6 +91,17 @@ impl Stream {
             }
         }
         Ok(())
+    }
+}
+
+/// What a read says: `None` where nothing is there, 0 at the end.
+fn ended(read: io::Result<usize>) -> io::Result<Option<usize>> {
+    match read {
+        Ok(count) => Ok(Some(count)),
+        // A terminal whose last user is gone.
+        Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(Some(0)),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
