@@ -1,46 +1,49 @@
 //! Task: keeps the shim small while it only waits.
 //!
-//! Nearly all that is resident of a shim is code of its start: pages of the binary that were mapped on the way to the
-//! first container and are not needed again. They count against the job's memory, a shim for each pod. So whenever
-//! the report has not changed for a while, the mapping of the code is told that its pages are not needed; what is, is
-//! mapped again at the next step, from the page cache. Only code: it is never written to, so nothing is lost.
+//! Nearly all that is resident of a shim is code: pages of the binary that were mapped on the way to the first container,
+//! or by a stream, and are not needed again. They count against the job's memory, a shim for each pod. So while the
+//! report does not change, the mapping of the code is told again and again that its pages are not needed; what is, is
+//! mapped again at the next step, from the page cache. A ping of the link maps a third of all code, and so it has to be
+//! repeated. Only code: it is never written to, so nothing is lost.
 
 use std::{path::Path, time::Duration};
 
 use knoc_proto::pb;
 use tokio::{sync::watch, time::timeout};
 
-/// Silence that makes a pod one that only runs.
-const QUIET: Duration = Duration::from_secs(2);
+/// Silence that makes a pod one that only runs, and from then on the time between two cleanings. One takes some tens of
+/// microseconds.
+const QUIET: Duration = Duration::from_secs(3);
 
-/// Gives code back whenever the pod has become quiet. Ends with the publisher.
+/// Gives code back whenever the pod is quiet. Ends with the publisher.
 pub(super) async fn keep_small(mut reports: watch::Receiver<pb::Report>) {
+    let code = own_code();
     loop {
         match timeout(QUIET, reports.changed()).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) => return,
-            Err(_quiet) => {
-                give_back();
-                if reports.changed().await.is_err() {
-                    return;
-                }
-            }
+            Err(_quiet) => give_back(&code),
         }
     }
 }
 
-/// Unmaps the pages of our own code until they are used again. Where that fails they stay, and nothing is lost.
-fn give_back() {
+/// The mappings of our own code. None where they cannot be known.
+fn own_code() -> Vec<(usize, usize)> {
     let (Ok(maps), Ok(exe)) = (
         std::fs::read_to_string("/proc/self/maps"),
         std::fs::read_link("/proc/self/exe"),
     ) else {
-        return;
+        return Vec::new();
     };
-    for (start, length) in code(&maps, &exe) {
+    code(&maps, &exe)
+}
+
+/// Unmaps the pages of our own code until they are used again. Where that fails they stay, and nothing is lost.
+fn give_back(code: &[(usize, usize)]) {
+    for &(start, length) in code {
         #[expect(unsafe_code, reason = "the kernel is told of a range of addresses")]
-        // SAFETY: the range is one mapping of our own executable file that nobody may write to (`r-xp`): dropped
-        // pages are read from the file again. The file is never overwritten (versions/X.Y.Z).
+        // SAFETY: the range is one mapping of our own executable file that nobody may write to (`r-xp`), mapped for the
+        // life of the process: dropped pages are read from the file again. The file is never overwritten (versions/X.Y.Z).
         let given = unsafe {
             rustix::mm::madvise(
                 std::ptr::with_exposed_provenance_mut(start),
@@ -99,7 +102,7 @@ mod tests {
             kib.unwrap().parse::<u64>().unwrap()
         };
         let before = resident();
-        give_back();
+        give_back(&own_code());
         let after = resident();
         assert!(after < before, "{before} KiB, then {after} KiB");
         assert_eq!(code("", Path::new("/x")), []);
