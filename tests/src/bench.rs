@@ -37,7 +37,7 @@ const ROUNDS: [(usize, usize); 3] = [(1, 20), (10, 5), (50, 3)];
 const EXECS: usize = 100;
 
 /// Rounds of each stream.
-const STREAMS: usize = 3;
+const STREAMS: usize = 5;
 
 /// Lines of the log that is followed.
 const FOLLOWED: usize = 300;
@@ -45,7 +45,7 @@ const FOLLOWED: usize = 300;
 /// Bytes of each stream, in whole lines.
 const STREAM_BYTES: u64 = 100_000_000;
 
-/// Bytes of the large ones, once each: a GiB in whole lines.
+/// Bytes of the large ones: a GiB in whole lines.
 const LARGE_BYTES: u64 = 80 * 13_421_773;
 
 /// Everything measured.
@@ -85,11 +85,30 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     say("a followed log");
     figures.follow = follow::measure(&bed, if quick { 60 } else { FOLLOWED }).await?;
     say("streams");
-    let sizes = if quick {
+    figures.streams = streams::measure(&bed, sizes(quick)).await?;
+    say("memory and RPCs at 50 running pods");
+    figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
+    let text = report::page(&figures, &bed, quick)?;
+    #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
+    std::fs::write(page, text).with_context(|| page.display().to_string())?;
+    bed.close().await
+}
+
+/// The streams alone, as they are worked on: the table goes to standard output, the page stays as it is.
+pub async fn streams(quick: bool) -> anyhow::Result<()> {
+    let bed = Bed::open().await?;
+    let mut table = String::new();
+    report::streams(&mut table, &streams::measure(&bed, sizes(quick)).await?)?;
+    std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
+    bed.close().await
+}
+
+fn sizes(quick: bool) -> streams::Sizes {
+    if quick {
         streams::Sizes {
-            rounds: 1,
-            bytes: STREAM_BYTES / 10,
-            large: STREAM_BYTES,
+            rounds: 3,
+            bytes: STREAM_BYTES,
+            large: 2 * STREAM_BYTES,
         }
     } else {
         streams::Sizes {
@@ -97,14 +116,7 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
             bytes: STREAM_BYTES,
             large: LARGE_BYTES,
         }
-    };
-    figures.streams = streams::measure(&bed, sizes).await?;
-    say("memory and RPCs at 50 running pods");
-    figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
-    let text = report::page(&figures, &bed, quick)?;
-    #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
-    std::fs::write(page, text).with_context(|| page.display().to_string())?;
-    bed.close().await
+    }
 }
 
 /// Progress, for people.

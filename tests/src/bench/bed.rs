@@ -18,6 +18,9 @@ use crate::{Run, World, image};
 /// The folder of the benchmark as the nodes see it.
 pub(super) const FOLDER: &str = "/scratch/knoc-bench";
 
+/// This program, as the nodes see it.
+pub(super) const RELAY: &str = "/scratch/knoc-bench/knoc-bench";
+
 /// How the floor starts containers: as the shim does.
 pub(super) const EXEC: &str = "apptainer --silent exec --containall --no-init --no-home --no-eval";
 
@@ -61,7 +64,15 @@ impl Bed {
             info,
             shared: Path::new(&prefix).join("shared"),
         };
+        bed.install_ourselves()?;
         Ok(bed)
+    }
+
+    /// Where the nodes can start our relays from.
+    fn install_ourselves(&self) -> anyhow::Result<()> {
+        let (new, place) = (self.here(FOLDER).join("relay.new"), self.here(RELAY));
+        std::fs::copy(std::env::current_exe()?, &new)?;
+        std::fs::rename(&new, &place).with_context(|| place.display().to_string())
     }
 
     pub(super) async fn close(self) -> anyhow::Result<()> {

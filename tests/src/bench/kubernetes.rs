@@ -1,6 +1,5 @@
 //! What a client of the API server does in the benchmarks: kube's library with one warm client, and kubectl for cp.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -64,12 +63,19 @@ pub(super) async fn logs(bed: &Bed, pod: &str, bytes: u64) -> anyhow::Result<u64
     }
 }
 
-/// `kubectl cp` of one file; answers the bytes of what arrived here or was sent.
-pub(super) async fn copy(bed: &Bed, from: &str, to: &str, here: &Path) -> anyhow::Result<u64> {
+/// `kubectl cp` of one file.
+pub(super) async fn copy(bed: &Bed, from: &str, to: &str) -> anyhow::Result<()> {
     let words = ["cp", "--retries=0", "-c", "main", from, to];
     bed.world.kubectl(words).deadline(COPY).ok().await?;
-    let file = tokio::fs::metadata(here).await;
-    Ok(file.with_context(|| here.display().to_string())?.len())
+    Ok(())
+}
+
+/// How many bytes a file of the pod has.
+pub(super) async fn size(bed: &Bed, pod: &str, path: &str) -> anyhow::Result<u64> {
+    let words = ["exec", pod, "-c", "main", "--", "stat", "-c", "%s", path];
+    let text = bed.world.kubectl(words).ok().await?.text();
+    text.parse()
+        .with_context(|| format!("size of {path}: {text:?}"))
 }
 
 /// Reads to the end.

@@ -1,34 +1,83 @@
-//! Bare TLS relays: the floor of streams. Each is a process of its own that takes a connection over
-//! TLS 1.3 and passes its bytes on to the next, or makes them. The same TLS library and settings as
-//! the links have, and nothing else.
+//! Bare TLS relays: the floor of streams. Each is a process of its own that takes a connection over TLS 1.3 and passes
+//! its bytes on to the next; the last one runs the program that the pod runs, or makes the bytes itself. They stand
+//! where the parts of KNoC stand (compute node, login node, host), so that the bytes go the same way; the TLS library
+//! and its settings are the links', and there is nothing else.
 
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+    process::Stdio,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use futures::StreamExt as _;
-use knoc_proto::link::pinned::{self, KeyPair};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional_with_sizes};
+use knoc_proto::link::pinned::{self, KeyPair, TlsIo};
+use tempfile::TempDir;
+use tokio::{
+    io::{
+        AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, copy_bidirectional_with_sizes,
+    },
+    process::Child,
+};
+
+use super::bed::{Bed, FOLDER, RELAY};
+use crate::{Run, wait_for};
 
 /// Bytes moved at once.
 const CHUNK: usize = 64 << 10;
 
+/// Of a relay that starts.
+const SOON: Duration = Duration::from_secs(30);
+
+/// The first port; the relays of one chain have neighbouring ones.
+const FIRST_PORT: u16 = 19_200;
+
+/// Where a part of KNoC stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// The shim.
+    Compute,
+    /// The agent.
+    Login,
+    /// Kubelet and API server.
+    Host,
+}
+
+impl Place {
+    /// As the next one reaches it.
+    fn address(self) -> Ipv4Addr {
+        match self {
+            Self::Compute => Ipv4Addr::new(10, 78, 0, 11),
+            Self::Login => Ipv4Addr::new(10, 77, 0, 2),
+            Self::Host => Ipv4Addr::LOCALHOST,
+        }
+    }
+}
+
 /// What a relay does with a connection.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
     /// Writes so many bytes and closes.
     Source(u64),
-    /// Dials that port of loopback and copies both ways.
-    Relay(u16),
+    /// Gives it to a program as standard input and output.
+    Program(Vec<String>),
+    /// Dials that address and copies both ways.
+    Relay(SocketAddr),
 }
 
 impl Role {
-    /// `source=BYTES` or `relay=PORT`.
+    /// `source=BYTES`, `program=WORDS` or `relay=ADDRESS`.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         match text.split_once('=') {
             Some(("source", bytes)) => Ok(Self::Source(bytes.parse()?)),
-            Some(("relay", port)) => Ok(Self::Relay(port.parse()?)),
-            _ => anyhow::bail!("{text:?} is neither source=BYTES nor relay=PORT"),
+            Some(("program", words)) => {
+                Ok(Self::Program(words.split(' ').map(str::to_owned).collect()))
+            }
+            Some(("relay", address)) => Ok(Self::Relay(address.parse()?)),
+            _ => anyhow::bail!(
+                "{text:?} is neither source=BYTES nor program=WORDS nor relay=ADDRESS"
+            ),
         }
     }
 }
@@ -36,19 +85,21 @@ impl Role {
 /// Serves connections one after the other, for ever. `keys` has `pair.crt` and `pair.key`.
 pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
     let pair = KeyPair::from_files(&keys.join("pair.crt"), &keys.join("pair.key"))?;
-    let mut incoming = pinned::listen(loopback(port), pair.clone()).await?;
+    let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+    let mut incoming = pinned::listen(everywhere, pair.clone()).await?;
     while let Some(connection) = incoming.next().await {
         // A probe whether we listen shakes no hands.
         let Ok((_, near)) = connection else { continue };
-        match role {
-            Role::Source(bytes) => make(near, bytes).await?,
-            Role::Relay(next) => pass(near, dial(next, &pair).await?).await?,
+        match &role {
+            Role::Source(bytes) => make(near, *bytes).await?,
+            Role::Program(words) => drop(run(near, words).await?),
+            Role::Relay(next) => pass(near, dial(*next, &pair).await?).await?,
         }
     }
     Ok(())
 }
 
-async fn make(mut near: pinned::TlsIo, bytes: u64) -> anyhow::Result<()> {
+async fn make(mut near: TlsIo, bytes: u64) -> anyhow::Result<()> {
     let chunk = vec![b'x'; CHUNK];
     let mut left = bytes;
     while left > 0 {
@@ -63,30 +114,141 @@ async fn make(mut near: pinned::TlsIo, bytes: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn pass(mut near: pinned::TlsIo, mut far: pinned::TlsIo) -> anyhow::Result<()> {
+/// The program's input is what comes, its output what goes, each with its own end. Answers the bytes of both.
+async fn run(near: TlsIo, words: &[String]) -> anyhow::Result<(u64, u64)> {
+    let (program, arguments) = words.split_first().context("no program")?;
+    let mut program = Run::new(program).args(arguments);
+    let child = program.command_mut();
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let (mut stdin, mut stdout) = child
+        .stdin
+        .take()
+        .zip(child.stdout.take())
+        .context("pipes")?;
+    let (mut from, mut to) = tokio::io::split(near);
+    let input = async move { copy(&mut from, &mut stdin).await };
+    let output = async move {
+        let bytes = copy(&mut stdout, &mut to).await?;
+        to.shutdown().await?;
+        Ok(bytes)
+    };
+    let bytes = tokio::try_join!(input, output)?;
+    let status = child.wait().await?;
+    anyhow::ensure!(status.success(), "{words:?}: {status}");
+    Ok(bytes)
+}
+
+async fn copy(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+) -> anyhow::Result<u64> {
+    let mut buffer = vec![0; CHUNK];
+    let mut bytes = 0;
+    loop {
+        match from.read(&mut buffer).await? {
+            0 => return Ok(bytes),
+            read => {
+                to.write_all(&buffer[..read]).await?;
+                bytes += u64::try_from(read)?;
+            }
+        }
+    }
+}
+
+async fn pass(mut near: TlsIo, mut far: TlsIo) -> anyhow::Result<()> {
     copy_bidirectional_with_sizes(&mut near, &mut far, CHUNK, CHUNK).await?;
     Ok(())
 }
 
-/// Reads all that a relay sends; answers how many bytes.
-pub(super) async fn read(port: u16, pair: &KeyPair) -> anyhow::Result<u64> {
-    let mut relay = dial(port, pair).await?;
-    let mut buffer = vec![0; CHUNK];
-    let mut bytes = 0;
-    loop {
-        match relay.read(&mut buffer).await? {
-            0 => break,
-            read => bytes += u64::try_from(read)?,
+async fn dial(to: SocketAddr, pair: &KeyPair) -> anyhow::Result<TlsIo> {
+    Ok(pinned::dial(&to.to_string(), pair, pair.spki()).await?)
+}
+
+/// A chain of relays, a process each, nearest last.
+pub(super) struct Chain {
+    _processes: Vec<Child>,
+    _keys: TempDir,
+    pair: KeyPair,
+    nearest: SocketAddr,
+}
+
+impl Chain {
+    /// Starts them, the farthest with `role`, and waits until each listens.
+    pub(super) async fn start(bed: &Bed, places: &[Place], role: String) -> anyhow::Result<Self> {
+        let keys = tempfile::tempdir_in(bed.here(FOLDER))?;
+        let name = keys.path().file_name().context("no name")?;
+        let pair = KeyPair::generate("bench")?;
+        crate::site::write(&keys.path().join("pair.crt"), pair.cert_pem())?;
+        crate::site::write(&keys.path().join("pair.key"), pair.key_pem())?;
+        let mut processes = Vec::new();
+        let mut role = role;
+        let mut nearest = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST_PORT));
+        for (place, port) in places.iter().zip(FIRST_PORT..) {
+            let keys_there = Path::new(FOLDER).join(name);
+            let relay = match place {
+                Place::Compute => bed.world.on_as_root("c1", [RELAY]),
+                Place::Login => bed.world.on_as_root("login", [RELAY]),
+                Place::Host => Run::new(bed.here(RELAY)),
+            };
+            let keys_there = match place {
+                Place::Compute | Place::Login => keys_there,
+                Place::Host => keys.path().to_owned(),
+            };
+            let relay = relay
+                .args(["relay", &port.to_string(), &role])
+                .arg(keys_there);
+            processes.push(relay.spawn(&keys.path().join("log"))?);
+            nearest = SocketAddr::from((place.address(), port));
+            role = format!("relay={nearest}");
+            let log = keys.path().join("log");
+            wait_for("a relay listens", SOON, async || {
+                // From where the next one is; the host does not see the compute nodes.
+                let probe = format!("exec 3<>/dev/tcp/{}/{port}", place.address());
+                let probed = match place {
+                    Place::Compute => bed.shell("login", &probe).ok().await,
+                    Place::Login | Place::Host => Run::new("bash").args(["-c", &probe]).ok().await,
+                };
+                probed.map_err(|error| {
+                    format!(
+                        "{error:#}; {}",
+                        std::fs::read_to_string(&log).unwrap_or_default()
+                    )
+                })
+            })
+            .await?;
         }
+        Ok(Self {
+            _processes: processes,
+            _keys: keys,
+            pair,
+            nearest,
+        })
     }
-    relay.shutdown().await.context("closing our half")?;
-    Ok(bytes)
+
+    /// Reads all that comes; answers how many bytes.
+    pub(super) async fn read(&self) -> anyhow::Result<u64> {
+        let mut near = dial(self.nearest, &self.pair).await?;
+        near.shutdown().await.context("closing our half")?;
+        copy(&mut near, &mut tokio::io::sink()).await
+    }
+
+    /// Puts a program at this end as well; answers the bytes that came and those that went.
+    pub(super) async fn run(&self, words: &[String]) -> anyhow::Result<(u64, u64)> {
+        run(dial(self.nearest, &self.pair).await?, words).await
+    }
 }
 
-async fn dial(port: u16, pair: &KeyPair) -> anyhow::Result<pinned::TlsIo> {
-    Ok(pinned::dial(&loopback(port).to_string(), pair, pair.spki()).await?)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn loopback(port: u16) -> SocketAddr {
-    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+    #[test]
+    fn roles() {
+        let relay = Role::Relay(SocketAddr::from(([10, 0, 0, 1], 7)));
+        assert_eq!(Role::parse("relay=10.0.0.1:7").unwrap(), relay);
+        assert_eq!(Role::parse("source=12").unwrap(), Role::Source(12));
+        let words = ["cat", "/x"].map(str::to_owned).to_vec();
+        assert_eq!(Role::parse("program=cat /x").unwrap(), Role::Program(words));
+        Role::parse("sink").unwrap_err();
+    }
 }

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use super::bed::Bed;
 use super::pods::Batch;
 use super::stats::Series;
+use super::streams::Stream;
 use super::{Figures, machine};
 
 /// One bound of the issue: what was measured, what it must not exceed, or, `least`, not fall below.
@@ -237,19 +238,7 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
             series.count()
         )?;
     }
-    writeln!(
-        out,
-        "\n| stream, MB/s | KNoC | bare TLS relays, one process a hop | ratio | hops | MB |\n|---|---|---|---|---|---|"
-    )?;
-    for stream in &figures.streams {
-        let (knoc, floor) = (stream.knoc.median(), stream.floor.median());
-        let (name, hops, megabytes) = (stream.name, stream.hops, stream.bytes / 1_000_000);
-        writeln!(
-            out,
-            "| {name} | {knoc:.0} | {floor:.0} | {:.2} | {hops} | {megabytes} |",
-            knoc / floor
-        )?;
-    }
+    streams(out, &figures.streams)?;
     let load = &figures.load;
     writeln!(
         out,
@@ -262,6 +251,24 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
         mib(load.shim.1),
         load.rpcs,
     )?;
+    Ok(())
+}
+
+/// The table of streams.
+pub(super) fn streams(out: &mut String, streams: &[Stream]) -> anyhow::Result<()> {
+    writeln!(
+        out,
+        "\n| stream, MB/s | KNoC | bare TLS relays, a process in the place of each part | ratio | hops | MB |\n|---|---|---|---|---|---|"
+    )?;
+    for stream in streams {
+        let (knoc, floor) = (stream.knoc.median(), stream.floor.median());
+        let (name, hops, megabytes) = (stream.name, stream.hops, stream.bytes / 1_000_000);
+        writeln!(
+            out,
+            "| {name} | {knoc:.0} | {floor:.0} | {:.2} | {hops} | {megabytes} |",
+            knoc / floor
+        )?;
+    }
     Ok(())
 }
 

@@ -3,15 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use knoc_proto::link::pinned::KeyPair;
 use knoc_proto::pb;
-use tempfile::TempDir;
-use tokio::process::Child;
 
-use super::bed::Bed;
-use super::{exec, kubernetes, relay};
-use crate::site::free_port;
-use crate::{PodBuilder, Run, wait_for};
+use super::bed::{Bed, FOLDER};
+use super::relay::{Chain, Place};
+use super::{exec, kubernetes};
+use crate::{PodBuilder, wait_for};
 
 /// Of a pod that writes the bytes.
 const WRITTEN: Duration = Duration::from_mins(5);
@@ -35,7 +32,6 @@ pub(super) struct Stream {
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sizes {
-    /// Of each stream but the large ones, which are measured once.
     pub(super) rounds: usize,
     /// Of each stream, in whole lines of 80.
     pub(super) bytes: u64,
@@ -46,9 +42,9 @@ pub(super) struct Sizes {
 /// Which way the bytes come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// `kubectl logs`' own: API server, kubelet, agent.
+    /// `kubectl logs`' own: API server, kubelet, agent, shim.
     LogsByKubernetes,
-    /// `kubectl exec`'s own: API server, kubelet, agent, shim.
+    /// `kubectl exec`'s own: the same.
     ExecByKubernetes,
     /// `kubectl port-forward`'s own: the same.
     ForwardByKubernetes,
@@ -56,7 +52,7 @@ enum Way {
     CopyDown,
     /// And to it.
     CopyUp,
-    /// `ReadLogs` of the agent.
+    /// `ReadLogs` of the agent, relayed from the shim.
     LogsByAgent,
     /// `Exec` of the agent, relayed from the shim.
     ExecByAgent,
@@ -65,58 +61,69 @@ enum Way {
 /// Of the floor, through the API server (issue and design).
 const SHARE: Option<f64> = Some(0.7);
 
-const STREAMS: [(&str, usize, Way, Option<f64>); 5] = [
-    (
-        "log through the API server",
-        3,
-        Way::LogsByKubernetes,
-        SHARE,
-    ),
-    (
-        "exec through the API server",
-        4,
-        Way::ExecByKubernetes,
-        SHARE,
-    ),
-    (
-        "port-forward through the API server",
-        4,
-        Way::ForwardByKubernetes,
-        SHARE,
-    ),
-    ("log through the agent", 1, Way::LogsByAgent, None),
-    ("exec through the agent", 2, Way::ExecByAgent, None),
-];
+/// The parts of KNoC and Kubernetes that a byte passes, from the pod on; one TLS connection leaves each.
+const ALL: &[Place] = &[Place::Compute, Place::Login, Place::Host, Place::Host];
+const TO_AGENT: &[Place] = &[Place::Compute, Place::Login];
 
-const LARGE: [(&str, usize, Way, Option<f64>); 3] = [
-    (
-        "large log through the API server",
-        3,
-        Way::LogsByKubernetes,
-        SHARE,
+/// One stream to be measured.
+struct Kind {
+    name: &'static str,
+    way: Way,
+    places: &'static [Place],
+    share: Option<f64>,
+    large: bool,
+}
+
+const fn kind(name: &'static str, way: Way, large: bool) -> Kind {
+    let (places, share) = match way {
+        Way::LogsByAgent | Way::ExecByAgent => (TO_AGENT, None),
+        _ => (ALL, SHARE),
+    };
+    Kind {
+        name,
+        way,
+        places,
+        share,
+        large,
+    }
+}
+
+const STREAMS: [Kind; 8] = [
+    kind("log through the API server", Way::LogsByKubernetes, false),
+    kind("exec through the API server", Way::ExecByKubernetes, false),
+    kind(
+        "port-forward through the API server",
+        Way::ForwardByKubernetes,
+        false,
     ),
-    ("kubectl cp from the pod", 4, Way::CopyDown, SHARE),
-    ("kubectl cp to the pod", 4, Way::CopyUp, SHARE),
+    kind("log through the agent", Way::LogsByAgent, false),
+    kind("exec through the agent", Way::ExecByAgent, false),
+    kind(
+        "large log through the API server",
+        Way::LogsByKubernetes,
+        true,
+    ),
+    kind("kubectl cp from the pod", Way::CopyDown, true),
+    kind("kubectl cp to the pod", Way::CopyUp, true),
 ];
 
 /// Alternates each stream with its floor.
 pub(super) async fn measure(bed: &Bed, sizes: Sizes) -> anyhow::Result<Vec<Stream>> {
     let uid = talker(bed, sizes).await?;
     let mut streams = Vec::new();
-    let small = STREAMS.map(|stream| (stream, sizes.bytes, sizes.rounds));
-    let large = LARGE.map(|stream| (stream, sizes.large, 1));
-    for ((name, hops, way, share), bytes, rounds) in small.into_iter().chain(large) {
+    for kind in STREAMS {
+        let bytes = if kind.large { sizes.large } else { sizes.bytes };
         let mut stream = Stream {
-            name,
-            hops,
+            name: kind.name,
+            hops: kind.places.len(),
             bytes,
-            share,
+            share: kind.share,
             ..Stream::default()
         };
         stream
-            .alternate(bed, &uid, way, rounds)
+            .alternate(bed, &uid, &kind, sizes.rounds)
             .await
-            .context(name)?;
+            .context(kind.name)?;
         streams.push(stream);
     }
     bed.world.delete("stream", Some(0)).await?;
@@ -124,14 +131,21 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes) -> anyhow::Result<Vec<Strea
     Ok(streams)
 }
 
-/// A pod that has written the large log and a large file, and serves bytes on its port. Answers its UID.
+/// A pod that has written the large log and files of both sizes, and serves the small one on its port; the same files
+/// lie where the floor's programs find them. Answers its UID.
 async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
     let Sizes { bytes, large, .. } = sizes;
+    let files = format!("head -c {bytes} /dev/zero >small; head -c {large} /dev/zero >large");
+    bed.shell(
+        "login",
+        &format!("mkdir -p {FOLDER}/up && cd {FOLDER} && {files}"),
+    )
+    .ok()
+    .await?;
     // Lines of 80 bytes, and whole ones only: what has no end is held back until it has one.
     let line = "x".repeat(79);
     let script = format!(
-        "nc -ll -p {PORT} -e head -c {bytes} /dev/zero & head -c {large} /dev/zero >/data/down; \
-         yes {line} | head -c {large}; wait"
+        "cd /data; {files}; nc -ll -p {PORT} -e cat /data/small & yes {line} | head -c {large}; wait"
     );
     let pod = PodBuilder::new("stream")
         .image(&Bed::image_path())
@@ -168,46 +182,93 @@ impl Stream {
         &mut self,
         bed: &Bed,
         uid: &str,
-        way: Way,
+        kind: &Kind,
         rounds: usize,
     ) -> anyhow::Result<()> {
         let bytes = self.bytes;
-        let relays = Relays::start(self.hops, bytes).await?;
         let folder = tempfile::tempdir()?;
-        let file = folder.path().join("file");
-        if way == Way::CopyUp {
-            std::fs::File::create(&file)?.set_len(bytes)?;
-        }
-        let path = file.display().to_string();
+        // Sent by a copy to the pod, and taken from a copy of the pod's.
+        std::fs::File::create(folder.path().join("large"))?.set_len(bytes)?;
+        let local = folder.path().display().to_string();
+        let floor = Floor::start(bed, kind, bytes, &local).await?;
         for _ in 0..rounds {
             let began = Instant::now();
-            let read = match way {
-                Way::LogsByKubernetes => kubernetes::logs(bed, "stream", bytes).await?,
-                Way::ExecByKubernetes => {
-                    let count = bytes.to_string();
-                    kubernetes::exec(bed, "stream", &["head", "-c", &count, "/dev/zero"]).await?
-                }
-                Way::ForwardByKubernetes => kubernetes::forward(bed, "stream", PORT).await?,
-                Way::CopyDown => kubernetes::copy(bed, "stream:/data/down", &path, &file).await?,
-                Way::CopyUp => kubernetes::copy(bed, &path, "stream:/data/up", &file).await?,
-                Way::LogsByAgent => logs(bed, uid, bytes).await?,
-                Way::ExecByAgent => {
-                    let count = bytes.to_string();
-                    exec::run(bed, uid, "main", &["head", "-c", &count, "/dev/zero"])
-                        .await?
-                        .0
-                }
-            };
-            anyhow::ensure!(read == bytes, "{read} of {bytes} bytes");
+            let read = through_knoc(bed, uid, kind.way, bytes, &local).await?;
             self.knoc.push(rate(bytes, began.elapsed()));
+            anyhow::ensure!(read == bytes, "{read} of {bytes} bytes");
             let began = Instant::now();
-            let read = relay::read(relays.last, &relays.pair)
-                .await
-                .context("the relays")?;
-            anyhow::ensure!(read == bytes, "the relays: {read} of {bytes} bytes");
+            let read = floor.run().await.context("the relays")?;
             self.floor.push(rate(bytes, began.elapsed()));
+            anyhow::ensure!(read >= bytes, "the relays: {read} of {bytes} bytes");
         }
         Ok(())
+    }
+}
+
+/// Moves the bytes once; answers how many arrived.
+async fn through_knoc(
+    bed: &Bed,
+    uid: &str,
+    way: Way,
+    bytes: u64,
+    local: &str,
+) -> anyhow::Result<u64> {
+    let cat = ["cat", "/data/small"];
+    let large = format!("{local}/large");
+    Ok(match way {
+        Way::LogsByKubernetes => kubernetes::logs(bed, "stream", bytes).await?,
+        Way::ExecByKubernetes => kubernetes::exec(bed, "stream", &cat).await?,
+        Way::ForwardByKubernetes => kubernetes::forward(bed, "stream", PORT).await?,
+        Way::CopyDown => {
+            kubernetes::copy(bed, "stream:/data/large", &large).await?;
+            tokio::fs::metadata(&large).await?.len()
+        }
+        Way::CopyUp => {
+            kubernetes::copy(bed, &large, "stream:/data/up").await?;
+            kubernetes::size(bed, "stream", "/data/up").await?
+        }
+        Way::LogsByAgent => logs(bed, uid, bytes).await?,
+        Way::ExecByAgent => exec::run(bed, uid, "main", &cat).await?.0,
+    })
+}
+
+/// The same bytes by bare relays, made and taken by the programs that make and take them in the pod and at the client.
+struct Floor {
+    chain: Chain,
+    /// At our end; without it the bytes are counted.
+    program: Option<Vec<String>>,
+}
+
+impl Floor {
+    async fn start(bed: &Bed, kind: &Kind, bytes: u64, local: &str) -> anyhow::Result<Self> {
+        let (far, near) = match kind.way {
+            Way::LogsByKubernetes | Way::LogsByAgent => (format!("source={bytes}"), None),
+            Way::ExecByKubernetes | Way::ExecByAgent | Way::ForwardByKubernetes => {
+                (format!("program=cat {FOLDER}/small"), None)
+            }
+            Way::CopyDown => (
+                format!("program=tar -cf - -C {FOLDER} large"),
+                Some(format!("tar -xf - -C {local}")),
+            ),
+            Way::CopyUp => (
+                format!("program=tar -xf - -C {FOLDER}/up"),
+                Some(format!("tar -cf - -C {local} large")),
+            ),
+        };
+        let program = near.map(|words| words.split(' ').map(str::to_owned).collect());
+        let chain = Chain::start(bed, kind.places, far).await?;
+        Ok(Self { chain, program })
+    }
+
+    /// Answers how many bytes passed; a tar is somewhat more than what it holds.
+    async fn run(&self) -> anyhow::Result<u64> {
+        match &self.program {
+            None => self.chain.read().await,
+            Some(words) => {
+                let (came, went) = self.chain.run(words).await?;
+                Ok(came.max(went))
+            }
+        }
     }
 }
 
@@ -232,43 +293,4 @@ async fn logs(bed: &Bed, uid: &str, bytes: u64) -> anyhow::Result<u64> {
 #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
 fn rate(bytes: u64, took: Duration) -> f64 {
     bytes as f64 / 1e6 / took.as_secs_f64()
-}
-
-/// A source and the relays before it, a process each.
-struct Relays {
-    _processes: Vec<Child>,
-    _keys: TempDir,
-    pair: KeyPair,
-    last: u16,
-}
-
-impl Relays {
-    async fn start(hops: usize, bytes: u64) -> anyhow::Result<Self> {
-        let keys = tempfile::tempdir()?;
-        let pair = KeyPair::generate("bench")?;
-        crate::site::write(&keys.path().join("pair.crt"), pair.cert_pem())?;
-        crate::site::write(&keys.path().join("pair.key"), pair.key_pem())?;
-        let mut processes = Vec::new();
-        let mut role = format!("source={bytes}");
-        let mut last = 0;
-        for _ in 0..hops {
-            last = free_port()?;
-            let relay =
-                Run::new(std::env::current_exe()?).args(["relay", &last.to_string(), &role]);
-            processes.push(relay.arg(keys.path()).spawn(&keys.path().join("log"))?);
-            role = format!("relay={last}");
-            wait_for("a relay listens", WRITTEN, async || {
-                tokio::net::TcpStream::connect(("127.0.0.1", last))
-                    .await
-                    .map(drop)
-            })
-            .await?;
-        }
-        Ok(Self {
-            _processes: processes,
-            _keys: keys,
-            pair,
-            last,
-        })
-    }
 }

@@ -1,4 +1,5 @@
-//! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
+//! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md; `knoc-bench [--quick] streams`
+//! measures the streams alone and prints them;
 //! `knoc-bench relay PORT ROLE KEYS` is one of the relays that it measures itself against.
 
 use std::path::{Path, PathBuf};
@@ -10,7 +11,9 @@ fn main() -> anyhow::Result<()> {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.first().is_some_and(|word| word == "relay") {
         let [_, port, role, keys] = arguments.as_slice() else {
-            anyhow::bail!("usage: knoc-bench relay PORT source=BYTES|relay=PORT KEYS");
+            anyhow::bail!(
+                "usage: knoc-bench relay PORT source=BYTES|program=WORDS|relay=ADDRESS KEYS"
+            );
         };
         let role = relay::Role::parse(role)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -22,8 +25,12 @@ fn main() -> anyhow::Result<()> {
         .iter()
         .position(|word| word == "--quick")
         .map(|at| arguments.remove(at));
+    let streams = arguments.first().is_some_and(|word| word == "streams");
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
     let page = arguments.first().map_or(page, PathBuf::from);
     let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
+    if streams {
+        return runtime.block_on(bench::streams(quick.is_some()));
+    }
     runtime.block_on(bench::run(&page, quick.is_some()))
 }
