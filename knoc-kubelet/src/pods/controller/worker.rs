@@ -234,6 +234,7 @@ impl Worker<'_> {
                 .as_ref()
                 .filter(|_| observed.is_none()),
             unreachable: self.unreachable(),
+            judged: self.judged(&view.pod),
             now: Timestamp::now(),
         };
         let Some(patch) =
@@ -272,6 +273,12 @@ impl Worker<'_> {
                 false
             }
         }
+    }
+
+    /// The pod's generation, where it was judged: not while the link is down.
+    fn judged(&self, pod: &Pod) -> Option<i64> {
+        let generation = pod.metadata.generation;
+        generation.filter(|generation| self.memory.judged >= *generation)
     }
 
     fn unreachable(&self) -> bool {
