@@ -1,10 +1,13 @@
 //! Task: the Node object: registration, labels, taints, status. Never deletes it.
 //!
-//! In: link and capacity (watch channels). The status is computed purely ([`status`]) at every change and every 10 s, and
-//! sent where it differs from the last one, where the API server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so and takes no new pods.
+//! In: link and capacity (watch channels). Out: what decides which pods belong here ([`place`]), as last seen. The status is
+//! computed purely ([`status`]) at every change and every 10 s, and sent where it differs from the last one, where the API
+//! server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so
+//! and takes no new pods.
 
 pub mod features;
 pub mod lease;
+pub mod place;
 pub mod status;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -25,6 +28,7 @@ use crate::{
     certs::{Health, Purpose},
     identity::Clients,
 };
+use place::Place;
 use status::Facts;
 
 /// Between computations of the status.
@@ -100,6 +104,7 @@ pub struct NodeTask {
     link: watch::Receiver<Link>,
     capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
     orphans: watch::Receiver<usize>,
+    place: watch::Sender<Place>,
     /// By the API server's version as last heard, and when.
     features: Option<(Vec<&'static str>, Instant)>,
     sent: Option<(Value, Instant)>,
@@ -115,6 +120,7 @@ impl NodeTask {
         link: watch::Receiver<Link>,
         capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
         orphans: watch::Receiver<usize>,
+        place: watch::Sender<Place>,
     ) -> Self {
         Self {
             client: clients.node.clone(),
@@ -125,6 +131,7 @@ impl NodeTask {
             link,
             capacity,
             orphans,
+            place,
             features: None,
             sent: None,
         }
@@ -132,6 +139,12 @@ impl NodeTask {
 
     /// Makes the Node exist with its labels and taint; returns it.
     pub async fn register(&self) -> Result<Node, NodeError> {
+        let node = self.exist().await?;
+        self.place.send_replace(Place::of(&node));
+        Ok(node)
+    }
+
+    async fn exist(&self) -> Result<Node, NodeError> {
         let labels = status::labels(&self.identity);
         let found = self
             .within("get", self.api.get_opt(&self.identity.name))
@@ -184,6 +197,7 @@ impl NodeTask {
             Some(node) => node,
             None => self.register().await?,
         };
+        self.place.send_replace(Place::of(&node));
         self.ask_version().await;
         let link = self.link.borrow().clone();
         self.taint(&node, link.down_for() >= TAINT_AFTER).await?;
@@ -296,11 +310,26 @@ impl NodeTask {
         what: &'static str,
         call: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, NodeError> {
-        let name = self.identity.name.clone();
-        match tokio::time::timeout(DEADLINE, call).await {
-            Err(_) => Err(NodeError::Late { what, name }),
-            Ok(Err(source)) => Err(NodeError::Api { what, name, source }),
-            Ok(Ok(answer)) => Ok(answer),
-        }
+        within(&self.identity.name, what, call).await
+    }
+}
+
+/// What of the Node decides which pods belong on it, as it is now.
+pub async fn place(client: kube::Client, name: &str) -> Result<Place, NodeError> {
+    let api: Api<Node> = Api::all(client);
+    let node = within(name, "get", api.get(name)).await?;
+    Ok(Place::of(&node))
+}
+
+async fn within<T>(
+    name: &str,
+    what: &'static str,
+    call: impl Future<Output = kube::Result<T>>,
+) -> Result<T, NodeError> {
+    let name = name.to_owned();
+    match tokio::time::timeout(DEADLINE, call).await {
+        Err(_) => Err(NodeError::Late { what, name }),
+        Ok(Err(source)) => Err(NodeError::Api { what, name, source }),
+        Ok(Ok(answer)) => Ok(answer),
     }
 }
