@@ -8,6 +8,7 @@
 pub mod features;
 pub mod lease;
 pub mod place;
+pub mod release;
 pub mod status;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -29,6 +30,7 @@ use crate::{
     identity::Clients,
 };
 use place::Place;
+use release::Release;
 use status::Facts;
 
 /// Between computations of the status.
@@ -105,8 +107,8 @@ pub struct NodeTask {
     capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
     orphans: watch::Receiver<usize>,
     place: watch::Sender<Place>,
-    /// By the API server's version as last heard, and when.
-    features: Option<(Vec<&'static str>, Instant)>,
+    /// The API server's release as last heard, and when; none within: it says nothing that can be read.
+    server: Option<(Option<Release>, Instant)>,
     sent: Option<(Value, Instant)>,
 }
 
@@ -132,7 +134,7 @@ impl NodeTask {
             capacity,
             orphans,
             place,
-            features: None,
+            server: None,
             sent: None,
         }
     }
@@ -214,7 +216,7 @@ impl NodeTask {
             capacity: capacity.as_deref(),
             orphans,
             certificates: &certificates,
-            features: self.features.as_ref().map(|(names, _)| names.as_slice()),
+            server: self.server.and_then(|(release, _)| release),
             previous: node.status.as_ref(),
             now: Timestamp::now(),
         };
@@ -235,21 +237,18 @@ impl NodeTask {
         Ok(())
     }
 
-    /// Decides anew what is declared, where the last answer is old. Without an answer what was declared stays.
+    /// Asks the API server for its release, where the last answer is old. Without an answer the last one stays; of
+    /// several API servers, in the middle of an upgrade, the one that answers counts.
     async fn ask_version(&mut self) {
-        let fresh = |(_, at): &(_, Instant)| at.elapsed() < VERSION;
-        if self.features.as_ref().is_some_and(fresh) {
+        if self.server.is_some_and(|(_, at)| at.elapsed() < VERSION) {
             return;
         }
         let asked = self.client.apiserver_version();
         match self.within("ask the API server's version for", asked).await {
-            Ok(info) => {
-                let names = features::declared(self.identity.websockets, &info);
-                self.features = Some((names, Instant::now()));
-            }
+            Ok(info) => self.server = Some((Release::of(&info), Instant::now())),
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::info!(%error, "the node's features are declared when the API server's version is known");
+                tracing::info!(%error, "the node's version and features follow when the API server's version is known");
             }
         }
     }
