@@ -20,7 +20,7 @@ use crate::{
     config::{Config, IdentityConfig},
     leader::{Leader, LeaderError},
     metrics::Metrics,
-    node::{self, NodeError, NodeTask},
+    node::{self, NodeError, NodeTask, place::Place},
     pods::{
         Ask, Context, Controller, Ledger, Pulse, Services, Store,
         events::{Events, Recorder},
@@ -166,6 +166,7 @@ impl App {
         let (capacity_to, capacity) = watch::channel(None);
         let (orphans_to, orphans) = watch::channel(0);
         let (listed_to, listed) = watch::channel(false);
+        let (place_to, place) = watch::channel(Place::default());
         let events = self.record(tasks, shutdown);
         let own = self.certificates(tasks, shutdown, &events).await?;
         let client = own.clients.node.clone();
@@ -182,6 +183,7 @@ impl App {
             services: services.clone(),
             link: link.clone(),
             listed,
+            place,
             capacity: capacity.clone(),
             pods: self.config.node.pods,
             ledger: Ledger::default(),
@@ -199,6 +201,7 @@ impl App {
             link,
             capacity,
             orphans,
+            place_to,
         );
         node.register().await?;
         let (agent, store) = (self.agent.clone(), self.store.clone());
@@ -206,11 +209,8 @@ impl App {
         let (missing_to, missing) = watch::channel(0);
         let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
         let token = || shutdown.clone();
-        tasks.spawn(node::lease::run(
-            client.clone(),
-            self.config.node.name.clone(),
-            token(),
-        ));
+        let lease = node::lease::run(client.clone(), self.config.node.name.clone(), token());
+        tasks.spawn(lease);
         tasks.spawn(node.run(token()));
         tasks.spawn(services.run(client, token()));
         tasks.spawn(agent_watch.run(token()));

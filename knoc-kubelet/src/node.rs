@@ -1,10 +1,14 @@
 //! Task: the Node object: registration, labels, taints, status. Never deletes it.
 //!
-//! In: link and capacity (watch channels). The status is computed purely ([`status`]) at every change and every 10 s, and
-//! sent where it differs from the last one, where the API server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so and takes no new pods.
+//! In: link and capacity (watch channels). Out: what decides which pods belong here ([`place`]), as last seen. The status is
+//! computed purely ([`status`]) at every change and every 10 s, and sent where it differs from the last one, where the API
+//! server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so
+//! and takes no new pods.
 
 pub mod features;
 pub mod lease;
+pub mod place;
+pub mod release;
 pub mod status;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -25,6 +29,8 @@ use crate::{
     certs::{Health, Purpose},
     identity::Clients,
 };
+use place::Place;
+use release::Release;
 use status::Facts;
 
 /// Between computations of the status.
@@ -100,8 +106,9 @@ pub struct NodeTask {
     link: watch::Receiver<Link>,
     capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
     orphans: watch::Receiver<usize>,
-    /// By the API server's version as last heard, and when.
-    features: Option<(Vec<&'static str>, Instant)>,
+    place: watch::Sender<Place>,
+    /// The API server's release as last heard, and when; none within: it says nothing that can be read.
+    server: Option<(Option<Release>, Instant)>,
     sent: Option<(Value, Instant)>,
 }
 
@@ -115,6 +122,7 @@ impl NodeTask {
         link: watch::Receiver<Link>,
         capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
         orphans: watch::Receiver<usize>,
+        place: watch::Sender<Place>,
     ) -> Self {
         Self {
             client: clients.node.clone(),
@@ -125,13 +133,20 @@ impl NodeTask {
             link,
             capacity,
             orphans,
-            features: None,
+            place,
+            server: None,
             sent: None,
         }
     }
 
     /// Makes the Node exist with its labels and taint; returns it.
     pub async fn register(&self) -> Result<Node, NodeError> {
+        let node = self.exist().await?;
+        self.place.send_replace(Place::of(&node));
+        Ok(node)
+    }
+
+    async fn exist(&self) -> Result<Node, NodeError> {
         let labels = status::labels(&self.identity);
         let found = self
             .within("get", self.api.get_opt(&self.identity.name))
@@ -184,6 +199,7 @@ impl NodeTask {
             Some(node) => node,
             None => self.register().await?,
         };
+        self.place.send_replace(Place::of(&node));
         self.ask_version().await;
         let link = self.link.borrow().clone();
         self.taint(&node, link.down_for() >= TAINT_AFTER).await?;
@@ -200,7 +216,7 @@ impl NodeTask {
             capacity: capacity.as_deref(),
             orphans,
             certificates: &certificates,
-            features: self.features.as_ref().map(|(names, _)| names.as_slice()),
+            server: self.server.and_then(|(release, _)| release),
             previous: node.status.as_ref(),
             now: Timestamp::now(),
         };
@@ -221,21 +237,18 @@ impl NodeTask {
         Ok(())
     }
 
-    /// Decides anew what is declared, where the last answer is old. Without an answer what was declared stays.
+    /// Asks the API server for its release, where the last answer is old. Without an answer the last one stays; of
+    /// several API servers, in the middle of an upgrade, the one that answers counts.
     async fn ask_version(&mut self) {
-        let fresh = |(_, at): &(_, Instant)| at.elapsed() < VERSION;
-        if self.features.as_ref().is_some_and(fresh) {
+        if self.server.is_some_and(|(_, at)| at.elapsed() < VERSION) {
             return;
         }
         let asked = self.client.apiserver_version();
         match self.within("ask the API server's version for", asked).await {
-            Ok(info) => {
-                let names = features::declared(self.identity.websockets, &info);
-                self.features = Some((names, Instant::now()));
-            }
+            Ok(info) => self.server = Some((Release::of(&info), Instant::now())),
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::info!(%error, "the node's features are declared when the API server's version is known");
+                tracing::info!(%error, "the node's version and features follow when the API server's version is known");
             }
         }
     }
@@ -296,11 +309,26 @@ impl NodeTask {
         what: &'static str,
         call: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, NodeError> {
-        let name = self.identity.name.clone();
-        match tokio::time::timeout(DEADLINE, call).await {
-            Err(_) => Err(NodeError::Late { what, name }),
-            Ok(Err(source)) => Err(NodeError::Api { what, name, source }),
-            Ok(Ok(answer)) => Ok(answer),
-        }
+        within(&self.identity.name, what, call).await
+    }
+}
+
+/// What of the Node decides which pods belong on it, as it is now.
+pub async fn place(client: kube::Client, name: &str) -> Result<Place, NodeError> {
+    let api: Api<Node> = Api::all(client);
+    let node = within(name, "get", api.get(name)).await?;
+    Ok(Place::of(&node))
+}
+
+async fn within<T>(
+    name: &str,
+    what: &'static str,
+    call: impl Future<Output = kube::Result<T>>,
+) -> Result<T, NodeError> {
+    let name = name.to_owned();
+    match tokio::time::timeout(DEADLINE, call).await {
+        Err(_) => Err(NodeError::Late { what, name }),
+        Ok(Err(source)) => Err(NodeError::Api { what, name, source }),
+        Ok(Ok(answer)) => Ok(answer),
     }
 }

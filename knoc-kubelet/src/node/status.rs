@@ -7,14 +7,14 @@ use k8s_openapi::api::core::v1::NodeStatus;
 use knoc_proto::pb;
 use serde_json::{Map, Value, json};
 
-use super::Identity;
+use super::{
+    Identity, features,
+    release::{self, Release},
+};
 use crate::{
     agent::Link,
     certs::{Health, Purpose},
 };
-
-/// The kubelet's version as Kubernetes reads it: a release it knows how to talk to, ours as build metadata.
-const KUBELET_VERSION: &str = concat!("v1.36.0+knoc.", env!("CARGO_PKG_VERSION"));
 
 /// What a status is made of.
 #[derive(Clone, Copy, Debug)]
@@ -29,8 +29,8 @@ pub struct Facts<'a> {
     pub orphans: usize,
     /// How our own certificates do.
     pub certificates: &'a [(Purpose, Health)],
-    /// What is declared; none while the API server's version is not known.
-    pub features: Option<&'a [&'static str]>,
+    /// The API server's release; none while it is not known.
+    pub server: Option<Release>,
     /// The status in the API server.
     pub previous: Option<&'a NodeStatus>,
     /// Now.
@@ -91,7 +91,7 @@ pub fn status(facts: &Facts<'_>) -> Value {
 
 /// An empty list is said only to take back another: older API servers do not know the field.
 fn declared(facts: &Facts<'_>) -> Option<Value> {
-    let features = facts.features?;
+    let features = features::declared(facts.identity.websockets, facts.server?);
     let before = facts.previous.and_then(|it| it.declared_features.as_ref());
     let said = !features.is_empty() || before.is_some_and(|before| !before.is_empty());
     said.then(|| json!(features))
@@ -171,22 +171,21 @@ fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value
 }
 
 fn node_info(facts: &Facts<'_>) -> Value {
+    let before = facts.previous.and_then(|status| status.node_info.as_ref());
     let runtime = match facts.link {
         Link::Up { info, .. } => format!("{}://{}", info.runtime, version(&info.runtime_version)),
-        Link::Down { .. } => facts
-            .previous
-            .and_then(|status| status.node_info.as_ref())
+        Link::Down { .. } => before
             .map(|info| info.container_runtime_version.clone())
             .filter(|text| !text.is_empty())
             .unwrap_or_else(|| "apptainer://unknown".to_owned()),
     };
     let scheduler = match facts.link {
         Link::Up { info, .. } => info.scheduler_version.clone(),
-        Link::Down { .. } => facts
-            .previous
-            .and_then(|status| status.node_info.as_ref())
-            .map(|info| info.os_image.clone())
-            .unwrap_or_default(),
+        Link::Down { .. } => before.map(|info| info.os_image.clone()).unwrap_or_default(),
+    };
+    let kubelet = match facts.server {
+        Some(server) => release::kubelet_version(server),
+        None => release::version_without_server(before.map(|info| info.kubelet_version.as_str())),
     };
     json!({
         "architecture": arch(),
@@ -194,7 +193,7 @@ fn node_info(facts: &Facts<'_>) -> Value {
         "containerRuntimeVersion": runtime,
         "kernelVersion": "",
         "kubeProxyVersion": "",
-        "kubeletVersion": KUBELET_VERSION,
+        "kubeletVersion": kubelet,
         "machineID": "",
         "operatingSystem": "linux",
         "osImage": scheduler,
@@ -401,45 +400,71 @@ mod tests {
         }
     }
 
+    fn facts<'a>(
+        identity: &'a Identity,
+        link: &'a Link,
+        capacity: Option<&'a pb::NodeInfo>,
+    ) -> Facts<'a> {
+        Facts {
+            identity,
+            link,
+            capacity,
+            orphans: 0,
+            certificates: &[],
+            server: None,
+            previous: None,
+            now: at(100),
+        }
+    }
+
+    #[test]
+    fn the_version_follows_the_api_servers_and_stays_while_that_is_not_known() {
+        let (identity, link) = (identity(), up());
+        let said = |server, previous| {
+            let facts = Facts {
+                server,
+                previous,
+                ..facts(&identity, &link, None)
+            };
+            let status = status(&facts);
+            let version = &status["nodeInfo"]["kubeletVersion"];
+            (version.as_str().unwrap().to_owned(), status.clone())
+        };
+        let old = Some(Release::new(1, 34));
+        let (version, status) = said(old, None);
+        assert!(version.starts_with("v1.34.0+knoc."), "{version}");
+        let before: NodeStatus = serde_json::from_value(status).unwrap();
+        assert_eq!(said(None, Some(&before)).0, version);
+        let new = Some(Release::new(1, 37));
+        assert!(said(new, Some(&before)).0.starts_with("v1.36.0+knoc."));
+    }
+
     #[test]
     fn features_are_declared_and_taken_back() {
         let (identity, link) = (identity(), up());
         let declared: NodeStatus =
             serde_json::from_value(json!({"declaredFeatures": ["ExtendWebSocketsToKubelet"]}))
                 .unwrap();
-        let said = |features, previous| {
+        let said = |server, previous| {
             let facts = Facts {
-                identity: &identity,
-                link: &link,
-                capacity: None,
-                orphans: 0,
-                certificates: &[],
-                features,
+                server,
                 previous,
-                now: at(100),
+                ..facts(&identity, &link, None)
             };
             status(&facts).get("declaredFeatures").cloned()
         };
         let one = ["ExtendWebSocketsToKubelet"];
+        let (new, old) = (Release::new(1, 36), Release::new(1, 35));
         assert_eq!(said(None, Some(&declared)), None, "not known: as it was");
-        assert_eq!(said(Some(&one), None), Some(json!(one)));
-        assert_eq!(said(Some(&[]), Some(&declared)), Some(json!([])));
-        assert_eq!(said(Some(&[]), None), None);
+        assert_eq!(said(Some(new), None), Some(json!(one)));
+        assert_eq!(said(Some(old), Some(&declared)), Some(json!([])));
+        assert_eq!(said(Some(old), None), None);
     }
 
     #[test]
     fn a_connected_node() {
         let (identity, link, capacity) = (identity(), up(), capacity());
-        let facts = Facts {
-            identity: &identity,
-            link: &link,
-            capacity: Some(&capacity),
-            orphans: 0,
-            certificates: &[],
-            features: None,
-            previous: None,
-            now: at(100),
-        };
+        let facts = facts(&identity, &link, Some(&capacity));
         insta::assert_snapshot!(serde_json::to_string_pretty(&status(&facts)).unwrap());
     }
 
@@ -452,14 +477,8 @@ mod tests {
             message: "refused".to_owned(),
         };
         let facts = Facts {
-            identity: &identity,
-            link: &link,
-            capacity: Some(&capacity),
             orphans: 7,
-            certificates: &[],
-            features: None,
-            previous: None,
-            now: at(100),
+            ..facts(&identity, &link, Some(&capacity))
         };
         let conditions = status(&facts)["conditions"].clone();
         let words = |condition: &Value| {
@@ -475,16 +494,7 @@ mod tests {
     #[test]
     fn what_others_wrote_over_is_sent_again() {
         let (identity, link, capacity) = (identity(), up(), capacity());
-        let facts = Facts {
-            identity: &identity,
-            link: &link,
-            capacity: Some(&capacity),
-            orphans: 0,
-            certificates: &[],
-            features: None,
-            previous: None,
-            now: at(100),
-        };
+        let facts = facts(&identity, &link, Some(&capacity));
         let wanted = status(&facts);
         let live = |wanted: &Value| serde_json::from_value::<NodeStatus>(wanted.clone()).unwrap();
         assert!(stands(&wanted, Some(&live(&wanted))));
@@ -517,16 +527,7 @@ mod tests {
     #[test]
     fn a_heartbeat_is_no_change() {
         let (identity, link) = (identity(), up());
-        let mut facts = Facts {
-            identity: &identity,
-            link: &link,
-            capacity: None,
-            orphans: 0,
-            certificates: &[],
-            features: None,
-            previous: None,
-            now: at(100),
-        };
+        let mut facts = facts(&identity, &link, None);
         let one = status(&facts);
         facts.now = at(200);
         assert!(same(&one, &status(&facts)));

@@ -38,6 +38,7 @@ use super::{
 use crate::{
     agent::{Agent, Link},
     metrics::Metrics,
+    node::place::Place,
 };
 
 /// Workers at a time: their time is spent waiting for the API server and the agent, which both take 50 at once.
@@ -73,6 +74,8 @@ pub struct Context {
     pub link: watch::Receiver<Link>,
     /// Is the first list of pods whole?
     pub listed: watch::Receiver<bool>,
+    /// The Node's labels and taints, as last seen.
+    pub place: watch::Receiver<Place>,
     /// Slurm's capacity, as last heard.
     pub capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
     /// The most pods of the node.

@@ -95,6 +95,7 @@ fn is_there(before: &[PodCondition], condition: &PodCondition) -> bool {
             && one.status == condition.status
             && one.reason.as_deref().unwrap_or("") == condition.reason.as_deref().unwrap_or("")
             && one.message.as_deref().unwrap_or("") == condition.message.as_deref().unwrap_or("")
+            && one.observed_generation == condition.observed_generation
     })
 }
 
@@ -106,6 +107,7 @@ fn condition_patch(condition: &PodCondition) -> Value {
         "reason": condition.reason,
         "message": condition.message,
         "lastTransitionTime": condition.last_transition_time,
+        "observedGeneration": condition.observed_generation,
     })
 }
 
@@ -214,9 +216,31 @@ mod tests {
             json!({"metadata": {"uid": "u"}, "status": {
                 "phase": "Running", "message": null,
                 "conditions": [{"type": "Ready", "status": "True", "reason": null, "message": null,
-                                "lastTransitionTime": "2026-01-01T00:00:09Z"}],
+                                "lastTransitionTime": "2026-01-01T00:00:09Z", "observedGeneration": null}],
             }})
         );
+    }
+
+    #[test]
+    fn a_newer_generation_alone_is_a_change_and_others_conditions_stay() {
+        let with = |generation: i64| {
+            json!({
+                "observedGeneration": generation,
+                "conditions": [
+                    {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z", "observedGeneration": generation},
+                ],
+            })
+        };
+        let mut have = with(1);
+        let other = json!({"type": "example.com/other", "status": "True", "observedGeneration": 1});
+        have["conditions"].as_array_mut().unwrap().push(other);
+        let pod = pod(&have);
+        assert_eq!(patch(&pod, &status(with(1))), None);
+        let patch = patch(&pod, &status(with(2))).unwrap();
+        let ready = json!({"type": "Ready", "status": "True", "reason": null, "message": null,
+                           "lastTransitionTime": "2026-01-01T00:00:00Z", "observedGeneration": 2});
+        let changes = json!({"observedGeneration": 2, "conditions": [ready]});
+        assert_eq!(patch["status"], changes);
     }
 
     #[test]

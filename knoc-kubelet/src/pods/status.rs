@@ -34,6 +34,8 @@ pub struct Input<'a> {
     pub rejection: Option<&'a Rejection>,
     /// The link is down (for longer than a blink).
     pub unreachable: bool,
+    /// The pod's generation, once it was judged; none: what the API server has of it stays.
+    pub judged: Option<i64>,
     /// Now.
     pub now: Timestamp,
 }
@@ -108,7 +110,7 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         host_ips: host_ip.clone().map(|ip| vec![HostIP { ip }]),
         host_ip,
         start_time: start_time(input),
-        observed_generation: observed_generation(input),
+        observed_generation: observed_generation(input, said_generation(input)),
         init_container_statuses: Some(statuses.init).filter(|list| !list.is_empty()),
         container_statuses: Some(statuses.regular),
         ephemeral_container_statuses: containers::ephemeral(input.pod),
@@ -122,7 +124,7 @@ fn rejected(input: &Input<'_>, rejection: &Rejection) -> PodStatus {
         reason: Some(rejection.reason.clone()),
         message: Some(rejection.message.clone()),
         start_time: Some(seconds(input.now)),
-        observed_generation: input.pod.metadata.generation,
+        observed_generation: observed_generation(input, said_generation(input)),
         ..PodStatus::default()
     }
 }
@@ -289,12 +291,14 @@ fn start_time(input: &Input<'_>) -> Option<Time> {
     before.or_else(|| started.map(Time))
 }
 
-/// The generation acted on.
-fn observed_generation(input: &Input<'_>) -> Option<i64> {
-    let generation = input.pod.metadata.generation?;
-    Some(input.observed.map_or(generation, |observed| {
-        observed.spec_generation.clamp(1, generation)
-    }))
+/// The newest generation that was judged, else the one said `before`. As in Kubernetes it means seen, not carried out: a
+/// change that is not taken over counts too.
+fn observed_generation(input: &Input<'_>, before: Option<i64>) -> Option<i64> {
+    input.judged.or(before)
+}
+
+fn said_generation(input: &Input<'_>) -> Option<i64> {
+    input.pod.status.as_ref()?.observed_generation
 }
 
 /// Kubernetes keeps whole seconds.

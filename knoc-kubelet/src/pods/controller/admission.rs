@@ -1,12 +1,14 @@
-//! PURE: may this pod run here at all? Asked once, before the agent has it. Whether there is room: [`super::room`].
+//! PURE: may this pod run here at all? Asked once, before the agent has it. Whether it belongs on this node:
+//! [`crate::node::place`]. Whether there is room: [`super::room`].
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 
 use super::room::Short;
-use crate::pods::{status::Rejection, translate, verdict::Findings};
-
-const REJECTED: &str = "Pod was rejected: ";
+use crate::{
+    node::place::Misfit,
+    pods::{status::Rejection, translate, verdict::Findings},
+};
 
 /// The shape of the pod, or why it will never run here, whatever room there is: all reasons at once.
 pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejection> {
@@ -24,20 +26,18 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
     }
     match shape {
         Ok(shape) if problems.is_empty() => Ok(shape),
-        Ok(_) | Err(_) => Err(rejection("UnsupportedPodSpec", &problems.join("; "))),
+        Ok(_) | Err(_) => Err(Rejection::new("UnsupportedPodSpec", &problems.join("; "))),
     }
+}
+
+/// The pod does not belong on this node.
+pub(super) fn misfit(misfit: Misfit) -> Rejection {
+    Rejection::new(misfit.reason(), &misfit.to_string())
 }
 
 /// There is no room for the pod.
 pub(super) fn out_of(short: &Short) -> Rejection {
-    rejection(&format!("OutOf{}", short.resource), &short.to_string())
-}
-
-fn rejection(reason: &str, message: &str) -> Rejection {
-    Rejection {
-        reason: reason.to_owned(),
-        message: format!("{REJECTED}{message}"),
-    }
+    Rejection::new(&format!("OutOf{}", short.resource), &short.to_string())
 }
 
 fn tolerates_everything(pod: &Pod) -> bool {

@@ -3,6 +3,7 @@
 mod agent;
 mod api;
 mod changes;
+mod place;
 mod vanish;
 
 use std::{collections::BTreeMap, time::Duration};
@@ -33,6 +34,7 @@ struct Kubelet {
     shutdown: CancellationToken,
     tasks: JoinSet<()>,
     context: Arc<Context>,
+    place: watch::Sender<Place>,
     version: u64,
 }
 
@@ -44,6 +46,7 @@ impl Kubelet {
         let (link_to, link) = watch::channel(Link::never());
         let (capacity_to, capacity) = watch::channel(None);
         let (_, listed) = watch::channel(true);
+        let (place_to, place) = watch::channel(Place::default());
         let (events, notes) = Events::channel();
         let services = Services::default();
         services.no_services();
@@ -60,6 +63,7 @@ impl Kubelet {
             services,
             link: link.clone(),
             listed,
+            place,
             capacity,
             pods: 10,
             ledger: Ledger::default(),
@@ -85,6 +89,7 @@ impl Kubelet {
             shutdown,
             tasks,
             context,
+            place: place_to,
             version: 0,
         }
     }

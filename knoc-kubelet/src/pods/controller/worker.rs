@@ -12,6 +12,7 @@ use super::{
     room::{self, Allocatable},
 };
 use crate::metrics::Patched;
+use crate::node::{self, place::Misfit};
 use crate::pods::{
     decide::{self, AgentSide, Decision, Desired, Done, Present},
     events::{Note, about_pod},
@@ -56,7 +57,9 @@ impl Worker<'_> {
         let agent = self.agent_side();
         let view = self.context.store.by_uid(self.uid);
         if let Some(view) = &view {
-            self.judge(view, agent);
+            if !self.judge(view, agent).await {
+                return true;
+            }
             self.tell_notes(view);
             self.tell_containers(view);
             self.plan_refresh(view, now);
@@ -149,27 +152,32 @@ impl Worker<'_> {
         }
     }
 
-    /// Admission: only for pods that were never accepted, so only when the agent has said which ones it has.
-    fn judge(&mut self, view: &PodView, agent: AgentSide) {
+    /// Admission: only for pods that were never accepted, so only when the agent has said which ones it has. False: it could
+    /// not be judged, and is tried again.
+    async fn judge(&mut self, view: &PodView, agent: AgentSide) -> bool {
         let terminal = status::is_terminal(&view.pod);
         if terminal || observed_phase(view) == Some(pb::PodPhase::Finished) {
             self.context.ledger.room().release(self.uid);
         }
         let generation = view.pod.metadata.generation.unwrap_or(1);
         if agent == AgentSide::Unknown || self.memory.judged >= generation {
-            return;
+            return true;
         }
         if terminal && self.memory.rejection.is_some() {
-            return;
+            return true;
         }
-        self.memory.judged = generation;
         let accepted = self.accepted(&view.pod);
         let findings = self.context.store.findings(self.uid).unwrap_or_default();
         let admitted = match admission::admit(&view.pod, &findings) {
-            Ok(shape) if !accepted && !terminal => self.take_room(&shape),
+            Ok(shape) if !accepted && !terminal => match self.place(&view.pod).await {
+                Some(Ok(())) => self.take_room(&shape),
+                Some(Err(misfit)) => Err(admission::misfit(misfit)),
+                None => return false,
+            },
             Ok(_) => Ok(()),
             Err(rejection) => Err(rejection),
         };
+        self.memory.judged = generation;
         match admitted {
             Ok(()) if !accepted && !terminal && !findings.mapped.is_empty() => {
                 self.tell(&view.pod, false, "Mapped", &findings.mapped.join("; "));
@@ -188,12 +196,34 @@ impl Worker<'_> {
                 self.memory.rejection = Some(rejection);
             }
         }
+        true
     }
 
     /// Does the agent have the pod, or had it once? Then it is never rejected any more, whatever it is changed to.
     pub(super) fn accepted(&self, pod: &Pod) -> bool {
         let known = self.context.store.observed(self.uid).is_some();
         known || self.memory.ensured > 0 || ran(pod)
+    }
+
+    /// Does a new pod belong on this node? Before one fails for it the Node is read again: its labels may be newer than what
+    /// was last seen. None: it cannot be read.
+    async fn place(&mut self, pod: &Pod) -> Option<Result<(), Misfit>> {
+        let Some(spec) = &pod.spec else {
+            return Some(Ok(()));
+        };
+        if self.context.place.borrow().fits(spec).is_ok() {
+            return Some(Ok(()));
+        }
+        let client = self.context.client.clone();
+        match node::place(client, &self.context.node).await {
+            Ok(place) => Some(place.fits(spec)),
+            Err(error) => {
+                let error = knoc_proto::error::chain(&error);
+                tracing::warn!(uid = %self.uid, %error, "a new pod is not judged yet, trying again");
+                self.retry();
+                None
+            }
+        }
     }
 
     /// Room for a new pod, beside all that was accepted before, by this process or an earlier one.
@@ -234,6 +264,7 @@ impl Worker<'_> {
                 .as_ref()
                 .filter(|_| observed.is_none()),
             unreachable: self.unreachable(),
+            judged: self.judged(&view.pod),
             now: Timestamp::now(),
         };
         let Some(patch) =
@@ -272,6 +303,12 @@ impl Worker<'_> {
                 false
             }
         }
+    }
+
+    /// The pod's generation, where it was judged: not while the link is down.
+    fn judged(&self, pod: &Pod) -> Option<i64> {
+        let generation = pod.metadata.generation;
+        generation.filter(|generation| self.memory.judged >= *generation)
     }
 
     fn unreachable(&self) -> bool {

@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition};
 use knoc_proto::pb::{self, PodPhase};
 
-use super::{Input, containers::Statuses, phase::Phase, seconds};
+use super::{Input, containers::Statuses, observed_generation, phase::Phase, seconds};
 
 /// Why a condition is False (or, for a finished pod, True); none: True and nothing to say.
 type Why = Option<(bool, &'static str, String)>;
@@ -66,6 +66,10 @@ fn condition(input: &Input<'_>, type_: &str, why: Why) -> PodCondition {
         reason,
         message,
         last_transition_time: since.or_else(|| Some(seconds(input.now))),
+        observed_generation: observed_generation(
+            input,
+            before.and_then(|before| before.observed_generation),
+        ),
         ..PodCondition::default()
     }
 }

@@ -87,6 +87,7 @@ fn compute(pod: &Pod, observed: Option<&pb::PodObserved>) -> PodStatus {
         hold: None,
         rejection: None,
         unreachable: false,
+        judged: pod.metadata.generation,
         now: at(1000),
     };
     status(&input).unwrap()
@@ -298,6 +299,7 @@ fn a_terminal_phase_is_never_left() {
         hold: None,
         rejection: None,
         unreachable: false,
+        judged: pod.metadata.generation,
         now: at(1),
     };
     assert_eq!(status(&input), None);
@@ -316,6 +318,7 @@ fn a_refused_pod_failed_and_says_everything() {
         hold: None,
         rejection: Some(&rejection),
         unreachable: false,
+        judged: pod.metadata.generation,
         now: at(1),
     };
     let status = status(&input).unwrap();
@@ -336,6 +339,7 @@ fn a_missing_config_map_is_told_by_the_containers() {
         hold: Some(&hold),
         rejection: None,
         unreachable: false,
+        judged: pod.metadata.generation,
         now: at(1),
     };
     let status = status(&input).unwrap();
@@ -365,10 +369,50 @@ fn a_cut_link_only_takes_readiness() {
         hold: None,
         rejection: None,
         unreachable: true,
+        judged: pod.metadata.generation,
         now: at(1000),
     };
     let status = status(&input).unwrap();
     insta::assert_snapshot!(json_of(&status));
+}
+
+#[test]
+fn a_generation_counts_once_it_was_judged_whether_it_is_taken_over_or_not() {
+    let before = json!({
+        "phase": "Running", "observedGeneration": 1,
+        "conditions": [
+            {"type": "Initialized", "status": "True", "observedGeneration": 1},
+            {"type": "Ready", "status": "True", "observedGeneration": 1},
+        ],
+    });
+    let pod = pod("Always", false, &before);
+    // The agent goes on with the first generation: it refused the second.
+    let observed = pb::PodObserved {
+        spec_generation: 1,
+        ..observed(PodPhase::Running, vec![container("a", running())])
+    };
+    let said = |judged: Option<i64>| {
+        let input = Input {
+            pod: &pod,
+            observed: Some(&observed),
+            hold: None,
+            rejection: None,
+            unreachable: judged.is_none(),
+            judged,
+            now: at(1000),
+        };
+        let status = status(&input).unwrap();
+        let of = |kind: &str| {
+            let list = status.conditions.iter().flatten();
+            let mut found = list.filter(|one| one.type_ == kind);
+            found.next().unwrap().observed_generation
+        };
+        let of = ["Initialized", "Ready", "PodScheduled"].map(of);
+        (status.observed_generation, of)
+    };
+    assert_eq!(said(Some(2)), (Some(2), [Some(2); 3]));
+    // The link is down: what is said is said of the first.
+    assert_eq!(said(None), (Some(1), [Some(1), Some(1), None]));
 }
 
 #[test]
@@ -391,6 +435,7 @@ fn ephemeral_containers_are_said_to_have_ended_and_why() {
             hold: None,
             rejection: None,
             unreachable: false,
+            judged: pod.metadata.generation,
             now: at(100),
         };
         status(&input).unwrap().ephemeral_container_statuses

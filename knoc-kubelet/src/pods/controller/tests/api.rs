@@ -13,6 +13,7 @@ struct State {
     calls: Vec<String>,
     config_maps: Vec<(String, Value)>,
     pod: Value,
+    node: Value,
 }
 
 pub(super) struct FakeApi {
@@ -56,6 +57,11 @@ impl FakeApi {
         self.state.lock().unwrap().pod = pod.clone();
     }
 
+    /// Null: it cannot be read.
+    pub(super) fn node(&self, node: Value) {
+        self.state.lock().unwrap().node = node;
+    }
+
     /// There is no pod any more.
     pub(super) fn no_pod(&self) {
         self.state.lock().unwrap().pod = Value::Null;
@@ -90,6 +96,12 @@ impl State {
                 Some((name, data)) => (200, json!({"metadata": {"name": name}, "data": data})),
                 None => (404, failure(404, "NotFound")),
             };
+        }
+        if path.contains("/nodes/") {
+            if self.node.is_null() {
+                return (500, failure(500, "InternalError"));
+            }
+            return (200, self.node.clone());
         }
         if path.contains("/pods/") && !self.has_pod(path) {
             return (404, failure(404, "NotFound"));

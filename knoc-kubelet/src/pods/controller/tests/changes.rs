@@ -13,6 +13,7 @@ impl Kubelet {
 
     fn delete_in_api(&mut self) {
         self.apply(|pod| {
+            pod["metadata"]["generation"] = 2.into();
             pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
             pod["metadata"]["deletionGracePeriodSeconds"] = 7.into();
         });
@@ -50,6 +51,17 @@ impl Kubelet {
         self.phase("Running").await;
     }
 
+    /// The generation that the status is of, and each of its conditions.
+    fn observed_generations(&self) -> Vec<Option<i64>> {
+        let status = self.store.by_uid(UID).unwrap().pod.status.clone();
+        let status = status.unwrap();
+        let conditions = status.conditions.iter().flatten();
+        let conditions = conditions.map(|one| one.observed_generation);
+        std::iter::once(status.observed_generation)
+            .chain(conditions)
+            .collect()
+    }
+
     /// The phase with which the object was let go: the last one written before the last DELETE.
     fn written_before_the_last_delete(&self) -> Value {
         let calls = self.api.calls();
@@ -69,6 +81,7 @@ async fn a_change_that_the_agent_refuses_leaves_the_pod_running() {
     kubelet
         .agent
         .refuse(knoc_proto::reason::ErrorReason::Unsupported);
+    assert_eq!(kubelet.observed_generations(), [Some(1); 6]);
     kubelet.apply(|pod| pod["metadata"]["generation"] = 2.into());
     kubelet
         .wait("an Event", |kubelet| {
@@ -76,6 +89,7 @@ async fn a_change_that_the_agent_refuses_leaves_the_pod_running() {
         })
         .await;
     kubelet.round("Marker").await;
+    assert_eq!(kubelet.observed_generations(), [Some(2); 6], "seen");
     kubelet.agent.change(UID, finish);
     kubelet.phase("Succeeded").await;
     assert_eq!(kubelet.called("EnsurePod"), 2, "asked once");
@@ -122,6 +136,7 @@ async fn a_pod_deleted_before_it_began_is_failed_first() {
     let status = &kubelet.written_before_the_last_delete()["status"];
     assert_eq!(status["phase"], "Failed");
     assert_eq!(status["reason"], "ContainerStatusUnknown");
+    assert_eq!(status["observedGeneration"], 2, "a deletion counts too");
     let ended = &status["containerStatuses"][0]["state"]["terminated"];
     assert_eq!(ended["reason"], "ContainerStatusUnknown", "{status}");
     assert_eq!(kubelet.called("EnsurePod"), 0);
@@ -141,6 +156,7 @@ async fn a_refused_pod_that_is_being_deleted_is_failed_first() {
     let status = &kubelet.written_before_the_last_delete()["status"];
     assert_eq!(status["phase"], "Failed");
     assert_eq!(status["reason"], "UnsupportedPodSpec");
+    assert_eq!(status["observedGeneration"], 1);
     kubelet.stop().await;
 }
 

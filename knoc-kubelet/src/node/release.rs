@@ -1,0 +1,94 @@
+//! PURE: which release of Kubernetes the node calls itself. A kubelet must not be newer than its API server, and may be
+//! three minor releases older.
+
+use k8s_openapi::apimachinery::pkg::version::Info;
+
+/// A minor release of Kubernetes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Release {
+    major: u32,
+    minor: u32,
+}
+
+/// The newest one whose API this kubelet was written for.
+const OURS: Release = Release::new(1, 36);
+
+impl Release {
+    /// `major.minor`
+    #[must_use]
+    pub const fn new(major: u32, minor: u32) -> Self {
+        Self { major, minor }
+    }
+
+    /// The API server's, as it says itself; the minor of some distributions ends with `+`.
+    #[must_use]
+    pub fn of(info: &Info) -> Option<Self> {
+        let digits = |text: &str| {
+            let end = text.find(|it: char| !it.is_ascii_digit());
+            text.get(..end.unwrap_or(text.len()))?.parse().ok()
+        };
+        Some(Self::new(digits(&info.major)?, digits(&info.minor)?))
+    }
+}
+
+/// The version of a kubelet at an API server of this release: the older of both, and our own version as build metadata, which
+/// does not sort.
+#[must_use]
+pub fn kubelet_version(server: Release) -> String {
+    let Release { major, minor } = server.min(OURS);
+    format!("v{major}.{minor}.0+knoc.{}", env!("CARGO_PKG_VERSION"))
+}
+
+/// The version where the API server's release is not known: what was said `before`, else our own.
+#[must_use]
+pub fn version_without_server(before: Option<&str>) -> String {
+    let before = before.filter(|text| !text.is_empty());
+    before.map_or_else(|| kubelet_version(OURS), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(major: &str, minor: &str) -> Option<Release> {
+        Release::of(&Info {
+            major: major.to_owned(),
+            minor: minor.to_owned(),
+            ..Info::default()
+        })
+    }
+
+    #[test]
+    fn the_api_servers_release_is_read_as_it_is_said() {
+        for (major, minor, release) in [
+            ("1", "36", Some(Release::new(1, 36))),
+            ("1", "34+", Some(Release::new(1, 34))),
+            ("1", "9", Some(Release::new(1, 9))),
+            ("2", "0", Some(Release::new(2, 0))),
+            ("", "", None),
+            ("1", "x", None),
+        ] {
+            assert_eq!(of(major, minor), release, "{major}.{minor}");
+        }
+    }
+
+    #[test]
+    fn a_node_is_never_newer_than_its_api_server() {
+        for (minor, said) in [(28, "28"), (35, "35"), (36, "36"), (37, "36"), (99, "36")] {
+            let version = kubelet_version(Release::new(1, minor));
+            let wanted = format!("v1.{said}.0+knoc.{}", env!("CARGO_PKG_VERSION"));
+            assert_eq!(version, wanted);
+        }
+        assert!(kubelet_version(Release::new(2, 0)).starts_with("v1.36.0+knoc."));
+    }
+
+    #[test]
+    fn without_an_answer_what_was_said_stays() {
+        assert_eq!(
+            version_without_server(Some("v1.34.0+knoc.0.0.9")),
+            "v1.34.0+knoc.0.0.9"
+        );
+        assert_eq!(version_without_server(Some("")), kubelet_version(OURS));
+        assert_eq!(version_without_server(None), kubelet_version(OURS));
+    }
+}
