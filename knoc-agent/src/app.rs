@@ -8,6 +8,8 @@
 //!
 //! At the end: stop accepting, finish what is in flight, give the lease back. Jobs are never touched.
 
+#[cfg(test)]
+pub(crate) mod fake;
 mod prepare;
 
 use std::{sync::Arc, time::Duration};

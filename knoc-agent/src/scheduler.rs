@@ -185,14 +185,19 @@ impl Scheduler {
         }
     }
 
-    /// Submits a job. Waits for our own rate limit first. Not to be called again for a pod after
+    /// Submits a job. Waits for our own rate limit first; `allowed` is asked after any wait, right before the job is
+    /// submitted, and its refusal is the answer. Not to be called again for a pod after
     /// [`RefusalKind::Ambiguous`] or a crash before [`Self::find`] said that there is no job.
     ///
     /// Cancel safety: a dropped call is ambiguous.
-    pub async fn submit(&self, request: &SubmitRequest) -> Result<Submitted, Refusal> {
+    pub async fn submit(
+        &self,
+        request: &SubmitRequest,
+        allowed: impl Future<Output = Result<(), Refusal>>,
+    ) -> Result<Submitted, Refusal> {
         match self {
-            Self::Slurm(slurm) => slurm.submit(request).await,
-            Self::Local(local) => local.submit(request).await,
+            Self::Slurm(slurm) => slurm.submit(request, allowed).await,
+            Self::Local(local) => local.submit(request, allowed).await,
         }
     }
 

@@ -2,12 +2,18 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use knoc_proto::ids::PodUid;
+use knoc_proto::{crash, error::chain, ids::PodUid};
 use tokio::sync::{Notify, Semaphore};
 
 use crate::{
-    config::Config, image::Images, jobdir::StateDir, lease::Holder, registry::board::Board,
-    scheduler::Scheduler, shims::Shims, versions::Versions,
+    config::Config,
+    image::Images,
+    jobdir::StateDir,
+    lease::{Holder, LeaseError},
+    registry::board::Board,
+    scheduler::{Refusal, RefusalKind, Scheduler},
+    shims::Shims,
+    versions::Versions,
 };
 
 /// What starts containers here: found once, at start.
@@ -55,4 +61,28 @@ pub struct Site {
     pub accepting: Semaphore,
     /// A pod's actor ends: its handle may go.
     pub ended: tokio::sync::mpsc::Sender<PodUid>,
+}
+
+impl Site {
+    /// May a job be submitted now? Reads the lease file: for [`Scheduler::submit`], which asks at the last moment.
+    pub async fn may_submit(&self) -> Result<(), Refusal> {
+        let lease = self.lease.clone();
+        let words = match tokio::task::spawn_blocking(move || lease.check()).await {
+            Ok(Ok(())) => {
+                crash::point("agent.sbatch.before");
+                return Ok(());
+            }
+            Ok(Err(error @ LeaseError::Fenced { .. })) => {
+                tracing::error!(error = chain(&error), "not submitting");
+                chain(&error)
+            }
+            Ok(Err(error)) => chain(&error),
+            Err(error) => chain(&error),
+        };
+        Err(Refusal {
+            kind: RefusalKind::Throttled,
+            words,
+            command: None,
+        })
+    }
 }

@@ -113,7 +113,7 @@ async fn travel(
         jobdir: dir.path().to_owned(),
         shim: site.shim.clone(),
     };
-    let submitted = match site.scheduler.submit(&request).await {
+    let submitted = match site.scheduler.submit(&request, site.may_submit()).await {
         Ok(submitted) => submitted,
         Err(refusal) => {
             let cure = "set what Slurm asks for in [job] of the site file";

@@ -412,3 +412,6 @@ async fn sleep_until(at: Option<Timestamp>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

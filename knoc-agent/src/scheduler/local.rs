@@ -108,9 +108,14 @@ impl Local {
         Ok(Rendered { argv, script })
     }
 
-    pub(super) async fn submit(&self, request: &SubmitRequest) -> Result<Submitted, Refusal> {
+    pub(super) async fn submit(
+        &self,
+        request: &SubmitRequest,
+        allowed: impl Future<Output = Result<(), Refusal>>,
+    ) -> Result<Submitted, Refusal> {
         let script = self.render(request)?.script;
         let request = request.clone();
+        allowed.await?;
         let began = Timestamp::now();
         let job = self
             .with(move |table| table.submit(&request, &script, began.as_second()))

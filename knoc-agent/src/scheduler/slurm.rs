@@ -131,7 +131,11 @@ impl Slurm {
         limits.clone()
     }
 
-    pub(super) async fn submit(&self, request: &SubmitRequest) -> Result<Submitted, Refusal> {
+    pub(super) async fn submit(
+        &self,
+        request: &SubmitRequest,
+        allowed: impl Future<Output = Result<(), Refusal>>,
+    ) -> Result<Submitted, Refusal> {
         if self.known_limits().is_none() {
             // The time limit comes from the partition: without it a job would be submitted that can never start.
             self.node_info().await.map_err(|error| Refusal {
@@ -159,6 +163,8 @@ impl Slurm {
         let command = command
             .args(rendered.argv.iter().skip(1))
             .stdin(rendered.script);
+        // What was so before the waits may not be so any more.
+        allowed.await?;
         let began = Timestamp::now();
         let output = command.run().await.map_err(refusal::of_command)?;
         let ended = Timestamp::now();

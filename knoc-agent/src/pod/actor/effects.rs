@@ -17,7 +17,6 @@ use super::{Actor, Input, Refused, write_record};
 use crate::{
     config::AtRest,
     jobdir::{JobDir, atomic::FileError},
-    lease::LeaseError,
     pod::{
         record::Record,
         stage::{self, StageError},
@@ -268,25 +267,7 @@ async fn stage(
 }
 
 async fn submit(site: Arc<Site>, request: SubmitRequest) -> Event {
-    let lease = site.lease.clone();
-    let held = tokio::task::spawn_blocking(move || lease.check()).await;
-    let words = match held {
-        Ok(Ok(())) => None,
-        Ok(Err(error @ LeaseError::Fenced { .. })) => {
-            tracing::error!(error = chain(&error), "not submitting");
-            Some(chain(&error))
-        }
-        Ok(Err(error)) => Some(chain(&error)),
-        Err(error) => Some(chain(&error)),
-    };
-    if let Some(words) = words {
-        return Event::Refused {
-            kind: RefusalKind::Throttled,
-            words,
-        };
-    }
-    crash::point("agent.sbatch.before");
-    let answer = site.scheduler.submit(&request).await;
+    let answer = site.scheduler.submit(&request, site.may_submit()).await;
     crash::point("agent.sbatch.after");
     match answer {
         Ok(submitted) => Event::Submitted(submitted),

@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::{future::ready, path::Path};
 
 use crate::scheduler::{JobExit, JobPhase, JobState};
 
@@ -47,7 +47,12 @@ impl World {
             jobdir,
             shim: program,
         };
-        let id = self.local.submit(&request).await.unwrap().job;
+        let id = self
+            .local
+            .submit(&request, ready(Ok(())))
+            .await
+            .unwrap()
+            .job;
         JobRef { id, uid }
     }
 

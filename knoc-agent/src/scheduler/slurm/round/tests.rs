@@ -1,5 +1,6 @@
 //! Rounds against programs that print recorded answers.
 
+use std::future::ready;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -7,7 +8,7 @@ use knoc_proto::ids::PodUid;
 
 use super::*;
 use crate::scheduler::slurm::Settings;
-use crate::scheduler::{Cancel, JobExit, JobState, RefusalKind, Scheduler, SubmitRequest};
+use crate::scheduler::{Cancel, JobExit, JobState, Refusal, RefusalKind, Scheduler, SubmitRequest};
 
 /// A folder with Slurm's commands as scripts.
 struct Fake {
@@ -191,7 +192,10 @@ async fn submit_hands_the_script_over_and_reads_the_id() {
         &format!("cat >'{}'; echo '4711;cluster'", out.display()),
     );
     let slurm = Scheduler::Slurm(Box::new(fake.slurm()));
-    let submitted = slurm.submit(&request(fake.dir.path())).await.unwrap();
+    let submitted = slurm
+        .submit(&request(fake.dir.path()), ready(Ok(())))
+        .await
+        .unwrap();
     assert_eq!(submitted.job.as_str(), "4711");
     assert!(submitted.ended >= submitted.began);
     let script = std::fs::read_to_string(out).unwrap();
@@ -209,7 +213,7 @@ async fn an_answer_without_an_id_is_ambiguous() {
         fake.program("sbatch", &format!("cat >/dev/null; {answer}"));
         let refusal = fake
             .slurm()
-            .submit(&request(fake.dir.path()))
+            .submit(&request(fake.dir.path()), ready(Ok(())))
             .await
             .unwrap_err();
         assert_eq!(refusal.kind, RefusalKind::Ambiguous, "{answer}");
@@ -225,11 +229,43 @@ async fn nothing_is_submitted_before_the_partitions_limits_are_known() {
         "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1",
     );
     let slurm = fake.slurm();
-    let refusal = slurm.submit(&request(fake.dir.path())).await.unwrap_err();
+    let refusal = slurm
+        .submit(&request(fake.dir.path()), ready(Ok(())))
+        .await
+        .unwrap_err();
     assert_eq!(refusal.kind, RefusalKind::ControllerAway);
     assert!(!fake.calls().contains("--parsable"), "{}", fake.calls());
     fake.program("sinfo", "true");
-    slurm.submit(&request(fake.dir.path())).await.unwrap();
+    slurm
+        .submit(&request(fake.dir.path()), ready(Ok(())))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn who_may_not_submit_any_more_after_the_wait_submits_nothing() {
+    let fake = Fake::new();
+    fake.program("sinfo", "true");
+    fake.program("sbatch", "cat >/dev/null; echo 1");
+    let slurm = Slurm::new(Settings {
+        path: format!("{}:/usr/bin:/bin", fake.dir.path().display()),
+        submit_burst: 1,
+        submit_per_second: 5.0,
+        ..Settings::default()
+    });
+    let began = tokio::time::Instant::now();
+    let request = request(fake.dir.path());
+    slurm.submit(&request, ready(Ok(()))).await.unwrap();
+    let too_late = async {
+        let waited = began.elapsed();
+        Err(Refusal::permanent(format!(
+            "asked after {} ms",
+            waited.as_millis() / 200 * 200
+        )))
+    };
+    let refusal = slurm.submit(&request, too_late).await.unwrap_err();
+    assert!(!refusal.words.ends_with("after 0 ms"), "{}", refusal.words);
+    assert_eq!(fake.calls().matches("--parsable").count(), 1);
 }
 
 #[tokio::test]

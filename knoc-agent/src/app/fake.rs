@@ -1,0 +1,92 @@
+//! A site in a temporary folder, for tests within one process: all that `serve` would make, but no listener.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use knoc_proto::{ids::PodUid, pb};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::prepare;
+use crate::{
+    config::{Config, Home},
+    registry::Registry,
+    site::Site,
+};
+
+/// How long a test waits for a level.
+const SOON: Duration = Duration::from_secs(20);
+
+/// The site, and the registry over it. Jobs end with their own time.
+pub(crate) struct Fake {
+    dir: tempfile::TempDir,
+    pub(crate) site: Arc<Site>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) ended: mpsc::Receiver<PodUid>,
+}
+
+impl Fake {
+    /// A site without containers; `text` is the rest of its site file, and sees the folder as `{dir}`.
+    pub(crate) async fn new(text: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let text =
+            format!("site = \"t\"\nstate_dir = \"{{dir}}/state\"\nruntime = \"process\"\n{text}");
+        let text = text.replace("{dir}", &dir.path().display().to_string());
+        let home = Home {
+            home: dir.path().to_owned(),
+        };
+        let config = Config::parse(&text, Path::new("agent.toml"), &home).unwrap();
+        let (ended_by, ended) = mpsc::channel(crate::registry::ENDED);
+        let site = prepare::prepare(config, ended_by).await.unwrap().site;
+        let registry = Registry::new(Arc::clone(&site), 100, CancellationToken::new());
+        Self {
+            dir,
+            site,
+            registry,
+            ended,
+        }
+    }
+
+    /// The folder of everything.
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// `EnsurePod` of a pod with one container.
+    pub(crate) async fn ensure(&self, uid: &PodUid) {
+        let container = pb::Container {
+            name: "main".to_owned(),
+            image: "none".to_owned(),
+            command: vec!["true".to_owned()],
+            ..pb::Container::default()
+        };
+        let spec = pb::PodSpec {
+            uid: uid.to_string(),
+            name: uid.to_string(),
+            containers: vec![container],
+            ..pb::PodSpec::default()
+        };
+        let values = pb::PodValues {
+            revision: 1,
+            ..pb::PodValues::default()
+        };
+        let ensured = self.registry.ensure(uid, spec, values, String::new());
+        ensured.await.unwrap();
+    }
+
+    /// Waits until the pod is seen as `wanted` says.
+    pub(crate) async fn seen(&self, uid: &PodUid, wanted: impl Fn(&pb::PodObserved) -> bool) {
+        let mut changes = self.site.board.subscribe();
+        let mut last = None;
+        let waiting = async {
+            loop {
+                last = self.site.board.get(uid.as_str());
+                if last.as_ref().is_some_and(|seen| wanted(seen)) {
+                    return;
+                }
+                changes.changed().await.unwrap();
+            }
+        };
+        let waited = tokio::time::timeout(SOON, waiting).await;
+        waited.unwrap_or_else(|_| panic!("last seen: {last:?}"));
+    }
+}
