@@ -17,6 +17,9 @@ use crate::{PodBuilder, Run, wait_for};
 /// From creation to an end of a pod that does next to nothing, on a busy machine.
 pub const SOON: Duration = Duration::from_mins(1);
 
+/// The agent's state directory, as the nodes of the cluster see it.
+pub const STATE: &str = "/home/hpcuser/.local/state/knoc";
+
 /// The stack, seen from one test.
 #[derive(Clone)]
 pub struct World {

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::Node;
 use knoc_tests::{
     PodBuilder, World, wait_for,
-    world::{SOON, exit_code, has_condition, why},
+    world::{SOON, STATE, exit_code, has_condition, why},
 };
 
 const MINUTES: Duration = Duration::from_mins(3);
@@ -176,7 +176,7 @@ async fn a_controller_that_is_down_is_said_with_since_when_and_pods_wait() -> an
 #[tokio::test]
 async fn a_job_whose_shim_is_missing_explains_itself() -> anyhow::Result<()> {
     let world = World::new("no-shim").await?;
-    let versions = "/home/hpcuser/.local/state/knoc/versions";
+    let versions = &format!("{STATE}/versions");
     let hidden = format!("{versions}.hidden");
     // Hidden while the job starts: it is queued behind another.
     let first = world
@@ -209,64 +209,12 @@ async fn a_job_whose_folder_cannot_be_written_explains_itself() -> anyhow::Resul
         PodBuilder::new("second").annotation("knoc.io/dependency", &format!("afterany:{job}"));
     let second = world.create(&pod).await?;
     world.wait_job(&second).await?;
-    let folder = format!("/home/hpcuser/.local/state/knoc/pods/{second}");
+    let folder = format!("{STATE}/pods/{second}");
     world.on("login", ["chmod", "500", &folder]).ok().await?;
     world.delete("first", Some(0)).await?;
     let ended = world.wait_phase("second", "Failed", MINUTES).await;
     world.on("login", ["chmod", "700", &folder]).ok().await?;
     let (reason, message) = why(&ended?);
     ensure!(message.contains("not writable"), "{reason}: {message}");
-    world.finish().await
-}
-
-#[tokio::test]
-async fn of_two_processes_that_claim_one_job_directory_one_runs() -> anyhow::Result<()> {
-    let world = World::new("claim").await?;
-    let pod = PodBuilder::new("once").sh("echo ran; sleep 600");
-    let uid = world.create(&pod).await?;
-    world.wait_phase("once", "Running", SOON).await?;
-    let folder = format!("/home/hpcuser/.local/state/knoc/pods/{uid}");
-    let script = world
-        .on(
-            "login",
-            [
-                "find",
-                "/home/hpcuser/.local/state/knoc/versions",
-                "-name",
-                "knoc-agent",
-            ],
-        )
-        .ok()
-        .await?;
-    let agent = script
-        .text()
-        .lines()
-        .next()
-        .context("no version")?
-        .to_owned();
-    // A second job on the same directory: surplus, by its exit code.
-    let wrap = format!("{agent} shim {folder}");
-    let surplus = world
-        .on(
-            "login",
-            [
-                "sbatch",
-                "--parsable",
-                "--wait",
-                "-o",
-                "/dev/null",
-                "--job-name",
-                "surplus",
-                "--wrap",
-                &wrap,
-            ],
-        )
-        .output()
-        .await?;
-    ensure!(surplus.code == 66, "{surplus}");
-    let log = world.logs("once", "main").await?;
-    ensure!(log == "ran\n", "{log}");
-    world.delete("once", Some(1)).await?;
-    world.wait_gone("once", SOON).await?;
     world.finish().await
 }
