@@ -94,7 +94,14 @@ async fn an_agent_that_is_away_costs_no_pod_and_the_node_says_so() -> anyhow::Re
         wait_condition(&world, "AgentConnected", "False").await?;
         ensure!(condition(&world, "Ready").await? == "True");
         let doctor = world.knocctl(["doctor"]).output().await?;
-        ensure!(doctor.code != 0 && doctor.text().contains('✗'), "{doctor}");
+        let cause = "✗ link: connect to tcp:10.77.0.2:10350: Connection refused";
+        let cure = "\n  → nobody listens there: start the agent (`knoc-agent serve`)";
+        ensure!(doctor.code == 1, "{doctor}");
+        ensure!(
+            doctor.text().contains(cause) && doctor.text().contains(cure),
+            "{}",
+            doctor.text()
+        );
         // Created while nobody can take it.
         world
             .create(&PodBuilder::new("later").sh("echo late"))
