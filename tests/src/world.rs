@@ -5,7 +5,7 @@
 use std::{fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
-use k8s_openapi::api::core::v1::{Event, Namespace, Pod};
+use k8s_openapi::api::core::v1::{Event, Namespace, Node, NodeCondition, Pod};
 use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, ListParams, LogParams, PostParams},
@@ -220,6 +220,17 @@ impl World {
             .logs(name, &what)
             .await
             .with_context(|| format!("logs of {name}/{container}"))
+    }
+
+    /// A condition of a node.
+    pub async fn condition(&self, node: &str, kind: &str) -> anyhow::Result<NodeCondition> {
+        let status = self.cluster_api::<Node>().get(node).await?.status;
+        let conditions = status.and_then(|status| status.conditions);
+        conditions
+            .unwrap_or_default()
+            .into_iter()
+            .find(|one| one.type_ == kind)
+            .with_context(|| format!("the node {node} has no condition {kind}"))
     }
 
     /// What our kubelet answers to a GET of that path, through the API server's proxy.

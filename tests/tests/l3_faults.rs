@@ -3,8 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
-use k8s_openapi::api::core::v1::Node;
+use anyhow::ensure;
 use knoc_tests::{
     PodBuilder, World, wait_for,
     world::{SOON, STATE, exit_code, has_condition, why},
@@ -12,27 +11,11 @@ use knoc_tests::{
 
 const MINUTES: Duration = Duration::from_mins(3);
 
-/// The status of a condition of our node.
-async fn condition(world: &World, kind: &str) -> anyhow::Result<String> {
-    let node = world.cluster_api::<Node>().get(&world.node).await?;
-    let conditions = node
-        .status
-        .and_then(|status| status.conditions)
-        .unwrap_or_default();
-    let found = conditions.into_iter().find(|one| one.type_ == kind);
-    Ok(found
-        .with_context(|| format!("the node has no condition {kind}"))?
-        .status)
-}
-
 async fn wait_condition(world: &World, kind: &str, status: &str) -> anyhow::Result<()> {
     wait_for(&format!("condition {kind}={status}"), SOON, async || {
-        let now = condition(world, kind).await?;
-        if now == status {
-            Ok(())
-        } else {
-            Err(anyhow::anyhow!(now))
-        }
+        let now = world.condition(&world.node, kind).await?;
+        ensure!(now.status == status, "{now:?}");
+        Ok(())
     })
     .await
 }
@@ -92,7 +75,7 @@ async fn an_agent_that_is_away_costs_no_pod_and_the_node_says_so() -> anyhow::Re
     world.service("agent.sh", "kill").ok().await?;
     let away = async {
         wait_condition(&world, "AgentConnected", "False").await?;
-        ensure!(condition(&world, "Ready").await? == "True");
+        wait_condition(&world, "Ready", "True").await?;
         let doctor = world.knocctl(["doctor"]).output().await?;
         let cause = "✗ link: connect to tcp:10.77.0.2:10350: Connection refused";
         let cure = "\n  → nobody listens there: start the agent (`knoc-agent serve`)";
