@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod cases;
 pub mod command;
+pub mod doctor;
 pub mod fake_api;
 pub mod image;
 pub mod interop;

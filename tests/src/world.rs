@@ -5,7 +5,7 @@
 use std::{fmt, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
-use k8s_openapi::api::core::v1::{Event, Namespace, Pod};
+use k8s_openapi::api::core::v1::{Event, Namespace, Node, NodeCondition, Pod};
 use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, ListParams, LogParams, PostParams},
@@ -16,6 +16,9 @@ use crate::{PodBuilder, Run, wait_for};
 
 /// From creation to an end of a pod that does next to nothing, on a busy machine.
 pub const SOON: Duration = Duration::from_mins(1);
+
+/// The agent's state directory, as the nodes of the cluster see it.
+pub const STATE: &str = "/home/hpcuser/.local/state/knoc";
 
 /// The stack, seen from one test.
 #[derive(Clone)]
@@ -93,7 +96,17 @@ impl World {
         K: kube::Resource<Scope = kube::core::NamespaceResourceScope>,
         K::DynamicType: Default,
     {
-        Api::namespaced(self.client.clone(), &self.namespace)
+        self.api_in(&self.namespace)
+    }
+
+    /// The same in another namespace.
+    #[must_use]
+    pub fn api_in<K>(&self, namespace: &str) -> Api<K>
+    where
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope>,
+        K::DynamicType: Default,
+    {
+        Api::namespaced(self.client.clone(), namespace)
     }
 
     /// The same of a kind without namespaces.
@@ -207,6 +220,17 @@ impl World {
             .logs(name, &what)
             .await
             .with_context(|| format!("logs of {name}/{container}"))
+    }
+
+    /// A condition of a node.
+    pub async fn condition(&self, node: &str, kind: &str) -> anyhow::Result<NodeCondition> {
+        let status = self.cluster_api::<Node>().get(node).await?.status;
+        let conditions = status.and_then(|status| status.conditions);
+        conditions
+            .unwrap_or_default()
+            .into_iter()
+            .find(|one| one.type_ == kind)
+            .with_context(|| format!("the node {node} has no condition {kind}"))
     }
 
     /// What our kubelet answers to a GET of that path, through the API server's proxy.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use knoc_tests::{
-    Terminal,
+    Run, Terminal, doctor,
     site::{Options, Site},
     wait_for,
 };
@@ -113,12 +113,61 @@ async fn script_shows_the_job_and_submits_nothing() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn doctor_names_what_is_wrong_and_its_cure() -> anyhow::Result<()> {
+async fn a_probe_goes_the_whole_way() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
-    let away = site.knocctl(["doctor"])?.output().await?;
-    ensure!(away.code != 0 && away.text().contains('✗'), "{away}");
     let _agent = site.agent(&[]).await?;
-    let well = site.knocctl(["doctor"])?.output().await?;
-    ensure!(well.code == 0 && well.text().contains('✓'), "{well}");
+    let findings = doctor::examine(site.knocctl(["doctor", "--probe"])?).await?;
+    doctor::probed(&findings)?;
+    let left = std::fs::read_dir(site.path("state/pods"))?.count();
+    ensure!(left == 0, "{left} job directories are left: {findings:#?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_probe_whose_job_cannot_run_says_where_the_chain_ends() -> anyhow::Result<()> {
+    let site = Site::new(Options {
+        prelude: "echo no such module >&2; exit 1\n".to_owned(),
+        ..Options::default()
+    })?;
+    let _agent = site.agent(&[]).await?;
+    let findings = doctor::examine(site.knocctl(["doctor", "--probe"])?).await?;
+    let broken = findings.iter().filter(|finding| !finding.ok);
+    let broken: Vec<_> = broken.map(|finding| finding.check.as_str()).collect();
+    ensure!(broken == ["probe: report", "probe: link"], "{findings:#?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn doctor_names_an_agent_that_is_down_with_cause_and_cure() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let by_tcp = site.knocctl(["doctor"])?.output().await?;
+    let cause = format!(
+        "✗ link: connect to tcp:{}: Connection refused",
+        site.address()
+    );
+    let cure = "\n  → nobody listens there: start the agent (`knoc-agent serve`)";
+    ensure!(by_tcp.code == 1, "{by_tcp}");
+    ensure!(
+        by_tcp.text().contains(&cause) && by_tcp.text().contains(cure),
+        "{}",
+        by_tcp.text()
+    );
+    // As on the login node: without a configuration the agent's socket is the way.
+    let by_socket = Run::new(knoc_tests::site::binary("knocctl")?)
+        .env_clear()
+        .env("HOME", site.path("scratch"))
+        .env("XDG_RUNTIME_DIR", site.path("scratch"))
+        .arg("doctor");
+    let by_socket = by_socket.output().await?;
+    let cure = "\n  → start the agent on this machine (`knoc-agent serve`)";
+    ensure!(by_socket.code == 1, "{by_socket}");
+    ensure!(
+        by_socket.text().contains("✗ link: ") && by_socket.text().contains(cure),
+        "{}",
+        by_socket.text()
+    );
+    let _agent = site.agent(&[]).await?;
+    let findings = doctor::examine(site.knocctl(["doctor"])?).await?;
+    ensure!(findings.iter().all(|finding| finding.ok), "{findings:#?}");
     Ok(())
 }

@@ -13,7 +13,7 @@ use k8s_openapi::api::{
 use knoc_proto::pki::Validity;
 use knoc_tests::{Run, World, site::Daemon, wait_for, world::SOON};
 use kube::{Api, api::ListParams};
-use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair};
+use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
 use serde_json::json;
 
 /// The host on the bed's network: the API server's proxy refuses loopback.
@@ -40,19 +40,36 @@ fn put(path: &Path, text: &str) -> std::io::Result<()> {
         .and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()))
 }
 
-/// A client certificate and its key, of the cluster's CA.
-fn signed(name: &str, group: &str, validity: Validity) -> anyhow::Result<(String, String)> {
+/// Certificate and key of the cluster's CA.
+fn signed(
+    name: &str,
+    group: &str,
+    usage: ExtendedKeyUsagePurpose,
+    validity: Validity,
+) -> anyhow::Result<(String, String)> {
     let issuer = Issuer::from_ca_cert_pem(&kube("ca.crt")?, KeyPair::from_pem(&kube("ca.key")?)?)?;
     let mut params = CertificateParams::default();
     params
         .distinguished_name
         .push(DnType::OrganizationName, group);
     params.distinguished_name.push(DnType::CommonName, name);
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    if usage == ExtendedKeyUsagePurpose::ServerAuth {
+        params.subject_alt_names = vec![SanType::IpAddress(ADDRESS.parse()?)];
+    }
+    params.extended_key_usages = vec![usage];
     validity.apply(&mut params)?;
     let key = KeyPair::generate()?;
     let certificate = params.signed_by(&key, &issuer)?;
     Ok((certificate.pem(), key.serialize_pem()))
+}
+
+/// Of a life of a hundred hours the last five: renewal is due.
+fn due() -> Validity {
+    let now = Timestamp::now();
+    Validity {
+        from: now - Duration::from_hours(95),
+        until: now + Duration::from_hours(5),
+    }
 }
 
 impl Lone {
@@ -145,24 +162,36 @@ impl Lone {
 
     /// Waits until the Node is Ready.
     async fn ready(&self) -> anyhow::Result<()> {
-        let api: Api<Node> = self.world.cluster_api();
-        let outcome = wait_for("the lone node is Ready", SOON, async || {
-            let node = api
-                .get(&self.node)
-                .await
-                .map_err(|error| error.to_string())?;
-            let conditions = node.status.and_then(|status| status.conditions);
-            let conditions = conditions.unwrap_or_default();
-            let ready = conditions
-                .iter()
-                .any(|one| one.type_ == "Ready" && one.status == "True");
-            if ready {
-                Ok(())
-            } else {
-                Err(format!("{conditions:?}"))
-            }
+        self.condition("Ready", "KubeletReady").await.map(drop)
+    }
+
+    /// Waits until a condition of the Node is True for that reason; answers its message.
+    async fn condition(&self, kind: &str, reason: &str) -> anyhow::Result<String> {
+        let what = format!("{kind} of the lone node: {reason}");
+        let outcome = wait_for(&what, SOON, async || {
+            let now = self.world.condition(&self.node, kind).await?;
+            let is = now.status == "True" && now.reason.as_deref() == Some(reason);
+            ensure!(is, "{now:?}");
+            Ok(now.message.unwrap_or_default())
         });
         outcome.await.with_context(|| self.log())
+    }
+
+    /// A GET of the kubelet's `/healthz` by the API server, which verifies the serving certificate.
+    fn proxied(&self) -> Run {
+        let health = format!("/api/v1/nodes/{}/proxy/healthz", self.node);
+        Run::new("kubectl").args(["get", "--raw", &health])
+    }
+
+    /// The certificate that is served, as PEM.
+    async fn served(&self) -> anyhow::Result<String> {
+        let address = format!("{ADDRESS}:{}", self.port);
+        let client = Run::new("openssl").args(["s_client", "-connect", &address]);
+        let text = client.stdin("").output().await?.text();
+        let (begin, end) = ("-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----");
+        let first = text.find(begin).zip(text.find(end));
+        let (from, until) = first.with_context(|| text.clone())?;
+        Ok(text[from..until + end.len()].to_owned())
     }
 
     /// Does what the Event says: approves the request for this purpose. Answers its name.
@@ -195,6 +224,19 @@ impl Lone {
         let secret = self.world.api::<Secret>().get(KEYS).await?;
         let value = secret.data.and_then(|mut data| data.remove(entry));
         Ok(value.map(|bytes| String::from_utf8_lossy(&bytes.0).into_owned()))
+    }
+
+    /// Keeps a certificate of the node's own under that entry; answers what is kept.
+    async fn keep_signed(&self, entry: &str, validity: Validity) -> anyhow::Result<String> {
+        let name = format!("system:node:{}", self.node);
+        let usage = match entry {
+            "serving.pem" => ExtendedKeyUsagePurpose::ServerAuth,
+            _ => ExtendedKeyUsagePurpose::ClientAuth,
+        };
+        let (certificate, key) = signed(&name, "system:nodes", usage, validity)?;
+        let both = format!("{certificate}{key}");
+        self.keep(entry, &both).await?;
+        Ok(both)
     }
 
     async fn keep(&self, entry: &str, text: &str) -> anyhow::Result<()> {
@@ -263,13 +305,11 @@ async fn a_node_appears_when_its_certificate_is_approved_and_a_kill_asks_for_not
     let client = lone.approve("client").await?;
     lone.ready().await?;
     // The API server verifies kubelets: nothing passes before the serving certificate is approved.
-    let health = format!("/api/v1/nodes/{}/proxy/healthz", lone.node);
-    let proxied = || Run::new("kubectl").args(["get", "--raw", &health]);
-    let refused = proxied().output().await?;
+    let refused = lone.proxied().output().await?;
     ensure!(refused.stderr.contains("x509"), "{refused}");
     let serving = lone.approve("serving").await?;
     wait_for("the API server reaches the kubelet", SOON, async || {
-        proxied().ok().await
+        lone.proxied().ok().await
     })
     .await?;
     let requests = lone.requests().await?;
@@ -306,7 +346,7 @@ async fn a_node_appears_when_its_certificate_is_approved_and_a_kill_asks_for_not
     kubelet.kill().await?;
     let again = lone.start()?;
     wait_for("the API server reaches the new one", SOON, async || {
-        proxied().ok().await
+        lone.proxied().ok().await
     })
     .await?;
     let names: Vec<_> = lone
@@ -324,14 +364,7 @@ async fn a_node_appears_when_its_certificate_is_approved_and_a_kill_asks_for_not
 async fn a_due_client_certificate_is_renewed_without_anybody() -> anyhow::Result<()> {
     let lone = Lone::install("id-renew", "node", "self-signed").await?;
     let name = format!("system:node:{}", lone.node);
-    let now = Timestamp::now();
-    let validity = Validity {
-        from: now - Duration::from_hours(95),
-        until: now + Duration::from_hours(5),
-    };
-    let (certificate, key) = signed(&name, "system:nodes", validity)?;
-    let old = format!("{certificate}{key}");
-    lone.keep("client.pem", &old).await?;
+    let old = lone.keep_signed("client.pem", due()).await?;
     let kubelet = lone.start()?;
     lone.ready().await?;
     lone.kept_anew("client.pem", Some(&old)).await?;
@@ -346,6 +379,49 @@ async fn a_due_client_certificate_is_renewed_without_anybody() -> anyhow::Result
         "the key of the request is left"
     );
     lone.ready().await?;
+    kubelet.terminate().await?;
+    lone.finish().await
+}
+
+#[tokio::test]
+async fn a_due_serving_certificate_is_renewed_by_request_and_served_without_a_restart()
+-> anyhow::Result<()> {
+    let lone = Lone::install("id-serving", "node", "csr").await?;
+    let name = format!("system:node:{}", lone.node);
+    let fresh = Validity::starting(Timestamp::now(), Duration::from_hours(24));
+    lone.keep_signed("client.pem", fresh).await?;
+    let old = lone.keep_signed("serving.pem", due()).await?;
+    let mut kubelet = lone.start()?;
+    lone.ready().await?;
+    // While somebody takes time to approve, the old one serves, and the node says what is waited for.
+    let waits = lone
+        .condition("ServingCertificate", "AwaitingApproval")
+        .await?;
+    ensure!(old.contains(&lone.served().await?), "another is served");
+    lone.proxied().ok().await?;
+    let request = lone.approve("serving").await?;
+    let words = format!("kubectl certificate approve {request}; the one in use is valid until");
+    ensure!(waits.contains(&words), "{waits}");
+    let new = lone.kept_anew("serving.pem", Some(&old)).await?;
+    wait_for("the new certificate is served", SOON, async || {
+        let served = lone.served().await?;
+        ensure!(new.contains(&served), "{served}");
+        Ok(())
+    })
+    .await?;
+    lone.proxied().ok().await?;
+    lone.condition("ServingCertificate", "Valid").await?;
+    kubelet.still_runs().map_err(anyhow::Error::msg)?;
+    let requests = lone.requests().await?;
+    let by: Vec<_> = requests
+        .iter()
+        .map(|one| (one.metadata.name.as_deref(), one.spec.username.as_deref()))
+        .collect();
+    ensure!(by == [(Some(&*request), Some(&*name))], "{by:?}");
+    ensure!(
+        lone.kept("serving-next.pem").await?.is_none(),
+        "the key of the request is left"
+    );
     kubelet.terminate().await?;
     lone.finish().await
 }
@@ -377,7 +453,8 @@ async fn a_bootstrap_kubeconfig_asks_for_the_first_certificate() -> anyhow::Resu
             .await?;
     }
     let validity = Validity::starting(Timestamp::now(), Duration::from_hours(1));
-    let (certificate, key) = signed("system:bootstrap:abcdef", &group, validity)?;
+    let usage = ExtendedKeyUsagePurpose::ClientAuth;
+    let (certificate, key) = signed("system:bootstrap:abcdef", &group, usage, validity)?;
     let user = json!({"client-certificate-data": BASE64_STANDARD.encode(certificate),
         "client-key-data": BASE64_STANDARD.encode(key)});
     lone.kubeconfig("bootstrap", &user).await?;

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Makes the test images from Debian packages alone: in $HPC_PREFIX/shared/images (/images in every node) each as a sandbox
 # (busybox/), OCI layout (busybox.oci, tag latest), archives and SIF; and pushes them to the registry http://ctl:5000/library.
+# And own:1 and own:2, which have an entrypoint, arguments, variables and a folder of their own, and say what they were started as.
 # HPC_IMG_DEBIAN=1 adds debian (with python3, procps, curl).
 . "$(dirname "$0")/../lib.sh"
 images=$HPC_PREFIX/shared/images
@@ -24,6 +25,30 @@ debian() {
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' trixie "$images/debian"
     rm -rf "$images"/debian/dev/*
 }
+push() { # push LAYOUT:TAG NAME:TAG: into the registry
+    node skopeo copy -q --insecure-policy --dest-tls-verify=false "oci:$1" "docker://ctl:5000/library/$2"
+}
+own() { # busybox and one script; the versions differ in a variable
+    local layout=/images/own.oci version
+    mkdir -p "$images/own/bin" "$images/own/srv/own"
+    cat >"$images/own/bin/show" <<'SH'
+#!/bin/sh
+for word in "$0" "$@"; do printf '[%s]' "$word"; done
+echo " in $PWD, colour=$COLOUR size=$SIZE"
+SH
+    chmod 755 "$images/own/bin/show"
+    node skopeo copy -q --insecure-policy oci:/images/busybox.oci:latest "oci:$layout:base"
+    node umoci insert --image "$layout:base" /images/own/bin/show /bin/show >/dev/null 2>&1
+    node umoci insert --image "$layout:base" /images/own/srv/own /srv/own >/dev/null 2>&1
+    for version in 1:blue 2:red; do
+        node umoci config --image "$layout:base" --tag "${version%:*}" --clear=config.cmd --config.entrypoint /bin/show \
+            --config.entrypoint entry --config.cmd cmd --config.cmd 'two words' --config.workingdir /srv/own \
+            --config.env "COLOUR=${version#*:}" --config.env SIZE=7
+        push "$layout:${version%:*}" "own:${version%:*}"
+    done
+    node skopeo copy -q --insecure-policy "oci:$layout:1" docker-archive:/images/own.docker.tar:own:1
+    node apptainer -q build -F /images/own.sif docker-archive:/images/own.docker.tar
+}
 pack() { # pack NAME TAG: every form from the directory; in the registry as TAG and latest
     local name=$1 layout=/images/$1.oci
     chmod -R a+rX "$images/$name"
@@ -35,13 +60,11 @@ pack() { # pack NAME TAG: every form from the directory; in the registry as TAG 
     node skopeo copy -q --insecure-policy "oci:$layout:latest" "docker-archive:/images/$name.docker.tar:$name:latest"
     node skopeo copy -q --insecure-policy "oci:$layout:latest" "oci-archive:/images/$name.oci.tar:latest"
     node apptainer -q build -F "/images/$name.sif" "docker-archive:/images/$name.docker.tar"
-    for tag in latest $2; do
-        node skopeo copy -q --insecure-policy --dest-tls-verify=false "oci:$layout:latest" "docker://ctl:5000/library/$name:$tag"
-    done
+    for tag in latest $2; do push "$layout:latest" "$name:$tag"; done
 }
 
 mkdir -p "$images"
-wanted=busybox:1.36
+wanted="busybox:1.36 own"
 [ "${HPC_IMG_DEBIAN:-0}" != 1 ] || wanted="$wanted debian:13"
 for image in $wanted; do
     name=${image%:*}
@@ -49,7 +72,7 @@ for image in $wanted; do
     say "making the test image $name"
     rm -rf --one-file-system "${images:?}/$name" "$images/$name".*
     $name
-    pack "$name" "${image#*:}"
+    [ "$name" = "$image" ] || pack "$name" "${image#*:}"
     chmod -R a+rX "$images"
     touch "$images/.$name.packed"
 done

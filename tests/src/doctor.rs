@@ -1,0 +1,51 @@
+//! What `knocctl doctor` found, link by link.
+
+use anyhow::{Context as _, ensure};
+use serde::Deserialize;
+
+use crate::{Output, Run};
+
+/// One line of it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Finding {
+    /// The link of the chain.
+    pub check: String,
+    /// Is it whole?
+    pub ok: bool,
+    /// What was found.
+    pub detail: String,
+    /// What to do; empty where it is whole.
+    pub cure: String,
+}
+
+/// Runs `doctor`, as given, for programs. Its exit code says whether all is well.
+pub async fn examine(doctor: Run) -> anyhow::Result<Vec<Finding>> {
+    let output = doctor.args(["-o", "json"]).output().await?;
+    let findings = findings(&output).with_context(|| output.to_string())?;
+    let well = findings.iter().all(|finding| finding.ok);
+    ensure!(well == (output.code == 0), "{output}");
+    let cured = findings
+        .iter()
+        .all(|finding| finding.ok == finding.cure.is_empty());
+    ensure!(cured, "a cure where none is needed, or none: {output}");
+    Ok(findings)
+}
+
+fn findings(output: &Output) -> anyhow::Result<Vec<Finding>> {
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// The probe went the whole way; answers its job.
+pub fn probed(findings: &[Finding]) -> anyhow::Result<String> {
+    let (prefix, all) = ("probe: ", ["submit", "start", "report", "link"]);
+    let probe = findings
+        .iter()
+        .filter_map(|finding| Some((finding.check.strip_prefix(prefix)?, finding)));
+    let probe: Vec<_> = probe.collect();
+    let names: Vec<_> = probe.iter().map(|(name, _)| *name).collect();
+    ensure!(names == all, "{findings:#?}");
+    ensure!(probe.iter().all(|(_, finding)| finding.ok), "{findings:#?}");
+    // "job 12 was accepted in 9 ms"
+    let job = probe[0].1.detail.split(' ').nth(1);
+    Ok(job.context("no job is named")?.to_owned())
+}

@@ -1,0 +1,183 @@
+//! The claim on real parts: whoever meets on one job directory, the containers of its pod run once.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use futures::future::try_join_all;
+use knoc_tests::{
+    Output, PodBuilder, World, wait_for,
+    world::{SOON, STATE},
+};
+
+/// Pairs that are released together: each is one more chance for a race to be lost.
+const PAIRS: usize = 5;
+
+/// From the submission to the end of all that wait for the others.
+const RACE: Duration = Duration::from_mins(3);
+
+/// The exit codes of a job whose pod succeeded, and of one that lost its claim.
+const WON: i32 = 0;
+const SURPLUS: i32 = 66;
+
+/// The agent as jobs exec it.
+async fn installed_agent(world: &World) -> anyhow::Result<String> {
+    let versions = format!("{STATE}/versions");
+    let find = ["find", &versions, "-name", "knoc-agent"];
+    let found = world.on("login", find).ok().await?.text();
+    let first = found.lines().next().context("no version is installed")?;
+    Ok(first.to_owned())
+}
+
+#[tokio::test]
+async fn of_two_processes_that_claim_one_job_directory_one_runs() -> anyhow::Result<()> {
+    let world = World::new("claim").await?;
+    let pod = PodBuilder::new("once").sh("echo ran; sleep 600");
+    let uid = world.create(&pod).await?;
+    world.wait_phase("once", "Running", SOON).await?;
+    // A second job on the same directory: surplus, by its exit code.
+    let wrap = format!("{} shim {STATE}/pods/{uid}", installed_agent(&world).await?);
+    let surplus = submit_and_wait(&world, "c1", "/dev/null", &wrap).await?;
+    ensure!(surplus.code == SURPLUS, "{surplus}");
+    let log = world.logs("once", "main").await?;
+    ensure!(log == "ran\n", "{log}");
+    world.delete("once", Some(1)).await?;
+    world.wait_gone("once", SOON).await?;
+    world.finish().await
+}
+
+/// Runs that as a job on that node, to its end; answers the job's id and exit code.
+async fn submit_and_wait(
+    world: &World,
+    node: &str,
+    output: &str,
+    wrap: &str,
+) -> anyhow::Result<Output> {
+    let node = format!("--nodelist={node}");
+    let job = [
+        "sbatch",
+        "--parsable",
+        "--wait",
+        "--job-name=contender",
+        "--mem=200",
+        "--time=5",
+        &node,
+        "--output",
+        output,
+        "--wrap",
+        wrap,
+    ];
+    world.on("login", job).deadline(RACE).output().await
+}
+
+/// Two fresh processes on two nodes, and a job directory that nobody has claimed.
+struct Pair<'a> {
+    world: &'a World,
+    agent: &'a str,
+    /// Of all pairs: where they say that they are ready, and are told to go.
+    meeting: &'a str,
+    /// The job directory.
+    folder: String,
+}
+
+impl Pair<'_> {
+    /// Both to their ends: the job's id and exit code of each.
+    async fn race(&self) -> anyhow::Result<[Output; 2]> {
+        let (first, second) =
+            futures::future::try_join(self.contender("c1"), self.contender("c2")).await?;
+        Ok([first, second])
+    }
+
+    async fn contender(&self, node: &str) -> anyhow::Result<Output> {
+        let Self {
+            meeting,
+            agent,
+            folder,
+            ..
+        } = self;
+        let wrap = format!(
+            "touch {meeting}/ready.$SLURM_JOB_ID; until [ -e {meeting}/go ]; do sleep 0.01; done; \
+             exec {agent} shim {folder}"
+        );
+        submit_and_wait(self.world, node, &format!("{folder}/{node}.out"), &wrap).await
+    }
+
+    /// One ran the containers, once; the other stood back, and says for whom.
+    async fn judge(&self, ends: &[Output; 2]) -> anyhow::Result<()> {
+        let folder = &self.folder;
+        let show = format!(
+            "cat {folder}/claim.1; echo; ls {folder} | grep -c '^claim'; \
+             cat {folder}/logs/main/*; cat {folder}/c?.out"
+        );
+        let seen = self.world.on("login", ["sh", "-c", &show]).ok().await?;
+        let seen = format!("{ends:?}\n{}", seen.text());
+        let mut codes = ends.each_ref().map(|end| end.code);
+        codes.sort_unstable();
+        ensure!(codes == [WON, SURPLUS], "{seen}");
+        let winner = ends.iter().find(|end| end.code == WON).map(Output::text);
+        let winner = winner.context("nobody won")?;
+        ensure!(
+            seen.contains(&format!("\"job_id\":\"{winner}\"")),
+            "job {winner} won: {seen}"
+        );
+        ensure!(seen.contains("\n1\n"), "one claim was expected: {seen}");
+        ensure!(seen.matches("the-program-ran").count() == 1, "{seen}");
+        let told = format!("surplus: job {winner} (restart 0) on");
+        ensure!(seen.contains(&told), "{told:?} is not in {seen}");
+        Ok(())
+    }
+}
+
+/// A pod whose job waits for a job that is held; answers that job.
+async fn queued(world: &World, pod: &str, program: &str) -> anyhow::Result<(String, String)> {
+    let hold = ["sbatch", "--parsable", "--hold", "--wrap", "true"];
+    let gate = world.on("login", hold).ok().await?.text();
+    let pod = PodBuilder::new(pod)
+        .annotation("knoc.io/dependency", &format!("afterany:{gate}"))
+        .sh(program);
+    let uid = world.create(&pod).await?;
+    world.wait_job(&uid).await?;
+    Ok((uid, gate))
+}
+
+#[tokio::test]
+async fn two_fresh_processes_fight_for_one_claim_and_one_runs() -> anyhow::Result<()> {
+    let world = World::new("fight").await?;
+    let (uid, gate) = queued(&world, "fresh", "echo the-program-ran; sleep 2").await?;
+    let agent = installed_agent(&world).await?;
+    let meeting = format!("/scratch/{}", world.namespace);
+    let mut pairs = Vec::new();
+    for number in 0..PAIRS {
+        // What the agent made for the pod, once more: a whole job directory, which no job has seen.
+        let folder = format!("{meeting}/{number}/pods/{uid}");
+        let copy = format!("mkdir -p {meeting}/{number}/pods && cp -a {STATE}/pods/{uid} {folder}");
+        world.on("login", ["sh", "-c", &copy]).ok().await?;
+        let (world, agent, meeting) = (&world, agent.as_str(), meeting.as_str());
+        pairs.push(Pair {
+            world,
+            agent,
+            meeting,
+            folder,
+        });
+    }
+    let release = async {
+        let count = format!("ls {meeting} | grep -c '^ready' || true");
+        let all = (2 * PAIRS).to_string();
+        wait_for("all contenders are at the start", RACE, async || {
+            let ready = world.on("login", ["sh", "-c", &count]).ok().await?.text();
+            ensure!(ready == all, "{ready} of {all}");
+            Ok(())
+        })
+        .await?;
+        let go = format!("{meeting}/go");
+        world.on("login", ["touch", &go]).ok().await
+    };
+    let races = try_join_all(pairs.iter().map(Pair::race));
+    let (ends, _) = futures::future::try_join(races, release).await?;
+    for (pair, ends) in pairs.iter().zip(&ends) {
+        pair.judge(ends).await?;
+    }
+    world.on("login", ["scancel", &gate]).ok().await?;
+    world.on("login", ["rm", "-r", &meeting]).ok().await?;
+    world.wait_phase("fresh", "Succeeded", SOON).await?;
+    world.finish().await
+}

@@ -1,0 +1,72 @@
+//! `knocctl doctor` on real parts: from this side of the link, and on the login node without a certificate.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use knoc_tests::{World, doctor, wait_for, world::STATE};
+
+/// A job of one minute that may wait for others.
+const PROBE: Duration = Duration::from_mins(4);
+
+/// Pods of other tests may be between their start and their link: that is no fault of the chain.
+const MAY_BE_BUSY: &str = "link: shims";
+
+#[tokio::test]
+async fn a_probe_goes_the_whole_way_through_slurm() -> anyhow::Result<()> {
+    let world = World::new("probe").await?;
+    let run = world.knocctl(["doctor", "--probe"]).deadline(PROBE);
+    let findings = doctor::examine(run).await?;
+    let job = doctor::probed(&findings)?;
+    let broken: Vec<_> = findings.iter().filter(|finding| !finding.ok).collect();
+    ensure!(
+        broken.iter().all(|finding| finding.check == MAY_BE_BUSY),
+        "{broken:#?}"
+    );
+    // By Slurm's own books: a job of one minute, which ended well.
+    let row = wait_for("the probe's job has ended", PROBE, async || {
+        let what = "jobname%40,state,exitcode,timelimitraw";
+        let sacct = ["sacct", "-X", "-n", "-P", "-o", what, "-j", &job];
+        let row = world.on("login", sacct).ok().await?.text();
+        ensure!(row.contains("COMPLETED"), "{row}");
+        Ok(row)
+    })
+    .await?;
+    let uid = row
+        .strip_prefix("knoc-")
+        .and_then(|row| row.split('|').next());
+    let uid = uid.unwrap_or_default();
+    ensure!(
+        uid.starts_with("doctor-") && row.ends_with("|COMPLETED|0:0|1"),
+        "{row}"
+    );
+    let left = world
+        .on("login", ["ls", &format!("{STATE}/pods")])
+        .ok()
+        .await?;
+    ensure!(!left.text().contains(uid), "{left}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn on_the_login_node_no_certificate_is_needed() -> anyhow::Result<()> {
+    let world = World::new("doctor").await?;
+    let without = [
+        "env",
+        "HOME=/nonexistent",
+        "XDG_RUNTIME_DIR=/run/user/2001",
+        "/home/hpcuser/bin/knocctl",
+        "doctor",
+    ];
+    let findings = doctor::examine(world.on("login", without)).await?;
+    let by = findings.iter().find(|finding| finding.check == "link");
+    ensure!(
+        by.is_some_and(|link| link.ok && link.detail.starts_with("unix:")),
+        "{findings:#?}"
+    );
+    let broken: Vec<_> = findings.iter().filter(|finding| !finding.ok).collect();
+    ensure!(
+        broken.iter().all(|finding| finding.check == MAY_BE_BUSY),
+        "{broken:#?}"
+    );
+    world.finish().await
+}

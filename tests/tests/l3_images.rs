@@ -1,0 +1,297 @@
+//! Images on real parts: what an image says of itself and what a pod overrides, pull policies against a tag that moves, and
+//! the words of registry and Apptainer where there is no image.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use knoc_tests::{
+    PodBuilder, World, wait_for,
+    world::{SOON, container_reason},
+};
+use serde_json::{Value, json};
+
+/// A conversion by Apptainer, behind those of other tests.
+const PULLED: Duration = Duration::from_mins(3);
+
+/// Where the registry keeps what it serves, on its node.
+const STORE: &str = "/var/spool/registry/docker/registry/v2/repositories/library";
+
+/// What the image `own:1` says of itself, as its script shows it: entrypoint, arguments, folder, variables.
+const OWN: &str = "[/bin/show][entry][cmd][two words] in /srv/own, colour=blue size=7\n";
+
+fn image(name: &str) -> String {
+    PodBuilder::image_name().replace("busybox:latest", name)
+}
+
+/// Of the image alone: no command of the builder's own.
+fn as_it_is(pod: PodBuilder, image: &str) -> PodBuilder {
+    pod.image(image).set("command", Value::Null)
+}
+
+/// A repository of a test's own in the registry.
+struct Repository<'a> {
+    world: &'a World,
+    name: String,
+}
+
+impl<'a> Repository<'a> {
+    fn new(world: &'a World) -> Self {
+        let name = world.namespace.clone();
+        Self { world, name }
+    }
+
+    /// As pods name it.
+    fn image(&self) -> String {
+        image(&format!("{}:latest", self.name))
+    }
+
+    /// Its tag becomes that image, in any form that skopeo reads.
+    async fn push(&self, source: &str) -> anyhow::Result<()> {
+        let target = format!("docker://{}", self.image());
+        let copy = [
+            "skopeo",
+            "copy",
+            "-q",
+            "--insecure-policy",
+            "--src-tls-verify=false",
+            "--dest-tls-verify=false",
+            source,
+            &target,
+        ];
+        self.world.on("login", copy).ok().await?;
+        Ok(())
+    }
+
+    /// The tag moves to a version of the image `own`.
+    async fn becomes(&self, version: &str) -> anyhow::Result<()> {
+        let source = format!("docker://{}", image(&format!("own:{version}")));
+        self.push(&source).await
+    }
+
+    /// What it is now, by the registry.
+    async fn inspect(&self) -> anyhow::Result<Value> {
+        let source = format!("docker://{}", self.image());
+        let inspect = ["skopeo", "inspect", "--tls-verify=false", &source];
+        let output = self.world.on("login", inspect).ok().await?;
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// A layer that the manifest names is no more.
+    async fn lose_its_last_layer(&self) -> anyhow::Result<()> {
+        let layers = self.inspect().await?["Layers"].clone();
+        let last = layers.as_array().and_then(|layers| layers.last());
+        let last = last.and_then(Value::as_str).context("no layer")?;
+        let link = format!("{STORE}/{}/_layers/{}", self.name, last.replace(':', "/"));
+        self.world
+            .on_as_root("ctl", ["rm", "-r", &link])
+            .ok()
+            .await?;
+        Ok(())
+    }
+
+    async fn remove(self) -> anyhow::Result<()> {
+        let folder = format!("{STORE}/{}", self.name);
+        self.world
+            .on_as_root("ctl", ["rm", "-r", &folder])
+            .ok()
+            .await?;
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn an_image_runs_as_it_says_and_a_pod_overrides_each_part() -> anyhow::Result<()> {
+    let world = World::new("own-image").await?;
+    let own = image("own:1");
+    let pod = PodBuilder::new("parts");
+    let pod = as_it_is(pod, &own);
+    let pod = as_it_is(pod.container("args"), &own).set("args", json!(["mine", "a b"]));
+    let pod = as_it_is(pod.container("command"), &own).set("command", json!(["/bin/show", "x"]));
+    let pod = as_it_is(pod.container("both"), &own)
+        .set("command", json!(["/bin/show", "x"]))
+        .set("args", json!(["y"]));
+    let pod = as_it_is(pod.container("values"), &own)
+        .set("env", json!([{"name": "COLOUR", "value": "green"}]))
+        .set("workingDir", json!("/tmp"));
+    // The same of a file: what it says of itself lies in it.
+    let pod = as_it_is(pod.container("file"), "/images/own.sif");
+    world.create(&pod).await?;
+    world.wait_phase("parts", "Succeeded", PULLED).await?;
+    let rest = " in /srv/own, colour=blue size=7\n";
+    for (container, wanted) in [
+        ("main", OWN.to_owned()),
+        ("args", format!("[/bin/show][entry][mine][a b]{rest}")),
+        ("command", format!("[/bin/show][x]{rest}")),
+        ("both", format!("[/bin/show][x][y]{rest}")),
+        (
+            "values",
+            "[/bin/show][entry][cmd][two words] in /tmp, colour=green size=7\n".to_owned(),
+        ),
+        ("file", OWN.to_owned()),
+    ] {
+        let log = world.logs("parts", container).await?;
+        ensure!(log == wanted, "{container}: {log:?} instead of {wanted:?}");
+    }
+    world.finish().await
+}
+
+/// Runs a pod of the repository's image with that policy; answers its log and the digest that its status names.
+async fn pulled(
+    repository: &Repository<'_>,
+    name: &str,
+    policy: &str,
+) -> anyhow::Result<(String, String)> {
+    let pod = as_it_is(PodBuilder::new(name), &repository.image());
+    let world = repository.world;
+    world
+        .create(&pod.set("imagePullPolicy", json!(policy)))
+        .await?;
+    let ended = world.wait_phase(name, "Succeeded", PULLED).await?;
+    Ok((world.logs(name, "main").await?, digest(&ended)?))
+}
+
+fn digest(pod: &Pod) -> anyhow::Result<String> {
+    let status = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.container_statuses.as_ref());
+    let id = status
+        .and_then(|all| all.first())
+        .map(|one| one.image_id.as_str());
+    let (_, digest) = id
+        .and_then(|id| id.split_once('@'))
+        .with_context(|| format!("image id {id:?}"))?;
+    Ok(digest.to_owned())
+}
+
+#[tokio::test]
+async fn if_not_present_stays_and_always_follows_a_tag_that_moves() -> anyhow::Result<()> {
+    let world = World::new("moving-tag").await?;
+    let tag = Repository::new(&world);
+    tag.becomes("1").await?;
+    let first = tag.inspect().await?["Digest"].clone();
+    let (log, kept) = pulled(&tag, "first", "IfNotPresent").await?;
+    ensure!(log == OWN && first == *kept, "{log}, {kept} of {first}");
+    tag.becomes("2").await?;
+    let second = tag.inspect().await?["Digest"].clone();
+    ensure!(first != second, "the versions do not differ");
+    let (log, kept) = pulled(&tag, "stays", "IfNotPresent").await?;
+    ensure!(log == OWN && first == *kept, "{log}, {kept} of {first}");
+    let red = OWN.replace("blue", "red");
+    for (name, policy) in [
+        ("follows", "Always"),
+        ("then", "IfNotPresent"),
+        ("never", "Never"),
+    ] {
+        let (log, kept) = pulled(&tag, name, policy).await?;
+        ensure!(
+            log == red && second == *kept,
+            "{name}: {log}, {kept} of {second}"
+        );
+    }
+    tag.remove().await?;
+    world.finish().await
+}
+
+/// Waits until the container of the pod waits for that reason; answers its message.
+async fn waits_by(world: &World, name: &str, reason: &str) -> anyhow::Result<String> {
+    world
+        .wait(name, reason, PULLED, |pod| {
+            let (is, message) = container_reason(pod, "main")?;
+            (is == reason).then_some(message)
+        })
+        .await
+}
+
+/// And an Event with those words stands beside it.
+async fn told(world: &World, name: &str, words: &[&str]) -> anyhow::Result<()> {
+    wait_for(
+        &format!("an Event of {name} with {words:?}"),
+        SOON,
+        async || {
+            let events = world.events(name).await?;
+            let all = |event: &String| words.iter().all(|word| event.contains(word));
+            ensure!(events.iter().any(all), "{events:?}");
+            Ok(())
+        },
+    )
+    .await
+}
+
+#[tokio::test]
+async fn never_waits_for_an_image_that_another_pod_brings() -> anyhow::Result<()> {
+    let world = World::new("never").await?;
+    let repository = Repository::new(&world);
+    repository.becomes("1").await?;
+    let pod = as_it_is(PodBuilder::new("never"), &repository.image());
+    let uid = world
+        .create(&pod.set("imagePullPolicy", json!("Never")))
+        .await?;
+    let message = waits_by(&world, "never", "ErrImageNeverPull").await?;
+    ensure!(message.contains(&repository.image()), "{message}");
+    told(&world, "never", &["Failed: ", "ErrImageNeverPull"]).await?;
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.is_empty(), "{jobs:?}");
+    pulled(&repository, "brings", "IfNotPresent").await?;
+    world.wait_phase("never", "Succeeded", PULLED).await?;
+    let log = world.logs("never", "main").await?;
+    ensure!(log == OWN, "{log}");
+    repository.remove().await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn where_a_registry_has_no_image_its_own_words_say_why() -> anyhow::Result<()> {
+    let world = World::new("no-image").await?;
+    let nobody = PodBuilder::image_name().replace("ctl:5000", "ctl:5009");
+    let cases = [
+        ("no-tag", image("busybox:nonesuch"), "manifest unknown"),
+        ("no-registry", nobody, "Connection refused"),
+    ];
+    for (name, image, _) in &cases {
+        world.create(&PodBuilder::new(name).image(image)).await?;
+    }
+    for (name, image, words) in &cases {
+        let message = waits_by(&world, name, "ErrImagePull").await?;
+        ensure!(
+            message.contains(words) && message.contains(image),
+            "{name}: {message}"
+        );
+        told(&world, name, &["Failed: ErrImagePull", words, image]).await?;
+        let message = waits_by(&world, name, "ImagePullBackOff").await?;
+        ensure!(message.contains(words), "{name}: {message}");
+        world.delete(name, None).await?;
+    }
+    world.finish().await
+}
+
+#[tokio::test]
+async fn where_a_pull_fails_the_words_of_apptainer_say_why() -> anyhow::Result<()> {
+    let world = World::new("no-pull").await?;
+    let repository = Repository::new(&world);
+    // An image that no cache has, since no other was ever made of this label.
+    let (folder, label) = (format!("/scratch/{}", world.namespace), &world.namespace);
+    let make = format!(
+        "mkdir {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:{folder}/oci:1 && \
+         umoci config --image {folder}/oci:1 --config.label test={label}"
+    );
+    world.on("login", ["sh", "-c", &make]).ok().await?;
+    repository.push(&format!("oci:{folder}/oci:1")).await?;
+    repository.lose_its_last_layer().await?;
+    let pod = as_it_is(PodBuilder::new("broken"), &repository.image());
+    world.create(&pod).await?;
+    let message = waits_by(&world, "broken", "ErrImagePull").await?;
+    for words in ["While making image from oci registry", "blob unknown"] {
+        ensure!(message.contains(words), "{words:?} is not in {message}");
+    }
+    told(&world, "broken", &["Failed: ErrImagePull", "blob unknown"]).await?;
+    // Mended, it runs.
+    repository.push(&format!("oci:{folder}/oci:1")).await?;
+    world.wait_phase("broken", "Succeeded", PULLED).await?;
+    let log = world.logs("broken", "main").await?;
+    ensure!(log == OWN, "{log}");
+    world.on("login", ["rm", "-r", &folder]).ok().await?;
+    repository.remove().await?;
+    world.finish().await
+}

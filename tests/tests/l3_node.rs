@@ -1,0 +1,363 @@
+//! The Node object on real parts: what Slurm has is what Kubernetes schedules by; and what a pod's life looks like from
+//! outside, waiting in the queue and from Event to Event.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::{
+    api::{
+        coordination::v1::Lease,
+        core::v1::{Event, Node, NodeCondition, NodeStatus, Pod},
+    },
+    apimachinery::pkg::api::resource::Quantity,
+};
+use knoc_kubelet::pods::quantity;
+use knoc_tests::{
+    PodBuilder, World, wait_for,
+    world::{SOON, container_reason, phase_of, why},
+};
+use kube::api::ListParams;
+use serde_json::json;
+
+/// The kubelet renews every 10 s.
+const RENEWED: Duration = Duration::from_secs(30);
+
+/// `node.queueFactor` where the operator says nothing: so many times the cluster may wait in its queue.
+const QUEUE_FACTOR: i64 = 10;
+
+const MIB: i64 = 1 << 20;
+
+async fn node(world: &World) -> anyhow::Result<(Node, NodeStatus)> {
+    let node = world.cluster_api::<Node>().get(&world.node).await?;
+    let status = node.status.clone().context("no status")?;
+    Ok((node, status))
+}
+
+/// What sinfo says of all nodes, each once: CPUs, bytes of memory, GPUs.
+async fn of_sinfo(world: &World) -> anyhow::Result<[i64; 3]> {
+    let rows = world
+        .on("login", ["sinfo", "-h", "-N", "-o", "%N|%c|%m|%G"])
+        .ok()
+        .await?
+        .text();
+    let mut nodes = BTreeMap::new();
+    for row in rows.lines() {
+        let [name, cpus, memory, gres] = *row.split('|').collect::<Vec<_>>() else {
+            anyhow::bail!("{row:?}");
+        };
+        // "gpu:fake:2", "(null)"
+        let gpus = gres
+            .strip_prefix("gpu:")
+            .and_then(|gres| gres.rsplit(':').next());
+        let gpus = gpus.map_or(Ok(0), str::parse::<i64>)?;
+        nodes.insert(
+            name.to_owned(),
+            [cpus.parse()?, memory.parse::<i64>()? * MIB, gpus],
+        );
+    }
+    ensure!(!nodes.is_empty(), "{rows}");
+    let sum = |at: usize| nodes.values().map(|node| node[at]).sum();
+    Ok([sum(0), sum(1), sum(2)])
+}
+
+fn amounts(list: Option<&BTreeMap<String, Quantity>>) -> anyhow::Result<[i64; 4]> {
+    let list = list.context("no resources")?;
+    let amount = |name: &str| {
+        let quantity = list
+            .get(name)
+            .with_context(|| format!("{name} is not in {list:?}"))?;
+        anyhow::Ok(quantity::units(quantity)?)
+    };
+    Ok([
+        amount("cpu")?,
+        amount("memory")?,
+        amount("nvidia.com/gpu")?,
+        amount("pods")?,
+    ])
+}
+
+#[tokio::test]
+async fn capacity_is_what_sinfo_says_and_allocatable_a_queue_of_it() -> anyhow::Result<()> {
+    let world = World::new("capacity").await?;
+    // Node and Slurm are looked at one after the other: what another test changes in between is seen again.
+    wait_for("the node has what Slurm has", SOON, async || {
+        let [cpu, memory, gpus] = of_sinfo(&world).await?;
+        let (_, status) = node(&world).await?;
+        let capacity = amounts(status.capacity.as_ref())?;
+        let pods = capacity[3];
+        ensure!(
+            capacity == [cpu, memory, gpus, pods] && pods > 0,
+            "{capacity:?} where Slurm has {:?}",
+            [cpu, memory, gpus]
+        );
+        let allocatable = amounts(status.allocatable.as_ref())?;
+        let wanted = [cpu, memory, gpus].map(|amount| amount * QUEUE_FACTOR);
+        let [cpu, memory, gpus] = wanted;
+        ensure!(
+            allocatable == [cpu, memory, gpus, pods],
+            "{allocatable:?} is not {QUEUE_FACTOR} times {capacity:?}"
+        );
+        Ok(())
+    })
+    .await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn the_node_says_who_it_is_and_how_it_does() -> anyhow::Result<()> {
+    let world = World::new("node").await?;
+    let wanted = [
+        ("Ready", "True", "KubeletReady"),
+        ("MemoryPressure", "False", "KubeletHasSufficientMemory"),
+        ("DiskPressure", "False", "KubeletHasNoDiskPressure"),
+        ("PIDPressure", "False", "KubeletHasSufficientPID"),
+        ("NetworkUnavailable", "False", "RouteCreated"),
+        ("AgentConnected", "True", "LinkUp"),
+        ("SlurmReachable", "True", "ControllerAnswers"),
+        ("PidIsolation", "True", "PidNamespaces"),
+    ];
+    let found = wait_for("the conditions of a node that is well", SOON, async || {
+        let (found, status) = node(&world).await?;
+        let conditions = status.conditions.unwrap_or_default();
+        for (kind, status, reason) in wanted {
+            let is = |one: &&NodeCondition| one.type_ == kind && one.status == status;
+            let condition = conditions.iter().find(is);
+            let condition =
+                condition.with_context(|| format!("{kind}={status}: {conditions:?}"))?;
+            ensure!(condition.reason.as_deref() == Some(reason), "{condition:?}");
+        }
+        Ok::<_, anyhow::Error>(found)
+    })
+    .await?;
+    let taints = found.spec.and_then(|spec| spec.taints).unwrap_or_default();
+    let taints: Vec<_> = taints
+        .iter()
+        .map(|taint| {
+            (
+                taint.key.as_str(),
+                taint.value.as_deref(),
+                taint.effect.as_str(),
+            )
+        })
+        .collect();
+    let ours = [("virtual-kubelet.io/provider", Some("knoc"), "NoSchedule")];
+    ensure!(taints == ours, "{taints:?}");
+    let labels = found.metadata.labels.unwrap_or_default();
+    for (label, value) in [
+        ("kubernetes.io/hostname", world.node.as_str()),
+        ("kubernetes.io/os", "linux"),
+        ("kubernetes.io/arch", "amd64"),
+        ("type", "virtual-kubelet"),
+        (
+            "node.kubernetes.io/exclude-from-external-load-balancers",
+            "true",
+        ),
+    ] {
+        ensure!(
+            labels.get(label).is_some_and(|is| is == value),
+            "{label}: {labels:?}"
+        );
+    }
+    let info = found
+        .status
+        .and_then(|status| status.node_info)
+        .context("no nodeInfo")?;
+    // "apptainer version 1.4.5", "slurm-wlm 24.11.5"
+    let version = async |command: [&str; 2]| {
+        let text = world.on("login", command).ok().await?.text();
+        anyhow::Ok(text.rsplit(' ').next().unwrap_or_default().to_owned())
+    };
+    let runtime = format!("apptainer://{}", version(["apptainer", "--version"]).await?);
+    let slurm = format!("slurm {}", version(["sinfo", "-V"]).await?);
+    ensure!(
+        info.container_runtime_version == runtime && info.os_image == slurm,
+        "{info:?}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
+async fn the_nodes_lease_is_renewed_and_is_the_nodes() -> anyhow::Result<()> {
+    let world = World::new("lease").await?;
+    let leases: kube::Api<Lease> = world.api_in("kube-node-lease");
+    let first = leases.get(&world.node).await?;
+    let (of, spec) = (first.metadata, first.spec.context("no spec")?);
+    ensure!(
+        spec.holder_identity.as_ref() == Some(&world.node),
+        "{spec:?}"
+    );
+    ensure!(spec.lease_duration_seconds == Some(40), "{spec:?}");
+    let (node, _) = node(&world).await?;
+    let owners = of.owner_references.unwrap_or_default();
+    let owner = owners
+        .iter()
+        .find(|owner| owner.kind == "Node")
+        .context("no owner")?;
+    ensure!(Some(&owner.uid) == node.metadata.uid.as_ref(), "{owner:?}");
+    wait_for("the lease is renewed", RENEWED, async || {
+        let now = leases
+            .get(&world.node)
+            .await?
+            .spec
+            .and_then(|spec| spec.renew_time);
+        ensure!(now > spec.renew_time, "{now:?}");
+        Ok(())
+    })
+    .await?;
+    world.finish().await
+}
+
+/// A job of somebody else's that has both GPUs for ten minutes.
+async fn all_gpus(world: &World) -> anyhow::Result<String> {
+    let job = [
+        "sbatch",
+        "--parsable",
+        "--partition=gpu",
+        "--gres=gpu:2",
+        "--time=10",
+        "--wrap",
+        "sleep 600",
+    ];
+    let job = world.on("login", job).ok().await?.text();
+    wait_for("the other job runs", SOON, async || {
+        let state = world
+            .on("login", ["squeue", "-h", "-o", "%T", "-j", &job])
+            .ok()
+            .await?
+            .text();
+        ensure!(state == "RUNNING", "{state}");
+        Ok(())
+    })
+    .await?;
+    Ok(job)
+}
+
+/// Slurm's own words of the job, as soon as it has an estimate: reason, and start to the minute.
+async fn estimate(world: &World, job: &str) -> anyhow::Result<(String, String)> {
+    wait_for("Slurm estimates the start", SOON, async || {
+        let squeue = ["env", "TZ=UTC", "squeue", "-h", "-o", "%r|%S", "-j", job];
+        let text = world.on("login", squeue).ok().await?.text();
+        let (reason, start) = text.split_once('|').with_context(|| text.clone())?;
+        ensure!(start.len() == "2026-11-22T10:00:00".len(), "{text}");
+        Ok((
+            reason.to_owned(),
+            format!("{}Z", &start[.."2026-11-22T10:00".len()]),
+        ))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_pod_in_the_queue_says_why_and_until_when() -> anyhow::Result<()> {
+    let world = World::new("queue").await?;
+    let other = all_gpus(&world).await?;
+    let one =
+        json!({"requests": {"cpu": "1"}, "limits": {"memory": "64Mi", "nvidia.com/gpu": "1"}});
+    let pod = PodBuilder::new("waits")
+        .annotation("knoc.io/partition", "gpu")
+        .annotation("knoc.io/time", "5")
+        .sh("echo at last")
+        .set("resources", one);
+    let uid = world.create(&pod).await?;
+    let job = world.wait_job(&uid).await?;
+    let shown = wait_for("the pod says what Slurm says", SOON, async || {
+        let (reason, start) = estimate(&world, &job).await?;
+        let wanted = format!("Slurm job {job} pending: {reason}, estimated start {start}");
+        let pod = world.pod("waits").await?;
+        let (_, message) = why(&pod);
+        ensure!(message == wanted, "{message:?} instead of {wanted:?}");
+        Ok::<_, anyhow::Error>((reason, pod))
+    })
+    .await;
+    world.on("login", ["scancel", &other]).ok().await?;
+    let (reason, pod) = shown?;
+    ensure!(
+        ["Resources", "Priority"].contains(&reason.as_str()),
+        "{reason}"
+    );
+    ensure!(phase_of(&pod) == "Pending", "{:?}", pod.status);
+    let container = container_reason(&pod, "main").context("no status")?;
+    ensure!(
+        container.0 == "ContainerCreating" && container.1.contains(&reason),
+        "{container:?}"
+    );
+    let waits = format!("SlurmJobPending: job {job} waits: {reason}");
+    wait_for("an Event with Slurm's reason", SOON, async || {
+        let events = world.events("waits").await?;
+        ensure!(events.contains(&waits), "{events:?}");
+        Ok(())
+    })
+    .await?;
+    // The queue is over, and with it what was said of it.
+    let ended = world.wait_phase("waits", "Succeeded", SOON).await?;
+    ensure!(why(&ended).1.is_empty(), "{:?}", ended.status);
+    world.finish().await
+}
+
+/// An Event of the pod as far as a test looks at it: reason, container, message.
+type Told = (String, String, String);
+
+/// The Events of the pod that are ours.
+async fn told(world: &World, pod: &Pod) -> anyhow::Result<Vec<Told>> {
+    let uid = pod.metadata.uid.clone().context("no uid")?;
+    let of = ListParams::default().fields(&format!("involvedObject.uid={uid}"));
+    let mut events = world.api::<Event>().list(&of).await?.items;
+    events.retain(|event| event.reporting_component.as_deref() == Some("kubelet"));
+    let mut told = Vec::new();
+    for event in events {
+        let source = event.source.clone().unwrap_or_default();
+        ensure!(source.host.as_ref() == Some(&world.node), "{event:?}");
+        ensure!(
+            event.type_.as_deref() == Some("Normal") && event.count == Some(1),
+            "{event:?}"
+        );
+        let place = event.involved_object.field_path.unwrap_or_default();
+        told.push((
+            event.reason.unwrap_or_default(),
+            place,
+            event.message.unwrap_or_default(),
+        ));
+    }
+    Ok(told)
+}
+
+#[tokio::test]
+async fn the_events_of_a_pods_life_tell_each_step_once() -> anyhow::Result<()> {
+    let world = World::new("events").await?;
+    let pod = PodBuilder::new("told").sh("trap 'exit 0' TERM; while :; do sleep 0.1; done");
+    let uid = world.create(&pod).await?;
+    let pod = world.wait_phase("told", "Running", SOON).await?;
+    let job = world.wait_job(&uid).await?;
+    world.delete("told", None).await?;
+    world.wait_gone("told", SOON).await?;
+    let main = "spec.containers{main}";
+    let wanted = [
+        ("Pulled", main, String::new()),
+        ("SlurmJobSubmitted", "", format!("job {job} was submitted")),
+        ("SlurmJobStarted", "", format!("job {job} has started")),
+        ("Created", main, "Created container main".to_owned()),
+        ("Started", main, "Started container main".to_owned()),
+        ("Killing", main, "Stopping container main".to_owned()),
+    ];
+    wait_for("an Event for each step", SOON, async || {
+        let told = told(&world, &pod).await?;
+        for (reason, place, message) in &wanted {
+            let such = told
+                .iter()
+                .filter(|(is, at, says)| is == reason && at == place && says.starts_with(message));
+            ensure!(
+                such.count() == 1,
+                "{reason} {place} {message:?} once in {told:#?}"
+            );
+        }
+        // The image may be pulled first, and the job may wait for a moment: these are told too.
+        let may_be = ["Pulling", "SlurmJobPending"];
+        let steps = told
+            .iter()
+            .filter(|(reason, ..)| !may_be.contains(&reason.as_str()));
+        ensure!(steps.count() == wanted.len(), "{told:#?}");
+        Ok(())
+    })
+    .await?;
+    world.finish().await
+}

@@ -1,0 +1,200 @@
+//! What sbatch refuses, on the real Slurm: its own words in the pod's status and in an Event. What cannot help is not tried
+//! again; what waits for a limit runs when the limit is lifted.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use knoc_tests::{
+    PodBuilder, World, wait_for,
+    world::{SOON, STATE, phase_of, why},
+};
+
+/// From the lifting of a limit to the next try, and the pod's end: the pauses are 10, 20, 40 seconds.
+const LIFTED: Duration = Duration::from_mins(3);
+
+const POLICY: &str = "Batch job submission failed: Job violates accounting/QOS policy";
+
+/// Changes Slurm's accounts as its administrator; whatever refuses because jobs are still ending, until it does not.
+async fn sacctmgr(world: &World, change: &str) -> anyhow::Result<()> {
+    let change = format!("sacctmgr -i {change}");
+    wait_for(&change, SOON, async || {
+        world.on_as_root("ctl", ["sh", "-c", &change]).ok().await
+    })
+    .await?;
+    Ok(())
+}
+
+/// A QOS of this test alone, which the agent's user may use.
+async fn make_qos(world: &World, settings: &str) -> anyhow::Result<String> {
+    let name = world.namespace.clone();
+    sacctmgr(world, &format!("add qos {name} set {settings}")).await?;
+    sacctmgr(world, &format!("modify user hpcuser set qos+={name}")).await?;
+    Ok(name)
+}
+
+/// "Reason: message" of the pod's Events with that reason.
+async fn events(world: &World, pod: &str, reason: &str) -> anyhow::Result<Vec<String>> {
+    let mut events = world.events(pod).await?;
+    events.retain(|event| event.starts_with(&format!("{reason}: ")));
+    Ok(events)
+}
+
+/// The pod has failed for good, by these words of Slurm, after one try.
+async fn rejected(world: &World, name: &str, uid: &str, words: &str) -> anyhow::Result<()> {
+    let ended = world.wait_phase(name, "Failed", SOON).await?;
+    let (reason, message) = why(&ended);
+    ensure!(
+        reason == "Rejected" && message.contains(words),
+        "{name}: {reason}: {message}"
+    );
+    let told = wait_for("an Event with Slurm's words", SOON, async || {
+        let told = events(world, name, "SlurmRejected").await?;
+        ensure!(!told.is_empty(), "{:?}", world.events(name).await?);
+        Ok(told)
+    })
+    .await?;
+    ensure!(told == [format!("SlurmRejected: {message}")], "{told:?}");
+    let record = format!("{STATE}/pods/{uid}/record.json");
+    let record = world.on("login", ["cat", &record]).ok().await?;
+    let record: serde_json::Value = serde_json::from_slice(&record.stdout)?;
+    ensure!(record["attempt"] == 1, "{name}: {record}");
+    let jobs = world.jobs(uid).await?;
+    ensure!(jobs.is_empty(), "{name}: {jobs:?}");
+    Ok(())
+}
+
+async fn are_rejected(world: &World, qos: &str) -> anyhow::Result<()> {
+    let cases = [
+        (
+            "partition",
+            vec![("knoc.io/partition", "nowhere")],
+            "invalid partition specified: nowhere",
+        ),
+        (
+            "flag",
+            vec![("knoc.io/flags", "--hint=nonsense")],
+            "unrecognized --hint argument \"nonsense\"",
+        ),
+        (
+            "qos",
+            vec![("knoc.io/qos", "nothing")],
+            "Batch job submission failed: Invalid qos specification",
+        ),
+        (
+            "account",
+            vec![("knoc.io/account", "nobody")],
+            "Batch job submission failed: Invalid account or account/partition combination specified",
+        ),
+        (
+            "wall",
+            vec![("knoc.io/qos", qos), ("knoc.io/time", "60")],
+            "QOSMaxWallDurationPerJobLimit",
+        ),
+    ];
+    let mut uids = Vec::new();
+    for (name, annotations, _) in &cases {
+        let pod = annotations
+            .iter()
+            .fold(PodBuilder::new(name), |pod, (key, value)| {
+                pod.annotation(key, value)
+            });
+        uids.push(world.create(&pod).await?);
+    }
+    for ((name, _, words), uid) in cases.iter().zip(&uids) {
+        rejected(world, name, uid, words).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_slurm_refuses_for_good_fails_with_its_words_and_is_not_tried_again()
+-> anyhow::Result<()> {
+    let world = World::new("rejected").await?;
+    let qos = make_qos(&world, "MaxWall=00:05:00 flags=DenyOnLimit").await?;
+    let outcome = are_rejected(&world, &qos).await;
+    sacctmgr(&world, &format!("delete qos {qos}")).await?;
+    outcome?;
+    world.finish().await
+}
+
+/// The pod waits by these words of Slurm until `lift` has changed the accounts, and then runs as one job.
+async fn waits_for_the_limit(
+    world: &World,
+    pod: PodBuilder,
+    words: &str,
+    lift: &str,
+) -> anyhow::Result<()> {
+    let pod = pod.sh("echo at last");
+    let (uid, name) = (world.create(&pod).await?, pod.name());
+    let message = world
+        .wait(name, &format!("held back by {words}"), SOON, |pod| {
+            let (_, message) = why(pod);
+            message.contains(words).then_some(message)
+        })
+        .await?;
+    ensure!(
+        message.starts_with("submission is held back: Throttled: ") && message.contains(POLICY),
+        "{message}"
+    );
+    ensure!(phase_of(&world.pod(name).await?) == "Pending");
+    wait_for("an Event with Slurm's words", SOON, async || {
+        let told = events(world, name, "Throttled").await?;
+        let with_words = told
+            .iter()
+            .any(|event| event.contains(words) && event.contains(POLICY));
+        ensure!(with_words, "{:?}", world.events(name).await?);
+        Ok(())
+    })
+    .await?;
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.is_empty(), "{jobs:?}");
+    sacctmgr(world, lift).await?;
+    world.wait_phase(name, "Succeeded", LIFTED).await?;
+    ensure!(world.logs(name, "main").await? == "at last\n");
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.len() == 1, "{jobs:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pod_over_the_submit_limit_of_its_qos_runs_when_the_limit_is_lifted() -> anyhow::Result<()>
+{
+    let world = World::new("qos-limit").await?;
+    let qos = make_qos(&world, "MaxSubmitJobsPerUser=1").await?;
+    // Somebody else's job is all that the QOS allows.
+    let option = format!("--qos={qos}");
+    let hold = ["sbatch", "--parsable", "--hold", &option, "--wrap", "true"];
+    let other = world.on("login", hold).ok().await?.text();
+    let outcome = waits_for_the_limit(
+        &world,
+        PodBuilder::new("second").annotation("knoc.io/qos", &qos),
+        "QOSMaxSubmitJobPerUserLimit",
+        &format!("modify qos {qos} set MaxSubmitJobsPerUser=-1"),
+    )
+    .await;
+    world.on("login", ["scancel", &other]).ok().await?;
+    sacctmgr(&world, &format!("delete qos {qos}")).await?;
+    outcome?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_over_the_submit_limit_of_its_account_runs_when_the_limit_is_lifted()
+-> anyhow::Result<()> {
+    let world = World::new("account-limit").await?;
+    let account = &world.namespace;
+    sacctmgr(&world, &format!("add account {account}")).await?;
+    let user = format!("user hpcuser account={account}");
+    sacctmgr(&world, &format!("add {user} MaxSubmitJobs=0")).await?;
+    let outcome = waits_for_the_limit(
+        &world,
+        PodBuilder::new("patient").annotation("knoc.io/account", account),
+        "AssocMaxSubmitJobLimit",
+        &format!("modify user hpcuser where account={account} set MaxSubmitJobs=-1"),
+    )
+    .await;
+    sacctmgr(&world, &format!("delete {user}")).await?;
+    sacctmgr(&world, &format!("delete account {account}")).await?;
+    outcome?;
+    world.finish().await
+}
