@@ -92,6 +92,12 @@ const PATCHES: Family = family(
     "result",
     "How long the API server took for a pod's status; result is ok, gone (the pod is another or none) or error",
 );
+const SESSIONS: Family = family(
+    "knoc_streaming_sessions_total",
+    "counter",
+    "verb,protocol",
+    "Sessions of exec, attach and portforward that were begun, by carrier and subprotocol (spdy/… or websocket/…)",
+);
 const STREAMS: Family = family(
     "knoc_streams_open",
     "gauge",
@@ -140,6 +146,7 @@ pub const FAMILIES: &[Family] = &[
     ROUND_AGE,
     SCHEDULER_UP,
     PATCHES,
+    SESSIONS,
     STREAMS,
     PROCESS_CPU,
     PROCESS_FDS_MOST,
@@ -211,10 +218,14 @@ impl Histogram {
 /// Path, verb, code.
 type Request = (String, &'static str, u16);
 
+/// Verb, protocol.
+type Session = (&'static str, String);
+
 #[derive(Debug, Default)]
 struct Counted {
     requests: BTreeMap<Request, u64>,
     patches: BTreeMap<Patched, Histogram>,
+    sessions: BTreeMap<Session, u64>,
 }
 
 /// The counters; clones count together.
@@ -251,6 +262,12 @@ impl Metrics {
         counted.patches.entry(result).or_default().observe(took);
     }
 
+    /// A connection was upgraded for `verb`. `protocol` is one that we speak.
+    pub fn session(&self, verb: &'static str, protocol: String) {
+        let mut counted = self.lock();
+        *counted.sessions.entry((verb, protocol)).or_default() += 1;
+    }
+
     /// The text of `/metrics`.
     #[must_use]
     pub fn render(&self, gauges: &Gauges) -> String {
@@ -270,6 +287,7 @@ impl Metrics {
             page.one(SCHEDULER_UP, &[], u8::from(up));
         }
         self.patches(&mut page);
+        self.sessions(&mut page);
         page.one(STREAMS, &[], gauges.streams);
         if let Some(process) = &gauges.process {
             page.one(PROCESS_CPU, &[], process.cpu.as_secs_f64());
@@ -294,6 +312,14 @@ impl Metrics {
         page.head(PATCHES);
         for (result, histogram) in &self.lock().patches {
             page.histogram(PATCHES.name, ("result", result.word()), histogram);
+        }
+    }
+
+    fn sessions(&self, page: &mut Page) {
+        page.head(SESSIONS);
+        for ((verb, protocol), count) in &self.lock().sessions {
+            let labels = [("verb", *verb), ("protocol", protocol)];
+            page.sample(SESSIONS.name, &labels, count);
         }
     }
 

@@ -177,7 +177,8 @@ impl Run {
     }
 }
 
-fn code_of(status: std::process::ExitStatus) -> i32 {
+/// 128 + signal where a signal ended it.
+pub(crate) fn code_of(status: std::process::ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt as _;
     status
         .code()

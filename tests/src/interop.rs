@@ -9,7 +9,7 @@ pub mod clients;
 mod kubectl;
 pub mod table;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use futures::FutureExt as _;
 
 use self::{
@@ -23,7 +23,7 @@ use crate::World;
 pub async fn run(name: &str) -> anyhow::Result<()> {
     let client = Client::named(name)?;
     let world = World::new("interop").await?;
-    let server = server_version(&world).await?;
+    let server = world.server_version().await?;
     let scene = Scene::set(world, client).await?;
     let mut row = Vec::new();
     let mut wrong = Vec::new();
@@ -50,12 +50,4 @@ pub async fn run(name: &str) -> anyhow::Result<()> {
         bail!("{name}: {count} wrong\n{}", wrong.join("\n"));
     }
     scene.world.finish().await
-}
-
-/// `v1.36.3`.
-async fn server_version(world: &World) -> anyhow::Result<String> {
-    let version = world.kubectl(["version", "-o", "json"]).ok().await?.text();
-    let version: serde_json::Value = serde_json::from_str(&version)?;
-    let text = version["serverVersion"]["gitVersion"].as_str();
-    Ok(text.context("no version of the API server")?.to_owned())
 }

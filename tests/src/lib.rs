@@ -3,6 +3,7 @@
 //! [`site::Site`] is level 2: real binaries and real TLS, the embedded scheduler, no root. [`world::World`] is
 //! level 3: the stack that `make up` brought up, real Kubernetes, Slurm and Apptainer.
 
+pub mod background;
 pub mod bench;
 pub mod cases;
 pub mod command;
@@ -17,6 +18,7 @@ pub mod terminal;
 pub mod wait;
 pub mod world;
 
+pub use background::{Background, Forward};
 pub use command::{Output, Run};
 pub use pod::PodBuilder;
 pub use terminal::Terminal;

@@ -185,6 +185,13 @@ impl World {
         self.wait_phase(pod.name(), phase, SOON).await
     }
 
+    /// Creates the pod, waits until it runs and says its UID.
+    pub async fn running(&self, pod: &PodBuilder) -> anyhow::Result<String> {
+        let uid = self.create(pod).await?;
+        self.wait_phase(pod.name(), "Running", SOON).await?;
+        Ok(uid)
+    }
+
     /// Waits until the pod is no more.
     pub async fn wait_gone(&self, name: &str, limit: Duration) -> anyhow::Result<()> {
         wait_for(&format!("pod {name} gone"), limit, async || {
@@ -238,6 +245,11 @@ impl World {
         let uri = format!("/api/v1/nodes/{}/proxy/{path}", self.node);
         let request = http::Request::get(&uri).body(Vec::new())?;
         self.client.request_text(request).await.context(uri)
+    }
+
+    /// The version of the API server, such as `v1.36.3`.
+    pub async fn server_version(&self) -> anyhow::Result<String> {
+        Ok(self.client.apiserver_version().await?.git_version)
     }
 
     /// "Reason: message" of each event of the object.
@@ -343,6 +355,13 @@ impl World {
                 .context("squeue shows none")
         })
         .await
+    }
+
+    /// The compute node that the pod's job runs on.
+    pub async fn compute_node(&self, uid: &str) -> anyhow::Result<String> {
+        let job = self.wait_job(uid).await?;
+        let rows = self.on("login", ["squeue", "-h", "-o", "%N", "-j", &job]);
+        Ok(rows.ok().await?.text())
     }
 
     /// Waits until Slurm has no live job of the pod.

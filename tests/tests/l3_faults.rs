@@ -24,15 +24,9 @@ async fn wait_condition(world: &World, kind: &str, status: &str) -> anyhow::Resu
 async fn a_node_that_loses_power_fails_its_pods_as_a_disruption() -> anyhow::Result<()> {
     let world = World::new("power").await?;
     let uid = world
-        .create(&PodBuilder::new("unlucky").sh("sleep 600"))
+        .running(&PodBuilder::new("unlucky").sh("sleep 600"))
         .await?;
-    world.wait_phase("unlucky", "Running", SOON).await?;
-    let job = world.wait_job(&uid).await?;
-    let node = world
-        .on("login", ["squeue", "-h", "-o", "%N", "-j", &job])
-        .ok()
-        .await?
-        .text();
+    let node = world.compute_node(&uid).await?;
     world.power("node-down", &node).ok().await?;
     let ended = world.wait_phase("unlucky", "Failed", MINUTES).await;
     world.power("node-up", &node).ok().await?;

@@ -71,17 +71,13 @@ async fn logs_follow_tail_and_limit() -> anyhow::Result<()> {
     world.finish().await
 }
 
-async fn running(world: &World, pod: &PodBuilder) -> anyhow::Result<String> {
-    let uid = world.create(pod).await?;
-    world.wait_phase(pod.name(), "Running", SOON).await?;
-    Ok(uid)
-}
-
 #[tokio::test]
 async fn exec_carries_binary_input_both_ways() -> anyhow::Result<()> {
     const SIZE: usize = 20 << 20;
     let world = World::new("exec").await?;
-    let uid = running(&world, &PodBuilder::new("cat").sh("sleep 600")).await?;
+    let uid = world
+        .running(&PodBuilder::new("cat").sh("sleep 600"))
+        .await?;
     let mut bytes = vec![0; SIZE];
     for chunk in bytes.chunks_mut(8) {
         chunk.copy_from_slice(&rand::random::<u64>().to_le_bytes());
@@ -115,7 +111,9 @@ async fn exec_carries_binary_input_both_ways() -> anyhow::Result<()> {
 #[tokio::test]
 async fn exec_keeps_exit_code_and_streams_apart() -> anyhow::Result<()> {
     let world = World::new("exec-code").await?;
-    let uid = running(&world, &PodBuilder::new("target").sh("sleep 600")).await?;
+    let uid = world
+        .running(&PodBuilder::new("target").sh("sleep 600"))
+        .await?;
     let output = world
         .exec(&uid, "main", ["sh", "-c", "echo out; echo err >&2; exit 9"])
         .output()
@@ -138,7 +136,9 @@ async fn exec_keeps_exit_code_and_streams_apart() -> anyhow::Result<()> {
 #[tokio::test]
 async fn exec_on_a_terminal_resizes_interrupts_and_passes_the_exit_code() -> anyhow::Result<()> {
     let world = World::new("terminal").await?;
-    let uid = running(&world, &PodBuilder::new("shell").sh("sleep 600")).await?;
+    let uid = world
+        .running(&PodBuilder::new("shell").sh("sleep 600"))
+        .await?;
     let args = ["exec", "-it", uid.as_str(), "-c", "main", "--", "sh"];
     let mut terminal = Terminal::start("knocctl", &args, 24, 80)?;
     terminal.type_text("tty; stty size; echo be''gun\n")?;
@@ -171,8 +171,10 @@ async fn exec_on_a_terminal_resizes_interrupts_and_passes_the_exit_code() -> any
 async fn kill_from_inside_stops_a_program_that_handles_term_and_no_other() -> anyhow::Result<()> {
     let world = World::new("kill").await?;
     let script = "trap 'echo told; exit 3' TERM; echo ready; while :; do sleep 0.1; done";
-    let polite = running(&world, &PodBuilder::new("polite").sh(script)).await?;
-    let deaf = running(&world, &PodBuilder::new("deaf").command(["sleep", "600"])).await?;
+    let polite = world.running(&PodBuilder::new("polite").sh(script)).await?;
+    let deaf = world
+        .running(&PodBuilder::new("deaf").command(["sleep", "600"]))
+        .await?;
     wait_for("ready in the log", SOON, async || {
         let log = world.logs("polite", "main").await?;
         if log.contains("ready") {
@@ -211,7 +213,7 @@ async fn exec_is_inside_the_container() -> anyhow::Result<()> {
             "env",
             serde_json::json!([{"name": "COLOUR", "value": "two words"}]),
         );
-    let uid = running(&world, &pod).await?;
+    let uid = world.running(&pod).await?;
     let read = async |command: &str| -> anyhow::Result<String> {
         Ok(world
             .exec(&uid, "main", ["sh", "-c", command])

@@ -11,6 +11,10 @@ fn full() -> (Metrics, Gauges) {
     metrics.request("other", &Method::from_bytes(b"BREW").unwrap(), 404);
     metrics.patched(Patched::Ok, Duration::from_millis(30));
     metrics.patched(Patched::Ok, Duration::from_secs(20));
+    for protocol in ["spdy/v4.channel.k8s.io", "websocket/v5.channel.k8s.io"] {
+        metrics.session("exec", protocol.to_owned());
+    }
+    metrics.session("exec", "websocket/v5.channel.k8s.io".to_owned());
     let agent = pb::AgentInfo {
         version: "0.1.0".to_owned(),
         site: "s".to_owned(),

@@ -15,7 +15,7 @@ use super::query::Query;
 use super::remote::{self, RemoteError, Start, Streams};
 use super::remotecommand::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted};
 use super::target::{Refusal, Target};
-use super::upgrade::{self, Carrier, Io, Refused, together};
+use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
 use super::{Context, spdy, websocket};
 
 type ByName = (String, String, String);
@@ -162,10 +162,13 @@ fn answer(
         Err(refusal) => return refusal.into_response(),
     };
     let (target, container) = target;
-    let what = format!("{}/{}/{container}", target.namespace, target.pod);
+    let purpose = Purpose {
+        verb: start.verb(),
+        target: format!("{}/{}/{container}", target.namespace, target.pod),
+    };
     let answered = match carrier {
-        Carrier::Spdy => over_spdy(context, request, start, wanted, what),
-        Carrier::WebSocket => over_websocket(context, request, start, wanted, what),
+        Carrier::Spdy => over_spdy(context, request, start, wanted, purpose),
+        Carrier::WebSocket => over_websocket(context, request, start, wanted, purpose),
     };
     answered.unwrap_or_else(|refused| *refused)
 }
@@ -184,11 +187,11 @@ fn over_spdy(
     request: Request,
     start: Start,
     wanted: Wanted,
-    what: String,
+    purpose: Purpose,
 ) -> Result<Response, Refused> {
     let (answer, version) = upgrade::spdy(request.headers(), &SPDY_VERSIONS)?;
     let backend = Arc::clone(&context.backend);
-    let name = what.clone();
+    let name = purpose.target.clone();
     let serve = async move |io: Io| {
         let (session, incoming) = spdy::session(io);
         let relay = async {
@@ -198,7 +201,7 @@ fn over_spdy(
         };
         together(session.run(), relay, &name).await;
     };
-    Ok(upgrade::switch(context, request, answer, what, serve))
+    Ok(upgrade::switch(context, request, answer, purpose, serve))
 }
 
 fn over_websocket(
@@ -206,12 +209,12 @@ fn over_websocket(
     request: Request,
     start: Start,
     wanted: Wanted,
-    what: String,
+    purpose: Purpose,
 ) -> Result<Response, Refused> {
     let (answer, (version, encoding)) =
         upgrade::websocket(request.headers(), &WEBSOCKET_VERSIONS, WEBSOCKET_UNNAMED)?;
     let backend = Arc::clone(&context.backend);
-    let name = what.clone();
+    let name = purpose.target.clone();
     let serve = async move |io: Io| {
         let (session, channels) = websocket::session(io, encoding, &wanted.writable());
         let relay = async {
@@ -221,5 +224,5 @@ fn over_websocket(
         };
         together(session.run(), relay, &name).await;
     };
-    Ok(upgrade::switch(context, request, answer, what, serve))
+    Ok(upgrade::switch(context, request, answer, purpose, serve))
 }

@@ -20,7 +20,7 @@ use futures::future::join_all;
 use super::query::Query;
 use super::streams::Outlet;
 use super::target::{Refusal, Target};
-use super::upgrade::{self, Carrier, Io, Refused, together};
+use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
 use super::websocket::Channels;
 use super::websocket::channel::Encoding;
 use super::websocket::tunnel::Tunnel;
@@ -99,10 +99,13 @@ fn answer(
         pod: target.pod.clone(),
         uid,
     };
-    let what = format!("{}/{}", target.namespace, target.pod);
+    let purpose = Purpose {
+        verb: "portforward",
+        target: format!("{}/{}", target.namespace, target.pod),
+    };
     let answered = match carrier {
-        Carrier::Spdy => over_spdy(context, request, goal, what),
-        Carrier::WebSocket => over_websocket(context, request, goal, &query, what),
+        Carrier::Spdy => over_spdy(context, request, goal, purpose),
+        Carrier::WebSocket => over_websocket(context, request, goal, &query, purpose),
     };
     answered.unwrap_or_else(|refused| *refused)
 }
@@ -111,15 +114,15 @@ fn over_spdy(
     context: &Arc<Context>,
     request: Request,
     goal: Goal,
-    what: String,
+    purpose: Purpose,
 ) -> Result<Response, Refused> {
     let (answer, ()) = upgrade::spdy(request.headers(), &SPDY_PROTOCOLS)?;
-    let name = what.clone();
+    let name = purpose.target.clone();
     let serve = async move |io: Io| {
         let (session, incoming) = spdy::session(io);
         together(session.run(), pairs::serve(incoming, &goal), &name).await;
     };
-    Ok(upgrade::switch(context, request, answer, what, serve))
+    Ok(upgrade::switch(context, request, answer, purpose, serve))
 }
 
 fn over_websocket(
@@ -127,18 +130,18 @@ fn over_websocket(
     request: Request,
     goal: Goal,
     query: &Query,
-    what: String,
+    purpose: Purpose,
 ) -> Result<Response, Refused> {
     let headers = request.headers();
     let (answer, form) = upgrade::websocket(headers, &WEBSOCKET_PROTOCOLS, WEBSOCKET_UNNAMED)?;
-    let name = what.clone();
+    let name = purpose.target.clone();
     match form {
         Form::Tunnel => {
             let serve = async move |io: Io| {
                 let (session, incoming) = spdy::session(Tunnel::new(io));
                 together(session.run(), pairs::serve(incoming, &goal), &name).await;
             };
-            Ok(upgrade::switch(context, request, answer, what, serve))
+            Ok(upgrade::switch(context, request, answer, purpose, serve))
         }
         Form::Channels(encoding) => {
             let ports = ports(query).map_err(|bad| {
@@ -151,7 +154,7 @@ fn over_websocket(
                 let relay = on_channels(channels, &ports, &goal);
                 together(session.run(), relay, &name).await;
             };
-            Ok(upgrade::switch(context, request, answer, what, serve))
+            Ok(upgrade::switch(context, request, answer, purpose, serve))
         }
     }
 }

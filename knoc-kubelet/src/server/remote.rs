@@ -44,6 +44,14 @@ pub(super) enum Start {
 }
 
 impl Start {
+    /// As RBAC names it.
+    pub(super) fn verb(&self) -> &'static str {
+        match self {
+            Self::Exec(_) => "exec",
+            Self::Attach(_) => "attach",
+        }
+    }
+
     fn stdin(&self) -> bool {
         match self {
             Self::Exec(start) => start.stdin,

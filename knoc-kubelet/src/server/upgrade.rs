@@ -50,8 +50,22 @@ pub(super) fn carrier(request: &Request) -> Result<Carrier, Refusal> {
     ))
 }
 
-/// The headers of an answer 101.
-type Answer = Vec<(HeaderName, HeaderValue)>;
+/// An answer 101.
+#[derive(Debug)]
+pub(super) struct Answer {
+    headers: Vec<(HeaderName, HeaderValue)>,
+    /// What was agreed on: the carrier and its subprotocol.
+    protocol: String,
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone)]
+pub(super) struct Purpose {
+    /// exec, attach, portforward: as RBAC names them.
+    pub(super) verb: &'static str,
+    /// Namespace, pod and what in it.
+    pub(super) target: String,
+}
 
 /// An answer that is not 101.
 pub(super) type Refused = Box<Response>;
@@ -62,14 +76,15 @@ pub(super) fn spdy<T: Copy>(
     ours: &[(&'static str, T)],
 ) -> Result<(Answer, T), Refused> {
     let (name, version) = negotiate(headers, ours).map_err(|no| Box::new(no_version(no, ours)))?;
-    let answer = vec![
+    let headers = vec![
         (header::UPGRADE, HeaderValue::from_static("SPDY/3.1")),
         (
             HeaderName::from_static(VERSION_HEADER),
             HeaderValue::from_static(name),
         ),
     ];
-    Ok((answer, version))
+    let protocol = format!("spdy/{name}");
+    Ok((Answer { headers, protocol }, version))
 }
 
 fn no_version<T>(no: NoVersion, ours: &[(&'static str, T)]) -> Response {
@@ -100,16 +115,20 @@ pub(super) fn websocket<T: Copy>(
 ) -> Result<(Answer, T), Refused> {
     let agreed = handshake::accept(headers)
         .and_then(|accept| Ok((accept, handshake::agree(headers, ours, unnamed)?)));
-    let (accept, (name, protocol)) = agreed.map_err(|bad| Box::new(bad_handshake(&bad)))?;
-    let mut answer = vec![
+    let (accept, (name, meaning)) = agreed.map_err(|bad| Box::new(bad_handshake(&bad)))?;
+    let mut headers = vec![
         (header::UPGRADE, HeaderValue::from_static("websocket")),
         (header::SEC_WEBSOCKET_ACCEPT, accept),
     ];
     if let Some(name) = name {
         let name = HeaderValue::from_static(name);
-        answer.push((header::SEC_WEBSOCKET_PROTOCOL, name));
+        headers.push((header::SEC_WEBSOCKET_PROTOCOL, name));
     }
-    Ok((answer, protocol))
+    let answer = Answer {
+        headers,
+        protocol: format!("websocket/{}", name.unwrap_or("none")),
+    };
+    Ok((answer, meaning))
 }
 
 fn bad_handshake(bad: &BadHandshake) -> Response {
@@ -124,12 +143,12 @@ fn bad_handshake(bad: &BadHandshake) -> Response {
     }
 }
 
-/// Answers 101, and has a task of the server serve the connection. Our shutdown cuts it when the drain is over.
+/// Answers 101, and has a task of the server count and serve the connection. Our shutdown cuts it when the drain is over.
 pub(super) fn switch<S, F>(
     context: &Arc<Context>,
     mut request: Request,
     answer: Answer,
-    what: String,
+    purpose: Purpose,
     serve: S,
 ) -> Response
 where
@@ -137,11 +156,16 @@ where
     F: Future<Output = ()> + Send,
 {
     let upgraded = hyper::upgrade::on(&mut request);
-    let cut = context.cut.clone();
-    debug!(stream = what, ?answer, "upgraded");
+    let Answer { headers, protocol } = answer;
+    let Purpose { verb, target: what } = purpose;
+    let (cut, backend) = (context.cut.clone(), Arc::clone(&context.backend));
+    debug!(verb, stream = what, protocol, "upgraded");
     context.streams.spawn(async move {
         let io = match upgraded.await {
-            Ok(io) => TokioIo::new(io),
+            Ok(io) => {
+                backend.metrics().session(verb, protocol);
+                TokioIo::new(io)
+            }
             Err(error) => {
                 debug!(%error, stream = what, "the client left before the upgrade");
                 return;
@@ -154,9 +178,9 @@ where
         }
     });
     let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
-    let headers = response.headers_mut();
-    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-    headers.extend(answer);
+    let own = response.headers_mut();
+    own.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    own.extend(headers);
     response
 }
 

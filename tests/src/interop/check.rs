@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use super::clients::{Client, Target, Verb};
-use crate::{PodBuilder, Run, Terminal, World, wait_for, world::SOON};
+use crate::{Background, PodBuilder, Run, Terminal, World, wait_for, world::SOON};
 
 /// Bytes of the streams.
 const SIZE: usize = 1 << 20;
@@ -181,26 +181,17 @@ impl Scene {
     }
 
     async fn follow(&self) -> anyhow::Result<()> {
-        let folder = tempfile::tempdir()?;
-        let file = folder.path().join("log");
-        let read = || std::fs::read_to_string(&file).unwrap_or_default();
-        let mut follower = self.call("logs", "log", &[]).spawn(&file)?;
-        wait_for("the first line", WORDS, async || {
-            let shown = read();
-            ensure!(shown == "first\n", "shown: {shown:?}");
-            Ok(())
-        })
-        .await?;
+        let mut follower = Background::start(self.call("logs", "log", &[]))?;
+        follower.expect("first\n").await?;
         self.world
             .kubectl(["exec", POD, "-c", "main", "--", "touch", "/shared/go"])
             .ok()
             .await?;
-        let ended = tokio::time::timeout(WORDS, follower.wait()).await;
-        let ended = ended.with_context(|| format!("no end; shown: {:?}", read()))??;
-        let shown = read();
+        let code = follower.exit_code(WORDS).await?;
+        let shown = follower.shown();
         ensure!(
-            ended.success() && shown == "first\n1\n2\n3\n4\n5\nlast\n",
-            "{ended}; shown: {shown:?}"
+            code == 0 && shown == "first\n1\n2\n3\n4\n5\nlast\n",
+            "{code}; shown: {shown:?}"
         );
         Ok(())
     }

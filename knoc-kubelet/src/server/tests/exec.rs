@@ -90,6 +90,8 @@ async fn output_is_whole_before_the_status_comes() {
     let status: serde_json::Value = serde_json::from_slice(&bytes[&1]).unwrap();
     assert_eq!(status["details"]["causes"][0]["message"], "3");
     assert_eq!(ended.last(), Some(&1), "the status is last");
+    let counted = "{verb=\"exec\",protocol=\"spdy/v4.channel.k8s.io\"} 1";
+    assert_eq!(fixture.sessions(), [counted]);
 }
 
 #[tokio::test]

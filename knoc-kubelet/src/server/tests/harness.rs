@@ -359,6 +359,15 @@ impl Fixture {
         }
     }
 
+    /// The sessions that were counted, as `{verb="…",protocol="…"} N` each.
+    pub(in crate::server) fn sessions(&self) -> Vec<String> {
+        let text = self.backend.metrics.render(&Gauges::default());
+        text.lines()
+            .filter_map(|line| line.strip_prefix("knoc_streaming_sessions_total"))
+            .map(str::to_owned)
+            .collect()
+    }
+
     pub(in crate::server) fn master(&self) -> Pair {
         self.ca.client("kube-apiserver", &["system:masters"])
     }

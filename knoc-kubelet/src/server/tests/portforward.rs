@@ -164,6 +164,8 @@ async fn a_pair_carries_a_connection_with_its_half_closes() {
         Some(Frame::GoAway),
         "and ends when the client says so"
     );
+    let counted = "{verb=\"portforward\",protocol=\"spdy/portforward.k8s.io\"} 1";
+    assert_eq!(fixture.sessions(), [counted], "sessions, not connections");
 }
 
 #[tokio::test]
@@ -322,6 +324,8 @@ async fn spdy_runs_through_a_websocket() {
     tokio::time::timeout(PATIENCE, both)
         .await
         .expect("the tunnel is stuck");
+    let counted = format!("{{verb=\"portforward\",protocol=\"websocket/{protocol}\"}} 1");
+    assert_eq!(fixture.sessions(), [counted]);
 }
 
 async fn carry(

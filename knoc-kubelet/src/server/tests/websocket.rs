@@ -173,6 +173,9 @@ async fn older_forms_frame_and_tell_ends_in_their_own_way() {
             "{protocol}: {status:?}"
         );
         assert_eq!(exec.next().await, None, "{protocol}");
+        let name = agreed.unwrap_or("none");
+        let counted = format!("{{verb=\"exec\",protocol=\"websocket/{name}\"}} 1");
+        assert_eq!(fixture.sessions(), [counted]);
     }
 }
 

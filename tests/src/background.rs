@@ -1,0 +1,128 @@
+//! A program that runs beside the test: what it has shown so far, and how it ends. And one that forwards ports.
+
+use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, bail};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process::Child,
+};
+
+use crate::{Run, command::code_of, wait_for};
+
+/// Until a program has said what is expected next.
+const WORDS: Duration = Duration::from_secs(30);
+
+/// A program with its output in a file. It is killed when this is dropped.
+#[derive(Debug)]
+pub struct Background {
+    child: Child,
+    log: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl Background {
+    /// Starts it, without input.
+    pub fn start(run: Run) -> anyhow::Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let log = folder.path().join("log");
+        Ok(Self {
+            child: run.spawn(&log)?,
+            log,
+            _folder: folder,
+        })
+    }
+
+    /// All that it has said so far, on either output.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        let bytes = std::fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits until it has said that.
+    pub async fn expect(&mut self, text: &str) -> anyhow::Result<()> {
+        wait_for(&format!("it says {text:?}"), WORDS, async || {
+            let shown = self.shown();
+            if shown.contains(text) {
+                return Ok(());
+            }
+            let ended = self.child.try_wait().ok().flatten();
+            Err(match ended {
+                Some(status) => format!("ended, {status}: {shown}"),
+                None => shown,
+            })
+        })
+        .await
+    }
+
+    /// Waits for its end and says its exit code.
+    pub async fn exit_code(&mut self, limit: Duration) -> anyhow::Result<i32> {
+        match tokio::time::timeout(limit, self.child.wait()).await {
+            Ok(status) => Ok(code_of(status?)),
+            Err(_) => bail!("it runs on after {limit:?}; shown: {}", self.shown()),
+        }
+    }
+
+    /// SIGKILL, and its end.
+    pub async fn kill(mut self) -> anyhow::Result<()> {
+        Ok(self.child.kill().await?)
+    }
+}
+
+/// A port-forward of kubectl or knocctl that listens.
+#[derive(Debug)]
+pub struct Forward {
+    /// The program.
+    pub program: Background,
+    local: u16,
+}
+
+impl Forward {
+    /// Starts it, and waits until it listens on its local port.
+    pub async fn start(run: Run) -> anyhow::Result<Self> {
+        let mut program = Background::start(run)?;
+        program.expect(" -> ").await?;
+        let shown = program.shown();
+        let local = local_port(&shown).context(shown)?;
+        Ok(Self { program, local })
+    }
+
+    /// A connection to the local port.
+    pub async fn connect(&self) -> anyhow::Result<TcpStream> {
+        Ok(TcpStream::connect((Ipv4Addr::LOCALHOST, self.local)).await?)
+    }
+
+    /// Sends bytes and their end, and answers what came back until the other side closed.
+    pub async fn exchange(&self, bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
+        let (mut reader, mut writer) = self.connect().await?.into_split();
+        let mut answer = Vec::new();
+        let request = async {
+            writer.write_all(bytes).await?;
+            writer.shutdown().await
+        };
+        let (sent, read) = tokio::join!(request, reader.read_to_end(&mut answer));
+        sent.and(read).with_context(|| self.program.shown())?;
+        Ok(answer)
+    }
+}
+
+/// `Forwarding from 127.0.0.1:40123 -> 7000`
+fn local_port(shown: &str) -> Option<u16> {
+    let (_, rest) = shown.split_once("Forwarding from 127.0.0.1:")?;
+    rest.split_once(" ->")?.0.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_local_port_is_found_in_the_words() {
+        let shown =
+            "Forwarding from 127.0.0.1:40123 -> 7000\nForwarding from [::1]:40123 -> 7000\n";
+        assert_eq!(local_port(shown), Some(40123));
+        assert_eq!(local_port("error: pods \"x\" not found"), None);
+    }
+}
