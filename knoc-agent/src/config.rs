@@ -1,9 +1,10 @@
 //! The site file: all that differs between sites, in one TOML text that `init` writes with comments.
 //!
-//! Pure but for [`Config::load`], which reads the file once, at start. Unknown names are refused with their line and
-//! the allowed ones, so that a typing error is found before anything starts. Nothing here can be widened by the
-//! cluster: [`Policy`] is the HPC user's own word.
+//! Pure but for [`Config::load`], which reads the file once, at start. All mistakes are named at once, each with its
+//! line and what is allowed, so that a typing error is found before anything starts. Nothing here can be widened by
+//! the cluster: [`Policy`] is the HPC user's own word.
 
+mod check;
 pub mod text;
 
 use std::{
@@ -14,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use knoc_proto::ids::SiteName;
+use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
 /// Why the site file cannot be used.
@@ -29,32 +30,17 @@ pub enum ConfigError {
         #[source]
         source: std::io::Error,
     },
-    /// Syntax, an unknown name, or a value of the wrong kind: the source has line and column.
-    #[error("the site file {} has a mistake", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// The parser's words, with line and allowed values.
-        #[source]
-        source: Box<toml::de::Error>,
-    },
-    /// A value that parses but cannot be meant.
-    #[error("{}: `{field}` {problem}", path.display())]
-    Invalid {
-        /// The file.
-        path: PathBuf,
-        /// Dotted name of the value.
-        field: &'static str,
-        /// What is wrong with it, and what is allowed.
-        problem: String,
-    },
+    /// All that is wrong with it, a line each.
+    #[error(transparent)]
+    Mistakes(#[from] Mistakes),
 }
 
 /// The site file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Name of the site: the agent's identity is `spiffe://knoc/agent/<site>`.
+    /// Name of the site: the agent's identity is `spiffe://knoc/agent/<site>`. It has no default.
+    #[serde(default)]
     pub site: String,
     /// On the file system that login and compute nodes share.
     #[serde(default = "text::state_dir")]
@@ -71,7 +57,7 @@ pub struct Config {
     /// Folders under which pods may name image files and sandboxes.
     #[serde(default)]
     pub image_roots: Vec<PathBuf>,
-    /// Folders under which pods may mount host paths.
+    /// Folders under which pods may mount host paths: none yet, since every `hostPath` is refused.
     #[serde(default)]
     pub host_paths: Vec<PathBuf>,
     /// Where the agent listens.
@@ -164,8 +150,10 @@ impl RuntimeKind {
 #[serde(default, deny_unknown_fields)]
 pub struct Listen {
     /// For kubelets and knocctl: mutual TLS.
+    #[serde(deserialize_with = "text::address")]
     pub kubelet: SocketAddr,
     /// For shims: pinned keys.
+    #[serde(deserialize_with = "text::address")]
     pub shim: SocketAddr,
     /// What shims are told to dial, `host:port`; empty: this host's addresses with the port of `shim`.
     pub shim_addresses: Vec<String>,
@@ -211,6 +199,24 @@ pub struct Tools {
     pub srun: Option<PathBuf>,
     pub apptainer: Option<PathBuf>,
     pub singularity: Option<PathBuf>,
+}
+
+impl Tools {
+    /// Each with its name.
+    fn named(&self) -> [(&'static str, &Option<PathBuf>); 10] {
+        [
+            ("sbatch", &self.sbatch),
+            ("squeue", &self.squeue),
+            ("sacct", &self.sacct),
+            ("scancel", &self.scancel),
+            ("sinfo", &self.sinfo),
+            ("scontrol", &self.scontrol),
+            ("sacctmgr", &self.sacctmgr),
+            ("srun", &self.srun),
+            ("apptainer", &self.apptainer),
+            ("singularity", &self.singularity),
+        ]
+    }
 }
 
 /// `[[registry]]`: images whose name begins with `prefix` come from `mirror`.
@@ -428,19 +434,13 @@ impl Config {
 
     /// Checks the text of a site file that lies at `path`.
     pub fn parse(text: &str, path: &Path, home: &Home) -> Result<Self, ConfigError> {
-        let mut config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source: source.into(),
-        })?;
-        config.expand(&home.home);
-        match config.problem() {
-            None => Ok(config),
-            Some((field, problem)) => Err(ConfigError::Invalid {
-                path: path.to_owned(),
-                field,
-                problem,
-            }),
-        }
+        let mut document = Document::parse(text, path)?;
+        let config = document.read().map(|mut config: Self| {
+            config.expand(&home.home);
+            check::check(&config, &mut document);
+            config
+        });
+        Ok(document.finish(config)?)
     }
 
     fn expand(&mut self, home: &Path) {
@@ -458,64 +458,6 @@ impl Config {
                 *path = home.join(rest);
             }
         }
-    }
-
-    /// The first value that parses but cannot be meant.
-    fn problem(&self) -> Option<(&'static str, String)> {
-        if let Err(error) = SiteName::try_from(self.site.as_str()) {
-            let text = format!("must be a DNS label of at most 58 characters: {error}");
-            return Some(("site", text));
-        }
-        if !self.state_dir.is_absolute() {
-            return Some((
-                "state_dir",
-                "must be absolute or begin with `~/`".to_owned(),
-            ));
-        }
-        if self
-            .image_roots
-            .iter()
-            .chain(&self.host_paths)
-            .any(|root| !root.is_absolute())
-        {
-            return Some((
-                "image_roots",
-                "and `host_paths` must be absolute".to_owned(),
-            ));
-        }
-        let limits = &self.limits;
-        if !limits.sbatch_rate.is_finite() || limits.sbatch_rate <= 0.0 {
-            return Some(("limits.sbatch_rate", "must be above 0".to_owned()));
-        }
-        if limits.sbatch_burst == 0 || limits.sbatch_concurrency == 0 {
-            return Some((
-                "limits.sbatch_burst",
-                "and `sbatch_concurrency` must be above 0".into(),
-            ));
-        }
-        if limits.poll_min.is_zero() || limits.poll_min > limits.poll_max {
-            return Some((
-                "limits.poll_min",
-                "must be above 0 and at most `poll_max`".to_owned(),
-            ));
-        }
-        if self.logs.max_bytes < 4096 || self.logs.max_files < 1 {
-            return Some((
-                "logs.max_bytes",
-                "must be at least 4096, `max_files` 1".to_owned(),
-            ));
-        }
-        let flag = self
-            .policy
-            .flags
-            .iter()
-            .find(|flag| !flag.starts_with("--"));
-        flag.map(|flag| {
-            (
-                "policy.flags",
-                format!("has {flag:?}; names begin with `--`"),
-            )
-        })
     }
 }
 

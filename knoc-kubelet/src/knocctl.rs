@@ -48,8 +48,8 @@ pub struct Cli {
 }
 
 const HELP: &str = "\
-Without a configuration file the agent's own socket is used: $XDG_RUNTIME_DIR/knoc/agent.sock, else \
-/tmp/knoc-<uid>/agent.sock.
+Beside the agent its own socket is used, unless a file or a context is asked for (--config, --context, \
+`current-context`): $XDG_RUNTIME_DIR/knoc/agent.sock, else /tmp/knoc-<uid>/agent.sock.
 A POD is a name, NAMESPACE/NAME, or a uid.
 Exit codes: 0 done, 1 failed, 2 wrong usage; exec, attach and `run --wait` pass the program's own.";
 

@@ -2,7 +2,7 @@
 //!
 //! Dependencies point one way: `knoc-kubelet → knoc-proto ← knoc-agent`. This crate starts no process, reads no
 //! configuration and decides nothing about pods; what it holds is either pure ([`ids`], [`pod`], [`expand`],
-//! [`reason`], [`error`]) or the transport both ends need ([`link`], [`pki`]).
+//! [`reason`], [`error`], [`settings`]) or the transport both ends need ([`link`], [`pki`]).
 
 pub mod crash;
 pub mod error;
@@ -13,6 +13,7 @@ mod memory;
 pub mod pki;
 pub mod pod;
 pub mod reason;
+pub mod settings;
 
 /// The generated messages and services of `knoc/v1/*.proto`; the texts stand in the `.proto` files.
 #[allow(

@@ -171,3 +171,60 @@ async fn doctor_names_an_agent_that_is_down_with_cause_and_cure() -> anyhow::Res
     ensure!(findings.iter().all(|finding| finding.ok), "{findings:#?}");
     Ok(())
 }
+
+/// knocctl as its user has it on the agent's host: no variable of ours, the socket where the agent puts it.
+fn beside_the_agent(site: &Site, args: &[&str]) -> anyhow::Result<Run> {
+    let place = site.path("run/knoc");
+    if !place.exists() {
+        std::fs::create_dir_all(&place)?;
+        let socket = site.path("socket/agent.sock");
+        std::os::unix::fs::symlink(socket, place.join("agent.sock"))?;
+    }
+    let run = Run::new(knoc_tests::site::binary("knocctl")?).env_clear();
+    let run = run.env("HOME", site.path("home"));
+    Ok(run.env("XDG_RUNTIME_DIR", site.path("run")).args(args))
+}
+
+#[tokio::test]
+async fn without_a_file_the_socket_is_used() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let doctor = beside_the_agent(&site, &["doctor"])?.ok().await?;
+    ensure!(doctor.text().contains("/run/knoc/agent.sock"), "{doctor}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn on_the_login_node_the_file_of_init_asks_for_no_certificate() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let address = site.address().to_string();
+    let init = Run::new(knoc_tests::site::binary("knoc-agent")?).args(["init", "--site", "other"]);
+    let init = init.args(["--address", &address, "--scheduler", "local"]);
+    init.env("HOME", site.path("home")).ok().await?;
+    ensure!(site.path("home/.config/knoc/knocctl.toml").is_file());
+    // Where the agent is not, the file's only context is used. This agent is of another CA than `init` has made.
+    let away = beside_the_agent(&site, &["doctor"])?.output().await?;
+    ensure!(
+        away.code != 0 && away.text().contains("context other of"),
+        "{away}"
+    );
+    let _agent = site.agent(&[]).await?;
+    let info = beside_the_agent(&site, &["info"])?.ok().await?;
+    ensure!(info.text().contains("test"), "{info}");
+    let doctor = beside_the_agent(&site, &["doctor"])?.ok().await?;
+    ensure!(doctor.text().contains("/run/knoc/agent.sock"), "{doctor}");
+    // Whoever asks for the context, or for the file, gets it.
+    let file = site.path("home/.config/knoc/knocctl.toml");
+    for option in [
+        ["--context", "other"],
+        ["--config", &file.to_string_lossy()],
+    ] {
+        let args = [&option[..], &["doctor"]].concat();
+        let asked = beside_the_agent(&site, &args)?.output().await?;
+        ensure!(
+            asked.code != 0 && asked.text().contains("context other of"),
+            "{asked}"
+        );
+    }
+    Ok(())
+}

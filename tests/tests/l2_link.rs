@@ -109,15 +109,28 @@ async fn without_tls_nobody_is_answered() -> anyhow::Result<()> {
 #[tokio::test]
 async fn a_mistake_in_the_site_file_is_named_before_anything_starts() -> anyhow::Result<()> {
     let site = Site::new(Options {
-        limits: "sbatch_rat = 3".into(),
+        limits: "sbatch_rat = 3\nstop_slack = '5 bananas'\nimage_concurrency = 0".into(),
         ..Options::default()
     })?;
     let mut agent = site.agent_process(&[])?;
     let status = agent.ended(Duration::from_secs(10)).await?;
     ensure!(!status.success());
+    // Each with its line, and what would be right.
     let log = site.log();
-    for word in ["agent.toml", "line", "sbatch_rat", "sbatch_rate"] {
-        ensure!(log.contains(word), "{word}: {log}");
+    let line = |name: &str| {
+        let text = std::fs::read_to_string(site.path("agent.toml"))?;
+        let line = text.lines().position(|line| line.starts_with(name));
+        line.map(|line| line + 1).context("the line")
+    };
+    for (name, words) in [
+        ("sbatch_rat", "expected one of `sbatch_rate`"),
+        ("stop_slack", "\"90s\""),
+        ("image_concurrency", "must be above 0"),
+    ] {
+        let place = format!("agent.toml:{}: limits.{name}: ", line(&format!("{name} "))?);
+        let said = log.lines().find(|line| line.contains(&place));
+        let said = said.with_context(|| format!("{place} is not in {log}"))?;
+        ensure!(said.contains(words), "{words} is not in {said}");
     }
     Ok(())
 }

@@ -24,32 +24,90 @@ fn mistakes_name_line_and_allowed_values() {
     for (text, wanted) in [
         (
             "site = 'x'\nscheduler = 'pbs'",
-            &["line 2", "`slurm` or `local`"][..],
+            &["agent.toml:2: scheduler", "`slurm` or `local`"][..],
         ),
         (
             "site = 'x'\n[limits]\nsbatch_rat = 1",
-            &["line 3", "sbatch_rat", "sbatch_rate"],
+            &["agent.toml:3: limits.sbatch_rat", "sbatch_rate"],
         ),
         (
             "site = 'x'\n[limits]\npoll_min = '5 bananas'",
-            &["line 3", "90s"],
-        ),
-        ("site = 'a b'", &["`site`", "DNS label", "' '"]),
-        ("site = 'My-Site'", &["`site`", "DNS label", "'M'"]),
-        (
-            "site = 'x'\n[limits]\npoll_min = '60s'",
-            &["limits.poll_min", "poll_max"],
+            &["agent.toml:3: limits.poll_min", "90s"],
         ),
         (
-            "site = 'x'\n[policy]\nflags = ['mail']",
-            &["policy.flags", "--"],
+            "site = 'x'\n[listen]\nkubelet = 'login'",
+            &["agent.toml:3: listen.kubelet", "\"0.0.0.0:10350\""],
         ),
-        ("state_dir = '/x'", &["site"]),
+        ("site = 'a b'", &["agent.toml:1: site", "DNS label", "' '"]),
+        ("site = 'My-Site'", &["site", "DNS label", "'M'"]),
+        ("state_dir = '/x'", &["agent.toml: site: is missing"]),
+        ("site = 7", &["agent.toml:1: site", "expected a string"]),
+        ("site = 'x", &["agent.toml:1: "]),
     ] {
         let error = parse(text).unwrap_err();
         for part in wanted {
             assert!(error.contains(part), "{text:?}: {error}");
         }
+        assert_eq!(error.lines().count(), 1, "{text:?}: {error}");
+    }
+}
+
+#[test]
+fn all_mistakes_of_a_site_file_are_named_at_once() {
+    let text = "\
+site = 'My-Site'
+scheduler = 'pbs'
+state_dir = 'state'
+image_roots = ['/images', 'more']
+host_paths = ['/data']
+
+[limits]
+sbatch_rate = 0
+sbatch_burst = 0
+poll_min = '60s'
+poll_mix = '1s'
+
+[listen]
+shim_addresses = ['login1']
+
+[tls]
+ca = '/ca'
+cert = '/cert'
+
+[tools]
+sbatch = 'sbatch'
+
+[logs]
+max_bytes = 1
+
+[policy]
+flags = ['mail', '--hint']
+
+[[registry]]
+prefix = ''
+";
+    let error = parse(text).unwrap_err();
+    let expected = [
+        "agent.toml:1: site: must be a DNS label of at most 58 characters: ",
+        "agent.toml:2: scheduler: unknown variant `pbs`, expected `slurm` or `local`",
+        "agent.toml:3: state_dir: must be absolute or begin with `~/`: [\"state\"]",
+        "agent.toml:4: image_roots: must be absolute or begin with `~/`: [\"more\"]",
+        "agent.toml:5: host_paths: must be empty: no pod can mount host paths yet",
+        "agent.toml:8: limits.sbatch_rate: must be above 0",
+        "agent.toml:9: limits.sbatch_burst: must be above 0",
+        "agent.toml:10: limits.poll_min: must be at most `poll_max`, 30s",
+        "agent.toml:11: limits.poll_mix: unknown field `poll_mix`, expected one of `sbatch_rate`",
+        "agent.toml:14: listen.shim_addresses: \"login1\" is not HOST:PORT",
+        "agent.toml:16: tls: missing field `key`",
+        "agent.toml:21: tools.sbatch: must be absolute",
+        "agent.toml:24: logs.max_bytes: must be at least 4096",
+        "agent.toml:27: policy.flags: names begin with `--`: [\"mail\"]",
+        "agent.toml:29: registry.prefix: must be the name of a registry",
+    ];
+    let lines: Vec<_> = error.lines().collect();
+    assert_eq!(lines.len(), expected.len(), "{error}");
+    for (line, expected) in lines.iter().zip(expected) {
+        assert!(line.starts_with(expected), "{expected}\nis not\n{line}");
     }
 }
 

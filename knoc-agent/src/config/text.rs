@@ -1,6 +1,6 @@
-//! How values of the site file are written: durations, defaults.
+//! How values of the site file are written: durations, addresses, defaults.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use serde::{Deserialize as _, Deserializer, de::Error as _};
 
@@ -13,6 +13,16 @@ pub(super) fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, 
         ))
     })?;
     Duration::try_from(parsed).map_err(|_| D::Error::custom(format!("{text:?} is negative")))
+}
+
+/// Reads `"0.0.0.0:10350"`.
+pub(super) fn address<'de, D: Deserializer<'de>>(input: D) -> Result<SocketAddr, D::Error> {
+    let text = String::deserialize(input)?;
+    text.parse().map_err(|_| {
+        D::Error::custom(format!(
+            "{text:?} is no IP address with a port such as \"0.0.0.0:10350\" or \"[::]:10350\""
+        ))
+    })
 }
 
 /// The default state directory, before `~` is expanded.

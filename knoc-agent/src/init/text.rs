@@ -96,14 +96,14 @@ pub(super) fn bundle(
     )
 }
 
-/// knocctl's contexts.
+/// knocctl's context. Without `current-context`, so that beside the agent its socket goes first.
 pub(super) fn knocctl(site: &str, folder: &Path, first: &(String, u16)) -> String {
     let tls = |name: &str| quoted(&folder.join("tls").join(name).to_string_lossy());
     format!(
-        "# knocctl's way to the agent. On the login node itself none is needed: remove this file, and the\n\
-         # agent's unix socket is used.\n\
-         current-context = {name}\n\n[contexts.{name}]\naddress = {address}\nca = {ca}\n\
-         cert = {cert}\nkey = {key}\nsite = {name}\n",
+        "# knocctl's way to the agent from another machine: copy this file and those it names. On the login node\n\
+         # knocctl goes through the agent's unix socket and needs none of them; --context {site} goes this way\n\
+         # there too. `current-context = {name}` before the first line in brackets makes it the way everywhere.\n\n\
+         [contexts.{name}]\naddress = {address}\nca = {ca}\ncert = {cert}\nkey = {key}\nsite = {name}\n",
         name = quoted(site),
         address = quoted(&address(first)),
         ca = tls("ca.crt"),
@@ -112,7 +112,7 @@ pub(super) fn knocctl(site: &str, folder: &Path, first: &(String, u16)) -> Strin
     )
 }
 
-const TEMPLATE: &str = r#"# The site file of knoc-agent. `knoc-agent serve` reads it once, at start; mistakes are named with their line.
+const TEMPLATE: &str = r#"# The site file of knoc-agent. `knoc-agent serve` reads it once, at start; mistakes are named with their lines.
 # A line that begins with `#` shows the default, or an example.
 
 site = @SITE@
@@ -130,8 +130,6 @@ prelude = ""
 
 # Folders under which pods may name image files and sandboxes.
 image_roots = []
-# Folders under which pods may mount host paths.
-host_paths = []
 
 [listen]
 # Kubelets and knocctl, mutual TLS.

@@ -1,14 +1,18 @@
-//! Which agent to talk to: contexts in a TOML file, or the agent's own socket where there is no file.
+//! Which agent to talk to: contexts in a TOML file, or the agent's own socket.
 //!
-//! Parsing is pure; [`load`] reads the file. Mistakes are named with their line and the values allowed.
+//! Parsing is pure; [`load`] reads the file. All mistakes are named at once, with their line and the values allowed.
 
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
-use knoc_proto::link::{Carrier, InvalidCarrier};
+use knoc_proto::{
+    link::Carrier,
+    settings::{Document, Mistakes},
+};
 use serde::Deserialize;
 
 /// Why there is no usable context.
@@ -23,14 +27,9 @@ pub enum ConfigError {
         #[source]
         source: io::Error,
     },
-    /// It is not what it should be; toml's words show the line.
-    #[error("in {}: {words}", path.display())]
-    Parse {
-        /// Which.
-        path: PathBuf,
-        /// Line, column, what is allowed.
-        words: String,
-    },
+    /// All that is wrong with it, a line each.
+    #[error(transparent)]
+    Mistakes(#[from] Mistakes),
     /// No context of this name.
     #[error("{} has no context {wanted:?}; it has {}", path.display(), listed(known))]
     NoContext {
@@ -55,27 +54,6 @@ pub enum ConfigError {
         /// As given.
         wanted: String,
     },
-    /// The address is none.
-    #[error("in {}, context {context}: address", path.display())]
-    Address {
-        /// Which file.
-        path: PathBuf,
-        /// Which context.
-        context: String,
-        /// What is wrong with it.
-        #[source]
-        source: InvalidCarrier,
-    },
-    /// TCP needs all three, a socket none.
-    #[error("in {}, context {context}: {words}", path.display())]
-    Files {
-        /// Which file.
-        path: PathBuf,
-        /// Which context.
-        context: String,
-        /// What is missing or too much.
-        words: String,
-    },
 }
 
 impl ConfigError {
@@ -88,10 +66,7 @@ impl ConfigError {
                 "the file is ~/.config/knoc/knocctl.toml, --config FILE or $KNOCCTL_CONFIG"
                     .to_owned(),
             ),
-            Self::Parse { .. }
-            | Self::NoContext { .. }
-            | Self::Address { .. }
-            | Self::Files { .. } => None,
+            Self::Mistakes(_) | Self::NoContext { .. } => None,
         }
     }
 }
@@ -116,6 +91,8 @@ struct File {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawContext {
+    /// It has no default.
+    #[serde(default)]
     address: String,
     ca: Option<PathBuf>,
     cert: Option<PathBuf>,
@@ -187,7 +164,7 @@ impl Surroundings {
         Some(self.config_home.clone().or(home)?.join("knoc/knocctl.toml"))
     }
 
-    /// The agent's socket: the first place that has one, else the first place.
+    /// Where the agent's socket may be.
     #[must_use]
     pub fn sockets(&self) -> Vec<PathBuf> {
         let run = self
@@ -197,9 +174,20 @@ impl Surroundings {
         let tmp = PathBuf::from(format!("/tmp/knoc-{}/agent.sock", self.uid));
         run.into_iter().chain([tmp]).collect()
     }
+
+    /// The first of them that is there and ours: the agent's host, and its user.
+    fn own_socket(&self) -> Option<PathBuf> {
+        let ours = |path: &PathBuf| {
+            fs::metadata(path)
+                .is_ok_and(|found| found.file_type().is_socket() && found.uid() == self.uid)
+        };
+        self.sockets().into_iter().find(ours)
+    }
 }
 
-/// The context to use: the one asked for, else `current-context`, else the only one; without a file the agent's socket.
+/// The context to use: the one asked for by name, else by `current-context`. Where none was asked for: the agent's
+/// socket if it is there, which needs no certificate, else the only context. A file that was asked for goes before the
+/// socket.
 pub fn load(
     config: Option<&Path>,
     context: Option<&str>,
@@ -216,7 +204,8 @@ pub fn load(
         }
         Err(source) => return Err(ConfigError::Read { path, source }),
     };
-    parse(&text, &path, context, here)
+    let socket = here.own_socket().filter(|_| config.is_none());
+    parse(&text, &path, context, here, socket)
 }
 
 fn without_file(context: Option<&str>, here: &Surroundings) -> Result<Context, ConfigError> {
@@ -225,111 +214,117 @@ fn without_file(context: Option<&str>, here: &Surroundings) -> Result<Context, C
             wanted: wanted.to_owned(),
         });
     }
-    let sockets = here.sockets();
-    let found = sockets
-        .iter()
-        .find(|path| path.exists())
-        .or_else(|| sockets.first());
-    let carrier = Carrier::Unix(found.cloned().unwrap_or_default());
-    Ok(Context {
-        name: "local".to_owned(),
-        file: None,
-        carrier,
-        files: None,
-        site: None,
-    })
+    let first = || here.sockets().into_iter().next().unwrap_or_default();
+    Ok(local(here.own_socket().unwrap_or_else(first)))
 }
 
-/// [`load`] without reading: `path` is what the text came from.
+/// The agent of this host, through its socket.
+fn local(socket: PathBuf) -> Context {
+    Context {
+        name: "local".to_owned(),
+        file: None,
+        carrier: Carrier::Unix(socket),
+        files: None,
+        site: None,
+    }
+}
+
+/// [`load`] without reading: `path` is what the text came from, `socket` what goes before a context that nobody asked for.
 pub fn parse(
     text: &str,
     path: &Path,
     context: Option<&str>,
     here: &Surroundings,
+    socket: Option<PathBuf>,
 ) -> Result<Context, ConfigError> {
-    let file: File = toml::from_str(text).map_err(|error| ConfigError::Parse {
-        path: path.to_owned(),
-        words: error.to_string().trim_end().to_owned(),
-    })?;
-    let known: Vec<String> = file.contexts.keys().cloned().collect();
-    let wanted = match (
-        context.map(str::to_owned).or(file.current_context),
-        known.as_slice(),
-    ) {
-        (Some(wanted), _) => wanted,
-        (None, [only]) => only.clone(),
-        (None, _) => {
-            return Err(ConfigError::NoneChosen {
-                path: path.to_owned(),
-                known,
-            });
+    let mut document = Document::parse(text, path)?;
+    let file = document.read().map(|file: File| {
+        let mut contexts = BTreeMap::new();
+        for (name, raw) in &file.contexts {
+            contexts.extend(resolve(name, raw, path, here, &mut document));
+        }
+        let known: Vec<String> = file.contexts.into_keys().collect();
+        if let (None, Some(current)) = (context, &file.current_context)
+            && !known.contains(current)
+        {
+            let what = format!(
+                "there is no context {current:?}; there are: {}",
+                listed(&known)
+            );
+            document.wrong(&["current-context"], what);
+        }
+        (contexts, known, file.current_context)
+    });
+    let (mut contexts, known, current) = document.finish(file)?;
+    let wanted = match (context.map(str::to_owned).or(current), socket, &*known) {
+        (Some(wanted), ..) => wanted,
+        (None, Some(socket), _) => return Ok(local(socket)),
+        (None, None, [only]) => only.clone(),
+        (None, None, _) => {
+            let path = path.to_owned();
+            return Err(ConfigError::NoneChosen { path, known });
         }
     };
-    let Some(raw) = file.contexts.get(&wanted) else {
-        return Err(ConfigError::NoContext {
+    contexts
+        .remove(&wanted)
+        .ok_or_else(|| ConfigError::NoContext {
             path: path.to_owned(),
             wanted,
             known,
-        });
-    };
-    resolve(&wanted, raw, path, here)
+        })
 }
 
+/// The context, with its name; `None` where the document has a mistake of it now.
 fn resolve(
     name: &str,
     raw: &RawContext,
     path: &Path,
     here: &Surroundings,
-) -> Result<Context, ConfigError> {
-    let carrier: Carrier = raw.address.parse().map_err(|source| ConfigError::Address {
-        path: path.to_owned(),
-        context: name.to_owned(),
-        source,
-    })?;
-    let wrong = |words: String| ConfigError::Files {
-        path: path.to_owned(),
-        context: name.to_owned(),
-        words,
-    };
-    let given = [("ca", &raw.ca), ("cert", &raw.cert), ("key", &raw.key)];
-    let names = |there: bool| -> Vec<&str> {
-        given
-            .iter()
-            .filter(|(_, file)| file.is_some() == there)
-            .map(|(name, _)| *name)
-            .collect()
+    document: &mut Document<'_>,
+) -> Option<(String, Context)> {
+    let mut wrong = |key: &str, what: &str| document.wrong(&["contexts", name, key], what);
+    if raw.address.is_empty() {
+        wrong("address", "is missing: HOST:PORT or unix:/PATH");
+        return None;
+    }
+    let carrier: Carrier = match raw.address.parse() {
+        Ok(carrier) => carrier,
+        Err(error) => {
+            wrong("address", &error.to_string());
+            return None;
+        }
     };
     let files = match (&carrier, &raw.ca, &raw.cert, &raw.key) {
         (Carrier::Tcp(_), Some(ca), Some(cert), Some(key)) => {
             let [ca, cert, key] = [ca, cert, key].map(|file| absolute(file, path, here));
             Some(PemFiles { ca, cert, key })
         }
-        (Carrier::Tcp(_), ..) => {
-            return Err(wrong(format!(
-                "a TCP address needs {} too",
-                names(false).join(", ")
-            )));
-        }
-        (Carrier::Unix(_), None, None, None) => None,
-        (Carrier::Unix(_), ..) => {
-            return Err(wrong(format!(
-                "a unix socket takes no {}",
-                names(true).join(", ")
-            )));
-        }
+        _ => None,
     };
-    if raw.site.is_some() && files.is_none() {
-        return Err(wrong(
-            "a unix socket takes no site: its peer is known by its user".to_owned(),
-        ));
+    let given = [
+        ("ca", raw.ca.is_some()),
+        ("cert", raw.cert.is_some()),
+        ("key", raw.key.is_some()),
+        ("site", raw.site.is_some()),
+    ];
+    let mut right = true;
+    for (key, given) in given {
+        let what = match &carrier {
+            Carrier::Tcp(_) if !given && key != "site" => "is missing: a TCP address needs it",
+            Carrier::Unix(_) if given => "a unix socket takes none: its peer is known by its user",
+            Carrier::Tcp(_) | Carrier::Unix(_) => continue,
+        };
+        wrong(key, what);
+        right = false;
     }
-    Ok(Context {
+    let context = Context {
         name: name.to_owned(),
         file: Some(path.to_owned()),
         carrier,
         files,
         site: raw.site.clone(),
-    })
+    };
+    right.then(|| (name.to_owned(), context))
 }
 
 /// `~/` is the home; relative paths start at the file's folder.

@@ -203,7 +203,10 @@ fn configured(context: &Context) -> String {
             file.display(),
             context.carrier
         ),
-        None => format!("no file, so the agent's socket: {}", context.carrier),
+        None => format!(
+            "no context was asked for, so the agent's socket: {}",
+            context.carrier
+        ),
     }
 }
 

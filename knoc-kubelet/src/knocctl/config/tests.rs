@@ -23,7 +23,7 @@ fn here() -> Surroundings {
 }
 
 fn parsed(text: &str, context: Option<&str>) -> Result<Context, ConfigError> {
-    parse(text, Path::new("/c/knocctl.toml"), context, &here())
+    parse(text, Path::new("/c/knocctl.toml"), context, &here(), None)
 }
 
 fn refusal(text: &str) -> String {
@@ -44,20 +44,18 @@ fn the_current_context_with_its_paths() {
 
 #[test]
 fn mistakes_are_named_with_line_and_allowed_values() {
-    let words = refusal("[contexts.a]\nadress = \"x:1\"\n");
-    assert!(words.contains("line 2"), "{words}");
-    assert!(words.contains("unknown field `adress`"), "{words}");
-    assert!(words.contains("`address`"), "{words}");
-    let words = refusal("current-contxt = \"a\"\n");
-    assert!(
-        words.contains("line 1") && words.contains("`current-context`"),
-        "{words}"
+    let words = refusal(
+        "current-contxt = 'a'\n\n[contexts.a]\nadress = 'x:1'\n\n[contexts.b]\naddress = 7\n\n\
+         [contexts.c]\naddress = 'x'\n",
     );
-    let words = refusal("[contexts.a]\naddress = 7\n");
-    assert!(
-        words.contains("line 2") && words.contains("string"),
-        "{words}"
-    );
+    let expected = [
+        "/c/knocctl.toml:1: current-contxt: unknown field `current-contxt`, expected `current-context` or `contexts`",
+        "/c/knocctl.toml:3: contexts.a.address: is missing: HOST:PORT or unix:/PATH",
+        "/c/knocctl.toml:4: contexts.a.adress: unknown field `adress`, expected one of `address`, `ca`, `cert`, `key`, `site`",
+        "/c/knocctl.toml:7: contexts.b.address: invalid type: integer `7`, expected a string",
+        "/c/knocctl.toml:10: contexts.c.address: \"x\" is not HOST:PORT (an IPv6 address stands in brackets)",
+    ];
+    assert_eq!(words.lines().collect::<Vec<_>>(), expected);
 }
 
 #[test]
@@ -67,6 +65,10 @@ fn wrong_contexts_are_named_with_those_there_are() {
         error,
         "/c/knocctl.toml has no context \"hcp\"; it has here, hpc"
     );
+    let words = refusal(&GOOD.replace("\"hpc\"", "\"hcp\""));
+    let expected =
+        "/c/knocctl.toml:2: current-context: there is no context \"hcp\"; there are: here, hpc";
+    assert_eq!(words, expected);
     let two = GOOD.replace("current-context = \"hpc\"", "");
     let error = parsed(&two, None).unwrap_err();
     assert!(matches!(error, ConfigError::NoneChosen { .. }));
@@ -76,17 +78,50 @@ fn wrong_contexts_are_named_with_those_there_are() {
 #[test]
 fn files_go_with_tcp_and_only_with_tcp() {
     let words = refusal("[contexts.a]\naddress = \"x:1\"\nca = \"ca\"\n");
-    assert!(
-        words.ends_with("a TCP address needs cert, key too"),
-        "{words}"
-    );
-    let words = refusal("[contexts.a]\naddress = \"unix:/x\"\nkey = \"k\"\n");
-    assert!(words.ends_with("a unix socket takes no key"), "{words}");
-    let words = refusal("[contexts.a]\naddress = \"x\"\n");
-    assert!(
-        words.ends_with("\"x\" is not HOST:PORT (an IPv6 address stands in brackets)"),
-        "{words}"
-    );
+    let expected = "/c/knocctl.toml:1: contexts.a.cert: is missing: a TCP address needs it\n\
+                    /c/knocctl.toml:1: contexts.a.key: is missing: a TCP address needs it";
+    assert_eq!(words, expected);
+    let words = refusal("[contexts.a]\naddress = \"unix:/x\"\nkey = \"k\"\nsite = \"s\"\n");
+    let expected = "/c/knocctl.toml:3: contexts.a.key: a unix socket takes none: its peer is known by its user\n\
+                    /c/knocctl.toml:4: contexts.a.site: a unix socket takes none: its peer is known by its user";
+    assert_eq!(words, expected);
+}
+
+#[test]
+fn the_socket_goes_before_a_context_that_nobody_asked_for() {
+    let socket = || Some(PathBuf::from("/run/knoc/agent.sock"));
+    let name = |text: &str, context: Option<&str>, socket: Option<PathBuf>| {
+        let path = Path::new("/c/knocctl.toml");
+        parse(text, path, context, &here(), socket).unwrap().name
+    };
+    let one = "[contexts.only]\naddress = 'x:1'\nca = 'a'\ncert = 'b'\nkey = 'c'\n";
+    assert_eq!(name(one, None, socket()), "local");
+    assert_eq!(name(one, None, None), "only");
+    assert_eq!(name(one, Some("only"), socket()), "only");
+    assert_eq!(name(GOOD, None, socket()), "hpc", "current-context");
+    let two = GOOD.replace("current-context = \"hpc\"", "");
+    assert_eq!(name(&two, None, socket()), "local");
+}
+
+#[test]
+fn only_a_socket_of_ours_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("knoc/agent.sock");
+    std::fs::create_dir(place.parent().unwrap()).unwrap();
+    let uid = rustix::process::geteuid().as_raw();
+    let here = |uid| Surroundings {
+        runtime_dir: Some(folder.path().to_owned()),
+        uid,
+        ..Surroundings::default()
+    };
+    let is_ours = |uid| here(uid).own_socket().is_some_and(|found| found == place);
+    assert!(!is_ours(uid), "nothing is there");
+    std::fs::create_dir(&place).unwrap();
+    assert!(!is_ours(uid), "no socket is there");
+    std::fs::remove_dir(&place).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(&place).unwrap();
+    assert!(is_ours(uid));
+    assert!(!is_ours(uid + 1), "it is another user's");
 }
 
 #[test]

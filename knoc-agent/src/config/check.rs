@@ -1,0 +1,134 @@
+//! PURE: values of the site file that parse but cannot be meant. All of them are named, each with what is allowed.
+
+use std::{
+    fmt::Display,
+    path::{Path, PathBuf},
+};
+
+use knoc_proto::{ids::SiteName, link::Carrier, settings::Document};
+
+use super::Config;
+
+/// Notes every mistake of `config` in the document that it was read from.
+pub(super) fn check(config: &Config, document: &mut Document<'_>) {
+    Check { config, document }.all();
+}
+
+struct Check<'a, 't> {
+    config: &'a Config,
+    document: &'a mut Document<'t>,
+}
+
+impl Check<'_, '_> {
+    fn all(&mut self) {
+        if self.config.site.is_empty() {
+            self.wrong("site", "is missing: the name of this site, a DNS label");
+        } else if let Err(error) = SiteName::try_from(self.config.site.as_str()) {
+            let what = format!("must be a DNS label of at most 58 characters: {error}");
+            self.wrong("site", what);
+        }
+        self.paths();
+        self.addresses();
+        self.limits();
+        let flags = self.config.policy.flags.iter();
+        let short: Vec<_> = flags.filter(|flag| !flag.starts_with("--")).collect();
+        if !short.is_empty() {
+            self.wrong("policy.flags", format!("names begin with `--`: {short:?}"));
+        }
+    }
+
+    fn wrong(&mut self, key: &str, what: impl Display) {
+        let path: Vec<&str> = key.split('.').collect();
+        self.document.wrong(&path, what);
+    }
+
+    fn paths(&mut self) {
+        let config = self.config;
+        self.absolute("state_dir", [&config.state_dir]);
+        self.absolute("image_roots", &config.image_roots);
+        self.absolute("listen.socket", &config.listen.socket);
+        if let Some(tls) = &config.tls {
+            self.absolute("tls.ca", [&tls.ca]);
+            self.absolute("tls.cert", [&tls.cert]);
+            self.absolute("tls.key", [&tls.key]);
+        }
+        for (name, path) in config.tools.named() {
+            if path.as_ref().is_some_and(|path| !path.is_absolute()) {
+                self.wrong(&format!("tools.{name}"), "must be absolute");
+            }
+        }
+        if !config.host_paths.is_empty() {
+            let what =
+                "must be empty: no pod can mount host paths yet, hostPath is refused by name";
+            self.wrong("host_paths", what);
+        }
+    }
+
+    fn absolute<'p>(&mut self, key: &str, paths: impl IntoIterator<Item = &'p PathBuf>) {
+        let relative = |path: &&PathBuf| !path.is_absolute();
+        let wrong: Vec<&Path> = paths
+            .into_iter()
+            .filter(relative)
+            .map(|path| &**path)
+            .collect();
+        if !wrong.is_empty() {
+            self.wrong(
+                key,
+                format!("must be absolute or begin with `~/`: {wrong:?}"),
+            );
+        }
+    }
+
+    fn addresses(&mut self) {
+        let config = self.config;
+        for address in &config.listen.shim_addresses {
+            let what = match address.parse() {
+                Ok(Carrier::Tcp(_)) => continue,
+                Ok(Carrier::Unix(_)) => format!("{address:?} is not HOST:PORT"),
+                Err(error) => error.to_string(),
+            };
+            self.wrong("listen.shim_addresses", what);
+        }
+        if config
+            .registries
+            .iter()
+            .any(|registry| registry.prefix.is_empty())
+        {
+            let what = "must be the name of a registry, or the beginning of images' names in it";
+            self.wrong("registry.prefix", what);
+        }
+    }
+
+    fn limits(&mut self) {
+        let config = self.config;
+        let limits = &config.limits;
+        let above_0 = [
+            (
+                "limits.sbatch_rate",
+                limits.sbatch_rate.is_finite() && limits.sbatch_rate > 0.0,
+            ),
+            ("limits.sbatch_burst", limits.sbatch_burst > 0),
+            ("limits.sbatch_concurrency", limits.sbatch_concurrency > 0),
+            ("limits.image_concurrency", limits.image_concurrency > 0),
+            ("limits.pods", limits.pods != Some(0)),
+            ("limits.poll_min", !limits.poll_min.is_zero()),
+            ("backoff.initial", !config.backoff.initial.is_zero()),
+            ("logs.max_files", config.logs.max_files > 0),
+            ("job.time_minutes", config.job.time_minutes != Some(0)),
+        ];
+        for (key, _) in above_0.iter().filter(|(_, right)| !right) {
+            self.wrong(key, "must be above 0");
+        }
+        if limits.poll_min > limits.poll_max {
+            let what = format!("must be at most `poll_max`, {:?}", limits.poll_max);
+            self.wrong("limits.poll_min", what);
+        }
+        if config.backoff.initial > config.backoff.max {
+            let what = format!("must be at most `max`, {:?}", config.backoff.max);
+            self.wrong("backoff.initial", what);
+        }
+        if config.logs.max_bytes < 4096 {
+            self.wrong("logs.max_bytes", "must be at least 4096");
+        }
+    }
+}
