@@ -33,8 +33,10 @@ pub(super) struct Batch {
     pub(super) t1: Series,
     /// The same less the span of `sbatch` itself.
     pub(super) t1_share: Series,
-    /// First `nodeName` seen → last `sbatch` exited, once a round.
+    /// T1 of the pod whose `sbatch` exited last, once a round.
     pub(super) t1_last: Series,
+    /// First `nodeName` seen → last `sbatch` exited, once a round: with the time that the scheduler takes to bind them all.
+    pub(super) t1_all: Series,
     /// `sbatch` by hand, each.
     pub(super) sbatch: Series,
     /// As many `sbatch` by hand in a row, once a round.
@@ -136,7 +138,7 @@ impl Batch {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
-        let (mut first, mut last) = (i64::MAX, 0);
+        let (mut first, mut last) = (i64::MAX, (0, 0));
         for (name, (uid, created)) in names.iter().zip(created) {
             let seen = seen.get(name).copied().unwrap_or_default();
             let bound = seen.bound.context("the watch never saw a node name")?;
@@ -144,9 +146,12 @@ impl Batch {
                 .pod(bed, &uid, created, seen)
                 .await
                 .with_context(|| name.clone())?;
-            (first, last) = (first.min(bound), last.max(ended));
+            first = first.min(bound);
+            last = last.max((ended, bound));
         }
-        self.t1_last.push(span(first, last));
+        let (ended, bound) = last;
+        self.t1_last.push(span(bound, ended));
+        self.t1_all.push(span(first, ended));
         let deletions = names.iter().map(|name| bed.world.delete(name, Some(0)));
         try_join_all(deletions).await?;
         for name in &names {

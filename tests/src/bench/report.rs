@@ -83,8 +83,13 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
         let (pods, t3) = (batch.pods, &batch.t3);
         if pods == 1 {
             let (t1, t2) = (batch.t1_share.median(), batch.t2_share());
-            bounds.push(bound("T1 less sbatch's own span, p50", t1, 40.0, " ms"));
-            bounds.push(bound("KNoC's share of T2, p50", t2, 100.0, " ms"));
+            bounds.push(bound(
+                "T1 less sbatch's own span, 1 pod, p50",
+                t1,
+                40.0,
+                " ms",
+            ));
+            bounds.push(bound("KNoC's share of T2, 1 pod, p50", t2, 100.0, " ms"));
         }
         if pods == 50 {
             let ratio = batch.t1_last.median() / batch.sbatch_row.median();
@@ -183,7 +188,11 @@ fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     row("T1: nodeName seen → sbatch exited", &batch.t1)?;
     row("T1 less the span of its own sbatch", &batch.t1_share)?;
     row("floor: sbatch", &batch.sbatch)?;
-    row("first nodeName seen → last sbatch exited", &batch.t1_last)?;
+    row("T1 of the pod whose sbatch exited last", &batch.t1_last)?;
+    row(
+        "first nodeName seen → last sbatch exited, with the scheduler's own time",
+        &batch.t1_all,
+    )?;
     row("floor: as many sbatch in a row", &batch.sbatch_row)?;
     row("T2: created → first line of the program", &batch.t2)?;
     row("floor: sbatch → first line, by hand", &batch.t2_hand)?;
