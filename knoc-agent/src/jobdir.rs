@@ -41,6 +41,9 @@ use self::{
     claim::{Claim, ClaimError},
 };
 
+/// How often staged values are looked for that a newer revision takes the place of.
+const LOOKS: u32 = 3;
+
 /// Why a file of the contract could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum JobDirError {
@@ -281,39 +284,41 @@ impl JobDir {
 
     /// The newest staged values, `None` where none are on disk (taken by the shim, or never staged).
     pub fn values(&self) -> Result<Option<pb::PodValues>, JobDirError> {
-        let Some(revision) = self.revisions()?.into_iter().max() else {
-            return Ok(None);
-        };
-        let path = self.values_dir().join(revision.to_string());
-        match atomic::read_optional(&path)? {
-            Some(bytes) => decode(&path, "bundle of values", &bytes).map(Some),
-            None => Ok(None),
+        for _ in 0..LOOKS {
+            let Some((_, path)) = self.revisions()?.into_iter().max() else {
+                return Ok(None);
+            };
+            if let Some(bytes) = atomic::read_optional(&path)? {
+                return decode(&path, "bundle of values", &bytes).map(Some);
+            }
+            // A newer one took its place meanwhile.
         }
+        Ok(None)
     }
 
-    /// Stages `values` and removes older revisions.
+    /// Stages `values`, synced, and removes older revisions.
     pub fn write_values(&self, values: &pb::PodValues) -> Result<(), JobDirError> {
         let path = self.values_dir().join(values.revision.to_string());
-        atomic::replace(&path, &values.encode_to_vec(), 0o600)?;
-        for older in self
-            .revisions()?
-            .into_iter()
-            .filter(|n| *n < values.revision)
-        {
-            remove_if_there(&self.values_dir().join(older.to_string()))?;
+        atomic::write(&path, &values.encode_to_vec(), 0o600)?;
+        Ok(self.remove_values_up_to(values.revision.saturating_sub(1))?)
+    }
+
+    /// Unlinks the staged values up to `revision`: the shim once it has them. What is staged meanwhile stays.
+    pub fn remove_values_up_to(&self, revision: i64) -> Result<(), FileError> {
+        for (found, path) in self.revisions()? {
+            if found <= revision {
+                remove_if_there(&path)?;
+            }
         }
         Ok(())
     }
 
-    /// Unlinks all staged values: the shim after its claim, the agent at every terminal state.
+    /// Unlinks all staged values: the agent at every terminal state.
     pub fn remove_values(&self) -> Result<(), FileError> {
-        for revision in self.revisions()? {
-            remove_if_there(&self.values_dir().join(revision.to_string()))?;
-        }
-        Ok(())
+        self.remove_values_up_to(i64::MAX)
     }
 
-    fn revisions(&self) -> Result<Vec<i64>, FileError> {
+    fn revisions(&self) -> Result<Vec<(i64, PathBuf)>, FileError> {
         let folder = self.values_dir();
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
@@ -322,9 +327,11 @@ impl JobDir {
         };
         let mut found = Vec::new();
         for entry in entries {
-            let name = entry.map_err(FileError::on("list", &folder))?.file_name();
+            let entry = entry.map_err(FileError::on("list", &folder))?;
             // Temporary files begin with a dot and are no number.
-            found.extend(name.to_str().and_then(|name| name.parse::<i64>().ok()));
+            let name = entry.file_name();
+            let revision = name.to_str().and_then(|name| name.parse().ok());
+            found.extend(revision.map(|revision| (revision, entry.path())));
         }
         Ok(found)
     }

@@ -6,6 +6,7 @@
 //!   channel, publishes the report and the [`directory`] over watch channels.
 //! - [`report::keep`]: the durable copy of the newest report.
 //! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
+//! - [`staged`]: values that come while the link is down.
 //! - the reaper ([`children`]), the watcher of signals from outside, and [`resident::keep_small`].
 //!
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
@@ -35,6 +36,7 @@ mod resident;
 mod scratch;
 mod serve;
 mod signals;
+mod staged;
 mod supervisor;
 mod usage;
 mod volumes;
@@ -148,7 +150,9 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let values = jobdir.values()?;
     let pod = Arc::new(Pod::open(jobdir, claim, endpoint.as_ref())?);
     log(&pod);
-    pod.jobdir.remove_values()?;
+    if let Some(values) = &values {
+        pod.jobdir.remove_values_up_to(values.revision)?;
+    }
     run(pod, previous, values, endpoint_path).await
 }
 
@@ -230,6 +234,11 @@ async fn run(
         service,
         state: farewell.link.clone(),
     };
+    background.spawn(staged::watch(
+        pod.jobdir.clone(),
+        farewell.link.subscribe(),
+        link.service.commands.clone(),
+    ));
     let mut linked = JoinSet::new();
     linked.spawn(link.run(farewell.hang_up.clone()));
     Supervisor::new(

@@ -4,13 +4,15 @@ use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use knoc_agent::jobdir::atomic;
-use knoc_proto::pb::{self, container_status::State};
+use knoc_proto::pb::{self, agent_client::AgentClient, container_status::State};
 use knoc_tests::{
+    relay::Relay,
     site::{CLUSTER, Kubelet, Options, Pod, Site, brief, container},
     wait_for,
 };
 use prost::Message as _;
 use serde_json::json;
+use tonic::transport::Channel;
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -231,4 +233,163 @@ async fn the_kubelet_sends_values_again_that_the_agent_lost() -> anyhow::Result<
         .await
         .with_context(|| site.log())?;
     Ok(())
+}
+
+/// A pod whose program fails, and is started again, until its environment says `two`.
+fn awaits_two(site: &Site, uid: &str) -> anyhow::Result<Pod> {
+    let runs = site.path("runs");
+    std::fs::create_dir_all(&runs)?;
+    let script = format!("echo >>{}/{uid}; [ \"$MARK\" = two ]", runs.display());
+    let mut pod = Pod::new(
+        uid,
+        vec![container("main", &["/bin/sh", "-c", &script], &[])],
+    );
+    if let Some(spec) = &mut pod.request.spec {
+        spec.restart_policy = pb::RestartPolicy::OnFailure.into();
+    }
+    Ok(pod.env("main", &[("MARK".to_owned(), "one".to_owned())]))
+}
+
+/// The same values, of revision 2 and with `MARK=two`.
+fn two(pod: &Pod) -> pb::PodValues {
+    let mut values = pod.request.values.clone().unwrap_or_default();
+    values.revision = 2;
+    for var in values.env.iter_mut().flat_map(|env| &mut env.vars) {
+        var.value = Some(pb::env_var::Value::Template("two".to_owned()));
+    }
+    values
+}
+
+async fn update(
+    client: &AgentClient<Channel>,
+    uid: &str,
+    values: pb::PodValues,
+) -> anyhow::Result<()> {
+    let request = pb::UpdateValuesRequest {
+        cluster_id: CLUSTER.to_owned(),
+        uid: uid.to_owned(),
+        values: Some(values),
+        ..pb::UpdateValuesRequest::default()
+    };
+    client.clone().update_values(request).await?;
+    Ok(())
+}
+
+/// Waits until the pod's program ran with the values that were staged first.
+async fn ran(site: &Site, uid: &str) -> anyhow::Result<()> {
+    wait_for("the program ran", SOON, async || match site.runs(uid) {
+        Ok(0) => Err(site.log()),
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.to_string()),
+    })
+    .await
+}
+
+/// The shim has copied what was staged, and has no link yet: so it cannot say so.
+#[tokio::test]
+async fn values_that_come_between_the_jobs_start_and_its_link_reach_it() -> anyhow::Result<()> {
+    let mut relay = Relay::start().await?;
+    let site = Site::new(Options {
+        shims_dial: Some(relay.address()),
+        ..Options::default()
+    })?;
+    let _agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    let pod = awaits_two(&site, "between")?;
+    pod.ensure(&client).await?;
+    ran(&site, "between").await?;
+    update(&client, "between", two(&pod)).await?;
+    relay.lead_to(site.shim_address());
+    pod.succeeded(&client, SOON)
+        .await
+        .with_context(|| site.log())?;
+    let left = names(&site.jobdir("between").join("values"))?;
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// Where no link ever comes up the shim looks itself for what was staged later.
+#[tokio::test]
+async fn values_reach_a_pod_that_runs_without_a_link() -> anyhow::Result<()> {
+    let site = Site::new(Options {
+        // Nobody listens there.
+        shims_dial: Some(([127, 0, 0, 1], 1).into()),
+        ..Options::default()
+    })?;
+    let _agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    let pod = awaits_two(&site, "unlinked")?;
+    pod.ensure(&client).await?;
+    wait_for("the agent knows that it ran", 2 * SOON, async || {
+        let seen = pod.observe(&client).await?;
+        let restarts = seen.containers.first().map_or(0, |one| one.restart_count);
+        if restarts > 0 {
+            Ok(())
+        } else {
+            Err(brief(&seen))
+        }
+    })
+    .await
+    .with_context(|| site.log())?;
+    update(&client, "unlinked", two(&pod)).await?;
+    pod.succeeded(&client, 2 * SOON)
+        .await
+        .with_context(|| site.log())?;
+    Ok(())
+}
+
+/// Held in memory for a link that is cut, and lost with the agent: then the newest are asked for.
+#[tokio::test]
+async fn an_agent_that_lost_newer_values_asks_for_them() -> anyhow::Result<()> {
+    let mut relay = Relay::start().await?;
+    let site = Site::new(Options {
+        tables: "[values]\nat_rest = \"none\"".to_owned(),
+        shims_dial: Some(relay.address()),
+        ..Options::default()
+    })?;
+    relay.lead_to(site.shim_address());
+    let agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    let pod = awaits_two(&site, "newer")?;
+    pod.ensure(&client).await?;
+    ran(&site, "newer").await?;
+    relay.cut();
+    wait_for("the link is down", SOON, async || {
+        let seen = pod.observe(&client).await?;
+        if seen.shim_connected {
+            Err(brief(&seen))
+        } else {
+            Ok(())
+        }
+    })
+    .await?;
+    update(&client, "newer", two(&pod)).await?;
+    let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+    ensure!(!seen.values_wanted, "the agent has them");
+    agent.kill().await?;
+    let _agent = site.agent(&[]).await?;
+    let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+    ensure!(seen.values_wanted, "{}", brief(&seen));
+    Ok(())
+}
+
+/// The kubelet sends its newest values with a newer generation, and counts them as sent.
+#[tokio::test]
+async fn newer_values_that_come_with_a_newer_generation_count() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let client = site.client()?;
+    let pod = awaits_two(&site, "generation")?;
+    pod.ensure(&client).await?;
+    ran(&site, "generation").await?;
+    let mut newer = pod.clone();
+    newer.request.values = Some(two(&pod));
+    if let Some(spec) = &mut newer.request.spec {
+        spec.generation = 2;
+        spec.labels.insert("colour".into(), "blue".into());
+    }
+    newer.ensure(&client).await?;
+    pod.succeeded(&client, SOON)
+        .await
+        .with_context(|| site.log())
 }

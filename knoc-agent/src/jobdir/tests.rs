@@ -29,6 +29,20 @@ fn the_newest_values_are_read_and_all_are_removed() {
 }
 
 #[test]
+fn what_is_staged_after_the_shim_took_its_values_stays() {
+    let (_root, dir) = pod();
+    let values = |revision| pb::PodValues {
+        revision,
+        ..Default::default()
+    };
+    dir.write_values(&values(1)).unwrap();
+    let taken = dir.values().unwrap().unwrap();
+    dir.write_values(&values(2)).unwrap();
+    dir.remove_values_up_to(taken.revision).unwrap();
+    assert_eq!(dir.values().unwrap().unwrap().revision, 2);
+}
+
+#[test]
 fn spec_and_report_come_back() {
     let (_root, dir) = pod();
     assert_eq!(dir.report().unwrap(), None);

@@ -7,8 +7,9 @@
 
 mod birth;
 mod effects;
+mod values;
 
-use std::{sync::Arc, time::Duration};
+use std::{cmp::Ordering, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, ids::PodUid, pb, reason::ErrorReason};
@@ -105,6 +106,8 @@ pub struct Restored {
     pub cluster_id: String,
     /// What its job execs (`JobFile.version`).
     pub version: String,
+    /// The newest revision of its values that was accepted.
+    pub values_revision: i64,
 }
 
 /// The task of one pod.
@@ -121,7 +124,9 @@ pub struct Actor {
     version: String,
     /// Kept only where values do not lie on disk.
     values: Option<pb::PodValues>,
+    /// The newest that was accepted.
     values_revision: i64,
+    giving: Option<values::Giving>,
     effects: JoinSet<Event>,
     staging: Option<AbortHandle>,
     /// One reading of the files at a time, however long the file system hangs.
@@ -172,6 +177,7 @@ impl Actor {
             cluster_id: String::new(),
             values: None,
             values_revision: 0,
+            giving: None,
             saved: true,
             effects: JoinSet::new(),
             staging: None,
@@ -228,19 +234,29 @@ impl Actor {
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
         match input {
-            Input::Event(Event::Link(up)) => {
-                if up {
-                    self.push_values().await;
+            Input::Event(event) => {
+                if matches!(event, Event::Link(true)) {
+                    self.linked();
                 }
-                self.apply(pod, Event::Link(up)).await
+                let reported = matches!(event, Event::Report(_));
+                let pod = self.apply(pod, event).await;
+                self.give_values(&pod, reported);
+                pod
             }
-            Input::Event(event) => self.apply(pod, event).await,
             Input::Ensure {
                 spec,
+                values,
                 cluster_id,
                 reply,
-                ..
-            } => self.ensure_again(pod, *spec, &cluster_id, reply).await,
+            } => {
+                let (pod, answer) = self.ensure_again(pod, *spec, &cluster_id).await;
+                let answer = match answer {
+                    Ok(()) => self.update_values(&pod, *values).await,
+                    Err(refused) => Err(refused),
+                };
+                drop(reply.send(answer.map(|()| (self.observed(&pod), false))));
+                pod
+            }
             Input::Values { values, reply } => {
                 let result = self.update_values(&pod, *values).await;
                 drop(reply.send(result));
@@ -283,43 +299,33 @@ impl Actor {
         pod: Pod,
         spec: pb::PodSpec,
         cluster_id: &str,
-        reply: Reply<(pb::PodObserved, bool)>,
-    ) -> Pod {
+    ) -> (Pod, Result<(), Refused>) {
         if cluster_id != self.cluster_id {
             let message = format!("pod {} belongs to cluster {:?}", self.uid, self.cluster_id);
-            drop(reply.send(Err(Refused::new(ErrorReason::ClusterMismatch, message))));
-            return pod;
+            return (
+                pod,
+                Err(Refused::new(ErrorReason::ClusterMismatch, message)),
+            );
         }
-        let newer = spec.generation.max(1) > self.spec.generation.max(1);
-        if !newer {
-            let same = spec.generation.max(1) < self.spec.generation.max(1) || spec == *self.spec;
-            let answer = if same {
-                Ok((self.observed(&pod), false))
-            } else {
-                Err(Refused::new(
-                    ErrorReason::SpecConflict,
-                    format!(
-                        "pod {} exists with another shape of this generation",
-                        self.uid
-                    ),
-                ))
-            };
-            drop(reply.send(answer));
-            return pod;
-        }
-        if let Err(message) = super::update::allowed(&self.spec, &spec) {
-            drop(reply.send(Err(Refused::new(ErrorReason::SpecConflict, message))));
-            return pod;
+        let generations = spec.generation.max(1).cmp(&self.spec.generation.max(1));
+        let conflict = match generations {
+            Ordering::Less => return (pod, Ok(())),
+            Ordering::Equal if spec == *self.spec => return (pod, Ok(())),
+            Ordering::Equal => Some(format!(
+                "pod {} exists with another shape of this generation",
+                self.uid
+            )),
+            Ordering::Greater => super::update::allowed(&self.spec, &spec).err(),
+        };
+        if let Some(message) = conflict {
+            return (pod, Err(Refused::new(ErrorReason::SpecConflict, message)));
         }
         let facts = facts(&self.uid, &spec, &self.site.config);
         self.spec = Arc::new(spec);
         if let Err(refused) = self.rewrite_spec().await {
-            drop(reply.send(Err(refused)));
-            return pod;
+            return (pod, Err(refused));
         }
-        let pod = self.apply(pod, Event::Update(facts)).await;
-        drop(reply.send(Ok((self.observed(&pod), false))));
-        pod
+        (self.apply(pod, Event::Update(facts)).await, Ok(()))
     }
 
     /// One step, and what follows from it.
@@ -346,8 +352,7 @@ impl Actor {
 
     fn observed(&self, pod: &Pod) -> pb::PodObserved {
         let mut observed = observed(pod, &self.spec, &self.cluster_id);
-        // What we have it gets from us.
-        observed.values_wanted &= self.values.is_none();
+        observed.values_wanted = self.wants_values(pod);
         observed
     }
 
@@ -386,11 +391,13 @@ pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDir
     };
     let facts = facts(&uid, &spec, config);
     let cluster_id = record.cluster_id.clone();
+    let values_revision = record.values_revision;
     Ok(Some(Restored {
         pod: record.restore(facts, report),
         spec,
         cluster_id,
         version: job.version,
+        values_revision,
     }))
 }
 

@@ -29,6 +29,9 @@ pub struct Record {
     /// UID of the cluster that wanted the pod.
     #[serde(default)]
     pub cluster_id: String,
+    /// The newest revision of the values that was accepted.
+    #[serde(default)]
+    pub values_revision: i64,
     phase: Phase,
     since: Timestamp,
     #[serde(default)]
@@ -143,10 +146,11 @@ struct View {
 impl Record {
     /// What is to be kept of `pod`.
     #[must_use]
-    pub fn of(pod: &Pod, cluster_id: &str) -> Self {
+    pub fn of(pod: &Pod, cluster_id: &str, values_revision: i64) -> Self {
         Self {
             version: VERSION,
             cluster_id: cluster_id.to_owned(),
+            values_revision,
             phase: phase(&pod.state),
             since: pod.since,
             attempt: pod.attempt,

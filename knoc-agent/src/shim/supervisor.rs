@@ -409,6 +409,7 @@ impl Supervisor {
     fn publish(&mut self) {
         let (init, main) = self.statuses();
         let waits = !self.view().values && self.stop.is_none();
+        let revision = self.values.as_ref().map_or(0, |values| values.revision);
         let stop = self
             .stop
             .as_ref()
@@ -417,6 +418,7 @@ impl Supervisor {
             report.init_containers = init;
             report.containers = main;
             report.waits_for_values = waits;
+            report.values_revision = Some(revision);
             if let Some((by, message)) = stop {
                 report.ended_by = by.into();
                 report.message = message;

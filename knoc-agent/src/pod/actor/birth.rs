@@ -34,6 +34,7 @@ impl Actor {
             spec,
             cluster_id,
             version,
+            values_revision,
         } = restored;
         self.spec = Arc::new(spec);
         self.cluster_id = cluster_id;
@@ -45,9 +46,10 @@ impl Actor {
         if !pod.is_finished() {
             let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));
             match read.await {
-                Ok((pin, values)) => {
+                Ok((pin, staged)) => {
                     self.expect_link(pin);
-                    self.values_revision = values.ok().flatten().map_or(0, |v| v.revision);
+                    let staged = staged.ok().flatten().map_or(0, |staged| staged.revision);
+                    self.values_revision = values_revision.max(staged);
                 }
                 Err(error) => tracing::error!(uid = %self.uid, error = chain(&error), "restore"),
             }
@@ -135,7 +137,7 @@ impl Actor {
     ) -> Result<(), Refused> {
         let at_rest = self.site.config.values.at_rest;
         self.values_revision = values.revision;
-        let record = Record::of(pod, &self.cluster_id);
+        let record = Record::of(pod, &self.cluster_id, self.values_revision);
         let cluster_id = self.cluster_id.clone();
         let job = stage::job_file(
             &self.site,
@@ -169,7 +171,7 @@ impl Actor {
             }
         };
         self.expect_link(Ok(pin));
-        self.values = (at_rest == AtRest::None).then_some(values);
+        self.hold(values);
         Ok(())
     }
 

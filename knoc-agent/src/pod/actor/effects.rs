@@ -1,21 +1,13 @@
-//! What the actor does: each effect of the machine, and the values.
+//! What the actor does: each effect of the machine.
 
 use std::sync::Arc;
 
-use knoc_proto::{
-    crash,
-    error::chain,
-    ids::JobId,
-    pb,
-    pod::{InvalidPod, PodSpec, PodValues},
-    reason::ErrorReason,
-};
+use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
 use tokio::{sync::mpsc, task::AbortHandle};
 use tonic::Request;
 
 use super::{Actor, Input, Refused, write_record};
 use crate::{
-    config::AtRest,
     jobdir::{JobDir, atomic::FileError},
     pod::{
         record::Record,
@@ -100,7 +92,7 @@ impl Actor {
         if submitting {
             crash::point("agent.record.before");
         }
-        let record = Record::of(pod, &self.cluster_id);
+        let record = Record::of(pod, &self.cluster_id, self.values_revision);
         let dir = self.dir.clone();
         let written = tokio::task::spawn_blocking(move || write_record(&dir, &record)).await;
         if submitting {
@@ -127,16 +119,6 @@ impl Actor {
         false
     }
 
-    async fn clean_up(&mut self) {
-        self.values = None;
-        let dir = self.dir.clone();
-        match tokio::task::spawn_blocking(move || dir.remove_values()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(uid = %self.uid, error = chain(&error), "values"),
-            Err(error) => tracing::warn!(uid = %self.uid, error = chain(&error), "values"),
-        }
-    }
-
     pub(super) async fn remove(&self) {
         let (dir, site, version) = (
             self.dir.clone(),
@@ -155,72 +137,6 @@ impl Actor {
             Ok(Err(error)) => tracing::warn!(uid = %self.uid, error = chain(&error), "remove"),
             Err(error) => tracing::warn!(uid = %self.uid, error = chain(&error), "remove"),
         }
-    }
-
-    /// Where values do not lie on disk the shim gets them when its link comes up.
-    pub(super) async fn push_values(&mut self) {
-        let Some(mut client) = self.site.shims.client(&self.uid) else {
-            return;
-        };
-        let Some(values) = self.values.take() else {
-            return;
-        };
-        let mut request = Request::new(values.clone());
-        request.set_timeout(DEADLINE);
-        match client.update_values(request).await {
-            Ok(_) => self.values = Some(values),
-            // Without them here the pod is shown to want some, and the kubelet sends its newest.
-            Err(status) => {
-                tracing::warn!(uid = %self.uid, error = status.message(), "give the shim its values");
-            }
-        }
-    }
-
-    /// `UpdateValues`: staged for a queued pod, written on the compute node for a running one.
-    pub(super) async fn update_values(
-        &mut self,
-        pod: &Pod,
-        values: pb::PodValues,
-    ) -> Result<(), Refused> {
-        if pod.is_finished() || values.revision <= self.values_revision {
-            return Ok(());
-        }
-        let values = self.checked(values)?;
-        let revision = values.revision;
-        if let Some(mut client) = self.site.shims.client(&self.uid) {
-            let mut request = Request::new(values.clone());
-            request.set_timeout(DEADLINE);
-            client.update_values(request).await.map_err(|status| {
-                Refused::new(ErrorReason::ShimUnreachable, status.message().to_owned())
-            })?;
-        } else if pod.report.is_some() {
-            let message = "the pod runs, and its shim has no link to the agent now";
-            return Err(Refused::new(ErrorReason::ShimUnreachable, message));
-        } else if self.site.config.values.at_rest == AtRest::File {
-            let (dir, staged) = (self.dir.clone(), values.clone());
-            let written = tokio::task::spawn_blocking(move || dir.write_values(&staged)).await;
-            let failed = |error: &(dyn std::error::Error + 'static)| {
-                Refused::new(
-                    ErrorReason::Internal,
-                    format!("stage values: {}", chain(error)),
-                )
-            };
-            written.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
-        }
-        self.values_revision = revision;
-        if self.site.config.values.at_rest == AtRest::None {
-            self.values = Some(values);
-        }
-        Ok(())
-    }
-
-    /// Names, paths and references of the values against the pod's shape.
-    fn checked(&self, values: pb::PodValues) -> Result<pb::PodValues, Refused> {
-        let invalid = |error: InvalidPod| Refused::new(ErrorReason::InvalidSpec, error.to_string());
-        let spec = PodSpec::try_from((*self.spec).clone()).map_err(invalid)?;
-        PodValues::check(values, &spec)
-            .map(PodValues::into_inner)
-            .map_err(invalid)
     }
 
     /// A newer generation: the shape in `job.pb` follows, the rest of it stays.

@@ -569,7 +569,7 @@ fn a_record_brings_the_pod_back() {
         and(running(), [report("1", 2, true)]),
     ] {
         let (mut pod, _) = feed(events);
-        let record = Record::of(&pod, "c");
+        let record = Record::of(&pod, "c", 3);
         let json = serde_json::to_string(&record).unwrap();
         let back: Record = serde_json::from_str(&json).unwrap();
         let back = back.restore(pod.facts.clone(), pod.report.clone());

@@ -1,0 +1,266 @@
+//! The values of a pod: the newest that were accepted reach its shim, whatever is cut or dies in between.
+//!
+//! A level, not an edge: the newest accepted revision against the one that the shim's report names. While the shim lacks
+//! it and its link is up, a task gives it, with pauses. Until then it lies in `JOBDIR/values`, where the shim takes it at
+//! its start and looks again while it has no link, or (`at_rest = "none"`) in memory. What was lost with the memory is
+//! shown as wanted: the kubelet then sends its newest.
+
+use std::{sync::Arc, time::Duration};
+
+use knoc_proto::{
+    error::chain,
+    ids::PodUid,
+    pb,
+    pod::{InvalidPod, PodSpec, PodValues},
+    reason::ErrorReason,
+};
+use tokio::task::AbortHandle;
+use tonic::Request;
+
+use super::{Actor, Refused};
+use crate::{
+    config::AtRest,
+    jobdir::JobDir,
+    pod::state::{Event, Pod},
+    shims::{Client, DEADLINE},
+    site::Site,
+};
+
+/// First and longest pause after a shim did not take its values.
+const GIVE_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_mins(1)];
+
+/// The task that gives the shim its values.
+#[derive(Debug)]
+pub(super) struct Giving {
+    /// At least this is given.
+    revision: i64,
+    task: AbortHandle,
+}
+
+impl Actor {
+    /// `UpdateValues`: given to the shim at once where its link is up, else kept for it.
+    pub(super) async fn update_values(
+        &mut self,
+        pod: &Pod,
+        values: pb::PodValues,
+    ) -> Result<(), Refused> {
+        if pod.is_finished() || values.revision <= self.values_revision {
+            return Ok(());
+        }
+        let values = self.checked(values)?;
+        let given = match self.site.shims.client(&self.uid) {
+            Some(client) => give(client, values.clone()).await,
+            None => Err("the pod runs, and its shim has no link to the agent now".to_owned()),
+        };
+        match given {
+            Ok(()) => {
+                self.values_revision = values.revision;
+                unstage(&self.dir, values.revision).await;
+                self.hold(values);
+                Ok(())
+            }
+            // One of an older version does not say what it has, and never looks again for what is staged.
+            Err(message) if pod.report.is_some() && revision_of_shim(pod).is_none() => {
+                Err(Refused::new(ErrorReason::ShimUnreachable, message))
+            }
+            Err(_) => self.keep(pod, values).await,
+        }
+    }
+
+    /// For a shim that cannot be reached now: on disk, or in memory with a record of it.
+    async fn keep(&mut self, pod: &Pod, values: pb::PodValues) -> Result<(), Refused> {
+        let revision = values.revision;
+        let failed = |error: &(dyn std::error::Error + 'static)| {
+            let message = format!("stage values: {}", chain(error));
+            Refused::new(ErrorReason::Internal, message)
+        };
+        if self.site.config.values.at_rest == AtRest::File {
+            let dir = self.dir.clone();
+            let written = tokio::task::spawn_blocking(move || dir.write_values(&values)).await;
+            written.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
+            self.values_revision = revision;
+        } else {
+            self.values_revision = revision;
+            self.hold(values);
+            if !self.persist(pod).await {
+                let message = "the pod's record could not be written";
+                return Err(Refused::new(ErrorReason::Internal, message));
+            }
+        }
+        self.give_values(pod, false);
+        Ok(())
+    }
+
+    /// A job that runs again asks for them again.
+    pub(super) fn hold(&mut self, values: pb::PodValues) {
+        let held = self.site.config.values.at_rest == AtRest::None;
+        self.values = held.then_some(values);
+    }
+
+    /// A link came up: nothing was given on it yet.
+    pub(super) fn linked(&mut self) {
+        self.giving.take_if(|giving| giving.task.is_finished());
+    }
+
+    /// Begins to give the shim what it lacks, where its link is up and that is not under way. `reported`: it has just
+    /// said what it has.
+    pub(super) fn give_values(&mut self, pod: &Pod, reported: bool) {
+        let given = self.giving.as_ref().map(|giving| giving.revision);
+        let busy = self.giving.as_ref();
+        let busy = busy.is_some_and(|giving| !giving.task.is_finished());
+        let has = revision_of_shim(pod);
+        let held = self.values.is_some();
+        if busy || pod.is_finished() || !due(has, self.values_revision, held, reported, given) {
+            return;
+        }
+        if self.site.shims.client(&self.uid).is_none() {
+            return;
+        }
+        let (site, uid, dir) = (Arc::clone(&self.site), self.uid.clone(), self.dir.clone());
+        let work = give_until_taken(site, uid, dir, self.values.clone());
+        self.giving = Some(Giving {
+            revision: self.values_revision,
+            task: self.effects.spawn(work),
+        });
+    }
+
+    /// Does the shim lack what was accepted, or have none, and we neither?
+    pub(super) fn wants_values(&self, pod: &Pod) -> bool {
+        if self.values.is_some() {
+            return false;
+        }
+        // What was staged is on disk until the shim has it.
+        let lost = self.site.config.values.at_rest == AtRest::None
+            && revision_of_shim(pod).is_some_and(|has| has < self.values_revision);
+        let waits = |report: &pb::Report| report.waits_for_values;
+        lost || pod.report.as_ref().is_some_and(waits)
+    }
+
+    /// Nothing secret outlives the pod.
+    pub(super) async fn clean_up(&mut self) {
+        self.values = None;
+        self.giving.take().inspect(|giving| giving.task.abort());
+        let dir = self.dir.clone();
+        match tokio::task::spawn_blocking(move || dir.remove_values()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(uid = %self.uid, error = chain(&error), "values"),
+            Err(error) => tracing::warn!(uid = %self.uid, error = chain(&error), "values"),
+        }
+    }
+
+    /// Names, paths and references of the values against the pod's shape.
+    fn checked(&self, values: pb::PodValues) -> Result<pb::PodValues, Refused> {
+        let invalid = |error: InvalidPod| Refused::new(ErrorReason::InvalidSpec, error.to_string());
+        let spec = PodSpec::try_from((*self.spec).clone()).map_err(invalid)?;
+        PodValues::check(values, &spec)
+            .map(PodValues::into_inner)
+            .map_err(invalid)
+    }
+}
+
+/// What the shim says that it has; `None`: nothing yet, or its version does not say.
+fn revision_of_shim(pod: &Pod) -> Option<i64> {
+    pod.report.as_ref()?.values_revision
+}
+
+/// PURE: is the shim, which has revision `has`, to be given `newest`? One that does not say gets what is `held` in
+/// memory, once a link. What was `given` is not given again before a report says that it is lacked all the same.
+fn due(has: Option<i64>, newest: i64, held: bool, reported: bool, given: Option<i64>) -> bool {
+    let lacks = has.map_or(held, |has| has < newest);
+    let contradicted = reported && has.is_some();
+    lacks && (contradicted || given.is_none_or(|given| given < newest))
+}
+
+/// Gives a shim its values, from memory or the job directory, until it takes them or its link is gone.
+async fn give_until_taken(
+    site: Arc<Site>,
+    uid: PodUid,
+    dir: JobDir,
+    held: Option<pb::PodValues>,
+) -> Event {
+    let [mut pause, longest] = GIVE_AGAIN;
+    loop {
+        let values = match &held {
+            Some(values) => Some(values.clone()),
+            None => staged(&dir).await,
+        };
+        let (Some(values), Some(client)) = (values, site.shims.client(&uid)) else {
+            break;
+        };
+        let revision = values.revision;
+        match give(client, values).await {
+            Ok(()) => {
+                unstage(&dir, revision).await;
+                break;
+            }
+            Err(error) => tracing::warn!(%uid, error, "give the shim its values"),
+        }
+        let jittered = pause.mul_f64(rand::random_range(0.5..1.5));
+        tokio::time::sleep(jittered).await;
+        pause = (pause * 2).min(longest);
+    }
+    // The report says what the shim has.
+    Event::Tick
+}
+
+async fn give(mut client: Client, values: pb::PodValues) -> Result<(), String> {
+    let mut request = Request::new(values);
+    request.set_timeout(DEADLINE);
+    let answer = client.update_values(request).await;
+    answer
+        .map(|_| ())
+        .map_err(|status| status.message().to_owned())
+}
+
+/// What lies in the job directory; what cannot be read is as good as not there.
+async fn staged(dir: &JobDir) -> Option<pb::PodValues> {
+    let dir = dir.clone();
+    let error = match tokio::task::spawn_blocking(move || dir.values()).await {
+        Ok(Ok(values)) => return values,
+        Ok(Err(error)) => chain(&error),
+        Err(error) => chain(&error),
+    };
+    tracing::warn!(error, "staged values");
+    None
+}
+
+/// The shim has them: they need not lie on disk any more.
+async fn unstage(dir: &JobDir, revision: i64) {
+    let dir = dir.clone();
+    let removed = tokio::task::spawn_blocking(move || dir.remove_values_up_to(revision)).await;
+    let error = match removed {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => chain(&error),
+        Err(error) => chain(&error),
+    };
+    tracing::warn!(error, "staged values stay");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::due;
+
+    #[test]
+    fn a_shim_is_given_what_it_lacks_and_nothing_twice() {
+        let reports = |has| move |given| due(Some(has), 2, false, true, given);
+        assert!(reports(1)(None), "it took what was staged first");
+        assert!(reports(0)(Some(2)), "it runs again and has none");
+        assert!(!reports(2)(None));
+        assert!(!reports(3)(Some(1)));
+        // Between its reports.
+        assert!(due(Some(1), 2, false, false, None));
+        assert!(due(Some(1), 2, false, false, Some(1)), "newer ones came");
+        assert!(
+            !due(Some(1), 2, false, false, Some(2)),
+            "its report is awaited"
+        );
+    }
+
+    #[test]
+    fn a_shim_that_does_not_say_what_it_has_gets_what_is_in_memory_once() {
+        assert!(due(None, 1, true, false, None));
+        assert!(!due(None, 1, true, true, Some(1)));
+        assert!(due(None, 2, true, true, Some(1)));
+        assert!(!due(None, 1, false, true, None));
+    }
+}
