@@ -161,9 +161,7 @@ mod tests {
     }
 
     fn bytes(count: usize) -> Vec<u8> {
-        (0..count)
-            .map(|at| u8::try_from(at * 7 % 251).unwrap())
-            .collect()
+        (0..=250).cycle().step_by(7).take(count).collect()
     }
 
     fn copied(count: usize, from: usize, to: usize) {

@@ -77,7 +77,11 @@ struct Kind {
 const fn kind(name: &'static str, way: Way, large: bool) -> Kind {
     let (places, share) = match way {
         Way::LogsByAgent | Way::ExecByAgent => (TO_AGENT, None),
-        _ => (ALL, SHARE),
+        Way::LogsByKubernetes
+        | Way::ExecByKubernetes
+        | Way::ForwardByKubernetes
+        | Way::CopyDown
+        | Way::CopyUp => (ALL, SHARE),
     };
     Kind {
         name,
