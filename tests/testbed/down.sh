@@ -6,7 +6,10 @@
 "$testbed/kubelet.sh" down
 for STACK in full slurm local; do STACK=$STACK "$testbed/agent.sh" down; done
 for prefix in "$KNOC_BED"/kube*; do KUBE_PREFIX=$prefix "$testbed/kube/stop.sh"; done
-[ ! -x "$HPC_PREFIX/bin/hpc" ] || hpc down
+# Whatever HPC_SUITE it was brought up with.
+for prefix in "$KNOC_BED"/hpc* "$HPC_PREFIX"; do [ ! -x "$prefix/bin/hpc" ] || "$prefix/bin/hpc" down; done
 [ "${1:-}" = --wipe ] || exit 0
-rm -rf --one-file-system "${KNOC_BED:?}"/kube*/run "${KNOC_BED:?}/local" "${HPC_PREFIX:?}"/nodes/* "$HPC_PREFIX"/shared/images/.*.packed \
-    "$HPC_PREFIX"/shared/home/hpcuser/{.config,.local,bin} "$run"
+rm -rf --one-file-system "${KNOC_BED:?}"/kube*/run "${KNOC_BED:?}/local" "$run"
+for prefix in "$KNOC_BED"/hpc* "$HPC_PREFIX"; do
+    rm -rf --one-file-system "${prefix:?}"/nodes/* "$prefix"/shared/images/.*.packed "$prefix"/shared/home/hpcuser/{.config,.local,bin}
+done

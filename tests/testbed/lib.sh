@@ -3,7 +3,8 @@
 #
 #   KNOC_BED    everything the bed keeps: tools, roots, caches, state, logs, pid files
 #   KNOC_BIN    the binaries under test (default: the release build of `make build`)
-#   HPC_SUITE   Debian release of the Slurm cluster: trixie (24.11, default), sid (26.05), bookworm (22.05)
+#   HPC_SUITE   Debian release of the Slurm cluster: trixie (24.11, default), sid (26.05); bookworm (22.05) has no Apptainer
+#               and is for record-slurm.sh alone
 #   KUBE_VERSION  Kubernetes of the control plane: 1.36 (default), 1.34
 #   STACK       full | slurm | local (default: the fullest that this machine can carry)
 set -euo pipefail

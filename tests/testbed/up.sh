@@ -3,6 +3,8 @@
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 say "STACK=$STACK ($why)"
+[ "$STACK" = local ] || [ "$HPC_SUITE" != bookworm ] \
+    || die "HPC_SUITE=bookworm has Slurm 22.05 and no Apptainer: it is for record-slurm.sh alone; trixie and sid run pods"
 "$testbed/install.sh"
 
 cluster_up() {
