@@ -11,8 +11,9 @@ export CC_x86_64_unknown_linux_musl := musl-gcc
 .PHONY: help
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  STACK=full|slurm|local forces a stack for demo, test, up; HPC_SUITE=trixie|sid|bookworm chooses Slurm 24.11, 26.05, 22.05;"
-	@echo "  KUBE_VERSION=1.36|1.34 chooses Kubernetes (1.34 is built beside it: 7 minutes, once)"
+	@echo "  STACK=full|slurm|local forces a stack for demo, test, up; HPC_SUITE=trixie|sid chooses Slurm 24.11 or 26.05 (bookworm,"
+	@echo "  22.05, has no Apptainer: for record-slurm.sh alone); KUBE_VERSION=1.36|1.34 chooses Kubernetes (1.34 is built beside"
+	@echo "  it: 7 minutes, once); KUBECONFIG=… uses your cluster instead; QUICK=1 makes bench short"
 
 .PHONY: tools
 tools:
@@ -21,6 +22,10 @@ tools:
 .PHONY: build
 build: tools ## the static binaries knoc-agent, knocctl, knoc-kubelet, once, for demo, tests and packages alike
 	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet
+
+.PHONY: prepare
+prepare:
+	@$(TESTBED)/prepare.sh
 
 .PHONY: check
 check: ## formatting, lints, documentation, unit tests, dependencies
@@ -36,28 +41,28 @@ fmt: ## formats the Rust code
 	cargo fmt --all
 
 .PHONY: test
-test: build ## all tests that this machine can carry, ending with a table by level
+test: prepare ## all tests that this machine can carry, ending with a table by level
 	@tests/run.sh
 
 .PHONY: bench
-bench: build up ## T1 to T4 and streams beside their floors (docs/performance.md)
-	@eval "$$($(TESTBED)/env.sh)"; cargo run --release --target $(TARGET) -p knoc-tests --bin knoc-bench
+bench: up ## T1 to T4 and streams beside their floors (docs/performance.md)
+	@eval "$$($(TESTBED)/env.sh)"; cargo run --release --target $(TARGET) -p knoc-tests --bin knoc-bench -- $(if $(QUICK),--quick)
 
 .PHONY: demo
-demo: build ## brings the fullest stack up and runs a pod on it
+demo: prepare ## brings the fullest stack up and runs a pod on it
 	@tests/demo.sh
 
 .PHONY: demo-transcript
-demo-transcript: build ## the same, written to docs/demo-transcript.md
+demo-transcript: prepare ## the same, written to docs/demo-transcript.md
 	@tests/demo.sh --transcript docs/demo-transcript.md
 
 .PHONY: interop
-interop: build up ## every client against the kubelet's API, written to docs/interop.md
+interop: up ## every client against the kubelet's API, written to docs/interop.md
 	@$(TESTBED)/interop.sh
 	@eval "$$($(TESTBED)/env.sh)"; KNOC_INTEROP_PAGE=$(CURDIR)/docs/interop.md cargo test -p knoc-tests --test l3_interop -- --test-threads=4
 
 .PHONY: up
-up: build ## the stack, brought up and left running; again: starts what does not run
+up: prepare ## the stack, brought up and left running; again: starts what does not run
 	@$(TESTBED)/up.sh
 
 .PHONY: down

@@ -19,6 +19,7 @@ on_kubernetes() {
     show kubectl get nodes
     show kubectl get pods -o wide
     show kubectl logs hello
+    show kubectl exec hello -- hostname
     uid=$(kubectl get pod hello -o 'jsonpath={.metadata.uid}')
     show knocctl exec "$uid" -- hostname
     show knocctl pods
