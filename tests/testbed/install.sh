@@ -11,6 +11,11 @@ apt_install jq jq
 # Both are long and use different things (network and disk; processor).
 "$testbed/hpc/setup.sh" &
 slurm=$!
-[ "$STACK" != full ] || [ -n "$given_kubeconfig" ] || "$testbed/kube/setup.sh"
-[ -z "$given_kubeconfig" ] || apt_install kubectl kubernetes-client
+if [ "$STACK" = full ]; then
+    if [ -z "$given_kubeconfig" ]; then
+        "$testbed/kube/setup.sh" control-plane helm
+    else
+        "$testbed/kube/setup.sh" $(type -P kubectl >/dev/null || echo kubectl) $(type -P helm >/dev/null || echo helm)
+    fi
+fi
 wait $slurm

@@ -6,9 +6,12 @@
 pidfile=$run/kubelet.pid
 state=$run/kubelet
 [ "$KUBE_VERSION" = 1.36 ] || state=$state-$KUBE_VERSION # certificates and tokens are of one control plane
+[ -z "$given_kubeconfig" ] || state=$run/kubelet-given
 address=10.77.0.1 # of the host on the way to the login node; to a loopback address the API server proxies nothing
 identity=${KNOC_IDENTITY:-serviceaccount}
 serving=${KNOC_SERVING:-files}
+# Somebody else's cluster keeps its CA's key to itself: the kubelet makes its own certificate, unless that was not believed before.
+[ -z "$given_kubeconfig" ] || serving=${KNOC_SERVING:-$(cat "$state/serving" 2>/dev/null || echo self-signed)}
 
 # The bundle that the agent's `init` made goes into the cluster, and out of it again as the chart would mount it.
 install_chart() {
@@ -35,42 +38,61 @@ serving_certificate() { # signed by the cluster's CA, for the address that the N
     rm "$state/serving.csr"
 }
 kubeconfig() { # of the chart's ServiceAccount: exactly the rights that the chart grants
-    local server file=$state/kubeconfig
-    server=$(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}')
-    kubectl config view --minify --raw -o 'jsonpath={.clusters[0].cluster.certificate-authority-data}' | base64 -d >"$state/cluster-ca.crt"
+    local file=$state/kubeconfig trust=()
+    kubectl config view --minify --raw --flatten -o 'jsonpath={.clusters[0].cluster.certificate-authority-data}' | base64 -d >"$state/cluster-ca.crt"
+    [ ! -s "$state/cluster-ca.crt" ] || trust=(--certificate-authority="$state/cluster-ca.crt" --embed-certs)
     (
         umask 077
-        kubectl config --kubeconfig="$file" set-cluster knoc --server="$server" --certificate-authority="$state/cluster-ca.crt" --embed-certs
+        rm -f "$file"
+        kubectl config --kubeconfig="$file" set-cluster knoc --server="$server" "${trust[@]}"
         kubectl config --kubeconfig="$file" set-credentials kubelet --token="$(kubectl create token knoc-kubelet -n $namespace --duration=24h)"
         kubectl config --kubeconfig="$file" set-context knoc --cluster=knoc --user=kubelet --namespace=$namespace
         kubectl config --kubeconfig="$file" use-context knoc
     ) >/dev/null
 }
+# How the cluster reaches the kubelet and knows itself: settings of the kubelet, in `settings`.
+meet_the_cluster() {
+    settings=(KNOC_SERVER_CERTIFICATE="$serving")
+    if [ "$serving" = files ]; then
+        serving_certificate
+        settings+=(KNOC_SERVER_CERT="$state/serving.crt" KNOC_SERVER_KEY="$state/serving.key")
+    fi
+    # Whose clients may call: the CA of this control plane; without the setting, the CA that the cluster publishes.
+    [ -n "$given_kubeconfig" ] || settings+=(KNOC_SERVER_CLIENT_CA="$KUBE_PREFIX/run/ca.crt")
+    # An API server elsewhere reaches this host by the address on the way to it, which the kubelet finds by itself.
+    case $given_kubeconfig:$server in
+    :* | *//localhost[:/]* | *//127.* | *//\[::1\]*) settings+=("KNOC_NODE_INTERNAL_IP=$address") ;;
+    esac
+}
 up() {
-    local pid
+    local pid server settings
     if alive "$pidfile"; then
         read -r pid _ <"$pidfile"
         ! cmp -s "/proc/$pid/exe" "$KNOC_BIN/knoc-kubelet" || return 0
         say "the kubelet's binary has changed: starting it again"
         stop "$pidfile"
     fi
+    server=$(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}')
     install_chart
     kubeconfig
-    local source=(KNOC_SERVER_CERTIFICATE="$serving")
-    if [ "$serving" = files ]; then
-        serving_certificate
-        source+=(KNOC_SERVER_CERT="$state/serving.crt" KNOC_SERVER_KEY="$state/serving.key")
-    fi
+    meet_the_cluster
     start "$pidfile" "$log/kubelet.log" env -i PATH="$PATH" HOME="$state" ${KNOC_CRASH_AT:+KNOC_CRASH_AT="$KNOC_CRASH_AT"} \
         KNOC_AGENT_ADDRESS="$agent_address" KNOC_AGENT_SITE=$site \
         KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
         KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
-        KNOC_NODE_NAME=$node KNOC_NODE_INTERNAL_IP=$address \
-        KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys "${source[@]}" KNOC_SERVER_CLIENT_CA="$KUBE_PREFIX/run/ca.crt" \
+        KNOC_NODE_NAME=$node KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys "${settings[@]}" \
         "$KNOC_BIN/knoc-kubelet"
     [ "$identity" = serviceaccount ] || wait_for 30 "a client certificate for the node" approved client
     [ "$serving" != csr ] || wait_for 30 "a serving certificate for the node" approved serving
     wait_for 30 "the node $node Ready" ready || { tail -20 "$log/kubelet.log" >&2; exit 1; }
+    if [ "$serving" = self-signed ] && grep -q x509: < <(kubectl get --raw "/api/v1/nodes/$node/proxy/healthz" 2>&1); then
+        say "this API server verifies kubelets: a certificate is asked of the cluster's signer"
+        stop "$pidfile"
+        kubectl patch secret knoc-kubelet-keys -n $namespace --type=json -p '[{"op": "remove", "path": "/data/serving.pem"}]' >/dev/null
+        serving=csr
+        echo $serving >"$state/serving"
+        up
+    fi
 }
 # What the kubelet's Event tells an operator to type; nothing to do where an approved certificate is in the Secret already.
 approved() { # approved client|serving

@@ -29,7 +29,6 @@ chmod 700 "$run"
 export PATH=$PATH:$KUBE_PREFIX/bin:$tools/bin
 
 hpc() { "$HPC_PREFIX/bin/hpc" "$@"; }
-kubectl() { "$KUBE_PREFIX/bin/kubectl" "$@"; }
 
 say() { echo "[$(date +%T)] $*" >&2; }
 die() { say "$*"; exit 1; }
@@ -38,16 +37,19 @@ die() { say "$*"; exit 1; }
 missing() { die "$1 is missing; install it with: $2"; }
 
 # apt_install COMMAND PACKAGE: installs as root, else names the command.
-apt_install() { command -v "$1" >/dev/null || apt_get "$2" "$1"; }
-# apt_get PACKAGE [COMMAND]: the same, whatever is there.
+apt_install() { type -P "$1" >/dev/null || apt_get "$2" "$1"; }
+# apt_get PACKAGE [COMMAND]: the same, whatever is there; one at a time.
 apt_get() {
     [ "$(id -u)" = 0 ] || missing "${2:-$1}" "sudo apt-get install -y $1"
     command -v apt-get >/dev/null || missing "${2:-$1}" "your system's package manager (Debian: $1)"
     say "installing $1"
+    exec 8>"$log/apt.lock"
+    flock 8
     [ -n "${apt_updated:-}" ] || apt-get update -qq
     apt_updated=1
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >"$log/apt.log" 2>&1 \
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >"$log/apt.log" 2>&1 8>&- \
         || { tail -5 "$log/apt.log" >&2; die "apt-get install $1 failed"; }
+    exec 8>&-
 }
 
 # install_go: at least the version that the control plane wants; without it, from PyPI.

@@ -38,5 +38,9 @@ own_kubeconfig=$KUBE_PREFIX/run/admin.kubeconfig
 # A kubeconfig of somebody else's is used instead of starting a control plane; the bed's own are those of its versions.
 case ${KUBECONFIG:-} in '' | "$KNOC_BED"/kube*/run/admin.kubeconfig) given_kubeconfig= ;; *) given_kubeconfig=$KUBECONFIG ;; esac
 export KUBECONFIG=${given_kubeconfig:-$own_kubeconfig}
+# The control plane's own kubectl, whatever the machine has; for somebody else's cluster the machine's, if it has one.
+kubectl() {
+    if [ -n "$given_kubeconfig" ]; then command kubectl "$@"; else "$KUBE_PREFIX/bin/kubectl" "$@"; fi
+}
 detect_stack
 locate_agent

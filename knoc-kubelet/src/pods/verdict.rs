@@ -251,6 +251,9 @@ both equal. *Honoured*: it does what Kubernetes says. *Satisfied*: true by natur
 *Mapped*: it means something else here, and the pod gets the Event `Mapped`. *Refused*: the pod is not admitted; its phase
 is `Failed`, its reason `UnsupportedPodSpec`, and its message names every refused field at once. A field that stands in no
 row (of a newer Kubernetes) is refused too. Where a field has several rows, the first that fits its value counts.
+
+A pod that runs is not ended by a change that is refused: it goes on as it was, with the Event `UnsupportedChange`. So an
+ephemeral container that is added to it (`kubectl debug`) is refused alone: its own status, its log and an attach say why.
 ";
 
 impl Verdict {

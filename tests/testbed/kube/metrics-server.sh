@@ -33,7 +33,7 @@ kubeconfig() { # of its own ServiceAccount
 }
 up() {
     [ -z "$given_kubeconfig" ] || die "KUBECONFIG is somebody else's: its cluster has its own metrics-server"
-    [ -x "$KUBE_PREFIX/bin/metrics-server" ] || die "metrics-server is not built: tests/testbed/kube/setup.sh"
+    "$testbed/kube/setup.sh" metrics-server
     certificate
     objects
     if ! alive "$pidfile"; then

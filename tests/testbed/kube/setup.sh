@@ -1,37 +1,69 @@
 #!/bin/bash
-# Builds the control plane of main.go (etcd, Kubernetes $KUBE_VERSION, kubectl; about 6 minutes on 2 cores), helm and
-# metrics-server (unmodified, by a go.mod of its own) into $KUBE_PREFIX/bin. Does nothing when they are there. Versions stand
-# in go.mod and go-VERSION.mod.
+# Builds into $KUBE_PREFIX/bin what is not there yet; versions stand in go.mod and go-VERSION.mod:
+#   setup.sh [control-plane] [helm] [metrics-server] [kubectl]
+# control-plane: main.go (etcd, Kubernetes $KUBE_VERSION, kubectl; about 6 minutes on 2 cores). metrics-server: unmodified, by a
+# go.mod of its own. kubectl: alone, for somebody else's cluster.
 . "$(dirname "$0")/../lib.sh"
 here=$testbed/kube
 bin=$KUBE_PREFIX/bin
 helm_version=v3.22.0
+helm_module=helm.sh/helm/v3
 modules=$here/go-$KUBE_VERSION
 [ "$KUBE_VERSION" != 1.36 ] || modules=$here/go
 [ -f "$modules.mod" ] || die "KUBE_VERSION=$KUBE_VERSION: there is no $modules.mod; 1.36$(cd "$here" && printf ', %s' go-*.mod | sed 's/go-//g; s/\.mod//g') are known"
 mkdir -p "$bin"
+export CGO_ENABLED=0
 
+# go_build WHAT go-ARGUMENTS...: says every 15 s how far it is.
+go_build() {
+    local what=$1 line count=0 said=$SECONDS
+    shift
+    go "$1" -v -trimpath "${@:2}" 2>&1 | while read -r line; do
+        case $line in
+        'go: downloading '*) line="downloads ${line#go: downloading }" ;;
+        *[!a-zA-Z0-9._/~+-]*) echo "$line" >&2 ;; # no package's name: an error's words
+        *) count=$((count + 1)) line="$count packages are compiled" ;;
+        esac
+        [ $((SECONDS - said)) -lt 15 ] || { say "$what: $line"; said=$SECONDS; }
+    done
+}
+# kubernetes: its version, and the flags that put it into the programs.
+kubernetes() {
+    local minor vars=k8s.io/component-base/version
+    version=$(sed -n 's/^\(require \|\t\)k8s.io\/kubernetes \(v[^ ]*\).*/\2/p' "$modules.mod" | head -1)
+    minor=${version#v1.} minor=${minor%%.*}
+    version_flags="-s -w -X $vars.gitVersion=$version -X $vars.gitMajor=1 -X $vars.gitMinor=$minor -X k8s.io/client-go/pkg/version.gitVersion=$version"
+}
 build_control_plane() {
-    local stamp version minor vars=k8s.io/component-base/version name
+    local stamp name
     stamp=$(cat "$here/main.go" "$modules.mod" "$modules.sum" | sha256sum | cut -c1-16)
     [ "$(cat "$bin/.stamp" 2>/dev/null)" != "$stamp" ] || return 0
     install_go
-    version=$(sed -n 's/^\(require \|\t\)k8s.io\/kubernetes \(v[^ ]*\).*/\2/p' "$modules.mod" | head -1)
-    minor=${version#v1.} minor=${minor%%.*}
-    say "building the Kubernetes $version control plane (about 6 minutes, once)"
-    (cd "$here" && CGO_ENABLED=0 go build -trimpath -modfile="$modules.mod" -o "$bin/controlplane" \
-        -ldflags "-s -w -X $vars.gitVersion=$version -X $vars.gitMajor=1 -X $vars.gitMinor=$minor -X k8s.io/client-go/pkg/version.gitVersion=$version" .)
+    kubernetes
+    say "building the Kubernetes $version control plane (about 6 minutes and 2700 packages, once)"
+    (cd "$here" && go_build "the control plane" build -modfile="$modules.mod" -ldflags "$version_flags" -o "$bin/controlplane" .)
     for name in etcd kube-apiserver kube-controller-manager kube-scheduler kubectl; do
+        rm -f "$bin/$name"
         printf '#!/bin/sh\nexec "%s/controlplane" %s "$@"\n' "$bin" $name >"$bin/$name"
         chmod +x "$bin/$name"
     done
     echo "$stamp" >"$bin/.stamp"
 }
+build_kubectl() {
+    [ ! -x "$bin/kubectl" ] || return 0
+    install_go
+    kubernetes
+    say "building kubectl $version (about 2 minutes, once)"
+    (cd "$here" && go_build kubectl build -modfile="$modules.mod" -ldflags "$version_flags" -o "$bin/kubectl" k8s.io/kubernetes/cmd/kubectl)
+}
 build_helm() {
+    local vars
     [ "$(cat "$bin/.helm" 2>/dev/null)" != $helm_version ] || return 0
     install_go
     say "building helm $helm_version (about a minute, once)"
-    CGO_ENABLED=0 GOBIN=$bin go install -trimpath -ldflags "-s -w" helm.sh/helm/v3/cmd/helm@$helm_version
+    # Without a cluster to ask (helm template, skaffold render) it takes this for the version of Kubernetes.
+    vars="-X $helm_module/pkg/chartutil.k8sVersionMajor=1 -X $helm_module/pkg/chartutil.k8sVersionMinor=36 -X $helm_module/internal/version.version=$helm_version"
+    GOBIN=$bin go_build helm install -ldflags "-s -w $vars" $helm_module/cmd/helm@$helm_version
     echo $helm_version >"$bin/.helm"
 }
 build_metrics_server() {
@@ -41,11 +73,17 @@ build_metrics_server() {
     install_go
     version=$(sed -n 's/.*sigs.k8s.io\/metrics-server \(v[^ ]*\).*/\1/p' "$module/go.mod")
     say "building metrics-server $version (about 2 minutes, once)"
-    (cd "$module" && CGO_ENABLED=0 go build -trimpath -o "$bin/metrics-server" -ldflags "-s -w" sigs.k8s.io/metrics-server/cmd/metrics-server)
+    (cd "$module" && go_build metrics-server build -ldflags "-s -w" -o "$bin/metrics-server" sigs.k8s.io/metrics-server/cmd/metrics-server)
     echo "$stamp" >"$bin/.metrics-server"
 }
 exec 9>"$KUBE_PREFIX/.setup.lock"
 flock 9
-build_control_plane
-build_helm
-build_metrics_server
+for part in "$@"; do
+    case $part in
+    control-plane) build_control_plane ;;
+    helm) build_helm ;;
+    metrics-server) build_metrics_server ;;
+    kubectl) build_kubectl ;;
+    *) die "$part: control-plane, helm, metrics-server and kubectl are known" ;;
+    esac
+done
