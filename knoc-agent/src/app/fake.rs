@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// How long a test waits for a level.
-const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 /// The site, and the registry over it. Jobs end with their own time.
 pub(crate) struct Fake {

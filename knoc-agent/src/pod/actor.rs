@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     publish::observed,
     record::Record,
-    state::{Event, Facts, Patience, Pod, State, step},
+    state::{Effect, Event, Facts, Patience, Pod, State, step},
 };
 use crate::{
     config::Config,
@@ -131,10 +131,21 @@ pub struct Actor {
     staging: Option<AbortHandle>,
     /// One reading of the files at a time, however long the file system hangs.
     reading: Option<AbortHandle>,
-    /// The last record that was to be written is on disk.
-    saved: bool,
+    /// Set while the newest record is not on disk.
+    unsaved: Option<Unsaved>,
     /// For the poller.
     wants: watch::Sender<Wanted>,
+}
+
+/// A record that could not be written.
+#[derive(Debug)]
+struct Unsaved {
+    /// Failures in a row.
+    tries: u32,
+    /// When to try again, if nothing happens before.
+    at: Timestamp,
+    /// What is to be done once it is on disk.
+    held: Vec<Effect>,
 }
 
 /// What the machine must know of the pod and the site.
@@ -178,7 +189,7 @@ impl Actor {
             values: None,
             values_revision: 0,
             giving: None,
-            saved: true,
+            unsaved: None,
             effects: JoinSet::new(),
             staging: None,
             reading: None,
@@ -198,6 +209,7 @@ impl Actor {
         };
         if let Some(mut pod) = born {
             loop {
+                let wake = self.wake(&pod);
                 let input = tokio::select! {
                     // Shutdown first, then what is done, then what is asked: effects' answers must not starve.
                     biased;
@@ -214,7 +226,7 @@ impl Actor {
                         Some(input) => input,
                         None => break,
                     },
-                    () = sleep_until(pod.wake()) => Input::Event(Event::Tick),
+                    () = sleep_until(wake) => Input::Event(Event::Tick),
                 };
                 pod = self.take(pod, input).await;
                 if matches!(pod.state, State::Forgotten) {
@@ -268,15 +280,7 @@ impl Actor {
                 reply,
             } => {
                 let pod = self.apply(pod, Event::Delete { grace, reason }).await;
-                // Asked again after a failure: tried again.
-                let saved = self.saved || self.persist(&pod).await;
-                let answer = if saved {
-                    Ok(self.observed(&pod))
-                } else {
-                    let message = "the pod's record could not be written";
-                    Err(Refused::new(ErrorReason::Internal, message))
-                };
-                drop(reply.send(answer));
+                drop(reply.send(self.saved().map(|()| self.observed(&pod))));
                 pod
             }
             Input::Forget { reply } => {
@@ -348,6 +352,21 @@ impl Actor {
         }
         self.show(&pod);
         pod
+    }
+
+    /// Is the newest record on disk?
+    fn saved(&self) -> Result<(), Refused> {
+        if self.unsaved.is_none() {
+            return Ok(());
+        }
+        let message = "the pod's record could not be written";
+        Err(Refused::new(ErrorReason::Internal, message))
+    }
+
+    /// When there is something to do without any input.
+    fn wake(&self, pod: &Pod) -> Option<Timestamp> {
+        let save = self.unsaved.as_ref().map(|unsaved| unsaved.at);
+        [pod.wake(), save].into_iter().flatten().min()
     }
 
     fn observed(&self, pod: &Pod) -> pb::PodObserved {

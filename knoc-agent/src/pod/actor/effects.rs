@@ -1,12 +1,13 @@
 //! What the actor does: each effect of the machine.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
+use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
 use tokio::{sync::mpsc, task::AbortHandle};
 use tonic::Request;
 
-use super::{Actor, Input, Refused, write_record};
+use super::{Actor, Input, Refused, Unsaved, write_record};
 use crate::{
     jobdir::{JobDir, atomic::FileError},
     pod::{
@@ -20,74 +21,104 @@ use crate::{
     site::Site,
 };
 
+/// By how much the pause grows after each try to write a record, and the longest one.
+const SAVE_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 /// The end of `batch.out` that becomes part of a message.
 const TAIL: u64 = 1024;
 
 impl Actor {
-    /// Performs `effects` in their order. What takes long runs beside the actor and answers with an event.
+    /// Performs `effects` in their order, after those that a failed write held back. What takes long runs beside the
+    /// actor and answers with an event.
     pub(super) async fn perform(&mut self, pod: &Pod, effects: Vec<Effect>) {
-        for effect in effects {
-            match effect {
-                Effect::Persist => {
-                    if !self.persist(pod).await {
-                        // What follows relies on the record; the deadline of the state, or a restart, tries again.
-                        return;
-                    }
-                }
-                Effect::Stage => {
-                    let work = stage(
-                        Arc::clone(&self.site),
-                        self.dir.clone(),
-                        Arc::clone(&self.spec),
-                        self.cluster_id.clone(),
-                        self.own.clone(),
-                    );
-                    self.staging = Some(self.effects.spawn(work));
-                }
-                Effect::Submit => {
-                    let request = SubmitRequest {
-                        uid: self.uid.clone(),
-                        spec: Arc::clone(&self.spec),
-                        cluster_id: self.cluster_id.clone(),
-                        attempt: pod.attempt,
-                        jobdir: self.dir.path().to_owned(),
-                        shim: self.site.versions.program_or_own(&self.version),
-                    };
-                    self.effects.spawn(submit(Arc::clone(&self.site), request));
-                }
-                Effect::Find => {
-                    self.effects
-                        .spawn(find(Arc::clone(&self.site), self.uid.clone()));
-                }
-                Effect::Cancel { job, how } => {
-                    self.effects.spawn(cancel(Arc::clone(&self.site), job, how));
-                }
-                Effect::Stop { job, grace } => {
-                    let request = pb::StopRequest {
-                        grace_seconds: grace.as_secs().try_into().unwrap_or(i64::MAX),
-                        reason: pod
-                            .deletion
-                            .as_ref()
-                            .map_or_else(String::new, |d| d.reason.clone()),
-                    };
-                    let signal = stop_signal(pod.report.as_ref());
-                    self.effects
-                        .spawn(stop(Arc::clone(&self.site), job, request, signal));
-                }
-                Effect::ReadFiles => {
-                    if self.reading.as_ref().is_none_or(AbortHandle::is_finished) {
-                        self.reading = Some(self.effects.spawn(read_files(self.dir.clone())));
-                    }
-                }
-                Effect::CleanUp => self.clean_up().await,
-                Effect::Hurry => self.site.hurry.notify_one(),
-                Effect::Remove => self.remove().await,
+        let unsaved = self.unsaved.take();
+        let tries = unsaved.as_ref().map_or(0, |unsaved| unsaved.tries);
+        let held = unsaved.into_iter().flat_map(|unsaved| {
+            let again = std::iter::once(Effect::Persist);
+            again.chain(unsaved.held)
+        });
+        let mut effects = held.chain(effects);
+        while let Some(effect) = effects.next() {
+            if effect != Effect::Persist {
+                self.perform_one(pod, effect).await;
+            } else if let Err(error) = self.persist(pod).await {
+                tracing::error!(uid = %self.uid, error, "the pod's record could not be written");
+                return self.hold_back(effects.collect(), error, tries + 1);
             }
         }
     }
 
-    /// Writes the record. False where it could not be written.
-    pub(super) async fn persist(&mut self, pod: &Pod) -> bool {
+    /// What follows a record that could not be written relies on it, and waits until it can be.
+    fn hold_back(&mut self, mut held: Vec<Effect>, words: String, tries: u32) {
+        // No job without its intent on disk: the machine decides anew.
+        if held.contains(&Effect::Submit) {
+            let kind = RefusalKind::Throttled;
+            let refused = Event::Refused { kind, words };
+            self.effects.spawn(std::future::ready(refused));
+        }
+        held.retain(|effect| !matches!(effect, Effect::Persist | Effect::Submit));
+        let [first, longest] = SAVE_AGAIN;
+        let pause = first.saturating_mul(tries).min(longest);
+        let at = Timestamp::now() + pause.mul_f64(rand::random_range(0.5..1.5));
+        self.unsaved = Some(Unsaved { tries, at, held });
+    }
+
+    async fn perform_one(&mut self, pod: &Pod, effect: Effect) {
+        match effect {
+            Effect::Stage => {
+                let work = stage(
+                    Arc::clone(&self.site),
+                    self.dir.clone(),
+                    Arc::clone(&self.spec),
+                    self.cluster_id.clone(),
+                    self.own.clone(),
+                );
+                self.staging = Some(self.effects.spawn(work));
+            }
+            Effect::Submit => {
+                let request = SubmitRequest {
+                    uid: self.uid.clone(),
+                    spec: Arc::clone(&self.spec),
+                    cluster_id: self.cluster_id.clone(),
+                    attempt: pod.attempt,
+                    jobdir: self.dir.path().to_owned(),
+                    shim: self.site.versions.program_or_own(&self.version),
+                };
+                self.effects.spawn(submit(Arc::clone(&self.site), request));
+            }
+            Effect::Find => {
+                self.effects
+                    .spawn(find(Arc::clone(&self.site), self.uid.clone()));
+            }
+            Effect::Cancel { job, how } => {
+                self.effects.spawn(cancel(Arc::clone(&self.site), job, how));
+            }
+            Effect::Stop { job, grace } => {
+                let request = pb::StopRequest {
+                    grace_seconds: grace.as_secs().try_into().unwrap_or(i64::MAX),
+                    reason: pod
+                        .deletion
+                        .as_ref()
+                        .map_or_else(String::new, |d| d.reason.clone()),
+                };
+                let signal = stop_signal(pod.report.as_ref());
+                self.effects
+                    .spawn(stop(Arc::clone(&self.site), job, request, signal));
+            }
+            Effect::ReadFiles => {
+                if self.reading.as_ref().is_none_or(AbortHandle::is_finished) {
+                    self.reading = Some(self.effects.spawn(read_files(self.dir.clone())));
+                }
+            }
+            // Done by the caller, who knows what waits for it.
+            Effect::Persist => {}
+            Effect::CleanUp => self.clean_up().await,
+            Effect::Hurry => self.site.hurry.notify_one(),
+            Effect::Remove => self.remove().await,
+        }
+    }
+
+    /// Writes the record.
+    async fn persist(&self, pod: &Pod) -> Result<(), String> {
         let submitting = matches!(pod.state, State::Submitting { look: None });
         if submitting {
             crash::point("agent.record.before");
@@ -98,25 +129,9 @@ impl Actor {
         if submitting {
             crash::point("agent.record.after");
         }
-        let error = match written {
-            Ok(Ok(())) => {
-                self.saved = true;
-                return true;
-            }
-            Ok(Err(error)) => chain(&error),
-            Err(error) => chain(&error),
-        };
-        self.saved = false;
-        tracing::error!(uid = %self.uid, error, "the pod's record could not be written");
-        if submitting && let Some(own) = self.own.upgrade() {
-            let event = Event::Refused {
-                kind: RefusalKind::Throttled,
-                words: error,
-            };
-            // A full queue only means that somebody else will wake this pod.
-            drop(own.try_send(Input::Event(event)));
-        }
-        false
+        written
+            .map_err(|error| chain(&error))?
+            .map_err(|error| chain(&error))
     }
 
     pub(super) async fn remove(&self) {

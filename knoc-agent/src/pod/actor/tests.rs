@@ -1,38 +1,101 @@
 //! Actors over a real state directory and a scheduler of scripts.
 
-use std::{os::unix::fs::PermissionsExt as _, time::Duration};
+use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use jiff::Timestamp;
-use knoc_proto::{ids::PodUid, pb::PodPhase};
-
-use crate::{
-    app::fake::Fake,
-    jobdir::atomic,
-    lease::{Holder, Process, STALE},
+use knoc_proto::{
+    ids::PodUid,
+    pb::{self, PodPhase},
+    reason::ErrorReason,
 };
 
-/// Slurm's commands as scripts, and so many submissions a second, one at a time.
+use super::Input;
+use crate::{
+    app::fake::{Fake, SOON},
+    jobdir::atomic,
+    lease::{Holder, Process, STALE},
+    pod::state::Event,
+    shim::STOP_SIGNAL,
+};
+
+/// Slurm's commands as scripts that note what they were asked, and so many submissions a second, one at a time.
 async fn slurm(rate: f32) -> Fake {
     let fake = Fake::new(&format!(
         "[env]\nPATH = \"{{dir}}:/usr/bin:/bin\"\n\
          [limits]\nsbatch_burst = 1\nsbatch_rate = {rate:?}\n"
     ))
     .await;
-    let counting = format!(
-        "cat >/dev/null; echo x >>{}/jobs; echo 7",
-        fake.path().display()
-    );
-    for (name, script) in [("sinfo", "true"), ("sbatch", &counting)] {
-        let path = fake.path().join(name);
-        atomic::write(&path, format!("#!/bin/sh\n{script}\n").as_bytes(), 0o755).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    for (name, script) in [
+        ("sinfo", "true"),
+        ("sbatch", "cat >/dev/null; echo 7"),
+        ("scancel", "true"),
+    ] {
+        program(&fake, name, script);
     }
     fake
 }
 
-fn jobs(fake: &Fake) -> usize {
-    let text = std::fs::read_to_string(fake.path().join("jobs")).unwrap_or_default();
-    text.lines().count()
+fn program(fake: &Fake, name: &str, script: &str) {
+    let path = fake.path().join(name);
+    let calls = fake.path().join("calls");
+    let text = format!(
+        "#!/bin/sh\n{script}\necho \"{name} $*\" >>'{}'\n",
+        calls.display()
+    );
+    atomic::write(&path, text.as_bytes(), 0o755).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// How often a command was asked with these words in its arguments.
+fn calls(fake: &Fake, name: &str, words: &str) -> usize {
+    let text = std::fs::read_to_string(fake.path().join("calls")).unwrap_or_default();
+    let lines = text.lines().filter(|line| line.starts_with(name));
+    lines.filter(|line| line.contains(words)).count()
+}
+
+/// Waits until a command was asked with these words.
+async fn called(fake: &Fake, name: &str, words: &str) {
+    let asked = async {
+        while calls(fake, name, words) == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let waited = tokio::time::timeout(SOON, asked).await;
+    waited.unwrap_or_else(|_| panic!("never: {name} {words}"));
+}
+
+fn uid(name: &str) -> PodUid {
+    PodUid::try_from(name).unwrap()
+}
+
+/// Something happens to a pod.
+fn happens(fake: &Fake, uid: &PodUid, event: Event) {
+    let handles = fake.registry.handles();
+    let (_, handle) = handles.iter().find(|(known, _)| known == uid).unwrap();
+    assert!(handle.offer(Input::Event(event)));
+}
+
+/// What the shim of a pod says that runs.
+fn report(uid: &PodUid) -> pb::Report {
+    pb::Report {
+        uid: uid.to_string(),
+        job_id: "7".to_owned(),
+        sequence: 1,
+        capabilities: vec![STOP_SIGNAL.to_owned()],
+        ..pb::Report::default()
+    }
+}
+
+/// A pod whose shim said that it runs.
+async fn running(fake: &Fake, name: &str) -> PodUid {
+    let uid = uid(name);
+    fake.ensure(&uid).await;
+    fake.seen(&uid, |seen| seen.phase() == PodPhase::Queued)
+        .await;
+    happens(fake, &uid, Event::Report(Box::new(report(&uid))));
+    fake.seen(&uid, |seen| seen.phase() == PodPhase::Running)
+        .await;
+    uid
 }
 
 /// Another host's agent takes over, as if we had been silent for too long.
@@ -48,7 +111,7 @@ fn fence(fake: &Fake) {
 #[tokio::test]
 async fn an_agent_that_is_fenced_while_it_waits_for_its_rate_submits_nothing() {
     let fake = slurm(0.5).await;
-    let [first, second] = ["a", "b"].map(|uid| PodUid::try_from(uid).unwrap());
+    let [first, second] = ["a", "b"].map(uid);
     fake.ensure(&first).await;
     fake.seen(&first, |seen| seen.phase() == PodPhase::Queued)
         .await;
@@ -62,5 +125,49 @@ async fn an_agent_that_is_fenced_while_it_waits_for_its_rate_submits_nothing() {
     .await;
     let seen = fake.site.board.get("b").unwrap();
     assert!(seen.message.contains("was fenced"), "{}", seen.message);
-    assert_eq!(jobs(&fake), 1);
+    assert_eq!(calls(&fake, "sbatch", ""), 1);
+}
+
+/// Nothing can be renamed over a folder.
+fn block(path: &Path) {
+    std::fs::remove_file(path).unwrap();
+    std::fs::create_dir(path).unwrap();
+}
+
+/// The containers of a pod that is deleted while its record cannot be written have their whole grace all the same.
+#[tokio::test]
+async fn what_a_failed_write_held_back_is_done_once_it_succeeds() {
+    let fake = slurm(100.0).await;
+    let pod = running(&fake, "a").await;
+    let record = fake.site.state.pod(&pod).record_path();
+    block(&record);
+    let grace = Some(Duration::from_hours(1));
+    let refused = fake.registry.delete(&pod, grace, String::new()).await;
+    assert_eq!(refused.unwrap_err().reason, ErrorReason::Internal);
+    assert_eq!(calls(&fake, "scancel", ""), 0);
+    std::fs::remove_dir(&record).unwrap();
+    called(&fake, "scancel", "--signal=USR1").await;
+    let deleted = fake.registry.delete(&pod, grace, String::new()).await;
+    assert!(deleted.unwrap().deleting);
+}
+
+/// The answer of an sbatch that runs is awaited, whatever else cannot be written meanwhile: its job would be lost.
+#[tokio::test]
+async fn a_record_that_cannot_be_written_during_sbatch_loses_no_job() {
+    let fake = slurm(100.0).await;
+    let gate = fake.path().join("gate");
+    let waits = format!(
+        "cat >/dev/null; while ! test -e '{}'; do sleep 0.01; done; echo 7",
+        gate.display()
+    );
+    program(&fake, "sbatch", &waits);
+    let pod = uid("a");
+    fake.ensure(&pod).await;
+    let record = fake.site.state.pod(&pod).record_path();
+    block(&record);
+    let refused = fake.registry.delete(&pod, None, String::new()).await;
+    refused.unwrap_err();
+    std::fs::remove_dir(&record).unwrap();
+    atomic::write(&gate, b"", 0o600).unwrap();
+    called(&fake, "scancel", "--state=PENDING 7").await;
 }

@@ -21,7 +21,7 @@ use super::{Actor, Refused};
 use crate::{
     config::AtRest,
     jobdir::JobDir,
-    pod::state::{Event, Pod},
+    pod::state::{Effect, Event, Pod},
     shims::{Client, DEADLINE},
     site::Site,
 };
@@ -82,10 +82,8 @@ impl Actor {
         } else {
             self.values_revision = revision;
             self.hold(values);
-            if !self.persist(pod).await {
-                let message = "the pod's record could not be written";
-                return Err(Refused::new(ErrorReason::Internal, message));
-            }
+            self.perform(pod, vec![Effect::Persist]).await;
+            self.saved()?;
         }
         self.give_values(pod, false);
         Ok(())
