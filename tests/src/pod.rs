@@ -6,6 +6,16 @@ use anyhow::Context as _;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
+/// Below those that the system gives to clients.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
+/// A port for a server in a pod, even; the next one is free too. Containers of one node share its network, so each pod
+/// takes its own.
+#[must_use]
+pub fn some_port() -> u16 {
+    rand::random_range(PORTS) & !1
+}
+
 /// A pod that is being described. The last container added is the one that `command`, `env` and the like speak of.
 #[derive(Clone, Debug)]
 pub struct PodBuilder {

@@ -1,9 +1,11 @@
-//! Unmodified kubectl through API server, kubelet, agent and shim: exec with and without a terminal, and cp.
+//! Unmodified kubectl through API server, kubelet, agent and shim: exec with and without a terminal, cp, and the refusal
+//! of debug.
 
-use std::time::Duration;
+use std::{ffi::OsStr, path::Path, time::Duration};
 
-use anyhow::ensure;
-use knoc_tests::{PodBuilder, Terminal, World, wait_for, world::SOON};
+use anyhow::{Context as _, ensure};
+use knoc_tests::{PodBuilder, Run, Terminal, World, wait_for, world::SOON};
+use serde_json::json;
 
 const MINUTES: Duration = Duration::from_mins(3);
 const SIZE: usize = 20 << 20;
@@ -11,9 +13,8 @@ const SIZE: usize = 20 << 20;
 async fn target(test: &str) -> anyhow::Result<World> {
     let world = World::new(test).await?;
     world
-        .create(&PodBuilder::new("target").sh("sleep 600"))
+        .running(&PodBuilder::new("target").sh("sleep 600"))
         .await?;
-    world.wait_phase("target", "Running", SOON).await?;
     Ok(world)
 }
 
@@ -80,15 +81,93 @@ async fn exec_and_cp_carry_binary_both_ways() -> anyhow::Result<()> {
         (up.as_os_str(), "target:/tmp/file".as_ref()),
         ("target:/tmp/file".as_ref(), down.as_os_str()),
     ] {
-        world
-            .kubectl(["cp", "--retries=0"])
-            .arg(from)
-            .arg(to)
-            .deadline(MINUTES)
-            .ok()
-            .await?;
+        copy(&world, from, to).await?;
     }
     ensure!(tokio::fs::read(&down).await? == bytes, "cp changed bytes");
+    world.finish().await
+}
+
+/// `kubectl cp`, one of the two in the pod.
+async fn copy(world: &World, from: &OsStr, to: &OsStr) -> anyhow::Result<()> {
+    let run = world.kubectl(["cp", "--retries=0"]).arg(from).arg(to);
+    run.deadline(MINUTES).ok().await.map(drop)
+}
+
+/// The first word of what `sha256sum` says.
+async fn sum(run: Run) -> anyhow::Result<String> {
+    let said = run.deadline(MINUTES).ok().await?.text();
+    let sum = said.split_whitespace().next();
+    Ok(sum.context("sha256sum said nothing")?.to_owned())
+}
+
+#[tokio::test]
+async fn a_gibibyte_is_copied_both_ways() -> anyhow::Result<()> {
+    const MEBIBYTES: u64 = 1024;
+    let world = World::new("kubectl-gib").await?;
+    let pod = PodBuilder::new("target")
+        .sh("sleep 3600")
+        .spec("volumes", json!([{"name": "data", "emptyDir": {}}]))
+        .set(
+            "volumeMounts",
+            json!([{"name": "data", "mountPath": "/data"}]),
+        );
+    world.running(&pod).await?;
+    let folder = tempfile::tempdir()?;
+    let (up, down) = (folder.path().join("up"), folder.path().join("down"));
+    let random = Run::new("dd")
+        .args(["if=/dev/urandom", "bs=1M"])
+        .arg(format!("count={MEBIBYTES}"))
+        .arg(format!("of={}", up.display()));
+    random.deadline(MINUTES).ok().await?;
+    let local = async |file: &Path| sum(Run::new("sha256sum").arg(file)).await;
+    let expected = local(&up).await?;
+    copy(&world, up.as_os_str(), "target:/data/file".as_ref()).await?;
+    let there = world.kubectl(["exec", "target", "--", "sha256sum", "/data/file"]);
+    let there = sum(there).await?;
+    ensure!(there == expected, "{there} is in the pod, not {expected}");
+    copy(&world, "target:/data/file".as_ref(), down.as_os_str()).await?;
+    let size = tokio::fs::metadata(&down).await?.len();
+    ensure!(size == MEBIBYTES << 20, "{size} bytes came back");
+    let back = local(&down).await?;
+    ensure!(back == expected, "{back} came back, not {expected}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn debug_says_that_it_is_not_supported() -> anyhow::Result<()> {
+    const WORDS: &str = "ephemeral containers (kubectl debug) are not supported by this node";
+    let world = target("kubectl-debug").await?;
+    let image = format!("--image={}", PodBuilder::image_name());
+    // With input it waits for the container, and shows what became of it.
+    let debug = ["debug", "-i", "target", "-c", "helper", "--target=main"];
+    let run = world.kubectl(debug).arg(&image).args(["--", "true"]);
+    let refused = run.stdin("").output().await?;
+    ensure!(
+        refused.code != 0 && refused.stderr.contains(WORDS),
+        "{refused}"
+    );
+    let told = world
+        .wait("target", "the container's end", SOON, |pod| {
+            let statuses = pod.status.as_ref()?.ephemeral_container_statuses.as_ref()?;
+            statuses.first()?.state.as_ref()?.terminated.clone()
+        })
+        .await?;
+    ensure!(told.message.as_deref() == Some(WORDS), "{told:?}");
+    wait_for("an Event", SOON, async || {
+        let events = world.events("target").await?;
+        let told = |event: &String| event.contains("ephemeralContainers");
+        ensure!(events.iter().any(told), events.join("; "));
+        Ok(())
+    })
+    .await?;
+    // The pod does not mind.
+    let pod = world.wait_phase("target", "Running", SOON).await?;
+    let statuses = pod.status.and_then(|status| status.container_statuses);
+    let main = statuses.into_iter().flatten().next().context("no status")?;
+    ensure!(main.restart_count == 0 && main.ready, "{main:?}");
+    let exec = ["exec", "target", "-c", "main", "--", "echo", "alive"];
+    let alive = world.kubectl(exec).ok().await?;
+    ensure!(alive.stdout == b"alive\n", "{alive}");
     world.finish().await
 }
 

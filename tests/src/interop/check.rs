@@ -7,7 +7,7 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use super::clients::{Client, Target, Verb};
-use crate::{Background, PodBuilder, Run, Terminal, World, wait_for, world::SOON};
+use crate::{Background, PodBuilder, Run, Terminal, World, pod::some_port, wait_for, world::SOON};
 
 /// Bytes of the streams.
 const SIZE: usize = 1 << 20;
@@ -17,10 +17,6 @@ const POD: &str = "target";
 
 /// Of what a stream says next.
 const WORDS: Duration = Duration::from_secs(30);
-
-/// Ports below those that the system gives to clients; containers of one node share its network, so each pod takes
-/// its own.
-const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 /// A client and its pod.
 #[derive(Debug)]
@@ -38,7 +34,7 @@ pub struct Scene {
 impl Scene {
     /// Creates the pod and waits until it runs.
     pub async fn set(world: World, client: Client) -> anyhow::Result<Self> {
-        let request_port = rand::random_range(PORTS) & !1;
+        let request_port = some_port();
         let scene = Self {
             world,
             client,

@@ -1,0 +1,105 @@
+//! `knocctl attach` and `port-forward` through agent and shim on a real cluster, from another host, over mutual TLS.
+
+use anyhow::ensure;
+use knoc_tests::{
+    Forward, PodBuilder, Terminal, World,
+    pod::some_port,
+    wait_for,
+    world::{SOON, exit_code},
+};
+use serde_json::json;
+
+#[tokio::test]
+async fn knocctl_attaches_detaches_and_hands_on_the_exit_code() -> anyhow::Result<()> {
+    let world = World::new("ctl-attach").await?;
+    let script =
+        "while read line; do echo got $line; echo err $line >&2; [ $line = end ] && exit 5; done";
+    let pod = PodBuilder::new("talk").sh(script).set("stdin", json!(true));
+    let uid = world.running(&pod).await?;
+    let attach = ["attach", "-i", uid.as_str()];
+    let first = world.knocctl(attach).stdin("one\n").output().await?;
+    ensure!(first.code == 0 && first.text() == "got one", "{first}");
+    ensure!(first.stderr.contains("err one\n"), "{first}");
+    // Who leaves leaves the program its input.
+    let last = world.knocctl(attach).stdin("two\nend\n").output().await?;
+    ensure!(
+        last.code == 5 && last.text() == "got two\ngot end",
+        "{last}"
+    );
+    let ended = world.wait_phase("talk", "Failed", SOON).await?;
+    ensure!(exit_code(&ended, "main") == Some(5), "{:?}", ended.status);
+    let over = world.knocctl(attach).stdin("").output().await?;
+    ensure!(over.code != 0 && !over.stderr.is_empty(), "{over}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn knocctl_attaches_to_a_terminal() -> anyhow::Result<()> {
+    let world = World::new("ctl-terminal").await?;
+    let pod = PodBuilder::new("shell")
+        .command(["sh"])
+        .set("stdin", json!(true))
+        .set("tty", json!(true));
+    let uid = world.running(&pod).await?;
+    let args = ["attach", "-it", uid.as_str()];
+    let mut terminal = Terminal::start("knocctl", &args, 33, 101)?;
+    wait_for("the terminal's size", SOON, async || {
+        terminal.type_text("stty size; tty\n")?;
+        let shown = terminal.shown();
+        ensure!(shown.contains("33 101") && shown.contains("/dev/"), shown);
+        Ok(())
+    })
+    .await?;
+    terminal.type_text("exit 7\n")?;
+    ensure!(terminal.exit_code().await? == Some(7));
+    world.wait_phase("shell", "Failed", SOON).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn knocctl_forwards_ports_with_their_half_closes_until_the_pod_ends() -> anyhow::Result<()> {
+    let world = World::new("ctl-forward").await?;
+    let port = some_port();
+    // Answers when all of the question has come.
+    let server =
+        format!("exec nc -ll -p {port} -e sh -c 'cat >/tmp/got; cat /tmp/got; echo -n end'");
+    let uid = world
+        .running(&PodBuilder::new("server").sh(&server))
+        .await?;
+    let ports = format!(":{port}");
+    let mut forward = Forward::start(world.knocctl(["port-forward", &uid, &ports])).await?;
+    let question = vec![7; 5 << 20];
+    wait_for("an answer", SOON, async || {
+        let answer = forward.exchange(&question).await?;
+        ensure!(
+            answer.strip_suffix(b"end") == Some(&question),
+            "{} bytes; {}",
+            answer.len(),
+            forward.program.shown()
+        );
+        Ok(())
+    })
+    .await?;
+    world.delete("server", Some(0)).await?;
+    let code = forward.program.exit_code(SOON).await?;
+    let said = forward.program.shown();
+    ensure!(code == 1 && said.contains("has ended"), "{code} {said}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn knocctl_forwards_to_no_listener_of_the_node() -> anyhow::Result<()> {
+    let world = World::new("ctl-foreign").await?;
+    let uid = world
+        .running(&PodBuilder::new("quiet").command(["sleep", "600"]))
+        .await?;
+    // slurmd's.
+    let mut forward = Forward::start(world.knocctl(["port-forward", &uid, ":6818"])).await?;
+    let answer = forward.exchange(b"?").await.unwrap_or_default();
+    ensure!(answer.is_empty(), "{answer:?}");
+    forward
+        .program
+        .expect("port 6818 of the node belongs to a process outside the pod")
+        .await?;
+    world.finish().await
+}
