@@ -26,6 +26,12 @@ const CALL_DEADLINE: Duration = Duration::from_secs(20);
 /// What one message may weigh. A pod with its values is at most a few MiB (`ConfigMaps` and Secrets are 1 MiB each).
 pub const MESSAGE_LIMIT: usize = knoc_proto::link::MAX_MESSAGE;
 
+/// Does this tell what the site has? An agent that has just started, or whose Slurm is away since then, does not know yet.
+#[must_use]
+pub fn tells_capacity(node: &pb::NodeInfo) -> bool {
+    node.nodes_total > 0 || node.cpu > 0
+}
+
 /// Is the agent there?
 #[derive(Clone, Debug)]
 pub enum Link {

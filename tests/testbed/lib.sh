@@ -68,8 +68,9 @@ install_go() {
     export PATH=$tools/bin:$PATH
 }
 
-# A pid file holds "PID START", START being the process's start time: a recycled pid is never taken for ours.
-start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
+# A pid file holds "PID START", START being the process's start time: a recycled pid is never taken for ours. One that has ended
+# and waits for its parent (Z) has none.
+start_time() { sed -n 's/.*) \([^Z] .*\)/\1/p' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 alive() { # alive PIDFILE
     local pid began
     read -r pid began 2>/dev/null <"$1" && [ -n "$began" ] && [ "$(start_time "$pid")" = "$began" ]

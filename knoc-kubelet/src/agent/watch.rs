@@ -10,7 +10,7 @@ use knoc_proto::pb::{self, pod_event::Event};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{Agent, Link};
+use super::{Agent, Link, tells_capacity};
 use crate::pods::{Store, UNREACHABLE_AFTER, Uid, queue::Queue};
 
 /// The first attempt to come back; each further one twice as late.
@@ -99,7 +99,9 @@ impl AgentWatch {
         loop {
             match stream.message().await {
                 Ok(Some(node)) => {
-                    self.capacity.send_replace(Some(Arc::new(node)));
+                    self.capacity.send_modify(|known| {
+                        *known = Some(Arc::new(newest(known.as_deref(), node)));
+                    });
                 }
                 Ok(None) => return tonic::Status::unavailable("the agent ended WatchNode"),
                 Err(status) => return status,
@@ -226,5 +228,48 @@ impl AgentWatch {
                 self.queue.push_after(uid, after);
             }
         }
+    }
+}
+
+/// PURE: what an earlier agent told of the capacity stands until this one knows it: no node shrinks to nothing because an
+/// agent was restarted.
+fn newest(known: Option<&pb::NodeInfo>, told: pb::NodeInfo) -> pb::NodeInfo {
+    match known {
+        Some(known) if !tells_capacity(&told) => pb::NodeInfo {
+            scheduler: told.scheduler,
+            pid_isolation: told.pid_isolation,
+            pod_limit: told.pod_limit,
+            ..known.clone()
+        },
+        Some(_) | None => told,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restarted_agent_does_not_shrink_the_node() {
+        let known = pb::NodeInfo {
+            cpu: 96,
+            nodes_total: 3,
+            ..pb::NodeInfo::default()
+        };
+        let away = pb::NodeInfo {
+            scheduler: Some(pb::SchedulerHealth::default()),
+            pod_limit: 9,
+            ..pb::NodeInfo::default()
+        };
+        let both = newest(Some(&known), away.clone());
+        assert_eq!((both.cpu, both.nodes_total, both.pod_limit), (96, 3, 9));
+        assert!(both.scheduler.is_some());
+        assert_eq!(newest(None, away.clone()), away);
+        // All nodes down is an answer.
+        let none = pb::NodeInfo {
+            nodes_total: 3,
+            ..pb::NodeInfo::default()
+        };
+        assert_eq!(newest(Some(&known), none.clone()), none);
     }
 }

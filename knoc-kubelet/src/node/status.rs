@@ -12,7 +12,7 @@ use super::{
     release::{self, Release},
 };
 use crate::{
-    agent::Link,
+    agent::{Link, tells_capacity},
     certs::{Health, Purpose},
 };
 
@@ -78,7 +78,8 @@ pub fn status(facts: &Facts<'_>) -> Value {
     if let (Some(features), Value::Object(fields)) = (declared(facts), &mut status) {
         fields.insert("declaredFeatures".to_owned(), features);
     }
-    if let (Some(capacity), Value::Object(fields)) = (facts.capacity, &mut status) {
+    let told = facts.capacity.filter(|capacity| tells_capacity(capacity));
+    if let (Some(capacity), Value::Object(fields)) = (told, &mut status) {
         fields.insert("capacity".to_owned(), resources(identity, capacity, 1));
         let factor = i64::from(identity.queue_factor);
         fields.insert(
@@ -459,6 +460,29 @@ mod tests {
         assert_eq!(said(Some(new), None), Some(json!(one)));
         assert_eq!(said(Some(old), Some(&declared)), Some(json!([])));
         assert_eq!(said(Some(old), None), None);
+    }
+
+    #[test]
+    fn a_capacity_that_is_not_known_yet_is_not_shown_as_none() {
+        let (identity, link) = (identity(), up());
+        let capacity = pb::NodeInfo {
+            scheduler: Some(pb::SchedulerHealth::default()),
+            ..pb::NodeInfo::default()
+        };
+        let facts = Facts {
+            identity: &identity,
+            link: &link,
+            capacity: Some(&capacity),
+            orphans: 0,
+            certificates: &[],
+            features: None,
+            previous: None,
+            now: at(100),
+        };
+        let status = status(&facts);
+        assert_eq!(status.get("capacity"), None);
+        let conditions = status.get("conditions").unwrap().to_string();
+        assert!(conditions.contains("ControllerDown"), "{conditions}");
     }
 
     #[test]

@@ -11,7 +11,10 @@ use std::{
 
 use knoc_proto::pb;
 
-use crate::pods::{store::Uid, translate};
+use crate::{
+    agent::tells_capacity,
+    pods::{store::Uid, translate},
+};
 
 /// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, the rest in pieces.
 pub(super) type Amounts = BTreeMap<String, i64>;
@@ -70,9 +73,10 @@ pub(super) struct Allocatable {
 impl Allocatable {
     /// As the Node shows it ([`crate::node::status`]), CPU in thousandths.
     pub(super) fn of(total: Option<&pb::NodeInfo>, pods: u32, queue_factor: u32) -> Self {
-        let Some(total) = total else {
+        let limit = total.map_or(pods, |total| crate::node::status::pod_limit(pods, total));
+        let Some(total) = total.filter(|total| tells_capacity(total)) else {
             return Self {
-                pods: pods.into(),
+                pods: limit.into(),
                 amounts: None,
             };
         };
@@ -88,7 +92,7 @@ impl Allocatable {
             *amount = amount.saturating_mul(factor);
         }
         Self {
-            pods: crate::node::status::pod_limit(pods, total).into(),
+            pods: limit.into(),
             amounts: Some(amounts),
         }
     }

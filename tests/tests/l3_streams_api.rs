@@ -1,0 +1,318 @@
+//! The rules of exec, attach and port-forward through the API server, by unmodified kubectl and the Rust client: what
+//! becomes of a command whose client is gone, whose ports can be reached, who may type, and what is refused in which words.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use futures::future::try_join_all;
+use k8s_openapi::api::core::v1::Pod;
+use knoc_tests::{
+    Background, Forward, PodBuilder, World,
+    pod::some_port,
+    wait_for,
+    world::{SOON, exit_code},
+};
+use kube::api::AttachParams;
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    sync::Barrier,
+};
+
+const MINUTES: Duration = Duration::from_mins(3);
+
+/// The process of the pod's shim on its node, and all children of it, as `STATE ARGUMENTS` each.
+async fn children_of_shim(world: &World, node: &str, uid: &str) -> anyhow::Result<Vec<String>> {
+    let shim = format!("knoc-agent shim .*{uid}");
+    let shim = world.on(node, ["pgrep", "-f", &shim]).ok().await?.text();
+    let children = world.on(
+        node,
+        ["ps", "-o", "stat,args", "--no-headers", "--ppid", &shim],
+    );
+    let children = children.ok().await?.text();
+    Ok(children.lines().map(str::to_owned).collect())
+}
+
+#[tokio::test]
+async fn a_command_whose_client_is_gone_hears_hup_then_term_and_is_reaped() -> anyhow::Result<()> {
+    let world = World::new("api-gone").await?;
+    let uid = world
+        .running(&PodBuilder::new("target").command(["sleep", "600"]))
+        .await?;
+    let node = world.compute_node(&uid).await?;
+    let before = children_of_shim(&world, &node, &uid).await?;
+    let script = "trap 'echo HUP >>/tmp/heard' HUP; trap 'echo TERM >>/tmp/heard; exit' TERM; \
+                  echo ready; while :; do sleep 0.1; done";
+    let exec = ["exec", "target", "--", "sh", "-c", script];
+    let mut client = Background::start(world.kubectl(exec))?;
+    client.expect("ready\n").await?;
+    client.kill().await?;
+    let inside = async |command: &str| {
+        let run = world.kubectl(["exec", "target", "--", "sh", "-c", command]);
+        anyhow::Ok(run.ok().await?.text())
+    };
+    wait_for("HUP, then TERM", SOON, async || {
+        let heard = inside("cat /tmp/heard").await?;
+        ensure!(heard == "HUP\nTERM", heard);
+        Ok(())
+    })
+    .await?;
+    wait_for("the command is no more", SOON, async || {
+        let all = inside("ps -o stat,args").await?;
+        let left = |line: &&str| line.starts_with('Z') || line.contains("ready; while");
+        let left: Vec<&str> = all.lines().filter(left).collect();
+        ensure!(left.is_empty(), "in the container: {left:?}");
+        // Nor is what led it into the container.
+        let after = children_of_shim(&world, &node, &uid).await?;
+        ensure!(after.len() == before.len(), "of the shim: {after:?}");
+        Ok(())
+    })
+    .await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn ports_lead_to_the_pods_own_listeners_with_their_half_closes() -> anyhow::Result<()> {
+    let world = World::new("api-ports").await?;
+    let port = some_port();
+    let server = format!("exec nc -ll -p {port} -e sha256sum");
+    world
+        .running(&PodBuilder::new("server").sh(&server))
+        .await?;
+    let forward = async |port: u16| {
+        let port = format!(":{port}");
+        Forward::start(world.kubectl(["port-forward", "server", &port])).await
+    };
+    // The sum of all comes after the end of all.
+    let question = vec![7; 5 << 20];
+    let expected = format!("{:x}  -\n", Sha256::digest(&question));
+    let own = forward(port).await?;
+    wait_for("the server answers", SOON, async || {
+        let answer = String::from_utf8(own.exchange(&question).await?)?;
+        ensure!(answer == expected, answer);
+        Ok(())
+    })
+    .await?;
+    let nobodys = "connection refused";
+    let slurmds = "belongs to a process outside the pod";
+    for (port, words) in [(port + 1, nobodys), (6818, slurmds)] {
+        let mut forward = forward(port).await?;
+        let answer = forward.exchange(b"?").await.unwrap_or_default();
+        ensure!(answer.is_empty(), "{port} answered {answer:?}");
+        forward.program.expect(words).await?;
+    }
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_listener_of_the_same_user_outside_the_pod_is_refused_by_name() -> anyhow::Result<()> {
+    let world = World::new("api-foreign").await?;
+    let uid = world
+        .running(&PodBuilder::new("quiet").command(["sleep", "600"]))
+        .await?;
+    let node = world.compute_node(&uid).await?;
+    let port = some_port().to_string();
+    let busybox = "/images/busybox/bin/busybox";
+    // Ends by itself where the test does not come to its end.
+    let server = [
+        "timeout", "120", busybox, "nc", "-ll", "-p", &port, "-e", "cat",
+    ];
+    let _server = Background::start(world.on(&node, server))?;
+    wait_for("it listens", SOON, async || {
+        let look = format!("exec 3<>/dev/tcp/127.0.0.1/{port}");
+        world.on(&node, ["bash", "-c", &look]).ok().await
+    })
+    .await?;
+    let forward = world.kubectl(["port-forward", "quiet", &format!(":{port}")]);
+    let mut forward = Forward::start(forward).await?;
+    let answer = forward.exchange(b"?").await.unwrap_or_default();
+    ensure!(answer.is_empty(), "{answer:?}");
+    let words = format!("port {port} of the node belongs to a process outside the pod");
+    forward.program.expect(&words).await?;
+    world.finish().await
+}
+
+fn listener(name: &str, script: &str, once: bool) -> PodBuilder {
+    PodBuilder::new(name)
+        .sh(script)
+        .set("stdin", json!(true))
+        .set("stdinOnce", json!(once))
+}
+
+#[tokio::test]
+async fn stdin_once_ends_with_its_first_client() -> anyhow::Result<()> {
+    let world = World::new("api-once").await?;
+    world
+        .running(&listener("cat", "cat; echo over; exit 3", true))
+        .await?;
+    let attach = ["attach", "-i", "cat"];
+    let attached = world.kubectl(attach).stdin("hello\n").output().await?;
+    // The pod's status has the code, as with a real kubelet.
+    ensure!(
+        attached.code == 0 && attached.text() == "hello\nover",
+        "{attached}"
+    );
+    let ended = world.wait_phase("cat", "Failed", SOON).await?;
+    ensure!(exit_code(&ended, "main") == Some(3), "{:?}", ended.status);
+    // Another that goes on without input: who comes next has none to give.
+    world
+        .running(&listener("deaf", "cat; echo over; exec sleep 600", true))
+        .await?;
+    let mut first = Background::start(world.kubectl(["attach", "-i", "deaf"]))?;
+    first.expect("over\n").await?;
+    first.kill().await?;
+    let second = world.kubectl(["attach", "-i", "deaf"]).stdin("x\n");
+    let second = second.output().await?;
+    ensure!(
+        second.code != 0 && second.stderr.contains("its standard input"),
+        "{second}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
+async fn stdin_without_once_stays_open_for_the_next_client() -> anyhow::Result<()> {
+    let world = World::new("api-often").await?;
+    let script = "while read line; do echo got $line; [ $line = end ] && exit 5; done";
+    world.running(&listener("reader", script, false)).await?;
+    for (typed, expected) in [("one\n", "got one"), ("two\nend\n", "got two\ngot end")] {
+        let attach = world.kubectl(["attach", "-i", "reader"]).stdin(typed);
+        let attached = attach.ok().await?;
+        ensure!(attached.text() == expected, "{attached}");
+    }
+    let ended = world.wait_phase("reader", "Failed", SOON).await?;
+    ensure!(exit_code(&ended, "main") == Some(5), "{:?}", ended.status);
+    world.finish().await
+}
+
+#[tokio::test]
+async fn attach_and_exec_to_a_pod_that_has_ended_are_refused() -> anyhow::Result<()> {
+    let world = World::new("api-ended").await?;
+    world.run(&PodBuilder::new("over"), "Succeeded").await?;
+    let attach = world.kubectl(["attach", "over"]).output().await?;
+    let words = "cannot attach a container in a completed pod";
+    ensure!(
+        attach.code != 0 && attach.stderr.contains(words),
+        "{attach}"
+    );
+    // What kubectl does not even ask.
+    let base = format!("{}/over", world.namespace);
+    let full = format!("over_{}", world.namespace);
+    for (path, status, words) in [
+        (
+            format!("attach/{base}/main?output=1"),
+            500,
+            format!("container main not found in pod {full}"),
+        ),
+        (
+            format!("exec/{base}/main?command=true&output=1"),
+            500,
+            "container not found (\"main\")".to_owned(),
+        ),
+        (
+            format!("portForward/{base}"),
+            500,
+            format!("pod not found (\"{full}\")"),
+        ),
+    ] {
+        refused(&world, &path, status, &words).await?;
+    }
+    world.finish().await
+}
+
+/// The kubelet refuses a GET of that path.
+async fn refused(world: &World, path: &str, status: u16, words: &str) -> anyhow::Result<()> {
+    let Err(error) = world.kubelet(path).await else {
+        anyhow::bail!("{path} was answered");
+    };
+    let told = error.downcast_ref::<kube::Error>();
+    let Some(kube::Error::Api(told)) = told else {
+        anyhow::bail!("{path}: {error:#}");
+    };
+    // The client quotes what is no JSON.
+    let message = told.message.replace("\\\"", "\"");
+    ensure!(
+        told.code == status && message.contains(words),
+        "{path}: {status} and {words:?} were expected, not {} and {message:?}",
+        told.code
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn another_uid_in_the_path_is_another_pod() -> anyhow::Result<()> {
+    let world = World::new("api-uid").await?;
+    let uid = world
+        .running(&PodBuilder::new("target").command(["sleep", "600"]))
+        .await?;
+    let other = "00000000-0000-4000-8000-000000000000";
+    let base = format!("{}/target", world.namespace);
+    let no_pod = format!("pod target_{} not found", world.namespace);
+    for (path, status, words) in [
+        (format!("portForward/{base}/{other}"), 404, "pod not found"),
+        (
+            format!("exec/{base}/{other}/main?command=true&output=1"),
+            500,
+            "container not found (\"main\")",
+        ),
+        (format!("attach/{base}/{other}/main?output=1"), 500, &no_pod),
+        // Its own is found: only the upgrade is missing.
+        (
+            format!("portForward/{base}/{uid}"),
+            400,
+            "unable to upgrade",
+        ),
+        (
+            format!("exec/{base}/{uid}/main?command=true&output=1"),
+            400,
+            "unable to upgrade",
+        ),
+    ] {
+        refused(&world, &path, status, words).await?;
+    }
+    let gone = format!("{}/nobody", world.namespace);
+    refused(
+        &world,
+        &format!("portForward/{gone}"),
+        404,
+        "pod does not exist",
+    )
+    .await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn two_hundred_execs_at_once_in_one_pod() -> anyhow::Result<()> {
+    const AT_ONCE: usize = 200;
+    let world = World::new("api-many").await?;
+    let pod = PodBuilder::new("target")
+        .command(["sleep", "600"])
+        .memory("512Mi");
+    world.running(&pod).await?;
+    let pods = world.api::<Pod>();
+    let all_run = Barrier::new(AT_ONCE);
+    let execs = (0..AT_ONCE).map(async |number| {
+        let script = "echo ready; read line; echo \"got $line\"; exit 3";
+        let how = AttachParams::default().stdin(true).stderr(false);
+        let mut process = pods.exec("target", ["sh", "-c", script], &how).await?;
+        let mut stdout = process.stdout().context("no output")?;
+        let mut stdin = process.stdin().context("no input")?;
+        let status = process.take_status().context("no status")?;
+        let mut ready = [0; 6];
+        stdout.read_exact(&mut ready).await?;
+        ensure!(&ready == b"ready\n", "{number}: {ready:?}");
+        all_run.wait().await;
+        stdin.write_all(format!("{number}\n").as_bytes()).await?;
+        let mut answer = String::new();
+        stdout.read_to_string(&mut answer).await?;
+        ensure!(answer == format!("got {number}\n"), "{number}: {answer:?}");
+        let status = status.await.context("ended without a status")?;
+        let words = status.message.unwrap_or_default();
+        ensure!(words.ends_with("exit code 3"), "{number}: {words}");
+        Ok(())
+    });
+    let all = tokio::time::timeout(MINUTES, try_join_all(execs)).await;
+    all.context("not all of them came to their end")??;
+    world.finish().await
+}
