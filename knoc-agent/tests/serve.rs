@@ -122,7 +122,7 @@ async fn a_mistake_in_the_site_file_stops_before_anything_starts() {
     let ended = output(&mut agent(home.path(), &["serve"])).await;
     let words = String::from_utf8_lossy(&ended.stderr);
     assert!(
-        words.contains("line 2") && words.contains("`slurm` or `local`"),
+        words.contains("agent.toml:2: ") && words.contains("`slurm` or `local`"),
         "{words}"
     );
     assert!(!home.path().join(".local").exists());

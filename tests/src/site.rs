@@ -6,8 +6,10 @@ mod daemon;
 mod kubelet;
 mod pods;
 
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -150,7 +152,8 @@ impl Site {
                 .map(|_| ())
                 .map_err(|status| status.to_string())
         })
-        .await?;
+        .await
+        .map_err(|error| error.context(self.log()))?;
         Ok(agent)
     }
 
@@ -350,11 +353,13 @@ fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
-/// A port below the ephemeral range, so that it stays ours while an agent is down.
+/// A port below the ephemeral range, so that it stays ours while an agent is down; none is given twice.
 pub(crate) fn free_port() -> anyhow::Result<u16> {
-    for _ in 0..100 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    for _ in 0..1000 {
         let port = rand::random_range(20_000..32_000);
-        if TcpListener::bind(loopback(port)).is_ok() {
+        let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if given.insert(port) && TcpListener::bind(loopback(port)).is_ok() {
             return Ok(port);
         }
     }

@@ -249,6 +249,17 @@ async fn follow(
     log.with_context(|| format!("follow {container}"))
 }
 
+/// Waits until the flood's last line is there.
+async fn flooded(world: &World, last: &str) -> anyhow::Result<()> {
+    wait_for("the flood is written", MINUTES, async || {
+        let tail = ["logs", "talker", "-c", "flood", "--tail=1"];
+        let tail = world.kubectl(tail).ok().await?;
+        ensure!(tail.text() == last, "{tail}");
+        Ok(())
+    })
+    .await
+}
+
 #[tokio::test]
 async fn a_hundred_followers_get_all_lines_beside_some_that_never_read() -> anyhow::Result<()> {
     const FOLLOWERS: usize = 100;
@@ -271,13 +282,7 @@ async fn a_hundred_followers_get_all_lines_beside_some_that_never_read() -> anyh
     let stuck = try_join_all((0..STUCK).map(|_| follow(&world, "talker", "flood"))).await?;
     let idle = try_join_all((0..STUCK).map(|_| follow(&world, "talker", "main"))).await?;
     let last = line(FLOOD - 1);
-    wait_for("the flood is written", MINUTES, async || {
-        let tail = ["logs", "talker", "-c", "flood", "--tail=1"];
-        let tail = world.kubectl(tail).ok().await?;
-        ensure!(tail.text() == last, "{tail}");
-        Ok(())
-    })
-    .await?;
+    flooded(&world, &last).await?;
     let expected = numbered(0..2 * LINES);
     // All are at the end of what there is when the program goes on.
     let half = Barrier::new(FOLLOWERS + 1);

@@ -87,7 +87,7 @@ impl Fake {
                 changes.changed().await.unwrap();
             }
         };
-        let waited = tokio::time::timeout(SOON, waiting).await;
-        waited.unwrap_or_else(|_| panic!("last seen: {last:?}"));
+        let outcome = tokio::time::timeout(SOON, waiting).await;
+        outcome.unwrap_or_else(|_| panic!("last seen: {last:?}"));
     }
 }

@@ -475,7 +475,7 @@ mod tests {
             capacity: Some(&capacity),
             orphans: 0,
             certificates: &[],
-            features: None,
+            server: None,
             previous: None,
             now: at(100),
         };

@@ -124,7 +124,7 @@ fn all(bed: &Path) -> Vec<Client> {
         ]
     };
     vec![
-        kubectl("kubectl 1.30", "1.30", "SPDY"),
+        kubectl("kubectl 1.30", "1.30", "WebSocket; ports by SPDY"),
         kubectl("kubectl 1.34", "1.34", "WebSocket, SPDY in WebSocket"),
         kubectl("kubectl 1.36", "1.36", "WebSocket, SPDY in WebSocket"),
         kubectl("kubectl 1.37", "1.37", "WebSocket, SPDY in WebSocket"),
