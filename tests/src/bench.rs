@@ -84,10 +84,10 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     figures.exec = exec::measure(&bed, if quick { 30 } else { EXECS }).await?;
     say("a followed log");
     figures.follow = follow::measure(&bed, if quick { 60 } else { FOLLOWED }).await?;
-    say("streams");
-    figures.streams = streams::measure(&bed, sizes(quick)).await?;
     say("memory and RPCs at 50 running pods");
     figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
+    say("streams");
+    figures.streams = streams::measure(&bed, sizes(quick)).await?;
     let text = report::page(&figures, &bed, quick)?;
     #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
     std::fs::write(page, text).with_context(|| page.display().to_string())?;

@@ -4,11 +4,13 @@
 //! or by a stream, and are not needed again. They count against the job's memory, a shim for each pod. So while the
 //! report does not change, the mapping of the code is told again and again that its pages are not needed; what is, is
 //! mapped again at the next step, from the page cache. A ping of the link maps a third of all code, and so it has to be
-//! repeated. Only code: it is never written to, so nothing is lost.
+//! repeated; and the kernel is asked for no huge pages there, one of which would bring 2 MiB for every step. Only code: it
+//! is never written to, so nothing is lost.
 
 use std::{path::Path, time::Duration};
 
 use knoc_proto::pb;
+use rustix::mm::Advice;
 use tokio::{sync::watch, time::timeout};
 
 /// Silence that makes a pod one that only runs, and from then on the time between two cleanings. One takes some tens of
@@ -18,11 +20,14 @@ const QUIET: Duration = Duration::from_secs(3);
 /// Gives code back whenever the pod is quiet. Ends with the publisher.
 pub(super) async fn keep_small(mut reports: watch::Receiver<pb::Report>) {
     let code = own_code();
+    // A kernel without huge pages does not know of it.
+    advise(&code, Advice::LinuxNoHugepage);
     loop {
         match timeout(QUIET, reports.changed()).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) => return,
-            Err(_quiet) => give_back(&code),
+            // Unmaps the pages until they are used again.
+            Err(_quiet) => advise(&code, Advice::LinuxDontNeed),
         }
     }
 }
@@ -38,20 +43,16 @@ fn own_code() -> Vec<(usize, usize)> {
     code(&maps, &exe)
 }
 
-/// Unmaps the pages of our own code until they are used again. Where that fails they stay, and nothing is lost.
-fn give_back(code: &[(usize, usize)]) {
+/// Tells the kernel of our own code. Where that fails the pages stay, and nothing is lost.
+fn advise(code: &[(usize, usize)], advice: Advice) {
     for &(start, length) in code {
         #[expect(unsafe_code, reason = "the kernel is told of a range of addresses")]
         // SAFETY: the range is one mapping of our own executable file that nobody may write to (`r-xp`), mapped for the
         // life of the process: dropped pages are read from the file again. The file is never overwritten (versions/X.Y.Z).
-        let given = unsafe {
-            rustix::mm::madvise(
-                std::ptr::with_exposed_provenance_mut(start),
-                length,
-                rustix::mm::Advice::LinuxDontNeed,
-            )
+        let taken = unsafe {
+            rustix::mm::madvise(std::ptr::with_exposed_provenance_mut(start), length, advice)
         };
-        if let Err(error) = given {
+        if let Err(error) = taken {
             tracing::debug!(%error, "the code stays resident");
         }
     }
@@ -102,7 +103,7 @@ mod tests {
             kib.unwrap().parse::<u64>().unwrap()
         };
         let before = resident();
-        give_back(&own_code());
+        advise(&own_code(), Advice::LinuxDontNeed);
         let after = resident();
         assert!(after < before, "{before} KiB, then {after} KiB");
         assert_eq!(code("", Path::new("/x")), []);
