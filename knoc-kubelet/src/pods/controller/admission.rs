@@ -1,5 +1,5 @@
 //! PURE: may this pod run here at all? Asked once, before the agent has it. Whether it belongs on this node:
-//! [`crate::node::place`]. Whether there is room: [`super::room`].
+//! [`mod@crate::node::place`]. Whether there is room: [`super::room`].
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
