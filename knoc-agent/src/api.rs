@@ -14,6 +14,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream::BoxStream};
 use knoc_proto::{
+    bulk,
     error::chain,
     ids::PodUid,
     link,
@@ -112,7 +113,7 @@ pub async fn serve(service: Service, incoming: link::Incoming, stop: Cancellatio
     let agent = AgentServer::new(service)
         .max_decoding_message_size(link::MAX_MESSAGE)
         .max_encoding_message_size(link::MAX_MESSAGE);
-    let agent = InterceptedService::new(agent, admit::Identities::new(policy));
+    let agent = InterceptedService::new(bulk::Served::new(agent), admit::Identities::new(policy));
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<AgentServer<Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -301,42 +302,42 @@ impl pb::agent_server::Agent for Service {
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 
-    type ReadLogsStream = Answers<pb::LogChunk>;
+    type ReadLogsStream = bulk::Nothing<pb::LogChunk>;
 
     async fn read_logs(
         &self,
         request: Request<pb::ReadLogsRequest>,
     ) -> Result<Response<Self::ReadLogsStream>, Status> {
         let request = request.into_inner();
-        let stream = logs::read(&self.0.site, &self.0.tasks, request).await?;
-        Ok(Response::new(stream))
+        let chunks = logs::read(&self.0.site, &self.0.tasks, request).await?;
+        Ok(bulk::answer(bulk::encode(chunks)))
     }
 
-    type ExecStream = Answers<pb::ExecOutput>;
+    type ExecStream = bulk::Nothing<pb::ExecOutput>;
 
     async fn exec(
         &self,
         request: Request<Streaming<pb::ExecInput>>,
     ) -> Result<Response<Self::ExecStream>, Status> {
-        streams::exec(&self.0.site, request.into_inner()).await
+        streams::exec(&self.0.site, bulk::input(request)?).await
     }
 
-    type AttachStream = Answers<pb::ExecOutput>;
+    type AttachStream = bulk::Nothing<pb::ExecOutput>;
 
     async fn attach(
         &self,
         request: Request<Streaming<pb::ExecInput>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
-        streams::attach(&self.0.site, request.into_inner()).await
+        streams::attach(&self.0.site, bulk::input(request)?).await
     }
 
-    type PortForwardStream = Answers<pb::PortForwardOutput>;
+    type PortForwardStream = bulk::Nothing<pb::PortForwardOutput>;
 
     async fn port_forward(
         &self,
         request: Request<Streaming<pb::PortForwardInput>>,
     ) -> Result<Response<Self::PortForwardStream>, Status> {
-        streams::port_forward(&self.0.site, request.into_inner()).await
+        streams::port_forward(&self.0.site, bulk::input(request)?).await
     }
 
     type GetStatsStream = Answers<pb::PodStats>;

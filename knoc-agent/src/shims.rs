@@ -16,6 +16,7 @@ use std::{
 
 use futures::StreamExt as _;
 use knoc_proto::{
+    bulk::Called,
     error::chain,
     ids::PodUid,
     link::{self, pinned::PinnedIncoming},
@@ -34,7 +35,7 @@ pub const DEADLINE: Duration = Duration::from_secs(5);
 const LINKS: usize = 20_000;
 
 /// The client of one shim.
-pub type Client = ShimClient<Channel>;
+pub type Client = ShimClient<Called<Channel>>;
 
 /// Links of live shims.
 #[derive(Debug, Clone, Default)]
@@ -181,7 +182,7 @@ pub async fn serve(shims: Shims, mut incoming: PinnedIncoming, stop: Cancellatio
             tracing::warn!(uid = %route.uid, "too many shim links: refused");
             continue;
         }
-        let client = ShimClient::new(link::near_side(io))
+        let client = ShimClient::new(Called::new(link::near_side(io)))
             .max_decoding_message_size(link::MAX_MESSAGE)
             .max_encoding_message_size(link::MAX_MESSAGE);
         tasks.spawn(follow(shims.clone(), route, client, stop.clone()));

@@ -13,7 +13,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_proto::pb::{self, agent_client::AgentClient};
+use knoc_proto::{
+    bulk::Called,
+    pb::{self, agent_client::AgentClient},
+};
 use tokio::time::Instant;
 use tonic::transport::Channel;
 
@@ -123,8 +126,8 @@ impl Agent {
 
     /// The client for streams of bytes: logs, exec. The caller sets deadlines.
     #[must_use]
-    pub fn bulk(&self) -> AgentClient<Channel> {
-        sized(self.bulk.clone())
+    pub fn bulk(&self) -> AgentClient<Called<Channel>> {
+        AgentClient::new(Called::new(self.bulk.clone()))
     }
 
     /// The client for watches and single questions. The caller sets deadlines.
@@ -219,6 +222,7 @@ impl Agent {
     }
 }
 
+/// With messages as large as a pod's values may be.
 fn sized(channel: Channel) -> AgentClient<Channel> {
     AgentClient::new(channel)
         .max_decoding_message_size(MESSAGE_LIMIT)

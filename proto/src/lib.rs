@@ -2,8 +2,9 @@
 //!
 //! Dependencies point one way: `knoc-kubelet → knoc-proto ← knoc-agent`. This crate starts no process, reads no
 //! configuration and decides nothing about pods; what it holds is either pure ([`ids`], [`pod`], [`expand`],
-//! [`reason`], [`error`], [`settings`]) or the transport both ends need ([`link`], [`pki`]).
+//! [`reason`], [`error`], [`settings`]) or the transport both ends need ([`link`], [`bulk`], [`pki`]).
 
+pub mod bulk;
 pub mod crash;
 pub mod error;
 pub mod expand;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use futures::{Stream, StreamExt as _};
 use knoc_proto::{
+    bulk::{self, Messages},
     ids::{ContainerName, PodUid},
     pb::{self, container_status::State},
     reason::ErrorReason,
@@ -12,9 +13,8 @@ use knoc_proto::{
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
-use super::Answers;
 use crate::{
     logs::{
         filter::Options,
@@ -23,12 +23,15 @@ use crate::{
     site::Site,
 };
 
+/// What a reader is sent.
+pub(super) type Chunks = ReceiverStream<Result<pb::LogChunk, Status>>;
+
 /// The bytes of one container instance.
 pub(super) async fn read(
     site: &Arc<Site>,
     tasks: &TaskTracker,
     request: pb::ReadLogsRequest,
-) -> Result<Answers<pb::LogChunk>, Status> {
+) -> Result<Chunks, Status> {
     let uid = super::uid(&request.uid)?;
     let container = ContainerName::try_from(request.container.as_str())
         .map_err(|error| ErrorReason::InvalidRequest.status(error.to_string()))?;
@@ -43,8 +46,8 @@ pub(super) async fn read(
         match client.read_logs(request.clone()).await {
             Ok(chunks) => {
                 let (output, answer) = mpsc::channel(read::CHUNKS);
-                tasks.spawn(log.relay(chunks.into_inner(), request, output));
-                return Ok(ReceiverStream::new(answer).boxed());
+                tasks.spawn(log.relay(bulk::output(&chunks), request, output));
+                return Ok(ReceiverStream::new(answer));
             }
             // The link has just gone: the files say the same.
             Err(status) if status.code() == Code::Unavailable => {}
@@ -59,7 +62,7 @@ pub(super) async fn read(
     let (output, answer) = mpsc::channel(read::CHUNKS);
     let options = Options::from(&request);
     tasks.spawn(log.read_files(options, request.follow, output));
-    Ok(ReceiverStream::new(answer).boxed())
+    Ok(ReceiverStream::new(answer))
 }
 
 /// The log of one attempt of one container.
@@ -105,7 +108,7 @@ impl Log {
     /// Task: passes on what the shim sends. Where it is cut, the files say the rest, from the same byte.
     async fn relay(
         mut self,
-        chunks: Streaming<pb::LogChunk>,
+        chunks: Messages<pb::LogChunk>,
         request: pb::ReadLogsRequest,
         output: read::Output,
     ) {

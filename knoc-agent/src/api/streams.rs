@@ -1,12 +1,11 @@
-//! Exec, attach, port-forward: relayed to the pod's shim as they are. Only the first message is looked at.
+//! Exec, attach, port-forward: relayed to the pod's shim as they are. Only the first message is looked at; the bytes of
+//! both bodies are passed on.
 //!
 //! Both directions end on their own. A client that goes away cancels the shim's call; a link that breaks ends the
 //! client's call at once, by name.
 
-use std::future::ready;
-
-use futures::{Stream, StreamExt as _};
 use knoc_proto::{
+    bulk::{self, Messages, Nothing},
     ids::PodUid,
     pb::{
         ExecInput, ExecOutput, PortForwardInput, PortForwardOutput, exec_input::Input,
@@ -16,46 +15,44 @@ use knoc_proto::{
 };
 use tonic::{Code, Response, Status, Streaming};
 
-use super::{Answers, admit};
+use super::admit;
 use crate::site::Site;
 
-type Answer<T> = Result<Response<Answers<T>>, Status>;
+type Answer<T> = Result<Response<Nothing<T>>, Status>;
 
-pub(super) async fn exec(site: &Site, mut inputs: Streaming<ExecInput>) -> Answer<ExecOutput> {
-    let first = inputs.message().await?;
-    let Some(Input::Start(start)) = first.as_ref().and_then(|first| first.input.as_ref()) else {
+pub(super) async fn exec(site: &Site, mut inputs: Messages<ExecInput>) -> Answer<ExecOutput> {
+    let Some(Input::Start(start)) = inputs.peek().await?.and_then(|first| first.input) else {
         return Err(misplaced("start"));
     };
     let uid = super::uid(&start.uid)?;
     let mut client = admit::running(site, &uid)?;
-    let outputs = client.exec(whole(first, inputs)).await;
+    let outputs = client.exec(bulk::request_body(inputs.into_body())).await;
     relay(uid, outputs)
 }
 
-pub(super) async fn attach(site: &Site, mut inputs: Streaming<ExecInput>) -> Answer<ExecOutput> {
-    let first = inputs.message().await?;
-    let Some(Input::Attach(start)) = first.as_ref().and_then(|first| first.input.as_ref()) else {
+pub(super) async fn attach(site: &Site, mut inputs: Messages<ExecInput>) -> Answer<ExecOutput> {
+    let Some(Input::Attach(start)) = inputs.peek().await?.and_then(|first| first.input) else {
         return Err(misplaced("attach"));
     };
     let uid = super::uid(&start.uid)?;
     let mut client = admit::able(site, &uid, "attach")?;
-    let outputs = client.attach(whole(first, inputs)).await;
+    let outputs = client.attach(bulk::request_body(inputs.into_body())).await;
     relay(uid, outputs)
 }
 
 pub(super) async fn port_forward(
     site: &Site,
-    mut inputs: Streaming<PortForwardInput>,
+    mut inputs: Messages<PortForwardInput>,
 ) -> Answer<PortForwardOutput> {
-    let first = inputs.message().await?;
-    let Some(port_forward_input::Input::Start(start)) =
-        first.as_ref().and_then(|first| first.input.as_ref())
-    else {
+    let first = inputs.peek().await?.and_then(|first| first.input);
+    let Some(port_forward_input::Input::Start(start)) = first else {
         return Err(misplaced("start"));
     };
     let uid = super::uid(&start.uid)?;
     let mut client = admit::able(site, &uid, "port-forward")?;
-    let outputs = client.port_forward(whole(first, inputs)).await;
+    let outputs = client
+        .port_forward(bulk::request_body(inputs.into_body()))
+        .await;
     relay(uid, outputs)
 }
 
@@ -63,35 +60,16 @@ fn misplaced(name: &str) -> Status {
     ErrorReason::InvalidRequest.status(format!("the first message is `{name}`"))
 }
 
-/// What the shim hears. A broken stream ends here; the answer's end, which is dropped with it, cancels the shim's side.
-fn whole<T: Send + 'static>(
-    first: Option<T>,
-    rest: Streaming<T>,
-) -> impl Stream<Item = T> + Send + 'static {
-    let rest = rest.take_while(|input| ready(input.is_ok()));
-    let rest = rest.filter_map(|input| ready(input.ok()));
-    futures::stream::iter(first).chain(rest)
-}
-
-/// What the client hears.
+/// What the client hears: the shim's answer as it is; where its link breaks, the stream fails by name.
 fn relay<T: Send + 'static>(
     uid: PodUid,
     outputs: Result<Response<Streaming<T>>, Status>,
 ) -> Answer<T> {
-    match outputs {
-        Ok(outputs) => Ok(Response::new(relayed(uid, outputs))),
-        Err(status) => Err(broken(&uid, status)),
-    }
-}
-
-/// The shim's messages as they are; where its link breaks, the stream fails by name.
-pub(super) fn relayed<T: Send + 'static>(
-    uid: PodUid,
-    outputs: Response<Streaming<T>>,
-) -> Answers<T> {
-    let outputs = outputs.into_inner();
-    let outputs = outputs.map(move |item| item.map_err(|status| broken(&uid, status)));
-    outputs.boxed()
+    let outputs = outputs.map_err(|status| broken(&uid, status))?;
+    let body = bulk::output_body(&outputs)
+        .ok_or_else(|| ErrorReason::Internal.status("the shim answered with no stream"))?;
+    let named = bulk::failing_by(body, move |status| broken(&uid, status));
+    Ok(bulk::answer(named))
 }
 
 /// The shim's own refusals have a reason and pass as they are; what has none is the link's failure.

@@ -9,6 +9,7 @@ pub(crate) mod hub;
 use std::{sync::Arc, time::Duration};
 
 use knoc_proto::{
+    bulk::Messages,
     pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
     reason::ErrorReason,
 };
@@ -16,7 +17,7 @@ use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until},
 };
-use tonic::{Status, Streaming};
+use tonic::Status;
 
 use self::hub::{Hub, LAG, Next, Queue};
 use super::{
@@ -82,7 +83,7 @@ impl Session {
 }
 
 /// Serves the client until the program, or the client, is gone.
-pub(crate) async fn run(session: Session, input: Streaming<pb::ExecInput>) {
+pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
     let Session {
         hub,
         queue,
@@ -181,7 +182,7 @@ fn lagged() -> String {
 
 /// Takes the client's messages until its input ends. The drop of `stdin` is what closes the input of a single client.
 async fn feed(
-    mut input: Streaming<pb::ExecInput>,
+    mut input: Messages<pb::ExecInput>,
     mut stdin: Option<hub::Input>,
     terminal: Option<&Arc<Stream>>,
 ) {

@@ -15,6 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use knoc_proto::{
+    bulk::Messages,
     error::chain,
     link::CHUNK,
     pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
@@ -22,7 +23,7 @@ use knoc_proto::{
 use rustix::process::Signal;
 use tokio::{net::UnixStream, sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming};
+use tonic::Status;
 
 use super::{
     children::{Child, Exit},
@@ -79,7 +80,7 @@ impl ExecError {
 }
 
 /// Runs the process to its end. The last output is its exit.
-pub(crate) async fn run(session: Session, input: Streaming<pb::ExecInput>) {
+pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
     let running = match begin(&session).await {
         Ok(running) => running,
         Err(error) => {
@@ -268,7 +269,7 @@ async fn drive(
     output: &mpsc::Sender<Result<ExecOutput, Status>>,
     streams: &Streams,
     stdin: Option<Stream>,
-    input: Streaming<pb::ExecInput>,
+    input: Messages<pb::ExecInput>,
     child: &mut Child,
 ) -> Exit {
     let Streams {
@@ -332,7 +333,7 @@ async fn copy(
 
 /// Takes the client's messages: input, its end, new window sizes.
 async fn feed(
-    mut input: Streaming<pb::ExecInput>,
+    mut input: Messages<pb::ExecInput>,
     mut stdin: Option<Stream>,
     terminal: Option<&Stream>,
 ) {

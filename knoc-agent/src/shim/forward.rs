@@ -10,6 +10,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use knoc_proto::{
+    bulk::Messages,
     link::CHUNK,
     pb::{
         PortForwardInput, PortForwardOutput, port_forward_input::Input, port_forward_output::Output,
@@ -24,7 +25,7 @@ use tokio::{
     },
     sync::mpsc,
 };
-use tonic::{Status, Streaming};
+use tonic::Status;
 
 use super::listeners::{self, Choice, Listener};
 
@@ -115,7 +116,7 @@ fn choose(all: &[Listener], port: u16, root: u32) -> Result<Vec<IpAddr>, Forward
 }
 
 /// Copies until both directions have ended, or the client is gone.
-pub(crate) async fn run(stream: TcpStream, input: Streaming<PortForwardInput>, output: Answers) {
+pub(crate) async fn run(stream: TcpStream, input: Messages<PortForwardInput>, output: Answers) {
     if !send(&output, Output::Connected(true)).await {
         return;
     }
@@ -148,7 +149,7 @@ impl Drop for Resets {
 }
 
 async fn to_pod(
-    mut input: Streaming<PortForwardInput>,
+    mut input: Messages<PortForwardInput>,
     writer: OwnedWriteHalf,
 ) -> Result<(), Status> {
     let mut guard = Resets(Some(writer));

@@ -6,6 +6,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use knoc_proto::{
+    bulk::Served,
     error::chain,
     link::{self, pinned::KeyPair},
     pb::shim_server::ShimServer,
@@ -100,7 +101,7 @@ impl Link {
     async fn serve(&self, io: link::pinned::TlsIo, shutdown: &CancellationToken) {
         let service = ShimServer::new(self.service.clone());
         let serving = link::server()
-            .add_service(service)
+            .add_service(Served::new(service))
             .serve_with_incoming_shutdown(link::far_side(io), shutdown.cancelled());
         if let Err(error) = serving.await {
             tracing::debug!("the link ended: {}", chain(&error));

@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use knoc_proto::{
+    bulk::{self, Messages, Nothing},
     pb::{self, EndedBy, shim_server::Shim},
     reason::ErrorReason,
 };
@@ -144,8 +145,8 @@ type Stream<T> = ReceiverStream<Result<T, Status>>;
 #[tonic::async_trait]
 impl Shim for Service {
     type WatchReportStream = Stream<pb::Report>;
-    type ReadLogsStream = Stream<pb::LogChunk>;
-    type ExecStream = Stream<pb::ExecOutput>;
+    type ReadLogsStream = Nothing<pb::LogChunk>;
+    type ExecStream = Nothing<pb::ExecOutput>;
 
     async fn watch_report(
         &self,
@@ -218,14 +219,14 @@ impl Shim for Service {
         let (output, stream) = mpsc::channel(CHUNKS);
         self.streams
             .spawn(read::read(series, Options::from(&request), follow, output));
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(answer(stream))
     }
 
     async fn exec(
         &self,
         request: Request<Streaming<pb::ExecInput>>,
     ) -> Result<Response<Self::ExecStream>, Status> {
-        let mut input = request.into_inner();
+        let mut input: Messages<pb::ExecInput> = bulk::input(request)?;
         let Some(pb::ExecInput {
             input: Some(pb::exec_input::Input::Start(start)),
         }) = input.message().await?
@@ -251,16 +252,16 @@ impl Shim for Service {
             exec::run(session, input).await;
             drop(slot);
         });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(answer(stream))
     }
 
-    type AttachStream = Stream<pb::ExecOutput>;
+    type AttachStream = Nothing<pb::ExecOutput>;
 
     async fn attach(
         &self,
         request: Request<Streaming<pb::ExecInput>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
-        let mut input = request.into_inner();
+        let mut input: Messages<pb::ExecInput> = bulk::input(request)?;
         let Some(pb::ExecInput {
             input: Some(pb::exec_input::Input::Attach(start)),
         }) = input.message().await?
@@ -273,16 +274,16 @@ impl Shim for Service {
         let hub = Arc::clone(&program.hub);
         let session = attach::Session::new(&name, hub, &start, output)?;
         self.streams.spawn(attach::run(session, input));
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(answer(stream))
     }
 
-    type PortForwardStream = Stream<pb::PortForwardOutput>;
+    type PortForwardStream = Nothing<pb::PortForwardOutput>;
 
     async fn port_forward(
         &self,
         request: Request<Streaming<pb::PortForwardInput>>,
     ) -> Result<Response<Self::PortForwardStream>, Status> {
-        let mut input = request.into_inner();
+        let mut input: Messages<pb::PortForwardInput> = bulk::input(request)?;
         let Some(pb::PortForwardInput {
             input: Some(pb::port_forward_input::Input::Start(start)),
         }) = input.message().await?
@@ -307,8 +308,15 @@ impl Shim for Service {
             forward::run(connection, input, output).await;
             drop(slot);
         });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(answer(stream))
     }
+}
+
+/// What tasks send, as the answer to a stream of bytes.
+fn answer<T: prost::Message + 'static>(
+    stream: mpsc::Receiver<Result<T, Status>>,
+) -> Response<Nothing<T>> {
+    bulk::answer(bulk::encode(ReceiverStream::new(stream)))
 }
 
 /// Sends the report as it is, then each newer one, until the final one.

@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use futures::{StreamExt as _, future::BoxFuture};
+use futures::{StreamExt as _, future::BoxFuture, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::pb;
+use knoc_proto::{bulk, pb};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -52,6 +52,11 @@ impl KubeletBackend {
     }
 }
 
+/// A client's messages, as they go to the agent.
+fn sent<T: prost::Message + 'static>(input: mpsc::Receiver<T>) -> tonic::Request<stream::Empty<T>> {
+    bulk::request(ReceiverStream::new(input))
+}
+
 impl Backend for KubeletBackend {
     fn pods(&self) -> Vec<Arc<Pod>> {
         self.store.pods().into_iter().map(|view| view.pod).collect()
@@ -71,9 +76,7 @@ impl Backend for KubeletBackend {
     ) -> BoxFuture<'_, Result<ByteStream, tonic::Status>> {
         Box::pin(async move {
             let answer = self.agent.bulk().read_logs(request).await?;
-            let bytes = answer
-                .into_inner()
-                .map(|chunk| chunk.map(|chunk| chunk.data));
+            let bytes = bulk::output(&answer).map(|chunk| chunk.map(|chunk| chunk.data));
             Ok(bytes.boxed() as ByteStream)
         })
     }
@@ -83,8 +86,8 @@ impl Backend for KubeletBackend {
         input: mpsc::Receiver<pb::ExecInput>,
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
         Box::pin(async move {
-            let answer = self.agent.bulk().exec(ReceiverStream::new(input)).await?;
-            Ok(answer.into_inner().boxed() as ExecStream)
+            let answer = self.agent.bulk().exec(sent(input)).await?;
+            Ok(bulk::output(&answer).boxed() as ExecStream)
         })
     }
 
@@ -94,8 +97,8 @@ impl Backend for KubeletBackend {
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>> {
         Box::pin(async move {
             self.needs("attach")?;
-            let answer = self.agent.bulk().attach(ReceiverStream::new(input)).await?;
-            Ok(answer.into_inner().boxed() as ExecStream)
+            let answer = self.agent.bulk().attach(sent(input)).await?;
+            Ok(bulk::output(&answer).boxed() as ExecStream)
         })
     }
 
@@ -105,9 +108,8 @@ impl Backend for KubeletBackend {
     ) -> BoxFuture<'_, Result<PortForwardStream, tonic::Status>> {
         Box::pin(async move {
             self.needs("port-forward")?;
-            let input = ReceiverStream::new(input);
-            let answer = self.agent.bulk().port_forward(input).await?;
-            Ok(answer.into_inner().boxed() as PortForwardStream)
+            let answer = self.agent.bulk().port_forward(sent(input)).await?;
+            Ok(bulk::output(&answer).boxed() as PortForwardStream)
         })
     }
 

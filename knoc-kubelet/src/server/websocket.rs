@@ -17,7 +17,8 @@ pub(super) mod tunnel;
 
 use std::time::Duration;
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use knoc_proto::bulk::Segments;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, WriteHalf};
 use tokio::sync::mpsc;
@@ -31,7 +32,7 @@ use frame::{Decoder, Event, Kind};
 const CHUNK: usize = 64 << 10;
 /// With less room than this the buffer is made anew.
 const LEAST_ROOM: usize = CHUNK / 4;
-/// Messages that wait to be written, of all channels together; each of at most 48 KiB.
+/// Messages that wait to be written, of all channels together; each of at most 64 KiB.
 const SEND_QUEUE: usize = 16;
 /// When so much is encoded, it is written before more is taken.
 const BATCH: usize = 128 << 10;
@@ -81,13 +82,15 @@ enum Out {
 pub(super) struct Sender {
     channel: u8,
     queue: mpsc::Sender<Out>,
+    /// Of one message.
+    most: usize,
 }
 
 impl Sender {
     /// Queues bytes; waits while the peer does not read. No bytes are no message.
     pub(super) async fn send(&self, mut data: Bytes) -> Result<(), Closed> {
         while !data.is_empty() {
-            let piece = data.split_to(data.len().min(channel::MAX_DATA));
+            let piece = data.split_to(data.len().min(self.most));
             self.message(piece).await?;
         }
         Ok(())
@@ -123,6 +126,8 @@ pub(super) struct Session<Io> {
 pub(super) struct Channels {
     inlets: Vec<Option<Inlet>>,
     queue: mpsc::Sender<Out>,
+    /// Of one message to the client.
+    most: usize,
 }
 
 impl Channels {
@@ -136,6 +141,7 @@ impl Channels {
         Sender {
             channel,
             queue: self.queue.clone(),
+            most: self.most,
         }
     }
 }
@@ -162,6 +168,7 @@ where
     let channels = Channels {
         inlets,
         queue: sender,
+        most: encoding.most(),
     };
     (session, channels)
 }
@@ -293,21 +300,22 @@ async fn write<Io: AsyncWrite>(
     encoding: Encoding,
     activity: &Activity,
 ) -> Result<(), SocketError> {
-    let mut wire = BytesMut::new();
+    // Data stays the slices in which it came.
+    let mut wire = Segments::default();
     while let Some(first) = queue.recv().await {
         let mut next = Some(first);
         while let Some(out) = next {
             match out {
                 Out::Data { channel, data } => {
                     activity.touch();
-                    channel::put(&mut wire, encoding, channel, &data);
+                    channel::put(&mut wire, encoding, channel, data);
                 }
                 Out::Pong(payload) => {
                     frame::put_head(&mut wire, Kind::Pong, payload.len());
-                    wire.put_slice(&payload);
+                    wire.put(payload);
                 }
             }
-            next = if wire.len() < BATCH {
+            next = if wire.remaining() < BATCH {
                 queue.try_recv().ok()
             } else {
                 None
@@ -319,7 +327,7 @@ async fn write<Io: AsyncWrite>(
 }
 
 async fn close<Io: AsyncWrite>(output: &mut WriteHalf<Io>, code: u16) -> Result<(), SocketError> {
-    let mut wire = BytesMut::new();
+    let mut wire = Segments::default();
     frame::put_head(&mut wire, Kind::Close, 2);
     wire.put_u16(code);
     flush(output, &mut wire).await
@@ -327,15 +335,13 @@ async fn close<Io: AsyncWrite>(output: &mut WriteHalf<Io>, code: u16) -> Result<
 
 async fn flush<Io: AsyncWrite>(
     output: &mut WriteHalf<Io>,
-    wire: &mut BytesMut,
+    wire: &mut Segments,
 ) -> Result<(), SocketError> {
     let written = async {
-        output.write_all(wire).await?;
+        output.write_all_buf(wire).await?;
         output.flush().await
     };
     written
         .await
-        .map_err(|source| SocketError::Write { source })?;
-    wire.clear();
-    Ok(())
+        .map_err(|source| SocketError::Write { source })
 }

@@ -1,6 +1,6 @@
 //! What the machine is, and what processes take of it. Names no host and no path.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 /// One line: processors, memory, kernel.
 pub(super) fn describe() -> String {
@@ -26,23 +26,97 @@ pub(super) fn describe() -> String {
     )
 }
 
+/// A process of a program.
+struct Process {
+    folder: PathBuf,
+    pid: u32,
+}
+
+impl Process {
+    /// Those of the program that have the word among their arguments; an empty one is among all.
+    fn all(program: &str, word: &str) -> impl Iterator<Item = Self> {
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        entries.filter_map(move |entry| {
+            let folder = entry.path();
+            let comm = fs::read_to_string(folder.join("comm")).unwrap_or_default();
+            let cmdline = fs::read(folder.join("cmdline")).unwrap_or_default();
+            let cmdline = String::from_utf8_lossy(&cmdline).into_owned();
+            let named = word.is_empty() || cmdline.split('\0').any(|argument| argument == word);
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            (comm.trim_end() == program && named).then_some(Self { folder, pid })
+        })
+    }
+
+    /// KiB.
+    fn resident(&self) -> Option<u64> {
+        let status = fs::read_to_string(self.folder.join("status")).ok()?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))?;
+        line.split_whitespace().next()?.parse().ok()
+    }
+
+    /// Clock ticks spent, in user mode and in the kernel (proc(5), `stat`, fields 14 and 15).
+    fn ticks(&self) -> Option<u64> {
+        let stat = fs::read_to_string(self.folder.join("stat")).ok()?;
+        let (_, fields) = stat.rsplit_once(')')?;
+        let mut fields = fields.split_whitespace().skip(11);
+        let mut next = || fields.next()?.parse::<u64>().ok();
+        Some(next()? + next()?)
+    }
+}
+
 /// Resident memory in KiB of each process of that program with that word in its arguments.
 pub(super) fn resident(program: &str, word: &str) -> Vec<u64> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let folder = entry.path();
-        let comm = fs::read_to_string(folder.join("comm")).unwrap_or_default();
-        let cmdline = fs::read(folder.join("cmdline")).unwrap_or_default();
-        let cmdline = String::from_utf8_lossy(&cmdline).into_owned();
-        let named = word.is_empty() || cmdline.split('\0').any(|argument| argument == word);
-        if comm.trim_end() != program || !named {
-            continue;
+    Process::all(program, word)
+        .filter_map(|process| process.resident())
+        .collect()
+}
+
+/// What a byte passes; each with its program and an argument that tells it from others.
+const PARTS: [(&str, &str); 4] = [
+    ("knoc-agent", "shim"),
+    ("knoc-agent", "serve"),
+    ("knoc-kubelet", ""),
+    ("controlplane", "kube-apiserver"),
+];
+
+/// Processor time spent so far, in seconds.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Spent {
+    /// Shims, agent, kubelet, API server.
+    pub(super) parts: [f64; PARTS.len()],
+    /// This process.
+    pub(super) client: f64,
+    /// All relays.
+    pub(super) relays: f64,
+}
+
+impl Spent {
+    /// Until now.
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 ticks")]
+    pub(super) fn now() -> Self {
+        let second = rustix::param::clock_ticks_per_second() as f64;
+        let sum = |program, word| {
+            let ticks = Process::all(program, word).filter_map(|process| process.ticks());
+            ticks.sum::<u64>() as f64 / second
+        };
+        let own = |process: &Process| process.pid == std::process::id();
+        let ours = Process::all("knoc-bench", "").filter(own);
+        let client = ours.filter_map(|process| process.ticks()).sum::<u64>() as f64 / second;
+        Self {
+            parts: PARTS.map(|(program, word)| sum(program, word)),
+            client,
+            relays: sum("knoc-bench", "") - client,
         }
-        let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let number: Option<u64> =
-            line.and_then(|text| text.split_whitespace().next()?.parse().ok());
-        found.extend(number);
     }
-    found
+
+    /// Adds what was spent from `before` to `after`.
+    pub(super) fn add(&mut self, before: &Self, after: &Self) {
+        for (at, part) in self.parts.iter_mut().enumerate() {
+            *part += after.parts[at] - before.parts[at];
+        }
+        self.client += after.client - before.client;
+        self.relays += after.relays - before.relays;
+    }
 }

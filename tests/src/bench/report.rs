@@ -278,6 +278,28 @@ pub(super) fn streams(out: &mut String, streams: &[Stream]) -> anyhow::Result<()
             knoc / floor
         )?;
     }
+    spent(out, streams)
+}
+
+/// Where the time goes; unlike a rate it hardly depends on what else the machine does.
+#[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
+fn spent(out: &mut String, streams: &[Stream]) -> anyhow::Result<()> {
+    writeln!(
+        out,
+        "\n| processor seconds a GB | shim | agent | kubelet | API server | client library | relays | their client |\n|---|---|---|---|---|---|---|---|"
+    )?;
+    for stream in streams {
+        let gigabytes = (stream.bytes * u64::try_from(stream.knoc.count())?) as f64 / 1e9;
+        let (knoc, floor) = &stream.spent;
+        let [shim, agent, kubelet, server] = knoc.parts.map(|part| part / gigabytes);
+        let client = knoc.client / gigabytes;
+        let (relays, reader) = (floor.relays / gigabytes, floor.client / gigabytes);
+        let name = stream.name;
+        writeln!(
+            out,
+            "| {name} | {shim:.2} | {agent:.2} | {kubelet:.2} | {server:.2} | {client:.2} | {relays:.2} | {reader:.2} |"
+        )?;
+    }
     Ok(())
 }
 

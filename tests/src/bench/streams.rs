@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use knoc_proto::pb;
 
 use super::bed::{Bed, FOLDER};
+use super::machine::Spent;
 use super::relay::{Chain, Place};
 use super::{exec, kubernetes};
 use crate::{PodBuilder, wait_for};
@@ -27,6 +28,8 @@ pub(super) struct Stream {
     pub(super) share: Option<f64>,
     pub(super) knoc: super::Series,
     pub(super) floor: super::Series,
+    /// Processor time of all rounds: through KNoC, and by the relays.
+    pub(super) spent: (Spent, Spent),
 }
 
 /// How much is measured.
@@ -196,13 +199,17 @@ impl Stream {
         let local = folder.path().display().to_string();
         let floor = Floor::start(bed, kind, bytes, &local).await?;
         for _ in 0..rounds {
+            let before = Spent::now();
             let began = Instant::now();
             let read = through_knoc(bed, uid, kind.way, bytes, &local).await?;
             self.knoc.push(rate(bytes, began.elapsed()));
+            let between = Spent::now();
+            self.spent.0.add(&before, &between);
             anyhow::ensure!(read == bytes, "{read} of {bytes} bytes");
             let began = Instant::now();
             let read = floor.run().await.context("the relays")?;
             self.floor.push(rate(bytes, began.elapsed()));
+            self.spent.1.add(&between, &Spent::now());
             anyhow::ensure!(read >= bytes, "the relays: {read} of {bytes} bytes");
         }
         Ok(())

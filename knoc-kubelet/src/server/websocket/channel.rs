@@ -5,7 +5,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 use thiserror::Error;
 
 use super::frame::{Kind, MAX_MESSAGE, put_head};
@@ -15,8 +15,6 @@ const CLOSE: u8 = 255;
 /// Characters of base64 that stand for [`QUANTUM_BYTES`] bytes.
 const QUANTUM: usize = 4;
 const QUANTUM_BYTES: usize = 3;
-/// The most data of one message that is written: it fits [`MAX_MESSAGE`] as base64 too, and is whole quanta.
-pub(super) const MAX_DATA: usize = (MAX_MESSAGE - QUANTUM) / QUANTUM * QUANTUM_BYTES;
 
 /// How channels stand in messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +23,16 @@ pub(in crate::server) enum Encoding {
     Base64,
     /// Binary, and the client may close a channel.
     BinaryWithClose,
+}
+
+impl Encoding {
+    /// The most data of one message that is written: it fits [`MAX_MESSAGE`], as base64 in whole quanta.
+    pub(super) fn most(self) -> usize {
+        match self {
+            Self::Binary | Self::BinaryWithClose => MAX_MESSAGE - 1,
+            Self::Base64 => (MAX_MESSAGE - QUANTUM) / QUANTUM * QUANTUM_BYTES,
+        }
+    }
 }
 
 /// The connection ends.
@@ -136,13 +144,13 @@ impl Messages {
     }
 }
 
-/// Writes a message of at most [`MAX_DATA`] bytes for a channel.
-pub(super) fn put(out: &mut BytesMut, encoding: Encoding, channel: u8, data: &[u8]) {
+/// Writes a message of at most [`Encoding::most`] bytes for a channel.
+pub(super) fn put(out: &mut impl BufMut, encoding: Encoding, channel: u8, data: Bytes) {
     match encoding {
         Encoding::Binary | Encoding::BinaryWithClose => {
             put_head(out, Kind::Binary, data.len() + 1);
             out.put_u8(channel);
-            out.put_slice(data);
+            out.put(data);
         }
         Encoding::Base64 => {
             let text = STANDARD.encode(data);
@@ -155,6 +163,8 @@ pub(super) fn put(out: &mut BytesMut, encoding: Encoding, channel: u8, data: &[u
 
 #[cfg(test)]
 mod tests {
+    use bytes::BytesMut;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -235,14 +245,14 @@ mod tests {
     fn what_is_written_fits_a_message() {
         for encoding in [Encoding::Binary, Encoding::Base64] {
             let mut out = BytesMut::new();
-            put(&mut out, encoding, 1, &vec![7; MAX_DATA]);
+            put(&mut out, encoding, 1, vec![7; encoding.most()].into());
             assert!(out.len() <= MAX_MESSAGE + 4, "{}", out.len());
         }
         let mut out = BytesMut::new();
-        put(&mut out, Encoding::Base64, 3, b"{}");
+        put(&mut out, Encoding::Base64, 3, Bytes::from("{}"));
         assert_eq!(&out[..], b"\x81\x053e30=");
         out.clear();
-        put(&mut out, Encoding::Binary, 1, b"");
+        put(&mut out, Encoding::Binary, 1, Bytes::new());
         assert_eq!(
             &out[..],
             b"\x82\x01\x01",

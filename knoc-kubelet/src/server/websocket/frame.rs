@@ -4,7 +4,7 @@
 //! clients send a whole file as one. Control frames are held whole; they have at most [`MAX_CONTROL`] bytes. Never
 //! panics, whatever the bytes (property-tested below).
 
-use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use bytes::{Buf as _, BufMut, Bytes, BytesMut};
 use thiserror::Error;
 
 /// The longest payload of a control frame, by the protocol.
@@ -211,7 +211,7 @@ pub(super) enum Kind {
 }
 
 /// The head of a whole message or control frame of `length` bytes, to be followed by them.
-pub(super) fn put_head(out: &mut BytesMut, kind: Kind, length: usize) {
+pub(super) fn put_head(out: &mut impl BufMut, kind: Kind, length: usize) {
     out.put_u8(FIN | kind as u8);
     if let Ok(short) = u8::try_from(length)
         && usize::from(short) <= MAX_CONTROL
