@@ -6,7 +6,6 @@
 use std::io::BufRead as _;
 
 use jiff::Timestamp;
-use memchr::memchr;
 
 /// The longest text of one piece, as containerd's.
 pub const MAX_TEXT: usize = 16 << 10;
@@ -36,7 +35,7 @@ impl Stream {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece<'a> {
     /// RFC 3339 with nanoseconds, UTC: comparable as bytes.
-    pub stamp: &'a [u8],
+    pub stamp: &'a [u8; STAMP_LEN],
     /// Where it came from.
     pub stream: Stream,
     /// Not the end of a line.
@@ -48,14 +47,18 @@ pub struct Piece<'a> {
 /// Reads one line of a log file, without its newline. `None` for what is not in the format.
 #[must_use]
 pub fn parse(line: &[u8]) -> Option<Piece<'_>> {
-    let (stamp, rest) = line.split_at_checked(memchr(b' ', line)?)?;
-    let (stream, rest) = match rest.strip_prefix(b" stdout ") {
-        Some(rest) => (Stream::Stdout, rest),
-        None => (Stream::Stderr, rest.strip_prefix(b" stderr ")?),
+    let (stamp, rest) = line.split_first_chunk::<STAMP_LEN>()?;
+    let (stream, rest) = rest.split_first_chunk::<8>()?;
+    let stream = match stream {
+        b" stdout " => Stream::Stdout,
+        b" stderr " => Stream::Stderr,
+        _ => return None,
     };
-    let (partial, text) = match rest.strip_prefix(b"F ") {
-        Some(text) => (false, text),
-        None => (true, rest.strip_prefix(b"P ")?),
+    let (tag, text) = rest.split_first_chunk::<2>()?;
+    let partial = match tag {
+        b"F " => false,
+        b"P " => true,
+        _ => return None,
     };
     Some(Piece {
         stamp,
@@ -162,7 +165,7 @@ mod tests {
         let mut text = Vec::new();
         for line in log.split_inclusive(|byte| *byte == b'\n') {
             let piece = parse(line.strip_suffix(b"\n").unwrap()).unwrap();
-            assert_eq!(piece.stamp, STAMP.as_bytes());
+            assert_eq!(piece.stamp[..], *STAMP.as_bytes());
             assert!(piece.text.len() <= MAX_TEXT);
             text.extend_from_slice(piece.text);
             if !piece.partial {

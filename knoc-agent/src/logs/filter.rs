@@ -1,10 +1,13 @@
 //! PURE: from pieces of a log to the bytes that a reader asked for (since, stream, timestamps, byte limit), and where
 //! the last `n` lines begin.
 
+use std::ops::Range;
+
 use jiff::Timestamp;
 use knoc_proto::pb;
+use memchr::memchr;
 
-use super::cri::{self, Piece, Stream};
+use super::cri::{self, STAMP_LEN, Stream};
 
 /// What of a log a reader wants.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -97,9 +100,9 @@ pub struct Filter {
     /// By stream: is the next piece the beginning of a line?
     at_start: [bool; 2],
     /// Of the last piece seen, wanted or not.
-    stamp: Vec<u8>,
+    stamp: Option<[u8; STAMP_LEN]>,
     /// Pieces up to this stamp were sent by another reader.
-    sent: Option<Vec<u8>>,
+    sent: Option<[u8; STAMP_LEN]>,
 }
 
 impl Filter {
@@ -111,7 +114,7 @@ impl Filter {
         Self {
             left,
             at_start: from.map_or([true; 2], |from| from.at_start),
-            stamp: from.map(|from| from.stamp.clone()).unwrap_or_default(),
+            stamp: from.and_then(|from| from.stamp.as_slice().try_into().ok()),
             sent: None,
             options,
         }
@@ -119,13 +122,16 @@ impl Filter {
 
     /// The file where another reader stopped is not there: what is not newer than its last line was sent.
     pub fn skip_sent(&mut self) {
-        self.sent = Some(self.stamp.clone());
+        self.sent = self.stamp;
     }
 
     /// The last stamp, and by stream whether a line begins: what the next reader must know beside the place.
     #[must_use]
     pub fn state(&self) -> (&[u8], [bool; 2]) {
-        (&self.stamp, self.at_start)
+        (
+            self.stamp.as_ref().map_or(&[], |stamp| stamp),
+            self.at_start,
+        )
     }
 
     /// Has the byte limit been reached?
@@ -134,51 +140,56 @@ impl Filter {
         self.left == 0
     }
 
-    /// Appends what of `line` (without its newline) is wanted. What is not in the format is left out.
-    pub fn push(&mut self, line: &[u8], out: &mut Vec<u8>) {
-        let Some(piece) = cri::parse(line) else {
-            return;
-        };
-        if self
-            .sent
-            .as_ref()
-            .is_some_and(|sent| piece.stamp <= sent.as_slice())
+    /// Leaves of whole lines what is wanted, where it stands: that is never more than there was. What is not in the
+    /// format is left out, and so is what follows the last newline.
+    pub fn keep(&mut self, lines: &mut Vec<u8>) {
+        let (mut start, mut kept) = (0, 0);
+        while self.left > 0
+            && let Some(rest) = lines.get(start..)
+            && let Some(length) = memchr(b'\n', rest)
         {
-            return;
+            kept += self.line(lines, start..start + length, kept);
+            start += length + 1;
         }
-        self.stamp.clear();
-        self.stamp.extend_from_slice(piece.stamp);
-        let options = &self.options;
-        let too_old = options
-            .since
-            .as_ref()
-            .is_some_and(|since| piece.stamp < since.as_bytes());
-        if too_old || !options.wants(piece.stream) {
-            return;
-        }
-        let before = out.len();
-        self.append(&piece, out);
-        let grown = u64::try_from(out.len() - before).unwrap_or(u64::MAX);
-        if grown > self.left {
-            let room = usize::try_from(self.left).unwrap_or(usize::MAX);
-            out.truncate(before.saturating_add(room));
-        }
-        self.left = self.left.saturating_sub(grown);
+        lines.truncate(kept);
     }
 
-    fn append(&mut self, piece: &Piece<'_>, out: &mut Vec<u8>) {
-        let index = usize::from(piece.stream == Stream::Stderr);
-        if let Some(at_start) = self.at_start.get_mut(index) {
-            if self.options.timestamps && *at_start {
-                out.extend_from_slice(piece.stamp);
-                out.push(b' ');
-            }
-            *at_start = !piece.partial;
+    /// Moves what is wanted of one line to `kept`, at or before its beginning; its newline follows it. How many bytes.
+    fn line(&mut self, lines: &mut [u8], line: Range<usize>, kept: usize) -> usize {
+        let Some(piece) = lines.get(line.clone()).and_then(cri::parse) else {
+            return 0;
+        };
+        let stamp = *piece.stamp;
+        let before = |bound: &[u8]| stamp[..] < *bound;
+        if self.sent.as_ref().is_some_and(|sent| stamp[..] <= sent[..]) {
+            return 0;
         }
-        out.extend_from_slice(piece.text);
-        if !piece.partial {
-            out.push(b'\n');
+        self.stamp = Some(stamp);
+        let Options {
+            since, timestamps, ..
+        } = &self.options;
+        let too_old = since.as_ref().is_some_and(|since| before(since.as_bytes()));
+        if too_old || !self.options.wants(piece.stream) {
+            return 0;
         }
+        let (partial, text) = (piece.partial, line.end - piece.text.len());
+        let stream = usize::from(piece.stream == Stream::Stderr);
+        let [stdout, stderr] = &mut self.at_start;
+        let at_start = if stream == 0 { stdout } else { stderr };
+        let stamped = *timestamps && *at_start;
+        *at_start = !partial;
+        let mut moved = 0;
+        if stamped {
+            // With the space after it; it ends before the text begins.
+            moved = STAMP_LEN + 1;
+            lines.copy_within(line.start..line.start + moved, kept);
+        }
+        let text = text..line.end + usize::from(!partial);
+        let end = moved + text.len();
+        lines.copy_within(text, kept + moved);
+        let allowed = usize::try_from(self.left).map_or(end, |left| left.min(end));
+        self.left -= u64::try_from(allowed).unwrap_or(self.left);
+        allowed
     }
 }
 
@@ -249,9 +260,14 @@ mod tests {
             before.map_or(0, |index| index + 1)
         });
         let (mut filter, mut out) = (Filter::new(options), Vec::new());
+        let kept = |filter: &mut Filter, line: &[u8]| {
+            let mut line = [line, b"\n"].concat();
+            filter.keep(&mut line);
+            line
+        };
         LOG[first..]
             .iter()
-            .for_each(|line| filter.push(line.as_bytes(), &mut out));
+            .for_each(|line| out.extend_from_slice(&kept(&mut filter, line.as_bytes())));
         String::from_utf8(out).unwrap()
     }
 

@@ -15,7 +15,8 @@ use std::{
 
 use bytes::Bytes;
 use knoc_proto::{pb, reason::ErrorReason};
-use memchr::memchr;
+use memchr::memrchr;
+use rustix::buffer::spare_capacity;
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
@@ -157,7 +158,8 @@ pub fn last_text(live: &Path, lines: u64, bytes: usize) -> io::Result<Vec<u8>> {
     };
     let mut reader = Reader::begin(live.to_owned(), options)?;
     let mut text = Vec::new();
-    while !reader.next(&mut text)? {
+    while let Some(more) = reader.next()? {
+        text.extend_from_slice(&more);
         let excess = text.len().saturating_sub(bytes);
         text.drain(..excess);
     }
@@ -178,10 +180,8 @@ struct Reader {
     filter: Filter,
     file: Option<File>,
     offset: u64,
-    /// The beginning of a line whose end was not written yet.
+    /// The beginning of a line whose end was not read yet.
     held: Vec<u8>,
-    /// What was read last; empty before the first read.
-    block: Vec<u8>,
 }
 
 impl Reader {
@@ -202,7 +202,6 @@ impl Reader {
             file: None,
             offset: 0,
             held: Vec::new(),
-            block: Vec::new(),
         };
         if let Some((file, offset)) = start {
             reader.file = Some(file);
@@ -229,47 +228,50 @@ impl Reader {
     /// At most so many pieces, none of them empty. `true` where there is nothing more at the moment.
     fn several(&mut self, most: usize) -> io::Result<(Vec<Piece>, bool)> {
         let mut pieces = Vec::new();
-        loop {
-            let mut data = Vec::with_capacity(BLOCK);
-            let at_end = self.next(&mut data)?;
+        while let Some(data) = self.next()? {
             if !data.is_empty() {
                 pieces.push(self.piece(data)?);
             }
-            if at_end || self.filter.done() || pieces.len() == most {
-                return Ok((pieces, at_end));
+            if self.filter.done() || pieces.len() == most {
+                return Ok((pieces, false));
             }
         }
+        Ok((pieces, true))
     }
 
     fn piece(&self, data: Vec<u8>) -> io::Result<Piece> {
+        // A whole block does not wait for a slow reader with a few bytes in it.
+        let few = data.len() < BLOCK / 8;
         Ok(Piece {
-            data: Bytes::from(data),
+            data: if few {
+                Bytes::copy_from_slice(&data)
+            } else {
+                Bytes::from(data)
+            },
             next: self.position()?,
         })
     }
 
-    /// Appends the next block's output to `chunk`. `true` where there is nothing more at the moment.
-    fn next(&mut self, chunk: &mut Vec<u8>) -> io::Result<bool> {
-        self.block.resize(BLOCK, 0);
+    /// What is wanted of the next block; `None` where there is nothing more at the moment.
+    fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
             let Some(file) = &self.file else {
                 let Some(oldest) = series(&self.live).into_iter().next() else {
-                    return Ok(true);
+                    return Ok(None);
                 };
                 self.file = match File::open(oldest) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
                     other => Some(other?),
                 };
                 self.offset = 0;
                 continue;
             };
-            let count = file.read_at(&mut self.block, self.offset)?;
+            let mut block = Vec::with_capacity(self.held.len() + BLOCK);
+            block.extend_from_slice(&self.held);
+            let count = rustix::io::pread(file, spare_capacity(&mut block), self.offset)?;
             if count > 0 {
                 self.offset += u64::try_from(count).unwrap_or_default();
-                let block = std::mem::take(&mut self.block);
-                self.take(block.get(..count).unwrap_or_default(), chunk);
-                self.block = block;
-                return Ok(false);
+                return Ok(Some(self.lines(block)));
             }
             // The writer took back what it could not write whole.
             let length = file.metadata()?.len();
@@ -279,7 +281,7 @@ impl Reader {
             }
             // The writer renames only after its last write: a name that leads elsewhere means this file is whole.
             let Some(next) = self.newer()? else {
-                return Ok(true);
+                return Ok(None);
             };
             let Some(file) = &self.file else { continue };
             if file.metadata()?.len() <= self.offset {
@@ -290,23 +292,15 @@ impl Reader {
         }
     }
 
-    fn take(&mut self, block: &[u8], chunk: &mut Vec<u8>) {
-        let mut rest = block;
-        while let Some(end) = memchr(b'\n', rest) {
-            let (line, after) = rest.split_at(end);
-            rest = after.get(1..).unwrap_or_default();
-            if self.held.is_empty() {
-                self.filter.push(line, chunk);
-            } else {
-                self.held.extend_from_slice(line);
-                self.filter.push(&self.held, chunk);
-                self.held.clear();
-            }
-            if self.filter.done() {
-                return;
-            }
-        }
-        self.held.extend_from_slice(rest);
+    /// What is wanted of the whole lines of a block; the rest is held.
+    fn lines(&mut self, mut block: Vec<u8>) -> Vec<u8> {
+        let whole = memrchr(b'\n', &block).map_or(0, |last| last + 1);
+        self.held.clear();
+        self.held
+            .extend_from_slice(block.get(whole..).unwrap_or_default());
+        block.truncate(whole);
+        self.filter.keep(&mut block);
+        block
     }
 
     /// The file after the open one, where rotation made one.

@@ -18,6 +18,7 @@ pub(super) mod tunnel;
 use std::time::Duration;
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use futures::FutureExt as _;
 use knoc_proto::bulk::Segments;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, WriteHalf};
@@ -247,6 +248,10 @@ impl Reader {
             if read.map_err(|source| SocketError::Read { source })? == 0 {
                 return Ok(());
             }
+            // TLS gives a record at a time: what is there already belongs to the same piece.
+            while buffer.capacity() - buffer.len() >= LEAST_ROOM
+                && let Some(Ok(1..)) = input.read_buf(&mut buffer).now_or_never()
+            {}
             loop {
                 let event = decoder.decode(&mut buffer);
                 match event.map_err(|source| SocketError::Frame { source })? {

@@ -3,9 +3,13 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use futures::AsyncReadExt as _;
+use futures::StreamExt as _;
+use http_body_util::BodyExt as _;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, AttachParams, LogParams};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Status;
+use kube::api::{Api, AttachParams, LogParams, Request};
+use kube::client::Body;
+use kube::{Client, Resource as _};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::bed::Bed;
@@ -15,6 +19,10 @@ const CHUNK: usize = 64 << 10;
 
 /// What the library holds of an exec before it stops reading.
 const WINDOW: usize = 1 << 20;
+
+/// The channels on which bytes come: of an exec, and of the first port that is forwarded.
+const STDOUT: u8 = 1;
+const FORWARDED: u8 = 0;
 
 /// Of one cp.
 const COPY: Duration = Duration::from_mins(10);
@@ -37,30 +45,73 @@ pub(super) async fn exec(bed: &Bed, pod: &str, command: &[&str]) -> anyhow::Resu
     Ok(bytes)
 }
 
-/// Connects to a port of the pod and answers how many bytes came until the other side closed.
-pub(super) async fn forward(bed: &Bed, pod: &str, port: u16) -> anyhow::Result<u64> {
-    let pods: Api<Pod> = bed.world.api();
-    let mut forwarder = pods.portforward(pod, &[port]).await?;
-    count(forwarder.take_stream(port).context("no stream")?).await
+/// The same of a command that writes much: at the WebSocket itself, as the relays' reader is at its TLS connection. What
+/// the library does beyond it, a pipe in memory that every byte passes, is no part of the way.
+pub(super) async fn exec_bytes(bed: &Bed, pod: &str, command: &[&str]) -> anyhow::Result<u64> {
+    let streams = AttachParams::default().container("main").stderr(false);
+    let request = pods_of(bed).exec(pod, command.to_vec(), &streams)?;
+    let mut said = Vec::new();
+    let bytes = receive(bed, request, STDOUT, &mut said).await?;
+    let status: Status = serde_json::from_slice(&said).context("no status")?;
+    anyhow::ensure!(
+        status.status.as_deref() == Some("Success"),
+        "{command:?}: {status:?}"
+    );
+    Ok(bytes)
 }
 
-/// Reads so many bytes of the log of `main`.
+/// Connects to a port of the pod and answers how many bytes came until the other side closed.
+pub(super) async fn forward(bed: &Bed, pod: &str, port: u16) -> anyhow::Result<u64> {
+    let request = pods_of(bed).portforward(pod, &[port])?;
+    let mut said = Vec::new();
+    let bytes = receive(bed, request, FORWARDED, &mut said).await?;
+    // Either channel begins with its port.
+    anyhow::ensure!(said.len() == 2, "{:?}", String::from_utf8_lossy(&said));
+    Ok(bytes - 2)
+}
+
+fn pods_of(bed: &Bed) -> Request {
+    let namespace = &bed.world.namespace;
+    Request::new(Pod::url_path(&(), Some(namespace)))
+}
+
+/// Counts what comes on a channel until the end; what comes on another one is appended to `said`.
+async fn receive(
+    bed: &Bed,
+    request: http::Request<Vec<u8>>,
+    channel: u8,
+    said: &mut Vec<u8>,
+) -> anyhow::Result<u64> {
+    let client: Client = bed.world.api::<Pod>().into_client();
+    let mut messages = client.connect(request).await?.into_stream();
+    let mut bytes = 0;
+    while let Some(message) = messages.next().await {
+        match message?.into_data().split_first() {
+            Some((of, data)) if *of == channel => bytes += u64::try_from(data.len())?,
+            Some((255, _)) | None => {}
+            Some((_, data)) => said.extend_from_slice(data),
+        }
+    }
+    Ok(bytes)
+}
+
+/// Reads so many bytes of the log of `main`, as the body of the answer has them.
 pub(super) async fn logs(bed: &Bed, pod: &str, bytes: u64) -> anyhow::Result<u64> {
     let what = LogParams {
         container: Some("main".to_owned()),
         limit_bytes: Some(i64::try_from(bytes)?),
         ..LogParams::default()
     };
-    let pods: Api<Pod> = bed.world.api();
-    let mut stream = pods.log_stream(pod, &what).await?;
-    let mut buffer = vec![0; CHUNK];
+    let request = pods_of(bed).logs(pod, &what)?.map(Body::from);
+    let client: Client = bed.world.api::<Pod>().into_client();
+    let answer = client.send(request).await?;
+    anyhow::ensure!(answer.status().is_success(), "{}", answer.status());
+    let mut body = answer.into_body().into_data_stream();
     let mut bytes = 0;
-    loop {
-        match stream.read(&mut buffer).await? {
-            0 => return Ok(bytes),
-            read => bytes += u64::try_from(read)?,
-        }
+    while let Some(data) = body.next().await {
+        bytes += u64::try_from(data?.len())?;
     }
+    Ok(bytes)
 }
 
 /// `kubectl cp` of one file.

@@ -228,7 +228,7 @@ async fn through_knoc(
     let large = format!("{local}/large");
     Ok(match way {
         Way::LogsByKubernetes => kubernetes::logs(bed, "stream", bytes).await?,
-        Way::ExecByKubernetes => kubernetes::exec(bed, "stream", &cat).await?,
+        Way::ExecByKubernetes => kubernetes::exec_bytes(bed, "stream", &cat).await?,
         Way::ForwardByKubernetes => kubernetes::forward(bed, "stream", PORT).await?,
         Way::CopyDown => {
             kubernetes::copy(bed, "stream:/data/large", &large).await?;
