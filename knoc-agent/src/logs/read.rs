@@ -22,7 +22,7 @@ use tonic::Status;
 
 use super::{
     filter::{Filter, Options, Position, TailSearch},
-    rotated, series,
+    series,
 };
 
 /// One read. With the heads of short lines taken off it gives about one message ([`knoc_proto::link::CHUNK`]).
@@ -188,7 +188,12 @@ impl Reader {
     fn begin(live: PathBuf, options: Options) -> io::Result<Self> {
         let from = options.from.clone();
         let start = match (&from, TailSearch::new(&options)) {
-            (Some(from), _) => find(&live, from.inode)?.map(|file| (file, from.offset)),
+            (Some(from), _) => {
+                let at =
+                    |files: &[Identity]| files.iter().position(|file| file.inode == from.inode);
+                let file = open(&live, |files| at(files).unwrap_or(files.len()))?;
+                file.map(|file| (file, from.offset))
+            }
             (None, Some(search)) => tail_start(&live, search)?,
             (None, None) => None,
         };
@@ -256,14 +261,11 @@ impl Reader {
     fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
             let Some(file) = &self.file else {
-                let Some(oldest) = series(&self.live).into_iter().next() else {
-                    return Ok(None);
-                };
-                self.file = match File::open(oldest) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-                    other => Some(other?),
-                };
+                self.file = open(&self.live, |_| 0)?;
                 self.offset = 0;
+                if self.file.is_none() {
+                    return Ok(None);
+                }
                 continue;
             };
             let mut block = Vec::with_capacity(self.held.len() + BLOCK);
@@ -308,60 +310,96 @@ impl Reader {
         let Some(file) = &self.file else {
             return Ok(None);
         };
-        let own = identity(&file.metadata()?);
-        if is(&self.live, own) {
+        let own = Identity::of(&file.metadata()?);
+        if Identity::at(&self.live) == Some(own) {
             return Ok(None);
         }
-        let files = series(&self.live);
-        let at = files.iter().position(|path| is(path, own));
-        // Not there any more: it was dropped for the limit, the oldest that is left comes next.
-        let next = at.map_or(0, |index| index + 1);
-        match files.get(next).map(File::open).transpose() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            other => other,
-        }
+        open(&self.live, |files| {
+            let at = files.iter().position(|file| *file == own);
+            // Not there any more: it was dropped for the limit, the oldest that is left comes next.
+            at.map_or(0, |index| index + 1)
+        })
     }
 }
 
-fn identity(metadata: &fs::Metadata) -> (u64, u64) {
-    (metadata.dev(), metadata.ino())
+/// A file, whatever rotation calls it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
 }
 
-fn is(path: &Path, own: (u64, u64)) -> bool {
-    fs::metadata(path).is_ok_and(|metadata| identity(&metadata) == own)
+impl Identity {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        }
+    }
+
+    fn at(path: &Path) -> Option<Self> {
+        fs::metadata(path).ok().map(|metadata| Self::of(&metadata))
+    }
 }
 
-/// The file of the series that has this inode; the same on each host of a shared file system.
-fn find(live: &Path, inode: u64) -> io::Result<Option<File>> {
-    for path in series(live) {
-        match File::open(&path) {
-            Ok(file) if file.metadata()?.ino() == inode => return Ok(Some(file)),
+/// How often a rotation may come in between: each moves all files, in far less time than one is filled.
+const TRIES: usize = 100;
+
+/// The files of a series, oldest first, as they stood at one moment.
+fn files(live: &Path) -> Vec<(PathBuf, Identity)> {
+    let look = || {
+        let files = series(live).into_iter();
+        files
+            .filter_map(|path| Some((Identity::at(&path)?, path)))
+            .map(|(file, path)| (path, file))
+            .collect::<Vec<_>>()
+    };
+    // A rotation while we look shows a file twice, or not at all; one that stands still in the middle shows each once.
+    let mut found = look();
+    for _ in 0..TRIES {
+        let again = look();
+        if again == found {
+            break;
+        }
+        found = again;
+    }
+    found
+}
+
+/// Opens the file that `choose` points at among those there are, oldest first; `None` where it points past them.
+fn open(live: &Path, choose: impl Fn(&[Identity]) -> usize) -> io::Result<Option<File>> {
+    for _ in 0..TRIES {
+        let (paths, files): (Vec<_>, Vec<_>) = files(live).into_iter().unzip();
+        let chosen = choose(&files);
+        let (Some(path), Some(wanted)) = (paths.get(chosen), files.get(chosen)) else {
+            return Ok(None);
+        };
+        match File::open(path) {
+            Ok(file) if Identity::of(&file.metadata()?) == *wanted => return Ok(Some(file)),
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            // It was rotated in between.
             Ok(_) | Err(_) => {}
         }
     }
-    Ok(None)
+    Err(io::Error::other(
+        "the log is rotated faster than it is read",
+    ))
 }
 
 /// Where the wanted tail begins; `None`: at the beginning of the series.
 fn tail_start(live: &Path, mut search: TailSearch) -> io::Result<Option<(File, u64)>> {
-    for path in newest_first(live) {
-        let file = match File::open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            other => other?,
-        };
+    for (_, wanted) in files(live).into_iter().rev() {
+        let file = open(live, |files| {
+            let at = files.iter().position(|file| *file == wanted);
+            at.unwrap_or(files.len())
+        })?;
+        // Dropped for the limit meanwhile.
+        let Some(file) = file else { continue };
         if let Some(offset) = search_file(&file, &mut search)? {
             return Ok(Some((file, offset)));
         }
     }
     Ok(None)
-}
-
-fn newest_first(live: &Path) -> impl Iterator<Item = PathBuf> {
-    let older = (1..)
-        .map(|n| rotated(live, n))
-        .take_while(|path| path.exists());
-    std::iter::once(live.to_owned()).chain(older)
 }
 
 /// Walks the lines of one file from its end, block by block.

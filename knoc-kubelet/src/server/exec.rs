@@ -14,103 +14,36 @@ use knoc_proto::pb;
 use super::query::Query;
 use super::remote::{self, RemoteError, Start, Streams};
 use super::remotecommand::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted};
-use super::target::{Refusal, Target};
+use super::target::{Place, Refusal};
 use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
 use super::{Context, spdy, websocket};
 
-type ByName = (String, String, String);
-type ByUid = (String, String, String, String);
-
-fn by_name((namespace, pod, container): ByName) -> (Target, String) {
-    let uid = None;
-    let target = Target {
-        namespace,
-        pod,
-        uid,
-    };
-    (target, container)
-}
-
-fn by_uid((namespace, pod, uid, container): ByUid) -> (Target, String) {
-    let uid = Some(uid);
-    let target = Target {
-        namespace,
-        pod,
-        uid,
-    };
-    (target, container)
-}
-
-/// `/exec/{namespace}/{pod}/{container}`
+/// `/exec/{namespace}/{pod}[/{uid}]/{container}`
 pub(super) async fn exec(
     State(context): State<Arc<Context>>,
-    Path(path): Path<ByName>,
+    Path(place): Path<Place>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    answer(
-        &context,
-        &by_name(path),
-        exec_start,
-        query.as_deref(),
-        request,
-    )
+    answer(&context, &place, exec_start, query.as_deref(), request)
 }
 
-/// `/exec/{namespace}/{pod}/{uid}/{container}`
-pub(super) async fn exec_by_uid(
-    State(context): State<Arc<Context>>,
-    Path(path): Path<ByUid>,
-    RawQuery(query): RawQuery,
-    request: Request,
-) -> Response {
-    answer(
-        &context,
-        &by_uid(path),
-        exec_start,
-        query.as_deref(),
-        request,
-    )
-}
-
-/// `/attach/{namespace}/{pod}/{container}`
+/// `/attach/{namespace}/{pod}[/{uid}]/{container}`
 pub(super) async fn attach(
     State(context): State<Arc<Context>>,
-    Path(path): Path<ByName>,
+    Path(place): Path<Place>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    answer(
-        &context,
-        &by_name(path),
-        attach_start,
-        query.as_deref(),
-        request,
-    )
-}
-
-/// `/attach/{namespace}/{pod}/{uid}/{container}`
-pub(super) async fn attach_by_uid(
-    State(context): State<Arc<Context>>,
-    Path(path): Path<ByUid>,
-    RawQuery(query): RawQuery,
-    request: Request,
-) -> Response {
-    answer(
-        &context,
-        &by_uid(path),
-        attach_start,
-        query.as_deref(),
-        request,
-    )
+    answer(&context, &place, attach_start, query.as_deref(), request)
 }
 
 /// Makes the start of what is asked for, or says why there is none.
-type Prepare = fn(&Context, &(Target, String), &Query, Wanted) -> Result<Start, Refusal>;
+type Prepare = fn(&Context, &Place, &Query, Wanted) -> Result<Start, Refusal>;
 
 fn exec_start(
     context: &Context,
-    (target, container): &(Target, String),
+    Place { target, container }: &Place,
     query: &Query,
     wanted: Wanted,
 ) -> Result<Start, Refusal> {
@@ -129,7 +62,7 @@ fn exec_start(
 /// Whether there is a terminal is the container's affair, as upstream has it.
 fn attach_start(
     context: &Context,
-    (target, container): &(Target, String),
+    Place { target, container }: &Place,
     _query: &Query,
     wanted: Wanted,
 ) -> Result<Start, Refusal> {
@@ -148,20 +81,20 @@ fn attach_start(
 
 fn answer(
     context: &Arc<Context>,
-    target: &(Target, String),
+    place: &Place,
     prepare: Prepare,
     query: Option<&str>,
     request: Request,
 ) -> Response {
     let prepared = options(query).and_then(|(query, wanted)| {
-        let start = prepare(context, target, &query, wanted)?;
+        let start = prepare(context, place, &query, wanted)?;
         Ok((start, wanted, upgrade::carrier(&request)?))
     });
     let (start, wanted, carrier) = match prepared {
         Ok(prepared) => prepared,
         Err(refusal) => return refusal.into_response(),
     };
-    let (target, container) = target;
+    let Place { target, container } = place;
     let purpose = Purpose {
         verb: start.verb(),
         target: format!("{}/{}/{container}", target.namespace, target.pod),

@@ -46,35 +46,13 @@ enum Form {
     Channels(Encoding),
 }
 
-/// `/portForward/{namespace}/{pod}`
-pub(super) async fn by_name(
+/// `/portForward/{namespace}/{pod}[/{uid}]`
+pub(super) async fn port_forward(
     State(context): State<Arc<Context>>,
-    Path((namespace, pod)): Path<(String, String)>,
+    Path(target): Path<Target>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    let uid = None;
-    let target = Target {
-        namespace,
-        pod,
-        uid,
-    };
-    answer(&context, &target, query.as_deref(), request)
-}
-
-/// `/portForward/{namespace}/{pod}/{uid}`
-pub(super) async fn by_uid(
-    State(context): State<Arc<Context>>,
-    Path((namespace, pod, uid)): Path<(String, String, String)>,
-    RawQuery(query): RawQuery,
-    request: Request,
-) -> Response {
-    let uid = Some(uid);
-    let target = Target {
-        namespace,
-        pod,
-        uid,
-    };
     answer(&context, &target, query.as_deref(), request)
 }
 

@@ -44,7 +44,7 @@ fn streams() -> Router<Arc<Context>> {
         )
         .route(
             "/exec/{namespace}/{pod}/{uid}/{container}",
-            get(exec::exec_by_uid).post(exec::exec_by_uid),
+            get(exec::exec).post(exec::exec),
         )
         .route(
             "/attach/{namespace}/{pod}/{container}",
@@ -52,15 +52,15 @@ fn streams() -> Router<Arc<Context>> {
         )
         .route(
             "/attach/{namespace}/{pod}/{uid}/{container}",
-            get(exec::attach_by_uid).post(exec::attach_by_uid),
+            get(exec::attach).post(exec::attach),
         )
         .route(
             "/portForward/{namespace}/{pod}",
-            get(portforward::by_name).post(portforward::by_name),
+            get(portforward::port_forward).post(portforward::port_forward),
         )
         .route(
             "/portForward/{namespace}/{pod}/{uid}",
-            get(portforward::by_uid).post(portforward::by_uid),
+            get(portforward::port_forward).post(portforward::port_forward),
         )
 }
 

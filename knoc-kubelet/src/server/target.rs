@@ -4,6 +4,7 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use knoc_proto::pb::container_status::State;
+use serde::Deserialize;
 
 use super::{Context, PodView, logs};
 use crate::pods::NO_EPHEMERAL;
@@ -29,12 +30,20 @@ impl Refusal {
 }
 
 /// A pod by its path.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Deserialize)]
 pub(super) struct Target {
     pub(super) namespace: String,
     pub(super) pod: String,
     /// Where the path names it, it must be this pod's.
     pub(super) uid: Option<String>,
+}
+
+/// A container by its path.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Place {
+    #[serde(flatten)]
+    pub(super) target: Target,
+    pub(super) container: String,
 }
 
 impl Target {
