@@ -239,6 +239,8 @@ impl Actor {
         if !stop.is_cancelled() {
             self.site.shims.forget(&self.uid);
             self.site.board.remove(self.uid.as_str());
+            // Before the end is told: who hears of it takes a handle off the map that leads to nobody.
+            drop(inputs);
             // The registry may be gone already: then nobody keeps a handle.
             drop(self.site.ended.send(self.uid.clone()).await);
         }

@@ -98,6 +98,23 @@ async fn running(fake: &Fake, name: &str) -> PodUid {
     uid
 }
 
+/// A pod that has succeeded; its job is still there.
+async fn finished(fake: &Fake, name: &str) -> PodUid {
+    let uid = running(fake, name).await;
+    let last = pb::Report {
+        sequence: 2,
+        r#final: true,
+        outcome: pb::OutcomeKind::Succeeded.into(),
+        ..report(&uid)
+    };
+    happens(fake, &uid, Event::Report(Box::new(last)));
+    fake.seen(&uid, |seen| seen.phase() == PodPhase::Finished)
+        .await;
+    // It is seen before its record is written; what is asked after it is answered after it.
+    fake.ensure(&uid).await;
+    uid
+}
+
 /// Another host's agent takes over, as if we had been silent for too long.
 fn fence(fake: &Fake) {
     let other = Process {
@@ -170,4 +187,17 @@ async fn a_record_that_cannot_be_written_during_sbatch_loses_no_job() {
     std::fs::remove_dir(&record).unwrap();
     atomic::write(&gate, b"", 0o600).unwrap();
     called(&fake, "scancel", "--state=PENDING 7").await;
+}
+
+/// Who takes the handle off the map when the end is told finds the actor's end of it closed already.
+#[tokio::test]
+async fn a_pod_that_has_ended_leaves_no_handle() {
+    let fake = slurm(100.0).await;
+    let pod = finished(&fake, "a").await;
+    // Its end cannot be told yet: the actor stands right where it tells.
+    while fake.site.ended.try_send(uid("another")).is_ok() {}
+    fake.registry.forget(&pod).await.unwrap();
+    fake.gone(&pod).await;
+    fake.registry.release(&pod);
+    assert!(fake.registry.is_empty());
 }
