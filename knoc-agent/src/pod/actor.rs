@@ -61,6 +61,9 @@ pub type Reply<T> = oneshot::Sender<Result<T, Refused>>;
 pub enum Input {
     /// Something happened.
     Event(Event),
+    /// The shim's link came or went. Which it was last, [`crate::shims::Shims`] knows: words of two links may overtake each
+    /// other.
+    Link,
     /// `EnsurePod`. The first input of a new pod.
     Ensure {
         /// The shape.
@@ -248,10 +251,8 @@ impl Actor {
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
         match input {
+            Input::Link => self.relink(pod).await,
             Input::Event(event) => {
-                if matches!(event, Event::Link(true)) {
-                    self.linked();
-                }
                 let reported = matches!(event, Event::Report(_));
                 let pod = self.apply(pod, event).await;
                 self.give_values(&pod, reported);
@@ -297,6 +298,16 @@ impl Actor {
                 pod
             }
         }
+    }
+
+    async fn relink(&mut self, pod: Pod) -> Pod {
+        let up = self.site.shims.client(&self.uid).is_some();
+        if up {
+            self.linked();
+        }
+        let pod = self.apply(pod, Event::Link(up)).await;
+        self.give_values(&pod, false);
+        pod
     }
 
     /// The same pod again: nothing, an older generation, or a newer one that changes what may change.

@@ -76,7 +76,7 @@ impl Actor {
                     drop(reply.send(Err(not_found(&self.uid))));
                 }
                 Input::Delete { reply, .. } => drop(reply.send(Err(not_found(&self.uid)))),
-                Input::Event(_) => {}
+                Input::Event(_) | Input::Link => {}
             }
         }
     }
