@@ -131,6 +131,8 @@ pub struct Actor {
     values_revision: i64,
     giving: Option<values::Giving>,
     effects: JoinSet<Event>,
+    /// Those of them that end a job.
+    cancels: Vec<AbortHandle>,
     staging: Option<AbortHandle>,
     /// One reading of the files at a time, however long the file system hangs.
     reading: Option<AbortHandle>,
@@ -194,6 +196,7 @@ impl Actor {
             giving: None,
             unsaved: None,
             effects: JoinSet::new(),
+            cancels: Vec::new(),
             staging: None,
             reading: None,
         }

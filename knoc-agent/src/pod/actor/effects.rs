@@ -90,7 +90,9 @@ impl Actor {
                     .spawn(find(Arc::clone(&self.site), self.uid.clone()));
             }
             Effect::Cancel { job, how } => {
-                self.effects.spawn(cancel(Arc::clone(&self.site), job, how));
+                let work = cancel(Arc::clone(&self.site), job, how);
+                self.cancels.retain(|cancel| !cancel.is_finished());
+                self.cancels.push(self.effects.spawn(work));
             }
             Effect::Stop { job, grace } => {
                 let request = pb::StopRequest {
@@ -113,7 +115,21 @@ impl Actor {
             Effect::Persist => {}
             Effect::CleanUp => self.clean_up().await,
             Effect::Hurry => self.site.hurry.notify_one(),
-            Effect::Remove => self.remove().await,
+            Effect::Remove => {
+                self.finish_cancels().await;
+                self.remove().await;
+            }
+        }
+    }
+
+    /// What ends a job is not cut off by the pod's being forgotten: after that nobody knows the job. Each has its
+    /// deadline.
+    async fn finish_cancels(&mut self) {
+        while self.cancels.iter().any(|cancel| !cancel.is_finished()) {
+            // What else runs has nobody left to answer to.
+            if self.effects.join_next().await.is_none() {
+                return;
+            }
         }
     }
 

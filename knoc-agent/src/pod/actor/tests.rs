@@ -1,6 +1,6 @@
 //! Actors over a real state directory and a scheduler of scripts.
 
-use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
+use std::{os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_proto::{
@@ -8,6 +8,7 @@ use knoc_proto::{
     pb::{self, PodPhase},
     reason::ErrorReason,
 };
+use tokio_util::sync::CancellationToken;
 
 use super::Input;
 use crate::{
@@ -15,6 +16,7 @@ use crate::{
     jobdir::atomic,
     lease::{Holder, Process, STALE},
     pod::state::Event,
+    registry::Registry,
     shim::STOP_SIGNAL,
 };
 
@@ -200,4 +202,43 @@ async fn a_pod_that_has_ended_leaves_no_handle() {
     fake.gone(&pod).await;
     fake.registry.release(&pod);
     assert!(fake.registry.is_empty());
+}
+
+/// Nobody knows the job of a forgotten pod any more: what ends it is not cut off.
+#[tokio::test]
+async fn a_job_that_is_being_cancelled_when_its_pod_is_forgotten_is_cancelled() {
+    let fake = slurm(100.0).await;
+    let [begun, gate] = ["begun", "gate"].map(|name| fake.path().join(name));
+    let waits = format!(
+        "touch '{}'; while ! test -e '{}'; do sleep 0.01; done",
+        begun.display(),
+        gate.display()
+    );
+    program(&fake, "scancel", &waits);
+    let pod = finished(&fake, "a").await;
+    // An hour later, and the job is still there: an agent that has just started finds it so.
+    let record = fake.site.state.pod(&pod).record_path();
+    let mut text: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
+    text["since"] = (Timestamp::now() - Duration::from_hours(1))
+        .to_string()
+        .into();
+    atomic::write(&record, &serde_json::to_vec(&text).unwrap(), 0o600).unwrap();
+    let restarted = Registry::new(Arc::clone(&fake.site), 100, CancellationToken::new());
+    assert_eq!(restarted.recover().await.unwrap(), 1);
+    let opened = async {
+        let has_begun = async {
+            while !begun.exists() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let waited = tokio::time::timeout(SOON, has_begun).await;
+        waited.unwrap_or_else(|_| panic!("scancel was cut off"));
+        atomic::write(&gate, b"", 0o600).unwrap();
+    };
+    let (forgotten, ()) = tokio::join!(restarted.forget(&pod), opened);
+    forgotten.unwrap();
+    called(&fake, "scancel", "7").await;
+    fake.gone(&pod).await;
+    assert!(!record.exists());
 }
