@@ -3,7 +3,7 @@
 //! The cluster id is pinned at its first use, the leadership epoch only grows; both are on disk before a request that
 //! changes them goes on, so that an agent restarted between two kubelets still refuses the older one.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use knoc_proto::{error::chain, reason::ErrorReason};
 use tokio::sync::Mutex;
@@ -13,13 +13,14 @@ use crate::{
     pod::actor::Refused,
 };
 
-/// The pinned cluster. The lock serialises the rare writes; it is held across them on purpose.
+/// The pinned cluster. The lock serialises the rare writes; it is held across them on purpose, also by a write whose
+/// caller has gone.
 #[derive(Debug)]
 pub struct Pin {
     path: PathBuf,
     /// What the site file says; it goes before what was pinned.
     configured: Option<String>,
-    known: Mutex<Cluster>,
+    known: Arc<Mutex<Cluster>>,
 }
 
 impl Pin {
@@ -38,7 +39,7 @@ impl Pin {
         Ok(Self {
             path,
             configured,
-            known: Mutex::new(known),
+            known: Arc::new(Mutex::new(known)),
         })
     }
 
@@ -53,8 +54,10 @@ impl Pin {
     }
 
     /// May a change be made by the leader of this epoch? 0 (knocctl): always.
+    ///
+    /// Cancel safety: a dropped call may have pinned, on disk and in memory alike.
     pub async fn check(&self, cluster_id: &str, leadership_epoch: i64) -> Result<(), Refused> {
-        let mut known = self.known.lock().await;
+        let mut known = Arc::clone(&self.known).lock_owned().await;
         let pinned = &known.cluster_id;
         if !cluster_id.is_empty() && !pinned.is_empty() && cluster_id != pinned {
             let how = if self.configured.is_some() {
@@ -83,23 +86,54 @@ impl Pin {
         if next == *known {
             return Ok(());
         }
-        let (path, written) = (self.path.clone(), next.clone());
-        let write = tokio::task::spawn_blocking(move || jobdir::write_json(&path, &written)).await;
+        let path = self.path.clone();
+        let write = tokio::task::spawn_blocking(move || {
+            jobdir::write_json(&path, &next)?;
+            *known = next;
+            Ok::<_, JobDirError>(())
+        });
         let failed = |error: &(dyn std::error::Error + 'static)| {
             Refused::new(
                 ErrorReason::Internal,
                 format!("pin the cluster: {}", chain(error)),
             )
         };
-        write.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
-        *known = next;
-        Ok(())
+        write.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
+
+    /// What a caller that went away began to write is what the next one is judged by.
+    #[test]
+    fn a_caller_that_goes_away_leaves_file_and_memory_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let pin = Pin::load(&state, None).unwrap();
+            // The only thread for file work is busy.
+            let (gate, waits) = mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || waits.recv().unwrap_or_default());
+            {
+                let gone = std::pin::pin!(pin.check("one", 3));
+                assert!(futures::poll!(gone).is_pending());
+            }
+            let next = pin.check("two", 1);
+            let (refused, ()) = tokio::join!(next, async { drop(gate) });
+            assert_eq!(refused.unwrap_err().reason, ErrorReason::ClusterMismatch);
+            busy.await.unwrap();
+        });
+        let kept: Cluster = jobdir::read_json(&state.cluster()).unwrap().unwrap();
+        assert_eq!(kept.cluster_id, "one");
+    }
 
     #[tokio::test]
     async fn pinned_at_first_use_and_epochs_only_grow() {
