@@ -98,6 +98,21 @@ pub enum Input {
     },
 }
 
+impl Input {
+    /// Refuses what is asked; what only happened is let go.
+    fn refuse(self, refused: Refused) {
+        // Who asked may be gone.
+        match self {
+            Self::Event(_) | Self::Link => {}
+            Self::Ensure { reply, .. } => drop(reply.send(Err(refused))),
+            Self::Delete { reply, .. } => drop(reply.send(Err(refused))),
+            Self::Values { reply, .. } | Self::Forget { reply } => {
+                drop(reply.send(Err(refused)));
+            }
+        }
+    }
+}
+
 /// A pod that was found on disk.
 #[derive(Debug)]
 pub struct Restored {
@@ -253,6 +268,11 @@ impl Actor {
     }
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
+        let asked = !matches!(input, Input::Event(_) | Input::Link);
+        if asked && let Some(refused) = self.fenced().await {
+            input.refuse(refused);
+            return pod;
+        }
         match input {
             Input::Link => self.relink(pod).await,
             Input::Event(event) => {

@@ -72,11 +72,11 @@ impl Actor {
                     self.cluster_id = cluster_id;
                     return self.accept(*values, reply).await;
                 }
-                Input::Values { reply, .. } | Input::Forget { reply } => {
-                    drop(reply.send(Err(not_found(&self.uid))));
-                }
-                Input::Delete { reply, .. } => drop(reply.send(Err(not_found(&self.uid)))),
-                Input::Event(_) | Input::Link => {}
+                other @ (Input::Event(_)
+                | Input::Link
+                | Input::Values { .. }
+                | Input::Delete { .. }
+                | Input::Forget { .. }) => other.refuse(not_found(&self.uid)),
             }
         }
     }
@@ -86,6 +86,10 @@ impl Actor {
         values: pb::PodValues,
         reply: Reply<(pb::PodObserved, bool)>,
     ) -> Option<Pod> {
+        if let Some(refused) = self.fenced().await {
+            drop(reply.send(Err(refused)));
+            return None;
+        }
         let now = Timestamp::now();
         let pod = Pod::new(facts(&self.uid, &self.spec, &self.site.config), now);
         let images = stage::at_hand(&self.site, &self.spec).await;

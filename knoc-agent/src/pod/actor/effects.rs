@@ -140,14 +140,28 @@ impl Actor {
             crash::point("agent.record.before");
         }
         let record = Record::of(pod, &self.cluster_id, self.values_revision);
-        let dir = self.dir.clone();
-        let written = tokio::task::spawn_blocking(move || write_record(&dir, &record)).await;
+        let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
+        let written = tokio::task::spawn_blocking(move || {
+            // The newer agent's records are not ours to write.
+            match lease.fenced() {
+                Some(fenced) => Err(chain(&fenced)),
+                None => write_record(&dir, &record).map_err(|error| chain(&error)),
+            }
+        })
+        .await;
         if submitting {
             crash::point("agent.record.after");
         }
-        written
-            .map_err(|error| chain(&error))?
-            .map_err(|error| chain(&error))
+        written.map_err(|error| chain(&error))?
+    }
+
+    /// The refusal of all that is asked of an agent whose pods are a newer one's.
+    pub(super) async fn fenced(&self) -> Option<Refused> {
+        let lease = self.site.lease.clone();
+        // A look that failed says nothing.
+        let looked = tokio::task::spawn_blocking(move || lease.fenced()).await;
+        let fenced = looked.ok().flatten()?;
+        Some(Refused::new(ErrorReason::ShuttingDown, chain(&fenced)))
     }
 
     pub(super) async fn remove(&self) {

@@ -10,9 +10,9 @@ use knoc_proto::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::Input;
+use super::{Input, Refused};
 use crate::{
-    app::fake::{Fake, SOON},
+    app::fake::{Fake, SOON, spec},
     jobdir::atomic,
     lease::{Holder, Process, STALE},
     pod::state::Event,
@@ -241,4 +241,43 @@ async fn a_job_that_is_being_cancelled_when_its_pod_is_forgotten_is_cancelled() 
     called(&fake, "scancel", "7").await;
     fake.gone(&pod).await;
     assert!(!record.exists());
+}
+
+/// What a newer agent has taken over is its own: no record is changed, and no job ended.
+#[tokio::test]
+async fn an_agent_that_is_fenced_changes_nothing() {
+    let fake = slurm(100.0).await;
+    let pod = running(&fake, "a").await;
+    let done = finished(&fake, "b").await;
+    let record = |pod: &PodUid| std::fs::read(fake.site.state.pod(pod).record_path()).unwrap();
+    let before = record(&pod);
+    fence(&fake);
+    let reason = |refused: Refused| refused.reason;
+    let refused = fake.registry.delete(&pod, None, String::new()).await;
+    assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
+    let newer = pb::PodSpec {
+        generation: 2,
+        ..spec(&pod)
+    };
+    for spec in [newer, spec(&uid("c"))] {
+        let refused = fake.ensure_as(spec).await;
+        assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
+    }
+    assert!(!fake.site.state.pod(&uid("c")).path().exists());
+    let refused = fake.registry.forget(&done).await;
+    assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
+    record(&done);
+    // What happens to the pod is still seen.
+    let last = pb::Report {
+        sequence: 2,
+        r#final: true,
+        ..report(&pod)
+    };
+    happens(&fake, &pod, Event::Report(Box::new(last)));
+    fake.seen(&pod, |seen| seen.phase() == PodPhase::Finished)
+        .await;
+    // Asked after it, answered after it.
+    fake.registry.forget(&pod).await.unwrap_err();
+    assert_eq!(record(&pod), before);
+    assert_eq!(calls(&fake, "scancel", ""), 0);
 }
