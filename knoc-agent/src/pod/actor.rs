@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     publish::observed,
     record::Record,
+    stage::StageError,
     state::{Effect, Event, Facts, Patience, Pod, State, step},
 };
 use crate::{
@@ -148,7 +149,8 @@ pub struct Actor {
     effects: JoinSet<Event>,
     /// Those of them that end a job.
     cancels: Vec<AbortHandle>,
-    staging: Option<AbortHandle>,
+    /// Where the images lie. One at a time.
+    staging: JoinSet<Resolved>,
     /// One reading of the files at a time, however long the file system hangs.
     reading: Option<AbortHandle>,
     /// Set while the newest record is not on disk.
@@ -156,6 +158,9 @@ pub struct Actor {
     /// For the poller.
     wants: watch::Sender<Wanted>,
 }
+
+/// Where the images of a pod lie, or why that is not known.
+type Resolved = Result<Vec<pb::ResolvedImage>, StageError>;
 
 /// A record that could not be written.
 #[derive(Debug)]
@@ -212,7 +217,7 @@ impl Actor {
             unsaved: None,
             effects: JoinSet::new(),
             cancels: Vec::new(),
-            staging: None,
+            staging: JoinSet::new(),
             reading: None,
         }
     }
@@ -243,6 +248,10 @@ impl Actor {
                             continue;
                         }
                     },
+                    Some(done) = self.staging.join_next() => match self.resolved(done).await {
+                        Some(event) => Input::Event(event),
+                        None => continue,
+                    },
                     input = inputs.recv() => match input {
                         Some(input) => input,
                         None => break,
@@ -257,6 +266,7 @@ impl Actor {
         }
         // Effects that run are ended with us: an sbatch that has begun is found again by name.
         self.effects.shutdown().await;
+        self.staging.shutdown().await;
         if !stop.is_cancelled() {
             self.site.shims.forget(&self.uid);
             self.site.board.remove(self.uid.as_str());
@@ -360,11 +370,12 @@ impl Actor {
         if let Some(message) = conflict {
             return (pod, Err(Refused::new(ErrorReason::SpecConflict, message)));
         }
-        let facts = facts(&self.uid, &spec, &self.site.config);
-        self.spec = Arc::new(spec);
-        if let Err(refused) = self.rewrite_spec().await {
+        let spec = Arc::new(spec);
+        if let Err(refused) = self.rewrite_spec(Arc::clone(&spec)).await {
             return (pod, Err(refused));
         }
+        let facts = facts(&self.uid, &spec, &self.site.config);
+        self.spec = spec;
         (self.apply(pod, Event::Update(facts)).await, Ok(()))
     }
 
@@ -377,7 +388,7 @@ impl Actor {
         let (pod, effects) = step(pod, event, Timestamp::now());
         if pod.is_finished() || pod.deletion.is_some() {
             // Images for a pod that is not wanted any more.
-            self.staging.take().inspect(AbortHandle::abort);
+            self.staging.abort_all();
         }
         if final_report {
             self.show(&pod);

@@ -4,10 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
-use tokio::{sync::mpsc, task::AbortHandle};
+use tokio::task::{AbortHandle, JoinError};
 use tonic::Request;
 
-use super::{Actor, Input, Refused, Unsaved, write_record};
+use super::{Actor, Refused, Resolved, Unsaved, write_record};
 use crate::{
     jobdir::{JobDir, atomic::FileError},
     pod::{
@@ -65,14 +65,9 @@ impl Actor {
     async fn perform_one(&mut self, pod: &Pod, effect: Effect) {
         match effect {
             Effect::Stage => {
-                let work = stage(
-                    Arc::clone(&self.site),
-                    self.dir.clone(),
-                    Arc::clone(&self.spec),
-                    self.cluster_id.clone(),
-                    self.own.clone(),
-                );
-                self.staging = Some(self.effects.spawn(work));
+                let (site, spec) = (Arc::clone(&self.site), Arc::clone(&self.spec));
+                self.staging
+                    .spawn(stage::resolve(site, spec, self.own.clone()));
             }
             Effect::Submit => {
                 let request = SubmitRequest {
@@ -184,9 +179,47 @@ impl Actor {
         }
     }
 
+    /// Staging has ended: completes `job.pb`, with the shape as it is by now. `None` where it was given up.
+    pub(super) async fn resolved(&mut self, done: Result<Resolved, JoinError>) -> Option<Event> {
+        let resolved = match done {
+            Err(error) if error.is_cancelled() => return None,
+            done => done.unwrap_or_else(|error| Err(StageError::of_pod(&error))),
+        };
+        let completed = match resolved {
+            Ok(images) => self.complete(images).await,
+            Err(error) => Err(error),
+        };
+        Some(match completed {
+            Ok(()) => Event::Staged,
+            Err(StageError {
+                container,
+                reason,
+                message,
+            }) => Event::StageFailed {
+                container,
+                reason,
+                message,
+            },
+        })
+    }
+
+    async fn complete(&self, images: Vec<pb::ResolvedImage>) -> Result<(), StageError> {
+        let job = stage::job_file(&self.site, &self.spec, images, self.cluster_id.clone());
+        let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
+        let written = tokio::task::spawn_blocking(move || match lease.fenced() {
+            Some(fenced) => Err(StageError::of_pod(&fenced)),
+            None => dir
+                .write_spec(&job)
+                .map_err(|error| StageError::of_pod(&error)),
+        });
+        written
+            .await
+            .unwrap_or_else(|error| Err(StageError::of_pod(&error)))
+    }
+
     /// A newer generation: the shape in `job.pb` follows, the rest of it stays.
-    pub(super) async fn rewrite_spec(&self) -> Result<(), Refused> {
-        let (dir, spec) = (self.dir.clone(), Arc::clone(&self.spec));
+    pub(super) async fn rewrite_spec(&self, spec: Arc<pb::PodSpec>) -> Result<(), Refused> {
+        let dir = self.dir.clone();
         let written = tokio::task::spawn_blocking(move || {
             let mut job = dir.spec()?;
             job.spec = Some((*spec).clone());
@@ -203,27 +236,6 @@ impl Actor {
             .await
             .map_err(|e| failed(&e))?
             .map_err(|e| failed(&e))
-    }
-}
-
-async fn stage(
-    site: Arc<Site>,
-    dir: JobDir,
-    spec: Arc<pb::PodSpec>,
-    cluster_id: String,
-    own: mpsc::WeakSender<Input>,
-) -> Event {
-    match stage::stage(site, dir, spec, cluster_id, own).await {
-        Ok(()) => Event::Staged,
-        Err(StageError {
-            container,
-            reason,
-            message,
-        }) => Event::StageFailed {
-            container,
-            reason,
-            message,
-        },
     }
 }
 

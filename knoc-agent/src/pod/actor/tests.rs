@@ -10,12 +10,16 @@ use knoc_proto::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Input, Refused};
+use super::{Input, Refused, facts};
 use crate::{
-    app::fake::{Fake, SOON, spec},
+    app::fake::{Fake, SOON, spec, values},
     jobdir::atomic,
     lease::{Holder, Process, STALE},
-    pod::state::Event,
+    pod::{
+        record::Record,
+        stage,
+        state::{Event, Pod},
+    },
     registry::Registry,
     shim::STOP_SIGNAL,
 };
@@ -115,6 +119,25 @@ async fn finished(fake: &Fake, name: &str) -> PodUid {
     // It is seen before its record is written; what is asked after it is answered after it.
     fake.ensure(&uid).await;
     uid
+}
+
+/// What an agent that died left of a pod which it was staging.
+fn half_staged(fake: &Fake, spec: &pb::PodSpec, version: &str) {
+    let uid = uid(&spec.uid);
+    let facts = facts(&uid, spec, &fake.site.config);
+    let record = Record::of(&Pod::new(facts, Timestamp::now()), "", 1);
+    let mut job = stage::job_file(&fake.site, spec, Vec::new(), String::new());
+    version.clone_into(&mut job.version);
+    stage::accept(&fake.site.state.pod(&uid), &job, &record, Some(values())).unwrap();
+}
+
+/// A newer generation of the pod's shape.
+fn newer(uid: &PodUid) -> pb::PodSpec {
+    pb::PodSpec {
+        generation: 2,
+        labels: [("colour".to_owned(), "blue".to_owned())].into(),
+        ..spec(uid)
+    }
 }
 
 /// Another host's agent takes over, as if we had been silent for too long.
@@ -255,11 +278,7 @@ async fn an_agent_that_is_fenced_changes_nothing() {
     let reason = |refused: Refused| refused.reason;
     let refused = fake.registry.delete(&pod, None, String::new()).await;
     assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
-    let newer = pb::PodSpec {
-        generation: 2,
-        ..spec(&pod)
-    };
-    for spec in [newer, spec(&uid("c"))] {
+    for spec in [newer(&pod), spec(&uid("c"))] {
         let refused = fake.ensure_as(spec).await;
         assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
     }
@@ -280,4 +299,49 @@ async fn an_agent_that_is_fenced_changes_nothing() {
     fake.registry.forget(&pod).await.unwrap_err();
     assert_eq!(record(&pod), before);
     assert_eq!(calls(&fake, "scancel", ""), 0);
+}
+
+#[tokio::test]
+async fn a_newer_shape_that_comes_during_staging_is_what_the_job_runs() {
+    let fake = slurm(100.0).await;
+    let of_two = |mut spec: pb::PodSpec| {
+        spec.containers.push(pb::Container {
+            name: "second".to_owned(),
+            ..spec.containers[0].clone()
+        });
+        spec
+    };
+    let pod = uid("a");
+    half_staged(&fake, &of_two(spec(&pod)), fake.site.versions.own());
+    fake.registry.recover().await.unwrap();
+    // Staging notes each image. For that of the second one there is no place in the queue before the newer shape is taken.
+    let filled = async {
+        let (_, handle) = &fake.registry.handles()[0];
+        while handle.offer(Input::Event(Event::Tick)) {}
+    };
+    let newer = of_two(newer(&pod));
+    let (taken, ()) = tokio::join!(fake.ensure_as(newer.clone()), filled);
+    taken.unwrap();
+    fake.seen(&pod, |seen| seen.phase() == PodPhase::Queued)
+        .await;
+    let job = fake.site.state.pod(&pod).spec().unwrap();
+    assert_eq!(job.images.len(), 2);
+    assert_eq!(job.spec.unwrap(), newer);
+}
+
+#[tokio::test]
+async fn a_newer_shape_that_cannot_be_written_is_not_taken_for_written() {
+    let fake = slurm(100.0).await;
+    let pod = running(&fake, "a").await;
+    let dir = fake.site.state.pod(&pod);
+    let kept = std::fs::read(dir.spec_path()).unwrap();
+    block(&dir.spec_path());
+    let refused = fake.ensure_as(newer(&pod)).await;
+    assert_eq!(refused.unwrap_err().reason, ErrorReason::Internal);
+    assert_eq!(fake.site.board.get("a").unwrap().spec_generation, 1);
+    std::fs::remove_dir(dir.spec_path()).unwrap();
+    atomic::write(&dir.spec_path(), &kept, 0o600).unwrap();
+    fake.ensure_as(newer(&pod)).await.unwrap();
+    assert_eq!(dir.spec().unwrap().spec.unwrap(), newer(&pod));
+    assert_eq!(fake.site.board.get("a").unwrap().spec_generation, 2);
 }
