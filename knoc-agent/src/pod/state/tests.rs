@@ -507,6 +507,17 @@ fn only_a_finished_pod_is_forgotten() {
     assert_eq!(effects, [Effect::Remove]);
 }
 
+/// The agent may have died between the record and the values.
+#[test]
+fn the_values_of_a_finished_pod_are_removed_after_a_restart_too() {
+    let (pod, _) = feed(and(running(), [report("1", 2, true)]));
+    let (pod, effects) = step(pod, Event::Begin, at(9));
+    assert_eq!(effects, [Effect::CleanUp, Effect::Hurry]);
+    let (pod, _) = step(pod, seen("1", JobState::Completed), at(20));
+    let (_, effects) = step(pod, Event::Begin, at(21));
+    assert_eq!(effects, [Effect::CleanUp]);
+}
+
 #[test]
 fn a_job_that_outlives_its_report_is_cancelled() {
     let (pod, _) = feed(and(running(), [report("1", 2, true)]));
