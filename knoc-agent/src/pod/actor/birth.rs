@@ -38,10 +38,7 @@ impl Actor {
         } = restored;
         self.spec = Arc::new(spec);
         self.cluster_id = cluster_id;
-        if !matches!(pod.state, State::Accepted | State::Staging { .. }) {
-            // What is staged again is ours.
-            self.version = version;
-        }
+        self.version = version;
         let dir = self.dir.clone();
         if !pod.is_finished() {
             let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));

@@ -189,6 +189,9 @@ impl Actor {
             Ok(images) => self.complete(images).await,
             Err(error) => Err(error),
         };
+        if completed.is_ok() {
+            self.name_own_version().await;
+        }
         Some(match completed {
             Ok(()) => Event::Staged,
             Err(StageError {
@@ -201,6 +204,20 @@ impl Actor {
                 message,
             },
         })
+    }
+
+    /// What is staged by us runs our version; the one that an older agent named may go.
+    async fn name_own_version(&mut self) {
+        let own = self.site.versions.own().to_owned();
+        let before = std::mem::replace(&mut self.version, own);
+        if !self.site.versions.release(&before) {
+            return;
+        }
+        let site = Arc::clone(&self.site);
+        let pruned = tokio::task::spawn_blocking(move || site.versions.prune()).await;
+        if let Err(error) = pruned {
+            tracing::warn!(uid = %self.uid, error = chain(&error), "prune");
+        }
     }
 
     async fn complete(&self, images: Vec<pb::ResolvedImage>) -> Result<(), StageError> {

@@ -345,3 +345,20 @@ async fn a_newer_shape_that_cannot_be_written_is_not_taken_for_written() {
     assert_eq!(dir.spec().unwrap().spec.unwrap(), newer(&pod));
     assert_eq!(fake.site.board.get("a").unwrap().spec_generation, 2);
 }
+
+/// What is staged again runs our own version: no job directory names the older one any more.
+#[tokio::test]
+async fn a_version_is_let_go_when_the_pod_that_named_it_is_staged_again() {
+    let fake = slurm(100.0).await;
+    let older = fake.site.state.versions().join("0.0.1");
+    atomic::create_dir(&older).unwrap();
+    atomic::write(&older.join("knoc-agent"), b"older", 0o755).unwrap();
+    let pod = uid("a");
+    half_staged(&fake, &spec(&pod), "0.0.1");
+    fake.registry.recover().await.unwrap();
+    fake.seen(&pod, |seen| seen.phase() == PodPhase::Queued)
+        .await;
+    let job = fake.site.state.pod(&pod).spec().unwrap();
+    assert_eq!(job.version, fake.site.versions.own());
+    assert!(!older.exists());
+}
