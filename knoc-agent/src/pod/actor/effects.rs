@@ -11,6 +11,7 @@ use super::{Actor, Refused, Resolved, Unsaved, write_record};
 use crate::{
     jobdir::{JobDir, atomic::FileError},
     pod::{
+        outcome::{Cause, OVERDUE},
         record::Record,
         stage::{self, StageError},
         state::{Effect, Event, Note, Pod, State},
@@ -92,10 +93,7 @@ impl Actor {
             Effect::Stop { job, grace } => {
                 let request = pb::StopRequest {
                     grace_seconds: grace.as_secs().try_into().unwrap_or(i64::MAX),
-                    reason: pod
-                        .deletion
-                        .as_ref()
-                        .map_or_else(String::new, |d| d.reason.clone()),
+                    reason: why_stopped(pod),
                 };
                 let signal = stop_signal(pod.report.as_ref());
                 self.effects
@@ -303,6 +301,22 @@ async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Ca
         }
     }
     cancel(site, job, signal).await
+}
+
+/// What the shim is told of why it ends its pod.
+fn why_stopped(pod: &Pod) -> String {
+    let overdue = matches!(
+        pod.state,
+        State::Stopping {
+            cause: Cause::Deadline,
+            ..
+        }
+    );
+    match &pod.deletion {
+        Some(deletion) if !overdue => deletion.reason.clone(),
+        Some(_) | None if overdue => OVERDUE.to_owned(),
+        Some(_) | None => String::new(),
+    }
 }
 
 /// The signal that tells this shim to stop. USR1 leaves it the whole grace, but would end a shim that does not know it
