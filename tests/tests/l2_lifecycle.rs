@@ -373,6 +373,40 @@ async fn an_older_leader_and_another_cluster_are_refused() -> anyhow::Result<()>
     Ok(())
 }
 
+/// Each node has its Lease, and epochs of its own.
+#[tokio::test]
+async fn kubelets_of_two_nodes_share_an_agent() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let mut client = site.client()?;
+    for (node, epoch) in [("a", 9), ("b", 3)] {
+        let pod = Pod::new(node, vec![shell("main", "true")]);
+        let mut pod = change(&pod, |spec| spec.node_name = node.into());
+        pod.request.leadership_epoch = epoch;
+        client.ensure_pod(pod.request.clone()).await?;
+        pod.request.leadership_epoch = epoch - 1;
+        let refused = client.ensure_pod(pod.request).await;
+        let refused = refused.err().context("accepted")?;
+        ensure!(
+            ErrorReason::of(&refused) == Some(ErrorReason::StaleLeader),
+            "{refused}"
+        );
+        let delete = pb::DeletePodRequest {
+            leadership_epoch: epoch - 1,
+            cluster_id: CLUSTER.into(),
+            uid: node.into(),
+            ..pb::DeletePodRequest::default()
+        };
+        let refused = client.delete_pod(delete).await;
+        let refused = refused.err().context("deleted")?;
+        ensure!(
+            ErrorReason::of(&refused) == Some(ErrorReason::StaleLeader),
+            "{refused}"
+        );
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn an_invalid_pod_is_refused_with_all_reasons() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
