@@ -37,7 +37,10 @@ impl Actor {
             let again = std::iter::once(Effect::Persist);
             again.chain(unsaved.held)
         });
-        let mut effects = held.chain(effects);
+        // What is forgotten has no record: the machine's state would be written as that of a pod just accepted.
+        let forgotten = matches!(pod.state, State::Forgotten);
+        let recorded = |effect: &Effect| !forgotten || *effect != Effect::Persist;
+        let mut effects = held.chain(effects).filter(recorded);
         while let Some(effect) = effects.next() {
             if effect != Effect::Persist {
                 self.perform_one(pod, effect).await;

@@ -1,6 +1,11 @@
 //! Actors over a real state directory and a scheduler of scripts.
 
-use std::{os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
+use std::{
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use knoc_proto::{
@@ -227,43 +232,90 @@ async fn a_pod_that_has_ended_leaves_no_handle() {
     assert!(fake.registry.is_empty());
 }
 
+/// A pod whose job outlived its report by an hour, as an agent finds it that has just started.
+async fn outlived(fake: &Fake, name: &str) -> (PodUid, Arc<Registry>) {
+    let pod = finished(fake, name).await;
+    let record = fake.site.state.pod(&pod).record_path();
+    let text = std::fs::read(&record).unwrap();
+    let mut text: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let hour_ago = Timestamp::now() - Duration::from_hours(1);
+    text["since"] = hour_ago.to_string().into();
+    atomic::write(&record, &serde_json::to_vec(&text).unwrap(), 0o600).unwrap();
+    let restarted = Registry::new(Arc::clone(&fake.site), 100, CancellationToken::new());
+    assert_eq!(restarted.recover().await.unwrap(), 1);
+    (pod, restarted)
+}
+
+/// A command that begins, waits for `open` and ends.
+struct Gate {
+    begun: PathBuf,
+    open: PathBuf,
+}
+
+impl Gate {
+    fn new(fake: &Fake, name: &str) -> Self {
+        let [begun, open] = ["begun", "open"].map(|file| fake.path().join(file));
+        let waits = format!(
+            "touch '{}'; while ! test -e '{}'; do sleep 0.01; done",
+            begun.display(),
+            open.display()
+        );
+        program(fake, name, &waits);
+        Self { begun, open }
+    }
+
+    async fn begun(&self) {
+        let looking = async {
+            while !self.begun.exists() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let looked = tokio::time::timeout(SOON, looking).await;
+        looked.unwrap_or_else(|_| panic!("never begun, or cut off"));
+    }
+
+    fn open(&self) {
+        atomic::write(&self.open, b"", 0o600).unwrap();
+    }
+}
+
 /// Nobody knows the job of a forgotten pod any more: what ends it is not cut off.
 #[tokio::test]
 async fn a_job_that_is_being_cancelled_when_its_pod_is_forgotten_is_cancelled() {
     let fake = slurm(100.0).await;
-    let [begun, gate] = ["begun", "gate"].map(|name| fake.path().join(name));
-    let waits = format!(
-        "touch '{}'; while ! test -e '{}'; do sleep 0.01; done",
-        begun.display(),
-        gate.display()
-    );
-    program(&fake, "scancel", &waits);
-    let pod = finished(&fake, "a").await;
-    // An hour later, and the job is still there: an agent that has just started finds it so.
-    let record = fake.site.state.pod(&pod).record_path();
-    let mut text: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
-    text["since"] = (Timestamp::now() - Duration::from_hours(1))
-        .to_string()
-        .into();
-    atomic::write(&record, &serde_json::to_vec(&text).unwrap(), 0o600).unwrap();
-    let restarted = Registry::new(Arc::clone(&fake.site), 100, CancellationToken::new());
-    assert_eq!(restarted.recover().await.unwrap(), 1);
+    let gate = Gate::new(&fake, "scancel");
+    let (pod, restarted) = outlived(&fake, "a").await;
     let opened = async {
-        let has_begun = async {
-            while !begun.exists() {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        let waited = tokio::time::timeout(SOON, has_begun).await;
-        waited.unwrap_or_else(|_| panic!("scancel was cut off"));
-        atomic::write(&gate, b"", 0o600).unwrap();
+        gate.begun().await;
+        gate.open();
     };
     let (forgotten, ()) = tokio::join!(restarted.forget(&pod), opened);
     forgotten.unwrap();
     called(&fake, "scancel", "7").await;
     fake.gone(&pod).await;
-    assert!(!record.exists());
+    assert!(!fake.site.state.pod(&pod).path().exists());
+}
+
+/// A record that could not be written before is not written then: it would be that of a pod just accepted.
+#[tokio::test]
+async fn a_pod_that_is_being_forgotten_is_not_recorded_as_a_new_one() {
+    let fake = slurm(100.0).await;
+    let gate = Gate::new(&fake, "scancel");
+    let (pod, restarted) = outlived(&fake, "a").await;
+    let record = fake.site.state.pod(&pod).record_path();
+    block(&record);
+    let deleted = restarted.delete(&pod, None, String::new()).await;
+    deleted.unwrap_err();
+    std::fs::remove_dir(&record).unwrap();
+    let opened = async {
+        gate.begun().await;
+        assert!(!record.exists());
+        gate.open();
+    };
+    let (forgotten, ()) = tokio::join!(restarted.forget(&pod), opened);
+    forgotten.unwrap();
+    fake.gone(&pod).await;
+    assert!(!fake.site.state.pod(&pod).path().exists());
 }
 
 /// What a newer agent has taken over is its own: no record is changed, and no job ended.
