@@ -29,7 +29,10 @@ use tonic::{Request, Response, Status, Streaming, service::interceptor::Intercep
 use crate::{
     doctor,
     pod::actor::Refused,
-    registry::{Registry, cluster::Pin},
+    registry::{
+        Registry,
+        cluster::{Leader, Pin},
+    },
     scheduler::SubmitRequest,
     site::Site,
     stats::Stats,
@@ -98,12 +101,19 @@ impl Service {
         }))
     }
 
-    async fn check(&self, cluster_id: &str, leadership_epoch: i64) -> Result<(), Status> {
-        self.0
-            .pin
-            .check(cluster_id, leadership_epoch)
-            .await
-            .map_err(refused)
+    /// May the kubelet that leads `node` with this epoch make a change?
+    async fn check(&self, node: &str, cluster_id: &str, epoch: i64) -> Result<(), Status> {
+        let leader = Leader { node, epoch };
+        let checked = self.0.pin.check(cluster_id, leader).await;
+        checked.map_err(refused)
+    }
+
+    /// The same for a change of a pod that is there; one that is not has no node, and nothing to be changed.
+    async fn check_pod(&self, uid: &str, cluster_id: &str, epoch: i64) -> Result<(), Status> {
+        match self.0.site.board.get(uid) {
+            Some(pod) => self.check(&pod.node_name, cluster_id, epoch).await,
+            None => self.check("", cluster_id, 0).await,
+        }
     }
 }
 
@@ -205,7 +215,8 @@ impl pb::agent_server::Agent for Service {
         request: Request<pb::EnsurePodRequest>,
     ) -> Result<Response<pb::EnsurePodResponse>, Status> {
         let request = request.into_inner();
-        self.check(&request.cluster_id, request.leadership_epoch)
+        let node = request.spec.as_ref().map_or("", |spec| &spec.node_name);
+        self.check(node, &request.cluster_id, request.leadership_epoch)
             .await?;
         let spec = request
             .spec
@@ -236,7 +247,7 @@ impl pb::agent_server::Agent for Service {
         request: Request<pb::DeletePodRequest>,
     ) -> Result<Response<pb::DeletePodResponse>, Status> {
         let request = request.into_inner();
-        self.check(&request.cluster_id, request.leadership_epoch)
+        self.check_pod(&request.uid, &request.cluster_id, request.leadership_epoch)
             .await?;
         let grace = u64::try_from(request.grace_seconds)
             .ok()
@@ -256,7 +267,7 @@ impl pb::agent_server::Agent for Service {
         request: Request<pb::ForgetPodRequest>,
     ) -> Result<Response<pb::ForgetPodResponse>, Status> {
         let request = request.into_inner();
-        self.check(&request.cluster_id, request.leadership_epoch)
+        self.check_pod(&request.uid, &request.cluster_id, request.leadership_epoch)
             .await?;
         self.0
             .registry
@@ -291,7 +302,7 @@ impl pb::agent_server::Agent for Service {
         request: Request<pb::UpdateValuesRequest>,
     ) -> Result<Response<pb::UpdateValuesResponse>, Status> {
         let request = request.into_inner();
-        self.check(&request.cluster_id, request.leadership_epoch)
+        self.check_pod(&request.uid, &request.cluster_id, request.leadership_epoch)
             .await?;
         let values = request.values.unwrap_or_default();
         self.0

@@ -24,7 +24,6 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api,
     config::Config,
-    jobdir::{self, schema::Endpoint},
     lease,
     registry::{self, Registry, cluster::Pin, poll},
     shims,
@@ -67,15 +66,7 @@ impl App {
             .await
             .map_err(prepare::listen)?;
         let near = prepare::near_listeners(&site.config).await?;
-        let port = shim_hop
-            .local_addr()
-            .map_or_else(|| site.config.listen.shim.port(), |a| a.port());
-        let endpoint = Endpoint {
-            addresses: prepare::advertised(&site.config, port),
-            spki: pair.spki().to_owned(),
-        };
-        tracing::info!(addresses = ?endpoint.addresses, "shims are told to dial");
-        jobdir::write_json(&site.state.endpoint(), &endpoint)?;
+        prepare::tell_shims(&site, &shim_hop, &pair)?;
         let pin = Pin::load(&site.state, site.config.policy.cluster_id.clone())?;
         let (node, watched) = watch::channel(pb::NodeInfo {
             pid_isolation: site.runtime.name != "process",

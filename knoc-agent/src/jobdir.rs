@@ -313,27 +313,33 @@ impl JobDir {
         Ok(())
     }
 
-    /// Unlinks all staged values: the agent at every terminal state.
+    /// Unlinks all staged values, and what a writer that died left of some: the agent at every terminal state.
     pub fn remove_values(&self) -> Result<(), FileError> {
-        self.remove_values_up_to(i64::MAX)
+        self.values_files()?
+            .iter()
+            .try_for_each(|path| remove_if_there(path))
     }
 
     fn revisions(&self) -> Result<Vec<(i64, PathBuf)>, FileError> {
+        // Temporary files begin with a dot and are no number.
+        let revision = |path: &Path| path.file_name()?.to_str()?.parse().ok();
+        let files = self.values_files()?.into_iter();
+        Ok(files
+            .filter_map(|path| Some((revision(&path)?, path)))
+            .collect())
+    }
+
+    fn values_files(&self) -> Result<Vec<PathBuf>, FileError> {
         let folder = self.values_dir();
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(FileError::on("list", &folder)(error)),
         };
-        let mut found = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(FileError::on("list", &folder))?;
-            // Temporary files begin with a dot and are no number.
-            let name = entry.file_name();
-            let revision = name.to_str().and_then(|name| name.parse().ok());
-            found.extend(revision.map(|revision| (revision, entry.path())));
-        }
-        Ok(found)
+        entries
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect::<Result<_, _>>()
+            .map_err(FileError::on("list", &folder))
     }
 
     /// Certificate and key of the shim on its link.

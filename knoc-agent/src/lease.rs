@@ -3,10 +3,13 @@
 //! Two login nodes share one home, and a user may start an agent on each. The lease names the holder (host, boot id,
 //! process id) and an epoch that grows with every start. A second agent finds a live holder and stops with a message;
 //! it takes over one that is dead (same host and no such process, or no heartbeat for [`STALE`]). An agent whose epoch
-//! is no longer the newest is fenced: [`Holder::check`] before each `sbatch` says so, and it changes nothing more.
+//! is no longer the newest is fenced: [`Holder::check`] before each `sbatch`, and before each record, says so, and it
+//! changes nothing more. Nobody can look and write at once on a shared file system: an older agent that stood still in
+//! between writes its lease over the newer one's. That fences nobody, and the newer one's next heartbeat is written over it.
 //! Blocking file work. Never removes another's lease.
 
 use std::{
+    cmp::Ordering,
     fs,
     path::{Path, PathBuf},
     time::Duration,
@@ -119,17 +122,22 @@ impl Holder {
         self.epoch
     }
 
-    /// Still ours? Reads the file.
+    /// Has no newer agent taken over? Reads the file.
     pub fn check(&self) -> Result<(), LeaseError> {
         match jobdir::read_json::<Lease>(&self.path)? {
-            Some(holder) if holder.epoch > self.epoch || !self.is_ours(&holder) => {
-                Err(LeaseError::Fenced {
-                    own: self.epoch,
-                    holder,
-                })
-            }
+            Some(holder) if self.is_fenced_by(&holder) => Err(LeaseError::Fenced {
+                own: self.epoch,
+                holder,
+            }),
             Some(_) | None => Ok(()),
         }
+    }
+
+    /// As [`Holder::check`], for what is not worth stopping for a file that cannot be read: `Some` where we are fenced.
+    #[must_use]
+    pub fn fenced(&self) -> Option<LeaseError> {
+        let error = self.check().err()?;
+        matches!(error, LeaseError::Fenced { .. }).then_some(error)
     }
 
     /// Shows that we live, where it is still ours.
@@ -145,10 +153,14 @@ impl Holder {
         self.write(Timestamp::UNIX_EPOCH)
     }
 
-    fn is_ours(&self, lease: &Lease) -> bool {
-        lease.epoch == self.epoch
-            && lease.pid == self.process.pid
-            && lease.host == self.process.host
+    fn is_fenced_by(&self, lease: &Lease) -> bool {
+        let own = lease.pid == self.process.pid && lease.host == self.process.host;
+        match lease.epoch.cmp(&self.epoch) {
+            // Written late by one that we took over from.
+            Ordering::Less => false,
+            Ordering::Equal => !own,
+            Ordering::Greater => true,
+        }
     }
 
     fn write(&self, now: Timestamp) -> Result<(), LeaseError> {
@@ -207,6 +219,20 @@ mod tests {
             Err(LeaseError::Fenced { .. })
         ));
         second.heartbeat(at(62)).unwrap();
+    }
+
+    /// Between its look at the file and its write an agent may stand still for longer than its heartbeat lasts.
+    #[test]
+    fn a_late_heartbeat_of_an_older_agent_fences_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::new(folder.path());
+        let first = Holder::take(&state, process("login1", 10), at(0)).unwrap();
+        let second = Holder::take(&state, process("login2", 10), at(61)).unwrap();
+        first.write(at(1)).unwrap();
+        second.check().unwrap();
+        second.heartbeat(at(76)).unwrap();
+        assert!(matches!(first.check(), Err(LeaseError::Fenced { .. })));
+        second.check().unwrap();
     }
 
     #[test]

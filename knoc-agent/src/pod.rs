@@ -11,8 +11,8 @@
 //!     name  ◄────┘  ▼
 //!     first       Queued{job} ──────────────┐
 //!                   │ round, or a report    │ Delete, reason that never ends
-//!                   ▼                       ▼
-//!                Running{job} ──Delete──► Stopping{deadline} ── TERM, grace, KILL, scancel
+//!                   ▼         Delete, or    ▼
+//!                Running{job} ─overdue─► Stopping{deadline} ── TERM, grace, KILL, scancel
 //!                   │   ▲                   │
 //!                   │   │ known again       │ job gone
 //!                   │  Lost{since}          │
@@ -24,7 +24,7 @@
 //! Why each edge: a job is submitted only after the intent is on disk, and after any doubt only after looking by
 //! name, so none is lost; what is submitted twice all the same is sorted out by the claim of the job directory. Only
 //! the shim's final report, or the end of the job, finishes a pod; only the end of the job finishes one that is being
-//! deleted. `Settling` is published as `Running` (`Stopping` where the pod is being deleted). `Finished` absorbs.
+//! ended by us: deleted, or overdue, which is one whose deadline was lowered after its shim had read it. `Settling` is published as `Running` (`Stopping` where the pod is being deleted). `Finished` absorbs.
 //!
 //! Who may change what: the machine ([`state`]) decides, purely; the actor ([`actor`]) performs and persists; nobody
 //! else writes a pod's record. The scheduler owns whether the job lives, the shim owns the containers.

@@ -218,29 +218,14 @@ async fn run(
         pod: Arc::clone(&pod),
         reports: publisher.subscribe(),
         directory: directory.subscribe(),
-        commands,
+        commands: commands.clone(),
         streams: TaskTracker::new(),
         delivered: watch::Sender::new(false),
         slots: Slots::default(),
     };
-    let farewell = Farewell {
-        delivered: service.delivered.subscribe(),
-        link: watch::Sender::new(State::Dialling),
-        hang_up: CancellationToken::new(),
-    };
-    let link = Link {
-        endpoint,
-        pair: pod.jobdir.link_pair(),
-        service,
-        state: farewell.link.clone(),
-    };
-    background.spawn(staged::watch(
-        pod.jobdir.clone(),
-        farewell.link.subscribe(),
-        link.service.commands.clone(),
-    ));
-    let mut linked = JoinSet::new();
-    linked.spawn(link.run(farewell.hang_up.clone()));
+    let (farewell, mut linked) = link_up(service, endpoint);
+    let link_state = farewell.link.subscribe();
+    background.spawn(staged::watch(pod.jobdir.clone(), link_state, commands));
     Supervisor::new(
         Arc::clone(&pod),
         previous.as_ref(),
@@ -260,6 +245,24 @@ async fn run(
     pod.scratch.remove();
     let reported = matches!(written, Some(Ok(true)));
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
+}
+
+/// Serves over the link from now on, until the farewell hangs up.
+fn link_up(service: Service, endpoint: std::path::PathBuf) -> (Farewell, JoinSet<()>) {
+    let farewell = Farewell {
+        delivered: service.delivered.subscribe(),
+        link: watch::Sender::new(State::Dialling),
+        hang_up: CancellationToken::new(),
+    };
+    let link = Link {
+        endpoint,
+        pair: service.pod.jobdir.link_pair(),
+        service,
+        state: farewell.link.clone(),
+    };
+    let mut linked = JoinSet::new();
+    linked.spawn(link.run(farewell.hang_up.clone()));
+    (farewell, linked)
 }
 
 /// The exit code as protocol: see [`main`].

@@ -214,11 +214,7 @@ async fn follow(shims: Shims, route: Route, mut client: Client, stop: Cancellati
     let about = next.as_ref().map(About::of).unwrap_or_default();
     let number = shims.open(uid, client, about);
     tracing::debug!(%uid, "the shim's link is up");
-    let mut input_open = route
-        .input
-        .send(Input::Event(Event::Link(true)))
-        .await
-        .is_ok();
+    let mut input_open = route.input.send(Input::Link).await.is_ok();
     // None comes after the final report.
     while input_open && let Some(report) = next.take() {
         let event = Event::Report(Box::new(report));
@@ -237,6 +233,35 @@ async fn follow(shims: Shims, route: Route, mut client: Client, stop: Cancellati
     }
     if shims.close(uid, number) {
         // Where the actor is gone nobody is left to be told.
-        drop(route.input.send(Input::Event(Event::Link(false))).await);
+        drop(route.input.send(Input::Link).await);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::app::fake::Fake;
+
+    #[tokio::test]
+    async fn the_late_word_of_a_link_that_went_unlinks_nobody() {
+        let fake = Fake::new("").await;
+        let uid = PodUid::try_from("a").unwrap();
+        fake.ensure(&uid).await;
+        let shims = &fake.site.shims;
+        let route = lock(&shims.0.pins).values().next().unwrap().clone();
+        let nowhere = || {
+            let endpoint = tonic::transport::Endpoint::from_static("http://127.0.0.1:1");
+            ShimClient::new(endpoint.connect_lazy())
+        };
+        let older = shims.open(&uid, nowhere(), About::default());
+        assert!(shims.close(&uid, older));
+        // Before it says so, the shim has dialled again.
+        shims.open(&uid, nowhere(), About::default());
+        for _of in ["the new one", "the older one"] {
+            route.input.send(Input::Link).await.unwrap();
+        }
+        // Asked after them, answered after them.
+        fake.ensure(&uid).await;
+        assert!(fake.site.board.get("a").unwrap().shim_connected);
     }
 }

@@ -166,6 +166,52 @@ async fn a_pod_whose_link_never_comes_up_has_a_status_and_logs_and_is_deleted() 
     Ok(())
 }
 
+/// As on any node, and however well the container ends then; by the link, and by a signal where there is none.
+#[tokio::test]
+async fn a_running_pod_obeys_a_deadline_that_is_lowered() -> anyhow::Result<()> {
+    for shims_dial in [None, Some(([127, 0, 0, 1], 1).into())] {
+        let site = Site::new(Options {
+            shims_dial,
+            ..Options::default()
+        })?;
+        let _agent = site.agent(&[]).await?;
+        let client = site.client()?;
+        let script = "trap 'echo told; exit 0' TERM; echo ready; while :; do sleep 0.05; done";
+        let pod = change(&Pod::new("lowered", vec![shell("main", script)]), |spec| {
+            spec.active_deadline_seconds = 3600;
+            spec.termination_grace_period_seconds = 20;
+        });
+        pod.ensure(&client).await?;
+        wait_for("the container runs", 2 * SOON, async || {
+            let seen = pod.observe(&client).await?;
+            match seen.containers.first().and_then(|one| one.state.clone()) {
+                Some(pb::container_status::State::Running(_)) => Ok(()),
+                _ => Err(brief(&seen)),
+            }
+        })
+        .await
+        .with_context(|| site.log())?;
+        logs_ready(&pod, &client)
+            .await
+            .with_context(|| site.log())?;
+        let lowered = change(&pod, |spec| {
+            spec.generation = 2;
+            spec.active_deadline_seconds = 1;
+        });
+        lowered.ensure(&client).await?;
+        let outcome = pod
+            .finished(&client, 2 * SOON)
+            .await
+            .with_context(|| site.log())?;
+        ensure!(outcome.reason == "DeadlineExceeded", "{outcome:?}");
+        let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+        ensure!(!seen.deleting, "{}", brief(&seen));
+        let ended = terminated(&seen.containers, "main")?;
+        ensure!(ended.exit_code == 0, "it had its grace: {ended:?}");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
@@ -324,6 +370,40 @@ async fn an_older_leader_and_another_cluster_are_refused() -> anyhow::Result<()>
         ErrorReason::of(&refused) == Some(ErrorReason::ClusterMismatch),
         "{refused}"
     );
+    Ok(())
+}
+
+/// Each node has its Lease, and epochs of its own.
+#[tokio::test]
+async fn kubelets_of_two_nodes_share_an_agent() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let mut client = site.client()?;
+    for (node, epoch) in [("a", 9), ("b", 3)] {
+        let pod = Pod::new(node, vec![shell("main", "true")]);
+        let mut pod = change(&pod, |spec| spec.node_name = node.into());
+        pod.request.leadership_epoch = epoch;
+        client.ensure_pod(pod.request.clone()).await?;
+        pod.request.leadership_epoch = epoch - 1;
+        let refused = client.ensure_pod(pod.request).await;
+        let refused = refused.err().context("accepted")?;
+        ensure!(
+            ErrorReason::of(&refused) == Some(ErrorReason::StaleLeader),
+            "{refused}"
+        );
+        let delete = pb::DeletePodRequest {
+            leadership_epoch: epoch - 1,
+            cluster_id: CLUSTER.into(),
+            uid: node.into(),
+            ..pb::DeletePodRequest::default()
+        };
+        let refused = client.delete_pod(delete).await;
+        let refused = refused.err().context("deleted")?;
+        ensure!(
+            ErrorReason::of(&refused) == Some(ErrorReason::StaleLeader),
+            "{refused}"
+        );
+    }
     Ok(())
 }
 

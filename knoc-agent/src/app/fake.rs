@@ -9,12 +9,37 @@ use tokio_util::sync::CancellationToken;
 use super::prepare;
 use crate::{
     config::{Config, Home},
+    pod::actor::Refused,
     registry::Registry,
     site::Site,
 };
 
 /// How long a test waits for a level.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
+
+/// The shape of a pod with one container.
+pub(crate) fn spec(uid: &PodUid) -> pb::PodSpec {
+    let container = pb::Container {
+        name: "main".to_owned(),
+        image: "none".to_owned(),
+        command: vec!["true".to_owned()],
+        ..pb::Container::default()
+    };
+    pb::PodSpec {
+        uid: uid.to_string(),
+        name: uid.to_string(),
+        containers: vec![container],
+        ..pb::PodSpec::default()
+    }
+}
+
+/// Its values.
+pub(crate) fn values() -> pb::PodValues {
+    pb::PodValues {
+        revision: 1,
+        ..pb::PodValues::default()
+    }
+}
 
 /// The site, and the registry over it. Jobs end with their own time.
 pub(crate) struct Fake {
@@ -54,24 +79,14 @@ impl Fake {
 
     /// `EnsurePod` of a pod with one container.
     pub(crate) async fn ensure(&self, uid: &PodUid) {
-        let container = pb::Container {
-            name: "main".to_owned(),
-            image: "none".to_owned(),
-            command: vec!["true".to_owned()],
-            ..pb::Container::default()
-        };
-        let spec = pb::PodSpec {
-            uid: uid.to_string(),
-            name: uid.to_string(),
-            containers: vec![container],
-            ..pb::PodSpec::default()
-        };
-        let values = pb::PodValues {
-            revision: 1,
-            ..pb::PodValues::default()
-        };
-        let ensured = self.registry.ensure(uid, spec, values, String::new());
-        ensured.await.unwrap();
+        self.ensure_as(spec(uid)).await.unwrap();
+    }
+
+    /// `EnsurePod` of this shape.
+    pub(crate) async fn ensure_as(&self, spec: pb::PodSpec) -> Result<(), Refused> {
+        let uid = PodUid::try_from(spec.uid.as_str()).unwrap();
+        let ensured = self.registry.ensure(&uid, spec, values(), String::new());
+        ensured.await.map(drop)
     }
 
     /// Waits until the pod is seen as `wanted` says.
@@ -89,5 +104,17 @@ impl Fake {
         };
         let outcome = tokio::time::timeout(SOON, waiting).await;
         outcome.unwrap_or_else(|_| panic!("last seen: {last:?}"));
+    }
+
+    /// Waits until the pod is seen no more.
+    pub(crate) async fn gone(&self, uid: &PodUid) {
+        let mut changes = self.site.board.subscribe();
+        let waiting = async {
+            while self.site.board.get(uid.as_str()).is_some() {
+                changes.changed().await.unwrap();
+            }
+        };
+        let outcome = tokio::time::timeout(SOON, waiting).await;
+        outcome.unwrap_or_else(|_| panic!("{uid} is still seen"));
     }
 }

@@ -21,8 +21,9 @@ use crate::{
     config::{Config, RuntimeKind, SchedulerKind},
     image::{self, Images},
     jobdir::{
-        JobDirError, StateDir,
+        self, JobDirError, StateDir,
         atomic::{self, FileError},
+        schema::Endpoint,
     },
     lease::{Holder, LeaseError, Process},
     registry::board::Board,
@@ -256,8 +257,26 @@ pub fn socket_path(config: &Config) -> PathBuf {
     }
 }
 
+/// Writes where shims find the agent.
+pub(super) fn tell_shims(
+    site: &Site,
+    shim_hop: &link::pinned::PinnedIncoming,
+    pair: &KeyPair,
+) -> Result<(), PrepareError> {
+    let port = shim_hop
+        .local_addr()
+        .map_or_else(|| site.config.listen.shim.port(), |a| a.port());
+    let endpoint = Endpoint {
+        addresses: advertised(&site.config, port),
+        spki: pair.spki().to_owned(),
+    };
+    tracing::info!(addresses = ?endpoint.addresses, "shims are told to dial");
+    jobdir::write_json(&site.state.endpoint(), &endpoint)?;
+    Ok(())
+}
+
 /// What shims dial: as configured, else every address of this host but loopback's, else its name.
-pub(super) fn advertised(config: &Config, port: u16) -> Vec<String> {
+fn advertised(config: &Config, port: u16) -> Vec<String> {
     let listen = config.listen.shim;
     if !config.listen.shim_addresses.is_empty() {
         return config.listen.shim_addresses.clone();

@@ -153,7 +153,7 @@ async fn follow(
             tokio::select! {
                 biased;
                 Some(input) = inputs.recv() => match input {
-                    Input::Event(Event::Link(up)) => journey.linked |= up,
+                    Input::Link => journey.linked = true,
                     Input::Event(Event::Report(report)) => journey.report = Some(*report),
                     Input::Event(_)
                     | Input::Ensure { .. }

@@ -3,6 +3,8 @@
 //! They are a versioned protocol between agents and shims of different releases: fields are only ever added, with
 //! a default that means "as before"; unknown ones are ignored.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// `endpoint.json`: where a shim finds the agent. Atomically replaced; read at every reconnect.
@@ -35,7 +37,10 @@ pub struct Cluster {
     /// UID of the namespace `kube-system`.
     #[serde(default)]
     pub cluster_id: String,
-    /// The highest leadership epoch seen (`leaseTransitions`).
+    /// The highest leadership epoch seen (`leaseTransitions`), of all kubelets: what agents of before judge by.
     #[serde(default)]
     pub leadership_epoch: i64,
+    /// The same by node, since each has its own Lease.
+    #[serde(default)]
+    pub leaders: BTreeMap<String, i64>,
 }

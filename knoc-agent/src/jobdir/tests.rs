@@ -28,6 +28,17 @@ fn the_newest_values_are_read_and_all_are_removed() {
     assert_eq!(dir.values().unwrap(), None);
 }
 
+/// What an agent that was killed had half written is as secret as the rest.
+#[test]
+fn half_written_values_are_removed_with_the_others() {
+    let (_root, dir) = pod();
+    dir.write_values(&pb::PodValues::default()).unwrap();
+    let half = atomic::temporary(&dir.values_dir().join("2"));
+    atomic::create_synced(&half, b"half of a secret", 0o600).unwrap();
+    dir.remove_values().unwrap();
+    assert_eq!(fs::read_dir(dir.values_dir()).unwrap().count(), 0);
+}
+
 #[test]
 fn what_is_staged_after_the_shim_took_its_values_stays() {
     let (_root, dir) = pod();

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     publish::observed,
     record::Record,
+    stage::StageError,
     state::{Effect, Event, Facts, Patience, Pod, State, step},
 };
 use crate::{
@@ -61,6 +62,9 @@ pub type Reply<T> = oneshot::Sender<Result<T, Refused>>;
 pub enum Input {
     /// Something happened.
     Event(Event),
+    /// The shim's link came or went. Which it was last, [`crate::shims::Shims`] knows: words of two links may overtake each
+    /// other.
+    Link,
     /// `EnsurePod`. The first input of a new pod.
     Ensure {
         /// The shape.
@@ -93,6 +97,21 @@ pub enum Input {
         /// When nothing is left on disk.
         reply: Reply<()>,
     },
+}
+
+impl Input {
+    /// Refuses what is asked; what only happened is let go.
+    fn refuse(self, refused: Refused) {
+        // Who asked may be gone.
+        match self {
+            Self::Event(_) | Self::Link => {}
+            Self::Ensure { reply, .. } => drop(reply.send(Err(refused))),
+            Self::Delete { reply, .. } => drop(reply.send(Err(refused))),
+            Self::Values { reply, .. } | Self::Forget { reply } => {
+                drop(reply.send(Err(refused)));
+            }
+        }
+    }
 }
 
 /// A pod that was found on disk.
@@ -128,7 +147,10 @@ pub struct Actor {
     values_revision: i64,
     giving: Option<values::Giving>,
     effects: JoinSet<Event>,
-    staging: Option<AbortHandle>,
+    /// Those of them that end a job.
+    cancels: Vec<AbortHandle>,
+    /// Where the images lie. One at a time.
+    staging: JoinSet<Resolved>,
     /// One reading of the files at a time, however long the file system hangs.
     reading: Option<AbortHandle>,
     /// Set while the newest record is not on disk.
@@ -136,6 +158,9 @@ pub struct Actor {
     /// For the poller.
     wants: watch::Sender<Wanted>,
 }
+
+/// Where the images of a pod lie, or why that is not known.
+type Resolved = Result<Vec<pb::ResolvedImage>, StageError>;
 
 /// A record that could not be written.
 #[derive(Debug)]
@@ -191,7 +216,8 @@ impl Actor {
             giving: None,
             unsaved: None,
             effects: JoinSet::new(),
-            staging: None,
+            cancels: Vec::new(),
+            staging: JoinSet::new(),
             reading: None,
         }
     }
@@ -222,6 +248,10 @@ impl Actor {
                             continue;
                         }
                     },
+                    Some(done) = self.staging.join_next() => match self.resolved(done).await {
+                        Some(event) => Input::Event(event),
+                        None => continue,
+                    },
                     input = inputs.recv() => match input {
                         Some(input) => input,
                         None => break,
@@ -236,20 +266,26 @@ impl Actor {
         }
         // Effects that run are ended with us: an sbatch that has begun is found again by name.
         self.effects.shutdown().await;
+        self.staging.shutdown().await;
         if !stop.is_cancelled() {
             self.site.shims.forget(&self.uid);
             self.site.board.remove(self.uid.as_str());
+            // Before the end is told: who hears of it takes a handle off the map that leads to nobody.
+            drop(inputs);
             // The registry may be gone already: then nobody keeps a handle.
             drop(self.site.ended.send(self.uid.clone()).await);
         }
     }
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
+        let asked = !matches!(input, Input::Event(_) | Input::Link);
+        if asked && let Some(refused) = self.fenced().await {
+            input.refuse(refused);
+            return pod;
+        }
         match input {
+            Input::Link => self.relink(pod).await,
             Input::Event(event) => {
-                if matches!(event, Event::Link(true)) {
-                    self.linked();
-                }
                 let reported = matches!(event, Event::Report(_));
                 let pod = self.apply(pod, event).await;
                 self.give_values(&pod, reported);
@@ -297,6 +333,16 @@ impl Actor {
         }
     }
 
+    async fn relink(&mut self, pod: Pod) -> Pod {
+        let up = self.site.shims.client(&self.uid).is_some();
+        if up {
+            self.linked();
+        }
+        let pod = self.apply(pod, Event::Link(up)).await;
+        self.give_values(&pod, false);
+        pod
+    }
+
     /// The same pod again: nothing, an older generation, or a newer one that changes what may change.
     async fn ensure_again(
         &mut self,
@@ -324,11 +370,12 @@ impl Actor {
         if let Some(message) = conflict {
             return (pod, Err(Refused::new(ErrorReason::SpecConflict, message)));
         }
-        let facts = facts(&self.uid, &spec, &self.site.config);
-        self.spec = Arc::new(spec);
-        if let Err(refused) = self.rewrite_spec().await {
+        let spec = Arc::new(spec);
+        if let Err(refused) = self.rewrite_spec(Arc::clone(&spec)).await {
             return (pod, Err(refused));
         }
+        let facts = facts(&self.uid, &spec, &self.site.config);
+        self.spec = spec;
         (self.apply(pod, Event::Update(facts)).await, Ok(()))
     }
 
@@ -341,7 +388,7 @@ impl Actor {
         let (pod, effects) = step(pod, event, Timestamp::now());
         if pod.is_finished() || pod.deletion.is_some() {
             // Images for a pod that is not wanted any more.
-            self.staging.take().inspect(AbortHandle::abort);
+            self.staging.abort_all();
         }
         if final_report {
             self.show(&pod);

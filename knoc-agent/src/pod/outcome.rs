@@ -22,6 +22,9 @@ pub const EXITS_WITH_REPORT: [i32; 2] = [0, 64];
 /// slurmd's code (as a signal) where the script's output file cannot be opened.
 const SIGNAL_UNWRITABLE: i32 = 53;
 
+/// Kubernetes' words for a pod whose `activeDeadlineSeconds` are over.
+pub const OVERDUE: &str = "Pod was active on the node longer than the specified deadline";
+
 /// How a pod ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
@@ -44,6 +47,8 @@ pub enum Cause {
     Deleted(String),
     /// The job waited for a reason that never ends.
     NeverStarts(String),
+    /// The pod's own deadline is over, and its shim did not know it.
+    Deadline,
 }
 
 /// All that is known of the end.
@@ -83,6 +88,8 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
     match report.ended_by() {
         pb::EndedBy::Unspecified | pb::EndedBy::Themselves | pb::EndedBy::NoValues => own,
         pb::EndedBy::Stop => match evidence.cause {
+            // However well its containers end then.
+            Some(cause @ Cause::Deadline) => failed(cause, own.finished_at),
             Some(cause) if !own.succeeded => failed(cause, own.finished_at),
             Some(_) | None => own,
         },
@@ -90,7 +97,7 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
             succeeded: false,
             reason: "DeadlineExceeded".to_owned(),
             message: if own.message.is_empty() {
-                "Pod was active on the node longer than the specified deadline".to_owned()
+                OVERDUE.to_owned()
             } else {
                 own.message
             },
@@ -137,6 +144,7 @@ fn failed(cause: &Cause, finished_at: Timestamp) -> Outcome {
             "SlurmJobNeverStarts",
             format!("the job would have waited for ever: {reason}"),
         ),
+        Cause::Deadline => ("DeadlineExceeded", OVERDUE.to_owned()),
     };
     let reason = reason.to_owned();
     Outcome {

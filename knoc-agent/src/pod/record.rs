@@ -14,7 +14,7 @@ use knoc_proto::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    outcome::{Cause, Outcome},
+    outcome::{Cause, OVERDUE, Outcome},
     state::{Deletion, Ending, Facts, Pod, State},
 };
 use crate::scheduler::{JobExit, JobState, JobView};
@@ -44,6 +44,9 @@ pub struct Record {
     view: Option<View>,
     #[serde(default)]
     deletion: Option<RecordedDeletion>,
+    /// The job is ended for the pod's own deadline; older agents read a deletion.
+    #[serde(default)]
+    overdue: bool,
     #[serde(default)]
     batch_tail: String,
     #[serde(default)]
@@ -161,6 +164,7 @@ impl Record {
                 grace_seconds: deletion.grace.as_secs(),
                 reason: deletion.reason.clone(),
             }),
+            overdue: is_overdue(&pod.state),
             batch_tail: pod.batch_tail.clone(),
             notes: pod.notes.iter().map(note).collect(),
         }
@@ -169,7 +173,10 @@ impl Record {
     /// The pod as it was, with the report that lies beside the record.
     #[must_use]
     pub fn restore(self, facts: Facts, report: Option<pb::Report>) -> Pod {
-        let state = state(self.phase, self.job, self.since);
+        let mut state = state(self.phase, self.job, self.since);
+        if self.overdue {
+            make_overdue(&mut state);
+        }
         let mut pod = Pod::new(facts, self.since);
         pod.view = self.view.map(|view| unview(view, &pod.facts.uid));
         pod.state = state;
@@ -192,6 +199,29 @@ impl Record {
         }
         pod.report = report;
         pod
+    }
+}
+
+fn is_overdue(state: &State) -> bool {
+    matches!(
+        state,
+        State::Stopping {
+            cause: Cause::Deadline,
+            ..
+        } | State::Settling {
+            cause: Some(Cause::Deadline),
+            ..
+        }
+    )
+}
+
+fn make_overdue(state: &mut State) {
+    if let State::Stopping { cause, .. }
+    | State::Settling {
+        cause: Some(cause), ..
+    } = state
+    {
+        *cause = Cause::Deadline;
     }
 }
 
@@ -346,6 +376,8 @@ fn cause(cause: &Cause) -> RecordedCause {
     match cause {
         Cause::Deleted(words) => RecordedCause::Deleted(words.clone()),
         Cause::NeverStarts(reason) => RecordedCause::NeverStarts(reason.clone()),
+        // With `Record::overdue`.
+        Cause::Deadline => RecordedCause::Deleted(OVERDUE.to_owned()),
     }
 }
 

@@ -1,7 +1,8 @@
 //! What happens before the submission: the job directory, the shim's keys, the images, `job.pb`.
 //!
-//! Runs inside the actor's effect task; its outcome becomes `Staged` or `StageFailed`. Idempotent: after a restart all
-//! of it is done again over what is there.
+//! Images are looked for, and pulled, in a task of the actor's, since that may take long; the actor itself then writes
+//! `job.pb`, since the shape may have changed meanwhile. The outcome becomes `Staged` or `StageFailed`. Idempotent: after a
+//! restart all of it is done again over what is there.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,7 +32,8 @@ pub struct StageError {
 }
 
 impl StageError {
-    fn files(error: &JobDirError) -> Self {
+    /// What is no single container's matter.
+    pub(crate) fn of_pod(error: &(dyn std::error::Error + 'static)) -> Self {
         let reason = "StagingFailed".to_owned();
         Self {
             container: String::new(),
@@ -184,43 +186,27 @@ pub(crate) fn accept(
 /// The shim's key pair, made where it is not there yet. Returns its pin.
 pub(crate) fn link_pin(dir: &JobDir) -> Result<String, StageError> {
     let (cert, key) = dir.link_pair();
-    let failed = |error: &(dyn std::error::Error + 'static)| StageError {
-        container: String::new(),
-        reason: "StagingFailed".to_owned(),
-        message: chain(error),
-    };
     if let Ok(pair) = KeyPair::from_files(&cert, &key) {
         return Ok(pair.spki().to_owned());
     }
-    let pair = KeyPair::generate(&format!("knoc shim {}", dir.uid())).map_err(|e| failed(&e))?;
-    atomic::replace(&key, pair.key_pem().as_bytes(), 0o600).map_err(|e| failed(&e))?;
-    atomic::replace(&cert, pair.cert_pem().as_bytes(), 0o600).map_err(|e| failed(&e))?;
+    let pair = KeyPair::generate(&format!("knoc shim {}", dir.uid()))
+        .map_err(|e| StageError::of_pod(&e))?;
+    atomic::replace(&key, pair.key_pem().as_bytes(), 0o600).map_err(|e| StageError::of_pod(&e))?;
+    atomic::replace(&cert, pair.cert_pem().as_bytes(), 0o600)
+        .map_err(|e| StageError::of_pod(&e))?;
     Ok(pair.spki().to_owned())
 }
 
-/// Resolves the images and completes `job.pb`.
-pub(crate) async fn stage(
+/// Where the images of a pod lie, pulled where need be.
+pub(crate) async fn resolve(
     site: Arc<Site>,
-    dir: JobDir,
     spec: Arc<pb::PodSpec>,
-    cluster_id: String,
     own: mpsc::WeakSender<Input>,
-) -> Result<(), StageError> {
+) -> Result<Vec<pb::ResolvedImage>, StageError> {
     let containers = spec.init_containers.iter().chain(&spec.containers);
     let images = containers.map(|container| image(&site, container, &own));
     // Side by side: how many pulls really run at once is the image module's bound.
-    let images = futures::future::try_join_all(images).await?;
-    let job = job_file(&site, &spec, images, cluster_id);
-    let written = tokio::task::spawn_blocking(move || dir.write_spec(&job)).await;
-    match written {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(StageError::files(&error.into())),
-        Err(error) => Err(StageError {
-            container: String::new(),
-            reason: "StagingFailed".to_owned(),
-            message: chain(&error),
-        }),
-    }
+    futures::future::try_join_all(images).await
 }
 
 /// `job.pb` of a pod whose images are known.

@@ -17,7 +17,7 @@ use knoc_proto::{
 };
 
 use super::outcome::{Cause, Outcome};
-use crate::scheduler::{Cancel, JobRef, JobView, RefusalKind, Submitted};
+use crate::scheduler::{Cancel, JobRef, JobState, JobView, RefusalKind, Submitted};
 
 /// Looks by name this long after the last fruitless look.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(2);
@@ -33,6 +33,8 @@ pub(crate) const CANCEL_AGAIN: Duration = Duration::from_secs(10);
 pub(crate) const ENDED_BY_US: Duration = Duration::from_secs(10);
 /// A job may outlive its final report this long (its epilog, a hanging file system) before it is cancelled.
 pub(crate) const LINGER: Duration = Duration::from_mins(1);
+/// How long a pod's deadline may be over before we end it: by then a shim that knew it from its start has begun to.
+pub(crate) const SHIM_FIRST: Duration = Duration::from_secs(2);
 /// Notes kept of one pod.
 const NOTES: usize = 32;
 
@@ -409,12 +411,30 @@ impl Pod {
             State::Stopping { deadline, .. } => Some(*deadline),
             State::Lost { look_at, .. } => Some(*look_at),
             State::Settling { until, look_at, .. } => Some((*until).min(*look_at)),
-            // Where compute nodes cannot reach us the report file is all that says how the pod is.
-            State::Running { .. } if !self.link => Some(self.read_at + FILES_UNLINKED),
-            State::Accepted | State::Running { .. } | State::Finished { .. } | State::Forgotten => {
-                None
+            State::Running { .. } => {
+                // Where compute nodes cannot reach us the report file is all that says how the pod is.
+                let read = (!self.link).then(|| self.read_at + FILES_UNLINKED);
+                read.into_iter().chain(self.overdue_at()).min()
             }
+            State::Accepted | State::Finished { .. } | State::Forgotten => None,
         }
+    }
+
+    /// When we end a running pod for its own deadline: one that was lowered after its shim had read it. Counted, as the
+    /// shim counts it, from when the shim began.
+    #[must_use]
+    pub(crate) fn overdue_at(&self) -> Option<Timestamp> {
+        let (deadline, report) = (self.facts.deadline?, self.report.as_ref()?);
+        // What waits again begins anew, and says so with its first report; what is suspended could not obey.
+        let runs = self.view.as_ref().is_none_or(|view| {
+            view.state == JobState::Running && i64::from(view.restarts) <= report.restart.into()
+        });
+        let ends_already = report.ended_by() != pb::EndedBy::Unspecified;
+        if !runs || ends_already || report.started_at <= 0 {
+            return None;
+        }
+        let began = Timestamp::from_nanosecond(report.started_at.into()).ok()?;
+        began.checked_add(deadline.checked_add(SHIM_FIRST)?).ok()
     }
 
     /// How it ended, where it has.

@@ -28,6 +28,10 @@ pub(crate) const STOP_SIGNAL: &str = "stop-signal";
 /// How many notes are kept.
 const NOTES: usize = 32;
 
+/// Between two tries to write a report that is not the final one, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+
 /// How often the final report is tried, and how long between.
 const FINAL_TRIES: u32 = 5;
 const FINAL_PAUSE: Duration = Duration::from_secs(2);
@@ -202,25 +206,47 @@ impl Publisher {
 
 /// Task: keeps the newest report on disk; ends with the final one. `false` where that could not be written.
 pub(crate) async fn keep(jobdir: JobDir, mut reports: watch::Receiver<pb::Report>) -> bool {
+    let mut pause: Option<Duration> = None;
     loop {
-        if reports.changed().await.is_err() {
+        let news = match pause {
+            None => reports.changed().await,
+            // What could not be written is tried again, whether there is news or not.
+            Some(pause) => {
+                let jittered = pause.mul_f64(rand::random_range(0.5..1.5));
+                let waited = tokio::time::timeout(jittered, reports.changed()).await;
+                waited.unwrap_or(Ok(()))
+            }
+        };
+        if news.is_err() {
             // The supervisor is gone without a final report.
             return false;
         }
         let report = reports.borrow_and_update().clone();
-        let last = report.r#final;
-        for left in (0..if last { FINAL_TRIES } else { 1 }).rev() {
-            match write(&jobdir, report.clone()).await {
-                Ok(()) if last => return true,
-                Ok(()) => break,
-                Err(error) => tracing::error!("the report was not written: {error}"),
+        if report.r#final {
+            return keep_final(&jobdir, report).await;
+        }
+        pause = match write(&jobdir, report).await {
+            Ok(()) => None,
+            Err(error) => {
+                tracing::error!("the report was not written: {error}");
+                Some(pause.map_or(FIRST_PAUSE, |pause| (pause * 2).min(LONGEST_PAUSE)))
             }
-            if left == 0 && last {
-                return false;
-            }
+        };
+    }
+}
+
+/// The job ends with it, so it is tried for a while only.
+async fn keep_final(jobdir: &JobDir, report: pb::Report) -> bool {
+    for left in (0..FINAL_TRIES).rev() {
+        match write(jobdir, report.clone()).await {
+            Ok(()) => return true,
+            Err(error) => tracing::error!("the report was not written: {error}"),
+        }
+        if left > 0 {
             tokio::time::sleep(FINAL_PAUSE).await;
         }
     }
+    false
 }
 
 async fn write(jobdir: &JobDir, report: pb::Report) -> Result<(), String> {
@@ -232,4 +258,64 @@ async fn write(jobdir: &JobDir, report: pb::Report) -> Result<(), String> {
         written
     });
     writing.await.map_err(|error| error.to_string())?
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    /// How long a test waits for a level, in paused time.
+    const SOON: Duration = Duration::from_hours(1);
+
+    fn job_dir() -> (tempfile::TempDir, JobDir) {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("u");
+        std::fs::create_dir(&path).unwrap();
+        let dir = JobDir::open(path).unwrap();
+        (root, dir)
+    }
+
+    async fn written(dir: &JobDir) -> pb::Report {
+        let looking = async {
+            loop {
+                if let Ok(Some(report)) = dir.report() {
+                    return report;
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let looked = tokio::time::timeout(SOON, looking).await;
+        looked.unwrap_or_else(|_| panic!("never written"))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_report_that_could_not_be_written_is_written_later_without_any_news() {
+        let (_root, dir) = job_dir();
+        // Nothing can be renamed over a folder.
+        std::fs::create_dir(dir.report_path()).unwrap();
+        let mut publisher = Publisher::new(pb::Report::default());
+        let mut keeper = JoinSet::new();
+        keeper.spawn(keep(dir.clone(), publisher.subscribe()));
+        publisher.update(|report| report.hostname = "c1".to_owned());
+        tokio::time::sleep(Duration::from_mins(10)).await;
+        std::fs::remove_dir(dir.report_path()).unwrap();
+        assert_eq!(written(&dir).await.hostname, "c1");
+        publisher.update(|report| report.r#final = true);
+        assert!(keeper.join_next().await.unwrap().unwrap());
+        assert!(written(&dir).await.r#final);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_final_report_that_cannot_be_written_is_given_up() {
+        let (_root, dir) = job_dir();
+        std::fs::create_dir(dir.report_path()).unwrap();
+        let mut publisher = Publisher::new(pb::Report::default());
+        let mut keeper = JoinSet::new();
+        keeper.spawn(keep(dir, publisher.subscribe()));
+        publisher.update(|report| report.r#final = true);
+        drop(publisher);
+        assert!(!keeper.join_next().await.unwrap().unwrap());
+    }
 }

@@ -38,10 +38,7 @@ impl Actor {
         } = restored;
         self.spec = Arc::new(spec);
         self.cluster_id = cluster_id;
-        if !matches!(pod.state, State::Accepted | State::Staging { .. }) {
-            // What is staged again is ours.
-            self.version = version;
-        }
+        self.version = version;
         let dir = self.dir.clone();
         if !pod.is_finished() {
             let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));
@@ -72,11 +69,11 @@ impl Actor {
                     self.cluster_id = cluster_id;
                     return self.accept(*values, reply).await;
                 }
-                Input::Values { reply, .. } | Input::Forget { reply } => {
-                    drop(reply.send(Err(not_found(&self.uid))));
-                }
-                Input::Delete { reply, .. } => drop(reply.send(Err(not_found(&self.uid)))),
-                Input::Event(_) => {}
+                other @ (Input::Event(_)
+                | Input::Link
+                | Input::Values { .. }
+                | Input::Delete { .. }
+                | Input::Forget { .. }) => other.refuse(not_found(&self.uid)),
             }
         }
     }
@@ -86,6 +83,10 @@ impl Actor {
         values: pb::PodValues,
         reply: Reply<(pb::PodObserved, bool)>,
     ) -> Option<Pod> {
+        if let Some(refused) = self.fenced().await {
+            drop(reply.send(Err(refused)));
+            return None;
+        }
         let now = Timestamp::now();
         let pod = Pod::new(facts(&self.uid, &self.spec, &self.site.config), now);
         let images = stage::at_hand(&self.site, &self.spec).await;

@@ -4,13 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
-use tokio::{sync::mpsc, task::AbortHandle};
+use tokio::task::{AbortHandle, JoinError};
 use tonic::Request;
 
-use super::{Actor, Input, Refused, Unsaved, write_record};
+use super::{Actor, Refused, Resolved, Unsaved, write_record};
 use crate::{
     jobdir::{JobDir, atomic::FileError},
     pod::{
+        outcome::{Cause, OVERDUE},
         record::Record,
         stage::{self, StageError},
         state::{Effect, Event, Note, Pod, State},
@@ -36,7 +37,10 @@ impl Actor {
             let again = std::iter::once(Effect::Persist);
             again.chain(unsaved.held)
         });
-        let mut effects = held.chain(effects);
+        // What is forgotten has no record: the machine's state would be written as that of a pod just accepted.
+        let forgotten = matches!(pod.state, State::Forgotten);
+        let recorded = |effect: &Effect| !forgotten || *effect != Effect::Persist;
+        let mut effects = held.chain(effects).filter(recorded);
         while let Some(effect) = effects.next() {
             if effect != Effect::Persist {
                 self.perform_one(pod, effect).await;
@@ -65,14 +69,9 @@ impl Actor {
     async fn perform_one(&mut self, pod: &Pod, effect: Effect) {
         match effect {
             Effect::Stage => {
-                let work = stage(
-                    Arc::clone(&self.site),
-                    self.dir.clone(),
-                    Arc::clone(&self.spec),
-                    self.cluster_id.clone(),
-                    self.own.clone(),
-                );
-                self.staging = Some(self.effects.spawn(work));
+                let (site, spec) = (Arc::clone(&self.site), Arc::clone(&self.spec));
+                self.staging
+                    .spawn(stage::resolve(site, spec, self.own.clone()));
             }
             Effect::Submit => {
                 let request = SubmitRequest {
@@ -90,15 +89,14 @@ impl Actor {
                     .spawn(find(Arc::clone(&self.site), self.uid.clone()));
             }
             Effect::Cancel { job, how } => {
-                self.effects.spawn(cancel(Arc::clone(&self.site), job, how));
+                let work = cancel(Arc::clone(&self.site), job, how);
+                self.cancels.retain(|cancel| !cancel.is_finished());
+                self.cancels.push(self.effects.spawn(work));
             }
             Effect::Stop { job, grace } => {
                 let request = pb::StopRequest {
                     grace_seconds: grace.as_secs().try_into().unwrap_or(i64::MAX),
-                    reason: pod
-                        .deletion
-                        .as_ref()
-                        .map_or_else(String::new, |d| d.reason.clone()),
+                    reason: why_stopped(pod),
                 };
                 let signal = stop_signal(pod.report.as_ref());
                 self.effects
@@ -113,7 +111,21 @@ impl Actor {
             Effect::Persist => {}
             Effect::CleanUp => self.clean_up().await,
             Effect::Hurry => self.site.hurry.notify_one(),
-            Effect::Remove => self.remove().await,
+            Effect::Remove => {
+                self.finish_cancels().await;
+                self.remove().await;
+            }
+        }
+    }
+
+    /// What ends a job is not cut off by the pod's being forgotten: after that nobody knows the job. Each has its
+    /// deadline.
+    async fn finish_cancels(&mut self) {
+        while self.cancels.iter().any(|cancel| !cancel.is_finished()) {
+            // What else runs has nobody left to answer to.
+            if self.effects.join_next().await.is_none() {
+                return;
+            }
         }
     }
 
@@ -124,14 +136,28 @@ impl Actor {
             crash::point("agent.record.before");
         }
         let record = Record::of(pod, &self.cluster_id, self.values_revision);
-        let dir = self.dir.clone();
-        let written = tokio::task::spawn_blocking(move || write_record(&dir, &record)).await;
+        let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
+        let written = tokio::task::spawn_blocking(move || {
+            // The newer agent's records are not ours to write.
+            match lease.fenced() {
+                Some(fenced) => Err(chain(&fenced)),
+                None => write_record(&dir, &record).map_err(|error| chain(&error)),
+            }
+        })
+        .await;
         if submitting {
             crash::point("agent.record.after");
         }
-        written
-            .map_err(|error| chain(&error))?
-            .map_err(|error| chain(&error))
+        written.map_err(|error| chain(&error))?
+    }
+
+    /// The refusal of all that is asked of an agent whose pods are a newer one's.
+    pub(super) async fn fenced(&self) -> Option<Refused> {
+        let lease = self.site.lease.clone();
+        // A look that failed says nothing.
+        let looked = tokio::task::spawn_blocking(move || lease.fenced()).await;
+        let fenced = looked.ok().flatten()?;
+        Some(Refused::new(ErrorReason::ShuttingDown, chain(&fenced)))
     }
 
     pub(super) async fn remove(&self) {
@@ -154,9 +180,64 @@ impl Actor {
         }
     }
 
+    /// Staging has ended: completes `job.pb`, with the shape as it is by now. `None` where it was given up.
+    pub(super) async fn resolved(&mut self, done: Result<Resolved, JoinError>) -> Option<Event> {
+        let resolved = match done {
+            Err(error) if error.is_cancelled() => return None,
+            done => done.unwrap_or_else(|error| Err(StageError::of_pod(&error))),
+        };
+        let completed = match resolved {
+            Ok(images) => self.complete(images).await,
+            Err(error) => Err(error),
+        };
+        if completed.is_ok() {
+            self.name_own_version().await;
+        }
+        Some(match completed {
+            Ok(()) => Event::Staged,
+            Err(StageError {
+                container,
+                reason,
+                message,
+            }) => Event::StageFailed {
+                container,
+                reason,
+                message,
+            },
+        })
+    }
+
+    /// What is staged by us runs our version; the one that an older agent named may go.
+    async fn name_own_version(&mut self) {
+        let own = self.site.versions.own().to_owned();
+        let before = std::mem::replace(&mut self.version, own);
+        if !self.site.versions.release(&before) {
+            return;
+        }
+        let site = Arc::clone(&self.site);
+        let pruned = tokio::task::spawn_blocking(move || site.versions.prune()).await;
+        if let Err(error) = pruned {
+            tracing::warn!(uid = %self.uid, error = chain(&error), "prune");
+        }
+    }
+
+    async fn complete(&self, images: Vec<pb::ResolvedImage>) -> Result<(), StageError> {
+        let job = stage::job_file(&self.site, &self.spec, images, self.cluster_id.clone());
+        let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
+        let written = tokio::task::spawn_blocking(move || match lease.fenced() {
+            Some(fenced) => Err(StageError::of_pod(&fenced)),
+            None => dir
+                .write_spec(&job)
+                .map_err(|error| StageError::of_pod(&error)),
+        });
+        written
+            .await
+            .unwrap_or_else(|error| Err(StageError::of_pod(&error)))
+    }
+
     /// A newer generation: the shape in `job.pb` follows, the rest of it stays.
-    pub(super) async fn rewrite_spec(&self) -> Result<(), Refused> {
-        let (dir, spec) = (self.dir.clone(), Arc::clone(&self.spec));
+    pub(super) async fn rewrite_spec(&self, spec: Arc<pb::PodSpec>) -> Result<(), Refused> {
+        let dir = self.dir.clone();
         let written = tokio::task::spawn_blocking(move || {
             let mut job = dir.spec()?;
             job.spec = Some((*spec).clone());
@@ -173,27 +254,6 @@ impl Actor {
             .await
             .map_err(|e| failed(&e))?
             .map_err(|e| failed(&e))
-    }
-}
-
-async fn stage(
-    site: Arc<Site>,
-    dir: JobDir,
-    spec: Arc<pb::PodSpec>,
-    cluster_id: String,
-    own: mpsc::WeakSender<Input>,
-) -> Event {
-    match stage::stage(site, dir, spec, cluster_id, own).await {
-        Ok(()) => Event::Staged,
-        Err(StageError {
-            container,
-            reason,
-            message,
-        }) => Event::StageFailed {
-            container,
-            reason,
-            message,
-        },
     }
 }
 
@@ -244,6 +304,22 @@ async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Ca
         }
     }
     cancel(site, job, signal).await
+}
+
+/// What the shim is told of why it ends its pod.
+fn why_stopped(pod: &Pod) -> String {
+    let overdue = matches!(
+        pod.state,
+        State::Stopping {
+            cause: Cause::Deadline,
+            ..
+        }
+    );
+    match &pod.deletion {
+        Some(deletion) if !overdue => deletion.reason.clone(),
+        Some(_) | None if overdue => OVERDUE.to_owned(),
+        Some(_) | None => String::new(),
+    }
 }
 
 /// The signal that tells this shim to stop. USR1 leaves it the whole grace, but would end a shim that does not know it

@@ -1,6 +1,11 @@
 //! Actors over a real state directory and a scheduler of scripts.
 
-use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
+use std::{
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use knoc_proto::{
@@ -8,13 +13,19 @@ use knoc_proto::{
     pb::{self, PodPhase},
     reason::ErrorReason,
 };
+use tokio_util::sync::CancellationToken;
 
-use super::Input;
+use super::{Input, Refused, facts};
 use crate::{
-    app::fake::{Fake, SOON},
+    app::fake::{Fake, SOON, spec, values},
     jobdir::atomic,
     lease::{Holder, Process, STALE},
-    pod::state::Event,
+    pod::{
+        record::Record,
+        stage,
+        state::{Event, Pod},
+    },
+    registry::Registry,
     shim::STOP_SIGNAL,
 };
 
@@ -98,6 +109,42 @@ async fn running(fake: &Fake, name: &str) -> PodUid {
     uid
 }
 
+/// A pod that has succeeded; its job is still there.
+async fn finished(fake: &Fake, name: &str) -> PodUid {
+    let uid = running(fake, name).await;
+    let last = pb::Report {
+        sequence: 2,
+        r#final: true,
+        outcome: pb::OutcomeKind::Succeeded.into(),
+        ..report(&uid)
+    };
+    happens(fake, &uid, Event::Report(Box::new(last)));
+    fake.seen(&uid, |seen| seen.phase() == PodPhase::Finished)
+        .await;
+    // It is seen before its record is written; what is asked after it is answered after it.
+    fake.ensure(&uid).await;
+    uid
+}
+
+/// What an agent that died left of a pod which it was staging.
+fn half_staged(fake: &Fake, spec: &pb::PodSpec, version: &str) {
+    let uid = uid(&spec.uid);
+    let facts = facts(&uid, spec, &fake.site.config);
+    let record = Record::of(&Pod::new(facts, Timestamp::now()), "", 1);
+    let mut job = stage::job_file(&fake.site, spec, Vec::new(), String::new());
+    version.clone_into(&mut job.version);
+    stage::accept(&fake.site.state.pod(&uid), &job, &record, Some(values())).unwrap();
+}
+
+/// A newer generation of the pod's shape.
+fn newer(uid: &PodUid) -> pb::PodSpec {
+    pb::PodSpec {
+        generation: 2,
+        labels: [("colour".to_owned(), "blue".to_owned())].into(),
+        ..spec(uid)
+    }
+}
+
 /// Another host's agent takes over, as if we had been silent for too long.
 fn fence(fake: &Fake) {
     let other = Process {
@@ -170,4 +217,200 @@ async fn a_record_that_cannot_be_written_during_sbatch_loses_no_job() {
     std::fs::remove_dir(&record).unwrap();
     atomic::write(&gate, b"", 0o600).unwrap();
     called(&fake, "scancel", "--state=PENDING 7").await;
+}
+
+/// Who takes the handle off the map when the end is told finds the actor's end of it closed already.
+#[tokio::test]
+async fn a_pod_that_has_ended_leaves_no_handle() {
+    let fake = slurm(100.0).await;
+    let pod = finished(&fake, "a").await;
+    // Its end cannot be told yet: the actor stands right where it tells.
+    while fake.site.ended.try_send(uid("another")).is_ok() {}
+    fake.registry.forget(&pod).await.unwrap();
+    fake.gone(&pod).await;
+    fake.registry.release(&pod);
+    assert!(fake.registry.is_empty());
+}
+
+/// A pod whose job outlived its report by an hour, as an agent finds it that has just started.
+async fn outlived(fake: &Fake, name: &str) -> (PodUid, Arc<Registry>) {
+    let pod = finished(fake, name).await;
+    let record = fake.site.state.pod(&pod).record_path();
+    let text = std::fs::read(&record).unwrap();
+    let mut text: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let hour_ago = Timestamp::now() - Duration::from_hours(1);
+    text["since"] = hour_ago.to_string().into();
+    atomic::write(&record, &serde_json::to_vec(&text).unwrap(), 0o600).unwrap();
+    let restarted = Registry::new(Arc::clone(&fake.site), 100, CancellationToken::new());
+    assert_eq!(restarted.recover().await.unwrap(), 1);
+    (pod, restarted)
+}
+
+/// A command that begins, waits for `open` and ends.
+struct Gate {
+    begun: PathBuf,
+    open: PathBuf,
+}
+
+impl Gate {
+    fn new(fake: &Fake, name: &str) -> Self {
+        let [begun, open] = ["begun", "open"].map(|file| fake.path().join(file));
+        let waits = format!(
+            "touch '{}'; while ! test -e '{}'; do sleep 0.01; done",
+            begun.display(),
+            open.display()
+        );
+        program(fake, name, &waits);
+        Self { begun, open }
+    }
+
+    async fn begun(&self) {
+        let looking = async {
+            while !self.begun.exists() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let looked = tokio::time::timeout(SOON, looking).await;
+        looked.unwrap_or_else(|_| panic!("never begun, or cut off"));
+    }
+
+    fn open(&self) {
+        atomic::write(&self.open, b"", 0o600).unwrap();
+    }
+}
+
+/// Nobody knows the job of a forgotten pod any more: what ends it is not cut off.
+#[tokio::test]
+async fn a_job_that_is_being_cancelled_when_its_pod_is_forgotten_is_cancelled() {
+    let fake = slurm(100.0).await;
+    let gate = Gate::new(&fake, "scancel");
+    let (pod, restarted) = outlived(&fake, "a").await;
+    let opened = async {
+        gate.begun().await;
+        gate.open();
+    };
+    let (forgotten, ()) = tokio::join!(restarted.forget(&pod), opened);
+    forgotten.unwrap();
+    called(&fake, "scancel", "7").await;
+    fake.gone(&pod).await;
+    assert!(!fake.site.state.pod(&pod).path().exists());
+}
+
+/// A record that could not be written before is not written then: it would be that of a pod just accepted.
+#[tokio::test]
+async fn a_pod_that_is_being_forgotten_is_not_recorded_as_a_new_one() {
+    let fake = slurm(100.0).await;
+    let gate = Gate::new(&fake, "scancel");
+    let (pod, restarted) = outlived(&fake, "a").await;
+    let record = fake.site.state.pod(&pod).record_path();
+    block(&record);
+    let deleted = restarted.delete(&pod, None, String::new()).await;
+    deleted.unwrap_err();
+    std::fs::remove_dir(&record).unwrap();
+    let opened = async {
+        gate.begun().await;
+        assert!(!record.exists());
+        gate.open();
+    };
+    let (forgotten, ()) = tokio::join!(restarted.forget(&pod), opened);
+    forgotten.unwrap();
+    fake.gone(&pod).await;
+    assert!(!fake.site.state.pod(&pod).path().exists());
+}
+
+/// What a newer agent has taken over is its own: no record is changed, and no job ended.
+#[tokio::test]
+async fn an_agent_that_is_fenced_changes_nothing() {
+    let fake = slurm(100.0).await;
+    let pod = running(&fake, "a").await;
+    let done = finished(&fake, "b").await;
+    let record = |pod: &PodUid| std::fs::read(fake.site.state.pod(pod).record_path()).unwrap();
+    let before = record(&pod);
+    fence(&fake);
+    let reason = |refused: Refused| refused.reason;
+    let refused = fake.registry.delete(&pod, None, String::new()).await;
+    assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
+    for spec in [newer(&pod), spec(&uid("c"))] {
+        let refused = fake.ensure_as(spec).await;
+        assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
+    }
+    assert!(!fake.site.state.pod(&uid("c")).path().exists());
+    let refused = fake.registry.forget(&done).await;
+    assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
+    record(&done);
+    // What happens to the pod is still seen.
+    let last = pb::Report {
+        sequence: 2,
+        r#final: true,
+        ..report(&pod)
+    };
+    happens(&fake, &pod, Event::Report(Box::new(last)));
+    fake.seen(&pod, |seen| seen.phase() == PodPhase::Finished)
+        .await;
+    // Asked after it, answered after it.
+    fake.registry.forget(&pod).await.unwrap_err();
+    assert_eq!(record(&pod), before);
+    assert_eq!(calls(&fake, "scancel", ""), 0);
+}
+
+#[tokio::test]
+async fn a_newer_shape_that_comes_during_staging_is_what_the_job_runs() {
+    let fake = slurm(100.0).await;
+    let of_two = |mut spec: pb::PodSpec| {
+        spec.containers.push(pb::Container {
+            name: "second".to_owned(),
+            ..spec.containers[0].clone()
+        });
+        spec
+    };
+    let pod = uid("a");
+    half_staged(&fake, &of_two(spec(&pod)), fake.site.versions.own());
+    fake.registry.recover().await.unwrap();
+    // Staging notes each image. For that of the second one there is no place in the queue before the newer shape is taken.
+    let filled = async {
+        let (_, handle) = &fake.registry.handles()[0];
+        while handle.offer(Input::Event(Event::Tick)) {}
+    };
+    let newer = of_two(newer(&pod));
+    let (taken, ()) = tokio::join!(fake.ensure_as(newer.clone()), filled);
+    taken.unwrap();
+    fake.seen(&pod, |seen| seen.phase() == PodPhase::Queued)
+        .await;
+    let job = fake.site.state.pod(&pod).spec().unwrap();
+    assert_eq!(job.images.len(), 2);
+    assert_eq!(job.spec.unwrap(), newer);
+}
+
+#[tokio::test]
+async fn a_newer_shape_that_cannot_be_written_is_not_taken_for_written() {
+    let fake = slurm(100.0).await;
+    let pod = running(&fake, "a").await;
+    let dir = fake.site.state.pod(&pod);
+    let kept = std::fs::read(dir.spec_path()).unwrap();
+    block(&dir.spec_path());
+    let refused = fake.ensure_as(newer(&pod)).await;
+    assert_eq!(refused.unwrap_err().reason, ErrorReason::Internal);
+    assert_eq!(fake.site.board.get("a").unwrap().spec_generation, 1);
+    std::fs::remove_dir(dir.spec_path()).unwrap();
+    atomic::write(&dir.spec_path(), &kept, 0o600).unwrap();
+    fake.ensure_as(newer(&pod)).await.unwrap();
+    assert_eq!(dir.spec().unwrap().spec.unwrap(), newer(&pod));
+    assert_eq!(fake.site.board.get("a").unwrap().spec_generation, 2);
+}
+
+/// What is staged again runs our own version: no job directory names the older one any more.
+#[tokio::test]
+async fn a_version_is_let_go_when_the_pod_that_named_it_is_staged_again() {
+    let fake = slurm(100.0).await;
+    let older = fake.site.state.versions().join("0.0.1");
+    atomic::create_dir(&older).unwrap();
+    atomic::write(&older.join("knoc-agent"), b"older", 0o755).unwrap();
+    let pod = uid("a");
+    half_staged(&fake, &spec(&pod), "0.0.1");
+    fake.registry.recover().await.unwrap();
+    fake.seen(&pod, |seen| seen.phase() == PodPhase::Queued)
+        .await;
+    let job = fake.site.state.pod(&pod).spec().unwrap();
+    assert_eq!(job.version, fake.site.versions.own());
+    assert!(!older.exists());
 }

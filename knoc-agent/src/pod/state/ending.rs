@@ -1,4 +1,4 @@
-//! PURE: the steps that end a pod: deletion, the measures against its job, and the last state.
+//! PURE: the steps that end a pod: deletion, a deadline that was lowered, the measures against its job, and the last state.
 
 use std::time::Duration;
 
@@ -47,7 +47,9 @@ pub(super) fn delete(
             cause,
             ..
         } => {
-            *cause = Cause::Deleted(reason);
+            if *cause != Cause::Deadline {
+                *cause = Cause::Deleted(reason);
+            }
             vec![Effect::Persist]
         }
         State::Running { .. }
@@ -92,16 +94,41 @@ pub(super) fn dequeue(pod: &mut Pod, cause: Cause, now: Timestamp) -> Vec<Effect
     ]
 }
 
-/// The containers are told to end.
+/// The containers of a pod that is being deleted are told to end.
 pub(super) fn tell(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
-    let (Some(job), Some(deletion)) = (pod.job(), pod.deletion.clone()) else {
+    let Some(Deletion { grace, reason }) = pod.deletion.clone() else {
         return Vec::new();
     };
-    let Deletion { grace, reason } = deletion;
+    let overdue = matches!(
+        pod.state,
+        State::Stopping {
+            cause: Cause::Deadline,
+            ..
+        }
+    );
+    let cause = if overdue {
+        // It came first.
+        Cause::Deadline
+    } else {
+        Cause::Deleted(reason)
+    };
+    stop(pod, cause, grace, now)
+}
+
+/// The pod's own deadline is over: its containers are told to end.
+pub(super) fn overdue(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let grace = pod.facts.grace;
+    stop(pod, Cause::Deadline, grace, now)
+}
+
+fn stop(pod: &mut Pod, cause: Cause, grace: Duration, now: Timestamp) -> Vec<Effect> {
+    let Some(job) = pod.job() else {
+        return Vec::new();
+    };
     let deadline = now + grace.saturating_add(pod.facts.patience.stop_slack);
     let state = State::Stopping {
         job: job.id.clone(),
-        cause: Cause::Deleted(reason),
+        cause,
         how: Ending::Told,
         deadline,
     };
@@ -135,7 +162,7 @@ pub(super) fn still_there(pod: &mut Pod, phase: JobPhase, now: Timestamp) -> Vec
     match (phase, cause) {
         (JobPhase::Running, Cause::Deleted(_)) => tell(pod, now),
         // It started after all.
-        (JobPhase::Running, Cause::NeverStarts(_)) => {
+        (JobPhase::Running, Cause::NeverStarts(_) | Cause::Deadline) => {
             let job = job.clone();
             pod.enter(State::Running { job }, now);
             vec![Effect::Persist]
@@ -152,7 +179,7 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let grace = pod
         .deletion
         .as_ref()
-        .map_or(Duration::ZERO, |deletion| deletion.grace);
+        .map_or(pod.facts.grace, |deletion| deletion.grace);
     let slack = pod.facts.patience.stop_slack;
     let State::Stopping { how, deadline, .. } = &mut pod.state else {
         return Vec::new();

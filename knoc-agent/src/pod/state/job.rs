@@ -420,7 +420,9 @@ pub(super) fn files(pod: &mut Pod, batch_tail: String, now: Timestamp) -> Vec<Ef
 pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let lost_after = pod.facts.patience.lost_after;
     let link = pod.link;
+    let overdue = pod.overdue_at().is_some_and(|at| now >= at);
     match &mut pod.state {
+        State::Running { .. } if overdue => ending::overdue(pod, now),
         State::Queued {
             never: Some(since), ..
         } => {

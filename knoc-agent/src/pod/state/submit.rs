@@ -60,10 +60,13 @@ pub(super) fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             *deadline = now;
             vec![Effect::ReadFiles, Effect::Hurry]
         }
-        State::Finished {
-            lingering: Some(_), ..
-        } => vec![Effect::Hurry],
-        State::Throttled { .. } | State::Finished { .. } | State::Forgotten => Vec::new(),
+        // The agent may have died between the record and the values.
+        State::Finished { lingering, .. } => {
+            let mut effects = vec![Effect::CleanUp];
+            effects.extend(lingering.as_ref().map(|_| Effect::Hurry));
+            effects
+        }
+        State::Throttled { .. } | State::Forgotten => Vec::new(),
     }
 }
 

@@ -1,6 +1,8 @@
 //! The machine against its rules: scenarios edge by edge, then random events.
 
+mod deadline;
 mod random;
+mod restart;
 
 use super::*;
 use crate::scheduler::{JobExit, JobState};
@@ -524,65 +526,4 @@ fn a_job_that_outlives_its_report_is_cancelled() {
             how: Cancel::Kill
         }]
     );
-}
-
-#[test]
-fn a_final_report_that_was_written_meanwhile_finishes_after_the_restart() {
-    let written = |pod: &Pod| {
-        let Event::Report(last) = report("1", 9, true) else {
-            panic!()
-        };
-        let mut pod = pod.clone();
-        pod.report = Some(*last);
-        step(pod, Event::Begin, at(50)).0
-    };
-    let (submitting, _) = feed([Event::Begin, Event::Staged]);
-    let (queued, _) = feed(queued());
-    let (running, _) = feed(running());
-    for pod in [&submitting, &queued, &running] {
-        assert_eq!(outcome(&written(pod)), (true, ""), "{:?}", pod.state);
-    }
-    let (deleted, _) = step(running, delete(), at(4));
-    assert!(
-        !written(&deleted).is_finished(),
-        "the job may still be there"
-    );
-}
-
-#[test]
-fn a_record_brings_the_pod_back() {
-    use crate::pod::record::Record;
-    for events in [
-        vec![Event::Begin],
-        vec![Event::Begin, Event::Staged],
-        queued(),
-        running(),
-        and(running(), [delete()]),
-        and(
-            running(),
-            [Event::Round {
-                jobs: Vec::new(),
-                missing: true,
-            }],
-        ),
-        and(running(), [seen("1", JobState::Completed)]),
-        and(running(), [report("1", 2, true)]),
-    ] {
-        let (mut pod, _) = feed(events);
-        let record = Record::of(&pod, "c", 3);
-        let json = serde_json::to_string(&record).unwrap();
-        let back: Record = serde_json::from_str(&json).unwrap();
-        let back = back.restore(pod.facts.clone(), pod.report.clone());
-        // Times at which files are looked at again, and trouble, are not kept.
-        for state in [&mut pod.state] {
-            if let State::Lost { look_at, .. } | State::Settling { look_at, .. } = state {
-                *look_at = pod.since;
-            }
-        }
-        pod.read_at = pod.since;
-        if let Some(view) = &mut pod.view {
-            view.attempt = 0;
-        }
-        assert_eq!(back, pod);
-    }
 }

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::*;
+use super::{deadline::first_report, *};
 
 fn any_state() -> impl Strategy<Value = JobState> {
     prop::sample::select(vec![
@@ -54,6 +54,11 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::FindFailed(String::new())),
         4 => (jobs(), any::<bool>()).prop_map(|(jobs, missing)| Event::Round { jobs, missing }),
         1 => (1..4_u8, 0..20_i64, any::<bool>()).prop_map(|(id, n, last)| report(&id.to_string(), n, last)),
+        1 => (1..4_u8, 0..20_i64, 1..9_i64).prop_map(|(id, n, began)| first_report(&id.to_string(), n, at(began))),
+        1 => (1..90_u64).prop_map(|seconds| Event::Update(Facts {
+            deadline: Some(Duration::from_secs(seconds)),
+            ..new().facts
+        })),
         1 => any::<bool>().prop_map(Event::Link),
         1 => Just(Event::Files { batch_tail: "x".to_owned() }),
         1 => (prop::option::of(0..60_u64)).prop_map(|grace| Event::Delete {

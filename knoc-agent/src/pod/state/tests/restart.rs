@@ -1,0 +1,82 @@
+//! What a restarted agent makes of what it finds.
+
+use super::{deadline::lowered, *};
+
+#[test]
+fn a_final_report_that_was_written_meanwhile_finishes_after_the_restart() {
+    let written = |pod: &Pod| {
+        let Event::Report(last) = report("1", 9, true) else {
+            panic!()
+        };
+        let mut pod = pod.clone();
+        pod.report = Some(*last);
+        step(pod, Event::Begin, at(50)).0
+    };
+    let (submitting, _) = feed([Event::Begin, Event::Staged]);
+    let (queued, _) = feed(queued());
+    let (running, _) = feed(running());
+    for pod in [&submitting, &queued, &running] {
+        assert_eq!(outcome(&written(pod)), (true, ""), "{:?}", pod.state);
+    }
+    let (deleted, _) = step(running, delete(), at(4));
+    assert!(
+        !written(&deleted).is_finished(),
+        "the job may still be there"
+    );
+}
+
+/// The agent may have died between the record and the values.
+#[test]
+fn the_values_of_a_finished_pod_are_removed_after_a_restart_too() {
+    let (pod, _) = feed(and(running(), [report("1", 2, true)]));
+    let (pod, effects) = step(pod, Event::Begin, at(9));
+    assert_eq!(effects, [Effect::CleanUp, Effect::Hurry]);
+    let (pod, _) = step(pod, seen("1", JobState::Completed), at(20));
+    let (_, effects) = step(pod, Event::Begin, at(21));
+    assert_eq!(effects, [Effect::CleanUp]);
+}
+
+#[test]
+fn a_record_brings_the_pod_back() {
+    use crate::pod::record::Record;
+    let (overdue, _) = step(lowered(60), Event::Tick, at(100));
+    let (settling, _) = step(overdue.clone(), seen("1", JobState::Completed), at(101));
+    for pod in [
+        vec![Event::Begin],
+        vec![Event::Begin, Event::Staged],
+        queued(),
+        running(),
+        and(running(), [delete()]),
+        and(
+            running(),
+            [Event::Round {
+                jobs: Vec::new(),
+                missing: true,
+            }],
+        ),
+        and(running(), [seen("1", JobState::Completed)]),
+        and(running(), [report("1", 2, true)]),
+    ]
+    .into_iter()
+    .map(|events| feed(events).0)
+    .chain([overdue.clone(), settling])
+    {
+        let mut pod = pod;
+        let record = Record::of(&pod, "c", 3);
+        let json = serde_json::to_string(&record).unwrap();
+        let back: Record = serde_json::from_str(&json).unwrap();
+        let back = back.restore(pod.facts.clone(), pod.report.clone());
+        // Times at which files are looked at again, trouble and the link are not kept.
+        for state in [&mut pod.state] {
+            if let State::Lost { look_at, .. } | State::Settling { look_at, .. } = state {
+                *look_at = pod.since;
+            }
+        }
+        pod.read_at = pod.since;
+        pod.link = false;
+        if let Some(view) = &mut pod.view {
+            view.attempt = 0;
+        }
+        assert_eq!(back, pod);
+    }
+}
