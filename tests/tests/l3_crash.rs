@@ -237,6 +237,37 @@ async fn the_shim_dies_at_each_boundary() -> anyhow::Result<()> {
     world.finish().await
 }
 
+#[tokio::test]
+async fn a_job_that_is_requeued_while_the_agent_is_away_finds_its_claim_taken() -> anyhow::Result<()>
+{
+    let world = whole("requeue").await?;
+    let pod = PodBuilder::new("once").sh("echo ran; exec sleep 600");
+    let uid = world.running(&pod).await?;
+    let job = world.wait_job(&uid).await?;
+    world.service("agent.sh", "kill").ok().await?;
+    let second = async {
+        world.requeue(&job).await?;
+        wait_for("the job has stood back", RIGHT, async || {
+            let lives = world.jobs(&uid).await?;
+            let stood = lives.len() == 2 && lives.iter().any(|life| life.contains(SURPLUS));
+            ensure!(stood, "{lives:?}");
+            Ok(())
+        })
+        .await
+    };
+    let second = second.await;
+    start(&world, "agent.sh", "").await?;
+    second?;
+    let ended = world.wait_phase("once", "Failed", RIGHT).await?;
+    let (reason, message) = why(&ended);
+    ensure!(reason == "SlurmJobRequeued", "{reason}: {message}");
+    let log = world.logs("once", "main").await?;
+    ensure!(log == "ran\n", "{log:?}");
+    world.delete("once", None).await?;
+    world.wait_gone("once", RIGHT).await?;
+    world.finish().await
+}
+
 /// Kills the service that many times, each time at a random moment after its start.
 async fn die_often(
     world: &World,
