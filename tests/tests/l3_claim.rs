@@ -40,6 +40,10 @@ async fn of_two_processes_that_claim_one_job_directory_one_runs() -> anyhow::Res
     ensure!(surplus.code == SURPLUS, "{surplus}");
     let log = world.logs("once", "main").await?;
     ensure!(log == "ran\n", "{log}");
+    // The end of the second is nothing to the first.
+    world.exec(&uid, "main", ["true"]).ok().await?;
+    let pod = world.pod("once").await?;
+    ensure!(phase_of(&pod) == "Running", "{:?}", pod.status);
     world.delete("once", Some(1)).await?;
     world.wait_gone("once", SOON).await?;
     world.finish().await
