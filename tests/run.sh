@@ -65,8 +65,8 @@ wait
 l2
 
 # Faults (nodes that go down, processes that are killed) would be seen by other tests: alone, one after the other.
-faults=$(tests_named 'l3_faults*.rs l3_crash*.rs')
-others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash')
+faults=$(tests_named 'l3_faults*.rs l3_crash*.rs l3_cut*.rs')
+others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut')
 own_ca='l3_access.rs l3_identity.rs l3_metrics.rs'
 if [ "$STACK" != full ]; then
     skip L3 "STACK=$STACK ($why); the real stack is STACK=full" -p knoc-tests $others $faults

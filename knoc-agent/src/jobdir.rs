@@ -349,8 +349,8 @@ impl JobDir {
     }
 
     /// Takes the claim for `wanted`: see [`claim::claim`].
-    pub fn claim(&self, wanted: &Claim) -> Result<u32, ClaimError> {
-        claim::claim(&self.path, wanted)
+    pub fn claim(&self, wanted: &Claim, again: bool) -> Result<u32, ClaimError> {
+        claim::claim(&self.path, wanted, again)
     }
 
     /// `report.pb`.

@@ -70,10 +70,13 @@ use self::{
     serve::{Service, Slots},
     supervisor::Supervisor,
 };
-use crate::jobdir::{
-    self, JobDir,
-    claim::{Claim, ClaimError},
-    schema::Endpoint,
+use crate::{
+    jobdir::{
+        self, JobDir,
+        claim::{Claim, ClaimError},
+        schema::Endpoint,
+    },
+    scheduler::slurm,
 };
 
 const FAILED: u8 = 64;
@@ -130,8 +133,12 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
         host: pod::node_name(),
         ..identity()?
     };
+    // Only where Slurm has requeued the job is it asked whether the pod may run again.
+    let spec = (claim.restart > 0).then(|| jobdir.spec()).transpose()?;
+    let spec = spec.and_then(|job| job.spec);
+    let again = spec.is_some_and(|spec| slurm::requeue(&spec));
     crash::point("shim.claim.before");
-    match jobdir.claim(&claim) {
+    match jobdir.claim(&claim, again) {
         Ok(_) => {}
         Err(error @ ClaimError::Surplus { .. }) => {
             eprintln!("knoc-agent shim: this job is surplus: {}", chain(&error));

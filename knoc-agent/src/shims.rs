@@ -251,7 +251,7 @@ mod tests {
         let route = lock(&shims.0.pins).values().next().unwrap().clone();
         let nowhere = || {
             let endpoint = tonic::transport::Endpoint::from_static("http://127.0.0.1:1");
-            ShimClient::new(endpoint.connect_lazy())
+            ShimClient::new(Called::new(endpoint.connect_lazy()))
         };
         let older = shims.open(&uid, nowhere(), About::default());
         assert!(shims.close(&uid, older));

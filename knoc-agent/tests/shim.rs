@@ -281,7 +281,7 @@ async fn what_a_program_leaves_behind_dies_with_it() {
 }
 
 #[tokio::test]
-async fn a_second_job_is_surplus_and_a_requeued_one_goes_on_counting() {
+async fn a_second_job_is_surplus_and_a_requeued_one_goes_on_counting_where_its_pod_may() {
     let mut job = Job::new(vec![sh("a", "exit 1")]);
     job.start();
     assert_eq!(job.code().await, 64);
@@ -292,7 +292,17 @@ async fn a_second_job_is_surplus_and_a_requeued_one_goes_on_counting() {
     job.dir.write_values(&job.values).unwrap();
     let before = job.report().sequence;
     job.spawn();
-    assert_eq!(job.code().await, 64);
+    assert_eq!(job.code().await, 66);
+    assert_eq!(job.report().sequence, before);
+    let mut again = job.file.clone();
+    let spec = again.spec.as_mut().unwrap();
+    let asked = ("knoc.io/requeue".to_owned(), "true".to_owned());
+    spec.annotations.extend([asked]);
+    spec.restart_policy = pb::RestartPolicy::OnFailure.into();
+    spec.containers = vec![sh("a", "exit 0")];
+    job.dir.write_spec(&again).unwrap();
+    job.spawn();
+    assert_eq!(job.code().await, 0);
     let report = job.report();
     assert!(report.sequence > before && report.restart == 1);
     assert_eq!(report.containers[0].restart_count, 1);

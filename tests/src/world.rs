@@ -364,6 +364,16 @@ impl World {
         Ok(rows.ok().await?.text())
     }
 
+    /// Has Slurm requeue a running job. What it was submitted with forbids that; who owns a job may change it.
+    pub async fn requeue(&self, job: &str) -> anyhow::Result<()> {
+        let of = format!("jobid={job}");
+        let allow = ["scontrol", "update", &of, "requeue=1"];
+        self.on("login", allow).ok().await?;
+        let requeue = ["scontrol", "requeue", job];
+        self.on("login", requeue).ok().await?;
+        Ok(())
+    }
+
     /// Waits until Slurm has no live job of the pod.
     pub async fn wait_no_job(&self, uid: &str, limit: Duration) -> anyhow::Result<()> {
         let name = format!("knoc-{uid}");

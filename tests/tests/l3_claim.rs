@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use futures::future::try_join_all;
 use knoc_tests::{
     Output, PodBuilder, World, wait_for,
-    world::{SOON, STATE},
+    world::{SOON, STATE, exit_code, has_condition, phase_of, why},
 };
 
 /// Pairs that are released together: each is one more chance for a race to be lost.
@@ -40,6 +40,10 @@ async fn of_two_processes_that_claim_one_job_directory_one_runs() -> anyhow::Res
     ensure!(surplus.code == SURPLUS, "{surplus}");
     let log = world.logs("once", "main").await?;
     ensure!(log == "ran\n", "{log}");
+    // The end of the second is nothing to the first.
+    world.exec(&uid, "main", ["true"]).ok().await?;
+    let pod = world.pod("once").await?;
+    ensure!(phase_of(&pod) == "Running", "{:?}", pod.status);
     world.delete("once", Some(1)).await?;
     world.wait_gone("once", SOON).await?;
     world.finish().await
@@ -180,4 +184,73 @@ async fn two_fresh_processes_fight_for_one_claim_and_one_runs() -> anyhow::Resul
     world.on("login", ["rm", "-r", &meeting]).ok().await?;
     world.wait_phase("fresh", "Succeeded", SOON).await?;
     world.finish().await
+}
+
+#[tokio::test]
+async fn slurm_refuses_to_requeue_the_job_of_a_pod_which_runs_on() -> anyhow::Result<()> {
+    let world = World::new("no-requeue").await?;
+    let uid = world
+        .running(&PodBuilder::new("steady").sh("echo ran; exec sleep 600"))
+        .await?;
+    let job = world.wait_job(&uid).await?;
+    let requeue = ["scontrol", "requeue", &job];
+    let refused = world.on("login", requeue).output().await?;
+    ensure!(
+        refused.code != 0
+            && refused
+                .stderr
+                .contains("Requested operation is presently disabled"),
+        "{refused}"
+    );
+    world.exec(&uid, "main", ["true"]).ok().await?;
+    let pod = world.pod("steady").await?;
+    ensure!(phase_of(&pod) == "Running", "{:?}", pod.status);
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
+    world.delete("steady", Some(1)).await?;
+    world.wait_gone("steady", SOON).await?;
+    world.finish().await
+}
+
+/// Somebody makes Slurm requeue the running job of the pod.
+async fn requeued(test: &str, policy: &str) -> anyhow::Result<()> {
+    let world = World::new(test).await?;
+    let pod = PodBuilder::new("once")
+        .restart(policy)
+        .sh("echo ran; exec sleep 600");
+    let uid = world.running(&pod).await?;
+    let job = world.wait_job(&uid).await?;
+    world.requeue(&job).await?;
+    let ended = world.wait_phase("once", "Failed", SOON).await?;
+    let (reason, message) = why(&ended);
+    ensure!(reason == "SlurmJobRequeued", "{reason}: {message}");
+    ensure!(
+        has_condition(&ended, "DisruptionTarget"),
+        "{:?}",
+        ended.status
+    );
+    ensure!(
+        exit_code(&ended, "main").is_some_and(|code| code != 0),
+        "{:?}",
+        ended.status
+    );
+    // Nothing waits in the queue for a second life, and it had none.
+    world.wait_no_job(&uid, SOON).await?;
+    let look = format!("cd {STATE}/pods/{uid}; ls claim.* | wc -l; cat logs/main/*");
+    let found = world.on("login", ["sh", "-c", &look]).ok().await?.text();
+    ensure!(found.starts_with("1\n"), "one claim was expected: {found}");
+    ensure!(found.matches("ran").count() == 1, "it ran again: {found}");
+    world.delete("once", None).await?;
+    world.wait_gone("once", SOON).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_whose_job_is_requeued_never_runs_again_and_says_why() -> anyhow::Result<()> {
+    requeued("requeue-never", "Never").await
+}
+
+#[tokio::test]
+async fn nor_does_one_that_restarts_its_containers() -> anyhow::Result<()> {
+    requeued("requeue-always", "Always").await
 }

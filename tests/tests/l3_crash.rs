@@ -3,21 +3,31 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
-use futures::future::try_join_all;
-use knoc_tests::{PodBuilder, World, wait_for};
+use anyhow::{Context as _, bail, ensure};
+use futures::future::{try_join, try_join_all};
+use knoc_tests::{
+    PodBuilder, World, wait_for,
+    world::{STATE, why},
+};
 
 /// From a restart to the right state.
 const RIGHT: Duration = Duration::from_mins(2);
 
-/// Of one of the test bed's scripts.
-const SCRIPT: Duration = Duration::from_mins(1);
+/// Of one of the test bed's scripts, on a busy machine.
+const SCRIPT: Duration = Duration::from_mins(3);
 
-/// Kills under load; level 2 has the fifty.
-const KILLS: usize = 10;
+/// Kills under load: fifty. A kubelet is longer in starting, so of it there are fewer in the same time.
+const AGENT_KILLS: usize = 30;
+const KUBELET_KILLS: usize = 20;
 
-/// Pods of the load.
+/// Pods at the beginning of the load; with each kill of the agent comes another one.
 const LOAD: usize = 20;
+
+/// The site file.
+const SITE: &str = "/home/hpcuser/.config/knoc/agent.toml";
+
+/// Where jobs in the partition `short` find the point at which their shim dies.
+const ARMED: &str = "/home/hpcuser/knoc-crash-at";
 
 /// The exit code of a job that lost its claim.
 const SURPLUS: &str = "|66:";
@@ -32,6 +42,15 @@ async fn start(world: &World, script: &str, point: &str) -> anyhow::Result<()> {
         run.env("KNOC_CRASH_AT", point).output().await?;
     }
     Ok(())
+}
+
+/// A namespace, and both services up, whatever an earlier test left.
+async fn whole(test: &str) -> anyhow::Result<World> {
+    let world = World::new(test).await?;
+    for script in ["agent.sh", "kubelet.sh"] {
+        start(&world, script, "").await?;
+    }
+    Ok(world)
 }
 
 async fn dead(world: &World, script: &str, point: &str) -> anyhow::Result<()> {
@@ -56,7 +75,7 @@ async fn ran_once(world: &World, uid: &str, point: &str) -> anyhow::Result<()> {
 }
 
 async fn dies_at(script: &str, point: &str) -> anyhow::Result<()> {
-    let world = World::new("crash").await?;
+    let world = whole("crash").await?;
     let deleting = point.contains("delete");
     // A pod that has ended is removed by the API server itself: the kubelet deletes only what still ran.
     let script_of_pod = if deleting {
@@ -110,29 +129,187 @@ async fn the_agent_dies_at_each_boundary() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Gives the site that prelude, and the agent a new start. Answers the site file as it was.
+async fn set_prelude(world: &World, prelude: &str) -> anyhow::Result<Vec<u8>> {
+    let before = world.on("login", ["cat", SITE]).ok().await?.stdout;
+    let text = String::from_utf8(before.clone())?;
+    let line = text.lines().find(|line| line.starts_with("prelude = "));
+    let line = line.context("no prelude in the site file")?;
+    let text = text.replacen(line, &format!("prelude = '{prelude}'"), 1);
+    set_site(world, text.into_bytes()).await?;
+    Ok(before)
+}
+
+async fn set_site(world: &World, text: Vec<u8>) -> anyhow::Result<()> {
+    let write = format!("cat >{SITE}");
+    let write = world.on("login", ["sh", "-c", &write]);
+    write.stdin(text).ok().await?;
+    world.service("agent.sh", "down").ok().await?;
+    start(world, "agent.sh", "").await
+}
+
+/// No process on any node has these words in its command.
+async fn nothing_left(world: &World, words: &str) -> anyhow::Result<()> {
+    for node in ["c1", "c2", "c3"] {
+        wait_for(
+            &format!("nothing of {words:?} on {node}"),
+            RIGHT,
+            async || {
+                let found = world.on(node, ["pgrep", "-af", words]).output().await?;
+                ensure!(found.code == 1, "{found}");
+                Ok(())
+            },
+        )
+        .await?;
+    }
+    Ok(())
+}
+
+/// The shim dies there: the pod has failed and says so, its containers do not outlive it, and nothing runs in its place.
+async fn shim_dies_at(point: &str) -> anyhow::Result<()> {
+    let world = World::new("shim").await?;
+    let arm = format!("echo {point} >{ARMED}");
+    world.on("login", ["sh", "-c", &arm]).ok().await?;
+    let program = format!("sleep {}", rand::random_range(100_000..1_000_000));
+    let pod = PodBuilder::new("shim")
+        .annotation("knoc.io/partition", "short")
+        .sh(&format!("echo ran; exec {program}"));
+    let uid = world.create(&pod).await?;
+    let ended = world.wait_phase("shim", "Failed", RIGHT).await?;
+    let (reason, message) = why(&ended);
+    ensure!(
+        reason == "ContainerStatusUnknown" && message.contains("FAILED, exit code 0, signal 6"),
+        "{reason}: {message}"
+    );
+    nothing_left(&world, &program).await?;
+    // What the job left: the shim's last words, its claims, and how often the program ran.
+    let look = format!(
+        "cd {STATE}/pods/{uid}; cat batch.out; ls claim.* | wc -l; cat logs/main/* | grep -c ran"
+    );
+    let found = world.on("login", ["sh", "-c", &look]).output().await?;
+    let text = found.text();
+    let words = format!("{point}: aborting here");
+    ensure!(text.contains(&words), "{found}");
+    let lines: Vec<&str> = text.lines().rev().take(2).collect();
+    let [ran, claims] = lines.as_slice() else {
+        bail!("{found}");
+    };
+    let (claimed, may_run) = match point {
+        "shim.claim.before" => ("0", false),
+        "shim.claim.after" => ("1", false),
+        _ => ("1", true),
+    };
+    ensure!(*claims == claimed, "{claims} claims: {found}");
+    ensure!(
+        *ran == "0" || (may_run && *ran == "1"),
+        "it ran {ran} times: {found}"
+    );
+    world.delete("shim", None).await?;
+    world.wait_gone("shim", RIGHT).await?;
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.len() == 1, "{jobs:?}");
+    world.finish().await
+}
+
 #[tokio::test]
-async fn agent_and_kubelet_die_at_random_moments_under_load() -> anyhow::Result<()> {
-    let world = World::new("random").await?;
-    let pods: Vec<PodBuilder> = (0..LOAD)
-        .map(|at| PodBuilder::new(&format!("load-{at}")).sh(&format!("sleep {}; exit 0", at % 7)))
-        .collect();
-    let uids = try_join_all(pods.iter().map(|pod| world.create(pod))).await?;
-    for kill in 0..KILLS {
-        let script = if kill % 2 == 0 {
-            "agent.sh"
-        } else {
-            "kubelet.sh"
-        };
+async fn the_shim_dies_at_each_boundary() -> anyhow::Result<()> {
+    let world = whole("prelude").await?;
+    let prelude = format!(
+        "[ ! -r {ARMED} ] || [ $SLURM_JOB_PARTITION != short ] || export KNOC_CRASH_AT=$(cat {ARMED})"
+    );
+    let before = set_prelude(&world, &prelude).await?;
+    let deaths = async {
+        for effect in ["claim", "report"] {
+            for side in ["before", "after"] {
+                let point = format!("shim.{effect}.{side}");
+                shim_dies_at(&point).await.context(point)?;
+            }
+        }
+        anyhow::Ok(())
+    };
+    let deaths = deaths.await;
+    world.on("login", ["rm", ARMED]).ok().await?;
+    // Nobody dies where nothing is armed.
+    let well = PodBuilder::new("well").annotation("knoc.io/partition", "short");
+    let well = world.run(&well, "Succeeded").await.map(drop);
+    set_site(&world, before).await?;
+    deaths.and(well)?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_job_that_is_requeued_while_the_agent_is_away_finds_its_claim_taken() -> anyhow::Result<()>
+{
+    let world = whole("requeue").await?;
+    let pod = PodBuilder::new("once").sh("echo ran; exec sleep 600");
+    let uid = world.running(&pod).await?;
+    let job = world.wait_job(&uid).await?;
+    world.service("agent.sh", "kill").ok().await?;
+    let second = async {
+        world.requeue(&job).await?;
+        wait_for("the job has stood back", RIGHT, async || {
+            let lives = world.jobs(&uid).await?;
+            let stood = lives.len() == 2 && lives.iter().any(|life| life.contains(SURPLUS));
+            ensure!(stood, "{lives:?}");
+            Ok(())
+        })
+        .await
+    };
+    let second = second.await;
+    start(&world, "agent.sh", "").await?;
+    second?;
+    let ended = world.wait_phase("once", "Failed", RIGHT).await?;
+    let (reason, message) = why(&ended);
+    ensure!(reason == "SlurmJobRequeued", "{reason}: {message}");
+    let log = world.logs("once", "main").await?;
+    ensure!(log == "ran\n", "{log:?}");
+    world.delete("once", None).await?;
+    world.wait_gone("once", RIGHT).await?;
+    world.finish().await
+}
+
+/// Kills the service that many times, each time at a random moment after its start.
+async fn die_often(
+    world: &World,
+    script: &str,
+    kills: usize,
+    mut before: impl AsyncFnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    for kill in 0..kills {
+        before(kill).await?;
         let moment = Duration::from_millis(rand::random_range(0..1500));
         tokio::time::sleep(moment).await;
         world.service(script, "kill").ok().await?;
-        start(&world, script, "")
+        start(world, script, "")
             .await
-            .with_context(|| format!("kill {kill}"))?;
+            .with_context(|| format!("{script}, kill {kill}"))?;
     }
+    Ok(())
+}
+
+fn load(at: usize) -> PodBuilder {
+    PodBuilder::new(&format!("load-{at}")).sh(&format!("echo ran; sleep {}", at % 7))
+}
+
+#[tokio::test]
+async fn agent_and_kubelet_die_at_random_moments_under_load() -> anyhow::Result<()> {
+    let world = whole("random").await?;
+    let mut pods: Vec<PodBuilder> = (0..LOAD).map(load).collect();
+    let mut uids = try_join_all(pods.iter().map(|pod| world.create(pod))).await?;
+    // Each at its own moments, so now and then both are down.
+    let kubelet = die_often(&world, "kubelet.sh", KUBELET_KILLS, async |_| Ok(()));
+    let agent = die_often(&world, "agent.sh", AGENT_KILLS, async |kill| {
+        let pod = load(LOAD + kill);
+        uids.push(world.create(&pod).await?);
+        pods.push(pod);
+        Ok(())
+    });
+    try_join(agent, kubelet).await?;
     for (pod, uid) in pods.iter().zip(&uids) {
         world.wait_phase(pod.name(), "Succeeded", RIGHT).await?;
         ran_once(&world, uid, pod.name()).await?;
+        let log = world.logs(pod.name(), "main").await?;
+        ensure!(log == "ran\n", "{}: {log:?}", pod.name());
         world.delete(pod.name(), None).await?;
     }
     for (pod, uid) in pods.iter().zip(&uids) {

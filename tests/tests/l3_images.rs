@@ -237,6 +237,8 @@ async fn never_waits_for_an_image_that_another_pod_brings() -> anyhow::Result<()
     world.wait_phase("never", "Succeeded", PULLED).await?;
     let log = world.logs("never", "main").await?;
     ensure!(log == OWN, "{log}");
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.len() == 1, "{jobs:?}");
     repository.remove().await?;
     world.finish().await
 }
@@ -249,10 +251,11 @@ async fn where_a_registry_has_no_image_its_own_words_say_why() -> anyhow::Result
         ("no-tag", image("busybox:nonesuch"), "manifest unknown"),
         ("no-registry", nobody, "Connection refused"),
     ];
+    let mut uids = Vec::new();
     for (name, image, _) in &cases {
-        world.create(&PodBuilder::new(name).image(image)).await?;
+        uids.push(world.create(&PodBuilder::new(name).image(image)).await?);
     }
-    for (name, image, words) in &cases {
+    for ((name, image, words), uid) in cases.iter().zip(&uids) {
         let message = waits_by(&world, name, "ErrImagePull").await?;
         ensure!(
             message.contains(words) && message.contains(image),
@@ -261,7 +264,11 @@ async fn where_a_registry_has_no_image_its_own_words_say_why() -> anyhow::Result
         told(&world, name, &["Failed: ErrImagePull", words, image]).await?;
         let message = waits_by(&world, name, "ImagePullBackOff").await?;
         ensure!(message.contains(words), "{name}: {message}");
+        // Nothing was submitted for it, and nothing holds it up.
+        let jobs = world.jobs(uid).await?;
+        ensure!(jobs.is_empty(), "{name}: {jobs:?}");
         world.delete(name, None).await?;
+        world.wait_gone(name, SOON).await?;
     }
     world.finish().await
 }

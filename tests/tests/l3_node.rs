@@ -57,7 +57,9 @@ async fn of_sinfo(world: &World) -> anyhow::Result<[i64; 3]> {
     }
     ensure!(!nodes.is_empty(), "{rows}");
     let sum = |at: usize| nodes.values().map(|node| node[at]).sum();
-    Ok([sum(0), sum(1), sum(2)])
+    let all = [sum(0), sum(1), sum(2)];
+    ensure!(all.iter().all(|amount| *amount > 0), "{all:?} of {rows}");
+    Ok(all)
 }
 
 fn amounts(list: Option<&BTreeMap<String, Quantity>>) -> anyhow::Result<[i64; 4]> {
@@ -300,6 +302,8 @@ async fn a_pod_in_the_queue_says_why_and_until_when() -> anyhow::Result<()> {
     // The queue is over, and with it what was said of it.
     let ended = world.wait_phase("waits", "Succeeded", SOON).await?;
     ensure!(why(&ended).1.is_empty(), "{:?}", ended.status);
+    let log = world.logs("waits", "main").await?;
+    ensure!(log == "at last\n", "{log:?}");
     world.finish().await
 }
 
@@ -359,6 +363,12 @@ async fn the_events_of_a_pods_life_tell_each_step_once() -> anyhow::Result<()> {
                 "{reason} {place} {message:?} once in {told:#?}"
             );
         }
+        let image = PodBuilder::image_name();
+        let pulled = told.iter().find(|(reason, ..)| reason == "Pulled");
+        ensure!(
+            pulled.is_some_and(|(.., message)| message.contains(&image)),
+            "{image} is not in {pulled:?}"
+        );
         // The image may be pulled first, and the job may wait for a moment: these are told too.
         let may_be = ["Pulling", "SlurmJobPending"];
         let steps = told

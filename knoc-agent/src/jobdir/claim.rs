@@ -3,7 +3,8 @@
 //! `sbatch` may time out although the job was accepted, and two agents may meet on one shared home, so two jobs may
 //! be started for one pod. Before anything else the shim calls [`claim`]: `link(2)` of a file that names the job and
 //! its restart count to `claim.<n>`, which succeeds for exactly one process on one file system. A job takes
-//! `claim.<n+1>` only where the newest claim names its own job id and a lower restart count (Slurm requeued it).
+//! `claim.<n+1>` only where the newest claim names its own job id and a lower restart count (Slurm requeued it), and
+//! only of a pod that may run again: others are submitted with `--no-requeue`, which an administrator can override.
 //! Claims are never removed while the directory lives. Blocking file work.
 
 use std::{
@@ -51,15 +52,15 @@ pub enum ClaimError {
 }
 
 /// Claims `folder` for `wanted`. Returns the claim's number; 2 and above mean that an earlier run of the same job
-/// began the containers before.
-pub fn claim(folder: &Path, wanted: &Claim) -> Result<u32, ClaimError> {
+/// began the containers before, which is refused unless the pod may run `again`.
+pub fn claim(folder: &Path, wanted: &Claim, again: bool) -> Result<u32, ClaimError> {
     let mine = atomic::temporary(&folder.join("claim"));
     let bytes = serde_json::to_vec(wanted).map_err(|source| ClaimError::Malformed {
         path: mine.clone(),
         source,
     })?;
     atomic::create_synced(&mine, &bytes, 0o600)?;
-    let outcome = take(folder, &mine, wanted);
+    let outcome = take(folder, &mine, wanted, again);
     // Its name has served; whether or not it can be removed changes nothing of the outcome.
     drop(fs::remove_file(&mine));
     outcome
@@ -85,11 +86,11 @@ fn path(folder: &Path, n: u32) -> PathBuf {
     folder.join(format!("claim.{n}"))
 }
 
-fn take(folder: &Path, mine: &Path, wanted: &Claim) -> Result<u32, ClaimError> {
+fn take(folder: &Path, mine: &Path, wanted: &Claim, again: bool) -> Result<u32, ClaimError> {
     loop {
         let n = match newest(folder)? {
             None => 1,
-            Some((n, holder)) if may_follow(&holder, wanted) => n + 1,
+            Some((n, holder)) if again && may_follow(&holder, wanted) => n + 1,
             Some((_, holder)) => return Err(ClaimError::Surplus { holder }),
         };
         let target = path(folder, n);
@@ -131,15 +132,16 @@ mod tests {
     }
 
     #[test]
-    fn the_second_job_is_surplus_and_a_restart_follows() {
+    fn the_second_job_is_surplus_and_a_restart_follows_where_it_may() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(claim(folder.path(), &job("7", 0)).unwrap(), 1);
+        assert_eq!(claim(folder.path(), &job("7", 0), false).unwrap(), 1);
         for loser in [job("8", 0), job("8", 1), job("7", 0)] {
-            let error = claim(folder.path(), &loser).unwrap_err();
+            let error = claim(folder.path(), &loser, true).unwrap_err();
             assert!(matches!(&error, ClaimError::Surplus { holder } if *holder == job("7", 0)));
         }
-        assert_eq!(claim(folder.path(), &job("7", 2)).unwrap(), 2);
-        assert!(claim(folder.path(), &job("7", 1)).is_err());
+        assert!(claim(folder.path(), &job("7", 2), false).is_err());
+        assert_eq!(claim(folder.path(), &job("7", 2), true).unwrap(), 2);
+        assert!(claim(folder.path(), &job("7", 1), true).is_err());
         assert_eq!(newest(folder.path()).unwrap(), Some((2, job("7", 2))));
         assert_eq!(
             fs::read_dir(folder.path()).unwrap().count(),
@@ -152,7 +154,7 @@ mod tests {
     fn a_claim_that_cannot_be_read_runs_nothing() {
         let folder = tempfile::tempdir().unwrap();
         atomic::write(&folder.path().join("claim.1"), b"{", 0o600).unwrap();
-        let error = claim(folder.path(), &job("7", 0)).unwrap_err();
+        let error = claim(folder.path(), &job("7", 0), true).unwrap_err();
         assert!(matches!(error, ClaimError::Malformed { .. }));
     }
 
@@ -164,7 +166,7 @@ mod tests {
             let barrier = Barrier::new(RACERS);
             let race = |n: usize| {
                 barrier.wait();
-                claim(folder.path(), &job(&n.to_string(), 0)).is_ok()
+                claim(folder.path(), &job(&n.to_string(), 0), false).is_ok()
             };
             let won = std::thread::scope(|scope| {
                 let racers: Vec<_> = (0..RACERS).map(|n| scope.spawn(move || race(n))).collect();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use knoc_proto::pb;
 
-use crate::scheduler::{JobExit, JobState, JobView};
+use crate::scheduler::{JobExit, JobPhase, JobState, JobView};
 
 /// The shim's exit code where its report could not be written.
 pub const EXIT_NO_REPORT: i32 = 65;
@@ -127,7 +127,9 @@ fn by_signal(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
             failed(cause, own.finished_at)
         };
     }
-    match evidence.view.and_then(|view| by_state(evidence, view)) {
+    let view = evidence.view;
+    let slurm = view.and_then(|view| by_state(evidence, view).or_else(|| requeued(evidence, view)));
+    match slurm {
         Some(slurm) => Outcome {
             finished_at: own.finished_at,
             ..slurm
@@ -189,6 +191,25 @@ fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
     }
 }
 
+/// Does the job wait in the queue? Of a state that nobody knows nothing is decided.
+#[must_use]
+pub fn is_in_queue(view: &JobView) -> bool {
+    view.state.phase() == JobPhase::Queued && !matches!(view.state, JobState::Unknown(_))
+}
+
+/// Somebody requeued the job after its containers had begun. They never begin again: the claim is taken.
+fn requeued(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
+    let report = evidence.report?;
+    let later_life = i64::from(view.restarts) > i64::from(report.restart);
+    (later_life || report.r#final && is_in_queue(view)).then(|| {
+        disrupted(
+            "SlurmJobRequeued",
+            "Slurm requeued the job, whose containers had begun: they are not started again",
+            Timestamp::UNIX_EPOCH,
+        )
+    })
+}
+
 fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let at = Timestamp::UNIX_EPOCH;
     match view.exit? {
@@ -206,11 +227,10 @@ fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
         )),
         JobExit {
             code: EXIT_SURPLUS, ..
-        } => Some(unknown(
-            "the claim of the job directory is another job's",
-            evidence,
-            at,
-        )),
+        } => requeued(evidence, view).or_else(|| {
+            let taken = "the claim of the job directory is another job's";
+            Some(unknown(taken, evidence, at))
+        }),
         JobExit {
             code: 0,
             signal: SIGNAL_UNWRITABLE,

@@ -31,6 +31,7 @@ mod settings;
 mod shape;
 
 pub use settings::Settings;
+pub(crate) use shape::requeue;
 
 /// Answers of squeue and sacct: 100,000 jobs of 300 bytes.
 const ANSWER_LIMIT: usize = 32 << 20;

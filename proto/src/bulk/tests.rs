@@ -4,6 +4,7 @@ use http_body_util::BodyExt as _;
 use proptest::prelude::*;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
 use tonic::{
     Code, Request, Response, Status, Streaming,
     body::Body,
@@ -31,6 +32,7 @@ fn stdout(data: Bytes) -> ExecOutput {
 
 /// Echoes what is exec'd, a failure at last; its `attach` is never answered with a byte, and tells when it is let go.
 struct Echo {
+    tasks: TaskTracker,
     left: mpsc::Sender<()>,
 }
 
@@ -67,7 +69,7 @@ impl Shim for Echo {
         let mut input: Messages<ExecInput> = super::input(request)?;
         let left = self.left.clone();
         let (output, silent) = mpsc::channel::<Result<ExecOutput, Status>>(1);
-        tokio::spawn(async move {
+        self.tasks.spawn(async move {
             while let Ok(Some(_)) = input.message().await {}
             output.closed().await;
             left.send(()).await
@@ -131,8 +133,13 @@ impl Shim for Echo {
 fn echo() -> (Channel, mpsc::Receiver<()>) {
     let (left, gone) = mpsc::channel(1);
     let (near, far) = tokio::io::duplex(1 << 16);
-    let server = Server::builder().add_service(Served::new(ShimServer::new(Echo { left })));
-    tokio::spawn(server.serve_with_incoming(crate::link::far_side(far)));
+    let tasks = TaskTracker::new();
+    let echo = Echo {
+        tasks: tasks.clone(),
+        left,
+    };
+    let server = Server::builder().add_service(Served::new(ShimServer::new(echo)));
+    tasks.spawn(server.serve_with_incoming(crate::link::far_side(far)));
     let mut near = Some(near);
     let connector = tower::service_fn(move |_: http::Uri| {
         let io = near.take().map(hyper_util::rt::TokioIo::new);

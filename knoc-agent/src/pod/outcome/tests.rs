@@ -104,6 +104,30 @@ fn after_a_signal_the_reason_is_slurms() {
 }
 
 #[test]
+fn a_requeued_job_whose_containers_had_begun_is_named() {
+    let ended = report(pb::EndedBy::Signal, pb::OutcomeKind::Failed);
+    let begun = pb::Report::default();
+    let back = view(JobState::Pending, None);
+    let first = view(JobState::Failed, Some((66, 0)));
+    let second = JobView {
+        restarts: 1,
+        ..first.clone()
+    };
+    for (view, report, reason) in [
+        (&back, &ended, "SlurmJobRequeued"),
+        (&second, &ended, "SlurmJobRequeued"),
+        (&second, &begun, "SlurmJobRequeued"),
+        (&first, &begun, "ContainerStatusUnknown"),
+    ] {
+        let outcome = judge(Some(view), Some(report), None, None);
+        assert_eq!(
+            (outcome.succeeded, outcome.reason.as_str()),
+            (false, reason)
+        );
+    }
+}
+
+#[test]
 fn a_time_limit_is_the_pods_deadline_only_where_that_was_the_limit() {
     let ended = report(pb::EndedBy::Signal, pb::OutcomeKind::Failed);
     let timeout = view(JobState::Timeout, None);

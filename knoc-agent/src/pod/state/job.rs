@@ -5,7 +5,7 @@ use knoc_proto::{ids::JobId, pb};
 
 use super::{ENDED_BY_US, Effect, FILES_AGAIN, LINGER, Pod, State, ending, submit};
 use crate::{
-    pod::outcome::{Cause, EXIT_SURPLUS, EXITS_WITH_REPORT, Evidence, decide},
+    pod::outcome::{Cause, EXIT_SURPLUS, EXITS_WITH_REPORT, Evidence, decide, is_in_queue},
     scheduler::{Cancel, JobPhase, JobState, JobView},
 };
 
@@ -69,6 +69,23 @@ fn seen(pod: &mut Pod, view: JobView, now: Timestamp) -> Vec<Effect> {
         }
         State::Settling { cause: None, .. } if phase == JobPhase::Running && !reported(pod) => {
             run(pod, id, now)
+        }
+        // From its nodes back into the queue: somebody requeued it.
+        State::Settling { cause: None, .. }
+            if pod.view.as_ref().is_some_and(is_in_queue)
+                && reported(pod)
+                && before
+                    .as_ref()
+                    .is_some_and(|view| view.state.phase() == JobPhase::Running) =>
+        {
+            // It would start once more, only to find the claim taken.
+            let job = pod.job();
+            let mut effects = conclude(pod, None, now);
+            effects.extend(job.map(|job| Effect::Cancel {
+                job,
+                how: Cancel::Queued,
+            }));
+            effects
         }
         State::Stopping { .. } => ending::still_there(pod, phase, now),
         State::Finished { .. } => linger(pod, now),

@@ -2,6 +2,7 @@
 
 mod deadline;
 mod random;
+mod requeued;
 mod restart;
 
 use super::*;
@@ -434,14 +435,19 @@ fn a_node_failure_waits_for_nothing() {
     assert_eq!(outcome(&pod), (false, "NodeFailed"));
 }
 
-#[test]
-fn a_signal_from_outside_waits_for_slurms_word() {
+/// The final report of job 1, whose containers a signal from outside ended.
+fn by_signal() -> Event {
     let Event::Report(mut last) = report("1", 5, true) else {
         panic!()
     };
     last.ended_by = pb::EndedBy::Signal.into();
     last.outcome = pb::OutcomeKind::Failed.into();
-    let (pod, _) = feed(and(running(), [Event::Report(last)]));
+    Event::Report(last)
+}
+
+#[test]
+fn a_signal_from_outside_waits_for_slurms_word() {
+    let (pod, _) = feed(and(running(), [by_signal()]));
     assert!(matches!(pod.state, State::Settling { .. }));
     let (pod, _) = step(pod, seen("1", JobState::Running), at(6));
     assert!(matches!(pod.state, State::Settling { .. }));

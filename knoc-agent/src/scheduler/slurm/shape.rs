@@ -81,7 +81,8 @@ fn positive(n: i64) -> Option<i64> {
     (n > 0).then_some(n)
 }
 
-fn requeue(spec: &pb::PodSpec) -> bool {
+/// May the pod's job run again, where Slurm requeues it?
+pub(crate) fn requeue(spec: &pb::PodSpec) -> bool {
     let asked = spec
         .annotations
         .get(REQUEUE)

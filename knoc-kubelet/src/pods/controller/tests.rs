@@ -283,6 +283,41 @@ async fn a_deleted_pod_is_stopped_and_released_only_after_its_job_has_ended() {
 }
 
 #[tokio::test]
+async fn a_status_that_is_refused_is_tried_later_and_holds_up_no_deletion() {
+    // Tries, and how soon they are too many: the first pauses are 0.25, 0.5 and 1 s, less a quarter.
+    const TRIES: usize = 5;
+    const TOO_SOON: Duration = Duration::from_millis(500);
+    let mut kubelet = Kubelet::start().await;
+    kubelet.apply(|_| ());
+    kubelet
+        .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
+        .await;
+    kubelet.api.refuse_statuses();
+    let (before, began) = (kubelet.called("PATCH"), tokio::time::Instant::now());
+    // Due at once, but after the status.
+    kubelet.agent.change(UID, |pod| {
+        pod.phase = PodPhase::Running.into();
+        pod.values_wanted = true;
+    });
+    kubelet
+        .wait("the status is tried again", |kubelet| {
+            kubelet.called("PATCH") >= before + TRIES
+        })
+        .await;
+    assert!(began.elapsed() >= TOO_SOON, "{:?}", began.elapsed());
+    kubelet.apply(|pod| {
+        pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+        pod["metadata"]["deletionGracePeriodSeconds"] = 7.into();
+    });
+    kubelet
+        .wait("DeletePod", |kubelet| {
+            kubelet.called("DeletePod grace 7") == 1
+        })
+        .await;
+    kubelet.stop().await;
+}
+
+#[tokio::test]
 async fn a_pod_that_vanishes_takes_its_job_with_it_at_once() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|_| ());

@@ -76,8 +76,10 @@ impl Worker<'_> {
             (Decision::Lose, _) => self.memory.lost = true,
             (_, _) => {}
         }
+        // A status that cannot be written holds up no deletion.
         if let Some(view) = &view
             && !self.publish(view).await
+            && !matches!(decision, Decision::Stop(_))
         {
             return true;
         }
@@ -299,6 +301,8 @@ impl Worker<'_> {
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
                 tracing::warn!(uid = %self.uid, %error, "status not written, trying again");
+                // What else is due comes after the status, so no earlier than the next try.
+                self.again = None;
                 self.retry();
                 false
             }

@@ -14,6 +14,7 @@ struct State {
     config_maps: Vec<(String, Value)>,
     pod: Value,
     node: Value,
+    refuses: bool,
 }
 
 pub(super) struct FakeApi {
@@ -60,6 +61,11 @@ impl FakeApi {
     /// Null: it cannot be read.
     pub(super) fn node(&self, node: Value) {
         self.state.lock().unwrap().node = node;
+    }
+
+    /// From now on no status is taken.
+    pub(super) fn refuse_statuses(&self) {
+        self.state.lock().unwrap().refuses = true;
     }
 
     /// There is no pod any more.
@@ -110,6 +116,9 @@ impl State {
             return (200, self.pod.clone());
         }
         if *method == Method::PATCH && path.ends_with("/status") {
+            if self.refuses {
+                return (422, failure(422, "Invalid"));
+            }
             let change: Value = serde_json::from_slice(body).unwrap();
             self.merge(&change["status"]);
             return (200, self.pod.clone());

@@ -1,0 +1,23 @@
+//! A job that somebody makes Slurm requeue.
+
+use super::*;
+
+#[test]
+fn a_job_that_goes_back_into_the_queue_is_taken_out_and_its_pod_has_failed() {
+    let completing = seen("1", JobState::Completing);
+    let (pod, _) = feed(and(running(), [by_signal(), completing]));
+    assert!(matches!(pod.state, State::Settling { .. }));
+    let odd = JobState::Unknown("DANCING".to_owned());
+    let (same, _) = step(pod.clone(), seen("1", odd), at(9));
+    assert!(matches!(same.state, State::Settling { .. }));
+    let (pod, effects) = step(pod, seen("1", JobState::Pending), at(9));
+    assert_eq!(outcome(&pod), (false, "SlurmJobRequeued"));
+    let own = JobRef {
+        id: job("1"),
+        uid: uid(),
+    };
+    assert!(effects.contains(&Effect::Cancel {
+        job: own,
+        how: Cancel::Queued
+    }));
+}

@@ -1,0 +1,255 @@
+//! Streams that are cut in mid-stream: the agent, the shim or the job is killed while kubectl runs exec, attach,
+//! port-forward and `logs -f`. Each says so at once; none hangs, none ends as if all were well.
+//! Alone, one test after the other: the agent is everybody's.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use knoc_tests::{
+    Background, Forward, PodBuilder, World,
+    pod::some_port,
+    wait_for,
+    world::{SOON, exit_code, why},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::timeout,
+};
+
+/// What a broken stream may take to say so.
+const AT_ONCE: Duration = Duration::from_secs(2);
+
+/// `KillWait` of the test bed's Slurm.
+const KILL_WAIT: Duration = Duration::from_secs(3);
+
+/// Of the agent's start, on a busy machine.
+const SCRIPT: Duration = Duration::from_mins(3);
+
+/// Words ten times a second; beside them a server that gives back what it gets.
+const TALKER: &str = "while :; do echo tick; sleep 0.1; done";
+
+fn talker(port: u16) -> PodBuilder {
+    PodBuilder::new("talker").sh(&format!("nc -ll -p {port} -e cat & {TALKER}"))
+}
+
+/// kubectl's four kinds of streams into the pod `talker`, each with bytes on their way.
+struct Streams {
+    exec: Background,
+    attach: Background,
+    logs: Background,
+    forward: Forward,
+    /// Through `forward`, to the pod's server.
+    connection: TcpStream,
+}
+
+impl Streams {
+    async fn open(world: &World, port: u16) -> anyhow::Result<Self> {
+        let talking = async |args: &[&str]| {
+            let mut client = Background::start(world.kubectl(args))?;
+            client.expect("tick\ntick\n").await?;
+            anyhow::Ok(client)
+        };
+        let exec = talking(&["exec", "talker", "--", "sh", "-c", TALKER]).await?;
+        let attach = talking(&["attach", "talker"]).await?;
+        let logs = talking(&["logs", "-f", "talker"]).await?;
+        let forward = world.kubectl(["port-forward", "talker", &format!(":{port}")]);
+        let forward = Forward::start(forward).await?;
+        let mut connection = forward.connect().await?;
+        connection.write_all(b"?").await?;
+        let mut echo = [0];
+        let answer = timeout(SOON, connection.read_exact(&mut echo)).await;
+        answer.with_context(|| forward.program.shown())??;
+        Ok(Self {
+            exec,
+            attach,
+            logs,
+            forward,
+            connection,
+        })
+    }
+
+    /// All but the log have failed by then.
+    async fn fail(&mut self, deadline: Instant) -> anyhow::Result<()> {
+        let Self {
+            exec,
+            attach,
+            forward,
+            connection,
+            ..
+        } = self;
+        let ends = tokio::join!(
+            failed("exec", exec, deadline),
+            failed("attach", attach, deadline),
+            failed("port-forward", &mut forward.program, deadline),
+            closed(connection, deadline),
+        );
+        all([ends.0, ends.1, ends.2, ends.3])
+    }
+}
+
+/// All that went wrong, not the first alone.
+fn all<const N: usize>(ends: [anyhow::Result<()>; N]) -> anyhow::Result<()> {
+    let wrong = ends.into_iter().filter_map(Result::err);
+    let wrong: Vec<String> = wrong.map(|error| format!("{error:#}")).collect();
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+/// The program ends in time; its exit code, and what it said beside the pod's words.
+async fn ended(
+    name: &str,
+    client: &mut Background,
+    deadline: Instant,
+) -> anyhow::Result<(i32, String)> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let code = client.exit_code(left).await;
+    let code = code.with_context(|| format!("{name} hangs"))?;
+    let shown = client.shown();
+    let words: Vec<&str> = shown.lines().filter(|line| *line != "tick").collect();
+    Ok((code, words.join("\n")))
+}
+
+/// The program ends in time, says why, and its exit code says that it failed.
+async fn failed(name: &str, client: &mut Background, deadline: Instant) -> anyhow::Result<()> {
+    let (code, words) = ended(name, client, deadline).await?;
+    ensure!(code != 0, "{name} ended as if all were well: {words}");
+    ensure!(
+        words.contains("error: "),
+        "{name} does not say why: {words}"
+    );
+    Ok(())
+}
+
+/// The forwarded connection is closed in time, whether by an end or by a reset.
+async fn closed(connection: &mut TcpStream, deadline: Instant) -> anyhow::Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let mut more = Vec::new();
+    match timeout(left, connection.read_to_end(&mut more)).await {
+        Ok(_) => ensure!(more.is_empty(), "bytes that nobody sent: {more:?}"),
+        Err(_) => bail!("the forwarded connection stays open"),
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn kubectl_hears_at_once_that_the_agent_was_killed() -> anyhow::Result<()> {
+    let world = World::new("cut-agent").await?;
+    let port = some_port();
+    let uid = world.running(&talker(port)).await?;
+    let mut streams = Streams::open(&world, port).await?;
+    // The kubelet's own answer: of a log that breaks off the API server hands on the end, and not that it failed.
+    let path = format!(
+        "/api/v1/nodes/{}/proxy/containerLogs/{}/talker/main?follow=true",
+        world.node, world.namespace
+    );
+    let mut raw = Background::start(world.kubectl(["get", "--raw", &path]))?;
+    raw.expect("tick\ntick\n").await?;
+    world.service("agent.sh", "kill").ok().await?;
+    let deadline = Instant::now() + AT_ONCE;
+    let ends = async {
+        let others = streams.fail(deadline).await;
+        let log = ended("logs", &mut streams.logs, deadline).await.map(drop);
+        all([others, log, failed("log", &mut raw, deadline).await])
+    };
+    let ends = ends.await;
+    let up = world.service("agent.sh", "up").deadline(SCRIPT).ok().await;
+    ends?;
+    up?;
+    // The job does not mind, and a new agent leads to it.
+    wait_for("the same pod answers again", SOON, async || {
+        let exec = ["exec", "talker", "--", "echo", "again"];
+        let answer = world.kubectl(exec).ok().await?;
+        ensure!(answer.text() == "again", "{answer}");
+        Ok(())
+    })
+    .await?;
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
+    world.finish().await
+}
+
+/// The streams of a pod whose shim is killed: `kill` does it.
+async fn shim_is_killed(
+    test: &str,
+    kill: impl AsyncFnOnce(&World, &str) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let world = World::new(test).await?;
+    let port = some_port();
+    let uid = world.running(&talker(port)).await?;
+    let mut streams = Streams::open(&world, port).await?;
+    kill(&world, &uid).await?;
+    streams.fail(Instant::now() + AT_ONCE).await?;
+    // The log is not lost with the shim: it goes on from the files, and ends with the pod.
+    let ended = world.wait_phase("talker", "Failed", SOON).await?;
+    let (reason, message) = why(&ended);
+    ensure!(
+        reason == "ContainerStatusUnknown" && message.contains("signal 9"),
+        "{reason}: {message}"
+    );
+    whole_log(&world, &mut streams.logs).await?;
+    world.finish().await
+}
+
+/// Who followed the log has all of it.
+async fn whole_log(world: &World, logs: &mut Background) -> anyhow::Result<()> {
+    let code = logs.exit_code(SOON).await?;
+    let (shown, whole) = (logs.shown(), world.logs("talker", "main").await?);
+    ensure!(code == 0 && shown == whole, "{code}: {shown} of {whole}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn kubectl_hears_at_once_that_the_shim_was_killed() -> anyhow::Result<()> {
+    shim_is_killed("cut-shim", async |world, uid| {
+        let node = world.compute_node(uid).await?;
+        let shim = format!("knoc-agent shim .*{uid}");
+        let kill = world.on(&node, ["pkill", "-KILL", "-f", &shim]);
+        kill.ok().await.map(drop)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn kubectl_hears_at_once_that_slurm_killed_the_batch_script() -> anyhow::Result<()> {
+    shim_is_killed("cut-batch", async |world, uid| {
+        let job = world.wait_job(uid).await?;
+        let kill = world.on("login", ["scancel", "--batch", "--signal=KILL", &job]);
+        kill.ok().await.map(drop)
+    })
+    .await
+}
+
+/// Slurm sends TERM first, and KILL after [`KILL_WAIT`]: the shim ends its containers and their streams in between.
+#[tokio::test]
+async fn kubectl_hears_in_time_that_the_job_was_cancelled() -> anyhow::Result<()> {
+    let world = World::new("cut-job").await?;
+    let port = some_port();
+    let uid = world.running(&talker(port)).await?;
+    let mut streams = Streams::open(&world, port).await?;
+    let job = world.wait_job(&uid).await?;
+    let kill = world.on("login", ["scancel", "--signal=KILL", &job]);
+    kill.ok().await?;
+    let deadline = Instant::now() + KILL_WAIT + AT_ONCE;
+    let ends = tokio::join!(
+        ended("exec", &mut streams.exec, deadline),
+        ended("attach", &mut streams.attach, deadline),
+        closed(&mut streams.connection, deadline),
+    );
+    // A command says how it ended; who is attached is at the end of what there was to see.
+    let (code, words) = ends.0?;
+    ensure!(code != 0 && !words.is_empty(), "{code}: {words}");
+    ends.1?;
+    ends.2?;
+    let ended = world.wait_phase("talker", "Failed", SOON).await?;
+    ensure!(why(&ended).0 == "Cancelled", "{:?}", why(&ended));
+    ensure!(exit_code(&ended, "main") == Some(137), "{:?}", ended.status);
+    // Who forwards ports hears it from the next connection, as with any kubelet.
+    let Streams { forward, .. } = &mut streams;
+    let answer = forward.exchange(b"?").await.unwrap_or_default();
+    ensure!(answer.is_empty(), "{answer:?}");
+    let deadline = Instant::now() + AT_ONCE;
+    failed("port-forward", &mut forward.program, deadline).await?;
+    whole_log(&world, &mut streams.logs).await?;
+    world.finish().await
+}
