@@ -1,6 +1,6 @@
 //! What the machine is, and what processes take of it. Names no host and no path.
 
-use std::{fs, path::PathBuf};
+use std::{collections::HashMap, fs, path::PathBuf};
 
 /// One line: processors, memory, kernel.
 pub(super) fn describe() -> String {
@@ -81,42 +81,42 @@ const PARTS: [(&str, &str); 4] = [
     ("controlplane", "kube-apiserver"),
 ];
 
-/// Processor time spent so far, in seconds.
-#[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Spent {
-    /// Shims, agent, kubelet, API server.
-    pub(super) parts: [f64; PARTS.len()],
-    /// This process.
-    pub(super) client: f64,
-    /// All relays.
-    pub(super) relays: f64,
-}
+/// Of [`Spent`], after [`PARTS`]: this process, and all relays.
+const CLIENT: usize = PARTS.len();
+const RELAYS: usize = CLIENT + 1;
 
-impl Spent {
-    /// Until now.
-    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 ticks")]
-    pub(super) fn now() -> Self {
-        let second = rustix::param::clock_ticks_per_second() as f64;
-        let sum = |program, word| {
-            let ticks = Process::all(program, word).filter_map(|process| process.ticks());
-            ticks.sum::<u64>() as f64 / second
-        };
-        let own = |process: &Process| process.pid == std::process::id();
-        let ours = Process::all("knoc-bench", "").filter(own);
-        let client = ours.filter_map(|process| process.ticks()).sum::<u64>() as f64 / second;
-        Self {
-            parts: PARTS.map(|(program, word)| sum(program, word)),
-            client,
-            relays: sum("knoc-bench", "") - client,
-        }
+/// Processor time, in seconds: shims, agent, kubelet, API server, this process, all relays.
+pub(super) type Spent = [f64; RELAYS + 1];
+
+/// The ticks of each process at one moment, with its place in [`Spent`].
+#[derive(Debug)]
+pub(super) struct Clock(HashMap<u32, (usize, u64)>);
+
+impl Clock {
+    /// As it stands now.
+    pub(super) fn read() -> Self {
+        let parts = PARTS.iter().enumerate();
+        let parts = parts.flat_map(|(at, (program, word))| {
+            Process::all(program, word).map(move |process| (at, process))
+        });
+        let ours = Process::all("knoc-bench", "").map(|process| {
+            let own = process.pid == std::process::id();
+            (if own { CLIENT } else { RELAYS }, process)
+        });
+        let all = parts.chain(ours);
+        Self(
+            all.filter_map(|(at, process)| Some((process.pid, (at, process.ticks()?))))
+                .collect(),
+        )
     }
 
-    /// Adds what was spent from `before` to `after`.
-    pub(super) fn add(&mut self, before: &Self, after: &Self) {
-        for (at, part) in self.parts.iter_mut().enumerate() {
-            *part += after.parts[at] - before.parts[at];
+    /// Adds what was spent since `before` by the processes that are still there.
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 ticks")]
+    pub(super) fn add_since(&self, before: &Self, to: &mut Spent) {
+        let second = rustix::param::clock_ticks_per_second() as f64;
+        for (pid, (at, ticks)) in &self.0 {
+            let earlier = before.0.get(pid).map_or(0, |(_, ticks)| *ticks);
+            to[*at] += ticks.saturating_sub(earlier) as f64 / second;
         }
-        self.client += after.client - before.client;
-        self.relays += after.relays - before.relays;
     }
 }

@@ -291,9 +291,8 @@ fn spent(out: &mut String, streams: &[Stream]) -> anyhow::Result<()> {
     for stream in streams {
         let gigabytes = (stream.bytes * u64::try_from(stream.knoc.count())?) as f64 / 1e9;
         let (knoc, floor) = &stream.spent;
-        let [shim, agent, kubelet, server] = knoc.parts.map(|part| part / gigabytes);
-        let client = knoc.client / gigabytes;
-        let (relays, reader) = (floor.relays / gigabytes, floor.client / gigabytes);
+        let [shim, agent, kubelet, server, client, _] = knoc.map(|part| part / gigabytes);
+        let [.., reader, relays] = floor.map(|part| part / gigabytes);
         let name = stream.name;
         writeln!(
             out,

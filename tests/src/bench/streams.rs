@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use knoc_proto::pb;
 
 use super::bed::{Bed, FOLDER};
-use super::machine::Spent;
+use super::machine::{Clock, Spent};
 use super::relay::{Chain, Place};
 use super::{exec, kubernetes};
 use crate::{PodBuilder, wait_for};
@@ -199,17 +199,17 @@ impl Stream {
         let local = folder.path().display().to_string();
         let floor = Floor::start(bed, kind, bytes, &local).await?;
         for _ in 0..rounds {
-            let before = Spent::now();
+            let before = Clock::read();
             let began = Instant::now();
             let read = through_knoc(bed, uid, kind.way, bytes, &local).await?;
             self.knoc.push(rate(bytes, began.elapsed()));
-            let between = Spent::now();
-            self.spent.0.add(&before, &between);
+            let between = Clock::read();
+            between.add_since(&before, &mut self.spent.0);
             anyhow::ensure!(read == bytes, "{read} of {bytes} bytes");
             let began = Instant::now();
             let read = floor.run().await.context("the relays")?;
             self.floor.push(rate(bytes, began.elapsed()));
-            self.spent.1.add(&between, &Spent::now());
+            Clock::read().add_since(&between, &mut self.spent.1);
             anyhow::ensure!(read >= bytes, "the relays: {read} of {bytes} bytes");
         }
         Ok(())
