@@ -203,7 +203,7 @@ const POD: &[Row] = &[
     row("ephemeralContainers", Empty, Satisfied, ""),
     row("ephemeralContainers", Any, Refused, LATER),
     row("restartPolicy terminationGracePeriodSeconds", Any, Honoured, ""),
-    row("activeDeadlineSeconds", Any, Honoured, "counted from the start of the allocation, not from its submission; also part of `--time`"),
+    row("activeDeadlineSeconds", Any, Honoured, "counted from the start of the allocation, not from its submission; also part of `--time`; may be lowered while the pod runs"),
     row("volumes", Any, Inside("Volume"), ""),
     row("serviceAccountName serviceAccount automountServiceAccountToken", Any, Honoured, ""),
     row("enableServiceLinks", Any, Honoured, ""),
