@@ -15,8 +15,8 @@ install_binaries() { # under a new name first: what runs is never written to
         cmp -s "$KNOC_BIN/$name" "$agent_home_here/bin/$name" && continue
         cp "$KNOC_BIN/$name" "$agent_home_here/bin/.$name.new"
         mv "$agent_home_here/bin/.$name.new" "$agent_home_here/bin/$name"
-        # The copy that jobs exec is kept by version; here, one version is built many times.
-        rm -rf "$agent_home_here/.local/state/knoc/versions"
+        # The copy that jobs exec is kept by version; here, one version is built many times. The agent is started again.
+        [ "$name" != knoc-agent ] || rm -rf "$agent_home_here/.local/state/knoc/versions"
     done
 }
 # What differs on this site from what `init` found out by itself.
