@@ -130,7 +130,7 @@ async fn the_last_counters_stay_though_nobody_asked() -> anyhow::Result<()> {
         "{cpu} ns of 2 s of work"
     );
     // It is on disk with the report.
-    drop(agent);
+    agent.kill().await?;
     let _agent = site.agent(&[]).await?;
     let client = site.client()?;
     let again = wait_for("the agent is back", SOON, async || last(&client).await).await?;
