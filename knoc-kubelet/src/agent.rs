@@ -128,6 +128,8 @@ impl Agent {
     #[must_use]
     pub fn bulk(&self) -> AgentClient<Called<Channel>> {
         AgentClient::new(Called::new(self.bulk.clone()))
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(MESSAGE_LIMIT)
     }
 
     /// The client for watches and single questions. The caller sets deadlines.

@@ -9,6 +9,9 @@
 //! | T4 | `exec true` by a warm client | `apptainer exec instance://… true` on the compute node |
 //! | follow | the program writes a line → a client of the API server has it | none |
 //! | streams | log, exec, cp and port-forward bytes | the same bytes through as many TLS relays, one process each |
+//!
+//! A stream's client counts bytes as they come: at the WebSocket of an exec or a port-forward, at the body of a log, as
+//! the relays' reader does at its TLS connection. Only cp is kubectl's own.
 
 mod bed;
 mod exec;

@@ -1,6 +1,5 @@
 //! Bodies beside tonic: as extensions of the messages that it knows.
 use std::{
-    fmt,
     future::Future,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -37,19 +36,13 @@ pub type Nothing<T> = Empty<Result<T, Status>>;
 type Answering<E> = Pin<Box<dyn Future<Output = Result<http::Response<Body>, E>> + Send>>;
 
 /// A generated server whose streams of bytes go beside it.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Served<S>(S);
 
 impl<S> Served<S> {
     /// Around `server`.
     pub fn new(server: S) -> Self {
         Self(server)
-    }
-}
-
-impl<S> fmt::Debug for Served<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Served").finish_non_exhaustive()
     }
 }
 
@@ -88,19 +81,13 @@ where
 }
 
 /// A channel whose streams of bytes go beside the generated client.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Called<S>(S);
 
 impl<S> Called<S> {
     /// Around `channel`.
     pub fn new(channel: S) -> Self {
         Self(channel)
-    }
-}
-
-impl<S> fmt::Debug for Called<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Called").finish_non_exhaustive()
     }
 }
 

@@ -71,21 +71,8 @@ fn seen(pod: &mut Pod, view: JobView, now: Timestamp) -> Vec<Effect> {
             run(pod, id, now)
         }
         // From its nodes back into the queue: somebody requeued it.
-        State::Settling { cause: None, .. }
-            if pod.view.as_ref().is_some_and(is_in_queue)
-                && reported(pod)
-                && before
-                    .as_ref()
-                    .is_some_and(|view| view.state.phase() == JobPhase::Running) =>
-        {
-            // It would start once more, only to find the claim taken.
-            let job = pod.job();
-            let mut effects = conclude(pod, None, now);
-            effects.extend(job.map(|job| Effect::Cancel {
-                job,
-                how: Cancel::Queued,
-            }));
-            effects
+        State::Settling { cause: None, .. } if reported(pod) && went_back(pod, before.as_ref()) => {
+            end_requeued(pod, now)
         }
         State::Stopping { .. } => ending::still_there(pod, phase, now),
         State::Finished { .. } => linger(pod, now),
@@ -96,6 +83,23 @@ fn seen(pod: &mut Pod, view: JobView, now: Timestamp) -> Vec<Effect> {
         | State::Submitting { .. }
         | State::Forgotten => Vec::new(),
     }
+}
+
+/// Is a job that ran in the queue again?
+fn went_back(pod: &Pod, before: Option<&JobView>) -> bool {
+    pod.view.as_ref().is_some_and(is_in_queue)
+        && before.is_some_and(|view| view.state.phase() == JobPhase::Running)
+}
+
+/// It would start once more, only to find the claim taken.
+fn end_requeued(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let job = pod.job();
+    let mut effects = conclude(pod, None, now);
+    effects.extend(job.map(|job| Effect::Cancel {
+        job,
+        how: Cancel::Queued,
+    }));
+    effects
 }
 
 fn run(pod: &mut Pod, job: JobId, now: Timestamp) -> Vec<Effect> {
