@@ -3,6 +3,7 @@
 use super::*;
 use crate::logs::{
     cri::{Cutter, Stream, stamp},
+    rotated,
     writer::{Limits, Writer},
 };
 
@@ -256,4 +257,25 @@ async fn where_the_file_was_dropped_meanwhile_only_what_is_newer_follows() {
         ..all.last().and_then(|chunk| chunk.next.clone()).unwrap()
     };
     assert_eq!(text(&rest(&unseen).await), "");
+}
+
+#[test]
+fn a_rotation_between_looking_and_opening_gives_no_other_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let live = folder.path().join("0.log");
+    for (path, text) in [(rotated(&live, 1), "older"), (live.clone(), "newer")] {
+        io::Write::write_all(&mut File::create(path).unwrap(), text.as_bytes()).unwrap();
+    }
+    let rotations = std::cell::Cell::new(0);
+    let opened = open(&live, |files| {
+        let wanted = Identity::of(&fs::metadata(rotated(&live, rotations.get() + 1)).unwrap());
+        // By the time that the chosen name is opened it is the newer file's.
+        if rotations.replace(1) == 0 {
+            fs::rename(rotated(&live, 1), rotated(&live, 2)).unwrap();
+            fs::rename(&live, rotated(&live, 1)).unwrap();
+        }
+        files.iter().position(|file| *file == wanted).unwrap()
+    });
+    let text = io::read_to_string(opened.unwrap().unwrap()).unwrap();
+    assert_eq!(text, "older");
 }
