@@ -46,6 +46,7 @@ test: prepare ## all tests that this machine can carry, ending with a table by l
 
 .PHONY: bench
 bench: up ## T1 to T4 and streams beside their floors (docs/performance.md)
+	@$(TESTBED)/sweep.sh
 	@eval "$$($(TESTBED)/env.sh)"; cargo run --release --target $(TARGET) -p knoc-tests --bin knoc-bench -- $(if $(QUICK),--quick)
 
 .PHONY: demo

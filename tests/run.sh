@@ -73,12 +73,14 @@ if [ "$STACK" != full ]; then
 elif ! "$testbed/up.sh"; then
     skip L3 "the stack did not come up, see above" -p knoc-tests $others $faults
     [ "$given_stack" != full ] || total_failed=1
+elif ! "$testbed/sweep.sh"; then
+    skip L3 "what an earlier run left could not be taken away, see above" -p knoc-tests $others $faults
+    [ "$given_stack" != full ] || total_failed=1
 elif ! "$testbed/interop.sh"; then
     skip L3 "the clients of the interop suite could not be installed, see above" -p knoc-tests $others $faults
     [ "$given_stack" != full ] || total_failed=1
 else
     eval "$("$testbed/env.sh")"
-    kubectl delete namespaces -l knoc-test --wait=false >/dev/null
     if [ -n "$given_kubeconfig" ]; then
         skip L3 "KUBECONFIG was given: these want the CA of a control plane of our own" -p knoc-tests $(tests_named "$own_ca")
         others=$(grep -v 'l3_access\|l3_identity\|l3_metrics' <<<"$others")

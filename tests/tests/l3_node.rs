@@ -226,21 +226,30 @@ async fn all_gpus(world: &World) -> anyhow::Result<String> {
         "--partition=gpu",
         "--gres=gpu:2",
         "--time=10",
+        "--no-requeue",
         "--wrap",
         "sleep 600",
     ];
     let job = world.on("login", job).ok().await?.text();
-    wait_for("the other job runs", SOON, async || {
-        let state = world
-            .on("login", ["squeue", "-h", "-o", "%T", "-j", &job])
-            .ok()
-            .await?
-            .text();
-        ensure!(state == "RUNNING", "{state}");
+    let runs = wait_for("the other job runs", SOON, async || {
+        // Who else has the GPUs is what a failure is about.
+        let squeue = [
+            "squeue",
+            "-h",
+            "--partition=gpu",
+            "-o",
+            "%i %j %T %r %b %V",
+        ];
+        let queue = world.on("login", squeue).ok().await?.text();
+        let ours = format!("{job} wrap RUNNING ");
+        ensure!(queue.lines().any(|row| row.starts_with(&ours)), "{queue}");
         Ok(())
     })
-    .await?;
-    Ok(job)
+    .await;
+    if runs.is_err() {
+        world.on("login", ["scancel", &job]).ok().await?;
+    }
+    runs.map(|()| job)
 }
 
 /// Slurm's own words of the job, as soon as it has an estimate: reason, and start to the minute.
