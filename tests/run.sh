@@ -54,7 +54,7 @@ l2() {
         fi
     fi
     # They wait for most of their time.
-    suite L2 -p knoc-tests $(tests_named 'l2_*.rs') -- --test-threads=12
+    suite L2 -p knoc-tests --test l2 -- --test-threads=16
 }
 
 # What level 3 needs beside the stack is built while the unit tests are compiled; a failure is told when it is asked for again.

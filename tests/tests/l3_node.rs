@@ -233,13 +233,7 @@ async fn all_gpus(world: &World) -> anyhow::Result<String> {
     let job = world.on("login", job).ok().await?.text();
     let runs = wait_for("the other job runs", SOON, async || {
         // Who else has the GPUs is what a failure is about.
-        let squeue = [
-            "squeue",
-            "-h",
-            "--partition=gpu",
-            "-o",
-            "%i %j %T %r %b %V",
-        ];
+        let squeue = ["squeue", "-h", "--partition=gpu", "-o", "%i %j %T %r %b %V"];
         let queue = world.on("login", squeue).ok().await?.text();
         let ours = format!("{job} wrap RUNNING ");
         ensure!(queue.lines().any(|row| row.starts_with(&ours)), "{queue}");
