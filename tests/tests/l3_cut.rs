@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use knoc_proto::link::{KEEPALIVE, KEEPALIVE_TIMEOUT};
 use knoc_tests::{
     Background, Forward, PodBuilder, World,
     pod::some_port,
@@ -19,6 +20,11 @@ use tokio::{
 
 /// What a broken stream may take to say so.
 const AT_ONCE: Duration = Duration::from_secs(2);
+
+/// When both sides of a link have noticed that nothing comes any more, and said so.
+const NOTICED: Duration = KEEPALIVE
+    .saturating_add(KEEPALIVE_TIMEOUT)
+    .saturating_add(Duration::from_secs(10));
 
 /// `KillWait` of the test bed's Slurm.
 const KILL_WAIT: Duration = Duration::from_secs(3);
@@ -251,5 +257,45 @@ async fn kubectl_hears_in_time_that_the_job_was_cancelled() -> anyhow::Result<()
     let deadline = Instant::now() + AT_ONCE;
     failed("port-forward", &mut forward.program, deadline).await?;
     whole_log(&world, &mut streams.logs).await?;
+    world.finish().await
+}
+
+/// A firewall that forgot the connection, a cable: no packet passes and nobody is told.
+#[tokio::test]
+async fn kubectl_hears_that_the_link_went_silent_and_the_pod_does_not_mind() -> anyhow::Result<()> {
+    let world = World::new("cut-link").await?;
+    let port = some_port();
+    let uid = world.running(&talker(port)).await?;
+    let mut streams = Streams::open(&world, port).await?;
+    let way = |state| world.on_as_root("login", ["ip", "link", "set", "eth1", state]);
+    way("down").ok().await?;
+    let ends = async {
+        streams.fail(Instant::now() + NOTICED).await?;
+        wait_for("the node says that the agent is away", SOON, async || {
+            let connected = world.condition(&world.node, "AgentConnected").await?;
+            let ready = world.condition(&world.node, "Ready").await?;
+            ensure!(connected.status == "False", "{connected:?}");
+            ensure!(ready.status == "True", "{ready:?}");
+            Ok(())
+        })
+        .await
+    };
+    let ends = ends.await;
+    way("up").ok().await?;
+    ends?;
+    wait_for(
+        "the same pod answers, and the command has ended",
+        SOON,
+        async || {
+            let count = "ps | grep -c '[w]hile :'";
+            let exec = ["exec", "talker", "--", "sh", "-c", count];
+            let loops = world.kubectl(exec).ok().await?.text();
+            ensure!(loops == "1", "{loops} loops, of which the pod's own is one");
+            Ok(())
+        },
+    )
+    .await?;
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
     world.finish().await
 }

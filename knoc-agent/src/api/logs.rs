@@ -1,9 +1,12 @@
 //! `ReadLogs`: through the shim's link while the pod runs, from the files otherwise, and from the files where the link
 //! is lost on the way.
 
-use std::sync::Arc;
+use std::{future::ready, sync::Arc};
 
-use futures::{Stream, StreamExt as _};
+use futures::{
+    Stream, StreamExt as _,
+    stream::{self, BoxStream},
+};
 use knoc_proto::{
     bulk::{self, Messages},
     ids::{ContainerName, PodUid},
@@ -24,7 +27,7 @@ use crate::{
 };
 
 /// What a reader is sent.
-pub(super) type Chunks = ReceiverStream<Result<pb::LogChunk, Status>>;
+pub(super) type Chunks = BoxStream<'static, Result<pb::LogChunk, Status>>;
 
 /// The bytes of one container instance.
 pub(super) async fn read(
@@ -44,11 +47,7 @@ pub(super) async fn read(
     };
     if let Some(mut client) = site.shims.client(&log.uid) {
         match client.read_logs(request.clone()).await {
-            Ok(chunks) => {
-                let (output, answer) = mpsc::channel(read::CHUNKS);
-                tasks.spawn(log.relay(bulk::output(&chunks), request, output));
-                return Ok(ReceiverStream::new(answer));
-            }
+            Ok(chunks) => return Ok(relay(log, tasks, &request, bulk::output(&chunks)).boxed()),
             // The link has just gone: the files say the same.
             Err(status) if status.code() == Code::Unavailable => {}
             Err(status) => return Err(status),
@@ -59,13 +58,12 @@ pub(super) async fn read(
         let message = format!("container {} has written no log yet", log.container);
         return Err(ErrorReason::NotRunning.status(message));
     }
-    let (output, answer) = mpsc::channel(read::CHUNKS);
     let options = Options::from(&request);
-    tasks.spawn(log.read_files(options, request.follow, output));
-    Ok(ReceiverStream::new(answer))
+    Ok(log.read_files(tasks, options, request.follow).boxed())
 }
 
 /// The log of one attempt of one container.
+#[derive(Clone)]
 struct Log {
     site: Arc<Site>,
     uid: PodUid,
@@ -80,20 +78,93 @@ struct Progress {
     next: Option<pb::LogPosition>,
 }
 
+/// What becomes of a chunk.
+#[derive(Debug)]
+enum Next {
+    /// The reader gets this, and more.
+    Pass(pb::LogChunk),
+    /// The reader has all of it, with this.
+    End(Option<Result<pb::LogChunk, Status>>),
+    /// There was nothing in it.
+    Skip,
+    /// Whoever sent it is gone, or the link.
+    Cut,
+}
+
 impl Progress {
     /// Is this the shim's own word, or an older one's, which does not say where it stands?
     fn is_final(&self, status: &Status) -> bool {
         ErrorReason::of(status).is_some() || (self.bytes > 0 && self.next.is_none())
     }
+
+    /// What a chunk, or its absence, means to the reader, without what only a relay needs to know.
+    fn next(&mut self, chunk: Option<Result<pb::LogChunk, Status>>) -> Next {
+        let chunk = match chunk {
+            Some(Ok(chunk)) => chunk,
+            Some(Err(status)) if self.is_final(&status) => return Next::End(Some(Err(status))),
+            None if self.bytes > 0 && self.next.is_none() => return Next::End(None),
+            Some(Err(_)) | None => return Next::Cut,
+        };
+        self.bytes += u64::try_from(chunk.data.len()).unwrap_or_default();
+        if chunk.next.is_some() {
+            self.next = chunk.next;
+        }
+        let bare = (!chunk.data.is_empty()).then(|| pb::LogChunk {
+            data: chunk.data,
+            ..pb::LogChunk::default()
+        });
+        match bare {
+            bare if chunk.end => Next::End(bare.map(Ok)),
+            Some(bare) => Next::Pass(bare),
+            None => Next::Skip,
+        }
+    }
 }
 
-/// How a stream of chunks ended.
-#[derive(Debug, PartialEq, Eq)]
-enum End {
-    /// The reader has all of it, or the reason why not, or is gone.
-    Told,
-    /// Whoever sent it is gone, or the link.
-    Cut,
+/// Who is asked for the next chunk.
+enum From {
+    Shim(Messages<pb::LogChunk>),
+    Files(Chunks),
+    Nobody,
+}
+
+/// Passes on what the shim sends. Where it is cut, the files say the rest, from the same byte. Nothing runs but while
+/// the reader waits.
+fn relay(
+    log: Log,
+    tasks: &TaskTracker,
+    request: &pb::ReadLogsRequest,
+    chunks: Messages<pb::LogChunk>,
+) -> impl Stream<Item = Result<pb::LogChunk, Status>> + use<> {
+    let (options, follow, tasks) = (Options::from(request), request.follow, tasks.clone());
+    let files =
+        move |progress: &Progress| log.clone().rest(&tasks, options.clone(), follow, progress);
+    let start = (From::Shim(chunks), Progress::default(), files);
+    stream::unfold(start, async |(mut from, mut progress, files)| {
+        loop {
+            let chunks = match &mut from {
+                From::Shim(chunks) => chunks,
+                From::Files(chunks) => {
+                    let chunk = chunks.next().await?;
+                    return Some((chunk, (from, progress, files)));
+                }
+                From::Nobody => return None,
+            };
+            let chunk = match progress.next(chunks.next().await) {
+                Next::Pass(chunk) => Ok(chunk),
+                Next::End(last) => {
+                    from = From::Nobody;
+                    last?
+                }
+                Next::Skip => continue,
+                Next::Cut => {
+                    from = From::Files(files(&progress));
+                    continue;
+                }
+            };
+            return Some((chunk, (from, progress, files)));
+        }
+    })
 }
 
 impl Log {
@@ -105,19 +176,15 @@ impl Log {
         }
     }
 
-    /// Task: passes on what the shim sends. Where it is cut, the files say the rest, from the same byte.
-    async fn relay(
+    /// What the shim did not say any more.
+    fn rest(
         mut self,
-        chunks: Messages<pb::LogChunk>,
-        request: pb::ReadLogsRequest,
-        output: read::Output,
-    ) {
-        let mut progress = Progress::default();
-        if pass_on(chunks, &output, &mut progress).await == End::Told {
-            return;
-        }
+        tasks: &TaskTracker,
+        mut options: Options,
+        follow: bool,
+        progress: &Progress,
+    ) -> Chunks {
         tracing::debug!(uid = %self.uid, container = %self.container, "a log goes on from the files");
-        let mut options = Options::from(&request);
         if let Some(next) = &progress.next {
             // The shim chose; a restart may have come between the question and its answer.
             self.attempt = u32::try_from(next.attempt).unwrap_or(self.attempt);
@@ -126,65 +193,37 @@ impl Log {
                 .limit_bytes
                 .map(|limit| limit.saturating_sub(progress.bytes));
         }
-        self.read_files(options, request.follow, output).await;
+        self.read_files(tasks, options, follow).boxed()
     }
 
-    /// Task: reads the files, and follows them until the instance has ended.
-    async fn read_files(self, options: Options, follow: bool, output: read::Output) {
+    /// Reads the files in a task, and follows them until the instance has ended.
+    fn read_files(
+        self,
+        tasks: &TaskTracker,
+        options: Options,
+        follow: bool,
+    ) -> impl Stream<Item = Result<pb::LogChunk, Status>> + use<> {
         let (ended_by, ended) = watch::channel(false);
         let follow = follow.then_some(read::Follow {
             written: None,
             ended,
         });
-        let (read_to, chunks) = mpsc::channel(read::CHUNKS);
-        let reading = read::read(self.series(), options, follow, read_to);
+        let (output, chunks) = mpsc::channel(read::CHUNKS);
+        let reading = read::read(self.series(), options, follow, output);
+        tasks.spawn(async move {
+            tokio::select! {
+                () = reading => {}
+                () = tell_end(&self, ended_by) => {}
+            }
+        });
         let mut progress = Progress::default();
-        let passing = pass_on(ReceiverStream::new(chunks), &output, &mut progress);
-        tokio::select! {
-            _ = async { tokio::join!(reading, passing) } => {}
-            () = tell_end(&self, ended_by) => {}
-        }
-    }
-}
-
-/// Passes chunks on, without what only a relay needs to know.
-async fn pass_on(
-    mut chunks: impl Stream<Item = Result<pb::LogChunk, Status>> + Unpin,
-    output: &read::Output,
-    progress: &mut Progress,
-) -> End {
-    loop {
-        let chunk = tokio::select! {
-            biased;
-            () = output.closed() => return End::Told,
-            chunk = chunks.next() => chunk,
-        };
-        let chunk = match chunk {
-            Some(Ok(chunk)) => chunk,
-            Some(Err(status)) if progress.is_final(&status) => {
-                // Where the reader is gone nobody is left to be told.
-                drop(output.send(Err(status)).await);
-                return End::Told;
-            }
-            None if progress.bytes > 0 && progress.next.is_none() => return End::Told,
-            Some(Err(_)) | None => return End::Cut,
-        };
-        progress.bytes += u64::try_from(chunk.data.len()).unwrap_or_default();
-        if chunk.next.is_some() {
-            progress.next = chunk.next;
-        }
-        if !chunk.data.is_empty() {
-            let bare = pb::LogChunk {
-                data: chunk.data,
-                ..pb::LogChunk::default()
-            };
-            if output.send(Ok(bare)).await.is_err() {
-                return End::Told;
-            }
-        }
-        if chunk.end {
-            return End::Told;
-        }
+        ReceiverStream::new(chunks).filter_map(move |chunk| {
+            ready(match progress.next(Some(chunk)) {
+                Next::Pass(chunk) => Some(Ok(chunk)),
+                Next::End(last) => last,
+                Next::Skip | Next::Cut => None,
+            })
+        })
     }
 }
 

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use knoc_proto::link::CHUNK;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
@@ -79,7 +80,12 @@ pub(super) fn stream(budget: &Budget) -> (Feed, Inlet) {
         items: sender,
         budget: budget.clone(),
     };
-    (feed, Inlet { items, end: None })
+    let inlet = Inlet {
+        items,
+        ahead: None,
+        end: None,
+    };
+    (feed, inlet)
 }
 
 impl Feed {
@@ -122,23 +128,63 @@ impl Feed {
 #[derive(Debug)]
 pub(super) struct Inlet {
     items: mpsc::Receiver<Item>,
+    /// Taken, and too much to go with what went before it.
+    ahead: Option<Bytes>,
     end: Option<End>,
 }
 
 impl Inlet {
-    /// The next bytes, never empty, or how they ended (then for ever the same). Cancel safe.
+    /// The next bytes, never empty, or how they ended (then for ever the same). Pieces that wait are joined as long as
+    /// they fit one message ([`CHUNK`]): a message costs all who pass it on more than the copy. Cancel safe.
     pub(super) async fn next(&mut self) -> Result<Bytes, End> {
+        let first = match self.ahead.take() {
+            Some(data) => data,
+            None => self.piece().await?,
+        };
+        let (mut length, mut more) = (first.len(), Vec::new());
+        while length < CHUNK
+            && self.end.is_none()
+            && let Ok(item) = self.items.try_recv()
+        {
+            match self.take(item) {
+                Some(data) if length + data.len() <= CHUNK => {
+                    length += data.len();
+                    more.push(data);
+                }
+                ahead => {
+                    self.ahead = ahead;
+                    break;
+                }
+            }
+        }
+        if more.is_empty() {
+            return Ok(first);
+        }
+        let mut joined = BytesMut::with_capacity(length);
+        joined.extend_from_slice(&first);
+        for data in &more {
+            joined.extend_from_slice(data);
+        }
+        Ok(joined.freeze())
+    }
+
+    async fn piece(&mut self) -> Result<Bytes, End> {
         if let Some(end) = self.end {
             return Err(end);
         }
-        let end = match self.items.recv().await {
-            Some(Item::Data { data, .. }) => return Ok(data),
-            Some(Item::Fin) => End::Fin,
-            Some(Item::Reset) => End::Reset,
-            None => End::Lost,
+        let item = self.items.recv().await;
+        let data = item.and_then(|item| self.take(item));
+        data.ok_or_else(|| *self.end.get_or_insert(End::Lost))
+    }
+
+    /// The bytes of an item, or nothing where it is an end.
+    fn take(&mut self, item: Item) -> Option<Bytes> {
+        self.end = match item {
+            Item::Data { data, .. } => return Some(data),
+            Item::Fin => Some(End::Fin),
+            Item::Reset => Some(End::Reset),
         };
-        self.end = Some(end);
-        Err(end)
+        None
     }
 }
 
@@ -253,6 +299,35 @@ mod tests {
         feed.finish().await;
         assert_eq!(inlet.next().await, Err(End::Fin));
         assert_eq!(inlet.next().await, Err(End::Fin));
+    }
+
+    #[tokio::test]
+    async fn pieces_that_wait_are_joined_up_to_a_message() {
+        let budget = Budget::new();
+        let (feed, mut inlet) = stream(&budget);
+        let piece = |byte: u8, length: usize| Bytes::from(vec![byte; length]);
+        for (byte, length) in [(1, 1), (2, CHUNK - 1), (3, 1), (4, CHUNK), (5, 2)] {
+            feed.data(piece(byte, length)).await;
+        }
+        feed.finish().await;
+        let first = inlet.next().await.unwrap();
+        assert_eq!((first.len(), first[0], first[CHUNK - 1]), (CHUNK, 1, 2));
+        assert_eq!(inlet.next().await.unwrap(), piece(3, 1));
+        assert_eq!(inlet.next().await.unwrap(), piece(4, CHUNK));
+        assert_eq!(inlet.next().await.unwrap(), piece(5, 2));
+        assert_eq!(inlet.next().await, Err(End::Fin));
+        assert_eq!(budget.held(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_large_piece_is_handed_on_uncopied() {
+        let budget = Budget::new();
+        let (feed, mut inlet) = stream(&budget);
+        let large = Bytes::from(vec![1; 2 * CHUNK]);
+        feed.data(large.clone()).await;
+        feed.data(Bytes::from("x")).await;
+        assert_eq!(inlet.next().await.unwrap().as_ptr(), large.as_ptr());
+        assert_eq!(inlet.next().await.unwrap(), "x");
     }
 
     #[tokio::test]

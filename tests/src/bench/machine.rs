@@ -56,13 +56,14 @@ impl Process {
         line.split_whitespace().next()?.parse().ok()
     }
 
-    /// Clock ticks spent, in user mode and in the kernel (proc(5), `stat`, fields 14 and 15).
-    fn ticks(&self) -> Option<u64> {
+    /// Clock ticks spent, in user mode and in the kernel: its own, and those of its children that have ended (proc(5),
+    /// `stat`, fields 14 to 17).
+    fn ticks(&self) -> Option<(u64, u64)> {
         let stat = fs::read_to_string(self.folder.join("stat")).ok()?;
         let (_, fields) = stat.rsplit_once(')')?;
         let mut fields = fields.split_whitespace().skip(11);
         let mut next = || fields.next()?.parse::<u64>().ok();
-        Some(next()? + next()?)
+        Some((next()? + next()?, next()? + next()?))
     }
 }
 
@@ -81,11 +82,11 @@ const PARTS: [(&str, &str); 4] = [
     ("controlplane", "kube-apiserver"),
 ];
 
-/// Of [`Spent`], after [`PARTS`]: this process, and all relays.
+/// Of [`Spent`], after [`PARTS`]: this process with the programs that it runs, and all relays.
 const CLIENT: usize = PARTS.len();
 const RELAYS: usize = CLIENT + 1;
 
-/// Processor time, in seconds: shims, agent, kubelet, API server, this process, all relays.
+/// Processor time, in seconds: shims, agent, kubelet, API server, the client, all relays.
 pub(super) type Spent = [f64; RELAYS + 1];
 
 /// The ticks of each process at one moment, with its place in [`Spent`].
@@ -103,11 +104,13 @@ impl Clock {
             let own = process.pid == std::process::id();
             (if own { CLIENT } else { RELAYS }, process)
         });
-        let all = parts.chain(ours);
-        Self(
-            all.filter_map(|(at, process)| Some((process.pid, (at, process.ticks()?))))
-                .collect(),
-        )
+        let ticks = |(at, process): (usize, Process)| {
+            let (own, children) = process.ticks()?;
+            // kubectl is the client where it is asked.
+            let ticks = if at == CLIENT { own + children } else { own };
+            Some((process.pid, (at, ticks)))
+        };
+        Self(parts.chain(ours).filter_map(ticks).collect())
     }
 
     /// Adds what was spent since `before` by the processes that are still there.

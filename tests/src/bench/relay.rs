@@ -1,11 +1,12 @@
 //! Bare TLS relays: the floor of streams. Each is a process of its own that takes a connection over TLS 1.3 and passes
-//! its bytes on to the next; the last one runs the program that the pod runs, or makes the bytes itself. They stand
+//! its bytes on to the next; the last one runs the program that the pod runs, or reads the bytes from a file. They stand
 //! where the parts of KNoC stand (compute node, login node, host), so that the bytes go the same way; the TLS library
 //! and its settings are the links', and there is nothing else.
 
 use std::{
+    io::Read as _,
     net::{Ipv4Addr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
@@ -58,8 +59,8 @@ impl Place {
 /// What a relay does with a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
-    /// Writes so many bytes and closes.
-    Source(u64),
+    /// Writes what is in that file and closes.
+    File(PathBuf),
     /// Gives it to a program as standard input and output.
     Program(Vec<String>),
     /// Dials that address and copies both ways.
@@ -67,17 +68,15 @@ pub enum Role {
 }
 
 impl Role {
-    /// `source=BYTES`, `program=WORDS` or `relay=ADDRESS`.
+    /// `file=PATH`, `program=WORDS` or `relay=ADDRESS`.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         match text.split_once('=') {
-            Some(("source", bytes)) => Ok(Self::Source(bytes.parse()?)),
+            Some(("file", path)) => Ok(Self::File(path.into())),
             Some(("program", words)) => {
                 Ok(Self::Program(words.split(' ').map(str::to_owned).collect()))
             }
             Some(("relay", address)) => Ok(Self::Relay(address.parse()?)),
-            _ => anyhow::bail!(
-                "{text:?} is neither source=BYTES nor program=WORDS nor relay=ADDRESS"
-            ),
+            _ => anyhow::bail!("{text:?} is neither file=PATH nor program=WORDS nor relay=ADDRESS"),
         }
     }
 }
@@ -91,7 +90,7 @@ pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
         // A probe whether we listen shakes no hands.
         let Ok((_, near)) = connection else { continue };
         match &role {
-            Role::Source(bytes) => make(near, *bytes).await?,
+            Role::File(path) => send(near, path).await?,
             Role::Program(words) => drop(run(near, words).await?),
             Role::Relay(next) => pass(near, dial(*next, &pair).await?).await?,
         }
@@ -99,13 +98,15 @@ pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn make(mut near: TlsIo, bytes: u64) -> anyhow::Result<()> {
-    let chunk = vec![b'x'; CHUNK];
-    let mut left = bytes;
-    while left > 0 {
-        let take = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-        near.write_all(&chunk[..take]).await?;
-        left -= u64::try_from(take)?;
+async fn send(mut near: TlsIo, path: &Path) -> anyhow::Result<()> {
+    // It is in the page cache, and nobody else waits in this process.
+    let mut file = std::fs::File::open(path)?;
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        match file.read(&mut chunk)? {
+            0 => break,
+            read => near.write_all(&chunk[..read]).await?,
+        }
     }
     near.shutdown().await?;
     // What is sent is lost where a socket is closed with bytes unread.
@@ -246,7 +247,7 @@ mod tests {
     fn roles() {
         let relay = Role::Relay(SocketAddr::from(([10, 0, 0, 1], 7)));
         assert_eq!(Role::parse("relay=10.0.0.1:7").unwrap(), relay);
-        assert_eq!(Role::parse("source=12").unwrap(), Role::Source(12));
+        assert_eq!(Role::parse("file=/a").unwrap(), Role::File("/a".into()));
         let words = ["cat", "/x"].map(str::to_owned).to_vec();
         assert_eq!(Role::parse("program=cat /x").unwrap(), Role::Program(words));
         Role::parse("sink").unwrap_err();

@@ -286,7 +286,7 @@ pub(super) fn streams(out: &mut String, streams: &[Stream]) -> anyhow::Result<()
 fn spent(out: &mut String, streams: &[Stream]) -> anyhow::Result<()> {
     writeln!(
         out,
-        "\n| processor seconds a GB | shim | agent | kubelet | API server | client library | relays | their client |\n|---|---|---|---|---|---|---|---|"
+        "\n| processor seconds a GB | shim | agent | kubelet | API server | client | relays | their client |\n|---|---|---|---|---|---|---|---|"
     )?;
     for stream in streams {
         let gigabytes = (stream.bytes * u64::try_from(stream.knoc.count())?) as f64 / 1e9;

@@ -197,7 +197,7 @@ impl Stream {
         // Sent by a copy to the pod, and taken from a copy of the pod's.
         std::fs::File::create(folder.path().join("large"))?.set_len(bytes)?;
         let local = folder.path().display().to_string();
-        let floor = Floor::start(bed, kind, bytes, &local).await?;
+        let floor = Floor::start(bed, kind, &local).await?;
         for _ in 0..rounds {
             let before = Clock::read();
             let began = Instant::now();
@@ -243,7 +243,8 @@ async fn through_knoc(
     })
 }
 
-/// The same bytes by bare relays, made and taken by the programs that make and take them in the pod and at the client.
+/// The same bytes by bare relays, from where KNoC has them: those of a log lie in a file, those of an exec and of a copy
+/// are made and taken by the programs that make and take them in the pod and at the client.
 struct Floor {
     chain: Chain,
     /// At our end; without it the bytes are counted.
@@ -251,9 +252,10 @@ struct Floor {
 }
 
 impl Floor {
-    async fn start(bed: &Bed, kind: &Kind, bytes: u64, local: &str) -> anyhow::Result<Self> {
+    async fn start(bed: &Bed, kind: &Kind, local: &str) -> anyhow::Result<Self> {
+        let file = if kind.large { "large" } else { "small" };
         let (far, near) = match kind.way {
-            Way::LogsByKubernetes | Way::LogsByAgent => (format!("source={bytes}"), None),
+            Way::LogsByKubernetes | Way::LogsByAgent => (format!("file={FOLDER}/{file}"), None),
             Way::ExecByKubernetes | Way::ExecByAgent | Way::ForwardByKubernetes => {
                 (format!("program=cat {FOLDER}/small"), None)
             }

@@ -12,7 +12,7 @@ fn main() -> anyhow::Result<()> {
     if arguments.first().is_some_and(|word| word == "relay") {
         let [_, port, role, keys] = arguments.as_slice() else {
             anyhow::bail!(
-                "usage: knoc-bench relay PORT source=BYTES|program=WORDS|relay=ADDRESS KEYS"
+                "usage: knoc-bench relay PORT file=PATH|program=WORDS|relay=ADDRESS KEYS"
             );
         };
         let role = relay::Role::parse(role)?;
@@ -28,7 +28,9 @@ fn main() -> anyhow::Result<()> {
     let streams = arguments.first().is_some_and(|word| word == "streams");
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
     let page = arguments.first().map_or(page, PathBuf::from);
-    let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
+    // The client takes of the processors no more than it needs: what it does is done on one thread, uncontended.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().build().context("start the runtime")?;
     if streams {
         return runtime.block_on(bench::streams(quick.is_some()));
     }
