@@ -10,7 +10,7 @@ export CC_x86_64_unknown_linux_musl := musl-gcc
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  STACK=full|slurm|local forces a stack for demo, test, up; HPC_SUITE=trixie|sid chooses Slurm 24.11 or 26.05 (bookworm,"
 	@echo "  22.05, has no Apptainer: for record-slurm.sh alone); KUBE_VERSION=1.36|1.34 chooses Kubernetes (1.34 is built beside"
 	@echo "  it: 7 minutes, once); KUBECONFIG=… uses your cluster instead; QUICK=1 makes bench short"
@@ -34,6 +34,7 @@ check: ## formatting, lints, documentation, unit tests, dependencies
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
 	cargo test -q --workspace --exclude knoc-tests
 	@if command -v cargo-deny >/dev/null; then cargo deny check bans licenses sources; \
+	   if cargo deny fetch db 2>/dev/null; then cargo deny check advisories; else echo "the advisory database cannot be reached: advisories were not checked"; fi; \
 	 else echo "cargo-deny is missing, dependencies were not checked; install it with: cargo install --locked cargo-deny"; fi
 
 .PHONY: fmt
@@ -43,6 +44,10 @@ fmt: ## formats the Rust code
 .PHONY: test
 test: prepare ## all tests that this machine can carry, ending with a table by level
 	@tests/run.sh
+
+.PHONY: test-1.34
+test-1.34: ## the same on Kubernetes 1.34, which is built beside 1.36 once (7 minutes); no part of every CI run
+	@$(MAKE) test KUBE_VERSION=1.34
 
 .PHONY: bench
 bench: up ## T1 to T4 and streams beside their floors (docs/performance.md)

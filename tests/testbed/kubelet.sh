@@ -38,14 +38,16 @@ serving_certificate() { # signed by the cluster's CA, for the address that the N
     rm "$state/serving.csr"
 }
 kubeconfig() { # of the chart's ServiceAccount: exactly the rights that the chart grants
-    local file=$state/kubeconfig trust=()
+    local file=$state/kubeconfig token=$state/token trust=()
     kubectl config view --minify --raw --flatten -o 'jsonpath={.clusters[0].cluster.certificate-authority-data}' | base64 -d >"$state/cluster-ca.crt"
     [ ! -s "$state/cluster-ca.crt" ] || trust=(--certificate-authority="$state/cluster-ca.crt" --embed-certs)
     (
         umask 077
-        rm -f "$file"
+        rm -f "$file" "$token"
+        # In a file: command lines are everybody's.
+        kubectl create token knoc-kubelet -n $namespace --duration=24h >"$token"
         kubectl config --kubeconfig="$file" set-cluster knoc --server="$server" "${trust[@]}"
-        kubectl config --kubeconfig="$file" set-credentials kubelet --token="$(kubectl create token knoc-kubelet -n $namespace --duration=24h)"
+        kubectl config --kubeconfig="$file" set users.kubelet.tokenFile "$token"
         kubectl config --kubeconfig="$file" set-context knoc --cluster=knoc --user=kubelet --namespace=$namespace
         kubectl config --kubeconfig="$file" use-context knoc
     ) >/dev/null

@@ -226,7 +226,7 @@ fn check_dates(
         }
     };
     let (from, until) = (info.validity.from, info.validity.until);
-    let renew = "issue a new one on the login node (`knoc-agent init --help`)";
+    let renew = "remove the old pair in tls/ on the login node; `knoc-agent init` then makes it anew";
     if now > until {
         report.bad(
             "certificates",

@@ -12,6 +12,7 @@ mod link;
 mod logs;
 mod old_kernel;
 mod packages;
+mod secrets;
 mod state;
 mod stats;
 mod streams;

@@ -207,7 +207,7 @@ const POD: &[Row] = &[
     row("volumes", Any, Inside("Volume"), ""),
     row("serviceAccountName serviceAccount automountServiceAccountToken", Any, Honoured, ""),
     row("enableServiceLinks", Any, Honoured, ""),
-    row("hostname", Any, Honoured, "in the pod's environment and files; the name of the compute node itself stays"),
+    row("hostname", Any, Honoured, "in the pod's environment and files, and the container's own name; with the `process` runtime the compute node's stays"),
     row("hostAliases", Any, Inside("HostAlias"), ""),
     row("readinessGates", Any, Inside("ReadinessGate"), ""),
     row("nodeSelector affinity tolerations", Any, Honoured, "by the scheduler; selector, required node affinity and tolerations of `NoExecute` taints also at admission (`NodeAffinity`, `TaintToleration`)"),

@@ -1,0 +1,105 @@
+//! Level 2: where a Secret's value never is: in a log, however much is logged, in a command line, in a file that others read.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use knoc_tests::{
+    site::{Kubelet, Options, Site, processes_naming},
+    wait_for,
+};
+use serde_json::json;
+
+const SOON: Duration = Duration::from_secs(30);
+
+const SECRET: &str = "s3cr3t-that-nobody-is-to-see";
+
+/// Every file below the folder that has one of the texts in it.
+fn holding(folder: &Path, texts: &[String], found: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            holding(&path, texts, found)?;
+        } else if path.is_file() {
+            // What vanished meanwhile holds nothing.
+            let bytes = fs::read(&path).unwrap_or_default();
+            let has = |text: &String| {
+                bytes
+                    .windows(text.len())
+                    .any(|part| part == text.as_bytes())
+            };
+            found.extend(texts.iter().any(has).then_some(path));
+        }
+    }
+    Ok(())
+}
+
+/// Nobody but the owner reads where the value is, and no log has it; nor has a command line.
+fn nobody_sees(site: &Site, uid: &str) -> anyhow::Result<()> {
+    let texts = [SECRET.to_owned(), BASE64_STANDARD.encode(SECRET)];
+    let mut found = Vec::new();
+    holding(&site.path(""), &texts, &mut found)?;
+    let values = site.jobdir(uid).join("values");
+    for path in found {
+        ensure!(path.starts_with(&values), "{} has it", path.display());
+        let mode = fs::metadata(&path)?.permissions().mode();
+        ensure!(mode.trailing_zeros() >= 6, "{}: mode {mode:o}", path.display());
+    }
+    for text in &texts {
+        let shown = processes_naming(Path::new(text));
+        ensure!(shown.is_empty(), "{shown:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_secret_is_in_no_log_no_command_line_and_no_file_of_others() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[("KNOC_LOG", "debug")]).await?;
+    let kubelet = Kubelet::prepare(&site).await?;
+    let _process = kubelet.start(&site, &[("KNOC_LOG_LEVEL", "debug")]).await?;
+    let secret = json!({
+        "metadata": {"name": "login"}, "type": "Opaque",
+        "data": {"token": BASE64_STANDARD.encode(SECRET)},
+    });
+    kubelet.api.create("v1", "secrets", "default", secret)?;
+    // Its command does not tell the secret: it looks for any of that length.
+    let (seen, gate) = (site.path("seen"), site.path("gate"));
+    let script = format!(
+        "[ ${{#TOKEN}} = {} ] && : >{} && while [ ! -e {} ]; do sleep 0.05; done",
+        SECRET.len(),
+        seen.display(),
+        gate.display()
+    );
+    let uid = kubelet.create_pod(
+        "secret",
+        json!({"containers": [{
+            "name": "main", "image": "none", "command": ["/bin/sh", "-c", script],
+            "env": [{"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "login", "key": "token"}}}],
+        }]}),
+    )?;
+    wait_for("the program has the secret", SOON, async || {
+        let pod = kubelet.api.get("v1", "pods", "default", "secret");
+        let pod = pod.map_err(|error| error.to_string())?;
+        nobody_sees(&site, &uid).map_err(|error| format!("{error:#}"))?;
+        if seen.exists() {
+            Ok(())
+        } else {
+            Err(pod["status"].to_string())
+        }
+    })
+    .await
+    .with_context(|| site.log())?;
+    nobody_sees(&site, &uid)?;
+    site.put("gate", "")?;
+    kubelet.phase("secret", "Succeeded", SOON).await?;
+    nobody_sees(&site, &uid)?;
+    let log = fs::read_to_string(site.path("agent.log"))?;
+    ensure!(log.contains("DEBUG"), "little is logged: {}", site.log());
+    Ok(())
+}
