@@ -496,6 +496,35 @@ async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
     }
 }
 
+#[tokio::test]
+async fn a_stream_whose_headers_are_too_long_is_refused_and_no_other() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    let (most, more) = ("r".repeat(64), "r".repeat(65));
+    let port = "8".repeat(65);
+    let named = |request, port| {
+        [
+            ("streamtype", "error"),
+            ("port", port),
+            ("requestid", request),
+        ]
+    };
+    peer.open(1, &named(&more, "80")).await;
+    assert_eq!(peer.next().await, Some(Frame::Reset { id: 1 }));
+    peer.open(3, &named("3", &port)).await;
+    assert_eq!(peer.next().await, Some(Frame::Reset { id: 3 }));
+    peer.open(5, &named(&most, "80")).await;
+    let data = [
+        ("streamtype", "data"),
+        ("port", "80"),
+        ("requestid", most.as_str()),
+    ];
+    peer.open(7, &data).await;
+    peer.data(7, b"", true).await;
+    let (bytes, _) = until(&mut peer, &[5, 7]).await;
+    assert_eq!(bytes[&7], "80:bye");
+}
+
 /// Not over TLS: time stands still, and only the session's own clock moves it.
 #[tokio::test(start_paused = true)]
 async fn half_a_pair_is_given_up_after_thirty_seconds() {
