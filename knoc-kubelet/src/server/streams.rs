@@ -113,6 +113,11 @@ impl Feed {
         }
     }
 
+    /// Nobody reads the stream any more.
+    pub(super) fn is_closed(&self) -> bool {
+        self.items.is_closed()
+    }
+
     /// The client has said all.
     pub(super) async fn finish(self) {
         drop(self.items.send(Item::Fin).await);
