@@ -16,6 +16,7 @@ use tracing::debug;
 
 use super::remotecommand::{Ending, Resizes, Role, Version, Wanted};
 use super::spdy::Incoming;
+use super::stop::Stop;
 use super::streams::{Closed, End, Inlet, Outlet};
 use super::websocket::Channels;
 use super::{Backend, ExecStream};
@@ -164,14 +165,19 @@ impl Streams {
     }
 }
 
-/// Runs what is asked for on the client's streams and tells the client how it ended.
+/// Runs what is asked for on the client's streams and tells the client how it ended, or why we end it.
 pub(super) async fn serve(
     backend: &dyn Backend,
     start: Start,
     mut streams: Streams,
     version: Version,
+    stop: &Stop,
 ) {
-    let ending = run(backend, &start, &mut streams).await;
+    let ending = tokio::select! {
+        biased;
+        ending = run(backend, &start, &mut streams) => ending,
+        why = stop.why() => Ending::Failed(start.about(), why),
+    };
     for outlet in [streams.stdout.take(), streams.stderr.take()]
         .into_iter()
         .flatten()

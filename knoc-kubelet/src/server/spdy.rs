@@ -206,6 +206,11 @@ impl<Io> Session<Io>
 where
     Io: AsyncRead + AsyncWrite,
 {
+    /// When a byte last moved.
+    pub(super) fn activity(&self) -> Activity {
+        self.activity.clone()
+    }
+
     /// What was received and waits.
     #[cfg(test)]
     fn budget(&self) -> Budget {
@@ -227,7 +232,7 @@ where
             biased;
             ended = read.as_mut() => return ended,
             written = writer::run(output, queue, last, activity.clone()) => written,
-            () = activity.idle() => return Err(SessionError::Idle),
+            () = activity.overdue() => return Err(SessionError::Idle),
         };
         // Closed last: closing before the peer has read all would lose what is on its way.
         let mut output = written?;

@@ -14,6 +14,7 @@ use tracing::{debug, info};
 
 use super::Context;
 use super::remotecommand::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
+use super::stop::Stop;
 use super::target::Refusal;
 use super::websocket::handshake::{self, BadHandshake};
 
@@ -143,7 +144,7 @@ fn bad_handshake(bad: &BadHandshake) -> Response {
     }
 }
 
-/// Answers 101, and has a task of the server count and serve the connection. Our shutdown cuts it when the drain is over.
+/// Answers 101, and has a task of the server count and serve the connection. `serve` ends it when we do: [`together`].
 pub(super) fn switch<S, F>(
     context: &Arc<Context>,
     mut request: Request,
@@ -158,23 +159,15 @@ where
     let upgraded = hyper::upgrade::on(&mut request);
     let Answer { headers, protocol } = answer;
     let Purpose { verb, target: what } = purpose;
-    let (cut, backend) = (context.cut.clone(), Arc::clone(&context.backend));
+    let backend = Arc::clone(&context.backend);
     debug!(verb, stream = what, protocol, "upgraded");
     context.streams.spawn(async move {
-        let io = match upgraded.await {
+        match upgraded.await {
             Ok(io) => {
                 backend.metrics().session(verb, protocol);
-                TokioIo::new(io)
+                serve(TokioIo::new(io)).await;
             }
-            Err(error) => {
-                debug!(%error, stream = what, "the client left before the upgrade");
-                return;
-            }
-        };
-        tokio::select! {
-            biased;
-            () = cut.cancelled() => info!(stream = what, "the stream was cut by our shutdown"),
-            () = serve(io) => {}
+            Err(error) => debug!(%error, stream = what, "the client left before the upgrade"),
         }
     });
     let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
@@ -185,20 +178,32 @@ where
 }
 
 /// Runs a session with the relay of its streams: it ends when the client does, or when the relay has let go of its
-/// streams and all is written.
+/// streams and all is written. Where we end it, the relay says so first; what is not written by then is cut.
 pub(super) async fn together<S, R>(
     session: impl Future<Output = Result<(), S>>,
     relay: impl Future<Output = Result<(), R>>,
+    stop: &Stop,
     what: &str,
 ) where
     S: Error + 'static,
     R: Error + 'static,
 {
     let (mut session, mut relay) = (std::pin::pin!(session), std::pin::pin!(relay));
+    let both = async {
+        tokio::select! {
+            biased;
+            ended = session.as_mut() => (ended, Ok(())),
+            relayed = relay.as_mut() => (session.await, relayed),
+        }
+    };
     let (ended, relayed) = tokio::select! {
+        // Hears of the end before the relay does, whose last words are something that moves.
         biased;
-        ended = session.as_mut() => (ended, Ok(())),
-        relayed = relay.as_mut() => (session.await, relayed),
+        why = stop.overdue() => {
+            info!(stream = what, why, "the stream was cut");
+            return;
+        }
+        both = both => both,
     };
     if let Err(error) = ended {
         debug!(stream = what, error = %chain(&error), "the client's connection ended");

@@ -11,12 +11,16 @@ use tracing::{debug, info};
 
 use super::super::remote::STREAMS_DEADLINE;
 use super::super::spdy::{Headers, Incoming, Stream};
+use super::super::stop::Stop;
 use super::super::streams::{Inlet, Outlet};
 use super::options;
 use super::relay::{Connection, Goal};
 
 /// The most bytes of a stream's `port` and `requestid`, which are kept and logged: clients count, or write a UUID.
 const MAX_VALUE: usize = 64;
+
+/// What half a pair is told whose partner does not come, as upstream.
+const LATE: &str = "timed out waiting for streams";
 
 /// Which of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,16 +54,15 @@ fn asked(id: u32, headers: &Headers) -> Result<Asked, String> {
         "data" => Role::Data,
         other => return Err(format!("invalid stream type {other:?}")),
     };
-    let request = match bounded("requestid")? {
-        Some(named) => named.to_owned(),
-        None => {
-            let first = match role {
-                Role::Error => id,
-                Role::Data => id.saturating_sub(2),
-            };
-            // Never the name that a client gave to another pair.
-            format!("stream {first}")
-        }
+    let request = if let Some(named) = bounded("requestid")? {
+        named.to_owned()
+    } else {
+        let first = match role {
+            Role::Error => id,
+            Role::Data => id.saturating_sub(2),
+        };
+        // Never the name that a client gave to another pair.
+        format!("stream {first}")
     };
     Ok(Asked {
         id,
@@ -162,27 +165,55 @@ impl Waiting {
     }
 }
 
-/// Serves pairs until the client opens no more and all have ended.
-pub(super) async fn serve(mut incoming: Incoming, goal: &Goal) -> Result<(), Infallible> {
+/// Serves pairs until the client opens no more and all have ended, or we end the session.
+pub(super) async fn serve(
+    mut incoming: Incoming,
+    goal: &Goal,
+    stop: &Stop,
+) -> Result<(), Infallible> {
     let mut waiting = Waiting::default();
     let mut relays = FuturesUnordered::new();
     loop {
-        // New streams first, so that a busy relay holds up none.
+        // The end first, then new streams, so that a busy relay holds up none.
         tokio::select! {
             biased;
+            why = stop.why() => {
+                for (request, (half, _)) in waiting.halves.drain() {
+                    beside(&mut relays, give_up(&request, half, &why)).await;
+                }
+                break;
+            }
             stream = incoming.next() => match stream {
                 None => break,
                 Some(stream) => {
-                    let connection = taken(&mut waiting, stream).await;
-                    relays.extend(connection.map(|connection| connection.serve(goal)));
+                    let connection = beside(&mut relays, taken(&mut waiting, stream)).await;
+                    relays.extend(connection.map(|connection| connection.serve(goal, stop)));
                 }
             },
-            (request, half) = waiting.expired() => give_up(&request, half).await,
+            (request, half) = waiting.expired() => {
+                beside(&mut relays, give_up(&request, half, LATE)).await;
+            }
             Some(()) = relays.next() => {}
         }
     }
     while relays.next().await.is_some() {}
     Ok(())
+}
+
+/// Does something that may wait for a place in the session's queue, which relays wait for too: they are first, and would
+/// keep the places that they are given without using them, were they not polled meanwhile.
+async fn beside<T>(
+    relays: &mut FuturesUnordered<impl Future<Output = ()>>,
+    work: impl Future<Output = T>,
+) -> T {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            biased;
+            done = work.as_mut() => return done,
+            Some(()) = relays.next() => {}
+        }
+    }
 }
 
 async fn taken(waiting: &mut Waiting, stream: Stream) -> Option<Connection> {
@@ -200,11 +231,11 @@ async fn taken(waiting: &mut Waiting, stream: Stream) -> Option<Connection> {
 }
 
 /// Tells the client, where it has opened what it could hear it on.
-async fn give_up(request: &str, half: Half) {
-    info!(request, "half a pair of a port-forward's streams");
+async fn give_up(request: &str, half: Half, why: &str) {
+    info!(request, why, "half a pair of a port-forward's streams");
     match half {
         Half::Error(error) => {
-            let text = format!("(request={request}) timed out waiting for streams");
+            let text = format!("(request={request}) {why}");
             drop(error.finish(text.into()).await);
         }
         Half::Data(_, _, data) => data.reset().await,

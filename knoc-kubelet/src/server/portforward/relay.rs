@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tracing::info;
 
 use super::super::Backend;
+use super::super::stop::Stop;
 use super::super::streams::{End, Inlet, Outlet};
 
 /// Messages to the agent that wait; the next ones stop the reading from the client.
@@ -35,13 +36,13 @@ pub(super) struct Connection {
 enum Broken {
     /// The client's affair: it has gone, or wants no more.
     Client,
-    /// The pod's side; the text is for the client.
+    /// The pod's side, or our own end; the text is for the client.
     Pod(String),
 }
 
 impl Connection {
-    /// Relays until both directions have ended, or one has failed.
-    pub(super) async fn serve(self, goal: &Goal) {
+    /// Relays until both directions have ended, or one has failed, or we end it.
+    pub(super) async fn serve(self, goal: &Goal, stop: &Stop) {
         let Self {
             port,
             inlet,
@@ -49,7 +50,11 @@ impl Connection {
             error,
         } = self;
         let mut data = Some(data);
-        let relayed = relay(goal, port, inlet, &mut data).await;
+        let relayed = tokio::select! {
+            biased;
+            relayed = relay(goal, port, inlet, &mut data) => relayed,
+            why = stop.why() => Err(Broken::Pod(why)),
+        };
         match relayed {
             Ok(()) => drop(error.finish(Bytes::new()).await),
             Err(Broken::Client) => error.reset().await,

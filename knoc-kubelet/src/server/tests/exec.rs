@@ -1,6 +1,8 @@
 //! Exec by a SPDY client over TLS: refusals before the upgrade, bytes both ways, codes, and ends of all kinds.
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
@@ -10,11 +12,18 @@ use hyper_util::rt::TokioIo;
 use knoc_proto::pb;
 use knoc_proto::pb::exec_output::Output;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use super::commands::*;
 use super::harness::*;
+use crate::server::query::Query;
+use crate::server::remote::{self, RemoteError, Start, Streams};
+use crate::server::remotecommand::{Version, Wanted};
+use crate::server::spdy;
 use crate::server::spdy::frame::Frame;
 use crate::server::spdy::tests::Peer;
+use crate::server::stop::Stop;
+use crate::server::upgrade::together;
 
 const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),
@@ -173,14 +182,63 @@ async fn a_client_that_leaves_ends_the_command() {
 }
 
 #[tokio::test]
-async fn shutdown_cuts_an_exec_that_goes_on() {
+async fn shutdown_tells_an_exec_that_goes_on() {
     let command: Command = Box::new(|_| stream::pending().boxed());
     let mut fixture = with_command(command).await;
     let mut exec = exec(&fixture, "command=x&output=1", &["error", "stdout"]).await;
     fixture.shutdown.cancel();
+    let (bytes, ended) = exec.output(2).await;
+    assert_eq!(failure(&bytes[&1]), "the kubelet is shutting down");
+    assert_eq!(ended.last(), Some(&1), "the status is last");
     assert_eq!(exec.peer.next().await, None);
     let joined = tokio::time::timeout(PATIENCE, fixture.tasks.join_next()).await;
     assert!(joined.unwrap().unwrap().is_ok(), "the server has ended");
+}
+
+/// The reason that a status of an exec gives for its failure.
+fn failure(status: &[u8]) -> String {
+    let status: serde_json::Value = serde_json::from_slice(status).unwrap();
+    assert_eq!(status["status"], "Failure");
+    let message = status["message"].as_str().unwrap();
+    let about = "Internal error occurred: error executing command in container: ";
+    message.strip_prefix(about).unwrap().to_owned()
+}
+
+/// Not over TLS: time stands still, and only the session's own clock moves it.
+#[tokio::test(start_paused = true)]
+async fn an_exec_on_which_nothing_moves_is_told() {
+    let backend = FakeBackend {
+        command: Mutex::new(Some(Box::new(|_| stream::pending().boxed()))),
+        ..FakeBackend::default()
+    };
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let (session, incoming) = spdy::session(near);
+    let stop = Stop::new(CancellationToken::new(), session.activity());
+    let wanted = Wanted::parse(&Query::parse("output=1").unwrap()).unwrap();
+    let relay = async {
+        let streams = Streams::of_spdy(incoming, wanted, Version::V4).await?;
+        let start = Start::Exec(pb::ExecStart::default());
+        remote::serve(&backend, start, streams, Version::V4, &stop).await;
+        Ok::<(), RemoteError>(())
+    };
+    let client = async {
+        let mut peer = Peer::new(far);
+        peer.patience = Duration::from_hours(5);
+        for (id, kind) in [(1, "error"), (3, "stdout")] {
+            peer.open(id, &[("streamtype", kind)]).await;
+            assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+        }
+        let mut last = BytesMut::new();
+        while let Some(Frame::Data { id, data, .. }) = peer.next().await {
+            if id == 1 {
+                last.extend_from_slice(&data);
+            }
+        }
+        failure(&last)
+    };
+    let session = together(session.run(), relay, &stop, "ns/pod/c");
+    let ((), told) = tokio::join!(session, client);
+    assert_eq!(told, "nothing moved for 4 h");
 }
 
 /// Path, upgrade headers, status, and what the text holds.

@@ -556,6 +556,27 @@ async fn half_a_pair_is_given_up_after_thirty_seconds() {
     }
 }
 
+#[tokio::test]
+async fn shutdown_is_told_on_every_error_stream() {
+    let mut fixture = with_ports(Box::new(echo)).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    pair(&mut peer, 1, "80").await;
+    let lonely = [("streamtype", "error"), ("port", "80"), ("requestid", "x")];
+    peer.open(5, &lonely).await;
+    peer.data(5, b"", true).await;
+    fixture.shutdown.cancel();
+    let (bytes, reset) = until(&mut peer, &[1, 3, 5]).await;
+    assert_eq!(
+        bytes[&1],
+        "error forwarding port 80 to pod pod, uid ns-pod: the kubelet is shutting down"
+    );
+    assert_eq!(bytes[&5], "(request=x) the kubelet is shutting down");
+    assert_eq!(reset, [3], "its bytes have not come to their end");
+    assert_eq!(peer.next().await, Some(Frame::GoAway));
+    let joined = tokio::time::timeout(PATIENCE, fixture.tasks.join_next()).await;
+    assert!(joined.unwrap().unwrap().is_ok(), "the server has ended");
+}
+
 /// As [`until`], with more patience than the deadline of halves.
 async fn until_patient<Io: AsyncRead + AsyncWrite + Unpin>(
     peer: &mut Peer<Io>,
