@@ -21,7 +21,7 @@ use crate::server::PortForwardStream;
 use crate::server::spdy::frame::Frame;
 use crate::server::spdy::tests::Peer;
 
-const UPGRADE: [(&str, &str); 3] = [
+pub(super) const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),
     ("upgrade", "SPDY/3.1"),
     ("x-stream-protocol-version", "portforward.k8s.io"),
@@ -34,7 +34,7 @@ fn answer(output: Output) -> Result<pb::PortForwardOutput, tonic::Status> {
 }
 
 /// Listens on every port but 81, greets with the port, and sends back what it hears; after the client's end it says "bye".
-fn echo(
+pub(super) fn echo(
     mut input: mpsc::Receiver<pb::PortForwardInput>,
 ) -> Result<PortForwardStream, tonic::Status> {
     let (sender, receiver) = mpsc::channel(1);
@@ -82,9 +82,9 @@ async fn with_ports(port: Port) -> Fixture {
     Fixture::new(backend, FakeCluster::default()).await
 }
 
-type SpdyPeer = Peer<TokioIo<Upgraded>>;
+pub(super) type SpdyPeer = Peer<TokioIo<Upgraded>>;
 
-async fn spdy(fixture: &Fixture) -> (SpdyPeer, Client) {
+pub(super) async fn spdy(fixture: &Fixture) -> (SpdyPeer, Client) {
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let response = client
         .send_with("POST", "/portForward/ns/pod", &UPGRADE)
@@ -99,7 +99,11 @@ async fn spdy(fixture: &Fixture) -> (SpdyPeer, Client) {
 }
 
 /// Opens a pair: the error stream `id` and the data stream after it.
-async fn pair<Io: AsyncRead + AsyncWrite + Unpin>(peer: &mut Peer<Io>, id: u32, port: &str) {
+pub(super) async fn pair<Io: AsyncRead + AsyncWrite + Unpin>(
+    peer: &mut Peer<Io>,
+    id: u32,
+    port: &str,
+) {
     let request = id.to_string();
     let headers = |kind| {
         [
@@ -114,7 +118,7 @@ async fn pair<Io: AsyncRead + AsyncWrite + Unpin>(peer: &mut Peer<Io>, id: u32, 
 }
 
 /// All that comes by stream until these have ended, with FIN or reset.
-async fn until<Io: AsyncRead + AsyncWrite + Unpin>(
+pub(super) async fn until<Io: AsyncRead + AsyncWrite + Unpin>(
     peer: &mut Peer<Io>,
     ends: &[u32],
 ) -> (BTreeMap<u32, BytesMut>, Vec<u32>) {
@@ -359,6 +363,23 @@ async fn carry(
         write.shutdown().await.unwrap();
     };
     tokio::join!(up, down);
+}
+
+#[tokio::test]
+async fn a_tunnel_whose_client_closes_first_is_closed_in_order() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let fixture = with_ports(Box::new(echo)).await;
+    let protocol = "SPDY/3.1+portforward.k8s.io";
+    let (mut io, _client) =
+        websocket::upgraded(&fixture, "/portForward/ns/pod", protocol, Some(protocol)).await;
+    // Masked, with the code 1000.
+    io.write_all(&[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8])
+        .await
+        .unwrap();
+    let mut rest = Vec::new();
+    let read = tokio::time::timeout(PATIENCE, io.read_to_end(&mut rest)).await;
+    read.unwrap().expect("TLS has an end");
+    assert_eq!(rest, [0x88, 2, 0x03, 0xe8]);
 }
 
 #[tokio::test]
