@@ -126,25 +126,32 @@ impl Streams {
     ) -> Result<Self, RemoteError> {
         let expected = wanted.streams(version);
         let mut streams = Self::default();
-        let mut opened = 0;
+        let mut opened = Vec::new();
         let all = async {
-            while opened < expected {
+            while opened.len() < expected {
                 let stream = incoming.next().await.ok_or(RemoteError::Left)?;
                 let kind = stream.headers().get("streamtype").unwrap_or_default();
-                let Some(role) = Role::parse(kind) else {
-                    debug!(kind, "refused a stream of unknown type");
+                let role = Role::parse(kind).filter(|role| !opened.contains(role));
+                let Some(role) = role else {
+                    debug!(
+                        stream = stream.id(),
+                        "refused a stream whose type is unknown or there already"
+                    );
                     stream.refuse().await;
                     continue;
                 };
                 let (inlet, sender) = stream.accept().await;
                 streams.take(role, Some(inlet), Outlet::Spdy(sender));
-                opened += 1;
+                opened.push(role);
             }
             Ok(())
         };
         match tokio::time::timeout(STREAMS_DEADLINE, all).await {
             Ok(taken) => taken.map(|()| streams),
-            Err(_) => Err(RemoteError::Streams { opened, expected }),
+            Err(_) => Err(RemoteError::Streams {
+                opened: opened.len(),
+                expected,
+            }),
         }
     }
 
