@@ -15,6 +15,7 @@ mod cluster;
 mod exec;
 #[cfg(test)]
 mod fuzzed;
+mod limits;
 mod logs;
 mod options;
 mod portforward;
@@ -194,6 +195,10 @@ struct Context {
     cluster: Arc<dyn Cluster>,
     tls: tls::Tls,
     access: access::Access,
+    /// Upgraded connections at once.
+    sessions: limits::Limit,
+    /// Calls to the agent that last, at once.
+    calls: limits::Limit,
     /// Tasks of upgraded connections, joined at the end.
     streams: TaskTracker,
     /// Ends what goes on after the drain: sessions say so to their clients.
@@ -244,6 +249,8 @@ impl Server {
             cluster,
             tls,
             access: access::Access::default(),
+            sessions: limits::Limit::sessions(),
+            calls: limits::Limit::calls(),
             streams: TaskTracker::new(),
             cut: CancellationToken::new(),
         });

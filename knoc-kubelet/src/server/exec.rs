@@ -95,8 +95,13 @@ fn answer(
         Ok(prepared) => prepared,
         Err(refusal) => return refusal.into_response(),
     };
+    let call = match context.calls.take() {
+        Ok(call) => Some(call),
+        Err(busy) => return busy.into_response(),
+    };
     let Place { target, container } = place;
     let purpose = Purpose {
+        call,
         verb: start.verb(),
         target: format!("{}/{}/{container}", target.namespace, target.pod),
     };

@@ -77,8 +77,11 @@ fn answer(
         backend: Arc::clone(&context.backend),
         pod: target.pod.clone(),
         uid,
+        calls: context.calls.clone(),
     };
     let purpose = Purpose {
+        // Each of its connections is a call.
+        call: None,
         verb: "portforward",
         target: format!("{}/{}", target.namespace, target.pod),
     };

@@ -13,6 +13,7 @@ use knoc_proto::error::chain;
 use tracing::{debug, info};
 
 use super::Context;
+use super::limits::Place;
 use super::remotecommand::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
 use super::stop::Stop;
 use super::target::Refusal;
@@ -60,12 +61,14 @@ pub(super) struct Answer {
 }
 
 /// What a connection is for.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Purpose {
     /// exec, attach, portforward: as RBAC names them.
     pub(super) verb: &'static str,
     /// Namespace, pod and what in it.
     pub(super) target: String,
+    /// Among the calls to the agent, where the session is one.
+    pub(super) call: Option<Place>,
 }
 
 /// An answer that is not 101.
@@ -144,7 +147,7 @@ fn bad_handshake(bad: &BadHandshake) -> Response {
     }
 }
 
-/// Answers 101, and has a task of the server count and serve the connection. `serve` ends it when we do: [`together`].
+/// Answers 101 (503 where too many sessions go on), and has a task of the server count and serve the connection. `serve` ends it when we do: [`together`].
 pub(super) fn switch<S, F>(
     context: &Arc<Context>,
     mut request: Request,
@@ -156,12 +159,21 @@ where
     S: FnOnce(Io) -> F + Send + 'static,
     F: Future<Output = ()> + Send,
 {
+    let place = match context.sessions.take() {
+        Ok(place) => place,
+        Err(busy) => return busy.into_response(),
+    };
     let upgraded = hyper::upgrade::on(&mut request);
     let Answer { headers, protocol } = answer;
-    let Purpose { verb, target: what } = purpose;
+    let Purpose {
+        verb,
+        target: what,
+        call,
+    } = purpose;
     let backend = Arc::clone(&context.backend);
     debug!(verb, stream = what, protocol, "upgraded");
     context.streams.spawn(async move {
+        let _places = (place, call);
         match upgraded.await {
             Ok(io) => {
                 backend.metrics().session(verb, protocol);

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tracing::info;
 
 use super::super::Backend;
+use super::super::limits::{Busy, Limit};
 use super::super::stop::Stop;
 use super::super::streams::{End, Inlet, Outlet};
 
@@ -22,6 +23,8 @@ pub(super) struct Goal {
     /// The pod's name, for people.
     pub(super) pod: String,
     pub(super) uid: String,
+    /// Where each connection takes its place.
+    pub(super) calls: Limit,
 }
 
 /// A pair of streams and the port that they are for.
@@ -81,6 +84,8 @@ async fn relay(
     inlet: Inlet,
     data: &mut Option<Outlet>,
 ) -> Result<(), Broken> {
+    let busy = |busy: Busy| Broken::Pod(busy.to_string());
+    let _call = goal.calls.take().map_err(busy)?;
     let (queue, input) = mpsc::channel(INPUT_QUEUE);
     let start = Input::Start(pb::PortForwardStart {
         uid: goal.uid.clone(),

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::pairs;
 use super::relay::Goal;
+use crate::server::limits::Limit;
 use crate::server::spdy;
 use crate::server::stop::Stop;
 use crate::server::tests::harness::{FakeBackend, Port};
@@ -21,6 +22,7 @@ pub(in crate::server) async fn serve<Io: AsyncRead + AsyncWrite>(io: Io, port: P
         }),
         pod: "pod".to_owned(),
         uid: "ns-pod".to_owned(),
+        calls: Limit::calls(),
     };
     let (session, incoming) = spdy::session(io);
     let stop = Stop::new(CancellationToken::new(), session.activity());
