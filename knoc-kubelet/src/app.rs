@@ -265,7 +265,7 @@ impl App {
             capacity: context.capacity.clone(),
             pulse: context.pulse.clone(),
             metrics: context.metrics.clone(),
-            stats: Stats::new(self.agent.clone(), self.store.clone()),
+            stats: Stats::new(self.agent.clone(), context.link.clone(), self.store.clone()),
             config: self.config.effective.clone(),
         };
         let cluster = Arc::new(crate::server::KubeCluster::new(own.clients.clone()));

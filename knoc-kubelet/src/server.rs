@@ -15,6 +15,7 @@ mod cluster;
 mod exec;
 #[cfg(test)]
 mod fuzzed;
+mod limits;
 mod logs;
 mod options;
 mod portforward;
@@ -25,6 +26,7 @@ mod remotecommand;
 mod routes;
 mod spdy;
 mod stats;
+mod stop;
 mod streams;
 mod target;
 #[cfg(test)]
@@ -193,9 +195,13 @@ struct Context {
     cluster: Arc<dyn Cluster>,
     tls: tls::Tls,
     access: access::Access,
+    /// Upgraded connections at once.
+    sessions: limits::Limit,
+    /// Calls to the agent that last, at once.
+    calls: limits::Limit,
     /// Tasks of upgraded connections, joined at the end.
     streams: TaskTracker,
-    /// Ends what goes on after the drain.
+    /// Ends what goes on after the drain: sessions say so to their clients.
     cut: CancellationToken,
 }
 
@@ -243,6 +249,8 @@ impl Server {
             cluster,
             tls,
             access: access::Access::default(),
+            sessions: limits::Limit::sessions(),
+            calls: limits::Limit::calls(),
             streams: TaskTracker::new(),
             cut: CancellationToken::new(),
         });
@@ -262,23 +270,30 @@ impl Server {
         self.address
     }
 
-    /// Serves until `shutdown`, then lets requests under way finish for a few seconds.
+    /// Serves until `shutdown`, then lets requests and sessions under way finish for a few seconds.
     pub async fn run(self, shutdown: CancellationToken) {
         let router = routes::router(Arc::clone(&self.context));
         let tls = self.context.tls.clone();
-        tokio::join!(
-            self.reload.run(self.reload_interval, shutdown.clone()),
-            accept::serve(self.listener, tls, router, self.drain, shutdown),
-        );
-        self.context.streams.close();
-        let drained = tokio::time::timeout(self.drain, self.context.streams.wait()).await;
-        if drained.is_err() {
-            tracing::info!(
-                cut = self.context.streams.len(),
-                "execs that went on were cut"
+        let Context { streams, cut, .. } = &*self.context;
+        // Beside the drain of requests, which a log that is followed takes whole: both must fit the kubelet's own end.
+        let sessions = async {
+            shutdown.cancelled().await;
+            tokio::time::sleep(self.drain).await;
+            tracing::info!(sessions = streams.len(), "ending the sessions that go on");
+            cut.cancel();
+        };
+        let served = async {
+            tokio::join!(
+                self.reload.run(self.reload_interval, shutdown.clone()),
+                accept::serve(self.listener, tls, router, self.drain, shutdown.clone()),
             );
+            streams.close();
+            streams.wait().await;
+        };
+        let mut served = std::pin::pin!(served);
+        tokio::select! {
+            () = served.as_mut() => {}
+            () = sessions => served.await,
         }
-        self.context.cut.cancel();
-        self.context.streams.wait().await;
     }
 }

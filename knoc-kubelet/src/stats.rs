@@ -1,7 +1,8 @@
 //! What the node, its pods and containers use: one measurement for all who ask.
 //!
-//! No task: the endpoints ask [`Stats::snapshot`]. Callers share one question to the agent, and its answer serves for
-//! [`FRESH`], so scrapers do not add up. Where the agent does not answer, the last word stands with its own times.
+//! The endpoints ask [`Stats::snapshot`]. Callers share one question to the agent, a task of [`Stats`] that goes on when
+//! its asker leaves, and its answer serves for [`FRESH`], so scrapers do not add up. Where the agent does not answer, the
+//! last word stands with its own times; where its link is down, nobody waits for that.
 //! [`assemble`] and the renderers [`resource`] and [`summary`] are pure.
 
 pub mod ledger;
@@ -10,19 +11,24 @@ pub mod summary;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use futures::future::BoxFuture;
 use jiff::Timestamp;
 use knoc_proto::pb;
-use tokio::time::Instant;
+use tokio::{sync::watch, task::JoinSet, time::Instant};
 
 use self::ledger::Totals;
-use crate::{agent::Agent, pods::Store};
+use crate::{
+    agent::{Agent, Link},
+    pods::Store,
+};
 
 /// For how long a measurement serves: below metrics-server's shortest interval, so that it always sees a new one.
 pub const FRESH: Duration = Duration::from_secs(10);
 /// After an agent that did not answer.
 const AGAIN: Duration = Duration::from_secs(2);
-/// The agent's own deadline is shorter: it says what it has.
-const DEADLINE: Duration = Duration::from_secs(12);
+/// Below the 10 s of metrics-server and Prometheus, which then hear the last word. The agent's own deadline is shorter:
+/// it says what it has.
+const DEADLINE: Duration = Duration::from_secs(9);
 /// A rate over less says nothing.
 const SHORTEST_RATE: i64 = 500_000_000;
 
@@ -65,60 +71,150 @@ pub struct Snapshot {
     pub failed: Option<String>,
 }
 
+/// What the running pods use, by the agent's word.
+type Said = Result<Vec<pb::PodStats>, String>;
+
+/// Puts the question to the agent.
+type Ask =
+    Box<dyn Fn() -> BoxFuture<'static, Result<Vec<pb::PodStats>, tonic::Status>> + Send + Sync>;
+
+/// How a question ended.
+struct Answer {
+    at: Instant,
+    time: Timestamp,
+    said: Said,
+}
+
+impl Answer {
+    fn now(said: Said) -> Self {
+        Self {
+            at: Instant::now(),
+            time: Timestamp::now(),
+            said,
+        }
+    }
+}
+
+/// Held by one asker at a time.
+#[derive(Default)]
+struct State {
+    /// The last answer, and when it came.
+    last: Option<(Instant, Arc<Snapshot>)>,
+    /// At most one; owned here, so that it outlives its asker.
+    question: JoinSet<Answer>,
+}
+
+impl State {
+    /// The last answer where it still serves.
+    fn fresh(&self) -> Option<Arc<Snapshot>> {
+        let (at, snapshot) = self.last.as_ref()?;
+        let serves = if snapshot.failed.is_some() {
+            AGAIN
+        } else {
+            FRESH
+        };
+        (at.elapsed() < serves).then(|| Arc::clone(snapshot))
+    }
+
+    /// The answer to the question under way, or to a new one. Cancel safe: who asks next waits for the same.
+    async fn answer(&mut self, ask: &Ask) -> Answer {
+        if self.question.is_empty() {
+            let asked = tokio::time::timeout(DEADLINE, ask());
+            self.question.spawn(async {
+                Answer::now(match asked.await {
+                    Ok(answered) => answered.map_err(|status| status.message().to_owned()),
+                    Err(_) => Err(format!("no answer in {} s", DEADLINE.as_secs())),
+                })
+            });
+        }
+        let answered = self.question.join_next().await.and_then(Result::ok);
+        answered.unwrap_or_else(|| Answer::now(Err("the question broke off".to_owned())))
+    }
+}
+
 /// See the module.
-#[derive(Debug)]
 pub struct Stats {
-    agent: Agent,
+    ask: Ask,
+    link: watch::Receiver<Link>,
     store: Store,
     started: Timestamp,
-    last: tokio::sync::Mutex<Option<(Instant, Arc<Snapshot>)>>,
+    state: tokio::sync::Mutex<State>,
+}
+
+impl std::fmt::Debug for Stats {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stats").finish_non_exhaustive()
+    }
 }
 
 impl Stats {
-    /// Asks this agent about the pods of this store.
+    /// Asks this agent about the pods of this store, while this link is up.
     #[must_use]
-    pub fn new(agent: Agent, store: Store) -> Self {
+    pub fn new(agent: Agent, link: watch::Receiver<Link>, store: Store) -> Self {
+        let ask = move || {
+            let agent = agent.clone();
+            Box::pin(async move { agent.stats().await }) as BoxFuture<'static, _>
+        };
+        Self::asking(Box::new(ask), link, store)
+    }
+
+    fn asking(ask: Ask, link: watch::Receiver<Link>, store: Store) -> Self {
         Self {
-            agent,
+            ask,
+            link,
             store,
             started: Timestamp::now(),
-            last: tokio::sync::Mutex::default(),
+            state: tokio::sync::Mutex::default(),
         }
     }
 
-    /// The measurement, at most [`FRESH`] old. Cancel safe: who waits meanwhile asks again.
+    /// The measurement, at most [`FRESH`] old. Cancel safe: the question goes on, for who asks next.
     pub async fn snapshot(&self, memory_capacity: u64) -> Arc<Snapshot> {
-        let mut last = self.last.lock().await;
-        if let Some((at, snapshot)) = &*last {
-            let serves = if snapshot.failed.is_some() {
-                AGAIN
-            } else {
-                FRESH
-            };
-            if at.elapsed() < serves {
-                return Arc::clone(snapshot);
+        let mut state = self.state.lock().await;
+        loop {
+            if let Some(snapshot) = state.fresh() {
+                return snapshot;
             }
+            let answer = tokio::select! {
+                // Asks nothing where nobody hears it.
+                biased;
+                words = self.down() => {
+                    let answer = Answer::now(Err(words));
+                    return self.next(&state, answer, memory_capacity);
+                }
+                answer = state.answer(&self.ask) => answer,
+            };
+            // One that came when its asker had left may be old by now.
+            let at = answer.at;
+            let snapshot = self.next(&state, answer, memory_capacity);
+            state.last = Some((at, snapshot));
         }
-        let before = last.as_ref().map(|(_, snapshot)| Arc::clone(snapshot));
-        let began = Instant::now();
-        let measured = match tokio::time::timeout(DEADLINE, self.agent.stats()).await {
-            Ok(Ok(stats)) => Ok(stats),
-            Ok(Err(status)) => Err(status.message().to_owned()),
-            Err(_) => Err(format!("no answer in {} s", DEADLINE.as_secs())),
-        };
-        let named = measured.map(|stats| self.ours(stats));
+    }
+
+    /// Returns where the link to the agent is down, with why.
+    async fn down(&self) -> String {
+        let mut link = self.link.clone();
+        let down = link.wait_for(|link| !link.is_up()).await;
+        let words = down.map(|link| format!("no link to the agent: {}", link.message()));
+        match words {
+            Ok(words) => words,
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    fn next(&self, state: &State, answer: Answer, memory_capacity: u64) -> Arc<Snapshot> {
+        let before = state.last.as_ref().map(|(_, snapshot)| &**snapshot);
+        let named = answer.said.map(|stats| self.ours(stats));
         let node = |pods: &[PodMeasured]| {
             let used = pods
                 .iter()
                 .map(|pod| (pod.uid.as_str(), Totals::of(&pod.whole.usage)));
             self.store.used(used)
         };
-        let now = nanos(Timestamp::now());
-        let mut snapshot = assemble(before.as_deref(), named, node, now, nanos(self.started));
+        let now = nanos(answer.time);
+        let mut snapshot = assemble(before, named, node, now, nanos(self.started));
         snapshot.memory_capacity = memory_capacity;
-        let snapshot = Arc::new(snapshot);
-        *last = Some((began, Arc::clone(&snapshot)));
-        snapshot
+        Arc::new(snapshot)
     }
 
     /// Those of the node's own pods, by the names Kubernetes has for them.

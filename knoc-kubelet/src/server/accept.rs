@@ -13,6 +13,7 @@ use futures::FutureExt as _;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::sockopt;
 use rustls_pki_types::CertificateDer;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -30,6 +31,12 @@ use super::tls::Tls;
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// The real kubelet's idle time; hyper counts it while it waits for a request's head.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
+/// A client host that dies says nothing: after so long without a byte it is asked,
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+/// then so often,
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// and where it leaves so many unanswered, its connection ends, and what runs on it.
+const KEEPALIVE_PROBES: u32 = 3;
 /// Connections at once: a stream each, so 200 execs, 100 followers and a scraper fit many times over.
 const MAX_CONNECTIONS: usize = 2048;
 /// How long requests under way may go on after shutdown began.
@@ -141,11 +148,44 @@ impl Connection {
     }
 
     async fn handshake(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        stream.set_nodelay(true)?;
+        prepare(&stream)?;
         let config = self.tls.config.borrow().clone();
         let accepted = TlsAcceptor::from(config).accept(stream);
         tokio::time::timeout(HANDSHAKE_DEADLINE, accepted)
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+/// Sets a connection's options. There is no `TCP_USER_TIMEOUT`: Linux counts it while a client that is alive does not
+/// read, so it would end `kubectl logs -f` in a pager.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_asks_whether_its_client_is_alive() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (stream, _) = accepted.unwrap();
+        assert!(client.is_ok() && !sockopt::socket_keepalive(&stream).unwrap());
+        prepare(&stream).unwrap();
+        assert!(sockopt::socket_keepalive(&stream).unwrap() && stream.nodelay().unwrap());
+        let times = [
+            sockopt::tcp_keepidle(&stream).unwrap(),
+            sockopt::tcp_keepintvl(&stream).unwrap(),
+        ];
+        assert_eq!(times, [Duration::from_secs(30), Duration::from_secs(10)]);
+        assert_eq!(sockopt::tcp_keepcnt(&stream).unwrap(), 3);
     }
 }

@@ -14,6 +14,7 @@ use knoc_proto::pb;
 use super::query::Query;
 use super::remote::{self, RemoteError, Start, Streams};
 use super::remotecommand::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted};
+use super::stop::Stop;
 use super::target::{Place, Refusal};
 use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
 use super::{Context, spdy, websocket};
@@ -94,8 +95,13 @@ fn answer(
         Ok(prepared) => prepared,
         Err(refusal) => return refusal.into_response(),
     };
+    let call = match context.calls.take() {
+        Ok(call) => Some(call),
+        Err(busy) => return busy.into_response(),
+    };
     let Place { target, container } = place;
     let purpose = Purpose {
+        call,
         verb: start.verb(),
         target: format!("{}/{}/{container}", target.namespace, target.pod),
     };
@@ -123,16 +129,17 @@ fn over_spdy(
     purpose: Purpose,
 ) -> Result<Response, Refused> {
     let (answer, version) = upgrade::spdy(request.headers(), &SPDY_VERSIONS)?;
-    let backend = Arc::clone(&context.backend);
+    let (backend, cut) = (Arc::clone(&context.backend), context.cut.clone());
     let name = purpose.target.clone();
     let serve = async move |io: Io| {
         let (session, incoming) = spdy::session(io);
+        let stop = Stop::new(cut, session.activity());
         let relay = async {
             let streams = Streams::of_spdy(incoming, wanted, version).await?;
-            remote::serve(&*backend, start, streams, version).await;
+            remote::serve(&*backend, start, streams, version, &stop).await;
             Ok::<(), RemoteError>(())
         };
-        together(session.run(), relay, &name).await;
+        together(session.run(), relay, &stop, &name).await;
     };
     Ok(upgrade::switch(context, request, answer, purpose, serve))
 }
@@ -146,16 +153,17 @@ fn over_websocket(
 ) -> Result<Response, Refused> {
     let (answer, (version, encoding)) =
         upgrade::websocket(request.headers(), &WEBSOCKET_VERSIONS, WEBSOCKET_UNNAMED)?;
-    let backend = Arc::clone(&context.backend);
+    let (backend, cut) = (Arc::clone(&context.backend), context.cut.clone());
     let name = purpose.target.clone();
     let serve = async move |io: Io| {
         let (session, channels) = websocket::session(io, encoding, &wanted.writable());
+        let stop = Stop::new(cut, session.activity());
         let relay = async {
             let streams = Streams::of_websocket(channels, wanted).await;
-            remote::serve(&*backend, start, streams, version).await;
+            remote::serve(&*backend, start, streams, version, &stop).await;
             Ok::<(), RemoteError>(())
         };
-        together(session.run(), relay, &name).await;
+        together(session.run(), relay, &stop, &name).await;
     };
     Ok(upgrade::switch(context, request, answer, purpose, serve))
 }

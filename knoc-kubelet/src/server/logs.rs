@@ -38,10 +38,16 @@ pub(super) async fn container_logs(
         Ok(request) => request,
         Err(Refusal(status, text)) => return (status, text).into_response(),
     };
+    let call = match context.calls.take() {
+        Ok(call) => call,
+        Err(busy) => return busy.into_response(),
+    };
     let what = format!("{namespace}/{name}/{container}");
     match context.backend.read_logs(request).await {
         Ok(stream) => {
             let stream = stream.or_else(move |status| {
+                // Its place goes with the stream.
+                let _call = &call;
                 warn!(container = what, code = ?status.code(), error = status.message(), "a log stream broke off");
                 // Lets the connection flush what came before, which it would not do on an error.
                 tokio::task::yield_now().map(|()| Err(status))

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use futures::future::join_all;
 
 use super::query::Query;
+use super::stop::Stop;
 use super::streams::Outlet;
 use super::target::{Refusal, Target};
 use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
@@ -76,8 +77,11 @@ fn answer(
         backend: Arc::clone(&context.backend),
         pod: target.pod.clone(),
         uid,
+        calls: context.calls.clone(),
     };
     let purpose = Purpose {
+        // Each of its connections is a call.
+        call: None,
         verb: "portforward",
         target: format!("{}/{}", target.namespace, target.pod),
     };
@@ -95,10 +99,12 @@ fn over_spdy(
     purpose: Purpose,
 ) -> Result<Response, Refused> {
     let (answer, ()) = upgrade::spdy(request.headers(), &SPDY_PROTOCOLS)?;
-    let name = purpose.target.clone();
+    let (name, cut) = (purpose.target.clone(), context.cut.clone());
     let serve = async move |io: Io| {
         let (session, incoming) = spdy::session(io);
-        together(session.run(), pairs::serve(incoming, &goal), &name).await;
+        let stop = Stop::new(cut, session.activity());
+        let relay = pairs::serve(incoming, &goal, &stop);
+        together(session.run(), relay, &stop, &name).await;
     };
     Ok(upgrade::switch(context, request, answer, purpose, serve))
 }
@@ -112,12 +118,14 @@ fn over_websocket(
 ) -> Result<Response, Refused> {
     let headers = request.headers();
     let (answer, form) = upgrade::websocket(headers, &WEBSOCKET_PROTOCOLS, WEBSOCKET_UNNAMED)?;
-    let name = purpose.target.clone();
+    let (name, cut) = (purpose.target.clone(), context.cut.clone());
     match form {
         Form::Tunnel => {
             let serve = async move |io: Io| {
                 let (session, incoming) = spdy::session(Tunnel::new(io));
-                together(session.run(), pairs::serve(incoming, &goal), &name).await;
+                let stop = Stop::new(cut, session.activity());
+                let relay = pairs::serve(incoming, &goal, &stop);
+                together(session.run(), relay, &stop, &name).await;
             };
             Ok(upgrade::switch(context, request, answer, purpose, serve))
         }
@@ -129,8 +137,9 @@ fn over_websocket(
                 // Data, which the client may write, then errors, which it may not; for each port.
                 let writable: Vec<bool> = ports.iter().flat_map(|_| [true, false]).collect();
                 let (session, channels) = websocket::session(io, encoding, &writable);
-                let relay = on_channels(channels, &ports, &goal);
-                together(session.run(), relay, &name).await;
+                let stop = Stop::new(cut, session.activity());
+                let relay = on_channels(channels, &ports, &goal, &stop);
+                together(session.run(), relay, &stop, &name).await;
             };
             Ok(upgrade::switch(context, request, answer, purpose, serve))
         }
@@ -142,6 +151,7 @@ async fn on_channels(
     mut channels: Channels,
     ports: &[u16],
     goal: &Goal,
+    stop: &Stop,
 ) -> Result<(), std::convert::Infallible> {
     let mut relays = Vec::new();
     for (number, port) in (0u8..).zip(ports) {
@@ -160,7 +170,7 @@ async fn on_channels(
             // A client that has gone ends the session.
             drop(outlet.send(greeting.clone()).await);
         }
-        relays.push(connection.serve(goal));
+        relays.push(connection.serve(goal, stop));
     }
     drop(channels);
     join_all(relays).await;

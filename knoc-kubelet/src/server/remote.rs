@@ -16,6 +16,7 @@ use tracing::debug;
 
 use super::remotecommand::{Ending, Resizes, Role, Version, Wanted};
 use super::spdy::Incoming;
+use super::stop::Stop;
 use super::streams::{Closed, End, Inlet, Outlet};
 use super::websocket::Channels;
 use super::{Backend, ExecStream};
@@ -125,25 +126,32 @@ impl Streams {
     ) -> Result<Self, RemoteError> {
         let expected = wanted.streams(version);
         let mut streams = Self::default();
-        let mut opened = 0;
+        let mut opened = Vec::new();
         let all = async {
-            while opened < expected {
+            while opened.len() < expected {
                 let stream = incoming.next().await.ok_or(RemoteError::Left)?;
                 let kind = stream.headers().get("streamtype").unwrap_or_default();
-                let Some(role) = Role::parse(kind) else {
-                    debug!(kind, "refused a stream of unknown type");
+                let role = Role::parse(kind).filter(|role| !opened.contains(role));
+                let Some(role) = role else {
+                    debug!(
+                        stream = stream.id(),
+                        "refused a stream whose type is unknown or there already"
+                    );
                     stream.refuse().await;
                     continue;
                 };
                 let (inlet, sender) = stream.accept().await;
                 streams.take(role, Some(inlet), Outlet::Spdy(sender));
-                opened += 1;
+                opened.push(role);
             }
             Ok(())
         };
         match tokio::time::timeout(STREAMS_DEADLINE, all).await {
             Ok(taken) => taken.map(|()| streams),
-            Err(_) => Err(RemoteError::Streams { opened, expected }),
+            Err(_) => Err(RemoteError::Streams {
+                opened: opened.len(),
+                expected,
+            }),
         }
     }
 
@@ -164,14 +172,19 @@ impl Streams {
     }
 }
 
-/// Runs what is asked for on the client's streams and tells the client how it ended.
+/// Runs what is asked for on the client's streams and tells the client how it ended, or why we end it.
 pub(super) async fn serve(
     backend: &dyn Backend,
     start: Start,
     mut streams: Streams,
     version: Version,
+    stop: &Stop,
 ) {
-    let ending = run(backend, &start, &mut streams).await;
+    let ending = tokio::select! {
+        biased;
+        ending = run(backend, &start, &mut streams) => ending,
+        why = stop.why() => Ending::Failed(start.about(), why),
+    };
     for outlet in [streams.stdout.take(), streams.stderr.take()]
         .into_iter()
         .flatten()

@@ -6,7 +6,7 @@
 //! either, one slow stream holds up its connection (as it does in every kubelet) and no other.
 //!
 //! The end: when `Incoming` and all halves of streams are dropped, what is queued is written, then GOAWAY, and the peer
-//! gets [`LINGER`] to close. A peer that closes first ends `run` at once, and with it every stream. A GOAWAY of the peer
+//! gets [`LINGER`] to close. A peer that closes first ends every stream at once, and `run` when our side is shut down. A GOAWAY of the peer
 //! ends `Incoming`; streams that are open go on.
 //!
 //! What a session never does: open streams of its own, wait for WINDOW_UPDATE, or lose the state of the header
@@ -206,6 +206,11 @@ impl<Io> Session<Io>
 where
     Io: AsyncRead + AsyncWrite,
 {
+    /// When a byte last moved.
+    pub(super) fn activity(&self) -> Activity {
+        self.activity.clone()
+    }
+
     /// What was received and waits.
     #[cfg(test)]
     fn budget(&self) -> Budget {
@@ -216,23 +221,30 @@ where
     pub(super) async fn run(self) -> Result<(), SessionError> {
         let Self {
             input,
-            output,
+            mut output,
             reader,
             queue,
             activity,
         } = self;
         let last = reader.last_id();
         let mut read = std::pin::pin!(reader.run(input));
-        let written = tokio::select! {
+        let first = tokio::select! {
             biased;
-            ended = read.as_mut() => return ended,
-            written = writer::run(output, queue, last, activity.clone()) => written,
-            () = activity.idle() => return Err(SessionError::Idle),
+            ended = read.as_mut() => Err(ended),
+            written = writer::run(&mut output, queue, last, activity.clone()) => Ok(written),
+            () = activity.overdue() => return Err(SessionError::Idle),
         };
-        // Closed last: closing before the peer has read all would lose what is on its way.
-        let mut output = written?;
-        let ended = tokio::time::timeout(LINGER, read).await;
+        let ended = match first {
+            Ok(written) => {
+                written?;
+                // Closed last: closing before the peer has read all would lose what is on its way.
+                let ended = tokio::time::timeout(LINGER, read).await;
+                ended.unwrap_or(Ok(()))
+            }
+            // Closed too: TLS has an end of its own, and so has a WebSocket that carries us.
+            Err(ended) => ended,
+        };
         drop(tokio::time::timeout(LINGER, output.shutdown()).await);
-        ended.unwrap_or(Ok(()))
+        ended
     }
 }

@@ -27,6 +27,9 @@ const COPIED: usize = 16 << 10;
 /// As `streamingConnectionIdleTimeout` of a real kubelet: no stream opened, no byte moved. Pings do not count.
 pub(super) const IDLE: Duration = Duration::from_hours(4);
 
+/// From the word that a session shall end until it is cut: a status and the client's own closing fit it.
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(3);
+
 /// What happens on the client's half of a stream.
 #[derive(Debug)]
 enum Item {
@@ -111,6 +114,11 @@ impl Feed {
         if let Ok(room) = room {
             drop(self.items.send(Item::Data { data, _room: room }).await);
         }
+    }
+
+    /// Nobody reads the stream any more.
+    pub(super) fn is_closed(&self) -> bool {
+        self.items.is_closed()
     }
 
     /// The client has said all.
@@ -248,9 +256,18 @@ impl Activity {
 
     /// Returns when nothing has moved for [`IDLE`].
     pub(super) async fn idle(&self) {
+        self.still(IDLE).await;
+    }
+
+    /// Returns when nothing has moved for [`IDLE`], and its relay has not ended the session since.
+    pub(super) async fn overdue(&self) {
+        self.still(IDLE + LAST_WORDS).await;
+    }
+
+    async fn still(&self, time: Duration) {
         loop {
             let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
-            let deadline = self.start + last + IDLE;
+            let deadline = self.start + last + time;
             if deadline <= Instant::now() {
                 return;
             }

@@ -6,6 +6,7 @@ mod exec;
 pub(super) mod harness;
 mod identity;
 mod lifecycle;
+mod limits;
 mod logs;
 mod portforward;
 mod refused;

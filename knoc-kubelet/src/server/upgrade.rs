@@ -13,7 +13,9 @@ use knoc_proto::error::chain;
 use tracing::{debug, info};
 
 use super::Context;
+use super::limits::Place;
 use super::remotecommand::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
+use super::stop::Stop;
 use super::target::Refusal;
 use super::websocket::handshake::{self, BadHandshake};
 
@@ -59,12 +61,14 @@ pub(super) struct Answer {
 }
 
 /// What a connection is for.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Purpose {
     /// exec, attach, portforward: as RBAC names them.
     pub(super) verb: &'static str,
     /// Namespace, pod and what in it.
     pub(super) target: String,
+    /// Among the calls to the agent, where the session is one.
+    pub(super) call: Option<Place>,
 }
 
 /// An answer that is not 101.
@@ -143,7 +147,7 @@ fn bad_handshake(bad: &BadHandshake) -> Response {
     }
 }
 
-/// Answers 101, and has a task of the server count and serve the connection. Our shutdown cuts it when the drain is over.
+/// Answers 101 (503 where too many sessions go on), and has a task of the server count and serve the connection. `serve` ends it when we do: [`together`].
 pub(super) fn switch<S, F>(
     context: &Arc<Context>,
     mut request: Request,
@@ -155,26 +159,27 @@ where
     S: FnOnce(Io) -> F + Send + 'static,
     F: Future<Output = ()> + Send,
 {
+    let place = match context.sessions.take() {
+        Ok(place) => place,
+        Err(busy) => return busy.into_response(),
+    };
     let upgraded = hyper::upgrade::on(&mut request);
     let Answer { headers, protocol } = answer;
-    let Purpose { verb, target: what } = purpose;
-    let (cut, backend) = (context.cut.clone(), Arc::clone(&context.backend));
+    let Purpose {
+        verb,
+        target: what,
+        call,
+    } = purpose;
+    let backend = Arc::clone(&context.backend);
     debug!(verb, stream = what, protocol, "upgraded");
     context.streams.spawn(async move {
-        let io = match upgraded.await {
+        let _places = (place, call);
+        match upgraded.await {
             Ok(io) => {
                 backend.metrics().session(verb, protocol);
-                TokioIo::new(io)
+                serve(TokioIo::new(io)).await;
             }
-            Err(error) => {
-                debug!(%error, stream = what, "the client left before the upgrade");
-                return;
-            }
-        };
-        tokio::select! {
-            biased;
-            () = cut.cancelled() => info!(stream = what, "the stream was cut by our shutdown"),
-            () = serve(io) => {}
+            Err(error) => debug!(%error, stream = what, "the client left before the upgrade"),
         }
     });
     let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
@@ -185,20 +190,32 @@ where
 }
 
 /// Runs a session with the relay of its streams: it ends when the client does, or when the relay has let go of its
-/// streams and all is written.
+/// streams and all is written. Where we end it, the relay says so first; what is not written by then is cut.
 pub(super) async fn together<S, R>(
     session: impl Future<Output = Result<(), S>>,
     relay: impl Future<Output = Result<(), R>>,
+    stop: &Stop,
     what: &str,
 ) where
     S: Error + 'static,
     R: Error + 'static,
 {
     let (mut session, mut relay) = (std::pin::pin!(session), std::pin::pin!(relay));
+    let both = async {
+        tokio::select! {
+            biased;
+            ended = session.as_mut() => (ended, Ok(())),
+            relayed = relay.as_mut() => (session.await, relayed),
+        }
+    };
     let (ended, relayed) = tokio::select! {
+        // Hears of the end before the relay does, whose last words are something that moves.
         biased;
-        ended = session.as_mut() => (ended, Ok(())),
-        relayed = relay.as_mut() => (session.await, relayed),
+        why = stop.overdue() => {
+            info!(stream = what, why, "the stream was cut");
+            return;
+        }
+        both = both => both,
     };
     if let Err(error) = ended {
         debug!(stream = what, error = %chain(&error), "the client's connection ended");

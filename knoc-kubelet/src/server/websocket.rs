@@ -178,6 +178,11 @@ impl<Io> Session<Io>
 where
     Io: AsyncRead + AsyncWrite,
 {
+    /// When a byte last moved.
+    pub(super) fn activity(&self) -> Activity {
+        self.activity.clone()
+    }
+
     /// What was received and waits.
     #[cfg(test)]
     pub(super) fn budget(&self) -> Budget {
@@ -199,7 +204,7 @@ where
             biased;
             ended = read.as_mut() => Err(ended),
             written = write(&mut output, self.queue, self.encoding, &self.activity) => Ok(written),
-            () = self.activity.idle() => return Err(SocketError::Idle),
+            () = self.activity.overdue() => return Err(SocketError::Idle),
         };
         let ended = match first {
             Ok(written) => {

@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use super::*;
 
 const SECOND: i64 = 1_000_000_000;
@@ -97,4 +99,72 @@ fn an_agent_that_is_away_leaves_its_last_word() {
     assert_eq!((&away.pods, &away.node), (&first.pods, &first.node));
     let never = assemble(None, Err("gone".to_owned()), none, 9 * SECOND, 1);
     assert_eq!(never.pods, []);
+}
+
+/// An agent that answers each question after `takes`, with its link and how often it was asked.
+fn agent(takes: Duration) -> (Stats, watch::Sender<Link>, Arc<AtomicU32>) {
+    let up = Link::Up {
+        info: Arc::default(),
+        since: Timestamp::UNIX_EPOCH,
+    };
+    let (link, up) = watch::channel(up);
+    let asked = Arc::<AtomicU32>::default();
+    let count = Arc::clone(&asked);
+    let ask: Ask = Box::new(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+        Box::pin(async move {
+            tokio::time::sleep(takes).await;
+            Ok(Vec::new())
+        })
+    });
+    (Stats::asking(ask, up, Store::default()), link, asked)
+}
+
+async fn failed(stats: &Stats) -> Option<String> {
+    stats.snapshot(0).await.failed.clone()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_question_outlives_its_asker() {
+    let (stats, _link, asked) = agent(Duration::from_secs(7));
+    let start = Instant::now();
+    let left = tokio::time::timeout(Duration::from_secs(5), stats.snapshot(0));
+    assert!(left.await.is_err());
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(failed(&stats).await, None);
+    assert_eq!(start.elapsed().as_secs(), 15, "it was answered meanwhile");
+    // From the answer at 7 s, not from when somebody took it.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(failed(&stats).await, None);
+    assert_eq!(start.elapsed().as_secs(), 25);
+    assert_eq!(asked.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_hangs_is_given_up_before_a_scraper_leaves() {
+    let (stats, _link, asked) = agent(Duration::MAX);
+    let start = Instant::now();
+    let scrape = tokio::time::timeout(Duration::from_secs(10), failed(&stats));
+    let words = scrape.await.expect("the scraper has left");
+    assert_eq!(words.as_deref(), Some("no answer in 9 s"));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(failed(&stats).await.is_some(), "the same answer");
+    assert_eq!(start.elapsed().as_secs(), 10, "at once");
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_for_a_link_that_is_down() {
+    let (stats, link, asked) = agent(Duration::MAX);
+    let start = Instant::now();
+    let cut = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        link.send_replace(Link::never());
+    };
+    let (words, ()) = tokio::join!(failed(&stats), cut);
+    let down = Some("no link to the agent: not connected yet");
+    assert_eq!(words.as_deref(), down);
+    assert_eq!(failed(&stats).await.as_deref(), down);
+    assert_eq!(start.elapsed().as_secs(), 1);
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
 }

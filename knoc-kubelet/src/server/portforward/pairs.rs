@@ -1,7 +1,7 @@
 //! Port-forward over SPDY: for each connection the client opens two streams, `error` and `data`, which find each other by
 //! their `requestid`; without one the data stream's id follows the error stream's. Many run at once on a connection.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 
 use futures::StreamExt as _;
@@ -11,9 +11,16 @@ use tracing::{debug, info};
 
 use super::super::remote::STREAMS_DEADLINE;
 use super::super::spdy::{Headers, Incoming, Stream};
+use super::super::stop::Stop;
 use super::super::streams::{Inlet, Outlet};
 use super::options;
 use super::relay::{Connection, Goal};
+
+/// The most bytes of a stream's `port` and `requestid`, which are kept and logged: clients count, or write a UUID.
+const MAX_VALUE: usize = 64;
+
+/// What half a pair is told whose partner does not come, as upstream.
+const LATE: &str = "timed out waiting for streams";
 
 /// Which of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,35 +32,40 @@ enum Role {
 /// What a stream's headers say.
 #[derive(Debug, PartialEq, Eq)]
 struct Asked {
+    id: u32,
     role: Role,
     port: u16,
     request: String,
 }
 
-/// Reads the headers of stream `id`; the text says what is wrong with them, in upstream's words.
+/// Reads the headers of stream `id`; the text says what is wrong with them, in upstream's words (save for the bound).
 fn asked(id: u32, headers: &Headers) -> Result<Asked, String> {
-    let required = |name: &str| match headers.get(name) {
-        None | Some("") => Err(format!("{name:?} header is required")),
-        Some(value) => Ok(value),
+    let bounded = |name: &str| match headers.get(name) {
+        Some(value) if value.len() > MAX_VALUE => {
+            Err(format!("{name:?} header is longer than {MAX_VALUE} bytes"))
+        }
+        value => Ok(value.filter(|value| !value.is_empty())),
     };
+    let required =
+        |name: &str| bounded(name)?.ok_or_else(|| format!("{name:?} header is required"));
     let port = options::parse(required("port")?).map_err(|bad| bad.to_string())?;
     let role = match required("streamtype")? {
         "error" => Role::Error,
         "data" => Role::Data,
         other => return Err(format!("invalid stream type {other:?}")),
     };
-    let request = match headers.get("requestid") {
-        Some(named) if !named.is_empty() => named.to_owned(),
-        _ => {
-            let first = match role {
-                Role::Error => id,
-                Role::Data => id.saturating_sub(2),
-            };
-            // Never the name that a client gave to another pair.
-            format!("stream {first}")
-        }
+    let request = if let Some(named) = bounded("requestid")? {
+        named.to_owned()
+    } else {
+        let first = match role {
+            Role::Error => id,
+            Role::Data => id.saturating_sub(2),
+        };
+        // Never the name that a client gave to another pair.
+        format!("stream {first}")
     };
     Ok(Asked {
+        id,
         role,
         port,
         request,
@@ -66,23 +78,25 @@ enum Half {
     Data(u16, Inlet, Outlet),
 }
 
-/// Halves that wait for their partner, and since when.
+/// Halves that wait for their partner.
 #[derive(Default)]
 struct Waiting {
-    halves: HashMap<String, (Half, Instant)>,
-    /// In order of their deadlines; may name pairs that are complete.
-    order: VecDeque<(String, Instant)>,
+    /// By the name of their pair, each with the id of its stream.
+    halves: HashMap<String, (Half, u32)>,
+    /// Since when each waits, by the id of its stream: ids grow, so this is the order of their deadlines.
+    order: BTreeMap<u32, (String, Instant)>,
 }
 
 impl Waiting {
     /// Takes a stream; a connection where its partner is there already.
     async fn take(&mut self, asked: Asked, inlet: Inlet, outlet: Outlet) -> Option<Connection> {
         let Asked {
+            id,
             role,
             port,
             request,
         } = asked;
-        let (first, since) = match (self.halves.remove(&request), role) {
+        let (first, place) = match (self.remove(&request), role) {
             (Some((Half::Error(error), _)), Role::Data) => {
                 let data = outlet;
                 return Some(Connection {
@@ -101,76 +115,105 @@ impl Waiting {
                     error,
                 });
             }
-            (Some((Half::Error(first), since)), Role::Error) => {
+            (Some((Half::Error(first), place)), Role::Error) => {
                 outlet.reset().await;
                 let text = format!(
                     "error processing stream for request {request}: error stream already assigned"
                 );
                 drop(first.send(text.into()).await);
-                (Half::Error(first), since)
+                (Half::Error(first), place)
             }
-            (Some((first @ Half::Data(..), since)), Role::Data) => {
+            (Some((first @ Half::Data(..), place)), Role::Data) => {
                 debug!(request, "data stream already assigned");
                 outlet.reset().await;
-                (first, since)
+                (first, place)
             }
             (None, role) => {
-                let since = Instant::now();
-                self.order.push_back((request.clone(), since));
                 let half = match role {
                     Role::Error => Half::Error(outlet),
                     Role::Data => Half::Data(port, inlet, outlet),
                 };
-                (half, since)
+                (half, (id, Instant::now()))
             }
         };
-        self.halves.insert(request, (first, since));
+        self.insert(request, first, place);
         None
+    }
+
+    fn insert(&mut self, request: String, half: Half, (id, since): (u32, Instant)) {
+        self.order.insert(id, (request.clone(), since));
+        self.halves.insert(request, (half, id));
+    }
+
+    /// A half, with what it is ordered by.
+    fn remove(&mut self, request: &str) -> Option<(Half, (u32, Instant))> {
+        let (half, id) = self.halves.remove(request)?;
+        let (_, since) = self.order.remove(&id)?;
+        Some((half, (id, since)))
     }
 
     /// Waits until the oldest half has waited too long, and takes it out; pending while there is none. Cancel safe.
     async fn expired(&mut self) -> (String, Half) {
-        loop {
-            let Some((request, since)) = self.order.front() else {
-                return std::future::pending().await;
-            };
-            let waits = self.halves.get(request);
-            if waits.is_some_and(|(_, began)| began == since) {
-                tokio::time::sleep_until(*since + STREAMS_DEADLINE).await;
-            }
-            let Some((request, since)) = self.order.pop_front() else {
-                continue;
-            };
-            match self.halves.remove(&request) {
-                Some((half, began)) if began == since => return (request, half),
-                Some(later) => drop(self.halves.insert(request, later)),
-                None => {}
+        if let Some((_, (request, since))) = self.order.first_key_value() {
+            let request = request.clone();
+            tokio::time::sleep_until(*since + STREAMS_DEADLINE).await;
+            if let Some((half, _)) = self.remove(&request) {
+                return (request, half);
             }
         }
+        std::future::pending().await
     }
 }
 
-/// Serves pairs until the client opens no more and all have ended.
-pub(super) async fn serve(mut incoming: Incoming, goal: &Goal) -> Result<(), Infallible> {
+/// Serves pairs until the client opens no more and all have ended, or we end the session.
+pub(super) async fn serve(
+    mut incoming: Incoming,
+    goal: &Goal,
+    stop: &Stop,
+) -> Result<(), Infallible> {
     let mut waiting = Waiting::default();
     let mut relays = FuturesUnordered::new();
     loop {
-        // New streams first, so that a busy relay holds up none.
+        // The end first, then new streams, so that a busy relay holds up none.
         tokio::select! {
             biased;
+            why = stop.why() => {
+                for (request, (half, _)) in waiting.halves.drain() {
+                    beside(&mut relays, give_up(&request, half, &why)).await;
+                }
+                break;
+            }
             stream = incoming.next() => match stream {
                 None => break,
                 Some(stream) => {
-                    let connection = taken(&mut waiting, stream).await;
-                    relays.extend(connection.map(|connection| connection.serve(goal)));
+                    let connection = beside(&mut relays, taken(&mut waiting, stream)).await;
+                    relays.extend(connection.map(|connection| connection.serve(goal, stop)));
                 }
             },
-            (request, half) = waiting.expired() => give_up(&request, half).await,
+            (request, half) = waiting.expired() => {
+                beside(&mut relays, give_up(&request, half, LATE)).await;
+            }
             Some(()) = relays.next() => {}
         }
     }
     while relays.next().await.is_some() {}
     Ok(())
+}
+
+/// Does something that may wait for a place in the session's queue, which relays wait for too: they are first, and would
+/// keep the places that they are given without using them, were they not polled meanwhile.
+async fn beside<T>(
+    relays: &mut FuturesUnordered<impl Future<Output = ()>>,
+    work: impl Future<Output = T>,
+) -> T {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            biased;
+            done = work.as_mut() => return done,
+            Some(()) = relays.next() => {}
+        }
+    }
 }
 
 async fn taken(waiting: &mut Waiting, stream: Stream) -> Option<Connection> {
@@ -188,11 +231,11 @@ async fn taken(waiting: &mut Waiting, stream: Stream) -> Option<Connection> {
 }
 
 /// Tells the client, where it has opened what it could hear it on.
-async fn give_up(request: &str, half: Half) {
-    info!(request, "half a pair of a port-forward's streams");
+async fn give_up(request: &str, half: Half, why: &str) {
+    info!(request, why, "half a pair of a port-forward's streams");
     match half {
         Half::Error(error) => {
-            let text = format!("(request={request}) timed out waiting for streams");
+            let text = format!("(request={request}) {why}");
             drop(error.finish(text.into()).await);
         }
         Half::Data(_, _, data) => data.reset().await,
@@ -202,6 +245,8 @@ async fn give_up(request: &str, half: Half) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::spdy;
+    use crate::server::spdy::tests::Peer;
 
     fn headers(pairs: &[(&str, &str)]) -> Headers {
         let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
@@ -212,6 +257,7 @@ mod tests {
     fn reads_pairs_with_and_without_an_id() {
         let with = headers(&[("streamtype", "data"), ("port", "80"), ("requestid", "7")]);
         let expected = Asked {
+            id: 9,
             role: Role::Data,
             port: 80,
             request: "7".to_owned(),
@@ -229,7 +275,8 @@ mod tests {
 
     #[test]
     fn says_what_is_wrong_in_upstreams_words() {
-        let cases: [(&[(&str, &str)], &str); 5] = [
+        let long = "7".repeat(MAX_VALUE + 1);
+        let cases: [(&[(&str, &str)], &str); 7] = [
             (&[("streamtype", "data")], "\"port\" header is required"),
             (&[("port", "")], "\"port\" header is required"),
             (&[("port", "0")], "port \"0\" must be > 0"),
@@ -238,9 +285,50 @@ mod tests {
                 &[("port", "80"), ("streamtype", "x")],
                 "invalid stream type \"x\"",
             ),
+            (
+                &[("port", &long)],
+                "\"port\" header is longer than 64 bytes",
+            ),
+            (
+                &[("port", "80"), ("streamtype", "data"), ("requestid", &long)],
+                "\"requestid\" header is longer than 64 bytes",
+            ),
         ];
         for (pairs, text) in cases {
             assert_eq!(asked(1, &headers(pairs)), Err(text.to_owned()));
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_is_what_waits() {
+        let (near, far) = tokio::io::duplex(1 << 16);
+        let (session, mut incoming) = spdy::session(near);
+        let mut waiting = Waiting::default();
+        let pairs = async {
+            let mut peer = Peer::new(far);
+            peer.open(1, &named("error", "lonely")).await;
+            assert!(next(&mut waiting, &mut incoming).await.is_none());
+            for id in (3..400).step_by(4) {
+                let request = id.to_string();
+                peer.open(id, &named("data", &request)).await;
+                assert!(next(&mut waiting, &mut incoming).await.is_none());
+                peer.open(id + 2, &named("error", &request)).await;
+                assert!(next(&mut waiting, &mut incoming).await.is_some());
+            }
+        };
+        tokio::select! {
+            _ = session.run() => panic!("the session ended"),
+            () = pairs => {}
+        }
+        assert_eq!((waiting.halves.len(), waiting.order.len()), (1, 1));
+    }
+
+    fn named<'a>(kind: &'a str, request: &'a str) -> [(&'a str, &'a str); 3] {
+        [("streamtype", kind), ("port", "80"), ("requestid", request)]
+    }
+
+    async fn next(waiting: &mut Waiting, incoming: &mut Incoming) -> Option<Connection> {
+        let stream = incoming.next().await.unwrap();
+        taken(waiting, stream).await
     }
 }

@@ -10,6 +10,8 @@ use tokio::sync::mpsc;
 use tracing::info;
 
 use super::super::Backend;
+use super::super::limits::{Busy, Limit};
+use super::super::stop::Stop;
 use super::super::streams::{End, Inlet, Outlet};
 
 /// Messages to the agent that wait; the next ones stop the reading from the client.
@@ -21,6 +23,8 @@ pub(super) struct Goal {
     /// The pod's name, for people.
     pub(super) pod: String,
     pub(super) uid: String,
+    /// Where each connection takes its place.
+    pub(super) calls: Limit,
 }
 
 /// A pair of streams and the port that they are for.
@@ -35,13 +39,13 @@ pub(super) struct Connection {
 enum Broken {
     /// The client's affair: it has gone, or wants no more.
     Client,
-    /// The pod's side; the text is for the client.
+    /// The pod's side, or our own end; the text is for the client.
     Pod(String),
 }
 
 impl Connection {
-    /// Relays until both directions have ended, or one has failed.
-    pub(super) async fn serve(self, goal: &Goal) {
+    /// Relays until both directions have ended, or one has failed, or we end it.
+    pub(super) async fn serve(self, goal: &Goal, stop: &Stop) {
         let Self {
             port,
             inlet,
@@ -49,7 +53,11 @@ impl Connection {
             error,
         } = self;
         let mut data = Some(data);
-        let relayed = relay(goal, port, inlet, &mut data).await;
+        let relayed = tokio::select! {
+            biased;
+            relayed = relay(goal, port, inlet, &mut data) => relayed,
+            why = stop.why() => Err(Broken::Pod(why)),
+        };
         match relayed {
             Ok(()) => drop(error.finish(Bytes::new()).await),
             Err(Broken::Client) => error.reset().await,
@@ -76,6 +84,8 @@ async fn relay(
     inlet: Inlet,
     data: &mut Option<Outlet>,
 ) -> Result<(), Broken> {
+    let busy = |busy: Busy| Broken::Pod(busy.to_string());
+    let _call = goal.calls.take().map_err(busy)?;
     let (queue, input) = mpsc::channel(INPUT_QUEUE);
     let start = Input::Start(pb::PortForwardStart {
         uid: goal.uid.clone(),

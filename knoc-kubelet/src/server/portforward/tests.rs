@@ -3,11 +3,15 @@
 use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::sync::CancellationToken;
 
 use super::pairs;
 use super::relay::Goal;
+use crate::server::limits::Limit;
 use crate::server::spdy;
+use crate::server::stop::Stop;
 use crate::server::tests::harness::{FakeBackend, Port};
+use crate::server::upgrade::together;
 
 /// Serves one connection until its end.
 pub(in crate::server) async fn serve<Io: AsyncRead + AsyncWrite>(io: Io, port: Port) {
@@ -18,8 +22,10 @@ pub(in crate::server) async fn serve<Io: AsyncRead + AsyncWrite>(io: Io, port: P
         }),
         pod: "pod".to_owned(),
         uid: "ns-pod".to_owned(),
+        calls: Limit::calls(),
     };
     let (session, incoming) = spdy::session(io);
-    let (ended, served) = tokio::join!(session.run(), pairs::serve(incoming, &goal));
-    drop((ended, served));
+    let stop = Stop::new(CancellationToken::new(), session.activity());
+    let relay = pairs::serve(incoming, &goal, &stop);
+    together(session.run(), relay, &stop, "ns/pod").await;
 }

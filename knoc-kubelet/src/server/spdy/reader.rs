@@ -26,7 +26,7 @@ const LEAST_ROOM: usize = CHUNK / 4;
 pub(super) struct Reader {
     decoder: Decoder,
     inflater: Inflater,
-    /// Streams whose peer half is open, each with its place among [`MAX_STREAMS`].
+    /// Streams whose peer half is open, each with its place among [`MAX_STREAMS`]. Ours may have ended: see `sweep`.
     streams: HashMap<u32, (Feed, Slot)>,
     slots: Arc<Semaphore>,
     budget: Budget,
@@ -139,6 +139,9 @@ impl Reader {
         let last = self.last.load(Ordering::Relaxed);
         self.last.store(last.max(id), Ordering::Relaxed);
         let wrong = id.is_multiple_of(2) || id <= last;
+        if self.slots.available_permits() == 0 {
+            self.sweep();
+        }
         let slot = Arc::clone(&self.slots).try_acquire_owned();
         let (slot, incoming) = match (slot, &self.incoming) {
             (Ok(slot), Some(incoming)) if !wrong => (Arc::new(slot), incoming),
@@ -168,6 +171,13 @@ impl Reader {
         } else {
             self.streams.insert(id, (feed, slot));
         }
+    }
+
+    /// Lets go of streams of which we hold neither half, such as those that we have reset: a peer such as spdystream
+    /// says nothing more of them. What still comes on them is let go.
+    fn sweep(&mut self) {
+        self.streams
+            .retain(|_, (feed, slot)| !feed.is_closed() || Arc::strong_count(slot) > 1);
     }
 
     async fn data(&mut self, id: u32, data: Bytes, fin: bool) {

@@ -168,6 +168,35 @@ async fn a_refused_stream_does_not_spoil_the_header_compression() {
     assert_eq!(stream.headers().get("streamtype"), Some("error"));
 }
 
+/// As spdystream behaves, which says nothing of a stream that was reset.
+#[tokio::test]
+async fn streams_that_we_reset_leave_their_places() {
+    let (mut peer, mut incoming, _tasks) = connected();
+    let opened = u32::try_from(super::MAX_STREAMS).unwrap() + 1;
+    let ids = (0..opened).map(|number| 2 * number + 1);
+    for id in ids {
+        peer.open(id, &[("streamtype", &format!("nonsense {id}"))])
+            .await;
+        let stream = incoming.next().await.unwrap();
+        if id % 4 == 1 {
+            stream.refuse().await;
+        } else {
+            stream.accept().await.1.reset().await;
+            assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+        }
+        assert_eq!(peer.next().await, Some(Frame::Reset { id }));
+    }
+    peer.open(9001, &[("streamtype", "error")]).await;
+    let stream = incoming.next().await.unwrap();
+    assert_eq!(stream.headers().get("streamtype"), Some("error"));
+    let (mut inlet, _sender) = stream.accept().await;
+    assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+    // What still comes on one of the others is let go.
+    peer.data(1, b"late", true).await;
+    peer.data(9001, b"good", true).await;
+    assert_eq!(inlet.next().await.unwrap(), "good");
+}
+
 #[tokio::test]
 async fn a_reader_that_waits_stops_the_socket_and_loses_nothing() {
     const PIECES: usize = 100;

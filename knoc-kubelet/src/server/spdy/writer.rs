@@ -23,13 +23,13 @@ pub(super) enum Out {
     Data { id: u32, data: Bytes, fin: bool },
 }
 
-/// Writes until nobody can queue any more, then GOAWAY; gives the socket back so that it is closed in good time.
+/// Writes until nobody can queue any more, then GOAWAY. The socket is the caller's to close in good time.
 pub(super) async fn run<Io>(
-    mut output: WriteHalf<Io>,
+    output: &mut WriteHalf<Io>,
     mut queue: mpsc::Receiver<Out>,
     last: Arc<AtomicU32>,
     activity: Activity,
-) -> Result<WriteHalf<Io>, SessionError>
+) -> Result<(), SessionError>
 where
     Io: AsyncWrite,
 {
@@ -57,11 +57,10 @@ where
                 None
             };
         }
-        write(&mut output, &mut wire).await?;
+        write(output, &mut wire).await?;
     }
     frame::go_away(&mut wire, last.load(Ordering::Relaxed));
-    write(&mut output, &mut wire).await?;
-    Ok(output)
+    write(output, &mut wire).await
 }
 
 async fn write<Io>(output: &mut WriteHalf<Io>, wire: &mut BytesMut) -> Result<(), SessionError>

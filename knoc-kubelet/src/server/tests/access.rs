@@ -31,7 +31,8 @@ async fn nobody_without_identity_is_answered() {
     let fixture = Fixture::new(FakeBackend::default(), FakeCluster::default()).await;
     let stranger = TestCa::new("cluster").client("kube-apiserver", &["system:masters"]);
     let expired = fixture.ca.expired("kube-apiserver", &["system:masters"]);
-    for identity in [None, Some(&stranger), Some(&expired)] {
+    let server = fixture.ca.no_client("kube-apiserver", &["system:masters"]);
+    for identity in [None, Some(&stranger), Some(&expired), Some(&server)] {
         let mut client = fixture.connect(identity).await;
         for path in EVERY_PATH {
             let answer = client.get(path).await;

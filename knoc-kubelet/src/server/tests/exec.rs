@@ -1,6 +1,8 @@
 //! Exec by a SPDY client over TLS: refusals before the upgrade, bytes both ways, codes, and ends of all kinds.
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
@@ -9,36 +11,50 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use knoc_proto::pb;
 use knoc_proto::pb::exec_output::Output;
+use tokio::io::DuplexStream;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use super::commands::*;
 use super::harness::*;
+use crate::server::query::Query;
+use crate::server::remote::{self, RemoteError, Start, Streams};
+use crate::server::remotecommand::{Version, Wanted};
+use crate::server::spdy;
 use crate::server::spdy::frame::Frame;
 use crate::server::spdy::tests::Peer;
+use crate::server::stop::Stop;
+use crate::server::upgrade::together;
 
-const UPGRADE: [(&str, &str); 3] = [
+pub(super) const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),
     ("upgrade", "SPDY/3.1"),
     ("x-stream-protocol-version", "v4.channel.k8s.io"),
 ];
 
 /// The client's side of an exec.
-struct Exec {
+pub(super) struct Exec {
     peer: Peer<TokioIo<Upgraded>>,
     _client: Client,
 }
 
 /// Upgrades and opens streams of these types with ids 1, 3, 5 …
-async fn exec(fixture: &Fixture, query: &str, streams: &[&str]) -> Exec {
+pub(super) async fn exec(fixture: &Fixture, query: &str, streams: &[&str]) -> Exec {
     streams_of(fixture, &format!("/exec/ns/pod/c?{query}"), streams).await
 }
 
 async fn streams_of(fixture: &Fixture, path: &str, streams: &[&str]) -> Exec {
+    spoken(fixture, path, UPGRADE[2].1, streams).await
+}
+
+/// By a client that speaks this version and no other.
+async fn spoken(fixture: &Fixture, path: &str, version: &str, streams: &[&str]) -> Exec {
     let mut client = fixture.connect(Some(&fixture.master())).await;
-    let response = client.send_with("POST", path, &UPGRADE).await;
+    let headers = [UPGRADE[0], UPGRADE[1], (UPGRADE[2].0, version)];
+    let response = client.send_with("POST", path, &headers).await;
     assert_eq!(response.status(), 101);
     let agreed = &response.headers()["x-stream-protocol-version"];
-    assert_eq!(agreed, "v4.channel.k8s.io");
+    assert_eq!(agreed, version);
     let io = hyper::upgrade::on(response).await.unwrap();
     let mut peer = Peer::new(TokioIo::new(io));
     for (number, kind) in (0..).zip(streams) {
@@ -92,6 +108,31 @@ async fn output_is_whole_before_the_status_comes() {
     assert_eq!(ended.last(), Some(&1), "the status is last");
     let counted = "{verb=\"exec\",protocol=\"spdy/v4.channel.k8s.io\"} 1";
     assert_eq!(fixture.sessions(), [counted]);
+}
+
+#[tokio::test]
+async fn older_versions_tell_ends_as_text_and_open_fewer_streams() {
+    let failed = "command terminated with non-zero exit code: command terminated with exit code 3";
+    let piped = ("output=1&error=1", &["error", "stdout", "stderr"][..]);
+    let terminal = ("output=1&tty=1", &["error", "stdout"][..]);
+    let resized = ("output=1&tty=1", &["error", "resize", "stdout"][..]);
+    let versions = [
+        ("v3.channel.k8s.io", resized),
+        ("v2.channel.k8s.io", terminal),
+        ("channel.k8s.io", terminal),
+    ];
+    for (version, with_terminal) in versions {
+        for (query, streams) in [piped, with_terminal] {
+            for (code, told) in [(3, failed), (0, "")] {
+                let fixture = with_command(says(vec![exit(code)])).await;
+                let path = format!("/exec/ns/pod/c?command=x&{query}");
+                let mut exec = spoken(&fixture, &path, version, streams).await;
+                let ours = streams.iter().filter(|kind| **kind != "resize").count();
+                let (bytes, _) = exec.output(ours).await;
+                assert_eq!(bytes[&1], told, "{version} {query}");
+            }
+        }
+    }
 }
 
 #[tokio::test]
@@ -173,14 +214,85 @@ async fn a_client_that_leaves_ends_the_command() {
 }
 
 #[tokio::test]
-async fn shutdown_cuts_an_exec_that_goes_on() {
+async fn shutdown_tells_an_exec_that_goes_on() {
     let command: Command = Box::new(|_| stream::pending().boxed());
     let mut fixture = with_command(command).await;
     let mut exec = exec(&fixture, "command=x&output=1", &["error", "stdout"]).await;
     fixture.shutdown.cancel();
+    let (bytes, ended) = exec.output(2).await;
+    assert_eq!(failure(&bytes[&1]), "the kubelet is shutting down");
+    assert_eq!(ended.last(), Some(&1), "the status is last");
     assert_eq!(exec.peer.next().await, None);
     let joined = tokio::time::timeout(PATIENCE, fixture.tasks.join_next()).await;
     assert!(joined.unwrap().unwrap().is_ok(), "the server has ended");
+}
+
+/// The reason that a status of an exec gives for its failure.
+fn failure(status: &[u8]) -> String {
+    let status: serde_json::Value = serde_json::from_slice(status).unwrap();
+    assert_eq!(status["status"], "Failure");
+    let message = status["message"].as_str().unwrap();
+    let about = "Internal error occurred: error executing command in container: ";
+    message.strip_prefix(about).unwrap().to_owned()
+}
+
+/// An exec of a silent command, not over TLS: time stands still, and only the session's own clock moves it. Ends with
+/// the session.
+async fn still<C: Future>(client: impl FnOnce(Peer<DuplexStream>) -> C) -> C::Output {
+    let backend = FakeBackend {
+        command: Mutex::new(Some(Box::new(|_| stream::pending().boxed()))),
+        ..FakeBackend::default()
+    };
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let (session, incoming) = spdy::session(near);
+    let stop = Stop::new(CancellationToken::new(), session.activity());
+    let wanted = Wanted::parse(&Query::parse("output=1").unwrap()).unwrap();
+    let relay = async {
+        let streams = Streams::of_spdy(incoming, wanted, Version::V4).await?;
+        let start = Start::Exec(pb::ExecStart::default());
+        remote::serve(&backend, start, streams, Version::V4, &stop).await;
+        Ok::<(), RemoteError>(())
+    };
+    let mut peer = Peer::new(far);
+    peer.patience = Duration::from_hours(5);
+    let session = together(session.run(), relay, &stop, "ns/pod/c");
+    let ((), said) = tokio::join!(session, client(peer));
+    said
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_exec_on_which_nothing_moves_is_told() {
+    let told = still(async |mut peer| {
+        for (id, kind) in [(1, "error"), (3, "stdout")] {
+            peer.open(id, &[("streamtype", kind)]).await;
+            assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+        }
+        let mut last = BytesMut::new();
+        while let Some(Frame::Data { id, data, .. }) = peer.next().await {
+            if id == 1 {
+                last.extend_from_slice(&data);
+            }
+        }
+        failure(&last)
+    });
+    assert_eq!(told.await, "nothing moved for 4 h");
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_are_waited_for_and_the_same_one_twice_is_none() {
+    let began = tokio::time::Instant::now();
+    still(async |mut peer| {
+        peer.open(1, &[("streamtype", "error")]).await;
+        assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+        for (id, kind) in [(3, "error"), (5, "nonsense")] {
+            peer.open(id, &[("streamtype", kind)]).await;
+            assert_eq!(peer.next().await, Some(Frame::Reset { id }));
+        }
+        assert_eq!(peer.next().await, Some(Frame::GoAway));
+    })
+    .await;
+    let took = began.elapsed();
+    assert!((30..33).contains(&took.as_secs()), "{took:?}");
 }
 
 /// Path, upgrade headers, status, and what the text holds.

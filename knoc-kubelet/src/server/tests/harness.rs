@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
+use crate::server::limits::Limit;
 use crate::server::{
     Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView, PortForwardStream,
     Server, Serving, Settings, User,
@@ -74,6 +75,13 @@ impl TestCa {
     pub(in crate::server) fn client(&self, name: &str, groups: &[&str]) -> Pair {
         let mut params = CertificateParams::default();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        self.issue(params, name, groups)
+    }
+
+    /// A certificate that is for servers.
+    pub(in crate::server) fn no_client(&self, name: &str, groups: &[&str]) -> Pair {
+        let mut params = CertificateParams::default();
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         self.issue(params, name, groups)
     }
 
@@ -282,6 +290,8 @@ pub(in crate::server) struct Fixture {
     pub(in crate::server) backend: Arc<FakeBackend>,
     pub(in crate::server) cluster: Arc<FakeCluster>,
     pub(in crate::server) address: SocketAddr,
+    pub(in crate::server) sessions_limit: Limit,
+    pub(in crate::server) calls_limit: Limit,
     pub(in crate::server) shutdown: CancellationToken,
     pub(in crate::server) tasks: JoinSet<()>,
 }
@@ -347,6 +357,8 @@ impl Fixture {
         let shutdown = CancellationToken::new();
         let mut tasks = JoinSet::new();
         let address = server.local_addr();
+        let sessions_limit = server.context.sessions.clone();
+        let calls_limit = server.context.calls.clone();
         tasks.spawn(server.run(shutdown.clone()));
         Self {
             ca,
@@ -354,6 +366,8 @@ impl Fixture {
             backend,
             cluster,
             address,
+            sessions_limit,
+            calls_limit,
             shutdown,
             tasks,
         }

@@ -21,7 +21,7 @@ use crate::server::PortForwardStream;
 use crate::server::spdy::frame::Frame;
 use crate::server::spdy::tests::Peer;
 
-const UPGRADE: [(&str, &str); 3] = [
+pub(super) const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),
     ("upgrade", "SPDY/3.1"),
     ("x-stream-protocol-version", "portforward.k8s.io"),
@@ -34,7 +34,7 @@ fn answer(output: Output) -> Result<pb::PortForwardOutput, tonic::Status> {
 }
 
 /// Listens on every port but 81, greets with the port, and sends back what it hears; after the client's end it says "bye".
-fn echo(
+pub(super) fn echo(
     mut input: mpsc::Receiver<pb::PortForwardInput>,
 ) -> Result<PortForwardStream, tonic::Status> {
     let (sender, receiver) = mpsc::channel(1);
@@ -82,9 +82,9 @@ async fn with_ports(port: Port) -> Fixture {
     Fixture::new(backend, FakeCluster::default()).await
 }
 
-type SpdyPeer = Peer<TokioIo<Upgraded>>;
+pub(super) type SpdyPeer = Peer<TokioIo<Upgraded>>;
 
-async fn spdy(fixture: &Fixture) -> (SpdyPeer, Client) {
+pub(super) async fn spdy(fixture: &Fixture) -> (SpdyPeer, Client) {
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let response = client
         .send_with("POST", "/portForward/ns/pod", &UPGRADE)
@@ -99,7 +99,11 @@ async fn spdy(fixture: &Fixture) -> (SpdyPeer, Client) {
 }
 
 /// Opens a pair: the error stream `id` and the data stream after it.
-async fn pair<Io: AsyncRead + AsyncWrite + Unpin>(peer: &mut Peer<Io>, id: u32, port: &str) {
+pub(super) async fn pair<Io: AsyncRead + AsyncWrite + Unpin>(
+    peer: &mut Peer<Io>,
+    id: u32,
+    port: &str,
+) {
     let request = id.to_string();
     let headers = |kind| {
         [
@@ -114,7 +118,7 @@ async fn pair<Io: AsyncRead + AsyncWrite + Unpin>(peer: &mut Peer<Io>, id: u32, 
 }
 
 /// All that comes by stream until these have ended, with FIN or reset.
-async fn until<Io: AsyncRead + AsyncWrite + Unpin>(
+pub(super) async fn until<Io: AsyncRead + AsyncWrite + Unpin>(
     peer: &mut Peer<Io>,
     ends: &[u32],
 ) -> (BTreeMap<u32, BytesMut>, Vec<u32>) {
@@ -362,6 +366,23 @@ async fn carry(
 }
 
 #[tokio::test]
+async fn a_tunnel_whose_client_closes_first_is_closed_in_order() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let fixture = with_ports(Box::new(echo)).await;
+    let protocol = "SPDY/3.1+portforward.k8s.io";
+    let (mut io, _client) =
+        websocket::upgraded(&fixture, "/portForward/ns/pod", protocol, Some(protocol)).await;
+    // Masked, with the code 1000.
+    io.write_all(&[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8])
+        .await
+        .unwrap();
+    let mut rest = Vec::new();
+    let read = tokio::time::timeout(PATIENCE, io.read_to_end(&mut rest)).await;
+    read.unwrap().expect("TLS has an end");
+    assert_eq!(rest, [0x88, 2, 0x03, 0xe8]);
+}
+
+#[tokio::test]
 async fn channels_carry_a_connection_for_each_port() {
     let fixture = with_ports(Box::new(echo)).await;
     let path = "/portForward/ns/pod/ns-pod?ports=80,81";
@@ -496,6 +517,35 @@ async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
     }
 }
 
+#[tokio::test]
+async fn a_stream_whose_headers_are_too_long_is_refused_and_no_other() {
+    let fixture = with_ports(Box::new(echo)).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    let (most, more) = ("r".repeat(64), "r".repeat(65));
+    let port = "8".repeat(65);
+    let named = |request, port| {
+        [
+            ("streamtype", "error"),
+            ("port", port),
+            ("requestid", request),
+        ]
+    };
+    peer.open(1, &named(&more, "80")).await;
+    assert_eq!(peer.next().await, Some(Frame::Reset { id: 1 }));
+    peer.open(3, &named("3", &port)).await;
+    assert_eq!(peer.next().await, Some(Frame::Reset { id: 3 }));
+    peer.open(5, &named(&most, "80")).await;
+    let data = [
+        ("streamtype", "data"),
+        ("port", "80"),
+        ("requestid", most.as_str()),
+    ];
+    peer.open(7, &data).await;
+    peer.data(7, b"", true).await;
+    let (bytes, _) = until(&mut peer, &[5, 7]).await;
+    assert_eq!(bytes[&7], "80:bye");
+}
+
 /// Not over TLS: time stands still, and only the session's own clock moves it.
 #[tokio::test(start_paused = true)]
 async fn half_a_pair_is_given_up_after_thirty_seconds() {
@@ -525,6 +575,27 @@ async fn half_a_pair_is_given_up_after_thirty_seconds() {
         () = served => panic!("the session ended"),
         () = client => {}
     }
+}
+
+#[tokio::test]
+async fn shutdown_is_told_on_every_error_stream() {
+    let mut fixture = with_ports(Box::new(echo)).await;
+    let (mut peer, _client) = spdy(&fixture).await;
+    pair(&mut peer, 1, "80").await;
+    let lonely = [("streamtype", "error"), ("port", "80"), ("requestid", "x")];
+    peer.open(5, &lonely).await;
+    peer.data(5, b"", true).await;
+    fixture.shutdown.cancel();
+    let (bytes, reset) = until(&mut peer, &[1, 3, 5]).await;
+    assert_eq!(
+        bytes[&1],
+        "error forwarding port 80 to pod pod, uid ns-pod: the kubelet is shutting down"
+    );
+    assert_eq!(bytes[&5], "(request=x) the kubelet is shutting down");
+    assert_eq!(reset, [3], "its bytes have not come to their end");
+    assert_eq!(peer.next().await, Some(Frame::GoAway));
+    let joined = tokio::time::timeout(PATIENCE, fixture.tasks.join_next()).await;
+    assert!(joined.unwrap().unwrap().is_ok(), "the server has ended");
 }
 
 /// As [`until`], with more patience than the deadline of halves.

@@ -107,6 +107,19 @@ fn binary(bytes: &'static [u8]) -> Message {
 }
 
 const V5: &str = "v5.channel.k8s.io";
+
+#[tokio::test]
+async fn shutdown_tells_an_exec_that_goes_on() {
+    let fixture = with_command(Box::new(|_| stream::pending().boxed())).await;
+    let mut socket = open(&fixture, "/exec/ns/pod/c?output=1", V5, Some(V5)).await;
+    fixture.shutdown.cancel();
+    let status: serde_json::Value = serde_json::from_slice(&socket.rest().await[3]).unwrap();
+    let message = status["message"].as_str().unwrap();
+    assert!(
+        message.ends_with("the kubelet is shutting down"),
+        "{message}"
+    );
+}
 const SUCCESS: &[u8] = br#"{"metadata":{},"status":"Success"}"#;
 
 #[tokio::test]
