@@ -14,7 +14,6 @@ use knoc_proto::{
     ids::PodUid,
     link::{self, Credentials, CredentialsError, LinkError, pinned::KeyPair},
 };
-use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::{
@@ -26,6 +25,7 @@ use crate::{
         schema::Endpoint,
     },
     lease::{Holder, LeaseError, Process},
+    open_files,
     registry::board::Board,
     runtime::setuid,
     scheduler::{Scheduler, local, slurm},
@@ -209,7 +209,7 @@ fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
 
 /// How many pods this process may carry.
 pub(crate) fn pod_limit(config: &Config) -> usize {
-    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+    let files = open_files::raise();
     let carried = (files.saturating_sub(FILES_OWN) / FILES_A_POD).clamp(1, PODS);
     let wanted = config.limits.pods.map_or(carried, u64::from);
     if wanted > carried {
