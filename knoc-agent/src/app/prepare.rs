@@ -110,6 +110,9 @@ pub(super) async fn prepare(
             Scheduler::Local(local::Local::new(settings))
         }
     };
+    for tool in config.tools.unused() {
+        tracing::warn!("tools.{tool} of the site file is not used: its line can go");
+    }
     let (name, path) = runtime(&config)?;
     let program = (name != "process").then(|| path.clone());
     let settings = image::Settings::of_site(&config, program, state.images());
