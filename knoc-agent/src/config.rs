@@ -78,6 +78,9 @@ pub struct Config {
     /// Who is served, and what pods may ask for.
     #[serde(default)]
     pub policy: Policy,
+    /// Extended resource of pods → Slurm's gres, such as `"amd.com/gpu" = "gpu"`; it takes the place of the default.
+    #[serde(default = "text::gres")]
+    pub gres: BTreeMap<String, String>,
     /// What a job gets that says nothing.
     #[serde(default)]
     pub job: JobDefaults,
@@ -464,6 +467,11 @@ impl Config {
             if let Ok(rest) = path.strip_prefix("~") {
                 *path = home.join(rest);
             }
+        }
+        if let Some(scratch) = &mut self.job.scratch
+            && let Some(rest) = scratch.strip_prefix("~/")
+        {
+            *scratch = home.join(rest).to_string_lossy().into_owned();
         }
     }
 }
