@@ -21,6 +21,8 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 
+use crate::open_files;
+
 /// Kept of each output stream where the command does not say otherwise.
 const DEFAULT_CAPTURE: usize = 256 * 1024;
 /// Deadline of a command that does not say otherwise.
@@ -338,6 +340,7 @@ impl Command {
         if let Some(dir) = &self.cwd {
             command.current_dir(dir);
         }
+        open_files::keep_for_child(&mut command);
         Ok(command)
     }
 }

@@ -78,6 +78,9 @@ pub struct Config {
     /// Who is served, and what pods may ask for.
     #[serde(default)]
     pub policy: Policy,
+    /// Extended resource of pods → Slurm's gres, such as `"amd.com/gpu" = "gpu"`; it takes the place of the default.
+    #[serde(default = "text::gres")]
+    pub gres: BTreeMap<String, String>,
     /// What a job gets that says nothing.
     #[serde(default)]
     pub job: JobDefaults,
@@ -195,15 +198,17 @@ pub struct Tools {
     pub scancel: Option<PathBuf>,
     pub sinfo: Option<PathBuf>,
     pub scontrol: Option<PathBuf>,
-    pub sacctmgr: Option<PathBuf>,
-    pub srun: Option<PathBuf>,
     pub apptainer: Option<PathBuf>,
     pub singularity: Option<PathBuf>,
+    /// Not used: earlier versions' `init` named it.
+    sacctmgr: Option<PathBuf>,
+    /// See `sacctmgr`.
+    srun: Option<PathBuf>,
 }
 
 impl Tools {
     /// Each with its name.
-    fn named(&self) -> [(&'static str, &Option<PathBuf>); 10] {
+    fn named(&self) -> [(&'static str, &Option<PathBuf>); 8] {
         [
             ("sbatch", &self.sbatch),
             ("squeue", &self.squeue),
@@ -211,11 +216,16 @@ impl Tools {
             ("scancel", &self.scancel),
             ("sinfo", &self.sinfo),
             ("scontrol", &self.scontrol),
-            ("sacctmgr", &self.sacctmgr),
-            ("srun", &self.srun),
             ("apptainer", &self.apptainer),
             ("singularity", &self.singularity),
         ]
+    }
+
+    /// Those that are named, and that nothing uses.
+    pub(crate) fn unused(&self) -> impl Iterator<Item = &'static str> {
+        let unused = [("sacctmgr", &self.sacctmgr), ("srun", &self.srun)];
+        let named = unused.into_iter().filter(|(_, path)| path.is_some());
+        named.map(|(name, _)| name)
     }
 }
 
@@ -457,6 +467,11 @@ impl Config {
             if let Ok(rest) = path.strip_prefix("~") {
                 *path = home.join(rest);
             }
+        }
+        if let Some(scratch) = &mut self.job.scratch
+            && let Some(rest) = scratch.strip_prefix("~/")
+        {
+            *scratch = home.join(rest).to_string_lossy().into_owned();
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod jobdir;
 pub mod launch;
 pub mod lease;
 pub mod logs;
+mod open_files;
 pub mod pod;
 pub mod registry;
 pub mod runtime;

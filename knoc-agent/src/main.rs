@@ -1,6 +1,7 @@
 //! `knoc-agent`: command line, tracing, runtime, signals, exit code. All else is in the library.
 
 use std::{
+    ffi::OsStr,
     io::{IsTerminal as _, Write as _},
     path::PathBuf,
     process::ExitCode,
@@ -116,8 +117,17 @@ fn say(text: &str) -> anyhow::Result<()> {
         .context("write to standard output")
 }
 
+/// What is logged, by the value of `KNOC_LOG`.
+fn filter(wanted: Option<&OsStr>) -> anyhow::Result<EnvFilter> {
+    let text = wanted.map_or(Some("info"), OsStr::to_str);
+    let text = text.context("KNOC_LOG is not UTF-8")?;
+    EnvFilter::try_new(text).with_context(|| {
+        format!("KNOC_LOG is {text:?}, and not like `debug` or `info,knoc_agent::pod=debug`")
+    })
+}
+
 fn serve(config: Config) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_from_env("KNOC_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = filter(std::env::var_os("KNOC_LOG").as_deref())?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
@@ -158,4 +168,18 @@ fn relay(config: &Config) -> anyhow::Result<()> {
     // Reading standard input cannot be cancelled: it would hold up the end.
     runtime.shutdown_background();
     relayed.with_context(|| format!("relay to the agent at {}", socket.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_filter_that_cannot_be_meant_is_named() {
+        for right in [None, Some("debug"), Some("info,knoc_agent::pod=debug")] {
+            assert!(filter(right.map(OsStr::new)).is_ok(), "{right:?}");
+        }
+        let error = filter(Some(OsStr::new("knoc_agent=loud"))).unwrap_err();
+        assert!(error.to_string().contains("KNOC_LOG"), "{error}");
+    }
 }

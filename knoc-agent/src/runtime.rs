@@ -37,6 +37,15 @@ pub enum Root {
     ReadOnly,
 }
 
+/// Whose GPUs a container sees.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Gpus {
+    /// NVIDIA's.
+    pub nvidia: bool,
+    /// AMD's.
+    pub amd: bool,
+}
+
 /// A container to be brought up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sandbox {
@@ -56,6 +65,8 @@ pub struct Sandbox {
     pub work: PathBuf,
     /// Root's rights inside, by a mapped user namespace.
     pub fakeroot: bool,
+    /// The driver's files and devices that it sees.
+    pub gpus: Gpus,
 }
 
 /// Why a container cannot be brought up with this runtime.

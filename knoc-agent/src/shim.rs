@@ -21,6 +21,7 @@ mod environment;
 mod exec;
 mod fdio;
 mod forward;
+mod gpus;
 mod handshake;
 mod link;
 mod listeners;

@@ -14,7 +14,6 @@ use knoc_proto::{
     ids::PodUid,
     link::{self, Credentials, CredentialsError, LinkError, pinned::KeyPair},
 };
-use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::{
@@ -26,6 +25,7 @@ use crate::{
         schema::Endpoint,
     },
     lease::{Holder, LeaseError, Process},
+    open_files,
     registry::board::Board,
     runtime::setuid,
     scheduler::{Scheduler, local, slurm},
@@ -110,6 +110,9 @@ pub(super) async fn prepare(
             Scheduler::Local(local::Local::new(settings))
         }
     };
+    for tool in config.tools.unused() {
+        tracing::warn!("tools.{tool} of the site file is not used: its line can go");
+    }
     let (name, path) = runtime(&config)?;
     let program = (name != "process").then(|| path.clone());
     let settings = image::Settings::of_site(&config, program, state.images());
@@ -209,7 +212,7 @@ fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
 
 /// How many pods this process may carry.
 pub(crate) fn pod_limit(config: &Config) -> usize {
-    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+    let files = open_files::raise();
     let carried = (files.saturating_sub(FILES_OWN) / FILES_A_POD).clamp(1, PODS);
     let wanted = config.limits.pods.map_or(carried, u64::from);
     if wanted > carried {

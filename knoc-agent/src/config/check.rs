@@ -14,6 +14,13 @@ pub(super) fn check(config: &Config, document: &mut Document<'_>) {
     Check { config, document }.all();
 }
 
+/// Could images' names begin so?
+fn is_place(text: &str) -> bool {
+    let host = text.split('/').next().unwrap_or_default();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-._:/[]".contains(c);
+    !host.is_empty() && !text.contains("//") && !text.ends_with('/') && text.chars().all(plain)
+}
+
 struct Check<'a, 't> {
     config: &'a Config,
     document: &'a mut Document<'t>,
@@ -29,6 +36,7 @@ impl Check<'_, '_> {
         }
         self.paths();
         self.addresses();
+        self.gres();
         self.limits();
         let flags = self.config.policy.flags.iter();
         let short: Vec<_> = flags.filter(|flag| !flag.starts_with("--")).collect();
@@ -52,6 +60,8 @@ impl Check<'_, '_> {
             self.absolute("tls.cert", [&tls.cert]);
             self.absolute("tls.key", [&tls.key]);
         }
+        let scratch = config.job.scratch.as_ref().map(PathBuf::from);
+        self.absolute("job.scratch", &scratch);
         for (name, path) in config.tools.named() {
             if path.as_ref().is_some_and(|path| !path.is_absolute()) {
                 self.wrong(&format!("tools.{name}"), "must be absolute");
@@ -96,6 +106,23 @@ impl Check<'_, '_> {
         {
             let what = "must be the name of a registry, or the beginning of images' names in it";
             self.wrong("registry.prefix", what);
+        }
+        let mirrors = config.registries.iter().filter_map(|r| r.mirror.as_ref());
+        let wrong: Vec<_> = mirrors.filter(|mirror| !is_place(mirror)).collect();
+        if !wrong.is_empty() {
+            let what = format!("must be like `HOST[:PORT][/FOLDER]`, without a scheme: {wrong:?}");
+            self.wrong("registry.mirror", what);
+        }
+    }
+
+    fn gres(&mut self) {
+        for (resource, gres) in &self.config.gres {
+            let word = |text: &str| !text.is_empty() && !text.contains([',', '=', ' ']);
+            if !resource.contains('/') || !word(resource) || !word(gres) {
+                let what =
+                    format!("must be like `\"nvidia.com/gpu\" = \"gpu\"`: {resource:?} = {gres:?}");
+                self.wrong("gres", what);
+            }
         }
     }
 

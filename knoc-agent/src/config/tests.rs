@@ -85,6 +85,12 @@ flags = ['mail', '--hint']
 
 [[registry]]
 prefix = ''
+
+[gres]
+gpu = 'gpu'
+
+[job]
+scratch = 'tmp'
 ";
     let error = parse(text).unwrap_err();
     let expected = [
@@ -103,6 +109,8 @@ prefix = ''
         "agent.toml:24: logs.max_bytes: must be at least 4096",
         "agent.toml:27: policy.flags: names begin with `--`: [\"mail\"]",
         "agent.toml:29: registry.prefix: must be the name of a registry",
+        "agent.toml:32: gres: must be like `\"nvidia.com/gpu\" = \"gpu\"`: \"gpu\" = \"gpu\"",
+        "agent.toml:36: job.scratch: must be absolute or begin with `~/`: [\"tmp\"]",
     ];
     let lines: Vec<_> = error.lines().collect();
     assert_eq!(lines.len(), expected.len(), "{error}");
@@ -112,15 +120,38 @@ prefix = ''
 }
 
 #[test]
+fn mirrors_are_places() {
+    let mirror = |mirror: &str| {
+        parse(&format!(
+            "site = 'x'\n[[registry]]\nprefix = 'docker.io'\nmirror = '{mirror}'"
+        ))
+    };
+    for right in ["mirror", "mirror:5000", "[::1]:5000/hub", "a.b/c/d"] {
+        assert!(mirror(right).is_ok(), "{right}");
+    }
+    for wrong in ["", "https://mirror", "mirror/", "a b", "/hub"] {
+        let error = mirror(wrong).unwrap_err();
+        assert!(error.contains("registry.mirror: must be like"), "{error}");
+    }
+}
+
+#[test]
+fn tools_that_earlier_versions_named_cost_nothing() {
+    let config = parse("site = 'x'\n[tools]\nsrun = '/usr/bin/srun'").unwrap();
+    assert_eq!(config.tools.unused().collect::<Vec<_>>(), ["srun"]);
+}
+
+#[test]
 fn sections_are_read() {
     let config = parse(
         "site = 'x'\n[env]\nPATH = '/opt/slurm/bin'\n[[registry]]\nprefix = 'docker.io'\n\
          mirror = 'mirror:5000'\ninsecure = true\n[tls]\nca = '~/ca.crt'\ncert = '/c'\nkey = '/k'\n\
-         [values]\nat_rest = 'none'",
+         [values]\nat_rest = 'none'\n[job]\nscratch = '~/s'",
     )
     .unwrap();
     assert_eq!(config.env["PATH"], "/opt/slurm/bin");
     assert!(config.registries[0].insecure);
     assert_eq!(config.tls.unwrap().ca, Path::new("/home/u/ca.crt"));
     assert_eq!(config.values.at_rest, AtRest::None);
+    assert_eq!(config.job.scratch.unwrap(), "/home/u/s");
 }

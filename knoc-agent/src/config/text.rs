@@ -1,6 +1,6 @@
 //! How values of the site file are written: durations, addresses, defaults.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use serde::{Deserialize as _, Deserializer, de::Error as _};
 
@@ -23,6 +23,11 @@ pub(super) fn address<'de, D: Deserializer<'de>>(input: D) -> Result<SocketAddr,
             "{text:?} is no IP address with a port such as \"0.0.0.0:10350\" or \"[::]:10350\""
         ))
     })
+}
+
+/// What extended resources are at a plain site.
+pub(crate) fn gres() -> BTreeMap<String, String> {
+    BTreeMap::from([("nvidia.com/gpu".to_owned(), "gpu".to_owned())])
 }
 
 /// The default state directory, before `~` is expanded.

@@ -56,8 +56,6 @@ const TOOLS: &[&str] = &[
     "scancel",
     "sinfo",
     "scontrol",
-    "sacctmgr",
-    "srun",
     "apptainer",
     "singularity",
 ];

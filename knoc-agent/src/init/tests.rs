@@ -113,3 +113,56 @@ fn mistakes_cost_nothing() {
         ("fe80::1".to_owned(), PORT)
     );
 }
+
+/// The names between backticks after `expected` in serde's words on a key that is none.
+fn keys(section: &str) -> Vec<String> {
+    let head = match section {
+        "" => String::new(),
+        "registry" => "[[registry]]\nprefix = 'x'\n".to_owned(),
+        other => format!("[{other}]\n"),
+    };
+    let text = format!("{head}zzz = 1\n");
+    let home = Home { home: "/".into() };
+    let error = Config::parse(&text, Path::new("x"), &home).unwrap_err();
+    let error = knoc_proto::error::chain(&error);
+    let line = error.lines().find(|line| line.contains("`zzz`")).unwrap();
+    let (_, expected) = line.split_once("expected").unwrap();
+    expected
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn every_setting_is_explained() {
+    let text = super::text::site_file(&options(Path::new("/x")), Path::new("/x"), &[], &found());
+    let mut section = String::new();
+    let mut explained = std::collections::BTreeSet::new();
+    for line in text.lines() {
+        let line = line.strip_prefix("# ").unwrap_or(line);
+        if line.starts_with('[') {
+            section = line.trim_matches(['[', ']']).to_owned();
+            explained.insert(section.clone());
+        } else if let Some((key, _)) = line.split_once(" = ") {
+            explained.insert(
+                format!("{section}.{key}")
+                    .trim_start_matches('.')
+                    .to_owned(),
+            );
+        }
+    }
+    // What `init` found stands in `tools`; `env` and `gres` have any names.
+    let named = [
+        "listen", "tls", "registry", "policy", "job", "limits", "logs", "backoff", "values",
+    ];
+    for section in std::iter::once("").chain(named) {
+        for key in keys(section) {
+            let key = format!("{section}.{key}")
+                .trim_start_matches('.')
+                .to_owned();
+            assert!(explained.contains(&key), "{key} is not in the template");
+        }
+    }
+}

@@ -130,6 +130,8 @@ prelude = ""
 
 # Folders under which pods may name image files and sandboxes.
 image_roots = []
+# Folders under which pods may mount host paths: none yet, since every hostPath is refused.
+# host_paths = []
 
 [listen]
 # Kubelets and knocctl, mutual TLS.
@@ -138,6 +140,8 @@ kubelet = "0.0.0.0:@PORT@"
 # shim = "0.0.0.0:10351"
 # What shims dial; empty: all addresses of this host.
 # shim_addresses = ["login1:10351"]
+# The unix socket; unset: $XDG_RUNTIME_DIR/knoc/agent.sock, else /tmp/knoc-<uid>/agent.sock.
+# socket = "~/.local/state/knoc/agent.sock"
 
 [tls]
 ca = @CA@
@@ -170,6 +174,11 @@ qos = []
 # Further sbatch flags that pods may give by knoc.io/flags.
 # flags = ["--mail-type", "--mail-user"]
 
+# Extended resources of pods and what they are in --gres. The node offers those that stand here.
+[gres]
+"nvidia.com/gpu" = "gpu"
+# "amd.com/gpu" = "gpu"
+
 # What a job gets that says nothing.
 [job]
 # partition = "batch"
@@ -191,6 +200,11 @@ qos = []
 # report_grace = "90s"
 # How long a job may wait for a reason that never ends before its pod fails.
 # never_ends_after = "10m"
+# How long a job that the scheduler does not know may stay undecided.
+# lost_after = "5m"
+# Past a pod's grace period, before its job is cancelled.
+# stop_slack = "15s"
+# Pods at the same time; unset: what the limit of open files carries.
 # pods = 1000
 
 [logs]

@@ -236,7 +236,7 @@ pub(crate) fn job_file(
                 .scratch
                 .clone()
                 .unwrap_or_else(|| "/tmp".to_owned()),
-            ..pb::ShimSettings::default()
+            log_debug: tracing::enabled!(tracing::Level::DEBUG),
         }),
         cluster_id,
         version: site.versions.own().to_owned(),

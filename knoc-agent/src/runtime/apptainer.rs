@@ -84,6 +84,13 @@ impl Runtime for Apptainer {
         if sandbox.fakeroot {
             argv.push("--fakeroot".into());
         }
+        // A host without the driver's files only costs a warning.
+        if sandbox.gpus.nvidia {
+            argv.push("--nv".into());
+        }
+        if sandbox.gpus.amd {
+            argv.push("--rocm".into());
+        }
         if !sandbox.hostname.is_empty() {
             argv.extend([
                 "--uts".into(),
@@ -167,7 +174,7 @@ fn plain(path: &Path) -> Result<&OsStr, RuntimeError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Gpus, *};
 
     fn sandbox(binds: Vec<Bind>) -> Sandbox {
         Sandbox {
@@ -179,6 +186,7 @@ mod tests {
             root: Root::Overlay("/tmp/knoc-1/0-root".into()),
             work: "/tmp/knoc-1/0-work".into(),
             fakeroot: false,
+            gpus: Gpus::default(),
         }
     }
 
@@ -209,6 +217,24 @@ mod tests {
              /.knoc/launch.sock"
         );
         assert!(!argv(Flavour::Singularity).contains("--no-eval"));
+    }
+
+    #[test]
+    fn gpus_are_seen_only_where_asked_for() {
+        for (nvidia, amd, wanted) in [
+            (false, false, &[][..]),
+            (true, false, &["--nv"]),
+            (false, true, &["--rocm"]),
+        ] {
+            let asked = Sandbox {
+                gpus: Gpus { nvidia, amd },
+                ..sandbox(Vec::new())
+            };
+            let runtime = Apptainer::new(Path::new("/usr/bin/x"), Flavour::Singularity);
+            let mut argv = runtime.argv(&asked).unwrap();
+            argv.retain(|word| word == "--nv" || word == "--rocm");
+            assert_eq!(argv, wanted);
+        }
     }
 
     #[test]

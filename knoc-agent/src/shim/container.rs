@@ -52,6 +52,9 @@ const FALLBACK_BYTES: usize = 2048;
 /// How long the message of an ended program may take: its file may lie on a file system that hangs.
 const MESSAGE_WAIT: Duration = Duration::from_secs(10);
 
+/// The exit code of a program that KILL ended.
+const KILLED: i32 = 137;
+
 /// The exit code of a container whose program never ran.
 const NOT_STARTED: i32 = 128;
 
@@ -150,7 +153,7 @@ pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
         Err(error) => {
             tracing::warn!(container = attempt.index, "{}", chain(&error));
             let code = if matches!(error, AttemptError::Aborted) {
-                137
+                KILLED
             } else {
                 NOT_STARTED
             };
@@ -170,9 +173,15 @@ pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
 fn reason_of(exit: Exit, killed_by_kernel: bool) -> &'static str {
     match exit.code {
         0 => "Completed",
-        137 if killed_by_kernel => "OOMKilled",
+        KILLED if killed_by_kernel => "OOMKilled",
         _ => "Error",
     }
+}
+
+/// PURE: was it the kernel's OOM killer? It strikes by KILL as we do: whom we have killed did not end by it, and each
+/// strike is one container's only, whose end comes to `claim` it.
+fn by_kernel(exit: Exit, by_us: bool, claim: impl FnOnce() -> bool) -> bool {
+    exit.code == KILLED && !by_us && claim()
 }
 
 /// PURE: what the container used, by what its runtime's process had used before the program ran and at the end.
@@ -211,7 +220,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let config = image.config.clone().unwrap_or_default();
     let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
     spec.links.extend(termination_link(&folders));
-    let kills_before = pod.oom.kills();
+    let kills_before = pod.oom.unclaimed();
     let mut up = bring_up(pod, attempt, &folders, container, Path::new(&image.path)).await?;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
     let launched = match launch(up.socket, &spec, stdio.theirs, &attempt.abort).await {
@@ -253,7 +262,8 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     };
     let exit = with_signal(exit);
     keeper.end(exit);
-    let killed = pod.oom.kills() > kills_before;
+    let by_us = attempt.abort.is_cancelled();
+    let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
     let logs = container.termination_message_fallback_to_logs && exit.code != 0;
     let message = message(pod, folders, logs.then_some(live)).await;
     let used_at_end = up.runtime.child.used.unwrap_or_default();
@@ -381,7 +391,7 @@ fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::oom::OomCounter, *};
 
     #[test]
     fn the_runtimes_own_work_is_not_the_containers() {
@@ -410,6 +420,26 @@ mod tests {
             .await
             .expect("it still waits");
         assert!(matches!(launched, Err(AttemptError::Aborted)));
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "no state of ours: a counter")]
+    fn one_strike_of_the_oom_killer_is_one_containers_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("memory.events");
+        let counted = |kills: u32| std::fs::write(&file, format!("oom_kill {kills}\n")).unwrap();
+        counted(3);
+        let oom = OomCounter::of(vec![file.clone()]);
+        let (first, second) = (oom.unclaimed(), oom.unclaimed());
+        counted(4);
+        let exit = |code| Exit { code, signal: 0 };
+        // Neither who ends otherwise nor whom we kill takes what is another's.
+        assert!(!by_kernel(exit(1), false, || oom.claim(second)));
+        assert!(!by_kernel(exit(137), true, || oom.claim(second)));
+        assert!(by_kernel(exit(137), false, || oom.claim(first)));
+        assert!(!by_kernel(exit(137), false, || oom.claim(second)));
+        counted(5);
+        assert!(by_kernel(exit(137), false, || oom.claim(second)));
     }
 
     #[test]

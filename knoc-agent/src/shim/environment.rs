@@ -11,9 +11,10 @@ use knoc_proto::{
     pb,
 };
 
+use super::gpus;
 use crate::{
     launch::wire::{LaunchSpec, Window},
-    runtime::{Bind, INSIDE},
+    runtime::{Bind, Gpus, INSIDE},
 };
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -31,6 +32,10 @@ pub(crate) struct Facts {
     pub(crate) fields: RuntimeFields,
     /// The soft limit of open files that the job had.
     pub(crate) open_files: u64,
+    /// Slurm's choice of GPUs: variables of the job.
+    pub(crate) devices: Vec<(String, String)>,
+    /// Does the runtime bind a driver's libraries?
+    pub(crate) binds_libraries: bool,
 }
 
 /// What the launcher is told.
@@ -45,7 +50,13 @@ pub(crate) fn launch_spec(
         .iter()
         .find(|env| env.container == container.name);
     let vars = own.map_or(&[][..], |env| &env.vars);
-    let mut env = expand::environment(&image.env, vars, &facts.fields);
+    let gpus = gpus::asked(container);
+    let mut given = image.env.clone();
+    given.extend(gpus::variables(gpus, &facts.devices));
+    let mut env = expand::environment(&given, vars, &facts.fields);
+    if facts.binds_libraries && gpus != Gpus::default() {
+        gpus::search_libraries(&mut env);
+    }
     let mut default = |name: &[u8], value: &[u8]| {
         if !env.iter().any(|(known, _)| known == name) {
             env.push((name.to_vec(), value.to_vec()));
@@ -205,6 +216,46 @@ mod tests {
         assert_eq!(spec.env, [&b"PATH=/i"[..], b"HOSTNAME=pod", b"TERM=xterm"]);
         assert_eq!(spec.cwd, b"/");
         assert_eq!(spec.tty, Some(TERMINAL));
+    }
+
+    #[test]
+    fn the_jobs_gpus_come_over_the_images_and_under_the_pods() {
+        let facts = Facts {
+            devices: vec![("CUDA_VISIBLE_DEVICES".to_owned(), "1".to_owned())],
+            binds_libraries: true,
+            ..Facts::default()
+        };
+        let image = pb::ImageConfig {
+            env: strings(&["PATH=/i", "HOSTNAME=", "CUDA_VISIBLE_DEVICES=all"]),
+            ..Default::default()
+        };
+        let limits = pb::Resources {
+            extended: [("nvidia.com/gpu".to_owned(), 1)].into(),
+            ..Default::default()
+        };
+        let container = pb::Container {
+            name: "c".to_owned(),
+            limits: Some(limits),
+            ..Default::default()
+        };
+        let env = |vars: Vec<pb::EnvVar>| {
+            let own = pb::ContainerEnv {
+                container: "c".to_owned(),
+                vars,
+            };
+            let values = pb::PodValues {
+                env: vec![own],
+                ..Default::default()
+            };
+            launch_spec(&container, &image, &values, &facts).env[2..].to_vec()
+        };
+        let libraries = &b"LD_LIBRARY_PATH=/.singularity.d/libs"[..];
+        assert_eq!(env(Vec::new()), [b"CUDA_VISIBLE_DEVICES=1", libraries]);
+        let own = pb::EnvVar {
+            name: "CUDA_VISIBLE_DEVICES".to_owned(),
+            value: Some(pb::env_var::Value::Literal(b"0".to_vec().into())),
+        };
+        assert_eq!(env(vec![own]), [b"CUDA_VISIBLE_DEVICES=0", libraries]);
     }
 
     #[test]

@@ -21,7 +21,11 @@ use knoc_proto::{
     pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
 };
 use rustix::process::Signal;
-use tokio::{net::UnixStream, sync::mpsc, time::timeout};
+use tokio::{
+    net::UnixStream,
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -45,6 +49,9 @@ const DRAIN: Duration = Duration::from_secs(1);
 const HANG_UP: Duration = Duration::from_secs(1);
 const TERMINATE: Duration = Duration::from_secs(5);
 
+/// How long a process may take to start: its program may lie on a file system that hangs.
+const LAUNCH: Duration = Duration::from_secs(30);
+
 /// As a shell: found but not executable, and not found.
 const CANNOT_EXECUTE: i32 = 126;
 const NOT_FOUND: i32 = 127;
@@ -64,6 +71,13 @@ enum ExecError {
     Spawn(#[source] io::Error),
     #[error("exec failed: unable to start container process")]
     Launch(#[source] HandshakeError),
+    #[error(
+        "exec failed: the process was not started within {} s; a file system of the container may hang",
+        LAUNCH.as_secs()
+    )]
+    Slow,
+    #[error("the client is gone")]
+    Gone,
 }
 
 impl ExecError {
@@ -74,7 +88,7 @@ impl ExecError {
             {
                 NOT_FOUND
             }
-            Self::Launch(_) | Self::Spawn(_) => CANNOT_EXECUTE,
+            Self::Launch(_) | Self::Spawn(_) | Self::Slow | Self::Gone => CANNOT_EXECUTE,
         }
     }
 }
@@ -83,13 +97,18 @@ impl ExecError {
 pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
     let running = match begin(&session).await {
         Ok(running) => running,
-        Err(error) => {
+        Err((error, helper)) => {
             let exit = pb::ExecExit {
                 code: error.code(),
                 signal: 0,
                 error: chain(&error),
             };
             send(&session.output, Output::Exit(exit)).await;
+            drop(session);
+            if let Some(mut helper) = helper {
+                // Where a file system holds it, it ends with that: nobody waits for it here.
+                helper.wait().await;
+            }
             return;
         }
     };
@@ -154,17 +173,21 @@ impl Streams {
     }
 }
 
-async fn begin(session: &Session) -> Result<Running, ExecError> {
+/// Where it fails, with the helper: killed, and to be reaped.
+async fn begin(session: &Session) -> Result<Running, (ExecError, Option<Child>)> {
     let start = &session.start;
     let spec = spec(&session.program.spec, start);
-    let (theirs, mut streams) = stdio(start).map_err(ExecError::Spawn)?;
-    let (mut child, socket) = spawn(&session.pod, &session.program).map_err(ExecError::Spawn)?;
-    match handshake::launch(socket, &spec, theirs).await {
-        Ok(Launched { pid, master }) => {
-            streams.terminal = master
-                .map(Stream::new)
-                .transpose()
-                .map_err(ExecError::Spawn)?;
+    let early = |error| (ExecError::Spawn(error), None);
+    let (theirs, mut streams) = stdio(start).map_err(early)?;
+    let (child, socket) = spawn(&session.pod, &session.program).map_err(early)?;
+    let launched = launch(socket, &spec, theirs, &session.output).await;
+    let opened = launched.and_then(|Launched { pid, master }| {
+        let terminal = master.map(Stream::new).transpose();
+        Ok((pid, terminal.map_err(ExecError::Spawn)?))
+    });
+    match opened {
+        Ok((pid, terminal)) => {
+            streams.terminal = terminal;
             Ok(Running {
                 child,
                 pid,
@@ -173,9 +196,23 @@ async fn begin(session: &Session) -> Result<Running, ExecError> {
         }
         Err(error) => {
             signals::send(child.pid, Signal::KILL);
-            child.wait().await;
-            Err(ExecError::Launch(error))
+            Err((error, Some(child)))
         }
+    }
+}
+
+/// Starts the process, for as long as somebody waits for it.
+async fn launch(
+    socket: UnixStream,
+    spec: &LaunchSpec,
+    stdio: Vec<OwnedFd>,
+    output: &mpsc::Sender<Result<ExecOutput, Status>>,
+) -> Result<Launched, ExecError> {
+    tokio::select! {
+        biased;
+        launched = handshake::launch(socket, spec, stdio) => launched.map_err(ExecError::Launch),
+        () = output.closed() => Err(ExecError::Gone),
+        () = sleep(LAUNCH) => Err(ExecError::Slow),
     }
 }
 
@@ -401,4 +438,26 @@ pub(super) async fn send(
         }))
         .await
         .is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The launcher at the other end of the socket never answers.
+    async fn unanswered(output: &mpsc::Sender<Result<ExecOutput, Status>>) -> ExecError {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let spec = LaunchSpec::default();
+        let launching = launch(ours, &spec, Vec::new(), output);
+        let launched = timeout(LAUNCH * 2, launching).await;
+        launched.expect("it still waits").unwrap_err()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_launcher_that_never_answers_is_given_up() {
+        let (output, client) = mpsc::channel(1);
+        assert!(matches!(unanswered(&output).await, ExecError::Slow));
+        drop(client);
+        assert!(matches!(unanswered(&output).await, ExecError::Gone));
+    }
 }

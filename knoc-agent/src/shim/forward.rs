@@ -4,6 +4,7 @@
 //! have ended, each on its own, as TCP's do. A client that goes away resets the connection. Nothing times out.
 
 use std::{
+    collections::HashSet,
     io,
     net::{IpAddr, SocketAddr},
 };
@@ -85,12 +86,17 @@ fn words(tried: &[(IpAddr, io::Error)]) -> String {
 /// A connection to what a process below `root` listens on at `port` of the loopback interface.
 pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardError> {
     let mut tried = Vec::new();
-    let before = listeners::on(port);
-    for address in choose(&before, port, root)? {
+    let (before, own) = look(port, move || {
+        let all = listeners::on(port);
+        let own = listeners::owned(&all, root);
+        (all, own)
+    })
+    .await?;
+    for address in choose(&before, &own, port)? {
         match TcpStream::connect(SocketAddr::new(address, port)).await {
             Ok(stream) => {
                 // One of them may have gone in between and another's come: nothing was sent yet.
-                if listeners::on(port) != before {
+                if look(port, move || listeners::on(port)).await? != before {
                     return Err(ForwardError::Changed { port });
                 }
                 // Without it the connection works as well.
@@ -103,8 +109,17 @@ pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardEr
     Err(ForwardError::Refused { port, tried })
 }
 
-fn choose(all: &[Listener], port: u16, root: u32) -> Result<Vec<IpAddr>, ForwardError> {
-    match listeners::choose(all, &listeners::owned(all, root)) {
+/// Looks on a blocking thread: a node has many sockets, and a pod many descriptors.
+async fn look<T: Send + 'static>(
+    port: u16,
+    at: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ForwardError> {
+    let looked = tokio::task::spawn_blocking(at).await;
+    looked.map_err(|_| ForwardError::Changed { port })
+}
+
+fn choose(all: &[Listener], own: &HashSet<u64>, port: u16) -> Result<Vec<IpAddr>, ForwardError> {
+    match listeners::choose(all, own) {
         Choice::Own(addresses) => Ok(addresses),
         Choice::Foreign => Err(ForwardError::Foreign { port }),
         Choice::Elsewhere(addresses) => Err(ForwardError::Elsewhere { port, addresses }),

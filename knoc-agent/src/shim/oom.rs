@@ -2,8 +2,18 @@
 //!
 //! cgroup v1 has the count in `memory.oom_control` (`oom_kill N`, Linux 4.13), v2 in `memory.events`. Without it the
 //! count stays 0 and a killed container is an Error like any other.
+//!
+//! The count is the job's, not a container's. So a container that was killed claims one strike of those that came in its
+//! time, and what is claimed is no other's.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use super::cgroup::{self, Version};
 
@@ -12,6 +22,8 @@ use super::cgroup::{self, Version};
 pub(crate) struct OomCounter {
     /// Of the cgroup of this process and those above it, up to the job's.
     files: Vec<PathBuf>,
+    /// Strikes that a container's end was laid to.
+    claimed: Arc<AtomicU64>,
 }
 
 impl OomCounter {
@@ -20,21 +32,42 @@ impl OomCounter {
         let Some(place) = cgroup::place("memory") else {
             return Self::default();
         };
-        let file = match place.version {
-            Version::V1 => "memory.oom_control",
-            Version::V2 => "memory.events",
-        };
-        Self {
-            files: place
-                .folders
-                .iter()
-                .map(|folder| folder.join(file))
+        let folders = place.folders.iter();
+        Self::of(match place.version {
+            Version::V1 => folders.map(|f| f.join("memory.oom_control")).collect(),
+            // Each counts those below it as well: the job's has them all.
+            Version::V2 => folders
+                .last()
+                .map(|f| f.join("memory.events"))
+                .into_iter()
                 .collect(),
+        })
+    }
+
+    pub(super) fn of(files: Vec<PathBuf>) -> Self {
+        Self {
+            files,
+            claimed: Arc::default(),
         }
     }
 
+    /// Strikes so far that were laid to no container's end.
+    pub(crate) fn unclaimed(&self) -> u64 {
+        let claimed = self.claimed.load(Ordering::Relaxed);
+        self.kills().saturating_sub(claimed)
+    }
+
+    /// Takes a strike for a container that began when `before` were unclaimed; `false`: there was none in its time.
+    pub(crate) fn claim(&self, before: u64) -> bool {
+        let struck = self.unclaimed() > before;
+        if struck {
+            self.claimed.fetch_add(1, Ordering::Relaxed);
+        }
+        struck
+    }
+
     /// The sum of all kills seen so far.
-    pub(crate) fn kills(&self) -> u64 {
+    fn kills(&self) -> u64 {
         let texts = self
             .files
             .iter()

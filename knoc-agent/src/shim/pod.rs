@@ -10,8 +10,8 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio_util::task::TaskTracker;
 
 use super::{
-    cgroup::JobCgroup, children::Children, environment::Facts, oom::OomCounter, scratch::Scratch,
-    volumes::Volumes,
+    cgroup::JobCgroup, children::Children, environment::Facts, gpus, oom::OomCounter,
+    scratch::Scratch, volumes::Volumes,
 };
 use crate::{
     jobdir::{JobDir, claim::Claim, schema::Endpoint},
@@ -67,11 +67,12 @@ impl Pod {
             });
         let settings = job.settings.clone().unwrap_or_default();
         let scratch = Scratch::create(&settings.scratch)?;
+        let runtime = runtime::by_name(&job.runtime, job.runtime_path.as_ref())?;
         Ok(Self {
             images: images.collect(),
-            runtime: runtime::by_name(&job.runtime, job.runtime_path.as_ref())?,
             agent: std::env::current_exe()?,
-            facts: facts(&spec, endpoint),
+            facts: facts(&spec, endpoint, runtime.isolates()),
+            runtime,
             limits: Limits {
                 max_bytes: positive(settings.log_max_bytes).unwrap_or(LOG_MAX_BYTES),
                 max_files: u32::try_from(settings.log_max_files)
@@ -133,7 +134,7 @@ fn positive(value: i64) -> Option<u64> {
     u64::try_from(value).ok().filter(|value| *value > 0)
 }
 
-fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>) -> Facts {
+fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Facts {
     let host_ip = host_ip(endpoint)
         .map(|ip| ip.to_string())
         .unwrap_or_default();
@@ -156,6 +157,8 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>) -> Facts {
         hostname,
         fields,
         open_files: raise_open_files(),
+        devices: gpus::devices(|name| std::env::var(name).ok()),
+        binds_libraries: isolated,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Task: Events, one POST each, aggregated and rate-limited; never in the way of a status.
 //!
-//! In: a bounded channel; where it is full the Event is dropped and counted in the log. The name of an Event is made from what
+//! In: a bounded channel; where it is full the Event is dropped and counted in the log; so is one beyond its object's
+//! rate. The name of an Event is made from what
 //! it tells, so after a restart the same one is not told twice (the API server answers `AlreadyExists`), and a
 //! repetition in this process counts up instead.
 
@@ -137,6 +138,12 @@ impl Recorder {
             };
             let Some(note) = note else { break };
             if !self.may(&note) {
+                tracing::info!(
+                    object = note.object.name,
+                    reason = note.reason,
+                    message = note.message,
+                    "an Event was dropped: there were too many of its object"
+                );
                 continue;
             }
             if writes.len() >= AT_ONCE {

@@ -13,6 +13,8 @@ use crate::{
 /// Shown right after a failed pull …
 pub(super) const ERR_IMAGE_PULL: &str = "ErrImagePull";
 /// … and from then on until the next one.
+/// The longest pause while the controller is away.
+const AWAY_PAUSE_MAX: Duration = Duration::from_secs(30);
 const IMAGE_PULL_BACK_OFF: &str = "ImagePullBackOff";
 /// How long the error itself is shown.
 pub(super) const SHOW_ERROR: Duration = Duration::from_secs(1);
@@ -180,7 +182,13 @@ pub(super) fn refused(
     }
     // The attempt counts the refusals in a row as well as need be: each made one.
     let tries = pod.attempt;
-    let retry_at = now + pod.pause(tries.saturating_sub(1));
+    let pause = pod.pause(tries.saturating_sub(1));
+    let pause = match kind {
+        // Nothing tells when it is back; one that is away refuses cheaply.
+        RefusalKind::ControllerAway => pause.min(AWAY_PAUSE_MAX),
+        RefusalKind::Throttled | RefusalKind::Permanent | RefusalKind::Ambiguous => pause,
+    };
+    let retry_at = now + pause;
     let reason = reason.to_owned();
     pod.enter(
         State::Throttled {

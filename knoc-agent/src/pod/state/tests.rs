@@ -285,6 +285,27 @@ fn refusals_for_good_and_for_now() {
 }
 
 #[test]
+fn a_controller_that_is_away_is_asked_again_within_half_a_minute() {
+    let longest = |kind| {
+        let (mut pod, _) = feed([Event::Begin, Event::Staged]);
+        let mut longest = Duration::ZERO;
+        for _ in 0..10 {
+            let now = pod.wake().unwrap_or_else(|| at(0));
+            (pod, _) = step(pod, Event::Tick, now);
+            let words = "words".to_owned();
+            (pod, _) = step(pod, Event::Refused { kind, words }, now);
+            longest = longest.max(Duration::try_from(pod.wake().unwrap() - now).unwrap());
+        }
+        longest
+    };
+    assert_eq!(
+        longest(RefusalKind::ControllerAway),
+        Duration::from_secs(30)
+    );
+    assert_eq!(longest(RefusalKind::Throttled), Duration::from_mins(5));
+}
+
+#[test]
 fn a_failed_pull_is_shown_then_backed_off_then_tried_again() {
     let failed = Event::StageFailed {
         container: "main".to_owned(),

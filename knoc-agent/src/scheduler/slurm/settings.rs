@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::command::login_environment;
-use crate::config::Config;
+use crate::config::{Config, text};
 
 /// How this site's Slurm is asked, and what jobs get that say nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,7 +83,7 @@ impl Default for Settings {
             qos_allowed: Vec::new(),
             default_time_minutes: None,
             allowed_flags: Vec::new(),
-            gres: BTreeMap::from([("nvidia.com/gpu".to_owned(), "gpu".to_owned())]),
+            gres: text::gres(),
             shim_memory_mib: 64,
             submit_burst: 100,
             submit_per_second: 50.0,
@@ -119,6 +119,7 @@ impl From<&Config> for Settings {
             qos_allowed: site.policy.qos.clone(),
             default_time_minutes: site.job.time_minutes.map(i64::from),
             allowed_flags: site.policy.flags.clone(),
+            gres: site.gres.clone(),
             submit_burst: site.limits.sbatch_burst,
             submit_per_second: site.limits.sbatch_rate,
             submit_concurrency: site.limits.sbatch_concurrency,

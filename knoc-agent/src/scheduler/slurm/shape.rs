@@ -142,6 +142,7 @@ fn extended(spec: &pb::PodSpec) -> BTreeMap<String, i64> {
     totals.filter(|(_, total)| *total > 0).collect()
 }
 
+/// `--gres`: as the pod names it, else what its extended resources are here.
 fn gres(
     spec: &pb::PodSpec,
     job: &pb::JobRequest,
@@ -149,18 +150,19 @@ fn gres(
     nodes: i64,
 ) -> Result<Vec<String>, Refusal> {
     let mut all = Vec::new();
-    if !job.gres.is_empty() {
-        all.push(job.gres.clone());
-    }
     for (resource, amount) in extended(spec) {
         let Some(name) = site.gres.get(&resource) else {
             let known: Vec<&str> = site.gres.keys().map(String::as_str).collect();
             let known = known.join(", ");
             return Err(Refusal::permanent(format!(
-                "this site maps no Slurm resource to {resource} (it maps: {known})"
+                "this site maps no Slurm resource to {resource} (`gres` of its site file maps: {known})"
             )));
         };
         all.push(format!("{name}:{}", ceil(amount, nodes)));
+    }
+    // Who names it says of which kind the devices are to be, and how many: the pod's limits say who uses them.
+    if !job.gres.is_empty() {
+        return Ok(vec![job.gres.clone()]);
     }
     Ok(all)
 }
@@ -345,6 +347,32 @@ mod tests {
         assert_eq!((shape.nodes, shape.ntasks, shape.cpus_per_task), (2, 8, 2));
         assert_eq!(shape.memory_mib, Some(2 + 64));
         assert_eq!(shape.gres, ["gpu:2"]);
+    }
+
+    #[test]
+    fn gres_that_the_pod_names_takes_the_place_of_its_resources() {
+        let job = pb::JobRequest {
+            gres: "gpu:a100:1".to_owned(),
+            ..Default::default()
+        };
+        let spec = pod(vec![container(0, 0, 1)], job);
+        let shape = Shape::of(&spec, &Settings::default(), &[]).unwrap();
+        assert_eq!(shape.gres, ["gpu:a100:1"]);
+    }
+
+    #[test]
+    fn a_site_maps_further_resources() {
+        let mut one = container(0, 0, 0);
+        one.limits = Some(pb::Resources {
+            extended: [("example.com/fpga".to_owned(), 3)].into(),
+            ..Default::default()
+        });
+        let text = "site = 'x'\n[gres]\n'example.com/fpga' = 'fpga:xilinx'";
+        let home = crate::config::Home { home: "/".into() };
+        let config = crate::config::Config::parse(text, std::path::Path::new("x"), &home).unwrap();
+        let spec = pod(vec![one], pb::JobRequest::default());
+        let shape = Shape::of(&spec, &(&config).into(), &[]).unwrap();
+        assert_eq!(shape.gres, ["fpga:xilinx:3"]);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::{
     super::{
         children::{Child, Exit},
         fdio::Stream,
-        output,
+        gpus, output,
         pod::Pod,
         signals::{self, Identity},
     },
@@ -84,6 +84,7 @@ pub(super) async fn bring_up(
             root: roots.remove(0),
             work: folders.work.clone(),
             fakeroot: container.fakeroot,
+            gpus: gpus::asked(container),
         };
         match start(pod, attempt, &sandbox, &listener).await {
             Err(AttemptError::Runtime(words)) => {

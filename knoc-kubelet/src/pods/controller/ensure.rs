@@ -45,7 +45,7 @@ impl Worker<'_> {
             Ok(values) => values,
             Err(error) => {
                 let message = knoc_proto::error::chain(&error);
-                self.tell(pod, true, "Failed", &format!("Error: {message}"));
+                self.tell_once(pod, "Failed", &format!("Error: {message}"));
                 self.hold("CreateContainerConfigError", &message);
                 self.retry();
                 return;

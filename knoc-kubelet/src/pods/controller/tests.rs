@@ -354,6 +354,18 @@ async fn a_missing_config_map_holds_the_pod_until_it_is_there() {
         })
         .await;
     assert_eq!(kubelet.called("EnsurePod"), 0);
+    // Each round asks for it again; only the first tells.
+    let asked = |kubelet: &Kubelet| {
+        let calls = kubelet.api.calls();
+        calls
+            .iter()
+            .filter(|call| call.contains("/configmaps/later "))
+            .count()
+    };
+    kubelet.wait("retries", |kubelet| asked(kubelet) >= 3).await;
+    let told = kubelet.api.calls();
+    let told = told.iter().filter(|call| call.contains("/events"));
+    assert_eq!(told.count(), 1);
     kubelet.api.config_map("later", json!({"K": "v"}));
     kubelet
         .wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)

@@ -65,7 +65,8 @@ pub(super) fn request(
         time_minutes,
         nodes: 1,
         ntasks,
-        gres: text("gres").unwrap_or_else(|| gres(init, regular)),
+        // What extended resources are in gres is the site's word: the agent's.
+        gres: text("gres").unwrap_or_default(),
         exclusive: text("exclusive").as_deref() == Some("true"),
         licenses: text("licenses").unwrap_or_default(),
         dependency: text("dependency").unwrap_or_default(),
@@ -132,35 +133,6 @@ pub(in crate::pods) fn over_containers(
     };
     let sum = regular.iter().map(of).fold(0i64, i64::saturating_add);
     init.iter().map(of).fold(sum, i64::max)
-}
-
-/// Extended resources as gres: `nvidia.com/gpu: 2` is `gpu:2`, `example.com/fpga: 1` is `fpga:1`.
-fn gres(init: &[pb::Container], regular: &[pb::Container]) -> String {
-    let mut names: Vec<&String> = init
-        .iter()
-        .chain(regular)
-        .flat_map(|container| [&container.requests, &container.limits])
-        .flatten()
-        .flat_map(|resources| resources.extended.keys())
-        .collect();
-    names.sort();
-    names.dedup();
-    let mut counts: BTreeMap<&str, i64> = BTreeMap::new();
-    for name in names {
-        let get = |resources: &pb::Resources| resources.extended.get(name).copied().unwrap_or(0);
-        let count = over_containers(init, regular, |requests, limits| {
-            first(get(limits), get(requests))
-        });
-        let short = name.rsplit('/').next().unwrap_or(name);
-        if count > 0 {
-            *counts.entry(short).or_default() += count;
-        }
-    }
-    let parts: Vec<_> = counts
-        .iter()
-        .map(|(name, count)| format!("{name}:{count}"))
-        .collect();
-    parts.join(",")
 }
 
 /// Slurm's forms of a time (`M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`) and `90m`, `2h`, `1d`, `30s`, in

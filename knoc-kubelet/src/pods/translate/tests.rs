@@ -139,7 +139,15 @@ fn init_containers_count_as_the_largest() {
     let job = shape(&pod()).unwrap().job.unwrap();
     assert_eq!(job.cpu_millis, 3000);
     assert_eq!(job.memory_bytes, 2 << 30);
-    assert_eq!(job.gres, "gpu:2");
+    assert_eq!(job.gres, "");
+}
+
+#[test]
+fn gres_is_the_annotations_word_alone() {
+    let mut pod = pod();
+    let annotations = pod.metadata.annotations.get_or_insert_default();
+    annotations.insert("knoc.io/gres".to_owned(), "gpu:a100:2".to_owned());
+    assert_eq!(shape(&pod).unwrap().job.unwrap().gres, "gpu:a100:2");
 }
 
 #[test]
