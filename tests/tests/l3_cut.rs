@@ -175,6 +175,27 @@ async fn kubectl_hears_at_once_that_the_agent_was_killed() -> anyhow::Result<()>
     world.finish().await
 }
 
+/// An upgrade of the chart: what ends with the kubelet has not succeeded.
+#[tokio::test]
+async fn kubectl_hears_that_the_kubelet_is_stopped() -> anyhow::Result<()> {
+    let world = World::new("cut-kubelet").await?;
+    let port = some_port();
+    let uid = world.running(&talker(port)).await?;
+    let mut streams = Streams::open(&world, port).await?;
+    world.service("kubelet.sh", "down").ok().await?;
+    let ends = streams.fail(Instant::now() + AT_ONCE).await;
+    let up = world.service("kubelet.sh", "up").deadline(SCRIPT);
+    up.ok().await?;
+    ends?;
+    for client in [&streams.exec, &streams.attach] {
+        let shown = client.shown();
+        ensure!(shown.contains("the kubelet is shutting down"), "{shown}");
+    }
+    let jobs = world.jobs(&uid).await?;
+    ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
+    world.finish().await
+}
+
 /// The streams of a pod whose shim is killed: `kill` does it.
 async fn shim_is_killed(
     test: &str,

@@ -226,7 +226,8 @@ fn check_dates(
         }
     };
     let (from, until) = (info.validity.from, info.validity.until);
-    let renew = "remove the old pair in tls/ on the login node; `knoc-agent init` then makes it anew";
+    let renew =
+        "remove the old pair in tls/ on the login node; `knoc-agent init` then makes it anew";
     if now > until {
         report.bad(
             "certificates",

@@ -48,7 +48,11 @@ fn nobody_sees(site: &Site, uid: &str) -> anyhow::Result<()> {
     for path in found {
         ensure!(path.starts_with(&values), "{} has it", path.display());
         let mode = fs::metadata(&path)?.permissions().mode();
-        ensure!(mode.trailing_zeros() >= 6, "{}: mode {mode:o}", path.display());
+        ensure!(
+            mode.trailing_zeros() >= 6,
+            "{}: mode {mode:o}",
+            path.display()
+        );
     }
     for text in &texts {
         let shown = processes_naming(Path::new(text));
