@@ -47,8 +47,10 @@ pub struct ResolvedImage {
 /// Why there is no image; Kubernetes has a word for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ImageErrorKind {
-    /// The name cannot be one, or names what this site does not serve. Trying again does not help.
+    /// The name cannot be one, or names a file that this site does not serve. Trying again does not help.
     InvalidName,
+    /// A source that is refused by name, such as `oras://`.
+    Unsupported,
     /// The policy is Never and the image is not here.
     NeverPull,
     /// Registry or conversion failed; it may work later.
@@ -80,7 +82,7 @@ impl ImageError {
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self.kind {
-            ImageErrorKind::InvalidName => "InvalidImageName",
+            ImageErrorKind::InvalidName | ImageErrorKind::Unsupported => "InvalidImageName",
             ImageErrorKind::NeverPull => "ErrImageNeverPull",
             ImageErrorKind::Pull => "ErrImagePull",
         }
@@ -90,7 +92,7 @@ impl ImageError {
     #[must_use]
     pub fn retryable(&self) -> bool {
         match self.kind {
-            ImageErrorKind::InvalidName => false,
+            ImageErrorKind::InvalidName | ImageErrorKind::Unsupported => false,
             // Somebody may put the image there by hand; the kubelet waits too.
             ImageErrorKind::NeverPull | ImageErrorKind::Pull => true,
         }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
-    PodBuilder, World,
+    PodBuilder, World, wait_for,
     world::{SOON, container_reason, why},
 };
 use serde_json::json;
@@ -111,6 +111,51 @@ async fn a_missing_config_map_is_waited_for() -> anyhow::Result<()> {
         .await?;
     world.wait_phase("waits", "Succeeded", SOON).await?;
     ensure!(world.logs("waits", "main").await? == "red\n");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_volume_that_is_missing_and_a_name_that_is_none_keep_a_container_waiting()
+-> anyhow::Result<()> {
+    let world = World::new("mount").await?;
+    let volume = json!([{"name": "cfg", "configMap": {"name": "settings"}}]);
+    let pod = PodBuilder::new("mount")
+        .sh("cat /cfg/colour")
+        .spec("volumes", volume)
+        .set(
+            "volumeMounts",
+            json!([{"name": "cfg", "mountPath": "/cfg"}]),
+        );
+    world.create(&pod).await?;
+    let failed = "FailedMount: MountVolume.SetUp failed for volume \"cfg\" : configmap \"settings\" not found";
+    wait_for("an Event of the mount", SOON, async || {
+        let events = world.events("mount").await?;
+        ensure!(events.iter().any(|event| event == failed), "{events:?}");
+        Ok(())
+    })
+    .await?;
+    let waits = container_reason(&world.pod("mount").await?, "main");
+    let (reason, _) = waits.context("no status")?;
+    ensure!(reason == "ContainerCreating", "{reason}");
+    let create = [
+        "create",
+        "configmap",
+        "settings",
+        "--from-literal=colour=red",
+    ];
+    world.kubectl(create).ok().await?;
+    world.wait_phase("mount", "Succeeded", SOON).await?;
+    ensure!(world.logs("mount", "main").await? == "red");
+    // Where the pod failed, a Deployment would make the next one at once.
+    world
+        .create(&PodBuilder::new("name").image("Busy Box"))
+        .await?;
+    let invalid =
+        |pod: &_| container_reason(pod, "main").filter(|(reason, _)| reason == "InvalidImageName");
+    let (_, message) = world
+        .wait("name", "InvalidImageName", SOON, invalid)
+        .await?;
+    ensure!(message.contains("Busy Box"), "{message}");
     world.finish().await
 }
 

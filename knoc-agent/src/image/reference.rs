@@ -50,9 +50,10 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
         } else {
             "is unknown"
         };
-        return Err(invalid(format!(
+        let words = format!(
             "the source {scheme}: {words}; name a docker image, or a path under the site's roots"
-        )));
+        );
+        return Err(ImageError::new(image, ImageErrorKind::Unsupported, words));
     }
     name.parse()
         .map(Reference::Registry)

@@ -61,12 +61,18 @@ impl Images {
         std::fs::remove_dir_all(self.cache.temporary()).ok();
     }
 
-    /// Only whether the name can be one: for admission and `script`, without registry or disk.
+    /// Only whether its source is one: for admission and `script`, without registry or disk. A name that cannot be one
+    /// is let in, and waits with `InvalidImageName`, as on any node: where the pod failed, a Deployment would make the
+    /// next one at once.
     pub fn check(&self, image: &str) -> Result<(), ImageError> {
-        if self.settings.program.is_none() {
-            return Ok(());
+        match reference::parse(image) {
+            Err(error)
+                if error.kind == ImageErrorKind::Unsupported && self.settings.program.is_some() =>
+            {
+                Err(error)
+            }
+            Ok(_) | Err(_) => Ok(()),
         }
-        reference::parse(image).map(drop)
     }
 
     /// The image of a container, pulled where the policy says so.

@@ -47,6 +47,8 @@ pub(crate) struct History {
     /// The number of the running attempt, or of the last one.
     pub(crate) attempt: u32,
     pub(crate) started_at: Option<Timestamp>,
+    /// Between the last attempt and the next one.
+    pub(crate) pause: Duration,
     /// The last attempt's end, and the one before.
     pub(crate) ended: Option<pb::Terminated>,
     pub(crate) ended_before: Option<pb::Terminated>,
@@ -55,6 +57,7 @@ pub(crate) struct History {
 /// What a container's state is shown in the light of.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Light<'a> {
+    pub(crate) pod: &'a pb::PodSpec,
     pub(crate) init: bool,
     /// Are all init containers done?
     pub(crate) initialized: bool,
@@ -65,8 +68,8 @@ pub(crate) struct Light<'a> {
     pub(crate) now: Time,
 }
 
-/// PURE: the state as Kubernetes words it.
-pub(crate) fn state(phase: Phase, history: &History, light: &Light<'_>) -> State {
+/// PURE: the state of a container as Kubernetes words it.
+pub(crate) fn state(name: &str, phase: Phase, history: &History, light: &Light<'_>) -> State {
     let waiting = |reason: &str, message: &str| {
         State::Waiting(pb::Waiting {
             reason: reason.to_owned(),
@@ -83,8 +86,15 @@ pub(crate) fn state(phase: Phase, history: &History, light: &Light<'_>) -> State
                 return State::Terminated(history.ended.clone().unwrap_or_default());
             }
             if light.now < restart_at {
-                let left = restart_at.saturating_sub(light.now).as_secs().max(1);
-                return waiting("CrashLoopBackOff", &format!("restarted in {left} s"));
+                let (pause, pod) = (history.pause.as_secs(), light.pod);
+                let message = format!(
+                    "back-off {} restarting failed container={name} pod={}_{}({})",
+                    minutes(pause),
+                    pod.name,
+                    pod.namespace,
+                    pod.uid
+                );
+                return waiting("CrashLoopBackOff", &message);
             }
             waiting("ContainerCreating", "")
         }
@@ -97,6 +107,14 @@ pub(crate) fn state(phase: Phase, history: &History, light: &Light<'_>) -> State
     }
 }
 
+/// As Go shows a duration of whole seconds: `20s`, `1m20s`.
+fn minutes(seconds: u64) -> String {
+    match (seconds / 60, seconds % 60) {
+        (0, seconds) => format!("{seconds}s"),
+        (minutes, seconds) => format!("{minutes}m{seconds}s"),
+    }
+}
+
 /// PURE: one container's status.
 pub(crate) fn status(
     container: &pb::Container,
@@ -105,7 +123,7 @@ pub(crate) fn status(
     light: &Light<'_>,
     container_id: String,
 ) -> pb::ContainerStatus {
-    let state = state(phase, history, light);
+    let state = state(&container.name, phase, history, light);
     let over = matches!(state, State::Terminated(_));
     let running = phase == Phase::Running;
     let succeeded = matches!(phase, Phase::Exited { code: 0, .. });
@@ -288,6 +306,45 @@ mod tests {
         };
         let looked = tokio::time::timeout(SOON, looking).await;
         looked.unwrap_or_else(|_| panic!("never written"))
+    }
+
+    #[test]
+    fn a_container_that_waits_says_so_as_a_kubelet_does() {
+        let pod = pb::PodSpec {
+            uid: "7d1".to_owned(),
+            namespace: "lab".to_owned(),
+            name: "web".to_owned(),
+            ..Default::default()
+        };
+        let phase = Phase::Exited {
+            code: 1,
+            restart_at: Duration::from_secs(100),
+        };
+        let said = |pause, now| {
+            let history = History {
+                pause: Duration::from_secs(pause),
+                ..History::default()
+            };
+            let light = Light {
+                pod: &pod,
+                init: false,
+                initialized: true,
+                stopping: false,
+                policy: pb::RestartPolicy::Always,
+                values_missing: None,
+                now: Duration::from_secs(now),
+            };
+            match state("main", phase, &history, &light) {
+                State::Waiting(waiting) => [waiting.reason, waiting.message],
+                state @ (State::Running(_) | State::Terminated(_)) => panic!("{state:?}"),
+            }
+        };
+        for (pause, shown) in [(20, "20s"), (80, "1m20s"), (300, "5m0s")] {
+            let message =
+                format!("back-off {shown} restarting failed container=main pod=web_lab(7d1)");
+            assert_eq!(said(pause, 99), ["CrashLoopBackOff".to_owned(), message]);
+        }
+        assert_eq!(said(20, 100), ["ContainerCreating", ""]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -390,6 +390,7 @@ impl Supervisor {
             .enumerate()
             .map(|(index, slot)| {
                 let light = Light {
+                    pod: self.pod.spec(),
                     init: index < view.init,
                     initialized,
                     stopping: self.stop.is_some(),

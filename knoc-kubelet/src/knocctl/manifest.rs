@@ -112,7 +112,7 @@ pub fn parse(text: &str, path: &Path, given: &Given<'_>) -> Result<Manifest, Man
     check_needs(&pod, path)?;
     let spec = translate::shape(&pod).map_err(refused)?;
     let values = translate::values(&pod, &translate::Resolved::default())
-        .map_err(|missing| refused(missing.0))?;
+        .map_err(|missing| refused(vec![missing.to_string()]))?;
     if !values.skipped.is_empty() {
         let names = values
             .skipped

@@ -81,10 +81,17 @@ pub struct Needs {
     pub tokens: Vec<TokenAsk>,
 }
 
-/// Something required is not there (yet).
+/// Something required is not there (yet), a sentence each. Volumes come first, as on any node: a container is not looked
+/// at before they are there.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}", .0.join("; "))]
-pub struct Missing(pub Vec<String>);
+pub enum Missing {
+    /// Of volumes.
+    #[error("{}", .0.join("; "))]
+    Mounts(Vec<String>),
+    /// Of containers' variables.
+    #[error("{}", .0.join("; "))]
+    Variables(Vec<String>),
+}
 
 /// The values, and names that were skipped because they are no variable names.
 #[derive(Clone, Debug, Default)]
@@ -176,8 +183,18 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
             vars,
         });
     }
+    let mut mounts = Vec::new();
     for volume in spec.volumes.iter().flatten() {
-        if let Some(files) = files::files(pod, volume, resolved, &mut missing) {
+        let mut missing = Vec::new();
+        let files = files::files(pod, volume, resolved, &mut missing);
+        let failed = |why| {
+            format!(
+                "MountVolume.SetUp failed for volume \"{}\" : {why}",
+                volume.name
+            )
+        };
+        mounts.extend(missing.into_iter().map(failed));
+        if let Some(files) = files {
             values.values.files.push(pb::VolumeFiles {
                 volume: volume.name.clone(),
                 files,
@@ -190,10 +207,10 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
         .map(|token| token.expires.as_second());
     values.values.not_after = expiries.min().unwrap_or(0);
     missing.dedup();
-    if missing.is_empty() {
-        Ok(values)
-    } else {
-        Err(Missing(missing))
+    match (mounts.is_empty(), missing.is_empty()) {
+        (false, _) => Err(Missing::Mounts(mounts)),
+        (true, false) => Err(Missing::Variables(missing)),
+        (true, true) => Ok(values),
     }
 }
 

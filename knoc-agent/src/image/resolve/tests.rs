@@ -349,11 +349,19 @@ async fn without_a_runtime_an_image_is_only_a_name() {
         .await
         .unwrap();
     assert_eq!(image.image_id, "Whatever it is");
-    images.check("Whatever it is").unwrap();
-    assert_eq!(
-        world.images.check("Whatever it is").unwrap_err().reason(),
-        "InvalidImageName"
-    );
+    images.check("oras://x/y").unwrap();
+}
+
+#[tokio::test]
+async fn a_source_is_refused_before_the_pod_is_taken_and_a_bad_name_waits() {
+    let world = World::new().await;
+    let refused = world.images.check("oras://x/y").unwrap_err();
+    assert_eq!(refused.kind, ImageErrorKind::Unsupported);
+    world.images.check("Whatever it is").unwrap();
+    let waits = world
+        .images
+        .resolve("Whatever it is", PullPolicy::IfNotPresent);
+    assert_eq!(waits.await.unwrap_err().reason(), "InvalidImageName");
 }
 
 /// `sif list` and `sif dump` of a file whose config names its own size as the command.

@@ -284,8 +284,14 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
                 return Vec::new();
             };
             if now < waiting.retry_at {
-                IMAGE_PULL_BACK_OFF.clone_into(&mut waiting.reason);
-                waiting.message = format!("Back-off pulling image: {}", waiting.message);
+                // Once, however often it is looked at.
+                if waiting.reason == ERR_IMAGE_PULL {
+                    let Trouble {
+                        reason, message, ..
+                    } = waiting;
+                    *message = format!("Back-off pulling image: {reason}: {message}");
+                    IMAGE_PULL_BACK_OFF.clone_into(reason);
+                }
                 return Vec::new();
             }
             *trouble = None;

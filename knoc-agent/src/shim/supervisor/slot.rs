@@ -122,10 +122,10 @@ impl Slot {
         let ran = started_at.map_or(Time::ZERO, |at| {
             Time::try_from(ended.finished_at.duration_since(at)).unwrap_or_default()
         });
-        let restart_at = now + self.backoff.after(ran);
+        self.history.pause = self.backoff.after(ran);
         self.phase = Phase::Exited {
             code: ended.exit.code,
-            restart_at,
+            restart_at: now + self.history.pause,
         };
     }
 

@@ -44,9 +44,7 @@ impl Worker<'_> {
         let values = match self.values(pod).await {
             Ok(values) => values,
             Err(error) => {
-                let message = knoc_proto::error::chain(&error);
-                self.tell_once(pod, "Failed", &format!("Error: {message}"));
-                self.hold("CreateContainerConfigError", &message);
+                self.no_values(pod, &error);
                 self.retry();
                 return;
             }
@@ -66,6 +64,19 @@ impl Worker<'_> {
             }
             Err(status) => self.not_ensured(pod, generation, &status),
         }
+    }
+
+    fn no_values(&mut self, pod: &Pod, error: &NoValues) {
+        let message = knoc_proto::error::chain(error);
+        if let NoValues::Missing(Missing::Mounts(mounts)) = error {
+            for mount in mounts {
+                self.tell_once(pod, "FailedMount", mount);
+            }
+            self.hold("", &message);
+            return;
+        }
+        self.tell_once(pod, "Failed", &format!("Error: {message}"));
+        self.hold("CreateContainerConfigError", &message);
     }
 
     fn not_ensured(&mut self, pod: &Pod, generation: i64, status: &tonic::Status) {

@@ -133,7 +133,13 @@ impl Worker<'_> {
         if self.memory.told.insert(salt) {
             let message = match waiting.reason.as_str() {
                 "CrashLoopBackOff" => {
-                    format!("Back-off restarting failed container {}", status.name)
+                    let pod = &view.pod.metadata;
+                    let [name, namespace, uid] = [&pod.name, &pod.namespace, &pod.uid]
+                        .map(|part| part.as_deref().unwrap_or_default());
+                    format!(
+                        "Back-off restarting failed container {} in pod {name}_{namespace}({uid})",
+                        status.name
+                    )
                 }
                 other => format!("Error: {other}: {}", waiting.message),
             };

@@ -101,11 +101,21 @@ fn what_a_pod_refers_to() {
 
 #[test]
 fn all_that_is_missing_is_said_and_optional_ones_are_not() {
-    let error = values(&pod(), &Resolved::default()).unwrap_err();
+    let mut pod = pod();
+    let error = values(&pod, &Resolved::default()).unwrap_err();
+    let mounts: Vec<String> = [
+        ("files", "configmap \"cm\" not found"),
+        ("files", "the service account token was not issued"),
+    ]
+    .map(|(volume, why)| format!("MountVolume.SetUp failed for volume \"{volume}\" : {why}"))
+    .into();
+    assert_eq!(error, Missing::Mounts(mounts));
+    pod.spec.as_mut().unwrap().volumes = None;
+    let error = values(&pod, &Resolved::default()).unwrap_err();
+    let variables = ["configmap \"cm\" not found", "secret \"sec\" not found"];
     assert_eq!(
-        error.to_string(),
-        "configmap \"cm\" not found; secret \"sec\" not found; configmap \"cm\" not found; \
-         the service account token was not issued"
+        error,
+        Missing::Variables(variables.map(str::to_owned).into())
     );
 }
 
