@@ -102,6 +102,13 @@ fn all<const N: usize>(ends: [anyhow::Result<()>; N]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The pod has the job that it had, and no other.
+async fn one_job_runs(world: &World, uid: &str) -> anyhow::Result<()> {
+    let jobs = world.jobs(uid).await?;
+    ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
+    Ok(())
+}
+
 /// The program ends in time; its exit code, and what it said beside the pod's words.
 async fn ended(
     name: &str,
@@ -170,8 +177,7 @@ async fn kubectl_hears_at_once_that_the_agent_was_killed() -> anyhow::Result<()>
         Ok(())
     })
     .await?;
-    let jobs = world.jobs(&uid).await?;
-    ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
+    one_job_runs(&world, &uid).await?;
     world.finish().await
 }
 
@@ -191,8 +197,7 @@ async fn kubectl_hears_that_the_kubelet_is_stopped() -> anyhow::Result<()> {
         let shown = client.shown();
         ensure!(shown.contains("the kubelet is shutting down"), "{shown}");
     }
-    let jobs = world.jobs(&uid).await?;
-    ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
+    one_job_runs(&world, &uid).await?;
     world.finish().await
 }
 
@@ -316,7 +321,6 @@ async fn kubectl_hears_that_the_link_went_silent_and_the_pod_does_not_mind() -> 
         },
     )
     .await?;
-    let jobs = world.jobs(&uid).await?;
-    ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
+    one_job_runs(&world, &uid).await?;
     world.finish().await
 }

@@ -33,6 +33,16 @@ fn terminated<'a>(
     }
 }
 
+/// The refusal, which has that reason.
+fn refused<T>(
+    answer: Result<T, tonic::Status>,
+    reason: ErrorReason,
+) -> anyhow::Result<tonic::Status> {
+    let refused = answer.err().context("it was accepted")?;
+    ensure!(ErrorReason::of(&refused) == Some(reason), "{refused}");
+    Ok(refused)
+}
+
 fn change(pod: &Pod, edit: impl FnOnce(&mut pb::PodSpec)) -> Pod {
     let mut changed = pod.clone();
     if let Some(spec) = &mut changed.request.spec {
@@ -307,15 +317,8 @@ async fn the_same_pod_again_is_no_op_and_another_shape_a_conflict() -> anyhow::R
         spec.generation = 2;
         spec.containers.push(shell("second", "true"));
     });
-    let refused = client
-        .ensure_pod(other.request)
-        .await
-        .err()
-        .context("it was accepted")?;
-    ensure!(
-        ErrorReason::of(&refused) == Some(ErrorReason::SpecConflict),
-        "{refused}"
-    );
+    let answer = client.ensure_pod(other.request).await;
+    refused(answer, ErrorReason::SpecConflict)?;
     let labelled = change(&pod, |spec| {
         spec.generation = 2;
         spec.labels.insert("colour".into(), "blue".into());
@@ -350,26 +353,12 @@ async fn an_older_leader_and_another_cluster_are_refused() -> anyhow::Result<()>
     client.ensure_pod(pod.request.clone()).await?;
     let mut stale = Pod::new("stale", vec![shell("main", "true")]);
     stale.request.leadership_epoch = 4;
-    let refused = client
-        .ensure_pod(stale.request.clone())
-        .await
-        .err()
-        .context("accepted")?;
-    ensure!(
-        ErrorReason::of(&refused) == Some(ErrorReason::StaleLeader),
-        "{refused}"
-    );
+    let answer = client.ensure_pod(stale.request.clone()).await;
+    refused(answer, ErrorReason::StaleLeader)?;
     stale.request.leadership_epoch = 6;
     stale.request.cluster_id = "another-cluster".into();
-    let refused = client
-        .ensure_pod(stale.request)
-        .await
-        .err()
-        .context("accepted")?;
-    ensure!(
-        ErrorReason::of(&refused) == Some(ErrorReason::ClusterMismatch),
-        "{refused}"
-    );
+    let answer = client.ensure_pod(stale.request).await;
+    refused(answer, ErrorReason::ClusterMismatch)?;
     Ok(())
 }
 
@@ -385,24 +374,17 @@ async fn kubelets_of_two_nodes_share_an_agent() -> anyhow::Result<()> {
         pod.request.leadership_epoch = epoch;
         client.ensure_pod(pod.request.clone()).await?;
         pod.request.leadership_epoch = epoch - 1;
-        let refused = client.ensure_pod(pod.request).await;
-        let refused = refused.err().context("accepted")?;
-        ensure!(
-            ErrorReason::of(&refused) == Some(ErrorReason::StaleLeader),
-            "{refused}"
-        );
+        refused(
+            client.ensure_pod(pod.request).await,
+            ErrorReason::StaleLeader,
+        )?;
         let delete = pb::DeletePodRequest {
             leadership_epoch: epoch - 1,
             cluster_id: CLUSTER.into(),
             uid: node.into(),
             ..pb::DeletePodRequest::default()
         };
-        let refused = client.delete_pod(delete).await;
-        let refused = refused.err().context("deleted")?;
-        ensure!(
-            ErrorReason::of(&refused) == Some(ErrorReason::StaleLeader),
-            "{refused}"
-        );
+        refused(client.delete_pod(delete).await, ErrorReason::StaleLeader)?;
     }
     Ok(())
 }
@@ -423,15 +405,8 @@ async fn an_invalid_pod_is_refused_with_all_reasons() -> anyhow::Result<()> {
             ..pb::Mount::default()
         });
     }
-    let refused = client
-        .ensure_pod(twice.request)
-        .await
-        .err()
-        .context("it was accepted")?;
-    ensure!(
-        ErrorReason::of(&refused) == Some(ErrorReason::InvalidSpec),
-        "{refused}"
-    );
+    let answer = client.ensure_pod(twice.request).await;
+    let refused = refused(answer, ErrorReason::InvalidSpec)?;
     for word in ["main", "nowhere", "relative"] {
         ensure!(refused.message().contains(word), "{refused}");
     }

@@ -29,7 +29,7 @@ fn names(folder: &Path) -> anyhow::Result<Vec<String>> {
 }
 
 /// Every file below the folder that has the text in it.
-fn holding(folder: &Path, text: &str) -> anyhow::Result<Vec<String>> {
+pub(super) fn holding(folder: &Path, text: &str) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
