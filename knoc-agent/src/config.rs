@@ -333,6 +333,8 @@ pub struct Limits {
     pub stop_slack: Duration,
     /// Pods at the same time; unset: what process limits carry.
     pub pods: Option<u32>,
+    /// Threads on which bytes move: one carries several hundred MB/s, and more than one hand the same bytes to and fro.
+    pub threads: usize,
 }
 
 impl Default for Limits {
@@ -349,6 +351,7 @@ impl Default for Limits {
             lost_after: Duration::from_mins(5),
             stop_slack: Duration::from_secs(15),
             pods: None,
+            threads: 1,
         }
     }
 }

@@ -134,6 +134,7 @@ fn serve(config: Config) -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.limits.threads)
         .max_blocking_threads(BLOCKING_THREADS)
         .enable_all()
         .build()?;

@@ -59,7 +59,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     // kube takes the process's default; the link names ring itself.
     drop(rustls::crypto::ring::default_provider().install_default());
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        // One carries several hundred MB/s of streams; two would hand the same bytes to and fro.
+        .worker_threads(1)
         .enable_all()
         .build()
         .context("start the runtime")?;

@@ -138,6 +138,7 @@ impl Check<'_, '_> {
             ("limits.sbatch_concurrency", limits.sbatch_concurrency > 0),
             ("limits.image_concurrency", limits.image_concurrency > 0),
             ("limits.pods", limits.pods != Some(0)),
+            ("limits.threads", limits.threads > 0),
             ("limits.poll_min", !limits.poll_min.is_zero()),
             ("backoff.initial", !config.backoff.initial.is_zero()),
             ("logs.max_files", config.logs.max_files > 0),

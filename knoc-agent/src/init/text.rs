@@ -206,6 +206,8 @@ qos = []
 # stop_slack = "15s"
 # Pods at the same time; unset: what the limit of open files carries.
 # pods = 1000
+# Threads on which bytes move. One carries several hundred MB/s; more are of use where many large streams run at once.
+# threads = 1
 
 [logs]
 # max_bytes = 104857600

@@ -1,8 +1,6 @@
 //! PURE: from pieces of a log to the bytes that a reader asked for (since, stream, timestamps, byte limit), and where
 //! the last `n` lines begin.
 
-use std::ops::Range;
-
 use jiff::Timestamp;
 use knoc_proto::pb;
 use memchr::memchr;
@@ -140,29 +138,28 @@ impl Filter {
         self.left == 0
     }
 
-    /// Leaves of whole lines what is wanted, where it stands: that is never more than there was. What is not in the
-    /// format is left out, and so is what follows the last newline.
-    pub fn keep(&mut self, lines: &mut Vec<u8>) {
-        let (mut start, mut kept) = (0, 0);
+    /// Appends what is wanted of whole lines to `kept`. What is not in the format is left out, and so is what follows
+    /// the last newline.
+    pub fn keep(&mut self, lines: &[u8], kept: &mut Vec<u8>) {
+        let mut rest = lines;
         while self.left > 0
-            && let Some(rest) = lines.get(start..)
             && let Some(length) = memchr(b'\n', rest)
+            && let Some((line, after)) = rest.split_at_checked(length + 1)
         {
-            kept += self.line(lines, start..start + length, kept);
-            start += length + 1;
+            self.line(line, kept);
+            rest = after;
         }
-        lines.truncate(kept);
     }
 
-    /// Moves what is wanted of one line to `kept`, at or before its beginning; its newline follows it. How many bytes.
-    fn line(&mut self, lines: &mut [u8], line: Range<usize>, kept: usize) -> usize {
-        let Some(piece) = lines.get(line.clone()).and_then(cri::parse) else {
-            return 0;
+    /// The same of one line, which has its newline.
+    fn line(&mut self, line: &[u8], kept: &mut Vec<u8>) {
+        let Some(piece) = cri::parse(line) else {
+            return;
         };
         let stamp = *piece.stamp;
         let before = |bound: &[u8]| stamp[..] < *bound;
         if self.sent.as_ref().is_some_and(|sent| stamp[..] <= sent[..]) {
-            return 0;
+            return;
         }
         self.stamp = Some(stamp);
         let Options {
@@ -170,26 +167,28 @@ impl Filter {
         } = &self.options;
         let too_old = since.as_ref().is_some_and(|since| before(since.as_bytes()));
         if too_old || !self.options.wants(piece.stream) {
-            return 0;
+            return;
         }
-        let (partial, text) = (piece.partial, line.end - piece.text.len());
-        let stream = usize::from(piece.stream == Stream::Stderr);
         let [stdout, stderr] = &mut self.at_start;
-        let at_start = if stream == 0 { stdout } else { stderr };
+        let at_start = match piece.stream {
+            Stream::Stdout => stdout,
+            Stream::Stderr => stderr,
+        };
         let stamped = *timestamps && *at_start;
-        *at_start = !partial;
-        let mut moved = 0;
+        *at_start = !piece.partial;
+        let begin = kept.len();
         if stamped {
-            // With the space after it; it ends before the text begins.
-            moved = STAMP_LEN + 1;
-            lines.copy_within(line.start..line.start + moved, kept);
+            kept.extend_from_slice(&stamp);
+            kept.push(b' ');
         }
-        let text = text..line.end + usize::from(!partial);
-        let end = moved + text.len();
-        lines.copy_within(text, kept + moved);
-        let allowed = usize::try_from(self.left).map_or(end, |left| left.min(end));
-        self.left -= u64::try_from(allowed).unwrap_or(self.left);
-        allowed
+        // A part of a line ends without the newline that stands in the file.
+        let newline = usize::from(piece.partial);
+        let text = piece.text.len().saturating_sub(newline);
+        kept.extend_from_slice(piece.text.get(..text).unwrap_or_default());
+        let added = u64::try_from(kept.len() - begin).unwrap_or(u64::MAX);
+        let allowed = added.min(self.left);
+        self.left -= allowed;
+        kept.truncate(begin + usize::try_from(allowed).unwrap_or_default());
     }
 }
 
@@ -261,9 +260,9 @@ mod tests {
         });
         let (mut filter, mut out) = (Filter::new(options), Vec::new());
         let kept = |filter: &mut Filter, line: &[u8]| {
-            let mut line = [line, b"\n"].concat();
-            filter.keep(&mut line);
-            line
+            let mut out = Vec::new();
+            filter.keep(&[line, b"\n"].concat(), &mut out);
+            out
         };
         LOG[first..]
             .iter()

@@ -39,9 +39,7 @@ fn read(flags: u8, data: &[u8]) {
     let mut out = Vec::new();
     // However the lines come, together or alone.
     for block in data.chunk_by(|byte, _| *byte != b'\n' || flags & 16 != 0) {
-        let mut lines = block.to_vec();
-        filter.keep(&mut lines);
-        out.extend_from_slice(&lines);
+        filter.keep(block, &mut out);
     }
     if let Some(limit) = limit {
         assert!(out.len() <= usize::try_from(limit).unwrap_or(usize::MAX));

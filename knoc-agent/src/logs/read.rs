@@ -1,32 +1,38 @@
 //! Task: sends what a reader asked for of one log series, and follows it across rotation.
 //!
-//! Reads in blocks on the runtime's blocking threads, as many at once as the reader has room for: the channel to it is
-//! bounded, so a slow reader slows only this task. Follows by the writer's own signal where there is one (the shim), else by looking at the file every
-//! [`POLL`] (the agent, on a shared file system). Ends with the instance, the byte limit, or the reader. Each chunk says
-//! where the next one begins, so that another reader, on another host, can go on from there ([`Position`]).
+//! Reads in blocks: on this thread what is in the page cache, else on the runtime's blocking threads, as many at once as
+//! the reader has room for: the channel to it is bounded, so a slow reader slows only this task. Follows by the writer's
+//! own signal where there is one (the shim), else by looking at the file every [`POLL`] (the agent, on a shared file
+//! system). Ends with the instance, the byte limit, or the reader. Each chunk says where the next one begins, so that
+//! another reader, on another host, can go on from there ([`Position`]).
+
+mod files;
 
 use std::{
-    fs::{self, File},
-    io,
-    os::unix::fs::{FileExt as _, MetadataExt as _},
+    io::{self, IoSliceMut},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use bytes::Bytes;
-use knoc_proto::{pb, reason::ErrorReason};
+use knoc_proto::{link, pb, reason::ErrorReason};
 use memchr::memrchr;
-use rustix::buffer::spare_capacity;
+use rustix::io::{Errno, ReadWriteFlags};
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
-use super::{
-    filter::{Filter, Options, Position, TailSearch},
-    series,
-};
+use self::files::{Identity, Open, open, tail_start};
+use super::filter::{Filter, Options, Position, TailSearch};
 
-/// One read. With the heads of short lines taken off it gives about one message ([`knoc_proto::link::CHUNK`]).
-const BLOCK: usize = 96 << 10;
+/// The first read, and what a follower keeps while it waits.
+const SMALL: usize = 8 << 10;
+
+/// The largest read.
+const BLOCK: usize = 192 << 10;
+
+/// What a read should leave when the heads of lines are taken off: with its place in the log one message, and so one
+/// frame, of the link.
+const PIECE: usize = link::CHUNK - 256;
 
 /// How often a file that another host writes is looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -78,17 +84,20 @@ async fn run(
     loop {
         // Before the read: what is written after it wakes the wait below.
         let ended = follow.as_mut().is_none_or(Follow::observe);
-        let room = output.capacity().max(1);
-        let (next, mut pieces, at_end) = blocking(move || {
-            let mut reader = reader;
-            let (pieces, at_end) = reader.several(room)?;
-            Ok((reader, pieces, at_end))
-        })
-        .await?;
-        reader = next;
+        let (mut pieces, at_end);
+        if let Some(piece) = reader.at_hand()? {
+            (pieces, at_end) = (vec![piece], false);
+        } else {
+            let room = output.capacity().max(1);
+            (reader, pieces, at_end) = blocking(move || {
+                let (pieces, at_end) = reader.several(room)?;
+                Ok((reader, pieces, at_end))
+            })
+            .await?;
+        }
         let end = reader.filter.done() || (at_end && ended);
         if end && pieces.is_empty() {
-            pieces.push(reader.piece(Vec::new())?);
+            pieces.push(reader.piece(Vec::new()));
         }
         let last = pieces.len();
         for (number, Piece { data, next }) in (1..).zip(pieces) {
@@ -178,10 +187,12 @@ struct Piece {
 struct Reader {
     live: PathBuf,
     filter: Filter,
-    file: Option<File>,
+    file: Option<Open>,
     offset: u64,
-    /// The beginning of a line whose end was not read yet.
-    held: Vec<u8>,
+    /// Where files are read into; as long as the next read is large.
+    block: Vec<u8>,
+    /// So many bytes of it are the beginning of a line whose end was not read yet.
+    held: usize,
 }
 
 impl Reader {
@@ -201,66 +212,82 @@ impl Reader {
         if from.is_some() && start.is_none() {
             filter.skip_sent();
         }
-        let mut reader = Self {
+        let (file, offset) = start.unzip();
+        Ok(Self {
             live,
             filter,
-            file: None,
-            offset: 0,
-            held: Vec::new(),
-        };
-        if let Some((file, offset)) = start {
-            reader.file = Some(file);
-            reader.offset = offset;
-        }
-        Ok(reader)
+            file,
+            offset: offset.unwrap_or_default(),
+            block: vec![0; SMALL],
+            held: 0,
+        })
     }
 
     /// Where the first line begins that was not sent; none before the series has begun.
-    fn position(&self) -> io::Result<Option<Position>> {
-        let Some(file) = &self.file else {
-            return Ok(None);
-        };
-        let held = u64::try_from(self.held.len()).unwrap_or_default();
+    fn position(&self) -> Option<Position> {
+        let open = self.file.as_ref()?;
+        let held = u64::try_from(self.held).unwrap_or_default();
         let (stamp, at_start) = self.filter.state();
-        Ok(Some(Position {
-            inode: file.metadata()?.ino(),
+        Some(Position {
+            inode: open.identity.inode,
             offset: self.offset.saturating_sub(held),
             stamp: stamp.to_vec(),
             at_start,
-        }))
+        })
     }
 
-    /// At most so many pieces, none of them empty. `true` where there is nothing more at the moment.
+    /// The next piece, where it takes neither waiting nor long: the open file has more, that is in the page cache, and
+    /// something of it is wanted. `None` says nothing of what [`Self::several`] would find.
+    fn at_hand(&mut self) -> io::Result<Option<Piece>> {
+        let Some(open) = &self.file else {
+            return Ok(None);
+        };
+        let room = self.block.get_mut(self.held..).unwrap_or_default();
+        let mut room = [IoSliceMut::new(room)];
+        let at_once = ReadWriteFlags::NOWAIT;
+        let count = match rustix::io::preadv2(&open.file, &mut room, self.offset, at_once) {
+            Ok(count) => count,
+            // It would wait; or the file system, or the kernel, cannot tell.
+            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        if count == 0 {
+            return Ok(None);
+        }
+        let data = self.lines(count);
+        Ok((!data.is_empty()).then(|| self.piece(data)))
+    }
+
+    /// At most so many pieces, none of them empty. `true` where there is nothing more at the moment. Blocking.
     fn several(&mut self, most: usize) -> io::Result<(Vec<Piece>, bool)> {
         let mut pieces = Vec::new();
         while let Some(data) = self.next()? {
             if !data.is_empty() {
-                pieces.push(self.piece(data)?);
+                pieces.push(self.piece(data));
             }
             if self.filter.done() || pieces.len() == most {
                 return Ok((pieces, false));
             }
         }
+        // Whoever waits does it with little.
+        if self.held < SMALL && self.block.len() > SMALL {
+            self.block.truncate(SMALL);
+            self.block.shrink_to_fit();
+        }
         Ok((pieces, true))
     }
 
-    fn piece(&self, data: Vec<u8>) -> io::Result<Piece> {
-        // A whole block does not wait for a slow reader with a few bytes in it.
-        let few = data.len() < BLOCK / 8;
-        Ok(Piece {
-            data: if few {
-                Bytes::copy_from_slice(&data)
-            } else {
-                Bytes::from(data)
-            },
-            next: self.position()?,
-        })
+    fn piece(&self, data: Vec<u8>) -> Piece {
+        Piece {
+            data: Bytes::from(data),
+            next: self.position(),
+        }
     }
 
     /// What is wanted of the next block; `None` where there is nothing more at the moment.
     fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
-            let Some(file) = &self.file else {
+            let Some(Open { file, .. }) = &self.file else {
                 self.file = open(&self.live, |_| 0)?;
                 self.offset = 0;
                 if self.file.is_none() {
@@ -268,49 +295,67 @@ impl Reader {
                 }
                 continue;
             };
-            let mut block = Vec::with_capacity(self.held.len() + BLOCK);
-            block.extend_from_slice(&self.held);
-            let count = rustix::io::pread(file, spare_capacity(&mut block), self.offset)?;
+            let room = self.block.get_mut(self.held..).unwrap_or_default();
+            let count = rustix::io::pread(file, room, self.offset)?;
             if count > 0 {
-                self.offset += u64::try_from(count).unwrap_or_default();
-                return Ok(Some(self.lines(block)));
+                return Ok(Some(self.lines(count)));
             }
             // The writer took back what it could not write whole.
             let length = file.metadata()?.len();
             if length < self.offset {
                 self.offset = length;
-                self.held.clear();
+                self.held = 0;
             }
             // The writer renames only after its last write: a name that leads elsewhere means this file is whole.
             let Some(next) = self.newer()? else {
                 return Ok(None);
             };
-            let Some(file) = &self.file else { continue };
+            let Some(Open { file, .. }) = &self.file else {
+                continue;
+            };
             if file.metadata()?.len() <= self.offset {
                 self.file = Some(next);
                 self.offset = 0;
-                self.held.clear();
+                self.held = 0;
             }
         }
     }
 
-    /// What is wanted of the whole lines of a block; the rest is held.
-    fn lines(&mut self, mut block: Vec<u8>) -> Vec<u8> {
-        let whole = memrchr(b'\n', &block).map_or(0, |last| last + 1);
-        self.held.clear();
-        self.held
-            .extend_from_slice(block.get(whole..).unwrap_or_default());
-        block.truncate(whole);
-        self.filter.keep(&mut block);
-        block
+    /// Takes so many bytes that were read: what is wanted of whole lines. The rest is held.
+    fn lines(&mut self, count: usize) -> Vec<u8> {
+        self.offset += u64::try_from(count).unwrap_or_default();
+        let filled = self.held + count;
+        let came = self.block.get(..filled).unwrap_or_default();
+        let whole = memrchr(b'\n', came).map_or(0, |last| last + 1);
+        // A whole block does not wait for a slow reader with a few bytes in it.
+        let mut kept = Vec::with_capacity(whole.min(PIECE));
+        self.filter
+            .keep(came.get(..whole).unwrap_or_default(), &mut kept);
+        if kept.len() < kept.capacity() / 8 {
+            kept.shrink_to_fit();
+        }
+        self.block.copy_within(whole..filled, 0);
+        self.held = filled - whole;
+        if filled == self.block.len() {
+            self.size(whole, kept.len());
+        }
+        kept
+    }
+
+    /// There is more: the next read is as large as one piece takes, by what the last one left of its bytes.
+    fn size(&mut self, whole: usize, kept: usize) {
+        let wanted = (PIECE * whole).checked_div(kept).unwrap_or(BLOCK);
+        let step = self.block.len() * 2;
+        // A line that is no line, and has no end, must not be read with no room.
+        let least = self.held + SMALL;
+        self.block.resize(wanted.min(step).min(BLOCK).max(least), 0);
     }
 
     /// The file after the open one, where rotation made one.
-    fn newer(&self) -> io::Result<Option<File>> {
-        let Some(file) = &self.file else {
+    fn newer(&self) -> io::Result<Option<Open>> {
+        let Some(Open { identity: own, .. }) = self.file else {
             return Ok(None);
         };
-        let own = Identity::of(&file.metadata()?);
         if Identity::at(&self.live) == Some(own) {
             return Ok(None);
         }
@@ -320,114 +365,6 @@ impl Reader {
             at.map_or(0, |index| index + 1)
         })
     }
-}
-
-/// A file, whatever rotation calls it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Identity {
-    device: u64,
-    inode: u64,
-}
-
-impl Identity {
-    fn of(metadata: &fs::Metadata) -> Self {
-        Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        }
-    }
-
-    fn at(path: &Path) -> Option<Self> {
-        fs::metadata(path).ok().map(|metadata| Self::of(&metadata))
-    }
-}
-
-/// How often a rotation may come in between: each moves all files, in far less time than one is filled.
-const TRIES: usize = 100;
-
-/// The files of a series, oldest first, as they stood at one moment.
-fn files(live: &Path) -> Vec<(PathBuf, Identity)> {
-    let look = || {
-        let files = series(live).into_iter();
-        files
-            .filter_map(|path| Some((Identity::at(&path)?, path)))
-            .map(|(file, path)| (path, file))
-            .collect::<Vec<_>>()
-    };
-    // A rotation while we look shows a file twice, or not at all; one that stands still in the middle shows each once.
-    let mut found = look();
-    for _ in 0..TRIES {
-        let again = look();
-        if again == found {
-            break;
-        }
-        found = again;
-    }
-    found
-}
-
-/// Opens the file that `choose` points at among those there are, oldest first; `None` where it points past them.
-fn open(live: &Path, choose: impl Fn(&[Identity]) -> usize) -> io::Result<Option<File>> {
-    for _ in 0..TRIES {
-        let (paths, files): (Vec<_>, Vec<_>) = files(live).into_iter().unzip();
-        let chosen = choose(&files);
-        let (Some(path), Some(wanted)) = (paths.get(chosen), files.get(chosen)) else {
-            return Ok(None);
-        };
-        match File::open(path) {
-            Ok(file) if Identity::of(&file.metadata()?) == *wanted => return Ok(Some(file)),
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            // It was rotated in between.
-            Ok(_) | Err(_) => {}
-        }
-    }
-    Err(io::Error::other(
-        "the log is rotated faster than it is read",
-    ))
-}
-
-/// Where the wanted tail begins; `None`: at the beginning of the series.
-fn tail_start(live: &Path, mut search: TailSearch) -> io::Result<Option<(File, u64)>> {
-    for (_, wanted) in files(live).into_iter().rev() {
-        let file = open(live, |files| {
-            let at = files.iter().position(|file| *file == wanted);
-            at.unwrap_or(files.len())
-        })?;
-        // Dropped for the limit meanwhile.
-        let Some(file) = file else { continue };
-        if let Some(offset) = search_file(&file, &mut search)? {
-            return Ok(Some((file, offset)));
-        }
-    }
-    Ok(None)
-}
-
-/// Walks the lines of one file from its end, block by block.
-fn search_file(file: &File, search: &mut TailSearch) -> io::Result<Option<u64>> {
-    let mut end = file.metadata()?.len();
-    // The bytes from `end` to the end of the line that begins before it.
-    let mut tail: Vec<u8> = Vec::new();
-    while end > 0 {
-        let begin = end.saturating_sub(u64::try_from(BLOCK).unwrap_or(1));
-        let mut block = vec![0; usize::try_from(end - begin).unwrap_or(BLOCK)];
-        file.read_exact_at(&mut block, begin)?;
-        block.append(&mut tail);
-        while let Some(newline) = block.iter().rposition(|byte| *byte == b'\n') {
-            let line_start = newline + 1;
-            let line = block.get(line_start..).unwrap_or_default();
-            if !line.is_empty() && search.is_before(line) {
-                let past = u64::try_from(line_start + line.len() + 1).unwrap_or_default();
-                return Ok(Some(begin + past));
-            }
-            block.truncate(newline);
-        }
-        tail = block;
-        end = begin;
-    }
-    if !tail.is_empty() && search.is_before(&tail) {
-        return Ok(Some(u64::try_from(tail.len() + 1).unwrap_or_default()));
-    }
-    Ok(None)
 }
 
 #[cfg(test)]

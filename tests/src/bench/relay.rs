@@ -1,5 +1,6 @@
 //! Bare TLS relays: the floor of streams. Each is a process of its own that takes a connection over TLS 1.3 and passes
-//! its bytes on to the next; the last one runs the program that the pod runs, or reads the bytes from a file. They stand
+//! its bytes on to the next; the last one runs the program that the pod runs, dials the pod's own listener, or reads the
+//! bytes from a file. They stand
 //! where the parts of KNoC stand (compute node, login node, host), so that the bytes go the same way; the TLS library
 //! and its settings are the links', and there is nothing else.
 
@@ -19,6 +20,7 @@ use tokio::{
     io::{
         AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, copy_bidirectional_with_sizes,
     },
+    net::TcpStream,
     process::Child,
 };
 
@@ -63,20 +65,25 @@ pub enum Role {
     File(PathBuf),
     /// Gives it to a program as standard input and output.
     Program(Vec<String>),
+    /// Dials that address, where somebody listens without TLS, and writes what comes from there.
+    Listener(SocketAddr),
     /// Dials that address and copies both ways.
     Relay(SocketAddr),
 }
 
 impl Role {
-    /// `file=PATH`, `program=WORDS` or `relay=ADDRESS`.
+    /// `file=PATH`, `program=WORDS`, `listener=ADDRESS` or `relay=ADDRESS`.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         match text.split_once('=') {
             Some(("file", path)) => Ok(Self::File(path.into())),
             Some(("program", words)) => {
                 Ok(Self::Program(words.split(' ').map(str::to_owned).collect()))
             }
+            Some(("listener", address)) => Ok(Self::Listener(address.parse()?)),
             Some(("relay", address)) => Ok(Self::Relay(address.parse()?)),
-            _ => anyhow::bail!("{text:?} is neither file=PATH nor program=WORDS nor relay=ADDRESS"),
+            _ => anyhow::bail!(
+                "{text:?} is no file=PATH, program=WORDS, listener=ADDRESS or relay=ADDRESS"
+            ),
         }
     }
 }
@@ -92,6 +99,7 @@ pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
         match &role {
             Role::File(path) => send(near, path).await?,
             Role::Program(words) => drop(run(near, words).await?),
+            Role::Listener(address) => fetch(near, *address).await?,
             Role::Relay(next) => pass(near, dial(*next, &pair).await?).await?,
         }
     }
@@ -108,8 +116,18 @@ async fn send(mut near: TlsIo, path: &Path) -> anyhow::Result<()> {
             read => near.write_all(&chunk[..read]).await?,
         }
     }
+    close(near).await
+}
+
+async fn fetch(mut near: TlsIo, address: SocketAddr) -> anyhow::Result<()> {
+    let mut far = TcpStream::connect(address).await?;
+    copy(&mut far, &mut near).await?;
+    close(near).await
+}
+
+/// What is sent is lost where a socket is closed with bytes unread.
+async fn close(mut near: TlsIo) -> anyhow::Result<()> {
     near.shutdown().await?;
-    // What is sent is lost where a socket is closed with bytes unread.
     let mut rest = Vec::new();
     near.read_to_end(&mut rest).await?;
     Ok(())

@@ -12,7 +12,7 @@ fn main() -> anyhow::Result<()> {
     if arguments.first().is_some_and(|word| word == "relay") {
         let [_, port, role, keys] = arguments.as_slice() else {
             anyhow::bail!(
-                "usage: knoc-bench relay PORT file=PATH|program=WORDS|relay=ADDRESS KEYS"
+                "usage: knoc-bench relay PORT file=PATH|program=WORDS|listener=ADDRESS|relay=ADDRESS KEYS"
             );
         };
         let role = relay::Role::parse(role)?;

@@ -1,9 +1,11 @@
 //! Reading and following a series while it grows and rotates.
 
+use std::fs::{self, File};
+
 use super::*;
 use crate::logs::{
     cri::{Cutter, Stream, stamp},
-    rotated,
+    rotated, series,
     writer::{Limits, Writer},
 };
 
@@ -276,6 +278,55 @@ fn a_rotation_between_looking_and_opening_gives_no_other_file() {
         }
         files.iter().position(|file| *file == wanted).unwrap()
     });
-    let text = io::read_to_string(opened.unwrap().unwrap()).unwrap();
+    let text = io::read_to_string(opened.unwrap().unwrap().file).unwrap();
     assert_eq!(text, "older");
+}
+
+/// A message of the link is a frame and whole TLS records, whatever the lines weigh.
+#[tokio::test]
+async fn a_long_log_comes_in_pieces_of_one_message() {
+    use prost::Message as _;
+    for width in [29, 79, 500, 10_000] {
+        let folder = tempfile::tempdir().unwrap();
+        let live = folder.path().join("0.log");
+        let limits = Limits {
+            max_bytes: 1 << 30,
+            max_files: 1,
+        };
+        let mut writer = Writer::open(&live, limits);
+        let all = ("x".repeat(width) + "\n").repeat(2_000_000 / (width + 1));
+        write(&mut writer, &all);
+        let chunks = chunks(&live, Options::default()).await;
+        assert!(text(&chunks) == all, "{width}");
+        let lengths: Vec<_> = chunks.iter().map(pb::LogChunk::encoded_len).collect();
+        // The first ones grow, the last ones are what is left.
+        let third = lengths.len() / 3;
+        for length in lengths.iter().skip(third).take(third) {
+            assert!(
+                (link::CHUNK * 3 / 4..=link::CHUNK).contains(length),
+                "{width}: {lengths:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_log_and_has_no_end_is_passed_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let live = folder.path().join("0.log");
+    let mut writer = Writer::open(
+        &live,
+        Limits {
+            max_bytes: 1 << 30,
+            max_files: 1,
+        },
+    );
+    write(&mut writer, "before\n");
+    // What a host leaves that lost its power: a hole.
+    writer.append(&[vec![0; 3 * BLOCK], b"\n".to_vec()].concat(), 1);
+    write(&mut writer, "after\n");
+    assert_eq!(
+        collect(&live, Options::default(), None).await,
+        "before\nafter\n"
+    );
 }
