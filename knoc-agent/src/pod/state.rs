@@ -476,7 +476,20 @@ impl Pod {
     }
 
     fn note(&mut self, warning: bool, reason: &str, message: impl Into<String>, now: Timestamp) {
+        self.note_of("", warning, reason, message, now);
+    }
+
+    /// The same of one container.
+    fn note_of(
+        &mut self,
+        container: &str,
+        warning: bool,
+        reason: &str,
+        message: impl Into<String>,
+        now: Timestamp,
+    ) {
         self.push_note(pb::PodNote {
+            container: container.to_owned(),
             warning,
             reason: reason.to_owned(),
             message: message.into(),

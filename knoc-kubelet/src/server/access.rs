@@ -1,7 +1,8 @@
 //! The gate in front of every route, those that do not exist included: authentication, then authorization.
 //!
-//! Answers are cached for upstream's times: tokens 2 minutes, allow 5 minutes, deny 30 seconds. The caches are bounded;
-//! a full one is emptied, which costs reviews and nothing else.
+//! Answers are cached for upstream's times: tokens 2 minutes, known or not, allow 5 minutes, deny 30 seconds. The caches
+//! are bounded; a full one is emptied, which costs reviews and nothing else. Of one token there is one review at a time:
+//! whoever brings it meanwhile waits for the same answer.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -11,6 +12,8 @@ use std::time::Duration;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared, WeakShared};
 use http::StatusCode;
 use knoc_proto::error::chain;
 use rustls_pki_types::UnixTime;
@@ -21,7 +24,7 @@ use tracing::{info, warn};
 use super::authn::{Peer, User, bearer};
 use super::authz::{self, Attributes};
 use super::tls::Verifier;
-use super::{Cluster, Context};
+use super::{Cluster, ClusterError, Context};
 
 const TOKEN_TTL: Duration = Duration::from_mins(2);
 const ALLOW_TTL: Duration = Duration::from_mins(5);
@@ -38,7 +41,7 @@ pub(super) async fn gate(
     let peer = request.extensions().get::<Peer>().cloned();
     let token = bearer(request.headers()).map(str::to_owned);
     let verifier = context.tls.verifier.borrow().clone();
-    let cluster = &*context.cluster;
+    let cluster = &context.cluster;
     let identity = context.access.authenticate(cluster, &verifier, peer, token);
     let user = match identity.await {
         Ok(user) => user,
@@ -50,7 +53,7 @@ pub(super) async fn gate(
     let attributes = authz::attributes(request.method(), request.uri().path());
     let may = context
         .access
-        .authorize(cluster, &context.node, &user, attributes);
+        .authorize(&**cluster, &context.node, &user, attributes);
     match may.await {
         Ok(true) => {
             request.extensions_mut().insert(user);
@@ -89,17 +92,26 @@ impl std::fmt::Display for Refusal {
 
 type AccessKey = (User, &'static str, &'static str);
 
+/// A token's hash: no cache holds a token.
+type TokenKey = [u8; 32];
+
+/// A review that several requests wait for; it goes on while one of them does.
+type Review = BoxFuture<'static, Result<Option<User>, Arc<ClusterError>>>;
+
 /// The caches of the gate.
 #[derive(Debug, Default)]
 pub(super) struct Access {
-    tokens: Cache<[u8; 32], User>,
-    access: Cache<AccessKey, bool>,
+    tokens: Cache<TokenKey, User>,
+    /// Tokens that the cluster does not know: apart, so that a flood of them drives out no known one.
+    unknown: Cache<TokenKey, ()>,
+    reviews: Mutex<HashMap<TokenKey, WeakShared<Review>>>,
+    rights: Cache<AccessKey, bool>,
 }
 
 impl Access {
     async fn authenticate(
         &self,
-        cluster: &dyn Cluster,
+        cluster: &Arc<dyn Cluster>,
         verifier: &Verifier,
         peer: Option<Peer>,
         token: Option<String>,
@@ -118,7 +130,7 @@ impl Access {
             Some(token) => match self.token(cluster, token).await {
                 Ok(Some(user)) => return Ok(user),
                 Ok(None) => reasons.push("the cluster does not know the token".to_owned()),
-                Err(error) => reasons.push(chain(&error)),
+                Err(error) => reasons.push(chain(&*error)),
             },
         }
         let peer = peer.map_or_else(String::new, |peer| {
@@ -129,18 +141,39 @@ impl Access {
 
     async fn token(
         &self,
-        cluster: &dyn Cluster,
+        cluster: &Arc<dyn Cluster>,
         token: String,
-    ) -> Result<Option<User>, super::ClusterError> {
-        let key: [u8; 32] = Sha256::digest(token.as_bytes()).into();
+    ) -> Result<Option<User>, Arc<ClusterError>> {
+        let key: TokenKey = Sha256::digest(token.as_bytes()).into();
         if let Some(user) = self.tokens.get(&key) {
             return Ok(Some(user));
         }
-        let user = cluster.review_token(token).await?.map(User::authenticated);
-        if let Some(user) = &user {
-            self.tokens.put(key, user.clone(), TOKEN_TTL);
+        if self.unknown.get(&key).is_some() {
+            return Ok(None);
+        }
+        let user = self.review(cluster, key, token).await?;
+        match &user {
+            Some(user) => self.tokens.put(key, user.clone(), TOKEN_TTL),
+            None => self.unknown.put(key, (), TOKEN_TTL),
         }
         Ok(user)
+    }
+
+    /// The review of this token that is on its way, else a new one.
+    fn review(&self, cluster: &Arc<dyn Cluster>, key: TokenKey, token: String) -> Shared<Review> {
+        let mut reviews = self.reviews.lock().unwrap_or_else(PoisonError::into_inner);
+        reviews.retain(|_, review| review.upgrade().is_some());
+        if let Some(review) = reviews.get(&key).and_then(WeakShared::upgrade) {
+            return review;
+        }
+        let cluster = Arc::clone(cluster);
+        let review = async move {
+            let user = cluster.review_token(token).await.map_err(Arc::new)?;
+            Ok(user.map(User::authenticated))
+        };
+        let review = review.boxed().shared();
+        reviews.extend(review.downgrade().map(|review| (key, review)));
+        review
     }
 
     async fn authorize(
@@ -149,19 +182,19 @@ impl Access {
         node: &str,
         user: &User,
         attributes: Attributes,
-    ) -> Result<bool, super::ClusterError> {
+    ) -> Result<bool, ClusterError> {
         if user.is_master() {
             return Ok(true);
         }
         for &subresource in attributes.subresources {
             let key = (user.clone(), attributes.verb, subresource);
-            let allowed = if let Some(allowed) = self.access.get(&key) {
+            let allowed = if let Some(allowed) = self.rights.get(&key) {
                 allowed
             } else {
                 let spec = authz::review(user, node, attributes.verb, subresource);
                 let allowed = cluster.review_access(spec).await?;
                 let ttl = if allowed { ALLOW_TTL } else { DENY_TTL };
-                self.access.put(key, allowed, ttl);
+                self.rights.put(key, allowed, ttl);
                 allowed
             };
             if allowed {

@@ -1,9 +1,11 @@
 //! What a client of the API server does in the benchmarks: kube's library with one warm client, and kubectl for cp.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use futures::StreamExt as _;
+use bytes::{BufMut as _, Bytes, BytesMut};
+use futures::{SinkExt as _, StreamExt as _};
 use http_body_util::BodyExt as _;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Status;
@@ -11,8 +13,10 @@ use kube::api::{Api, AttachParams, LogParams, Request};
 use kube::client::Body;
 use kube::{Client, Resource as _};
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio_tungstenite::tungstenite::Message;
 
 use super::bed::Bed;
+use crate::Run;
 
 /// Bytes moved at once.
 const CHUNK: usize = 64 << 10;
@@ -23,6 +27,11 @@ const WINDOW: usize = 1 << 20;
 /// The channels on which bytes come: of an exec, and of the first port that is forwarded.
 const STDOUT: u8 = 1;
 const FORWARDED: u8 = 0;
+
+/// Where those to the pod go, how it ended, and that a channel is done.
+const STDIN: u8 = 0;
+const STATUS: u8 = 3;
+const CLOSE: u8 = 255;
 
 /// Of one cp.
 const COPY: Duration = Duration::from_mins(10);
@@ -118,6 +127,50 @@ pub(super) async fn logs(bed: &Bed, pod: &str, bytes: u64) -> anyhow::Result<u64
 pub(super) async fn copy(bed: &Bed, from: &str, to: &str) -> anyhow::Result<()> {
     let words = ["cp", "--retries=0", "-c", "main", from, to];
     bed.world.kubectl(words).deadline(COPY).ok().await?;
+    Ok(())
+}
+
+/// The same to the pod without kubectl: what `tar` here says goes into the WebSocket as it comes, to `tar` in the pod.
+pub(super) async fn copy_up(bed: &Bed, pod: &str, local: &str, to: &str) -> anyhow::Result<()> {
+    let streams = AttachParams::default()
+        .container("main")
+        .stdin(true)
+        .stderr(false);
+    let request = pods_of(bed).exec(pod, ["tar", "-xf", "-", "-C", to], &streams)?;
+    let client: Client = bed.world.api::<Pod>().into_client();
+    let connection = client.connect(request).await?;
+    anyhow::ensure!(connection.supports_stream_close(), "no v5");
+    let (mut into, mut messages) = connection.into_stream().split();
+    let mut tar = Run::new("tar").args(["-cf", "-", "-C", local, "large"]);
+    let mut tar = tar.command_mut().stdout(Stdio::piped()).spawn()?;
+    let mut packed = tar.stdout.take().context("no pipe")?;
+    let send = async move {
+        loop {
+            let mut message = BytesMut::with_capacity(CHUNK);
+            message.put_u8(STDIN);
+            if packed.read_buf(&mut message).await? == 0 {
+                break;
+            }
+            into.send(Message::Binary(message.freeze())).await?;
+        }
+        into.send(Message::Binary(Bytes::from_static(&[CLOSE, STDIN])))
+            .await?;
+        anyhow::Ok(into)
+    };
+    let said = async move {
+        let mut said = Vec::new();
+        while let Some(message) = messages.next().await {
+            if let Some((&STATUS, data)) = message?.into_data().split_first() {
+                said.extend_from_slice(data);
+            }
+        }
+        anyhow::Ok(said)
+    };
+    let (_into, said) = tokio::try_join!(send, said)?;
+    let status: Status = serde_json::from_slice(&said).context("no status")?;
+    let success = status.status.as_deref() == Some("Success");
+    anyhow::ensure!(success, "tar in the pod: {status:?}");
+    anyhow::ensure!(tar.wait().await?.success(), "tar here");
     Ok(())
 }
 

@@ -55,6 +55,8 @@ enum Way {
     CopyDown,
     /// And to it.
     CopyUp,
+    /// The same without what kubectl itself costs.
+    CopyUpByLibrary,
     /// `ReadLogs` of the agent, relayed from the shim.
     LogsByAgent,
     /// `Exec` of the agent, relayed from the shim.
@@ -84,7 +86,8 @@ const fn kind(name: &'static str, way: Way, large: bool) -> Kind {
         | Way::ExecByKubernetes
         | Way::ForwardByKubernetes
         | Way::CopyDown
-        | Way::CopyUp => (ALL, SHARE),
+        | Way::CopyUp
+        | Way::CopyUpByLibrary => (ALL, SHARE),
     };
     Kind {
         name,
@@ -95,7 +98,7 @@ const fn kind(name: &'static str, way: Way, large: bool) -> Kind {
     }
 }
 
-const STREAMS: [Kind; 8] = [
+const STREAMS: [Kind; 9] = [
     kind("log through the API server", Way::LogsByKubernetes, false),
     kind("exec through the API server", Way::ExecByKubernetes, false),
     kind(
@@ -112,6 +115,7 @@ const STREAMS: [Kind; 8] = [
     ),
     kind("kubectl cp from the pod", Way::CopyDown, true),
     kind("kubectl cp to the pod", Way::CopyUp, true),
+    kind("the same copy by a library", Way::CopyUpByLibrary, true),
 ];
 
 /// Alternates each stream with its floor.
@@ -152,7 +156,7 @@ async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
     // Lines of 80 bytes, and whole ones only: what has no end is held back until it has one.
     let line = "x".repeat(79);
     let script = format!(
-        "cd /data; {files}; nc -ll -p {PORT} -e cat /data/small & yes {line} | head -c {large}; wait"
+        "cd /data; mkdir lib; {files}; nc -ll -p {PORT} -e cat /data/small & yes {line} | head -c {large}; wait"
     );
     let pod = PodBuilder::new("stream")
         .image(&Bed::image_path())
@@ -204,9 +208,13 @@ impl Stream {
             let began = Instant::now();
             let read = through_knoc(bed, uid, kind.way, bytes, &local).await?;
             self.knoc.push(rate(bytes, began.elapsed()));
-            let between = Clock::read();
-            between.add_since(&before, &mut self.spent.0);
+            Clock::read().add_since(&before, &mut self.spent.0);
+            let read = match read {
+                Moved::Counted(read) => read,
+                Moved::Lies(path) => kubernetes::size(bed, "stream", path).await?,
+            };
             anyhow::ensure!(read == bytes, "{read} of {bytes} bytes");
+            let between = Clock::read();
             let began = Instant::now();
             let read = floor.run().await.context("the relays")?;
             self.floor.push(rate(bytes, began.elapsed()));
@@ -217,17 +225,25 @@ impl Stream {
     }
 }
 
-/// Moves the bytes once; answers how many arrived.
+/// What arrived.
+enum Moved {
+    /// So many bytes.
+    Counted(u64),
+    /// What lies there in the pod.
+    Lies(&'static str),
+}
+
+/// Moves the bytes once.
 async fn through_knoc(
     bed: &Bed,
     uid: &str,
     way: Way,
     bytes: u64,
     local: &str,
-) -> anyhow::Result<u64> {
+) -> anyhow::Result<Moved> {
     let cat = ["cat", "/data/small"];
     let large = format!("{local}/large");
-    Ok(match way {
+    Ok(Moved::Counted(match way {
         Way::LogsByKubernetes => kubernetes::logs(bed, "stream", bytes).await?,
         Way::ExecByKubernetes => kubernetes::exec_bytes(bed, "stream", &cat).await?,
         Way::ForwardByKubernetes => kubernetes::forward(bed, "stream", PORT).await?,
@@ -237,11 +253,15 @@ async fn through_knoc(
         }
         Way::CopyUp => {
             kubernetes::copy(bed, &large, "stream:/data/up").await?;
-            kubernetes::size(bed, "stream", "/data/up").await?
+            return Ok(Moved::Lies("/data/up"));
+        }
+        Way::CopyUpByLibrary => {
+            kubernetes::copy_up(bed, "stream", local, "/data/lib").await?;
+            return Ok(Moved::Lies("/data/lib/large"));
         }
         Way::LogsByAgent => logs(bed, uid, bytes).await?,
         Way::ExecByAgent => exec::run(bed, uid, "main", &cat).await?.0,
-    })
+    }))
 }
 
 /// The same bytes by bare relays, from where KNoC has them: those of a log lie in a file, those of an exec and of a copy
@@ -266,7 +286,7 @@ impl Floor {
                 format!("program=tar -cf - -C {FOLDER} large"),
                 Some(format!("tar -xf - -C {local}")),
             ),
-            Way::CopyUp => (
+            Way::CopyUp | Way::CopyUpByLibrary => (
                 format!("program=tar -xf - -C {FOLDER}/up"),
                 Some(format!("tar -cf - -C {local} large")),
             ),

@@ -18,7 +18,9 @@ export CGO_ENABLED=0
 go_build() {
     local what=$1 line count=0 said=$SECONDS
     shift
-    go "$1" -v -trimpath "${@:2}" 2>&1 | while read -r line; do
+    # Same flags for all, so that what they share is compiled once; -s -w would drop the debugging information at the end.
+    # The compilers' garbage collectors run less: a sixth of the time, for some hundred MB.
+    GOGC=400 go "$1" -v -trimpath -gcflags=all=-dwarf=false "${@:2}" 2>&1 | while read -r line; do
         case $line in
         'go: downloading '*) line="downloads ${line#go: downloading }" ;;
         *[!a-zA-Z0-9._/~+-]*) echo "$line" >&2 ;; # no package's name: an error's words
@@ -41,7 +43,7 @@ build_control_plane() {
     install_go
     kubernetes
     say "building the Kubernetes $version control plane (about 6 minutes and 2700 packages, once)"
-    (cd "$here" && go_build "the control plane" build -modfile="$modules.mod" -gcflags=all=-dwarf=false -ldflags "$version_flags" -o "$bin/controlplane" .)
+    (cd "$here" && go_build "the control plane" build -modfile="$modules.mod" -ldflags "$version_flags" -o "$bin/controlplane" .)
     for name in etcd kube-apiserver kube-controller-manager kube-scheduler kubectl; do
         rm -f "$bin/$name"
         printf '#!/bin/sh\nexec "%s/controlplane" %s "$@"\n' "$bin" $name >"$bin/$name"

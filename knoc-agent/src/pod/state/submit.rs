@@ -13,9 +13,9 @@ use crate::{
 /// Shown right after a failed pull …
 pub(super) const ERR_IMAGE_PULL: &str = "ErrImagePull";
 /// … and from then on until the next one.
+const IMAGE_PULL_BACK_OFF: &str = "ImagePullBackOff";
 /// The longest pause while the controller is away.
 const AWAY_PAUSE_MAX: Duration = Duration::from_secs(30);
-const IMAGE_PULL_BACK_OFF: &str = "ImagePullBackOff";
 /// How long the error itself is shown.
 pub(super) const SHOW_ERROR: Duration = Duration::from_secs(1);
 
@@ -101,10 +101,8 @@ pub(super) fn stage_failed(
     if pod.deletion.is_some() {
         return deleted_before_job(pod, now);
     }
-    pod.note(true, "Failed", format!("{reason}: {message}"), now);
-    if let Some(note) = pod.notes.last_mut() {
-        note.container.clone_from(&container);
-    }
+    let text = format!("{reason}: {message}");
+    pod.note_of(&container, true, "Failed", text, now);
     let retry_at = now + pod.pause(tries);
     let trouble = Trouble {
         container,
@@ -287,10 +285,15 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
                 // Once, however often it is looked at.
                 if waiting.reason == ERR_IMAGE_PULL {
                     let Trouble {
-                        reason, message, ..
+                        container,
+                        reason,
+                        message,
+                        ..
                     } = waiting;
                     *message = format!("Back-off pulling image: {reason}: {message}");
                     IMAGE_PULL_BACK_OFF.clone_into(reason);
+                    let (container, text) = (container.clone(), message.clone());
+                    pod.note_of(&container, false, "BackOff", text, now);
                 }
                 return Vec::new();
             }

@@ -320,6 +320,21 @@ fn a_failed_pull_is_shown_then_backed_off_then_tried_again() {
         (reason(&pod).as_str(), effects.len()),
         ("ImagePullBackOff", 0)
     );
+    let notes = pod.notes.iter().map(|note| {
+        assert_eq!(note.container, "main");
+        (note.warning, note.reason.as_str(), note.message.as_str())
+    });
+    assert_eq!(
+        notes.collect::<Vec<_>>(),
+        [
+            (true, "Failed", "ErrImagePull: no such image"),
+            (
+                false,
+                "BackOff",
+                "Back-off pulling image: ErrImagePull: no such image"
+            )
+        ]
+    );
     let due = pod.wake().unwrap();
     assert_eq!(due, at(11));
     let (_, effects) = step(pod, Event::Tick, due);

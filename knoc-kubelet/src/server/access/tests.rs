@@ -58,7 +58,11 @@ impl Cluster for Scripted {
             ..User::default()
         });
         let answer = self.answer(user);
-        async move { answer }.boxed()
+        async move {
+            tokio::task::yield_now().await;
+            answer
+        }
+        .boxed()
     }
 
     fn client_ca(&self) -> BoxFuture<'_, Result<String, ClusterError>> {
@@ -99,27 +103,64 @@ async fn an_allowance_counts_five_minutes_and_a_refusal_thirty_seconds() {
     assert_eq!(cluster.asked(), ["pods", "proxy"]);
 }
 
+async fn who(access: &Access, cluster: &Arc<Scripted>, token: &str) -> Result<User, Refusal> {
+    let cluster: Arc<dyn Cluster> = Arc::clone(cluster) as _;
+    let token = Some(token.to_owned());
+    access.authenticate(&cluster, &None, None, token).await
+}
+
 #[tokio::test(start_paused = true)]
-async fn a_token_counts_two_minutes_and_only_where_it_is_known() {
-    let (access, cluster) = (Access::default(), Scripted::default());
-    let mut names = Vec::new();
-    let mut ask = async || {
-        let token = Some("t".to_owned());
-        let user = access.authenticate(&cluster, &None, None, token).await;
-        names.push(user.as_ref().map(|user| user.groups.clone()).ok());
-        user.is_ok()
-    };
-    assert!(!ask().await, "not known");
+async fn a_token_counts_two_minutes_whether_it_is_known_or_not() {
+    let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
+    assert!(who(&access, &cluster, "t").await.is_err(), "not known");
     *cluster.known.lock().unwrap() = true;
-    assert!(ask().await, "a refusal of a token is not kept");
+    tokio::time::advance(Duration::from_secs(119)).await;
+    let known = who(&access, &cluster, "t").await;
+    assert!(known.is_err(), "a refusal is kept as long as upstream's");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    let user = who(&access, &cluster, "t").await.unwrap();
+    assert_eq!(user.groups, ["system:authenticated"]);
     tokio::time::advance(Duration::from_secs(119)).await;
     *cluster.known.lock().unwrap() = false;
-    assert!(ask().await);
+    assert_eq!(who(&access, &cluster, "t").await.unwrap(), user);
     tokio::time::advance(Duration::from_secs(1)).await;
-    assert!(!ask().await, "a withdrawn token ends within two minutes");
+    let withdrawn = who(&access, &cluster, "t").await;
+    assert!(withdrawn.is_err(), "it ends within two minutes");
     assert_eq!(cluster.asked(), ["t", "t", "t"]);
-    let group = Some(vec!["system:authenticated".to_owned()]);
-    assert_eq!(names, [None, group.clone(), group, None]);
+}
+
+#[tokio::test]
+async fn of_one_token_there_is_one_review_at_a_time() {
+    let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
+    *cluster.known.lock().unwrap() = true;
+    let all = futures::future::join_all((0..50).map(|_| who(&access, &cluster, "t")));
+    let users = all.await;
+    assert!(users.iter().all(Result::is_ok), "{users:?}");
+    assert_eq!(cluster.asked(), ["t"]);
+    // One that nobody waits for any more holds up none that comes later.
+    drop(access.review(&(Arc::clone(&cluster) as _), [0; 32], "left".to_owned()));
+    *cluster.broken.lock().unwrap() = true;
+    let all = futures::future::join_all((0..50).map(|_| who(&access, &cluster, "u")));
+    assert!(all.await.iter().all(Result::is_err));
+    assert_eq!(cluster.asked(), ["u"], "an error is everybody's who waited");
+    *cluster.broken.lock().unwrap() = false;
+    assert!(who(&access, &cluster, "u").await.is_ok(), "and is not kept");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flood_of_unknown_tokens_drives_out_no_known_one() {
+    let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
+    *cluster.known.lock().unwrap() = true;
+    who(&access, &cluster, "known").await.unwrap();
+    *cluster.known.lock().unwrap() = false;
+    for number in 0..3 * CACHE_ENTRIES {
+        let guess = who(&access, &cluster, &number.to_string()).await;
+        assert!(guess.is_err());
+    }
+    cluster.asked();
+    who(&access, &cluster, "known").await.unwrap();
+    assert_eq!(cluster.asked(), Vec::<String>::new());
+    assert!(access.unknown.0.lock().unwrap().len() <= CACHE_ENTRIES);
 }
 
 #[tokio::test(start_paused = true)]
@@ -134,18 +175,16 @@ async fn an_error_is_no_answer_and_is_not_kept() {
 
 #[tokio::test(start_paused = true)]
 async fn a_flood_of_tokens_leaves_the_caches_bounded() {
-    let (access, cluster) = (Access::default(), Scripted::default());
+    let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
     *cluster.known.lock().unwrap() = true;
     for number in 0..3 * CACHE_ENTRIES {
-        let token = Some(number.to_string());
-        let user = access.authenticate(&cluster, &None, None, token).await;
-        let user = user.unwrap();
+        let user = who(&access, &cluster, &number.to_string()).await.unwrap();
         let attributes = authz::attributes(&Method::GET, "/stats");
-        let may = access.authorize(&cluster, "node", &user, attributes);
+        let may = access.authorize(&*cluster, "node", &user, attributes);
         assert!(!may.await.unwrap());
     }
     assert!(access.tokens.0.lock().unwrap().len() <= CACHE_ENTRIES);
-    assert!(access.access.0.lock().unwrap().len() <= CACHE_ENTRIES);
+    assert!(access.rights.0.lock().unwrap().len() <= CACHE_ENTRIES);
 }
 
 #[tokio::test(start_paused = true)]
