@@ -9,6 +9,9 @@ use knoc_proto::{ids::SiteName, link::Carrier, settings::Document};
 
 use super::Config;
 
+/// More threads than any login node gives one user.
+const MAX_THREADS: usize = 256;
+
 /// Notes every mistake of `config` in the document that it was read from.
 pub(super) fn check(config: &Config, document: &mut Document<'_>) {
     Check { config, document }.all();
@@ -138,7 +141,6 @@ impl Check<'_, '_> {
             ("limits.sbatch_concurrency", limits.sbatch_concurrency > 0),
             ("limits.image_concurrency", limits.image_concurrency > 0),
             ("limits.pods", limits.pods != Some(0)),
-            ("limits.threads", limits.threads > 0),
             ("limits.poll_min", !limits.poll_min.is_zero()),
             ("backoff.initial", !config.backoff.initial.is_zero()),
             ("logs.max_files", config.logs.max_files > 0),
@@ -154,6 +156,10 @@ impl Check<'_, '_> {
         if config.backoff.initial > config.backoff.max {
             let what = format!("must be at most `max`, {:?}", config.backoff.max);
             self.wrong("backoff.initial", what);
+        }
+        if !(1..=MAX_THREADS).contains(&limits.threads) {
+            let what = format!("must be between 1 and {MAX_THREADS}");
+            self.wrong("limits.threads", what);
         }
         if config.logs.max_bytes < 4096 {
             self.wrong("logs.max_bytes", "must be at least 4096");

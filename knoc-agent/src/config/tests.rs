@@ -38,6 +38,14 @@ fn mistakes_name_line_and_allowed_values() {
             "site = 'x'\n[listen]\nkubelet = 'login'",
             &["agent.toml:3: listen.kubelet", "\"0.0.0.0:10350\""],
         ),
+        (
+            "site = 'x'\n[limits]\nthreads = 0",
+            &["agent.toml:3: limits.threads", "between 1 and 256"],
+        ),
+        (
+            "site = 'x'\n[limits]\nthreads = 257",
+            &["agent.toml:3: limits.threads", "between 1 and 256"],
+        ),
         ("site = 'a b'", &["agent.toml:1: site", "DNS label", "' '"]),
         ("site = 'My-Site'", &["site", "DNS label", "'M'"]),
         ("state_dir = '/x'", &["agent.toml: site: is missing"]),

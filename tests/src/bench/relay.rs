@@ -1,8 +1,7 @@
 //! Bare TLS relays: the floor of streams. Each is a process of its own that takes a connection over TLS 1.3 and passes
 //! its bytes on to the next; the last one runs the program that the pod runs, dials the pod's own listener, or reads the
-//! bytes from a file. They stand
-//! where the parts of KNoC stand (compute node, login node, host), so that the bytes go the same way; the TLS library
-//! and its settings are the links', and there is nothing else.
+//! bytes from a file. They stand where the parts of KNoC stand (compute node, login node, host), so that the bytes go the
+//! same way; the TLS library and its settings are the links', and there is nothing else.
 
 use std::{
     io::Read as _,

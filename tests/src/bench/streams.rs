@@ -243,7 +243,7 @@ async fn through_knoc(
 ) -> anyhow::Result<Moved> {
     let cat = ["cat", "/data/small"];
     let large = format!("{local}/large");
-    Ok(Moved::Counted(match way {
+    let counted = match way {
         Way::LogsByKubernetes => kubernetes::logs(bed, "stream", bytes).await?,
         Way::ExecByKubernetes => kubernetes::exec_bytes(bed, "stream", &cat).await?,
         Way::ForwardByKubernetes => kubernetes::forward(bed, "stream", PORT).await?,
@@ -261,7 +261,8 @@ async fn through_knoc(
         }
         Way::LogsByAgent => logs(bed, uid, bytes).await?,
         Way::ExecByAgent => exec::run(bed, uid, "main", &cat).await?.0,
-    }))
+    };
+    Ok(Moved::Counted(counted))
 }
 
 /// The same bytes by bare relays, from where KNoC has them: those of a log lie in a file, those of an exec and of a copy

@@ -11,6 +11,14 @@ use crate::logs::{
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
+fn writer(live: &Path, max_bytes: u64, max_files: u32) -> Writer {
+    let limits = Limits {
+        max_bytes,
+        max_files,
+    };
+    Writer::open(live, limits)
+}
+
 fn write(writer: &mut Writer, text: &str) {
     let mut out = Vec::new();
     let stamp = stamp(jiff::Timestamp::now());
@@ -51,13 +59,7 @@ fn numbered(range: std::ops::Range<u32>) -> String {
 async fn tails_of_every_length_across_files() {
     let folder = tempfile::tempdir().unwrap();
     let live = folder.path().join("0.log");
-    let mut writer = Writer::open(
-        &live,
-        Limits {
-            max_bytes: 400,
-            max_files: 20,
-        },
-    );
+    let mut writer = writer(&live, 400, 20);
     (0..50).for_each(|n| write(&mut writer, &format!("line {n}\n")));
     assert!(series(&live).len() > 3);
     assert_eq!(
@@ -80,13 +82,7 @@ async fn tails_of_every_length_across_files() {
 async fn a_tail_longer_than_a_block() {
     let folder = tempfile::tempdir().unwrap();
     let live = folder.path().join("0.log");
-    let mut writer = Writer::open(
-        &live,
-        Limits {
-            max_bytes: 1 << 30,
-            max_files: 20,
-        },
-    );
+    let mut writer = writer(&live, 1 << 30, 20);
     write(&mut writer, &numbered(0..10_000));
     let options = Options {
         tail_lines: Some(8000),
@@ -115,13 +111,7 @@ async fn a_follower_sees_every_line_across_rotation_and_ends_with_the_instance()
         let reader = collect(&live, Options::default(), Some(follow));
         let path = live.clone();
         let writing = async move {
-            let mut writer = Writer::open(
-                &path,
-                Limits {
-                    max_bytes: 500,
-                    max_files: 100,
-                },
-            );
+            let mut writer = writer(&path, 500, 100);
             for n in 0..200 {
                 write(&mut writer, &format!("line {n}\n"));
                 written.send_modify(|batches| *batches += 1);
@@ -181,11 +171,7 @@ fn varied() -> [Options; 5] {
 
 /// Both streams, long lines in pieces, many files, each batch with a time of its own.
 fn fill(live: &Path) -> Writer {
-    let limits = Limits {
-        max_bytes: 300_000,
-        max_files: 100,
-    };
-    let mut writer = Writer::open(live, limits);
+    let mut writer = writer(live, 300_000, 100);
     let mut cutters = [Cutter::new(Stream::Stdout), Cutter::new(Stream::Stderr)];
     for n in 0..3000_i64 {
         let at = jiff::Timestamp::from_microsecond(1_795_370_516_000_000 + n).unwrap();
@@ -289,11 +275,7 @@ async fn a_long_log_comes_in_pieces_of_one_message() {
     for width in [29, 79, 500, 10_000] {
         let folder = tempfile::tempdir().unwrap();
         let live = folder.path().join("0.log");
-        let limits = Limits {
-            max_bytes: 1 << 30,
-            max_files: 1,
-        };
-        let mut writer = Writer::open(&live, limits);
+        let mut writer = writer(&live, 1 << 30, 1);
         let all = ("x".repeat(width) + "\n").repeat(2_000_000 / (width + 1));
         write(&mut writer, &all);
         let chunks = chunks(&live, Options::default()).await;
@@ -314,13 +296,7 @@ async fn a_long_log_comes_in_pieces_of_one_message() {
 async fn what_is_no_log_and_has_no_end_is_passed_over() {
     let folder = tempfile::tempdir().unwrap();
     let live = folder.path().join("0.log");
-    let mut writer = Writer::open(
-        &live,
-        Limits {
-            max_bytes: 1 << 30,
-            max_files: 1,
-        },
-    );
+    let mut writer = writer(&live, 1 << 30, 1);
     write(&mut writer, "before\n");
     // What a host leaves that lost its power: a hole.
     writer.append(&[vec![0; 3 * BLOCK], b"\n".to_vec()].concat(), 1);
