@@ -90,18 +90,19 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     say("memory and RPCs at 50 running pods");
     figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
     say("streams");
-    figures.streams = streams::measure(&bed, sizes(quick)).await?;
+    figures.streams = streams::measure(&bed, sizes(quick), "").await?;
     let text = report::page(&figures, &bed, quick)?;
     #[expect(clippy::disallowed_methods, reason = "a page of the documentation")]
     std::fs::write(page, text).with_context(|| page.display().to_string())?;
     bed.close().await
 }
 
-/// The streams alone, as they are worked on: the table goes to standard output, the page stays as it is.
-pub async fn streams(quick: bool) -> anyhow::Result<()> {
+/// The streams alone, as they are worked on, those that have the words in their name: the table goes to standard output, the page stays as it is.
+pub async fn streams(quick: bool, words: &str) -> anyhow::Result<()> {
     let bed = Bed::open().await?;
     let mut table = String::new();
-    report::streams(&mut table, &streams::measure(&bed, sizes(quick)).await?)?;
+    let measured = streams::measure(&bed, sizes(quick), words).await?;
+    report::streams(&mut table, &measured)?;
     std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
     bed.close().await
 }

@@ -118,11 +118,16 @@ const STREAMS: [Kind; 9] = [
     kind("the same copy by a library", Way::CopyUpByLibrary, true),
 ];
 
-/// Alternates each stream with its floor.
-pub(super) async fn measure(bed: &Bed, sizes: Sizes) -> anyhow::Result<Vec<Stream>> {
+/// Alternates each stream that has the words in its name with its floor.
+pub(super) async fn measure(bed: &Bed, sizes: Sizes, words: &str) -> anyhow::Result<Vec<Stream>> {
+    let kinds: Vec<_> = STREAMS
+        .iter()
+        .filter(|kind| kind.name.contains(words))
+        .collect();
+    anyhow::ensure!(!kinds.is_empty(), "no stream has {words:?} in its name");
     let uid = talker(bed, sizes).await?;
     let mut streams = Vec::new();
-    for kind in STREAMS {
+    for kind in kinds {
         let bytes = if kind.large { sizes.large } else { sizes.bytes };
         let mut stream = Stream {
             name: kind.name,
@@ -132,7 +137,7 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes) -> anyhow::Result<Vec<Strea
             ..Stream::default()
         };
         stream
-            .alternate(bed, &uid, &kind, sizes.rounds)
+            .alternate(bed, &uid, kind, sizes.rounds)
             .await
             .context(kind.name)?;
         streams.push(stream);

@@ -1,5 +1,6 @@
-//! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md; `knoc-bench [--quick] streams`
-//! measures the streams alone and prints them;
+//! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
+//! `knoc-bench [--quick] streams [WORDS]` measures the streams alone, those that have the words in their name, and prints
+//! them;
 //! `knoc-bench relay PORT ROLE KEYS` is one of the relays that it measures itself against.
 
 use std::path::{Path, PathBuf};
@@ -32,7 +33,8 @@ fn main() -> anyhow::Result<()> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build().context("start the runtime")?;
     if streams {
-        return runtime.block_on(bench::streams(quick.is_some()));
+        let words = arguments.get(1).map_or("", String::as_str);
+        return runtime.block_on(bench::streams(quick.is_some(), words));
     }
     runtime.block_on(bench::run(&page, quick.is_some()))
 }
