@@ -34,6 +34,7 @@ mod tests;
 mod tls;
 mod upgrade;
 mod websocket;
+mod wire;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

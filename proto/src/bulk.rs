@@ -15,11 +15,13 @@
 //! ```
 
 mod beside;
+mod cut;
 mod messages;
 mod segments;
 
 pub use self::{
     beside::{Called, Nothing, Served, answer, input, output, output_body, request, request_body},
+    cut::Cutting,
     messages::{Messages, encode, failing_by},
     segments::Segments,
 };

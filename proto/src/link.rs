@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use tonic::transport::{Endpoint, Server};
 
+use crate::bulk::Cutting;
+
 mod accept;
 mod carrier;
 mod credentials;
@@ -179,6 +181,7 @@ pub fn server() -> Server {
 /// The same for the client's side.
 fn endpoint() -> Endpoint {
     Endpoint::from_static(AUTHORITY)
+        .executor(Cutting)
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)

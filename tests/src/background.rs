@@ -23,7 +23,7 @@ pub struct Background {
 }
 
 impl Background {
-    /// Starts it, without input.
+    /// Starts it; its input is a file.
     pub fn start(run: Run) -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
         let log = folder.path().join("log");
@@ -53,6 +53,19 @@ impl Background {
                 Some(status) => format!("ended, {status}: {shown}"),
                 None => shown,
             })
+        })
+        .await
+    }
+
+    /// Waits until it has read so many bytes of its input.
+    pub async fn has_read(&mut self, bytes: usize) -> anyhow::Result<()> {
+        let pid = self.child.id().context("it has ended")?;
+        let wanted = format!("pos:\t{bytes}");
+        wait_for("it reads its input", WORDS, async || {
+            // proc_pid_fdinfo(5)
+            let info = tokio::fs::read_to_string(format!("/proc/{pid}/fdinfo/0")).await?;
+            anyhow::ensure!(info.lines().any(|line| line == wanted), info);
+            Ok(())
         })
         .await
     }

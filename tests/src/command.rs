@@ -167,8 +167,17 @@ impl Run {
             .create(true)
             .append(true)
             .open(log)?;
+        let input = match self.stdin {
+            Some(bytes) => {
+                let path = log.with_extension("stdin");
+                let mut file = std::fs::File::create_new(&path)?;
+                std::io::Write::write_all(&mut file, &bytes)?;
+                std::fs::File::open(path)?.into()
+            }
+            None => Stdio::null(),
+        };
         self.command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(file.try_clone()?)
             .stderr(file);
         self.command

@@ -34,9 +34,9 @@ async fn children_of_shim(world: &World, node: &str, uid: &str) -> anyhow::Resul
     Ok(children.lines().map(str::to_owned).collect())
 }
 
-#[tokio::test]
-async fn a_command_whose_client_is_gone_hears_hup_then_term_and_is_reaped() -> anyhow::Result<()> {
-    let world = World::new("api-gone").await?;
+/// Starts a command that takes no input, has its client say this much, kills the client, and sees the command's end.
+async fn leave(name: &str, input: Option<usize>) -> anyhow::Result<()> {
+    let world = World::new(name).await?;
     let uid = world
         .running(&PodBuilder::new("target").command(["sleep", "600"]))
         .await?;
@@ -44,9 +44,13 @@ async fn a_command_whose_client_is_gone_hears_hup_then_term_and_is_reaped() -> a
     let before = children_of_shim(&world, &node, &uid).await?;
     let script = "trap 'echo HUP >>/tmp/heard' HUP; trap 'echo TERM >>/tmp/heard; exit' TERM; \
                   echo ready; while :; do sleep 0.1; done";
-    let exec = ["exec", "target", "--", "sh", "-c", script];
-    let mut client = Background::start(world.kubectl(exec))?;
+    let exec = |flags| ["exec", flags, "target", "--", "sh", "-c", script];
+    let mut client = match input {
+        None => Background::start(world.kubectl(exec("-i=false")))?,
+        Some(bytes) => Background::start(world.kubectl(exec("-i")).stdin(vec![7; bytes]))?,
+    };
     client.expect("ready\n").await?;
+    client.has_read(input.unwrap_or_default()).await?;
     client.kill().await?;
     let inside = async |command: &str| {
         let run = world.kubectl(["exec", "target", "--", "sh", "-c", command]);
@@ -70,6 +74,17 @@ async fn a_command_whose_client_is_gone_hears_hup_then_term_and_is_reaped() -> a
     })
     .await?;
     world.finish().await
+}
+
+#[tokio::test]
+async fn a_command_whose_client_is_gone_hears_hup_then_term_and_is_reaped() -> anyhow::Result<()> {
+    leave("api-gone", None).await
+}
+
+#[tokio::test]
+async fn so_does_one_whose_input_waits_all_the_way() -> anyhow::Result<()> {
+    // More than pipe and links hold, less than makes the API server itself wait: it would not notice either.
+    leave("api-gone-input", Some(6 << 20)).await
 }
 
 #[tokio::test]

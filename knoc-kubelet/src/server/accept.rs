@@ -26,6 +26,7 @@ use tracing::{debug, info, warn};
 
 use super::authn::Peer;
 use super::tls::Tls;
+use super::wire::Wire;
 
 /// A handshake takes two round trips; a peer that needs longer holds a slot for nothing.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
@@ -123,9 +124,17 @@ impl Connection {
                 .map(|it| CertificateDer::clone(it).into_owned())
                 .collect(),
         };
+        let wire = match Wire::of(stream.get_ref().0) {
+            Ok(wire) => wire,
+            Err(error) => {
+                warn!(peer = %self.address, %error, "a second name for a connection");
+                return;
+            }
+        };
         let router = self.router;
         let service = service_fn(move |mut request: hyper::Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
+            request.extensions_mut().insert(wire.clone());
             router.clone().oneshot(request.map(Body::new))
         });
         let connection = hyper::server::conn::http1::Builder::new()

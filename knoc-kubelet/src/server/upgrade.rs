@@ -18,6 +18,7 @@ use super::remotecommand::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate
 use super::stop::Stop;
 use super::target::Refusal;
 use super::websocket::handshake::{self, BadHandshake};
+use super::wire::Wire;
 
 /// A connection that is no longer HTTP.
 pub(super) type Io = TokioIo<Upgraded>;
@@ -147,7 +148,8 @@ fn bad_handshake(bad: &BadHandshake) -> Response {
     }
 }
 
-/// Answers 101 (503 where too many sessions go on), and has a task of the server count and serve the connection. `serve` ends it when we do: [`together`].
+/// Answers 101 (503 where too many sessions go on), and has a task of the server count and serve the connection, for as
+/// long as its client is there. `serve` ends it when we do: [`together`].
 pub(super) fn switch<S, F>(
     context: &Arc<Context>,
     mut request: Request,
@@ -164,6 +166,7 @@ where
         Err(busy) => return busy.into_response(),
     };
     let upgraded = hyper::upgrade::on(&mut request);
+    let wire = request.extensions_mut().remove::<Wire>();
     let Answer { headers, protocol } = answer;
     let Purpose {
         verb,
@@ -177,7 +180,11 @@ where
         match upgraded.await {
             Ok(io) => {
                 backend.metrics().session(verb, protocol);
-                serve(TokioIo::new(io)).await;
+                tokio::select! {
+                    biased;
+                    () = serve(TokioIo::new(io)) => {}
+                    () = abandoned(wire) => info!(stream = what, "the client is gone, its input was not taken"),
+                }
             }
             Err(error) => debug!(%error, stream = what, "the client left before the upgrade"),
         }
@@ -187,6 +194,14 @@ where
     own.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     own.extend(headers);
     response
+}
+
+/// What is not a socket ends by itself.
+async fn abandoned(wire: Option<Wire>) {
+    match wire {
+        Some(wire) => wire.abandoned().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Runs a session with the relay of its streams: it ends when the client does, or when the relay has let go of its

@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status, Streaming, body::Body, server::NamedServi
 use tower::Service;
 
 use super::{
-    bytes_come, bytes_go,
+    bytes_come, bytes_go, cut,
     messages::{Messages, Side, encode_request},
 };
 
@@ -80,7 +80,8 @@ where
     }
 }
 
-/// A channel whose streams of bytes go beside the generated client.
+/// A channel whose streams of bytes go beside the generated client. Who drops an answer lets go of the call, where the
+/// channel's executor is [`super::Cutting`].
 #[derive(Clone, Debug)]
 pub struct Called<S>(S);
 
@@ -109,13 +110,17 @@ where
         if let Some(body) = beside.and_then(|beside| beside.take()) {
             *request.body_mut() = body;
         }
-        let bytes_go = bytes_go(request.uri().path());
+        if !bytes_go(request.uri().path()) {
+            return Box::pin(self.0.call(request));
+        }
+        let (body, holder) = cut::cuttable(std::mem::take(request.body_mut()));
+        *request.body_mut() = body;
         let answering = self.0.call(request);
         Box::pin(async move {
             let mut response = answering.await?;
             // A status at the head is the whole answer.
-            if bytes_go && !response.headers().contains_key(Status::GRPC_STATUS) {
-                let body = std::mem::take(response.body_mut());
+            if !response.headers().contains_key(Status::GRPC_STATUS) {
+                let body = holder.with(std::mem::take(response.body_mut()));
                 response.extensions_mut().insert(Beside::new(body));
             }
             Ok(response)

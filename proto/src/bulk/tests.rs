@@ -11,7 +11,7 @@ use tonic::{
     transport::{Channel, Endpoint, Server},
 };
 
-use super::{Called, Messages, Nothing, Served, messages::Side};
+use super::{Called, Cutting, Messages, Nothing, Served, messages::Side};
 use crate::pb::{
     self, ExecInput, ExecOutput,
     exec_input::Input,
@@ -30,7 +30,8 @@ fn stdout(data: Bytes) -> ExecOutput {
     ExecOutput { output }
 }
 
-/// Echoes what is exec'd, a failure at last; its `attach` is never answered with a byte, and tells when it is let go.
+/// Echoes what is exec'd, a failure at last; its `attach` is never answered with a byte, takes input up to a size of the
+/// terminal, and tells when it is let go.
 struct Echo {
     tasks: TaskTracker,
     left: mpsc::Sender<()>,
@@ -70,8 +71,13 @@ impl Shim for Echo {
         let left = self.left.clone();
         let (output, silent) = mpsc::channel::<Result<ExecOutput, Status>>(1);
         self.tasks.spawn(async move {
-            while let Ok(Some(_)) = input.message().await {}
+            while let Ok(Some(message)) = input.message().await {
+                if matches!(message.input, Some(Input::Resize(_))) {
+                    break;
+                }
+            }
             output.closed().await;
+            drop(input);
             left.send(()).await
         });
         Ok(super::answer(super::encode(ReceiverStream::new(silent))))
@@ -145,7 +151,7 @@ fn echo() -> (Channel, mpsc::Receiver<()>) {
         let io = near.take().map(hyper_util::rt::TokioIo::new);
         std::future::ready(io.ok_or_else(|| std::io::Error::other("once")))
     });
-    let endpoint = Endpoint::from_static("http://echo");
+    let endpoint = Endpoint::from_static("http://echo").executor(Cutting);
     (endpoint.connect_with_connector_lazy(connector), gone)
 }
 
@@ -247,13 +253,35 @@ async fn answers_to_a_single_message_and_refusals() {
 async fn who_drops_an_answer_lets_go_of_the_call() {
     let (channel, mut gone) = echo();
     let mut shim = ShimClient::new(Called::new(channel));
-    // hyper resets a stream once both of its halves are dropped.
     let (input, said) = mpsc::channel(1);
     input.send(stdin("a")).await.unwrap();
     let request = super::request(ReceiverStream::new(said));
     let answer = shim.attach(request).await.unwrap();
-    drop((super::output(&answer), input));
+    // There is more to say, and nobody says it.
+    drop(super::output(&answer));
     gone.recv().await.unwrap();
+    assert!(input.is_closed());
+}
+
+#[tokio::test]
+async fn also_of_one_whose_request_waits_for_room() {
+    let (channel, mut gone) = echo();
+    let mut shim = ShimClient::new(Called::new(channel));
+    let (input, said) = mpsc::channel(1);
+    let request = super::request(ReceiverStream::new(said));
+    let answer = shim.attach(request).await.unwrap();
+    let size = Some(Input::Resize(pb::TerminalSize::default()));
+    input.send(ExecInput { input: size }).await.unwrap();
+    let more = Bytes::from(vec![7; 10_000]);
+    let waits = std::time::Duration::from_secs(1);
+    // Until nothing is taken any more.
+    while let Ok(sent) = tokio::time::timeout(waits, input.send(stdin(more.clone()))).await {
+        sent.unwrap();
+    }
+    drop(super::output(&answer));
+    gone.recv().await.unwrap();
+    // Other calls of the connection go on.
+    shim.stop(pb::StopRequest::default()).await.unwrap();
 }
 
 #[tokio::test]

@@ -100,3 +100,18 @@ pub(super) fn echo(seen: oneshot::Sender<Begun>) -> Command {
         stream::select(ReceiverStream::new(receiver), echo).boxed()
     })
 }
+
+/// A command that neither speaks nor takes input; the other end is told when it is let go.
+pub(super) fn deaf() -> (Command, oneshot::Receiver<()>) {
+    let (gone, ended) = oneshot::channel::<()>();
+    let command: Command = Box::new(move |input| {
+        // Dropped with the call.
+        let held = (gone, input);
+        stream::pending()
+            .inspect(move |_: &Result<pb::ExecOutput, tonic::Status>| {
+                let _held = &held;
+            })
+            .boxed()
+    });
+    (command, ended)
+}

@@ -196,18 +196,23 @@ async fn what_goes_wrong_later_is_on_the_error_stream() {
 
 #[tokio::test]
 async fn a_client_that_leaves_ends_the_command() {
-    let (gone, ended) = oneshot::channel::<()>();
-    let command: Command = Box::new(move |input| {
-        // Dropped with the call.
-        let held = (gone, input);
-        stream::pending()
-            .inspect(move |_: &Result<pb::ExecOutput, tonic::Status>| {
-                let _held = &held;
-            })
-            .boxed()
-    });
+    let (command, ended) = deaf();
     let fixture = with_command(command).await;
     let exec = exec(&fixture, "command=x&output=1", &["error", "stdout"]).await;
+    drop(exec);
+    let told = tokio::time::timeout(PATIENCE, ended).await;
+    assert!(told.expect("the command goes on").is_err());
+}
+
+#[tokio::test]
+async fn so_does_one_that_leaves_while_its_input_waits() {
+    let (command, ended) = deaf();
+    let fixture = with_command(command).await;
+    let mut exec = exec(&fixture, "command=x&input=1", &["error", "stdin"]).await;
+    // More pieces than all queues hold: its socket is not read any more, nor is its end.
+    for _ in 0..500 {
+        exec.peer.data(3, b"input", false).await;
+    }
     drop(exec);
     let told = tokio::time::timeout(PATIENCE, ended).await;
     assert!(told.expect("the command goes on").is_err());

@@ -5,7 +5,6 @@ use futures::{SinkExt as _, StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use knoc_proto::pb;
 use knoc_proto::pb::exec_output::Output;
 use tokio::sync::oneshot;
 use tokio_tungstenite::WebSocketStream;
@@ -276,16 +275,7 @@ async fn what_goes_wrong_later_is_on_the_error_channel() {
 
 #[tokio::test]
 async fn a_client_that_closes_ends_the_command_and_hears_a_close() {
-    let (gone, ended) = oneshot::channel::<()>();
-    let command: Command = Box::new(move |input| {
-        // Dropped with the call.
-        let held = (gone, input);
-        stream::pending()
-            .inspect(move |_: &Result<pb::ExecOutput, tonic::Status>| {
-                let _held = &held;
-            })
-            .boxed()
-    });
+    let (command, ended) = deaf();
     let fixture = with_command(command).await;
     let mut exec = open(&fixture, "/exec/ns/pod/c?output=1", V5, Some(V5)).await;
     assert_eq!(exec.next().await, Some(binary(b"\x01")));
