@@ -41,6 +41,8 @@ const EXECS: usize = 100;
 
 /// Rounds of each stream.
 const STREAMS: usize = 5;
+/// A short stream takes a third of a second: so many times as many of them.
+const SHORT: usize = 3;
 
 /// Lines of the log that is followed.
 const FOLLOWED: usize = 300;
@@ -110,13 +112,13 @@ pub async fn streams(quick: bool, words: &str) -> anyhow::Result<()> {
 fn sizes(quick: bool) -> streams::Sizes {
     if quick {
         streams::Sizes {
-            rounds: 3,
+            rounds: (3 * SHORT, 3),
             bytes: STREAM_BYTES,
             large: 2 * STREAM_BYTES,
         }
     } else {
         streams::Sizes {
-            rounds: STREAMS,
+            rounds: (STREAMS * SHORT, STREAMS),
             bytes: STREAM_BYTES,
             large: LARGE_BYTES,
         }

@@ -35,7 +35,8 @@ pub(super) struct Stream {
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sizes {
-    pub(super) rounds: usize,
+    /// Of each stream, and of the large ones.
+    pub(super) rounds: (usize, usize),
     /// Of each stream, in whole lines of 80.
     pub(super) bytes: u64,
     /// Of the large log and the copies.
@@ -128,7 +129,11 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes, words: &str) -> anyhow::Res
     let uid = talker(bed, sizes).await?;
     let mut streams = Vec::new();
     for kind in kinds {
-        let bytes = if kind.large { sizes.large } else { sizes.bytes };
+        let (bytes, rounds) = if kind.large {
+            (sizes.large, sizes.rounds.1)
+        } else {
+            (sizes.bytes, sizes.rounds.0)
+        };
         let mut stream = Stream {
             name: kind.name,
             hops: kind.places.len(),
@@ -137,7 +142,7 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes, words: &str) -> anyhow::Res
             ..Stream::default()
         };
         stream
-            .alternate(bed, &uid, kind, sizes.rounds)
+            .alternate(bed, &uid, kind, rounds)
             .await
             .context(kind.name)?;
         streams.push(stream);
