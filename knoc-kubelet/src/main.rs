@@ -8,6 +8,7 @@ use knoc_kubelet::{
     app::App,
     config::{Config, Environment, LogConfig, YamlFile},
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -56,6 +57,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     let config = Config::load(&[&environment, &file])?;
     log_to(&config.log)?;
+    raise_open_files();
     // kube takes the process's default; the link names ring itself.
     drop(rustls::crypto::ring::default_provider().install_default());
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -65,6 +67,18 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .build()
         .context("start the runtime")?;
     runtime.block_on(serve(config))
+}
+
+/// The API's own bounds allow thousands of connections, of two descriptors each; the usual soft limit is 1024.
+fn raise_open_files() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, ?current, ?maximum, "the limit of open files was not raised");
+    }
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {

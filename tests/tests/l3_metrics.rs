@@ -137,6 +137,8 @@ async fn the_kubelet_says_how_it_is_itself() -> anyhow::Result<()> {
         sample(&text, "process_resident_memory_bytes")? > 1e6,
         "{text}"
     );
+    // Two for each connection that it takes.
+    ensure!(sample(&text, "process_max_fds")? > 4096.0, "{text}");
     for family in knoc_kubelet::metrics::FAMILIES {
         let declared = format!("# TYPE {} {}\n", family.name, family.kind);
         ensure!(text.contains(&declared), "{} is not there", family.name);
