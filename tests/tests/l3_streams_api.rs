@@ -83,8 +83,9 @@ async fn a_command_whose_client_is_gone_hears_hup_then_term_and_is_reaped() -> a
 
 #[tokio::test]
 async fn so_does_one_whose_input_waits_all_the_way() -> anyhow::Result<()> {
-    // More than pipe and links hold, less than makes the API server itself wait: it would not notice either.
-    leave("api-gone-input", Some(6 << 20)).await
+    // More than pipe and link to the shim hold (2 MiB), less than those and the link to the agent do. With more than that
+    // the API server has bytes to be rid of before its own end can be seen.
+    leave("api-gone-input", Some(3 << 20)).await
 }
 
 #[tokio::test]
