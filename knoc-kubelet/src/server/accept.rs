@@ -127,7 +127,7 @@ impl Connection {
         let wire = match Wire::of(stream.get_ref().0) {
             Ok(wire) => wire,
             Err(error) => {
-                warn!(peer = %self.address, %error, "a second name for a connection");
+                warn!(peer = %self.address, %error, "duplicate a connection's descriptor");
                 return;
             }
         };
