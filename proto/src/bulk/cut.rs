@@ -8,7 +8,7 @@
 //! ```text
 //!  Called: request ─► Upward ──polled in──► Task of Cutting ──┐
 //!             Call ◄──── learns its Switch ◄──────────────────┘
-//!          answer  ◄─ Downward ──dropped──► Call::cut ─► Switch ─► the Task ends, and with it the stream
+//!          answer  ◄─ Holder ──dropped──► Call::cut ─► Switch ─► the Task ends, and with it the stream
 //! ```
 //!
 //! A request is polled first in the connection's own task, which nobody must end: it is not ready then, and that task is
@@ -26,6 +26,7 @@ use std::{
 use bytes::Bytes;
 use futures::task::AtomicWaker;
 use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt as _;
 use hyper::rt::Executor;
 use hyper_util::rt::TokioExecutor;
 use tonic::{Status, body::Body};
@@ -141,10 +142,10 @@ impl Drop for Holder {
 impl Holder {
     /// An answer's body, with which the call is dropped.
     pub(super) fn with(self, body: Body) -> Body {
-        Body::new(Downward {
-            body,
-            _holder: self,
-        })
+        Body::new(body.map_err(move |status| {
+            let _held = &self;
+            status
+        }))
     }
 }
 
@@ -187,31 +188,6 @@ impl http_body::Body for Upward {
             }
             Seen::ByItsTask => {}
         }
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-struct Downward {
-    body: Body,
-    _holder: Holder,
-}
-
-impl http_body::Body for Downward {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         Pin::new(&mut self.body).poll_frame(cx)
     }
 
