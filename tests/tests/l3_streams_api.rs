@@ -122,6 +122,45 @@ async fn ports_lead_to_the_pods_own_listeners_with_their_half_closes() -> anyhow
 }
 
 #[tokio::test]
+async fn a_connection_whose_client_is_gone_is_let_go_though_nobody_reads_it() -> anyhow::Result<()>
+{
+    let world = World::new("api-unread").await?;
+    let port = some_port();
+    let server = format!("exec nc -ll -p {port} -e sleep 600");
+    world
+        .running(&PodBuilder::new("server").sh(&server))
+        .await?;
+    // As the program has them.
+    let open = async || {
+        let run = world.kubectl(["exec", "server", "--", "netstat", "-tn"]);
+        let all = run.ok().await?.text();
+        let ours = |line: &&str| {
+            let mut words = line.split_whitespace().skip(3);
+            words
+                .next()
+                .is_some_and(|local| local.ends_with(&format!(":{port}")))
+                && line.contains("ESTABLISHED")
+        };
+        anyhow::Ok(all.lines().filter(ours).count())
+    };
+    let to = format!(":{port}");
+    let forward = Forward::start(world.kubectl(["port-forward", "server", &to])).await?;
+    let mut connection = forward.connect().await?;
+    // More than the program's socket and the link to the shim hold, less than with the link to the agent.
+    connection.write_all(&vec![7; 5 << 20]).await?;
+    let found = open().await?;
+    ensure!(found == 1, "{found} connections");
+    forward.program.kill().await?;
+    wait_for("the connection is let go", SOON, async || {
+        let found = open().await?;
+        ensure!(found == 0, "{found} connections");
+        Ok(())
+    })
+    .await?;
+    world.finish().await
+}
+
+#[tokio::test]
 async fn a_listener_of_the_same_user_outside_the_pod_is_refused_by_name() -> anyhow::Result<()> {
     let world = World::new("api-foreign").await?;
     let uid = world
