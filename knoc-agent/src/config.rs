@@ -57,6 +57,9 @@ pub struct Config {
     /// Folders under which pods may name image files and sandboxes.
     #[serde(default)]
     pub image_roots: Vec<PathBuf>,
+    /// Others may own and write what lies under `image_roots`: whoever can, chooses what this account runs.
+    #[serde(default)]
+    pub trust_shared_roots: bool,
     /// Folders under which pods may mount host paths: none yet, since every `hostPath` is refused.
     #[serde(default)]
     pub host_paths: Vec<PathBuf>,

@@ -42,6 +42,8 @@ pub struct ResolvedImage {
     pub image_id: String,
     /// The image's own defaults; empty where it has none.
     pub config: pb::ImageConfig,
+    /// What was found at a path that a pod named; a container starts only from that.
+    pub file: Option<pb::ImageFileId>,
 }
 
 /// Why there is no image; Kubernetes has a word for each.
@@ -110,6 +112,8 @@ pub struct Settings {
     pub cache: PathBuf,
     /// Folders under which pods may name image files and sandboxes.
     pub roots: Vec<PathBuf>,
+    /// Others may own and write what lies under the roots.
+    pub trust_shared_roots: bool,
     /// Mirrors, first match wins.
     pub registries: Vec<Registry>,
     /// Conversions at the same time.
@@ -133,6 +137,7 @@ impl Settings {
             env,
             cache,
             roots: site.image_roots.clone(),
+            trust_shared_roots: site.trust_shared_roots,
             registries: site.registries.clone(),
             concurrency: site.limits.image_concurrency.max(1),
             registry_timeout: Duration::from_secs(30),

@@ -31,3 +31,4 @@ pub mod shims;
 pub mod site;
 pub mod stats;
 pub mod versions;
+mod walk;

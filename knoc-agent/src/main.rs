@@ -56,6 +56,9 @@ enum Command {
         /// The launch socket.
         socket: PathBuf,
     },
+    /// Mounts what a container gets, and becomes the container runtime.
+    #[command(hide = true)]
+    Contain,
     /// Starts a process in the namespaces of a running container.
     #[command(hide = true)]
     Enter {
@@ -86,6 +89,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Shim { jobdir } => return knoc_agent::shim::main(&jobdir),
         Command::Launch { socket } => return knoc_agent::launch::main(&socket),
+        Command::Contain => return knoc_agent::launch::contain::main(),
         Command::Enter { arguments } => return knoc_agent::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {

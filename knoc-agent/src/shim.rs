@@ -12,7 +12,7 @@
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
 mod attach;
-mod beneath;
+pub(crate) mod beneath;
 mod cgroup;
 mod children;
 mod container;
@@ -26,6 +26,7 @@ mod handshake;
 mod link;
 mod listeners;
 mod measure;
+mod mounts;
 mod oom;
 mod output;
 mod outside;
@@ -61,7 +62,6 @@ use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
 
-pub(crate) use self::report::STOP_SIGNAL;
 use self::{
     children::Children,
     directory::Directory,
@@ -71,6 +71,7 @@ use self::{
     serve::{Service, Slots},
     supervisor::Supervisor,
 };
+pub(crate) use self::{pod::node_name, report::STOP_SIGNAL};
 use crate::{
     jobdir::{
         self, JobDir,

@@ -7,6 +7,7 @@ use oci_client::Reference as OciReference;
 
 use super::{Images, reference, runtime_version};
 use crate::runtime::setuid;
+use crate::walk::{self, WalkError};
 
 impl Images {
     /// Findings in the order of the chain.
@@ -28,6 +29,9 @@ impl Images {
                 root,
                 "make the folder, or take it out of image_roots",
             ));
+            if !settings.trust_shared_roots {
+                all.push(trusted(root));
+            }
         }
         for entry in settings
             .registries
@@ -93,6 +97,21 @@ fn exec(program: &Path) -> pb::Finding {
     };
     let cure = "install Apptainer without its setuid part, or set `allow setuid = no` in the runtime's configuration";
     finding("runtime: exec", result, cure)
+}
+
+/// Could somebody else choose what runs as this account?
+fn trusted(root: &Path) -> pb::Finding {
+    let walked = walk::owned(root, false);
+    let cure = "make it and the folders above belong to root or to you and be writable by nobody else, or set \
+                trust_shared_roots in the site file";
+    let result = match walked {
+        // That it is not there is another finding's matter.
+        Ok(_) | Err(WalkError::Io { .. }) => {
+            Ok(format!("nobody else can change {}", root.display()))
+        }
+        Err(error) => Err(error::chain(&error)),
+    };
+    finding("images: who can change image_roots", result, cure)
 }
 
 fn folder(check: &str, path: &Path, cure: &str) -> pb::Finding {

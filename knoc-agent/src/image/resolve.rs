@@ -8,12 +8,13 @@ use tokio::sync::Semaphore;
 
 use super::cache::{Cache, ImageFile};
 use super::flight::Flights;
-use super::local::{self, Local};
+use super::local::{self, Roots};
 use super::pull::Puller;
 use super::reference::{self, Reference, Source};
 use super::registry::RegistryClient;
 use super::sif::Sifs;
 use super::{ImageError, ImageErrorKind, ResolvedImage, Settings};
+use crate::shim::node_name;
 
 /// What the registry says of a name.
 type Resolution = Result<(String, ImageFile), String>;
@@ -89,6 +90,7 @@ impl Images {
                 path,
                 image_id: image.to_owned(),
                 config: pb::ImageConfig::default(),
+                file: None,
             });
         }
         match reference::parse(image)? {
@@ -102,24 +104,31 @@ impl Images {
         image: &str,
         path: std::path::PathBuf,
     ) -> Result<ResolvedImage, ImageError> {
-        let (text, roots) = (image.to_owned(), self.settings.roots.clone());
+        let (text, roots) = (image.to_owned(), self.roots());
         let find = move || local::find(&text, &path, &roots);
         let found = tokio::task::spawn_blocking(find).await;
         let stopping = |_| ImageError::new(image, ImageErrorKind::Pull, "the agent stops");
-        let (path, file) = match found.map_err(stopping)?? {
-            Local::Sandbox(path) => (path, ImageFile::default()),
-            Local::Sif(path, id) => {
-                let file = self.sifs.config(&self.settings, &path, id).await;
-                let failed = |words| ImageError::new(image, ImageErrorKind::Pull, words);
-                (path, file.map_err(failed)?)
+        let local = found.map_err(stopping)??;
+        let config = match local.sif {
+            None => ImageFile::default(),
+            Some((id, sif)) => {
+                let file = self.sifs.config(&self.settings, id, sif).await;
+                file.map_err(|words| ImageError::new(image, ImageErrorKind::Pull, words))?
             }
         };
-        let image_id = path.display().to_string();
         Ok(ResolvedImage {
-            path,
-            image_id,
-            config: file.into(),
+            image_id: local.path.display().to_string(),
+            path: local.path,
+            config: config.into(),
+            file: Some(local.id.to_job(&node_name())),
         })
+    }
+
+    fn roots(&self) -> Roots {
+        Roots {
+            folders: self.settings.roots.clone(),
+            shared: self.settings.trust_shared_roots,
+        }
     }
 
     async fn remote(
@@ -152,6 +161,7 @@ impl Images {
             path: self.cache.sif(digest),
             image_id: reference::image_id(name, digest),
             config: file.into(),
+            file: None,
         }
     }
 

@@ -130,6 +130,9 @@ prelude = ""
 
 # Folders under which pods may name image files and sandboxes.
 image_roots = []
+# Each must, with its parents and what lies under it, belong to root or to you, and be writable by nobody else. `true`
+# lifts that: then all who can write there choose what runs as you.
+# trust_shared_roots = false
 # Folders under which pods may mount host paths: none yet, since every hostPath is refused.
 # host_paths = []
 

@@ -93,7 +93,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
             fds::send(&shim, &Reply::Pid(pid).encode(), &[]).ok();
             drop(shim);
             // The socket pair is standard input too: only the child may hold it, or the shim sees no end of file.
-            release_stdin();
+            super::release_stdin();
             end_as(child)
         }
         Err(errno) => {
@@ -107,15 +107,6 @@ pub fn main(arguments: &[String]) -> ExitCode {
             )
         }
     }
-}
-
-fn release_stdin() {
-    // Without `/dev/null` in the container any other descriptor does.
-    match File::open("/dev/null") {
-        Ok(null) => rustix::stdio::dup2_stdin(&null),
-        Err(_) => rustix::stdio::dup2_stdin(rustix::stdio::stderr()),
-    }
-    .ok();
 }
 
 fn refuse(shim: &UnixStream, error: &EnterError) -> ExitCode {

@@ -41,11 +41,18 @@ pub struct LaunchSpec {
 pub enum Reply {
     /// The program's pid, in the shim's PID namespace (sent by `enter`, which forks).
     Pid(u32),
-    /// The terminal's master is attached to this message.
+    /// A descriptor is attached to this message: the terminal's master, or what `contain` was asked for.
     Master,
     /// The program cannot be started.
     Failed {
         /// The system's error number; 0: none.
+        errno: i32,
+        /// What was tried, in words.
+        what: String,
+    },
+    /// `contain` cannot make its namespaces here.
+    NoNamespaces {
+        /// The system's error number.
         errno: i32,
         /// What was tried, in words.
         what: String,
@@ -120,11 +127,8 @@ impl Reply {
         let (tag, body) = match self {
             Self::Pid(pid) => (b'P', pid.to_be_bytes().to_vec()),
             Self::Master => (b'M', Vec::new()),
-            Self::Failed { errno, what } => {
-                let mut body = errno.to_be_bytes().to_vec();
-                body.extend(what.bytes().take(MAX_REPLY - 4));
-                (b'E', body)
-            }
+            Self::Failed { errno, what } => (b'E', put_failure(*errno, what)),
+            Self::NoNamespaces { errno, what } => (b'N', put_failure(*errno, what)),
         };
         let mut message = vec![tag];
         message.extend(u32::try_from(body.len()).unwrap_or_default().to_be_bytes());
@@ -151,10 +155,14 @@ impl Reply {
         let reply = match tag {
             b'P' => Self::Pid(u32::from_be_bytes(cursor.array()?)),
             b'M' => Self::Master,
-            b'E' => {
+            b'E' | b'N' => {
                 let errno = i32::from_be_bytes(cursor.array()?);
                 let what = String::from_utf8_lossy(std::mem::take(&mut cursor.0)).into_owned();
-                Self::Failed { errno, what }
+                if tag == b'E' {
+                    Self::Failed { errno, what }
+                } else {
+                    Self::NoNamespaces { errno, what }
+                }
             }
             _ => return Err(WireError::Malformed),
         };
@@ -162,6 +170,12 @@ impl Reply {
         buffer.drain(..5 + length);
         Ok(Some(reply))
     }
+}
+
+fn put_failure(errno: i32, what: &str) -> Vec<u8> {
+    let mut body = errno.to_be_bytes().to_vec();
+    body.extend(what.bytes().take(MAX_REPLY - 4));
+    body
 }
 
 fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) -> Result<(), WireError> {
@@ -288,7 +302,11 @@ mod tests {
             errno: 2,
             what: "exec: \"x\"".to_owned(),
         };
-        let all = [Reply::Pid(77), Reply::Master, failed];
+        let refused = Reply::NoNamespaces {
+            errno: 1,
+            what: "no".to_owned(),
+        };
+        let all = [Reply::Pid(77), Reply::Master, failed, refused];
         let stream: Vec<u8> = all.iter().flat_map(Reply::encode).collect();
         let (mut buffer, mut seen) = (Vec::new(), Vec::new());
         for byte in stream {

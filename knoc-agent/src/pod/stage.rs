@@ -146,6 +146,7 @@ fn answer(container: &pb::Container, resolved: crate::image::ResolvedImage) -> p
         path: resolved.path.to_string_lossy().into_owned(),
         image_id: resolved.image_id,
         config: Some(resolved.config),
+        file: resolved.file,
     }
 }
 

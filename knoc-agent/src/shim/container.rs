@@ -119,6 +119,9 @@ enum AttemptError {
     /// The runtime could not make the container; its words.
     #[error("{0}")]
     Runtime(String),
+    /// The helper cannot make its namespaces here; its words.
+    #[error("{0}")]
+    NoNamespaces(String),
     /// The program could not be started.
     #[error("unable to start container process")]
     Start(#[source] HandshakeError),
@@ -130,7 +133,7 @@ impl AttemptError {
     fn reason(&self) -> &'static str {
         match self {
             Self::Prepare(_) => "CreateContainerError",
-            Self::Runtime(_) => "ContainerCannotRun",
+            Self::Runtime(_) | Self::NoNamespaces(_) => "ContainerCannotRun",
             Self::Start(_) => "StartError",
             Self::Aborted => "Error",
         }
@@ -201,7 +204,7 @@ fn termination_link(folders: &Folders) -> impl Iterator<Item = Vec<u8>> + use<> 
             name.clone().into_bytes(),
             target.as_os_str().as_encoded_bytes().to_vec(),
         ]),
-        TerminationLog::Mounted(_) | TerminationLog::Bind(_) => None,
+        TerminationLog::Mounted { .. } | TerminationLog::Bind(_) => None,
     };
     link.into_iter().flatten()
 }
@@ -216,12 +219,13 @@ type Done = (Exit, String, Losses, bool, Counters);
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = pod.container(attempt.index);
     let image = pod.image(attempt.index);
-    let folders = prepare(pod, attempt).await?;
+    let mut folders = prepare(pod, attempt).await?;
     let config = image.config.clone().unwrap_or_default();
     let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
     spec.links.extend(termination_link(&folders));
     let kills_before = pod.oom.unclaimed();
-    let mut up = bring_up(pod, attempt, &folders, container, Path::new(&image.path)).await?;
+    let mut up = bring_up(pod, attempt, &folders, container).await?;
+    folders.message_below(up.message.take());
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
     let launched = match launch(up.socket, &spec, stdio.theirs, &attempt.abort).await {
         Ok(launched) => launched,

@@ -14,7 +14,7 @@ use knoc_proto::{
 use super::gpus;
 use crate::{
     launch::wire::{LaunchSpec, Window},
-    runtime::{Bind, Gpus, INSIDE},
+    runtime::{Gpus, INSIDE},
 };
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -126,44 +126,41 @@ pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> Str
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TerminationLog {
     /// It lies in something that is mounted: made and read there.
-    Mounted(PathBuf),
+    Mounted {
+        /// The index of its mount.
+        mount: usize,
+        /// Below that.
+        rest: PathBuf,
+    },
     /// Nothing can be mounted under `/dev`: a link leads to our file inside.
     Link { name: String, target: PathBuf },
     /// Our file is mounted over it.
     Bind(PathBuf),
 }
 
-/// Decides by the path and what is mounted already.
-pub(crate) fn termination_log(container: &pb::Container, binds: &[Bind]) -> TerminationLog {
+/// Decides by the path and where something is mounted already.
+pub(crate) fn termination_log(container: &pb::Container, mounted: &[&Path]) -> TerminationLog {
     let path = container.termination_message_path.as_str();
-    let path = if path.is_empty() {
+    let path = Path::new(if path.is_empty() {
         TERMINATION_LOG
     } else {
         path
-    };
-    let longest = binds
+    });
+    let longest = mounted
         .iter()
-        .filter(|bind| Path::new(path).starts_with(&bind.target))
-        .max_by_key(|bind| bind.target.components().count());
-    if let Some(bind) = longest {
-        let rest = Path::new(path)
-            .strip_prefix(&bind.target)
-            .unwrap_or_else(|_| Path::new(""));
-        let host = if rest.as_os_str().is_empty() {
-            bind.source.clone()
-        } else {
-            bind.source.join(rest)
-        };
-        return TerminationLog::Mounted(host);
+        .enumerate()
+        .filter_map(|(mount, target)| Some((mount, target, path.strip_prefix(target).ok()?)))
+        .max_by_key(|(_, target, _)| target.components().count());
+    if let Some((mount, _, rest)) = longest {
+        let rest = rest.to_owned();
+        return TerminationLog::Mounted { mount, rest };
     }
-    if path.starts_with("/dev/") {
+    if path.starts_with("/dev") && path != Path::new("/dev") {
+        let name = path.to_string_lossy().into_owned();
         let target = Path::new(INSIDE).join("termination-log");
-        return TerminationLog::Link {
-            name: path.to_owned(),
-            target,
-        };
+        return TerminationLog::Link { name, target };
     }
-    TerminationLog::Bind(PathBuf::from(path))
+    TerminationLog::Bind(path.to_owned())
 }
 
 #[cfg(test)]
@@ -277,24 +274,21 @@ mod tests {
 
     #[test]
     fn the_termination_message_is_found() {
-        let bind = |target: &str| Bind {
-            source: Path::new("/host").join(target.trim_start_matches('/')),
-            target: target.into(),
-            read_only: false,
-        };
-        let binds = [bind("/tmp"), bind("/tmp/deep")];
+        let mounted = [Path::new("/tmp"), Path::new("/tmp/deep")];
         let at = |path: &str| {
             let container = pb::Container {
                 termination_message_path: path.to_owned(),
                 ..Default::default()
             };
-            termination_log(&container, &binds)
+            termination_log(&container, &mounted)
         };
-        assert_eq!(
-            at("/tmp/deep/x"),
-            TerminationLog::Mounted("/host/tmp/deep/x".into())
-        );
-        assert_eq!(at("/tmp/x"), TerminationLog::Mounted("/host/tmp/x".into()));
+        let inside = |mount, rest: &str| TerminationLog::Mounted {
+            mount,
+            rest: rest.into(),
+        };
+        assert_eq!(at("/tmp/deep/x"), inside(1, "x"));
+        assert_eq!(at("/tmp/deep"), inside(1, ""));
+        assert_eq!(at("/tmp/x"), inside(0, "x"));
         assert_eq!(at("/other"), TerminationLog::Bind("/other".into()));
         let link = TerminationLog::Link {
             name: "/dev/termination-log".to_owned(),

@@ -8,6 +8,7 @@ use std::{
 use tokio::{io::Interest, net::UnixStream};
 
 use crate::launch::{
+    contain::spec::ContainSpec,
     fds,
     wire::{LaunchSpec, Reply, WireError},
 };
@@ -22,6 +23,9 @@ pub(crate) enum HandshakeError {
         errno: i32,
         what: String,
     },
+    /// This node lets the helper make no namespaces; in its words.
+    #[error("{0}")]
+    NoNamespaces(String),
     /// The socket failed.
     #[error("talk to the launcher")]
     Socket(#[from] io::Error),
@@ -35,7 +39,7 @@ pub(crate) enum HandshakeError {
 pub(crate) struct Launched {
     /// Where the launcher forked.
     pub(crate) pid: Option<u32>,
-    /// Where a terminal was asked for.
+    /// Where a terminal was asked for, or a mount's descriptor.
     pub(crate) master: Option<OwnedFd>,
 }
 
@@ -45,7 +49,25 @@ pub(crate) async fn launch(
     spec: &LaunchSpec,
     stdio: Vec<OwnedFd>,
 ) -> Result<Launched, HandshakeError> {
-    let message = spec.encode()?;
+    converse(socket, &spec.encode()?, stdio).await
+}
+
+/// Has the mounts made; returns once the runtime is executed.
+pub(crate) async fn contain(
+    socket: UnixStream,
+    spec: &ContainSpec,
+) -> Result<Launched, HandshakeError> {
+    let body = serde_json::to_vec(spec).map_err(io::Error::other)?;
+    let length = u32::try_from(body.len()).map_err(|_| WireError::TooLong(body.len()))?;
+    let message = [&length.to_be_bytes()[..], &body].concat();
+    converse(socket, &message, Vec::new()).await
+}
+
+async fn converse(
+    socket: UnixStream,
+    message: &[u8],
+    stdio: Vec<OwnedFd>,
+) -> Result<Launched, HandshakeError> {
     let mut sent = 0;
     while sent < message.len() {
         let borrowed: Vec<BorrowedFd<'_>> = stdio.iter().map(|fd| fd.as_fd()).collect();
@@ -91,6 +113,9 @@ async fn replies(socket: &UnixStream) -> Result<Launched, HandshakeError> {
                 Reply::Master => launched.master = descriptors.pop(),
                 Reply::Failed { errno, what } => {
                     return Err(HandshakeError::Refused { errno, what });
+                }
+                Reply::NoNamespaces { what, .. } => {
+                    return Err(HandshakeError::NoNamespaces(what));
                 }
             }
         }

@@ -10,8 +10,8 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio_util::task::TaskTracker;
 
 use super::{
-    cgroup::JobCgroup, children::Children, environment::Facts, gpus, oom::OomCounter,
-    scratch::Scratch, volumes::Volumes,
+    cgroup::JobCgroup, children::Children, environment::Facts, gpus, mounts::Mounting,
+    oom::OomCounter, scratch::Scratch, volumes::Volumes,
 };
 use crate::{
     jobdir::{JobDir, claim::Claim, schema::Endpoint},
@@ -40,6 +40,7 @@ pub(crate) struct Pod {
     pub(crate) volumes: Volumes,
     pub(crate) scratch: Scratch,
     pub(crate) children: Children,
+    pub(crate) mounting: Mounting,
     /// Folders of ended attempts that are being removed.
     pub(crate) removals: TaskTracker,
 }
@@ -85,6 +86,7 @@ impl Pod {
             volumes: Volumes::create(&spec.volumes, &scratch)?,
             scratch,
             children: Children::default(),
+            mounting: Mounting::of(&job),
             removals: TaskTracker::new(),
             jobdir,
             claim,

@@ -14,7 +14,7 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 use super::{pod::node_name, proc};
-use crate::jobdir::atomic::FileError;
+use crate::{jobdir::atomic::FileError, walk};
 
 const PREFIX: &str = "knoc-shim";
 const MEMORY: &str = "/dev/shm";
@@ -41,8 +41,13 @@ impl Scratch {
         );
         let disk = base.join(&name);
         make(&disk)?;
-        // Later a link in a path below can only be a container's.
-        let disk = fs::canonicalize(&disk).map_err(FileError::on("resolve", &disk))?;
+        // Later a link in a path below can only be a container's: nobody else may replace a folder above.
+        let walked = walk::owned(&disk, false).map_err(|error| {
+            fs::remove_dir(&disk).ok();
+            let cure = "name another folder in job.scratch of the site file";
+            io::Error::other(format!("{error}; {cure}"))
+        });
+        let disk = walked.map_err(FileError::on("use", &disk))?.path;
         let memory = Path::new(MEMORY).join(&name);
         let memory = if make(&memory).is_ok() {
             memory
@@ -147,6 +152,20 @@ fn sweep(base: &Path, host: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_that_others_can_replace_is_not_used() {
+        let base = tempfile::tempdir().unwrap();
+        let shared = base.path().join("shared");
+        fs::create_dir(&shared).unwrap();
+        let mode = |mode| fs::set_permissions(&shared, fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o777);
+        let error = Scratch::create(shared.to_str().unwrap()).unwrap_err();
+        let text = knoc_proto::error::chain(&error);
+        assert!(text.contains("job.scratch"), "{text}");
+        mode(0o1777);
+        Scratch::create(shared.to_str().unwrap()).unwrap();
+    }
 
     #[test]
     fn leftovers_are_swept_and_live_folders_are_not() {

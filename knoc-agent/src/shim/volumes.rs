@@ -14,8 +14,8 @@ use std::{
 
 use knoc_proto::pb::{self, volume::Source};
 
-use super::{beneath, scratch::Scratch};
-use crate::{jobdir::atomic::FileError, runtime::Bind};
+use super::scratch::Scratch;
+use crate::{jobdir::atomic::FileError, launch::contain::spec};
 
 /// The link to the folder of the current revision.
 const DATA: &str = "..data";
@@ -36,6 +36,19 @@ pub(crate) enum VolumeError {
     /// A path that leaves its volume.
     #[error("the path {path:?} leaves volume {volume:?}")]
     Path { volume: String, path: String },
+}
+
+/// What a container sees of a volume or a file of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mounted {
+    /// For messages.
+    pub(crate) what: String,
+    pub(crate) source: spec::Source,
+    /// In the container.
+    pub(crate) target: PathBuf,
+    pub(crate) read_only: bool,
+    /// A container can change what its path leads to: a check of the name says nothing.
+    pub(crate) needs_descriptor: bool,
 }
 
 /// The volumes of one pod.
@@ -113,60 +126,43 @@ impl Volumes {
         Ok(())
     }
 
-    /// What a container's mounts bind.
-    pub(crate) fn binds(&self, mounts: &[pb::Mount]) -> Result<Vec<Bind>, VolumeError> {
-        mounts.iter().map(|mount| self.bind(mount)).collect()
+    /// What a container's mounts are of. Nothing is resolved yet: that is for whoever mounts it.
+    pub(crate) fn mounts(&self, mounts: &[pb::Mount]) -> Result<Vec<Mounted>, VolumeError> {
+        mounts.iter().map(|mount| self.mount(mount)).collect()
     }
 
-    fn bind(&self, mount: &pb::Mount) -> Result<Bind, VolumeError> {
+    fn mount(&self, mount: &pb::Mount) -> Result<Mounted, VolumeError> {
         let root = self.roots.iter().find(|root| root.name == mount.volume);
         let root = root.ok_or_else(|| VolumeError::Unknown(mount.volume.clone()))?;
-        let bind = |source| Bind {
+        let path = PathBuf::from(&mount.sub_path);
+        let whole = path.as_os_str().is_empty();
+        if !whole && !is_inside(&path) {
+            return Err(VolumeError::Path {
+                volume: root.name.clone(),
+                path: mount.sub_path.clone(),
+            });
+        }
+        let what = if whole {
+            format!("volume {:?}", root.name)
+        } else {
+            format!("volume {:?}, path {:?}", root.name, mount.sub_path)
+        };
+        let source = if root.foreign && whole {
+            spec::Source::Own(root.path.clone())
+        } else {
+            spec::Source::Inside {
+                root: root.path.clone(),
+                path,
+                make: !root.files && !root.foreign,
+            }
+        };
+        Ok(Mounted {
+            what,
             source,
             target: PathBuf::from(&mount.path),
             read_only: mount.read_only || root.files,
-        };
-        if mount.sub_path.is_empty() {
-            return Ok(bind(root.path.clone()));
-        }
-        let leaves = || VolumeError::Path {
-            volume: root.name.clone(),
-            path: mount.sub_path.clone(),
-        };
-        if !is_inside(Path::new(&mount.sub_path)) {
-            return Err(leaves());
-        }
-        let failed = |source: FileError| VolumeError::File {
-            volume: root.name.clone(),
-            source,
-        };
-        let resolve = |path: &Path| {
-            fs::canonicalize(path)
-                .map_err(FileError::on("resolve", path))
-                .map_err(failed)
-        };
-        // Links made by an earlier container must not lead out of the volume: each component is resolved before the
-        // next is looked at, and before anything is made below it.
-        let top = resolve(&root.path)?;
-        let makes = !root.files && !root.foreign;
-        let mut source = top.clone();
-        for component in Path::new(&mount.sub_path).components() {
-            let next = source.join(component);
-            let missing = fs::symlink_metadata(&next)
-                .is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
-            if missing && makes {
-                beneath::make_folder(&next)
-                    .map_err(FileError::on("create", &next))
-                    .map_err(failed)?;
-                source = next;
-                continue;
-            }
-            source = resolve(&next)?;
-            if !source.starts_with(&top) {
-                return Err(leaves());
-            }
-        }
-        Ok(bind(source))
+            needs_descriptor: !whole && !root.files,
+        })
     }
 }
 
@@ -303,26 +299,31 @@ mod tests {
         (base, scratch, volumes)
     }
 
+    /// What such a mount leads to.
+    fn opened(volumes: &Volumes, volume: &str, path: &str) -> Result<PathBuf, String> {
+        let mounts = volumes.mounts(&[mount(volume, path)]);
+        let mounted = mounts.map_err(|error| error.to_string())?.remove(0);
+        let found = mounted.source.open();
+        Ok(found.map_err(|error| error.to_string())?.path)
+    }
+
     #[test]
     fn files_are_replaced_at_once_and_modes_are_kept() {
         let (_base, _scratch, volumes) = volumes();
-        let bind = volumes.binds(&[mount("cm", "")]).unwrap().remove(0);
-        assert!(bind.read_only);
+        let bind = opened(&volumes, "cm", "").unwrap();
+        assert!(volumes.mounts(&[mount("cm", "")]).unwrap()[0].read_only);
         let first = vec![
             file("a", "1", 0o640),
             file("dir/b", "2", 0o400),
             file("gone", "", 0o644),
         ];
         volumes.write(&values(1, first)).unwrap();
-        let read = |name: &str| fs::read_to_string(bind.source.join(name));
+        let read = |name: &str| fs::read_to_string(bind.join(name));
         assert_eq!(read("dir/b").unwrap(), "2");
-        let mode = fs::metadata(bind.source.join("a"))
-            .unwrap()
-            .permissions()
-            .mode();
+        let mode = fs::metadata(bind.join("a")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o640);
         assert_eq!(
-            fs::read_link(bind.source.join("a")).unwrap(),
+            fs::read_link(bind.join("a")).unwrap(),
             Path::new("..data/a")
         );
         volumes
@@ -330,7 +331,7 @@ mod tests {
             .unwrap();
         assert_eq!(read("a").unwrap(), "new");
         assert!(read("gone").is_err() && read("dir/b").is_err());
-        let left: BTreeSet<_> = fs::read_dir(&bind.source)
+        let left: BTreeSet<_> = fs::read_dir(&bind)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
@@ -345,11 +346,7 @@ mod tests {
         let (base, _scratch, volumes) = volumes();
         let home = base.path().join("home");
         fs::create_dir(&home).unwrap();
-        let root = volumes
-            .binds(&[mount("empty", "")])
-            .unwrap()
-            .remove(0)
-            .source;
+        let root = opened(&volumes, "empty", "").unwrap();
         symlink(&home, root.join("out")).unwrap();
         symlink(home.join("new"), root.join("dangling")).unwrap();
         fs::create_dir(root.join("real")).unwrap();
@@ -362,11 +359,11 @@ mod tests {
             "dangling/x",
             "within/../../x",
         ] {
-            assert!(volumes.binds(&[mount("empty", path)]).is_err(), "{path}");
+            assert!(opened(&volumes, "empty", path).is_err(), "{path}");
         }
         assert_eq!(fs::read_dir(&home).unwrap().count(), 0);
-        let bind = volumes.binds(&[mount("empty", "within/x/y")]).unwrap();
-        assert!(bind[0].source.ends_with("real/x/y") && bind[0].source.is_dir());
+        let bind = opened(&volumes, "empty", "within/x/y").unwrap();
+        assert!(bind.ends_with("real/x/y") && bind.is_dir());
     }
 
     #[test]
@@ -376,16 +373,17 @@ mod tests {
             let written = volumes.write(&values(1, vec![file(bad, "", 0o644)]));
             assert!(matches!(written, Err(VolumeError::Path { .. })), "{bad}");
         }
-        let bind = volumes.binds(&[mount("empty", "a/b")]).unwrap().remove(0);
-        assert!(bind.source.is_dir() && !bind.read_only);
-        symlink("/", bind.source.join("root")).unwrap();
-        assert!(volumes.binds(&[mount("empty", "a/b/root/etc")]).is_err());
-        assert!(volumes.binds(&[mount("empty", "../cm")]).is_err());
-        assert!(volumes.binds(&[mount("none", "")]).is_err());
+        let bind = opened(&volumes, "empty", "a/b").unwrap();
+        assert!(bind.is_dir());
+        assert!(!volumes.mounts(&[mount("empty", "a/b")]).unwrap()[0].read_only);
+        symlink("/", bind.join("root")).unwrap();
+        assert!(opened(&volumes, "empty", "a/b/root/etc").is_err());
+        assert!(opened(&volumes, "empty", "../cm").is_err());
+        assert!(opened(&volumes, "none", "").is_err());
         volumes
             .write(&values(1, vec![file("a", "1", 0o644)]))
             .unwrap();
-        let bind = volumes.binds(&[mount("cm", "a")]).unwrap().remove(0);
-        assert_eq!(fs::read_to_string(bind.source).unwrap(), "1");
+        let bind = opened(&volumes, "cm", "a").unwrap();
+        assert_eq!(fs::read_to_string(bind).unwrap(), "1");
     }
 }

@@ -144,6 +144,7 @@ impl Job {
                     env: vec![format!("PATH={}", var("PATH").unwrap_or_default())],
                     ..Default::default()
                 }),
+                file: None,
             })
             .collect();
         self.dir.write_spec(&self.file).unwrap();

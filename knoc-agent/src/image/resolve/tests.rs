@@ -173,6 +173,7 @@ fn settings(dir: &Path, registry: &str, program: PathBuf) -> Settings {
         .into(),
         cache,
         roots: Vec::new(),
+        trust_shared_roots: false,
         registries: vec![Registry {
             prefix: "docker.io".to_owned(),
             mirror: Some(registry.to_owned()),
@@ -370,7 +371,7 @@ test -e "$FAIL" && { echo 'FATAL:   no such host file system' >&2; exit 255; }
 for last; do sif=$last; done
 case $2 in
 list) echo '1    |1       |NONE    |32176-32233               |JSON.Generic' ;;
-dump) echo "{\"Cmd\":[\"$(stat -c %s "$sif")\"]}" ;;
+dump) echo "{\"Cmd\":[\"$(stat -Lc %s "$sif")\"]}" ;;
 esac
 "#;
 
