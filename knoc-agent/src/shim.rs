@@ -7,7 +7,8 @@
 //! - [`report::keep`]: the durable copy of the newest report.
 //! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
 //! - [`staged`]: values that come while the link is down.
-//! - the reaper ([`children`]), the watcher of signals from outside, and [`resident::keep_small`].
+//! - the reaper ([`children`]), the watcher of signals from outside, [`resident::keep_small`], and
+//!   [`scratch::keep_clean`], which removes what ended attempts wrote.
 //!
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
@@ -68,6 +69,7 @@ use self::{
     link::{Link, State},
     pod::Pod,
     report::Publisher,
+    scratch::{Cleaner, LAST_REMOVAL},
     serve::{Service, Slots},
     supervisor::Supervisor,
 };
@@ -216,9 +218,14 @@ async fn run(
     let (commands, orders) = mpsc::channel(COMMANDS);
     let signals = outside::Signals::listen()?;
     background.spawn(signals.obey(own_grace(&pod), commands.clone()));
-    let publisher = Publisher::new(first_report(&pod, previous.as_ref()));
+    let mut publisher = Publisher::new(first_report(&pod, previous.as_ref()));
+    if let Some(why) = pod.scratch.on_disk() {
+        tracing::warn!("{why}");
+        publisher.note("MemoryOnDisk", why, "");
+    }
     let mut reports = publisher.subscribe();
     background.spawn(resident::keep_small(publisher.subscribe()));
+    background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
     keeper.spawn(report::keep(pod.jobdir.clone(), publisher.subscribe()));
     let directory = watch::Sender::new(Arc::new(Directory::default()));
@@ -249,8 +256,10 @@ async fn run(
     let written = keeper.join_next().await;
     farewell.wait().await;
     tokio::time::timeout(FLUSH, linked.join_next()).await.ok();
-    // Streams that are cut with the process may still hold the pod: its drop is not waited for.
-    pod.scratch.remove();
+    // Streams that are cut with the process may still hold the pod: its drop is not waited for. A file system that hangs
+    // must not hold the job.
+    let removal = tokio::task::spawn_blocking(move || pod.scratch.remove());
+    tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
     let reported = matches!(written, Some(Ok(true)));
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
 }

@@ -11,6 +11,7 @@ use super::cache::{Cache, ImageFile};
 use super::reference::Source;
 use crate::command::CommandError;
 use crate::jobdir::atomic;
+use crate::tree;
 
 /// How much of Apptainer's progress lines is kept.
 const WORDS: usize = 64 * 1024;
@@ -102,7 +103,7 @@ impl Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         // What stays behind is swept at the next start.
-        std::fs::remove_dir_all(&self.0).ok();
+        tree::remove(&self.0).ok();
     }
 }
 

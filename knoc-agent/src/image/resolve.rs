@@ -14,6 +14,7 @@ use super::reference::{self, Reference, Source};
 use super::registry::RegistryClient;
 use super::sif::Sifs;
 use super::{ImageError, ImageErrorKind, ResolvedImage, Settings};
+use crate::tree;
 
 /// What the registry says of a name.
 type Resolution = Result<(String, ImageFile), String>;
@@ -58,7 +59,7 @@ impl Images {
 
     /// Removes what pulls of an earlier agent left behind. Blocking; once, at the start.
     pub fn sweep(&self) {
-        std::fs::remove_dir_all(self.cache.temporary()).ok();
+        tree::remove(&self.cache.temporary()).ok();
     }
 
     /// Only whether its source is one: for admission and `script`, without registry or disk. A name that cannot be one

@@ -265,7 +265,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let by_us = attempt.abort.is_cancelled();
     let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
     let logs = container.termination_message_fallback_to_logs && exit.code != 0;
-    let message = message(pod, folders, logs.then_some(live)).await;
+    let message = message(folders, logs.then_some(live)).await;
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
     Ok((exit, message, losses, killed, used))
@@ -335,7 +335,7 @@ async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptEr
 }
 
 /// What the program left as its message, else the end of its log `fallback`. Then its folders go.
-async fn message(pod: &Pod, folders: Folders, fallback: Option<PathBuf>) -> String {
+async fn message(folders: Folders, fallback: Option<PathBuf>) -> String {
     let reading = tokio::task::spawn_blocking(move || {
         let mut text = folders.termination_message(MESSAGE_BYTES);
         if let Some(live) = fallback.filter(|_| text.is_empty()) {
@@ -346,8 +346,7 @@ async fn message(pod: &Pod, folders: Folders, fallback: Option<PathBuf>) -> Stri
     let Ok(Ok((text, folders))) = tokio::time::timeout(MESSAGE_WAIT, reading).await else {
         return String::new();
     };
-    // What the program wrote may be many files; nobody waits for their removal.
-    pod.removals.spawn_blocking(move || drop(folders));
+    drop(folders);
     String::from_utf8_lossy(&text).into_owned()
 }
 

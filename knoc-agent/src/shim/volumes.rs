@@ -14,8 +14,11 @@ use std::{
 
 use knoc_proto::pb::{self, volume::Source};
 
-use super::{beneath, scratch::Scratch};
-use crate::{jobdir::atomic::FileError, runtime::Bind};
+use super::{
+    beneath,
+    scratch::{NoMemory, Scratch, ScratchError},
+};
+use crate::{jobdir::atomic::FileError, runtime::Bind, tree};
 
 /// The link to the folder of the current revision.
 const DATA: &str = "..data";
@@ -29,6 +32,13 @@ pub(crate) enum VolumeError {
         volume: String,
         #[source]
         source: FileError,
+    },
+    /// The node has no memory for it.
+    #[error("volume {volume:?}")]
+    NoMemory {
+        volume: String,
+        #[source]
+        source: NoMemory,
     },
     /// The shape names none.
     #[error("no volume is called {0:?}")]
@@ -64,16 +74,23 @@ impl Volumes {
                 volume: volume.name.clone(),
                 source,
             };
+            let kept = |error| match error {
+                ScratchError::File(source) => failed(source),
+                ScratchError::NoMemory(source) => VolumeError::NoMemory {
+                    volume: volume.name.clone(),
+                    source,
+                },
+            };
             let (path, files, foreign) = match &volume.source {
                 Some(Source::EmptyDir(empty)) => {
                     let made = if empty.memory {
                         scratch.memory(&folder)
                     } else {
-                        scratch.disk(&folder)
+                        scratch.disk(&folder).map_err(ScratchError::from)
                     };
-                    (made.map_err(failed)?, false, false)
+                    (made.map_err(kept)?, false, false)
                 }
-                Some(Source::Files(_)) => (scratch.memory(&folder).map_err(failed)?, true, false),
+                Some(Source::Files(_)) => (scratch.secrets(&folder).map_err(kept)?, true, false),
                 Some(Source::HostPath(host)) => (PathBuf::from(&host.path), false, true),
                 None => return Err(VolumeError::Unknown(volume.name.clone())),
             };
@@ -182,7 +199,7 @@ fn is_inside(path: &Path) -> bool {
 fn replace(folder: &Path, revision: &str, files: &[pb::VolumeFile]) -> Result<(), FileError> {
     let new = folder.join(revision);
     // An earlier try may have left a part of it.
-    fs::remove_dir_all(&new).ok();
+    tree::remove(&new).map_err(FileError::on("remove", &new))?;
     make(&new)?;
     for file in files {
         let path = new.join(&file.path);
@@ -205,7 +222,7 @@ fn replace(folder: &Path, revision: &str, files: &[pb::VolumeFile]) -> Result<()
     }
     remove_stale(folder, &names)?;
     if let Some(old) = old.filter(|old| old != Path::new(revision)) {
-        fs::remove_dir_all(folder.join(old)).ok();
+        tree::remove(&folder.join(old)).ok();
     }
     Ok(())
 }
@@ -256,7 +273,7 @@ fn relink(folder: &Path, target: &str, name: &str) -> Result<(), FileError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::scratch::Fallback, *};
 
     fn file(path: &str, data: &'static str, mode: u32) -> pb::VolumeFile {
         pb::VolumeFile {
@@ -290,7 +307,7 @@ mod tests {
 
     fn volumes() -> (tempfile::TempDir, Scratch, Volumes) {
         let base = tempfile::tempdir().unwrap();
-        let scratch = Scratch::create(base.path().to_str().unwrap()).unwrap();
+        let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Error).unwrap();
         let volume = |name: &str, source| pb::Volume {
             name: name.to_owned(),
             source: Some(source),

@@ -13,7 +13,7 @@ use super::super::{
     beneath,
     environment::{self, TerminationLog},
     pod::Pod,
-    scratch::remove_tree,
+    scratch::Trash,
     volumes::VolumeError,
 };
 use crate::{
@@ -36,7 +36,7 @@ pub(super) enum PrepareError {
     Pipes(#[source] io::Error),
 }
 
-/// See the module. Removed when dropped.
+/// See the module. When dropped they go into the trash, so it takes no time whatever the container wrote.
 #[derive(Debug)]
 pub(super) struct Folders {
     /// What the container sees as `/.knoc`.
@@ -47,6 +47,7 @@ pub(super) struct Folders {
     pub(super) work: PathBuf,
     pub(super) binds: Vec<Bind>,
     pub(super) termination: TerminationLog,
+    trash: Trash,
 }
 
 impl Folders {
@@ -80,6 +81,7 @@ impl Folders {
             work,
             binds,
             termination,
+            trash: pod.scratch.trash(),
         };
         if pod.runtime.isolates() {
             folders.fill(pod)?;
@@ -152,7 +154,7 @@ impl Folders {
 impl Drop for Folders {
     fn drop(&mut self) {
         for folder in [&self.shared, &self.root, &self.work] {
-            remove_tree(folder);
+            self.trash.take(folder);
         }
     }
 }
@@ -177,6 +179,7 @@ mod tests {
             fs::create_dir_all(&path).unwrap();
             path
         };
+        let trash = Trash::create(base.join("trash")).unwrap();
         for place in ["own", "volume", "volume/dir"] {
             let shared = folder("shared");
             let log = match place {
@@ -194,6 +197,7 @@ mod tests {
                 } else {
                     TerminationLog::Mounted(log.clone())
                 },
+                trash: trash.clone(),
             };
             fs::write(&log, "hello").unwrap();
             assert_eq!(folders.termination_message(4096), b"hello");
