@@ -364,6 +364,8 @@ pub struct Logs {
     pub max_bytes: i64,
     /// Files kept of one attempt.
     pub max_files: i32,
+    /// All logs of one pod. Each attempt that is kept of each container (two of them) has an equal share.
+    pub max_pod_bytes: i64,
 }
 
 impl Default for Logs {
@@ -371,6 +373,7 @@ impl Default for Logs {
         Self {
             max_bytes: 100 << 20,
             max_files: 20,
+            max_pod_bytes: 4 << 30,
         }
     }
 }
@@ -402,6 +405,8 @@ impl Default for Backoff {
 pub struct Values {
     /// Where they wait for the job.
     pub at_rest: AtRest,
+    /// Where they lie beside a running pod on a node without a usable `/dev/shm`.
+    pub memory_fallback: MemoryFallback,
     /// How long a job whose pod was never started waits for values that are not there, or have expired, before the pod
     /// fails (`ValuesMissing`, `ValuesExpired`).
     #[serde(deserialize_with = "text::duration")]
@@ -412,6 +417,7 @@ impl Default for Values {
     fn default() -> Self {
         Self {
             at_rest: AtRest::default(),
+            memory_fallback: MemoryFallback::default(),
             wait: Duration::from_mins(10),
         }
     }
@@ -426,6 +432,17 @@ pub enum AtRest {
     File,
     /// In the agent's memory only: the pod waits for the link.
     None,
+}
+
+/// What becomes of values, and of volumes of the medium Memory, on a node without a usable `/dev/shm`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemoryFallback {
+    /// The pod fails there.
+    #[default]
+    Error,
+    /// They lie on the node's disk, and the pod says so.
+    Disk,
 }
 
 /// The environment the file is read in: an argument, so that tests need no global.

@@ -14,7 +14,7 @@ use knoc_agent::{
     config::{Config, Home},
     connect, init,
 };
-use knoc_proto::error::chain;
+use knoc_proto::{error::chain, private::keep_memory_private};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -83,6 +83,14 @@ impl ConfigFile {
 }
 
 fn main() -> ExitCode {
+    // Before anything is read, and in the helpers before they enter a container.
+    if let Err(error) = keep_memory_private() {
+        drop(writeln!(
+            std::io::stderr(),
+            "knoc-agent: keep the memory of this process private: {error}"
+        ));
+        return ExitCode::FAILURE;
+    }
     let result = match Cli::parse().command {
         Command::Shim { jobdir } => return knoc_agent::shim::main(&jobdir),
         Command::Launch { socket } => return knoc_agent::launch::main(&socket),

@@ -10,6 +10,7 @@
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use knoc_proto::private::keep_memory_private;
 
 mod attach;
 mod completions;
@@ -112,6 +113,10 @@ pub fn command() -> clap::Command {
 /// Runs the program by its arguments.
 #[must_use]
 pub fn main() -> ExitCode {
+    // The client's key, and what manifests say of Secrets.
+    if let Err(source) = keep_memory_private() {
+        return report(&CtlError::Private { source });
+    }
     run_with(std::env::args_os())
 }
 

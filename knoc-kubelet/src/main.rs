@@ -8,6 +8,7 @@ use knoc_kubelet::{
     app::App,
     config::{Config, Environment, LogConfig, YamlFile},
 };
+use knoc_proto::private::keep_memory_private;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -31,7 +32,8 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match run(&arguments) {
+    let private = keep_memory_private().context("keep the memory of this process private");
+    match private.and_then(|()| run(&arguments)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Logging may not be set up yet.

@@ -13,6 +13,7 @@ pub mod link;
 mod memory;
 pub mod pki;
 pub mod pod;
+pub mod private;
 pub mod reason;
 pub mod settings;
 

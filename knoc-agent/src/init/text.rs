@@ -212,6 +212,8 @@ qos = []
 [logs]
 # max_bytes = 104857600
 # max_files = 20
+# All logs of one pod; each attempt that is kept of each container (the current and the previous one) has an equal share.
+# max_pod_bytes = 4294967296
 
 [backoff]
 # initial = "10s"
@@ -220,6 +222,9 @@ qos = []
 [values]
 # Where Secrets and tokens wait for the job: file (0600 in a 0700 folder), or none (in the agent's memory).
 # at_rest = "file"
+# What happens on a node whose /dev/shm is missing, not writable or no tmpfs: error (the pod fails), or disk (Secrets,
+# tokens and volumes of the medium Memory lie on the node's disk, with a warning at the pod).
+# memory_fallback = "error"
 # How long a job holds its nodes and waits for values that are not there or have expired, before its pod fails.
 # wait = "10m"
 "#;

@@ -16,6 +16,7 @@ use super::{
     state::{Event, Note},
 };
 use crate::{
+    config::MemoryFallback,
     jobdir::{JobDir, JobDirError, atomic},
     site::Site,
 };
@@ -237,6 +238,8 @@ pub(crate) fn job_file(
                 .clone()
                 .unwrap_or_else(|| "/tmp".to_owned()),
             log_debug: tracing::enabled!(tracing::Level::DEBUG),
+            memory_on_disk: config.values.memory_fallback == MemoryFallback::Disk,
+            log_max_pod_bytes: config.logs.max_pod_bytes,
         }),
         cluster_id,
         version: site.versions.own().to_owned(),

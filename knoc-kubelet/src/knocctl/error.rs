@@ -185,6 +185,13 @@ pub enum CtlError {
         #[source]
         source: io::Error,
     },
+    /// Others could read its memory.
+    #[error("keep the memory of this process private")]
+    Private {
+        /// The system's words.
+        #[source]
+        source: io::Error,
+    },
     /// Nothing can run.
     #[error("start the runtime")]
     Runtime {
@@ -235,6 +242,7 @@ impl CtlError {
             | Self::Signal { .. }
             | Self::Input { .. }
             | Self::Print { .. }
+            | Self::Private { .. }
             | Self::Runtime { .. } => return None,
         };
         Some(hint.to_owned())
