@@ -10,6 +10,7 @@
 
 pub mod enter;
 pub mod fds;
+mod limits;
 mod program;
 mod pty;
 mod sys;

@@ -25,7 +25,7 @@ use crate::{
         schema::Endpoint,
     },
     lease::{Holder, LeaseError, Process},
-    open_files,
+    open_files, own_limits,
     registry::board::Board,
     runtime::setuid,
     scheduler::{Scheduler, local, slurm},
@@ -212,6 +212,7 @@ fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
 
 /// How many pods this process may carry.
 pub(crate) fn pod_limit(config: &Config) -> usize {
+    own_limits::raise();
     let files = open_files::raise();
     let carried = (files.saturating_sub(FILES_OWN) / FILES_A_POD).clamp(1, PODS);
     let wanted = config.limits.pods.map_or(carried, u64::from);

@@ -18,12 +18,12 @@ use std::{
 
 use rustix::{
     io::Errno,
-    process::{Resource, getrlimit, ioctl_tiocsctty, setrlimit, setsid, umask},
+    process::{ioctl_tiocsctty, setsid, umask},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
 };
 
 use super::{
-    fds, pty, sys,
+    fds, limits, pty, sys,
     wire::{LaunchSpec, MAX_SPEC, Reply},
 };
 
@@ -104,7 +104,7 @@ fn start(
     setsid().ok();
     attach_stdio(shim, spec, stdio)?;
     umask(rustix::fs::Mode::from_raw_mode(0o022));
-    limit_open_files(spec.open_files);
+    limits::set();
     for pair in spec.links.as_chunks::<2>().0 {
         // Best effort: a container that has such a file already keeps it.
         drop(std::os::unix::fs::symlink(
@@ -173,15 +173,6 @@ fn attach_stdio(shim: &UnixStream, spec: &LaunchSpec, stdio: Vec<OwnedFd>) -> Re
     dup2_stdin(&input).map_err(on("attach standard input"))?;
     dup2_stdout(&output).map_err(on("attach standard output"))?;
     dup2_stderr(&errors).map_err(on("attach standard error"))
-}
-
-/// The shim raises its own limit for its links; programs get back what the job had.
-fn limit_open_files(soft: u64) {
-    if soft > 0 {
-        let mut limit = getrlimit(Resource::Nofile);
-        limit.current = Some(limit.maximum.map_or(soft, |hard| soft.min(hard)));
-        setrlimit(Resource::Nofile, limit).ok();
-    }
 }
 
 fn path_of(env: &[Vec<u8>]) -> &[u8] {

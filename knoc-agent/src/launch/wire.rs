@@ -30,8 +30,6 @@ pub struct LaunchSpec {
     pub create_cwd: bool,
     /// A terminal of this size instead of pipes: its master is sent back.
     pub tty: Option<Window>,
-    /// Soft limit of open files to set; 0: leave.
-    pub open_files: u64,
     /// Symbolic links to make, name and target in turn: for names under `/dev`, where nothing can be mounted.
     pub links: Vec<Vec<u8>>,
 }
@@ -75,7 +73,6 @@ impl LaunchSpec {
         body.push(u8::from(self.tty.is_some()));
         body.extend(window.cols.to_be_bytes());
         body.extend(window.rows.to_be_bytes());
-        body.extend(self.open_files.to_be_bytes());
         put_list(&mut body, &self.links)?;
         if body.len() > MAX_SPEC {
             return Err(WireError::TooLong(body.len()));
@@ -97,7 +94,6 @@ impl LaunchSpec {
             cols: u16::from_be_bytes(cursor.array()?),
             rows: u16::from_be_bytes(cursor.array()?),
         };
-        let open_files = u64::from_be_bytes(cursor.array()?);
         let links = cursor.list()?;
         cursor.end()?;
         let tty = has_tty.then_some(window);
@@ -107,7 +103,6 @@ impl LaunchSpec {
             cwd,
             create_cwd,
             tty,
-            open_files,
             links,
         })
     }
@@ -239,26 +234,16 @@ mod tests {
 
     fn spec() -> impl Strategy<Value = LaunchSpec> {
         let tty = proptest::option::of((any::<u16>(), any::<u16>()));
-        (
-            list(),
-            list(),
-            bytes(),
-            any::<bool>(),
-            tty,
-            any::<u64>(),
-            list(),
+        (list(), list(), bytes(), any::<bool>(), tty, list()).prop_map(
+            |(argv, env, cwd, create_cwd, tty, links)| LaunchSpec {
+                argv,
+                env,
+                cwd,
+                create_cwd,
+                tty: tty.map(|(cols, rows)| Window { cols, rows }),
+                links,
+            },
         )
-            .prop_map(
-                |(argv, env, cwd, create_cwd, tty, open_files, links)| LaunchSpec {
-                    argv,
-                    env,
-                    cwd,
-                    create_cwd,
-                    tty: tty.map(|(cols, rows)| Window { cols, rows }),
-                    open_files,
-                    links,
-                },
-            )
     }
 
     proptest! {

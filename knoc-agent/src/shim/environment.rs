@@ -30,8 +30,6 @@ pub(crate) struct Facts {
     pub(crate) hostname: String,
     /// Addresses known only here.
     pub(crate) fields: RuntimeFields,
-    /// The soft limit of open files that the job had.
-    pub(crate) open_files: u64,
     /// Slurm's choice of GPUs: variables of the job.
     pub(crate) devices: Vec<(String, String)>,
     /// Does the runtime bind a driver's libraries?
@@ -83,7 +81,6 @@ pub(crate) fn launch_spec(
         cwd: cwd.map_or_else(|| b"/".to_vec(), |dir| dir.as_bytes().to_vec()),
         create_cwd: true,
         tty: container.tty.then_some(TERMINAL),
-        open_files: facts.open_files,
         links: Vec::new(),
     }
 }

@@ -28,6 +28,7 @@ const RESERVED: &[&str] = &[
     "open-mode",
     "output",
     "parsable",
+    "propagate",
     "requeue",
     "signal",
     "test-only",

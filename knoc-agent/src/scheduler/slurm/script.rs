@@ -132,6 +132,8 @@ fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, Refus
         // All of an environment that holds only what the site names. A list of names would make
         // slurmd run a login shell for each job.
         "--export=ALL".to_owned(),
+        // sbatch would hand on the limits of the agent's own process, and so those of the shell that started it.
+        "--propagate=NONE".to_owned(),
     ])
 }
 
