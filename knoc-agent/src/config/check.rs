@@ -9,6 +9,9 @@ use knoc_proto::{ids::SiteName, link::Carrier, settings::Document};
 
 use super::Config;
 
+/// Less would not hold what a program writes at once.
+const LEAST_POD_LOGS: i64 = 1 << 20;
+
 /// More threads than any login node gives one user.
 const MAX_THREADS: usize = 256;
 
@@ -163,6 +166,10 @@ impl Check<'_, '_> {
         }
         if config.logs.max_bytes < 4096 {
             self.wrong("logs.max_bytes", "must be at least 4096");
+        }
+        if config.logs.max_pod_bytes < LEAST_POD_LOGS {
+            let what = format!("must be at least {LEAST_POD_LOGS} (1 MiB)");
+            self.wrong("logs.max_pod_bytes", what);
         }
     }
 }
