@@ -24,6 +24,13 @@ pub mod server {
     pub mod query;
 }
 
+#[cfg(feature = "files")]
+#[path = "../../../knoc-agent/src/jobdir"]
+pub mod jobdir {
+    pub mod decode;
+    pub mod fuzzed;
+}
+
 #[cfg(feature = "logs")]
 #[path = "../../../knoc-agent/src/logs"]
 pub mod logs {
