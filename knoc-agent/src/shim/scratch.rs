@@ -89,9 +89,11 @@ impl Scratch {
     fn create_at(base: &Path, memory: &Path, fallback: Fallback) -> Result<Self, FileError> {
         let host = host_tag(&node_name());
         let pid = std::process::id();
+        // The last part is for nobody to guess: who has taken the name would keep the pod from starting.
         let name = format!(
-            "{PREFIX}-{host}-{pid}-{}",
-            proc::start_time(pid).unwrap_or_default()
+            "{PREFIX}-{host}-{pid}-{}-{:06x}",
+            proc::start_time(pid).unwrap_or_default(),
+            rand::random::<u32>() >> 8
         );
         let disk = base.join(&name);
         make(&disk)?;
