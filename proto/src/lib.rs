@@ -1,7 +1,7 @@
 //! What the processes of KNoC share: the gRPC contracts, domain types, error reasons, the link.
 //!
 //! Dependencies point one way: `knoc-kubelet → knoc-proto ← knoc-agent`. This crate starts no process, reads no
-//! configuration and decides nothing about pods; what it holds is either pure ([`ids`], [`pod`], [`expand`],
+//! configuration and decides nothing about pods; what it holds is either pure ([`ids`], [`pod`], [`paths`], [`expand`],
 //! [`reason`], [`error`], [`settings`]) or the transport both ends need ([`link`], [`bulk`], [`pki`]).
 
 pub mod bulk;
@@ -11,6 +11,7 @@ pub mod expand;
 pub mod ids;
 pub mod link;
 mod memory;
+pub mod paths;
 pub mod pki;
 pub mod pod;
 pub mod reason;

@@ -6,7 +6,7 @@ use std::{collections::HashSet, fmt, ops::Deref};
 
 use crate::{
     ids::{ContainerName, PodUid},
-    pb,
+    paths, pb,
 };
 
 /// All that is wrong with a pod.
@@ -150,11 +150,10 @@ fn check_volumes(spec: &pb::PodSpec, problems: &mut Vec<String>) {
             None => problems.push(format!(
                 "the volume {name:?} has no source this version knows"
             )),
-            Some(pb::volume::Source::HostPath(host)) if !is_absolute(&host.path) => {
-                problems.push(format!(
-                    "the host path {:?} is not absolute and plain",
-                    host.path
-                ));
+            Some(pb::volume::Source::HostPath(host)) => {
+                if let Err(error) = paths::in_container(&host.path) {
+                    problems.push(format!("the host path {:?} {error}", host.path));
+                }
             }
             Some(_) => {}
         }
@@ -172,11 +171,17 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
             container.image
         ));
     }
-    for path in [&container.working_dir, &container.termination_message_path] {
-        if !path.is_empty() && !is_absolute(path) {
-            problems.push(format!(
-                "container {name:?}: the path {path:?} is not absolute and plain"
-            ));
+    for (field, path) in [
+        ("workingDir", &container.working_dir),
+        (
+            "terminationMessagePath",
+            &container.termination_message_path,
+        ),
+    ] {
+        if !path.is_empty()
+            && let Err(error) = paths::in_container(path)
+        {
+            problems.push(format!("container {name:?}: {field} {path:?} {error}"));
         }
     }
     for argument in container.command.iter().chain(&container.args) {
@@ -184,35 +189,40 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
             problems.push(format!("container {name:?}: an argument holds a NUL byte"));
         }
     }
-    let mut paths = HashSet::new();
+    check_mounts(spec, container, problems);
+}
+
+fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Vec<String>) {
+    let name = &container.name;
+    let known = |volume: &str| spec.volumes.iter().any(|known| known.name == volume);
+    let mut places = HashSet::new();
     for mount in &container.mounts {
-        if !spec
-            .volumes
-            .iter()
-            .any(|volume| volume.name == mount.volume)
+        let (volume, path, sub_path) = (&mount.volume, &mount.path, &mount.sub_path);
+        if !known(volume) {
+            problems.push(format!(
+                "container {name:?} mounts the unknown volume {volume:?}"
+            ));
+        }
+        match paths::in_container(path) {
+            Err(error) => {
+                problems.push(format!("container {name:?}: mountPath {path:?} {error}"));
+            }
+            Ok(_) if path.contains(':') => problems.push(format!(
+                "container {name:?}: mountPath {path:?} must not contain ':'"
+            )),
+            Ok(place) if place == "/" => problems.push(format!(
+                "container {name:?}: mountPath {path:?} is the container's root, where nothing can be mounted"
+            )),
+            // As the API server compares them; where two differ only in form, the later mount covers the earlier.
+            Ok(_) if !places.insert(path) => problems.push(format!(
+                "container {name:?} mounts twice at mountPath {path:?}"
+            )),
+            Ok(_) => {}
+        }
+        if !sub_path.is_empty()
+            && let Err(error) = paths::in_volume(sub_path)
         {
-            problems.push(format!(
-                "container {name:?} mounts the unknown volume {:?}",
-                mount.volume
-            ));
-        }
-        if !is_absolute(&mount.path) || mount.path.contains(':') {
-            problems.push(format!(
-                "container {name:?}: bad mount path {:?}",
-                mount.path
-            ));
-        }
-        if !paths.insert(mount.path.trim_end_matches('/')) {
-            problems.push(format!(
-                "container {name:?} mounts twice at {:?}",
-                mount.path
-            ));
-        }
-        if !mount.sub_path.is_empty() && !is_relative(&mount.sub_path) {
-            problems.push(format!(
-                "container {name:?}: bad subPath {:?}",
-                mount.sub_path
-            ));
+            problems.push(format!("container {name:?}: subPath {sub_path:?} {error}"));
         }
     }
 }
@@ -247,19 +257,21 @@ impl PodValues {
                     volume.volume
                 ));
             }
-            let mut paths = HashSet::new();
+            let mut known = HashSet::new();
             for file in &volume.files {
-                if !is_relative(&file.path) {
-                    problems.push(format!(
-                        "volume {:?}: bad file path {:?}",
+                match paths::of_file(&file.path) {
+                    Err(error) => problems.push(format!(
+                        "volume {:?}: the file path {:?} {error}",
                         volume.volume, file.path
-                    ));
-                }
-                if !paths.insert(&file.path) {
-                    problems.push(format!(
-                        "volume {:?} has {:?} twice",
-                        volume.volume, file.path
-                    ));
+                    )),
+                    Ok(path) => {
+                        if !known.insert(path) {
+                            problems.push(format!(
+                                "volume {:?} has {:?} twice",
+                                volume.volume, file.path
+                            ));
+                        }
+                    }
                 }
                 if file.mode > 0o7777 {
                     problems.push(format!(
@@ -332,18 +344,6 @@ pub fn is_variable_name(name: &str) -> bool {
         && name
             .bytes()
             .all(|byte| (b' '..=b'~').contains(&byte) && byte != b'=')
-}
-
-/// An absolute path without `..`, control characters or NUL.
-#[must_use]
-pub fn is_absolute(path: &str) -> bool {
-    path.starts_with('/') && !has_control(path) && path.split('/').all(|part| part != "..")
-}
-
-/// A relative path that stays below its root: no leading `/`, no empty, `.` or `..` part.
-#[must_use]
-pub fn is_relative(path: &str) -> bool {
-    !has_control(path) && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
 fn has_control(text: &str) -> bool {

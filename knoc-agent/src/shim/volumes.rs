@@ -9,10 +9,13 @@ use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
-use knoc_proto::pb::{self, volume::Source};
+use knoc_proto::{
+    paths::{self, PathError},
+    pb::{self, volume::Source},
+};
 
 use super::{beneath, scratch::Scratch};
 use crate::{jobdir::atomic::FileError, runtime::Bind};
@@ -36,6 +39,25 @@ pub(crate) enum VolumeError {
     /// A path that leaves its volume.
     #[error("the path {path:?} leaves volume {volume:?}")]
     Path { volume: String, path: String },
+    /// A path that cannot be one.
+    #[error("volume {volume:?}: the path {path:?}")]
+    Malformed {
+        volume: String,
+        path: String,
+        #[source]
+        source: PathError,
+    },
+}
+
+impl VolumeError {
+    fn malformed(volume: &str, path: &str) -> impl FnOnce(PathError) -> Self {
+        let (volume, path) = (volume.to_owned(), path.to_owned());
+        move |source| Self::Malformed {
+            volume,
+            path,
+            source,
+        }
+    }
 }
 
 /// The volumes of one pod.
@@ -98,14 +120,17 @@ impl Volumes {
         for root in self.roots.iter().filter(|root| root.files) {
             let files = values.files.iter().find(|files| files.volume == root.name);
             let files = files.map_or(&[][..], |files| &files.files);
-            for file in files {
-                if !is_inside(Path::new(&file.path)) {
-                    let (volume, path) = (root.name.clone(), file.path.clone());
-                    return Err(VolumeError::Path { volume, path });
-                }
-            }
+            let clean = |file: &pb::VolumeFile| -> Result<pb::VolumeFile, VolumeError> {
+                let path = paths::of_file(&file.path)
+                    .map_err(VolumeError::malformed(&root.name, &file.path))?;
+                Ok(pb::VolumeFile {
+                    path,
+                    ..file.clone()
+                })
+            };
+            let files: Vec<_> = files.iter().map(clean).collect::<Result<_, _>>()?;
             let revision = format!("..{}", values.revision);
-            replace(&root.path, &revision, files).map_err(|source| VolumeError::File {
+            replace(&root.path, &revision, &files).map_err(|source| VolumeError::File {
                 volume: root.name.clone(),
                 source,
             })?;
@@ -121,21 +146,26 @@ impl Volumes {
     fn bind(&self, mount: &pb::Mount) -> Result<Bind, VolumeError> {
         let root = self.roots.iter().find(|root| root.name == mount.volume);
         let root = root.ok_or_else(|| VolumeError::Unknown(mount.volume.clone()))?;
+        let target = paths::in_container(&mount.path)
+            .map_err(VolumeError::malformed(&root.name, &mount.path))?;
         let bind = |source| Bind {
             source,
-            target: PathBuf::from(&mount.path),
+            target: PathBuf::from(&target),
             read_only: mount.read_only || root.files,
         };
-        if mount.sub_path.is_empty() {
+        let sub_path = if mount.sub_path.is_empty() {
+            ".".to_owned()
+        } else {
+            paths::in_volume(&mount.sub_path)
+                .map_err(VolumeError::malformed(&root.name, &mount.sub_path))?
+        };
+        if sub_path == "." {
             return Ok(bind(root.path.clone()));
         }
         let leaves = || VolumeError::Path {
             volume: root.name.clone(),
             path: mount.sub_path.clone(),
         };
-        if !is_inside(Path::new(&mount.sub_path)) {
-            return Err(leaves());
-        }
         let failed = |source: FileError| VolumeError::File {
             volume: root.name.clone(),
             source,
@@ -150,7 +180,7 @@ impl Volumes {
         let top = resolve(&root.path)?;
         let makes = !root.files && !root.foreign;
         let mut source = top.clone();
-        for component in Path::new(&mount.sub_path).components() {
+        for component in Path::new(&sub_path).components() {
             let next = source.join(component);
             let missing = fs::symlink_metadata(&next)
                 .is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
@@ -168,15 +198,6 @@ impl Volumes {
         }
         Ok(bind(source))
     }
-}
-
-fn is_inside(path: &Path) -> bool {
-    // Names that begin with two dots are the writer's own.
-    !path.as_os_str().is_empty()
-        && !path.as_os_str().as_encoded_bytes().starts_with(b"..")
-        && path
-            .components()
-            .all(|component| matches!(component, Component::Normal(_)))
 }
 
 fn replace(folder: &Path, revision: &str, files: &[pb::VolumeFile]) -> Result<(), FileError> {
@@ -219,7 +240,9 @@ fn remove_stale(folder: &Path, names: &BTreeSet<&str>) -> Result<(), FileError> 
         let keep = name
             .to_str()
             .is_some_and(|name| name.starts_with("..") || names.contains(name));
-        if !keep {
+        // All names that we made are links: another file is the mount point of what a container mounts below.
+        let ours = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+        if ours && !keep {
             fs::remove_file(entry.path()).ok();
         }
     }
@@ -256,6 +279,8 @@ fn relink(folder: &Path, target: &str, name: &str) -> Result<(), FileError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     fn file(path: &str, data: &'static str, mode: u32) -> pb::VolumeFile {
@@ -330,14 +355,54 @@ mod tests {
             .unwrap();
         assert_eq!(read("a").unwrap(), "new");
         assert!(read("gone").is_err() && read("dir/b").is_err());
+        File::create(bind.source.join("mount-point")).unwrap();
+        volumes
+            .write(&values(2, vec![file("a", "new", 0o644)]))
+            .unwrap();
         let left: BTreeSet<_> = fs::read_dir(&bind.source)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         assert_eq!(
             left,
-            BTreeSet::from(["..2", "..data", "a"].map(str::to_owned))
+            BTreeSet::from(["..2", "..data", "a", "mount-point"].map(str::to_owned))
         );
+    }
+
+    #[test]
+    fn untidy_paths_lead_to_the_same_files_as_clean_ones() {
+        let (_base, _scratch, volumes) = volumes();
+        let source = |volume: &str, path: &str| {
+            let bind = volumes.binds(&[mount(volume, path)]).unwrap().remove(0);
+            bind.source
+        };
+        let whole = source("empty", "");
+        for (untidy, clean) in [
+            ("./x", "x"),
+            ("logs/", "logs"),
+            ("a//b", "a/b"),
+            ("./a/./b/", "a/b"),
+            ("./", ""),
+            ("..foo", "..foo"),
+            ("a..b", "a..b"),
+        ] {
+            assert_eq!(source("empty", untidy), whole.join(clean), "{untidy}");
+        }
+        let written = vec![
+            file("./conf//a", "1", 0o644),
+            file("b/", "2", 0o644),
+            file("c/..d", "3", 0o644),
+        ];
+        volumes.write(&values(1, written)).unwrap();
+        for (path, text) in [
+            ("conf/a", "1"),
+            ("./conf/a", "1"),
+            ("b", "2"),
+            ("c//..d", "3"),
+            ("..data/b", "2"),
+        ] {
+            assert_eq!(fs::read_to_string(source("cm", path)).unwrap(), text);
+        }
     }
 
     #[test]
@@ -372,9 +437,12 @@ mod tests {
     #[test]
     fn paths_stay_in_their_volume() {
         let (_base, _scratch, volumes) = volumes();
-        for bad in ["../x", "/x", "a/../../x", ""] {
+        for bad in ["../x", "/x", "a/../../x", "", "./", "..data/x", "./..1"] {
             let written = volumes.write(&values(1, vec![file(bad, "", 0o644)]));
-            assert!(matches!(written, Err(VolumeError::Path { .. })), "{bad}");
+            assert!(
+                matches!(written, Err(VolumeError::Malformed { .. })),
+                "{bad}"
+            );
         }
         let bind = volumes.binds(&[mount("empty", "a/b")]).unwrap().remove(0);
         assert!(bind.source.is_dir() && !bind.read_only);
