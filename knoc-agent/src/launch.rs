@@ -8,6 +8,7 @@
 //!
 //! Single-threaded and without an async runtime: it must be small, and `setns(2)` demands it.
 
+pub(crate) mod account;
 pub mod enter;
 pub mod fds;
 mod program;

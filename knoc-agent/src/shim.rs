@@ -29,6 +29,8 @@ mod measure;
 mod oom;
 mod output;
 mod outside;
+mod passwd;
+mod places;
 mod plan;
 mod pod;
 pub(crate) mod proc;

@@ -34,6 +34,14 @@ pub struct LaunchSpec {
     pub open_files: u64,
     /// Symbolic links to make, name and target in turn: for names under `/dev`, where nothing can be mounted.
     pub links: Vec<Vec<u8>>,
+    /// Folders of the image that everybody may write to, made if they are missing.
+    pub temporary: Vec<Vec<u8>>,
+    /// Whose home the program has, in the form of an image's `User`; `None`: that of the user as whom it runs.
+    pub user: Option<Vec<u8>>,
+    /// The image's own `/etc/passwd`, where the container's may differ in what is said of the user.
+    pub passwd: Option<Vec<u8>>,
+    /// The container's `/etc/passwd`, which is the runtime's, is to say of the own user what it says of `user`.
+    pub settle: bool,
 }
 
 /// What the launcher tells the shim.
@@ -77,6 +85,12 @@ impl LaunchSpec {
         body.extend(window.rows.to_be_bytes());
         body.extend(self.open_files.to_be_bytes());
         put_list(&mut body, &self.links)?;
+        put_list(&mut body, &self.temporary)?;
+        for optional in [&self.user, &self.passwd] {
+            body.push(u8::from(optional.is_some()));
+            put_bytes(&mut body, optional.as_deref().unwrap_or_default())?;
+        }
+        body.push(u8::from(self.settle));
         if body.len() > MAX_SPEC {
             return Err(WireError::TooLong(body.len()));
         }
@@ -99,6 +113,10 @@ impl LaunchSpec {
         };
         let open_files = u64::from_be_bytes(cursor.array()?);
         let links = cursor.list()?;
+        let temporary = cursor.list()?;
+        let user = cursor.optional()?;
+        let passwd = cursor.optional()?;
+        let settle = cursor.byte()? != 0;
         cursor.end()?;
         let tty = has_tty.then_some(window);
         Ok(Self {
@@ -109,6 +127,10 @@ impl LaunchSpec {
             tty,
             open_files,
             links,
+            temporary,
+            user,
+            passwd,
+            settle,
         })
     }
 }
@@ -208,6 +230,12 @@ impl<'a> Cursor<'a> {
         Ok(head)
     }
 
+    fn optional(&mut self) -> Result<Option<Vec<u8>>, WireError> {
+        let is_there = self.byte()? != 0;
+        let bytes = self.bytes()?;
+        Ok(is_there.then(|| bytes.to_vec()))
+    }
+
     fn list(&mut self) -> Result<Vec<Vec<u8>>, WireError> {
         (0..self.length()?)
             .map(|_| self.bytes().map(<[u8]>::to_vec))
@@ -239,26 +267,27 @@ mod tests {
 
     fn spec() -> impl Strategy<Value = LaunchSpec> {
         let tty = proptest::option::of((any::<u16>(), any::<u16>()));
-        (
-            list(),
-            list(),
-            bytes(),
-            any::<bool>(),
-            tty,
-            any::<u64>(),
-            list(),
-        )
-            .prop_map(
-                |(argv, env, cwd, create_cwd, tty, open_files, links)| LaunchSpec {
-                    argv,
-                    env,
-                    cwd,
-                    create_cwd,
-                    tty: tty.map(|(cols, rows)| Window { cols, rows }),
-                    open_files,
-                    links,
-                },
-            )
+        let lists = (list(), list(), list(), list());
+        let user = (proptest::option::of(bytes()), proptest::option::of(bytes()));
+        let flags = any::<(bool, bool)>();
+        let rest = (bytes(), flags, tty, any::<u64>(), user);
+        (lists, rest).prop_map(|(lists, rest)| {
+            let (argv, env, links, temporary) = lists;
+            let (cwd, (create_cwd, settle), tty, open_files, (user, passwd)) = rest;
+            LaunchSpec {
+                argv,
+                env,
+                cwd,
+                create_cwd,
+                tty: tty.map(|(cols, rows)| Window { cols, rows }),
+                open_files,
+                links,
+                temporary,
+                user,
+                passwd,
+                settle,
+            }
+        })
     }
 
     proptest! {

@@ -360,7 +360,7 @@ impl Actor {
         let generations = spec.generation.max(1).cmp(&self.spec.generation.max(1));
         let conflict = match generations {
             Ordering::Less => return (pod, Ok(())),
-            Ordering::Equal if spec == *self.spec => return (pod, Ok(())),
+            Ordering::Equal if super::update::same(&self.spec, &spec) => return (pod, Ok(())),
             Ordering::Equal => Some(format!(
                 "pod {} exists with another shape of this generation",
                 self.uid

@@ -35,6 +35,7 @@ use super::{
     handshake::{self, HandshakeError, Launched},
     measure,
     output::{self, Log, Source},
+    passwd,
     pod::Pod,
     signals::{self, Identity},
     usage::{Counters, Used},
@@ -122,6 +123,11 @@ enum AttemptError {
     /// The program could not be started.
     #[error("unable to start container process")]
     Start(#[source] HandshakeError),
+    /// Neither the pod nor the image says what to run.
+    #[error(
+        "no command specified: give the container a command, or use an image that has an entrypoint or a command"
+    )]
+    NoCommand,
     #[error("stopped before it was started")]
     Aborted,
 }
@@ -129,7 +135,7 @@ enum AttemptError {
 impl AttemptError {
     fn reason(&self) -> &'static str {
         match self {
-            Self::Prepare(_) => "CreateContainerError",
+            Self::Prepare(_) | Self::NoCommand => "CreateContainerError",
             Self::Runtime(_) => "ContainerCannotRun",
             Self::Start(_) => "StartError",
             Self::Aborted => "Error",
@@ -194,16 +200,20 @@ fn spent(isolated: bool, before: Used, end: Used) -> Counters {
     }
 }
 
-/// Name and target of the link to the termination log, where there is to be one.
-fn termination_link(folders: &Folders) -> impl Iterator<Item = Vec<u8>> + use<> {
-    let link = match &folders.termination {
-        TerminationLog::Link { name, target } => Some([
-            name.clone().into_bytes(),
-            target.as_os_str().as_encoded_bytes().to_vec(),
-        ]),
-        TerminationLog::Mounted(_) | TerminationLog::Bind(_) => None,
-    };
-    link.into_iter().flatten()
+/// Names and targets, in turn, of the links that the launcher makes.
+fn links(folders: &Folders) -> Vec<Vec<u8>> {
+    let bytes = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
+    let volumes = folders.links.iter();
+    let mut links: Vec<_> = volumes
+        .flat_map(|link| [bytes(&link.name), bytes(&link.target)])
+        .collect();
+    match &folders.termination {
+        TerminationLog::Link { name, target } => {
+            links.extend([name.clone().into_bytes(), bytes(target)]);
+        }
+        TerminationLog::Mounted(_) | TerminationLog::Bind(_) => {}
+    }
+    links
 }
 
 /// With a terminal all output comes from it.
@@ -216,12 +226,23 @@ type Done = (Exit, String, Losses, bool, Counters);
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = pod.container(attempt.index);
     let image = pod.image(attempt.index);
-    let folders = prepare(pod, attempt).await?;
     let config = image.config.clone().unwrap_or_default();
     let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
-    spec.links.extend(termination_link(&folders));
+    if spec.argv.is_empty() {
+        return Err(AttemptError::NoCommand);
+    }
+    let folders = prepare(pod, attempt).await?;
+    spec.links = links(&folders);
+    spec.settle = folders.settle;
+    let temporary = folders.temporary.iter();
+    spec.temporary = temporary
+        .map(|folder| folder.clone().into_bytes())
+        .collect();
     let kills_before = pod.oom.unclaimed();
     let mut up = bring_up(pod, attempt, &folders, container, Path::new(&image.path)).await?;
+    if let Some(user) = spec.user.as_ref().filter(|_| spec.settle) {
+        spec.passwd = passwd::of_image(pod, up.identity, user).await;
+    }
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
     let launched = match launch(up.socket, &spec, stdio.theirs, &attempt.abort).await {
         Ok(launched) => launched,

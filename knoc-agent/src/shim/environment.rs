@@ -8,7 +8,7 @@ use std::{
 
 use knoc_proto::{
     expand::{self, RuntimeFields},
-    pb,
+    paths, pb,
 };
 
 use super::gpus;
@@ -36,6 +36,8 @@ pub(crate) struct Facts {
     pub(crate) devices: Vec<(String, String)>,
     /// Does the runtime bind a driver's libraries?
     pub(crate) binds_libraries: bool,
+    /// Do containers have files of their own, with the image's accounts?
+    pub(crate) isolated: bool,
 }
 
 /// What the launcher is told.
@@ -85,6 +87,21 @@ pub(crate) fn launch_spec(
         tty: container.tty.then_some(TERMINAL),
         open_files: facts.open_files,
         links: Vec::new(),
+        temporary: Vec::new(),
+        user: facts.isolated.then(|| user(container, image)),
+        passwd: None,
+        settle: false,
+    }
+}
+
+/// Whose home the program has: the pod's word, else the image's; without either it is root, as everywhere.
+fn user(container: &pb::Container, image: &pb::ImageConfig) -> Vec<u8> {
+    let of_pod = container.run_as_user.map(|uid| uid.to_string());
+    let user = of_pod.unwrap_or_else(|| image.user.clone());
+    if user.is_empty() {
+        b"0".to_vec()
+    } else {
+        user.into_bytes()
     }
 }
 
@@ -135,12 +152,10 @@ pub(crate) enum TerminationLog {
 
 /// Decides by the path and what is mounted already.
 pub(crate) fn termination_log(container: &pb::Container, binds: &[Bind]) -> TerminationLog {
-    let path = container.termination_message_path.as_str();
-    let path = if path.is_empty() {
-        TERMINATION_LOG
-    } else {
-        path
-    };
+    // It was checked where the pod was taken in.
+    let path = paths::in_container(&container.termination_message_path)
+        .unwrap_or_else(|_| TERMINATION_LOG.to_owned());
+    let path = path.as_str();
     let longest = binds
         .iter()
         .filter(|bind| Path::new(path).starts_with(&bind.target))
@@ -259,6 +274,38 @@ mod tests {
     }
 
     #[test]
+    fn the_user_is_the_pods_then_the_images_then_root() {
+        let container = |run_as_user| pb::Container {
+            run_as_user,
+            ..Default::default()
+        };
+        for (of_pod, of_image, wanted) in [
+            (None, "", "0"),
+            (None, "1000:100", "1000:100"),
+            (None, "jovyan", "jovyan"),
+            (Some(1001), "jovyan", "1001"),
+            (Some(0), "1000", "0"),
+        ] {
+            let image = pb::ImageConfig {
+                user: of_image.to_owned(),
+                ..Default::default()
+            };
+            assert_eq!(user(&container(of_pod), &image), wanted.as_bytes());
+        }
+        let spec = |isolated| {
+            let facts = Facts {
+                isolated,
+                ..Facts::default()
+            };
+            let image = pb::ImageConfig::default();
+            launch_spec(&container(None), &image, &pb::PodValues::default(), &facts)
+        };
+        assert_eq!(spec(true).user.as_deref(), Some(&b"0"[..]));
+        // A process of the node has the node's accounts.
+        assert_eq!(spec(false).user, None);
+    }
+
+    #[test]
     fn the_hosts_file_has_the_pods_names() {
         let mut facts = Facts {
             hostname: "pod".to_owned(),
@@ -296,6 +343,7 @@ mod tests {
         );
         assert_eq!(at("/tmp/x"), TerminationLog::Mounted("/host/tmp/x".into()));
         assert_eq!(at("/other"), TerminationLog::Bind("/other".into()));
+        assert_eq!(at("//srv/./x/"), TerminationLog::Bind("/srv/x".into()));
         let link = TerminationLog::Link {
             name: "/dev/termination-log".to_owned(),
             target: "/.knoc/termination-log".into(),

@@ -159,6 +159,7 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
         open_files: raise_open_files(),
         devices: gpus::devices(|name| std::env::var(name).ok()),
         binds_libraries: isolated,
+        isolated,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
@@ -12,13 +13,14 @@ use tokio::net::UnixListener;
 use super::super::{
     beneath,
     environment::{self, TerminationLog},
+    places::{self, Link},
     pod::Pod,
     scratch::remove_tree,
     volumes::VolumeError,
 };
 use crate::{
     jobdir::atomic::FileError,
-    runtime::{Bind, RuntimeError},
+    runtime::{Bind, INSIDE, RuntimeError},
 };
 
 /// Why an attempt could not be prepared.
@@ -43,10 +45,39 @@ pub(super) struct Folders {
     pub(super) shared: PathBuf,
     /// What the container writes to its root.
     pub(super) root: PathBuf,
-    /// Its `/tmp` and `/var/tmp`.
+    /// Its `/tmp` and `/var/tmp` where its root has no folder of ours.
     pub(super) work: PathBuf,
+    /// In the order of mounting.
     pub(super) binds: Vec<Bind>,
+    /// To be made in the container.
+    pub(super) links: Vec<Link>,
+    /// Folders of the image that everybody may write to.
+    pub(super) temporary: Vec<String>,
+    /// Is the container's `/etc/passwd` the runtime's, and no volume's?
+    pub(super) settle: bool,
     pub(super) termination: TerminationLog,
+}
+
+/// The temporary folders of a container, and what the runtime calls them in its work folder.
+const TEMPORARY: [(&str, &str); 2] = [("/tmp", "tmp"), ("/var/tmp", "var_tmp")];
+
+const PASSWD: &str = "/etc/passwd";
+
+/// As with other runtimes, the containers of a pod have one `/dev/shm`, unless they mount a volume there.
+fn share_memory(pod: &Pod, binds: &mut Vec<Bind>) -> Result<(), PrepareError> {
+    let target = Path::new(places::SHARED_MEMORY);
+    if binds.iter().any(|bind| bind.target == target) {
+        return Ok(());
+    }
+    let source = pod.scratch.memory("shm")?;
+    fs::set_permissions(&source, fs::Permissions::from_mode(0o1777))
+        .map_err(FileError::on("set the mode of", &source))?;
+    binds.push(Bind {
+        source,
+        target: target.into(),
+        read_only: false,
+    });
+    Ok(())
 }
 
 impl Folders {
@@ -60,31 +91,66 @@ impl Folders {
         let shared = pod.scratch.disk(&format!("c{id}"))?;
         let root = pod.scratch.disk(&format!("r{id}"))?;
         let work = pod.scratch.disk(&format!("w{id}"))?;
-        let binds = pod.volumes.binds(&container.mounts)?;
-        // The runtime's own temporary folders are mounted too, below what the pod mounts.
-        let temporary = |target: &str, name: &str| Bind {
-            source: work.join(name),
-            target: target.into(),
-            read_only: false,
-        };
-        let mut mounted = vec![temporary("/tmp", "tmp"), temporary("/var/tmp", "var_tmp")];
+        let mut binds = pod.volumes.binds(&container.mounts)?;
+        if pod.runtime.isolates() {
+            share_memory(pod, &mut binds)?;
+        }
         // A link that is in a source by now is the pod's own wish; one that comes later is a container's.
-        mounted.extend(binds.iter().map(|bind| Bind {
-            source: fs::canonicalize(&bind.source).unwrap_or_else(|_| bind.source.clone()),
-            ..bind.clone()
-        }));
+        let mounted: Vec<Bind> = binds
+            .iter()
+            .map(|bind| Bind {
+                source: fs::canonicalize(&bind.source).unwrap_or_else(|_| bind.source.clone()),
+                ..bind.clone()
+            })
+            .collect();
         let termination = environment::termination_log(container, &mounted);
         let mut folders = Self {
             shared,
             root,
             work,
             binds,
+            links: Vec::new(),
+            temporary: Vec::new(),
+            settle: false,
             termination,
         };
         if pod.runtime.isolates() {
             folders.fill(pod)?;
+            folders.arrange(container)?;
         }
         Ok(folders)
+    }
+
+    /// The mounts in their order, with their mount points.
+    fn arrange(&mut self, container: &pb::Container) -> Result<(), PrepareError> {
+        if !container.read_only_root {
+            let own = places::of_the_image(&TEMPORARY.map(|(folder, _)| folder), &self.binds);
+            self.temporary.extend(own.into_iter().map(str::to_owned));
+        }
+        self.settle = !places::of_the_image(&[PASSWD], &self.binds).is_empty();
+        places::order(&mut self.binds);
+        self.links = places::leave_devices(&mut self.binds);
+        let mut parents = vec![(PathBuf::from(INSIDE), self.shared.clone())];
+        // Mounted where the root has no folder of ours.
+        for (target, name) in TEMPORARY {
+            let source = self.work.join(name);
+            fs::create_dir(&source)
+                .and_then(|()| fs::set_permissions(&source, fs::Permissions::from_mode(0o1777)))
+                .map_err(FileError::on("create", &source))?;
+            parents.push((target.into(), source));
+        }
+        for point in places::mount_points(&parents, &self.binds) {
+            let made = if fs::metadata(point.source).is_ok_and(|source| source.is_dir()) {
+                beneath::make_folder(&point.place)
+            } else {
+                beneath::touch(&point.place)
+            };
+            // It may be there in another form, or be a container's: then the runtime has its say.
+            if let Err(error) = made {
+                tracing::warn!("mount point {}: {error}", point.place.display());
+            }
+        }
+        Ok(())
     }
 
     fn fill(&mut self, pod: &Pod) -> Result<(), PrepareError> {
@@ -106,7 +172,7 @@ impl Folders {
             TerminationLog::Link { .. } => {}
         }
         let target = Path::new("/etc/hosts");
-        if !self.binds.iter().any(|bind| bind.target == target) {
+        if !self.mounts(target) {
             let node = fs::read_to_string(target).unwrap_or_default();
             let text = environment::hosts(&node, &pod.facts, &pod.spec().host_aliases);
             let source = self.touch("hosts")?;
@@ -122,7 +188,20 @@ impl Folders {
                 read_only: false,
             });
         }
+        // A volume at `/etc` covers the runtime's own, but pods have this file everywhere.
+        let target = Path::new("/etc/resolv.conf");
+        if self.mounts(Path::new("/etc")) && !self.mounts(target) && target.exists() {
+            self.binds.push(Bind {
+                source: target.into(),
+                target: target.into(),
+                read_only: true,
+            });
+        }
         Ok(())
+    }
+
+    fn mounts(&self, target: &Path) -> bool {
+        self.binds.iter().any(|bind| bind.target == target)
     }
 
     fn touch(&self, name: &str) -> Result<PathBuf, FileError> {
@@ -189,6 +268,9 @@ mod tests {
                 root: folder("root"),
                 work: folder("work"),
                 binds: Vec::new(),
+                links: Vec::new(),
+                temporary: Vec::new(),
+                settle: false,
                 termination: if place == "own" {
                     TerminationLog::Bind("/srv/x".into())
                 } else {

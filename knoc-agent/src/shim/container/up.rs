@@ -82,7 +82,7 @@ pub(super) async fn bring_up(
                 String::new()
             },
             root: roots.remove(0),
-            work: folders.work.clone(),
+            work: (!container.read_only_root).then(|| folders.work.clone()),
             fakeroot: container.fakeroot,
             gpus: gpus::asked(container),
         };
