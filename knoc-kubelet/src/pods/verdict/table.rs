@@ -10,6 +10,8 @@ const LATER: &str = "not supported yet";
 const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user on a compute node";
 const OWNER: &str = "files belong to the HPC user";
 const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
+const HOME: &str =
+    "containers run as the HPC user of the agent; `HOME` is that of this user in the image";
 const WINDOWS: &str = "compute nodes run Linux";
 const SCHEDULER: &str = "the business of the Kubernetes scheduler";
 
@@ -80,7 +82,7 @@ pub(super) const TABLE: &[Type] = &[
         row("hostIP", Any, Refused, "ports of a compute node are not handed out"),
     ]),
     of("VolumeMount", "`volumeMounts[]`", &[
-        row("name mountPath readOnly subPath", Any, Honoured, ""),
+        row("name mountPath readOnly subPath", Any, Honoured, "see [files](#files-in-a-container) for what a path may be"),
         row("mountPropagation", Is(&["None"]), Satisfied, ""),
         row("mountPropagation", Any, Refused, "mounts are not propagated"),
         row("recursiveReadOnly", Is(&["Disabled", "IfPossible"]), Satisfied, ""),
@@ -106,7 +108,7 @@ pub(super) const TABLE: &[Type] = &[
         row("privileged", Is(&["false"]), Satisfied, ""),
         row("privileged", Any, Refused, "an ordinary user cannot give privileges"),
         row("allowPrivilegeEscalation", Any, Satisfied, "no_new_privs is always set"),
-        row("readOnlyRootFilesystem", Any, Honoured, ""),
+        row("readOnlyRootFilesystem", Any, Honoured, "`/tmp` and `/var/tmp` too, unless a volume is mounted there"),
         row("capabilities", Any, Inside("Capabilities"), ""),
         row("procMount", Is(&["Default"]), Satisfied, ""),
         row("procMount", Any, Refused, "only Default"),
@@ -154,7 +156,7 @@ pub(super) const TABLE: &[Type] = &[
         row("defaultUser", Any, Mapped, OWNER),
     ]),
     of("KeyToPath", "`items[]` of configMap and secret", &[
-        row("key path mode", Any, Honoured, ""),
+        row("key path mode", Any, Honoured, "one key may be several files"),
         row("user", Any, Mapped, OWNER),
     ]),
     of("DownwardAPIVolumeSource", "`downwardAPI`", &[
