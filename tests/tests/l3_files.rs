@@ -307,7 +307,7 @@ async fn mounts_lie_in_each_other_whatever_their_order() -> anyhow::Result<()> {
              cat /run/mine/1 /mnt/mine/2 /root/file /home/jovyan/file /home/jovyan/work/1; cat /run/own/file; \
              cat /etc/own; echo; grep -q localhost /etc/hosts && echo 1; [ -e /etc/resolv.conf ] && echo resolves; ls /etc");
     let log = log_of(&world, &pod).await?;
-    let wanted = "value2\nvalue\n1\n2\nvaluevalue1\nin run/own\nvalue\n1\nresolves\nhosts\nown\nresolv.conf\n";
+    let wanted = "value2\nvalue\n1\n2\nvaluevalue1\nin run/own\nvalue\n1\nresolves\nhostname\nhosts\nown\nresolv.conf\n";
     same("what is mounted", &log, wanted)?;
     world.finish().await
 }
