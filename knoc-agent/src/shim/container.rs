@@ -200,6 +200,16 @@ fn spent(isolated: bool, before: Used, end: Used) -> Counters {
     }
 }
 
+/// What the launcher prepares in the container.
+fn complete(spec: &mut LaunchSpec, folders: &Folders) {
+    let temporary = folders.temporary.iter();
+    spec.temporary = temporary
+        .map(|folder| folder.clone().into_bytes())
+        .collect();
+    spec.links = links(folders);
+    spec.settle = folders.settle;
+}
+
 /// Names and targets, in turn, of the links that the launcher makes.
 fn links(folders: &Folders) -> Vec<Vec<u8>> {
     let bytes = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
@@ -232,17 +242,10 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         return Err(AttemptError::NoCommand);
     }
     let folders = prepare(pod, attempt).await?;
-    spec.links = links(&folders);
-    spec.settle = folders.settle;
-    let temporary = folders.temporary.iter();
-    spec.temporary = temporary
-        .map(|folder| folder.clone().into_bytes())
-        .collect();
+    complete(&mut spec, &folders);
     let kills_before = pod.oom.unclaimed();
     let mut up = bring_up(pod, attempt, &folders, container, Path::new(&image.path)).await?;
-    if let Some(user) = spec.user.as_ref().filter(|_| spec.settle) {
-        spec.passwd = passwd::of_image(pod, up.identity, user).await;
-    }
+    spec.passwd = passwd::of_image(pod, up.identity, &spec).await;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
     let launched = match launch(up.socket, &spec, stdio.theirs, &attempt.abort).await {
         Ok(launched) => launched,

@@ -23,13 +23,15 @@ use super::{
 use crate::launch::{
     account::{self, PASSWD_BYTES},
     enter,
+    wire::LaunchSpec,
 };
 
 /// How long the helper may take: the image may lie on a file system that hangs.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// The text, where it is needed for `user` and can be had: not in a container that root has set up.
-pub(crate) async fn of_image(pod: &Pod, container: Identity, user: &[u8]) -> Option<Vec<u8>> {
+/// The text, where `spec` needs it and it can be had: not in a container that root has set up.
+pub(crate) async fn of_image(pod: &Pod, container: Identity, spec: &LaunchSpec) -> Option<Vec<u8>> {
+    let user = spec.user.as_ref().filter(|_| spec.settle)?;
     if !account::may_be_overwritten(user) {
         return None;
     }

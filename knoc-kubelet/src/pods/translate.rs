@@ -112,11 +112,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let name = meta.name.clone().unwrap_or_default();
     let mut containers = |list: &[core::Container]| -> Vec<pb::Container> {
         list.iter()
-            .map(|container| {
-                let mut shape = shape_container(container, &mut problems);
-                shape.run_as_user = run_as_user(spec, container);
-                shape
-            })
+            .map(|container| shape_container(spec, container, &mut problems))
             .collect()
     };
     let init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
@@ -264,7 +260,11 @@ fn shape_alias(alias: &core::HostAlias) -> pb::HostAlias {
     }
 }
 
-fn shape_container(container: &core::Container, problems: &mut Vec<String>) -> pb::Container {
+fn shape_container(
+    spec: &core::PodSpec,
+    container: &core::Container,
+    problems: &mut Vec<String>,
+) -> pb::Container {
     let resources = container.resources.clone().unwrap_or_default();
     let list = |list: Option<BTreeMap<String, Quantity>>, problems: &mut Vec<String>| {
         shape_resources(&container.name, &list.unwrap_or_default(), problems)
@@ -308,7 +308,7 @@ fn shape_container(container: &core::Container, problems: &mut Vec<String>) -> p
             .as_ref()
             .is_some_and(|context| context.read_only_root_filesystem == Some(true)),
         fakeroot: false,
-        run_as_user: None,
+        run_as_user: run_as_user(spec, container),
     }
 }
 

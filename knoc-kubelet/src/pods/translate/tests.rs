@@ -119,8 +119,8 @@ fn all_that_is_missing_is_said_and_optional_ones_are_not() {
     );
 }
 
-/// The pod with those volumes alone, and its values.
-fn files_of(volumes: serde_json::Value) -> Result<Vec<(String, String)>, Missing> {
+/// The pod with those volumes alone, and what they refer to.
+fn with_volumes(volumes: serde_json::Value) -> (Pod, Resolved) {
     let mut pod = pod();
     pod.spec.as_mut().unwrap().volumes = serde_json::from_value(volumes).unwrap();
     let mut resolved = resolved();
@@ -128,13 +128,16 @@ fn files_of(volumes: serde_json::Value) -> Result<Vec<(String, String)>, Missing
     resolved.config_maps.insert("other".to_owned(), other);
     let secret = serde_json::from_value(json!({"data": {"k": "cw=="}})).unwrap();
     resolved.secrets.insert("sec".to_owned(), secret);
-    let files = values(&pod, &resolved)?.values.files;
-    let text = |file: pb::VolumeFile| String::from_utf8(file.data.to_vec()).unwrap();
-    Ok(files
-        .into_iter()
-        .flat_map(|volume| volume.files)
-        .map(|file| (file.path.clone(), text(file)))
-        .collect())
+    (pod, resolved)
+}
+
+/// Paths and contents of its files.
+fn files_of(volumes: serde_json::Value) -> Result<Vec<(String, String)>, Missing> {
+    let (pod, resolved) = with_volumes(volumes);
+    let volumes = values(&pod, &resolved)?.values.files;
+    let files = volumes.into_iter().flat_map(|volume| volume.files);
+    let text = |file: &pb::VolumeFile| String::from_utf8_lossy(&file.data).into_owned();
+    Ok(files.map(|file| (file.path.clone(), text(&file))).collect())
 }
 
 #[test]

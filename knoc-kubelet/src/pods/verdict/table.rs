@@ -10,8 +10,6 @@ const LATER: &str = "not supported yet";
 const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user on a compute node";
 const OWNER: &str = "files belong to the HPC user";
 const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
-const HOME: &str =
-    "containers run as the HPC user of the agent; `HOME` is that of this user in the image";
 const WINDOWS: &str = "compute nodes run Linux";
 const SCHEDULER: &str = "the business of the Kubernetes scheduler";
 
