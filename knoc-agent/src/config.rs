@@ -261,6 +261,8 @@ pub struct Policy {
     pub accounts: Vec<String>,
     /// QOS that pods may name; empty: all.
     pub qos: Vec<String>,
+    /// Beginnings of the names of images that pods may name, such as `docker.io/library`; empty: all.
+    pub registries: Vec<String>,
 }
 
 impl Default for Policy {
@@ -281,6 +283,7 @@ impl Default for Policy {
             partitions: Vec::new(),
             accounts: Vec::new(),
             qos: Vec::new(),
+            registries: Vec::new(),
         }
     }
 }
@@ -313,6 +316,18 @@ pub struct Limits {
     pub sbatch_concurrency: usize,
     /// Image conversions at the same time.
     pub image_concurrency: usize,
+    /// Bytes of an image by its manifest.
+    #[serde(deserialize_with = "text::size")]
+    pub image_size: u64,
+    /// Bytes of an image that is unpacked.
+    #[serde(deserialize_with = "text::size")]
+    pub image_unpacked: u64,
+    /// Bytes of all images in the cache: those that were not used for longest are removed first.
+    #[serde(deserialize_with = "text::size")]
+    pub image_cache: u64,
+    /// How long a layer may bring less than 64 KiB, or less than 1 MiB while other images wait, before its pull fails.
+    #[serde(deserialize_with = "text::duration")]
+    pub image_stall: Duration,
     /// Shortest time between two rounds of `squeue`.
     #[serde(deserialize_with = "text::duration")]
     pub poll_min: Duration,
@@ -344,6 +359,10 @@ impl Default for Limits {
             sbatch_burst: 100,
             sbatch_concurrency: 4,
             image_concurrency: 2,
+            image_size: 64 << 30,
+            image_unpacked: 128 << 30,
+            image_cache: 256 << 30,
+            image_stall: Duration::from_mins(1),
             poll_min: Duration::from_secs(1),
             poll_max: Duration::from_secs(30),
             report_grace: Duration::from_secs(90),

@@ -115,7 +115,7 @@ pub(super) async fn prepare(
     }
     let (name, path) = runtime(&config)?;
     let program = (name != "process").then(|| path.clone());
-    let settings = image::Settings::of_site(&config, program, state.images());
+    let settings = image::Settings::of_site(&config, program, state.clone());
     let version = image::runtime_version(&settings)
         .await
         .unwrap_or_else(|error| {

@@ -116,6 +116,12 @@ impl Check<'_, '_> {
             let what = format!("must be like `HOST[:PORT][/FOLDER]`, without a scheme: {wrong:?}");
             self.wrong("registry.mirror", what);
         }
+        let allowed = config.policy.registries.iter();
+        let wrong: Vec<_> = allowed.filter(|prefix| !is_place(prefix)).collect();
+        if !wrong.is_empty() {
+            let what = format!("must be like `HOST[:PORT][/FOLDER]`, without a scheme: {wrong:?}");
+            self.wrong("policy.registries", what);
+        }
     }
 
     fn gres(&mut self) {
@@ -140,6 +146,9 @@ impl Check<'_, '_> {
             ("limits.sbatch_burst", limits.sbatch_burst > 0),
             ("limits.sbatch_concurrency", limits.sbatch_concurrency > 0),
             ("limits.image_concurrency", limits.image_concurrency > 0),
+            ("limits.image_size", limits.image_size > 0),
+            ("limits.image_unpacked", limits.image_unpacked > 0),
+            ("limits.image_stall", !limits.image_stall.is_zero()),
             ("limits.pods", limits.pods != Some(0)),
             ("limits.poll_min", !limits.poll_min.is_zero()),
             ("backoff.initial", !config.backoff.initial.is_zero()),
@@ -152,6 +161,10 @@ impl Check<'_, '_> {
         if limits.poll_min > limits.poll_max {
             let what = format!("must be at most `poll_max`, {:?}", limits.poll_max);
             self.wrong("limits.poll_min", what);
+        }
+        if limits.image_cache < limits.image_size {
+            let what = format!("must be at least `image_size`, {} bytes", limits.image_size);
+            self.wrong("limits.image_cache", what);
         }
         if config.backoff.initial > config.backoff.max {
             let what = format!("must be at most `max`, {:?}", config.backoff.max);

@@ -3,9 +3,8 @@
 use std::path::Path;
 
 use knoc_proto::{error, pb};
-use oci_client::Reference as OciReference;
 
-use super::{Images, reference, runtime_version};
+use super::{Images, Name, reference, runtime_version};
 use crate::runtime::setuid;
 
 impl Images {
@@ -17,11 +16,7 @@ impl Images {
             return all;
         };
         all.push(exec(program));
-        all.push(folder(
-            "images: cache",
-            &settings.cache,
-            "check quota and rights of state_dir",
-        ));
+        all.push(self.kept().await);
         for root in &settings.roots {
             all.push(folder(
                 "images: image_roots",
@@ -37,6 +32,21 @@ impl Images {
             all.push(self.mirror(&entry.prefix).await);
         }
         all
+    }
+
+    /// The cache: there, and how full it is.
+    async fn kept(&self) -> pb::Finding {
+        let cure = "check quota and rights of state_dir";
+        let path = self.settings().state.images();
+        let limit = self.settings().limits.cache;
+        let cache = std::sync::Arc::clone(self.cache());
+        let usage = tokio::task::spawn_blocking(move || cache.usage()).await;
+        let mut found = folder("images: cache", &path, cure);
+        if let (true, Ok((images, bytes))) = (found.ok, usage) {
+            let text = format!(": {images} images, {bytes} of {limit} bytes");
+            found.detail.push_str(&text);
+        }
+        found
     }
 
     async fn runtime(&self) -> pb::Finding {
@@ -61,7 +71,7 @@ impl Images {
     async fn mirror(&self, prefix: &str) -> pb::Finding {
         let check = format!("images: mirror of {prefix}");
         let cure = "check mirror and insecure of this [[registry]] in the site file";
-        let name: Result<OciReference, _> = format!("{prefix}/knoc/doctor:none").parse();
+        let name: Result<Name, _> = format!("{prefix}/knoc/doctor:none").parse();
         let Ok(name) = name else {
             return finding(
                 &check,

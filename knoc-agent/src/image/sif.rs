@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Settings;
-use super::cache::ImageFile;
+use super::file::ImageFile;
 use super::flight::Flights;
 use super::pull::why;
 use crate::command::CommandError;

@@ -154,7 +154,8 @@ key = @KEY@
 # The environment of every tool, and the whole of it.
 [env]
 @ENV@
-# Where images come from, first match wins.
+# Where images come from, first match wins. A host that stands here may also have a loopback or link-local address,
+# which is refused otherwise; insecure = true is plain HTTP.
 # [[registry]]
 # prefix = "docker.io"
 # mirror = "registry.example.org:5000"
@@ -171,6 +172,8 @@ namespaces = []
 partitions = []
 accounts = []
 qos = []
+# Beginnings of the names of images that pods may name, such as "docker.io/library" or "quay.io". Empty: all.
+registries = []
 # Further sbatch flags that pods may give by knoc.io/flags.
 # flags = ["--mail-type", "--mail-user"]
 
@@ -192,7 +195,14 @@ qos = []
 # sbatch_rate = 50.0
 # sbatch_burst = 100
 # sbatch_concurrency = 4
+# Images: conversions at the same time; bytes of an image by its manifest, of one that is unpacked, and of all that are
+# kept (those that were not used for longest go first); how long a layer may bring less than 64 KiB, or less than 1 MiB
+# while other images wait.
 # image_concurrency = 2
+# image_size = "64GiB"
+# image_unpacked = "128GiB"
+# image_cache = "256GiB"
+# image_stall = "1m"
 # Rounds of squeue: the shortest and the longest time between two.
 # poll_min = "1s"
 # poll_max = "30s"

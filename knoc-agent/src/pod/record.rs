@@ -147,6 +147,12 @@ struct View {
 }
 
 impl Record {
+    /// Has the pod finished, and its job gone? Then nothing opens what it named.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        matches!(&self.phase, Phase::Finished(outcome) if !outcome.lingering)
+    }
+
     /// What is to be kept of `pod`.
     #[must_use]
     pub fn of(pod: &Pod, cluster_id: &str, values_revision: i64) -> Self {

@@ -187,7 +187,7 @@ impl Actor {
             done => done.unwrap_or_else(|error| Err(StageError::of_pod(&error))),
         };
         let completed = match resolved {
-            Ok(images) => self.complete(images).await,
+            Ok(found) => self.complete(found).await,
             Err(error) => Err(error),
         };
         if completed.is_ok() {
@@ -221,7 +221,8 @@ impl Actor {
         }
     }
 
-    async fn complete(&self, images: Vec<pb::ResolvedImage>) -> Result<(), StageError> {
+    async fn complete(&self, found: stage::Found) -> Result<(), StageError> {
+        let images = found.images().to_vec();
         let job = stage::job_file(&self.site, &self.spec, images, self.cluster_id.clone());
         let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
         let written = tokio::task::spawn_blocking(move || match lease.fenced() {
