@@ -31,3 +31,25 @@ pub mod logs {
     pub mod filter;
     pub mod fuzzed;
 }
+
+#[cfg(feature = "images")]
+#[path = "../../../knoc-agent/src/image"]
+pub mod image {
+    mod auth;
+    mod digest;
+    mod file;
+    pub mod fuzzed;
+    mod guard;
+    mod manifest;
+    mod unpacked;
+}
+
+/// What `image::guard` reads of the site file.
+#[cfg(feature = "images")]
+pub mod config {
+    pub struct Registry {
+        pub prefix: String,
+        pub mirror: Option<String>,
+        pub insecure: bool,
+    }
+}
