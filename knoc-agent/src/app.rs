@@ -30,7 +30,7 @@ use crate::{
     site::Site,
 };
 
-pub use prepare::{PrepareError, socket_path};
+pub use prepare::{PrepareError, socket_places};
 
 /// Streams that are open get this long at the end.
 const DRAIN: Duration = Duration::from_secs(5);

@@ -160,7 +160,7 @@ pub struct Listen {
     pub shim: SocketAddr,
     /// What shims are told to dial, `host:port`; empty: this host's addresses with the port of `shim`.
     pub shim_addresses: Vec<String>,
-    /// The unix socket; unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else `/tmp/knoc-<uid>/agent.sock`.
+    /// The unix socket; unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else `STATE_DIR/socket/agent.sock`.
     pub socket: Option<PathBuf>,
 }
 

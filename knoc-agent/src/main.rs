@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use knoc_agent::{
-    app::{App, socket_path},
+    app::{App, socket_places},
     config::{Config, Home},
     connect, init,
 };
@@ -161,14 +161,13 @@ fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 fn relay(config: &Config) -> anyhow::Result<()> {
-    let socket = socket_path(config);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let relayed = runtime.block_on(connect::run(&socket));
+    let relayed = runtime.block_on(connect::run(&socket_places(config)));
     // Reading standard input cannot be cancelled: it would hold up the end.
     runtime.shutdown_background();
-    relayed.with_context(|| format!("relay to the agent at {}", socket.display()))
+    Ok(relayed?)
 }
 
 #[cfg(test)]

@@ -49,7 +49,8 @@ pub struct Cli {
 
 const HELP: &str = "\
 Beside the agent its own socket is used, unless a file or a context is asked for (--config, --context, \
-`current-context`): $XDG_RUNTIME_DIR/knoc/agent.sock, else /tmp/knoc-<uid>/agent.sock.
+`current-context`): listen.socket of the site file, else $XDG_RUNTIME_DIR/knoc/agent.sock, else \
+STATE_DIR/socket/agent.sock. Its folder must be yours with mode 0700.
 A POD is a name, NAMESPACE/NAME, or a uid.
 Exit codes: 0 done, 1 failed, 2 wrong usage; exec, attach and `run --wait` pass the program's own.";
 

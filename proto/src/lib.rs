@@ -10,6 +10,7 @@ pub mod error;
 pub mod expand;
 pub mod ids;
 pub mod link;
+pub mod log_limit;
 mod memory;
 pub mod pki;
 pub mod pod;

@@ -46,6 +46,8 @@ pub struct Options {
     pub limits: String,
     /// Further tables for the site file.
     pub tables: String,
+    /// Leaves `listen.socket` out of the site file.
+    pub default_socket: bool,
     /// Where shims dial instead of the agent itself, such as a [`crate::relay::Relay`].
     pub shims_dial: Option<SocketAddr>,
 }
@@ -141,7 +143,15 @@ impl Site {
 
     /// Starts the agent and waits until it answers. `env` comes on top of HOME and PATH.
     pub async fn agent(&self, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
-        let mut agent = self.agent_process(env)?;
+        self.answering(self.agent_process(env)?).await
+    }
+
+    /// Starts the agent through a program that executes its arguments, and waits until it answers.
+    pub async fn wrapped_agent(&self, wrapper: &Path) -> anyhow::Result<Daemon> {
+        self.answering(self.start_agent(Some(wrapper), &[])?).await
+    }
+
+    async fn answering(&self, mut agent: Daemon) -> anyhow::Result<Daemon> {
         let mut client = self.client()?;
         wait_for("the agent answers", START, async || {
             agent.still_runs()?;
@@ -159,6 +169,10 @@ impl Site {
 
     /// Starts the agent and waits for nothing.
     pub fn agent_process(&self, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
+        self.start_agent(self.options.wrapper.as_deref(), env)
+    }
+
+    fn start_agent(&self, wrapper: Option<&Path>, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
         let binary = binary("knoc-agent")?;
         let mut argv = vec![
             binary,
@@ -166,8 +180,8 @@ impl Site {
             "--config".into(),
             self.path("agent.toml"),
         ];
-        if let Some(wrapper) = &self.options.wrapper {
-            argv.insert(0, wrapper.clone());
+        if let Some(wrapper) = wrapper {
+            argv.insert(0, wrapper.to_owned());
         }
         Daemon::start(&argv, env, self.dir.path(), &self.path("agent.log"))
     }
@@ -218,6 +232,11 @@ impl Site {
     fn config(&self) -> String {
         let (dir, shim) = (self.dir.path().display(), self.shim);
         let dialled = self.options.shims_dial.unwrap_or(shim);
+        let socket = if self.options.default_socket {
+            String::new()
+        } else {
+            format!("socket = \"{dir}/socket/agent.sock\"")
+        };
         let Options {
             prelude,
             limits,
@@ -237,7 +256,7 @@ prelude = '''
 kubelet = "{address}"
 shim = "{shim}"
 shim_addresses = ["{dialled}"]
-socket = "{dir}/socket/agent.sock"
+{socket}
 
 [tls]
 ca = "{dir}/ca.crt"

@@ -38,6 +38,9 @@ use crate::{
 const FILES_A_POD: u64 = 4;
 /// Open files that the agent needs for itself.
 const FILES_OWN: u64 = 128;
+/// Listeners whose connections are bounded: the socket, and the ports of kubelets and of shims. Links of shims are counted
+/// with their pods.
+const LISTENERS: u64 = 3;
 /// More than any agent was tried with.
 const PODS: u64 = 20_000;
 
@@ -213,7 +216,9 @@ fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
 /// How many pods this process may carry.
 pub(crate) fn pod_limit(config: &Config) -> usize {
     let files = open_files::raise();
-    let carried = (files.saturating_sub(FILES_OWN) / FILES_A_POD).clamp(1, PODS);
+    let connections = link::admission::Bounds::of(files).descriptors();
+    let own = FILES_OWN + LISTENERS * u64::try_from(connections).unwrap_or(u64::MAX);
+    let carried = (files.saturating_sub(own) / FILES_A_POD).clamp(1, PODS);
     let wanted = config.limits.pods.map_or(carried, u64::from);
     if wanted > carried {
         tracing::warn!(
@@ -247,16 +252,25 @@ pub(super) async fn near_listeners(config: &Config) -> Result<Vec<link::Incoming
     Ok(near)
 }
 
-/// The agent's unix socket: as configured, else `$XDG_RUNTIME_DIR/knoc`, else `/tmp/knoc-<uid>`.
-#[must_use]
-pub fn socket_path(config: &Config) -> PathBuf {
-    if let Some(socket) = &config.listen.socket {
-        return socket.clone();
+/// The agent's unix socket: as configured, else `$XDG_RUNTIME_DIR/knoc/agent.sock`, else in the state directory. An
+/// `XDG_RUNTIME_DIR` that cannot be used is said in the log.
+fn socket_path(config: &Config) -> PathBuf {
+    let places = socket_places(config);
+    let (path, fault) = places.choose();
+    if let Some(fault) = fault {
+        tracing::warn!(socket = %path.display(), "{fault}: the socket lies in the state directory");
     }
-    let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    match runtime_dir.filter(|dir| dir.is_dir()) {
-        Some(dir) => dir.join("knoc/agent.sock"),
-        None => PathBuf::from(format!("/tmp/knoc-{}/agent.sock", nix::unistd::getuid())),
+    path
+}
+
+/// What decides where the socket lies.
+#[must_use]
+pub fn socket_places(config: &Config) -> link::socket::Places {
+    let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty());
+    link::socket::Places {
+        configured: config.listen.socket.clone(),
+        runtime_dir: runtime_dir.map(PathBuf::from),
+        state_dir: config.state_dir.clone(),
     }
 }
 

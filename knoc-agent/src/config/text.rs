@@ -32,5 +32,5 @@ pub(crate) fn gres() -> BTreeMap<String, String> {
 
 /// The default state directory, before `~` is expanded.
 pub(super) fn state_dir() -> PathBuf {
-    PathBuf::from("~/.local/state/knoc")
+    PathBuf::from(knoc_proto::link::socket::DEFAULT_STATE_DIR)
 }

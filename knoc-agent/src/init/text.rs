@@ -140,8 +140,9 @@ kubelet = "0.0.0.0:@PORT@"
 # shim = "0.0.0.0:10351"
 # What shims dial; empty: all addresses of this host.
 # shim_addresses = ["login1:10351"]
-# The unix socket; unset: $XDG_RUNTIME_DIR/knoc/agent.sock, else /tmp/knoc-<uid>/agent.sock.
-# socket = "~/.local/state/knoc/agent.sock"
+# The unix socket, in a folder of your own with mode 0700; unset: $XDG_RUNTIME_DIR/knoc/agent.sock if that folder is
+# there and yours, else STATE_DIR/socket/agent.sock.
+# socket = "/run/user/1000/knoc/agent.sock"
 
 [tls]
 ca = @CA@

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::{
     CtlError, Global,
-    config::Context,
+    config::{Context, Surroundings},
     output::{self, Format, plain, print, span},
     session::{Session, context, credentials, expect},
     view,
@@ -268,7 +268,14 @@ async fn check_carrier(
             Ok(true)
         }
         Err(error) => {
-            report.bad("link", &chain(&error), cure_of_link(&error))?;
+            let host = match &error {
+                LinkError::NotServed { .. } => Surroundings::here().places.other_host(),
+                _ => None,
+            };
+            let elsewhere =
+                |host| format!("the agent of this state directory is on {host}: log in there");
+            let cure = host.map_or_else(|| cure_of_link(&error).to_owned(), elsewhere);
+            report.bad("link", &chain(&error), &cure)?;
             Ok(false)
         }
     }
@@ -290,15 +297,21 @@ fn cure_of_link(error: &LinkError) -> &'static str {
         },
         LinkError::Timeout { .. } => "a firewall swallows the packets, or the host is down",
         LinkError::Handshake { source, .. } => cure_of_refusal(&source.to_string()),
+        LinkError::NotServed { .. } => {
+            "start the agent (`knoc-agent serve`), or log in to the host on which it runs"
+        }
         LinkError::WrongUser { .. } => {
             "somebody else has taken the socket's path: tell your administrators"
+        }
+        LinkError::OpenFolder { .. } | LinkError::NoFolder { .. } | LinkError::Folder { .. } => {
+            "make it a folder of your own with mode 0700 (chmod 700), or name another one in listen.socket of the site file"
         }
         LinkError::NoCredentials { .. }
         | LinkError::NeedlessCredentials { .. }
         | LinkError::Credentials { .. } => "mend ca, cert and key of the context",
         LinkError::Listen { .. }
         | LinkError::InUse { .. }
-        | LinkError::OpenFolder { .. }
+        | LinkError::NotHttp2 { .. }
         | LinkError::Ended => "",
     }
 }
@@ -408,7 +421,7 @@ mod tests {
         let context = Context {
             name: "local".into(),
             file: None,
-            carrier: link::Carrier::Unix(folder.path().join("none.sock")),
+            carrier: link::Carrier::Unix(folder.path().join("knoc/none.sock")),
             files: None,
             site: None,
         };

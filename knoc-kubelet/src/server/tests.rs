@@ -3,6 +3,7 @@
 mod access;
 mod commands;
 mod exec;
+mod flood;
 pub(super) mod harness;
 mod identity;
 mod lifecycle;

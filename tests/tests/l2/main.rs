@@ -6,6 +6,7 @@
 mod argv;
 mod backpressure;
 mod crash;
+mod flood;
 mod knocctl;
 mod lifecycle;
 mod link;
@@ -13,6 +14,7 @@ mod logs;
 mod old_kernel;
 mod packages;
 mod secrets;
+mod socket;
 mod state;
 mod stats;
 mod streams;

@@ -312,6 +312,27 @@ fn settings(serving: Serving, client_ca: ClientCa) -> Settings {
     }
 }
 
+/// Trusts `ca`, and shows a client certificate or none.
+pub(in crate::server) fn client_config(ca: &str, identity: Option<&Pair>) -> rustls::ClientConfig {
+    let mut roots = rustls::RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots);
+    match identity {
+        None => builder.with_no_client_auth(),
+        Some(pair) => {
+            let chain = CertificateDer::from_pem_slice(pair.certificate.as_bytes()).unwrap();
+            let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
+            builder.with_client_auth_cert(vec![chain], key).unwrap()
+        }
+    }
+}
+
 impl Fixture {
     pub(in crate::server) async fn new(backend: FakeBackend, cluster: FakeCluster) -> Self {
         let ca = TestCa::new("cluster");
@@ -392,24 +413,17 @@ impl Fixture {
         ca: &str,
         identity: Option<&Pair>,
     ) -> Client {
-        let mut roots = rustls::RootCertStore::empty();
-        roots
-            .add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap())
-            .unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let builder = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots);
-        let config = match identity {
-            None => builder.with_no_client_auth(),
-            Some(pair) => {
-                let chain = CertificateDer::from_pem_slice(pair.certificate.as_bytes()).unwrap();
-                let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
-                builder.with_client_auth_cert(vec![chain], key).unwrap()
-            }
-        };
         let stream = TcpStream::connect(self.address).await.unwrap();
+        Self::connect_over(stream, ca, identity).await
+    }
+
+    /// The same over a connection that is there.
+    pub(in crate::server) async fn connect_over(
+        stream: TcpStream,
+        ca: &str,
+        identity: Option<&Pair>,
+    ) -> Client {
+        let config = client_config(ca, identity);
         let name = ServerName::try_from("127.0.0.1").unwrap();
         let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
             .connect(name, stream)
