@@ -31,15 +31,13 @@ pub enum ConnectError {
 /// Relays until either side ends.
 pub async fn run(places: &Places) -> Result<(), ConnectError> {
     let path = places.find().unwrap_or_else(|| places.choose().0);
-    let (stream, _) = socket::connect(&path)
-        .await
-        .map_err(|source| match source {
-            LinkError::NotServed { .. } => match places.other_host() {
-                Some(host) => ConnectError::Elsewhere { host, source },
-                None => ConnectError::Link(source),
-            },
-            other => ConnectError::Link(other),
-        })?;
+    let (stream, _) = socket::connect(&path).await.map_err(|source| {
+        let not_served = matches!(source, LinkError::NotServed { .. });
+        match places.other_host().filter(|_| not_served) {
+            Some(host) => ConnectError::Elsewhere { host, source },
+            None => ConnectError::Link(source),
+        }
+    })?;
     relay(stream).await.map_err(ConnectError::Broken)
 }
 

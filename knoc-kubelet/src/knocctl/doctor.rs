@@ -268,10 +268,9 @@ async fn check_carrier(
             Ok(true)
         }
         Err(error) => {
-            let host = match &error {
-                LinkError::NotServed { .. } => Surroundings::here().places.other_host(),
-                _ => None,
-            };
+            let not_served = matches!(error, LinkError::NotServed { .. });
+            let host = Surroundings::here().places.other_host();
+            let host = host.filter(|_| not_served);
             let elsewhere =
                 |host| format!("the agent of this state directory is on {host}: log in there");
             let cure = host.map_or_else(|| cure_of_link(&error).to_owned(), elsewhere);

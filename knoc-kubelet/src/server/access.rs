@@ -239,18 +239,14 @@ impl Access {
         let Some(review) = self.review(cluster, key, token, source) else {
             return Ok(Token::Busy);
         };
-        Ok(match review.await? {
-            Some(user) => {
-                self.tokens.put(key, user.clone(), TOKEN_TTL);
-                self.known.put(key, (), KNOWN_TTL);
-                Token::Known(user)
-            }
-            None => {
-                self.known.remove(&key);
-                self.unknown.put(key, (), TOKEN_TTL);
-                Token::Unknown
-            }
-        })
+        let Some(user) = review.await? else {
+            self.known.remove(&key);
+            self.unknown.put(key, (), TOKEN_TTL);
+            return Ok(Token::Unknown);
+        };
+        self.tokens.put(key, user.clone(), TOKEN_TTL);
+        self.known.put(key, (), KNOWN_TTL);
+        Ok(Token::Known(user))
     }
 
     /// The review of this token that is on its way, else a new one; `None` if there may be no more of them now.

@@ -71,6 +71,10 @@ impl fmt::Display for Peer {
 }
 
 /// Connections on `addr` from kubelets and knocctls, TLS with client certificates.
+#[expect(
+    clippy::unused_async,
+    reason = "a listener needs a runtime, which only an async function surely has"
+)]
 pub async fn tcp(addr: SocketAddr, credentials: Credentials) -> Result<Incoming, LinkError> {
     let carrier = Carrier::Tcp(addr.to_string());
     let listener = accept::bind(addr).map_err(|source| LinkError::Listen { carrier, source })?;

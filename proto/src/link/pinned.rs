@@ -146,6 +146,10 @@ impl KeyPair {
 }
 
 /// Connections on `addr`, each with the pin of the key that its peer proved to have.
+#[expect(
+    clippy::unused_async,
+    reason = "a listener needs a runtime, which only an async function surely has"
+)]
 pub async fn listen(addr: SocketAddr, pair: KeyPair) -> Result<PinnedIncoming, LinkError> {
     let carrier = Carrier::Tcp(addr.to_string());
     let failed = |source| LinkError::Listen { carrier, source };

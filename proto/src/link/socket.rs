@@ -191,12 +191,13 @@ impl Folder {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let opened = rustix::fs::open(folder, flags, Mode::empty()).map_err(failed)?;
         let stat = rustix::fs::fstat(&opened).map_err(failed)?;
-        let found = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => None,
-            FileType::Symlink => Some("a symbolic link"),
-            _ => Some("not a folder"),
-        };
-        if let Some(found) = found {
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if kind != FileType::Directory {
+            let found = if kind == FileType::Symlink {
+                "a symbolic link"
+            } else {
+                "not a folder"
+            };
             return Err(LinkError::NoFolder {
                 path: named(),
                 found,
@@ -216,13 +217,13 @@ impl Folder {
 
     /// A short path to the file of the same name as `path` in this very folder.
     fn within(&self, path: &Path) -> PathBuf {
-        let name = path.file_name().unwrap_or(OsStr::new(NAME));
+        let name = path.file_name().unwrap_or_else(|| OsStr::new(NAME));
         PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd())).join(name)
     }
 }
 
 fn parent(path: &Path) -> &Path {
-    path.parent().unwrap_or(Path::new("/"))
+    path.parent().unwrap_or_else(|| Path::new("/"))
 }
 
 /// Connects to the socket at `path`, whose folder and whose process have to be ours.
