@@ -364,7 +364,7 @@ async fn first_byte(raw: Raw) -> Opened<Raw> {
     let refusal = match peeked {
         Ok(Ok(1..)) => {
             // From now on the last bytes, such as a TLS alert, are to arrive.
-            drop(sockopt::set_socket_linger(stream, None));
+            sockopt::set_socket_linger(stream, None).ok();
             return Ok(raw);
         }
         Ok(Ok(0) | Err(_)) => Refusal::Probe,
