@@ -9,7 +9,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 /// Who is counted as one: an IPv4 address, or the /64 network of an IPv6 address, since a host is given a whole /64.
@@ -18,8 +18,8 @@ use std::{
 pub enum Source {
     /// One IPv4 address.
     V4(Ipv4Addr),
-    /// The upper half of an IPv6 address.
-    V6([u16; 4]),
+    /// The network of an IPv6 address.
+    V6(Ipv6Addr),
     /// Our own host, through a unix socket.
     Local,
 }
@@ -29,8 +29,8 @@ impl From<SocketAddr> for Source {
         match address.ip().to_canonical() {
             IpAddr::V4(address) => Self::V4(address),
             IpAddr::V6(address) => {
-                let [a, b, c, d, ..] = address.segments();
-                Self::V6([a, b, c, d])
+                let network = address.to_bits() & !u128::from(u64::MAX);
+                Self::V6(Ipv6Addr::from_bits(network))
             }
         }
     }
@@ -40,7 +40,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::V4(address) => address.fmt(f),
-            Self::V6([a, b, c, d]) => write!(f, "{a:x}:{b:x}:{c:x}:{d:x}::/64"),
+            Self::V6(network) => write!(f, "{network}/64"),
             Self::Local => f.write_str("this host"),
         }
     }
