@@ -38,9 +38,9 @@ use crate::{
 const FILES_A_POD: u64 = 4;
 /// Open files that the agent needs for itself.
 const FILES_OWN: u64 = 128;
-/// Listeners whose connections are bounded: the socket, and the ports of kubelets and of shims. Links of shims are counted
-/// with their pods.
-const LISTENERS: u64 = 3;
+/// Listeners whose connections are bounded: the ports of kubelets and of shims. Nobody but the user can reach the socket, and
+/// the links of shims, which are counted with their pods, leave their port places enough for it.
+const LISTENERS: u64 = 2;
 /// More than any agent was tried with.
 const PODS: u64 = 20_000;
 

@@ -203,12 +203,11 @@ impl<T: Send + 'static> Accept<T> {
         bounds: Bounds,
         begin: impl Fn(Raw) -> Handshake<T> + Send + Sync + 'static,
     ) -> Self {
-        let most = bounds.unfinished;
         Self {
             listener,
             begin: Box::new(begin),
-            silent: Stage::new(most, most / 2),
-            handshakes: Stage::new(most, most / 2),
+            silent: Stage::new(bounds.silent, bounds.silent / 4 * 3),
+            handshakes: Stage::new(bounds.handshakes, bounds.handshakes / 2),
             pause: None,
             reserve: reserve(),
             log: RefusalLog::default(),
@@ -269,6 +268,19 @@ impl<T: Send + 'static> Accept<T> {
             Raw::Unix(_) => self.shake_hands(source, raw),
         };
         self.note_eviction(evicted);
+    }
+
+    /// Begins the handshakes of those that have sent their first byte.
+    fn poll_silent(&mut self, cx: &mut Context<'_>) {
+        while let Poll::Ready((source, done)) = self.silent.poll(cx) {
+            match done {
+                Ok(raw) => {
+                    let evicted = self.shake_hands(source, raw);
+                    self.note_eviction(evicted);
+                }
+                Err(refusal) => self.refused(source, refusal),
+            }
+        }
     }
 
     fn shake_hands(&mut self, source: Source, raw: Raw) -> Option<Source> {
@@ -422,16 +434,10 @@ impl<T: Send + 'static> Stream for Accept<T> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
+        // Those who have said something meanwhile are silent no more, before others arrive in their place.
+        this.poll_silent(cx);
         let more = this.take(cx);
-        while let Poll::Ready((source, done)) = this.silent.poll(cx) {
-            match done {
-                Ok(raw) => {
-                    let evicted = this.shake_hands(source, raw);
-                    this.note_eviction(evicted);
-                }
-                Err(refusal) => this.refused(source, refusal),
-            }
-        }
+        this.poll_silent(cx);
         while let Poll::Ready((source, done)) = this.handshakes.poll(cx) {
             match done {
                 Ok(done) => return Poll::Ready(Some(Ok(done))),
@@ -440,7 +446,11 @@ impl<T: Send + 'static> Stream for Accept<T> {
         }
         this.log.poll(cx);
         if more {
-            cx.waker().wake_by_ref();
+            // Not `wake_by_ref`: the runtime would come back here some sixty times before it looks which connections have
+            // become readable, and those that have would be closed as silent ones by then.
+            if std::pin::pin!(tokio::task::yield_now()).poll(cx).is_ready() {
+                cx.waker().wake_by_ref();
+            }
         }
         Poll::Pending
     }

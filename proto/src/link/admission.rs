@@ -49,8 +49,10 @@ impl fmt::Display for Source {
 /// How many connections may be open, by how far they have come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
-    /// Connections that have sent nothing, and as many that are in their handshake.
-    pub unfinished: usize,
+    /// Connections that have sent nothing. They cost little, and the more there may be the longer each has.
+    pub silent: usize,
+    /// Connections in their handshake.
+    pub handshakes: usize,
     /// Connections whose peer is known.
     pub finished: usize,
 }
@@ -60,10 +62,11 @@ impl Bounds {
     /// what the process is there for.
     #[must_use]
     pub fn of(files: u64) -> Self {
-        let share = usize::try_from(files / 32).unwrap_or(usize::MAX);
+        let share = |part| usize::try_from(files / part).unwrap_or(usize::MAX);
         Self {
-            unfinished: share.clamp(64, 1024),
-            finished: share.clamp(64, 1024),
+            silent: share(12).clamp(64, 4096),
+            handshakes: share(32).clamp(64, 1024),
+            finished: share(32).clamp(64, 1024),
         }
     }
 
@@ -74,10 +77,10 @@ impl Bounds {
         Self::of(limit.current.unwrap_or(u64::MAX))
     }
 
-    /// The most descriptors that a listener's connections use: both kinds of unfinished ones, and the finished.
+    /// The most descriptors that a listener's connections use.
     #[must_use]
     pub fn descriptors(self) -> usize {
-        2 * self.unfinished + self.finished
+        self.silent + self.handshakes + self.finished
     }
 }
 
@@ -238,7 +241,7 @@ mod tests {
         for files in [1024, 4096, 65_536, 1 << 20] {
             let bounds = Bounds::of(files);
             assert!(
-                bounds.descriptors() as u64 <= files / 5,
+                bounds.descriptors() as u64 <= files / 4,
                 "{files}: {bounds:?}"
             );
         }

@@ -219,7 +219,7 @@ async fn silent_connections_are_bounded_and_end() {
     let target: SocketAddr = address.parse().unwrap();
     let mut streams = Vec::new();
     // More than any listener takes of one source.
-    for _ in 0..600 {
+    for _ in 0..3200 {
         streams.push(from(ATTACKER, target).await.unwrap());
     }
     let began = Instant::now();
