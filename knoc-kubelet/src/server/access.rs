@@ -189,7 +189,7 @@ impl Access {
             Some(token) => match self.token(cluster, token, source).await {
                 Ok(Token::Known(user)) => return Ok(user),
                 Ok(Token::Unknown) => {
-                    reasons.push("the cluster does not know the token".to_owned())
+                    reasons.push("the cluster does not know the token".to_owned());
                 }
                 Ok(Token::Busy) => {
                     busy = true;
