@@ -10,6 +10,7 @@ pub mod text;
 use std::{
     collections::BTreeMap,
     fs,
+    io::{self, Read as _},
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -17,6 +18,9 @@ use std::{
 
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
+
+/// It is read again every few seconds.
+const MAX_SIZE: u64 = 1 << 20;
 
 /// Why the site file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +100,18 @@ pub struct Config {
     /// What lies with the values of pods on disk.
     #[serde(default)]
     pub values: Values,
+    /// The file that this was read from.
+    #[serde(skip)]
+    pub source: Option<Source>,
+}
+
+/// Where a site file lies, so that its `[policy]` can be read again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// The file.
+    pub path: PathBuf,
+    /// What `~/` stands for in it.
+    pub home: Home,
 }
 
 /// Who owns the jobs.
@@ -185,6 +201,18 @@ pub struct Tls {
     pub cert: PathBuf,
     /// Its key.
     pub key: PathBuf,
+    /// The CA's key, which renews certificates; unset: `ca` with the ending `.key`. It need not be there.
+    #[serde(default)]
+    pub ca_key: Option<PathBuf>,
+}
+
+impl Tls {
+    /// Where the CA's key is looked for.
+    #[must_use]
+    pub fn ca_key(&self) -> PathBuf {
+        let beside = || self.ca.with_extension("key");
+        self.ca_key.clone().unwrap_or_else(beside)
+    }
 }
 
 /// Absolute paths of tools; unset ones are looked up in `env.PATH`.
@@ -243,14 +271,19 @@ pub struct Registry {
     pub insecure: bool,
 }
 
-/// Who is served, and what pods may ask for.
-#[derive(Debug, Clone, Deserialize)]
+/// Who is served, and what pods may ask for. The whole table is read again while the agent runs.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
     /// UID of the namespace `kube-system` of the only cluster served; unset: pinned at first use.
     pub cluster_id: Option<String>,
     /// Identities served, such as `kubelet/knoc`; `*` at the end matches any rest. Empty: all that the CA vouches for.
     pub clients: Vec<String>,
+    /// Certificates that are not served, with all that were renewed from them: `sha256/…` of a public key, `serial/…`, or
+    /// an identity such as `ctl/ann`.
+    pub denied: Vec<String>,
+    /// Nodes that a kubelet with another name leads: node → `kubelet/NAME`. A kubelet always leads the node of its name.
+    pub nodes: BTreeMap<String, String>,
     /// Namespaces whose pods are accepted; empty: all.
     pub namespaces: Vec<String>,
     /// Names of further sbatch flags that pods may give, such as `--mail-type`.
@@ -268,6 +301,8 @@ impl Default for Policy {
         Self {
             cluster_id: None,
             clients: Vec::new(),
+            denied: Vec::new(),
+            nodes: BTreeMap::new(),
             namespaces: Vec::new(),
             flags: [
                 "--mail-type",
@@ -429,7 +464,7 @@ pub enum AtRest {
 }
 
 /// The environment the file is read in: an argument, so that tests need no global.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Home {
     /// `$HOME`.
     pub home: PathBuf,
@@ -438,11 +473,16 @@ pub struct Home {
 impl Config {
     /// Reads and checks the site file.
     pub fn load(path: &Path, home: &Home) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        let text = read(path).map_err(|source| ConfigError::Read {
             path: path.to_owned(),
             source,
         })?;
-        Self::parse(&text, path, home)
+        let mut config = Self::parse(&text, path, home)?;
+        config.source = Some(Source {
+            path: path.to_owned(),
+            home: home.clone(),
+        });
+        Ok(config)
     }
 
     /// Checks the text of a site file that lies at `path`.
@@ -457,10 +497,10 @@ impl Config {
     }
 
     fn expand(&mut self, home: &Path) {
-        let tls = self
-            .tls
-            .iter_mut()
-            .flat_map(|tls| [&mut tls.ca, &mut tls.cert, &mut tls.key]);
+        let tls = self.tls.iter_mut().flat_map(|tls| {
+            let named = [&mut tls.ca, &mut tls.cert, &mut tls.key];
+            named.into_iter().chain(&mut tls.ca_key)
+        });
         for path in tls
             .chain([&mut self.state_dir])
             .chain(&mut self.image_roots)
@@ -477,6 +517,19 @@ impl Config {
             *scratch = home.join(rest).to_string_lossy().into_owned();
         }
     }
+}
+
+/// The text of a site file, which is no larger than [`MAX_SIZE`].
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let read = fs::File::open(path)?
+        .take(MAX_SIZE + 1)
+        .read_to_string(&mut text)?;
+    if u64::try_from(read).unwrap_or(u64::MAX) > MAX_SIZE {
+        let words = format!("it is larger than {MAX_SIZE} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, words));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]

@@ -290,8 +290,9 @@ impl Init<'_> {
             "{written}{kept}\nNext:\n  1. Look through {folder}/agent.toml.\n  2. Start the agent: \
              knoc-agent serve\n  3. Check it: knocctl doctor\n  4. In the cluster: kubectl apply -n \
              knoc-system -f {folder}/kubelet-bundle.yaml\n     and install the chart with \
-             agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key signs further \
-             clients; keep it safe, or throw it away.\n",
+             agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key renews the \
+             certificates before their year is over: leave it there, readable by you alone. Without it you \
+             renew them by hand.\n",
         )
     }
 }

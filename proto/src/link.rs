@@ -24,6 +24,7 @@ mod identity;
 pub mod listen;
 mod one;
 pub mod pinned;
+mod shown;
 mod tls;
 
 pub use self::{
@@ -33,6 +34,7 @@ pub use self::{
     identity::{ExpectPeer, Identity, InvalidIdentity},
     listen::{Conn, Incoming, Peer},
     one::{FarIo, FarSide, far_side, near_side},
+    shown::{Shown, Trust, Untrusted},
 };
 
 /// Both sides ping as often: shorter than the idle limits of firewalls and NAT (often 60 s and more), rare enough to

@@ -73,6 +73,11 @@ reasons! {
     ClusterMismatch => PermissionDenied, false;
     /// The agent's policy or the peer's identity forbids it.
     PermissionDenied => PermissionDenied, false;
+    /// The peer itself is not served: its identity or certificate is denied, expired, or not of the CA. Says nothing of
+    /// what it asked for.
+    PeerDenied => PermissionDenied, false;
+    /// The peer may not claim this leadership: another identity's node, or an epoch that cannot be.
+    LeadershipDenied => FailedPrecondition, false;
     /// Nothing of the pod's own listens on this port, or it refused the connection.
     NotListening => FailedPrecondition, true;
     /// This agent, runtime or site cannot do it.

@@ -124,6 +124,50 @@ impl Site {
         Ok(Credentials::from_pem(ca, cert, key)?)
     }
 
+    /// Writes `NAME.crt` and `NAME.key` of that identity and those dates, in place of what is there.
+    pub fn issue_files(
+        &self,
+        name: &str,
+        identity: &Identity,
+        validity: Validity,
+    ) -> anyhow::Result<()> {
+        let names = ["127.0.0.1".to_owned(), "localhost".to_owned()];
+        let pair = self.ca.issue_for(identity, &names, validity)?;
+        self.put(&format!("{name}.crt"), &pair.cert_pem)?;
+        self.put(&format!("{name}.key"), &pair.key_pem)
+    }
+
+    /// Puts the CA's key beside the CA, as `init` does: the agent renews certificates with it.
+    pub fn put_ca_key(&self) -> anyhow::Result<()> {
+        self.put("ca.key", &self.ca.key_pem())
+    }
+
+    /// Writes the site file again with these tables at its end, as an editor would.
+    pub fn put_tables(&self, tables: &str) -> anyhow::Result<()> {
+        let text = self.config().replace(&self.options.tables, "");
+        self.put("agent.toml.new", &format!("{text}\n{tables}\n"))?;
+        let (from, to) = (self.path("agent.toml.new"), self.path("agent.toml"));
+        std::fs::rename(from, to)?;
+        Ok(())
+    }
+
+    /// A client with a new certificate of the kubelet of that name.
+    pub fn kubelet_client(&self, name: &str) -> anyhow::Result<AgentClient<Channel>> {
+        let identity = Identity::Kubelet {
+            name: name.to_owned(),
+        };
+        let now = jiff::Timestamp::now();
+        let dates = Validity::starting(now, Duration::from_hours(1));
+        self.client_with(self.issue(&identity, dates)?)
+    }
+
+    /// A client at the agent's unix socket.
+    pub fn socket_client(&self) -> anyhow::Result<AgentClient<Channel>> {
+        let carrier = Carrier::Unix(self.path("socket/agent.sock"));
+        let channel = knoc_proto::link::dial(carrier, None, ExpectPeer::AnyAgent)?;
+        Ok(AgentClient::new(channel))
+    }
+
     /// A client of the agent with other credentials.
     pub fn client_with(&self, credentials: Credentials) -> anyhow::Result<AgentClient<Channel>> {
         let carrier = Carrier::Tcp(self.address.to_string());
@@ -337,7 +381,7 @@ fn identities() -> [(&'static str, Identity); 3] {
         (
             "kubelet",
             Identity::Kubelet {
-                name: "test".to_owned(),
+                name: NODE.to_owned(),
             },
         ),
         (

@@ -25,7 +25,7 @@ use crate::{
         schema::Endpoint,
     },
     lease::{Holder, LeaseError, Process},
-    open_files,
+    open_files, policy,
     registry::board::Board,
     runtime::setuid,
     scheduler::{Scheduler, local, slurm},
@@ -91,6 +91,7 @@ pub(super) struct Prepared {
     pub(super) site: Arc<Site>,
     pub(super) pod_limit: usize,
     pub(super) pair: KeyPair,
+    pub(super) policy: policy::Publisher,
 }
 
 pub(super) async fn prepare(
@@ -103,8 +104,13 @@ pub(super) async fn prepare(
     let lease = Holder::take(&state, Process::own(), Timestamp::now())?;
     let pair = shim_hop_pair(&state)?;
     let versions = Versions::install(&state)?;
+    let (publisher, live) = policy::Live::new(config.policy.clone());
     let scheduler = match config.scheduler {
-        SchedulerKind::Slurm => Scheduler::Slurm(Box::new(slurm::Slurm::new((&config).into()))),
+        SchedulerKind::Slurm => {
+            let mut settings: slurm::Settings = (&config).into();
+            settings.policy = live.clone();
+            Scheduler::Slurm(Box::new(slurm::Slurm::new(settings)))
+        }
         SchedulerKind::Local => {
             let settings = local::Settings::of_site(&config, state.pods());
             Scheduler::Local(local::Local::new(settings))
@@ -140,6 +146,7 @@ pub(super) async fn prepare(
         hurry: Arc::new(Notify::new()),
         accepting: Semaphore::new(ACCEPTING),
         config,
+        policy: live,
         state,
         scheduler,
         images,
@@ -152,6 +159,7 @@ pub(super) async fn prepare(
         site,
         pod_limit: limit,
         pair,
+        policy: publisher,
     })
 }
 
@@ -231,13 +239,22 @@ pub(crate) fn pod_limit(config: &Config) -> usize {
     usize::try_from(wanted.min(carried)).unwrap_or(usize::MAX)
 }
 
+/// The certificates of the site file.
+pub(super) fn credentials(config: &Config) -> Result<Option<Credentials>, PrepareError> {
+    let files = config.tls.as_ref();
+    let read = files.map(|tls| Credentials::from_files(&tls.ca, &tls.cert, &tls.key));
+    Ok(read.transpose()?)
+}
+
 /// The unix socket, and TCP where there are certificates.
-pub(super) async fn near_listeners(config: &Config) -> Result<Vec<link::Incoming>, PrepareError> {
+pub(super) async fn near_listeners(
+    config: &Config,
+    credentials: Option<Credentials>,
+) -> Result<Vec<link::Incoming>, PrepareError> {
     let socket = socket_path(config);
     let mut near = vec![link::listen::unix(&socket).map_err(listen)?];
     tracing::info!(socket = %socket.display(), "serving knocctl");
-    if let Some(tls) = &config.tls {
-        let credentials = Credentials::from_files(&tls.ca, &tls.cert, &tls.key)?;
+    if let Some(credentials) = credentials {
         let incoming = link::listen::tcp(config.listen.kubelet, credentials).await;
         near.push(incoming.map_err(listen)?);
         tracing::info!(address = %config.listen.kubelet, "serving kubelets");

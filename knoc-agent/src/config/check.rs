@@ -5,9 +5,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::{ids::SiteName, link::Carrier, settings::Document};
+use knoc_proto::{
+    ids::SiteName,
+    link::{Carrier, Identity},
+    settings::Document,
+};
 
 use super::Config;
+use crate::policy::{denied::Denied, nodes::assigned};
 
 /// More threads than any login node gives one user.
 const MAX_THREADS: usize = 256;
@@ -16,6 +21,9 @@ const MAX_THREADS: usize = 256;
 pub(super) fn check(config: &Config, document: &mut Document<'_>) {
     Check { config, document }.all();
 }
+
+/// Every request is compared with each.
+const MAX_DENIED: usize = 1000;
 
 /// Could images' names begin so?
 fn is_place(text: &str) -> bool {
@@ -46,6 +54,34 @@ impl Check<'_, '_> {
         if !short.is_empty() {
             self.wrong("policy.flags", format!("names begin with `--`: {short:?}"));
         }
+        self.identities();
+    }
+
+    /// Who is denied, and who leads which node.
+    fn identities(&mut self) {
+        let config = self.config;
+        let denied = &config.policy.denied;
+        if denied.len() > MAX_DENIED {
+            let what = format!("has {} entries; the limit is {MAX_DENIED}", denied.len());
+            self.wrong("policy.denied", what);
+        }
+        let wrong = denied
+            .iter()
+            .filter_map(|entry| entry.parse::<Denied>().err());
+        let wrong: Vec<String> = wrong.map(|error| error.to_string()).collect();
+        if !wrong.is_empty() {
+            self.wrong("policy.denied", wrong.join("; "));
+        }
+        for (node, identity) in &config.policy.nodes {
+            let name = assigned(identity).unwrap_or_default();
+            let kubelet = |name: &str| format!("spiffe://knoc/kubelet/{name}").parse::<Identity>();
+            // A node's name follows the rules of a kubelet's.
+            if kubelet(name).is_err() || kubelet(node).is_err() {
+                let what =
+                    format!("must be like `\"NODE\" = \"kubelet/NAME\"`: {node:?} = {identity:?}");
+                self.wrong("policy.nodes", what);
+            }
+        }
     }
 
     fn wrong(&mut self, key: &str, what: impl Display) {
@@ -62,6 +98,7 @@ impl Check<'_, '_> {
             self.absolute("tls.ca", [&tls.ca]);
             self.absolute("tls.cert", [&tls.cert]);
             self.absolute("tls.key", [&tls.key]);
+            self.absolute("tls.ca_key", &tls.ca_key);
         }
         let scratch = config.job.scratch.as_ref().map(PathBuf::from);
         self.absolute("job.scratch", &scratch);

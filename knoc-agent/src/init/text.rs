@@ -147,6 +147,8 @@ kubelet = "0.0.0.0:@PORT@"
 ca = @CA@
 cert = @CERT@
 key = @KEY@
+# The CA's key renews certificates before they end. It need not be there; the default lies beside the CA.
+# ca_key = "~/.config/knoc/tls/ca.key"
 
 # Found by `init`; a tool that is not named is looked up in env.PATH.
 [tools]
@@ -166,6 +168,9 @@ key = @KEY@
 # cluster_id = ""
 # Identities served; a `*` at the end matches any rest. Empty: all that the CA vouches for.
 clients = []
+# Certificates that are not served, with all that were renewed from them: "sha256/…" of a public key, "serial/…", or an identity.
+# The whole of [policy] is read again when this file changes.
+denied = []
 # Empty: all.
 namespaces = []
 partitions = []
@@ -173,6 +178,10 @@ accounts = []
 qos = []
 # Further sbatch flags that pods may give by knoc.io/flags.
 # flags = ["--mail-type", "--mail-user"]
+
+# A kubelet leads the node of its own name. Nodes of other names, and whose kubelet leads them:
+[policy.nodes]
+# "knoc-gpu" = "kubelet/knoc-site"
 
 # Extended resources of pods and what they are in --gres. The node offers those that stand here.
 [gres]

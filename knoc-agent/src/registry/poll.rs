@@ -224,6 +224,8 @@ pub async fn capacity(site: Arc<Site>, node: watch::Sender<pb::NodeInfo>, stop: 
                         scheduler: kept.scheduler.clone(),
                         pid_isolation: kept.pid_isolation,
                         pod_limit: kept.pod_limit,
+                        certificate_until: kept.certificate_until,
+                        policy_problem: kept.policy_problem.clone(),
                         ..info
                     };
                     *known != kept

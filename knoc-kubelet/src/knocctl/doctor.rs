@@ -143,7 +143,10 @@ impl Doctor {
             Err(error) => return report.bad("link", &chain(&error), ""),
         };
         match session.info().await {
-            Ok(info) => check_info(report, &info)?,
+            Ok(info) => {
+                check_info(report, &info)?;
+                check_upgrade(report, &info, &mut session).await?;
+            }
             Err(error) => {
                 let words = chain(&error);
                 return report.bad("agent", &words, cure_of_refusal(&words));
@@ -335,6 +338,45 @@ fn check_info(report: &mut Report, info: &pb::AgentInfo) -> Result<(), CtlError>
     report.good("agent", words)
 }
 
+/// An agent that is older lets any kubelet lead any node; one of this version would not. An agent that knows looks itself.
+async fn check_upgrade(
+    report: &mut Report,
+    info: &pb::AgentInfo,
+    session: &mut Session,
+) -> Result<(), CtlError> {
+    if info.capabilities.iter().any(|it| it == "renew") {
+        return Ok(());
+    }
+    match session.pods().await {
+        Ok(pods) => match other_nodes(&pods, &info.site) {
+            None => Ok(()),
+            Some((words, cure)) => report.bad("upgrade", &words, &cure),
+        },
+        Err(error) => report.bad("upgrade", &chain(&error), "look at the agent's log"),
+    }
+}
+
+/// PURE: nodes of pods whose kubelet has, unless somebody made another one, a certificate of another name.
+fn other_nodes(pods: &[pb::PodObserved], site: &str) -> Option<(String, String)> {
+    let usual = format!("knoc-{site}");
+    let named = pods.iter().map(|pod| pod.node_name.as_str());
+    let mut nodes: Vec<&str> = named
+        .filter(|node| !node.is_empty() && *node != usual)
+        .collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+    let first = nodes.first()?;
+    let words = format!(
+        "pods of {} are led by a kubelet that an agent of version {} refuses, unless its certificate is of that node's name",
+        nodes.join(", "),
+        env!("CARGO_PKG_VERSION")
+    );
+    let cure = format!(
+        "before the agent is upgraded add a line for each to [policy.nodes] of its site file: \"{first}\" = \"kubelet/{usual}\""
+    );
+    Some((words, cure))
+}
+
 #[cfg(test)]
 mod tests {
     use knoc_proto::{
@@ -419,6 +461,21 @@ mod tests {
             format!("{:?}", report.end().unwrap()),
             format!("{:?}", ExitCode::FAILURE)
         );
+    }
+
+    #[test]
+    fn a_kubelet_that_an_upgrade_would_lock_out_is_named_before() {
+        let pods = |nodes: &[&str]| {
+            let pod = |node: &&str| pb::PodObserved {
+                node_name: (*node).to_owned(),
+                ..pb::PodObserved::default()
+            };
+            nodes.iter().map(pod).collect::<Vec<_>>()
+        };
+        assert_eq!(other_nodes(&pods(&["knoc-s", ""]), "s"), None);
+        let (words, cure) = other_nodes(&pods(&["knoc-s", "gpu", "gpu", "big"]), "s").unwrap();
+        assert!(words.contains("big, gpu"), "{words}");
+        assert!(cure.contains("\"big\" = \"kubelet/knoc-s\""), "{cure}");
     }
 
     #[test]

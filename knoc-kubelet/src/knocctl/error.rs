@@ -266,6 +266,12 @@ fn hint_for(status: &Status) -> Option<String> {
         ErrorReason::SpecConflict => {
             "a pod cannot change while it runs: delete it, or run it by another name"
         }
+        ErrorReason::PeerDenied => {
+            "the agent's site file or CA does not let this certificate in: `knocctl doctor` says which one is used"
+        }
+        ErrorReason::LeadershipDenied => {
+            "only a node's kubelet claims its leadership; see policy.nodes"
+        }
         ErrorReason::StaleLeader | ErrorReason::AgentFenced => {
             "another process has taken over; `knocctl info` shows which agent answers"
         }

@@ -8,11 +8,11 @@ use knoc_proto::pb;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Identity, features,
+    Identity, expiry, features,
     release::{self, Release},
 };
 use crate::{
-    agent::{Link, tells_capacity},
+    agent::{Link, renew::LinkCertificate, tells_capacity},
     certs::{Health, Purpose},
 };
 
@@ -29,6 +29,8 @@ pub struct Facts<'a> {
     pub orphans: usize,
     /// How our own certificates do.
     pub certificates: &'a [(Purpose, Health)],
+    /// How our certificate on the link does.
+    pub link_certificate: &'a LinkCertificate,
     /// The API server's release; none while it is not known.
     pub server: Option<Release>,
     /// The status in the API server.
@@ -244,6 +246,8 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
         let (status, reason, message) = health.condition()?;
         Some((purpose.condition(), status, reason, message))
     }));
+    let agents = facts.capacity.map_or(0, |node| node.certificate_until);
+    list.extend(expiry::condition(facts.link_certificate, agents, facts.now));
     if facts.orphans > 0 {
         let text = format!(
             "{} jobs have no pod: too many at once, none is ended; `knocctl delete UID` ends one",
@@ -258,7 +262,7 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
         .collect()
 }
 
-type Condition = (&'static str, &'static str, &'static str, String);
+pub(super) type Condition = (&'static str, &'static str, &'static str, String);
 
 fn agent_connected(facts: &Facts<'_>) -> Condition {
     match facts.link {
@@ -354,6 +358,11 @@ mod tests {
 
     use super::*;
 
+    static NONE: LinkCertificate = LinkCertificate {
+        validity: None,
+        problem: String::new(),
+    };
+
     fn identity() -> Identity {
         Identity {
             name: "knoc-t".to_owned(),
@@ -412,6 +421,7 @@ mod tests {
             capacity,
             orphans: 0,
             certificates: &[],
+            link_certificate: &NONE,
             server: None,
             previous: None,
             now: at(100),
@@ -475,6 +485,7 @@ mod tests {
             capacity: Some(&capacity),
             orphans: 0,
             certificates: &[],
+            link_certificate: &NONE,
             server: None,
             previous: None,
             now: at(100),

@@ -9,7 +9,7 @@ use tonic::transport::{Channel, Uri};
 
 use super::{
     CONNECT_TIMEOUT, Carrier, Credentials, ExpectPeer, LinkError, Peer, endpoint,
-    listen::{Conn, unix_peer},
+    listen::{Conn, shown, unix_peer},
     tls::{Seen, in_words},
 };
 
@@ -104,5 +104,11 @@ async fn tcp(
     let Some(identity) = seen.identity() else {
         return Err(handshake(io::Error::other("the peer showed no identity")));
     };
-    Ok(Conn::tls(stream.into(), Peer::Tls { identity, addr }))
+    let certificate = shown(stream.get_ref().1.peer_certificates()).map_err(handshake)?;
+    let peer = Peer::Tls {
+        identity,
+        addr,
+        certificate,
+    };
+    Ok(Conn::tls(stream.into(), peer))
 }

@@ -13,6 +13,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _};
+use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -21,7 +22,7 @@ use tokio_rustls::{TlsAcceptor, TlsStream};
 use tonic::transport::server::Connected;
 
 use super::{
-    CONNECT_TIMEOUT, Carrier, Credentials, ExpectPeer, Identity, LinkError,
+    CONNECT_TIMEOUT, Carrier, Credentials, ExpectPeer, Identity, LinkError, Shown,
     accept::{Accept, Listener, Raw},
     own_uid,
     tls::{Seen, in_words},
@@ -37,6 +38,8 @@ pub enum Peer {
         identity: Identity,
         /// From where.
         addr: SocketAddr,
+        /// What it proved it with.
+        certificate: Shown,
     },
     /// The same user on the same machine, proved by the kernel.
     Unix {
@@ -52,7 +55,7 @@ pub enum Peer {
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tls { identity, addr } => write!(f, "{identity} at {addr}"),
+            Self::Tls { identity, addr, .. } => write!(f, "{identity} at {addr}"),
             Self::Unix {
                 uid,
                 pid: Some(pid),
@@ -182,7 +185,18 @@ async fn accept_tls(
     let Some(identity) = seen.identity() else {
         return Err(failed(io::Error::other("the peer showed no identity")));
     };
-    Ok(Conn::tls(stream.into(), Peer::Tls { identity, addr }))
+    let certificate = shown(stream.get_ref().1.peer_certificates()).map_err(failed)?;
+    let peer = Peer::Tls {
+        identity,
+        addr,
+        certificate,
+    };
+    Ok(Conn::tls(stream.into(), peer))
+}
+
+/// The chain that a peer showed.
+pub(super) fn shown(chain: Option<&[CertificateDer<'static>]>) -> io::Result<Shown> {
+    Shown::of(chain).map_err(io::Error::other)
 }
 
 /// The user and process behind a unix socket; an error where the user is not ours.

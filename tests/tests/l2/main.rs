@@ -5,8 +5,10 @@
 
 mod argv;
 mod backpressure;
+mod certificates;
 mod crash;
 mod knocctl;
+mod leadership;
 mod lifecycle;
 mod link;
 mod logs;

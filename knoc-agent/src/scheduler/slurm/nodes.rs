@@ -131,9 +131,10 @@ fn names(text: &str) -> Vec<String> {
 #[must_use]
 pub(super) fn node_info(text: &str, site: &Settings) -> pb::NodeInfo {
     let lines: Vec<Line<'_>> = text.lines().filter_map(Line::parse).collect();
-    let offered = |line: &&Line<'_>| {
-        site.partitions.is_empty() || site.partitions.iter().any(|name| name == line.partition)
-    };
+    let policy = site.policy.now();
+    let names = &policy.partitions;
+    let offered =
+        |line: &&Line<'_>| names.is_empty() || names.iter().any(|name| name == line.partition);
     let mut info = pb::NodeInfo::default();
     let mut seen = HashMap::new();
     for line in lines.iter().filter(offered) {

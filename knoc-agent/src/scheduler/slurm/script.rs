@@ -11,6 +11,7 @@ use knoc_proto::pb;
 use super::Settings;
 use super::flags;
 use super::shape::{PartitionLimits, Shape, partition};
+use crate::config::Policy;
 use crate::scheduler::{Refusal, Rendered, SubmitRequest};
 
 /// First word of every comment: the version of its form.
@@ -76,8 +77,9 @@ pub(super) fn render(
 ) -> Result<Rendered, Refusal> {
     let shape = Shape::of(&request.spec, site, partitions)?;
     let job = request.spec.job.clone().unwrap_or_default();
-    flags::check(&job.flags, &site.allowed_flags).map_err(Refusal::permanent)?;
-    let foreign = foreign_choices(&job, site);
+    let policy = site.policy.now();
+    flags::check(&job.flags, &policy.flags).map_err(Refusal::permanent)?;
+    let foreign = foreign_choices(&job, &policy);
     if !foreign.is_empty() {
         return Err(Refusal::permanent(foreign.join("; ")));
     }
@@ -91,11 +93,16 @@ pub(super) fn render(
 }
 
 /// Partitions, accounts and QOS that the pod names and the site's policy does not, a sentence each.
-fn foreign_choices(job: &pb::JobRequest, site: &Settings) -> Vec<String> {
+fn foreign_choices(job: &pb::JobRequest, policy: &Policy) -> Vec<String> {
     let lists = [
-        ("partition", &job.partition, &site.partitions, "partitions"),
-        ("account", &job.account, &site.accounts, "accounts"),
-        ("qos", &job.qos, &site.qos_allowed, "qos"),
+        (
+            "partition",
+            &job.partition,
+            &policy.partitions,
+            "partitions",
+        ),
+        ("account", &job.account, &policy.accounts, "accounts"),
+        ("qos", &job.qos, &policy.qos, "qos"),
     ];
     let mut problems = Vec::new();
     for (what, named, allowed, key) in lists {
