@@ -56,9 +56,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- .Values.keys.secret | default (printf "%s-keys" (include "knoc.fullname" .)) -}}
 {{- end -}}
 
-{{- /* Non-empty where the kubelet has keys of its own to keep. */ -}}
+{{- /* Non-empty where the kubelet has keys of its own to keep: always, since it renews its certificate on the link. */ -}}
 {{- define "knoc.ownKeys" -}}
-{{- if or (ne .Values.server.certificate "files") (eq .Values.identity.kind "node") }}yes{{ end -}}
+yes
 {{- end -}}
 
 {{- /* Non-empty where the ServiceAccount makes CertificateSigningRequests. */ -}}
