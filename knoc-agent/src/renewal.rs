@@ -168,7 +168,7 @@ mod tests {
         let who = Identity::Agent { site: "s".into() };
         let names = ["login.example".to_owned(), "10.0.0.1".to_owned()];
         let now = Timestamp::now();
-        let dates = Validity::starting(now, Duration::from_secs(60));
+        let dates = Validity::starting(now, Duration::from_mins(1));
         let pair = ca.issue_for(&who, &names, dates).unwrap();
         write(&tls.ca, ca.cert_pem());
         write(&tls.cert, &pair.cert_pem);

@@ -404,15 +404,15 @@ pub fn names_of_pem(pem: &str) -> Result<Vec<String>, PkiError> {
 }
 
 fn name(name: &GeneralName<'_>) -> Option<String> {
-    match name {
-        GeneralName::DNSName(name) => Some((*name).to_owned()),
-        GeneralName::IPAddress(bytes) => {
-            let v4 = <[u8; 4]>::try_from(*bytes).map(std::net::IpAddr::from);
-            let address = v4.or_else(|_| <[u8; 16]>::try_from(*bytes).map(std::net::IpAddr::from));
-            address.ok().map(|address| address.to_string())
-        }
-        _ => None,
+    if let GeneralName::DNSName(name) = name {
+        return Some((*name).to_owned());
     }
+    let GeneralName::IPAddress(bytes) = name else {
+        return None;
+    };
+    let v4 = <[u8; 4]>::try_from(*bytes).map(std::net::IpAddr::from);
+    let address = v4.or_else(|_| <[u8; 16]>::try_from(*bytes).map(std::net::IpAddr::from));
+    address.ok().map(|address| address.to_string())
 }
 
 /// The identity in a DER certificate.

@@ -46,7 +46,7 @@ fn a_renewal_has_the_same_identity_no_other_name_and_the_same_life() {
         serial: held.serial.clone(),
         spki: held.spki.clone(),
     };
-    assert_eq!(new.ancestors, [parent.clone()]);
+    assert_eq!(new.ancestors, std::slice::from_ref(&parent));
     // The next one names both.
     let next = ca.renew(&new, &Request::generate("k").unwrap().der, at(145 * 864));
     let next = info(&next.unwrap());
@@ -117,7 +117,7 @@ fn what_is_no_request_of_ours_is_refused_by_name() {
 #[test]
 fn no_certificate_outlives_its_ca() {
     let ca = Ca::generate_for("ca", Validity::starting(at(0), Duration::from_secs(1000))).unwrap();
-    let held = held(&ca, Duration::from_secs(900));
+    let held = held(&ca, Duration::from_mins(15));
     let request = Request::generate("k").unwrap().der;
     let new = info(&ca.renew(&held, &request, at(700)).unwrap());
     assert_eq!(new.validity.until, at(1000));
