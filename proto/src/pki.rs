@@ -365,15 +365,22 @@ pub fn inspect(der: &[u8]) -> Result<CertificateInfo, PkiError> {
     })
 }
 
-/// A serial number in lower-case hexadecimal digits without leading zeros.
+/// Bytes in lower-case hexadecimal digits.
 #[must_use]
-pub fn serial_text(bytes: &[u8]) -> String {
+pub fn hexadecimal(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     let mut text = String::new();
     for byte in bytes {
         // Writing to a string never fails.
         let _infallible = write!(text, "{byte:02x}");
     }
+    text
+}
+
+/// A serial number in lower-case hexadecimal digits without leading zeros.
+#[must_use]
+pub fn serial_text(bytes: &[u8]) -> String {
+    let text = hexadecimal(bytes);
     let significant = text.trim_start_matches('0');
     if significant.is_empty() {
         "0".to_owned()

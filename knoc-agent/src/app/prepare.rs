@@ -105,17 +105,7 @@ pub(super) async fn prepare(
     let pair = shim_hop_pair(&state)?;
     let versions = Versions::install(&state)?;
     let (publisher, live) = policy::Live::new(config.policy.clone());
-    let scheduler = match config.scheduler {
-        SchedulerKind::Slurm => {
-            let mut settings: slurm::Settings = (&config).into();
-            settings.policy = live.clone();
-            Scheduler::Slurm(Box::new(slurm::Slurm::new(settings)))
-        }
-        SchedulerKind::Local => {
-            let settings = local::Settings::of_site(&config, state.pods());
-            Scheduler::Local(local::Local::new(settings))
-        }
-    };
+    let scheduler = scheduler(&config, &state, &live);
     for tool in config.tools.unused() {
         tracing::warn!("tools.{tool} of the site file is not used: its line can go");
     }
@@ -161,6 +151,21 @@ pub(super) async fn prepare(
         pair,
         policy: publisher,
     })
+}
+
+/// The scheduler of the site file, which goes by the policy of the moment.
+fn scheduler(config: &Config, state: &StateDir, live: &policy::Live) -> Scheduler {
+    match config.scheduler {
+        SchedulerKind::Slurm => {
+            let mut settings: slurm::Settings = config.into();
+            settings.policy = live.clone();
+            Scheduler::Slurm(Box::new(slurm::Slurm::new(settings)))
+        }
+        SchedulerKind::Local => {
+            let settings = local::Settings::of_site(config, state.pods());
+            Scheduler::Local(local::Local::new(settings))
+        }
+    }
 }
 
 fn check_private(path: &Path) -> Result<(), PrepareError> {

@@ -6,7 +6,10 @@
 use std::{fmt, str::FromStr};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use knoc_proto::{link::Identity, pki::CertificateInfo};
+use knoc_proto::{
+    link::Identity,
+    pki::{self, CertificateInfo},
+};
 
 /// More digits than any serial number has (RFC 5280: 20 octets).
 const MAX_SERIAL: usize = 40;
@@ -71,8 +74,7 @@ fn key_hash(text: &str) -> Option<String> {
         return Some(digits);
     }
     let bytes = BASE64_STANDARD.decode(text.trim_start_matches('/')).ok()?;
-    let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    (digits.len() == 64).then_some(digits)
+    (bytes.len() == 32).then(|| pki::hexadecimal(&bytes))
 }
 
 fn serial_number(text: &str) -> Option<String> {

@@ -50,6 +50,7 @@ impl Seen {
 
 impl Watcher {
     /// A watcher of the files that `config` is from.
+    #[must_use]
     pub fn new(
         config: &Config,
         credentials: Option<Credentials>,
