@@ -24,11 +24,14 @@ fn unix() -> Peer {
     Peer::Unix { uid: 1, pid: None }
 }
 
+fn now() -> Timestamp {
+    Timestamp::from_second(NOW).unwrap()
+}
+
 fn judged(peer: &Peer, node: &str, epoch: i64) -> Result<Option<String>, String> {
     let nodes = [("gpu".to_owned(), "kubelet/a".to_owned())].into();
-    let now = Timestamp::from_second(NOW).unwrap();
     let claim = Claim { node, epoch };
-    judge(Some(peer), claim, &nodes, now).map_err(|refused| {
+    judge(Some(peer), claim, &nodes, now()).map_err(|refused| {
         assert_eq!(refused.reason, ErrorReason::LeadershipDenied);
         refused.message
     })

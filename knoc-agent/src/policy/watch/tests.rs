@@ -84,7 +84,7 @@ async fn the_whole_table_changes_at_once_and_a_faulty_file_changes_nothing() {
         "#".repeat(2 << 20),
     ] {
         fake.put("agent.toml", &faulty);
-        assert!(!fake.look(), "{:.80}", faulty);
+        assert!(!fake.look(), "{faulty:.80}");
         assert_eq!(fake.live.now(), policy);
         let problem = fake.live.problem().unwrap();
         assert!(problem.contains("agent.toml"), "{problem}");
