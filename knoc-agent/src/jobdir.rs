@@ -353,6 +353,12 @@ impl JobDir {
         claim::claim(&self.path, wanted, again)
     }
 
+    /// Has a shim claimed the directory? Also where that cannot be told.
+    #[must_use]
+    pub fn is_claimed(&self) -> bool {
+        !matches!(claim::newest(&self.path), Ok(None))
+    }
+
     /// `report.pb`.
     #[must_use]
     pub fn report_path(&self) -> PathBuf {

@@ -78,7 +78,7 @@ const ROUND_AGE: Family = family(
     "knoc_scheduler_round_age_seconds",
     "gauge",
     "",
-    "How long ago the agent last read the jobs' states from Slurm; absent before the first time",
+    "How long ago the agent last read the jobs' states from Slurm; absent while it has no job to ask about",
 );
 const SCHEDULER_UP: Family = family(
     "knoc_scheduler_up",

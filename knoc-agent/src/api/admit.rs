@@ -106,11 +106,28 @@ pub(super) fn able(site: &Site, uid: &PodUid, capability: &str) -> Result<Client
     found.unwrap_or_else(|| Err(no_link(site, uid)))
 }
 
+/// Why nothing in the pod's job can answer, where Slurm is known to have stopped it.
+pub(super) fn suspended(site: &Site, uid: &PodUid) -> Option<Status> {
+    let pod = site.board.get(uid.as_str())?;
+    let job = pod.job.as_ref()?;
+    let stopped = ["SUSPENDED", "STOPPED"].contains(&job.state.as_str());
+    (stopped && pod.outcome.is_none()).then(|| {
+        let message = format!(
+            "job {} of pod {uid} is suspended ({}): nothing in it can answer until it is resumed (`scontrol resume {}`)",
+            job.id, job.state, job.id
+        );
+        ErrorReason::NotRunning.status(message)
+    })
+}
+
 /// Why a pod has no link.
 fn no_link(site: &Site, uid: &PodUid) -> Status {
     let Some(pod) = site.board.get(uid.as_str()) else {
         return ErrorReason::NotFound.status(format!("no pod {uid}"));
     };
+    if let Some(suspended) = suspended(site, uid) {
+        return suspended;
+    }
     let idle = pod.host_ip.is_empty() || pod.outcome.is_some();
     if idle {
         let phase = pod

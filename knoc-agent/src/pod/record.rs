@@ -17,7 +17,7 @@ use super::{
     outcome::{Cause, OVERDUE, Outcome},
     state::{Deletion, Ending, Facts, Pod, State},
 };
-use crate::scheduler::{JobExit, JobState, JobView};
+use crate::scheduler::{JobExit, JobState, JobView, Marks};
 
 /// What newer agents must still read.
 const VERSION: u32 = 1;
@@ -408,6 +408,8 @@ fn unview(view: View, uid: &PodUid) -> JobView {
     JobView {
         id: view.id,
         uid: uid.clone(),
+        // Not kept: before such a job is cancelled it is looked at.
+        marks: Marks::default(),
         cluster_id: String::new(),
         attempt: 0,
         state: JobState::parse(&view.state),

@@ -23,6 +23,9 @@ use crate::scheduler::{Cancel, JobRef, JobState, JobView, RefusalKind, Submitted
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// So many looks by name must find nothing before a job counts as not accepted.
 pub(crate) const LOOKS: u32 = 2;
+/// A job that was accepted may be missing from what the scheduler shows this long before anybody is told: a site's
+/// squeue may answer from a cache, and the accounting is late. At most a quarter of the site's patience with lost jobs.
+pub(crate) const LAG: Duration = Duration::from_mins(1);
 /// Between two readings of the files of a job that ended without its report.
 pub(crate) const FILES_AGAIN: Duration = Duration::from_secs(1);
 /// Between two readings of the report of a pod that runs where its shim has no link to us.
@@ -81,8 +84,11 @@ pub struct Pod {
     pub attempt: u32,
     /// The newest that the scheduler said of the pod's job.
     pub view: Option<JobView>,
-    /// When `sbatch` was called, and when it had answered.
+    /// When `sbatch` was called, and when it had answered with the id of the pod's job. With the id these tell the job
+    /// from a stranger's that got the same id later.
     pub sbatch: Option<(Timestamp, Timestamp)>,
+    /// Since when the scheduler does not show the job.
+    pub unseen: Option<Timestamp>,
     /// The shim's newest report.
     pub report: Option<pb::Report>,
     /// Set by `DeletePod`, never taken back.
@@ -93,6 +99,8 @@ pub struct Pod {
     pub read_at: Timestamp,
     /// The end of `batch.out`, read when the job ended without a report.
     pub batch_tail: String,
+    /// No shim had claimed the job directory when the files were last read.
+    pub unclaimed: bool,
     /// What is worth an Event.
     pub notes: Vec<pb::PodNote>,
 }
@@ -208,6 +216,17 @@ pub struct Look {
     pub at: Timestamp,
     /// Why it is not known.
     pub message: String,
+    /// What to do if there is none.
+    pub otherwise: Otherwise,
+}
+
+/// What to do if a look by name finds no job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Otherwise {
+    /// Submit it again, after a pause.
+    Submit,
+    /// The pod has failed: the same request would be answered in the same way.
+    Refuse,
 }
 
 /// Why staging does not go on.
@@ -269,6 +288,8 @@ pub enum Event {
     Files {
         /// The end of `batch.out`.
         batch_tail: String,
+        /// A shim has claimed the job directory, or it is not known.
+        claimed: bool,
     },
     /// The pod is to end.
     Delete {
@@ -346,11 +367,13 @@ impl Pod {
             attempt: 0,
             view: None,
             sbatch: None,
+            unseen: None,
             report: None,
             deletion: None,
             link: false,
             read_at: now,
             batch_tail: String::new(),
+            unclaimed: false,
             notes: Vec::new(),
         }
     }
@@ -382,7 +405,7 @@ impl Pod {
             | State::Stopping { .. }
             | State::Settling { .. }
             | State::Lost { .. } => true,
-            State::Running { .. } => !self.link,
+            State::Running { .. } => !self.link || self.unseen.is_some(),
             State::Finished { lingering, .. } => lingering.is_some(),
             State::Accepted
             | State::Staging { .. }
@@ -464,9 +487,13 @@ impl Pod {
     }
 
     fn job_ref(&self, id: &JobId) -> JobRef {
+        let view = self.view.as_ref().filter(|view| view.id == *id);
+        let seconds = |(began, ended): (Timestamp, Timestamp)| (began.as_second(), ended.as_second());
         JobRef {
-            id: id.clone(),
-            uid: self.facts.uid.clone(),
+            call: self.sbatch.map(seconds),
+            submitted_at: view.and_then(|view| view.submitted_at),
+            named: view.is_some_and(|view| view.marks.name),
+            ..JobRef::new(id.clone(), self.facts.uid.clone())
         }
     }
 
@@ -505,15 +532,32 @@ impl Pod {
         self.notes.drain(..surplus);
     }
 
-    /// The pause before try `tries + 1`.
+    /// The pause before try `tries + 1`: it grows, and differs from pod to pod, so that what failed for many of them at
+    /// the same time is not tried again by all of them at the same time.
     fn pause(&self, tries: u32) -> Duration {
         let patience = &self.facts.patience;
         let factor = 2_u32.saturating_pow(tries.min(16));
-        patience
+        let pause = patience
             .backoff_initial
             .saturating_mul(factor)
-            .min(patience.backoff_max)
+            .min(patience.backoff_max);
+        pause.mul_f64(jitter(&self.facts.uid, tries))
     }
+
+    /// How long the scheduler may not show a job before anybody is told.
+    fn lag(&self) -> Duration {
+        LAG.min(self.facts.patience.lost_after / 4)
+    }
+}
+
+/// Between 0.8 and 1, from the pod and the try: the machine has no source of chance of its own.
+fn jitter(uid: &PodUid, tries: u32) -> f64 {
+    let bytes = uid.as_str().bytes().chain(tries.to_le_bytes());
+    // FNV-1a.
+    let hash = bytes.fold(0x811c_9dc5_u32, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    1.0 - f64::from(hash % 1024) / 1024.0 / 5.0
 }
 
 /// Unix nanoseconds, as the messages have them.
@@ -538,7 +582,10 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
         Event::FindFailed(message) => submit::find_failed(&mut pod, message, now),
         Event::Round { jobs, missing } => job::round(&mut pod, jobs, missing, now),
         Event::Report(report) => job::report(&mut pod, *report, now),
-        Event::Files { batch_tail } => job::files(&mut pod, batch_tail, now),
+        Event::Files {
+            batch_tail,
+            claimed,
+        } => job::files(&mut pod, batch_tail, claimed, now),
         Event::Link(up) => {
             pod.link = up;
             pod.read_at = now;

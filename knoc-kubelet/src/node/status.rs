@@ -16,6 +16,10 @@ use crate::{
     certs::{Health, Purpose},
 };
 
+/// Local disk of a node whose site does not tell Slurm of any (TmpDisk, which most leave at 0): 1 PiB. A node without the
+/// resource would be passed over for every pod that asks for some, for ever; here nothing accounts for it.
+const UNKNOWN_STORAGE: i64 = 1 << 50;
+
 /// What a status is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
@@ -161,9 +165,11 @@ fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value
     };
     put("cpu", capacity.cpu);
     put("memory", capacity.memory_bytes);
-    if capacity.ephemeral_storage_bytes > 0 {
-        put("ephemeral-storage", capacity.ephemeral_storage_bytes);
-    }
+    let storage = match capacity.ephemeral_storage_bytes {
+        known if known > 0 => known,
+        _ => UNKNOWN_STORAGE,
+    };
+    put("ephemeral-storage", storage);
     for (name, amount) in &capacity.extended {
         put(name, *amount);
     }

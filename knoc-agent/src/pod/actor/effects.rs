@@ -86,7 +86,7 @@ impl Actor {
             }
             Effect::Find => {
                 self.effects
-                    .spawn(find(Arc::clone(&self.site), self.uid.clone()));
+                    .spawn(find(Arc::clone(&self.site), self.uid.clone(), pod.since));
             }
             Effect::Cancel { job, how } => {
                 let work = cancel(Arc::clone(&self.site), job, how);
@@ -269,8 +269,8 @@ async fn submit(site: Arc<Site>, request: SubmitRequest) -> Event {
     }
 }
 
-async fn find(site: Arc<Site>, uid: knoc_proto::ids::PodUid) -> Event {
-    match site.scheduler.find(&uid).await {
+async fn find(site: Arc<Site>, uid: knoc_proto::ids::PodUid, since: Timestamp) -> Event {
+    match site.scheduler.find(&uid, since).await {
         Ok(jobs) => Event::Found(jobs),
         Err(error) => Event::FindFailed(chain(&error)),
     }
@@ -346,13 +346,16 @@ async fn read_files(dir: JobDir) -> Event {
         }
         Ok(_) => Event::Files {
             batch_tail: tail(&dir),
+            claimed: dir.is_claimed(),
         },
         Err(error) => Event::Files {
             batch_tail: format!("{}; {}", chain(&error), tail(&dir)),
+            claimed: true,
         },
     });
     read.await.unwrap_or_else(|error| Event::Files {
         batch_tail: chain(&error),
+        claimed: true,
     })
 }
 

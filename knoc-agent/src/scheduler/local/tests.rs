@@ -53,14 +53,14 @@ impl World {
             .await
             .unwrap()
             .job;
-        JobRef { id, uid }
+        JobRef::new(id, uid)
     }
 
     async fn wait(&self, job: &JobRef, until: impl Fn(&JobView) -> bool) -> JobView {
         let mut last = None;
         for _ in 0..1000 {
             let round = self.local.round(std::slice::from_ref(job)).await.unwrap();
-            last = round.jobs.into_iter().find(|view| &view.job() == job);
+            last = round.jobs.into_iter().find(|view| job.is(view));
             if let Some(view) = last.as_ref().filter(|view| until(view)) {
                 return view.clone();
             }

@@ -68,6 +68,13 @@ pub(super) fn parse_comment(comment: &str, uid: &PodUid) -> Option<(String, u32)
     ours.then(|| (cluster.to_owned(), attempt))
 }
 
+/// The pod that a comment names, if it is one of ours.
+#[must_use]
+pub(super) fn uid_of_comment(comment: &str) -> Option<PodUid> {
+    let uid = PodUid::try_from(comment.split(' ').nth(3)?).ok()?;
+    parse_comment(comment, &uid).map(|_| uid)
+}
+
 /// What is submitted for a pod.
 pub(super) fn render(
     request: &SubmitRequest,
@@ -87,7 +94,11 @@ pub(super) fn render(
     argv.extend(choices(&job, site));
     argv.extend(job.flags.iter().cloned());
     let script = script(&site.prelude, &request.shim, &request.jobdir)?;
-    Ok(Rendered { argv, script })
+    Ok(Rendered {
+        argv,
+        script,
+        notes: shape.notes,
+    })
 }
 
 /// Partitions, accounts and QOS that the pod names and the site's policy does not, a sentence each.

@@ -60,6 +60,8 @@ pub struct Settings {
     pub deadline: Duration,
     /// Shortest time between two rounds.
     pub round_interval: Duration,
+    /// Folder of the job directories, one a pod: a job works in its pod's.
+    pub pods: PathBuf,
 }
 
 impl Default for Settings {
@@ -90,6 +92,7 @@ impl Default for Settings {
             submit_concurrency: 4,
             deadline: Duration::from_mins(1),
             round_interval: Duration::from_secs(1),
+            pods: PathBuf::from("/nonexistent"),
         }
     }
 }
@@ -130,6 +133,15 @@ impl From<&Config> for Settings {
 }
 
 impl Settings {
+    /// As the site file has it; `pods` is the folder of the job directories.
+    #[must_use]
+    pub fn of_site(site: &Config, pods: PathBuf) -> Self {
+        Self {
+            pods,
+            ..Self::from(site)
+        }
+    }
+
     /// The program as an absolute path: a bare name is looked up in the site's PATH, not in the
     /// agent's. A name that is nowhere becomes a path that is not there.
     #[must_use]

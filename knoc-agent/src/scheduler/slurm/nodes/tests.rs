@@ -77,7 +77,7 @@ fn only_what_the_site_offers() {
         (info.nodes_total, info.cpu, info.partitions.len()),
         (1, 32, 1)
     );
-    assert!(!limits(&info)[0].is_default);
+    assert!(!limits(&fixture("24.11", "sinfo.txt"), &site)[0].is_default);
 }
 
 #[test]
