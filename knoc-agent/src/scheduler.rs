@@ -158,11 +158,9 @@ impl Scheduler {
     #[must_use]
     pub fn of_site(site: &Config, pods: PathBuf) -> Self {
         match site.scheduler {
-            SchedulerKind::Slurm => {
-                Self::Slurm(Box::new(slurm::Slurm::new(
-                    slurm::Settings::of_site(site, pods),
-                )))
-            }
+            SchedulerKind::Slurm => Self::Slurm(Box::new(slurm::Slurm::new(
+                slurm::Settings::of_site(site, pods),
+            ))),
             SchedulerKind::Local => {
                 Self::Local(local::Local::new(local::Settings::of_site(site, pods)))
             }

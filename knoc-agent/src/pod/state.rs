@@ -488,7 +488,8 @@ impl Pod {
 
     fn job_ref(&self, id: &JobId) -> JobRef {
         let view = self.view.as_ref().filter(|view| view.id == *id);
-        let seconds = |(began, ended): (Timestamp, Timestamp)| (began.as_second(), ended.as_second());
+        let seconds =
+            |(began, ended): (Timestamp, Timestamp)| (began.as_second(), ended.as_second());
         JobRef {
             call: self.sbatch.map(seconds),
             submitted_at: view.and_then(|view| view.submitted_at),

@@ -172,9 +172,7 @@ impl Slurm {
                 command: None,
             })?;
         let command = self.command(&self.settings.sbatch);
-        let command = command
-            .args(argv.iter().skip(1))
-            .stdin(script);
+        let command = command.args(argv.iter().skip(1)).stdin(script);
         // What was so before the waits may not be so any more.
         allowed.await?;
         let began = Timestamp::now();

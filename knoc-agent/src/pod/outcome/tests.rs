@@ -3,11 +3,13 @@
 use knoc_proto::ids::{JobId, PodUid};
 
 use super::*;
+use crate::scheduler::Marks;
 
 fn view(state: JobState, exit: Option<(i32, i32)>) -> JobView {
     JobView {
         id: JobId::try_from("1").unwrap(),
         uid: PodUid::try_from("u").unwrap(),
+        marks: Marks::ALL,
         cluster_id: String::new(),
         attempt: 1,
         state,
@@ -47,6 +49,7 @@ fn judge(
         deadline: deadline.map(Duration::from_secs),
         grace: Duration::from_secs(30),
         batch_tail: "module: command not found",
+        unclaimed: false,
     };
     decide(&evidence, Timestamp::from_second(200).unwrap())
 }
@@ -101,6 +104,79 @@ fn after_a_signal_the_reason_is_slurms() {
         None,
     );
     assert_eq!(fine.reason, "");
+}
+
+/// What stands before the shim in the batch script is the site's prelude.
+#[test]
+fn a_prelude_that_fails_is_cannot_start() {
+    let judge = |state, exit, report: Option<&pb::Report>, unclaimed| {
+        let view = view(state, Some(exit));
+        let evidence = Evidence {
+            view: Some(&view),
+            report,
+            cause: None,
+            deadline: None,
+            grace: Duration::from_secs(30),
+            batch_tail: "module: command not found",
+            unclaimed,
+        };
+        decide(&evidence, Timestamp::from_second(200).unwrap())
+    };
+    let begun = pb::Report::default();
+    let cases = [
+        (JobState::Failed, (1, 0), None, false, "CannotStart"),
+        (JobState::Failed, (127, 0), None, false, "CannotStart"),
+        (JobState::Failed, (3, 0), None, true, "CannotStart"),
+        (JobState::Completed, (0, 0), None, true, "CannotStart"),
+        (JobState::Failed, (64, 0), None, true, "CannotStart"),
+        // A shim that was there and left no report.
+        (
+            JobState::Completed,
+            (0, 0),
+            None,
+            false,
+            "ContainerStatusUnknown",
+        ),
+        (
+            JobState::Failed,
+            (64, 0),
+            None,
+            false,
+            "ContainerStatusUnknown",
+        ),
+        (
+            JobState::Failed,
+            (101, 0),
+            Some(&begun),
+            false,
+            "ContainerStatusUnknown",
+        ),
+        (
+            JobState::Failed,
+            (0, 9),
+            None,
+            true,
+            "ContainerStatusUnknown",
+        ),
+        (JobState::OutOfMemory, (1, 0), None, true, "OOMKilled"),
+        (
+            JobState::Cancelled { by: None },
+            (1, 0),
+            None,
+            true,
+            "Cancelled",
+        ),
+    ];
+    for (state, exit, report, unclaimed, reason) in cases {
+        let outcome = judge(state.clone(), exit, report, unclaimed);
+        assert!(!outcome.succeeded);
+        assert_eq!(outcome.reason, reason, "{state} {exit:?} {unclaimed}");
+        if reason == "CannotStart" {
+            let message = outcome.message;
+            assert!(message.contains("prelude"), "{message}");
+            assert!(message.contains("module: command not found"), "{message}");
+        }
+    }
 }
 
 #[test]

@@ -246,10 +246,7 @@ async fn cancel_means_what_it_says() {
 async fn an_unknown_job_is_missing_and_a_wrong_uid_is_no_job() {
     let world = World::new();
     let job = world.submit("a", "exit 0").await;
-    let stranger = JobRef {
-        id: job.id.clone(),
-        uid: PodUid::try_from("other").unwrap(),
-    };
+    let stranger = JobRef::new(job.id.clone(), PodUid::try_from("other").unwrap());
     let round = world.local.round(&[job, stranger.clone()]).await.unwrap();
     assert_eq!(round.missing, [stranger]);
 }

@@ -66,7 +66,9 @@ impl Slurm {
     /// sinfo shows no node of a partition of this site: why?
     async fn nothing_shown(&self, check: String) -> pb::Finding {
         let command = self.question(&self.settings.scontrol);
-        let config = self.answer("scontrol", command.args(["show", "config"])).await;
+        let config = self
+            .answer("scontrol", command.args(["show", "config"]))
+            .await;
         let private = config.ok().and_then(|text| parse::private_data(&text));
         let hidden = private.filter(|private| private.iter().any(|what| what == "nodes"));
         let (detail, cure) = match hidden {
@@ -113,7 +115,10 @@ impl Slurm {
     async fn accounting(&self) -> pb::Finding {
         let check = "slurm: accounting".to_owned();
         match self
-            .answer("sacct", self.sacct(parse::SACCT_FORMAT).args(["-S", "now-1minute"]))
+            .answer(
+                "sacct",
+                self.sacct(parse::SACCT_FORMAT).args(["-S", "now-1minute"]),
+            )
             .await
             .and_then(|text| {
                 parse::sacct(&text).map_err(|problem| round::unreadable("sacct", problem))

@@ -212,9 +212,7 @@ fn sacct_line(line: &str) -> Option<Row> {
 /// A state, also one that no known version has; none where the column is something else.
 fn known_state(text: &str) -> Option<JobState> {
     let first = text.chars().next()?;
-    first
-        .is_ascii_uppercase()
-        .then(|| JobState::parse(text))
+    first.is_ascii_uppercase().then(|| JobState::parse(text))
 }
 
 /// What the controller says of one job beyond a [`Row`].

@@ -96,7 +96,9 @@ pub(super) fn explain(mut refusal: Refusal, argv: &[String]) -> Refusal {
     let tmp = argv.iter().find_map(|arg| arg.strip_prefix("--tmp="));
     if let Some(tmp) = tmp
         && refusal.kind == Permanent
-        && refusal.words.contains("node configuration is not available")
+        && refusal
+            .words
+            .contains("node configuration is not available")
     {
         let hint = format!(
             " (among other things the pod asks for {tmp} of ephemeral-storage, which TmpDisk of a node in slurm.conf \

@@ -23,7 +23,9 @@ pub(super) fn accounting_disabled(err: &CommandError) -> bool {
 }
 
 pub(super) async fn round(slurm: &Slurm, known: &[JobRef]) -> Result<Round, SchedulerError> {
-    let text = slurm.answer("squeue", slurm.squeue(parse::SQUEUE_FORMAT)).await?;
+    let text = slurm
+        .answer("squeue", slurm.squeue(parse::SQUEUE_FORMAT))
+        .await?;
     let rows = parse::squeue(&text).map_err(|problem| unreadable("squeue", problem))?;
     let Sorted { mut jobs, doubts } = sort(rows, known, slurm.pods());
     let undecided = examine(slurm, &mut jobs, doubts).await;
@@ -97,7 +99,9 @@ fn sort(rows: Vec<Row>, known: &[JobRef], pods: &std::path::Path) -> Sorted {
         if let Some((uid, marks)) = ours {
             sorted.jobs.push(row.view(uid, marks));
         } else if let Some(uid) = row.names(pods) {
-            sorted.jobs.push(row.view(uid.clone(), row.marks(&uid, pods)));
+            sorted
+                .jobs
+                .push(row.view(uid.clone(), row.marks(&uid, pods)));
         } else {
             let doubtful = wanted.iter().filter(|job| judged(job) == Whose::Doubt);
             let doubts = doubtful.map(|job| (row.clone(), (*job).clone()));
@@ -174,11 +178,7 @@ fn unanswered(err: &SchedulerError) -> Accounting {
 }
 
 /// Known jobs that squeue does not show, or shows as ended.
-fn to_ask(
-    jobs: &[JobView],
-    known: &[JobRef],
-    undecided: &HashSet<(JobId, PodUid)>,
-) -> Vec<JobRef> {
+fn to_ask(jobs: &[JobView], known: &[JobRef], undecided: &HashSet<(JobId, PodUid)>) -> Vec<JobRef> {
     let alive: HashSet<(&JobId, &PodUid)> = jobs
         .iter()
         .filter(|job| job.state.phase() != JobPhase::Ended)
