@@ -248,13 +248,20 @@ impl Slurm {
     pub(super) async fn cancel(&self, job: &JobRef, how: Cancel) -> Result<(), SchedulerError> {
         let _place = self.place().await?;
         let command = self.command(&self.settings.scancel);
-        let command = if job.named {
-            // With the name as a filter the id cannot be another job's.
-            command.arg(format!("--name={}", script::job_name(&job.uid)))
-        } else if self.is_ours(job).await? {
-            command
+        let known = if job.named {
+            None
         } else {
-            return Ok(());
+            self.look_at(job).await?
+        };
+        let command = match known {
+            // With the name as a filter the id cannot be another job's.
+            None => command.arg(format!("--name={}", script::job_name(&job.uid))),
+            Some(Whose::Ours(_)) => command,
+            Some(Whose::Stranger | Whose::Doubt) => {
+                let (job, uid) = (&job.id, &job.uid);
+                tracing::info!(%job, %uid, "not cancelled: the id is another job's by now");
+                return Ok(());
+            }
         };
         let command = match how {
             Cancel::Queued => command.arg("--state=PENDING"),
@@ -269,35 +276,29 @@ impl Slurm {
         }
     }
 
-    /// Is the id still the job that we know? Asked right before a job is cancelled that has not the name we gave it.
-    async fn is_ours(&self, job: &JobRef) -> Result<bool, SchedulerError> {
+    /// Whose the id is now: asked right before a job is cancelled that has not the name we gave it. `None`: squeue does
+    /// not show it.
+    async fn look_at(&self, job: &JobRef) -> Result<Option<Whose>, SchedulerError> {
         let command = self.squeue(parse::SQUEUE_FORMAT_DIRECTORY);
         let command = command.args(["-j", job.id.as_str()]);
         let text = match self.answer("squeue", command).await {
             Ok(text) => text,
-            Err(SchedulerError::Command(err)) if is_gone(&err) => return Ok(false),
+            Err(SchedulerError::Command(err)) if is_gone(&err) => return Ok(None),
             Err(err) => return Err(err),
         };
         let rows = parse::squeue_with_directory(&text)
             .map_err(|problem| round::unreadable("squeue", problem))?;
         let Some(row) = rows.into_iter().find(|row| row.id == job.id) else {
-            return Ok(false);
+            return Ok(None);
         };
-        let judged = match whose::judge(&row, job, self.pods()) {
-            Whose::Doubt => round::look_closer(self, &row, job, &mut None).await,
-            sure @ (Whose::Ours(_) | Whose::Stranger) => Some(sure),
-        };
-        match judged {
-            Some(Whose::Ours(_)) => Ok(true),
-            Some(Whose::Stranger) => {
-                let (job, uid) = (&job.id, &job.uid);
-                tracing::info!(%job, %uid, "not cancelled: the id is another job's by now");
-                Ok(false)
+        match whose::judge(&row, job, self.pods()) {
+            Whose::Doubt => {
+                let decided = round::look_closer(self, &row, job, &mut None).await;
+                let problem = || format!("it does not tell whose job {} is", job.id);
+                let decided = decided.ok_or_else(|| round::unreadable("scontrol", problem()));
+                decided.map(Some)
             }
-            Some(Whose::Doubt) | None => {
-                let problem = format!("it does not tell whose job {} is", job.id);
-                Err(round::unreadable("scontrol", problem))
-            }
+            sure @ (Whose::Ours(_) | Whose::Stranger) => Ok(Some(sure)),
         }
     }
 

@@ -255,7 +255,7 @@ fn without_a_report_success_is_never_guessed() {
         (JobState::Failed, Some((65, 0)), "ContainerStatusUnknown"),
         (JobState::Failed, Some((67, 0)), "CannotStart"),
         (JobState::Failed, Some((0, 53)), "CannotStart"),
-        (JobState::Failed, Some((127, 0)), "ContainerStatusUnknown"),
+        (JobState::Failed, Some((127, 0)), "CannotStart"),
         (JobState::Timeout, Some((0, 15)), "SlurmTimeLimit"),
         (JobState::OutOfMemory, Some((0, 125)), "OOMKilled"),
         (JobState::BootFail, None, "NodeFailed"),

@@ -107,7 +107,7 @@ fn a_job_that_was_never_shown_has_not_ended_because_its_pod_is_deleted() {
     );
     assert!(!ran.is_finished());
     let (pod, _) = step(pod, missing(), at(80));
-    let (pod, _) = step(pod.clone(), Event::Tick, pod.wake().unwrap());
+    let (pod, _) = step(pod, Event::Tick, at(200));
     assert_eq!(outcome(&pod), (false, "Deleted"));
 }
 

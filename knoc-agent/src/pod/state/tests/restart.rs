@@ -65,6 +65,9 @@ fn a_record_brings_the_pod_back() {
                 *look_at = pod.since;
             }
         }
+        if let State::Lost { since, .. } = &mut pod.state {
+            *since = pod.since;
+        }
         pod.unseen = None;
         pod.read_at = pod.since;
         pod.link = false;

@@ -1,0 +1,264 @@
+//! Whose a job is, on the real Slurm: jobs that are renamed or commented anew, a wrapper of sbatch, values that print
+//! help. The pods run under an agent of their own on the login node, with a state directory, ports and an sbatch of its
+//! own, and are driven by `knocctl` there.
+
+use anyhow::{Context as _, ensure};
+use knoc_tests::{Run, World, pod::some_port, wait_for, world::SOON};
+use serde_json::Value;
+use tokio::process::Child;
+
+/// Where the test bed has the programs on the login node.
+const BIN: &str = "/home/hpcuser/bin";
+
+/// A second agent.
+struct Agent<'a> {
+    world: &'a World,
+    home: String,
+    /// Runs it; dropped last.
+    _process: Child,
+    _log: tempfile::TempDir,
+}
+
+impl<'a> Agent<'a> {
+    /// With `sbatch` as its sbatch, a shell script.
+    async fn start(world: &'a World, sbatch: &str) -> anyhow::Result<Self> {
+        let home = format!("/home/hpcuser/{}", world.namespace);
+        let (kubelet, shim) = (some_port(), some_port());
+        let setup = format!(
+            r#"set -e
+mkdir -p {home}/run; cd {home}; chmod 700 run
+cat >sbatch; chmod 755 sbatch
+export HOME={home}
+{BIN}/knoc-agent init --site second --address 10.77.0.2:{kubelet} >/dev/null
+sed -i 's|^sbatch = .*|sbatch = "{home}/sbatch"|
+s|^#* *image_roots *=.*|image_roots = ["/images"]|
+s|^kubelet = .*|kubelet = "0.0.0.0:{kubelet}"|
+s|^# shim = .*|shim = "0.0.0.0:{shim}"|
+s|^#* *lost_after *=.*|lost_after = "20s"|' .config/knoc/agent.toml
+"#
+        );
+        let run = world.on("login", ["sh", "-c", &setup]);
+        run.stdin(format!("#!/bin/sh\n{sbatch}\n")).ok().await?;
+        let log = tempfile::tempdir()?;
+        let serve = format!("echo $$ >{home}/pid; exec {BIN}/knoc-agent serve");
+        let process = on_login(world, &home, &serve).spawn(&log.path().join("agent.log"))?;
+        let agent = Self {
+            world,
+            home,
+            _process: process,
+            _log: log,
+        };
+        wait_for("the second agent answers", SOON, async || {
+            agent.knocctl("info").ok().await
+        })
+        .await?;
+        Ok(agent)
+    }
+
+    fn knocctl(&self, args: &str) -> Run {
+        on_login(
+            self.world,
+            &self.home,
+            &format!("exec {BIN}/knocctl {args}"),
+        )
+    }
+
+    /// Runs a pod of this name; answers its uid, which is its name.
+    async fn run(&self, name: &str, annotations: &str) -> anyhow::Result<String> {
+        let manifest = format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, annotations: {{{annotations}}}}}, \
+             spec: {{restartPolicy: Never, terminationGracePeriodSeconds: 1, containers: [{{name: main, \
+             image: /images/busybox.sif, command: [sleep, '600'], resources: {{requests: \
+             {{memory: 64Mi, ephemeral-storage: 100Mi}}, limits: {{ephemeral-storage: 1Gi}}}}}}]}}}}"
+        );
+        let uid = format!("{}-{name}", self.world.namespace);
+        let run = self.knocctl(&format!("run -f - --uid {uid}"));
+        run.stdin(manifest).ok().await?;
+        Ok(uid)
+    }
+
+    /// The pod as the agent shows it.
+    async fn pod(&self, uid: &str) -> anyhow::Result<Value> {
+        let shown = self.knocctl("pods -A -o json").ok().await?;
+        let pods: Value = serde_json::from_slice(&shown.stdout)?;
+        let pods = pods.as_array().context("no list")?;
+        let pod = pods.iter().find(|pod| pod["uid"] == uid);
+        pod.cloned().with_context(|| format!("no {uid}: {pods:?}"))
+    }
+
+    /// Waits until the pod is in that phase; answers the id of its job.
+    async fn wait_phase(&self, uid: &str, phase: &str) -> anyhow::Result<String> {
+        wait_for(&format!("{uid} is {phase}"), SOON, async || {
+            let pod = self.pod(uid).await?;
+            ensure!(pod["phase"] == phase, "{pod}");
+            Ok(pod["job"]["id"].as_str().unwrap_or_default().to_owned())
+        })
+        .await
+    }
+
+    /// Waits until the agent has asked Slurm about its jobs, twice from now on: the first round may have begun before.
+    async fn wait_rounds(&self) -> anyhow::Result<()> {
+        let mut before = String::new();
+        for _ in 0..2 {
+            before = wait_for("a round", SOON, async || {
+                let shown = self.knocctl("info -o json").ok().await?;
+                let info: Value = serde_json::from_slice(&shown.stdout)?;
+                let last = info["node"]["scheduler"]["lastRound"].to_string();
+                ensure!(last != "null" && last > before, "{info}");
+                Ok(last)
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Nobody was told that the job is lost.
+    async fn no_loss(&self, uid: &str) -> anyhow::Result<()> {
+        let record = format!("cat {}/.local/state/knoc/pods/{uid}/record.json", self.home);
+        let record = self.world.on("login", ["sh", "-c", &record]).ok().await?;
+        ensure!(!record.text().contains("SlurmJobLost"), "{record}");
+        Ok(())
+    }
+
+    /// Deletes the pod; then its job has left the queue.
+    async fn delete(&self, uid: &str, job: &str) -> anyhow::Result<()> {
+        self.no_loss(uid).await?;
+        self.knocctl(&format!("delete {uid}")).ok().await?;
+        wait_for(&format!("job {job} has ended"), SOON, async || {
+            let state = slurm_state(self.world, job).await?;
+            ensure!(!["PENDING", "RUNNING"].contains(&&*state), "{state}");
+            Ok(())
+        })
+        .await
+    }
+
+    async fn stop(self) -> anyhow::Result<()> {
+        let home = &self.home;
+        let stop = format!(
+            "p=$(cat {home}/pid); kill $p; while kill -0 $p 2>/dev/null; do sleep 0.1; done; rm -rf {home}"
+        );
+        let stop = self.world.on("login", ["sh", "-c", &stop]);
+        stop.deadline(SOON).ok().await?;
+        Ok(())
+    }
+}
+
+fn on_login(world: &World, home: &str, command: &str) -> Run {
+    let command = format!("export HOME={home} XDG_RUNTIME_DIR={home}/run; {command}");
+    world.on("login", ["sh", "-c", &command])
+}
+
+async fn slurm_state(world: &World, job: &str) -> anyhow::Result<String> {
+    let state = ["squeue", "-h", "-t", "all", "-o", "%T", "-j", job];
+    Ok(world.on("login", state).ok().await?.text())
+}
+
+/// A job that the pods wait for.
+async fn blocker(world: &World) -> anyhow::Result<String> {
+    let job = [
+        "sbatch",
+        "--parsable",
+        "--time=10",
+        "--mem=50",
+        "--job-name=blocker",
+        "--output=/dev/null",
+        "--wrap",
+        "sleep 600",
+    ];
+    Ok(world.on("login", job).ok().await?.text())
+}
+
+#[tokio::test]
+async fn a_job_that_is_renamed_is_its_pods_through_its_whole_life() -> anyhow::Result<()> {
+    let world = World::new("renamed").await?;
+    let agent = Agent::start(&world, r#"exec /usr/bin/sbatch "$@""#).await?;
+    let blocker = blocker(&world).await?;
+    let waits = format!("'knoc.io/dependency': 'afterany:{blocker}'");
+    let changes = [
+        ("comment", "Comment=mine"),
+        ("name", "Name=mine"),
+        ("both", "Comment=mine Name=mine"),
+        ("all", "Comment=mine Name=mine WorkDir=/tmp"),
+    ];
+    let mut pods = Vec::new();
+    for (case, change) in changes {
+        for life in ["queued", "run"] {
+            let uid = agent.run(&format!("{case}-{life}"), &waits).await?;
+            let job = agent.wait_phase(&uid, "Queued").await?;
+            let update = format!("scontrol update JobId={job} {change}");
+            world.on("login", ["sh", "-c", &update]).ok().await?;
+            pods.push((life, uid, job));
+        }
+    }
+    agent.wait_rounds().await?;
+    for (_, uid, job) in pods.iter().filter(|(life, _, _)| *life == "queued") {
+        agent.delete(uid, job).await?;
+    }
+    world.on("login", ["scancel", &blocker]).ok().await?;
+    for (_, uid, job) in pods.iter().filter(|(life, _, _)| *life == "run") {
+        agent.wait_phase(uid, "Running").await?;
+        ensure!(slurm_state(&world, job).await? == "RUNNING");
+    }
+    agent.wait_rounds().await?;
+    for (_, uid, job) in pods.iter().filter(|(life, _, _)| *life == "run") {
+        agent.delete(uid, job).await?;
+    }
+    agent.stop().await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_wrapper_of_sbatch_may_comment_and_name_jobs_and_print_no_id() -> anyhow::Result<()> {
+    let world = World::new("wrapper").await?;
+    // The last one of an option counts. Every second time it says nothing.
+    let wrapper = r#"[ "$1" = --parsable ] || exec /usr/bin/sbatch "$@"
+echo 'Your project has 1,000 hours left.'
+n=$(dirname "$0")/odd
+if mkdir "$n" 2>/dev/null; then exec /usr/bin/sbatch "$@" --comment=site --job-name=site
+else rmdir "$n"; /usr/bin/sbatch "$@" --comment=site --job-name=site >/dev/null; fi"#;
+    let agent = Agent::start(&world, wrapper).await?;
+    for name in ["with-id", "without-id"] {
+        let uid = agent.run(name, "").await?;
+        let job = agent.wait_phase(&uid, "Running").await?;
+        agent.wait_rounds().await?;
+        let named = ["squeue", "-h", "-o", "%j %k", "-j", &job];
+        let named = world.on("login", named).ok().await?.text();
+        ensure!(named == "site site", "{named}");
+        agent.delete(&uid, &job).await?;
+    }
+    agent.stop().await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn what_makes_sbatch_print_help_is_refused_once() -> anyhow::Result<()> {
+    let world = World::new("help").await?;
+    let wrapper = r#"[ "$1" = --parsable ] || exec /usr/bin/sbatch "$@"
+echo call >>"$(dirname "$0")/calls"; exec /usr/bin/sbatch "$@" --hint=help"#;
+    let agent = Agent::start(&world, wrapper).await?;
+    // By name, before sbatch is asked.
+    let gres = agent.run("gres", "'knoc.io/gres': help").await;
+    let gres = format!("{:#}", gres.err().context("it was accepted")?);
+    ensure!(
+        gres.contains("knoc.io/gres") && gres.contains("help"),
+        "{gres}"
+    );
+    // Where the site does it itself.
+    let uid = agent.run("hint", "").await?;
+    let pod = wait_for("the refusal", SOON, async || {
+        let pod = agent.pod(&uid).await?;
+        ensure!(pod["phase"] == "Finished", "{pod}");
+        Ok(pod)
+    })
+    .await?;
+    let outcome = pod["outcome"].to_string();
+    ensure!(
+        outcome.contains("Rejected") && outcome.contains("without a job id"),
+        "{pod}"
+    );
+    let calls = format!("wc -l <{}/calls", agent.home);
+    let calls = world.on("login", ["sh", "-c", &calls]).ok().await?.text();
+    ensure!(calls == "1", "{calls}");
+    agent.stop().await?;
+    world.finish().await
+}
