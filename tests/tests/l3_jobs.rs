@@ -234,7 +234,7 @@ else rmdir "$n"; /usr/bin/sbatch "$@" --comment=site --job-name=site >/dev/null;
 async fn what_makes_sbatch_print_help_is_refused_once() -> anyhow::Result<()> {
     let world = World::new("help").await?;
     let wrapper = r#"[ "$1" = --parsable ] || exec /usr/bin/sbatch "$@"
-echo call >>"$(dirname "$0")/calls"; exec /usr/bin/sbatch "$@" --hint=help"#;
+echo call >>"$(dirname "$0")/calls"; exec /usr/bin/sbatch "$@" --gres=help"#;
     let agent = Agent::start(&world, wrapper).await?;
     // By name, before sbatch is asked.
     let gres = agent.run("gres", "'knoc.io/gres': help").await;
@@ -244,7 +244,7 @@ echo call >>"$(dirname "$0")/calls"; exec /usr/bin/sbatch "$@" --hint=help"#;
         "{gres}"
     );
     // Where the site does it itself.
-    let uid = agent.run("hint", "").await?;
+    let uid = agent.run("wrapped", "").await?;
     let pod = wait_for("the refusal", SOON, async || {
         let pod = agent.pod(&uid).await?;
         ensure!(pod["phase"] == "Finished", "{pod}");
