@@ -20,25 +20,35 @@ struct Agent<'a> {
 }
 
 impl<'a> Agent<'a> {
-    /// With `sbatch` as its sbatch, a shell script.
-    async fn start(world: &'a World, sbatch: &str) -> anyhow::Result<Self> {
+    /// With shell scripts in the place of some of Slurm's commands, and a prelude for its jobs.
+    async fn start(
+        world: &'a World,
+        tools: &[(&str, &str)],
+        prelude: &str,
+    ) -> anyhow::Result<Self> {
         let home = format!("/home/hpcuser/{}", world.namespace);
         let (kubelet, shim) = (some_port(), some_port());
         let setup = format!(
             r#"set -e
 mkdir -p {home}/run; cd {home}; chmod 700 run
-cat >sbatch; chmod 755 sbatch
 export HOME={home}
 {BIN}/knoc-agent init --site second --address 10.77.0.2:{kubelet} >/dev/null
-sed -i 's|^sbatch = .*|sbatch = "{home}/sbatch"|
+sed -i 's|^prelude = .*|prelude = "{prelude}"|
 s|^#* *image_roots *=.*|image_roots = ["/images"]|
 s|^kubelet = .*|kubelet = "0.0.0.0:{kubelet}"|
 s|^# shim = .*|shim = "0.0.0.0:{shim}"|
-s|^#* *lost_after *=.*|lost_after = "20s"|' .config/knoc/agent.toml
+s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
 "#
         );
-        let run = world.on("login", ["sh", "-c", &setup]);
-        run.stdin(format!("#!/bin/sh\n{sbatch}\n")).ok().await?;
+        world.on("login", ["sh", "-c", &setup]).ok().await?;
+        for (tool, script) in tools {
+            let put = format!(
+                "cd {home}; cat >{tool}; chmod 755 {tool}; \
+                 sed -i 's|^{tool} = .*|{tool} = \"{home}/{tool}\"|' .config/knoc/agent.toml"
+            );
+            let put = world.on("login", ["sh", "-c", &put]);
+            put.stdin(format!("#!/bin/sh\n{script}\n")).ok().await?;
+        }
         let log = tempfile::tempdir()?;
         let serve = format!("echo $$ >{home}/pid; exec {BIN}/knoc-agent serve");
         let process = on_login(world, &home, &serve).spawn(&log.path().join("agent.log"))?;
@@ -171,7 +181,7 @@ async fn blocker(world: &World) -> anyhow::Result<String> {
 #[tokio::test]
 async fn a_job_that_is_renamed_is_its_pods_through_its_whole_life() -> anyhow::Result<()> {
     let world = World::new("renamed").await?;
-    let agent = Agent::start(&world, r#"exec /usr/bin/sbatch "$@""#).await?;
+    let agent = Agent::start(&world, &[], "").await?;
     let blocker = blocker(&world).await?;
     let waits = format!("'knoc.io/dependency': 'afterany:{blocker}'");
     let changes = [
@@ -216,7 +226,7 @@ echo 'Your project has 1,000 hours left.'
 n=$(dirname "$0")/odd
 if mkdir "$n" 2>/dev/null; then exec /usr/bin/sbatch "$@" --comment=site --job-name=site
 else rmdir "$n"; /usr/bin/sbatch "$@" --comment=site --job-name=site >/dev/null; fi"#;
-    let agent = Agent::start(&world, wrapper).await?;
+    let agent = Agent::start(&world, &[("sbatch", wrapper)], "").await?;
     for name in ["with-id", "without-id"] {
         let uid = agent.run(name, "").await?;
         let job = agent.wait_phase(&uid, "Running").await?;
@@ -235,7 +245,7 @@ async fn what_makes_sbatch_print_help_is_refused_once() -> anyhow::Result<()> {
     let world = World::new("help").await?;
     let wrapper = r#"[ "$1" = --parsable ] || exec /usr/bin/sbatch "$@"
 echo call >>"$(dirname "$0")/calls"; exec /usr/bin/sbatch "$@" --gres=help"#;
-    let agent = Agent::start(&world, wrapper).await?;
+    let agent = Agent::start(&world, &[("sbatch", wrapper)], "").await?;
     // By name, before sbatch is asked.
     let gres = agent.run("gres", "'knoc.io/gres': help").await;
     let gres = format!("{:#}", gres.err().context("it was accepted")?);
@@ -259,6 +269,84 @@ echo call >>"$(dirname "$0")/calls"; exec /usr/bin/sbatch "$@" --gres=help"#;
     let calls = format!("wc -l <{}/calls", agent.home);
     let calls = world.on("login", ["sh", "-c", &calls]).ok().await?.text();
     ensure!(calls == "1", "{calls}");
+    agent.stop().await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_queue_that_shows_jobs_late_loses_none() -> anyhow::Result<()> {
+    let world = World::new("late").await?;
+    // As long as `late` is there, nobody knows any job.
+    let late = |tool: &str| {
+        format!(
+            r#"[ "$1" = --version ] || [ ! -e "$(dirname "$0")/late" ] || exit 0; exec /usr/bin/{tool} "$@""#
+        )
+    };
+    let (squeue, sacct) = (late("squeue"), late("sacct"));
+    let tools = [("squeue", squeue.as_str()), ("sacct", sacct.as_str())];
+    let agent = Agent::start(&world, &tools, "").await?;
+    let file = format!("{}/late", agent.home);
+    world.on("login", ["touch", &file]).ok().await?;
+    let uid = agent.run("late", "").await?;
+    let job = agent.wait_phase(&uid, "Running").await?;
+    agent.wait_rounds().await?;
+    agent.no_loss(&uid).await?;
+    world.on("login", ["rm", &file]).ok().await?;
+    agent.delete(&uid, &job).await?;
+    agent.stop().await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_prelude_that_fails_is_cannot_start() -> anyhow::Result<()> {
+    let world = World::new("prelude").await?;
+    let prelude = "echo no such module; exit 3";
+    let agent = Agent::start(&world, &[], prelude).await?;
+    let uid = agent.run("prelude", "").await?;
+    let pod = wait_for("the pod has failed", SOON, async || {
+        let pod = agent.pod(&uid).await?;
+        ensure!(pod["phase"] == "Finished", "{pod}");
+        Ok(pod)
+    })
+    .await?;
+    let outcome = &pod["outcome"];
+    let message = outcome["message"].as_str().unwrap_or_default();
+    ensure!(
+        outcome["reason"] == "CannotStart"
+            && message.contains("code 3")
+            && message.contains("no such module"),
+        "{outcome}"
+    );
+    agent.stop().await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn streams_into_a_suspended_job_say_that_it_is_suspended() -> anyhow::Result<()> {
+    let world = World::new("suspended").await?;
+    let agent = Agent::start(&world, &[], "").await?;
+    let uid = agent.run("sleeps", "").await?;
+    let job = agent.wait_phase(&uid, "Running").await?;
+    let streams = [format!("exec {uid} -- true"), format!("attach {uid}")];
+    agent.knocctl(&streams[0]).ok().await?;
+    let suspend = ["scontrol", "suspend", job.as_str()];
+    world.on_as_root("ctl", suspend).ok().await?;
+    // The first comes before the agent has heard of it.
+    for stream in &streams {
+        let said = agent.knocctl(stream).deadline(SOON).output().await?;
+        let all = said.to_string();
+        ensure!(
+            said.code != 0 && all.contains("is suspended"),
+            "{stream}: {said}"
+        );
+    }
+    let resume = ["scontrol", "resume", job.as_str()];
+    world.on_as_root("ctl", resume).ok().await?;
+    wait_for("it answers again", SOON, async || {
+        agent.knocctl(&streams[0]).ok().await
+    })
+    .await?;
+    agent.delete(&uid, &job).await?;
     agent.stop().await?;
     world.finish().await
 }

@@ -29,10 +29,24 @@ impl Slurm {
     async fn tool(&self, name: &str, program: &Path) -> pb::Finding {
         let check = format!("slurm: {name}");
         match self.command(program).arg("--version").run().await {
-            Ok(output) => ok(
-                check,
-                format!("{} {}", site_path(self, program), output.text().trim()),
-            ),
+            Ok(output) => {
+                let text = output.text();
+                let detail = format!("{} {}", site_path(self, program), text.trim());
+                let is_version = text.split_whitespace().any(|word| {
+                    word.contains('.') && word.starts_with(|first: char| first.is_ascii_digit())
+                });
+                pb::Finding {
+                    check,
+                    ok: is_version,
+                    detail,
+                    cure: if is_version {
+                        String::new()
+                    } else {
+                        "this is not Slurm's own answer to --version: name the real program in [tools]"
+                            .to_owned()
+                    },
+                }
+            }
             Err(err) => bad(
                 check,
                 &err,

@@ -68,7 +68,7 @@ pub(super) const TABLE: &[Type] = &[
         row("claims", Any, Refused, "dynamic resource allocation is not supported"),
     ]),
     of("ResourceList", "`resources.requests`, `resources.limits`", &[
-        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: the larger of the init containers, the sum of the others"),
+        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: the larger of the init containers, the sum of the others; local disk is reserved only where the site's nodes have TmpDisk"),
         row("hugepages-*", Any, Refused, "huge pages cannot be asked of Slurm"),
         row("*", Any, Honoured, "extended resources: the agent's site file says what each is in `--gres` (`[gres]`; by default `nvidia.com/gpu` is `gpu`), one that it does not name is refused by name. Where `knoc.io/gres` says more (`gpu:a100:1`) that is asked for in their place. A container with `nvidia.com/gpu` or `amd.com/gpu`, and no other, sees the driver's files and devices (`--nv`, `--rocm`), `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` as Slurm set it unless it sets its own, and `/.singularity.d/libs` at the end of `LD_LIBRARY_PATH`. Where the compute node lacks the driver Apptainer only warns"),
     ]),
