@@ -251,7 +251,12 @@ impl Slurm {
         let known = if job.named {
             None
         } else {
-            self.look_at(job).await?
+            self.look_at(job).await.unwrap_or_else(|error| {
+                // Its name as a filter is safe in any case, and mostly right; who cancels asks again.
+                let (job, uid, error) = (&job.id, &job.uid, knoc_proto::error::chain(&error));
+                tracing::warn!(%job, %uid, error, "looked in vain at a job to cancel");
+                None
+            })
         };
         let command = match known {
             // With the name as a filter the id cannot be another job's.
