@@ -1,6 +1,6 @@
 //! Whose a job is, on the real Slurm: jobs that are renamed or commented anew, a wrapper of sbatch, values that print
 //! help. The pods run under an agent of their own on the login node, with a state directory, ports and an sbatch of its
-//! own, and are driven by `knocctl` there.
+//! own, and are driven by `knocctl` there. Their containers are plain processes of the compute nodes.
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{Run, World, pod::some_port, wait_for, world::SOON};
@@ -32,9 +32,8 @@ impl<'a> Agent<'a> {
             r#"set -e
 mkdir -p {home}/run; cd {home}; chmod 700 run
 export HOME={home}
-{BIN}/knoc-agent init --site second --address 10.77.0.2:{kubelet} >/dev/null
+{BIN}/knoc-agent init --site second --runtime process --address 10.77.0.2:{kubelet} >/dev/null
 sed -i 's|^prelude = .*|prelude = "{prelude}"|
-s|^#* *image_roots *=.*|image_roots = ["/images"]|
 s|^kubelet = .*|kubelet = "0.0.0.0:{kubelet}"|
 s|^# shim = .*|shim = "0.0.0.0:{shim}"|
 s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
@@ -78,7 +77,7 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
         let manifest = format!(
             "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, annotations: {{{annotations}}}}}, \
              spec: {{restartPolicy: Never, terminationGracePeriodSeconds: 1, containers: [{{name: main, \
-             image: /images/busybox.sif, command: [sleep, '600'], resources: {{requests: \
+             image: none, command: [sleep, '600'], resources: {{requests: \
              {{memory: 64Mi, ephemeral-storage: 100Mi}}, limits: {{ephemeral-storage: 1Gi}}}}}}]}}}}"
         );
         let uid = format!("{}-{name}", self.world.namespace);

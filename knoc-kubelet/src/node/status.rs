@@ -154,6 +154,15 @@ pub fn pod_limit(configured: u32, capacity: &pb::NodeInfo) -> u32 {
     }
 }
 
+/// Local disk of the node: what Slurm knows of, or more than any pod asks for.
+#[must_use]
+pub fn ephemeral_storage(capacity: &pb::NodeInfo) -> i64 {
+    match capacity.ephemeral_storage_bytes {
+        known if known > 0 => known,
+        _ => UNKNOWN_STORAGE,
+    }
+}
+
 fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value {
     let pods = pod_limit(identity.pods, capacity);
     let mut list = Map::new();
@@ -165,11 +174,7 @@ fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value
     };
     put("cpu", capacity.cpu);
     put("memory", capacity.memory_bytes);
-    let storage = match capacity.ephemeral_storage_bytes {
-        known if known > 0 => known,
-        _ => UNKNOWN_STORAGE,
-    };
-    put("ephemeral-storage", storage);
+    put("ephemeral-storage", ephemeral_storage(capacity));
     for (name, amount) in &capacity.extended {
         put(name, *amount);
     }
@@ -422,6 +427,27 @@ mod tests {
             previous: None,
             now: at(100),
         }
+    }
+
+    /// Most sites leave TmpDisk at 0: a node without the resource is passed over for all pods that ask for some.
+    #[test]
+    fn a_site_that_tells_of_no_local_disk_refuses_no_pod_for_it() {
+        let (identity, link) = (identity(), up());
+        let shown = |bytes| {
+            let capacity = pb::NodeInfo {
+                ephemeral_storage_bytes: bytes,
+                ..capacity()
+            };
+            let status = status(&facts(&identity, &link, Some(&capacity)));
+            let amount = |list: &str| {
+                let text = status[list]["ephemeral-storage"].as_str().unwrap();
+                text.parse::<i64>().unwrap()
+            };
+            (amount("capacity"), amount("allocatable"))
+        };
+        assert_eq!(shown(5 << 30), (5 << 30, 50 << 30));
+        let (unknown, allocatable) = shown(0);
+        assert!(unknown >= 1 << 50 && allocatable >= unknown, "{unknown}");
     }
 
     #[test]
