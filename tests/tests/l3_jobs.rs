@@ -7,8 +7,10 @@ use knoc_tests::{Run, World, pod::some_port, wait_for, world::SOON};
 use serde_json::Value;
 use tokio::process::Child;
 
-/// Where the test bed has the programs on the login node.
-const BIN: &str = "/home/hpcuser/bin";
+/// Where the programs are on the login node: what the test bed installed, or others that are to be tried beside it.
+fn programs() -> String {
+    std::env::var("KNOC_LOGIN_BIN").unwrap_or_else(|_| "/home/hpcuser/bin".to_owned())
+}
 
 /// A second agent.
 struct Agent<'a> {
@@ -27,12 +29,12 @@ impl<'a> Agent<'a> {
         prelude: &str,
     ) -> anyhow::Result<Self> {
         let home = format!("/home/hpcuser/{}", world.namespace);
-        let (kubelet, shim) = (some_port(), some_port());
+        let (kubelet, shim, bin) = (some_port(), some_port(), programs());
         let setup = format!(
             r#"set -e
 mkdir -p {home}/run; cd {home}; chmod 700 run
 export HOME={home}
-{BIN}/knoc-agent init --site second --runtime process --address 10.77.0.2:{kubelet} >/dev/null
+{bin}/knoc-agent init --site second --runtime process --address 10.77.0.2:{kubelet} >/dev/null
 sed -i 's|^prelude = .*|prelude = "{prelude}"|
 s|^kubelet = .*|kubelet = "0.0.0.0:{kubelet}"|
 s|^# shim = .*|shim = "0.0.0.0:{shim}"|
@@ -49,7 +51,7 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
             put.stdin(format!("#!/bin/sh\n{script}\n")).ok().await?;
         }
         let log = tempfile::tempdir()?;
-        let serve = format!("echo $$ >{home}/pid; exec {BIN}/knoc-agent serve");
+        let serve = format!("echo $$ >{home}/pid; exec {bin}/knoc-agent serve");
         let process = on_login(world, &home, &serve).spawn(&log.path().join("agent.log"))?;
         let agent = Self {
             world,
@@ -65,11 +67,8 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
     }
 
     fn knocctl(&self, args: &str) -> Run {
-        on_login(
-            self.world,
-            &self.home,
-            &format!("exec {BIN}/knocctl {args}"),
-        )
+        let command = format!("exec {}/knocctl {args}", programs());
+        on_login(self.world, &self.home, &command)
     }
 
     /// Runs a pod of this name; answers its uid, which is its name.
