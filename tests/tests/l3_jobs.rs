@@ -87,7 +87,7 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
 
     /// The pod as the agent shows it.
     async fn pod(&self, uid: &str) -> anyhow::Result<Value> {
-        let shown = self.knocctl("pods -A -o json").ok().await?;
+        let shown = self.knocctl("pods -o json").ok().await?;
         let pods: Value = serde_json::from_slice(&shown.stdout)?;
         let pods = pods.as_array().context("no list")?;
         let pod = pods.iter().find(|pod| pod["uid"] == uid);
