@@ -109,26 +109,27 @@ fn after_a_signal_the_reason_is_slurms() {
 /// What stands before the shim in the batch script is the site's prelude.
 #[test]
 fn a_prelude_that_fails_is_cannot_start() {
-    let judge = |state, exit, report: Option<&pb::Report>, unclaimed| {
-        let view = view(state, Some(exit));
-        let evidence = Evidence {
-            view: Some(&view),
-            report,
-            cause: None,
-            deadline: None,
-            grace: Duration::from_secs(30),
-            batch_tail: "module: command not found",
-            unclaimed,
-        };
-        decide(&evidence, Timestamp::from_second(200).unwrap())
-    };
+    for (state, exit, unclaimed) in [
+        (JobState::Failed, (1, 0), false),
+        (JobState::Failed, (127, 0), false),
+        (JobState::Failed, (3, 0), true),
+        (JobState::Completed, (0, 0), true),
+        (JobState::Failed, (64, 0), true),
+    ] {
+        let outcome = without_shim(&view(state, Some(exit)), None, unclaimed);
+        assert!(!outcome.succeeded);
+        assert_eq!(outcome.reason, "CannotStart", "{exit:?}");
+        let message = outcome.message;
+        assert!(message.contains("prelude"), "{message}");
+        assert!(message.contains("module: command not found"), "{message}");
+    }
+}
+
+#[test]
+fn a_job_that_ended_in_another_way_has_another_reason() {
     let begun = pb::Report::default();
-    let cases = [
-        (JobState::Failed, (1, 0), None, false, "CannotStart"),
-        (JobState::Failed, (127, 0), None, false, "CannotStart"),
-        (JobState::Failed, (3, 0), None, true, "CannotStart"),
-        (JobState::Completed, (0, 0), None, true, "CannotStart"),
-        (JobState::Failed, (64, 0), None, true, "CannotStart"),
+    let cancelled = JobState::Cancelled { by: None };
+    for (state, exit, report, unclaimed, reason) in [
         // A shim that was there and left no report.
         (
             JobState::Completed,
@@ -159,24 +160,24 @@ fn a_prelude_that_fails_is_cannot_start() {
             "ContainerStatusUnknown",
         ),
         (JobState::OutOfMemory, (1, 0), None, true, "OOMKilled"),
-        (
-            JobState::Cancelled { by: None },
-            (1, 0),
-            None,
-            true,
-            "Cancelled",
-        ),
-    ];
-    for (state, exit, report, unclaimed, reason) in cases {
-        let outcome = judge(state.clone(), exit, report, unclaimed);
-        assert!(!outcome.succeeded);
-        assert_eq!(outcome.reason, reason, "{state} {exit:?} {unclaimed}");
-        if reason == "CannotStart" {
-            let message = outcome.message;
-            assert!(message.contains("prelude"), "{message}");
-            assert!(message.contains("module: command not found"), "{message}");
-        }
+        (cancelled, (1, 0), None, true, "Cancelled"),
+    ] {
+        let outcome = without_shim(&view(state, Some(exit)), report, unclaimed);
+        assert_eq!(outcome.reason, reason, "{exit:?} {unclaimed}");
     }
+}
+
+fn without_shim(view: &JobView, report: Option<&pb::Report>, unclaimed: bool) -> Outcome {
+    let evidence = Evidence {
+        view: Some(view),
+        report,
+        cause: None,
+        deadline: None,
+        grace: Duration::from_secs(30),
+        batch_tail: "module: command not found",
+        unclaimed,
+    };
+    decide(&evidence, Timestamp::from_second(200).unwrap())
 }
 
 #[test]

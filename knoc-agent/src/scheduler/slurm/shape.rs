@@ -193,7 +193,7 @@ fn local_disk(
 ) -> Result<(Option<i64>, Option<String>), Refusal> {
     let named = partition(job, site);
     let eligible = |known: &&PartitionLimits| match &named {
-        Some(names) => names.split(',').any(|name| name == known.name),
+        Some(list) => list.split(',').any(|name| name == known.name),
         None => known.is_default,
     };
     let Some(largest) = partitions

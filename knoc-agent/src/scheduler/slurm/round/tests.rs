@@ -59,13 +59,13 @@ impl Fake {
             assert!(text.contains(from), "{from}");
             text = text.replace(from, to);
         }
-        let changed = self.dir.path().join(format!("{name}.txt"));
+        let answer = self.dir.path().join(format!("{name}.txt"));
         std::io::Write::write_all(
-            &mut std::fs::File::create(&changed).unwrap(),
+            &mut std::fs::File::create(&answer).unwrap(),
             text.as_bytes(),
         )
         .unwrap();
-        self.program(name, &format!("cat '{}'", changed.display()))
+        self.program(name, &format!("cat '{}'", answer.display()))
     }
 
     fn slurm(&self) -> Slurm {
