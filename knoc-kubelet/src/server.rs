@@ -24,6 +24,7 @@ mod refused;
 mod remote;
 mod remotecommand;
 mod routes;
+mod separate_end;
 mod spdy;
 mod stats;
 mod stop;

@@ -25,6 +25,7 @@ use tower::ServiceExt as _;
 use tracing::{debug, info, warn};
 
 use super::authn::Peer;
+use super::separate_end::SeparateEnd;
 use super::tls::Tls;
 use super::wire::Wire;
 
@@ -140,7 +141,7 @@ impl Connection {
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(IDLE_TIMEOUT)
-            .serve_connection(TokioIo::new(stream), service)
+            .serve_connection(TokioIo::new(SeparateEnd(stream)), service)
             .with_upgrades();
         let mut connection = std::pin::pin!(connection);
         let ended = tokio::select! {
