@@ -6,8 +6,13 @@ use std::{collections::HashSet, fmt, ops::Deref};
 
 use crate::{
     ids::{ContainerName, PodUid},
+    names::{self, BadName},
     pb,
+    text::quote,
 };
+
+/// How many bytes of a bad name are shown.
+const SHOWN: usize = 80;
 
 /// All that is wrong with a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,6 +86,7 @@ impl TryFrom<pb::PodSpec> for PodSpec {
         let mut problems = Vec::new();
         let uid = PodUid::try_from(spec.uid.as_str()).map_err(|e| problems.push(e.to_string()));
         check_names(&spec, &mut problems);
+        check_numbers(&spec, &mut problems);
         check_volumes(&spec, &mut problems);
         if spec.containers.is_empty() {
             problems.push("the pod has no container".to_owned());
@@ -99,18 +105,65 @@ impl TryFrom<pb::PodSpec> for PodSpec {
     }
 }
 
+/// Notes what is wrong with a name.
+fn check(what: &str, name: &str, checked: Result<(), BadName>, problems: &mut Vec<String>) {
+    if let Err(why) = checked {
+        problems.push(format!("the {what} {}: {why}", quote(name, SHOWN)));
+    }
+}
+
 fn check_names(spec: &pb::PodSpec, problems: &mut Vec<String>) {
-    for (what, name) in [("name", &spec.name), ("namespace", &spec.namespace)] {
-        if !is_dns_name(name) {
-            problems.push(format!("the {what} {name:?} is not a DNS name"));
+    let (name, namespace) = (&spec.name, &spec.namespace);
+    check("name", name, names::dns_subdomain(name), problems);
+    check(
+        "namespace",
+        namespace,
+        names::dns_label(namespace),
+        problems,
+    );
+    for (what, value, rule) in [
+        (
+            "hostname",
+            &spec.hostname,
+            names::is_host_name as fn(&str) -> Result<(), BadName>,
+        ),
+        ("node name", &spec.node_name, names::dns_subdomain),
+        (
+            "service account",
+            &spec.service_account,
+            names::dns_subdomain,
+        ),
+    ] {
+        if !value.is_empty() {
+            check(what, value, rule(value), problems);
         }
     }
-    if !spec.hostname.is_empty() && !is_dns_name(&spec.hostname) {
-        problems.push(format!(
-            "the hostname {:?} is not a DNS name",
-            spec.hostname
-        ));
+    // A map of a message has no order, the problems have.
+    let mut labels: Vec<_> = spec.labels.iter().collect();
+    labels.sort();
+    for (key, value) in labels {
+        check("label key", key, names::qualified_name(key), problems);
+        check("label value", value, names::label_value(value), problems);
     }
+    let mut annotations: Vec<_> = spec.annotations.keys().collect();
+    annotations.sort();
+    for key in annotations {
+        check("annotation key", key, names::annotation_key(key), problems);
+    }
+    for alias in &spec.host_aliases {
+        check(
+            "host alias",
+            &alias.ip,
+            names::ip_address(&alias.ip),
+            problems,
+        );
+        for name in &alias.hostnames {
+            check("host alias", name, names::dns_subdomain(name), problems);
+        }
+    }
+}
+
+fn check_numbers(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     for (what, value) in [
         (
             "terminationGracePeriodSeconds",
@@ -121,17 +174,6 @@ fn check_names(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     ] {
         if value < 0 {
             problems.push(format!("{what} is negative ({value})"));
-        }
-    }
-    for alias in &spec.host_aliases {
-        if alias.ip.parse::<std::net::IpAddr>().is_err() {
-            problems.push(format!(
-                "the host alias {:?} is not an IP address",
-                alias.ip
-            ));
-        }
-        for name in alias.hostnames.iter().filter(|name| !is_dns_name(name)) {
-            problems.push(format!("the host alias {name:?} is not a DNS name"));
         }
     }
 }
@@ -294,9 +336,10 @@ impl Deref for PodValues {
 /// Never shows a value: it may be a secret.
 fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>) {
     let name = &var.name;
-    if !is_variable_name(name) {
+    if let Err(why) = names::environment_variable(name) {
+        let name = quote(name, SHOWN);
         problems.push(format!(
-            "container {container:?}: {name:?} is no name of a variable"
+            "container {container:?}: the variable {name}: {why}"
         ));
     }
     let nul = match &var.value {
@@ -325,15 +368,6 @@ fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>)
     }
 }
 
-/// Printable ASCII without `=`, as Kubernetes 1.34 and later accept it.
-#[must_use]
-pub fn is_variable_name(name: &str) -> bool {
-    !name.is_empty()
-        && name
-            .bytes()
-            .all(|byte| (b' '..=b'~').contains(&byte) && byte != b'=')
-}
-
 /// An absolute path without `..`, control characters or NUL.
 #[must_use]
 pub fn is_absolute(path: &str) -> bool {
@@ -348,17 +382,6 @@ pub fn is_relative(path: &str) -> bool {
 
 fn has_control(text: &str) -> bool {
     text.chars().any(char::is_control)
-}
-
-fn is_dns_name(name: &str) -> bool {
-    let is_label = |label: &str| {
-        let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        (1..=63).contains(&label.len())
-            && label.bytes().all(inner)
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 #[cfg(test)]

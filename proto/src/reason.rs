@@ -6,8 +6,13 @@ use std::fmt;
 
 use tonic::{Code, Status, metadata::MetadataValue};
 
+use crate::text;
+
 /// The trailer that carries the reason.
 pub const TRAILER: &str = "knoc-reason";
+
+/// How much of a message is sent. It travels as a header, percent-encoded, and HTTP/2 bounds those to 16 KiB.
+const MESSAGE: usize = 4 << 10;
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident => $code:ident, $retryable:literal;)*) => {
@@ -91,7 +96,8 @@ impl ErrorReason {
     /// The gRPC status that carries this reason.
     #[must_use]
     pub fn status(self, message: impl Into<String>) -> Status {
-        let mut status = Status::new(self.code(), message);
+        let message = message.into();
+        let mut status = Status::new(self.code(), text::shorten(&message, MESSAGE));
         status
             .metadata_mut()
             .insert(TRAILER, MetadataValue::from_static(self.as_str()));
@@ -141,6 +147,12 @@ mod tests {
             assert_eq!(ErrorReason::may_retry(&status), reason.retryable());
             assert_eq!(status.message(), "words");
         }
+    }
+
+    #[test]
+    fn a_message_is_bounded() {
+        let status = ErrorReason::InvalidSpec.status("\n".repeat(1 << 20));
+        assert!(status.message().len() <= MESSAGE);
     }
 
     #[test]

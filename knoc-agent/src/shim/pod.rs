@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
 };
 
-use knoc_proto::{expand::RuntimeFields, pb};
+use knoc_proto::{expand::RuntimeFields, names, pb};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio_util::task::TaskTracker;
 
@@ -144,12 +144,7 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
         host_ip,
     };
     let hostname = if spec.hostname.is_empty() {
-        spec.name
-            .chars()
-            .take(63)
-            .collect::<String>()
-            .trim_end_matches(['-', '.'])
-            .to_owned()
+        names::host_name(&spec.name).to_owned()
     } else {
         spec.hostname.clone()
     };

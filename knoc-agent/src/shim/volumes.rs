@@ -247,7 +247,8 @@ fn write(path: &Path, data: &[u8], mode: u32) -> Result<(), FileError> {
 
 /// Makes `name` in `folder` a link to `target`, in one step.
 fn relink(folder: &Path, target: &str, name: &str) -> Result<(), FileError> {
-    let temporary = folder.join(format!("..tmp-{}", name.trim_start_matches('.')));
+    // One writer makes one link after the other. A name made of `name` could be longer than a file's may be.
+    let temporary = folder.join("..tmp");
     fs::remove_file(&temporary).ok();
     symlink(target, &temporary).map_err(FileError::on("link", &temporary))?;
     let name = folder.join(name);
@@ -338,6 +339,19 @@ mod tests {
             left,
             BTreeSet::from(["..2", "..data", "a"].map(str::to_owned))
         );
+    }
+
+    #[test]
+    fn the_longest_key_is_a_file() {
+        let (_base, _scratch, volumes) = volumes();
+        let (key, name) = ("k".repeat(253), "n".repeat(255));
+        for revision in [1, 2] {
+            let files = vec![file(&key, "1", 0o644), file(&name, "2", 0o644)];
+            volumes.write(&values(revision, files)).unwrap();
+        }
+        let folder = volumes.binds(&[mount("cm", "")]).unwrap().remove(0).source;
+        assert_eq!(fs::read_to_string(folder.join(key)).unwrap(), "1");
+        assert_eq!(fs::read_to_string(folder.join(name)).unwrap(), "2");
     }
 
     #[test]

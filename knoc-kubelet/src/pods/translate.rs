@@ -16,7 +16,7 @@ use k8s_openapi::{
     api::core::v1::{self as core, ConfigMap, Pod, Secret},
     apimachinery::pkg::api::resource::Quantity,
 };
-use knoc_proto::pb;
+use knoc_proto::{names, pb};
 
 use super::quantity;
 
@@ -142,7 +142,10 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .termination_grace_period_seconds
             .unwrap_or(DEFAULT_GRACE),
         active_deadline_seconds: spec.active_deadline_seconds.unwrap_or(0),
-        hostname: spec.hostname.clone().unwrap_or_else(|| hostname(&name)),
+        hostname: match spec.hostname.as_deref() {
+            None | Some("") => names::host_name(&name).to_owned(),
+            Some(hostname) => hostname.to_owned(),
+        },
         name,
         volumes,
         job: Some(job),
@@ -245,12 +248,6 @@ fn restart_policy(spec: &core::PodSpec) -> pb::RestartPolicy {
         Some("OnFailure") => pb::RestartPolicy::OnFailure,
         _ => pb::RestartPolicy::Always,
     }
-}
-
-/// A pod's name as a host name: at most 63 characters, not ending in `-` or `.`.
-fn hostname(name: &str) -> String {
-    let cut: String = name.chars().take(63).collect();
-    cut.trim_end_matches(['-', '.']).to_owned()
 }
 
 fn shape_alias(alias: &core::HostAlias) -> pb::HostAlias {

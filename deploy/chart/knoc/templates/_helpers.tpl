@@ -4,7 +4,7 @@
 
 {{- /* Cluster-wide names carry the node, so that several sites can be installed side by side. */ -}}
 {{- define "knoc.clusterName" -}}
-{{- printf "knoc-kubelet-%s" (include "knoc.node" .) | trunc 63 | trimSuffix "-" -}}
+{{- printf "knoc-kubelet-%s" (include "knoc.node" .) -}}
 {{- end -}}
 
 {{- define "knoc.fullname" -}}
