@@ -1,11 +1,6 @@
 //! `knoc-agent`: command line, tracing, runtime, signals, exit code. All else is in the library.
 
-use std::{
-    ffi::OsStr,
-    io::{IsTerminal as _, Write as _},
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{ffi::OsStr, io::Write as _, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -14,7 +9,11 @@ use knoc_agent::{
     config::{Config, Home},
     connect, init,
 };
-use knoc_proto::error::chain;
+use knoc_proto::{
+    error::chain,
+    log::{self, Form},
+    text::escape_lines,
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -98,7 +97,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let line = format!("knoc-agent: {}\n", chain(error.as_ref()));
+            let line = format!("knoc-agent: {}\n", escape_lines(&chain(error.as_ref())));
             // Where standard error is gone the exit code still tells.
             drop(std::io::stderr().write_all(line.as_bytes()));
             ExitCode::FAILURE
@@ -130,8 +129,9 @@ fn serve(config: Config) -> anyhow::Result<()> {
     let filter = filter(std::env::var_os("KNOC_LOG").as_deref())?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
+        // No colours: what looks like an escape sequence in a line is escaped, whoever wrote it.
+        .with_ansi(false)
+        .with_writer(|| log::stderr(Form::Text))
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.limits.threads)

@@ -49,7 +49,9 @@ use jiff::Timestamp;
 use knoc_proto::{
     crash,
     error::chain,
+    log::{self as lines, Form},
     pb::{self, OutcomeKind},
+    text::escape,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -114,17 +116,22 @@ pub fn main(jobdir: &Path) -> ExitCode {
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("knoc-agent shim: {error}");
+            say(&error.to_string());
             return ExitCode::from(CANNOT_START);
         }
     };
     let code = runtime.block_on(start(jobdir)).unwrap_or_else(|error| {
-        eprintln!("knoc-agent shim: {error:#}");
+        say(&format!("{error:#}"));
         ExitCode::from(CANNOT_START)
     });
     // A file system that hangs must not hold the job.
     runtime.shutdown_background();
     code
+}
+
+/// A line on standard error, before there is a log.
+fn say(words: &str) {
+    eprintln!("knoc-agent shim: {}", escape(words));
 }
 
 /// Claims the directory, then runs the pod.
@@ -142,7 +149,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     match jobdir.claim(&claim, again) {
         Ok(_) => {}
         Err(error @ ClaimError::Surplus { .. }) => {
-            eprintln!("knoc-agent shim: this job is surplus: {}", chain(&error));
+            say(&format!("this job is surplus: {}", chain(&error)));
             return Ok(ExitCode::from(SURPLUS));
         }
         Err(error) => return Err(error.into()),
@@ -195,7 +202,7 @@ fn log(pod: &Pod) {
         .with_target(env!("CARGO_CRATE_NAME"), level);
     let lines = tracing_subscriber::fmt::layer()
         .with_ansi(false)
-        .with_writer(std::io::stderr);
+        .with_writer(|| lines::stderr(Form::Text));
     // In tests there may be one already.
     tracing_subscriber::registry()
         .with(lines.with_filter(targets))

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::NodeStatus;
-use knoc_proto::pb;
+use knoc_proto::{pb, text};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -15,6 +15,9 @@ use crate::{
     agent::{Link, tells_capacity},
     certs::{Health, Purpose},
 };
+
+/// How much of a condition's message is kept: an error of the link has words of the peer.
+const MESSAGE: usize = 1024;
 
 /// What a status is made of.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +47,9 @@ pub fn labels(identity: &Identity) -> BTreeMap<String, String> {
         ("kubernetes.io/hostname", identity.name.as_str()),
         ("kubernetes.io/os", "linux"),
         ("kubernetes.io/arch", arch()),
+        // Their old names, which a kubelet still sets, for selectors that name them.
+        ("beta.kubernetes.io/os", "linux"),
+        ("beta.kubernetes.io/arch", arch()),
         ("type", "virtual-kubelet"),
         ("node.kubernetes.io/instance-type", "knoc"),
         (
@@ -339,10 +345,10 @@ fn render(facts: &Facts<'_>, (kind, status, reason, message): &Condition) -> Val
         })
         .and_then(|one| one.last_transition_time.clone())
         .map_or(facts.now, |time| time.0);
-    let text = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    let whole = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
     json!({
-        "type": kind, "status": status, "reason": reason, "message": message,
-        "lastHeartbeatTime": text(facts.now), "lastTransitionTime": text(since),
+        "type": kind, "status": status, "reason": reason, "message": text::message(message, MESSAGE),
+        "lastHeartbeatTime": whole(facts.now), "lastTransitionTime": whole(since),
     })
 }
 

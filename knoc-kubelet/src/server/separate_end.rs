@@ -114,8 +114,14 @@ mod tests {
             _: &mut Context<'_>,
             buf: &mut ReadBuf<'_>,
         ) -> Poll<io::Result<()>> {
-            buf.put_slice(std::mem::take(&mut self.input));
-            Poll::Ready(Ok(()))
+            // Then nothing more comes, and the connection stays open.
+            match std::mem::take(&mut self.input) {
+                [] => Poll::Pending,
+                input => {
+                    buf.put_slice(input);
+                    Poll::Ready(Ok(()))
+                }
+            }
         }
     }
 
@@ -156,7 +162,7 @@ mod tests {
     async fn answer(chunks: &'static [&'static str], most: usize, vectored: bool) -> Vec<Vec<u8>> {
         let writes = Arc::default();
         let io = Recorder {
-            input: b"GET / HTTP/1.1\r\nhost: k\r\n\r\n",
+            input: b"GET / HTTP/1.1\r\nhost: k\r\nconnection: close\r\n\r\n",
             writes: Arc::clone(&writes),
             most,
             vectored,

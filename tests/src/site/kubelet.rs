@@ -1,5 +1,6 @@
 //! The real kubelet of a site, against the fake API server.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -32,6 +33,12 @@ impl Kubelet {
             api,
             port: free_port()?,
         })
+    }
+
+    /// Where its API is served.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
     }
 
     /// Starts the kubelet and waits until its Node is Ready.

@@ -6,6 +6,7 @@
 mod argv;
 mod backpressure;
 mod crash;
+mod injection;
 mod knocctl;
 mod lifecycle;
 mod link;
