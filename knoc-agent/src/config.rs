@@ -22,7 +22,7 @@ use serde::Deserialize;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// It cannot be read.
-    #[error("read the site file {} (`knoc-agent init` makes one)", path.display())]
+    #[error("read the site file {} (`knoc-agent init --site SITE` makes one)", path.display())]
     Read {
         /// The file.
         path: PathBuf,

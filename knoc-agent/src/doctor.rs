@@ -120,13 +120,14 @@ fn lease(site: &Site) -> Finding {
 }
 
 fn certificate(site: &Site) -> Finding {
-    let cure = "make a new certificate: move the old one away and run knoc-agent init again";
+    let cure =
+        "make a new certificate: move the old one away and run `knoc-agent init --site SITE` again";
     let Some(tls) = &site.config.tls else {
         let none = Err("the site file has no [tls]: kubelets cannot connect".to_owned());
         return finding(
             "link: certificate",
             none,
-            "run knoc-agent init, or name PEM files in [tls]",
+            "run `knoc-agent init --site SITE`, or name PEM files in [tls]",
         );
     };
     let result = match Credentials::from_files(&tls.ca, &tls.cert, &tls.key) {

@@ -226,8 +226,7 @@ fn check_dates(
         }
     };
     let (from, until) = (info.validity.from, info.validity.until);
-    let renew =
-        "remove the old pair in tls/ on the login node; `knoc-agent init` then makes it anew";
+    let renew = "remove the old pair in tls/ on the login node; `knoc-agent init --site SITE` then makes a new one";
     if now > until {
         report.bad(
             "certificates",

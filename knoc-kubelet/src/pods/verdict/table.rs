@@ -129,7 +129,7 @@ pub(super) const TABLE: &[Type] = &[
     of("ReadinessGate", "`readinessGates[]`", &[row("conditionType", Any, Honoured, "")]),
     of("PodOS", "`os`", &[
         row("name", Is(&["linux"]), Satisfied, ""),
-        row("name", Any, Refused, WINDOWS),
+        row("name", Any, Refused, "only Linux; the pod fails with `PodOSNotSupported`, as on any node"),
     ]),
     of("Volume", "Volumes: `spec.volumes[]`", VOLUME),
     of("EmptyDirVolumeSource", "`emptyDir`", &[
