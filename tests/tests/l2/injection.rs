@@ -22,9 +22,9 @@ const SOON: Duration = Duration::from_secs(20);
 /// Begins a line that looks like one of ours, and clears a terminal.
 const FORGED: &str = "\n2026-11-28T00:00:00.000000Z  INFO knoc: forged\r\u{1b}[2J";
 
-/// A log in which the forged words stand, inside of a line and harmless.
-fn harmless(log: &str) -> anyhow::Result<()> {
-    ensure!(log.contains("forged"), "the peer is not in the log: {log}");
+/// A log in which these words stand, and no line of the peer's own.
+fn harmless(log: &str, words: &str) -> anyhow::Result<()> {
+    ensure!(log.contains(words), "the peer is not in the log: {log}");
     for line in log.lines() {
         ensure!(!line.contains(is_unshown), "a raw character: {line:?}");
         ensure!(!line.starts_with("2026-11-28T00:00:00"), "forged: {line:?}");
@@ -79,14 +79,15 @@ async fn a_certificate_writes_no_line_of_a_log() -> anyhow::Result<()> {
             ("KNOC_LOG_FORMAT", format),
         ];
         let _kubelet = kubelet.start(&site, &env).await?;
-        for (address, log) in [
-            (kubelet.address(), "kubelet.log"),
-            (site.address(), "agent.log"),
+        // The agent names an identity only where it is one.
+        for (address, log, words) in [
+            (kubelet.address(), "kubelet.log", "forged"),
+            (site.address(), "agent.log", "connection refused"),
         ] {
             call(&site, address).await.context(log)?;
             wait_for("the refusal in the log", SOON, async || {
                 let log = std::fs::read_to_string(site.path(log))?;
-                harmless(&log)
+                harmless(&log, words)
             })
             .await?;
         }
@@ -99,11 +100,9 @@ async fn what_a_pod_says_moves_no_cursor_of_knocctl() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let _agent = site.agent(&[]).await?;
     let client = site.client()?;
-    let script =
-        "printf 'a\\n2026-11-28T00:00:00 forged\\r\\033[2J\\302\\233' >termination; exit 3";
+    let script = "printf 'a\\n2026-11-28T00:00:00 forged\\r\\033[2J\\302\\233'; exit 3";
     let mut main = container("main", &["/bin/sh", "-c", script], &[]);
-    main.working_dir = site.path("").display().to_string();
-    main.termination_message_path = site.path("termination").display().to_string();
+    main.termination_message_fallback_to_logs = true;
     let pod = Pod::new("nasty", vec![main]);
     pod.ensure(&client).await?;
     pod.finished(&client, SOON).await?;
