@@ -142,10 +142,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .termination_grace_period_seconds
             .unwrap_or(DEFAULT_GRACE),
         active_deadline_seconds: spec.active_deadline_seconds.unwrap_or(0),
-        hostname: match spec.hostname.as_deref() {
-            None | Some("") => names::host_name(&name).to_owned(),
-            Some(hostname) => hostname.to_owned(),
-        },
+        hostname: hostname(spec, &name),
         name,
         volumes,
         job: Some(job),
@@ -247,6 +244,13 @@ fn restart_policy(spec: &core::PodSpec) -> pb::RestartPolicy {
         Some("Never") => pb::RestartPolicy::Never,
         Some("OnFailure") => pb::RestartPolicy::OnFailure,
         _ => pb::RestartPolicy::Always,
+    }
+}
+
+fn hostname(spec: &core::PodSpec, name: &str) -> String {
+    match spec.hostname.as_deref() {
+        None | Some("") => names::host_name(name).to_owned(),
+        Some(hostname) => hostname.to_owned(),
     }
 }
 

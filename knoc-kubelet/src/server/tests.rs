@@ -9,6 +9,7 @@ mod lifecycle;
 mod limits;
 mod logs;
 mod portforward;
+mod records;
 mod refused;
 mod stats;
 mod websocket;

@@ -84,7 +84,8 @@ async fn a_certificate_writes_no_line_of_a_log() -> anyhow::Result<()> {
             (kubelet.address(), "kubelet.log", "forged"),
             (site.address(), "agent.log", "connection refused"),
         ] {
-            call(&site, address).await.context(log)?;
+            // The Node is still Ready when the second kubelet starts: it may not listen yet.
+            wait_for(log, SOON, async || call(&site, address).await).await?;
             wait_for("the refusal in the log", SOON, async || {
                 let log = std::fs::read_to_string(site.path(log))?;
                 harmless(&log, words)

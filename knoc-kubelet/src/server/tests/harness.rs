@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::records::{Lengths, Records};
 use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
 use crate::server::limits::Limit;
@@ -387,11 +388,8 @@ impl Fixture {
     }
 
     /// Connects, trusting `ca`, with a client certificate or none.
-    pub(in crate::server) async fn connect_trusting(
-        &self,
-        ca: &str,
-        identity: Option<&Pair>,
-    ) -> Client {
+    /// TLS of a client that trusts this CA.
+    fn tls(ca: &str, identity: Option<&Pair>) -> tokio_rustls::TlsConnector {
         let mut roots = rustls::RootCertStore::empty();
         roots
             .add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap())
@@ -409,12 +407,30 @@ impl Fixture {
                 builder.with_client_auth_cert(vec![chain], key).unwrap()
             }
         };
+        tokio_rustls::TlsConnector::from(Arc::new(config))
+    }
+
+    /// A connection that notes in `lengths` which TLS records it reads.
+    pub(in crate::server) async fn connect_noting(
+        &self,
+        identity: &Pair,
+        lengths: Lengths,
+    ) -> tokio_rustls::client::TlsStream<Records> {
         let stream = TcpStream::connect(self.address).await.unwrap();
         let name = ServerName::try_from("127.0.0.1").unwrap();
-        let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
-            .connect(name, stream)
-            .await
-            .unwrap();
+        let tls = Self::tls(&self.ca.pem, Some(identity));
+        let stream = Records::new(stream, lengths);
+        tls.connect(name, stream).await.unwrap()
+    }
+
+    pub(in crate::server) async fn connect_trusting(
+        &self,
+        ca: &str,
+        identity: Option<&Pair>,
+    ) -> Client {
+        let stream = TcpStream::connect(self.address).await.unwrap();
+        let name = ServerName::try_from("127.0.0.1").unwrap();
+        let stream = Self::tls(ca, identity).connect(name, stream).await.unwrap();
         let serial = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
         let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
