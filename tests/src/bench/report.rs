@@ -333,7 +333,7 @@ fn peers(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
             0 => batch.t2_before.median() / batch.sbatch.median(),
             _ => batch.t2.median() / batch.t2_hand.median(),
         });
-        let ours = ours.map_or("–".to_owned(), |ratio| format!("{ratio:.1} ×"));
+        let ours = ours.map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.1} ×"));
         writeln!(
             out,
             "| {what} | {:.1} × | {:.1} × | {ours} |",
