@@ -1,23 +1,26 @@
 //! The gRPC service that kubelets and knocctl call: parses, asks the registry, encodes. Decides nothing about a pod.
 //!
-//! Every request comes from a checked peer (certificate or socket); the policy on identities is an interceptor, so no
-//! method can forget it. Changes carry the cluster id and a leadership epoch, which are checked first. Health and
-//! reflection are served beside it.
+//! Every request comes from a checked peer (certificate or socket) and is judged by the [`gate`], an interceptor, so no
+//! method can forget it; health and reflection, which are served beside the agent, stand behind it too. Changes carry the
+//! cluster id and a leadership epoch: they are checked first, and kept only after the rest of the request was found valid.
 
 mod admit;
+pub mod gate;
+mod lead;
 mod logs;
+pub(crate) mod renew;
 mod stats;
 mod streams;
 mod watch;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream::BoxStream};
 use knoc_proto::{
     bulk,
     error::chain,
     ids::PodUid,
-    link,
+    link::{self, Peer},
     pb::{self, agent_server::AgentServer},
     pod::{InvalidPod, PodSpec, PodValues},
     reason::ErrorReason,
@@ -29,9 +32,10 @@ use tonic::{Request, Response, Status, Streaming, service::interceptor::Intercep
 use crate::{
     doctor,
     pod::actor::Refused,
+    policy::nodes::may_lead,
     registry::{
         Registry,
-        cluster::{Leader, Pin},
+        cluster::{Asked, Leader, Pin},
     },
     scheduler::SubmitRequest,
     site::Site,
@@ -47,6 +51,7 @@ const CAPABILITIES: &[&str] = &[
     "diagnose",
     "script",
     "stats",
+    "renew",
 ];
 
 /// What of them holds on this site.
@@ -68,7 +73,9 @@ struct Shared {
     site: Arc<Site>,
     registry: Arc<Registry>,
     node: Receiver<pb::NodeInfo>,
-    pin: Pin,
+    pin: Arc<Pin>,
+    gate: gate::Gate,
+    renewer: renew::Renewer,
     started_at: i64,
     /// Ends watches, which would never end by themselves.
     stop: CancellationToken,
@@ -84,9 +91,11 @@ impl Service {
         site: Arc<Site>,
         registry: Arc<Registry>,
         node: Receiver<pb::NodeInfo>,
-        pin: Pin,
+        pin: Arc<Pin>,
+        gate: gate::Gate,
         stop: CancellationToken,
     ) -> Self {
+        let renewer = renew::Renewer::new(gate.clone());
         let started_at = crate::pod::state::nanos(jiff::Timestamp::now());
         let tasks = TaskTracker::new();
         Self(Arc::new(Shared {
@@ -94,6 +103,8 @@ impl Service {
             registry,
             node,
             pin,
+            gate,
+            renewer,
             started_at,
             stop,
             tasks,
@@ -101,46 +112,115 @@ impl Service {
         }))
     }
 
-    /// May the kubelet that leads `node` with this epoch make a change?
-    async fn check(&self, node: &str, cluster_id: &str, epoch: i64) -> Result<(), Status> {
-        let leader = Leader { node, epoch };
-        let checked = self.0.pin.check(cluster_id, leader).await;
-        checked.map_err(refused)
+    /// What a request says of cluster and leadership, before it is looked at any further. Keeps nothing.
+    async fn check(&self, peer: Option<&Peer>, asks: Asks<'_>) -> Result<Checked, Status> {
+        let policy = self.0.site.policy.now();
+        let now = jiff::Timestamp::now();
+        let claim = lead::Claim {
+            node: asks.node,
+            epoch: asks.epoch,
+        };
+        let leads = lead::judge(peer, claim, &policy.nodes, now).map_err(refused)?;
+        let checked = Checked {
+            cluster_id: asks.cluster_id.to_owned(),
+            configured: policy.cluster_id.clone(),
+            leads,
+            epoch: asks.epoch,
+            pins: lead::kubelet(peer).is_some(),
+            now: now.as_second(),
+        };
+        let verified = self.0.pin.verify(&checked.asked()).await;
+        verified.map_err(refused)?;
+        Ok(checked)
     }
 
-    /// The same for a change of a pod that is there; one that is not has no node, and nothing to be changed.
-    async fn check_pod(&self, uid: &str, cluster_id: &str, epoch: i64) -> Result<(), Status> {
-        match self.0.site.board.get(uid) {
-            Some(pod) => self.check(&pod.node_name, cluster_id, epoch).await,
-            None => self.check("", cluster_id, 0).await,
+    /// The same for a change of a pod that is there; one that is not has no node.
+    async fn check_pod(
+        &self,
+        peer: Option<&Peer>,
+        uid: &PodUid,
+        cluster_id: &str,
+        epoch: i64,
+    ) -> Result<(), Status> {
+        let pod = self.0.site.board.get(uid.as_str());
+        let asks = Asks {
+            node: pod.as_ref().map_or("", |pod| &pod.node_name),
+            cluster_id,
+            epoch,
+        };
+        let checked = self.check(peer, asks).await?;
+        if pod.is_some() {
+            self.claim(&checked).await?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what a valid request claims.
+    async fn claim(&self, checked: &Checked) -> Result<(), Status> {
+        let claimed = self.0.pin.claim(&checked.asked()).await;
+        claimed.map_err(refused)
+    }
+}
+
+/// What a request says of cluster and leadership.
+#[derive(Debug, Clone, Copy)]
+struct Asks<'a> {
+    node: &'a str,
+    cluster_id: &'a str,
+    epoch: i64,
+}
+
+/// The same once the peer was found to be one that may say so.
+#[derive(Debug)]
+struct Checked {
+    cluster_id: String,
+    configured: Option<String>,
+    /// The node.
+    leads: Option<String>,
+    epoch: i64,
+    pins: bool,
+    now: i64,
+}
+
+impl Checked {
+    fn asked(&self) -> Asked<'_> {
+        let epoch = self.epoch;
+        Asked {
+            cluster_id: &self.cluster_id,
+            configured: self.configured.as_deref(),
+            leader: self.leads.as_deref().map(|node| Leader { node, epoch }),
+            pins: self.pins,
+            now: self.now,
         }
     }
 }
 
 /// Task: serves one listener until `stop`.
 pub async fn serve(service: Service, incoming: link::Incoming, stop: CancellationToken) {
-    let policy = service.0.site.config.policy.clients.clone();
+    let gate = service.0.gate.clone();
     let agent = AgentServer::new(service)
         .max_decoding_message_size(link::MAX_MESSAGE)
         .max_encoding_message_size(link::MAX_MESSAGE);
-    let agent = InterceptedService::new(bulk::Served::new(agent), admit::Identities::new(policy));
+    let agent = InterceptedService::new(bulk::Served::new(agent), gate.clone());
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<AgentServer<Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
         .build_v1();
     let reflection = match reflection {
-        Ok(reflection) => Some(reflection),
+        Ok(reflection) => Some(InterceptedService::new(reflection, gate.clone())),
         Err(error) => {
             tracing::error!(error = chain(&error), "no reflection");
             None
         }
     };
+    let health = InterceptedService::new(health, gate.clone());
+    let guarded = incoming.map(move |conn| conn.map(|conn| gate.guard(conn)));
     let served = link::server()
         .add_service(agent)
         .add_service(health)
         .add_optional_service(reflection)
-        .serve_with_incoming_shutdown(incoming, stop.cancelled())
+        .serve_with_incoming_shutdown(guarded, stop.cancelled())
         .await;
     if let Err(error) = served {
         tracing::error!(error = chain(&error), "a listener failed");
@@ -165,13 +245,18 @@ impl pb::agent_server::Agent for Service {
         &self,
         request: Request<pb::GetInfoRequest>,
     ) -> Result<Response<pb::AgentInfo>, Status> {
+        let peer = request.extensions().get::<Peer>().cloned();
         let request = request.into_inner();
-        self.0
-            .pin
-            .admit(&request.cluster_id)
-            .await
-            .map_err(refused)?;
+        let asks = Asks {
+            node: "",
+            cluster_id: &request.cluster_id,
+            epoch: 0,
+        };
+        let checked = self.check(peer.as_ref(), asks).await?;
+        self.claim(&checked).await?;
         let site = &self.0.site;
+        let policy = site.policy.now();
+        warn_of_leadership(peer.as_ref(), &request.node_name, &policy.nodes);
         let node = self.0.node.borrow().clone();
         let version = match site.scheduler.version().await {
             Ok(version) => version,
@@ -192,11 +277,12 @@ impl pb::agent_server::Agent for Service {
             hostname: process.host,
             user: user.map_or_else(|| nix::unistd::geteuid().to_string(), |user| user.name),
             epoch: site.lease.epoch(),
-            cluster_id: self.0.pin.cluster_id().await,
+            cluster_id: self.0.pin.cluster_id(policy.cluster_id.as_deref()).await,
             started_at: self.0.started_at,
             state_dir: site.state.root().to_string_lossy().into_owned(),
             pid_isolation: node.pid_isolation,
             pod_limit: node.pod_limit,
+            policy_problem: site.policy.problem().unwrap_or_default(),
         }))
     }
 
@@ -214,10 +300,14 @@ impl pb::agent_server::Agent for Service {
         &self,
         request: Request<pb::EnsurePodRequest>,
     ) -> Result<Response<pb::EnsurePodResponse>, Status> {
+        let peer = request.extensions().get::<Peer>().cloned();
         let request = request.into_inner();
-        let node = request.spec.as_ref().map_or("", |spec| &spec.node_name);
-        self.check(node, &request.cluster_id, request.leadership_epoch)
-            .await?;
+        let asks = Asks {
+            node: request.spec.as_ref().map_or("", |spec| &spec.node_name),
+            cluster_id: &request.cluster_id,
+            epoch: request.leadership_epoch,
+        };
+        let checked = self.check(peer.as_ref(), asks).await?;
         let spec = request
             .spec
             .ok_or_else(|| ErrorReason::InvalidRequest.status("no spec"))?;
@@ -228,6 +318,7 @@ impl pb::agent_server::Agent for Service {
         if site.board.get(spec.uid().as_str()).is_none() {
             admit::pod(site, &spec, &request.cluster_id)?;
         }
+        self.claim(&checked).await?;
         let uid = spec.uid().clone();
         let (spec, values) = (spec.into_inner(), values.into_inner());
         let ensured = self
@@ -246,17 +337,16 @@ impl pb::agent_server::Agent for Service {
         &self,
         request: Request<pb::DeletePodRequest>,
     ) -> Result<Response<pb::DeletePodResponse>, Status> {
+        let peer = request.extensions().get::<Peer>().cloned();
         let request = request.into_inner();
-        self.check_pod(&request.uid, &request.cluster_id, request.leadership_epoch)
+        let uid = uid(&request.uid)?;
+        let (cluster_id, epoch) = (&request.cluster_id, request.leadership_epoch);
+        self.check_pod(peer.as_ref(), &uid, cluster_id, epoch)
             .await?;
         let grace = u64::try_from(request.grace_seconds)
             .ok()
             .map(Duration::from_secs);
-        let deleted = self
-            .0
-            .registry
-            .delete(&uid(&request.uid)?, grace, request.reason)
-            .await;
+        let deleted = self.0.registry.delete(&uid, grace, request.reason).await;
         Ok(Response::new(pb::DeletePodResponse {
             pod: Some(deleted.map_err(refused)?),
         }))
@@ -266,14 +356,13 @@ impl pb::agent_server::Agent for Service {
         &self,
         request: Request<pb::ForgetPodRequest>,
     ) -> Result<Response<pb::ForgetPodResponse>, Status> {
+        let peer = request.extensions().get::<Peer>().cloned();
         let request = request.into_inner();
-        self.check_pod(&request.uid, &request.cluster_id, request.leadership_epoch)
+        let uid = uid(&request.uid)?;
+        let (cluster_id, epoch) = (&request.cluster_id, request.leadership_epoch);
+        self.check_pod(peer.as_ref(), &uid, cluster_id, epoch)
             .await?;
-        self.0
-            .registry
-            .forget(&uid(&request.uid)?)
-            .await
-            .map_err(refused)?;
+        self.0.registry.forget(&uid).await.map_err(refused)?;
         Ok(Response::new(pb::ForgetPodResponse {}))
     }
 
@@ -301,13 +390,16 @@ impl pb::agent_server::Agent for Service {
         &self,
         request: Request<pb::UpdateValuesRequest>,
     ) -> Result<Response<pb::UpdateValuesResponse>, Status> {
+        let peer = request.extensions().get::<Peer>().cloned();
         let request = request.into_inner();
-        self.check_pod(&request.uid, &request.cluster_id, request.leadership_epoch)
+        let uid = uid(&request.uid)?;
+        let (cluster_id, epoch) = (&request.cluster_id, request.leadership_epoch);
+        self.check_pod(peer.as_ref(), &uid, cluster_id, epoch)
             .await?;
         let values = request.values.unwrap_or_default();
         self.0
             .registry
-            .update(&uid(&request.uid)?, values)
+            .update(&uid, values)
             .await
             .map_err(refused)?;
         Ok(Response::new(pb::UpdateValuesResponse {}))
@@ -379,6 +471,17 @@ impl pb::agent_server::Agent for Service {
         }))
     }
 
+    async fn renew_certificate(
+        &self,
+        request: Request<pb::RenewCertificateRequest>,
+    ) -> Result<Response<pb::RenewCertificateResponse>, Status> {
+        let peer = request.extensions().get::<Peer>().cloned();
+        let request = request.into_inner().request;
+        let tls = self.0.site.config.tls.clone();
+        let certificate = self.0.renewer.renew(peer, tls, request.to_vec()).await?;
+        Ok(Response::new(pb::RenewCertificateResponse { certificate }))
+    }
+
     type DiagnoseStream = Answers<pb::Finding>;
 
     async fn diagnose(
@@ -388,8 +491,28 @@ impl pb::agent_server::Agent for Service {
         let site = Arc::clone(&self.0.site);
         let registry = Arc::clone(&self.0.registry);
         let node = self.0.node.borrow().clone();
-        let findings = doctor::examine(site, registry, node, request.into_inner().probe);
+        let leaders = doctor::Leaders {
+            nodes: self.0.pin.nodes().await,
+            kubelets: self.0.gate.kubelets(),
+        };
+        let probe = request.into_inner().probe;
+        let findings = doctor::examine(site, registry, node, leaders, probe);
         Ok(Response::new(findings.map(Ok).boxed()))
+    }
+}
+
+/// A kubelet that will be refused is told of before its first change.
+fn warn_of_leadership(peer: Option<&Peer>, node: &str, nodes: &BTreeMap<String, String>) {
+    let Some(name) = lead::kubelet(peer) else {
+        return;
+    };
+    if !node.is_empty() && !may_lead(name, node, nodes) {
+        tracing::warn!(
+            kubelet = name,
+            node,
+            "this kubelet may not lead its node: its changes will be refused until [policy.nodes] of the site file \
+             assigns the node to it, or it has a certificate of kubelet/NODE"
+        );
     }
 }
 

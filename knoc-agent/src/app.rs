@@ -4,6 +4,7 @@
 //! listener unix ─┐                        ┌─ poller ──rounds──┐
 //! listener tcp  ─┴─► api ──► registry ──► actors (one a pod) ─┴─► board ──► WatchPods
 //! listener shim ───► shims ──reports──────┘                      node ───► WatchNode
+//! site file, CA ───► policy ──rules─► gate: judges every request, cuts connections
 //! ```
 //!
 //! At the end: stop accepting, finish what is in flight, give the lease back. Jobs are never touched.
@@ -22,15 +23,15 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    api,
+    api::{self, gate::Gate},
     config::Config,
-    lease,
+    lease, policy,
     registry::{self, Registry, cluster::Pin, poll},
-    shims,
+    renewal, shims,
     site::Site,
 };
 
-pub use prepare::{PrepareError, socket_path};
+pub use prepare::{PrepareError, socket_places};
 
 /// Streams that are open get this long at the end.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -48,6 +49,9 @@ pub struct App {
     /// Ends what takes requests; the registry's own token ends the actors after it.
     stop: CancellationToken,
     actors: CancellationToken,
+    policy: policy::watch::Watcher,
+    gate: Gate,
+    credentials: Option<link::Credentials>,
 }
 
 impl App {
@@ -61,13 +65,18 @@ impl App {
             site,
             pod_limit,
             pair,
+            policy,
         } = prepared;
         let shim_hop = link::pinned::listen(site.config.listen.shim, pair.clone())
             .await
             .map_err(prepare::listen)?;
-        let near = prepare::near_listeners(&site.config).await?;
+        let credentials = prepare::credentials(&site.config)?;
+        let near = prepare::near_listeners(&site.config, credentials.clone()).await?;
+        let (rules, ruling) = watch::channel(Arc::default());
+        let policy = policy::watch::Watcher::new(&site.config, credentials.clone(), policy, rules);
+        let gate = Gate::new(ruling);
         prepare::tell_shims(&site, &shim_hop, &pair)?;
-        let pin = Pin::load(&site.state, site.config.policy.cluster_id.clone())?;
+        let pin = Arc::new(Pin::load(&site.state)?);
         let (node, watched) = watch::channel(pb::NodeInfo {
             pid_isolation: site.runtime.name != "process",
             pod_limit: pod_limit.try_into().unwrap_or(i32::MAX),
@@ -81,6 +90,7 @@ impl App {
             Arc::clone(&registry),
             watched,
             pin,
+            gate.clone(),
             stop.clone(),
         );
         Ok(Self {
@@ -93,6 +103,9 @@ impl App {
             shim_hop,
             stop,
             actors,
+            policy,
+            gate,
+            credentials,
         })
     }
 
@@ -108,6 +121,9 @@ impl App {
             shim_hop,
             stop,
             actors,
+            policy,
+            gate,
+            credentials,
         } = self;
         let mut tasks = JoinSet::new();
         let background = actors.child_token();
@@ -118,7 +134,10 @@ impl App {
         ));
         let poller = poll::Poller::new(Arc::clone(&site), Arc::clone(&registry), node.clone());
         tasks.spawn(poller.run(background.clone()));
-        tasks.spawn(poll::capacity(Arc::clone(&site), node, background.clone()));
+        let capacity = poll::capacity(Arc::clone(&site), node.clone(), background.clone());
+        tasks.spawn(capacity);
+        let renewal = renewal::Renewal::new(Arc::clone(&site), credentials, node);
+        watch_certificates(&mut tasks, policy, gate, renewal, &background);
         tasks.spawn(registry::sweep(
             Arc::clone(&registry),
             ended,
@@ -149,13 +168,30 @@ impl App {
         registry.join().await;
         while tasks.join_next().await.is_some() {}
         let lease = site.lease.clone();
-        match tokio::task::spawn_blocking(move || lease.release()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(error = chain(&error), "give the lease back"),
-            Err(error) => tracing::warn!(error = chain(&error), "give the lease back"),
-        }
+        release(lease).await;
         tracing::info!("stopped");
     }
+}
+
+async fn release(lease: lease::Holder) {
+    match tokio::task::spawn_blocking(move || lease.release()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(error = chain(&error), "give the lease back"),
+        Err(error) => tracing::warn!(error = chain(&error), "give the lease back"),
+    }
+}
+
+/// Starts what decides which certificates count, and for how long.
+fn watch_certificates(
+    tasks: &mut JoinSet<()>,
+    policy: policy::watch::Watcher,
+    gate: Gate,
+    renewal: renewal::Renewal,
+    stop: &CancellationToken,
+) {
+    tasks.spawn(policy.run(stop.clone()));
+    tasks.spawn(gate.sweep(stop.clone()));
+    tasks.spawn(renewal.run(stop.clone()));
 }
 
 /// Task: shows that we live. An agent that was fenced stops: its jobs are the newer one's.

@@ -15,6 +15,7 @@ use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
@@ -49,6 +50,7 @@ pub struct Command {
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
     stdin: Vec<u8>,
+    stdin_file: Option<Arc<File>>,
     cwd: Option<PathBuf>,
     deadline: Duration,
     capture: usize,
@@ -160,6 +162,7 @@ impl Command {
             args: Vec::new(),
             env: Vec::new(),
             stdin: Vec::new(),
+            stdin_file: None,
             cwd: None,
             deadline: DEFAULT_DEADLINE,
             capture: DEFAULT_CAPTURE,
@@ -207,6 +210,13 @@ impl Command {
     #[must_use]
     pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.stdin = bytes.into();
+        self
+    }
+
+    /// Its standard input, instead of bytes.
+    #[must_use]
+    pub fn stdin_file(mut self, file: &Arc<File>) -> Self {
+        self.stdin_file = Some(Arc::clone(file));
         self
     }
 
@@ -332,10 +342,10 @@ impl Command {
         let mut command = std::process::Command::new(&self.program);
         command.args(&self.args).env_clear().stdout(out).stderr(err);
         command.envs(self.env.iter().map(|(k, v)| (k, v)));
-        command.stdin(if self.stdin.is_empty() {
-            Stdio::null()
-        } else {
-            Stdio::piped()
+        command.stdin(match &self.stdin_file {
+            Some(file) => Stdio::from(file.try_clone().map_err(CommandErrorKind::Spawn)?),
+            None if self.stdin.is_empty() => Stdio::null(),
+            None => Stdio::piped(),
         });
         if let Some(dir) = &self.cwd {
             command.current_dir(dir);

@@ -10,6 +10,7 @@ pub mod text;
 use std::{
     collections::BTreeMap,
     fs,
+    io::{self, Read as _},
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -18,11 +19,14 @@ use std::{
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
+/// It is read again every few seconds.
+const MAX_SIZE: u64 = 1 << 20;
+
 /// Why the site file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// It cannot be read.
-    #[error("read the site file {} (`knoc-agent init` makes one)", path.display())]
+    #[error("read the site file {} (`knoc-agent init --site SITE` makes one)", path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -57,6 +61,9 @@ pub struct Config {
     /// Folders under which pods may name image files and sandboxes.
     #[serde(default)]
     pub image_roots: Vec<PathBuf>,
+    /// Others may own and write what lies under `image_roots`: whoever can, chooses what this account runs.
+    #[serde(default)]
+    pub trust_shared_roots: bool,
     /// Folders under which pods may mount host paths: none yet, since every `hostPath` is refused.
     #[serde(default)]
     pub host_paths: Vec<PathBuf>,
@@ -96,6 +103,18 @@ pub struct Config {
     /// What lies with the values of pods on disk.
     #[serde(default)]
     pub values: Values,
+    /// The file that this was read from.
+    #[serde(skip)]
+    pub source: Option<Source>,
+}
+
+/// Where a site file lies, so that its `[policy]` can be read again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// The file.
+    pub path: PathBuf,
+    /// What `~/` stands for in it.
+    pub home: Home,
 }
 
 /// Who owns the jobs.
@@ -160,7 +179,7 @@ pub struct Listen {
     pub shim: SocketAddr,
     /// What shims are told to dial, `host:port`; empty: this host's addresses with the port of `shim`.
     pub shim_addresses: Vec<String>,
-    /// The unix socket; unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else `/tmp/knoc-<uid>/agent.sock`.
+    /// The unix socket; unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else `STATE_DIR/socket/agent.sock`.
     pub socket: Option<PathBuf>,
 }
 
@@ -185,6 +204,18 @@ pub struct Tls {
     pub cert: PathBuf,
     /// Its key.
     pub key: PathBuf,
+    /// The CA's key, which renews certificates; unset: `ca` with the ending `.key`. It need not be there.
+    #[serde(default)]
+    pub ca_key: Option<PathBuf>,
+}
+
+impl Tls {
+    /// Where the CA's key is looked for.
+    #[must_use]
+    pub fn ca_key(&self) -> PathBuf {
+        let beside = || self.ca.with_extension("key");
+        self.ca_key.clone().unwrap_or_else(beside)
+    }
 }
 
 /// Absolute paths of tools; unset ones are looked up in `env.PATH`.
@@ -243,14 +274,19 @@ pub struct Registry {
     pub insecure: bool,
 }
 
-/// Who is served, and what pods may ask for.
-#[derive(Debug, Clone, Deserialize)]
+/// Who is served, and what pods may ask for. The whole table is read again while the agent runs.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
     /// UID of the namespace `kube-system` of the only cluster served; unset: pinned at first use.
     pub cluster_id: Option<String>,
     /// Identities served, such as `kubelet/knoc`; `*` at the end matches any rest. Empty: all that the CA vouches for.
     pub clients: Vec<String>,
+    /// Certificates that are not served, with all that were renewed from them: `sha256/…` of a public key, `serial/…`, or
+    /// an identity such as `ctl/ann`.
+    pub denied: Vec<String>,
+    /// Nodes that a kubelet with another name leads: node → `kubelet/NAME`. A kubelet always leads the node of its name.
+    pub nodes: BTreeMap<String, String>,
     /// Namespaces whose pods are accepted; empty: all.
     pub namespaces: Vec<String>,
     /// Names of further sbatch flags that pods may give, such as `--mail-type`.
@@ -261,6 +297,8 @@ pub struct Policy {
     pub accounts: Vec<String>,
     /// QOS that pods may name; empty: all.
     pub qos: Vec<String>,
+    /// Beginnings of the names of images that pods may name, such as `docker.io/library`; empty: all.
+    pub registries: Vec<String>,
 }
 
 impl Default for Policy {
@@ -268,6 +306,8 @@ impl Default for Policy {
         Self {
             cluster_id: None,
             clients: Vec::new(),
+            denied: Vec::new(),
+            nodes: BTreeMap::new(),
             namespaces: Vec::new(),
             flags: [
                 "--mail-type",
@@ -281,6 +321,7 @@ impl Default for Policy {
             partitions: Vec::new(),
             accounts: Vec::new(),
             qos: Vec::new(),
+            registries: Vec::new(),
         }
     }
 }
@@ -313,6 +354,18 @@ pub struct Limits {
     pub sbatch_concurrency: usize,
     /// Image conversions at the same time.
     pub image_concurrency: usize,
+    /// Bytes of an image by its manifest.
+    #[serde(deserialize_with = "text::size")]
+    pub image_size: u64,
+    /// Bytes of an image that is unpacked.
+    #[serde(deserialize_with = "text::size")]
+    pub image_unpacked: u64,
+    /// Bytes of all images in the cache: those that were not used for longest are removed first.
+    #[serde(deserialize_with = "text::size")]
+    pub image_cache: u64,
+    /// How long a layer may bring less than 64 KiB, or less than 1 MiB while other images wait, before its pull fails.
+    #[serde(deserialize_with = "text::duration")]
+    pub image_stall: Duration,
     /// Shortest time between two rounds of `squeue`.
     #[serde(deserialize_with = "text::duration")]
     pub poll_min: Duration,
@@ -344,6 +397,10 @@ impl Default for Limits {
             sbatch_burst: 100,
             sbatch_concurrency: 4,
             image_concurrency: 2,
+            image_size: 64 << 30,
+            image_unpacked: 128 << 30,
+            image_cache: 256 << 30,
+            image_stall: Duration::from_mins(1),
             poll_min: Duration::from_secs(1),
             poll_max: Duration::from_secs(30),
             report_grace: Duration::from_secs(90),
@@ -364,6 +421,8 @@ pub struct Logs {
     pub max_bytes: i64,
     /// Files kept of one attempt.
     pub max_files: i32,
+    /// All logs of one pod. Each attempt that is kept of each container (two of them) has an equal share.
+    pub max_pod_bytes: i64,
 }
 
 impl Default for Logs {
@@ -371,6 +430,7 @@ impl Default for Logs {
         Self {
             max_bytes: 100 << 20,
             max_files: 20,
+            max_pod_bytes: 4 << 30,
         }
     }
 }
@@ -402,6 +462,8 @@ impl Default for Backoff {
 pub struct Values {
     /// Where they wait for the job.
     pub at_rest: AtRest,
+    /// Where they lie beside a running pod on a node without a usable `/dev/shm`.
+    pub memory_fallback: MemoryFallback,
     /// How long a job whose pod was never started waits for values that are not there, or have expired, before the pod
     /// fails (`ValuesMissing`, `ValuesExpired`).
     #[serde(deserialize_with = "text::duration")]
@@ -412,6 +474,7 @@ impl Default for Values {
     fn default() -> Self {
         Self {
             at_rest: AtRest::default(),
+            memory_fallback: MemoryFallback::default(),
             wait: Duration::from_mins(10),
         }
     }
@@ -428,8 +491,19 @@ pub enum AtRest {
     None,
 }
 
+/// What becomes of values, and of volumes of the medium Memory, on a node without a usable `/dev/shm`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemoryFallback {
+    /// The pod fails there.
+    #[default]
+    Error,
+    /// They lie on the node's disk, and the pod says so.
+    Disk,
+}
+
 /// The environment the file is read in: an argument, so that tests need no global.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Home {
     /// `$HOME`.
     pub home: PathBuf,
@@ -438,11 +512,16 @@ pub struct Home {
 impl Config {
     /// Reads and checks the site file.
     pub fn load(path: &Path, home: &Home) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        let text = read(path).map_err(|source| ConfigError::Read {
             path: path.to_owned(),
             source,
         })?;
-        Self::parse(&text, path, home)
+        let mut config = Self::parse(&text, path, home)?;
+        config.source = Some(Source {
+            path: path.to_owned(),
+            home: home.clone(),
+        });
+        Ok(config)
     }
 
     /// Checks the text of a site file that lies at `path`.
@@ -457,10 +536,10 @@ impl Config {
     }
 
     fn expand(&mut self, home: &Path) {
-        let tls = self
-            .tls
-            .iter_mut()
-            .flat_map(|tls| [&mut tls.ca, &mut tls.cert, &mut tls.key]);
+        let tls = self.tls.iter_mut().flat_map(|tls| {
+            let named = [&mut tls.ca, &mut tls.cert, &mut tls.key];
+            named.into_iter().chain(&mut tls.ca_key)
+        });
         for path in tls
             .chain([&mut self.state_dir])
             .chain(&mut self.image_roots)
@@ -477,6 +556,19 @@ impl Config {
             *scratch = home.join(rest).to_string_lossy().into_owned();
         }
     }
+}
+
+/// The text of a site file, which is no larger than [`MAX_SIZE`].
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let read = fs::File::open(path)?
+        .take(MAX_SIZE + 1)
+        .read_to_string(&mut text)?;
+    if u64::try_from(read).unwrap_or(u64::MAX) > MAX_SIZE {
+        let words = format!("it is larger than {MAX_SIZE} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, words));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]

@@ -1,16 +1,47 @@
 //! `knoc-agent connect`: relays standard input and output to the running agent's unix socket, for carriers that
-//! start a command (`ssh login knoc-agent connect`). Understands nothing of what it carries.
+//! start a command (`ssh login knoc-agent connect`). Understands nothing of what it carries, and carries nothing to a
+//! process that is not of the same user.
 
-use std::path::Path;
-
-use tokio::{
-    io::{self, AsyncWriteExt as _},
-    net::UnixStream,
+use knoc_proto::link::{
+    LinkError,
+    socket::{self, Places},
 };
+use tokio::io::{self, AsyncWriteExt as _};
+
+/// Why nothing was relayed, or no more.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// No agent of ours answers.
+    #[error("relay to the agent")]
+    Link(#[source] LinkError),
+    /// The state directory is in use on another host.
+    #[error("relay to the agent: it is on {host}, log in there")]
+    Elsewhere {
+        /// Its name.
+        host: String,
+        /// What was tried here.
+        #[source]
+        source: LinkError,
+    },
+    /// The connection, standard input or standard output broke.
+    #[error("relay to the agent")]
+    Broken(#[source] io::Error),
+}
 
 /// Relays until either side ends.
-pub async fn run(socket: &Path) -> io::Result<()> {
-    let stream = UnixStream::connect(socket).await?;
+pub async fn run(places: &Places) -> Result<(), ConnectError> {
+    let path = places.find().unwrap_or_else(|| places.choose().0);
+    let (stream, _) = socket::connect(&path).await.map_err(|source| {
+        let not_served = matches!(source, LinkError::NotServed { .. });
+        match places.other_host().filter(|_| not_served) {
+            Some(host) => ConnectError::Elsewhere { host, source },
+            None => ConnectError::Link(source),
+        }
+    })?;
+    relay(stream).await.map_err(ConnectError::Broken)
+}
+
+async fn relay(stream: tokio::net::UnixStream) -> io::Result<()> {
     let (mut from_agent, mut to_agent) = stream.into_split();
     let upstream = async {
         let copied = io::copy(&mut io::stdin(), &mut to_agent).await;

@@ -6,23 +6,37 @@
 
 mod probe;
 
-use std::{path::Path, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+};
 
 use futures::{Stream, StreamExt as _, future::BoxFuture, stream};
+use jiff::Timestamp;
 use knoc_proto::{
     error::chain,
-    link::Credentials,
+    link::{Credentials, Identity},
     pb::{self, Finding},
+    pki,
 };
 
 use crate::{
+    api::renew,
     jobdir::{atomic, schema::Lease},
+    policy::nodes::may_lead,
     registry::Registry,
     site::Site,
 };
 
-/// A certificate is worth a word this many days before its end.
-const EXPIRY_DAYS: i64 = 30;
+/// Who leads, for the check of leadership.
+#[derive(Debug, Clone, Default)]
+pub struct Leaders {
+    /// Nodes whose epochs are known.
+    pub nodes: Vec<String>,
+    /// Kubelets that are connected, and until when their certificates are valid.
+    pub kubelets: BTreeMap<Identity, Timestamp>,
+}
 
 /// One answer of the check-list.
 fn finding(check: &str, result: Result<String, String>, cure: &str) -> Finding {
@@ -42,6 +56,7 @@ pub fn examine(
     site: Arc<Site>,
     registry: Arc<Registry>,
     node: pb::NodeInfo,
+    leaders: Leaders,
     with_probe: bool,
 ) -> impl Stream<Item = Finding> + Send {
     let (for_state, for_images) = (Arc::clone(&site), Arc::clone(&site));
@@ -50,7 +65,15 @@ pub fn examine(
         Box::pin(async move { state(&for_state).await }),
         Box::pin(async move { for_scheduler.scheduler.checks().await }),
         Box::pin(async move { for_images.images.checks().await }),
-        Box::pin(async move { vec![pods(&registry, &node), shims(&for_shims)] }),
+        Box::pin(async move {
+            vec![
+                policy(&for_shims),
+                leadership(&for_shims, &leaders),
+                kubelets(&leaders.kubelets, Timestamp::now()),
+                pods(&registry, &node),
+                shims(&for_shims),
+            ]
+        }),
     ];
     if with_probe {
         groups.push(Box::pin(async move { probe::run(&site).await }));
@@ -120,29 +143,137 @@ fn lease(site: &Site) -> Finding {
 }
 
 fn certificate(site: &Site) -> Finding {
-    let cure = "make a new certificate: move the old one away and run knoc-agent init again";
     let Some(tls) = &site.config.tls else {
         let none = Err("the site file has no [tls]: kubelets cannot connect".to_owned());
         return finding(
             "link: certificate",
             none,
-            "run knoc-agent init, or name PEM files in [tls]",
+            "run `knoc-agent init --site SITE`, or name PEM files in [tls]",
         );
+    };
+    let key = renew::ca(tls);
+    let renews = match &key {
+        Ok(_) => "renewed here at 70 % of its life".to_owned(),
+        Err(error) => format!("not renewed: {}", chain(error)),
     };
     let result = match Credentials::from_files(&tls.ca, &tls.cert, &tls.key) {
         Ok(credentials) => {
-            let until = credentials.info().validity.until;
-            let days = until.duration_since(jiff::Timestamp::now()).as_hours() / 24;
-            let text = format!("valid for {days} days, until {until}");
-            if days >= EXPIRY_DAYS {
-                Ok(text)
-            } else {
+            let validity = credentials.info().validity;
+            let now = Timestamp::now();
+            let days = validity.until.duration_since(now).as_hours() / 24;
+            let text = format!("valid for {days} days, until {}; {renews}", validity.until);
+            if pki::is_expiring(validity, now) {
                 Err(text)
+            } else {
+                Ok(text)
             }
         }
         Err(error) => Err(chain(&error)),
     };
+    let cure = match key {
+        Ok(_) => "the agent's log says why it was not renewed",
+        Err(_) => {
+            "put ca.key back beside the CA and run `knoc-agent init --site SITE` after moving agent.crt away, or make a new CA: see \
+             \"Certificates\" in the guide"
+        }
+    };
     finding("link: certificate", result, cure)
+}
+
+/// Is the site file as it is now in effect?
+fn policy(site: &Site) -> Finding {
+    let result = match site.policy.problem() {
+        None => Ok("[policy] of the site file is in effect".to_owned()),
+        Some(problem) => Err(problem),
+    };
+    finding(
+        "policy: site file",
+        result,
+        "correct the line that is named",
+    )
+}
+
+/// May those who lead nodes go on leading them?
+fn leadership(site: &Site, leaders: &Leaders) -> Finding {
+    let (pods, _) = site.board.snapshot();
+    let named = pods.iter().map(|pod| pod.node_name.clone());
+    let with_pods = named.filter(|node| !node.is_empty()).collect();
+    let before = leaders.nodes.iter().cloned().collect();
+    let policy = site.policy.now();
+    let (result, cure) = judge_leadership(&with_pods, &before, &leaders.kubelets, &policy.nodes);
+    finding("policy: leadership", result, &cure)
+}
+
+/// PURE: do the certificates of the kubelets that are connected end soon?
+fn kubelets(kubelets: &BTreeMap<Identity, Timestamp>, now: Timestamp) -> Finding {
+    let list = |soon: bool| {
+        let named = kubelets
+            .iter()
+            .filter(|(_, until)| pki::ends_soon(**until, now) == soon)
+            .map(|(identity, until)| format!("{} until {until}", identity.name()));
+        named.collect::<Vec<_>>().join(", ")
+    };
+    let (soon, later) = (list(true), list(false));
+    let result = match (soon.is_empty(), later.is_empty()) {
+        (true, true) => Ok("no kubelet is connected by a certificate".to_owned()),
+        (true, false) => Ok(format!("valid: {later}")),
+        (false, _) => Err(format!("end within 30 days: {soon}")),
+    };
+    let cure = "a kubelet renews its certificate itself if ca.key is here: its node's condition AgentCertificateExpiring \
+                says why it did not";
+    finding("link: kubelets' certificates", result, cure)
+}
+
+/// PURE: the nodes that none of the kubelets connected may lead, and what would let one. Nodes that are known from before
+/// only may be gone; they count while somebody is connected who leads no node that is known.
+fn judge_leadership(
+    with_pods: &BTreeSet<String>,
+    before: &BTreeSet<String>,
+    kubelets: &BTreeMap<Identity, Timestamp>,
+    assigned: &BTreeMap<String, String>,
+) -> (Result<String, String>, String) {
+    let may = |kubelet: &Identity, node: &String| may_lead(kubelet.name(), node, assigned);
+    let known: BTreeSet<&String> = with_pods.union(before).collect();
+    let idle = kubelets
+        .keys()
+        .any(|kubelet| !known.iter().any(|node| may(kubelet, node)));
+    let led = |node: &&&String| kubelets.keys().any(|kubelet| may(kubelet, node));
+    let counts = |node: &&&String| idle || with_pods.contains(**node);
+    let not: Vec<&&String> = known
+        .iter()
+        .filter(counts)
+        .filter(|node| !led(node))
+        .collect();
+    let led: Vec<&&String> = known.iter().filter(led).collect();
+    let names: Vec<&str> = kubelets.keys().map(Identity::name).collect();
+    // Without a kubelet nobody can be told apart from one that is away.
+    let Some(first) = not.first().filter(|_| !names.is_empty()) else {
+        let led: Vec<&str> = led.iter().map(|node| node.as_str()).collect();
+        let text = match (led.as_slice(), names.as_slice()) {
+            ([], []) => "no kubelet is connected".to_owned(),
+            (_, []) => {
+                "no kubelet is connected; whether it may lead is seen when it comes".to_owned()
+            }
+            ([], _) => format!(
+                "kubelets {} are connected and lead no node yet",
+                names.join(", ")
+            ),
+            (led, _) => format!("nodes {} are led by kubelets that may", led.join(", ")),
+        };
+        return (Ok(text), String::new());
+    };
+    let list: Vec<&str> = not.iter().map(|node| node.as_str()).collect();
+    let text = format!(
+        "none of the connected kubelets ({}) may lead {}: their changes of its pods are refused",
+        names.join(", "),
+        list.join(", ")
+    );
+    let cure = format!(
+        "add \"{first}\" = \"kubelet/{}\" to [policy.nodes] of the site file, or give that kubelet a certificate of \
+         kubelet/{first}",
+        names.first().copied().unwrap_or("NAME")
+    );
+    (Err(text), cure)
 }
 
 /// Is the state directory on a file system that compute nodes can see? The type only hints.
@@ -193,4 +324,33 @@ fn shims(site: &Site) -> Finding {
     let cure = "compute nodes must reach the shim hop: check listen.shim_addresses and firewalls; \
                 until then status comes from files, and exec does not work";
     finding("link: shims", result, cure)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kubelet_that_would_be_locked_out_is_named_with_what_lets_it_in() {
+        let end = Timestamp::UNIX_EPOCH;
+        let kubelets = [(Identity::Kubelet { name: "a".into() }, end)].into();
+        let none = BTreeMap::new();
+        let judge = |pods: &[&str], before: &[&str], kubelets: &BTreeMap<_, _>, assigned: &[_]| {
+            let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+            let line = |&(node, who): &(&str, &str)| (node.to_owned(), who.to_owned());
+            let assigned = assigned.iter().map(line).collect();
+            judge_leadership(&set(pods), &set(before), kubelets, &assigned)
+        };
+        judge(&["a"], &["a"], &kubelets, &[]).0.unwrap();
+        judge(&[], &[], &kubelets, &[]).0.unwrap();
+        let assigned = [("b", "kubelet/a")];
+        judge(&["a", "b"], &[], &kubelets, &assigned).0.unwrap();
+        judge(&["a", "b"], &[], &none, &[]).0.unwrap();
+        judge(&["a"], &["a", "gone"], &kubelets, &[]).0.unwrap();
+        for (pods, before) in [(&["a", "gpu"][..], &[][..]), (&[], &["gpu"])] {
+            let (result, cure) = judge(pods, before, &kubelets, &[]);
+            assert!(result.unwrap_err().contains("may lead gpu"));
+            assert!(cure.contains("\"gpu\" = \"kubelet/a\""), "{cure}");
+        }
+    }
 }

@@ -2,15 +2,27 @@
 //!
 //! ```text
 //! name ──parse──► path under an allowed root ──────────────► config from the SIF itself
-//!        └──────► registry name ──tag→digest──► state_dir/images/sha256-….sif + .json
-//!                                (registry)      (apptainer pull, renamed into place)
+//!        └──────► registry name ──tag→digest──► layers ──check──► convert ──► state_dir/images/sha256-….sif + .json
+//!                                (registry)    (by us)            (runtime)   (renamed into place)
 //! ```
 //!
-//! Runs on the login node before `sbatch`. A pull is single-flight: many pods with one image wait for
-//! one conversion, and at most a few run at once. The digest is what is kept, so that `Always` costs
-//! one question to the registry and `IfNotPresent` none. Owner task: none; a pull lives as long as
-//! anybody waits for it. What it never does: it gives no credentials to a registry (pull secrets are
-//! refused at admission), and it takes no path outside the site's roots.
+//! Runs on the login node before `sbatch`. A pull is single-flight: many pods with one image wait for one conversion,
+//! and at most a few run at once. The digest is what is kept, so that `Always` costs one question to the registry and
+//! `IfNotPresent` none. Owner task: none; a pull lives as long as anybody waits for it.
+//!
+//! A registry is whoever a pod names, so nothing it does may exhaust the agent or lead it elsewhere:
+//!
+//! | bound | where |
+//! |---|---|
+//! | addresses, schemes, redirects, tokens | `guard`, `http`, `auth` |
+//! | sizes of answers, numbers in lists | `registry`, `manifest` |
+//! | questions and pulls at once, shared fairly | `slots` |
+//! | progress and size of a layer | `download` |
+//! | what an image is unpacked | `unpacked` |
+//! | the cache | `room` |
+//!
+//! What it never does: it gives no credentials to a registry (pull secrets are refused at admission), and it takes no
+//! path outside the site's roots.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,21 +32,40 @@ use knoc_proto::pb;
 
 use crate::command::{Command, CommandError, login_environment};
 use crate::config::{Config, Registry, RuntimeKind};
+use crate::jobdir::StateDir;
+use crate::policy::Live;
 
+mod auth;
 mod cache;
 mod checks;
+mod digest;
+mod download;
+mod file;
 mod flight;
+#[cfg(test)]
+mod fuzzed;
+mod guard;
+mod http;
+mod in_use;
 mod local;
+mod manifest;
+mod name;
 mod pull;
 pub mod reference;
 mod registry;
 mod resolve;
+mod room;
 mod sif;
+mod slots;
+mod unpacked;
+mod words;
 
+pub use name::{Name, NameError};
 pub use resolve::Images;
+pub use room::Hold;
 
 /// An image that a job can run.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug)]
 pub struct ResolvedImage {
     /// SIF file or sandbox folder; what the pod named, where the runtime needs no image.
     pub path: PathBuf,
@@ -42,6 +73,10 @@ pub struct ResolvedImage {
     pub image_id: String,
     /// The image's own defaults; empty where it has none.
     pub config: pb::ImageConfig,
+    /// Keeps an image of the cache there until a job directory names it.
+    pub hold: Option<Hold>,
+    /// What was found at a path that a pod named; a container starts only from that.
+    pub file: Option<pb::ImageFileId>,
 }
 
 /// Why there is no image; Kubernetes has a word for each.
@@ -51,6 +86,8 @@ pub enum ImageErrorKind {
     InvalidName,
     /// A source that is refused by name, such as `oras://`.
     Unsupported,
+    /// A registry that this site does not allow.
+    Denied,
     /// The policy is Never and the image is not here.
     NeverPull,
     /// Registry or conversion failed; it may work later.
@@ -82,7 +119,9 @@ impl ImageError {
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self.kind {
-            ImageErrorKind::InvalidName | ImageErrorKind::Unsupported => "InvalidImageName",
+            ImageErrorKind::InvalidName | ImageErrorKind::Unsupported | ImageErrorKind::Denied => {
+                "InvalidImageName"
+            }
             ImageErrorKind::NeverPull => "ErrImageNeverPull",
             ImageErrorKind::Pull => "ErrImagePull",
         }
@@ -92,7 +131,9 @@ impl ImageError {
     #[must_use]
     pub fn retryable(&self) -> bool {
         match self.kind {
-            ImageErrorKind::InvalidName | ImageErrorKind::Unsupported => false,
+            ImageErrorKind::InvalidName | ImageErrorKind::Unsupported | ImageErrorKind::Denied => {
+                false
+            }
             // Somebody may put the image there by hand; the kubelet waits too.
             ImageErrorKind::NeverPull | ImageErrorKind::Pull => true,
         }
@@ -106,12 +147,18 @@ pub struct Settings {
     pub program: Option<PathBuf>,
     /// Of the runtime's commands, and the whole of it.
     pub env: BTreeMap<String, String>,
-    /// `state_dir/images`.
-    pub cache: PathBuf,
+    /// The cache is in it, and the job directories that name what is in use.
+    pub state: StateDir,
     /// Folders under which pods may name image files and sandboxes.
     pub roots: Vec<PathBuf>,
+    /// Others may own and write what lies under the roots.
+    pub trust_shared_roots: bool,
     /// Mirrors, first match wins.
     pub registries: Vec<Registry>,
+    /// Says which images pods may name, as the site file has it now.
+    pub policy: Live,
+    /// Sizes and patience.
+    pub limits: Bounds,
     /// Conversions at the same time.
     pub concurrency: usize,
     /// Of one question to a registry.
@@ -120,10 +167,23 @@ pub struct Settings {
     pub pull_timeout: Duration,
 }
 
+/// What one image, and all of them, may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// Bytes of an image by its manifest.
+    pub size: u64,
+    /// Bytes of an image that is unpacked.
+    pub unpacked: u64,
+    /// Bytes of all images in the cache.
+    pub cache: u64,
+    /// How long a layer may make too little progress.
+    pub stall: Duration,
+}
+
 impl Settings {
     /// As the site file has it; `program` is what the site's runtime was found to be.
     #[must_use]
-    pub fn of_site(site: &Config, program: Option<PathBuf>, cache: PathBuf) -> Self {
+    pub fn of_site(site: &Config, program: Option<PathBuf>, state: StateDir, policy: Live) -> Self {
         let none = matches!(site.runtime, RuntimeKind::Process);
         let mut env = login_environment();
         env.insert("PATH".to_owned(), "/usr/local/bin:/usr/bin:/bin".to_owned());
@@ -131,9 +191,17 @@ impl Settings {
         Self {
             program: program.filter(|_| !none),
             env,
-            cache,
+            state,
             roots: site.image_roots.clone(),
+            trust_shared_roots: site.trust_shared_roots,
             registries: site.registries.clone(),
+            policy,
+            limits: Bounds {
+                size: site.limits.image_size,
+                unpacked: site.limits.image_unpacked,
+                cache: site.limits.image_cache,
+                stall: site.limits.image_stall,
+            },
             concurrency: site.limits.image_concurrency.max(1),
             registry_timeout: Duration::from_secs(30),
             pull_timeout: Duration::from_hours(1),

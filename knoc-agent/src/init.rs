@@ -14,6 +14,7 @@ use std::{
 use knoc_proto::{
     ids::{InvalidId, SiteName},
     link::Identity,
+    names::{self, BadName},
     pki::{Ca, CertifiedKey, PkiError},
 };
 
@@ -36,6 +37,9 @@ pub struct Options {
     /// How kubelets reach this login node; the first one stands in the bundle [default: this host's name]
     #[arg(long, value_name = "HOST[:PORT]")]
     pub address: Vec<String>,
+    /// A namespace of the cluster whose pods may run here, as this account; may be repeated [default: every namespace]
+    #[arg(long = "namespace", value_name = "NAMESPACE", value_parser = namespace)]
+    pub namespaces: Vec<String>,
     /// Where to write [default: ~/.config/knoc]
     #[arg(long, value_name = "FOLDER")]
     pub dir: Option<PathBuf>,
@@ -49,6 +53,10 @@ pub struct Options {
 
 fn site_name(text: &str) -> Result<String, InvalidId> {
     SiteName::try_from(text).map(String::from)
+}
+
+fn namespace(text: &str) -> Result<String, BadName> {
+    names::dns_label(text).map(|()| text.to_owned())
 }
 
 fn scheduler(text: &str) -> Result<SchedulerKind, String> {
@@ -103,6 +111,8 @@ struct Init<'a> {
     options: &'a Options,
     folder: PathBuf,
     addresses: Vec<(String, u16)>,
+    /// By the site file as it is now on disk; empty: all.
+    namespaces: Vec<String>,
     written: Vec<PathBuf>,
     kept: Vec<PathBuf>,
 }
@@ -120,24 +130,26 @@ pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, Init
     }
     let site_file = text::site_file(options, &folder, &addresses, found);
     let path = folder.join("agent.toml");
+    let home = Home {
+        home: home.to_owned(),
+    };
     // Before anything is written: a mistake in the options costs nothing.
-    Config::parse(
-        &site_file,
-        &path,
-        &Home {
-            home: home.to_owned(),
-        },
-    )?;
+    Config::parse(&site_file, &path, &home)?;
     let mut init = Init {
         options,
         folder,
         addresses,
+        namespaces: options.namespaces.clone(),
         written: Vec::new(),
         kept: Vec::new(),
     };
     atomic::create_dir(&init.folder.join("tls"))?;
     init.certificates()?;
     init.write(&path, &site_file)?;
+    // A site file that was there already is not the one of these options.
+    if let Ok(config) = Config::load(&path, &home) {
+        init.namespaces = config.policy.namespaces;
+    }
     Ok(init.summary())
 }
 
@@ -286,12 +298,24 @@ impl Init<'_> {
         let folder = self.folder.display();
         let (host, port) = &self.addresses[0];
         let site = &self.options.site;
+        let access = if self.namespaces.is_empty() {
+            format!(
+                "Before you hand the bundle over: [policy] namespaces in {folder}/agent.toml is empty, so whoever may create a \
+                 pod in any namespace of the cluster runs programs as you. Name the namespaces there.\n\n"
+            )
+        } else {
+            format!(
+                "Whoever may create a pod in one of these namespaces of the cluster runs programs as you: {}.\n\n",
+                self.namespaces.join(", ")
+            )
+        };
         format!(
-            "{written}{kept}\nNext:\n  1. Look through {folder}/agent.toml.\n  2. Start the agent: \
+            "{written}{kept}\n{access}Next:\n  1. Look through {folder}/agent.toml.\n  2. Start the agent: \
              knoc-agent serve\n  3. Check it: knocctl doctor\n  4. In the cluster: kubectl apply -n \
              knoc-system -f {folder}/kubelet-bundle.yaml\n     and install the chart with \
-             agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key signs further \
-             clients; keep it safe, or throw it away.\n",
+             agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key renews the \
+             certificates before their year is over: leave it there, readable by you alone. Without it you \
+             renew them by hand.\n",
         )
     }
 }

@@ -25,6 +25,9 @@
 
 pub mod atomic;
 pub mod claim;
+pub mod decode;
+#[cfg(test)]
+mod fuzzed;
 pub mod schema;
 
 use std::{
@@ -39,7 +42,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use self::{
     atomic::FileError,
     claim::{Claim, ClaimError},
+    decode::DecodeError,
 };
+use crate::tree;
 
 /// How often staged values are looked for that a newer revision takes the place of.
 const LOOKS: u32 = 3;
@@ -60,6 +65,15 @@ pub enum JobDirError {
         /// The decoder's words.
         #[source]
         source: prost::DecodeError,
+    },
+    /// The report cannot be read.
+    #[error("{} is not a valid report", path.display())]
+    Report {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: DecodeError,
     },
     /// The text is no JSON of the expected kind.
     #[error("{} is not valid", path.display())]
@@ -226,7 +240,7 @@ impl JobDir {
         // The record goes first: a folder half removed when the agent dies is then swept, not adopted.
         for remove in [
             fs::remove_file(self.record_path()),
-            fs::remove_dir_all(&self.path),
+            tree::remove(&self.path),
         ] {
             match remove {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -353,6 +367,12 @@ impl JobDir {
         claim::claim(&self.path, wanted, again)
     }
 
+    /// Has a shim claimed the directory? Also where that cannot be told.
+    #[must_use]
+    pub fn is_claimed(&self) -> bool {
+        !matches!(claim::newest(&self.path), Ok(None))
+    }
+
     /// `report.pb`.
     #[must_use]
     pub fn report_path(&self) -> PathBuf {
@@ -364,10 +384,12 @@ impl JobDir {
         let path = self.report_path();
         // A listing makes an NFS client ask the server for the folder anew; a lookup may come from its cache.
         drop(fs::read_dir(&self.path).map(Iterator::count));
-        match atomic::read_optional(&path)? {
-            Some(bytes) => decode(&path, "report", &bytes).map(Some),
-            None => Ok(None),
-        }
+        let Some(bytes) = atomic::read_bounded(&path, decode::MAX_REPORT)? else {
+            return Ok(None);
+        };
+        decode::report(&bytes)
+            .map(Some)
+            .map_err(|source| JobDirError::Report { path, source })
     }
 
     /// Writes the shim's report, synced.

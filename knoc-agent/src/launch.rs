@@ -8,8 +8,11 @@
 //!
 //! Single-threaded and without an async runtime: it must be small, and `setns(2)` demands it.
 
+pub(crate) mod account;
+pub mod contain;
 pub mod enter;
 pub mod fds;
+mod limits;
 mod program;
 mod pty;
 mod sys;
@@ -44,6 +47,16 @@ pub fn main(socket: &Path) -> ExitCode {
 fn die_with_parent() {
     let kill = rustix::process::Signal::KILL;
     rustix::process::set_parent_process_death_signal(Some(kill)).ok();
+}
+
+/// Gives up standard input, which is the shim's socket: the shim would see no end of file while it is held.
+fn release_stdin() {
+    // Without `/dev/null` in the container any other descriptor does.
+    match std::fs::File::open("/dev/null") {
+        Ok(null) => rustix::stdio::dup2_stdin(&null),
+        Err(_) => rustix::stdio::dup2_stdin(rustix::stdio::stderr()),
+    }
+    .ok();
 }
 
 /// Tells the terminal behind `master` its window's size; programs in it get `SIGWINCH`.

@@ -1,20 +1,20 @@
 //! `knoc-agent`: command line, tracing, runtime, signals, exit code. All else is in the library.
 
-use std::{
-    ffi::OsStr,
-    io::{IsTerminal as _, Write as _},
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{ffi::OsStr, io::Write as _, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use knoc_agent::{
-    app::{App, socket_path},
+    app::{App, socket_places},
     config::{Config, Home},
     connect, init,
 };
-use knoc_proto::error::chain;
+use knoc_proto::{
+    error::chain,
+    log::{self, Form},
+    private::keep_memory_private,
+    text::escape_lines,
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -56,6 +56,9 @@ enum Command {
         /// The launch socket.
         socket: PathBuf,
     },
+    /// Mounts what a container gets, and becomes the container runtime.
+    #[command(hide = true)]
+    Contain,
     /// Starts a process in the namespaces of a running container.
     #[command(hide = true)]
     Enter {
@@ -83,9 +86,18 @@ impl ConfigFile {
 }
 
 fn main() -> ExitCode {
+    // Before anything is read, and in the helpers before they enter a container.
+    if let Err(error) = keep_memory_private() {
+        drop(writeln!(
+            std::io::stderr(),
+            "knoc-agent: keep the memory of this process private: {error}"
+        ));
+        return ExitCode::FAILURE;
+    }
     let result = match Cli::parse().command {
         Command::Shim { jobdir } => return knoc_agent::shim::main(&jobdir),
         Command::Launch { socket } => return knoc_agent::launch::main(&socket),
+        Command::Contain => return knoc_agent::launch::contain::main(),
         Command::Enter { arguments } => return knoc_agent::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {
@@ -98,7 +110,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let line = format!("knoc-agent: {}\n", chain(error.as_ref()));
+            let line = format!("knoc-agent: {}\n", escape_lines(&chain(error.as_ref())));
             // Where standard error is gone the exit code still tells.
             drop(std::io::stderr().write_all(line.as_bytes()));
             ExitCode::FAILURE
@@ -130,8 +142,9 @@ fn serve(config: Config) -> anyhow::Result<()> {
     let filter = filter(std::env::var_os("KNOC_LOG").as_deref())?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
+        // No colours: what looks like an escape sequence in a line is escaped, whoever wrote it.
+        .with_ansi(false)
+        .with_writer(|| log::stderr(Form::Text))
         .init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.limits.threads)
@@ -161,14 +174,13 @@ fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 fn relay(config: &Config) -> anyhow::Result<()> {
-    let socket = socket_path(config);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let relayed = runtime.block_on(connect::run(&socket));
+    let relayed = runtime.block_on(connect::run(&socket_places(config)));
     // Reading standard input cannot be cancelled: it would hold up the end.
     runtime.shutdown_background();
-    relayed.with_context(|| format!("relay to the agent at {}", socket.display()))
+    Ok(relayed?)
 }
 
 #[cfg(test)]

@@ -61,8 +61,9 @@ pub struct Sandbox {
     pub hostname: String,
     /// How the container sees the image's files.
     pub root: Root,
-    /// Node-local folder for `/tmp` and `/var/tmp`.
-    pub work: PathBuf,
+    /// Node-local folder that holds `/tmp` and `/var/tmp` where what is written to the root goes to no folder; `None`:
+    /// they are the image's, and as writable as its root.
+    pub work: Option<PathBuf>,
     /// Root's rights inside, by a mapped user namespace.
     pub fakeroot: bool,
     /// The driver's files and devices that it sees.

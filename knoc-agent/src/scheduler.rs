@@ -25,7 +25,7 @@ pub mod slurm;
 mod view;
 
 pub use view::{
-    Accounting, JobExit, JobPhase, JobRef, JobState, JobView, Round, reason_never_ends,
+    Accounting, JobExit, JobPhase, JobRef, JobState, JobView, Marks, Round, reason_never_ends,
 };
 
 /// What is needed to submit the job of a pod.
@@ -54,6 +54,8 @@ pub struct Submitted {
     pub began: Timestamp,
     /// When it had answered.
     pub ended: Timestamp,
+    /// What the user of the pod should know of how it was submitted; a sentence each.
+    pub notes: Vec<String>,
 }
 
 /// What would be submitted.
@@ -63,6 +65,8 @@ pub struct Rendered {
     pub argv: Vec<String>,
     /// The batch script.
     pub script: String,
+    /// What the pod asked for and the job does not ask for here, a sentence each.
+    pub notes: Vec<String>,
 }
 
 /// What a refusal to submit means for the next step.
@@ -76,6 +80,9 @@ pub enum RefusalKind {
     ControllerAway,
     /// The job may have been accepted: [`Scheduler::find`] before anything else.
     Ambiguous,
+    /// The scheduler reported success and gave no job id. A wrapper may print none: [`Scheduler::find`], and if no job
+    /// is found the same request is not repeated.
+    NoJobId,
 }
 
 /// A job that was not accepted, or not surely.
@@ -151,9 +158,9 @@ impl Scheduler {
     #[must_use]
     pub fn of_site(site: &Config, pods: PathBuf) -> Self {
         match site.scheduler {
-            SchedulerKind::Slurm => {
-                Self::Slurm(Box::new(slurm::Slurm::new(slurm::Settings::from(site))))
-            }
+            SchedulerKind::Slurm => Self::Slurm(Box::new(slurm::Slurm::new(
+                slurm::Settings::of_site(site, pods),
+            ))),
             SchedulerKind::Local => {
                 Self::Local(local::Local::new(local::Settings::of_site(site, pods)))
             }
@@ -201,10 +208,15 @@ impl Scheduler {
         }
     }
 
-    /// All jobs of a pod that the scheduler knows, ended ones too, newest first.
-    pub async fn find(&self, uid: &PodUid) -> Result<Vec<JobView>, SchedulerError> {
+    /// All jobs of a pod that the scheduler knows by name, comment or working directory, ended ones too, newest first.
+    /// None of them was submitted before `since`.
+    pub async fn find(
+        &self,
+        uid: &PodUid,
+        since: Timestamp,
+    ) -> Result<Vec<JobView>, SchedulerError> {
         match self {
-            Self::Slurm(slurm) => slurm.find(uid).await,
+            Self::Slurm(slurm) => slurm.find(uid, since).await,
             Self::Local(local) => local.find(uid).await,
         }
     }

@@ -7,12 +7,13 @@
 //! - [`report::keep`]: the durable copy of the newest report.
 //! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
 //! - [`staged`]: values that come while the link is down.
-//! - the reaper ([`children`]), the watcher of signals from outside, and [`resident::keep_small`].
+//! - the reaper ([`children`]), the watcher of signals from outside, [`resident::keep_small`], and
+//!   [`scratch::keep_clean`], which removes what ended attempts wrote.
 //!
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
 mod attach;
-mod beneath;
+pub(crate) mod beneath;
 mod cgroup;
 mod children;
 mod container;
@@ -26,9 +27,12 @@ mod handshake;
 mod link;
 mod listeners;
 mod measure;
+mod mounts;
 mod oom;
 mod output;
 mod outside;
+mod passwd;
+mod places;
 mod plan;
 mod pod;
 pub(crate) mod proc;
@@ -49,7 +53,9 @@ use jiff::Timestamp;
 use knoc_proto::{
     crash,
     error::chain,
+    log::{self as lines, Form},
     pb::{self, OutcomeKind},
+    text::escape,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -61,16 +67,17 @@ use tracing_subscriber::{
     Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
 };
 
-pub(crate) use self::report::STOP_SIGNAL;
 use self::{
     children::Children,
     directory::Directory,
     link::{Link, State},
     pod::Pod,
     report::Publisher,
+    scratch::{Cleaner, LAST_REMOVAL},
     serve::{Service, Slots},
     supervisor::Supervisor,
 };
+pub(crate) use self::{pod::node_name, report::STOP_SIGNAL};
 use crate::{
     jobdir::{
         self, JobDir,
@@ -114,17 +121,22 @@ pub fn main(jobdir: &Path) -> ExitCode {
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("knoc-agent shim: {error}");
+            say(&error.to_string());
             return ExitCode::from(CANNOT_START);
         }
     };
     let code = runtime.block_on(start(jobdir)).unwrap_or_else(|error| {
-        eprintln!("knoc-agent shim: {error:#}");
+        say(&format!("{error:#}"));
         ExitCode::from(CANNOT_START)
     });
     // A file system that hangs must not hold the job.
     runtime.shutdown_background();
     code
+}
+
+/// A line on standard error, before there is a log.
+fn say(words: &str) {
+    eprintln!("knoc-agent shim: {}", escape(words));
 }
 
 /// Claims the directory, then runs the pod.
@@ -142,7 +154,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     match jobdir.claim(&claim, again) {
         Ok(_) => {}
         Err(error @ ClaimError::Surplus { .. }) => {
-            eprintln!("knoc-agent shim: this job is surplus: {}", chain(&error));
+            say(&format!("this job is surplus: {}", chain(&error)));
             return Ok(ExitCode::from(SURPLUS));
         }
         Err(error) => return Err(error.into()),
@@ -195,7 +207,7 @@ fn log(pod: &Pod) {
         .with_target(env!("CARGO_CRATE_NAME"), level);
     let lines = tracing_subscriber::fmt::layer()
         .with_ansi(false)
-        .with_writer(std::io::stderr);
+        .with_writer(|| lines::stderr(Form::Text));
     // In tests there may be one already.
     tracing_subscriber::registry()
         .with(lines.with_filter(targets))
@@ -216,9 +228,14 @@ async fn run(
     let (commands, orders) = mpsc::channel(COMMANDS);
     let signals = outside::Signals::listen()?;
     background.spawn(signals.obey(own_grace(&pod), commands.clone()));
-    let publisher = Publisher::new(first_report(&pod, previous.as_ref()));
+    let mut publisher = Publisher::new(first_report(&pod, previous.as_ref()));
+    if let Some(why) = pod.scratch.on_disk() {
+        tracing::warn!("{why}");
+        publisher.note("MemoryOnDisk", why, "");
+    }
     let mut reports = publisher.subscribe();
     background.spawn(resident::keep_small(publisher.subscribe()));
+    background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
     keeper.spawn(report::keep(pod.jobdir.clone(), publisher.subscribe()));
     let directory = watch::Sender::new(Arc::new(Directory::default()));
@@ -249,8 +266,10 @@ async fn run(
     let written = keeper.join_next().await;
     farewell.wait().await;
     tokio::time::timeout(FLUSH, linked.join_next()).await.ok();
-    // Streams that are cut with the process may still hold the pod: its drop is not waited for.
-    pod.scratch.remove();
+    // Streams that are cut with the process may still hold the pod: its drop is not waited for. A file system that hangs
+    // must not hold the job.
+    let removal = tokio::task::spawn_blocking(move || pod.scratch.remove());
+    tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
     let reported = matches!(written, Some(Ok(true)));
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
 }

@@ -14,16 +14,20 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use knoc_proto::{
     bulk::Called,
     error::chain,
     ids::PodUid,
-    link::{self, pinned::PinnedIncoming},
+    link::{self, admission::Source, pinned::PinnedIncoming},
+    log_limit::LogLimit,
     pb::{self, shim_client::ShimClient},
     reason::ErrorReason,
 };
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 
@@ -33,6 +37,10 @@ use crate::pod::{actor::Input, state::Event};
 pub const DEADLINE: Duration = Duration::from_secs(5);
 /// Links of one agent. More are refused: each is a socket and some buffers.
 const LINKS: usize = 20_000;
+/// Links of one pod. Its shim has one, and dials again while an old one has not been noticed to be gone.
+const LINKS_OF_ONE: usize = 8;
+/// How long a shim may take from its handshake to its first report.
+const FIRST_REPORT: Duration = Duration::from_secs(20);
 
 /// The client of one shim.
 pub type Client = ShimClient<Called<Channel>>;
@@ -53,6 +61,8 @@ struct Shared {
 struct Route {
     uid: PodUid,
     input: mpsc::Sender<Input>,
+    /// Places for links of this pod.
+    places: Arc<Semaphore>,
 }
 
 #[derive(Debug, Clone)]
@@ -88,6 +98,7 @@ impl Shims {
             Route {
                 uid: uid.clone(),
                 input,
+                places: Arc::new(Semaphore::new(LINKS_OF_ONE)),
             },
         );
     }
@@ -159,6 +170,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Takes links until `stop`.
 pub async fn serve(shims: Shims, mut incoming: PinnedIncoming, stop: CancellationToken) {
     let mut tasks = JoinSet::new();
+    let mut log = LogLimit::default();
     loop {
         let accepted = tokio::select! {
             biased;
@@ -174,18 +186,34 @@ pub async fn serve(shims: Shims, mut incoming: PinnedIncoming, stop: Cancellatio
             }
             None => break,
         };
-        let Some(route) = lock(&shims.0.pins).get(&spki).cloned() else {
-            tracing::warn!(spki, "a shim with an unknown key was refused");
-            continue;
+        let from = io.get_ref().0.peer_addr().ok();
+        let source = from.map_or(Source::Local, Source::from);
+        let route = lock(&shims.0.pins).get(&spki).cloned();
+        let admitted = route.ok_or("its key is unknown").and_then(|route| {
+            match Arc::clone(&route.places).try_acquire_owned() {
+                Ok(place) if tasks.len() < LINKS => Ok((route, place)),
+                Ok(_) => Err("too many links are open"),
+                Err(_) => Err("its pod has too many links"),
+            }
+        });
+        let (route, place) = match admitted {
+            Ok(admitted) => admitted,
+            Err(why) => {
+                let verdict = log.event(tokio::time::Instant::now(), source);
+                if let Some(count) = verdict.left_out {
+                    tracing::warn!(count, "further refused shims were left out of the log");
+                }
+                if verdict.write {
+                    tracing::warn!(?from, spki, "a shim was refused: {why}");
+                }
+                continue;
+            }
         };
-        if tasks.len() >= LINKS {
-            tracing::warn!(uid = %route.uid, "too many shim links: refused");
-            continue;
-        }
         let client = ShimClient::new(Called::new(link::near_side(io)))
             .max_decoding_message_size(link::MAX_MESSAGE)
             .max_encoding_message_size(link::MAX_MESSAGE);
-        tasks.spawn(follow(shims.clone(), route, client, stop.clone()));
+        let following = follow(shims.clone(), route, client, stop.clone());
+        tasks.spawn(following.map(|()| drop(place)));
     }
     tasks.shutdown().await;
 }
@@ -202,8 +230,9 @@ async fn follow(shims: Shims, route: Route, mut client: Client, stop: Cancellati
     let begun = tokio::select! {
         biased;
         () = stop.cancelled() => return,
-        begun = begun => begun,
+        begun = tokio::time::timeout(FIRST_REPORT, begun) => begun,
     };
+    let begun = begun.unwrap_or_else(|_| Err(Status::deadline_exceeded("no report in time")));
     let (mut next, mut reports) = match begun {
         Ok((first, reports)) => (first, reports),
         Err(status) => {

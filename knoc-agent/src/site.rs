@@ -10,6 +10,7 @@ use crate::{
     image::Images,
     jobdir::StateDir,
     lease::{Holder, LeaseError},
+    policy::Live,
     registry::board::Board,
     scheduler::{Refusal, RefusalKind, Scheduler},
     shims::Shims,
@@ -35,8 +36,10 @@ pub const ACCEPTING: usize = 8;
 /// What all pods of this agent share.
 #[derive(Debug)]
 pub struct Site {
-    /// The site file.
+    /// The site file, as it was at the start.
     pub config: Config,
+    /// Its `[policy]`, as it is now.
+    pub policy: Live,
     /// The files.
     pub state: StateDir,
     /// Who owns the jobs.

@@ -18,6 +18,7 @@ use crate::jobdir::{
     StateDir,
     atomic::{self, FileError},
 };
+use crate::tree;
 
 /// The executable in each folder.
 const PROGRAM: &str = "knoc-agent";
@@ -135,7 +136,7 @@ impl Versions {
         };
         for name in unneeded(names, &self.own, &held.by_name) {
             let folder = self.folder.join(&name);
-            match fs::remove_dir_all(&folder) {
+            match tree::remove(&folder) {
                 Ok(()) => tracing::info!(version = name, "removed: no job directory names it"),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {

@@ -131,7 +131,7 @@ async fn a_program_that_is_not_there() {
 }
 
 #[tokio::test]
-async fn restarts_back_off_and_keep_their_logs() {
+async fn restarts_back_off_and_the_logs_of_the_last_two_stay() {
     let mut container = sh("a", "");
     let script =
         "n=$(cat $COUNT 2>/dev/null || echo 0); echo $((n+1)) > $COUNT; echo run $n; test $n -ge 3";
@@ -160,7 +160,11 @@ async fn restarts_back_off_and_keep_their_logs() {
     assert_eq!(terminated(status).exit_code, 0);
     assert_eq!(status.last_termination.as_ref().unwrap().exit_code, 1);
     for attempt in 0..4 {
-        assert_eq!(job.log("a", attempt), format!("run {attempt}\n"));
+        let kept = attempt >= 2;
+        assert_eq!(job.log_path("a", attempt).exists(), kept, "{attempt}");
+        if kept {
+            assert_eq!(job.log("a", attempt), format!("run {attempt}\n"));
+        }
     }
 }
 
@@ -359,4 +363,60 @@ async fn wait_for_log(job: &Job, container: &str, text: &str) {
         assert!(began.elapsed() < harness::DEADLINE, "{}", job.state_words());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// All containers and attempts together, whatever each of them writes.
+#[tokio::test]
+async fn the_logs_of_a_pod_stay_within_their_bound() {
+    let flood = "i=0; while [ $i -lt 60 ]; do head -c 60000 /dev/zero | tr '\\0' x | fold -w 1000; i=$((i+1)); done";
+    let again = format!("{flood}; exit 1");
+    let mut job = Job::new(vec![sh("a", &again), sh("b", flood)]);
+    job.spec().restart_policy = pb::RestartPolicy::OnFailure.into();
+    job.file.settings.as_mut().unwrap().log_max_pod_bytes = 4 << 20;
+    job.start();
+    job.until(|report| report.containers[0].restart_count >= 3)
+        .await;
+    let logs = job.dir.logs_dir();
+    let files = ["a", "b"].into_iter().flat_map(|name| {
+        let folder = std::fs::read_dir(logs.join(name)).unwrap();
+        folder.map(|entry| entry.unwrap())
+    });
+    // A file that is removed while we look counts for nothing.
+    let total: u64 = files
+        .map(|entry| entry.metadata().map_or(0, |metadata| metadata.len()))
+        .sum();
+    // Of each of four series one batch more, twice: of 256 KiB, and what a stamp adds to each line.
+    let most = (4 << 20) + 8 * (300 << 10);
+    assert!((1 << 20..most).contains(&total), "{total}");
+    let dropped = job.report().notes;
+    assert!(
+        dropped.iter().any(|note| note.reason == "LogFilesDropped"),
+        "{dropped:?}"
+    );
+    job.signal(Signal::SIGKILL);
+    job.wait().await;
+}
+
+/// What the shell that began it all has bounded softly does not bound the program, and our core limit is our own.
+#[tokio::test]
+async fn a_program_has_every_limit_of_its_job_but_for_two_usual_ones() {
+    let mut job = Job::new(vec![sh(
+        "a",
+        "cat /proc/self/limits; ulimit -Sn; ulimit -Ss",
+    )]);
+    job.under = "ulimit -S -t 5000; ulimit -S -f 4000000; ulimit -S -n 300; ulimit -S -c 7; ulimit -S -s 1000";
+    job.start();
+    assert_eq!(job.code().await, 0, "{}", job.state_words());
+    let log = job.log("a", 0);
+    let limits = log.lines().filter(|line| line.starts_with("Max "));
+    let mut seen = 0;
+    for line in limits {
+        let usual = line.starts_with("Max open files") || line.starts_with("Max stack size");
+        // Columns of proc_pid_limits(5).
+        let (soft, hard) = (line[26..47].trim(), line[47..68].trim());
+        assert!(usual || soft == hard, "{line}");
+        seen += 1;
+    }
+    assert_eq!(seen, 16, "{log}");
+    assert!(log.ends_with("\n1024\n8192\n"), "{log}");
 }

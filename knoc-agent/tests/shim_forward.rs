@@ -209,6 +209,59 @@ async fn only_the_pods_own_listeners_are_forwarded_to() {
     job.code().await;
 }
 
+/// Listens for one connection, answers it and ends, as `nc -l` does: the listener is gone at once.
+const ONCE: &str = r#"
+import socket, sys
+server = socket.socket()
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+server.bind(("127.0.0.1", int(sys.argv[1])))
+server.listen(1)
+peer = server.accept()[0]
+server.close()
+peer.sendall(b"once")
+if sys.argv[2] == "stays":
+    peer.shutdown(socket.SHUT_WR)
+    while peer.recv(65536):
+        pass
+peer.close()
+"#;
+
+/// `how`: does the program keep its end until the client has closed its own, or is it gone before anybody can look?
+async fn listeners_for_one_connection_are_forwarded_to(how: &str) {
+    let port = free_port();
+    let serve = format!("echo up; while :; do python3 -c '{ONCE}' {port} {how} 2>/dev/null; done");
+    let (mut job, _agent, mut shim) = up(sh("a", &serve)).await;
+    let began = Instant::now();
+    let mut answered = 0;
+    while answered < 20 {
+        assert!(began.elapsed() < DEADLINE * 2, "{answered} were answered");
+        match Forwarded::new(&shim, port).await {
+            Ok(mut connection) => {
+                connection.send(ToPod::Closed(true)).await;
+                assert_eq!(connection.all().await, b"once");
+                answered += 1;
+            }
+            // Between one and the next, as on any node.
+            Err(status) if status.message().contains("refused") => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Err(status) => panic!("{status}"),
+        }
+    }
+    stop(&mut shim).await;
+    job.code().await;
+}
+
+#[tokio::test]
+async fn a_listener_for_one_connection_that_stays_is_forwarded_to() {
+    listeners_for_one_connection_are_forwarded_to("stays").await;
+}
+
+#[tokio::test]
+async fn a_listener_for_one_connection_that_is_gone_at_once_is_forwarded_to() {
+    listeners_for_one_connection_are_forwarded_to("goes").await;
+}
+
 #[tokio::test]
 async fn a_reader_that_stops_holds_up_the_program_not_the_shim() {
     let port = free_port();

@@ -6,7 +6,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicI64, Ordering},
     },
     time::Duration,
@@ -20,6 +20,7 @@ use knoc_proto::{
 use tokio::time::Instant;
 use tonic::transport::Channel;
 
+pub mod renew;
 pub mod watch;
 
 /// A deadline for every unary call: the agent answers from memory or after one fsync'd write; staging
@@ -95,10 +96,21 @@ impl Link {
 /// A handle on the agent; clones share the connections.
 #[derive(Clone, Debug)]
 pub struct Agent {
-    control: Channel,
-    bulk: Channel,
+    /// Replaced as a whole when the link's certificate was renewed. Held for a clone only.
+    channels: Arc<RwLock<Channels>>,
     cluster_id: Arc<str>,
+    /// The node that is led; empty: none.
+    node: Arc<str>,
     leadership: Arc<AtomicI64>,
+}
+
+/// The two connections.
+#[derive(Clone, Debug)]
+pub struct Channels {
+    /// For what the controller asks, and the watches.
+    pub control: Channel,
+    /// For logs and exec.
+    pub bulk: Channel,
 }
 
 impl Agent {
@@ -106,11 +118,43 @@ impl Agent {
     #[must_use]
     pub fn new(control: Channel, bulk: Channel, cluster_id: &str) -> Self {
         Self {
-            control,
-            bulk,
+            channels: Arc::new(RwLock::new(Channels { control, bulk })),
             cluster_id: cluster_id.into(),
+            node: "".into(),
             leadership: Arc::default(),
         }
+    }
+
+    /// The same handle of the kubelet of that node.
+    #[must_use]
+    pub fn of_node(self, node: &str) -> Self {
+        Self {
+            node: node.into(),
+            ..self
+        }
+    }
+
+    /// New requests and streams go over these connections; what is under way ends on the old ones.
+    pub fn redial(&self, channels: Channels) {
+        *self
+            .channels
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = channels;
+    }
+
+    /// The same handle over other connections; this one keeps its own.
+    fn with(&self, channels: Channels) -> Self {
+        Self {
+            channels: Arc::new(RwLock::new(channels)),
+            ..self.clone()
+        }
+    }
+
+    fn channels(&self) -> Channels {
+        self.channels
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// The cluster id that every mutating request names.
@@ -127,7 +171,7 @@ impl Agent {
     /// The client for streams of bytes: logs, exec. The caller sets deadlines.
     #[must_use]
     pub fn bulk(&self) -> AgentClient<Called<Channel>> {
-        AgentClient::new(Called::new(self.bulk.clone()))
+        AgentClient::new(Called::new(self.channels().bulk))
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT)
     }
@@ -135,7 +179,7 @@ impl Agent {
     /// The client for watches and single questions. The caller sets deadlines.
     #[must_use]
     pub fn control(&self) -> AgentClient<Channel> {
-        sized(self.control.clone())
+        sized(self.channels().control)
     }
 
     /// Makes the pod exist; idempotent by uid.
@@ -214,9 +258,18 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             capabilities: Vec::new(),
             cluster_id: self.cluster_id.to_string(),
+            node_name: self.node.to_string(),
         };
         let answer = self.control().get_info(deadline(request)).await?;
         Ok(answer.into_inner())
+    }
+
+    /// A new certificate for our own identity, PEM.
+    pub async fn renew_certificate(&self, request: Vec<u8>) -> Result<String, tonic::Status> {
+        let request = request.into();
+        let request = pb::RenewCertificateRequest { request };
+        let answer = self.control().renew_certificate(deadline(request)).await?;
+        Ok(answer.into_inner().certificate)
     }
 
     fn epoch(&self) -> i64 {

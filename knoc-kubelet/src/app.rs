@@ -15,7 +15,11 @@ use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agent::{Agent, Link, watch::AgentWatch},
+    agent::{
+        Agent, Link,
+        renew::{Dialer, LinkCertificate, Renewer},
+        watch::AgentWatch,
+    },
     certs::StartError,
     config::{Config, IdentityConfig},
     leader::{Leader, LeaderError},
@@ -90,6 +94,7 @@ pub struct App {
     /// Asks for the first client certificate of the node's identity; none: the identity is the ServiceAccount's.
     bootstrap: Option<Client>,
     agent: Agent,
+    dialer: Dialer,
     namespace: String,
     identity: String,
     internal_ip: String,
@@ -193,24 +198,26 @@ impl App {
             deposed: deposed.clone(),
             metrics: Metrics::default(),
         });
-        let port = self.serve(tasks, shutdown, &own, &context).await?;
-        let node = NodeTask::new(
-            own.clients,
-            self.node_identity(port),
-            own.health,
+        let certificate = self.renew(tasks, shutdown, &context);
+        let shown = certificate.clone();
+        let serve = self.serve(tasks, shutdown, &own, &context, shown);
+        let port = serve.await?;
+        let watched = node::Watched {
+            certificates: own.health,
+            link_certificate: certificate,
             link,
             capacity,
-            orphans,
-            place_to,
-        );
+        };
+        let identity = self.node_identity(port);
+        let node = NodeTask::new(own.clients, identity, watched, orphans, place_to);
         node.register().await?;
         let (agent, store) = (self.agent.clone(), self.store.clone());
         let agent_watch = AgentWatch::new(agent, store, queue.clone(), link_to, capacity_to);
         let (missing_to, missing) = watch::channel(0);
         let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
         let token = || shutdown.clone();
-        let lease = node::lease::run(client.clone(), self.config.node.name.clone(), token());
-        tasks.spawn(lease);
+        let name = self.config.node.name.clone();
+        tasks.spawn(node::lease::run(client.clone(), name, token()));
         tasks.spawn(node.run(token()));
         tasks.spawn(services.run(client, token()));
         tasks.spawn(agent_watch.run(token()));
@@ -250,6 +257,27 @@ impl App {
         events
     }
 
+    /// Starts the task that renews the certificate of the link, where it has one.
+    fn renew(
+        &self,
+        tasks: &mut JoinSet<()>,
+        shutdown: &CancellationToken,
+        context: &Context,
+    ) -> watch::Receiver<LinkCertificate> {
+        let (health_to, health) = watch::channel(LinkCertificate::default());
+        let renewer = Renewer::new(
+            self.agent.clone(),
+            self.dialer.clone(),
+            self.keep(),
+            context.link.clone(),
+            health_to,
+        );
+        if let Some(renewer) = renewer {
+            tasks.spawn(renewer.run(shutdown.clone()));
+        }
+        health
+    }
+
     /// Binds and serves the kubelet API; returns its port.
     async fn serve(
         &self,
@@ -257,12 +285,14 @@ impl App {
         shutdown: &CancellationToken,
         own: &certificates::Own,
         context: &Context,
+        certificate: watch::Receiver<LinkCertificate>,
     ) -> Result<u16, RunError> {
         let backend = backend::KubeletBackend {
             store: self.store.clone(),
             agent: self.agent.clone(),
             link: context.link.clone(),
             capacity: context.capacity.clone(),
+            certificate,
             pulse: context.pulse.clone(),
             metrics: context.metrics.clone(),
             stats: Stats::new(self.agent.clone(), context.link.clone(), self.store.clone()),

@@ -9,11 +9,14 @@ mod source;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr};
 
-use knoc_proto::ids::SiteName;
+use knoc_proto::{ids::SiteName, names};
 use serde_json::{Map, Value};
 
 pub use settings::{SETTINGS, Setting};
 pub use source::{Environment, Found, Origin, Source, YamlFile};
+
+/// The most characters of a node's name: it is also the value of its label `kubernetes.io/hostname`.
+const NODE_NAME: usize = 63;
 
 /// One mistake in the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -256,8 +259,15 @@ impl Reader<'_> {
         let name = self
             .text("node.name")
             .or_else(|| site.map(|site| format!("knoc-{site}")));
-        if name.is_none() {
-            self.missing("node.name", "set it, or agent.site, from which it follows");
+        match &name {
+            None => self.missing("node.name", "set it, or agent.site, from which it follows"),
+            Some(name) if names::dns_subdomain(name).is_err() || name.len() > NODE_NAME => {
+                let allowed = format!(
+                    "a node's name: lower-case letters, digits, `-` and `.`, at most {NODE_NAME} characters"
+                );
+                self.wrong("node.name", name, &allowed);
+            }
+            Some(_) => {}
         }
         let internal_ip = self.parse("node.internalIP", "an IP address");
         let pods = self.number("node.pods", 1, 100_000);
@@ -361,13 +371,15 @@ impl Reader<'_> {
             .map(str::trim)
             .filter(|pair| !pair.is_empty())
         {
-            match pair.split_once('=') {
-                Some((key, value)) => {
-                    labels.insert(key.trim().to_owned(), value.trim().to_owned());
-                }
-                None => self.problems.push(Problem {
+            let label = match pair.split_once('=') {
+                Some((key, value)) => label(key.trim(), value.trim()),
+                None => Err(format!("`{pair}` is not `key=value`")),
+            };
+            match label {
+                Ok((key, value)) => drop(labels.insert(key, value)),
+                Err(why) => self.problems.push(Problem {
                     origin: found.origin.clone(),
-                    what: format!("node.labels: `{pair}` is not `key=value`"),
+                    what: format!("node.labels: {why}"),
                 }),
             }
         }
@@ -451,6 +463,13 @@ impl Reader<'_> {
             what: format!("{key}{variable} is missing: {hint}"),
         });
     }
+}
+
+/// A label that the API server takes.
+fn label(key: &str, value: &str) -> Result<(String, String), String> {
+    names::qualified_name(key).map_err(|why| format!("the key `{key}`: {why}"))?;
+    names::label_value(value).map_err(|why| format!("the value `{value}` of {key}: {why}"))?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 #[cfg(test)]

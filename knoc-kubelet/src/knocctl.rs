@@ -10,6 +10,7 @@
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use knoc_proto::private::keep_memory_private;
 
 mod attach;
 mod completions;
@@ -49,7 +50,8 @@ pub struct Cli {
 
 const HELP: &str = "\
 Beside the agent its own socket is used, unless a file or a context is asked for (--config, --context, \
-`current-context`): $XDG_RUNTIME_DIR/knoc/agent.sock, else /tmp/knoc-<uid>/agent.sock.
+`current-context`): listen.socket of the site file, else $XDG_RUNTIME_DIR/knoc/agent.sock, else \
+STATE_DIR/socket/agent.sock. Its folder must be yours with mode 0700.
 A POD is a name, NAMESPACE/NAME, or a uid.
 Exit codes: 0 done, 1 failed, 2 wrong usage; exec, attach and `run --wait` pass the program's own.";
 
@@ -112,6 +114,10 @@ pub fn command() -> clap::Command {
 /// Runs the program by its arguments.
 #[must_use]
 pub fn main() -> ExitCode {
+    // The client's key, and what manifests say of Secrets.
+    if let Err(source) = keep_memory_private() {
+        return report(&CtlError::Private { source });
+    }
     run_with(std::env::args_os())
 }
 

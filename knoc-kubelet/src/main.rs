@@ -8,6 +8,11 @@ use knoc_kubelet::{
     app::App,
     config::{Config, Environment, LogConfig, YamlFile},
 };
+use knoc_proto::{
+    log::{self, Form},
+    private::keep_memory_private,
+    text::escape_lines,
+};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -31,11 +36,12 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match run(&arguments) {
+    let private = keep_memory_private().context("keep the memory of this process private");
+    match private.and_then(|()| run(&arguments)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Logging may not be set up yet.
-            let text = format!("knoc-kubelet: {error:#}\n");
+            let text = format!("knoc-kubelet: {}\n", escape_lines(&format!("{error:#}")));
             drop(std::io::Write::write_all(
                 &mut std::io::stderr(),
                 text.as_bytes(),
@@ -105,13 +111,17 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 fn log_to(config: &LogConfig) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&config.level)
         .with_context(|| format!("log.level `{}` is not a filter", config.level))?;
+    // No colours: what looks like an escape sequence in a line is escaped, whoever wrote it.
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_ansi(false);
     if config.json {
-        builder.json().init();
+        builder
+            .json()
+            .with_writer(|| log::stderr(Form::Json))
+            .init();
     } else {
-        builder.init();
+        builder.with_writer(|| log::stderr(Form::Text)).init();
     }
     Ok(())
 }

@@ -49,6 +49,12 @@ const AGENT_INFO: Family = family(
     "version,site,scheduler,runtime",
     "1, with what the agent says of itself; absent while there is no link",
 );
+const CERTIFICATES: Family = family(
+    "knoc_link_certificate_remaining_seconds",
+    "gauge",
+    "side",
+    "How long the certificate of a side of the link (agent or kubelet) is still valid, negative once it has expired; absent where there is none",
+);
 const LINK_CHANGED: Family = family(
     "knoc_agent_link_changed_timestamp_seconds",
     "gauge",
@@ -78,7 +84,7 @@ const ROUND_AGE: Family = family(
     "knoc_scheduler_round_age_seconds",
     "gauge",
     "",
-    "How long ago the agent last read the jobs' states from Slurm; absent before the first time",
+    "How long ago the agent last read the jobs' states from Slurm; absent while it has no job to ask about",
 );
 const SCHEDULER_UP: Family = family(
     "knoc_scheduler_up",
@@ -142,6 +148,7 @@ pub const FAMILIES: &[Family] = &[
     LINK_UP,
     BUILD,
     REQUESTS,
+    CERTIFICATES,
     PODS,
     ROUND_AGE,
     SCHEDULER_UP,
@@ -243,6 +250,8 @@ pub struct Gauges {
     pub link_changed: i64,
     /// Did Slurm answer last time, and how long ago did a round succeed (where one has)?
     pub scheduler: Option<(bool, Option<Duration>)>,
+    /// For how many seconds the certificates of the link's sides are still valid.
+    pub certificates: Vec<(&'static str, i64)>,
     /// Upgraded connections.
     pub streams: usize,
     /// This process, where `/proc` tells.
@@ -275,6 +284,10 @@ impl Metrics {
         of_agent(&mut page, gauges);
         page.one(BUILD, &[("version", env!("CARGO_PKG_VERSION"))], 1);
         self.requests(&mut page);
+        page.head(CERTIFICATES);
+        for (side, left) in &gauges.certificates {
+            page.sample(CERTIFICATES.name, &[("side", side)], *left);
+        }
         let phases: Vec<_> = gauges.phases.iter().collect();
         page.head(PODS);
         for (phase, count) in phases {

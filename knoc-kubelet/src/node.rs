@@ -5,6 +5,7 @@
 //! server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so
 //! and takes no new pods.
 
+mod expiry;
 pub mod features;
 pub mod lease;
 pub mod place;
@@ -25,7 +26,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agent::Link,
+    agent::{Link, renew::LinkCertificate},
     certs::{Health, Purpose},
     identity::Clients,
 };
@@ -91,6 +92,19 @@ pub struct Identity {
     pub websockets: bool,
 }
 
+/// What the task watches.
+#[derive(Debug)]
+pub struct Watched {
+    /// How our own certificates do.
+    pub certificates: Certificates,
+    /// How our certificate on the link does.
+    pub link_certificate: watch::Receiver<LinkCertificate>,
+    /// The link.
+    pub link: watch::Receiver<Link>,
+    /// What the site has.
+    pub capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
+}
+
 /// How our own certificates do.
 pub type Certificates = Vec<(Purpose, watch::Receiver<Health>)>;
 
@@ -101,6 +115,7 @@ pub struct NodeTask {
     /// Changes taints, which a node may not once its object is there.
     account: Api<Node>,
     certificates: Certificates,
+    link_certificate: watch::Receiver<LinkCertificate>,
     client: kube::Client,
     identity: Identity,
     link: watch::Receiver<Link>,
@@ -118,17 +133,22 @@ impl NodeTask {
     pub fn new(
         clients: Clients,
         identity: Identity,
-        certificates: Certificates,
-        link: watch::Receiver<Link>,
-        capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
+        watched: Watched,
         orphans: watch::Receiver<usize>,
         place: watch::Sender<Place>,
     ) -> Self {
+        let Watched {
+            certificates,
+            link_certificate,
+            link,
+            capacity,
+        } = watched;
         Self {
             client: clients.node.clone(),
             api: Api::all(clients.node),
             account: Api::all(clients.account),
             certificates,
+            link_certificate,
             identity,
             link,
             capacity,
@@ -210,12 +230,14 @@ impl NodeTask {
             .iter()
             .map(|(purpose, health)| (*purpose, health.borrow().clone()))
             .collect();
+        let link_certificate = self.link_certificate.borrow().clone();
         let facts = Facts {
             identity: &self.identity,
             link: &link,
             capacity: capacity.as_deref(),
             orphans,
             certificates: &certificates,
+            link_certificate: &link_certificate,
             server: self.server.and_then(|(release, _)| release),
             previous: node.status.as_ref(),
             now: Timestamp::now(),

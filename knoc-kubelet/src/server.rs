@@ -24,7 +24,9 @@ mod refused;
 mod remote;
 mod remotecommand;
 mod routes;
+mod separate_end;
 mod spdy;
+mod standing;
 mod stats;
 mod stop;
 mod streams;
@@ -235,12 +237,11 @@ impl Server {
             tls::Reload::start(settings.serving, settings.client_ca, Arc::clone(&cluster))
                 .await
                 .map_err(|source| ServerError::Tls { source })?;
-        let bound = async {
-            let listener = TcpListener::bind(settings.bind).await?;
+        let bound = knoc_proto::link::accept::bind(settings.bind).and_then(|listener| {
             let address = listener.local_addr()?;
             Ok((listener, address))
-        };
-        let (listener, address) = bound.await.map_err(|source| ServerError::Bind {
+        });
+        let (listener, address) = bound.map_err(|source| ServerError::Bind {
             address: settings.bind,
             source,
         })?;
@@ -275,6 +276,7 @@ impl Server {
     pub async fn run(self, shutdown: CancellationToken) {
         let router = routes::router(Arc::clone(&self.context));
         let tls = self.context.tls.clone();
+        let incoming = accept::listen(self.listener, &tls);
         let Context { streams, cut, .. } = &*self.context;
         // Beside the drain of requests, which a log that is followed takes whole: both must fit the kubelet's own end.
         let sessions = async {
@@ -286,7 +288,7 @@ impl Server {
         let served = async {
             tokio::join!(
                 self.reload.run(self.reload_interval, shutdown.clone()),
-                accept::serve(self.listener, tls, router, self.drain, shutdown.clone()),
+                accept::serve(incoming, tls, router, self.drain, shutdown.clone()),
             );
             streams.close();
             streams.wait().await;

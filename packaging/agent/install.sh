@@ -5,7 +5,8 @@
 #
 # Puts the binaries into DIR/lib/knoc/VERSION and links to them into DIR/bin, the systemd user unit and completions
 # where user units and completions lie. A running agent keeps its old file until it is started again, and jobs have a
-# copy of their own. Configuration, certificates and state are never touched; `knoc-agent init` makes them.
+# copy of their own. Configuration, certificates and state are never touched; `knoc-agent init --site SITE` makes
+# them.
 set -eu
 umask 022
 
@@ -14,7 +15,7 @@ while [ $# -gt 0 ]; do
     case $1 in
     --prefix) [ $# -ge 2 ] || { echo "install.sh: --prefix needs a folder" >&2; exit 2; }; prefix=$2; shift 2 ;;
     --prefix=*) prefix=${1#*=}; shift ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "install.sh: unknown argument $1 (--prefix DIR, --help)" >&2; exit 2 ;;
     esac
 done
@@ -69,7 +70,7 @@ rm -f "$rendered"
 
 echo "installed knoc-agent and knocctl $version in $prefix/bin"
 case :$PATH: in *:"$prefix/bin":*) ;; *) echo "add $prefix/bin to your PATH" ;; esac
-[ -e "$config/knoc/agent.toml" ] || echo "next: knoc-agent init, then read $config/knoc/agent.toml"
+[ -e "$config/knoc/agent.toml" ] || echo "next: knoc-agent init --site SITE --address HOST --namespace NAMESPACE (see README.md), then read $config/knoc/agent.toml"
 if systemctl --user show-environment >/dev/null 2>&1; then
     echo "start:   systemctl --user daemon-reload && systemctl --user enable --now knoc-agent"
     echo "upgrade: systemctl --user daemon-reload && systemctl --user restart knoc-agent   (jobs go on)"

@@ -16,14 +16,18 @@ use tonic::transport::{Endpoint, Server};
 
 use crate::bulk::Cutting;
 
-mod accept;
+pub mod accept;
+pub mod admission;
 mod carrier;
 mod credentials;
 mod dial;
+mod finished;
 mod identity;
 pub mod listen;
 mod one;
 pub mod pinned;
+mod shown;
+pub mod socket;
 mod tls;
 
 pub use self::{
@@ -33,6 +37,7 @@ pub use self::{
     identity::{ExpectPeer, Identity, InvalidIdentity},
     listen::{Conn, Incoming, Peer},
     one::{FarIo, FarSide, far_side, near_side},
+    shown::{Shown, Trust, Untrusted},
 };
 
 /// Both sides ping as often: shorter than the idle limits of firewalls and NAT (often 60 s and more), rare enough to
@@ -78,12 +83,31 @@ pub enum LinkError {
         /// The way.
         carrier: Carrier,
     },
+    /// The peer finished its TLS handshake, and then said something else.
+    #[error("{peer}{} does not speak HTTP/2", claim(Some(claimed)))]
+    NotHttp2 {
+        /// Its address.
+        peer: String,
+        /// Who it is.
+        claimed: String,
+    },
     /// Nobody answers there.
     #[error("connect to {carrier}")]
     Connect {
         /// The way.
         carrier: Carrier,
         /// The system's words.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A socket is there, and refuses: it is a dead agent's, or that of an agent on another host.
+    #[error(
+        "no process of this host serves {carrier}: the agent has ended, or it runs on another host that shares this folder"
+    )]
+    NotServed {
+        /// The way.
+        carrier: Carrier,
+        /// The system's message.
         #[source]
         source: std::io::Error,
     },
@@ -135,6 +159,23 @@ pub enum LinkError {
     InUse {
         /// Where.
         carrier: Carrier,
+    },
+    /// The socket's folder cannot be opened.
+    #[error("open the folder {path} of the socket")]
+    Folder {
+        /// The folder.
+        path: String,
+        /// The system's message.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A link, or a file, where the socket's folder should be. A link could be pointed elsewhere between check and use.
+    #[error("{path} must be the folder of the socket itself, it is {found}")]
+    NoFolder {
+        /// Where the folder should be.
+        path: String,
+        /// What is there.
+        found: &'static str,
     },
     /// The socket's folder could be entered by others.
     #[error(

@@ -16,6 +16,13 @@ use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use crate::link::{Identity, InvalidIdentity};
 
+mod renew;
+
+pub use self::renew::{
+    Ancestor, MAX_ANCESTORS, RenewError, Request, WARN_BEFORE, due, ends_soon, is_expiring,
+    renewable,
+};
+
 /// How far `notBefore` lies in the past: more than any clock that NTP keeps is wrong by.
 pub const BACKDATE: Duration = Duration::from_mins(5);
 /// The life of a CA.
@@ -65,6 +72,9 @@ pub enum PkiError {
         #[source]
         source: InvalidIdentity,
     },
+    /// A key that belongs to none of the CA's certificates.
+    #[error("the key belongs to none of the CA's certificates")]
+    ForeignKey,
     /// A date outside of what can be told.
     #[error("the certificate's dates are out of range")]
     Dates,
@@ -173,6 +183,35 @@ impl Ca {
         })
     }
 
+    /// The CA of `bundle`, which may hold several certificates, whose key is `key_pem`.
+    pub fn from_bundle(bundle: &str, key_pem: &str) -> Result<Self, PkiError> {
+        let key = KeyPair::from_pem(key_pem).map_err(|source| PkiError::Make {
+            subject: "the CA".to_owned(),
+            source,
+        })?;
+        for der in CertificateDer::pem_slice_iter(bundle.as_bytes()) {
+            let der = der.map_err(|source| PkiError::Pem {
+                what: "the CA",
+                source,
+            })?;
+            if parse(&der)?.public_key().subject_public_key.data == key.public_key_raw() {
+                let pem = pem_of(&der);
+                return Self::from_pem(&pem, key_pem);
+            }
+        }
+        Err(PkiError::ForeignKey)
+    }
+
+    /// Until when the CA itself is valid.
+    pub fn valid_until(&self) -> Result<Timestamp, PkiError> {
+        let der = CertificateDer::from_pem_slice(self.certificate_pem.as_bytes());
+        let der = der.map_err(|source| PkiError::Pem {
+            what: "the CA",
+            source,
+        })?;
+        Ok(inspect(&der)?.validity.until)
+    }
+
     /// The CA's certificate: what peers trust.
     #[must_use]
     pub fn cert_pem(&self) -> &str {
@@ -207,20 +246,7 @@ impl Ca {
             subject: subject.clone(),
             source,
         };
-        let bad = |name: &str| PkiError::BadName {
-            name: name.to_owned(),
-        };
-        let mut params = leaf(identity.name());
-        let uri = subject.as_str().try_into().map_err(|_| bad(&subject))?;
-        params.subject_alt_names.push(SanType::URI(uri));
-        for name in names {
-            params.subject_alt_names.push(match name.parse() {
-                Ok(address) => SanType::IpAddress(address),
-                Err(_) => SanType::DnsName(name.as_str().try_into().map_err(|_| bad(name))?),
-            });
-        }
-        params.use_authority_key_identifier_extension = true;
-        validity.apply(&mut params)?;
+        let params = named(identity, names, validity)?;
         let key = KeyPair::generate().map_err(made)?;
         let certificate = params.signed_by(&key, &self.issuer).map_err(made)?;
         Ok(CertifiedKey {
@@ -244,6 +270,30 @@ pub fn self_signed(name: &str) -> Result<CertifiedKey, PkiError> {
         cert_pem: certificate.pem(),
         key_pem: key.serialize_pem(),
     })
+}
+
+/// What a certificate of `identity` says, with DNS names and IP addresses beside it.
+fn named(
+    identity: &Identity,
+    names: &[String],
+    validity: Validity,
+) -> Result<CertificateParams, PkiError> {
+    let subject = identity.to_string();
+    let bad = |name: &str| PkiError::BadName {
+        name: name.to_owned(),
+    };
+    let mut params = leaf(identity.name());
+    let uri = subject.as_str().try_into().map_err(|_| bad(&subject))?;
+    params.subject_alt_names.push(SanType::URI(uri));
+    for name in names {
+        params.subject_alt_names.push(match name.parse() {
+            Ok(address) => SanType::IpAddress(address),
+            Err(_) => SanType::DnsName(name.as_str().try_into().map_err(|_| bad(name))?),
+        });
+    }
+    params.use_authority_key_identifier_extension = true;
+    validity.apply(&mut params)?;
+    Ok(params)
 }
 
 fn leaf(name: &str) -> CertificateParams {
@@ -274,6 +324,12 @@ pub struct CertificateInfo {
     pub issuer: String,
     /// Its dates.
     pub validity: Validity,
+    /// Its serial number, as [`serial_text`] writes it.
+    pub serial: String,
+    /// SHA-256 of its public key, as [`spki_sha256`].
+    pub spki: String,
+    /// What it was renewed from, the first one first.
+    pub ancestors: Vec<Ancestor>,
 }
 
 /// Reads what a DER certificate says.
@@ -298,11 +354,72 @@ pub fn inspect(der: &[u8]) -> Result<CertificateInfo, PkiError> {
         })
         .unwrap_or_default();
     let identity = Identity::one_of(&uris);
+    let digest = Sha256::digest(certificate.public_key().raw);
     Ok(CertificateInfo {
         identity,
         issuer: certificate.issuer().to_string(),
         validity,
+        serial: serial_text(&certificate.serial.to_bytes_be()),
+        spki: format!("{digest:x}"),
+        ancestors: Ancestor::of(&uris),
     })
+}
+
+/// Bytes in lower-case hexadecimal digits.
+#[must_use]
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    let mut text = String::new();
+    for byte in bytes {
+        // Writing to a string never fails.
+        let _infallible = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+/// A serial number in lower-case hexadecimal digits without leading zeros.
+#[must_use]
+pub fn serial_text(bytes: &[u8]) -> String {
+    let text = hexadecimal(bytes);
+    let significant = text.trim_start_matches('0');
+    if significant.is_empty() {
+        "0".to_owned()
+    } else {
+        significant.to_owned()
+    }
+}
+
+/// [`inspect`] of the first certificate in a PEM text.
+pub fn inspect_pem(pem: &str) -> Result<CertificateInfo, PkiError> {
+    let der = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|source| PkiError::Pem {
+        what: "the certificate",
+        source,
+    })?;
+    inspect(&der)
+}
+
+/// The DNS names and IP addresses of the first certificate in a PEM text.
+pub fn names_of_pem(pem: &str) -> Result<Vec<String>, PkiError> {
+    let der = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|source| PkiError::Pem {
+        what: "the certificate",
+        source,
+    })?;
+    let certificate = parse(&der)?;
+    let names = certificate.subject_alternative_name().ok().flatten();
+    let names = names.map(|names| names.value.general_names.iter().filter_map(name));
+    Ok(names.into_iter().flatten().collect())
+}
+
+fn name(name: &GeneralName<'_>) -> Option<String> {
+    if let GeneralName::DNSName(name) = name {
+        return Some((*name).to_owned());
+    }
+    let GeneralName::IPAddress(bytes) = name else {
+        return None;
+    };
+    let v4 = <[u8; 4]>::try_from(*bytes).map(std::net::IpAddr::from);
+    let address = v4.or_else(|_| <[u8; 16]>::try_from(*bytes).map(std::net::IpAddr::from));
+    address.ok().map(|address| address.to_string())
 }
 
 /// The identity in a DER certificate.
@@ -326,6 +443,20 @@ pub fn spki_sha256_of_pem(pem: &str) -> Result<String, PkiError> {
         source,
     })?;
     spki_sha256(&der)
+}
+
+/// A certificate as PEM.
+fn pem_of(der: &[u8]) -> String {
+    use base64::{Engine as _, prelude::BASE64_STANDARD};
+    let text = BASE64_STANDARD.encode(der);
+    let lines: Vec<&str> = (0..text.len())
+        .step_by(64)
+        .filter_map(|at| text.get(at..text.len().min(at + 64)))
+        .collect();
+    format!(
+        "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n",
+        lines.join("\n")
+    )
 }
 
 fn parse(der: &[u8]) -> Result<X509Certificate<'_>, PkiError> {

@@ -6,8 +6,13 @@ use std::{collections::HashSet, fmt, ops::Deref};
 
 use crate::{
     ids::{ContainerName, PodUid},
-    pb,
+    names::{self, BadName},
+    paths, pb,
+    text::quote,
 };
+
+/// How many bytes of a bad name are shown.
+const SHOWN: usize = 80;
 
 /// All that is wrong with a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,6 +86,7 @@ impl TryFrom<pb::PodSpec> for PodSpec {
         let mut problems = Vec::new();
         let uid = PodUid::try_from(spec.uid.as_str()).map_err(|e| problems.push(e.to_string()));
         check_names(&spec, &mut problems);
+        check_numbers(&spec, &mut problems);
         check_volumes(&spec, &mut problems);
         if spec.containers.is_empty() {
             problems.push("the pod has no container".to_owned());
@@ -99,18 +105,65 @@ impl TryFrom<pb::PodSpec> for PodSpec {
     }
 }
 
+/// Notes what is wrong with a name.
+fn check(what: &str, name: &str, checked: Result<(), BadName>, problems: &mut Vec<String>) {
+    if let Err(why) = checked {
+        problems.push(format!("the {what} {}: {why}", quote(name, SHOWN)));
+    }
+}
+
 fn check_names(spec: &pb::PodSpec, problems: &mut Vec<String>) {
-    for (what, name) in [("name", &spec.name), ("namespace", &spec.namespace)] {
-        if !is_dns_name(name) {
-            problems.push(format!("the {what} {name:?} is not a DNS name"));
+    let (name, namespace) = (&spec.name, &spec.namespace);
+    check("name", name, names::dns_subdomain(name), problems);
+    check(
+        "namespace",
+        namespace,
+        names::dns_label(namespace),
+        problems,
+    );
+    for (what, value, rule) in [
+        (
+            "hostname",
+            &spec.hostname,
+            names::is_host_name as fn(&str) -> Result<(), BadName>,
+        ),
+        ("node name", &spec.node_name, names::dns_subdomain),
+        (
+            "service account",
+            &spec.service_account,
+            names::dns_subdomain,
+        ),
+    ] {
+        if !value.is_empty() {
+            check(what, value, rule(value), problems);
         }
     }
-    if !spec.hostname.is_empty() && !is_dns_name(&spec.hostname) {
-        problems.push(format!(
-            "the hostname {:?} is not a DNS name",
-            spec.hostname
-        ));
+    // A map of a message has no order, the problems have.
+    let mut labels: Vec<_> = spec.labels.iter().collect();
+    labels.sort();
+    for (key, value) in labels {
+        check("label key", key, names::qualified_name(key), problems);
+        check("label value", value, names::label_value(value), problems);
     }
+    let mut annotations: Vec<_> = spec.annotations.keys().collect();
+    annotations.sort();
+    for key in annotations {
+        check("annotation key", key, names::annotation_key(key), problems);
+    }
+    for alias in &spec.host_aliases {
+        check(
+            "host alias",
+            &alias.ip,
+            names::ip_address(&alias.ip),
+            problems,
+        );
+        for name in &alias.hostnames {
+            check("host alias", name, names::dns_subdomain(name), problems);
+        }
+    }
+}
+
+fn check_numbers(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     for (what, value) in [
         (
             "terminationGracePeriodSeconds",
@@ -121,17 +174,6 @@ fn check_names(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     ] {
         if value < 0 {
             problems.push(format!("{what} is negative ({value})"));
-        }
-    }
-    for alias in &spec.host_aliases {
-        if alias.ip.parse::<std::net::IpAddr>().is_err() {
-            problems.push(format!(
-                "the host alias {:?} is not an IP address",
-                alias.ip
-            ));
-        }
-        for name in alias.hostnames.iter().filter(|name| !is_dns_name(name)) {
-            problems.push(format!("the host alias {name:?} is not a DNS name"));
         }
     }
 }
@@ -150,11 +192,10 @@ fn check_volumes(spec: &pb::PodSpec, problems: &mut Vec<String>) {
             None => problems.push(format!(
                 "the volume {name:?} has no source this version knows"
             )),
-            Some(pb::volume::Source::HostPath(host)) if !is_absolute(&host.path) => {
-                problems.push(format!(
-                    "the host path {:?} is not absolute and plain",
-                    host.path
-                ));
+            Some(pb::volume::Source::HostPath(host)) => {
+                if let Err(error) = paths::in_container(&host.path) {
+                    problems.push(format!("the host path {:?} {error}", host.path));
+                }
             }
             Some(_) => {}
         }
@@ -172,11 +213,17 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
             container.image
         ));
     }
-    for path in [&container.working_dir, &container.termination_message_path] {
-        if !path.is_empty() && !is_absolute(path) {
-            problems.push(format!(
-                "container {name:?}: the path {path:?} is not absolute and plain"
-            ));
+    for (field, path) in [
+        ("workingDir", &container.working_dir),
+        (
+            "terminationMessagePath",
+            &container.termination_message_path,
+        ),
+    ] {
+        if !path.is_empty()
+            && let Err(error) = paths::in_container(path)
+        {
+            problems.push(format!("container {name:?}: {field} {path:?} {error}"));
         }
     }
     for argument in container.command.iter().chain(&container.args) {
@@ -184,35 +231,40 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
             problems.push(format!("container {name:?}: an argument holds a NUL byte"));
         }
     }
-    let mut paths = HashSet::new();
+    check_mounts(spec, container, problems);
+}
+
+fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Vec<String>) {
+    let name = &container.name;
+    let known = |volume: &str| spec.volumes.iter().any(|known| known.name == volume);
+    let mut places = HashSet::new();
     for mount in &container.mounts {
-        if !spec
-            .volumes
-            .iter()
-            .any(|volume| volume.name == mount.volume)
+        let (volume, path, sub_path) = (&mount.volume, &mount.path, &mount.sub_path);
+        if !known(volume) {
+            problems.push(format!(
+                "container {name:?} mounts the unknown volume {volume:?}"
+            ));
+        }
+        match paths::in_container(path) {
+            Err(error) => {
+                problems.push(format!("container {name:?}: mountPath {path:?} {error}"));
+            }
+            Ok(_) if path.contains(':') => problems.push(format!(
+                "container {name:?}: mountPath {path:?} must not contain ':'"
+            )),
+            Ok(place) if place == "/" => problems.push(format!(
+                "container {name:?}: mountPath {path:?} is the container's root, where nothing can be mounted"
+            )),
+            // As the API server compares them; where two differ only in form, the later mount covers the earlier.
+            Ok(_) if !places.insert(path) => problems.push(format!(
+                "container {name:?} mounts twice at mountPath {path:?}"
+            )),
+            Ok(_) => {}
+        }
+        if !sub_path.is_empty()
+            && let Err(error) = paths::in_volume(sub_path)
         {
-            problems.push(format!(
-                "container {name:?} mounts the unknown volume {:?}",
-                mount.volume
-            ));
-        }
-        if !is_absolute(&mount.path) || mount.path.contains(':') {
-            problems.push(format!(
-                "container {name:?}: bad mount path {:?}",
-                mount.path
-            ));
-        }
-        if !paths.insert(mount.path.trim_end_matches('/')) {
-            problems.push(format!(
-                "container {name:?} mounts twice at {:?}",
-                mount.path
-            ));
-        }
-        if !mount.sub_path.is_empty() && !is_relative(&mount.sub_path) {
-            problems.push(format!(
-                "container {name:?}: bad subPath {:?}",
-                mount.sub_path
-            ));
+            problems.push(format!("container {name:?}: subPath {sub_path:?} {error}"));
         }
     }
 }
@@ -247,19 +299,21 @@ impl PodValues {
                     volume.volume
                 ));
             }
-            let mut paths = HashSet::new();
+            let mut known = HashSet::new();
             for file in &volume.files {
-                if !is_relative(&file.path) {
-                    problems.push(format!(
-                        "volume {:?}: bad file path {:?}",
+                match paths::of_file(&file.path) {
+                    Err(error) => problems.push(format!(
+                        "volume {:?}: the file path {:?} {error}",
                         volume.volume, file.path
-                    ));
-                }
-                if !paths.insert(&file.path) {
-                    problems.push(format!(
-                        "volume {:?} has {:?} twice",
-                        volume.volume, file.path
-                    ));
+                    )),
+                    Ok(path) => {
+                        if !known.insert(path) {
+                            problems.push(format!(
+                                "volume {:?} has {:?} twice",
+                                volume.volume, file.path
+                            ));
+                        }
+                    }
                 }
                 if file.mode > 0o7777 {
                     problems.push(format!(
@@ -294,9 +348,10 @@ impl Deref for PodValues {
 /// Never shows a value: it may be a secret.
 fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>) {
     let name = &var.name;
-    if !is_variable_name(name) {
+    if let Err(why) = names::environment_variable(name) {
+        let name = quote(name, SHOWN);
         problems.push(format!(
-            "container {container:?}: {name:?} is no name of a variable"
+            "container {container:?}: the variable {name}: {why}"
         ));
     }
     let nul = match &var.value {
@@ -325,40 +380,8 @@ fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>)
     }
 }
 
-/// Printable ASCII without `=`, as Kubernetes 1.34 and later accept it.
-#[must_use]
-pub fn is_variable_name(name: &str) -> bool {
-    !name.is_empty()
-        && name
-            .bytes()
-            .all(|byte| (b' '..=b'~').contains(&byte) && byte != b'=')
-}
-
-/// An absolute path without `..`, control characters or NUL.
-#[must_use]
-pub fn is_absolute(path: &str) -> bool {
-    path.starts_with('/') && !has_control(path) && path.split('/').all(|part| part != "..")
-}
-
-/// A relative path that stays below its root: no leading `/`, no empty, `.` or `..` part.
-#[must_use]
-pub fn is_relative(path: &str) -> bool {
-    !has_control(path) && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
-}
-
 fn has_control(text: &str) -> bool {
     text.chars().any(char::is_control)
-}
-
-fn is_dns_name(name: &str) -> bool {
-    let is_label = |label: &str| {
-        let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        (1..=63).contains(&label.len())
-            && label.bytes().all(inner)
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 #[cfg(test)]

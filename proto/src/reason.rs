@@ -6,8 +6,13 @@ use std::fmt;
 
 use tonic::{Code, Status, metadata::MetadataValue};
 
+use crate::text;
+
 /// The trailer that carries the reason.
 pub const TRAILER: &str = "knoc-reason";
+
+/// How much of a message is sent. It travels as a header, percent-encoded, and HTTP/2 bounds those to 16 KiB.
+const MESSAGE: usize = 4 << 10;
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident => $code:ident, $retryable:literal;)*) => {
@@ -73,6 +78,11 @@ reasons! {
     ClusterMismatch => PermissionDenied, false;
     /// The agent's policy or the peer's identity forbids it.
     PermissionDenied => PermissionDenied, false;
+    /// The peer itself is not served: its identity or certificate is denied, expired, or not of the CA. Says nothing of
+    /// what it asked for.
+    PeerDenied => PermissionDenied, false;
+    /// The peer may not claim this leadership: another identity's node, or an epoch that cannot be.
+    LeadershipDenied => FailedPrecondition, false;
     /// Nothing of the pod's own listens on this port, or it refused the connection.
     NotListening => FailedPrecondition, true;
     /// This agent, runtime or site cannot do it.
@@ -91,7 +101,8 @@ impl ErrorReason {
     /// The gRPC status that carries this reason.
     #[must_use]
     pub fn status(self, message: impl Into<String>) -> Status {
-        let mut status = Status::new(self.code(), message);
+        let message = message.into();
+        let mut status = Status::new(self.code(), text::shorten(&message, MESSAGE));
         status
             .metadata_mut()
             .insert(TRAILER, MetadataValue::from_static(self.as_str()));
@@ -141,6 +152,12 @@ mod tests {
             assert_eq!(ErrorReason::may_retry(&status), reason.retryable());
             assert_eq!(status.message(), "words");
         }
+    }
+
+    #[test]
+    fn a_message_is_bounded() {
+        let status = ErrorReason::InvalidSpec.status("\n".repeat(1 << 20));
+        assert!(status.message().len() <= MESSAGE);
     }
 
     #[test]

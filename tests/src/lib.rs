@@ -9,6 +9,7 @@ pub mod cases;
 pub mod command;
 pub mod doctor;
 pub mod fake_api;
+pub mod flood;
 pub mod image;
 pub mod interop;
 pub mod pod;

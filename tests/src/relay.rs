@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
@@ -17,11 +17,16 @@ pub struct Relay {
 impl Relay {
     /// Listens; nothing passes before [`Relay::lead_to`].
     pub async fn start() -> anyhow::Result<Self> {
+        Self::start_from(std::net::Ipv4Addr::UNSPECIFIED).await
+    }
+
+    /// The same, and what passes comes from this address of the host's.
+    pub async fn start_from(source: std::net::Ipv4Addr) -> anyhow::Result<Self> {
         let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let (target, told) = oneshot::channel();
         let mut task = JoinSet::new();
-        task.spawn(serve(listener, told));
+        task.spawn(serve(listener, source, told));
         Ok(Self {
             address,
             target: Some(target),
@@ -49,7 +54,11 @@ impl Relay {
     }
 }
 
-async fn serve(listener: TcpListener, told: oneshot::Receiver<SocketAddr>) {
+async fn serve(
+    listener: TcpListener,
+    source: std::net::Ipv4Addr,
+    told: oneshot::Receiver<SocketAddr>,
+) {
     let Ok(target) = told.await else { return };
     let mut connections = JoinSet::new();
     loop {
@@ -57,14 +66,19 @@ async fn serve(listener: TcpListener, told: oneshot::Receiver<SocketAddr>) {
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => {
                 let Ok((near, _)) = accepted else { return };
-                connections.spawn(pass(near, target));
+                connections.spawn(pass(near, source, target));
             }
         }
     }
 }
 
-async fn pass(mut near: TcpStream, target: SocketAddr) {
-    if let Ok(mut far) = TcpStream::connect(target).await {
+async fn pass(mut near: TcpStream, source: std::net::Ipv4Addr, target: SocketAddr) {
+    let connected = async {
+        let socket = TcpSocket::new_v4()?;
+        socket.bind((source, 0).into())?;
+        socket.connect(target).await
+    };
+    if let Ok(mut far) = connected.await {
         // However it ends, both ends see it.
         tokio::io::copy_bidirectional(&mut near, &mut far)
             .await

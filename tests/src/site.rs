@@ -46,6 +46,8 @@ pub struct Options {
     pub limits: String,
     /// Further tables for the site file.
     pub tables: String,
+    /// Leaves `listen.socket` out of the site file.
+    pub default_socket: bool,
     /// Where shims dial instead of the agent itself, such as a [`crate::relay::Relay`].
     pub shims_dial: Option<SocketAddr>,
 }
@@ -124,6 +126,50 @@ impl Site {
         Ok(Credentials::from_pem(ca, cert, key)?)
     }
 
+    /// Writes `NAME.crt` and `NAME.key` of that identity and those dates, in place of what is there.
+    pub fn issue_files(
+        &self,
+        name: &str,
+        identity: &Identity,
+        validity: Validity,
+    ) -> anyhow::Result<()> {
+        let names = ["127.0.0.1".to_owned(), "localhost".to_owned()];
+        let pair = self.ca.issue_for(identity, &names, validity)?;
+        self.put(&format!("{name}.crt"), &pair.cert_pem)?;
+        self.put(&format!("{name}.key"), &pair.key_pem)
+    }
+
+    /// Puts the CA's key beside the CA, as `init` does: the agent renews certificates with it.
+    pub fn put_ca_key(&self) -> anyhow::Result<()> {
+        self.put("ca.key", &self.ca.key_pem())
+    }
+
+    /// Writes the site file again with these tables at its end, as an editor would.
+    pub fn put_tables(&self, tables: &str) -> anyhow::Result<()> {
+        let text = self.config().replace(&self.options.tables, "");
+        self.put("agent.toml.new", &format!("{text}\n{tables}\n"))?;
+        let (from, to) = (self.path("agent.toml.new"), self.path("agent.toml"));
+        std::fs::rename(from, to)?;
+        Ok(())
+    }
+
+    /// A client with a new certificate of the kubelet of that name.
+    pub fn kubelet_client(&self, name: &str) -> anyhow::Result<AgentClient<Channel>> {
+        let identity = Identity::Kubelet {
+            name: name.to_owned(),
+        };
+        let now = jiff::Timestamp::now();
+        let dates = Validity::starting(now, Duration::from_hours(1));
+        self.client_with(self.issue(&identity, dates)?)
+    }
+
+    /// A client at the agent's unix socket.
+    pub fn socket_client(&self) -> anyhow::Result<AgentClient<Channel>> {
+        let carrier = Carrier::Unix(self.path("socket/agent.sock"));
+        let channel = knoc_proto::link::dial(carrier, None, ExpectPeer::AnyAgent)?;
+        Ok(AgentClient::new(channel))
+    }
+
     /// A client of the agent with other credentials.
     pub fn client_with(&self, credentials: Credentials) -> anyhow::Result<AgentClient<Channel>> {
         let carrier = Carrier::Tcp(self.address.to_string());
@@ -141,7 +187,15 @@ impl Site {
 
     /// Starts the agent and waits until it answers. `env` comes on top of HOME and PATH.
     pub async fn agent(&self, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
-        let mut agent = self.agent_process(env)?;
+        self.answering(self.agent_process(env)?).await
+    }
+
+    /// Starts the agent through a program that executes its arguments, and waits until it answers.
+    pub async fn wrapped_agent(&self, wrapper: &Path) -> anyhow::Result<Daemon> {
+        self.answering(self.start_agent(Some(wrapper), &[])?).await
+    }
+
+    async fn answering(&self, mut agent: Daemon) -> anyhow::Result<Daemon> {
         let mut client = self.client()?;
         wait_for("the agent answers", START, async || {
             agent.still_runs()?;
@@ -159,6 +213,10 @@ impl Site {
 
     /// Starts the agent and waits for nothing.
     pub fn agent_process(&self, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
+        self.start_agent(self.options.wrapper.as_deref(), env)
+    }
+
+    fn start_agent(&self, wrapper: Option<&Path>, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
         let binary = binary("knoc-agent")?;
         let mut argv = vec![
             binary,
@@ -166,8 +224,8 @@ impl Site {
             "--config".into(),
             self.path("agent.toml"),
         ];
-        if let Some(wrapper) = &self.options.wrapper {
-            argv.insert(0, wrapper.clone());
+        if let Some(wrapper) = wrapper {
+            argv.insert(0, wrapper.to_owned());
         }
         Daemon::start(&argv, env, self.dir.path(), &self.path("agent.log"))
     }
@@ -218,6 +276,11 @@ impl Site {
     fn config(&self) -> String {
         let (dir, shim) = (self.dir.path().display(), self.shim);
         let dialled = self.options.shims_dial.unwrap_or(shim);
+        let socket = if self.options.default_socket {
+            String::new()
+        } else {
+            format!("socket = \"{dir}/socket/agent.sock\"")
+        };
         let Options {
             prelude,
             limits,
@@ -237,7 +300,7 @@ prelude = '''
 kubelet = "{address}"
 shim = "{shim}"
 shim_addresses = ["{dialled}"]
-socket = "{dir}/socket/agent.sock"
+{socket}
 
 [tls]
 ca = "{dir}/ca.crt"
@@ -337,7 +400,7 @@ fn identities() -> [(&'static str, Identity); 3] {
         (
             "kubelet",
             Identity::Kubelet {
-                name: "test".to_owned(),
+                name: NODE.to_owned(),
             },
         ),
         (

@@ -3,13 +3,24 @@
 use std::{ops::Range, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use futures::{AsyncBufRead, AsyncReadExt as _, future::try_join_all};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use futures::{AsyncBufRead, AsyncReadExt as _, StreamExt as _, future::try_join_all};
+use http::{StatusCode, header};
+use hyper_util::rt::TokioIo;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_tests::{Background, PodBuilder, World, wait_for, world::SOON};
-use kube::api::LogParams;
+use kube::{
+    Client,
+    api::{LogParams, Request},
+    client::Body,
+};
 use serde_json::json;
 use tokio::sync::Barrier;
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{Message, handshake::client::generate_key, protocol::Role},
+};
 
 const MINUTES: Duration = Duration::from_mins(3);
 
@@ -338,5 +349,105 @@ async fn a_hundred_followers_get_all_lines_beside_some_that_never_read() -> anyh
     // Nor were those that never read a line of what has ended: they still get all of it.
     all_end_with(idle.into_iter().take(LATE), &expected).await?;
     drop(first);
+    world.finish().await
+}
+
+/// A container's log over a WebSocket of the API server, as a browser reads it: the bytes of all its messages.
+async fn log_over_websocket(
+    world: &World,
+    pod: &str,
+    container: &str,
+    what: LogParams,
+    protocol: &str,
+) -> anyhow::Result<Vec<u8>> {
+    let what = LogParams {
+        container: Some(container.to_owned()),
+        ..what
+    };
+    let base = format!("/api/v1/namespaces/{}/pods", world.namespace);
+    let mut request = Request::new(base).logs(pod, &what)?;
+    for (name, value) in [
+        (header::CONNECTION, "Upgrade"),
+        (header::UPGRADE, "websocket"),
+        (header::SEC_WEBSOCKET_VERSION, "13"),
+        (header::SEC_WEBSOCKET_KEY, &generate_key()),
+        (header::SEC_WEBSOCKET_PROTOCOL, protocol),
+    ] {
+        request.headers_mut().insert(name, value.parse()?);
+    }
+    let client: Client = world.api::<Pod>().into_client();
+    let answer = client.send(request.map(Body::from)).await?;
+    ensure!(
+        answer.status() == StatusCode::SWITCHING_PROTOCOLS,
+        "{answer:?}"
+    );
+    let agreed = answer.headers().get(header::SEC_WEBSOCKET_PROTOCOL);
+    ensure!(agreed.is_some_and(|it| it == protocol), "{agreed:?}");
+    let io = TokioIo::new(hyper::upgrade::on(answer).await?);
+    let mut socket = WebSocketStream::from_raw_socket(io, Role::Client, None).await;
+    let mut log = Vec::new();
+    let read = async {
+        while let Some(message) = socket.next().await {
+            match message {
+                Ok(Message::Text(text)) => log.extend(BASE64_STANDARD.decode(text)?),
+                Ok(Message::Binary(data)) => log.extend_from_slice(&data),
+                Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
+                // The API server ends a log by closing the connection, with or without a message that says so.
+                Ok(Message::Close(_)) | Err(_) => break,
+            }
+        }
+        anyhow::Ok(())
+    };
+    let read = tokio::time::timeout(MINUTES, read).await;
+    read.context("the log does not end")??;
+    Ok(log)
+}
+
+#[tokio::test]
+async fn a_log_over_the_api_servers_websocket_is_whole() -> anyhow::Result<()> {
+    // More than all buffers between the kubelet and a reader hold.
+    const LINES: usize = 200_000;
+    let world = World::new("logs-websocket").await?;
+    let pod = PodBuilder::new("teller")
+        .sh("echo short")
+        .container("silent")
+        .sh("true")
+        .container("buffer")
+        .sh("awk 'BEGIN { for (i = 0; i < 2048; i++) printf \"x\" }'")
+        .container("pages")
+        .sh(&print(0..100))
+        .container("long")
+        .sh(&print(0..LINES));
+    world.run(&pod, "Succeeded").await?;
+    for protocol in ["binary.k8s.io", "base64.binary.k8s.io"] {
+        for (container, expected) in [
+            ("main", "short\n".to_owned()),
+            ("silent", String::new()),
+            ("buffer", "x".repeat(2048)),
+            ("pages", numbered(0..100)),
+            ("long", numbered(0..LINES)),
+        ] {
+            for follow in [false, true] {
+                let what = LogParams {
+                    follow,
+                    ..LogParams::default()
+                };
+                let log = log_over_websocket(&world, "teller", container, what, protocol).await?;
+                ensure!(
+                    log == expected.as_bytes(),
+                    "{container} by {protocol}, followed: {follow}: {} of {} bytes",
+                    log.len(),
+                    expected.len()
+                );
+            }
+        }
+        let some = LogParams {
+            limit_bytes: Some(3000),
+            ..LogParams::default()
+        };
+        let log = log_over_websocket(&world, "teller", "long", some, protocol).await?;
+        let expected = &numbered(0..30).into_bytes()[..3000];
+        ensure!(log == expected, "{} of 3000 bytes", log.len());
+    }
     world.finish().await
 }

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use k8s_openapi::api::{batch::v1::Job, core::v1::Pod};
+use k8s_openapi::api::{
+    batch::v1::Job,
+    core::v1::{ConfigMap, Pod},
+};
 use knoc_tests::{
     PodBuilder, World, wait_for,
     world::{SOON, container_reason, exit_code, why},
@@ -220,5 +223,100 @@ async fn a_container_is_restarted_and_its_previous_log_kept() -> anyhow::Result<
     ensure!(world.logs("again", "main").await? == "life 1\n");
     let previous = world.kubectl(["logs", "again", "--previous"]).ok().await?;
     ensure!(previous.text().ends_with("life 0"), "{previous}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_of_the_longest_names_runs() -> anyhow::Result<()> {
+    let world = World::new("long-names").await?;
+    // Its first 63 characters end with a dash, which a host name does not.
+    let name = format!("{}-{}", "n".repeat(62), "y".repeat(190));
+    let (container, volume, key) = ("c".repeat(63), "v".repeat(63), "K".repeat(253));
+    let map = serde_json::from_value(json!({
+        "metadata": {"name": "m".repeat(253)}, "data": {&key: "value"},
+    }))?;
+    world
+        .api::<ConfigMap>()
+        .create(&PostParams::default(), &map)
+        .await?;
+    let script = format!(
+        "hostname; echo $HOSTNAME; cat /values/{key}; echo; echo ${{{key}}}; \
+         until [ -e /tmp/go ]; do sleep 0.1; done"
+    );
+    let pod = PodBuilder::new(&name)
+        .sh(&script)
+        .set("name", json!(container))
+        .set(
+            "envFrom",
+            json!([{"configMapRef": {"name": "m".repeat(253)}}]),
+        )
+        .set(
+            "volumeMounts",
+            json!([{"name": volume, "mountPath": "/values"}]),
+        )
+        .spec(
+            "volumes",
+            json!([{"name": volume, "configMap": {"name": "m".repeat(253)}}]),
+        );
+    let uid = world.running(&pod).await?;
+    let touch = ["exec", &name, "--", "touch", "/tmp/go"];
+    world.kubectl(touch).ok().await?;
+    world.wait_phase(&name, "Succeeded", SOON).await?;
+    let log = world.logs(&name, &container).await?;
+    let host = "n".repeat(62);
+    ensure!(log == format!("{host}\n{host}\nvalue\nvalue\n"), "{log}");
+    let events = world.events(&name).await?;
+    let started = format!("Started: Started container {container}");
+    ensure!(events.contains(&started), "{events:?}");
+    world.delete(&name, None).await?;
+    world.wait_gone(&name, SOON).await?;
+    world.wait_no_job(&uid, SOON).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn containers_wait_for_an_init_container_and_for_one_that_failed() -> anyhow::Result<()> {
+    let world = World::new("initializing").await?;
+    let script = "until [ -e /tmp/go ]; do sleep 0.1; done; exit 4";
+    let pod = PodBuilder::new("two").init_container("first").sh(script);
+    world.create(&pod).await?;
+    let runs = |pod: &Pod| {
+        let status = pod.status.as_ref()?.init_container_statuses.as_ref()?;
+        status[0]
+            .state
+            .as_ref()?
+            .running
+            .clone()
+            .map(|_| pod.clone())
+    };
+    let now = world
+        .wait("two", "its init container runs", SOON, runs)
+        .await?;
+    let initializing = Some(("PodInitializing".to_owned(), String::new()));
+    ensure!(container_reason(&now, "main") == initializing, "{now:?}");
+    let touch = ["exec", "two", "-c", "first", "--", "touch", "/tmp/go"];
+    world.kubectl(touch).ok().await?;
+    let ended = world.wait_phase("two", "Failed", SOON).await?;
+    ensure!(exit_code(&ended, "first") == Some(4), "{ended:?}");
+    ensure!(
+        container_reason(&ended, "main") == initializing,
+        "{ended:?}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_pod_for_windows_fails_in_kubernetes_words() -> anyhow::Result<()> {
+    let world = World::new("windows").await?;
+    let pod = PodBuilder::new("panes")
+        .spec("os", json!({"name": "windows"}))
+        .spec("nodeName", json!(world.node));
+    let ended = world.run(&pod, "Failed").await?;
+    let words = "Pod was rejected: Failed to admit pod as the OS field doesn't match node OS";
+    ensure!(
+        why(&ended) == ("PodOSNotSupported".to_owned(), words.to_owned()),
+        "{:?}",
+        why(&ended)
+    );
     world.finish().await
 }

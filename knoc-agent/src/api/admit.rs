@@ -1,55 +1,16 @@
-//! Who may call, and which pods may come in: the site's policy, which the cluster cannot widen.
+//! Which pods may come in: the site's policy, which the cluster cannot widen.
 
 use std::path::{Path, PathBuf};
 
-use knoc_proto::{ids::PodUid, link::Peer, pb, pod::PodSpec, reason::ErrorReason};
-use tonic::{Request, Status, service::Interceptor};
+use knoc_proto::{ids::PodUid, pb, pod::PodSpec, reason::ErrorReason};
+use tonic::Status;
 
 use crate::{scheduler::RefusalKind, shims::Client, site::Site};
 
-/// The identities served.
-#[derive(Debug, Clone)]
-pub(super) struct Identities {
-    /// `kubelet/knoc`, `ctl/*` …; empty: all.
-    patterns: Vec<String>,
-}
-
-impl Identities {
-    pub(super) fn new(patterns: Vec<String>) -> Self {
-        Self { patterns }
-    }
-
-    fn allows(&self, identity: &str) -> bool {
-        let name = identity.strip_prefix("spiffe://knoc/").unwrap_or(identity);
-        let matches = |pattern: &String| match pattern.strip_suffix('*') {
-            Some(prefix) => name.starts_with(prefix),
-            None => name == pattern || identity == pattern,
-        };
-        self.patterns.is_empty() || self.patterns.iter().any(matches)
-    }
-}
-
-impl Interceptor for Identities {
-    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
-        match request.extensions().get::<Peer>() {
-            // The socket's folder is our own user's.
-            Some(Peer::Unix { .. }) => Ok(request),
-            Some(Peer::Tls { identity, .. }) if self.allows(&identity.to_string()) => Ok(request),
-            Some(Peer::Tls { identity, addr }) => {
-                tracing::warn!(%identity, %addr, "refused by policy.clients");
-                let message = format!("{identity} is not among policy.clients of the site file");
-                Err(ErrorReason::PermissionDenied.status(message))
-            }
-            Some(Peer::Pinned) | None => {
-                Err(ErrorReason::PermissionDenied.status("the peer is not known"))
-            }
-        }
-    }
-}
-
 /// May this pod, never seen before, come in? Says all reasons in one message.
 pub(super) fn pod(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), Status> {
-    let namespaces = &site.config.policy.namespaces;
+    let policy = site.policy.now();
+    let namespaces = &policy.namespaces;
     if !namespaces.is_empty() && !namespaces.contains(&spec.namespace) {
         let message = format!(
             "namespace {:?} is not among policy.namespaces",
@@ -106,11 +67,28 @@ pub(super) fn able(site: &Site, uid: &PodUid, capability: &str) -> Result<Client
     found.unwrap_or_else(|| Err(no_link(site, uid)))
 }
 
+/// Why nothing in the pod's job can answer, where Slurm is known to have stopped it.
+pub(super) fn suspended(site: &Site, uid: &PodUid) -> Option<Status> {
+    let pod = site.board.get(uid.as_str())?;
+    let job = pod.job.as_ref()?;
+    let stopped = ["SUSPENDED", "STOPPED"].contains(&job.state.as_str());
+    (stopped && pod.outcome.is_none()).then(|| {
+        let message = format!(
+            "job {} of pod {uid} is suspended ({}): nothing in it can answer until it is resumed (`scontrol resume {}`)",
+            job.id, job.state, job.id
+        );
+        ErrorReason::NotRunning.status(message)
+    })
+}
+
 /// Why a pod has no link.
 fn no_link(site: &Site, uid: &PodUid) -> Status {
     let Some(pod) = site.board.get(uid.as_str()) else {
         return ErrorReason::NotFound.status(format!("no pod {uid}"));
     };
+    if let Some(suspended) = suspended(site, uid) {
+        return suspended;
+    }
     let idle = pod.host_ip.is_empty() || pod.outcome.is_some();
     if idle {
         let phase = pod
@@ -157,14 +135,5 @@ mod tests {
         );
         assert_eq!(problems(&root.join("../other"), &roots), 1);
         assert_eq!(problems(&root.join("nothing"), &roots), 1);
-    }
-
-    #[test]
-    fn patterns_match_names_and_prefixes() {
-        let some = Identities::new(vec!["kubelet/knoc".to_owned(), "ctl/*".to_owned()]);
-        assert!(some.allows("spiffe://knoc/kubelet/knoc"));
-        assert!(some.allows("spiffe://knoc/ctl/ann"));
-        assert!(!some.allows("spiffe://knoc/kubelet/knoc2"));
-        assert!(Identities::new(Vec::new()).allows("spiffe://knoc/kubelet/any"));
     }
 }

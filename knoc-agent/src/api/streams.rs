@@ -4,6 +4,8 @@
 //! Both directions end on their own. A client that goes away cancels the shim's call; a link that breaks ends the
 //! client's call at once, by name.
 
+use std::time::Duration;
+
 use knoc_proto::{
     bulk::{self, Messages, Nothing},
     ids::PodUid,
@@ -18,6 +20,11 @@ use tonic::{Code, Response, Status, Streaming};
 use super::admit;
 use crate::site::Site;
 
+/// A shim answers within milliseconds, also where its job was resumed since the last round.
+const RESUMED: Duration = Duration::from_millis(500);
+/// A shim that has not answered after that may be stopped: Slurm is asked.
+const SILENT: Duration = Duration::from_millis(1500);
+
 type Answer<T> = Result<Response<Nothing<T>>, Status>;
 
 pub(super) async fn exec(site: &Site, mut inputs: Messages<ExecInput>) -> Answer<ExecOutput> {
@@ -26,8 +33,8 @@ pub(super) async fn exec(site: &Site, mut inputs: Messages<ExecInput>) -> Answer
     };
     let uid = super::uid(&start.uid)?;
     let mut client = admit::running(site, &uid)?;
-    let outputs = client.exec(bulk::request_body(inputs.into_body())).await;
-    relay(uid, outputs)
+    let outputs = client.exec(bulk::request_body(inputs.into_body()));
+    begin(site, uid, outputs).await
 }
 
 pub(super) async fn attach(site: &Site, mut inputs: Messages<ExecInput>) -> Answer<ExecOutput> {
@@ -36,8 +43,8 @@ pub(super) async fn attach(site: &Site, mut inputs: Messages<ExecInput>) -> Answ
     };
     let uid = super::uid(&start.uid)?;
     let mut client = admit::able(site, &uid, "attach")?;
-    let outputs = client.attach(bulk::request_body(inputs.into_body())).await;
-    relay(uid, outputs)
+    let outputs = client.attach(bulk::request_body(inputs.into_body()));
+    begin(site, uid, outputs).await
 }
 
 pub(super) async fn port_forward(
@@ -50,10 +57,44 @@ pub(super) async fn port_forward(
     };
     let uid = super::uid(&start.uid)?;
     let mut client = admit::able(site, &uid, "port-forward")?;
-    let outputs = client
-        .port_forward(bulk::request_body(inputs.into_body()))
-        .await;
-    relay(uid, outputs)
+    let outputs = client.port_forward(bulk::request_body(inputs.into_body()));
+    begin(site, uid, outputs).await
+}
+
+/// The shim's answer, or that Slurm has suspended the job, whose shim then says nothing at all.
+async fn begin<T: Send + 'static>(
+    site: &Site,
+    uid: PodUid,
+    outputs: impl Future<Output = Result<Response<Streaming<T>>, Status>>,
+) -> Answer<T> {
+    tokio::select! {
+        // Where both are true, the job was resumed meanwhile.
+        biased;
+        outputs = outputs => relay(uid, outputs),
+        suspended = until_suspended(site, &uid) => Err(suspended),
+    }
+}
+
+/// Until it is known that the job is suspended. Somebody may have done it since the last round: a shim that does not
+/// answer soon is reason to ask.
+async fn until_suspended(site: &Site, uid: &PodUid) -> Status {
+    let mut changes = site.board.subscribe();
+    // One that was resumed a moment ago answers first.
+    tokio::time::sleep(RESUMED).await;
+    if let Some(suspended) = admit::suspended(site, uid) {
+        return suspended;
+    }
+    tokio::time::sleep(SILENT).await;
+    site.hurry.notify_one();
+    loop {
+        if let Some(suspended) = admit::suspended(site, uid) {
+            return suspended;
+        }
+        if changes.changed().await.is_err() {
+            // The agent stops, which ends the call in another way.
+            return std::future::pending().await;
+        }
+    }
 }
 
 fn misplaced(name: &str) -> Status {

@@ -25,7 +25,7 @@ use crate::{
         schema::Endpoint,
     },
     lease::{Holder, LeaseError, Process},
-    open_files,
+    open_files, own_limits, policy,
     registry::board::Board,
     runtime::setuid,
     scheduler::{Scheduler, local, slurm},
@@ -38,6 +38,9 @@ use crate::{
 const FILES_A_POD: u64 = 4;
 /// Open files that the agent needs for itself.
 const FILES_OWN: u64 = 128;
+/// Listeners whose connections are bounded: the ports of kubelets and of shims. Nobody but the user can reach the socket, and
+/// the links of shims, which are counted with their pods, leave their port places enough for it.
+const LISTENERS: u64 = 2;
 /// More than any agent was tried with.
 const PODS: u64 = 20_000;
 
@@ -91,6 +94,7 @@ pub(super) struct Prepared {
     pub(super) site: Arc<Site>,
     pub(super) pod_limit: usize,
     pub(super) pair: KeyPair,
+    pub(super) policy: policy::Publisher,
 }
 
 pub(super) async fn prepare(
@@ -103,19 +107,14 @@ pub(super) async fn prepare(
     let lease = Holder::take(&state, Process::own(), Timestamp::now())?;
     let pair = shim_hop_pair(&state)?;
     let versions = Versions::install(&state)?;
-    let scheduler = match config.scheduler {
-        SchedulerKind::Slurm => Scheduler::Slurm(Box::new(slurm::Slurm::new((&config).into()))),
-        SchedulerKind::Local => {
-            let settings = local::Settings::of_site(&config, state.pods());
-            Scheduler::Local(local::Local::new(settings))
-        }
-    };
+    let (publisher, live) = policy::Live::new(config.policy.clone());
+    let scheduler = scheduler(&config, &state, &live);
     for tool in config.tools.unused() {
         tracing::warn!("tools.{tool} of the site file is not used: its line can go");
     }
     let (name, path) = runtime(&config)?;
     let program = (name != "process").then(|| path.clone());
-    let settings = image::Settings::of_site(&config, program, state.images());
+    let settings = image::Settings::of_site(&config, program, state.clone(), live.clone());
     let version = image::runtime_version(&settings)
         .await
         .unwrap_or_else(|error| {
@@ -140,6 +139,7 @@ pub(super) async fn prepare(
         hurry: Arc::new(Notify::new()),
         accepting: Semaphore::new(ACCEPTING),
         config,
+        policy: live,
         state,
         scheduler,
         images,
@@ -152,7 +152,23 @@ pub(super) async fn prepare(
         site,
         pod_limit: limit,
         pair,
+        policy: publisher,
     })
+}
+
+/// The scheduler of the site file, which goes by the policy of the moment.
+fn scheduler(config: &Config, state: &StateDir, live: &policy::Live) -> Scheduler {
+    match config.scheduler {
+        SchedulerKind::Slurm => {
+            let mut settings: slurm::Settings = config.into();
+            settings.policy = live.clone();
+            Scheduler::Slurm(Box::new(slurm::Slurm::new(settings)))
+        }
+        SchedulerKind::Local => {
+            let settings = local::Settings::of_site(config, state.pods());
+            Scheduler::Local(local::Local::new(settings))
+        }
+    }
 }
 
 fn check_private(path: &Path) -> Result<(), PrepareError> {
@@ -212,8 +228,11 @@ fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
 
 /// How many pods this process may carry.
 pub(crate) fn pod_limit(config: &Config) -> usize {
+    own_limits::raise();
     let files = open_files::raise();
-    let carried = (files.saturating_sub(FILES_OWN) / FILES_A_POD).clamp(1, PODS);
+    let connections = link::admission::Bounds::of(files).descriptors();
+    let own = FILES_OWN + LISTENERS * u64::try_from(connections).unwrap_or(u64::MAX);
+    let carried = (files.saturating_sub(own) / FILES_A_POD).clamp(1, PODS);
     let wanted = config.limits.pods.map_or(carried, u64::from);
     if wanted > carried {
         tracing::warn!(
@@ -231,13 +250,22 @@ pub(crate) fn pod_limit(config: &Config) -> usize {
     usize::try_from(wanted.min(carried)).unwrap_or(usize::MAX)
 }
 
+/// The certificates of the site file.
+pub(super) fn credentials(config: &Config) -> Result<Option<Credentials>, PrepareError> {
+    let files = config.tls.as_ref();
+    let read = files.map(|tls| Credentials::from_files(&tls.ca, &tls.cert, &tls.key));
+    Ok(read.transpose()?)
+}
+
 /// The unix socket, and TCP where there are certificates.
-pub(super) async fn near_listeners(config: &Config) -> Result<Vec<link::Incoming>, PrepareError> {
+pub(super) async fn near_listeners(
+    config: &Config,
+    credentials: Option<Credentials>,
+) -> Result<Vec<link::Incoming>, PrepareError> {
     let socket = socket_path(config);
     let mut near = vec![link::listen::unix(&socket).map_err(listen)?];
     tracing::info!(socket = %socket.display(), "serving knocctl");
-    if let Some(tls) = &config.tls {
-        let credentials = Credentials::from_files(&tls.ca, &tls.cert, &tls.key)?;
+    if let Some(credentials) = credentials {
         let incoming = link::listen::tcp(config.listen.kubelet, credentials).await;
         near.push(incoming.map_err(listen)?);
         tracing::info!(address = %config.listen.kubelet, "serving kubelets");
@@ -247,16 +275,25 @@ pub(super) async fn near_listeners(config: &Config) -> Result<Vec<link::Incoming
     Ok(near)
 }
 
-/// The agent's unix socket: as configured, else `$XDG_RUNTIME_DIR/knoc`, else `/tmp/knoc-<uid>`.
-#[must_use]
-pub fn socket_path(config: &Config) -> PathBuf {
-    if let Some(socket) = &config.listen.socket {
-        return socket.clone();
+/// The agent's unix socket: as configured, else `$XDG_RUNTIME_DIR/knoc/agent.sock`, else in the state directory. An
+/// `XDG_RUNTIME_DIR` that cannot be used is said in the log.
+fn socket_path(config: &Config) -> PathBuf {
+    let places = socket_places(config);
+    let (path, fault) = places.choose();
+    if let Some(fault) = fault {
+        tracing::warn!(socket = %path.display(), "{fault}: the socket lies in the state directory");
     }
-    let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    match runtime_dir.filter(|dir| dir.is_dir()) {
-        Some(dir) => dir.join("knoc/agent.sock"),
-        None => PathBuf::from(format!("/tmp/knoc-{}/agent.sock", nix::unistd::getuid())),
+    path
+}
+
+/// What decides where the socket lies.
+#[must_use]
+pub fn socket_places(config: &Config) -> link::socket::Places {
+    let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty());
+    link::socket::Places {
+        configured: config.listen.socket.clone(),
+        runtime_dir: runtime_dir.map(PathBuf::from),
+        state_dir: config.state_dir.clone(),
     }
 }
 

@@ -5,9 +5,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::{ids::SiteName, link::Carrier, settings::Document};
+use knoc_proto::{
+    ids::SiteName,
+    link::{Carrier, Identity},
+    settings::Document,
+};
 
 use super::Config;
+use crate::policy::{denied::Denied, nodes::assigned};
+
+/// Less would not hold what a program writes at once.
+const LEAST_POD_LOGS: i64 = 1 << 20;
 
 /// More threads than any login node gives one user.
 const MAX_THREADS: usize = 256;
@@ -16,6 +24,9 @@ const MAX_THREADS: usize = 256;
 pub(super) fn check(config: &Config, document: &mut Document<'_>) {
     Check { config, document }.all();
 }
+
+/// Every request is compared with each.
+const MAX_DENIED: usize = 1000;
 
 /// Could images' names begin so?
 fn is_place(text: &str) -> bool {
@@ -46,6 +57,34 @@ impl Check<'_, '_> {
         if !short.is_empty() {
             self.wrong("policy.flags", format!("names begin with `--`: {short:?}"));
         }
+        self.identities();
+    }
+
+    /// Who is denied, and who leads which node.
+    fn identities(&mut self) {
+        let config = self.config;
+        let denied = &config.policy.denied;
+        if denied.len() > MAX_DENIED {
+            let what = format!("has {} entries; the limit is {MAX_DENIED}", denied.len());
+            self.wrong("policy.denied", what);
+        }
+        let wrong = denied
+            .iter()
+            .filter_map(|entry| entry.parse::<Denied>().err());
+        let wrong: Vec<String> = wrong.map(|error| error.to_string()).collect();
+        if !wrong.is_empty() {
+            self.wrong("policy.denied", wrong.join("; "));
+        }
+        for (node, identity) in &config.policy.nodes {
+            let name = assigned(identity).unwrap_or_default();
+            let kubelet = |name: &str| format!("spiffe://knoc/kubelet/{name}").parse::<Identity>();
+            // A node's name follows the rules of a kubelet's.
+            if kubelet(name).is_err() || kubelet(node).is_err() {
+                let what =
+                    format!("must be like `\"NODE\" = \"kubelet/NAME\"`: {node:?} = {identity:?}");
+                self.wrong("policy.nodes", what);
+            }
+        }
     }
 
     fn wrong(&mut self, key: &str, what: impl Display) {
@@ -62,6 +101,7 @@ impl Check<'_, '_> {
             self.absolute("tls.ca", [&tls.ca]);
             self.absolute("tls.cert", [&tls.cert]);
             self.absolute("tls.key", [&tls.key]);
+            self.absolute("tls.ca_key", &tls.ca_key);
         }
         let scratch = config.job.scratch.as_ref().map(PathBuf::from);
         self.absolute("job.scratch", &scratch);
@@ -116,6 +156,12 @@ impl Check<'_, '_> {
             let what = format!("must be like `HOST[:PORT][/FOLDER]`, without a scheme: {wrong:?}");
             self.wrong("registry.mirror", what);
         }
+        let allowed = config.policy.registries.iter();
+        let wrong: Vec<_> = allowed.filter(|prefix| !is_place(prefix)).collect();
+        if !wrong.is_empty() {
+            let what = format!("must be like `HOST[:PORT][/FOLDER]`, without a scheme: {wrong:?}");
+            self.wrong("policy.registries", what);
+        }
     }
 
     fn gres(&mut self) {
@@ -140,6 +186,9 @@ impl Check<'_, '_> {
             ("limits.sbatch_burst", limits.sbatch_burst > 0),
             ("limits.sbatch_concurrency", limits.sbatch_concurrency > 0),
             ("limits.image_concurrency", limits.image_concurrency > 0),
+            ("limits.image_size", limits.image_size > 0),
+            ("limits.image_unpacked", limits.image_unpacked > 0),
+            ("limits.image_stall", !limits.image_stall.is_zero()),
             ("limits.pods", limits.pods != Some(0)),
             ("limits.poll_min", !limits.poll_min.is_zero()),
             ("backoff.initial", !config.backoff.initial.is_zero()),
@@ -153,6 +202,10 @@ impl Check<'_, '_> {
             let what = format!("must be at most `poll_max`, {:?}", limits.poll_max);
             self.wrong("limits.poll_min", what);
         }
+        if limits.image_cache < limits.image_size {
+            let what = format!("must be at least `image_size`, {} bytes", limits.image_size);
+            self.wrong("limits.image_cache", what);
+        }
         if config.backoff.initial > config.backoff.max {
             let what = format!("must be at most `max`, {:?}", config.backoff.max);
             self.wrong("backoff.initial", what);
@@ -163,6 +216,10 @@ impl Check<'_, '_> {
         }
         if config.logs.max_bytes < 4096 {
             self.wrong("logs.max_bytes", "must be at least 4096");
+        }
+        if config.logs.max_pod_bytes < LEAST_POD_LOGS {
+            let what = format!("must be at least {LEAST_POD_LOGS} (1 MiB)");
+            self.wrong("logs.max_pod_bytes", what);
         }
     }
 }

@@ -163,3 +163,20 @@ fn sections_are_read() {
     assert_eq!(config.values.at_rest, AtRest::None);
     assert_eq!(config.job.scratch.unwrap(), "/home/u/s");
 }
+
+#[test]
+fn where_secrets_go_without_memory_is_an_error_or_the_sites_own_word() {
+    let config = parse("site = 'x'").unwrap();
+    assert_eq!(config.values.memory_fallback, MemoryFallback::Error);
+    let config = parse("site = 'x'\n[values]\nmemory_fallback = 'disk'").unwrap();
+    assert_eq!(config.values.memory_fallback, MemoryFallback::Disk);
+    let error = parse("site = 'x'\n[values]\nmemory_fallback = 'swap'").unwrap_err();
+    let expected =
+        "agent.toml:3: values.memory_fallback: unknown variant `swap`, expected `error` or `disk`";
+    assert_eq!(error, expected);
+    let error = parse("site = 'x'\n[logs]\nmax_pod_bytes = 100").unwrap_err();
+    assert!(
+        error.starts_with("agent.toml:3: logs.max_pod_bytes: must be at least 1048576"),
+        "{error}"
+    );
+}

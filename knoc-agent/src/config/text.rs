@@ -15,6 +15,30 @@ pub(super) fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, 
     Duration::try_from(parsed).map_err(|_| D::Error::custom(format!("{text:?} is negative")))
 }
 
+/// Reads `"64GiB"`, `"500MiB"`, or a number of bytes.
+pub(super) fn size<'de, D: Deserializer<'de>>(input: D) -> Result<u64, D::Error> {
+    #[derive(serde::Deserialize)]
+    #[serde(untagged, expecting = "a size such as \"64GiB\", or a number of bytes")]
+    enum Size {
+        Bytes(u64),
+        Text(String),
+    }
+    let text = match Size::deserialize(input)? {
+        Size::Bytes(bytes) => return Ok(bytes),
+        Size::Text(text) => text,
+    };
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+    let size = units.into_iter().find_map(|(unit, bits)| {
+        let number: u64 = text.strip_suffix(unit)?.trim_end().parse().ok()?;
+        number.checked_mul(1 << bits)
+    });
+    size.ok_or_else(|| {
+        D::Error::custom(format!(
+            "{text:?} is no size such as \"500MiB\" or \"64GiB\" (KiB, MiB, GiB, TiB)"
+        ))
+    })
+}
+
 /// Reads `"0.0.0.0:10350"`.
 pub(super) fn address<'de, D: Deserializer<'de>>(input: D) -> Result<SocketAddr, D::Error> {
     let text = String::deserialize(input)?;
@@ -32,5 +56,5 @@ pub(crate) fn gres() -> BTreeMap<String, String> {
 
 /// The default state directory, before `~` is expanded.
 pub(super) fn state_dir() -> PathBuf {
-    PathBuf::from("~/.local/state/knoc")
+    PathBuf::from(knoc_proto::link::socket::DEFAULT_STATE_DIR)
 }

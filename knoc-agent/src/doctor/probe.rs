@@ -16,7 +16,7 @@ use super::finding;
 use crate::{
     jobdir::{JobDir, JobDirError},
     pod::{actor::Input, stage, state::Event},
-    scheduler::{Cancel, JobPhase, JobView, SubmitRequest, Submitted},
+    scheduler::{Cancel, JobPhase, JobRef, JobView, SubmitRequest, Submitted},
     site::Site,
 };
 
@@ -142,9 +142,9 @@ async fn follow(
         report: None,
     };
     let until = Instant::now() + PATIENCE;
-    let reference = crate::scheduler::JobRef {
-        id: submitted.job.clone(),
-        uid: uid.clone(),
+    let reference = JobRef {
+        call: Some((submitted.began.as_second(), submitted.ended.as_second())),
+        ..JobRef::new(submitted.job.clone(), uid.clone())
     };
     while Instant::now() < until {
         let pause = tokio::time::sleep(site.scheduler.round_interval());

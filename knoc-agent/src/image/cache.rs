@@ -6,48 +6,28 @@
 //! images/tags.json           name → digest, as last seen: what IfNotPresent goes by
 //! images/.tmp/               pulls under way
 //! ```
+//!
+//! A config's time of change is when its image was last used. The SIF itself is never touched: jobs compare it with
+//! what they were started with. [`super::room`] bounds the whole.
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
+use knoc_proto::error::chain;
 use knoc_proto::pb;
-use serde::{Deserialize, Serialize};
 
-use crate::jobdir::{JobDirError, read_json, write_json};
+use super::file::ImageFile;
+use super::room::{Claims, Kept};
+use crate::jobdir::{JobDirError, StateDir, read_json, write_json};
+use crate::tree;
 
-/// The part of the OCI config that a container starts from, in the words of the OCI specification.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub(super) struct ImageFile {
-    entrypoint: Option<Vec<String>>,
-    cmd: Option<Vec<String>>,
-    env: Option<Vec<String>>,
-    working_dir: Option<String>,
-    user: Option<String>,
-}
-
-impl ImageFile {
-    /// From a registry's config blob.
-    pub(super) fn of_oci(text: &str) -> Result<Self, serde_json::Error> {
-        #[derive(Deserialize)]
-        struct Blob {
-            config: Option<ImageFile>,
-        }
-        let blob: Blob = serde_json::from_str(text)?;
-        Ok(blob.config.unwrap_or_default())
-    }
-
-    /// From the JSON that Apptainer puts into a SIF; `None` where it is another JSON.
-    pub(super) fn of_sif(text: &str) -> Option<Self> {
-        let keys: BTreeMap<String, serde_json::Value> = serde_json::from_str(text).ok()?;
-        let known = ["Entrypoint", "Cmd", "Env", "WorkingDir", "User"];
-        if !known.iter().any(|key| keys.contains_key(*key)) {
-            return None;
-        }
-        serde_json::from_str(text).ok()
-    }
-}
+/// Names whose digest is remembered; of more, some cost a question to the registry again.
+const MAX_TAGS: usize = 20_000;
+/// A use is written down at most so often.
+const USE_NOTED: Duration = Duration::from_mins(10);
 
 impl From<ImageFile> for pb::ImageConfig {
     fn from(file: ImageFile) -> Self {
@@ -64,16 +44,23 @@ impl From<ImageFile> for pb::ImageConfig {
 /// The cache's folder.
 #[derive(Debug)]
 pub(super) struct Cache {
+    pub(super) state: StateDir,
     root: PathBuf,
     /// `None` until read.
     tags: Mutex<Option<BTreeMap<String, String>>>,
+    pub(super) claims: Mutex<Claims>,
+    /// Held while images are removed.
+    pub(super) making: Mutex<()>,
 }
 
 impl Cache {
-    pub(super) fn new(root: PathBuf) -> Self {
+    pub(super) fn new(state: StateDir) -> Self {
         Self {
-            root,
+            root: state.images(),
+            state,
             tags: Mutex::new(None),
+            claims: Mutex::default(),
+            making: Mutex::default(),
         }
     }
 
@@ -81,7 +68,7 @@ impl Cache {
         self.root.join(format!("{}.sif", file_stem(digest)))
     }
 
-    fn config(&self, digest: &str) -> PathBuf {
+    pub(super) fn config(&self, digest: &str) -> PathBuf {
         self.root.join(format!("{}.json", file_stem(digest)))
     }
 
@@ -90,12 +77,59 @@ impl Cache {
         self.root.join(".tmp")
     }
 
-    /// The config of an image that is here, whole. Blocking.
+    /// The config of an image that is here, whole, and about to be used: the caller holds it. Blocking.
     pub(super) fn get(&self, digest: &str) -> Option<ImageFile> {
         if !self.sif(digest).is_file() {
             return None;
         }
-        read_json(&self.config(digest)).ok().flatten()
+        let config = self.config(digest);
+        let file = read_json(&config).ok().flatten();
+        note_use(&config, jiff::Timestamp::now().into());
+        file
+    }
+
+    /// All images that are here. Blocking.
+    pub(super) fn images(&self) -> Vec<Kept> {
+        let Ok(entries) = fs::read_dir(&self.root) else {
+            return Vec::new();
+        };
+        let image = |entry: fs::DirEntry| {
+            let name = entry.file_name().into_string().ok()?;
+            let digest = name.strip_suffix(".sif")?.replacen('-', ":", 1);
+            let about = entry.metadata().ok()?;
+            let used = fs::metadata(self.config(&digest)).and_then(|about| about.modified());
+            Some(Kept {
+                sif: entry.path(),
+                bytes: about.len(),
+                used: used.or_else(|_| about.modified()).ok()?,
+                digest,
+            })
+        };
+        entries.filter_map(|entry| image(entry.ok()?)).collect()
+    }
+
+    /// Removes what an earlier agent left unfinished. Blocking; once, at the start.
+    pub(super) fn sweep(&self) {
+        let temporary = self.temporary();
+        if let Err(error) = tree::remove(&temporary) {
+            tracing::warn!(folder = %temporary.display(), %error, "cannot remove what pulls left");
+        }
+        let Ok(entries) = fs::read_dir(&self.root) else {
+            return;
+        };
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            let name = path.file_name().and_then(|name| name.to_str());
+            let half = match name.map(|name| name.rsplit_once('.').unwrap_or(("", name))) {
+                Some((stem, "json")) => stem != "tags" && !path.with_extension("sif").exists(),
+                Some((_, "sif")) => !path.with_extension("json").exists(),
+                // Files that were being written begin with a dot.
+                Some(_) => name.is_some_and(|name| name.starts_with('.') && name != ".tmp"),
+                None => false,
+            };
+            if half {
+                fs::remove_file(&path).ok();
+            }
+        }
     }
 
     /// Takes a pulled file in. Blocking.
@@ -128,8 +162,29 @@ impl Cache {
         if known.get(name).is_some_and(|known| known == digest) {
             return Ok(());
         }
+        if known.len() >= MAX_TAGS {
+            known.retain(|_, digest| self.sif(digest).is_file());
+            while known.len() >= MAX_TAGS {
+                known.pop_first();
+            }
+        }
         known.insert(name.to_owned(), digest.to_owned());
         write_json(&self.root.join("tags.json"), known)
+    }
+
+    /// Forgets the names of images that are no longer here. Blocking.
+    pub(super) fn forget(&self, gone: &[String]) {
+        let mut tags = self.tags.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.loaded(&mut tags);
+        let before = known.len();
+        known.retain(|_, digest| !gone.contains(digest));
+        if known.len() == before {
+            return;
+        }
+        if let Err(error) = write_json(&self.root.join("tags.json"), known) {
+            // A name without its image costs a question to the registry.
+            tracing::warn!(error = chain(&error), "cannot write tags.json");
+        }
     }
 
     fn loaded<'a>(
@@ -146,6 +201,23 @@ impl Cache {
     }
 }
 
+/// Sets a config's time of change to that of a use.
+fn note_use(config: &Path, now: SystemTime) {
+    let noted = File::open(config).and_then(|file| {
+        let last = file.metadata()?.modified()?;
+        if now
+            .duration_since(last)
+            .is_ok_and(|since| since >= USE_NOTED)
+        {
+            file.set_modified(now)?;
+        }
+        Ok(())
+    });
+    if let Err(error) = noted {
+        tracing::debug!(config = %config.display(), %error, "cannot note a use");
+    }
+}
+
 /// A digest as a file name: a colon would be a separator to the runtime.
 fn file_stem(digest: &str) -> String {
     digest.replace([':', '/'], "-")
@@ -156,26 +228,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn configs_of_registries_and_of_sifs() {
-        let blob = r#"{"architecture":"amd64","config":{"Cmd":["/bin/sh"],"Env":["A=b"],"Entrypoint":null,"WorkingDir":"/w","User":"1000"}}"#;
-        let config = pb::ImageConfig::from(ImageFile::of_oci(blob).unwrap());
-        assert_eq!(config.cmd, ["/bin/sh"]);
-        assert_eq!(
-            (config.working_dir.as_str(), config.user.as_str()),
-            ("/w", "1000")
-        );
-        assert!(config.entrypoint.is_empty());
-        assert_eq!(ImageFile::of_oci("{}").unwrap(), ImageFile::default());
-        let sif = r#"{"Cmd":["/bin/sh"],"Env":["PATH=/bin"],"WorkingDir":"/"}"#;
-        assert_eq!(ImageFile::of_sif(sif).unwrap().cmd.unwrap(), ["/bin/sh"]);
-        assert_eq!(ImageFile::of_sif(r#"{"data":{"attributes":{}}}"#), None);
-        assert_eq!(ImageFile::of_sif("[]"), None);
-    }
-
-    #[test]
     fn an_image_is_there_when_both_files_are() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::new(dir.path().to_owned());
+        let state = StateDir::new(dir.path());
+        state.create().unwrap();
+        let cache = Cache::new(state.clone());
         assert_eq!(cache.get("sha256:ab"), None);
         let pulled = dir.path().join("pulled");
         std::fs::File::create(&pulled).unwrap();
@@ -183,9 +240,9 @@ mod tests {
             .put("sha256:ab", &ImageFile::default(), &pulled)
             .unwrap();
         assert_eq!(cache.get("sha256:ab"), Some(ImageFile::default()));
-        assert!(dir.path().join("sha256-ab.sif").is_file());
+        assert!(state.images().join("sha256-ab.sif").is_file());
         cache.remember("busybox", "sha256:ab").unwrap();
-        let again = Cache::new(dir.path().to_owned());
+        let again = Cache::new(state);
         assert_eq!(again.digest("busybox").as_deref(), Some("sha256:ab"));
     }
 }

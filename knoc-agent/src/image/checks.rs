@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use knoc_proto::{error, pb};
-use oci_client::Reference as OciReference;
 
-use super::{Images, reference, runtime_version};
+use super::{Images, Name, reference, runtime_version};
 use crate::runtime::setuid;
+use crate::walk::{self, WalkError};
 
 impl Images {
     /// Findings in the order of the chain.
@@ -17,17 +17,16 @@ impl Images {
             return all;
         };
         all.push(exec(program));
-        all.push(folder(
-            "images: cache",
-            &settings.cache,
-            "check quota and rights of state_dir",
-        ));
+        all.push(self.kept().await);
         for root in &settings.roots {
             all.push(folder(
                 "images: image_roots",
                 root,
                 "make the folder, or take it out of image_roots",
             ));
+            if !settings.trust_shared_roots {
+                all.push(trusted(root));
+            }
         }
         for entry in settings
             .registries
@@ -37,6 +36,21 @@ impl Images {
             all.push(self.mirror(&entry.prefix).await);
         }
         all
+    }
+
+    /// The cache: there, and how full it is.
+    async fn kept(&self) -> pb::Finding {
+        let cure = "check quota and rights of state_dir";
+        let path = self.settings().state.images();
+        let limit = self.settings().limits.cache;
+        let cache = std::sync::Arc::clone(self.cache());
+        let usage = tokio::task::spawn_blocking(move || cache.usage()).await;
+        let mut found = folder("images: cache", &path, cure);
+        if let (true, Ok((images, bytes))) = (found.ok, usage) {
+            let text = format!(": {images} images, {bytes} of {limit} bytes");
+            found.detail.push_str(&text);
+        }
+        found
     }
 
     async fn runtime(&self) -> pb::Finding {
@@ -61,7 +75,7 @@ impl Images {
     async fn mirror(&self, prefix: &str) -> pb::Finding {
         let check = format!("images: mirror of {prefix}");
         let cure = "check mirror and insecure of this [[registry]] in the site file";
-        let name: Result<OciReference, _> = format!("{prefix}/knoc/doctor:none").parse();
+        let name: Result<Name, _> = format!("{prefix}/knoc/doctor:none").parse();
         let Ok(name) = name else {
             return finding(
                 &check,
@@ -93,6 +107,21 @@ fn exec(program: &Path) -> pb::Finding {
     };
     let cure = "install Apptainer without its setuid part, or set `allow setuid = no` in the runtime's configuration";
     finding("runtime: exec", result, cure)
+}
+
+/// Could somebody else choose what runs as this account?
+fn trusted(root: &Path) -> pb::Finding {
+    let walked = walk::owned_way(root);
+    let cure = "make it and the folders above belong to root or to you and be writable by nobody else, or set \
+                trust_shared_roots in the site file";
+    let result = match walked {
+        // That it is not there is another finding's matter.
+        Ok(_) | Err(WalkError::Io { .. }) => {
+            Ok(format!("nobody else can change {}", root.display()))
+        }
+        Err(error) => Err(error::chain(&error)),
+    };
+    finding("images: who can change image_roots", result, cure)
 }
 
 fn folder(check: &str, path: &Path, cure: &str) -> pb::Finding {

@@ -1,39 +1,61 @@
 //! Images that are paths: SIF files and sandboxes under the site's roots.
 
+use std::fs::File;
 use std::io::Read as _;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use knoc_proto::error::chain;
 
 use super::sif::FileId;
 use super::{ImageError, ImageErrorKind};
+use crate::launch::contain::spec;
+use crate::walk::{self, Found, WalkError};
 
 /// Where a SIF file says that it is one.
 const MAGIC_AT: usize = 32;
 const MAGIC: &[u8] = b"SIF_MAGIC";
 
-/// What lies at a path.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Local {
-    Sif(PathBuf, FileId),
-    Sandbox(PathBuf),
+/// What lies at a path: opened once, and known again by what it is.
+#[derive(Debug)]
+pub(super) struct Local {
+    /// Without links.
+    pub(super) path: PathBuf,
+    /// For the job file: a container starts only from this one.
+    pub(super) id: spec::FileId,
+    /// `None`: a sandbox.
+    pub(super) sif: Option<(FileId, Arc<File>)>,
 }
 
-/// The canonical path of an image under one of the roots. Blocking.
-pub(super) fn find(image: &str, path: &Path, roots: &[PathBuf]) -> Result<Local, ImageError> {
+/// Which files pods may name.
+#[derive(Debug, Clone)]
+pub(super) struct Roots {
+    pub(super) folders: Vec<PathBuf>,
+    /// Others may own and write what lies there.
+    pub(super) shared: bool,
+}
+
+/// The image under one of the roots. Blocking.
+pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, ImageError> {
     let invalid = |words: String| ImageError::new(image, ImageErrorKind::InvalidName, words);
-    if roots.is_empty() {
+    let absent = |words: String| ImageError::new(image, ImageErrorKind::Pull, words);
+    if roots.folders.is_empty() {
         return Err(invalid(
             "this site allows no paths as images (image_roots)".to_owned(),
         ));
     }
     // The text first: whether a file outside the roots exists is nobody's business.
-    let named: Vec<PathBuf> = roots.iter().map(|root| root.join("")).collect();
+    let named: Vec<PathBuf> = roots.folders.iter().map(|root| root.join("")).collect();
     let canonical: Vec<PathBuf> = roots
+        .folders
         .iter()
         .filter_map(|root| root.canonicalize().ok())
         .collect();
     let under = |path: &Path, roots: &[PathBuf]| roots.iter().any(|root| path.starts_with(root));
     let outside = || {
         let roots: Vec<String> = roots
+            .folders
             .iter()
             .map(|root| root.display().to_string())
             .collect();
@@ -45,26 +67,53 @@ pub(super) fn find(image: &str, path: &Path, roots: &[PathBuf]) -> Result<Local,
     if !under(path, &named) && !under(path, &canonical) {
         return Err(outside());
     }
-    let absent =
-        |err: std::io::Error| ImageError::new(image, ImageErrorKind::Pull, err.to_string());
-    let path = path.canonicalize().map_err(absent)?;
-    if !under(&path, &canonical) {
+    let found = walk::owned(path, roots.shared).map_err(|error| absent(refusal(&error)))?;
+    if !under(&found.path, &canonical) {
         return Err(outside());
     }
-    if path.is_dir() {
-        return Ok(Local::Sandbox(path));
+    let id = spec::FileId::of(&found);
+    if found.is_folder() {
+        let path = found.path;
+        let sif = None;
+        return Ok(Local { path, id, sif });
     }
+    let Some(sif) = open_sif(&found).map_err(|error| absent(error.to_string()))? else {
+        return Err(invalid("it is neither a SIF file nor a sandbox".to_owned()));
+    };
+    Ok(Local {
+        path: found.path,
+        id,
+        sif: Some(sif),
+    })
+}
+
+/// Why the way to an image is not followed, and what to do.
+fn refusal(error: &WalkError) -> String {
+    match error {
+        WalkError::Untrusted { .. } => format!(
+            "{error}, so others could replace the image: make it and its folders belong to root or to the agent's \
+             user and writable by nobody else, or set trust_shared_roots in the site file"
+        ),
+        WalkError::Io { source, .. } => source.to_string(),
+        WalkError::Leaves(_) | WalkError::TooLong(_) => chain(error),
+    }
+}
+
+/// Opens what was found for reading, if it is a SIF file.
+fn open_sif(found: &Found) -> std::io::Result<Option<(FileId, Arc<File>)>> {
+    let kind = rustix::fs::FileType::from_raw_mode(found.stat.st_mode);
+    if kind != rustix::fs::FileType::RegularFile {
+        return Ok(None);
+    }
+    let again = format!("/proc/self/fd/{}", found.fd.as_raw_fd());
+    let mut file = File::open(again)?;
     let mut head = [0_u8; MAGIC_AT + MAGIC.len()];
-    let id = std::fs::File::open(&path)
-        .and_then(|mut file| {
-            file.read_exact(&mut head)?;
-            file.metadata()
-        })
-        .map_err(absent)?;
-    if head.ends_with(MAGIC) {
-        return Ok(Local::Sif(path, FileId::of(&id)));
+    file.read_exact(&mut head)?;
+    if !head.ends_with(MAGIC) {
+        return Ok(None);
     }
-    Err(invalid("it is neither a SIF file nor a sandbox".to_owned()))
+    let id = FileId::of(&file.metadata()?);
+    Ok(Some((id, Arc::new(file))))
 }
 
 #[cfg(test)]
@@ -79,10 +128,17 @@ mod tests {
         std::fs::create_dir_all(&other).unwrap();
         std::os::unix::fs::symlink(&other, root.join("out")).unwrap();
         std::os::unix::fs::symlink("box", root.join("in")).unwrap();
-        let roots = [root.clone()];
-        let find = |path: PathBuf| find("i", &path, &roots).map_err(|err| err.kind);
-        assert_eq!(find(root.join("box")), Ok(Local::Sandbox(root.join("box"))));
-        assert_eq!(find(root.join("in")), Ok(Local::Sandbox(root.join("box"))));
+        std::fs::File::create(root.join("text")).unwrap();
+        let roots = Roots {
+            folders: vec![root.clone()],
+            shared: false,
+        };
+        let find = |path: PathBuf| {
+            let found = find("i", &path, &roots);
+            found.map(|local| local.path).map_err(|err| err.kind)
+        };
+        assert_eq!(find(root.join("box")), Ok(root.join("box")));
+        assert_eq!(find(root.join("in")), Ok(root.join("box")));
         assert_eq!(find(root.join("out")), Err(ImageErrorKind::InvalidName));
         assert_eq!(
             find(root.join("../other")),
@@ -90,6 +146,31 @@ mod tests {
         );
         assert_eq!(find(other), Err(ImageErrorKind::InvalidName));
         assert_eq!(find(root.join("nothing")), Err(ImageErrorKind::Pull));
-        assert!(super::find("i", &root, &[]).is_err());
+        assert_eq!(find(root.join("text")), Err(ImageErrorKind::Pull));
+        let none = Roots {
+            folders: Vec::new(),
+            shared: false,
+        };
+        assert!(super::find("i", &root, &none).is_err());
+    }
+
+    #[test]
+    fn a_root_that_others_can_write_is_refused_unless_the_site_trusts_it() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap().join("root");
+        std::fs::create_dir_all(root.join("box")).unwrap();
+        let open = std::fs::Permissions::from_mode(0o777);
+        std::fs::set_permissions(&root, open).unwrap();
+        let find = |shared| {
+            let folders = vec![root.clone()];
+            find("i", &root.join("box"), &Roots { folders, shared })
+        };
+        let words = find(false).unwrap_err().words;
+        assert!(
+            words.starts_with(&format!("{root:?} ")) && words.contains("trust_shared_roots"),
+            "{words}"
+        );
+        assert_eq!(find(true).unwrap().path, root.join("box"));
     }
 }

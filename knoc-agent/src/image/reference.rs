@@ -2,16 +2,15 @@
 
 use std::path::PathBuf;
 
-use oci_client::Reference as OciReference;
-
-use super::{ImageError, ImageErrorKind};
+use super::digest::Digest;
+use super::{ImageError, ImageErrorKind, Name};
 use crate::config::Registry;
 
 /// A parsed image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reference {
     /// In a registry.
-    Registry(OciReference),
+    Registry(Name),
     /// A SIF file or sandbox folder; not checked yet.
     Path(PathBuf),
 }
@@ -64,14 +63,41 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
     /// Name at the mirror, or the name itself.
-    pub reference: OciReference,
+    pub reference: Name,
     /// Plain HTTP.
     pub insecure: bool,
 }
 
+impl Source {
+    /// The same place, at that digest.
+    #[must_use]
+    pub fn at(&self, digest: &Digest) -> Self {
+        Self {
+            reference: self.reference.at(digest),
+            insecure: self.insecure,
+        }
+    }
+}
+
+/// Whether pods may name images of this name, by `policy.registries`.
+pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
+    let place = name.place();
+    let begins = |prefix: &String| {
+        let rest = place.strip_prefix(prefix.trim_end_matches('/'));
+        rest.is_some_and(at_slash)
+    };
+    if allowed.is_empty() || allowed.iter().any(begins) {
+        return Ok(());
+    }
+    let (registry, all) = (name.registry(), allowed.join(", "));
+    Err(format!(
+        "{place} of the registry {registry} is not among policy.registries of the site file ({all})"
+    ))
+}
+
 /// The first mirror whose prefix matches at a `/`, or the registry itself.
-pub fn source(name: &OciReference, registries: &[Registry]) -> Result<Source, String> {
-    let full = format!("{}/{}", name.registry(), name.repository());
+pub fn source(name: &Name, registries: &[Registry]) -> Result<Source, String> {
+    let full = name.place();
     for entry in registries {
         let prefix = entry.prefix.trim_end_matches('/');
         let Some(rest) = full.strip_prefix(prefix).filter(|rest| at_slash(rest)) else {
@@ -103,7 +129,7 @@ fn at_slash(rest: &str) -> bool {
 }
 
 /// The same tag and digest under another name.
-fn rename(name: &OciReference, full: &str) -> Result<OciReference, String> {
+fn rename(name: &Name, full: &str) -> Result<Name, String> {
     let (tag, digest) = (name.tag(), name.digest());
     let tag = tag.map(|tag| format!(":{tag}")).unwrap_or_default();
     let digest = digest
@@ -116,7 +142,7 @@ fn rename(name: &OciReference, full: &str) -> Result<OciReference, String> {
 
 /// `docker.io/library/busybox@sha256:…`: the name that Kubernetes shows, whatever the mirror.
 #[must_use]
-pub fn image_id(name: &OciReference, digest: &str) -> String {
+pub fn image_id(name: &Name, digest: &str) -> String {
     format!("{}/{}@{digest}", name.registry(), name.repository())
 }
 
@@ -221,6 +247,28 @@ mod tests {
                 (source.reference.whole().as_str(), source.insecure),
                 (expected, insecure)
             );
+        }
+    }
+
+    #[test]
+    fn registries_are_allowed_at_whole_path_parts() {
+        let list = ["quay.io", "docker.io/library/", "ctl:5000"].map(str::to_owned);
+        for (image, expected) in [
+            ("busybox", true),
+            ("docker.io/library/busybox@sha256:", false),
+            ("a/b", false),
+            ("quay.io/x/y", true),
+            ("quay.io:443/x/y", false),
+            ("quay.io.evil.org/x/y", false),
+            ("ctl:5000/x", true),
+            ("ctl:50001/x", false),
+        ] {
+            let Ok(Reference::Registry(name)) = parse(image) else {
+                assert!(!expected, "{image}");
+                continue;
+            };
+            assert_eq!(allowed(&name, &list).is_ok(), expected, "{image}");
+            assert!(allowed(&name, &[]).is_ok());
         }
     }
 

@@ -3,29 +3,37 @@
 use std::sync::Arc;
 
 use knoc_proto::pb::{self, PullPolicy};
-use oci_client::Reference as OciReference;
-use tokio::sync::Semaphore;
 
-use super::cache::{Cache, ImageFile};
+use super::cache::Cache;
+use super::file::ImageFile;
 use super::flight::Flights;
-use super::local::{self, Local};
-use super::pull::Puller;
+use super::local::{self, Roots};
+use super::pull::{PULLS, PULLS_EACH, Puller};
 use super::reference::{self, Reference, Source};
-use super::registry::RegistryClient;
+use super::registry::{Found, RegistryClient};
 use super::sif::Sifs;
-use super::{ImageError, ImageErrorKind, ResolvedImage, Settings};
+use super::slots::Slots;
+use super::{Hold, ImageError, ImageErrorKind, Name, ResolvedImage, Settings};
+use crate::shim::node_name;
 
 /// What the registry says of a name.
-type Resolution = Result<(String, ImageFile), String>;
+#[derive(Debug, Clone)]
+enum Resolution {
+    /// It is an image of this digest, which is in the cache.
+    Here(String),
+    /// All that a pull needs.
+    There(Found),
+}
 
 /// The images of this site.
 #[derive(Debug)]
 pub struct Images {
     settings: Arc<Settings>,
     cache: Arc<Cache>,
-    registry: RegistryClient,
-    places: Arc<Semaphore>,
-    resolutions: Flights<Resolution>,
+    registry: Arc<RegistryClient>,
+    places: Arc<Slots>,
+    conversions: Arc<Slots>,
+    resolutions: Flights<Result<Resolution, String>>,
     pulls: Flights<Result<(), String>>,
     sifs: Sifs,
 }
@@ -36,9 +44,11 @@ impl Images {
     pub fn new(settings: Settings) -> Self {
         let settings = Arc::new(settings);
         Self {
-            cache: Arc::new(Cache::new(settings.cache.clone())),
-            registry: RegistryClient::new(&settings),
-            places: Arc::new(Semaphore::new(settings.concurrency.max(1))),
+            cache: Arc::new(Cache::new(settings.state.clone())),
+            registry: Arc::new(RegistryClient::new(&settings)),
+            places: Slots::new(PULLS, PULLS_EACH),
+            // Conversions take processors, not patience: a single registry may have all of them.
+            conversions: Slots::new(settings.concurrency, settings.concurrency),
             resolutions: Flights::default(),
             pulls: Flights::default(),
             sifs: Sifs::default(),
@@ -56,23 +66,32 @@ impl Images {
         &self.registry
     }
 
-    /// Removes what pulls of an earlier agent left behind. Blocking; once, at the start.
-    pub fn sweep(&self) {
-        std::fs::remove_dir_all(self.cache.temporary()).ok();
+    pub(super) fn cache(&self) -> &Arc<Cache> {
+        &self.cache
     }
 
-    /// Only whether its source is one: for admission and `script`, without registry or disk. A name that cannot be one
+    /// Removes what pulls of an earlier agent left behind. Blocking; once, at the start.
+    pub fn sweep(&self) {
+        self.cache.sweep();
+    }
+
+    /// Only whether its source is one that this site allows: for admission and `script`, without registry or disk. A name that cannot be one
     /// is let in, and waits with `InvalidImageName`, as on any node: where the pod failed, a Deployment would make the
     /// next one at once.
     pub fn check(&self, image: &str) -> Result<(), ImageError> {
-        match reference::parse(image) {
-            Err(error)
-                if error.kind == ImageErrorKind::Unsupported && self.settings.program.is_some() =>
-            {
-                Err(error)
-            }
-            Ok(_) | Err(_) => Ok(()),
+        if self.settings.program.is_none() {
+            return Ok(());
         }
+        match reference::parse(image) {
+            Err(error) if error.kind == ImageErrorKind::Unsupported => Err(error),
+            Ok(Reference::Registry(name)) => self.allowed(image, &name),
+            Ok(Reference::Path(_)) | Err(_) => Ok(()),
+        }
+    }
+
+    fn allowed(&self, image: &str, name: &Name) -> Result<(), ImageError> {
+        let allowed = reference::allowed(name, &self.settings.policy.now().registries);
+        allowed.map_err(|words| ImageError::new(image, ImageErrorKind::Denied, words))
     }
 
     /// The image of a container, pulled where the policy says so.
@@ -89,6 +108,8 @@ impl Images {
                 path,
                 image_id: image.to_owned(),
                 config: pb::ImageConfig::default(),
+                hold: None,
+                file: None,
             });
         }
         match reference::parse(image)? {
@@ -102,36 +123,46 @@ impl Images {
         image: &str,
         path: std::path::PathBuf,
     ) -> Result<ResolvedImage, ImageError> {
-        let (text, roots) = (image.to_owned(), self.settings.roots.clone());
+        let (text, roots) = (image.to_owned(), self.roots());
         let find = move || local::find(&text, &path, &roots);
         let found = tokio::task::spawn_blocking(find).await;
         let stopping = |_| ImageError::new(image, ImageErrorKind::Pull, "the agent stops");
-        let (path, file) = match found.map_err(stopping)?? {
-            Local::Sandbox(path) => (path, ImageFile::default()),
-            Local::Sif(path, id) => {
-                let file = self.sifs.config(&self.settings, &path, id).await;
-                let failed = |words| ImageError::new(image, ImageErrorKind::Pull, words);
-                (path, file.map_err(failed)?)
+        let local = found.map_err(stopping)??;
+        let config = match local.sif {
+            None => ImageFile::default(),
+            Some((id, sif)) => {
+                let file = self.sifs.config(&self.settings, id, sif).await;
+                file.map_err(|words| ImageError::new(image, ImageErrorKind::Pull, words))?
             }
         };
-        let image_id = path.display().to_string();
         Ok(ResolvedImage {
-            path,
-            image_id,
-            config: file.into(),
+            image_id: local.path.display().to_string(),
+            path: local.path,
+            config: config.into(),
+            file: Some(local.id.to_job(&node_name())),
+            hold: None,
         })
+    }
+
+    fn roots(&self) -> Roots {
+        Roots {
+            folders: self.settings.roots.clone(),
+            shared: self.settings.trust_shared_roots,
+        }
     }
 
     async fn remote(
         &self,
         image: &str,
-        name: &OciReference,
+        name: &Name,
         policy: PullPolicy,
     ) -> Result<ResolvedImage, ImageError> {
+        // Also here: the site's policy may have changed since the pod was let in.
+        self.allowed(image, name)?;
         if policy != PullPolicy::Always
-            && let Some((digest, file)) = self.cached(name).await
+            && let Some(known) = known(&self.cache, name).await
         {
-            return Ok(self.resolved(name, &digest, file));
+            return Ok(self.resolved(name, known));
         }
         if policy == PullPolicy::Never {
             let words = "it is not in the cache, and imagePullPolicy is Never";
@@ -139,70 +170,116 @@ impl Images {
         }
         let failed = |words: String| ImageError::new(image, ImageErrorKind::Pull, words);
         let source = reference::source(name, &self.settings.registries).map_err(failed)?;
-        let (digest, file) = self.ask_registry(&source).await.map_err(failed)?;
-        if self.in_cache(&digest).await.is_none() {
-            self.pull(source, &digest, &file).await.map_err(failed)?;
-        }
-        self.remember(name, &digest).await;
-        Ok(self.resolved(name, &digest, file))
-    }
-
-    fn resolved(&self, name: &OciReference, digest: &str, file: ImageFile) -> ResolvedImage {
-        ResolvedImage {
-            path: self.cache.sif(digest),
-            image_id: reference::image_id(name, digest),
-            config: file.into(),
-        }
-    }
-
-    /// By what the name was when it was last asked for.
-    async fn cached(&self, name: &OciReference) -> Option<(String, ImageFile)> {
-        let (cache, name) = (Arc::clone(&self.cache), name.clone());
-        let look = move || {
-            let known = cache.digest(&name.whole());
-            let digest = known.or_else(|| name.digest().map(str::to_owned))?;
-            let file = cache.get(&digest)?;
-            Some((digest, file))
+        let found = match self.ask_registry(name, &source).await.map_err(failed)? {
+            Resolution::Here(digest) => {
+                if let Some(known) = here(&self.cache, digest).await {
+                    return Ok(self.resolved(name, known));
+                }
+                // It was removed from the cache at this instant.
+                self.registry.resolve(&source).await.map_err(failed)?
+            }
+            Resolution::There(found) => found,
         };
-        tokio::task::spawn_blocking(look).await.ok().flatten()
+        let digest = found.digest.to_string();
+        let _hold = self.cache.hold(&digest);
+        if here(&self.cache, digest.clone()).await.is_none() {
+            self.pull(source, found).await.map_err(failed)?;
+        }
+        self.remember(name.whole(), &digest).await;
+        let known = here(&self.cache, digest).await;
+        let known = known.ok_or_else(|| failed("it was removed from the cache by hand".to_owned()));
+        Ok(self.resolved(name, known?))
     }
 
-    async fn in_cache(&self, digest: &str) -> Option<ImageFile> {
-        let (cache, digest) = (Arc::clone(&self.cache), digest.to_owned());
-        tokio::task::spawn_blocking(move || cache.get(&digest))
-            .await
-            .ok()
-            .flatten()
+    fn resolved(&self, name: &Name, known: Known) -> ResolvedImage {
+        ResolvedImage {
+            path: self.cache.sif(&known.digest),
+            image_id: reference::image_id(name, &known.digest),
+            config: known.file.into(),
+            file: None,
+            hold: Some(known.hold),
+        }
     }
 
-    async fn ask_registry(&self, source: &Source) -> Resolution {
-        let (registry, asked) = (self.registry.clone(), source.clone());
-        let ask = || async move { registry.resolve(&asked).await };
+    /// What a name is now: by its digest alone where that says enough.
+    async fn ask_registry(&self, name: &Name, source: &Source) -> Result<Resolution, String> {
+        let (registry, cache) = (Arc::clone(&self.registry), Arc::clone(&self.cache));
+        let (place, asked) = (name.clone(), source.clone());
+        let ask = || async move {
+            let Some(digest) = registry.digest(&asked).await? else {
+                return registry.resolve(&asked).await.map(Resolution::There);
+            };
+            // Of an index, the cache knows the image that it stands for.
+            let at = place.at(&digest);
+            if let Some(known) = known(&cache, &at).await {
+                remember(cache, place.whole(), known.digest.clone()).await;
+                return Ok(Resolution::Here(known.digest));
+            }
+            let found = registry.resolve(&asked.at(&digest)).await?;
+            if found.digest != digest {
+                remember(cache, at.whole(), found.digest.to_string()).await;
+            }
+            Ok(Resolution::There(found))
+        };
         self.resolutions.join(&source.reference.whole(), ask).await
     }
 
-    async fn pull(&self, source: Source, digest: &str, file: &ImageFile) -> Result<(), String> {
+    async fn pull(&self, source: Source, found: Found) -> Result<(), String> {
         let puller = Puller {
             settings: Arc::clone(&self.settings),
             cache: Arc::clone(&self.cache),
-            places: Arc::clone(&self.places),
+            registry: Arc::clone(&self.registry),
+            pulls: Arc::clone(&self.places),
+            conversions: Arc::clone(&self.conversions),
         };
-        let (key, file) = (digest.to_owned(), file.clone());
-        self.pulls
-            .join(digest, || puller.pull(source, key, file))
-            .await
+        let key = found.digest.to_string();
+        self.pulls.join(&key, || puller.pull(source, found)).await
     }
 
-    async fn remember(&self, name: &OciReference, digest: &str) {
-        let (cache, name, digest) = (Arc::clone(&self.cache), name.whole(), digest.to_owned());
-        let done = tokio::task::spawn_blocking(move || cache.remember(&name, &digest)).await;
-        if let Ok(Err(err)) = done {
-            // Costs a question to the registry next time, nothing else.
-            tracing::warn!(
-                error = knoc_proto::error::chain(&err),
-                "cannot remember a digest"
-            );
-        }
+    async fn remember(&self, name: String, digest: &str) {
+        remember(Arc::clone(&self.cache), name, digest.to_owned()).await;
+    }
+}
+
+/// An image of the cache that does not go away.
+#[derive(Debug)]
+struct Known {
+    digest: String,
+    file: ImageFile,
+    hold: Hold,
+}
+
+/// By what the name was when it was last asked for.
+async fn known(cache: &Arc<Cache>, name: &Name) -> Option<Known> {
+    let (look, name) = (Arc::clone(cache), name.clone());
+    let look = move || {
+        let known = look.digest(&name.whole());
+        known.or_else(|| name.digest().map(ToString::to_string))
+    };
+    let digest = tokio::task::spawn_blocking(look).await.ok()??;
+    here(cache, digest).await
+}
+
+/// By its digest.
+async fn here(cache: &Arc<Cache>, digest: String) -> Option<Known> {
+    let cache = Arc::clone(cache);
+    let look = move || {
+        // First held, then looked for: what is seen stays.
+        let hold = cache.hold(&digest);
+        let file = cache.get(&digest)?;
+        Some(Known { digest, file, hold })
+    };
+    tokio::task::spawn_blocking(look).await.ok().flatten()
+}
+
+async fn remember(cache: Arc<Cache>, name: String, digest: String) {
+    let done = tokio::task::spawn_blocking(move || cache.remember(&name, &digest)).await;
+    if let Ok(Err(err)) = done {
+        // Costs a question to the registry next time, nothing else.
+        tracing::warn!(
+            error = knoc_proto::error::chain(&err),
+            "cannot remember a digest"
+        );
     }
 }
 

@@ -5,12 +5,12 @@
 //! file. In memory only: after a restart each file is read once more. A file that cannot be read is not remembered.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Settings;
-use super::cache::ImageFile;
+use super::file::ImageFile;
 use super::flight::Flights;
 use super::pull::why;
 use crate::command::CommandError;
@@ -19,6 +19,9 @@ use crate::command::CommandError;
 const OBJECTS_LIMIT: usize = 16;
 /// Configs that are kept, of a few hundred bytes each; when there are more, all are read again.
 const KEPT: usize = 1024;
+
+/// The file that was opened and checked, as the runtime's process sees it. By its name it might be another by now.
+const INPUT: &str = "/proc/self/fd/0";
 
 /// Tells a file from what was there before: device, inode, size, and the times of the last change of its bytes and
 /// of its inode, in nanoseconds.
@@ -45,20 +48,20 @@ pub(super) struct Sifs {
 }
 
 impl Sifs {
-    /// The config of the SIF at `path`; empty where it carries none. The error is the runtime's words.
+    /// The config of the open SIF `sif`; empty where it carries none. The error is the runtime's words.
     ///
     /// Cancel safety: a dropped call leaves nothing; a reading that others wait for goes on.
     pub(super) async fn config(
         &self,
         settings: &Arc<Settings>,
-        path: &Path,
         id: FileId,
+        sif: Arc<File>,
     ) -> Result<ImageFile, String> {
         let known = self.known().get(&id).cloned();
         if let Some(file) = known {
             return Ok(file);
         }
-        let (settings, sif) = (Arc::clone(settings), path.to_owned());
+        let settings = Arc::clone(settings);
         let read = || async move { read(&settings, sif).await.map_err(|error| why(&error)) };
         let file = self.reading.join(&format!("{id:?}"), read).await?;
         let mut known = self.known();
@@ -74,16 +77,24 @@ impl Sifs {
     }
 }
 
-async fn read(settings: &Settings, sif: PathBuf) -> Result<ImageFile, CommandError> {
+async fn read(settings: &Settings, sif: Arc<File>) -> Result<ImageFile, CommandError> {
     let Some(list) = settings.command() else {
         return Ok(ImageFile::default());
     };
-    let list = list.args(["sif", "list"]).arg(&sif).run().await?;
+    let list = list
+        .args(["sif", "list", INPUT])
+        .stdin_file(&sif)
+        .run()
+        .await?;
     for id in json_objects(&list.text()).into_iter().take(OBJECTS_LIMIT) {
         let Some(dump) = settings.command() else {
             break;
         };
-        let dump = dump.args(["sif", "dump", &id]).arg(&sif).run().await?;
+        let dump = dump
+            .args(["sif", "dump", &id, INPUT])
+            .stdin_file(&sif)
+            .run()
+            .await?;
         if let Some(file) = ImageFile::of_sif(&dump.text()) {
             return Ok(file);
         }

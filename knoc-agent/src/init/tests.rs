@@ -8,6 +8,7 @@ use super::*;
 
 fn options(folder: &Path) -> Options {
     Options {
+        namespaces: Vec::new(),
         site: "trixie".to_owned(),
         address: vec!["login.example.org".to_owned(), "10.0.0.1:4444".to_owned()],
         dir: Some(folder.to_owned()),
@@ -72,6 +73,109 @@ fn all_is_written_once_and_secret() {
     assert!(said.contains("Already there"), "{said}");
     assert_eq!(fs::read(tls.join("agent.crt")).unwrap(), before);
     assert!(folder.join("kubelet-bundle.yaml").exists());
+}
+
+#[test]
+fn whom_the_bundle_lets_in_is_said_before_it_is_handed_over() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("knoc");
+    let said = run(&options(&folder), root.path(), &found()).unwrap();
+    let (warning, bundle) = (
+        said.find("whoever may create a pod in any namespace of the cluster runs programs as you"),
+        said.find("kubectl apply"),
+    );
+    assert!(warning.is_some() && warning < bundle, "{said}");
+    let folder = root.path().join("named");
+    let named = Options {
+        namespaces: vec!["team-a".to_owned(), "team-b".to_owned()],
+        ..options(&folder)
+    };
+    // The second time the site file is there already, whatever the options say.
+    for options in [named, options(&folder)] {
+        let said = run(&options, root.path(), &found()).unwrap();
+        assert!(
+            said.contains("runs programs as you: team-a, team-b."),
+            "{said}"
+        );
+        assert!(!said.contains("any namespace"), "{said}");
+        let home = Home {
+            home: root.path().to_owned(),
+        };
+        let config = Config::load(&folder.join("agent.toml"), &home).unwrap();
+        assert_eq!(config.policy.namespaces, ["team-a", "team-b"]);
+    }
+    assert!(namespace("team-a").is_ok() && namespace("Team").is_err());
+}
+
+/// The settings of the template behind a `#`: the line's number, the section, the setting, and how it is marked.
+fn commented(text: &str) -> Vec<(usize, String, String, String)> {
+    let mut section = String::new();
+    let mut found = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let bare = line.strip_prefix("# ").unwrap_or(line);
+        if bare.starts_with('[') {
+            section = bare.to_owned();
+        }
+        let is_setting = bare.split_once(" = ").is_some_and(|(key, _)| {
+            key.chars().all(|c| c.is_ascii_lowercase() || c == '_') || key.starts_with('"')
+        });
+        if bare != line && is_setting {
+            let (setting, mark) = bare.split_once("  # ").unwrap_or((bare, ""));
+            found.push((number, section.clone(), setting.to_owned(), mark.to_owned()));
+        }
+    }
+    found
+}
+
+/// What holds, with what is not set filled in as those who read it do.
+fn in_force(text: &str) -> String {
+    let home = Home {
+        home: "/home/user".into(),
+    };
+    let mut config = Config::parse(text, Path::new("agent.toml"), &home)
+        .unwrap_or_else(|error| panic!("{}\n{text}", knoc_proto::error::chain(&error)));
+    config.job.scratch.get_or_insert_with(|| "/tmp".to_owned());
+    format!("{config:?}")
+}
+
+#[test]
+fn a_line_marked_default_changes_nothing_and_an_example_does() {
+    let template =
+        super::text::site_file(&options(Path::new("/x")), Path::new("/x"), &[], &found());
+    let before = in_force(&template);
+    let settings = commented(&template);
+    assert!(settings.len() > 20, "{settings:?}");
+    for (number, section, setting, mark) in settings {
+        let uncommented: Vec<_> = template
+            .lines()
+            .enumerate()
+            .map(|(at, line)| {
+                // A table among several is whole or not there.
+                let together = section == "[[registry]]"
+                    && (line == "# [[registry]]" || line.starts_with("# prefix = "));
+                if at == number || together {
+                    line.trim_start_matches("# ")
+                } else {
+                    line
+                }
+            })
+            .collect();
+        let same = if section == "[[registry]]" {
+            mark == "default"
+        } else {
+            in_force(&uncommented.join("\n")) == before
+        };
+        match mark.as_str() {
+            "default" => assert!(same, "{section} {setting} is no default"),
+            "example" => assert!(!same, "{section} {setting} is the default"),
+            _ => panic!("{section} {setting} is marked neither as default nor as example"),
+        }
+    }
+    let with_registry = template
+        .replace("# [[registry]]", "[[registry]]")
+        .replace("# prefix = ", "prefix = ");
+    let plain_http = with_registry.replace("# insecure = false", "insecure = false");
+    assert_eq!(in_force(&with_registry), in_force(&plain_http));
 }
 
 #[test]

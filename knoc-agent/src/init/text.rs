@@ -62,6 +62,7 @@ pub(super) fn site_file(
         .iter()
         .map(|(name, path)| line(name, &path.to_string_lossy()));
     let tools: String = tools.collect();
+    let namespaces: Vec<_> = options.namespaces.iter().map(|name| quoted(name)).collect();
     TEMPLATE
         .replace("@SITE@", &quoted(&options.site))
         .replace("@SCHEDULER@", scheduler.as_str())
@@ -70,6 +71,7 @@ pub(super) fn site_file(
         .replace("@CA@", &tls("ca.crt"))
         .replace("@CERT@", &tls("agent.crt"))
         .replace("@KEY@", &tls("agent.key"))
+        .replace("@NAMESPACES@", &namespaces.join(", "))
         .replace("@TOOLS@", &tools)
         .replace("@ENV@", &env)
 }
@@ -112,13 +114,15 @@ pub(super) fn knocctl(site: &str, folder: &Path, first: &(String, u16)) -> Strin
     )
 }
 
-const TEMPLATE: &str = r#"# The site file of knoc-agent. `knoc-agent serve` reads it once, at start; mistakes are named with their lines.
-# A line that begins with `#` shows the default, or an example.
+const TEMPLATE: &str = r#"# The site file of knoc-agent. `knoc-agent serve` reads it at its start, and [policy] again whenever this file changes;
+# mistakes are named with their lines.
+# A setting without `#` in front is in force. Behind a `#`, one that ends with `# default` is what holds anyway, and one that
+# ends with `# example` is not: it shows what could stand there.
 
 site = @SITE@
 
 # On a file system that login and compute nodes share; mode 0700.
-# state_dir = "~/.local/state/knoc"
+# state_dir = "~/.local/state/knoc"  # default
 
 # Who owns the jobs: slurm, or local (processes of this host).
 scheduler = "@SCHEDULER@"
@@ -130,23 +134,29 @@ prelude = ""
 
 # Folders under which pods may name image files and sandboxes.
 image_roots = []
+# An image that a pod names, its root and all folders above must belong to root or to you and be writable by nobody else.
+# `true` lifts that: then everybody who can write there chooses what runs as you.
+# trust_shared_roots = false  # default
 # Folders under which pods may mount host paths: none yet, since every hostPath is refused.
-# host_paths = []
+# host_paths = []  # default
 
 [listen]
 # Kubelets and knocctl, mutual TLS.
 kubelet = "0.0.0.0:@PORT@"
 # Shims of running jobs, pinned keys.
-# shim = "0.0.0.0:10351"
+# shim = "0.0.0.0:10351"  # default
 # What shims dial; empty: all addresses of this host.
-# shim_addresses = ["login1:10351"]
-# The unix socket; unset: $XDG_RUNTIME_DIR/knoc/agent.sock, else /tmp/knoc-<uid>/agent.sock.
-# socket = "~/.local/state/knoc/agent.sock"
+# shim_addresses = ["login1:10351"]  # example
+# The unix socket, in a folder of your own with mode 0700; unset: $XDG_RUNTIME_DIR/knoc/agent.sock if that folder is
+# there and yours, else STATE_DIR/socket/agent.sock.
+# socket = "/run/user/1000/knoc/agent.sock"  # example
 
 [tls]
 ca = @CA@
 cert = @CERT@
 key = @KEY@
+# The CA's key renews certificates before they end. It need not be there. Unset: the CA's path with the ending .key.
+# ca_key = "~/.config/knoc/ca.key"  # example
 
 # Found by `init`; a tool that is not named is looked up in env.PATH.
 [tools]
@@ -154,72 +164,98 @@ key = @KEY@
 # The environment of every tool, and the whole of it.
 [env]
 @ENV@
-# Where images come from, first match wins.
+# Where images come from, first match wins. A host that stands here may also have a loopback or link-local address,
+# which is refused otherwise; insecure = true is plain HTTP.
 # [[registry]]
-# prefix = "docker.io"
-# mirror = "registry.example.org:5000"
-# insecure = false
+# prefix = "docker.io"  # example
+# mirror = "registry.example.org:5000"  # example
+# insecure = false  # default
 
 # What the cluster cannot widen.
 [policy]
 # UID of the namespace kube-system of the only cluster served; unset: pinned at first use.
-# cluster_id = ""
+# cluster_id = "7d1f3c52-0f0b-4c59-8a0e-3f4b1a9d2c11"  # example
 # Identities served; a `*` at the end matches any rest. Empty: all that the CA vouches for.
 clients = []
-# Empty: all.
-namespaces = []
+# Certificates that are not served, with all that were renewed from them: "sha256/…" of a public key, "serial/…", or an identity.
+denied = []
+# Who runs programs as you: whoever may create a pod in one of these namespaces of the cluster, such as ["team-a"]. Empty: in
+# ANY namespace. Decide before you hand over the kubelet's bundle.
+namespaces = [@NAMESPACES@]
+# Partitions, accounts and QOS that pods may name. Empty: all.
 partitions = []
 accounts = []
 qos = []
+# Beginnings of the names of images that pods may name, such as "docker.io/library" or "quay.io". Empty: all.
+registries = []
 # Further sbatch flags that pods may give by knoc.io/flags.
-# flags = ["--mail-type", "--mail-user"]
+# flags = ["--mail-type", "--mail-user", "--mem-per-cpu", "--cores-per-socket", "--hint"]  # default
+
+# A kubelet leads the node of its own name. Nodes of other names, and whose kubelet leads them:
+[policy.nodes]
+# "knoc-gpu" = "kubelet/knoc-site"  # example
 
 # Extended resources of pods and what they are in --gres. The node offers those that stand here.
 [gres]
 "nvidia.com/gpu" = "gpu"
-# "amd.com/gpu" = "gpu"
+# "amd.com/gpu" = "gpu"  # example
 
 # What a job gets that says nothing.
 [job]
-# partition = "batch"
-# account = ""
-# qos = ""
-# time_minutes = 60
-# scratch = "/tmp"
+# Unset: what Slurm gives to a job that names none.
+# partition = "batch"  # example
+# account = "physics"  # example
+# qos = "normal"  # example
+# Unset: the partition's DefaultTime, else its MaxTime.
+# time_minutes = 60  # example
+# A folder of the compute node for what containers write.
+# scratch = "/tmp"  # default
 
 [limits]
 # Submissions: a second in the long run, at once after a pause, at the same time.
-# sbatch_rate = 50.0
-# sbatch_burst = 100
-# sbatch_concurrency = 4
-# image_concurrency = 2
+# sbatch_rate = 50.0  # default
+# sbatch_burst = 100  # default
+# sbatch_concurrency = 4  # default
+# Images: conversions at the same time; bytes of an image by its manifest, of one that is unpacked, and of all that are
+# kept (those that were not used for longest go first); how long a layer may bring less than 64 KiB, or less than 1 MiB
+# while other images wait.
+# image_concurrency = 2  # default
+# image_size = "64GiB"  # default
+# image_unpacked = "128GiB"  # default
+# image_cache = "256GiB"  # default
+# image_stall = "1m"  # default
 # Rounds of squeue: the shortest and the longest time between two.
-# poll_min = "1s"
-# poll_max = "30s"
+# poll_min = "1s"  # default
+# poll_max = "30s"  # default
 # How long the report of an ended job may take to show on the shared file system.
-# report_grace = "90s"
+# report_grace = "90s"  # default
 # How long a job may wait for a reason that never ends before its pod fails.
-# never_ends_after = "10m"
+# never_ends_after = "10m"  # default
 # How long a job that the scheduler does not know may stay undecided.
-# lost_after = "5m"
+# lost_after = "5m"  # default
 # Past a pod's grace period, before its job is cancelled.
-# stop_slack = "15s"
+# stop_slack = "15s"  # default
 # Pods at the same time; unset: what the limit of open files carries.
-# pods = 1000
+# pods = 1000  # example
 # Threads on which bytes move. One carries several hundred MB/s; more are of use where many large streams run at once.
-# threads = 1
+# threads = 1  # default
 
 [logs]
-# max_bytes = 104857600
-# max_files = 20
+# max_bytes = 104857600  # default
+# max_files = 20  # default
+# All logs of one pod; each attempt that is kept of each container (the current and the previous one) has an equal share.
+# max_pod_bytes = 4294967296  # default
 
 [backoff]
-# initial = "10s"
-# max = "5m"
+# initial = "10s"  # default
+# max = "5m"  # default
 
 [values]
 # Where Secrets and tokens wait for the job: file (0600 in a 0700 folder), or none (in the agent's memory).
-# at_rest = "file"
+# at_rest = "file"  # default
+# What happens on a node whose /dev/shm is missing, not writable or no tmpfs: error (the pod fails), or disk (Secrets,
+# tokens and volumes of the medium Memory lie on the node's disk, with a warning at the pod).
+# memory_fallback = "error"  # default
 # How long a job holds its nodes and waits for values that are not there or have expired, before its pod fails.
-# wait = "10m"
+# wait = "10m"  # default
 "#;

@@ -5,7 +5,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
@@ -161,6 +161,20 @@ pub fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
         Err(error) if error.is_not_found() => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// As [`read_optional`], but no more than one byte above `most`, so that the caller sees that it is too long.
+pub fn read_bounded(path: &Path, most: usize) -> Result<Option<Vec<u8>>, FileError> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(FileError::on("open", path))?,
+    };
+    let most = u64::try_from(most).unwrap_or(u64::MAX);
+    let mut bytes = Vec::new();
+    file.take(most.saturating_add(1))
+        .read_to_end(&mut bytes)
+        .map_err(FileError::on("read", path))?;
+    Ok(Some(bytes))
 }
 
 #[cfg(test)]

@@ -13,20 +13,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Serialize};
-
-use super::atomic::{self, FileError};
-
-/// Who may run the containers of a job directory. The content of `claim.<n>`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Claim {
-    /// The scheduler's job id.
-    pub job_id: String,
-    /// The scheduler's restart count of that job (`SLURM_RESTART_COUNT`).
-    pub restart: u32,
-    /// Where the claimant ran: for people.
-    pub host: String,
-}
+pub use super::decode::Claim;
+use super::{
+    atomic::{self, FileError},
+    decode::{self, DecodeError, MAX_CLAIM},
+};
 
 /// Why the caller may not run the containers.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +38,7 @@ pub enum ClaimError {
         path: PathBuf,
         /// What is wrong with it.
         #[source]
-        source: serde_json::Error,
+        source: DecodeError,
     },
 }
 
@@ -57,7 +48,7 @@ pub fn claim(folder: &Path, wanted: &Claim, again: bool) -> Result<u32, ClaimErr
     let mine = atomic::temporary(&folder.join("claim"));
     let bytes = serde_json::to_vec(wanted).map_err(|source| ClaimError::Malformed {
         path: mine.clone(),
-        source,
+        source: source.into(),
     })?;
     atomic::create_synced(&mine, &bytes, 0o600)?;
     let outcome = take(folder, &mine, wanted, again);
@@ -72,11 +63,11 @@ pub fn newest(folder: &Path) -> Result<Option<(u32, Claim)>, ClaimError> {
     // Not by listing the folder, which a shared file system may show late: by opening one name after the other.
     for n in 1.. {
         let path = path(folder, n);
-        let Some(bytes) = atomic::read_optional(&path)? else {
+        let Some(bytes) = atomic::read_bounded(&path, MAX_CLAIM)? else {
             break;
         };
-        let claim = serde_json::from_slice(&bytes)
-            .map_err(|source| ClaimError::Malformed { path, source })?;
+        let claim =
+            decode::claim(&bytes).map_err(|source| ClaimError::Malformed { path, source })?;
         found = Some((n, claim));
     }
     Ok(found)

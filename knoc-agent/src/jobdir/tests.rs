@@ -74,10 +74,7 @@ fn spec_and_report_come_back() {
         Some(report)
     );
     atomic::write(&dir.report_path(), b"\xff\xff", 0o600).unwrap();
-    assert!(matches!(
-        dir.report(),
-        Err(JobDirError::Decode { kind: "report", .. })
-    ));
+    assert!(matches!(dir.report(), Err(JobDirError::Report { .. })));
     dir.remove().unwrap();
     dir.remove().unwrap();
     assert!(JobDir::open(dir.path()).is_err());

@@ -18,12 +18,12 @@ use std::{
 
 use rustix::{
     io::Errno,
-    process::{Resource, getrlimit, ioctl_tiocsctty, setrlimit, setsid, umask},
+    process::{ioctl_tiocsctty, setsid, umask},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
 };
 
 use super::{
-    fds, pty, sys,
+    account, fds, limits, pty, sys,
     wire::{LaunchSpec, MAX_SPEC, Reply},
 };
 
@@ -104,15 +104,9 @@ fn start(
     setsid().ok();
     attach_stdio(shim, spec, stdio)?;
     umask(rustix::fs::Mode::from_raw_mode(0o022));
-    limit_open_files(spec.open_files);
-    for pair in spec.links.as_chunks::<2>().0 {
-        // Best effort: a container that has such a file already keeps it.
-        drop(std::os::unix::fs::symlink(
-            path_from(&pair[1]),
-            path_from(&pair[0]),
-        ));
-    }
-    let env = with_home(&spec.env);
+    limits::set();
+    prepare_files(spec);
+    let env = with_home(spec);
     change_directory(spec)?;
     let program = resolve(
         spec.argv.first().map_or(&[][..], Vec::as_slice),
@@ -175,15 +169,6 @@ fn attach_stdio(shim: &UnixStream, spec: &LaunchSpec, stdio: Vec<OwnedFd>) -> Re
     dup2_stderr(&errors).map_err(on("attach standard error"))
 }
 
-/// The shim raises its own limit for its links; programs get back what the job had.
-fn limit_open_files(soft: u64) {
-    if soft > 0 {
-        let mut limit = getrlimit(Resource::Nofile);
-        limit.current = Some(limit.maximum.map_or(soft, |hard| soft.min(hard)));
-        setrlimit(Resource::Nofile, limit).ok();
-    }
-}
-
 fn path_of(env: &[Vec<u8>]) -> &[u8] {
     env.iter()
         .rev()
@@ -191,30 +176,55 @@ fn path_of(env: &[Vec<u8>]) -> &[u8] {
         .unwrap_or(DEFAULT_PATH)
 }
 
-/// HOME as container runtimes set it where nobody did: from the image's `passwd`, else `/`.
-fn with_home(env: &[Vec<u8>]) -> Vec<Vec<u8>> {
-    let mut env = env.to_vec();
-    if !env.iter().any(|entry| entry.starts_with(b"HOME=")) {
-        let passwd = fs::read("/etc/passwd").unwrap_or_default();
-        let home = home_of(&passwd, rustix::process::getuid().as_raw())
-            .filter(|home| path_from(home).is_dir())
-            .unwrap_or_else(|| b"/".to_vec());
-        env.push([b"HOME=", home.as_slice()].concat());
+/// What a container has besides the image's files. Best effort: where something cannot be made, the program says what
+/// it misses.
+fn prepare_files(spec: &LaunchSpec) {
+    for folder in &spec.temporary {
+        open_to_all(path_from(folder));
     }
-    env
+    for [name, target] in spec.links.as_chunks::<2>().0 {
+        let name = path_from(name);
+        if let Some(parent) = name.parent() {
+            make_folders(parent, 0o755);
+        }
+        // A container that has such a file already keeps it.
+        drop(std::os::unix::fs::symlink(path_from(target), name));
+    }
+    if let Some(user) = spec.user.as_ref().filter(|_| spec.settle) {
+        account::settle(user, spec.passwd.as_deref());
+    }
 }
 
-/// PURE: the home folder of `uid` in the text of a `passwd` file.
-fn home_of(passwd: &[u8], uid: u32) -> Option<Vec<u8>> {
-    let uid = uid.to_string();
-    passwd.split(|byte| *byte == b'\n').find_map(|line| {
-        let fields: Vec<&[u8]> = line.split(|byte| *byte == b':').collect();
-        let matches = fields.get(2).is_some_and(|field| *field == uid.as_bytes());
-        fields
-            .get(5)
-            .filter(|home| matches && !home.is_empty())
-            .map(|home| home.to_vec())
-    })
+fn make_folders(folder: &Path, mode: u32) {
+    drop(DirBuilder::new().recursive(true).mode(mode).create(folder));
+}
+
+/// A temporary folder is everybody's, whatever the image or a mount below it made of its mode.
+fn open_to_all(folder: &Path) {
+    make_folders(folder, 0o777);
+    let everybody = 0o1777;
+    let mode = |meta: fs::Metadata| meta.permissions().mode() & 0o7777;
+    if fs::metadata(folder).is_ok_and(|meta| meta.is_dir() && mode(meta) != everybody) {
+        drop(fs::set_permissions(
+            folder,
+            fs::Permissions::from_mode(everybody),
+        ));
+    }
+}
+
+/// HOME as container runtimes set it if nobody else did.
+fn with_home(spec: &LaunchSpec) -> Vec<Vec<u8>> {
+    let env = &spec.env;
+    let is_home = |entry: &[u8]| entry.starts_with(b"HOME=");
+    let last = env.iter().rev().find(|entry| is_home(entry));
+    // An empty one counts as none.
+    if last.is_some_and(|entry| entry != b"HOME=") {
+        return env.clone();
+    }
+    let home = account::home(spec.user.as_deref(), spec.passwd.as_deref());
+    let home = [b"HOME=", home.as_slice()].concat();
+    let others = env.iter().filter(|entry| !is_home(entry)).cloned();
+    others.chain([home]).collect()
 }
 
 fn change_directory(spec: &LaunchSpec) -> Result<(), Failure> {
@@ -322,11 +332,38 @@ mod tests {
     }
 
     #[test]
-    fn home_is_the_images_word() {
-        let passwd = b"root:x:0:0:root:/root:/bin/sh\nx:x:2001:2001::/home/x:/bin/sh\n";
-        assert_eq!(home_of(passwd, 2001).as_deref(), Some(&b"/home/x"[..]));
-        assert_eq!(home_of(passwd, 1), None);
-        assert_eq!(home_of(b"broken", 1), None);
+    fn home_is_set_if_nobody_else_did() {
+        let passwd = b"root:x:0:0::/root:/bin/sh\n";
+        let home = b"HOME=/root";
+        let env = |entries: &[&[u8]]| -> Vec<Vec<u8>> {
+            entries.iter().map(|entry| entry.to_vec()).collect()
+        };
+        for (given, wanted) in [
+            (env(&[b"A=1"]), env(&[b"A=1", home])),
+            (env(&[b"HOME=", b"A=1"]), env(&[b"A=1", home])),
+            (env(&[b"HOME=/own"]), env(&[b"HOME=/own"])),
+            (env(&[b"HOMES=x"]), env(&[b"HOMES=x", home])),
+        ] {
+            let spec = LaunchSpec {
+                env: given,
+                user: Some(b"0".to_vec()),
+                passwd: Some(passwd.to_vec()),
+                ..LaunchSpec::default()
+            };
+            assert_eq!(with_home(&spec), wanted);
+        }
+    }
+
+    #[test]
+    fn temporary_folders_are_everybodys() {
+        let base = tempfile::tempdir().unwrap();
+        let (old, new) = (base.path().join("old"), base.path().join("a/new"));
+        fs::create_dir(&old).unwrap();
+        for folder in [&old, &new] {
+            open_to_all(folder);
+            let mode = fs::metadata(folder).unwrap().permissions().mode();
+            assert_eq!(mode & 0o7777, 0o1777, "{}", folder.display());
+        }
     }
 
     #[test]

@@ -30,10 +30,16 @@ pub struct LaunchSpec {
     pub create_cwd: bool,
     /// A terminal of this size instead of pipes: its master is sent back.
     pub tty: Option<Window>,
-    /// Soft limit of open files to set; 0: leave.
-    pub open_files: u64,
     /// Symbolic links to make, name and target in turn: for names under `/dev`, where nothing can be mounted.
     pub links: Vec<Vec<u8>>,
+    /// Folders of the image that everybody may write to, made if they are missing.
+    pub temporary: Vec<Vec<u8>>,
+    /// Whose home the program has, in the form of an image's `User`; `None`: that of the user as whom it runs.
+    pub user: Option<Vec<u8>>,
+    /// The image's own `/etc/passwd`, where the container's may differ in what is said of the user.
+    pub passwd: Option<Vec<u8>>,
+    /// The container's `/etc/passwd`, which is the runtime's, is to say of the own user what it says of `user`.
+    pub settle: bool,
 }
 
 /// What the launcher tells the shim.
@@ -41,11 +47,18 @@ pub struct LaunchSpec {
 pub enum Reply {
     /// The program's pid, in the shim's PID namespace (sent by `enter`, which forks).
     Pid(u32),
-    /// The terminal's master is attached to this message.
+    /// A descriptor is attached to this message: the terminal's master, or what `contain` was asked for.
     Master,
     /// The program cannot be started.
     Failed {
         /// The system's error number; 0: none.
+        errno: i32,
+        /// What was tried, in words.
+        what: String,
+    },
+    /// `contain` cannot make its namespaces here.
+    NoNamespaces {
+        /// The system's error number.
         errno: i32,
         /// What was tried, in words.
         what: String,
@@ -75,8 +88,13 @@ impl LaunchSpec {
         body.push(u8::from(self.tty.is_some()));
         body.extend(window.cols.to_be_bytes());
         body.extend(window.rows.to_be_bytes());
-        body.extend(self.open_files.to_be_bytes());
         put_list(&mut body, &self.links)?;
+        put_list(&mut body, &self.temporary)?;
+        for optional in [&self.user, &self.passwd] {
+            body.push(u8::from(optional.is_some()));
+            put_bytes(&mut body, optional.as_deref().unwrap_or_default())?;
+        }
+        body.push(u8::from(self.settle));
         if body.len() > MAX_SPEC {
             return Err(WireError::TooLong(body.len()));
         }
@@ -97,8 +115,11 @@ impl LaunchSpec {
             cols: u16::from_be_bytes(cursor.array()?),
             rows: u16::from_be_bytes(cursor.array()?),
         };
-        let open_files = u64::from_be_bytes(cursor.array()?);
         let links = cursor.list()?;
+        let temporary = cursor.list()?;
+        let user = cursor.optional()?;
+        let passwd = cursor.optional()?;
+        let settle = cursor.byte()? != 0;
         cursor.end()?;
         let tty = has_tty.then_some(window);
         Ok(Self {
@@ -107,8 +128,11 @@ impl LaunchSpec {
             cwd,
             create_cwd,
             tty,
-            open_files,
             links,
+            temporary,
+            user,
+            passwd,
+            settle,
         })
     }
 }
@@ -120,11 +144,8 @@ impl Reply {
         let (tag, body) = match self {
             Self::Pid(pid) => (b'P', pid.to_be_bytes().to_vec()),
             Self::Master => (b'M', Vec::new()),
-            Self::Failed { errno, what } => {
-                let mut body = errno.to_be_bytes().to_vec();
-                body.extend(what.bytes().take(MAX_REPLY - 4));
-                (b'E', body)
-            }
+            Self::Failed { errno, what } => (b'E', put_failure(*errno, what)),
+            Self::NoNamespaces { errno, what } => (b'N', put_failure(*errno, what)),
         };
         let mut message = vec![tag];
         message.extend(u32::try_from(body.len()).unwrap_or_default().to_be_bytes());
@@ -151,10 +172,14 @@ impl Reply {
         let reply = match tag {
             b'P' => Self::Pid(u32::from_be_bytes(cursor.array()?)),
             b'M' => Self::Master,
-            b'E' => {
+            b'E' | b'N' => {
                 let errno = i32::from_be_bytes(cursor.array()?);
                 let what = String::from_utf8_lossy(std::mem::take(&mut cursor.0)).into_owned();
-                Self::Failed { errno, what }
+                if tag == b'E' {
+                    Self::Failed { errno, what }
+                } else {
+                    Self::NoNamespaces { errno, what }
+                }
             }
             _ => return Err(WireError::Malformed),
         };
@@ -162,6 +187,12 @@ impl Reply {
         buffer.drain(..5 + length);
         Ok(Some(reply))
     }
+}
+
+fn put_failure(errno: i32, what: &str) -> Vec<u8> {
+    let mut body = errno.to_be_bytes().to_vec();
+    body.extend(what.bytes().take(MAX_REPLY - 4));
+    body
 }
 
 fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) -> Result<(), WireError> {
@@ -208,6 +239,12 @@ impl<'a> Cursor<'a> {
         Ok(head)
     }
 
+    fn optional(&mut self) -> Result<Option<Vec<u8>>, WireError> {
+        let is_there = self.byte()? != 0;
+        let bytes = self.bytes()?;
+        Ok(is_there.then(|| bytes.to_vec()))
+    }
+
     fn list(&mut self) -> Result<Vec<Vec<u8>>, WireError> {
         (0..self.length()?)
             .map(|_| self.bytes().map(<[u8]>::to_vec))
@@ -239,26 +276,26 @@ mod tests {
 
     fn spec() -> impl Strategy<Value = LaunchSpec> {
         let tty = proptest::option::of((any::<u16>(), any::<u16>()));
-        (
-            list(),
-            list(),
-            bytes(),
-            any::<bool>(),
-            tty,
-            any::<u64>(),
-            list(),
-        )
-            .prop_map(
-                |(argv, env, cwd, create_cwd, tty, open_files, links)| LaunchSpec {
-                    argv,
-                    env,
-                    cwd,
-                    create_cwd,
-                    tty: tty.map(|(cols, rows)| Window { cols, rows }),
-                    open_files,
-                    links,
-                },
-            )
+        let lists = (list(), list(), list(), list());
+        let user = (proptest::option::of(bytes()), proptest::option::of(bytes()));
+        let flags = any::<(bool, bool)>();
+        let rest = (bytes(), flags, tty, user);
+        (lists, rest).prop_map(|(lists, rest)| {
+            let (argv, env, links, temporary) = lists;
+            let (cwd, (create_cwd, settle), tty, (user, passwd)) = rest;
+            LaunchSpec {
+                argv,
+                env,
+                cwd,
+                create_cwd,
+                tty: tty.map(|(cols, rows)| Window { cols, rows }),
+                links,
+                temporary,
+                user,
+                passwd,
+                settle,
+            }
+        })
     }
 
     proptest! {
@@ -288,7 +325,11 @@ mod tests {
             errno: 2,
             what: "exec: \"x\"".to_owned(),
         };
-        let all = [Reply::Pid(77), Reply::Master, failed];
+        let refused = Reply::NoNamespaces {
+            errno: 1,
+            what: "no".to_owned(),
+        };
+        let all = [Reply::Pid(77), Reply::Master, failed, refused];
         let stream: Vec<u8> = all.iter().flat_map(Reply::encode).collect();
         let (mut buffer, mut seen) = (Vec::new(), Vec::new());
         for byte in stream {

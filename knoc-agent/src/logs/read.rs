@@ -9,6 +9,7 @@
 mod files;
 
 use std::{
+    fs::File,
     io::{self, IoSliceMut},
     path::{Path, PathBuf},
     time::Duration,
@@ -175,6 +176,15 @@ pub fn last_text(live: &Path, lines: u64, bytes: usize) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
+/// The length of an open file; none where another host has removed it.
+fn length_of(file: &File) -> io::Result<Option<u64>> {
+    match file.metadata() {
+        Ok(metadata) => Ok(Some(metadata.len())),
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::STALE) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Output, and where the next one begins.
 #[derive(Debug)]
 struct Piece {
@@ -248,7 +258,8 @@ impl Reader {
         let count = match rustix::io::preadv2(&open.file, &mut room, self.offset, at_once) {
             Ok(count) => count,
             // It would wait; or the file system, or the kernel, cannot tell.
-            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => 0,
+            // Or the shim on another host has removed the file.
+            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::STALE) => 0,
             Err(error) => return Err(error.into()),
         };
         if count == 0 {
@@ -296,12 +307,16 @@ impl Reader {
                 continue;
             };
             let room = self.block.get_mut(self.held..).unwrap_or_default();
-            let count = rustix::io::pread(file, room, self.offset)?;
+            // The shim on another host may have removed the file: on NFS nothing can be read of it any more.
+            let count = match rustix::io::pread(file, room, self.offset) {
+                Err(Errno::STALE) => 0,
+                count => count?,
+            };
             if count > 0 {
                 return Ok(Some(self.lines(count)));
             }
             // The writer took back what it could not write whole.
-            let length = file.metadata()?.len();
+            let length = length_of(file)?.unwrap_or(self.offset);
             if length < self.offset {
                 self.offset = length;
                 self.held = 0;
@@ -313,7 +328,7 @@ impl Reader {
             let Some(Open { file, .. }) = &self.file else {
                 continue;
             };
-            if file.metadata()?.len() <= self.offset {
+            if length_of(file)?.is_none_or(|length| length <= self.offset) {
                 self.file = Some(next);
                 self.offset = 0;
                 self.held = 0;

@@ -5,6 +5,7 @@
 //! are missing. Never stops the program whose output it is.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
@@ -18,6 +19,9 @@ use super::{
     rotated,
 };
 
+/// How many attempts of a container keep their logs: the current one and the one before, as a kubelet does.
+pub const KEPT_ATTEMPTS: usize = 2;
+
 /// How large one file and how long the series may grow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -25,6 +29,50 @@ pub struct Limits {
     pub max_bytes: u64,
     /// Files of a series, the live one included.
     pub max_files: u32,
+    /// All files of a series, but for what is written at once.
+    pub max_total: u64,
+}
+
+impl Limits {
+    /// A file is rotated once it is larger: there must be something to drop before the whole series is too large.
+    fn file(&self) -> u64 {
+        self.max_bytes.min(self.max_total / 2)
+    }
+}
+
+/// Removes the logs of the attempts that came before the one before `live`. Who reads one of them keeps what it has
+/// open.
+pub fn forget_older(live: &Path) -> io::Result<()> {
+    let current = live.file_name().and_then(attempt_of);
+    let (Some(folder), Some(current)) = (live.parent(), current) else {
+        return Ok(());
+    };
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let name = entry?.file_name();
+        let kept = |attempt: u32| {
+            let after = u32::try_from(KEPT_ATTEMPTS).unwrap_or(u32::MAX);
+            attempt.saturating_add(after) > current
+        };
+        if attempt_of(&name).is_some_and(|attempt| !kept(attempt)) {
+            fs::remove_file(folder.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+/// PURE: the attempt of `3.log` and `3.log.17`.
+fn attempt_of(name: &OsStr) -> Option<u32> {
+    let (attempt, rest) = name.to_str()?.split_once(".log")?;
+    let rotated = |rest: &str| rest.strip_prefix('.')?.parse::<u32>().ok();
+    if rest.is_empty() || rotated(rest).is_some() {
+        attempt.parse().ok()
+    } else {
+        None
+    }
 }
 
 /// What was lost so far.
@@ -99,7 +147,7 @@ impl Writer {
         if self.file.is_none() {
             self.reopen()?;
         }
-        if self.size > 0 && self.size >= self.limits.max_bytes {
+        if self.size > 0 && self.size >= self.limits.file() {
             self.rotate()?;
         }
         let mark = self.mark();
@@ -148,13 +196,16 @@ impl Writer {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        let keep = self.limits.max_files.max(2) - 1;
-        let existing = (1..=keep)
-            .take_while(|n| rotated(&self.live, *n).exists())
-            .count();
-        let mut last = u32::try_from(existing).unwrap_or(keep);
-        if last == keep {
-            fs::remove_file(rotated(&self.live, keep))?;
+        let keep = usize::try_from(self.limits.max_files.max(2) - 1).unwrap_or(usize::MAX);
+        let sizes: Vec<u64> = (1..)
+            .map_while(|n| fs::metadata(rotated(&self.live, n)).ok())
+            .map(|metadata| metadata.len())
+            .collect();
+        // The live file becomes one of them, and a new one grows beside.
+        let room = self.limits.max_total.saturating_sub(self.limits.file());
+        let mut last = u32::try_from(sizes.len()).unwrap_or(u32::MAX);
+        for _ in kept(&sizes, self.size, keep, room)..sizes.len() {
+            fs::remove_file(rotated(&self.live, last))?;
             self.losses.files += 1;
             last -= 1;
         }
@@ -167,8 +218,22 @@ impl Writer {
     }
 }
 
+/// PURE: how many of the rotated files, whose `sizes` are given from the newest on, stay when one of the size `next` is
+/// put before them: no more than `most` files with it, which fit into `room`.
+fn kept(sizes: &[u64], next: u64, most: usize, room: u64) -> usize {
+    let mut total = next;
+    let fits = |size: &&u64| {
+        total = total.saturating_add(**size);
+        total <= room
+    };
+    let fitting = sizes.iter().take_while(fits).count();
+    fitting.min(most.saturating_sub(1))
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::{super::series, *};
 
     fn line(n: u32) -> Vec<u8> {
@@ -183,6 +248,7 @@ mod tests {
         let limits = Limits {
             max_bytes: 2 * length,
             max_files: 3,
+            max_total: 1 << 20,
         };
         let mut writer = Writer::open(&live, limits);
         (0..9).for_each(|n| writer.append(&line(n), 1));
@@ -212,6 +278,7 @@ mod tests {
             Limits {
                 max_bytes: 1 << 20,
                 max_files: 3,
+                max_total: 10 << 20,
             },
         );
         writer.append(&line(0), 1);
@@ -227,5 +294,88 @@ mod tests {
         );
         assert!(text.ends_with(" F 0001\n"));
         assert_eq!(writer.losses().lines, 3);
+    }
+
+    /// Whatever is written, a series is never larger than its share and one batch for the live and one for a rotated file.
+    #[test]
+    fn a_series_stays_within_its_share_however_large_its_files_may_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let live = folder.path().join("c").join("0.log");
+        let limits = Limits {
+            max_bytes: 100 << 20,
+            max_files: 20,
+            max_total: 4000,
+        };
+        let mut writer = Writer::open(&live, limits);
+        let batch = line(7).repeat(5);
+        let length = u64::try_from(batch.len()).unwrap();
+        let mut most = 0;
+        for _ in 0..200 {
+            writer.append(&batch, 5);
+            let files = series(&live);
+            let total = files.iter().map(|path| fs::metadata(path).unwrap().len());
+            most = most.max(total.sum::<u64>());
+        }
+        assert!((2000..=4000 + 2 * length).contains(&most), "{most}");
+        assert!(writer.losses().files > 0);
+        assert_eq!(writer.losses().lines, 0);
+        // Many small files do as well.
+        let limits = Limits {
+            max_bytes: 500,
+            ..limits
+        };
+        let mut writer = Writer::open(&live, limits);
+        for _ in 0..200 {
+            writer.append(&batch, 5);
+        }
+        let sizes = series(&live)
+            .into_iter()
+            .map(|path| fs::metadata(path).unwrap().len());
+        assert!(sizes.sum::<u64>() <= 4000 + 2 * length);
+    }
+
+    #[test]
+    fn the_logs_of_the_current_and_the_previous_attempt_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut made = Vec::new();
+        for attempt in [0, 1, 2, 8, 9, 10, 11] {
+            made.push(format!("{attempt}.log"));
+            made.push(format!("{attempt}.log.1"));
+            made.push(format!("{attempt}.log.12"));
+        }
+        // None of them is one of ours.
+        made.extend(["x.log", "1.log.old", "1.txt", "-1.log"].map(str::to_owned));
+        for name in &made {
+            File::create(folder.path().join(name)).unwrap();
+        }
+        forget_older(&folder.path().join("10.log")).unwrap();
+        let gone = |name: &String| {
+            ["0.log", "1.log", "2.log", "8.log"].iter().any(|old| {
+                name == old || *name == format!("{old}.1") || *name == format!("{old}.12")
+            })
+        };
+        for name in &made {
+            let there = folder.path().join(name).exists();
+            assert_eq!(there, !gone(name), "{name}");
+        }
+        forget_older(&folder.path().join("none/10.log")).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_kept_fits(
+            sizes in prop::collection::vec(0_u64..1000, 0..30),
+            next in 0_u64..1000,
+            most in 1_usize..30,
+            room in 0_u64..20_000,
+        ) {
+            let kept = kept(&sizes, next, most, room);
+            prop_assert!(kept < most && kept <= sizes.len());
+            let total = next + sizes[..kept].iter().sum::<u64>();
+            prop_assert!(kept == 0 || total <= room);
+            // The next older one would not fit.
+            let more = sizes.get(kept).is_none_or(|size| total + size > room);
+            prop_assert!(more || kept + 1 == most);
+        }
     }
 }

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     publish::observed,
     record::Record,
-    stage::StageError,
+    stage::{self, StageError},
     state::{Effect, Event, Facts, Patience, Pod, State, step},
 };
 use crate::{
@@ -160,7 +160,7 @@ pub struct Actor {
 }
 
 /// Where the images of a pod lie, or why that is not known.
-type Resolved = Result<Vec<pb::ResolvedImage>, StageError>;
+type Resolved = Result<stage::Found, StageError>;
 
 /// A record that could not be written.
 #[derive(Debug)]
@@ -360,7 +360,7 @@ impl Actor {
         let generations = spec.generation.max(1).cmp(&self.spec.generation.max(1));
         let conflict = match generations {
             Ordering::Less => return (pod, Ok(())),
-            Ordering::Equal if spec == *self.spec => return (pod, Ok(())),
+            Ordering::Equal if super::update::same(&self.spec, &spec) => return (pod, Ok(())),
             Ordering::Equal => Some(format!(
                 "pod {} exists with another shape of this generation",
                 self.uid

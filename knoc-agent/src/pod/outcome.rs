@@ -66,6 +66,8 @@ pub struct Evidence<'a> {
     pub grace: Duration,
     /// The end of `batch.out`.
     pub batch_tail: &'a str,
+    /// No shim had claimed the job directory when the files were read.
+    pub unclaimed: bool,
 }
 
 /// Decides how the pod ended.
@@ -174,7 +176,9 @@ fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
         );
     };
     // The shim's own word comes before the state, which only repeats that its code was not zero.
-    let decided = by_exit(evidence, view).or_else(|| by_state(evidence, view));
+    let decided = by_exit(evidence, view)
+        .or_else(|| before_shim(evidence, view))
+        .or_else(|| by_state(evidence, view));
     let decided = decided.unwrap_or_else(|| {
         let how = view.exit.map_or_else(String::new, |exit| {
             format!(", exit code {}, signal {}", exit.code, exit.signal)
@@ -242,6 +246,24 @@ fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
         )),
         JobExit { .. } => None,
     }
+}
+
+/// The batch script ended before it became the shim: what stands before that is the site's prelude. A shim ends with few
+/// codes, and with a success or a failure of its containers only after it has claimed the job directory.
+fn before_shim(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
+    let exit = view.exit.filter(|exit| exit.signal == 0)?;
+    let by_itself = matches!(view.state, JobState::Completed | JobState::Failed);
+    let own_code = EXITS_WITH_REPORT.contains(&exit.code);
+    if !by_itself || evidence.report.is_some() || (own_code && !evidence.unclaimed) {
+        return None;
+    }
+    let message = format!(
+        "the batch script ended with code {} before it could start the shim: look at `prelude` in the site file, and \
+         whether compute nodes see the state directory",
+        exit.code
+    );
+    let message = with_tail(&message, evidence);
+    Some(plain("CannotStart", &message, Timestamp::UNIX_EPOCH))
 }
 
 /// What Slurm's state alone says. `None` where it says nothing of why.

@@ -21,8 +21,15 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
         of_spec
             .iter()
             .map(|container| status(pod, container, reported, &message))
-            .collect()
+            .collect::<Vec<_>>()
     };
+    let mut init = containers(&spec.init_containers, |report| &report.init_containers);
+    let mut regular = containers(&spec.containers, |report| &report.containers);
+    if let Some(outcome) = pod.outcome()
+        && (pod.report.is_some() || was_started(pod))
+    {
+        settle(&mut init, &mut regular, outcome, pod.since);
+    }
     pb::PodObserved {
         uid: spec.uid.clone(),
         namespace: spec.namespace.clone(),
@@ -31,8 +38,8 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
         phase: phase.into(),
         since: nanos(pod.since),
         job: job(pod),
-        init_containers: containers(&spec.init_containers, |report| &report.init_containers),
-        containers: containers(&spec.containers, |report| &report.containers),
+        init_containers: init,
+        containers: regular,
         outcome: pod.outcome().map(encode),
         deleting: pod.deletion.is_some(),
         host_ip: pod
@@ -183,7 +190,7 @@ fn job(pod: &Pod) -> Option<pb::Job> {
     })
 }
 
-/// The container as the shim reports it; before that as the state has it, after the end never as running.
+/// The container as the shim reports it; before that as the state has it.
 fn status(
     pod: &Pod,
     container: &pb::Container,
@@ -191,17 +198,44 @@ fn status(
     message: &str,
 ) -> pb::ContainerStatus {
     let known = reported.iter().find(|status| status.name == container.name);
-    let status = known.cloned().unwrap_or_else(|| pb::ContainerStatus {
+    known.cloned().unwrap_or_else(|| pb::ContainerStatus {
         name: container.name.clone(),
         image: container.image.clone(),
         state: Some(Status::Waiting(waiting(pod, container, message))),
         ..pb::ContainerStatus::default()
-    });
-    match pod.outcome() {
-        Some(outcome) if pod.report.is_some() || was_started(pod) => {
-            settled(status, outcome, pod.since)
+    })
+}
+
+/// No container of a finished pod is shown as running. As in Kubernetes those that the pod never came to still wait: the
+/// regular ones of a pod that was not initialized, and the last init containers, before which it ended.
+fn settle(
+    init: &mut [pb::ContainerStatus],
+    regular: &mut [pb::ContainerStatus],
+    outcome: &Outcome,
+    since: Timestamp,
+) {
+    let done = |status: &pb::ContainerStatus| {
+        let ended = match &status.state {
+            Some(Status::Terminated(ended)) => Some(ended),
+            Some(Status::Waiting(_) | Status::Running(_)) | None => {
+                status.last_termination.as_ref()
+            }
+        };
+        ended.is_some_and(|ended| ended.exit_code == 0)
+    };
+    let begun = |status: &pb::ContainerStatus| {
+        let waits = matches!(status.state, Some(Status::Waiting(_)) | None);
+        !waits || status.last_termination.is_some() || status.restart_count > 0
+    };
+    if init.last().is_none_or(done) || regular.iter().any(begun) {
+        for status in regular {
+            settle_one(status, outcome, since);
         }
-        Some(_) | None => status,
+    }
+    // Where nothing is known, at least the first was tried.
+    let tried = init.iter().rposition(begun).map_or(1, |last| last + 1);
+    for status in init.iter_mut().take(tried) {
+        settle_one(status, outcome, since);
     }
 }
 
@@ -226,19 +260,14 @@ fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
 }
 
 /// A container of a finished pod that was last seen alive: nobody knows how it ended.
-fn settled(
-    mut status: pb::ContainerStatus,
-    outcome: &Outcome,
-    since: Timestamp,
-) -> pb::ContainerStatus {
+fn settle_one(status: &mut pb::ContainerStatus, outcome: &Outcome, since: Timestamp) {
     let started_at = match &status.state {
-        Some(Status::Terminated(_)) => return status,
+        Some(Status::Terminated(_)) => return,
         Some(Status::Running(running)) => running.started_at,
-        // An init container that never ran, or one after it, stays as it is where the report was final.
         Some(Status::Waiting(_)) | None => 0,
     };
     if started_at == 0 && (outcome.succeeded || status.restart_count > 0) {
-        return status;
+        return;
     }
     status.ready = false;
     status.started = false;
@@ -256,7 +285,6 @@ fn settled(
         container_id: status.container_id.clone(),
         ..pb::Terminated::default()
     }));
-    status
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use super::{
     outcome::{Cause, OVERDUE, Outcome},
     state::{Deletion, Ending, Facts, Pod, State},
 };
-use crate::scheduler::{JobExit, JobState, JobView};
+use crate::scheduler::{JobExit, JobState, JobView, Marks};
 
 /// What newer agents must still read.
 const VERSION: u32 = 1;
@@ -147,6 +147,12 @@ struct View {
 }
 
 impl Record {
+    /// Has the pod finished, and its job gone? Then nothing opens what it named.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        matches!(&self.phase, Phase::Finished(outcome) if !outcome.lingering)
+    }
+
     /// What is to be kept of `pod`.
     #[must_use]
     pub fn of(pod: &Pod, cluster_id: &str, values_revision: i64) -> Self {
@@ -408,6 +414,8 @@ fn unview(view: View, uid: &PodUid) -> JobView {
     JobView {
         id: view.id,
         uid: uid.clone(),
+        // Not kept: before such a job is cancelled it is looked at.
+        marks: Marks::default(),
         cluster_id: String::new(),
         attempt: 0,
         state: JobState::parse(&view.state),

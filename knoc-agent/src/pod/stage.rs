@@ -6,6 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use knoc_proto::{error::chain, link::pinned::KeyPair, pb};
 use prost::Message as _;
 use tokio::{sync::mpsc, time::Instant};
@@ -16,6 +17,8 @@ use super::{
     state::{Event, Note},
 };
 use crate::{
+    config::MemoryFallback,
+    image::{Hold, ImageError},
     jobdir::{JobDir, JobDirError, atomic},
     site::Site,
 };
@@ -43,17 +46,42 @@ impl StageError {
     }
 }
 
+/// Images of one pod that are looked for at the same time: a pod may have hundreds of containers.
+const IMAGES_AT_ONCE: usize = 4;
 /// A pull that takes longer than this is worth an Event.
 const WORTH_A_NOTE: Duration = Duration::from_millis(300);
 /// What is in the cache is found faster than this, also on a shared file system.
 const AT_HAND: Duration = Duration::from_millis(50);
 
+/// The images of a pod, which stay in the cache until this is dropped: once `job.pb` names them.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    images: Vec<pb::ResolvedImage>,
+    _holds: Vec<Hold>,
+}
+
+impl Found {
+    fn new(all: Vec<(pb::ResolvedImage, Option<Hold>)>) -> Self {
+        let (images, holds): (_, Vec<_>) = all.into_iter().unzip();
+        Self {
+            images,
+            _holds: holds.into_iter().flatten().collect(),
+        }
+    }
+
+    /// Where they lie, in the order of the containers.
+    pub(crate) fn images(&self) -> &[pb::ResolvedImage] {
+        &self.images
+    }
+}
+
 /// Where the image of `container` lies, fetched if need be. Tells the actor of pulls.
 async fn image(
     site: &Site,
-    container: &pb::Container,
+    container: pb::Container,
     own: &mpsc::WeakSender<Input>,
-) -> Result<pb::ResolvedImage, StageError> {
+) -> Result<(pb::ResolvedImage, Option<Hold>), StageError> {
+    let container = &container;
     let began = Instant::now();
     let resolving = site
         .images
@@ -128,25 +156,38 @@ pub(crate) fn present(container: &pb::Container) -> Note {
     }
 }
 
-/// The images of a pod, where all of them are at hand within [`AT_HAND`]; a pull takes the long way.
-pub(crate) async fn at_hand(site: &Site, spec: &pb::PodSpec) -> Option<Vec<pb::ResolvedImage>> {
-    let containers = spec.init_containers.iter().chain(&spec.containers);
-    let resolving = containers.map(async |container| {
-        let policy = container.pull_policy();
-        let resolved = site.images.resolve(&container.image, policy).await;
-        resolved.map(|resolved| answer(container, resolved))
-    });
-    let resolving = futures::future::try_join_all(resolving);
-    tokio::time::timeout(AT_HAND, resolving).await.ok()?.ok()
+/// Where the image of `container` lies, without a note.
+async fn silently(
+    site: &Site,
+    container: pb::Container,
+) -> Result<(pb::ResolvedImage, Option<Hold>), ImageError> {
+    let policy = container.pull_policy();
+    let resolved = site.images.resolve(&container.image, policy).await?;
+    Ok(answer(&container, resolved))
 }
 
-fn answer(container: &pb::Container, resolved: crate::image::ResolvedImage) -> pb::ResolvedImage {
-    pb::ResolvedImage {
+/// The images of a pod, where all of them are at hand within [`AT_HAND`]; a pull takes the long way.
+pub(crate) async fn at_hand(site: &Site, spec: &pb::PodSpec) -> Option<Found> {
+    let containers = spec.init_containers.iter().chain(&spec.containers);
+    let resolving = containers.map(|container| silently(site, container.clone()));
+    let resolving: Vec<_> = resolving.collect();
+    let resolving = stream::iter(resolving).buffered(IMAGES_AT_ONCE);
+    let found = tokio::time::timeout(AT_HAND, resolving.try_collect());
+    found.await.ok()?.ok().map(Found::new)
+}
+
+fn answer(
+    container: &pb::Container,
+    resolved: crate::image::ResolvedImage,
+) -> (pb::ResolvedImage, Option<Hold>) {
+    let image = pb::ResolvedImage {
         container: container.name.clone(),
         path: resolved.path.to_string_lossy().into_owned(),
         image_id: resolved.image_id,
         config: Some(resolved.config),
-    }
+        file: resolved.file,
+    };
+    (image, resolved.hold)
 }
 
 /// Makes the job directory of a new pod: what `EnsurePod` promises to be on disk. Returns the pin of the shim's key.
@@ -202,11 +243,14 @@ pub(crate) async fn resolve(
     site: Arc<Site>,
     spec: Arc<pb::PodSpec>,
     own: mpsc::WeakSender<Input>,
-) -> Result<Vec<pb::ResolvedImage>, StageError> {
+) -> Result<Found, StageError> {
     let containers = spec.init_containers.iter().chain(&spec.containers);
-    let images = containers.map(|container| image(&site, container, &own));
-    // Side by side: how many pulls really run at once is the image module's bound.
-    futures::future::try_join_all(images).await
+    let images = containers.map(|container| image(&site, container.clone(), &own));
+    // Collected: a stream over the borrowing iterator is not `Send` enough to be spawned.
+    let images: Vec<_> = images.collect();
+    // How many pulls really run at once is the image module's bound, over all pods.
+    let images = stream::iter(images).buffered(IMAGES_AT_ONCE);
+    images.try_collect().await.map(Found::new)
 }
 
 /// `job.pb` of a pod whose images are known.
@@ -237,6 +281,8 @@ pub(crate) fn job_file(
                 .clone()
                 .unwrap_or_else(|| "/tmp".to_owned()),
             log_debug: tracing::enabled!(tracing::Level::DEBUG),
+            memory_on_disk: config.values.memory_fallback == MemoryFallback::Disk,
+            log_max_pod_bytes: config.logs.max_pod_bytes,
         }),
         cluster_id,
         version: site.versions.own().to_owned(),

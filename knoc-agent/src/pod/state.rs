@@ -6,6 +6,7 @@
 
 mod ending;
 mod job;
+mod patience;
 mod submit;
 
 use std::time::Duration;
@@ -18,6 +19,7 @@ use knoc_proto::{
 
 use super::outcome::{Cause, Outcome};
 use crate::scheduler::{Cancel, JobRef, JobState, JobView, RefusalKind, Submitted};
+pub use patience::Patience;
 
 /// Looks by name this long after the last fruitless look.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(2);
@@ -51,23 +53,6 @@ pub struct Facts {
     pub patience: Patience,
 }
 
-/// The site's patience, from the site file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Patience {
-    /// How long the report of an ended job may take to show.
-    pub report_grace: Duration,
-    /// How long a job may wait for a reason that never ends.
-    pub never_ends_after: Duration,
-    /// How long a job that nobody knows may stay undecided.
-    pub lost_after: Duration,
-    /// Past the grace period, before the job is cancelled.
-    pub stop_slack: Duration,
-    /// First pause after a refusal or a failed pull.
-    pub backoff_initial: Duration,
-    /// Longest pause.
-    pub backoff_max: Duration,
-}
-
 /// One pod: the state, and what was seen of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pod {
@@ -81,8 +66,11 @@ pub struct Pod {
     pub attempt: u32,
     /// The newest that the scheduler said of the pod's job.
     pub view: Option<JobView>,
-    /// When `sbatch` was called, and when it had answered.
+    /// When `sbatch` was called, and when it had answered with the id of the pod's job. With the id these tell the job
+    /// from a stranger's that got the same id later.
     pub sbatch: Option<(Timestamp, Timestamp)>,
+    /// Since when the scheduler does not show the job.
+    pub unseen: Option<Timestamp>,
     /// The shim's newest report.
     pub report: Option<pb::Report>,
     /// Set by `DeletePod`, never taken back.
@@ -93,6 +81,8 @@ pub struct Pod {
     pub read_at: Timestamp,
     /// The end of `batch.out`, read when the job ended without a report.
     pub batch_tail: String,
+    /// No shim had claimed the job directory when the files were last read.
+    pub unclaimed: bool,
     /// What is worth an Event.
     pub notes: Vec<pb::PodNote>,
 }
@@ -208,6 +198,17 @@ pub struct Look {
     pub at: Timestamp,
     /// Why it is not known.
     pub message: String,
+    /// What to do if there is none.
+    pub otherwise: Otherwise,
+}
+
+/// What to do if a look by name finds no job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Otherwise {
+    /// Submit it again, after a pause.
+    Submit,
+    /// The pod has failed: the same request would be answered in the same way.
+    Refuse,
 }
 
 /// Why staging does not go on.
@@ -269,6 +270,8 @@ pub enum Event {
     Files {
         /// The end of `batch.out`.
         batch_tail: String,
+        /// A shim has claimed the job directory, or it is not known.
+        claimed: bool,
     },
     /// The pod is to end.
     Delete {
@@ -346,11 +349,13 @@ impl Pod {
             attempt: 0,
             view: None,
             sbatch: None,
+            unseen: None,
             report: None,
             deletion: None,
             link: false,
             read_at: now,
             batch_tail: String::new(),
+            unclaimed: false,
             notes: Vec::new(),
         }
     }
@@ -382,7 +387,7 @@ impl Pod {
             | State::Stopping { .. }
             | State::Settling { .. }
             | State::Lost { .. } => true,
-            State::Running { .. } => !self.link,
+            State::Running { .. } => !self.link || self.unseen.is_some(),
             State::Finished { lingering, .. } => lingering.is_some(),
             State::Accepted
             | State::Staging { .. }
@@ -464,9 +469,14 @@ impl Pod {
     }
 
     fn job_ref(&self, id: &JobId) -> JobRef {
+        let view = self.view.as_ref().filter(|view| view.id == *id);
+        let seconds =
+            |(began, ended): (Timestamp, Timestamp)| (began.as_second(), ended.as_second());
         JobRef {
-            id: id.clone(),
-            uid: self.facts.uid.clone(),
+            call: self.sbatch.map(seconds),
+            submitted_at: view.and_then(|view| view.submitted_at),
+            named: view.is_some_and(|view| view.marks.name),
+            ..JobRef::new(id.clone(), self.facts.uid.clone())
         }
     }
 
@@ -504,16 +514,6 @@ impl Pod {
         let surplus = self.notes.len().saturating_sub(NOTES);
         self.notes.drain(..surplus);
     }
-
-    /// The pause before try `tries + 1`.
-    fn pause(&self, tries: u32) -> Duration {
-        let patience = &self.facts.patience;
-        let factor = 2_u32.saturating_pow(tries.min(16));
-        patience
-            .backoff_initial
-            .saturating_mul(factor)
-            .min(patience.backoff_max)
-    }
 }
 
 /// Unix nanoseconds, as the messages have them.
@@ -538,7 +538,10 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
         Event::FindFailed(message) => submit::find_failed(&mut pod, message, now),
         Event::Round { jobs, missing } => job::round(&mut pod, jobs, missing, now),
         Event::Report(report) => job::report(&mut pod, *report, now),
-        Event::Files { batch_tail } => job::files(&mut pod, batch_tail, now),
+        Event::Files {
+            batch_tail,
+            claimed,
+        } => job::files(&mut pod, batch_tail, claimed, now),
         Event::Link(up) => {
             pod.link = up;
             pod.read_at = now;

@@ -17,7 +17,7 @@ pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String
         annotations: std::collections::HashMap::default(),
         ..spec.clone()
     };
-    if comparable(old) == comparable(new) {
+    if same(&comparable(old), &comparable(new)) {
         Ok(())
     } else {
         Err(format!(
@@ -25,6 +25,18 @@ pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String
             old.uid
         ))
     }
+}
+
+/// Are they the same request? A field that kubelets of older versions did not send, and that cannot change in
+/// Kubernetes, makes no difference.
+pub(super) fn same(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
+    let without_newer_fields = |spec: &pb::PodSpec| {
+        let mut spec = spec.clone();
+        let containers = spec.init_containers.iter_mut().chain(&mut spec.containers);
+        containers.for_each(|container| container.run_as_user = None);
+        spec
+    };
+    old == new || without_newer_fields(old) == without_newer_fields(new)
 }
 
 #[cfg(test)]
@@ -50,5 +62,15 @@ mod tests {
         with(|spec| spec.active_deadline_seconds = 90).unwrap_err();
         with(|spec| spec.active_deadline_seconds = 0).unwrap_err();
         with(|spec| spec.hostname = "x".into()).unwrap_err();
+        let of = |run_as_user| pb::PodSpec {
+            containers: vec![pb::Container {
+                run_as_user,
+                ..Default::default()
+            }],
+            ..old.clone()
+        };
+        allowed(&of(None), &of(Some(1000))).unwrap();
+        assert!(same(&of(None), &of(Some(1000))));
+        assert!(!same(&of(None), &old));
     }
 }

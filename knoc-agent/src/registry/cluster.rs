@@ -1,8 +1,9 @@
 //! Which cluster this agent serves, and who leads there.
 //!
-//! The cluster id is pinned at its first use, the leadership epoch only grows; both are on disk before a request that
-//! changes them goes on, so that an agent restarted between two kubelets still refuses the older one. Kubelets of several
-//! nodes may share an agent; each node has a Lease of its own, so the epochs are kept by the node.
+//! The cluster id is pinned at its first use by a kubelet, a node's leadership epoch only grows; both are on disk before a
+//! request that changes them goes on, so that an agent restarted between two kubelets still refuses the older one. Each
+//! node has a Lease of its own, so each has an epoch of its own. An epoch is at least the time (ADR 0034): one that lies
+//! ahead of the clock, as older agents took from anybody, binds nobody.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -14,18 +15,18 @@ use crate::{
     pod::actor::Refused,
 };
 
+/// An epoch may be this many seconds ahead of our clock: as far as clocks of login nodes are off.
+pub const EPOCH_AHEAD: i64 = 300;
+/// Nodes whose epochs are kept. Each is the name of a kubelet's certificate, or stands in the site file.
+const MAX_NODES: usize = 1024;
+
 /// The leadership of a kubelet that asks for a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leader<'a> {
     /// Of which node.
     pub node: &'a str,
-    /// Of the node's leadership Lease. 0: none (knocctl).
+    /// Of the node's leadership Lease.
     pub epoch: i64,
-}
-
-impl Leader<'_> {
-    /// Of somebody who reads.
-    const NONE: Self = Self { node: "", epoch: 0 };
 }
 
 /// The pinned cluster. The lock serialises the rare writes; it is held across them on purpose, also by a write whose
@@ -33,75 +34,41 @@ impl Leader<'_> {
 #[derive(Debug)]
 pub struct Pin {
     path: PathBuf,
-    /// What the site file says; it goes before what was pinned.
-    configured: Option<String>,
     known: Arc<Mutex<Cluster>>,
 }
 
 impl Pin {
     /// Reads what was pinned before.
-    pub fn load(state: &StateDir, configured: Option<String>) -> Result<Self, JobDirError> {
+    pub fn load(state: &StateDir) -> Result<Self, JobDirError> {
         let path = state.cluster();
-        let mut known: Cluster = jobdir::read_json(&path)?.unwrap_or_default();
-        if let Some(id) = &configured
-            && *id != known.cluster_id
-        {
-            known = Cluster {
-                cluster_id: id.clone(),
-                ..Cluster::default()
-            };
-        }
-        Ok(Self {
-            path,
-            configured,
-            known: Arc::new(Mutex::new(known)),
-        })
+        let known: Cluster = jobdir::read_json(&path)?.unwrap_or_default();
+        let known = Arc::new(Mutex::new(known));
+        Ok(Self { path, known })
     }
 
-    /// The pinned cluster, empty where none is.
-    pub async fn cluster_id(&self) -> String {
-        self.known.lock().await.cluster_id.clone()
+    /// The cluster served, empty where none is; `configured` is what the site file says, which goes first.
+    pub async fn cluster_id(&self, configured: Option<&str>) -> String {
+        let known = self.known.lock().await;
+        configured.unwrap_or(&known.cluster_id).to_owned()
     }
 
-    /// May a request of this cluster be served? Pins it where none is. Empty (knocctl): always.
-    pub async fn admit(&self, cluster_id: &str) -> Result<(), Refused> {
-        self.check(cluster_id, Leader::NONE).await
+    /// Every node with an epoch that binds at `now`.
+    pub async fn nodes(&self) -> Vec<String> {
+        self.known.lock().await.leaders.keys().cloned().collect()
     }
 
-    /// May a change be made by the leader of this epoch? 0 (knocctl): always.
+    /// May a request of this cluster, by this leader, be served? Changes nothing.
+    pub async fn verify(&self, request: &Asked<'_>) -> Result<(), Refused> {
+        let known = self.known.lock().await;
+        judge(&known, request).map(drop)
+    }
+
+    /// The same, and what it claims is kept: the cluster where none is pinned, the epoch of the node.
     ///
     /// Cancel safety: a dropped call may have pinned, on disk and in memory alike.
-    pub async fn check(&self, cluster_id: &str, leader: Leader<'_>) -> Result<(), Refused> {
+    pub async fn claim(&self, request: &Asked<'_>) -> Result<(), Refused> {
         let mut known = Arc::clone(&self.known).lock_owned().await;
-        let pinned = &known.cluster_id;
-        if !cluster_id.is_empty() && !pinned.is_empty() && cluster_id != pinned {
-            let how = if self.configured.is_some() {
-                "by its site file"
-            } else {
-                "since its first use"
-            };
-            let message = format!(
-                "this agent serves the cluster {pinned} {how}, not {cluster_id}; a new cluster needs \
-                 policy.cluster_id in the site file, or an empty state directory"
-            );
-            return Err(Refused::new(ErrorReason::ClusterMismatch, message));
-        }
-        let newest = newest_epoch(&known, leader.node);
-        if leader.epoch != 0 && leader.epoch < newest {
-            let message = format!(
-                "leadership epoch {} is older than {newest}: another kubelet leads",
-                leader.epoch
-            );
-            return Err(Refused::new(ErrorReason::StaleLeader, message));
-        }
-        let mut next = known.clone();
-        if !cluster_id.is_empty() {
-            cluster_id.clone_into(&mut next.cluster_id);
-        }
-        if leader.epoch != 0 {
-            next.leaders.insert(leader.node.to_owned(), leader.epoch);
-            next.leadership_epoch = next.leadership_epoch.max(leader.epoch);
-        }
+        let next = judge(&known, request)?;
         if next == *known {
             return Ok(());
         }
@@ -121,108 +88,84 @@ impl Pin {
     }
 }
 
-/// PURE: the newest epoch that a kubelet led this node with. An agent of before kept one for all nodes.
-fn newest_epoch(known: &Cluster, node: &str) -> i64 {
-    if known.leaders.is_empty() {
+/// What a request says of cluster and leadership.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// Empty: none (knocctl).
+    pub cluster_id: &'a str,
+    /// `policy.cluster_id` of the site file.
+    pub configured: Option<&'a str>,
+    /// None: it claims no leadership (knocctl).
+    pub leader: Option<Leader<'a>>,
+    /// May it pin the cluster? A kubelet may.
+    pub pins: bool,
+    /// Our clock, Unix seconds.
+    pub now: i64,
+}
+
+/// PURE: what is known after this request; an error: it is refused.
+fn judge(known: &Cluster, request: &Asked<'_>) -> Result<Cluster, Refused> {
+    let mut next = known.clone();
+    if let Some(id) = request.configured
+        && *id != known.cluster_id
+    {
+        // Another cluster has other Leases.
+        next = Cluster {
+            cluster_id: id.to_owned(),
+            ..Cluster::default()
+        };
+    }
+    let (asked, pinned) = (request.cluster_id, &next.cluster_id);
+    if !asked.is_empty() && !pinned.is_empty() && asked != pinned {
+        let how = if request.configured.is_some() {
+            "by its site file"
+        } else {
+            "since its first use"
+        };
+        let message = format!(
+            "this agent serves the cluster {pinned} {how}, not {asked}; a new cluster needs \
+             policy.cluster_id in the site file, or an empty state directory"
+        );
+        return Err(Refused::new(ErrorReason::ClusterMismatch, message));
+    }
+    if request.pins && !asked.is_empty() {
+        asked.clone_into(&mut next.cluster_id);
+    }
+    let Some(Leader { node, epoch }) = request.leader else {
+        return Ok(next);
+    };
+    let newest = newest_epoch(&next, node, request.now);
+    if epoch < newest {
+        let message = format!(
+            "leadership epoch {epoch} of node {node} is older than {newest}: another kubelet leads"
+        );
+        return Err(Refused::new(ErrorReason::StaleLeader, message));
+    }
+    next.leaders.retain(|_, epoch| binds(*epoch, request.now));
+    if next.leaders.len() >= MAX_NODES && !next.leaders.contains_key(node) {
+        let message = format!("{MAX_NODES} nodes are led already, which is the limit");
+        return Err(Refused::new(ErrorReason::Overloaded, message));
+    }
+    next.leaders.insert(node.to_owned(), epoch);
+    // An agent of before, put back, judges all nodes by one.
+    next.leadership_epoch = next.leaders.values().copied().max().unwrap_or(0);
+    Ok(next)
+}
+
+/// PURE: could this epoch be one? One far ahead of the clock is from an agent that took any.
+fn binds(epoch: i64, now: i64) -> bool {
+    epoch.saturating_sub(now) <= EPOCH_AHEAD
+}
+
+/// PURE: the newest epoch that binds who leads this node. An agent of before kept one for all nodes.
+fn newest_epoch(known: &Cluster, node: &str, now: i64) -> i64 {
+    let newest = if known.leaders.is_empty() {
         known.leadership_epoch
     } else {
         known.leaders.get(node).copied().unwrap_or(0)
-    }
+    };
+    if binds(newest, now) { newest } else { 0 }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-
-    use super::*;
-
-    fn leader(node: &str, epoch: i64) -> Leader<'_> {
-        Leader { node, epoch }
-    }
-
-    /// What a caller that went away began to write is what the next one is judged by.
-    #[test]
-    fn a_caller_that_goes_away_leaves_file_and_memory_the_same() {
-        let folder = tempfile::tempdir().unwrap();
-        let state = StateDir::new(folder.path());
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .max_blocking_threads(1)
-            .build()
-            .unwrap();
-        runtime.block_on(async {
-            let pin = Pin::load(&state, None).unwrap();
-            // The only thread for file work is busy.
-            let (gate, waits) = mpsc::channel::<()>();
-            let busy = tokio::task::spawn_blocking(move || waits.recv().unwrap_or_default());
-            {
-                let gone = std::pin::pin!(pin.check("one", leader("a", 3)));
-                assert!(futures::poll!(gone).is_pending());
-            }
-            let next = pin.check("two", leader("a", 1));
-            let (refused, ()) = tokio::join!(next, async { drop(gate) });
-            assert_eq!(refused.unwrap_err().reason, ErrorReason::ClusterMismatch);
-            busy.await.unwrap();
-        });
-        let kept: Cluster = jobdir::read_json(&state.cluster()).unwrap().unwrap();
-        assert_eq!(kept.cluster_id, "one");
-    }
-
-    #[tokio::test]
-    async fn kubelets_of_several_nodes_lead_each_for_itself() {
-        let folder = tempfile::tempdir().unwrap();
-        let state = StateDir::new(folder.path());
-        let pin = Pin::load(&state, None).unwrap();
-        pin.check("one", leader("a", 9)).await.unwrap();
-        pin.check("one", leader("b", 3)).await.unwrap();
-        let pin = Pin::load(&state, None).unwrap();
-        for (node, older) in [("a", 8), ("b", 2)] {
-            let refused = pin.check("one", leader(node, older)).await;
-            assert_eq!(refused.unwrap_err().reason, ErrorReason::StaleLeader);
-        }
-        pin.check("one", leader("b", 4)).await.unwrap();
-    }
-
-    /// What an older agent pinned goes for whoever comes first.
-    #[tokio::test]
-    async fn an_epoch_of_an_older_agent_still_counts() {
-        let folder = tempfile::tempdir().unwrap();
-        let state = StateDir::new(folder.path());
-        let older = br#"{"cluster_id": "one", "leadership_epoch": 7}"#;
-        jobdir::atomic::write(&state.cluster(), older, 0o600).unwrap();
-        let pin = Pin::load(&state, None).unwrap();
-        let refused = pin.check("one", leader("a", 6)).await;
-        assert_eq!(refused.unwrap_err().reason, ErrorReason::StaleLeader);
-        pin.check("one", leader("a", 8)).await.unwrap();
-        pin.check("one", leader("b", 1)).await.unwrap();
-        let kept: Cluster = jobdir::read_json(&state.cluster()).unwrap().unwrap();
-        assert_eq!(kept.leadership_epoch, 8, "for an agent that is put back");
-    }
-
-    #[tokio::test]
-    async fn pinned_at_first_use_and_epochs_only_grow() {
-        let folder = tempfile::tempdir().unwrap();
-        let state = StateDir::new(folder.path());
-        let pin = Pin::load(&state, None).unwrap();
-        pin.check("", leader("a", 0)).await.unwrap();
-        pin.check("one", leader("a", 3)).await.unwrap();
-        let other = pin.check("two", leader("a", 4)).await.unwrap_err();
-        assert_eq!(other.reason, ErrorReason::ClusterMismatch);
-        let pin = Pin::load(&state, None).unwrap();
-        assert_eq!(
-            pin.check("one", leader("a", 2)).await.unwrap_err().reason,
-            ErrorReason::StaleLeader
-        );
-        pin.check("one", leader("a", 0)).await.unwrap();
-        pin.check("one", leader("a", 3)).await.unwrap();
-        // A kubelet that was installed anew begins with the time.
-        pin.check("one", leader("a", 1_795_000_000)).await.unwrap();
-        let older = pin.check("one", leader("a", 4)).await.unwrap_err();
-        assert_eq!(older.reason, ErrorReason::StaleLeader);
-        let pin = Pin::load(&state, Some("two".to_owned())).unwrap();
-        assert_eq!(
-            pin.check("one", leader("a", 9)).await.unwrap_err().reason,
-            ErrorReason::ClusterMismatch
-        );
-        pin.check("two", leader("a", 1)).await.unwrap();
-    }
-}
+mod tests;

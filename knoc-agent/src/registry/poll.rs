@@ -32,6 +32,9 @@ const CAPACITY: Duration = Duration::from_mins(1);
 /// After a failed question for the capacity.
 const CAPACITY_AGAIN: Duration = Duration::from_secs(10);
 
+/// How much older than the last round what is shown of it may be.
+const SHOWN_AGAIN: Duration = Duration::from_secs(10);
+
 /// What was last told to an actor.
 #[derive(Debug, PartialEq)]
 struct Told {
@@ -109,19 +112,22 @@ impl Poller {
         if wanted.is_empty() {
             self.told.clear();
             self.interval = longest;
+            self.asked(Asked::Nothing);
             return;
         }
         let hurried = wanted.iter().any(|(_, _, hurried, _)| *hurried);
         let known: Vec<_> = wanted.iter().map(|(_, job, _, _)| job.clone()).collect();
         match self.site.scheduler.round(&known).await {
             Ok(round) => {
-                self.health(None);
+                report_health(&self.node, None);
+                self.asked(Asked::Answered);
                 let news = self.distribute(round, wanted);
                 self.interval =
                     next_interval(self.interval, self.shortest(), longest, hurried, news);
             }
             Err(error) => {
-                self.health(Some(chain(&error)));
+                report_health(&self.node, Some(chain(&error)));
+                self.asked(Asked::InVain);
                 self.interval =
                     next_interval(self.interval, self.shortest(), longest, hurried, false);
             }
@@ -161,9 +167,45 @@ impl Poller {
         any
     }
 
-    /// The scheduler answered, or what it said instead.
-    fn health(&self, trouble: Option<String>) {
-        report_health(&self.node, trouble);
+    /// Shows how old what is known of the jobs is.
+    fn asked(&self, asked: Asked) {
+        let now = nanos(Timestamp::now());
+        self.node.send_if_modified(|info| {
+            let health = info.scheduler.get_or_insert_default();
+            let next = last_round(health.last_round, asked, now);
+            let news = next != health.last_round;
+            health.last_round = next;
+            news
+        });
+    }
+}
+
+/// What the poller did last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// There was nothing to ask.
+    Nothing,
+    /// It asked, and was answered.
+    Answered,
+    /// It asked in vain.
+    InVain,
+}
+
+/// PURE: what is shown as the last round, Unix nanoseconds: 0 while nothing is asked. Each change wakes all that watch the
+/// node, so one that is hardly older than `now` stays. Where no round has succeeded yet it is when the first one was tried.
+fn last_round(shown: i64, asked: Asked, now: i64) -> i64 {
+    match asked {
+        Asked::Nothing => 0,
+        Asked::InVain if shown == 0 => now,
+        Asked::InVain => shown,
+        Asked::Answered => {
+            let fresh = i64::try_from(SHOWN_AGAIN.as_nanos()).unwrap_or(i64::MAX);
+            if shown != 0 && (0..fresh).contains(&now.saturating_sub(shown)) {
+                shown
+            } else {
+                now
+            }
+        }
     }
 }
 
@@ -172,9 +214,6 @@ fn report_health(node: &watch::Sender<pb::NodeInfo>, trouble: Option<String>) {
     node.send_if_modified(|info| {
         let health = info.scheduler.get_or_insert_default();
         let (reachable, message) = (trouble.is_none(), trouble.unwrap_or_default());
-        if reachable {
-            health.last_round = now;
-        }
         if health.since != 0 && health.reachable == reachable {
             return false;
         }
@@ -224,6 +263,8 @@ pub async fn capacity(site: Arc<Site>, node: watch::Sender<pb::NodeInfo>, stop: 
                         scheduler: kept.scheduler.clone(),
                         pid_isolation: kept.pid_isolation,
                         pod_limit: kept.pod_limit,
+                        certificate_until: kept.certificate_until,
+                        policy_problem: kept.policy_problem.clone(),
                         ..info
                     };
                     *known != kept
@@ -247,6 +288,33 @@ pub async fn capacity(site: Arc<Site>, node: watch::Sender<pb::NodeInfo>, stop: 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A gauge is made of it that operators alert on.
+    #[test]
+    fn the_last_round_is_fresh_while_slurm_is_asked_and_absent_while_it_is_not() {
+        let second = 1_000_000_000;
+        let at = |seconds: i64| 1_800_000_000 * second + seconds * second;
+        let mut shown = 0;
+        for n in 0..100 {
+            shown = last_round(shown, Asked::Answered, at(n));
+            assert!((0..10).contains(&((at(n) - shown) / second)), "{n}");
+        }
+        let asked = |shown, asked, n| last_round(shown, asked, at(n));
+        assert_eq!(asked(shown, Asked::InVain, 500), shown, "its age grows");
+        assert_eq!(asked(shown, Asked::Nothing, 500), 0);
+        assert_eq!(asked(0, Asked::Nothing, 501), 0);
+        assert_eq!(
+            asked(0, Asked::InVain, 502),
+            at(502),
+            "never answered since it is asked"
+        );
+        assert_eq!(asked(at(502), Asked::InVain, 600), at(502));
+        assert_eq!(
+            asked(at(900), Asked::Answered, 3),
+            at(3),
+            "the clock was set back"
+        );
+    }
 
     #[test]
     fn rounds_become_rarer_until_there_is_news() {

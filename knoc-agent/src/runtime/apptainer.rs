@@ -2,9 +2,13 @@
 //!
 //! - `--no-init`: our launcher, and so the program, is PID 1 of the container's PID namespace.
 //! - `--no-eval`: values are not evaluated by a shell (Apptainer only; we give it none anyway).
+//! - `--no-mount`: `/tmp` and `/var/tmp` are the image's, with what it has there, wherever they can be written to.
+//!   `/etc/localtime` is the image's too.
 //! - A bind of a path with `,` or `:` goes by `--mount`, whose fields are CSV and can be quoted.
+//! - A bind from below `/dev` to below `/dev` is taken for a device and dropped, so its source gets another name.
 
 use std::{
+    borrow::Cow,
     ffi::{OsStr, OsString},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
@@ -31,6 +35,29 @@ impl Apptainer {
             path: path.to_owned(),
             flavour,
         }
+    }
+}
+
+impl Apptainer {
+    /// What its `/tmp` and `/var/tmp` are.
+    fn temporary(&self, sandbox: &Sandbox) -> Result<Vec<OsString>, RuntimeError> {
+        let mut argv = Vec::new();
+        let mut left_out = Vec::new();
+        match (&sandbox.root, &sandbox.work) {
+            (Root::Overlay(_), _) | (_, None) => left_out.push("tmp"),
+            // In memory there is too little room, and a read-only root has none.
+            (Root::Memory | Root::ReadOnly, Some(work)) => {
+                argv.extend(["--workdir".into(), plain(work)?.to_owned()]);
+            }
+        }
+        // Singularity leaves out none by its path.
+        if self.flavour == Flavour::Apptainer {
+            left_out.push("/etc/localtime");
+        }
+        if !left_out.is_empty() {
+            argv.extend(["--no-mount".into(), left_out.join(",").into()]);
+        }
+        Ok(argv)
     }
 }
 
@@ -80,7 +107,7 @@ impl Runtime for Apptainer {
             Root::Memory => argv.push("--writable-tmpfs".into()),
             Root::ReadOnly => {}
         }
-        argv.extend(["--workdir".into(), plain(&sandbox.work)?.to_owned()]);
+        argv.extend(self.temporary(sandbox)?);
         if sandbox.fakeroot {
             argv.push("--fakeroot".into());
         }
@@ -127,7 +154,8 @@ impl Runtime for Apptainer {
 }
 
 fn bind_option(bind: &Bind) -> Result<[OsString; 2], RuntimeError> {
-    let (source, target) = (plain(&bind.source)?, plain(&bind.target)?);
+    let source = no_device(bind);
+    let (source, target) = (plain(&source)?, plain(&bind.target)?);
     let special = |path: &OsStr| path.as_bytes().iter().any(|byte| b",:\"\\".contains(byte));
     let mut value = OsString::new();
     if special(source) || special(target) {
@@ -147,6 +175,18 @@ fn bind_option(bind: &Bind) -> Result<[OsString; 2], RuntimeError> {
         value.push(":ro");
     }
     Ok(["--bind".into(), value])
+}
+
+/// The source of a bind, by a name that does not begin with `/dev` where the target's does.
+fn no_device(bind: &Bind) -> Cow<'_, Path> {
+    // It compares the bytes, not the components.
+    let below = |path: &Path| path.as_os_str().as_bytes().starts_with(b"/dev");
+    if !below(&bind.source) || !below(&bind.target) {
+        return Cow::Borrowed(&bind.source);
+    }
+    let mut source = OsString::from("/proc/self/root");
+    source.push(&bind.source);
+    Cow::Owned(source.into())
 }
 
 /// One CSV field, quoted whole.
@@ -184,7 +224,7 @@ mod tests {
             binds,
             hostname: "pod".to_owned(),
             root: Root::Overlay("/tmp/knoc-1/0-root".into()),
-            work: "/tmp/knoc-1/0-work".into(),
+            work: Some("/tmp/knoc-1/0-work".into()),
             fakeroot: false,
             gpus: Gpus::default(),
         }
@@ -212,11 +252,56 @@ mod tests {
         assert_eq!(
             argv(Flavour::Apptainer),
             "/usr/bin/x|--silent|exec|--containall|--no-init|--no-home|--cleanenv|--no-eval|\
-             --overlay|/tmp/knoc-1/0-root|--workdir|/tmp/knoc-1/0-work|--uts|--hostname|pod|--pwd|/|--bind|/tmp/knoc-1/0:/.knoc|--bind|\
+             --overlay|/tmp/knoc-1/0-root|--no-mount|tmp,/etc/localtime|--uts|--hostname|pod|--pwd|/|--bind|/tmp/knoc-1/0:/.knoc|--bind|\
              /opt/knoc-agent:/.knoc/agent:ro|--bind|/a b:/c:ro|/images/a.sif|/.knoc/agent|launch|\
              /.knoc/launch.sock"
         );
         assert!(!argv(Flavour::Singularity).contains("--no-eval"));
+    }
+
+    #[test]
+    fn temporary_folders_are_the_images_where_they_can_be_written_to() {
+        let words = |flavour, root, work: Option<&str>| {
+            let sandbox = Sandbox {
+                root,
+                work: work.map(PathBuf::from),
+                ..sandbox(Vec::new())
+            };
+            let runtime = Apptainer::new(Path::new("/usr/bin/x"), flavour);
+            let words = runtime.temporary(&sandbox).unwrap();
+            words.join(OsStr::new(" ")).into_string().unwrap()
+        };
+        let (new, old) = (Flavour::Apptainer, Flavour::Singularity);
+        let overlay = Root::Overlay("/o".into());
+        for (flavour, root, work, wanted) in [
+            (new, overlay, Some("/w"), "--no-mount tmp,/etc/localtime"),
+            (
+                new,
+                Root::Memory,
+                Some("/w"),
+                "--workdir /w --no-mount /etc/localtime",
+            ),
+            // As the pod wishes, and as every runtime does it.
+            (new, Root::ReadOnly, None, "--no-mount tmp,/etc/localtime"),
+            (old, Root::Memory, Some("/w"), "--workdir /w"),
+            (old, Root::ReadOnly, None, "--no-mount tmp"),
+        ] {
+            assert_eq!(words(flavour, root, work), wanted);
+        }
+    }
+
+    #[test]
+    fn a_volume_in_memory_is_no_device() {
+        let option = |source: &str, target: &str| {
+            let [_, value] = bind_option(&bind(source, target)).unwrap();
+            value.into_string().unwrap()
+        };
+        assert_eq!(
+            option("/dev/shm/v0", "/dev/shm"),
+            "/proc/self/root/dev/shm/v0:/dev/shm:ro"
+        );
+        assert_eq!(option("/dev/shm/v0", "/data"), "/dev/shm/v0:/data:ro");
+        assert_eq!(option("/tmp/v0", "/dev/shm"), "/tmp/v0:/dev/shm:ro");
     }
 
     #[test]

@@ -16,11 +16,9 @@ const SETUID: u32 = 0o4000;
 pub fn starter(name: &str, program: &Path) -> Option<PathBuf> {
     let program = fs::canonicalize(program).ok()?;
     let prefix = program.parent()?.parent()?;
-    let starter = prefix.join("libexec").join(name).join("bin/starter-suid");
-    let meta = fs::metadata(&starter).ok()?;
-    if meta.mode() & SETUID == 0 || meta.uid() != 0 {
-        return None;
-    }
+    let starter = libraries(prefix)
+        .map(|folder| folder.join(name).join("bin/starter-suid"))
+        .find(|starter| is_setuid(starter))?;
     let etc = |root: &Path| root.join(name).join(format!("{name}.conf"));
     // Packages put it below /etc, builds below their own prefix.
     let configured = [etc(&prefix.join("etc")), etc(Path::new("/etc"))];
@@ -28,6 +26,25 @@ pub fn starter(name: &str, program: &Path) -> Option<PathBuf> {
         .iter()
         .find_map(|path| fs::read_to_string(path).ok());
     text.is_none_or(|text| allows(&text)).then_some(starter)
+}
+
+/// Where a runtime's own programs may lie: builds and most distributions use `libexec`, Debian the folder of an
+/// architecture's libraries.
+fn libraries(prefix: &Path) -> impl Iterator<Item = PathBuf> {
+    let plain = ["libexec", "lib", "lib64"].map(|name| prefix.join(name));
+    let entries = fs::read_dir(prefix.join("lib"));
+    let entries = entries.into_iter().flatten().flatten();
+    let architectures = entries.filter(|entry| {
+        let name = entry.file_name();
+        name.to_str().is_some_and(|name| name.contains("-linux-"))
+    });
+    plain
+        .into_iter()
+        .chain(architectures.map(|entry| entry.path()))
+}
+
+fn is_setuid(starter: &Path) -> bool {
+    fs::metadata(starter).is_ok_and(|meta| meta.mode() & SETUID != 0 && meta.uid() == 0)
 }
 
 /// PURE: `allow setuid` of `apptainer.conf` or `singularity.conf`; it is on where nothing is said.
@@ -58,6 +75,18 @@ mod tests {
         ] {
             assert_eq!(allows(text), expected, "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_starter_is_looked_for_where_distributions_put_it() {
+        let root = tempfile::tempdir().unwrap();
+        let prefix = root.path();
+        for folder in ["lib/x86_64-linux-gnu", "lib/python3"] {
+            fs::create_dir_all(prefix.join(folder)).unwrap();
+        }
+        let found: Vec<PathBuf> = libraries(prefix).collect();
+        let expected = ["libexec", "lib", "lib64", "lib/x86_64-linux-gnu"];
+        assert_eq!(found, expected.map(|folder| prefix.join(folder)));
     }
 
     #[test]

@@ -105,7 +105,11 @@ impl Local {
             "-c".to_owned(),
             record::WRAPPER.to_owned(),
         ];
-        Ok(Rendered { argv, script })
+        Ok(Rendered {
+            argv,
+            script,
+            notes: Vec::new(),
+        })
     }
 
     pub(super) async fn submit(
@@ -129,6 +133,7 @@ impl Local {
             job,
             began,
             ended: Timestamp::now(),
+            notes: Vec::new(),
         })
     }
 
@@ -148,10 +153,7 @@ impl Local {
     pub(super) async fn round(&self, known: &[JobRef]) -> Result<Round, SchedulerError> {
         let now = Timestamp::now().as_second();
         let jobs = self.with(move |table| table.views(now)).await?;
-        let there = |job: &&JobRef| {
-            jobs.iter()
-                .any(|view| view.id == job.id && view.uid == job.uid)
-        };
+        let there = |job: &&JobRef| jobs.iter().any(|view| job.is(view));
         let missing = known.iter().filter(|job| !there(job)).cloned().collect();
         Ok(Round {
             jobs,

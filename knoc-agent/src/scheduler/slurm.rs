@@ -3,9 +3,10 @@
 //! Owner task: none. `sbatch` is behind a token bucket and a bound on processes; all jobs are asked
 //! for in one `squeue`, and in one `sacct` where some left the queue. It keeps no state but what the
 //! last `sinfo` said of the partitions' limits. What it never does: it gives no pod string to a shell,
-//! and it believes no job id whose name is not the pod's.
+//! and it believes no job id unless something else tells that the job is the pod's ([`whose`]).
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use knoc_proto::ids::{JobId, PodUid};
@@ -29,9 +30,11 @@ mod round;
 pub(super) mod script;
 mod settings;
 mod shape;
+mod whose;
 
 pub use settings::Settings;
 pub(crate) use shape::requeue;
+use whose::Whose;
 
 /// Answers of squeue and sacct: 100,000 jobs of 300 bytes.
 const ANSWER_LIMIT: usize = 32 << 20;
@@ -39,6 +42,10 @@ const ANSWER_LIMIT: usize = 32 << 20;
 const QUESTIONS: usize = 4;
 /// How far back the accounting is searched for a job that is known by its pod only.
 const FIND_WINDOW: &str = "now-7days";
+/// Of what sbatch printed instead of a job id so many characters are shown.
+const PRINTED: usize = 400;
+/// How far the controller's clock may be behind ours: munge takes no more.
+const CLOCKS_APART: Duration = Duration::from_mins(5);
 
 /// The Slurm of this site.
 #[derive(Debug)]
@@ -145,7 +152,11 @@ impl Slurm {
                 command: None,
             })?;
         }
-        let rendered = self.render(request)?;
+        let Rendered {
+            argv,
+            script,
+            notes,
+        } = self.render(request)?;
         let wait = {
             let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
             bucket.take(Instant::now())
@@ -161,45 +172,102 @@ impl Slurm {
                 command: None,
             })?;
         let command = self.command(&self.settings.sbatch);
-        let command = command
-            .args(rendered.argv.iter().skip(1))
-            .stdin(rendered.script);
+        let command = command.args(argv.iter().skip(1)).stdin(script);
         // What was so before the waits may not be so any more.
         allowed.await?;
         let began = Timestamp::now();
-        let output = command.run().await.map_err(refusal::of_command)?;
+        let output = command.run().await.map_err(|error| {
+            let refusal = refusal::of_command(error);
+            refusal::explain(refusal, &argv)
+        })?;
         let ended = Timestamp::now();
         let job = parsable(&output)?;
-        Ok(Submitted { job, began, ended })
+        Ok(Submitted {
+            job,
+            began,
+            ended,
+            notes,
+        })
     }
 
-    pub(super) async fn find(&self, uid: &PodUid) -> Result<Vec<JobView>, SchedulerError> {
+    pub(super) async fn find(
+        &self,
+        uid: &PodUid,
+        since: Timestamp,
+    ) -> Result<Vec<JobView>, SchedulerError> {
         let _place = self.place().await?;
-        let name = script::job_name(uid);
-        let command = self.squeue().arg("--name").arg(&name);
-        let mut jobs = parse::squeue(&self.answer("squeue", command).await?);
-        let command = self.sacct().args(["-S", FIND_WINDOW, "--name"]).arg(&name);
-        match self.answer("sacct", command).await {
-            Ok(text) => {
-                for job in parse::sacct(&text).into_iter().rev() {
-                    if !jobs.iter().any(|known| known.id == job.id) {
-                        jobs.push(job);
-                    }
+        let command = self.squeue(parse::SQUEUE_FORMAT_DIRECTORY);
+        let rows = parse::squeue_with_directory(&self.answer("squeue", command).await?)
+            .map_err(|problem| round::unreadable("squeue", problem))?;
+        let mut jobs = self.of_pod(&rows, uid);
+        let by_name = ["-S", FIND_WINDOW, "--name", &script::job_name(uid)].map(str::to_owned);
+        // Whatever it is called. All jobs of this user, but only those of the last minutes.
+        let since = (since - CLOCKS_APART).strftime("%Y-%m-%dT%H:%M:%S");
+        let by_time = ["-S".to_owned(), since.to_string()];
+        for filter in [&by_name[..], &by_time[..]] {
+            if !jobs.is_empty() && filter.len() == by_time.len() {
+                break;
+            }
+            for job in self.find_ended(uid, filter).await? {
+                if !jobs.iter().any(|known| known.id == job.id) {
+                    jobs.push(job);
                 }
             }
-            Err(SchedulerError::Command(err)) if round::accounting_disabled(&err) => {}
-            Err(err) => return Err(err),
         }
-        jobs.retain(|job| &job.uid == uid);
         jobs.sort_by_key(|job| std::cmp::Reverse(job.submitted_at));
         Ok(jobs)
     }
 
+    /// The pod's jobs that the accounting knows, the newest life of each first.
+    async fn find_ended(
+        &self,
+        uid: &PodUid,
+        filter: &[String],
+    ) -> Result<Vec<JobView>, SchedulerError> {
+        let command = self.sacct(parse::SACCT_FORMAT_DIRECTORY).args(filter);
+        match self.answer("sacct", command).await {
+            Ok(text) => {
+                let mut rows = parse::sacct_with_directory(&text)
+                    .map_err(|problem| round::unreadable("sacct", problem))?;
+                rows.reverse();
+                Ok(self.of_pod(&rows, uid))
+            }
+            Err(SchedulerError::Command(err)) if round::accounting_disabled(&err) => Ok(Vec::new()),
+            Err(err) => Err(err),
+        }
+    }
+
+    fn of_pod(&self, rows: &[parse::Row], uid: &PodUid) -> Vec<JobView> {
+        let marked = rows.iter().filter_map(|row| {
+            let marks = row.marks(uid, self.pods());
+            marks.any().then(|| row.view(uid.clone(), marks))
+        });
+        marked.collect()
+    }
+
     pub(super) async fn cancel(&self, job: &JobRef, how: Cancel) -> Result<(), SchedulerError> {
         let _place = self.place().await?;
-        // With the name as a filter the id cannot be another job's.
-        let name = format!("--name={}", script::job_name(&job.uid));
-        let command = self.command(&self.settings.scancel).arg(name);
+        let command = self.command(&self.settings.scancel);
+        let known = if job.named {
+            None
+        } else {
+            self.look_at(job).await.unwrap_or_else(|error| {
+                // Its name as a filter is safe in any case, and mostly right; who cancels asks again.
+                let (job, uid, error) = (&job.id, &job.uid, knoc_proto::error::chain(&error));
+                tracing::warn!(%job, %uid, error, "looked in vain at a job to cancel");
+                None
+            })
+        };
+        let command = match known {
+            // With the name as a filter the id cannot be another job's.
+            None => command.arg(format!("--name={}", script::job_name(&job.uid))),
+            Some(Whose::Ours(_)) => command,
+            Some(Whose::Stranger | Whose::Doubt) => {
+                let (job, uid) = (&job.id, &job.uid);
+                tracing::info!(%job, %uid, "not cancelled: the id is another job's by now");
+                return Ok(());
+            }
+        };
         let command = match how {
             Cancel::Queued => command.arg("--state=PENDING"),
             Cancel::Stop => command.args(["--batch", "--signal=USR1"]),
@@ -213,6 +281,32 @@ impl Slurm {
         }
     }
 
+    /// Whose the id is now: asked right before a job is cancelled that has not the name we gave it. `None`: squeue does
+    /// not show it.
+    async fn look_at(&self, job: &JobRef) -> Result<Option<Whose>, SchedulerError> {
+        let command = self.squeue(parse::SQUEUE_FORMAT_DIRECTORY);
+        let command = command.args(["-j", job.id.as_str()]);
+        let text = match self.answer("squeue", command).await {
+            Ok(text) => text,
+            Err(SchedulerError::Command(err)) if is_gone(&err) => return Ok(None),
+            Err(err) => return Err(err),
+        };
+        let rows = parse::squeue_with_directory(&text)
+            .map_err(|problem| round::unreadable("squeue", problem))?;
+        let Some(row) = rows.into_iter().find(|row| row.id == job.id) else {
+            return Ok(None);
+        };
+        match whose::judge(&row, job, self.pods()) {
+            Whose::Doubt => {
+                let decided = round::look_closer(self, &row, job, &mut None).await;
+                let problem = || format!("it does not tell whose job {} is", job.id);
+                let decided = decided.ok_or_else(|| round::unreadable("scontrol", problem()));
+                decided.map(Some)
+            }
+            sure @ (Whose::Ours(_) | Whose::Stranger) => Ok(Some(sure)),
+        }
+    }
+
     pub(super) async fn round(&self, known: &[JobRef]) -> Result<Round, SchedulerError> {
         round::round(self, known).await
     }
@@ -220,8 +314,10 @@ impl Slurm {
     pub(super) async fn node_info(&self) -> Result<pb::NodeInfo, SchedulerError> {
         let command = self.question(&self.settings.sinfo);
         let command = command.args(["--noheader", "--Node", "-o", nodes::SINFO_FORMAT]);
-        let info = nodes::node_info(&self.answer("sinfo", command).await?, &self.settings);
-        let limits = Arc::from(nodes::limits(&info));
+        let text = self.answer("sinfo", command).await?;
+        nodes::check(&text).map_err(|problem| round::unreadable("sinfo", problem))?;
+        let info = nodes::node_info(&text, &self.settings);
+        let limits = Arc::from(nodes::limits(&text, &self.settings));
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = Some(limits);
         Ok(info)
     }
@@ -231,7 +327,12 @@ impl Slurm {
         place.map_err(|_closed| SchedulerError::Stopping)
     }
 
-    fn squeue(&self) -> Command {
+    /// Folder of the job directories.
+    fn pods(&self) -> &std::path::Path {
+        &self.settings.pods
+    }
+
+    fn squeue(&self, format: &str) -> Command {
         let command = self.question(&self.settings.squeue);
         command.args([
             "--noheader",
@@ -240,33 +341,50 @@ impl Slurm {
             "--all",
             "--me",
             "-o",
-            parse::SQUEUE_FORMAT,
+            format,
         ])
     }
 
-    fn sacct(&self) -> Command {
+    fn sacct(&self, format: &str) -> Command {
         let command = self.question(&self.settings.sacct);
-        command.args(["-P", "-n", "-X", "-D", "-o", parse::SACCT_FORMAT])
+        command.args(["-P", "-n", "-X", "-D", "-o", format])
     }
 }
 
-/// `4711` or `4711;cluster`.
+/// `4711` or `4711;cluster`, on a line of its own: wrappers print more. If several lines are numbers, none is believed: the
+/// job is found by its name.
 fn parsable(output: &Output) -> Result<JobId, Refusal> {
     let text = output.text();
-    let id = text
+    let mut numbers = text
         .lines()
-        .last()
-        .and_then(|line| line.split(';').next())
-        .unwrap_or_default()
-        .trim();
-    let number = Some(id).filter(|id| id.bytes().all(|byte| byte.is_ascii_digit()));
-    number
-        .and_then(|id| JobId::try_from(id).ok())
-        .ok_or_else(|| Refusal {
-            kind: RefusalKind::Ambiguous,
-            words: format!("sbatch succeeded without a job id: {:?}", text.trim()),
-            command: None,
-        })
+        .map(|line| line.split(';').next().unwrap_or_default().trim())
+        .filter(|word| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit()));
+    let id = match (numbers.next(), numbers.next()) {
+        (Some(id), None) => JobId::try_from(id).ok(),
+        _ => None,
+    };
+    id.ok_or_else(|| Refusal {
+        kind: RefusalKind::NoJobId,
+        words: format!(
+            "sbatch reported success without a job id; it printed: {}",
+            printed(output)
+        ),
+        command: None,
+    })
+}
+
+/// What a command printed, as one short line.
+fn printed(output: &Output) -> String {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let words = [output.text(), errors.into_owned()].join("\n");
+    let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
+    if words.is_empty() {
+        return "nothing".to_owned();
+    }
+    match words.char_indices().nth(PRINTED) {
+        Some((end, _)) => format!("{} …", words.get(..end).unwrap_or_default()),
+        None => words,
+    }
 }
 
 /// The job ended before the signal came.

@@ -4,13 +4,73 @@ use std::fmt;
 
 use knoc_proto::ids::{JobId, PodUid};
 
-/// A job by its full identity.
+/// A job of a pod, and what tells it from a stranger's job that was given the same id later.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobRef {
     /// The scheduler's id, which may be given to another job later.
     pub id: JobId,
-    /// The pod's uid, which stands in the job's name.
+    /// The pod.
     pub uid: PodUid,
+    /// When `sbatch` was called and when it had answered with this id: Unix seconds of this host's clock. `None` if the
+    /// job was found in another way.
+    pub call: Option<(i64, i64)>,
+    /// The submit time that the scheduler gave when the job was last seen: Unix seconds of its own clock.
+    pub submitted_at: Option<i64>,
+    /// The job had the name that we gave it when it was last seen.
+    pub named: bool,
+}
+
+impl JobRef {
+    /// A job of which nothing is known but its id and its pod.
+    #[must_use]
+    pub fn new(id: JobId, uid: PodUid) -> Self {
+        Self {
+            id,
+            uid,
+            call: None,
+            submitted_at: None,
+            named: false,
+        }
+    }
+
+    /// Does `view` show this job?
+    #[must_use]
+    pub fn is(&self, view: &JobView) -> bool {
+        self.id == view.id && self.uid == view.uid
+    }
+}
+
+/// Which of the things that a job carries name its pod. Users, submit plugins and wrappers of `sbatch` may change each
+/// of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Marks {
+    /// The job's name.
+    pub name: bool,
+    /// Its comment.
+    pub comment: bool,
+    /// Its working directory, where the source tells it.
+    pub directory: bool,
+}
+
+impl Marks {
+    /// A job as we submit it.
+    pub const ALL: Self = Self {
+        name: true,
+        comment: true,
+        directory: true,
+    };
+
+    /// At least one of them names the pod.
+    #[must_use]
+    pub fn any(self) -> bool {
+        self.name || self.comment || self.directory
+    }
+
+    /// At least two of them do: a job that carries only one may have been submitted by a program of the pod.
+    #[must_use]
+    pub fn sure(self) -> bool {
+        u8::from(self.name) + u8::from(self.comment) + u8::from(self.directory) >= 2
+    }
 }
 
 /// One job as the scheduler sees it.
@@ -18,8 +78,10 @@ pub struct JobRef {
 pub struct JobView {
     /// The scheduler's id.
     pub id: JobId,
-    /// From the job's name.
+    /// The pod whose job it is.
     pub uid: PodUid,
+    /// What of the job names the pod.
+    pub marks: Marks,
     /// From the comment: the cluster that wanted it; empty for pods without Kubernetes, or where the
     /// source does not carry comments.
     pub cluster_id: String,
@@ -54,8 +116,9 @@ impl JobView {
     #[must_use]
     pub fn job(&self) -> JobRef {
         JobRef {
-            id: self.id.clone(),
-            uid: self.uid.clone(),
+            submitted_at: self.submitted_at,
+            named: self.marks.name,
+            ..JobRef::new(self.id.clone(), self.uid.clone())
         }
     }
 
@@ -318,7 +381,7 @@ pub enum Accounting {
 /// The answer to one batched question.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Round {
-    /// All jobs of this user that are ours by name and comment, also those that nobody asked for.
+    /// All jobs that were asked for, and all others whose name or comment names a pod.
     pub jobs: Vec<JobView>,
     /// Jobs asked for that neither queue nor accounting knows. Only filled where both answered (or
     /// there is no accounting): a job is never missing because somebody did not answer.

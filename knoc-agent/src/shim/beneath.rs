@@ -7,7 +7,7 @@
 use std::{
     fs::File,
     io::{self, Read as _, Seek as _, SeekFrom},
-    os::fd::OwnedFd,
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
     path::{Component, Path},
 };
 
@@ -20,10 +20,29 @@ use rustix::{
 const FOLDER: Mode = Mode::from_raw_mode(0o777);
 const FILE: Mode = Mode::from_raw_mode(0o666);
 
+const READ: OFlags = OFlags::RDONLY.union(OFlags::NONBLOCK).union(OFlags::NOCTTY);
+const APPEND: OFlags = OFlags::WRONLY
+    .union(OFlags::APPEND)
+    .union(OFlags::CREATE)
+    .union(OFlags::NONBLOCK)
+    .union(OFlags::NOCTTY);
+const FOLDERS: OFlags = OFlags::PATH
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::CLOEXEC);
+
 /// The last `limit` bytes of the regular file `path`, an absolute path.
 pub(crate) fn read_end(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let mut file = open_file(path, flags, Missing::Fails)?;
+    end_of(open_file(path, READ, Missing::Fails)?, limit)
+}
+
+/// The last `limit` bytes of the regular file `path` below the folder `base`; of `base` itself if `path` is empty. Only
+/// `base` needs to be open (`O_PATH`).
+pub(crate) fn read_end_in(base: impl AsFd, path: &Path, limit: usize) -> io::Result<Vec<u8>> {
+    end_of(open_file_in(base, path, READ, Missing::Fails)?, limit)
+}
+
+fn end_of(mut file: File, limit: usize) -> io::Result<Vec<u8>> {
     let limit = u64::try_from(limit).unwrap_or_default();
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(limit)))?;
@@ -32,16 +51,17 @@ pub(crate) fn read_end(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Makes the file `path` where nothing is there, and the folders on the way.
-pub(crate) fn touch(path: &Path) -> io::Result<()> {
-    let flags =
-        OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY;
-    open_file(path, flags, Missing::Made).map(drop)
+/// Makes the file `path` below the folder `base` if nothing is there, and the folders on the way.
+pub(crate) fn touch_in(base: impl AsFd, path: &Path) -> io::Result<()> {
+    if path.as_os_str().is_empty() {
+        return Ok(());
+    }
+    open_file_in(base, path, APPEND, Missing::Made).map(drop)
 }
 
-/// Makes the folder `path`, whose parent is there. One that is there already is fine, a link to one is not.
-pub(crate) fn make_folder(path: &Path) -> io::Result<()> {
-    folder(path, Missing::Made).map(drop)
+/// Makes the folder `path` below the folder `base` if nothing is there, and those on the way.
+pub(crate) fn make_folder_in(base: impl AsFd, path: &Path) -> io::Result<()> {
+    folder(base, path, Missing::Made).map(drop)
 }
 
 /// What becomes of a folder on the way that is not there.
@@ -52,36 +72,55 @@ enum Missing {
 }
 
 fn open_file(path: &Path, flags: OFlags, missing: Missing) -> io::Result<File> {
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+    let Ok(path) = path.strip_prefix("/") else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
-    let parent = folder(parent, missing)?;
-    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = openat(&parent, name, flags, FILE)?;
-    if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
-        return Err(io::Error::other("not a regular file"));
+    let root = open("/", FOLDERS, Mode::empty())?;
+    if path.as_os_str().is_empty() {
+        return Err(io::ErrorKind::InvalidInput.into());
     }
+    open_file_in(root, path, flags, missing)
+}
+
+fn open_file_in(base: impl AsFd, path: &Path, flags: OFlags, missing: Missing) -> io::Result<File> {
+    let flags = flags | OFlags::CLOEXEC;
+    let file = if path.as_os_str().is_empty() {
+        // What it leads to is checked first: opening anything else may have effects.
+        regular(&base)?;
+        let again = format!("/proc/self/fd/{}", base.as_fd().as_raw_fd());
+        open(again, flags, Mode::empty())?
+    } else {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let parent = folder(base, parent, missing)?;
+        openat(&parent, name, flags | OFlags::NOFOLLOW, FILE)?
+    };
+    regular(&file)?;
     Ok(file.into())
 }
 
-fn folder(path: &Path, missing: Missing) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mut at = open("/", flags, Mode::empty())?;
+fn regular(file: impl AsFd) -> io::Result<()> {
+    if FileType::from_raw_mode(fstat(file)?.st_mode) == FileType::RegularFile {
+        return Ok(());
+    }
+    Err(io::Error::other("not a regular file"))
+}
+
+/// The folder `path` below `base`, reached without any link.
+fn folder(base: impl AsFd, path: &Path, missing: Missing) -> io::Result<OwnedFd> {
+    let mut at = openat(&base, ".", FOLDERS, Mode::empty())?;
     for component in path.components() {
-        let name = match component {
-            Component::RootDir => continue,
-            Component::Normal(name) => name,
-            Component::CurDir | Component::ParentDir | Component::Prefix(_) => {
-                return Err(io::ErrorKind::InvalidInput.into());
-            }
+        let Component::Normal(name) = component else {
+            return Err(io::ErrorKind::InvalidInput.into());
         };
-        at = match openat(&at, name, flags, Mode::empty()) {
+        at = match openat(&at, name, FOLDERS, Mode::empty()) {
             Err(Errno::NOENT) if missing == Missing::Made => {
                 match mkdirat(&at, name, FOLDER) {
                     Ok(()) | Err(Errno::EXIST) => {}
                     Err(error) => return Err(error.into()),
                 }
-                openat(&at, name, flags, Mode::empty())?
+                openat(&at, name, FOLDERS, Mode::empty())?
             }
             other => other?,
         };
@@ -95,6 +134,11 @@ mod tests {
     use std::{fs, os::unix::fs::symlink, time::Instant};
 
     use super::*;
+
+    fn touch(path: &Path) -> io::Result<()> {
+        let root = open("/", FOLDERS, Mode::empty())?;
+        touch_in(root, path.strip_prefix("/").unwrap())
+    }
 
     fn world() -> (tempfile::TempDir, std::path::PathBuf) {
         let root = tempfile::tempdir().unwrap();
@@ -114,6 +158,14 @@ mod tests {
         touch(&log).unwrap();
         assert_eq!(read_end(&log, 4).unwrap(), b"6789");
         assert_eq!(read_end(&log, 40).unwrap(), b"0123456789");
+        let base = File::open(path.join("volume/a")).unwrap();
+        let rest = Path::new("b/log");
+        assert_eq!(read_end_in(&base, rest, 4).unwrap(), b"6789");
+        touch_in(&base, Path::new("b/new/log")).unwrap();
+        let file = open(&log, OFlags::PATH, Mode::empty()).unwrap();
+        assert_eq!(read_end_in(&file, Path::new(""), 4).unwrap(), b"6789");
+        read_end_in(&base, Path::new(""), 4).unwrap_err();
+        read_end_in(&base, Path::new("../a/b/log"), 4).unwrap_err();
     }
 
     #[test]
@@ -127,7 +179,9 @@ mod tests {
         }
         for name in ["dangling", "dangling/x", "dir/new", "dir/new/x"] {
             touch(&path.join("volume").join(name)).unwrap_err();
-            make_folder(&path.join("volume").join(name)).unwrap_err();
+            let volume = File::open(path.join("volume")).unwrap();
+            touch_in(&volume, Path::new(name)).unwrap_err();
+            read_end_in(&volume, Path::new(name), 9).unwrap_err();
         }
         assert_eq!(fs::read_dir(path.join("home")).unwrap().count(), 1);
     }

@@ -35,6 +35,7 @@ use super::{
     handshake::{self, HandshakeError, Launched},
     measure,
     output::{self, Log, Source},
+    passwd,
     pod::Pod,
     signals::{self, Identity},
     usage::{Counters, Used},
@@ -119,9 +120,17 @@ enum AttemptError {
     /// The runtime could not make the container; its words.
     #[error("{0}")]
     Runtime(String),
+    /// The helper could not make its namespaces; its message.
+    #[error("{what}")]
+    NoNamespaces { errno: i32, what: String },
     /// The program could not be started.
     #[error("unable to start container process")]
     Start(#[source] HandshakeError),
+    /// Neither the pod nor the image says what to run.
+    #[error(
+        "no command specified: give the container a command, or use an image that has an entrypoint or a command"
+    )]
+    NoCommand,
     #[error("stopped before it was started")]
     Aborted,
 }
@@ -129,8 +138,8 @@ enum AttemptError {
 impl AttemptError {
     fn reason(&self) -> &'static str {
         match self {
-            Self::Prepare(_) => "CreateContainerError",
-            Self::Runtime(_) => "ContainerCannotRun",
+            Self::Prepare(_) | Self::NoCommand => "CreateContainerError",
+            Self::Runtime(_) | Self::NoNamespaces { .. } => "ContainerCannotRun",
             Self::Start(_) => "StartError",
             Self::Aborted => "Error",
         }
@@ -194,16 +203,30 @@ fn spent(isolated: bool, before: Used, end: Used) -> Counters {
     }
 }
 
-/// Name and target of the link to the termination log, where there is to be one.
-fn termination_link(folders: &Folders) -> impl Iterator<Item = Vec<u8>> + use<> {
-    let link = match &folders.termination {
-        TerminationLog::Link { name, target } => Some([
-            name.clone().into_bytes(),
-            target.as_os_str().as_encoded_bytes().to_vec(),
-        ]),
-        TerminationLog::Mounted(_) | TerminationLog::Bind(_) => None,
-    };
-    link.into_iter().flatten()
+/// What the launcher prepares in the container.
+fn complete(spec: &mut LaunchSpec, folders: &Folders) {
+    let temporary = folders.temporary.iter();
+    spec.temporary = temporary
+        .map(|folder| folder.clone().into_bytes())
+        .collect();
+    spec.links = links(folders);
+    spec.settle = folders.settle;
+}
+
+/// Names and targets, in turn, of the links that the launcher makes.
+fn links(folders: &Folders) -> Vec<Vec<u8>> {
+    let bytes = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
+    let volumes = folders.links.iter();
+    let mut links: Vec<_> = volumes
+        .flat_map(|link| [bytes(&link.name), bytes(&link.target)])
+        .collect();
+    match &folders.termination {
+        TerminationLog::Link { name, target } => {
+            links.extend([name.clone().into_bytes(), bytes(target)]);
+        }
+        TerminationLog::Mounted { .. } | TerminationLog::Bind(_) => {}
+    }
+    links
 }
 
 /// With a terminal all output comes from it.
@@ -216,12 +239,17 @@ type Done = (Exit, String, Losses, bool, Counters);
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = pod.container(attempt.index);
     let image = pod.image(attempt.index);
-    let folders = prepare(pod, attempt).await?;
     let config = image.config.clone().unwrap_or_default();
     let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
-    spec.links.extend(termination_link(&folders));
+    if spec.argv.is_empty() {
+        return Err(AttemptError::NoCommand);
+    }
+    let mut folders = prepare(pod, attempt).await?;
+    complete(&mut spec, &folders);
     let kills_before = pod.oom.unclaimed();
-    let mut up = bring_up(pod, attempt, &folders, container, Path::new(&image.path)).await?;
+    let mut up = bring_up(pod, attempt, &folders, container).await?;
+    folders.message_below(up.message.take());
+    spec.passwd = passwd::of_image(pod, up.identity, &spec).await;
     let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
     let launched = match launch(up.socket, &spec, stdio.theirs, &attempt.abort).await {
         Ok(launched) => launched,
@@ -265,7 +293,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     let by_us = attempt.abort.is_cancelled();
     let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
     let logs = container.termination_message_fallback_to_logs && exit.code != 0;
-    let message = message(pod, folders, logs.then_some(live)).await;
+    let message = message(folders, logs.then_some(live)).await;
     let used_at_end = up.runtime.child.used.unwrap_or_default();
     let used = spent(pod.runtime.isolates(), used_before, used_at_end);
     Ok((exit, message, losses, killed, used))
@@ -335,7 +363,7 @@ async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptEr
 }
 
 /// What the program left as its message, else the end of its log `fallback`. Then its folders go.
-async fn message(pod: &Pod, folders: Folders, fallback: Option<PathBuf>) -> String {
+async fn message(folders: Folders, fallback: Option<PathBuf>) -> String {
     let reading = tokio::task::spawn_blocking(move || {
         let mut text = folders.termination_message(MESSAGE_BYTES);
         if let Some(live) = fallback.filter(|_| text.is_empty()) {
@@ -346,8 +374,7 @@ async fn message(pod: &Pod, folders: Folders, fallback: Option<PathBuf>) -> Stri
     let Ok(Ok((text, folders))) = tokio::time::timeout(MESSAGE_WAIT, reading).await else {
         return String::new();
     };
-    // What the program wrote may be many files; nobody waits for their removal.
-    pod.removals.spawn_blocking(move || drop(folders));
+    drop(folders);
     String::from_utf8_lossy(&text).into_owned()
 }
 

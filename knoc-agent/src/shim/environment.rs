@@ -8,13 +8,13 @@ use std::{
 
 use knoc_proto::{
     expand::{self, RuntimeFields},
-    pb,
+    paths, pb,
 };
 
 use super::gpus;
 use crate::{
     launch::wire::{LaunchSpec, Window},
-    runtime::{Bind, Gpus, INSIDE},
+    runtime::{Gpus, INSIDE},
 };
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -30,12 +30,12 @@ pub(crate) struct Facts {
     pub(crate) hostname: String,
     /// Addresses known only here.
     pub(crate) fields: RuntimeFields,
-    /// The soft limit of open files that the job had.
-    pub(crate) open_files: u64,
     /// Slurm's choice of GPUs: variables of the job.
     pub(crate) devices: Vec<(String, String)>,
     /// Does the runtime bind a driver's libraries?
     pub(crate) binds_libraries: bool,
+    /// Do containers have files of their own, with the image's accounts?
+    pub(crate) isolated: bool,
 }
 
 /// What the launcher is told.
@@ -83,8 +83,22 @@ pub(crate) fn launch_spec(
         cwd: cwd.map_or_else(|| b"/".to_vec(), |dir| dir.as_bytes().to_vec()),
         create_cwd: true,
         tty: container.tty.then_some(TERMINAL),
-        open_files: facts.open_files,
         links: Vec::new(),
+        temporary: Vec::new(),
+        user: facts.isolated.then(|| user(container, image)),
+        passwd: None,
+        settle: false,
+    }
+}
+
+/// Whose home the program has: the pod's word, else the image's; without either it is root, as everywhere.
+fn user(container: &pb::Container, image: &pb::ImageConfig) -> Vec<u8> {
+    let of_pod = container.run_as_user.map(|uid| uid.to_string());
+    let user = of_pod.unwrap_or_else(|| image.user.clone());
+    if user.is_empty() {
+        b"0".to_vec()
+    } else {
+        user.into_bytes()
     }
 }
 
@@ -126,44 +140,39 @@ pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> Str
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TerminationLog {
     /// It lies in something that is mounted: made and read there.
-    Mounted(PathBuf),
+    Mounted {
+        /// The index of its mount.
+        mount: usize,
+        /// Below that.
+        rest: PathBuf,
+    },
     /// Nothing can be mounted under `/dev`: a link leads to our file inside.
     Link { name: String, target: PathBuf },
     /// Our file is mounted over it.
     Bind(PathBuf),
 }
 
-/// Decides by the path and what is mounted already.
-pub(crate) fn termination_log(container: &pb::Container, binds: &[Bind]) -> TerminationLog {
-    let path = container.termination_message_path.as_str();
-    let path = if path.is_empty() {
-        TERMINATION_LOG
-    } else {
-        path
-    };
-    let longest = binds
+/// Decides by the path and where something is mounted already.
+pub(crate) fn termination_log(container: &pb::Container, mounted: &[&Path]) -> TerminationLog {
+    // It was checked where the pod was taken in.
+    let path = paths::in_container(&container.termination_message_path)
+        .unwrap_or_else(|_| TERMINATION_LOG.to_owned());
+    let path = Path::new(&path);
+    let longest = mounted
         .iter()
-        .filter(|bind| Path::new(path).starts_with(&bind.target))
-        .max_by_key(|bind| bind.target.components().count());
-    if let Some(bind) = longest {
-        let rest = Path::new(path)
-            .strip_prefix(&bind.target)
-            .unwrap_or_else(|_| Path::new(""));
-        let host = if rest.as_os_str().is_empty() {
-            bind.source.clone()
-        } else {
-            bind.source.join(rest)
-        };
-        return TerminationLog::Mounted(host);
+        .enumerate()
+        .filter_map(|(mount, target)| Some((mount, target, path.strip_prefix(target).ok()?)))
+        .max_by_key(|(_, target, _)| target.components().count());
+    if let Some((mount, _, rest)) = longest {
+        let rest = rest.to_owned();
+        return TerminationLog::Mounted { mount, rest };
     }
-    if path.starts_with("/dev/") {
+    if path.starts_with("/dev") && path != Path::new("/dev") {
+        let name = path.to_string_lossy().into_owned();
         let target = Path::new(INSIDE).join("termination-log");
-        return TerminationLog::Link {
-            name: path.to_owned(),
-            target,
-        };
+        return TerminationLog::Link { name, target };
     }
-    TerminationLog::Bind(PathBuf::from(path))
+    TerminationLog::Bind(path.to_owned())
 }
 
 #[cfg(test)]
@@ -259,6 +268,38 @@ mod tests {
     }
 
     #[test]
+    fn the_user_is_the_pods_then_the_images_then_root() {
+        let container = |run_as_user| pb::Container {
+            run_as_user,
+            ..Default::default()
+        };
+        for (of_pod, of_image, wanted) in [
+            (None, "", "0"),
+            (None, "1000:100", "1000:100"),
+            (None, "jovyan", "jovyan"),
+            (Some(1001), "jovyan", "1001"),
+            (Some(0), "1000", "0"),
+        ] {
+            let image = pb::ImageConfig {
+                user: of_image.to_owned(),
+                ..Default::default()
+            };
+            assert_eq!(user(&container(of_pod), &image), wanted.as_bytes());
+        }
+        let spec = |isolated| {
+            let facts = Facts {
+                isolated,
+                ..Facts::default()
+            };
+            let image = pb::ImageConfig::default();
+            launch_spec(&container(None), &image, &pb::PodValues::default(), &facts)
+        };
+        assert_eq!(spec(true).user.as_deref(), Some(&b"0"[..]));
+        // A process of the node has the node's accounts.
+        assert_eq!(spec(false).user, None);
+    }
+
+    #[test]
     fn the_hosts_file_has_the_pods_names() {
         let mut facts = Facts {
             hostname: "pod".to_owned(),
@@ -277,25 +318,23 @@ mod tests {
 
     #[test]
     fn the_termination_message_is_found() {
-        let bind = |target: &str| Bind {
-            source: Path::new("/host").join(target.trim_start_matches('/')),
-            target: target.into(),
-            read_only: false,
-        };
-        let binds = [bind("/tmp"), bind("/tmp/deep")];
+        let mounted = [Path::new("/tmp"), Path::new("/tmp/deep")];
         let at = |path: &str| {
             let container = pb::Container {
                 termination_message_path: path.to_owned(),
                 ..Default::default()
             };
-            termination_log(&container, &binds)
+            termination_log(&container, &mounted)
         };
-        assert_eq!(
-            at("/tmp/deep/x"),
-            TerminationLog::Mounted("/host/tmp/deep/x".into())
-        );
-        assert_eq!(at("/tmp/x"), TerminationLog::Mounted("/host/tmp/x".into()));
+        let inside = |mount, rest: &str| TerminationLog::Mounted {
+            mount,
+            rest: rest.into(),
+        };
+        assert_eq!(at("/tmp/deep/x"), inside(1, "x"));
+        assert_eq!(at("/tmp/deep"), inside(1, ""));
+        assert_eq!(at("/tmp/x"), inside(0, "x"));
         assert_eq!(at("/other"), TerminationLog::Bind("/other".into()));
+        assert_eq!(at("//srv/./x/"), TerminationLog::Bind("/srv/x".into()));
         let link = TerminationLog::Link {
             name: "/dev/termination-log".to_owned(),
             target: "/.knoc/termination-log".into(),

@@ -227,6 +227,8 @@ fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
         tty: start.tty.then(|| window(start.size.as_ref())),
         create_cwd: false,
         links: Vec::new(),
+        temporary: Vec::new(),
+        settle: false,
         ..container.clone()
     };
     if start.tty && !spec.env.iter().any(|entry| entry.starts_with(b"TERM=")) {

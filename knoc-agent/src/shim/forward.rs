@@ -1,12 +1,14 @@
 //! Task: one forwarded connection to a port of the pod.
 //!
 //! [`connect`] finds the pod's own listener and dials it; [`run`] copies both directions with back-pressure until both
-//! have ended, each on its own, as TCP's do. A client that goes away resets the connection. Nothing times out.
+//! have ended, each on its own, as TCP's do. A client that goes away resets the connection. No forwarded connection
+//! times out.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     io,
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -29,6 +31,10 @@ use tokio::{
 use tonic::Status;
 
 use super::listeners::{self, Choice, Listener};
+
+/// How long a connection that is the pod's is looked for, and the pause between two tries.
+const DIALLING: Duration = Duration::from_secs(5);
+const BETWEEN_DIALS: Duration = Duration::from_millis(20);
 
 /// Where a connection's answers go.
 pub(crate) type Answers = mpsc::Sender<Result<PortForwardOutput, Status>>;
@@ -84,24 +90,69 @@ fn words(tried: &[(IpAddr, io::Error)]) -> String {
 }
 
 /// A connection to what a process below `root` listens on at `port` of the loopback interface.
+///
+/// A program that listens for one connection only closes its listener, and often the connection, before we can look who
+/// has it. What cannot be told to be the pod's is dropped before anything was sent, and dialled again while we hold the
+/// listener open, so that it tells whose the connection is.
 pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardError> {
+    if let Some(stream) = dial(port, root, Hold::No).await? {
+        return Ok(stream);
+    }
+    let dialling = async {
+        loop {
+            match dial(port, root, Hold::Yes).await {
+                Ok(Some(stream)) => return Ok(stream),
+                // Between two that listen once nobody does.
+                Ok(None) | Err(ForwardError::Refused { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            tokio::time::sleep(BETWEEN_DIALS).await;
+        }
+    };
+    let dialled = tokio::time::timeout(DIALLING, dialling).await;
+    dialled.unwrap_or(Err(ForwardError::Changed { port }))
+}
+
+/// Are the listeners held open while they are dialled?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    No,
+    Yes,
+}
+
+/// `None` where there is a connection, but it cannot be told to be the pod's.
+async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, ForwardError> {
     let mut tried = Vec::new();
-    let (before, own) = look(port, move || {
-        let all = listeners::on(port);
-        let own = listeners::owned(&all, root);
-        (all, own)
+    let (before, own, held) = look(port, move || {
+        let held = match mode {
+            Hold::No => HashMap::new(),
+            Hold::Yes => listeners::hold(&listeners::on(port, None), root),
+        };
+        let (all, own) = listeners::look(port, root);
+        (all.listeners, own, held)
     })
     .await?;
+    if held.keys().any(|inode| !own.contains(inode)) {
+        // The program has closed it meanwhile: nobody would accept.
+        return Ok(None);
+    }
     for address in choose(&before, &own, port)? {
         match TcpStream::connect(SocketAddr::new(address, port)).await {
             Ok(stream) => {
-                // One of them may have gone in between and another's come: nothing was sent yet.
-                if look(port, move || listeners::on(port)).await? != before {
-                    return Err(ForwardError::Changed { port });
+                let client = stream.local_addr().ok();
+                let whose = move || {
+                    let after = listeners::on(port, client);
+                    let own = listeners::owned(&after, root);
+                    listeners::is_own(&before, &after, &own, address)
+                };
+                let is_own = look(port, whose).await?;
+                drop(held);
+                if !is_own {
+                    return Ok(None);
                 }
                 // Without it the connection works as well.
                 stream.set_nodelay(true).ok();
-                return Ok(stream);
+                return Ok(Some(stream));
             }
             Err(error) => tried.push((address, error)),
         }
@@ -157,7 +208,7 @@ impl Drop for Resets {
         if let Some(writer) = self.0.take() {
             let stream: &TcpStream = writer.as_ref();
             // Without it the program sees an end in place of a reset.
-            rustix::net::sockopt::set_socket_linger(stream, Some(std::time::Duration::ZERO)).ok();
+            rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO)).ok();
             writer.forget();
         }
     }
@@ -227,8 +278,6 @@ async fn send(output: &Answers, message: Output) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[tokio::test]

@@ -8,6 +8,7 @@ use std::{
 use tokio::{io::Interest, net::UnixStream};
 
 use crate::launch::{
+    contain::spec::ContainSpec,
     fds,
     wire::{LaunchSpec, Reply, WireError},
 };
@@ -18,6 +19,13 @@ pub(crate) enum HandshakeError {
     /// The launcher could not start the program; in its words.
     #[error("{what}")]
     Refused {
+        /// 0: none.
+        errno: i32,
+        what: String,
+    },
+    /// The helper could not make its namespaces; its message.
+    #[error("{what}")]
+    NoNamespaces {
         /// 0: none.
         errno: i32,
         what: String,
@@ -35,7 +43,7 @@ pub(crate) enum HandshakeError {
 pub(crate) struct Launched {
     /// Where the launcher forked.
     pub(crate) pid: Option<u32>,
-    /// Where a terminal was asked for.
+    /// Where a terminal was asked for, or a mount's descriptor.
     pub(crate) master: Option<OwnedFd>,
 }
 
@@ -45,7 +53,25 @@ pub(crate) async fn launch(
     spec: &LaunchSpec,
     stdio: Vec<OwnedFd>,
 ) -> Result<Launched, HandshakeError> {
-    let message = spec.encode()?;
+    converse(socket, &spec.encode()?, stdio).await
+}
+
+/// Has the mounts made; returns once the runtime is executed.
+pub(crate) async fn contain(
+    socket: UnixStream,
+    spec: &ContainSpec,
+) -> Result<Launched, HandshakeError> {
+    let body = serde_json::to_vec(spec).map_err(io::Error::other)?;
+    let length = u32::try_from(body.len()).map_err(|_| WireError::TooLong(body.len()))?;
+    let message = [&length.to_be_bytes()[..], &body].concat();
+    converse(socket, &message, Vec::new()).await
+}
+
+async fn converse(
+    socket: UnixStream,
+    message: &[u8],
+    stdio: Vec<OwnedFd>,
+) -> Result<Launched, HandshakeError> {
     let mut sent = 0;
     while sent < message.len() {
         let borrowed: Vec<BorrowedFd<'_>> = stdio.iter().map(|fd| fd.as_fd()).collect();
@@ -85,12 +111,18 @@ async fn replies(socket: &UnixStream) -> Result<Launched, HandshakeError> {
             return Ok(launched);
         }
         pending.extend_from_slice(buffer.get(..count).unwrap_or_default());
+        // One comes with one reply. Whoever is at the other end must not fill our table of descriptors.
+        let surplus = descriptors.len().saturating_sub(1);
+        descriptors.drain(..surplus);
         while let Some(reply) = Reply::take(&mut pending)? {
             match reply {
                 Reply::Pid(pid) => launched.pid = Some(pid),
                 Reply::Master => launched.master = descriptors.pop(),
                 Reply::Failed { errno, what } => {
                     return Err(HandshakeError::Refused { errno, what });
+                }
+                Reply::NoNamespaces { errno, what } => {
+                    return Err(HandshakeError::NoNamespaces { errno, what });
                 }
             }
         }

@@ -2,25 +2,51 @@
 //! the look at `/proc` (blocking, but memory only).
 //!
 //! Containers share the node's network, where other users' programs and other pods listen too: only what a process of
-//! this job holds open counts.
+//! this job holds open counts, at both ends of the time that a connection takes: [`choose`] before it, [`is_own`] after.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
     path::Path,
+};
+
+use rustix::{
+    fs::fstat,
+    process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
 use super::proc;
 
-/// `st` of a listening socket.
+/// `st` of a listening socket, and of a connection both of whose ends are open.
 const LISTEN: &str = "0A";
+const ESTABLISHED: &str = "01";
+
+/// How often the listeners of one port may change while we look at them.
+const LOOKS: u32 = 20;
 
 /// A listening TCP socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Listener {
     pub(crate) address: SocketAddr,
     pub(crate) inode: u64,
+}
+
+/// The far end of a connection to a listener of this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FarEnd {
+    /// 0: no process has accepted it yet, or the one that did has closed it.
+    pub(crate) inode: u64,
+    pub(crate) established: bool,
+}
+
+/// The sockets of one port, as they were at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Table {
+    pub(crate) listeners: Vec<Listener>,
+    /// Of the connection that was asked for.
+    pub(crate) far_end: Option<FarEnd>,
 }
 
 /// Where a connection may go.
@@ -36,19 +62,90 @@ pub(crate) enum Choice {
     Nobody,
 }
 
-/// PURE: the listeners on `port` in the text of `/proc/net/tcp` or `tcp6`.
-pub(crate) fn parse(text: &str, port: u16) -> Vec<Listener> {
-    let lines = text.lines().skip(1);
-    lines
-        .filter_map(|line| {
-            let mut fields = line.split_ascii_whitespace().skip(1);
-            let local = fields.next()?;
-            let state = fields.nth(1)?;
-            let inode = fields.nth(5)?.parse().ok()?;
-            let address = address(local)?;
-            (state == LISTEN && address.port() == port).then_some(Listener { address, inode })
+/// PURE: of the text of `/proc/net/tcp` or `tcp6` the listeners on `port`, and the far end of the connection from
+/// `client` to `port`.
+pub(crate) fn parse(text: &str, port: u16, client: Option<SocketAddr>) -> Table {
+    let mut table = Table::default();
+    for line in text.lines().skip(1) {
+        let Some(socket) = Socket::parse(line) else {
+            continue;
+        };
+        if socket.local.port() != port {
+            continue;
+        }
+        if socket.state == LISTEN {
+            table.listeners.push(Listener {
+                address: socket.local,
+                inode: socket.inode,
+            });
+        } else if client.is_some_and(|client| same(client, socket.remote)) {
+            table.far_end = Some(FarEnd {
+                inode: socket.inode,
+                established: socket.state == ESTABLISHED,
+            });
+        }
+    }
+    table
+}
+
+/// One line.
+struct Socket<'a> {
+    local: SocketAddr,
+    remote: SocketAddr,
+    state: &'a str,
+    inode: u64,
+}
+
+impl<'a> Socket<'a> {
+    fn parse(line: &'a str) -> Option<Self> {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        Some(Self {
+            local: address(fields.next()?)?,
+            remote: address(fields.next()?)?,
+            state: fields.next()?,
+            inode: fields.nth(5)?.parse().ok()?,
         })
-        .collect()
+    }
+}
+
+/// A socket of IPv6 shows an IPv4 address as one of its own.
+fn same(one: SocketAddr, other: SocketAddr) -> bool {
+    one.port() == other.port() && one.ip().to_canonical() == other.ip().to_canonical()
+}
+
+/// PURE: does the connection that was made to `address` belong to the pod? `before` is what listened when it was dialled,
+/// with all at that address the pod's; `after` is what was found once it stood, and `own` the pod's sockets among these.
+/// Where this cannot be told the answer is no.
+///
+/// - If the same sockets listen as before, one of them has it.
+/// - If a process has accepted it, that one must be the pod's, whatever became of the listener.
+/// - If nobody has accepted it, it waits at a listener that still is there, and all of these must be the pod's.
+pub(crate) fn is_own(
+    before: &[Listener],
+    after: &Table,
+    own: &HashSet<u64>,
+    address: IpAddr,
+) -> bool {
+    if before == after.listeners {
+        return true;
+    }
+    match after.far_end {
+        Some(FarEnd { inode: 1.., .. }) => after
+            .far_end
+            .is_some_and(|far_end| own.contains(&far_end.inode)),
+        Some(FarEnd {
+            inode: 0,
+            established: true,
+        }) => match choose(&after.listeners, own) {
+            Choice::Own(addresses) => addresses.contains(&address),
+            Choice::Foreign | Choice::Elsewhere(_) | Choice::Nobody => false,
+        },
+        Some(FarEnd {
+            inode: 0,
+            established: false,
+        })
+        | None => false,
+    }
 }
 
 /// PURE: `0100007F:1F90`; the words of the address are in the machine's byte order.
@@ -124,19 +221,60 @@ pub(crate) fn choose(listeners: &[Listener], own: &HashSet<u64>) -> Choice {
     }
 }
 
-/// Who listens on `port` now.
-pub(crate) fn on(port: u16) -> Vec<Listener> {
+/// Who listens on `port` now, and who has the far end of the connection to it from `client`.
+pub(crate) fn on(port: u16, client: Option<SocketAddr>) -> Table {
     let read =
         |name: &str| fs::read_to_string(Path::new("/proc/net").join(name)).unwrap_or_default();
-    let mut all = parse(&read("tcp"), port);
-    all.extend(parse(&read("tcp6"), port));
+    let mut all = parse(&read("tcp"), port, client);
+    let six = parse(&read("tcp6"), port, client);
+    all.listeners.extend(six.listeners);
+    all.far_end = all.far_end.or(six.far_end);
     all
 }
 
-/// Which of these listeners a process below `root` holds open.
-pub(crate) fn owned(listeners: &[Listener], root: u32) -> HashSet<u64> {
-    let wanted: HashSet<u64> = listeners.iter().map(|one| one.inode).collect();
-    let mut found = HashSet::new();
+/// Which of these sockets a process below `root` holds open.
+pub(crate) fn owned(table: &Table, root: u32) -> HashSet<u64> {
+    holders(table, root).into_keys().collect()
+}
+
+/// Who listens on `port`, and which of these sockets a process below `root` holds open. One that is closed while we look
+/// for its owner would seem to be somebody else's, so the answer is of a time when nothing changed, if there is one.
+pub(crate) fn look(port: u16, root: u32) -> (Table, HashSet<u64>) {
+    let mut all = on(port, None);
+    for _ in 0..LOOKS {
+        let own = owned(&all, root);
+        let again = on(port, None);
+        if again == all {
+            return (all, own);
+        }
+        all = again;
+    }
+    let own = owned(&all, root);
+    (all, own)
+}
+
+/// Descriptors of our own of the listeners that processes below `root` hold open: as long as they are there a listener
+/// stays one, also if its process closes it. Fewer where the kernel (before Linux 5.6) or its configuration refuses.
+pub(crate) fn hold(table: &Table, root: u32) -> HashMap<u64, OwnedFd> {
+    let held = holders(table, root).into_iter();
+    held.filter_map(|(inode, (pid, number))| {
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+        let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        let socket = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).ok()?;
+        // The number may be another file's by now.
+        (fstat(&socket).ok()?.st_ino == inode).then_some((inode, socket))
+    })
+    .collect()
+}
+
+/// By inode the process, and its number for it.
+fn holders(table: &Table, root: u32) -> HashMap<u64, (u32, i32)> {
+    let listeners = table.listeners.iter().map(|one| one.inode);
+    let far_end = table.far_end.map(|far_end| far_end.inode);
+    let wanted: HashSet<u64> = listeners
+        .chain(far_end.filter(|inode| *inode != 0))
+        .collect();
+    let mut found = HashMap::new();
     if wanted.is_empty() {
         return found;
     }
@@ -145,14 +283,20 @@ pub(crate) fn owned(listeners: &[Listener], root: u32) -> HashSet<u64> {
         let entries = fs::read_dir(format!("/proc/{pid}/fd"))
             .into_iter()
             .flatten();
-        let links = entries
-            .flatten()
-            .filter_map(|fd| fs::read_link(fd.path()).ok());
-        found.extend(
-            links
-                .filter_map(|link| inode(link.to_str()?))
-                .filter(|inode| wanted.contains(inode)),
-        );
+        for entry in entries.flatten() {
+            let inode = fs::read_link(entry.path())
+                .ok()
+                .and_then(|link| inode(link.to_str()?));
+            let number = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
+            if let (Some(inode), Some(number)) = (inode, number)
+                && wanted.contains(&inode)
+            {
+                found.insert(inode, (pid, number));
+            }
+        }
         if found.len() == wanted.len() {
             break;
         }
@@ -192,14 +336,27 @@ mod tests {
     #[cfg(target_endian = "little")]
     #[test]
     fn the_kernels_table_is_read() {
-        assert_eq!(parse(TCP, 8080), [listener("127.0.0.1", 41)]);
+        let listeners = |text, port| parse(text, port, None).listeners;
+        assert_eq!(listeners(TCP, 8080), [listener("127.0.0.1", 41)]);
         assert_eq!(
-            parse(TCP6, 8080),
+            listeners(TCP6, 8080),
             [listener("::1", 51), listener("::ffff:127.0.0.1", 52)]
         );
-        assert_eq!(parse(TCP, 22).len(), 1);
-        assert_eq!(parse("", 22), []);
-        assert_eq!(parse("head\nrubbish\n 0: zz:1F90 x 0A\n", 8080), []);
+        assert_eq!(listeners(TCP, 22).len(), 1);
+        assert_eq!(listeners("", 22), []);
+        assert_eq!(listeners("head\nrubbish\n 0: zz:1F90 x 0A\n", 8080), []);
+        let client = |port| Some(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port));
+        let far_end = |inode, established| Some(FarEnd { inode, established });
+        assert_eq!(parse(TCP, 8080, client(0xD431)).far_end, far_end(42, true));
+        assert_eq!(parse(TCP, 8080, client(0xD432)).far_end, None);
+        let mapped = TCP6.replace(
+            "0000000000000000FFFF00000100007F:1F90 00000000000000000000000000000000:0000 0A",
+            "0000000000000000FFFF00000100007F:1F90 0000000000000000FFFF00000100007F:D431 05",
+        );
+        assert_eq!(
+            parse(&mapped, 8080, client(0xD431)).far_end,
+            far_end(52, false)
+        );
     }
 
     #[test]
@@ -236,15 +393,80 @@ mod tests {
         }
     }
 
+    /// Own sockets are 1 to 9.
+    #[test]
+    fn a_connection_whose_far_end_is_the_pods_is_right_whatever_became_of_the_listener() {
+        let own: HashSet<u64> = (1..10).collect();
+        let (ours, other) = (listener("127.0.0.1", 1), listener("127.0.0.1", 2));
+        let (foreign, wide) = (listener("127.0.0.1", 91), listener("0.0.0.0", 92));
+        let accepted = |inode| {
+            Some(FarEnd {
+                inode,
+                established: true,
+            })
+        };
+        let closed = Some(FarEnd {
+            inode: 0,
+            established: false,
+        });
+        let waiting = accepted(0);
+        let cases: [(&[Listener], Option<FarEnd>, bool); 16] = [
+            (&[ours], accepted(5), true),
+            (&[ours], waiting, true),
+            // A listener that stays has all that came meanwhile, also what is over by now.
+            (&[ours], closed, true),
+            (&[ours], None, true),
+            // It listened once.
+            (&[], accepted(5), true),
+            (&[other], accepted(5), true),
+            (&[foreign], accepted(5), true),
+            // Who has it is not the pod, wherever it came from.
+            (&[], accepted(95), false),
+            (&[other], accepted(95), false),
+            // Not accepted yet: it is at one of those that listen now.
+            (&[other], waiting, true),
+            (&[ours, wide], waiting, true),
+            (&[foreign], waiting, false),
+            (&[ours, foreign], waiting, false),
+            (&[], waiting, false),
+            // Over, and nobody knows whose it was.
+            (&[other], closed, false),
+            (&[], None, false),
+        ];
+        for (now, far_end, expected) in cases {
+            let after = Table {
+                listeners: now.to_vec(),
+                far_end,
+            };
+            let found = is_own(&[ours], &after, &own, Ipv4Addr::LOCALHOST.into());
+            assert_eq!(found, expected, "{after:?}");
+        }
+    }
+
+    #[test]
+    fn a_listener_that_is_held_listens_on() {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        let all = on(address.port(), None);
+        let held = hold(&all, std::os::unix::process::parent_id());
+        if held.is_empty() {
+            eprintln!("this kernel gives no descriptors of other processes");
+            return;
+        }
+        drop(socket);
+        assert_eq!(on(address.port(), None), all);
+        std::net::TcpStream::connect(address).unwrap();
+    }
+
     #[test]
     fn a_real_listener_has_its_owner() {
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let all = on(socket.local_addr().unwrap().port());
-        assert_eq!(all.len(), 1, "{all:?}");
+        let all = on(socket.local_addr().unwrap().port(), None);
+        assert_eq!(all.listeners.len(), 1, "{all:?}");
         // Not below us, but below our parent.
         assert_eq!(owned(&all, std::process::id()), HashSet::new());
         let parent = std::os::unix::process::parent_id();
-        assert_eq!(owned(&all, parent), HashSet::from([all[0].inode]));
+        assert_eq!(owned(&all, parent), HashSet::from([all.listeners[0].inode]));
         assert_eq!(inode("socket:[12]"), Some(12));
         assert_eq!(inode("pipe:[12]"), None);
     }

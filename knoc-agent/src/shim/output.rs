@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::{attach::hub::Hub, fdio::Stream};
 use crate::logs::{
     cri::{Cutter, stamp},
-    writer::{Limits, Losses, Writer},
+    writer::{Limits, Losses, Writer, forget_older},
 };
 
 /// How much may wait for the writer.
@@ -74,7 +74,12 @@ pub(crate) async fn pump(
     let mut idle = None;
     let (live, limits) = (log.live, log.limits);
     // A program that says nothing has a log too.
-    let opening = move || (Writer::open(&live, limits), Vec::new());
+    let opening = move || {
+        if let Err(error) = forget_older(&live) {
+            tracing::warn!(%error, "logs of older attempts stay");
+        }
+        (Writer::open(&live, limits), Vec::new())
+    };
     let mut writing: Option<Writing> = Some(tokio::task::spawn_blocking(opening));
     loop {
         if !pump.batch.is_empty()
@@ -331,6 +336,7 @@ mod tests {
             limits: Limits {
                 max_bytes: 1 << 20,
                 max_files: 2,
+                max_total: 2 << 20,
             },
             written: watch::Sender::new(0),
             lost: Box::new(move |losses| {

@@ -5,22 +5,28 @@ use std::{
     path::PathBuf,
 };
 
-use knoc_proto::{expand::RuntimeFields, pb};
+use knoc_proto::{expand::RuntimeFields, names, pb};
 use rustix::process::{Resource, getrlimit, setrlimit};
-use tokio_util::task::TaskTracker;
 
 use super::{
-    cgroup::JobCgroup, children::Children, environment::Facts, gpus, oom::OomCounter,
-    scratch::Scratch, volumes::Volumes,
+    cgroup::JobCgroup,
+    children::Children,
+    environment::Facts,
+    gpus,
+    mounts::Mounting,
+    oom::OomCounter,
+    scratch::{Fallback, Scratch},
+    volumes::Volumes,
 };
 use crate::{
     jobdir::{JobDir, claim::Claim, schema::Endpoint},
-    logs::writer::Limits,
+    logs::writer::{KEPT_ATTEMPTS, Limits},
     runtime::{self, Runtime},
 };
 
 const LOG_MAX_BYTES: u64 = 100 << 20;
 const LOG_MAX_FILES: u32 = 20;
+const LOG_MAX_POD_BYTES: u64 = 4 << 30;
 
 /// See the module.
 #[derive(Debug)]
@@ -40,8 +46,7 @@ pub(crate) struct Pod {
     pub(crate) volumes: Volumes,
     pub(crate) scratch: Scratch,
     pub(crate) children: Children,
-    /// Folders of ended attempts that are being removed.
-    pub(crate) removals: TaskTracker,
+    pub(crate) mounting: Mounting,
 }
 
 impl Pod {
@@ -51,6 +56,7 @@ impl Pod {
         claim: Claim,
         endpoint: Option<&Endpoint>,
     ) -> anyhow::Result<Self> {
+        raise_open_files();
         let job = jobdir.spec()?;
         let spec = job.spec.clone().unwrap_or_default();
         anyhow::ensure!(!spec.containers.is_empty(), "the job file has no container");
@@ -66,26 +72,28 @@ impl Pod {
                 image.cloned().unwrap_or_default()
             });
         let settings = job.settings.clone().unwrap_or_default();
-        let scratch = Scratch::create(&settings.scratch)?;
+        let fallback = if settings.memory_on_disk {
+            Fallback::Disk
+        } else {
+            Fallback::Error
+        };
+        let scratch = Scratch::create(&settings.scratch, fallback)?;
         let runtime = runtime::by_name(&job.runtime, job.runtime_path.as_ref())?;
         Ok(Self {
             images: images.collect(),
             agent: std::env::current_exe()?,
             facts: facts(&spec, endpoint, runtime.isolates()),
             runtime,
-            limits: Limits {
-                max_bytes: positive(settings.log_max_bytes).unwrap_or(LOG_MAX_BYTES),
-                max_files: u32::try_from(settings.log_max_files)
-                    .ok()
-                    .filter(|files| *files > 0)
-                    .unwrap_or(LOG_MAX_FILES),
-            },
+            limits: log_limits(
+                &settings,
+                spec.init_containers.len() + spec.containers.len(),
+            ),
             oom: OomCounter::find(),
             cgroup: JobCgroup::find(),
             volumes: Volumes::create(&spec.volumes, &scratch)?,
             scratch,
             children: Children::default(),
-            removals: TaskTracker::new(),
+            mounting: Mounting::of(&job),
             jobdir,
             claim,
             job,
@@ -130,6 +138,20 @@ impl Pod {
     }
 }
 
+/// PURE: of each attempt of each of so many containers.
+fn log_limits(settings: &pb::ShimSettings, containers: usize) -> Limits {
+    let pod = positive(settings.log_max_pod_bytes).unwrap_or(LOG_MAX_POD_BYTES);
+    let attempts = u64::try_from(containers * KEPT_ATTEMPTS).unwrap_or(u64::MAX);
+    Limits {
+        max_bytes: positive(settings.log_max_bytes).unwrap_or(LOG_MAX_BYTES),
+        max_files: u32::try_from(settings.log_max_files)
+            .ok()
+            .filter(|files| *files > 0)
+            .unwrap_or(LOG_MAX_FILES),
+        max_total: pod / attempts.max(1),
+    }
+}
+
 fn positive(value: i64) -> Option<u64> {
     u64::try_from(value).ok().filter(|value| *value > 0)
 }
@@ -144,21 +166,16 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
         host_ip,
     };
     let hostname = if spec.hostname.is_empty() {
-        spec.name
-            .chars()
-            .take(63)
-            .collect::<String>()
-            .trim_end_matches(['-', '.'])
-            .to_owned()
+        names::host_name(&spec.name).to_owned()
     } else {
         spec.hostname.clone()
     };
     Facts {
         hostname,
         fields,
-        open_files: raise_open_files(),
         devices: gpus::devices(|name| std::env::var(name).ok()),
         binds_libraries: isolated,
+        isolated,
     }
 }
 
@@ -195,14 +212,31 @@ pub(crate) fn node_name() -> String {
         .into_owned()
 }
 
-/// Raises the soft limit for many exec streams; answers what it was, for the programs.
-fn raise_open_files() -> u64 {
+/// Raises the soft limit for many exec streams. The containers' programs get one of their own ([`crate::launch`]).
+fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
-    let before = limit.current.unwrap_or_default();
     let raised = rustix::process::Rlimit {
         current: limit.maximum,
         ..limit
     };
     setrlimit(Resource::Nofile, raised).ok();
-    before
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kept_attempts_of_all_containers_share_what_a_pods_logs_may_take() {
+        let settings = pb::ShimSettings {
+            log_max_pod_bytes: 6 << 20,
+            ..Default::default()
+        };
+        let limits = log_limits(&settings, 3);
+        assert_eq!(limits.max_total, 1 << 20);
+        assert_eq!((limits.max_bytes, limits.max_files), (100 << 20, 20));
+        // What an agent of before wrote says nothing of it.
+        let limits = log_limits(&pb::ShimSettings::default(), 1);
+        assert_eq!(limits.max_total, 2 << 30);
+    }
 }

@@ -76,6 +76,12 @@ pub(crate) fn state(name: &str, phase: Phase, history: &History, light: &Light<'
             message: message.to_owned(),
         })
     };
+    // Kubernetes' word for every container that was never started, where there are init containers.
+    let creating = if light.pod.init_containers.is_empty() {
+        "ContainerCreating"
+    } else {
+        "PodInitializing"
+    };
     match phase {
         Phase::Running => State::Running(pb::Running {
             started_at: history.started_at.map(nanos).unwrap_or_default(),
@@ -101,8 +107,9 @@ pub(crate) fn state(name: &str, phase: Phase, history: &History, light: &Light<'
         Phase::Idle if !light.init && !light.initialized => waiting("PodInitializing", ""),
         Phase::Idle => match light.values_missing {
             Some(why) => waiting("CreateContainerConfigError", why),
-            None => waiting("ContainerCreating", ""),
+            None => waiting(creating, ""),
         },
+        Phase::Starting if history.attempt == 0 => waiting(creating, ""),
         Phase::Starting => waiting("ContainerCreating", ""),
     }
 }

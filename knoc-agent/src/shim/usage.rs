@@ -6,7 +6,7 @@
 //! falls while its attempt lasts.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap, HashSet},
     ops::{Add, Sub},
 };
 
@@ -116,28 +116,26 @@ pub(crate) fn members(all: &[Sample], program: Identity, isolated: bool) -> Vec<
                 sample.process.session == program.pid
             }
     };
-    let mut inside: BTreeMap<u32, bool> = all
-        .iter()
-        .map(|sample| (sample.process.pid, is_root(sample)))
-        .collect();
-    // Until nobody is added: a round a generation of nested namespaces at most, since each round goes over all.
-    loop {
-        let mut grown = false;
-        for sample in all {
-            let of_parent = inside.get(&sample.process.parent).copied().unwrap_or(false);
-            if let Some(own) = inside.get_mut(&sample.process.pid)
-                && !*own
-                && of_parent
-            {
-                *own = true;
-                grown = true;
+    let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
+    for sample in all {
+        let process = sample.process;
+        children
+            .entry(process.parent)
+            .or_default()
+            .push(process.pid);
+    }
+    let roots = all.iter().filter(|sample| is_root(sample));
+    let mut queue: Vec<u32> = roots.map(|sample| sample.process.pid).collect();
+    let mut inside: HashSet<u32> = queue.iter().copied().collect();
+    // Each process is looked at once, whatever tree a container makes of them.
+    while let Some(parent) = queue.pop() {
+        for child in children.remove(&parent).unwrap_or_default() {
+            if inside.insert(child) {
+                queue.push(child);
             }
         }
-        if !grown {
-            break;
-        }
     }
-    let is_member = |sample: &&Sample| inside.get(&sample.process.pid) == Some(&true);
+    let is_member = |sample: &&Sample| inside.contains(&sample.process.pid);
     all.iter().filter(is_member).copied().collect()
 }
 
@@ -197,10 +195,10 @@ impl Account {
                 (sample.process.pid, seen)
             })
             .collect();
-        let lost = self
-            .known
-            .iter()
-            .filter(|(pid, seen)| !lives(&now, **pid, seen) && !self.absorbed(&now, seen));
+        let mut known_parents = HashMap::new();
+        let lost = self.known.iter().filter(|(pid, seen)| {
+            !lives(&now, **pid, seen) && !self.absorbed(&now, seen, &mut known_parents)
+        });
         self.gone = self.gone + lost.map(|(_, seen)| seen.total).sum();
         self.known = now;
         let living: Counters = self.known.values().map(|seen| seen.total).sum();
@@ -226,20 +224,33 @@ impl Account {
         self.shown
     }
 
-    /// Did a process that lives wait for one that was there, by its parent or through parents that ended too?
-    fn absorbed(&self, now: &BTreeMap<u32, Seen>, gone: &Seen) -> bool {
+    /// Did a process that lives wait for one that was there, by its parent or through parents that ended too? `told` has
+    /// the answers so far by parent, so that a long chain that ends at once is walked once.
+    fn absorbed(
+        &self,
+        now: &BTreeMap<u32, Seen>,
+        gone: &Seen,
+        told: &mut HashMap<u32, bool>,
+    ) -> bool {
         let mut parent = gone.parent;
-        // A chain is never longer than all there were.
-        for _ in 0..=self.known.len() {
+        let mut passed = Vec::new();
+        let answer = loop {
+            if let Some(answer) = told.get(&parent) {
+                break *answer;
+            }
             let Some(seen) = self.known.get(&parent) else {
-                return false;
+                break false;
             };
             if lives(now, parent, seen) {
-                return true;
+                break true;
             }
+            // Should the parents be a circle, whatever the reason, nobody waited.
+            told.insert(parent, false);
+            passed.push(parent);
             parent = seen.parent;
-        }
-        false
+        };
+        told.extend(passed.into_iter().map(|parent| (parent, answer)));
+        answer
     }
 }
 

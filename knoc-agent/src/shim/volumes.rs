@@ -9,13 +9,20 @@ use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
-use knoc_proto::pb::{self, volume::Source};
+use knoc_proto::{
+    paths::{self, PathError},
+    pb::{self, volume::Source},
+};
 
-use super::{beneath, scratch::Scratch};
-use crate::{jobdir::atomic::FileError, runtime::Bind};
+use super::scratch::{NoMemory, Scratch, ScratchError};
+use crate::{
+    jobdir::atomic::FileError,
+    launch::contain::spec::{self, Point},
+    tree,
+};
 
 /// The link to the folder of the current revision.
 const DATA: &str = "..data";
@@ -30,12 +37,50 @@ pub(crate) enum VolumeError {
         #[source]
         source: FileError,
     },
+    /// The node has no memory for it.
+    #[error("volume {volume:?}")]
+    NoMemory {
+        volume: String,
+        #[source]
+        source: NoMemory,
+    },
     /// The shape names none.
     #[error("no volume is called {0:?}")]
     Unknown(String),
-    /// A path that leaves its volume.
-    #[error("the path {path:?} leaves volume {volume:?}")]
-    Path { volume: String, path: String },
+    /// A path that cannot be one.
+    #[error("volume {volume:?}: the path {path:?}")]
+    Malformed {
+        volume: String,
+        path: String,
+        #[source]
+        source: PathError,
+    },
+}
+
+impl VolumeError {
+    fn malformed(volume: &str, path: &str) -> impl FnOnce(PathError) -> Self {
+        let (volume, path) = (volume.to_owned(), path.to_owned());
+        move |source| Self::Malformed {
+            volume,
+            path,
+            source,
+        }
+    }
+}
+
+/// What a container sees of a volume or a file of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mounted {
+    /// For messages.
+    pub(crate) what: String,
+    pub(crate) source: spec::Source,
+    /// In the container.
+    pub(crate) target: PathBuf,
+    pub(crate) read_only: bool,
+    /// A container can change what its path leads to: a check of the name says nothing.
+    pub(crate) needs_descriptor: bool,
+    /// Set by [`super::places`].
+    pub(crate) point: Option<Point>,
 }
 
 /// The volumes of one pod.
@@ -64,16 +109,23 @@ impl Volumes {
                 volume: volume.name.clone(),
                 source,
             };
+            let kept = |error| match error {
+                ScratchError::File(source) => failed(source),
+                ScratchError::NoMemory(source) => VolumeError::NoMemory {
+                    volume: volume.name.clone(),
+                    source,
+                },
+            };
             let (path, files, foreign) = match &volume.source {
                 Some(Source::EmptyDir(empty)) => {
                     let made = if empty.memory {
                         scratch.memory(&folder)
                     } else {
-                        scratch.disk(&folder)
+                        scratch.disk(&folder).map_err(ScratchError::from)
                     };
-                    (made.map_err(failed)?, false, false)
+                    (made.map_err(kept)?, false, false)
                 }
-                Some(Source::Files(_)) => (scratch.memory(&folder).map_err(failed)?, true, false),
+                Some(Source::Files(_)) => (scratch.secrets(&folder).map_err(kept)?, true, false),
                 Some(Source::HostPath(host)) => (PathBuf::from(&host.path), false, true),
                 None => return Err(VolumeError::Unknown(volume.name.clone())),
             };
@@ -98,14 +150,17 @@ impl Volumes {
         for root in self.roots.iter().filter(|root| root.files) {
             let files = values.files.iter().find(|files| files.volume == root.name);
             let files = files.map_or(&[][..], |files| &files.files);
-            for file in files {
-                if !is_inside(Path::new(&file.path)) {
-                    let (volume, path) = (root.name.clone(), file.path.clone());
-                    return Err(VolumeError::Path { volume, path });
-                }
-            }
+            let clean = |file: &pb::VolumeFile| -> Result<pb::VolumeFile, VolumeError> {
+                let path = paths::of_file(&file.path)
+                    .map_err(VolumeError::malformed(&root.name, &file.path))?;
+                Ok(pb::VolumeFile {
+                    path,
+                    ..file.clone()
+                })
+            };
+            let files: Vec<_> = files.iter().map(clean).collect::<Result<_, _>>()?;
             let revision = format!("..{}", values.revision);
-            replace(&root.path, &revision, files).map_err(|source| VolumeError::File {
+            replace(&root.path, &revision, &files).map_err(|source| VolumeError::File {
                 volume: root.name.clone(),
                 source,
             })?;
@@ -113,76 +168,53 @@ impl Volumes {
         Ok(())
     }
 
-    /// What a container's mounts bind.
-    pub(crate) fn binds(&self, mounts: &[pb::Mount]) -> Result<Vec<Bind>, VolumeError> {
-        mounts.iter().map(|mount| self.bind(mount)).collect()
+    /// What a container's mounts are of. Nothing is resolved yet: that is for whoever mounts it.
+    pub(crate) fn mounts(&self, mounts: &[pb::Mount]) -> Result<Vec<Mounted>, VolumeError> {
+        mounts.iter().map(|mount| self.mount(mount)).collect()
     }
 
-    fn bind(&self, mount: &pb::Mount) -> Result<Bind, VolumeError> {
+    fn mount(&self, mount: &pb::Mount) -> Result<Mounted, VolumeError> {
         let root = self.roots.iter().find(|root| root.name == mount.volume);
         let root = root.ok_or_else(|| VolumeError::Unknown(mount.volume.clone()))?;
-        let bind = |source| Bind {
+        let target = paths::in_container(&mount.path)
+            .map_err(VolumeError::malformed(&root.name, &mount.path))?;
+        let sub_path = if mount.sub_path.is_empty() {
+            ".".to_owned()
+        } else {
+            paths::in_volume(&mount.sub_path)
+                .map_err(VolumeError::malformed(&root.name, &mount.sub_path))?
+        };
+        let whole = sub_path == ".";
+        let (path, what) = if whole {
+            (PathBuf::new(), format!("volume {:?}", root.name))
+        } else {
+            let what = format!("volume {:?}, path {sub_path:?}", root.name);
+            (PathBuf::from(sub_path), what)
+        };
+        let source = if root.foreign && whole {
+            spec::Source::Own(root.path.clone())
+        } else {
+            spec::Source::Inside {
+                root: root.path.clone(),
+                path,
+                make: !root.files && !root.foreign,
+            }
+        };
+        Ok(Mounted {
+            what,
             source,
-            target: PathBuf::from(&mount.path),
+            target: PathBuf::from(&target),
             read_only: mount.read_only || root.files,
-        };
-        if mount.sub_path.is_empty() {
-            return Ok(bind(root.path.clone()));
-        }
-        let leaves = || VolumeError::Path {
-            volume: root.name.clone(),
-            path: mount.sub_path.clone(),
-        };
-        if !is_inside(Path::new(&mount.sub_path)) {
-            return Err(leaves());
-        }
-        let failed = |source: FileError| VolumeError::File {
-            volume: root.name.clone(),
-            source,
-        };
-        let resolve = |path: &Path| {
-            fs::canonicalize(path)
-                .map_err(FileError::on("resolve", path))
-                .map_err(failed)
-        };
-        // Links made by an earlier container must not lead out of the volume: each component is resolved before the
-        // next is looked at, and before anything is made below it.
-        let top = resolve(&root.path)?;
-        let makes = !root.files && !root.foreign;
-        let mut source = top.clone();
-        for component in Path::new(&mount.sub_path).components() {
-            let next = source.join(component);
-            let missing = fs::symlink_metadata(&next)
-                .is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
-            if missing && makes {
-                beneath::make_folder(&next)
-                    .map_err(FileError::on("create", &next))
-                    .map_err(failed)?;
-                source = next;
-                continue;
-            }
-            source = resolve(&next)?;
-            if !source.starts_with(&top) {
-                return Err(leaves());
-            }
-        }
-        Ok(bind(source))
+            needs_descriptor: !whole && !root.files,
+            point: None,
+        })
     }
-}
-
-fn is_inside(path: &Path) -> bool {
-    // Names that begin with two dots are the writer's own.
-    !path.as_os_str().is_empty()
-        && !path.as_os_str().as_encoded_bytes().starts_with(b"..")
-        && path
-            .components()
-            .all(|component| matches!(component, Component::Normal(_)))
 }
 
 fn replace(folder: &Path, revision: &str, files: &[pb::VolumeFile]) -> Result<(), FileError> {
     let new = folder.join(revision);
     // An earlier try may have left a part of it.
-    fs::remove_dir_all(&new).ok();
+    tree::remove(&new).map_err(FileError::on("remove", &new))?;
     make(&new)?;
     for file in files {
         let path = new.join(&file.path);
@@ -204,10 +236,16 @@ fn replace(folder: &Path, revision: &str, files: &[pb::VolumeFile]) -> Result<()
         }
     }
     remove_stale(folder, &names)?;
-    if let Some(old) = old.filter(|old| old != Path::new(revision)) {
-        fs::remove_dir_all(folder.join(old)).ok();
+    if let Some(old) = old.filter(|old| is_revision(old) && old != Path::new(revision)) {
+        tree::remove(&folder.join(old)).ok();
     }
     Ok(())
+}
+
+/// PURE: is it the name of a folder that [`replace`] makes, and not a path to somewhere else?
+fn is_revision(link: &Path) -> bool {
+    let name = link.to_str().unwrap_or_default();
+    name.len() > 2 && name.starts_with("..") && !name.contains('/')
 }
 
 fn remove_stale(folder: &Path, names: &BTreeSet<&str>) -> Result<(), FileError> {
@@ -219,7 +257,9 @@ fn remove_stale(folder: &Path, names: &BTreeSet<&str>) -> Result<(), FileError> 
         let keep = name
             .to_str()
             .is_some_and(|name| name.starts_with("..") || names.contains(name));
-        if !keep {
+        // All names that we made are links: another file is the mount point of what a container mounts below.
+        let ours = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+        if ours && !keep {
             fs::remove_file(entry.path()).ok();
         }
     }
@@ -247,7 +287,8 @@ fn write(path: &Path, data: &[u8], mode: u32) -> Result<(), FileError> {
 
 /// Makes `name` in `folder` a link to `target`, in one step.
 fn relink(folder: &Path, target: &str, name: &str) -> Result<(), FileError> {
-    let temporary = folder.join(format!("..tmp-{}", name.trim_start_matches('.')));
+    // One writer makes one link after the other. A name made of `name` could be longer than a file's may be.
+    let temporary = folder.join("..tmp");
     fs::remove_file(&temporary).ok();
     symlink(target, &temporary).map_err(FileError::on("link", &temporary))?;
     let name = folder.join(name);
@@ -256,7 +297,9 @@ fn relink(folder: &Path, target: &str, name: &str) -> Result<(), FileError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::fs::File;
+
+    use super::{super::scratch::Fallback, *};
 
     fn file(path: &str, data: &'static str, mode: u32) -> pb::VolumeFile {
         pb::VolumeFile {
@@ -290,7 +333,7 @@ mod tests {
 
     fn volumes() -> (tempfile::TempDir, Scratch, Volumes) {
         let base = tempfile::tempdir().unwrap();
-        let scratch = Scratch::create(base.path().to_str().unwrap()).unwrap();
+        let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Error).unwrap();
         let volume = |name: &str, source| pb::Volume {
             name: name.to_owned(),
             source: Some(source),
@@ -303,26 +346,31 @@ mod tests {
         (base, scratch, volumes)
     }
 
+    /// What such a mount leads to.
+    fn opened(volumes: &Volumes, volume: &str, path: &str) -> Result<PathBuf, String> {
+        let mounts = volumes.mounts(&[mount(volume, path)]);
+        let mounted = mounts.map_err(|error| error.to_string())?.remove(0);
+        let found = mounted.source.open();
+        Ok(found.map_err(|error| error.to_string())?.path)
+    }
+
     #[test]
     fn files_are_replaced_at_once_and_modes_are_kept() {
         let (_base, _scratch, volumes) = volumes();
-        let bind = volumes.binds(&[mount("cm", "")]).unwrap().remove(0);
-        assert!(bind.read_only);
+        let bind = opened(&volumes, "cm", "").unwrap();
+        assert!(volumes.mounts(&[mount("cm", "")]).unwrap()[0].read_only);
         let first = vec![
             file("a", "1", 0o640),
             file("dir/b", "2", 0o400),
             file("gone", "", 0o644),
         ];
         volumes.write(&values(1, first)).unwrap();
-        let read = |name: &str| fs::read_to_string(bind.source.join(name));
+        let read = |name: &str| fs::read_to_string(bind.join(name));
         assert_eq!(read("dir/b").unwrap(), "2");
-        let mode = fs::metadata(bind.source.join("a"))
-            .unwrap()
-            .permissions()
-            .mode();
+        let mode = fs::metadata(bind.join("a")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o640);
         assert_eq!(
-            fs::read_link(bind.source.join("a")).unwrap(),
+            fs::read_link(bind.join("a")).unwrap(),
             Path::new("..data/a")
         );
         volumes
@@ -330,14 +378,64 @@ mod tests {
             .unwrap();
         assert_eq!(read("a").unwrap(), "new");
         assert!(read("gone").is_err() && read("dir/b").is_err());
-        let left: BTreeSet<_> = fs::read_dir(&bind.source)
+        File::create(bind.join("mount-point")).unwrap();
+        volumes
+            .write(&values(2, vec![file("a", "new", 0o644)]))
+            .unwrap();
+        let left: BTreeSet<_> = fs::read_dir(&bind)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         assert_eq!(
             left,
-            BTreeSet::from(["..2", "..data", "a"].map(str::to_owned))
+            BTreeSet::from(["..2", "..data", "a", "mount-point"].map(str::to_owned))
         );
+    }
+
+    #[test]
+    fn the_longest_key_is_a_file() {
+        let (_base, _scratch, volumes) = volumes();
+        let (key, name) = ("k".repeat(253), "n".repeat(255));
+        for revision in [1, 2] {
+            let files = vec![file(&key, "1", 0o644), file(&name, "2", 0o644)];
+            volumes.write(&values(revision, files)).unwrap();
+        }
+        let folder = opened(&volumes, "cm", "").unwrap();
+        assert_eq!(fs::read_to_string(folder.join(key)).unwrap(), "1");
+        assert_eq!(fs::read_to_string(folder.join(name)).unwrap(), "2");
+    }
+
+    #[test]
+    fn untidy_paths_lead_to_the_same_files_as_clean_ones() {
+        let (_base, _scratch, volumes) = volumes();
+        let source = |volume: &str, path: &str| opened(&volumes, volume, path).unwrap();
+        let whole = source("empty", "");
+        for (untidy, clean) in [
+            ("./x", "x"),
+            ("logs/", "logs"),
+            ("a//b", "a/b"),
+            ("./a/./b/", "a/b"),
+            ("./", ""),
+            ("..foo", "..foo"),
+            ("a..b", "a..b"),
+        ] {
+            assert_eq!(source("empty", untidy), whole.join(clean), "{untidy}");
+        }
+        let written = vec![
+            file("./conf//a", "1", 0o644),
+            file("b/", "2", 0o644),
+            file("c/..d", "3", 0o644),
+        ];
+        volumes.write(&values(1, written)).unwrap();
+        for (path, text) in [
+            ("conf/a", "1"),
+            ("./conf/a", "1"),
+            ("b", "2"),
+            ("c//..d", "3"),
+            ("..data/b", "2"),
+        ] {
+            assert_eq!(fs::read_to_string(source("cm", path)).unwrap(), text);
+        }
     }
 
     #[test]
@@ -345,11 +443,7 @@ mod tests {
         let (base, _scratch, volumes) = volumes();
         let home = base.path().join("home");
         fs::create_dir(&home).unwrap();
-        let root = volumes
-            .binds(&[mount("empty", "")])
-            .unwrap()
-            .remove(0)
-            .source;
+        let root = opened(&volumes, "empty", "").unwrap();
         symlink(&home, root.join("out")).unwrap();
         symlink(home.join("new"), root.join("dangling")).unwrap();
         fs::create_dir(root.join("real")).unwrap();
@@ -362,30 +456,34 @@ mod tests {
             "dangling/x",
             "within/../../x",
         ] {
-            assert!(volumes.binds(&[mount("empty", path)]).is_err(), "{path}");
+            assert!(opened(&volumes, "empty", path).is_err(), "{path}");
         }
         assert_eq!(fs::read_dir(&home).unwrap().count(), 0);
-        let bind = volumes.binds(&[mount("empty", "within/x/y")]).unwrap();
-        assert!(bind[0].source.ends_with("real/x/y") && bind[0].source.is_dir());
+        let bind = opened(&volumes, "empty", "within/x/y").unwrap();
+        assert!(bind.ends_with("real/x/y") && bind.is_dir());
     }
 
     #[test]
     fn paths_stay_in_their_volume() {
         let (_base, _scratch, volumes) = volumes();
-        for bad in ["../x", "/x", "a/../../x", ""] {
+        for bad in ["../x", "/x", "a/../../x", "", "./", "..data/x", "./..1"] {
             let written = volumes.write(&values(1, vec![file(bad, "", 0o644)]));
-            assert!(matches!(written, Err(VolumeError::Path { .. })), "{bad}");
+            assert!(
+                matches!(written, Err(VolumeError::Malformed { .. })),
+                "{bad}"
+            );
         }
-        let bind = volumes.binds(&[mount("empty", "a/b")]).unwrap().remove(0);
-        assert!(bind.source.is_dir() && !bind.read_only);
-        symlink("/", bind.source.join("root")).unwrap();
-        assert!(volumes.binds(&[mount("empty", "a/b/root/etc")]).is_err());
-        assert!(volumes.binds(&[mount("empty", "../cm")]).is_err());
-        assert!(volumes.binds(&[mount("none", "")]).is_err());
+        let bind = opened(&volumes, "empty", "a/b").unwrap();
+        assert!(bind.is_dir());
+        assert!(!volumes.mounts(&[mount("empty", "a/b")]).unwrap()[0].read_only);
+        symlink("/", bind.join("root")).unwrap();
+        assert!(opened(&volumes, "empty", "a/b/root/etc").is_err());
+        assert!(opened(&volumes, "empty", "../cm").is_err());
+        assert!(opened(&volumes, "none", "").is_err());
         volumes
             .write(&values(1, vec![file("a", "1", 0o644)]))
             .unwrap();
-        let bind = volumes.binds(&[mount("cm", "a")]).unwrap().remove(0);
-        assert_eq!(fs::read_to_string(bind.source).unwrap(), "1");
+        let bind = opened(&volumes, "cm", "a").unwrap();
+        assert_eq!(fs::read_to_string(bind).unwrap(), "1");
     }
 }

@@ -36,6 +36,8 @@ pub(crate) struct Job {
     pub(crate) values: pb::PodValues,
     child: Option<Child>,
     pub(crate) env: Vec<(String, String)>,
+    /// What the shell does that becomes the shim.
+    pub(crate) under: &'static str,
 }
 
 pub(crate) fn var(name: &str) -> Option<String> {
@@ -105,6 +107,7 @@ impl Job {
             values,
             child: None,
             env: Vec::new(),
+            under: ":",
         }
     }
 
@@ -144,6 +147,7 @@ impl Job {
                     env: vec![format!("PATH={}", var("PATH").unwrap_or_default())],
                     ..Default::default()
                 }),
+                file: None,
             })
             .collect();
         self.dir.write_spec(&self.file).unwrap();
@@ -162,8 +166,10 @@ impl Job {
             .append(true)
             .open(self.dir.batch_out())
             .unwrap();
-        let mut command = Command::new(agent);
+        let mut command = Command::new("/bin/sh");
         command
+            .args(["-c", &format!("{} && exec \"$@\"", self.under), "sh"])
+            .arg(agent)
             .arg("shim")
             .arg(self.dir.path())
             .env_remove("SLURM_JOB_ID")

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
-    agent::{Agent, Link},
+    agent::{Agent, Link, renew::LinkCertificate},
     metrics::{Gauges, Metrics, process},
     pods::{Pulse, Store},
     server::{Backend, ByteStream, ExecStream, PodView, PortForwardStream},
@@ -29,6 +29,8 @@ pub(super) struct KubeletBackend {
     pub(super) pulse: Pulse,
     /// What the site has, as last heard.
     pub(super) capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
+    /// Ours on the link.
+    pub(super) certificate: watch::Receiver<LinkCertificate>,
     pub(super) metrics: Metrics,
     pub(super) stats: Stats,
     /// As `/configz` shows it.
@@ -145,12 +147,20 @@ impl Backend for KubeletBackend {
             Link::Down { since, .. } => (None, *since),
         };
         let capacity = self.capacity.borrow().clone();
+        let now = Timestamp::now();
+        let ours = self.certificate.borrow().validity;
+        let ours = ours.map(|validity| validity.until.as_second());
+        let agents = capacity.as_ref().map(|node| node.certificate_until);
+        let agents = agents.filter(|until| *until != 0);
+        let sides = [("agent", agents), ("kubelet", ours)];
+        let left = |(side, until): (_, Option<i64>)| Some((side, until? - now.as_second()));
         let scheduler = capacity.and_then(|node| node.scheduler.clone());
         Gauges {
             phases,
             agent,
             link_changed: since.as_second(),
             scheduler: scheduler.map(|one| (one.reachable, age(one.last_round, Timestamp::now()))),
+            certificates: sides.into_iter().filter_map(left).collect(),
             streams: 0,
             process: process::own(),
         }

@@ -15,7 +15,10 @@ use kube::{
 
 use super::App;
 use crate::{
-    agent::Agent,
+    agent::{
+        Agent,
+        renew::{self, Dialer},
+    },
     certs::{Keep, Pairs},
     config::{AgentConfig, Config, IdentityConfig, KeysConfig, ServingConfig},
     pods::Store,
@@ -94,17 +97,18 @@ impl App {
             IdentityConfig::ServiceAccount => None,
         };
         let cluster_id = cluster_id(&account, &server).await?;
-        let agent = connect(&config.agent, &cluster_id)?;
+        let dialer = dialer(&config.agent)?;
+        let link = |source| BuildError::Link { source };
+        let channels = dialer.dial().map_err(link)?;
+        let agent = Agent::new(channels.control, channels.bulk, &cluster_id);
+        let agent = agent.of_node(&config.node.name);
         let host = nix::unistd::gethostname()
             .ok()
             .and_then(|name| name.into_string().ok());
         let identity = config.kubernetes.identity.clone().or(host);
-        Ok(Self {
-            namespace: config
-                .kubernetes
-                .namespace
-                .clone()
-                .unwrap_or(default_namespace),
+        let namespace = config.kubernetes.namespace.clone();
+        let app = Self {
+            namespace: namespace.unwrap_or(default_namespace),
             identity: identity.unwrap_or_else(|| "knoc-kubelet".to_owned()),
             internal_ip: internal_ip.to_string(),
             store: Store::default(),
@@ -112,8 +116,14 @@ impl App {
             account,
             bootstrap,
             agent,
+            dialer,
             config,
-        })
+        };
+        if let Some(credentials) = &app.dialer.credentials {
+            renew::restore(credentials, &app.keep()).await;
+            warn_of_leadership(credentials, &app.config.node.name);
+        }
+        Ok(app)
     }
 
     /// Where our own keys lie.
@@ -162,7 +172,7 @@ async fn cluster_id(client: &Client, server: &str) -> Result<String, BuildError>
     }
 }
 
-fn connect(config: &AgentConfig, cluster_id: &str) -> Result<Agent, BuildError> {
+fn dialer(config: &AgentConfig) -> Result<Dialer, BuildError> {
     let carrier: Carrier = config
         .address
         .parse()
@@ -181,11 +191,21 @@ fn connect(config: &AgentConfig, cluster_id: &str) -> Result<Agent, BuildError> 
         Some(site) => ExpectPeer::Exactly(link::Identity::Agent { site: site.clone() }),
         None => ExpectPeer::AnyAgent,
     };
-    let dial = || {
-        link::dial(carrier.clone(), credentials.clone(), expect.clone())
-            .map_err(|source| BuildError::Link { source })
-    };
-    Ok(Agent::new(dial()?, dial()?, cluster_id))
+    Ok(Dialer {
+        carrier,
+        credentials,
+        expect,
+    })
+}
+
+/// An agent lets a kubelet lead the node of its own name, and others only by its site file.
+fn warn_of_leadership(credentials: &Credentials, node: &str) {
+    if let Ok(identity) = credentials.info().identity
+        && identity.name() != node
+    {
+        tracing::warn!(%identity, node, "the link's certificate has another name than the node: the agent refuses changes \
+            unless [policy.nodes] of its site file has the line \"{node}\" = \"kubelet/{}\"", identity.name());
+    }
 }
 
 /// Our address on the way to the API server: nothing is sent.

@@ -1,7 +1,7 @@
 //! Where keys and certificates lie: one Secret, or a folder with modes 0600. One entry a certificate, so that key and
 //! certificate are replaced together.
 //!
-//! `serving.pem` and `client.pem` hold certificate chain and key; `serving-next.pem` and `client-next.pem` the key of a request
+//! `serving.pem`, `client.pem` and `link.pem` (the link to the agent) hold certificate chain and key; `serving-next.pem` and `client-next.pem` the key of a request
 //! under way.
 
 use std::{
@@ -22,6 +22,8 @@ use tokio::io::AsyncWriteExt as _;
 use super::Purpose;
 
 const DEADLINE: Duration = Duration::from_secs(10);
+/// The entry of the link's renewed pair.
+const LINK: &str = "link.pem";
 const KEY: &str = "-----BEGIN PRIVATE KEY-----";
 
 /// Why nothing could be read or written.
@@ -115,9 +117,21 @@ impl Keep {
 
     /// Keeps a pair; its request, if any, is over.
     pub async fn put_pair(&self, purpose: Purpose, pair: &CertifiedKey) -> Result<(), KeepError> {
-        let text = format!("{}\n{}", pair.cert_pem.trim_end(), pair.key_pem);
-        let changes = [(current(purpose), Some(text)), (next(purpose), None)];
+        let changes = [
+            (current(purpose), Some(joined(pair))),
+            (next(purpose), None),
+        ];
         self.write(&changes).await
+    }
+
+    /// The renewed pair of the link to the agent, where one is kept.
+    pub async fn link_pair(&self) -> Result<Option<CertifiedKey>, KeepError> {
+        Ok(self.read(LINK).await?.and_then(|text| split(&text)))
+    }
+
+    /// Keeps a renewed pair of the link.
+    pub async fn put_link_pair(&self, pair: &CertifiedKey) -> Result<(), KeepError> {
+        self.write(&[(LINK.to_owned(), Some(joined(pair)))]).await
     }
 
     async fn read(&self, entry: &str) -> Result<Option<String>, KeepError> {
@@ -169,6 +183,10 @@ fn current(purpose: Purpose) -> String {
 
 fn next(purpose: Purpose) -> String {
     format!("{}-next.pem", purpose.name())
+}
+
+fn joined(pair: &CertifiedKey) -> String {
+    format!("{}\n{}", pair.cert_pem.trim_end(), pair.key_pem)
 }
 
 /// Certificates first, then the key.

@@ -160,3 +160,37 @@ fn sources_that_contradict_each_other_are_named() {
         assert_eq!(error.lines().count(), 1, "{error}");
     }
 }
+
+#[test]
+fn names_that_the_api_server_would_refuse_are_named() {
+    let long = "n".repeat(63);
+    let longer = "n".repeat(64);
+    for good in ["n", "1.2-3", &long] {
+        let config = load(GOOD, &[("KNOC_NODE_NAME", good)]).unwrap();
+        assert_eq!(config.node.name, good);
+    }
+    for bad in ["N", "a_b", "a.", "a..b", "-a", "a/b", &longer] {
+        let error = load(GOOD, &[("KNOC_NODE_NAME", bad)]).unwrap_err();
+        assert!(
+            error.contains(&format!("node.name: `{bad}` is not a node's name")),
+            "{error}"
+        );
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+    for (labels, expected) in [
+        (
+            "a b=c",
+            "node.labels: the key `a b`: the name must consist of",
+        ),
+        (
+            "a=b c",
+            "node.labels: the value `b c` of a: a valid label must be",
+        ),
+        ("e/=c", "node.labels: the key `e/`: must not be empty"),
+    ] {
+        let error = load(GOOD, &[("KNOC_NODE_LABELS", labels)]).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+    let labels = [("KNOC_NODE_LABELS", "example.com/a=,b=C.d_e")];
+    assert_eq!(load(GOOD, &labels).unwrap().node.labels.len(), 2);
+}

@@ -5,12 +5,14 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
 use knoc_proto::{
-    link::Carrier,
+    link::{
+        Carrier,
+        socket::{Places, SiteFile},
+    },
     settings::{Document, Mistakes},
 };
 use serde::Deserialize;
@@ -134,14 +136,12 @@ pub struct Surroundings {
     pub home: Option<PathBuf>,
     /// `$XDG_CONFIG_HOME`
     pub config_home: Option<PathBuf>,
-    /// `$XDG_RUNTIME_DIR`
-    pub runtime_dir: Option<PathBuf>,
-    /// Our user.
-    pub uid: u32,
+    /// Where the agent of this user has its socket.
+    pub places: Places,
 }
 
 impl Surroundings {
-    /// Those of this process.
+    /// Those of this process. The agent's site file says where its state directory and its socket are, if it is here.
     #[must_use]
     pub fn here() -> Self {
         let path = |name| {
@@ -149,11 +149,15 @@ impl Surroundings {
                 .filter(|v| !v.is_empty())
                 .map(PathBuf::from)
         };
+        let home = path("HOME");
+        let in_home = home.clone().unwrap_or_default();
+        let usual = || in_home.join(".config/knoc/agent.toml");
+        let site_file = path("KNOC_AGENT_CONFIG").unwrap_or_else(usual);
+        let places = SiteFile::load(&site_file).places(&in_home, path("XDG_RUNTIME_DIR"));
         Self {
-            home: path("HOME"),
+            home,
             config_home: path("XDG_CONFIG_HOME"),
-            runtime_dir: path("XDG_RUNTIME_DIR"),
-            uid: rustix::process::geteuid().as_raw(),
+            places,
         }
     }
 
@@ -162,26 +166,6 @@ impl Surroundings {
     pub fn config_file(&self) -> Option<PathBuf> {
         let home = self.home.as_ref().map(|home| home.join(".config"));
         Some(self.config_home.clone().or(home)?.join("knoc/knocctl.toml"))
-    }
-
-    /// Where the agent's socket may be.
-    #[must_use]
-    pub fn sockets(&self) -> Vec<PathBuf> {
-        let run = self
-            .runtime_dir
-            .as_ref()
-            .map(|folder| folder.join("knoc/agent.sock"));
-        let tmp = PathBuf::from(format!("/tmp/knoc-{}/agent.sock", self.uid));
-        run.into_iter().chain([tmp]).collect()
-    }
-
-    /// The first of them that is there and ours: the agent's host, and its user.
-    fn own_socket(&self) -> Option<PathBuf> {
-        let ours = |path: &PathBuf| {
-            fs::metadata(path)
-                .is_ok_and(|found| found.file_type().is_socket() && found.uid() == self.uid)
-        };
-        self.sockets().into_iter().find(ours)
     }
 }
 
@@ -204,7 +188,7 @@ pub fn load(
         }
         Err(source) => return Err(ConfigError::Read { path, source }),
     };
-    let socket = here.own_socket().filter(|_| config.is_none());
+    let socket = here.places.find().filter(|_| config.is_none());
     parse(&text, &path, context, here, socket)
 }
 
@@ -214,8 +198,8 @@ fn without_file(context: Option<&str>, here: &Surroundings) -> Result<Context, C
             wanted: wanted.to_owned(),
         });
     }
-    let first = || here.sockets().into_iter().next().unwrap_or_default();
-    Ok(local(here.own_socket().unwrap_or_else(first)))
+    let first = || here.places.choose().0;
+    Ok(local(here.places.find().unwrap_or_else(first)))
 }
 
 /// The agent of this host, through its socket.

@@ -31,6 +31,35 @@ const WORDS: usize = 4 << 10;
 /// The shell's code for "no such program".
 const NOT_FOUND: i32 = 127;
 
+/// How many of the entries that were left out are named.
+const NAMED: usize = 100;
+
+/// What was left out of a copy. A container may have any number of such entries.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct LeftOut {
+    named: Vec<PathBuf>,
+    further: u64,
+}
+
+impl LeftOut {
+    fn add(&mut self, path: PathBuf) {
+        if self.named.len() < NAMED {
+            self.named.push(path);
+        } else {
+            self.further += 1;
+        }
+    }
+
+    fn warn(self, why: &str) {
+        for path in self.named {
+            output::complain(&format!("warning: {} {why}: left out", path.display()));
+        }
+        if self.further > 0 {
+            output::complain(&format!("warning: {} more were left out", self.further));
+        }
+    }
+}
+
 /// Arguments of `cp`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = HELP)]
@@ -206,14 +235,9 @@ async fn upload(from: PathBuf, mut target: Target) -> Result<(), CtlError> {
     let packing = async { joined(packing.await) };
     // Both at once: a `tar` that ends early stops the packing, and a packing that fails drops the call.
     let finishing = call.finish(async |_| Ok(()));
-    let (skipped, (exit, words)) = tokio::try_join!(packing, finishing)?;
+    let (left_out, (exit, words)) = tokio::try_join!(packing, finishing)?;
     check(&exit, words, &target.pod)?;
-    for path in skipped {
-        output::complain(&format!(
-            "warning: {} is no file or folder: left out",
-            path.display()
-        ));
-    }
+    left_out.warn("is no file or folder");
     Ok(())
 }
 
@@ -241,14 +265,9 @@ async fn download(mut source: Target, to: PathBuf) -> Result<(), CtlError> {
     if let Ok((exit, words)) = &finished {
         check(exit, words.clone(), &source.pod)?;
     }
-    let skipped = unpacked?;
+    let left_out = unpacked?;
     finished?;
-    for path in skipped {
-        output::complain(&format!(
-            "warning: {} is a link or a device: left out",
-            path.display()
-        ));
-    }
+    left_out.warn("is a link or a device");
     Ok(())
 }
 

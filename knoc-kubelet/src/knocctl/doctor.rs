@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::{
     CtlError, Global,
-    config::Context,
+    config::{Context, Surroundings},
     output::{self, Format, plain, print, span},
     session::{Session, context, credentials, expect},
     view,
@@ -143,7 +143,10 @@ impl Doctor {
             Err(error) => return report.bad("link", &chain(&error), ""),
         };
         match session.info().await {
-            Ok(info) => check_info(report, &info)?,
+            Ok(info) => {
+                check_info(report, &info)?;
+                check_upgrade(report, &info, &mut session).await?;
+            }
             Err(error) => {
                 let words = chain(&error);
                 return report.bad("agent", &words, cure_of_refusal(&words));
@@ -226,8 +229,7 @@ fn check_dates(
         }
     };
     let (from, until) = (info.validity.from, info.validity.until);
-    let renew =
-        "remove the old pair in tls/ on the login node; `knoc-agent init` then makes it anew";
+    let renew = "remove the old pair in tls/ on the login node; `knoc-agent init --site SITE` then makes a new one";
     if now > until {
         report.bad(
             "certificates",
@@ -268,7 +270,13 @@ async fn check_carrier(
             Ok(true)
         }
         Err(error) => {
-            report.bad("link", &chain(&error), cure_of_link(&error))?;
+            let not_served = matches!(error, LinkError::NotServed { .. });
+            let host = Surroundings::here().places.other_host();
+            let host = host.filter(|_| not_served);
+            let elsewhere =
+                |host| format!("the agent of this state directory is on {host}: log in there");
+            let cure = host.map_or_else(|| cure_of_link(&error).to_owned(), elsewhere);
+            report.bad("link", &chain(&error), &cure)?;
             Ok(false)
         }
     }
@@ -290,15 +298,21 @@ fn cure_of_link(error: &LinkError) -> &'static str {
         },
         LinkError::Timeout { .. } => "a firewall swallows the packets, or the host is down",
         LinkError::Handshake { source, .. } => cure_of_refusal(&source.to_string()),
+        LinkError::NotServed { .. } => {
+            "start the agent (`knoc-agent serve`), or log in to the host on which it runs"
+        }
         LinkError::WrongUser { .. } => {
             "somebody else has taken the socket's path: tell your administrators"
+        }
+        LinkError::OpenFolder { .. } | LinkError::NoFolder { .. } | LinkError::Folder { .. } => {
+            "make it a folder of your own with mode 0700 (chmod 700), or name another one in listen.socket of the site file"
         }
         LinkError::NoCredentials { .. }
         | LinkError::NeedlessCredentials { .. }
         | LinkError::Credentials { .. } => "mend ca, cert and key of the context",
         LinkError::Listen { .. }
         | LinkError::InUse { .. }
-        | LinkError::OpenFolder { .. }
+        | LinkError::NotHttp2 { .. }
         | LinkError::Ended => "",
     }
 }
@@ -333,6 +347,45 @@ fn check_info(report: &mut Report, info: &pb::AgentInfo) -> Result<(), CtlError>
         info.version, info.site, info.user, info.hostname, info.scheduler, info.runtime
     );
     report.good("agent", words)
+}
+
+/// An agent that is older lets any kubelet lead any node; one of this version would not. An agent that knows looks itself.
+async fn check_upgrade(
+    report: &mut Report,
+    info: &pb::AgentInfo,
+    session: &mut Session,
+) -> Result<(), CtlError> {
+    if info.capabilities.iter().any(|it| it == "renew") {
+        return Ok(());
+    }
+    match session.pods().await {
+        Ok(pods) => match other_nodes(&pods, &info.site) {
+            None => Ok(()),
+            Some((words, cure)) => report.bad("upgrade", &words, &cure),
+        },
+        Err(error) => report.bad("upgrade", &chain(&error), "look at the agent's log"),
+    }
+}
+
+/// PURE: nodes of pods whose kubelet has, unless somebody made another one, a certificate of another name.
+fn other_nodes(pods: &[pb::PodObserved], site: &str) -> Option<(String, String)> {
+    let usual = format!("knoc-{site}");
+    let named = pods.iter().map(|pod| pod.node_name.as_str());
+    let mut nodes: Vec<&str> = named
+        .filter(|node| !node.is_empty() && *node != usual)
+        .collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+    let first = nodes.first()?;
+    let words = format!(
+        "pods of {} are led by a kubelet that an agent of version {} refuses, unless its certificate is of that node's name",
+        nodes.join(", "),
+        env!("CARGO_PKG_VERSION")
+    );
+    let cure = format!(
+        "before the agent is upgraded add a line for each to [policy.nodes] of its site file: \"{first}\" = \"kubelet/{usual}\""
+    );
+    Some((words, cure))
 }
 
 #[cfg(test)]
@@ -408,7 +461,7 @@ mod tests {
         let context = Context {
             name: "local".into(),
             file: None,
-            carrier: link::Carrier::Unix(folder.path().join("none.sock")),
+            carrier: link::Carrier::Unix(folder.path().join("knoc/none.sock")),
             files: None,
             site: None,
         };
@@ -419,6 +472,21 @@ mod tests {
             format!("{:?}", report.end().unwrap()),
             format!("{:?}", ExitCode::FAILURE)
         );
+    }
+
+    #[test]
+    fn a_kubelet_that_an_upgrade_would_lock_out_is_named_before() {
+        let pods = |nodes: &[&str]| {
+            let pod = |node: &&str| pb::PodObserved {
+                node_name: (*node).to_owned(),
+                ..pb::PodObserved::default()
+            };
+            nodes.iter().map(pod).collect::<Vec<_>>()
+        };
+        assert_eq!(other_nodes(&pods(&["knoc-s", ""]), "s"), None);
+        let (words, cure) = other_nodes(&pods(&["knoc-s", "gpu", "gpu", "big"]), "s").unwrap();
+        assert!(words.contains("big, gpu"), "{words}");
+        assert!(cure.contains("\"big\" = \"kubelet/knoc-s\""), "{cure}");
     }
 
     #[test]

@@ -185,6 +185,13 @@ pub enum CtlError {
         #[source]
         source: io::Error,
     },
+    /// Others could read its memory.
+    #[error("keep the memory of this process private")]
+    Private {
+        /// The system's words.
+        #[source]
+        source: io::Error,
+    },
     /// Nothing can run.
     #[error("start the runtime")]
     Runtime {
@@ -235,6 +242,7 @@ impl CtlError {
             | Self::Signal { .. }
             | Self::Input { .. }
             | Self::Print { .. }
+            | Self::Private { .. }
             | Self::Runtime { .. } => return None,
         };
         Some(hint.to_owned())
@@ -265,6 +273,12 @@ fn hint_for(status: &Status) -> Option<String> {
         }
         ErrorReason::SpecConflict => {
             "a pod cannot change while it runs: delete it, or run it by another name"
+        }
+        ErrorReason::PeerDenied => {
+            "the agent's site file or CA does not let this certificate in: `knocctl doctor` says which one is used"
+        }
+        ErrorReason::LeadershipDenied => {
+            "only a node's kubelet claims its leadership; see policy.nodes"
         }
         ErrorReason::StaleLeader | ErrorReason::AgentFenced => {
             "another process has taken over; `knocctl info` shows which agent answers"

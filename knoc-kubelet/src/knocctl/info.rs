@@ -46,6 +46,9 @@ fn text(info: &pb::AgentInfo, node: &pb::NodeInfo, wide: bool) -> String {
         ("Cluster", info.cluster_id.clone()),
         ("Started", started),
     ];
+    if !info.policy_problem.is_empty() {
+        list.push(("Policy", info.policy_problem.clone()));
+    }
     if wide {
         list.push(("State", info.state_dir.clone()));
         list.push(("Epoch", info.epoch.to_string()));

@@ -11,6 +11,9 @@ use serde_json::Value;
 
 use crate::pods::{translate, verdict};
 
+/// How much of `generateName` goes into a name.
+const GENERATED_PREFIX: usize = 58;
+
 /// Why a manifest cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
@@ -165,6 +168,8 @@ fn complete(value: &mut Value, given: &Given<'_>) {
     if metadata.get("name").is_none()
         && let Some(prefix) = metadata.get("generateName").and_then(Value::as_str)
     {
+        // As the API server cuts it, so that the whole is a host name.
+        let prefix = &prefix[..prefix.floor_char_boundary(GENERATED_PREFIX)];
         let name = format!("{prefix}{short}");
         metadata.insert("name".to_owned(), Value::String(name));
     }

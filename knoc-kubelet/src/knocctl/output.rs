@@ -1,10 +1,11 @@
 //! What is printed, and how: tables for people, JSON and YAML for programs.
 //!
-//! Rendering is pure. Text that came from elsewhere has its control characters replaced: a pod cannot
-//! move the cursor of who looks at it.
+//! Rendering is pure. Text that came from elsewhere passes through [`knoc_proto::text`]: a pod cannot move the cursor of
+//! whoever looks at it, nor write a line of its own.
 
 use std::io::{self, Write as _};
 
+use knoc_proto::text::{escape, escape_json, escape_lines, is_unshown};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt as _;
 
@@ -37,20 +38,31 @@ pub(super) fn show(
         Format::Table => print(&text(false)),
         Format::Wide => print(&text(true)),
         Format::Json => {
-            let text = serde_json::to_string_pretty(&value());
-            print(&format!("{}\n", text.unwrap_or_default()))
+            let text = serde_json::to_string_pretty(&value()).unwrap_or_default();
+            print(&format!("{}\n", json(&text)))
         }
         Format::Yaml => print(&yaml(&value())),
     }
 }
 
-fn yaml(value: &Value) -> String {
-    serde_saphyr::to_string(value).unwrap_or_default()
+/// Line by line, as the line feeds between JSON's tokens stay.
+fn json(text: &str) -> String {
+    let lines: Vec<_> = text.split('\n').map(escape_json).collect();
+    lines.join("\n")
 }
 
-/// Writes to standard output, at once.
+/// YAML for plain text; where a text has characters that a terminal would obey, JSON, which is YAML too and escapes them.
+fn yaml(value: &Value) -> String {
+    let text = serde_saphyr::to_string(value).unwrap_or_default();
+    if text.contains(|c| is_unshown(c) && c != '\n') {
+        return json(&format!("{value:#}\n"));
+    }
+    text
+}
+
+/// Writes to standard output, at once; lines stay lines.
 pub(super) fn print(text: &str) -> Result<(), CtlError> {
-    print_bytes(text.as_bytes())
+    print_bytes(escape_lines(text).as_bytes())
 }
 
 /// Writes bytes as they are to standard output, at once.
@@ -95,7 +107,9 @@ fn complain_bytes(bytes: &[u8]) -> Result<(), CtlError> {
 
 /// A line for people on standard error. Where even that fails nobody is left to be told.
 pub(super) fn complain(line: &str) {
-    complain_bytes(format!("{}\n", multiline(line)).as_bytes()).unwrap_or_default();
+    // Further lines are set in, so that none of them passes for one of ours.
+    let lines = escape_lines(line).replace('\n', "\n  ");
+    complain_bytes(format!("{lines}\n").as_bytes()).unwrap_or_default();
 }
 
 /// A table: headings, then rows, columns as wide as they need.
@@ -144,19 +158,11 @@ pub fn fields(indent: usize, list: &[(&str, String)]) -> String {
     shown().map(line).collect()
 }
 
-/// One line without control characters.
+/// One line: white space becomes a blank, and what is not shown as itself is written out.
 #[must_use]
 pub fn plain(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
-}
-
-/// The same, but lines stay lines.
-fn multiline(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() && c != '\n' { ' ' } else { c })
-        .collect()
+    let blanks = text.replace(['\n', '\r', '\t'], " ");
+    escape(&blanks).into_owned()
 }
 
 /// A span of time as people say it: `45s`, `12m`, `3h20m`, `5d`.
@@ -198,7 +204,7 @@ mod tests {
             vec!["a".into(), "long-name".into()],
             vec!["bcdefgh".into(), "x\u{1b}[31m".into()],
         ];
-        let wanted = "NS        NAME\na         long-name\nbcdefgh   x [31m\n";
+        let wanted = "NS        NAME\na         long-name\nbcdefgh   x\\u{1b}[31m\n";
         assert_eq!(table(&["NS", "NAME"], &rows), wanted);
         assert_eq!(table(&["NS", "NAME"], &[]), "NS   NAME\n");
     }
@@ -239,6 +245,24 @@ mod tests {
     fn yaml_and_json_say_the_same() {
         let value = serde_json::json!({"name": "x", "list": [1, 2], "text": "yes"});
         let back: Value = serde_saphyr::from_str(&yaml(&value)).unwrap();
+        assert_eq!(back, value);
+    }
+
+    #[test]
+    fn what_a_pod_says_moves_no_cursor_in_any_format() {
+        let nasty = "a\nb\r\u{1b}[2J\u{9b}31m\u{2028}\u{202e}c\u{200b}";
+        let value = serde_json::json!({"message": nasty, "list": [nasty], "plain": "x"});
+        for text in [
+            yaml(&value),
+            json(&format!("{value:#}")),
+            table(&["NAME"], &[vec![nasty.to_owned()]]),
+            fields(0, &[("Why", nasty.to_owned())]),
+        ] {
+            assert!(!text.contains(|c| is_unshown(c) && c != '\n'), "{text:?}");
+        }
+        let back: Value = serde_saphyr::from_str(&yaml(&value)).unwrap();
+        assert_eq!(back, value);
+        let back: Value = serde_json::from_str(&json(&format!("{value:#}"))).unwrap();
         assert_eq!(back, value);
     }
 }

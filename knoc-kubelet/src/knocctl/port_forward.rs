@@ -57,6 +57,9 @@ const HELP: &str = "\
 Leads to programs of the pod only, that listen on 127.0.0.1, ::1 or all addresses of the node. Runs until ^C, or until \
 the pod has ended.";
 
+/// Between two tries after a connection could not be taken.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
+
 /// A listening socket and the pod's port behind it.
 type Door = (TcpListener, u16);
 
@@ -145,7 +148,12 @@ async fn serve(doors: &[Door], client: &AgentClient<Channel>, uid: &str) {
 }
 
 async fn accept(door: &Door) -> (&Door, io::Result<(TcpStream, SocketAddr)>) {
-    (door, door.0.accept().await)
+    let accepted = door.0.accept().await;
+    if accepted.is_err() {
+        // Without a descriptor every try fails at once.
+        tokio::time::sleep(PAUSE).await;
+    }
+    (door, accepted)
 }
 
 /// One connection, to its end.

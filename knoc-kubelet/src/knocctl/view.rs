@@ -232,6 +232,7 @@ pub fn info(info: &pb::AgentInfo) -> Value {
         "stateDir": info.state_dir,
         "pidIsolation": info.pid_isolation,
         "podLimit": info.pod_limit,
+        "policyProblem": info.policy_problem,
     }))
 }
 

@@ -27,6 +27,7 @@ fn full() -> (Metrics, Gauges) {
         agent: Some(Arc::new(agent)),
         link_changed: 1_700_000_000,
         scheduler: Some((true, Some(Duration::from_millis(1500)))),
+        certificates: vec![("agent", -5), ("kubelet", 86_400)],
         streams: 3,
         process: Some(process::Process {
             cpu: Duration::from_millis(1250),

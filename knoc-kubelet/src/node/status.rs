@@ -4,17 +4,23 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::NodeStatus;
-use knoc_proto::pb;
+use knoc_proto::{pb, text};
 use serde_json::{Map, Value, json};
 
 use super::{
-    Identity, features,
+    Identity, expiry, features,
     release::{self, Release},
 };
 use crate::{
-    agent::{Link, tells_capacity},
+    agent::{Link, renew::LinkCertificate, tells_capacity},
     certs::{Health, Purpose},
 };
+
+/// How much of a condition's message is kept: an error of the link has words of the peer.
+const MESSAGE: usize = 1024;
+/// Local disk of a node whose site does not tell Slurm of any (TmpDisk, which most leave at 0): 1 PiB. A node without the
+/// resource would be passed over for every pod that asks for some, for ever; here nothing accounts for it.
+const UNKNOWN_STORAGE: i64 = 1 << 50;
 
 /// What a status is made of.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +35,8 @@ pub struct Facts<'a> {
     pub orphans: usize,
     /// How our own certificates do.
     pub certificates: &'a [(Purpose, Health)],
+    /// How our certificate on the link does.
+    pub link_certificate: &'a LinkCertificate,
     /// The API server's release; none while it is not known.
     pub server: Option<Release>,
     /// The status in the API server.
@@ -44,6 +52,9 @@ pub fn labels(identity: &Identity) -> BTreeMap<String, String> {
         ("kubernetes.io/hostname", identity.name.as_str()),
         ("kubernetes.io/os", "linux"),
         ("kubernetes.io/arch", arch()),
+        // Their old names, which a kubelet still sets, for selectors that name them.
+        ("beta.kubernetes.io/os", "linux"),
+        ("beta.kubernetes.io/arch", arch()),
         ("type", "virtual-kubelet"),
         ("node.kubernetes.io/instance-type", "knoc"),
         (
@@ -150,6 +161,15 @@ pub fn pod_limit(configured: u32, capacity: &pb::NodeInfo) -> u32 {
     }
 }
 
+/// Local disk of the node: what Slurm knows of, or more than any pod asks for.
+#[must_use]
+pub fn ephemeral_storage(capacity: &pb::NodeInfo) -> i64 {
+    match capacity.ephemeral_storage_bytes {
+        known if known > 0 => known,
+        _ => UNKNOWN_STORAGE,
+    }
+}
+
 fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value {
     let pods = pod_limit(identity.pods, capacity);
     let mut list = Map::new();
@@ -161,9 +181,7 @@ fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value
     };
     put("cpu", capacity.cpu);
     put("memory", capacity.memory_bytes);
-    if capacity.ephemeral_storage_bytes > 0 {
-        put("ephemeral-storage", capacity.ephemeral_storage_bytes);
-    }
+    put("ephemeral-storage", ephemeral_storage(capacity));
     for (name, amount) in &capacity.extended {
         put(name, *amount);
     }
@@ -244,6 +262,8 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
         let (status, reason, message) = health.condition()?;
         Some((purpose.condition(), status, reason, message))
     }));
+    let agents = facts.capacity.map_or(0, |node| node.certificate_until);
+    list.extend(expiry::condition(facts.link_certificate, agents, facts.now));
     if facts.orphans > 0 {
         let text = format!(
             "{} jobs have no pod: too many at once, none is ended; `knocctl delete UID` ends one",
@@ -258,7 +278,7 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
         .collect()
 }
 
-type Condition = (&'static str, &'static str, &'static str, String);
+pub(super) type Condition = (&'static str, &'static str, &'static str, String);
 
 fn agent_connected(facts: &Facts<'_>) -> Condition {
     match facts.link {
@@ -339,10 +359,10 @@ fn render(facts: &Facts<'_>, (kind, status, reason, message): &Condition) -> Val
         })
         .and_then(|one| one.last_transition_time.clone())
         .map_or(facts.now, |time| time.0);
-    let text = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    let whole = |at: Timestamp| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
     json!({
-        "type": kind, "status": status, "reason": reason, "message": message,
-        "lastHeartbeatTime": text(facts.now), "lastTransitionTime": text(since),
+        "type": kind, "status": status, "reason": reason, "message": text::message(message, MESSAGE),
+        "lastHeartbeatTime": whole(facts.now), "lastTransitionTime": whole(since),
     })
 }
 
@@ -353,6 +373,11 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
+
+    static NONE: LinkCertificate = LinkCertificate {
+        validity: None,
+        problem: String::new(),
+    };
 
     fn identity() -> Identity {
         Identity {
@@ -412,10 +437,32 @@ mod tests {
             capacity,
             orphans: 0,
             certificates: &[],
+            link_certificate: &NONE,
             server: None,
             previous: None,
             now: at(100),
         }
+    }
+
+    /// Most sites leave TmpDisk at 0: a node without the resource is passed over for all pods that ask for some.
+    #[test]
+    fn a_site_that_tells_of_no_local_disk_refuses_no_pod_for_it() {
+        let (identity, link) = (identity(), up());
+        let shown = |bytes| {
+            let capacity = pb::NodeInfo {
+                ephemeral_storage_bytes: bytes,
+                ..capacity()
+            };
+            let status = status(&facts(&identity, &link, Some(&capacity)));
+            let amount = |list: &str| {
+                let text = status[list]["ephemeral-storage"].as_str().unwrap();
+                text.parse::<i64>().unwrap()
+            };
+            (amount("capacity"), amount("allocatable"))
+        };
+        assert_eq!(shown(5 << 30), (5 << 30, 50 << 30));
+        let (unknown, allocatable) = shown(0);
+        assert!(unknown >= 1 << 50 && allocatable >= unknown, "{unknown}");
     }
 
     #[test]
@@ -475,6 +522,7 @@ mod tests {
             capacity: Some(&capacity),
             orphans: 0,
             certificates: &[],
+            link_certificate: &NONE,
             server: None,
             previous: None,
             now: at(100),

@@ -231,7 +231,7 @@ impl Context {
         pb::Resources {
             cpu_millis: capacity.cpu.saturating_mul(1000),
             memory_bytes: capacity.memory_bytes,
-            ephemeral_storage_bytes: capacity.ephemeral_storage_bytes,
+            ephemeral_storage_bytes: crate::node::status::ephemeral_storage(&capacity),
             extended: capacity.extended.clone(),
         }
     }

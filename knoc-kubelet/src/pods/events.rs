@@ -16,6 +16,7 @@ use k8s_openapi::{
     api::core::v1::{Event, EventSource, Node, ObjectReference, Pod},
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
 };
+use knoc_proto::text;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},
@@ -32,6 +33,10 @@ const REFILL: Duration = Duration::from_mins(5);
 /// Objects and Events remembered for limits and counts.
 const REMEMBERED: usize = 4096;
 const DEADLINE: Duration = Duration::from_secs(10);
+/// The API server takes messages of at most 1 KiB.
+const MESSAGE: usize = 1024;
+/// How much of its object's name an Event's name has. The limit is 253, and a dot and 16 digits follow.
+const NAME: usize = 200;
 /// Writes under way at a time.
 const AT_ONCE: usize = 4;
 
@@ -202,7 +207,7 @@ impl Recorder {
             },
             involved_object: note.object.clone(),
             reason: Some(note.reason.clone()),
-            message: Some(clip(&note.message)),
+            message: Some(text::message(&note.message, MESSAGE)),
             type_: Some(if note.warning { "Warning" } else { "Normal" }.to_owned()),
             source: Some(EventSource {
                 component: Some("kubelet".to_owned()),
@@ -224,19 +229,6 @@ enum Body {
     Count(serde_json::Value),
 }
 
-/// The API server takes messages of at most 1 KiB.
-fn clip(message: &str) -> String {
-    const LIMIT: usize = 1024;
-    if message.len() <= LIMIT {
-        return message.to_owned();
-    }
-    let mut end = LIMIT - '…'.len_utf8();
-    while !message.is_char_boundary(end) {
-        end -= 1;
-    }
-    format!("{}…", &message[..end])
-}
-
 fn name(note: &Note) -> String {
     let mut hasher = DefaultHasher::new();
     let object = &note.object;
@@ -248,8 +240,9 @@ fn name(note: &Note) -> String {
         note.salt,
     )
         .hash(&mut hasher);
-    let mut base = object.name.clone().unwrap_or_default();
-    base.truncate(200);
+    let base = object.name.as_deref().unwrap_or_default();
+    // The part before the dot must end as any part of a subdomain does.
+    let base = base[..base.floor_char_boundary(NAME)].trim_end_matches(['-', '.']);
     format!("{base}.{:016x}", hasher.finish())
 }
 
@@ -275,5 +268,39 @@ async fn write(client: Client, namespace: &str, name: &str, body: Body) {
             tracing::warn!(name, %error, "an Event was not written");
         }
         Err(_) => tracing::warn!(name, "an Event was not written in time"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use knoc_proto::names;
+
+    use super::*;
+
+    #[test]
+    fn an_event_of_a_long_name_has_a_valid_name() {
+        let cut_at = |end: &str| format!("{}{end}{}", "a".repeat(200 - end.len()), "b".repeat(50));
+        for object in [
+            "p".to_owned(),
+            cut_at(""),
+            cut_at("-"),
+            cut_at("."),
+            cut_at("b.-"),
+            "a".repeat(253),
+        ] {
+            let note = Note {
+                object: ObjectReference {
+                    name: Some(object),
+                    ..ObjectReference::default()
+                },
+                warning: false,
+                reason: String::new(),
+                message: String::new(),
+                at: Timestamp::UNIX_EPOCH,
+                salt: 0,
+            };
+            let name = name(&note);
+            assert_eq!(names::dns_subdomain(&name), Ok(()), "{name}");
+        }
     }
 }

@@ -13,9 +13,15 @@ use k8s_openapi::{
     api::core::v1::{HostIP, Pod, PodStatus},
     apimachinery::pkg::apis::meta::v1::Time,
 };
-use knoc_proto::pb::{self, OutcomeKind, PodPhase};
+use knoc_proto::{
+    pb::{self, OutcomeKind, PodPhase},
+    text,
+};
 
 use phase::Phase;
+
+/// How much of a message is kept. The sources are the agent, Slurm and registries.
+const MESSAGE: usize = 8 << 10;
 
 /// The words for an ephemeral container, wherever somebody asks for one.
 pub const NO_EPHEMERAL: &str =
@@ -95,14 +101,14 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         return None;
     }
     if let Some(rejection) = input.rejection {
-        return Some(rejected(input, rejection));
+        return Some(shown(rejected(input, rejection)));
     }
     let statuses = containers::statuses(input);
     let phase = overall_phase(input, &statuses);
     let (reason, message) = words(input);
     let host_ip = input.observed.map(|observed| observed.host_ip.clone());
     let host_ip = host_ip.filter(|ip| !ip.is_empty());
-    Some(PodStatus {
+    Some(shown(PodStatus {
         phase: Some(phase.as_str().to_owned()),
         reason,
         message,
@@ -115,7 +121,30 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         container_statuses: Some(statuses.regular),
         ephemeral_container_statuses: containers::ephemeral(input.pod),
         ..PodStatus::default()
-    })
+    }))
+}
+
+/// The status with its messages as they may be shown. That of a container that has ended is the program's own, and stays as
+/// it was written.
+fn shown(mut status: PodStatus) -> PodStatus {
+    let containers = status
+        .init_container_statuses
+        .iter_mut()
+        .chain(&mut status.container_statuses)
+        .flatten();
+    let waiting = containers
+        .filter_map(|container| container.state.as_mut()?.waiting.as_mut())
+        .map(|waiting| &mut waiting.message);
+    let conditions = status.conditions.iter_mut().flatten();
+    let conditions = conditions.map(|condition| &mut condition.message);
+    for message in waiting
+        .chain(conditions)
+        .chain([&mut status.message])
+        .flatten()
+    {
+        *message = text::message(message, MESSAGE);
+    }
+    status
 }
 
 fn rejected(input: &Input<'_>, rejection: &Rejection) -> PodStatus {

@@ -16,7 +16,7 @@ use k8s_openapi::{
     api::core::v1::{self as core, ConfigMap, Pod, Secret},
     apimachinery::pkg::api::resource::Quantity,
 };
-use knoc_proto::pb;
+use knoc_proto::{names, paths, pb};
 
 use super::quantity;
 
@@ -112,7 +112,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let name = meta.name.clone().unwrap_or_default();
     let mut containers = |list: &[core::Container]| -> Vec<pb::Container> {
         list.iter()
-            .map(|container| shape_container(container, &mut problems))
+            .map(|container| shape_container(spec, container, &mut problems))
             .collect()
     };
     let init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
@@ -142,7 +142,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .termination_grace_period_seconds
             .unwrap_or(DEFAULT_GRACE),
         active_deadline_seconds: spec.active_deadline_seconds.unwrap_or(0),
-        hostname: spec.hostname.clone().unwrap_or_else(|| hostname(&name)),
+        hostname: hostname(spec, &name),
         name,
         volumes,
         job: Some(job),
@@ -247,10 +247,11 @@ fn restart_policy(spec: &core::PodSpec) -> pb::RestartPolicy {
     }
 }
 
-/// A pod's name as a host name: at most 63 characters, not ending in `-` or `.`.
-fn hostname(name: &str) -> String {
-    let cut: String = name.chars().take(63).collect();
-    cut.trim_end_matches(['-', '.']).to_owned()
+fn hostname(spec: &core::PodSpec, name: &str) -> String {
+    match spec.hostname.as_deref() {
+        None | Some("") => names::host_name(name).to_owned(),
+        Some(hostname) => hostname.to_owned(),
+    }
 }
 
 fn shape_alias(alias: &core::HostAlias) -> pb::HostAlias {
@@ -260,7 +261,11 @@ fn shape_alias(alias: &core::HostAlias) -> pb::HostAlias {
     }
 }
 
-fn shape_container(container: &core::Container, problems: &mut Vec<String>) -> pb::Container {
+fn shape_container(
+    spec: &core::PodSpec,
+    container: &core::Container,
+    problems: &mut Vec<String>,
+) -> pb::Container {
     let resources = container.resources.clone().unwrap_or_default();
     let list = |list: Option<BTreeMap<String, Quantity>>, problems: &mut Vec<String>| {
         shape_resources(&container.name, &list.unwrap_or_default(), problems)
@@ -294,8 +299,9 @@ fn shape_container(container: &core::Container, problems: &mut Vec<String>) -> p
         stdin_once: container.stdin_once == Some(true),
         termination_message_path: container
             .termination_message_path
-            .clone()
-            .unwrap_or_else(|| "/dev/termination-log".to_owned()),
+            .as_deref()
+            .filter(|path| !path.is_empty())
+            .map_or_else(|| "/dev/termination-log".to_owned(), in_container),
         termination_message_fallback_to_logs: container.termination_message_policy.as_deref()
             == Some("FallbackToLogsOnError"),
         read_only_root: container
@@ -303,15 +309,40 @@ fn shape_container(container: &core::Container, problems: &mut Vec<String>) -> p
             .as_ref()
             .is_some_and(|context| context.read_only_root_filesystem == Some(true)),
         fakeroot: false,
+        run_as_user: run_as_user(spec, container),
     }
 }
 
+/// A container's own word comes before the pod's.
+fn run_as_user(spec: &core::PodSpec, container: &core::Container) -> Option<i64> {
+    let own = container.security_context.as_ref();
+    let of_pod = spec.security_context.as_ref();
+    own.and_then(|context| context.run_as_user)
+        .or_else(|| of_pod.and_then(|context| context.run_as_user))
+}
+
 fn shape_mount(mount: &core::VolumeMount) -> pb::Mount {
+    let sub_path = mount.sub_path.clone().unwrap_or_default();
     pb::Mount {
         volume: mount.name.clone(),
-        path: mount.mount_path.clone(),
+        path: in_container(&mount.mount_path),
         read_only: mount.read_only == Some(true),
-        sub_path: mount.sub_path.clone().unwrap_or_default(),
+        // Agents of older versions take clean paths only. What is wrong with another the agent says.
+        sub_path: match paths::in_volume(&sub_path) {
+            Ok(clean) if clean == "." => String::new(),
+            Ok(clean) => clean,
+            Err(_) => sub_path,
+        },
+    }
+}
+
+/// As a kubelet does it: a relative path begins at the container's root. Otherwise it stays as it was written: the
+/// shape of a pod that runs must not change with the kubelet's version.
+fn in_container(path: &str) -> String {
+    if path.starts_with('/') {
+        path.to_owned()
+    } else {
+        format!("/{path}")
     }
 }
 

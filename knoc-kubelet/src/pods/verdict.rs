@@ -240,6 +240,7 @@ pub fn table() -> String {
             );
         }
     }
+    text.push_str(TAIL);
     text
 }
 
@@ -254,6 +255,35 @@ row (of a newer Kubernetes) is refused too. Where a field has several rows, the 
 
 A pod that runs is not ended by a change that is refused: it goes on as it was, with the Event `UnsupportedChange`. So an
 ephemeral container that is added to it (`kubectl debug`) is refused alone: its own status, its log and an attach say why.
+";
+
+const TAIL: &str = "
+## Files in a container
+
+What is not said here is as with any other runtime.
+
+**Paths.** A `..` component is refused by name, in `subPath`, `mountPath`, `workingDir`, `terminationMessagePath` and the
+paths of files in volumes. Everything else is cleaned first: `./x` is `x`, `logs/` is `logs`, `a//b` is `a/b`. Names such as
+`..foo` and `a..b` are ordinary ones in a `subPath`; the path of a file may not begin with two dots, as in Kubernetes.
+
+**Mounts.** Parents are mounted before what lies below them, whatever their order in the pod; a mount point that is missing
+in a volume is made there. Links of the image (`/var/run`) are followed inside the container. Nothing can be mounted at `/`.
+A volume at `/dev/x`, other than `/dev/shm` and below it, is mounted elsewhere, and `/dev/x` is a link to it. `/dev/null`
+and the other devices stay, unless a volume is mounted at `/dev` itself.
+
+**Temporary folders.** `/tmp` and `/var/tmp` are the image's, with the files that it has there, and writable for everybody
+(mode 1777); what is written goes to the node's disk. On a site whose runtime has no writable folder for the root (Singularity, no
+overlay), they are empty folders on the node's disk, and the image's files in them are hidden.
+
+**`/dev/shm`.** A tmpfs that the containers of a pod share, and no other pod. It has no size of its own (other runtimes give it
+64 MiB): what lies in it counts as the job's memory. The same holds for an `emptyDir` in memory, also with a `sizeLimit`.
+
+**The user.** Every program runs as the HPC user. `HOME`, if neither the pod nor the image sets it, is that of the user whom the
+pod (`runAsUser`) or the image names, in the image's `/etc/passwd`: root without either, `/` if the image does not know it. The
+container's `/etc/passwd` has a line for the HPC user, under the name that it has on the node, with that home and its
+shell. With a runtime that is set up as root (setuid) the home of a user that has the HPC user's own uid in the image is not known.
+
+**Of the node.** `/etc/hosts` and `/etc/resolv.conf`, unless the pod mounts something there. `/etc/localtime` is the image's.
 ";
 
 impl Verdict {

@@ -1,22 +1,28 @@
-//! The accept loop: TCP, then TLS, then HTTP/1.1 with upgrades; each connection a task that the server joins.
+//! The connections: TCP, then TLS, then HTTP/1.1 with upgrades; each connection a task that the server joins.
+//!
+//! Accepting and handshakes are [`knoc_proto::link::accept`]'s; how many connections may stay after that, with and
+//! without an identity, is [`super::standing`]'s.
 //!
 //! Shutdown: no new connections, idle ones close at once, requests under way get [`DRAIN`], what is left (a followed
 //! log never ends by itself) is cut.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use futures::FutureExt as _;
+use futures::{FutureExt as _, StreamExt as _, TryFutureExt as _};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use knoc_proto::error::chain;
+use knoc_proto::link::accept::Accept;
+use knoc_proto::link::admission::Bounds;
 use rustix::net::sockopt;
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -24,12 +30,12 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 use tracing::{debug, info, warn};
 
-use super::authn::Peer;
+use super::authn::{self, Peer};
+use super::separate_end::SeparateEnd;
+use super::standing::Standings;
 use super::tls::Tls;
 use super::wire::Wire;
 
-/// A handshake takes two round trips; a peer that needs longer holds a slot for nothing.
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// The real kubelet's idle time; hyper counts it while it waits for a request's head.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 /// A client host that dies says nothing: after so long without a byte it is asked,
@@ -38,51 +44,71 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// and where it leaves so many unanswered, its connection ends, and what runs on it.
 const KEEPALIVE_PROBES: u32 = 3;
-/// Connections at once: a stream each, so 200 execs, 100 followers and a scraper fit many times over.
-const MAX_CONNECTIONS: usize = 2048;
 /// How long requests under way may go on after shutdown began.
 pub(super) const DRAIN: Duration = Duration::from_secs(5);
-/// After a failed accept (no file descriptors left) the loop must not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// A connection after its handshake.
+pub(super) struct Secured {
+    stream: TlsStream<TcpStream>,
+    address: SocketAddr,
+}
+
+/// Connections of the kubelet API's port.
+pub(super) fn listen(listener: TcpListener, tls: &Tls) -> Accept<Secured> {
+    let config = tls.config.clone();
+    Accept::tcp(listener, Bounds::own(), move |stream, address| {
+        let config = config.borrow().clone();
+        let secured = async move {
+            prepare(&stream)?;
+            let stream = TlsAcceptor::from(config).accept(stream).await?;
+            Ok::<_, io::Error>(Secured { stream, address })
+        };
+        secured.map_err(|error| chain(&error)).boxed()
+    })
+}
 
 /// Serves until `shutdown`, then drains.
 pub(super) async fn serve(
-    listener: TcpListener,
+    mut incoming: Accept<Secured>,
     tls: Tls,
     router: Router,
     drain: Duration,
     shutdown: CancellationToken,
 ) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let standings = Standings::own();
     let mut connections = JoinSet::new();
     loop {
         // Shutdown first; ended connections before new ones, so that the set does not grow.
-        tokio::select! {
+        let accepted = tokio::select! {
             biased;
             () = shutdown.cancelled() => break,
-            Some(_) = connections.join_next() => {}
-            accepted = listener.accept() => match accepted {
-                Ok((stream, address)) => {
-                    let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
-                        warn!(peer = %address, limit = MAX_CONNECTIONS, "refused a connection, too many are open");
-                        continue;
-                    };
-                    let connection = Connection {
-                        tls: tls.clone(),
-                        router: router.clone(),
-                        address,
-                        shutdown: shutdown.clone(),
-                    };
-                    connections.spawn(connection.run(stream).map(|()| drop(slot)));
-                }
-                Err(error) => {
-                    warn!(%error, "accept on the kubelet API's port");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
+            Some(_) = connections.join_next() => continue,
+            accepted = incoming.next() => accepted,
+        };
+        let Some(Ok(secured)) = accepted else {
+            continue;
+        };
+        let verifier = tls.verifier.borrow().clone();
+        let certificates = secured.certificates();
+        let identified = matches!(
+            authn::user(&certificates, &verifier, UnixTime::now()),
+            Some(Ok(_))
+        );
+        let Some(standing) = standings.enter(secured.address, identified) else {
+            continue;
+        };
+        let connection = Connection {
+            peer: Peer {
+                address: secured.address,
+                certificates,
+                standing: Arc::new(standing),
             },
-        }
+            router: router.clone(),
+            shutdown: shutdown.clone(),
+        };
+        connections.spawn(connection.run(secured.stream));
     }
-    drop(listener);
+    drop(incoming);
     let drained = tokio::time::timeout(drain, async {
         while connections.join_next().await.is_some() {}
     });
@@ -95,43 +121,34 @@ pub(super) async fn serve(
     }
 }
 
+impl Secured {
+    /// What the client showed, end-entity certificate first.
+    fn certificates(&self) -> Arc<[CertificateDer<'static>]> {
+        let shown = self.stream.get_ref().1.peer_certificates();
+        let owned = shown.unwrap_or_default().iter();
+        owned
+            .map(|it| CertificateDer::clone(it).into_owned())
+            .collect()
+    }
+}
+
 struct Connection {
-    tls: Tls,
+    peer: Peer,
     router: Router,
-    address: std::net::SocketAddr,
     shutdown: CancellationToken,
 }
 
 impl Connection {
-    async fn run(self, stream: TcpStream) {
-        let stream = match self.handshake(stream).await {
-            Ok(stream) => stream,
-            // A port probe: connects and closes.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                debug!(peer = %self.address, %error, "handshake");
-                return;
-            }
-            Err(error) => {
-                info!(peer = %self.address, %error, "refused a TLS handshake");
-                return;
-            }
-        };
-        let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
-        let peer = Peer {
-            address: self.address,
-            certificates: certificates
-                .iter()
-                .map(|it| CertificateDer::clone(it).into_owned())
-                .collect(),
-        };
+    async fn run(self, stream: TlsStream<TcpStream>) {
+        let address = self.peer.address;
         let wire = match Wire::of(stream.get_ref().0) {
             Ok(wire) => wire,
             Err(error) => {
-                warn!(peer = %self.address, %error, "duplicate a connection's descriptor");
+                warn!(peer = %address, %error, "duplicate a connection's descriptor");
                 return;
             }
         };
-        let router = self.router;
+        let (router, peer) = (self.router, self.peer.clone());
         let service = service_fn(move |mut request: hyper::Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
             request.extensions_mut().insert(wire.clone());
@@ -140,29 +157,21 @@ impl Connection {
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(IDLE_TIMEOUT)
-            .serve_connection(TokioIo::new(stream), service)
+            .serve_connection(TokioIo::new(SeparateEnd(stream)), service)
             .with_upgrades();
         let mut connection = std::pin::pin!(connection);
         let ended = tokio::select! {
             biased;
             ended = connection.as_mut() => ended,
+            () = self.peer.standing.revoked() => return,
             () = self.shutdown.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }
         };
         if let Err(error) = ended {
-            debug!(peer = %self.address, %error, "connection ended");
+            debug!(peer = %address, %error, "connection ended");
         }
-    }
-
-    async fn handshake(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        prepare(&stream)?;
-        let config = self.tls.config.borrow().clone();
-        let accepted = TlsAcceptor::from(config).accept(stream);
-        tokio::time::timeout(HANDSHAKE_DEADLINE, accepted)
-            .await
-            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 

@@ -2,31 +2,39 @@
 //!
 //! Answers are cached for upstream's times: tokens 2 minutes, known or not, allow 5 minutes, deny 30 seconds. The caches
 //! are bounded; a full one is emptied, which costs reviews and nothing else. Of one token there is one review at a time:
-//! whoever brings it meanwhile waits for the same answer.
+//! whoever brings it meanwhile waits for the same answer. Reviews of tokens that the cluster has not known lately are
+//! bounded in rate and number ([`reviews`]); whoever exceeds that is told to try again.
+
+mod reviews;
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::middleware::Next;
-use axum::response::{IntoResponse as _, Response};
+use axum::response::{IntoResponse, Response};
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared, WeakShared};
 use http::StatusCode;
 use knoc_proto::error::chain;
+use knoc_proto::link::admission::Source;
+use knoc_proto::log_limit::LogLimit;
 use rustls_pki_types::UnixTime;
 use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use self::reviews::Reviews;
 use super::authn::{Peer, User, bearer};
 use super::authz::{self, Attributes};
 use super::tls::Verifier;
 use super::{Cluster, ClusterError, Context};
 
 const TOKEN_TTL: Duration = Duration::from_mins(2);
+/// A token that the cluster knew is no guess for so long: it may be reviewed again whatever others send.
+const KNOWN_TTL: Duration = Duration::from_hours(1);
 const ALLOW_TTL: Duration = Duration::from_mins(5);
 const DENY_TTL: Duration = Duration::from_secs(30);
 /// Distinct callers of a kubelet are few (API server, metrics-server, Prometheus); more is somebody trying tokens.
@@ -39,6 +47,7 @@ pub(super) async fn gate(
     next: Next,
 ) -> Response {
     let peer = request.extensions().get::<Peer>().cloned();
+    let standing = peer.as_ref().map(|peer| Arc::clone(&peer.standing));
     let token = bearer(request.headers()).map(str::to_owned);
     let verifier = context.tls.verifier.borrow().clone();
     let cluster = &context.cluster;
@@ -46,8 +55,8 @@ pub(super) async fn gate(
     let user = match identity.await {
         Ok(user) => user,
         Err(refusal) => {
-            info!(path = request.uri().path(), %refusal, "refused a request without valid identity");
-            return (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
+            context.access.log(&refusal, request.uri().path());
+            return refusal.into_response();
         }
     };
     let attributes = authz::attributes(request.method(), request.uri().path());
@@ -56,6 +65,10 @@ pub(super) async fn gate(
         .authorize(&**cluster, &context.node, &user, attributes);
     match may.await {
         Ok(true) => {
+            // Only whom the cluster lets in: any pod has a token that says who it is.
+            if let Some(standing) = standing {
+                standing.identified();
+            }
             request.extensions_mut().insert(user);
             next.run(request).await
         }
@@ -80,8 +93,22 @@ pub(super) async fn gate(
 /// Why a caller is nobody; for the log only.
 #[derive(Debug)]
 struct Refusal {
+    source: Source,
     peer: String,
     reasons: Vec<String>,
+    /// The token was not looked at: too many others were.
+    busy: bool,
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        if self.busy {
+            let text = "too many unknown tokens are being reviewed, try again in a second\n";
+            let wait = [(http::header::RETRY_AFTER, "1")];
+            return (StatusCode::TOO_MANY_REQUESTS, wait, text).into_response();
+        }
+        (StatusCode::UNAUTHORIZED, "Unauthorized").into_response()
+    }
 }
 
 impl std::fmt::Display for Refusal {
@@ -104,8 +131,37 @@ pub(super) struct Access {
     tokens: Cache<TokenKey, User>,
     /// Tokens that the cluster does not know: apart, so that a flood of them drives out no known one.
     unknown: Cache<TokenKey, ()>,
+    /// Tokens that it knew when it was last asked.
+    known: Cache<TokenKey, ()>,
     reviews: Mutex<HashMap<TokenKey, WeakShared<Review>>>,
+    /// How many of them are of tokens that may be guesses.
+    guesses: Arc<Mutex<Reviews>>,
     rights: Cache<AccessKey, bool>,
+    refused: Mutex<LogLimit<Source>>,
+}
+
+/// What became of a token.
+enum Token {
+    Known(User),
+    Unknown,
+    /// It was not asked about: too many others are.
+    Busy,
+}
+
+/// A review of what may be a guess; counted until it is dropped.
+struct Guess {
+    source: Source,
+    guesses: Arc<Mutex<Reviews>>,
+}
+
+impl Drop for Guess {
+    fn drop(&mut self) {
+        lock(&self.guesses).end(self.source);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Access {
@@ -117,6 +173,10 @@ impl Access {
         token: Option<String>,
     ) -> Result<User, Refusal> {
         let mut reasons = Vec::new();
+        let mut busy = false;
+        let source = peer
+            .as_ref()
+            .map_or(Source::Local, |peer| peer.address.into());
         match peer
             .as_ref()
             .and_then(|peer| peer.user(verifier, UnixTime::now()))
@@ -127,53 +187,99 @@ impl Access {
         }
         match token {
             None => reasons.push("no bearer token".to_owned()),
-            Some(token) => match self.token(cluster, token).await {
-                Ok(Some(user)) => return Ok(user),
-                Ok(None) => reasons.push("the cluster does not know the token".to_owned()),
+            Some(token) => match self.token(cluster, token, source).await {
+                Ok(Token::Known(user)) => return Ok(user),
+                Ok(Token::Unknown) => {
+                    reasons.push("the cluster does not know the token".to_owned());
+                }
+                Ok(Token::Busy) => {
+                    busy = true;
+                    reasons.push("too many unknown tokens are being reviewed".to_owned());
+                }
                 Err(error) => reasons.push(chain(&*error)),
             },
         }
         let peer = peer.map_or_else(String::new, |peer| {
             format!("{} ({})", peer.address, peer.claims())
         });
-        Err(Refusal { peer, reasons })
+        Err(Refusal {
+            source,
+            peer,
+            reasons,
+            busy,
+        })
+    }
+
+    /// Writes a line about a refused request, unless its source had several a moment ago.
+    fn log(&self, refusal: &Refusal, path: &str) {
+        let verdict = lock(&self.refused).event(Instant::now(), refusal.source);
+        if let Some(count) = verdict.left_out {
+            info!(
+                count,
+                "further requests without valid identity were left out of the log"
+            );
+        }
+        if verdict.write {
+            info!(path, %refusal, "refused a request without valid identity");
+        }
     }
 
     async fn token(
         &self,
         cluster: &Arc<dyn Cluster>,
         token: String,
-    ) -> Result<Option<User>, Arc<ClusterError>> {
+        source: Source,
+    ) -> Result<Token, Arc<ClusterError>> {
         let key: TokenKey = Sha256::digest(token.as_bytes()).into();
         if let Some(user) = self.tokens.get(&key) {
-            return Ok(Some(user));
+            return Ok(Token::Known(user));
         }
         if self.unknown.get(&key).is_some() {
-            return Ok(None);
+            return Ok(Token::Unknown);
         }
-        let user = self.review(cluster, key, token).await?;
-        match &user {
-            Some(user) => self.tokens.put(key, user.clone(), TOKEN_TTL),
-            None => self.unknown.put(key, (), TOKEN_TTL),
-        }
-        Ok(user)
+        let Some(review) = self.review(cluster, key, token, source) else {
+            return Ok(Token::Busy);
+        };
+        let Some(user) = review.await? else {
+            self.known.remove(&key);
+            self.unknown.put(key, (), TOKEN_TTL);
+            return Ok(Token::Unknown);
+        };
+        self.tokens.put(key, user.clone(), TOKEN_TTL);
+        self.known.put(key, (), KNOWN_TTL);
+        Ok(Token::Known(user))
     }
 
-    /// The review of this token that is on its way, else a new one.
-    fn review(&self, cluster: &Arc<dyn Cluster>, key: TokenKey, token: String) -> Shared<Review> {
-        let mut reviews = self.reviews.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The review of this token that is on its way, else a new one; `None` if there may be no more of them now.
+    fn review(
+        &self,
+        cluster: &Arc<dyn Cluster>,
+        key: TokenKey,
+        token: String,
+        source: Source,
+    ) -> Option<Shared<Review>> {
+        let mut reviews = lock(&self.reviews);
         reviews.retain(|_, review| review.upgrade().is_some());
         if let Some(review) = reviews.get(&key).and_then(WeakShared::upgrade) {
-            return review;
+            return Some(review);
         }
+        let guess = if self.known.get(&key).is_some() {
+            None
+        } else if lock(&self.guesses).begin(Instant::now(), source) {
+            let guesses = Arc::clone(&self.guesses);
+            Some(Guess { source, guesses })
+        } else {
+            return None;
+        };
         let cluster = Arc::clone(cluster);
         let review = async move {
+            let _counted = guess;
             let user = cluster.review_token(token).await.map_err(Arc::new)?;
             Ok(user.map(User::authenticated))
         };
         let review = review.boxed().shared();
         reviews.extend(review.downgrade().map(|review| (key, review)));
-        review
+        Some(review)
     }
 
     async fn authorize(
@@ -217,14 +323,18 @@ impl<K, V> Default for Cache<K, V> {
 
 impl<K: Eq + Hash, V: Clone> Cache<K, V> {
     fn get(&self, key: &K) -> Option<V> {
-        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = lock(&self.0);
         let (value, expires) = entries.get(key)?;
         (*expires > Instant::now()).then(|| value.clone())
     }
 
+    fn remove(&self, key: &K) {
+        lock(&self.0).remove(key);
+    }
+
     fn put(&self, key: K, value: V, ttl: Duration) {
         let now = Instant::now();
-        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = lock(&self.0);
         if entries.len() >= CACHE_ENTRIES {
             entries.retain(|_, (_, expires)| *expires > now);
         }

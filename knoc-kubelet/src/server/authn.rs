@@ -11,6 +11,7 @@ use http::HeaderMap;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use super::standing::Standing;
 use super::tls::Verifier;
 
 /// The group of all whose identity was proved; upstream's kubelet adds it to the groups of a certificate.
@@ -50,20 +51,31 @@ pub(super) struct Peer {
     pub(super) address: SocketAddr,
     /// End-entity certificate first.
     pub(super) certificates: Arc<[CertificateDer<'static>]>,
+    /// Whether the connection counts among those without an identity.
+    pub(super) standing: Arc<Standing>,
+}
+
+/// The user of the certificates that a peer has shown, `None` if it has shown none; the text says why it does not count.
+pub(super) fn user(
+    certificates: &[CertificateDer<'_>],
+    verifier: &Verifier,
+    now: UnixTime,
+) -> Option<Result<User, String>> {
+    let (end_entity, intermediates) = certificates.split_first()?;
+    let Some(verifier) = verifier else {
+        return Some(Err("no client CA is known yet".to_owned()));
+    };
+    let checked = verifier.verify_client_cert(end_entity, intermediates, now);
+    Some(match checked {
+        Ok(_) => subject(end_entity),
+        Err(error) => Err(error.to_string()),
+    })
 }
 
 impl Peer {
-    /// The user of the peer's certificate, `None` where it has none; the text says why it does not count.
+    /// The user of the peer's certificate, see [`user`].
     pub(super) fn user(&self, verifier: &Verifier, now: UnixTime) -> Option<Result<User, String>> {
-        let (end_entity, intermediates) = self.certificates.split_first()?;
-        let Some(verifier) = verifier else {
-            return Some(Err("no client CA is known yet".to_owned()));
-        };
-        let checked = verifier.verify_client_cert(end_entity, intermediates, now);
-        Some(match checked {
-            Ok(_) => subject(end_entity),
-            Err(error) => Err(error.to_string()),
-        })
+        user(&self.certificates, verifier, now)
     }
 
     /// The subject that the certificate claims, for the log.

@@ -19,6 +19,7 @@ use tracing::{info, warn};
 
 use super::options::{BadOptions, LogOptions};
 use super::query::Query;
+use super::remote::shown;
 use super::{Context, PodView, target};
 use crate::pods::NO_EPHEMERAL;
 
@@ -57,7 +58,7 @@ pub(super) async fn container_logs(
         }
         Err(status) => {
             info!(container = what, code = ?status.code(), error = status.message(), "no log");
-            (StatusCode::BAD_REQUEST, status.message().to_owned()).into_response()
+            (StatusCode::BAD_REQUEST, shown(&status)).into_response()
         }
     }
 }
@@ -144,6 +145,7 @@ fn readable(view: &PodView, pod: &str, container: &str, previous: bool) -> Resul
             "ImagePullBackOff" => {
                 format!("{whole} is waiting to start: trying and failing to pull image")
             }
+            "ContainerCreating" => format!("{whole} is waiting to start: {}", creating(&view.pod)),
             reason => format!("{whole} is waiting to start: {reason}"),
         }),
         None => Err(format!("{whole} is waiting to start - no logs yet")),
@@ -155,8 +157,22 @@ fn unobserved(view: &PodView, whole: &str, previous: bool) -> String {
     let phase = view.pod.status.as_ref().and_then(|it| it.phase.as_deref());
     match phase {
         _ if previous => format!("previous terminated {whole} not found"),
-        None | Some("Pending") => format!("{whole} is waiting to start: ContainerCreating"),
+        None | Some("Pending") => {
+            format!("{whole} is waiting to start: {}", creating(&view.pod))
+        }
         Some(_) => format!("{whole} is not available"),
+    }
+}
+
+/// Kubernetes' reason of a container that was not started yet.
+fn creating(pod: &Pod) -> &'static str {
+    let init = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.init_containers.as_deref());
+    match init {
+        None | Some([]) => "ContainerCreating",
+        Some(_) => "PodInitializing",
     }
 }
 

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures::{StreamExt as _, future};
 use knoc_proto::pb;
 use knoc_proto::pb::{exec_input::Input, exec_output::Output};
+use knoc_proto::text;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tracing::debug;
@@ -21,6 +22,8 @@ use super::streams::{Closed, End, Inlet, Outlet};
 use super::websocket::Channels;
 use super::{Backend, ExecStream};
 
+/// How much of what the agent says is passed on.
+const MESSAGE: usize = 4 << 10;
 /// How long a client may take to open its streams, as upstream.
 pub(super) const STREAMS_DEADLINE: Duration = Duration::from_secs(30);
 /// Messages to the agent that wait; the next ones stop the reading from the client.
@@ -216,7 +219,7 @@ async fn run(backend: &dyn Backend, start: &Start, streams: &mut Streams) -> End
     let output = async {
         let mut output = match start.call(backend, input).await {
             Ok(output) => output,
-            Err(status) => return lost(status.message()),
+            Err(status) => return lost(&shown(&status)),
         };
         while let Some(next) = output.next().await {
             let handed = match next.map(|message| message.output) {
@@ -224,7 +227,7 @@ async fn run(backend: &dyn Backend, start: &Start, streams: &mut Streams) -> End
                 Ok(Some(Output::Stderr(data))) => hand_over(streams.stderr.as_ref(), data).await,
                 Ok(Some(Output::Exit(exit))) => return start.ending(exit),
                 Ok(Some(Output::Started(_)) | None) => Ok(()),
-                Err(status) => return lost(status.message()),
+                Err(status) => return lost(&shown(&status)),
             };
             if handed.is_err() {
                 return lost("the client has gone");
@@ -237,6 +240,11 @@ async fn run(backend: &dyn Backend, start: &Start, streams: &mut Streams) -> End
         ending = output => ending,
         () = feeds => lost("the relay ended"),
     }
+}
+
+/// What the agent says, for the terminal of a client.
+pub(super) fn shown(status: &tonic::Status) -> String {
+    text::message(status.message(), MESSAGE)
 }
 
 fn message(input: Input) -> pb::ExecInput {

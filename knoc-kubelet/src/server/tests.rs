@@ -3,12 +3,14 @@
 mod access;
 mod commands;
 mod exec;
+mod flood;
 pub(super) mod harness;
 mod identity;
 mod lifecycle;
 mod limits;
 mod logs;
 mod portforward;
+mod records;
 mod refused;
 mod stats;
 mod websocket;

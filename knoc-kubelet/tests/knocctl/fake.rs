@@ -369,6 +369,13 @@ impl Agent for Fake {
         }))
     }
 
+    async fn renew_certificate(
+        &self,
+        _: Request<pb::RenewCertificateRequest>,
+    ) -> Result<Response<pb::RenewCertificateResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     type DiagnoseStream = Answers<pb::Finding>;
 
     async fn diagnose(

@@ -1,4 +1,7 @@
 //! CA, certificate and key of a link, re-read from their files when they change.
+//!
+//! A certificate that was renewed over the link stands beside the files, which are mounted read-only in a cluster: that
+//! pair is used as long as it descends from the certificate in the files, so that another bundle counts at once.
 use std::{
     fmt, fs, io,
     os::unix::fs::MetadataExt as _,
@@ -11,8 +14,9 @@ use rustls_pki_types::{
     CertificateDer, PrivateKeyDer,
     pem::{self, PemObject as _},
 };
+use sha2::{Digest as _, Sha256};
 
-use super::tls::provider;
+use super::{Shown, Trust, tls::provider};
 use crate::{
     error::chain,
     pki::{self, CertificateInfo, PkiError},
@@ -70,8 +74,46 @@ pub struct Credentials(Arc<Shared>);
 
 struct Shared {
     source: Source,
-    /// The last good ones, and the fingerprint of the files last looked at. Held for no await.
-    current: Mutex<(Fingerprint, Arc<Material>)>,
+    /// Held for no await.
+    current: Mutex<Current>,
+}
+
+struct Current {
+    /// Of the files last looked at.
+    fingerprint: Fingerprint,
+    /// The last good ones of the files.
+    files: Arc<Material>,
+    /// The renewed pair, with the CA of the files.
+    renewed: Option<Arc<Material>>,
+}
+
+impl Current {
+    fn newest(&self) -> Arc<Material> {
+        Arc::clone(self.renewed.as_ref().unwrap_or(&self.files))
+    }
+
+    /// A renewed pair with the CA of the files, if it descends from their certificate.
+    fn usable(&self, pair: &pki::CertifiedKey) -> Result<Option<Material>, CredentialsError> {
+        let names = ["of the CA", "of the renewed certificate", "of its key"].map(str::to_owned);
+        let (cert, key) = (pair.cert_pem.as_bytes(), pair.key_pem.as_bytes());
+        let (key, info) = Material::pair(cert, key, &names)?;
+        let renewed = Material {
+            roots: Arc::clone(&self.files.roots),
+            key: Arc::new(key),
+            info,
+            digest: [0; 32],
+        };
+        Ok(renewed.under(&self.files))
+    }
+
+    /// Takes what the files say now. A renewed pair stays if it is still the better one.
+    fn take(&mut self, files: Material) {
+        self.renewed = self
+            .renewed
+            .take()
+            .and_then(|renewed| renewed.under(&files).map(Arc::new));
+        self.files = Arc::new(files);
+    }
 }
 
 enum Source {
@@ -91,6 +133,8 @@ pub(super) struct Material {
     pub(super) roots: Arc<RootCertStore>,
     pub(super) key: Arc<CertifiedKey>,
     info: CertificateInfo,
+    /// Of the three texts.
+    digest: [u8; 32],
 }
 
 impl fmt::Debug for Credentials {
@@ -113,10 +157,14 @@ impl Credentials {
         };
         // Fingerprint first: a change between the two is then seen at the next look.
         let fingerprint = source.fingerprint();
-        let material = Arc::new(source.read()?);
+        let files = Arc::new(source.read()?);
         Ok(Self(Arc::new(Shared {
             source,
-            current: Mutex::new((fingerprint, material)),
+            current: Mutex::new(Current {
+                fingerprint,
+                files,
+                renewed: None,
+            }),
         })))
     }
 
@@ -124,7 +172,11 @@ impl Credentials {
     pub fn from_pem(ca: &str, cert: &str, key: &str) -> Result<Self, CredentialsError> {
         let names = ["of the CA", "of the certificate", "of the key"].map(str::to_owned);
         let material = Material::parse([ca, cert, key].map(str::as_bytes), &names)?;
-        let current = Mutex::new((Fingerprint::default(), Arc::new(material)));
+        let current = Mutex::new(Current {
+            fingerprint: Fingerprint::default(),
+            files: Arc::new(material),
+            renewed: None,
+        });
         Ok(Self(Arc::new(Shared {
             source: Source::Memory,
             current,
@@ -147,24 +199,59 @@ impl Credentials {
     /// The newest good ones.
     pub(super) fn material(&self) -> Arc<Material> {
         let fingerprint = self.0.source.fingerprint();
-        let mut current = self
-            .0
-            .current
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if current.0 != fingerprint {
-            current.0 = fingerprint;
+        let mut current = self.current();
+        if current.fingerprint != fingerprint {
+            current.fingerprint = fingerprint;
             match self.0.source.read() {
-                Ok(material) => {
+                Ok(files) => {
                     tracing::info!(certificate = %self.origin(), "re-read the link's certificates");
-                    current.1 = Arc::new(material);
+                    current.take(files);
                 }
                 Err(error) => {
                     tracing::warn!(error = %chain(&error), "changed certificates are no good, the old ones stay");
                 }
             }
         }
-        Arc::clone(&current.1)
+        current.newest()
+    }
+
+    /// Reads the files now, whatever their attributes say: those of a network file system may be a minute old. Answers
+    /// the digest of what is in effect, which tells a change whoever read it first. Blocking; on an error the old ones
+    /// stay.
+    pub fn reread(&self) -> Result<[u8; 32], CredentialsError> {
+        let files = match self.0.source {
+            Source::Memory => None,
+            Source::Files { .. } => Some(self.0.source.read()?),
+        };
+        let mut current = self.current();
+        if let Some(files) = files.filter(|files| files.digest != current.files.digest) {
+            current.take(files);
+        }
+        Ok(current.files.digest)
+    }
+
+    /// Uses a renewed pair from the next handshake on. False, with nothing changed, if it was not renewed from the
+    /// certificate in the files, has another identity, or is not valid under their CA.
+    pub fn renew(&self, pair: &pki::CertifiedKey) -> Result<bool, CredentialsError> {
+        let mut current = self.current();
+        let usable = current.usable(pair)?;
+        let used = usable.is_some();
+        if used {
+            current.renewed = usable.map(Arc::new);
+        }
+        Ok(used)
+    }
+
+    /// Would [`Self::renew`] use this pair?
+    pub fn would_renew(&self, pair: &pki::CertifiedKey) -> Result<bool, CredentialsError> {
+        Ok(self.current().usable(pair)?.is_some())
+    }
+
+    fn current(&self) -> std::sync::MutexGuard<'_, Current> {
+        self.0
+            .current
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -207,6 +294,34 @@ impl Source {
 
 impl Material {
     fn parse([ca, cert, key]: [&[u8]; 3], names: &[String; 3]) -> Result<Self, CredentialsError> {
+        let digest = [ca, cert, key].iter().fold(Sha256::new(), |hash, text| {
+            hash.chain_update(text.len().to_be_bytes())
+                .chain_update(text)
+        });
+        let mut roots = RootCertStore::empty();
+        let listed = certificates(ca).map_err(|source| CredentialsError::Pem {
+            what: "the CA",
+            origin: names[0].clone(),
+            source,
+        })?;
+        for root in listed {
+            roots.add(root).map_err(|source| refused(names, source))?;
+        }
+        let (key, info) = Self::pair(cert, key, names)?;
+        Ok(Self {
+            roots: Arc::new(roots),
+            key: Arc::new(key),
+            info,
+            digest: digest.finalize().into(),
+        })
+    }
+
+    /// A certificate with its key.
+    fn pair(
+        cert: &[u8],
+        key: &[u8],
+        names: &[String; 3],
+    ) -> Result<(CertifiedKey, CertificateInfo), CredentialsError> {
         let pem = |what, at: usize| {
             let origin = names[at].clone();
             move |source| CredentialsError::Pem {
@@ -215,14 +330,6 @@ impl Material {
                 source,
             }
         };
-        let refused = |source| CredentialsError::Refused {
-            origin: names.join(", "),
-            source,
-        };
-        let mut roots = RootCertStore::empty();
-        for root in certificates(ca).map_err(pem("the CA", 0))? {
-            roots.add(root).map_err(refused)?;
-        }
         let certificates = certificates(cert).map_err(pem("the certificate", 1))?;
         let wrong = |source| CredentialsError::Certificate {
             origin: names[1].clone(),
@@ -230,12 +337,34 @@ impl Material {
         };
         let info = pki::inspect(&certificates[0]).map_err(wrong)?;
         let key = PrivateKeyDer::from_pem_slice(key).map_err(pem("the key", 2))?;
-        let key = CertifiedKey::from_der(certificates, key, &provider()).map_err(refused)?;
-        Ok(Self {
-            roots: Arc::new(roots),
-            key: Arc::new(key),
-            info,
+        let key = CertifiedKey::from_der(certificates, key, &provider())
+            .map_err(|source| refused(names, source))?;
+        Ok((key, info))
+    }
+
+    /// This renewed pair with the CA of `files`, if it descends from what they hold.
+    fn under(&self, files: &Self) -> Option<Self> {
+        let same = self.info.identity.is_ok() && self.info.identity == files.info.identity;
+        let mut ancestors = self.info.ancestors.iter();
+        if !same || !ancestors.any(|ancestor| ancestor.spki == files.info.spki) {
+            return None;
+        }
+        let shown = Shown::of(Some(&self.key.cert)).ok()?;
+        let trust = Trust::new(Arc::clone(&files.roots)).ok()?;
+        trust.check(&shown, jiff::Timestamp::now()).ok()?;
+        Some(Self {
+            roots: Arc::clone(&files.roots),
+            key: Arc::clone(&self.key),
+            info: self.info.clone(),
+            digest: self.digest,
         })
+    }
+}
+
+fn refused(names: &[String; 3], source: rustls::Error) -> CredentialsError {
+    CredentialsError::Refused {
+        origin: names.join(", "),
+        source,
     }
 }
 

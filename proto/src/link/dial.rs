@@ -3,13 +3,14 @@ use std::{future::Future, io, pin::Pin};
 
 use hyper_util::rt::TokioIo;
 use rustls_pki_types::ServerName;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Uri};
 
 use super::{
     CONNECT_TIMEOUT, Carrier, Credentials, ExpectPeer, LinkError, Peer, endpoint,
-    listen::{Conn, unix_peer},
+    listen::{Conn, shown},
+    socket,
     tls::{Seen, in_words},
 };
 
@@ -53,12 +54,7 @@ pub async fn connect(
                 carrier: carrier.clone(),
             }),
             (Carrier::Unix(path), _) => {
-                let failed = |source| LinkError::Connect {
-                    carrier: carrier.clone(),
-                    source,
-                };
-                let stream = UnixStream::connect(path).await.map_err(failed)?;
-                let peer = unix_peer(&stream, &carrier.to_string())?;
+                let (stream, peer) = socket::connect(path).await?;
                 Ok(Conn::unix(stream, peer))
             }
         }
@@ -104,5 +100,11 @@ async fn tcp(
     let Some(identity) = seen.identity() else {
         return Err(handshake(io::Error::other("the peer showed no identity")));
     };
-    Ok(Conn::tls(stream.into(), Peer::Tls { identity, addr }))
+    let certificate = shown(stream.get_ref().1.peer_certificates()).map_err(handshake)?;
+    let peer = Peer::Tls {
+        identity,
+        addr,
+        certificate,
+    };
+    Ok(Conn::tls(stream.into(), peer))
 }

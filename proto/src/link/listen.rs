@@ -1,32 +1,40 @@
 //! The side that is dialled: a stream of connections whose peers are checked, for
 //! `Server::serve_with_incoming_shutdown`.
 //!
-//! Refused handshakes are logged with the peer's address and what its certificate says, and do not disturb others.
+//! Refused handshakes are logged with the peer's address and what its certificate says, a few lines for each source, and
+//! do not disturb others ([`super::accept`]). The number of connections whose peer is known is bounded too
+//! ([`super::finished`]).
 use std::{
-    fmt, fs, io,
+    fmt, io,
     net::SocketAddr,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
-    path::{Path, PathBuf},
+    path::Path,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use futures::{Stream, StreamExt as _};
+use rustls_pki_types::CertificateDer;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
+    net::{TcpStream, UnixStream},
+    time::Instant,
 };
 use tokio_rustls::{TlsAcceptor, TlsStream};
 use tonic::transport::server::Connected;
 
 use super::{
-    CONNECT_TIMEOUT, Carrier, Credentials, ExpectPeer, Identity, LinkError,
-    accept::{Accept, Listener, Raw},
-    own_uid,
+    Carrier, Credentials, ExpectPeer, Identity, LinkError, Shown,
+    accept::{self, Accept, Listener, Raw},
+    admission::Bounds,
+    finished::{Finished, Place},
+    socket::{self, SocketFile},
     tls::{Seen, in_words},
 };
-use crate::error::chain;
+use crate::{error::chain, log_limit::LogLimit};
+
+/// What an HTTP/2 client says first (RFC 9113, section 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Who is at the other end of a connection; in the extensions of every request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +45,8 @@ pub enum Peer {
         identity: Identity,
         /// From where.
         addr: SocketAddr,
+        /// What it proved it with.
+        certificate: Shown,
     },
     /// The same user on the same machine, proved by the kernel.
     Unix {
@@ -52,7 +62,7 @@ pub enum Peer {
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tls { identity, addr } => write!(f, "{identity} at {addr}"),
+            Self::Tls { identity, addr, .. } => write!(f, "{identity} at {addr}"),
             Self::Unix {
                 uid,
                 pid: Some(pid),
@@ -64,99 +74,51 @@ impl fmt::Display for Peer {
 }
 
 /// Connections on `addr` from kubelets and knocctls, TLS with client certificates.
+#[expect(
+    clippy::unused_async,
+    reason = "a listener needs a runtime, which only an async function surely has"
+)]
 pub async fn tcp(addr: SocketAddr, credentials: Credentials) -> Result<Incoming, LinkError> {
     let carrier = Carrier::Tcp(addr.to_string());
-    let listener = TcpListener::bind(addr)
-        .await
-        .map_err(|source| LinkError::Listen { carrier, source })?;
-    let accept = Accept::new(Listener::Tcp(listener), move |raw| {
+    let listener = accept::bind(addr).map_err(|source| LinkError::Listen { carrier, source })?;
+    let bounds = Bounds::own();
+    let accept = Accept::tcp(listener, bounds, move |stream, addr| {
         let credentials = credentials.clone();
         Box::pin(async move {
-            let Raw::Tcp(stream, addr) = raw else {
-                return None;
-            };
-            logged(accept_tls(stream, addr, &credentials), &addr.to_string()).await
+            let accepted = accept_tls(stream, addr, &credentials).await;
+            accepted.map_err(|error| chain(&error))
         })
     });
     Ok(Incoming {
         accept,
+        finished: Finished::new(bounds.finished),
+        log: LogLimit::default(),
         _socket: None,
     })
 }
 
-/// Connections of our own user on a socket at `path`, whose folder is made with mode 0700, or checked to have it. A
+/// Connections of our own user on a socket at `path`, whose folder is created with mode 0700, or checked to have it. A
 /// socket that nobody serves any more is replaced. Has to be called inside a runtime.
 pub fn unix(path: &Path) -> Result<Incoming, LinkError> {
-    let carrier = Carrier::Unix(path.to_owned());
-    let failed = |source| LinkError::Listen {
-        carrier: carrier.clone(),
-        source,
-    };
-    let folder = path.parent().unwrap_or_else(|| Path::new("/"));
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)
-        .map_err(failed)?;
-    let meta = fs::symlink_metadata(folder).map_err(failed)?;
-    let mode = meta.mode() & 0o7777;
-    if !meta.is_dir() || meta.uid() != own_uid() || mode & 0o077 != 0 {
-        let (path, uid, found_uid) = (folder.display().to_string(), own_uid(), meta.uid());
-        return Err(LinkError::OpenFolder {
-            path,
-            uid,
-            found_uid,
-            mode,
-        });
-    }
-    match std::os::unix::net::UnixStream::connect(path) {
-        Ok(_) => return Err(LinkError::InUse { carrier }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)?;
-        }
-        Err(error) => return Err(failed(error)),
-    }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    let socket = SocketFile {
-        path: path.to_owned(),
-        inode: inode(path),
-    };
-    let name = carrier.to_string();
-    let accept = Accept::new(Listener::Unix(listener), move |raw| {
+    let (listener, socket) = socket::bind(path)?;
+    let name = Carrier::Unix(path.to_owned()).to_string();
+    let bounds = Bounds::own();
+    let accept = Accept::new(Listener::Unix(listener), bounds, move |raw| {
         let name = name.clone();
         Box::pin(async move {
-            let Raw::Unix(stream) = raw else { return None };
-            let checked = async {
-                let peer = unix_peer(&stream, &name)?;
-                Ok(Conn::unix(stream, peer))
+            let Raw::Unix(stream) = raw else {
+                return Err("a TCP connection on a unix socket".to_owned());
             };
-            logged(checked, &name).await
+            let peer = socket::peer(&stream, &name).map_err(|error| chain(&error))?;
+            Ok(Conn::unix(stream, peer))
         })
     });
     Ok(Incoming {
         accept,
+        finished: Finished::new(bounds.finished),
+        log: LogLimit::default(),
         _socket: Some(socket),
     })
-}
-
-/// Gives a handshake its deadline, and a failure its line in the log.
-pub(super) async fn logged<T>(
-    handshake: impl Future<Output = Result<T, LinkError>>,
-    peer: &str,
-) -> Option<T> {
-    match tokio::time::timeout(CONNECT_TIMEOUT, handshake).await {
-        Ok(Ok(done)) => Some(done),
-        Ok(Err(error)) => {
-            tracing::warn!(peer, error = %chain(&error), "connection refused");
-            None
-        }
-        Err(_) => {
-            tracing::warn!(peer, "connection refused: no handshake in time");
-            None
-        }
-    }
 }
 
 async fn accept_tls(
@@ -175,66 +137,45 @@ async fn accept_tls(
         .material()
         .server(ExpectPeer::NearSide, seen.clone())
         .map_err(|error| failed(io::Error::other(error)))?;
-    let stream = TlsAcceptor::from(Arc::new(config))
+    let mut stream = TlsAcceptor::from(Arc::new(config))
         .accept(stream)
         .await
         .map_err(failed)?;
     let Some(identity) = seen.identity() else {
         return Err(failed(io::Error::other("the peer showed no identity")));
     };
-    Ok(Conn::tls(stream.into(), Peer::Tls { identity, addr }))
-}
-
-/// The user and process behind a unix socket; an error where the user is not ours.
-pub(super) fn unix_peer(stream: &UnixStream, name: &str) -> Result<Peer, LinkError> {
-    let failed = |source| LinkError::Handshake {
-        peer: name.to_owned(),
-        claimed: None,
-        source,
+    let certificate = shown(stream.get_ref().1.peer_certificates()).map_err(failed)?;
+    // A client speaks first. One that has a certificate and says nothing is not finished yet: it counts as, and is
+    // closed like, one that never ended its handshake.
+    let mut preface = [0; PREFACE.len()];
+    stream.read_exact(&mut preface).await.map_err(failed)?;
+    if preface != *PREFACE {
+        return Err(LinkError::NotHttp2 {
+            peer: addr.to_string(),
+            claimed: identity.to_string(),
+        });
+    }
+    let peer = Peer::Tls {
+        identity,
+        addr,
+        certificate,
     };
-    let credentials = stream.peer_cred().map_err(failed)?;
-    check_user(credentials.uid(), own_uid(), name)?;
-    Ok(Peer::Unix {
-        uid: credentials.uid(),
-        pid: credentials.pid(),
-    })
+    let mut conn = Conn::tls(stream.into(), peer);
+    conn.preface = PREFACE;
+    Ok(conn)
 }
 
-fn check_user(found: u32, expected: u32, name: &str) -> Result<(), LinkError> {
-    if found == expected {
-        return Ok(());
-    }
-    Err(LinkError::WrongUser {
-        peer: name.to_owned(),
-        found,
-        expected,
-    })
-}
-
-fn inode(path: &Path) -> Option<u64> {
-    fs::symlink_metadata(path).ok().map(|meta| meta.ino())
-}
-
-/// Removes the socket when nobody listens any more, unless another process has put its own there.
-struct SocketFile {
-    path: PathBuf,
-    inode: Option<u64>,
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if self.inode.is_some()
-            && inode(&self.path) == self.inode
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            tracing::debug!(path = %self.path.display(), %error, "remove the socket");
-        }
-    }
+/// The chain that a peer showed.
+pub(super) fn shown(chain: Option<&[CertificateDer<'static>]>) -> io::Result<Shown> {
+    Shown::of(chain).map_err(io::Error::other)
 }
 
 /// Connections whose peers are checked. Never ends by itself.
 pub struct Incoming {
     accept: Accept<Conn>,
+    finished: Finished,
+    /// Lines about identities that have too many connections.
+    log: LogLimit<String>,
     /// Held for its `Drop`.
     _socket: Option<SocketFile>,
 }
@@ -259,7 +200,29 @@ impl Stream for Incoming {
     type Item = io::Result<Conn>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.accept.poll_next_unpin(cx)
+        loop {
+            let accepted = ready!(self.accept.poll_next_unpin(cx));
+            let Some(Ok(mut conn)) = accepted else {
+                return Poll::Ready(accepted);
+            };
+            match self.finished.take(&conn.peer) {
+                Ok(place) => {
+                    conn.place = Some(place);
+                    return Poll::Ready(Some(Ok(conn)));
+                }
+                Err(full) => {
+                    let who = match &conn.peer {
+                        Peer::Tls { identity, .. } => identity.to_string(),
+                        Peer::Unix { .. } | Peer::Pinned => String::new(),
+                    };
+                    let verdict = self.log.event(Instant::now(), who);
+                    accept::left_out(verdict.left_out);
+                    if verdict.write {
+                        tracing::warn!(peer = %conn.peer, "connection refused: {full}");
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -268,6 +231,10 @@ impl Stream for Incoming {
 pub struct Conn {
     io: Io,
     peer: Peer,
+    /// What of the client's first bytes was read before HTTP/2 took over, and is still to be given to it.
+    preface: &'static [u8],
+    /// Counts the connection until it is dropped.
+    place: Option<Place>,
 }
 
 #[derive(Debug)]
@@ -281,6 +248,8 @@ impl Conn {
         Self {
             io: Io::Tls(Box::new(stream)),
             peer,
+            preface: &[],
+            place: None,
         }
     }
 
@@ -288,6 +257,8 @@ impl Conn {
         Self {
             io: Io::Unix(stream),
             peer,
+            preface: &[],
+            place: None,
         }
     }
 
@@ -312,7 +283,16 @@ impl AsyncRead for Conn {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().io {
+        let this = self.get_mut();
+        if !this.preface.is_empty() {
+            let (now, later) = this
+                .preface
+                .split_at(this.preface.len().min(buf.remaining()));
+            buf.put_slice(now);
+            this.preface = later;
+            return Poll::Ready(Ok(()));
+        }
+        match &mut this.io {
             Io::Tls(io) => Pin::new(io).poll_read(cx, buf),
             Io::Unix(io) => Pin::new(io).poll_read(cx, buf),
         }
@@ -361,18 +341,5 @@ impl AsyncWrite for Conn {
             Io::Tls(io) => Pin::new(io).poll_write_vectored(cx, bufs),
             Io::Unix(io) => Pin::new(io).poll_write_vectored(cx, bufs),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_our_own_user() {
-        check_user(1000, 1000, "s").unwrap();
-        let error = check_user(0, 1000, "unix:/s").unwrap_err();
-        let words = "the process behind unix:/s belongs to uid 0, not to uid 1000";
-        assert_eq!(error.to_string(), words);
     }
 }

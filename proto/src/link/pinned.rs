@@ -21,16 +21,19 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use super::{
     CONNECT_TIMEOUT, Carrier, CredentialsError, LinkError,
-    accept::{Accept, Listener, Raw},
-    listen::logged,
+    accept::{self, Accept},
+    admission::Bounds,
     tls::{client_config, in_words, no_tls12, other, provider, server_config},
 };
-use crate::pki::{self, PkiError};
+use crate::{
+    error::chain,
+    pki::{self, PkiError},
+};
 
 /// A connection of this hop, either role.
 pub type TlsIo = TlsStream<TcpStream>;
@@ -143,17 +146,19 @@ impl KeyPair {
 }
 
 /// Connections on `addr`, each with the pin of the key that its peer proved to have.
+#[expect(
+    clippy::unused_async,
+    reason = "a listener needs a runtime, which only an async function surely has"
+)]
 pub async fn listen(addr: SocketAddr, pair: KeyPair) -> Result<PinnedIncoming, LinkError> {
     let carrier = Carrier::Tcp(addr.to_string());
     let failed = |source| LinkError::Listen { carrier, source };
-    let listener = TcpListener::bind(addr).await.map_err(failed)?;
-    let accept = Accept::new(Listener::Tcp(listener), move |raw| {
+    let listener = accept::bind(addr).map_err(failed)?;
+    let accept = Accept::tcp(listener, Bounds::own(), move |stream, addr| {
         let pair = pair.clone();
         Box::pin(async move {
-            let Raw::Tcp(stream, addr) = raw else {
-                return None;
-            };
-            logged(accept(stream, addr, &pair), &addr.to_string()).await
+            let accepted = accept(stream, addr, &pair).await;
+            accepted.map_err(|error| chain(&error))
         })
     });
     Ok(PinnedIncoming(accept))

@@ -21,6 +21,8 @@ use crate::{
     pki::{Ca, CertifiedKey, Validity},
 };
 
+mod flood;
+
 fn agent() -> Identity {
     Identity::Agent {
         site: "site".into(),

@@ -34,6 +34,12 @@ impl Kubelet {
         })
     }
 
+    /// Where the kubelet serves its API.
+    #[must_use]
+    pub fn address(&self) -> std::net::SocketAddr {
+        super::loopback(self.port)
+    }
+
     /// Starts the kubelet and waits until its Node is Ready.
     pub async fn start(&self, site: &Site, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
         let mut kubelet = self.process(site, env)?;

@@ -2,6 +2,7 @@
 # Makes the test images from Debian packages alone: in $HPC_PREFIX/shared/images (/images in every node) each as a sandbox
 # (busybox/), OCI layout (busybox.oci, tag latest), archives and SIF; and pushes them to the registry http://ctl:5000/library.
 # And own:1 and own:2, which have an entrypoint, arguments, variables and a folder of their own, and say what they were started as.
+# And places, with files where runtimes put something of their own, links, and accounts; its tags differ in their user and command; and bare:1, one program and nothing else.
 # HPC_IMG_DEBIAN=1 adds debian (with python3, procps, curl).
 . "$(dirname "$0")/../lib.sh"
 images=$HPC_PREFIX/shared/images
@@ -49,6 +50,38 @@ SH
     node skopeo copy -q --insecure-policy "oci:$layout:1" docker-archive:/images/own.docker.tar:own:1
     node apptainer -q build -F /images/own.sif docker-archive:/images/own.docker.tar
 }
+places() { # busybox with files in temporary folders, links where volumes are mounted, accounts of its own (same: of the HPC user's uid)
+    local layout=/images/places.oci tree=$images/places line tag user
+    mkdir -p "$tree"/{tmp/app,var/tmp,run/own,home/jovyan,root,etc}
+    printf '#!/bin/sh\necho the program of the image\n' >"$tree/tmp/app/run"
+    chmod 755 "$tree/tmp/app/run"
+    echo data >"$tree/var/tmp/data"
+    for line in run/own home/jovyan root; do echo "in $line" >"$tree/$line/file"; done
+    chmod 1777 "$tree/tmp" "$tree/var/tmp"
+    ln -s /run "$tree/var/run"
+    ln -s /mnt "$tree/data"
+    echo 'Europe/Nowhere' >"$tree/etc/localtime"
+    printf '%s\n' root:x:0:0:root:/root:/bin/sh jovyan:x:1000:100::/home/jovyan:/bin/ash same:x:2001:2001::/home/same:/bin/sh >"$tree/etc/passwd"
+    node skopeo copy -q --insecure-policy oci:/images/busybox.oci:latest "oci:$layout:base"
+    node umoci insert --image "$layout:base" /images/places / >/dev/null 2>&1
+    node umoci config --image "$layout:base" --clear=config.cmd --clear=config.entrypoint
+    push "$layout:base" places:nocmd
+    for line in 1:1000:100 name:jovyan unknown:4321 same:2001 root:; do
+        tag=${line%%:*} user=${line#*:}
+        node umoci config --image "$layout:base" --tag "$tag" --config.cmd /tmp/app/run --config.user "$user" --config.workingdir /home/jovyan
+        push "$layout:$tag" "places:$tag"
+    done
+}
+bare() { # one static program, and nothing else: no folders, no accounts
+    local layout=/images/bare.oci
+    mkdir -p "$images/bare"
+    cp "$images/busybox/bin/busybox" "$images/bare/busybox"
+    node umoci init --layout "$layout"
+    node umoci new --image "$layout:1"
+    node umoci insert --image "$layout:1" /images/bare / >/dev/null 2>&1
+    node umoci config --image "$layout:1" --config.entrypoint /busybox --config.cmd echo --config.cmd bare
+    push "$layout:1" bare:1
+}
 pack() { # pack NAME TAG: every form from the directory; in the registry as TAG and latest
     local name=$1 layout=/images/$1.oci
     chmod -R a+rX "$images/$name"
@@ -64,7 +97,7 @@ pack() { # pack NAME TAG: every form from the directory; in the registry as TAG 
 }
 
 mkdir -p "$images"
-wanted="busybox:1.36 own"
+wanted="busybox:1.36 own places bare"
 [ "${HPC_IMG_DEBIAN:-0}" != 1 ] || wanted="$wanted debian:13"
 for image in $wanted; do
     name=${image%:*}

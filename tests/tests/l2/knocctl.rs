@@ -177,6 +177,7 @@ fn beside_the_agent(site: &Site, args: &[&str]) -> anyhow::Result<Run> {
     let place = site.path("run/knoc");
     if !place.exists() {
         std::fs::create_dir_all(&place)?;
+        std::fs::set_permissions(&place, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
         let socket = site.path("socket/agent.sock");
         std::os::unix::fs::symlink(socket, place.join("agent.sock"))?;
     }

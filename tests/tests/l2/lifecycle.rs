@@ -347,7 +347,7 @@ async fn the_same_pod_again_is_no_op_and_another_shape_a_conflict() -> anyhow::R
 async fn an_older_leader_and_another_cluster_are_refused() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+    let mut client = site.kubelet_client("a")?;
     let mut pod = Pod::new("led", vec![shell("main", "true")]);
     pod.request.leadership_epoch = 5;
     client.ensure_pod(pod.request.clone()).await?;
@@ -367,8 +367,8 @@ async fn an_older_leader_and_another_cluster_are_refused() -> anyhow::Result<()>
 async fn kubelets_of_two_nodes_share_an_agent() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
     for (node, epoch) in [("a", 9), ("b", 3)] {
+        let mut client = site.kubelet_client(node)?;
         let pod = Pod::new(node, vec![shell("main", "true")]);
         let mut pod = change(&pod, |spec| spec.node_name = node.into());
         pod.request.leadership_epoch = epoch;

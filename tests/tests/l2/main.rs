@@ -5,14 +5,19 @@
 
 mod argv;
 mod backpressure;
+mod certificates;
 mod crash;
+mod flood;
+mod injection;
 mod knocctl;
+mod leadership;
 mod lifecycle;
 mod link;
 mod logs;
 mod old_kernel;
 mod packages;
 mod secrets;
+mod socket;
 mod state;
 mod stats;
 mod streams;

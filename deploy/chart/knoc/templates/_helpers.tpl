@@ -4,7 +4,7 @@
 
 {{- /* Cluster-wide names carry the node, so that several sites can be installed side by side. */ -}}
 {{- define "knoc.clusterName" -}}
-{{- printf "knoc-kubelet-%s" (include "knoc.node" .) | trunc 63 | trimSuffix "-" -}}
+{{- printf "knoc-kubelet-%s" (include "knoc.node" .) -}}
 {{- end -}}
 
 {{- define "knoc.fullname" -}}
@@ -56,9 +56,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- .Values.keys.secret | default (printf "%s-keys" (include "knoc.fullname" .)) -}}
 {{- end -}}
 
-{{- /* Non-empty where the kubelet has keys of its own to keep. */ -}}
+{{- /* Non-empty where the kubelet has keys of its own to keep: always, since it renews its certificate on the link. */ -}}
 {{- define "knoc.ownKeys" -}}
-{{- if or (ne .Values.server.certificate "files") (eq .Values.identity.kind "node") }}yes{{ end -}}
+yes
 {{- end -}}
 
 {{- /* Non-empty where the ServiceAccount makes CertificateSigningRequests. */ -}}

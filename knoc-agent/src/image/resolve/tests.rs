@@ -5,137 +5,59 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio_util::task::AbortOnDropHandle;
-
+use super::super::Bounds;
+use super::super::digest::Digest;
 use super::*;
-use crate::config::Registry;
+use crate::config::{Policy, Registry};
+use crate::jobdir::StateDir;
+use crate::policy::Live;
 
-const CONFIG: &str = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"config":{"Cmd":["/bin/sh"],"Entrypoint":["/e"],"Env":["A=b"],"WorkingDir":"/w","User":"7"}}"#;
+mod cached;
+mod fake;
+mod hostile;
 
-fn digest(text: &str) -> String {
-    use std::fmt::Write as _;
-    Sha256::digest(text)
-        .iter()
-        .fold("sha256:".to_owned(), |mut hex, byte| {
-            write!(hex, "{byte:02x}").unwrap();
-            hex
-        })
-}
-
-fn manifest() -> String {
-    let (config, size) = (digest(CONFIG), CONFIG.len());
-    format!(
-        r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config}","size":{size}}},"layers":[]}}"#
-    )
-}
-
-/// Answers GET and HEAD of `library/one`, and 404 to all else; or nothing while it is off.
-struct FakeRegistry {
-    address: String,
-    off: Arc<AtomicBool>,
-    _task: AbortOnDropHandle<()>,
-}
-
-async fn serve(mut stream: TcpStream, off: Arc<AtomicBool>) {
-    let mut text = Vec::new();
-    let mut buffer = [0; 4096];
-    while let Ok(n @ 1..) = stream.read(&mut buffer).await {
-        text.extend_from_slice(&buffer[..n]);
-        if !text.ends_with(b"\r\n\r\n") {
-            continue;
-        }
-        if off.load(Ordering::SeqCst) {
-            return;
-        }
-        let head = String::from_utf8_lossy(&text).into_owned();
-        text.clear();
-        let path = head.split(' ').nth(1).unwrap_or_default();
-        let (status, kind, body) = match path.strip_prefix("/v2/") {
-            Some("") => ("200 OK", "application/json", "{}".to_owned()),
-            Some(rest) if rest.starts_with("library/one/manifests/") => (
-                "200 OK",
-                "application/vnd.oci.image.manifest.v1+json",
-                manifest(),
-            ),
-            Some(rest) if rest == format!("library/one/blobs/{}", digest(CONFIG)) => {
-                ("200 OK", "application/octet-stream", CONFIG.to_owned())
-            }
-            _ => {
-                let words =
-                    r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#;
-                ("404 Not Found", "application/json", words.to_owned())
-            }
-        };
-        let (length, digest) = (body.len(), digest(&body));
-        let answer = format!(
-            "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nDocker-Content-Digest: {digest}\r\n\r\n"
-        );
-        let body = if head.starts_with("HEAD") { "" } else { &body };
-        if stream
-            .write_all(format!("{answer}{body}").as_bytes())
-            .await
-            .is_err()
-        {
-            return;
-        }
-    }
-}
-
-impl FakeRegistry {
-    async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let off = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&off);
-        let accept = async move {
-            let mut tasks = tokio::task::JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
-                tasks.spawn(serve(stream, Arc::clone(&flag)));
-            }
-        };
-        let mut tasks = tokio::task::JoinSet::new();
-        tasks.spawn(accept);
-        let whole = async move { while tasks.join_next().await.is_some() {} };
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "owned by the handle, which aborts it"
-        )]
-        let task = AbortOnDropHandle::new(tokio::spawn(whole));
-        Self {
-            address,
-            off,
-            _task: task,
-        }
-    }
-}
+use self::fake::{CONFIG, Content, FakeRegistry, Reply, tar};
 
 struct World {
     dir: tempfile::TempDir,
     registry: FakeRegistry,
+    off: Arc<AtomicBool>,
     images: Images,
 }
 
+/// Says what it was called with, and makes a file of what its layout names.
 const APPTAINER: &str = r#"echo "$@" >>"$LOG"
-for last; do uri=$last; done
-file=$(echo "$@" | sed 's/.* \([^ ]*image.sif\) .*/\1/')
 sleep 0.2
 test -e "$FAIL" && { echo 'INFO:    Starting'; echo 'FATAL:   While making image: no space left' >&2; exit 255; }
-echo "$uri" >"$file"
+cat layout/index.json >image.sif
 "#;
+
+fn layer() -> Vec<u8> {
+    tar("etc/passwd", b"root:x:0:0\n")
+}
+
+fn one() -> Content {
+    Content::default().with("library/one", &[layer()])
+}
 
 impl World {
     async fn new() -> Self {
+        let off = Arc::new(AtomicBool::new(false));
+        let (content, flag) = (one(), Arc::clone(&off));
+        let registry = FakeRegistry::start(move |ask| {
+            if flag.load(Ordering::SeqCst) {
+                Reply::Close
+            } else {
+                content.answer(ask)
+            }
+        });
+        let registry = registry.await;
         let dir = tempfile::tempdir().unwrap();
-        let registry = FakeRegistry::start().await;
-        let program = dir.path().join("apptainer");
-        write_program(&program, APPTAINER);
-        let images = Images::new(settings(dir.path(), &registry.address, program));
+        let images = images(dir.path(), &registry.address);
         Self {
             dir,
             registry,
+            off,
             images,
         }
     }
@@ -159,10 +81,16 @@ fn write_program(path: &Path, script: &str) {
         .unwrap();
 }
 
+fn images(dir: &Path, registry: &str) -> Images {
+    let program = dir.join("apptainer");
+    write_program(&program, APPTAINER);
+    Images::new(settings(dir, registry, program))
+}
+
 fn settings(dir: &Path, registry: &str, program: PathBuf) -> Settings {
     let file = |name: &str| dir.join(name).display().to_string();
-    let cache = dir.join("images");
-    std::fs::create_dir(&cache).unwrap();
+    let state = StateDir::new(dir);
+    state.create().unwrap();
     Settings {
         program: Some(program),
         env: [
@@ -171,17 +99,34 @@ fn settings(dir: &Path, registry: &str, program: PathBuf) -> Settings {
             ("FAIL".to_owned(), file("fail")),
         ]
         .into(),
-        cache,
+        state,
         roots: Vec::new(),
+        trust_shared_roots: false,
         registries: vec![Registry {
             prefix: "docker.io".to_owned(),
             mirror: Some(registry.to_owned()),
             insecure: true,
         }],
+        policy: Live::fixed(Policy::default()),
+        limits: Bounds {
+            size: 1 << 20,
+            unpacked: 8 << 20,
+            cache: 1 << 30,
+            stall: Duration::from_secs(5),
+        },
         concurrency: 2,
         registry_timeout: Duration::from_secs(5),
         pull_timeout: Duration::from_secs(20),
     }
+}
+
+fn manifest() -> String {
+    let digest = Digest::of(&layer()).to_string();
+    fake::manifest(&[(digest, layer().len())])
+}
+
+fn digest(text: &str) -> String {
+    Digest::of(text.as_bytes()).to_string()
 }
 
 #[tokio::test]
@@ -201,14 +146,11 @@ async fn a_name_becomes_a_file_with_its_config() {
             .path()
             .join(format!("images/{}.sif", expected.replace(':', "-")))
     );
-    let uri = std::fs::read_to_string(&image.path).unwrap();
-    assert_eq!(
-        uri,
-        format!(
-            "docker://{}/library/one@{expected}\n",
-            world.registry.address
-        )
-    );
+    // What is converted is the layout whose blobs were checked.
+    let index = std::fs::read_to_string(&image.path).unwrap();
+    assert!(index.contains("manifests"), "{index}");
+    let log = std::fs::read_to_string(world.dir.path().join("log")).unwrap();
+    assert_eq!(log, "pull --disable-cache --force image.sif oci:layout\n");
     let config = image.config;
     assert_eq!(
         (config.entrypoint, config.cmd),
@@ -259,7 +201,7 @@ async fn policies() {
         .await
         .unwrap();
     // From here on the registry does not answer; a restarted agent knows what it had.
-    world.registry.off.store(true, Ordering::SeqCst);
+    world.off.store(true, Ordering::SeqCst);
     world.again();
     world
         .images
@@ -331,7 +273,7 @@ async fn doctor_says_what_is_there() {
         (true, "images: mirror of docker.io"),
     ];
     assert_eq!(all, expected, "{findings:?}");
-    world.registry.off.store(true, Ordering::SeqCst);
+    world.off.store(true, Ordering::SeqCst);
     let findings = world.images.checks().await;
     assert!(!findings.last().unwrap().ok, "{findings:?}");
 }
@@ -370,7 +312,7 @@ test -e "$FAIL" && { echo 'FATAL:   no such host file system' >&2; exit 255; }
 for last; do sif=$last; done
 case $2 in
 list) echo '1    |1       |NONE    |32176-32233               |JSON.Generic' ;;
-dump) echo "{\"Cmd\":[\"$(stat -c %s "$sif")\"]}" ;;
+dump) echo "{\"Cmd\":[\"$(stat -Lc %s "$sif")\"]}" ;;
 esac
 "#;
 

@@ -6,7 +6,7 @@ use super::*;
 use crate::logs::{
     cri::{Cutter, Stream, stamp},
     rotated, series,
-    writer::{Limits, Writer},
+    writer::{Limits, Writer, forget_older},
 };
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -15,6 +15,7 @@ fn writer(live: &Path, max_bytes: u64, max_files: u32) -> Writer {
     let limits = Limits {
         max_bytes,
         max_files,
+        max_total: 1 << 30,
     };
     Writer::open(live, limits)
 }
@@ -305,4 +306,45 @@ async fn what_is_no_log_and_has_no_end_is_passed_over() {
         collect(&live, Options::default(), None).await,
         "before\nafter\n"
     );
+}
+
+/// An older attempt is forgotten while somebody reads it: what is open is read to its end, and nothing fails.
+#[tokio::test]
+async fn a_reader_whose_series_is_removed_ends_with_what_it_has_open() {
+    let folder = tempfile::tempdir().unwrap();
+    let live = folder.path().join("0.log");
+    let mut writer = writer(&live, 400, 100);
+    for n in 0..40 {
+        write(&mut writer, &numbered(n..n + 1));
+    }
+    let first = fs::read_to_string(&series(&live)[0]).unwrap();
+    let (written, news) = watch::channel(0);
+    let (ending, ended) = watch::channel(false);
+    let follow = Follow {
+        written: Some(news),
+        ended,
+    };
+    let mut reader = Reader::begin(live.clone(), Options::default()).unwrap();
+    reader.block.truncate(64);
+    let mut text = reader.next().unwrap().unwrap();
+    forget_older(&folder.path().join("2.log")).unwrap();
+    assert_eq!(series(&live), Vec::<PathBuf>::new());
+    while let Some(more) = reader.next().unwrap() {
+        text.extend(more);
+    }
+    let lines = first
+        .lines()
+        .map(|line| &line[line.len() - "line 0".len()..]);
+    let lines: Vec<_> = lines.map(str::trim_start).collect();
+    assert_eq!(
+        String::from_utf8(text).unwrap().lines().collect::<Vec<_>>(),
+        lines
+    );
+    // Who asks for all of it now is given nothing, and no error.
+    let following = collect(&live, Options::default(), Some(follow));
+    let end = async {
+        written.send_modify(|batches| *batches += 1);
+        ending.send_replace(true);
+    };
+    assert_eq!(tokio::join!(following, end).0, "");
 }

@@ -91,7 +91,7 @@ impl Actor {
         let pod = Pod::new(facts(&self.uid, &self.spec, &self.site.config), now);
         let images = stage::at_hand(&self.site, &self.spec).await;
         let born = match &images {
-            Some(images) => self.begin(pod, images, now),
+            Some(found) => self.begin(pod, found.images(), now),
             None => Born {
                 pod,
                 effects: Vec::new(),
@@ -133,19 +133,17 @@ impl Actor {
     async fn put_on_disk(
         &mut self,
         pod: &Pod,
-        images: Option<Vec<pb::ResolvedImage>>,
+        found: Option<stage::Found>,
         values: pb::PodValues,
     ) -> Result<(), Refused> {
         let at_rest = self.site.config.values.at_rest;
         self.values_revision = values.revision;
         let record = Record::of(pod, &self.cluster_id, self.values_revision);
         let cluster_id = self.cluster_id.clone();
-        let job = stage::job_file(
-            &self.site,
-            &self.spec,
-            images.unwrap_or_default(),
-            cluster_id,
-        );
+        // What was found stays in the cache until the job file names it.
+        let found = found.unwrap_or_default();
+        let images = found.images().to_vec();
+        let job = stage::job_file(&self.site, &self.spec, images, cluster_id);
         let staged = (at_rest == AtRest::File).then(|| values.clone());
         let dir = self.dir.clone();
         // Never closed: an error would only mean that there is no bound.
@@ -154,6 +152,7 @@ impl Actor {
         let written =
             tokio::task::spawn_blocking(move || stage::accept(&dir, &job, &record, staged)).await;
         drop(place);
+        drop(found);
         crash::point("agent.record.after");
         let failed = |error: &(dyn std::error::Error + 'static)| {
             let message = format!("accept pod: {}", chain(error));

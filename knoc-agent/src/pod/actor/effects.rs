@@ -86,7 +86,7 @@ impl Actor {
             }
             Effect::Find => {
                 self.effects
-                    .spawn(find(Arc::clone(&self.site), self.uid.clone()));
+                    .spawn(find(Arc::clone(&self.site), self.uid.clone(), pod.since));
             }
             Effect::Cancel { job, how } => {
                 let work = cancel(Arc::clone(&self.site), job, how);
@@ -187,7 +187,7 @@ impl Actor {
             done => done.unwrap_or_else(|error| Err(StageError::of_pod(&error))),
         };
         let completed = match resolved {
-            Ok(images) => self.complete(images).await,
+            Ok(found) => self.complete(found).await,
             Err(error) => Err(error),
         };
         if completed.is_ok() {
@@ -221,7 +221,8 @@ impl Actor {
         }
     }
 
-    async fn complete(&self, images: Vec<pb::ResolvedImage>) -> Result<(), StageError> {
+    async fn complete(&self, found: stage::Found) -> Result<(), StageError> {
+        let images = found.images().to_vec();
         let job = stage::job_file(&self.site, &self.spec, images, self.cluster_id.clone());
         let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
         let written = tokio::task::spawn_blocking(move || match lease.fenced() {
@@ -269,8 +270,8 @@ async fn submit(site: Arc<Site>, request: SubmitRequest) -> Event {
     }
 }
 
-async fn find(site: Arc<Site>, uid: knoc_proto::ids::PodUid) -> Event {
-    match site.scheduler.find(&uid).await {
+async fn find(site: Arc<Site>, uid: knoc_proto::ids::PodUid, since: Timestamp) -> Event {
+    match site.scheduler.find(&uid, since).await {
         Ok(jobs) => Event::Found(jobs),
         Err(error) => Event::FindFailed(chain(&error)),
     }
@@ -346,13 +347,16 @@ async fn read_files(dir: JobDir) -> Event {
         }
         Ok(_) => Event::Files {
             batch_tail: tail(&dir),
+            claimed: dir.is_claimed(),
         },
         Err(error) => Event::Files {
             batch_tail: format!("{}; {}", chain(&error), tail(&dir)),
+            claimed: true,
         },
     });
     read.await.unwrap_or_else(|error| Event::Files {
         batch_tail: chain(&error),
+        claimed: true,
     })
 }
 

@@ -3,11 +3,13 @@
 use knoc_proto::ids::{JobId, PodUid};
 
 use super::*;
+use crate::scheduler::Marks;
 
 fn view(state: JobState, exit: Option<(i32, i32)>) -> JobView {
     JobView {
         id: JobId::try_from("1").unwrap(),
         uid: PodUid::try_from("u").unwrap(),
+        marks: Marks::ALL,
         cluster_id: String::new(),
         attempt: 1,
         state,
@@ -47,6 +49,7 @@ fn judge(
         deadline: deadline.map(Duration::from_secs),
         grace: Duration::from_secs(30),
         batch_tail: "module: command not found",
+        unclaimed: false,
     };
     decide(&evidence, Timestamp::from_second(200).unwrap())
 }
@@ -101,6 +104,80 @@ fn after_a_signal_the_reason_is_slurms() {
         None,
     );
     assert_eq!(fine.reason, "");
+}
+
+/// What stands before the shim in the batch script is the site's prelude.
+#[test]
+fn a_prelude_that_fails_is_cannot_start() {
+    for (state, exit, unclaimed) in [
+        (JobState::Failed, (1, 0), false),
+        (JobState::Failed, (127, 0), false),
+        (JobState::Failed, (3, 0), true),
+        (JobState::Completed, (0, 0), true),
+        (JobState::Failed, (64, 0), true),
+    ] {
+        let outcome = without_shim(&view(state, Some(exit)), None, unclaimed);
+        assert!(!outcome.succeeded);
+        assert_eq!(outcome.reason, "CannotStart", "{exit:?}");
+        let message = outcome.message;
+        assert!(message.contains("prelude"), "{message}");
+        assert!(message.contains("module: command not found"), "{message}");
+    }
+}
+
+#[test]
+fn a_job_that_ended_in_another_way_has_another_reason() {
+    let begun = pb::Report::default();
+    let cancelled = JobState::Cancelled { by: None };
+    for (state, exit, report, unclaimed, reason) in [
+        // A shim that was there and left no report.
+        (
+            JobState::Completed,
+            (0, 0),
+            None,
+            false,
+            "ContainerStatusUnknown",
+        ),
+        (
+            JobState::Failed,
+            (64, 0),
+            None,
+            false,
+            "ContainerStatusUnknown",
+        ),
+        (
+            JobState::Failed,
+            (101, 0),
+            Some(&begun),
+            false,
+            "ContainerStatusUnknown",
+        ),
+        (
+            JobState::Failed,
+            (0, 9),
+            None,
+            true,
+            "ContainerStatusUnknown",
+        ),
+        (JobState::OutOfMemory, (1, 0), None, true, "OOMKilled"),
+        (cancelled, (1, 0), None, true, "Cancelled"),
+    ] {
+        let outcome = without_shim(&view(state, Some(exit)), report, unclaimed);
+        assert_eq!(outcome.reason, reason, "{exit:?} {unclaimed}");
+    }
+}
+
+fn without_shim(view: &JobView, report: Option<&pb::Report>, unclaimed: bool) -> Outcome {
+    let evidence = Evidence {
+        view: Some(view),
+        report,
+        cause: None,
+        deadline: None,
+        grace: Duration::from_secs(30),
+        batch_tail: "module: command not found",
+        unclaimed,
+    };
+    decide(&evidence, Timestamp::from_second(200).unwrap())
 }
 
 #[test]
@@ -179,7 +256,7 @@ fn without_a_report_success_is_never_guessed() {
         (JobState::Failed, Some((65, 0)), "ContainerStatusUnknown"),
         (JobState::Failed, Some((67, 0)), "CannotStart"),
         (JobState::Failed, Some((0, 53)), "CannotStart"),
-        (JobState::Failed, Some((127, 0)), "ContainerStatusUnknown"),
+        (JobState::Failed, Some((127, 0)), "CannotStart"),
         (JobState::Timeout, Some((0, 15)), "SlurmTimeLimit"),
         (JobState::OutOfMemory, Some((0, 125)), "OOMKilled"),
         (JobState::BootFail, None, "NodeFailed"),

@@ -140,3 +140,48 @@ fn containers_last_seen_alive_end_unknown() {
     }
     assert!(shown.outcome.unwrap().disruption);
 }
+
+#[test]
+fn containers_that_a_failed_init_container_kept_from_starting_still_wait() {
+    let outcome = Outcome {
+        succeeded: false,
+        reason: "Error".to_owned(),
+        message: "init container first failed".to_owned(),
+        disruption: false,
+        finished_at: Timestamp::UNIX_EPOCH,
+    };
+    let status = |name: &str, state| pb::ContainerStatus {
+        name: name.to_owned(),
+        state: Some(state),
+        ..pb::ContainerStatus::default()
+    };
+    let waits = || {
+        Status::Waiting(pb::Waiting {
+            reason: "PodInitializing".to_owned(),
+            ..pb::Waiting::default()
+        })
+    };
+    let ended = |exit_code| {
+        Status::Terminated(pb::Terminated {
+            exit_code,
+            ..pb::Terminated::default()
+        })
+    };
+    for (first, waiting) in [(ended(1), true), (ended(0), false)] {
+        let mut pod = pod(State::Finished {
+            outcome: outcome.clone(),
+            lingering: None,
+        });
+        pod.report = Some(pb::Report {
+            init_containers: vec![status("first", first.clone())],
+            containers: vec![status("main", waits()), status("side", waits())],
+            ..pb::Report::default()
+        });
+        let shown = observed(&pod, &spec(), "c");
+        assert_eq!(shown.init_containers[0].state, Some(first));
+        for container in &shown.containers {
+            let still = container.state == Some(waits());
+            assert_eq!(still, waiting, "{container:?}");
+        }
+    }
+}

@@ -9,6 +9,10 @@ use crate::{
     scheduler::{Cancel, JobPhase, JobState, JobView},
 };
 
+const NANOS_PER_SECOND: i64 = 1_000_000_000;
+/// By how many seconds the clocks of the controller and a compute node may differ where their times are compared.
+const CLOCKS_APART: i64 = 2;
+
 pub(super) fn round(
     pod: &mut Pod,
     jobs: Vec<JobView>,
@@ -34,6 +38,10 @@ pub(super) fn round(
 /// The scheduler knows the pod's job.
 fn seen(pod: &mut Pod, view: JobView, now: Timestamp) -> Vec<Effect> {
     let (phase, id) = (view.state.phase(), view.id.clone());
+    pod.unseen = None;
+    if out_of_date(pod, &view) {
+        return Vec::new();
+    }
     let first = pod.view.is_none();
     let before = pod.view.replace(view);
     match phase {
@@ -82,6 +90,29 @@ fn seen(pod: &mut Pod, view: JobView, now: Timestamp) -> Vec<Effect> {
         | State::Throttled { .. }
         | State::Submitting { .. }
         | State::Forgotten => Vec::new(),
+    }
+}
+
+/// Does the scheduler show a job in the queue that is known to have started? Then its answer is from before the start:
+/// a cache's, or one that another answer overtook. Slurm gives a job that it requeues a later submit time, always.
+fn out_of_date(pod: &Pod, view: &JobView) -> bool {
+    if !matches!(view.state, JobState::Pending | JobState::Configuring) {
+        return false;
+    }
+    let before = pod.view.as_ref().filter(|before| before.id == view.id);
+    let ran = before.filter(|before| before.state.phase() == JobPhase::Running);
+    let report = pod.report.as_ref();
+    let report = report.filter(|report| report.job_id == view.id.as_str());
+    let began = report.map(|report| report.started_at / NANOS_PER_SECOND);
+    let known = match (ran, began) {
+        (Some(before), _) => before.submitted_at,
+        // The clocks of two hosts.
+        (None, Some(began)) if began > 0 => Some(began.saturating_add(CLOCKS_APART)),
+        (None, _) => None,
+    };
+    match (known, view.submitted_at) {
+        (Some(known), Some(at)) => at <= known,
+        (_, None) | (None, _) => false,
     }
 }
 
@@ -146,7 +177,7 @@ fn running(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
         (true, "SlurmJobSuspended")
     } else if view.state == JobState::Running && was_suspended {
         (false, "SlurmJobResumed")
-    } else if view.state.phase() == JobPhase::Queued {
+    } else if is_in_queue(&view) && view.state != JobState::Configuring {
         (true, "SlurmJobRequeued")
     } else {
         return;
@@ -238,27 +269,31 @@ fn patience(pod: &Pod) -> std::time::Duration {
     }
 }
 
-/// Neither queue nor accounting know the job.
+/// Neither queue nor accounting know the job. Both may be late, or answer from a cache.
 fn gone(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let since = *pod.unseen.get_or_insert(now);
+    let soon = now < since + pod.lag();
+    let never_shown = pod.view.is_none();
     match &mut pod.state {
+        // Its report may be there already, and says it all.
+        State::Queued { .. } | State::Running { .. } if soon => vec![Effect::ReadFiles],
         State::Queued { job, .. } | State::Running { job } => {
             let job = job.clone();
-            pod.note(
-                true,
-                "SlurmJobLost",
-                format!("the scheduler does not know job {job}"),
-                now,
-            );
+            let text = format!("the scheduler does not know job {job}");
+            pod.note(true, "SlurmJobLost", text, now);
+            let look_at = now + FILES_AGAIN;
             pod.enter(
                 State::Lost {
                     job,
-                    since: now,
-                    look_at: now + FILES_AGAIN,
+                    since,
+                    look_at,
                 },
                 now,
             );
             vec![Effect::Persist, Effect::ReadFiles]
         }
+        // It may be alive, and its cancellation have missed it.
+        State::Stopping { .. } if soon && never_shown => Vec::new(),
         State::Stopping { .. } => ended(pod, now),
         State::Finished { lingering, .. } => {
             *lingering = None;
@@ -358,6 +393,7 @@ fn adopt(pod: &mut Pod, claimant: &JobId, now: Timestamp) {
     let text = format!("job {claimant} holds the claim; it is the pod's instead of {own}");
     own.clone_from(claimant);
     pod.view = None;
+    pod.sbatch = None;
     pod.note(true, "SlurmJobSurplus", text, now);
 }
 
@@ -420,10 +456,16 @@ fn job_ended(pod: &Pod) -> bool {
 }
 
 /// The files were read; no final report is there.
-pub(super) fn files(pod: &mut Pod, batch_tail: String, now: Timestamp) -> Vec<Effect> {
+pub(super) fn files(
+    pod: &mut Pod,
+    batch_tail: String,
+    claimed: bool,
+    now: Timestamp,
+) -> Vec<Effect> {
     match &pod.state {
         State::Settling { .. } | State::Lost { .. } => {
             pod.batch_tail = batch_tail;
+            pod.unclaimed = !claimed;
             tick(pod, now)
         }
         State::Accepted
@@ -497,6 +539,7 @@ pub(super) fn conclude(pod: &mut Pod, cause: Option<&Cause>, now: Timestamp) -> 
             deadline: pod.facts.deadline,
             grace: pod.facts.grace,
             batch_tail: &pod.batch_tail,
+            unclaimed: pod.unclaimed,
         },
         now,
     );

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::{Effect, LOOK_AGAIN, LOOKS, Look, Pod, State, Trouble, ending, job};
+use super::{Effect, LOOK_AGAIN, LOOKS, Look, Otherwise, Pod, State, Trouble, ending, job};
 use crate::{
     pod::outcome::{Cause, EXIT_SURPLUS, Outcome},
     scheduler::{Cancel, JobPhase, JobView, RefusalKind, Submitted},
@@ -51,6 +51,7 @@ pub(super) fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
                 tries: 0,
                 at: now + LOOK_AGAIN,
                 message,
+                otherwise: Otherwise::Submit,
             });
             vec![Effect::Find]
         }
@@ -84,6 +85,7 @@ fn submit(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         return deleted_before_job(pod, now);
     }
     pod.attempt += 1;
+    pod.sbatch = None;
     pod.enter(State::Submitting { look: None }, now);
     vec![Effect::Persist, Effect::Submit]
 }
@@ -119,13 +121,20 @@ pub(super) fn stage_failed(
 }
 
 pub(super) fn submitted(pod: &mut Pod, submitted: Submitted, now: Timestamp) -> Vec<Effect> {
+    let call = Some((submitted.began, submitted.ended));
     let State::Submitting { .. } = pod.state else {
         // An answer nobody waits for: the machine went on by another way; the round will sort the job out.
+        if pod.job().is_some_and(|job| job.id == submitted.job) {
+            pod.sbatch = call;
+        }
         return vec![Effect::Hurry];
     };
-    pod.sbatch = Some((submitted.began, submitted.ended));
+    pod.sbatch = call;
     let text = format!("job {} was submitted", submitted.job);
     pod.note(false, "SlurmJobSubmitted", text, now);
+    for text in submitted.notes {
+        pod.note(false, "SlurmRequestChanged", text, now);
+    }
     pod.enter(
         State::Queued {
             job: submitted.job,
@@ -149,49 +158,70 @@ pub(super) fn refused(
     let State::Submitting { .. } = pod.state else {
         return Vec::new();
     };
-    if kind == RefusalKind::Ambiguous {
+    let otherwise = match kind {
+        RefusalKind::Ambiguous => Some(Otherwise::Submit),
+        RefusalKind::NoJobId => Some(Otherwise::Refuse),
+        RefusalKind::Permanent | RefusalKind::Throttled | RefusalKind::ControllerAway => None,
+    };
+    if let Some(otherwise) = otherwise {
         let look = Look {
             tries: 0,
             at: now + LOOK_AGAIN,
             message: words,
+            otherwise,
         };
         pod.state = State::Submitting { look: Some(look) };
         return vec![Effect::Find];
     }
+    match kind {
+        RefusalKind::Throttled => back_off(pod, "Throttled", words, None, now),
+        // Nothing tells when it is back; one that is away refuses cheaply.
+        RefusalKind::ControllerAway => {
+            let longest = Some(AWAY_PAUSE_MAX);
+            back_off(pod, "SchedulerUnavailable", words, longest, now)
+        }
+        RefusalKind::Permanent | RefusalKind::Ambiguous | RefusalKind::NoJobId => {
+            rejected(pod, words, now)
+        }
+    }
+}
+
+/// The same request would be refused again.
+fn rejected(pod: &mut Pod, words: String, now: Timestamp) -> Vec<Effect> {
     if pod.deletion.is_some() {
         return deleted_before_job(pod, now);
     }
-    let (reason, permanent) = match kind {
-        RefusalKind::Permanent => ("SlurmRejected", true),
-        RefusalKind::Throttled => ("Throttled", false),
-        RefusalKind::ControllerAway => ("SchedulerUnavailable", false),
-        RefusalKind::Ambiguous => return Vec::new(),
+    pod.note(true, "SlurmRejected", words.clone(), now);
+    let outcome = Outcome {
+        succeeded: false,
+        reason: "Rejected".to_owned(),
+        message: words,
+        disruption: false,
+        finished_at: now,
     };
-    pod.note(true, reason, words.clone(), now);
-    if permanent {
-        let outcome = Outcome {
-            succeeded: false,
-            reason: "Rejected".to_owned(),
-            message: words,
-            disruption: false,
-            finished_at: now,
-        };
-        return ending::finish(pod, outcome, None, now);
+    ending::finish(pod, outcome, None, now)
+}
+
+/// The job is submitted again after a pause, at most `longest`. Nothing is submitted again in another way.
+fn back_off(
+    pod: &mut Pod,
+    reason: &str,
+    words: String,
+    longest: Option<Duration>,
+    now: Timestamp,
+) -> Vec<Effect> {
+    if pod.deletion.is_some() {
+        return deleted_before_job(pod, now);
     }
-    // The attempt counts the refusals in a row as well as need be: each made one.
+    pod.note(true, reason, words.clone(), now);
+    // The attempt counts the failures in a row as well as need be: each made one.
     let tries = pod.attempt;
     let pause = pod.pause(tries.saturating_sub(1));
-    let pause = match kind {
-        // Nothing tells when it is back; one that is away refuses cheaply.
-        RefusalKind::ControllerAway => pause.min(AWAY_PAUSE_MAX),
-        RefusalKind::Throttled | RefusalKind::Permanent | RefusalKind::Ambiguous => pause,
-    };
-    let retry_at = now + pause;
-    let reason = reason.to_owned();
+    let retry_at = now + longest.map_or(pause, |longest| pause.min(longest));
     pod.enter(
         State::Throttled {
             tries,
-            reason,
+            reason: reason.to_owned(),
             message: words,
             retry_at,
         },
@@ -205,8 +235,9 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
     let State::Submitting { look: Some(look) } = &pod.state else {
         return Vec::new();
     };
-    let (look, message) = (look.tries + 1, look.message.clone());
-    // One that runs before one that waits before one that ended; else the newest. Never one that lost the claim.
+    let (look, message, otherwise) = (look.tries + 1, look.message.clone(), look.otherwise);
+    // One that surely is ours; one that runs before one that waits before one that ended; else the newest. Never one that
+    // lost the claim.
     let lost_claim = |view: &JobView| view.exit.is_some_and(|exit| exit.code == EXIT_SURPLUS);
     let candidates = jobs.iter().filter(|view| !lost_claim(view)).enumerate();
     let best = candidates.min_by_key(|(n, view)| {
@@ -215,7 +246,7 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
             JobPhase::Queued => 1,
             JobPhase::Ended => 2,
         };
-        (rank, *n)
+        (!view.marks.sure(), rank, *n)
     });
     let Some((_, best)) = best else {
         if look < LOOKS {
@@ -223,6 +254,7 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
                 tries: look,
                 at: now + LOOK_AGAIN,
                 message,
+                otherwise,
             };
             pod.state = State::Submitting { look: Some(look) };
             return Vec::new();
@@ -235,13 +267,17 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
                 .map(|deletion| Cause::Deleted(deletion.reason));
             return job::conclude(pod, cause.as_ref(), now);
         }
-        return submit(pod, now);
+        return match otherwise {
+            Otherwise::Submit => back_off(pod, "SubmissionUncertain", message, None, now),
+            Otherwise::Refuse => rejected(pod, message, now),
+        };
     };
     let job = best.id.clone();
-    let text = format!("job {job} was found again by its name");
+    let text = format!("job {job} was found again by its {}", found_by(best));
     pod.note(false, "SlurmJobSubmitted", text, now);
     pod.enter(State::Queued { job, never: None }, now);
     pod.view = None;
+    pod.sbatch = None;
     let mut effects = vec![Effect::Persist];
     effects.extend(job::round(pod, jobs, false, now));
     match (pod.deletion.clone(), &pod.state) {
@@ -254,12 +290,23 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
     effects
 }
 
+fn found_by(view: &JobView) -> &'static str {
+    if view.marks.name {
+        "name"
+    } else if view.marks.comment {
+        "comment"
+    } else {
+        "working directory"
+    }
+}
+
 /// It is not known which job is the pod's: looks by name before anything else.
 pub(super) fn look(pod: &mut Pod, message: String, now: Timestamp) -> Vec<Effect> {
     let look = Look {
         tries: 0,
         at: now + LOOK_AGAIN,
         message,
+        otherwise: Otherwise::Submit,
     };
     pod.enter(State::Submitting { look: Some(look) }, now);
     vec![Effect::Persist, Effect::Find]
@@ -333,14 +380,17 @@ pub(super) fn deleted_before_job(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     ending::finish(pod, outcome, None, now)
 }
 
-/// A surplus job that has not started leaves the queue; one that runs ends by the claim.
+/// A surplus job that has not started leaves the queue; one that runs ends by the claim. One that hardly names the pod
+/// is left alone: a program of the pod may have submitted it.
 pub(super) fn cancel_surplus(pod: &mut Pod, jobs: &[JobView], now: Timestamp) -> Vec<Effect> {
     let Some(own) = pod.job() else {
         return Vec::new();
     };
     let surplus: Vec<_> = jobs
         .iter()
-        .filter(|view| view.id != own.id && view.state.phase() == JobPhase::Queued)
+        .filter(|view| {
+            view.id != own.id && view.marks.sure() && view.state.phase() == JobPhase::Queued
+        })
         .map(JobView::job)
         .collect();
     for job in &surplus {

@@ -1,12 +1,13 @@
 //! The machine against its rules: scenarios edge by edge, then random events.
 
 mod deadline;
+mod identity;
 mod random;
 mod requeued;
 mod restart;
 
 use super::*;
-use crate::scheduler::{JobExit, JobState};
+use crate::scheduler::{JobExit, JobState, Marks};
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + seconds).unwrap()
@@ -46,6 +47,7 @@ fn view(id: &str, state: JobState) -> JobView {
     JobView {
         id: job(id),
         uid: uid(),
+        marks: Marks::ALL,
         cluster_id: String::new(),
         attempt: 1,
         state,
@@ -74,6 +76,7 @@ fn submitted(id: &str) -> Event {
         job: job(id),
         began: at(0),
         ended: at(0),
+        notes: Vec::new(),
     })
 }
 
@@ -121,6 +124,25 @@ fn and(mut events: Vec<Event>, more: impl IntoIterator<Item = Event>) -> Vec<Eve
     events
 }
 
+fn cancels(effects: &[Effect], id: &str, wanted: Cancel) -> bool {
+    effects.iter().any(|effect| {
+        matches!(effect, Effect::Cancel { job: it, how } if it.id == job(id) && *how == wanted)
+    })
+}
+
+fn missing() -> Event {
+    Event::Round {
+        jobs: Vec::new(),
+        missing: true,
+    }
+}
+
+/// The pod after a round that lacks its job, and one that still does when it should have shown it.
+fn lost(pod: Pod, now: i64) -> Pod {
+    let (pod, _) = step(pod, missing(), at(now));
+    step(pod, missing(), at(now + 60)).0
+}
+
 fn outcome(pod: &Pod) -> (bool, &str) {
     let outcome = pod.outcome().unwrap();
     (outcome.succeeded, &outcome.reason)
@@ -162,6 +184,8 @@ fn after_a_restart_the_job_is_looked_for_before_it_is_submitted_again() {
     let (pod, effects) = step(pod, Event::Tick, at(60));
     assert_eq!(effects, [Effect::Find]);
     let (again, effects) = step(pod.clone(), Event::Found(Vec::new()), at(61));
+    assert_eq!(effects, [Effect::Persist], "not at once");
+    let (again, effects) = step(again.clone(), Event::Tick, again.wake().unwrap());
     assert_eq!(effects, [Effect::Persist, Effect::Submit]);
     assert_eq!(again.attempt, 1);
     let (found, _) = step(
@@ -185,14 +209,7 @@ fn of_two_jobs_the_running_one_is_ours_and_a_queued_one_is_cancelled() {
     let jobs = vec![view("2", JobState::Pending), view("1", JobState::Running)];
     let (pod, effects) = step(pod, Event::Found(jobs), at(3));
     assert_eq!(pod.state, State::Running { job: job("1") });
-    let surplus = JobRef {
-        id: job("2"),
-        uid: uid(),
-    };
-    assert!(effects.contains(&Effect::Cancel {
-        job: surplus,
-        how: Cancel::Queued
-    }));
+    assert!(cancels(&effects, "2", Cancel::Queued));
 }
 
 #[test]
@@ -302,7 +319,9 @@ fn a_controller_that_is_away_is_asked_again_within_half_a_minute() {
         longest(RefusalKind::ControllerAway),
         Duration::from_secs(30)
     );
-    assert_eq!(longest(RefusalKind::Throttled), Duration::from_mins(5));
+    let throttled = longest(RefusalKind::Throttled);
+    let range = Duration::from_mins(4)..=Duration::from_mins(5);
+    assert!(range.contains(&throttled), "{throttled:?}");
 }
 
 #[test]
@@ -336,7 +355,7 @@ fn a_failed_pull_is_shown_then_backed_off_then_tried_again() {
         ]
     );
     let due = pod.wake().unwrap();
-    assert_eq!(due, at(11));
+    assert!((at(9)..=at(11)).contains(&due), "{due}");
     let (_, effects) = step(pod, Event::Tick, due);
     assert_eq!(effects, [Effect::Stage]);
 }
@@ -344,14 +363,7 @@ fn a_failed_pull_is_shown_then_backed_off_then_tried_again() {
 #[test]
 fn deletion_while_queued_leaves_the_queue_and_ends_with_the_job() {
     let (pod, effects) = feed(and(queued(), [delete()]));
-    let own = JobRef {
-        id: job("1"),
-        uid: uid(),
-    };
-    assert!(effects.contains(&Effect::Cancel {
-        job: own,
-        how: Cancel::Queued
-    }));
+    assert!(cancels(&effects, "1", Cancel::Queued));
     assert!(!pod.is_finished());
     let mut cancelled = view("1", JobState::Cancelled { by: None });
     cancelled.started_at = None;
@@ -407,14 +419,7 @@ fn a_stubborn_job_is_cancelled_past_grace_and_slack() {
     let (pod, _) = feed(and(running(), [delete()]));
     assert_eq!(pod.wake(), Some(at(4 + 30 + 15)));
     let (pod, effects) = step(pod, Event::Tick, at(49));
-    let own = JobRef {
-        id: job("1"),
-        uid: uid(),
-    };
-    assert!(effects.contains(&Effect::Cancel {
-        job: own,
-        how: Cancel::Kill
-    }));
+    assert!(cancels(&effects, "1", Cancel::Kill));
     let (pod, _) = step(
         pod,
         Event::Round {
@@ -493,15 +498,11 @@ fn a_signal_from_outside_waits_for_slurms_word() {
 
 #[test]
 fn a_lost_job_may_come_back_or_is_given_up() {
-    let lost = Event::Round {
-        jobs: Vec::new(),
-        missing: true,
-    };
-    let (pod, _) = feed(and(running(), [lost]));
+    let pod = lost(feed(running()).0, 4);
     assert!(matches!(pod.state, State::Lost { .. }));
-    let (back, _) = step(pod.clone(), seen("1", JobState::Running), at(9));
+    let (back, _) = step(pod.clone(), seen("1", JobState::Running), at(90));
     assert_eq!(back.state, State::Running { job: job("1") });
-    let (linked, _) = step(pod.clone(), Event::Link(true), at(9));
+    let (linked, _) = step(pod.clone(), Event::Link(true), at(90));
     let (linked, _) = step(linked, Event::Tick, at(1000));
     assert!(
         matches!(linked.state, State::Lost { .. }),
@@ -557,15 +558,6 @@ fn a_job_that_outlives_its_report_is_cancelled() {
     let (pod, effects) = step(pod, seen("1", JobState::Running), at(30));
     assert_eq!(effects, []);
     let (_, effects) = step(pod, seen("1", JobState::Running), at(90));
-    let own = JobRef {
-        id: job("1"),
-        uid: uid(),
-    };
-    assert_eq!(
-        effects,
-        [Effect::Cancel {
-            job: own,
-            how: Cancel::Kill
-        }]
-    );
+    assert_eq!(effects.len(), 1);
+    assert!(cancels(&effects, "1", Cancel::Kill));
 }

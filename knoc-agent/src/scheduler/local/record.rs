@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use knoc_proto::ids::{JobId, PodUid};
 use serde::{Deserialize, Serialize};
 
-use crate::scheduler::{JobExit, JobRef, JobState, JobView};
+use crate::scheduler::{JobExit, JobRef, JobState, JobView, Marks};
 
 /// The one partition there is.
 pub(super) const PARTITION: &str = "local";
@@ -76,11 +76,9 @@ impl Record {
         self.jobdir.join(format!("local-job.{}.{suffix}", self.id))
     }
 
-    pub(super) fn job(&self) -> JobRef {
-        JobRef {
-            id: self.id.clone(),
-            uid: self.uid.clone(),
-        }
+    /// Is it the record of this job?
+    pub(super) fn is_of(&self, job: &JobRef) -> bool {
+        self.id == job.id && self.uid == job.uid
     }
 
     /// Is this the name of a record's file?
@@ -192,6 +190,7 @@ pub(super) fn view(record: &Record, progress: &Progress, host: &str) -> JobView 
     let mut view = JobView {
         id: record.id.clone(),
         uid: record.uid.clone(),
+        marks: Marks::ALL,
         cluster_id: record.cluster_id.clone(),
         attempt: record.attempt,
         state: JobState::Pending,

@@ -94,7 +94,7 @@ impl Table {
         self.load()?;
         self.tick(now);
         let jobs = self.jobs.get_or_insert_default();
-        let Some(job) = jobs.values_mut().find(|known| &known.record.job() == job) else {
+        let Some(job) = jobs.values_mut().find(|known| known.record.is_of(job)) else {
             return Ok(());
         };
         match (&job.progress, how) {

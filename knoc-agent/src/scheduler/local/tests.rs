@@ -53,14 +53,14 @@ impl World {
             .await
             .unwrap()
             .job;
-        JobRef { id, uid }
+        JobRef::new(id, uid)
     }
 
     async fn wait(&self, job: &JobRef, until: impl Fn(&JobView) -> bool) -> JobView {
         let mut last = None;
         for _ in 0..1000 {
             let round = self.local.round(std::slice::from_ref(job)).await.unwrap();
-            last = round.jobs.into_iter().find(|view| &view.job() == job);
+            last = round.jobs.into_iter().find(|view| job.is(view));
             if let Some(view) = last.as_ref().filter(|view| until(view)) {
                 return view.clone();
             }
@@ -246,10 +246,7 @@ async fn cancel_means_what_it_says() {
 async fn an_unknown_job_is_missing_and_a_wrong_uid_is_no_job() {
     let world = World::new();
     let job = world.submit("a", "exit 0").await;
-    let stranger = JobRef {
-        id: job.id.clone(),
-        uid: PodUid::try_from("other").unwrap(),
-    };
+    let stranger = JobRef::new(job.id.clone(), PodUid::try_from("other").unwrap());
     let round = world.local.round(&[job, stranger.clone()]).await.unwrap();
     assert_eq!(round.missing, [stranger]);
 }

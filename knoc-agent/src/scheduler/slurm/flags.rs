@@ -28,6 +28,7 @@ const RESERVED: &[&str] = &[
     "open-mode",
     "output",
     "parsable",
+    "propagate",
     "requeue",
     "signal",
     "test-only",
@@ -77,6 +78,43 @@ const SHORT: &[(char, &str)] = &[
 /// Of these the ones without a value: a letter after them is the next flag to sbatch.
 const WITHOUT_VALUE: &[char] = &['H', 'I', 'O', 'W', 'k', 's'];
 
+/// Flags of sbatch, or of srun where a wrapper passes them on, that print a help text or a list for some values and end
+/// with success. None of the values means anything else for any of them.
+const EXPLAINED: &[&str] = &[
+    "accel-bind",
+    "acctg-freq",
+    "core-spec",
+    "cpu-bind",
+    "cpu-freq",
+    "distribution",
+    "gpu-bind",
+    "gpu-freq",
+    "gpus",
+    "gpus-per-node",
+    "gpus-per-socket",
+    "gpus-per-task",
+    "gres",
+    "gres-flags",
+    "hint",
+    "mem-bind",
+    "mpi",
+    "profile",
+    "propagate",
+    "tres-bind",
+    "tres-per-task",
+];
+/// See [`EXPLAINED`]; Slurm does not tell upper from lower case here.
+const EXPLAIN: &[&str] = &["help", "list", "?"];
+
+/// Does sbatch print a help text for `--name=value` instead of submitting a job?
+pub(super) fn prints_help(name: &str, value: &str) -> bool {
+    let explains = |word: &str| {
+        let word = word.trim();
+        EXPLAIN.iter().any(|known| word.eq_ignore_ascii_case(known))
+    };
+    EXPLAINED.contains(&name) && value.split([',', ';']).any(explains)
+}
+
 /// Every flag is allowed, or one message that names all that are not.
 pub(super) fn check(flags: &[String], allowed: &[String]) -> Result<(), String> {
     let problems: Vec<String> = flags
@@ -106,6 +144,11 @@ fn problem(flag: &str, allowed: &[String]) -> Option<String> {
     if RESERVED.contains(&name) {
         return Some(format!("sbatch flag --{name} is set by the agent"));
     }
+    if prints_help(name, value(flag)) {
+        return Some(format!(
+            "{flag:?} makes sbatch print a help text and submit no job"
+        ));
+    }
     let mut allowed = allowed.iter().map(|name| name.trim_start_matches('-'));
     if allowed.any(|allowed| allowed == name) {
         return None;
@@ -128,6 +171,16 @@ fn name(flag: &str) -> Option<&str> {
         .iter()
         .find(|(c, _)| *c == short)
         .map(|(_, name)| *name)
+}
+
+/// What a flag says behind its name.
+fn value(flag: &str) -> &str {
+    if flag.starts_with("--") {
+        return flag.split_once('=').map_or("", |(_, value)| value);
+    }
+    let value = flag.char_indices().nth(2).map(|(at, _)| at);
+    let value = value.and_then(|at| flag.get(at..)).unwrap_or_default();
+    value.trim_start_matches('=')
 }
 
 #[cfg(test)]
@@ -164,6 +217,28 @@ mod tests {
         }
         let both = check(&["--wrap=x".to_owned(), "a".to_owned()], &allowed).unwrap_err();
         assert!(both.contains("--wrap") && both.contains("\"a\""), "{both}");
+    }
+
+    #[test]
+    fn values_that_print_help_are_refused_by_name() {
+        let allowed = ["hint", "mem-bind", "gpus", "distribution", "constraint"];
+        let allowed = allowed.map(str::to_owned);
+        for flag in [
+            "--hint=help",
+            "--hint=HELP",
+            "--mem-bind=verbose,help",
+            "-Ghelp",
+            "-mHelp",
+        ] {
+            let problem = check(&[flag.to_owned()], &allowed).unwrap_err();
+            assert!(
+                problem.contains(flag) && problem.contains("help text"),
+                "{problem}"
+            );
+        }
+        for flag in ["--hint=multithread", "--constraint=help", "-G2"] {
+            check(&[flag.to_owned()], &allowed).unwrap();
+        }
     }
 
     #[test]

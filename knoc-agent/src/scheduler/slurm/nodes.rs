@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use knoc_proto::pb;
 
 use super::Settings;
-use super::parse::minutes;
+use super::parse::{minutes, unexpected};
 use super::shape::PartitionLimits;
 
 /// `sinfo -N -o`: node, partition, up or down, its limits, state, CPUs, MiB, MiB of tmp, gres, features.
@@ -127,13 +127,21 @@ fn names(text: &str) -> Vec<String> {
     names.map(str::to_owned).collect()
 }
 
+/// Is it an answer at all? No line is one: sinfo shows no nodes to a user who may see none.
+pub(super) fn check(text: &str) -> Result<(), String> {
+    match text.lines().find(|line| !line.trim().is_empty()) {
+        Some(first) if !text.lines().any(|line| Line::parse(line).is_some()) => {
+            Err(unexpected(first))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// Capacity of all partitions that the site offers (without double counting), and the partitions.
 #[must_use]
 pub(super) fn node_info(text: &str, site: &Settings) -> pb::NodeInfo {
     let lines: Vec<Line<'_>> = text.lines().filter_map(Line::parse).collect();
-    let offered = |line: &&Line<'_>| {
-        site.partitions.is_empty() || site.partitions.iter().any(|name| name == line.partition)
-    };
+    let offered = |line: &&Line<'_>| offered(line, site);
     let mut info = pb::NodeInfo::default();
     let mut seen = HashMap::new();
     for line in lines.iter().filter(offered) {
@@ -193,17 +201,32 @@ fn partitions<'a>(lines: impl Iterator<Item = &'a Line<'a>>) -> Vec<pb::Partitio
     all.into_values().collect()
 }
 
-/// What the time limit of a job needs to know of the partitions.
+/// What a job needs to know of the partitions: limits, and the largest `TmpDisk`.
 #[must_use]
-pub(super) fn limits(info: &pb::NodeInfo) -> Vec<PartitionLimits> {
-    let some = |minutes: i64| (minutes > 0).then_some(minutes);
-    let limits = info.partitions.iter().map(|partition| PartitionLimits {
-        name: partition.name.clone(),
-        is_default: partition.is_default,
-        default_minutes: some(partition.default_time_minutes),
-        max_minutes: some(partition.max_time_minutes),
-    });
-    limits.collect()
+pub(super) fn limits(text: &str, site: &Settings) -> Vec<PartitionLimits> {
+    let mut all: BTreeMap<&str, PartitionLimits> = BTreeMap::new();
+    let lines = text.lines().filter_map(Line::parse);
+    for line in lines.filter(|line| offered(line, site)) {
+        let limits = all
+            .entry(line.partition)
+            .or_insert_with(|| PartitionLimits {
+                name: line.partition.to_owned(),
+                is_default: line.is_default,
+                default_minutes: line.default_minutes.filter(|minutes| *minutes > 0),
+                max_minutes: line.max_minutes.filter(|minutes| *minutes > 0),
+                tmp_mib: 0,
+            });
+        // Also of a node that is down: it will be back.
+        limits.tmp_mib = limits.tmp_mib.max(line.tmp / MIB);
+    }
+    all.into_values().collect()
+}
+
+/// Does the site offer the line's partition?
+fn offered(line: &Line<'_>, site: &Settings) -> bool {
+    let policy = site.policy.now();
+    let names = &policy.partitions;
+    names.is_empty() || names.iter().any(|name| name == line.partition)
 }
 
 #[cfg(test)]

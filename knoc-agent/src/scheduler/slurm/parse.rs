@@ -1,29 +1,145 @@
-//! What squeue, sacct and scontrol print, as [`JobView`]s. Pure.
+//! What squeue, sacct and scontrol print, as [`Row`]s. Pure.
 //!
 //! The formats are ours, so that the columns are the same in every version: a delimiter, and last the
 //! only columns that people can put a delimiter into. All times are UTC, since the commands run with
-//! `TZ=UTC`. A line that is not as asked for, or of a job that is not ours, is no error: other jobs of
-//! the same user may have any name.
+//! `TZ=UTC`. A line that is not as asked for is no error, since names and comments may hold line breaks; an answer
+//! without any line as asked for is one.
+
+use std::path::{Path, PathBuf};
 
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
-use knoc_proto::ids::JobId;
+use knoc_proto::ids::{JobId, PodUid};
 
-use super::script::{parse_comment, uid_of_name};
-use crate::scheduler::{JobExit, JobPhase, JobState, JobView};
+use super::script::{parse_comment, uid_of_comment, uid_of_name};
+use crate::scheduler::{JobExit, JobPhase, JobState, JobView, Marks};
 
 /// `squeue -o`: id, state, reason, partition, nodes, submitted, start, end, limit, name, comment.
 pub(super) const SQUEUE_FORMAT: &str = "%i|%T|%r|%P|%N|%V|%S|%e|%l|%j|%k";
+/// The same with the working directory at the end: for few jobs, or rare questions.
+pub(super) const SQUEUE_FORMAT_DIRECTORY: &str = "%i|%T|%r|%P|%N|%V|%S|%e|%l|%j|%k|%Z";
 /// `sacct -o`.
 pub(super) const SACCT_FORMAT: &str = "JobIDRaw,State,Reason,ExitCode,Partition,NodeList,Submit,Start,End,TimelimitRaw,JobName,Comment";
+/// The same with the working directory at the end.
+pub(super) const SACCT_FORMAT_DIRECTORY: &str = "JobIDRaw,State,Reason,ExitCode,Partition,NodeList,Submit,Start,End,TimelimitRaw,JobName,Comment,WorkDir";
+/// Of an answer that cannot be read so many characters are shown.
+const EXCERPT: usize = 120;
 
-/// All jobs of ours in squeue's answer.
-#[must_use]
-pub(super) fn squeue(text: &str) -> Vec<JobView> {
-    text.lines().filter_map(squeue_line).collect()
+/// One job of this user as Slurm shows it. Whose it is, is not decided here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Row {
+    pub(super) id: JobId,
+    pub(super) name: String,
+    pub(super) comment: String,
+    /// Where the format asks for it.
+    pub(super) directory: Option<PathBuf>,
+    pub(super) state: JobState,
+    pub(super) submitted_at: Option<i64>,
+    reason: String,
+    exit: Option<JobExit>,
+    nodes: String,
+    partition: String,
+    started_at: Option<i64>,
+    ended_at: Option<i64>,
+    estimated_start: Option<i64>,
+    time_limit_minutes: Option<i64>,
 }
 
-fn squeue_line(line: &str) -> Option<JobView> {
+impl Row {
+    /// What of the job names the pod, whose job directory is in `pods`.
+    #[must_use]
+    pub(super) fn marks(&self, uid: &PodUid, pods: &Path) -> Marks {
+        let directory = |directory: &PathBuf| *directory == pods.join(uid.as_str());
+        Marks {
+            name: uid_of_name(&self.name).as_ref() == Some(uid),
+            comment: parse_comment(&self.comment, uid).is_some(),
+            directory: self.directory.as_ref().is_some_and(directory),
+        }
+    }
+
+    /// The pod that the job names: by its name, else by its comment, else by its working directory.
+    #[must_use]
+    pub(super) fn names(&self, pods: &Path) -> Option<PodUid> {
+        let by_directory = || {
+            let inside = self.directory.as_ref()?.strip_prefix(pods).ok()?;
+            PodUid::try_from(inside.to_str()?).ok()
+        };
+        uid_of_name(&self.name)
+            .or_else(|| uid_of_comment(&self.comment))
+            .or_else(by_directory)
+    }
+
+    /// The job as one of the pod `uid`.
+    #[must_use]
+    pub(super) fn view(&self, uid: PodUid, marks: Marks) -> JobView {
+        let (cluster_id, attempt) = parse_comment(&self.comment, &uid).unwrap_or_default();
+        JobView {
+            id: self.id.clone(),
+            uid,
+            marks,
+            cluster_id,
+            attempt,
+            state: self.state.clone(),
+            reason: self.reason.clone(),
+            exit: self.exit,
+            nodes: self.nodes.clone(),
+            partition: self.partition.clone(),
+            submitted_at: self.submitted_at,
+            started_at: self.started_at,
+            ended_at: self.ended_at,
+            estimated_start: self.estimated_start,
+            time_limit_minutes: self.time_limit_minutes,
+            restarts: 0,
+        }
+    }
+}
+
+/// All jobs of this user in squeue's answer. An answer without any line of the form that was asked for is no answer: a
+/// program that exits with 0 may have printed its help, or a wrapper's own message.
+pub(super) fn squeue(text: &str) -> Result<Vec<Row>, String> {
+    rows(text, squeue_line)
+}
+
+/// The same, asked for with [`SQUEUE_FORMAT_DIRECTORY`].
+pub(super) fn squeue_with_directory(text: &str) -> Result<Vec<Row>, String> {
+    rows(text, |line| with_directory(line, squeue_line))
+}
+
+/// All jobs of this user in the accounting's answer; of a job that was requeued, or an id that was given twice, every
+/// life, the oldest first.
+pub(super) fn sacct(text: &str) -> Result<Vec<Row>, String> {
+    rows(text, sacct_line)
+}
+
+/// The same, asked for with [`SACCT_FORMAT_DIRECTORY`].
+pub(super) fn sacct_with_directory(text: &str) -> Result<Vec<Row>, String> {
+    rows(text, |line| with_directory(line, sacct_line))
+}
+
+fn rows(text: &str, line: impl Fn(&str) -> Option<Row>) -> Result<Vec<Row>, String> {
+    let found: Vec<Row> = text.lines().filter_map(line).collect();
+    match text.lines().find(|line| !line.trim().is_empty()) {
+        Some(first) if found.is_empty() => Err(unexpected(first)),
+        Some(_) | None => Ok(found),
+    }
+}
+
+/// An answer that is not of the form that was asked for; `line` is its beginning.
+pub(super) fn unexpected(line: &str) -> String {
+    let begin: String = line.chars().take(EXCERPT).collect();
+    format!("it is not of the form that was asked for, but begins with {begin:?}")
+}
+
+/// The last column is the directory; what stands before it may hold delimiters.
+fn with_directory(line: &str, parse: impl Fn(&str) -> Option<Row>) -> Option<Row> {
+    let (rest, directory) = line.rsplit_once('|')?;
+    Some(Row {
+        directory: Some(PathBuf::from(directory)),
+        ..parse(rest)?
+    })
+}
+
+fn squeue_line(line: &str) -> Option<Row> {
     let [
         id,
         state,
@@ -37,16 +153,14 @@ fn squeue_line(line: &str) -> Option<JobView> {
         name,
         comment,
     ] = columns(line)?;
-    let uid = uid_of_name(name)?;
-    let (cluster_id, attempt) = parse_comment(comment, &uid)?;
-    let state = JobState::parse(state);
+    let state = known_state(state)?;
     let phase = state.phase();
     let start = time(start);
-    Some(JobView {
+    Some(Row {
         id: JobId::try_from(id).ok()?,
-        uid,
-        cluster_id,
-        attempt,
+        name: name.to_owned(),
+        comment: comment.to_owned(),
+        directory: None,
         reason: word(reason),
         exit: None,
         nodes: word(nodes),
@@ -56,19 +170,11 @@ fn squeue_line(line: &str) -> Option<JobView> {
         ended_at: time(end).filter(|_| phase == JobPhase::Ended),
         estimated_start: start.filter(|_| phase == JobPhase::Queued),
         time_limit_minutes: minutes(limit),
-        restarts: 0,
         state,
     })
 }
 
-/// All jobs of ours in the accounting's answer; of a job that was requeued, or an id that was given
-/// twice, every life, the oldest first.
-#[must_use]
-pub(super) fn sacct(text: &str) -> Vec<JobView> {
-    text.lines().filter_map(sacct_line).collect()
-}
-
-fn sacct_line(line: &str) -> Option<JobView> {
+fn sacct_line(line: &str) -> Option<Row> {
     let [
         id,
         state,
@@ -83,19 +189,13 @@ fn sacct_line(line: &str) -> Option<JobView> {
         name,
         comment,
     ] = columns(line)?;
-    let uid = uid_of_name(name)?;
-    // Sites need not keep comments; one that is there must agree.
-    let (cluster_id, attempt) = match comment {
-        "" => (String::new(), 0),
-        comment => parse_comment(comment, &uid)?,
-    };
-    let state = JobState::parse(state);
+    let state = known_state(state)?;
     let ended = state.phase() == JobPhase::Ended;
-    Some(JobView {
+    Some(Row {
         id: JobId::try_from(id).ok()?,
-        uid,
-        cluster_id,
-        attempt,
+        name: name.to_owned(),
+        comment: comment.to_owned(),
+        directory: None,
         reason: word(reason),
         exit: exit(exit_code).filter(|_| ended),
         nodes: word(nodes),
@@ -105,32 +205,72 @@ fn sacct_line(line: &str) -> Option<JobView> {
         ended_at: time(end).filter(|_| ended),
         estimated_start: None,
         time_limit_minutes: minutes(limit),
-        restarts: 0,
         state,
     })
 }
 
-/// `scontrol show job -o ID`: exit and restarts of a job, where its name agrees.
+/// A state, also one that no known version has; none where the column is something else.
+fn known_state(text: &str) -> Option<JobState> {
+    let first = text.chars().next()?;
+    first.is_ascii_uppercase().then(|| JobState::parse(text))
+}
+
+/// What the controller says of one job beyond a [`Row`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Detail {
+    pub(super) state: JobState,
+    pub(super) exit: Option<JobExit>,
+    pub(super) restarts: u32,
+    pub(super) directory: Option<PathBuf>,
+    pub(super) submitted_at: Option<i64>,
+}
+
+/// `scontrol show job -o ID`: the job with this id.
 #[must_use]
-pub(super) fn scontrol_job(text: &str, name: &str) -> Option<(JobState, Option<JobExit>, u32)> {
-    let line = text.lines().find(|line| line.starts_with("JobId="))?;
-    // Values may hold blanks and more `key=value`, but the first of each key is Slurm's own: what
-    // people can write stands behind (Comment, Command, SubmitLine), only JobName stands before.
-    let field = |key: &str| {
+pub(super) fn scontrol_job(text: &str, id: &JobId) -> Option<Detail> {
+    let head = format!("JobId={id} ");
+    let line = text.lines().find(|line| line.starts_with(&head))?;
+    // Values may hold blanks and more `key=value`. Only JobName, of what people can write, stands before the keys that
+    // are read here: the last one that comes before what stands behind them is Slurm's own.
+    let own = line.split(" Command=").next()?;
+    let field = |text: &str, key: &str| {
         let prefix = format!("{key}=");
-        line.split(' ')
-            .find_map(|word| word.strip_prefix(prefix.as_str()))
+        let words = text.split(' ').rev();
+        let mut values = words.filter_map(|word| word.strip_prefix(prefix.as_str()));
+        values.next().map(str::to_owned)
     };
-    if field("JobName") != Some(name) {
-        return None;
-    }
-    let state = JobState::parse(field("JobState")?);
-    let exit = exit(field("ExitCode")?).filter(|_| state.phase() == JobPhase::Ended);
-    Some((
+    let state = JobState::parse(&field(own, "JobState")?);
+    let exit = exit(&field(own, "ExitCode")?).filter(|_| state.phase() == JobPhase::Ended);
+    let behind = line.split_once(" WorkDir=").map(|(_, behind)| behind);
+    let directory = behind.map(|behind| {
+        let ends = [" Comment=", " StdErr=", " AdminComment=", " SystemComment="];
+        let end = ends.iter().filter_map(|end| behind.find(end)).min();
+        PathBuf::from(behind.get(..end.unwrap_or(behind.len())).unwrap_or(behind))
+    });
+    let number = |key: &str| field(own, key).and_then(|n| n.parse().ok());
+    Some(Detail {
         state,
         exit,
-        field("Restarts").and_then(|n| n.parse().ok()).unwrap_or(0),
-    ))
+        restarts: number("Restarts").unwrap_or(0),
+        directory,
+        submitted_at: field(own, "SubmitTime").and_then(|text| time(&text)),
+    })
+}
+
+/// `scontrol show config`: the controller's clock, Unix seconds.
+#[must_use]
+pub(super) fn controller_time(text: &str) -> Option<i64> {
+    let line = text.lines().next()?;
+    time(line.strip_prefix("Configuration data as of ")?.trim())
+}
+
+/// `scontrol show config`: what Slurm hides from plain users. `None`: it does not say.
+#[must_use]
+pub(super) fn private_data(text: &str) -> Option<Vec<String>> {
+    let mut lines = text.lines().filter_map(|line| line.split_once('='));
+    let (_, value) = lines.find(|(key, _)| key.trim() == "PrivateData")?;
+    let words = value.trim().split(',').map(str::to_owned);
+    Some(words.collect())
 }
 
 /// The columns of a line; the last one takes what is left.

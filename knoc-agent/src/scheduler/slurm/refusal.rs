@@ -90,6 +90,25 @@ pub(super) fn of_command(err: CommandError) -> Refusal {
     }
 }
 
+/// sbatch says that no node has what a job asks for, and not what it is. Local disk is what people suspect last.
+#[must_use]
+pub(super) fn explain(mut refusal: Refusal, argv: &[String]) -> Refusal {
+    let tmp = argv.iter().find_map(|arg| arg.strip_prefix("--tmp="));
+    if let Some(tmp) = tmp
+        && refusal.kind == Permanent
+        && refusal
+            .words
+            .contains("node configuration is not available")
+    {
+        let hint = format!(
+            " (among other things the pod asks for {tmp} of ephemeral-storage, which TmpDisk of a node in slurm.conf \
+             must grant)"
+        );
+        refusal.words.push_str(&hint);
+    }
+    refusal
+}
+
 /// Slurm's words without `sbatch: error: ` at the head of each line; its progress notes go.
 fn trim_words(words: &str) -> String {
     let lines = words.lines().map(|line| {
@@ -205,6 +224,22 @@ mod tests {
             "invalid partition specified: nix; Batch job submission failed: Invalid partition name specified"
         );
         assert_eq!(failed(CommandErrorKind::NotFound).kind, ControllerAway);
+    }
+
+    #[test]
+    fn a_refusal_for_what_no_node_has_names_the_disk() {
+        let refused = |argv: &[&str], words: &str| {
+            let argv: Vec<String> = argv.iter().map(ToString::to_string).collect();
+            explain(Refusal::permanent(words), &argv).words
+        };
+        let words = "Batch job submission failed: Requested node configuration is not available";
+        let with = refused(&["sbatch", "--tmp=1024M"], words);
+        assert!(with.contains("1024M") && with.contains("TmpDisk"), "{with}");
+        assert_eq!(refused(&["sbatch"], words), words);
+        assert_eq!(
+            refused(&["--tmp=1M"], "Invalid qos specification"),
+            "Invalid qos specification"
+        );
     }
 
     /// What the real programs said: `tests/testbed/record-slurm.sh`.

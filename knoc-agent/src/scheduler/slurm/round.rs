@@ -2,11 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 
-use knoc_proto::ids::JobId;
+use jiff::Timestamp;
+use knoc_proto::ids::{JobId, PodUid};
 
-use super::{Slurm, parse, script};
+use super::{Slurm, parse, parse::Row, whose, whose::Whose};
 use crate::command::CommandError;
-use crate::scheduler::{Accounting, JobPhase, JobRef, JobView, Round, SchedulerError};
+use crate::scheduler::{
+    Accounting, JobPhase, JobRef, JobState, JobView, Marks, Round, SchedulerError,
+};
 
 /// Job ids of one sacct: keeps argv far below its limit.
 const SACCT_BATCH: usize = 2000;
@@ -20,20 +23,21 @@ pub(super) fn accounting_disabled(err: &CommandError) -> bool {
 }
 
 pub(super) async fn round(slurm: &Slurm, known: &[JobRef]) -> Result<Round, SchedulerError> {
-    let text = slurm.answer("squeue", slurm.squeue()).await?;
-    let mut jobs = parse::squeue(&text);
-    let asked = to_ask(&jobs, known);
+    let text = slurm
+        .answer("squeue", slurm.squeue(parse::SQUEUE_FORMAT))
+        .await?;
+    let rows = parse::squeue(&text).map_err(|problem| unreadable("squeue", problem))?;
+    let Sorted { mut jobs, doubts } = sort(rows, known, slurm.pods());
+    let undecided = examine(slurm, &mut jobs, doubts).await;
+    let asked = to_ask(&jobs, known, &undecided);
     let mut accounting = Accounting::NotAsked;
     let mut rows = Vec::new();
     for batch in asked.chunks(SACCT_BATCH) {
         let ids: Vec<&str> = batch.iter().map(|job| job.id.as_str()).collect();
-        match slurm
-            .answer("sacct", slurm.sacct().arg("-j").arg(ids.join(",")))
-            .await
-        {
-            Ok(text) => {
+        match ask_accounting(slurm, &ids).await {
+            Ok(answer) => {
                 accounting = Accounting::Answered;
-                rows.extend(parse::sacct(&text));
+                rows.extend(answer);
             }
             Err(err) => {
                 accounting = unanswered(&err);
@@ -41,7 +45,7 @@ pub(super) async fn round(slurm: &Slurm, known: &[JobRef]) -> Result<Round, Sche
             }
         }
     }
-    merge(&mut jobs, rows, &asked);
+    merge(&mut jobs, &rows, &asked, slurm.pods());
     if matches!(accounting, Accounting::Disabled | Accounting::Away(_)) {
         exits_from_controller(slurm, &mut jobs, &asked).await;
     }
@@ -58,6 +62,111 @@ pub(super) async fn round(slurm: &Slurm, known: &[JobRef]) -> Result<Round, Sche
     })
 }
 
+async fn ask_accounting(slurm: &Slurm, ids: &[&str]) -> Result<Vec<Row>, SchedulerError> {
+    let command = slurm.sacct(parse::SACCT_FORMAT);
+    let text = slurm
+        .answer("sacct", command.arg("-j").arg(ids.join(",")))
+        .await?;
+    parse::sacct(&text).map_err(|problem| unreadable("sacct", problem))
+}
+
+pub(super) fn unreadable(program: &'static str, problem: String) -> SchedulerError {
+    SchedulerError::Answer { program, problem }
+}
+
+/// What squeue showed, by whose it is.
+#[derive(Debug, Default)]
+struct Sorted {
+    jobs: Vec<JobView>,
+    /// Rows with the id of a job of ours that nothing in them confirms or excludes.
+    doubts: Vec<(Row, JobRef)>,
+}
+
+/// Jobs that are asked for by their id, all others by the pod that they name.
+fn sort(rows: Vec<Row>, known: &[JobRef], pods: &std::path::Path) -> Sorted {
+    let mut by_id: HashMap<&JobId, Vec<&JobRef>> = HashMap::new();
+    for job in known {
+        by_id.entry(&job.id).or_default().push(job);
+    }
+    let mut sorted = Sorted::default();
+    for row in rows {
+        let wanted = by_id.get(&row.id).map_or(&[][..], Vec::as_slice);
+        let judged = |job: &JobRef| whose::judge(&row, job, pods);
+        let ours = wanted.iter().find_map(|job| match judged(job) {
+            Whose::Ours(marks) => Some((job.uid.clone(), marks)),
+            Whose::Stranger | Whose::Doubt => None,
+        });
+        if let Some((uid, marks)) = ours {
+            sorted.jobs.push(row.view(uid, marks));
+        } else if let Some(uid) = row.names(pods) {
+            sorted
+                .jobs
+                .push(row.view(uid.clone(), row.marks(&uid, pods)));
+        } else {
+            let doubtful = wanted.iter().filter(|job| judged(job) == Whose::Doubt);
+            let doubts = doubtful.map(|job| (row.clone(), (*job).clone()));
+            sorted.doubts.extend(doubts);
+        }
+    }
+    sorted
+}
+
+/// Asks the controller about each doubtful job. Returns the jobs that are doubtful still: nobody may call them missing.
+async fn examine(
+    slurm: &Slurm,
+    jobs: &mut Vec<JobView>,
+    doubts: Vec<(Row, JobRef)>,
+) -> HashSet<(JobId, PodUid)> {
+    let mut undecided = HashSet::new();
+    let mut ahead = None;
+    for (n, (row, job)) in doubts.into_iter().enumerate() {
+        let decided = if n < SCONTROL_BATCH {
+            look_closer(slurm, &row, &job, &mut ahead).await
+        } else {
+            None
+        };
+        match decided {
+            Some(Whose::Ours(marks)) => jobs.push(row.view(job.uid, marks)),
+            Some(Whose::Stranger) => {
+                tracing::info!(job = %job.id, uid = %job.uid, "the id is another job's by now");
+            }
+            Some(Whose::Doubt) | None => {
+                undecided.insert((job.id, job.uid));
+            }
+        }
+    }
+    undecided
+}
+
+/// Whose the doubtful job is. `None`: the controller gave no answer. `ahead` keeps what its clock said.
+pub(super) async fn look_closer(
+    slurm: &Slurm,
+    row: &Row,
+    job: &JobRef,
+    ahead: &mut Option<i64>,
+) -> Option<Whose> {
+    let command = slurm.question(&slurm.settings.scontrol);
+    let command = command.args(["show", "job", "-o", job.id.as_str()]);
+    let text = slurm.answer("scontrol", command).await.ok()?;
+    let detail = parse::scontrol_job(&text, &job.id)?;
+    if detail.submitted_at != row.submitted_at {
+        // It was requeued, or the id was given again, between the two questions.
+        return None;
+    }
+    if ahead.is_none() {
+        *ahead = clock(slurm).await;
+    }
+    Some(whose::decide(row, &detail, job, slurm.pods(), *ahead))
+}
+
+/// By how many seconds the controller's clock is ahead of ours.
+async fn clock(slurm: &Slurm) -> Option<i64> {
+    let command = slurm.question(&slurm.settings.scontrol);
+    let command = command.args(["show", "config"]);
+    let text = slurm.answer("scontrol", command).await.ok()?;
+    Some(parse::controller_time(&text)? - Timestamp::now().as_second())
+}
+
 fn unanswered(err: &SchedulerError) -> Accounting {
     match err {
         SchedulerError::Command(err) if accounting_disabled(err) => Accounting::Disabled,
@@ -69,51 +178,41 @@ fn unanswered(err: &SchedulerError) -> Accounting {
 }
 
 /// Known jobs that squeue does not show, or shows as ended.
-fn to_ask(jobs: &[JobView], known: &[JobRef]) -> Vec<JobRef> {
-    let alive: HashSet<JobRef> = jobs
+fn to_ask(jobs: &[JobView], known: &[JobRef], undecided: &HashSet<(JobId, PodUid)>) -> Vec<JobRef> {
+    let alive: HashSet<(&JobId, &PodUid)> = jobs
         .iter()
         .filter(|job| job.state.phase() != JobPhase::Ended)
-        .map(JobView::job)
+        .map(|job| (&job.id, &job.uid))
         .collect();
-    known
-        .iter()
-        .filter(|job| !alive.contains(job))
-        .cloned()
-        .collect()
+    let asked = known.iter().filter(|job| {
+        let open = undecided.contains(&(job.id.clone(), job.uid.clone()));
+        !open && !alive.contains(&(&job.id, &job.uid))
+    });
+    asked.cloned().collect()
 }
 
 /// Rows of the accounting take the place of squeue's ended jobs, since they know the exit. A row that
 /// is not of an ended job says nothing: the accounting is late, or the controller lost the job and
 /// the row will stay so for ever.
-fn merge(jobs: &mut Vec<JobView>, rows: Vec<JobView>, asked: &[JobRef]) {
-    let asked: HashSet<&JobRef> = asked.iter().collect();
-    let mut newest: HashMap<JobId, JobView> = HashMap::new();
+fn merge(jobs: &mut Vec<JobView>, rows: &[Row], asked: &[JobRef], pods: &std::path::Path) {
+    let mut by_id: HashMap<&JobId, Vec<&Row>> = HashMap::new();
     for row in rows {
-        // A requeued job has a row for every life: the last one counts, also where it runs.
-        if asked.contains(&row.job()) {
-            let before = newest.get(&row.id).map(|life| life.restarts + 1);
-            let row = JobView {
-                restarts: before.unwrap_or(0),
-                ..row
-            };
-            newest.insert(row.id.clone(), row);
-        }
+        by_id.entry(&row.id).or_default().push(row);
     }
-    for row in newest
-        .into_values()
-        .filter(|row| row.state.phase() == JobPhase::Ended)
-    {
-        match jobs
-            .iter_mut()
-            .find(|job| job.id == row.id && job.uid == row.uid)
-        {
-            Some(job) => {
+    for job in asked {
+        let lives = by_id.get(&job.id).map_or(&[][..], Vec::as_slice);
+        let newest = newest_life(lives, job, pods);
+        let Some(row) = newest.filter(|row| row.state.phase() == JobPhase::Ended) else {
+            continue;
+        };
+        match jobs.iter_mut().find(|view| job.is(view)) {
+            Some(known) => {
                 let reason = Some(row.reason.clone()).filter(|reason| !reason.is_empty());
-                let reason = reason.unwrap_or_else(|| job.reason.clone());
-                let (cluster_id, attempt) = (job.cluster_id.clone(), job.attempt);
-                *job = JobView {
-                    cluster_id,
-                    attempt,
+                let reason = reason.unwrap_or_else(|| known.reason.clone());
+                *known = JobView {
+                    cluster_id: known.cluster_id.clone(),
+                    attempt: known.attempt,
+                    marks: known.marks,
                     reason,
                     ..row
                 };
@@ -123,11 +222,34 @@ fn merge(jobs: &mut Vec<JobView>, rows: Vec<JobView>, asked: &[JobRef]) {
     }
 }
 
+/// A requeued job has a row for every life: the last one counts, also where it runs. What follows a life that was
+/// requeued is the same job, whatever it is called by then.
+fn newest_life(lives: &[&Row], job: &JobRef, pods: &std::path::Path) -> Option<JobView> {
+    let mut newest: Option<JobView> = None;
+    let mut restarts = 0;
+    for row in lives {
+        let marks = match whose::judge(row, job, pods) {
+            Whose::Ours(marks) => marks,
+            Whose::Doubt if newest.as_ref().is_some_and(was_requeued) => Marks::default(),
+            Whose::Doubt | Whose::Stranger => continue,
+        };
+        let view = row.view(job.uid.clone(), marks);
+        newest = Some(JobView { restarts, ..view });
+        restarts += 1;
+    }
+    newest
+}
+
+fn was_requeued(life: &JobView) -> bool {
+    life.state == JobState::Requeued
+}
+
 /// The controller remembers an ended job for `MinJobAge`: its exit code is there too, one job a question.
 async fn exits_from_controller(slurm: &Slurm, jobs: &mut [JobView], asked: &[JobRef]) {
-    let asked: HashSet<&JobRef> = asked.iter().collect();
-    let ended = jobs.iter_mut().filter(|job| {
-        job.exit.is_none() && job.state.phase() == JobPhase::Ended && asked.contains(&job.job())
+    let ended = jobs.iter_mut().filter(|view| {
+        view.exit.is_none()
+            && view.state.phase() == JobPhase::Ended
+            && asked.iter().any(|job| job.is(view))
     });
     for job in ended.take(SCONTROL_BATCH) {
         let command = slurm.question(&slurm.settings.scontrol);
@@ -135,23 +257,22 @@ async fn exits_from_controller(slurm: &Slurm, jobs: &mut [JobView], asked: &[Job
         let Ok(text) = slurm.answer("scontrol", command).await else {
             return;
         };
-        let name = script::job_name(&job.uid);
-        if let Some((state, exit, restarts)) = parse::scontrol_job(&text, &name)
-            && state.phase() == JobPhase::Ended
+        if let Some(detail) = parse::scontrol_job(&text, &job.id)
+            && detail.state.phase() == JobPhase::Ended
+            && detail.submitted_at == job.submitted_at
         {
-            job.exit = exit;
-            job.restarts = restarts;
+            job.exit = detail.exit;
+            job.restarts = detail.restarts;
         }
     }
 }
 
 fn missing(jobs: &[JobView], asked: &[JobRef]) -> Vec<JobRef> {
-    let there: HashSet<JobRef> = jobs.iter().map(JobView::job).collect();
-    asked
+    let there: HashSet<(&JobId, &PodUid)> = jobs.iter().map(|job| (&job.id, &job.uid)).collect();
+    let missing = asked
         .iter()
-        .filter(|job| !there.contains(job))
-        .cloned()
-        .collect()
+        .filter(|job| !there.contains(&(&job.id, &job.uid)));
+    missing.cloned().collect()
 }
 
 #[cfg(test)]

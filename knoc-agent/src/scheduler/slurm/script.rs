@@ -11,6 +11,7 @@ use knoc_proto::pb;
 use super::Settings;
 use super::flags;
 use super::shape::{PartitionLimits, Shape, partition};
+use crate::config::Policy;
 use crate::scheduler::{Refusal, Rendered, SubmitRequest};
 
 /// First word of every comment: the version of its form.
@@ -68,6 +69,13 @@ pub(super) fn parse_comment(comment: &str, uid: &PodUid) -> Option<(String, u32)
     ours.then(|| (cluster.to_owned(), attempt))
 }
 
+/// The pod that a comment names, if it is one of ours.
+#[must_use]
+pub(super) fn uid_of_comment(comment: &str) -> Option<PodUid> {
+    let uid = PodUid::try_from(comment.split(' ').nth(3)?).ok()?;
+    parse_comment(comment, &uid).map(|_| uid)
+}
+
 /// What is submitted for a pod.
 pub(super) fn render(
     request: &SubmitRequest,
@@ -76,8 +84,9 @@ pub(super) fn render(
 ) -> Result<Rendered, Refusal> {
     let shape = Shape::of(&request.spec, site, partitions)?;
     let job = request.spec.job.clone().unwrap_or_default();
-    flags::check(&job.flags, &site.allowed_flags).map_err(Refusal::permanent)?;
-    let foreign = foreign_choices(&job, site);
+    let policy = site.policy.now();
+    flags::check(&job.flags, &policy.flags).map_err(Refusal::permanent)?;
+    let foreign = foreign_choices(&job, &policy);
     if !foreign.is_empty() {
         return Err(Refusal::permanent(foreign.join("; ")));
     }
@@ -87,15 +96,24 @@ pub(super) fn render(
     argv.extend(choices(&job, site));
     argv.extend(job.flags.iter().cloned());
     let script = script(&site.prelude, &request.shim, &request.jobdir)?;
-    Ok(Rendered { argv, script })
+    Ok(Rendered {
+        argv,
+        script,
+        notes: shape.notes,
+    })
 }
 
 /// Partitions, accounts and QOS that the pod names and the site's policy does not, a sentence each.
-fn foreign_choices(job: &pb::JobRequest, site: &Settings) -> Vec<String> {
+fn foreign_choices(job: &pb::JobRequest, policy: &Policy) -> Vec<String> {
     let lists = [
-        ("partition", &job.partition, &site.partitions, "partitions"),
-        ("account", &job.account, &site.accounts, "accounts"),
-        ("qos", &job.qos, &site.qos_allowed, "qos"),
+        (
+            "partition",
+            &job.partition,
+            &policy.partitions,
+            "partitions",
+        ),
+        ("account", &job.account, &policy.accounts, "accounts"),
+        ("qos", &job.qos, &policy.qos, "qos"),
     ];
     let mut problems = Vec::new();
     for (what, named, allowed, key) in lists {
@@ -132,6 +150,8 @@ fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, Refus
         // All of an environment that holds only what the site names. A list of names would make
         // slurmd run a login shell for each job.
         "--export=ALL".to_owned(),
+        // sbatch would hand on the limits of the agent's own process, and so those of the shell that started it.
+        "--propagate=NONE".to_owned(),
     ])
 }
 

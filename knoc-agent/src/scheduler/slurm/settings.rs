@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::command::login_environment;
-use crate::config::{Config, text};
+use crate::config::{Config, Policy, text};
+use crate::policy::Live;
 
 /// How this site's Slurm is asked, and what jobs get that say nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,16 +37,10 @@ pub struct Settings {
     pub account: Option<String>,
     /// For pods that name none.
     pub qos: Option<String>,
-    /// Partitions that this site offers; empty: all.
-    pub partitions: Vec<String>,
-    /// Accounts and QOS that pods may name; empty: all.
-    pub accounts: Vec<String>,
-    /// See `accounts`.
-    pub qos_allowed: Vec<String>,
+    /// Which partitions, accounts, QOS and flags pods may name, as it is now.
+    pub policy: Live,
     /// Time limit for pods that name none; else the partition's.
     pub default_time_minutes: Option<i64>,
-    /// Long names of further sbatch flags that pods may give.
-    pub allowed_flags: Vec<String>,
     /// Extended resource → Slurm's gres name, such as `"amd.com/gpu" = "gpu"`.
     pub gres: BTreeMap<String, String>,
     /// Added to the pod's memory for the shim.
@@ -60,6 +55,8 @@ pub struct Settings {
     pub deadline: Duration,
     /// Shortest time between two rounds.
     pub round_interval: Duration,
+    /// Folder of the job directories, one a pod: a job works in its pod's.
+    pub pods: PathBuf,
 }
 
 impl Default for Settings {
@@ -78,11 +75,11 @@ impl Default for Settings {
             partition: None,
             account: None,
             qos: None,
-            partitions: Vec::new(),
-            accounts: Vec::new(),
-            qos_allowed: Vec::new(),
+            policy: Live::fixed(Policy {
+                flags: Vec::new(),
+                ..Policy::default()
+            }),
             default_time_minutes: None,
-            allowed_flags: Vec::new(),
             gres: text::gres(),
             shim_memory_mib: 64,
             submit_burst: 100,
@@ -90,6 +87,7 @@ impl Default for Settings {
             submit_concurrency: 4,
             deadline: Duration::from_mins(1),
             round_interval: Duration::from_secs(1),
+            pods: PathBuf::from("/nonexistent"),
         }
     }
 }
@@ -114,11 +112,8 @@ impl From<&Config> for Settings {
             partition: site.job.partition.clone(),
             account: site.job.account.clone(),
             qos: site.job.qos.clone(),
-            partitions: site.policy.partitions.clone(),
-            accounts: site.policy.accounts.clone(),
-            qos_allowed: site.policy.qos.clone(),
+            policy: Live::fixed(site.policy.clone()),
             default_time_minutes: site.job.time_minutes.map(i64::from),
-            allowed_flags: site.policy.flags.clone(),
             gres: site.gres.clone(),
             submit_burst: site.limits.sbatch_burst,
             submit_per_second: site.limits.sbatch_rate,
@@ -130,6 +125,15 @@ impl From<&Config> for Settings {
 }
 
 impl Settings {
+    /// As the site file has it; `pods` is the folder of the job directories.
+    #[must_use]
+    pub fn of_site(site: &Config, pods: PathBuf) -> Self {
+        Self {
+            pods,
+            ..Self::from(site)
+        }
+    }
+
     /// The program as an absolute path: a bare name is looked up in the site's PATH, not in the
     /// agent's. A name that is nowhere becomes a path that is not there.
     #[must_use]

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use knoc_proto::pb;
 
 use super::Settings;
+use super::flags;
 use crate::scheduler::Refusal;
 
 const MIB: i64 = 1 << 20;
@@ -24,6 +25,8 @@ pub(super) struct PartitionLimits {
     pub(super) is_default: bool,
     pub(super) default_minutes: Option<i64>,
     pub(super) max_minutes: Option<i64>,
+    /// The largest `TmpDisk` of its nodes.
+    pub(super) tmp_mib: i64,
 }
 
 /// Resources of one job.
@@ -41,6 +44,8 @@ pub(super) struct Shape {
     pub(super) signal_seconds: Option<i64>,
     pub(super) gres: Vec<String>,
     pub(super) requeue: bool,
+    /// What the pod asks for and the job does not, a sentence each.
+    pub(super) notes: Vec<String>,
 }
 
 impl Shape {
@@ -57,17 +62,22 @@ impl Shape {
         let memory = positive(job.memory_bytes).unwrap_or_else(|| total(spec, memory));
         let tmp = positive(job.ephemeral_storage_bytes).unwrap_or_else(|| total(spec, ephemeral));
         let time_minutes = time_limit(spec, &job, site, partitions);
+        let (tmp_mib, note) = match positive(tmp) {
+            Some(bytes) => local_disk(ceil(bytes, MIB), &job, site, partitions)?,
+            None => (None, None),
+        };
         Ok(Self {
             nodes,
             ntasks,
             cpus_per_task: ceil(ceil(cpu_millis, 1000).max(1), ntasks),
             memory_mib: positive(memory)
                 .map(|bytes| ceil(ceil(bytes, MIB), nodes) + site.shim_memory_mib),
-            tmp_mib: positive(tmp).map(|bytes| ceil(bytes, MIB)),
+            tmp_mib,
             time_minutes,
             signal_seconds: signal(spec.termination_grace_period_seconds, time_minutes),
             gres: gres(spec, &job, site, nodes)?,
             requeue: requeue(spec),
+            notes: note.into_iter().collect(),
         })
     }
 }
@@ -160,11 +170,58 @@ fn gres(
         };
         all.push(format!("{name}:{}", ceil(amount, nodes)));
     }
+    if flags::prints_help("gres", &job.gres) {
+        return Err(Refusal::permanent(format!(
+            "knoc.io/gres {:?} makes sbatch print a help text and submit no job: name a resource, as in `gpu:1`",
+            job.gres
+        )));
+    }
     // Who names it says of which kind the devices are to be, and how many: the pod's limits say who uses them.
     if !job.gres.is_empty() {
         return Ok(vec![job.gres.clone()]);
     }
     Ok(all)
+}
+
+/// `--tmp`, and what the user should know of it. Slurm knows of a node's disk only what its site configured: most leave
+/// TmpDisk at 0, and then sbatch refuses every `--tmp`, whatever disk there is.
+fn local_disk(
+    asked: i64,
+    job: &pb::JobRequest,
+    site: &Settings,
+    partitions: &[PartitionLimits],
+) -> Result<(Option<i64>, Option<String>), Refusal> {
+    let named = partition(job, site);
+    let eligible = |known: &&PartitionLimits| match &named {
+        Some(list) => list.split(',').any(|name| name == known.name),
+        None => known.is_default,
+    };
+    let Some(largest) = partitions
+        .iter()
+        .filter(eligible)
+        .map(|known| known.tmp_mib)
+        .max()
+    else {
+        // Not known here: sbatch has the last word.
+        return Ok((Some(asked), None));
+    };
+    let place = named.map_or_else(
+        || "the default partition".to_owned(),
+        |name| format!("partition {name}"),
+    );
+    if largest <= 0 {
+        let note = format!(
+            "{asked} MiB of ephemeral-storage are not reserved: no node of {place} has TmpDisk in slurm.conf"
+        );
+        return Ok((None, Some(note)));
+    }
+    if asked > largest {
+        return Err(Refusal::permanent(format!(
+            "{asked} MiB of ephemeral-storage are more than the TmpDisk of any node of {place}, at most {largest} MiB: \
+             ask for less, or for another partition"
+        )));
+    }
+    Ok((Some(asked), None))
 }
 
 /// min(deadline of the pod + grace, what it asks for), else the site's default, else the
@@ -242,6 +299,7 @@ mod tests {
             is_default: name == "main",
             default_minutes: default,
             max_minutes: max,
+            tmp_mib: if name == "main" { 0 } else { 2048 },
         };
         vec![
             limits("main", Some(60), Some(10080)),
@@ -347,6 +405,44 @@ mod tests {
         assert_eq!((shape.nodes, shape.ntasks, shape.cpus_per_task), (2, 8, 2));
         assert_eq!(shape.memory_mib, Some(2 + 64));
         assert_eq!(shape.gres, ["gpu:2"]);
+    }
+
+    #[test]
+    fn local_disk_is_asked_for_where_slurm_knows_of_any() {
+        let shape = |mib: i64, partition: &str, partitions: &[PartitionLimits]| {
+            let job = pb::JobRequest {
+                ephemeral_storage_bytes: mib * MIB,
+                partition: partition.to_owned(),
+                ..Default::default()
+            };
+            Shape::of(&pod(vec![], job), &Settings::default(), partitions)
+        };
+        let all = partitions();
+        let without = shape(1024, "", &all).unwrap();
+        assert_eq!(without.tmp_mib, None);
+        assert!(without.notes[0].contains("TmpDisk"), "{:?}", without.notes);
+        for partition in ["long", "main,long", "unknown"] {
+            let with = shape(1024, partition, &all).unwrap();
+            assert_eq!((with.tmp_mib, with.notes.len()), (Some(1024), 0));
+        }
+        let refusal = shape(4096, "long", &all).unwrap_err();
+        assert!(
+            refusal.words.contains("TmpDisk") && refusal.words.contains("2048 MiB"),
+            "{refusal}"
+        );
+        assert_eq!(shape(4096, "", &[]).unwrap().tmp_mib, Some(4096));
+    }
+
+    #[test]
+    fn a_gres_that_prints_help_is_refused_by_name() {
+        for gres in ["help", "List", "gpu:1,help"] {
+            let job = pb::JobRequest {
+                gres: gres.to_owned(),
+                ..Default::default()
+            };
+            let refusal = Shape::of(&pod(vec![], job), &Settings::default(), &[]).unwrap_err();
+            assert!(refusal.words.contains("knoc.io/gres"), "{refusal}");
+        }
     }
 
     #[test]

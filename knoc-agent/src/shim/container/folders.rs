@@ -2,7 +2,8 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Write as _},
+    os::{fd::OwnedFd, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -12,14 +13,24 @@ use tokio::net::UnixListener;
 use super::super::{
     beneath,
     environment::{self, TerminationLog},
+    mounts::{Mounts, NameError},
+    places::{self, Link},
     pod::Pod,
-    scratch::remove_tree,
-    volumes::VolumeError,
+    scratch::{ScratchError, Trash},
+    volumes::{Mounted, VolumeError},
 };
 use crate::{
     jobdir::atomic::FileError,
-    runtime::{Bind, RuntimeError},
+    launch::contain::spec,
+    runtime::{INSIDE, RuntimeError},
 };
+
+/// The temporary folders of a container, and what the runtime calls them in its work folder.
+const TEMPORARY: [(&str, &str); 2] = [("/tmp", "tmp"), ("/var/tmp", "var_tmp")];
+
+const PASSWD: &str = "/etc/passwd";
+const HOSTS: &str = "/etc/hosts";
+const RESOLVER: &str = "/etc/resolv.conf";
 
 /// Why an attempt could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +39,11 @@ pub(super) enum PrepareError {
     File(#[from] FileError),
     #[error("mount a volume")]
     Volume(#[from] VolumeError),
+    /// The helper's message.
+    #[error("mount {0}")]
+    Mount(String),
+    #[error("mount")]
+    Name(#[from] NameError),
     #[error(transparent)]
     Runtime(RuntimeError),
     #[error("start the container runtime")]
@@ -36,17 +52,28 @@ pub(super) enum PrepareError {
     Pipes(#[source] io::Error),
 }
 
-/// See the module. Removed when dropped.
+/// See the module. When dropped they go into the trash, so it takes no time whatever the container wrote.
 #[derive(Debug)]
 pub(super) struct Folders {
-    /// What the container sees as `/.knoc`.
+    /// What the container sees as `/.knoc`: it can change all that is in it.
     pub(super) shared: PathBuf,
     /// What the container writes to its root.
     pub(super) root: PathBuf,
-    /// Its `/tmp` and `/var/tmp`.
+    /// Its `/tmp` and `/var/tmp` if its root has no folder of ours.
     pub(super) work: PathBuf,
-    pub(super) binds: Vec<Bind>,
+    /// What the container cannot reach: files of ours that are mounted, and the places of [`Mounts`].
+    private: PathBuf,
+    mounts: Mounts,
+    /// To be made in the container.
+    pub(super) links: Vec<Link>,
+    /// Folders of the image that everybody may write to.
+    pub(super) temporary: Vec<String>,
+    /// Is the container's `/etc/passwd` the runtime's, and no volume's?
+    pub(super) settle: bool,
     pub(super) termination: TerminationLog,
+    /// The volume that the termination message lies in.
+    message: Option<OwnedFd>,
+    trash: Trash,
 }
 
 impl Folders {
@@ -56,79 +83,121 @@ impl Folders {
         number: u32,
         container: &pb::Container,
     ) -> Result<Self, PrepareError> {
-        let id = format!("{index}-{number}");
-        let shared = pod.scratch.disk(&format!("c{id}"))?;
-        let root = pod.scratch.disk(&format!("r{id}"))?;
-        let work = pod.scratch.disk(&format!("w{id}"))?;
-        let binds = pod.volumes.binds(&container.mounts)?;
-        // The runtime's own temporary folders are mounted too, below what the pod mounts.
-        let temporary = |target: &str, name: &str| Bind {
-            source: work.join(name),
-            target: target.into(),
-            read_only: false,
-        };
-        let mut mounted = vec![temporary("/tmp", "tmp"), temporary("/var/tmp", "var_tmp")];
-        // A link that is in a source by now is the pod's own wish; one that comes later is a container's.
-        mounted.extend(binds.iter().map(|bind| Bind {
-            source: fs::canonicalize(&bind.source).unwrap_or_else(|_| bind.source.clone()),
-            ..bind.clone()
-        }));
-        let termination = environment::termination_log(container, &mounted);
-        let mut folders = Self {
-            shared,
-            root,
-            work,
-            binds,
-            termination,
-        };
+        let folder = |kind: &str| pod.scratch.disk(&format!("{kind}{index}-{number}"));
+        let private = folder("p")?;
+        let mut volumes = pod.volumes.mounts(&container.mounts)?;
         if pod.runtime.isolates() {
-            folders.fill(pod)?;
+            share_memory(pod, &mut volumes)?;
         }
+        let targets: Vec<&Path> = volumes.iter().map(|volume| &*volume.target).collect();
+        let termination = environment::termination_log(container, &targets);
+        let mut folders = Self {
+            shared: folder("c")?,
+            root: folder("r")?,
+            work: folder("w")?,
+            mounts: Mounts::new(pod.image(index), private.clone()),
+            private,
+            links: Vec::new(),
+            temporary: Vec::new(),
+            settle: false,
+            termination,
+            message: None,
+            trash: pod.scratch.trash(),
+        };
+        let message = message_place(&folders.termination, &volumes);
+        let mut message_at = None;
+        if pod.runtime.isolates() {
+            folders.add_files(pod, &mut volumes)?;
+            places::order(&mut volumes);
+            message_at = message.and_then(|(target, rest)| {
+                let mut targets = volumes.iter().map(|volume| &volume.target);
+                Some((targets.position(|other| *other == target)?, rest))
+            });
+            folders.arrange(container, &mut volumes)?;
+        }
+        folders.mounts.set(volumes, message_at);
         Ok(folders)
     }
 
-    fn fill(&mut self, pod: &Pod) -> Result<(), PrepareError> {
-        self.touch("agent")?;
-        let log = self.touch("termination-log")?;
+    /// Files of ours that every container has unless the pod mounts its own.
+    fn add_files(&self, pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareError> {
+        touch(&self.shared, "agent")?;
         match &self.termination {
-            TerminationLog::Mounted(path) => {
-                // A folder that cannot be written gives no message.
-                beneath::touch(path).ok();
-            }
+            TerminationLog::Mounted { .. } => {}
             TerminationLog::Bind(target) => {
-                let bind = Bind {
-                    source: log,
-                    target: target.clone(),
-                    read_only: false,
-                };
-                self.binds.push(bind);
+                let log = touch(&self.private, "termination-log")?;
+                volumes.push(own_file(log, target, false));
             }
-            TerminationLog::Link { .. } => {}
+            TerminationLog::Link { .. } => {
+                touch(&self.shared, "termination-log")?;
+            }
         }
-        let target = Path::new("/etc/hosts");
-        if !self.binds.iter().any(|bind| bind.target == target) {
-            let node = fs::read_to_string(target).unwrap_or_default();
+        let mounts = |volumes: &[Mounted], target: &str| {
+            let target = Path::new(target);
+            volumes.iter().any(|volume| volume.target == target)
+        };
+        if !mounts(volumes, HOSTS) {
+            let node = fs::read_to_string(HOSTS).unwrap_or_default();
             let text = environment::hosts(&node, &pod.facts, &pod.spec().host_aliases);
-            let source = self.touch("hosts")?;
-            let mut file = File::options()
-                .write(true)
-                .open(&source)
-                .map_err(FileError::on("open", &source))?;
-            io::Write::write_all(&mut file, text.as_bytes())
-                .map_err(FileError::on("write", &source))?;
-            self.binds.push(Bind {
-                source,
-                target: target.into(),
-                read_only: false,
-            });
+            let source = self.write("hosts", &text)?;
+            volumes.push(own_file(source, Path::new(HOSTS), false));
+        }
+        // A volume at `/etc` covers the runtime's own, but pods have this file everywhere.
+        if mounts(volumes, "/etc")
+            && !mounts(volumes, RESOLVER)
+            && let Ok(text) = fs::read_to_string(RESOLVER)
+        {
+            let source = self.write("resolv.conf", &text)?;
+            volumes.push(own_file(source, Path::new(RESOLVER), true));
         }
         Ok(())
     }
 
-    fn touch(&self, name: &str) -> Result<PathBuf, FileError> {
-        let path = self.shared.join(name);
-        File::create(&path).map_err(FileError::on("create", &path))?;
+    /// What the container needs for its mounts, which are in their order. Those below `/dev` move.
+    fn arrange(
+        &mut self,
+        container: &pb::Container,
+        volumes: &mut [Mounted],
+    ) -> Result<(), PrepareError> {
+        if !container.read_only_root {
+            let own = places::of_the_image(&TEMPORARY.map(|(folder, _)| folder), volumes);
+            self.temporary.extend(own.into_iter().map(str::to_owned));
+        }
+        self.settle = !places::of_the_image(&[PASSWD], volumes).is_empty();
+        self.links = places::leave_devices(volumes);
+        let mut parents = vec![(PathBuf::from(INSIDE), self.shared.clone())];
+        // Mounted if the root has no folder of ours.
+        for (target, name) in TEMPORARY {
+            let source = self.work.join(name);
+            fs::create_dir(&source)
+                .and_then(|()| fs::set_permissions(&source, fs::Permissions::from_mode(0o1777)))
+                .map_err(FileError::on("create", &source))?;
+            parents.push((target.into(), source));
+        }
+        places::set_mount_points(&parents, volumes);
+        Ok(())
+    }
+
+    /// A file of ours that the container sees, and cannot replace.
+    fn write(&self, name: &str, text: &str) -> Result<PathBuf, FileError> {
+        let path = touch(&self.private, name)?;
+        let mut file = File::options()
+            .write(true)
+            .open(&path)
+            .map_err(FileError::on("open", &path))?;
+        file.write_all(text.as_bytes())
+            .map_err(FileError::on("write", &path))?;
         Ok(path)
+    }
+
+    /// What the helper and the runtime are to mount.
+    pub(super) fn mounts(&self) -> &Mounts {
+        &self.mounts
+    }
+
+    /// The descriptor of the volume that the termination message lies in.
+    pub(super) fn message_below(&mut self, base: Option<OwnedFd>) {
+        self.message = base;
     }
 
     /// The socket that the launcher connects to.
@@ -137,22 +206,73 @@ impl Folders {
         Ok(UnixListener::bind(&path).map_err(FileError::on("listen on", &path))?)
     }
 
-    /// The last `limit` bytes of what the program left as its message; nothing where it is no regular file.
+    /// The last `limit` bytes of what the program left as its message; nothing if it is not a regular file.
     pub(super) fn termination_message(&self, limit: usize) -> Vec<u8> {
-        let path = match &self.termination {
-            TerminationLog::Mounted(path) => path.clone(),
-            TerminationLog::Link { .. } | TerminationLog::Bind(_) => {
-                self.shared.join("termination-log")
+        let read = match &self.termination {
+            TerminationLog::Mounted { rest, .. } => match &self.message {
+                Some(base) => beneath::read_end_in(base, rest, limit),
+                None => return Vec::new(),
+            },
+            TerminationLog::Link { .. } => {
+                beneath::read_end(&self.shared.join("termination-log"), limit)
+            }
+            TerminationLog::Bind(_) => {
+                beneath::read_end(&self.private.join("termination-log"), limit)
             }
         };
-        beneath::read_end(&path, limit).unwrap_or_default()
+        read.unwrap_or_default()
     }
+}
+
+/// As with other runtimes, the containers of a pod have one `/dev/shm`, unless they mount a volume there.
+fn share_memory(pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareError> {
+    let target = Path::new(places::SHARED_MEMORY);
+    if volumes.iter().any(|volume| volume.target == target) {
+        return Ok(());
+    }
+    let source = match pod.scratch.memory("shm") {
+        // The runtime's own stays: nothing of it is a secret of ours.
+        Err(ScratchError::NoMemory(_)) => return Ok(()),
+        Err(ScratchError::File(error)) => return Err(error.into()),
+        Ok(source) => source,
+    };
+    fs::set_permissions(&source, fs::Permissions::from_mode(0o1777))
+        .map_err(FileError::on("set the mode of", &source))?;
+    volumes.push(own_file(source, target, false));
+    Ok(())
+}
+
+/// A file or folder of ours, whose place on the host no container can change.
+fn own_file(source: PathBuf, target: &Path, read_only: bool) -> Mounted {
+    Mounted {
+        what: format!("{}", target.display()),
+        source: spec::Source::Own(source),
+        target: target.to_owned(),
+        read_only,
+        needs_descriptor: false,
+        point: None,
+    }
+}
+
+/// PURE: in the container, the target of the volume that the termination message lies in, and its path there.
+fn message_place(termination: &TerminationLog, volumes: &[Mounted]) -> Option<(PathBuf, PathBuf)> {
+    let TerminationLog::Mounted { mount, rest } = termination else {
+        return None;
+    };
+    Some((volumes.get(*mount)?.target.clone(), rest.clone()))
+}
+
+/// An empty file of ours.
+fn touch(folder: &Path, name: &str) -> Result<PathBuf, FileError> {
+    let path = folder.join(name);
+    File::create(&path).map_err(FileError::on("create", &path))?;
+    Ok(path)
 }
 
 impl Drop for Folders {
     fn drop(&mut self) {
-        for folder in [&self.shared, &self.root, &self.work] {
-            remove_tree(folder);
+        for folder in [&self.shared, &self.root, &self.work, &self.private] {
+            self.trash.take(folder);
         }
     }
 }
@@ -177,26 +297,51 @@ mod tests {
             fs::create_dir_all(&path).unwrap();
             path
         };
-        for place in ["own", "volume", "volume/dir"] {
-            let shared = folder("shared");
-            let log = match place {
-                "own" => shared.join("termination-log"),
-                place => folder("v0").join(place).join("log"),
+        let trash = Trash::create(base.join("trash")).unwrap();
+        for place in ["own", "link", "volume/dir"] {
+            let (private, shared) = (folder("private"), folder("shared"));
+            let (log, termination) = match place {
+                "own" => (
+                    private.join("termination-log"),
+                    TerminationLog::Bind("/srv/x".into()),
+                ),
+                "link" => (
+                    shared.join("termination-log"),
+                    TerminationLog::Link {
+                        name: "/dev/termination-log".to_owned(),
+                        target: "/.knoc/termination-log".into(),
+                    },
+                ),
+                _ => (
+                    folder("volume/dir").join("log"),
+                    TerminationLog::Mounted {
+                        mount: 0,
+                        rest: "dir/log".into(),
+                    },
+                ),
             };
-            fs::create_dir_all(log.parent().unwrap()).unwrap();
-            let folders = Folders {
+            let volume = File::open(folder("volume")).unwrap();
+            let image = pb::ResolvedImage::default();
+            let mut folders = Folders {
+                mounts: Mounts::new(&image, private.clone()),
                 shared,
                 root: folder("root"),
                 work: folder("work"),
-                binds: Vec::new(),
-                termination: if place == "own" {
-                    TerminationLog::Bind("/srv/x".into())
-                } else {
-                    TerminationLog::Mounted(log.clone())
-                },
+                private,
+                links: Vec::new(),
+                temporary: Vec::new(),
+                settle: false,
+                termination,
+                message: None,
+                trash: trash.clone(),
             };
+            if place == "volume/dir" {
+                fs::write(&log, "hello").unwrap();
+                assert_eq!(folders.termination_message(4096), b"", "not mounted yet");
+                folders.message_below(Some(volume.into()));
+            }
             fs::write(&log, "hello").unwrap();
-            assert_eq!(folders.termination_message(4096), b"hello");
+            assert_eq!(folders.termination_message(4096), b"hello", "{place}");
             fs::remove_file(&log).unwrap();
             symlink(&secret, &log).unwrap();
             assert_eq!(folders.termination_message(4096), b"");

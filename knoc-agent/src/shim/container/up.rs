@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    path::Path,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     process::{Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -20,14 +20,20 @@ use super::{
     super::{
         children::{Child, Exit},
         fdio::Stream,
-        gpus, output,
+        gpus,
+        handshake::{self, HandshakeError, Launched},
+        mounts::Named,
+        output,
         pod::Pod,
         signals::{self, Identity},
     },
     Attempt, AttemptError,
     folders::{Folders, PrepareError},
 };
-use crate::runtime::{Root, Sandbox};
+use crate::{
+    launch::contain::spec::{ContainSpec, MountSpec},
+    runtime::{Root, Sandbox},
+};
 
 /// How much of the runtime's own words is kept.
 const WORDS: usize = 4096;
@@ -53,6 +59,8 @@ pub(super) struct Up {
     pub(super) runtime: Runtime,
     pub(super) socket: UnixStream,
     pub(super) identity: Identity,
+    /// What the termination message lies below, if that is a volume.
+    pub(super) message: Option<OwnedFd>,
 }
 
 /// Starts the runtime, with the best root that works, until its launcher connects.
@@ -61,67 +69,183 @@ pub(super) async fn bring_up(
     attempt: &Attempt,
     folders: &Folders,
     container: &pb::Container,
-    image: &Path,
 ) -> Result<Up, AttemptError> {
     let listener = folders.listen()?;
-    let mut roots = if container.read_only_root {
-        vec![Root::ReadOnly]
-    } else {
-        pod.runtime.writable_roots(&folders.root)
+    if pod.runtime.isolates() && !pod.mounting.by_name() {
+        let named = folders.mounts().places();
+        let starting = Starting {
+            pod,
+            attempt,
+            folders,
+            listener: &listener,
+            specs: Some(folders.mounts().specs()),
+        };
+        match starting.with_best_root(container, named).await {
+            Err(AttemptError::NoNamespaces { errno, what }) if pod.mounting.is_final(errno) => {
+                tracing::warn!(error = %what, "no user namespaces: volumes are mounted by name");
+                pod.mounting.only_by_name();
+            }
+            Ok(up) => {
+                pod.mounting.worked();
+                return Ok(up);
+            }
+            Err(other) => return Err(other),
+        }
+    }
+    let named = by_name(pod, attempt, folders).await?;
+    let starting = Starting {
+        pod,
+        attempt,
+        folders,
+        listener: &listener,
+        specs: None,
     };
-    let mut first_words = None;
-    while !roots.is_empty() {
-        let sandbox = Sandbox {
-            image: image.to_owned(),
+    starting.with_best_root(container, named).await
+}
+
+/// On a blocking thread: what the pod mounts may hang.
+async fn by_name(pod: &Pod, attempt: &Attempt, folders: &Folders) -> Result<Named, AttemptError> {
+    if !pod.runtime.isolates() {
+        return Ok(folders.mounts().places());
+    }
+    let mounts = folders.mounts().clone();
+    let naming = tokio::task::spawn_blocking(move || mounts.names());
+    tokio::select! {
+        biased;
+        named = naming => match named {
+            Ok(named) => Ok(named.map_err(PrepareError::Name)?),
+            Err(error) => Err(PrepareError::Pipes(io::Error::other(error)).into()),
+        },
+        () = attempt.abort.cancelled() => Err(AttemptError::Aborted),
+    }
+}
+
+/// What every try needs.
+struct Starting<'a> {
+    pod: &'a Pod,
+    attempt: &'a Attempt,
+    folders: &'a Folders,
+    listener: &'a UnixListener,
+    /// What the helper mounts first; `None`: the runtime is started without it.
+    specs: Option<Vec<MountSpec>>,
+}
+
+impl Starting<'_> {
+    async fn with_best_root(
+        &self,
+        container: &pb::Container,
+        named: Named,
+    ) -> Result<Up, AttemptError> {
+        let (pod, folders) = (self.pod, self.folders);
+        let mut roots = if container.read_only_root {
+            vec![Root::ReadOnly]
+        } else {
+            pod.runtime.writable_roots(&folders.root)
+        };
+        let mut sandbox = Sandbox {
+            binds: named.binds,
+            image: named.image,
             agent: pod.agent.clone(),
             folder: folders.shared.clone(),
-            binds: folders.binds.clone(),
             hostname: if pod.runtime.isolates() {
                 pod.facts.hostname.clone()
             } else {
                 String::new()
             },
-            root: roots.remove(0),
-            work: folders.work.clone(),
+            root: Root::ReadOnly,
+            work: (!container.read_only_root).then(|| folders.work.clone()),
             fakeroot: container.fakeroot,
             gpus: gpus::asked(container),
         };
-        match start(pod, attempt, &sandbox, &listener).await {
-            Err(AttemptError::Runtime(words)) => {
-                tracing::warn!(root = ?sandbox.root, %words, "the runtime gave up");
-                first_words.get_or_insert(words);
+        let mut first_words = None;
+        while !roots.is_empty() {
+            sandbox.root = roots.remove(0);
+            match self.start(&sandbox).await {
+                Err(AttemptError::Runtime(words)) => {
+                    let words = folders.mounts().with_own_names(&words);
+                    tracing::warn!(root = ?sandbox.root, %words, "the runtime gave up");
+                    first_words.get_or_insert(words);
+                }
+                Ok(up) => {
+                    let message = up.message.or(named.base);
+                    return Ok(Up { message, ..up });
+                }
+                Err(other) => return Err(other),
             }
-            other => return other,
         }
+        Err(AttemptError::Runtime(first_words.unwrap_or_default()))
     }
-    Err(AttemptError::Runtime(first_words.unwrap_or_default()))
-}
 
-async fn start(
-    pod: &Arc<Pod>,
-    attempt: &Attempt,
-    sandbox: &Sandbox,
-    listener: &UnixListener,
-) -> Result<Up, AttemptError> {
-    let argv = pod.runtime.argv(sandbox).map_err(PrepareError::Runtime)?;
-    let mut runtime = spawn(pod, &argv).map_err(PrepareError::Spawn)?;
-    loop {
-        tokio::select! {
-            biased;
-            connected = listener.accept() => {
-                let (socket, _) = connected.map_err(PrepareError::Pipes)?;
-                if let Some(identity) = peer(&socket) {
-                    return Ok(Up { runtime, socket, identity });
+    async fn start(&self, sandbox: &Sandbox) -> Result<Up, AttemptError> {
+        let argv = self.pod.runtime.argv(sandbox);
+        let argv = argv.map_err(PrepareError::Runtime)?;
+        let (mut runtime, message) = match &self.specs {
+            None => (
+                spawn(self.pod, &argv, Stdio::null()).map_err(PrepareError::Spawn)?,
+                None,
+            ),
+            Some(mounts) => {
+                let spec = ContainSpec {
+                    argv,
+                    users: self.pod.mounting.users.clone(),
+                    root: sandbox.fakeroot,
+                    mounts: mounts.clone(),
+                };
+                self.contain(&spec).await?
+            }
+        };
+        loop {
+            tokio::select! {
+                biased;
+                connected = self.listener.accept() => {
+                    let (socket, _) = connected.map_err(PrepareError::Pipes)?;
+                    if let Some(identity) = peer(&socket) {
+                        return Ok(Up { runtime, socket, identity, message });
+                    }
+                }
+                exit = runtime.child.wait() => {
+                    return Err(AttemptError::Runtime(runtime.last_words(exit).await));
+                }
+                () = self.attempt.abort.cancelled() => {
+                    runtime.end().await;
+                    return Err(AttemptError::Aborted);
                 }
             }
-            exit = runtime.child.wait() => {
-                return Err(AttemptError::Runtime(runtime.last_words(exit).await));
-            }
-            () = attempt.abort.cancelled() => {
+        }
+    }
+
+    /// Has the helper make the mounts and become the runtime.
+    async fn contain(
+        &self,
+        spec: &ContainSpec,
+    ) -> Result<(Runtime, Option<OwnedFd>), AttemptError> {
+        let (ours, theirs) = StdUnixStream::pair().map_err(PrepareError::Pipes)?;
+        ours.set_nonblocking(true).map_err(PrepareError::Pipes)?;
+        let ours = UnixStream::from_std(ours).map_err(PrepareError::Pipes)?;
+        let argv = [self.pod.agent.clone().into(), "contain".into()];
+        let stdin = Stdio::from(OwnedFd::from(theirs));
+        let mut runtime = spawn(self.pod, &argv, stdin).map_err(PrepareError::Spawn)?;
+        let contained = tokio::select! {
+            biased;
+            contained = handshake::contain(ours, spec) => contained,
+            () = self.attempt.abort.cancelled() => {
                 runtime.end().await;
                 return Err(AttemptError::Aborted);
             }
-        }
+        };
+        let error = match contained {
+            Ok(Launched { master, .. }) => return Ok((runtime, master)),
+            Err(HandshakeError::NoNamespaces { errno, what }) => {
+                AttemptError::NoNamespaces { errno, what }
+            }
+            Err(HandshakeError::Refused { what, .. }) => PrepareError::Mount(what).into(),
+            Err(error @ (HandshakeError::Socket(_) | HandshakeError::Wire(_))) => {
+                AttemptError::Start(error)
+            }
+        };
+        // It has said why, and ends.
+        runtime.end().await;
+        Err(error)
     }
 }
 
@@ -138,7 +262,7 @@ fn peer(socket: &UnixStream) -> Option<Identity> {
     clippy::disallowed_methods,
     reason = "the shim's one module that starts containers"
 )]
-fn spawn(pod: &Pod, argv: &[std::ffi::OsString]) -> io::Result<Runtime> {
+fn spawn(pod: &Pod, argv: &[std::ffi::OsString], stdin: Stdio) -> io::Result<Runtime> {
     let [program, arguments @ ..] = argv else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
@@ -148,12 +272,14 @@ fn spawn(pod: &Pod, argv: &[std::ffi::OsString]) -> io::Result<Runtime> {
         .env_clear()
         .envs(&pod.job.runtime_env)
         .current_dir("/")
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     // A launcher that is the program itself must be able to lead a session.
     let group = pod.runtime.isolates();
     let mut child = pod.children.spawn(&mut command, group)?;
+    // It still holds the helper's end of the socket: the shim would see no end of file.
+    drop(command);
     let words = Arc::new(Mutex::new(Vec::new()));
     let mut tasks = JoinSet::new();
     if let Some(stderr) = child.stderr.take() {

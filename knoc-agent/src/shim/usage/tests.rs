@@ -261,3 +261,31 @@ proptest! {
         prop_assert_eq!(account.shown(), end);
     }
 }
+
+/// A container may make any tree of processes; the shim has one thread.
+#[test]
+fn a_long_chain_of_processes_is_walked_once() {
+    const LENGTH: u32 = 40_000;
+    let chain: Vec<_> = (1..=LENGTH)
+        .rev()
+        .map(|pid| Sample {
+            namespace: None,
+            process: Process {
+                pid,
+                parent: pid - 1,
+                session: pid,
+            },
+            ..sample(pid, pid - 1, 1, 0)
+        })
+        .collect();
+    let program = Identity { pid: 1, start: 1 };
+    let began = std::time::Instant::now();
+    let all = members(&chain, program, false);
+    assert_eq!(all.len(), chain.len());
+    let mut account = Account::default();
+    assert_eq!(account.take(&all).cpu, u64::from(LENGTH));
+    // All but the first end at once, and it has waited for them.
+    let left = [sample(1, 0, 1, u64::from(LENGTH) - 1)];
+    assert_eq!(account.take(&left).cpu, u64::from(LENGTH));
+    assert!(began.elapsed().as_secs() < 10, "{:?}", began.elapsed());
+}

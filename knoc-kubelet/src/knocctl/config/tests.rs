@@ -17,7 +17,10 @@ address = "unix:/run/knoc/agent.sock"
 fn here() -> Surroundings {
     Surroundings {
         home: Some("/home/ann".into()),
-        uid: 1000,
+        places: Places {
+            state_dir: "/home/ann/.local/state/knoc".into(),
+            ..Places::default()
+        },
         ..Surroundings::default()
     }
 }
@@ -104,41 +107,18 @@ fn the_socket_goes_before_a_context_that_nobody_asked_for() {
 }
 
 #[test]
-fn only_a_socket_of_ours_counts() {
-    let folder = tempfile::tempdir().unwrap();
-    let place = folder.path().join("knoc/agent.sock");
-    std::fs::create_dir(place.parent().unwrap()).unwrap();
-    let uid = rustix::process::geteuid().as_raw();
-    let here = |uid| Surroundings {
-        runtime_dir: Some(folder.path().to_owned()),
-        uid,
-        ..Surroundings::default()
-    };
-    let is_ours = |uid| here(uid).own_socket().is_some_and(|found| found == place);
-    assert!(!is_ours(uid), "nothing is there");
-    std::fs::create_dir(&place).unwrap();
-    assert!(!is_ours(uid), "no socket is there");
-    std::fs::remove_dir(&place).unwrap();
-    let _socket = std::os::unix::net::UnixListener::bind(&place).unwrap();
-    assert!(is_ours(uid));
-    assert!(!is_ours(uid + 1), "it is another user's");
-}
-
-#[test]
 fn without_a_file_the_socket() {
     let context = load(None, None, &here()).unwrap();
     assert_eq!(
         context.carrier.to_string(),
-        "unix:/tmp/knoc-1000/agent.sock"
+        "unix:/home/ann/.local/state/knoc/socket/agent.sock"
     );
-    let run = Surroundings {
-        runtime_dir: Some("/run/user/1000".into()),
-        ..here()
-    };
-    assert_eq!(
-        run.sockets()[0],
-        Path::new("/run/user/1000/knoc/agent.sock")
-    );
+    let folder = tempfile::tempdir().unwrap();
+    let mut run = here();
+    run.places.runtime_dir = Some(folder.path().to_owned());
+    let context = load(None, None, &run).unwrap();
+    let place = folder.path().join("knoc/agent.sock");
+    assert_eq!(context.carrier, Carrier::Unix(place));
     let error = load(None, Some("x"), &here()).unwrap_err();
     assert!(matches!(error, ConfigError::NoFile { .. }));
 }

@@ -1,6 +1,7 @@
 //! Blocking: packs a file or a folder as messages for `tar` at the other end.
 
 use std::{
+    ffi::OsString,
     fs::File,
     io::{self, Read as _, Write},
     path::{Path, PathBuf},
@@ -13,7 +14,7 @@ use knoc_proto::{
 };
 use tokio::sync::mpsc;
 
-use super::super::CtlError;
+use super::{super::CtlError, LeftOut};
 
 /// Is there something to send?
 pub(super) fn look(from: &Path) -> Result<(), CtlError> {
@@ -29,14 +30,14 @@ pub(super) fn send(
     from: &Path,
     name: &Path,
     sender: &mpsc::Sender<ExecInput>,
-) -> Result<Vec<PathBuf>, CtlError> {
-    let mut skipped = Vec::new();
+) -> Result<LeftOut, CtlError> {
+    let mut left_out = LeftOut::default();
     let pipe = Pipe {
         sender,
         buffer: BytesMut::with_capacity(CHUNK),
     };
     let mut archive = tar::Builder::new(pipe);
-    let packed = pack(&mut archive, from, name, &mut skipped);
+    let packed = pack(&mut archive, from, name, &mut left_out);
     let closed = packed.and_then(|()| {
         let finished = archive.into_inner().and_then(|mut pipe| pipe.flush());
         finished.map_err(|source| failed("pack", from, source))
@@ -47,7 +48,7 @@ pub(super) fn send(
     }
     // Where nobody listens any more it has ended already.
     drop(sender.blocking_send(message(Input::StdinClosed(true))));
-    Ok(skipped)
+    Ok(left_out)
 }
 
 fn failed(what: &str, path: &Path, source: io::Error) -> CtlError {
@@ -57,54 +58,83 @@ fn failed(what: &str, path: &Path, source: io::Error) -> CtlError {
     }
 }
 
+/// A folder whose entries are still to be packed, with its name in the archive.
+struct Level {
+    path: PathBuf,
+    name: PathBuf,
+    entries: std::vec::IntoIter<OsString>,
+}
+
+/// Packs a whole tree, entries in the order of their names. How deep it is matters only to the file system.
 fn pack(
     archive: &mut tar::Builder<Pipe<'_>>,
     path: &Path,
     name: &Path,
-    skipped: &mut Vec<PathBuf>,
+    left_out: &mut LeftOut,
 ) -> Result<(), CtlError> {
-    let pack_failed = |source| failed("pack", path, source);
-    let metadata =
-        std::fs::symlink_metadata(path).map_err(|source| failed("read", path, source))?;
+    let mut levels = Vec::new();
+    levels.extend(pack_one(
+        archive,
+        path.to_owned(),
+        name.to_owned(),
+        left_out,
+    )?);
+    while let Some(level) = levels.last_mut() {
+        let Some(entry) = level.entries.next() else {
+            levels.pop();
+            continue;
+        };
+        let (path, name) = (level.path.join(&entry), level.name.join(&entry));
+        levels.extend(pack_one(archive, path, name, left_out)?);
+    }
+    Ok(())
+}
+
+/// Packs one entry; answers what is below it, where it is a folder.
+fn pack_one(
+    archive: &mut tar::Builder<Pipe<'_>>,
+    path: PathBuf,
+    name: PathBuf,
+    left_out: &mut LeftOut,
+) -> Result<Option<Level>, CtlError> {
+    let pack_failed = |source| failed("pack", &path, source);
+    let read_failed = |source| failed("read", &path, source);
+    let metadata = std::fs::symlink_metadata(&path).map_err(read_failed)?;
     let mut header = tar::Header::new_gnu();
     header.set_metadata(&metadata);
     let kind = metadata.file_type();
     if kind.is_dir() {
         header.set_size(0);
-        archive
-            .append_data(&mut header, name, io::empty())
-            .map_err(pack_failed)?;
-        let list = std::fs::read_dir(path).map_err(|source| failed("read", path, source))?;
+        let entry = archive.append_data(&mut header, &name, io::empty());
+        entry.map_err(pack_failed)?;
         let mut entries = Vec::new();
-        for entry in list {
-            entries.push(
-                entry
-                    .map_err(|source| failed("read", path, source))?
-                    .file_name(),
-            );
+        for entry in std::fs::read_dir(&path).map_err(read_failed)? {
+            entries.push(entry.map_err(read_failed)?.file_name());
         }
         entries.sort();
-        for entry in entries {
-            pack(archive, &path.join(&entry), &name.join(&entry), skipped)?;
-        }
-    } else if kind.is_symlink() {
-        let target = std::fs::read_link(path).map_err(|source| failed("read", path, source))?;
+        let entries = entries.into_iter();
+        return Ok(Some(Level {
+            path,
+            name,
+            entries,
+        }));
+    }
+    if kind.is_symlink() {
+        let target = std::fs::read_link(&path).map_err(read_failed)?;
         header.set_size(0);
-        archive
-            .append_link(&mut header, name, target)
-            .map_err(pack_failed)?;
+        let entry = archive.append_link(&mut header, &name, target);
+        entry.map_err(pack_failed)?;
     } else if kind.is_file() {
-        let file = File::open(path).map_err(|source| failed("read", path, source))?;
+        let file = File::open(&path).map_err(read_failed)?;
         let exact = Exact {
             file: file.take(metadata.len()),
         };
-        archive
-            .append_data(&mut header, name, exact)
-            .map_err(pack_failed)?;
+        let entry = archive.append_data(&mut header, &name, exact);
+        entry.map_err(pack_failed)?;
     } else {
-        skipped.push(path.to_owned());
+        left_out.add(path);
     }
-    Ok(())
+    Ok(None)
 }
 
 /// A file that must have as many bytes as its header says: one that shrinks meanwhile would break the archive.

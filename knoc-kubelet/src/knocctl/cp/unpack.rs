@@ -1,35 +1,43 @@
 //! Blocking: unpacks what `tar` at the other end sends, never outside of the destination.
 //!
 //! Links are not made at all, so no entry can lead elsewhere; a name with `..` or a root in it is refused, and so is
-//! one that is not below what was asked for: the image's `tar` is not trusted.
+//! one that is not below what was asked for: the image's `tar` is not trusted. For the same reason the names that come
+//! before an entry, which the library reads into memory, are bounded.
 
 use std::{
+    cell::Cell,
     fs,
     io::{self, Read},
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Component, Path, PathBuf},
+    rc::Rc,
 };
 
 use bytes::{Buf as _, Bytes};
 use tokio::sync::mpsc;
 
-use super::super::CtlError;
+use super::{super::CtlError, LeftOut};
+
+/// What may come between the data of two entries: headers, and names of up to 4 KiB that do not fit into one.
+const MAX_HEAD: u64 = 256 << 10;
 
 /// Unpacks `member` of the archive as `to`. Answers what was left out (links, devices).
 pub(super) fn receive(
     receiver: mpsc::Receiver<Bytes>,
     member: &str,
     to: &Path,
-) -> Result<Vec<PathBuf>, CtlError> {
+) -> Result<LeftOut, CtlError> {
+    let allowed = Rc::new(Cell::new(MAX_HEAD));
     let mut archive = tar::Archive::new(Pipe {
         receiver,
         left: Bytes::new(),
+        allowed: Rc::clone(&allowed),
     });
     let broken = |source| CtlError::Copy {
         what: "read the archive".to_owned(),
         source,
     };
-    let mut skipped = Vec::new();
+    let mut left_out = LeftOut::default();
     for entry in archive.entries().map_err(broken)? {
         let mut entry = entry.map_err(broken)?;
         let name = entry.path().map_err(broken)?.into_owned();
@@ -39,6 +47,7 @@ pub(super) fn receive(
             what: format!("write {}", place.display()),
             source,
         };
+        allowed.set(u64::MAX);
         let kind = entry.header().entry_type();
         if kind.is_dir() {
             fs::create_dir_all(&place).map_err(failed)?;
@@ -48,10 +57,13 @@ pub(super) fn receive(
         } else if kind.is_file() {
             write(&place, mode, &mut entry).map_err(failed)?;
         } else {
-            skipped.push(place);
+            left_out.add(place.clone());
         }
+        // Whatever its kind, it may have data, which is read here and not with the next head.
+        io::copy(&mut entry, &mut io::sink()).map_err(failed)?;
+        allowed.set(MAX_HEAD);
     }
-    Ok(skipped)
+    Ok(left_out)
 }
 
 /// PURE: where an entry goes.
@@ -87,6 +99,8 @@ fn write(place: &Path, mode: u32, data: &mut impl Read) -> io::Result<()> {
 struct Pipe {
     receiver: mpsc::Receiver<Bytes>,
     left: Bytes,
+    /// How much may be read until this is set again.
+    allowed: Rc<Cell<u64>>,
 }
 
 impl Read for Pipe {
@@ -97,7 +111,13 @@ impl Read for Pipe {
                 None => return Ok(0),
             }
         }
-        let count = buffer.len().min(self.left.len());
+        let allowed = usize::try_from(self.allowed.get()).unwrap_or(usize::MAX);
+        let count = buffer.len().min(self.left.len()).min(allowed);
+        if count == 0 && !buffer.is_empty() {
+            return Err(io::Error::other("the name of an entry is too long"));
+        }
+        let used = u64::try_from(count).unwrap_or_default();
+        self.allowed.set(self.allowed.get().saturating_sub(used));
         self.left
             .copy_to_slice(buffer.get_mut(..count).unwrap_or_default());
         Ok(count)
@@ -157,13 +177,52 @@ mod tests {
         entry("d/evil", tar::EntryType::Symlink, b"");
         let bytes = archive.into_inner().unwrap();
         let to = folder.path().join("copy");
-        let skipped = receive(arriving(&bytes), "d", &to).unwrap();
-        assert_eq!(skipped, [to.join("evil")]);
+        let left_out = receive(arriving(&bytes), "d", &to).unwrap();
+        assert_eq!(
+            (left_out.named, left_out.further),
+            (vec![to.join("evil")], 0)
+        );
         assert_eq!(fs::read(to.join("run")).unwrap(), b"#!/bin/sh\n");
         let mode = fs::metadata(to.join("run")).unwrap().permissions().mode();
         assert_eq!(mode & 0o7700, 0o700);
         let half = arriving(&bytes[..bytes.len() / 2 + 100]);
         let cut = receive(half, "d", &folder.path().join("cut"));
         assert!(cut.is_err(), "a cut archive is whole");
+    }
+
+    /// A `tar` that is not one may say that a name has gigabytes.
+    #[test]
+    fn a_name_without_end_is_refused_before_it_fills_the_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNULongName);
+        header.set_path("././@LongLink").unwrap();
+        header.set_size(8 << 30);
+        header.set_cksum();
+        let (sender, receiver) = mpsc::channel(1);
+        let to = folder.path().join("copy");
+        let sent = std::thread::scope(|scope| {
+            let unpacking = scope.spawn(move || receive(receiver, "d", &to));
+            let head = Bytes::copy_from_slice(header.as_bytes());
+            let name = Bytes::from(vec![b'd'; 64 << 10]);
+            let pieces = std::iter::once(head).chain(std::iter::repeat_n(name, 1 << 10));
+            let sent = pieces.take_while(|piece| sender.blocking_send(piece.clone()).is_ok());
+            let sent = sent.count();
+            let error = unpacking.join().unwrap().unwrap_err();
+            let text = knoc_proto::error::chain(&error);
+            assert!(text.contains("too long"), "{text}");
+            sent
+        });
+        assert!(sent < 10, "{sent} pieces were taken");
+    }
+
+    #[test]
+    fn what_is_left_out_is_counted_and_only_the_first_are_named() {
+        let mut left_out = LeftOut::default();
+        for n in 0..1000 {
+            left_out.add(PathBuf::from(n.to_string()));
+        }
+        assert_eq!(left_out.named.len(), 100);
+        assert_eq!(left_out.further, 900);
     }
 }

@@ -10,8 +10,14 @@ use crate::{
     pods::{status::Rejection, translate, verdict::Findings},
 };
 
-/// The shape of the pod, or why it will never run here, whatever room there is: all reasons at once.
+/// The operating system of the nodes.
+const OS: &str = "linux";
+const OS_LABEL: &str = "kubernetes.io/os";
+
+/// The shape of the pod, or why it will never run here, whatever room there is: all reasons at once. A pod for another
+/// operating system is told that alone, in Kubernetes' words: tools look for them.
 pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejection> {
+    other_system(pod)?;
     let mut problems = findings.refused.clone();
     if tolerates_everything(pod) {
         problems.push(
@@ -28,6 +34,30 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
         Ok(shape) if problems.is_empty() => Ok(shape),
         Ok(_) | Err(_) => Err(Rejection::new("UnsupportedPodSpec", &problems.join("; "))),
     }
+}
+
+/// As `rejectPodAdmissionBasedOnOSSelector` and `…OnOSField` of the kubelet, in their order. The first looks at the pod's
+/// own labels; a node selector is judged with all others, by [`mod@crate::node::place`].
+fn other_system(pod: &Pod) -> Result<(), Rejection> {
+    let label = pod
+        .metadata
+        .labels
+        .as_ref()
+        .and_then(|labels| labels.get(OS_LABEL));
+    if label.is_some_and(|label| label != OS) {
+        return Err(Rejection::new(
+            "PodOSSelectorNodeLabelDoesNotMatch",
+            "Failed to admit pod as the `kubernetes.io/os` label doesn't match node label",
+        ));
+    }
+    let field = pod.spec.as_ref().and_then(|spec| spec.os.as_ref());
+    if field.is_some_and(|os| os.name != OS) {
+        return Err(Rejection::new(
+            "PodOSNotSupported",
+            "Failed to admit pod as the OS field doesn't match node OS",
+        ));
+    }
+    Ok(())
 }
 
 /// The pod does not belong on this node.
@@ -86,6 +116,37 @@ mod tests {
         for part in ["spec.x: no", "`much`", "`soon`"] {
             assert!(rejection.message.contains(part), "{}", rejection.message);
         }
+    }
+
+    #[test]
+    fn a_pod_for_another_system_is_told_so_in_kubernetes_words() {
+        let judged = |label: Option<&str>, os: Option<&str>| {
+            let mut json = serde_json::to_value(pod(&json!({"cpu": "much"}))).unwrap();
+            if let Some(label) = label {
+                json["metadata"]["labels"] = json!({"kubernetes.io/os": label});
+            }
+            if let Some(os) = os {
+                json["spec"]["os"] = json!({"name": os});
+            }
+            let pod: Pod = serde_json::from_value(json).unwrap();
+            let findings = Findings {
+                refused: vec!["spec.os.name: no".to_owned()],
+                mapped: Vec::new(),
+            };
+            admit(&pod, &findings).unwrap_err()
+        };
+        let windows = judged(None, Some("windows"));
+        assert_eq!(windows.reason, "PodOSNotSupported");
+        assert_eq!(
+            windows.message,
+            "Pod was rejected: Failed to admit pod as the OS field doesn't match node OS"
+        );
+        let label = judged(Some("windows"), Some("windows"));
+        assert_eq!(label.reason, "PodOSSelectorNodeLabelDoesNotMatch");
+        assert_eq!(
+            judged(Some("linux"), Some("linux")).reason,
+            "UnsupportedPodSpec"
+        );
     }
 
     #[test]

@@ -84,10 +84,8 @@ impl Allocatable {
         let mut amounts: Amounts = total.extended.clone().into_iter().collect();
         amounts.insert("cpu".to_owned(), total.cpu.saturating_mul(1000));
         amounts.insert("memory".to_owned(), total.memory_bytes);
-        if total.ephemeral_storage_bytes > 0 {
-            let bytes = total.ephemeral_storage_bytes;
-            amounts.insert("ephemeral-storage".to_owned(), bytes);
-        }
+        let bytes = crate::node::status::ephemeral_storage(total);
+        amounts.insert("ephemeral-storage".to_owned(), bytes);
         for amount in amounts.values_mut() {
             *amount = amount.saturating_mul(factor);
         }

@@ -55,7 +55,7 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
             let seen = seen
                 .iter()
                 .find(|one: &&pb::ContainerStatus| one.name == container.name);
-            status(input, container, before, seen, !init.is_empty())
+            status(input, container, before, seen)
         };
         containers.iter().map(one).collect()
     };
@@ -63,6 +63,16 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
         init: list(init, init_before, init_seen),
         regular: list(regular, regular_before, regular_seen),
     };
+    if input
+        .observed
+        .is_some_and(|observed| observed.phase() == PodPhase::Finished)
+    {
+        settle_all(input, &mut statuses);
+    }
+    if !init.is_empty() {
+        let all = statuses.init.iter_mut().chain(&mut statuses.regular);
+        all.for_each(initializing);
+    }
     for status in &mut statuses.init {
         status.ready = ended_well(status);
     }
@@ -73,6 +83,20 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
             .is_some_and(|state| state.running.is_some());
     }
     statuses
+}
+
+/// A pod with init containers is initializing until each of its containers has been started once, as Kubernetes has it.
+fn initializing(status: &mut ContainerStatus) {
+    let never_started = status.restart_count == 0 && status.last_state.is_none();
+    let waiting = status
+        .state
+        .as_mut()
+        .and_then(|state| state.waiting.as_mut());
+    if let Some(waiting) = waiting.filter(|_| never_started)
+        && matches!(waiting.reason.as_deref(), None | Some("ContainerCreating"))
+    {
+        waiting.reason = Some("PodInitializing".to_owned());
+    }
 }
 
 /// Ephemeral containers never start. Each is said to have ended, with the reason: whoever waits for it (kubectl debug)
@@ -110,21 +134,13 @@ fn status(
     container: &Container,
     before: Option<&ContainerStatus>,
     seen: Option<&pb::ContainerStatus>,
-    has_init: bool,
 ) -> ContainerStatus {
-    let mut status = match (seen, before) {
+    match (seen, before) {
         (Some(seen), before) => of(container, seen, before),
         // Nothing new is known: what was published stands.
         (None, Some(before)) if started(before) => before.clone(),
-        (None, _) => waiting(input, container, has_init),
-    };
-    if input
-        .observed
-        .is_some_and(|observed| observed.phase() == PodPhase::Finished)
-    {
-        settle(input, &mut status);
+        (None, _) => waiting(input, container),
     }
-    status
 }
 
 fn started(status: &ContainerStatus) -> bool {
@@ -196,8 +212,8 @@ fn terminated_state(terminated: &pb::Terminated) -> ContainerState {
     }
 }
 
-fn waiting(input: &Input<'_>, container: &Container, has_init: bool) -> ContainerStatus {
-    let (reason, message) = waiting_words(input, has_init);
+fn waiting(input: &Input<'_>, container: &Container) -> ContainerStatus {
+    let (reason, message) = waiting_words(input);
     ContainerStatus {
         name: container.name.clone(),
         ready: false,
@@ -214,12 +230,8 @@ fn waiting(input: &Input<'_>, container: &Container, has_init: bool) -> Containe
     }
 }
 
-fn waiting_words(input: &Input<'_>, has_init: bool) -> (String, String) {
-    let usual = if has_init {
-        "PodInitializing"
-    } else {
-        "ContainerCreating"
-    };
+fn waiting_words(input: &Input<'_>) -> (String, String) {
+    let usual = "ContainerCreating";
     match (input.observed, input.hold) {
         (Some(observed), _) if WAITING_REASONS.contains(&observed.reason.as_str()) => {
             (observed.reason.clone(), observed.message.clone())
@@ -238,6 +250,37 @@ fn waiting_words(input: &Input<'_>, has_init: bool) -> (String, String) {
         }
         (None, None) => (usual.to_owned(), String::new()),
     }
+}
+
+/// Settles what may have been started: as in Kubernetes, regular containers of a pod that was never initialized still wait,
+/// and so do the last init containers, before which the pod ended.
+fn settle_all(input: &Input<'_>, statuses: &mut Statuses) {
+    if initialized(statuses) {
+        let regular = statuses.regular.iter_mut();
+        regular.for_each(|status| settle(input, status));
+    }
+    let begun = statuses.init.iter().rposition(|status| !never_ran(status));
+    // Where nothing is known, at least the first was tried.
+    let begun = begun.map_or(1, |last| last + 1).min(statuses.init.len());
+    for status in &mut statuses.init[..begun] {
+        settle(input, status);
+    }
+}
+
+/// Was a regular container ever started, or the last init container ever done?
+fn initialized(statuses: &Statuses) -> bool {
+    let ended_well_before = |status: &ContainerStatus| {
+        let last = status.last_state.as_ref();
+        last.and_then(|state| state.terminated.as_ref())
+            .is_some_and(|terminated| terminated.exit_code == 0)
+    };
+    let last = statuses.init.last();
+    last.is_none_or(|last| ended_well(last) || ended_well_before(last))
+        || !statuses.regular.iter().all(never_ran)
+}
+
+fn never_ran(status: &ContainerStatus) -> bool {
+    !started(status)
 }
 
 /// The pod has ended: nothing runs any more. What was last seen running ended unseen; what never started stays waiting,

@@ -452,3 +452,43 @@ fn ephemeral_containers_are_said_to_have_ended_and_why() {
     assert_eq!(debugger.name, "debugger");
     assert_eq!(ended.unwrap().message.as_deref(), Some(NO_EPHEMERAL));
 }
+
+#[test]
+fn messages_are_shown_safely_and_bounded_and_a_programs_own_stays() {
+    let nasty = format!("one\ntwo\u{1b}[2J\u{202e}{}", "x".repeat(100_000));
+    let own = "its own\u{1b}words".to_owned();
+    let ended = State::Terminated(pb::Terminated {
+        message: own.clone(),
+        ..pb::Terminated::default()
+    });
+    let mut observed = observed(PodPhase::Throttled, vec![container("a", ended)]);
+    observed.message = nasty.clone();
+    let pod = pod("Never", false, &json!({"phase": "Pending"}));
+    let status = compute(&pod, Some(&observed));
+    let message = status.message.unwrap();
+    assert!(
+        message.contains("one\ntwo\\u{1b}[2J\\u{202e}xxx"),
+        "{message}"
+    );
+    assert!(message.len() <= 8 << 10);
+    let containers = status.container_statuses.unwrap();
+    let state = |index: usize| containers[index].state.clone().unwrap();
+    assert_eq!(state(0).terminated.unwrap().message, Some(own));
+    let waiting = state(1).waiting.unwrap().message.unwrap();
+    assert!(!waiting.contains('\u{1b}') && waiting.len() <= 8 << 10);
+    let rejection = Rejection::new("UnsupportedPodSpec", &nasty);
+    let input = Input {
+        pod: &pod,
+        observed: None,
+        hold: None,
+        rejection: Some(&rejection),
+        unreachable: false,
+        judged: None,
+        now: Timestamp::UNIX_EPOCH,
+    };
+    let message = super::status(&input).unwrap().message.unwrap();
+    assert!(
+        !message.contains('\u{1b}') && message.len() <= 8 << 10,
+        "{message}"
+    );
+}

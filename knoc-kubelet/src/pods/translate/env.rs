@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{self as core, Pod, Service};
-use knoc_proto::pb::{self, env_var::Value};
+use knoc_proto::{
+    names,
+    pb::{self, env_var::Value},
+};
 
 use super::{Needs, Resolved, files};
 
@@ -47,7 +50,7 @@ pub(super) fn variables(
         let prefix = from.prefix.as_deref().unwrap_or_default();
         for (key, data) in env_from(from, resolved, missing) {
             let name = format!("{prefix}{key}");
-            if is_name(&name) && !data.contains(&0) {
+            if names::environment_variable(&name).is_ok() && !data.contains(&0) {
                 push(&mut vars, &name, Value::Literal(data.into()));
             } else {
                 skipped.push(name);
@@ -71,11 +74,6 @@ fn push(vars: &mut Vec<pb::EnvVar>, name: &str, value: Value) {
         name: name.to_owned(),
         value: Some(value),
     });
-}
-
-/// As Kubernetes >= 1.34: printable ASCII but `=`.
-fn is_name(name: &str) -> bool {
-    !name.is_empty() && name.chars().all(|c| (' '..='~').contains(&c) && c != '=')
 }
 
 fn env_from(

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{self as core, KeyToPath, Pod, ResourceFieldSelector, Volume};
-use knoc_proto::pb;
+use knoc_proto::{paths, pb};
 
 use super::{Needs, Resolved, TokenAsk, quantity};
 
@@ -87,6 +87,7 @@ pub(super) fn files(
     } else {
         return None;
     }
+    out.refuse_files_in_files();
     Some(out.by_path.into_values().collect())
 }
 
@@ -149,7 +150,7 @@ impl Files<'_> {
         optional: Option<bool>,
     ) {
         let optional = optional == Some(true);
-        let Some(mut data) = data else {
+        let Some(data) = data else {
             if !optional {
                 self.missing.push(format!("{kind} \"{name}\" not found"));
             }
@@ -162,8 +163,9 @@ impl Files<'_> {
             return;
         };
         for item in items {
-            match data.remove(&item.key) {
-                Some(value) => self.put(&item.path, value, item.mode),
+            // One key may be given to several files.
+            match data.get(&item.key) {
+                Some(value) => self.put(&item.path, value.clone(), item.mode),
                 None if optional => {}
                 None => {
                     let key = &item.key;
@@ -189,12 +191,32 @@ impl Files<'_> {
 
     fn put(&mut self, path: &str, data: Vec<u8>, mode: Option<i32>) {
         let mode = u32::try_from(mode.unwrap_or(self.mode)).unwrap_or(0o644) & 0o777;
+        let clean = match paths::of_file(path) {
+            Ok(clean) => clean,
+            Err(error) => {
+                return self
+                    .missing
+                    .push(format!("invalid path \"{path}\": {error}"));
+            }
+        };
         let file = pb::VolumeFile {
-            path: path.to_owned(),
+            path: clean.clone(),
             data: data.into(),
             mode,
         };
-        self.by_path.insert(path.to_owned(), file);
+        self.by_path.insert(clean, file);
+    }
+
+    /// A name cannot be a file and a folder at once.
+    fn refuse_files_in_files(&mut self) {
+        for path in self.by_path.keys() {
+            let parents = path.match_indices('/').map(|(end, _)| &path[..end]);
+            for parent in parents.filter(|parent| self.by_path.contains_key(*parent)) {
+                self.missing.push(format!(
+                    "\"{parent}\" is a file, so there can be no \"{path}\""
+                ));
+            }
+        }
     }
 }
 

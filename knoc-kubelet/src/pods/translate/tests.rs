@@ -119,6 +119,149 @@ fn all_that_is_missing_is_said_and_optional_ones_are_not() {
     );
 }
 
+/// The pod with those volumes alone, and what they refer to.
+fn with_volumes(volumes: serde_json::Value) -> (Pod, Resolved) {
+    let mut pod = pod();
+    pod.spec.as_mut().unwrap().volumes = serde_json::from_value(volumes).unwrap();
+    let mut resolved = resolved();
+    let other = serde_json::from_value(json!({"data": {"k": "other", "l": "l"}})).unwrap();
+    resolved.config_maps.insert("other".to_owned(), other);
+    let secret = serde_json::from_value(json!({"data": {"k": "cw=="}})).unwrap();
+    resolved.secrets.insert("sec".to_owned(), secret);
+    (pod, resolved)
+}
+
+/// Paths and contents of its files.
+fn files_of(volumes: serde_json::Value) -> Result<Vec<(String, String)>, Missing> {
+    let (pod, resolved) = with_volumes(volumes);
+    let volumes = values(&pod, &resolved)?.values.files;
+    let files = volumes.into_iter().flat_map(|volume| volume.files);
+    let text = |file: &pb::VolumeFile| String::from_utf8_lossy(&file.data).into_owned();
+    Ok(files.map(|file| (file.path.clone(), text(&file))).collect())
+}
+
+#[test]
+fn one_key_may_be_several_files_of_each_kind_of_volume() {
+    let items =
+        json!([{"key": "k", "path": "a"}, {"key": "k", "path": "b"}, {"key": "k", "path": "d/c"}]);
+    for (volume, text) in [
+        (json!({"configMap": {"name": "cm", "items": items}}), "v"),
+        (
+            json!({"secret": {"secretName": "sec", "items": items}}),
+            "s",
+        ),
+        (
+            json!({"projected": {"sources": [{"configMap": {"name": "cm", "items": items}}]}}),
+            "v",
+        ),
+        (
+            json!({"projected": {"sources": [{"secret": {"name": "sec", "items": items}}]}}),
+            "s",
+        ),
+        // Each source has its own copy of one object.
+        (
+            json!({"projected": {"sources": [
+                {"configMap": {"name": "cm", "items": [{"key": "k", "path": "a"}]}},
+                {"configMap": {"name": "cm", "items": [{"key": "k", "path": "b"}, {"key": "k", "path": "d/c"}]}},
+            ]}}),
+            "v",
+        ),
+        (
+            json!({"downwardAPI": {"items": [
+                {"path": "a", "fieldRef": {"fieldPath": "metadata.name"}},
+                {"path": "b", "fieldRef": {"fieldPath": "metadata.name"}},
+                {"path": "d/c", "fieldRef": {"fieldPath": "metadata.name"}},
+            ]}}),
+            "p",
+        ),
+    ] {
+        let mut named = volume.clone();
+        named["name"] = json!("v");
+        let wanted = ["a", "b", "d/c"].map(|path| (path.to_owned(), text.to_owned()));
+        assert_eq!(files_of(json!([named])).unwrap(), wanted, "{volume}");
+    }
+}
+
+#[test]
+fn paths_of_files_are_cleaned_and_the_later_source_wins() {
+    let volume = json!({"name": "v", "projected": {"sources": [
+        {"configMap": {"name": "cm", "items": [{"key": "k", "path": "./d//k"}]}},
+        {"configMap": {"name": "other", "items": [{"key": "k", "path": "d/k"}, {"key": "l", "path": "a..b/"}]}},
+        {"downwardAPI": {"items": [{"path": "x/..y//name", "fieldRef": {"fieldPath": "metadata.name"}}]}},
+        {"serviceAccountToken": {"expirationSeconds": 3607, "path": ".//token"}},
+    ]}});
+    let wanted = [
+        ("a..b", "l"),
+        ("d/k", "other"),
+        ("token", "t"),
+        ("x/..y/name", "p"),
+    ];
+    let wanted = wanted.map(|(path, text)| (path.to_owned(), text.to_owned()));
+    assert_eq!(files_of(json!([volume])).unwrap(), wanted);
+}
+
+#[test]
+fn a_path_that_cannot_be_is_said_by_name() {
+    for (items, why) in [
+        (
+            json!([{"key": "k", "path": "a/../b"}]),
+            "invalid path \"a/../b\": must not contain '..'",
+        ),
+        (
+            json!([{"key": "k", "path": "./"}]),
+            "invalid path \"./\": must name a file below the volume",
+        ),
+        (
+            json!([{"key": "k", "path": "./..data"}]),
+            "invalid path \"./..data\": must not start with '..'",
+        ),
+        (
+            json!([{"key": "k", "path": "a/b"}, {"key": "k", "path": "./a"}]),
+            "\"a\" is a file, so there can be no \"a/b\"",
+        ),
+    ] {
+        let volume = json!([{"name": "v", "configMap": {"name": "cm", "items": items}}]);
+        let why = format!("MountVolume.SetUp failed for volume \"v\" : {why}");
+        assert_eq!(files_of(volume).unwrap_err(), Missing::Mounts(vec![why]));
+    }
+}
+
+#[test]
+fn paths_of_mounts_are_as_a_kubelet_takes_them() {
+    for (sub_path, wanted) in [
+        ("./history", "history"),
+        ("logs/", "logs"),
+        ("a//b", "a/b"),
+        ("./", ""),
+        ("..foo", "..foo"),
+        // The agent refuses it by name.
+        ("../x", "../x"),
+    ] {
+        let mut pod = pod();
+        let main = &mut pod.spec.as_mut().unwrap().containers[0];
+        main.termination_message_path = Some("log".to_owned());
+        let mount = &mut main.volume_mounts.as_mut().unwrap()[0];
+        mount.mount_path = "f/".to_owned();
+        mount.sub_path = Some(sub_path.to_owned());
+        let shape = shape(&pod).unwrap();
+        let main = &shape.containers[0];
+        assert_eq!(main.termination_message_path, "/log");
+        assert_eq!(main.mounts[0].path, "/f/");
+        assert_eq!(main.mounts[0].sub_path, wanted, "{sub_path:?}");
+    }
+}
+
+#[test]
+fn a_containers_user_comes_before_the_pods() {
+    let mut pod = pod();
+    let spec = pod.spec.as_mut().unwrap();
+    spec.security_context = serde_json::from_value(json!({"runAsUser": 1000})).unwrap();
+    spec.containers[1].security_context = serde_json::from_value(json!({"runAsUser": 0})).unwrap();
+    let shape = shape(&pod).unwrap();
+    let users: Vec<_> = shape.containers.iter().map(|one| one.run_as_user).collect();
+    assert_eq!(users, [Some(1000), Some(0)]);
+}
+
 #[test]
 fn a_nul_byte_cannot_be_a_variable() {
     let error = values(&pod(), &resolved()).unwrap_err();

@@ -68,7 +68,7 @@ pub(super) const TABLE: &[Type] = &[
         row("claims", Any, Refused, "dynamic resource allocation is not supported"),
     ]),
     of("ResourceList", "`resources.requests`, `resources.limits`", &[
-        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: the larger of the init containers, the sum of the others"),
+        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: the larger of the init containers, the sum of the others; local disk is reserved only where the site's nodes have TmpDisk"),
         row("hugepages-*", Any, Refused, "huge pages cannot be asked of Slurm"),
         row("*", Any, Honoured, "extended resources: the agent's site file says what each is in `--gres` (`[gres]`; by default `nvidia.com/gpu` is `gpu`), one that it does not name is refused by name. Where `knoc.io/gres` says more (`gpu:a100:1`) that is asked for in their place. A container with `nvidia.com/gpu` or `amd.com/gpu`, and no other, sees the driver's files and devices (`--nv`, `--rocm`), `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` as Slurm set it unless it sets its own, and `/.singularity.d/libs` at the end of `LD_LIBRARY_PATH`. Where the compute node lacks the driver Apptainer only warns"),
     ]),
@@ -80,7 +80,7 @@ pub(super) const TABLE: &[Type] = &[
         row("hostIP", Any, Refused, "ports of a compute node are not handed out"),
     ]),
     of("VolumeMount", "`volumeMounts[]`", &[
-        row("name mountPath readOnly subPath", Any, Honoured, ""),
+        row("name mountPath readOnly subPath", Any, Honoured, "see [files](#files-in-a-container) for what a path may be"),
         row("mountPropagation", Is(&["None"]), Satisfied, ""),
         row("mountPropagation", Any, Refused, "mounts are not propagated"),
         row("recursiveReadOnly", Is(&["Disabled", "IfPossible"]), Satisfied, ""),
@@ -106,7 +106,7 @@ pub(super) const TABLE: &[Type] = &[
         row("privileged", Is(&["false"]), Satisfied, ""),
         row("privileged", Any, Refused, "an ordinary user cannot give privileges"),
         row("allowPrivilegeEscalation", Any, Satisfied, "no_new_privs is always set"),
-        row("readOnlyRootFilesystem", Any, Honoured, ""),
+        row("readOnlyRootFilesystem", Any, Honoured, "`/tmp` and `/var/tmp` too, unless a volume is mounted there"),
         row("capabilities", Any, Inside("Capabilities"), ""),
         row("procMount", Is(&["Default"]), Satisfied, ""),
         row("procMount", Any, Refused, "only Default"),
@@ -129,7 +129,7 @@ pub(super) const TABLE: &[Type] = &[
     of("ReadinessGate", "`readinessGates[]`", &[row("conditionType", Any, Honoured, "")]),
     of("PodOS", "`os`", &[
         row("name", Is(&["linux"]), Satisfied, ""),
-        row("name", Any, Refused, WINDOWS),
+        row("name", Any, Refused, "only Linux; the pod fails with `PodOSNotSupported`, as on any node"),
     ]),
     of("Volume", "Volumes: `spec.volumes[]`", VOLUME),
     of("EmptyDirVolumeSource", "`emptyDir`", &[
@@ -154,7 +154,7 @@ pub(super) const TABLE: &[Type] = &[
         row("defaultUser", Any, Mapped, OWNER),
     ]),
     of("KeyToPath", "`items[]` of configMap and secret", &[
-        row("key path mode", Any, Honoured, ""),
+        row("key path mode", Any, Honoured, "one key may be several files"),
         row("user", Any, Mapped, OWNER),
     ]),
     of("DownwardAPIVolumeSource", "`downwardAPI`", &[

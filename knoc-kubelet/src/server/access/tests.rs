@@ -138,7 +138,8 @@ async fn of_one_token_there_is_one_review_at_a_time() {
     assert!(users.iter().all(Result::is_ok), "{users:?}");
     assert_eq!(cluster.asked(), ["t"]);
     // One that nobody waits for any more holds up none that comes later.
-    drop(access.review(&(Arc::clone(&cluster) as _), [0; 32], "left".to_owned()));
+    let left = "left".to_owned();
+    drop(access.review(&(Arc::clone(&cluster) as _), [0; 32], left, Source::Local));
     *cluster.broken.lock().unwrap() = true;
     let all = futures::future::join_all((0..50).map(|_| who(&access, &cluster, "u")));
     assert!(all.await.iter().all(Result::is_err));
@@ -157,10 +158,112 @@ async fn a_flood_of_unknown_tokens_drives_out_no_known_one() {
         let guess = who(&access, &cluster, &number.to_string()).await;
         assert!(guess.is_err());
     }
-    cluster.asked();
+    assert!(cluster.asked().len() <= 100, "reviews are bounded");
     who(&access, &cluster, "known").await.unwrap();
     assert_eq!(cluster.asked(), Vec::<String>::new());
     assert!(access.unknown.0.lock().unwrap().len() <= CACHE_ENTRIES);
+}
+
+/// From this address.
+async fn who_at(
+    access: &Access,
+    cluster: &Arc<Scripted>,
+    token: &str,
+    address: u8,
+) -> Result<User, Refusal> {
+    let cluster: Arc<dyn Cluster> = Arc::clone(cluster) as _;
+    let standings = crate::server::standing::Standings::own();
+    let address = ([10, 0, 0, address], 1).into();
+    let peer = Peer {
+        address,
+        certificates: Arc::new([]),
+        standing: Arc::new(standings.enter(address, false).unwrap()),
+    };
+    let token = Some(token.to_owned());
+    access
+        .authenticate(&cluster, &None, Some(peer), token)
+        .await
+}
+
+#[tokio::test(start_paused = true)]
+async fn guesses_hold_up_neither_a_known_token_nor_another_address() {
+    let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
+    *cluster.known.lock().unwrap() = true;
+    who_at(&access, &cluster, "scraper", 1).await.unwrap();
+    *cluster.known.lock().unwrap() = false;
+    let flood = async || {
+        let mut last = None;
+        for number in 0..1000 {
+            last = who_at(&access, &cluster, &format!("guess {number}"), 1)
+                .await
+                .err();
+        }
+        last.unwrap()
+    };
+    let told = flood().await;
+    assert!(told.busy, "{told}");
+    assert_eq!(told.into_response().status(), StatusCode::TOO_MANY_REQUESTS);
+    assert!(cluster.asked().len() <= 21);
+    // Its answer has expired, its address is flooded, and it is asked about all the same.
+    tokio::time::advance(TOKEN_TTL).await;
+    flood().await;
+    *cluster.known.lock().unwrap() = true;
+    who_at(&access, &cluster, "scraper", 1).await.unwrap();
+    // So is a token that nobody has seen yet, at another address.
+    who_at(&access, &cluster, "new", 2).await.unwrap();
+    // One that was withdrawn is a guess from then on.
+    tokio::time::advance(TOKEN_TTL).await;
+    *cluster.known.lock().unwrap() = false;
+    assert!(who_at(&access, &cluster, "scraper", 1).await.is_err());
+    assert!(
+        access
+            .known
+            .get(&Sha256::digest(b"scraper").into())
+            .is_none()
+    );
+}
+
+#[tokio::test]
+async fn reviews_that_get_no_answer_hold_up_neither_a_known_token_nor_another_address() {
+    let access = Access::default();
+    let silent: Arc<dyn Cluster> = Arc::new(Silent);
+    let begin = |token: &str, address: u8| {
+        let key = Sha256::digest(token.as_bytes()).into();
+        let source = Source::V4([10, 0, 0, address].into());
+        access.review(&silent, key, token.to_owned(), source)
+    };
+    access
+        .known
+        .put(Sha256::digest(b"known").into(), (), KNOWN_TTL);
+    let open: Vec<_> = (0..100).filter_map(|n| begin(&n.to_string(), 1)).collect();
+    assert_eq!(open.len(), 8);
+    assert!(begin("known", 1).is_some());
+    assert!(begin("new", 2).is_some());
+    drop(open);
+    assert!(
+        begin("100", 1).is_some(),
+        "those that were given up do not count"
+    );
+}
+
+/// An API server that never answers.
+struct Silent;
+
+impl Cluster for Silent {
+    fn review_access(
+        &self,
+        _: SubjectAccessReviewSpec,
+    ) -> BoxFuture<'_, Result<bool, ClusterError>> {
+        std::future::pending().boxed()
+    }
+
+    fn review_token(&self, _: String) -> BoxFuture<'_, Result<Option<User>, ClusterError>> {
+        std::future::pending().boxed()
+    }
+
+    fn client_ca(&self) -> BoxFuture<'_, Result<String, ClusterError>> {
+        std::future::pending().boxed()
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -178,6 +281,8 @@ async fn a_flood_of_tokens_leaves_the_caches_bounded() {
     let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
     *cluster.known.lock().unwrap() = true;
     for number in 0..3 * CACHE_ENTRIES {
+        // As fast as unknown tokens are taken of one source.
+        tokio::time::advance(Duration::from_millis(100)).await;
         let user = who(&access, &cluster, &number.to_string()).await.unwrap();
         let attributes = authz::attributes(&Method::GET, "/stats");
         let may = access.authorize(&*cluster, "node", &user, attributes);

@@ -11,6 +11,7 @@ use tracing::info;
 
 use super::super::Backend;
 use super::super::limits::{Busy, Limit};
+use super::super::remote::shown;
 use super::super::stop::Stop;
 use super::super::streams::{End, Inlet, Outlet};
 
@@ -110,7 +111,7 @@ async fn drain(
     input: mpsc::Receiver<pb::PortForwardInput>,
     data: &mut Option<Outlet>,
 ) -> Result<(), Broken> {
-    let failed = |status: tonic::Status| Broken::Pod(status.message().to_owned());
+    let failed = |status: tonic::Status| Broken::Pod(shown(&status));
     let half_closes = matches!(data, Some(Outlet::Spdy(_)));
     let mut output = backend.port_forward(input).await.map_err(failed)?;
     while let Some(next) = output.next().await {

@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::records::{Lengths, Records};
 use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
 use crate::server::limits::Limit;
@@ -312,6 +313,27 @@ fn settings(serving: Serving, client_ca: ClientCa) -> Settings {
     }
 }
 
+/// Trusts `ca`, and shows a client certificate or none.
+pub(in crate::server) fn client_config(ca: &str, identity: Option<&Pair>) -> rustls::ClientConfig {
+    let mut roots = rustls::RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots);
+    match identity {
+        None => builder.with_no_client_auth(),
+        Some(pair) => {
+            let chain = CertificateDer::from_pem_slice(pair.certificate.as_bytes()).unwrap();
+            let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
+            builder.with_client_auth_cert(vec![chain], key).unwrap()
+        }
+    }
+}
+
 impl Fixture {
     pub(in crate::server) async fn new(backend: FakeBackend, cluster: FakeCluster) -> Self {
         let ca = TestCa::new("cluster");
@@ -386,30 +408,38 @@ impl Fixture {
         self.ca.client("kube-apiserver", &["system:masters"])
     }
 
+    /// A connection that notes in `lengths` which TLS records it reads.
+    pub(in crate::server) async fn connect_noting(
+        &self,
+        identity: &Pair,
+        lengths: Lengths,
+    ) -> tokio_rustls::client::TlsStream<Records> {
+        let stream = TcpStream::connect(self.address).await.unwrap();
+        let config = client_config(&self.ca.pem, Some(identity));
+        let name = ServerName::try_from("127.0.0.1").unwrap();
+        tokio_rustls::TlsConnector::from(Arc::new(config))
+            .connect(name, Records::new(stream, lengths))
+            .await
+            .unwrap()
+    }
+
     /// Connects, trusting `ca`, with a client certificate or none.
     pub(in crate::server) async fn connect_trusting(
         &self,
         ca: &str,
         identity: Option<&Pair>,
     ) -> Client {
-        let mut roots = rustls::RootCertStore::empty();
-        roots
-            .add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap())
-            .unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let builder = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots);
-        let config = match identity {
-            None => builder.with_no_client_auth(),
-            Some(pair) => {
-                let chain = CertificateDer::from_pem_slice(pair.certificate.as_bytes()).unwrap();
-                let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
-                builder.with_client_auth_cert(vec![chain], key).unwrap()
-            }
-        };
         let stream = TcpStream::connect(self.address).await.unwrap();
+        Self::connect_over(stream, ca, identity).await
+    }
+
+    /// The same over a connection that is there.
+    pub(in crate::server) async fn connect_over(
+        stream: TcpStream,
+        ca: &str,
+        identity: Option<&Pair>,
+    ) -> Client {
+        let config = client_config(ca, identity);
         let name = ServerName::try_from("127.0.0.1").unwrap();
         let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
             .connect(name, stream)

@@ -6,10 +6,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use http_body_util::BodyExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::harness::*;
+use super::records::Lengths;
 use crate::server::{ByteStream, PodView};
 
 async fn with_log(log: ByteStream) -> Fixture {
@@ -50,6 +52,34 @@ async fn relays_every_byte() {
         ("ns-pod", "c")
     );
     assert_eq!((asked[0].tail_lines, asked[0].timestamps), (5, true));
+}
+
+/// The API server loses what comes in one read together with the end (see `separate_end`).
+#[tokio::test]
+async fn the_end_of_a_log_is_a_record_of_its_own() {
+    for chunks in [0, 1, 3, 200] {
+        let log: Vec<Bytes> = (0..chunks)
+            .map(|n: u32| n.to_le_bytes().repeat(2500).into())
+            .collect();
+        let fixture = with_log(stream::iter(log).map(Ok).boxed()).await;
+        let lengths = Lengths::default();
+        let identity = fixture.master();
+        let mut connection = fixture.connect_noting(&identity, lengths.clone()).await;
+        let request =
+            b"GET /containerLogs/ns/pod/c HTTP/1.1\r\nhost: k\r\nconnection: close\r\n\r\n";
+        connection.write_all(request).await.unwrap();
+        let mut answer = Vec::new();
+        let read = tokio::time::timeout(PATIENCE, connection.read_to_end(&mut answer));
+        read.await.unwrap().unwrap();
+        assert!(answer.ends_with(b"\r\n0\r\n\r\n"), "{chunks} chunks");
+        // TLS 1.3 adds a type and a tag. After the terminating chunk comes the alert that closes, of two bytes.
+        let (chunk, alert) = (b"0\r\n\r\n".len() + 17, 2 + 17);
+        let lengths = lengths.lock().unwrap();
+        assert!(
+            lengths.ends_with(&[chunk, alert]),
+            "{chunks} chunks: {lengths:?}"
+        );
+    }
 }
 
 #[tokio::test]

@@ -98,7 +98,14 @@ fn a_shim_that_ends_its_pod_is_not_told_of_the_deadline() {
 #[test]
 fn a_job_that_waits_again_or_is_suspended_has_no_deadline() {
     for state in [JobState::Pending, JobState::Suspended] {
-        let (pod, _) = step(lowered(60), seen("1", state), at(20));
+        let mut now = view("1", state);
+        // Slurm gives what it requeues a later submit time.
+        now.submitted_at = Some(19);
+        let round = Event::Round {
+            jobs: vec![now],
+            missing: false,
+        };
+        let (pod, _) = step(lowered(60), round, at(20));
         assert_eq!(pod.wake(), None);
     }
     let mut again = view("1", JobState::Running);

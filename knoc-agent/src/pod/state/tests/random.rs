@@ -37,6 +37,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         RefusalKind::Throttled,
         RefusalKind::ControllerAway,
         RefusalKind::Ambiguous,
+        RefusalKind::NoJobId,
     ];
     let jobs = || prop::collection::vec(any_view(), 0..3);
     prop_oneof![
@@ -60,7 +61,7 @@ fn any_event() -> impl Strategy<Value = Event> {
             ..new().facts
         })),
         1 => any::<bool>().prop_map(Event::Link),
-        1 => Just(Event::Files { batch_tail: "x".to_owned() }),
+        1 => Just(Event::Files { batch_tail: "x".to_owned(), claimed: true }),
         1 => (prop::option::of(0..60_u64)).prop_map(|grace| Event::Delete {
             grace: grace.map(Duration::from_secs),
             reason: String::new()
@@ -117,7 +118,7 @@ proptest! {
                 Effect::Stage => Some(Event::Staged),
                 Effect::Submit => Some(submitted("3")),
                 Effect::Find => Some(Event::Found(Vec::new())),
-                Effect::ReadFiles => Some(Event::Files { batch_tail: String::new() }),
+                Effect::ReadFiles => Some(Event::Files { batch_tail: String::new(), claimed: true }),
                 Effect::Persist | Effect::Cancel { .. } | Effect::Stop { .. } | Effect::CleanUp | Effect::Hurry | Effect::Remove => None,
             });
             let gone = Event::Round { jobs: Vec::new(), missing: true };

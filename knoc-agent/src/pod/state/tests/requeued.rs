@@ -10,14 +10,14 @@ fn a_job_that_goes_back_into_the_queue_is_taken_out_and_its_pod_has_failed() {
     let odd = JobState::Unknown("DANCING".to_owned());
     let (same, _) = step(pod.clone(), seen("1", odd), at(9));
     assert!(matches!(same.state, State::Settling { .. }));
-    let (pod, effects) = step(pod, seen("1", JobState::Pending), at(9));
-    assert_eq!(outcome(&pod), (false, "SlurmJobRequeued"));
-    let own = JobRef {
-        id: job("1"),
-        uid: uid(),
+    // Slurm gives what it requeues a later submit time.
+    let mut back = view("1", JobState::Pending);
+    back.submitted_at = Some(9);
+    let round = Event::Round {
+        jobs: vec![back],
+        missing: false,
     };
-    assert!(effects.contains(&Effect::Cancel {
-        job: own,
-        how: Cancel::Queued
-    }));
+    let (pod, effects) = step(pod, round, at(9));
+    assert_eq!(outcome(&pod), (false, "SlurmJobRequeued"));
+    assert!(cancels(&effects, "1", Cancel::Queued));
 }

@@ -47,19 +47,12 @@ fn a_record_brings_the_pod_back() {
         queued(),
         running(),
         and(running(), [delete()]),
-        and(
-            running(),
-            [Event::Round {
-                jobs: Vec::new(),
-                missing: true,
-            }],
-        ),
         and(running(), [seen("1", JobState::Completed)]),
         and(running(), [report("1", 2, true)]),
     ]
     .into_iter()
     .map(|events| feed(events).0)
-    .chain([overdue.clone(), settling])
+    .chain([overdue.clone(), settling, lost(feed(running()).0, 4)])
     {
         let mut pod = pod;
         let record = Record::of(&pod, "c", 3);
@@ -72,10 +65,15 @@ fn a_record_brings_the_pod_back() {
                 *look_at = pod.since;
             }
         }
+        if let State::Lost { since, .. } = &mut pod.state {
+            *since = pod.since;
+        }
+        pod.unseen = None;
         pod.read_at = pod.since;
         pod.link = false;
         if let Some(view) = &mut pod.view {
             view.attempt = 0;
+            view.marks = Marks::default();
         }
         assert_eq!(back, pod);
     }

@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
+use crate::{config::Policy, policy::Live};
 
 const GIB_62_5: i64 = 64000 * MIB;
 
@@ -69,7 +70,10 @@ fn nodes_that_are_down_or_drained_do_not_count() {
 #[test]
 fn only_what_the_site_offers() {
     let site = Settings {
-        partitions: vec!["gpu".to_owned()],
+        policy: Live::fixed(Policy {
+            partitions: vec!["gpu".to_owned()],
+            ..Policy::default()
+        }),
         ..Settings::default()
     };
     let info = node_info(&fixture("24.11", "sinfo.txt"), &site);
@@ -77,7 +81,7 @@ fn only_what_the_site_offers() {
         (info.nodes_total, info.cpu, info.partitions.len()),
         (1, 32, 1)
     );
-    assert!(!limits(&info)[0].is_default);
+    assert!(!limits(&fixture("24.11", "sinfo.txt"), &site)[0].is_default);
 }
 
 #[test]

@@ -16,11 +16,15 @@ fn fixture(version: &str, name: &str) -> String {
 }
 
 /// By case: what stands behind `rec-` in the uid.
-fn by_case(jobs: Vec<JobView>) -> BTreeMap<String, JobView> {
-    let case = |job: &JobView| job.uid.as_str().strip_prefix("rec-").map(str::to_owned);
-    jobs.into_iter()
-        .filter_map(|job| Some((case(&job)?, job)))
-        .collect()
+fn by_case(rows: Result<Vec<Row>, String>) -> BTreeMap<String, JobView> {
+    let pods = Path::new("/pods");
+    let named = rows.unwrap().into_iter().filter_map(|row| {
+        let uid = row.names(pods)?;
+        let case = uid.as_str().strip_prefix("rec-")?.to_owned();
+        let marks = row.marks(&uid, pods);
+        Some((case, row.view(uid, marks)))
+    });
+    named.collect()
 }
 
 #[test]
@@ -94,7 +98,8 @@ fn running_jobs_and_where() {
 }
 
 #[test]
-fn a_name_or_a_comment_alone_is_not_ours() {
+fn a_name_or_a_comment_alone_names_the_pod() {
+    let pods = Path::new("/pods");
     for version in VERSIONS {
         let text = fixture(version, "squeue-start.txt");
         assert!(
@@ -102,9 +107,65 @@ fn a_name_or_a_comment_alone_is_not_ours() {
             "{version}"
         );
         let jobs = by_case(squeue(&text));
-        assert!(!jobs.contains_key("forged"), "{version}");
-        assert!(jobs.contains_key("running"), "{version}");
+        let marks = Marks {
+            name: true,
+            ..Marks::default()
+        };
+        assert_eq!(jobs["forged"].marks, marks, "{version}");
+        assert!(jobs["running"].marks.sure(), "{version}");
+        let renamed = text.replace("|knoc-rec-running|", "|mine|");
+        let marks = by_case(squeue(&renamed))["running"].marks;
+        assert!(marks.comment && !marks.name, "{version} {marks:?}");
+        let strangers = squeue(&text).unwrap().into_iter();
+        let strangers = strangers.filter(|row| row.names(pods).is_none());
+        assert!(
+            strangers.into_iter().any(|row| row.name == "a"),
+            "{version}"
+        );
     }
+}
+
+#[test]
+fn the_working_directory_names_the_pod_too() {
+    let pods = Path::new("/home/u/pods");
+    let uid = PodUid::try_from("rec-failed").unwrap();
+    let text = "4|FAILED|None|main|c1|2026-11-22T18:45:20|Unknown|Unknown|1:00:00|a|b|c|/home/u/pods/rec-failed\n";
+    let rows = squeue_with_directory(text).unwrap();
+    assert_eq!(
+        (rows[0].name.as_str(), rows[0].comment.as_str()),
+        ("a", "b|c")
+    );
+    assert_eq!(rows[0].names(pods), Some(uid.clone()));
+    let marks = rows[0].marks(&uid, pods);
+    assert!(marks.directory && !marks.name && !marks.comment);
+    let elsewhere = Path::new("/home/v/pods");
+    assert!(!rows[0].marks(&uid, elsewhere).any());
+    assert_eq!(rows[0].names(elsewhere), None);
+}
+
+/// Success without the expected output is no answer.
+#[test]
+fn a_text_of_another_form_is_no_answer() {
+    let help = "Usage: squeue [-A account] [--clusters names]\n              [--help] [--hide]\n";
+    for read in [squeue, squeue_with_directory, sacct, sacct_with_directory] {
+        let problem = read(help).unwrap_err();
+        assert!(problem.contains("Usage: squeue"), "{problem}");
+        assert_eq!(read("\n").unwrap(), [], "no job at all");
+    }
+    // What people wrote into a comment is no reason to believe nothing else.
+    let good = fixture("24.11", "squeue-start.txt");
+    assert!(good.lines().any(|line| line == "z"));
+    squeue(&good).unwrap();
+}
+
+#[test]
+fn what_the_controller_says_of_itself() {
+    let text = "Configuration data as of 2026-11-22T18:45:20\nAccountingStorageEnforce = none\nPrivateData             = jobs,nodes\n";
+    assert_eq!(controller_time(text), Some(1_795_373_120));
+    assert_eq!(controller_time("slurm_load_ctl_conf error"), None);
+    assert_eq!(private_data(text).unwrap(), ["jobs", "nodes"]);
+    assert_eq!(private_data("PrivateData = none\n").unwrap(), ["none"]);
+    assert_eq!(private_data(""), None);
 }
 
 #[test]
@@ -197,10 +258,10 @@ fn ended_jobs_in_the_accounting() {
 #[test]
 fn every_life_of_a_requeued_job_the_oldest_first() {
     for version in VERSIONS {
-        let jobs = sacct(&fixture(version, "sacct-end.txt"));
+        let jobs = sacct(&fixture(version, "sacct-end.txt")).unwrap();
         let lives: Vec<JobState> = jobs
             .into_iter()
-            .filter(|job| job.uid.as_str() == "rec-requeued")
+            .filter(|job| job.name == "knoc-rec-requeued")
             .map(|job| job.state)
             .collect();
         assert!(lives.len() >= 2, "{version} {lives:?}");
@@ -211,10 +272,7 @@ fn every_life_of_a_requeued_job_the_oldest_first() {
 #[test]
 fn the_accounting_is_away() {
     for version in VERSIONS {
-        assert!(
-            sacct(&fixture(version, "sacct-away.txt")).is_empty(),
-            "{version}"
-        );
+        sacct(&fixture(version, "sacct-away.txt")).unwrap_err();
     }
 }
 
@@ -224,28 +282,36 @@ fn exits_from_the_controller() {
         let text = fixture(version, "scontrol-jobs.txt");
         let line = |case: &str| {
             let name = format!(" JobName=knoc-rec-{case} ");
-            text.lines()
-                .find(|line| line.contains(&name))
-                .unwrap()
-                .to_owned()
+            let line = text.lines().find(|line| line.contains(&name)).unwrap();
+            let (head, _) = line.split_once(' ').unwrap();
+            let id = JobId::try_from(head.trim_start_matches("JobId=")).unwrap();
+            (line.to_owned(), id)
         };
-        let (state, exit, restarts) = scontrol_job(&line("failed"), "knoc-rec-failed").unwrap();
-        assert_eq!((state, restarts), (JobState::Failed, 0), "{version}");
+        let (failed, id) = line("failed");
+        let detail = scontrol_job(&failed, &id).unwrap();
         assert_eq!(
-            exit,
-            Some(JobExit {
-                code: 64,
-                signal: 0
-            }),
+            (&detail.state, detail.restarts),
+            (&JobState::Failed, 0),
             "{version}"
         );
-        assert_eq!(
-            scontrol_job(&line("failed"), "knoc-other"),
-            None,
-            "{version}"
-        );
+        let exit = Some(JobExit {
+            code: 64,
+            signal: 0,
+        });
+        assert_eq!(detail.exit, exit, "{version}");
+        assert_eq!(detail.directory, Some("/home/hpcuser".into()), "{version}");
+        assert!(detail.submitted_at.is_some(), "{version}");
+        let other = JobId::try_from("999").unwrap();
+        assert_eq!(scontrol_job(&failed, &other), None, "{version}");
         let unknown = fixture(version, "scontrol-unknown.txt");
-        assert_eq!(scontrol_job(&unknown, "knoc-rec-failed"), None, "{version}");
+        assert_eq!(scontrol_job(&unknown, &id), None, "{version}");
+        // A name may look like anything.
+        let odd = failed.replace(
+            "knoc-rec-failed UserId",
+            "x JobState=RUNNING ExitCode=7:0 UserId",
+        );
+        let odd = scontrol_job(&odd, &id).unwrap();
+        assert_eq!((odd.state, odd.exit), (JobState::Failed, exit), "{version}");
     }
 }
 
@@ -278,7 +344,9 @@ proptest! {
         for text in [text, fields.join("|"), format!("JobId={}", fields.join("="))] {
             drop(squeue(&text));
             drop(sacct(&text));
-            drop(scontrol_job(&text, "knoc-x"));
+            drop(scontrol_job(&text, &JobId::try_from("1").unwrap()));
+            drop((squeue_with_directory(&text), sacct_with_directory(&text)));
+            drop((controller_time(&text), private_data(&text)));
             minutes(&text).unwrap_or_default();
         }
     }

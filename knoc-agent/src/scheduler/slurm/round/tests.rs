@@ -1,5 +1,7 @@
 //! Rounds against programs that print recorded answers.
 
+mod identity;
+
 use std::future::ready;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -42,10 +44,43 @@ impl Fake {
         self.program(name, &format!("cat '{}'", root.join(file).display()))
     }
 
+    /// Prints a recorded answer with a column for the working directory.
+    fn with_directory(&self, name: &str, file: &str) -> &Self {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/slurm-24.11");
+        let file = root.join(file).display().to_string();
+        self.program(name, &format!("sed 's:$:|/home/hpcuser:' '{file}'"))
+    }
+
+    /// Prints a recorded answer with `changes` made to it.
+    fn changed(&self, name: &str, file: &str, changes: &[(&str, &str)]) -> &Self {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/slurm-24.11");
+        let mut text = std::fs::read_to_string(root.join(file)).unwrap();
+        for (from, to) in changes {
+            assert!(text.contains(from), "{from}");
+            text = text.replace(from, to);
+        }
+        let answer = self.dir.path().join(format!("{name}.txt"));
+        std::io::Write::write_all(
+            &mut std::fs::File::create(&answer).unwrap(),
+            text.as_bytes(),
+        )
+        .unwrap();
+        self.program(name, &format!("cat '{}'", answer.display()))
+    }
+
     fn slurm(&self) -> Slurm {
         let path = format!("{}:/usr/bin:/bin", self.dir.path().display());
         Slurm::new(Settings {
             path,
+            ..Settings::default()
+        })
+    }
+
+    fn slurm_with_pods(&self, pods: &str) -> Slurm {
+        let path = format!("{}:/usr/bin:/bin", self.dir.path().display());
+        Slurm::new(Settings {
+            path,
+            pods: PathBuf::from(pods),
             ..Settings::default()
         })
     }
@@ -57,14 +92,27 @@ impl Fake {
 
 fn job(id: &str, case: &str) -> JobRef {
     let uid = PodUid::try_from(format!("rec-{case}")).unwrap();
+    JobRef::new(JobId::try_from(id).unwrap(), uid)
+}
+
+/// The same, as it was last seen with our name.
+fn named(id: &str, case: &str) -> JobRef {
     JobRef {
-        id: JobId::try_from(id).unwrap(),
-        uid,
+        named: true,
+        ..job(id, case)
     }
 }
 
+/// Some time before the recordings.
+const SINCE: Timestamp = Timestamp::UNIX_EPOCH;
+/// When the recorded job 7 was submitted.
+const SUBMITTED: i64 = 1_795_373_120;
+/// What the recorded queue calls job 7, and how it commented it.
+const NAME: &str = "knoc-rec-running";
+const COMMENT: &str = "knoc/1 cluster ns/pod rec-running 1";
+
 fn find<'a>(round: &'a Round, job: &JobRef) -> &'a JobView {
-    round.jobs.iter().find(|view| &view.job() == job).unwrap()
+    round.jobs.iter().find(|view| job.is(view)).unwrap()
 }
 
 #[tokio::test]
@@ -122,7 +170,7 @@ async fn without_an_answer_of_the_accounting_nothing_is_missing() {
         .program("sacct", away);
     fake.program(
         "scontrol",
-        "echo 'JobId=4 JobName=knoc-rec-failed JobState=FAILED Restarts=2 ExitCode=64:0'",
+        "echo 'JobId=4 JobName=knoc-rec-failed JobState=FAILED Restarts=2 ExitCode=64:0 SubmitTime=2026-11-22T18:45:20 Command=(null)'",
     );
     let failed = job("4", "failed");
     let round = round(&fake.slurm(), &[failed.clone(), job("99", "gone")])
@@ -189,7 +237,10 @@ async fn submit_hands_the_script_over_and_reads_the_id() {
     let out = fake.dir.path().join("script");
     fake.program(
         "sbatch",
-        &format!("cat >'{}'; echo '4711;cluster'", out.display()),
+        &format!(
+            "cat >'{}'; echo '4711;cluster'; echo 'Thank you.'",
+            out.display()
+        ),
     );
     let slurm = Scheduler::Slurm(Box::new(fake.slurm()));
     let submitted = slurm
@@ -206,8 +257,18 @@ async fn submit_hands_the_script_over_and_reads_the_id() {
 }
 
 #[tokio::test]
-async fn an_answer_without_an_id_is_ambiguous() {
-    for answer in ["true", "echo hello", "echo 1 2"] {
+async fn success_without_an_id_is_said_with_what_sbatch_printed() {
+    for (answer, printed) in [
+        ("true", "nothing"),
+        ("echo hello", "hello"),
+        ("echo 1 2", "1 2"),
+        // A wrapper that prints a number of its own: which of them is the job's is not guessed.
+        ("echo 4711; echo 12", "4711 12"),
+        (
+            "echo 'Valid gres options are:'; echo gpu >&2",
+            "Valid gres options are: gpu",
+        ),
+    ] {
         let fake = Fake::new();
         fake.program("sinfo", "true");
         fake.program("sbatch", &format!("cat >/dev/null; {answer}"));
@@ -216,7 +277,8 @@ async fn an_answer_without_an_id_is_ambiguous() {
             .submit(&request(fake.dir.path()), ready(Ok(())))
             .await
             .unwrap_err();
-        assert_eq!(refusal.kind, RefusalKind::Ambiguous, "{answer}");
+        assert_eq!(refusal.kind, RefusalKind::NoJobId, "{answer}");
+        assert!(refusal.words.ends_with(printed), "{refusal}");
     }
 }
 
@@ -282,7 +344,7 @@ async fn cancel_names_the_job_too_and_forgives_what_is_gone() {
         Cancel::Terminate,
         Cancel::Kill,
     ] {
-        slurm.cancel(&job("4", "x"), how).await.unwrap();
+        slurm.cancel(&named("4", "x"), how).await.unwrap();
     }
     let expected = "--name=knoc-rec-x --state=PENDING 4\n--name=knoc-rec-x --batch --signal=USR1 4\n--name=knoc-rec-x --batch --signal=TERM 4\n--name=knoc-rec-x 4\n";
     assert_eq!(fake.calls(), expected);
@@ -291,7 +353,7 @@ async fn cancel_names_the_job_too_and_forgives_what_is_gone() {
         "echo 'Unable to contact slurm controller' >&2; exit 1",
     );
     slurm
-        .cancel(&job("4", "x"), Cancel::Kill)
+        .cancel(&named("4", "x"), Cancel::Kill)
         .await
         .unwrap_err();
 }
@@ -299,10 +361,10 @@ async fn cancel_names_the_job_too_and_forgives_what_is_gone() {
 #[tokio::test]
 async fn find_looks_in_both_places_and_does_not_guess() {
     let fake = Fake::new();
-    fake.recorded("squeue", "squeue-end.txt")
-        .recorded("sacct", "sacct-end.txt");
+    fake.with_directory("squeue", "squeue-end.txt")
+        .with_directory("sacct", "sacct-end.txt");
     let uid = PodUid::try_from("rec-failed").unwrap();
-    let found = fake.slurm().find(&uid).await.unwrap();
+    let found = fake.slurm().find(&uid, SINCE).await.unwrap();
     assert_eq!(
         found.iter().map(|job| job.id.as_str()).collect::<Vec<_>>(),
         ["4"]
@@ -311,10 +373,62 @@ async fn find_looks_in_both_places_and_does_not_guess() {
         "sacct",
         "echo 'Problem talking to the database' >&2; exit 1",
     );
-    fake.slurm().find(&uid).await.unwrap_err();
+    fake.slurm().find(&uid, SINCE).await.unwrap_err();
     fake.program(
         "sacct",
         "echo 'Slurm accounting storage is disabled' >&2; exit 1",
     );
-    assert_eq!(fake.slurm().find(&uid).await.unwrap().len(), 1);
+    assert_eq!(fake.slurm().find(&uid, SINCE).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn doctor_names_what_hides_the_nodes() {
+    let fake = Fake::new();
+    fake.program("sinfo", "true").program("sacct", "true");
+    fake.program("scontrol", "echo 'PrivateData             = nodes,usage'");
+    let finding = |all: Vec<knoc_proto::pb::Finding>| {
+        all.into_iter()
+            .find(|one| one.check == "slurm: controller")
+            .unwrap()
+    };
+    let found = finding(fake.slurm().checks().await);
+    assert!(
+        !found.ok && found.detail.contains("PrivateData=nodes,usage"),
+        "{found:?}"
+    );
+    fake.program("scontrol", "echo 'PrivateData             = none'");
+    let found = finding(fake.slurm().checks().await);
+    assert!(found.detail.contains("no partition"), "{found:?}");
+}
+
+#[tokio::test]
+async fn local_disk_is_asked_for_where_the_site_has_told_slurm_of_it() {
+    for (tmp, passed) in [("0", false), ("2048", true)] {
+        let fake = Fake::new();
+        fake.changed(
+            "sinfo",
+            "sinfo.txt",
+            &[("|64000|0|", &format!("|64000|{tmp}|"))],
+        );
+        fake.program("sbatch", "cat >/dev/null; echo 1");
+        let mut request = request(fake.dir.path());
+        request.spec = std::sync::Arc::new(knoc_proto::pb::PodSpec {
+            job: Some(knoc_proto::pb::JobRequest {
+                ephemeral_storage_bytes: 1 << 30,
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        let submitted = fake.slurm().submit(&request, ready(Ok(()))).await.unwrap();
+        assert_eq!(
+            fake.calls().contains("--tmp=1024M"),
+            passed,
+            "{}",
+            fake.calls()
+        );
+        assert_eq!(
+            submitted.notes.iter().any(|note| note.contains("TmpDisk")),
+            !passed
+        );
+    }
 }

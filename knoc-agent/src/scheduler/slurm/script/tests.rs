@@ -4,6 +4,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::policy::Live;
 
 fn request(spec: pb::PodSpec) -> SubmitRequest {
     SubmitRequest {
@@ -74,7 +75,10 @@ fn everything_that_can_be_asked_for() {
         ..Default::default()
     };
     let site = Settings {
-        allowed_flags: vec!["--mail-type".to_owned()],
+        policy: Live::fixed(Policy {
+            flags: vec!["--mail-type".to_owned()],
+            ..Policy::default()
+        }),
         ..Settings::default()
     };
     let rendered = render(&request(spec), &site, &[]).unwrap();
@@ -167,9 +171,12 @@ proptest! {
 #[test]
 fn a_site_that_lists_choices_allows_no_others() {
     let site = Settings {
-        partitions: vec!["short".to_owned(), "long".to_owned()],
-        accounts: vec!["proj".to_owned()],
-        qos_allowed: vec!["normal".to_owned()],
+        policy: Live::fixed(Policy {
+            partitions: vec!["short".to_owned(), "long".to_owned()],
+            accounts: vec!["proj".to_owned()],
+            qos: vec!["normal".to_owned()],
+            ..Policy::default()
+        }),
         ..Settings::default()
     };
     let rendered = |partition: &str, account: &str, qos: &str| {

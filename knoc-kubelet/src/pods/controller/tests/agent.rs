@@ -288,6 +288,13 @@ impl Service for Fake {
         Err(Status::unimplemented(""))
     }
 
+    async fn renew_certificate(
+        &self,
+        _: Request<pb::RenewCertificateRequest>,
+    ) -> Result<Response<pb::RenewCertificateResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     type DiagnoseStream = Answers<pb::Finding>;
 
     async fn diagnose(

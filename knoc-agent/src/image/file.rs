@@ -1,0 +1,90 @@
+//! PURE: what an image says of itself: the part of its config that a container starts from.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::manifest::texts;
+
+/// Of all texts that a container is started from; images have some hundred bytes.
+const MAX_TEXTS: usize = 64 * 1024;
+
+/// The part of the OCI config that a container starts from, in the words of the OCI specification.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub(super) struct ImageFile {
+    #[serde(deserialize_with = "texts")]
+    pub(super) entrypoint: Option<Vec<String>>,
+    #[serde(deserialize_with = "texts")]
+    pub(super) cmd: Option<Vec<String>>,
+    #[serde(deserialize_with = "texts")]
+    pub(super) env: Option<Vec<String>>,
+    pub(super) working_dir: Option<String>,
+    pub(super) user: Option<String>,
+}
+
+impl ImageFile {
+    /// From a registry's config blob. Every container of a pod has a copy of it, so its texts are bounded.
+    pub(super) fn of_oci(text: &[u8]) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Blob {
+            config: Option<ImageFile>,
+        }
+        let blob: Blob = serde_json::from_slice(text)
+            .map_err(|error| format!("the image's config cannot be read: {error}"))?;
+        let file = blob.config.unwrap_or_default();
+        let length = file.length();
+        if length > MAX_TEXTS {
+            return Err(format!(
+                "entrypoint, arguments and variables of the image have {length} bytes, and {MAX_TEXTS} are allowed"
+            ));
+        }
+        Ok(file)
+    }
+
+    fn length(&self) -> usize {
+        let lists = [&self.entrypoint, &self.cmd, &self.env]
+            .into_iter()
+            .flatten();
+        let single = [&self.working_dir, &self.user].into_iter().flatten();
+        lists.flatten().chain(single).map(String::len).sum()
+    }
+
+    /// From the JSON that Apptainer puts into a SIF; `None` where it is another JSON.
+    pub(super) fn of_sif(text: &str) -> Option<Self> {
+        let keys: BTreeMap<String, serde_json::Value> = serde_json::from_str(text).ok()?;
+        let known = ["Entrypoint", "Cmd", "Env", "WorkingDir", "User"];
+        if !known.iter().any(|key| keys.contains_key(*key)) {
+            return None;
+        }
+        serde_json::from_str(text).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configs_of_registries_and_of_sifs() {
+        let blob = br#"{"architecture":"amd64","config":{"Cmd":["/bin/sh"],"Env":["A=b"],"Entrypoint":null,"WorkingDir":"/w","User":"1000"}}"#;
+        let config = ImageFile::of_oci(blob).unwrap();
+        assert_eq!(config.cmd.unwrap(), ["/bin/sh"]);
+        let rest = (config.working_dir.as_deref(), config.user.as_deref());
+        assert_eq!(rest, (Some("/w"), Some("1000")));
+        assert_eq!(config.entrypoint, None);
+        assert_eq!(ImageFile::of_oci(b"{}").unwrap(), ImageFile::default());
+        let sif = r#"{"Cmd":["/bin/sh"],"Env":["PATH=/bin"],"WorkingDir":"/"}"#;
+        assert_eq!(ImageFile::of_sif(sif).unwrap().cmd.unwrap(), ["/bin/sh"]);
+        assert_eq!(ImageFile::of_sif(r#"{"data":{"attributes":{}}}"#), None);
+        assert_eq!(ImageFile::of_sif("[]"), None);
+        let long = format!(r#"{{"config":{{"Env":["A={}"]}}}}"#, "x".repeat(MAX_TEXTS));
+        let why = ImageFile::of_oci(long.as_bytes()).unwrap_err();
+        assert!(why.contains("have 65538 bytes"), "{why}");
+        let many = format!(
+            r#"{{"config":{{"Cmd":[{}]}}}}"#,
+            vec!["\"\""; 10_001].join(",")
+        );
+        assert!(ImageFile::of_oci(many.as_bytes()).is_err());
+    }
+}

@@ -1,0 +1,130 @@
+use super::*;
+
+fn registry(prefix: &str, mirror: Option<&str>, insecure: bool) -> Registry {
+    Registry {
+        prefix: prefix.to_owned(),
+        mirror: mirror.map(str::to_owned),
+        insecure,
+    }
+}
+
+#[test]
+fn addresses_of_this_host_link_and_cloud_are_refused_in_all_their_forms() {
+    for (text, kind) in [
+        ("127.0.0.1", "loopback"),
+        ("127.1.2.3", "loopback"),
+        ("0.0.0.0", "unspecified"),
+        ("0.1.2.3", "unspecified"),
+        ("169.254.1.1", "link-local"),
+        ("169.254.169.254", "metadata"),
+        ("100.100.100.200", "metadata"),
+        ("224.0.0.1", "multicast"),
+        ("255.255.255.255", "broadcast"),
+        ("::", "unspecified"),
+        ("::1", "loopback"),
+        ("::ffff:127.0.0.1", "loopback"),
+        ("::127.0.0.1", "loopback"),
+        ("::ffff:0:127.0.0.1", "loopback"),
+        ("64:ff9b::7f00:1", "loopback"),
+        ("64:ff9b::a9fe:a9fe", "metadata"),
+        ("2002:7f00:1::", "loopback"),
+        ("fe80::1", "link-local"),
+        ("febf::1", "link-local"),
+        ("ff02::1", "multicast"),
+        ("fd00:ec2::254", "metadata"),
+    ] {
+        let is = forbidden(text.parse().unwrap());
+        assert!(is.is_some_and(|is| is.contains(kind)), "{text}: {is:?}");
+    }
+    for text in ["10.77.0.1", "192.168.1.1", "8.8.8.8", "2a00::1", "fd12::1"] {
+        assert_eq!(forbidden(text.parse().unwrap()), None, "{text}");
+    }
+}
+
+#[test]
+fn urls_are_read_or_refused() {
+    for (text, expected) in [
+        ("https://a.b/x?y=1", "https://a.b/x"),
+        ("http://A.b:80", "http://a.b/"),
+        ("https://[::1]:5000/v2/", "https://[::1]:5000/v2/"),
+        ("http://127.0.0.1:6001/t", "http://127.0.0.1:6001/t"),
+        ("https://a.b?x", "https://a.b/"),
+    ] {
+        let url = Url::parse(text).unwrap();
+        assert_eq!(url.to_string(), expected, "{text}");
+    }
+    assert_eq!(Url::parse("https://a.b?x").unwrap().path, "/?x");
+    for text in [
+        "ftp://a.b/x",
+        "file:///etc/passwd",
+        "gopher://x",
+        "/x",
+        "",
+        "https://",
+        "https://user:pw@a.b/",
+        "https://a.b:99999/",
+        "https://a.b:0/",
+        "https://a.b:x/",
+        "unix:/run/x.sock",
+    ] {
+        assert!(Url::parse(text).is_err(), "{text}: {:?}", Url::parse(text));
+    }
+}
+
+#[test]
+fn locations_are_relative_to_where_they_come_from() {
+    let here = Url::parse("https://a.b:5000/v2/x/blobs/d?q").unwrap();
+    for (location, expected) in [
+        ("/y", "https://a.b:5000/y"),
+        ("z", "https://a.b:5000/v2/x/blobs/z"),
+        ("//c.d/e", "https://c.d/e"),
+        ("http://c.d/e", "http://c.d/e"),
+        ("?n", "https://a.b:5000/v2/x/blobs/d"),
+    ] {
+        assert_eq!(here.join(location).unwrap().to_string(), expected);
+    }
+    assert!(here.join("").is_err());
+    assert!(here.join("ftp://c.d/").is_err());
+}
+
+#[test]
+fn what_the_site_names_is_exempt_and_nothing_beside_it() {
+    let rules = Rules::new(&[
+        registry("localhost:5000", None, true),
+        registry("docker.io", Some("127.0.0.1:7000/hub"), false),
+        registry("registry.example.org", None, false),
+    ]);
+    let address = |text: &str, ip: &str| {
+        rules
+            .address(&Url::parse(text).unwrap(), ip.parse().unwrap())
+            .is_ok()
+    };
+    assert!(address("http://localhost:5000/x", "127.0.0.1"));
+    assert!(address("http://localhost:5000/x", "::1"));
+    assert!(!address("http://localhost:5001/x", "127.0.0.1"));
+    assert!(address("https://127.0.0.1:7000/x", "127.0.0.1"));
+    assert!(address("https://registry.example.org/x", "127.0.0.1"));
+    assert!(!address("https://registry.example.org:6001/x", "127.0.0.1"));
+    assert!(!address("https://evil.example.org/x", "127.0.0.1"));
+    assert!(address("https://evil.example.org/x", "10.0.0.1"));
+    let scheme = |text: &str, plain| rules.scheme(&Url::parse(text).unwrap(), plain).is_ok();
+    assert!(scheme("http://localhost:5000/x", false));
+    assert!(!scheme("http://127.0.0.1:7000/x", false));
+    assert!(!scheme("http://a.b/x", false));
+    assert!(scheme("http://a.b/x", true));
+    assert!(scheme("https://a.b/x", false));
+    let host = |text: &str| rules.host(&Url::parse(text).unwrap()).is_ok();
+    assert!(!host("https://localhost/x") && !host("https://a.localhost./x"));
+    assert!(!host("https://[::1]/x") && host("https://a.b/x"));
+}
+
+#[test]
+fn a_refusal_names_the_address_and_what_to_do() {
+    let url = Url::parse("http://127.0.0.1:6001/token?secret").unwrap();
+    let words = Rules::default().address(&url, "127.0.0.1".parse().unwrap());
+    assert_eq!(
+        words.unwrap_err(),
+        "http://127.0.0.1:6001/token is refused: 127.0.0.1 is a loopback address; if it is meant, name \
+         \"127.0.0.1:6001\" as the prefix of a [[registry]] of the site file"
+    );
+}

@@ -1,0 +1,226 @@
+//! PURE: the name of an image in a registry, read as Docker and Kubernetes read it.
+//!
+//! `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. The first part is a host if it holds a dot or a colon or is `localhost`;
+//! otherwise the image is Docker Hub's.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::digest::Digest;
+
+const HUB: &str = "docker.io";
+const HUB_LEGACY: &str = "index.docker.io";
+/// Of a repository, as registries have it.
+const MAX_REPOSITORY: usize = 255;
+const MAX_TAG: usize = 128;
+const MAX_HOST: usize = 255;
+
+/// The name of an image in a registry.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Name {
+    registry: String,
+    repository: String,
+    tag: Option<String>,
+    digest: Option<Digest>,
+}
+
+/// Why a text is not the name of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// Nothing is left of the name without its tag and digest.
+    #[error("repository name must have at least one component")]
+    Empty,
+    /// The part before the first slash.
+    #[error("the registry must be HOST or HOST:PORT")]
+    Registry,
+    /// A part of the path.
+    #[error(
+        "repository name must consist of lower-case letters, digits, and single separators `.`, `_`, `__`, `-` between them"
+    )]
+    Repository,
+    /// The path as a whole.
+    #[error("repository name must not be more than {MAX_REPOSITORY} characters")]
+    TooLong,
+    /// What follows the colon.
+    #[error(
+        "a tag must be at most {MAX_TAG} letters, digits, `_`, `.` and `-`, and begin with none of the last two"
+    )]
+    Tag,
+    /// What follows the `@`.
+    #[error("a digest must be sha256: or sha512: and lower-case hexadecimal digits")]
+    Digest,
+}
+
+impl Name {
+    /// The host, with its port if the name has one.
+    #[must_use]
+    pub fn registry(&self) -> &str {
+        &self.registry
+    }
+
+    /// The path in the registry.
+    #[must_use]
+    pub fn repository(&self) -> &str {
+        &self.repository
+    }
+
+    /// The tag; there is one unless there is a digest.
+    #[must_use]
+    pub fn tag(&self) -> Option<&str> {
+        self.tag.as_deref()
+    }
+
+    /// The digest.
+    #[must_use]
+    pub fn digest(&self) -> Option<&Digest> {
+        self.digest.as_ref()
+    }
+
+    /// All of it, with the defaults filled in.
+    #[must_use]
+    pub fn whole(&self) -> String {
+        self.to_string()
+    }
+
+    /// What a registry is asked for: the digest, else the tag.
+    #[must_use]
+    pub fn version(&self) -> String {
+        let digest = self.digest.as_ref().map(ToString::to_string);
+        digest.or_else(|| self.tag.clone()).unwrap_or_default()
+    }
+
+    /// `HOST/PATH`.
+    #[must_use]
+    pub fn place(&self) -> String {
+        format!("{}/{}", self.registry, self.repository)
+    }
+
+    /// The same repository, at that digest.
+    #[must_use]
+    pub fn at(&self, digest: &Digest) -> Self {
+        Self {
+            tag: None,
+            digest: Some(digest.clone()),
+            ..self.clone()
+        }
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.registry, self.repository)?;
+        if let Some(tag) = &self.tag {
+            write!(f, ":{tag}")?;
+        }
+        match &self.digest {
+            Some(digest) => write!(f, "@{digest}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl FromStr for Name {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let (text, digest) = match text.split_once('@') {
+            Some((rest, digest)) => {
+                let digest = digest.parse().map_err(|_| NameError::Digest)?;
+                (rest, Some(digest))
+            }
+            None => (text, None),
+        };
+        let last = text.rfind('/').map_or(0, |slash| slash + 1);
+        let (text, tag) = match text.get(last..).and_then(|part| part.split_once(':')) {
+            // A colon without a slash behind it begins the tag.
+            Some((part, tag)) => (&text[..last + part.len()], Some(tag.to_owned())),
+            None => (text, None),
+        };
+        if tag.as_deref().is_some_and(|tag| !is_tag(tag)) {
+            return Err(NameError::Tag);
+        }
+        if text.is_empty() {
+            return Err(NameError::Empty);
+        }
+        let (registry, repository) = split_host(text)?;
+        if !repository.split('/').all(is_part) {
+            return Err(NameError::Repository);
+        }
+        if repository.len() > MAX_REPOSITORY {
+            return Err(NameError::TooLong);
+        }
+        let tag = tag.or_else(|| digest.is_none().then(|| "latest".to_owned()));
+        Ok(Self {
+            registry,
+            repository,
+            tag,
+            digest,
+        })
+    }
+}
+
+fn split_host(text: &str) -> Result<(String, String), NameError> {
+    let host = text
+        .split_once('/')
+        .filter(|(host, _)| host.contains(['.', ':']) || *host == "localhost");
+    let (host, path) = host.unwrap_or((HUB, text));
+    if !is_host(host) {
+        return Err(NameError::Registry);
+    }
+    let host = if host == HUB_LEGACY { HUB } else { host };
+    let path = if host == HUB && !path.contains('/') {
+        format!("library/{path}")
+    } else {
+        path.to_owned()
+    };
+    Ok((host.to_owned(), path))
+}
+
+/// `HOST`, `HOST:PORT`, `[IPv6]:PORT`.
+pub(super) fn is_host(text: &str) -> bool {
+    if text.len() > MAX_HOST {
+        return false;
+    }
+    let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, rest)) => {
+            if address.parse::<std::net::Ipv6Addr>().is_err() {
+                return false;
+            }
+            let port = rest.strip_prefix(':');
+            return (rest.is_empty() && port.is_none()) || port.is_some_and(is_port);
+        }
+        None => match text.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (text, None),
+        },
+    };
+    let label = |label: &str| {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+        !label.is_empty()
+            && label.bytes().all(plain)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    host.split('.').all(label) && port.is_none_or(is_port)
+}
+
+fn is_port(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok_and(|port| port > 0)
+}
+
+fn is_tag(text: &str) -> bool {
+    let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    text.len() <= MAX_TAG
+        && text.bytes().next().is_some_and(word)
+        && text.bytes().all(|byte| word(byte) || b".-".contains(&byte))
+}
+
+/// Runs of letters and digits with `.`, `_`, `__` or any number of `-` between them.
+fn is_part(text: &str) -> bool {
+    let alphanumeric = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let ends = text.starts_with(alphanumeric) && text.ends_with(alphanumeric);
+    let separator = |run: &str| {
+        run.is_empty() || matches!(run, "." | "_" | "__") || run.bytes().all(|byte| byte == b'-')
+    };
+    ends && text.split(alphanumeric).all(separator)
+}

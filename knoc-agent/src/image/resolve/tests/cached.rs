@@ -1,0 +1,206 @@
+//! What the cache keeps, and what it lets go.
+
+use knoc_proto::pb;
+
+use super::*;
+use crate::jobdir::JobDir;
+
+/// A registry of images `library/image-0` … whose SIFs have a thousand bytes.
+async fn world(limit: u64) -> World {
+    let content = (0..5).fold(Content::default(), |content, number| {
+        let name = format!("image-{number}");
+        content.with(&format!("library/{name}"), &[tar(&name, b"")])
+    });
+    let registry = FakeRegistry::start(move |ask| content.answer(ask)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("apptainer");
+    write_program(&program, "head -c 10000 /dev/zero >image.sif\n");
+    let mut settings = settings(dir.path(), &registry.address, program);
+    settings.limits.cache = limit;
+    World {
+        dir,
+        registry,
+        off: Arc::default(),
+        images: Images::new(settings),
+    }
+}
+
+impl World {
+    async fn pull(&self, number: usize) -> Result<ResolvedImage, ImageError> {
+        let name = format!("image-{number}");
+        self.images.resolve(&name, PullPolicy::IfNotPresent).await
+    }
+
+    fn job(&self, uid: &str, image: &ResolvedImage) -> JobDir {
+        let uid = knoc_proto::ids::PodUid::try_from(uid).unwrap();
+        let job = self.images.settings().state.pod(&uid);
+        job.create().unwrap();
+        let images = vec![pb::ResolvedImage {
+            path: image.path.display().to_string(),
+            ..pb::ResolvedImage::default()
+        }];
+        let file = pb::JobFile {
+            images,
+            ..pb::JobFile::default()
+        };
+        job.write_spec(&file).unwrap();
+        job
+    }
+
+    /// As if it had been used so many hours ago.
+    fn age(image: &ResolvedImage, hours: i64) {
+        let json = image.path.with_extension("json");
+        let time = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(hours);
+        let file = std::fs::File::open(json).unwrap();
+        file.set_modified(time.into()).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_cache_lets_go_of_what_was_not_used_for_longest_and_never_of_what_is_in_use() {
+    // Three SIFs, and what a pull counts beforehand.
+    let world = world(34_000).await;
+    let uids = [
+        "11111111-1111-4111-8111-111111111111",
+        "22222222-2222-4222-8222-222222222222",
+    ];
+    let mut paths = Vec::new();
+    for number in 0..3 {
+        let image = world.pull(number).await.unwrap();
+        World::age(&image, 10 - i64::try_from(number).unwrap());
+        paths.push(image.path.clone());
+        if number == 0 {
+            // The oldest is that of a job that runs somewhere; its agent was restarted since.
+            world.job(uids[0], &image);
+        }
+    }
+    world.pull(3).await.unwrap();
+    assert!(paths[0].exists(), "a job runs with it");
+    assert!(!paths[1].exists(), "the oldest of the others");
+    assert!(paths[2].exists(), "there was room enough");
+    // A use is noted: the next oldest is the one that nobody asked for.
+    let used = world.pull(2).await.unwrap();
+    drop(used);
+    let third = world.pull(3).await.unwrap();
+    World::age(&third, 5);
+    let path = third.path.clone();
+    drop(third);
+    world.pull(4).await.unwrap();
+    assert!(paths[2].exists() && !path.exists());
+    // It was forgotten by its name too, and comes back.
+    let asked = world.registry.seen.count("HEAD", "image-1");
+    let again = world.pull(1).await.unwrap();
+    assert!(again.path.exists());
+    assert_eq!(world.registry.seen.count("HEAD", "image-1"), asked + 1);
+}
+
+#[tokio::test]
+async fn an_image_stays_from_its_resolution_until_a_job_directory_names_it() {
+    let world = world(24_000).await;
+    let first = world.pull(0).await.unwrap();
+    let second = world.pull(1).await.unwrap();
+    let refused = world.pull(2).await.unwrap_err();
+    assert!(
+        refused
+            .words
+            .contains("limits.image_cache of the site file is 24000"),
+        "{refused}"
+    );
+    assert!(refused.retryable());
+    assert!(first.path.exists() && second.path.exists());
+    let path = first.path.clone();
+    let job = world.job("33333333-3333-4333-8333-333333333333", &first);
+    drop(first);
+    drop(second);
+    world.pull(2).await.unwrap();
+    assert!(path.exists(), "the job directory took over");
+    job.remove().unwrap();
+    let names = [0, 3, 4];
+    for number in names {
+        world.pull(number).await.unwrap();
+    }
+    let kept = world.images.cache().usage();
+    assert!(kept.1 <= 24_000, "{kept:?}");
+}
+
+#[tokio::test]
+async fn a_job_directory_that_cannot_be_read_keeps_everything() {
+    let world = world(14_000).await;
+    let image = world.pull(0).await.unwrap();
+    let job = world.job("44444444-4444-4444-8444-444444444444", &image);
+    let path = image.path.clone();
+    drop(image);
+    crate::jobdir::atomic::write(&job.spec_path(), b"\xff\xff\xff", 0o600).unwrap();
+    let refused = world.pull(1).await.unwrap_err();
+    assert!(
+        refused.words.contains("the image cache is full"),
+        "{refused}"
+    );
+    assert!(path.exists());
+}
+
+#[tokio::test]
+async fn what_failed_pulls_left_is_swept_at_the_start() {
+    let world = world(1 << 30).await;
+    let image = world.pull(0).await.unwrap();
+    let folder = world.images.settings().state.images();
+    let left = folder.join(".tmp/0123/rootfs/closed");
+    std::fs::create_dir_all(&left).unwrap();
+    std::fs::File::create(left.join("file")).unwrap();
+    std::fs::set_permissions(&left, PermissionsExt::from_mode(0o500)).unwrap();
+    for name in ["sha256-ab.json", "sha256-cd.sif", ".sha256-ef.json.tmp"] {
+        std::fs::File::create(folder.join(name)).unwrap();
+    }
+    world.images.sweep();
+    let mut names: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let stem = image.path.file_stem().unwrap().to_str().unwrap();
+    assert_eq!(
+        names,
+        [
+            format!("{stem}.json"),
+            format!("{stem}.sif"),
+            "tags.json".to_owned()
+        ]
+    );
+}
+
+#[tokio::test]
+async fn always_asks_for_the_digest_alone_also_of_an_index() {
+    let text = manifest();
+    let digest = digest(&text);
+    let index = format!(
+        r#"{{"schemaVersion":2,"manifests":[{{"digest":"{digest}","size":1,"platform":{{"os":"linux","architecture":"{}"}}}}]}}"#,
+        if cfg!(target_arch = "aarch64") {
+            "arm64"
+        } else {
+            "amd64"
+        }
+    );
+    let content = one().text("library/many", index);
+    let registry = FakeRegistry::start(move |ask| {
+        if ask.path.contains(&format!("many/manifests/{digest}")) {
+            return Reply::ok(text.clone());
+        }
+        content.answer(ask)
+    });
+    let registry = registry.await;
+    let dir = tempfile::tempdir().unwrap();
+    let images = images(dir.path(), &registry.address);
+    let first = images.resolve("many", PullPolicy::Always).await.unwrap();
+    assert!(
+        first.image_id.ends_with(&super::digest(&manifest())),
+        "the image's digest, not the index's"
+    );
+    let before = registry.seen.count("GET", "");
+    let again = images.resolve("many", PullPolicy::Always).await.unwrap();
+    assert_eq!(again.image_id, first.image_id);
+    assert_eq!(
+        registry.seen.count("GET", ""),
+        before,
+        "nothing was fetched"
+    );
+}

@@ -1,0 +1,179 @@
+//! Room in the cache: what it holds is bounded, and the images that were not used for longest go first.
+//!
+//! An image is in use, and stays, while a job directory of a pod that has not finished names it ([`super::in_use`]), or
+//! while somebody here holds it: from the moment its digest is known until a job directory names it. Bytes that pulls
+//! under way will need are counted before they are there.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use knoc_proto::error::chain;
+
+use super::cache::Cache;
+use super::in_use;
+
+/// What of the cache is spoken for in this process.
+#[derive(Debug, Default)]
+pub(super) struct Claims {
+    held: HashMap<String, usize>,
+    /// Held at some time since the last search for room began.
+    since: HashSet<String>,
+    /// Bytes of pulls under way.
+    reserved: u64,
+}
+
+impl Claims {
+    fn is_held(&self, digest: &str) -> bool {
+        self.held.contains_key(digest) || self.since.contains(digest)
+    }
+}
+
+/// An image that is not removed while this lives.
+#[derive(Debug)]
+pub struct Hold {
+    cache: Arc<Cache>,
+    digest: String,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut claims = self.cache.claims();
+        if let Some(count) = claims.held.get_mut(&self.digest) {
+            *count -= 1;
+            if *count == 0 {
+                claims.held.remove(&self.digest);
+            }
+        }
+    }
+}
+
+/// Bytes that are counted as used while this lives.
+#[derive(Debug)]
+pub(super) struct Reserved {
+    cache: Arc<Cache>,
+    bytes: u64,
+}
+
+impl Reserved {
+    /// It is more, as turns out.
+    pub(super) fn at_least(&mut self, bytes: u64) {
+        let more = bytes.saturating_sub(self.bytes);
+        self.bytes += more;
+        self.cache.claims().reserved += more;
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let mut claims = self.cache.claims();
+        claims.reserved = claims.reserved.saturating_sub(self.bytes);
+    }
+}
+
+/// An image on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Kept {
+    pub(super) digest: String,
+    pub(super) sif: PathBuf,
+    pub(super) bytes: u64,
+    pub(super) used: SystemTime,
+}
+
+impl Cache {
+    pub(super) fn claims(&self) -> MutexGuard<'_, Claims> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps an image, whether it is here yet or not. What is looked for after this call is not removed.
+    pub(super) fn hold(self: &Arc<Self>, digest: &str) -> Hold {
+        let mut claims = self.claims();
+        *claims.held.entry(digest.to_owned()).or_default() += 1;
+        claims.since.insert(digest.to_owned());
+        Hold {
+            cache: Arc::clone(self),
+            digest: digest.to_owned(),
+        }
+    }
+
+    /// Counts bytes that a pull will need, and removes images until they fit. Blocking.
+    pub(super) fn reserve(self: &Arc<Self>, bytes: u64, limit: u64) -> Result<Reserved, String> {
+        self.claims().reserved += bytes;
+        let reserved = Reserved {
+            cache: Arc::clone(self),
+            bytes,
+        };
+        self.make_room(limit)?;
+        Ok(reserved)
+    }
+
+    /// Removes images until no more than `limit` is used, or only those are left that are in use. Blocking.
+    pub(super) fn make_room(&self, limit: u64) -> Result<(), String> {
+        // One at a time: two would remove twice as much.
+        let _one = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut images = self.images();
+        let all = images.iter().map(|image| image.bytes);
+        let mut used = all.fold(self.claims().reserved, u64::saturating_add);
+        if used <= limit {
+            return Ok(());
+        }
+        // What is held from here on is seen below, also if it is let go of in between.
+        let held: BTreeSet<String> = {
+            let mut claims = self.claims();
+            claims.since.clear();
+            claims.held.keys().cloned().collect()
+        };
+        let named = in_use::names(&self.state);
+        let named = named.map_err(|error| format!("the image cache is full: {}", chain(&error)))?;
+        images.sort_by_key(|image| image.used);
+        let mut gone = Vec::new();
+        for image in images {
+            if used <= limit {
+                break;
+            }
+            let file_name = image.sif.file_name().unwrap_or_default();
+            if held.contains(&image.digest) || named.contains(file_name) {
+                continue;
+            }
+            if self.evict(&image) {
+                used = used.saturating_sub(image.bytes);
+                gone.push(image.digest);
+            }
+        }
+        if !gone.is_empty() {
+            tracing::info!(images = gone.len(), "removed from the cache, to make room");
+            self.forget(&gone);
+        }
+        if used <= limit {
+            return Ok(());
+        }
+        Err(format!(
+            "the image cache would hold {used} bytes that are in use, and limits.image_cache of the site file is {limit}: \
+             raise it, or let pods end"
+        ))
+    }
+
+    fn evict(&self, image: &Kept) -> bool {
+        let claims = self.claims();
+        if claims.is_held(&image.digest) {
+            return false;
+        }
+        // Under the lock: whoever holds it from now on finds that it is gone.
+        let removed = std::fs::remove_file(&image.sif);
+        drop(claims);
+        if let Err(error) = removed {
+            tracing::warn!(image = %image.sif.display(), %error, "cannot remove it from the cache");
+            return false;
+        }
+        std::fs::remove_file(self.config(&image.digest)).ok();
+        true
+    }
+
+    /// Bytes of all images that are here, and how many they are. Blocking.
+    pub(super) fn usage(&self) -> (usize, u64) {
+        let images = self.images();
+        let bytes = images.iter().map(|image| image.bytes);
+        (images.len(), bytes.fold(0, u64::saturating_add))
+    }
+}

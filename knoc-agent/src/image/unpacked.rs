@@ -1,0 +1,423 @@
+//! How large a layer is once it is unpacked, before anything unpacks it.
+//!
+//! A layer of a few MB may hold TB: by its compression, by files whose holes a tar only mentions, or by millions of
+//! empty files. [`Tar`] reads a tar's heads as the runtime will (PURE; any bytes, in any pieces); [`measure`] feeds it
+//! with a layer and checks the layer's digest on the way. Blocking.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::path::Path;
+
+use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+
+use super::digest::{Digest, Hasher};
+use super::manifest::Packing;
+
+const BLOCK: usize = 512;
+/// Of an extended head: names and attributes.
+const MAX_PAX: u64 = 1 << 20;
+/// Files and folders of one image.
+pub(super) const MAX_ENTRIES: u64 = 4_000_000;
+const BUFFER: usize = 64 * 1024;
+/// Of zstd, in memory; what the `zstd` command makes without `--long` needs 8 MiB.
+const MAX_WINDOW: u64 = 64 << 20;
+
+/// What all layers of an image may still take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Budget {
+    pub(super) bytes: u64,
+    pub(super) entries: u64,
+}
+
+/// Why a layer is not unpacked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum TarError {
+    #[error("the image is larger than allowed when unpacked")]
+    Bytes,
+    #[error("the image holds more than {MAX_ENTRIES} files")]
+    Entries,
+    #[error("it is not a tar archive")]
+    Head,
+    #[error("an extended head in it is longer than {MAX_PAX} bytes")]
+    Pax,
+    #[error("it ends in the middle of a file")]
+    Cut,
+}
+
+/// Why a layer is not given to the runtime.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum LayerError {
+    /// More bytes than the site allows.
+    #[error("the image is larger than allowed when unpacked")]
+    TooLarge,
+    /// The text says why.
+    #[error("{0}")]
+    Broken(String),
+}
+
+/// A tar archive that comes in pieces.
+#[derive(Debug)]
+pub(super) struct Tar {
+    budget: Budget,
+    head: Vec<u8>,
+    /// Content and padding until the next head.
+    skip: u64,
+    /// How much of that is padding, which some programs leave out at an archive's end.
+    padding: u64,
+    /// An extended head being read, with the length of its text.
+    pax: Option<(Vec<u8>, u64)>,
+    /// What the last extended head says of the next file's size.
+    size: Option<u64>,
+    zeros: u8,
+    /// More heads of a sparse file follow.
+    extended: bool,
+}
+
+impl Tar {
+    pub(super) fn new(budget: Budget) -> Self {
+        Self {
+            budget,
+            head: Vec::with_capacity(BLOCK),
+            skip: 0,
+            padding: 0,
+            pax: None,
+            size: None,
+            zeros: 0,
+            extended: false,
+        }
+    }
+
+    /// Takes the next piece in.
+    pub(super) fn push(&mut self, mut piece: &[u8]) -> Result<(), TarError> {
+        self.spend(u64::try_from(piece.len()).unwrap_or(u64::MAX))?;
+        // Two empty blocks end an archive; what follows is padding.
+        while !piece.is_empty() && self.zeros < 2 {
+            // The further heads of a sparse file come before its content.
+            if self.skip > 0 && !self.extended {
+                let most = usize::try_from(self.skip).unwrap_or(usize::MAX);
+                let (skipped, rest) = piece.split_at(most.min(piece.len()));
+                self.skip -= u64::try_from(skipped.len()).unwrap_or(0);
+                piece = rest;
+                if let Some((text, _)) = &mut self.pax {
+                    text.extend_from_slice(skipped);
+                }
+                if self.skip == 0
+                    && let Some((text, length)) = self.pax.take()
+                {
+                    let length = usize::try_from(length).unwrap_or(0);
+                    self.extended_head(text.get(..length).unwrap_or_default())?;
+                }
+                continue;
+            }
+            let (more, rest) = piece.split_at((BLOCK - self.head.len()).min(piece.len()));
+            self.head.extend_from_slice(more);
+            piece = rest;
+            if self.head.len() == BLOCK {
+                let head = std::mem::replace(&mut self.head, Vec::with_capacity(BLOCK));
+                self.block(&head)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// There are no more pieces. Returns what is left of the budget.
+    pub(super) fn finish(self) -> Result<Budget, TarError> {
+        let whole = self.zeros > 0
+            || (self.head.is_empty()
+                && self.skip <= self.padding
+                && !self.extended
+                && self.pax.is_none());
+        if whole {
+            Ok(self.budget)
+        } else {
+            Err(TarError::Cut)
+        }
+    }
+
+    fn spend(&mut self, bytes: u64) -> Result<(), TarError> {
+        self.budget.bytes = self
+            .budget
+            .bytes
+            .checked_sub(bytes)
+            .ok_or(TarError::Bytes)?;
+        Ok(())
+    }
+
+    fn content(&mut self, size: u64) {
+        self.skip = size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
+        self.padding = self.skip - size;
+    }
+
+    fn block(&mut self, head: &[u8]) -> Result<(), TarError> {
+        if std::mem::take(&mut self.extended) {
+            self.extended = head.get(504).is_some_and(|more| *more != 0);
+            return Ok(());
+        }
+        if head.iter().all(|byte| *byte == 0) {
+            self.zeros += 1;
+            return Ok(());
+        }
+        if self.zeros > 0 || !sums_up(head) {
+            return Err(TarError::Head);
+        }
+        let written = number(field(head, 124, 12)).ok_or(TarError::Head)?;
+        let kind = field(head, 156, 1).first().copied().unwrap_or(0);
+        match kind {
+            b'x' => {
+                if written > MAX_PAX {
+                    return Err(TarError::Pax);
+                }
+                self.content(written);
+                self.pax = (written > 0).then(|| (Vec::new(), written));
+                return Ok(());
+            }
+            // Heads whose text is of no interest: of all files, or a long name of the next one.
+            b'g' | b'L' | b'K' => {
+                if written > MAX_PAX {
+                    return Err(TarError::Pax);
+                }
+                self.content(written);
+                return Ok(());
+            }
+            _ => {}
+        }
+        self.budget.entries = self
+            .budget
+            .entries
+            .checked_sub(1)
+            .ok_or(TarError::Entries)?;
+        let size = self.size.take().unwrap_or(written);
+        match kind {
+            // Links, devices, folders, pipes: without content whatever their size says.
+            b'1'..=b'6' => {}
+            b'S' => {
+                let real = number(field(head, 483, 12)).ok_or(TarError::Head)?;
+                self.spend(real)?;
+                self.extended = field(head, 482, 1) != [0];
+                self.content(size);
+            }
+            _ => self.content(size),
+        }
+        Ok(())
+    }
+
+    /// `LENGTH KEY=VALUE\n` …: the size of the next file, and what a sparse one really takes.
+    fn extended_head(&mut self, mut text: &[u8]) -> Result<(), TarError> {
+        while !text.is_empty() {
+            let space = text.iter().position(|byte| *byte == b' ');
+            let length = space.and_then(|space| text.get(..space)).and_then(decimal);
+            let length = length.and_then(|length| usize::try_from(length).ok());
+            let record = length.and_then(|length| text.split_at_checked(length));
+            let (record, rest) = record.ok_or(TarError::Head)?;
+            let record = record.get(space.unwrap_or(0) + 1..).ok_or(TarError::Head)?;
+            let record = record.strip_suffix(b"\n").ok_or(TarError::Head)?;
+            let equals = record.iter().position(|byte| *byte == b'=');
+            let (key, value) = record.split_at(equals.ok_or(TarError::Head)?);
+            let value = value.get(1..).unwrap_or_default();
+            match key {
+                b"size" => self.size = Some(decimal(value).ok_or(TarError::Head)?),
+                b"GNU.sparse.size" | b"GNU.sparse.realsize" => {
+                    self.spend(decimal(value).ok_or(TarError::Head)?)?;
+                }
+                _ => {}
+            }
+            text = rest;
+        }
+        Ok(())
+    }
+}
+
+fn field(head: &[u8], at: usize, length: usize) -> &[u8] {
+    head.get(at..at + length).unwrap_or_default()
+}
+
+fn decimal(text: &[u8]) -> Option<u64> {
+    let digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+    digits.then(|| std::str::from_utf8(text).ok()?.parse().ok())?
+}
+
+/// Octal digits between spaces and zeros, or a number of base 256.
+fn number(field: &[u8]) -> Option<u64> {
+    match field.split_first() {
+        Some((first, rest)) if first & 0x80 != 0 => {
+            if first & 0x40 != 0 {
+                return None;
+            }
+            rest.iter()
+                .try_fold(u64::from(first & 0x3f), |number, byte| {
+                    Some(number.checked_mul(256)? + u64::from(*byte))
+                })
+        }
+        _ => {
+            let text = std::str::from_utf8(field).ok()?;
+            let text = text.trim_matches([' ', '\0']);
+            let text = text.split('\0').next().unwrap_or_default();
+            if text.is_empty() {
+                return Some(0);
+            }
+            text.bytes()
+                .all(|byte| byte.is_ascii_digit())
+                .then(|| u64::from_str_radix(text, 8).ok())?
+        }
+    }
+}
+
+/// Does the checksum hold, of unsigned or, as some old programs have it, of signed bytes?
+fn sums_up(head: &[u8]) -> bool {
+    let Some(written) = number(field(head, 148, 8)) else {
+        return false;
+    };
+    let mut sums = (0_i64, 0_i64);
+    for (at, byte) in head.iter().enumerate() {
+        let byte = if (148..156).contains(&at) {
+            b' '
+        } else {
+            *byte
+        };
+        sums.0 += i64::from(byte);
+        sums.1 += i64::from(byte.cast_signed());
+    }
+    let is = |sum: i64| i64::try_from(written).is_ok_and(|written| written == sum);
+    is(sums.0) || is(sums.1)
+}
+
+/// Computes a digest of all that is read.
+struct Hashing<R> {
+    inner: R,
+    hasher: Hasher,
+}
+
+impl<R: Read> Read for Hashing<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.hasher.update(buffer.get(..read).unwrap_or_default());
+        Ok(read)
+    }
+}
+
+/// A tar that is written to; stops when whoever waited has gone.
+struct Sink<'a> {
+    tar: Tar,
+    failed: Option<TarError>,
+    stop: &'a dyn Fn() -> bool,
+}
+
+impl Write for Sink<'_> {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        if (self.stop)() {
+            // Not `Interrupted`, after which writers try again.
+            return Err(io::Error::other("the pull was given up"));
+        }
+        if let Err(error) = self.tar.push(piece) {
+            self.failed = Some(error);
+            return Err(io::Error::other(error));
+        }
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Reads the layer in `path`: checks its digest, and takes what it is unpacked from the budget. Blocking.
+pub(super) fn measure(
+    path: &Path,
+    digest: &Digest,
+    budget: &mut Budget,
+    stop: &dyn Fn() -> bool,
+) -> Result<Packing, LayerError> {
+    let file = File::open(path);
+    let file = file.map_err(|error| LayerError::Broken(format!("{}: {error}", path.display())))?;
+    let hashing = Hashing {
+        inner: file,
+        hasher: digest.hasher(),
+    };
+    let mut reader = BufReader::with_capacity(BUFFER, hashing);
+    let broken = |error: io::Error| LayerError::Broken(format!("layer {digest}: {error}"));
+    let packing = Packing::of(reader.fill_buf().map_err(broken)?);
+    let mut sink = Sink {
+        tar: Tar::new(*budget),
+        failed: None,
+        stop,
+    };
+    let unpacked = match packing {
+        Packing::None => copy(&mut reader, &mut sink),
+        Packing::Gzip => copy(
+            &mut flate2::bufread::MultiGzDecoder::new(&mut reader),
+            &mut sink,
+        ),
+        Packing::Zstd => zstd(&mut reader, &mut sink),
+    };
+    match sink.failed {
+        Some(TarError::Bytes) => return Err(LayerError::TooLarge),
+        Some(error) => return Err(LayerError::Broken(format!("layer {digest}: {error}"))),
+        None => {}
+    }
+    // Whatever the content: a wrong digest is the better reason.
+    let rest = if unpacked.is_ok() || !stop() {
+        copy(&mut reader, &mut io::sink())
+    } else {
+        Ok(())
+    };
+    rest.map_err(broken)?;
+    let found = reader.into_inner().hasher.finish();
+    if found != *digest {
+        return Err(LayerError::Broken(format!(
+            "the registry sent another content than it announced: {found} instead of {digest}"
+        )));
+    }
+    unpacked.map_err(broken)?;
+    let left = sink.tar.finish();
+    *budget = left.map_err(|error| LayerError::Broken(format!("layer {digest}: {error}")))?;
+    Ok(packing)
+}
+
+fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            read => to.write_all(buffer.get(..read).unwrap_or_default())?,
+        }
+    }
+}
+
+/// All frames of a zstd file.
+fn zstd(reader: &mut impl BufRead, sink: &mut impl Write) -> io::Result<()> {
+    let mut decoder = FrameDecoder::new();
+    decoder.set_max_window_size(MAX_WINDOW);
+    let mut buffer = vec![0; BUFFER];
+    while !reader.fill_buf()?.is_empty() {
+        match decoder.init(&mut *reader) {
+            Ok(()) => {}
+            Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
+                length,
+                ..
+            })) => {
+                copy(&mut reader.take(u64::from(length)), &mut io::sink())?;
+                continue;
+            }
+            Err(error) => return Err(io::Error::other(error)),
+        }
+        loop {
+            let one = BlockDecodingStrategy::UptoBlocks(1);
+            let finished = decoder.decode_blocks(&mut *reader, one);
+            let finished = finished.map_err(io::Error::other)?;
+            loop {
+                match decoder.read(&mut buffer)? {
+                    0 => break,
+                    read => sink.write_all(buffer.get(..read).unwrap_or_default())?,
+                }
+            }
+            if finished {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -1,0 +1,240 @@
+//! Whom a container's program takes itself for: HOME as container runtimes set it, and the own line of `/etc/passwd`.
+//!
+//! Every program runs as the HPC user, whatever user the image or the pod names. What it has of that user is the home
+//! folder and the shell in the image's `/etc/passwd`. The container runtime adds the HPC user to that file, with the home
+//! folder and the shell that it has on the host; neither need be there in the container, so its line gets those of the
+//! user whom the program would be.
+//!
+//! If a line of the image has the HPC user's uid, the container runtime has overwritten its name and home folder, and
+//! mounted the result over the image's own file. That one is read where the mount can be taken away without the
+//! container's knowing: in a copy of its mount namespace ([`send_images_own`]).
+
+use std::{
+    fs::File,
+    io::{self, Read as _, Write as _},
+    os::{fd::BorrowedFd, unix::fs::OpenOptionsExt as _},
+};
+
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
+use rustix::fs::OFlags;
+
+const PASSWD: &str = "/etc/passwd";
+/// A `passwd` file that is longer is not looked at.
+pub(crate) const PASSWD_BYTES: u64 = 1 << 20;
+
+/// What the program has of its user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Account {
+    home: Vec<u8>,
+    /// Empty: not known.
+    shell: Vec<u8>,
+}
+
+/// Is `user` one whose line the container runtime may have overwritten?
+pub(crate) fn may_be_overwritten(user: &[u8]) -> bool {
+    let name = user.split(|byte| *byte == b':').next().unwrap_or_default();
+    number(name).map_or(!name.is_empty(), |uid| uid == own_uid())
+}
+
+/// HOME for a program of `user` (of the process's own where it is `None`), by the image's own file where it is known.
+pub(super) fn home(user: Option<&[u8]>, images_own: Option<&[u8]>) -> Vec<u8> {
+    match images_own {
+        Some(passwd) => account(passwd, user).home,
+        None => account(&passwd(), user).home,
+    }
+}
+
+/// Gives the own line of the container's `/etc/passwd` the home folder and the shell of `user`. Best effort: the file may
+/// be the image's own, and not writable.
+pub(super) fn settle(user: &[u8], images_own: Option<&[u8]>) {
+    let passwd = passwd();
+    let account = account(images_own.unwrap_or(&passwd), Some(user));
+    if let Some(text) = with_own_line(&passwd, own_uid(), &account) {
+        rewrite(&text).ok();
+    }
+}
+
+/// In the namespaces of a container, with rights over them: writes the image's own `passwd` file to `reader`. The process
+/// is of no other use afterwards.
+pub(super) fn send_images_own(reader: BorrowedFd<'_>) -> io::Result<()> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    // What is taken away here stays in the container.
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    // Where the runtime has mounted none it is the image's own.
+    umount2(PASSWD, MntFlags::MNT_DETACH).ok();
+    File::from(reader.try_clone_to_owned()?).write_all(&passwd())
+}
+
+/// In place, for it is a mount: nothing can be renamed over it.
+fn rewrite(text: &[u8]) -> io::Result<()> {
+    let mut file = File::options().write(true).truncate(true).open(PASSWD)?;
+    file.write_all(text)
+}
+
+/// The text of the file; empty where there is none that can be one.
+fn passwd() -> Vec<u8> {
+    let read = || -> io::Result<Vec<u8>> {
+        // It is the image's, and may be a pipe.
+        let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+        let file = File::options()
+            .read(true)
+            .custom_flags(nonblock)
+            .open(PASSWD)?;
+        let meta = file.metadata()?;
+        let mut text = Vec::new();
+        if meta.is_file() && meta.len() <= PASSWD_BYTES {
+            file.take(PASSWD_BYTES).read_to_end(&mut text)?;
+        }
+        Ok(text)
+    };
+    read().unwrap_or_default()
+}
+
+fn own_uid() -> u32 {
+    rustix::process::getuid().as_raw()
+}
+
+fn account(passwd: &[u8], user: Option<&[u8]>) -> Account {
+    let uid = match user {
+        Some(user) => uid_of(passwd, user),
+        None => Some(own_uid()),
+    };
+    uid.and_then(|uid| account_of(passwd, uid))
+        .unwrap_or_else(|| Account {
+            home: b"/".to_vec(),
+            shell: Vec::new(),
+        })
+}
+
+fn lines(passwd: &[u8]) -> impl Iterator<Item = Vec<&[u8]>> {
+    let lines = passwd.split(|byte| *byte == b'\n');
+    lines.map(|line| line.split(|byte| *byte == b':').collect())
+}
+
+fn number(field: &[u8]) -> Option<u32> {
+    std::str::from_utf8(field).ok()?.parse().ok()
+}
+
+/// PURE: the uid that `user` means, in the form of an image's `User`: a name or a number, with or without a group. A
+/// number is never a name.
+fn uid_of(passwd: &[u8], user: &[u8]) -> Option<u32> {
+    let user = user.split(|byte| *byte == b':').next().unwrap_or_default();
+    if user.is_empty() {
+        return Some(0);
+    }
+    number(user).or_else(|| {
+        let mut named = lines(passwd).filter(|fields| fields.first() == Some(&user));
+        named.find_map(|fields| number(fields.get(2)?))
+    })
+}
+
+/// PURE: what the text of a `passwd` file says of `uid`; its first line counts.
+fn account_of(passwd: &[u8], uid: u32) -> Option<Account> {
+    let mut own = lines(passwd)
+        .filter(|fields| fields.len() >= 6 && fields.get(2).copied().and_then(number) == Some(uid));
+    let fields = own.next()?;
+    let home = fields.get(5).filter(|home| !home.is_empty());
+    Some(Account {
+        home: home.map_or_else(|| b"/".to_vec(), |home| home.to_vec()),
+        shell: fields.get(6).map_or_else(Vec::new, |shell| shell.to_vec()),
+    })
+}
+
+/// PURE: the text of a `passwd` file with the home folder and the shell of `account` in the line of `uid`; `None` where
+/// that changes nothing.
+fn with_own_line(passwd: &[u8], uid: u32, account: &Account) -> Option<Vec<u8>> {
+    let own = account_of(passwd, uid)?;
+    let mut wanted = account.clone();
+    if wanted.shell.is_empty() {
+        wanted.shell = b"/bin/sh".to_vec();
+    }
+    if own == wanted {
+        return None;
+    }
+    let mut done = false;
+    let lines: Vec<Vec<u8>> = lines(passwd)
+        .map(|mut fields| {
+            let is_own = fields.len() >= 6 && fields.get(2).copied().and_then(number) == Some(uid);
+            if is_own && !done {
+                done = true;
+                fields.truncate(5);
+                fields.extend([wanted.home.as_slice(), wanted.shell.as_slice()]);
+            }
+            fields.join(&b':')
+        })
+        .collect();
+    Some(lines.join(&b'\n'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/sh\n\
+        toor:x:0:0::/toor:/bin/false\n\
+        broken\n\
+        1000:x:7:7::/seven:/bin/sh\n\
+        jovyan:x:1000:100::/home/jovyan:/bin/zsh\n\
+        daemon:x:1:1:::/sbin/nologin\n\
+        hpc:x:2001:2001:An HPC user:/home/hpc:/bin/tcsh\n";
+
+    fn home_of(user: &[u8]) -> String {
+        String::from_utf8(account(PASSWD, Some(user)).home).unwrap()
+    }
+
+    #[test]
+    fn home_is_what_the_image_says_of_its_user() {
+        for (user, home) in [
+            ("", "/root"),
+            ("0", "/root"),
+            ("root", "/root"),
+            // Of two lines of one uid the first counts, whichever was named.
+            ("toor", "/root"),
+            ("1000", "/home/jovyan"),
+            ("1000:100", "/home/jovyan"),
+            ("jovyan", "/home/jovyan"),
+            ("jovyan:users", "/home/jovyan"),
+            ("daemon", "/"),
+            ("1234", "/"),
+            ("nobody-knows", "/"),
+            ("4294967296", "/"),
+        ] {
+            assert_eq!(home_of(user.as_bytes()), home, "{user:?}");
+        }
+        assert_eq!(account(b"", Some(b"0")).home, b"/");
+    }
+
+    #[test]
+    fn names_and_the_own_uid_may_be_overwritten() {
+        let own = own_uid();
+        for (user, wanted) in [
+            ("", false),
+            ("4294967295", false),
+            ("4294967295:0", false),
+            ("jovyan", true),
+            (&format!("{own}"), true),
+            (&format!("{own}:5"), true),
+        ] {
+            assert_eq!(may_be_overwritten(user.as_bytes()), wanted, "{user:?}");
+        }
+    }
+
+    #[test]
+    fn the_own_line_gets_home_and_shell_of_the_user_and_nothing_else_changes() {
+        let jovyan = account(PASSWD, Some(b"jovyan"));
+        let text = with_own_line(PASSWD, 2001, &jovyan).unwrap();
+        let old = String::from_utf8(PASSWD.to_vec()).unwrap();
+        let new = old.replace("/home/hpc:/bin/tcsh", "/home/jovyan:/bin/zsh");
+        assert_eq!(String::from_utf8(text.clone()).unwrap(), new);
+        assert_eq!(with_own_line(&text, 2001, &jovyan), None);
+        // Nobody knows that user: the shell that every image has.
+        let text = with_own_line(PASSWD, 2001, &account(PASSWD, Some(b"1234"))).unwrap();
+        assert!(text.ends_with(b"hpc:x:2001:2001:An HPC user:/:/bin/sh\n"));
+        // No line of its own is added.
+        assert_eq!(with_own_line(PASSWD, 3000, &jovyan), None);
+    }
+}

@@ -1,0 +1,272 @@
+//! The helper's user and mount namespace, and the ids that exist in it.
+//!
+//! Only this user exists in it, as itself. If the site gave the user further ids (`/etc/subuid`, `/etc/subgid`) and the
+//! tools that map them, these exist too, as themselves. The tools have root's rights on the host, not in the namespace,
+//! so a child that stays outside runs them.
+//!
+//! A container that wants root's rights gets a second pair of namespaces inside the first: there this user is root, and
+//! the further ids are the other users. Apptainer would make them itself, but wants tools that belong to root for it, and
+//! the host's root does not exist in the first. What is mounted read-only in the first stays so in the second.
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+};
+
+use nix::{
+    sched::{CloneFlags, unshare},
+    sys::wait::waitpid,
+    unistd::ForkResult,
+};
+use rustix::process::{getgid, getuid};
+
+use super::{super::sys, FAILED};
+
+/// More ranges than that are not mapped.
+const MAX_RANGES: usize = 8;
+
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNS);
+
+/// Larger files are not looked at.
+const MAX_FILE: u64 = 4 << 20;
+
+/// Where the tools are, if `PATH` does not say.
+const FOLDERS: &str = "/usr/bin:/bin:/usr/sbin:/usr/local/bin";
+
+/// Which of two processes this is, after [`isolate`] or [`become_root`].
+pub(super) enum Isolated {
+    /// In the namespaces.
+    Done(Ids),
+    /// The child outside; it has done its work, and exits with this.
+    Mapper(ExitCode),
+}
+
+/// The ids that exist in the namespace.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Ids {
+    uid: u32,
+    gid: u32,
+    uids: Vec<Range>,
+    gids: Vec<Range>,
+}
+
+/// First id and how many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Range {
+    first: u32,
+    count: u32,
+}
+
+/// The tools and what they are to map.
+struct Mapping {
+    uids: (PathBuf, Vec<Range>),
+    gids: (PathBuf, Vec<Range>),
+}
+
+impl Mapping {
+    /// `None` if the site has no further ids for this user.
+    fn find(users: &[String]) -> Option<Self> {
+        let ranges = |file: &str, own: u32| {
+            let mut text = String::new();
+            let open = File::open(file).ok()?;
+            open.take(MAX_FILE).read_to_string(&mut text).ok()?;
+            Some(ranges(&text, users, own)).filter(|ranges| !ranges.is_empty())
+        };
+        Some(Self {
+            uids: (
+                tool("newuidmap")?,
+                ranges("/etc/subuid", getuid().as_raw())?,
+            ),
+            gids: (
+                tool("newgidmap")?,
+                ranges("/etc/subgid", getgid().as_raw())?,
+            ),
+        })
+    }
+
+    /// Runs the tools on the process `pid`.
+    fn write(&self, pid: u32) -> bool {
+        let uids = map(&self.uids, pid, getuid().as_raw());
+        let gids = map(&self.gids, pid, getgid().as_raw());
+        uids && gids
+    }
+}
+
+/// PURE: the ranges that a line of `text` gives to one of `users`; none that has `own`, which is mapped anyway.
+fn ranges(text: &str, users: &[String], own: u32) -> Vec<Range> {
+    let own = u64::from(own);
+    text.lines()
+        .filter_map(|line| {
+            let mut fields = line.trim().split(':');
+            let user = fields.next()?;
+            let first: u32 = fields.next()?.parse().ok()?;
+            let count: u32 = fields.next()?.parse().ok()?;
+            let (from, to) = (u64::from(first), u64::from(first) + u64::from(count));
+            let fits = count > 0 && !(from..to).contains(&own);
+            let ours = users.iter().any(|name| name == user);
+            (fits && ours).then_some(Range { first, count })
+        })
+        .take(MAX_RANGES)
+        .collect()
+}
+
+fn tool(name: &str) -> Option<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let folders = path.split(':').chain(FOLDERS.split(':'));
+    let absolute = folders.filter(|folder| folder.starts_with('/'));
+    absolute
+        .map(|folder| Path::new(folder).join(name))
+        .find(|path| path.is_file())
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the helper's one place that starts a program, which it waits for"
+)]
+fn map((tool, ranges): &(PathBuf, Vec<Range>), pid: u32, own: u32) -> bool {
+    let mut command = Command::new(tool);
+    command.arg(pid.to_string());
+    let own = Range {
+        first: own,
+        count: 1,
+    };
+    for range in std::iter::once(&own).chain(ranges) {
+        let first = range.first.to_string();
+        command.args([&first, &first, &range.count.to_string()]);
+    }
+    // A refusal costs the further ids, not the container.
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let status = command.stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// Enters the first namespaces. The child that maps ids returns as well, and must exit.
+pub(super) fn isolate(users: &[String]) -> io::Result<Isolated> {
+    let mut ids = Ids {
+        uid: getuid().as_raw(),
+        gid: getgid().as_raw(),
+        ..Ids::default()
+    };
+    if let Some(mapping) = Mapping::find(users) {
+        if let Some(code) = unshare_mapped(|pid| mapping.write(pid))? {
+            return Ok(Isolated::Mapper(code));
+        }
+        if is_mapped("uid_map") && is_mapped("gid_map") {
+            ids.uids = mapping.uids.1;
+            ids.gids = mapping.gids.1;
+        }
+    } else {
+        unshare(NAMESPACES)?;
+    }
+    // Each map can be written once: what no tool has written gets only ourselves.
+    if !is_mapped("uid_map") {
+        write("self", "uid_map", &format!("{0} {0} 1", ids.uid))?;
+    }
+    if !is_mapped("gid_map") {
+        // The kernel's condition; older ones have no such file and no such condition.
+        write("self", "setgroups", "deny").ok();
+        write("self", "gid_map", &format!("{0} {0} 1", ids.gid))?;
+    }
+    Ok(Isolated::Done(ids))
+}
+
+/// Enters the second namespaces, as root of them; without further ids nothing is done, and the runtime finds its own
+/// way. The child that maps ids returns as well, and must exit.
+pub(super) fn become_root(ids: Ids) -> io::Result<Isolated> {
+    if ids.uids.is_empty() || ids.gids.is_empty() {
+        return Ok(Isolated::Done(ids));
+    }
+    let uids = root_map(ids.uid, &ids.uids);
+    let gids = root_map(ids.gid, &ids.gids);
+    let mapped = unshare_mapped(|pid| {
+        let pid = pid.to_string();
+        write(&pid, "uid_map", &uids).is_ok() && write(&pid, "gid_map", &gids).is_ok()
+    })?;
+    if let Some(code) = mapped {
+        return Ok(Isolated::Mapper(code));
+    }
+    if is_mapped("uid_map") && is_mapped("gid_map") {
+        return Ok(Isolated::Done(ids));
+    }
+    Err(io::Error::other("the ids of the container were not mapped"))
+}
+
+/// PURE: this user is root, the others follow.
+fn root_map(own: u32, ranges: &[Range]) -> String {
+    let mut text = format!("0 {own} 1\n");
+    let mut next: u64 = 1;
+    for range in ranges {
+        // Writing to a string cannot fail.
+        writeln!(text, "{next} {} {}", range.first, range.count).ok();
+        next += u64::from(range.count);
+    }
+    text
+}
+
+/// Enters new namespaces while a child that stays outside waits, and then writes the maps of this process. Answers the
+/// child's exit code in the child.
+fn unshare_mapped(map: impl FnOnce(u32) -> bool) -> io::Result<Option<ExitCode>> {
+    let (mut reader, mut writer) = io::pipe()?;
+    let pid = std::process::id();
+    match sys::fork_single_threaded()? {
+        ForkResult::Child => {
+            super::super::die_with_parent();
+            drop(writer);
+            let mut byte = [0];
+            let isolated = reader.read_exact(&mut byte).is_ok();
+            let code = if isolated && map(pid) { 0 } else { FAILED };
+            Ok(Some(ExitCode::from(code)))
+        }
+        ForkResult::Parent { child } => {
+            drop(reader);
+            let isolated = unshare(NAMESPACES);
+            if isolated.is_ok() {
+                // A child that is gone mapped nothing, which the caller sees.
+                writer.write_all(b"m").ok();
+            }
+            drop(writer);
+            while waitpid(child, None) == Err(nix::errno::Errno::EINTR) {}
+            isolated?;
+            Ok(None)
+        }
+    }
+}
+
+fn is_mapped(map: &str) -> bool {
+    fs::read_to_string(format!("/proc/self/{map}")).is_ok_and(|text| !text.trim().is_empty())
+}
+
+fn write(process: &str, name: &str, text: &str) -> io::Result<()> {
+    let mut file = File::options()
+        .write(true)
+        .open(format!("/proc/{process}/{name}"))?;
+    file.write_all(text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ranges_of_a_user_by_name_or_number() {
+        let text = "# comment\nann:100000:65536\nbob:200000:10\n2001:300000:5\nann:x:1\nann:1:0\nann:1000:10\n";
+        let users = ["ann".to_owned(), "2001".to_owned()];
+        let found = ranges(text, &users, 1005);
+        let expected =
+            [(100_000, 65_536), (300_000, 5)].map(|(first, count)| Range { first, count });
+        assert_eq!(found, expected);
+        assert!(ranges(text, &["nobody".to_owned()], 1).is_empty());
+        let many = "ann:5:1\n".repeat(100);
+        assert_eq!(ranges(&many, &users, 1).len(), MAX_RANGES);
+    }
+
+    #[test]
+    fn root_inside_is_this_user_and_the_others_follow() {
+        let ranges = [(100_000, 65_536), (300_000, 5)].map(|(first, count)| Range { first, count });
+        let text = root_map(2001, &ranges);
+        assert_eq!(text, "0 2001 1\n1 100000 65536\n65537 300000 5\n");
+    }
+}

@@ -1,0 +1,71 @@
+//! The resource limits of a container's program: what its job may have, whoever set which soft limit on the way.
+//!
+//! A hard limit is what the job, and so Slurm and the site, allows. A soft one is an accident: the login shell from which
+//! the agent was started, slurmd's unit, our own processes (which dump no core and open many files). So the program gets
+//! every soft limit equal to the hard one, as a container runtime gives it, but for two whose usual value programs
+//! rely on; they may raise it themselves.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Open files: above it `select(2)` corrupts memory, and programs that close or look through all possible descriptors
+/// take seconds. It is the soft limit that systemd gives, and by it containerd 2 and Docker.
+const OPEN_FILES: u64 = 1024;
+
+/// Stack: the kernel's own default. Without a limit it lays out the address space in the old way, and the C library
+/// takes the limit as the size of the stack of every thread.
+const STACK: u64 = 8 << 20;
+
+const ALL: [Resource; 16] = [
+    Resource::Cpu,
+    Resource::Fsize,
+    Resource::Data,
+    Resource::Stack,
+    Resource::Core,
+    Resource::Rss,
+    Resource::Nproc,
+    Resource::Nofile,
+    Resource::Memlock,
+    Resource::As,
+    Resource::Locks,
+    Resource::Sigpending,
+    Resource::Msgqueue,
+    Resource::Nice,
+    Resource::Rtprio,
+    Resource::Rttime,
+];
+
+/// Sets all limits of this process, which is about to become the program.
+pub(super) fn set() {
+    for resource in ALL {
+        let limit = getrlimit(resource);
+        let current = soft(resource, limit.maximum);
+        // Up to the hard limit nobody is refused.
+        setrlimit(resource, Rlimit { current, ..limit }).ok();
+    }
+}
+
+/// PURE: the soft limit under the hard one; `None` is no limit.
+fn soft(resource: Resource, hard: Option<u64>) -> Option<u64> {
+    let usual = [(Resource::Nofile, OPEN_FILES), (Resource::Stack, STACK)];
+    match usual.into_iter().find(|(one, _)| *one == resource) {
+        Some((_, usual)) => Some(hard.map_or(usual, |hard| hard.min(usual))),
+        None => hard,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_may_have_what_its_job_may_have() {
+        assert_eq!(soft(Resource::Cpu, None), None);
+        assert_eq!(soft(Resource::Core, None), None);
+        assert_eq!(soft(Resource::Fsize, Some(7)), Some(7));
+        assert_eq!(soft(Resource::Nofile, Some(1 << 20)), Some(1024));
+        assert_eq!(soft(Resource::Nofile, None), Some(1024));
+        assert_eq!(soft(Resource::Nofile, Some(256)), Some(256));
+        assert_eq!(soft(Resource::Stack, None), Some(8 << 20));
+        assert_eq!(soft(Resource::Stack, Some(1 << 20)), Some(1 << 20));
+    }
+}

@@ -1,0 +1,195 @@
+//! Task: the agent's own certificate: renewed by the CA key that lies beside the CA, else warned of.
+//!
+//! The key stays and only the certificate's file is replaced, so that no crash leaves a pair that does not fit together.
+//! Publishes until when the certificate is valid, and what is wrong with the site file, for kubelets ([`pb::NodeInfo`]).
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::{SignedDuration, Timestamp};
+use knoc_proto::{
+    error::chain,
+    link::Credentials,
+    pb,
+    pki::{self, PkiError, RenewError},
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api::renew::{self, NoCa},
+    config::Tls,
+    jobdir::atomic::{self, FileError},
+    site::Site,
+};
+
+/// The longest pause: the clock may be set, and a policy problem is told within it.
+const LOOK: Duration = Duration::from_secs(10);
+/// Between two warnings of the same kind, and two tries that failed.
+const AGAIN: Duration = Duration::from_hours(1);
+
+/// Why the certificate was not renewed.
+#[derive(Debug, thiserror::Error)]
+enum RenewalError {
+    #[error(transparent)]
+    Ca(#[from] NoCa),
+    #[error("read or write the agent's certificate")]
+    File(#[from] FileError),
+    #[error("issue the agent's certificate")]
+    Issue(#[from] RenewError),
+    #[error("use the agent's key")]
+    Key(#[from] PkiError),
+}
+
+/// The task's own state.
+#[derive(Debug)]
+pub struct Renewal {
+    site: Arc<Site>,
+    /// None: only the unix socket is served.
+    credentials: Option<Credentials>,
+    node: watch::Sender<pb::NodeInfo>,
+    /// When it last tried, or warned.
+    tried: Option<Timestamp>,
+}
+
+impl Renewal {
+    /// A task for the certificate of `credentials`.
+    #[must_use]
+    pub fn new(
+        site: Arc<Site>,
+        credentials: Option<Credentials>,
+        node: watch::Sender<pb::NodeInfo>,
+    ) -> Self {
+        Self {
+            site,
+            credentials,
+            node,
+            tried: None,
+        }
+    }
+
+    /// Looks until `stop`.
+    pub async fn run(mut self, stop: CancellationToken) {
+        loop {
+            self.turn().await;
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+
+    async fn turn(&mut self) {
+        let (credentials, tls) = (self.credentials.clone(), self.site.config.tls.clone());
+        if let (Some(credentials), Some(tls)) = (credentials, tls) {
+            self.look(credentials, tls).await;
+        }
+        let until = self.credentials.as_ref();
+        let until = until.map_or(0, |one| one.info().validity.until.as_second());
+        let problem = self.site.policy.problem().unwrap_or_default();
+        self.node.send_if_modified(|node| {
+            let news = node.certificate_until != until || node.policy_problem != problem;
+            node.certificate_until = until;
+            node.policy_problem.clone_from(&problem);
+            news
+        });
+    }
+
+    async fn look(&mut self, credentials: Credentials, tls: Tls) {
+        let now = Timestamp::now();
+        let validity = credentials.info().validity;
+        let again = SignedDuration::try_from(AGAIN).unwrap_or(SignedDuration::MAX);
+        let recently = self
+            .tried
+            .is_some_and(|at| now.duration_since(at).abs() < again);
+        if now < pki::due(validity) || recently {
+            return;
+        }
+        self.tried = Some(now);
+        let renewed = tokio::task::spawn_blocking(move || renew(&credentials, &tls, now));
+        match renewed.await {
+            Ok(Ok(until)) => {
+                self.tried = None;
+                tracing::info!(%until, "renewed the agent's own certificate");
+            }
+            Ok(Err(error)) if pki::is_expiring(validity, now) => {
+                let error = chain(&error);
+                tracing::error!(until = %validity.until, error, "the agent's certificate ends soon and cannot be renewed");
+            }
+            Ok(Err(error)) => {
+                let error = chain(&error);
+                tracing::warn!(until = %validity.until, error, "the agent's certificate cannot be renewed");
+            }
+            Err(error) => tracing::error!(error = chain(&error), "renew the agent's certificate"),
+        }
+    }
+}
+
+/// Makes a new certificate for the same key, identity and names, and puts it in the old one's place. Blocking.
+fn renew(credentials: &Credentials, tls: &Tls, now: Timestamp) -> Result<Timestamp, RenewalError> {
+    let ca = renew::ca(tls)?;
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    let key = text(atomic::read(&tls.key)?);
+    let held = text(atomic::read(&tls.cert)?);
+    let pem = ca.renew_own(&held, &key, now)?;
+    let until = pki::inspect_pem(&pem)?.validity.until;
+    atomic::write(&tls.cert, pem.as_bytes(), 0o600)?;
+    // The next handshake would see it too.
+    if let Err(error) = credentials.reread() {
+        tracing::error!(error = chain(&error), "read the renewed certificate");
+    }
+    Ok(until)
+}
+
+#[cfg(test)]
+mod tests {
+    use knoc_proto::{
+        link::Identity,
+        pki::{Ca, Validity},
+    };
+
+    use super::*;
+
+    fn write(path: &std::path::Path, text: &str) {
+        atomic::write(path, text.as_bytes(), 0o600).unwrap();
+    }
+
+    #[test]
+    fn the_agents_own_certificate_keeps_key_identity_and_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let tls = Tls {
+            ca: path("ca.crt"),
+            cert: path("agent.crt"),
+            key: path("agent.key"),
+            ca_key: None,
+        };
+        let ca = Ca::generate("ca").unwrap();
+        let who = Identity::Agent { site: "s".into() };
+        let names = ["login.example".to_owned(), "10.0.0.1".to_owned()];
+        let now = Timestamp::now();
+        let dates = Validity::starting(now, Duration::from_mins(1));
+        let pair = ca.issue_for(&who, &names, dates).unwrap();
+        write(&tls.ca, ca.cert_pem());
+        write(&tls.cert, &pair.cert_pem);
+        write(&tls.key, &pair.key_pem);
+        let credentials = Credentials::from_files(&tls.ca, &tls.cert, &tls.key).unwrap();
+        let before = credentials.info();
+        let error = renew(&credentials, &tls, now).unwrap_err();
+        assert!(error.to_string().contains("ca.key is not there"), "{error}");
+        write(&tls.ca_key(), &Ca::generate("other").unwrap().key_pem());
+        let error = chain(&renew(&credentials, &tls, now).unwrap_err());
+        assert!(error.contains("none of the CA's certificates"), "{error}");
+        write(&tls.ca_key(), &ca.key_pem());
+        let later = now + SignedDuration::from_secs(30);
+        renew(&credentials, &tls, later).unwrap();
+        let after = credentials.info();
+        assert_eq!(after.identity, Ok(who));
+        assert_eq!(after.spki, before.spki);
+        assert!(after.validity.until > before.validity.until);
+        let read = std::fs::read_to_string(&tls.cert).unwrap();
+        let names_of = |pem: &str| pki::names_of_pem(pem).unwrap();
+        assert_eq!(names_of(&read), names_of(&pair.cert_pem));
+        assert_eq!(names_of(&read).len(), 2);
+    }
+}

@@ -1,0 +1,93 @@
+//! PURE: whose a job is that Slurm shows.
+//!
+//! Once `sbatch` has answered, a job is known by its id. Its name, comment and working directory only help to find it:
+//! users (`scontrol update`), submit plugins and wrappers of `sbatch` change them. But the id alone is not enough either,
+//! since a controller that was killed soon after a submission gives the id again. So a job with the id is the pod's if
+//!
+//! * its name, comment or working directory names the pod, or
+//! * its submit time is the one that Slurm gave for the job before, or
+//! * Slurm has not shown the job before, and it was submitted while our `sbatch` ran, by the controller's clock, or
+//! * it was requeued (which sets its submit time anew, always later, and counts its restarts).
+
+use std::path::Path;
+
+use super::parse::{Detail, Row};
+use crate::scheduler::{JobRef, Marks};
+
+/// Submit times are whole seconds, and the clock of the controller is known to the second.
+const TOLERANCE: i64 = 1;
+
+/// Whose a job is that has the id of one of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// The pod's.
+    Ours(Marks),
+    /// Somebody else's: the id was given again.
+    Stranger,
+    /// What is known does not tell: [`decide`] with more.
+    Doubt,
+}
+
+/// Is `row`, which has the id of `job`, the job of this pod?
+#[must_use]
+pub(super) fn judge(row: &Row, job: &JobRef, pods: &Path) -> Whose {
+    let marks = row.marks(&job.uid, pods);
+    if row.id != job.id {
+        return Whose::Stranger;
+    }
+    if marks.any() {
+        return Whose::Ours(marks);
+    }
+    // A later job of another pod of ours.
+    if row.names(pods).is_some() {
+        return Whose::Stranger;
+    }
+    let ours = match (job.submitted_at, row.submitted_at) {
+        (_, None) => false,
+        (Some(known), Some(at)) => known == at,
+        (None, Some(at)) => job.call.is_some_and(|call| within(call, at, 0)),
+    };
+    if ours {
+        Whose::Ours(marks)
+    } else {
+        Whose::Doubt
+    }
+}
+
+/// Settles a doubt with the controller's full answer about the job. `ahead` is by how many seconds the controller's
+/// clock is ahead of this host's; `None` if it could not be asked.
+#[must_use]
+pub(super) fn decide(
+    row: &Row,
+    detail: &Detail,
+    job: &JobRef,
+    pods: &Path,
+    ahead: Option<i64>,
+) -> Whose {
+    let own = pods.join(job.uid.as_str());
+    let marks = Marks {
+        directory: detail.directory.as_ref() == Some(&own),
+        ..row.marks(&job.uid, pods)
+    };
+    let ours = match (job.submitted_at, row.submitted_at) {
+        (_, None) => false,
+        (Some(known), Some(at)) => known == at || (detail.restarts > 0 && at > known),
+        (None, Some(at)) => job
+            .call
+            .is_some_and(|call| within(call, at, ahead.unwrap_or(0))),
+    };
+    if marks.any() || ours {
+        Whose::Ours(marks)
+    } else {
+        Whose::Stranger
+    }
+}
+
+/// Did the controller, whose clock is `ahead` of ours, take the job while `sbatch` ran?
+fn within((began, ended): (i64, i64), submitted: i64, ahead: i64) -> bool {
+    let at = submitted.saturating_sub(ahead);
+    (began.saturating_sub(TOLERANCE)..=ended.saturating_add(TOLERANCE)).contains(&at)
+}
+
+#[cfg(test)]
+mod tests;

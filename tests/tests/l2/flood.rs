@@ -1,0 +1,202 @@
+//! Level 2: one address keeps 5,000 silent connections to a port open, and everybody else is served: within a second at
+//! another address, within three at the same one.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use knoc_proto::{
+    link::{Credentials, ExpectPeer, pinned},
+    pb,
+};
+use knoc_tests::{
+    flood::{ATTACKER, Flood},
+    relay::Relay,
+    site::{Kubelet, Options, Site},
+    wait_for,
+};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use tokio::{net::TcpStream, sync::Mutex};
+use tonic::transport::Channel;
+
+const CONNECTIONS: usize = 5000;
+
+/// The goals, each for a client's address.
+const GOALS: [(Ipv4Addr, Duration); 2] = [
+    (Ipv4Addr::LOCALHOST, Duration::from_secs(1)),
+    (ATTACKER, Duration::from_secs(3)),
+];
+
+/// One flood at a time: they would measure each other.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+/// How often is asked until an answer comes within the goal. Tests run side by side on machines with few processors, so one
+/// answer may wait for its turn; a port that is closed gives none in time, however often it is asked.
+const TRIES: usize = 5;
+
+/// Asks from each address; the question goes to a relay that sits there.
+async fn within_the_goals(
+    target: SocketAddr,
+    mut ask: impl AsyncFnMut(SocketAddr) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    for (source, goal) in GOALS {
+        let mut relay = Relay::start_from(source).await?;
+        relay.lead_to(target);
+        let mut tries = Vec::new();
+        let mut met = false;
+        while !met {
+            ensure!(
+                tries.len() < TRIES,
+                "from {source}, goal {goal:?}: {tries:#?}"
+            );
+            let began = Instant::now();
+            let asked = tokio::time::timeout(goal * 2, ask(relay.address())).await;
+            let took = began.elapsed();
+            met = matches!(asked, Ok(Ok(()))) && took < goal;
+            tries.push(format!("{asked:?} after {took:?}"));
+        }
+    }
+    Ok(())
+}
+
+fn credentials(site: &Site, name: &str) -> anyhow::Result<Credentials> {
+    let [ca, cert, key] = [
+        "ca.crt".to_owned(),
+        format!("{name}.crt"),
+        format!("{name}.key"),
+    ]
+    .map(|file| site.path(&file));
+    Ok(Credentials::from_files(ca, cert, key)?)
+}
+
+/// A new link to the agent, and a question over it.
+async fn ask_agent(address: SocketAddr, credentials: Credentials) -> anyhow::Result<()> {
+    let carrier = knoc_proto::link::Carrier::Tcp(address.to_string());
+    let channel = knoc_proto::link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
+    let mut client = pb::agent_client::AgentClient::<Channel>::new(channel);
+    client.get_info(pb::GetInfoRequest::default()).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn silent_connections_close_no_port_of_the_agent() -> anyhow::Result<()> {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let flood = Flood::start(site.address(), CONNECTIONS).await?;
+    within_the_goals(site.address(), async |address| {
+        ask_agent(address, credentials(&site, "kubelet")?).await
+    })
+    .await
+    .context("the port for kubelets")?;
+    drop(flood);
+    // The log says what goes on, in few lines.
+    let log = std::fs::read_to_string(site.path("agent.log"))?;
+    let about = log.lines().filter(|line| line.contains("127.0.0.2"));
+    let lines = about.count();
+    ensure!((1..50).contains(&lines), "{lines} lines about the attacker");
+
+    let endpoint = std::fs::read_to_string(site.path("state/endpoint.json"))?;
+    let endpoint: serde_json::Value = serde_json::from_str(&endpoint)?;
+    let spki = endpoint["spki"].as_str().context("no spki")?;
+    let pair = pinned::KeyPair::generate("shim")?;
+    let _flood = Flood::start(site.shim_address(), CONNECTIONS).await?;
+    within_the_goals(site.shim_address(), async |address| {
+        pinned::dial(&address.to_string(), &pair, spki).await?;
+        Ok(())
+    })
+    .await
+    .context("the port for shims")
+}
+
+/// One request to the kubelet API over a connection of its own, whose answer to a client without identity is a 401.
+async fn ask_kubelet(address: SocketAddr) -> anyhow::Result<()> {
+    let mut config = kube::Config::new(format!("https://{address}").parse()?);
+    config.accept_invalid_certs = true;
+    let client = kube::Client::try_from(config)?;
+    let request = http::Request::get("/healthz").body(Vec::new())?;
+    match client.request_text(request).await {
+        Ok(text) => anyhow::bail!("answered without identity: {text}"),
+        Err(kube::Error::Api(status)) if status.code == 401 => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[tokio::test]
+async fn silent_connections_do_not_close_the_kubelets_port() -> anyhow::Result<()> {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let site = Site::new(Options::default())?;
+    let _agent = site.agent(&[]).await?;
+    let kubelet = Kubelet::prepare(&site).await?;
+    let _process = kubelet.start(&site, &[]).await?;
+    let _flood = Flood::start(kubelet.address(), CONNECTIONS).await?;
+    within_the_goals(kubelet.address(), ask_kubelet).await
+}
+
+/// Ticks of computing time that a process has used.
+fn ticks(pid: Pid) -> anyhow::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))?;
+    let after_name = stat.rsplit_once(')').context("no name")?.1;
+    let fields: Vec<&str> = after_name.split_whitespace().collect();
+    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+}
+
+#[tokio::test]
+async fn an_agent_without_descriptors_neither_spins_nor_stays_closed() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let agent = site.agent(&[]).await?;
+    let pid = agent.pid().context("it has ended")?;
+    let pid = Pid::from_raw(i32::try_from(pid)?).context("no pid")?;
+    let ask = async || ask_agent(site.address(), credentials(&site, "kubelet")?).await;
+    ask().await?;
+    // Fewer than it has open: every `accept` fails.
+    let low = |current| Rlimit {
+        current: Some(current),
+        maximum: rustix::process::getrlimit(Resource::Nofile).maximum,
+    };
+    let before = prlimit(Some(pid), Resource::Nofile, low(3))?;
+    let used = ticks(pid)?;
+    let mut waiting = Vec::new();
+    for _ in 0..50 {
+        waiting.push(TcpStream::connect(site.address()).await?);
+    }
+    let pause = Duration::from_secs(2);
+    let said = tokio::time::timeout(pause, std::future::pending::<()>()).await;
+    ensure!(said.is_err(), "two seconds have passed");
+    let used = ticks(pid)? - used;
+    ensure!(used < 60, "{used} ticks of computing time in {pause:?}");
+    prlimit(Some(pid), Resource::Nofile, before)?;
+    wait_for("the agent answers again", Duration::from_secs(5), ask).await?;
+    let log = std::fs::read_to_string(site.path("agent.log"))?;
+    let about = log
+        .lines()
+        .filter(|line| line.contains("ulimit -n"))
+        .count();
+    ensure!((1..20).contains(&about), "{about} lines");
+    Ok(())
+}
+
+/// With few descriptors the bounds are lower, and still nobody is kept out.
+#[tokio::test]
+async fn a_low_limit_of_open_files_is_kept_to() -> anyhow::Result<()> {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let site = Site::new(Options::default())?;
+    let wrapper = site.path("wrapper");
+    site.put("wrapper", "#!/bin/sh\nulimit -n 512\nexec \"$@\"\n")?;
+    std::fs::set_permissions(
+        &wrapper,
+        std::os::unix::fs::PermissionsExt::from_mode(0o700),
+    )?;
+    let agent = site.wrapped_agent(&wrapper).await?;
+    let _flood = Flood::start(site.address(), 2000).await?;
+    within_the_goals(site.address(), async |address| {
+        ask_agent(address, credentials(&site, "kubelet")?).await
+    })
+    .await?;
+    let pid = agent.pid().context("it has ended")?;
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+    ensure!(open < 200, "{open} descriptors are open");
+    Ok(())
+}

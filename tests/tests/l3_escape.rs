@@ -1,0 +1,273 @@
+//! What containers and other users try in order to get out of a pod: each swaps something between our check and its use.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use knoc_tests::{
+    PodBuilder, World, wait_for,
+    world::{SOON, container_reason},
+};
+use kube::api::PostParams;
+use serde_json::json;
+
+/// How long the swapper goes on.
+const RACE: Duration = Duration::from_mins(1);
+
+/// Containers that mount what is swapped. Each is started again after a pause that doubles, so many make many starts.
+const READERS: usize = 16;
+
+/// The swapper: `sub` is a folder, then a link to the account's home, then a link to the root, until the time is over.
+const SWAP: &str = r#"
+mkdir -p /v/sub; echo inside >/v/sub/inside; ln -s "$ACCOUNT" /v/home; ln -s / /v/root
+end=$(($(date +%s) + $SECONDS_LEFT)); swaps=0
+while [ $(date +%s) -lt $end ]; do
+    for link in home root; do
+        mv -T /v/sub /v/folder; mv -T /v/$link /v/sub
+        mv -T /v/sub /v/$link; mv -T /v/folder /v/sub
+        swaps=$((swaps + 1))
+    done
+done
+echo $swaps >/out/swaps
+sleep 600
+"#;
+
+/// A reader: what it can read of the account's files, and where it can write, is told to the swapper's pod.
+const READ: &str = r#"
+echo "$HOSTNAME" >>/out/starts
+for at in "/s" "/s$ACCOUNT"; do
+    [ -e /s/inside ] || [ ! -d "$at" ] || echo written >"$at/$CANARY.written" 2>/dev/null
+    if grep -q secret "$at/$CANARY" 2>/dev/null; then echo "read $at" >>/out/escapes; break; fi
+done
+[ -e /s/inside ] && echo yes >>/out/inside
+exit 0
+"#;
+
+/// Files of the account that a container must not reach.
+struct Account<'a> {
+    world: &'a World,
+    home: String,
+    canary: String,
+}
+
+impl<'a> Account<'a> {
+    async fn new(world: &'a World) -> anyhow::Result<Self> {
+        let canary = format!("canary-{}", world.namespace);
+        let make = format!("echo secret >~/{canary}; chmod 600 ~/{canary}; cd; pwd");
+        let home = world.on("login", ["sh", "-c", &make]).ok().await?;
+        let home = home.text().trim().to_owned();
+        Ok(Self {
+            world,
+            home,
+            canary,
+        })
+    }
+
+    /// What was written beside it; then all of it goes.
+    async fn finish(self) -> anyhow::Result<bool> {
+        let Self { home, canary, .. } = &self;
+        let look = format!(
+            "ls {home}/{canary}.written 2>/dev/null; rm -f {home}/{canary} {home}/{canary}.written"
+        );
+        let found = self.world.on("login", ["sh", "-c", &look]).output().await?;
+        Ok(!found.text().trim().is_empty())
+    }
+}
+
+/// One container swaps a folder of a volume for links to the account's home and to the root, others mount it by subPath
+/// meanwhile, again and again: what is mounted is always the folder.
+#[tokio::test]
+async fn a_folder_that_is_swapped_for_a_link_is_never_left() -> anyhow::Result<()> {
+    let world = World::new("swap").await?;
+    let account = Account::new(&world).await?;
+    let env = json!([
+        {"name": "ACCOUNT", "value": account.home},
+        {"name": "CANARY", "value": account.canary},
+        {"name": "SECONDS_LEFT", "value": RACE.as_secs().to_string()},
+    ]);
+    let small = json!({"requests": {"cpu": "100m"}, "limits": {"memory": "48Mi"}});
+    let out = json!({"name": "out", "mountPath": "/out"});
+    let mut pod = PodBuilder::new("swap")
+        .restart("Always")
+        .spec(
+            "volumes",
+            json!([{"name": "v", "emptyDir": {}}, {"name": "out", "emptyDir": {}}]),
+        )
+        .sh(SWAP)
+        .set("resources", small.clone())
+        .set("env", env.clone())
+        .set(
+            "volumeMounts",
+            json!([{"name": "v", "mountPath": "/v"}, out]),
+        );
+    for reader in 0..READERS {
+        let sub = json!({"name": "v", "mountPath": "/s", "subPath": "sub"});
+        pod = pod
+            .container(&format!("reader-{reader}"))
+            .sh(READ)
+            .set("resources", small.clone())
+            .set("env", env.clone())
+            .set("volumeMounts", json!([sub, out]));
+    }
+    let uid = world.create(&pod).await?;
+    world.wait_job(&uid).await?;
+    let count = async |file: &str| -> anyhow::Result<usize> {
+        let text = format!("cat /out/{file} 2>/dev/null || true");
+        let text = world.exec(&uid, "main", ["sh", "-c", &text]).ok().await?;
+        let text = text.text();
+        Ok(match file {
+            "swaps" => text.trim().parse().unwrap_or(0),
+            _ => text.lines().count(),
+        })
+    };
+    wait_for("the end of the race", RACE + SOON, async || {
+        match count("swaps").await {
+            Ok(0) => Err("it goes on".to_owned()),
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("{error:#}")),
+        }
+    })
+    .await?;
+    let (swaps, starts) = (count("swaps").await?, count("starts").await?);
+    let (inside, escapes) = (count("inside").await?, count("escapes").await?);
+    let written = account.finish().await?;
+    println!("{swaps} swaps, {starts} starts, {inside} of them inside, {escapes} escapes");
+    ensure!(
+        escapes == 0,
+        "{escapes} of {starts} starts read the account's files"
+    );
+    ensure!(!written, "a container wrote to the account's home");
+    ensure!(
+        swaps >= 100 && inside >= 10,
+        "{swaps} swaps, {inside} starts: no race"
+    );
+    world.finish().await
+}
+
+/// Links that stay inside their volume are followed, as in a kubelet: of the atomic writer and of containers.
+#[tokio::test]
+async fn links_that_stay_in_their_volume_lead_on() -> anyhow::Result<()> {
+    let world = World::new("sub-links").await?;
+    let map = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "map"},
+        "data": {"key": "value of the key"},
+    });
+    let map: ConfigMap = serde_json::from_value(map)?;
+    world
+        .api::<ConfigMap>()
+        .create(&PostParams::default(), &map)
+        .await?;
+    let pod = PodBuilder::new("links")
+        .spec(
+            "volumes",
+            json!([{"name": "v", "emptyDir": {}}, {"name": "map", "configMap": {"name": "map"}}]),
+        )
+        .spec("terminationGracePeriodSeconds", json!(1))
+        .init_container("make")
+        .sh("mkdir -p /v/real/deep; echo deep >/v/real/deep/file; ln -s real/deep /v/link; ln -s ../out /v/out")
+        .set("volumeMounts", json!([{"name": "v", "mountPath": "/v"}]));
+    let pod = pod
+        .container("reads")
+        .sh("cat /key /deep/file; echo here >/deep/message; echo x >>/key")
+        .set("terminationMessagePath", json!("/deep/message"))
+        .set(
+            "volumeMounts",
+            json!([
+                {"name": "map", "mountPath": "/key", "subPath": "key"},
+                {"name": "v", "mountPath": "/deep", "subPath": "link"},
+            ]),
+        )
+        .container("leaves")
+        .set(
+            "volumeMounts",
+            json!([{"name": "v", "mountPath": "/v", "subPath": "out"}]),
+        );
+    world.create(&pod).await?;
+    let ended = world.wait_phase("links", "Failed", SOON).await?;
+    let log = world.logs("links", "reads").await?;
+    ensure!(log.starts_with("value of the keydeep\n"), "{log:?}");
+    ensure!(log.contains("Read-only file system"), "{log:?}");
+    let reason =
+        |name| container_reason(&ended, name).with_context(|| format!("{name} has no end"));
+    ensure!(reason("reads")?.1 == "here\n", "{:?}", reason("reads")?);
+    let (why, message) = reason("leaves")?;
+    ensure!(
+        why == "CreateContainerError" && message.contains("\"out\""),
+        "{why}: {message}"
+    );
+    world.finish().await
+}
+
+/// An image file is swapped while its pod runs: the pod's next start does not follow, whatever the new one is.
+#[tokio::test]
+async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
+    let world = World::new("image-swap").await?;
+    let folder = format!("/scratch/{}", world.namespace);
+    let image = format!("{folder}/image.sif");
+    let sh = async |script: String| world.on("login", ["sh", "-c", &script]).ok().await;
+    sh(format!(
+        "mkdir -m 755 {folder} && cp /images/busybox.sif {image}"
+    ))
+    .await?;
+    let restarts = PodBuilder::new("restarts")
+        .restart("Always")
+        .image(&image)
+        .sh("while [ ! -e /go/on ]; do sleep 0.1; done; rm /go/on")
+        .spec("volumes", json!([{"name": "go", "emptyDir": {}}]))
+        .set("volumeMounts", json!([{"name": "go", "mountPath": "/go"}]));
+    let uid = world.running(&restarts).await?;
+    // Unchanged, it starts again.
+    world.exec(&uid, "main", ["touch", "/go/on"]).ok().await?;
+    world
+        .wait("restarts", "started again", SOON, |pod| {
+            let status = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
+            (status.restart_count == 1 && status.ready).then_some(())
+        })
+        .await?;
+    sh(format!(
+        "mv {image} {folder}/old; ln -s /images/own.sif {image}"
+    ))
+    .await?;
+    world.exec(&uid, "main", ["touch", "/go/on"]).ok().await?;
+    let message = world
+        .wait("restarts", "refused", SOON, |pod| {
+            let (_, message) = last_reason(pod)?;
+            message.contains("replaced or changed").then_some(message)
+        })
+        .await?;
+    ensure!(message.contains(&image), "{message}");
+    world.delete("restarts", Some(0)).await?;
+
+    // A folder that others can write is refused at once, and by its name.
+    sh(format!(
+        "rm {image}; mv {folder}/old {image}; chmod 777 {folder}"
+    ))
+    .await?;
+    world
+        .create(&PodBuilder::new("shared").image(&image))
+        .await?;
+    let message = world
+        .wait("shared", "refused", SOON, |pod| {
+            let (_, message) = container_reason(pod, "main")?;
+            message.contains("trust_shared_roots").then_some(message)
+        })
+        .await?;
+    ensure!(message.contains(&format!("{folder:?}")), "{message}");
+    // Once it is private the pod goes on by itself.
+    sh(format!("chmod 755 {folder}")).await?;
+    world.wait_phase("shared", "Succeeded", SOON + SOON).await?;
+    sh(format!("rm -r {folder}")).await?;
+    world.finish().await
+}
+
+/// How the container ended last, also while it waits for its next start.
+fn last_reason(pod: &Pod) -> Option<(String, String)> {
+    let status = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
+    let ended = [&status.state, &status.last_state]
+        .into_iter()
+        .find_map(|state| state.as_ref()?.terminated.clone())?;
+    Some((
+        ended.reason.unwrap_or_default(),
+        ended.message.unwrap_or_default(),
+    ))
+}
