@@ -28,7 +28,7 @@ const SEED: u64 = 0x6b6e_6f63;
 const GIVEN: [&str; 6] = ["PATH", "HOME", "HOSTNAME", "TERM", "PWD", "TMPDIR"];
 
 /// Together, from the first pod's creation.
-const LIMIT: Duration = Duration::from_mins(1);
+const LIMIT: Duration = Duration::from_mins(3);
 
 /// Logs read at the same time.
 const READERS: usize = 8;
