@@ -68,7 +68,7 @@ fn line(event: &[u8], form: Form) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::{Arc, Mutex, PoisonError};
 
     use super::*;
 
@@ -77,7 +77,8 @@ mod tests {
 
     impl Write for Sink {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().write(bytes)
+            let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            held.write(bytes)
         }
 
         fn flush(&mut self) -> io::Result<()> {
@@ -139,9 +140,9 @@ mod tests {
 
     #[test]
     fn a_line_has_an_end() {
-        let long = "\u{1b}".repeat(100_000);
+        let endless = "\u{1b}".repeat(100_000);
         for form in [Form::Text, Form::Json] {
-            let log = logged(form, || tracing::info!(long = %long, "m"));
+            let log = logged(form, || tracing::info!(value = %endless, "m"));
             assert!(
                 log.len() < 8 * LINE && log.lines().count() == 1,
                 "{}",

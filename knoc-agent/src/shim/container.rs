@@ -238,8 +238,7 @@ type Done = (Exit, String, Losses, bool, Counters);
 
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
     let container = pod.container(attempt.index);
-    let image = pod.image(attempt.index);
-    let config = image.config.clone().unwrap_or_default();
+    let config = pod.image(attempt.index).config.clone().unwrap_or_default();
     let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
     if spec.argv.is_empty() {
         return Err(AttemptError::NoCommand);
