@@ -74,12 +74,8 @@ impl<'a> Account<'a> {
     }
 }
 
-/// One container swaps a folder of a volume for links to the account's home and to the root, others mount it by subPath
-/// meanwhile, again and again: what is mounted is always the folder.
-#[tokio::test]
-async fn a_folder_that_is_swapped_for_a_link_is_never_left() -> anyhow::Result<()> {
-    let world = World::new("swap").await?;
-    let account = Account::new(&world).await?;
+/// The pod whose containers race.
+fn racers(account: &Account<'_>) -> PodBuilder {
     let env = json!([
         {"name": "ACCOUNT", "value": account.home},
         {"name": "CANARY", "value": account.canary},
@@ -109,7 +105,16 @@ async fn a_folder_that_is_swapped_for_a_link_is_never_left() -> anyhow::Result<(
             .set("env", env.clone())
             .set("volumeMounts", json!([sub, out]));
     }
-    let uid = world.create(&pod).await?;
+    pod
+}
+
+/// One container swaps a folder of a volume for links to the account's home and to the root, others mount it by subPath
+/// meanwhile, again and again: what is mounted is always the folder.
+#[tokio::test]
+async fn a_folder_that_is_swapped_for_a_link_is_never_left() -> anyhow::Result<()> {
+    let world = World::new("swap").await?;
+    let account = Account::new(&world).await?;
+    let uid = world.create(&racers(&account)).await?;
     world.wait_job(&uid).await?;
     let count = async |file: &str| -> anyhow::Result<usize> {
         let text = format!("cat /out/{file} 2>/dev/null || true");

@@ -287,11 +287,10 @@ mod tests {
     /// `/.knoc` is the container's: what it puts in the place of its message is not read through.
     #[test]
     fn a_message_is_a_plain_file_of_the_container() {
-        let home = tempfile::tempdir().unwrap();
-        let secret = home.path().join("key");
-        fs::write(&secret, "secret").unwrap();
         let base = tempfile::tempdir().unwrap();
         let base = fs::canonicalize(base.path()).unwrap();
+        let secret = base.join("key");
+        fs::write(&secret, "secret").unwrap();
         let folder = |name: &str| {
             let path = base.join(name);
             fs::create_dir_all(&path).unwrap();

@@ -12,7 +12,7 @@ const MIB: usize = 1 << 20;
 /// What the kernel's buffers hold beside what is read.
 const BUFFERS: usize = 16 * MIB;
 /// A refusal that takes longer was a time-out of a whole pull; on a busy machine one that is right takes its time too.
-const AT_ONCE: Duration = Duration::from_secs(60);
+const AT_ONCE: Duration = Duration::from_mins(1);
 
 fn named(prefix: &str) -> Registry {
     Registry {
