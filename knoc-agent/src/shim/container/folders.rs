@@ -320,9 +320,8 @@ mod tests {
                 ),
             };
             let volume = File::open(folder("volume")).unwrap();
-            let image = pb::ResolvedImage::default();
             let mut folders = Folders {
-                mounts: Mounts::new(&image, private.clone()),
+                mounts: Mounts::new(&pb::ResolvedImage::default(), private.clone()),
                 shared,
                 root: folder("root"),
                 work: folder("work"),
