@@ -109,6 +109,20 @@ pub async fn streams(quick: bool, words: &str) -> anyhow::Result<()> {
     bed.close().await
 }
 
+/// So many pods at once, in so many rounds: the table goes to standard output, the page stays as it is.
+pub async fn pods(pods: usize, rounds: usize) -> anyhow::Result<()> {
+    let bed = Bed::open().await?;
+    let mut batch = pods::Batch::new(pods);
+    for round in 1..=rounds {
+        say(&format!("{pods} pods at once, round {round} of {rounds}"));
+        batch.round(&bed, round).await?;
+    }
+    let mut table = String::new();
+    report::pods(&mut table, &batch)?;
+    std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
+    bed.close().await
+}
+
 fn sizes(quick: bool) -> streams::Sizes {
     if quick {
         streams::Sizes {

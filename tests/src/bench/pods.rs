@@ -55,6 +55,12 @@ pub(super) struct Batch {
     pub(super) t2_read_only: Series,
     /// The program's last line → the terminal phase is seen.
     pub(super) t3: Series,
+    /// Its first part: the program's last line → the shim has seen its end, and read what it left.
+    pub(super) t3_shim: Series,
+    /// Its second part: → the agent has the shim's report.
+    pub(super) t3_agent: Series,
+    /// Its third part: → the terminal phase is seen.
+    pub(super) t3_kubelet: Series,
 }
 
 /// What a watch saw of one pod.
@@ -187,6 +193,13 @@ impl Batch {
         self.t2_before.push(span(created, ended));
         self.t2_start.push(span(bed.job_began(uid)?, started));
         self.t3.push(span(stopped, terminal));
+        let container = observed.containers.first().context("no container")?;
+        let Some(pb::container_status::State::Terminated(end)) = &container.state else {
+            anyhow::bail!("its container has not ended: {container:?}");
+        };
+        self.t3_shim.push(span(stopped, end.finished_at));
+        self.t3_agent.push(span(end.finished_at, observed.since));
+        self.t3_kubelet.push(span(observed.since, terminal));
         Ok(ended)
     }
 }

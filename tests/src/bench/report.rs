@@ -166,7 +166,7 @@ fn bound(what: &str, found: f64, limit: f64, unit: &'static str) -> Bound {
     }
 }
 
-fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
+pub(super) fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     let many = if batch.pods == 1 {
         "1 pod"
     } else {
@@ -205,6 +205,12 @@ fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     )?;
     row("beside: by hand, a read-only root", &batch.t2_read_only)?;
     row("T3: last line → terminal phase seen", &batch.t3)?;
+    row(
+        "of it: last line → the shim saw the program end",
+        &batch.t3_shim,
+    )?;
+    row("of it: → the agent has the report", &batch.t3_agent)?;
+    row("of it: → terminal phase seen", &batch.t3_kubelet)?;
     writeln!(
         out,
         "\nKNoC's share of T2, by medians (created → accepted, and job began → first line less apptainer exec): {:.1} ms. \

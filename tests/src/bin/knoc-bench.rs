@@ -1,6 +1,7 @@
 //! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
 //! `knoc-bench [--quick] streams [WORDS]` measures the streams alone, those that have the words in their name, and prints
 //! them;
+//! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of so many pods at once, and prints them;
 //! `knoc-bench relay PORT ROLE KEYS` is one of the relays that it measures itself against.
 
 use std::path::{Path, PathBuf};
@@ -26,12 +27,20 @@ fn main() -> anyhow::Result<()> {
         .iter()
         .position(|word| word == "--quick")
         .map(|at| arguments.remove(at));
+    let pods = arguments.first().is_some_and(|word| word == "pods");
     let streams = arguments.first().is_some_and(|word| word == "streams");
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
     let page = arguments.first().map_or(page, PathBuf::from);
     // The client takes of the processors no more than it needs: what it does is done on one thread, uncontended.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build().context("start the runtime")?;
+    if pods {
+        let count = arguments
+            .get(1)
+            .context("usage: knoc-bench pods COUNT [ROUNDS]")?;
+        let rounds = arguments.get(2).map_or(Ok(1), |rounds| rounds.parse())?;
+        return runtime.block_on(bench::pods(count.parse()?, rounds));
+    }
     if streams {
         let words = arguments.get(1).map_or("", String::as_str);
         return runtime.block_on(bench::streams(quick.is_some(), words));
