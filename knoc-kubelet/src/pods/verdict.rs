@@ -267,7 +267,8 @@ paths of files in volumes. Everything else is cleaned first: `./x` is `x`, `logs
 `..foo` and `a..b` are ordinary ones in a `subPath`; the path of a file may not begin with two dots, as in Kubernetes.
 
 **Mounts.** Parents are mounted before what lies below them, whatever their order in the pod; a mount point that is missing
-in a volume is made there. Links of the image (`/var/run`) are followed inside the container. Nothing can be mounted at `/`.
+in a volume is made there. Links of the image (`/var/run`) are followed inside the container. Nothing can be mounted at `/`
+or in `/.knoc`, which KNoC needs itself.
 A volume at `/dev/x`, other than `/dev/shm` and below it, is mounted elsewhere, and `/dev/x` is a link to it. `/dev/null`
 and the other devices stay, unless a volume is mounted at `/dev` itself.
 
