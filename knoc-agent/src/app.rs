@@ -45,7 +45,7 @@ pub struct App {
     ended: mpsc::Receiver<knoc_proto::ids::PodUid>,
     service: api::Service,
     near: Vec<link::Incoming>,
-    shim_hop: link::pinned::PinnedIncoming,
+    shim_hop: link::Incoming,
     /// Ends what takes requests; the registry's own token ends the actors after it.
     stop: CancellationToken,
     actors: CancellationToken,

@@ -18,6 +18,7 @@ mod fuzzed;
 mod limits;
 mod logs;
 mod options;
+mod peer_watch;
 mod portforward;
 pub mod query;
 mod refused;
@@ -36,7 +37,6 @@ mod tests;
 mod tls;
 mod upgrade;
 mod websocket;
-mod wire;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -47,9 +47,9 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::link::carrier::{Listener as _, tcp};
 use knoc_proto::pb;
 use thiserror::Error;
-use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -210,7 +210,7 @@ struct Context {
 
 /// The API, bound and not yet serving.
 pub struct Server {
-    listener: TcpListener,
+    listener: tcp::Listener,
     address: SocketAddr,
     context: Arc<Context>,
     reload: tls::Reload,
@@ -237,8 +237,9 @@ impl Server {
             tls::Reload::start(settings.serving, settings.client_ca, Arc::clone(&cluster))
                 .await
                 .map_err(|source| ServerError::Tls { source })?;
-        let bound = knoc_proto::link::accept::bind(settings.bind).and_then(|listener| {
-            let address = listener.local_addr()?;
+        let bound = tcp::Listener::bind(settings.bind).and_then(|listener| {
+            let nowhere = || std::io::Error::other("the listener has no address");
+            let address = listener.local_addr().ok_or_else(nowhere)?;
             Ok((listener, address))
         });
         let (listener, address) = bound.map_err(|source| ServerError::Bind {

@@ -18,26 +18,33 @@ use crate::bulk::Cutting;
 
 pub mod accept;
 pub mod admission;
-mod carrier;
+pub mod carrier;
+mod connection;
 mod credentials;
 mod dial;
 mod finished;
 mod identity;
 pub mod listen;
-mod one;
+mod origin;
+mod peer;
 pub mod pinned;
 mod shown;
+mod single_connection;
 pub mod socket;
 mod tls;
+pub mod verifier;
 
 pub use self::{
     carrier::{Carrier, InvalidCarrier},
+    connection::Connection,
     credentials::{Credentials, CredentialsError},
     dial::{connect, dial},
     identity::{ExpectPeer, Identity, InvalidIdentity},
-    listen::{Conn, Incoming, Peer},
-    one::{FarIo, FarSide, far_side, near_side},
+    listen::Incoming,
+    origin::Origin,
+    peer::Peer,
     shown::{Shown, Trust, Untrusted},
+    single_connection::{FarSide, far_side, near_side},
 };
 
 /// Both sides ping as often: shorter than the idle limits of firewalls and NAT (often 60 s and more), rare enough to

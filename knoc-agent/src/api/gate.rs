@@ -16,7 +16,7 @@ use std::{
 
 use jiff::Timestamp;
 use knoc_proto::{
-    link::{Conn, Identity, Peer, Shown},
+    link::{Connection, Identity, Peer, Shown},
     pki::CertificateInfo,
     reason::ErrorReason,
 };
@@ -76,7 +76,7 @@ impl Gate {
     }
 
     /// Watches over a connection until it is dropped.
-    pub(super) fn guard(&self, conn: Conn) -> Guarded {
+    pub(super) fn guard(&self, conn: Connection) -> Guarded {
         let Peer::Tls {
             identity,
             certificate,
@@ -130,7 +130,7 @@ impl Gate {
                 certificate,
                 ..
             }) => (identity, certificate),
-            Some(Peer::Pinned) | None => {
+            Some(Peer::Pinned { .. }) | None => {
                 return Err(ErrorReason::PeerDenied.status("the peer is not known"));
             }
         };
@@ -225,7 +225,7 @@ impl Interceptor for Gate {
 /// A connection that ends when its peer is not served any more.
 #[derive(Debug)]
 pub(super) struct Guarded {
-    conn: Conn,
+    conn: Connection,
     /// None for our own user's.
     watched: Option<Watched>,
 }

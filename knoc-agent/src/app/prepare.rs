@@ -300,7 +300,7 @@ pub fn socket_places(config: &Config) -> link::socket::Places {
 /// Writes where shims find the agent.
 pub(super) fn tell_shims(
     site: &Site,
-    shim_hop: &link::pinned::PinnedIncoming,
+    shim_hop: &link::Incoming,
     pair: &KeyPair,
 ) -> Result<(), PrepareError> {
     let port = shim_hop

@@ -86,10 +86,10 @@ impl Link {
                 dialled = link::pinned::dial(address, pair, &endpoint.spki) => dialled,
             };
             match dialled {
-                Ok(io) => {
+                Ok(connection) => {
                     tracing::debug!(%address, "linked to the agent");
                     self.state.send_replace(State::Connected);
-                    self.serve(io, shutdown).await;
+                    self.serve(connection, shutdown).await;
                     return true;
                 }
                 Err(error) => tracing::debug!("no link: {}", chain(&error)),
@@ -98,11 +98,11 @@ impl Link {
         false
     }
 
-    async fn serve(&self, io: link::pinned::TlsIo, shutdown: &CancellationToken) {
+    async fn serve(&self, connection: link::Connection, shutdown: &CancellationToken) {
         let service = ShimServer::new(self.service.clone());
         let serving = link::server()
             .add_service(Served::new(service))
-            .serve_with_incoming_shutdown(link::far_side(io), shutdown.cancelled());
+            .serve_with_incoming_shutdown(link::far_side(connection), shutdown.cancelled());
         if let Err(error) = serving.await {
             tracing::debug!("the link ended: {}", chain(&error));
         }

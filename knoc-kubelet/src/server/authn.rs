@@ -4,10 +4,10 @@
 //! says. Nobody is anonymous. What is refused is logged with the peer's address and the identity it claimed.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use http::HeaderMap;
+use knoc_proto::link::Origin;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
@@ -48,7 +48,7 @@ impl User {
 /// What the connection knows of its other end; an extension of every request.
 #[derive(Debug, Clone)]
 pub(super) struct Peer {
-    pub(super) address: SocketAddr,
+    pub(super) origin: Origin,
     /// End-entity certificate first.
     pub(super) certificates: Arc<[CertificateDer<'static>]>,
     /// Whether the connection counts among those without an identity.

@@ -14,11 +14,11 @@ use tracing::{debug, info};
 
 use super::Context;
 use super::limits::Place;
+use super::peer_watch::PeerWatch;
 use super::remotecommand::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
 use super::stop::Stop;
 use super::target::Refusal;
 use super::websocket::handshake::{self, BadHandshake};
-use super::wire::Wire;
 
 /// A connection that is no longer HTTP.
 pub(super) type Io = TokioIo<Upgraded>;
@@ -166,7 +166,7 @@ where
         Err(busy) => return busy.into_response(),
     };
     let upgraded = hyper::upgrade::on(&mut request);
-    let wire = request.extensions_mut().remove::<Wire>();
+    let watch = request.extensions_mut().remove::<PeerWatch>();
     let Answer { headers, protocol } = answer;
     let Purpose {
         verb,
@@ -183,7 +183,7 @@ where
                 tokio::select! {
                     biased;
                     () = serve(TokioIo::new(io)) => {}
-                    () = abandoned(wire) => info!(stream = what, "the client is gone, its input was not taken"),
+                    () = abandoned(watch) => info!(stream = what, "the client is gone, its input was not taken"),
                 }
             }
             Err(error) => debug!(%error, stream = what, "the client left before the upgrade"),
@@ -197,9 +197,9 @@ where
 }
 
 /// What is not a socket ends by itself.
-async fn abandoned(wire: Option<Wire>) {
-    match wire {
-        Some(wire) => wire.abandoned().await,
+async fn abandoned(watch: Option<PeerWatch>) {
+    match watch {
+        Some(watch) => watch.abandoned().await,
         None => std::future::pending().await,
     }
 }

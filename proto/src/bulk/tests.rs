@@ -12,12 +12,15 @@ use tonic::{
 };
 
 use super::{Called, Cutting, Messages, Nothing, Served, messages::Side};
-use crate::pb::{
-    self, ExecInput, ExecOutput,
-    exec_input::Input,
-    exec_output::Output,
-    shim_client::ShimClient,
-    shim_server::{Shim, ShimServer},
+use crate::{
+    link::{self, Connection, Peer},
+    pb::{
+        self, ExecInput, ExecOutput,
+        exec_input::Input,
+        exec_output::Output,
+        shim_client::ShimClient,
+        shim_server::{Shim, ShimServer},
+    },
 };
 
 fn stdin(data: impl Into<Bytes>) -> ExecInput {
@@ -145,7 +148,9 @@ fn echo() -> (Channel, mpsc::Receiver<()>) {
         left,
     };
     let server = Server::builder().add_service(Served::new(ShimServer::new(echo)));
-    tasks.spawn(server.serve_with_incoming(crate::link::far_side(far)));
+    let peer = Peer::Unix { uid: 0, pid: None };
+    let far = link::far_side(Connection::new(far, peer));
+    tasks.spawn(server.serve_with_incoming(far));
     let mut near = Some(near);
     let connector = tower::service_fn(move |_: http::Uri| {
         let io = near.take().map(hyper_util::rt::TokioIo::new);
