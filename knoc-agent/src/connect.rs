@@ -2,7 +2,7 @@
 //! start a command (`ssh login knoc-agent connect`). Understands nothing of what it carries, and carries nothing to a
 //! process that is not of the same user.
 
-use knoc_proto::link::{LinkError, carrier::unix, socket::Places};
+use knoc_link::{LinkError, carrier::unix, socket::Places};
 use tokio::io::{self, AsyncWriteExt as _};
 
 /// Why nothing was relayed, or no more.

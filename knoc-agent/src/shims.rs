@@ -15,11 +15,10 @@ use std::{
 };
 
 use futures::{FutureExt as _, StreamExt as _};
+use knoc_link::{Incoming, Peer, admission::Source, bulk::Called};
 use knoc_proto::{
-    bulk::Called,
     error::chain,
     ids::PodUid,
-    link::{self, Incoming, Peer, admission::Source},
     log_limit::LogLimit,
     pb::{self, shim_client::ShimClient},
     reason::ErrorReason,
@@ -211,9 +210,9 @@ pub async fn serve(shims: Shims, mut incoming: Incoming, stop: CancellationToken
                 continue;
             }
         };
-        let client = ShimClient::new(Called::new(link::near_side(connection)))
-            .max_decoding_message_size(link::MAX_MESSAGE)
-            .max_encoding_message_size(link::MAX_MESSAGE);
+        let client = ShimClient::new(Called::new(knoc_link::near_side(connection)))
+            .max_decoding_message_size(knoc_link::MAX_MESSAGE)
+            .max_encoding_message_size(knoc_link::MAX_MESSAGE);
         let following = follow(shims.clone(), route, client, stop.clone());
         tasks.spawn(following.map(|()| drop(place)));
     }

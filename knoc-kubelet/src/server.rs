@@ -43,13 +43,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use authn::User;
 use bytes::Bytes;
+pub use cluster::{Cluster, ClusterError, KubeCluster};
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::link::carrier::{Listener as _, tcp};
+use knoc_link::carrier::{Listener as _, tcp};
 use knoc_proto::pb;
 use thiserror::Error;
+pub use tls::TlsError;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -57,10 +60,6 @@ use tokio_util::task::TaskTracker;
 use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
 use crate::stats::Snapshot;
-
-pub use authn::User;
-pub use cluster::{Cluster, ClusterError, KubeCluster};
-pub use tls::TlsError;
 
 /// What the operator says of the API.
 #[derive(Debug, Clone)]

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use knoc_link::verifier::{CheckCertificate, Tls13Verifier, provider};
 use knoc_proto::error::chain;
-use knoc_proto::link::verifier::{CheckCertificate, Tls13Verifier, provider};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::{RootCertStore, ServerConfig};

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use futures::StreamExt as _;
-use knoc_proto::link::{
+use knoc_link::{
     Connection,
     pinned::{self, KeyPair},
 };

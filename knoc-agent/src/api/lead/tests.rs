@@ -1,7 +1,4 @@
-use knoc_proto::{
-    link::{Origin, Shown},
-    pki::Ca,
-};
+use knoc_link::{Origin, Shown, pki::Ca};
 use proptest::prelude::*;
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 

@@ -6,7 +6,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use http::Method;
 use k8s_openapi::api::authorization::v1::SubjectAccessReviewSpec;
-use knoc_proto::link::Origin;
+use knoc_link::Origin;
 
 use super::*;
 use crate::server::ClusterError;

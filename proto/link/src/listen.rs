@@ -13,6 +13,7 @@ use std::{
 };
 
 use futures::Stream;
+use knoc_proto::error::chain;
 use tokio::io::AsyncReadExt as _;
 
 use super::{
@@ -23,7 +24,6 @@ use super::{
     finished::Bounded,
     tls::{self, Seen, in_words},
 };
-use crate::error::chain;
 
 /// What an HTTP/2 client says first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

@@ -12,10 +12,10 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _};
+use knoc_proto::log_limit::LogLimit;
 use tokio::time::Instant;
 
 use super::{Connection, Identity, Peer, accept};
-use crate::log_limit::LogLimit;
 
 /// Connections that are counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -175,10 +175,7 @@ mod tests {
     use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 
     use super::*;
-    use crate::{
-        link::{Shown, origin::Origin},
-        pki,
-    };
+    use crate::{Shown, origin::Origin, pki};
 
     fn peer(identity: Identity) -> Peer {
         let key = pki::self_signed("peer").unwrap();

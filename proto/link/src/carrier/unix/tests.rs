@@ -1,7 +1,9 @@
 use std::os::unix::fs::symlink;
 
+use knoc_proto::error::chain;
+
 use super::*;
-use crate::{error::chain, link::carrier::Listener as _};
+use crate::carrier::Listener as _;
 
 const NAME: &str = "agent.sock";
 

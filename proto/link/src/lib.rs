@@ -1,5 +1,8 @@
 //! A link between two processes: carrier + TLS 1.3 + HTTP/2.
 //!
+//! Depends on `knoc-proto` alone. [`bulk`] are the streams of bytes over a link, [`pki`] the certificates that its two
+//! sides show each other.
+//!
 //! The near side is always the gRPC client, the far side the server; who *dials* is the TLS client, and that is
 //! configuration. Two kinds of links:
 //!
@@ -18,6 +21,7 @@ use crate::bulk::Cutting;
 
 pub mod accept;
 pub mod admission;
+pub mod bulk;
 pub mod carrier;
 mod connection;
 mod credentials;
@@ -28,6 +32,7 @@ pub mod listen;
 mod origin;
 mod peer;
 pub mod pinned;
+pub mod pki;
 mod shown;
 mod single_connection;
 pub mod socket;

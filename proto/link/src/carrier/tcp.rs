@@ -9,7 +9,7 @@ use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use super::{Carrier, Dial, InvalidCarrier, Unverified};
-use crate::link::{LinkError, origin::Origin};
+use crate::{LinkError, origin::Origin};
 
 /// What the kernel may keep for us between two polls. Connections that do not fit are tried again by their clients only
 /// after a second, so this is what the system allows by default.

@@ -29,6 +29,7 @@ use futures::{
     future::{AbortHandle, Abortable, Aborted, BoxFuture},
     stream::FuturesUnordered,
 };
+use knoc_proto::log_limit::LogLimit;
 use rustix::io::Errno;
 use tokio::time::{Instant, Sleep};
 
@@ -37,7 +38,6 @@ use super::{
     admission::{Admissions, Bounds, Source, Ticket},
     carrier::{Listener, Unverified},
 };
-use crate::log_limit::LogLimit;
 
 /// From the connection to its first byte. A client sends it as soon as it is connected; a busy one takes a second.
 const FIRST_BYTE: Duration = Duration::from_secs(5);

@@ -5,6 +5,7 @@
 //! a 0700 folder for the pod's life.
 use std::{fmt, io, net::SocketAddr, path::Path, sync::Arc};
 
+use knoc_proto::error::chain;
 use rustls::{CertificateError, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _};
 
@@ -16,10 +17,7 @@ use super::{
     tls::{self, client_config, in_words, other, server_config},
     verifier::{CheckCertificate, Tls13Verifier, provider},
 };
-use crate::{
-    error::chain,
-    pki::{self, PkiError},
-};
+use crate::pki::{self, PkiError};
 
 /// A self-signed certificate and its key.
 #[derive(Clone)]

@@ -1,7 +1,7 @@
 use std::{io, os::unix::fs::PermissionsExt as _};
 
 use super::*;
-use crate::link::carrier::unix::Listener;
+use crate::carrier::unix::Listener;
 
 fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();

@@ -8,6 +8,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use knoc_proto::error::chain;
 use rustls::{
     CertificateError, ClientConfig, DistinguishedName, OtherError, RootCertStore, ServerConfig,
     client::{Resumption, danger::ServerCertVerifier, verify_server_cert_signed_by_trust_anchor},
@@ -25,7 +26,7 @@ use super::{
     carrier::Io,
     verifier::{CheckCertificate, Tls13Verifier, provider},
 };
-use crate::{error::chain, pki};
+use crate::pki;
 
 /// HTTP/2 only.
 pub(super) const ALPN: &[u8] = b"h2";

@@ -1,6 +1,13 @@
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use http_body_util::BodyExt as _;
+use knoc_proto::pb::{
+    self, ExecInput, ExecOutput,
+    exec_input::Input,
+    exec_output::Output,
+    shim_client::ShimClient,
+    shim_server::{Shim, ShimServer},
+};
 use proptest::prelude::*;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -12,16 +19,7 @@ use tonic::{
 };
 
 use super::{Called, Cutting, Messages, Nothing, Served, messages::Side};
-use crate::{
-    link::{self, Connection, Peer},
-    pb::{
-        self, ExecInput, ExecOutput,
-        exec_input::Input,
-        exec_output::Output,
-        shim_client::ShimClient,
-        shim_server::{Shim, ShimServer},
-    },
-};
+use crate::{Connection, Peer};
 
 fn stdin(data: impl Into<Bytes>) -> ExecInput {
     let input = Some(Input::Stdin(data.into()));
@@ -149,7 +147,7 @@ fn echo() -> (Channel, mpsc::Receiver<()>) {
     };
     let server = Server::builder().add_service(Served::new(ShimServer::new(echo)));
     let peer = Peer::Unix { uid: 0, pid: None };
-    let far = link::far_side(Connection::new(far, peer));
+    let far = crate::far_side(Connection::new(far, peer));
     tasks.spawn(server.serve_with_incoming(far));
     let mut near = Some(near);
     let connector = tower::service_fn(move |_: http::Uri| {

@@ -24,7 +24,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::{Carrier, Dial, InvalidCarrier, Unverified};
-use crate::link::{LinkError, Peer, origin::Origin, own_uid};
+use crate::{LinkError, Peer, origin::Origin, own_uid};
 
 /// The carrier that `/PATH` names.
 pub(super) fn parse(path: &str) -> Result<Carrier, InvalidCarrier> {
@@ -162,7 +162,7 @@ impl Drop for SocketFile {
 }
 
 /// Is there a socket of ours at `path`, in a folder of ours?
-pub(in crate::link) fn is_ours(path: &Path) -> bool {
+pub(crate) fn is_ours(path: &Path) -> bool {
     let Ok(folder) = Folder::open_parent(path) else {
         return false;
     };
