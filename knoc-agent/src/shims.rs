@@ -15,7 +15,7 @@ use std::{
 };
 
 use futures::{FutureExt as _, StreamExt as _};
-use knoc_link::{Incoming, Peer, admission::Source, bulk::Called};
+use knoc_link::{Incoming, Peer, admission::Source, bulk::RawClient};
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -42,7 +42,7 @@ const LINKS_OF_ONE: usize = 8;
 const FIRST_REPORT: Duration = Duration::from_secs(20);
 
 /// The client of one shim.
-pub type Client = ShimClient<Called<Channel>>;
+pub type Client = ShimClient<RawClient<Channel>>;
 
 /// Links of live shims.
 #[derive(Debug, Clone, Default)]
@@ -210,7 +210,7 @@ pub async fn serve(shims: Shims, mut incoming: Incoming, stop: CancellationToken
                 continue;
             }
         };
-        let client = ShimClient::new(Called::new(knoc_link::near_side(connection)))
+        let client = ShimClient::new(RawClient::new(knoc_link::near_side(connection)))
             .max_decoding_message_size(knoc_link::MAX_MESSAGE)
             .max_encoding_message_size(knoc_link::MAX_MESSAGE);
         let following = follow(shims.clone(), route, client, stop.clone());
@@ -281,7 +281,7 @@ mod tests {
         let route = lock(&shims.0.pins).values().next().unwrap().clone();
         let nowhere = || {
             let endpoint = tonic::transport::Endpoint::from_static("http://127.0.0.1:1");
-            ShimClient::new(Called::new(endpoint.connect_lazy()))
+            ShimClient::new(RawClient::new(endpoint.connect_lazy()))
         };
         let older = shims.open(&uid, nowhere(), About::default());
         assert!(shims.close(&uid, older));

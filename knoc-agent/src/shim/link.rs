@@ -5,7 +5,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use knoc_link::{bulk::Served, pinned::KeyPair};
+use knoc_link::{bulk::RawServer, pinned::KeyPair};
 use knoc_proto::{error::chain, pb::shim_server::ShimServer};
 use rand::RngExt as _;
 use tokio::sync::watch;
@@ -97,7 +97,7 @@ impl Link {
     async fn serve(&self, connection: knoc_link::Connection, shutdown: &CancellationToken) {
         let service = ShimServer::new(self.service.clone());
         let serving = knoc_link::server()
-            .add_service(Served::new(service))
+            .add_service(RawServer::new(service))
             .serve_with_incoming_shutdown(knoc_link::far_side(connection), shutdown.cancelled());
         if let Err(error) = serving.await {
             tracing::debug!("the link ended: {}", chain(&error));

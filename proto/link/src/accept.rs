@@ -10,8 +10,9 @@
 //!
 //! The listener is never left alone because a stage is full; the oldest connection of the busiest source is closed
 //! instead. Connections that have sent something are counted apart from those that have not, so silent ones displace
-//! only each other; a listener that lets no strangers in has no first stage. If the process has no descriptor left, an unfinished connection is closed for the new one; if there
-//! is none, a descriptor kept in reserve serves to refuse whoever waits in the kernel's queue.
+//! only each other; a listener that lets no strangers in has no first stage. If the process has no descriptor left, an
+//! unfinished connection is closed for the new one; if there is none, a descriptor kept in reserve serves to refuse
+//! whoever waits in the kernel's queue.
 use std::{
     collections::HashMap,
     fmt,

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use tonic::transport::{Endpoint, Server};
 
-use crate::bulk::Cutting;
+use crate::bulk::CancellableExecutor;
 
 pub mod accept;
 pub mod admission;
@@ -234,7 +234,7 @@ pub fn server() -> Server {
 /// The same for the client's side.
 fn endpoint() -> Endpoint {
     Endpoint::from_static(AUTHORITY)
-        .executor(Cutting)
+        .executor(CancellableExecutor)
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)

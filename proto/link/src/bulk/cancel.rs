@@ -1,18 +1,18 @@
-//! A caller that drops an answer lets go of the whole call, also where its request waits for room.
+//! Dropping an answer cancels the whole call, even while its request waits for the peer's flow control.
 //!
-//! hyper moves a request's body in a task of its own, and HTTP/2 resets a stream when the last handle of it is dropped.
-//! While the peer gives no room, that task waits for room and for nothing else: it holds the stream, and the peer keeps a
-//! command running for nobody, as long as that command does not take its input. So these tasks are spawned by [`Cutting`],
-//! and one of them ends when the answer to its request is dropped.
+//! hyper sends the body of a request in a task of its own, and HTTP/2 resets a stream when its last handle is dropped.
+//! While the peer's flow control gives no room, that task waits for room and for nothing else: it holds the stream, and
+//! the peer keeps a command running for nobody as long as that command does not read its input. Therefore these tasks
+//! are spawned by [`CancellableExecutor`], and the task of a request ends when the answer to that request is dropped.
 //!
 //! ```text
-//!  Called: request ─► Upward ──polled in──► Task of Cutting ──┐
-//!             Call ◄──── learns its Switch ◄──────────────────┘
-//!          answer  ◄─ Holder ──dropped──► Call::cut ─► Switch ─► the Task ends, and with it the stream
+//!  request ─► RequestBody ──polled in──► CancellableTask of CancellableExecutor ──┐
+//!                Call ◄──── learns the task's AbortFlag ◄─────────────────────────┘
+//!  answer  ◄─ CancelOnDrop ──dropped──► Call::Cancelled ─► AbortFlag ─► the task ends, and with it the stream
 //! ```
 //!
-//! A request is polled first in the connection's own task, which nobody must end: it is not ready then, and that task is
-//! never taken for the request's own.
+//! A request is polled for the first time in the connection's own task, which must not be ended: the body is not ready
+//! then, and that task is never taken for the request's own.
 use std::{
     future::Future,
     pin::Pin,
@@ -32,115 +32,116 @@ use hyper_util::rt::TokioExecutor;
 use tonic::{Status, body::Body};
 
 tokio::task_local! {
-    /// Of the task that is polled.
-    static TASK: Arc<Switch>;
+    /// The flag of the task that is being polled.
+    static TASK: Arc<AbortFlag>;
 }
 
-/// Ends a task from outside.
+/// Ends a task from outside when it is set.
 #[derive(Debug, Default)]
-struct Switch {
-    off: AtomicBool,
+struct AbortFlag {
+    set: AtomicBool,
     waker: AtomicWaker,
 }
 
-impl Switch {
-    fn turn_off(&self) {
-        self.off.store(true, Ordering::Release);
+impl AbortFlag {
+    fn set(&self) {
+        self.set.store(true, Ordering::Release);
         self.waker.wake();
     }
 }
 
-/// The executor of a channel whose calls can be let go of; their tasks are hyper's, and end with them.
+/// The executor of a channel whose calls can be cancelled. Its tasks are hyper's, and each ends with its call or with the
+/// connection.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Cutting;
+pub struct CancellableExecutor;
 
-impl<F> Executor<F> for Cutting
+impl<F> Executor<F> for CancellableExecutor
 where
     F: Future<Output = ()> + Send + Unpin + 'static,
 {
     fn execute(&self, future: F) {
-        let switch = Arc::default();
-        TokioExecutor::new().execute(Task { future, switch });
+        let abort = Arc::default();
+        TokioExecutor::new().execute(CancellableTask { future, abort });
     }
 }
 
-struct Task<F> {
+struct CancellableTask<F> {
     future: F,
-    switch: Arc<Switch>,
+    abort: Arc<AbortFlag>,
 }
 
-impl<F: Future<Output = ()> + Unpin> Future for Task<F> {
+impl<F: Future<Output = ()> + Unpin> Future for CancellableTask<F> {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let Self { future, switch } = &mut *self;
-        switch.waker.register(cx.waker());
-        if switch.off.load(Ordering::Acquire) {
+        let Self { future, abort } = &mut *self;
+        abort.waker.register(cx.waker());
+        if abort.set.load(Ordering::Acquire) {
             return Poll::Ready(());
         }
-        TASK.sync_scope(Arc::clone(switch), || Pin::new(future).poll(cx))
+        TASK.sync_scope(Arc::clone(abort), || Pin::new(future).poll(cx))
     }
 }
 
-/// What both bodies of a call know.
+/// The state of a call, shared by its request and its answer.
 #[derive(Debug, Default)]
 enum Call {
     #[default]
-    Begins,
-    /// Its request is moved by this task.
-    Moves(Arc<Switch>),
-    Cut,
+    Begun,
+    /// This task sends its request.
+    SentBy(Arc<AbortFlag>),
+    Cancelled,
 }
 
 #[derive(Debug, Clone, Default)]
-struct Shared(Arc<Mutex<Call>>);
+struct SharedCall(Arc<Mutex<Call>>);
 
-impl Shared {
+impl SharedCall {
     fn replace(&self, call: impl FnOnce(&Call) -> Call) -> Call {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let next = call(&held);
         std::mem::replace(&mut held, next)
     }
 
-    fn moved_by(&self, task: &Arc<Switch>) {
+    fn sent_by(&self, task: &Arc<AbortFlag>) {
         let before = self.replace(|call| match call {
-            Call::Begins | Call::Moves(_) => Call::Moves(Arc::clone(task)),
-            Call::Cut => Call::Cut,
+            Call::Begun | Call::SentBy(_) => Call::SentBy(Arc::clone(task)),
+            Call::Cancelled => Call::Cancelled,
         });
-        if matches!(before, Call::Cut) {
-            task.turn_off();
+        if matches!(before, Call::Cancelled) {
+            task.set();
         }
     }
 
-    fn cut(&self) {
-        if let Call::Moves(task) = self.replace(|_| Call::Cut) {
-            task.turn_off();
+    fn cancel(&self) {
+        if let Call::SentBy(task) = self.replace(|_| Call::Cancelled) {
+            task.set();
         }
     }
 }
 
-/// A request's body, and what lets go of it.
-pub(super) fn cuttable(body: Body) -> (Body, Holder) {
-    let call = Shared::default();
-    let upward = Upward {
+/// The body of a request that can be cancelled, and the guard that cancels it.
+pub(super) fn cancellable(body: Body) -> (Body, CancelOnDrop) {
+    let call = SharedCall::default();
+    let request = RequestBody {
         body,
         call: call.clone(),
-        seen: Seen::Never,
+        polled: Polled::Never,
     };
-    (Body::new(upward), Holder(call))
+    (Body::new(request), CancelOnDrop(call))
 }
 
-/// Lets go of a call when it is dropped.
-pub(super) struct Holder(Shared);
+/// Cancels a call when it is dropped.
+pub(super) struct CancelOnDrop(SharedCall);
 
-impl Drop for Holder {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
-        self.0.cut();
+        self.0.cancel();
     }
 }
 
-impl Holder {
-    /// An answer's body, with which the call is dropped.
+impl CancelOnDrop {
+    /// The body of an answer that cancels its call when it is dropped.
     pub(super) fn with(self, body: Body) -> Body {
         Body::new(body.map_err(move |status| {
             let _held = &self;
@@ -149,21 +150,21 @@ impl Holder {
     }
 }
 
-/// By whom a request was polled.
-enum Seen {
+/// Which task has polled a request.
+enum Polled {
     Never,
-    /// Then by this task, if it has a name: the connection's.
-    Once(Option<Arc<Switch>>),
-    ByItsTask,
+    /// The connection's own task, if that is known.
+    ByConnection(Option<Arc<AbortFlag>>),
+    ByOwnTask,
 }
 
-struct Upward {
+struct RequestBody {
     body: Body,
-    call: Shared,
-    seen: Seen,
+    call: SharedCall,
+    polled: Polled,
 }
 
-impl http_body::Body for Upward {
+impl http_body::Body for RequestBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -172,21 +173,21 @@ impl http_body::Body for Upward {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let task = || TASK.try_with(Arc::clone).ok();
-        match &self.seen {
-            Seen::Never => {
-                self.seen = Seen::Once(task());
+        match &self.polled {
+            Polled::Never => {
+                self.polled = Polled::ByConnection(task());
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            Seen::Once(first) => {
+            Polled::ByConnection(first) => {
                 let other =
-                    |task: &Arc<Switch>| !first.as_ref().is_some_and(|it| Arc::ptr_eq(it, task));
+                    |task: &Arc<AbortFlag>| !first.as_ref().is_some_and(|it| Arc::ptr_eq(it, task));
                 if let Some(task) = task().filter(other) {
-                    self.call.moved_by(&task);
-                    self.seen = Seen::ByItsTask;
+                    self.call.sent_by(&task);
+                    self.polled = Polled::ByOwnTask;
                 }
             }
-            Seen::ByItsTask => {}
+            Polled::ByOwnTask => {}
         }
         Pin::new(&mut self.body).poll_frame(cx)
     }
