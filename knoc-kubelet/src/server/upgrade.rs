@@ -12,13 +12,14 @@ use hyper_util::rt::TokioIo;
 use knoc_proto::error::chain;
 use tracing::{debug, info};
 
+use knoc_remotecommand::protocol::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
+use knoc_remotecommand::websocket::handshake::{self, BadHandshake};
+
 use super::Context;
-use super::limits::Place;
+use super::limits::Permit;
 use super::peer_watch::PeerWatch;
-use super::remotecommand::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
 use super::stop::Stop;
 use super::target::Refusal;
-use super::websocket::handshake::{self, BadHandshake};
 
 /// A connection that is no longer HTTP.
 pub(super) type Io = TokioIo<Upgraded>;
@@ -69,7 +70,7 @@ pub(super) struct Purpose {
     /// Namespace, pod and what in it.
     pub(super) target: String,
     /// Among the calls to the agent, where the session is one.
-    pub(super) call: Option<Place>,
+    pub(super) call: Option<Permit>,
 }
 
 /// An answer that is not 101.

@@ -70,7 +70,7 @@ impl Counts {
 
 /// The places of one listener.
 #[derive(Debug)]
-struct Places {
+struct PeerLimits {
     /// Of each kind: kubelets have half of the listener's places, everybody else the other half.
     most: usize,
     counts: Arc<Mutex<Counts>>,
@@ -78,12 +78,12 @@ struct Places {
 
 /// The place of one connection among those of its kind, given back when dropped.
 #[derive(Debug)]
-struct Held {
+struct Counted {
     key: (Kind, String),
     counts: Arc<Mutex<Counts>>,
 }
 
-impl Places {
+impl PeerLimits {
     fn new(most: usize) -> Self {
         Self {
             most: (most / 2).max(1),
@@ -91,7 +91,7 @@ impl Places {
         }
     }
 
-    fn take(&self, peer: &Peer) -> Result<Held, Full> {
+    fn take(&self, peer: &Peer) -> Result<Counted, Full> {
         let half = (self.most / 2).max(1);
         let (key, of_peer) = match peer {
             Peer::Tls { identity, .. } => {
@@ -107,14 +107,14 @@ impl Places {
         };
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.take(&key, of_peer, self.most)?;
-        Ok(Held {
+        Ok(Counted {
             key,
             counts: Arc::clone(&self.counts),
         })
     }
 }
 
-impl Drop for Held {
+impl Drop for Counted {
     fn drop(&mut self) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.give_back(&self.key);
@@ -125,7 +125,7 @@ impl Drop for Held {
 #[derive(Debug)]
 pub(super) struct Bounded<S> {
     connections: S,
-    places: Places,
+    limits: PeerLimits,
     /// Lines about identities that have too many connections.
     log: LogLimit<String>,
 }
@@ -135,7 +135,7 @@ impl<S> Bounded<S> {
     pub(super) fn new(connections: S, most: usize) -> Self {
         Self {
             connections,
-            places: Places::new(most),
+            limits: PeerLimits::new(most),
             log: LogLimit::default(),
         }
     }
@@ -162,8 +162,8 @@ impl<S: Stream<Item = io::Result<Connection>> + Unpin> Stream for Bounded<S> {
             let Some(Ok(connection)) = accepted else {
                 return Poll::Ready(accepted);
             };
-            match self.places.take(connection.peer()) {
-                Ok(held) => return Poll::Ready(Some(Ok(connection.holding(held)))),
+            match self.limits.take(connection.peer()) {
+                Ok(counted) => return Poll::Ready(Some(Ok(connection.holding(counted)))),
                 Err(full) => self.refuse(connection.peer(), full),
             }
         }
@@ -191,11 +191,11 @@ mod tests {
         peer(Identity::Ctl { name: name.into() })
     }
 
-    fn take_all(places: &Places, peer: &Peer) -> (Vec<Held>, Full) {
+    fn take_all(limits: &PeerLimits, peer: &Peer) -> (Vec<Counted>, Full) {
         let mut taken = Vec::new();
         loop {
-            match places.take(peer) {
-                Ok(held) => taken.push(held),
+            match limits.take(peer) {
+                Ok(counted) => taken.push(counted),
                 Err(full) => return (taken, full),
             }
         }
@@ -203,25 +203,25 @@ mod tests {
 
     #[test]
     fn no_user_takes_all_places_and_none_of_a_kubelet() {
-        let places = Places::new(64);
-        let (ann, full) = take_all(&places, &ctl("ann"));
+        let limits = PeerLimits::new(64);
+        let (ann, full) = take_all(&limits, &ctl("ann"));
         assert_eq!((ann.len(), full), (16, Full::Peer(16)));
-        let (_bob, full) = take_all(&places, &ctl("bob"));
+        let (_bob, full) = take_all(&limits, &ctl("bob"));
         assert_eq!(full, Full::Peer(16));
-        assert_eq!(places.take(&ctl("eve")).unwrap_err(), Full::Kind(32));
+        assert_eq!(limits.take(&ctl("eve")).unwrap_err(), Full::Kind(32));
         let kubelet = peer(Identity::Kubelet { name: "k".into() });
-        let (kubelets, _) = take_all(&places, &kubelet);
+        let (kubelets, _) = take_all(&limits, &kubelet);
         assert_eq!(kubelets.len(), 16);
         drop(ann);
-        let _eve = places.take(&ctl("eve")).unwrap();
+        let _eve = limits.take(&ctl("eve")).unwrap();
     }
 
     #[test]
     fn what_is_given_back_leaves_nothing_behind() {
-        let places = Places::new(64);
+        let limits = PeerLimits::new(64);
         for number in 0..1000 {
-            drop(places.take(&ctl(&number.to_string())).unwrap());
+            drop(limits.take(&ctl(&number.to_string())).unwrap());
         }
-        assert!(places.counts.lock().unwrap().peers.is_empty());
+        assert!(limits.counts.lock().unwrap().peers.is_empty());
     }
 }
