@@ -8,7 +8,7 @@
 //!   cluster.json              the pinned cluster id and leadership epoch (schema::Cluster)
 //!   shim-hop.crt, .key        the agent's self-signed pair of the shim hop
 //!   images/<digest>.sif|.json
-//!   versions/<X.Y.Z>/knoc-agent   what jobs exec; kept while a job.pb names it ([`crate::versions`])
+//!   versions/<X.Y.Z>/knoc-agent   what jobs exec; kept while a job.pb names it (the agent removes the others)
 //!   pods/<uid>/               JobDir, 0700
 //!     record.json             the agent's intent and state
 //!     job.pb                  JobFile: what the shim runs
@@ -35,7 +35,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_link::CredentialsError;
 use knoc_proto::{ids::PodUid, pb};
 use prost::Message as _;
 use serde::{Serialize, de::DeserializeOwned};
@@ -84,13 +83,6 @@ pub enum JobDirError {
         /// The parser's words.
         #[source]
         source: serde_json::Error,
-    },
-    /// The keys of the shim's link cannot be made.
-    #[error("make the keys of the shim's link")]
-    Keys {
-        /// Why not.
-        #[source]
-        source: CredentialsError,
     },
     /// The name cannot be a folder's.
     #[error("{uid:?} is not a pod uid")]

@@ -40,12 +40,12 @@ const FOLDER: OFlags = OFlags::RDONLY
 const RIGHTS: Mode = Mode::RWXU;
 
 /// Removes `path`, which may be of any kind, and all that is below it. That nothing is there is a success.
-pub(crate) fn remove(path: &Path) -> io::Result<()> {
+pub fn remove(path: &Path) -> io::Result<()> {
     remove_until(path, None)
 }
 
 /// As [`remove`], but gives up at the time `until` with the error `TimedOut`.
-pub(crate) fn remove_until(path: &Path, until: Option<Instant>) -> io::Result<()> {
+pub fn remove_until(path: &Path, until: Option<Instant>) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
@@ -75,7 +75,7 @@ pub(crate) fn remove_until(path: &Path, until: Option<Instant>) -> io::Result<()
 }
 
 /// Removes all that is in the folder `path`, but not the folder.
-pub(crate) fn empty_until(path: &Path, until: Option<Instant>) -> io::Result<()> {
+pub fn empty_until(path: &Path, until: Option<Instant>) -> io::Result<()> {
     empty_folder(openat(CWD, path, FOLDER, Mode::empty())?.as_fd(), until)
 }
 
@@ -248,7 +248,7 @@ fn open_folder(parent: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
 
 #[cfg(test)]
 #[expect(clippy::disallowed_methods, reason = "files of the test's own")]
-pub(crate) mod tests {
+mod tests {
     use std::{
         fs,
         os::unix::fs::{PermissionsExt as _, symlink},
@@ -260,7 +260,7 @@ pub(crate) mod tests {
     use super::*;
 
     /// Makes so many folders, one in the other, below `top`.
-    pub(crate) fn nest(top: &Path, depth: usize) {
+    fn nest(top: &Path, depth: usize) {
         let mut at = openat(CWD, top, FOLDER, Mode::empty()).unwrap();
         for _ in 0..depth {
             mkdirat(&at, c"d", RIGHTS).unwrap();

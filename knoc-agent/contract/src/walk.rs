@@ -35,7 +35,7 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 /// Why a path was not followed to its end.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum WalkError {
+pub enum WalkError {
     /// It, or a link on the way, leads out of the folder that it must stay in.
     #[error("it leads out of its folder at {0:?}")]
     Leaves(PathBuf),
@@ -55,6 +55,7 @@ pub(crate) enum WalkError {
     Io {
         /// How far it was followed.
         path: PathBuf,
+        /// The system's message.
         #[source]
         source: io::Error,
     },
@@ -62,7 +63,8 @@ pub(crate) enum WalkError {
 
 impl WalkError {
     /// The system's error number; 0 if the system did not refuse.
-    pub(crate) fn errno(&self) -> i32 {
+    #[must_use]
+    pub fn errno(&self) -> i32 {
         match self {
             Self::Io { source, .. } => source.raw_os_error().unwrap_or_default(),
             Self::Leaves(_) | Self::TooLong(_) | Self::Untrusted { .. } => 0,
@@ -72,41 +74,44 @@ impl WalkError {
 
 /// What a path led to.
 #[derive(Debug)]
-pub(crate) struct Found {
+pub struct Found {
     /// Opened with `O_PATH`.
-    pub(crate) fd: OwnedFd,
-    pub(crate) stat: Stat,
+    pub fd: OwnedFd,
+    /// What `fstat(2)` says of it.
+    pub stat: Stat,
     /// Without links, as it was during the walk: for messages, and for those who can use no descriptor.
-    pub(crate) path: PathBuf,
+    pub path: PathBuf,
 }
 
 impl Found {
-    pub(crate) fn is_folder(&self) -> bool {
+    /// Is it a folder?
+    #[must_use]
+    pub fn is_folder(&self) -> bool {
         kind(&self.stat) == FileType::Directory
     }
 }
 
 /// Follows `path` inside the folder `root`. Links are followed while they stay inside; absolute ones never do. With
 /// `make`, folders that are missing are created.
-pub(crate) fn inside(root: &Path, path: &Path, make: bool) -> Result<Found, WalkError> {
+pub fn inside(root: &Path, path: &Path, make: bool) -> Result<Found, WalkError> {
     Walk::begin(root, Rules::Inside { make })?.follow(path)
 }
 
 /// Follows the absolute `path`, each component of which must belong to root or to this process' user, and be writable
 /// by nobody else. A folder with the sticky bit may be: others cannot replace what is not theirs. With `shared`, anybody
 /// may own and write anything on the way.
-pub(crate) fn owned(path: &Path, shared: bool) -> Result<Found, WalkError> {
+pub fn owned(path: &Path, shared: bool) -> Result<Found, WalkError> {
     Walk::begin(Path::new("/"), Rules::Owned { shared, way: false })?.follow(path)
 }
 
 /// As [`owned`], for a folder that is only on the way to what is used: it may have the sticky bit itself.
-pub(crate) fn owned_way(path: &Path) -> Result<Found, WalkError> {
+pub fn owned_way(path: &Path) -> Result<Found, WalkError> {
     let (shared, way) = (false, true);
     Walk::begin(Path::new("/"), Rules::Owned { shared, way })?.follow(path)
 }
 
 /// Opens `path` as it is, following all links: for paths that nobody but root and this process' user can change.
-pub(crate) fn own(path: &Path) -> Result<Found, WalkError> {
+pub fn own(path: &Path) -> Result<Found, WalkError> {
     let failed = |errno: Errno| WalkError::Io {
         path: path.to_owned(),
         source: errno.into(),

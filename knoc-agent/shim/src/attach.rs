@@ -8,6 +8,7 @@ pub(crate) mod hub;
 
 use std::{sync::Arc, time::Duration};
 
+use knoc_contract::logs::cri;
 use knoc_link::bulk::Messages;
 use knoc_proto::{
     pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
@@ -25,7 +26,7 @@ use super::{
     exec::{send, window},
     fdio::Stream,
 };
-use crate::{launch::set_terminal_size, logs::cri};
+use crate::launch::set_terminal_size;
 
 /// How long the program must be silent, after a client's input has ended, for the client to be detached; and how long
 /// that is waited for.

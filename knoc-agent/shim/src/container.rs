@@ -16,6 +16,8 @@ use std::{
 };
 
 use jiff::Timestamp;
+use knoc_contract::launch::LaunchSpec;
+use knoc_contract::logs::{cri, read::last_text, writer::Losses};
 use knoc_proto::{error::chain, pb};
 use tokio::{
     net::UnixStream,
@@ -39,10 +41,6 @@ use super::{
     pod::Pod,
     signals::{self, Identity},
     usage::{Counters, Used},
-};
-use crate::{
-    launch::wire::LaunchSpec,
-    logs::{cri, read::last_text, writer::Losses},
 };
 
 /// Kubernetes' bounds of a termination message, and of the log's end in its place.

@@ -2,8 +2,9 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use knoc_contract::logs::read::Follow;
+
 use super::container::Program;
-use crate::logs::read::Follow;
 
 /// A log series of this job.
 #[derive(Debug, Clone)]

@@ -6,16 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use knoc_contract::launch::{LaunchSpec, Window};
 use knoc_proto::{
     expand::{self, RuntimeFields},
     paths, pb,
 };
 
 use super::gpus;
-use crate::{
-    launch::wire::{LaunchSpec, Window},
-    runtime::{Gpus, INSIDE},
-};
+use crate::runtime::{Gpus, INSIDE};
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const TERMINATION_LOG: &str = "/dev/termination-log";

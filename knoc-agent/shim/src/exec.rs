@@ -14,8 +14,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use knoc_link::{CHUNK, bulk::Messages};
+use knoc_contract::launch::{LaunchSpec, Window};
+use knoc_link::bulk::Messages;
 use knoc_proto::{
+    CHUNK,
     error::chain,
     pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
 };
@@ -36,10 +38,7 @@ use super::{
     pod::Pod,
     signals,
 };
-use crate::launch::{
-    set_terminal_size,
-    wire::{LaunchSpec, Window},
-};
+use crate::launch::set_terminal_size;
 
 /// How long what a program left behind may hold its streams in silence.
 const DRAIN: Duration = Duration::from_secs(1);

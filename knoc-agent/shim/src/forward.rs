@@ -12,8 +12,9 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use knoc_link::{CHUNK, bulk::Messages};
+use knoc_link::bulk::Messages;
 use knoc_proto::{
+    CHUNK,
     pb::{
         PortForwardInput, PortForwardOutput, port_forward_input::Input, port_forward_output::Output,
     },

@@ -5,13 +5,10 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
 };
 
+use knoc_contract::launch::{LaunchSpec, Reply, WireError};
 use tokio::{io::Interest, net::UnixStream};
 
-use crate::launch::{
-    contain::spec::ContainSpec,
-    fds,
-    wire::{LaunchSpec, Reply, WireError},
-};
+use crate::launch::{contain::spec::ContainSpec, fds};
 
 /// Why nothing runs.
 #[derive(Debug, thiserror::Error)]

@@ -1,8 +1,8 @@
 //! The launch protocol: how a container's program gets exactly the argv, environment, directory and stdio it asked for.
 //!
 //! `knoc-agent launch SOCKET` is what the runtime starts inside the container. It connects to the shim's unix socket
-//! (the shim learns its pid by the peer credentials), takes one [`wire::LaunchSpec`] and the stdio descriptors, and
-//! becomes the program by `execve`. The socket is close-on-exec: end of file at the shim's side means that the program
+//! (the shim learns its pid by the peer credentials), takes one [`LaunchSpec`](knoc_contract::launch::LaunchSpec) and the
+//! stdio descriptors, and becomes the program by `execve`. The socket is close-on-exec: end of file at the shim's side means that the program
 //! runs. So neither argv nor environment meets the runtime, a shell, or a file. Exec into a running container
 //! ([`enter`]) ends in the same code.
 //!
@@ -11,18 +11,19 @@
 pub(crate) mod account;
 pub mod contain;
 pub mod enter;
-pub mod fds;
+pub(crate) mod fds;
 mod limits;
 mod program;
 mod pty;
 mod sys;
-pub mod wire;
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
     process::ExitCode,
 };
+
+use knoc_contract::launch::Window;
 
 /// What the launcher exits with where it could not even speak to the shim.
 const NO_SHIM: u8 = 125;
@@ -60,7 +61,7 @@ fn release_stdin() {
 }
 
 /// Tells the terminal behind `master` its window's size; programs in it get `SIGWINCH`.
-pub(crate) fn set_terminal_size(master: &OwnedFd, window: wire::Window) {
+pub(crate) fn set_terminal_size(master: &OwnedFd, window: Window) {
     // The program may have gone.
     pty::set_size(master, window).ok();
 }

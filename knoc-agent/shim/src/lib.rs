@@ -13,7 +13,7 @@
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
 mod attach;
-pub(crate) mod beneath;
+mod beneath;
 mod cgroup;
 mod children;
 mod container;
@@ -24,6 +24,7 @@ mod fdio;
 mod forward;
 mod gpus;
 mod handshake;
+pub mod launch;
 mod link;
 mod listeners;
 mod measure;
@@ -35,9 +36,10 @@ mod passwd;
 mod places;
 mod plan;
 mod pod;
-pub(crate) mod proc;
+mod proc;
 mod report;
 mod resident;
+mod runtime;
 mod scratch;
 mod serve;
 mod signals;
@@ -50,6 +52,17 @@ use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use jiff::Timestamp;
+use knoc_contract::{
+    capability,
+    exit_codes::ShimExit,
+    host::node_name,
+    jobdir::{
+        self, JobDir,
+        claim::{Claim, ClaimError},
+        schema::Endpoint,
+    },
+    requeue::may_run_again,
+};
 use knoc_proto::{
     crash,
     error::chain,
@@ -77,20 +90,6 @@ use self::{
     serve::{Service, Slots},
     supervisor::Supervisor,
 };
-pub(crate) use self::{pod::node_name, report::STOP_SIGNAL};
-use crate::{
-    jobdir::{
-        self, JobDir,
-        claim::{Claim, ClaimError},
-        schema::Endpoint,
-    },
-    scheduler::slurm,
-};
-
-const FAILED: u8 = 64;
-const NOT_REPORTED: u8 = 65;
-const SURPLUS: u8 = 66;
-const CANNOT_START: u8 = 67;
 
 const COMMANDS: usize = 16;
 
@@ -110,8 +109,7 @@ const FLUSH: Duration = Duration::from_secs(15);
 
 /// Entry point of `knoc-agent shim JOBDIR`.
 ///
-/// Exits with 0: the pod succeeded, 64: it failed (both after the report was synced), 65: the report could not be
-/// written, 66: another job holds the claim, 67: nothing could be started.
+/// Its exit codes are [`ShimExit`].
 #[must_use]
 pub fn main(jobdir: &Path) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -122,12 +120,12 @@ pub fn main(jobdir: &Path) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => {
             say(&error.to_string());
-            return ExitCode::from(CANNOT_START);
+            return ShimExit::CannotStart.into();
         }
     };
     let code = runtime.block_on(start(jobdir)).unwrap_or_else(|error| {
         say(&format!("{error:#}"));
-        ExitCode::from(CANNOT_START)
+        ShimExit::CannotStart.into()
     });
     // A file system that hangs must not hold the job.
     runtime.shutdown_background();
@@ -143,19 +141,19 @@ fn say(words: &str) {
 async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let jobdir = JobDir::open(path)?;
     let claim = Claim {
-        host: pod::node_name(),
+        host: node_name(),
         ..identity()?
     };
     // Only where Slurm has requeued the job is it asked whether the pod may run again.
     let spec = (claim.restart > 0).then(|| jobdir.spec()).transpose()?;
     let spec = spec.and_then(|job| job.spec);
-    let again = spec.is_some_and(|spec| slurm::requeue(&spec));
+    let again = spec.is_some_and(|spec| may_run_again(&spec));
     crash::point("shim.claim.before");
     match jobdir.claim(&claim, again) {
         Ok(_) => {}
         Err(error @ ClaimError::Surplus { .. }) => {
             say(&format!("this job is surplus: {}", chain(&error)));
-            return Ok(ExitCode::from(SURPLUS));
+            return Ok(ShimExit::Surplus.into());
         }
         Err(error) => return Err(error.into()),
     }
@@ -204,7 +202,7 @@ fn log(pod: &Pod) {
     // Only our own: what the libraries say at this level fills a file system.
     let targets = Targets::new()
         .with_default(LevelFilter::WARN)
-        .with_target(env!("CARGO_CRATE_NAME"), level);
+        .with_targets([(env!("CARGO_CRATE_NAME"), level), ("knoc_contract", level)]);
     let lines = tracing_subscriber::fmt::layer()
         .with_ansi(false)
         .with_writer(|| lines::stderr(Form::Text));
@@ -295,9 +293,9 @@ fn link_up(service: Service, endpoint: std::path::PathBuf) -> (Farewell, JoinSet
 /// The exit code as protocol: see [`main`].
 fn exit_code(reported: bool, outcome: OutcomeKind) -> ExitCode {
     match outcome {
-        _ if !reported => ExitCode::from(NOT_REPORTED),
-        OutcomeKind::Succeeded => ExitCode::SUCCESS,
-        OutcomeKind::Failed | OutcomeKind::Unspecified => ExitCode::from(FAILED),
+        _ if !reported => ShimExit::NotReported.into(),
+        OutcomeKind::Succeeded => ShimExit::Succeeded.into(),
+        OutcomeKind::Failed | OutcomeKind::Unspecified => ShimExit::Failed.into(),
     }
 }
 
@@ -313,8 +311,8 @@ fn first_report(pod: &Pod, previous: Option<&pb::Report>) -> pb::Report {
         restart: i32::try_from(pod.claim.restart).unwrap_or(i32::MAX),
         sequence: previous.map_or(0, |report| report.sequence) + 1,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        capabilities: report::CAPABILITIES.map(str::to_owned).to_vec(),
-        hostname: pod::node_name(),
+        capabilities: capability::ALL.map(str::to_owned).to_vec(),
+        hostname: node_name(),
         host_ip: pod.facts.fields.host_ip.clone(),
         started_at: report::nanos(Timestamp::now()),
         notes: previous
@@ -363,6 +361,3 @@ impl Farewell {
         self.hang_up.cancel();
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -5,6 +5,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use knoc_contract::jobdir::{self, schema::Endpoint};
 use knoc_link::{bulk::Served, pinned::KeyPair};
 use knoc_proto::{error::chain, pb::shim_server::ShimServer};
 use rand::RngExt as _;
@@ -12,7 +13,6 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::serve::Service;
-use crate::jobdir::{self, schema::Endpoint};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);

@@ -10,13 +10,14 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use knoc_contract::{host::node_name, image_file::FileId, setuid};
 use knoc_proto::pb;
 use rustix::io::Errno;
 
-use super::{beneath, pod::node_name, volumes::Mounted};
+use super::{beneath, volumes::Mounted};
 use crate::{
-    launch::contain::spec::{FileId, MountSpec, Point, PointBase, Source, SourceError},
-    runtime::{Bind, setuid},
+    launch::contain::spec::{MountSpec, Point, PointBase, Source, SourceError},
+    runtime::Bind,
 };
 
 /// How many user namespaces a user may have.

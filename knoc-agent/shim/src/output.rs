@@ -7,14 +7,14 @@
 use std::{io, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
+use knoc_contract::logs::{
+    cri::{Cutter, stamp},
+    writer::{Limits, Losses, Writer, forget_older},
+};
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{attach::hub::Hub, fdio::Stream};
-use crate::logs::{
-    cri::{Cutter, stamp},
-    writer::{Limits, Losses, Writer, forget_older},
-};
 
 /// How much may wait for the writer.
 const BATCH: usize = 256 << 10;
@@ -44,13 +44,16 @@ pub(crate) struct Log<'a> {
 pub(crate) struct Source {
     /// A terminal is input as well.
     stream: Arc<Stream>,
-    kind: crate::logs::cri::Stream,
+    kind: knoc_contract::logs::cri::Stream,
     cutter: Cutter,
     open: bool,
 }
 
 impl Source {
-    pub(crate) fn new(stream: impl Into<Arc<Stream>>, kind: crate::logs::cri::Stream) -> Self {
+    pub(crate) fn new(
+        stream: impl Into<Arc<Stream>>,
+        kind: knoc_contract::logs::cri::Stream,
+    ) -> Self {
         Self {
             stream: stream.into(),
             kind,
@@ -293,8 +296,9 @@ pub(crate) async fn keep_tail(
 mod tests {
     use std::sync::Mutex;
 
+    use knoc_contract::logs::cri::Stream as Kind;
+
     use super::*;
-    use crate::logs::cri::Stream as Kind;
 
     fn losses(lines: u64) -> Losses {
         Losses {

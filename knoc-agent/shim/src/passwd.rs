@@ -8,13 +8,13 @@ use std::{
     time::Duration,
 };
 
+use knoc_contract::launch::LaunchSpec;
+use rustix::process::Signal;
 use tokio::{
     io::AsyncReadExt as _,
     net::UnixStream,
     time::{error::Elapsed, timeout},
 };
-
-use rustix::process::Signal;
 
 use super::{
     pod::Pod,
@@ -23,7 +23,6 @@ use super::{
 use crate::launch::{
     account::{self, PASSWD_BYTES},
     enter,
-    wire::LaunchSpec,
 };
 
 /// How long the helper may take: the image may lie on a file system that hangs.

@@ -5,6 +5,11 @@ use std::{
     path::PathBuf,
 };
 
+use knoc_contract::{
+    host::node_name,
+    jobdir::{JobDir, claim::Claim, schema::Endpoint},
+    logs::writer::{KEPT_ATTEMPTS, Limits},
+};
 use knoc_proto::{expand::RuntimeFields, names, pb};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -18,11 +23,7 @@ use super::{
     scratch::{Fallback, Scratch},
     volumes::Volumes,
 };
-use crate::{
-    jobdir::{JobDir, claim::Claim, schema::Endpoint},
-    logs::writer::{KEPT_ATTEMPTS, Limits},
-    runtime::{self, Runtime},
-};
+use crate::runtime::{self, Runtime};
 
 const LOG_MAX_BYTES: u64 = 100 << 20;
 const LOG_MAX_FILES: u32 = 20;
@@ -202,14 +203,6 @@ fn host_ip(endpoint: Option<&Endpoint>) -> Option<IpAddr> {
                 .map(|address| address.ip());
             named.find(|ip| ip.is_ipv4() && usable(ip))
         })
-}
-
-/// The node's own name.
-pub(crate) fn node_name() -> String {
-    rustix::system::uname()
-        .nodename()
-        .to_string_lossy()
-        .into_owned()
 }
 
 /// Raises the soft limit for many exec streams. The containers' programs get one of their own ([`crate::launch`]).

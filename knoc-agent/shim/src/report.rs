@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use knoc_contract::jobdir::JobDir;
 use knoc_proto::{
     crash,
     error::chain,
@@ -17,13 +18,6 @@ use super::{
     container::Ended,
     plan::{self, Phase, Time},
 };
-use crate::jobdir::JobDir;
-
-/// What a job can do that an older agent cannot expect.
-pub(crate) const CAPABILITIES: [&str; 4] = ["attach", "port-forward", "stats", STOP_SIGNAL];
-
-/// It takes USR1 for the agent's stop.
-pub(crate) const STOP_SIGNAL: &str = "stop-signal";
 
 /// How many notes are kept.
 const NOTES: usize = 32;

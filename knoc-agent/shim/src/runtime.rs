@@ -5,7 +5,6 @@
 
 mod apptainer;
 mod process;
-pub mod setuid;
 
 use std::{
     ffi::OsString,
@@ -13,11 +12,11 @@ use std::{
 };
 
 /// Where the launcher and its socket lie inside a container.
-pub const INSIDE: &str = knoc_proto::pod::KNOC_FOLDER;
+pub(crate) const INSIDE: &str = knoc_proto::pod::KNOC_FOLDER;
 
 /// A path of the host seen in the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bind {
+pub(crate) struct Bind {
     /// On the host.
     pub source: PathBuf,
     /// In the container.
@@ -28,7 +27,7 @@ pub struct Bind {
 
 /// How the container sees the image's files.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Root {
+pub(crate) enum Root {
     /// Writable; what is written goes to this node-local folder.
     Overlay(PathBuf),
     /// Writable; what is written goes to memory, 64 MB at most by default.
@@ -39,7 +38,7 @@ pub enum Root {
 
 /// Whose GPUs a container sees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Gpus {
+pub(crate) struct Gpus {
     /// NVIDIA's.
     pub nvidia: bool,
     /// AMD's.
@@ -48,7 +47,7 @@ pub struct Gpus {
 
 /// A container to be brought up.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sandbox {
+pub(crate) struct Sandbox {
     /// SIF file or sandbox folder; empty where the runtime needs none.
     pub image: PathBuf,
     /// Our own executable on the host.
@@ -72,7 +71,7 @@ pub struct Sandbox {
 
 /// Why a container cannot be brought up with this runtime.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum RuntimeError {
+pub(crate) enum RuntimeError {
     /// No runtime of this name.
     #[error("there is no container runtime {0:?}")]
     Unknown(String),
@@ -85,7 +84,7 @@ pub enum RuntimeError {
 }
 
 /// A runtime: see the module.
-pub trait Runtime: std::fmt::Debug + Send + Sync {
+pub(crate) trait Runtime: std::fmt::Debug + Send + Sync {
     /// Its stable name.
     fn name(&self) -> &'static str;
 
@@ -100,7 +99,7 @@ pub trait Runtime: std::fmt::Debug + Send + Sync {
 }
 
 /// The runtime called `name`, whose executable is `path`.
-pub fn by_name(name: &str, path: &Path) -> Result<Box<dyn Runtime>, RuntimeError> {
+pub(crate) fn by_name(name: &str, path: &Path) -> Result<Box<dyn Runtime>, RuntimeError> {
     match name {
         "apptainer" => Ok(Box::new(apptainer::Apptainer::new(
             path,

@@ -17,12 +17,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use knoc_contract::host::node_name;
+use knoc_contract::{jobdir::atomic::FileError, tree, walk};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
 
-use super::{pod::node_name, proc};
-use crate::{jobdir::atomic::FileError, tree, walk};
+use super::proc;
 
 const PREFIX: &str = "knoc-shim";
 const MEMORY: &str = "/dev/shm";
@@ -348,8 +349,19 @@ fn sweep(base: &Path, host: &str, until: Instant) -> bool {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
+    use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
+
     use super::*;
-    use crate::tree::tests::nest;
+
+    /// Makes so many folders, one in the other, below `top`.
+    fn nest(top: &Path, depth: usize) {
+        let folder = OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut at = openat(CWD, top, folder, Mode::empty()).unwrap();
+        for _ in 0..depth {
+            mkdirat(&at, c"d", Mode::RWXU).unwrap();
+            at = openat(&at, c"d", folder, Mode::empty()).unwrap();
+        }
+    }
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_mins(5)

@@ -3,6 +3,10 @@
 
 use std::{sync::Arc, time::Duration};
 
+use knoc_contract::logs::{
+    filter::Options,
+    read::{self, CHUNKS, Series},
+};
 use knoc_link::bulk::{self, Messages, Nothing};
 use knoc_proto::{
     pb::{self, EndedBy, shim_server::Shim},
@@ -22,10 +26,6 @@ use super::{
     pod::Pod,
     proc,
     supervisor::Command,
-};
-use crate::logs::{
-    filter::Options,
-    read::{self, CHUNKS, Series},
 };
 
 /// How many processes may be exec'd into the pod at once: each costs a handful of descriptors.

@@ -5,12 +5,12 @@
 
 use std::time::Duration;
 
+use knoc_contract::jobdir::JobDir;
 use knoc_proto::error::chain;
 use rand::RngExt as _;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{link::State, supervisor::Command};
-use crate::jobdir::JobDir;
 
 /// Between two looks: as often as the agent then reads the report.
 const LOOK: Duration = Duration::from_secs(10);

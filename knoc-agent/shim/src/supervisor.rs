@@ -10,6 +10,7 @@ mod stats;
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
+use knoc_contract::logs::writer::Losses;
 use knoc_proto::{
     error::chain,
     pb::{self, EndedBy, OutcomeKind},
@@ -31,7 +32,6 @@ use super::{
     signals,
     usage::{Counters, Sample},
 };
-use crate::logs::writer::Losses;
 
 const EVENTS: usize = 64;
 const BACKOFF_INITIAL: Duration = Duration::from_secs(10);

@@ -12,17 +12,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use knoc_contract::{jobdir::atomic::FileError, tree};
 use knoc_proto::{
     paths::{self, PathError},
     pb::{self, volume::Source},
 };
 
 use super::scratch::{NoMemory, Scratch, ScratchError};
-use crate::{
-    jobdir::atomic::FileError,
-    launch::contain::spec::{self, Point},
-    tree,
-};
+use crate::launch::contain::spec::{self, Point};
 
 /// The link to the folder of the current revision.
 const DATA: &str = "..data";

@@ -11,13 +11,13 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use knoc_contract::logs::cri;
 use tokio::{
     sync::{Notify, mpsc, watch},
     time::Instant,
 };
 
 use super::super::{children::Exit, fdio::Stream};
-use crate::logs::cri;
 
 /// How far an attached client may fall behind: some seconds of a chatty program over a slow link.
 pub(crate) const LAG: usize = 4 << 20;
@@ -294,8 +294,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use knoc_contract::logs::cri::Stream as Kind;
+
     use super::*;
-    use crate::{logs::cri::Stream as Kind, shim::fdio};
+    use crate::fdio;
 
     fn keeper(once: bool) -> (Keeper, std::os::fd::OwnedFd) {
         let (theirs, ours) = fdio::input_pipe().unwrap();

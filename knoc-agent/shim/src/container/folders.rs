@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use knoc_contract::jobdir::atomic::FileError;
 use knoc_proto::pb;
 use tokio::net::UnixListener;
 
@@ -20,7 +21,6 @@ use super::super::{
     volumes::{Mounted, VolumeError},
 };
 use crate::{
-    jobdir::atomic::FileError,
     launch::contain::spec,
     runtime::{INSIDE, RuntimeError},
 };

@@ -18,7 +18,7 @@
 //! Standard input is one end of a socket pair, the other is the shim's. Single-threaded: `unshare(2)` demands it.
 
 mod ids;
-pub mod spec;
+pub(crate) mod spec;
 
 use std::{
     convert::Infallible,
@@ -32,6 +32,8 @@ use std::{
     process::{Command, ExitCode},
 };
 
+use knoc_contract::launch::Reply;
+use knoc_contract::walk::Found;
 use knoc_proto::private::while_dumpable;
 use nix::mount::{MsFlags, mount};
 use rustix::fs::{StatVfsMountFlags, fstatvfs};
@@ -41,8 +43,8 @@ use self::{
     ids::Isolated,
     spec::{ContainSpec, MountSpec, SourceError},
 };
-use super::{fds, sys, wire::Reply};
-use crate::{shim::beneath, walk::Found};
+use super::{fds, sys};
+use crate::beneath;
 
 /// What the helper exits with if the runtime was not executed.
 const FAILED: u8 = 125;

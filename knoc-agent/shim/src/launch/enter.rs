@@ -18,6 +18,7 @@ use std::{
     process::ExitCode,
 };
 
+use knoc_contract::launch::Reply;
 use nix::{
     sys::{
         signal::{Signal, raise},
@@ -30,7 +31,7 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space, set_no_new_privs},
 };
 
-use super::{account, fds, program, sys, wire::Reply};
+use super::{account, fds, program, sys};
 
 /// In the order of joining: the user namespace gives the rights for the others, the mount namespace hides `/proc`.
 const NAMESPACES: [(&str, LinkNameSpaceType); 7] = [
@@ -157,7 +158,7 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     let pid: u32 = pid.parse().map_err(|_| EnterError::Usage)?;
     let target = open(pid)?;
     // The descriptors hold what they were opened on: checking afterwards, another process with that pid is noticed.
-    if crate::shim::proc::start_time(pid)
+    if crate::proc::start_time(pid)
         .map(|time| time.to_string())
         .as_ref()
         != Some(start)

@@ -12,10 +12,10 @@ use rustix::net::{
 };
 
 /// How many descriptors a message carries at most: standard input, output and error.
-pub const MAX_FDS: usize = 3;
+pub(crate) const MAX_FDS: usize = 3;
 
 /// Sends `bytes` with `fds` on their first byte; returns how many bytes went.
-pub fn send(
+pub(crate) fn send(
     socket: impl AsFd,
     bytes: &[u8],
     fds: &[BorrowedFd<'_>],
@@ -34,7 +34,7 @@ pub fn send(
 }
 
 /// Receives bytes into `buffer` and descriptors, close-on-exec, into `fds`; returns how many bytes came.
-pub fn receive(
+pub(crate) fn receive(
     socket: impl AsFd,
     buffer: &mut [u8],
     fds: &mut Vec<OwnedFd>,

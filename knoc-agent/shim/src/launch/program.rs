@@ -16,16 +16,14 @@ use std::{
     process::ExitCode,
 };
 
+use knoc_contract::launch::{LaunchSpec, MAX_SPEC, Reply};
 use rustix::{
     io::Errno,
     process::{ioctl_tiocsctty, setsid, umask},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
 };
 
-use super::{
-    account, fds, limits, pty, sys,
-    wire::{LaunchSpec, MAX_SPEC, Reply},
-};
+use super::{account, fds, limits, pty, sys};
 
 /// As a shell: the program cannot be executed, or was not found.
 const CANNOT_EXECUTE: u8 = 126;

@@ -3,14 +3,13 @@
 
 use std::os::fd::OwnedFd;
 
+use knoc_contract::launch::Window;
 use rustix::{
     fs::{Mode, OFlags, open},
     io::Errno,
     pty::{ptsname, unlockpt},
     termios::{Winsize, tcsetwinsize},
 };
-
-use super::wire::Window;
 
 /// Opens a new terminal of the given size: master and slave.
 pub(super) fn open_pair(window: Window) -> Result<(OwnedFd, OwnedFd), Errno> {

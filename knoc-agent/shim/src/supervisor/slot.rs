@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use knoc_contract::logs::read::Follow;
 use knoc_proto::pb::{self, container_status::State};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -13,7 +14,6 @@ use super::super::{
     report::{self, History},
     usage::{Account, Counters},
 };
-use crate::logs::read::Follow;
 
 /// See the module.
 #[derive(Debug)]

@@ -6,17 +6,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::pb;
-use serde::{Deserialize, Serialize};
-
-use crate::{
-    shim::beneath,
+use knoc_contract::{
+    image_file::FileId,
     walk::{self, Found, WalkError},
 };
+use serde::{Deserialize, Serialize};
+
+use crate::beneath;
 
 /// See the module. Both ends are the same binary, so there is no version in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContainSpec {
+pub(crate) struct ContainSpec {
     /// The runtime, program first.
     pub argv: Vec<OsString>,
     /// How `/etc/subuid` may name this user.
@@ -29,7 +29,7 @@ pub struct ContainSpec {
 
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MountSpec {
+pub(crate) struct MountSpec {
     /// For messages: `volume "data", path "a/b"`.
     pub what: String,
     /// What is mounted.
@@ -47,7 +47,7 @@ pub struct MountSpec {
 
 /// A mount point that lies in another mount: made there if it is missing, as a folder or a file as its source is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Point {
+pub(crate) struct Point {
     /// What it lies in.
     pub base: PointBase,
     /// Its path there.
@@ -56,7 +56,7 @@ pub struct Point {
 
 /// What a mount point lies in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum PointBase {
+pub(crate) enum PointBase {
     /// A folder of ours on the host.
     Folder(PathBuf),
     /// The source of an earlier mount, by its index.
@@ -84,7 +84,7 @@ impl Point {
 
 /// What is mounted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Source {
+pub(crate) enum Source {
     /// `path` inside the folder `root` of ours, which it never leaves.
     Inside {
         /// Canonical.
@@ -103,23 +103,6 @@ pub enum Source {
     },
     /// A file or folder that nobody else can reach.
     Own(PathBuf),
-}
-
-/// Tells a file from what else may lie at its path: what the agent saw when the pod was staged.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileId {
-    /// Only known on the host that looked: a network file system has another number on each.
-    pub device: Option<u64>,
-    /// Its number in its file system.
-    pub inode: u64,
-    /// A sandbox: what is in it may change, so neither size nor times are compared.
-    pub folder: bool,
-    /// In bytes.
-    pub size: u64,
-    /// Last change of its bytes, in nanoseconds.
-    pub modified: i64,
-    /// Last change of its inode, in nanoseconds.
-    pub changed: i64,
 }
 
 /// Why a source cannot be mounted.
@@ -165,69 +148,6 @@ fn open_image(path: &Path, expected: Option<&FileId>) -> Result<Found, SourceErr
     match expected.differs(&here) {
         Some(what) => Err(SourceError::Changed(what)),
         None => Ok(found),
-    }
-}
-
-impl FileId {
-    /// Of what is open.
-    pub(crate) fn of(found: &Found) -> Self {
-        let stat = &found.stat;
-        let nanos = |seconds: i64, nanos: u64| {
-            let nanos = i64::try_from(nanos).unwrap_or_default();
-            seconds.saturating_mul(1_000_000_000).saturating_add(nanos)
-        };
-        Self {
-            device: Some(stat.st_dev),
-            inode: stat.st_ino,
-            folder: found.is_folder(),
-            size: u64::try_from(stat.st_size).unwrap_or_default(),
-            modified: nanos(stat.st_mtime, stat.st_mtime_nsec),
-            changed: nanos(stat.st_ctime, stat.st_ctime_nsec),
-        }
-    }
-
-    /// As the agent wrote it into the job file, for the host `host`.
-    pub(crate) fn from_job(file: &pb::ImageFileId, host: &str) -> Self {
-        Self {
-            device: Some(file.device).filter(|_| file.host == host),
-            inode: file.inode,
-            folder: file.folder,
-            size: file.size,
-            modified: file.modified_nanos,
-            changed: file.changed_nanos,
-        }
-    }
-
-    /// For the job file, by the host `host`.
-    pub(crate) fn to_job(&self, host: &str) -> pb::ImageFileId {
-        pb::ImageFileId {
-            host: host.to_owned(),
-            device: self.device.unwrap_or_default(),
-            inode: self.inode,
-            folder: self.folder,
-            size: self.size,
-            modified_nanos: self.modified,
-            changed_nanos: self.changed,
-        }
-    }
-
-    /// The first thing by which they are not the same file.
-    fn differs(&self, here: &Self) -> Option<&'static str> {
-        let device = match (self.device, here.device) {
-            (Some(a), Some(b)) => a != b,
-            (None, _) | (_, None) => false,
-        };
-        let file = !self.folder;
-        [
-            (self.folder != here.folder, "kind of file"),
-            (device, "device"),
-            (self.inode != here.inode, "inode"),
-            (file && self.size != here.size, "size"),
-            (file && self.modified != here.modified, "modification time"),
-            (file && self.changed != here.changed, "change time"),
-        ]
-        .into_iter()
-        .find_map(|(differs, what)| differs.then_some(what))
     }
 }
 
@@ -290,14 +210,5 @@ mod tests {
         fs::rename(&sandbox, root.join("aside")).unwrap();
         fs::create_dir(&sandbox).unwrap();
         open_image(&sandbox, Some(&staged)).unwrap_err();
-    }
-
-    #[test]
-    fn it_comes_back_from_the_job_file() {
-        let root = tempfile::tempdir().unwrap();
-        let root = fs::canonicalize(root.path()).unwrap();
-        let id = FileId::of(&walk::owned(&root, false).unwrap());
-        assert_eq!(FileId::from_job(&id.to_job("login"), "login"), id);
-        assert_eq!(FileId::from_job(&id.to_job("login"), "c1").device, None);
     }
 }
