@@ -4,8 +4,8 @@
 //! them; both give out [`Unverified`] connections. Admission, TLS and HTTP/2 know these traits only. [`Carrier`] is what
 //! people write: `tcp:host:port` or `unix:/path`.
 //!
-//! To add one: its file, a variant of [`Carrier`] with its form, and an arm in `connect` ([`super::dial`]) that says
-//! how its peer is verified. The compiler names the places.
+//! To add one: its file, a variant of [`Carrier`] with its form, and an arm in [`connect`](super::connect) that says how
+//! its peer is verified. The compiler names the places.
 use std::{
     fmt,
     future::Future,
