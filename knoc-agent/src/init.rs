@@ -31,22 +31,22 @@ const PORT: u16 = 10350;
 /// The command line of `init`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Name of the site, a DNS label of at most 58 characters: the node is called knoc-SITE
+    /// The name of the site, a DNS label of at most 58 characters; the node is called knoc-SITE
     #[arg(long, value_parser = site_name)]
     pub site: String,
-    /// How kubelets reach this login node; the first one stands in the bundle [default: this host's name]
+    /// The address at which kubelets reach this login node; the first one is written to the bundle [default: this host's name]
     #[arg(long, value_name = "HOST[:PORT]")]
     pub address: Vec<String>,
-    /// A namespace of the cluster whose pods may run here, as this account; may be repeated [default: every namespace]
+    /// A namespace of the cluster whose pods can run here as this account; can be repeated [default: every namespace]
     #[arg(long = "namespace", value_name = "NAMESPACE", value_parser = namespace)]
     pub namespaces: Vec<String>,
-    /// Where to write [default: ~/.config/knoc]
+    /// The folder to write to [default: ~/.config/knoc]
     #[arg(long, value_name = "FOLDER")]
     pub dir: Option<PathBuf>,
-    /// slurm or local [default: slurm where sbatch is in PATH]
+    /// The scheduler: slurm or local [default: slurm if sbatch is in PATH, else local]
     #[arg(long, value_name = "NAME", value_parser = scheduler)]
     pub scheduler: Option<SchedulerKind>,
-    /// auto, apptainer, singularity or process [default: process where no runtime is in PATH]
+    /// The container runtime: auto, apptainer, singularity or process [default: auto, or process if none is in PATH]
     #[arg(long, value_name = "NAME", value_parser = runtime)]
     pub runtime: Option<RuntimeKind>,
 }

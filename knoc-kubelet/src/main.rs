@@ -25,11 +25,11 @@ static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 /// A virtual Kubernetes node whose pods run on an HPC cluster, as jobs of knoc-agent's user.
 ///
-/// Every setting may stand in the file or in the environment (KNOC_*); the environment goes first.
+/// Every setting can be given in the file or in the environment (KNOC_*); the environment takes precedence.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// The configuration, a YAML file.
+    /// The configuration file (YAML).
     #[arg(long, env = "KNOC_CONFIG")]
     config: Option<PathBuf>,
 }

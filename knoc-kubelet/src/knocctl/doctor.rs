@@ -30,7 +30,7 @@ const PROBE: Duration = Duration::from_mins(10);
 /// Arguments of `doctor`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
-    /// Submits a one-minute job too, and looks from inside it
+    /// Also submits a one-minute job and checks from inside it
     #[arg(long)]
     probe: bool,
 }

@@ -17,15 +17,15 @@ use super::{
 /// Arguments of `exec`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Exec {
-    /// Name, NAMESPACE/NAME, or uid
+    /// Name, NAMESPACE/NAME or uid of the pod
     pod: String,
-    /// The container, where the pod has several
+    /// The container, if the pod has several
     #[arg(short, long)]
     container: Option<String>,
-    /// Passes standard input on
+    /// Passes standard input to the command
     #[arg(short = 'i', long)]
     stdin: bool,
-    /// Gives the command a terminal
+    /// Allocates a terminal for the command
     #[arg(short = 't', long)]
     tty: bool,
     /// The command and its arguments, after `--`

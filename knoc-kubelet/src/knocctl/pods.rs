@@ -16,7 +16,7 @@ use super::{
 /// Arguments of `pods`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Pods {
-    /// Prints each change too, until interrupted
+    /// Keeps running and prints each change until interrupted
     #[arg(short, long)]
     watch: bool,
 }
