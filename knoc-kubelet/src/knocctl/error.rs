@@ -223,9 +223,13 @@ impl CtlError {
                     "`knocctl delete {name}` deletes it and its job directory"
                 ));
             }
-            Self::Detached { .. } => "`knocctl logs` has the complete output; attach again to continue",
+            Self::Detached { .. } => {
+                "`knocctl logs` has the complete output; attach again to continue"
+            }
             Self::PodEnded { .. } => "`knocctl describe POD` shows how it ended",
-            Self::Listen { .. } => "choose another local port (LOCAL:REMOTE), or any free one (:REMOTE)",
+            Self::Listen { .. } => {
+                "choose another local port (LOCAL:REMOTE), or any free one (:REMOTE)"
+            }
             Self::CopySides => {
                 "`knocctl cp --help` shows the forms; a local path with a colon begins with ./"
             }
@@ -233,7 +237,9 @@ impl CtlError {
             Self::NoTar { .. } => {
                 "put `tar` in the image, or pass bytes through exec: `knocctl exec -i POD -- sh -c 'cat >FILE' <FILE`"
             }
-            Self::Tar { .. } => "check that the path exists and that the container's user can write there",
+            Self::Tar { .. } => {
+                "check that the path exists and that the container's user can write there"
+            }
             Self::NotStarted { .. } => "is the command in the image? Try a shell: `-- sh`",
             Self::Read { .. }
             | Self::Copy { .. }
