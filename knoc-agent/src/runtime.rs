@@ -13,7 +13,7 @@ use std::{
 };
 
 /// Where the launcher and its socket lie inside a container.
-pub const INSIDE: &str = "/.knoc";
+pub const INSIDE: &str = knoc_proto::pod::KNOC_FOLDER;
 
 /// A path of the host seen in the container.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 //!
 //! Pure. [`PodSpec`] and [`PodValues`] wrap the generated messages and prove that every name, path and reference in
 //! them is sound; they are read by [`std::ops::Deref`]. All that is wrong is said in one message.
-use std::{collections::HashSet, fmt, ops::Deref};
+use std::{collections::HashSet, fmt, ops::Deref, path::Path};
 
 use crate::{
     ids::{ContainerName, PodUid},
@@ -10,6 +10,9 @@ use crate::{
     paths, pb,
     text::quote,
 };
+
+/// The folder of a container that holds KNoC's launcher and its socket.
+pub const KNOC_FOLDER: &str = "/.knoc";
 
 /// How many bytes of a bad name are shown.
 const SHOWN: usize = 80;
@@ -254,6 +257,9 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
             )),
             Ok(place) if place == "/" => problems.push(format!(
                 "container {name:?}: mountPath {path:?} is the container's root, where nothing can be mounted"
+            )),
+            Ok(place) if Path::new(&place).starts_with(KNOC_FOLDER) => problems.push(format!(
+                "container {name:?}: mountPath {path:?} lies in {KNOC_FOLDER}, which KNoC needs itself; mount the volume elsewhere"
             )),
             // As the API server compares them; where two differ only in form, the later mount covers the earlier.
             Ok(_) if !places.insert(path) => problems.push(format!(

@@ -212,9 +212,10 @@ impl Rules {
         ))
     }
 
-    /// Whether `ip`, which the host of `url` has, may be connected to.
-    pub(super) fn address(&self, url: &Url, ip: IpAddr) -> Result<(), String> {
-        match forbidden(ip) {
+    /// Whether `ip`, which the host of `url` has, may be connected to. `own`: this host has that address itself.
+    pub(super) fn address(&self, url: &Url, ip: IpAddr, own: bool) -> Result<(), String> {
+        let of_this_host = own.then_some("an address of this host");
+        match forbidden(ip).or(of_this_host) {
             Some(kind) if !self.named(url) => Err(format!(
                 "{url} is refused: {ip} is {kind}; if it is meant, name {:?} as the prefix of a [[registry]] of the site file",
                 url.authority()
@@ -226,11 +227,11 @@ impl Rules {
     /// What can be said of the host without looking it up: where a proxy does that.
     pub(super) fn host(&self, url: &Url) -> Result<(), String> {
         if let Ok(ip) = url.host.parse() {
-            return self.address(url, ip);
+            return self.address(url, ip, false);
         }
         let name = url.host.trim_end_matches('.');
         if name == "localhost" || name.ends_with(".localhost") {
-            return self.address(url, IpAddr::V4(Ipv4Addr::LOCALHOST));
+            return self.address(url, IpAddr::V4(Ipv4Addr::LOCALHOST), false);
         }
         Ok(())
     }

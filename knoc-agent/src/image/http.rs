@@ -7,7 +7,7 @@
 //! Owner task: none; an [`Answer`] owns the task that drives its connection. Cancel safety: a dropped request or
 //! answer closes its connection.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
@@ -228,7 +228,8 @@ impl Client {
     async fn direct(&self, url: &Url) -> Result<BoxIo, String> {
         let found = look_up(&url.host, url.port).await?;
         for address in &found {
-            self.rules.address(url, address.ip())?;
+            let ip = address.ip();
+            self.rules.address(url, ip, is_of_this_host(ip))?;
         }
         Ok(Box::new(dial(&url.authority(), &found).await?))
     }
@@ -325,6 +326,19 @@ async fn look_up(host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
     Ok(found)
 }
 
+/// Whether an interface of this host has the address. If they cannot be listed, none counts.
+fn is_of_this_host(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
+    interfaces
+        .filter_map(|interface| interface.address)
+        .any(|address| {
+            let v4 = || address.as_sockaddr_in().map(|has| IpAddr::V4(has.ip()));
+            let v6 = || address.as_sockaddr_in6().map(|has| IpAddr::V6(has.ip()));
+            v4().or_else(v6) == Some(ip)
+        })
+}
+
 async fn dial(name: &str, addresses: &[SocketAddr]) -> Result<TcpStream, String> {
     let mut failed = String::new();
     for address in addresses {
@@ -349,4 +363,20 @@ async fn handshake(
     // Its failure reaches whoever reads the answer.
     owner.spawn(async move { drop(connection.await) });
     Ok(sender)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_hosts_addresses_are_known_as_such() {
+        for own in ["127.0.0.1", "::ffff:127.0.0.1"] {
+            assert!(is_of_this_host(own.parse().unwrap()), "{own}");
+        }
+        // Of documentation (RFC 5737, RFC 3849): no host has them.
+        for other in ["192.0.2.1", "2001:db8::1"] {
+            assert!(!is_of_this_host(other.parse().unwrap()), "{other}");
+        }
+    }
 }

@@ -102,6 +102,8 @@ pub(crate) struct Mounts {
     volumes: Vec<Mounted>,
     /// The index among the volumes, and the path below, of the termination message.
     message: Option<(usize, PathBuf)>,
+    /// Our own program, which the container's launcher is started from.
+    agent: PathBuf,
     /// Holds what is mounted on.
     places: PathBuf,
 }
@@ -110,13 +112,15 @@ pub(crate) struct Mounts {
 #[derive(Debug)]
 pub(crate) struct Named {
     pub(crate) image: PathBuf,
+    /// Our own program.
+    pub(crate) agent: PathBuf,
     pub(crate) binds: Vec<Bind>,
     /// Of the termination message.
     pub(crate) base: Option<OwnedFd>,
 }
 
 impl Mounts {
-    pub(crate) fn new(image: &pb::ResolvedImage, places: PathBuf) -> Self {
+    pub(crate) fn new(image: &pb::ResolvedImage, agent: PathBuf, places: PathBuf) -> Self {
         let host = node_name();
         Self {
             image: Source::Image {
@@ -129,6 +133,7 @@ impl Mounts {
             image_path: image.path.clone(),
             volumes: Vec::new(),
             message: None,
+            agent,
             places,
         }
     }
@@ -144,6 +149,10 @@ impl Mounts {
 
     fn place(&self, index: usize) -> PathBuf {
         self.places.join(format!("m{index}"))
+    }
+
+    fn agent_place(&self) -> PathBuf {
+        self.places.join("agent")
     }
 
     /// For the helper: all that it mounts.
@@ -167,7 +176,17 @@ impl Mounts {
                 message: message.map(|(_, rest)| rest.clone()),
             }
         });
-        std::iter::once(image).chain(volumes).collect()
+        // The runtime's own read-only mount of it could be undone by root of the container's user namespace.
+        let agent = MountSpec {
+            what: "KNoC's launcher".to_owned(),
+            source: Source::Own(self.agent.clone()),
+            place: self.agent_place(),
+            point: None,
+            read_only: true,
+            message: None,
+        };
+        let first = std::iter::once(image);
+        first.chain(volumes).chain([agent]).collect()
     }
 
     /// For the runtime, once the helper has mounted all.
@@ -175,6 +194,7 @@ impl Mounts {
         let volumes = self.volumes.iter().enumerate();
         Named {
             image: self.places.join("image"),
+            agent: self.agent_place(),
             binds: volumes
                 .map(|(index, mounted)| bind(mounted, self.place(index)))
                 .collect(),
@@ -202,6 +222,7 @@ impl Mounts {
         };
         let mut named = Named {
             image: self.image.open().map_err(failed(&self.image_what()))?.path,
+            agent: self.agent.clone(),
             binds: Vec::new(),
             base: None,
         };
@@ -270,7 +291,7 @@ mod tests {
             path: root.display().to_string(),
             ..pb::ResolvedImage::default()
         };
-        let mut mounts = Mounts::new(&image, "/places".into());
+        let mut mounts = Mounts::new(&image, "/opt/knoc-agent".into(), "/places".into());
         mounts.set(vec![volume], Some((0, "log".into())));
         mounts
     }
@@ -314,7 +335,8 @@ mod tests {
         let mounts = mounts(Path::new("/r"), "sub", true);
         let (specs, named) = (mounts.specs(), mounts.places());
         let places: Vec<&Path> = specs.iter().map(|spec| spec.place.as_path()).collect();
-        assert_eq!(places, [&named.image, &named.binds[0].source]);
+        assert_eq!(places, [&named.image, &named.binds[0].source, &named.agent]);
+        assert!(specs[2].read_only, "no container can write our program");
         assert_eq!(specs[1].message.as_deref(), Some(Path::new("log")));
         let words = mounts.with_own_names("stat /places/image, mount /places/m0: no");
         assert_eq!(words, "stat /r, mount volume \"v\", path \"sub\": no");

@@ -100,6 +100,13 @@ fn no_place_is_named_twice_and_the_root_is_none() {
     );
     let got = problems(|spec| spec.containers[0].mounts[0].path = "//".into());
     assert!(got[0].contains("the container's root"), "{got:?}");
+    for path in ["/.knoc", "//.knoc/./", "/.knoc/agent"] {
+        let got = problems(|spec| spec.containers[0].mounts[0].path = path.into());
+        assert!(got[0].contains("lies in /.knoc"), "{got:?}");
+    }
+    let mut other = sound();
+    other.containers[0].mounts[0].path = "/.knock".into();
+    assert!(PodSpec::try_from(other).is_ok());
 }
 
 #[test]

@@ -96,7 +96,7 @@ fn what_the_site_names_is_exempt_and_nothing_beside_it() {
     ]);
     let address = |text: &str, ip: &str| {
         rules
-            .address(&Url::parse(text).unwrap(), ip.parse().unwrap())
+            .address(&Url::parse(text).unwrap(), ip.parse().unwrap(), false)
             .is_ok()
     };
     assert!(address("http://localhost:5000/x", "127.0.0.1"));
@@ -107,6 +107,12 @@ fn what_the_site_names_is_exempt_and_nothing_beside_it() {
     assert!(!address("https://registry.example.org:6001/x", "127.0.0.1"));
     assert!(!address("https://evil.example.org/x", "127.0.0.1"));
     assert!(address("https://evil.example.org/x", "10.0.0.1"));
+    let of_this_host = |text: &str| {
+        let (url, ip) = (Url::parse(text).unwrap(), "10.0.0.1".parse().unwrap());
+        rules.address(&url, ip, true).is_ok()
+    };
+    assert!(of_this_host("https://registry.example.org/x"));
+    assert!(!of_this_host("https://evil.example.org/x"));
     let scheme = |text: &str, plain| rules.scheme(&Url::parse(text).unwrap(), plain).is_ok();
     assert!(scheme("http://localhost:5000/x", false));
     assert!(!scheme("http://127.0.0.1:7000/x", false));
@@ -121,7 +127,7 @@ fn what_the_site_names_is_exempt_and_nothing_beside_it() {
 #[test]
 fn a_refusal_names_the_address_and_what_to_do() {
     let url = Url::parse("http://127.0.0.1:6001/token?secret").unwrap();
-    let words = Rules::default().address(&url, "127.0.0.1".parse().unwrap());
+    let words = Rules::default().address(&url, "127.0.0.1".parse().unwrap(), false);
     assert_eq!(
         words.unwrap_err(),
         "http://127.0.0.1:6001/token is refused: 127.0.0.1 is a loopback address; if it is meant, name \

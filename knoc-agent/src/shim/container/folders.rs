@@ -95,7 +95,7 @@ impl Folders {
             shared: folder("c")?,
             root: folder("r")?,
             work: folder("w")?,
-            mounts: Mounts::new(pod.image(index), private.clone()),
+            mounts: Mounts::new(pod.image(index), pod.agent.clone(), private.clone()),
             private,
             links: Vec::new(),
             temporary: Vec::new(),
@@ -321,7 +321,11 @@ mod tests {
             };
             let volume = File::open(folder("volume")).unwrap();
             let mut folders = Folders {
-                mounts: Mounts::new(&pb::ResolvedImage::default(), private.clone()),
+                mounts: Mounts::new(
+                    &pb::ResolvedImage::default(),
+                    "/opt/knoc-agent".into(),
+                    private.clone(),
+                ),
                 shared,
                 root: folder("root"),
                 work: folder("work"),

@@ -106,7 +106,11 @@ pub(super) async fn bring_up(
 /// On a blocking thread: what the pod mounts may hang.
 async fn by_name(pod: &Pod, attempt: &Attempt, folders: &Folders) -> Result<Named, AttemptError> {
     if !pod.runtime.isolates() {
-        return Ok(folders.mounts().places());
+        // Nothing is mounted: the launcher is started from where it is.
+        return Ok(Named {
+            agent: pod.agent.clone(),
+            ..folders.mounts().places()
+        });
     }
     let mounts = folders.mounts().clone();
     let naming = tokio::task::spawn_blocking(move || mounts.names());
@@ -145,7 +149,7 @@ impl Starting<'_> {
         let mut sandbox = Sandbox {
             binds: named.binds,
             image: named.image,
-            agent: pod.agent.clone(),
+            agent: named.agent,
             folder: folders.shared.clone(),
             hostname: if pod.runtime.isolates() {
                 pod.facts.hostname.clone()
