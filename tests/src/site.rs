@@ -100,6 +100,14 @@ impl Site {
         Ok(site)
     }
 
+    /// Creates a site and starts its agent; returns a client of the agent too. Dropping the daemon kills the agent.
+    pub async fn start(options: Options) -> anyhow::Result<(Self, Daemon, AgentClient<Channel>)> {
+        let site = Self::new(options)?;
+        let agent = site.agent(&[]).await?;
+        let client = site.client()?;
+        Ok((site, agent, client))
+    }
+
     /// A path in the site's folder.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {

@@ -72,9 +72,7 @@ async fn five_thousand_cases_of_argv_and_environment_arrive_byte_for_byte() -> a
 /// The classes by name, without the kubelet: if this test fails, the agent or the shim is at fault.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_nasty_class_arrives_through_agent_and_shim() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let bounds = Size {
         pods: 2,
         containers: 3,

@@ -29,9 +29,7 @@ fn written(pids: &[i32]) -> Result<u64, String> {
 
 #[tokio::test]
 async fn readers_that_stall_block_no_other_stream() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+    let (site, _agent, mut client) = Site::start(Options::default()).await?;
     let pod = Pod::new("stalled", vec![container("main", &["sleep", "600"], &[])]);
     pod.ensure(&client).await?;
     pod.running(&client, SOON).await?;

@@ -94,12 +94,11 @@ async fn the_agent_dies_after_taking_a_report() -> anyhow::Result<()> {
 
 /// A job that ends without a report has failed; it is never assumed to have succeeded, and its containers do not outlive it.
 async fn shim_dies_at(point: &str, may_run: usize) -> anyhow::Result<()> {
-    let site = Site::new(Options {
+    let (site, agent, client) = Site::start(Options {
         prelude: format!("export KNOC_CRASH_AT={point}\n"),
         ..Options::default()
-    })?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    })
+    .await?;
     let pod = Pod::counting(&site, "crash", 30.0)?;
     pod.ensure(&client).await?;
     let outcome = pod

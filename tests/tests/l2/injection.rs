@@ -98,9 +98,7 @@ async fn a_certificate_cannot_forge_a_line_of_a_log() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn control_characters_from_a_pod_are_escaped_by_knocctl() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let script = "printf 'a\\n2026-11-28T00:00:00 forged\\r\\033[2J\\302\\233'; exit 3";
     let mut main = container("main", &["/bin/sh", "-c", script], &[]);
     main.termination_message_fallback_to_logs = true;
@@ -133,9 +131,7 @@ async fn control_characters_from_a_pod_are_escaped_by_knocctl() -> anyhow::Resul
 
 #[tokio::test]
 async fn a_pod_of_the_longest_names_runs() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let (name, container_name) = ("p".repeat(253), "c".repeat(63));
     let variable = "V".repeat(1000);
     let main = container(&container_name, &["/bin/sh", "-c", "env"], &[]);

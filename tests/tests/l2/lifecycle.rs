@@ -51,9 +51,7 @@ async fn logs_ready(pod: &Pod, client: &AgentClient<Channel>) -> anyhow::Result<
 
 #[tokio::test]
 async fn exit_codes_and_signals_decide_the_outcome() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     for (uid, script, code, signal, kind) in [
         ("good", "echo fine", 0, 0, pb::OutcomeKind::Succeeded),
         ("bad", "exit 7", 7, 0, pb::OutcomeKind::Failed),
@@ -77,9 +75,7 @@ async fn exit_codes_and_signals_decide_the_outcome() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn init_containers_come_first_and_in_order() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let notes = site.path("notes");
     let note = |word: &str| shell(word, &format!("echo {word} >>{}", notes.display()));
     let pod = Pod::new("ordered", vec![note("third"), shell("fourth", "true")]);
@@ -97,9 +93,7 @@ async fn init_containers_come_first_and_in_order() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn a_failed_container_is_restarted_with_back_off_until_it_succeeds() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let count = site.path("count");
     let script = format!("echo x >>{0}; [ $(wc -l <{0}) = 3 ]", count.display());
     let pod = Pod::new("again", vec![shell("main", &script)]);
@@ -123,9 +117,7 @@ async fn a_failed_container_is_restarted_with_back_off_until_it_succeeds() -> an
 #[tokio::test]
 async fn a_pod_whose_link_never_comes_up_has_a_status_and_logs_and_is_deleted() -> anyhow::Result<()>
 {
-    let site = Site::new(Options::without_link())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::without_link()).await?;
     let script = "trap 'sleep 1; exit 3' TERM; echo ready; while :; do sleep 0.05; done";
     let pod = Pod::new("unlinked", vec![shell("main", script)]);
     pod.ensure(&client).await?;
@@ -148,9 +140,7 @@ async fn a_pod_whose_link_never_comes_up_has_a_status_and_logs_and_is_deleted() 
 #[tokio::test]
 async fn a_running_pod_obeys_a_deadline_that_is_lowered() -> anyhow::Result<()> {
     for options in [Options::default(), Options::without_link()] {
-        let site = Site::new(options)?;
-        let _agent = site.agent(&[]).await?;
-        let client = site.client()?;
+        let (site, _agent, client) = Site::start(options).await?;
         let script = "trap 'echo told; exit 0' TERM; echo ready; while :; do sleep 0.05; done";
         let pod = change(&Pod::new("lowered", vec![shell("main", script)]), |spec| {
             spec.active_deadline_seconds = 3600;
@@ -183,9 +173,7 @@ async fn a_running_pod_obeys_a_deadline_that_is_lowered() -> anyhow::Result<()> 
 
 #[tokio::test]
 async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     for (uid, script, code) in [
         (
             "polite",
@@ -217,9 +205,7 @@ async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn a_restarted_agent_finds_what_runs_and_what_ended_meanwhile() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let short = Pod::counting(&site, "short", 1.0)?;
     let long = Pod::counting(&site, "long", 5.0)?;
     for pod in [&short, &long] {
@@ -246,9 +232,7 @@ async fn a_restarted_agent_finds_what_runs_and_what_ended_meanwhile() -> anyhow:
 
 #[tokio::test]
 async fn the_same_pod_again_is_a_no_op_and_another_spec_is_a_conflict() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+    let (site, _agent, mut client) = Site::start(Options::default()).await?;
     let pod = Pod::counting(&site, "same", 2.0)?;
     let created = client.ensure_pod(pod.request.clone()).await?.into_inner();
     ensure!(created.created);
@@ -337,9 +321,7 @@ async fn kubelets_of_two_nodes_share_an_agent() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn an_invalid_pod_is_refused_with_all_reasons() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+    let (site, _agent, mut client) = Site::start(Options::default()).await?;
     let mut twice = Pod::new(
         "invalid",
         vec![shell("main", "true"), shell("main", "true")],

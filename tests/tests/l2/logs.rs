@@ -126,9 +126,7 @@ async fn a_log_continues_from_the_files_when_the_link_is_cut() -> anyhow::Result
 
 #[tokio::test]
 async fn a_followed_log_ends_with_a_shim_that_was_killed() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let pod = Pod::new("killed", vec![program(&site)]);
     pod.ensure(&client).await?;
     pod.running(&client, SOON)

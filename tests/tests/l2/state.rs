@@ -48,9 +48,7 @@ pub(super) fn holding(folder: &Path, text: &str) -> anyhow::Result<Vec<String>> 
 
 #[tokio::test]
 async fn an_installed_version_stays_as_long_as_a_job_directory_names_it() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let versions = site.path("state/versions");
     let own = names(&versions)?;
     ensure!(own.len() == 1, "{own:?}");
@@ -261,12 +259,11 @@ async fn ran(site: &Site, uid: &str) -> anyhow::Result<()> {
 #[tokio::test]
 async fn values_that_arrive_between_the_jobs_start_and_its_link_reach_it() -> anyhow::Result<()> {
     let mut relay = Relay::start().await?;
-    let site = Site::new(Options {
+    let (site, _agent, client) = Site::start(Options {
         shims_dial: Some(relay.address()),
         ..Options::default()
-    })?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    })
+    .await?;
     let pod = awaits_two(&site, "between")?;
     pod.ensure(&client).await?;
     ran(&site, "between").await?;
@@ -283,9 +280,7 @@ async fn values_that_arrive_between_the_jobs_start_and_its_link_reach_it() -> an
 /// If no link is ever established, the shim looks for newer staged values itself.
 #[tokio::test]
 async fn values_reach_a_pod_that_runs_without_a_link() -> anyhow::Result<()> {
-    let site = Site::new(Options::without_link())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::without_link()).await?;
     let pod = awaits_two(&site, "unlinked")?;
     pod.ensure(&client).await?;
     let restarted = |seen: &pb::PodObserved| {
@@ -332,9 +327,7 @@ async fn an_agent_that_lost_newer_values_asks_for_them() -> anyhow::Result<()> {
 /// The kubelet sends its newest values with a newer generation, and considers them sent.
 #[tokio::test]
 async fn newer_values_that_come_with_a_newer_generation_count() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let pod = awaits_two(&site, "generation")?;
     pod.ensure(&client).await?;
     ran(&site, "generation").await?;

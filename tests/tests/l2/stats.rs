@@ -63,9 +63,7 @@ async fn used(
 
 #[tokio::test]
 async fn cpu_and_memory_of_each_container_are_measured() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let containers = vec![
         shell("busy", BUSY),
         shell("forks", FORKS),
@@ -110,9 +108,7 @@ async fn cpu_and_memory_of_each_container_are_measured() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn the_last_counters_stay_though_nobody_asked() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let pod = Pod::new(
         "brief",
         vec![shell("main", "timeout 2 sh -c 'while :; do :; done'; true")],
@@ -144,9 +140,7 @@ async fn the_last_counters_stay_though_nobody_asked() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn top_shows_which_container_uses_the_cpu() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let pod = Pod::new(
         "hot",
         vec![shell("busy", BUSY), shell("idle", "exec sleep 600")],

@@ -188,9 +188,7 @@ impl Open {
 
 #[tokio::test]
 async fn a_killed_agent_fails_all_its_streams_at_once() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let (pod, port) = server("lost-agent")?;
     up(&pod, &client).await?;
     let mut streams = all_open(&pod, &client, port).await?;
@@ -221,9 +219,7 @@ fn kill(site: &Site, uid: &str, chosen: impl Fn(&str) -> bool) -> anyhow::Result
 
 #[tokio::test]
 async fn a_killed_shim_or_job_fails_its_streams_at_once() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     for (uid, shim_only) in [("lost-shim", true), ("lost-job", false)] {
         let (pod, port) = server(uid)?;
         up(&pod, &client).await?;
@@ -247,9 +243,7 @@ async fn a_killed_shim_or_job_fails_its_streams_at_once() -> anyhow::Result<()> 
 
 #[tokio::test]
 async fn two_hundred_execs_at_once_through_the_agent() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let (pod, _) = server("many")?;
     up(&pod, &client).await?;
     let all = (0..200).map(async |n| {
@@ -270,9 +264,7 @@ async fn two_hundred_execs_at_once_through_the_agent() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn capabilities_are_listed_and_invalid_requests_are_rejected() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+    let (site, _agent, mut client) = Site::start(Options::default()).await?;
     let info = client
         .get_info(pb::GetInfoRequest::default())
         .await?
@@ -311,9 +303,7 @@ async fn capabilities_are_listed_and_invalid_requests_are_rejected() -> anyhow::
 
 #[tokio::test]
 async fn knocctl_attaches_and_returns_the_exit_code() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let (pod, _) = server("attached")?;
     up(&pod, &client).await?;
     let first = site
@@ -339,9 +329,7 @@ async fn knocctl_attaches_and_returns_the_exit_code() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn knocctl_forwards_ports_until_the_pod_ends() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let (pod, port) = server("forwarded")?;
     up(&pod, &client).await?;
     let local = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
@@ -407,9 +395,7 @@ fn remote(path: &Path) -> String {
 #[tokio::test]
 async fn knocctl_copies_files_and_folders_both_ways() -> anyhow::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let (pod, _) = server("copied")?;
     up(&pod, &client).await?;
     let (here, there) = (site.path("here"), site.path("there"));
@@ -488,9 +474,7 @@ async fn a_copy_that_cannot_be(
 
 #[tokio::test]
 async fn the_last_output_of_an_attached_program_arrives() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+    let (site, _agent, mut client) = Site::start(Options::default()).await?;
     let (pod, port) = server("words")?;
     up(&pod, &client).await?;
     let (input, inputs) = mpsc::channel(4);
