@@ -21,7 +21,7 @@ tools:
 
 .PHONY: build
 build: tools ## builds the static binaries knoc-agent, knocctl and knoc-kubelet for demo, tests and packages
-	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet
+	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet -p knocctl
 
 .PHONY: prepare
 prepare:
