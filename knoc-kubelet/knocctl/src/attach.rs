@@ -52,7 +52,7 @@ impl Attach {
         let call = session.client.attach(ReceiverStream::new(receiver));
         let stream = asked(&what, call).await?;
         if self.stdin && terminal::is_one() {
-            output::complain("attached; where no prompt shows, press Enter");
+            output::complain("attached; if there is no prompt, press Enter");
         }
         let local = Local {
             stdin: self.stdin,

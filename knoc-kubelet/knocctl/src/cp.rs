@@ -237,7 +237,7 @@ async fn upload(from: PathBuf, mut target: Target) -> Result<(), CtlError> {
     let finishing = call.finish(async |_| Ok(()));
     let (left_out, (exit, words)) = tokio::try_join!(packing, finishing)?;
     check(&exit, words, &target.pod)?;
-    left_out.warn("is no file or folder");
+    left_out.warn("is not a file or folder");
     Ok(())
 }
 

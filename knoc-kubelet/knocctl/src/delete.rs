@@ -59,7 +59,7 @@ impl Delete {
         if !pod.cluster_id.is_empty() {
             // Its kubelet still reads the outcome, and lets go of it then.
             output::complain(&format!(
-                "pod {label} belongs to Kubernetes: what it left stays until its kubelet lets go"
+                "pod {label} belongs to Kubernetes: its job directory stays until its kubelet removes it"
             ));
             return Ok(());
         }

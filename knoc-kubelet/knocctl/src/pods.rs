@@ -75,7 +75,7 @@ async fn watch(
                 )?;
                 headings = false;
             }
-            pod_event::Event::RemovedUid(uid) => output::complain(&format!("{uid} was let go of")),
+            pod_event::Event::RemovedUid(uid) => output::complain(&format!("{uid} was removed")),
             pod_event::Event::Item(_) | pod_event::Event::Synced(_) => {}
         }
     }

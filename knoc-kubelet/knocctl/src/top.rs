@@ -48,7 +48,7 @@ impl Top {
             pods.retain(|pod| pod.namespace == *namespace);
         }
         if pods.is_empty() && matches!(global.output, Format::Table | Format::Wide) {
-            output::complain("no pod that runs has been measured");
+            output::complain("no running pod has been measured");
             return Ok(ExitCode::SUCCESS);
         }
         let value = || Value::Array(pods.iter().map(json_of).collect());
