@@ -321,7 +321,7 @@ async fn kubelets_of_two_nodes_share_an_agent() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn an_invalid_pod_is_refused_with_all_reasons() -> anyhow::Result<()> {
-    let (site, _agent, mut client) = Site::start(Options::default()).await?;
+    let (_site, _agent, mut client) = Site::start(Options::default()).await?;
     let mut twice = Pod::new(
         "invalid",
         vec![shell("main", "true"), shell("main", "true")],

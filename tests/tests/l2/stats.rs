@@ -63,7 +63,7 @@ async fn used(
 
 #[tokio::test]
 async fn cpu_and_memory_of_each_container_are_measured() -> anyhow::Result<()> {
-    let (site, _agent, client) = Site::start(Options::default()).await?;
+    let (_site, _agent, client) = Site::start(Options::default()).await?;
     let containers = vec![
         shell("busy", BUSY),
         shell("forks", FORKS),

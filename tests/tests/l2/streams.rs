@@ -243,7 +243,7 @@ async fn a_killed_shim_or_job_fails_its_streams_at_once() -> anyhow::Result<()> 
 
 #[tokio::test]
 async fn two_hundred_execs_at_once_through_the_agent() -> anyhow::Result<()> {
-    let (site, _agent, client) = Site::start(Options::default()).await?;
+    let (_site, _agent, client) = Site::start(Options::default()).await?;
     let (pod, _) = server("many")?;
     up(&pod, &client).await?;
     let all = (0..200).map(async |n| {
@@ -264,7 +264,7 @@ async fn two_hundred_execs_at_once_through_the_agent() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn capabilities_are_listed_and_invalid_requests_are_rejected() -> anyhow::Result<()> {
-    let (site, _agent, mut client) = Site::start(Options::default()).await?;
+    let (_site, _agent, mut client) = Site::start(Options::default()).await?;
     let info = client
         .get_info(pb::GetInfoRequest::default())
         .await?
@@ -474,7 +474,7 @@ async fn a_copy_that_cannot_be(
 
 #[tokio::test]
 async fn the_last_output_of_an_attached_program_arrives() -> anyhow::Result<()> {
-    let (site, _agent, mut client) = Site::start(Options::default()).await?;
+    let (_site, _agent, mut client) = Site::start(Options::default()).await?;
     let (pod, port) = server("words")?;
     up(&pod, &client).await?;
     let (input, inputs) = mpsc::channel(4);
