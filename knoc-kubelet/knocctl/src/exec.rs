@@ -40,7 +40,9 @@ impl Exec {
         let container = logs::container(&pod, self.container.as_deref());
         if self.tty && !(self.stdin && terminal::is_one()) {
             if self.stdin {
-                output::complain("note: standard input is not a terminal, so the command does not get one");
+                output::complain(
+                    "note: standard input is not a terminal, so the command does not get one",
+                );
                 self.tty = false;
             } else if !terminal::is_one() {
                 self.tty = false;
