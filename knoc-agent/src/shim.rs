@@ -38,6 +38,7 @@ mod pod;
 pub(crate) mod proc;
 mod report;
 mod resident;
+mod role;
 mod scratch;
 mod serve;
 mod signals;
@@ -257,7 +258,7 @@ async fn run(
         orders,
         publisher,
         directory,
-    )
+    )?
     .run(values)
     .await;
     if !pod.runtime.isolates() {
