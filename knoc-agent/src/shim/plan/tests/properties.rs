@@ -122,6 +122,24 @@ fn its_gate_is_open(view: &View, started: &Container) -> bool {
     })
 }
 
+fn is_to_be_killed(view: &View, container: &Container) -> bool {
+    let own = match container.health.live {
+        Liveness::Live => None,
+        // The stop that is due comes first.
+        Liveness::Failed { .. } if view.completed() && view.kill_at.is_none() => None,
+        Liveness::Failed { kill_at } => Some(kill_at),
+    };
+    let over = |kill_at: Time| view.now >= kill_at;
+    container.lives() && (view.kill_at.is_some_and(over) || own.is_some_and(over))
+}
+
+/// A sidecar that has ended, in a pod that goes on.
+fn is_to_be_restarted(view: &View, container: &Container) -> bool {
+    let due = matches!(container.phase, Phase::Exited { restart_at, .. } if view.now >= restart_at);
+    let goes_on = view.values && view.kill_at.is_none() && !view.completed();
+    container.role == Role::Sidecar && due && goes_on && its_gate_is_open(view, container)
+}
+
 proptest! {
     #[test]
     fn rules_that_hold_always(view in any_view()) {
@@ -154,6 +172,12 @@ proptest! {
             if stage == StopStage::Term && container.phase == Phase::Running {
                 prop_assert!(!container.pre_stop_pending, "the hook has not ended");
             }
+        }
+        for container in &view.containers {
+            let killed = container.stop == StopStage::Kill || plan.actions.contains(&Action::Kill(container.id));
+            prop_assert!(killed || !is_to_be_killed(&view, container), "outlives its grace period");
+            let restarted = plan.actions.contains(&Action::Start(container.id));
+            prop_assert!(restarted || !is_to_be_restarted(&view, container), "a sidecar stays down");
         }
         let lives = view.containers.iter().any(Container::lives);
         match plan.progress {
