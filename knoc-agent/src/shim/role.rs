@@ -47,12 +47,12 @@ impl RestartRule {
     /// What the pod's restart policy means for a container of this role.
     pub(crate) fn of(role: Role, policy: RestartPolicy) -> Self {
         match (role, policy) {
-            (Role::Sidecar, _) => Self::Always,
-            (Role::Ephemeral, _) | (Role::Init | Role::Main, RestartPolicy::Never) => Self::Never,
-            (Role::Main, RestartPolicy::Always | RestartPolicy::Unspecified) => Self::Always,
+            (Role::Sidecar, _)
+            | (Role::Main, RestartPolicy::Always | RestartPolicy::Unspecified) => Self::Always,
             // An init container that succeeded is done, whatever the policy.
             (Role::Init, RestartPolicy::Always | RestartPolicy::Unspecified)
             | (Role::Init | Role::Main, RestartPolicy::OnFailure) => Self::OnFailure,
+            (Role::Ephemeral, _) | (Role::Init | Role::Main, RestartPolicy::Never) => Self::Never,
         }
     }
 

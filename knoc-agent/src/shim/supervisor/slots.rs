@@ -15,7 +15,7 @@ use super::{
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Slots {
-    slots: BTreeMap<SlotId, Slot>,
+    by_id: BTreeMap<SlotId, Slot>,
     policy: pb::RestartPolicy,
     backoff: Backoff,
 }
@@ -31,7 +31,7 @@ impl Slots {
     /// For a pod with this restart policy; `backoff` is where that of each container begins.
     pub(super) fn new(policy: pb::RestartPolicy, backoff: Backoff) -> Self {
         Self {
-            slots: BTreeMap::new(),
+            by_id: BTreeMap::new(),
             policy,
             backoff,
         }
@@ -50,7 +50,7 @@ impl Slots {
             let name = container.name;
             return Err(DuplicateName { name });
         }
-        let id = SlotId::after(self.slots.len());
+        let id = SlotId::after(self.by_id.len());
         let spec = ContainerSpec {
             id,
             role,
@@ -58,21 +58,21 @@ impl Slots {
             container,
             image,
         };
-        self.slots.insert(id, Slot::new(spec, self.backoff, before));
+        self.by_id.insert(id, Slot::new(spec, self.backoff, before));
         Ok(id)
     }
 
     pub(super) fn get_mut(&mut self, id: SlotId) -> Option<&mut Slot> {
-        self.slots.get_mut(&id)
+        self.by_id.get_mut(&id)
     }
 
     /// In the order in which they were added.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Slot> {
-        self.slots.values()
+        self.by_id.values()
     }
 
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
-        self.slots.values_mut()
+        self.by_id.values_mut()
     }
 
     pub(super) fn view(&self) -> Vec<Container> {

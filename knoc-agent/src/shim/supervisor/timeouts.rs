@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::super::plan::{self, Action, Time, View};
+use super::super::plan::{self, Action, Container, Time, View};
 
 /// The time limits of the pod, and since when it waits.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ impl Timeouts {
 
 /// Nothing lives, and something would be started if there were values.
 fn lacks_values(view: &View) -> bool {
-    if view.values || view.kill_at.is_some() || view.containers.iter().any(|one| one.lives()) {
+    if view.values || view.kill_at.is_some() || view.containers.iter().any(Container::lives) {
         return false;
     }
     let with_values = View {
@@ -78,7 +78,7 @@ fn lacks_values(view: &View) -> bool {
 mod tests {
     use super::{
         super::super::{
-            plan::{Container, Health, Phase, StopStage},
+            plan::{Health, Phase, StopStage},
             role::{RestartRule, Role, SlotId},
         },
         *,
