@@ -39,6 +39,7 @@ mod pod;
 mod proc;
 mod report;
 mod resident;
+mod role;
 mod runtime;
 mod scratch;
 mod serve;
@@ -255,7 +256,7 @@ async fn run(
         orders,
         publisher,
         directory,
-    )
+    )?
     .run(values)
     .await;
     if !pod.runtime.isolates() {
