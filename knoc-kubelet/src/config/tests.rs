@@ -159,11 +159,14 @@ fn configz_shows_what_is_in_effect() {
 /// The row of the guide's table that this setting must have, up to its description; none where its default is computed.
 fn row(key: &str, default: &serde_json::Value) -> String {
     let variable = knoc_proto::settings::variable(PREFIX, key);
-    let default = match default {
-        serde_json::Value::Null => return format!("| `{key}` | `{variable}` | "),
-        serde_json::Value::Object(_) => String::new(),
-        serde_json::Value::String(text) => format!("`{text}`"),
-        other => format!("`{other}`"),
+    let default = if default.is_null() {
+        return format!("| `{key}` | `{variable}` | ");
+    } else if let Some(text) = default.as_str() {
+        format!("`{text}`")
+    } else if default.is_object() {
+        String::new()
+    } else {
+        format!("`{default}`")
     };
     format!("| `{key}` | `{variable}` | {default} | ").replace("|  |", "| |")
 }
@@ -178,8 +181,11 @@ fn the_guide_has_every_setting_with_its_default() {
         let row = row(key, defaults.pointer(&pointer).unwrap());
         let found = guide.lines().find(|line| line.starts_with(&row));
         let found = found.unwrap_or_else(|| panic!("the guide has no row {row}"));
-        let cells = found.trim_matches('|').split('|').map(str::trim);
-        assert!(cells.last().is_some_and(|help| help.len() > 10), "{found}");
+        let mut cells = found.trim_matches('|').split('|').map(str::trim);
+        assert!(
+            cells.next_back().is_some_and(|help| help.len() > 10),
+            "{found}"
+        );
     }
     let rows = guide
         .lines()

@@ -21,7 +21,7 @@ use knoc_proto::{names, paths, pb};
 use super::quantity;
 
 pub use env::service_variables;
-pub(in crate::pods) use job::over_containers;
+pub(crate) use job::over_containers;
 
 /// Annotations that are never sent: they repeat the whole pod.
 const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";

@@ -1,12 +1,12 @@
 //! PURE: may this pod run here at all? Asked once, before the agent has it. Whether it belongs on this node:
-//! [`mod@crate::node::place`]. Whether there is room: [`super::room`].
+//! [`mod@crate::node::place`]. Whether the node has enough for it:
+//! [`mod@crate::node::allocations`].
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 
-use super::room::Short;
 use crate::{
-    node::place::Misfit,
+    node::{allocations::Short, place::Misfit},
     pods::{status::Rejection, translate, verdict::Findings},
 };
 

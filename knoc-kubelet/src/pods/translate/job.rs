@@ -119,7 +119,7 @@ fn first(one: i64, other: i64) -> i64 {
 
 /// The larger of: the largest init container, the sum of the containers; `amount` is told a container's requests and
 /// limits.
-pub(in crate::pods) fn over_containers(
+pub(crate) fn over_containers(
     init: &[pb::Container],
     regular: &[pb::Container],
     amount: impl Fn(&pb::Resources, &pb::Resources) -> i64,
