@@ -14,11 +14,10 @@ use std::{
 
 use futures::{Stream, StreamExt as _, future::BoxFuture, stream};
 use jiff::Timestamp;
+use knoc_link::{Credentials, Identity, pki};
 use knoc_proto::{
     error::chain,
-    link::{Credentials, Identity},
     pb::{self, Finding},
-    pki,
 };
 
 use crate::{

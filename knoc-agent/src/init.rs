@@ -11,19 +11,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use detect::{Environment, Found};
+use knoc_link::{
+    Identity,
+    pki::{Ca, CertifiedKey, PkiError},
+};
 use knoc_proto::{
     ids::{InvalidId, SiteName},
-    link::Identity,
     names::{self, BadName},
-    pki::{Ca, CertifiedKey, PkiError},
 };
 
 use crate::{
     config::{Config, ConfigError, Home, RuntimeKind, SchedulerKind},
     jobdir::atomic::{self, FileError},
 };
-
-pub use detect::{Environment, Found};
 
 /// The port for kubelets where an address names none.
 const PORT: u16 = 10350;

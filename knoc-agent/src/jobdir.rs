@@ -35,7 +35,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::{ids::PodUid, link::CredentialsError, pb};
+use knoc_link::CredentialsError;
+use knoc_proto::{ids::PodUid, pb};
 use prost::Message as _;
 use serde::{Serialize, de::DeserializeOwned};
 

@@ -7,8 +7,8 @@ use futures::{
     Stream, StreamExt as _,
     stream::{self, BoxStream},
 };
+use knoc_link::bulk::{self, Messages};
 use knoc_proto::{
-    bulk::{self, Messages},
     ids::{ContainerName, PodUid},
     pb::{self, container_status::State},
     reason::ErrorReason,

@@ -16,7 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use knoc_proto::{link, pb, reason::ErrorReason};
+use knoc_proto::{pb, reason::ErrorReason};
 use memchr::memrchr;
 use rustix::io::{Errno, ReadWriteFlags};
 use tokio::sync::{mpsc, watch};
@@ -33,7 +33,7 @@ const BLOCK: usize = 192 << 10;
 
 /// What a read should leave when the heads of lines are taken off: with its place in the log one message, and so one
 /// frame, of the link.
-const PIECE: usize = link::CHUNK - 256;
+const PIECE: usize = knoc_link::CHUNK - 256;
 
 /// How often a file that another host writes is looked at.
 const POLL: Duration = Duration::from_millis(100);

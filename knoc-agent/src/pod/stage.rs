@@ -7,7 +7,8 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use knoc_proto::{error::chain, link::pinned::KeyPair, pb};
+use knoc_link::pinned::KeyPair;
+use knoc_proto::{error::chain, pb};
 use prost::Message as _;
 use tokio::{sync::mpsc, time::Instant};
 

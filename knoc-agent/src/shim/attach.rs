@@ -8,8 +8,8 @@ pub(crate) mod hub;
 
 use std::{sync::Arc, time::Duration};
 
+use knoc_link::bulk::Messages;
 use knoc_proto::{
-    bulk::Messages,
     pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
     reason::ErrorReason,
 };

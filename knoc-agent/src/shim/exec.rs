@@ -14,10 +14,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use knoc_link::{CHUNK, bulk::Messages};
 use knoc_proto::{
-    bulk::Messages,
     error::chain,
-    link::CHUNK,
     pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
 };
 use rustix::process::Signal;

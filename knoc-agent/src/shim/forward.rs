@@ -12,9 +12,8 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use knoc_link::{CHUNK, bulk::Messages};
 use knoc_proto::{
-    bulk::Messages,
-    link::CHUNK,
     pb::{
         PortForwardInput, PortForwardOutput, port_forward_input::Input, port_forward_output::Output,
     },

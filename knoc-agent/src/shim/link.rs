@@ -5,12 +5,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use knoc_proto::{
-    bulk::Served,
-    error::chain,
-    link::{self, pinned::KeyPair},
-    pb::shim_server::ShimServer,
-};
+use knoc_link::{bulk::Served, pinned::KeyPair};
+use knoc_proto::{error::chain, pb::shim_server::ShimServer};
 use rand::RngExt as _;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -83,7 +79,7 @@ impl Link {
             let dialled = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return false,
-                dialled = link::pinned::dial(address, pair, &endpoint.spki) => dialled,
+                dialled = knoc_link::pinned::dial(address, pair, &endpoint.spki) => dialled,
             };
             match dialled {
                 Ok(io) => {
@@ -98,11 +94,11 @@ impl Link {
         false
     }
 
-    async fn serve(&self, io: link::pinned::TlsIo, shutdown: &CancellationToken) {
+    async fn serve(&self, io: knoc_link::pinned::TlsIo, shutdown: &CancellationToken) {
         let service = ShimServer::new(self.service.clone());
-        let serving = link::server()
+        let serving = knoc_link::server()
             .add_service(Served::new(service))
-            .serve_with_incoming_shutdown(link::far_side(io), shutdown.cancelled());
+            .serve_with_incoming_shutdown(knoc_link::far_side(io), shutdown.cancelled());
         if let Err(error) = serving.await {
             tracing::debug!("the link ended: {}", chain(&error));
         }

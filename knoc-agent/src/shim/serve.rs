@@ -3,8 +3,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use knoc_link::bulk::{self, Messages, Nothing};
 use knoc_proto::{
-    bulk::{self, Messages, Nothing},
     pb::{self, EndedBy, shim_server::Shim},
     reason::ErrorReason,
 };

@@ -20,10 +20,8 @@ use std::{
 
 use futures::StreamExt as _;
 use knoc_agent::jobdir::{JobDir, StateDir, schema::Endpoint, write_json};
-use knoc_proto::{
-    link::{self, pinned::KeyPair},
-    pb::{self, shim_client::ShimClient},
-};
+use knoc_link::pinned::KeyPair;
+use knoc_proto::pb::{self, shim_client::ShimClient};
 use tonic::transport::Channel;
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
@@ -251,7 +249,7 @@ impl Job {
     /// Listens as the agent does; to be called before [`Self::start`].
     pub(crate) async fn agent(&self) -> Agent {
         let pair = KeyPair::generate("agent").unwrap();
-        let listening = link::pinned::listen("127.0.0.1:0".parse().unwrap(), pair.clone());
+        let listening = knoc_link::pinned::listen("127.0.0.1:0".parse().unwrap(), pair.clone());
         let incoming = listening.await.unwrap();
         let address = incoming.local_addr().unwrap().to_string();
         let endpoint = Endpoint {
@@ -283,7 +281,7 @@ impl Drop for Job {
 }
 
 pub(crate) struct Agent {
-    incoming: link::pinned::PinnedIncoming,
+    incoming: knoc_link::pinned::PinnedIncoming,
     spki: String,
 }
 
@@ -293,7 +291,7 @@ impl Agent {
         let next = tokio::time::timeout(DEADLINE, self.incoming.next());
         let (spki, io) = next.await.expect("the shim did not dial").unwrap().unwrap();
         assert_eq!(spki, self.spki);
-        ShimClient::new(link::near_side(io)).max_decoding_message_size(8 << 20)
+        ShimClient::new(knoc_link::near_side(io)).max_decoding_message_size(8 << 20)
     }
 }
 

@@ -8,13 +8,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::{
-    link::{
-        Carrier,
-        socket::{Places, SiteFile},
-    },
-    settings::{Document, Mistakes},
+use knoc_link::{
+    Carrier,
+    socket::{Places, SiteFile},
 };
+use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
 /// Why there is no usable context.

@@ -5,11 +5,8 @@ use std::{process::ExitCode, time::Duration};
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
-use knoc_proto::{
-    error::chain,
-    link::{self, Credentials, LinkError},
-    pb,
-};
+use knoc_link::{Credentials, LinkError};
+use knoc_proto::{error::chain, pb};
 use serde_json::{Value, json};
 
 use super::{
@@ -260,7 +257,7 @@ async fn check_carrier(
     credentials: Option<&Credentials>,
 ) -> Result<bool, CtlError> {
     let began = tokio::time::Instant::now();
-    match link::connect(&context.carrier, credentials, &expect(context)).await {
+    match knoc_link::connect(&context.carrier, credentials, &expect(context)).await {
         Ok(conn) => {
             let took = began.elapsed().as_millis();
             report.good(
@@ -285,7 +282,7 @@ async fn check_carrier(
 fn cure_of_link(error: &LinkError) -> &'static str {
     match error {
         LinkError::Connect { source, carrier } => match (source.kind(), carrier) {
-            (std::io::ErrorKind::NotFound, link::Carrier::Unix(_)) => {
+            (std::io::ErrorKind::NotFound, knoc_link::Carrier::Unix(_)) => {
                 "start the agent on this machine (`knoc-agent serve`), or configure a context with its address"
             }
             (std::io::ErrorKind::ConnectionRefused, _) => {
@@ -390,8 +387,8 @@ fn other_nodes(pods: &[pb::PodObserved], site: &str) -> Option<(String, String)>
 
 #[cfg(test)]
 mod tests {
-    use knoc_proto::{
-        link::Identity,
+    use knoc_link::{
+        Identity,
         pki::{Ca, Validity},
     };
 
@@ -461,7 +458,7 @@ mod tests {
         let context = Context {
             name: "local".into(),
             file: None,
-            carrier: link::Carrier::Unix(folder.path().join("knoc/none.sock")),
+            carrier: knoc_link::Carrier::Unix(folder.path().join("knoc/none.sock")),
             files: None,
             site: None,
         };

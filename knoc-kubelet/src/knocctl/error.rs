@@ -2,10 +2,8 @@
 
 use std::{io, net::SocketAddr, path::PathBuf};
 
-use knoc_proto::{
-    link::{CredentialsError, LinkError},
-    reason::ErrorReason,
-};
+use knoc_link::{CredentialsError, LinkError};
+use knoc_proto::reason::ErrorReason;
 use tonic::{Code, Status};
 
 use super::{config::ConfigError, manifest::ManifestError};

@@ -9,12 +9,10 @@ use std::{io, net::SocketAddr, process::ExitCode};
 
 use bytes::BytesMut;
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use knoc_proto::{
-    link::CHUNK,
-    pb::{
-        PortForwardInput, PortForwardOutput, PortForwardStart, agent_client::AgentClient,
-        port_forward_input::Input, port_forward_output::Output,
-    },
+use knoc_link::CHUNK;
+use knoc_proto::pb::{
+    PortForwardInput, PortForwardOutput, PortForwardStart, agent_client::AgentClient,
+    port_forward_input::Input, port_forward_output::Output,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

@@ -18,16 +18,16 @@ pub(super) mod tunnel;
 use std::time::Duration;
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use channel::{Encoding, Messages, Said};
+use frame::{Decoder, Event, Kind};
 use futures::FutureExt as _;
-use knoc_proto::bulk::Segments;
+use knoc_link::bulk::Segments;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, WriteHalf};
 use tokio::sync::mpsc;
 use tracing::debug;
 
 use super::streams::{Activity, Budget, Closed, Feed, IDLE, Inlet, stream};
-use channel::{Encoding, Messages, Said};
-use frame::{Decoder, Event, Kind};
 
 /// What is read from the socket at once, and so the largest piece of a message.
 const CHUNK: usize = 64 << 10;

@@ -286,7 +286,7 @@ async fn a_long_log_comes_in_pieces_of_one_message() {
         let third = lengths.len() / 3;
         for length in lengths.iter().skip(third).take(third) {
             assert!(
-                (link::CHUNK * 3 / 4..=link::CHUNK).contains(length),
+                (knoc_link::CHUNK * 3 / 4..=knoc_link::CHUNK).contains(length),
                 "{width}: {lengths:?}"
             );
         }

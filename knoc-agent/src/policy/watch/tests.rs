@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use knoc_proto::{link::Identity, pki::Ca};
+use knoc_link::{Identity, pki::Ca};
 use tokio::sync::watch;
 
 use super::*;

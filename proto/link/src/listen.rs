@@ -14,6 +14,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _};
+use knoc_proto::{error::chain, log_limit::LogLimit};
 use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
@@ -31,7 +32,6 @@ use super::{
     socket::{self, SocketFile},
     tls::{Seen, in_words},
 };
-use crate::{error::chain, log_limit::LogLimit};
 
 /// What an HTTP/2 client says first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

@@ -9,6 +9,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use knoc_proto::error::chain;
 use rustls::{RootCertStore, sign::CertifiedKey};
 use rustls_pki_types::{
     CertificateDer, PrivateKeyDer,
@@ -17,10 +18,7 @@ use rustls_pki_types::{
 use sha2::{Digest as _, Sha256};
 
 use super::{Shown, Trust, tls::provider};
-use crate::{
-    error::chain,
-    pki::{self, CertificateInfo, PkiError},
-};
+use crate::pki::{self, CertificateInfo, PkiError};
 
 /// Why a CA, certificate or key cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -1,5 +1,8 @@
 //! A link between two processes: carrier + TLS 1.3 + HTTP/2.
 //!
+//! Depends on `knoc-proto` alone. [`bulk`] are the streams of bytes over a link, [`pki`] the certificates that its two
+//! sides show each other.
+//!
 //! The near side is always the gRPC client, the far side the server; who *dials* is the TLS client, and that is
 //! configuration. Two kinds of links:
 //!
@@ -18,6 +21,7 @@ use crate::bulk::Cutting;
 
 pub mod accept;
 pub mod admission;
+pub mod bulk;
 mod carrier;
 mod credentials;
 mod dial;
@@ -26,6 +30,7 @@ mod identity;
 pub mod listen;
 mod one;
 pub mod pinned;
+pub mod pki;
 mod shown;
 pub mod socket;
 mod tls;

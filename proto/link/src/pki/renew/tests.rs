@@ -3,7 +3,8 @@ use rcgen::{CertificateParams, PKCS_ECDSA_P384_SHA384};
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 
 use super::*;
-use crate::{link::Identity, pki::inspect};
+use crate::Identity;
+use crate::pki::inspect;
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + seconds).unwrap()

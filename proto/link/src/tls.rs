@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use knoc_proto::error::chain;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError,
     RootCertStore, ServerConfig, SignatureScheme,
@@ -26,7 +27,7 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::{ExpectPeer, Identity, credentials::Material};
-use crate::{error::chain, pki};
+use crate::pki;
 
 /// HTTP/2 only.
 pub(super) const ALPN: &[u8] = b"h2";

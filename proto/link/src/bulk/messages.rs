@@ -18,7 +18,7 @@ use prost::Message;
 use tonic::{Code, Status, body::Body};
 
 use super::segments::Segments;
-use crate::link::MAX_MESSAGE;
+use crate::MAX_MESSAGE;
 
 /// Flag and length.
 const HEAD: usize = 5;

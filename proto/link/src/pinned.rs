@@ -13,6 +13,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _};
+use knoc_proto::error::chain;
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -30,10 +31,7 @@ use super::{
     admission::Bounds,
     tls::{client_config, in_words, no_tls12, other, provider, server_config},
 };
-use crate::{
-    error::chain,
-    pki::{self, PkiError},
-};
+use crate::pki::{self, PkiError};
 
 /// A connection of this hop, either role.
 pub type TlsIo = TlsStream<TcpStream>;

@@ -29,6 +29,7 @@ use futures::{
     future::{AbortHandle, Abortable, Aborted, BoxFuture},
     stream::FuturesUnordered,
 };
+use knoc_proto::log_limit::LogLimit;
 use rustix::{io::Errno, net::sockopt};
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream},
@@ -39,7 +40,6 @@ use super::{
     CONNECT_TIMEOUT,
     admission::{Admissions, Bounds, Source, Ticket},
 };
-use crate::log_limit::LogLimit;
 
 /// From the connection to its first byte. A client sends it as soon as it is connected; a busy one takes a second.
 const FIRST_BYTE: Duration = Duration::from_secs(5);

@@ -14,7 +14,7 @@ use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use sha2::{Digest as _, Sha256};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-use crate::link::{Identity, InvalidIdentity};
+use crate::{Identity, InvalidIdentity};
 
 mod renew;
 

@@ -1,7 +1,8 @@
 use std::os::unix::fs::symlink;
 
+use knoc_proto::error::chain;
+
 use super::*;
-use crate::error::chain;
 
 fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();

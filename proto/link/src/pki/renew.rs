@@ -13,7 +13,7 @@ use rcgen::{
 use rustls_pki_types::CertificateSigningRequestDer;
 
 use super::{BACKDATE, Ca, CertificateInfo, LEAF_LIFE, PkiError, Validity, common_name, leaf};
-use crate::link::InvalidIdentity;
+use crate::InvalidIdentity;
 
 /// How often a certificate can be renewed before a new one has to be made by hand: it names all that went before, and
 /// the list must not grow without limit, nor be cut, which would lose a denial.

@@ -4,6 +4,10 @@ use std::{fs, net::SocketAddr, path::Path};
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
+use knoc_proto::{
+    error::chain,
+    pb::{GetInfoRequest, agent_client::AgentClient},
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     task::JoinSet,
@@ -15,11 +19,7 @@ use tonic::{
 };
 
 use super::*;
-use crate::{
-    error::chain,
-    pb::{GetInfoRequest, agent_client::AgentClient},
-    pki::{Ca, CertifiedKey, Validity},
-};
+use crate::pki::{Ca, CertifiedKey, Validity};
 
 mod flood;
 

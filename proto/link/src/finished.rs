@@ -119,7 +119,8 @@ mod tests {
     use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 
     use super::*;
-    use crate::{link::Shown, pki};
+    use crate::Shown;
+    use crate::pki;
 
     fn peer(identity: Identity) -> Peer {
         let key = pki::self_signed("peer").unwrap();

@@ -1,6 +1,13 @@
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use http_body_util::BodyExt as _;
+use knoc_proto::pb::{
+    self, ExecInput, ExecOutput,
+    exec_input::Input,
+    exec_output::Output,
+    shim_client::ShimClient,
+    shim_server::{Shim, ShimServer},
+};
 use proptest::prelude::*;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -12,13 +19,6 @@ use tonic::{
 };
 
 use super::{Called, Cutting, Messages, Nothing, Served, messages::Side};
-use crate::pb::{
-    self, ExecInput, ExecOutput,
-    exec_input::Input,
-    exec_output::Output,
-    shim_client::ShimClient,
-    shim_server::{Shim, ShimServer},
-};
 
 fn stdin(data: impl Into<Bytes>) -> ExecInput {
     let input = Some(Input::Stdin(data.into()));
@@ -145,7 +145,7 @@ fn echo() -> (Channel, mpsc::Receiver<()>) {
         left,
     };
     let server = Server::builder().add_service(Served::new(ShimServer::new(echo)));
-    tasks.spawn(server.serve_with_incoming(crate::link::far_side(far)));
+    tasks.spawn(server.serve_with_incoming(crate::far_side(far)));
     let mut near = Some(near);
     let connector = tower::service_fn(move |_: http::Uri| {
         let io = near.take().map(hyper_util::rt::TokioIo::new);
