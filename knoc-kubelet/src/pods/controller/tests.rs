@@ -24,7 +24,7 @@ use crate::{
     agent::{Link, watch::AgentWatch},
     metrics::Metrics,
     node::{Identity, allocations::Allocatable, unit::Unit},
-    pods::{events::Recorder, verdict},
+    pods::events::Recorder,
 };
 use agent::FakeAgent;
 use api::FakeApi;
@@ -137,7 +137,7 @@ impl Kubelet {
         json["metadata"]["resourceVersion"] = self.version.to_string().into();
         change(&mut json);
         self.api.pod(&json);
-        let findings = verdict::judge(&json);
+        let findings = knoc_translate::verdict::judge(&json);
         let pod: Pod = serde_json::from_value(json).unwrap();
         let uid: Uid = UID.into();
         self.store.set_desired(&uid, pod.into(), findings.into());

@@ -16,7 +16,6 @@ use crate::pods::{
     publish::{self, PublishError},
     status::{self, Hold, Input, Rejection},
     store::{PodView, Uid},
-    translate,
 };
 
 /// The first retry comes after this, each further one after twice as long.
@@ -240,7 +239,7 @@ impl Worker<'_> {
                     || observed_phase(&view) == Some(pb::PodPhase::Finished);
                 if !ended && (view.observed.is_some() || ran(&view.pod)) {
                     let amounts =
-                        translate::shape(&view.pod).map(|shape| allocations::requests(&shape));
+                        knoc_translate::shape(&view.pod).map(|shape| allocations::requests(&shape));
                     allocations.hold(&view.uid, amounts.unwrap_or_default());
                 }
             }
