@@ -21,7 +21,7 @@ pub mod queue;
 mod resolve;
 mod services;
 pub mod status;
-mod store;
+pub(crate) mod store;
 pub mod watch;
 
 pub(crate) use controller::UNREACHABLE_AFTER;

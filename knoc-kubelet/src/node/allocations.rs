@@ -11,7 +11,7 @@ use std::{
 
 use knoc_proto::pb;
 
-use crate::{agent::tells_capacity, pods::Uid};
+use crate::{agent::tells_capacity, pods::store::Uid};
 
 /// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, the rest in pieces.
 pub(crate) type Amounts = BTreeMap<String, i64>;

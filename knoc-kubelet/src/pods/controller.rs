@@ -1,7 +1,8 @@
 //! Task: takes keys from the queue and runs at most one worker a pod, bounded in all.
 //!
 //! A worker loads both sides, lets [`super::decide`] decide, publishes the status and carries the decision
-//! out. What it must remember of a pod it gets as [`Memory`] and gives back; after a restart an empty one does.
+//! out. It is given what it must remember of a pod ([`Memory`]) and
+//! gives it back; after a restart an empty memory does.
 
 mod admission;
 mod context;
@@ -18,24 +19,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::store::Uid;
 use memory::Memory;
+use worker::Round;
 
 /// Workers at a time: their time is spent waiting for the API server and the agent, which both take 50 at once.
 const WORKERS: usize = 64;
 /// What is under way at shutdown gets this long.
 const DRAIN: Duration = Duration::from_secs(5);
-/// Readiness is taken only after the link was down this long: a restarted agent is back sooner.
-pub(crate) const UNREACHABLE_AFTER: Duration = Duration::from_secs(10);
 
+pub(crate) use context::UNREACHABLE_AFTER;
 pub use context::{ApiServer, Context, KnownPods, Process, Site};
 pub use loop_health::LoopHealth;
-
-/// What a worker gives back.
-struct Round {
-    /// None: nothing is left of the pod.
-    memory: Option<Memory>,
-    /// Look again after this.
-    again: Option<Duration>,
-}
 
 /// The controller's own state.
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]

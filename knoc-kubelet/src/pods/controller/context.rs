@@ -1,6 +1,6 @@
 //! What all workers of one node share, by concept.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_proto::pb;
@@ -15,6 +15,9 @@ use crate::{
     node::unit::Unit,
     pods::{events::Events, presence::Ask, queue::Queue, services::Services, store::Store},
 };
+
+/// Readiness is taken only after the link was down this long: a restarted agent is back sooner.
+pub(crate) const UNREACHABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// What all workers of one node share.
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]

@@ -7,7 +7,11 @@ use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{pb, reason::ErrorReason};
 use tokio::time::Instant;
 
-use super::{Context, Round, UNREACHABLE_AFTER, admission, memory::Memory};
+use super::{
+    admission,
+    context::{Context, UNREACHABLE_AFTER},
+    memory::Memory,
+};
 use crate::metrics::Patched;
 use crate::node::{self, allocations, place::Misfit};
 use crate::pods::{
@@ -23,6 +27,14 @@ const BACKOFF: Duration = Duration::from_millis(250);
 const BACKOFF_MOST: Duration = Duration::from_secs(10);
 /// The last DELETE is sent again after this, for an API server that lost it: a finalizer may keep the object for days.
 const RELEASE_AGAIN: Duration = Duration::from_mins(10);
+
+/// What a worker gives back.
+pub(super) struct Round {
+    /// None: nothing is left of the pod.
+    pub(super) memory: Option<Memory>,
+    /// Look again after this.
+    pub(super) again: Option<Duration>,
+}
 
 pub(super) async fn reconcile(context: Arc<Context>, uid: Uid, memory: Memory) -> Round {
     let mut worker = Worker {
