@@ -12,6 +12,7 @@ use std::{
 };
 
 pub use detect::{Environment, Found};
+use knoc_contract::jobdir::atomic::{self, FileError};
 use knoc_link::{
     Identity,
     pki::{Ca, CertifiedKey, PkiError},
@@ -21,10 +22,7 @@ use knoc_proto::{
     names::{self, BadName},
 };
 
-use crate::{
-    config::{Config, ConfigError, Home, RuntimeKind, SchedulerKind},
-    jobdir::atomic::{self, FileError},
-};
+use crate::config::{Config, ConfigError, Home, RuntimeKind, SchedulerKind};
 
 /// The port for kubelets where an address names none.
 const PORT: u16 = 10350;

@@ -6,6 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
+use knoc_contract::jobdir::atomic::{self, FileError};
 use knoc_link::{
     Credentials,
     pki::{self, PkiError, RenewError},
@@ -17,7 +18,6 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::renew::{self, NoCa},
     config::Tls,
-    jobdir::atomic::{self, FileError},
     site::Site,
 };
 

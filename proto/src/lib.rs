@@ -20,6 +20,10 @@ pub mod reason;
 pub mod settings;
 pub mod text;
 
+/// The data in one message of a byte stream: small enough to interleave, large enough that framing is noise, and with
+/// the heads of message and frame exactly four TLS records.
+pub const CHUNK: usize = (64 << 10) - 64;
+
 /// The generated messages and services of `knoc/v1/*.proto`; the texts stand in the `.proto` files.
 #[allow(
     missing_docs,

@@ -10,6 +10,7 @@ use std::{
 };
 
 use jiff::Timestamp;
+use knoc_contract::jobdir::atomic::{self, FileError};
 use knoc_link::{
     Peer, Shown,
     pki::{self, Ca, PkiError, RenewError},
@@ -18,10 +19,7 @@ use knoc_proto::{error::chain, reason::ErrorReason};
 use tonic::Status;
 
 use super::gate::Gate;
-use crate::{
-    config::Tls,
-    jobdir::atomic::{self, FileError},
-};
+use crate::config::Tls;
 
 /// Renewals of one identity at once, after a pause: a kubelet and its successor, and some tries.
 const BURST: u32 = 5;

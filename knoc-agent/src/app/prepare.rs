@@ -9,6 +9,12 @@ use std::{
 };
 
 use jiff::Timestamp;
+use knoc_contract::jobdir::{
+    self, JobDirError, StateDir,
+    atomic::{self, FileError},
+    schema::Endpoint,
+};
+use knoc_contract::setuid;
 use knoc_link::{Credentials, CredentialsError, LinkError, pinned::KeyPair};
 use knoc_proto::{error::chain, ids::PodUid};
 use tokio::sync::{Notify, Semaphore, mpsc};
@@ -16,15 +22,9 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use crate::{
     config::{Config, RuntimeKind, SchedulerKind},
     image::{self, Images},
-    jobdir::{
-        self, JobDirError, StateDir,
-        atomic::{self, FileError},
-        schema::Endpoint,
-    },
     lease::{Holder, LeaseError, Process},
     open_files, own_limits, policy,
     registry::board::Board,
-    runtime::setuid,
     scheduler::{Scheduler, local, slurm},
     shims::Shims,
     site::{ACCEPTING, RuntimeInfo, Site},

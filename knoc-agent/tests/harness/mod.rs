@@ -19,7 +19,7 @@ use std::{
 };
 
 use futures::StreamExt as _;
-use knoc_agent::jobdir::{JobDir, StateDir, schema::Endpoint, write_json};
+use knoc_contract::jobdir::{JobDir, StateDir, schema::Endpoint, write_json};
 use knoc_link::pinned::KeyPair;
 use knoc_proto::pb::{self, shim_client::ShimClient};
 use tonic::transport::Channel;
@@ -242,7 +242,7 @@ impl Job {
     /// The text of a log, without the CRI frame.
     pub(crate) fn log(&self, container: &str, attempt: u32) -> String {
         let path = self.log_path(container, attempt);
-        let bytes = knoc_agent::logs::read::last_text(&path, 1 << 30, 1 << 30).unwrap();
+        let bytes = knoc_contract::logs::read::last_text(&path, 1 << 30, 1 << 30).unwrap();
         String::from_utf8(bytes).unwrap()
     }
 
@@ -259,8 +259,8 @@ impl Job {
         write_json(&self.state.endpoint(), &endpoint).unwrap();
         let shim = KeyPair::generate("shim").unwrap();
         let (cert, key) = self.dir.link_pair();
-        knoc_agent::jobdir::atomic::write(&cert, shim.cert_pem().as_bytes(), 0o600).unwrap();
-        knoc_agent::jobdir::atomic::write(&key, shim.key_pem().as_bytes(), 0o600).unwrap();
+        knoc_contract::jobdir::atomic::write(&cert, shim.cert_pem().as_bytes(), 0o600).unwrap();
+        knoc_contract::jobdir::atomic::write(&key, shim.key_pem().as_bytes(), 0o600).unwrap();
         Agent {
             incoming,
             spki: shim.spki().to_owned(),

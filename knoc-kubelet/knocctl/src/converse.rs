@@ -7,7 +7,7 @@ use std::{io, process::ExitCode};
 
 use bytes::BytesMut;
 use futures::StreamExt as _;
-use knoc_link::CHUNK;
+use knoc_proto::CHUNK;
 use knoc_proto::pb::{ExecExit, ExecInput, ExecOutput, exec_input::Input, exec_output::Output};
 use tokio::{
     io::AsyncReadExt as _,

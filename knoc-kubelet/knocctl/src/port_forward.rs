@@ -9,7 +9,7 @@ use std::{io, net::SocketAddr, process::ExitCode};
 
 use bytes::BytesMut;
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use knoc_link::CHUNK;
+use knoc_proto::CHUNK;
 use knoc_proto::pb::{
     PortForwardInput, PortForwardOutput, PortForwardStart, agent_client::AgentClient,
     port_forward_input::Input, port_forward_output::Output,

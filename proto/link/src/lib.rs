@@ -63,11 +63,8 @@ pub const MAX_STREAMS: u32 = 2048;
 /// The largest message: a pod's values may hold some `ConfigMap`s and Secrets of 1 MiB each. tonic's default of 4 MiB is
 /// too small for `EnsurePod` and `UpdateValues`; give this to `max_decoding_message_size` of both sides.
 pub const MAX_MESSAGE: usize = 24 << 20;
-/// The data in one message of a byte stream: small enough to interleave, large enough that framing is noise, and with
-/// the heads of message and frame exactly four TLS records.
-pub const CHUNK: usize = (64 << 10) - 64;
-/// The largest HTTP/2 frame that either side takes: a whole message of [`CHUNK`] in one write and one read. The least
-/// that the protocol allows, 16 KiB, costs four times the frames and their system calls.
+/// The largest HTTP/2 frame that either side takes: a whole message of [`CHUNK`](knoc_proto::CHUNK) in one write and one
+/// read. The least that the protocol allows, 16 KiB, costs four times the frames and their system calls.
 const FRAME: u32 = 64 << 10;
 
 /// An address that stands in `:authority`; the carrier decides where bytes go.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use knoc_link::CHUNK;
+use knoc_proto::CHUNK;
 use knoc_proto::pb::{ExecInput, exec_input::Input};
 use tokio::sync::mpsc;
 
