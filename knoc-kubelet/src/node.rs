@@ -1,9 +1,9 @@
 //! Task: the Node object: registration, labels, taints, status. Never deletes it.
 //!
-//! In: link and capacity (watch channels). Out: what decides which pods belong here ([`mod@place`]), as last seen. The status is
-//! computed purely ([`status`]) at every change and every 10 s, and sent where it differs from the last one, where the API
-//! server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so
-//! and takes no new pods.
+//! In: link and capacity (watch channels). Out: the labels and taints as last seen, to the [`mod@unit`], which has everything
+//! that exists once for each node. The status is computed purely ([`status`]) at every change and every 10 s, and sent if
+//! it differs from the last one, if the API server has other conditions, or if it is 5 minutes old. While the link is down
+//! the node stays Ready; it only says so and takes no new pods.
 
 pub(crate) mod allocations;
 mod expiry;
