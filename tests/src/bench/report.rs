@@ -107,13 +107,13 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
     }
     stream_bounds(figures, &mut bounds);
     let load = &figures.load;
-    let resident = [
-        ("agent", load.agent, 32.0),
-        ("kubelet", load.kubelet, 48.0),
-        ("shim, median", load.shim.0, 5.0),
+    let memory = [
+        ("resident memory of the agent", load.agent, 32.0),
+        ("resident memory of the kubelet", load.kubelet, 48.0),
+        ("anonymous memory of the shim, median", load.shim.0, 5.0),
     ];
-    for (what, kib, limit) in resident {
-        let what = format!("resident memory of the {what} at {} pods", load.pods);
+    for (what, kib, limit) in memory {
+        let what = format!("{what} at {} pods", load.pods);
         bounds.push(bound(&what, mib(kib), limit, " MiB"));
     }
     bounds
@@ -258,7 +258,7 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     let load = &figures.load;
     writeln!(
         out,
-        "\nAt {} running pods: agent {:.1} MiB resident, kubelet {:.1} MiB, shim {:.1} MiB (median; largest {:.1}); \
+        "\nAt {} running pods: agent {:.1} MiB resident, kubelet {:.1} MiB; shim {:.1} MiB anonymous (median; largest {:.1}); \
          {} RPCs per minute to slurmctld.\n",
         load.pods,
         mib(load.agent),
