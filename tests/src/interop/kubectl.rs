@@ -1,6 +1,6 @@
 //! kubectl as a client: the contract in its words, and its port-forward, which listens here.
 
-use super::clients::Target;
+use super::target::Target;
 use crate::{Forward, Run};
 
 /// Runs `kubectl port-forward` as these words, sends bytes and their end through it, and answers what came back until
