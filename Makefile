@@ -6,6 +6,8 @@ MAKEFLAGS += --no-print-directory
 
 TARGET := x86_64-unknown-linux-musl
 TESTBED := tests/testbed
+BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/$(TARGET)
+BINARIES := knoc-agent knocctl knoc-kubelet
 export CC_x86_64_unknown_linux_musl := musl-gcc
 
 .PHONY: help
@@ -20,8 +22,17 @@ tools:
 	@$(TESTBED)/build-tools.sh
 
 .PHONY: build
-build: tools ## the static binaries knoc-agent, knocctl, knoc-kubelet, once, for demo, tests and packages alike
+build: tools ## the static binaries knoc-agent, knocctl, knoc-kubelet, for packages, demo and benchmark
 	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet
+
+.PHONY: build-tested
+build-tested: tools ## the same with crash points (ADR 0080), in a folder of their own, for the tests
+	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet --features knoc-agent/crash-points,knoc-kubelet/crash-points
+	@mkdir -p $(BUILT)/tested
+	@install -m 755 $(BINARIES:%=$(BUILT)/release/%) $(BUILT)/tested
+
+# The test bed runs the binaries with crash points, except where their speed or their look is shown.
+demo demo-transcript bench: export KNOC_BIN ?= $(BUILT)/release
 
 .PHONY: prepare
 prepare:

@@ -339,14 +339,14 @@ impl Drop for Site {
     }
 }
 
-/// One of the project's binaries: in `$KNOC_BIN` and nowhere else where that is set (`make test`: the release build that
-/// is shipped), else where this test was built.
+/// One of the project's binaries: in `$KNOC_BIN` and nowhere else if that is set (`make test`: the release build with crash
+/// points), else where this test was built.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     if let Some(folder) = std::env::var_os("KNOC_BIN").map(PathBuf::from) {
         let path = folder.join(name);
         anyhow::ensure!(
             path.is_file(),
-            "{} is not built: make build",
+            "{} is not built: make build-tested",
             path.display()
         );
         return Ok(path);
@@ -358,7 +358,7 @@ pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     let found = built
         .map(|folder| folder.join(name))
         .filter(|path| path.is_file());
-    found.with_context(|| format!("{name} is not built: `make build`, or set KNOC_BIN"))
+    found.with_context(|| format!("{name} is not built: `make build-tested`, or set KNOC_BIN"))
 }
 
 /// Writes a file that only we may read.
