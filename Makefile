@@ -23,11 +23,11 @@ tools:
 
 .PHONY: build
 build: tools ## the static binaries knoc-agent, knocctl, knoc-kubelet, for packages, demo and benchmark
-	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet
+	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet -p knocctl
 
 .PHONY: build-tested
 build-tested: tools ## the same with crash points (ADR 0080), in a folder of their own, for the tests
-	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet --features knoc-agent/crash-points,knoc-kubelet/crash-points
+	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet -p knocctl --features knoc-agent/crash-points,knoc-kubelet/crash-points
 	@mkdir -p $(BUILT)/tested
 	@install -m 755 $(BINARIES:%=$(BUILT)/release/%) $(BUILT)/tested
 

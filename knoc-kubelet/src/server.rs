@@ -13,29 +13,22 @@ mod authn;
 mod authz;
 mod cluster;
 mod exec;
-#[cfg(test)]
-mod fuzzed;
 mod limits;
 mod logs;
 mod options;
 mod portforward;
-pub mod query;
 mod refused;
 mod remote;
-mod remotecommand;
 mod routes;
 mod separate_end;
-mod spdy;
 mod standing;
 mod stats;
 mod stop;
-mod streams;
 mod target;
 #[cfg(test)]
 mod tests;
 mod tls;
 mod upgrade;
-mod websocket;
 mod wire;
 
 use std::net::SocketAddr;
