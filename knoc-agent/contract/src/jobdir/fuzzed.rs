@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn the_corpus_passes() {
         let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../knoc-kubelet/remotecommand/fuzz/corpus");
+            .join("../../knoc-kubelet/remotecommand/fuzz/corpus");
         for (name, harness) in HARNESSES {
             let mut inputs = 0;
             for entry in std::fs::read_dir(corpus.join(name)).unwrap() {

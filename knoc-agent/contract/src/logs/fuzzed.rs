@@ -90,7 +90,7 @@ mod tests {
     #[test]
     fn the_corpus_passes() {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../knoc-kubelet/remotecommand/fuzz/corpus/log_lines");
+            .join("../../knoc-kubelet/remotecommand/fuzz/corpus/log_lines");
         let mut inputs = 0;
         for entry in std::fs::read_dir(folder).unwrap() {
             log_lines(&std::fs::read(entry.unwrap().path()).unwrap());
