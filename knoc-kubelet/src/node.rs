@@ -5,6 +5,7 @@
 //! server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so
 //! and takes no new pods.
 
+mod condition;
 mod expiry;
 pub mod features;
 pub mod lease;
