@@ -43,7 +43,7 @@ mod digest;
 mod download;
 mod file;
 mod flight;
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, feature = "fuzzed"))]
 pub mod fuzzed;
 mod guard;
 mod http;

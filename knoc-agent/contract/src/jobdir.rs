@@ -26,7 +26,7 @@
 pub mod atomic;
 pub mod claim;
 pub mod decode;
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, feature = "fuzzed"))]
 pub mod fuzzed;
 pub mod schema;
 

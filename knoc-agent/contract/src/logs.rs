@@ -6,7 +6,7 @@
 
 pub mod cri;
 pub mod filter;
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, feature = "fuzzed"))]
 pub mod fuzzed;
 pub mod read;
 pub mod writer;

@@ -1,5 +1,5 @@
-//! See `image::fuzzed::auth_headers`.
+//! See `knoc_agent::image::fuzzed::auth_headers`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_fuzz::image::fuzzed::auth_headers(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_agent::image::fuzzed::auth_headers(data));

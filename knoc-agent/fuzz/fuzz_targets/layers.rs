@@ -1,5 +1,5 @@
-//! See `image::fuzzed::layers`.
+//! See `knoc_agent::image::fuzzed::layers`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_fuzz::image::fuzzed::layers(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_agent::image::fuzzed::layers(data));

@@ -1,5 +1,5 @@
-//! See `logs::fuzzed::log_lines`.
+//! See `knoc_contract::logs::fuzzed::log_lines`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_fuzz::logs::fuzzed::log_lines(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_contract::logs::fuzzed::log_lines(data));

@@ -1,5 +1,5 @@
-//! See `image::fuzzed::manifests`.
+//! See `knoc_agent::image::fuzzed::manifests`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_fuzz::image::fuzzed::manifests(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_agent::image::fuzzed::manifests(data));
