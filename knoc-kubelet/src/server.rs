@@ -31,13 +31,13 @@ mod target;
 mod tests;
 mod tls;
 mod upgrade;
+mod user;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use authn::User;
 use bytes::Bytes;
 pub use cluster::{Cluster, ClusterError, KubeCluster};
 use futures::future::BoxFuture;
@@ -50,6 +50,7 @@ pub use tls::TlsError;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+pub use user::User;
 
 use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
