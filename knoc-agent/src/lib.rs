@@ -30,7 +30,7 @@ pub mod renewal;
 pub mod runtime;
 pub mod scheduler;
 pub mod shim;
-pub mod shims;
+pub mod shim_links;
 pub mod site;
 pub mod stats;
 mod tree;

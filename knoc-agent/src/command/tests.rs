@@ -46,7 +46,7 @@ async fn a_failure_keeps_code_signal_and_words() {
     let err = Command::new("/nowhere/sbatch").run().await.unwrap_err();
     assert_eq!(
         err.to_string(),
-        "/nowhere/sbatch is not there or not executable"
+        "/nowhere/sbatch does not exist or is not executable"
     );
 }
 
@@ -78,7 +78,7 @@ async fn the_deadline_kills_the_whole_group() {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    unreachable!("{pid} still lives");
+    unreachable!("{pid} is still alive");
 }
 
 #[tokio::test]

@@ -1,12 +1,13 @@
-//! From a registry to a SIF file in place: fetched and checked by us, converted by the runtime.
+//! Pulls an image from a registry into the cache: the agent downloads and checks it, and the
+//! runtime converts it to a SIF file.
 //!
 //! ```text
-//! size by the manifest ─► place ─► room in the cache ─► layers ─► digests, unpacked size ─► conversion ─► cache
+//! size by the manifest ─► slot ─► room in the cache ─► layers ─► digests, unpacked size ─► conversion ─► cache
 //! ```
 //!
-//! The runtime makes no request of its own: it is given an OCI layout in which every blob was checked. The caller makes
-//! a pull single-flight. Cancel safety: a dropped pull stops its downloads, its checks and the runtime, and removes
-//! what it wrote.
+//! The runtime makes no request of its own: it is given an OCI image layout in which every blob was
+//! checked. The caller makes pulls single-flight. Cancel safety: a dropped pull stops its
+//! downloads, its checks and the runtime, and removes what it wrote.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,25 +27,26 @@ use crate::command::CommandError;
 use crate::jobdir::atomic;
 use crate::tree;
 
-/// How much of the runtime's progress lines is kept.
+/// How much of the runtime's output is kept.
 const WORDS: usize = 64 * 1024;
-/// Images that are pulled at the same time: their layers, and what they are unpacked to, lie on disk.
+/// How many images are pulled at the same time: their layers and their unpacked files are on disk
+/// meanwhile.
 pub(super) const PULLS: usize = 8;
-/// Of them, from one registry.
+/// How many of them are from one registry.
 pub(super) const PULLS_EACH: usize = 2;
-/// The layout, in the folder of its pull. The runtime is given this name only: a state directory with a colon in its
-/// path would be taken for a tag.
+/// The layout's name in the directory of its pull. The runtime is given only this relative name,
+/// because it would parse a colon in the state directory's path as the start of a tag.
 const LAYOUT: &str = "layout";
 
-/// Pulls an image that is not here.
+/// Pulls an image that is not cached.
 #[derive(Debug, Clone)]
 pub(super) struct Puller {
     pub(super) settings: Arc<Settings>,
     pub(super) cache: Arc<Cache>,
     pub(super) registry: Arc<RegistryClient>,
-    /// Places of whole pulls.
+    /// Slots for whole pulls.
     pub(super) pulls: Arc<Slots>,
-    /// Places of conversions, which take the login node's processors.
+    /// Slots for conversions, which use the login node's processors.
     pub(super) conversions: Arc<Slots>,
 }
 
@@ -55,7 +57,7 @@ impl Puller {
         let limit = self.settings.limits.size;
         if size > limit {
             let text = format!(
-                "the image has {size} bytes by its manifest, and limits.image_size of the site file is {limit}"
+                "the image has {size} bytes by its manifest, but limits.image_size of the site file is {limit}"
             );
             return Err(words(&source, &text));
         }
@@ -74,7 +76,7 @@ impl Puller {
             slots: &self.pulls,
             stall: self.settings.limits.stall,
         };
-        // Only now: whoever waits for a place holds little.
+        // Fetched only now, so that a pull that waits for a slot holds little memory.
         let config = self.registry.config(&source, &found.image).await?;
         download.layers(&found.image).await?;
         let fetched = begin.elapsed();
@@ -87,7 +89,7 @@ impl Puller {
         let cache = Arc::clone(&self.cache);
         blocking(move || {
             let sif = temporary.0.join("image.sif");
-            // A SIF may be larger than its layers.
+            // A SIF file may be larger than its layers.
             let about = std::fs::metadata(&sif);
             let about = about.map_err(|error| format!("{}: {error}", sif.display()))?;
             reserved.at_least(about.len());
@@ -100,7 +102,7 @@ impl Puller {
         .await
     }
 
-    /// Digests and unpacked size of all layers; then the layout is whole.
+    /// Checks the digests and the unpacked size of all layers, and completes the layout.
     async fn check(&self, layout: Layout, found: &Found, config: Vec<u8>) -> Result<(), String> {
         let stop = CancellationToken::new();
         let _stops = stop.clone().drop_guard();
@@ -156,14 +158,14 @@ async fn blocking<T: Send + 'static>(
     done.map_err(|error| chain(&error)).flatten()
 }
 
-/// Why the runtime failed, in its own words where it has some.
+/// Why the runtime failed, in its own message if it wrote one.
 pub(super) fn why(error: &CommandError) -> String {
     let words = error.words().map_or_else(|| chain(error), fatal);
-    // An image has a hand in them too.
+    // The message may contain text from the image.
     shown(&words)
 }
 
-/// Of Apptainer's many lines the ones that say why.
+/// The lines of Apptainer's output that say why it failed.
 fn fatal(words: &str) -> String {
     let why: Vec<&str> = words
         .lines()
@@ -177,7 +179,7 @@ fn fatal(words: &str) -> String {
     }
 }
 
-/// A folder of one pull, gone with it.
+/// The directory of one pull, which is removed on drop.
 #[derive(Debug)]
 struct Temporary(PathBuf);
 
@@ -190,13 +192,13 @@ impl Temporary {
         Ok(Self(path))
     }
 
-    /// Removes it now. Blocking.
+    /// Removes the directory now. Blocking.
     fn remove(mut self) {
         remove_folder(&std::mem::take(&mut self.0));
     }
 }
 
-/// What stays behind is swept at the next start.
+/// Removes the directory of a pull. If that fails, the next start removes it.
 fn remove_folder(folder: &Path) {
     if let Err(error) = tree::remove(folder) {
         tracing::warn!(folder = %folder.display(), %error, "cannot remove what a pull left");
@@ -210,7 +212,7 @@ impl Drop for Temporary {
             return;
         }
         let remove = move || remove_folder(&folder);
-        // Millions of files take a while, and this may be a thread on which bytes move.
+        // Removing millions of files takes a while, and this thread may be one of the runtime's.
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn_blocking(remove)),
             Err(_) => remove(),

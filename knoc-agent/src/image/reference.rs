@@ -1,4 +1,4 @@
-//! What a pod may write as an image. Pure.
+//! PURE: parses what a pod may name as an image.
 
 use std::path::PathBuf;
 
@@ -6,16 +6,16 @@ use super::digest::Digest;
 use super::{ImageError, ImageErrorKind, Name};
 use crate::config::Registry;
 
-/// A parsed image.
+/// A parsed image reference.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reference {
-    /// In a registry.
+    /// An image in a registry.
     Registry(Name),
-    /// A SIF file or sandbox folder; not checked yet.
+    /// The path of a SIF file or a sandbox directory; not checked yet.
     Path(PathBuf),
 }
 
-/// Schemes of Apptainer that are not served yet, or never: refused by name.
+/// Apptainer's schemes that are not supported, or not yet.
 const REFUSED: &[&str] = &[
     "oras",
     "library",
@@ -36,7 +36,7 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
     let invalid = |words: String| ImageError::new(image, ImageErrorKind::InvalidName, words);
     if image.starts_with('/') {
         if image.contains('\0') {
-            return Err(invalid("a path holds no NUL".to_owned()));
+            return Err(invalid("a path must not contain NUL".to_owned()));
         }
         return Ok(Reference::Path(PathBuf::from(image)));
     }
@@ -50,7 +50,7 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
             "is unknown"
         };
         let words = format!(
-            "the source {scheme}: {words}; name a docker image, or a path under the site's roots"
+            "the source {scheme}: {words}; use a docker image, or a path under the site's image_roots"
         );
         return Err(ImageError::new(image, ImageErrorKind::Unsupported, words));
     }
@@ -62,14 +62,14 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
 /// Where an image is fetched from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
-    /// Name at the mirror, or the name itself.
+    /// The name at the mirror, or the name itself if there is no mirror.
     pub reference: Name,
-    /// Plain HTTP.
+    /// Whether plain HTTP is used.
     pub insecure: bool,
 }
 
 impl Source {
-    /// The same place, at that digest.
+    /// The same image at that digest.
     #[must_use]
     pub fn at(&self, digest: &Digest) -> Self {
         Self {
@@ -79,7 +79,7 @@ impl Source {
     }
 }
 
-/// Whether pods may name images of this name, by `policy.registries`.
+/// Checks whether `policy.registries` lets pods name this image.
 pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
     let place = name.place();
     let begins = |prefix: &String| {
@@ -95,7 +95,8 @@ pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
     ))
 }
 
-/// The first mirror whose prefix matches at a `/`, or the registry itself.
+/// The source of an image: the first mirror whose prefix matches up to a `/`, or the registry
+/// itself.
 pub fn source(name: &Name, registries: &[Registry]) -> Result<Source, String> {
     let full = name.place();
     for entry in registries {
@@ -140,7 +141,8 @@ fn rename(name: &Name, full: &str) -> Result<Name, String> {
         .map_err(|err| format!("the mirror's name {text:?}: {err}"))
 }
 
-/// `docker.io/library/busybox@sha256:…`: the name that Kubernetes shows, whatever the mirror.
+/// `docker.io/library/busybox@sha256:…`: the image ID that Kubernetes shows, whichever mirror was
+/// used.
 #[must_use]
 pub fn image_id(name: &Name, digest: &str) -> String {
     format!("{}/{}@{digest}", name.registry(), name.repository())

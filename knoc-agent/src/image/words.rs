@@ -1,9 +1,9 @@
-//! PURE: texts of strangers, made fit to be shown and logged.
+//! PURE: makes texts of untrusted servers safe to show and to log.
 
-/// More than that of a registry's own text helps nobody.
+/// The longest part of a registry's own text that is shown.
 const MAX_WORDS: usize = 1024;
 
-/// A text that a registry had a hand in: control characters are escaped, and it is cut.
+/// Escapes control characters in a text that a registry may have influenced, and truncates it.
 pub(super) fn shown(text: &str) -> String {
     let mut out = String::new();
     for (count, c) in text.chars().enumerate() {
@@ -11,7 +11,7 @@ pub(super) fn shown(text: &str) -> String {
             out.push('…');
             break;
         }
-        // Also what turns the direction of text around, and invisible separators.
+        // Also escapes characters that change the text's direction, and invisible separators.
         if c.is_control()
             || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
         {

@@ -1,4 +1,4 @@
-//! PURE: the texts that `init` writes.
+//! PURE: the contents of the files that `init` writes.
 
 use std::path::Path;
 
@@ -8,12 +8,12 @@ use knoc_proto::pki::CertifiedKey;
 use super::{Found, Options};
 use crate::config::{RuntimeKind, SchedulerKind};
 
-/// A TOML string.
+/// Quotes `text` as a TOML string.
 fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
 
-/// `host:port`, with brackets around an IPv6 address.
+/// Formats `host:port`, with brackets around an IPv6 address.
 fn address((host, port): &(String, u16)) -> String {
     if host.contains(':') {
         format!("[{host}]:{port}")
@@ -22,7 +22,7 @@ fn address((host, port): &(String, u16)) -> String {
     }
 }
 
-/// The site file.
+/// The contents of the site file.
 pub(super) fn site_file(
     options: &Options,
     folder: &Path,
@@ -85,7 +85,7 @@ pub(super) fn bundle(
 ) -> String {
     let data = |text: &str| BASE64_STANDARD.encode(text);
     format!(
-        "# The kubelet's side of the link to the agent of {site}. Holds a private key: keep it as a secret.\n\
+        "# The kubelet's side of the link to the agent of {site}. It holds a private key: keep it secret.\n\
          # kubectl apply -n knoc-system -f kubelet-bundle.yaml\n\
          apiVersion: v1\nkind: Secret\nmetadata:\n  name: knoc-agent\n  labels:\n    \
          app.kubernetes.io/part-of: knoc\n  annotations:\n    knoc.io/site: {site:?}\n    \
@@ -98,13 +98,14 @@ pub(super) fn bundle(
     )
 }
 
-/// knocctl's context. Without `current-context`, so that beside the agent its socket goes first.
+/// knocctl's context. It does not set `current-context`, so that on the login node the agent's
+/// socket is preferred.
 pub(super) fn knocctl(site: &str, folder: &Path, first: &(String, u16)) -> String {
     let tls = |name: &str| quoted(&folder.join("tls").join(name).to_string_lossy());
     format!(
-        "# knocctl's way to the agent from another machine: copy this file and those it names. On the login node\n\
-         # knocctl goes through the agent's unix socket and needs none of them; --context {site} goes this way\n\
-         # there too. `current-context = {name}` before the first line in brackets makes it the way everywhere.\n\n\
+        "# How knocctl reaches the agent from another machine: copy this file and the files it names. On the login node,\n\
+         # knocctl uses the agent's unix socket and needs none of them; --context {site} uses this context\n\
+         # there too. `current-context = {name}` before the first line in brackets makes it the default everywhere.\n\n\
          [contexts.{name}]\naddress = {address}\nca = {ca}\ncert = {cert}\nkey = {key}\nsite = {name}\n",
         name = quoted(site),
         address = quoted(&address(first)),

@@ -62,7 +62,7 @@ pub type Reply<T> = oneshot::Sender<Result<T, Refused>>;
 pub enum Input {
     /// Something happened.
     Event(Event),
-    /// The shim's link came or went. Which it was last, [`crate::shims::Shims`] knows: words of two links may overtake each
+    /// The shim's link came or went. Which it was last, [`crate::shim_links::ShimLinks`] knows: words of two links may overtake each
     /// other.
     Link,
     /// `EnsurePod`. The first input of a new pod.

@@ -130,7 +130,7 @@ fn a_refusal_names_the_address_and_what_to_do() {
     let words = Rules::default().address(&url, "127.0.0.1".parse().unwrap(), false);
     assert_eq!(
         words.unwrap_err(),
-        "http://127.0.0.1:6001/token is refused: 127.0.0.1 is a loopback address; if it is meant, name \
+        "http://127.0.0.1:6001/token is refused: 127.0.0.1 is a loopback address; to allow it, name \
          \"127.0.0.1:6001\" as the prefix of a [[registry]] of the site file"
     );
 }

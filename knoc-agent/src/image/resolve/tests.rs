@@ -1,4 +1,5 @@
-//! Against a registry of one image, and an apptainer that writes a file and counts.
+//! Tests against a fake registry with one image, and a fake apptainer that writes a file and logs
+//! its calls.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -25,7 +26,7 @@ struct World {
     images: Images,
 }
 
-/// Says what it was called with, and makes a file of what its layout names.
+/// Logs its arguments, and creates a file from its layout.
 const APPTAINER: &str = r#"echo "$@" >>"$LOG"
 sleep 0.2
 test -e "$FAIL" && { echo 'INFO:    Starting'; echo 'FATAL:   While making image: no space left' >&2; exit 255; }
@@ -146,7 +147,7 @@ async fn a_name_becomes_a_file_with_its_config() {
             .path()
             .join(format!("images/{}.sif", expected.replace(':', "-")))
     );
-    // What is converted is the layout whose blobs were checked.
+    // The fake converts the layout whose blobs were checked.
     let index = std::fs::read_to_string(&image.path).unwrap();
     assert!(index.contains("manifests"), "{index}");
     let log = std::fs::read_to_string(world.dir.path().join("log")).unwrap();
@@ -200,7 +201,7 @@ async fn policies() {
         .resolve("one", PullPolicy::Always)
         .await
         .unwrap();
-    // From here on the registry does not answer; a restarted agent knows what it had.
+    // From here on the registry does not answer; a restarted agent still has its cache.
     world.off.store(true, Ordering::SeqCst);
     world.again();
     world
@@ -306,7 +307,7 @@ async fn a_source_is_refused_before_the_pod_is_taken_and_a_bad_name_waits() {
     assert_eq!(waits.await.unwrap_err().reason(), "InvalidImageName");
 }
 
-/// `sif list` and `sif dump` of a file whose config names its own size as the command.
+/// Handles `sif list` and `sif dump` of a file whose config gives its own size as the command.
 const SIF: &str = r#"echo "$@" >>"$LOG"
 test -e "$FAIL" && { echo 'FATAL:   no such host file system' >&2; exit 255; }
 for last; do sif=$last; done
@@ -346,7 +347,7 @@ async fn a_sif_is_asked_once_and_again_when_it_is_another() {
         assert_eq!(image.unwrap().config.cmd, ["51"]);
     }
     ask().await.unwrap();
-    // One failure, then `list` and `dump` once.
+    // One failure, then `list` and `dump` once each.
     assert_eq!(world.pulls(), 3);
     write_sif(&sif, 20);
     assert_eq!(ask().await.unwrap().config.cmd, ["61"]);

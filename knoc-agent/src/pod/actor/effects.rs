@@ -18,7 +18,7 @@ use crate::{
     },
     scheduler::{Cancel, JobRef, RefusalKind, SubmitRequest},
     shim::STOP_SIGNAL,
-    shims::DEADLINE,
+    shim_links::DEADLINE,
     site::Site,
 };
 

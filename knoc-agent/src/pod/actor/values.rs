@@ -22,7 +22,7 @@ use crate::{
     config::AtRest,
     jobdir::JobDir,
     pod::state::{Effect, Event, Pod},
-    shims::{Client, DEADLINE},
+    shim_links::{Client, DEADLINE},
     site::Site,
 };
 

@@ -83,7 +83,7 @@ fn a_renewed_certificate_serves_what_it_opened_until_the_renewal_ends() {
     assert!(judge(&served, &renewals, at(200)));
     assert!(!judge(&served, &Renewals::default(), at(200)));
     assert!(!judge(&served, &renewals, at(501)));
-    // A renewal is no way around the other rules.
+    // A renewal does not bypass the other rules.
     let serial = format!("serial/{}", held.info().serial);
     assert!(!judge(&rules(&ca, &[], &[&serial]), &renewals, at(200)));
     let other = Ca::generate("other").unwrap();

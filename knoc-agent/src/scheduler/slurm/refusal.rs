@@ -1,17 +1,17 @@
-//! What sbatch's failures mean. Pure: one table over Slurm's own words.
+//! PURE: classifies sbatch's failures, by a table of Slurm's own messages.
 //!
-//! The texts are those of `slurm_strerror` in 22.05 to 26.05; what could be provoked is recorded in
-//! the fixtures. Words that no row knows are permanent: a pod that fails with Slurm's words is better
-//! than one that is submitted for ever.
+//! The messages are those of `slurm_strerror` in 22.05 to 26.05; those that could be provoked are
+//! recorded in the fixtures. A message that matches no row is permanent: it is better that a pod
+//! fails with Slurm's message than that it is submitted forever.
 
 use crate::command::{CommandError, CommandErrorKind};
 use crate::scheduler::{Refusal, RefusalKind};
 
 use RefusalKind::{Ambiguous, ControllerAway, Permanent, Throttled};
 
-/// First match wins.
+/// The first match wins.
 const TABLE: &[(&str, RefusalKind)] = &[
-    // The request may have arrived.
+    // The request may have reached the controller.
     ("socket timed out", Ambiguous),
     ("zero bytes were transmitted", Ambiguous),
     ("(receive failure)", Ambiguous),
@@ -21,7 +21,7 @@ const TABLE: &[(&str, RefusalKind)] = &[
     ("connection reset", Ambiguous),
     ("unexpected message received", Ambiguous),
     ("insane message length", Ambiguous),
-    // It has not.
+    // The request has not reached the controller.
     ("unable to contact slurm controller", ControllerAway),
     ("connection refused", ControllerAway),
     ("no route to host", ControllerAway),
@@ -35,7 +35,7 @@ const TABLE: &[(&str, RefusalKind)] = &[
     ("munge", ControllerAway),
     ("authentication", ControllerAway),
     ("auth_g_create", ControllerAway),
-    // A limit of now: the specific words of a limit that waiting does not cure come first.
+    // A limit that may pass. Messages about limits that waiting does not lift come first.
     ("maxsubmit", Throttled),
     ("grpsubmit", Throttled),
     ("perjoblimit", Permanent),
@@ -61,7 +61,7 @@ const TABLE: &[(&str, RefusalKind)] = &[
     ("no space left", Throttled),
 ];
 
-/// What the words mean.
+/// Classifies a message.
 #[must_use]
 pub(super) fn classify(words: &str) -> RefusalKind {
     let words = words.to_lowercase();
@@ -71,7 +71,7 @@ pub(super) fn classify(words: &str) -> RefusalKind {
         .map_or(Permanent, |(_, kind)| *kind)
 }
 
-/// The refusal that a failed sbatch is.
+/// The error for a failed sbatch.
 #[must_use]
 pub(super) fn of_command(err: CommandError) -> Refusal {
     let words = err.words().map(trim_words);
@@ -90,7 +90,8 @@ pub(super) fn of_command(err: CommandError) -> Refusal {
     }
 }
 
-/// sbatch says that no node has what a job asks for, and not what it is. Local disk is what people suspect last.
+/// sbatch reports that no node has what a job requests, but not which request. Users rarely suspect
+/// local disk, so the message mentions it.
 #[must_use]
 pub(super) fn explain(mut refusal: Refusal, argv: &[String]) -> Refusal {
     let tmp = argv.iter().find_map(|arg| arg.strip_prefix("--tmp="));
@@ -109,7 +110,7 @@ pub(super) fn explain(mut refusal: Refusal, argv: &[String]) -> Refusal {
     refusal
 }
 
-/// Slurm's words without `sbatch: error: ` at the head of each line; its progress notes go.
+/// Removes `sbatch: error: ` from the start of each line, and sbatch's progress notes.
 fn trim_words(words: &str) -> String {
     let lines = words.lines().map(|line| {
         let line = line.trim();
@@ -242,7 +243,7 @@ mod tests {
         );
     }
 
-    /// What the real programs said: `tests/testbed/record-slurm.sh`.
+    /// Checks the messages that the real programs printed: `tests/testbed/record-slurm.sh`.
     #[test]
     fn recorded_words() {
         let cases = [
@@ -281,7 +282,8 @@ mod tests {
             for (case, kind) in cases {
                 let text = std::fs::read_to_string(root.join(format!("{case}.txt"))).unwrap();
                 let (head, words) = text.split_once('\n').unwrap();
-                // Some versions accept what others refuse; 124 is the recorder's own patience.
+                // Some versions accept what others refuse; 124 means that the recorder's own
+                // time-out expired.
                 if ["exit 0", "exit 124"].contains(&head) {
                     continue;
                 }

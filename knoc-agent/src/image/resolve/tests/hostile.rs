@@ -1,6 +1,7 @@
-//! Registries that want more of the agent than an image: its memory, its connections, its places, its network.
+//! Tests with registries that try to take more of the agent than an image needs: its memory, its
+//! connections, its slots, its network.
 //!
-//! Each runs over a real socket; what is asserted is what reached the other end.
+//! Each test uses a real socket and asserts what has reached the other end.
 
 use std::io::Write as _;
 use std::time::Instant;
@@ -9,9 +10,10 @@ use super::fake::{Ask, MANIFEST_TYPE, Seen, manifest};
 use super::*;
 
 const MIB: usize = 1 << 20;
-/// What the kernel's buffers hold beside what is read.
+/// What the kernel's buffers hold in addition to what is read.
 const BUFFERS: usize = 16 * MIB;
-/// A refusal that takes longer was a time-out of a whole pull; on a busy machine one that is right takes its time too.
+/// A rejection that takes longer came from the time-out of a whole pull; on a busy machine a
+/// correct one takes time too.
 const AT_ONCE: Duration = Duration::from_mins(1);
 
 fn named(prefix: &str) -> Registry {
@@ -22,7 +24,7 @@ fn named(prefix: &str) -> Registry {
     }
 }
 
-/// Images of these registries, each named in the site file.
+/// The images of these registries, each of which the site file names.
 struct Site {
     dir: tempfile::TempDir,
     images: Images,
@@ -56,7 +58,7 @@ impl Site {
         })
     }
 
-    /// The words of the failure, which came by itself and not by a time-out.
+    /// The message of the failure, which must not come from a time-out.
     async fn fails(&self, registry: &FakeRegistry, name: &str) -> String {
         let began = Instant::now();
         let words = self.resolve(registry, name).await.unwrap_err();
@@ -149,7 +151,7 @@ async fn a_layer_that_is_longer_than_announced_is_cut_off() {
 #[tokio::test]
 async fn six_hundred_images_open_few_connections() {
     let names: Vec<String> = (0..600).map(|number| format!("image-{number}")).collect();
-    // The registry has some of them, and refuses the others.
+    // The registry gets some of the requests; the others are rejected.
     let all = names
         .iter()
         .step_by(10)
@@ -165,7 +167,7 @@ async fn six_hundred_images_open_few_connections() {
     let all = names.iter().map(|name| site.resolve(&registry, name));
     let all = futures::future::join_all(all).await;
     assert_eq!(all.iter().filter(|image| image.is_ok()).count(), 60);
-    // Questions, and the layers of two pulls.
+    // Short requests, and the layers of two pulls.
     let most = registry.seen.most.load(Ordering::SeqCst);
     assert!(most <= 4 + 2 * 3, "{most} connections at the same time");
 }
@@ -254,7 +256,8 @@ async fn bystander() -> FakeRegistry {
     FakeRegistry::start(|_| Reply::ok(r#"{"token":"t"}"#)).await
 }
 
-/// Realms that lead here or nowhere, with `PORT` for a service's port, and why they are refused.
+/// Realms that lead to this host or nowhere, with `PORT` for a service's port, and why they are
+/// rejected.
 const REALMS: [(&str, &str); 14] = [
     ("http://127.0.0.1:PORT/token", "is a loopback address"),
     ("https://127.0.0.1:PORT/token", "is a loopback address"),
@@ -289,7 +292,7 @@ async fn a_token_realm_on_this_host_is_refused_however_it_is_written() {
     assert_eq!(
         service.seen.total.load(Ordering::SeqCst),
         0,
-        "nobody asked it"
+        "it received no request"
     );
 }
 
@@ -307,7 +310,7 @@ async fn a_registry_or_a_redirect_on_this_host_is_refused_unless_it_is_named() {
     let words = Site::new(&[]).fails(&service, "one").await;
     assert!(words.contains("is a loopback address"), "{words}");
     let site = Site::with(&[], |settings| {
-        // A mirror is named too; a port beside it is not.
+        // A mirror is named too, but another port of its host is not.
         settings.registries = vec![Registry {
             prefix: "127.0.0.1:1".to_owned(),
             mirror: Some("localhost".to_owned()),
@@ -319,7 +322,7 @@ async fn a_registry_or_a_redirect_on_this_host_is_refused_unless_it_is_named() {
     assert_eq!(
         service.seen.total.load(Ordering::SeqCst),
         0,
-        "nobody asked it"
+        "it received no request"
     );
 }
 
@@ -329,14 +332,14 @@ async fn plain_http_is_only_for_what_is_named_insecure() {
     let url = format!("http://{}/secret", service.address);
     let registry = FakeRegistry::start(move |_| Reply::redirect(&url)).await;
     let site = Site::with(&[&registry], |settings| {
-        // The service is named, and meant to be asked by TLS.
+        // The service is named, but without plain HTTP.
         settings.registries[0].insecure = true;
         settings.registries.push(Registry {
             insecure: false,
             ..named(&service.address)
         });
     });
-    // The registry is asked by plain HTTP itself, so what it redirects to may be.
+    // The registry itself is accessed over plain HTTP, so its redirects may be too.
     let words = site.resolve(&registry, "one").await.unwrap_err();
     assert!(!words.contains("is refused"), "{words}");
     let source = format!("{}/one", service.address);
@@ -353,7 +356,7 @@ async fn redirects_end_and_carry_no_token() {
     let endless = FakeRegistry::start(|ask| Reply::redirect(&ask.path)).await;
     let words = Site::new(&[&endless]).fails(&endless, "one").await;
     assert!(words.contains("redirects more than 5 times"), "{words}");
-    // Blobs lie at a store; the registry wants a token, the store gets none.
+    // The blobs are at a blob store; the registry demands a token, and the store must not receive it.
     let content = one();
     let store = FakeRegistry::start(move |ask| content.answer(ask)).await;
     let realm = bystander().await;
@@ -383,7 +386,7 @@ async fn redirects_end_and_carry_no_token() {
     assert_eq!(
         realm.seen.total.load(Ordering::SeqCst),
         1,
-        "a token serves several questions"
+        "a token is used for several requests"
     );
 }
 
@@ -403,7 +406,7 @@ async fn another_content_than_announced_is_refused() {
             .fails(&registry, "library/one")
             .await;
         assert!(
-            words.contains("another content than it announced"),
+            words.contains("sent content with digest"),
             "{what}: {words}"
         );
     }
@@ -411,10 +414,7 @@ async fn another_content_than_announced_is_refused() {
     let registry = FakeRegistry::start(move |ask| content.answer(ask)).await;
     let wrong = format!("library/one@sha256:{}", "a".repeat(64));
     let words = Site::new(&[&registry]).fails(&registry, &wrong).await;
-    assert!(
-        words.contains("another content than it announced"),
-        "{words}"
-    );
+    assert!(words.contains("sent content with digest"), "{words}");
     let lying = FakeRegistry::start(|ask| {
         if ask.method == "HEAD" {
             return Reply::not_found();
@@ -424,10 +424,7 @@ async fn another_content_than_announced_is_refused() {
     });
     let lying = lying.await;
     let words = Site::new(&[&lying]).fails(&lying, "one").await;
-    assert!(
-        words.contains("another content than it announced"),
-        "{words}"
-    );
+    assert!(words.contains("sent content with digest"), "{words}");
 }
 
 fn text_of(name: &str, text: String) -> impl Fn(&Ask) -> Reply + Send + Sync + 'static {
@@ -503,7 +500,7 @@ async fn an_image_that_is_too_large_when_unpacked_is_never_converted() {
     );
     assert!(
         !site.dir.path().join("log").exists(),
-        "the runtime was not asked"
+        "the runtime was not called"
     );
 }
 
@@ -542,7 +539,7 @@ async fn only_registries_that_the_site_allows_are_asked() {
     );
     assert!(refused.words.contains(&registry.address), "{refused}");
     site.images.check("quay.io/a/b").unwrap();
-    // A pod that was let in before the policy was.
+    // A pod that was admitted before the policy changed.
     let refused = site.images.resolve(&image, PullPolicy::Always).await;
     assert!(!refused.unwrap_err().retryable());
     assert_eq!(registry.seen.total.load(Ordering::SeqCst), 0);
