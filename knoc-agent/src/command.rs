@@ -29,7 +29,7 @@ const DEFAULT_CAPTURE: usize = 256 * 1024;
 /// The deadline of a command that sets none.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(30);
 /// How much of a failed command's output goes into its error.
-const WORDS_LIMIT: usize = 4096;
+const MESSAGE_LIMIT: usize = 4096;
 const READ_BUFFER: usize = 16 * 1024;
 
 /// The variables of the agent's login that programs expect, for sites whose site file does not set
@@ -126,8 +126,8 @@ impl fmt::Display for CommandErrorKind {
             } => write!(f, "exited with code {code}"),
             Self::Exit { signal, .. } => write!(f, "was killed by signal {}", signal.unwrap_or(0)),
         }?;
-        match self.words() {
-            Some(words) => write!(f, ": {words}"),
+        match self.message() {
+            Some(message) => write!(f, ": {message}"),
             None => Ok(()),
         }
     }
@@ -136,21 +136,23 @@ impl fmt::Display for CommandErrorKind {
 impl CommandErrorKind {
     /// The program's own message: stderr, or stdout if stderr is empty.
     #[must_use]
-    pub fn words(&self) -> Option<&str> {
+    pub fn message(&self) -> Option<&str> {
         let (first, second) = match self {
             Self::NotFound | Self::Spawn(_) => return None,
             Self::Timeout { stderr, .. } => (stderr.trim(), ""),
             Self::Exit { stdout, stderr, .. } => (stderr.trim(), stdout.trim()),
         };
-        [first, second].into_iter().find(|words| !words.is_empty())
+        [first, second]
+            .into_iter()
+            .find(|message| !message.is_empty())
     }
 }
 
 impl CommandError {
     /// The program's own message, if it wrote any.
     #[must_use]
-    pub fn words(&self) -> Option<&str> {
-        self.kind.words()
+    pub fn message(&self) -> Option<&str> {
+        self.kind.message()
     }
 }
 
@@ -294,7 +296,7 @@ impl Command {
         let status = match status {
             Ok(status) => status.map_err(CommandErrorKind::Spawn)?,
             Err(_elapsed) => {
-                let (after, stderr) = (self.deadline, err.words());
+                let (after, stderr) = (self.deadline, err.message());
                 return Err(CommandErrorKind::Timeout { after, stderr });
             }
         };
@@ -387,7 +389,7 @@ fn check(status: ExitStatus, out: &Capture, err: &Capture) -> Result<(), Command
     if status.success() {
         return Ok(());
     }
-    let (stdout, stderr) = (out.words(), err.words());
+    let (stdout, stderr) = (out.message(), err.message());
     Err(CommandErrorKind::Exit {
         code: status.code(),
         signal: status.signal(),
@@ -450,8 +452,8 @@ impl Capture {
         }
     }
 
-    fn words(&self) -> String {
-        let end = self.kept.len().min(WORDS_LIMIT);
+    fn message(&self) -> String {
+        let end = self.kept.len().min(MESSAGE_LIMIT);
         String::from_utf8_lossy(self.kept.get(..end).unwrap_or_default())
             .trim()
             .to_owned()

@@ -2,7 +2,7 @@
 //! transports that start a command (`ssh login knoc-agent connect`). It does not interpret what it
 //! relays, and it relays nothing to a process of another user.
 
-use knoc_proto::link::{
+use knoc_link::{
     LinkError,
     socket::{self, Places},
 };

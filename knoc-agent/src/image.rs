@@ -31,11 +31,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use knoc_contract::jobdir::StateDir;
 use knoc_proto::pb;
 
 use crate::command::{Command, CommandError, login_environment};
 use crate::config::{Config, Registry, RuntimeKind};
-use crate::jobdir::StateDir;
 use crate::policy::Live;
 
 mod auth;
@@ -61,7 +61,7 @@ mod room;
 mod sif;
 mod slots;
 mod unpacked;
-mod words;
+mod untrusted;
 
 pub use name::{Name, NameError};
 pub use resolve::Images;
@@ -102,22 +102,22 @@ pub enum ImageErrorKind {
 /// An image could not be resolved. Shared by all callers that waited for one pull, so it keeps
 /// texts, not source errors.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("image {image:?}: {words}")]
+#[error("image {image:?}: {message}")]
 pub struct ImageError {
     /// The image as the pod names it.
     pub image: String,
     /// The kind of failure.
     pub kind: ImageErrorKind,
     /// The message of the registry or of Apptainer.
-    pub words: String,
+    pub message: String,
 }
 
 impl ImageError {
-    fn new(image: &str, kind: ImageErrorKind, words: impl Into<String>) -> Self {
+    fn new(image: &str, kind: ImageErrorKind, message: impl Into<String>) -> Self {
         Self {
             image: image.to_owned(),
             kind,
-            words: words.into(),
+            message: message.into(),
         }
     }
 

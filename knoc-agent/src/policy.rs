@@ -16,7 +16,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::watch::{Receiver, Sender, channel};
 
 use crate::config::Policy;
-pub use rules::{Refused, Renewals, Rules};
+pub use rules::{PeerDenied, Renewals, Rules};
 
 /// The interval between two reads of the site file and the CA. Both are opened and read: on a
 /// network file system this shows a change at once, while attributes may be a minute old and

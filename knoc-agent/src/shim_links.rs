@@ -17,11 +17,10 @@ use std::{
 };
 
 use futures::{FutureExt as _, StreamExt as _};
+use knoc_link::{admission::Source, bulk::Called, pinned::PinnedIncoming};
 use knoc_proto::{
-    bulk::Called,
     error::chain,
     ids::PodUid,
-    link::{self, admission::Source, pinned::PinnedIncoming},
     log_limit::LogLimit,
     pb::{self, shim_client::ShimClient},
     reason::ErrorReason,
@@ -215,9 +214,9 @@ pub async fn serve(shims: ShimLinks, mut incoming: PinnedIncoming, stop: Cancell
                 continue;
             }
         };
-        let client = ShimClient::new(Called::new(link::near_side(io)))
-            .max_decoding_message_size(link::MAX_MESSAGE)
-            .max_encoding_message_size(link::MAX_MESSAGE);
+        let client = ShimClient::new(Called::new(knoc_link::near_side(io)))
+            .max_decoding_message_size(knoc_link::MAX_MESSAGE)
+            .max_encoding_message_size(knoc_link::MAX_MESSAGE);
         let following = follow(shims.clone(), route, client, stop.clone());
         tasks.spawn(following.map(|()| drop(place)));
     }
@@ -278,7 +277,7 @@ mod tests {
     use crate::app::fake::Fake;
 
     #[tokio::test]
-    async fn the_late_word_of_a_link_that_went_unlinks_nobody() {
+    async fn the_late_end_of_an_old_link_does_not_close_the_new_one() {
         let fake = Fake::new("").await;
         let uid = PodUid::try_from("a").unwrap();
         fake.ensure(&uid).await;

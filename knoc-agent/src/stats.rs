@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn many_who_ask_cost_one_question() {
+    async fn many_callers_share_one_query() {
         let stats = Arc::new(Stats::default());
         let asked = Arc::new(AtomicUsize::new(0));
         let question = || {

@@ -13,14 +13,13 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use knoc_proto::error::chain;
-use sha2::{Digest as _, Sha256};
-
-use crate::jobdir::{
+use knoc_contract::jobdir::{
     StateDir,
     atomic::{self, FileError},
 };
-use crate::tree;
+use knoc_contract::tree;
+use knoc_proto::error::chain;
+use sha2::{Digest as _, Sha256};
 
 /// The executable in each version's directory.
 const PROGRAM: &str = "knoc-agent";
@@ -285,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_execs_what_its_directory_names_where_that_is_there() {
+    fn a_job_executes_the_version_that_its_directory_names_if_installed() {
         let site = installed(&["0.0.1"]);
         let older = site.versions.program_or_own("0.0.1");
         assert!(older.ends_with("versions/0.0.1/knoc-agent"));

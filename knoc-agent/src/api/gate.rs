@@ -16,11 +16,8 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_proto::{
-    link::{Conn, Identity, Peer, Shown},
-    pki::CertificateInfo,
-    reason::ErrorReason,
-};
+use knoc_link::{Conn, Identity, Peer, Shown, pki::CertificateInfo};
+use knoc_proto::reason::ErrorReason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch::Receiver,
@@ -28,7 +25,7 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Request, Status, service::Interceptor, transport::server::Connected};
 
-use crate::policy::{Refused, Renewals, Rules};
+use crate::policy::{PeerDenied, Renewals, Rules};
 
 /// Interval between two checks of all connections.
 const SWEEP: Duration = Duration::from_secs(5);
@@ -192,7 +189,7 @@ impl Gate {
         }
     }
 
-    fn cut(&self, rules: &Rules, now: Timestamp) -> Vec<(String, Refused)> {
+    fn cut(&self, rules: &Rules, now: Timestamp) -> Vec<(String, PeerDenied)> {
         let state = self.state();
         let mut cut = Vec::new();
         for open in state.open.values().filter(|open| !open.cut.is_cancelled()) {

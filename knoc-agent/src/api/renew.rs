@@ -1,7 +1,7 @@
 //! `RenewCertificate`: issues a new certificate to a client that holds a valid one, signed with the
 //! CA key that `init` left next to the CA.
 //!
-//! [`knoc_proto::pki::Ca::renew`] decides what may be issued. This module reads the files, limits
+//! [`knoc_link::pki::Ca::renew`] decides what may be issued. This module reads the files, limits
 //! the rate and logs what was issued.
 
 use std::{
@@ -12,19 +12,16 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_proto::{
-    error::chain,
-    link::{Peer, Shown},
+use knoc_contract::jobdir::atomic::{self, FileError};
+use knoc_link::{
+    Peer, Shown,
     pki::{self, Ca, PkiError, RenewError},
-    reason::ErrorReason,
 };
+use knoc_proto::{error::chain, reason::ErrorReason};
 use tonic::Status;
 
 use super::gate::Gate;
-use crate::{
-    config::Tls,
-    jobdir::atomic::{self, FileError},
-};
+use crate::config::Tls;
 
 /// Renewals of one identity that may come at once after a pause: enough for a kubelet, its
 /// successor and some retries.

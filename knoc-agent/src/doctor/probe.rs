@@ -6,6 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use knoc_contract::jobdir::{JobDir, JobDirError};
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -15,19 +16,18 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::finding;
 use crate::{
-    jobdir::{JobDir, JobDirError},
     pod::{actor::Input, stage, state::Event},
     scheduler::{Cancel, JobPhase, JobRef, JobView, SubmitRequest, Submitted},
     site::Site,
 };
 
 /// A job that has not ended after this time is cancelled.
-const PATIENCE: Duration = Duration::from_mins(3);
+const TIMEOUT: Duration = Duration::from_mins(3);
 /// The queue's length for what the shim reports in that time.
 const INPUTS: usize = 64;
 
 /// How the job went.
-struct Journey {
+struct ProbeRun {
     last: Option<JobView>,
     /// Whether the shim's link came up.
     linked: bool,
@@ -136,13 +136,13 @@ async fn follow(
     uid: &PodUid,
     submitted: &Submitted,
     inputs: &mut mpsc::Receiver<Input>,
-) -> Journey {
-    let mut journey = Journey {
+) -> ProbeRun {
+    let mut journey = ProbeRun {
         last: None,
         linked: false,
         report: None,
     };
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + TIMEOUT;
     let reference = JobRef {
         call: Some((submitted.began.as_second(), submitted.ended.as_second())),
         ..JobRef::new(submitted.job.clone(), uid.clone())
@@ -183,7 +183,7 @@ async fn follow(
     journey
 }
 
-fn judge(submitted: &Submitted, journey: &Journey, file: Option<&pb::Report>) -> Vec<Finding> {
+fn judge(submitted: &Submitted, journey: &ProbeRun, file: Option<&pb::Report>) -> Vec<Finding> {
     let job = &submitted.job;
     let span = submitted.ended.duration_since(submitted.began).as_millis();
     let mut findings = vec![finding(

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use knoc_contract::setuid;
+use knoc_contract::walk::{self, WalkError};
 use knoc_proto::{error, pb};
 
 use super::{Images, Name, reference, runtime_version};
-use crate::runtime::setuid;
-use crate::walk::{self, WalkError};
 
 impl Images {
     /// The findings, in the order in which an image is processed.
@@ -85,7 +85,7 @@ impl Images {
         };
         let source = match reference::source(&name, &self.settings().registries) {
             Ok(source) => source,
-            Err(words) => return finding(&check, Err(words), cure),
+            Err(message) => return finding(&check, Err(message), cure),
         };
         let registry = source.reference.registry().to_owned();
         let result = self.registry().answers(&source).await;
@@ -136,7 +136,7 @@ fn folder(check: &str, path: &Path, cure: &str) -> pb::Finding {
 
 fn finding(check: &str, result: Result<String, String>, cure: &str) -> pb::Finding {
     let ok = result.is_ok();
-    let detail = result.unwrap_or_else(|words| words);
+    let detail = result.unwrap_or_else(|message| message);
     let cure = if ok { String::new() } else { cure.to_owned() };
     pb::Finding {
         check: check.to_owned(),

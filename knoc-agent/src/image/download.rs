@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
+use knoc_contract::jobdir::atomic::{self, FileError};
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
@@ -21,9 +22,8 @@ use tokio::time::Instant;
 use super::digest::Digest;
 use super::manifest::{self, Descriptor, Image, Packing};
 use super::reference::Source;
-use super::registry::{RegistryClient, words};
+use super::registry::{RegistryClient, describe};
 use super::slots::Slots;
-use crate::jobdir::atomic::{self, FileError};
 
 /// How many layers of one image are downloaded at the same time, as in other container runtimes.
 const LAYERS_AT_ONCE: usize = 3;
@@ -108,7 +108,7 @@ impl Download<'_> {
         let all = all.try_collect::<Vec<()>>();
         let done = tokio::time::timeout(LONGEST, all).await;
         let late = |_elapsed| {
-            words(
+            describe(
                 self.source,
                 &format!("the layers were not downloaded within {LONGEST:?}"),
             )
@@ -119,7 +119,7 @@ impl Download<'_> {
     async fn layer(&self, layer: Descriptor) -> Result<(), String> {
         let path = self.layout.blob(&layer.digest);
         let fetched = self.fetch(&layer, &path).await;
-        fetched.map_err(|text| words(self.source, &text))
+        fetched.map_err(|text| describe(self.source, &text))
     }
 
     async fn fetch(&self, layer: &Descriptor, path: &Path) -> Result<(), String> {

@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_who_leaves_takes_nobody_along() {
+    async fn a_caller_that_leaves_does_not_stop_the_others() {
         let flights = Flights::default();
         let (send, receive) = tokio::sync::oneshot::channel::<u32>();
         let mut first = Box::pin(flights.join("k", || async { receive.await.unwrap() }));

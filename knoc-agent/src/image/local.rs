@@ -6,12 +6,12 @@ use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use knoc_contract::image_file;
+use knoc_contract::walk::{self, Found, WalkError};
 use knoc_proto::error::chain;
 
 use super::sif::FileId;
 use super::{ImageError, ImageErrorKind};
-use crate::launch::contain::spec;
-use crate::walk::{self, Found, WalkError};
 
 /// The offset of the magic bytes of a SIF file.
 const MAGIC_AT: usize = 32;
@@ -23,7 +23,7 @@ pub(super) struct Local {
     /// The path with all links resolved.
     pub(super) path: PathBuf,
     /// Written to the job file: a container starts only from this file.
-    pub(super) id: spec::FileId,
+    pub(super) id: image_file::FileId,
     /// The open SIF file; `None` for a sandbox.
     pub(super) sif: Option<(FileId, Arc<File>)>,
 }
@@ -38,8 +38,8 @@ pub(super) struct Roots {
 
 /// Finds the image under one of the roots. Blocking.
 pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, ImageError> {
-    let invalid = |words: String| ImageError::new(image, ImageErrorKind::InvalidName, words);
-    let absent = |words: String| ImageError::new(image, ImageErrorKind::Pull, words);
+    let invalid = |message: String| ImageError::new(image, ImageErrorKind::InvalidName, message);
+    let absent = |message: String| ImageError::new(image, ImageErrorKind::Pull, message);
     if roots.folders.is_empty() {
         return Err(invalid(
             "this site allows no paths as images (image_roots)".to_owned(),
@@ -72,7 +72,7 @@ pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, Ima
     if !under(&found.path, &canonical) {
         return Err(outside());
     }
-    let id = spec::FileId::of(&found);
+    let id = image_file::FileId::of(&found);
     if found.is_folder() {
         let path = found.path;
         let sif = None;
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_lies_under_a_root() {
+    fn only_images_under_a_root_are_found() {
         let dir = tempfile::tempdir().unwrap();
         let (root, other) = (dir.path().join("root"), dir.path().join("other"));
         std::fs::create_dir_all(root.join("box")).unwrap();
@@ -167,10 +167,10 @@ mod tests {
             let folders = vec![root.clone()];
             find("i", &root.join("box"), &Roots { folders, shared })
         };
-        let words = find(false).unwrap_err().words;
+        let message = find(false).unwrap_err().message;
         assert!(
-            words.starts_with(&format!("{root:?} ")) && words.contains("trust_shared_roots"),
-            "{words}"
+            message.starts_with(&format!("{root:?} ")) && message.contains("trust_shared_roots"),
+            "{message}"
         );
         assert_eq!(find(true).unwrap().path, root.join("box"));
     }

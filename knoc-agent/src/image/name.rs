@@ -91,7 +91,7 @@ impl Name {
 
     /// `HOST/PATH`.
     #[must_use]
-    pub fn place(&self) -> String {
+    pub fn repository_path(&self) -> String {
         format!("{}/{}", self.registry, self.repository)
     }
 

@@ -12,6 +12,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use knoc_contract::jobdir::atomic;
+use knoc_contract::tree;
 use knoc_proto::error::chain;
 use tokio_util::sync::CancellationToken;
 
@@ -19,16 +21,14 @@ use super::Settings;
 use super::cache::Cache;
 use super::download::{Download, Layout};
 use super::reference::Source;
-use super::registry::{Found, RegistryClient, words};
+use super::registry::{Found, RegistryClient, describe};
 use super::slots::Slots;
 use super::unpacked::{self, Budget, LayerError};
-use super::words::shown;
+use super::untrusted::shown;
 use crate::command::CommandError;
-use crate::jobdir::atomic;
-use crate::tree;
 
 /// How much of the runtime's output is kept.
-const WORDS: usize = 64 * 1024;
+const MAX_OUTPUT: usize = 64 * 1024;
 /// How many images are pulled at the same time: their layers and their unpacked files are on disk
 /// meanwhile.
 pub(super) const PULLS: usize = 8;
@@ -59,10 +59,10 @@ impl Puller {
             let text = format!(
                 "the image has {size} bytes by its manifest, but limits.image_size of the site file is {limit}"
             );
-            return Err(words(&source, &text));
+            return Err(describe(&source, &text));
         }
         let registry = source.reference.registry();
-        let _place = self.pulls.acquire(registry).await;
+        let _slot = self.pulls.acquire(registry).await;
         let begin = tokio::time::Instant::now();
         let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
         let mut reserved = blocking(move || cache.reserve(size, room)).await?;
@@ -82,7 +82,7 @@ impl Puller {
         let fetched = begin.elapsed();
         let _converting = self.conversions.acquire(registry).await;
         let checked = self.check(layout, &found, config.text).await;
-        checked.map_err(|text| words(&source, &text))?;
+        checked.map_err(|text| describe(&source, &text))?;
         self.convert(&temporary).await?;
         let image = source.reference.at(&found.digest);
         tracing::info!(%image, bytes = size, ?fetched, elapsed = ?begin.elapsed(), "pulled");
@@ -140,7 +140,7 @@ impl Puller {
             .arg(format!("oci:{LAYOUT}"))
             .current_dir(&temporary.0)
             .deadline(self.settings.pull_timeout)
-            .capture(WORDS);
+            .capture(MAX_OUTPUT);
         let folders = ["TMPDIR", "CACHEDIR"];
         let command = folders.into_iter().fold(command, |command, folder| {
             command
@@ -160,20 +160,20 @@ async fn blocking<T: Send + 'static>(
 
 /// Why the runtime failed, in its own message if it wrote one.
 pub(super) fn why(error: &CommandError) -> String {
-    let words = error.words().map_or_else(|| chain(error), fatal);
+    let message = error.message().map_or_else(|| chain(error), fatal);
     // The message may contain text from the image.
-    shown(&words)
+    shown(&message)
 }
 
 /// The lines of Apptainer's output that say why it failed.
-fn fatal(words: &str) -> String {
-    let why: Vec<&str> = words
+fn fatal(message: &str) -> String {
+    let why: Vec<&str> = message
         .lines()
         .filter(|line| line.starts_with("FATAL") || line.starts_with("ERROR"))
         .filter_map(|line| line.split_once(':').map(|(_, rest)| rest.trim()))
         .collect();
     if why.is_empty() {
-        words.to_owned()
+        message.to_owned()
     } else {
         why.join("; ")
     }
@@ -225,10 +225,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_words_that_matter() {
-        let words = "INFO:    Converting OCI blobs to SIF format\nWARNING: x\nFATAL:   While making image from oci registry: error fetching image: manifest unknown\n";
+    fn the_lines_that_matter_are_kept() {
+        let message = "INFO:    Converting OCI blobs to SIF format\nWARNING: x\nFATAL:   While making image from oci registry: error fetching image: manifest unknown\n";
         assert_eq!(
-            fatal(words),
+            fatal(message),
             "While making image from oci registry: error fetching image: manifest unknown"
         );
         assert_eq!(fatal("anything"), "anything");

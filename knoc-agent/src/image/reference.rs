@@ -33,7 +33,7 @@ const REFUSED: &[&str] = &[
 
 /// Parses what a pod names: `busybox`, `quay.io/a/b:tag`, `docker://…`, an absolute path.
 pub fn parse(image: &str) -> Result<Reference, ImageError> {
-    let invalid = |words: String| ImageError::new(image, ImageErrorKind::InvalidName, words);
+    let invalid = |message: String| ImageError::new(image, ImageErrorKind::InvalidName, message);
     if image.starts_with('/') {
         if image.contains('\0') {
             return Err(invalid("a path must not contain NUL".to_owned()));
@@ -44,15 +44,15 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
     if let Some((scheme, rest)) = name.split_once(':')
         && (rest.starts_with("//") || (REFUSED.contains(&scheme) && rest.starts_with(['/', '.'])))
     {
-        let words = if REFUSED.contains(&scheme) {
+        let message = if REFUSED.contains(&scheme) {
             "is not supported"
         } else {
             "is unknown"
         };
-        let words = format!(
-            "the source {scheme}: {words}; use a docker image, or a path under the site's image_roots"
+        let message = format!(
+            "the source {scheme}: {message}; use a docker image, or a path under the site's image_roots"
         );
-        return Err(ImageError::new(image, ImageErrorKind::Unsupported, words));
+        return Err(ImageError::new(image, ImageErrorKind::Unsupported, message));
     }
     name.parse()
         .map(Reference::Registry)
@@ -81,9 +81,9 @@ impl Source {
 
 /// Checks whether `policy.registries` lets pods name this image.
 pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
-    let place = name.place();
+    let path = name.repository_path();
     let begins = |prefix: &String| {
-        let rest = place.strip_prefix(prefix.trim_end_matches('/'));
+        let rest = path.strip_prefix(prefix.trim_end_matches('/'));
         rest.is_some_and(at_slash)
     };
     if allowed.is_empty() || allowed.iter().any(begins) {
@@ -91,14 +91,14 @@ pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
     }
     let (registry, all) = (name.registry(), allowed.join(", "));
     Err(format!(
-        "{place} of the registry {registry} is not among policy.registries of the site file ({all})"
+        "{path} of the registry {registry} is not among policy.registries of the site file ({all})"
     ))
 }
 
 /// The source of an image: the first mirror whose prefix matches up to a `/`, or the registry
 /// itself.
 pub fn source(name: &Name, registries: &[Registry]) -> Result<Source, String> {
-    let full = name.place();
+    let full = name.repository_path();
     for entry in registries {
         let prefix = entry.prefix.trim_end_matches('/');
         let Some(rest) = full.strip_prefix(prefix).filter(|rest| at_slash(rest)) else {
@@ -157,7 +157,7 @@ mod tests {
         match parse(image) {
             Ok(Reference::Registry(name)) => name.whole(),
             Ok(Reference::Path(path)) => format!("path {}", path.display()),
-            Err(err) => format!("{}: {}", err.reason(), err.words),
+            Err(err) => format!("{}: {}", err.reason(), err.message),
         }
     }
 

@@ -21,7 +21,7 @@ use super::http::{Answer, Client, Request};
 use super::manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest};
 use super::reference::Source;
 use super::slots::Slots;
-use super::words::shown;
+use super::untrusted::shown;
 
 /// How many short requests (manifests, configs, tokens) may be in flight.
 const QUESTIONS: usize = 16;
@@ -104,7 +104,7 @@ impl RegistryClient {
     pub(super) async fn config(&self, source: &Source, image: &Image) -> Result<Config, String> {
         let text = self.question(source, self.config_blob(source, &image.config));
         let text = text.await?;
-        let file = ImageFile::of_oci(&text).map_err(|why| words(source, &why))?;
+        let file = ImageFile::of_oci(&text).map_err(|why| describe(source, &why))?;
         Ok(Config { text, file })
     }
 
@@ -214,7 +214,7 @@ impl RegistryClient {
         answer
             .map_err(late)
             .flatten()
-            .map_err(|text| words(source, &text))
+            .map_err(|text| describe(source, &text))
     }
 
     fn request<'a>(
@@ -326,7 +326,7 @@ fn same(expected: &Digest, content: &[u8]) -> Result<(), String> {
 
 /// An error message that may contain a registry's text: made safe to show, and prefixed with what
 /// it is about.
-pub(super) fn words(source: &Source, text: &str) -> String {
+pub(super) fn describe(source: &Source, text: &str) -> String {
     let name = source.reference.whole();
     if text.starts_with(&name) {
         return text.to_owned();

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use knoc_contract::host::node_name;
 use knoc_proto::pb::{self, PullPolicy};
 
 use super::cache::Cache;
@@ -14,7 +15,6 @@ use super::registry::{Found, RegistryClient};
 use super::sif::Sifs;
 use super::slots::Slots;
 use super::{Hold, ImageError, ImageErrorKind, Name, ResolvedImage, Settings};
-use crate::shim::node_name;
 
 /// The registry's answer about a name.
 #[derive(Debug, Clone)]
@@ -91,7 +91,7 @@ impl Images {
 
     fn allowed(&self, image: &str, name: &Name) -> Result<(), ImageError> {
         let allowed = reference::allowed(name, &self.settings.policy.now().registries);
-        allowed.map_err(|words| ImageError::new(image, ImageErrorKind::Denied, words))
+        allowed.map_err(|message| ImageError::new(image, ImageErrorKind::Denied, message))
     }
 
     /// Resolves the image of a container, and pulls it if the pull policy says so.
@@ -132,7 +132,7 @@ impl Images {
             None => ImageFile::default(),
             Some((id, sif)) => {
                 let file = self.sifs.config(&self.settings, id, sif).await;
-                file.map_err(|words| ImageError::new(image, ImageErrorKind::Pull, words))?
+                file.map_err(|message| ImageError::new(image, ImageErrorKind::Pull, message))?
             }
         };
         Ok(ResolvedImage {
@@ -165,10 +165,10 @@ impl Images {
             return Ok(self.resolved(name, known));
         }
         if policy == PullPolicy::Never {
-            let words = "it is not cached, and imagePullPolicy is Never";
-            return Err(ImageError::new(image, ImageErrorKind::NeverPull, words));
+            let message = "it is not cached, and imagePullPolicy is Never";
+            return Err(ImageError::new(image, ImageErrorKind::NeverPull, message));
         }
-        let failed = |words: String| ImageError::new(image, ImageErrorKind::Pull, words);
+        let failed = |message: String| ImageError::new(image, ImageErrorKind::Pull, message);
         let source = reference::source(name, &self.settings.registries).map_err(failed)?;
         let found = match self.ask_registry(name, &source).await.map_err(failed)? {
             Resolution::Here(digest) => {
@@ -205,15 +205,15 @@ impl Images {
     /// Asks the registry about a name; the digest alone is enough if its image is cached.
     async fn ask_registry(&self, name: &Name, source: &Source) -> Result<Resolution, String> {
         let (registry, cache) = (Arc::clone(&self.registry), Arc::clone(&self.cache));
-        let (place, asked) = (name.clone(), source.clone());
+        let (name, asked) = (name.clone(), source.clone());
         let ask = || async move {
             let Some(digest) = registry.digest(&asked).await? else {
                 return registry.resolve(&asked).await.map(Resolution::There);
             };
             // If the digest is that of an index, the cache knows the image that it stands for.
-            let at = place.at(&digest);
+            let at = name.at(&digest);
             if let Some(known) = known(&cache, &at).await {
-                remember(cache, place.whole(), known.digest.clone()).await;
+                remember(cache, name.whole(), known.digest.clone()).await;
                 return Ok(Resolution::Here(known.digest));
             }
             let found = registry.resolve(&asked.at(&digest)).await?;

@@ -80,11 +80,11 @@ impl Slots {
                 Some(receiver)
             }
         };
-        let place = match receiver {
+        let slot = match receiver {
             Some(receiver) => receiver.await.ok(),
             None => None,
         };
-        place.unwrap_or_else(|| Slot {
+        slot.unwrap_or_else(|| Slot {
             slots: Arc::clone(self),
             key: key.to_owned(),
         })
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_stops_waiting_takes_no_place() {
+    async fn a_task_that_stops_waiting_takes_no_slot() {
         let slots = Slots::new(1, 1);
         let held = slots.acquire("a").await;
         let mut gone = Box::pin(slots.acquire("a"));
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_place_that_was_given_and_never_taken_is_free_again() {
+    async fn a_slot_that_was_given_and_never_taken_is_free_again() {
         let slots = Slots::new(1, 1);
         let held = slots.acquire("a").await;
         let mut given = Box::pin(slots.acquire("a"));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use knoc_proto::pki::CertifiedKey;
+use knoc_link::pki::CertifiedKey;
 
 use super::{Found, Options};
 use crate::config::{RuntimeKind, SchedulerKind};
@@ -180,7 +180,7 @@ key = @KEY@
 clients = []
 # Certificates that are not served, with all that were renewed from them: "sha256/…" of a public key, "serial/…", or an identity.
 denied = []
-# Who runs programs as you: whoever may create a pod in one of these namespaces of the cluster, such as ["team-a"]. Empty: in
+# Who runs programs as you: anyone who may create a pod in one of these namespaces of the cluster, such as ["team-a"]. Empty: in
 # ANY namespace. Decide before you hand over the kubelet's bundle.
 namespaces = [@NAMESPACES@]
 # Partitions, accounts and QOS that pods may name. Empty: all.

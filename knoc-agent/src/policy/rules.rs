@@ -3,10 +3,8 @@
 use std::collections::HashMap;
 
 use jiff::Timestamp;
-use knoc_proto::{
-    error::chain,
-    link::{Identity, Shown, Trust},
-};
+use knoc_link::{Identity, Shown, Trust};
+use knoc_proto::error::chain;
 
 use super::denied::{Denied, matches};
 use crate::config::Policy;
@@ -27,7 +25,7 @@ pub struct Rules {
 
 /// Why a peer is not served.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub enum PeerDenied {
     /// `policy.clients` does not match the peer.
     #[error("{identity} is not among policy.clients of the site file")]
     Client {
@@ -76,19 +74,19 @@ impl Rules {
         shown: &Shown,
         renewals: &Renewals,
         now: Timestamp,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), PeerDenied> {
         let named =
             self.clients.is_empty() || self.clients.iter().any(|one| matches(one, identity));
         if !named {
             let identity = identity.clone();
-            return Err(Refused::Client { identity });
+            return Err(PeerDenied::Client { identity });
         }
         let info = shown.info();
         if let Some(entry) = self.denied.iter().find(|one| one.covers(identity, info)) {
             let (identity, entry) = (identity.clone(), entry.to_string());
-            return Err(Refused::Denied { identity, entry });
+            return Err(PeerDenied::Denied { identity, entry });
         }
-        let refused = |why: String| Refused::Certificate {
+        let refused = |why: String| PeerDenied::Certificate {
             identity: identity.clone(),
             why,
         };

@@ -8,13 +8,11 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Cluster};
 use knoc_proto::{error::chain, reason::ErrorReason};
 use tokio::sync::Mutex;
 
-use crate::{
-    jobdir::{self, JobDirError, StateDir, schema::Cluster},
-    pod::actor::Refused,
-};
+use crate::pod::actor::Refused;
 
 /// How many seconds an epoch may be ahead of our clock; the clocks of login nodes may be off by
 /// this much.

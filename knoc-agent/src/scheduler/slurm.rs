@@ -35,7 +35,6 @@ mod shape;
 mod whose;
 
 pub use settings::Settings;
-pub(crate) use shape::requeue;
 use whose::Whose;
 
 /// The largest output of squeue and sacct: 100,000 jobs with 300 bytes each.
@@ -395,7 +394,7 @@ fn printed(output: &Output) -> String {
 
 /// Whether the job had ended before the signal arrived.
 fn is_gone(err: &CommandError) -> bool {
-    let words = err.words().unwrap_or_default().to_lowercase();
+    let words = err.message().unwrap_or_default().to_lowercase();
     [
         "invalid job id",
         "already completing or completed",

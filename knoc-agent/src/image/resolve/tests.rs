@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use knoc_contract::jobdir::StateDir;
+
 use super::super::Bounds;
 use super::super::digest::Digest;
 use super::*;
 use crate::config::{Policy, Registry};
-use crate::jobdir::StateDir;
 use crate::policy::Live;
 
 mod cached;
@@ -227,7 +228,7 @@ async fn policies() {
 }
 
 #[tokio::test]
-async fn failures_keep_the_words_and_are_tried_again() {
+async fn failures_keep_the_message_and_are_retried() {
     let world = World::new().await;
     let missing = world
         .images
@@ -237,7 +238,7 @@ async fn failures_keep_the_words_and_are_tried_again() {
     assert_eq!(missing.reason(), "ErrImagePull");
     assert!(
         missing
-            .words
+            .message
             .ends_with("library/two:latest: manifest unknown"),
         "{missing}"
     );
@@ -248,7 +249,7 @@ async fn failures_keep_the_words_and_are_tried_again() {
         .resolve("one", PullPolicy::IfNotPresent)
         .await
         .unwrap_err();
-    assert_eq!(failed.words, "While making image: no space left");
+    assert_eq!(failed.message, "While making image: no space left");
     std::fs::remove_file(fail).unwrap();
     world
         .images
@@ -321,7 +322,7 @@ fn write_sif(path: &Path, padding: usize) {
     let mut bytes = vec![0; 32];
     bytes.extend_from_slice(b"SIF_MAGIC");
     bytes.resize(bytes.len() + padding, 0);
-    crate::jobdir::atomic::write(path, &bytes, 0o600).unwrap();
+    knoc_contract::jobdir::atomic::write(path, &bytes, 0o600).unwrap();
 }
 
 #[tokio::test]
@@ -339,7 +340,7 @@ async fn a_sif_is_asked_once_and_again_when_it_is_another() {
     let fail = world.dir.path().join("fail");
     std::fs::File::create(&fail).unwrap();
     let failed = ask().await.unwrap_err();
-    assert_eq!(failed.words, "no such host file system");
+    assert_eq!(failed.message, "no such host file system");
     assert!(failed.retryable());
     std::fs::remove_file(fail).unwrap();
     let all = futures::future::join_all((0..50).map(|_| ask())).await;

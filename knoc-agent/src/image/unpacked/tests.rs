@@ -202,7 +202,7 @@ fn a_bomb_is_found_before_it_is_unpacked() {
 }
 
 #[test]
-fn whoever_gives_up_is_not_kept() {
+fn a_cancelled_pull_stops_the_measurement() {
     let layer = gzip(&[head(b'0', 1024), vec![0; 2048]].concat());
     let mut left = BUDGET;
     let stopped = measure(file(&layer).path(), &Digest::of(&layer), &mut left, &|| {

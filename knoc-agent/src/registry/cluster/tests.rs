@@ -81,7 +81,7 @@ async fn an_epoch_of_an_older_agent_still_counts() {
 
 /// Older agents accepted any epoch from anyone; 2^63 - 1 would lock out every kubelet forever.
 #[tokio::test]
-async fn an_epoch_far_ahead_of_the_clock_locks_nobody_out() {
+async fn an_epoch_far_ahead_of_the_clock_locks_no_kubelet_out() {
     let folder = tempfile::tempdir().unwrap();
     let state = StateDir::new(folder.path());
     for older in [

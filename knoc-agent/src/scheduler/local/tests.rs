@@ -157,7 +157,7 @@ async fn a_job_outlives_the_agent_and_its_exit_code_is_known() {
 }
 
 #[tokio::test]
-async fn a_job_is_started_once_whoever_starts_it() {
+async fn a_job_is_started_once_by_any_agent() {
     let mut world = World::with(|settings| Settings {
         max_running: 1,
         ..settings
@@ -243,7 +243,7 @@ async fn cancel_means_what_it_says() {
 }
 
 #[tokio::test]
-async fn an_unknown_job_is_missing_and_a_wrong_uid_is_no_job() {
+async fn an_unknown_job_or_a_wrong_uid_is_missing() {
     let world = World::new();
     let job = world.submit("a", "exit 0").await;
     let stranger = JobRef::new(job.id.clone(), PodUid::try_from("other").unwrap());

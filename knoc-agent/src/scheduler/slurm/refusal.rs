@@ -74,7 +74,7 @@ pub(super) fn classify(words: &str) -> RefusalKind {
 /// The error for a failed sbatch.
 #[must_use]
 pub(super) fn of_command(err: CommandError) -> Refusal {
-    let words = err.words().map(trim_words);
+    let words = err.message().map(trim_words);
     let kind = match (&err.kind, &words) {
         (CommandErrorKind::NotFound | CommandErrorKind::Spawn(_), _) => ControllerAway,
         (CommandErrorKind::Exit { code: Some(_), .. }, Some(words)) => classify(words),
@@ -131,7 +131,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn words_of_slurm() {
+    fn messages_of_slurm_are_classified() {
         let cases = [
             ("Invalid partition name specified", Permanent),
             (
@@ -245,7 +245,7 @@ mod tests {
 
     /// Checks the messages that the real programs printed: `tests/testbed/record-slurm.sh`.
     #[test]
-    fn recorded_words() {
+    fn recorded_messages_are_classified() {
         let cases = [
             ("partition", Permanent),
             ("account", Permanent),

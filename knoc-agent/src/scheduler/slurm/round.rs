@@ -20,7 +20,7 @@ const SCONTROL_BATCH: usize = 32;
 
 /// Whether the site has no accounting storage.
 pub(super) fn accounting_disabled(err: &CommandError) -> bool {
-    let words = err.words().unwrap_or_default().to_lowercase();
+    let words = err.message().unwrap_or_default().to_lowercase();
     words.contains("accounting storage is disabled")
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use knoc_contract::requeue::may_run_again;
 use knoc_proto::pb;
 
 use super::Settings;
@@ -17,7 +18,6 @@ const SIGNAL_FLOOR_SECONDS: i64 = 300;
 const SIGNAL_EARLY_SECONDS: i64 = 60;
 /// Time for the final report, in addition to the pod's grace period.
 const SIGNAL_SLACK_SECONDS: i64 = 15;
-const REQUEUE: &str = "knoc.io/requeue";
 
 /// The limits of a partition that matter here.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -78,7 +78,7 @@ impl Shape {
             time_minutes,
             signal_seconds: signal(spec.termination_grace_period_seconds, time_minutes),
             gres: gres(spec, &job, site, nodes)?,
-            requeue: requeue(spec),
+            requeue: may_run_again(spec),
             notes: note.into_iter().collect(),
         })
     }
@@ -91,15 +91,6 @@ fn ceil(a: i64, b: i64) -> i64 {
 
 fn positive(n: i64) -> Option<i64> {
     (n > 0).then_some(n)
-}
-
-/// Whether the pod's job may run again if Slurm requeues it.
-pub(crate) fn requeue(spec: &pb::PodSpec) -> bool {
-    let asked = spec
-        .annotations
-        .get(REQUEUE)
-        .is_some_and(|value| value == "true");
-    asked && spec.restart_policy() != pb::RestartPolicy::Never
 }
 
 fn request(container: &pb::Container) -> pb::Resources {
@@ -412,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn local_disk_is_asked_for_where_slurm_knows_of_any() {
+    fn local_disk_is_requested_if_a_node_has_any() {
         let shape = |mib: i64, partition: &str, partitions: &[PartitionLimits]| {
             let job = pb::JobRequest {
                 ephemeral_storage_bytes: mib * MIB,

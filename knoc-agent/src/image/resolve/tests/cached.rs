@@ -1,9 +1,9 @@
 //! Tests of what the cache keeps and what it removes.
 
+use knoc_contract::jobdir::JobDir;
 use knoc_proto::pb;
 
 use super::*;
-use crate::jobdir::JobDir;
 
 /// A registry with the images `library/image-0` and so on, whose SIF files have a thousand bytes.
 async fn world(limit: u64) -> World {
@@ -102,7 +102,7 @@ async fn an_image_stays_from_its_resolution_until_a_job_directory_names_it() {
     let refused = world.pull(2).await.unwrap_err();
     assert!(
         refused
-            .words
+            .message
             .contains("limits.image_cache of the site file is 24000"),
         "{refused}"
     );
@@ -130,10 +130,10 @@ async fn a_job_directory_that_cannot_be_read_keeps_everything() {
     let job = world.job("44444444-4444-4444-8444-444444444444", &image);
     let path = image.path.clone();
     drop(image);
-    crate::jobdir::atomic::write(&job.spec_path(), b"\xff\xff\xff", 0o600).unwrap();
+    knoc_contract::jobdir::atomic::write(&job.spec_path(), b"\xff\xff\xff", 0o600).unwrap();
     let refused = world.pull(1).await.unwrap_err();
     assert!(
-        refused.words.contains("the image cache is full"),
+        refused.message.contains("the image cache is full"),
         "{refused}"
     );
     assert!(path.exists());

@@ -37,8 +37,8 @@ impl Reply {
     }
 
     pub(super) fn not_found() -> Self {
-        let words = r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#;
-        Self::Whole("404 Not Found", String::new(), words.into())
+        let body = r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#;
+        Self::Whole("404 Not Found", String::new(), body.into())
     }
 
     pub(super) fn redirect(to: &str) -> Self {

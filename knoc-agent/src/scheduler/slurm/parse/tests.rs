@@ -146,7 +146,7 @@ fn the_working_directory_names_the_pod_too() {
 
 /// An exit code of 0 without the expected output is an error.
 #[test]
-fn a_text_of_another_form_is_no_answer() {
+fn output_of_another_form_is_an_error() {
     let help = "Usage: squeue [-A account] [--clusters names]\n              [--help] [--hide]\n";
     for read in [squeue, squeue_with_directory, sacct, sacct_with_directory] {
         let problem = read(help).unwrap_err();

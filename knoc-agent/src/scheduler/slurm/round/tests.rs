@@ -305,7 +305,7 @@ async fn nothing_is_submitted_before_the_partitions_limits_are_known() {
 }
 
 #[tokio::test]
-async fn who_may_not_submit_any_more_after_the_wait_submits_nothing() {
+async fn nothing_is_submitted_if_it_is_no_longer_allowed_after_the_wait() {
     let fake = Fake::new();
     fake.program("sinfo", "true");
     fake.program("sbatch", "cat >/dev/null; echo 1");
@@ -402,7 +402,7 @@ async fn doctor_names_what_hides_the_nodes() {
 }
 
 #[tokio::test]
-async fn local_disk_is_asked_for_where_the_site_has_told_slurm_of_it() {
+async fn local_disk_is_requested_if_slurm_knows_it() {
     for (tmp, passed) in [("0", false), ("2048", true)] {
         let fake = Fake::new();
         fake.changed(

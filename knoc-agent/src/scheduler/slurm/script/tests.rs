@@ -86,7 +86,7 @@ fn everything_that_can_be_asked_for() {
 }
 
 #[test]
-fn nothing_of_a_pod_stands_in_the_script() {
+fn the_script_contains_nothing_from_the_pod() {
     let nasty = "$(touch /tmp/x)';\n`id`".to_owned();
     let plain = pb::PodSpec {
         name: "p".to_owned(),

@@ -39,7 +39,7 @@ fn scontrol(directory: &str, restarts: u32, submitted: &str) -> String {
 
 /// Compares the ID and the time of the sbatch call with the controller's answer about the job.
 #[tokio::test]
-async fn an_id_that_was_given_again_is_a_strangers() {
+async fn a_reused_id_is_another_job() {
     let both = [(NAME, "mine"), (COMMENT, "my comment")];
     let pinned = JobRef {
         submitted_at: Some(SUBMITTED - 9),
@@ -75,7 +75,7 @@ async fn an_id_that_was_given_again_is_a_strangers() {
 
 /// Without an answer nothing is decided: the job is neither the pod's nor missing.
 #[tokio::test]
-async fn a_doubt_that_nobody_settles_stays_one() {
+async fn a_doubt_stays_until_the_controller_answers() {
     let both = [(NAME, "mine"), (COMMENT, "my comment")];
     let fake = Fake::new();
     fake.changed("squeue", "squeue-start.txt", &both)
@@ -137,7 +137,7 @@ async fn answers_of_another_form_decide_nothing() {
 
 /// A renamed job is checked before it is cancelled, and another user's or pod's job is left alone.
 #[tokio::test]
-async fn a_renamed_job_is_cancelled_and_a_stranger_never() {
+async fn a_renamed_job_is_cancelled_and_another_job_never() {
     let fake = Fake::new();
     let row =
         "7|PENDING|Priority|main||2026-11-22T18:45:20|Unknown|Unknown|1:00:00|mine|x|/elsewhere";
