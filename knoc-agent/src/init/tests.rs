@@ -83,7 +83,7 @@ fn whom_the_bundle_lets_in_is_said_before_it_is_handed_over() {
     let said = run(&options(&folder), root.path(), &found()).unwrap();
     let (warning, bundle) = (
         said.find(
-            "anyone who may create a pod in any namespace of the cluster runs programs as you",
+            "everybody who can create a pod in any namespace of the cluster runs programs as you",
         ),
         said.find("kubectl apply"),
     );
