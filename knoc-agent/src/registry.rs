@@ -20,8 +20,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    pod::actor::{self, Actor, INPUTS, Input, Refused, Reply, Restored},
-    scheduler::JobRef,
+    pod::{
+        actor::{self, Actor, Restored},
+        input::{INPUTS, Input, Refused, Reply, Wanted},
+    },
     site::Site,
 };
 
@@ -29,15 +31,6 @@ use crate::{
 pub const ENDED: usize = 1024;
 /// An actor answers once its record is written; a healthy file system never takes this long.
 const ANSWER: Duration = Duration::from_secs(30);
-
-/// What the poller needs to know about a pod.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Wanted {
-    /// The pod's job, if it has one that may be alive.
-    pub job: Option<JobRef>,
-    /// Whether a change is expected within seconds.
-    pub hurried: bool,
-}
 
 /// A handle to a pod's actor.
 #[derive(Debug, Clone)]

@@ -22,8 +22,8 @@ use knoc_contract::tree;
 use knoc_proto::error::chain;
 use knoc_proto::pb;
 
+use super::claims::{Claims, Kept};
 use super::file::ImageFile;
-use super::room::{Claims, Kept};
 
 /// How many names have their digest recorded; if there are more, some cost another request to the
 /// registry.

@@ -1,7 +1,7 @@
 //! Checks that the fuzz targets and the tests share: they feed arbitrary bytes in place of a
 //! registry's texts and panic if a property does not hold.
 //!
-//! Compiled for tests, and by `knoc-kubelet/remotecommand/fuzz` from the same file.
+//! Compiled for tests, and with the feature `fuzzed` for the targets in `knoc-agent/fuzz`.
 
 #![allow(
     unreachable_pub,
@@ -121,7 +121,7 @@ mod tests {
 
     fn corpus(target: &str, harness: fn(&[u8])) {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../knoc-kubelet/remotecommand/fuzz/corpus")
+            .join("fuzz/corpus")
             .join(target);
         let mut inputs = 0;
         for entry in std::fs::read_dir(folder).unwrap() {

@@ -4,31 +4,14 @@
 //! ([`super::in_use`]), or if this process holds it: from the moment its digest is known until a
 //! job directory names it. The bytes that pulls in progress will need are reserved in advance.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::path::PathBuf;
+use std::collections::BTreeSet;
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::SystemTime;
 
 use knoc_proto::error::chain;
 
 use super::cache::Cache;
+use super::claims::{Claims, Kept};
 use super::in_use;
-
-/// What this process holds and reserves in the cache.
-#[derive(Debug, Default)]
-pub(super) struct Claims {
-    held: HashMap<String, usize>,
-    /// Images that were held at some time since the last search for room began.
-    since: HashSet<String>,
-    /// Bytes reserved by pulls in progress.
-    reserved: u64,
-}
-
-impl Claims {
-    fn is_held(&self, digest: &str) -> bool {
-        self.held.contains_key(digest) || self.since.contains(digest)
-    }
-}
 
 /// Keeps an image from being removed until it is dropped.
 #[derive(Debug)]
@@ -70,15 +53,6 @@ impl Drop for Reserved {
         let mut claims = self.cache.claims();
         claims.reserved = claims.reserved.saturating_sub(self.bytes);
     }
-}
-
-/// An image on disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Kept {
-    pub(super) digest: String,
-    pub(super) sif: PathBuf,
-    pub(super) bytes: u64,
-    pub(super) used: SystemTime,
 }
 
 impl Cache {

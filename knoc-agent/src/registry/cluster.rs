@@ -12,7 +12,7 @@ use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Cluster};
 use knoc_proto::{error::chain, reason::ErrorReason};
 use tokio::sync::Mutex;
 
-use crate::pod::actor::Refused;
+use crate::pod::input::Refused;
 
 /// How many seconds an epoch may be ahead of our clock; the clocks of login nodes may be off by
 /// this much.
