@@ -78,7 +78,7 @@ struct Shared {
     gate: gate::Gate,
     renewer: renew::Renewer,
     started_at: i64,
-    /// The tasks that read log files.
+    /// Ends watches, which have no end of their own.
     stop: CancellationToken,
     /// The tasks that read log files.
     tasks: TaskTracker,

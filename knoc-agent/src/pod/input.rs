@@ -1,6 +1,6 @@
 //! The messages of a pod's actor: what it is asked, how it answers, and what it tells the poller.
 //!
-//! Apart from the actor, so that those who only send to it ([`crate::shims`], [`super::stage`]) do not depend on what it
+//! Apart from the actor, so that those who only send to it ([`crate::shim_links`], [`super::stage`]) do not depend on what it
 //! does.
 
 use std::time::Duration;
