@@ -381,25 +381,25 @@ fn parsable(output: &Output) -> Result<JobId, Refusal> {
 /// A command's output as one short line.
 fn printed(output: &Output) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
-    let words = [output.text(), errors.into_owned()].join("\n");
-    let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
-    if words.is_empty() {
+    let text = [output.text(), errors.into_owned()].join("\n");
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if text.is_empty() {
         return "nothing".to_owned();
     }
-    match words.char_indices().nth(PRINTED) {
-        Some((end, _)) => format!("{} …", words.get(..end).unwrap_or_default()),
-        None => words,
+    match text.char_indices().nth(PRINTED) {
+        Some((end, _)) => format!("{} …", text.get(..end).unwrap_or_default()),
+        None => text,
     }
 }
 
 /// Whether the job had ended before the signal arrived.
 fn is_gone(err: &CommandError) -> bool {
-    let words = err.message().unwrap_or_default().to_lowercase();
+    let message = err.message().unwrap_or_default().to_lowercase();
     [
         "invalid job id",
         "already completing or completed",
         "already finished",
     ]
     .iter()
-    .any(|text| words.contains(text))
+    .any(|text| message.contains(text))
 }

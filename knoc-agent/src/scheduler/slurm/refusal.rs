@@ -63,29 +63,29 @@ const TABLE: &[(&str, RefusalKind)] = &[
 
 /// Classifies a message.
 #[must_use]
-pub(super) fn classify(words: &str) -> RefusalKind {
-    let words = words.to_lowercase();
+pub(super) fn classify(message: &str) -> RefusalKind {
+    let message = message.to_lowercase();
     TABLE
         .iter()
-        .find(|(text, _)| words.contains(text))
+        .find(|(text, _)| message.contains(text))
         .map_or(Permanent, |(_, kind)| *kind)
 }
 
 /// The error for a failed sbatch.
 #[must_use]
 pub(super) fn of_command(err: CommandError) -> Refusal {
-    let words = err.message().map(trim_words);
-    let kind = match (&err.kind, &words) {
+    let message = err.message().map(trim_message);
+    let kind = match (&err.kind, &message) {
         (CommandErrorKind::NotFound | CommandErrorKind::Spawn(_), _) => ControllerAway,
-        (CommandErrorKind::Exit { code: Some(_), .. }, Some(words)) => classify(words),
+        (CommandErrorKind::Exit { code: Some(_), .. }, Some(message)) => classify(message),
         (CommandErrorKind::Timeout { .. } | CommandErrorKind::Exit { .. }, _) => Ambiguous,
     };
-    let words = words
+    let message = message
         .filter(|_| kind != Ambiguous)
         .unwrap_or_else(|| err.to_string());
     Refusal {
         kind,
-        words,
+        words: message,
         command: Some(err),
     }
 }
@@ -111,8 +111,8 @@ pub(super) fn explain(mut refusal: Refusal, argv: &[String]) -> Refusal {
 }
 
 /// Removes `sbatch: error: ` from the start of each line, and sbatch's progress notes.
-fn trim_words(words: &str) -> String {
-    let lines = words.lines().map(|line| {
+fn trim_message(message: &str) -> String {
+    let lines = message.lines().map(|line| {
         let line = line.trim();
         line.strip_prefix("sbatch: error: ")
             .or_else(|| line.strip_prefix("sbatch: "))
@@ -187,8 +187,8 @@ mod tests {
                 ControllerAway,
             ),
         ];
-        for (words, kind) in cases {
-            assert_eq!(classify(words), kind, "{words}");
+        for (message, kind) in cases {
+            assert_eq!(classify(message), kind, "{message}");
         }
     }
 
@@ -217,8 +217,8 @@ mod tests {
             Ambiguous
         );
         assert_eq!(failed(exit(Some(1), None, "")).kind, Ambiguous);
-        let words = "sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed: Invalid partition name specified\n";
-        let refusal = failed(exit(Some(1), None, words));
+        let message = "sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed: Invalid partition name specified\n";
+        let refusal = failed(exit(Some(1), None, message));
         assert_eq!(refusal.kind, Permanent);
         assert_eq!(
             refusal.to_string(),
@@ -229,14 +229,14 @@ mod tests {
 
     #[test]
     fn a_refusal_for_what_no_node_has_names_the_disk() {
-        let refused = |argv: &[&str], words: &str| {
+        let refused = |argv: &[&str], message: &str| {
             let argv: Vec<String> = argv.iter().map(ToString::to_string).collect();
-            explain(Refusal::permanent(words), &argv).words
+            explain(Refusal::permanent(message), &argv).words
         };
-        let words = "Batch job submission failed: Requested node configuration is not available";
-        let with = refused(&["sbatch", "--tmp=1024M"], words);
+        let message = "Batch job submission failed: Requested node configuration is not available";
+        let with = refused(&["sbatch", "--tmp=1024M"], message);
         assert!(with.contains("1024M") && with.contains("TmpDisk"), "{with}");
-        assert_eq!(refused(&["sbatch"], words), words);
+        assert_eq!(refused(&["sbatch"], message), message);
         assert_eq!(
             refused(&["--tmp=1M"], "Invalid qos specification"),
             "Invalid qos specification"
@@ -281,16 +281,16 @@ mod tests {
             let root = root.join(format!("tests/fixtures/slurm-{version}/refusals"));
             for (case, kind) in cases {
                 let text = std::fs::read_to_string(root.join(format!("{case}.txt"))).unwrap();
-                let (head, words) = text.split_once('\n').unwrap();
+                let (head, message) = text.split_once('\n').unwrap();
                 // Some versions accept what others refuse; 124 means that the recorder's own
                 // time-out expired.
                 if ["exit 0", "exit 124"].contains(&head) {
                     continue;
                 }
                 assert_eq!(
-                    classify(&trim_words(words)),
+                    classify(&trim_message(message)),
                     kind,
-                    "{version} {case}: {words}"
+                    "{version} {case}: {message}"
                 );
                 checked += 1;
             }

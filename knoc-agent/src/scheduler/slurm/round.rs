@@ -20,8 +20,8 @@ const SCONTROL_BATCH: usize = 32;
 
 /// Whether the site has no accounting storage.
 pub(super) fn accounting_disabled(err: &CommandError) -> bool {
-    let words = err.message().unwrap_or_default().to_lowercase();
-    words.contains("accounting storage is disabled")
+    let message = err.message().unwrap_or_default().to_lowercase();
+    message.contains("accounting storage is disabled")
 }
 
 pub(super) async fn round(slurm: &Slurm, known: &[JobRef]) -> Result<Round, SchedulerError> {
