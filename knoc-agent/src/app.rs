@@ -2,10 +2,10 @@
 //! order.
 //!
 //! ```text
-//! listener unix ─┐                        ┌─ poller ──rounds──┐
+//! listener unix ─┐                        ┌─ poller ──rounds────┐
 //! listener tcp  ─┴─► api ──► registry ──► actors (one per pod) ─┴─► board ──► WatchPods
-//! listener shim ───► links ──reports──────┘                      node ───► WatchNode
-//! site file, CA ───► policy ──rules─► gate: judges every request, cuts connections
+//! listener shim ───► links ──reports──────┘                        node ───► WatchNode
+//! site file, CA ───► policy ──rules─► gate: checks every request, closes connections
 //! ```
 //!
 //! On shutdown it stops accepting, finishes the requests in flight and releases the lease. Jobs are
