@@ -1,8 +1,11 @@
-//! The gRPC service that kubelets and knocctl call: parses, asks the registry, encodes. Decides nothing about a pod.
+//! The gRPC service that kubelets and knocctl call. It parses a request, asks the registry and
+//! encodes the answer; it decides nothing about a pod.
 //!
-//! Every request comes from a checked peer (certificate or socket) and is judged by the [`gate`], an interceptor, so no
-//! method can forget it; health and reflection, which are served beside the agent, stand behind it too. Changes carry the
-//! cluster id and a leadership epoch: they are checked first, and kept only after the rest of the request was found valid.
+//! Every request comes from a peer that the link has authenticated (by certificate or by socket)
+//! and is checked by the [`gate`]. The gate is an interceptor, so that no method can forget it; it
+//! also covers health and reflection, which are served next to the agent's service. Requests that
+//! change something carry the cluster ID and a leadership epoch. Both are checked first, and
+//! recorded only after the rest of the request was found valid.
 
 mod admit;
 pub mod gate;
@@ -41,7 +44,7 @@ use crate::{
     stats::Stats,
 };
 
-/// What this agent can do beyond the first release: names that the near side asks for.
+/// What this agent can do beyond the first release. Kubelets look for these names.
 const CAPABILITIES: &[&str] = &[
     "exec",
     "attach",
@@ -53,17 +56,16 @@ const CAPABILITIES: &[&str] = &[
     "renew",
 ];
 
-/// What of them holds on this site.
+/// The capabilities that hold on this site.
 fn capabilities(exec: bool) -> Vec<String> {
     let possible = |name: &&str| exec || *name != "exec";
     let names = CAPABILITIES.iter().copied().filter(possible);
     names.map(str::to_owned).collect()
 }
 
-/// A stream of answers.
 type Answers<T> = BoxStream<'static, Result<T, Status>>;
 
-/// The service. Cheap to clone.
+/// The gRPC service. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Service(Arc<Shared>);
 
@@ -76,15 +78,15 @@ struct Shared {
     gate: gate::Gate,
     renewer: renew::Renewer,
     started_at: i64,
-    /// Ends watches, which would never end by themselves.
+    /// Ends watches, which have no end of their own.
     stop: CancellationToken,
-    /// Readers of log files.
+    /// The tasks that read log files.
     tasks: TaskTracker,
     stats: Arc<Stats>,
 }
 
 impl Service {
-    /// The service over what `app` made.
+    /// Creates the service from what `app` has built.
     #[must_use]
     pub fn new(
         site: Arc<Site>,
@@ -111,7 +113,7 @@ impl Service {
         }))
     }
 
-    /// What a request says of cluster and leadership, before it is looked at any further. Keeps nothing.
+    /// Checks the cluster and the leadership that a request claims, and records nothing yet.
     async fn check(&self, peer: Option<&Peer>, asks: Asks<'_>) -> Result<Checked, Status> {
         let policy = self.0.site.policy.now();
         let now = jiff::Timestamp::now();
@@ -133,7 +135,8 @@ impl Service {
         Ok(checked)
     }
 
-    /// The same for a change of a pod that is there; one that is not has no node.
+    /// Like [`Self::check`], for a change of an existing pod. A pod that does not exist has no
+    /// node.
     async fn check_pod(
         &self,
         peer: Option<&Peer>,
@@ -154,14 +157,14 @@ impl Service {
         Ok(())
     }
 
-    /// Keeps what a valid request claims.
+    /// Records what a valid request claims.
     async fn claim(&self, checked: &Checked) -> Result<(), Status> {
         let claimed = self.0.pin.claim(&checked.asked()).await;
         claimed.map_err(refused)
     }
 }
 
-/// What a request says of cluster and leadership.
+/// The cluster and the leadership that a request claims.
 #[derive(Debug, Clone, Copy)]
 struct Asks<'a> {
     node: &'a str,
@@ -169,12 +172,12 @@ struct Asks<'a> {
     epoch: i64,
 }
 
-/// The same once the peer was found to be one that may say so.
+/// A claim that the peer was found entitled to make.
 #[derive(Debug)]
 struct Checked {
     cluster_id: String,
     configured: Option<String>,
-    /// The node.
+    /// The node that the peer leads.
     leads: Option<String>,
     epoch: i64,
     pins: bool,
@@ -194,7 +197,7 @@ impl Checked {
     }
 }
 
-/// Task: serves one listener until `stop`.
+/// Task: serves one listener until `stop` is cancelled.
 pub async fn serve(service: Service, incoming: knoc_link::Incoming, stop: CancellationToken) {
     let gate = service.0.gate.clone();
     let agent = AgentServer::new(service)
@@ -209,7 +212,7 @@ pub async fn serve(service: Service, incoming: knoc_link::Incoming, stop: Cancel
     let reflection = match reflection {
         Ok(reflection) => Some(InterceptedService::new(reflection, gate.clone())),
         Err(error) => {
-            tracing::error!(error = chain(&error), "no reflection");
+            tracing::error!(error = chain(&error), "gRPC reflection is not available");
             None
         }
     };
@@ -500,7 +503,7 @@ impl pb::agent_server::Agent for Service {
     }
 }
 
-/// A kubelet that will be refused is told of before its first change.
+/// Logs a warning about a kubelet whose changes will be denied, before it sends the first one.
 fn warn_of_leadership(peer: Option<&Peer>, node: &str, nodes: &BTreeMap<String, String>) {
     let Some(name) = lead::kubelet(peer) else {
         return;
@@ -509,7 +512,7 @@ fn warn_of_leadership(peer: Option<&Peer>, node: &str, nodes: &BTreeMap<String, 
         tracing::warn!(
             kubelet = name,
             node,
-            "this kubelet may not lead its node: its changes will be refused until [policy.nodes] of the site file \
+            "this kubelet may not lead its node: its changes will be denied until [policy.nodes] of the site file \
              assigns the node to it, or it has a certificate of kubelet/NODE"
         );
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use knoc_proto::{ids::PodUid, pb, pod::PodSpec, reason::ErrorReason};
 use tonic::Status;
 
-use crate::{scheduler::RefusalKind, shims::Client, site::Site};
+use crate::{scheduler::RefusalKind, shim_links::Client, site::Site};
 
 /// May this pod, never seen before, come in? Says all reasons in one message.
 pub(super) fn pod(site: &Site, spec: &PodSpec, cluster_id: &str) -> Result<(), Status> {

@@ -1,6 +1,6 @@
 //! The messages of a pod's actor: what it is asked, how it answers, and what it tells the poller.
 //!
-//! Apart from the actor, so that those who only send to it ([`crate::shims`], [`super::stage`]) do not depend on what it
+//! Apart from the actor, so that those who only send to it ([`crate::shim_links`], [`super::stage`]) do not depend on what it
 //! does.
 
 use std::time::Duration;
@@ -50,7 +50,7 @@ pub type Reply<T> = oneshot::Sender<Result<T, Refused>>;
 pub enum Input {
     /// Something happened.
     Event(Event),
-    /// The shim's link came or went. Which it was last, [`crate::shims::Shims`] knows: words of two links may overtake each
+    /// The shim's link came or went. Which it was last, [`crate::shim_links::ShimLinks`] knows: words of two links may overtake each
     /// other.
     Link,
     /// `EnsurePod`. The first input of a new pod.

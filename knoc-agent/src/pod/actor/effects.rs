@@ -19,7 +19,7 @@ use crate::{
         state::{Effect, Event, Note, Pod, State},
     },
     scheduler::{Cancel, JobRef, RefusalKind, SubmitRequest},
-    shims::DEADLINE,
+    shim_links::DEADLINE,
     site::Site,
 };
 

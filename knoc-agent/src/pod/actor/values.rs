@@ -25,7 +25,7 @@ use crate::{
         input::Refused,
         state::{Effect, Event, Pod},
     },
-    shims::{Client, DEADLINE},
+    shim_links::{Client, DEADLINE},
     site::Site,
 };
 
