@@ -46,7 +46,7 @@ pub struct App {
     ended: mpsc::Receiver<knoc_proto::ids::PodUid>,
     service: api::Service,
     near: Vec<knoc_link::Incoming>,
-    shim_hop: knoc_link::pinned::PinnedIncoming,
+    shim_hop: knoc_link::Incoming,
     /// Stops the tasks that accept requests; the registry's own token stops the actors after them.
     stop: CancellationToken,
     actors: CancellationToken,

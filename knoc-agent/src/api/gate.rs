@@ -16,7 +16,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_link::{Conn, Identity, Peer, Shown, pki::CertificateInfo};
+use knoc_link::{Connection, Identity, Peer, Shown, pki::CertificateInfo};
 use knoc_proto::reason::ErrorReason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -74,7 +74,7 @@ impl Gate {
     }
 
     /// Registers a connection, which is checked until the guard is dropped.
-    pub(super) fn guard(&self, conn: Conn) -> Guarded {
+    pub(super) fn guard(&self, conn: Connection) -> Guarded {
         let Peer::Tls {
             identity,
             certificate,
@@ -128,7 +128,7 @@ impl Gate {
                 certificate,
                 ..
             }) => (identity, certificate),
-            Some(Peer::Pinned) | None => {
+            Some(Peer::Pinned { .. }) | None => {
                 return Err(ErrorReason::PeerDenied.status("the peer is not known"));
             }
         };
@@ -225,7 +225,7 @@ impl Interceptor for Gate {
 /// A connection that ends when its peer is no longer served.
 #[derive(Debug)]
 pub(super) struct Guarded {
-    conn: Conn,
+    conn: Connection,
     /// `None` for our own user's connection.
     watched: Option<Watched>,
 }
