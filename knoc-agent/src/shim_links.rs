@@ -192,7 +192,7 @@ pub async fn serve(shims: ShimLinks, mut incoming: Incoming, stop: CancellationT
             None => break,
         };
         let Peer::Pinned { spki, origin } = connection.peer().clone() else {
-            tracing::warn!(peer = %connection.peer(), "a connection on the port of shims is not from a shim");
+            tracing::warn!(peer = %connection.peer(), "a connection on the port for shims is not from a shim");
             continue;
         };
         let route = lock(&shims.0.pins).get(&*spki).cloned();

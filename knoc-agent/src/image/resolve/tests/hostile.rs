@@ -146,7 +146,7 @@ async fn a_layer_that_is_longer_than_announced_is_cut_off() {
         .fails(&registry, "library/one")
         .await;
     assert!(
-        message.contains("is longer than the 2048 bytes of its manifest"),
+        message.contains("is longer than the 2048 bytes that its manifest announces"),
         "{message}"
     );
     assert!(sent(&registry.seen) < BUFFERS);
