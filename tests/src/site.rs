@@ -358,8 +358,8 @@ impl Drop for Site {
     }
 }
 
-/// The path of one of the project's binaries: only in `$KNOC_BIN` if that is set (`make test` sets it to the release build with
-/// crash points), else in the folder where this test was built.
+/// The path of one of the project's binaries: only in `$KNOC_BIN` if that is set (`make test` sets it to the release build with crash
+/// points), else in the folder where this test was built.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     if let Some(folder) = std::env::var_os("KNOC_BIN").map(PathBuf::from) {
         let path = folder.join(name);
