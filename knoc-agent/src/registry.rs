@@ -35,7 +35,7 @@ pub struct Wanted {
     /// Its job, where it has one that may be alive.
     pub job: Option<JobRef>,
     /// A change is expected within seconds.
-    pub hurried: bool,
+    pub poll_soon: bool,
 }
 
 /// A pod from outside its actor.

@@ -85,7 +85,7 @@ async fn until_suspended(site: &Site, uid: &PodUid) -> Status {
         return suspended;
     }
     tokio::time::sleep(SILENT).await;
-    site.hurry.notify_one();
+    site.poll_soon.notify_one();
     loop {
         if let Some(suspended) = admit::suspended(site, uid) {
             return suspended;

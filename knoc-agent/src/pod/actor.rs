@@ -23,7 +23,7 @@ use super::{
     publish::observed,
     record::Record,
     stage::{self, StageError},
-    state::{Effect, Event, Facts, Patience, Pod, State, step},
+    state::{Effect, Event, Facts, Pod, State, Timeouts, step},
 };
 use crate::{
     config::Config,
@@ -182,7 +182,7 @@ pub fn facts(uid: &PodUid, spec: &pb::PodSpec, config: &Config) -> Facts {
         uid: uid.clone(),
         grace: seconds(spec.termination_grace_period_seconds),
         deadline: (spec.active_deadline_seconds > 0).then(|| seconds(spec.active_deadline_seconds)),
-        patience: Patience {
+        timeouts: Timeouts {
             report_grace: limits.report_grace,
             never_ends_after: limits.never_ends_after,
             lost_after: limits.lost_after,
@@ -425,7 +425,7 @@ impl Actor {
     fn show(&self, pod: &Pod) {
         let wanted = Wanted {
             job: pod.job(),
-            hurried: pod.hurried(),
+            poll_soon: pod.poll_soon(),
         };
         self.wants.send_if_modified(|known| {
             let news = *known != wanted;

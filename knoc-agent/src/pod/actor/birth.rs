@@ -16,7 +16,7 @@ use crate::{
     pod::{
         record::Record,
         stage,
-        state::{Effect, Event, Pod, State, step},
+        state::{BeforeJob, Effect, Event, Pod, State, step},
     },
 };
 
@@ -102,7 +102,7 @@ impl Actor {
             return None;
         }
         let Born { pod, effects } = born;
-        let submitting = matches!(pod.state, State::Submitting { .. });
+        let submitting = matches!(pod.state, State::BeforeJob(BeforeJob::Submitting { .. }));
         self.show(&pod);
         self.perform(&pod, effects).await;
         drop(reply.send(Ok((self.observed(&pod), true))));

@@ -11,10 +11,10 @@ use super::{Actor, Refused, Resolved, Unsaved, write_record};
 use crate::{
     jobdir::{JobDir, atomic::FileError},
     pod::{
-        outcome::{Cause, OVERDUE},
+        outcome::OVERDUE,
         record::Record,
         stage::{self, StageError},
-        state::{Effect, Event, Note, Pod, State},
+        state::{BeforeJob, Effect, Event, Note, Pod, State},
     },
     scheduler::{Cancel, JobRef, RefusalKind, SubmitRequest},
     shim::STOP_SIGNAL,
@@ -52,11 +52,11 @@ impl Actor {
     }
 
     /// What follows a record that could not be written relies on it, and waits until it can be.
-    fn hold_back(&mut self, mut held: Vec<Effect>, words: String, tries: u32) {
+    fn hold_back(&mut self, mut held: Vec<Effect>, message: String, tries: u32) {
         // No job without its intent on disk: the machine decides anew.
         if held.contains(&Effect::Submit) {
             let kind = RefusalKind::Throttled;
-            let refused = Event::Refused { kind, words };
+            let refused = Event::Refused { kind, message };
             self.effects.spawn(std::future::ready(refused));
         }
         held.retain(|effect| !matches!(effect, Effect::Persist | Effect::Submit));
@@ -110,7 +110,7 @@ impl Actor {
             // Done by the caller, who knows what waits for it.
             Effect::Persist => {}
             Effect::CleanUp => self.clean_up().await,
-            Effect::Hurry => self.site.hurry.notify_one(),
+            Effect::PollSoon => self.site.poll_soon.notify_one(),
             Effect::Remove => {
                 self.finish_cancels().await;
                 self.remove().await;
@@ -131,7 +131,10 @@ impl Actor {
 
     /// Writes the record.
     async fn persist(&self, pod: &Pod) -> Result<(), String> {
-        let submitting = matches!(pod.state, State::Submitting { look: None });
+        let submitting = matches!(
+            pod.state,
+            State::BeforeJob(BeforeJob::Submitting { look: None })
+        );
         if submitting {
             crash::point("agent.record.before");
         }
@@ -265,7 +268,7 @@ async fn submit(site: Arc<Site>, request: SubmitRequest) -> Event {
         Ok(submitted) => Event::Submitted(submitted),
         Err(refusal) => Event::Refused {
             kind: refusal.kind,
-            words: refusal.words,
+            message: refusal.words,
         },
     }
 }
@@ -288,7 +291,7 @@ async fn cancel(site: Arc<Site>, job: JobRef, how: Cancel) -> Event {
             container: String::new(),
         }),
     };
-    site.hurry.notify_one();
+    site.poll_soon.notify_one();
     event
 }
 
@@ -307,20 +310,13 @@ async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Ca
     cancel(site, job, signal).await
 }
 
-/// What the shim is told of why it ends its pod.
+/// The reason for the stop that the shim is told.
 fn why_stopped(pod: &Pod) -> String {
-    let overdue = matches!(
-        pod.state,
-        State::Stopping {
-            cause: Cause::Deadline,
-            ..
-        }
-    );
-    match &pod.deletion {
-        Some(deletion) if !overdue => deletion.reason.clone(),
-        Some(_) | None if overdue => OVERDUE.to_owned(),
-        Some(_) | None => String::new(),
+    if pod.is_overdue() {
+        return OVERDUE.to_owned();
     }
+    let deletion = pod.deletion.as_ref();
+    deletion.map_or_else(String::new, |deletion| deletion.reason.clone())
 }
 
 /// The signal that tells this shim to stop. USR1 leaves it the whole grace, but would end a shim that does not know it
