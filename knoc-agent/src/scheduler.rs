@@ -15,6 +15,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use knoc_proto::ids::{JobId, PodUid};
 use knoc_proto::pb;
+use knoc_proto::pod::PodSpec;
 
 use crate::command::CommandError;
 use crate::config::{Config, SchedulerKind};
@@ -34,7 +35,7 @@ pub struct SubmitRequest {
     /// The pod.
     pub uid: PodUid,
     /// Its shape.
-    pub spec: Arc<pb::PodSpec>,
+    pub spec: Arc<PodSpec>,
     /// UID of the cluster's kube-system namespace; empty for pods without Kubernetes.
     pub cluster_id: String,
     /// Grows with each submission of this pod.

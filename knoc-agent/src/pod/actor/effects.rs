@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
+use knoc_proto::{crash, error::chain, ids::JobId, pb, pod::PodSpec, reason::ErrorReason};
 use tokio::task::{AbortHandle, JoinError};
 use tonic::Request;
 
@@ -138,7 +138,7 @@ impl Actor {
         if submitting {
             crash::point("agent.record.before");
         }
-        let record = Record::of(pod, &self.cluster_id, self.values_revision);
+        let record = Record::of(pod, &self.cluster_id, self.values.revision);
         let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
         let written = tokio::task::spawn_blocking(move || {
             // The newer agent's records are not ours to write.
@@ -240,11 +240,11 @@ impl Actor {
     }
 
     /// A newer generation: the shape in `job.pb` follows, the rest of it stays.
-    pub(super) async fn rewrite_spec(&self, spec: Arc<pb::PodSpec>) -> Result<(), Refused> {
+    pub(super) async fn rewrite_spec(&self, spec: Arc<PodSpec>) -> Result<(), Refused> {
         let dir = self.dir.clone();
         let written = tokio::task::spawn_blocking(move || {
             let mut job = dir.spec()?;
-            job.spec = Some((*spec).clone());
+            job.spec = Some((**spec).clone());
             dir.write_spec(&job)?;
             Ok::<_, crate::jobdir::JobDirError>(())
         });
