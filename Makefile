@@ -21,7 +21,7 @@ tools:
 
 .PHONY: build
 build: tools ## the static binaries knoc-agent, knocctl, knoc-kubelet, once, for demo, tests and packages alike
-	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet
+	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet -p knocctl
 
 .PHONY: prepare
 prepare:

@@ -11,19 +11,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::{
-    ids::{InvalidId, SiteName},
-    link::Identity,
-    names::{self, BadName},
+pub use detect::{Environment, Found};
+use knoc_contract::jobdir::atomic::{self, FileError};
+use knoc_link::{
+    Identity,
     pki::{Ca, CertifiedKey, PkiError},
 };
-
-use crate::{
-    config::{Config, ConfigError, Home, RuntimeKind, SchedulerKind},
-    jobdir::atomic::{self, FileError},
+use knoc_proto::{
+    ids::{InvalidId, SiteName},
+    names::{self, BadName},
 };
 
-pub use detect::{Environment, Found};
+use crate::config::{Config, ConfigError, Home, RuntimeKind, SchedulerKind};
 
 /// The port for kubelets where an address names none.
 const PORT: u16 = 10350;

@@ -95,10 +95,10 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let result = match Cli::parse().command {
-        Command::Shim { jobdir } => return knoc_agent::shim::main(&jobdir),
-        Command::Launch { socket } => return knoc_agent::launch::main(&socket),
-        Command::Contain => return knoc_agent::launch::contain::main(),
-        Command::Enter { arguments } => return knoc_agent::launch::enter::main(&arguments),
+        Command::Shim { jobdir } => return knoc_shim::main(&jobdir),
+        Command::Launch { socket } => return knoc_shim::launch::main(&socket),
+        Command::Contain => return knoc_shim::launch::contain::main(),
+        Command::Enter { arguments } => return knoc_shim::launch::enter::main(&arguments),
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {
             let found = init::Found::look(init::Environment::own());

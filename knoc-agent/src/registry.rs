@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use knoc_contract::jobdir::JobDirError;
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -24,7 +25,6 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    jobdir::JobDirError,
     pod::actor::{self, INPUTS, Input, NewActor, Refused, Reply, Restored},
     scheduler::JobRef,
     site::Site,

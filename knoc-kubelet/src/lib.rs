@@ -1,4 +1,4 @@
-//! The cluster side of KNoC: the library under `knoc-kubelet` and `knocctl`.
+//! The cluster side of KNoC: the library under `knoc-kubelet`.
 //!
 //! # Tasks of `knoc-kubelet` and the channels between them
 //!
@@ -24,7 +24,6 @@ pub mod app;
 pub mod certs;
 pub mod config;
 pub mod identity;
-pub mod knocctl;
 pub mod leader;
 pub mod metrics;
 pub mod node;

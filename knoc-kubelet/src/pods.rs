@@ -17,14 +17,11 @@ pub mod events;
 mod orphans;
 mod presence;
 pub mod publish;
-pub mod quantity;
 pub mod queue;
 mod resolve;
 mod services;
 pub mod status;
 mod store;
-pub mod translate;
-pub mod verdict;
 pub mod watch;
 
 pub(crate) use controller::UNREACHABLE_AFTER;

@@ -13,29 +13,22 @@ mod authn;
 mod authz;
 mod cluster;
 mod exec;
-#[cfg(test)]
-mod fuzzed;
 mod limits;
 mod logs;
 mod options;
 mod portforward;
-pub mod query;
 mod refused;
 mod remote;
-mod remotecommand;
 mod routes;
 mod separate_end;
-mod spdy;
 mod standing;
 mod stats;
 mod stop;
-mod streams;
 mod target;
 #[cfg(test)]
 mod tests;
 mod tls;
 mod upgrade;
-mod websocket;
 mod wire;
 
 use std::net::SocketAddr;
@@ -43,12 +36,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use authn::User;
 use bytes::Bytes;
+pub use cluster::{Cluster, ClusterError, KubeCluster};
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 use thiserror::Error;
+pub use tls::TlsError;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -57,10 +53,6 @@ use tokio_util::task::TaskTracker;
 use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
 use crate::stats::Snapshot;
-
-pub use authn::User;
-pub use cluster::{Cluster, ClusterError, KubeCluster};
-pub use tls::TlsError;
 
 /// What the operator says of the API.
 #[derive(Debug, Clone)]
@@ -237,7 +229,7 @@ impl Server {
             tls::Reload::start(settings.serving, settings.client_ca, Arc::clone(&cluster))
                 .await
                 .map_err(|source| ServerError::Tls { source })?;
-        let bound = knoc_proto::link::accept::bind(settings.bind).and_then(|listener| {
+        let bound = knoc_link::accept::bind(settings.bind).and_then(|listener| {
             let address = listener.local_addr()?;
             Ok((listener, address))
         });

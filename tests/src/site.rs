@@ -13,18 +13,17 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use knoc_proto::link::{Carrier, Credentials, ExpectPeer, Identity};
+pub use daemon::{Daemon, nothing_names, processes_naming};
+use knoc_link::pki::{Ca, Validity};
+use knoc_link::{Carrier, Credentials, ExpectPeer, Identity};
 use knoc_proto::pb;
 use knoc_proto::pb::agent_client::AgentClient;
-use knoc_proto::pki::{Ca, Validity};
+pub use kubelet::{Kubelet, NODE};
+pub use pods::{Pod, brief, container};
 use tempfile::TempDir;
 use tonic::transport::Channel;
 
 use crate::{Run, wait_for};
-
-pub use daemon::{Daemon, nothing_names, processes_naming};
-pub use kubelet::{Kubelet, NODE};
-pub use pods::{Pod, brief, container};
 
 /// How long a daemon may take until it answers.
 const START: Duration = Duration::from_secs(20);
@@ -166,14 +165,14 @@ impl Site {
     /// A client at the agent's unix socket.
     pub fn socket_client(&self) -> anyhow::Result<AgentClient<Channel>> {
         let carrier = Carrier::Unix(self.path("socket/agent.sock"));
-        let channel = knoc_proto::link::dial(carrier, None, ExpectPeer::AnyAgent)?;
+        let channel = knoc_link::dial(carrier, None, ExpectPeer::AnyAgent)?;
         Ok(AgentClient::new(channel))
     }
 
     /// A client of the agent with other credentials.
     pub fn client_with(&self, credentials: Credentials) -> anyhow::Result<AgentClient<Channel>> {
         let carrier = Carrier::Tcp(self.address.to_string());
-        let channel = knoc_proto::link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
+        let channel = knoc_link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
         Ok(AgentClient::new(channel)
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT))

@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
-use knoc_proto::link::{KEEPALIVE, KEEPALIVE_TIMEOUT};
+use knoc_link::{KEEPALIVE, KEEPALIVE_TIMEOUT};
 use knoc_tests::{
     Background, Forward, PodBuilder, World,
     pod::some_port,

@@ -10,7 +10,7 @@ use k8s_openapi::api::{
     certificates::v1::CertificateSigningRequest,
     core::v1::{Event, Node, Secret},
 };
-use knoc_proto::pki::Validity;
+use knoc_link::pki::Validity;
 use knoc_tests::{Run, World, site::Daemon, wait_for, world::SOON};
 use kube::{Api, api::ListParams};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};

@@ -11,11 +11,11 @@ use k8s_openapi::{
     },
     apimachinery::pkg::api::resource::Quantity,
 };
-use knoc_kubelet::pods::quantity;
 use knoc_tests::{
     PodBuilder, World, wait_for,
     world::{SOON, container_reason, phase_of, why},
 };
+use knoc_translate::quantity;
 use kube::api::ListParams;
 use serde_json::json;
 

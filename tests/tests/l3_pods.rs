@@ -265,9 +265,13 @@ async fn a_pod_of_the_longest_names_runs() -> anyhow::Result<()> {
     let log = world.logs(&name, &container).await?;
     let host = "n".repeat(62);
     ensure!(log == format!("{host}\n{host}\nvalue\nvalue\n"), "{log}");
-    let events = world.events(&name).await?;
     let started = format!("Started: Started container {container}");
-    ensure!(events.contains(&started), "{events:?}");
+    wait_for("the Event of its start", SOON, async || {
+        let events = world.events(&name).await?;
+        ensure!(events.contains(&started), "{events:?}");
+        Ok(())
+    })
+    .await?;
     world.delete(&name, None).await?;
     world.wait_gone(&name, SOON).await?;
     world.wait_no_job(&uid, SOON).await?;

@@ -5,11 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::{
-    ids::SiteName,
-    link::{Carrier, Identity},
-    settings::Document,
-};
+use knoc_link::{Carrier, Identity};
+use knoc_proto::{ids::SiteName, settings::Document};
 
 use super::Config;
 use crate::policy::{denied::Denied, nodes::assigned};

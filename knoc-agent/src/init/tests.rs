@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 
-use knoc_proto::link::Credentials;
+use knoc_link::Credentials;
 
 use super::*;
 

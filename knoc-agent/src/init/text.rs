@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use knoc_proto::pki::CertifiedKey;
+use knoc_link::pki::CertifiedKey;
 
 use super::{Found, Options};
 use crate::config::{RuntimeKind, SchedulerKind};

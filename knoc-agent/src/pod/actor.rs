@@ -12,6 +12,7 @@ mod values;
 use std::{cmp::Ordering, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
+use knoc_contract::jobdir::{JobDir, JobDirError};
 use knoc_proto::{
     crash,
     error::chain,
@@ -32,12 +33,7 @@ use super::{
     stage::{self, StageError},
     state::{Effect, Event, Facts, Pod, State, Timeouts, step},
 };
-use crate::{
-    config::Config,
-    jobdir::{JobDir, JobDirError},
-    registry::Wanted,
-    site::Site,
-};
+use crate::{config::Config, registry::Wanted, site::Site};
 
 /// Inputs that may wait for a busy actor (one that writes its record).
 pub const INPUTS: usize = 64;
@@ -478,7 +474,7 @@ impl Actor {
 
 /// Reads what `pods/<uid>` holds; `None` where there is no record (half made, or half removed).
 pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDirError> {
-    let Some(record) = crate::jobdir::read_json::<Record>(&dir.record_path())? else {
+    let Some(record) = knoc_contract::jobdir::read_json::<Record>(&dir.record_path())? else {
         return Ok(None);
     };
     let job = dir.spec()?;
@@ -508,7 +504,7 @@ pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDir
 }
 
 pub(crate) fn write_record(dir: &JobDir, record: &Record) -> Result<(), JobDirError> {
-    crate::jobdir::write_json(&dir.record_path(), record)
+    knoc_contract::jobdir::write_json(&dir.record_path(), record)
 }
 
 fn not_found(uid: &PodUid) -> Refused {

@@ -2,7 +2,7 @@
 //!
 //! One GET an object, all at once, each with a deadline: the right to `get` is enough, and the hot path costs
 //! one round trip. What is not there is simply absent from the result; whether that matters is decided by
-//! [`translate::values`]. Secrets are not kept; tokens are, until they are due.
+//! [`knoc_translate::values`]. Secrets are not kept; tokens are, until they are due.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -16,13 +16,11 @@ use k8s_openapi::{
     },
 };
 use knoc_proto::pb;
+use knoc_translate::{Needs, Resolved, Token, TokenAsk};
 use kube::{Api, Client, Resource, api::PostParams};
 use serde::de::DeserializeOwned;
 
-use super::{
-    services::Services,
-    translate::{self, Needs, Resolved, Token, TokenAsk},
-};
+use super::services::Services;
 
 /// For each question to the API server.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -247,9 +245,4 @@ pub(crate) fn refresh_at(needs: &Needs, tokens: &Tokens, now: Timestamp) -> Opti
         (Some(renewal), Some(look)) => Some(renewal.min(look)),
         (renewal, look) => renewal.or(look),
     }
-}
-
-/// What a pod needs; a convenience for the controller.
-pub(crate) fn needs(pod: &Pod) -> Needs {
-    translate::needs(pod)
 }

@@ -17,8 +17,6 @@ use kube::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::translate;
-
 /// How long a pod waits for the first list.
 const FIRST_LIST: Duration = Duration::from_secs(10);
 
@@ -49,7 +47,7 @@ impl Services {
             tracing::warn!("the Services could not be listed: pods start without their variables");
         }
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        translate::service_variables(known.values(), namespace, links)
+        knoc_translate::service_variables(known.values(), namespace, links)
     }
 
     /// As if an empty list had been read.

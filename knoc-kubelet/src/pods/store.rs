@@ -10,8 +10,8 @@ use std::{
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
+use knoc_translate::verdict::Findings;
 
-use super::verdict::Findings;
 use crate::stats::ledger::{Ledger, Totals};
 
 /// `metadata.uid`: the key of everything.

@@ -12,6 +12,7 @@ use k8s_openapi::{
     NamespaceResourceScope, api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use knoc_proto::pb::PodPhase;
+use knoc_translate::verdict::{self, Findings};
 use kube::{
     Api, Resource,
     runtime::{WatchStreamExt as _, watcher},
@@ -24,7 +25,6 @@ use super::{
     controller::Context,
     presence::{self, Presence, plausible},
     store::Uid,
-    verdict::{self, Findings},
 };
 
 /// Between two questions for pods that are missing still.

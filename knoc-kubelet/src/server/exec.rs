@@ -10,14 +10,15 @@ use std::sync::Arc;
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use knoc_proto::pb;
+use knoc_remotecommand::protocol::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted};
+use knoc_remotecommand::query::Query;
+use knoc_remotecommand::{spdy, websocket};
 
-use super::query::Query;
+use super::Context;
 use super::remote::{self, RemoteError, Start, Streams};
-use super::remotecommand::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted};
 use super::stop::Stop;
 use super::target::{Place, Refusal};
 use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
-use super::{Context, spdy, websocket};
 
 /// `/exec/{namespace}/{pod}[/{uid}]/{container}`
 pub(super) async fn exec(

@@ -15,12 +15,13 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 use knoc_proto::pb::container_status::State as ContainerState;
+use knoc_remotecommand::query::Query;
 use tracing::{info, warn};
 
 use super::options::{BadOptions, LogOptions};
-use super::query::Query;
 use super::remote::shown;
-use super::{Context, PodView, target};
+use super::target::{self, container_status};
+use super::{Context, PodView};
 use crate::pods::NO_EPHEMERAL;
 
 /// An answer that is not the log.
@@ -174,18 +175,6 @@ fn creating(pod: &Pod) -> &'static str {
         None | Some([]) => "ContainerCreating",
         Some(_) => "PodInitializing",
     }
-}
-
-/// What is observed of a container.
-pub(super) fn container_status<'a>(
-    observed: &'a pb::PodObserved,
-    container: &str,
-) -> Option<&'a pb::ContainerStatus> {
-    observed
-        .containers
-        .iter()
-        .chain(&observed.init_containers)
-        .find(|status| status.name == container)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use knoc_proto::pb;
 
-use super::query::Query;
+use knoc_remotecommand::query::Query;
 
 /// Why the options of a log request are refused; the texts are upstream's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,7 +4,6 @@
 //! messages of a WebSocket (`SPDY/3.1+portforward.k8s.io`); and WebSocket channels, a pair for each of the ports named in
 //! the query and one connection on each. What runs on a pair is [`relay`].
 
-pub(super) mod options;
 mod pairs;
 mod relay;
 #[cfg(test)]
@@ -17,16 +16,17 @@ use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures::future::join_all;
 
-use super::query::Query;
+use knoc_remotecommand::outlet::Outlet;
+use knoc_remotecommand::ports::ports;
+use knoc_remotecommand::query::Query;
+use knoc_remotecommand::websocket::tunnel::Tunnel;
+use knoc_remotecommand::websocket::{Channels, Encoding};
+use knoc_remotecommand::{spdy, websocket};
+
+use super::Context;
 use super::stop::Stop;
-use super::streams::Outlet;
 use super::target::{Refusal, Target};
 use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
-use super::websocket::Channels;
-use super::websocket::channel::Encoding;
-use super::websocket::tunnel::Tunnel;
-use super::{Context, spdy, websocket};
-use options::ports;
 use relay::{Connection, Goal};
 
 /// The protocol over SPDY.

@@ -11,15 +11,16 @@ use futures::{StreamExt as _, future};
 use knoc_proto::pb;
 use knoc_proto::pb::{exec_input::Input, exec_output::Output};
 use knoc_proto::text;
+use knoc_remotecommand::outlet::Outlet;
+use knoc_remotecommand::protocol::{Ending, Resizes, Role, Version, Wanted};
+use knoc_remotecommand::spdy::Incoming;
+use knoc_remotecommand::streams::{Closed, End, Inlet};
+use knoc_remotecommand::websocket::Channels;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tracing::debug;
 
-use super::remotecommand::{Ending, Resizes, Role, Version, Wanted};
-use super::spdy::Incoming;
 use super::stop::Stop;
-use super::streams::{Closed, End, Inlet, Outlet};
-use super::websocket::Channels;
 use super::{Backend, ExecStream};
 
 /// How much of what the agent says is passed on.

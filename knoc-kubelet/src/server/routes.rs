@@ -11,8 +11,8 @@ use http::{StatusCode, header};
 use k8s_openapi::List;
 use k8s_openapi::api::core::v1::Pod;
 
-use super::query::Query;
 use super::{Context, access, exec, logs, portforward, refused, stats};
+use knoc_remotecommand::query::Query;
 
 /// All routes behind the gate.
 pub(super) fn router(context: Arc<Context>) -> Router {

@@ -13,8 +13,9 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use knoc_proto::pb::{self, container_status::State as Running};
 use serde_json::json;
 
+use knoc_remotecommand::query::Query;
+
 use super::Context;
-use super::query::Query;
 use crate::metrics;
 use crate::stats::{resource, summary};
 

@@ -5,7 +5,7 @@
 
 use tokio_util::sync::CancellationToken;
 
-use super::streams::{Activity, IDLE, LAST_WORDS};
+use knoc_remotecommand::streams::{Activity, IDLE, LAST_WORDS};
 
 /// When we end a session, and why.
 #[derive(Debug)]

@@ -3,10 +3,11 @@
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use k8s_openapi::api::core::v1::{Container, Pod};
+use knoc_proto::pb;
 use knoc_proto::pb::container_status::State;
 use serde::Deserialize;
 
-use super::{Context, PodView, logs};
+use super::{Context, PodView};
 use crate::pods::NO_EPHEMERAL;
 
 /// An answer that is not the upgrade.
@@ -127,7 +128,7 @@ fn uid(view: &PodView) -> String {
 fn runs(view: &PodView, container: &str) -> bool {
     let observed = view.observed.as_deref();
     observed
-        .and_then(|observed| logs::container_status(observed, container))
+        .and_then(|observed| container_status(observed, container))
         .is_some_and(|status| matches!(status.state, Some(State::Running(_))))
 }
 
@@ -136,6 +137,18 @@ fn container_spec<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
     let init = spec.init_containers.iter().flatten();
     let mut all = spec.containers.iter().chain(init);
     all.find(|container| container.name == name)
+}
+
+/// What is observed of a container.
+pub(super) fn container_status<'a>(
+    observed: &'a pb::PodObserved,
+    container: &str,
+) -> Option<&'a pb::ContainerStatus> {
+    observed
+        .containers
+        .iter()
+        .chain(&observed.init_containers)
+        .find(|status| status.name == container)
 }
 
 /// Is it an ephemeral container of the pod?

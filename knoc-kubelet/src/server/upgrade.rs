@@ -12,12 +12,13 @@ use hyper_util::rt::TokioIo;
 use knoc_proto::error::chain;
 use tracing::{debug, info};
 
+use knoc_remotecommand::protocol::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
+use knoc_remotecommand::websocket::handshake::{self, BadHandshake};
+
 use super::Context;
 use super::limits::Place;
-use super::remotecommand::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
 use super::stop::Stop;
 use super::target::Refusal;
-use super::websocket::handshake::{self, BadHandshake};
 use super::wire::Wire;
 
 /// A connection that is no longer HTTP.

@@ -25,7 +25,7 @@ impl Kubelet {
     pub async fn prepare(site: &Site) -> anyhow::Result<Self> {
         let api = FakeApi::start().await?;
         api.kubeconfig(&site.path("kubeconfig"))?;
-        let pair = knoc_proto::pki::self_signed("kubelet")?;
+        let pair = knoc_link::pki::self_signed("kubelet")?;
         super::write(&site.path("serving.crt"), &pair.cert_pem)?;
         super::write(&site.path("serving.key"), &pair.key_pem)?;
         Ok(Self {

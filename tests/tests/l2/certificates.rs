@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use jiff::{SignedDuration, Timestamp};
-use knoc_proto::{
-    link::{Credentials, Identity},
-    pb::{self, agent_client::AgentClient, exec_input::Input, exec_output::Output},
+use knoc_link::{
+    Credentials, Identity,
     pki::{Ca, CertifiedKey, Request, Validity, inspect_pem},
+};
+use knoc_proto::{
+    pb::{self, agent_client::AgentClient, exec_input::Input, exec_output::Output},
     reason::ErrorReason,
 };
 use knoc_tests::{
@@ -286,8 +288,8 @@ async fn health_and_reflection_answer_only_those_who_are_served() -> anyhow::Res
     let _agent = site.agent(&[]).await?;
     let asked = async |credentials: Credentials, path: &'static str| {
         let carrier = site.address().to_string().parse()?;
-        let expect = knoc_proto::link::ExpectPeer::AnyAgent;
-        let channel = knoc_proto::link::dial(carrier, Some(credentials), expect)?;
+        let expect = knoc_link::ExpectPeer::AnyAgent;
+        let channel = knoc_link::dial(carrier, Some(credentials), expect)?;
         let mut grpc = tonic::client::Grpc::new(channel);
         grpc.ready().await?;
         let codec = tonic_prost::ProstCodec::<(), ()>::default();

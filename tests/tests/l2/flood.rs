@@ -7,10 +7,8 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use knoc_proto::{
-    link::{Credentials, ExpectPeer, pinned},
-    pb,
-};
+use knoc_link::{Credentials, ExpectPeer, pinned};
+use knoc_proto::pb;
 use knoc_tests::{
     flood::{ATTACKER, Flood},
     relay::Relay,
@@ -73,8 +71,8 @@ fn credentials(site: &Site, name: &str) -> anyhow::Result<Credentials> {
 
 /// A new link to the agent, and a question over it.
 async fn ask_agent(address: SocketAddr, credentials: Credentials) -> anyhow::Result<()> {
-    let carrier = knoc_proto::link::Carrier::Tcp(address.to_string());
-    let channel = knoc_proto::link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
+    let carrier = knoc_link::Carrier::Tcp(address.to_string());
+    let channel = knoc_link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
     let mut client = pb::agent_client::AgentClient::<Channel>::new(channel);
     client.get_info(pb::GetInfoRequest::default()).await?;
     Ok(())

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use jiff::{SignedDuration, Timestamp};
-use knoc_proto::{
-    link::{Credentials, Identity},
-    pb,
+use knoc_link::{
+    Credentials, Identity,
     pki::{Ca, Validity},
 };
+use knoc_proto::pb;
 use knoc_tests::{
     site::{Options, Site},
     wait_for,

@@ -3,7 +3,7 @@
 use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use knoc_agent::jobdir::atomic;
+use knoc_contract::jobdir::atomic;
 use knoc_proto::pb::{self, agent_client::AgentClient, container_status::State};
 use knoc_tests::{
     relay::Relay,

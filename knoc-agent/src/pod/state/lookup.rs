@@ -1,6 +1,7 @@
 //! PURE: the search by name for a job that may have been accepted.
 
 use jiff::Timestamp;
+use knoc_contract::exit_codes::ShimExit;
 
 use super::{
     before_job::{back_off, refused_for_good},
@@ -12,7 +13,7 @@ use super::{
     with_job,
 };
 use crate::{
-    pod::{outcome::EXIT_SURPLUS, placement::Placement},
+    pod::placement::Placement,
     scheduler::{JobPhase, JobView},
 };
 
@@ -48,7 +49,8 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
 /// Of several jobs: one that surely is ours; then one that runs before one that waits before one that has ended; then
 /// the newest. Never one that lost the claim.
 fn best(jobs: &[JobView]) -> Option<&JobView> {
-    let lost_claim = |view: &JobView| view.exit.is_some_and(|exit| exit.code == EXIT_SURPLUS);
+    let surplus = ShimExit::Surplus.code();
+    let lost_claim = |view: &JobView| view.exit.is_some_and(|exit| exit.code == surplus);
     let candidates = jobs.iter().filter(|view| !lost_claim(view)).enumerate();
     let best = candidates.min_by_key(|(n, view)| {
         let rank = match view.state.phase() {

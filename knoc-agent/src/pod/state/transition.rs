@@ -1,6 +1,7 @@
 //! PURE: the transitions that steps of several states share, and the questions about a pod that decide between them.
 
 use jiff::Timestamp;
+use knoc_contract::exit_codes::ShimExit;
 
 use super::{
     event::Effect,
@@ -9,7 +10,7 @@ use super::{
 };
 use crate::{
     pod::{
-        outcome::{Cause, EXIT_SURPLUS, Evidence, Outcome, decide},
+        outcome::{Cause, Evidence, Outcome, decide},
         placement::Placement,
     },
     scheduler::JobPhase,
@@ -29,7 +30,7 @@ pub(super) fn job_ended(pod: &Pod) -> bool {
 /// The shim of our job found that another job holds the claim. Then that other job of this pod runs, or ran.
 pub(super) fn surplus(pod: &Pod) -> bool {
     let exit = pod.view.as_ref().and_then(|view| view.exit);
-    pod.report.is_none() && exit.is_some_and(|exit| exit.code == EXIT_SURPLUS)
+    pod.report.is_none() && exit.is_some_and(|exit| exit.code == ShimExit::Surplus.code())
 }
 
 /// Why the agent ends the pod if it is being deleted.

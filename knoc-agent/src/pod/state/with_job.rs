@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use knoc_contract::exit_codes::ShimExit;
 
 use super::{
     ending,
@@ -12,7 +13,7 @@ use super::{
     transition::{conclude, look, reported, run, surplus},
 };
 use crate::{
-    pod::outcome::{Cause, EXITS_WITH_REPORT, is_in_queue},
+    pod::outcome::{Cause, is_in_queue},
     scheduler::{Cancel, JobPhase, JobState, JobView},
 };
 
@@ -252,7 +253,7 @@ fn report_grace(pod: &Pod) -> Duration {
     let never_started = view.started_at.is_none() && pod.report.is_none();
     // The batch script becomes the shim, so its exit code is the shim's: only these two promise a report.
     let code = view.exit.map_or(0, |exit| exit.code);
-    let none_can_come = !EXITS_WITH_REPORT.contains(&code);
+    let none_can_come = !ShimExit::of(code).is_some_and(ShimExit::promises_report);
     let stopping = matches!(pod.stage(), Some(JobStage::Stopping { .. }));
     let cancelled = matches!(view.state, JobState::Cancelled { .. });
     let cancelled_in_queue = never_started && (cancelled || stopping);

@@ -3,12 +3,10 @@
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
+use knoc_translate::verdict::Findings;
 
 use super::room::Short;
-use crate::{
-    node::place::Misfit,
-    pods::{status::Rejection, translate, verdict::Findings},
-};
+use crate::{node::place::Misfit, pods::status::Rejection};
 
 /// The operating system of the nodes.
 const OS: &str = "linux";
@@ -26,7 +24,7 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
                 .to_owned(),
         );
     }
-    let shape = translate::shape(pod);
+    let shape = knoc_translate::shape(pod);
     if let Err(more) = &shape {
         problems.extend(more.iter().cloned());
     }

@@ -8,6 +8,7 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{pb, reason::ErrorReason};
+use knoc_translate::Missing;
 use prost::Message as _;
 
 use super::worker::Worker;
@@ -15,7 +16,6 @@ use crate::pods::{
     resolve::{self, ResolveError},
     status::Rejection,
     store::PodView,
-    translate::{self, Missing},
 };
 
 /// Between two answers to the agent's wish for values.
@@ -33,7 +33,7 @@ enum NoValues {
 impl Worker<'_> {
     /// Makes the agent have the pod, or remembers why it has not.
     pub(super) async fn ensure(&mut self, pod: &Pod) {
-        let shape = match translate::shape(pod) {
+        let shape = match knoc_translate::shape(pod) {
             Ok(shape) => shape,
             Err(problems) => {
                 let generation = pod.metadata.generation.unwrap_or(1);
@@ -141,7 +141,7 @@ impl Worker<'_> {
 
     async fn values(&mut self, pod: &Pod) -> Result<pb::PodValues, NoValues> {
         let now = Timestamp::now();
-        let needs = resolve::needs(pod);
+        let needs = knoc_translate::needs(pod);
         let allocatable = self.context.allocatable();
         let resolved = resolve::resolve(
             &self.context.client,
@@ -153,10 +153,10 @@ impl Worker<'_> {
             now,
         )
         .await?;
-        let translate::Values {
+        let knoc_translate::Values {
             mut values,
             skipped,
-        } = translate::values(pod, &resolved)?;
+        } = knoc_translate::values(pod, &resolved)?;
         if !skipped.is_empty() {
             let text = format!(
                 "Keys [{}] were skipped since they are considered invalid environment variable names.",
@@ -189,8 +189,8 @@ impl Worker<'_> {
         }
         match self.memory.metadata {
             None => {
-                let needs = resolve::needs(&view.pod);
-                if needs != translate::Needs::default() {
+                let needs = knoc_translate::needs(&view.pod);
+                if needs != knoc_translate::Needs::default() {
                     self.refresh_later(Duration::from_millis(rand::random_range(1000..60_000)));
                 }
                 self.memory.metadata = Some(metadata(&view.pod));

@@ -11,10 +11,7 @@ use std::{
 
 use knoc_proto::pb;
 
-use crate::{
-    agent::tells_capacity,
-    pods::{store::Uid, translate},
-};
+use crate::{agent::tells_capacity, pods::store::Uid};
 
 /// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, the rest in pieces.
 pub(super) type Amounts = BTreeMap<String, i64>;
@@ -23,7 +20,7 @@ pub(super) type Amounts = BTreeMap<String, i64>;
 pub(super) fn requests(shape: &pb::PodSpec) -> Amounts {
     let (init, regular) = (&shape.init_containers, &shape.containers);
     let of = |amount: fn(&pb::Resources) -> i64| {
-        translate::over_containers(init, regular, |requests, _| amount(requests))
+        knoc_translate::over_containers(init, regular, |requests, _| amount(requests))
     };
     let mut amounts = Amounts::from([
         ("cpu".to_owned(), of(|requests| requests.cpu_millis)),
@@ -39,7 +36,7 @@ pub(super) fn requests(shape: &pb::PodSpec) -> Amounts {
             .iter()
             .flat_map(|list| list.extended.keys())
         {
-            let amount = translate::over_containers(init, regular, |requests, _| {
+            let amount = knoc_translate::over_containers(init, regular, |requests, _| {
                 requests.extended.get(name).copied().unwrap_or(0)
             });
             amounts.insert(name.clone(), amount);

@@ -14,10 +14,7 @@ use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinSet};
 
 use super::{room::Allocatable, *};
-use crate::{
-    agent::watch::AgentWatch,
-    pods::{events::Recorder, verdict},
-};
+use crate::{agent::watch::AgentWatch, pods::events::Recorder};
 use agent::FakeAgent;
 use api::FakeApi;
 
@@ -115,7 +112,7 @@ impl Kubelet {
         json["metadata"]["resourceVersion"] = self.version.to_string().into();
         change(&mut json);
         self.api.pod(&json);
-        let findings = verdict::judge(&json);
+        let findings = knoc_translate::verdict::judge(&json);
         let pod: Pod = serde_json::from_value(json).unwrap();
         let uid: Uid = UID.into();
         self.store.set_desired(&uid, pod.into(), findings.into());

@@ -19,7 +19,6 @@ use crate::pods::{
     publish::{self, PublishError},
     status::{self, Hold, Input, Rejection},
     store::{PodView, Uid},
-    translate,
 };
 
 /// The first retry comes after this, each further one after twice as long.
@@ -239,7 +238,8 @@ impl Worker<'_> {
                 let ended = status::is_terminal(&view.pod)
                     || observed_phase(&view) == Some(pb::PodPhase::Finished);
                 if !ended && (view.observed.is_some() || ran(&view.pod)) {
-                    let amounts = translate::shape(&view.pod).map(|shape| room::requests(&shape));
+                    let amounts =
+                        knoc_translate::shape(&view.pod).map(|shape| room::requests(&shape));
                     room.hold(&view.uid, amounts.unwrap_or_default());
                 }
             }

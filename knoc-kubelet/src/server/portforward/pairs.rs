@@ -9,11 +9,13 @@ use futures::stream::FuturesUnordered;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
+use knoc_remotecommand::outlet::Outlet;
+use knoc_remotecommand::ports;
+use knoc_remotecommand::spdy::{Headers, Incoming, Stream};
+use knoc_remotecommand::streams::Inlet;
+
 use super::super::remote::STREAMS_DEADLINE;
-use super::super::spdy::{Headers, Incoming, Stream};
 use super::super::stop::Stop;
-use super::super::streams::{Inlet, Outlet};
-use super::options;
 use super::relay::{Connection, Goal};
 
 /// The most bytes of a stream's `port` and `requestid`, which are kept and logged: clients count, or write a UUID.
@@ -48,7 +50,7 @@ fn asked(id: u32, headers: &Headers) -> Result<Asked, String> {
     };
     let required =
         |name: &str| bounded(name)?.ok_or_else(|| format!("{name:?} header is required"));
-    let port = options::parse(required("port")?).map_err(|bad| bad.to_string())?;
+    let port = ports::parse(required("port")?).map_err(|bad| bad.to_string())?;
     let role = match required("streamtype")? {
         "error" => Role::Error,
         "data" => Role::Data,
@@ -245,8 +247,8 @@ async fn give_up(request: &str, half: Half, why: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::server::spdy;
-    use crate::server::spdy::tests::Peer;
+    use knoc_remotecommand::spdy;
+    use knoc_remotecommand::spdy::peer::Peer;
 
     fn headers(pairs: &[(&str, &str)]) -> Headers {
         let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());

@@ -9,11 +9,13 @@ use knoc_proto::pb::{port_forward_input::Input, port_forward_output::Output};
 use tokio::sync::mpsc;
 use tracing::info;
 
+use knoc_remotecommand::outlet::Outlet;
+use knoc_remotecommand::streams::{End, Inlet};
+
 use super::super::Backend;
 use super::super::limits::{Busy, Limit};
 use super::super::remote::shown;
 use super::super::stop::Stop;
-use super::super::streams::{End, Inlet, Outlet};
 
 /// Messages to the agent that wait; the next ones stop the reading from the client.
 const INPUT_QUEUE: usize = 4;

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
+use knoc_remotecommand::spdy;
+
 use super::pairs;
 use super::relay::Goal;
 use crate::server::limits::Limit;
-use crate::server::spdy;
 use crate::server::stop::Stop;
 use crate::server::tests::harness::{FakeBackend, Port};
 use crate::server::upgrade::together;

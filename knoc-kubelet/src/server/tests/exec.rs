@@ -17,14 +17,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::commands::*;
 use super::harness::*;
-use crate::server::query::Query;
 use crate::server::remote::{self, RemoteError, Start, Streams};
-use crate::server::remotecommand::{Version, Wanted};
-use crate::server::spdy;
-use crate::server::spdy::frame::Frame;
-use crate::server::spdy::tests::Peer;
 use crate::server::stop::Stop;
 use crate::server::upgrade::together;
+use knoc_remotecommand::protocol::{Version, Wanted};
+use knoc_remotecommand::query::Query;
+use knoc_remotecommand::spdy;
+use knoc_remotecommand::spdy::peer::{Frame, Peer};
 
 pub(super) const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),

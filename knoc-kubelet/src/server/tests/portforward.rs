@@ -20,8 +20,7 @@ use tokio_tungstenite::tungstenite::Message;
 use super::harness::*;
 use super::websocket::{self, Socket};
 use crate::server::PortForwardStream;
-use crate::server::spdy::frame::Frame;
-use crate::server::spdy::tests::Peer;
+use knoc_remotecommand::spdy::peer::{Frame, Peer};
 
 pub(super) const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),

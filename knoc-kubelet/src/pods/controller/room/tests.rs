@@ -19,7 +19,7 @@ fn node() -> Allocatable {
 fn shape(spec: &Value) -> pb::PodSpec {
     let pod = json!({"metadata": {"name": "p", "uid": "u"}, "spec": spec});
     let pod: Pod = serde_json::from_value(pod).unwrap();
-    translate::shape(&pod).unwrap()
+    knoc_translate::shape(&pod).unwrap()
 }
 
 fn asks(requests: &Value) -> Amounts {

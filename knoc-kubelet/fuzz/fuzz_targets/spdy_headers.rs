@@ -1,5 +1,0 @@
-//! See `server::fuzzed::spdy_headers`.
-
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_fuzz::server::fuzzed::spdy_headers(data));

@@ -1,0 +1,321 @@
+//! Which agent to talk to: contexts in a TOML file, or the agent's own socket.
+//!
+//! Parsing is pure; [`load`] reads the file. All mistakes are named at once, with their line and the values allowed.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use knoc_link::{
+    Carrier,
+    socket::{Places, SiteFile},
+};
+use knoc_proto::settings::{Document, Mistakes};
+use serde::Deserialize;
+
+/// Why there is no usable context.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// The file that was asked for cannot be read.
+    #[error("read the configuration {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// The system's words.
+        #[source]
+        source: io::Error,
+    },
+    /// All that is wrong with it, a line each.
+    #[error(transparent)]
+    Mistakes(#[from] Mistakes),
+    /// No context of this name.
+    #[error("{} has no context {wanted:?}; it has {}", path.display(), listed(known))]
+    NoContext {
+        /// Which file.
+        path: PathBuf,
+        /// As given.
+        wanted: String,
+        /// Those there are.
+        known: Vec<String>,
+    },
+    /// Several contexts, and none chosen.
+    #[error("{} has several contexts ({}) and no current-context", path.display(), listed(known))]
+    NoneChosen {
+        /// Which file.
+        path: PathBuf,
+        /// Those there are.
+        known: Vec<String>,
+    },
+    /// `--context` without a file.
+    #[error("there is no configuration file, so no context {wanted:?}")]
+    NoFile {
+        /// As given.
+        wanted: String,
+    },
+}
+
+impl ConfigError {
+    /// What to do next.
+    #[must_use]
+    pub(crate) fn hint(&self) -> Option<String> {
+        match self {
+            Self::NoneChosen { .. } => Some("choose one by --context".to_owned()),
+            Self::Read { .. } | Self::NoFile { .. } => Some(
+                "the file is ~/.config/knoc/knocctl.toml, --config FILE or $KNOCCTL_CONFIG"
+                    .to_owned(),
+            ),
+            Self::Mistakes(_) | Self::NoContext { .. } => None,
+        }
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() {
+        "none".to_owned()
+    } else {
+        names.join(", ")
+    }
+}
+
+/// The file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct File {
+    current_context: Option<String>,
+    #[serde(default)]
+    contexts: BTreeMap<String, RawContext>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawContext {
+    /// It has no default.
+    #[serde(default)]
+    address: String,
+    ca: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    /// The site whose agent is expected; any where it is not given.
+    site: Option<String>,
+}
+
+/// One agent and how to reach it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Context {
+    /// Its name in the file; `local` for the agent's socket.
+    pub name: String,
+    /// The file it comes from.
+    pub file: Option<PathBuf>,
+    /// The way to the agent.
+    pub carrier: Carrier,
+    /// Over TCP.
+    pub files: Option<PemFiles>,
+    /// The site whose agent is expected.
+    pub site: Option<String>,
+}
+
+/// CA, certificate, key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PemFiles {
+    /// The CA of the agent's certificate.
+    pub ca: PathBuf,
+    /// Ours.
+    pub cert: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
+/// What of the environment decides.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Surroundings {
+    /// `$HOME`
+    pub home: Option<PathBuf>,
+    /// `$XDG_CONFIG_HOME`
+    pub config_home: Option<PathBuf>,
+    /// Where the agent of this user has its socket.
+    pub places: Places,
+}
+
+impl Surroundings {
+    /// Those of this process. The agent's site file says where its state directory and its socket are, if it is here.
+    #[must_use]
+    pub(crate) fn here() -> Self {
+        let path = |name| {
+            std::env::var_os(name)
+                .filter(|v| !v.is_empty())
+                .map(PathBuf::from)
+        };
+        let home = path("HOME");
+        let in_home = home.clone().unwrap_or_default();
+        let usual = || in_home.join(".config/knoc/agent.toml");
+        let site_file = path("KNOC_AGENT_CONFIG").unwrap_or_else(usual);
+        let places = SiteFile::load(&site_file).places(&in_home, path("XDG_RUNTIME_DIR"));
+        Self {
+            home,
+            config_home: path("XDG_CONFIG_HOME"),
+            places,
+        }
+    }
+
+    /// Where the file is looked for if none is named.
+    #[must_use]
+    pub(crate) fn config_file(&self) -> Option<PathBuf> {
+        let home = self.home.as_ref().map(|home| home.join(".config"));
+        Some(self.config_home.clone().or(home)?.join("knoc/knocctl.toml"))
+    }
+}
+
+/// The context to use: the one asked for by name, else by `current-context`. Where none was asked for: the agent's
+/// socket if it is there, which needs no certificate, else the only context. A file that was asked for goes before the
+/// socket.
+pub(crate) fn load(
+    config: Option<&Path>,
+    context: Option<&str>,
+    here: &Surroundings,
+) -> Result<Context, ConfigError> {
+    let path = config.map(Path::to_owned).or_else(|| here.config_file());
+    let Some(path) = path else {
+        return without_file(context, here);
+    };
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if config.is_none() && error.kind() == io::ErrorKind::NotFound => {
+            return without_file(context, here);
+        }
+        Err(source) => return Err(ConfigError::Read { path, source }),
+    };
+    let socket = here.places.find().filter(|_| config.is_none());
+    parse(&text, &path, context, here, socket)
+}
+
+fn without_file(context: Option<&str>, here: &Surroundings) -> Result<Context, ConfigError> {
+    if let Some(wanted) = context {
+        return Err(ConfigError::NoFile {
+            wanted: wanted.to_owned(),
+        });
+    }
+    let first = || here.places.choose().0;
+    Ok(local(here.places.find().unwrap_or_else(first)))
+}
+
+/// The agent of this host, through its socket.
+fn local(socket: PathBuf) -> Context {
+    Context {
+        name: "local".to_owned(),
+        file: None,
+        carrier: Carrier::Unix(socket),
+        files: None,
+        site: None,
+    }
+}
+
+/// [`load`] without reading: `path` is what the text came from, `socket` what goes before a context that nobody asked for.
+pub(crate) fn parse(
+    text: &str,
+    path: &Path,
+    context: Option<&str>,
+    here: &Surroundings,
+    socket: Option<PathBuf>,
+) -> Result<Context, ConfigError> {
+    let mut document = Document::parse(text, path)?;
+    let file = document.read().map(|file: File| {
+        let mut contexts = BTreeMap::new();
+        for (name, raw) in &file.contexts {
+            contexts.extend(resolve(name, raw, path, here, &mut document));
+        }
+        let known: Vec<String> = file.contexts.into_keys().collect();
+        if let (None, Some(current)) = (context, &file.current_context)
+            && !known.contains(current)
+        {
+            let what = format!(
+                "there is no context {current:?}; there are: {}",
+                listed(&known)
+            );
+            document.wrong(&["current-context"], what);
+        }
+        (contexts, known, file.current_context)
+    });
+    let (mut contexts, known, current) = document.finish(file)?;
+    let wanted = match (context.map(str::to_owned).or(current), socket, &*known) {
+        (Some(wanted), ..) => wanted,
+        (None, Some(socket), _) => return Ok(local(socket)),
+        (None, None, [only]) => only.clone(),
+        (None, None, _) => {
+            let path = path.to_owned();
+            return Err(ConfigError::NoneChosen { path, known });
+        }
+    };
+    contexts
+        .remove(&wanted)
+        .ok_or_else(|| ConfigError::NoContext {
+            path: path.to_owned(),
+            wanted,
+            known,
+        })
+}
+
+/// The context, with its name; `None` where the document has a mistake of it now.
+fn resolve(
+    name: &str,
+    raw: &RawContext,
+    path: &Path,
+    here: &Surroundings,
+    document: &mut Document<'_>,
+) -> Option<(String, Context)> {
+    let mut wrong = |key: &str, what: &str| document.wrong(&["contexts", name, key], what);
+    if raw.address.is_empty() {
+        wrong("address", "is missing: HOST:PORT or unix:/PATH");
+        return None;
+    }
+    let carrier: Carrier = match raw.address.parse() {
+        Ok(carrier) => carrier,
+        Err(error) => {
+            wrong("address", &error.to_string());
+            return None;
+        }
+    };
+    let files = match (&carrier, &raw.ca, &raw.cert, &raw.key) {
+        (Carrier::Tcp(_), Some(ca), Some(cert), Some(key)) => {
+            let [ca, cert, key] = [ca, cert, key].map(|file| absolute(file, path, here));
+            Some(PemFiles { ca, cert, key })
+        }
+        _ => None,
+    };
+    let given = [
+        ("ca", raw.ca.is_some()),
+        ("cert", raw.cert.is_some()),
+        ("key", raw.key.is_some()),
+        ("site", raw.site.is_some()),
+    ];
+    let mut right = true;
+    for (key, given) in given {
+        let what = match &carrier {
+            Carrier::Tcp(_) if !given && key != "site" => "is missing: a TCP address needs it",
+            Carrier::Unix(_) if given => "a unix socket takes none: its peer is known by its user",
+            Carrier::Tcp(_) | Carrier::Unix(_) => continue,
+        };
+        wrong(key, what);
+        right = false;
+    }
+    let context = Context {
+        name: name.to_owned(),
+        file: Some(path.to_owned()),
+        carrier,
+        files,
+        site: raw.site.clone(),
+    };
+    right.then(|| (name.to_owned(), context))
+}
+
+/// `~/` is the home; relative paths start at the file's folder.
+fn absolute(file: &Path, config: &Path, here: &Surroundings) -> PathBuf {
+    match (file.strip_prefix("~"), &here.home) {
+        (Ok(rest), Some(home)) => home.join(rest),
+        (Ok(_) | Err(_), _) => config.parent().unwrap_or_else(|| Path::new("")).join(file),
+    }
+}
+
+#[cfg(test)]
+mod tests;

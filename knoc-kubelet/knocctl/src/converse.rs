@@ -1,0 +1,246 @@
+//! One call of exec or attach from this side: standard input, output, terminal, resizes, signals, and the exit.
+//!
+//! Bytes pass untouched both ways. Input and resizes go through one bounded channel, which gRPC's flow
+//! control empties; the end of input is passed on as such (half-close), output goes on after it.
+
+use std::{io, process::ExitCode};
+
+use bytes::BytesMut;
+use futures::StreamExt as _;
+use knoc_proto::CHUNK;
+use knoc_proto::pb::{ExecExit, ExecInput, ExecOutput, exec_input::Input, exec_output::Output};
+use tokio::{
+    io::AsyncReadExt as _,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+};
+use tonic::Streaming;
+
+use super::{
+    CtlError, output,
+    terminal::{self, Raw},
+};
+
+/// Messages on the way to the link: enough to keep it busy, few enough to stop reading in time.
+pub(super) const QUEUE: usize = 8;
+/// The code of a command that could not be started and has none of its own, as a shell has it.
+const CANNOT_START: u8 = 126;
+
+/// What of this side takes part.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Local {
+    /// Standard input is passed on.
+    pub(super) stdin: bool,
+    /// The other end has a terminal: ours is raw meanwhile, every way out restores it.
+    pub(super) tty: bool,
+}
+
+/// Both directions until the exit.
+pub(super) async fn run(
+    stream: Streaming<ExecOutput>,
+    sender: mpsc::Sender<ExecInput>,
+    Local { stdin, tty }: Local,
+    what: &str,
+) -> Result<ExecExit, CtlError> {
+    let raw = tty && stdin && terminal::is_one();
+    let restored = raw.then(Raw::enter).transpose()?;
+    let mut signals = Signals::new(tty)?;
+    let input = pump(sender, stdin, tty);
+    let output = receive(stream, what);
+    tokio::pin!(input, output);
+    let mut input_open = true;
+    let result = loop {
+        // Output first: its end is the end, whatever input there still is. Then signals, then input.
+        tokio::select! {
+            biased;
+            exit = &mut output => break exit,
+            name = signals.next() => break Err(CtlError::Signal { name }),
+            ended = &mut input, if input_open => {
+                if let Err(error) = ended {
+                    break Err(error);
+                }
+                input_open = false;
+            }
+        }
+    };
+    drop(restored);
+    result
+}
+
+/// The code to end with; `error` makes one of the words that came in place of the program's own end.
+pub(super) fn exit_code(exit: ExecExit, error: impl FnOnce(String) -> CtlError) -> ExitCode {
+    let code = u8::try_from(exit.code.rem_euclid(256)).unwrap_or(1);
+    if exit.error.is_empty() {
+        return ExitCode::from(code);
+    }
+    super::report(&error(exit.error));
+    ExitCode::from(if code == 0 { CANNOT_START } else { code })
+}
+
+/// Standard input and resizes, until the input ends (resizes go on) or the command does.
+async fn pump(sender: mpsc::Sender<ExecInput>, stdin: bool, tty: bool) -> Result<(), CtlError> {
+    let resizes = async {
+        if !tty {
+            return Ok(());
+        }
+        let failed = |source| CtlError::Terminal {
+            what: "watch the size",
+            source,
+        };
+        let mut changed = signal(SignalKind::window_change()).map_err(failed)?;
+        while changed.recv().await.is_some() {
+            let Some(size) = terminal::size() else {
+                continue;
+            };
+            if !send(&sender, Input::Resize(size)).await {
+                break;
+            }
+        }
+        Ok(())
+    };
+    let bytes = async {
+        if !stdin {
+            return Ok(());
+        }
+        copy_input(&sender, tokio::io::stdin()).await
+    };
+    let (sizes, copied) = futures::join!(resizes, bytes);
+    sizes.and(copied)
+}
+
+async fn copy_input(
+    sender: &mpsc::Sender<ExecInput>,
+    mut input: impl tokio::io::AsyncRead + Unpin,
+) -> Result<(), CtlError> {
+    let mut buffer = BytesMut::with_capacity(CHUNK);
+    loop {
+        buffer.reserve(CHUNK);
+        let read = input.read_buf(&mut buffer).await;
+        let count = read.map_err(|source| CtlError::Input { source })?;
+        let message = if count == 0 {
+            Input::StdinClosed(true)
+        } else {
+            Input::Stdin(buffer.split().freeze())
+        };
+        if !send(sender, message).await || count == 0 {
+            return Ok(());
+        }
+    }
+}
+
+/// False where nobody listens any more.
+async fn send(sender: &mpsc::Sender<ExecInput>, input: Input) -> bool {
+    sender.send(ExecInput { input: Some(input) }).await.is_ok()
+}
+
+/// Output until the exit.
+async fn receive(mut stream: Streaming<ExecOutput>, what: &str) -> Result<ExecExit, CtlError> {
+    while let Some(message) = stream.next().await {
+        let message = message.map_err(|source| CtlError::Agent {
+            what: what.to_owned(),
+            source,
+        })?;
+        match message.output {
+            Some(Output::Stdout(bytes)) => output::pass(&bytes).await?,
+            Some(Output::Stderr(bytes)) => output::pass_error(&bytes).await?,
+            Some(Output::Exit(exit)) => return Ok(exit),
+            Some(Output::Started(_)) | None => {}
+        }
+    }
+    Err(CtlError::CutShort {
+        what: what.to_owned(),
+    })
+}
+
+/// The signals that end us; with a terminal in raw mode they would leave it so.
+pub(super) struct Signals {
+    terminate: Signal,
+    hangup: Signal,
+    interrupt: Option<Signal>,
+}
+
+impl Signals {
+    /// In raw mode `^C` is a byte; an interrupt from elsewhere still ends us tidily.
+    pub(super) fn new(tty: bool) -> Result<Self, CtlError> {
+        let on = |kind| {
+            let failed = |source: io::Error| CtlError::Terminal {
+                what: "watch signals",
+                source,
+            };
+            signal(kind).map_err(failed)
+        };
+        let interrupt = if tty {
+            Some(on(SignalKind::interrupt())?)
+        } else {
+            None
+        };
+        Ok(Self {
+            terminate: on(SignalKind::terminate())?,
+            hangup: on(SignalKind::hangup())?,
+            interrupt,
+        })
+    }
+
+    pub(super) async fn next(&mut self) -> &'static str {
+        let interrupt = async {
+            match &mut self.interrupt {
+                Some(interrupt) => interrupt.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.hangup.recv() => "SIGHUP",
+            _ = interrupt => "SIGINT",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn input_is_passed_as_it_is_and_closed() {
+        let (sender, mut receiver) = mpsc::channel(QUEUE);
+        let bytes = b"\x00\xff\r\n\x03".as_slice();
+        copy_input(&sender, bytes).await.unwrap();
+        let first = receiver.recv().await.unwrap().input.unwrap();
+        assert_eq!(first, Input::Stdin(Bytes::from_static(bytes)));
+        let last = receiver.recv().await.unwrap().input.unwrap();
+        assert_eq!(last, Input::StdinClosed(true));
+    }
+
+    #[tokio::test]
+    async fn input_stops_when_nobody_listens() {
+        let (sender, receiver) = mpsc::channel(1);
+        drop(receiver);
+        copy_input(&sender, tokio::io::repeat(7)).await.unwrap();
+    }
+
+    #[test]
+    fn codes_pass_through() {
+        let exit = |code, error: &str| {
+            let exit = ExecExit {
+                code,
+                error: error.into(),
+                ..ExecExit::default()
+            };
+            let error = |words| CtlError::NotStarted { words };
+            format!("{:?}", exit_code(exit, error))
+        };
+        assert_eq!(exit(7, ""), format!("{:?}", ExitCode::from(7)));
+        assert_eq!(exit(143, ""), format!("{:?}", ExitCode::from(143)));
+        assert_eq!(
+            exit(0, "no such file"),
+            format!("{:?}", ExitCode::from(126))
+        );
+        assert_eq!(
+            exit(127, "no such file"),
+            format!("{:?}", ExitCode::from(127))
+        );
+    }
+}

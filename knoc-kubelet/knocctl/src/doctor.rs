@@ -1,0 +1,501 @@
+//! `knocctl doctor`: each link of the chain from here to the agent's tools, one line each: what was found, and where
+//! it is broken what to do. The first broken link on the way ends the walk; the agent's own findings are all shown.
+
+use std::{process::ExitCode, time::Duration};
+
+use futures::StreamExt as _;
+use jiff::Timestamp;
+use knoc_link::{Credentials, LinkError};
+use knoc_proto::{error::chain, pb};
+use serde_json::{Value, json};
+
+use super::{
+    CtlError, Global,
+    config::{Context, Surroundings},
+    output::{self, Format, plain, print, span},
+    session::{Session, context, credentials, expect},
+    view,
+};
+
+/// A certificate that ends sooner is worth a word.
+const SOON: Duration = Duration::from_hours(30 * 24);
+/// How long the agent may take for all its findings; a probe job may wait in the queue.
+const DIAGNOSE: Duration = Duration::from_mins(2);
+/// The same with `--probe`.
+const PROBE: Duration = Duration::from_mins(10);
+
+/// Arguments of `doctor`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Doctor {
+    /// Submits a one-minute job too, and looks from inside it
+    #[arg(long)]
+    probe: bool,
+}
+
+/// The chain so far.
+struct Report {
+    format: Format,
+    findings: Vec<pb::Finding>,
+}
+
+impl Report {
+    fn good(&mut self, check: &str, detail: impl Into<String>) -> Result<(), CtlError> {
+        let detail = detail.into();
+        self.add(pb::Finding {
+            check: check.into(),
+            ok: true,
+            detail,
+            cure: String::new(),
+        })
+    }
+
+    fn bad(&mut self, check: &str, detail: &str, cure: &str) -> Result<(), CtlError> {
+        let (detail, cure) = (detail.to_owned(), cure.to_owned());
+        self.add(pb::Finding {
+            check: check.into(),
+            ok: false,
+            detail,
+            cure,
+        })
+    }
+
+    /// Shows each finding as it comes, where people read.
+    fn add(&mut self, finding: pb::Finding) -> Result<(), CtlError> {
+        if matches!(self.format, Format::Table | Format::Wide) {
+            print(&line(&finding))?;
+        }
+        self.findings.push(finding);
+        Ok(())
+    }
+
+    fn end(&self) -> Result<ExitCode, CtlError> {
+        let whole = self.findings.iter().all(|finding| finding.ok);
+        if matches!(self.format, Format::Json | Format::Yaml) {
+            let value = || Value::Array(self.findings.iter().map(finding_json).collect());
+            output::show(self.format, value, |_| String::new())?;
+        }
+        Ok(if whole {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
+    }
+}
+
+fn finding_json(finding: &pb::Finding) -> Value {
+    json!({"check": finding.check, "ok": finding.ok, "detail": finding.detail, "cure": finding.cure})
+}
+
+fn line(finding: &pb::Finding) -> String {
+    let mark = if finding.ok { '✓' } else { '✗' };
+    let cause = format!(
+        "{mark} {}: {}\n",
+        plain(&finding.check),
+        plain(&finding.detail)
+    );
+    if finding.cure.is_empty() {
+        cause
+    } else {
+        format!("{cause}  → {}\n", plain(&finding.cure))
+    }
+}
+
+impl Doctor {
+    pub(super) async fn run(self, global: &Global) -> Result<ExitCode, CtlError> {
+        let mut report = Report {
+            format: global.output,
+            findings: Vec::new(),
+        };
+        self.walk(global, &mut report).await?;
+        report.end()
+    }
+
+    /// From here outwards, until the first broken link. An error is one of printing.
+    async fn walk(&self, global: &Global, report: &mut Report) -> Result<(), CtlError> {
+        let context = match context(global) {
+            Ok(context) => context,
+            Err(error) => {
+                let cure = error.hint().unwrap_or_else(|| "mend that line".to_owned());
+                return report.bad("configuration", &chain(&error), &cure);
+            }
+        };
+        report.good("configuration", configured(&context))?;
+        let credentials = match credentials(&context) {
+            Ok(credentials) => credentials,
+            Err(error) => {
+                let cure = "take the three files from the agent's bundle (`knoc-agent init`)";
+                return report.bad("certificates", &chain(&error), cure);
+            }
+        };
+        if let Some(credentials) = &credentials
+            && !check_dates(report, credentials, Timestamp::now())?
+        {
+            return Ok(());
+        }
+        if !check_carrier(report, &context, credentials.as_ref()).await? {
+            return Ok(());
+        }
+        let mut session = match Session::of(&context) {
+            Ok(session) => session,
+            Err(error) => return report.bad("link", &chain(&error), ""),
+        };
+        match session.info().await {
+            Ok(info) => {
+                check_info(report, &info)?;
+                check_upgrade(report, &info, &mut session).await?;
+            }
+            Err(error) => {
+                let words = chain(&error);
+                return report.bad("agent", &words, cure_of_refusal(&words));
+            }
+        }
+        self.diagnose(report, &mut session).await
+    }
+
+    /// The agent's own check-list.
+    async fn diagnose(&self, report: &mut Report, session: &mut Session) -> Result<(), CtlError> {
+        let deadline = tokio::time::Instant::now() + if self.probe { PROBE } else { DIAGNOSE };
+        let request = pb::DiagnoseRequest { probe: self.probe };
+        let asked = tokio::time::timeout_at(deadline, session.client.diagnose(request)).await;
+        let mut findings = match asked {
+            Ok(Ok(response)) => response.into_inner(),
+            Ok(Err(status)) => {
+                return report.bad("agent's checks", &chain(&status), "look at the agent's log");
+            }
+            Err(_) => {
+                return report.bad(
+                    "agent's checks",
+                    "no answer in time",
+                    "look at the agent's log",
+                );
+            }
+        };
+        let before = report.findings.len();
+        loop {
+            match tokio::time::timeout_at(deadline, findings.next()).await {
+                Ok(Some(Ok(finding))) => report.add(finding)?,
+                Ok(None) if report.findings.len() > before => return Ok(()),
+                Ok(None) => {
+                    let cure = "an agent older than knocctl? `knoc-agent version` on its host";
+                    return report.bad("agent's checks", "the agent named none", cure);
+                }
+                Ok(Some(Err(status))) => {
+                    return report.bad(
+                        "agent's checks",
+                        &chain(&status),
+                        "look at the agent's log",
+                    );
+                }
+                Err(_) => {
+                    let cure = "the next check hangs; the agent's log says which";
+                    return report.bad("agent's checks", "not complete in time", cure);
+                }
+            }
+        }
+    }
+}
+
+fn configured(context: &Context) -> String {
+    match &context.file {
+        Some(file) => format!(
+            "context {} of {}: {}",
+            context.name,
+            file.display(),
+            context.carrier
+        ),
+        None => format!(
+            "no context was asked for, so the agent's socket: {}",
+            context.carrier
+        ),
+    }
+}
+
+/// False where the walk ends here.
+fn check_dates(
+    report: &mut Report,
+    credentials: &Credentials,
+    now: Timestamp,
+) -> Result<bool, CtlError> {
+    let info = credentials.info();
+    let who = match &info.identity {
+        Ok(identity) => identity.to_string(),
+        Err(error) => {
+            let cure = "ask for a certificate with the URI SAN spiffe://knoc/ctl/NAME";
+            report.bad("certificates", &error.to_string(), cure)?;
+            return Ok(false);
+        }
+    };
+    let (from, until) = (info.validity.from, info.validity.until);
+    let renew = "remove the old pair in tls/ on the login node; `knoc-agent init --site SITE` then makes a new one";
+    if now > until {
+        report.bad(
+            "certificates",
+            &format!("{who} expired on {}", view::whole(until)),
+            renew,
+        )?;
+        return Ok(false);
+    }
+    if now < from {
+        let words = format!("{who} is valid only from {}", view::whole(from));
+        report.bad("certificates", &words, "is this machine's clock right?")?;
+        return Ok(false);
+    }
+    let left = until.duration_since(now);
+    let words = format!("{who}, {} left", span(left.as_secs()));
+    if left.unsigned_abs() < SOON {
+        report.bad("certificates", &words, renew)?;
+    } else {
+        report.good("certificates", words)?;
+    }
+    Ok(true)
+}
+
+/// TCP and TLS, or the socket. False where the walk ends here.
+async fn check_carrier(
+    report: &mut Report,
+    context: &Context,
+    credentials: Option<&Credentials>,
+) -> Result<bool, CtlError> {
+    let began = tokio::time::Instant::now();
+    match knoc_link::connect(&context.carrier, credentials, &expect(context)).await {
+        Ok(conn) => {
+            let took = began.elapsed().as_millis();
+            report.good(
+                "link",
+                format!("{} answers in {took} ms: {}", context.carrier, conn.peer()),
+            )?;
+            Ok(true)
+        }
+        Err(error) => {
+            let not_served = matches!(error, LinkError::NotServed { .. });
+            let host = Surroundings::here().places.other_host();
+            let host = host.filter(|_| not_served);
+            let elsewhere =
+                |host| format!("the agent of this state directory is on {host}: log in there");
+            let cure = host.map_or_else(|| cure_of_link(&error).to_owned(), elsewhere);
+            report.bad("link", &chain(&error), &cure)?;
+            Ok(false)
+        }
+    }
+}
+
+fn cure_of_link(error: &LinkError) -> &'static str {
+    match error {
+        LinkError::Connect { source, carrier } => match (source.kind(), carrier) {
+            (std::io::ErrorKind::NotFound, knoc_link::Carrier::Unix(_)) => {
+                "start the agent on this machine (`knoc-agent serve`), or configure a context with its address"
+            }
+            (std::io::ErrorKind::ConnectionRefused, _) => {
+                "nobody listens there: start the agent (`knoc-agent serve`), or mend the address"
+            }
+            (std::io::ErrorKind::PermissionDenied, _) => {
+                "the socket is another user's: log in as the agent's user"
+            }
+            _ => "check host name, route and firewall between here and the login node",
+        },
+        LinkError::Timeout { .. } => "a firewall swallows the packets, or the host is down",
+        LinkError::Handshake { source, .. } => cure_of_refusal(&source.to_string()),
+        LinkError::NotServed { .. } => {
+            "start the agent (`knoc-agent serve`), or log in to the host on which it runs"
+        }
+        LinkError::WrongUser { .. } => {
+            "somebody else has taken the socket's path: tell your administrators"
+        }
+        LinkError::OpenFolder { .. } | LinkError::NoFolder { .. } | LinkError::Folder { .. } => {
+            "make it a folder of your own with mode 0700 (chmod 700), or name another one in listen.socket of the site file"
+        }
+        LinkError::NoCredentials { .. }
+        | LinkError::NeedlessCredentials { .. }
+        | LinkError::Credentials { .. } => "mend ca, cert and key of the context",
+        LinkError::Listen { .. }
+        | LinkError::InUse { .. }
+        | LinkError::NotHttp2 { .. }
+        | LinkError::Ended => "",
+    }
+}
+
+/// By TLS' own words, which are all that the other side sends.
+fn cure_of_refusal(words: &str) -> &'static str {
+    let has = |part: &str| words.contains(part);
+    if has("UnknownIssuer") || has("UnknownCA") || has("BadSignature") || has("DecryptError") {
+        "the two sides trust different CAs: take ca, cert and key from one bundle of this agent"
+    } else if has("xpired") {
+        "a certificate has expired, or a clock is wrong: compare `date` on both sides"
+    } else if has("NotValidYet") {
+        "a clock is wrong: compare `date` on both sides"
+    } else if has("expected is") {
+        "this is another agent: mend the context's address or its site"
+    } else if has("alert") {
+        "the agent refused our certificate; its log says why"
+    } else {
+        "is it the agent that listens there? Its log says more"
+    }
+}
+
+fn check_info(report: &mut Report, info: &pb::AgentInfo) -> Result<(), CtlError> {
+    let ours = env!("CARGO_PKG_VERSION");
+    let skew = if info.version == ours {
+        String::new()
+    } else {
+        format!(" (knocctl is {ours})")
+    };
+    let words = format!(
+        "knoc-agent {}{skew} of site {}, {}@{}, {}, {}",
+        info.version, info.site, info.user, info.hostname, info.scheduler, info.runtime
+    );
+    report.good("agent", words)
+}
+
+/// An agent that is older lets any kubelet lead any node; one of this version would not. An agent that knows looks itself.
+async fn check_upgrade(
+    report: &mut Report,
+    info: &pb::AgentInfo,
+    session: &mut Session,
+) -> Result<(), CtlError> {
+    if info.capabilities.iter().any(|it| it == "renew") {
+        return Ok(());
+    }
+    match session.pods().await {
+        Ok(pods) => match other_nodes(&pods, &info.site) {
+            None => Ok(()),
+            Some((words, cure)) => report.bad("upgrade", &words, &cure),
+        },
+        Err(error) => report.bad("upgrade", &chain(&error), "look at the agent's log"),
+    }
+}
+
+/// PURE: nodes of pods whose kubelet has, unless somebody made another one, a certificate of another name.
+fn other_nodes(pods: &[pb::PodObserved], site: &str) -> Option<(String, String)> {
+    let usual = format!("knoc-{site}");
+    let named = pods.iter().map(|pod| pod.node_name.as_str());
+    let mut nodes: Vec<&str> = named
+        .filter(|node| !node.is_empty() && *node != usual)
+        .collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+    let first = nodes.first()?;
+    let words = format!(
+        "pods of {} are led by a kubelet that an agent of version {} refuses, unless its certificate is of that node's name",
+        nodes.join(", "),
+        env!("CARGO_PKG_VERSION")
+    );
+    let cure = format!(
+        "before the agent is upgraded add a line for each to [policy.nodes] of its site file: \"{first}\" = \"kubelet/{usual}\""
+    );
+    Some((words, cure))
+}
+
+#[cfg(test)]
+mod tests {
+    use knoc_link::{
+        Identity,
+        pki::{Ca, Validity},
+    };
+
+    use super::*;
+
+    fn report() -> Report {
+        Report {
+            format: Format::Json,
+            findings: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_line_of_cause_and_a_line_of_cure() {
+        let finding = pb::Finding {
+            check: "slurm".into(),
+            ok: false,
+            detail: "squeue hangs\nbadly".into(),
+            cure: "ask for help".into(),
+        };
+        assert_eq!(
+            line(&finding),
+            "✗ slurm: squeue hangs badly\n  → ask for help\n"
+        );
+    }
+
+    #[test]
+    fn certificates_are_looked_at_before_the_link() {
+        let ca = Ca::generate("ca").unwrap();
+        let now = Timestamp::now();
+        let days = |days: i64| SignedDays(days);
+        let check = |from: SignedDays, life: u64| {
+            let validity = Validity::starting(now + from.span(), Duration::from_hours(life * 24));
+            let who = Identity::Ctl { name: "ann".into() };
+            let pair = ca.issue_for(&who, &[], validity).unwrap();
+            let credentials =
+                Credentials::from_pem(ca.cert_pem(), &pair.cert_pem, &pair.key_pem).unwrap();
+            let mut report = report();
+            let goes_on = check_dates(&mut report, &credentials, now).unwrap();
+            (
+                goes_on,
+                report.findings[0].ok,
+                report.findings[0].detail.clone(),
+            )
+        };
+        let (goes_on, ok, words) = check(days(0), 300);
+        assert!(goes_on && ok, "{words}");
+        let (goes_on, ok, words) = check(days(0), 10);
+        assert!(goes_on && !ok && words.ends_with("9d left"), "{words}");
+        let (goes_on, ok, words) = check(days(-20), 10);
+        assert!(!goes_on && !ok && words.contains("expired on"), "{words}");
+        let (goes_on, _, words) = check(days(2), 10);
+        assert!(!goes_on && words.contains("valid only from"), "{words}");
+    }
+
+    struct SignedDays(i64);
+
+    impl SignedDays {
+        fn span(&self) -> jiff::SignedDuration {
+            jiff::SignedDuration::from_hours(24 * self.0)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_missing_socket_is_a_finding_with_a_cure() {
+        let folder = tempfile::tempdir().unwrap();
+        let context = Context {
+            name: "local".into(),
+            file: None,
+            carrier: knoc_link::Carrier::Unix(folder.path().join("knoc/none.sock")),
+            files: None,
+            site: None,
+        };
+        let mut report = report();
+        assert!(!check_carrier(&mut report, &context, None).await.unwrap());
+        assert!(report.findings[0].cure.contains("knoc-agent serve"));
+        assert_eq!(
+            format!("{:?}", report.end().unwrap()),
+            format!("{:?}", ExitCode::FAILURE)
+        );
+    }
+
+    #[test]
+    fn a_kubelet_that_an_upgrade_would_lock_out_is_named_before() {
+        let pods = |nodes: &[&str]| {
+            let pod = |node: &&str| pb::PodObserved {
+                node_name: (*node).to_owned(),
+                ..pb::PodObserved::default()
+            };
+            nodes.iter().map(pod).collect::<Vec<_>>()
+        };
+        assert_eq!(other_nodes(&pods(&["knoc-s", ""]), "s"), None);
+        let (words, cure) = other_nodes(&pods(&["knoc-s", "gpu", "gpu", "big"]), "s").unwrap();
+        assert!(words.contains("big, gpu"), "{words}");
+        assert!(cure.contains("\"big\" = \"kubelet/knoc-s\""), "{cure}");
+    }
+
+    #[test]
+    fn refusals_have_cures() {
+        for (words, cure) in [
+            ("received fatal alert: UnknownCA", "different CAs"),
+            ("received fatal alert: CertificateExpired", "clock"),
+            ("the peer is a, expected is b", "another agent"),
+            ("received fatal alert: CertificateUnknown", "its log"),
+            ("tls handshake eof", "listens there"),
+        ] {
+            assert!(cure_of_refusal(words).contains(cure), "{words}");
+        }
+    }
+}

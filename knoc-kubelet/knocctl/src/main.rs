@@ -1,0 +1,188 @@
+//! `knocctl`: asks an agent what the kubelet asks it, and shows the answers. No Kubernetes is needed.
+//!
+//! One file a command; each takes its parsed arguments and a [`session::Session`], and writes through
+//! [`output`]. One task (the runtime has one thread); nothing is kept on disk. Pure parts: [`config`]
+//! (parsing), [`manifest`], [`view`], [`output`] (tables), `find` (which pod is meant).
+//!
+//! What a pod or an agent says is shown with its control characters replaced, except the bytes of
+//! `logs` and `exec`, which pass untouched.
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+use knoc_proto::private::keep_memory_private;
+
+mod attach;
+mod completions;
+mod config;
+mod converse;
+mod cp;
+mod delete;
+mod describe;
+mod doctor;
+mod error;
+mod exec;
+mod find;
+mod info;
+mod logs;
+mod manifest;
+mod output;
+mod pods;
+mod port_forward;
+mod run;
+mod script;
+mod session;
+mod terminal;
+mod top;
+mod view;
+
+use error::CtlError;
+
+/// The C library of the static binaries gives every large buffer back to the system at once, and asks for it again: with
+/// it half of a stream's time goes into page faults (ADR 0007).
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
+/// Looks at a KNoC agent and its pods, and works with them, without Kubernetes.
+#[derive(Debug, Parser)]
+#[command(name = "knocctl", version, after_help = HELP)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const HELP: &str = "\
+Beside the agent its own socket is used, unless a file or a context is asked for (--config, --context, \
+`current-context`): listen.socket of the site file, else $XDG_RUNTIME_DIR/knoc/agent.sock, else \
+STATE_DIR/socket/agent.sock. Its folder must be yours with mode 0700.
+A POD is a name, NAMESPACE/NAME, or a uid.
+Exit codes: 0 done, 1 failed, 2 wrong usage; exec, attach and `run --wait` pass the program's own.";
+
+/// Options of every command.
+#[derive(Debug, Clone, clap::Args)]
+struct Global {
+    /// The configuration file [default: ~/.config/knoc/knocctl.toml]
+    #[arg(long, global = true, env = "KNOCCTL_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The context to use, instead of `current-context`
+    #[arg(long, global = true, value_name = "NAME")]
+    context: Option<String>,
+    /// The namespace of pods that are given by name alone
+    #[arg(short, long, global = true, value_name = "NAMESPACE")]
+    namespace: Option<String>,
+    /// How to print: `wide` adds columns, `json` and `yaml` are for programs
+    #[arg(short, long, global = true, value_enum, default_value_t)]
+    output: output::Format,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows the agent: version, site, scheduler, runtime
+    Info,
+    /// Lists the pods the agent knows
+    #[command(visible_alias = "get")]
+    Pods(pods::Pods),
+    /// Shows all that is known of one pod
+    Describe(describe::Describe),
+    /// Runs a pod from a Kubernetes manifest
+    Run(run::Run),
+    /// Prints the log of a container
+    Logs(logs::Logs),
+    /// Runs a command in a container
+    Exec(exec::Exec),
+    /// Takes part in a container's own program: its output from now on, its input
+    Attach(attach::Attach),
+    /// Forwards local ports to ports of a pod
+    PortForward(port_forward::PortForward),
+    /// Copies files and folders to and from a container
+    Cp(cp::Cp),
+    /// Shows what running pods use of CPU and memory
+    Top(top::Top),
+    /// Prints the batch script of a pod; submits nothing
+    Script(script::Script),
+    /// Ends pods, and lets go of what they left
+    Delete(delete::Delete),
+    /// Checks every link of the chain, and says what to do where one is broken
+    Doctor(doctor::Doctor),
+    /// Prints the completions for a shell
+    Completions(completions::Completions),
+}
+
+/// The command line, for man pages and completions.
+fn command() -> clap::Command {
+    Cli::command()
+}
+
+fn main() -> ExitCode {
+    // The client's key, and what manifests say of Secrets.
+    if let Err(source) = keep_memory_private() {
+        return report(&CtlError::Private { source });
+    }
+    run_with(std::env::args_os())
+}
+
+fn run_with(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are "errors" of code 0.
+            let shown = error.print();
+            let code = u8::try_from(error.exit_code()).unwrap_or(2);
+            return ExitCode::from(if shown.is_ok() { code } else { 1 });
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(source) => return report(&CtlError::Runtime { source }),
+    };
+    let result = runtime.block_on(dispatch(cli));
+    // A thread that still waits for a key to be pressed is not waited for.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(error) => report(&error),
+    }
+}
+
+async fn dispatch(cli: Cli) -> Result<ExitCode, CtlError> {
+    let global = &cli.global;
+    match cli.command {
+        Command::Info => info::run(global).await,
+        Command::Pods(command) => command.run(global).await,
+        Command::Describe(command) => command.run(global).await,
+        Command::Run(command) => Box::pin(command.run(global)).await,
+        Command::Logs(command) => command.run(global).await,
+        Command::Exec(command) => Box::pin(command.run(global)).await,
+        Command::Attach(command) => Box::pin(command.run(global)).await,
+        Command::PortForward(command) => Box::pin(command.run(global)).await,
+        Command::Cp(command) => Box::pin(command.run(global)).await,
+        Command::Top(command) => Box::pin(command.run(global)).await,
+        Command::Script(command) => command.run(global).await,
+        Command::Delete(command) => command.run(global).await,
+        Command::Doctor(command) => Box::pin(command.run(global)).await,
+        Command::Completions(command) => command.run(),
+    }
+}
+
+/// Says what went wrong, and what to do next where that is known.
+fn report(error: &CtlError) -> ExitCode {
+    if let CtlError::Print { source } = error
+        && source.kind() == std::io::ErrorKind::BrokenPipe
+    {
+        // The reader (`head`) has seen enough.
+        return ExitCode::SUCCESS;
+    }
+    output::complain(&format!("error: {}", knoc_proto::error::chain(error)));
+    if let Some(hint) = error.hint() {
+        output::complain(&format!("hint: {hint}"));
+    }
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests;

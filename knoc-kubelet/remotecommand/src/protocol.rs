@@ -1,0 +1,343 @@
+//! PURE: Kubernetes' remotecommand protocol, whatever carries it: versions, options, streams, terminal sizes, and how an
+//! end is told to the client.
+
+use http::HeaderMap;
+use knoc_proto::pb;
+use serde_json::json;
+
+use crate::query::Query;
+use crate::websocket::Encoding;
+
+/// The header of SPDY requests that lists protocol versions.
+pub const VERSION_HEADER: &str = "x-stream-protocol-version";
+/// The header of a refusal that lists ours.
+pub const ACCEPTED_HEADER: &str = "x-accepted-stream-protocol-versions";
+/// What we speak over SPDY, newest first.
+pub const SPDY_VERSIONS: [(&str, Version); 4] = [
+    ("v4.channel.k8s.io", Version::V4),
+    ("v3.channel.k8s.io", Version::V3),
+    ("v2.channel.k8s.io", Version::V2),
+    ("channel.k8s.io", Version::V1),
+];
+
+/// What we speak over WebSocket, newest first. v5 is v4 with channels that the client may close.
+pub const WEBSOCKET_VERSIONS: [(&str, (Version, Encoding)); 5] = [
+    (
+        "v5.channel.k8s.io",
+        (Version::V4, Encoding::BinaryWithClose),
+    ),
+    ("v4.channel.k8s.io", (Version::V4, Encoding::Binary)),
+    ("v4.base64.channel.k8s.io", (Version::V4, Encoding::Base64)),
+    ("channel.k8s.io", (Version::V1, Encoding::Binary)),
+    ("base64.channel.k8s.io", (Version::V1, Encoding::Base64)),
+];
+/// What a WebSocket client speaks that names nothing.
+pub const WEBSOCKET_UNNAMED: (Version, Encoding) = (Version::V1, Encoding::Binary);
+
+/// A version of the protocol. v3 brought terminal sizes, v4 the exit code as JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Version {
+    /// Streams without sizes; the end is a text.
+    V1,
+    /// As v1, without its faults in closing.
+    V2,
+    /// With terminal sizes.
+    V3,
+    /// The end is a status in JSON, with the exit code.
+    V4,
+}
+
+/// Why no version could be agreed upon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoVersion {
+    /// The client names none: 400.
+    Unnamed,
+    /// It names none of ours: 403.
+    Foreign,
+}
+
+/// The first version in the client's order that is in `ours`, with the name to echo.
+pub fn negotiate<T: Copy>(
+    headers: &HeaderMap,
+    ours: &[(&'static str, T)],
+) -> Result<(&'static str, T), NoVersion> {
+    let offered: Vec<&str> = headers
+        .get_all(VERSION_HEADER)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+        .collect();
+    if offered.is_empty() {
+        return Err(NoVersion::Unnamed);
+    }
+    let own = |name: &&str| ours.iter().find(|(own, _)| own == name).copied();
+    offered.iter().find_map(own).ok_or(NoVersion::Foreign)
+}
+
+/// What of a process is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "four flags of the query, independent of each other"
+)]
+pub struct Wanted {
+    /// The client writes to standard input.
+    pub stdin: bool,
+    /// The client reads standard output.
+    pub stdout: bool,
+    /// The client reads standard error.
+    pub stderr: bool,
+    /// The process gets a terminal.
+    pub tty: bool,
+}
+
+impl Wanted {
+    /// Reads the flags, each exactly `1`; a terminal has no stderr of its own. `None` where nothing is wanted.
+    pub fn parse(query: &Query) -> Option<Self> {
+        let flag = |name: &str| query.first(name) == Some("1");
+        let tty = flag("tty");
+        let wanted = Self {
+            stdin: flag("input"),
+            stdout: flag("output"),
+            stderr: flag("error") && !tty,
+            tty,
+        };
+        (wanted.stdin || wanted.stdout || wanted.stderr).then_some(wanted)
+    }
+
+    /// The streams that a SPDY client opens, the error stream included.
+    pub fn streams(self, version: Version) -> usize {
+        let resize = version >= Version::V3;
+        self.roles()
+            .filter(|role| resize || *role != Role::Resize)
+            .count()
+    }
+
+    /// The streams that are there, the error stream always.
+    pub fn roles(self) -> impl Iterator<Item = Role> {
+        let all = [
+            (Role::Stdin, self.stdin),
+            (Role::Stdout, self.stdout),
+            (Role::Stderr, self.stderr),
+            (Role::Error, true),
+            (Role::Resize, self.tty),
+        ];
+        all.into_iter()
+            .filter_map(|(role, wanted)| wanted.then_some(role))
+    }
+
+    /// Which channels of a WebSocket the client may write, by their numbers.
+    pub fn writable(self) -> [bool; 5] {
+        [self.stdin, false, false, false, self.tty]
+    }
+}
+
+/// The roles of streams; as a number, the channel of a WebSocket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Standard input, written by the client.
+    Stdin = 0,
+    /// Standard output.
+    Stdout = 1,
+    /// Standard error.
+    Stderr = 2,
+    /// How the process ended.
+    Error = 3,
+    /// Terminal sizes, written by the client.
+    Resize = 4,
+}
+
+impl Role {
+    /// By the stream's header `streamtype`.
+    pub fn parse(name: &str) -> Option<Self> {
+        match name {
+            "error" => Some(Self::Error),
+            "stdin" => Some(Self::Stdin),
+            "stdout" => Some(Self::Stdout),
+            "stderr" => Some(Self::Stderr),
+            "resize" => Some(Self::Resize),
+            _ => None,
+        }
+    }
+}
+
+/// How a remote command ended, for the client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// With a code; 128 + signal where a signal ended it.
+    Exited(i32),
+    /// It could not run, or what became of it is not known: what we were about, and why it failed.
+    Failed(&'static str, String),
+}
+
+impl Ending {
+    /// What goes onto the error stream; v1 to v3 say nothing of a success.
+    pub fn status(&self, version: Version) -> String {
+        let failure = match self {
+            Self::Exited(0) if version >= Version::V4 => {
+                return json!({"metadata": {}, "status": "Success"}).to_string();
+            }
+            Self::Exited(0) => return String::new(),
+            Self::Exited(code) => format!(
+                "command terminated with non-zero exit code: command terminated with exit code {code}"
+            ),
+            Self::Failed(about, reason) => {
+                format!("Internal error occurred: error {about} container: {reason}")
+            }
+        };
+        if version < Version::V4 {
+            return failure;
+        }
+        let status = match self {
+            Self::Exited(code) => json!({
+                "metadata": {}, "status": "Failure", "message": failure, "reason": "NonZeroExitCode",
+                "details": {"causes": [{"reason": "ExitCode", "message": code.to_string()}]},
+            }),
+            Self::Failed(about, reason) => json!({
+                "metadata": {}, "status": "Failure", "message": failure, "reason": "InternalError",
+                "details": {"causes": [{
+                    "message": format!("error {about} container: {reason}"),
+                }]},
+                "code": 500,
+            }),
+        };
+        status.to_string()
+    }
+}
+
+/// The most bytes of a terminal size that is still incomplete: a client sends some thirty.
+const MAX_SIZE: usize = 1024;
+
+/// Cuts terminal sizes out of a resize stream: JSON objects without separator, wherever the borders of arrival are.
+#[derive(Debug, Default)]
+pub struct Resizes(Vec<u8>);
+
+impl Resizes {
+    /// The sizes that are complete with these bytes. What is no JSON is dropped.
+    pub fn feed(&mut self, bytes: &[u8]) -> Vec<pb::TerminalSize> {
+        self.0.extend_from_slice(bytes);
+        let mut values =
+            serde_json::Deserializer::from_slice(&self.0).into_iter::<serde_json::Value>();
+        let mut sizes = Vec::new();
+        let mut used = 0;
+        let broken = loop {
+            match values.next() {
+                None => break false,
+                Some(Ok(value)) => {
+                    used = values.byte_offset();
+                    sizes.extend(size(&value));
+                }
+                Some(Err(error)) => break !error.is_eof(),
+            }
+        };
+        drop(values);
+        if broken {
+            self.0.clear();
+        } else {
+            self.0.drain(..used);
+        }
+        if self.0.len() > MAX_SIZE {
+            self.0.clear();
+        }
+        sizes
+    }
+}
+
+/// Names in any case, as upstream's reader has it: the JavaScript client writes them small.
+fn size(value: &serde_json::Value) -> Option<pb::TerminalSize> {
+    let field = |name: &str| {
+        let mut fields = value.as_object()?.iter();
+        let (_, value) = fields.find(|(own, _)| own.eq_ignore_ascii_case(name))?;
+        u32::from(u16::try_from(value.as_u64()?).ok()?).into()
+    };
+    let (width, height): (Option<u32>, Option<u32>) = (field("Width"), field("Height"));
+    Some(pb::TerminalSize {
+        width: width?,
+        height: height?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn offered(values: &[&str]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(VERSION_HEADER, value.parse().unwrap());
+        }
+        headers
+    }
+
+    #[test]
+    fn takes_the_first_version_of_the_client_that_we_speak() {
+        let v5_first = offered(&["v5.channel.k8s.io", "v4.channel.k8s.io", "channel.k8s.io"]);
+        let negotiate = |headers: &HeaderMap| super::negotiate(headers, &SPDY_VERSIONS);
+        assert_eq!(negotiate(&v5_first), Ok(("v4.channel.k8s.io", Version::V4)));
+        let list = offered(&["v2.channel.k8s.io, v4.channel.k8s.io"]);
+        assert_eq!(negotiate(&list), Ok(("v2.channel.k8s.io", Version::V2)));
+        assert_eq!(negotiate(&offered(&[])), Err(NoVersion::Unnamed));
+        assert_eq!(negotiate(&offered(&[" "])), Err(NoVersion::Unnamed));
+        assert_eq!(negotiate(&offered(&["v9"])), Err(NoVersion::Foreign));
+    }
+
+    #[test]
+    fn reads_flags_exactly() {
+        let wanted = |raw: &str| Wanted::parse(&Query::parse(raw).unwrap());
+        let all = wanted("input=1&output=1&error=1&tty=1").unwrap();
+        assert!(all.tty && all.stdin && all.stdout && !all.stderr);
+        assert_eq!(all.streams(Version::V4), 4);
+        assert_eq!(all.streams(Version::V2), 3);
+        assert_eq!(wanted("input=true&tty=1&error=1"), None);
+    }
+
+    #[test]
+    fn tells_ends_as_upstream() {
+        assert_eq!(
+            Ending::Exited(0).status(Version::V4),
+            r#"{"metadata":{},"status":"Success"}"#
+        );
+        assert_eq!(Ending::Exited(0).status(Version::V3), "");
+        let failed = Ending::Exited(3).status(Version::V4);
+        let status: serde_json::Value = serde_json::from_str(&failed).unwrap();
+        assert_eq!(status["reason"], "NonZeroExitCode");
+        let cause = json!({"reason": "ExitCode", "message": "3"});
+        assert_eq!(status["details"]["causes"][0], cause);
+        let text = Ending::Failed("executing command in", "no such file".to_owned());
+        let text = text.status(Version::V1);
+        assert_eq!(
+            text,
+            "Internal error occurred: error executing command in container: no such file"
+        );
+    }
+
+    #[test]
+    fn sizes_come_out_whatever_the_borders() {
+        let wire = br#"{"Width":80,"Height":24}{"Width":100,"Height":50}
+            {"Width":70000,"Height":1}{"Width":1,"Height":2}{"height":33,"width":101}"#;
+        let expected = [(80, 24), (100, 50), (1, 2), (101, 33)];
+        for step in 1..wire.len() {
+            let mut resizes = Resizes::default();
+            let sizes: Vec<_> = wire
+                .chunks(step)
+                .flat_map(|piece| resizes.feed(piece))
+                .map(|size| (size.width, size.height))
+                .collect();
+            assert_eq!(sizes, expected, "in pieces of {step}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics_and_stays_bounded(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..20)) {
+            let mut resizes = Resizes::default();
+            for piece in pieces {
+                drop(resizes.feed(&piece));
+                prop_assert!(resizes.0.len() <= MAX_SIZE);
+            }
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! The streams of a client, whatever carries them: SPDY or WebSocket fill them, the relays read and write them.
+//!
+//! A carrier's reader holds a [`Feed`] for each stream and a relay the [`Inlet`] at its other end; the other direction
+//! is an [`Outlet`](crate::outlet::Outlet). What a connection has received and nobody has taken is bounded by its [`Budget`], however many
+//! streams it has: a full one stops the reading of the socket. Nothing is ever dropped.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use knoc_proto::CHUNK;
+use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Instant;
+
+/// Pieces that wait in a stream; the next one stops the reading of its connection.
+const RECEIVE_QUEUE: usize = 8;
+/// Bytes that wait in all streams of a connection together: several times what is on its way between two hops.
+pub(crate) const RECEIVE_BYTES: usize = 2 << 20;
+/// What a piece weighs at least: its place in the queue and its allocation, so that empty ones are not free.
+const LEAST_WEIGHT: usize = 256;
+/// Pieces below this are copied out of the buffer that they were read into, which a small one would keep alive whole.
+const COPIED: usize = 16 << 10;
+/// As `streamingConnectionIdleTimeout` of a real kubelet: no stream opened, no byte moved. Pings do not count.
+pub const IDLE: Duration = Duration::from_hours(4);
+
+/// From the word that a session shall end until it is cut: a status and the client's own closing fit it.
+pub const LAST_WORDS: Duration = Duration::from_secs(3);
+
+/// What happens on the client's half of a stream.
+#[derive(Debug)]
+enum Item {
+    /// Never empty. The room goes back to the budget when the bytes are taken.
+    Data {
+        data: Bytes,
+        _room: OwnedSemaphorePermit,
+    },
+    Fin,
+    Reset,
+}
+
+/// How the client's half of a stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It has said all.
+    Fin,
+    /// It gave the stream up.
+    Reset,
+    /// Its connection ended.
+    Lost,
+}
+
+/// What a connection may still receive before somebody takes of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Budget(Arc<Semaphore>);
+
+impl Budget {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(Semaphore::new(RECEIVE_BYTES)))
+    }
+
+    /// Bytes that were received and wait.
+    #[cfg(test)]
+    pub(crate) fn held(&self) -> usize {
+        RECEIVE_BYTES - self.0.available_permits()
+    }
+}
+
+/// The carrier's end of a stream that the client writes.
+#[derive(Debug)]
+pub(crate) struct Feed {
+    items: mpsc::Sender<Item>,
+    budget: Budget,
+}
+
+/// A stream that the client writes.
+pub(crate) fn stream(budget: &Budget) -> (Feed, Inlet) {
+    let (sender, items) = mpsc::channel(RECEIVE_QUEUE);
+    let feed = Feed {
+        items: sender,
+        budget: budget.clone(),
+    };
+    let inlet = Inlet {
+        items,
+        ahead: None,
+        end: None,
+    };
+    (feed, inlet)
+}
+
+impl Feed {
+    /// Hands on a piece; waits while the relay does not take, or where the connection holds too much. An [`Inlet`]
+    /// that was dropped wants no more, and what comes is let go.
+    pub(crate) async fn data(&self, data: Bytes) {
+        if data.is_empty() || self.items.is_closed() {
+            return;
+        }
+        let data = if data.len() < COPIED {
+            Bytes::copy_from_slice(&data)
+        } else {
+            data
+        };
+        let weight = data.len().clamp(LEAST_WEIGHT, RECEIVE_BYTES);
+        let weight = u32::try_from(weight).unwrap_or(u32::MAX);
+        let room = tokio::select! {
+            biased;
+            // What was queued is freed with the receiver, but other streams may hold the budget.
+            () = self.items.closed() => return,
+            room = Arc::clone(&self.budget.0).acquire_many_owned(weight) => room,
+        };
+        if let Ok(room) = room {
+            drop(self.items.send(Item::Data { data, _room: room }).await);
+        }
+    }
+
+    /// Nobody reads the stream any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.items.is_closed()
+    }
+
+    /// The client has said all.
+    pub(crate) async fn finish(self) {
+        drop(self.items.send(Item::Fin).await);
+    }
+
+    /// The client gave the stream up.
+    pub(crate) async fn reset(self) {
+        drop(self.items.send(Item::Reset).await);
+    }
+}
+
+/// What a client sends on a stream.
+#[derive(Debug)]
+pub struct Inlet {
+    items: mpsc::Receiver<Item>,
+    /// Taken, and too much to go with what went before it.
+    ahead: Option<Bytes>,
+    end: Option<End>,
+}
+
+impl Inlet {
+    /// The next bytes, never empty, or how they ended (then for ever the same). Pieces that wait are joined as long as
+    /// they fit one message ([`CHUNK`]): a message costs all who pass it on more than the copy. Cancel safe.
+    pub async fn next(&mut self) -> Result<Bytes, End> {
+        let first = match self.ahead.take() {
+            Some(data) => data,
+            None => self.piece().await?,
+        };
+        let (mut length, mut more) = (first.len(), Vec::new());
+        while length < CHUNK
+            && self.end.is_none()
+            && let Ok(item) = self.items.try_recv()
+        {
+            match self.take(item) {
+                Some(data) if length + data.len() <= CHUNK => {
+                    length += data.len();
+                    more.push(data);
+                }
+                ahead => {
+                    self.ahead = ahead;
+                    break;
+                }
+            }
+        }
+        if more.is_empty() {
+            return Ok(first);
+        }
+        let mut joined = BytesMut::with_capacity(length);
+        joined.extend_from_slice(&first);
+        for data in &more {
+            joined.extend_from_slice(data);
+        }
+        Ok(joined.freeze())
+    }
+
+    async fn piece(&mut self) -> Result<Bytes, End> {
+        if let Some(end) = self.end {
+            return Err(end);
+        }
+        let item = self.items.recv().await;
+        let data = item.and_then(|item| self.take(item));
+        data.ok_or_else(|| *self.end.get_or_insert(End::Lost))
+    }
+
+    /// The bytes of an item, or nothing where it is an end.
+    fn take(&mut self, item: Item) -> Option<Bytes> {
+        self.end = match item {
+            Item::Data { data, .. } => return Some(data),
+            Item::Fin => Some(End::Fin),
+            Item::Reset => Some(End::Reset),
+        };
+        None
+    }
+}
+
+/// The connection has ended: nothing more can be sent.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("the connection has ended")]
+pub struct Closed;
+
+/// When a byte last moved, shared by both directions of a connection.
+#[derive(Debug, Clone)]
+pub struct Activity {
+    start: Instant,
+    last: Arc<AtomicU64>,
+}
+
+impl Activity {
+    pub(crate) fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            last: Arc::default(),
+        }
+    }
+
+    pub(crate) fn touch(&self) {
+        let elapsed = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last.store(elapsed, Ordering::Relaxed);
+    }
+
+    /// Returns when nothing has moved for [`IDLE`].
+    pub async fn idle(&self) {
+        self.still(IDLE).await;
+    }
+
+    /// Returns when nothing has moved for [`IDLE`], and its relay has not ended the session since.
+    pub(crate) async fn overdue(&self) {
+        self.still(IDLE + LAST_WORDS).await;
+    }
+
+    async fn still(&self, time: Duration) {
+        loop {
+            let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
+            let deadline = self.start + last + time;
+            if deadline <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(deadline).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_waits_is_bounded_over_all_streams_of_a_connection() {
+        let budget = Budget::new();
+        let piece = Bytes::from(vec![1; 64 << 10]);
+        let streams: Vec<_> = (0..100).map(|_| stream(&budget)).collect();
+        let mut taken = 0;
+        for (feed, _) in &streams {
+            for _ in 1..RECEIVE_QUEUE {
+                taken += usize::from(feed.data(piece.clone()).now_or_never().is_some());
+            }
+        }
+        assert_eq!(
+            taken,
+            RECEIVE_BYTES >> 16,
+            "no stream is full, the connection is"
+        );
+        assert_eq!(budget.held(), RECEIVE_BYTES);
+        drop(streams);
+        assert_eq!(budget.held(), 0, "what nobody will read is let go");
+    }
+
+    #[tokio::test]
+    async fn taking_frees_and_a_small_piece_keeps_no_large_buffer() {
+        let budget = Budget::new();
+        let (feed, mut inlet) = stream(&budget);
+        let buffer = Bytes::from(vec![1; 64 << 10]);
+        feed.data(buffer.slice(..1)).await;
+        assert!(buffer.is_unique(), "the piece is a copy");
+        assert_eq!(budget.held(), LEAST_WEIGHT);
+        assert_eq!(inlet.next().await.unwrap().len(), 1);
+        assert_eq!(budget.held(), 0);
+        feed.data(Bytes::new()).await;
+        feed.finish().await;
+        assert_eq!(inlet.next().await, Err(End::Fin));
+        assert_eq!(inlet.next().await, Err(End::Fin));
+    }
+
+    #[tokio::test]
+    async fn pieces_that_wait_are_joined_up_to_a_message() {
+        let budget = Budget::new();
+        let (feed, mut inlet) = stream(&budget);
+        let piece = |byte: u8, length: usize| Bytes::from(vec![byte; length]);
+        for (byte, length) in [(1, 1), (2, CHUNK - 1), (3, 1), (4, CHUNK), (5, 2)] {
+            feed.data(piece(byte, length)).await;
+        }
+        feed.finish().await;
+        let first = inlet.next().await.unwrap();
+        assert_eq!((first.len(), first[0], first[CHUNK - 1]), (CHUNK, 1, 2));
+        assert_eq!(inlet.next().await.unwrap(), piece(3, 1));
+        assert_eq!(inlet.next().await.unwrap(), piece(4, CHUNK));
+        assert_eq!(inlet.next().await.unwrap(), piece(5, 2));
+        assert_eq!(inlet.next().await, Err(End::Fin));
+        assert_eq!(budget.held(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_large_piece_is_handed_on_uncopied() {
+        let budget = Budget::new();
+        let (feed, mut inlet) = stream(&budget);
+        let large = Bytes::from(vec![1; 2 * CHUNK]);
+        feed.data(large.clone()).await;
+        feed.data(Bytes::from("x")).await;
+        assert_eq!(inlet.next().await.unwrap().as_ptr(), large.as_ptr());
+        assert_eq!(inlet.next().await.unwrap(), "x");
+    }
+
+    #[tokio::test]
+    async fn ends_are_told_apart_and_come_after_the_bytes() {
+        let budget = Budget::new();
+        for (how, end) in [(0, End::Fin), (1, End::Reset), (2, End::Lost)] {
+            let (feed, mut inlet) = stream(&budget);
+            feed.data(Bytes::from("x")).await;
+            match how {
+                0 => feed.finish().await,
+                1 => feed.reset().await,
+                _ => drop(feed),
+            }
+            assert_eq!(inlet.next().await.unwrap(), "x");
+            assert_eq!(inlet.next().await, Err(end));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_nobody_reads_any_more_swallows() {
+        let budget = Budget::new();
+        let (feed, inlet) = stream(&budget);
+        let (other, _held) = stream(&budget);
+        for _ in 1..RECEIVE_QUEUE {
+            other.data(Bytes::from(vec![0; 64 << 10])).await;
+        }
+        drop(inlet);
+        for _ in 0..1000 {
+            feed.data(Bytes::from(vec![0; 64 << 10])).await;
+        }
+    }
+}

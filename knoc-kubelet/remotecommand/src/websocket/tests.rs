@@ -1,0 +1,119 @@
+//! Bounds of a session, against a client that speaks frames, over an in-memory pipe.
+
+use std::time::Duration;
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+use tokio::task::JoinSet;
+
+use super::channel::Encoding;
+use super::{Channels, SocketError, session};
+use crate::streams::{Budget, End, IDLE, RECEIVE_BYTES};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+type Ended = JoinSet<Result<(), SocketError>>;
+
+fn connected() -> (DuplexStream, Channels, Budget, Ended) {
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let (session, channels) = session(near, Encoding::BinaryWithClose, &[true, false, true]);
+    let budget = session.budget();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(session.run());
+    (far, channels, budget, tasks)
+}
+
+/// A message with a mask that changes nothing.
+fn message(payload: &[u8]) -> BytesMut {
+    let mut wire = BytesMut::from(&[0x82, 0xff][..]);
+    wire.put_u64(u64::try_from(payload.len()).unwrap());
+    wire.put_u32(0);
+    wire.put_slice(payload);
+    wire
+}
+
+#[tokio::test]
+async fn what_a_client_sends_to_nobody_is_bounded() {
+    let (mut far, mut channels, budget, _tasks) = connected();
+    let _nobody = (channels.inlet(0), channels.inlet(2));
+    let wire = message(&vec![0; 64 << 20]);
+    let stuck = tokio::time::timeout(Duration::from_millis(500), far.write_all(&wire));
+    assert!(stuck.await.is_err());
+    assert!(budget.held() <= RECEIVE_BYTES, "{}", budget.held());
+}
+
+#[tokio::test]
+async fn a_client_that_never_reads_holds_up_the_writer_and_no_memory() {
+    let (_far, channels, _, _tasks) = connected();
+    let sender = channels.sender(1);
+    let mut accepted = 0;
+    let piece = Bytes::from(vec![0; 1 << 20]);
+    let endless = async {
+        loop {
+            sender.send(piece.clone()).await.unwrap();
+            accepted += piece.len();
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_millis(500), endless).await;
+    assert!(waited.is_err());
+    assert!(accepted <= 4 << 20, "{accepted} bytes accepted for nobody");
+}
+
+#[tokio::test]
+async fn pings_that_are_never_read_cost_nothing() {
+    let (mut far, _channels, _, mut tasks) = connected();
+    let ping = [0x89, 0x84, 0, 0, 0, 0, 1, 2, 3, 4];
+    let wire = ping.repeat(200_000);
+    // All are taken although no answer is: they are never queued without bound.
+    let taken = tokio::time::timeout(PATIENCE, far.write_all(&wire)).await;
+    assert!(taken.is_ok() && tasks.try_join_next().is_none());
+}
+
+#[tokio::test]
+async fn channels_end_apart_and_with_the_connection() {
+    let (mut far, mut channels, _, mut tasks) = connected();
+    let mut first = channels.inlet(0).unwrap();
+    let mut second = channels.inlet(2).unwrap();
+    assert!(
+        channels.inlet(0).is_none() && channels.inlet(1).is_none() && channels.inlet(9).is_none()
+    );
+    far.write_all(&message(b"\x00a")).await.unwrap();
+    far.write_all(&message(b"\xff\x00")).await.unwrap();
+    far.write_all(&message(b"\x00late")).await.unwrap();
+    far.write_all(&message(b"\x02b")).await.unwrap();
+    assert_eq!(first.next().await.unwrap(), "a");
+    assert_eq!(first.next().await, Err(End::Fin));
+    assert_eq!(second.next().await.unwrap(), "b");
+    drop(far);
+    assert_eq!(second.next().await, Err(End::Lost));
+    assert!(tasks.join_next().await.unwrap().unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn the_end_loses_nothing_and_says_so() {
+    let (mut far, channels, _, mut tasks) = connected();
+    let sender = channels.sender(1);
+    drop(channels);
+    sender.ready().await.unwrap();
+    sender.send(Bytes::from("last")).await.unwrap();
+    drop(sender);
+    let mut heard = Vec::new();
+    far.read_to_end(&mut heard).await.unwrap();
+    assert_eq!(heard, b"\x82\x01\x01\x82\x05\x01last\x88\x02\x03\xe8");
+    assert!(tasks.join_next().await.unwrap().unwrap().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn pings_keep_no_session_open() {
+    let (mut far, _channels, _, mut tasks) = connected();
+    let ping = [0x89, 0x80, 0, 0, 0, 0];
+    let began = tokio::time::Instant::now();
+    let error = loop {
+        tokio::select! {
+            ended = tasks.join_next() => break ended.unwrap().unwrap().unwrap_err(),
+            () = tokio::time::sleep(Duration::from_mins(10)) => far.write_all(&ping).await.unwrap(),
+        }
+    };
+    assert!(matches!(error, SocketError::Idle), "{error:?}");
+    assert!(began.elapsed() >= IDLE && began.elapsed() < IDLE + Duration::from_mins(1));
+}

@@ -1,0 +1,246 @@
+//! PURE: what the pod asks of Slurm: annotations and resources (KEP-753's rule).
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::pb;
+
+/// CPU of a pod that says nothing.
+const DEFAULT_CPU_MILLIS: i64 = 1000;
+
+/// Annotations whose value is further sbatch options.
+const FLAGS: &[&str] = &[
+    "knoc.io/flags",
+    "slurm-job.knoc.io/flags",
+    "slurm-job.vk.io/flags",
+    "slurm.hpk.io/flags",
+];
+
+pub(super) fn request(
+    pod: &Pod,
+    init: &[pb::Container],
+    regular: &[pb::Container],
+    problems: &mut Vec<String>,
+) -> pb::JobRequest {
+    let empty = BTreeMap::new();
+    let annotations = pod.metadata.annotations.as_ref().unwrap_or(&empty);
+    let text = |name: &str| {
+        annotations
+            .get(&format!("knoc.io/{name}"))
+            .map(|value| value.trim().to_owned())
+    };
+    let mut wrong = |name: &str, value: &str, allowed: &str| {
+        problems.push(format!(
+            "metadata.annotations[{name}]: `{value}` is not {allowed}"
+        ));
+    };
+    let time_minutes = text("time").map_or(0, |value| {
+        minutes(&value).unwrap_or_else(|| {
+            wrong(
+                "knoc.io/time",
+                &value,
+                "minutes, HH:MM:SS, D-HH:MM:SS or like 90m, 2h, 1d",
+            );
+            0
+        })
+    });
+    let ntasks = text("ntasks").map_or(1, |value| {
+        value
+            .parse()
+            .ok()
+            .filter(|number| *number >= 1)
+            .unwrap_or_else(|| {
+                wrong("knoc.io/ntasks", &value, "a number from 1");
+                1
+            })
+    });
+    let flags = flags(annotations, &mut wrong);
+    let (cpu_millis, memory_bytes, ephemeral_storage_bytes) = totals(init, regular);
+    pb::JobRequest {
+        partition: text("partition").unwrap_or_default(),
+        account: text("account").unwrap_or_default(),
+        qos: text("qos").unwrap_or_default(),
+        constraint: text("constraint").unwrap_or_default(),
+        reservation: text("reservation").unwrap_or_default(),
+        time_minutes,
+        nodes: 1,
+        ntasks,
+        // What extended resources are in gres is the site's word: the agent's.
+        gres: text("gres").unwrap_or_default(),
+        exclusive: text("exclusive").as_deref() == Some("true"),
+        licenses: text("licenses").unwrap_or_default(),
+        dependency: text("dependency").unwrap_or_default(),
+        flags,
+        cpu_millis,
+        memory_bytes,
+        ephemeral_storage_bytes,
+        nice: 0,
+    }
+}
+
+/// The words of all annotations of flags, in the order of [`FLAGS`].
+fn flags(
+    annotations: &BTreeMap<String, String>,
+    wrong: &mut impl FnMut(&str, &str, &str),
+) -> Vec<String> {
+    let mut flags = Vec::new();
+    for name in FLAGS {
+        let Some(value) = annotations.get(*name) else {
+            continue;
+        };
+        match words(value) {
+            Some(words) => flags.extend(words),
+            None => wrong(name, value, "a list of words (a quote is not closed)"),
+        }
+    }
+    flags
+}
+
+/// CPU (request, else limit, else 1), memory (limit, else request), ephemeral storage (limit, else request).
+fn totals(init: &[pb::Container], regular: &[pb::Container]) -> (i64, i64, i64) {
+    let cpu = over_containers(init, regular, |requests, limits| {
+        first(requests.cpu_millis, limits.cpu_millis)
+    });
+    let memory = over_containers(init, regular, |requests, limits| {
+        first(limits.memory_bytes, requests.memory_bytes)
+    });
+    let storage = over_containers(init, regular, |requests, limits| {
+        first(
+            limits.ephemeral_storage_bytes,
+            requests.ephemeral_storage_bytes,
+        )
+    });
+    (first(cpu, DEFAULT_CPU_MILLIS), memory, storage)
+}
+
+fn first(one: i64, other: i64) -> i64 {
+    if one == 0 { other } else { one }
+}
+
+/// The larger of: the largest init container, the sum of the containers; `amount` is told a container's requests and
+/// limits.
+pub fn over_containers(
+    init: &[pb::Container],
+    regular: &[pb::Container],
+    amount: impl Fn(&pb::Resources, &pb::Resources) -> i64,
+) -> i64 {
+    let of = |container: &pb::Container| {
+        let nothing = pb::Resources::default();
+        amount(
+            container.requests.as_ref().unwrap_or(&nothing),
+            container.limits.as_ref().unwrap_or(&nothing),
+        )
+    };
+    let sum = regular.iter().map(of).fold(0i64, i64::saturating_add);
+    init.iter().map(of).fold(sum, i64::max)
+}
+
+/// Slurm's forms of a time (`M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`) and `90m`, `2h`, `1d`, `30s`, in
+/// minutes, rounded up.
+fn minutes(text: &str) -> Option<i64> {
+    let seconds = seconds(text)?;
+    (seconds > 0).then(|| super::quantity::ceil_div(seconds, 60))
+}
+
+fn seconds(text: &str) -> Option<i64> {
+    if let Some(last) = text.chars().last().filter(char::is_ascii_alphabetic) {
+        let unit = match last {
+            's' => 1,
+            'm' => 60,
+            'h' => 3600,
+            'd' => 86_400,
+            _ => return None,
+        };
+        return number(&text[..text.len() - 1])?.checked_mul(unit);
+    }
+    let (days, rest) = match text.split_once('-') {
+        Some((days, rest)) => (Some(number(days)?), rest),
+        None => (None, text),
+    };
+    let parts = rest.split(':').map(number).collect::<Option<Vec<_>>>()?;
+    let seconds = match (days.is_some(), parts.as_slice()) {
+        (false, [m]) => m.checked_mul(60)?,
+        (false, [m, s]) => m.checked_mul(60)?.checked_add(*s)?,
+        (true, [h]) => h.checked_mul(3600)?,
+        (true, [h, m]) => h.checked_mul(3600)?.checked_add(m.checked_mul(60)?)?,
+        (_, [h, m, s]) => h
+            .checked_mul(3600)?
+            .checked_add(m.checked_mul(60)?)?
+            .checked_add(*s)?,
+        _ => return None,
+    };
+    days.unwrap_or(0).checked_mul(86_400)?.checked_add(seconds)
+}
+
+fn number(text: &str) -> Option<i64> {
+    text.chars()
+        .all(|c| c.is_ascii_digit())
+        .then(|| text.parse().ok())
+        .flatten()
+}
+
+/// Splits at blanks; single and double quotes and backslashes keep them. No shell comes near: the words
+/// become elements of an argv.
+fn words(text: &str) -> Option<Vec<String>> {
+    let mut words = Vec::new();
+    let mut word: Option<String> = None;
+    let mut quote: Option<char> = None;
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (quote, c) {
+            (Some(open), c) if c == open => quote = None,
+            (None, '\'' | '"') => {
+                quote = Some(c);
+                word.get_or_insert_default();
+            }
+            (None | Some('"'), '\\') => word.get_or_insert_default().push(chars.next()?),
+            (None, c) if c.is_whitespace() => words.extend(word.take()),
+            (_, c) => word.get_or_insert_default().push(c),
+        }
+    }
+    words.extend(word);
+    quote.is_none().then_some(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_in_every_form() {
+        for (text, expected) in [
+            ("90", Some(90)),
+            ("1:30", Some(2)),
+            ("2:00:00", Some(120)),
+            ("1-0", Some(1440)),
+            ("1-2:30", Some(1590)),
+            ("1-00:00:01", Some(1441)),
+            ("90m", Some(90)),
+            ("2h", Some(120)),
+            ("1d", Some(1440)),
+            ("30s", Some(1)),
+            ("0", None),
+            ("", None),
+            ("-5", None),
+            ("1h30m", None),
+            ("1:2:3:4", None),
+            ("abc", None),
+        ] {
+            assert_eq!(minutes(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn words_keep_their_quotes_apart() {
+        let split = |text: &str| words(text).map(|words| words.join("|"));
+        assert_eq!(split("--a=1  --b='x y'").as_deref(), Some("--a=1|--b=x y"));
+        assert_eq!(
+            split(r#"--c="q \" r" \ z"#).as_deref(),
+            Some(r#"--c=q " r| z"#)
+        );
+        assert_eq!(split("''").as_deref(), Some(""));
+        assert_eq!(words("  "), Some(vec![]));
+        assert_eq!(words("'open"), None);
+        assert_eq!(words("end\\"), None);
+    }
+}

@@ -1,0 +1,303 @@
+//! PURE: what becomes of every field of a pod, by one table that is the code and the docs.
+//!
+//! The JSON of the pod is walked as the API server sent it, so a field that this build does not know
+//! is found too and refused by its path. All refusals are collected: the user reads them in one message.
+//! `docs/guide/pod-support.md` is [`table()`]; a test holds both equal.
+
+mod table;
+
+use std::fmt::Write as _;
+
+use serde_json::Value;
+
+use table::TABLE;
+
+/// What becomes of a field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Does what Kubernetes says.
+    Honoured,
+    /// True by nature, or none of the kubelet's business.
+    Satisfied,
+    /// Means something else here; the pod gets an Event.
+    Mapped,
+    /// The pod is not admitted.
+    Refused,
+    /// The fields inside are judged one by one, by the rows of this type.
+    Inside(&'static str),
+}
+
+/// For which values a row counts. The first row that matches decides.
+#[derive(Clone, Copy, Debug)]
+enum When {
+    Any,
+    /// The value, as text, is one of these.
+    Is(&'static [&'static str]),
+    /// The value is a string that begins with one of these.
+    Starts(&'static [&'static str]),
+    /// An empty list, map or string.
+    Empty,
+}
+
+/// One line of the table.
+#[derive(Debug)]
+struct Row {
+    /// Field names, separated by blanks; `*` at the end of a name stands for any rest.
+    fields: &'static str,
+    when: When,
+    verdict: Verdict,
+    note: &'static str,
+}
+
+/// The rows of one type.
+#[derive(Debug)]
+struct Type {
+    name: &'static str,
+    heading: &'static str,
+    rows: &'static [Row],
+}
+
+/// The findings of one pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// Why the pod is not admitted: `path: why`. Empty: it is.
+    pub refused: Vec<String>,
+    /// What means something else here: `path: what`.
+    pub mapped: Vec<String>,
+}
+
+/// Judges a pod (its JSON, as the API server sent it).
+#[must_use]
+pub fn judge(pod: &Value) -> Findings {
+    let mut findings = Findings::default();
+    if let Some(spec) = pod.get("spec") {
+        walk("PodSpec", "spec", spec, &mut findings);
+    }
+    if let Some(annotations) = pod.pointer("/metadata/annotations") {
+        walk(
+            "Annotations",
+            "metadata.annotations",
+            annotations,
+            &mut findings,
+        );
+    }
+    findings
+}
+
+fn walk(kind: &'static str, path: &str, value: &Value, findings: &mut Findings) {
+    match value {
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                let label = match item.get("name").and_then(Value::as_str) {
+                    Some(name) => format!("{path}[{name}]"),
+                    None => format!("{path}[{index}]"),
+                };
+                walk(kind, &label, item, findings);
+            }
+        }
+        Value::Object(fields) => {
+            for (field, inner) in fields.iter().filter(|(_, inner)| !inner.is_null()) {
+                judge_field(kind, &join(kind, path, field), field, inner, findings);
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+fn join(kind: &str, path: &str, field: &str) -> String {
+    if matches!(kind, "Annotations" | "ResourceList") {
+        format!("{path}[{field}]")
+    } else {
+        format!("{path}.{field}")
+    }
+}
+
+fn judge_field(
+    kind: &'static str,
+    path: &str,
+    field: &str,
+    value: &Value,
+    findings: &mut Findings,
+) {
+    let row = rows(kind)
+        .iter()
+        .find(|row| row.names(field) && row.when.matches(value));
+    let Some(row) = row else {
+        findings.refused.push(format!(
+            "{path}: this field is not known to this version of KNoC"
+        ));
+        return;
+    };
+    match row.verdict {
+        Verdict::Honoured | Verdict::Satisfied => {}
+        Verdict::Mapped => findings.mapped.push(format!("{path}: {}", row.note)),
+        Verdict::Refused => {
+            let value = match value {
+                Value::String(text) => format!(" (`{text}`)"),
+                Value::Bool(_) | Value::Number(_) => format!(" (`{value}`)"),
+                Value::Null | Value::Array(_) | Value::Object(_) => String::new(),
+            };
+            findings
+                .refused
+                .push(format!("{path}{value}: {}", row.note));
+        }
+        Verdict::Inside(kind) => walk(kind, path, value, findings),
+    }
+}
+
+fn rows(kind: &str) -> &'static [Row] {
+    TABLE
+        .iter()
+        .find(|entry| entry.name == kind)
+        .map_or(&[], |entry| entry.rows)
+}
+
+impl Row {
+    fn names(&self, field: &str) -> bool {
+        self.fields
+            .split(' ')
+            .any(|name| match name.strip_suffix('*') {
+                Some(start) => field.starts_with(start),
+                None => field == name,
+            })
+    }
+}
+
+impl When {
+    fn matches(self, value: &Value) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Is(allowed) => match value {
+                Value::String(text) => allowed.contains(&text.as_str()),
+                Value::Bool(_) | Value::Number(_) => allowed.contains(&value.to_string().as_str()),
+                Value::Null | Value::Array(_) | Value::Object(_) => false,
+            },
+            Self::Starts(allowed) => value
+                .as_str()
+                .is_some_and(|text| allowed.iter().any(|start| text.starts_with(start))),
+            Self::Empty => match value {
+                Value::Array(items) => items.is_empty(),
+                Value::Object(fields) => fields.is_empty(),
+                Value::String(text) => text.is_empty(),
+                Value::Null => true,
+                Value::Bool(_) | Value::Number(_) => false,
+            },
+        }
+    }
+
+    fn words(self) -> String {
+        match self {
+            Self::Any => String::new(),
+            Self::Is(values) => format!(" = {}", quoted(values, "")),
+            Self::Starts(values) => format!(" = {}", quoted(values, "…")),
+            Self::Empty => " (empty)".to_owned(),
+        }
+    }
+}
+
+fn quoted(values: &[&str], end: &str) -> String {
+    let words: Vec<_> = values
+        .iter()
+        .map(|value| {
+            if value.is_empty() {
+                "empty".to_owned()
+            } else {
+                format!("`{value}{end}`")
+            }
+        })
+        .collect();
+    words.join(", ")
+}
+
+/// The whole table as Markdown: the text of `docs/guide/pod-support.md`.
+#[must_use]
+pub fn table() -> String {
+    let mut text = String::from(HEAD);
+    for kind in TABLE {
+        let rendered = kind
+            .rows
+            .iter()
+            .filter(|row| !matches!(row.verdict, Verdict::Inside(_)));
+        // Writing to a String cannot fail.
+        let _infallible = write!(
+            text,
+            "\n## {}\n\n| field | verdict | |\n|---|---|---|\n",
+            kind.heading
+        );
+        for row in rendered {
+            let fields: Vec<_> = row
+                .fields
+                .split(' ')
+                .map(|name| format!("`{name}`"))
+                .collect();
+            let _infallible = writeln!(
+                text,
+                "| {}{} | {} | {} |",
+                fields.join(", "),
+                row.when.words(),
+                row.verdict.word(),
+                row.note
+            );
+        }
+    }
+    text.push_str(TAIL);
+    text
+}
+
+const HEAD: &str = "\
+# What becomes of every field of a pod
+
+This page is rendered from the table that the kubelet itself uses (`knoc-kubelet/translate/src/verdict/table.rs`); a test holds
+both equal. *Honoured*: it does what Kubernetes says. *Satisfied*: true by nature, or not the kubelet's business.
+*Mapped*: it means something else here, and the pod gets the Event `Mapped`. *Refused*: the pod is not admitted; its phase
+is `Failed`, its reason `UnsupportedPodSpec`, and its message names every refused field at once. A field that stands in no
+row (of a newer Kubernetes) is refused too. Where a field has several rows, the first that fits its value counts.
+
+A pod that runs is not ended by a change that is refused: it goes on as it was, with the Event `UnsupportedChange`. So an
+ephemeral container that is added to it (`kubectl debug`) is refused alone: its own status, its log and an attach say why.
+";
+
+const TAIL: &str = "
+## Files in a container
+
+What is not said here is as with any other runtime.
+
+**Paths.** A `..` component is refused by name, in `subPath`, `mountPath`, `workingDir`, `terminationMessagePath` and the
+paths of files in volumes. Everything else is cleaned first: `./x` is `x`, `logs/` is `logs`, `a//b` is `a/b`. Names such as
+`..foo` and `a..b` are ordinary ones in a `subPath`; the path of a file may not begin with two dots, as in Kubernetes.
+
+**Mounts.** Parents are mounted before what lies below them, whatever their order in the pod; a mount point that is missing
+in a volume is made there. Links of the image (`/var/run`) are followed inside the container. Nothing can be mounted at `/`
+or in `/.knoc`, which KNoC needs itself.
+A volume at `/dev/x`, other than `/dev/shm` and below it, is mounted elsewhere, and `/dev/x` is a link to it. `/dev/null`
+and the other devices stay, unless a volume is mounted at `/dev` itself.
+
+**Temporary folders.** `/tmp` and `/var/tmp` are the image's, with the files that it has there, and writable for everybody
+(mode 1777); what is written goes to the node's disk. On a site whose runtime has no writable folder for the root (Singularity, no
+overlay), they are empty folders on the node's disk, and the image's files in them are hidden.
+
+**`/dev/shm`.** A tmpfs that the containers of a pod share, and no other pod. It has no size of its own (other runtimes give it
+64 MiB): what lies in it counts as the job's memory. The same holds for an `emptyDir` in memory, also with a `sizeLimit`.
+
+**The user.** Every program runs as the HPC user. `HOME`, if neither the pod nor the image sets it, is that of the user whom the
+pod (`runAsUser`) or the image names, in the image's `/etc/passwd`: root without either, `/` if the image does not know it. The
+container's `/etc/passwd` has a line for the HPC user, under the name that it has on the node, with that home and its
+shell. With a runtime that is set up as root (setuid) the home of a user that has the HPC user's own uid in the image is not known.
+
+**Of the node.** `/etc/hosts` and `/etc/resolv.conf`, unless the pod mounts something there. `/etc/localtime` is the image's.
+";
+
+impl Verdict {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Honoured => "honoured",
+            Self::Satisfied => "satisfied",
+            Self::Mapped => "mapped",
+            Self::Refused => "**refused**",
+            Self::Inside(_) => "see its fields",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

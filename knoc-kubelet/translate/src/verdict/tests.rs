@@ -1,0 +1,195 @@
+use std::collections::BTreeSet;
+
+use k8s_openapi::api::core::v1 as core;
+use serde::de::{self, DeserializeOwned, Deserializer, Visitor};
+use serde_json::json;
+
+use super::*;
+
+/// Takes the list of fields that a generated `Deserialize` asks for.
+struct Fields<'a>(&'a mut Vec<&'static str>);
+
+impl<'de> Deserializer<'de> for Fields<'_> {
+    type Error = de::value::Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Self::Error> {
+        Err(de::Error::custom("only structs"))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        _: V,
+    ) -> Result<V::Value, Self::Error> {
+        self.0.extend(fields);
+        Err(de::Error::custom("seen"))
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit
+        unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
+fn check<T: DeserializeOwned>(kind: &str, problems: &mut Vec<String>) {
+    let mut fields = Vec::new();
+    T::deserialize(Fields(&mut fields)).map(drop).unwrap_err();
+    assert!(!fields.is_empty(), "{kind}: no fields seen");
+    let known: BTreeSet<_> = rows(kind)
+        .iter()
+        .flat_map(|row| row.fields.split(' '))
+        .collect();
+    for field in &fields {
+        if !known.contains(field) {
+            problems.push(format!("{kind}.{field} has no verdict"));
+        }
+    }
+    for field in known.iter().filter(|field| !fields.contains(field)) {
+        problems.push(format!("{kind}.{field} is no field of Kubernetes"));
+    }
+}
+
+#[test]
+fn every_field_of_a_pod_has_a_verdict() {
+    let mut problems = Vec::new();
+    let p = &mut problems;
+    check::<core::PodSpec>("PodSpec", p);
+    check::<core::Container>("Container", p);
+    check::<core::EnvVar>("EnvVar", p);
+    check::<core::EnvVarSource>("EnvVarSource", p);
+    check::<core::ConfigMapKeySelector>("KeySelector", p);
+    check::<core::SecretKeySelector>("KeySelector", p);
+    check::<core::ObjectFieldSelector>("EnvFieldRef", p);
+    check::<core::ObjectFieldSelector>("FileFieldRef", p);
+    check::<core::ResourceFieldSelector>("ResourceFieldSelector", p);
+    check::<core::EnvFromSource>("EnvFromSource", p);
+    check::<core::ConfigMapEnvSource>("Reference", p);
+    check::<core::SecretEnvSource>("Reference", p);
+    check::<core::ResourceRequirements>("ResourceRequirements", p);
+    check::<core::ContainerPort>("ContainerPort", p);
+    check::<core::VolumeMount>("VolumeMount", p);
+    check::<core::PodSecurityContext>("PodSecurityContext", p);
+    check::<core::SecurityContext>("SecurityContext", p);
+    check::<core::Capabilities>("Capabilities", p);
+    check::<core::SeccompProfile>("Profile", p);
+    check::<core::AppArmorProfile>("Profile", p);
+    check::<core::HostAlias>("HostAlias", p);
+    check::<core::PodReadinessGate>("ReadinessGate", p);
+    check::<core::PodOS>("PodOS", p);
+    check::<core::Volume>("Volume", p);
+    check::<core::EmptyDirVolumeSource>("EmptyDirVolumeSource", p);
+    check::<core::ConfigMapVolumeSource>("ConfigMapVolumeSource", p);
+    check::<core::SecretVolumeSource>("SecretVolumeSource", p);
+    check::<core::SecretProjection>("SecretProjection", p);
+    check::<core::KeyToPath>("KeyToPath", p);
+    check::<core::DownwardAPIVolumeSource>("DownwardAPIVolumeSource", p);
+    check::<core::DownwardAPIVolumeFile>("DownwardAPIVolumeFile", p);
+    check::<core::ProjectedVolumeSource>("ProjectedVolumeSource", p);
+    check::<core::VolumeProjection>("VolumeProjection", p);
+    check::<core::ServiceAccountTokenProjection>("ServiceAccountTokenProjection", p);
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+#[test]
+fn every_type_that_a_row_points_to_exists() {
+    for kind in TABLE {
+        for row in kind.rows {
+            if let Verdict::Inside(inner) = row.verdict {
+                assert!(
+                    !rows(inner).is_empty(),
+                    "{}: {inner} has no rows",
+                    kind.name
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_guide_is_the_table() {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../docs/guide/pod-support.md"
+    );
+    if std::env::var_os("KNOC_UPDATE_DOCS").is_some() {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a test that renews a document of the repository"
+        )]
+        std::fs::write(path, table()).unwrap();
+    }
+    let guide = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(
+        guide == table(),
+        "renew it: KNOC_UPDATE_DOCS=1 cargo test -p knoc-translate the_guide"
+    );
+}
+
+/// What the API server makes of `kubectl run`.
+fn ordinary() -> Value {
+    json!({
+        "metadata": {"name": "p", "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}"}},
+        "spec": {
+            "containers": [{
+                "name": "main", "image": "busybox", "imagePullPolicy": "Always", "resources": {},
+                "terminationMessagePath": "/dev/termination-log", "terminationMessagePolicy": "File",
+                "resizePolicy": [{"resourceName": "cpu", "restartPolicy": "NotRequired"}],
+                "volumeMounts": [{"mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "name": "token", "readOnly": true}],
+            }],
+            "dnsPolicy": "ClusterFirst", "enableServiceLinks": true, "nodeName": "knoc-x",
+            "preemptionPolicy": "PreemptLowerPriority", "priority": 0, "restartPolicy": "Always",
+            "schedulerName": "default-scheduler", "securityContext": {}, "serviceAccount": "default",
+            "serviceAccountName": "default", "terminationGracePeriodSeconds": 30,
+            "tolerations": [{"effect": "NoExecute", "key": "node.kubernetes.io/not-ready", "operator": "Exists", "tolerationSeconds": 300}],
+            "volumes": [{"name": "token", "projected": {"defaultMode": 420, "sources": [
+                {"serviceAccountToken": {"expirationSeconds": 3607, "path": "token"}},
+                {"configMap": {"items": [{"key": "ca.crt", "path": "ca.crt"}], "name": "kube-root-ca.crt"}},
+                {"downwardAPI": {"items": [{"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}, "path": "namespace"}]}},
+            ]}}],
+        },
+    })
+}
+
+#[test]
+fn an_ordinary_pod_is_admitted_without_a_word() {
+    assert_eq!(judge(&ordinary()), Findings::default());
+}
+
+#[test]
+fn all_refusals_come_in_one_go() {
+    let mut pod = ordinary();
+    pod["spec"]["hostPID"] = json!(true);
+    pod["spec"]["fromTheFuture"] = json!({"a": 1});
+    pod["spec"]["containers"][0]["livenessProbe"] = json!({"exec": {"command": ["true"]}});
+    pod["spec"]["containers"][0]["securityContext"] = json!({"privileged": true, "runAsUser": 0, "capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN"]}});
+    pod["spec"]["containers"][0]["ports"] = json!([{"containerPort": 80, "hostPort": 8080}]);
+    pod["spec"]["volumes"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"name": "h", "hostPath": {"path": "/"}}));
+    pod["spec"]["imagePullSecrets"] = json!([{"name": "s"}]);
+    pod["metadata"]["annotations"]["knoc.io/colour"] = json!("blue");
+    let findings = judge(&pod);
+    insta::assert_snapshot!(findings.refused.join("\n"));
+    assert_eq!(
+        findings.mapped,
+        [
+            "spec.containers[main].securityContext.runAsUser: containers run as the HPC user of the agent"
+        ]
+    );
+}
+
+#[test]
+fn what_asks_for_nothing_is_admitted() {
+    let mut pod = ordinary();
+    pod["spec"]["hostNetwork"] = json!(false);
+    pod["spec"]["imagePullSecrets"] = json!([]);
+    pod["spec"]["containers"][0]["securityContext"] = json!({
+        "privileged": false, "allowPrivilegeEscalation": false, "runAsNonRoot": true,
+        "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
+    });
+    pod["spec"]["containers"][0]["lifecycle"] = json!({});
+    pod["metadata"]["annotations"]["knoc.io/partition"] = json!("gpu");
+    assert_eq!(judge(&pod), Findings::default());
+}
