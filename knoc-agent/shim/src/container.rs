@@ -39,6 +39,7 @@ use super::{
     output::{self, Log, Source},
     passwd,
     pod::Pod,
+    role::{ContainerSpec, SlotId},
     signals::{self, Identity},
     usage::{Counters, Used},
 };
@@ -80,8 +81,7 @@ pub(crate) struct Ended {
 /// What an attempt tells the supervisor while it lasts.
 #[derive(Debug)]
 pub(crate) struct Event {
-    /// Index of the container.
-    pub(crate) index: usize,
+    pub(crate) id: SlotId,
     pub(crate) news: News,
 }
 
@@ -100,7 +100,7 @@ pub(crate) enum News {
 /// What to run.
 #[derive(Debug)]
 pub(crate) struct Attempt {
-    pub(crate) index: usize,
+    pub(crate) spec: Arc<ContainerSpec>,
     /// Restart count.
     pub(crate) number: u32,
     pub(crate) values: Arc<pb::PodValues>,
@@ -158,7 +158,7 @@ pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
             used,
         },
         Err(error) => {
-            tracing::warn!(container = attempt.index, "{}", chain(&error));
+            tracing::warn!(container = attempt.spec.name(), "{}", chain(&error));
             let code = if matches!(error, AttemptError::Aborted) {
                 KILLED
             } else {
@@ -235,8 +235,8 @@ fn from_terminal(terminal: Option<&Arc<Stream>>) -> Option<Vec<Source>> {
 type Done = (Exit, String, Losses, bool, Counters);
 
 async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
-    let container = pod.container(attempt.index);
-    let config = pod.image(attempt.index).config.clone().unwrap_or_default();
+    let container = &attempt.spec.container;
+    let config = attempt.spec.image.config.clone().unwrap_or_default();
     let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
     if spec.argv.is_empty() {
         return Err(AttemptError::NoCommand);
@@ -266,7 +266,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         spec,
         hub: Arc::clone(&hub),
     };
-    let event = running(attempt.index, program);
+    let event = running(attempt.spec.id, program);
     // The supervisor outlives its attempts.
     attempt.events.send(event).await.ok();
     let live = pod.jobdir.log_path(&container.name, attempt.number);
@@ -296,12 +296,12 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     Ok((exit, message, losses, killed, used))
 }
 
-fn running(index: usize, program: Program) -> Event {
+fn running(id: SlotId, program: Program) -> Event {
     let news = News::Running {
         program: Arc::new(program),
         started_at: Timestamp::now(),
     };
-    Event { index, news }
+    Event { id, news }
 }
 
 /// Where the output goes, and who hears of lines that could not be written.
@@ -311,9 +311,9 @@ fn log<'a>(pod: &Pod, attempt: &'a Attempt, live: &Path) -> Log<'a> {
         limits: pod.limits,
         written: attempt.written.clone(),
         lost: Box::new(|losses| {
-            let (index, news) = (attempt.index, News::Lost(losses.clone()));
-            // Where the supervisor is busy the next telling says it too.
-            attempt.events.try_send(Event { index, news }).is_ok()
+            let (id, news) = (attempt.spec.id, News::Lost(losses.clone()));
+            // If the supervisor is busy, the next event says it too.
+            attempt.events.try_send(Event { id, news }).is_ok()
         }),
     }
 }
@@ -344,10 +344,8 @@ async fn launch(
 
 /// The folders are made on a blocking thread: what the pod mounts may hang.
 async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptError> {
-    let (shared, index, number) = (Arc::clone(pod), attempt.index, attempt.number);
-    let making = tokio::task::spawn_blocking(move || {
-        Folders::prepare(&shared, index, number, shared.container(index))
-    });
+    let (pod, spec, number) = (Arc::clone(pod), Arc::clone(&attempt.spec), attempt.number);
+    let making = tokio::task::spawn_blocking(move || Folders::prepare(&pod, &spec, number));
     tokio::select! {
         biased;
         made = making => match made {

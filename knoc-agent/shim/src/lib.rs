@@ -7,8 +7,8 @@
 //! - [`report::keep`]: the durable copy of the newest report.
 //! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
 //! - [`staged`]: values that come while the link is down.
-//! - the reaper ([`children`]), the watcher of signals from outside, [`resident::keep_small`], and
-//!   [`scratch::keep_clean`], which removes what ended attempts wrote.
+//! - the reaper ([`children`]), the watcher of signals from outside, and [`scratch::keep_clean`], which removes what
+//!   ended attempts wrote.
 //!
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
@@ -38,7 +38,7 @@ mod plan;
 mod pod;
 mod proc;
 mod report;
-mod resident;
+mod role;
 mod runtime;
 mod scratch;
 mod serve;
@@ -232,7 +232,6 @@ async fn run(
         publisher.note("MemoryOnDisk", why, "");
     }
     let mut reports = publisher.subscribe();
-    background.spawn(resident::keep_small(publisher.subscribe()));
     background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
     keeper.spawn(report::keep(pod.jobdir.clone(), publisher.subscribe()));
@@ -255,7 +254,7 @@ async fn run(
         orders,
         publisher,
         directory,
-    )
+    )?
     .run(values)
     .await;
     if !pod.runtime.isolates() {

@@ -20,6 +20,7 @@ use super::{
     gpus,
     mounts::Mounting,
     oom::OomCounter,
+    role::Role,
     scratch::{Fallback, Scratch},
     volumes::Volumes,
 };
@@ -36,8 +37,6 @@ pub(crate) struct Pod {
     pub(crate) claim: Claim,
     pub(crate) job: pb::JobFile,
     spec: PodSpec,
-    /// By container index.
-    images: Vec<pb::ResolvedImage>,
     pub(crate) runtime: Box<dyn Runtime>,
     pub(crate) agent: PathBuf,
     pub(crate) facts: Facts,
@@ -63,17 +62,6 @@ impl Pod {
         let uid = PodUid::try_from(jobdir.uid())?;
         let spec = PodSpec::accepted_before(uid, job.spec.clone().unwrap_or_default());
         anyhow::ensure!(!spec.containers.is_empty(), "the job file has no container");
-        let images = spec
-            .init_containers
-            .iter()
-            .chain(&spec.containers)
-            .map(|container| {
-                let image = job
-                    .images
-                    .iter()
-                    .find(|image| image.container == container.name);
-                image.cloned().unwrap_or_default()
-            });
         let settings = job.settings.clone().unwrap_or_default();
         let fallback = if settings.memory_on_disk {
             Fallback::Disk
@@ -83,7 +71,6 @@ impl Pod {
         let scratch = Scratch::create(&settings.scratch, fallback)?;
         let runtime = runtime::by_name(&job.runtime, job.runtime_path.as_ref())?;
         Ok(Self {
-            images: images.collect(),
             agent: std::env::current_exe()?,
             facts: facts(&spec, endpoint, runtime.isolates()),
             runtime,
@@ -114,30 +101,19 @@ impl Pod {
         self.job.settings.clone().unwrap_or_default()
     }
 
-    /// All containers, init containers first.
-    pub(crate) fn containers(&self) -> impl Iterator<Item = &pb::Container> {
-        self.spec
-            .init_containers
-            .iter()
-            .chain(&self.spec.containers)
+    /// The containers that the pod starts with, in the order in which their slots are added.
+    pub(crate) fn containers(&self) -> impl Iterator<Item = (Role, &pb::Container)> {
+        let init = self.spec.init_containers.iter();
+        let main = self.spec.containers.iter();
+        init.map(|container| (Role::Init, container))
+            .chain(main.map(|container| (Role::Main, container)))
     }
 
-    #[expect(
-        clippy::expect_used,
-        reason = "indices come from enumerating the same lists"
-    )]
-    pub(crate) fn container(&self, index: usize) -> &pb::Container {
-        self.containers()
-            .nth(index)
-            .expect("an index of the supervisor's")
-    }
-
-    #[expect(
-        clippy::indexing_slicing,
-        reason = "indices come from enumerating the same lists"
-    )]
-    pub(crate) fn image(&self, index: usize) -> &pb::ResolvedImage {
-        &self.images[index]
+    /// The image that the agent resolved for the container of this name.
+    pub(crate) fn image(&self, container: &str) -> pb::ResolvedImage {
+        let mut images = self.job.images.iter();
+        let image = images.find(|image| image.container == container);
+        image.cloned().unwrap_or_default()
     }
 }
 

@@ -16,7 +16,8 @@ use tokio::sync::watch;
 
 use super::{
     container::Ended,
-    plan::{self, Phase, Time},
+    plan::{Health, Phase, Time},
+    role::{ContainerSpec, Role},
 };
 
 /// How many notes are kept.
@@ -48,30 +49,38 @@ pub(crate) struct History {
     pub(crate) ended_before: Option<pb::Terminated>,
 }
 
-/// What a container's state is shown in the light of.
+/// How far one container is.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Light<'a> {
+pub(crate) struct Situation<'a> {
+    pub(crate) phase: Phase,
+    pub(crate) health: Health,
+    pub(crate) history: &'a History,
+}
+
+/// What a container's status depends on beside the container itself.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StatusContext<'a> {
     pub(crate) pod: &'a pb::PodSpec,
-    pub(crate) init: bool,
-    /// Are all init containers done?
+    /// The startup sequence of the pod is over.
     pub(crate) initialized: bool,
+    /// The pod is being stopped: no container is restarted.
     pub(crate) stopping: bool,
-    pub(crate) policy: pb::RestartPolicy,
     /// Why containers wait for values.
     pub(crate) values_missing: Option<&'a str>,
     pub(crate) now: Time,
 }
 
-/// PURE: the state of a container as Kubernetes words it.
-pub(crate) fn state(name: &str, phase: Phase, history: &History, light: &Light<'_>) -> State {
+/// PURE: the state of a container in Kubernetes' own terms.
+fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) -> State {
+    let Situation { phase, history, .. } = now;
     let waiting = |reason: &str, message: &str| {
         State::Waiting(pb::Waiting {
             reason: reason.to_owned(),
             message: message.to_owned(),
         })
     };
-    // Kubernetes' word for every container that was never started, where there are init containers.
-    let creating = if light.pod.init_containers.is_empty() {
+    // In a pod with init containers this is Kubernetes' reason for every container that was never started.
+    let creating = if context.pod.init_containers.is_empty() {
         "ContainerCreating"
     } else {
         "PodInitializing"
@@ -81,15 +90,15 @@ pub(crate) fn state(name: &str, phase: Phase, history: &History, light: &Light<'
             started_at: history.started_at.map(nanos).unwrap_or_default(),
         }),
         Phase::Exited { code, restart_at } => {
-            let over = light.stopping || !plan::restarts(light.policy, light.init, code);
-            if over {
+            if context.stopping || !spec.restart.restarts(code) {
                 return State::Terminated(history.ended.clone().unwrap_or_default());
             }
-            if light.now < restart_at {
-                let (pause, pod) = (history.pause.as_secs(), light.pod);
+            if context.now < restart_at {
+                let (pause, pod) = (history.pause.as_secs(), context.pod);
                 let message = format!(
-                    "back-off {} restarting failed container={name} pod={}_{}({})",
+                    "back-off {} restarting failed container={} pod={}_{}({})",
                     minutes(pause),
+                    spec.name(),
                     pod.name,
                     pod.namespace,
                     pod.uid
@@ -98,8 +107,10 @@ pub(crate) fn state(name: &str, phase: Phase, history: &History, light: &Light<'
             }
             waiting("ContainerCreating", "")
         }
-        Phase::Idle if !light.init && !light.initialized => waiting("PodInitializing", ""),
-        Phase::Idle => match light.values_missing {
+        Phase::Idle if spec.role == Role::Main && !context.initialized => {
+            waiting("PodInitializing", "")
+        }
+        Phase::Idle => match context.values_missing {
             Some(why) => waiting("CreateContainerConfigError", why),
             None => waiting(creating, ""),
         },
@@ -118,30 +129,37 @@ fn minutes(seconds: u64) -> String {
 
 /// PURE: one container's status.
 pub(crate) fn status(
-    container: &pb::Container,
-    image: &pb::ResolvedImage,
-    (phase, history): (Phase, &History),
-    light: &Light<'_>,
+    spec: &ContainerSpec,
+    now: Situation<'_>,
+    context: &StatusContext<'_>,
     container_id: String,
 ) -> pb::ContainerStatus {
-    let state = state(&container.name, phase, history, light);
+    let Situation {
+        phase,
+        health,
+        history,
+    } = now;
+    let state = state(spec, now, context);
     let over = matches!(state, State::Terminated(_));
-    let running = phase == Phase::Running;
-    let succeeded = matches!(phase, Phase::Exited { code: 0, .. });
+    let ready = match spec.role {
+        Role::Init => matches!(phase, Phase::Exited { code: 0, .. }),
+        Role::Sidecar | Role::Main => health.ready,
+        Role::Ephemeral => false,
+    };
     let last = if over {
         &history.ended_before
     } else {
         &history.ended
     };
     pb::ContainerStatus {
-        name: container.name.clone(),
+        name: spec.name().to_owned(),
         state: Some(state),
         last_termination: last.clone(),
         restart_count: i32::try_from(history.attempt).unwrap_or(i32::MAX),
-        ready: if light.init { succeeded } else { running },
-        started: running,
-        image: container.image.clone(),
-        image_id: image.image_id.clone(),
+        ready,
+        started: health.started,
+        image: spec.container.image.clone(),
+        image_id: spec.image.image_id.clone(),
         container_id: if phase == Phase::Idle {
             String::new()
         } else {
@@ -283,7 +301,10 @@ async fn write(jobdir: &JobDir, report: pb::Report) -> Result<(), String> {
 mod tests {
     use tokio::task::JoinSet;
 
-    use super::*;
+    use super::{
+        super::role::{RestartRule, SlotId},
+        *,
+    };
 
     /// How long a test waits for a level, in paused time.
     const SOON: Duration = Duration::from_hours(1);
@@ -309,6 +330,62 @@ mod tests {
         looked.unwrap_or_else(|_| panic!("never written"))
     }
 
+    fn spec(role: Role) -> ContainerSpec {
+        ContainerSpec {
+            id: SlotId::after(0),
+            role,
+            restart: RestartRule::of(role, pb::RestartPolicy::Always),
+            container: pb::Container {
+                name: "main".to_owned(),
+                ..Default::default()
+            },
+            image: pb::ResolvedImage::default(),
+        }
+    }
+
+    #[test]
+    fn ready_and_started_are_what_the_probes_say_and_not_that_the_program_runs() {
+        let pod = pb::PodSpec::default();
+        let history = History::default();
+        let context = StatusContext {
+            pod: &pod,
+            initialized: true,
+            stopping: false,
+            values_missing: None,
+            now: Duration::ZERO,
+        };
+        let shown = |role, phase, health| {
+            let situation = Situation {
+                phase,
+                health,
+                history: &history,
+            };
+            let status = status(&spec(role), situation, &context, String::new());
+            (status.started, status.ready)
+        };
+        let not_ready = Health {
+            ready: false,
+            ..Health::unprobed()
+        };
+        let succeeded = Phase::Exited {
+            code: 0,
+            restart_at: Duration::ZERO,
+        };
+        for role in [Role::Main, Role::Sidecar] {
+            let shown = |phase, health| shown(role, phase, health);
+            assert_eq!(shown(Phase::Running, Health::unprobed()), (true, true));
+            assert_eq!(shown(Phase::Running, not_ready), (true, false));
+            assert_eq!(shown(Phase::Running, Health::down()), (false, false));
+            assert_eq!(shown(succeeded, Health::down()), (false, false));
+        }
+        // An init container is ready when it is done; nobody waits for an ephemeral one to be ready.
+        let init = |phase, health| shown(Role::Init, phase, health);
+        assert_eq!(init(Phase::Running, Health::unprobed()), (true, false));
+        assert_eq!(init(succeeded, Health::down()), (false, true));
+        let ephemeral = shown(Role::Ephemeral, Phase::Running, Health::unprobed());
+        assert_eq!(ephemeral, (true, false));
+    }
+
     #[test]
     fn a_container_that_waits_says_so_as_a_kubelet_does() {
         let pod = pb::PodSpec {
@@ -326,16 +403,19 @@ mod tests {
                 pause: Duration::from_secs(pause),
                 ..History::default()
             };
-            let light = Light {
+            let situation = Situation {
+                phase,
+                health: Health::down(),
+                history: &history,
+            };
+            let context = StatusContext {
                 pod: &pod,
-                init: false,
                 initialized: true,
                 stopping: false,
-                policy: pb::RestartPolicy::Always,
                 values_missing: None,
                 now: Duration::from_secs(now),
             };
-            match state("main", phase, &history, &light) {
+            match state(&spec(Role::Main), situation, &context) {
                 State::Waiting(waiting) => [waiting.reason, waiting.message],
                 state @ (State::Running(_) | State::Terminated(_)) => panic!("{state:?}"),
             }

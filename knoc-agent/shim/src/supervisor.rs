@@ -1,11 +1,13 @@
 //! Task: the pod's supervisor. Owns the state of all containers; the only one to start and end them.
 //!
-//! Wakes on events of its attempts, on [`Command`]s (from the link, from signals), and on time. Each time it asks
-//! [`plan::decide`] and performs the answer, then publishes the report and the [`Directory`].
+//! It wakes on events of its attempts, on [`Command`]s (from the link, from signals), and on time. Each time it asks
+//! [`plan::decide`] and performs the answer, then publishes the report and the [`Directory`]. What is known about a
+//! container is in its [`slot`]; whoever works for a container (an attempt today) names it by its [`SlotId`].
 
-mod patience;
 mod slot;
+mod slots;
 mod stats;
+mod timeouts;
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,21 +17,24 @@ use knoc_proto::{
     error::chain,
     pb::{self, EndedBy, OutcomeKind},
 };
-use rustix::process::Signal;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
     time::{Instant, sleep_until},
 };
 
-use self::{patience::Patience, slot::Slot};
+use self::{
+    slot::Slot,
+    slots::{DuplicateName, Slots},
+    timeouts::{Expired, Timeouts},
+};
 use super::{
-    container::{self, Attempt, Ended, Event, News, Program},
+    container::{self, Attempt, Ended, Event, News},
     directory::Directory,
-    plan::{self, Action, Backoff, Phase, Plan, Signalled, Time, View},
+    plan::{self, Action, Backoff, Phase, Plan, Progress, StopStage, Time, View},
     pod::Pod,
-    report::{self, Light, Publisher},
-    signals,
+    report::{self, Publisher, Situation, StatusContext},
+    role::{Role, SlotId},
     usage::{Counters, Sample},
 };
 
@@ -69,13 +74,13 @@ struct Stop {
 pub(crate) struct Supervisor {
     pod: Arc<Pod>,
     began: Instant,
-    slots: Vec<Slot>,
+    slots: Slots,
     values: Option<Arc<pb::PodValues>>,
-    /// Why there are none, in words.
+    /// Why there are none, for people.
     values_missing: String,
-    patience: Patience,
+    timeouts: Timeouts,
     stop: Option<Stop>,
-    attempts: JoinSet<(usize, Ended)>,
+    attempts: JoinSet<(SlotId, Ended)>,
     events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
     commands: mpsc::Receiver<Command>,
     publisher: Publisher,
@@ -91,34 +96,32 @@ impl Supervisor {
         commands: mpsc::Receiver<Command>,
         publisher: Publisher,
         directory: watch::Sender<Arc<Directory>>,
-    ) -> Self {
+    ) -> Result<Self, DuplicateName> {
         let settings = pod.settings();
-        let or = |millis: i64, default| {
-            u64::try_from(millis)
-                .ok()
-                .filter(|n| *n > 0)
-                .map_or(default, Duration::from_millis)
-        };
+        let or = |millis, default| positive(millis).map_or(default, Duration::from_millis);
         let backoff = Backoff::new(
             or(settings.backoff_initial_ms, BACKOFF_INITIAL),
             or(settings.backoff_max_ms, BACKOFF_MAX),
         );
+        let deadline = pod.spec().deadline();
+        let timeouts = Timeouts::new(deadline, or(settings.values_wait_ms, VALUES_WAIT));
         let before = |name: &str| {
             let report = previous?;
             let mut all = report.init_containers.iter().chain(&report.containers);
             all.find(|status| status.name == name)
         };
-        let slots = pod
-            .containers()
-            .map(|c| Slot::new(backoff, before(&c.name)))
-            .collect();
-        Self {
+        let mut slots = Slots::new(pod.spec().restart_policy(), backoff);
+        for (role, container) in pod.containers() {
+            let (name, container) = (&container.name, container.clone());
+            slots.add(role, container, pod.image(name), before(name))?;
+        }
+        Ok(Self {
             pod,
             began: Instant::now(),
             slots,
             values: None,
             values_missing: "waits for its values from the agent".to_owned(),
-            patience: Patience::new(or(settings.values_wait_ms, VALUES_WAIT)),
+            timeouts,
             stop: None,
             attempts: JoinSet::new(),
             events: mpsc::channel(EVENTS),
@@ -126,7 +129,7 @@ impl Supervisor {
             publisher,
             directory,
             shown: Counters::default(),
-        }
+        })
     }
 
     /// Runs the pod to its end; the final report is published when this returns.
@@ -137,14 +140,18 @@ impl Supervisor {
             tracing::error!("the staged values cannot be used: {error}");
         }
         loop {
-            self.check_deadline();
-            self.check_values();
+            self.check_timeouts();
             let plan = plan::decide(&self.view());
             for action in &plan.actions {
                 self.perform(*action);
             }
-            if plan.finished {
-                break;
+            match plan.progress {
+                Progress::Running => {}
+                Progress::Completed => {
+                    self.order_stop(self.pod.spec().grace(), EndedBy::Themselves, String::new());
+                    continue;
+                }
+                Progress::Finished => break,
             }
             self.publish();
             self.wait(&plan).await;
@@ -156,31 +163,23 @@ impl Supervisor {
         self.began.elapsed()
     }
 
-    fn deadline(&self) -> Option<Time> {
-        let deadline = self.pod.spec().deadline()?;
-        self.stop.is_none().then_some(deadline)
-    }
-
-    fn check_deadline(&mut self) {
-        if self
-            .deadline()
-            .is_some_and(|deadline| self.now() >= deadline)
-        {
-            let grace = self.pod.spec().grace();
-            let reason = "Pod was active on the node longer than the specified deadline";
-            self.order_stop(grace, EndedBy::Deadline, reason.to_owned());
-        }
-    }
-
-    /// A pod that never gets its values gives its nodes back.
-    fn check_values(&mut self) {
-        if self.patience.is_over(&self.view()) {
-            let (missing, waited) = (&self.values_missing, self.patience.limit().as_secs());
-            let reason = format!(
-                "gave up after {waited} s: {missing}; see that kubelet, agent and the link to the job work, then create \
-                 the pod again"
-            );
-            self.order_stop(Duration::ZERO, EndedBy::NoValues, reason);
+    fn check_timeouts(&mut self) {
+        match self.timeouts.check(&self.view()) {
+            None => {}
+            Some(Expired::ActiveDeadline) => {
+                let reason = "Pod was active on the node longer than the specified deadline";
+                self.order_stop(self.pod.spec().grace(), EndedBy::Deadline, reason.to_owned());
+            }
+            // A pod that never gets its values gives its nodes back.
+            Some(Expired::Values(waited)) => {
+                let reason = format!(
+                    "gave up after {} s: {}; see that kubelet, agent and the link to the job work, then create the pod \
+                     again",
+                    waited.as_secs(),
+                    self.values_missing
+                );
+                self.order_stop(Duration::ZERO, EndedBy::NoValues, reason);
+            }
         }
     }
 
@@ -196,9 +195,7 @@ impl Supervisor {
 
     fn view(&self) -> View {
         View {
-            containers: self.slots.iter().map(Slot::view).collect(),
-            init: self.pod.spec().init_containers.len(),
-            policy: self.pod.spec().restart_policy(),
+            containers: self.slots.view(),
             values: self.has_values(),
             kill_at: self.stop.as_ref().map(|stop| stop.kill_at),
             now: self.now(),
@@ -206,7 +203,7 @@ impl Supervisor {
     }
 
     async fn wait(&mut self, plan: &Plan) {
-        let wake = [plan.wake, self.deadline(), self.patience.ends()]
+        let wake = [plan.wake, self.timeouts.next(self.stop.is_some())]
             .into_iter()
             .flatten()
             .min()
@@ -215,7 +212,7 @@ impl Supervisor {
             biased;
             Some(event) = self.events.1.recv() => self.news(event),
             Some(ended) = self.attempts.join_next() => match ended {
-                Ok((index, ended)) => self.ended(index, &ended),
+                Ok((id, ended)) => self.ended(id, &ended),
                 Err(error) => tracing::error!("an attempt's task failed: {error}"),
             },
             Some(command) = self.commands.recv() => self.obey(command),
@@ -269,43 +266,31 @@ impl Supervisor {
     }
 
     fn perform(&mut self, action: Action) {
-        let isolated = self.pod.runtime.isolates();
         match action {
-            Action::Start(index) => self.start(index),
-            Action::Term(index) => {
-                let Some(slot) = self.slots.get_mut(index) else {
-                    return;
-                };
-                slot.signalled = Signalled::Term;
-                match &slot.program {
-                    Some(program) => signals::to_program(program.identity, Signal::TERM),
-                    // It does not run yet: nobody could take the signal.
-                    None => slot.abort.cancel(),
-                }
-            }
-            Action::Kill(index) => {
-                let Some(slot) = self.slots.get_mut(index) else {
-                    return;
-                };
-                slot.signalled = Signalled::Kill;
-                if let Some(program) = &slot.program {
-                    signals::kill_all(program.identity, isolated);
-                }
-                slot.abort.cancel();
-            }
+            Action::Start(id) => self.start(id),
+            Action::PreStop(id) => self.stop_container(id, StopStage::PreStop),
+            Action::Term(id) => self.stop_container(id, StopStage::Term),
+            Action::Kill(id) => self.stop_container(id, StopStage::Kill),
         }
     }
 
-    fn start(&mut self, index: usize) {
+    fn stop_container(&mut self, id: SlotId, stage: StopStage) {
+        let isolated = self.pod.runtime.isolates();
+        if let Some(slot) = self.slots.get_mut(id) {
+            slot.stop(stage, isolated);
+        }
+    }
+
+    fn start(&mut self, id: SlotId) {
         let Some(values) = self.values.clone() else {
             return;
         };
-        let Some(slot) = self.slots.get_mut(index) else {
+        let Some(slot) = self.slots.get_mut(id) else {
             return;
         };
         let written = slot.begin();
         let attempt = Attempt {
-            index,
+            spec: Arc::clone(&slot.spec),
             number: slot.history.attempt,
             values,
             written,
@@ -314,96 +299,64 @@ impl Supervisor {
         };
         let pod = Arc::clone(&self.pod);
         self.attempts
-            .spawn(async move { (index, container::run(pod, attempt).await) });
+            .spawn(async move { (id, container::run(pod, attempt).await) });
     }
 
     fn news(&mut self, event: Event) {
+        let Some(slot) = self.slots.get_mut(event.id) else {
+            return;
+        };
         match event.news {
             News::Running {
                 program,
                 started_at,
-            } => self.running(event.index, program, started_at),
-            News::Lost(losses) => self.note_lost_lines(event.index, &losses),
+            } => slot.running(program, started_at),
+            News::Lost(losses) => note_lost_lines(slot, &mut self.publisher, &losses),
         }
     }
 
-    fn running(&mut self, index: usize, program: Arc<Program>, started_at: Timestamp) {
-        let Some(slot) = self.slots.get_mut(index) else {
-            return;
-        };
-        slot.phase = Phase::Running;
-        slot.history.started_at = Some(started_at);
-        // A stop may have come in between: its signal is sent again by the next plan.
-        if slot.signalled == Signalled::Term {
-            slot.signalled = Signalled::Nothing;
-        }
-        slot.program = Some(program);
-    }
-
-    /// Says how many lines of this attempt's log were lost so far, where it are more than was said.
-    fn note_lost_lines(&mut self, index: usize, losses: &Losses) {
-        let Some(slot) = self.slots.get_mut(index) else {
-            return;
-        };
-        if losses.lines <= slot.lost_lines {
-            return;
-        }
-        slot.lost_lines = losses.lines;
-        let why = losses.error.as_deref().unwrap_or("the file system hangs");
-        let message = format!("{} log lines could not be written: {why}", losses.lines);
-        let name = self.pod.container(index).name.clone();
-        self.publisher.note("LogLinesLost", message, &name);
-    }
-
-    fn ended(&mut self, index: usize, ended: &Ended) {
-        let id = self.container_id(index);
+    fn ended(&mut self, id: SlotId, ended: &Ended) {
         let now = self.now();
-        let Some(slot) = self.slots.get_mut(index) else {
+        let Some(slot) = self.slots.get_mut(id) else {
             return;
         };
-        slot.end(ended, id, now);
+        slot.end(ended, container_id(&self.pod, slot), now);
         let losses = &ended.losses;
-        self.note_lost_lines(index, losses);
-        let name = self.pod.container(index).name.clone();
+        note_lost_lines(slot, &mut self.publisher, losses);
         if losses.files > 0 {
             let message = format!("{} rotated log files were dropped", losses.files);
-            self.publisher.note("LogFilesDropped", message, &name);
+            self.publisher
+                .note("LogFilesDropped", message, slot.spec.name());
         }
     }
 
-    fn container_id(&self, index: usize) -> String {
-        let attempt = self.slots.get(index).map_or(0, |slot| slot.history.attempt);
-        let runtime = self.pod.runtime.name();
-        let (job, name) = (&self.pod.claim.job_id, &self.pod.container(index).name);
-        format!("{runtime}://{job}.{name}.{attempt}")
-    }
-
+    /// The statuses of init containers and sidecars, and those of the main containers. A report has no field for
+    /// ephemeral containers yet.
     fn statuses(&self) -> (Vec<pb::ContainerStatus>, Vec<pb::ContainerStatus>) {
         let view = self.view();
-        let done = |slot: &Slot| matches!(slot.phase, Phase::Exited { code: 0, .. });
-        let initialized = self.slots.iter().take(view.init).all(done);
-        let missing = (!view.values).then_some(self.values_missing.as_str());
-        let mut all: Vec<_> = self
-            .slots
-            .iter()
-            .enumerate()
-            .map(|(index, slot)| {
-                let light = Light {
-                    pod: self.pod.spec(),
-                    init: index < view.init,
-                    initialized,
-                    stopping: self.stop.is_some(),
-                    policy: view.policy,
-                    values_missing: missing,
-                    now: view.now,
-                };
-                let state = (slot.phase, &slot.history);
-                let (container, image) = (self.pod.container(index), self.pod.image(index));
-                report::status(container, image, state, &light, self.container_id(index))
-            })
-            .collect();
-        let main = all.split_off(view.init);
-        (all, main)
+        let context = StatusContext {
+            pod: self.pod.spec(),
+            initialized: view.initialized(),
+            stopping: self.stop.is_some(),
+            values_missing: (!view.values).then_some(self.values_missing.as_str()),
+            now: view.now,
+        };
+        let (mut init, mut main) = (Vec::new(), Vec::new());
+        for slot in self.slots.iter() {
+            let statuses = match slot.spec.role {
+                Role::Init | Role::Sidecar => &mut init,
+                Role::Main => &mut main,
+                Role::Ephemeral => continue,
+            };
+            let situation = Situation {
+                phase: slot.phase,
+                health: slot.health,
+                history: &slot.history,
+            };
+            let id = container_id(&self.pod, slot);
+            statuses.push(report::status(&slot.spec, situation, &context, id));
+        }
+        (init, main)
     }
 
     fn publish(&mut self) {
@@ -428,13 +381,10 @@ impl Supervisor {
     }
 
     fn publish_directory(&self) {
-        let names = self
-            .pod
-            .containers()
-            .map(|container| container.name.clone());
-        let entries = self.slots.iter().map(Slot::entry);
+        let slots = self.slots.iter();
+        let entries = slots.map(|slot| (slot.spec.name().to_owned(), slot.entry()));
         self.directory
-            .send_replace(Arc::new(Directory::new(names.zip(entries))));
+            .send_replace(Arc::new(Directory::new(entries)));
     }
 
     fn finish(&mut self) {
@@ -443,8 +393,8 @@ impl Supervisor {
             .stop
             .as_ref()
             .map_or(EndedBy::Themselves, |stop| stop.by);
-        let succeeded = self.slots.iter().all(Slot::succeeded)
-            && matches!(by, EndedBy::Themselves | EndedBy::Stop);
+        let succeeded =
+            self.view().succeeded() && matches!(by, EndedBy::Themselves | EndedBy::Stop);
         let outcome = if succeeded {
             OutcomeKind::Succeeded
         } else {
@@ -479,4 +429,26 @@ impl Supervisor {
         });
         self.publish_directory();
     }
+}
+
+/// Says how many lines of this attempt's log were lost so far, if these are more than was said before.
+fn note_lost_lines(slot: &mut Slot, publisher: &mut Publisher, losses: &Losses) {
+    if losses.lines <= slot.lost_lines {
+        return;
+    }
+    slot.lost_lines = losses.lines;
+    let why = losses.error.as_deref().unwrap_or("the file system hangs");
+    let message = format!("{} log lines could not be written: {why}", losses.lines);
+    publisher.note("LogLinesLost", message, slot.spec.name());
+}
+
+/// The id of the running attempt, or of the last one.
+fn container_id(pod: &Pod, slot: &Slot) -> String {
+    let runtime = pod.runtime.name();
+    let (job, name, attempt) = (&pod.claim.job_id, slot.spec.name(), slot.history.attempt);
+    format!("{runtime}://{job}.{name}.{attempt}")
+}
+
+fn positive(number: i64) -> Option<u64> {
+    u64::try_from(number).ok().filter(|number| *number > 0)
 }

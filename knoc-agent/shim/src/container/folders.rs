@@ -17,6 +17,7 @@ use super::super::{
     mounts::{Mounts, NameError},
     places::{self, Link},
     pod::Pod,
+    role::ContainerSpec,
     scratch::{ScratchError, Trash},
     volumes::{Mounted, VolumeError},
 };
@@ -79,11 +80,11 @@ pub(super) struct Folders {
 impl Folders {
     pub(super) fn prepare(
         pod: &Pod,
-        index: usize,
+        spec: &ContainerSpec,
         number: u32,
-        container: &pb::Container,
     ) -> Result<Self, PrepareError> {
-        let folder = |kind: &str| pod.scratch.disk(&format!("{kind}{index}-{number}"));
+        let (id, container) = (spec.id, &spec.container);
+        let folder = |kind: &str| pod.scratch.disk(&format!("{kind}{id}-{number}"));
         let private = folder("p")?;
         let mut volumes = pod.volumes.mounts(&container.mounts)?;
         if pod.runtime.isolates() {
@@ -95,7 +96,7 @@ impl Folders {
             shared: folder("c")?,
             root: folder("r")?,
             work: folder("w")?,
-            mounts: Mounts::new(pod.image(index), pod.agent.clone(), private.clone()),
+            mounts: Mounts::new(&spec.image, pod.agent.clone(), private.clone()),
             private,
             links: Vec::new(),
             temporary: Vec::new(),

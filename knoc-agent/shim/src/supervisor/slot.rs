@@ -1,25 +1,33 @@
-//! One container as the supervisor keeps it.
+//! One container as the supervisor keeps it: what the pod asks for, how its attempts went, and how its stop goes.
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use knoc_contract::logs::read::Follow;
 use knoc_proto::pb::{self, container_status::State};
+use rustix::process::Signal;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::super::{
     container::{Ended, Program},
     directory::{Entry, Log},
-    plan::{Backoff, Container, Phase, Signalled, Time},
+    plan::{Backoff, Container, Health, Phase, StopStage, Time},
     report::{self, History},
+    role::ContainerSpec,
+    signals,
     usage::{Account, Counters},
 };
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Slot {
+    pub(super) spec: Arc<ContainerSpec>,
     pub(super) phase: Phase,
-    pub(super) signalled: Signalled,
+    /// What its probes say. A container without probes is healthy as soon as its program runs.
+    pub(super) health: Health,
+    /// How far the stop of the running attempt has gone.
+    stop: StopStage,
     pub(super) history: History,
     pub(super) program: Option<Arc<Program>>,
     pub(super) abort: CancellationToken,
@@ -39,8 +47,12 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// A container that was not started in this job; `before`: what an earlier run of the job reported of it.
-    pub(super) fn new(backoff: Backoff, before: Option<&pb::ContainerStatus>) -> Self {
+    /// A container that was not started in this job; `before` is what an earlier run of the job reported about it.
+    pub(super) fn new(
+        spec: ContainerSpec,
+        backoff: Backoff,
+        before: Option<&pb::ContainerStatus>,
+    ) -> Self {
         let mut history = History::default();
         let mut tried = false;
         if let Some(before) = before {
@@ -55,8 +67,10 @@ impl Slot {
             };
         }
         Self {
+            spec: Arc::new(spec),
             phase: Phase::Idle,
-            signalled: Signalled::Nothing,
+            health: Health::down(),
+            stop: StopStage::NotStopped,
             history,
             program: None,
             abort: CancellationToken::new(),
@@ -73,23 +87,26 @@ impl Slot {
 
     pub(super) fn view(&self) -> Container {
         Container {
+            id: self.spec.id,
+            role: self.spec.role,
+            restart: self.spec.restart,
             phase: self.phase,
-            signalled: self.signalled,
+            health: self.health,
+            stop: self.stop,
+            // No container has a hook: pod.proto has no field for one.
+            pre_stop_pending: false,
         }
     }
 
-    pub(super) fn succeeded(&self) -> bool {
-        matches!(self.phase, Phase::Exited { code: 0, .. })
-    }
-
-    /// A new attempt begins; answers where its log's news go.
+    /// A new attempt begins. Returns the channel on which it says how much of its log is written.
     pub(super) fn begin(&mut self) -> watch::Sender<u64> {
         if self.tried {
             self.history.attempt += 1;
         }
         self.tried = true;
         self.phase = Phase::Starting;
-        self.signalled = Signalled::Nothing;
+        self.health = Health::down();
+        self.stop = StopStage::NotStopped;
         self.abort = CancellationToken::new();
         self.history.started_at = None;
         self.lost_lines = 0;
@@ -108,10 +125,43 @@ impl Slot {
         written
     }
 
+    /// The program runs.
+    pub(super) fn running(&mut self, program: Arc<Program>, started_at: Timestamp) {
+        self.phase = Phase::Running;
+        self.health = Health::unprobed();
+        self.history.started_at = Some(started_at);
+        // A stop may have come before there was a program to send TERM to. The next plan sends it again.
+        if self.stop == StopStage::Term {
+            self.stop = StopStage::NotStopped;
+        }
+        self.program = Some(program);
+    }
+
+    /// Takes a step of the stop. `isolated`: the container has a PID namespace of its own.
+    pub(super) fn stop(&mut self, stage: StopStage, isolated: bool) {
+        self.stop = stage;
+        match stage {
+            // A hook starts here, as a task of the supervisor; its end is an event that lets the plan send TERM.
+            StopStage::NotStopped | StopStage::PreStop => {}
+            StopStage::Term => match &self.program {
+                Some(program) => signals::to_program(program.identity, Signal::TERM),
+                // The program does not run yet: there is nothing that could take the signal.
+                None => self.abort.cancel(),
+            },
+            StopStage::Kill => {
+                if let Some(program) = &self.program {
+                    signals::kill_all(program.identity, isolated);
+                }
+                self.abort.cancel();
+            }
+        }
+    }
+
     /// The attempt ended.
     pub(super) fn end(&mut self, ended: &Ended, id: String, now: Time) {
         let started_at = self.history.started_at;
         self.program = None;
+        self.health = Health::down();
         let mut account = std::mem::take(&mut self.account);
         self.used_before = self.used_before + account.end(ended.used);
         if let Some(ending) = self.ending.take() {

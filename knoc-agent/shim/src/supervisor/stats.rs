@@ -17,7 +17,7 @@ impl Supervisor {
         let isolated = self.pod.runtime.isolates();
         let time = nanos(Timestamp::now());
         let mut containers = Vec::new();
-        for (index, slot) in self.slots.iter_mut().enumerate() {
+        for slot in self.slots.iter_mut() {
             let (Some(program), Some(started_at)) = (&slot.program, slot.history.started_at) else {
                 continue;
             };
@@ -28,7 +28,7 @@ impl Supervisor {
             }
             let counters = slot.account.take(&members);
             containers.push(pb::ContainerStats {
-                name: self.pod.container(index).name.clone(),
+                name: slot.spec.name().to_owned(),
                 started_at: nanos(started_at),
                 usage: Some(of_processes(time, counters, &members)),
             });
