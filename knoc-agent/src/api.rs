@@ -33,7 +33,7 @@ use tonic::{Request, Response, Status, Streaming, service::interceptor::Intercep
 use self::host_paths::HostPaths;
 use crate::{
     doctor,
-    pod::actor::Refused,
+    pod::input::Refused,
     policy::nodes::may_lead,
     registry::{
         Registry,

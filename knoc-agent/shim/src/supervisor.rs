@@ -168,7 +168,11 @@ impl Supervisor {
             None => {}
             Some(Expired::ActiveDeadline) => {
                 let reason = "Pod was active on the node longer than the specified deadline";
-                self.order_stop(self.pod.spec().grace(), EndedBy::Deadline, reason.to_owned());
+                self.order_stop(
+                    self.pod.spec().grace(),
+                    EndedBy::Deadline,
+                    reason.to_owned(),
+                );
             }
             // A pod that never gets its values gives its nodes back.
             Some(Expired::Values(waited)) => {

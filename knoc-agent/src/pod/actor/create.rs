@@ -8,10 +8,11 @@ use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, pb, pod::PodValues, reason::ErrorReason};
 use tokio::sync::mpsc;
 
-use super::{Actor, Input, NewActor, Refused, Reply, Restored, facts, not_found};
+use super::{Actor, NewActor, Restored, facts, not_found};
 use crate::{
     config::AtRest,
     pod::{
+        input::{Input, Refused, Reply},
         record::Record,
         stage,
         state::{BeforeJob, Effect, Event, Pod, State, step},

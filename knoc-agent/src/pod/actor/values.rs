@@ -12,10 +12,13 @@ use knoc_proto::{error::chain, ids::PodUid, pb, pod::PodValues, reason::ErrorRea
 use tokio::task::AbortHandle;
 use tonic::Request;
 
-use super::{Actor, Refused};
+use super::Actor;
 use crate::{
     config::AtRest,
-    pod::state::{Effect, Event, Pod},
+    pod::{
+        input::Refused,
+        state::{Effect, Event, Pod},
+    },
     shims::{Client, DEADLINE},
     site::Site,
 };
