@@ -7,11 +7,13 @@
 //! change something carry the cluster ID and a leadership epoch. Both are checked first, and
 //! recorded only after the rest of the request was found valid.
 
-mod admit;
+mod admission;
 pub mod gate;
+mod host_paths;
 mod lead;
 mod logs;
 pub(crate) mod renew;
+mod shim_link;
 mod stats;
 mod streams;
 mod watch;
@@ -31,6 +33,7 @@ use tokio::sync::watch::Receiver;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming, service::interceptor::InterceptedService};
 
+use self::host_paths::HostPaths;
 use crate::{
     doctor,
     pod::input::Refused,
@@ -83,6 +86,7 @@ struct Shared {
     /// The tasks that read log files.
     tasks: TaskTracker,
     stats: Arc<Stats>,
+    host_paths: HostPaths,
 }
 
 impl Service {
@@ -110,6 +114,7 @@ impl Service {
             stop,
             tasks,
             stats: Arc::default(),
+            host_paths: HostPaths::default(),
         }))
     }
 
@@ -318,16 +323,12 @@ impl pb::agent_server::Agent for Service {
         let values = PodValues::check(values, &spec).map_err(|error| invalid(&error))?;
         let site = &self.0.site;
         if site.board.get(spec.uid().as_str()).is_none() {
-            admit::pod(site, &spec, &request.cluster_id)?;
+            let host_paths = &self.0.host_paths;
+            admission::admit(site, host_paths, &spec, &request.cluster_id).await?;
         }
         self.claim(&checked).await?;
-        let uid = spec.uid().clone();
-        let (spec, values) = (spec.into_inner(), values.into_inner());
-        let ensured = self
-            .0
-            .registry
-            .ensure(&uid, spec, values, request.cluster_id)
-            .await;
+        let registry = &self.0.registry;
+        let ensured = registry.ensure(spec, values, request.cluster_id).await;
         let (pod, created) = ensured.map_err(refused)?;
         Ok(Response::new(pb::EnsurePodResponse {
             pod: Some(pod),
@@ -521,7 +522,7 @@ fn warn_of_leadership(peer: Option<&Peer>, node: &str, nodes: &BTreeMap<String, 
 fn submit_request(site: &Site, spec: &PodSpec, cluster_id: &str) -> SubmitRequest {
     SubmitRequest {
         uid: spec.uid().clone(),
-        spec: Arc::new((**spec).clone()),
+        spec: Arc::new(spec.clone()),
         cluster_id: cluster_id.to_owned(),
         attempt: 1,
         jobdir: site.state.pod(spec.uid()).path().to_owned(),

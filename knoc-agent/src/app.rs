@@ -150,7 +150,7 @@ impl App {
             servers.spawn(api::serve(service.clone(), incoming, stop.child_token()));
         }
         drop(service);
-        site.hurry.notify_one();
+        site.poll_soon.notify_one();
         tokio::select! {
             biased;
             () = shutdown.cancelled() => tracing::info!("stopping; jobs are not touched"),

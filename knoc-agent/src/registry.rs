@@ -15,13 +15,19 @@ use std::{
 };
 
 use knoc_contract::jobdir::JobDirError;
-use knoc_proto::{error::chain, ids::PodUid, pb, reason::ErrorReason};
+use knoc_proto::{
+    error::chain,
+    ids::PodUid,
+    pb,
+    pod::{PodSpec, PodValues},
+    reason::ErrorReason,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     pod::{
-        actor::{self, Actor, Restored},
+        actor::{self, NewActor, Restored},
         input::{INPUTS, Input, Refused, Reply, Wanted},
     },
     site::Site,
@@ -124,11 +130,11 @@ impl Registry {
     /// Handles `EnsurePod`.
     pub async fn ensure(
         &self,
-        uid: &PodUid,
-        spec: pb::PodSpec,
-        values: pb::PodValues,
+        spec: PodSpec,
+        values: PodValues,
         cluster_id: String,
     ) -> Result<(pb::PodObserved, bool), Refused> {
+        let uid = spec.uid();
         let handle = {
             let mut pods = self.lock();
             match pods.get(uid).filter(|handle| !handle.input.is_closed()) {
@@ -227,7 +233,7 @@ impl Registry {
         let (input, inputs) = mpsc::channel(INPUTS);
         let (wants, wanted) = watch::channel(Wanted::default());
         let site = Arc::clone(&self.site);
-        let actor = Actor::new(site, uid.clone(), input.downgrade(), wants);
+        let actor = NewActor::new(site, uid.clone(), input.downgrade(), wants);
         self.tasks
             .spawn(actor.run(restored, inputs, self.stop.child_token()));
         Handle { input, wanted }

@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use knoc_contract::jobdir::JobDirError;
 use knoc_proto::ids::{JobId, PodUid};
 use knoc_proto::pb;
+use knoc_proto::pod::PodSpec;
 
 use crate::command::CommandError;
 
@@ -32,8 +33,8 @@ pub use view::{
 pub struct SubmitRequest {
     /// The pod.
     pub uid: PodUid,
-    /// The pod's spec.
-    pub spec: Arc<pb::PodSpec>,
+    /// The pod's spec, as it was checked.
+    pub spec: Arc<PodSpec>,
     /// UID of the cluster's kube-system namespace; empty for pods without Kubernetes.
     pub cluster_id: String,
     /// Counts the submissions of this pod.

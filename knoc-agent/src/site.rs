@@ -59,7 +59,7 @@ pub struct Site {
     /// Links of live shims.
     pub shims: ShimLinks,
     /// Wakes the poller: something is expected.
-    pub hurry: Arc<Notify>,
+    pub poll_soon: Arc<Notify>,
     /// Bounds how many new pods are put on disk at the same time: each syncs its files by as many threads.
     pub accepting: Semaphore,
     /// A pod's actor ends: its handle may go.

@@ -17,7 +17,7 @@ use knoc_proto::{
 };
 use tonic::{Code, Response, Status, Streaming};
 
-use super::admit;
+use super::shim_link;
 use crate::site::Site;
 
 /// A shim answers within milliseconds, even if its job was resumed after the last poll.
@@ -32,7 +32,7 @@ pub(super) async fn exec(site: &Site, mut inputs: Messages<ExecInput>) -> Answer
         return Err(misplaced("start"));
     };
     let uid = super::uid(&start.uid)?;
-    let mut client = admit::running(site, &uid)?;
+    let mut client = shim_link::client(site, &uid)?;
     let outputs = client.exec(bulk::request_body(inputs.into_body()));
     begin(site, uid, outputs).await
 }
@@ -42,7 +42,7 @@ pub(super) async fn attach(site: &Site, mut inputs: Messages<ExecInput>) -> Answ
         return Err(misplaced("attach"));
     };
     let uid = super::uid(&start.uid)?;
-    let mut client = admit::able(site, &uid, "attach")?;
+    let mut client = shim_link::client_with(site, &uid, "attach")?;
     let outputs = client.attach(bulk::request_body(inputs.into_body()));
     begin(site, uid, outputs).await
 }
@@ -56,7 +56,7 @@ pub(super) async fn port_forward(
         return Err(misplaced("start"));
     };
     let uid = super::uid(&start.uid)?;
-    let mut client = admit::able(site, &uid, "port-forward")?;
+    let mut client = shim_link::client_with(site, &uid, "port-forward")?;
     let outputs = client.port_forward(bulk::request_body(inputs.into_body()));
     begin(site, uid, outputs).await
 }
@@ -82,13 +82,13 @@ async fn until_suspended(site: &Site, uid: &PodUid) -> Status {
     let mut changes = site.board.subscribe();
     // The shim of a job that was resumed a moment ago answers before this.
     tokio::time::sleep(RESUMED).await;
-    if let Some(suspended) = admit::suspended(site, uid) {
+    if let Some(suspended) = shim_link::suspended(site, uid) {
         return suspended;
     }
     tokio::time::sleep(SILENT).await;
-    site.hurry.notify_one();
+    site.poll_soon.notify_one();
     loop {
-        if let Some(suspended) = admit::suspended(site, uid) {
+        if let Some(suspended) = shim_link::suspended(site, uid) {
             return suspended;
         }
         if changes.changed().await.is_err() {

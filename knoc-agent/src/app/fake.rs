@@ -3,7 +3,11 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use knoc_proto::{ids::PodUid, pb};
+use knoc_proto::{
+    ids::PodUid,
+    pb,
+    pod::{PodSpec, PodValues},
+};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -28,6 +32,7 @@ pub(crate) fn spec(uid: &PodUid) -> pb::PodSpec {
     };
     pb::PodSpec {
         uid: uid.to_string(),
+        namespace: "default".to_owned(),
         name: uid.to_string(),
         containers: vec![container],
         ..pb::PodSpec::default()
@@ -86,8 +91,9 @@ impl Fake {
 
     /// Sends `EnsurePod` for this spec.
     pub(crate) async fn ensure_as(&self, spec: pb::PodSpec) -> Result<(), Refused> {
-        let uid = PodUid::try_from(spec.uid.as_str()).unwrap();
-        let ensured = self.registry.ensure(&uid, spec, values(), String::new());
+        let spec = PodSpec::try_from(spec).unwrap();
+        let values = PodValues::check(values(), &spec).unwrap();
+        let ensured = self.registry.ensure(spec, values, String::new());
         ensured.await.map(drop)
     }
 

@@ -135,7 +135,7 @@ pub(super) async fn prepare(
             version,
         },
         shims: ShimLinks::default(),
-        hurry: Arc::new(Notify::new()),
+        poll_soon: Arc::new(Notify::new()),
         accepting: Semaphore::new(ACCEPTING),
         config,
         policy: live,

@@ -11,6 +11,7 @@ use knoc_proto::{
     error::chain,
     ids::PodUid,
     pb::{self, Finding},
+    pod::PodSpec,
 };
 use tokio::{sync::mpsc, time::Instant};
 
@@ -51,7 +52,8 @@ pub(super) async fn run(site: &Arc<Site>) -> Vec<Finding> {
         Err(error) => return vec![finding("probe: stage", Err(chain(&error)), "see the log")],
     };
     site.shims.expect(&uid, pin, input);
-    let findings = travel(site, &uid, spec, &dir, inputs).await;
+    let shape = PodSpec::accepted_before(uid.clone(), spec);
+    let findings = travel(site, &uid, shape, &dir, inputs).await;
     site.shims.forget(&uid);
     // If it is left over, the next start removes it.
     drop(tokio::task::spawn_blocking(move || dir.remove()).await);
@@ -102,7 +104,7 @@ fn prepare(site: &Site, dir: &JobDir, spec: &pb::PodSpec) -> Result<String, JobD
 async fn travel(
     site: &Arc<Site>,
     uid: &PodUid,
-    spec: pb::PodSpec,
+    spec: PodSpec,
     dir: &JobDir,
     mut inputs: mpsc::Receiver<Input>,
 ) -> Vec<Finding> {

@@ -5,7 +5,11 @@
 
 use std::time::Duration;
 
-use knoc_proto::{pb, reason::ErrorReason};
+use knoc_proto::{
+    pb,
+    pod::{PodSpec, PodValues},
+    reason::ErrorReason,
+};
 use tokio::sync::oneshot;
 
 use super::state::Event;
@@ -14,10 +18,10 @@ use crate::scheduler::JobRef;
 /// What the poller must know of a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// Its job, where it has one that may be alive.
+    /// The job of its placement, if there is one that may be alive.
     pub job: Option<JobRef>,
     /// A change is expected within seconds.
-    pub hurried: bool,
+    pub poll_soon: bool,
 }
 
 /// Inputs that may wait for a busy actor (one that writes its record).
@@ -33,7 +37,7 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// A refusal with its words.
+    /// A refusal with its message.
     pub fn new(reason: ErrorReason, message: impl Into<String>) -> Self {
         Self {
             reason,
@@ -56,17 +60,17 @@ pub enum Input {
     /// `EnsurePod`. The first input of a new pod.
     Ensure {
         /// The shape.
-        spec: Box<pb::PodSpec>,
+        spec: Box<PodSpec>,
         /// The values.
-        values: Box<pb::PodValues>,
-        /// Of which cluster.
+        values: Box<PodValues>,
+        /// The cluster that wants the pod.
         cluster_id: String,
         /// The pod, and whether it is new.
         reply: Reply<(pb::PodObserved, bool)>,
     },
     /// `UpdateValues`.
     Values {
-        /// The values.
+        /// The values, which the actor checks against the shape.
         values: Box<pb::PodValues>,
         /// When they are staged, or written on the compute node.
         reply: Reply<()>,

@@ -78,11 +78,11 @@ impl Poller {
     pub async fn run(mut self, stop: CancellationToken) {
         let mut last = Instant::now() - self.shortest();
         loop {
-            let hurry = Arc::clone(&self.site.hurry);
+            let poll_soon = Arc::clone(&self.site.poll_soon);
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                () = hurry.notified() => {
+                () = poll_soon.notified() => {
                     self.interval = self.shortest();
                     // Many wake-ups may come at once: never poll faster than the shortest interval.
                     let soonest = last + jittered(self.interval);
@@ -109,7 +109,7 @@ impl Poller {
             .handles()
             .into_iter()
             .map(|(uid, handle)| (uid, handle.wanted(), handle))
-            .filter_map(|(uid, wanted, handle)| Some((uid, wanted.job?, wanted.hurried, handle)))
+            .filter_map(|(uid, wanted, handle)| Some((uid, wanted.job?, wanted.poll_soon, handle)))
             .collect();
         let longest = self.site.config.limits.poll_max;
         if wanted.is_empty() {
@@ -118,7 +118,7 @@ impl Poller {
             self.asked(Asked::Nothing);
             return;
         }
-        let hurried = wanted.iter().any(|(_, _, hurried, _)| *hurried);
+        let poll_soon = wanted.iter().any(|(_, _, poll_soon, _)| *poll_soon);
         let known: Vec<_> = wanted.iter().map(|(_, job, _, _)| job.clone()).collect();
         match self.site.scheduler.round(&known).await {
             Ok(round) => {
@@ -126,13 +126,13 @@ impl Poller {
                 self.asked(Asked::Answered);
                 let news = self.distribute(round, wanted);
                 self.interval =
-                    next_interval(self.interval, self.shortest(), longest, hurried, news);
+                    next_interval(self.interval, self.shortest(), longest, poll_soon, news);
             }
             Err(error) => {
                 report_health(&self.node, Some(chain(&error)));
                 self.asked(Asked::InVain);
                 self.interval =
-                    next_interval(self.interval, self.shortest(), longest, hurried, false);
+                    next_interval(self.interval, self.shortest(), longest, poll_soon, false);
             }
         }
     }
@@ -145,7 +145,7 @@ impl Poller {
             by_pod.entry(view.uid.clone()).or_default().push(view);
         }
         let mut told = HashMap::new();
-        for (uid, job, hurried, handle) in wanted {
+        for (uid, job, poll_soon, handle) in wanted {
             let missing = round.missing.contains(&job);
             let jobs = by_pod.remove(&uid).unwrap_or_default();
             let news = Told { job, jobs, missing };
@@ -153,7 +153,7 @@ impl Poller {
             let queued = !missing && news.jobs.iter().all(|view| view.started_at.is_none());
             let same = known.as_ref() == Some(&news);
             any |= !same;
-            if same && (!hurried || queued) {
+            if same && (!poll_soon || queued) {
                 told.insert(uid, news);
             } else {
                 let event = Event::Round {
@@ -236,15 +236,15 @@ fn next_interval(
     now: Duration,
     shortest: Duration,
     longest: Duration,
-    hurried: bool,
+    poll_soon: bool,
     news: bool,
 ) -> Duration {
-    let most = if hurried {
+    let most = if poll_soon {
         longest.min(shortest * PATIENT)
     } else {
         longest
     };
-    if hurried && news {
+    if poll_soon && news {
         shortest
     } else {
         now.max(shortest).mul_f32(SLOWER).min(most)
@@ -323,9 +323,9 @@ mod tests {
     #[test]
     fn rounds_become_rarer_until_there_is_news() {
         let [shortest, longest] = [1, 30].map(Duration::from_secs);
-        let after = |rounds: usize, hurried| {
+        let after = |rounds: usize, poll_soon| {
             (0..rounds).fold(shortest, |now, _| {
-                next_interval(now, shortest, longest, hurried, false)
+                next_interval(now, shortest, longest, poll_soon, false)
             })
         };
         assert_eq!(after(1, true), Duration::from_millis(1500));
@@ -334,7 +334,7 @@ mod tests {
         let late = after(20, true);
         assert_eq!(next_interval(late, shortest, longest, true, true), shortest);
         // A job that has run for long is now expected to end: the interval starts over.
-        let hurried = next_interval(longest, shortest, longest, true, false);
-        assert_eq!(hurried, Duration::from_secs(5));
+        let soon = next_interval(longest, shortest, longest, true, false);
+        assert_eq!(soon, Duration::from_secs(5));
     }
 }

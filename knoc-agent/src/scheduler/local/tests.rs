@@ -1,5 +1,7 @@
 use std::{future::ready, path::Path};
 
+use knoc_proto::pod::PodSpec;
+
 use crate::scheduler::{JobExit, JobPhase, JobState};
 
 use super::*;
@@ -41,7 +43,10 @@ impl World {
         let uid = PodUid::try_from(uid).unwrap();
         let request = SubmitRequest {
             uid: uid.clone(),
-            spec: Arc::default(),
+            spec: Arc::new(PodSpec::accepted_before(
+                uid.clone(),
+                knoc_proto::pb::PodSpec::default(),
+            )),
             cluster_id: "c".to_owned(),
             attempt: 1,
             jobdir,

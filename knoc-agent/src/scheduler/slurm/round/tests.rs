@@ -219,10 +219,15 @@ async fn a_queue_that_does_not_answer_is_an_error() {
     );
 }
 
+fn shape(spec: knoc_proto::pb::PodSpec) -> std::sync::Arc<knoc_proto::pod::PodSpec> {
+    let uid = PodUid::try_from("p").unwrap();
+    std::sync::Arc::new(knoc_proto::pod::PodSpec::accepted_before(uid, spec))
+}
+
 fn request(dir: &Path) -> SubmitRequest {
     SubmitRequest {
         uid: PodUid::try_from("p").unwrap(),
-        spec: std::sync::Arc::default(),
+        spec: shape(knoc_proto::pb::PodSpec::default()),
         cluster_id: String::new(),
         attempt: 1,
         jobdir: dir.to_owned(),
@@ -412,7 +417,7 @@ async fn local_disk_is_requested_if_slurm_knows_it() {
         );
         fake.program("sbatch", "cat >/dev/null; echo 1");
         let mut request = request(fake.dir.path());
-        request.spec = std::sync::Arc::new(knoc_proto::pb::PodSpec {
+        request.spec = shape(knoc_proto::pb::PodSpec {
             job: Some(knoc_proto::pb::JobRequest {
                 ephemeral_storage_bytes: 1 << 30,
                 ..Default::default()

@@ -1,15 +1,17 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use knoc_proto::pod::PodSpec;
 use proptest::prelude::*;
 
 use super::*;
 use crate::policy::Live;
 
 fn request(spec: pb::PodSpec) -> SubmitRequest {
+    let uid = PodUid::try_from("0e9f5ac4-87ad-4ee6-9b5c-3a9be2f9fd73").unwrap();
     SubmitRequest {
-        uid: PodUid::try_from("0e9f5ac4-87ad-4ee6-9b5c-3a9be2f9fd73").unwrap(),
-        spec: Arc::new(spec),
+        uid: uid.clone(),
+        spec: Arc::new(PodSpec::accepted_before(uid, spec)),
         cluster_id: "7d3f".to_owned(),
         attempt: 2,
         jobdir: PathBuf::from("/home/u/.local/state/knoc/pods/0e9f5ac4"),
