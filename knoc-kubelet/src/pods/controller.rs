@@ -17,7 +17,8 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
+use knoc_translate::Grace;
 use kube::Client;
 use tokio::{
     sync::watch,
@@ -33,7 +34,7 @@ use super::{
     resolve::Tokens,
     services::Services,
     status::{Hold, Rejection},
-    store::{Store, Uid},
+    store::Store,
 };
 use crate::{
     agent::{Agent, Link},
@@ -100,7 +101,7 @@ struct Memory {
     /// The newest generation the agent answered for.
     ensured: i64,
     /// The shortest grace it was told.
-    stop: Option<i64>,
+    stop: Option<Grace>,
     rejection: Option<Rejection>,
     hold: Option<Hold>,
     /// It ran or is being deleted, and the agent does not know it (any more).
@@ -139,9 +140,9 @@ struct Round {
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct Controller {
     context: Arc<Context>,
-    memories: HashMap<Uid, Memory>,
+    memories: HashMap<PodUid, Memory>,
     workers: JoinSet<Round>,
-    running: HashMap<Id, Uid>,
+    running: HashMap<Id, PodUid>,
 }
 
 impl Controller {
@@ -182,7 +183,7 @@ impl Controller {
         }
     }
 
-    fn start(&mut self, uid: Uid) {
+    fn start(&mut self, uid: PodUid) {
         let memory = self.memories.remove(&uid).unwrap_or_default();
         let work = worker::reconcile(self.context.clone(), uid.clone(), memory);
         // One allocation a round instead of a large future in the JoinSet.
