@@ -16,11 +16,10 @@ mod watch;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream::BoxStream};
+use knoc_link::{Peer, bulk};
 use knoc_proto::{
-    bulk,
     error::chain,
     ids::PodUid,
-    link::{self, Peer},
     pb::{self, agent_server::AgentServer},
     pod::{InvalidPod, PodSpec, PodValues},
     reason::ErrorReason,
@@ -196,11 +195,11 @@ impl Checked {
 }
 
 /// Task: serves one listener until `stop`.
-pub async fn serve(service: Service, incoming: link::Incoming, stop: CancellationToken) {
+pub async fn serve(service: Service, incoming: knoc_link::Incoming, stop: CancellationToken) {
     let gate = service.0.gate.clone();
     let agent = AgentServer::new(service)
-        .max_decoding_message_size(link::MAX_MESSAGE)
-        .max_encoding_message_size(link::MAX_MESSAGE);
+        .max_decoding_message_size(knoc_link::MAX_MESSAGE)
+        .max_encoding_message_size(knoc_link::MAX_MESSAGE);
     let agent = InterceptedService::new(bulk::Served::new(agent), gate.clone());
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<AgentServer<Service>>().await;
@@ -216,7 +215,7 @@ pub async fn serve(service: Service, incoming: link::Incoming, stop: Cancellatio
     };
     let health = InterceptedService::new(health, gate.clone());
     let guarded = incoming.map(move |conn| conn.map(|conn| gate.guard(conn)));
-    let served = link::server()
+    let served = knoc_link::server()
         .add_service(agent)
         .add_service(health)
         .add_optional_service(reflection)

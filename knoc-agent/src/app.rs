@@ -15,7 +15,8 @@ mod prepare;
 
 use std::{sync::Arc, time::Duration};
 
-use knoc_proto::{error::chain, link, pb};
+use knoc_proto::{error::chain, pb};
+pub use prepare::{PrepareError, socket_places};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
@@ -31,8 +32,6 @@ use crate::{
     site::Site,
 };
 
-pub use prepare::{PrepareError, socket_places};
-
 /// Streams that are open get this long at the end.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -44,14 +43,14 @@ pub struct App {
     node: watch::Sender<pb::NodeInfo>,
     ended: mpsc::Receiver<knoc_proto::ids::PodUid>,
     service: api::Service,
-    near: Vec<link::Incoming>,
-    shim_hop: link::pinned::PinnedIncoming,
+    near: Vec<knoc_link::Incoming>,
+    shim_hop: knoc_link::pinned::PinnedIncoming,
     /// Ends what takes requests; the registry's own token ends the actors after it.
     stop: CancellationToken,
     actors: CancellationToken,
     policy: policy::watch::Watcher,
     gate: Gate,
-    credentials: Option<link::Credentials>,
+    credentials: Option<knoc_link::Credentials>,
 }
 
 impl App {
@@ -67,7 +66,7 @@ impl App {
             pair,
             policy,
         } = prepared;
-        let shim_hop = link::pinned::listen(site.config.listen.shim, pair.clone())
+        let shim_hop = knoc_link::pinned::listen(site.config.listen.shim, pair.clone())
             .await
             .map_err(prepare::listen)?;
         let credentials = prepare::credentials(&site.config)?;

@@ -2,7 +2,7 @@
 //! start a command (`ssh login knoc-agent connect`). Understands nothing of what it carries, and carries nothing to a
 //! process that is not of the same user.
 
-use knoc_proto::link::{
+use knoc_link::{
     LinkError,
     socket::{self, Places},
 };

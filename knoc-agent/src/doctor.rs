@@ -14,20 +14,14 @@ use std::{
 
 use futures::{Stream, StreamExt as _, future::BoxFuture, stream};
 use jiff::Timestamp;
+use knoc_contract::jobdir::{atomic, schema::Lease};
+use knoc_link::{Credentials, Identity, pki};
 use knoc_proto::{
     error::chain,
-    link::{Credentials, Identity},
     pb::{self, Finding},
-    pki,
 };
 
-use crate::{
-    api::renew,
-    jobdir::{atomic, schema::Lease},
-    policy::nodes::may_lead,
-    registry::Registry,
-    site::Site,
-};
+use crate::{api::renew, policy::nodes::may_lead, registry::Registry, site::Site};
 
 /// Who leads, for the check of leadership.
 #[derive(Debug, Clone, Default)]
@@ -125,7 +119,7 @@ fn writable(root: &Path) -> Finding {
 
 fn lease(site: &Site) -> Finding {
     let held = site.lease.check().map_err(|error| chain(&error)).map(|()| {
-        let lease = crate::jobdir::read_json::<Lease>(&site.state.lease())
+        let lease = knoc_contract::jobdir::read_json::<Lease>(&site.state.lease())
             .ok()
             .flatten();
         lease.map_or_else(String::new, |lease| {

@@ -28,11 +28,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use knoc_contract::jobdir::StateDir;
 use knoc_proto::pb;
 
 use crate::command::{Command, CommandError, login_environment};
 use crate::config::{Config, Registry, RuntimeKind};
-use crate::jobdir::StateDir;
 use crate::policy::Live;
 
 mod auth;

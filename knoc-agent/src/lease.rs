@@ -16,8 +16,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-
-use crate::jobdir::{self, JobDirError, StateDir, schema::Lease};
+use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Lease};
 
 /// How often the holder shows that it lives.
 pub const HEARTBEAT: Duration = Duration::from_secs(15);

@@ -1,13 +1,14 @@
-//! The agent of KNoC on the login node of an HPC cluster, and the shim inside each Slurm job.
+//! The agent of KNoC on the login node of an HPC cluster.
 //!
 //! One binary, `knoc-agent`, in several processes:
 //!
 //! - `serve` (module [`app`]): an ordinary user's process on the login node. Owns the life of each pod from accepted
 //!   to finished; one actor a pod ([`pod`]).
-//! - `shim JOBDIR`: inside the job. Owns the containers of one pod; never needs the agent to be alive.
 //! - `init`: makes certificates and the site file. `connect`: relays stdio to the agent's unix socket.
+//! - `shim JOBDIR`, and the hidden `contain`, `launch` and `enter`, in and around a job's containers: they are the crate
+//!   `knoc-shim`, which only `main.rs` calls.
 //!
-//! What both share is the job directory ([`jobdir`]): files with one owner each.
+//! The agent and the shim share the job directory and what else is in `knoc-contract`; neither sees the other's modules.
 
 pub mod api;
 pub mod app;
@@ -17,22 +18,15 @@ pub mod connect;
 pub mod doctor;
 pub mod image;
 pub mod init;
-pub mod jobdir;
-pub mod launch;
 pub mod lease;
-pub mod logs;
 mod open_files;
 mod own_limits;
 pub mod pod;
 pub mod policy;
 pub mod registry;
 pub mod renewal;
-pub mod runtime;
 pub mod scheduler;
-pub mod shim;
 pub mod shims;
 pub mod site;
 pub mod stats;
-mod tree;
 pub mod versions;
-mod walk;

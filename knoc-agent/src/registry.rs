@@ -13,12 +13,12 @@ use std::{
     time::Duration,
 };
 
+use knoc_contract::jobdir::JobDirError;
 use knoc_proto::{error::chain, ids::PodUid, pb, reason::ErrorReason};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    jobdir::JobDirError,
     pod::actor::{self, Actor, INPUTS, Input, Refused, Reply, Restored},
     scheduler::JobRef,
     site::Site,

@@ -6,19 +6,18 @@
 use std::{sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
-use knoc_proto::{
-    error::chain,
-    link::Credentials,
-    pb,
+use knoc_contract::jobdir::atomic::{self, FileError};
+use knoc_link::{
+    Credentials,
     pki::{self, PkiError, RenewError},
 };
+use knoc_proto::{error::chain, pb};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     api::renew::{self, NoCa},
     config::Tls,
-    jobdir::atomic::{self, FileError},
     site::Site,
 };
 
@@ -143,8 +142,8 @@ fn renew(credentials: &Credentials, tls: &Tls, now: Timestamp) -> Result<Timesta
 
 #[cfg(test)]
 mod tests {
-    use knoc_proto::{
-        link::Identity,
+    use knoc_link::{
+        Identity,
         pki::{Ca, Validity},
     };
 

@@ -13,12 +13,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use knoc_contract::jobdir::JobDirError;
 use knoc_proto::ids::{JobId, PodUid};
 use knoc_proto::pb;
 
 use crate::command::CommandError;
 use crate::config::{Config, SchedulerKind};
-use crate::jobdir::JobDirError;
 
 pub mod local;
 pub mod slurm;

@@ -15,11 +15,10 @@ use std::{
 };
 
 use futures::{FutureExt as _, StreamExt as _};
+use knoc_link::{admission::Source, bulk::Called, pinned::PinnedIncoming};
 use knoc_proto::{
-    bulk::Called,
     error::chain,
     ids::PodUid,
-    link::{self, admission::Source, pinned::PinnedIncoming},
     log_limit::LogLimit,
     pb::{self, shim_client::ShimClient},
     reason::ErrorReason,
@@ -209,9 +208,9 @@ pub async fn serve(shims: Shims, mut incoming: PinnedIncoming, stop: Cancellatio
                 continue;
             }
         };
-        let client = ShimClient::new(Called::new(link::near_side(io)))
-            .max_decoding_message_size(link::MAX_MESSAGE)
-            .max_encoding_message_size(link::MAX_MESSAGE);
+        let client = ShimClient::new(Called::new(knoc_link::near_side(io)))
+            .max_decoding_message_size(knoc_link::MAX_MESSAGE)
+            .max_encoding_message_size(knoc_link::MAX_MESSAGE);
         let following = follow(shims.clone(), route, client, stop.clone());
         tasks.spawn(following.map(|()| drop(place)));
     }

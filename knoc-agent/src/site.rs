@@ -2,13 +2,13 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use knoc_contract::jobdir::StateDir;
 use knoc_proto::{crash, error::chain, ids::PodUid};
 use tokio::sync::{Notify, Semaphore};
 
 use crate::{
     config::Config,
     image::Images,
-    jobdir::StateDir,
     lease::{Holder, LeaseError},
     policy::Live,
     registry::board::Board,

@@ -11,14 +11,13 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use knoc_proto::error::chain;
-use sha2::{Digest as _, Sha256};
-
-use crate::jobdir::{
+use knoc_contract::jobdir::{
     StateDir,
     atomic::{self, FileError},
 };
-use crate::tree;
+use knoc_contract::tree;
+use knoc_proto::error::chain;
+use sha2::{Digest as _, Sha256};
 
 /// The executable in each folder.
 const PROGRAM: &str = "knoc-agent";

@@ -37,7 +37,7 @@ fn site() -> tempfile::TempDir {
         socket.display()
     );
     let path = folder.join("agent.toml");
-    knoc_agent::jobdir::atomic::write(&path, text.as_bytes(), 0o600).unwrap();
+    knoc_contract::jobdir::atomic::write(&path, text.as_bytes(), 0o600).unwrap();
     home
 }
 
@@ -118,7 +118,7 @@ async fn a_mistake_in_the_site_file_stops_before_anything_starts() {
     let text = std::fs::read_to_string(&path)
         .unwrap()
         .replace("local", "pbs");
-    knoc_agent::jobdir::atomic::write(&path, text.as_bytes(), 0o600).unwrap();
+    knoc_contract::jobdir::atomic::write(&path, text.as_bytes(), 0o600).unwrap();
     let ended = output(&mut agent(home.path(), &["serve"])).await;
     let words = String::from_utf8_lossy(&ended.stderr);
     assert!(

@@ -13,8 +13,8 @@ use std::{
 };
 
 use jiff::Timestamp;
+use knoc_link::bulk::Called;
 use knoc_proto::{
-    bulk::Called,
     ids::PodUid,
     pb::{self, agent_client::AgentClient},
 };
@@ -32,7 +32,7 @@ const OWN_GRACE: i64 = -1;
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
 
 /// What one message may weigh. A pod with its values is at most a few MiB (`ConfigMaps` and Secrets are 1 MiB each).
-pub const MESSAGE_LIMIT: usize = knoc_proto::link::MAX_MESSAGE;
+pub const MESSAGE_LIMIT: usize = knoc_link::MAX_MESSAGE;
 
 /// Does this tell what the site has? An agent that has just started, or whose Slurm is away since then, does not know yet.
 #[must_use]

@@ -4,8 +4,9 @@
 //! certificates, and joins them all. It reads pods and asks for streams through [`Backend`], and who may do what
 //! through [`Cluster`]; it holds no pod state, never writes to the API server and decides nothing about pods.
 //!
-//! HTTP/1.1 only (ALPN says so): upgrades need it. TLS 1.3, nothing is answered without an identity (KUBELET-CONTRACT
-//! 1 and 3.1): client certificate first, then bearer token, then `SubjectAccessReview`.
+//! HTTP/1.1 only (by ALPN), because upgrades need it. TLS 1.3. Nothing is answered without an identity: a client certificate, else a
+//! bearer token, and then a `SubjectAccessReview`, as in
+//! [kubelet authentication and authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/).
 
 mod accept;
 mod access;
@@ -36,12 +37,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use authn::User;
 use bytes::Bytes;
+pub use cluster::{Cluster, ClusterError, KubeCluster};
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 use thiserror::Error;
+pub use tls::TlsError;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -50,10 +54,6 @@ use tokio_util::task::TaskTracker;
 use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};
 use crate::stats::Snapshot;
-
-pub use authn::User;
-pub use cluster::{Cluster, ClusterError, KubeCluster};
-pub use tls::TlsError;
 
 /// What the operator says of the API.
 #[derive(Debug, Clone)]
@@ -230,7 +230,7 @@ impl Server {
             tls::Reload::start(settings.serving, settings.client_ca, Arc::clone(&cluster))
                 .await
                 .map_err(|source| ServerError::Tls { source })?;
-        let bound = knoc_proto::link::accept::bind(settings.bind).and_then(|listener| {
+        let bound = knoc_link::accept::bind(settings.bind).and_then(|listener| {
             let address = listener.local_addr()?;
             Ok((listener, address))
         });

@@ -1,27 +1,28 @@
-//! What the processes of KNoC share: the gRPC contracts, domain types, error reasons, the link.
+//! What all processes of KNoC share: the gRPC contracts, domain types and error reasons.
 //!
-//! Dependencies point one way: `knoc-kubelet → knoc-proto ← knoc-agent`. This crate starts no process, reads no
-//! configuration and decides nothing about pods; what it holds is either pure ([`ids`], [`names`], [`paths`], [`pod`],
-//! [`expand`], [`reason`], [`error`], [`settings`], [`text`]) or the transport both ends need ([`link`], [`bulk`], [`pki`]),
-//! or where their logs go ([`log`]).
+//! Every other crate of the workspace depends on this one, and it depends on none of them. It starts no process, reads
+//! no configuration, opens no connection and decides nothing about pods. Its modules are pure, except [`log`] and
+//! [`log_limit`] (where logs go, and how many lines), [`private`] (a process keeps its memory to itself) and [`crash`]
+//! (tests kill a process at a named point). How two processes reach each other is in `knoc-link`.
 
-pub mod bulk;
 pub mod crash;
 pub mod error;
 pub mod expand;
 pub mod ids;
-pub mod link;
 pub mod log;
 pub mod log_limit;
 mod memory;
 pub mod names;
 pub mod paths;
-pub mod pki;
 pub mod pod;
 pub mod private;
 pub mod reason;
 pub mod settings;
 pub mod text;
+
+/// The data in one message of a byte stream: small enough to interleave, large enough that framing is noise, and with
+/// the heads of message and frame exactly four TLS records.
+pub const CHUNK: usize = (64 << 10) - 64;
 
 /// The generated messages and services of `knoc/v1/*.proto`; the texts stand in the `.proto` files.
 #[allow(

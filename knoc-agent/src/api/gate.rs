@@ -15,11 +15,8 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_proto::{
-    link::{Conn, Identity, Peer, Shown},
-    pki::CertificateInfo,
-    reason::ErrorReason,
-};
+use knoc_link::{Conn, Identity, Peer, Shown, pki::CertificateInfo};
+use knoc_proto::reason::ErrorReason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch::Receiver,

@@ -3,10 +3,8 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use knoc_proto::{
-    link::{Identity, Peer},
-    reason::ErrorReason,
-};
+use knoc_link::{Identity, Peer};
+use knoc_proto::reason::ErrorReason;
 
 use crate::{pod::actor::Refused, policy::nodes::may_lead, registry::cluster::EPOCH_AHEAD};
 

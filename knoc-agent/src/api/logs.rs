@@ -7,8 +7,12 @@ use futures::{
     Stream, StreamExt as _,
     stream::{self, BoxStream},
 };
+use knoc_contract::logs::{
+    filter::Options,
+    read::{self, Series},
+};
+use knoc_link::bulk::{self, Messages};
 use knoc_proto::{
-    bulk::{self, Messages},
     ids::{ContainerName, PodUid},
     pb::{self, container_status::State},
     reason::ErrorReason,
@@ -18,13 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Status};
 
-use crate::{
-    logs::{
-        filter::Options,
-        read::{self, Series},
-    },
-    site::Site,
-};
+use crate::site::Site;
 
 /// What a reader is sent.
 pub(super) type Chunks = BoxStream<'static, Result<pb::LogChunk, Status>>;

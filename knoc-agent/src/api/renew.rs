@@ -1,6 +1,6 @@
 //! `RenewCertificate`: a new certificate for whoever holds one, by the CA key that `init` left beside the CA.
 //!
-//! What may be issued is decided in [`knoc_proto::pki::Ca::renew`]; here are the files, the rate and the record of it.
+//! What may be issued is decided in [`knoc_link::pki::Ca::renew`]; here are the files, the rate and the record of it.
 
 use std::{
     collections::HashMap,
@@ -10,19 +10,16 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_proto::{
-    error::chain,
-    link::{Peer, Shown},
+use knoc_contract::jobdir::atomic::{self, FileError};
+use knoc_link::{
+    Peer, Shown,
     pki::{self, Ca, PkiError, RenewError},
-    reason::ErrorReason,
 };
+use knoc_proto::{error::chain, reason::ErrorReason};
 use tonic::Status;
 
 use super::gate::Gate;
-use crate::{
-    config::Tls,
-    jobdir::atomic::{self, FileError},
-};
+use crate::config::Tls;
 
 /// Renewals of one identity at once, after a pause: a kubelet and its successor, and some tries.
 const BURST: u32 = 5;

@@ -6,8 +6,8 @@
 
 use std::time::Duration;
 
+use knoc_link::bulk::{self, Messages, Nothing};
 use knoc_proto::{
-    bulk::{self, Messages, Nothing},
     ids::PodUid,
     pb::{
         ExecInput, ExecOutput, PortForwardInput, PortForwardOutput, exec_input::Input,

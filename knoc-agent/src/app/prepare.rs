@@ -9,25 +9,22 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_proto::{
-    error::chain,
-    ids::PodUid,
-    link::{self, Credentials, CredentialsError, LinkError, pinned::KeyPair},
+use knoc_contract::jobdir::{
+    self, JobDirError, StateDir,
+    atomic::{self, FileError},
+    schema::Endpoint,
 };
+use knoc_contract::setuid;
+use knoc_link::{Credentials, CredentialsError, LinkError, pinned::KeyPair};
+use knoc_proto::{error::chain, ids::PodUid};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::{
     config::{Config, RuntimeKind, SchedulerKind},
     image::{self, Images},
-    jobdir::{
-        self, JobDirError, StateDir,
-        atomic::{self, FileError},
-        schema::Endpoint,
-    },
     lease::{Holder, LeaseError, Process},
     open_files, own_limits, policy,
     registry::board::Board,
-    runtime::setuid,
     scheduler::{Scheduler, local, slurm},
     shims::Shims,
     site::{ACCEPTING, RuntimeInfo, Site},
@@ -230,7 +227,7 @@ fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
 pub(crate) fn pod_limit(config: &Config) -> usize {
     own_limits::raise();
     let files = open_files::raise();
-    let connections = link::admission::Bounds::of(files).descriptors();
+    let connections = knoc_link::admission::Bounds::of(files).descriptors();
     let own = FILES_OWN + LISTENERS * u64::try_from(connections).unwrap_or(u64::MAX);
     let carried = (files.saturating_sub(own) / FILES_A_POD).clamp(1, PODS);
     let wanted = config.limits.pods.map_or(carried, u64::from);
@@ -261,12 +258,12 @@ pub(super) fn credentials(config: &Config) -> Result<Option<Credentials>, Prepar
 pub(super) async fn near_listeners(
     config: &Config,
     credentials: Option<Credentials>,
-) -> Result<Vec<link::Incoming>, PrepareError> {
+) -> Result<Vec<knoc_link::Incoming>, PrepareError> {
     let socket = socket_path(config);
-    let mut near = vec![link::listen::unix(&socket).map_err(listen)?];
+    let mut near = vec![knoc_link::listen::unix(&socket).map_err(listen)?];
     tracing::info!(socket = %socket.display(), "serving knocctl");
     if let Some(credentials) = credentials {
-        let incoming = link::listen::tcp(config.listen.kubelet, credentials).await;
+        let incoming = knoc_link::listen::tcp(config.listen.kubelet, credentials).await;
         near.push(incoming.map_err(listen)?);
         tracing::info!(address = %config.listen.kubelet, "serving kubelets");
     } else {
@@ -288,9 +285,9 @@ fn socket_path(config: &Config) -> PathBuf {
 
 /// What decides where the socket lies.
 #[must_use]
-pub fn socket_places(config: &Config) -> link::socket::Places {
+pub fn socket_places(config: &Config) -> knoc_link::socket::Places {
     let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty());
-    link::socket::Places {
+    knoc_link::socket::Places {
         configured: config.listen.socket.clone(),
         runtime_dir: runtime_dir.map(PathBuf::from),
         state_dir: config.state_dir.clone(),
@@ -300,7 +297,7 @@ pub fn socket_places(config: &Config) -> link::socket::Places {
 /// Writes where shims find the agent.
 pub(super) fn tell_shims(
     site: &Site,
-    shim_hop: &link::pinned::PinnedIncoming,
+    shim_hop: &knoc_link::pinned::PinnedIncoming,
     pair: &KeyPair,
 ) -> Result<(), PrepareError> {
     let port = shim_hop

@@ -56,5 +56,5 @@ pub(crate) fn gres() -> BTreeMap<String, String> {
 
 /// The default state directory, before `~` is expanded.
 pub(super) fn state_dir() -> PathBuf {
-    PathBuf::from(knoc_proto::link::socket::DEFAULT_STATE_DIR)
+    PathBuf::from(knoc_link::socket::DEFAULT_STATE_DIR)
 }

@@ -5,6 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use knoc_contract::jobdir::{JobDir, JobDirError};
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -14,7 +15,6 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::finding;
 use crate::{
-    jobdir::{JobDir, JobDirError},
     pod::{actor::Input, stage, state::Event},
     scheduler::{Cancel, JobPhase, JobRef, JobView, SubmitRequest, Submitted},
     site::Site,

@@ -16,13 +16,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use knoc_contract::jobdir::{JobDirError, StateDir, read_json, write_json};
+use knoc_contract::tree;
 use knoc_proto::error::chain;
 use knoc_proto::pb;
 
 use super::file::ImageFile;
 use super::room::{Claims, Kept};
-use crate::jobdir::{JobDirError, StateDir, read_json, write_json};
-use crate::tree;
 
 /// Names whose digest is remembered; of more, some cost a question to the registry again.
 const MAX_TAGS: usize = 20_000;
@@ -139,7 +139,7 @@ impl Cache {
         file: &ImageFile,
         sif: &Path,
     ) -> Result<(), JobDirError> {
-        use crate::jobdir::atomic::{FileError, sync_parent};
+        use knoc_contract::jobdir::atomic::{FileError, sync_parent};
         write_json(&self.config(digest), file)?;
         let sync = std::fs::File::open(sif).and_then(|sif| sif.sync_all());
         sync.map_err(FileError::on("sync", sif))?;

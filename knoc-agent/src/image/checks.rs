@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use knoc_contract::setuid;
+use knoc_contract::walk::{self, WalkError};
 use knoc_proto::{error, pb};
 
 use super::{Images, Name, reference, runtime_version};
-use crate::runtime::setuid;
-use crate::walk::{self, WalkError};
 
 impl Images {
     /// Findings in the order of the chain.

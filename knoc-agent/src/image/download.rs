@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
+use knoc_contract::jobdir::atomic::{self, FileError};
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
@@ -22,7 +23,6 @@ use super::manifest::{self, Descriptor, Image, Packing};
 use super::reference::Source;
 use super::registry::{RegistryClient, words};
 use super::slots::Slots;
-use crate::jobdir::atomic::{self, FileError};
 
 /// Layers of one image at the same time, as other container runtimes do.
 const LAYERS_AT_ONCE: usize = 3;

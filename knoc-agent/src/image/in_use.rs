@@ -3,7 +3,8 @@
 use std::collections::HashSet;
 use std::ffi::OsString;
 
-use crate::jobdir::{JobDirError, StateDir, read_json};
+use knoc_contract::jobdir::{JobDirError, StateDir, read_json};
+
 use crate::pod::record::Record;
 
 /// File names of the images of all pods that have not finished. Blocking.

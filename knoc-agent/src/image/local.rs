@@ -6,12 +6,12 @@ use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use knoc_contract::image_file;
+use knoc_contract::walk::{self, Found, WalkError};
 use knoc_proto::error::chain;
 
 use super::sif::FileId;
 use super::{ImageError, ImageErrorKind};
-use crate::launch::contain::spec;
-use crate::walk::{self, Found, WalkError};
 
 /// Where a SIF file says that it is one.
 const MAGIC_AT: usize = 32;
@@ -23,7 +23,7 @@ pub(super) struct Local {
     /// Without links.
     pub(super) path: PathBuf,
     /// For the job file: a container starts only from this one.
-    pub(super) id: spec::FileId,
+    pub(super) id: image_file::FileId,
     /// `None`: a sandbox.
     pub(super) sif: Option<(FileId, Arc<File>)>,
 }
@@ -71,7 +71,7 @@ pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, Ima
     if !under(&found.path, &canonical) {
         return Err(outside());
     }
-    let id = spec::FileId::of(&found);
+    let id = image_file::FileId::of(&found);
     if found.is_folder() {
         let path = found.path;
         let sif = None;

@@ -11,6 +11,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use knoc_contract::jobdir::atomic;
+use knoc_contract::tree;
 use knoc_proto::error::chain;
 use tokio_util::sync::CancellationToken;
 
@@ -23,8 +25,6 @@ use super::slots::Slots;
 use super::unpacked::{self, Budget, LayerError};
 use super::words::shown;
 use crate::command::CommandError;
-use crate::jobdir::atomic;
-use crate::tree;
 
 /// How much of the runtime's progress lines is kept.
 const WORDS: usize = 64 * 1024;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use knoc_contract::host::node_name;
 use knoc_proto::pb::{self, PullPolicy};
 
 use super::cache::Cache;
@@ -14,7 +15,6 @@ use super::registry::{Found, RegistryClient};
 use super::sif::Sifs;
 use super::slots::Slots;
 use super::{Hold, ImageError, ImageErrorKind, Name, ResolvedImage, Settings};
-use crate::shim::node_name;
 
 /// What the registry says of a name.
 #[derive(Debug, Clone)]

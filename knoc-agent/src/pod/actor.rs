@@ -12,6 +12,7 @@ mod values;
 use std::{cmp::Ordering, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
+use knoc_contract::jobdir::{JobDir, JobDirError};
 use knoc_proto::{crash, error::chain, ids::PodUid, pb, reason::ErrorReason};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -25,12 +26,7 @@ use super::{
     stage::{self, StageError},
     state::{Effect, Event, Facts, Patience, Pod, State, step},
 };
-use crate::{
-    config::Config,
-    jobdir::{JobDir, JobDirError},
-    registry::Wanted,
-    site::Site,
-};
+use crate::{config::Config, registry::Wanted, site::Site};
 
 /// Inputs that may wait for a busy actor (one that writes its record).
 pub const INPUTS: usize = 64;
@@ -438,7 +434,7 @@ impl Actor {
 
 /// Reads what `pods/<uid>` holds; `None` where there is no record (half made, or half removed).
 pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDirError> {
-    let Some(record) = crate::jobdir::read_json::<Record>(&dir.record_path())? else {
+    let Some(record) = knoc_contract::jobdir::read_json::<Record>(&dir.record_path())? else {
         return Ok(None);
     };
     let job = dir.spec()?;
@@ -468,7 +464,7 @@ pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDir
 }
 
 pub(crate) fn write_record(dir: &JobDir, record: &Record) -> Result<(), JobDirError> {
-    crate::jobdir::write_json(&dir.record_path(), record)
+    knoc_contract::jobdir::write_json(&dir.record_path(), record)
 }
 
 fn not_found(uid: &PodUid) -> Refused {

@@ -7,18 +7,11 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use knoc_contract::exit_codes::ShimExit;
 use knoc_proto::pb;
 
-use crate::scheduler::{JobExit, JobPhase, JobState, JobView};
+use crate::scheduler::{JobPhase, JobState, JobView};
 
-/// The shim's exit code where its report could not be written.
-pub const EXIT_NO_REPORT: i32 = 65;
-/// The shim's exit code where another job holds the claim.
-pub const EXIT_SURPLUS: i32 = 66;
-/// The shim's exit code where it could not start.
-pub const EXIT_CANNOT_START: i32 = 67;
-/// Both exit codes that promise a report: succeeded, failed.
-pub const EXITS_WITH_REPORT: [i32; 2] = [0, 64];
 /// slurmd's code (as a signal) where the script's output file cannot be opened.
 const SIGNAL_UNWRITABLE: i32 = 53;
 
@@ -216,35 +209,27 @@ fn requeued(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
 
 fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let at = Timestamp::UNIX_EPOCH;
-    match view.exit? {
-        JobExit {
-            code: EXIT_NO_REPORT,
-            ..
-        } => Some(unknown("the shim could not write its report", evidence, at)),
-        JobExit {
-            code: EXIT_CANNOT_START,
-            ..
-        } => Some(plain(
+    let exit = view.exit?;
+    match (ShimExit::of(exit.code), exit.signal) {
+        (Some(ShimExit::NotReported), _) => {
+            Some(unknown("the shim could not write its report", evidence, at))
+        }
+        (Some(ShimExit::CannotStart), _) => Some(plain(
             "CannotStart",
             &with_tail("the shim could not start", evidence),
             at,
         )),
-        JobExit {
-            code: EXIT_SURPLUS, ..
-        } => requeued(evidence, view).or_else(|| {
+        (Some(ShimExit::Surplus), _) => requeued(evidence, view).or_else(|| {
             let taken = "the claim of the job directory is another job's";
             Some(unknown(taken, evidence, at))
         }),
-        JobExit {
-            code: 0,
-            signal: SIGNAL_UNWRITABLE,
-        } => Some(plain(
+        (Some(ShimExit::Succeeded), SIGNAL_UNWRITABLE) => Some(plain(
             "CannotStart",
             "slurmd could not open the job's output file (exit 0:53): the state directory is not \
              there or not writable on the compute node; is it on a shared file system?",
             at,
         )),
-        JobExit { .. } => None,
+        (Some(ShimExit::Succeeded | ShimExit::Failed) | None, _) => None,
     }
 }
 
@@ -253,7 +238,7 @@ fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
 fn before_shim(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let exit = view.exit.filter(|exit| exit.signal == 0)?;
     let by_itself = matches!(view.state, JobState::Completed | JobState::Failed);
-    let own_code = EXITS_WITH_REPORT.contains(&exit.code);
+    let own_code = ShimExit::of(exit.code).is_some_and(ShimExit::promises_report);
     if !by_itself || evidence.report.is_some() || (own_code && !evidence.unclaimed) {
         return None;
     }

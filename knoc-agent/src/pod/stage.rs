@@ -7,7 +7,12 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use knoc_proto::{error::chain, link::pinned::KeyPair, pb};
+use knoc_contract::jobdir::{
+    JobDir, JobDirError,
+    atomic::{self, FileError},
+};
+use knoc_link::{CredentialsError, pinned::KeyPair};
+use knoc_proto::{error::chain, pb};
 use prost::Message as _;
 use tokio::{sync::mpsc, time::Instant};
 
@@ -19,7 +24,6 @@ use super::{
 use crate::{
     config::MemoryFallback,
     image::{Hold, ImageError},
-    jobdir::{JobDir, JobDirError, atomic},
     site::Site,
 };
 
@@ -190,6 +194,25 @@ fn answer(
     (image, resolved.hold)
 }
 
+/// Why the job directory of a new pod could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AcceptError {
+    /// The keys of the shim's link cannot be made.
+    #[error("make the keys of the shim's link")]
+    Keys {
+        #[source]
+        source: CredentialsError,
+    },
+    #[error(transparent)]
+    JobDir(#[from] JobDirError),
+}
+
+impl From<FileError> for AcceptError {
+    fn from(error: FileError) -> Self {
+        Self::JobDir(error.into())
+    }
+}
+
 /// Makes the job directory of a new pod: what `EnsurePod` promises to be on disk. Returns the pin of the shim's key.
 ///
 /// Nothing was there before, so no file is replaced: all are written, then synced at the same time. A crash in between
@@ -199,9 +222,9 @@ pub(crate) fn accept(
     job: &pb::JobFile,
     record: &Record,
     values: Option<pb::PodValues>,
-) -> Result<String, JobDirError> {
+) -> Result<String, AcceptError> {
     let pair = KeyPair::generate(&format!("knoc shim {}", dir.uid()));
-    let pair = pair.map_err(|source| JobDirError::Keys { source })?;
+    let pair = pair.map_err(|source| AcceptError::Keys { source })?;
     dir.create()?;
     let (cert, key) = dir.link_pair();
     let record_path = dir.record_path();

@@ -6,8 +6,8 @@
 use std::{fmt, str::FromStr};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use knoc_proto::{
-    link::Identity,
+use knoc_link::{
+    Identity,
     pki::{self, CertificateInfo},
 };
 
@@ -131,7 +131,7 @@ pub fn matches(pattern: &str, identity: &Identity) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use knoc_proto::pki::{Ancestor, Validity};
+    use knoc_link::pki::{Ancestor, Validity};
 
     use super::*;
 

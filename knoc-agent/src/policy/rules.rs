@@ -3,10 +3,8 @@
 use std::collections::HashMap;
 
 use jiff::Timestamp;
-use knoc_proto::{
-    error::chain,
-    link::{Identity, Shown, Trust},
-};
+use knoc_link::{Identity, Shown, Trust};
+use knoc_proto::error::chain;
 
 use super::denied::{Denied, matches};
 use crate::config::Policy;

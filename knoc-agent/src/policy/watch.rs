@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use knoc_proto::{error::chain, link::Credentials};
+use knoc_link::Credentials;
+use knoc_proto::error::chain;
 use tokio::sync::watch::Sender;
 use tokio_util::sync::CancellationToken;
 

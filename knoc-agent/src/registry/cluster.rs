@@ -7,13 +7,11 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Cluster};
 use knoc_proto::{error::chain, reason::ErrorReason};
 use tokio::sync::Mutex;
 
-use crate::{
-    jobdir::{self, JobDirError, StateDir, schema::Cluster},
-    pod::actor::Refused,
-};
+use crate::pod::actor::Refused;
 
 /// An epoch may be this many seconds ahead of our clock: as far as clocks of login nodes are off.
 pub const EPOCH_AHEAD: i64 = 300;

@@ -33,7 +33,6 @@ mod shape;
 mod whose;
 
 pub use settings::Settings;
-pub(crate) use shape::requeue;
 use whose::Whose;
 
 /// Answers of squeue and sacct: 100,000 jobs of 300 bytes.

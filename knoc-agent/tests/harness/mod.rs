@@ -19,11 +19,9 @@ use std::{
 };
 
 use futures::StreamExt as _;
-use knoc_agent::jobdir::{JobDir, StateDir, schema::Endpoint, write_json};
-use knoc_proto::{
-    link::{self, pinned::KeyPair},
-    pb::{self, shim_client::ShimClient},
-};
+use knoc_contract::jobdir::{JobDir, StateDir, schema::Endpoint, write_json};
+use knoc_link::pinned::KeyPair;
+use knoc_proto::pb::{self, shim_client::ShimClient};
 use tonic::transport::Channel;
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
@@ -244,14 +242,14 @@ impl Job {
     /// The text of a log, without the CRI frame.
     pub(crate) fn log(&self, container: &str, attempt: u32) -> String {
         let path = self.log_path(container, attempt);
-        let bytes = knoc_agent::logs::read::last_text(&path, 1 << 30, 1 << 30).unwrap();
+        let bytes = knoc_contract::logs::read::last_text(&path, 1 << 30, 1 << 30).unwrap();
         String::from_utf8(bytes).unwrap()
     }
 
     /// Listens as the agent does; to be called before [`Self::start`].
     pub(crate) async fn agent(&self) -> Agent {
         let pair = KeyPair::generate("agent").unwrap();
-        let listening = link::pinned::listen("127.0.0.1:0".parse().unwrap(), pair.clone());
+        let listening = knoc_link::pinned::listen("127.0.0.1:0".parse().unwrap(), pair.clone());
         let incoming = listening.await.unwrap();
         let address = incoming.local_addr().unwrap().to_string();
         let endpoint = Endpoint {
@@ -261,8 +259,8 @@ impl Job {
         write_json(&self.state.endpoint(), &endpoint).unwrap();
         let shim = KeyPair::generate("shim").unwrap();
         let (cert, key) = self.dir.link_pair();
-        knoc_agent::jobdir::atomic::write(&cert, shim.cert_pem().as_bytes(), 0o600).unwrap();
-        knoc_agent::jobdir::atomic::write(&key, shim.key_pem().as_bytes(), 0o600).unwrap();
+        knoc_contract::jobdir::atomic::write(&cert, shim.cert_pem().as_bytes(), 0o600).unwrap();
+        knoc_contract::jobdir::atomic::write(&key, shim.key_pem().as_bytes(), 0o600).unwrap();
         Agent {
             incoming,
             spki: shim.spki().to_owned(),
@@ -283,7 +281,7 @@ impl Drop for Job {
 }
 
 pub(crate) struct Agent {
-    incoming: link::pinned::PinnedIncoming,
+    incoming: knoc_link::pinned::PinnedIncoming,
     spki: String,
 }
 
@@ -293,7 +291,7 @@ impl Agent {
         let next = tokio::time::timeout(DEADLINE, self.incoming.next());
         let (spki, io) = next.await.expect("the shim did not dial").unwrap().unwrap();
         assert_eq!(spki, self.spki);
-        ShimClient::new(link::near_side(io)).max_decoding_message_size(8 << 20)
+        ShimClient::new(knoc_link::near_side(io)).max_decoding_message_size(8 << 20)
     }
 }
 

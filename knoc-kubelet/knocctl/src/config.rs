@@ -8,13 +8,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_proto::{
-    link::{
-        Carrier,
-        socket::{Places, SiteFile},
-    },
-    settings::{Document, Mistakes},
+use knoc_link::{
+    Carrier,
+    socket::{Places, SiteFile},
 };
+use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
 /// Why there is no usable context.
@@ -264,7 +262,7 @@ fn resolve(
     raw: &RawContext,
     path: &Path,
     here: &Surroundings,
-    document: &mut Document<'_>,
+    document: &mut Document,
 ) -> Option<(String, Context)> {
     let mut wrong = |key: &str, what: &str| document.wrong(&["contexts", name, key], what);
     if raw.address.is_empty() {

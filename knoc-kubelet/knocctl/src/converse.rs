@@ -7,10 +7,8 @@ use std::{io, process::ExitCode};
 
 use bytes::BytesMut;
 use futures::StreamExt as _;
-use knoc_proto::{
-    link::CHUNK,
-    pb::{ExecExit, ExecInput, ExecOutput, exec_input::Input, exec_output::Output},
-};
+use knoc_proto::CHUNK;
+use knoc_proto::pb::{ExecExit, ExecInput, ExecOutput, exec_input::Input, exec_output::Output};
 use tokio::{
     io::AsyncReadExt as _,
     signal::unix::{Signal, SignalKind, signal},

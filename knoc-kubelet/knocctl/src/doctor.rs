@@ -5,11 +5,8 @@ use std::{process::ExitCode, time::Duration};
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
-use knoc_proto::{
-    error::chain,
-    link::{self, Credentials, LinkError},
-    pb,
-};
+use knoc_link::{Credentials, LinkError};
+use knoc_proto::{error::chain, pb};
 use serde_json::{Value, json};
 
 use super::{
@@ -30,7 +27,7 @@ const PROBE: Duration = Duration::from_mins(10);
 /// Arguments of `doctor`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
-    /// Submits a one-minute job too, and looks from inside it
+    /// Also submits a one-minute job and checks from inside it
     #[arg(long)]
     probe: bool,
 }
@@ -118,7 +115,7 @@ impl Doctor {
         let context = match context(global) {
             Ok(context) => context,
             Err(error) => {
-                let cure = error.hint().unwrap_or_else(|| "mend that line".to_owned());
+                let cure = error.hint().unwrap_or_else(|| "fix that line".to_owned());
                 return report.bad("configuration", &chain(&error), &cure);
             }
         };
@@ -260,7 +257,7 @@ async fn check_carrier(
     credentials: Option<&Credentials>,
 ) -> Result<bool, CtlError> {
     let began = tokio::time::Instant::now();
-    match link::connect(&context.carrier, credentials, &expect(context)).await {
+    match knoc_link::connect(&context.carrier, credentials, &expect(context)).await {
         Ok(conn) => {
             let took = began.elapsed().as_millis();
             report.good(
@@ -285,11 +282,11 @@ async fn check_carrier(
 fn cure_of_link(error: &LinkError) -> &'static str {
     match error {
         LinkError::Connect { source, carrier } => match (source.kind(), carrier) {
-            (std::io::ErrorKind::NotFound, link::Carrier::Unix(_)) => {
+            (std::io::ErrorKind::NotFound, knoc_link::Carrier::Unix(_)) => {
                 "start the agent on this machine (`knoc-agent serve`), or configure a context with its address"
             }
             (std::io::ErrorKind::ConnectionRefused, _) => {
-                "nobody listens there: start the agent (`knoc-agent serve`), or mend the address"
+                "nobody listens there: start the agent (`knoc-agent serve`), or fix the address"
             }
             (std::io::ErrorKind::PermissionDenied, _) => {
                 "the socket is another user's: log in as the agent's user"
@@ -309,7 +306,7 @@ fn cure_of_link(error: &LinkError) -> &'static str {
         }
         LinkError::NoCredentials { .. }
         | LinkError::NeedlessCredentials { .. }
-        | LinkError::Credentials { .. } => "mend ca, cert and key of the context",
+        | LinkError::Credentials { .. } => "fix ca, cert and key of the context",
         LinkError::Listen { .. }
         | LinkError::InUse { .. }
         | LinkError::NotHttp2 { .. }
@@ -327,7 +324,7 @@ fn cure_of_refusal(words: &str) -> &'static str {
     } else if has("NotValidYet") {
         "a clock is wrong: compare `date` on both sides"
     } else if has("expected is") {
-        "this is another agent: mend the context's address or its site"
+        "this is another agent: fix the context's address or its site"
     } else if has("alert") {
         "the agent refused our certificate; its log says why"
     } else {
@@ -390,8 +387,8 @@ fn other_nodes(pods: &[pb::PodObserved], site: &str) -> Option<(String, String)>
 
 #[cfg(test)]
 mod tests {
-    use knoc_proto::{
-        link::Identity,
+    use knoc_link::{
+        Identity,
         pki::{Ca, Validity},
     };
 
@@ -461,7 +458,7 @@ mod tests {
         let context = Context {
             name: "local".into(),
             file: None,
-            carrier: link::Carrier::Unix(folder.path().join("knoc/none.sock")),
+            carrier: knoc_link::Carrier::Unix(folder.path().join("knoc/none.sock")),
             files: None,
             site: None,
         };

@@ -3,10 +3,8 @@
 use std::{fmt, future::Future, time::Duration};
 
 use futures::StreamExt as _;
-use knoc_proto::{
-    link::{self, Credentials, ExpectPeer, Identity},
-    pb::{self, agent_client::AgentClient, pod_event},
-};
+use knoc_link::{Credentials, ExpectPeer, Identity};
+use knoc_proto::pb::{self, agent_client::AgentClient, pod_event};
 use tonic::{Response, Status, Streaming, transport::Channel};
 
 use super::{
@@ -66,11 +64,11 @@ impl Session {
 
     pub(super) fn of(context: &Context) -> Result<Self, CtlError> {
         let credentials = credentials(context)?;
-        let channel = link::dial(context.carrier.clone(), credentials, expect(context))
+        let channel = knoc_link::dial(context.carrier.clone(), credentials, expect(context))
             .map_err(|source| CtlError::Link { source })?;
         let client = AgentClient::new(channel)
-            .max_decoding_message_size(link::MAX_MESSAGE)
-            .max_encoding_message_size(link::MAX_MESSAGE);
+            .max_decoding_message_size(knoc_link::MAX_MESSAGE)
+            .max_encoding_message_size(knoc_link::MAX_MESSAGE);
         Ok(Self { client })
     }
 

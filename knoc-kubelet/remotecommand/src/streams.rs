@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use knoc_proto::link::CHUNK;
+use knoc_proto::CHUNK;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
@@ -243,8 +243,9 @@ impl Activity {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use futures::FutureExt as _;
+
+    use super::*;
 
     #[tokio::test]
     async fn what_waits_is_bounded_over_all_streams_of_a_connection() {

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures::FutureExt as _;
-use knoc_proto::bulk::Segments;
+use knoc_link::bulk::Segments;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, WriteHalf};
 use tokio::sync::mpsc;

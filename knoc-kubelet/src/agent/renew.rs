@@ -13,12 +13,11 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use knoc_proto::{
-    error::chain,
-    link::{self, Carrier, Credentials, CredentialsError, ExpectPeer, LinkError},
+use knoc_link::{
+    Carrier, Credentials, CredentialsError, ExpectPeer, LinkError,
     pki::{self, CertificateInfo, CertifiedKey, PkiError, Request, Validity},
-    reason::ErrorReason,
 };
+use knoc_proto::{error::chain, reason::ErrorReason};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -47,7 +46,7 @@ impl Dialer {
     pub fn dial(&self) -> Result<Channels, LinkError> {
         let dial = || {
             let (carrier, credentials) = (self.carrier.clone(), self.credentials.clone());
-            link::dial(carrier, credentials, self.expect.clone())
+            knoc_link::dial(carrier, credentials, self.expect.clone())
         };
         Ok(Channels {
             control: dial()?,

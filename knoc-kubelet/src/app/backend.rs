@@ -5,14 +5,15 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use futures::{StreamExt as _, future::BoxFuture, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::{bulk, pb};
+use knoc_link::bulk;
+use knoc_proto::pb;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
     agent::{Agent, Link, renew::LinkCertificate},
     metrics::{Gauges, Metrics, process},
-    pods::{Pulse, Store},
+    pods::{LoopHealth, Store},
     server::{Backend, ByteStream, ExecStream, PodView, PortForwardStream},
     stats::{Snapshot, Stats},
 };
@@ -26,7 +27,7 @@ pub(super) struct KubeletBackend {
     pub(super) store: Store,
     pub(super) agent: Agent,
     pub(super) link: watch::Receiver<Link>,
-    pub(super) pulse: Pulse,
+    pub(super) health: LoopHealth,
     /// What the site has, as last heard.
     pub(super) capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
     /// Ours on the link.
@@ -171,7 +172,7 @@ impl Backend for KubeletBackend {
     }
 
     fn sync_loop(&self) -> Result<(), String> {
-        self.pulse.check()
+        self.health.check()
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Namespace;
-use knoc_proto::link::{self, Carrier, Credentials, ExpectPeer, LinkError};
+use knoc_link::{Carrier, Credentials, ExpectPeer, LinkError};
 use kube::{
     Api, Client,
     config::{KubeConfigOptions, Kubeconfig},
@@ -59,14 +59,14 @@ pub enum BuildError {
         address: String,
         /// Why not.
         #[source]
-        source: link::InvalidCarrier,
+        source: knoc_link::InvalidCarrier,
     },
     /// The link's certificates.
     #[error("read agent.ca, agent.cert and agent.key")]
     Credentials {
         /// Why not.
         #[source]
-        source: link::CredentialsError,
+        source: knoc_link::CredentialsError,
     },
     /// The link.
     #[error("prepare the link to the agent")]
@@ -188,7 +188,7 @@ fn dialer(config: &AgentConfig) -> Result<Dialer, BuildError> {
         ),
     };
     let expect = match &config.site {
-        Some(site) => ExpectPeer::Exactly(link::Identity::Agent { site: site.clone() }),
+        Some(site) => ExpectPeer::Exactly(knoc_link::Identity::Agent { site: site.clone() }),
         None => ExpectPeer::AnyAgent,
     };
     Ok(Dialer {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use k8s_openapi::{ByteString, api::core::v1::Secret};
-use knoc_proto::pki::CertifiedKey;
+use knoc_link::pki::CertifiedKey;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
-use knoc_proto::pki::{CertifiedKey, PkiError};
+use knoc_link::pki::{CertifiedKey, PkiError};
 use rcgen::{KeyPair, PublicKeyData as _};
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use sha2::{Digest as _, Sha256};

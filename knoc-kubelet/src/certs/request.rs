@@ -3,7 +3,7 @@
 //! Keys are ECDSA P-256, which cannot encipher: "key encipherment" is not asked for. The subject is exactly one organization,
 //! `system:nodes`, and the common name `system:node:NAME`; a serving request has DNS names and addresses and nothing else.
 
-use knoc_proto::pki::{CertifiedKey, PkiError, Validity};
+use knoc_link::pki::{CertifiedKey, PkiError, Validity};
 use rcgen::{
     CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose, PublicKeyData as _, SanType,

@@ -4,10 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
-use knoc_proto::{
-    error::chain,
-    pki::{CertifiedKey, LEAF_LIFE, PkiError, Validity},
-};
+use knoc_link::pki::{CertifiedKey, LEAF_LIFE, PkiError, Validity};
+use knoc_proto::error::chain;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 

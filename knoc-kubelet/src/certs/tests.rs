@@ -11,7 +11,7 @@ use std::{
 
 use futures::{FutureExt as _, future::BoxFuture};
 use jiff::Timestamp;
-use knoc_proto::pki::{CertifiedKey, Validity};
+use knoc_link::pki::{CertifiedKey, Validity};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, IsCa, Issuer as Signer,
     KeyPair,

@@ -1,7 +1,7 @@
 //! PURE: the node's condition about the certificates of the link to the agent.
 
 use jiff::Timestamp;
-use knoc_proto::pki;
+use knoc_link::pki;
 
 use super::status::Condition;
 use crate::agent::renew::LinkCertificate;

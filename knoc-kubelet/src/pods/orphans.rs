@@ -45,7 +45,7 @@ pub(crate) async fn run(
             () = shutdown.cancelled() => return,
             () = tokio::time::sleep(ROUND) => {}
         }
-        if !*context.listed.borrow() || !context.link.borrow().is_up() {
+        if !*context.pods.listed.borrow() || !context.site.link.borrow().is_up() {
             continue;
         }
         forget_leftovers(&context).await;
@@ -102,18 +102,24 @@ type Orphan = (PodUid, Arc<pb::PodObserved>);
 
 /// What the agent has for this cluster and this node.
 fn ours(context: &Context) -> Vec<Orphan> {
-    let (cluster_id, node) = (context.agent.cluster_id(), context.node.as_str());
-    let known = context.store.observed_uids().into_iter();
+    let (cluster_id, node) = (context.site.agent.cluster_id(), context.node.name());
+    let known = context.pods.store.observed_uids().into_iter();
     known
-        .filter_map(|uid| context.store.observed(&uid).map(|observed| (uid, observed)))
-        .filter(|(_, observed)| is_ours(observed, cluster_id, node, context.ask))
+        .filter_map(|uid| {
+            context
+                .pods
+                .store
+                .observed(&uid)
+                .map(|observed| (uid, observed))
+        })
+        .filter(|(_, observed)| is_ours(observed, cluster_id, node, context.api.ask))
         .collect()
 }
 
 /// Those of ours that this process never saw.
 fn strangers(context: &Context) -> Vec<Orphan> {
     let mut strangers = ours(context);
-    strangers.retain(|(uid, _)| !context.store.was_seen(uid));
+    strangers.retain(|(uid, _)| !context.pods.store.was_seen(uid));
     strangers
 }
 
@@ -137,7 +143,14 @@ fn ripe(context: &Context, since: &mut HashMap<PodUid, Instant>) -> Vec<Orphan> 
 /// Does the API server itself say that there is no such pod?
 async fn is_gone(context: &Context, (uid, observed): &Orphan) -> bool {
     let which = (observed.namespace.as_str(), observed.name.as_str(), uid);
-    presence::presence(&context.client, context.ask, &context.node, which).await == Presence::Gone
+    presence::presence(
+        &context.api.client,
+        context.api.ask,
+        context.node.name(),
+        which,
+    )
+    .await
+        == Presence::Gone
 }
 
 async fn end(context: &Context, (uid, observed): &Orphan) {
@@ -148,9 +161,10 @@ async fn end(context: &Context, (uid, observed): &Orphan) {
         "a job without a pod is ended or forgotten"
     );
     let ended = if observed.phase() == PodPhase::Finished {
-        context.agent.forget_pod(uid).await
+        context.site.agent.forget_pod(uid).await
     } else {
         context
+            .site
             .agent
             .delete_pod(uid, None, "orphan: no such pod in Kubernetes")
             .await

@@ -1,6 +1,6 @@
 //! The connections: TCP, then TLS, then HTTP/1.1 with upgrades; each connection a task that the server joins.
 //!
-//! Accepting and handshakes are [`knoc_proto::link::accept`]'s; how many connections may stay after that, with and
+//! Accepting and handshakes are [`knoc_link::accept`]'s; how many connections may stay after that, with and
 //! without an identity, is [`super::standing`]'s.
 //!
 //! Shutdown: no new connections, idle ones close at once, requests under way get [`DRAIN`], what is left (a followed
@@ -17,9 +17,9 @@ use futures::{FutureExt as _, StreamExt as _, TryFutureExt as _};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use knoc_link::accept::Accept;
+use knoc_link::admission::Bounds;
 use knoc_proto::error::chain;
-use knoc_proto::link::accept::Accept;
-use knoc_proto::link::admission::Bounds;
 use rustix::net::sockopt;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::net::{TcpListener, TcpStream};

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use knoc_proto::link::admission::{Admissions, Bounds, Source, Ticket};
+use knoc_link::admission::{Admissions, Bounds, Source, Ticket};
 use knoc_proto::log_limit::LogLimit;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;

@@ -28,6 +28,7 @@ macro_rules! carried {
     )*) => {$(
         $(#[$doc])*
         #[derive(Clone, Copy, Debug)]
+        #[allow(clippy::struct_field_names, reason = "the fields have Kubernetes' names")]
         pub(crate) struct $name<'a> {
             $(pub(crate) $taken: &'a $type,)*
         }

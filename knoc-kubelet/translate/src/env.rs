@@ -32,7 +32,7 @@ pub(super) fn needs(container: Container<'_>, needs: &mut Needs) {
     }
 }
 
-fn env_from_sources<'a>(container: Container<'a>) -> impl Iterator<Item = EnvFromSource<'a>> {
+fn env_from_sources(container: Container<'_>) -> impl Iterator<Item = EnvFromSource<'_>> {
     container.env_from.iter().flatten().map(EnvFromSource::from)
 }
 
@@ -145,13 +145,7 @@ fn from_source(
         return Some(match field.field_path.as_str() {
             "status.hostIP" | "status.hostIPs" => Value::Runtime(pb::RuntimeField::HostIp.into()),
             "status.podIP" | "status.podIPs" => Value::Runtime(pb::RuntimeField::PodIp.into()),
-            path => match files::field(pod, path) {
-                Some(text) => Value::Literal(text.into()),
-                None => {
-                    missing.push(files::not_offered(path));
-                    return None;
-                }
-            },
+            path => Value::Literal(files::offered(pod, path, missing)?.into()),
         });
     }
     let resource = ResourceFieldSelector::from(source.resource_field_ref.as_ref()?);

@@ -190,20 +190,16 @@ impl Files<'_> {
     fn downward<'i>(&mut self, items: impl Iterator<Item = &'i core::DownwardAPIVolumeFile>) {
         for item in items.map(DownwardApiFile::from) {
             let text = if let Some(reference) = item.field_ref.as_ref().map(FileFieldRef::from) {
-                let path = reference.field_path;
-                match field(self.pod, path) {
-                    Some(text) => text,
-                    None => {
-                        self.missing.push(not_offered(path));
-                        continue;
-                    }
-                }
+                offered(self.pod, reference.field_path, self.missing)
             } else if let Some(selector) = item.resource_field_ref {
-                resource(self.pod, None, selector.into(), &self.resolved.allocatable)
+                let allocatable = &self.resolved.allocatable;
+                Some(resource(self.pod, None, selector.into(), allocatable))
             } else {
-                continue;
+                None
             };
-            self.put(item.path, text.into_bytes(), *item.mode);
+            if let Some(text) = text {
+                self.put(item.path, text.into_bytes(), *item.mode);
+            }
         }
     }
 
@@ -261,8 +257,13 @@ pub(super) fn field(pod: &Pod, path: &str) -> Option<String> {
     Some(text.unwrap_or_default())
 }
 
-pub(super) fn not_offered(path: &str) -> String {
-    format!("fieldPath \"{path}\" is not offered to containers")
+/// The field, or nothing and the reason.
+pub(super) fn offered(pod: &Pod, path: &str, missing: &mut Vec<String>) -> Option<String> {
+    let text = field(pod, path);
+    if text.is_none() {
+        missing.push(format!("fieldPath \"{path}\" is not offered to containers"));
+    }
+    text
 }
 
 /// The key in `metadata.labels['key']`.

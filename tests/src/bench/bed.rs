@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use knoc_proto::link::{Carrier, Credentials, ExpectPeer};
+use knoc_link::{Carrier, Credentials, ExpectPeer};
 use knoc_proto::pb;
 use knoc_proto::pb::agent_client::AgentClient;
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
@@ -124,6 +124,6 @@ fn agent() -> anyhow::Result<AgentClient<Channel>> {
     let [ca, cert, key] = [context.ca, context.cert, context.key].map(|file| base.join(file));
     let credentials = Credentials::from_files(&ca, &cert, &key)?;
     let carrier: Carrier = context.address.parse()?;
-    let channel = knoc_proto::link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
+    let channel = knoc_link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
     Ok(AgentClient::new(channel).max_decoding_message_size(16 << 20))
 }

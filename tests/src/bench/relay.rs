@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use futures::StreamExt as _;
-use knoc_proto::link::pinned::{self, KeyPair, TlsIo};
+use knoc_link::pinned::{self, KeyPair, TlsIo};
 use tempfile::TempDir;
 use tokio::{
     io::{

@@ -1,4 +1,4 @@
-use knoc_proto::{link::Shown, pki::Ca};
+use knoc_link::{Shown, pki::Ca};
 use proptest::prelude::*;
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 

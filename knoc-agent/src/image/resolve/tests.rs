@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use knoc_contract::jobdir::StateDir;
+
 use super::super::Bounds;
 use super::super::digest::Digest;
 use super::*;
 use crate::config::{Policy, Registry};
-use crate::jobdir::StateDir;
 use crate::policy::Live;
 
 mod cached;
@@ -320,7 +321,7 @@ fn write_sif(path: &Path, padding: usize) {
     let mut bytes = vec![0; 32];
     bytes.extend_from_slice(b"SIF_MAGIC");
     bytes.resize(bytes.len() + padding, 0);
-    crate::jobdir::atomic::write(path, &bytes, 0o600).unwrap();
+    knoc_contract::jobdir::atomic::write(path, &bytes, 0o600).unwrap();
 }
 
 #[tokio::test]

@@ -3,13 +3,14 @@
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
+use knoc_contract::capability::STOP_SIGNAL;
+use knoc_contract::jobdir::{JobDir, atomic::FileError};
 use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
 use tokio::task::{AbortHandle, JoinError};
 use tonic::Request;
 
 use super::{Actor, Refused, Resolved, Unsaved, write_record};
 use crate::{
-    jobdir::{JobDir, atomic::FileError},
     pod::{
         outcome::{Cause, OVERDUE},
         record::Record,
@@ -17,7 +18,6 @@ use crate::{
         state::{Effect, Event, Note, Pod, State},
     },
     scheduler::{Cancel, JobRef, RefusalKind, SubmitRequest},
-    shim::STOP_SIGNAL,
     shims::DEADLINE,
     site::Site,
 };
@@ -243,7 +243,7 @@ impl Actor {
             let mut job = dir.spec()?;
             job.spec = Some((*spec).clone());
             dir.write_spec(&job)?;
-            Ok::<_, crate::jobdir::JobDirError>(())
+            Ok::<_, knoc_contract::jobdir::JobDirError>(())
         });
         let failed = |error: &(dyn std::error::Error + 'static)| {
             Refused::new(

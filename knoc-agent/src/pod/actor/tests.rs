@@ -8,6 +8,8 @@ use std::{
 };
 
 use jiff::Timestamp;
+use knoc_contract::capability::STOP_SIGNAL;
+use knoc_contract::jobdir::atomic;
 use knoc_proto::{
     ids::PodUid,
     pb::{self, PodPhase},
@@ -18,7 +20,6 @@ use tokio_util::sync::CancellationToken;
 use super::{Input, Refused, facts};
 use crate::{
     app::fake::{Fake, SOON, spec, values},
-    jobdir::atomic,
     lease::{Holder, Process, STALE},
     pod::{
         record::Record,
@@ -26,7 +27,6 @@ use crate::{
         state::{Event, Pod},
     },
     registry::Registry,
-    shim::STOP_SIGNAL,
 };
 
 /// Slurm's commands as scripts that note what they were asked, and so many submissions a second, one at a time.

@@ -7,6 +7,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use knoc_contract::jobdir::JobDir;
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -20,7 +21,6 @@ use tonic::Request;
 use super::{Actor, Refused};
 use crate::{
     config::AtRest,
-    jobdir::JobDir,
     pod::state::{Effect, Event, Pod},
     shims::{Client, DEADLINE},
     site::Site,

@@ -3,7 +3,7 @@
 use knoc_proto::ids::{JobId, PodUid};
 
 use super::*;
-use crate::scheduler::Marks;
+use crate::scheduler::{JobExit, Marks};
 
 fn view(state: JobState, exit: Option<(i32, i32)>) -> JobView {
     JobView {

@@ -1,11 +1,12 @@
 //! PURE: the steps of a pod that has a job: what the scheduler's rounds and the shim's reports mean for it.
 
 use jiff::Timestamp;
+use knoc_contract::exit_codes::ShimExit;
 use knoc_proto::{ids::JobId, pb};
 
 use super::{ENDED_BY_US, Effect, FILES_AGAIN, LINGER, Pod, State, ending, submit};
 use crate::{
-    pod::outcome::{Cause, EXIT_SURPLUS, EXITS_WITH_REPORT, Evidence, decide, is_in_queue},
+    pod::outcome::{Cause, Evidence, decide, is_in_queue},
     scheduler::{Cancel, JobPhase, JobState, JobView},
 };
 
@@ -234,7 +235,7 @@ fn ended(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
 /// Did the shim of our job find the claim taken? Then another job of this pod runs, or ran.
 pub(super) fn surplus(pod: &Pod) -> bool {
     let exit = pod.view.as_ref().and_then(|view| view.exit);
-    pod.report.is_none() && exit.is_some_and(|exit| exit.code == EXIT_SURPLUS)
+    pod.report.is_none() && exit.is_some_and(|exit| exit.code == ShimExit::Surplus.code())
 }
 
 fn reported(pod: &Pod) -> bool {
@@ -249,7 +250,7 @@ fn patience(pod: &Pod) -> std::time::Duration {
     let never_started = view.started_at.is_none() && pod.report.is_none();
     // The batch script becomes the shim, so its code is the shim's word: any but these two promises no report.
     let code = view.exit.map_or(0, |exit| exit.code);
-    let none_can_come = !EXITS_WITH_REPORT.contains(&code);
+    let none_can_come = !ShimExit::of(code).is_some_and(ShimExit::promises_report);
     let stopping = matches!(pod.state, State::Stopping { .. });
     let cancelled = matches!(view.state, JobState::Cancelled { .. });
     let cancelled_in_queue = never_started && (cancelled || stopping);

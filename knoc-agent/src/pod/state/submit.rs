@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use knoc_contract::exit_codes::ShimExit;
 
 use super::{Effect, LOOK_AGAIN, LOOKS, Look, Otherwise, Pod, State, Trouble, ending, job};
 use crate::{
-    pod::outcome::{Cause, EXIT_SURPLUS, Outcome},
+    pod::outcome::{Cause, Outcome},
     scheduler::{Cancel, JobPhase, JobView, RefusalKind, Submitted},
 };
 
@@ -238,7 +239,8 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
     let (look, message, otherwise) = (look.tries + 1, look.message.clone(), look.otherwise);
     // One that surely is ours; one that runs before one that waits before one that ended; else the newest. Never one that
     // lost the claim.
-    let lost_claim = |view: &JobView| view.exit.is_some_and(|exit| exit.code == EXIT_SURPLUS);
+    let surplus = ShimExit::Surplus.code();
+    let lost_claim = |view: &JobView| view.exit.is_some_and(|exit| exit.code == surplus);
     let candidates = jobs.iter().filter(|view| !lost_claim(view)).enumerate();
     let best = candidates.min_by_key(|(n, view)| {
         let rank = match view.state.phase() {

@@ -1,8 +1,8 @@
 use std::time::Duration;
 
 use jiff::SignedDuration;
-use knoc_proto::{
-    link::Credentials,
+use knoc_link::{
+    Credentials,
     pki::{Ca, Validity},
 };
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};

@@ -1,10 +1,11 @@
 use std::path::Path;
 
-use knoc_proto::{link::Identity, pki::Ca};
+use knoc_contract::jobdir::atomic;
+use knoc_link::{Identity, pki::Ca};
 use tokio::sync::watch;
 
 use super::*;
-use crate::{config::Home, jobdir::atomic, policy::Live};
+use crate::{config::Home, policy::Live};
 
 struct Fake {
     folder: tempfile::TempDir,

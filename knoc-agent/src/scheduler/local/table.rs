@@ -6,14 +6,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use knoc_contract::jobdir::atomic::{self, FileError};
+use knoc_contract::jobdir::{JobDirError, read_json, write_json};
 use knoc_proto::ids::JobId;
 use nix::sys::signal::Signal;
 
 use super::record::{Ending, EndingKind, Identity, Progress, Record, WRAPPER, ended_state, view};
 use super::{Settings, process};
 use crate::command::{Command, CommandError};
-use crate::jobdir::atomic::{self, FileError};
-use crate::jobdir::{JobDirError, read_json, write_json};
 use crate::scheduler::{Cancel, JobRef, JobState, JobView, SchedulerError, SubmitRequest};
 
 #[derive(Debug)]

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use knoc_contract::requeue::may_run_again;
 use knoc_proto::pb;
 
 use super::Settings;
@@ -16,7 +17,6 @@ const SIGNAL_FLOOR_SECONDS: i64 = 300;
 const SIGNAL_EARLY_SECONDS: i64 = 60;
 /// Beside the pod's grace, for the final report.
 const SIGNAL_SLACK_SECONDS: i64 = 15;
-const REQUEUE: &str = "knoc.io/requeue";
 
 /// What a partition grants, as far as it matters for a time limit.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -76,7 +76,7 @@ impl Shape {
             time_minutes,
             signal_seconds: signal(spec.termination_grace_period_seconds, time_minutes),
             gres: gres(spec, &job, site, nodes)?,
-            requeue: requeue(spec),
+            requeue: may_run_again(spec),
             notes: note.into_iter().collect(),
         })
     }
@@ -89,15 +89,6 @@ fn ceil(a: i64, b: i64) -> i64 {
 
 fn positive(n: i64) -> Option<i64> {
     (n > 0).then_some(n)
-}
-
-/// May the pod's job run again, where Slurm requeues it?
-pub(crate) fn requeue(spec: &pb::PodSpec) -> bool {
-    let asked = spec
-        .annotations
-        .get(REQUEUE)
-        .is_some_and(|value| value == "true");
-    asked && spec.restart_policy() != pb::RestartPolicy::Never
 }
 
 fn request(container: &pb::Container) -> pb::Resources {

@@ -8,10 +8,8 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use knoc_proto::{
-    link::CHUNK,
-    pb::{ExecInput, exec_input::Input},
-};
+use knoc_proto::CHUNK;
+use knoc_proto::pb::{ExecInput, exec_input::Input};
 use tokio::sync::mpsc;
 
 use super::{super::CtlError, LeftOut};

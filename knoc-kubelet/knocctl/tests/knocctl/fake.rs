@@ -7,8 +7,8 @@ use std::{
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
+use knoc_link::Incoming;
 use knoc_proto::{
-    link::{self, Incoming},
     pb::{
         self, PodPhase,
         agent_server::{Agent, AgentServer},
@@ -45,14 +45,14 @@ struct Fake {
 
 /// Serves on a socket until the tasks are dropped.
 pub(crate) fn serve(socket: &Path) -> (JoinSet<()>, Asked) {
-    let incoming: Incoming = link::listen::unix(socket).unwrap();
+    let incoming: Incoming = knoc_link::listen::unix(socket).unwrap();
     let asked = Asked::default();
     let service = AgentServer::new(Fake {
         asked: asked.clone(),
     });
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
-        link::server()
+        knoc_link::server()
             .add_service(service)
             .serve_with_incoming(incoming)
             .await

@@ -8,14 +8,14 @@
 )]
 
 #[cfg(feature = "files")]
-#[path = "../../../../knoc-agent/src/jobdir"]
+#[path = "../../../../knoc-agent/contract/src/jobdir"]
 pub mod jobdir {
     pub mod decode;
     pub mod fuzzed;
 }
 
 #[cfg(feature = "logs")]
-#[path = "../../../../knoc-agent/src/logs"]
+#[path = "../../../../knoc-agent/contract/src/logs"]
 pub mod logs {
     pub mod cri;
     pub mod filter;

@@ -1,5 +1,5 @@
 use jiff::SignedDuration;
-use knoc_proto::{link::Identity, pki::Ca};
+use knoc_link::{Identity, pki::Ca};
 
 use super::*;
 

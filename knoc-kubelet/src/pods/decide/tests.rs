@@ -110,7 +110,7 @@ proptest! {
     /// The API server, the agent and decide in a loop: a deleted pod always ends on neither side.
     #[test]
     fn deletion_always_ends(pod in presents(), agent in agents(), done in dones(), force: bool) {
-        let grace = pod.deletion.unwrap_or(Grace::of_field(None));
+        let grace = pod.deletion.unwrap_or_else(|| Grace::of_field(None));
         let mut desired = if force {
             Desired::Gone
         } else {

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use knoc_proto::link::admission::Source;
+use knoc_link::admission::Source;
 use tokio::time::Instant;
 
 /// Reviews a second of one source in the long run; the API server itself brings few tokens, most callers have one.

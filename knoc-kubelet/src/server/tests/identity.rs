@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use knoc_proto::pki::CertifiedKey;
+use knoc_link::pki::CertifiedKey;
 use tokio::sync::watch;
 
 use super::harness::*;

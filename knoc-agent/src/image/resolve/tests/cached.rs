@@ -1,9 +1,9 @@
 //! What the cache keeps, and what it lets go.
 
+use knoc_contract::jobdir::JobDir;
 use knoc_proto::pb;
 
 use super::*;
-use crate::jobdir::JobDir;
 
 /// A registry of images `library/image-0` … whose SIFs have a thousand bytes.
 async fn world(limit: u64) -> World {
@@ -130,7 +130,7 @@ async fn a_job_directory_that_cannot_be_read_keeps_everything() {
     let job = world.job("44444444-4444-4444-8444-444444444444", &image);
     let path = image.path.clone();
     drop(image);
-    crate::jobdir::atomic::write(&job.spec_path(), b"\xff\xff\xff", 0o600).unwrap();
+    knoc_contract::jobdir::atomic::write(&job.spec_path(), b"\xff\xff\xff", 0o600).unwrap();
     let refused = world.pull(1).await.unwrap_err();
     assert!(
         refused.words.contains("the image cache is full"),

@@ -7,8 +7,8 @@ use std::{
 };
 
 use futures::Stream;
+use knoc_link::{Carrier, ExpectPeer};
 use knoc_proto::{
-    link::{self, Carrier, ExpectPeer},
     pb::{
         self, PodPhase,
         agent_server::{Agent as Service, AgentServer},
@@ -54,7 +54,7 @@ pub(super) struct FakeAgent {
 impl FakeAgent {
     pub(super) fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let incoming = link::listen::unix(&folder.path().join("private/agent.sock")).unwrap();
+        let incoming = knoc_link::listen::unix(&folder.path().join("private/agent.sock")).unwrap();
         let (changes, _) = broadcast::channel(64);
         let fake = Fake {
             state: Arc::default(),
@@ -63,7 +63,7 @@ impl FakeAgent {
         let service = AgentServer::new(fake.clone());
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
-            link::server()
+            knoc_link::server()
                 .add_service(service)
                 .serve_with_incoming(incoming)
                 .await
@@ -78,7 +78,7 @@ impl FakeAgent {
 
     pub(super) fn handle(&self) -> Agent {
         let carrier = Carrier::Unix(self.folder.path().join("private/agent.sock"));
-        let dial = || link::dial(carrier.clone(), None, ExpectPeer::AnyAgent).unwrap();
+        let dial = || knoc_link::dial(carrier.clone(), None, ExpectPeer::AnyAgent).unwrap();
         Agent::new(dial(), dial(), "cluster")
     }
 

@@ -1,0 +1,107 @@
+//! Which file an image of the site's was when the pod was accepted, so that the job mounts that one and no other.
+
+use knoc_proto::pb;
+use serde::{Deserialize, Serialize};
+
+use crate::walk::Found;
+
+/// Tells a file from what else may lie at its path: what the agent saw when the pod was staged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    /// Only known on the host that looked: a network file system has another number on each.
+    pub device: Option<u64>,
+    /// Its number in its file system.
+    pub inode: u64,
+    /// A sandbox: what is in it may change, so neither size nor times are compared.
+    pub folder: bool,
+    /// In bytes.
+    pub size: u64,
+    /// Last change of its bytes, in nanoseconds.
+    pub modified: i64,
+    /// Last change of its inode, in nanoseconds.
+    pub changed: i64,
+}
+
+impl FileId {
+    /// Of what is open.
+    #[must_use]
+    pub fn of(found: &Found) -> Self {
+        let stat = &found.stat;
+        let nanos = |seconds: i64, nanos: u64| {
+            let nanos = i64::try_from(nanos).unwrap_or_default();
+            seconds.saturating_mul(1_000_000_000).saturating_add(nanos)
+        };
+        Self {
+            device: Some(stat.st_dev),
+            inode: stat.st_ino,
+            folder: found.is_folder(),
+            size: u64::try_from(stat.st_size).unwrap_or_default(),
+            modified: nanos(stat.st_mtime, stat.st_mtime_nsec),
+            changed: nanos(stat.st_ctime, stat.st_ctime_nsec),
+        }
+    }
+
+    /// As the agent wrote it into the job file, for the host `host`.
+    #[must_use]
+    pub fn from_job(file: &pb::ImageFileId, host: &str) -> Self {
+        Self {
+            device: Some(file.device).filter(|_| file.host == host),
+            inode: file.inode,
+            folder: file.folder,
+            size: file.size,
+            modified: file.modified_nanos,
+            changed: file.changed_nanos,
+        }
+    }
+
+    /// For the job file, by the host `host`.
+    #[must_use]
+    pub fn to_job(&self, host: &str) -> pb::ImageFileId {
+        pb::ImageFileId {
+            host: host.to_owned(),
+            device: self.device.unwrap_or_default(),
+            inode: self.inode,
+            folder: self.folder,
+            size: self.size,
+            modified_nanos: self.modified,
+            changed_nanos: self.changed,
+        }
+    }
+
+    /// The first thing by which they are not the same file.
+    #[must_use]
+    pub fn differs(&self, here: &Self) -> Option<&'static str> {
+        let device = match (self.device, here.device) {
+            (Some(a), Some(b)) => a != b,
+            (None, _) | (_, None) => false,
+        };
+        let file = !self.folder;
+        [
+            (self.folder != here.folder, "kind of file"),
+            (device, "device"),
+            (self.inode != here.inode, "inode"),
+            (file && self.size != here.size, "size"),
+            (file && self.modified != here.modified, "modification time"),
+            (file && self.changed != here.changed, "change time"),
+        ]
+        .into_iter()
+        .find_map(|(differs, what)| differs.then_some(what))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::walk;
+
+    #[test]
+    fn it_comes_back_from_the_job_file() {
+        let root = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(root.path()).unwrap();
+        let id = FileId::of(&walk::owned(&root, false).unwrap());
+        assert_eq!(FileId::from_job(&id.to_job("login"), "login"), id);
+        assert_eq!(FileId::from_job(&id.to_job("login"), "c1").device, None);
+    }
+}

@@ -1,0 +1,386 @@
+//! Task: sends what a reader asked for of one log series, and follows it across rotation.
+//!
+//! Reads in blocks: on this thread what is in the page cache, else on the runtime's blocking threads, as many at once as
+//! the reader has room for: the channel to it is bounded, so a slow reader slows only this task. Follows by the writer's
+//! own signal where there is one (the shim), else by looking at the file every [`POLL`] (the agent, on a shared file
+//! system). Ends with the instance, the byte limit, or the reader. Each chunk says where the next one begins, so that
+//! another reader, on another host, can go on from there ([`Position`]).
+
+mod files;
+
+use std::{
+    fs::File,
+    io::{self, IoSliceMut},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use knoc_proto::{pb, reason::ErrorReason};
+use memchr::memrchr;
+use rustix::io::{Errno, ReadWriteFlags};
+use tokio::sync::{mpsc, watch};
+use tonic::Status;
+
+use self::files::{Identity, Open, open, tail_start};
+use super::filter::{Filter, Options, Position, TailSearch};
+
+/// The first read, and what a follower keeps while it waits.
+const SMALL: usize = 8 << 10;
+
+/// The largest read.
+const BLOCK: usize = 192 << 10;
+
+/// What a read should leave when the heads of lines are taken off: with its place in the log one message, and so one
+/// frame, of the link.
+const PIECE: usize = knoc_proto::CHUNK - 256;
+
+/// How often a file that another host writes is looked at.
+const POLL: Duration = Duration::from_millis(100);
+
+/// How many chunks may wait for the reader.
+pub const CHUNKS: usize = 4;
+
+/// How a follower learns of news.
+#[derive(Debug, Clone)]
+pub struct Follow {
+    /// Changes with each batch written; `None`: look at the file.
+    pub written: Option<watch::Receiver<u64>>,
+    /// `true` once the instance has ended and all its output is written. A dropped sender counts as ended.
+    pub ended: watch::Receiver<bool>,
+}
+
+/// The channel to the reader.
+pub type Output = mpsc::Sender<Result<pb::LogChunk, Status>>;
+
+/// The series of one attempt.
+#[derive(Debug, Clone)]
+pub struct Series {
+    /// Its live file.
+    pub live: PathBuf,
+    /// Whose it is.
+    pub attempt: u32,
+}
+
+/// Sends a series, at last a chunk that says `end`. Returns when all was sent, or the reader is gone.
+pub async fn read(series: Series, options: Options, follow: Option<Follow>, output: Output) {
+    if let Err(error) = run(series, options, follow, &output).await {
+        let message = format!("read the container's log: {error}");
+        // Where the reader is gone nobody is left to be told.
+        drop(
+            output
+                .send(Err(ErrorReason::Internal.status(message)))
+                .await,
+        );
+    }
+}
+
+async fn run(
+    Series { live, attempt }: Series,
+    options: Options,
+    mut follow: Option<Follow>,
+    output: &Output,
+) -> io::Result<()> {
+    let mut reader = blocking(move || Reader::begin(live, options)).await?;
+    loop {
+        // Before the read: what is written after it wakes the wait below.
+        let ended = follow.as_mut().is_none_or(Follow::observe);
+        let (mut pieces, at_end);
+        if let Some(piece) = reader.at_hand()? {
+            (pieces, at_end) = (vec![piece], false);
+        } else {
+            let room = output.capacity().max(1);
+            (reader, pieces, at_end) = blocking(move || {
+                let (pieces, at_end) = reader.several(room)?;
+                Ok((reader, pieces, at_end))
+            })
+            .await?;
+        }
+        let end = reader.filter.done() || (at_end && ended);
+        if end && pieces.is_empty() {
+            pieces.push(reader.piece(Vec::new()));
+        }
+        let last = pieces.len();
+        for (number, Piece { data, next }) in (1..).zip(pieces) {
+            let chunk = pb::LogChunk {
+                data,
+                next: next.map(|next| next.to_wire(attempt)),
+                end: end && number == last,
+            };
+            if output.send(Ok(chunk)).await.is_err() {
+                return Ok(());
+            }
+        }
+        if end {
+            return Ok(());
+        }
+        if at_end && let Some(follow) = &mut follow {
+            tokio::select! {
+                biased;
+                () = output.closed() => return Ok(()),
+                () = follow.news() => {}
+            }
+        }
+    }
+}
+
+impl Follow {
+    /// Marks all news as seen. `true` where the instance has ended.
+    fn observe(&mut self) -> bool {
+        if let Some(written) = &mut self.written {
+            written.mark_unchanged();
+        }
+        let ended = *self.ended.borrow_and_update();
+        ended || self.ended.has_changed().is_err()
+    }
+
+    async fn news(&mut self) {
+        // A dropped sender ends the wait as well: then `observe` says that it is over.
+        let Self { written, ended } = self;
+        match written {
+            Some(written) => {
+                tokio::select! {
+                    biased;
+                    _ = ended.changed() => {}
+                    Ok(()) = written.changed() => {}
+                }
+            }
+            None => {
+                drop(tokio::time::timeout(POLL, ended.changed()).await);
+            }
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(io::Error::other)?
+}
+
+/// The last lines of a series, cut to the last `bytes`. Blocking.
+pub fn last_text(live: &Path, lines: u64, bytes: usize) -> io::Result<Vec<u8>> {
+    let options = Options {
+        tail_lines: Some(lines),
+        ..Options::default()
+    };
+    let mut reader = Reader::begin(live.to_owned(), options)?;
+    let mut text = Vec::new();
+    while let Some(more) = reader.next()? {
+        text.extend_from_slice(&more);
+        let excess = text.len().saturating_sub(bytes);
+        text.drain(..excess);
+    }
+    Ok(text)
+}
+
+/// The length of an open file; none where another host has removed it.
+fn length_of(file: &File) -> io::Result<Option<u64>> {
+    match file.metadata() {
+        Ok(metadata) => Ok(Some(metadata.len())),
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::STALE) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Output, and where the next one begins.
+#[derive(Debug)]
+struct Piece {
+    data: Bytes,
+    next: Option<Position>,
+}
+
+/// A position in a series.
+#[derive(Debug)]
+struct Reader {
+    live: PathBuf,
+    filter: Filter,
+    file: Option<Open>,
+    offset: u64,
+    /// Where files are read into; as long as the next read is large.
+    block: Vec<u8>,
+    /// So many bytes of it are the beginning of a line whose end was not read yet.
+    held: usize,
+}
+
+impl Reader {
+    fn begin(live: PathBuf, options: Options) -> io::Result<Self> {
+        let from = options.from.clone();
+        let start = match (&from, TailSearch::new(&options)) {
+            (Some(from), _) => {
+                let at =
+                    |files: &[Identity]| files.iter().position(|file| file.inode == from.inode);
+                let file = open(&live, |files| at(files).unwrap_or(files.len()))?;
+                file.map(|file| (file, from.offset))
+            }
+            (None, Some(search)) => tail_start(&live, search)?,
+            (None, None) => None,
+        };
+        let mut filter = Filter::new(options);
+        if from.is_some() && start.is_none() {
+            filter.skip_sent();
+        }
+        let (file, offset) = start.unzip();
+        Ok(Self {
+            live,
+            filter,
+            file,
+            offset: offset.unwrap_or_default(),
+            block: vec![0; SMALL],
+            held: 0,
+        })
+    }
+
+    /// Where the first line begins that was not sent; none before the series has begun.
+    fn position(&self) -> Option<Position> {
+        let open = self.file.as_ref()?;
+        let held = u64::try_from(self.held).unwrap_or_default();
+        let (stamp, at_start) = self.filter.state();
+        Some(Position {
+            inode: open.identity.inode,
+            offset: self.offset.saturating_sub(held),
+            stamp: stamp.to_vec(),
+            at_start,
+        })
+    }
+
+    /// The next piece, where it takes neither waiting nor long: the open file has more, that is in the page cache, and
+    /// something of it is wanted. `None` says nothing of what [`Self::several`] would find.
+    fn at_hand(&mut self) -> io::Result<Option<Piece>> {
+        let Some(open) = &self.file else {
+            return Ok(None);
+        };
+        let room = self.block.get_mut(self.held..).unwrap_or_default();
+        let mut room = [IoSliceMut::new(room)];
+        let at_once = ReadWriteFlags::NOWAIT;
+        let count = match rustix::io::preadv2(&open.file, &mut room, self.offset, at_once) {
+            Ok(count) => count,
+            // It would wait; or the file system, or the kernel, cannot tell.
+            // Or the shim on another host has removed the file.
+            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::STALE) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        if count == 0 {
+            return Ok(None);
+        }
+        let data = self.lines(count);
+        Ok((!data.is_empty()).then(|| self.piece(data)))
+    }
+
+    /// At most so many pieces, none of them empty. `true` where there is nothing more at the moment. Blocking.
+    fn several(&mut self, most: usize) -> io::Result<(Vec<Piece>, bool)> {
+        let mut pieces = Vec::new();
+        while let Some(data) = self.next()? {
+            if !data.is_empty() {
+                pieces.push(self.piece(data));
+            }
+            if self.filter.done() || pieces.len() == most {
+                return Ok((pieces, false));
+            }
+        }
+        // Whoever waits does it with little.
+        if self.held < SMALL && self.block.len() > SMALL {
+            self.block.truncate(SMALL);
+            self.block.shrink_to_fit();
+        }
+        Ok((pieces, true))
+    }
+
+    fn piece(&self, data: Vec<u8>) -> Piece {
+        Piece {
+            data: Bytes::from(data),
+            next: self.position(),
+        }
+    }
+
+    /// What is wanted of the next block; `None` where there is nothing more at the moment.
+    fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
+        loop {
+            let Some(Open { file, .. }) = &self.file else {
+                self.file = open(&self.live, |_| 0)?;
+                self.offset = 0;
+                if self.file.is_none() {
+                    return Ok(None);
+                }
+                continue;
+            };
+            let room = self.block.get_mut(self.held..).unwrap_or_default();
+            // The shim on another host may have removed the file: on NFS nothing can be read of it any more.
+            let count = match rustix::io::pread(file, room, self.offset) {
+                Err(Errno::STALE) => 0,
+                count => count?,
+            };
+            if count > 0 {
+                return Ok(Some(self.lines(count)));
+            }
+            // The writer took back what it could not write whole.
+            let length = length_of(file)?.unwrap_or(self.offset);
+            if length < self.offset {
+                self.offset = length;
+                self.held = 0;
+            }
+            // The writer renames only after its last write: a name that leads elsewhere means this file is whole.
+            let Some(next) = self.newer()? else {
+                return Ok(None);
+            };
+            let Some(Open { file, .. }) = &self.file else {
+                continue;
+            };
+            if length_of(file)?.is_none_or(|length| length <= self.offset) {
+                self.file = Some(next);
+                self.offset = 0;
+                self.held = 0;
+            }
+        }
+    }
+
+    /// Takes so many bytes that were read: what is wanted of whole lines. The rest is held.
+    fn lines(&mut self, count: usize) -> Vec<u8> {
+        self.offset += u64::try_from(count).unwrap_or_default();
+        let filled = self.held + count;
+        let came = self.block.get(..filled).unwrap_or_default();
+        let whole = memrchr(b'\n', came).map_or(0, |last| last + 1);
+        // A whole block does not wait for a slow reader with a few bytes in it.
+        let mut kept = Vec::with_capacity(whole.min(PIECE));
+        self.filter
+            .keep(came.get(..whole).unwrap_or_default(), &mut kept);
+        if kept.len() < kept.capacity() / 8 {
+            kept.shrink_to_fit();
+        }
+        self.block.copy_within(whole..filled, 0);
+        self.held = filled - whole;
+        if filled == self.block.len() {
+            self.size(whole, kept.len());
+        }
+        kept
+    }
+
+    /// There is more: the next read is as large as one piece takes, by what the last one left of its bytes.
+    fn size(&mut self, whole: usize, kept: usize) {
+        let wanted = (PIECE * whole).checked_div(kept).unwrap_or(BLOCK);
+        let step = self.block.len() * 2;
+        // A line that is no line, and has no end, must not be read with no room.
+        let least = self.held + SMALL;
+        self.block.resize(wanted.min(step).min(BLOCK).max(least), 0);
+    }
+
+    /// The file after the open one, where rotation made one.
+    fn newer(&self) -> io::Result<Option<Open>> {
+        let Some(Open { identity: own, .. }) = self.file else {
+            return Ok(None);
+        };
+        if Identity::at(&self.live) == Some(own) {
+            return Ok(None);
+        }
+        open(&self.live, |files| {
+            let at = files.iter().position(|file| *file == own);
+            // Not there any more: it was dropped for the limit, the oldest that is left comes next.
+            at.map_or(0, |index| index + 1)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

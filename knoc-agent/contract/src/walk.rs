@@ -1,0 +1,495 @@
+//! Resolves a path component by component, from descriptors, to a descriptor of what was checked.
+//!
+//! A name that is checked and used again later may lead elsewhere by then: a container, or another user, may replace
+//! any part of it in between. So each component is opened from the descriptor of the one before (`openat`,
+//! `O_NOFOLLOW`), a symbolic link is read from its own descriptor, and the caller uses the last descriptor, never the
+//! name. `openat2` has a flag for a part of this, but needs Linux 5.6 and knows nothing of owners. Blocking file work.
+
+use std::{
+    collections::VecDeque,
+    ffi::{OsStr, OsString},
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::ffi::OsStringExt as _,
+    },
+    path::{Component, Path, PathBuf},
+};
+
+use rustix::{
+    fs::{FileType, Mode, OFlags, Stat, fstat, mkdirat, open, openat, readlinkat},
+    io::Errno,
+};
+
+/// As the kernel: links to links end somewhere.
+const MAX_LINKS: u32 = 40;
+/// Each folder on the way is an open descriptor.
+const MAX_DEPTH: usize = 256;
+/// More components than that, with those of links, no path has.
+const MAX_STEPS: u32 = 4096;
+
+/// What a new folder allows, less the umask.
+const FOLDER: Mode = Mode::from_raw_mode(0o777);
+const STICKY: u32 = 0o1000;
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+
+/// Why a path was not followed to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum WalkError {
+    /// It, or a link on the way, leads out of the folder that it must stay in.
+    #[error("it leads out of its folder at {0:?}")]
+    Leaves(PathBuf),
+    /// Too many links, folders or components.
+    #[error("it has too many links or folders (at {0:?})")]
+    TooLong(PathBuf),
+    /// Somebody else may replace what lies there.
+    #[error("{path:?} {why}")]
+    Untrusted {
+        /// The component.
+        path: PathBuf,
+        /// Who else.
+        why: String,
+    },
+    /// The system refused.
+    #[error("open {path:?}")]
+    Io {
+        /// How far it was followed.
+        path: PathBuf,
+        /// The system's message.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl WalkError {
+    /// The system's error number; 0 if the system did not refuse.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Io { source, .. } => source.raw_os_error().unwrap_or_default(),
+            Self::Leaves(_) | Self::TooLong(_) | Self::Untrusted { .. } => 0,
+        }
+    }
+}
+
+/// What a path led to.
+#[derive(Debug)]
+pub struct Found {
+    /// Opened with `O_PATH`.
+    pub fd: OwnedFd,
+    /// What `fstat(2)` says of it.
+    pub stat: Stat,
+    /// Without links, as it was during the walk: for messages, and for those who can use no descriptor.
+    pub path: PathBuf,
+}
+
+impl Found {
+    /// Is it a folder?
+    #[must_use]
+    pub fn is_folder(&self) -> bool {
+        kind(&self.stat) == FileType::Directory
+    }
+}
+
+/// Follows `path` inside the folder `root`. Links are followed while they stay inside; absolute ones never do. With
+/// `make`, folders that are missing are created.
+pub fn inside(root: &Path, path: &Path, make: bool) -> Result<Found, WalkError> {
+    Walk::begin(root, Rules::Inside { make })?.follow(path)
+}
+
+/// Follows the absolute `path`, each component of which must belong to root or to this process' user, and be writable
+/// by nobody else. A folder with the sticky bit may be: others cannot replace what is not theirs. With `shared`, anybody
+/// may own and write anything on the way.
+pub fn owned(path: &Path, shared: bool) -> Result<Found, WalkError> {
+    Walk::begin(Path::new("/"), Rules::Owned { shared, way: false })?.follow(path)
+}
+
+/// As [`owned`], for a folder that is only on the way to what is used: it may have the sticky bit itself.
+pub fn owned_way(path: &Path) -> Result<Found, WalkError> {
+    let (shared, way) = (false, true);
+    Walk::begin(Path::new("/"), Rules::Owned { shared, way })?.follow(path)
+}
+
+/// Opens `path` as it is, following all links: for paths that nobody but root and this process' user can change.
+pub fn own(path: &Path) -> Result<Found, WalkError> {
+    let failed = |errno: Errno| WalkError::Io {
+        path: path.to_owned(),
+        source: errno.into(),
+    };
+    let fd = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+    let stat = fstat(&fd).map_err(failed)?;
+    let path = path.to_owned();
+    Ok(Found { fd, stat, path })
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Rules {
+    Inside {
+        make: bool,
+    },
+    /// `way`: the end is on the way to something else.
+    Owned {
+        shared: bool,
+        way: bool,
+    },
+}
+
+/// What lies at one component.
+enum Step {
+    Folder(OwnedFd, Stat),
+    File(OwnedFd, Stat),
+    Link(PathBuf),
+}
+
+struct Walk {
+    rules: Rules,
+    root: PathBuf,
+    /// The root first, then each folder on the way with its name.
+    folders: Vec<(OwnedFd, Stat, OsString)>,
+    ahead: VecDeque<OsString>,
+}
+
+impl Walk {
+    fn begin(root: &Path, rules: Rules) -> Result<Self, WalkError> {
+        let failed = |errno: Errno| WalkError::Io {
+            path: root.to_owned(),
+            source: errno.into(),
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = open(root, flags, Mode::empty()).map_err(failed)?;
+        let stat = fstat(&fd).map_err(failed)?;
+        Ok(Self {
+            rules,
+            root: root.to_owned(),
+            folders: vec![(fd, stat, OsString::new())],
+            ahead: VecDeque::new(),
+        })
+    }
+
+    /// How far it has come, with one more component.
+    fn at(&self, name: &OsStr) -> PathBuf {
+        let mut path = self.root.clone();
+        path.extend(self.folders.iter().skip(1).map(|(_, _, name)| name));
+        if !name.is_empty() {
+            path.push(name);
+        }
+        path
+    }
+
+    fn follow(mut self, path: &Path) -> Result<Found, WalkError> {
+        self.enqueue(path)?;
+        let (mut links, mut steps) = (0, 0);
+        while let Some(name) = self.ahead.pop_front() {
+            steps += 1;
+            if steps > MAX_STEPS || links > MAX_LINKS || self.folders.len() > MAX_DEPTH {
+                return Err(WalkError::TooLong(self.at(&name)));
+            }
+            if name == ".." {
+                self.up()?;
+                continue;
+            }
+            match self.step(&name)? {
+                Step::Folder(fd, stat) => self.folders.push((fd, stat, name)),
+                Step::Link(target) => {
+                    links += 1;
+                    self.enqueue(&target)?;
+                }
+                Step::File(fd, stat) => {
+                    let path = self.at(&name);
+                    if !self.ahead.is_empty() {
+                        let source = Errno::NOTDIR.into();
+                        return Err(WalkError::Io { path, source });
+                    }
+                    return Ok(Found { fd, stat, path });
+                }
+            }
+        }
+        self.last_folder()
+    }
+
+    /// What is to be followed next. An absolute path begins at the root again.
+    fn enqueue(&mut self, path: &Path) -> Result<(), WalkError> {
+        if path.is_absolute() {
+            match self.rules {
+                Rules::Inside { .. } => return Err(WalkError::Leaves(path.to_owned())),
+                Rules::Owned { .. } => self.folders.truncate(1),
+            }
+        }
+        let mut first = Vec::new();
+        for component in path.components() {
+            match component {
+                Component::Normal(name) => first.push(name.to_owned()),
+                Component::ParentDir => first.push("..".into()),
+                Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+            }
+        }
+        if first.len() + self.ahead.len() > MAX_STEPS as usize {
+            return Err(WalkError::TooLong(path.to_owned()));
+        }
+        for name in first.into_iter().rev() {
+            self.ahead.push_front(name);
+        }
+        Ok(())
+    }
+
+    fn up(&mut self) -> Result<(), WalkError> {
+        if self.folders.len() > 1 {
+            self.folders.pop();
+            return Ok(());
+        }
+        match self.rules {
+            Rules::Inside { .. } => Err(WalkError::Leaves(self.at(OsStr::new("..")))),
+            // Above the root is the root.
+            Rules::Owned { .. } => Ok(()),
+        }
+    }
+
+    fn step(&self, name: &OsStr) -> Result<Step, WalkError> {
+        let failed = |errno: Errno| WalkError::Io {
+            path: self.at(name),
+            source: errno.into(),
+        };
+        let fd = self.open(name).map_err(failed)?;
+        let stat = fstat(&fd).map_err(failed)?;
+        let kind = kind(&stat);
+        if let Rules::Owned { shared: false, .. } = self.rules {
+            // A link has no mode of its own; a folder may be sticky where it is not the end.
+            let writable = kind != FileType::Symlink
+                && stat.st_mode & WRITABLE_BY_OTHERS != 0
+                && !(kind == FileType::Directory && stat.st_mode & STICKY != 0);
+            self.trust(name, &stat, writable)?;
+        }
+        if kind == FileType::Symlink {
+            let target = readlinkat(&fd, "", Vec::new()).map_err(failed)?;
+            return Ok(Step::Link(OsString::from_vec(target.into_bytes()).into()));
+        }
+        if kind == FileType::Directory {
+            return Ok(Step::Folder(fd, stat));
+        }
+        Ok(Step::File(fd, stat))
+    }
+
+    fn trust(&self, name: &OsStr, stat: &Stat, writable: bool) -> Result<(), WalkError> {
+        let own = rustix::process::getuid().as_raw();
+        match distrust(stat.st_uid, own, writable.then_some(stat.st_mode)) {
+            None => Ok(()),
+            Some(why) => Err(WalkError::Untrusted {
+                path: self.at(name),
+                why,
+            }),
+        }
+    }
+
+    fn open(&self, name: &OsStr) -> Result<OwnedFd, Errno> {
+        let (at, _, _) = self.folders.last().ok_or(Errno::BADF)?;
+        let at = at.as_fd();
+        // Asking for a folder first makes an automounter mount what belongs there.
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = || match openat(at, name, flags | OFlags::DIRECTORY, Mode::empty()) {
+            Err(Errno::NOTDIR | Errno::LOOP) => openat(at, name, flags, Mode::empty()),
+            other => other,
+        };
+        match (open(), self.rules) {
+            (Err(Errno::NOENT), Rules::Inside { make: true }) => {
+                match mkdirat(at, name, FOLDER) {
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(errno) => return Err(errno),
+                }
+                open()
+            }
+            (opened, _) => opened,
+        }
+    }
+
+    /// It ends at a folder, where the sticky bit protects nothing: its content is what is used.
+    fn last_folder(mut self) -> Result<Found, WalkError> {
+        let path = self.at(OsStr::new(""));
+        let Some((fd, stat, name)) = self.folders.pop() else {
+            return Err(WalkError::Leaves(path));
+        };
+        if let Rules::Owned { shared: false, way } = self.rules
+            && !self.folders.is_empty()
+        {
+            let protected = way && stat.st_mode & STICKY != 0;
+            let writable = stat.st_mode & WRITABLE_BY_OTHERS != 0 && !protected;
+            self.trust(&name, &stat, writable)?;
+        }
+        Ok(Found { fd, stat, path })
+    }
+}
+
+/// PURE: who but root and the user `own` could replace it. `mode` is given if others may write it.
+fn distrust(owner: u32, own: u32, mode: Option<u32>) -> Option<String> {
+    if owner != 0 && owner != own {
+        return Some(format!("belongs to user {owner}"));
+    }
+    mode.map(|mode| format!("may be written by others (mode {:03o})", mode & 0o777))
+}
+
+fn kind(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
+}
+
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "files of the test's own")]
+mod tests {
+    use std::{
+        fs,
+        os::unix::fs::{PermissionsExt as _, symlink},
+    };
+
+    use super::*;
+
+    fn world() -> (tempfile::TempDir, PathBuf) {
+        let root = tempfile::tempdir().unwrap();
+        let path = fs::canonicalize(root.path()).unwrap();
+        for folder in ["home", "volume/real/deep", "images/box"] {
+            fs::create_dir_all(path.join(folder)).unwrap();
+        }
+        fs::write(path.join("home/key"), "secret").unwrap();
+        fs::write(path.join("volume/real/file"), "file").unwrap();
+        fs::write(path.join("images/a.sif"), "sif").unwrap();
+        (root, path)
+    }
+
+    #[test]
+    fn links_are_followed_while_they_stay_inside() {
+        let (_root, path) = world();
+        let volume = path.join("volume");
+        let link = |target: &str, name: &str| symlink(target, volume.join(name)).unwrap();
+        link("real", "within");
+        link("../real/deep/../file", "real/round");
+        link("within/round", "twice");
+        for (sub, wanted) in [
+            ("", ""),
+            ("within/deep", "real/deep"),
+            ("twice", "real/file"),
+            ("real/deep/../file", "real/file"),
+        ] {
+            let found = inside(&volume, Path::new(sub), false).unwrap();
+            assert_eq!(found.path, volume.join(wanted), "{sub}");
+            let meta = fs::metadata(volume.join(wanted)).unwrap();
+            assert_eq!(found.is_folder(), meta.is_dir());
+        }
+        let made = inside(&volume, Path::new("within/new/newer"), true).unwrap();
+        assert!(made.is_folder() && volume.join("real/new/newer").is_dir());
+    }
+
+    #[test]
+    fn nothing_leads_out() {
+        let (_root, path) = world();
+        let volume = path.join("volume");
+        symlink("../home", volume.join("out")).unwrap();
+        symlink(path.join("home"), volume.join("absolute")).unwrap();
+        symlink(path.join("home/new"), volume.join("dangling")).unwrap();
+        symlink("loop", volume.join("loop")).unwrap();
+        symlink("real/deep/../../../home", volume.join("late")).unwrap();
+        for sub in [
+            "out",
+            "out/key",
+            "out/x",
+            "absolute",
+            "absolute/x",
+            "dangling",
+            "dangling/x",
+            "loop",
+            "late/x",
+            "..",
+            "real/../../home",
+            "/etc",
+            "real/file/x",
+        ] {
+            let walked = inside(&volume, Path::new(sub), true);
+            assert!(walked.is_err(), "{sub}: {walked:?}");
+        }
+        assert_eq!(fs::read_dir(path.join("home")).unwrap().count(), 1);
+        // A link as the root is no folder of ours.
+        assert!(inside(&volume.join("out"), Path::new("key"), false).is_err());
+        let deep = "d/".repeat(MAX_DEPTH + 1);
+        assert!(matches!(
+            inside(&volume, Path::new(&deep), true),
+            Err(WalkError::TooLong(_))
+        ));
+    }
+
+    /// While another thread swaps a folder and a link, what was opened is always the folder.
+    #[test]
+    fn a_swap_during_the_walk_never_leads_out() {
+        let (_root, path) = world();
+        let volume = path.join("volume");
+        symlink(path.join("home"), volume.join("away")).unwrap();
+        fs::create_dir(volume.join("sub")).unwrap();
+        let home = fs::metadata(path.join("home")).unwrap();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let mut folders = 0;
+        std::thread::scope(|scope| {
+            let swapper = scope.spawn(|| {
+                let (sub, away) = (volume.join("sub"), volume.join("away"));
+                let flags = rustix::fs::RenameFlags::EXCHANGE;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let cwd = rustix::fs::CWD;
+                    rustix::fs::renameat_with(cwd, &sub, cwd, &away, flags).unwrap();
+                }
+            });
+            for _ in 0..20_000 {
+                if let Ok(found) = inside(&volume, Path::new("sub"), true) {
+                    folders += 1;
+                    let ino = std::os::unix::fs::MetadataExt::ino(&home);
+                    assert!(found.is_folder() && found.stat.st_ino != ino);
+                }
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            swapper.join().unwrap();
+        });
+        assert!(folders > 0);
+    }
+
+    #[test]
+    fn a_path_that_others_can_change_is_refused_by_name() {
+        let (_root, path) = world();
+        let images = path.join("images");
+        let mode = |path: &Path, mode: u32| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        let file = images.join("a.sif");
+        symlink("a.sif", images.join("link")).unwrap();
+        symlink(images.join("box"), images.join("absolute")).unwrap();
+        assert_eq!(owned(&images.join("link"), false).unwrap().path, file);
+        assert!(owned(&images.join("absolute"), false).unwrap().is_folder());
+        for (which, bad) in [(&images, 0o775), (&images, 0o757), (&file, 0o664)] {
+            let before = fs::metadata(which).unwrap().permissions().mode();
+            mode(which, bad);
+            let error = owned(&file, false).unwrap_err();
+            assert!(
+                matches!(&error, WalkError::Untrusted { path, .. } if path == which),
+                "{bad:o}: {error}"
+            );
+            owned(&file, true).unwrap();
+            mode(which, before);
+        }
+        // Others may make files in it, but not replace ours; as an image itself it is theirs too.
+        mode(&images, 0o1777);
+        owned(&file, false).unwrap();
+        owned(&images, false).unwrap_err();
+        owned_way(&images).unwrap();
+        mode(&images, 0o777);
+        owned_way(&images).unwrap_err();
+    }
+
+    #[test]
+    fn another_users_file_is_refused() {
+        for (owner, mode, refused) in [
+            (0, None, None),
+            (1000, None, None),
+            (1001, None, Some("belongs to user 1001")),
+            (1001, Some(0o777), Some("belongs to user 1001")),
+            (
+                0,
+                Some(0o100_664),
+                Some("may be written by others (mode 664)"),
+            ),
+        ] {
+            assert_eq!(distrust(owner, 1000, mode).as_deref(), refused);
+        }
+    }
+}

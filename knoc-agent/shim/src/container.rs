@@ -1,0 +1,476 @@
+//! Task: one attempt of one container, from its folders to its end. The supervisor decides; this performs.
+//!
+//! Sends [`News::Running`] once the program runs, [`News::Lost`] where its log lines are, and ends with [`Ended`].
+//! Cancelling `abort` ends the runtime where the program does not run yet, or where the runtime outlives a killed
+//! program. Never decides about restarts.
+
+mod folders;
+mod up;
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use knoc_contract::launch::LaunchSpec;
+use knoc_contract::logs::{cri, read::last_text, writer::Losses};
+use knoc_proto::{error::chain, pb};
+use tokio::{
+    net::UnixStream,
+    sync::{mpsc, watch},
+};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    folders::{Folders, PrepareError},
+    up::bring_up,
+};
+use super::{
+    attach::hub::{self, Hub},
+    children::Exit,
+    environment::{self, TerminationLog},
+    fdio::{self, Stream},
+    handshake::{self, HandshakeError, Launched},
+    measure,
+    output::{self, Log, Source},
+    passwd,
+    pod::Pod,
+    role::{ContainerSpec, SlotId},
+    signals::{self, Identity},
+    usage::{Counters, Used},
+};
+
+/// Kubernetes' bounds of a termination message, and of the log's end in its place.
+const MESSAGE_BYTES: usize = 4096;
+const FALLBACK_LINES: u64 = 80;
+const FALLBACK_BYTES: usize = 2048;
+
+/// How long the message of an ended program may take: its file may lie on a file system that hangs.
+const MESSAGE_WAIT: Duration = Duration::from_secs(10);
+
+/// The exit code of a program that KILL ended.
+const KILLED: i32 = 137;
+
+/// The exit code of a container whose program never ran.
+const NOT_STARTED: i32 = 128;
+
+/// A program that runs: what exec needs to do likewise, and attach to reach it.
+#[derive(Debug)]
+pub(crate) struct Program {
+    pub(crate) identity: Identity,
+    pub(crate) spec: LaunchSpec,
+    pub(crate) hub: Arc<Hub>,
+}
+
+/// How an attempt ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Ended {
+    pub(crate) exit: Exit,
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
+    pub(crate) finished_at: Timestamp,
+    pub(crate) losses: Losses,
+    /// What all its processes used; zero where the program never ran.
+    pub(crate) used: Counters,
+}
+
+/// What an attempt tells the supervisor while it lasts.
+#[derive(Debug)]
+pub(crate) struct Event {
+    pub(crate) id: SlotId,
+    pub(crate) news: News,
+}
+
+/// See [`Event`].
+#[derive(Debug)]
+pub(crate) enum News {
+    /// Its program runs.
+    Running {
+        program: Arc<Program>,
+        started_at: Timestamp,
+    },
+    /// Log lines were lost; all so far.
+    Lost(Losses),
+}
+
+/// What to run.
+#[derive(Debug)]
+pub(crate) struct Attempt {
+    pub(crate) spec: Arc<ContainerSpec>,
+    /// Restart count.
+    pub(crate) number: u32,
+    pub(crate) values: Arc<pb::PodValues>,
+    /// Where the log's readers hear of news.
+    pub(crate) written: watch::Sender<u64>,
+    pub(crate) abort: CancellationToken,
+    pub(crate) events: mpsc::Sender<Event>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum AttemptError {
+    /// Our own preparations.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    /// The runtime could not make the container; its words.
+    #[error("{0}")]
+    Runtime(String),
+    /// The helper could not make its namespaces; its message.
+    #[error("{what}")]
+    NoNamespaces { errno: i32, what: String },
+    /// The program could not be started.
+    #[error("unable to start container process")]
+    Start(#[source] HandshakeError),
+    /// Neither the pod nor the image says what to run.
+    #[error(
+        "no command specified: give the container a command, or use an image that has an entrypoint or a command"
+    )]
+    NoCommand,
+    #[error("stopped before it was started")]
+    Aborted,
+}
+
+impl AttemptError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Prepare(_) | Self::NoCommand => "CreateContainerError",
+            Self::Runtime(_) | Self::NoNamespaces { .. } => "ContainerCannotRun",
+            Self::Start(_) => "StartError",
+            Self::Aborted => "Error",
+        }
+    }
+}
+
+/// Runs the attempt to its end.
+pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
+    let outcome = try_run(&pod, &attempt).await;
+    let finished_at = Timestamp::now();
+    match outcome {
+        Ok((exit, message, losses, killed_by_kernel, used)) => Ended {
+            exit,
+            reason: reason_of(exit, killed_by_kernel),
+            message,
+            finished_at,
+            losses,
+            used,
+        },
+        Err(error) => {
+            tracing::warn!(container = attempt.spec.name(), "{}", chain(&error));
+            let code = if matches!(error, AttemptError::Aborted) {
+                KILLED
+            } else {
+                NOT_STARTED
+            };
+            Ended {
+                exit: Exit { code, signal: 0 },
+                reason: error.reason(),
+                message: chain(&error),
+                finished_at,
+                losses: Losses::default(),
+                used: Counters::default(),
+            }
+        }
+    }
+}
+
+/// PURE
+fn reason_of(exit: Exit, killed_by_kernel: bool) -> &'static str {
+    match exit.code {
+        0 => "Completed",
+        KILLED if killed_by_kernel => "OOMKilled",
+        _ => "Error",
+    }
+}
+
+/// PURE: was it the kernel's OOM killer? It strikes by KILL as we do: whom we have killed did not end by it, and each
+/// strike is one container's only, whose end comes to `claim` it.
+fn by_kernel(exit: Exit, by_us: bool, claim: impl FnOnce() -> bool) -> bool {
+    exit.code == KILLED && !by_us && claim()
+}
+
+/// PURE: what the container used, by what its runtime's process had used before the program ran and at the end.
+fn spent(isolated: bool, before: Used, end: Used) -> Counters {
+    if isolated {
+        // The program is a child of the runtime, whose own work and helpers are none of the container's.
+        end.kids - before.kids
+    } else {
+        end.own + end.kids
+    }
+}
+
+/// What the launcher prepares in the container.
+fn complete(spec: &mut LaunchSpec, folders: &Folders) {
+    let temporary = folders.temporary.iter();
+    spec.temporary = temporary
+        .map(|folder| folder.clone().into_bytes())
+        .collect();
+    spec.links = links(folders);
+    spec.settle = folders.settle;
+}
+
+/// Names and targets, in turn, of the links that the launcher makes.
+fn links(folders: &Folders) -> Vec<Vec<u8>> {
+    let bytes = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
+    let volumes = folders.links.iter();
+    let mut links: Vec<_> = volumes
+        .flat_map(|link| [bytes(&link.name), bytes(&link.target)])
+        .collect();
+    match &folders.termination {
+        TerminationLog::Link { name, target } => {
+            links.extend([name.clone().into_bytes(), bytes(target)]);
+        }
+        TerminationLog::Mounted { .. } | TerminationLog::Bind(_) => {}
+    }
+    links
+}
+
+/// With a terminal all output comes from it.
+fn from_terminal(terminal: Option<&Arc<Stream>>) -> Option<Vec<Source>> {
+    terminal.map(|terminal| vec![Source::new(Arc::clone(terminal), cri::Stream::Stdout)])
+}
+
+type Done = (Exit, String, Losses, bool, Counters);
+
+async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError> {
+    let container = &attempt.spec.container;
+    let config = attempt.spec.image.config.clone().unwrap_or_default();
+    let mut spec = environment::launch_spec(container, &config, &attempt.values, &pod.facts);
+    if spec.argv.is_empty() {
+        return Err(AttemptError::NoCommand);
+    }
+    let mut folders = prepare(pod, attempt).await?;
+    complete(&mut spec, &folders);
+    let kills_before = pod.oom.unclaimed();
+    let mut up = bring_up(pod, attempt, &folders, container).await?;
+    folders.message_below(up.message.take());
+    spec.passwd = passwd::of_image(pod, up.identity, &spec).await;
+    let (stdio, sources) = stdio(container).map_err(PrepareError::Pipes)?;
+    let launched = match launch(up.socket, &spec, stdio.theirs, &attempt.abort).await {
+        Ok(launched) => launched,
+        Err(error) => {
+            up.runtime.end().await;
+            return Err(error);
+        }
+    };
+    let terminal = launched.master.map(Stream::new).transpose();
+    let terminal = terminal.map_err(PrepareError::Pipes)?.map(Arc::new);
+    let sources = from_terminal(terminal.as_ref()).unwrap_or(sources);
+    let used_before = measure::used(up.runtime.child.pid).unwrap_or_default();
+    let mut keeper = hub::open(container.stdin, container.stdin_once, stdio.ours, terminal);
+    let hub = keeper.hub();
+    let program = Program {
+        identity: up.identity,
+        spec,
+        hub: Arc::clone(&hub),
+    };
+    let event = running(attempt.spec.id, program);
+    // The supervisor outlives its attempts.
+    attempt.events.send(event).await.ok();
+    let live = pod.jobdir.log_path(&container.name, attempt.number);
+    let over = CancellationToken::new();
+    let pump = output::pump(sources, log(pod, attempt, &live), over.clone(), &hub);
+    let ending = async {
+        let exit = up.runtime.ended(&attempt.abort, up.identity).await;
+        if !pod.runtime.isolates() {
+            signals::kill_left(up.identity.pid);
+        }
+        over.cancel();
+        exit
+    };
+    let (losses, exit) = tokio::select! {
+        biased;
+        both = async { tokio::join!(pump, ending) } => both,
+        never = keeper.feed() => match never {},
+    };
+    let exit = with_signal(exit);
+    keeper.end(exit);
+    let by_us = attempt.abort.is_cancelled();
+    let killed = by_kernel(exit, by_us, || pod.oom.claim(kills_before));
+    let logs = container.termination_message_fallback_to_logs && exit.code != 0;
+    let message = message(folders, logs.then_some(live)).await;
+    let used_at_end = up.runtime.child.used.unwrap_or_default();
+    let used = spent(pod.runtime.isolates(), used_before, used_at_end);
+    Ok((exit, message, losses, killed, used))
+}
+
+fn running(id: SlotId, program: Program) -> Event {
+    let news = News::Running {
+        program: Arc::new(program),
+        started_at: Timestamp::now(),
+    };
+    Event { id, news }
+}
+
+/// Where the output goes, and who hears of lines that could not be written.
+fn log<'a>(pod: &Pod, attempt: &'a Attempt, live: &Path) -> Log<'a> {
+    Log {
+        live: live.to_owned(),
+        limits: pod.limits,
+        written: attempt.written.clone(),
+        lost: Box::new(|losses| {
+            let (id, news) = (attempt.spec.id, News::Lost(losses.clone()));
+            // If the supervisor is busy, the next event says it too.
+            attempt.events.try_send(Event { id, news }).is_ok()
+        }),
+    }
+}
+
+/// Runtimes end with 128 + n where a signal ended the program.
+fn with_signal(exit: Exit) -> Exit {
+    let signal = if (129..=192).contains(&exit.code) {
+        exit.code - 128
+    } else {
+        exit.signal
+    };
+    Exit { signal, ..exit }
+}
+
+/// Starts the program; it may lie on a file system that hangs.
+async fn launch(
+    socket: UnixStream,
+    spec: &LaunchSpec,
+    stdio: Vec<OwnedFd>,
+    abort: &CancellationToken,
+) -> Result<Launched, AttemptError> {
+    tokio::select! {
+        biased;
+        launched = handshake::launch(socket, spec, stdio) => launched.map_err(AttemptError::Start),
+        () = abort.cancelled() => Err(AttemptError::Aborted),
+    }
+}
+
+/// The folders are made on a blocking thread: what the pod mounts may hang.
+async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptError> {
+    let (pod, spec, number) = (Arc::clone(pod), Arc::clone(&attempt.spec), attempt.number);
+    let making = tokio::task::spawn_blocking(move || Folders::prepare(&pod, &spec, number));
+    tokio::select! {
+        biased;
+        made = making => match made {
+            Ok(made) => Ok(made?),
+            Err(error) => Err(PrepareError::Pipes(io::Error::other(error)).into()),
+        },
+        // What is made nevertheless is removed with the task's answer.
+        () = attempt.abort.cancelled() => Err(AttemptError::Aborted),
+    }
+}
+
+/// What the program left as its message, else the end of its log `fallback`. Then its folders go.
+async fn message(folders: Folders, fallback: Option<PathBuf>) -> String {
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut text = folders.termination_message(MESSAGE_BYTES);
+        if let Some(live) = fallback.filter(|_| text.is_empty()) {
+            text = last_text(&live, FALLBACK_LINES, FALLBACK_BYTES).unwrap_or_default();
+        }
+        (text, folders)
+    });
+    let Ok(Ok((text, folders))) = tokio::time::timeout(MESSAGE_WAIT, reading).await else {
+        return String::new();
+    };
+    drop(folders);
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+struct Stdio3 {
+    theirs: Vec<OwnedFd>,
+    /// The writing end of the standard input, for those who attach.
+    ours: Option<Stream>,
+}
+
+/// Pipes for the program; none where it has a terminal.
+fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
+    if container.tty {
+        return Ok((
+            Stdio3 {
+                theirs: Vec::new(),
+                ours: None,
+            },
+            Vec::new(),
+        ));
+    }
+    let (stdin, ours) = if container.stdin {
+        let (theirs, ours) = fdio::input_pipe()?;
+        (theirs, Some(ours))
+    } else {
+        (std::fs::File::open("/dev/null")?.into(), None)
+    };
+    let (ours_out, stdout) = fdio::output_pipe()?;
+    let (ours_err, stderr) = fdio::output_pipe()?;
+    let sources = vec![
+        Source::new(ours_out, cri::Stream::Stdout),
+        Source::new(ours_err, cri::Stream::Stderr),
+    ];
+    Ok((
+        Stdio3 {
+            theirs: vec![stdin, stdout, stderr],
+            ours,
+        },
+        sources,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::oom::OomCounter, *};
+
+    #[test]
+    fn the_runtimes_own_work_is_not_the_containers() {
+        let cpu = |cpu| Counters {
+            cpu,
+            ..Counters::default()
+        };
+        let used = |own, kids| Used {
+            own: cpu(own),
+            kids: cpu(kids),
+        };
+        assert_eq!(spent(true, used(10, 100), used(20, 150)), cpu(50));
+        assert_eq!(spent(false, used(1, 0), used(20, 150)), cpu(170));
+        assert_eq!(spent(true, used(10, 100), used(0, 0)), cpu(0));
+    }
+
+    #[tokio::test]
+    async fn a_launcher_that_never_answers_is_given_up_when_the_pod_is_stopped() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let abort = CancellationToken::new();
+        let spec = LaunchSpec::default();
+        let launching = launch(ours, &spec, Vec::new(), &abort);
+        let stopping = async { abort.cancel() };
+        let both = async { tokio::join!(launching, stopping) };
+        let (launched, ()) = tokio::time::timeout(Duration::from_secs(20), both)
+            .await
+            .expect("it still waits");
+        assert!(matches!(launched, Err(AttemptError::Aborted)));
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "no state of ours: a counter")]
+    fn one_strike_of_the_oom_killer_is_one_containers_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("memory.events");
+        let counted = |kills: u32| std::fs::write(&file, format!("oom_kill {kills}\n")).unwrap();
+        counted(3);
+        let oom = OomCounter::of(vec![file.clone()]);
+        let (first, second) = (oom.unclaimed(), oom.unclaimed());
+        counted(4);
+        let exit = |code| Exit { code, signal: 0 };
+        // Neither who ends otherwise nor whom we kill takes what is another's.
+        assert!(!by_kernel(exit(1), false, || oom.claim(second)));
+        assert!(!by_kernel(exit(137), true, || oom.claim(second)));
+        assert!(by_kernel(exit(137), false, || oom.claim(first)));
+        assert!(!by_kernel(exit(137), false, || oom.claim(second)));
+        counted(5);
+        assert!(by_kernel(exit(137), false, || oom.claim(second)));
+    }
+
+    #[test]
+    fn reasons_and_signals() {
+        let exit = |code| Exit { code, signal: 0 };
+        assert_eq!(reason_of(exit(0), true), "Completed");
+        assert_eq!(reason_of(exit(137), true), "OOMKilled");
+        assert_eq!(reason_of(exit(137), false), "Error");
+        assert_eq!(with_signal(exit(143)).signal, 15);
+        assert_eq!(with_signal(exit(255)).signal, 0);
+    }
+}

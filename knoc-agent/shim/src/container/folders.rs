@@ -1,0 +1,356 @@
+//! The node-local folders and files of one attempt. Blocking file work, also on what the pod mounts.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    os::{fd::OwnedFd, unix::fs::PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use knoc_contract::jobdir::atomic::FileError;
+use knoc_proto::pb;
+use tokio::net::UnixListener;
+
+use super::super::{
+    beneath,
+    environment::{self, TerminationLog},
+    mounts::{Mounts, NameError},
+    places::{self, Link},
+    pod::Pod,
+    role::ContainerSpec,
+    scratch::{ScratchError, Trash},
+    volumes::{Mounted, VolumeError},
+};
+use crate::{
+    launch::contain::spec,
+    runtime::{INSIDE, RuntimeError},
+};
+
+/// The temporary folders of a container, and what the runtime calls them in its work folder.
+const TEMPORARY: [(&str, &str); 2] = [("/tmp", "tmp"), ("/var/tmp", "var_tmp")];
+
+const PASSWD: &str = "/etc/passwd";
+const HOSTS: &str = "/etc/hosts";
+const RESOLVER: &str = "/etc/resolv.conf";
+
+/// Why an attempt could not be prepared.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PrepareError {
+    #[error("prepare the container's folders")]
+    File(#[from] FileError),
+    #[error("mount a volume")]
+    Volume(#[from] VolumeError),
+    /// The helper's message.
+    #[error("mount {0}")]
+    Mount(String),
+    #[error("mount")]
+    Name(#[from] NameError),
+    #[error(transparent)]
+    Runtime(RuntimeError),
+    #[error("start the container runtime")]
+    Spawn(#[source] io::Error),
+    #[error("prepare the container's pipes")]
+    Pipes(#[source] io::Error),
+}
+
+/// See the module. When dropped they go into the trash, so it takes no time whatever the container wrote.
+#[derive(Debug)]
+pub(super) struct Folders {
+    /// What the container sees as `/.knoc`: it can change all that is in it.
+    pub(super) shared: PathBuf,
+    /// What the container writes to its root.
+    pub(super) root: PathBuf,
+    /// Its `/tmp` and `/var/tmp` if its root has no folder of ours.
+    pub(super) work: PathBuf,
+    /// What the container cannot reach: files of ours that are mounted, and the places of [`Mounts`].
+    private: PathBuf,
+    mounts: Mounts,
+    /// To be made in the container.
+    pub(super) links: Vec<Link>,
+    /// Folders of the image that everybody may write to.
+    pub(super) temporary: Vec<String>,
+    /// Is the container's `/etc/passwd` the runtime's, and no volume's?
+    pub(super) settle: bool,
+    pub(super) termination: TerminationLog,
+    /// The volume that the termination message lies in.
+    message: Option<OwnedFd>,
+    trash: Trash,
+}
+
+impl Folders {
+    pub(super) fn prepare(
+        pod: &Pod,
+        spec: &ContainerSpec,
+        number: u32,
+    ) -> Result<Self, PrepareError> {
+        let (id, container) = (spec.id, &spec.container);
+        let folder = |kind: &str| pod.scratch.disk(&format!("{kind}{id}-{number}"));
+        let private = folder("p")?;
+        let mut volumes = pod.volumes.mounts(&container.mounts)?;
+        if pod.runtime.isolates() {
+            share_memory(pod, &mut volumes)?;
+        }
+        let targets: Vec<&Path> = volumes.iter().map(|volume| &*volume.target).collect();
+        let termination = environment::termination_log(container, &targets);
+        let mut folders = Self {
+            shared: folder("c")?,
+            root: folder("r")?,
+            work: folder("w")?,
+            mounts: Mounts::new(&spec.image, pod.agent.clone(), private.clone()),
+            private,
+            links: Vec::new(),
+            temporary: Vec::new(),
+            settle: false,
+            termination,
+            message: None,
+            trash: pod.scratch.trash(),
+        };
+        let message = message_place(&folders.termination, &volumes);
+        let mut message_at = None;
+        if pod.runtime.isolates() {
+            folders.add_files(pod, &mut volumes)?;
+            places::order(&mut volumes);
+            message_at = message.and_then(|(target, rest)| {
+                let mut targets = volumes.iter().map(|volume| &volume.target);
+                Some((targets.position(|other| *other == target)?, rest))
+            });
+            folders.arrange(container, &mut volumes)?;
+        }
+        folders.mounts.set(volumes, message_at);
+        Ok(folders)
+    }
+
+    /// Files of ours that every container has unless the pod mounts its own.
+    fn add_files(&self, pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareError> {
+        touch(&self.shared, "agent")?;
+        match &self.termination {
+            TerminationLog::Mounted { .. } => {}
+            TerminationLog::Bind(target) => {
+                let log = touch(&self.private, "termination-log")?;
+                volumes.push(own_file(log, target, false));
+            }
+            TerminationLog::Link { .. } => {
+                touch(&self.shared, "termination-log")?;
+            }
+        }
+        let mounts = |volumes: &[Mounted], target: &str| {
+            let target = Path::new(target);
+            volumes.iter().any(|volume| volume.target == target)
+        };
+        if !mounts(volumes, HOSTS) {
+            let node = fs::read_to_string(HOSTS).unwrap_or_default();
+            let text = environment::hosts(&node, &pod.facts, &pod.spec().host_aliases);
+            let source = self.write("hosts", &text)?;
+            volumes.push(own_file(source, Path::new(HOSTS), false));
+        }
+        // A volume at `/etc` covers the runtime's own, but pods have this file everywhere.
+        if mounts(volumes, "/etc")
+            && !mounts(volumes, RESOLVER)
+            && let Ok(text) = fs::read_to_string(RESOLVER)
+        {
+            let source = self.write("resolv.conf", &text)?;
+            volumes.push(own_file(source, Path::new(RESOLVER), true));
+        }
+        Ok(())
+    }
+
+    /// What the container needs for its mounts, which are in their order. Those below `/dev` move.
+    fn arrange(
+        &mut self,
+        container: &pb::Container,
+        volumes: &mut [Mounted],
+    ) -> Result<(), PrepareError> {
+        if !container.read_only_root {
+            let own = places::of_the_image(&TEMPORARY.map(|(folder, _)| folder), volumes);
+            self.temporary.extend(own.into_iter().map(str::to_owned));
+        }
+        self.settle = !places::of_the_image(&[PASSWD], volumes).is_empty();
+        self.links = places::leave_devices(volumes);
+        let mut parents = vec![(PathBuf::from(INSIDE), self.shared.clone())];
+        // Mounted if the root has no folder of ours.
+        for (target, name) in TEMPORARY {
+            let source = self.work.join(name);
+            fs::create_dir(&source)
+                .and_then(|()| fs::set_permissions(&source, fs::Permissions::from_mode(0o1777)))
+                .map_err(FileError::on("create", &source))?;
+            parents.push((target.into(), source));
+        }
+        places::set_mount_points(&parents, volumes);
+        Ok(())
+    }
+
+    /// A file of ours that the container sees, and cannot replace.
+    fn write(&self, name: &str, text: &str) -> Result<PathBuf, FileError> {
+        let path = touch(&self.private, name)?;
+        let mut file = File::options()
+            .write(true)
+            .open(&path)
+            .map_err(FileError::on("open", &path))?;
+        file.write_all(text.as_bytes())
+            .map_err(FileError::on("write", &path))?;
+        Ok(path)
+    }
+
+    /// What the helper and the runtime are to mount.
+    pub(super) fn mounts(&self) -> &Mounts {
+        &self.mounts
+    }
+
+    /// The descriptor of the volume that the termination message lies in.
+    pub(super) fn message_below(&mut self, base: Option<OwnedFd>) {
+        self.message = base;
+    }
+
+    /// The socket that the launcher connects to.
+    pub(super) fn listen(&self) -> Result<UnixListener, PrepareError> {
+        let path = self.shared.join("launch.sock");
+        Ok(UnixListener::bind(&path).map_err(FileError::on("listen on", &path))?)
+    }
+
+    /// The last `limit` bytes of what the program left as its message; nothing if it is not a regular file.
+    pub(super) fn termination_message(&self, limit: usize) -> Vec<u8> {
+        let read = match &self.termination {
+            TerminationLog::Mounted { rest, .. } => match &self.message {
+                Some(base) => beneath::read_end_in(base, rest, limit),
+                None => return Vec::new(),
+            },
+            TerminationLog::Link { .. } => {
+                beneath::read_end(&self.shared.join("termination-log"), limit)
+            }
+            TerminationLog::Bind(_) => {
+                beneath::read_end(&self.private.join("termination-log"), limit)
+            }
+        };
+        read.unwrap_or_default()
+    }
+}
+
+/// As with other runtimes, the containers of a pod have one `/dev/shm`, unless they mount a volume there.
+fn share_memory(pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareError> {
+    let target = Path::new(places::SHARED_MEMORY);
+    if volumes.iter().any(|volume| volume.target == target) {
+        return Ok(());
+    }
+    let source = match pod.scratch.memory("shm") {
+        // The runtime's own stays: nothing of it is a secret of ours.
+        Err(ScratchError::NoMemory(_)) => return Ok(()),
+        Err(ScratchError::File(error)) => return Err(error.into()),
+        Ok(source) => source,
+    };
+    fs::set_permissions(&source, fs::Permissions::from_mode(0o1777))
+        .map_err(FileError::on("set the mode of", &source))?;
+    volumes.push(own_file(source, target, false));
+    Ok(())
+}
+
+/// A file or folder of ours, whose place on the host no container can change.
+fn own_file(source: PathBuf, target: &Path, read_only: bool) -> Mounted {
+    Mounted {
+        what: format!("{}", target.display()),
+        source: spec::Source::Own(source),
+        target: target.to_owned(),
+        read_only,
+        needs_descriptor: false,
+        point: None,
+    }
+}
+
+/// PURE: in the container, the target of the volume that the termination message lies in, and its path there.
+fn message_place(termination: &TerminationLog, volumes: &[Mounted]) -> Option<(PathBuf, PathBuf)> {
+    let TerminationLog::Mounted { mount, rest } = termination else {
+        return None;
+    };
+    Some((volumes.get(*mount)?.target.clone(), rest.clone()))
+}
+
+/// An empty file of ours.
+fn touch(folder: &Path, name: &str) -> Result<PathBuf, FileError> {
+    let path = folder.join(name);
+    File::create(&path).map_err(FileError::on("create", &path))?;
+    Ok(path)
+}
+
+impl Drop for Folders {
+    fn drop(&mut self) {
+        for folder in [&self.shared, &self.root, &self.work, &self.private] {
+            self.trash.take(folder);
+        }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "files of the test's own")]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// `/.knoc` is the container's: what it puts in the place of its message is not read through.
+    #[test]
+    fn a_message_is_a_plain_file_of_the_container() {
+        let base = tempfile::tempdir().unwrap();
+        let base = fs::canonicalize(base.path()).unwrap();
+        let secret = base.join("key");
+        fs::write(&secret, "secret").unwrap();
+        let folder = |name: &str| {
+            let path = base.join(name);
+            fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let trash = Trash::create(base.join("trash")).unwrap();
+        for place in ["own", "link", "volume/dir"] {
+            let (private, shared) = (folder("private"), folder("shared"));
+            let (log, termination) = match place {
+                "own" => (
+                    private.join("termination-log"),
+                    TerminationLog::Bind("/srv/x".into()),
+                ),
+                "link" => (
+                    shared.join("termination-log"),
+                    TerminationLog::Link {
+                        name: "/dev/termination-log".to_owned(),
+                        target: "/.knoc/termination-log".into(),
+                    },
+                ),
+                _ => (
+                    folder("volume/dir").join("log"),
+                    TerminationLog::Mounted {
+                        mount: 0,
+                        rest: "dir/log".into(),
+                    },
+                ),
+            };
+            let volume = File::open(folder("volume")).unwrap();
+            let mut folders = Folders {
+                mounts: Mounts::new(
+                    &pb::ResolvedImage::default(),
+                    "/opt/knoc-agent".into(),
+                    private.clone(),
+                ),
+                shared,
+                root: folder("root"),
+                work: folder("work"),
+                private,
+                links: Vec::new(),
+                temporary: Vec::new(),
+                settle: false,
+                termination,
+                message: None,
+                trash: trash.clone(),
+            };
+            if place == "volume/dir" {
+                fs::write(&log, "hello").unwrap();
+                assert_eq!(folders.termination_message(4096), b"", "not mounted yet");
+                folders.message_below(Some(volume.into()));
+            }
+            fs::write(&log, "hello").unwrap();
+            assert_eq!(folders.termination_message(4096), b"hello", "{place}");
+            fs::remove_file(&log).unwrap();
+            symlink(&secret, &log).unwrap();
+            assert_eq!(folders.termination_message(4096), b"");
+            fs::remove_file(&log).unwrap();
+            nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            assert_eq!(folders.termination_message(4096), b"");
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! PURE: what a container's program becomes: argv, environment, directory, hosts file; and where its termination
+//! message is found.
+
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
+
+use knoc_contract::launch::{LaunchSpec, Window};
+use knoc_proto::{
+    expand::{self, RuntimeFields},
+    paths, pb,
+};
+
+use super::gpus;
+use crate::runtime::{Gpus, INSIDE};
+
+const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const TERMINATION_LOG: &str = "/dev/termination-log";
+
+/// The window of a terminal nobody has attached to yet.
+const TERMINAL: Window = Window { cols: 80, rows: 24 };
+
+/// What is the same for all containers of a pod.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Facts {
+    /// The pod's host name.
+    pub(crate) hostname: String,
+    /// Addresses known only here.
+    pub(crate) fields: RuntimeFields,
+    /// Slurm's choice of GPUs: variables of the job.
+    pub(crate) devices: Vec<(String, String)>,
+    /// Does the runtime bind a driver's libraries?
+    pub(crate) binds_libraries: bool,
+    /// Do containers have files of their own, with the image's accounts?
+    pub(crate) isolated: bool,
+}
+
+/// What the launcher is told.
+pub(crate) fn launch_spec(
+    container: &pb::Container,
+    image: &pb::ImageConfig,
+    values: &pb::PodValues,
+    facts: &Facts,
+) -> LaunchSpec {
+    let own = values
+        .env
+        .iter()
+        .find(|env| env.container == container.name);
+    let vars = own.map_or(&[][..], |env| &env.vars);
+    let gpus = gpus::asked(container);
+    let mut given = image.env.clone();
+    given.extend(gpus::variables(gpus, &facts.devices));
+    let mut env = expand::environment(&given, vars, &facts.fields);
+    if facts.binds_libraries && gpus != Gpus::default() {
+        gpus::search_libraries(&mut env);
+    }
+    let mut default = |name: &[u8], value: &[u8]| {
+        if !env.iter().any(|(known, _)| known == name) {
+            env.push((name.to_vec(), value.to_vec()));
+        }
+    };
+    default(b"PATH", DEFAULT_PATH);
+    default(b"HOSTNAME", facts.hostname.as_bytes());
+    if container.tty {
+        default(b"TERM", b"xterm");
+    }
+    let cwd = [&container.working_dir, &image.working_dir]
+        .into_iter()
+        .find(|dir| !dir.is_empty());
+    LaunchSpec {
+        argv: argv(
+            container,
+            image,
+            &expand::pod_environment(vars, &facts.fields),
+        ),
+        env: env
+            .into_iter()
+            .map(|(name, value)| [name, value].join(&b'='))
+            .collect(),
+        cwd: cwd.map_or_else(|| b"/".to_vec(), |dir| dir.as_bytes().to_vec()),
+        create_cwd: true,
+        tty: container.tty.then_some(TERMINAL),
+        links: Vec::new(),
+        temporary: Vec::new(),
+        user: facts.isolated.then(|| user(container, image)),
+        passwd: None,
+        settle: false,
+    }
+}
+
+/// Whose home the program has: the pod's word, else the image's; without either it is root, as everywhere.
+fn user(container: &pb::Container, image: &pb::ImageConfig) -> Vec<u8> {
+    let of_pod = container.run_as_user.map(|uid| uid.to_string());
+    let user = of_pod.unwrap_or_else(|| image.user.clone());
+    if user.is_empty() {
+        b"0".to_vec()
+    } else {
+        user.into_bytes()
+    }
+}
+
+/// Kubernetes' rule: a command replaces the image's entrypoint and its arguments, args replace its arguments.
+fn argv(
+    container: &pb::Container,
+    image: &pb::ImageConfig,
+    env: &[expand::Variable],
+) -> Vec<Vec<u8>> {
+    let literal = |words: &[String]| words.iter().map(|word| word.clone().into_bytes()).collect();
+    let mut argv: Vec<Vec<u8>> = if container.command.is_empty() {
+        literal(&image.entrypoint)
+    } else {
+        expand::argv(&container.command, env)
+    };
+    if !container.args.is_empty() {
+        argv.extend(expand::argv(&container.args, env));
+    } else if container.command.is_empty() {
+        argv.extend::<Vec<Vec<u8>>>(literal(&image.cmd));
+    }
+    argv
+}
+
+/// The text of `/etc/hosts`: the node's, then the pod's name and aliases.
+pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> String {
+    let mut text = node.trim_end().to_owned();
+    text.push_str("\n\n# Entries added by KNoC.\n");
+    // Writing to a string cannot fail.
+    if !facts.hostname.is_empty() && !facts.fields.host_ip.is_empty() {
+        writeln!(text, "{}\t{}", facts.fields.host_ip, facts.hostname).ok();
+    }
+    for alias in aliases {
+        writeln!(text, "{}\t{}", alias.ip, alias.hostnames.join("\t")).ok();
+    }
+    text
+}
+
+/// How a container's termination message reaches the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum TerminationLog {
+    /// It lies in something that is mounted: made and read there.
+    Mounted {
+        /// The index of its mount.
+        mount: usize,
+        /// Below that.
+        rest: PathBuf,
+    },
+    /// Nothing can be mounted under `/dev`: a link leads to our file inside.
+    Link { name: String, target: PathBuf },
+    /// Our file is mounted over it.
+    Bind(PathBuf),
+}
+
+/// Decides by the path and where something is mounted already.
+pub(crate) fn termination_log(container: &pb::Container, mounted: &[&Path]) -> TerminationLog {
+    // It was checked where the pod was taken in.
+    let path = paths::in_container(&container.termination_message_path)
+        .unwrap_or_else(|_| TERMINATION_LOG.to_owned());
+    let path = Path::new(&path);
+    let longest = mounted
+        .iter()
+        .enumerate()
+        .filter_map(|(mount, target)| Some((mount, target, path.strip_prefix(target).ok()?)))
+        .max_by_key(|(_, target, _)| target.components().count());
+    if let Some((mount, _, rest)) = longest {
+        let rest = rest.to_owned();
+        return TerminationLog::Mounted { mount, rest };
+    }
+    if path.starts_with("/dev") && path != Path::new("/dev") {
+        let name = path.to_string_lossy().into_owned();
+        let target = Path::new(INSIDE).join("termination-log");
+        return TerminationLog::Link { name, target };
+    }
+    TerminationLog::Bind(path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(list: &[&str]) -> Vec<String> {
+        list.iter().map(|item| (*item).to_owned()).collect()
+    }
+
+    #[test]
+    fn command_and_args_replace_what_the_image_says() {
+        let image = pb::ImageConfig {
+            entrypoint: strings(&["/entry", "$(X)"]),
+            cmd: strings(&["c"]),
+            ..Default::default()
+        };
+        let run = |command: &[&str], args: &[&str]| {
+            let container = pb::Container {
+                command: strings(command),
+                args: strings(args),
+                ..Default::default()
+            };
+            let argv = argv(&container, &image, &[(b"X".to_vec(), b"1".to_vec())]);
+            argv.iter()
+                .map(|word| String::from_utf8_lossy(word).into_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(run(&[], &[]), ["/entry", "$(X)", "c"]);
+        assert_eq!(run(&[], &["a$(X)"]), ["/entry", "$(X)", "a1"]);
+        assert_eq!(run(&["b"], &[]), ["b"]);
+        assert_eq!(run(&["b"], &["a"]), ["b", "a"]);
+    }
+
+    #[test]
+    fn defaults_fill_what_nobody_set() {
+        let image = pb::ImageConfig {
+            env: strings(&["PATH=/i"]),
+            ..Default::default()
+        };
+        let facts = Facts {
+            hostname: "pod".to_owned(),
+            ..Facts::default()
+        };
+        let container = pb::Container {
+            tty: true,
+            ..Default::default()
+        };
+        let spec = launch_spec(&container, &image, &pb::PodValues::default(), &facts);
+        assert_eq!(spec.env, [&b"PATH=/i"[..], b"HOSTNAME=pod", b"TERM=xterm"]);
+        assert_eq!(spec.cwd, b"/");
+        assert_eq!(spec.tty, Some(TERMINAL));
+    }
+
+    #[test]
+    fn the_jobs_gpus_come_over_the_images_and_under_the_pods() {
+        let facts = Facts {
+            devices: vec![("CUDA_VISIBLE_DEVICES".to_owned(), "1".to_owned())],
+            binds_libraries: true,
+            ..Facts::default()
+        };
+        let image = pb::ImageConfig {
+            env: strings(&["PATH=/i", "HOSTNAME=", "CUDA_VISIBLE_DEVICES=all"]),
+            ..Default::default()
+        };
+        let limits = pb::Resources {
+            extended: [("nvidia.com/gpu".to_owned(), 1)].into(),
+            ..Default::default()
+        };
+        let container = pb::Container {
+            name: "c".to_owned(),
+            limits: Some(limits),
+            ..Default::default()
+        };
+        let env = |vars: Vec<pb::EnvVar>| {
+            let own = pb::ContainerEnv {
+                container: "c".to_owned(),
+                vars,
+            };
+            let values = pb::PodValues {
+                env: vec![own],
+                ..Default::default()
+            };
+            launch_spec(&container, &image, &values, &facts).env[2..].to_vec()
+        };
+        let libraries = &b"LD_LIBRARY_PATH=/.singularity.d/libs"[..];
+        assert_eq!(env(Vec::new()), [b"CUDA_VISIBLE_DEVICES=1", libraries]);
+        let own = pb::EnvVar {
+            name: "CUDA_VISIBLE_DEVICES".to_owned(),
+            value: Some(pb::env_var::Value::Literal(b"0".to_vec().into())),
+        };
+        assert_eq!(env(vec![own]), [b"CUDA_VISIBLE_DEVICES=0", libraries]);
+    }
+
+    #[test]
+    fn the_user_is_the_pods_then_the_images_then_root() {
+        let container = |run_as_user| pb::Container {
+            run_as_user,
+            ..Default::default()
+        };
+        for (of_pod, of_image, wanted) in [
+            (None, "", "0"),
+            (None, "1000:100", "1000:100"),
+            (None, "jovyan", "jovyan"),
+            (Some(1001), "jovyan", "1001"),
+            (Some(0), "1000", "0"),
+        ] {
+            let image = pb::ImageConfig {
+                user: of_image.to_owned(),
+                ..Default::default()
+            };
+            assert_eq!(user(&container(of_pod), &image), wanted.as_bytes());
+        }
+        let spec = |isolated| {
+            let facts = Facts {
+                isolated,
+                ..Facts::default()
+            };
+            let image = pb::ImageConfig::default();
+            launch_spec(&container(None), &image, &pb::PodValues::default(), &facts)
+        };
+        assert_eq!(spec(true).user.as_deref(), Some(&b"0"[..]));
+        // A process of the node has the node's accounts.
+        assert_eq!(spec(false).user, None);
+    }
+
+    #[test]
+    fn the_hosts_file_has_the_pods_names() {
+        let mut facts = Facts {
+            hostname: "pod".to_owned(),
+            ..Facts::default()
+        };
+        facts.fields.host_ip = "10.0.0.1".to_owned();
+        let alias = pb::HostAlias {
+            ip: "10.1.1.1".to_owned(),
+            hostnames: strings(&["a", "b"]),
+        };
+        assert_eq!(
+            hosts("127.0.0.1 localhost\n", &facts, &[alias]),
+            "127.0.0.1 localhost\n\n# Entries added by KNoC.\n10.0.0.1\tpod\n10.1.1.1\ta\tb\n"
+        );
+    }
+
+    #[test]
+    fn the_termination_message_is_found() {
+        let mounted = [Path::new("/tmp"), Path::new("/tmp/deep")];
+        let at = |path: &str| {
+            let container = pb::Container {
+                termination_message_path: path.to_owned(),
+                ..Default::default()
+            };
+            termination_log(&container, &mounted)
+        };
+        let inside = |mount, rest: &str| TerminationLog::Mounted {
+            mount,
+            rest: rest.into(),
+        };
+        assert_eq!(at("/tmp/deep/x"), inside(1, "x"));
+        assert_eq!(at("/tmp/deep"), inside(1, ""));
+        assert_eq!(at("/tmp/x"), inside(0, "x"));
+        assert_eq!(at("/other"), TerminationLog::Bind("/other".into()));
+        assert_eq!(at("//srv/./x/"), TerminationLog::Bind("/srv/x".into()));
+        let link = TerminationLog::Link {
+            name: "/dev/termination-log".to_owned(),
+            target: "/.knoc/termination-log".into(),
+        };
+        assert_eq!(at(""), link);
+    }
+}

@@ -1,0 +1,463 @@
+//! Task: one process exec'd into a running container, with its streams.
+//!
+//! `knoc-agent enter` joins the container's namespaces; the launch protocol runs over a socket pair that is its
+//! standard input. Bytes go both ways with back-pressure, half-close is kept, the exit status comes last. A client that
+//! goes away hangs up: HUP, then TERM, then KILL, and the process is always reaped.
+
+use std::{
+    convert::Infallible,
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    process::{Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use knoc_contract::launch::{LaunchSpec, Window};
+use knoc_link::bulk::Messages;
+use knoc_proto::{
+    CHUNK,
+    error::chain,
+    pb::{self, ExecOutput, exec_input::Input, exec_output::Output},
+};
+use rustix::process::Signal;
+use tokio::{
+    net::UnixStream,
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use super::{
+    children::{Child, Exit},
+    container::Program,
+    fdio::{self, Stream},
+    handshake::{self, HandshakeError, Launched},
+    pod::Pod,
+    signals,
+};
+use crate::launch::set_terminal_size;
+
+/// How long what a program left behind may hold its streams in silence.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// From HUP to TERM, and from TERM to KILL, for a process whose client is gone.
+const HANG_UP: Duration = Duration::from_secs(1);
+const TERMINATE: Duration = Duration::from_secs(5);
+
+/// How long a process may take to start: its program may lie on a file system that hangs.
+const LAUNCH: Duration = Duration::from_secs(30);
+
+/// As a shell: found but not executable, and not found.
+const CANNOT_EXECUTE: i32 = 126;
+const NOT_FOUND: i32 = 127;
+
+/// What is to be run, and where its output goes.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) pod: Arc<Pod>,
+    pub(crate) program: Arc<Program>,
+    pub(crate) start: pb::ExecStart,
+    pub(crate) output: mpsc::Sender<Result<ExecOutput, Status>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ExecError {
+    #[error("start the exec helper")]
+    Spawn(#[source] io::Error),
+    #[error("exec failed: unable to start container process")]
+    Launch(#[source] HandshakeError),
+    #[error(
+        "exec failed: the process was not started within {} s; a file system of the container may hang",
+        LAUNCH.as_secs()
+    )]
+    Slow,
+    #[error("the client is gone")]
+    Gone,
+}
+
+impl ExecError {
+    fn code(&self) -> i32 {
+        match self {
+            Self::Launch(HandshakeError::Refused { errno, .. })
+                if *errno == rustix::io::Errno::NOENT.raw_os_error() =>
+            {
+                NOT_FOUND
+            }
+            Self::Launch(_) | Self::Spawn(_) | Self::Slow | Self::Gone => CANNOT_EXECUTE,
+        }
+    }
+}
+
+/// Runs the process to its end. The last output is its exit.
+pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
+    let running = match begin(&session).await {
+        Ok(running) => running,
+        Err((error, helper)) => {
+            let exit = pb::ExecExit {
+                code: error.code(),
+                signal: 0,
+                error: chain(&error),
+            };
+            send(&session.output, Output::Exit(exit)).await;
+            drop(session);
+            if let Some(mut helper) = helper {
+                // Where a file system holds it, it ends with that: nobody waits for it here.
+                helper.wait().await;
+            }
+            return;
+        }
+    };
+    let Running {
+        mut child,
+        pid,
+        mut streams,
+    } = running;
+    let stdin = streams.stdin.take();
+    send(&session.output, Output::Started(true)).await;
+    let helper = child.pid;
+    let ended = tokio::select! {
+        biased;
+        () = session.output.closed() => None,
+        exit = drive(&session.output, &streams, stdin, input, &mut child) => Some(exit),
+        () = end_with(&session.program, pid, helper) => None,
+    };
+    if let Some(Exit { code, signal }) = ended {
+        let exit = pb::ExecExit {
+            code,
+            signal,
+            error: String::new(),
+        };
+        send(&session.output, Output::Exit(exit)).await;
+        return;
+    }
+    // What it says of that is still taken: it must not end by a broken pipe before it has come to its senses.
+    tokio::select! {
+        biased;
+        () = hang_up(&mut child, pid) => {}
+        never = streams.discard() => match never {},
+    }
+}
+
+struct Running {
+    child: Child,
+    /// The process itself, a child of the helper.
+    pid: Option<u32>,
+    streams: Streams,
+}
+
+/// Our ends.
+#[derive(Default)]
+struct Streams {
+    stdin: Option<Stream>,
+    stdout: Option<Stream>,
+    stderr: Option<Stream>,
+    /// In place of all three.
+    terminal: Option<Stream>,
+}
+
+impl Streams {
+    /// Takes all output, for nobody.
+    async fn discard(&self) -> Infallible {
+        let take = async |stream: &Option<Stream>| {
+            let Some(stream) = stream else { return };
+            let mut buffer = vec![0; 4096];
+            while stream.read(&mut buffer).await.is_ok_and(|count| count > 0) {}
+        };
+        tokio::join!(take(&self.stdout), take(&self.stderr), take(&self.terminal));
+        std::future::pending().await
+    }
+}
+
+/// Where it fails, with the helper: killed, and to be reaped.
+async fn begin(session: &Session) -> Result<Running, (ExecError, Option<Child>)> {
+    let start = &session.start;
+    let spec = spec(&session.program.spec, start);
+    let early = |error| (ExecError::Spawn(error), None);
+    let (theirs, mut streams) = stdio(start).map_err(early)?;
+    let (child, socket) = spawn(&session.pod, &session.program).map_err(early)?;
+    let launched = launch(socket, &spec, theirs, &session.output).await;
+    let opened = launched.and_then(|Launched { pid, master }| {
+        let terminal = master.map(Stream::new).transpose();
+        Ok((pid, terminal.map_err(ExecError::Spawn)?))
+    });
+    match opened {
+        Ok((pid, terminal)) => {
+            streams.terminal = terminal;
+            Ok(Running {
+                child,
+                pid,
+                streams,
+            })
+        }
+        Err(error) => {
+            signals::send(child.pid, Signal::KILL);
+            Err((error, Some(child)))
+        }
+    }
+}
+
+/// Starts the process, for as long as somebody waits for it.
+async fn launch(
+    socket: UnixStream,
+    spec: &LaunchSpec,
+    stdio: Vec<OwnedFd>,
+    output: &mpsc::Sender<Result<ExecOutput, Status>>,
+) -> Result<Launched, ExecError> {
+    tokio::select! {
+        biased;
+        launched = handshake::launch(socket, spec, stdio) => launched.map_err(ExecError::Launch),
+        () = output.closed() => Err(ExecError::Gone),
+        () = sleep(LAUNCH) => Err(ExecError::Slow),
+    }
+}
+
+/// Environment and directory are the container's own.
+fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
+    let mut spec = LaunchSpec {
+        argv: start
+            .command
+            .iter()
+            .map(|word| word.clone().into_bytes())
+            .collect(),
+        tty: start.tty.then(|| window(start.size.as_ref())),
+        create_cwd: false,
+        links: Vec::new(),
+        temporary: Vec::new(),
+        settle: false,
+        ..container.clone()
+    };
+    if start.tty && !spec.env.iter().any(|entry| entry.starts_with(b"TERM=")) {
+        spec.env.push(b"TERM=xterm".to_vec());
+    }
+    spec
+}
+
+pub(super) fn window(size: Option<&pb::TerminalSize>) -> Window {
+    let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+    size.map_or(Window { cols: 80, rows: 24 }, |size| Window {
+        cols: clamp(size.width),
+        rows: clamp(size.height),
+    })
+}
+
+fn stdio(start: &pb::ExecStart) -> io::Result<(Vec<OwnedFd>, Streams)> {
+    if start.tty {
+        return Ok((Vec::new(), Streams::default()));
+    }
+    let null = || -> io::Result<OwnedFd> {
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")?;
+        Ok(file.into())
+    };
+    let mut streams = Streams::default();
+    let mut theirs = Vec::with_capacity(3);
+    theirs.push(if start.stdin {
+        let (fd, ours) = fdio::input_pipe()?;
+        streams.stdin = Some(ours);
+        fd
+    } else {
+        null()?
+    });
+    for (wanted, ours) in [
+        (start.stdout, &mut streams.stdout),
+        (start.stderr, &mut streams.stderr),
+    ] {
+        theirs.push(if wanted {
+            let (reader, fd) = fdio::output_pipe()?;
+            *ours = Some(reader);
+            fd
+        } else {
+            null()?
+        });
+    }
+    Ok((theirs, streams))
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the shim's one module that starts exec helpers"
+)]
+fn spawn(pod: &Pod, program: &Program) -> io::Result<(Child, UnixStream)> {
+    let (ours, theirs) = StdUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let identity = program.identity;
+    let mut command = Command::new(&pod.agent);
+    command
+        .arg("enter")
+        .args([identity.pid.to_string(), identity.start.to_string()])
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let child = pod.children.spawn(&mut command, true)?;
+    // The command still holds their end: the shim must not, or it sees no end of file.
+    drop(command);
+    Ok((child, UnixStream::from_std(ours)?))
+}
+
+/// Copies all streams until the process has ended and its output is drained.
+async fn drive(
+    output: &mpsc::Sender<Result<ExecOutput, Status>>,
+    streams: &Streams,
+    stdin: Option<Stream>,
+    input: Messages<pb::ExecInput>,
+    child: &mut Child,
+) -> Exit {
+    let Streams {
+        stdin: _,
+        stdout,
+        stderr,
+        terminal,
+    } = streams;
+    let ended = CancellationToken::new();
+    let copying = async {
+        let both = [stdout.as_ref(), terminal.as_ref()]
+            .into_iter()
+            .flatten()
+            .next();
+        tokio::join!(
+            copy(both, Output::Stdout, output, &ended),
+            copy(stderr.as_ref(), Output::Stderr, output, &ended),
+        );
+    };
+    let feeding = feed(input, stdin, terminal.as_ref());
+    tokio::pin!(copying, feeding);
+    let (mut exit, mut copied, mut fed) = (None, false, false);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut copying, if !copied => copied = true,
+            status = child.wait(), if exit.is_none() => {
+                exit = Some(status);
+                ended.cancel();
+            }
+            () = &mut feeding, if !fed && exit.is_none() => fed = true,
+        }
+        if let Some(exit) = exit.filter(|_| copied) {
+            return exit;
+        }
+    }
+}
+
+async fn copy(
+    stream: Option<&Stream>,
+    wrap: fn(Bytes) -> Output,
+    output: &mpsc::Sender<Result<ExecOutput, Status>>,
+    ended: &CancellationToken,
+) {
+    let Some(stream) = stream else { return };
+    loop {
+        let silence = async {
+            ended.cancelled().await;
+            tokio::time::sleep(DRAIN).await;
+        };
+        let data = tokio::select! {
+            biased;
+            read = stream.read_chunk(CHUNK) => read.unwrap_or_default(),
+            () = silence => Bytes::new(),
+        };
+        if data.is_empty() || !send(output, wrap(data)).await {
+            return;
+        }
+    }
+}
+
+/// Takes the client's messages: input, its end, new window sizes.
+async fn feed(
+    mut input: Messages<pb::ExecInput>,
+    mut stdin: Option<Stream>,
+    terminal: Option<&Stream>,
+) {
+    // The end of the stream, and a failed one, end the input; whether the client is gone shows at the output.
+    while let Ok(Some(message)) = input.message().await {
+        match message.input {
+            Some(Input::Stdin(data)) => {
+                if let Some(sink) = terminal.or(stdin.as_ref())
+                    && sink.write_all(&data).await.is_err()
+                {
+                    // It has closed its input: what still comes is taken and dropped.
+                    stdin = None;
+                }
+            }
+            Some(Input::StdinClosed(_)) => stdin = None,
+            Some(Input::Resize(size)) => {
+                if let Some(terminal) = terminal {
+                    set_terminal_size(terminal.fd(), window(Some(&size)));
+                }
+            }
+            Some(Input::Start(_) | Input::Attach(_)) | None => {}
+        }
+    }
+}
+
+/// Nothing outlives its container: where no PID namespace sees to that, this does. Never returns: the process' own end
+/// ends its streams.
+async fn end_with(program: &Program, pid: Option<u32>, helper: u32) {
+    let mut ended = program.hub.ended();
+    // A sender that was dropped is an end as well.
+    ended.wait_for(Option::is_some).await.map(drop).ok();
+    match pid {
+        Some(pid) => signals::to_group(pid, Signal::KILL),
+        None => signals::send(helper, Signal::KILL),
+    }
+    std::future::pending::<()>().await;
+}
+
+/// The client is gone.
+async fn hang_up(child: &mut Child, pid: Option<u32>) {
+    // The process leads its session; without its number the helper, whose death kills it.
+    let helper = child.pid;
+    let signal = |signal| match pid {
+        Some(pid) => signals::to_group(pid, signal),
+        None => signals::send(helper, signal),
+    };
+    for (send, wait) in [(Signal::HUP, HANG_UP), (Signal::TERM, TERMINATE)] {
+        signal(send);
+        if timeout(wait, child.wait()).await.is_ok() {
+            return;
+        }
+    }
+    signal(Signal::KILL);
+    signals::send(helper, Signal::KILL);
+    child.wait().await;
+}
+
+pub(super) async fn send(
+    output: &mpsc::Sender<Result<ExecOutput, Status>>,
+    message: Output,
+) -> bool {
+    output
+        .send(Ok(ExecOutput {
+            output: Some(message),
+        }))
+        .await
+        .is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The launcher at the other end of the socket never answers.
+    async fn unanswered(output: &mpsc::Sender<Result<ExecOutput, Status>>) -> ExecError {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let spec = LaunchSpec::default();
+        let launching = launch(ours, &spec, Vec::new(), output);
+        let launched = timeout(LAUNCH * 2, launching).await;
+        launched.expect("it still waits").unwrap_err()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_launcher_that_never_answers_is_given_up() {
+        let (output, client) = mpsc::channel(1);
+        assert!(matches!(unanswered(&output).await, ExecError::Slow));
+        drop(client);
+        assert!(matches!(unanswered(&output).await, ExecError::Gone));
+    }
+}

@@ -1,0 +1,214 @@
+//! What [`super`] is told: the runtime's arguments, and what is to be mounted where before it is executed.
+
+use std::{
+    ffi::OsString,
+    io,
+    path::{Path, PathBuf},
+};
+
+use knoc_contract::{
+    image_file::FileId,
+    walk::{self, Found, WalkError},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::beneath;
+
+/// See the module. Both ends are the same binary, so there is no version in it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ContainSpec {
+    /// The runtime, program first.
+    pub argv: Vec<OsString>,
+    /// How `/etc/subuid` may name this user.
+    pub users: Vec<String>,
+    /// The container's programs have root's rights inside: `--fakeroot`.
+    pub root: bool,
+    /// In the order of mounting.
+    pub mounts: Vec<MountSpec>,
+}
+
+/// One mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MountSpec {
+    /// For messages: `volume "data", path "a/b"`.
+    pub what: String,
+    /// What is mounted.
+    pub source: Source,
+    /// Where: nothing is there yet, and no container sees it.
+    pub place: PathBuf,
+    /// What the runtime will mount it on, if that lies in another mount.
+    pub point: Option<Point>,
+    /// Nobody can write through it.
+    pub read_only: bool,
+    /// The termination message lies here, below the source: its file is made, and the source's descriptor goes to the
+    /// shim.
+    pub message: Option<PathBuf>,
+}
+
+/// A mount point that lies in another mount: made there if it is missing, as a folder or a file as its source is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Point {
+    /// What it lies in.
+    pub base: PointBase,
+    /// Its path there.
+    pub rest: PathBuf,
+}
+
+/// What a mount point lies in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum PointBase {
+    /// A folder of ours on the host.
+    Folder(PathBuf),
+    /// The source of an earlier mount, by its index.
+    Mount(usize),
+}
+
+impl Point {
+    /// Makes it. `opened` are the sources of the earlier mounts.
+    pub(crate) fn make(&self, folder: bool, opened: &[Found]) -> io::Result<()> {
+        let own;
+        let base = match &self.base {
+            PointBase::Folder(path) => {
+                own = walk::own(path).map_err(io::Error::other)?;
+                &own
+            }
+            PointBase::Mount(index) => opened.get(*index).ok_or(io::ErrorKind::NotFound)?,
+        };
+        if folder {
+            beneath::make_folder_in(&base.fd, &self.rest)
+        } else {
+            beneath::touch_in(&base.fd, &self.rest)
+        }
+    }
+}
+
+/// What is mounted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Source {
+    /// `path` inside the folder `root` of ours, which it never leaves.
+    Inside {
+        /// Canonical.
+        root: PathBuf,
+        /// Relative; empty: the folder itself.
+        path: PathBuf,
+        /// Make folders that are missing.
+        make: bool,
+    },
+    /// An image file or sandbox.
+    Image {
+        /// Absolute.
+        path: PathBuf,
+        /// What the agent found there, if others might have changed it since.
+        expected: Option<FileId>,
+    },
+    /// A file or folder that nobody else can reach.
+    Own(PathBuf),
+}
+
+/// Why a source cannot be mounted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SourceError {
+    #[error(transparent)]
+    Walk(#[from] WalkError),
+    #[error(
+        "it was replaced or changed after the pod was accepted ({0}); delete the pod and create it again to run what \
+         is there now"
+    )]
+    Changed(&'static str),
+}
+
+impl SourceError {
+    pub(crate) fn errno(&self) -> i32 {
+        match self {
+            Self::Walk(error) => error.errno(),
+            Self::Changed(_) => 0,
+        }
+    }
+}
+
+impl Source {
+    /// Opens what is to be mounted.
+    pub(crate) fn open(&self) -> Result<Found, SourceError> {
+        match self {
+            Self::Inside { root, path, make } => Ok(walk::inside(root, path, *make)?),
+            Self::Own(path) => Ok(walk::own(path)?),
+            Self::Image { path, expected } => open_image(path, expected.as_ref()),
+        }
+    }
+}
+
+fn open_image(path: &Path, expected: Option<&FileId>) -> Result<Found, SourceError> {
+    let Some(expected) = expected else {
+        // Of our own cache.
+        return Ok(walk::own(path)?);
+    };
+    // Who owns the way was the agent's question. What is there must be what it saw, whoever owns it.
+    let found = walk::owned(path, true)?;
+    let here = FileId::of(&found);
+    match expected.differs(&here) {
+        Some(what) => Err(SourceError::Changed(what)),
+        None => Ok(found),
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "files of the test's own")]
+mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
+    use super::*;
+
+    #[test]
+    fn an_image_that_was_swapped_after_staging_is_not_opened() {
+        let root = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(root.path()).unwrap();
+        let (image, other) = (root.join("a.sif"), root.join("private.sif"));
+        fs::write(&image, "image").unwrap();
+        fs::write(&other, "other").unwrap();
+        let staged = FileId::of(&walk::owned(&image, false).unwrap());
+        let open = |expected: &FileId| open_image(&image, Some(expected)).map(|found| found.path);
+        assert_eq!(open(&staged).unwrap(), image);
+        // On another host the device is another, and is not known there.
+        let mut elsewhere = staged.clone();
+        elsewhere.device = Some(1);
+        assert!(open(&elsewhere).is_err());
+        elsewhere.device = None;
+        open(&elsewhere).unwrap();
+        let swaps: [(&str, &dyn Fn()); 3] = [
+            ("a link", &|| {
+                fs::rename(&image, root.join("aside")).unwrap();
+                symlink(&other, &image).unwrap();
+            }),
+            ("another file", &|| {
+                fs::remove_file(&image).unwrap();
+                fs::write(&image, "ima9e").unwrap();
+            }),
+            ("other bytes", &|| fs::write(&image, "more bytes").unwrap()),
+        ];
+        for (what, swap) in swaps {
+            swap();
+            let error = open(&staged).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains("create it again"), "{what}: {text}");
+        }
+        fs::remove_file(&image).unwrap();
+        assert!(matches!(
+            open(&staged).unwrap_err(),
+            SourceError::Walk(WalkError::Io { .. })
+        ));
+    }
+
+    #[test]
+    fn a_sandbox_may_change_inside_but_not_be_another() {
+        let root = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(root.path()).unwrap();
+        let sandbox = root.join("box");
+        fs::create_dir(&sandbox).unwrap();
+        let staged = FileId::of(&walk::owned(&sandbox, false).unwrap());
+        fs::write(sandbox.join("new"), "").unwrap();
+        open_image(&sandbox, Some(&staged)).unwrap();
+        fs::rename(&sandbox, root.join("aside")).unwrap();
+        fs::create_dir(&sandbox).unwrap();
+        open_image(&sandbox, Some(&staged)).unwrap_err();
+    }
+}

@@ -1,0 +1,275 @@
+//! `knoc-agent enter PID START`: a process in the namespaces of a running container, by `setns(2)`.
+//!
+//! Standard input is one end of a socket pair, the other is the shim's; the launch protocol runs over it. The process
+//! joins the user namespace first (which gives it the rights for the others), then the rest, takes the container's
+//! root, forks into the PID namespace; the child becomes the program, the parent waits and ends as the child did.
+//! Namespaces that are the same already are left out, so without isolation nothing is joined.
+//!
+//! `knoc-agent enter PID START passwd` writes the image's own `/etc/passwd` to its standard input instead (see
+//! [`account`]).
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::{fs::MetadataExt as _, net::UnixStream},
+    },
+    process::ExitCode,
+};
+
+use knoc_contract::launch::Reply;
+use nix::{
+    sys::{
+        signal::{Signal, raise},
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, Pid},
+};
+use rustix::{
+    process::{Resource, Rlimit, fchdir, setrlimit},
+    thread::{LinkNameSpaceType, move_into_link_name_space, set_no_new_privs},
+};
+
+use super::{account, fds, program, sys};
+
+/// In the order of joining: the user namespace gives the rights for the others, the mount namespace hides `/proc`.
+const NAMESPACES: [(&str, LinkNameSpaceType); 7] = [
+    ("user", LinkNameSpaceType::User),
+    ("mnt", LinkNameSpaceType::Mount),
+    ("pid", LinkNameSpaceType::ProcessID),
+    ("ipc", LinkNameSpaceType::InterProcessCommunication),
+    ("uts", LinkNameSpaceType::HostNameAndNISDomainName),
+    ("net", LinkNameSpaceType::Network),
+    ("cgroup", LinkNameSpaceType::ControlGroup),
+];
+
+/// What the helper exits with where it fails before the program runs.
+const FAILED: u8 = 125;
+
+#[derive(Debug, thiserror::Error)]
+enum EnterError {
+    #[error("usage: knoc-agent enter PID START")]
+    Usage,
+    #[error("the container has ended")]
+    Ended,
+    #[error(
+        "exec is not possible into this container: its runtime set it up as root (setuid), and the kernel lets nobody \
+         else join it; the site needs Apptainer, or `allow setuid = no` in the runtime's configuration"
+    )]
+    Setuid,
+    #[error("{what}")]
+    Io {
+        what: String,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl EnterError {
+    fn on(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// The third argument of one who only reads.
+pub(crate) const PASSWD: &str = "passwd";
+
+/// Entry point of the hidden subcommand.
+#[must_use]
+pub fn main(arguments: &[String]) -> ExitCode {
+    super::die_with_parent();
+    if let [container @ .., word] = arguments
+        && word == PASSWD
+    {
+        return read_passwd(container);
+    }
+    let shim = match rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) {
+        Ok(fd) => UnixStream::from(fd),
+        Err(error) => {
+            eprintln!("knoc-agent enter: standard input: {error}");
+            return ExitCode::from(FAILED);
+        }
+    };
+    if let Err(error) = join(arguments) {
+        return refuse(&shim, &error);
+    }
+    match sys::fork_single_threaded() {
+        Ok(ForkResult::Child) => {
+            super::die_with_parent();
+            program::run(&shim)
+        }
+        Ok(ForkResult::Parent { child }) => {
+            let pid = u32::try_from(child.as_raw()).unwrap_or_default();
+            fds::send(&shim, &Reply::Pid(pid).encode(), &[]).ok();
+            drop(shim);
+            // The socket pair is standard input too: only the child may hold it, or the shim sees no end of file.
+            super::release_stdin();
+            end_as(child)
+        }
+        Err(errno) => {
+            let source = io::Error::from(errno);
+            refuse(
+                &shim,
+                &EnterError::Io {
+                    what: "fork".to_owned(),
+                    source,
+                },
+            )
+        }
+    }
+}
+
+/// Its reader takes the end of file for nothing, and the container for one that has ended.
+fn read_passwd(container: &[String]) -> ExitCode {
+    let read = join(container).is_ok() && account::send_images_own(rustix::stdio::stdin()).is_ok();
+    if read {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(FAILED)
+    }
+}
+
+fn refuse(shim: &UnixStream, error: &EnterError) -> ExitCode {
+    let errno = match error {
+        EnterError::Io { source, .. } => source.raw_os_error().unwrap_or_default(),
+        EnterError::Setuid => nix::libc::EPERM,
+        EnterError::Usage | EnterError::Ended => 0,
+    };
+    let reply = Reply::Failed {
+        errno,
+        what: knoc_proto::error::chain(error),
+    };
+    fds::send(shim, &reply.encode(), &[]).ok();
+    ExitCode::from(FAILED)
+}
+
+/// What was opened of the container before its mount namespace hid it.
+struct Target {
+    namespaces: Vec<(&'static str, LinkNameSpaceType, OwnedFd)>,
+    no_new_privileges: bool,
+}
+
+fn join(arguments: &[String]) -> Result<(), EnterError> {
+    let [pid, start] = arguments else {
+        return Err(EnterError::Usage);
+    };
+    let pid: u32 = pid.parse().map_err(|_| EnterError::Usage)?;
+    let target = open(pid)?;
+    // The descriptors hold what they were opened on: checking afterwards, another process with that pid is noticed.
+    if crate::proc::start_time(pid)
+        .map(|time| time.to_string())
+        .as_ref()
+        != Some(start)
+    {
+        return Err(EnterError::Ended);
+    }
+    let own_user = target.namespaces.iter().all(|(name, ..)| *name != "user");
+    let mut root = None;
+    for (name, kind, fd) in &target.namespaces {
+        if *name == "mnt" {
+            // Not before the user namespace is joined: a FUSE root is closed to those outside of it.
+            let path = format!("/proc/{pid}/root");
+            root = Some(File::open(&path).map_err(EnterError::on(format!("open {path}")))?);
+        }
+        move_into_link_name_space(fd.as_fd(), Some(*kind))
+            .map_err(io::Error::from)
+            .map_err(|source| not_joined(name, pid, own_user, source))?;
+    }
+    if let Some(root) = root {
+        fchdir(&root)
+            .and_then(|()| rustix::process::chroot("."))
+            .map_err(io::Error::from)
+            .map_err(EnterError::on("take the container's root"))?;
+    }
+    if target.no_new_privileges {
+        set_no_new_privs(true).ok();
+    }
+    Ok(())
+}
+
+/// PURE: why a namespace was not joined. Without a user namespace of its own the container belongs to root.
+fn not_joined(name: &str, pid: u32, own_user: bool, source: io::Error) -> EnterError {
+    if own_user && source.kind() == io::ErrorKind::PermissionDenied {
+        return EnterError::Setuid;
+    }
+    EnterError::on(format!("join the {name} namespace of process {pid}"))(source)
+}
+
+fn open(pid: u32) -> Result<Target, EnterError> {
+    let mut namespaces = Vec::new();
+    for (name, kind) in NAMESPACES {
+        let theirs = format!("/proc/{pid}/ns/{name}");
+        // A kernel without this kind of namespace has no such file: there is nothing to join.
+        let Ok(ours) = std::fs::metadata(format!("/proc/self/ns/{name}")) else {
+            continue;
+        };
+        let file = File::open(&theirs).map_err(EnterError::on(format!("open {theirs}")))?;
+        let metadata = file
+            .metadata()
+            .map_err(EnterError::on(format!("stat {theirs}")))?;
+        if (metadata.dev(), metadata.ino()) != (ours.dev(), ours.ino()) {
+            namespaces.push((name, kind, file.into()));
+        }
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let no_new_privileges = status.lines().any(|line| line == "NoNewPrivs:\t1");
+    Ok(Target {
+        namespaces,
+        no_new_privileges,
+    })
+}
+
+/// Waits for the program and ends in the same way, so that the shim sees code or signal.
+fn end_as(child: Pid) -> ExitCode {
+    loop {
+        match waitpid(child, None) {
+            Ok(WaitStatus::Exited(_, code)) => {
+                return ExitCode::from(u8::try_from(code & 0xff).unwrap_or(FAILED));
+            }
+            Ok(WaitStatus::Signaled(_, signal, _)) => return raise_same(signal),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(_) => return ExitCode::from(FAILED),
+        }
+    }
+}
+
+fn raise_same(signal: Signal) -> ExitCode {
+    // The program dumped core, or not; its helper never does.
+    setrlimit(
+        Resource::Core,
+        Rlimit {
+            current: Some(0),
+            maximum: Some(0),
+        },
+    )
+    .ok();
+    sys::reset_signals();
+    raise(signal).ok();
+    ExitCode::from(u8::try_from(128 + signal as i32).unwrap_or(FAILED))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_of_root_is_refused_by_name_with_its_cure() {
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let setuid = not_joined("mnt", 7, true, denied());
+        let text = knoc_proto::error::chain(&setuid);
+        assert!(
+            text.contains("setuid") && text.contains("allow setuid = no"),
+            "{text}"
+        );
+        // With a user namespace, or for another reason, the kernel's own words stand.
+        for (own_user, source) in [(false, denied()), (true, io::ErrorKind::NotFound.into())] {
+            let text = knoc_proto::error::chain(&not_joined("mnt", 7, own_user, source));
+            assert!(
+                text.starts_with("join the mnt namespace of process 7: "),
+                "{text}"
+            );
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! The shim inside a job: claims the job directory, runs the containers of one pod, reports how they ended.
+//!
+//! One process, one thread (and a few for file work). Its tasks, all owned by [`run`]:
+//!
+//! - [`supervisor`]: owns the containers' states; one [`container`] task per attempt. Takes commands over a bounded
+//!   channel, publishes the report and the [`directory`] over watch channels.
+//! - [`report::keep`]: the durable copy of the newest report.
+//! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
+//! - [`staged`]: values that come while the link is down.
+//! - the reaper ([`children`]), the watcher of signals from outside, and [`scratch::keep_clean`], which removes what
+//!   ended attempts wrote.
+//!
+//! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
+
+mod attach;
+mod beneath;
+mod cgroup;
+mod children;
+mod container;
+mod directory;
+mod environment;
+mod exec;
+mod fdio;
+mod forward;
+mod gpus;
+mod handshake;
+pub mod launch;
+mod link;
+mod listeners;
+mod measure;
+mod mounts;
+mod oom;
+mod output;
+mod outside;
+mod passwd;
+mod places;
+mod plan;
+mod pod;
+mod proc;
+mod report;
+mod role;
+mod runtime;
+mod scratch;
+mod serve;
+mod signals;
+mod staged;
+mod supervisor;
+mod usage;
+mod volumes;
+
+use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use jiff::Timestamp;
+use knoc_contract::{
+    capability,
+    exit_codes::ShimExit,
+    host::node_name,
+    jobdir::{
+        self, JobDir,
+        claim::{Claim, ClaimError},
+        schema::Endpoint,
+    },
+    requeue::may_run_again,
+};
+use knoc_proto::{
+    crash,
+    error::chain,
+    log::{self as lines, Form},
+    pb::{self, OutcomeKind},
+    text::escape,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::{
+    Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
+
+use self::{
+    children::Children,
+    directory::Directory,
+    link::{Link, State},
+    pod::Pod,
+    report::Publisher,
+    scratch::{Cleaner, LAST_REMOVAL},
+    serve::{Service, Slots},
+    supervisor::Supervisor,
+};
+
+const COMMANDS: usize = 16;
+
+/// Two for logs and reports, two for what may take long or hang: removing what a container wrote, looking into the
+/// volumes that it mounts.
+const BLOCKING_THREADS: usize = 4;
+
+/// How long an agent that is there may take to read the final report.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How often, and how far apart, the shim looks for what its containers left behind.
+const LAST_LOOKS: u32 = 100;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
+
+/// How long streams that are still being read (the end of a long log) may hold up the end of the job.
+const FLUSH: Duration = Duration::from_secs(15);
+
+/// Entry point of `knoc-agent shim JOBDIR`.
+///
+/// Its exit codes are [`ShimExit`].
+#[must_use]
+pub fn main(jobdir: &Path) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            say(&error.to_string());
+            return ShimExit::CannotStart.into();
+        }
+    };
+    let code = runtime.block_on(start(jobdir)).unwrap_or_else(|error| {
+        say(&format!("{error:#}"));
+        ShimExit::CannotStart.into()
+    });
+    // A file system that hangs must not hold the job.
+    runtime.shutdown_background();
+    code
+}
+
+/// A line on standard error, before there is a log.
+fn say(words: &str) {
+    eprintln!("knoc-agent shim: {}", escape(words));
+}
+
+/// Claims the directory, then runs the pod.
+async fn start(path: &Path) -> anyhow::Result<ExitCode> {
+    let jobdir = JobDir::open(path)?;
+    let claim = Claim {
+        host: node_name(),
+        ..identity()?
+    };
+    // Only where Slurm has requeued the job is it asked whether the pod may run again.
+    let spec = (claim.restart > 0).then(|| jobdir.spec()).transpose()?;
+    let spec = spec.and_then(|job| job.spec);
+    let again = spec.is_some_and(|spec| may_run_again(&spec));
+    crash::point("shim.claim.before");
+    match jobdir.claim(&claim, again) {
+        Ok(_) => {}
+        Err(error @ ClaimError::Surplus { .. }) => {
+            say(&format!("this job is surplus: {}", chain(&error)));
+            return Ok(ShimExit::Surplus.into());
+        }
+        Err(error) => return Err(error.into()),
+    }
+    crash::point("shim.claim.after");
+    let state_dir = path
+        .parent()
+        .and_then(Path::parent)
+        .context("the job directory's place")?;
+    let endpoint_path = jobdir::StateDir::new(state_dir).endpoint();
+    let endpoint = jobdir::read_json::<Endpoint>(&endpoint_path).ok().flatten();
+    let previous = jobdir.report().ok().flatten();
+    let values = jobdir.values()?;
+    let pod = Arc::new(Pod::open(jobdir, claim, endpoint.as_ref())?);
+    log(&pod);
+    if let Some(values) = &values {
+        pod.jobdir.remove_values_up_to(values.revision)?;
+    }
+    run(pod, previous, values, endpoint_path).await
+}
+
+/// Which job this is, by the scheduler's word.
+fn identity() -> anyhow::Result<Claim> {
+    let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let job_id = var("SLURM_JOB_ID")
+        .or_else(|| var("KNOC_JOB_ID"))
+        .context("neither SLURM_JOB_ID nor KNOC_JOB_ID is set: not inside a job")?;
+    let restart = var("SLURM_RESTART_COUNT").or_else(|| var("KNOC_RESTART_COUNT"));
+    let restart = restart
+        .map(|count| count.parse())
+        .transpose()
+        .context("the restart count")?;
+    Ok(Claim {
+        job_id,
+        restart: restart.unwrap_or(0),
+        host: String::new(),
+    })
+}
+
+/// Logs go to standard error, which is the job's `batch.out`.
+fn log(pod: &Pod) {
+    let level = if pod.settings().log_debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::WARN
+    };
+    // Only our own: what the libraries say at this level fills a file system.
+    let targets = Targets::new()
+        .with_default(LevelFilter::WARN)
+        .with_targets([(env!("CARGO_CRATE_NAME"), level), ("knoc_contract", level)]);
+    let lines = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .with_writer(|| lines::stderr(Form::Text));
+    // In tests there may be one already.
+    tracing_subscriber::registry()
+        .with(lines.with_filter(targets))
+        .try_init()
+        .ok();
+}
+
+async fn run(
+    pod: Arc<Pod>,
+    previous: Option<pb::Report>,
+    values: Option<pb::PodValues>,
+    endpoint: std::path::PathBuf,
+) -> anyhow::Result<ExitCode> {
+    // Orphans of a program without a PID namespace fall to us.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
+    let mut background = JoinSet::new();
+    background.spawn(pod.children.clone().reap(Children::signal()?));
+    let (commands, orders) = mpsc::channel(COMMANDS);
+    let signals = outside::Signals::listen()?;
+    background.spawn(signals.obey(own_grace(&pod), commands.clone()));
+    let mut publisher = Publisher::new(first_report(&pod, previous.as_ref()));
+    if let Some(why) = pod.scratch.on_disk() {
+        tracing::warn!("{why}");
+        publisher.note("MemoryOnDisk", why, "");
+    }
+    let mut reports = publisher.subscribe();
+    background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
+    let mut keeper = JoinSet::new();
+    keeper.spawn(report::keep(pod.jobdir.clone(), publisher.subscribe()));
+    let directory = watch::Sender::new(Arc::new(Directory::default()));
+    let service = Service {
+        pod: Arc::clone(&pod),
+        reports: publisher.subscribe(),
+        directory: directory.subscribe(),
+        commands: commands.clone(),
+        streams: TaskTracker::new(),
+        delivered: watch::Sender::new(false),
+        slots: Slots::default(),
+    };
+    let (farewell, mut linked) = link_up(service, endpoint);
+    let link_state = farewell.link.subscribe();
+    background.spawn(staged::watch(pod.jobdir.clone(), link_state, commands));
+    Supervisor::new(
+        Arc::clone(&pod),
+        previous.as_ref(),
+        orders,
+        publisher,
+        directory,
+    )?
+    .run(values)
+    .await;
+    if !pod.runtime.isolates() {
+        end_leftovers().await;
+    }
+    let written = keeper.join_next().await;
+    farewell.wait().await;
+    tokio::time::timeout(FLUSH, linked.join_next()).await.ok();
+    // Streams that are cut with the process may still hold the pod: its drop is not waited for. A file system that hangs
+    // must not hold the job.
+    let removal = tokio::task::spawn_blocking(move || pod.scratch.remove());
+    tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
+    let reported = matches!(written, Some(Ok(true)));
+    Ok(exit_code(reported, reports.borrow_and_update().outcome()))
+}
+
+/// Serves over the link from now on, until the farewell hangs up.
+fn link_up(service: Service, endpoint: std::path::PathBuf) -> (Farewell, JoinSet<()>) {
+    let farewell = Farewell {
+        delivered: service.delivered.subscribe(),
+        link: watch::Sender::new(State::Dialling),
+        hang_up: CancellationToken::new(),
+    };
+    let link = Link {
+        endpoint,
+        pair: service.pod.jobdir.link_pair(),
+        service,
+        state: farewell.link.clone(),
+    };
+    let mut linked = JoinSet::new();
+    linked.spawn(link.run(farewell.hang_up.clone()));
+    (farewell, linked)
+}
+
+/// The exit code as protocol: see [`main`].
+fn exit_code(reported: bool, outcome: OutcomeKind) -> ExitCode {
+    match outcome {
+        _ if !reported => ShimExit::NotReported.into(),
+        OutcomeKind::Succeeded => ShimExit::Succeeded.into(),
+        OutcomeKind::Failed | OutcomeKind::Unspecified => ShimExit::Failed.into(),
+    }
+}
+
+fn own_grace(pod: &Pod) -> Duration {
+    let seconds = pod.spec().termination_grace_period_seconds;
+    Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
+}
+
+fn first_report(pod: &Pod, previous: Option<&pb::Report>) -> pb::Report {
+    pb::Report {
+        uid: pod.spec().uid.clone(),
+        job_id: pod.claim.job_id.clone(),
+        restart: i32::try_from(pod.claim.restart).unwrap_or(i32::MAX),
+        sequence: previous.map_or(0, |report| report.sequence) + 1,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        capabilities: capability::ALL.map(str::to_owned).to_vec(),
+        hostname: node_name(),
+        host_ip: pod.facts.fields.host_ip.clone(),
+        started_at: report::nanos(Timestamp::now()),
+        notes: previous
+            .map(|report| report.notes.clone())
+            .unwrap_or_default(),
+        pid_isolation: pod.runtime.isolates(),
+        ..Default::default()
+    }
+}
+
+/// Without PID namespaces what daemonised itself would outlive its container. Repeated: what forks meanwhile is seen
+/// by the next look.
+async fn end_leftovers() {
+    for _ in 0..LAST_LOOKS {
+        let left = proc::descendants(&proc::all(), std::process::id());
+        if left.is_empty() {
+            return;
+        }
+        for pid in left {
+            signals::send(pid, rustix::process::Signal::KILL);
+        }
+        tokio::time::sleep(BETWEEN_LOOKS).await;
+    }
+}
+
+/// The end of the link.
+struct Farewell {
+    delivered: watch::Receiver<bool>,
+    link: watch::Sender<State>,
+    hang_up: CancellationToken,
+}
+
+impl Farewell {
+    /// Waits until an agent that is there has the final report, and hangs up.
+    async fn wait(mut self) {
+        let mut link = self.link.subscribe();
+        let read = async {
+            tokio::select! {
+                biased;
+                _ = self.delivered.wait_for(|delivered| *delivered) => {}
+                _ = link.wait_for(|state| *state == State::Down) => {}
+            }
+        };
+        // Where it takes longer the report file tells.
+        tokio::time::timeout(FAREWELL, read).await.ok();
+        self.hang_up.cancel();
+    }
+}

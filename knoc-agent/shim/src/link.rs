@@ -1,0 +1,106 @@
+//! Task: the shim's link. Dials the agent wherever `endpoint.json` says it is, and serves the `Shim` service over it.
+//!
+//! Re-reads the file at every try, waits longer after each failure, with jitter: many jobs must not come back at once.
+//! Publishes its [`State`]; never matters to the containers.
+
+use std::{path::PathBuf, time::Duration};
+
+use knoc_contract::jobdir::{self, schema::Endpoint};
+use knoc_link::{bulk::Served, pinned::KeyPair};
+use knoc_proto::{error::chain, pb::shim_server::ShimServer};
+use rand::RngExt as _;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::serve::Service;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+
+/// For the end: is there an agent that might read the last report?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    /// The first try is under way.
+    Dialling,
+    Connected,
+    Down,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) endpoint: PathBuf,
+    /// Certificate and key.
+    pub(crate) pair: (PathBuf, PathBuf),
+    pub(crate) service: Service,
+    pub(crate) state: watch::Sender<State>,
+}
+
+impl Link {
+    /// Runs until `shutdown`.
+    pub(crate) async fn run(self, shutdown: CancellationToken) {
+        let pair = match KeyPair::from_files(&self.pair.0, &self.pair.1) {
+            Ok(pair) => pair,
+            Err(error) => {
+                tracing::warn!("no link: {}", chain(&error));
+                self.state.send_replace(State::Down);
+                return;
+            }
+        };
+        let mut pause = FIRST_PAUSE;
+        while !shutdown.is_cancelled() {
+            if self.connect(&pair, &shutdown).await {
+                pause = FIRST_PAUSE;
+            }
+            self.state.send_replace(State::Down);
+            let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.5));
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => {}
+                () = tokio::time::sleep(jittered) => {}
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// One try at all addresses; `true` where one was connected, then returns at its end.
+    async fn connect(&self, pair: &KeyPair, shutdown: &CancellationToken) -> bool {
+        let path = self.endpoint.clone();
+        let read = tokio::task::spawn_blocking(move || jobdir::read_json::<Endpoint>(&path)).await;
+        let endpoint = match read {
+            Ok(Ok(Some(endpoint))) => endpoint,
+            Ok(Ok(None)) | Err(_) => return false,
+            Ok(Err(error)) => {
+                tracing::warn!("no link: {}", chain(&error));
+                return false;
+            }
+        };
+        for address in &endpoint.addresses {
+            let dialled = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return false,
+                dialled = knoc_link::pinned::dial(address, pair, &endpoint.spki) => dialled,
+            };
+            match dialled {
+                Ok(io) => {
+                    tracing::debug!(%address, "linked to the agent");
+                    self.state.send_replace(State::Connected);
+                    self.serve(io, shutdown).await;
+                    return true;
+                }
+                Err(error) => tracing::debug!("no link: {}", chain(&error)),
+            }
+        }
+        false
+    }
+
+    async fn serve(&self, io: knoc_link::pinned::TlsIo, shutdown: &CancellationToken) {
+        let service = ShimServer::new(self.service.clone());
+        let serving = knoc_link::server()
+            .add_service(Served::new(service))
+            .serve_with_incoming_shutdown(knoc_link::far_side(io), shutdown.cancelled());
+        if let Err(error) = serving.await {
+            tracing::debug!("the link ended: {}", chain(&error));
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! How a container's volumes and its image are given to the runtime: by descriptor, or by name.
+//!
+//! By descriptor, the helper ([`crate::launch::contain`]) resolves and mounts each in namespaces of its own, so that
+//! what is checked is what is mounted. A runtime that is set up as root (setuid), or a node without user namespaces,
+//! leaves only names: what a container could change in between is refused then.
+
+use std::{
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use knoc_contract::{host::node_name, image_file::FileId, setuid};
+use knoc_proto::pb;
+use rustix::io::Errno;
+
+use super::{beneath, volumes::Mounted};
+use crate::{
+    launch::contain::spec::{MountSpec, Point, PointBase, Source, SourceError},
+    runtime::Bind,
+};
+
+/// How many user namespaces a user may have.
+const MOST_NAMESPACES: &str = "/proc/sys/user/max_user_namespaces";
+
+/// Why something cannot be mounted by name.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NameError {
+    #[error("{what}")]
+    Source {
+        what: String,
+        #[source]
+        source: SourceError,
+    },
+    #[error(
+        "{what}: a subPath of a writable volume needs user namespaces, which this node or its container runtime \
+         (setuid) does not use; mount the whole volume, or have the site allow user namespaces and install the \
+         runtime without its setuid part"
+    )]
+    NeedsNamespaces { what: String },
+}
+
+/// What this node can do.
+#[derive(Debug)]
+pub(crate) struct Mounting {
+    by_name: AtomicBool,
+    /// A container of this pod was started with namespaces.
+    by_descriptor: AtomicBool,
+    /// How `/etc/subuid` may name this user.
+    pub(crate) users: Vec<String>,
+}
+
+impl Mounting {
+    pub(crate) fn of(job: &pb::JobFile) -> Self {
+        let setuid = setuid::starter(&job.runtime, job.runtime_path.as_ref()).is_some();
+        let uid = rustix::process::getuid();
+        let entry = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid.as_raw()));
+        // Where the accounts of a site are known only to its directory service, the job's environment has the name.
+        let named = ["USER", "LOGNAME"].map(|name| std::env::var(name).ok());
+        let known = entry.ok().flatten().map(|entry| entry.name);
+        let mut users = vec![uid.as_raw().to_string()];
+        users.extend(named.into_iter().flatten().chain(known));
+        Self {
+            by_name: AtomicBool::new(setuid),
+            by_descriptor: AtomicBool::new(false),
+            users,
+        }
+    }
+
+    pub(crate) fn by_name(&self) -> bool {
+        self.by_name.load(Ordering::Relaxed)
+    }
+
+    /// Namespaces can be made here.
+    pub(crate) fn worked(&self) {
+        self.by_descriptor.store(true, Ordering::Relaxed);
+    }
+
+    /// Does the error say that this node never lets us make namespaces? The number of a user's namespaces and processes is
+    /// limited, so a container can provoke the others: they fail one start, and nothing is mounted by name for them.
+    pub(crate) fn is_final(&self, errno: i32) -> bool {
+        if self.by_descriptor.load(Ordering::Relaxed) {
+            return false;
+        }
+        let never = [Errno::PERM, Errno::ACCESS, Errno::NOSYS, Errno::INVAL];
+        let is = |known: &Errno| known.raw_os_error() == errno;
+        let none_allowed =
+            || std::fs::read_to_string(MOST_NAMESPACES).is_ok_and(|most| most.trim() == "0");
+        never.iter().any(is) || is(&Errno::NOSPC) && none_allowed()
+    }
+
+    /// This node has no user namespaces, which does not change.
+    pub(crate) fn only_by_name(&self) {
+        self.by_name.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What a container mounts.
+#[derive(Debug, Clone)]
+pub(crate) struct Mounts {
+    image: Source,
+    image_path: String,
+    volumes: Vec<Mounted>,
+    /// The index among the volumes, and the path below, of the termination message.
+    message: Option<(usize, PathBuf)>,
+    /// Our own program, which the container's launcher is started from.
+    agent: PathBuf,
+    /// Holds what is mounted on.
+    places: PathBuf,
+}
+
+/// What the runtime is told.
+#[derive(Debug)]
+pub(crate) struct Named {
+    pub(crate) image: PathBuf,
+    /// Our own program.
+    pub(crate) agent: PathBuf,
+    pub(crate) binds: Vec<Bind>,
+    /// Of the termination message.
+    pub(crate) base: Option<OwnedFd>,
+}
+
+impl Mounts {
+    pub(crate) fn new(image: &pb::ResolvedImage, agent: PathBuf, places: PathBuf) -> Self {
+        let host = node_name();
+        Self {
+            image: Source::Image {
+                path: image.path.clone().into(),
+                expected: image
+                    .file
+                    .as_ref()
+                    .map(|file| FileId::from_job(file, &host)),
+            },
+            image_path: image.path.clone(),
+            volumes: Vec::new(),
+            message: None,
+            agent,
+            places,
+        }
+    }
+
+    /// What is mounted beside the image, in its order, and where in it the termination message lies.
+    pub(crate) fn set(&mut self, volumes: Vec<Mounted>, message: Option<(usize, PathBuf)>) {
+        (self.volumes, self.message) = (volumes, message);
+    }
+
+    fn image_what(&self) -> String {
+        format!("image {:?}", self.image_path)
+    }
+
+    fn place(&self, index: usize) -> PathBuf {
+        self.places.join(format!("m{index}"))
+    }
+
+    fn agent_place(&self) -> PathBuf {
+        self.places.join("agent")
+    }
+
+    /// For the helper: all that it mounts.
+    pub(crate) fn specs(&self) -> Vec<MountSpec> {
+        let image = MountSpec {
+            what: self.image_what(),
+            source: self.image.clone(),
+            place: self.places.join("image"),
+            point: None,
+            read_only: false,
+            message: None,
+        };
+        let volumes = self.volumes.iter().enumerate().map(|(index, mounted)| {
+            let message = self.message.as_ref().filter(|(mount, _)| *mount == index);
+            MountSpec {
+                what: mounted.what.clone(),
+                source: mounted.source.clone(),
+                place: self.place(index),
+                point: mounted.point.clone().map(after_image),
+                read_only: mounted.read_only,
+                message: message.map(|(_, rest)| rest.clone()),
+            }
+        });
+        // The runtime's own read-only mount of it could be undone by root of the container's user namespace.
+        let agent = MountSpec {
+            what: "KNoC's launcher".to_owned(),
+            source: Source::Own(self.agent.clone()),
+            place: self.agent_place(),
+            point: None,
+            read_only: true,
+            message: None,
+        };
+        let first = std::iter::once(image);
+        first.chain(volumes).chain([agent]).collect()
+    }
+
+    /// For the runtime, once the helper has mounted all.
+    pub(crate) fn places(&self) -> Named {
+        let volumes = self.volumes.iter().enumerate();
+        Named {
+            image: self.places.join("image"),
+            agent: self.agent_place(),
+            binds: volumes
+                .map(|(index, mounted)| bind(mounted, self.place(index)))
+                .collect(),
+            base: None,
+        }
+    }
+
+    /// What the runtime says of a place, said of what is mounted there: nobody knows the place.
+    pub(crate) fn with_own_names(&self, words: &str) -> String {
+        let image = self.places.join("image");
+        let mut words = words.replace(&*image.to_string_lossy(), &self.image_path);
+        // From the last one: m1 begins m10.
+        for (index, mounted) in self.volumes.iter().enumerate().rev() {
+            let place = self.place(index);
+            words = words.replace(&*place.to_string_lossy(), &mounted.what);
+        }
+        words
+    }
+
+    /// For the runtime, by the names that the sources have now. Blocking file work.
+    pub(crate) fn names(&self) -> Result<Named, NameError> {
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |source| NameError::Source { what, source }
+        };
+        let mut named = Named {
+            image: self.image.open().map_err(failed(&self.image_what()))?.path,
+            agent: self.agent.clone(),
+            binds: Vec::new(),
+            base: None,
+        };
+        let mut opened = Vec::new();
+        for (index, mounted) in self.volumes.iter().enumerate() {
+            if mounted.needs_descriptor {
+                let what = mounted.what.clone();
+                return Err(NameError::NeedsNamespaces { what });
+            }
+            let found = mounted.source.open().map_err(failed(&mounted.what))?;
+            if let Some(point) = &mounted.point {
+                // It may be there in another form: then the runtime has its say.
+                point.make(found.is_folder(), &opened).ok();
+            }
+            named.binds.push(bind(mounted, found.path.clone()));
+            if let Some((_, rest)) = self.message.as_ref().filter(|(mount, _)| *mount == index) {
+                if !mounted.read_only {
+                    // A folder that cannot be written gives no message.
+                    beneath::touch_in(&found.fd, rest).ok();
+                }
+                named.base = found.fd.try_clone().ok();
+            }
+            opened.push(found);
+        }
+        Ok(named)
+    }
+}
+
+/// The helper mounts the image first, so its volumes have other indices.
+fn after_image(point: Point) -> Point {
+    let base = match point.base {
+        PointBase::Mount(index) => PointBase::Mount(index + 1),
+        folder @ PointBase::Folder(_) => folder,
+    };
+    Point { base, ..point }
+}
+
+fn bind(mounted: &Mounted, source: PathBuf) -> Bind {
+    Bind {
+        source,
+        target: mounted.target.clone(),
+        read_only: mounted.read_only,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn mounts(root: &Path, path: &str, needs_descriptor: bool) -> Mounts {
+        let volume = Mounted {
+            what: format!("volume \"v\", path {path:?}"),
+            source: Source::Inside {
+                root: root.to_owned(),
+                path: path.into(),
+                make: true,
+            },
+            target: "/v".into(),
+            read_only: false,
+            needs_descriptor,
+            point: None,
+        };
+        let image = pb::ResolvedImage {
+            path: root.display().to_string(),
+            ..pb::ResolvedImage::default()
+        };
+        let mut mounts = Mounts::new(&image, "/opt/knoc-agent".into(), "/places".into());
+        mounts.set(vec![volume], Some((0, "log".into())));
+        mounts
+    }
+
+    #[test]
+    fn without_namespaces_a_writable_subpath_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let root = std::fs::canonicalize(root.path()).unwrap();
+        let error = mounts(&root, "sub", true).names().unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.starts_with("volume \"v\", path \"sub\": ") && text.contains("user namespaces"),
+            "{text}"
+        );
+        // Nothing was made, and what no container can change is mounted as before.
+        assert!(!root.join("sub").exists());
+        let named = mounts(&root, "", false).names().unwrap();
+        assert_eq!((&named.image, &named.binds[0].source), (&root, &root));
+        assert!(named.base.is_some() && root.join("log").is_file());
+    }
+
+    #[test]
+    fn no_container_can_have_its_pod_mount_by_name() {
+        let mounting = Mounting::of(&pb::JobFile::default());
+        let never = [Errno::PERM, Errno::ACCESS, Errno::NOSYS, Errno::INVAL];
+        // Too many processes, open files, or namespaces of this user; no memory; and what has no number.
+        let passing = [Errno::AGAIN, Errno::MFILE, Errno::NOSPC, Errno::NOMEM];
+        for errno in never {
+            assert!(mounting.is_final(errno.raw_os_error()), "{errno}");
+        }
+        for errno in passing {
+            assert!(!mounting.is_final(errno.raw_os_error()), "{errno}");
+        }
+        assert!(!mounting.is_final(0));
+        mounting.worked();
+        assert!(!mounting.is_final(Errno::PERM.raw_os_error()));
+    }
+
+    #[test]
+    fn the_helper_mounts_what_the_runtime_is_told() {
+        let mounts = mounts(Path::new("/r"), "sub", true);
+        let (specs, named) = (mounts.specs(), mounts.places());
+        let places: Vec<&Path> = specs.iter().map(|spec| spec.place.as_path()).collect();
+        assert_eq!(places, [&named.image, &named.binds[0].source, &named.agent]);
+        assert!(specs[2].read_only, "no container can write our program");
+        assert_eq!(specs[1].message.as_deref(), Some(Path::new("log")));
+        let words = mounts.with_own_names("stat /places/image, mount /places/m0: no");
+        assert_eq!(words, "stat /r, mount volume \"v\", path \"sub\": no");
+    }
+}

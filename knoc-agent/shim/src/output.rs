@@ -1,0 +1,365 @@
+//! Task: drains a container's output into its log, and hands it to attached clients. One per attempt.
+//!
+//! The pipes are always drained: while a batch is being written (on a blocking thread) the next one fills; when that
+//! is full too the program waits, but not longer than [`STALL`]: then lines are dropped and counted. A batch goes as
+//! soon as the writer is free, so an idle pipe's line is written at once.
+
+use std::{io, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use knoc_contract::logs::{
+    cri::{Cutter, stamp},
+    writer::{Limits, Losses, Writer, forget_older},
+};
+use tokio::{sync::watch, task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{attach::hub::Hub, fdio::Stream};
+
+/// How much may wait for the writer.
+const BATCH: usize = 256 << 10;
+
+/// How long a full batch waits for a file system that hangs.
+const STALL: Duration = Duration::from_secs(10);
+
+/// How long silence must last, after the program has ended, before what it left behind is not waited for.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// Lost lines are told at once, then not more often than this.
+const TELL_AGAIN: Duration = Duration::from_mins(5);
+
+/// Where the output goes.
+pub(crate) struct Log<'a> {
+    /// The live file; opened on a blocking thread.
+    pub(crate) live: PathBuf,
+    pub(crate) limits: Limits,
+    /// Where the log's readers hear of news.
+    pub(crate) written: watch::Sender<u64>,
+    /// Hears of lost lines while the program runs, all so far; false where it could not listen.
+    pub(crate) lost: Box<dyn Fn(&Losses) -> bool + Send + Sync + 'a>,
+}
+
+/// One of the program's streams.
+#[derive(Debug)]
+pub(crate) struct Source {
+    /// A terminal is input as well.
+    stream: Arc<Stream>,
+    kind: knoc_contract::logs::cri::Stream,
+    cutter: Cutter,
+    open: bool,
+}
+
+impl Source {
+    pub(crate) fn new(
+        stream: impl Into<Arc<Stream>>,
+        kind: knoc_contract::logs::cri::Stream,
+    ) -> Self {
+        Self {
+            stream: stream.into(),
+            kind,
+            cutter: Cutter::new(kind),
+            open: true,
+        }
+    }
+}
+
+type Writing = JoinHandle<(Writer, Vec<u8>)>;
+
+/// Drains `sources` until all have ended, or until silence once `ended` is cancelled.
+pub(crate) async fn pump(
+    sources: Vec<Source>,
+    log: Log<'_>,
+    ended: CancellationToken,
+    hub: &Hub,
+) -> Losses {
+    let mut pump = Pump::new(sources, hub);
+    let mut told = Told::default();
+    let mut idle = None;
+    let (live, limits) = (log.live, log.limits);
+    // A program that says nothing has a log too.
+    let opening = move || {
+        if let Err(error) = forget_older(&live) {
+            tracing::warn!(%error, "logs of older attempts stay");
+        }
+        (Writer::open(&live, limits), Vec::new())
+    };
+    let mut writing: Option<Writing> = Some(tokio::task::spawn_blocking(opening));
+    loop {
+        if !pump.batch.is_empty()
+            && let Some(writer) = idle.take()
+        {
+            writing = Some(pump.write(writer));
+        }
+        let open = pump.sources.iter().any(|source| source.open);
+        if !open && writing.is_none() {
+            break;
+        }
+        let full = pump.batch.len() >= BATCH;
+        let silence = Instant::now() + DRAIN;
+        tokio::select! {
+            biased;
+            done = finished(&mut writing), if writing.is_some() => {
+                writing = None;
+                let Some((writer, spare)) = done else { break };
+                pump.spare = spare;
+                pump.dropping = 0;
+                pump.lost_before = writer.losses().clone();
+                idle = Some(writer);
+                log.written.send_modify(|batches| *batches += 1);
+            }
+            () = pump.readable(), if open && !full => pump.read(),
+            () = tokio::time::sleep(STALL), if full => pump.lose(),
+            () = silent(&ended, silence), if open && !full => pump.close(),
+        }
+        told.tell(&pump.losses(), &log.lost);
+    }
+    finish(idle, pump).await
+}
+
+async fn finish(writer: Option<Writer>, mut pump: Pump<'_>) -> Losses {
+    let Some(mut writer) = writer else {
+        return Losses::default();
+    };
+    pump.close();
+    let (batch, lines, dropped) = (pump.batch, pump.lines, pump.dropped);
+    let finishing = tokio::task::spawn_blocking(move || {
+        writer.lose(dropped);
+        if !batch.is_empty() {
+            writer.append(&batch, lines);
+        }
+        writer.finish();
+        writer.losses().clone()
+    });
+    finishing.await.unwrap_or_default()
+}
+
+async fn finished(writing: &mut Option<Writing>) -> Option<(Writer, Vec<u8>)> {
+    match writing {
+        Some(task) => Pin::new(task).await.ok(),
+        None => None,
+    }
+}
+
+async fn silent(ended: &CancellationToken, until: Instant) {
+    ended.cancelled().await;
+    tokio::time::sleep_until(until).await;
+}
+
+/// What was told of lost lines.
+#[derive(Debug, Default)]
+struct Told {
+    lines: u64,
+    at: Option<Instant>,
+}
+
+impl Told {
+    fn tell(&mut self, losses: &Losses, lost: &dyn Fn(&Losses) -> bool) {
+        let due = self.at.is_none_or(|at| at.elapsed() >= TELL_AGAIN);
+        if losses.lines > self.lines && due && lost(losses) {
+            self.lines = losses.lines;
+            self.at = Some(Instant::now());
+        }
+    }
+}
+
+struct Pump<'a> {
+    sources: Vec<Source>,
+    hub: &'a Hub,
+    batch: Vec<u8>,
+    lines: u64,
+    /// Lines given up since the last write.
+    dropped: u64,
+    /// What was lost up to the last write.
+    lost_before: Losses,
+    /// Given up before the write that is under way.
+    dropping: u64,
+    /// Memory of the last batch, for the next.
+    spare: Vec<u8>,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Pump<'a> {
+    fn new(sources: Vec<Source>, hub: &'a Hub) -> Self {
+        Self {
+            sources,
+            hub,
+            batch: Vec::new(),
+            lines: 0,
+            dropped: 0,
+            lost_before: Losses::default(),
+            dropping: 0,
+            spare: Vec::new(),
+            buffer: vec![0; 64 << 10],
+        }
+    }
+
+    fn write(&mut self, mut writer: Writer) -> Writing {
+        let batch = std::mem::replace(&mut self.batch, std::mem::take(&mut self.spare));
+        let lines = std::mem::take(&mut self.lines);
+        let dropped = std::mem::take(&mut self.dropped);
+        self.dropping = dropped;
+        tokio::task::spawn_blocking(move || {
+            writer.lose(dropped);
+            writer.append(&batch, lines);
+            let mut spare = batch;
+            spare.clear();
+            (writer, spare)
+        })
+    }
+
+    /// All that is known to be lost.
+    fn losses(&self) -> Losses {
+        Losses {
+            lines: self.lost_before.lines + self.dropping + self.dropped,
+            ..self.lost_before.clone()
+        }
+    }
+
+    async fn readable(&self) {
+        let [first, second] = [self.sources.first(), self.sources.get(1)];
+        let wait = async |source: Option<&Source>| match source.filter(|source| source.open) {
+            // A failure shows at the read.
+            Some(source) => drop(source.stream.readable().await),
+            None => std::future::pending().await,
+        };
+        tokio::select! {
+            () = wait(first) => {}
+            () = wait(second) => {}
+        }
+    }
+
+    /// Takes what is there from all sources in turn, until the batch is full.
+    fn read(&mut self) {
+        let stamp = stamp(Timestamp::now());
+        let mut more = true;
+        while more && self.batch.len() < BATCH {
+            more = false;
+            for source in self.sources.iter_mut().filter(|source| source.open) {
+                match source.stream.try_read(&mut self.buffer) {
+                    Ok(None) => {}
+                    Ok(Some(0)) | Err(_) => {
+                        source.open = false;
+                        self.lines += source.cutter.finish(&stamp, &mut self.batch);
+                    }
+                    Ok(Some(count)) => {
+                        more = true;
+                        let data = self.buffer.get(..count).unwrap_or_default();
+                        self.hub.publish(source.kind, data);
+                        self.lines += source.cutter.push(data, &stamp, &mut self.batch);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives up what waits, so that the program goes on.
+    fn lose(&mut self) {
+        tracing::warn!(
+            lines = self.lines,
+            "log lines dropped: the file system hangs"
+        );
+        self.dropped += std::mem::take(&mut self.lines);
+        self.batch.clear();
+    }
+
+    fn close(&mut self) {
+        let stamp = stamp(Timestamp::now());
+        for source in &mut self.sources {
+            source.open = false;
+            self.lines += source.cutter.finish(&stamp, &mut self.batch);
+        }
+    }
+}
+
+/// Reads `stream` to its end, keeping the last `limit` bytes in `tail`.
+pub(crate) async fn keep_tail(
+    stream: Stream,
+    limit: usize,
+    tail: std::sync::Arc<std::sync::Mutex<Vec<u8>>>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; 4096];
+    loop {
+        let count = stream.read(&mut buffer).await?;
+        if count == 0 {
+            return Ok(());
+        }
+        let mut kept = tail
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        kept.extend_from_slice(buffer.get(..count).unwrap_or_default());
+        let excess = kept.len().saturating_sub(limit);
+        kept.drain(..excess);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use knoc_contract::logs::cri::Stream as Kind;
+
+    use super::*;
+
+    fn losses(lines: u64) -> Losses {
+        Losses {
+            lines,
+            ..Losses::default()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn lost_lines_are_told_at_once_and_then_now_and_then() {
+        let heard = Mutex::new(Vec::new());
+        let hear = |losses: &Losses| {
+            heard.lock().unwrap().push(losses.lines);
+            true
+        };
+        let mut told = Told::default();
+        told.tell(&losses(0), &hear);
+        told.tell(&losses(3), &|_: &Losses| false);
+        told.tell(&losses(3), &hear);
+        told.tell(&losses(4), &hear);
+        tokio::time::advance(TELL_AGAIN).await;
+        told.tell(&losses(9), &hear);
+        tokio::time::advance(TELL_AGAIN).await;
+        told.tell(&losses(9), &hear);
+        assert_eq!(*heard.lock().unwrap(), [3, 9]);
+    }
+
+    /// Where the log cannot be written that is told while the program runs, not when it ends.
+    #[tokio::test]
+    async fn a_log_that_cannot_be_written_is_told_while_it_lasts() {
+        let folder = tempfile::tempdir().unwrap();
+        // A folder in its place.
+        let live = folder.path().join("0.log");
+        std::fs::create_dir(&live).unwrap();
+        let (ours, theirs) = super::super::fdio::output_pipe().unwrap();
+        let (heard, mut told) = watch::channel(0);
+        let log = Log {
+            live,
+            limits: Limits {
+                max_bytes: 1 << 20,
+                max_files: 2,
+                max_total: 2 << 20,
+            },
+            written: watch::Sender::new(0),
+            lost: Box::new(move |losses| {
+                heard.send_replace(losses.lines);
+                true
+            }),
+        };
+        let keeper = super::super::attach::hub::open(false, false, None, None);
+        let hub = keeper.hub();
+        let sources = vec![Source::new(ours, Kind::Stdout)];
+        let pump = pump(sources, log, CancellationToken::new(), &hub);
+        let program = async move {
+            rustix::io::write(&theirs, b"one\ntwo\n").unwrap();
+            let told = told.wait_for(|lines| *lines == 2);
+            let wait = tokio::time::timeout(Duration::from_secs(20), told);
+            drop(wait.await.expect("not told").unwrap());
+            drop(theirs);
+        };
+        let (losses, ()) = tokio::join!(pump, program);
+        assert_eq!(losses.lines, 2);
+    }
+}

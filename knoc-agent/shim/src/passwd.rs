@@ -1,0 +1,91 @@
+//! The image's own `/etc/passwd`, from a container that is up: by a helper in its namespaces, as exec has one. Asked for
+//! only where the container's file may differ in what matters (see [`account`]).
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use knoc_contract::launch::LaunchSpec;
+use rustix::process::Signal;
+use tokio::{
+    io::AsyncReadExt as _,
+    net::UnixStream,
+    time::{error::Elapsed, timeout},
+};
+
+use super::{
+    pod::Pod,
+    signals::{self, Identity},
+};
+use crate::launch::{
+    account::{self, PASSWD_BYTES},
+    enter,
+};
+
+/// How long the helper may take: the image may lie on a file system that hangs.
+const WAIT: Duration = Duration::from_secs(5);
+
+/// The text, where `spec` needs it and it can be had: not in a container that root has set up.
+pub(crate) async fn of_image(pod: &Pod, container: Identity, spec: &LaunchSpec) -> Option<Vec<u8>> {
+    let user = spec.user.as_ref().filter(|_| spec.settle)?;
+    if !account::may_be_overwritten(user) {
+        return None;
+    }
+    match read(pod, container).await {
+        Ok(text) if !text.is_empty() => Some(text),
+        Ok(_) => None,
+        Err(error) => {
+            tracing::warn!(%error, "the image's own /etc/passwd");
+            None
+        }
+    }
+}
+
+async fn read(pod: &Pod, container: Identity) -> io::Result<Vec<u8>> {
+    let (ours, theirs) = StdUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let mut child = spawn(pod, container, theirs)?;
+    let mut text = Vec::new();
+    let reading = UnixStream::from_std(ours)?;
+    let mut reading = reading.take(PASSWD_BYTES);
+    let all = async {
+        reading.read_to_end(&mut text).await?;
+        Ok(child.wait().await.code)
+    };
+    let code: Result<io::Result<i32>, Elapsed> = timeout(WAIT, all).await;
+    let Ok(code) = code else {
+        signals::send(child.pid, Signal::KILL);
+        return Err(io::ErrorKind::TimedOut.into());
+    };
+    match code? {
+        0 => Ok(text),
+        code => Err(io::Error::other(format!(
+            "the helper ended with code {code}"
+        ))),
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the shim's one module that starts this helper"
+)]
+fn spawn(
+    pod: &Pod,
+    container: Identity,
+    socket: StdUnixStream,
+) -> io::Result<super::children::Child> {
+    let mut command = Command::new(&pod.agent);
+    command
+        .arg("enter")
+        .args([container.pid.to_string(), container.start.to_string()])
+        .arg(enter::PASSWD)
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(OwnedFd::from(socket)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    pod.children.spawn(&mut command, true)
+}

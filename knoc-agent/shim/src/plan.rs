@@ -1,0 +1,395 @@
+//! PURE: what the supervisor does next, decided from the roles and states of the containers alone.
+//!
+//! # The startup sequence
+//!
+//! Init containers and sidecars start one after the other, in the order of the pod. An init container opens its gate
+//! when it has succeeded, a sidecar when it has *started* (its startup probe has passed, or it has none). Once a gate is
+//! open the next container starts, and behind the last gate all main containers start together. A sidecar that fails
+//! later closes no gate behind which something was started already. Ephemeral containers start as soon as they are
+//! added.
+//!
+//! # One container
+//!
+//! ```text
+//!            Start              the program runs
+//!     Idle ─────────► Starting ──────────────────► Running { started, ready, live }
+//!                      ▲    │                         │
+//!                      │    │ cannot be started       │ the program has ended
+//!                      │    └─────────► Exited ◄──────┘
+//!                      └──────────────────┘
+//!             Start: its restart rule says so and the back-off is over
+//! ```
+//!
+//! Its stop goes one way, until the attempt has ended; the next attempt begins at `NotStopped` again:
+//!
+//! ```text
+//!     NotStopped ───► PreStop ───► Term ───► Kill       at the end of the grace period: Kill, from wherever it is
+//!          └─── without a hook ─────▲
+//! ```
+//!
+//! A container is stopped because the pod is, or alone if a probe found that it is not live any more. In the second case
+//! its restart rule decides what comes after.
+//!
+//! # The pod
+//!
+//! ```text
+//!     Running ──► Completed ──► (sidecars and ephemeral containers are stopped) ──► Finished
+//!        └──────────────── a stop is ordered ────────────────────────────────────────▲
+//! ```
+//!
+//! A pod has completed if an init container has failed for good or all main containers have ended for good. The
+//! supervisor then orders a stop, as anybody else might have. In a stop nothing starts any more; sidecars are stopped
+//! after all main containers, and one after the other in reverse order.
+//!
+//! The back-off between two attempts grows as a kubelet's does: the first restart at once, then `initial`, doubled each
+//! time up to `max`, and reset by a run longer than twice `max`. Times count from the shim's start.
+
+use std::time::Duration;
+
+use super::role::{RestartRule, Role, SlotId};
+
+/// Since the shim's start, by the monotonic clock.
+pub(crate) type Time = Duration;
+
+/// Where a container is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// It was never started in this job.
+    Idle,
+    /// The runtime is creating it.
+    Starting,
+    /// Its program runs.
+    Running,
+    /// Its last attempt has ended.
+    Exited {
+        code: i32,
+        /// It is not restarted before this time, if it is restarted at all.
+        restart_at: Time,
+    },
+}
+
+/// What is known about how the running program does. A container without probes has [`Health::unprobed`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Health {
+    /// Its startup probe has passed.
+    pub(crate) started: bool,
+    /// Its readiness probe passes.
+    pub(crate) ready: bool,
+    pub(crate) live: Liveness,
+}
+
+/// What startup and liveness probes say of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Liveness {
+    Live,
+    /// A probe failed too often: the container is stopped, at the latest at the end of the probe's grace period.
+    #[cfg_attr(not(test), expect(dead_code, reason = "pod.proto has no probes yet"))]
+    Failed {
+        kill_at: Time,
+    },
+}
+
+impl Health {
+    /// Of a container whose program does not run.
+    pub(crate) const fn down() -> Self {
+        Self {
+            started: false,
+            ready: false,
+            live: Liveness::Live,
+        }
+    }
+
+    /// Of a container whose program runs and that has no probes.
+    pub(crate) const fn unprobed() -> Self {
+        Self {
+            started: true,
+            ready: true,
+            live: Liveness::Live,
+        }
+    }
+}
+
+/// How far the stop of the running attempt has gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum StopStage {
+    NotStopped,
+    /// Its preStop hook was started.
+    PreStop,
+    /// TERM was sent.
+    Term,
+    /// KILL was sent.
+    Kill,
+}
+
+/// One container, as far as decisions depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Container {
+    pub(crate) id: SlotId,
+    pub(crate) role: Role,
+    pub(crate) restart: RestartRule,
+    pub(crate) phase: Phase,
+    pub(crate) health: Health,
+    pub(crate) stop: StopStage,
+    /// It has a preStop hook that has not ended in this attempt. TERM waits for it.
+    pub(crate) pre_stop_pending: bool,
+}
+
+impl Container {
+    pub(crate) fn lives(&self) -> bool {
+        match self.phase {
+            Phase::Starting | Phase::Running => true,
+            Phase::Idle | Phase::Exited { .. } => false,
+        }
+    }
+
+    pub(crate) fn succeeded(&self) -> bool {
+        matches!(self.phase, Phase::Exited { code: 0, .. })
+    }
+
+    /// It has ended and will never be restarted.
+    fn ended_for_good(&self) -> bool {
+        matches!(self.phase, Phase::Exited { code, .. } if !self.restart.restarts(code))
+    }
+}
+
+/// Everything that a decision depends on.
+#[derive(Debug, Clone)]
+pub(crate) struct View {
+    /// By id: init containers and sidecars in the order in which they start. Others may stand anywhere between.
+    pub(crate) containers: Vec<Container>,
+    /// There are values; before the pod's first start, they are fresh enough too.
+    pub(crate) values: bool,
+    /// The end of the grace period, once a stop was ordered.
+    pub(crate) kill_at: Option<Time>,
+    pub(crate) now: Time,
+}
+
+impl View {
+    /// Init containers and sidecars, in the order in which they start.
+    fn startup_sequence(&self) -> impl Iterator<Item = &Container> {
+        self.containers
+            .iter()
+            .filter(|one| matches!(one.role, Role::Init | Role::Sidecar))
+    }
+
+    fn of_role(&self, role: Role) -> impl Iterator<Item = &Container> {
+        self.containers.iter().filter(move |one| one.role == role)
+    }
+
+    fn living(&self) -> impl Iterator<Item = &Container> {
+        self.containers.iter().filter(|one| one.lives())
+    }
+
+    /// Whether what comes after `container` in the startup sequence may start.
+    fn opens_gate(&self, container: &Container) -> bool {
+        match container.role {
+            Role::Init => container.succeeded(),
+            Role::Sidecar => container.health.started || self.started_after(container),
+            Role::Main | Role::Ephemeral => true,
+        }
+    }
+
+    /// Whether anything that starts after `sidecar` was started in this job.
+    fn started_after(&self, sidecar: &Container) -> bool {
+        let mut after = self
+            .startup_sequence()
+            .filter(|one| one.id > sidecar.id)
+            .chain(self.of_role(Role::Main));
+        after.any(|one| one.phase != Phase::Idle)
+    }
+
+    /// Whether the startup sequence is over: main containers may start.
+    pub(crate) fn initialized(&self) -> bool {
+        self.startup_sequence().all(|one| self.opens_gate(one))
+    }
+
+    /// Whether all containers that decide the pod's phase have succeeded.
+    pub(crate) fn succeeded(&self) -> bool {
+        let mut deciding = self.of_role(Role::Init).chain(self.of_role(Role::Main));
+        deciding.all(Container::succeeded)
+    }
+
+    /// Whether the containers that decide the pod's phase have ended for good.
+    fn completed(&self) -> bool {
+        let failed = |init: &Container| !init.succeeded() && init.ended_for_good();
+        self.of_role(Role::Init).any(failed)
+            || self.initialized() && self.of_role(Role::Main).all(Container::ended_for_good)
+    }
+
+    /// Whether a stop has to wait for others before it comes to `container`: a sidecar is stopped after all main
+    /// containers and all sidecars that started after it.
+    fn is_needed_by_others(&self, container: &Container) -> bool {
+        let needs = |other: &Container| match other.role {
+            Role::Main => true,
+            Role::Sidecar => other.id > container.id,
+            Role::Init | Role::Ephemeral => false,
+        };
+        container.role == Role::Sidecar && self.living().any(needs)
+    }
+}
+
+/// One thing to do to a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Action {
+    Start(SlotId),
+    PreStop(SlotId),
+    Term(SlotId),
+    Kill(SlotId),
+}
+
+/// How far the pod is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Progress {
+    #[default]
+    Running,
+    /// The containers that decide its phase have ended for good. Others still live: a stop is due.
+    Completed,
+    /// Nothing lives and nothing will be started.
+    Finished,
+}
+
+/// What to do now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) actions: Vec<Action>,
+    /// Decide again at this time, if nothing happens before.
+    pub(crate) wake: Option<Time>,
+    pub(crate) progress: Progress,
+}
+
+impl Plan {
+    fn wake_at(&mut self, at: Time) {
+        self.wake = Some(self.wake.map_or(at, |earlier| earlier.min(at)));
+    }
+
+    /// Starts or restarts `container` if it is time.
+    fn start(&mut self, view: &View, container: &Container) {
+        let start_at = match container.phase {
+            Phase::Starting | Phase::Running => return,
+            Phase::Exited { code, .. } if !container.restart.restarts(code) => return,
+            Phase::Exited { restart_at, .. } => restart_at,
+            Phase::Idle => Time::ZERO,
+        };
+        if view.now < start_at {
+            self.wake_at(start_at);
+        } else if view.values {
+            self.actions.push(Action::Start(container.id));
+        }
+    }
+
+    /// Takes the next step of the stop of `container`, which lives.
+    fn stop(&mut self, now: Time, container: &Container, kill_at: Time) {
+        if now >= kill_at {
+            if container.stop < StopStage::Kill {
+                self.actions.push(Action::Kill(container.id));
+            }
+            return;
+        }
+        self.wake_at(kill_at);
+        // A hook runs in the container, so there is none before the program runs.
+        let hook = container.pre_stop_pending && container.phase == Phase::Running;
+        match container.stop {
+            StopStage::NotStopped if hook => self.actions.push(Action::PreStop(container.id)),
+            StopStage::PreStop if hook => {}
+            StopStage::NotStopped | StopStage::PreStop => {
+                self.actions.push(Action::Term(container.id));
+            }
+            StopStage::Term | StopStage::Kill => {}
+        }
+    }
+}
+
+/// What to do now.
+pub(crate) fn decide(view: &View) -> Plan {
+    match view.kill_at {
+        Some(kill_at) => wind_down(view, kill_at),
+        None if view.completed() => complete(view),
+        None => go_on(view),
+    }
+}
+
+fn complete(view: &View) -> Plan {
+    let progress = if view.living().next().is_some() {
+        Progress::Completed
+    } else {
+        Progress::Finished
+    };
+    Plan {
+        progress,
+        ..Plan::default()
+    }
+}
+
+fn wind_down(view: &View, kill_at: Time) -> Plan {
+    let mut plan = Plan::default();
+    for container in view.living() {
+        match container.health.live {
+            Liveness::Failed { kill_at: own } => {
+                plan.stop(view.now, container, own.min(kill_at));
+            }
+            Liveness::Live if view.now < kill_at && view.is_needed_by_others(container) => {
+                plan.wake_at(kill_at);
+            }
+            Liveness::Live => plan.stop(view.now, container, kill_at),
+        }
+    }
+    if view.living().next().is_none() {
+        plan.progress = Progress::Finished;
+    }
+    plan
+}
+
+fn go_on(view: &View) -> Plan {
+    let mut plan = Plan::default();
+    for container in view.of_role(Role::Ephemeral) {
+        plan.start(view, container);
+    }
+    for container in view.startup_sequence() {
+        plan.start(view, container);
+        if !view.opens_gate(container) {
+            break;
+        }
+    }
+    if view.initialized() {
+        for container in view.of_role(Role::Main) {
+            plan.start(view, container);
+        }
+    }
+    for container in view.living() {
+        if let Liveness::Failed { kill_at } = container.health.live {
+            plan.stop(view.now, container, kill_at);
+        }
+    }
+    plan
+}
+
+/// The restart back-off of one container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Backoff {
+    initial: Duration,
+    max: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    pub(crate) fn new(initial: Duration, max: Duration) -> Self {
+        Self {
+            initial,
+            max,
+            next: Duration::ZERO,
+        }
+    }
+
+    /// How long to wait after an attempt that ran for `ran`.
+    pub(crate) fn after(&mut self, ran: Duration) -> Duration {
+        if ran > self.max * 2 {
+            self.next = Duration::ZERO;
+        }
+        let wait = self.next;
+        self.next = (wait * 2).clamp(self.initial, self.max.max(self.initial));
+        wait
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,268 @@
+//! The rules of the plan by example.
+
+mod properties;
+
+use knoc_proto::pb::RestartPolicy;
+
+use super::*;
+
+const NEVER: RestartPolicy = RestartPolicy::Never;
+
+fn container(index: usize, role: Role, policy: RestartPolicy, phase: Phase) -> Container {
+    Container {
+        id: SlotId::after(index),
+        role,
+        restart: RestartRule::of(role, policy),
+        phase,
+        health: if phase == Phase::Running {
+            Health::unprobed()
+        } else {
+            Health::down()
+        },
+        stop: StopStage::NotStopped,
+        pre_stop_pending: false,
+    }
+}
+
+fn exited(code: i32) -> Phase {
+    Phase::Exited {
+        code,
+        restart_at: Time::ZERO,
+    }
+}
+
+fn id(index: usize) -> SlotId {
+    SlotId::after(index)
+}
+
+fn pod(policy: RestartPolicy, containers: &[(Role, Phase)]) -> View {
+    let containers = containers.iter().enumerate();
+    View {
+        containers: containers
+            .map(|(index, (role, phase))| container(index, *role, policy, *phase))
+            .collect(),
+        values: true,
+        kill_at: None,
+        now: Time::from_secs(5),
+    }
+}
+
+fn view(init: &[Phase], main: &[Phase]) -> View {
+    with_policy(NEVER, init, main)
+}
+
+fn with_policy(policy: RestartPolicy, init: &[Phase], main: &[Phase]) -> View {
+    let init = init.iter().map(|phase| (Role::Init, *phase));
+    let main = main.iter().map(|phase| (Role::Main, *phase));
+    pod(policy, &init.chain(main).collect::<Vec<_>>())
+}
+
+fn finished() -> Plan {
+    Plan {
+        progress: Progress::Finished,
+        ..Plan::default()
+    }
+}
+
+#[test]
+fn init_containers_come_one_by_one_then_all_others() {
+    let idle = [Phase::Idle, Phase::Idle];
+    assert_eq!(decide(&view(&idle, &idle)).actions, [Action::Start(id(0))]);
+    assert_eq!(
+        decide(&view(&[Phase::Running, Phase::Idle], &idle)).actions,
+        []
+    );
+    assert_eq!(
+        decide(&view(&[exited(0), Phase::Idle], &idle)).actions,
+        [Action::Start(id(1))]
+    );
+    let both = [Action::Start(id(2)), Action::Start(id(3))];
+    assert_eq!(decide(&view(&[exited(0), exited(0)], &idle)).actions, both);
+}
+
+#[test]
+fn a_failed_init_container_ends_the_pod_or_is_tried_again() {
+    assert_eq!(decide(&view(&[exited(3)], &[Phase::Idle])), finished());
+    for policy in [RestartPolicy::Always, RestartPolicy::OnFailure] {
+        let view = with_policy(policy, &[exited(3)], &[Phase::Idle]);
+        assert_eq!(decide(&view).actions, [Action::Start(id(0))]);
+    }
+}
+
+#[test]
+fn back_off_is_waited_for() {
+    let failed = Phase::Exited {
+        code: 1,
+        restart_at: Time::from_secs(9),
+    };
+    let mut view = with_policy(RestartPolicy::OnFailure, &[], &[failed]);
+    assert_eq!(
+        decide(&view),
+        Plan {
+            wake: Some(Time::from_secs(9)),
+            ..Plan::default()
+        }
+    );
+    view.now = Time::from_secs(9);
+    assert_eq!(decide(&view).actions, [Action::Start(id(0))]);
+}
+
+#[test]
+fn without_values_nothing_starts_and_nothing_ends() {
+    let mut view = view(&[], &[Phase::Idle]);
+    view.values = false;
+    assert_eq!(decide(&view), Plan::default());
+}
+
+#[test]
+fn a_stop_sends_term_then_kill_then_ends() {
+    let mut view = view(
+        &[],
+        &[Phase::Running, Phase::Starting, exited(0), Phase::Idle],
+    );
+    view.kill_at = Some(Time::from_secs(10));
+    let plan = decide(&view);
+    assert_eq!(plan.actions, [Action::Term(id(0)), Action::Term(id(1))]);
+    assert_eq!(plan.wake, view.kill_at);
+    view.containers[0].stop = StopStage::Term;
+    view.now = Time::from_secs(10);
+    let kills = [Action::Kill(id(0)), Action::Kill(id(1))];
+    assert_eq!(decide(&view).actions, kills);
+    view.containers[0].phase = exited(137);
+    view.containers[1].phase = exited(137);
+    assert_eq!(decide(&view), finished());
+}
+
+#[test]
+fn term_waits_for_the_pre_stop_hook_and_kill_does_not() {
+    let mut view = view(&[], &[Phase::Running]);
+    view.kill_at = Some(Time::from_secs(10));
+    view.containers[0].pre_stop_pending = true;
+    assert_eq!(decide(&view).actions, [Action::PreStop(id(0))]);
+    view.containers[0].stop = StopStage::PreStop;
+    let waits = Plan {
+        wake: view.kill_at,
+        ..Plan::default()
+    };
+    assert_eq!(decide(&view), waits);
+    let mut late = view.clone();
+    late.now = Time::from_secs(10);
+    assert_eq!(decide(&late).actions, [Action::Kill(id(0))]);
+    view.containers[0].pre_stop_pending = false;
+    assert_eq!(decide(&view).actions, [Action::Term(id(0))]);
+    // There is nothing to run a hook in before the program runs.
+    view.containers[0] = Container {
+        phase: Phase::Starting,
+        stop: StopStage::NotStopped,
+        pre_stop_pending: true,
+        ..view.containers[0]
+    };
+    assert_eq!(decide(&view).actions, [Action::Term(id(0))]);
+}
+
+#[test]
+fn a_sidecar_opens_its_gate_when_it_has_started_and_not_when_it_runs() {
+    let idle = (Role::Init, Phase::Idle);
+    let main = (Role::Main, Phase::Idle);
+    let mut view = pod(NEVER, &[(Role::Sidecar, Phase::Running), idle, main]);
+    view.containers[0].health = Health::down();
+    assert_eq!(decide(&view), Plan::default());
+    view.containers[0].health.started = true;
+    assert_eq!(decide(&view).actions, [Action::Start(id(1))]);
+    // Once what stands behind it was started, its failure closes no gate.
+    let mut view = pod(
+        NEVER,
+        &[
+            (Role::Sidecar, exited(1)),
+            (Role::Init, exited(0)),
+            (Role::Sidecar, Phase::Running),
+            main,
+        ],
+    );
+    let starts = [Action::Start(id(0)), Action::Start(id(3))];
+    assert_eq!(decide(&view).actions, starts);
+    view.containers[1].phase = Phase::Running;
+    assert_eq!(decide(&view).actions, [Action::Start(id(0))]);
+}
+
+#[test]
+fn a_sidecar_is_restarted_whatever_the_policy_and_does_not_hold_up_the_end() {
+    let sidecar = |phase| (Role::Sidecar, phase);
+    let main = |phase| (Role::Main, phase);
+    let runs = pod(NEVER, &[sidecar(exited(0)), main(Phase::Running)]);
+    assert_eq!(decide(&runs).actions, [Action::Start(id(0))]);
+    let over = pod(NEVER, &[sidecar(Phase::Running), main(exited(0))]);
+    assert_eq!(decide(&over).progress, Progress::Completed);
+    assert_eq!(decide(&over).actions, []);
+    let over = pod(NEVER, &[sidecar(exited(1)), main(exited(0))]);
+    assert_eq!(decide(&over), finished());
+    assert!(over.succeeded());
+}
+
+#[test]
+fn sidecars_are_stopped_after_the_main_containers_in_reverse_order() {
+    let sidecar = (Role::Sidecar, Phase::Running);
+    let main = (Role::Main, Phase::Running);
+    let mut view = pod(NEVER, &[sidecar, sidecar, main]);
+    view.kill_at = Some(Time::from_secs(10));
+    for last in [2, 1, 0] {
+        assert_eq!(decide(&view).actions, [Action::Term(id(last))]);
+        view.containers[last].stop = StopStage::Term;
+        assert_eq!(decide(&view).actions, [], "the others wait");
+        view.containers[last].phase = exited(143);
+    }
+    assert_eq!(decide(&view), finished());
+}
+
+#[test]
+fn an_ephemeral_container_starts_at_once_runs_once_and_decides_nothing() {
+    let ephemeral = |phase| (Role::Ephemeral, phase);
+    let always = RestartPolicy::Always;
+    let init = (Role::Init, Phase::Running);
+    let added = pod(
+        always,
+        &[init, (Role::Main, Phase::Idle), ephemeral(Phase::Idle)],
+    );
+    assert_eq!(decide(&added).actions, [Action::Start(id(2))]);
+    let ended = pod(
+        always,
+        &[(Role::Main, Phase::Running), ephemeral(exited(1))],
+    );
+    assert_eq!(decide(&ended), Plan::default());
+    let mut alone = pod(NEVER, &[(Role::Main, exited(0)), ephemeral(Phase::Running)]);
+    assert!(alone.succeeded());
+    assert_eq!(decide(&alone).progress, Progress::Completed);
+    alone.kill_at = Some(Time::from_secs(10));
+    assert_eq!(decide(&alone).actions, [Action::Term(id(1))]);
+}
+
+#[test]
+fn a_container_that_is_not_live_is_stopped_alone_and_then_restarted_by_its_rule() {
+    let main = (Role::Main, Phase::Running);
+    let mut view = pod(RestartPolicy::OnFailure, &[main, main]);
+    let kill_at = Time::from_secs(8);
+    view.containers[1].health.live = Liveness::Failed { kill_at };
+    let plan = decide(&view);
+    assert_eq!(
+        (plan.actions, plan.wake),
+        (vec![Action::Term(id(1))], Some(kill_at))
+    );
+    view.containers[1].stop = StopStage::Term;
+    view.now = kill_at;
+    assert_eq!(decide(&view).actions, [Action::Kill(id(1))]);
+    view.containers[1].health = Health::down();
+    view.containers[1].phase = exited(137);
+    assert_eq!(decide(&view).actions, [Action::Start(id(1))]);
+}
+
+#[test]
+fn the_back_off_grows_and_is_forgotten() {
+    let seconds = Duration::from_secs;
+    let mut backoff = Backoff::new(seconds(10), seconds(300));
+    let waits: Vec<u64> = (0..8)
+        .map(|_| backoff.after(seconds(1)).as_secs())
+        .collect();
+    assert_eq!(waits, [0, 10, 20, 40, 80, 160, 300, 300]);
+    assert_eq!(backoff.after(seconds(601)), Duration::ZERO);
+    assert_eq!(backoff.after(seconds(1)), seconds(10));
+}

@@ -1,0 +1,377 @@
+//! The rules of the plan for all states, and for all histories of a simulated pod.
+
+use std::collections::BTreeSet;
+
+use knoc_proto::pb::RestartPolicy;
+use proptest::prelude::*;
+
+use super::{super::*, NEVER, container, pod};
+
+fn any_phase() -> impl Strategy<Value = Phase> {
+    prop_oneof![
+        Just(Phase::Idle),
+        Just(Phase::Starting),
+        Just(Phase::Running),
+        (prop_oneof![Just(0), Just(1)], 0_u64..20).prop_map(|(code, at)| Phase::Exited {
+            code,
+            restart_at: Time::from_secs(at)
+        }),
+    ]
+}
+
+fn any_policy() -> impl Strategy<Value = RestartPolicy> {
+    prop_oneof![
+        Just(RestartPolicy::Always),
+        Just(RestartPolicy::OnFailure),
+        Just(RestartPolicy::Never)
+    ]
+}
+
+fn any_startup_role() -> impl Strategy<Value = Role> {
+    prop_oneof![Just(Role::Init), Just(Role::Sidecar)]
+}
+
+/// As the API server lets them be: the startup sequence, at least one main container, ephemeral ones added at the end.
+fn any_roles() -> impl Strategy<Value = Vec<Role>> {
+    let startup = proptest::collection::vec(any_startup_role(), 0..4);
+    (startup, 1_usize..3, 0_usize..3).prop_map(|(startup, main, ephemeral)| {
+        let main = std::iter::repeat_n(Role::Main, main);
+        let ephemeral = std::iter::repeat_n(Role::Ephemeral, ephemeral);
+        startup.into_iter().chain(main).chain(ephemeral).collect()
+    })
+}
+
+fn any_stop() -> impl Strategy<Value = StopStage> {
+    prop_oneof![
+        3 => Just(StopStage::NotStopped),
+        1 => Just(StopStage::PreStop),
+        1 => Just(StopStage::Term),
+        1 => Just(StopStage::Kill),
+    ]
+}
+
+prop_compose! {
+    fn any_health()(
+        started in any::<bool>(),
+        ready in any::<bool>(),
+        failed_until in proptest::option::weighted(0.2, 0_u64..20),
+    ) -> Health {
+        let live = failed_until.map_or(Liveness::Live, |seconds| Liveness::Failed {
+            kill_at: Time::from_secs(seconds),
+        });
+        Health { started, ready: started && ready, live }
+    }
+}
+
+prop_compose! {
+    fn any_container()(
+        phase in any_phase(),
+        health in any_health(),
+        stop in any_stop(),
+        pre_stop_pending in any::<bool>(),
+    ) -> (Phase, Health, StopStage, bool) {
+        let health = if phase == Phase::Running { health } else { Health::down() };
+        (phase, health, stop, pre_stop_pending)
+    }
+}
+
+prop_compose! {
+    fn any_view()(
+        (roles, states) in any_roles().prop_flat_map(|roles| {
+            let states = proptest::collection::vec(any_container(), roles.len());
+            (Just(roles), states)
+        }),
+        policy in any_policy(),
+        values in any::<bool>(),
+        kill_at in proptest::option::of(0_u64..20),
+        now in 0_u64..20,
+    ) -> View {
+        let containers = roles.into_iter().zip(states).enumerate();
+        View {
+            containers: containers
+                .map(|(index, (role, (phase, health, stop, pre_stop_pending)))| Container {
+                    health,
+                    stop,
+                    pre_stop_pending,
+                    ..container(index, role, policy, phase)
+                })
+                .collect(),
+            values,
+            kill_at: kill_at.map(Time::from_secs),
+            now: Time::from_secs(now),
+        }
+    }
+}
+
+fn find(view: &View, id: SlotId) -> &Container {
+    let mut containers = view.containers.iter();
+    containers.find(|one| one.id == id).expect("a known id")
+}
+
+/// What must be true of everything in front of `started` in the startup sequence.
+fn its_gate_is_open(view: &View, started: &Container) -> bool {
+    let mut before = view.startup_sequence().filter(|one| match started.role {
+        Role::Init | Role::Sidecar => one.id < started.id,
+        Role::Main => true,
+        Role::Ephemeral => false,
+    });
+    before.all(|one| match one.role {
+        Role::Init => one.succeeded(),
+        Role::Sidecar => one.health.started || view.started_after(one),
+        Role::Main | Role::Ephemeral => false,
+    })
+}
+
+fn is_to_be_killed(view: &View, container: &Container) -> bool {
+    let own = match container.health.live {
+        Liveness::Live => None,
+        // The stop that is due comes first.
+        Liveness::Failed { .. } if view.completed() && view.kill_at.is_none() => None,
+        Liveness::Failed { kill_at } => Some(kill_at),
+    };
+    let over = |kill_at: Time| view.now >= kill_at;
+    container.lives() && (view.kill_at.is_some_and(over) || own.is_some_and(over))
+}
+
+/// A sidecar that has ended, in a pod that goes on.
+fn is_to_be_restarted(view: &View, container: &Container) -> bool {
+    let due = matches!(container.phase, Phase::Exited { restart_at, .. } if view.now >= restart_at);
+    let goes_on = view.values && view.kill_at.is_none() && !view.completed();
+    container.role == Role::Sidecar && due && goes_on && its_gate_is_open(view, container)
+}
+
+proptest! {
+    #[test]
+    fn rules_that_hold_always(view in any_view()) {
+        let plan = decide(&view);
+        let mut touched = BTreeSet::new();
+        for action in &plan.actions {
+            let (Action::Start(id) | Action::PreStop(id) | Action::Term(id) | Action::Kill(id)) = *action;
+            let container = find(&view, id);
+            prop_assert!(touched.insert(id), "two actions for one container");
+            let stage = match action {
+                Action::Start(_) => {
+                    prop_assert!(!container.lives(), "started twice");
+                    prop_assert!(view.values && view.kill_at.is_none());
+                    prop_assert!(its_gate_is_open(&view, container), "too early");
+                    if container.role == Role::Ephemeral {
+                        prop_assert_eq!(container.phase, Phase::Idle, "restarted");
+                    }
+                    continue;
+                }
+                Action::PreStop(_) => StopStage::PreStop,
+                Action::Term(_) => StopStage::Term,
+                Action::Kill(_) => StopStage::Kill,
+            };
+            let failed = container.health.live != Liveness::Live;
+            prop_assert!(container.lives() && (view.kill_at.is_some() || failed));
+            prop_assert!(stage > container.stop, "a stop goes one way");
+            if stage < StopStage::Kill && !failed {
+                prop_assert!(!view.is_needed_by_others(container), "stopped before its turn");
+            }
+            if stage == StopStage::Term && container.phase == Phase::Running {
+                prop_assert!(!container.pre_stop_pending, "the hook has not ended");
+            }
+        }
+        for container in &view.containers {
+            let killed = container.stop == StopStage::Kill || plan.actions.contains(&Action::Kill(container.id));
+            prop_assert!(killed || !is_to_be_killed(&view, container), "outlives its grace period");
+            let restarted = plan.actions.contains(&Action::Start(container.id));
+            prop_assert!(restarted || !is_to_be_restarted(&view, container), "a sidecar stays down");
+        }
+        let lives = view.containers.iter().any(Container::lives);
+        match plan.progress {
+            Progress::Finished => prop_assert!(plan.actions.is_empty() && !lives),
+            Progress::Completed => {
+                prop_assert!(plan.actions.is_empty() && lives && view.kill_at.is_none());
+            }
+            // Otherwise the pod would hang for ever: something lives, or values are missing.
+            Progress::Running => prop_assert!(
+                !plan.actions.is_empty() || plan.wake.is_some() || lives || !view.values
+            ),
+        }
+        prop_assert!(plan.wake.is_none_or(|at| at > view.now), "wakes in the past spin");
+    }
+
+    #[test]
+    fn ephemeral_containers_change_nothing_for_the_others(view in any_view()) {
+        let mut without = view.clone();
+        without.containers.retain(|one| one.role != Role::Ephemeral);
+        let others = |plan: Plan| {
+            let mut actions = plan.actions;
+            actions.retain(|action| {
+                let (Action::Start(id) | Action::PreStop(id) | Action::Term(id) | Action::Kill(id)) = *action;
+                find(&view, id).role != Role::Ephemeral
+            });
+            actions
+        };
+        prop_assert_eq!(view.succeeded(), without.succeeded());
+        prop_assert_eq!(view.completed(), without.completed());
+        prop_assert_eq!(others(decide(&view)), others(decide(&without)));
+    }
+}
+
+/// One pod as the supervisor would run it: performs what the plan says, at once.
+struct Simulation {
+    view: View,
+    /// What was started, in order; a restart counts again.
+    started: Vec<SlotId>,
+    /// What was sent TERM or KILL first, in order.
+    stopped: Vec<SlotId>,
+}
+
+impl Simulation {
+    fn new(policy: RestartPolicy, roles: &[Role]) -> Self {
+        let roles: Vec<_> = roles.iter().map(|role| (*role, Phase::Idle)).collect();
+        Self {
+            view: pod(policy, &roles),
+            started: Vec::new(),
+            stopped: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, role: Role) {
+        let index = self.view.containers.len();
+        let added = container(index, role, NEVER, Phase::Idle);
+        self.view.containers.push(added);
+    }
+
+    /// Decides and performs until there is nothing to do.
+    fn settle(&mut self) -> Progress {
+        loop {
+            let plan = decide(&self.view);
+            if plan.progress == Progress::Completed {
+                self.view.kill_at = Some(self.view.now + Time::from_secs(30));
+                continue;
+            }
+            if plan.actions.is_empty() {
+                return plan.progress;
+            }
+            for action in plan.actions {
+                self.perform(action);
+            }
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        let (Action::Start(id) | Action::PreStop(id) | Action::Term(id) | Action::Kill(id)) =
+            action;
+        let mut containers = self.view.containers.iter_mut();
+        let container = containers.find(|one| one.id == id).expect("a known id");
+        let stage = match action {
+            Action::Start(_) => {
+                self.started.push(id);
+                container.phase = Phase::Starting;
+                container.stop = StopStage::NotStopped;
+                return;
+            }
+            Action::PreStop(_) => StopStage::PreStop,
+            Action::Term(_) => StopStage::Term,
+            Action::Kill(_) => StopStage::Kill,
+        };
+        container.stop = stage;
+        if stage > StopStage::PreStop && !self.stopped.contains(&id) {
+            self.stopped.push(id);
+        }
+    }
+
+    /// Something happens to the container of this number: its program runs, has started, or ends.
+    fn happens(&mut self, number: usize, code: i32) {
+        let count = self.view.containers.len();
+        let now = self.view.now;
+        let Some(container) = self.view.containers.get_mut(number % count) else {
+            return;
+        };
+        match container.phase {
+            Phase::Starting => container.phase = Phase::Running,
+            Phase::Running if !container.health.started && container.stop < StopStage::Term => {
+                container.health = Health::unprobed();
+            }
+            Phase::Running => {
+                container.health = Health::down();
+                container.phase = Phase::Exited {
+                    code,
+                    restart_at: now + Time::from_secs(1),
+                };
+            }
+            Phase::Idle | Phase::Exited { .. } => {}
+        }
+        self.view.now += Time::from_secs(1);
+    }
+
+    fn role(&self, id: SlotId) -> Role {
+        find(&self.view, id).role
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_history_starts_in_order_stops_in_reverse_and_ends(
+        roles in any_roles(),
+        policy in any_policy(),
+        events in proptest::collection::vec((0_usize..8, 0..2), 0..60),
+        add_at in 0_usize..60,
+        stop_at in 0_usize..60,
+    ) {
+        let mut pod = Simulation::new(policy, &roles);
+        for (at, (number, code)) in events.into_iter().enumerate() {
+            pod.settle();
+            pod.happens(number, code);
+            if at == add_at {
+                pod.add(Role::Ephemeral);
+            }
+            if at == stop_at && pod.view.kill_at.is_none() {
+                pod.view.kill_at = Some(pod.view.now + Time::from_secs(30));
+            }
+        }
+        let stopped = pod.view.kill_at.get_or_insert(pod.view.now + Time::from_secs(30));
+        pod.view.now = *stopped;
+        // Everything was sent KILL: it ends.
+        for _ in 0..4 {
+            pod.settle();
+            for number in 0..pod.view.containers.len() {
+                pod.happens(number, 137);
+            }
+        }
+        prop_assert_eq!(pod.settle(), Progress::Finished);
+
+        let mut first: Vec<SlotId> = Vec::new();
+        for id in &pod.started {
+            if !first.contains(id) {
+                first.push(*id);
+            }
+        }
+        let ephemeral = |id: &&SlotId| pod.role(**id) == Role::Ephemeral;
+        let deciding: Vec<_> = first.iter().filter(|id| !ephemeral(id)).collect();
+        prop_assert!(deciding.is_sorted(), "out of order: {deciding:?}");
+        let starts_of = |id: &SlotId| pod.started.iter().filter(|one| *one == id).count();
+        prop_assert!(first.iter().filter(ephemeral).all(|id| starts_of(id) == 1));
+    }
+
+    #[test]
+    fn sidecars_outlive_the_main_containers(
+        startup in proptest::collection::vec(any_startup_role(), 1..4),
+        main in 1_usize..3,
+    ) {
+        let roles: Vec<_> = startup.into_iter().chain(std::iter::repeat_n(Role::Main, main)).collect();
+        let mut pod = Simulation::new(NEVER, &roles);
+        // Everything succeeds as soon as it can; sidecars end only when they are told to.
+        for _ in 0..40 {
+            pod.settle();
+            for number in 0..roles.len() {
+                let Some(one) = pod.view.containers.get(number) else { continue };
+                let runs_on = one.role == Role::Sidecar && one.health.started && one.stop < StopStage::Term;
+                if !runs_on {
+                    pod.happens(number, 0);
+                }
+            }
+            // The steps of the simulation do not take the grace period.
+            pod.view.now = Time::from_secs(5);
+        }
+        prop_assert_eq!(pod.settle(), Progress::Finished);
+        prop_assert!(pod.view.succeeded());
+        let sidecars: Vec<_> = pod.view.of_role(Role::Sidecar).map(|one| one.id).collect();
+        pod.stopped.reverse();
+        prop_assert_eq!(pod.stopped, sidecars);
+    }
+}

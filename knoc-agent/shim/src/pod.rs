@@ -1,0 +1,211 @@
+//! What stays the same for the shim's life: the pod, its folders, its runtime, facts of the node.
+
+use std::{
+    net::{IpAddr, ToSocketAddrs as _, UdpSocket},
+    path::PathBuf,
+};
+
+use knoc_contract::{
+    host::node_name,
+    jobdir::{JobDir, claim::Claim, schema::Endpoint},
+    logs::writer::{KEPT_ATTEMPTS, Limits},
+};
+use knoc_proto::{expand::RuntimeFields, names, pb};
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+use super::{
+    cgroup::JobCgroup,
+    children::Children,
+    environment::Facts,
+    gpus,
+    mounts::Mounting,
+    oom::OomCounter,
+    role::Role,
+    scratch::{Fallback, Scratch},
+    volumes::Volumes,
+};
+use crate::runtime::{self, Runtime};
+
+const LOG_MAX_BYTES: u64 = 100 << 20;
+const LOG_MAX_FILES: u32 = 20;
+const LOG_MAX_POD_BYTES: u64 = 4 << 30;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    pub(crate) jobdir: JobDir,
+    pub(crate) claim: Claim,
+    pub(crate) job: pb::JobFile,
+    spec: pb::PodSpec,
+    pub(crate) runtime: Box<dyn Runtime>,
+    pub(crate) agent: PathBuf,
+    pub(crate) facts: Facts,
+    pub(crate) limits: Limits,
+    pub(crate) oom: OomCounter,
+    pub(crate) cgroup: JobCgroup,
+    pub(crate) volumes: Volumes,
+    pub(crate) scratch: Scratch,
+    pub(crate) children: Children,
+    pub(crate) mounting: Mounting,
+}
+
+impl Pod {
+    /// Reads the job file and makes the folders.
+    pub(crate) fn open(
+        jobdir: JobDir,
+        claim: Claim,
+        endpoint: Option<&Endpoint>,
+    ) -> anyhow::Result<Self> {
+        raise_open_files();
+        let job = jobdir.spec()?;
+        let spec = job.spec.clone().unwrap_or_default();
+        anyhow::ensure!(!spec.containers.is_empty(), "the job file has no container");
+        let settings = job.settings.clone().unwrap_or_default();
+        let fallback = if settings.memory_on_disk {
+            Fallback::Disk
+        } else {
+            Fallback::Error
+        };
+        let scratch = Scratch::create(&settings.scratch, fallback)?;
+        let runtime = runtime::by_name(&job.runtime, job.runtime_path.as_ref())?;
+        Ok(Self {
+            agent: std::env::current_exe()?,
+            facts: facts(&spec, endpoint, runtime.isolates()),
+            runtime,
+            limits: log_limits(
+                &settings,
+                spec.init_containers.len() + spec.containers.len(),
+            ),
+            oom: OomCounter::find(),
+            cgroup: JobCgroup::find(),
+            volumes: Volumes::create(&spec.volumes, &scratch)?,
+            scratch,
+            children: Children::default(),
+            mounting: Mounting::of(&job),
+            jobdir,
+            claim,
+            job,
+            spec,
+        })
+    }
+
+    /// The pod's shape.
+    pub(crate) fn spec(&self) -> &pb::PodSpec {
+        &self.spec
+    }
+
+    /// The settings; zeros are defaults.
+    pub(crate) fn settings(&self) -> pb::ShimSettings {
+        self.job.settings.clone().unwrap_or_default()
+    }
+
+    /// The containers that the pod starts with, in the order in which their slots are added.
+    pub(crate) fn containers(&self) -> impl Iterator<Item = (Role, &pb::Container)> {
+        let init = self.spec.init_containers.iter();
+        let main = self.spec.containers.iter();
+        init.map(|container| (Role::Init, container))
+            .chain(main.map(|container| (Role::Main, container)))
+    }
+
+    /// The image that the agent resolved for the container of this name.
+    pub(crate) fn image(&self, container: &str) -> pb::ResolvedImage {
+        let mut images = self.job.images.iter();
+        let image = images.find(|image| image.container == container);
+        image.cloned().unwrap_or_default()
+    }
+}
+
+/// PURE: of each attempt of each of so many containers.
+fn log_limits(settings: &pb::ShimSettings, containers: usize) -> Limits {
+    let pod = positive(settings.log_max_pod_bytes).unwrap_or(LOG_MAX_POD_BYTES);
+    let attempts = u64::try_from(containers * KEPT_ATTEMPTS).unwrap_or(u64::MAX);
+    Limits {
+        max_bytes: positive(settings.log_max_bytes).unwrap_or(LOG_MAX_BYTES),
+        max_files: u32::try_from(settings.log_max_files)
+            .ok()
+            .filter(|files| *files > 0)
+            .unwrap_or(LOG_MAX_FILES),
+        max_total: pod / attempts.max(1),
+    }
+}
+
+fn positive(value: i64) -> Option<u64> {
+    u64::try_from(value).ok().filter(|value| *value > 0)
+}
+
+fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Facts {
+    let host_ip = host_ip(endpoint)
+        .map(|ip| ip.to_string())
+        .unwrap_or_default();
+    // Containers share the node's network: what listens in them listens on the node's address.
+    let fields = RuntimeFields {
+        pod_ip: host_ip.clone(),
+        host_ip,
+    };
+    let hostname = if spec.hostname.is_empty() {
+        names::host_name(&spec.name).to_owned()
+    } else {
+        spec.hostname.clone()
+    };
+    Facts {
+        hostname,
+        fields,
+        devices: gpus::devices(|name| std::env::var(name).ok()),
+        binds_libraries: isolated,
+        isolated,
+    }
+}
+
+/// The address by which this node reaches the agent, else the one its name has.
+fn host_ip(endpoint: Option<&Endpoint>) -> Option<IpAddr> {
+    let toward = |address: &String| {
+        let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+        // Sends nothing: it only asks the routing table.
+        socket.connect(address).ok()?;
+        Some(socket.local_addr().ok()?.ip())
+    };
+    let addresses = endpoint
+        .map(|endpoint| endpoint.addresses.as_slice())
+        .unwrap_or_default();
+    let usable = |ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified();
+    addresses
+        .iter()
+        .find_map(toward)
+        .filter(usable)
+        .or_else(|| {
+            let mut named = (node_name(), 0)
+                .to_socket_addrs()
+                .ok()?
+                .map(|address| address.ip());
+            named.find(|ip| ip.is_ipv4() && usable(ip))
+        })
+}
+
+/// Raises the soft limit for many exec streams. The containers' programs get one of their own ([`crate::launch`]).
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = rustix::process::Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    setrlimit(Resource::Nofile, raised).ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kept_attempts_of_all_containers_share_what_a_pods_logs_may_take() {
+        let settings = pb::ShimSettings {
+            log_max_pod_bytes: 6 << 20,
+            ..Default::default()
+        };
+        let limits = log_limits(&settings, 3);
+        assert_eq!(limits.max_total, 1 << 20);
+        assert_eq!((limits.max_bytes, limits.max_files), (100 << 20, 20));
+        // What an agent of before wrote says nothing of it.
+        let limits = log_limits(&pb::ShimSettings::default(), 1);
+        assert_eq!(limits.max_total, 2 << 30);
+    }
+}

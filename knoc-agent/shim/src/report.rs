@@ -1,0 +1,459 @@
+//! The pod's report: PURE building of container states, and the task that keeps the newest one on disk.
+//!
+//! The supervisor is the only one to publish. Readers (the link) see each newer report in a watch channel at once; the
+//! durable copy follows as fast as the file system allows, the newest only.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use knoc_contract::jobdir::JobDir;
+use knoc_proto::{
+    crash,
+    error::chain,
+    pb::{self, container_status::State},
+};
+use tokio::sync::watch;
+
+use super::{
+    container::Ended,
+    plan::{Health, Phase, Time},
+    role::{ContainerSpec, Role},
+};
+
+/// How many notes are kept.
+const NOTES: usize = 32;
+
+/// Between two tries to write a report that is not the final one, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+
+/// How often the final report is tried, and how long between.
+const FINAL_TRIES: u32 = 5;
+const FINAL_PAUSE: Duration = Duration::from_secs(2);
+
+/// Unix nanoseconds.
+pub(crate) fn nanos(at: Timestamp) -> i64 {
+    i64::try_from(at.as_nanosecond()).unwrap_or(i64::MAX)
+}
+
+/// What is known of one container beside its [`Phase`].
+#[derive(Debug, Clone, Default)]
+pub(crate) struct History {
+    /// The number of the running attempt, or of the last one.
+    pub(crate) attempt: u32,
+    pub(crate) started_at: Option<Timestamp>,
+    /// Between the last attempt and the next one.
+    pub(crate) pause: Duration,
+    /// The last attempt's end, and the one before.
+    pub(crate) ended: Option<pb::Terminated>,
+    pub(crate) ended_before: Option<pb::Terminated>,
+}
+
+/// How far one container is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Situation<'a> {
+    pub(crate) phase: Phase,
+    pub(crate) health: Health,
+    pub(crate) history: &'a History,
+}
+
+/// What a container's status depends on beside the container itself.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StatusContext<'a> {
+    pub(crate) pod: &'a pb::PodSpec,
+    /// The startup sequence of the pod is over.
+    pub(crate) initialized: bool,
+    /// The pod is being stopped: no container is restarted.
+    pub(crate) stopping: bool,
+    /// Why containers wait for values.
+    pub(crate) values_missing: Option<&'a str>,
+    pub(crate) now: Time,
+}
+
+/// PURE: the state of a container in Kubernetes' own terms.
+fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) -> State {
+    let Situation { phase, history, .. } = now;
+    let waiting = |reason: &str, message: &str| {
+        State::Waiting(pb::Waiting {
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+        })
+    };
+    // In a pod with init containers this is Kubernetes' reason for every container that was never started.
+    let creating = if context.pod.init_containers.is_empty() {
+        "ContainerCreating"
+    } else {
+        "PodInitializing"
+    };
+    match phase {
+        Phase::Running => State::Running(pb::Running {
+            started_at: history.started_at.map(nanos).unwrap_or_default(),
+        }),
+        Phase::Exited { code, restart_at } => {
+            if context.stopping || !spec.restart.restarts(code) {
+                return State::Terminated(history.ended.clone().unwrap_or_default());
+            }
+            if context.now < restart_at {
+                let (pause, pod) = (history.pause.as_secs(), context.pod);
+                let message = format!(
+                    "back-off {} restarting failed container={} pod={}_{}({})",
+                    minutes(pause),
+                    spec.name(),
+                    pod.name,
+                    pod.namespace,
+                    pod.uid
+                );
+                return waiting("CrashLoopBackOff", &message);
+            }
+            waiting("ContainerCreating", "")
+        }
+        Phase::Idle if spec.role == Role::Main && !context.initialized => {
+            waiting("PodInitializing", "")
+        }
+        Phase::Idle => match context.values_missing {
+            Some(why) => waiting("CreateContainerConfigError", why),
+            None => waiting(creating, ""),
+        },
+        Phase::Starting if history.attempt == 0 => waiting(creating, ""),
+        Phase::Starting => waiting("ContainerCreating", ""),
+    }
+}
+
+/// As Go shows a duration of whole seconds: `20s`, `1m20s`.
+fn minutes(seconds: u64) -> String {
+    match (seconds / 60, seconds % 60) {
+        (0, seconds) => format!("{seconds}s"),
+        (minutes, seconds) => format!("{minutes}m{seconds}s"),
+    }
+}
+
+/// PURE: one container's status.
+pub(crate) fn status(
+    spec: &ContainerSpec,
+    now: Situation<'_>,
+    context: &StatusContext<'_>,
+    container_id: String,
+) -> pb::ContainerStatus {
+    let Situation {
+        phase,
+        health,
+        history,
+    } = now;
+    let state = state(spec, now, context);
+    let over = matches!(state, State::Terminated(_));
+    let ready = match spec.role {
+        Role::Init => matches!(phase, Phase::Exited { code: 0, .. }),
+        Role::Sidecar | Role::Main => health.ready,
+        Role::Ephemeral => false,
+    };
+    let last = if over {
+        &history.ended_before
+    } else {
+        &history.ended
+    };
+    pb::ContainerStatus {
+        name: spec.name().to_owned(),
+        state: Some(state),
+        last_termination: last.clone(),
+        restart_count: i32::try_from(history.attempt).unwrap_or(i32::MAX),
+        ready,
+        started: health.started,
+        image: spec.container.image.clone(),
+        image_id: spec.image.image_id.clone(),
+        container_id: if phase == Phase::Idle {
+            String::new()
+        } else {
+            container_id
+        },
+    }
+}
+
+/// PURE: how an attempt ended, as it is reported.
+pub(crate) fn terminated(
+    ended: &Ended,
+    started_at: Option<Timestamp>,
+    container_id: String,
+) -> pb::Terminated {
+    pb::Terminated {
+        exit_code: ended.exit.code,
+        signal: ended.exit.signal,
+        reason: ended.reason.to_owned(),
+        message: ended.message.clone(),
+        started_at: started_at.map(nanos).unwrap_or_default(),
+        finished_at: nanos(ended.finished_at),
+        container_id,
+    }
+}
+
+/// Publishes reports: see the module.
+#[derive(Debug)]
+pub(crate) struct Publisher {
+    current: pb::Report,
+    sender: watch::Sender<pb::Report>,
+}
+
+impl Publisher {
+    /// Starts with `first`, which is published at once.
+    pub(crate) fn new(first: pb::Report) -> Self {
+        Self {
+            sender: watch::Sender::new(first.clone()),
+            current: first,
+        }
+    }
+
+    /// When the shim began, Unix nanoseconds.
+    pub(crate) fn started_at(&self) -> i64 {
+        self.current.started_at
+    }
+
+    /// A reader that has not seen the current report yet.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<pb::Report> {
+        let mut receiver = self.sender.subscribe();
+        receiver.mark_changed();
+        receiver
+    }
+
+    /// Applies `change` and publishes where something did change.
+    pub(crate) fn update(&mut self, change: impl FnOnce(&mut pb::Report)) {
+        let before = self.current.clone();
+        change(&mut self.current);
+        if self.current != before {
+            self.current.sequence += 1;
+            self.sender.send_replace(self.current.clone());
+        }
+    }
+
+    /// Adds a note; the oldest gives way.
+    pub(crate) fn note(&mut self, reason: &str, message: String, container: &str) {
+        self.update(|report| {
+            let sequence = report.notes.last().map_or(1, |note| note.sequence + 1);
+            report.notes.push(pb::PodNote {
+                sequence,
+                warning: true,
+                reason: reason.to_owned(),
+                message,
+                container: container.to_owned(),
+                at: nanos(Timestamp::now()),
+            });
+            let excess = report.notes.len().saturating_sub(NOTES);
+            report.notes.drain(..excess);
+        });
+    }
+}
+
+/// Task: keeps the newest report on disk; ends with the final one. `false` where that could not be written.
+pub(crate) async fn keep(jobdir: JobDir, mut reports: watch::Receiver<pb::Report>) -> bool {
+    let mut pause: Option<Duration> = None;
+    loop {
+        let news = match pause {
+            None => reports.changed().await,
+            // What could not be written is tried again, whether there is news or not.
+            Some(pause) => {
+                let jittered = pause.mul_f64(rand::random_range(0.5..1.5));
+                let waited = tokio::time::timeout(jittered, reports.changed()).await;
+                waited.unwrap_or(Ok(()))
+            }
+        };
+        if news.is_err() {
+            // The supervisor is gone without a final report.
+            return false;
+        }
+        let report = reports.borrow_and_update().clone();
+        if report.r#final {
+            return keep_final(&jobdir, report).await;
+        }
+        pause = match write(&jobdir, report).await {
+            Ok(()) => None,
+            Err(error) => {
+                tracing::error!("the report was not written: {error}");
+                Some(pause.map_or(FIRST_PAUSE, |pause| (pause * 2).min(LONGEST_PAUSE)))
+            }
+        };
+    }
+}
+
+/// The job ends with it, so it is tried for a while only.
+async fn keep_final(jobdir: &JobDir, report: pb::Report) -> bool {
+    for left in (0..FINAL_TRIES).rev() {
+        match write(jobdir, report.clone()).await {
+            Ok(()) => return true,
+            Err(error) => tracing::error!("the report was not written: {error}"),
+        }
+        if left > 0 {
+            tokio::time::sleep(FINAL_PAUSE).await;
+        }
+    }
+    false
+}
+
+async fn write(jobdir: &JobDir, report: pb::Report) -> Result<(), String> {
+    let jobdir = jobdir.clone();
+    let writing = tokio::task::spawn_blocking(move || {
+        crash::point("shim.report.before");
+        let written = jobdir.write_report(&report).map_err(|error| chain(&error));
+        crash::point("shim.report.after");
+        written
+    });
+    writing.await.map_err(|error| error.to_string())?
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::JoinSet;
+
+    use super::{
+        super::role::{RestartRule, SlotId},
+        *,
+    };
+
+    /// How long a test waits for a level, in paused time.
+    const SOON: Duration = Duration::from_hours(1);
+
+    fn job_dir() -> (tempfile::TempDir, JobDir) {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("u");
+        std::fs::create_dir(&path).unwrap();
+        let dir = JobDir::open(path).unwrap();
+        (root, dir)
+    }
+
+    async fn written(dir: &JobDir) -> pb::Report {
+        let looking = async {
+            loop {
+                if let Ok(Some(report)) = dir.report() {
+                    return report;
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let looked = tokio::time::timeout(SOON, looking).await;
+        looked.unwrap_or_else(|_| panic!("never written"))
+    }
+
+    fn spec(role: Role) -> ContainerSpec {
+        ContainerSpec {
+            id: SlotId::after(0),
+            role,
+            restart: RestartRule::of(role, pb::RestartPolicy::Always),
+            container: pb::Container {
+                name: "main".to_owned(),
+                ..Default::default()
+            },
+            image: pb::ResolvedImage::default(),
+        }
+    }
+
+    #[test]
+    fn ready_and_started_are_what_the_probes_say_and_not_that_the_program_runs() {
+        let pod = pb::PodSpec::default();
+        let history = History::default();
+        let context = StatusContext {
+            pod: &pod,
+            initialized: true,
+            stopping: false,
+            values_missing: None,
+            now: Duration::ZERO,
+        };
+        let shown = |role, phase, health| {
+            let situation = Situation {
+                phase,
+                health,
+                history: &history,
+            };
+            let status = status(&spec(role), situation, &context, String::new());
+            (status.started, status.ready)
+        };
+        let not_ready = Health {
+            ready: false,
+            ..Health::unprobed()
+        };
+        let succeeded = Phase::Exited {
+            code: 0,
+            restart_at: Duration::ZERO,
+        };
+        for role in [Role::Main, Role::Sidecar] {
+            let shown = |phase, health| shown(role, phase, health);
+            assert_eq!(shown(Phase::Running, Health::unprobed()), (true, true));
+            assert_eq!(shown(Phase::Running, not_ready), (true, false));
+            assert_eq!(shown(Phase::Running, Health::down()), (false, false));
+            assert_eq!(shown(succeeded, Health::down()), (false, false));
+        }
+        // An init container is ready when it is done; nobody waits for an ephemeral one to be ready.
+        let init = |phase, health| shown(Role::Init, phase, health);
+        assert_eq!(init(Phase::Running, Health::unprobed()), (true, false));
+        assert_eq!(init(succeeded, Health::down()), (false, true));
+        let ephemeral = shown(Role::Ephemeral, Phase::Running, Health::unprobed());
+        assert_eq!(ephemeral, (true, false));
+    }
+
+    #[test]
+    fn a_container_that_waits_says_so_as_a_kubelet_does() {
+        let pod = pb::PodSpec {
+            uid: "7d1".to_owned(),
+            namespace: "lab".to_owned(),
+            name: "web".to_owned(),
+            ..Default::default()
+        };
+        let phase = Phase::Exited {
+            code: 1,
+            restart_at: Duration::from_secs(100),
+        };
+        let said = |pause, now| {
+            let history = History {
+                pause: Duration::from_secs(pause),
+                ..History::default()
+            };
+            let situation = Situation {
+                phase,
+                health: Health::down(),
+                history: &history,
+            };
+            let context = StatusContext {
+                pod: &pod,
+                initialized: true,
+                stopping: false,
+                values_missing: None,
+                now: Duration::from_secs(now),
+            };
+            match state(&spec(Role::Main), situation, &context) {
+                State::Waiting(waiting) => [waiting.reason, waiting.message],
+                state @ (State::Running(_) | State::Terminated(_)) => panic!("{state:?}"),
+            }
+        };
+        for (pause, shown) in [(20, "20s"), (80, "1m20s"), (300, "5m0s")] {
+            let message =
+                format!("back-off {shown} restarting failed container=main pod=web_lab(7d1)");
+            assert_eq!(said(pause, 99), ["CrashLoopBackOff".to_owned(), message]);
+        }
+        assert_eq!(said(20, 100), ["ContainerCreating", ""]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_report_that_could_not_be_written_is_written_later_without_any_news() {
+        let (_root, dir) = job_dir();
+        // Nothing can be renamed over a folder.
+        std::fs::create_dir(dir.report_path()).unwrap();
+        let mut publisher = Publisher::new(pb::Report::default());
+        let mut keeper = JoinSet::new();
+        keeper.spawn(keep(dir.clone(), publisher.subscribe()));
+        publisher.update(|report| report.hostname = "c1".to_owned());
+        tokio::time::sleep(Duration::from_mins(10)).await;
+        std::fs::remove_dir(dir.report_path()).unwrap();
+        assert_eq!(written(&dir).await.hostname, "c1");
+        publisher.update(|report| report.r#final = true);
+        assert!(keeper.join_next().await.unwrap().unwrap());
+        assert!(written(&dir).await.r#final);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_final_report_that_cannot_be_written_is_given_up() {
+        let (_root, dir) = job_dir();
+        std::fs::create_dir(dir.report_path()).unwrap();
+        let mut publisher = Publisher::new(pb::Report::default());
+        let mut keeper = JoinSet::new();
+        keeper.spawn(keep(dir, publisher.subscribe()));
+        publisher.update(|report| report.r#final = true);
+        drop(publisher);
+        assert!(!keeper.join_next().await.unwrap().unwrap());
+    }
+}

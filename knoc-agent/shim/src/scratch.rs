@@ -1,0 +1,469 @@
+//! The pod's node-local folders: on disk for sockets, roots and emptyDir, in memory for secrets and emptyDir of the
+//! medium Memory. Blocking file work.
+//!
+//! Both are 0700, named after this host and process so that a later shim of the same user can tell a leftover, and
+//! removed at the end, whatever the containers made of them. The folder may lie on a file system that
+//! nodes share: whether a process lives is known on its own host only.
+//!
+//! No removal holds anybody up. What an ended attempt leaves is moved into the [`Trash`], which a task of its own
+//! empties; the removal at the end of the job is bounded in time, and what it leaves the next shim on this host sweeps.
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    sync::{Arc, Once},
+    time::{Duration, Instant},
+};
+
+use knoc_contract::host::node_name;
+use knoc_contract::{jobdir::atomic::FileError, tree, walk};
+use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::Notify;
+
+use super::proc;
+
+const PREFIX: &str = "knoc-shim";
+const MEMORY: &str = "/dev/shm";
+const DEFAULT: &str = "/tmp";
+
+/// A file system in memory, as tmpfs, but without a limit.
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
+
+/// How long the end of the job waits for the removal of what the pod's containers wrote.
+pub(crate) const LAST_REMOVAL: Duration = Duration::from_secs(10);
+
+/// How long a leftover of another shim is swept before the pod's own trash is looked at again.
+const SWEEP: Duration = Duration::from_secs(30);
+
+/// Where secrets and volumes in memory go if the node has no usable `/dev/shm`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fallback {
+    /// Nowhere: the pod fails.
+    Error,
+    /// To the disk, with a warning.
+    Disk,
+}
+
+/// The node cannot keep in memory what must not lie on a disk.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error(
+    "Secrets, tokens and volumes of the medium Memory are kept in memory only, and {} cannot be used on node {node}: \
+     {why}. Mount a writable tmpfs there, or let them lie on the node's disk by `memory_fallback = \"disk\"` under \
+     [values] of the site file", path.display()
+)]
+pub(crate) struct NoMemory {
+    path: PathBuf,
+    node: String,
+    why: String,
+}
+
+/// Why a folder could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ScratchError {
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(transparent)]
+    NoMemory(#[from] NoMemory),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    base: PathBuf,
+    disk: PathBuf,
+    memory: Result<PathBuf, NoMemory>,
+    fallback: Fallback,
+    trash: Trash,
+    removal: Once,
+}
+
+impl Scratch {
+    /// Makes the folders for this process; `base` empty: `/tmp`.
+    pub(crate) fn create(base: &str, fallback: Fallback) -> Result<Self, FileError> {
+        let base = Path::new(if base.is_empty() { DEFAULT } else { base });
+        Self::create_at(base, Path::new(MEMORY), fallback)
+    }
+
+    fn create_at(base: &Path, memory: &Path, fallback: Fallback) -> Result<Self, FileError> {
+        let host = host_tag(&node_name());
+        let pid = std::process::id();
+        // The last part is for nobody to guess: who has taken the name would keep the pod from starting.
+        let name = format!(
+            "{PREFIX}-{host}-{pid}-{}-{:06x}",
+            proc::start_time(pid).unwrap_or_default(),
+            rand::random::<u32>() >> 8
+        );
+        let disk = base.join(&name);
+        make(&disk)?;
+        // Later a link in a path below can only be a container's: nobody else may replace a folder above.
+        let walked = walk::owned(&disk, false).map_err(|error| {
+            fs::remove_dir(&disk).ok();
+            let cure = "name another folder in job.scratch of the site file";
+            io::Error::other(format!("{error}; {cure}"))
+        });
+        let disk = walked.map_err(FileError::on("use", &disk))?.path;
+        let trash = Trash::create(disk.join("trash"))?;
+        let memory = in_memory(memory, &name).map_err(|why| NoMemory {
+            path: memory.to_owned(),
+            node: node_name(),
+            why,
+        });
+        Ok(Self {
+            base: base.to_owned(),
+            disk,
+            memory,
+            fallback,
+            trash,
+            removal: Once::new(),
+        })
+    }
+
+    /// Removes both, secrets first, for as long as [`LAST_REMOVAL`]; the first call alone does it.
+    pub(crate) fn remove(&self) {
+        self.removal.call_once(|| {
+            let until = Some(Instant::now() + LAST_REMOVAL);
+            let memory = self.memory_folder().ok();
+            let folders = [
+                memory.map(|memory| memory.join(SECRETS)),
+                memory.map(Path::to_owned),
+                Some(self.disk.clone()),
+            ];
+            for folder in folders.into_iter().flatten() {
+                if let Err(error) = tree::remove_until(&folder, until) {
+                    let path = folder.display();
+                    tracing::warn!(%path, %error, "left for the next shim on this host to remove");
+                }
+            }
+        });
+    }
+
+    /// A sub-folder on disk, made where it is missing.
+    pub(crate) fn disk(&self, name: &str) -> Result<PathBuf, FileError> {
+        subfolder(&self.disk, name)
+    }
+
+    /// A sub-folder in memory for what containers write, made where it is missing.
+    pub(crate) fn memory(&self, name: &str) -> Result<PathBuf, ScratchError> {
+        Ok(subfolder(self.memory_folder()?, name)?)
+    }
+
+    /// A sub-folder in memory for what only the shim writes, made where it is missing.
+    pub(crate) fn secrets(&self, name: &str) -> Result<PathBuf, ScratchError> {
+        let secrets = subfolder(self.memory_folder()?, SECRETS)?;
+        Ok(subfolder(&secrets, name)?)
+    }
+
+    /// Why secrets lie on the node's disk, where they do.
+    pub(crate) fn on_disk(&self) -> Option<String> {
+        match (&self.memory, self.fallback) {
+            (Err(no), Fallback::Disk) => Some(format!(
+                "{} cannot be used on node {}: {}; Secrets, tokens and volumes of the medium Memory lie on its disk, as \
+                 `memory_fallback` of the site file has it",
+                no.path.display(),
+                no.node,
+                no.why
+            )),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn trash(&self) -> Trash {
+        self.trash.clone()
+    }
+
+    fn memory_folder(&self) -> Result<&Path, NoMemory> {
+        match (&self.memory, self.fallback) {
+            (Ok(memory), _) => Ok(memory),
+            (Err(_), Fallback::Disk) => Ok(&self.disk),
+            (Err(no), Fallback::Error) => Err(no.clone()),
+        }
+    }
+}
+
+/// Of the folder in memory: what only the shim writes.
+const SECRETS: &str = "secrets";
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// Makes the folder `name` in `parent`, which must be a file system in memory; else says why not.
+fn in_memory(parent: &Path, name: &str) -> Result<PathBuf, String> {
+    let kind = statfs(parent).map_err(|errno| errno.desc().to_owned())?;
+    if ![TMPFS_MAGIC, RAMFS_MAGIC].contains(&kind.filesystem_type()) {
+        return Err("it is no tmpfs".to_owned());
+    }
+    let folder = parent.join(name);
+    let made = DirBuilder::new().mode(0o700).create(&folder);
+    made.map_err(|error| error.to_string())?;
+    Ok(folder)
+}
+
+/// Where folders go that are to be removed: a folder beside them, so that a rename is enough. Emptied by its task.
+#[derive(Debug, Clone)]
+pub(crate) struct Trash {
+    folder: Arc<Path>,
+    news: Arc<Notify>,
+}
+
+impl Trash {
+    pub(crate) fn create(folder: PathBuf) -> Result<Self, FileError> {
+        make(&folder)?;
+        Ok(Self {
+            folder: folder.into(),
+            news: Arc::new(Notify::new()),
+        })
+    }
+
+    /// Takes `path` out of the way. Where that fails it stays until the end of the job.
+    pub(crate) fn take(&self, path: &Path) {
+        let new = format!("{:016x}", rand::random::<u64>());
+        match fs::rename(path, self.folder.join(new)) {
+            Ok(()) => self.news.notify_one(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                let path = path.display();
+                tracing::warn!(%path, %error, "stays until the end of the job");
+            }
+        }
+    }
+
+    /// Removes what was taken. `false` where some of it is left.
+    fn empty(&self, until: Option<Instant>) -> bool {
+        match tree::empty_until(&self.folder, until) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+            Err(error) => {
+                tracing::warn!(%error, "what an ended attempt wrote is not removed yet");
+                false
+            }
+        }
+    }
+}
+
+/// Task: empties the trash whenever something is put into it, and meanwhile sweeps what killed shims left behind. It
+/// takes one blocking thread at most, whatever there is to remove. Ends when it is dropped.
+pub(crate) async fn keep_clean(scratch: Cleaner) {
+    let mut leftovers = true;
+    loop {
+        let cleaner = scratch.clone();
+        let round = move || {
+            cleaner.trash.empty(None);
+            leftovers && !cleaner.sweep(Instant::now() + SWEEP)
+        };
+        // A panic of the removal is no reason to stop the pod.
+        leftovers = tokio::task::spawn_blocking(round).await.unwrap_or(false);
+        if !leftovers {
+            scratch.trash.news.notified().await;
+        }
+    }
+}
+
+/// What [`keep_clean`] cleans.
+#[derive(Debug, Clone)]
+pub(crate) struct Cleaner {
+    trash: Trash,
+    base: PathBuf,
+}
+
+impl Cleaner {
+    pub(crate) fn of(scratch: &Scratch) -> Self {
+        Self {
+            trash: scratch.trash(),
+            base: scratch.base.clone(),
+        }
+    }
+
+    /// `false` where the time did not suffice.
+    fn sweep(&self, until: Instant) -> bool {
+        let host = host_tag(&node_name());
+        let folders = [self.base.as_path(), Path::new(MEMORY)];
+        folders.into_iter().all(|base| sweep(base, &host, until))
+    }
+}
+
+fn make(folder: &Path) -> Result<(), FileError> {
+    let made = DirBuilder::new().mode(0o700).create(folder);
+    made.map_err(FileError::on("create", folder))
+}
+
+fn subfolder(parent: &Path, name: &str) -> Result<PathBuf, FileError> {
+    let folder = parent.join(name);
+    match make(&folder) {
+        Err(error) if error.source.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        Ok(()) | Err(_) => Ok(folder),
+    }
+}
+
+/// A host's name, short: sockets lie in the folder, and their paths are limited to 107 bytes.
+fn host_tag(name: &str) -> String {
+    let digest = Sha256::digest(name.as_bytes());
+    let bytes: Vec<String> = digest
+        .iter()
+        .take(4)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    bytes.concat()
+}
+
+/// Removes what killed shims of this user left on this host. `false` where the time did not suffice; what cannot be
+/// removed for another reason is left to the node's own cleaning.
+fn sweep(base: &Path, host: &str, until: Instant) -> bool {
+    let own = rustix::process::getuid().as_raw();
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(id) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else {
+            continue;
+        };
+        let mut parts = id.split('-').skip(1);
+        if parts.next() != Some(host) {
+            continue;
+        }
+        let pid = parts.next().and_then(|pid| pid.parse().ok());
+        let start: Option<u64> = parts.next().and_then(|start| start.parse().ok());
+        let (Some(pid), Some(start)) = (pid, start) else {
+            continue;
+        };
+        let ours = fs::symlink_metadata(entry.path())
+            .is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == own);
+        if ours && proc::start_time(pid) != Some(start) {
+            match tree::remove_until(&entry.path(), Some(until)) {
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => return false,
+                Err(error) => {
+                    let path = entry.path();
+                    tracing::warn!(path = %path.display(), %error, "a leftover of another shim stays");
+                }
+                Ok(()) => {}
+            }
+        }
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
+
+    use super::*;
+
+    /// Makes so many folders, one in the other, below `top`.
+    fn nest(top: &Path, depth: usize) {
+        let folder = OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut at = openat(CWD, top, folder, Mode::empty()).unwrap();
+        for _ in 0..depth {
+            mkdirat(&at, c"d", Mode::RWXU).unwrap();
+            at = openat(&at, c"d", folder, Mode::empty()).unwrap();
+        }
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_mins(5)
+    }
+
+    #[test]
+    fn a_folder_that_others_can_replace_is_not_used() {
+        let base = tempfile::tempdir().unwrap();
+        let shared = base.path().join("shared");
+        fs::create_dir(&shared).unwrap();
+        let mode = |mode| fs::set_permissions(&shared, fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o777);
+        let error = Scratch::create(shared.to_str().unwrap(), Fallback::Error).unwrap_err();
+        let text = knoc_proto::error::chain(&error);
+        assert!(text.contains("job.scratch"), "{text}");
+        mode(0o1777);
+        Scratch::create(shared.to_str().unwrap(), Fallback::Error).unwrap();
+    }
+
+    #[test]
+    fn leftovers_are_swept_and_live_folders_are_not() {
+        let base = tempfile::tempdir().unwrap();
+        let named = |host: &str| {
+            let tag = host_tag(host);
+            base.path().join(format!("knoc-shim-{tag}-4194305-1"))
+        };
+        let dead = named(&node_name());
+        // There it may live.
+        let elsewhere = named("another-node");
+        fs::create_dir(&elsewhere).unwrap();
+        let locked = dead.join("locked");
+        fs::create_dir_all(locked.join("inner")).unwrap();
+        fs::set_permissions(&locked, fs::Permissions::from_mode(0o0)).unwrap();
+        let other = base.path().join("knoc-shim-x");
+        fs::create_dir(&other).unwrap();
+        let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Error).unwrap();
+        let folder = scratch.disk("a").unwrap();
+        let host = host_tag(&node_name());
+        assert!(!sweep(base.path(), &host, Instant::now()));
+        assert!(dead.exists());
+        assert!(sweep(base.path(), &host, soon()));
+        assert!(!dead.exists());
+        assert!(other.exists() && elsewhere.exists() && folder.is_dir());
+        assert_eq!(scratch.disk("a").unwrap(), folder);
+        let memory = scratch.memory("m").unwrap();
+        let secrets = scratch.secrets("v").unwrap();
+        drop(scratch);
+        assert!(!folder.exists() && !memory.exists() && !secrets.exists());
+    }
+
+    /// Neither the task that restarts a container nor the other containers' wait for the removal.
+    #[tokio::test]
+    async fn what_an_attempt_wrote_is_out_of_the_way_at_once_and_removed_by_the_task() {
+        let base = tempfile::tempdir().unwrap();
+        let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Error).unwrap();
+        let work = scratch.disk("w0-0").unwrap();
+        nest(&work, 15_000);
+        let trash = scratch.trash();
+        trash.take(&work);
+        trash.take(&work);
+        assert!(!work.exists());
+        let count = || fs::read_dir(&trash.folder).unwrap().count();
+        assert_eq!(count(), 1);
+        let clean = keep_clean(Cleaner::of(&scratch));
+        let emptied = async {
+            while count() > 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = clean => {}
+            done = tokio::time::timeout(Duration::from_mins(2), emptied) => done.expect("not removed"),
+        }
+    }
+
+    #[test]
+    fn without_a_file_system_in_memory_secrets_lie_nowhere_unless_the_site_says_so() {
+        let base = tempfile::tempdir().unwrap();
+        let plain = std::env::var_os("CARGO_MANIFEST_DIR").unwrap();
+        let missing = base.path().join("none");
+        for memory in [missing.as_path(), Path::new(&plain), Path::new("/proc")] {
+            let make = |name: &str, fallback| {
+                let base = base.path().join(name);
+                fs::create_dir_all(&base).unwrap();
+                Scratch::create_at(&base, memory, fallback).unwrap()
+            };
+            let scratch = make("error", Fallback::Error);
+            for error in [scratch.secrets("v0"), scratch.memory("v1")] {
+                let text = error.unwrap_err().to_string();
+                assert!(text.contains(memory.to_str().unwrap()), "{text}");
+                assert!(text.contains("memory_fallback = \"disk\""), "{text}");
+            }
+            assert_eq!(scratch.on_disk(), None);
+            let files = fs::read_dir(&scratch.disk).unwrap().count();
+            assert_eq!(files, 1, "only the trash lies on disk");
+            let scratch = make("disk", Fallback::Disk);
+            assert!(scratch.secrets("v0").unwrap().starts_with(&scratch.disk));
+            assert!(scratch.on_disk().unwrap().contains("disk"));
+        }
+        let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Disk).unwrap();
+        assert!(scratch.secrets("v0").unwrap().starts_with(MEMORY));
+        assert_eq!(scratch.on_disk(), None);
+    }
+}

@@ -1,0 +1,350 @@
+//! The `Shim` service over the link: finds the container, hands the work to the supervisor or a task of its own.
+//! Decides nothing.
+
+use std::{sync::Arc, time::Duration};
+
+use knoc_contract::logs::{
+    filter::Options,
+    read::{self, CHUNKS, Series},
+};
+use knoc_link::bulk::{self, Messages, Nothing};
+use knoc_proto::{
+    pb::{self, EndedBy, shim_server::Shim},
+    reason::ErrorReason,
+};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{
+    attach,
+    container::Program,
+    directory::{Directory, Entry},
+    exec::{self, Session},
+    forward, measure,
+    pod::Pod,
+    proc,
+    supervisor::Command,
+};
+
+/// How many processes may be exec'd into the pod at once: each costs a handful of descriptors.
+const MAX_EXECS: usize = 256;
+
+/// How many connections may be forwarded into the pod at once: browsers open six a page.
+const MAX_FORWARDS: usize = 256;
+
+/// How many outputs may wait for a slow reader of exec, attach or port-forward.
+const OUTPUTS: usize = 4;
+
+/// The bounds of streams into the pod.
+#[derive(Debug, Clone)]
+pub(crate) struct Slots {
+    execs: Arc<Semaphore>,
+    forwards: Arc<Semaphore>,
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self {
+            execs: Arc::new(Semaphore::new(MAX_EXECS)),
+            forwards: Arc::new(Semaphore::new(MAX_FORWARDS)),
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub(crate) struct Service {
+    pub(crate) pod: Arc<Pod>,
+    pub(crate) reports: watch::Receiver<pb::Report>,
+    pub(crate) directory: watch::Receiver<Arc<Directory>>,
+    pub(crate) commands: mpsc::Sender<Command>,
+    /// The tasks of all streams.
+    pub(crate) streams: TaskTracker,
+    /// Becomes true once a reader has taken the final report.
+    pub(crate) delivered: watch::Sender<bool>,
+    pub(crate) slots: Slots,
+}
+
+impl Service {
+    async fn command(&self, command: Command) -> Result<(), Status> {
+        let sent = self.commands.send(command).await;
+        sent.map_err(|_| ErrorReason::NotRunning.status("the pod has ended"))
+    }
+
+    fn entry(&self, name: &str) -> Result<(String, Entry), Status> {
+        let first = self
+            .pod
+            .spec()
+            .containers
+            .first()
+            .map_or("", |first| &first.name);
+        let name = if name.is_empty() { first } else { name };
+        let found = self.directory.borrow().get(name).cloned();
+        let missing = || {
+            let message = format!(
+                "container {name} is not valid for pod {}",
+                self.pod.spec().name
+            );
+            ErrorReason::ContainerNotFound.status(message)
+        };
+        found
+            .map(|entry| (name.to_owned(), entry))
+            .ok_or_else(missing)
+    }
+
+    fn program(&self, name: &str) -> Result<(String, Arc<Program>), Status> {
+        let (name, entry) = self.entry(name)?;
+        let program = entry.program.ok_or_else(|| {
+            ErrorReason::NotRunning.status(format!("container {name} is not running"))
+        })?;
+        Ok((name, program))
+    }
+
+    /// Do the pod's programs live in the network that the shim sees?
+    fn check_network(&self) -> Result<(), Status> {
+        let directory = Arc::clone(&self.directory.borrow());
+        let program = directory.running().next().ok_or_else(|| {
+            let message = format!("no container of pod {} is running", self.pod.spec().name);
+            ErrorReason::NotRunning.status(message)
+        })?;
+        if proc::same_network(program.identity.pid) {
+            return Ok(());
+        }
+        let message = "the pod has a network of its own: port-forward works in the node's only";
+        Err(ErrorReason::Unsupported.status(message))
+    }
+
+    fn series(&self, name: &str, entry: &Entry, previous: bool) -> Result<Series, Status> {
+        let attempt = if previous {
+            entry.previous
+        } else {
+            entry.log.as_ref().map(|l| l.attempt)
+        };
+        let pod = &self.pod.spec().name;
+        let attempt = attempt.ok_or_else(|| {
+            if previous {
+                let message =
+                    format!("previous terminated container {name} in pod {pod} not found");
+                ErrorReason::ContainerNotFound.status(message)
+            } else {
+                let message = format!("container {name} in pod {pod} is waiting to start");
+                ErrorReason::NotRunning.status(message)
+            }
+        })?;
+        Ok(Series {
+            live: self.pod.jobdir.log_path(name, attempt),
+            attempt,
+        })
+    }
+}
+
+type Stream<T> = ReceiverStream<Result<T, Status>>;
+
+#[tonic::async_trait]
+impl Shim for Service {
+    type WatchReportStream = Stream<pb::Report>;
+    type ReadLogsStream = Nothing<pb::LogChunk>;
+    type ExecStream = Nothing<pb::ExecOutput>;
+
+    async fn watch_report(
+        &self,
+        _request: Request<pb::WatchReportRequest>,
+    ) -> Result<Response<Self::WatchReportStream>, Status> {
+        let (output, stream) = mpsc::channel(1);
+        self.streams
+            .spawn(watch(self.reports.clone(), output, self.delivered.clone()));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn stop(
+        &self,
+        request: Request<pb::StopRequest>,
+    ) -> Result<Response<pb::StopResponse>, Status> {
+        let request = request.into_inner();
+        let own = self.pod.spec().termination_grace_period_seconds;
+        let seconds = if request.grace_seconds < 0 {
+            own
+        } else {
+            request.grace_seconds
+        };
+        let grace = Duration::from_secs(u64::try_from(seconds).unwrap_or_default());
+        let stop = Command::Stop {
+            grace,
+            by: EndedBy::Stop,
+            reason: request.reason,
+        };
+        self.command(stop).await?;
+        Ok(Response::new(pb::StopResponse {}))
+    }
+
+    async fn update_values(
+        &self,
+        request: Request<pb::PodValues>,
+    ) -> Result<Response<pb::ShimUpdateValuesResponse>, Status> {
+        let (answer, written) = oneshot::channel();
+        self.command(Command::Values(request.into_inner(), answer))
+            .await?;
+        match written.await {
+            Ok(Ok(())) => Ok(Response::new(pb::ShimUpdateValuesResponse {})),
+            Ok(Err(why)) => Err(ErrorReason::Internal.status(why)),
+            Err(_) => Err(ErrorReason::NotRunning.status("the pod has ended")),
+        }
+    }
+
+    async fn get_stats(
+        &self,
+        _request: Request<pb::ShimGetStatsRequest>,
+    ) -> Result<Response<pb::PodStats>, Status> {
+        // On a busy node there are many processes to look at.
+        let samples = tokio::task::spawn_blocking(measure::pod).await;
+        let samples = samples.map_err(|error| ErrorReason::Internal.status(error.to_string()))?;
+        let (answer, stats) = oneshot::channel();
+        self.command(Command::Stats(samples, answer)).await?;
+        let stats = stats.await;
+        let stats = stats.map_err(|_| ErrorReason::NotRunning.status("the pod has ended"))?;
+        Ok(Response::new(stats))
+    }
+
+    async fn read_logs(
+        &self,
+        request: Request<pb::ReadLogsRequest>,
+    ) -> Result<Response<Self::ReadLogsStream>, Status> {
+        let request = request.into_inner();
+        let (name, entry) = self.entry(&request.container)?;
+        let series = self.series(&name, &entry, request.previous)?;
+        let follow = entry.log.filter(|_| request.follow && !request.previous);
+        let follow = follow.map(|log| log.follow);
+        let (output, stream) = mpsc::channel(CHUNKS);
+        self.streams
+            .spawn(read::read(series, Options::from(&request), follow, output));
+        Ok(answer(stream))
+    }
+
+    async fn exec(
+        &self,
+        request: Request<Streaming<pb::ExecInput>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        let mut input: Messages<pb::ExecInput> = bulk::input(request)?;
+        let Some(pb::ExecInput {
+            input: Some(pb::exec_input::Input::Start(start)),
+        }) = input.message().await?
+        else {
+            let message = "the first message of an exec stream is `start`";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        };
+        let (_, program) = self.program(&start.container)?;
+        let slot = Arc::clone(&self.slots.execs)
+            .try_acquire_owned()
+            .map_err(|_| {
+                let message = format!("{MAX_EXECS} processes are exec'd into this pod already");
+                ErrorReason::Overloaded.status(message)
+            })?;
+        let (output, stream) = mpsc::channel(OUTPUTS);
+        let session = Session {
+            pod: Arc::clone(&self.pod),
+            program,
+            start,
+            output,
+        };
+        self.streams.spawn(async move {
+            exec::run(session, input).await;
+            drop(slot);
+        });
+        Ok(answer(stream))
+    }
+
+    type AttachStream = Nothing<pb::ExecOutput>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<pb::ExecInput>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut input: Messages<pb::ExecInput> = bulk::input(request)?;
+        let Some(pb::ExecInput {
+            input: Some(pb::exec_input::Input::Attach(start)),
+        }) = input.message().await?
+        else {
+            let message = "the first message of an attach stream is `attach`";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        };
+        let (name, program) = self.program(&start.container)?;
+        let (output, stream) = mpsc::channel(OUTPUTS);
+        let hub = Arc::clone(&program.hub);
+        let session = attach::Session::new(&name, hub, &start, output)?;
+        self.streams.spawn(attach::run(session, input));
+        Ok(answer(stream))
+    }
+
+    type PortForwardStream = Nothing<pb::PortForwardOutput>;
+
+    async fn port_forward(
+        &self,
+        request: Request<Streaming<pb::PortForwardInput>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        let mut input: Messages<pb::PortForwardInput> = bulk::input(request)?;
+        let Some(pb::PortForwardInput {
+            input: Some(pb::port_forward_input::Input::Start(start)),
+        }) = input.message().await?
+        else {
+            let message = "the first message of a port-forward stream is `start`";
+            return Err(ErrorReason::InvalidRequest.status(message));
+        };
+        let port = u16::try_from(start.port).ok().filter(|port| *port > 0);
+        let port = port.ok_or_else(|| {
+            let message = format!("port {} is not between 1 and 65535", start.port);
+            ErrorReason::InvalidRequest.status(message)
+        })?;
+        self.check_network()?;
+        let slot = Arc::clone(&self.slots.forwards);
+        let slot = slot.try_acquire_owned().map_err(|_| {
+            let message = format!("{MAX_FORWARDS} connections are forwarded into this pod already");
+            ErrorReason::Overloaded.status(message)
+        })?;
+        let connection = forward::connect(port, std::process::id()).await?;
+        let (output, stream) = mpsc::channel(OUTPUTS);
+        self.streams.spawn(async move {
+            forward::run(connection, input, output).await;
+            drop(slot);
+        });
+        Ok(answer(stream))
+    }
+}
+
+/// What tasks send, as the answer to a stream of bytes.
+fn answer<T: prost::Message + 'static>(
+    stream: mpsc::Receiver<Result<T, Status>>,
+) -> Response<Nothing<T>> {
+    bulk::answer(bulk::encode(ReceiverStream::new(stream)))
+}
+
+/// Sends the report as it is, then each newer one, until the final one.
+async fn watch(
+    mut reports: watch::Receiver<pb::Report>,
+    output: mpsc::Sender<Result<pb::Report, Status>>,
+    delivered: watch::Sender<bool>,
+) {
+    reports.mark_changed();
+    loop {
+        tokio::select! {
+            biased;
+            () = output.closed() => return,
+            changed = reports.changed() => if changed.is_err() {
+                return;
+            },
+        }
+        let report = reports.borrow_and_update().clone();
+        let last = report.r#final;
+        if output.send(Ok(report)).await.is_err() {
+            return;
+        }
+        if last {
+            // The one place of the channel is free again: the stream has taken the report.
+            if output.reserve().await.is_ok() {
+                delivered.send_replace(true);
+            }
+            return;
+        }
+    }
+}

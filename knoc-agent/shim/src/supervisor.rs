@@ -1,0 +1,459 @@
+//! Task: the pod's supervisor. Owns the state of all containers; the only one to start and end them.
+//!
+//! It wakes on events of its attempts, on [`Command`]s (from the link, from signals), and on time. Each time it asks
+//! [`plan::decide`] and performs the answer, then publishes the report and the [`Directory`]. What is known about a
+//! container is in its [`slot`]; whoever works for a container (an attempt today) names it by its [`SlotId`].
+
+mod slot;
+mod slots;
+mod stats;
+mod timeouts;
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use knoc_contract::logs::writer::Losses;
+use knoc_proto::{
+    error::chain,
+    pb::{self, EndedBy, OutcomeKind},
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+
+use self::{
+    slot::Slot,
+    slots::{DuplicateName, Slots},
+    timeouts::{Expired, Timeouts},
+};
+use super::{
+    container::{self, Attempt, Ended, Event, News},
+    directory::Directory,
+    plan::{self, Action, Backoff, Phase, Plan, Progress, StopStage, Time, View},
+    pod::Pod,
+    report::{self, Publisher, Situation, StatusContext},
+    role::{Role, SlotId},
+    usage::{Counters, Sample},
+};
+
+const EVENTS: usize = 64;
+const BACKOFF_INITIAL: Duration = Duration::from_secs(10);
+const BACKOFF_MAX: Duration = Duration::from_mins(5);
+/// Job files of older agents do not say how long to wait for values.
+const VALUES_WAIT: Duration = Duration::from_mins(10);
+
+const VALUES_EXPIRED: &str = "the values have expired; waits for fresh ones from the agent";
+
+/// Nothing to wake for: far enough that it never comes.
+const NEVER: Duration = Duration::from_hours(24 * 365);
+
+/// What others ask of the supervisor.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Ends the pod. Idempotent: an earlier end of the grace period counts.
+    Stop {
+        grace: Duration,
+        by: EndedBy,
+        reason: String,
+    },
+    /// What the containers use, by a measurement of just now.
+    Stats(Vec<Sample>, oneshot::Sender<pb::PodStats>),
+    /// Newer values; the answer comes when they are written.
+    Values(pb::PodValues, oneshot::Sender<Result<(), String>>),
+}
+
+struct Stop {
+    kill_at: Time,
+    by: EndedBy,
+    reason: String,
+}
+
+/// See the module.
+pub(crate) struct Supervisor {
+    pod: Arc<Pod>,
+    began: Instant,
+    slots: Slots,
+    values: Option<Arc<pb::PodValues>>,
+    /// Why there are none, for people.
+    values_missing: String,
+    timeouts: Timeouts,
+    stop: Option<Stop>,
+    attempts: JoinSet<(SlotId, Ended)>,
+    events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
+    commands: mpsc::Receiver<Command>,
+    publisher: Publisher,
+    directory: watch::Sender<Arc<Directory>>,
+    /// The pod's counters as they were last shown.
+    shown: Counters,
+}
+
+impl Supervisor {
+    pub(crate) fn new(
+        pod: Arc<Pod>,
+        previous: Option<&pb::Report>,
+        commands: mpsc::Receiver<Command>,
+        publisher: Publisher,
+        directory: watch::Sender<Arc<Directory>>,
+    ) -> Result<Self, DuplicateName> {
+        let settings = pod.settings();
+        let or = |millis, default| positive(millis).map_or(default, Duration::from_millis);
+        let backoff = Backoff::new(
+            or(settings.backoff_initial_ms, BACKOFF_INITIAL),
+            or(settings.backoff_max_ms, BACKOFF_MAX),
+        );
+        let deadline = positive(pod.spec().active_deadline_seconds).map(Duration::from_secs);
+        let timeouts = Timeouts::new(deadline, or(settings.values_wait_ms, VALUES_WAIT));
+        let before = |name: &str| {
+            let report = previous?;
+            let mut all = report.init_containers.iter().chain(&report.containers);
+            all.find(|status| status.name == name)
+        };
+        let mut slots = Slots::new(pod.spec().restart_policy(), backoff);
+        for (role, container) in pod.containers() {
+            let (name, container) = (&container.name, container.clone());
+            slots.add(role, container, pod.image(name), before(name))?;
+        }
+        Ok(Self {
+            pod,
+            began: Instant::now(),
+            slots,
+            values: None,
+            values_missing: "waits for its values from the agent".to_owned(),
+            timeouts,
+            stop: None,
+            attempts: JoinSet::new(),
+            events: mpsc::channel(EVENTS),
+            commands,
+            publisher,
+            directory,
+            shown: Counters::default(),
+        })
+    }
+
+    /// Runs the pod to its end; the final report is published when this returns.
+    pub(crate) async fn run(mut self, values: Option<pb::PodValues>) {
+        if let Some(values) = values
+            && let Err(error) = self.take_values(values)
+        {
+            tracing::error!("the staged values cannot be used: {error}");
+        }
+        loop {
+            self.check_timeouts();
+            let plan = plan::decide(&self.view());
+            for action in &plan.actions {
+                self.perform(*action);
+            }
+            match plan.progress {
+                Progress::Running => {}
+                Progress::Completed => {
+                    self.order_stop(self.grace(), EndedBy::Themselves, String::new());
+                    continue;
+                }
+                Progress::Finished => break,
+            }
+            self.publish();
+            self.wait(&plan).await;
+        }
+        self.finish();
+    }
+
+    fn now(&self) -> Time {
+        self.began.elapsed()
+    }
+
+    fn grace(&self) -> Duration {
+        let seconds = self.pod.spec().termination_grace_period_seconds;
+        Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
+    }
+
+    fn check_timeouts(&mut self) {
+        match self.timeouts.check(&self.view()) {
+            None => {}
+            Some(Expired::ActiveDeadline) => {
+                let reason = "Pod was active on the node longer than the specified deadline";
+                self.order_stop(self.grace(), EndedBy::Deadline, reason.to_owned());
+            }
+            // A pod that never gets its values gives its nodes back.
+            Some(Expired::Values(waited)) => {
+                let reason = format!(
+                    "gave up after {} s: {}; see that kubelet, agent and the link to the job work, then create the pod \
+                     again",
+                    waited.as_secs(),
+                    self.values_missing
+                );
+                self.order_stop(Duration::ZERO, EndedBy::NoValues, reason);
+            }
+        }
+    }
+
+    /// How old values may be matters before the pod's first start only: what runs has them, and starts again with them.
+    fn has_values(&self) -> bool {
+        let expired = |values: &pb::PodValues| {
+            values.not_after > 0 && values.not_after <= Timestamp::now().as_second()
+        };
+        let started = self.slots.iter().any(|slot| slot.phase != Phase::Idle);
+        let values = self.values.as_ref();
+        values.is_some_and(|values| started || !expired(values))
+    }
+
+    fn view(&self) -> View {
+        View {
+            containers: self.slots.view(),
+            values: self.has_values(),
+            kill_at: self.stop.as_ref().map(|stop| stop.kill_at),
+            now: self.now(),
+        }
+    }
+
+    async fn wait(&mut self, plan: &Plan) {
+        let wake = [plan.wake, self.timeouts.next(self.stop.is_some())]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(NEVER);
+        tokio::select! {
+            biased;
+            Some(event) = self.events.1.recv() => self.news(event),
+            Some(ended) = self.attempts.join_next() => match ended {
+                Ok((id, ended)) => self.ended(id, &ended),
+                Err(error) => tracing::error!("an attempt's task failed: {error}"),
+            },
+            Some(command) = self.commands.recv() => self.obey(command),
+            () = sleep_until(self.began + wake) => {}
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Stop { grace, by, reason } => self.order_stop(grace, by, reason),
+            Command::Stats(samples, answer) => {
+                // Who asked may be gone.
+                answer.send(self.stats(&samples)).ok();
+            }
+            Command::Values(values, answer) => {
+                // Who asked may be gone.
+                answer.send(self.take_values(values)).ok();
+            }
+        }
+    }
+
+    fn order_stop(&mut self, grace: Duration, by: EndedBy, reason: String) {
+        let kill_at = self.now() + grace;
+        match &mut self.stop {
+            Some(stop) => stop.kill_at = stop.kill_at.min(kill_at),
+            None => {
+                self.stop = Some(Stop {
+                    kill_at,
+                    by,
+                    reason,
+                });
+            }
+        }
+    }
+
+    fn take_values(&mut self, values: pb::PodValues) -> Result<(), String> {
+        if self
+            .values
+            .as_ref()
+            .is_some_and(|current| values.revision <= current.revision)
+        {
+            return Ok(());
+        }
+        if let Err(error) = self.pod.volumes.write(&values) {
+            self.values_missing = chain(&error);
+            return Err(self.values_missing.clone());
+        }
+        VALUES_EXPIRED.clone_into(&mut self.values_missing);
+        self.values = Some(Arc::new(values));
+        Ok(())
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Start(id) => self.start(id),
+            Action::PreStop(id) => self.stop_container(id, StopStage::PreStop),
+            Action::Term(id) => self.stop_container(id, StopStage::Term),
+            Action::Kill(id) => self.stop_container(id, StopStage::Kill),
+        }
+    }
+
+    fn stop_container(&mut self, id: SlotId, stage: StopStage) {
+        let isolated = self.pod.runtime.isolates();
+        if let Some(slot) = self.slots.get_mut(id) {
+            slot.stop(stage, isolated);
+        }
+    }
+
+    fn start(&mut self, id: SlotId) {
+        let Some(values) = self.values.clone() else {
+            return;
+        };
+        let Some(slot) = self.slots.get_mut(id) else {
+            return;
+        };
+        let written = slot.begin();
+        let attempt = Attempt {
+            spec: Arc::clone(&slot.spec),
+            number: slot.history.attempt,
+            values,
+            written,
+            abort: slot.abort.clone(),
+            events: self.events.0.clone(),
+        };
+        let pod = Arc::clone(&self.pod);
+        self.attempts
+            .spawn(async move { (id, container::run(pod, attempt).await) });
+    }
+
+    fn news(&mut self, event: Event) {
+        let Some(slot) = self.slots.get_mut(event.id) else {
+            return;
+        };
+        match event.news {
+            News::Running {
+                program,
+                started_at,
+            } => slot.running(program, started_at),
+            News::Lost(losses) => note_lost_lines(slot, &mut self.publisher, &losses),
+        }
+    }
+
+    fn ended(&mut self, id: SlotId, ended: &Ended) {
+        let now = self.now();
+        let Some(slot) = self.slots.get_mut(id) else {
+            return;
+        };
+        slot.end(ended, container_id(&self.pod, slot), now);
+        let losses = &ended.losses;
+        note_lost_lines(slot, &mut self.publisher, losses);
+        if losses.files > 0 {
+            let message = format!("{} rotated log files were dropped", losses.files);
+            self.publisher
+                .note("LogFilesDropped", message, slot.spec.name());
+        }
+    }
+
+    /// The statuses of init containers and sidecars, and those of the main containers. A report has no field for
+    /// ephemeral containers yet.
+    fn statuses(&self) -> (Vec<pb::ContainerStatus>, Vec<pb::ContainerStatus>) {
+        let view = self.view();
+        let context = StatusContext {
+            pod: self.pod.spec(),
+            initialized: view.initialized(),
+            stopping: self.stop.is_some(),
+            values_missing: (!view.values).then_some(self.values_missing.as_str()),
+            now: view.now,
+        };
+        let (mut init, mut main) = (Vec::new(), Vec::new());
+        for slot in self.slots.iter() {
+            let statuses = match slot.spec.role {
+                Role::Init | Role::Sidecar => &mut init,
+                Role::Main => &mut main,
+                Role::Ephemeral => continue,
+            };
+            let situation = Situation {
+                phase: slot.phase,
+                health: slot.health,
+                history: &slot.history,
+            };
+            let id = container_id(&self.pod, slot);
+            statuses.push(report::status(&slot.spec, situation, &context, id));
+        }
+        (init, main)
+    }
+
+    fn publish(&mut self) {
+        let (init, main) = self.statuses();
+        let waits = !self.view().values && self.stop.is_none();
+        let revision = self.values.as_ref().map_or(0, |values| values.revision);
+        let stop = self
+            .stop
+            .as_ref()
+            .map(|stop| (stop.by, stop.reason.clone()));
+        self.publisher.update(|report| {
+            report.init_containers = init;
+            report.containers = main;
+            report.waits_for_values = waits;
+            report.values_revision = Some(revision);
+            if let Some((by, message)) = stop {
+                report.ended_by = by.into();
+                report.message = message;
+            }
+        });
+        self.publish_directory();
+    }
+
+    fn publish_directory(&self) {
+        let slots = self.slots.iter();
+        let entries = slots.map(|slot| (slot.spec.name().to_owned(), slot.entry()));
+        self.directory
+            .send_replace(Arc::new(Directory::new(entries)));
+    }
+
+    fn finish(&mut self) {
+        let (init, main) = self.statuses();
+        let by = self
+            .stop
+            .as_ref()
+            .map_or(EndedBy::Themselves, |stop| stop.by);
+        let succeeded =
+            self.view().succeeded() && matches!(by, EndedBy::Themselves | EndedBy::Stop);
+        let outcome = if succeeded {
+            OutcomeKind::Succeeded
+        } else {
+            OutcomeKind::Failed
+        };
+        let message = self
+            .stop
+            .as_ref()
+            .map(|stop| stop.reason.clone())
+            .unwrap_or_default();
+        let usage = self.usage(&[]);
+        let no_values = if self.values.is_some() {
+            "ValuesExpired"
+        } else {
+            "ValuesMissing"
+        };
+        self.publisher.update(|report| {
+            report.usage = Some(usage);
+            report.init_containers = init;
+            report.containers = main;
+            report.r#final = true;
+            report.waits_for_values = false;
+            report.ended_by = by.into();
+            report.outcome = outcome.into();
+            match by {
+                EndedBy::Deadline => "DeadlineExceeded".clone_into(&mut report.reason),
+                EndedBy::NoValues => no_values.clone_into(&mut report.reason),
+                EndedBy::TimeLimit => "SlurmTimeLimit".clone_into(&mut report.reason),
+                EndedBy::Unspecified | EndedBy::Themselves | EndedBy::Stop | EndedBy::Signal => {}
+            }
+            report.message = message;
+        });
+        self.publish_directory();
+    }
+}
+
+/// Says how many lines of this attempt's log were lost so far, if these are more than was said before.
+fn note_lost_lines(slot: &mut Slot, publisher: &mut Publisher, losses: &Losses) {
+    if losses.lines <= slot.lost_lines {
+        return;
+    }
+    slot.lost_lines = losses.lines;
+    let why = losses.error.as_deref().unwrap_or("the file system hangs");
+    let message = format!("{} log lines could not be written: {why}", losses.lines);
+    publisher.note("LogLinesLost", message, slot.spec.name());
+}
+
+/// The id of the running attempt, or of the last one.
+fn container_id(pod: &Pod, slot: &Slot) -> String {
+    let runtime = pod.runtime.name();
+    let (job, name, attempt) = (&pod.claim.job_id, slot.spec.name(), slot.history.attempt);
+    format!("{runtime}://{job}.{name}.{attempt}")
+}
+
+fn positive(number: i64) -> Option<u64> {
+    u64::try_from(number).ok().filter(|number| *number > 0)
+}

@@ -1,0 +1,197 @@
+//! One container as the supervisor keeps it: what the pod asks for, how its attempts went, and how its stop goes.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use knoc_contract::logs::read::Follow;
+use knoc_proto::pb::{self, container_status::State};
+use rustix::process::Signal;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::super::{
+    container::{Ended, Program},
+    directory::{Entry, Log},
+    plan::{Backoff, Container, Health, Phase, StopStage, Time},
+    report::{self, History},
+    role::ContainerSpec,
+    signals,
+    usage::{Account, Counters},
+};
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) spec: Arc<ContainerSpec>,
+    pub(super) phase: Phase,
+    /// What its probes say. A container without probes is healthy as soon as its program runs.
+    pub(super) health: Health,
+    /// How far the stop of the running attempt has gone.
+    stop: StopStage,
+    pub(super) history: History,
+    pub(super) program: Option<Arc<Program>>,
+    pub(super) abort: CancellationToken,
+    /// What the running attempt used.
+    pub(super) account: Account,
+    /// What the attempts before it used.
+    pub(super) used_before: Counters,
+    /// How many lost lines of the running attempt's log were told.
+    pub(super) lost_lines: u64,
+    backoff: Backoff,
+    /// Has any attempt begun, in this job or before?
+    tried: bool,
+    /// Held while the attempt lasts: its end ends the log's followers.
+    ending: Option<watch::Sender<bool>>,
+    log: Option<Log>,
+    previous_log: Option<Log>,
+}
+
+impl Slot {
+    /// A container that was not started in this job; `before` is what an earlier run of the job reported about it.
+    pub(super) fn new(
+        spec: ContainerSpec,
+        backoff: Backoff,
+        before: Option<&pb::ContainerStatus>,
+    ) -> Self {
+        let mut history = History::default();
+        let mut tried = false;
+        if let Some(before) = before {
+            history.attempt = u32::try_from(before.restart_count).unwrap_or_default();
+            (tried, history.ended) = match &before.state {
+                Some(State::Running(_)) => (true, before.last_termination.clone()),
+                Some(State::Terminated(ended)) => (true, Some(ended.clone())),
+                Some(State::Waiting(_)) | None => (
+                    before.last_termination.is_some(),
+                    before.last_termination.clone(),
+                ),
+            };
+        }
+        Self {
+            spec: Arc::new(spec),
+            phase: Phase::Idle,
+            health: Health::down(),
+            stop: StopStage::NotStopped,
+            history,
+            program: None,
+            abort: CancellationToken::new(),
+            account: Account::default(),
+            used_before: Counters::default(),
+            lost_lines: 0,
+            backoff,
+            tried,
+            ending: None,
+            log: None,
+            previous_log: None,
+        }
+    }
+
+    pub(super) fn view(&self) -> Container {
+        Container {
+            id: self.spec.id,
+            role: self.spec.role,
+            restart: self.spec.restart,
+            phase: self.phase,
+            health: self.health,
+            stop: self.stop,
+            // No container has a hook: pod.proto has no field for one.
+            pre_stop_pending: false,
+        }
+    }
+
+    /// A new attempt begins. Returns the channel on which it says how much of its log is written.
+    pub(super) fn begin(&mut self) -> watch::Sender<u64> {
+        if self.tried {
+            self.history.attempt += 1;
+        }
+        self.tried = true;
+        self.phase = Phase::Starting;
+        self.health = Health::down();
+        self.stop = StopStage::NotStopped;
+        self.abort = CancellationToken::new();
+        self.history.started_at = None;
+        self.lost_lines = 0;
+        let (written, news) = watch::channel(0);
+        let (ending, ended) = watch::channel(false);
+        self.ending = Some(ending);
+        self.previous_log = self.log.take();
+        let follow = Follow {
+            written: Some(news),
+            ended,
+        };
+        self.log = Some(Log {
+            attempt: self.history.attempt,
+            follow,
+        });
+        written
+    }
+
+    /// The program runs.
+    pub(super) fn running(&mut self, program: Arc<Program>, started_at: Timestamp) {
+        self.phase = Phase::Running;
+        self.health = Health::unprobed();
+        self.history.started_at = Some(started_at);
+        // A stop may have come before there was a program to send TERM to. The next plan sends it again.
+        if self.stop == StopStage::Term {
+            self.stop = StopStage::NotStopped;
+        }
+        self.program = Some(program);
+    }
+
+    /// Takes a step of the stop. `isolated`: the container has a PID namespace of its own.
+    pub(super) fn stop(&mut self, stage: StopStage, isolated: bool) {
+        self.stop = stage;
+        match stage {
+            // A hook starts here, as a task of the supervisor; its end is an event that lets the plan send TERM.
+            StopStage::NotStopped | StopStage::PreStop => {}
+            StopStage::Term => match &self.program {
+                Some(program) => signals::to_program(program.identity, Signal::TERM),
+                // The program does not run yet: there is nothing that could take the signal.
+                None => self.abort.cancel(),
+            },
+            StopStage::Kill => {
+                if let Some(program) = &self.program {
+                    signals::kill_all(program.identity, isolated);
+                }
+                self.abort.cancel();
+            }
+        }
+    }
+
+    /// The attempt ended.
+    pub(super) fn end(&mut self, ended: &Ended, id: String, now: Time) {
+        let started_at = self.history.started_at;
+        self.program = None;
+        self.health = Health::down();
+        let mut account = std::mem::take(&mut self.account);
+        self.used_before = self.used_before + account.end(ended.used);
+        if let Some(ending) = self.ending.take() {
+            ending.send_replace(true);
+        }
+        self.history.ended_before = self.history.ended.take();
+        self.history.ended = Some(report::terminated(ended, started_at, id));
+        let ran = started_at.map_or(Time::ZERO, |at| {
+            Time::try_from(ended.finished_at.duration_since(at)).unwrap_or_default()
+        });
+        self.history.pause = self.backoff.after(ran);
+        self.phase = Phase::Exited {
+            code: ended.exit.code,
+            restart_at: now + self.history.pause,
+        };
+    }
+
+    /// What streams may know of it.
+    pub(super) fn entry(&self) -> Entry {
+        Entry {
+            program: self.program.clone(),
+            log: self.log.clone(),
+            previous: self
+                .previous_log
+                .as_ref()
+                .map(|log| log.attempt)
+                .or_else(|| {
+                    // Before this job's first attempt: that of an earlier run.
+                    self.log.as_ref().and_then(|log| log.attempt.checked_sub(1))
+                }),
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! All containers of the pod, by their ids. Containers are only ever added, also while others run.
+
+use std::collections::BTreeMap;
+
+use knoc_proto::pb;
+
+use super::{
+    super::{
+        plan::{Backoff, Container},
+        role::{ContainerSpec, RestartRule, Role, SlotId},
+    },
+    slot::Slot,
+};
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Slots {
+    by_id: BTreeMap<SlotId, Slot>,
+    policy: pb::RestartPolicy,
+    backoff: Backoff,
+}
+
+/// All containers of a pod, whatever their roles, have different names.
+#[derive(Debug, thiserror::Error)]
+#[error("the pod has a container \"{name}\" already")]
+pub(crate) struct DuplicateName {
+    name: String,
+}
+
+impl Slots {
+    /// For a pod with this restart policy; `backoff` is where that of each container begins.
+    pub(super) fn new(policy: pb::RestartPolicy, backoff: Backoff) -> Self {
+        Self {
+            by_id: BTreeMap::new(),
+            policy,
+            backoff,
+        }
+    }
+
+    /// Adds a container, at the pod's start or later: it starts when its role lets it. `before` is what an earlier run of
+    /// the job reported about it.
+    pub(super) fn add(
+        &mut self,
+        role: Role,
+        container: pb::Container,
+        image: pb::ResolvedImage,
+        before: Option<&pb::ContainerStatus>,
+    ) -> Result<SlotId, DuplicateName> {
+        if self.iter().any(|slot| slot.spec.name() == container.name) {
+            let name = container.name;
+            return Err(DuplicateName { name });
+        }
+        let id = SlotId::after(self.by_id.len());
+        let spec = ContainerSpec {
+            id,
+            role,
+            restart: RestartRule::of(role, self.policy),
+            container,
+            image,
+        };
+        self.by_id.insert(id, Slot::new(spec, self.backoff, before));
+        Ok(id)
+    }
+
+    pub(super) fn get_mut(&mut self, id: SlotId) -> Option<&mut Slot> {
+        self.by_id.get_mut(&id)
+    }
+
+    /// In the order in which they were added.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Slot> {
+        self.by_id.values()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.by_id.values_mut()
+    }
+
+    pub(super) fn view(&self) -> Vec<Container> {
+        self.iter().map(Slot::view).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{
+        super::super::plan::{self, Action, Health, Phase, Progress, View},
+        *,
+    };
+
+    fn slots(policy: pb::RestartPolicy) -> Slots {
+        Slots::new(policy, Backoff::new(Duration::ZERO, Duration::ZERO))
+    }
+
+    fn add(slots: &mut Slots, role: Role, name: &str) -> Result<SlotId, DuplicateName> {
+        let container = pb::Container {
+            name: name.to_owned(),
+            ..Default::default()
+        };
+        slots.add(role, container, pb::ResolvedImage::default(), None)
+    }
+
+    fn view(slots: &Slots) -> View {
+        View {
+            containers: slots.view(),
+            values: true,
+            kill_at: None,
+            now: Duration::ZERO,
+        }
+    }
+
+    fn set(slots: &mut Slots, id: SlotId, phase: Phase) {
+        let slot = slots.get_mut(id).unwrap();
+        slot.phase = phase;
+        slot.health = if phase == Phase::Running {
+            Health::unprobed()
+        } else {
+            Health::down()
+        };
+    }
+
+    #[test]
+    fn a_container_that_is_added_while_the_pod_runs_has_a_slot_like_any_other() {
+        let mut slots = slots(pb::RestartPolicy::Always);
+        let init = add(&mut slots, Role::Init, "init").unwrap();
+        let main = add(&mut slots, Role::Main, "main").unwrap();
+        let done = Phase::Exited {
+            code: 0,
+            restart_at: Duration::ZERO,
+        };
+        set(&mut slots, init, done);
+        set(&mut slots, main, Phase::Running);
+        assert_eq!(plan::decide(&view(&slots)).actions, []);
+
+        let debug = add(&mut slots, Role::Ephemeral, "debug").unwrap();
+        assert_eq!(
+            plan::decide(&view(&slots)).actions,
+            [Action::Start(debug)],
+            "the others stay as they are"
+        );
+        let names: Vec<_> = slots
+            .iter()
+            .map(|slot| slot.spec.name().to_owned())
+            .collect();
+        assert_eq!(names, ["init", "main", "debug"]);
+        // It runs once, even if the pod's containers are restarted always.
+        set(&mut slots, debug, done);
+        let plan = plan::decide(&view(&slots));
+        assert_eq!((plan.actions, plan.progress), (vec![], Progress::Running));
+    }
+
+    #[test]
+    fn no_two_containers_have_one_name() {
+        let mut slots = slots(pb::RestartPolicy::Never);
+        add(&mut slots, Role::Main, "main").unwrap();
+        let error = add(&mut slots, Role::Ephemeral, "main").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the pod has a container \"main\" already"
+        );
+        assert_eq!(slots.iter().count(), 1);
+    }
+}

@@ -1,0 +1,486 @@
+//! The pod's volumes on the node: `emptyDir`, and files of `ConfigMaps`, Secrets and projections. Blocking file work.
+//!
+//! Files are laid out as a kubelet's atomic writer does: they lie in a folder of their revision, `..data` leads to it,
+//! and each name leads through `..data`. A new revision is written beside, then `..data` is renamed over: a reader sees
+//! all of the old or all of the new.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, DirBuilder, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+};
+
+use knoc_contract::{jobdir::atomic::FileError, tree};
+use knoc_proto::{
+    paths::{self, PathError},
+    pb::{self, volume::Source},
+};
+
+use super::scratch::{NoMemory, Scratch, ScratchError};
+use crate::launch::contain::spec::{self, Point};
+
+/// The link to the folder of the current revision.
+const DATA: &str = "..data";
+
+/// Why a volume could not be given to a container.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VolumeError {
+    /// The file system refused.
+    #[error("volume {volume:?}")]
+    File {
+        volume: String,
+        #[source]
+        source: FileError,
+    },
+    /// The node has no memory for it.
+    #[error("volume {volume:?}")]
+    NoMemory {
+        volume: String,
+        #[source]
+        source: NoMemory,
+    },
+    /// The shape names none.
+    #[error("no volume is called {0:?}")]
+    Unknown(String),
+    /// A path that cannot be one.
+    #[error("volume {volume:?}: the path {path:?}")]
+    Malformed {
+        volume: String,
+        path: String,
+        #[source]
+        source: PathError,
+    },
+}
+
+impl VolumeError {
+    fn malformed(volume: &str, path: &str) -> impl FnOnce(PathError) -> Self {
+        let (volume, path) = (volume.to_owned(), path.to_owned());
+        move |source| Self::Malformed {
+            volume,
+            path,
+            source,
+        }
+    }
+}
+
+/// What a container sees of a volume or a file of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mounted {
+    /// For messages.
+    pub(crate) what: String,
+    pub(crate) source: spec::Source,
+    /// In the container.
+    pub(crate) target: PathBuf,
+    pub(crate) read_only: bool,
+    /// A container can change what its path leads to: a check of the name says nothing.
+    pub(crate) needs_descriptor: bool,
+    /// Set by [`super::places`].
+    pub(crate) point: Option<Point>,
+}
+
+/// The volumes of one pod.
+#[derive(Debug)]
+pub(crate) struct Volumes {
+    roots: Vec<Root>,
+}
+
+#[derive(Debug)]
+struct Root {
+    name: String,
+    path: PathBuf,
+    /// Written by [`Volumes::write`], and never by containers.
+    files: bool,
+    /// Not ours: nothing is made in it.
+    foreign: bool,
+}
+
+impl Volumes {
+    /// Makes the folders; those of files are empty until [`Self::write`].
+    pub(crate) fn create(volumes: &[pb::Volume], scratch: &Scratch) -> Result<Self, VolumeError> {
+        let mut roots = Vec::new();
+        for (index, volume) in volumes.iter().enumerate() {
+            let folder = format!("v{index}");
+            let failed = |source| VolumeError::File {
+                volume: volume.name.clone(),
+                source,
+            };
+            let kept = |error| match error {
+                ScratchError::File(source) => failed(source),
+                ScratchError::NoMemory(source) => VolumeError::NoMemory {
+                    volume: volume.name.clone(),
+                    source,
+                },
+            };
+            let (path, files, foreign) = match &volume.source {
+                Some(Source::EmptyDir(empty)) => {
+                    let made = if empty.memory {
+                        scratch.memory(&folder)
+                    } else {
+                        scratch.disk(&folder).map_err(ScratchError::from)
+                    };
+                    (made.map_err(kept)?, false, false)
+                }
+                Some(Source::Files(_)) => (scratch.secrets(&folder).map_err(kept)?, true, false),
+                Some(Source::HostPath(host)) => (PathBuf::from(&host.path), false, true),
+                None => return Err(VolumeError::Unknown(volume.name.clone())),
+            };
+            if !foreign {
+                let open = fs::Permissions::from_mode(if files { 0o755 } else { 0o777 });
+                fs::set_permissions(&path, open)
+                    .map_err(FileError::on("set the mode of", &path))
+                    .map_err(failed)?;
+            }
+            roots.push(Root {
+                name: volume.name.clone(),
+                path,
+                files,
+                foreign,
+            });
+        }
+        Ok(Self { roots })
+    }
+
+    /// Writes the files of all volumes that `values` has.
+    pub(crate) fn write(&self, values: &pb::PodValues) -> Result<(), VolumeError> {
+        for root in self.roots.iter().filter(|root| root.files) {
+            let files = values.files.iter().find(|files| files.volume == root.name);
+            let files = files.map_or(&[][..], |files| &files.files);
+            let clean = |file: &pb::VolumeFile| -> Result<pb::VolumeFile, VolumeError> {
+                let path = paths::of_file(&file.path)
+                    .map_err(VolumeError::malformed(&root.name, &file.path))?;
+                Ok(pb::VolumeFile {
+                    path,
+                    ..file.clone()
+                })
+            };
+            let files: Vec<_> = files.iter().map(clean).collect::<Result<_, _>>()?;
+            let revision = format!("..{}", values.revision);
+            replace(&root.path, &revision, &files).map_err(|source| VolumeError::File {
+                volume: root.name.clone(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// What a container's mounts are of. Nothing is resolved yet: that is for whoever mounts it.
+    pub(crate) fn mounts(&self, mounts: &[pb::Mount]) -> Result<Vec<Mounted>, VolumeError> {
+        mounts.iter().map(|mount| self.mount(mount)).collect()
+    }
+
+    fn mount(&self, mount: &pb::Mount) -> Result<Mounted, VolumeError> {
+        let root = self.roots.iter().find(|root| root.name == mount.volume);
+        let root = root.ok_or_else(|| VolumeError::Unknown(mount.volume.clone()))?;
+        let target = paths::in_container(&mount.path)
+            .map_err(VolumeError::malformed(&root.name, &mount.path))?;
+        let sub_path = if mount.sub_path.is_empty() {
+            ".".to_owned()
+        } else {
+            paths::in_volume(&mount.sub_path)
+                .map_err(VolumeError::malformed(&root.name, &mount.sub_path))?
+        };
+        let whole = sub_path == ".";
+        let (path, what) = if whole {
+            (PathBuf::new(), format!("volume {:?}", root.name))
+        } else {
+            let what = format!("volume {:?}, path {sub_path:?}", root.name);
+            (PathBuf::from(sub_path), what)
+        };
+        let source = if root.foreign && whole {
+            spec::Source::Own(root.path.clone())
+        } else {
+            spec::Source::Inside {
+                root: root.path.clone(),
+                path,
+                make: !root.files && !root.foreign,
+            }
+        };
+        Ok(Mounted {
+            what,
+            source,
+            target: PathBuf::from(&target),
+            read_only: mount.read_only || root.files,
+            needs_descriptor: !whole && !root.files,
+            point: None,
+        })
+    }
+}
+
+fn replace(folder: &Path, revision: &str, files: &[pb::VolumeFile]) -> Result<(), FileError> {
+    let new = folder.join(revision);
+    // An earlier try may have left a part of it.
+    tree::remove(&new).map_err(FileError::on("remove", &new))?;
+    make(&new)?;
+    for file in files {
+        let path = new.join(&file.path);
+        if let Some(parent) = path.parent() {
+            make(parent)?;
+        }
+        write(&path, &file.data, file.mode)?;
+    }
+    let old = fs::read_link(folder.join(DATA)).ok();
+    relink(folder, revision, DATA)?;
+    let names: BTreeSet<&str> = files
+        .iter()
+        .filter_map(|file| file.path.split('/').next())
+        .collect();
+    for name in &names {
+        let target = format!("{DATA}/{name}");
+        if fs::read_link(folder.join(name)).ok() != Some(PathBuf::from(&target)) {
+            relink(folder, &target, name)?;
+        }
+    }
+    remove_stale(folder, &names)?;
+    if let Some(old) = old.filter(|old| is_revision(old) && old != Path::new(revision)) {
+        tree::remove(&folder.join(old)).ok();
+    }
+    Ok(())
+}
+
+/// PURE: is it the name of a folder that [`replace`] makes, and not a path to somewhere else?
+fn is_revision(link: &Path) -> bool {
+    let name = link.to_str().unwrap_or_default();
+    name.len() > 2 && name.starts_with("..") && !name.contains('/')
+}
+
+fn remove_stale(folder: &Path, names: &BTreeSet<&str>) -> Result<(), FileError> {
+    for entry in fs::read_dir(folder)
+        .map_err(FileError::on("list", folder))?
+        .flatten()
+    {
+        let name = entry.file_name();
+        let keep = name
+            .to_str()
+            .is_some_and(|name| name.starts_with("..") || names.contains(name));
+        // All names that we made are links: another file is the mount point of what a container mounts below.
+        let ours = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+        if ours && !keep {
+            fs::remove_file(entry.path()).ok();
+        }
+    }
+    Ok(())
+}
+
+fn make(folder: &Path) -> Result<(), FileError> {
+    let made = DirBuilder::new().recursive(true).mode(0o755).create(folder);
+    made.map_err(FileError::on("create", folder))
+}
+
+fn write(path: &Path, data: &[u8], mode: u32) -> Result<(), FileError> {
+    let write = || -> io::Result<()> {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
+        file.write_all(data)?;
+        // Not by open's mode, from which the umask takes.
+        file.set_permissions(fs::Permissions::from_mode(mode & 0o777))
+    };
+    write().map_err(FileError::on("write", path))
+}
+
+/// Makes `name` in `folder` a link to `target`, in one step.
+fn relink(folder: &Path, target: &str, name: &str) -> Result<(), FileError> {
+    // One writer makes one link after the other. A name made of `name` could be longer than a file's may be.
+    let temporary = folder.join("..tmp");
+    fs::remove_file(&temporary).ok();
+    symlink(target, &temporary).map_err(FileError::on("link", &temporary))?;
+    let name = folder.join(name);
+    fs::rename(&temporary, &name).map_err(FileError::on("rename over", &name))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::{super::scratch::Fallback, *};
+
+    fn file(path: &str, data: &'static str, mode: u32) -> pb::VolumeFile {
+        pb::VolumeFile {
+            path: path.to_owned(),
+            data: data.into(),
+            mode,
+        }
+    }
+
+    fn values(revision: i64, files: Vec<pb::VolumeFile>) -> pb::PodValues {
+        let files = vec![pb::VolumeFiles {
+            volume: "cm".to_owned(),
+            files,
+        }];
+        pb::PodValues {
+            revision,
+            files,
+            ..Default::default()
+        }
+    }
+
+    fn mount(volume: &str, sub_path: &str) -> pb::Mount {
+        let (volume, sub_path) = (volume.to_owned(), sub_path.to_owned());
+        pb::Mount {
+            volume,
+            path: "/data".to_owned(),
+            sub_path,
+            read_only: false,
+        }
+    }
+
+    fn volumes() -> (tempfile::TempDir, Scratch, Volumes) {
+        let base = tempfile::tempdir().unwrap();
+        let scratch = Scratch::create(base.path().to_str().unwrap(), Fallback::Error).unwrap();
+        let volume = |name: &str, source| pb::Volume {
+            name: name.to_owned(),
+            source: Some(source),
+        };
+        let all = [
+            volume("cm", Source::Files(pb::FilesVolume {})),
+            volume("empty", Source::EmptyDir(pb::EmptyDir::default())),
+        ];
+        let volumes = Volumes::create(&all, &scratch).unwrap();
+        (base, scratch, volumes)
+    }
+
+    /// What such a mount leads to.
+    fn opened(volumes: &Volumes, volume: &str, path: &str) -> Result<PathBuf, String> {
+        let mounts = volumes.mounts(&[mount(volume, path)]);
+        let mounted = mounts.map_err(|error| error.to_string())?.remove(0);
+        let found = mounted.source.open();
+        Ok(found.map_err(|error| error.to_string())?.path)
+    }
+
+    #[test]
+    fn files_are_replaced_at_once_and_modes_are_kept() {
+        let (_base, _scratch, volumes) = volumes();
+        let bind = opened(&volumes, "cm", "").unwrap();
+        assert!(volumes.mounts(&[mount("cm", "")]).unwrap()[0].read_only);
+        let first = vec![
+            file("a", "1", 0o640),
+            file("dir/b", "2", 0o400),
+            file("gone", "", 0o644),
+        ];
+        volumes.write(&values(1, first)).unwrap();
+        let read = |name: &str| fs::read_to_string(bind.join(name));
+        assert_eq!(read("dir/b").unwrap(), "2");
+        let mode = fs::metadata(bind.join("a")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o640);
+        assert_eq!(
+            fs::read_link(bind.join("a")).unwrap(),
+            Path::new("..data/a")
+        );
+        volumes
+            .write(&values(2, vec![file("a", "new", 0o644)]))
+            .unwrap();
+        assert_eq!(read("a").unwrap(), "new");
+        assert!(read("gone").is_err() && read("dir/b").is_err());
+        File::create(bind.join("mount-point")).unwrap();
+        volumes
+            .write(&values(2, vec![file("a", "new", 0o644)]))
+            .unwrap();
+        let left: BTreeSet<_> = fs::read_dir(&bind)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        assert_eq!(
+            left,
+            BTreeSet::from(["..2", "..data", "a", "mount-point"].map(str::to_owned))
+        );
+    }
+
+    #[test]
+    fn the_longest_key_is_a_file() {
+        let (_base, _scratch, volumes) = volumes();
+        let (key, name) = ("k".repeat(253), "n".repeat(255));
+        for revision in [1, 2] {
+            let files = vec![file(&key, "1", 0o644), file(&name, "2", 0o644)];
+            volumes.write(&values(revision, files)).unwrap();
+        }
+        let folder = opened(&volumes, "cm", "").unwrap();
+        assert_eq!(fs::read_to_string(folder.join(key)).unwrap(), "1");
+        assert_eq!(fs::read_to_string(folder.join(name)).unwrap(), "2");
+    }
+
+    #[test]
+    fn untidy_paths_lead_to_the_same_files_as_clean_ones() {
+        let (_base, _scratch, volumes) = volumes();
+        let source = |volume: &str, path: &str| opened(&volumes, volume, path).unwrap();
+        let whole = source("empty", "");
+        for (untidy, clean) in [
+            ("./x", "x"),
+            ("logs/", "logs"),
+            ("a//b", "a/b"),
+            ("./a/./b/", "a/b"),
+            ("./", ""),
+            ("..foo", "..foo"),
+            ("a..b", "a..b"),
+        ] {
+            assert_eq!(source("empty", untidy), whole.join(clean), "{untidy}");
+        }
+        let written = vec![
+            file("./conf//a", "1", 0o644),
+            file("b/", "2", 0o644),
+            file("c/..d", "3", 0o644),
+        ];
+        volumes.write(&values(1, written)).unwrap();
+        for (path, text) in [
+            ("conf/a", "1"),
+            ("./conf/a", "1"),
+            ("b", "2"),
+            ("c//..d", "3"),
+            ("..data/b", "2"),
+        ] {
+            assert_eq!(fs::read_to_string(source("cm", path)).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn nothing_is_made_outside_of_a_volume() {
+        let (base, _scratch, volumes) = volumes();
+        let home = base.path().join("home");
+        fs::create_dir(&home).unwrap();
+        let root = opened(&volumes, "empty", "").unwrap();
+        symlink(&home, root.join("out")).unwrap();
+        symlink(home.join("new"), root.join("dangling")).unwrap();
+        fs::create_dir(root.join("real")).unwrap();
+        symlink("real", root.join("within")).unwrap();
+        for path in [
+            "out",
+            "out/x",
+            "out/x/y",
+            "dangling",
+            "dangling/x",
+            "within/../../x",
+        ] {
+            assert!(opened(&volumes, "empty", path).is_err(), "{path}");
+        }
+        assert_eq!(fs::read_dir(&home).unwrap().count(), 0);
+        let bind = opened(&volumes, "empty", "within/x/y").unwrap();
+        assert!(bind.ends_with("real/x/y") && bind.is_dir());
+    }
+
+    #[test]
+    fn paths_stay_in_their_volume() {
+        let (_base, _scratch, volumes) = volumes();
+        for bad in ["../x", "/x", "a/../../x", "", "./", "..data/x", "./..1"] {
+            let written = volumes.write(&values(1, vec![file(bad, "", 0o644)]));
+            assert!(
+                matches!(written, Err(VolumeError::Malformed { .. })),
+                "{bad}"
+            );
+        }
+        let bind = opened(&volumes, "empty", "a/b").unwrap();
+        assert!(bind.is_dir());
+        assert!(!volumes.mounts(&[mount("empty", "a/b")]).unwrap()[0].read_only);
+        symlink("/", bind.join("root")).unwrap();
+        assert!(opened(&volumes, "empty", "a/b/root/etc").is_err());
+        assert!(opened(&volumes, "empty", "../cm").is_err());
+        assert!(opened(&volumes, "none", "").is_err());
+        volumes
+            .write(&values(1, vec![file("a", "1", 0o644)]))
+            .unwrap();
+        let bind = opened(&volumes, "cm", "a").unwrap();
+        assert_eq!(fs::read_to_string(bind).unwrap(), "1");
+    }
+}

@@ -1,0 +1,191 @@
+//! What the pods of the node hold: the requests of all pods that were accepted and have not ended, and their sum.
+//!
+//! [`Allocations`] is pure. [`SharedAllocations`] is one lock around it, because workers judge pods side by side: to ask and to
+//! take is one step, so that two pods never both get the last of something. An accepted pod keeps what it holds, whatever
+//! it requests: a node that shrank accepts nothing new, and ends nothing.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use knoc_proto::{ids::PodUid, pb};
+
+use crate::agent::tells_capacity;
+
+/// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, the rest in pieces.
+pub(crate) type Amounts = BTreeMap<String, i64>;
+
+/// What a pod asks for, by the rule of Kubernetes: the larger of its largest init container and the sum of its containers.
+pub(crate) fn requests(shape: &pb::PodSpec) -> Amounts {
+    let (init, regular) = (&shape.init_containers, &shape.containers);
+    let of = |amount: fn(&pb::Resources) -> i64| {
+        knoc_translate::over_containers(init, regular, |requests, _| amount(requests))
+    };
+    let mut amounts = Amounts::from([
+        ("cpu".to_owned(), of(|requests| requests.cpu_millis)),
+        ("memory".to_owned(), of(|requests| requests.memory_bytes)),
+        (
+            "ephemeral-storage".to_owned(),
+            of(|requests| requests.ephemeral_storage_bytes),
+        ),
+    ]);
+    for container in init.iter().chain(regular) {
+        for name in container
+            .requests
+            .iter()
+            .flat_map(|list| list.extended.keys())
+        {
+            let amount = knoc_translate::over_containers(init, regular, |requests, _| {
+                requests.extended.get(name).copied().unwrap_or(0)
+            });
+            amounts.insert(name.clone(), amount);
+        }
+    }
+    amounts.retain(|_, amount| *amount > 0);
+    amounts
+}
+
+/// One resource does not suffice. The words are those of Kubernetes: tools look for them.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "Node didn't have enough resource: {resource}, requested: {requested}, used: {used}, capacity: {capacity}"
+)]
+pub(crate) struct Short {
+    pub(crate) resource: String,
+    pub(crate) requested: i64,
+    pub(crate) used: i64,
+    pub(crate) capacity: i64,
+}
+
+/// What the node lets its pods ask for together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Allocatable {
+    /// The most pods.
+    pub(crate) pods: i64,
+    /// By name; none: Slurm has not told yet, and nothing is judged by it.
+    pub(crate) amounts: Option<Amounts>,
+}
+
+impl Allocatable {
+    /// As the Node shows it ([`crate::node::status`]), CPU in thousandths.
+    pub(crate) fn of(total: Option<&pb::NodeInfo>, pods: u32, queue_factor: u32) -> Self {
+        let limit = total.map_or(pods, |total| super::status::pod_limit(pods, total));
+        let Some(total) = total.filter(|total| tells_capacity(total)) else {
+            return Self {
+                pods: limit.into(),
+                amounts: None,
+            };
+        };
+        let factor = i64::from(queue_factor);
+        let mut amounts: Amounts = total.extended.clone().into_iter().collect();
+        amounts.insert("cpu".to_owned(), total.cpu.saturating_mul(1000));
+        amounts.insert("memory".to_owned(), total.memory_bytes);
+        let bytes = super::status::ephemeral_storage(total);
+        amounts.insert("ephemeral-storage".to_owned(), bytes);
+        for amount in amounts.values_mut() {
+            *amount = amount.saturating_mul(factor);
+        }
+        Self {
+            pods: limit.into(),
+            amounts: Some(amounts),
+        }
+    }
+}
+
+/// PURE: the holders and their sum.
+#[derive(Debug, Default)]
+pub(crate) struct Allocations {
+    holders: HashMap<PodUid, Amounts>,
+    /// Wider than its parts, so that it never saturates and what was added can be taken away.
+    used: BTreeMap<String, i128>,
+    /// Were the pods that an earlier process accepted taken in?
+    complete: bool,
+}
+
+impl Allocations {
+    /// An accepted pod holds this, whether there is room or not. The same pod twice counts once.
+    pub(crate) fn hold(&mut self, uid: &PodUid, amounts: Amounts) {
+        self.release(uid);
+        for (name, amount) in &amounts {
+            *self.used.entry(name.clone()).or_default() += i128::from(*amount);
+        }
+        self.holders.insert(uid.clone(), amounts);
+    }
+
+    /// Takes it where it is free; else the first resource that does not suffice, in the order of Kubernetes: pods, cpu,
+    /// memory, ephemeral-storage, the rest by name.
+    pub(crate) fn ask(
+        &mut self,
+        uid: &PodUid,
+        amounts: Amounts,
+        allocatable: &Allocatable,
+    ) -> Result<(), Short> {
+        self.release(uid);
+        self.check(&amounts, allocatable)?;
+        self.hold(uid, amounts);
+        Ok(())
+    }
+
+    fn check(&self, amounts: &Amounts, allocatable: &Allocatable) -> Result<(), Short> {
+        let short = |resource: &str, requested, used: i64, capacity: i64| {
+            (requested > capacity.saturating_sub(used)).then(|| Short {
+                resource: resource.to_owned(),
+                requested,
+                used,
+                capacity,
+            })
+        };
+        let pods = i64::try_from(self.holders.len()).unwrap_or(i64::MAX);
+        let no_pod = short("pods", 1, pods, allocatable.pods);
+        let first = ["cpu", "memory", "ephemeral-storage"];
+        let rest = amounts
+            .keys()
+            .map(String::as_str)
+            .filter(|name| !first.contains(name));
+        let mut names = first.into_iter().chain(rest);
+        let lacking = no_pod.or_else(|| {
+            let offered = allocatable.amounts.as_ref()?;
+            names.find_map(|name| {
+                let capacity = match (name, offered.get(name)) {
+                    (_, Some(capacity)) => *capacity,
+                    // What Slurm does not tell (TmpDisk) is not judged here.
+                    ("ephemeral-storage", None) => return None,
+                    (_, None) => 0,
+                };
+                let requested = amounts.get(name).copied().filter(|amount| *amount > 0)?;
+                let used = self.used.get(name).copied().unwrap_or(0);
+                let used = i64::try_from(used).unwrap_or(i64::MAX);
+                short(name, requested, used, capacity)
+            })
+        });
+        lacking.map_or(Ok(()), Err)
+    }
+
+    /// The pod has ended, or nothing is left of it.
+    pub(crate) fn release(&mut self, uid: &PodUid) {
+        for (name, amount) in self.holders.remove(uid).unwrap_or_default() {
+            if let Some(sum) = self.used.get_mut(&name) {
+                *sum -= i128::from(amount);
+            }
+        }
+    }
+
+    /// True once: the caller then takes in what an earlier process accepted, before it asks for anything new.
+    pub(crate) fn first_time(&mut self) -> bool {
+        !std::mem::replace(&mut self.complete, true)
+    }
+}
+
+/// The allocations of one node, shared by all workers. The lock is held for map operations only.
+#[derive(Debug, Default)]
+pub(super) struct SharedAllocations(Mutex<Allocations>);
+
+impl SharedAllocations {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Allocations> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

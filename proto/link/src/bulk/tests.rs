@@ -1,0 +1,329 @@
+use bytes::Bytes;
+use futures::{StreamExt as _, stream};
+use http_body_util::BodyExt as _;
+use knoc_proto::pb::{
+    self, ExecInput, ExecOutput,
+    exec_input::Input,
+    exec_output::Output,
+    shim_client::ShimClient,
+    shim_server::{Shim, ShimServer},
+};
+use proptest::prelude::*;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
+use tonic::{
+    Code, Request, Response, Status, Streaming,
+    body::Body,
+    transport::{Channel, Endpoint, Server},
+};
+
+use super::{Called, Cutting, Messages, Nothing, Served, messages::Side};
+
+fn stdin(data: impl Into<Bytes>) -> ExecInput {
+    let input = Some(Input::Stdin(data.into()));
+    ExecInput { input }
+}
+
+fn stdout(data: Bytes) -> ExecOutput {
+    let output = Some(Output::Stdout(data));
+    ExecOutput { output }
+}
+
+/// Echoes what is exec'd, a failure at last; its `attach` is never answered with a byte, takes input up to a size of the
+/// terminal, and tells when it is let go.
+struct Echo {
+    tasks: TaskTracker,
+    left: mpsc::Sender<()>,
+}
+
+fn nothing() -> Status {
+    Status::unimplemented("not here")
+}
+
+#[tonic::async_trait]
+impl Shim for Echo {
+    type WatchReportStream = Nothing<pb::Report>;
+    type ReadLogsStream = Nothing<pb::LogChunk>;
+    type ExecStream = Nothing<ExecOutput>;
+    type AttachStream = Nothing<ExecOutput>;
+    type PortForwardStream = Nothing<pb::PortForwardOutput>;
+
+    async fn exec(
+        &self,
+        request: Request<Streaming<ExecInput>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        let input: Messages<ExecInput> = super::input(request)?;
+        let echoed = input.filter_map(async |input| match input.ok()?.input? {
+            Input::Stdin(data) => Some(Ok(stdout(data))),
+            Input::Start(_) | Input::Attach(_) | Input::StdinClosed(_) | Input::Resize(_) => None,
+        });
+        let failed = Status::data_loss("ünd Schluss");
+        let all = echoed.chain(stream::iter([Err(failed)]));
+        Ok(super::answer(super::encode(all)))
+    }
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<ExecInput>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut input: Messages<ExecInput> = super::input(request)?;
+        let left = self.left.clone();
+        let (output, silent) = mpsc::channel::<Result<ExecOutput, Status>>(1);
+        self.tasks.spawn(async move {
+            while let Ok(Some(message)) = input.message().await {
+                if matches!(message.input, Some(Input::Resize(_))) {
+                    break;
+                }
+            }
+            output.closed().await;
+            drop(input);
+            left.send(()).await
+        });
+        Ok(super::answer(super::encode(ReceiverStream::new(silent))))
+    }
+
+    async fn read_logs(
+        &self,
+        request: Request<pb::ReadLogsRequest>,
+    ) -> Result<Response<Self::ReadLogsStream>, Status> {
+        let request = request.into_inner();
+        if request.container.is_empty() {
+            return Err(Status::not_found("no container"));
+        }
+        let chunk = |data: &str| pb::LogChunk {
+            data: Bytes::copy_from_slice(data.as_bytes()),
+            ..pb::LogChunk::default()
+        };
+        let chunks = [chunk(&request.container), chunk("end")];
+        Ok(super::answer(super::encode(stream::iter(chunks.map(Ok)))))
+    }
+
+    async fn watch_report(
+        &self,
+        _: Request<pb::WatchReportRequest>,
+    ) -> Result<Response<Self::WatchReportStream>, Status> {
+        Err(nothing())
+    }
+
+    async fn stop(
+        &self,
+        _: Request<pb::StopRequest>,
+    ) -> Result<Response<pb::StopResponse>, Status> {
+        Ok(Response::new(pb::StopResponse {}))
+    }
+
+    async fn update_values(
+        &self,
+        _: Request<pb::PodValues>,
+    ) -> Result<Response<pb::ShimUpdateValuesResponse>, Status> {
+        Err(nothing())
+    }
+
+    async fn get_stats(
+        &self,
+        _: Request<pb::ShimGetStatsRequest>,
+    ) -> Result<Response<pb::PodStats>, Status> {
+        Err(nothing())
+    }
+
+    async fn port_forward(
+        &self,
+        _: Request<Streaming<pb::PortForwardInput>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        Err(nothing())
+    }
+}
+
+/// A channel to an [`Echo`], and what tells that its `attach` was let go.
+fn echo() -> (Channel, mpsc::Receiver<()>) {
+    let (left, gone) = mpsc::channel(1);
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let tasks = TaskTracker::new();
+    let echo = Echo {
+        tasks: tasks.clone(),
+        left,
+    };
+    let server = Server::builder().add_service(Served::new(ShimServer::new(echo)));
+    tasks.spawn(server.serve_with_incoming(crate::far_side(far)));
+    let mut near = Some(near);
+    let connector = tower::service_fn(move |_: http::Uri| {
+        let io = near.take().map(hyper_util::rt::TokioIo::new);
+        std::future::ready(io.ok_or_else(|| std::io::Error::other("once")))
+    });
+    let endpoint = Endpoint::from_static("http://echo").executor(Cutting);
+    (endpoint.connect_with_connector_lazy(connector), gone)
+}
+
+/// Of all sizes that matter: nothing, small, a frame, more than a window of ours, more than one of tonic's buffers.
+fn pieces() -> Vec<Bytes> {
+    let sizes = [0, 1, 255, 256, 16_384, 65_472, 65_536, 300_000];
+    let piece = |(number, size): (usize, usize)| vec![u8::try_from(number).unwrap(); size].into();
+    sizes.into_iter().enumerate().map(piece).collect()
+}
+
+async fn echoed(
+    next: impl AsyncFnMut() -> Result<Option<ExecOutput>, Status>,
+) -> (Vec<Bytes>, Status) {
+    let (mut next, mut all) = (next, Vec::new());
+    loop {
+        match next().await {
+            Ok(Some(ExecOutput {
+                output: Some(Output::Stdout(data)),
+            })) => all.push(data),
+            Ok(other) => panic!("{other:?}"),
+            Err(status) => return (all, status),
+        }
+    }
+}
+
+#[tokio::test]
+async fn bytes_and_the_status_come_whole_from_either_client() {
+    let said = || stream::iter(pieces().into_iter().map(stdin));
+    let (channel, _gone) = echo();
+    let mut called = ShimClient::new(Called::new(channel.clone()));
+    let answer = called.exec(super::request(said())).await.unwrap();
+    let mut ours = super::output(&answer);
+    let mut theirs = ShimClient::new(channel)
+        .exec(said())
+        .await
+        .unwrap()
+        .into_inner();
+    let ours = echoed(async || ours.message().await).await;
+    let theirs = echoed(async || theirs.message().await).await;
+    for (all, status) in [ours, theirs] {
+        assert_eq!(all, pieces());
+        assert_eq!(
+            (status.code(), status.message()),
+            (Code::DataLoss, "ünd Schluss")
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_relay_passes_bodies_on_and_has_its_own_word_for_failures() {
+    let (channel, _gone) = echo();
+    let mut shim = ShimClient::new(Called::new(channel));
+    let said = super::messages::encode_request(stream::iter(pieces().into_iter().map(stdin)));
+    let mut input = Messages::<ExecInput>::new(said, Side::Server);
+    assert_eq!(input.peek().await.unwrap(), Some(stdin("")));
+    assert_eq!(
+        input.peek().await.unwrap(),
+        Some(stdin("")),
+        "it is still there"
+    );
+    let answer = shim
+        .exec(super::request_body(input.into_body()))
+        .await
+        .unwrap();
+    let body = super::output_body(&answer).unwrap();
+    let body = super::failing_by(body, |status| {
+        Status::aborted(format!("!{}", status.message()))
+    });
+    let mut output = Messages::<ExecOutput>::new(body, Side::Client);
+    let (all, status) = echoed(async || output.message().await).await;
+    assert_eq!(all, pieces());
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::Aborted, "!ünd Schluss")
+    );
+}
+
+#[tokio::test]
+async fn answers_to_a_single_message_and_refusals() {
+    let (channel, _gone) = echo();
+    let mut shim = ShimClient::new(Called::new(channel));
+    let request = pb::ReadLogsRequest {
+        container: "main".to_owned(),
+        ..pb::ReadLogsRequest::default()
+    };
+    let mut output = super::output(&shim.read_logs(request).await.unwrap());
+    for expected in ["main", "end"] {
+        assert_eq!(output.message().await.unwrap().unwrap().data, expected);
+    }
+    assert_eq!(output.message().await.unwrap(), None);
+    assert_eq!(output.message().await.unwrap(), None);
+    let refused = shim.read_logs(pb::ReadLogsRequest::default()).await;
+    assert_eq!(refused.unwrap_err().code(), Code::NotFound);
+    // Methods that are not streams of bytes are tonic's own.
+    shim.stop(pb::StopRequest::default()).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_drops_an_answer_lets_go_of_the_call() {
+    let (channel, mut gone) = echo();
+    let mut shim = ShimClient::new(Called::new(channel));
+    let (input, said) = mpsc::channel(1);
+    input.send(stdin("a")).await.unwrap();
+    let request = super::request(ReceiverStream::new(said));
+    let answer = shim.attach(request).await.unwrap();
+    // There is more to say, and nobody says it.
+    drop(super::output(&answer));
+    gone.recv().await.unwrap();
+    assert!(input.is_closed());
+}
+
+#[tokio::test]
+async fn also_of_one_whose_request_waits_for_room() {
+    let (channel, mut gone) = echo();
+    let mut shim = ShimClient::new(Called::new(channel));
+    let (input, said) = mpsc::channel(1);
+    let request = super::request(ReceiverStream::new(said));
+    let answer = shim.attach(request).await.unwrap();
+    let size = Some(Input::Resize(pb::TerminalSize::default()));
+    input.send(ExecInput { input: size }).await.unwrap();
+    let more = Bytes::from(vec![7; 10_000]);
+    let waits = std::time::Duration::from_secs(1);
+    // Until nothing is taken any more.
+    while let Ok(sent) = tokio::time::timeout(waits, input.send(stdin(more.clone()))).await {
+        sent.unwrap();
+    }
+    drop(super::output(&answer));
+    gone.recv().await.unwrap();
+    // Other calls of the connection go on.
+    shim.stop(pb::StopRequest::default()).await.unwrap();
+}
+
+#[tokio::test]
+async fn bodies_that_are_no_messages_are_refused() {
+    let cases: [(&[u8], Side, Code); 5] = [
+        (b"\0\0\0\0\x05ab", Side::Server, Code::Internal),
+        (b"\x01\0\0\0\x01a", Side::Server, Code::Internal),
+        (b"\0\xff\xff\xff\xff", Side::Server, Code::OutOfRange),
+        (b"\0\0\0\0\x01\xff", Side::Server, Code::Internal),
+        (b"", Side::Client, Code::Unknown),
+    ];
+    for (bytes, side, code) in cases {
+        let body = Body::new(
+            http_body_util::Full::new(Bytes::from_static(bytes)).map_err(|never| match never {}),
+        );
+        let mut messages = Messages::<ExecInput>::new(body, side);
+        assert_eq!(
+            messages.message().await.unwrap_err().code(),
+            code,
+            "{bytes:?}"
+        );
+        assert_eq!(
+            messages.message().await.unwrap(),
+            None,
+            "and that is the end"
+        );
+    }
+}
+
+proptest! {
+    #[test]
+    fn however_a_body_is_cut(sizes in prop::collection::vec(0_usize..2000, 0..6), step in 1_usize..700) {
+        let said: Vec<_> = sizes.iter().map(|size| stdin(vec![7; *size])).collect();
+        let body = super::messages::encode_request(stream::iter(said.clone()));
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let found = runtime.block_on(async move {
+            let whole = body.collect().await.unwrap().to_bytes();
+            let cut: Vec<_> = whole.chunks(step).map(Bytes::copy_from_slice).collect();
+            let frames = stream::iter(cut.into_iter().map(|cut| Ok::<_, Status>(http_body::Frame::data(cut))));
+            let body = Body::new(http_body_util::StreamBody::new(frames));
+            Messages::<ExecInput>::new(body, Side::Server).map(Result::unwrap).collect::<Vec<_>>().await
+        });
+        prop_assert_eq!(found, said);
+    }
+}
