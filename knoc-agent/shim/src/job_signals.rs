@@ -1,10 +1,10 @@
 //! Task: signals to the job begin the stop of its containers.
 //!
-//! - TERM and INT come from outside: `scancel`, preemption, a time limit. Slurm kills the job `KillWait` seconds later,
-//!   so the grace ends before. The value is read from `slurm.conf` on the node: asking the controller would be one
-//!   request for each of many jobs that are cancelled together.
+//! - TERM and INT come from others: `scancel`, preemption, a time limit. Slurm kills the job `KillWait` seconds later, so
+//!   the grace period ends before that. The value is read from `slurm.conf` on the node: asking the controller would be
+//!   one request for each of many jobs that are cancelled together.
 //! - USR2 is Slurm's warning ahead of the time limit (`--signal` of the batch script), early enough for the whole grace.
-//! - USR1 is the agent's own stop where the link is down (capability `stop-signal`): nobody kills the job meanwhile.
+//! - USR1 is the agent's own stop if the link is down (capability `stop-signal`): nobody kills the job meanwhile.
 
 use std::{io, path::PathBuf, time::Duration};
 
@@ -19,7 +19,7 @@ use super::supervisor::Command;
 /// Slurm's own default.
 const KILL_WAIT: Duration = Duration::from_secs(30);
 
-/// Where there is no `slurm.conf` to be read: enough for most programs, and less than most sites' setting.
+/// If no `slurm.conf` can be read: enough for most programs, and less than what most sites set.
 const UNKNOWN: Duration = Duration::from_secs(10);
 
 /// How much of it is kept for killing, and for the final report.
@@ -48,7 +48,7 @@ impl Signals {
     /// Task: see the module. Ends with the supervisor.
     pub(crate) async fn obey(mut self, grace: Duration, commands: mpsc::Sender<Command>) {
         loop {
-            // In the order of what they say of the reason, should several come at once.
+            // If several come at once, the one that says most about the reason is taken first.
             let (by, reason) = tokio::select! {
                 biased;
                 Some(()) = self.limit.recv() => {

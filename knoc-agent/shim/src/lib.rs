@@ -6,9 +6,9 @@
 //!   channel, publishes the report and the [`directory`] over watch channels.
 //! - [`report::keep`]: the durable copy of the newest report.
 //! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
-//! - [`staged`]: values that come while the link is down.
-//! - the reaper ([`children`]), the watcher of signals from outside, and [`scratch::keep_clean`], which removes what
-//!   ended attempts wrote.
+//! - [`values_poll`]: looks for newer values in the job directory while the link is down.
+//! - [`job_signals`]: signals to the job begin the stop of its containers.
+//! - the reaper ([`children`]), and [`scratch::keep_clean`], which removes what ended attempts wrote.
 //!
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
@@ -24,6 +24,7 @@ mod fdio;
 mod forward;
 mod gpus;
 mod handshake;
+mod job_signals;
 pub mod launch;
 mod link;
 mod listeners;
@@ -31,7 +32,6 @@ mod measure;
 mod mounts;
 mod oom;
 mod output;
-mod outside;
 mod passwd;
 mod places;
 mod plan;
@@ -43,9 +43,9 @@ mod runtime;
 mod scratch;
 mod serve;
 mod signals;
-mod staged;
 mod supervisor;
 mod usage;
+mod values_poll;
 mod volumes;
 
 use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
@@ -224,7 +224,7 @@ async fn run(
     let mut background = JoinSet::new();
     background.spawn(pod.children.clone().reap(Children::signal()?));
     let (commands, orders) = mpsc::channel(COMMANDS);
-    let signals = outside::Signals::listen()?;
+    let signals = job_signals::Signals::listen()?;
     background.spawn(signals.obey(own_grace(&pod), commands.clone()));
     let mut publisher = Publisher::new(first_report(&pod, previous.as_ref()));
     if let Some(why) = pod.scratch.on_disk() {
@@ -247,7 +247,7 @@ async fn run(
     };
     let (farewell, mut linked) = link_up(service, endpoint);
     let link_state = farewell.link.subscribe();
-    background.spawn(staged::watch(pod.jobdir.clone(), link_state, commands));
+    background.spawn(values_poll::watch(pod.jobdir.clone(), link_state, commands));
     Supervisor::new(
         Arc::clone(&pod),
         previous.as_ref(),

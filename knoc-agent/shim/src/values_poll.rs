@@ -1,7 +1,7 @@
-//! Task: values that were staged after the shim took its first ones, while it has no link to the agent.
+//! Task: polls the job directory for newer values while the shim has no link to the agent.
 //!
-//! The agent gives newer values over the link. Where there is none it stages them in the job directory, as for a job
-//! that waits; so a shim whose link is down looks there now and then, and unlinks what it took.
+//! The agent sends newer values over the link. If there is none, it writes them to the job directory, as it does for a
+//! job that is still queued. So a shim whose link is down looks there every few seconds, and unlinks what it has taken.
 
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{link::State, supervisor::Command};
 
-/// Between two looks: as often as the agent then reads the report.
-const LOOK: Duration = Duration::from_secs(10);
+/// Between two polls, before jitter: the agent reads the report of a job without a link as often.
+const PERIOD: Duration = Duration::from_secs(10);
 
-/// Looks whenever the link is down. Ends with the supervisor.
+/// Polls as long as the link is down. Ends with the supervisor.
 pub(super) async fn watch(
     jobdir: JobDir,
     mut link: watch::Receiver<State>,
@@ -27,12 +27,12 @@ pub(super) async fn watch(
             Ok(false) => return,
             Err(error) => tracing::warn!("staged values: {error}"),
         }
-        let pause = LOOK.mul_f64(rand::rng().random_range(0.5..1.5));
+        let pause = PERIOD.mul_f64(rand::rng().random_range(0.5..1.5));
         tokio::time::sleep(pause).await;
     }
 }
 
-/// Takes what is staged. False where the supervisor has ended.
+/// Gives the supervisor the values that are in the job directory, if any. Returns false if the supervisor has ended.
 async fn take(jobdir: &JobDir, commands: &mpsc::Sender<Command>) -> Result<bool, String> {
     let dir = jobdir.clone();
     let read = tokio::task::spawn_blocking(move || dir.values()).await;

@@ -27,9 +27,10 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use self::reviews::Reviews;
-use super::authn::{Peer, User, bearer};
+use super::authn::{Peer, bearer};
 use super::authz::{self, Attributes};
 use super::tls::Verifier;
+use super::user::User;
 use super::{Cluster, ClusterError, Context};
 
 const TOKEN_TTL: Duration = Duration::from_mins(2);
@@ -176,7 +177,7 @@ impl Access {
         let mut busy = false;
         let source = peer
             .as_ref()
-            .map_or(Source::Local, |peer| peer.address.into());
+            .map_or(Source::Local, |peer| peer.origin.into());
         match peer
             .as_ref()
             .and_then(|peer| peer.user(verifier, UnixTime::now()))
@@ -200,7 +201,7 @@ impl Access {
             },
         }
         let peer = peer.map_or_else(String::new, |peer| {
-            format!("{} ({})", peer.address, peer.claims())
+            format!("{} ({})", peer.origin, peer.claims())
         });
         Err(Refusal {
             source,
