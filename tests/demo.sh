@@ -1,5 +1,5 @@
 #!/bin/bash
-# Brings the fullest stack up, runs an example pod and shows what came of it (make demo).
+# Starts the fullest stack, runs an example pod and shows the results (make demo).
 # demo.sh [--transcript FILE]
 [ "${1:-}" != --transcript ] || transcript=$2
 . "$(dirname "$0")/testbed/lib.sh"
@@ -29,12 +29,12 @@ on_kubernetes() {
 Next:
   eval "$(make -s env)"                 # kubectl, knocctl and their configuration
   kubectl apply -f deploy/examples/     # more pods
-  knocctl doctor                        # every link of the chain
+  knocctl doctor                        # checks the whole chain
   make down
 TEXT
 }
 on_the_agent_alone() {
-    # A name of its own: a pod hello of the full stack belongs to Kubernetes, also while that is down.
+    # Another name, because a pod `hello` of the full stack belongs to Kubernetes even while Kubernetes is down.
     local pod=hello-alone
     sed "s/^  name: hello$/  name: $pod/" deploy/examples/hello.yaml >"$run/$pod.yaml"
     knocctl delete $pod >/dev/null 2>&1 || true

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Runs the tests that this machine can carry, and ends with a table by level and a line of sums (make test).
-# With STACK=full given, a stack that does not come up, and any skip, is a failure. The time is that of the tests, without
-# compiling and starting the stack.
+# Runs the tests that this machine supports, and ends with a table by level and a line of totals (make test).
+# If STACK=full is given, a stack that does not start, or a skipped test, is a failure. The time is that of the tests, without
+# compiling and without starting the stack.
 given_stack=${STACK:-}
 . "$(dirname "$0")/testbed/lib.sh"
 . "$testbed/stack.sh"
 cd "$repository"
-export RUST_BACKTRACE=0 RUST_LIB_BACKTRACE=0 # the error says what was seen
+export RUST_BACKTRACE=0 RUST_LIB_BACKTRACE=0 # the error already describes what was seen
 say "STACK=$STACK ($why)"
 results=$log/tests
 mkdir -p "$results"
@@ -14,16 +14,16 @@ rm -f "$results"/*
 reasons=()
 total_passed=0 total_failed=0 total_skipped=0
 
-# suite LEVEL CARGO-ARGUMENTS...: runs, shows and keeps the output.
+# suite LEVEL CARGO-ARGUMENTS...: runs the suite, shows its output and keeps it.
 suite() {
     local level=$1 code=0
     shift
     say "$level: cargo test $*"
     cargo test --no-fail-fast "$@" 2>&1 | tee -a "$results/$level" || code=$?
-    # A suite that ends without saying how many failed (it did not compile, it crashed) is one failure.
+    # A suite that ends without a result line (it did not compile, or it crashed) counts as one failure.
     [ $code = 0 ] || grep -q '^test result: FAILED' "$results/$level" || echo "test result: FAILED. 0 passed; 1 failed; 0 ignored" >>"$results/$level"
 }
-# skip LEVEL REASON CARGO-ARGUMENTS...: counts what is not run.
+# skip LEVEL REASON CARGO-ARGUMENTS...: counts the tests that are not run.
 skip() {
     local level=$1 reason=$2 count
     shift 2
@@ -42,7 +42,7 @@ row() { # row LEVEL WHAT [SECONDS-IT-MAY-TAKE]
 }
 tests_named() { (cd tests/tests && ls $1 2>/dev/null | sed 's/\.rs$//; s/^/--test /'); }
 
-# Level 2 needs no root and gets none: cargo starts its tests as an ordinary user, if such a one may read this folder.
+# Level 2 needs no root: cargo starts its tests as an ordinary user, if that user can read this folder.
 l2_user="no root"
 l2() {
     local ordinary="setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs env HOME=/nonexistent"
@@ -50,22 +50,22 @@ l2() {
         if $ordinary "$KNOC_BIN/knoc-agent" version >/dev/null 2>&1 && $ordinary cat tests/tests/tidy.rs >/dev/null 2>&1; then
             local -x CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$ordinary
         else
-            l2_user="as root" # nobody else may read this folder
+            l2_user="as root" # no other user can read this folder
         fi
     fi
-    # They wait for most of their time; the floods of connections take the processor, and are measured.
+    # Most tests spend their time waiting; the floods of connections use the CPU and are timed, so they run alone.
     suite L2 -p knoc-tests --test l2 -- --test-threads=16 --skip flood::
     suite L2 -p knoc-tests --test l2 flood:: -- --test-threads=1
 }
 
-# What level 3 needs beside the stack is built while the unit tests are compiled; a failure is told when it is asked for again.
+# The other programs that level 3 needs are built while the unit tests are compiled; a failure is reported when they are needed.
 [ "$STACK" != full ] || { nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh"; } &
 suite unit --workspace --exclude knoc-tests
 suite unit -p knoc-tests --lib --bins $(tests_named 'tidy*.rs')
 wait
 l2
 
-# Faults (nodes that go down, processes that are killed) would be seen by other tests: alone, one after the other.
+# Faults (nodes that go down, processes that are killed) would affect other tests, so these tests run alone, one after the other.
 faults=$(tests_named 'l3_faults*.rs l3_crash*.rs l3_cut*.rs')
 others=$(tests_named 'l3_*.rs' | grep -v 'l3_faults\|l3_crash\|l3_cut')
 own_ca='l3_access.rs l3_identity.rs l3_metrics.rs'
@@ -88,7 +88,7 @@ else
     fi
     suite L3 -p knoc-tests $others -- --test-threads=8
     [ -z "$faults" ] || suite L3 -p knoc-tests $faults -- --test-threads=1
-    # The core once more with a kubelet that is a node: NodeRestriction bounds it, and its certificates come from the cluster.
+    # The core suites once more with a kubelet that is a node: NodeRestriction limits it, and its certificates come from the cluster.
     core='l3_access.rs l3_pods.rs l3_kubectl.rs l3_delete.rs'
     "$testbed/kubelet.sh" down
     if [ -n "$given_kubeconfig" ]; then

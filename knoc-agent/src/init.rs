@@ -30,22 +30,22 @@ const PORT: u16 = 10350;
 /// The command line of `init`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Name of the site, a DNS label of at most 58 characters: the node is called knoc-SITE
+    /// The name of the site, a DNS label of at most 58 characters; the node is called knoc-SITE
     #[arg(long, value_parser = site_name)]
     pub site: String,
-    /// How kubelets reach this login node; the first one stands in the bundle [default: this host's name]
+    /// The address at which kubelets reach this login node; the first one is written to the bundle [default: this host's name]
     #[arg(long, value_name = "HOST[:PORT]")]
     pub address: Vec<String>,
-    /// A namespace of the cluster whose pods may run here, as this account; may be repeated [default: every namespace]
+    /// A namespace of the cluster whose pods can run here as this account; can be repeated [default: every namespace]
     #[arg(long = "namespace", value_name = "NAMESPACE", value_parser = namespace)]
     pub namespaces: Vec<String>,
-    /// Where to write [default: ~/.config/knoc]
+    /// The folder to write to [default: ~/.config/knoc]
     #[arg(long, value_name = "FOLDER")]
     pub dir: Option<PathBuf>,
-    /// slurm or local [default: slurm where sbatch is in PATH]
+    /// The scheduler: slurm or local [default: slurm if sbatch is in PATH, else local]
     #[arg(long, value_name = "NAME", value_parser = scheduler)]
     pub scheduler: Option<SchedulerKind>,
-    /// auto, apptainer, singularity or process [default: process where no runtime is in PATH]
+    /// The container runtime: auto, apptainer, singularity or process [default: auto, or process if none is in PATH]
     #[arg(long, value_name = "NAME", value_parser = runtime)]
     pub runtime: Option<RuntimeKind>,
 }
@@ -94,7 +94,7 @@ pub enum InitError {
         folder: PathBuf,
     },
     /// An address cannot be one.
-    #[error("{address:?} is no HOST or HOST:PORT")]
+    #[error("{address:?} is not HOST or HOST:PORT")]
     Address {
         /// As given.
         address: String,
@@ -292,29 +292,29 @@ impl Init<'_> {
             }
         };
         let written = list("Written", &self.written);
-        let kept = "Already there, left as they are (move one away to have it made anew)";
+        let kept = "Already there and left unchanged (to recreate a file, move it away and run init again)";
         let kept = list(kept, &self.kept);
         let folder = self.folder.display();
         let (host, port) = &self.addresses[0];
         let site = &self.options.site;
         let access = if self.namespaces.is_empty() {
             format!(
-                "Before you hand the bundle over: [policy] namespaces in {folder}/agent.toml is empty, so whoever may create a \
-                 pod in any namespace of the cluster runs programs as you. Name the namespaces there.\n\n"
+                "Before you hand over the bundle: [policy] namespaces in {folder}/agent.toml is empty, so everybody who can create a \
+                 pod in any namespace of the cluster runs programs as you. Name the allowed namespaces there.\n\n"
             )
         } else {
             format!(
-                "Whoever may create a pod in one of these namespaces of the cluster runs programs as you: {}.\n\n",
+                "Everybody who can create a pod in one of these namespaces of the cluster runs programs as you: {}.\n\n",
                 self.namespaces.join(", ")
             )
         };
         format!(
-            "{written}{kept}\n{access}Next:\n  1. Look through {folder}/agent.toml.\n  2. Start the agent: \
+            "{written}{kept}\n{access}Next:\n  1. Read {folder}/agent.toml and adapt it.\n  2. Start the agent: \
              knoc-agent serve\n  3. Check it: knocctl doctor\n  4. In the cluster: kubectl apply -n \
              knoc-system -f {folder}/kubelet-bundle.yaml\n     and install the chart with \
-             agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key renews the \
-             certificates before their year is over: leave it there, readable by you alone. Without it you \
-             renew them by hand.\n",
+             agent.site={site}, agent.address={host}:{port}\n\n{folder}/tls/ca.key is used to \
+             renew the certificates before they expire after a year: leave it there, readable only by you. Without it \
+             you have to renew them by hand.\n",
         )
     }
 }

@@ -37,11 +37,11 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Makes certificates, the kubelet's bundle and a commented site file. Overwrites nothing.
+    /// Creates certificates, the kubelet's bundle and a commented site file; never overwrites a file.
     Init(init::Options),
-    /// Serves the agent on the login node.
+    /// Runs the agent on the login node.
     Serve(ConfigFile),
-    /// Relays standard input and output to the running agent's unix socket.
+    /// Connects standard input and output to the unix socket of the running agent.
     Connect(ConfigFile),
     /// Runs the containers of one pod inside its job.
     Shim {
@@ -56,13 +56,13 @@ enum Command {
         /// The launch socket.
         socket: PathBuf,
     },
-    /// Mounts what a container gets, and becomes the container runtime.
+    /// Mounts the volumes of a container and then executes the container runtime.
     #[command(hide = true)]
     Contain,
     /// Starts a process in the namespaces of a running container.
     #[command(hide = true)]
     Enter {
-        /// As the shim gives them.
+        /// The arguments that the shim passes.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },

@@ -24,9 +24,12 @@ use crate::{
     config::{Config, IdentityConfig},
     leader::{Leader, LeaderError},
     metrics::Metrics,
-    node::{self, NodeError, NodeTask, place::Place},
+    node::{
+        self, NodeError,
+        unit::{Capacity, Unit},
+    },
     pods::{
-        Ask, Context, Controller, Ledger, Pulse, Services, Store,
+        ApiServer, Ask, Context, Controller, KnownPods, LoopHealth, Process, Services, Site, Store,
         events::{Events, Recorder},
         queue::Queue,
         watch::PodWatch,
@@ -171,54 +174,51 @@ impl App {
         let (capacity_to, capacity) = watch::channel(None);
         let (orphans_to, orphans) = watch::channel(0);
         let (listed_to, listed) = watch::channel(false);
-        let (place_to, place) = watch::channel(Place::default());
         let events = self.record(tasks, shutdown);
         let own = self.certificates(tasks, shutdown, &events).await?;
         let client = own.clients.node.clone();
-        let queue = Queue::default();
-        let services = Services::default();
-        let context = Arc::new(Context {
-            client: client.clone(),
-            node: self.config.node.name.clone(),
-            ask: self.ask(),
-            agent: self.agent.clone(),
-            store: self.store.clone(),
-            queue: queue.clone(),
-            events,
-            services: services.clone(),
-            link: link.clone(),
-            listed,
-            place,
-            capacity: capacity.clone(),
-            pods: self.config.node.pods,
-            ledger: Ledger::default(),
-            pulse: Pulse::default(),
-            queue_factor: self.config.node.queue_factor,
+        let (queue, services) = (Queue::default(), Services::default());
+        let process = Process {
             started: Timestamp::now(),
             deposed: deposed.clone(),
+            health: LoopHealth::default(),
             metrics: Metrics::default(),
+        };
+        let certificate = self.renew(tasks, shutdown, link.clone());
+        let backend = self.backend(&process, &link, &capacity, certificate.clone());
+        let port = self.serve(tasks, shutdown, &own, backend).await?;
+        let unit = Arc::new(Unit::new(self.node_identity(port), capacity));
+        let context = Arc::new(Context {
+            api: ApiServer {
+                client: client.clone(),
+                ask: self.ask(),
+                events,
+                services: services.clone(),
+            },
+            site: Site {
+                agent: self.agent.clone(),
+                link: link.clone(),
+            },
+            node: unit.clone(),
+            pods: KnownPods {
+                store: self.store.clone(),
+                queue: queue.clone(),
+                listed,
+            },
+            process,
         });
-        let certificate = self.renew(tasks, shutdown, &context);
-        let shown = certificate.clone();
-        let serve = self.serve(tasks, shutdown, &own, &context, shown);
-        let port = serve.await?;
         let watched = node::Watched {
             certificates: own.health,
             link_certificate: certificate,
             link,
-            capacity,
+            orphans,
         };
-        let identity = self.node_identity(port);
-        let node = NodeTask::new(own.clients, identity, watched, orphans, place_to);
-        node.register().await?;
+        node::start(&unit, own.clients, watched, tasks, shutdown).await?;
         let (agent, store) = (self.agent.clone(), self.store.clone());
-        let agent_watch = AgentWatch::new(agent, store, queue.clone(), link_to, capacity_to);
+        let agent_watch = AgentWatch::new(agent, store, queue, link_to, capacity_to);
         let (missing_to, missing) = watch::channel(0);
         let pod_watch = PodWatch::new(context.clone(), listed_to, missing_to);
         let token = || shutdown.clone();
-        let name = self.config.node.name.clone();
-        tasks.spawn(node::lease::run(client.clone(), name, token()));
-        tasks.spawn(node.run(token()));
         tasks.spawn(services.run(client, token()));
         tasks.spawn(agent_watch.run(token()));
         tasks.spawn(watch_orphans(context.clone(), missing, orphans_to, token()));
@@ -262,14 +262,14 @@ impl App {
         &self,
         tasks: &mut JoinSet<()>,
         shutdown: &CancellationToken,
-        context: &Context,
+        link: watch::Receiver<Link>,
     ) -> watch::Receiver<LinkCertificate> {
         let (health_to, health) = watch::channel(LinkCertificate::default());
         let renewer = Renewer::new(
             self.agent.clone(),
             self.dialer.clone(),
             self.keep(),
-            context.link.clone(),
+            link,
             health_to,
         );
         if let Some(renewer) = renewer {
@@ -278,26 +278,35 @@ impl App {
         health
     }
 
+    /// What the kubelet API sees of the rest.
+    fn backend(
+        &self,
+        process: &Process,
+        link: &watch::Receiver<Link>,
+        capacity: &Capacity,
+        certificate: watch::Receiver<LinkCertificate>,
+    ) -> backend::KubeletBackend {
+        backend::KubeletBackend {
+            store: self.store.clone(),
+            agent: self.agent.clone(),
+            link: link.clone(),
+            capacity: capacity.clone(),
+            certificate,
+            health: process.health.clone(),
+            metrics: process.metrics.clone(),
+            stats: Stats::new(self.agent.clone(), link.clone(), self.store.clone()),
+            config: self.config.effective.clone(),
+        }
+    }
+
     /// Binds and serves the kubelet API; returns its port.
     async fn serve(
         &self,
         tasks: &mut JoinSet<()>,
         shutdown: &CancellationToken,
         own: &certificates::Own,
-        context: &Context,
-        certificate: watch::Receiver<LinkCertificate>,
+        backend: backend::KubeletBackend,
     ) -> Result<u16, RunError> {
-        let backend = backend::KubeletBackend {
-            store: self.store.clone(),
-            agent: self.agent.clone(),
-            link: context.link.clone(),
-            capacity: context.capacity.clone(),
-            certificate,
-            pulse: context.pulse.clone(),
-            metrics: context.metrics.clone(),
-            stats: Stats::new(self.agent.clone(), context.link.clone(), self.store.clone()),
-            config: self.config.effective.clone(),
-        };
         let cluster = Arc::new(crate::server::KubeCluster::new(own.clients.clone()));
         let settings = build::server_settings(&self.config, own.serving.clone());
         let server = Server::bind(settings, Arc::new(backend), cluster)

@@ -1,37 +1,27 @@
-//! The configuration: a YAML file and the environment, read through one source trait.
+//! The configuration of the kubelet: a YAML file, and environment variables, which go before it.
 //!
-//! Every setting stands in [`SETTINGS`] with its default and its environment variable. All mistakes
-//! are named at once, each with its place (file and line, or variable) and the values allowed, before
-//! anything starts. The environment goes before the file.
+//! [`settings`] has every setting as it is written, with its default; [`resolve`] makes the configuration in effect of
+//! them. All mistakes are reported at once, each with its file and line, or its variable, and the values that are allowed,
+//! before anything starts.
 
-mod settings;
-mod source;
+mod resolve;
+pub mod settings;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
-use knoc_proto::{ids::SiteName, names};
-use serde_json::{Map, Value};
+use knoc_proto::settings::{Document, Mistakes};
 
-pub use settings::{SETTINGS, Setting};
-pub use source::{Environment, Found, Origin, Source, YamlFile};
+use settings::Settings;
 
-/// The most characters of a node's name: it is also the value of its label `kubernetes.io/hostname`.
-const NODE_NAME: usize = 63;
+/// How the names of our environment variables begin.
+pub const PREFIX: &str = "KNOC_";
 
-/// One mistake in the configuration.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{origin}: {what}")]
-pub struct Problem {
-    /// Where it stands.
-    pub origin: Origin,
-    /// What is wrong and what would be right.
-    pub what: String,
-}
-
-/// All mistakes of a configuration.
-#[derive(Debug, thiserror::Error)]
-#[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
-pub struct InvalidConfig(pub Vec<Problem>);
+/// Variables that begin like settings and are none.
+const NOT_SETTINGS: &[&str] = &["KNOC_CONFIG", "KNOC_CRASH_AT"];
 
 /// The configuration of one kubelet.
 #[derive(Clone, Debug)]
@@ -159,317 +149,36 @@ pub struct ServerConfig {
 }
 
 impl Config {
-    /// Reads all settings; the first source that has one wins.
-    pub fn load(sources: &[&dyn Source]) -> Result<Self, InvalidConfig> {
-        let mut reader = Reader {
-            sources,
-            problems: Vec::new(),
+    /// Reads all settings: those of the environment, and those of the file, which lies at the path and has the text.
+    ///
+    /// # Errors
+    /// All mistakes.
+    pub fn load(
+        file: Option<(&Path, &str)>,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, Mistakes> {
+        let mut document = match file {
+            Some((path, text)) => Document::parse_yaml(text, path)?,
+            None => Document::empty("configuration"),
         };
-        for source in sources {
-            reader.problems.extend(source.problems());
-        }
-        let config = reader.config();
-        if reader.problems.is_empty()
-            && let Some(config) = config
-        {
-            return Ok(config);
-        }
-        Err(InvalidConfig(reader.problems))
-    }
-}
-
-struct Reader<'a> {
-    sources: &'a [&'a dyn Source],
-    problems: Vec<Problem>,
-}
-
-impl Reader<'_> {
-    fn config(&mut self) -> Option<Config> {
-        let agent = self.agent();
-        let kubernetes = KubernetesConfig {
-            kubeconfig: self.path("kubernetes.kubeconfig"),
-            namespace: self.text("kubernetes.namespace"),
-            identity: self.text("kubernetes.identity"),
-        };
-        let json = self.one_of("log.format", &["text", "json"]).as_deref() == Some("json");
-        let level = self.text("log.level").unwrap_or_else(|| "info".to_owned());
-        let node = self.node(agent.as_ref().and_then(|agent| agent.site.as_deref()));
-        let server = self.server();
-        let identity = self.identity();
-        let keys = self.keys(node.as_ref().map_or("", |node| node.name.as_str()));
-        Some(Config {
-            agent: agent?,
-            identity,
-            keys,
-            kubernetes,
-            log: LogConfig { json, level },
-            node: node?,
-            server: server?,
-            effective: self.effective(),
-        })
-    }
-
-    /// Each setting's text, or its default in words; one that is neither set nor has a default is null.
-    fn effective(&self) -> Value {
-        let mut root = Value::Object(Map::new());
-        for setting in SETTINGS {
-            let default = Some(setting.default.to_owned()).filter(|text| !text.is_empty());
-            let text = self.text(setting.key).or(default);
-            let mut place = &mut root;
-            for part in setting.key.split('.') {
-                place = &mut place[part];
-            }
-            *place = text.into();
-        }
-        root
-    }
-
-    fn agent(&mut self) -> Option<AgentConfig> {
-        let address = self.required("agent.address");
-        let site = self
-            .parse::<SiteName>("agent.site", "a DNS label of at most 58 characters")
-            .map(String::from);
-        let files = [
-            self.path("agent.ca"),
-            self.path("agent.cert"),
-            self.path("agent.key"),
-        ];
-        let unix = address
-            .as_deref()
-            .is_some_and(|address| address.starts_with("unix:"));
-        let credentials = match files {
-            [Some(ca), Some(cert), Some(key)] => Some(CredentialFiles { ca, cert, key }),
-            [None, None, None] if unix => None,
-            _ => {
-                self.missing(
-                    "agent.ca, agent.cert and agent.key",
-                    "all three are needed, save for a `unix:` address",
-                );
-                return None;
-            }
-        };
-        Some(AgentConfig {
-            address: address?,
-            credentials,
-            site,
-        })
-    }
-
-    fn node(&mut self, site: Option<&str>) -> Option<NodeConfig> {
-        let name = self
-            .text("node.name")
-            .or_else(|| site.map(|site| format!("knoc-{site}")));
-        match &name {
-            None => self.missing("node.name", "set it, or agent.site, from which it follows"),
-            Some(name) if names::dns_subdomain(name).is_err() || name.len() > NODE_NAME => {
-                let allowed = format!(
-                    "a node's name: lower-case letters, digits, `-` and `.`, at most {NODE_NAME} characters"
-                );
-                self.wrong("node.name", name, &allowed);
-            }
-            Some(_) => {}
-        }
-        let internal_ip = self.parse("node.internalIP", "an IP address");
-        let pods = self.number("node.pods", 1, 100_000);
-        let queue_factor = self.number("node.queueFactor", 1, 10_000);
-        let taint = self.one_of("node.taint", &["true", "false"]).as_deref() != Some("false");
-        let labels = self.labels();
-        Some(NodeConfig {
-            name: name?,
-            internal_ip,
-            labels,
-            pods: pods.unwrap_or(1000),
-            queue_factor: queue_factor.unwrap_or(10),
-            taint,
-        })
-    }
-
-    fn server(&mut self) -> Option<ServerConfig> {
-        let listen = match self.text("server.listen") {
-            None => Some(SocketAddr::from(([0, 0, 0, 0], 10250))),
-            Some(text) if text.starts_with(':') => {
-                self.parsed("server.listen", &format!("0.0.0.0{text}"), "address:port")
-            }
-            Some(text) => self.parsed("server.listen", &text, "address:port"),
-        };
-        let serving = self.serving();
-        let client_ca = self.path("server.clientCA");
-        let websockets = self.one_of("server.websockets", &["true", "false"]);
-        Some(ServerConfig {
-            listen: listen?,
-            serving: serving?,
-            client_ca,
-            websockets: websockets.as_deref() != Some("false"),
-        })
-    }
-
-    fn serving(&mut self) -> Option<ServingConfig> {
-        let files = (self.path("server.cert"), self.path("server.key"));
-        let source = self.one_of("server.certificate", &["self-signed", "csr", "files"]);
-        match (source.as_deref(), files) {
-            (Some("files") | None, (Some(cert), Some(key))) => {
-                Some(ServingConfig::Files(cert, key))
-            }
-            (Some("csr"), (None, None)) => Some(ServingConfig::Csr),
-            (Some("self-signed") | None, (None, None)) => Some(ServingConfig::SelfSigned),
-            (Some("files"), (None, None)) => {
-                self.missing(
-                    "server.cert and server.key",
-                    "server.certificate is `files`",
-                );
-                None
-            }
-            (_, (Some(_), Some(_))) => {
-                let allowed = "`files`, which server.cert and server.key belong to";
-                self.wrong("server.certificate", &source.unwrap_or_default(), allowed);
-                None
-            }
-            (_, (Some(_), None) | (None, Some(_))) => {
-                self.missing("server.cert and server.key", "both or neither");
-                None
-            }
-            (Some(_), (None, None)) => None,
-        }
-    }
-
-    fn identity(&mut self) -> IdentityConfig {
-        let bootstrap = self.path("identity.bootstrapKubeconfig");
-        let kind = self.one_of("identity.kind", &["serviceaccount", "node"]);
-        if kind.as_deref() == Some("node") {
-            return IdentityConfig::Node { bootstrap };
-        }
-        if let Some(path) = bootstrap {
-            let allowed = "of any use unless identity.kind is `node`";
-            let path = path.display().to_string();
-            self.wrong("identity.bootstrapKubeconfig", &path, allowed);
-        }
-        IdentityConfig::ServiceAccount
-    }
-
-    fn keys(&mut self, node: &str) -> KeysConfig {
-        let secret = self.text("keys.secret");
-        match (self.path("keys.folder"), secret) {
-            (Some(folder), Some(_)) => {
-                let text = folder.display().to_string();
-                self.wrong("keys.folder", &text, "possible together with keys.secret");
-                KeysConfig::Folder(folder)
-            }
-            (Some(folder), None) => KeysConfig::Folder(folder),
-            (None, Some(secret)) => KeysConfig::Secret(secret),
-            (None, None) => KeysConfig::Secret(format!("knoc-kubelet-{node}-keys")),
-        }
-    }
-
-    fn labels(&mut self) -> BTreeMap<String, String> {
-        let mut labels = BTreeMap::new();
-        let Some(found) = self.get("node.labels") else {
-            return labels;
-        };
-        for pair in found
-            .text
-            .split(',')
-            .map(str::trim)
-            .filter(|pair| !pair.is_empty())
-        {
-            let label = match pair.split_once('=') {
-                Some((key, value)) => label(key.trim(), value.trim()),
-                None => Err(format!("`{pair}` is not `key=value`")),
-            };
-            match label {
-                Ok((key, value)) => drop(labels.insert(key, value)),
-                Err(why) => self.problems.push(Problem {
-                    origin: found.origin.clone(),
-                    what: format!("node.labels: {why}"),
-                }),
-            }
-        }
-        labels
-    }
-
-    fn get(&self, key: &str) -> Option<Found> {
-        self.sources
-            .iter()
-            .find_map(|source| source.get(key))
-            .filter(|found| !found.text.is_empty())
-    }
-
-    fn text(&self, key: &str) -> Option<String> {
-        self.get(key).map(|found| found.text)
-    }
-
-    fn path(&self, key: &str) -> Option<PathBuf> {
-        self.text(key).map(PathBuf::from)
-    }
-
-    fn required(&mut self, key: &str) -> Option<String> {
-        let found = self.text(key);
-        if found.is_none() {
-            self.missing(key, "it has no default");
-        }
-        found
-    }
-
-    fn parse<T: FromStr>(&mut self, key: &str, allowed: &str) -> Option<T> {
-        let text = self.text(key)?;
-        self.parsed(key, &text, allowed)
-    }
-
-    fn parsed<T: FromStr>(&mut self, key: &str, text: &str, allowed: &str) -> Option<T> {
-        let parsed = text.parse().ok();
-        if parsed.is_none() {
-            self.wrong(key, text, allowed);
-        }
-        parsed
-    }
-
-    fn number(&mut self, key: &str, least: u32, most: u32) -> Option<u32> {
-        let text = self.text(key)?;
-        let number = text
-            .parse()
-            .ok()
-            .filter(|number| (least..=most).contains(number));
-        if number.is_none() {
-            self.wrong(key, &text, &format!("a number from {least} to {most}"));
-        }
-        number
-    }
-
-    fn one_of(&mut self, key: &str, allowed: &[&str]) -> Option<String> {
-        let text = self.text(key)?;
-        if allowed.contains(&text.as_str()) {
-            return Some(text);
-        }
-        self.wrong(key, &text, &format!("one of: {}", allowed.join(", ")));
-        None
-    }
-
-    fn wrong(&mut self, key: &str, text: &str, allowed: &str) {
-        let origin = self.get(key).map_or(Origin::Nowhere, |found| found.origin);
-        self.problems.push(Problem {
-            origin,
-            what: format!("{key}: `{text}` is not {allowed}"),
+        let ours = environment.into_iter().filter(|(name, _)| {
+            name.starts_with(PREFIX)
+                && !NOT_SETTINGS.contains(&name.as_str())
+                && !is_service_link(name)
         });
-    }
-
-    fn missing(&mut self, key: &str, hint: &str) {
-        let variable = SETTINGS
-            .iter()
-            .find(|setting| setting.key == key)
-            .map_or(String::new(), |setting| {
-                format!(" (or {})", setting.variable)
-            });
-        self.problems.push(Problem {
-            origin: Origin::Nowhere,
-            what: format!("{key}{variable} is missing: {hint}"),
-        });
+        document.overlay(PREFIX, &Settings::keys(), ours);
+        let settings = document.read::<Settings>();
+        let config = settings.and_then(|settings| resolve::resolve(settings, &mut document));
+        document.finish(config)
     }
 }
 
-/// A label that the API server takes.
-fn label(key: &str, value: &str) -> Result<(String, String), String> {
-    names::qualified_name(key).map_err(|why| format!("the key `{key}`: {why}"))?;
-    names::label_value(value).map_err(|why| format!("the value `{value}` of {key}: {why}"))?;
-    Ok((key.to_owned(), value.to_owned()))
+/// Is this a variable that Kubernetes adds for a Service named `knoc-…`?
+fn is_service_link(name: &str) -> bool {
+    name.ends_with("_SERVICE_HOST")
+        || name.contains("_SERVICE_PORT")
+        || name.ends_with("_PORT")
+        || name.contains("_PORT_")
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use knoc_kubelet::{
     app::App,
-    config::{Config, Environment, LogConfig, YamlFile},
+    config::{Config, LogConfig},
 };
 use knoc_proto::{
     log::{self, Form},
@@ -25,11 +25,11 @@ static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 /// A virtual Kubernetes node whose pods run on an HPC cluster, as jobs of knoc-agent's user.
 ///
-/// Every setting may stand in the file or in the environment (KNOC_*); the environment goes first.
+/// Every setting can be given in the file or in the environment (KNOC_*); the environment takes precedence.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// The configuration, a YAML file.
+    /// The configuration file (YAML).
     #[arg(long, env = "KNOC_CONFIG")]
     config: Option<PathBuf>,
 }
@@ -52,16 +52,12 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let environment = Environment::new(std::env::vars());
-    let file = match &arguments.config {
-        None => YamlFile::default(),
-        Some(path) => {
-            let text = std::fs::read_to_string(path)
-                .with_context(|| format!("read {}", path.display()))?;
-            YamlFile::parse(path, &text)
-        }
+    let text = |path: &PathBuf| {
+        std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))
     };
-    let config = Config::load(&[&environment, &file])?;
+    let text = arguments.config.as_ref().map(text).transpose()?;
+    let file = arguments.config.as_deref().zip(text.as_deref());
+    let config = Config::load(file, std::env::vars())?;
     log_to(&config.log)?;
     raise_open_files();
     // kube takes the process's default; the link names ring itself.

@@ -47,98 +47,103 @@ const AGENT_INFO: Family = family(
     "knoc_agent_info",
     "gauge",
     "version,site,scheduler,runtime",
-    "1, with what the agent says of itself; absent while there is no link",
+    "Always 1, labelled with the agent's properties; absent while the link is down",
 );
 const CERTIFICATES: Family = family(
     "knoc_link_certificate_remaining_seconds",
     "gauge",
     "side",
-    "How long the certificate of a side of the link (agent or kubelet) is still valid, negative once it has expired; absent where there is none",
+    "Remaining validity of the certificate of one side of the link (agent or kubelet), negative once it has expired; absent if there is no certificate",
 );
 const LINK_CHANGED: Family = family(
     "knoc_agent_link_changed_timestamp_seconds",
     "gauge",
     "",
-    "Since when the link to the agent is up or down, Unix seconds",
+    "Time at which the link to the agent last went up or down, Unix seconds",
 );
 const LINK_UP: Family = family(
     "knoc_agent_link_up",
     "gauge",
     "",
-    "1 while the agent is connected and its pods are known",
+    "1 while the agent is connected and its pods are known, else 0",
 );
-const BUILD: Family = family("knoc_build_info", "gauge", "version", "1, with our version");
+const BUILD: Family = family(
+    "knoc_build_info",
+    "gauge",
+    "version",
+    "Always 1, labelled with the version of KNoC",
+);
 const REQUESTS: Family = family(
     "knoc_http_requests_total",
     "counter",
     "path,verb,code",
-    "Requests to the kubelet API that were answered, by route, HTTP method and status",
+    "Requests to the kubelet API that were answered, by route, HTTP method and status code",
 );
 const PODS: Family = family(
     "knoc_pods",
     "gauge",
     "phase",
-    "Pods bound to the node, by their phase in Kubernetes",
+    "Pods bound to the node, by phase in Kubernetes",
 );
 const ROUND_AGE: Family = family(
     "knoc_scheduler_round_age_seconds",
     "gauge",
     "",
-    "How long ago the agent last read the jobs' states from Slurm; absent while it has no job to ask about",
+    "Time since the agent last read the jobs' states from Slurm; absent while it has no job to query",
 );
 const SCHEDULER_UP: Family = family(
     "knoc_scheduler_up",
     "gauge",
     "",
-    "1 where Slurm answered the agent last time; absent before the agent said so",
+    "1 if Slurm answered the agent's last query, else 0; absent until the agent has reported it",
 );
 const PATCHES: Family = family(
     "knoc_status_patch_duration_seconds",
     "histogram",
     "result",
-    "How long the API server took for a pod's status; result is ok, gone (the pod is another or none) or error",
+    "Duration of patches of a pod's status; result is ok, gone (the pod was deleted or replaced) or error",
 );
 const SESSIONS: Family = family(
     "knoc_streaming_sessions_total",
     "counter",
     "verb,protocol",
-    "Sessions of exec, attach and portforward that were begun, by carrier and subprotocol (spdy/… or websocket/…)",
+    "Sessions of exec, attach and portforward that were started, by carrier and subprotocol (spdy/… or websocket/…)",
 );
 const STREAMS: Family = family(
     "knoc_streams_open",
     "gauge",
     "",
-    "Connections that were upgraded to streams: exec and its kin",
+    "Open connections of exec, attach and portforward",
 );
 const PROCESS_CPU: Family = family(
     "process_cpu_seconds_total",
     "counter",
     "",
-    "CPU time of this process, user and system",
+    "User and system CPU time of this process",
 );
 const PROCESS_FDS_MOST: Family = family(
     "process_max_fds",
     "gauge",
     "",
-    "How many descriptors this process may open",
+    "Limit of open file descriptors of this process",
 );
 const PROCESS_FDS: Family = family(
     "process_open_fds",
     "gauge",
     "",
-    "How many descriptors this process has open",
+    "Open file descriptors of this process",
 );
 const PROCESS_MEMORY: Family = family(
     "process_resident_memory_bytes",
     "gauge",
     "",
-    "Memory of this process",
+    "Resident memory of this process",
 );
 const PROCESS_START: Family = family(
     "process_start_time_seconds",
     "gauge",
     "",
-    "When this process began, Unix seconds",
+    "Start time of this process, Unix seconds",
 );
 
 /// Every family of `/metrics`, by name.

@@ -1,28 +1,30 @@
 //! Task: the Node object: registration, labels, taints, status. Never deletes it.
 //!
-//! In: link and capacity (watch channels). Out: what decides which pods belong here ([`mod@place`]), as last seen. The status is
-//! computed purely ([`status`]) at every change and every 10 s, and sent where it differs from the last one, where the API
-//! server has other conditions, or where it is 5 minutes old. While the link is down the node stays Ready; it only says so
-//! and takes no new pods.
+//! In: link and capacity (watch channels). Out: the labels and taints as last seen, to the [`mod@unit`], which has everything
+//! that exists once for each node. The status is computed purely ([`status`]) at every change and every 10 s, and sent if
+//! it differs from the last one, if the API server has other conditions, or if it is 5 minutes old. While the link is down
+//! the node stays Ready; it only says so and takes no new pods.
 
+pub(crate) mod allocations;
 mod expiry;
 pub mod features;
-pub mod lease;
+mod identity;
+mod lease;
 pub mod place;
 pub mod release;
 pub mod status;
+pub mod unit;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Taint};
-use knoc_proto::pb;
 use kube::{
     Api,
     api::{Patch, PatchParams, PostParams},
 };
 use serde_json::{Value, json};
-use tokio::{sync::watch, time::Instant};
+use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -33,6 +35,9 @@ use crate::{
 use place::Place;
 use release::Release;
 use status::Facts;
+use unit::Unit;
+
+pub use identity::Identity;
 
 /// Between computations of the status.
 const UPDATE: Duration = Duration::from_secs(10);
@@ -71,27 +76,6 @@ pub enum NodeError {
     },
 }
 
-/// What does not change while the process lives.
-#[derive(Clone, Debug)]
-pub struct Identity {
-    /// The node's name.
-    pub name: String,
-    /// Where the API server reaches us.
-    pub internal_ip: String,
-    /// Of the kubelet API.
-    pub port: u16,
-    /// Labels of the operator.
-    pub labels: BTreeMap<String, String>,
-    /// The most pods.
-    pub pods: u32,
-    /// allocatable = total × this.
-    pub queue_factor: u32,
-    /// With the provider's taint?
-    pub taint: bool,
-    /// Declare that WebSockets may come as they are?
-    pub websockets: bool,
-}
-
 /// What the task watches.
 #[derive(Debug)]
 pub struct Watched {
@@ -101,75 +85,78 @@ pub struct Watched {
     pub link_certificate: watch::Receiver<LinkCertificate>,
     /// The link.
     pub link: watch::Receiver<Link>,
-    /// What the site has.
-    pub capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
+    /// How many jobs have no pod and wait for a word of the operator.
+    pub orphans: watch::Receiver<usize>,
 }
 
 /// How our own certificates do.
 pub type Certificates = Vec<(Purpose, watch::Receiver<Health>)>;
 
 /// The task's own state.
-#[expect(missing_debug_implementations, reason = "kube::Client has none")]
-pub struct NodeTask {
+struct NodeTask {
     api: Api<Node>,
     /// Changes taints, which a node may not once its object is there.
     account: Api<Node>,
     certificates: Certificates,
     link_certificate: watch::Receiver<LinkCertificate>,
     client: kube::Client,
-    identity: Identity,
+    unit: Arc<Unit>,
     link: watch::Receiver<Link>,
-    capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
+    capacity: unit::Capacity,
     orphans: watch::Receiver<usize>,
-    place: watch::Sender<Place>,
     /// The API server's release as last heard, and when; none within: it says nothing that can be read.
     server: Option<(Option<Release>, Instant)>,
     sent: Option<(Value, Instant)>,
 }
 
+/// Registers the Node of this unit, and starts the tasks that keep its status and its Lease until `shutdown`.
+///
+/// # Errors
+/// The Node cannot be written.
+pub async fn start(
+    unit: &Arc<Unit>,
+    clients: Clients,
+    watched: Watched,
+    tasks: &mut JoinSet<()>,
+    shutdown: &CancellationToken,
+) -> Result<(), NodeError> {
+    let client = clients.node.clone();
+    let task = NodeTask::new(unit.clone(), clients, watched);
+    task.register().await?;
+    let name = unit.name().to_owned();
+    tasks.spawn(lease::run(client, name, shutdown.clone()));
+    tasks.spawn(task.run(shutdown.clone()));
+    Ok(())
+}
+
 impl NodeTask {
-    /// A task for this node.
-    #[must_use]
-    pub fn new(
-        clients: Clients,
-        identity: Identity,
-        watched: Watched,
-        orphans: watch::Receiver<usize>,
-        place: watch::Sender<Place>,
-    ) -> Self {
-        let Watched {
-            certificates,
-            link_certificate,
-            link,
-            capacity,
-        } = watched;
+    fn new(unit: Arc<Unit>, clients: Clients, watched: Watched) -> Self {
         Self {
             client: clients.node.clone(),
             api: Api::all(clients.node),
             account: Api::all(clients.account),
-            certificates,
-            link_certificate,
-            identity,
-            link,
-            capacity,
-            orphans,
-            place,
+            certificates: watched.certificates,
+            link_certificate: watched.link_certificate,
+            link: watched.link,
+            capacity: unit.capacity(),
+            orphans: watched.orphans,
+            unit,
             server: None,
             sent: None,
         }
     }
 
     /// Makes the Node exist with its labels and taint; returns it.
-    pub async fn register(&self) -> Result<Node, NodeError> {
+    async fn register(&self) -> Result<Node, NodeError> {
         let node = self.exist().await?;
-        self.place.send_replace(Place::of(&node));
+        self.unit.set_place(Place::of(&node));
         Ok(node)
     }
 
     async fn exist(&self) -> Result<Node, NodeError> {
-        let labels = status::labels(&self.identity);
+        let labels = status::labels(self.unit.identity());
         let found = self
-            .within("get", self.api.get_opt(&self.identity.name))
+            .within("get", self.api.get_opt(self.unit.name()))
             .await?;
         if found.is_some() {
             let patch = json!({"metadata": {"labels": labels}});
@@ -177,7 +164,7 @@ impl NodeTask {
         }
         let taints: Vec<Taint> = self.provider_taint().into_iter().collect();
         let node = json!({
-            "metadata": {"name": self.identity.name, "labels": labels},
+            "metadata": {"name": self.unit.name(), "labels": labels},
             "spec": {"taints": taints},
         });
         let Ok(node) = serde_json::from_value::<Node>(node) else {
@@ -187,12 +174,12 @@ impl NodeTask {
         let node = self
             .within("create", self.api.create(&params, &node))
             .await?;
-        tracing::info!(node = self.identity.name, "node registered");
+        tracing::info!(node = self.unit.name(), "node registered");
         Ok(node)
     }
 
     /// Keeps the status until `shutdown`.
-    pub async fn run(mut self, shutdown: CancellationToken) {
+    async fn run(mut self, shutdown: CancellationToken) {
         loop {
             // Before it looks: what changes while it writes wakes it again.
             self.link.mark_unchanged();
@@ -213,13 +200,13 @@ impl NodeTask {
 
     async fn update(&mut self) -> Result<(), NodeError> {
         let node = match self
-            .within("get", self.api.get_opt(&self.identity.name))
+            .within("get", self.api.get_opt(self.unit.name()))
             .await?
         {
             Some(node) => node,
             None => self.register().await?,
         };
-        self.place.send_replace(Place::of(&node));
+        self.unit.set_place(Place::of(&node));
         self.ask_version().await;
         let link = self.link.borrow().clone();
         self.taint(&node, link.down_for() >= TAINT_AFTER).await?;
@@ -232,7 +219,7 @@ impl NodeTask {
             .collect();
         let link_certificate = self.link_certificate.borrow().clone();
         let facts = Facts {
-            identity: &self.identity,
+            identity: self.unit.identity(),
             link: &link,
             capacity: capacity.as_deref(),
             orphans,
@@ -253,7 +240,7 @@ impl NodeTask {
         }
         let patch = Patch::Strategic(json!({"status": wanted}));
         let params = PatchParams::default();
-        let write = self.api.patch_status(&self.identity.name, &params, &patch);
+        let write = self.api.patch_status(self.unit.name(), &params, &patch);
         self.within("patch the status of", write).await?;
         self.sent = Some((wanted, Instant::now()));
         Ok(())
@@ -311,7 +298,7 @@ impl NodeTask {
     }
 
     fn provider_taint(&self) -> Option<Taint> {
-        self.identity.taint.then(|| Taint {
+        self.unit.identity().taint.then(|| Taint {
             key: PROVIDER.to_owned(),
             value: Some("knoc".to_owned()),
             effect: "NoSchedule".to_owned(),
@@ -322,7 +309,7 @@ impl NodeTask {
     async fn patch(&self, api: &Api<Node>, patch: &Value) -> Result<Node, NodeError> {
         let params = PatchParams::default();
         let patch = Patch::Merge(patch);
-        let write = api.patch(&self.identity.name, &params, &patch);
+        let write = api.patch(self.unit.name(), &params, &patch);
         self.within("patch", write).await
     }
 
@@ -331,7 +318,7 @@ impl NodeTask {
         what: &'static str,
         call: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, NodeError> {
-        within(&self.identity.name, what, call).await
+        within(self.unit.name(), what, call).await
     }
 }
 

@@ -21,11 +21,11 @@ pub mod queue;
 mod resolve;
 mod services;
 pub mod status;
-mod store;
+pub(crate) mod store;
 pub mod watch;
 
 pub(crate) use controller::UNREACHABLE_AFTER;
-pub use controller::{Context, Controller, Ledger, Pulse};
+pub use controller::{ApiServer, Context, Controller, KnownPods, LoopHealth, Process, Site};
 pub(crate) use orphans::run as watch_orphans;
 pub use presence::Ask;
 pub use services::Services;

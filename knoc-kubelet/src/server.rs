@@ -4,8 +4,9 @@
 //! certificates, and joins them all. It reads pods and asks for streams through [`Backend`], and who may do what
 //! through [`Cluster`]; it holds no pod state, never writes to the API server and decides nothing about pods.
 //!
-//! HTTP/1.1 only (ALPN says so): upgrades need it. TLS 1.3, nothing is answered without an identity (KUBELET-CONTRACT
-//! 1 and 3.1): client certificate first, then bearer token, then `SubjectAccessReview`.
+//! HTTP/1.1 only (by ALPN), because upgrades need it. TLS 1.3. Nothing is answered without an identity: a client certificate, else a
+//! bearer token, and then a `SubjectAccessReview`, as in
+//! [kubelet authentication and authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/).
 
 mod accept;
 mod access;

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Packs the static knoc-agent and knocctl with installer, systemd user unit, completions and licence:
+# Packs the static knoc-agent and knocctl with the installer, systemd user unit, completions and licence:
 #   packaging/agent/build-tarball.sh [OUTPUT-FOLDER]       default: target/dist
-# KNOC_BIN names the folder of the binaries (default: the release build of `make build`). The same inputs give the same bytes.
+# KNOC_BIN names the folder of the binaries (default: the release build of `make build`). The output is reproducible.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=x86_64-unknown-linux-musl

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Installs knoc-agent and knocctl for the user who runs it; root is neither needed nor wanted.
+# Installs knoc-agent and knocctl for the user who runs it. Do not run it as root.
 #
 #   ./install.sh [--prefix DIR]      default: ~/.local
 #
-# Puts the binaries into DIR/lib/knoc/VERSION and links to them into DIR/bin, the systemd user unit and completions
-# where user units and completions lie. A running agent keeps its old file until it is started again, and jobs have a
-# copy of their own. Configuration, certificates and state are never touched; `knoc-agent init --site SITE` makes
+# Installs the binaries in DIR/lib/knoc/VERSION with links to them in DIR/bin, and the systemd user unit and the shell
+# completions in their usual folders. A running agent uses its old file until it is restarted, and jobs have their own
+# copy. Configuration, certificates and state are never changed; `knoc-agent init --site SITE` creates
 # them.
 set -eu
 umask 022
@@ -26,7 +26,7 @@ version=$("$here/knoc-agent" version | awk '{print $2}') || version=
 [ -n "$version" ] || { echo "install.sh: $here/knoc-agent does not run on this machine ($(uname -sm))" >&2; exit 1; }
 store=$prefix/lib/knoc/$version
 
-# put FILE TARGET MODE: under another name first, then renamed, so that nothing is ever half there or written while it runs.
+# put FILE TARGET MODE: copies to a temporary name and renames it, so that no file is ever incomplete or written while it runs.
 put() {
     mkdir -p "$(dirname "$2")"
     if [ -e "$2" ] && cmp -s "$1" "$2"; then return 0; fi
@@ -34,7 +34,7 @@ put() {
     chmod "$3" "$2.new.$$"
     mv -f "$2.new.$$" "$2"
 }
-# The link is replaced in one step too: at every moment there is a knoc-agent.
+# The link is replaced atomically too, so that knoc-agent exists at all times.
 link() {
     mkdir -p "$(dirname "$2")"
     if [ -d "$2" ] && [ ! -L "$2" ]; then echo "install.sh: $2 is a folder" >&2; exit 1; fi
@@ -52,7 +52,7 @@ put "$here/completions/knocctl.bash" "$data/bash-completion/completions/knocctl"
 put "$here/completions/_knocctl" "$data/zsh/site-functions/_knocctl" 644
 put "$here/completions/knocctl.fish" "$data/fish/vendor_completions.d/knocctl.fish" 644
 
-# A unit that somebody has changed is theirs: ours goes beside it. Unchanged is what an installed version has put there.
+# If the user has changed the unit, keep it and write ours next to it. A unit is unchanged if some installed version wrote it.
 unit=$config/systemd/user/knoc-agent.service
 unchanged() {
     for known in "$prefix"/lib/knoc/*/knoc-agent.service; do
@@ -66,15 +66,15 @@ sed "s|@PREFIX@|$prefix|g" "$here/knoc-agent.service" >"$rendered"
 put "$rendered" "$store/knoc-agent.service" 644
 put "$rendered" "$target" 644
 rm -f "$rendered"
-[ "$target" = "$unit" ] || cmp -s "$unit" "$target" || echo "kept your $unit; the new one is beside it as ${target##*/}"
+[ "$target" = "$unit" ] || cmp -s "$unit" "$target" || echo "kept your $unit; the new unit is next to it as ${target##*/}"
 
 echo "installed knoc-agent and knocctl $version in $prefix/bin"
 case :$PATH: in *:"$prefix/bin":*) ;; *) echo "add $prefix/bin to your PATH" ;; esac
 [ -e "$config/knoc/agent.toml" ] || echo "next: knoc-agent init --site SITE --address HOST --namespace NAMESPACE (see README.md), then read $config/knoc/agent.toml"
 if systemctl --user show-environment >/dev/null 2>&1; then
     echo "start:   systemctl --user daemon-reload && systemctl --user enable --now knoc-agent"
-    echo "upgrade: systemctl --user daemon-reload && systemctl --user restart knoc-agent   (jobs go on)"
+    echo "upgrade: systemctl --user daemon-reload && systemctl --user restart knoc-agent   (jobs continue)"
     echo "to keep it running after you log out: loginctl enable-linger"
 else
-    echo "start:   nohup knoc-agent serve >>~/knoc-agent.log 2>&1 &   (no systemd user session here)"
+    echo "start:   nohup knoc-agent serve >>~/knoc-agent.log 2>&1 &   (there is no systemd user session)"
 fi

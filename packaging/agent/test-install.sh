@@ -1,5 +1,5 @@
 #!/bin/bash
-# Unpacks the tarball and installs it in a home folder of its own, as an ordinary user where this one is root:
+# Unpacks the tarball and installs it in a temporary home folder, as an ordinary user even if run as root:
 #   packaging/agent/test-install.sh TARBALL
 set -euo pipefail
 tarball=$(realpath "$1")
@@ -20,35 +20,35 @@ fail() { echo "test-install: $*" >&2; exit 1; }
 install() { "${as[@]}" sh "${package[0]}/install.sh" "$@" >"$work/out" 2>&1 || { cat "$work/out" >&2; fail "install.sh $*"; }; }
 same() { cmp "$1" "$2" || fail "$1 is not $2"; }
 
-# A first installation: everything where it belongs, the link resolves, nothing beside it.
+# First installation: every file is in its place, the link resolves, and nothing else was written.
 install
 version=$("${as[@]}" "$home/.local/bin/knoc-agent" version | awk '{print $2}')
 for name in knoc-agent knocctl; do
     same "$home/.local/bin/$name" "${package[0]}/$name"
-    [ "$(readlink "$home/.local/bin/$name")" = "../lib/knoc/$version/$name" ] || fail "$name is no link to its version"
+    [ "$(readlink "$home/.local/bin/$name")" = "../lib/knoc/$version/$name" ] || fail "$name is not a link to its version"
 done
 same "$home/.local/share/bash-completion/completions/knocctl" "${package[0]}/completions/knocctl.bash"
 unit=$home/.config/systemd/user/knoc-agent.service
 grep -q "^ExecStart=$home/.local/bin/knoc-agent serve$" "$unit" || fail "the unit does not start the agent"
 [ ! -e "$home/.config/knoc" ] && [ ! -e "$home/.local/state" ] || fail "configuration or state was touched"
-[ -z "$(find "$home" -name '*.new*')" ] || fail "left-overs: $(find "$home" -name '*.new*')"
+[ -z "$(find "$home" -name '*.new*')" ] || fail "files left behind: $(find "$home" -name '*.new*')"
 
-# Again: nothing changes. A running program keeps its file when another of the same version comes: rename, not write.
+# Second installation: nothing changes. A running program keeps its file, because files are renamed and not written in place.
 before=$(find "$home" -type f -exec sha256sum {} + | sort)
 inode=$(stat -c %i "$home/.local/lib/knoc/$version/knoc-agent")
 install
 [ "$(find "$home" -type f -exec sha256sum {} + | sort)" = "$before" ] || fail "a second run changed files"
 [ "$(stat -c %i "$home/.local/lib/knoc/$version/knoc-agent")" = "$inode" ] || fail "an unchanged binary was replaced"
 
-# A unit that its owner changed stays.
+# A unit that the user changed is kept.
 echo "# mine" >>"$unit"
 install
 grep -q '^# mine$' "$unit" && [ -e "$unit.new" ] || fail "a changed unit was overwritten"
-grep -q "kept your" "$work/out" || fail "it was not said that the unit was kept"
+grep -q "kept your" "$work/out" || fail "the message that the unit was kept is missing"
 
-# Elsewhere, and mistakes by name.
+# Another prefix, and errors that name the mistake.
 install --prefix "$home/opt"
 [ -x "$home/opt/bin/knocctl" ] || fail "--prefix was ignored"
-! "${as[@]}" sh "${package[0]}/install.sh" --prefix relative >"$work/out" 2>&1 && grep -q "absolute path" "$work/out" || fail "a relative prefix was taken"
-! "${as[@]}" sh "${package[0]}/install.sh" --frob >"$work/out" 2>&1 && grep -q -- "--frob" "$work/out" || fail "an unknown argument was taken"
-echo "installation of $(basename "$tarball") as an ordinary user: good"
+! "${as[@]}" sh "${package[0]}/install.sh" --prefix relative >"$work/out" 2>&1 && grep -q "absolute path" "$work/out" || fail "a relative prefix was accepted"
+! "${as[@]}" sh "${package[0]}/install.sh" --frob >"$work/out" 2>&1 && grep -q -- "--frob" "$work/out" || fail "an unknown argument was accepted"
+echo "installation of $(basename "$tarball") as an ordinary user: ok"

@@ -1,9 +1,9 @@
 #!/bin/bash
-# Makes the kubelet's OCI image without a container engine:
+# Builds the kubelet's OCI image without a container engine:
 #   packaging/kubelet/build-image.sh [OUTPUT-FOLDER]       default: target/dist
 # Writes OUTPUT/knoc-kubelet-oci (an OCI layout: skopeo copy oci:…:VERSION docker://…) and OUTPUT/knoc-kubelet-VERSION.oci.tar
 # (an oci-archive: podman load, ctr images import, docker load with containerd's image store).
-# KNOC_BIN names the folder of the binary (default: the release build of `make build`). Needs python3, nothing else.
+# KNOC_BIN names the folder of the binary (default: the release build of `make build`). Needs only python3.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=x86_64-unknown-linux-musl
@@ -12,7 +12,7 @@ out=${1:-${CARGO_TARGET_DIR:-target}/dist}
 binary=$bin/knoc-kubelet
 
 [ -x "$binary" ] || { echo "$binary is missing; build it with: make build" >&2; exit 1; }
-# The image holds nothing else, so nothing else can load it.
+# The image contains nothing but the binary, so there is no dynamic loader in it.
 ! LC_ALL=C grep -q 'ld-linux-x86-64' "$binary" || { echo "$binary is not static" >&2; exit 1; }
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 exec python3 packaging/kubelet/oci_image.py --binary "$binary" --license LICENSE --version "$version" --output "$out"

@@ -1,4 +1,4 @@
-"""Writes an OCI image of one static binary: layout and archive. Standard library only; the same inputs give the same bytes."""
+"""Writes an OCI image of one static binary, as a layout and as an archive. Uses only the standard library; the output is reproducible."""
 
 import argparse
 import gzip

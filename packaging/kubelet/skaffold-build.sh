@@ -1,10 +1,10 @@
 #!/bin/bash
-# Skaffold's custom builder for the kubelet's image (deploy/skaffold.yaml): the image of build-image.sh, copied by skopeo to
-# where skaffold wants it. Skaffold sets:
+# Skaffold's custom builder for the kubelet's image (deploy/skaffold.yaml): builds the image with build-image.sh and copies it
+# with skopeo to the place that skaffold asks for. Skaffold sets:
 #   IMAGE         registry/name:tag
-#   PUSH_IMAGE    true: to that registry, by the credentials that docker, podman or skopeo login left;
-#                 false: into the local Docker engine, for clusters of this machine such as kind and minikube
-# REGISTRY_INSECURE=1: a registry with plain HTTP, or with a certificate that nobody knows.
+#   PUSH_IMAGE    true: push to that registry with the credentials of docker, podman or skopeo login;
+#                 false: load into the local Docker engine, for local clusters such as kind and minikube
+# REGISTRY_INSECURE=1: the registry uses plain HTTP, or a certificate that is not trusted.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${IMAGE:?skaffold sets it}" "${PUSH_IMAGE:?skaffold sets it}"
@@ -19,5 +19,5 @@ if [ "$PUSH_IMAGE" = true ]; then
 else
     to=docker-daemon:$IMAGE
 fi
-# No signature policy: the source was made here a moment ago.
+# No signature policy is needed: the source was built here.
 skopeo --insecure-policy copy "${flags[@]}" "oci:$dist/knoc-kubelet-oci:$version" "$to"

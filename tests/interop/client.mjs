@@ -1,10 +1,10 @@
-// The JavaScript client library on the command line; README.md has the contract.
+// The JavaScript client library as a command line program; README.md describes the contract.
 import { createRequire } from 'node:module';
 import path from 'node:path';
 import { PassThrough } from 'node:stream';
 import { pathToFileURL } from 'node:url';
 
-// The library lies where interop.sh installed it, not beside this file.
+// The library is in the folder where interop.sh installed it, not next to this file.
 const installed = createRequire(path.join(process.env.KNOC_NODE_MODULES, 'any.js'));
 const k8s = await import(pathToFileURL(installed.resolve('@kubernetes/client-node')));
 
@@ -43,7 +43,7 @@ async function attach() {
 
 async function forward() {
     const forwarder = new k8s.PortForward(kc);
-    // The end of its input would be the end of all: the protocol has no half-close, and the library closes the connection.
+    // The end of the input would end the whole connection: the protocol has no half-close, so the library closes the connection.
     const input = process.stdin.pipe(new PassThrough(), { end: false });
     await closed(await forwarder.portForward(namespace, pod, [Number(what)], process.stdout, process.stderr, input));
 }
@@ -52,7 +52,7 @@ async function logs() {
     await new k8s.Log(kc).log(namespace, pod, what, process.stdout, { follow: true });
 }
 
-// The library's promises of cp are kept before the copy is: its socket keeps the process until it is done.
+// The library's promises of cp resolve before the copy is complete; its socket keeps the process alive until then.
 async function copyTo([local, remote]) {
     await new k8s.Cp(kc).cpToPod(namespace, pod, what, local, remote);
 }

@@ -1,4 +1,4 @@
-//! A program that runs beside the test: what it has shown so far, and how it ends. And one that forwards ports.
+//! A program that runs in the background of a test, with its output so far and its exit code; and a port-forward.
 
 use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
 
@@ -11,10 +11,10 @@ use tokio::{
 
 use crate::{Run, command::code_of, wait_for};
 
-/// Until a program has said what is expected next.
+/// How long a program may take to print the expected text.
 const WORDS: Duration = Duration::from_secs(30);
 
-/// A program with its output in a file. It is killed when this is dropped.
+/// A background program with its output in a file. It is killed when this is dropped.
 #[derive(Debug)]
 pub struct Background {
     child: Child,
@@ -23,7 +23,7 @@ pub struct Background {
 }
 
 impl Background {
-    /// Starts it; its input is a file.
+    /// Starts the program; its input is a file.
     pub fn start(run: Run) -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
         let log = folder.path().join("log");
@@ -34,14 +34,14 @@ impl Background {
         })
     }
 
-    /// All that it has said so far, on either output.
+    /// The program's output so far, standard output and standard error.
     #[must_use]
     pub fn shown(&self) -> String {
         let bytes = std::fs::read(&self.log).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Waits until it has said that.
+    /// Waits until the output contains the text.
     pub async fn expect(&mut self, text: &str) -> anyhow::Result<()> {
         wait_for(&format!("it says {text:?}"), WORDS, async || {
             let shown = self.shown();
@@ -57,7 +57,7 @@ impl Background {
         .await
     }
 
-    /// Waits until it has read so many bytes of its input.
+    /// Waits until the program has read that many bytes of its input.
     pub async fn has_read(&mut self, bytes: usize) -> anyhow::Result<()> {
         let pid = self.child.id().context("it has ended")?;
         let wanted = format!("pos:\t{bytes}");
@@ -70,7 +70,7 @@ impl Background {
         .await
     }
 
-    /// Waits for its end and says its exit code.
+    /// Waits for the program's end and returns its exit code.
     pub async fn exit_code(&mut self, limit: Duration) -> anyhow::Result<i32> {
         match tokio::time::timeout(limit, self.child.wait()).await {
             Ok(status) => Ok(code_of(status?)),
@@ -78,13 +78,13 @@ impl Background {
         }
     }
 
-    /// SIGKILL, and its end.
+    /// Sends SIGKILL and waits for the program's end.
     pub async fn kill(mut self) -> anyhow::Result<()> {
         Ok(self.child.kill().await?)
     }
 }
 
-/// A port-forward of kubectl or knocctl that listens.
+/// A running port-forward of kubectl or knocctl.
 #[derive(Debug)]
 pub struct Forward {
     /// The program.
@@ -102,12 +102,12 @@ impl Forward {
         Ok(Self { program, local })
     }
 
-    /// A connection to the local port.
+    /// Opens a connection to the local port.
     pub async fn connect(&self) -> anyhow::Result<TcpStream> {
         Ok(TcpStream::connect((Ipv4Addr::LOCALHOST, self.local)).await?)
     }
 
-    /// Sends bytes and their end, and answers what came back until the other side closed.
+    /// Sends bytes and their end, and returns what came back until the other side closed.
     pub async fn exchange(&self, bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
         let (mut reader, mut writer) = self.connect().await?.into_split();
         let mut answer = Vec::new();

@@ -1,5 +1,5 @@
-//! The benchmarks: T1 to T4 and streams as the design defines them, on the running stack, each sample
-//! beside a sample of its floor in the same run. KNoC's own share is what is measured.
+//! The benchmarks: T1 to T4 and streams, measured on the running stack, each sample together with a sample of its floor (the lower
+//! bound) in the same run. They measure KNoC's own share.
 //!
 //! | figure | from → to | floor |
 //! |---|---|---|
@@ -10,8 +10,8 @@
 //! | follow | the program writes a line → a client of the API server has it | none |
 //! | streams | log, exec, cp and port-forward bytes | the same bytes through as many TLS relays, one process each |
 //!
-//! A stream's client counts bytes as they come: at the WebSocket of an exec or a port-forward, at the body of a log, as
-//! the relays' reader does at its TLS connection. Only cp is kubectl's own.
+//! A stream's client counts bytes as they arrive: at the WebSocket of an exec or a port-forward, or at the body of a log, just as the
+//! relays' reader does at its TLS connection. Only cp uses kubectl itself.
 
 mod bed;
 mod exec;
@@ -41,7 +41,7 @@ const EXECS: usize = 100;
 
 /// Rounds of each stream.
 const STREAMS: usize = 5;
-/// A short stream takes a third of a second: so many times as many of them.
+/// A short stream takes a third of a second, so it is measured this many times as often.
 const SHORT: usize = 3;
 
 /// Lines of the log that is followed.
@@ -65,7 +65,7 @@ struct Figures {
     load: load::Load,
 }
 
-/// Measures all of it and writes the page. `quick` takes few samples, to try the harness itself.
+/// Measures everything and writes the page. `quick` takes few samples, to test the harness itself.
 pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     let bed = Bed::open().await?;
     let mut figures = Figures::default();
@@ -99,7 +99,7 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     bed.close().await
 }
 
-/// The streams alone, as they are worked on, those that have the words in their name: the table goes to standard output, the page stays as it is.
+/// Measures only the streams whose names contain the words; prints the table to standard output and does not change the page.
 pub async fn streams(quick: bool, words: &str) -> anyhow::Result<()> {
     let bed = Bed::open().await?;
     let mut table = String::new();
@@ -109,7 +109,7 @@ pub async fn streams(quick: bool, words: &str) -> anyhow::Result<()> {
     bed.close().await
 }
 
-/// So many pods at once, in so many rounds: the table goes to standard output, the page stays as it is.
+/// Measures that many pods at once in that many rounds; prints the table to standard output and does not change the page.
 pub async fn pods(pods: usize, rounds: usize) -> anyhow::Result<()> {
     let bed = Bed::open().await?;
     let mut batch = pods::Batch::new(pods);
@@ -139,7 +139,7 @@ fn sizes(quick: bool) -> streams::Sizes {
     }
 }
 
-/// Progress, for people.
+/// Prints the progress.
 fn say(words: &str) {
     eprintln!("bench: {words}");
 }

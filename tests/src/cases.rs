@@ -1,5 +1,5 @@
 //! Cases of arguments and environment variables: what a pod says and what the process must receive,
-//! byte for byte. Pure: a seed gives the same cases for ever, and the expectation comes from a model
+//! byte for byte. Pure: a seed always gives the same cases, and the expectation comes from a model
 //! of Kubernetes' `$(VAR)` rule that shares no line with the code under test.
 
 mod check;

@@ -1,4 +1,4 @@
-//! Child processes of the tests: argv, bytes in, bytes out, a deadline. The one place where tests start any.
+//! Child processes of the tests: argv, input, output and a deadline. Tests start child processes only here.
 
 use std::{ffi::OsStr, fmt, process::Stdio, time::Duration};
 
@@ -9,13 +9,13 @@ use tokio::{
     time::timeout,
 };
 
-/// Longest life of a child where a test does not say.
+/// The default deadline of a child process.
 const DEADLINE: Duration = Duration::from_mins(1);
 
-/// How a child ended, and what it said.
+/// How a child process ended, and its output.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// Exit code; 128 + signal where a signal ended it.
+    /// Exit code; 128 + signal if a signal ended it.
     pub code: i32,
     /// Bytes of standard output.
     pub stdout: Vec<u8>,
@@ -186,7 +186,7 @@ impl Run {
     }
 }
 
-/// 128 + signal where a signal ended it.
+/// 128 + signal if a signal ended it.
 pub(crate) fn code_of(status: std::process::ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt as _;
     status

@@ -1,24 +1,24 @@
-//! What `knocctl doctor` found, link by link.
+//! The findings of `knocctl doctor`.
 
 use anyhow::{Context as _, ensure};
 use serde::Deserialize;
 
 use crate::{Output, Run};
 
-/// One line of it.
+/// One finding.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Finding {
-    /// The link of the chain.
+    /// What was checked.
     pub check: String,
-    /// Is it whole?
+    /// Whether the check succeeded.
     pub ok: bool,
     /// What was found.
     pub detail: String,
-    /// What to do; empty where it is whole.
+    /// What to do; empty if the check succeeded.
     pub cure: String,
 }
 
-/// Runs `doctor`, as given, for programs. Its exit code says whether all is well.
+/// Runs `doctor` with machine-readable output. Its exit code says whether all checks succeeded.
 pub async fn examine(doctor: Run) -> anyhow::Result<Vec<Finding>> {
     let output = doctor.args(["-o", "json"]).output().await?;
     let findings = findings(&output).with_context(|| output.to_string())?;
@@ -35,7 +35,7 @@ fn findings(output: &Output) -> anyhow::Result<Vec<Finding>> {
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// The probe went the whole way; answers its job.
+/// Checks that the probe job succeeded; returns the job's id.
 pub fn probed(findings: &[Finding]) -> anyhow::Result<String> {
     let (prefix, all) = ("probe: ", ["submit", "start", "report", "link"]);
     let probe = findings

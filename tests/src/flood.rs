@@ -1,4 +1,4 @@
-//! An attacker: one address that keeps thousands of connections to a port open and never says anything.
+//! An attacker: one address that keeps thousands of connections to a port open and never sends anything.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -53,7 +53,7 @@ impl Flood {
                         tried.fetch_add(1, Ordering::Relaxed);
                     }
                     if let Ok(Ok(mut stream)) = opened {
-                        // Until the other side has had enough of it.
+                        // Until the other side closes it.
                         stream.read_u8().await.ok();
                     }
                     tokio::time::sleep(AGAIN).await;

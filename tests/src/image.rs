@@ -1,4 +1,4 @@
-//! An image for the suites on real parts: busybox and our own static programs, as a SIF on the shared
+//! An image for the suites on the real stack: busybox and our own static programs, as a SIF on the shared
 //! file system.
 
 use std::path::{Path, PathBuf};
@@ -8,13 +8,13 @@ use anyhow::Context as _;
 
 use crate::{Run, World};
 
-/// Compiling a file, building a small image.
+/// The time to compile a file or to build a small image.
 const BUILD: Duration = Duration::from_mins(2);
 
-/// The programs that are put into it, each at `/NAME`.
+/// The programs in the image, each at `/NAME`.
 const PROGRAMS: [&str; 2] = ["knoc-stamp", "knoc-readback"];
 
-/// The image in that folder, as pods name it.
+/// The name in pods of the image in that folder.
 #[must_use]
 pub fn path(folder: &str) -> String {
     format!("{folder}/programs.sif")
@@ -48,7 +48,7 @@ pub async fn build(world: &World, folder: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Compiles one of our one-file programs for any Linux.
+/// Compiles one of our one-file programs as a static binary.
 async fn static_program(name: &str, to: &Path) -> anyhow::Result<()> {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let source = manifest.join("src/bin").join(format!("{name}.rs"));

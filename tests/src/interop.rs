@@ -1,8 +1,8 @@
-//! Every client there is, each doing all that the kubelet's streams are for, on real parts; and the table of it.
+//! Tests all stream verbs of the kubelet with every client on the real stack, and writes the table of the results.
 //!
-//! [`clients`] lists the clients, [`check`] says what each verb must show, [`table`] writes docs/interop.md where
-//! `KNOC_INTEROP_PAGE` names it (`make interop`). What a client's library cannot do is not tried: its entry says why,
-//! and the table repeats it.
+//! [`clients`] lists the clients, [`check`] defines what each verb must show, [`table`] writes docs/interop.md if
+//! `KNOC_INTEROP_PAGE` is set to it (`make interop`). A verb that a client's library does not support is not tested: its entry gives the
+//! reason, and the table repeats it.
 
 pub mod check;
 pub mod clients;
@@ -19,7 +19,7 @@ use self::{
 };
 use crate::World;
 
-/// Has the client do all it can, writes its row and answers what went wrong.
+/// Tests all verbs that the client supports, writes its row and returns the errors.
 pub async fn run(name: &str) -> anyhow::Result<()> {
     let client = Client::named(name)?;
     let world = World::new("interop").await?;
@@ -31,7 +31,7 @@ pub async fn run(name: &str) -> anyhow::Result<()> {
         let cell = if let Some(reason) = scene.client.lacks(verb) {
             Cell::Lacking(reason)
         } else {
-            // A check that panics would take the row of the others with it.
+            // A check that panics must not prevent the results of the others.
             let outcome = std::panic::AssertUnwindSafe(scene.check(verb)).catch_unwind();
             match outcome.await {
                 Ok(Ok(())) => Cell::Works,

@@ -1,4 +1,4 @@
-//! What the suites share: processes with deadlines, waiting on levels, pods, and the two worlds they live in.
+//! What the suites share: processes with deadlines, waiting for states, pods, and the two environments of the tests.
 //!
 //! [`site::Site`] is level 2: real binaries and real TLS, the embedded scheduler, no root. [`world::World`] is
 //! level 3: the stack that `make up` brought up, real Kubernetes, Slurm and Apptainer.
@@ -23,5 +23,5 @@ pub use background::{Background, Forward};
 pub use command::{Output, Run};
 pub use pod::PodBuilder;
 pub use terminal::Terminal;
-pub use wait::wait_for;
+pub use wait::{stays, wait_for};
 pub use world::World;

@@ -1,4 +1,4 @@
-//! Pods for tests: what a test does not say is the plainest that works.
+//! Pods for tests, with the simplest defaults that work.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ pub fn some_port() -> u16 {
     rand::random_range(PORTS) & !1
 }
 
-/// A pod that is being described. The last container added is the one that `command`, `env` and the like speak of.
+/// A description of a pod. `command`, `env` and similar methods change the container that was added last.
 #[derive(Clone, Debug)]
 pub struct PodBuilder {
     name: String,

@@ -1,4 +1,4 @@
-//! A link that can be cut: a TCP relay on loopback, opaque to what passes.
+//! A link that can be cut: a TCP relay on loopback that does not look at the bytes.
 
 use std::net::SocketAddr;
 
@@ -15,12 +15,12 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Listens; nothing passes before [`Relay::lead_to`].
+    /// Starts to listen; nothing is relayed before [`Relay::lead_to`].
     pub async fn start() -> anyhow::Result<Self> {
         Self::start_from(std::net::Ipv4Addr::UNSPECIFIED).await
     }
 
-    /// The same, and what passes comes from this address of the host's.
+    /// Like `start`, but connects from this address of the host.
     pub async fn start_from(source: std::net::Ipv4Addr) -> anyhow::Result<Self> {
         let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
@@ -34,21 +34,21 @@ impl Relay {
         })
     }
 
-    /// Where to dial.
+    /// The address to connect to.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// From now on connections lead there.
+    /// Relays new connections to that address from now on.
     pub fn lead_to(&mut self, target: SocketAddr) {
         if let Some(told) = self.target.take() {
-            // Where the task has ended there is nothing to lead.
+            // If the task has ended, there is nothing to relay.
             told.send(target).ok();
         }
     }
 
-    /// Cuts all connections; nobody gets through any more.
+    /// Cuts all connections and relays no new ones.
     pub fn cut(self) {
         drop(self);
     }
@@ -79,7 +79,7 @@ async fn pass(mut near: TcpStream, source: std::net::Ipv4Addr, target: SocketAdd
         socket.connect(target).await
     };
     if let Ok(mut far) = connected.await {
-        // However it ends, both ends see it.
+        // However the connection ends, both sides see it.
         tokio::io::copy_bidirectional(&mut near, &mut far)
             .await
             .ok();

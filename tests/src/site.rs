@@ -1,6 +1,6 @@
 //! A site without root, Slurm and Kubernetes: the real agent with its `local` scheduler and the
-//! `process` runtime in a temporary folder, its own CA, its own ports; where wanted, the real kubelet
-//! against the fake API server. Processes are started, killed and started again as a test likes.
+//! `process` runtime in a temporary folder, with its own CA and ports; optionally the real kubelet
+//! against the fake API server. Tests start, kill and restart the processes as they need.
 
 mod daemon;
 mod kubelet;
@@ -19,7 +19,7 @@ use knoc_link::{Carrier, Credentials, ExpectPeer, Identity};
 use knoc_proto::pb;
 use knoc_proto::pb::agent_client::AgentClient;
 pub use kubelet::{Kubelet, NODE};
-pub use pods::{Pod, brief, container};
+pub use pods::{Pod, brief, container, containers_run};
 use tempfile::TempDir;
 use tonic::transport::Channel;
 
@@ -31,27 +31,38 @@ const START: Duration = Duration::from_secs(20);
 /// Largest message of a client: a pod with the largest environment that Kubernetes keeps.
 const MESSAGE_LIMIT: usize = 8 << 20;
 
-/// The cluster id that the tests' kubelets name.
+/// The cluster id of the tests' kubelets.
 pub const CLUSTER: &str = "11111111-2222-4333-8444-555555555555";
 
-/// What differs between sites of different tests.
+/// The options of a site.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// Shell text at the head of every batch script.
+    /// Shell commands at the beginning of every batch script.
     pub prelude: String,
     /// A command that runs the agent, such as knoc-oldkernel.
     pub wrapper: Option<PathBuf>,
-    /// Further lines for the site file's `[limits]`.
+    /// Additional lines for the site file's `[limits]`.
     pub limits: String,
-    /// Further tables for the site file.
+    /// Additional tables for the site file.
     pub tables: String,
     /// Leaves `listen.socket` out of the site file.
     pub default_socket: bool,
-    /// Where shims dial instead of the agent itself, such as a [`crate::relay::Relay`].
+    /// The address that shims dial instead of the agent's, such as that of a [`crate::relay::Relay`].
     pub shims_dial: Option<SocketAddr>,
 }
 
-/// The site. Dropping it ends what it started.
+impl Options {
+    /// Shims never reach the agent: they dial a port where nobody listens.
+    #[must_use]
+    pub fn without_link() -> Self {
+        Self {
+            shims_dial: Some((Ipv4Addr::LOCALHOST, 1).into()),
+            ..Self::default()
+        }
+    }
+}
+
+/// A site. Dropping it ends the processes that it started.
 #[derive(Debug)]
 pub struct Site {
     dir: TempDir,
@@ -63,7 +74,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// Makes the folder, certificates and site file; starts nothing.
+    /// Creates the folder, certificates and site file; starts nothing.
     pub fn new(options: Options) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("knoc-site-").tempdir()?;
         std::fs::create_dir(dir.path().join("scratch"))?;
@@ -87,6 +98,14 @@ impl Site {
         };
         write(&site.path("agent.toml"), &site.config())?;
         Ok(site)
+    }
+
+    /// Creates a site and starts its agent; returns a client of the agent too. Dropping the daemon kills the agent.
+    pub async fn start(options: Options) -> anyhow::Result<(Self, Daemon, AgentClient<Channel>)> {
+        let site = Self::new(options)?;
+        let agent = site.agent(&[]).await?;
+        let client = site.client()?;
+        Ok((site, agent, client))
     }
 
     /// A path in the site's folder.
@@ -118,14 +137,14 @@ impl Site {
         Ok(run.env("HOME", self.dir.path()).args(args))
     }
 
-    /// Credentials of another identity and other dates from the site's CA.
+    /// Issues credentials for another identity and validity from the site's CA.
     pub fn issue(&self, identity: &Identity, validity: Validity) -> anyhow::Result<Credentials> {
         let pair = self.ca.issue_for(identity, &[], validity)?;
         let (ca, cert, key) = (self.ca.cert_pem(), &pair.cert_pem, &pair.key_pem);
         Ok(Credentials::from_pem(ca, cert, key)?)
     }
 
-    /// Writes `NAME.crt` and `NAME.key` of that identity and those dates, in place of what is there.
+    /// Writes `NAME.crt` and `NAME.key` for that identity and validity, replacing existing files.
     pub fn issue_files(
         &self,
         name: &str,
@@ -138,12 +157,12 @@ impl Site {
         self.put(&format!("{name}.key"), &pair.key_pem)
     }
 
-    /// Puts the CA's key beside the CA, as `init` does: the agent renews certificates with it.
+    /// Writes the CA's key next to the CA, as `init` does, so that the agent can renew certificates.
     pub fn put_ca_key(&self) -> anyhow::Result<()> {
         self.put("ca.key", &self.ca.key_pem())
     }
 
-    /// Writes the site file again with these tables at its end, as an editor would.
+    /// Rewrites the site file with these tables at its end, as an editor would.
     pub fn put_tables(&self, tables: &str) -> anyhow::Result<()> {
         let text = self.config().replace(&self.options.tables, "");
         self.put("agent.toml.new", &format!("{text}\n{tables}\n"))?;
@@ -178,13 +197,13 @@ impl Site {
             .max_encoding_message_size(MESSAGE_LIMIT))
     }
 
-    /// Where kubelets dial the agent.
+    /// The address at which kubelets dial the agent.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Starts the agent and waits until it answers. `env` comes on top of HOME and PATH.
+    /// Starts the agent and waits until it answers. `env` is added to HOME and PATH.
     pub async fn agent(&self, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
         self.answering(self.agent_process(env)?).await
     }
@@ -210,7 +229,7 @@ impl Site {
         Ok(agent)
     }
 
-    /// Starts the agent and waits for nothing.
+    /// Starts the agent without waiting.
     pub fn agent_process(&self, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
         self.start_agent(self.options.wrapper.as_deref(), env)
     }
@@ -229,7 +248,7 @@ impl Site {
         Daemon::start(&argv, env, self.dir.path(), &self.path("agent.log"))
     }
 
-    /// A client of the agent, with the identity of a `knocctl`. Lazy, and connects again.
+    /// A client of the agent with the identity of a `knocctl`. It connects when it is used, and reconnects.
     pub fn client(&self) -> anyhow::Result<AgentClient<Channel>> {
         self.client_with(self.credentials.clone())
     }
@@ -249,7 +268,7 @@ impl Site {
         Ok(claims)
     }
 
-    /// How often the pod's program ran: it appends a line to `runs/UID`.
+    /// How often the pod's program ran; each run appends a line to `runs/UID`.
     pub fn runs(&self, uid: &str) -> anyhow::Result<usize> {
         match std::fs::read_to_string(self.path("runs").join(uid)) {
             Ok(text) => Ok(text.lines().count()),
@@ -258,7 +277,7 @@ impl Site {
         }
     }
 
-    /// The end of the agent's log, for messages.
+    /// The end of the agent's log, for error messages.
     #[must_use]
     pub fn log(&self) -> String {
         let text = std::fs::read_to_string(self.path("agent.log")).unwrap_or_default();
@@ -266,7 +285,7 @@ impl Site {
         lines.into_iter().rev().collect::<Vec<_>>().join("\n")
     }
 
-    /// Where the agent listens for shims.
+    /// The address at which the agent listens for shims.
     #[must_use]
     pub fn shim_address(&self) -> SocketAddr {
         self.shim
@@ -334,13 +353,13 @@ scratch = "{dir}/scratch"
 
 impl Drop for Site {
     fn drop(&mut self) {
-        // Jobs outlive their agent by design; those of a test end with it.
+        // Jobs outlive their agent by design, so the jobs of a test are killed here.
         daemon::kill_naming(self.dir.path());
     }
 }
 
-/// One of the project's binaries: in `$KNOC_BIN` and nowhere else where that is set (`make test`: the release build that
-/// is shipped), else where this test was built.
+/// The path of one of the project's binaries: only in `$KNOC_BIN` if that is set (`make test` sets it to the shipped release build),
+/// else in the folder where this test was built.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     if let Some(folder) = std::env::var_os("KNOC_BIN").map(PathBuf::from) {
         let path = folder.join(name);
@@ -415,7 +434,7 @@ fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
-/// A port below the ephemeral range, so that it stays ours while an agent is down; none is given twice.
+/// A port below the ephemeral range, so that it stays free while an agent is down; no port is returned twice.
 pub(crate) fn free_port() -> anyhow::Result<u16> {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     for _ in 0..1000 {

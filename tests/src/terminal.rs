@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use rustix::{
     fs::{Mode, OFlags},
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
@@ -19,7 +19,10 @@ use tokio::process::Child;
 
 use crate::{Run, wait_for};
 
-/// A program on a terminal of its own.
+/// How long the program on the terminal may take to show something.
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// A program on its own terminal.
 #[derive(Debug)]
 pub struct Terminal {
     master: File,
@@ -65,17 +68,17 @@ impl Terminal {
         })
     }
 
-    /// Types.
+    /// Types the text.
     pub fn type_text(&mut self, text: &str) -> anyhow::Result<()> {
         Ok(self.master.write_all(text.as_bytes())?)
     }
 
-    /// Changes the size.
+    /// Changes the size of the terminal.
     pub fn resize(&self, rows: u16, columns: u16) -> anyhow::Result<()> {
         resize(&self.master, rows, columns)
     }
 
-    /// All that was shown so far.
+    /// Everything that was shown so far.
     #[must_use]
     pub fn shown(&self) -> String {
         let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
@@ -86,7 +89,7 @@ impl Terminal {
     pub async fn expect(&self, text: &str) -> anyhow::Result<()> {
         wait_for(
             &format!("the terminal shows {text:?}"),
-            Duration::from_secs(20),
+            ANSWER,
             async || {
                 let shown = self.shown();
                 if shown.contains(text) {
@@ -99,7 +102,33 @@ impl Terminal {
         .await
     }
 
-    /// Waits for the program's end and says its exit code.
+    /// Asks the shell on the terminal for its size until it answers `size` (rows and columns).
+    pub async fn expect_size(&mut self, size: &str) -> anyhow::Result<()> {
+        let what = format!("the size of the terminal is {size}");
+        wait_for(&what, Duration::from_mins(1), async || {
+            self.type_text("stty size\n")?;
+            // The shell needs a moment to answer.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let shown = self.shown();
+            ensure!(shown.contains(size), "{shown}");
+            Ok::<_, anyhow::Error>(())
+        })
+        .await
+    }
+
+    /// Interrupts a program that the shell on the terminal runs, and leaves the shell with exit code 7.
+    pub async fn interrupt_and_exit_with_7(mut self) -> anyhow::Result<()> {
+        self.type_text("echo slee''ping; sleep 300\n")?;
+        self.expect("sleeping").await?;
+        // On a line of its own, because the shell discards the rest of an interrupted line.
+        self.type_text("\u{3}echo code=$?\n")?;
+        self.expect("code=130").await?;
+        self.type_text("exit 7\n")?;
+        ensure!(self.exit_code().await? == Some(7));
+        Ok(())
+    }
+
+    /// Waits for the program's end and returns its exit code.
     pub async fn exit_code(mut self) -> anyhow::Result<Option<i32>> {
         let ended = tokio::time::timeout(Duration::from_secs(20), self.child.wait()).await;
         let status =

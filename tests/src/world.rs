@@ -4,7 +4,7 @@
 
 use std::{fmt, path::PathBuf, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use k8s_openapi::api::core::v1::{Event, Namespace, Node, NodeCondition, Pod};
 use kube::{
     Api, Client, ResourceExt as _,
@@ -12,20 +12,20 @@ use kube::{
 };
 use serde_json::json;
 
-use crate::{PodBuilder, Run, wait_for};
+use crate::{PodBuilder, Run, stays, wait_for};
 
-/// From creation to an end of a pod that does next to nothing, on a busy machine.
+/// How long a pod that does almost nothing may take from its creation to its end on a busy machine.
 pub const SOON: Duration = Duration::from_mins(1);
 
 /// The agent's state directory, as the nodes of the cluster see it.
 pub const STATE: &str = "/home/hpcuser/.local/state/knoc";
 
-/// The stack, seen from one test.
+/// The stack as one test uses it.
 #[derive(Clone)]
 pub struct World {
-    /// Of the test alone.
+    /// The test's own namespace.
     pub namespace: String,
-    /// Our virtual node.
+    /// The name of our virtual node.
     pub node: String,
     client: Client,
     testbed: PathBuf,
@@ -41,7 +41,7 @@ impl fmt::Debug for World {
 }
 
 impl World {
-    /// The running stack, and a fresh namespace in it.
+    /// Connects to the running stack and creates a namespace for the test.
     pub async fn new(test: &str) -> anyhow::Result<Self> {
         let variable = |name: &str| {
             std::env::var(name).with_context(|| {
@@ -50,7 +50,7 @@ impl World {
         };
         let node = variable("KNOC_NODE")?;
         let hpc = PathBuf::from(variable("HPC_PREFIX")?).join("bin/hpc");
-        // Both a process-wide choice; the first test makes it.
+        // The provider is set once per process, by the first test.
         drop(rustls::crypto::ring::default_provider().install_default());
         let client = Client::try_default()
             .await
@@ -81,7 +81,7 @@ impl World {
         Ok(world)
     }
 
-    /// Lets go of the namespace and all in it. A test that fails leaves them, to be looked at.
+    /// Deletes the namespace and everything in it. A test that fails leaves it for inspection.
     pub async fn finish(self) -> anyhow::Result<()> {
         let api: Api<Namespace> = Api::all(self.client.clone());
         api.delete(&self.namespace, &DeleteParams::background())
@@ -89,7 +89,7 @@ impl World {
         Ok(())
     }
 
-    /// The client library's view of any kind in the test's namespace.
+    /// The client library's API for a kind in the test's namespace.
     #[must_use]
     pub fn api<K>(&self) -> Api<K>
     where
@@ -99,7 +99,7 @@ impl World {
         self.api_in(&self.namespace)
     }
 
-    /// The same in another namespace.
+    /// The client library's API for a kind in another namespace.
     #[must_use]
     pub fn api_in<K>(&self, namespace: &str) -> Api<K>
     where
@@ -109,7 +109,7 @@ impl World {
         Api::namespaced(self.client.clone(), namespace)
     }
 
-    /// The same of a kind without namespaces.
+    /// The client library's API for a kind without namespaces.
     #[must_use]
     pub fn cluster_api<K>(&self) -> Api<K>
     where
@@ -121,7 +121,7 @@ impl World {
 
     // ---- pods ----
 
-    /// Creates the pod and says its UID.
+    /// Creates the pod and returns its UID.
     pub async fn create(&self, pod: &PodBuilder) -> anyhow::Result<String> {
         let created = self
             .api::<Pod>()
@@ -131,13 +131,13 @@ impl World {
         created.uid().context("a pod without UID")
     }
 
-    /// The pod as it is.
+    /// The pod as it is now.
     pub async fn pod(&self, name: &str) -> anyhow::Result<Pod> {
         Ok(self.api::<Pod>().get(name).await?)
     }
 
-    /// Waits until `is` answers something of the pod.
-    pub async fn wait<T>(
+    /// Waits until `is` returns a value for the pod; returns that value.
+    pub async fn wait_for_state<T>(
         &self,
         name: &str,
         what: &str,
@@ -157,7 +157,7 @@ impl World {
         }
     }
 
-    /// Waits until the pod is in that phase; another end fails at once. Answers the pod.
+    /// Waits until the pod is in that phase; returns the pod. Fails at once if the pod ends in another phase.
     pub async fn wait_phase(
         &self,
         name: &str,
@@ -165,7 +165,7 @@ impl World {
         limit: Duration,
     ) -> anyhow::Result<Pod> {
         let pod = self
-            .wait(name, &format!("phase {phase}"), limit, |pod| {
+            .wait_for_state(name, &format!("phase {phase}"), limit, |pod| {
                 let now = phase_of(pod);
                 let ended = matches!(now, "Succeeded" | "Failed");
                 (now == phase || ended).then(|| pod.clone())
@@ -185,14 +185,32 @@ impl World {
         self.wait_phase(pod.name(), phase, SOON).await
     }
 
-    /// Creates the pod, waits until it runs and says its UID.
+    /// Creates the pod, waits until it runs and returns its UID.
     pub async fn running(&self, pod: &PodBuilder) -> anyhow::Result<String> {
         let uid = self.create(pod).await?;
         self.wait_phase(pod.name(), "Running", SOON).await?;
         Ok(uid)
     }
 
-    /// Waits until the pod is no more.
+    /// Checks for the whole `span` that the pod stays in that phase.
+    pub async fn stays_in_phase(
+        &self,
+        name: &str,
+        phase: &str,
+        span: Duration,
+    ) -> anyhow::Result<()> {
+        stays(&format!("pod {name}: phase {phase}"), span, async || {
+            let pod = self.pod(name).await?;
+            if phase_of(&pod) == phase {
+                Ok(())
+            } else {
+                bail!("{}", serde_json::to_string(&pod.status)?)
+            }
+        })
+        .await
+    }
+
+    /// Waits until the pod object is gone.
     pub async fn wait_gone(&self, name: &str, limit: Duration) -> anyhow::Result<()> {
         wait_for(&format!("pod {name} gone"), limit, async || {
             match self.api::<Pod>().get_opt(name).await {
@@ -204,7 +222,7 @@ impl World {
         .await
     }
 
-    /// Deletes the pod; `None`: with its own grace.
+    /// Deletes the pod with that grace period, or with its own if `None`.
     pub async fn delete(&self, name: &str, grace: Option<u32>) -> anyhow::Result<()> {
         let how = DeleteParams {
             grace_period_seconds: grace,
@@ -217,7 +235,7 @@ impl World {
         Ok(())
     }
 
-    /// The whole log of a container, through the API server.
+    /// The whole log of a container, read through the API server.
     pub async fn logs(&self, name: &str, container: &str) -> anyhow::Result<String> {
         let what = LogParams {
             container: Some(container.into()),
@@ -240,7 +258,17 @@ impl World {
             .with_context(|| format!("the node {node} has no condition {kind}"))
     }
 
-    /// What our kubelet answers to a GET of that path, through the API server's proxy.
+    /// Waits until a condition of our node has that status.
+    pub async fn wait_node_condition(&self, kind: &str, status: &str) -> anyhow::Result<()> {
+        wait_for(&format!("condition {kind}={status}"), SOON, async || {
+            let now = self.condition(&self.node, kind).await?;
+            ensure!(now.status == status, "{now:?}");
+            Ok::<_, anyhow::Error>(())
+        })
+        .await
+    }
+
+    /// Our kubelet's answer to a GET of that path, through the API server's proxy.
     pub async fn kubelet(&self, path: &str) -> anyhow::Result<String> {
         let uri = format!("/api/v1/nodes/{}/proxy/{path}", self.node);
         let request = http::Request::get(&uri).body(Vec::new())?;
@@ -252,7 +280,7 @@ impl World {
         Ok(self.client.apiserver_version().await?.git_version)
     }
 
-    /// "Reason: message" of each event of the object.
+    /// Each event of the object, as "Reason: message".
     pub async fn events(&self, name: &str) -> anyhow::Result<Vec<String>> {
         let of = ListParams::default().fields(&format!("involvedObject.name={name}"));
         let events = self.api::<Event>().list(&of).await?;
@@ -297,13 +325,13 @@ impl World {
             .args(command)
     }
 
-    /// The same as root.
+    /// A command on a node of the cluster, as root.
     #[must_use]
     pub fn on_as_root<const N: usize>(&self, node: &str, command: [&str; N]) -> Run {
         Run::new(&self.hpc).args(["exec", node]).args(command)
     }
 
-    /// Pulls the plug of a node (`node-down`), or puts it back (`node-up`).
+    /// Cuts the power of a node (`node-down`), or restores it (`node-up`).
     #[must_use]
     pub fn power(&self, action: &str, node: &str) -> Run {
         Run::new(&self.hpc).args([action, node])
@@ -340,7 +368,7 @@ impl World {
         Ok(rows.text().lines().map(str::to_owned).collect())
     }
 
-    /// Waits until the pod has a job, and says its id.
+    /// Waits until the pod has a job; returns its id.
     pub async fn wait_job(&self, uid: &str) -> anyhow::Result<String> {
         let name = format!("knoc-{uid}");
         wait_for(&format!("a job {name}"), SOON, async || {
@@ -364,7 +392,7 @@ impl World {
         Ok(rows.ok().await?.text())
     }
 
-    /// Has Slurm requeue a running job. What it was submitted with forbids that; who owns a job may change it.
+    /// Makes Slurm requeue a running job. The job was submitted with `--no-requeue`, which its owner can change.
     pub async fn requeue(&self, job: &str) -> anyhow::Result<()> {
         let of = format!("jobid={job}");
         let allow = ["scontrol", "update", &of, "requeue=1"];
@@ -392,7 +420,7 @@ impl World {
     }
 }
 
-/// The pod's phase, empty where it has none.
+/// The pod's phase, or an empty string if it has none.
 #[must_use]
 pub fn phase_of(pod: &Pod) -> &str {
     pod.status
@@ -401,7 +429,7 @@ pub fn phase_of(pod: &Pod) -> &str {
         .unwrap_or_default()
 }
 
-/// The exit code of a container, init containers included, where it has ended.
+/// The exit code of a container or init container, if it has ended.
 #[must_use]
 pub fn exit_code(pod: &Pod, container: &str) -> Option<i32> {
     let status = pod.status.as_ref()?;
@@ -450,7 +478,7 @@ pub fn container_reason(pod: &Pod, container: &str) -> Option<(String, String)> 
     ))
 }
 
-/// Is a condition of the pod True?
+/// Whether a condition of the pod is True.
 #[must_use]
 pub fn has_condition(pod: &Pod, kind: &str) -> bool {
     let conditions = pod

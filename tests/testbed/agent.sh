@@ -7,7 +7,7 @@ of=$STACK; [ "$of" != slurm ] || of=full
 pidfile=$run/agent-$of.pid
 config=$agent_home_here/.config/knoc
 
-install_binaries() { # under a new name first: what runs is never written to
+install_binaries() { # copies to a new name and renames, because a running binary cannot be written
     local name
     mkdir -p "$agent_home_here/bin"
     for name in knoc-agent knocctl; do
@@ -15,17 +15,18 @@ install_binaries() { # under a new name first: what runs is never written to
         cmp -s "$KNOC_BIN/$name" "$agent_home_here/bin/$name" && continue
         cp "$KNOC_BIN/$name" "$agent_home_here/bin/.$name.new"
         mv "$agent_home_here/bin/.$name.new" "$agent_home_here/bin/$name"
-        # The copy that jobs exec is kept by version; here, one version is built many times. The agent is started again.
+        # Jobs execute a copy that is stored by version. Here one version is built many times, so the copy is removed; the agent is
+        # restarted.
         [ "$name" != knoc-agent ] || rm -rf "$agent_home_here/.local/state/knoc/versions"
     done
 }
-# What differs on this site from what `init` found out by itself.
+# Settings of this site that differ from those that `init` detects.
 configure() {
     [ ! -f "$config/agent.toml" ] || return 0
     "${as_agent[@]}" "$agent_home/bin/knoc-agent" init "${init_flags[@]}" >&2
     [ "$STACK" != local ] || return 0
     sed -i 's|^#* *image_roots *=.*|image_roots = ["/images", "/scratch"]|' "$config/agent.toml"
-    # The nodes' shared file systems are one: a report shows at once or never.
+    # The nodes' shared file systems are one file system, so a report appears at once or never.
     sed -i 's|^# *report_grace *=.*|report_grace = "10s"|' "$config/agent.toml"
     cat >>"$config/agent.toml" <<CONF
 
@@ -39,7 +40,7 @@ mirror = "$registry"
 insecure = true
 CONF
 }
-# The agent serves one cluster, by default the first that it meets; the bed has one a version of Kubernetes.
+# The agent serves one cluster, by default the first that connects; the bed has one cluster per version of Kubernetes.
 serve_this_cluster() {
     local id
     [ "$STACK" = full ] || return 0
@@ -48,11 +49,11 @@ serve_this_cluster() {
     sed -i "s|^#* *cluster_id *=.*|cluster_id = \"$id\"|" "$config/agent.toml"
     stop "$pidfile"
 }
-# knocctl's configuration for this side of the link, from what `init` made for it.
+# knocctl's configuration for the host, derived from the one that `init` wrote.
 configure_knocctl() {
     sed "s|$agent_home/|$agent_home_here/|g" "$config/knocctl.toml" >"$run/knocctl.toml"
 }
-# `hpc exec` stays as the parent of what it started in the node: the agent is it, or its child.
+# `hpc exec` stays as the parent of the process that it started on the node: the agent is that process, or its child.
 agent_of() {
     local pid
     for pid in "$1" $(cat "/proc/$1/task/$1/children" 2>/dev/null); do
@@ -69,7 +70,7 @@ up() {
     if alive "$pidfile"; then
         read -r pid _ <"$pidfile"
         ! cmp -s "/proc/$pid/exe" "$KNOC_BIN/knoc-agent" || return 0
-        say "the agent's binary has changed: starting it again"
+        say "the agent's binary has changed: restarting the agent"
         stop "$pidfile"
     fi
     start "$pidfile" "$log/agent-$of.log" "${as_agent[@]}" "$agent_home/bin/knoc-agent" serve
@@ -83,10 +84,4 @@ up() {
 export KNOCCTL_CONFIG=$run/knocctl.toml
 init_flags=(--site $site --address "$agent_address")
 [ "$STACK" != local ] || init_flags+=(--scheduler local --runtime process)
-case ${1:-} in
-up) up ;;
-down) stop "$pidfile" ;;
-kill) stop "$pidfile" KILL ;;
-running) alive "$pidfile" ;;
-*) sed -n 2p "$0" >&2; exit 2 ;;
-esac
+control "${1:-}"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# What building the Rust binaries needs: cargo, the musl target, musl-gcc.
+# Installs the tools that build the Rust binaries: cargo, the musl target, musl-gcc.
 . "$(dirname "$0")/lib.sh"
 command -v cargo >/dev/null || missing cargo "curl --proto '=https' -sSf https://sh.rustup.rs | sh"
 apt_install cc gcc

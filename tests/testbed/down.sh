@@ -1,12 +1,12 @@
 #!/bin/bash
-# Ends what up.sh started, by pid, and nothing else. Jobs that run end with their cluster; those of the
-# local scheduler go on to their own end, as jobs do. --wipe forgets all state too.
+# Stops the processes that up.sh started, by pid, and no others. Running jobs end with their cluster; jobs of the local
+# scheduler continue to their own end. --wipe also removes all state.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 "$testbed/kubelet.sh" down
 for STACK in full slurm local; do STACK=$STACK "$testbed/agent.sh" down; done
 for prefix in "$KNOC_BED"/kube*; do KUBE_PREFIX=$prefix "$testbed/kube/stop.sh"; done
-# Whatever HPC_SUITE it was brought up with.
+# Stops the cluster of any HPC_SUITE.
 for prefix in "$KNOC_BED"/hpc* "$HPC_PREFIX"; do [ ! -x "$prefix/bin/hpc" ] || "$prefix/bin/hpc" down; done
 [ "${1:-}" = --wipe ] || exit 0
 rm -rf --one-file-system "${KNOC_BED:?}"/kube*/run "${KNOC_BED:?}/local" "$run"

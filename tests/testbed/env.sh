@@ -1,5 +1,5 @@
 #!/bin/bash
-# Prints shell exports for any outside suite or tool: eval "$(make -s env)".
+# Prints shell exports for other test suites and tools: eval "$(make -s env)".
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 export_line() { printf 'export %s=%q\n' "$1" "$2"; }

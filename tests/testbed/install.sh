@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs and builds what the stack needs, once, saying so: Debian packages, Go, the control plane, the Slurm root.
+# Installs and builds once what the stack needs, and prints each step: Debian packages, Go, the control plane, the Slurm root.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 [ "$STACK" != local ] || exit 0
@@ -8,7 +8,7 @@ Without root: STACK=local, the agent with its embedded scheduler. On a login nod
 apt_install curl curl
 apt_install openssl openssl
 apt_install jq jq
-# Both are long and use different things (network and disk; processor).
+# Both take long and use different resources (network and disk; CPU), so they run in parallel.
 "$testbed/hpc/setup.sh" &
 slurm=$!
 if [ "$STACK" = full ]; then

@@ -1,12 +1,12 @@
 #!/bin/bash
 # Installs the clients of the interop suite under $KNOC_BED/interop: kubectl of four versions, the Python and JavaScript
-# client libraries (with node, from PyPI), the Go program. About half a minute, once; does nothing when they are there.
+# client libraries (with node, from PyPI), the Go program. This takes about half a minute; does nothing if they are already installed.
 . "$(dirname "$0")/lib.sh"
 clients=$repository/tests/interop
 interop=$KNOC_BED/interop
 mkdir -p "$interop"
 
-# stale NAME FILES...: are the files others than when `fresh NAME FILES...` was last said?
+# stale NAME FILES...: whether the files have changed since the last `fresh NAME FILES...`
 fingerprint() { cat "$@" | sha256sum | cut -c1-16; }
 stale() { local name=$1; shift; [ "$(cat "$interop/.$name" 2>/dev/null)" != "$(fingerprint "$@")" ]; }
 fresh() { local name=$1; shift; fingerprint "$@" >"$interop/.$name"; }
@@ -48,7 +48,7 @@ install_go_client() {
     stale go "${from[@]}" || return 0
     say "building the Go client"
     install_go
-    # The flags of the control plane: what was compiled for it is not compiled again.
+    # Uses the flags of the control plane, so that packages compiled for it are not compiled again.
     (cd "$clients/go" && CGO_ENABLED=0 go build -trimpath -modfile="${from[1]}" -ldflags "-s -w" -o "$interop/go-client" .)
     fresh go "${from[@]}"
 }

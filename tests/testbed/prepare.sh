@@ -1,14 +1,14 @@
 #!/bin/bash
-# Builds the static binaries and installs what the stack needs, side by side: cargo first, the rest with what it leaves of
-# the processors and the network (downloads, the end of its link-time optimisation). Quick where all is there.
+# Builds the static binaries and installs what the stack needs, in parallel: cargo has priority, the rest uses the CPU and network
+# that it leaves (downloads, the end of its link-time optimisation). Fast if everything is already there.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 "$testbed/build-tools.sh"
-# In a session of its own, so that all of it ends with us.
+# In its own session, so that all of it ends with this script.
 setsid nice "$testbed/install.sh" &
 installing=$!
 trap 'kill -- -$installing 2>/dev/null || true' EXIT
 make -C "$repository" build
-# A stack that cannot be installed is no reason not to test the rest: `up` tries again, and says so.
+# If the stack cannot be installed, the other tests still run; `up` tries again and reports the error.
 wait $installing || say "the stack $STACK could not be installed, see above"
 trap - EXIT

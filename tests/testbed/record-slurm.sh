@@ -1,16 +1,16 @@
 #!/bin/bash
-# Records what the real Slurm programs print, as fixtures of the parsers in knoc-agent/src/scheduler/slurm.
+# Records the output of the real Slurm programs as fixtures of the parsers in knoc-agent/src/scheduler/slurm.
 #
-#   record-slurm.sh HPC OUT    HPC: the test cluster's command (PREFIX/bin/hpc), a cluster of its own that is up, with
+#   record-slurm.sh HPC OUT    HPC: the command of the test cluster (PREFIX/bin/hpc), a separate running cluster with
 #                              AccountingStorageEnforce=associations,limits,qos in its slurm.conf; takes about 2 minutes,
-#                              powers c3 off and on, cancels all jobs of hpcuser. Needs root.
+#                              powers c3 off and on, and cancels all jobs of hpcuser. Needs root.
 #                              OUT: knoc-agent/tests/fixtures/slurm-VERSION
-# Job cases are named knoc-rec-CASE, so that a fixture's lines say what they should be read as.
+# Jobs are named knoc-rec-CASE, so that the lines of a fixture show how they should be read.
 set -euo pipefail
 hpc=$1 out=$2
 mkdir -p "$out/refusals"
 
-# The same as in parse.rs and nodes.rs; a test compares them.
+# These formats equal those in parse.rs and nodes.rs; a test compares them.
 squeue_format='%i|%T|%r|%P|%N|%V|%S|%e|%l|%j|%k'
 sacct_format='JobIDRaw,State,Reason,ExitCode,Partition,NodeList,Submit,Start,End,TimelimitRaw,JobName,Comment'
 sinfo_format='%N|%P|%a|%l|%L|%t|%c|%m|%d|%G|%f'
@@ -39,13 +39,13 @@ snapshot() { # NAME: queue and accounting as they are now
     user squeue --noheader --states=all --me -o "$squeue_format" >"$out/squeue-$1.txt"
     user sacct -P -n -X -D -S now-1hours -o "$sacct_format" >"$out/sacct-$1.txt"
 }
-refuse() { # CASE COMMAND...: what sbatch says when it refuses, on the login node
+refuse() { # CASE COMMAND...: records sbatch's message when it refuses a job on the login node
     local name=$1 code=0
     shift
-    # 22.05 goes on for ever where it cannot resolve the controller's name.
+    # 22.05 retries forever if it cannot resolve the controller's name.
     timeout --kill-after=5 90 "$hpc" exec login -u hpcuser -e LC_ALL=C "$@" >"$out/refusals/$name.txt" 2>&1 </dev/null || code=$?
     [ $code != 0 ] || say "refusal $name: accepted"
-    # Enough of the 200 lines of getaddrinfo() in 22.05.
+    # Only the beginning of the 200 lines about getaddrinfo() in 22.05.
     sed -i "1i exit $code" "$out/refusals/$name.txt"
     sed -i '30,$d' "$out/refusals/$name.txt"
 }

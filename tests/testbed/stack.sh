@@ -1,7 +1,7 @@
-# Which stack, and what belongs to it. Sourced after lib.sh.
+# Selects the stack and defines its parts. Sourced after lib.sh.
 #   full   real Kubernetes, Slurm and Apptainer (root on Linux)
 #   slurm  the agent on Slurm and Apptainer, with knocctl (root on Linux)
-#   local  the agent with its embedded scheduler, no container runtime, with knocctl (anybody)
+#   local  the agent with its embedded scheduler, no container runtime, with knocctl (any user)
 
 detect_stack() { # sets STACK and why
     case ${STACK:-} in
@@ -12,12 +12,12 @@ detect_stack() { # sets STACK and why
         elif ! unshare --mount --net --pid --fork true 2>/dev/null; then STACK=local why="this machine forbids namespaces"
         else STACK=full why="root on a Debian machine with namespaces"; fi
         ;;
-    *) die "STACK=$STACK: full, slurm and local are known" ;;
+    *) die "STACK=$STACK: known stacks are full, slurm and local" ;;
     esac
     export STACK
 }
 
-# Where the agent of this stack lives (HOME as it sees it, and as we do), and how a command is run as its user there.
+# The home of this stack's agent (as the agent sees it, and as this host sees it), and how to run a command there as its user.
 locate_agent() {
     if [ "$STACK" = local ]; then
         agent_home=$KNOC_BED/local agent_home_here=$KNOC_BED/local agent_address=127.0.0.1:10350
@@ -35,10 +35,10 @@ node=knoc-$site
 namespace=knoc-system
 registry=ctl:5000
 own_kubeconfig=$KUBE_PREFIX/run/admin.kubeconfig
-# A kubeconfig of somebody else's is used instead of starting a control plane; the bed's own are those of its versions.
+# A given kubeconfig is used instead of starting a control plane; the bed's own ones are those of its versions.
 case ${KUBECONFIG:-} in '' | "$KNOC_BED"/kube*/run/admin.kubeconfig) given_kubeconfig= ;; *) given_kubeconfig=$KUBECONFIG ;; esac
 export KUBECONFIG=${given_kubeconfig:-$own_kubeconfig}
-# The control plane's own kubectl, whatever the machine has; for somebody else's cluster the machine's, if it has one.
+# Uses the control plane's own kubectl; for a given cluster the machine's kubectl, if there is one.
 kubectl() {
     if [ -n "$given_kubeconfig" ]; then command kubectl "$@"; else "$KUBE_PREFIX/bin/kubectl" "$@"; fi
 }

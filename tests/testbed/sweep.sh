@@ -1,14 +1,14 @@
 #!/bin/bash
-# Takes away what a run that was cut off has left (of the tests, of the benchmark): their namespaces with the pods in them, jobs
-# that no pod stands behind, limits of Slurm's accounts, armed crash points, and the agent's and the kubelet's settings of one
-# test. The stack is up before and after; pods of other namespaces go on.
+# Removes what an interrupted run of the tests or the benchmark left: namespaces with their pods, jobs without a pod, limits of
+# Slurm's accounts, armed crash points, and settings of the agent and the kubelet for one test. The stack is running before and
+# after; pods of other namespaces continue.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
-[ "$STACK" = full ] || die "STACK=$STACK ($why): only the full stack has anything to sweep"
+[ "$STACK" = full ] || die "STACK=$STACK ($why): only the full stack needs sweeping"
 
 as_user() { hpc exec login -u hpcuser "$@"; }
 as_admin() { hpc exec ctl sacctmgr -n -P "$@"; }
-# Of a test that wanted its agent or kubelet otherwise. Both find their pods again.
+# Settings of a test for the agent or kubelet. Both are restarted and find their pods again.
 afresh() {
     rm -f "$agent_home_here/knoc-crash-at"
     "$testbed/kubelet.sh" down
@@ -20,7 +20,7 @@ no_namespaces() { [ -z "$(kubectl get namespaces -l knoc-test -o name | tee /dev
 # Jobs of the agent are knoc-UID; all others were submitted by hand.
 foreign_jobs() { as_user squeue -h -o '%i|%j' | grep -vE '\|knoc-[0-9a-f]{8}-[0-9a-f-]{27}$' | cut -d'|' -f1; }
 no_foreign_jobs() { [ -z "$(foreign_jobs | tee /dev/stderr)" ]; }
-# A test's QOS has the name of its namespace; a test's account is not the bed's own.
+# A test's QOS has the name of its namespace; a test's account is any account that is not the bed's.
 no_limits() {
     local name code=0
     for name in $(as_admin show qos format=Name | grep '^t-'); do as_admin -i delete qos "$name" || code=1; done
@@ -31,7 +31,7 @@ no_limits() {
 }
 
 left=$(kubectl get namespaces -l knoc-test -o name) jobs=$(foreign_jobs || true)
-[ -z "$left$jobs" ] || say "sweeping what an earlier run has left:" $left $jobs
+[ -z "$left$jobs" ] || say "removing what an earlier run left:" $left $jobs
 afresh
 kubectl delete namespaces -l knoc-test --wait=false >/dev/null
 [ -z "$jobs" ] || as_user scancel $jobs

@@ -1,16 +1,16 @@
 #!/bin/bash
-# Brings the stack up and leaves it running; called again, it starts only what does not run.
+# Starts the stack and leaves it running; if called again, starts only the parts that are not running.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 say "STACK=$STACK ($why)"
 [ "$STACK" = local ] || [ "$HPC_SUITE" != bookworm ] \
-    || die "HPC_SUITE=bookworm has Slurm 22.05 and no Apptainer: it is for record-slurm.sh alone; trixie and sid run pods"
+    || die "HPC_SUITE=bookworm has Slurm 22.05 and no Apptainer and is used only by record-slurm.sh; trixie and sid run pods"
 "$testbed/install.sh"
 
 cluster_up() {
     local other
-    for other in "$KNOC_BED"/hpc*/bin/hpc; do # fixed addresses: one cluster a machine
-        [ "$other" = "$HPC_PREFIX/bin/hpc" ] || ! "$other" exec ctl true 2>/dev/null || { say "ending the other cluster, $other"; "$other" down; }
+    for other in "$KNOC_BED"/hpc*/bin/hpc; do # addresses are fixed: one cluster per machine
+        [ "$other" = "$HPC_PREFIX/bin/hpc" ] || ! "$other" exec ctl true 2>/dev/null || { say "stopping the other cluster, $other"; "$other" down; }
     done
     hpc up && "$testbed/hpc/images.sh"
     say "Slurm is up: $(hpc exec login sinfo -V), $(hpc exec login apptainer --version)"
@@ -18,9 +18,9 @@ cluster_up() {
 control_plane_up() {
     local other
     if [ -z "$given_kubeconfig" ]; then
-        for other in "$KNOC_BED"/kube*; do # fixed ports: one control plane a machine, and the kubelet belongs to it
+        for other in "$KNOC_BED"/kube*; do # ports are fixed: one control plane per machine, with its kubelet
             [ "$other" != "$KUBE_PREFIX" ] && alive "$other/run/kube-apiserver.pid" || continue
-            say "ending the other control plane, $other"
+            say "stopping the other control plane, $other"
             "$testbed/kubelet.sh" down
             KUBE_PREFIX=$other "$testbed/kube/stop.sh"
         done

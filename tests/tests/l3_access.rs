@@ -1,4 +1,4 @@
-//! Who may call the kubelet's port, asked by curl with real tokens and certificates; the real API server reviews them.
+//! Who can use the kubelet's API, tested by curl with real tokens and certificates that the real API server reviews.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use kube::ResourceExt as _;
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, date_time_ymd};
 use serde_json::json;
 
-/// Where the bed keeps what signs tokens and certificates.
+/// The folder of the bed's keys that sign tokens and certificates.
 fn kube(file: &str) -> anyhow::Result<PathBuf> {
     let prefix = match std::env::var("KUBE_PREFIX") {
         Ok(prefix) => PathBuf::from(prefix),
@@ -26,7 +26,7 @@ struct Kubelet {
     folder: tempfile::TempDir,
 }
 
-/// What a caller shows.
+/// The credentials of a client.
 enum Caller<'a> {
     Nobody,
     Token(&'a str),
@@ -151,7 +151,7 @@ async fn token(world: &World, account: &str, more: &[&str]) -> anyhow::Result<St
     Ok(output.text())
 }
 
-/// A token of the account signed with the cluster's own key, which ends at that time.
+/// A token of the account that is signed with the cluster's own key and expires at that time.
 async fn signed(account: &ServiceAccount, until: Timestamp) -> anyhow::Result<String> {
     let (name, namespace) = (account.name_any(), account.namespace().unwrap_or_default());
     let issuer = "https://kubernetes.default.svc";
@@ -176,7 +176,7 @@ async fn signed(account: &ServiceAccount, until: Timestamp) -> anyhow::Result<St
     ))
 }
 
-/// Lets that subject do those verbs on those subresources of nodes; answers the name of the cluster-wide objects.
+/// Allows the subject these verbs on these subresources of nodes; returns the name of the cluster-wide objects.
 async fn grant(
     world: &World,
     subject: serde_json::Value,
@@ -222,7 +222,7 @@ fn subject(account: &ServiceAccount) -> serde_json::Value {
 }
 
 #[tokio::test]
-async fn who_proves_no_identity_is_answered_401() -> anyhow::Result<()> {
+async fn a_client_without_identity_is_answered_401() -> anyhow::Result<()> {
     let world = World::new("access-nobody").await?;
     let kubelet = Kubelet::find(&world).await?;
     let nobody = account(&world, "nobody").await?;
@@ -247,7 +247,7 @@ async fn who_proves_no_identity_is_answered_401() -> anyhow::Result<()> {
             );
         }
     }
-    // The same token with some life left is somebody, who may nothing.
+    // The same token before its expiry is authenticated, but has no permissions.
     let lives = signed(&nobody, now + SignedDuration::from_mins(30)).await?;
     let answer = kubelet.ask(Caller::Token(&lives), "GET", "/pods").await?;
     let text = format!(
@@ -258,7 +258,7 @@ async fn who_proves_no_identity_is_answered_401() -> anyhow::Result<()> {
     finish(world).await
 }
 
-/// An account, what it is granted, and what each of its requests is then answered.
+/// An account, its permissions, and the expected answer to each of its requests.
 struct Case {
     account: &'static str,
     verbs: &'static [&'static str],
@@ -341,7 +341,7 @@ async fn rights_are_those_of_the_fine_grained_subresources() -> anyhow::Result<(
         let token = token(&world, name, &[]).await?;
         for (method, path, wanted) in requests {
             let answer = kubelet.ask(Caller::Token(&token), method, path).await?;
-            // What is past the gate may refuse the request for its own reasons.
+            // After authorization, a handler may reject the request for its own reasons.
             let passed = !matches!(answer.0, 401 | 403);
             let fits = if *path == EXEC && *wanted == 404 {
                 passed

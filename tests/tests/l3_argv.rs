@@ -1,5 +1,5 @@
 //! Level 3: arguments and environment under Apptainer: 50 pods of 20 cases, each case one class of
-//! nasty text and one class of nasty name, bare in the first pod and dressed in the others.
+//! nasty text and one class of nasty name, alone in the first pod and combined with other text in the others.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -20,10 +20,10 @@ const SIZE: Size = Size {
 
 const SEED: u64 = 0x6b6e_6f63;
 
-/// All 50 containers on the machine's cores.
+/// The time for all 50 containers on the machine's cores.
 const ALL: Duration = Duration::from_mins(4);
 
-/// What a container finds in its environment that its pod did not say.
+/// Variables in a container's environment that its pod did not set.
 const GIVEN: [&str; 6] = ["PATH", "HOME", "HOSTNAME", "TERM", "PWD", "TMPDIR"];
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! The Helm chart on the real control plane: what it refuses, what it grants, and the examples.
+//! The Helm chart on the real control plane: which values it rejects, which permissions it grants, and the examples.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ fn helm<const N: usize>(args: [&str; N]) -> Run {
 }
 
 #[tokio::test]
-async fn the_plain_manifests_are_what_the_chart_renders() -> anyhow::Result<()> {
+async fn the_plain_manifests_equal_what_the_chart_renders() -> anyhow::Result<()> {
     Run::new(deploy().join("render.sh"))
         .arg("--check")
         .ok()
@@ -54,7 +54,7 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the `ServiceAccount` may do, and what it may not, as `kubectl auth can-i` takes it.
+/// The permissions that the `ServiceAccount` has and those that it does not have, as arguments of `kubectl auth can-i`.
 const MAY: [&str; 14] = [
     "create nodes",
     "get nodes/knoc-chart",
@@ -85,11 +85,11 @@ const MAY_NOT: [&str; 10] = [
 ];
 
 #[tokio::test]
-async fn the_chart_installs_and_grants_what_it_says() -> anyhow::Result<()> {
+async fn the_chart_installs_and_grants_the_permissions_that_it_lists() -> anyhow::Result<()> {
     let world = World::new("chart").await?;
     let namespace = world.namespace.as_str();
     let chart = deploy().join("chart/knoc");
-    // Cluster-wide objects carry the node's name, so this one lives beside the stack's own.
+    // The names of cluster-wide objects contain the node's name, so this release does not conflict with that of the stack.
     helm(["install", "charttest", "--namespace", namespace])
         .arg(&chart)
         .args([

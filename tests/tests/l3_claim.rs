@@ -1,4 +1,4 @@
-//! The claim on real parts: whoever meets on one job directory, the containers of its pod run once.
+//! The claim on the real stack: however many processes use one job directory, the containers of its pod run once.
 
 use std::time::Duration;
 
@@ -9,17 +9,17 @@ use knoc_tests::{
     world::{SOON, STATE, exit_code, has_condition, phase_of, why},
 };
 
-/// Pairs that are released together: each is one more chance for a race to be lost.
+/// Pairs that are started together; each pair is one more chance to detect a race.
 const PAIRS: usize = 5;
 
-/// From the submission to the end of all that wait for the others.
+/// The time from the submission to the end of all jobs that wait for each other.
 const RACE: Duration = Duration::from_mins(3);
 
 /// The exit codes of a job whose pod succeeded, and of one that lost its claim.
 const WON: i32 = 0;
 const SURPLUS: i32 = 66;
 
-/// The agent as jobs exec it.
+/// The agent's binary as jobs execute it.
 async fn installed_agent(world: &World) -> anyhow::Result<String> {
     let versions = format!("{STATE}/versions");
     let find = ["find", &versions, "-name", "knoc-agent"];
@@ -34,13 +34,13 @@ async fn of_two_processes_that_claim_one_job_directory_one_runs() -> anyhow::Res
     let pod = PodBuilder::new("once").sh("echo ran; sleep 600");
     let uid = world.create(&pod).await?;
     world.wait_phase("once", "Running", SOON).await?;
-    // A second job on the same directory: surplus, by its exit code.
+    // A second job in the same directory exits with the code of a surplus job.
     let wrap = format!("{} shim {STATE}/pods/{uid}", installed_agent(&world).await?);
     let surplus = submit_and_wait(&world, "c1", "/dev/null", &wrap).await?;
     ensure!(surplus.code == SURPLUS, "{surplus}");
     let log = world.logs("once", "main").await?;
     ensure!(log == "ran\n", "{log}");
-    // The end of the second is nothing to the first.
+    // The end of the second job does not affect the first.
     world.exec(&uid, "main", ["true"]).ok().await?;
     let pod = world.pod("once").await?;
     ensure!(phase_of(&pod) == "Running", "{:?}", pod.status);
@@ -49,7 +49,7 @@ async fn of_two_processes_that_claim_one_job_directory_one_runs() -> anyhow::Res
     world.finish().await
 }
 
-/// Runs that as a job on that node, to its end; answers the job's id and exit code.
+/// Runs the script as a job on that node to its end; returns the job's id and exit code.
 async fn submit_and_wait(
     world: &World,
     node: &str,
@@ -73,18 +73,18 @@ async fn submit_and_wait(
     world.on("login", job).deadline(RACE).output().await
 }
 
-/// Two fresh processes on two nodes, and a job directory that nobody has claimed.
+/// Two new processes on two nodes, and a job directory that nobody has claimed.
 struct Pair<'a> {
     world: &'a World,
     agent: &'a str,
-    /// Of all pairs: where they say that they are ready, and are told to go.
+    /// The folder in which all pairs report that they are ready and are started.
     meeting: &'a str,
     /// The job directory.
     folder: String,
 }
 
 impl Pair<'_> {
-    /// Both to their ends: the job's id and exit code of each.
+    /// Waits until both have ended; returns the id and exit code of each job.
     async fn race(&self) -> anyhow::Result<[Output; 2]> {
         let (first, second) =
             futures::future::try_join(self.contender("c1"), self.contender("c2")).await?;
@@ -105,7 +105,7 @@ impl Pair<'_> {
         submit_and_wait(self.world, node, &format!("{folder}/{node}.out"), &wrap).await
     }
 
-    /// One ran the containers, once; the other stood back, and says for whom.
+    /// Checks that one ran the containers once, and that the other exited and says which process has the claim.
     async fn judge(&self, ends: &[Output; 2]) -> anyhow::Result<()> {
         let folder = &self.folder;
         let show = format!(
@@ -131,7 +131,7 @@ impl Pair<'_> {
     }
 }
 
-/// A pod whose job waits for a job that is held; answers that job.
+/// Creates a pod whose job waits for a held job; returns that job.
 async fn queued(world: &World, pod: &str, program: &str) -> anyhow::Result<(String, String)> {
     let hold = ["sbatch", "--parsable", "--hold", "--wrap", "true"];
     let gate = world.on("login", hold).ok().await?.text();
@@ -144,14 +144,14 @@ async fn queued(world: &World, pod: &str, program: &str) -> anyhow::Result<(Stri
 }
 
 #[tokio::test]
-async fn two_fresh_processes_fight_for_one_claim_and_one_runs() -> anyhow::Result<()> {
+async fn of_two_new_processes_that_race_for_one_claim_one_runs() -> anyhow::Result<()> {
     let world = World::new("fight").await?;
     let (uid, gate) = queued(&world, "fresh", "echo the-program-ran; sleep 2").await?;
     let agent = installed_agent(&world).await?;
     let meeting = format!("/scratch/{}", world.namespace);
     let mut pairs = Vec::new();
     for number in 0..PAIRS {
-        // What the agent made for the pod, once more: a whole job directory, which no job has seen.
+        // A copy of the complete job directory that the agent wrote, which no job has used yet.
         let folder = format!("{meeting}/{number}/pods/{uid}");
         let copy = format!("mkdir -p {meeting}/{number}/pods && cp -a {STATE}/pods/{uid} {folder}");
         world.on("login", ["sh", "-c", &copy]).ok().await?;
@@ -234,7 +234,7 @@ async fn requeued(test: &str, policy: &str) -> anyhow::Result<()> {
         "{:?}",
         ended.status
     );
-    // Nothing waits in the queue for a second life, and it had none.
+    // No job waits in the queue for another run, and the pod did not run again.
     world.wait_no_job(&uid, SOON).await?;
     let look = format!("cd {STATE}/pods/{uid}; ls claim.* | wc -l; cat logs/main/*");
     let found = world.on("login", ["sh", "-c", &look]).ok().await?.text();
@@ -251,6 +251,6 @@ async fn a_pod_whose_job_is_requeued_never_runs_again_and_says_why() -> anyhow::
 }
 
 #[tokio::test]
-async fn nor_does_one_that_restarts_its_containers() -> anyhow::Result<()> {
+async fn a_pod_that_restarts_its_containers_never_runs_again_when_requeued() -> anyhow::Result<()> {
     requeued("requeue-always", "Always").await
 }

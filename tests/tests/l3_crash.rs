@@ -1,5 +1,5 @@
 //! Level 3: agent and kubelet die on the real stack, at each boundary of an effect and at random
-//! moments under load. Alone, one test after the other: what they kill, all tests share.
+//! moments under load. The tests run alone, one after the other, because all tests share the processes that they kill.
 
 use std::time::Duration;
 
@@ -10,41 +10,41 @@ use knoc_tests::{
     world::{STATE, why},
 };
 
-/// From a restart to the right state.
+/// The time from a restart to the correct state.
 const RIGHT: Duration = Duration::from_mins(2);
 
-/// Of one of the test bed's scripts, on a busy machine.
+/// The time for one of the test bed's scripts on a busy machine.
 const SCRIPT: Duration = Duration::from_mins(3);
 
-/// Kills under load: fifty. A kubelet is longer in starting, so of it there are fewer in the same time.
+/// The number of kills under load: fifty. A kubelet takes longer to start, so there are fewer kills in the same time.
 const AGENT_KILLS: usize = 30;
 const KUBELET_KILLS: usize = 20;
 
-/// Pods at the beginning of the load; with each kill of the agent comes another one.
+/// The number of pods at the beginning of the load; each kill of the agent adds another one.
 const LOAD: usize = 20;
 
 /// The site file.
 const SITE: &str = "/home/hpcuser/.config/knoc/agent.toml";
 
-/// Where jobs in the partition `short` find the point at which their shim dies.
+/// The file in which jobs of the partition `short` find the point at which their shim dies.
 const ARMED: &str = "/home/hpcuser/knoc-crash-at";
 
 /// The exit code of a job that lost its claim.
 const SURPLUS: &str = "|66:";
 
-/// Brings the service up with that crash point armed; without one, up as it should be.
+/// Starts the service with that crash point armed, or normally if there is none.
 async fn start(world: &World, script: &str, point: &str) -> anyhow::Result<()> {
     let run = world.service(script, "up").deadline(SCRIPT);
     if point.is_empty() {
         run.ok().await?;
     } else {
-        // It may die before the script has seen it ready.
+        // It may die before the script sees that it is ready.
         run.env("KNOC_CRASH_AT", point).output().await?;
     }
     Ok(())
 }
 
-/// A namespace, and both services up, whatever an earlier test left.
+/// Creates a namespace and starts both services, whatever an earlier test left.
 async fn whole(test: &str) -> anyhow::Result<World> {
     let world = World::new(test).await?;
     for script in ["agent.sh", "kubelet.sh"] {
@@ -66,7 +66,7 @@ async fn dead(world: &World, script: &str, point: &str) -> anyhow::Result<()> {
     .await
 }
 
-/// The jobs of a pod that did not stand back: one that ran its containers, and no other.
+/// Checks that exactly one job of the pod ran its containers, not counting jobs that lost the claim.
 async fn ran_once(world: &World, uid: &str, point: &str) -> anyhow::Result<()> {
     let jobs = world.jobs(uid).await?;
     let ran = jobs.iter().filter(|job| !job.contains(SURPLUS)).count();
@@ -77,7 +77,7 @@ async fn ran_once(world: &World, uid: &str, point: &str) -> anyhow::Result<()> {
 async fn dies_at(script: &str, point: &str) -> anyhow::Result<()> {
     let world = whole("crash").await?;
     let deleting = point.contains("delete");
-    // A pod that has ended is removed by the API server itself: the kubelet deletes only what still ran.
+    // The API server itself removes a pod that has ended; the kubelet deletes only pods that were still running.
     let script_of_pod = if deleting {
         "trap 'exit 0' TERM; while :; do sleep 0.1; done"
     } else {
@@ -129,7 +129,7 @@ async fn the_agent_dies_at_each_boundary() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives the site that prelude, and the agent a new start. Answers the site file as it was.
+/// Sets the site's prelude and restarts the agent; returns the previous site file.
 async fn set_prelude(world: &World, prelude: &str) -> anyhow::Result<Vec<u8>> {
     let before = world.on("login", ["cat", SITE]).ok().await?.stdout;
     let text = String::from_utf8(before.clone())?;
@@ -148,7 +148,7 @@ async fn set_site(world: &World, text: Vec<u8>) -> anyhow::Result<()> {
     start(world, "agent.sh", "").await
 }
 
-/// No process on any node has these words in its command.
+/// Waits until no process on any node has these words in its command line.
 async fn nothing_left(world: &World, words: &str) -> anyhow::Result<()> {
     for node in ["c1", "c2", "c3"] {
         wait_for(
@@ -165,7 +165,7 @@ async fn nothing_left(world: &World, words: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The shim dies there: the pod has failed and says so, its containers do not outlive it, and nothing runs in its place.
+/// The shim dies at the point: the pod fails with a reason, its containers do not outlive it, and nothing replaces it.
 async fn shim_dies_at(point: &str) -> anyhow::Result<()> {
     let world = World::new("shim").await?;
     let arm = format!("echo {point} >{ARMED}");
@@ -182,7 +182,7 @@ async fn shim_dies_at(point: &str) -> anyhow::Result<()> {
         "{reason}: {message}"
     );
     nothing_left(&world, &program).await?;
-    // What the job left: the shim's last words, its claims, and how often the program ran.
+    // The files that the job left: the shim's last messages, its claims, and how often the program ran.
     let look = format!(
         "cd {STATE}/pods/{uid}; cat batch.out; ls claim.* | wc -l; cat logs/main/* | grep -c ran"
     );
@@ -229,7 +229,7 @@ async fn the_shim_dies_at_each_boundary() -> anyhow::Result<()> {
     };
     let deaths = deaths.await;
     world.on("login", ["rm", ARMED]).ok().await?;
-    // Nobody dies where nothing is armed.
+    // No process dies unless a crash point is armed.
     let well = PodBuilder::new("well").annotation("knoc.io/partition", "short");
     let well = world.run(&well, "Succeeded").await.map(drop);
     set_site(&world, before).await?;
@@ -296,7 +296,7 @@ async fn agent_and_kubelet_die_at_random_moments_under_load() -> anyhow::Result<
     let world = whole("random").await?;
     let mut pods: Vec<PodBuilder> = (0..LOAD).map(load).collect();
     let mut uids = try_join_all(pods.iter().map(|pod| world.create(pod))).await?;
-    // Each at its own moments, so now and then both are down.
+    // Each is killed at its own moments, so sometimes both are down.
     let kubelet = die_often(&world, "kubelet.sh", KUBELET_KILLS, async |_| Ok(()));
     let agent = die_often(&world, "agent.sh", AGENT_KILLS, async |kill| {
         let pod = load(LOAD + kill);

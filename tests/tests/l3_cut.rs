@@ -1,6 +1,6 @@
-//! Streams that are cut in mid-stream: the agent, the shim or the job is killed while kubectl runs exec, attach,
-//! port-forward and `logs -f`. Each says so at once; none hangs, none ends as if all were well.
-//! Alone, one test after the other: the agent is everybody's.
+//! Streams that are interrupted: the agent, the shim or the job is killed while kubectl runs exec, attach, port-forward and
+//! `logs -f`. Each of them fails at once; none hangs, and none ends with success.
+//! The tests run alone, one after the other, because they affect the agent that all tests share.
 
 use std::time::{Duration, Instant};
 
@@ -18,10 +18,10 @@ use tokio::{
     time::timeout,
 };
 
-/// What a broken stream may take to say so.
+/// How long a broken stream may take to fail.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
-/// When both sides of a link have noticed that nothing comes any more, and said so.
+/// How long both sides of a link may take to detect that it is silent and to report it.
 const NOTICED: Duration = KEEPALIVE
     .saturating_add(KEEPALIVE_TIMEOUT)
     .saturating_add(Duration::from_secs(10));
@@ -29,23 +29,23 @@ const NOTICED: Duration = KEEPALIVE
 /// `KillWait` of the test bed's Slurm.
 const KILL_WAIT: Duration = Duration::from_secs(3);
 
-/// Of the agent's start, on a busy machine.
+/// How long the agent may take to start on a busy machine.
 const SCRIPT: Duration = Duration::from_mins(3);
 
-/// Words ten times a second; beside them a server that gives back what it gets.
+/// Prints a line ten times a second. The pod also runs an echo server.
 const TALKER: &str = "while :; do echo tick; sleep 0.1; done";
 
 fn talker(port: u16) -> PodBuilder {
     PodBuilder::new("talker").sh(&format!("nc -ll -p {port} -e cat & {TALKER}"))
 }
 
-/// kubectl's four kinds of streams into the pod `talker`, each with bytes on their way.
+/// kubectl's four kinds of streams into the pod `talker`, each with traffic.
 struct Streams {
     exec: Background,
     attach: Background,
     logs: Background,
     forward: Forward,
-    /// Through `forward`, to the pod's server.
+    /// A connection through `forward` to the pod's server.
     connection: TcpStream,
 }
 
@@ -75,7 +75,7 @@ impl Streams {
         })
     }
 
-    /// All but the log have failed by then.
+    /// Checks that all streams except the log have failed by then.
     async fn fail(&mut self, deadline: Instant) -> anyhow::Result<()> {
         let Self {
             exec,
@@ -94,7 +94,7 @@ impl Streams {
     }
 }
 
-/// All that went wrong, not the first alone.
+/// All errors, not only the first one.
 fn all<const N: usize>(ends: [anyhow::Result<()>; N]) -> anyhow::Result<()> {
     let wrong = ends.into_iter().filter_map(Result::err);
     let wrong: Vec<String> = wrong.map(|error| format!("{error:#}")).collect();
@@ -102,14 +102,14 @@ fn all<const N: usize>(ends: [anyhow::Result<()>; N]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The pod has the job that it had, and no other.
+/// Checks that the pod still has its job, and no other.
 async fn one_job_runs(world: &World, uid: &str) -> anyhow::Result<()> {
     let jobs = world.jobs(uid).await?;
     ensure!(jobs.len() == 1 && jobs[0].contains("RUNNING"), "{jobs:?}");
     Ok(())
 }
 
-/// The program ends in time; its exit code, and what it said beside the pod's words.
+/// Waits until the program ends in time; returns its exit code and its messages without the pod's output.
 async fn ended(
     name: &str,
     client: &mut Background,
@@ -123,7 +123,7 @@ async fn ended(
     Ok((code, words.join("\n")))
 }
 
-/// The program ends in time, says why, and its exit code says that it failed.
+/// Checks that the program ends in time with a reason and with a failing exit code.
 async fn failed(name: &str, client: &mut Background, deadline: Instant) -> anyhow::Result<()> {
     let (code, words) = ended(name, client, deadline).await?;
     ensure!(code != 0, "{name} ended as if all were well: {words}");
@@ -134,7 +134,7 @@ async fn failed(name: &str, client: &mut Background, deadline: Instant) -> anyho
     Ok(())
 }
 
-/// The forwarded connection is closed in time, whether by an end or by a reset.
+/// Checks that the forwarded connection is closed in time, by an end or by a reset.
 async fn closed(connection: &mut TcpStream, deadline: Instant) -> anyhow::Result<()> {
     let left = deadline.saturating_duration_since(Instant::now());
     let mut more = Vec::new();
@@ -146,12 +146,12 @@ async fn closed(connection: &mut TcpStream, deadline: Instant) -> anyhow::Result
 }
 
 #[tokio::test]
-async fn kubectl_hears_at_once_that_the_agent_was_killed() -> anyhow::Result<()> {
+async fn kubectl_fails_at_once_when_the_agent_is_killed() -> anyhow::Result<()> {
     let world = World::new("cut-agent").await?;
     let port = some_port();
     let uid = world.running(&talker(port)).await?;
     let mut streams = Streams::open(&world, port).await?;
-    // The kubelet's own answer: of a log that breaks off the API server hands on the end, and not that it failed.
+    // The kubelet's own answer, because the API server passes on only the end of an aborted log and not the failure.
     let path = format!(
         "/api/v1/nodes/{}/proxy/containerLogs/{}/talker/main?follow=true",
         world.node, world.namespace
@@ -169,7 +169,7 @@ async fn kubectl_hears_at_once_that_the_agent_was_killed() -> anyhow::Result<()>
     let up = world.service("agent.sh", "up").deadline(SCRIPT).ok().await;
     ends?;
     up?;
-    // The job does not mind, and a new agent leads to it.
+    // The job continues, and a new agent reaches it.
     wait_for("the same pod answers again", SOON, async || {
         let exec = ["exec", "talker", "--", "echo", "again"];
         let answer = world.kubectl(exec).ok().await?;
@@ -181,9 +181,9 @@ async fn kubectl_hears_at_once_that_the_agent_was_killed() -> anyhow::Result<()>
     world.finish().await
 }
 
-/// An upgrade of the chart: what ends with the kubelet has not succeeded.
+/// As during an upgrade of the chart: streams that end with the kubelet have not succeeded.
 #[tokio::test]
-async fn kubectl_hears_that_the_kubelet_is_stopped() -> anyhow::Result<()> {
+async fn kubectl_fails_when_the_kubelet_is_stopped() -> anyhow::Result<()> {
     let world = World::new("cut-kubelet").await?;
     let port = some_port();
     let uid = world.running(&talker(port)).await?;
@@ -201,7 +201,7 @@ async fn kubectl_hears_that_the_kubelet_is_stopped() -> anyhow::Result<()> {
     world.finish().await
 }
 
-/// The streams of a pod whose shim is killed: `kill` does it.
+/// Checks the streams of a pod whose shim is killed with `kill`.
 async fn shim_is_killed(
     test: &str,
     kill: impl AsyncFnOnce(&World, &str) -> anyhow::Result<()>,
@@ -212,7 +212,7 @@ async fn shim_is_killed(
     let mut streams = Streams::open(&world, port).await?;
     kill(&world, &uid).await?;
     streams.fail(Instant::now() + AT_ONCE).await?;
-    // The log is not lost with the shim: it goes on from the files, and ends with the pod.
+    // The log is not lost with the shim: it continues from the files and ends with the pod.
     let ended = world.wait_phase("talker", "Failed", SOON).await?;
     let (reason, message) = why(&ended);
     ensure!(
@@ -223,7 +223,7 @@ async fn shim_is_killed(
     world.finish().await
 }
 
-/// Who followed the log has all of it.
+/// Checks that the follower got the complete log.
 async fn whole_log(world: &World, logs: &mut Background) -> anyhow::Result<()> {
     let code = logs.exit_code(SOON).await?;
     let (shown, whole) = (logs.shown(), world.logs("talker", "main").await?);
@@ -232,7 +232,7 @@ async fn whole_log(world: &World, logs: &mut Background) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn kubectl_hears_at_once_that_the_shim_was_killed() -> anyhow::Result<()> {
+async fn kubectl_fails_at_once_when_the_shim_is_killed() -> anyhow::Result<()> {
     shim_is_killed("cut-shim", async |world, uid| {
         let node = world.compute_node(uid).await?;
         let shim = format!("knoc-agent shim .*{uid}");
@@ -243,7 +243,7 @@ async fn kubectl_hears_at_once_that_the_shim_was_killed() -> anyhow::Result<()> 
 }
 
 #[tokio::test]
-async fn kubectl_hears_at_once_that_slurm_killed_the_batch_script() -> anyhow::Result<()> {
+async fn kubectl_fails_at_once_when_slurm_kills_the_batch_script() -> anyhow::Result<()> {
     shim_is_killed("cut-batch", async |world, uid| {
         let job = world.wait_job(uid).await?;
         let kill = world.on("login", ["scancel", "--batch", "--signal=KILL", &job]);
@@ -254,7 +254,7 @@ async fn kubectl_hears_at_once_that_slurm_killed_the_batch_script() -> anyhow::R
 
 /// Slurm sends TERM first, and KILL after [`KILL_WAIT`]: the shim ends its containers and their streams in between.
 #[tokio::test]
-async fn kubectl_hears_in_time_that_the_job_was_cancelled() -> anyhow::Result<()> {
+async fn kubectl_fails_in_time_when_the_job_is_cancelled() -> anyhow::Result<()> {
     let world = World::new("cut-job").await?;
     let port = some_port();
     let uid = world.running(&talker(port)).await?;
@@ -268,7 +268,7 @@ async fn kubectl_hears_in_time_that_the_job_was_cancelled() -> anyhow::Result<()
         ended("attach", &mut streams.attach, deadline),
         closed(&mut streams.connection, deadline),
     );
-    // A command says how it ended; who is attached is at the end of what there was to see.
+    // A command reports how it ended; an attached client has seen all of the output.
     let (code, words) = ends.0?;
     ensure!(code != 0 && !words.is_empty(), "{code}: {words}");
     ends.1?;
@@ -276,7 +276,7 @@ async fn kubectl_hears_in_time_that_the_job_was_cancelled() -> anyhow::Result<()
     let ended = world.wait_phase("talker", "Failed", SOON).await?;
     ensure!(why(&ended).0 == "Cancelled", "{:?}", why(&ended));
     ensure!(exit_code(&ended, "main") == Some(137), "{:?}", ended.status);
-    // Who forwards ports hears it from the next connection, as with any kubelet.
+    // port-forward notices it with the next connection, as with any kubelet.
     let Streams { forward, .. } = &mut streams;
     let answer = forward.exchange(b"?").await.unwrap_or_default();
     ensure!(answer.is_empty(), "{answer:?}");
@@ -286,9 +286,9 @@ async fn kubectl_hears_in_time_that_the_job_was_cancelled() -> anyhow::Result<()
     world.finish().await
 }
 
-/// A firewall that forgot the connection, a cable: no packet passes and nobody is told.
+/// As with a firewall that forgot the connection, or a broken cable: no packet passes, and no error is reported.
 #[tokio::test]
-async fn kubectl_hears_that_the_link_went_silent_and_the_pod_does_not_mind() -> anyhow::Result<()> {
+async fn kubectl_fails_when_the_link_goes_silent_and_the_pod_continues() -> anyhow::Result<()> {
     let world = World::new("cut-link").await?;
     let port = some_port();
     let uid = world.running(&talker(port)).await?;

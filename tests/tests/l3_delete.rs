@@ -1,4 +1,4 @@
-//! Deletion on the real stack: of a queued pod, a running one, by force.
+//! Deletion on the real stack: of a queued pod, of a running pod, and by force.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ async fn a_queued_pod_says_why_it_waits_and_is_cancelled_when_deleted() -> anyho
         PodBuilder::new("second").annotation("knoc.io/dependency", &format!("afterany:{job}"));
     let uid = world.create(&second).await?;
     world
-        .wait("second", "Pending, with the reason of Slurm", SOON, |pod| {
+        .wait_for_state("second", "Pending, with the reason of Slurm", SOON, |pod| {
             serde_json::to_string(&pod.status)
                 .ok()
                 .filter(|status| status.contains("Dependency"))
@@ -45,7 +45,7 @@ async fn a_running_pod_has_its_grace_and_is_gone_only_after_its_job() -> anyhow:
     let pod = PodBuilder::new("graceful").sh(script);
     let uid = world.create(&pod).await?;
     world.wait_phase("graceful", "Running", SOON).await?;
-    // The trap must stand before the signal comes.
+    // The trap must be set before the signal arrives.
     knoc_tests::wait_for("ready in the log", SOON, async || {
         let log = world.logs("graceful", "main").await?;
         if log.contains("ready") {
@@ -57,14 +57,14 @@ async fn a_running_pod_has_its_grace_and_is_gone_only_after_its_job() -> anyhow:
     .await?;
     world.delete("graceful", Some(20)).await?;
     let ended = world
-        .wait(
+        .wait_for_state(
             "graceful",
             "its exit code",
             Duration::from_secs(20),
             |pod| exit_code(pod, "main"),
         )
         .await;
-    // The object may go before we look.
+    // The object may be gone before we look.
     if let Ok(code) = ended {
         ensure!(code == 5, "{code}");
     }
@@ -77,9 +77,8 @@ async fn a_running_pod_has_its_grace_and_is_gone_only_after_its_job() -> anyhow:
 async fn a_pod_that_ignores_term_is_killed_after_its_grace() -> anyhow::Result<()> {
     let world = World::new("stubborn").await?;
     let uid = world
-        .create(&PodBuilder::new("stubborn").sh("trap '' TERM; while :; do sleep 1; done"))
+        .running(&PodBuilder::new("stubborn").sh("trap '' TERM; while :; do sleep 1; done"))
         .await?;
-    world.wait_phase("stubborn", "Running", SOON).await?;
     world.delete("stubborn", Some(2)).await?;
     world.wait_gone("stubborn", SOON).await?;
     world.wait_no_job(&uid, Duration::from_secs(5)).await?;
@@ -90,9 +89,8 @@ async fn a_pod_that_ignores_term_is_killed_after_its_grace() -> anyhow::Result<(
 async fn a_pod_deleted_by_force_leaves_no_job() -> anyhow::Result<()> {
     let world = World::new("forced").await?;
     let uid = world
-        .create(&PodBuilder::new("forced").sh("trap '' TERM; while :; do sleep 1; done"))
+        .running(&PodBuilder::new("forced").sh("trap '' TERM; while :; do sleep 1; done"))
         .await?;
-    world.wait_phase("forced", "Running", SOON).await?;
     world
         .kubectl([
             "delete",
@@ -113,9 +111,8 @@ async fn a_pod_deleted_by_force_leaves_no_job() -> anyhow::Result<()> {
 async fn a_new_pod_of_the_same_name_is_another_pod() -> anyhow::Result<()> {
     let world = World::new("again").await?;
     let first = world
-        .create(&PodBuilder::new("twin").sh("sleep 600"))
+        .running(&PodBuilder::new("twin").sh("sleep 600"))
         .await?;
-    world.wait_phase("twin", "Running", SOON).await?;
     world.delete("twin", Some(0)).await?;
     world.wait_gone("twin", SOON).await?;
     world

@@ -1,4 +1,4 @@
-//! `knocctl doctor` on real parts: from this side of the link, and on the login node without a certificate.
+//! `knocctl doctor` on the real stack: from the host over the link, and on the login node without a certificate.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use knoc_tests::{World, doctor, wait_for, world::STATE};
 /// A job of one minute that may wait for others.
 const PROBE: Duration = Duration::from_mins(4);
 
-/// Pods of other tests may be between their start and their link: that is no fault of the chain.
+/// Pods of other tests may have started but not yet connected, which is not a fault.
 const MAY_BE_BUSY: &str = "link: shims";
 
 #[tokio::test]
-async fn a_probe_goes_the_whole_way_through_slurm() -> anyhow::Result<()> {
+async fn a_probe_job_checks_the_whole_chain_through_slurm() -> anyhow::Result<()> {
     let world = World::new("probe").await?;
     let run = world.knocctl(["doctor", "--probe"]).deadline(PROBE);
     let findings = doctor::examine(run).await?;
@@ -22,7 +22,7 @@ async fn a_probe_goes_the_whole_way_through_slurm() -> anyhow::Result<()> {
         broken.iter().all(|finding| finding.check == MAY_BE_BUSY),
         "{broken:#?}"
     );
-    // By Slurm's own books: a job of one minute, which ended well.
+    // According to Slurm's accounting, it was a one-minute job that succeeded.
     let row = wait_for("the probe's job has ended", PROBE, async || {
         let what = "jobname%40,state,exitcode,timelimitraw";
         let sacct = ["sacct", "-X", "-n", "-P", "-o", what, "-j", &job];

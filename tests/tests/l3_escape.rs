@@ -1,4 +1,4 @@
-//! What containers and other users try in order to get out of a pod: each swaps something between our check and its use.
+//! Attempts of containers and other users to escape from a pod: each replaces a file between our check and its use.
 
 use std::time::Duration;
 
@@ -11,13 +11,13 @@ use knoc_tests::{
 use kube::api::PostParams;
 use serde_json::json;
 
-/// How long the swapper goes on.
+/// How long the swapper runs.
 const RACE: Duration = Duration::from_mins(1);
 
-/// Containers that mount what is swapped. Each is started again after a pause that doubles, so many make many starts.
+/// Containers that mount the swapped folder. Each restarts after a delay that doubles, so many containers give many starts.
 const READERS: usize = 16;
 
-/// The swapper: `sub` is a folder, then a link to the account's home, then a link to the root, until the time is over.
+/// The swapper: until the time is over, `sub` is in turn a folder, a link to the account's home and a link to the root.
 const SWAP: &str = r#"
 mkdir -p /v/sub; echo inside >/v/sub/inside; ln -s "$ACCOUNT" /v/home; ln -s / /v/root
 end=$(($(date +%s) + $SECONDS_LEFT)); swaps=0
@@ -32,7 +32,7 @@ echo $swaps >/out/swaps
 sleep 600
 "#;
 
-/// A reader: what it can read of the account's files, and where it can write, is told to the swapper's pod.
+/// A reader: it reports to the swapper's pod which of the account's files it can read, and where it can write.
 const READ: &str = r#"
 echo "$HOSTNAME" >>/out/starts
 for at in "/s" "/s$ACCOUNT"; do
@@ -63,7 +63,7 @@ impl<'a> Account<'a> {
         })
     }
 
-    /// What was written beside it; then all of it goes.
+    /// Returns what was written next to the folder, and removes all of it.
     async fn finish(self) -> anyhow::Result<bool> {
         let Self { home, canary, .. } = &self;
         let look = format!(
@@ -108,8 +108,8 @@ fn racers(account: &Account<'_>) -> PodBuilder {
     pod
 }
 
-/// One container swaps a folder of a volume for links to the account's home and to the root, others mount it by subPath
-/// meanwhile, again and again: what is mounted is always the folder.
+/// One container repeatedly replaces a folder of a volume with links to the account's home and to the root, while others mount it by
+/// subPath: the folder itself is always mounted.
 #[tokio::test]
 async fn a_folder_that_is_swapped_for_a_link_is_never_left() -> anyhow::Result<()> {
     let world = World::new("swap").await?;
@@ -149,7 +149,7 @@ async fn a_folder_that_is_swapped_for_a_link_is_never_left() -> anyhow::Result<(
     world.finish().await
 }
 
-/// Links that stay inside their volume are followed, as in a kubelet: of the atomic writer and of containers.
+/// Links that stay inside their volume are followed as in a kubelet, both those of the atomic writer and those of containers.
 #[tokio::test]
 async fn links_that_stay_in_their_volume_lead_on() -> anyhow::Result<()> {
     let world = World::new("sub-links").await?;
@@ -203,7 +203,7 @@ async fn links_that_stay_in_their_volume_lead_on() -> anyhow::Result<()> {
     world.finish().await
 }
 
-/// An image file is swapped while its pod runs: the pod's next start does not follow, whatever the new one is.
+/// An image file is replaced while its pod runs: the pod's next start does not use the new file.
 #[tokio::test]
 async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
     let world = World::new("image-swap").await?;
@@ -224,7 +224,7 @@ async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
     // Unchanged, it starts again.
     world.exec(&uid, "main", ["touch", "/go/on"]).ok().await?;
     world
-        .wait("restarts", "started again", SOON, |pod| {
+        .wait_for_state("restarts", "started again", SOON, |pod| {
             let status = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
             (status.restart_count == 1 && status.ready).then_some(())
         })
@@ -235,7 +235,7 @@ async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
     .await?;
     world.exec(&uid, "main", ["touch", "/go/on"]).ok().await?;
     let message = world
-        .wait("restarts", "refused", SOON, |pod| {
+        .wait_for_state("restarts", "refused", SOON, |pod| {
             let (_, message) = last_reason(pod)?;
             message.contains("replaced or changed").then_some(message)
         })
@@ -243,7 +243,7 @@ async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
     ensure!(message.contains(&image), "{message}");
     world.delete("restarts", Some(0)).await?;
 
-    // A folder that others can write is refused at once, and by its name.
+    // A folder that others can write is rejected at once, with its name.
     sh(format!(
         "rm {image}; mv {folder}/old {image}; chmod 777 {folder}"
     ))
@@ -252,20 +252,20 @@ async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
         .create(&PodBuilder::new("shared").image(&image))
         .await?;
     let message = world
-        .wait("shared", "refused", SOON, |pod| {
+        .wait_for_state("shared", "refused", SOON, |pod| {
             let (_, message) = container_reason(pod, "main")?;
             message.contains("trust_shared_roots").then_some(message)
         })
         .await?;
     ensure!(message.contains(&format!("{folder:?}")), "{message}");
-    // Once it is private the pod goes on by itself.
+    // Once it is private, the pod continues by itself.
     sh(format!("chmod 755 {folder}")).await?;
     world.wait_phase("shared", "Succeeded", SOON + SOON).await?;
     sh(format!("rm -r {folder}")).await?;
     world.finish().await
 }
 
-/// How the container ended last, also while it waits for its next start.
+/// How the container ended last, even while it waits for its next start.
 fn last_reason(pod: &Pod) -> Option<(String, String)> {
     let status = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
     let ended = [&status.state, &status.last_state]

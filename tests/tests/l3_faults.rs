@@ -1,9 +1,10 @@
-//! Faults on the real stack: a node that loses power, an agent and a controller that are away, a job that cannot start.
-//! They touch what others share, so this suite runs alone, one test after the other.
+//! Faults on the real stack: a node that loses power, an agent and a controller that are down, a job that cannot start.
+//! They affect parts that other tests share, so this suite runs alone, one test after the other.
 
 use std::time::Duration;
 
 use anyhow::ensure;
+use k8s_openapi::api::core::v1::Pod;
 use knoc_tests::{
     PodBuilder, World, wait_for,
     world::{SOON, STATE, exit_code, has_condition, why},
@@ -11,13 +12,26 @@ use knoc_tests::{
 
 const MINUTES: Duration = Duration::from_mins(3);
 
-async fn wait_condition(world: &World, kind: &str, status: &str) -> anyhow::Result<()> {
-    wait_for(&format!("condition {kind}={status}"), SOON, async || {
-        let now = world.condition(&world.node, kind).await?;
-        ensure!(now.status == status, "{now:?}");
-        Ok(())
-    })
-    .await
+/// Long enough for pods that sleep for five seconds to end.
+const LONGER_THAN_SHORT: Duration = Duration::from_secs(6);
+
+/// Creates a pod whose job waits in the queue behind the job of the running pod `first`; returns its UID.
+async fn queued_behind_first(world: &World) -> anyhow::Result<String> {
+    let first = world
+        .running(&PodBuilder::new("first").sh("sleep 600"))
+        .await?;
+    let job = world.wait_job(&first).await?;
+    let second =
+        PodBuilder::new("second").annotation("knoc.io/dependency", &format!("afterany:{job}"));
+    let second = world.create(&second).await?;
+    world.wait_job(&second).await?;
+    Ok(second)
+}
+
+/// Ends `first`, so that the job of `second` starts; returns the pod `second` once it has failed.
+async fn second_fails(world: &World) -> anyhow::Result<Pod> {
+    world.delete("first", Some(0)).await?;
+    world.wait_phase("second", "Failed", MINUTES).await
 }
 
 #[tokio::test]
@@ -56,20 +70,20 @@ async fn a_node_that_loses_power_fails_its_pods_as_a_disruption() -> anyhow::Res
 }
 
 #[tokio::test]
-async fn an_agent_that_is_away_costs_no_pod_and_the_node_says_so() -> anyhow::Result<()> {
+async fn an_agent_that_is_down_ends_no_pod_and_the_node_reports_it() -> anyhow::Result<()> {
     let world = World::new("agent-away").await?;
     let long = world
         .create(&PodBuilder::new("long").sh("sleep 600"))
         .await?;
-    world
+    let short = world
         .create(&PodBuilder::new("short").sh("sleep 5; echo done; exit 4"))
         .await?;
     world.wait_phase("long", "Running", SOON).await?;
     world.wait_phase("short", "Running", SOON).await?;
     world.service("agent.sh", "kill").ok().await?;
     let away = async {
-        wait_condition(&world, "AgentConnected", "False").await?;
-        wait_condition(&world, "Ready", "True").await?;
+        world.wait_node_condition("AgentConnected", "False").await?;
+        world.wait_node_condition("Ready", "True").await?;
         let doctor = world.knocctl(["doctor"]).output().await?;
         let cause = "✗ link: connect to tcp:10.77.0.2:10350: Connection refused";
         let cure = "\n  → nobody listens there: start the agent (`knoc-agent serve`)";
@@ -79,17 +93,21 @@ async fn an_agent_that_is_away_costs_no_pod_and_the_node_says_so() -> anyhow::Re
             "{}",
             doctor.text()
         );
-        // Created while nobody can take it.
+        // Created while no agent can accept it.
         world
             .create(&PodBuilder::new("later").sh("echo late"))
             .await?;
-        tokio::time::sleep(Duration::from_secs(6)).await;
+        // Meanwhile `short` ends, and nobody reports it.
+        world
+            .stays_in_phase("later", "Pending", LONGER_THAN_SHORT)
+            .await?;
+        world.wait_no_job(&short, SOON).await?;
         anyhow::Ok(())
     };
     let away = away.await;
     world.service("agent.sh", "up").ok().await?;
     away?;
-    wait_condition(&world, "AgentConnected", "True").await?;
+    world.wait_node_condition("AgentConnected", "True").await?;
     let ended = world.wait_phase("short", "Failed", SOON).await?;
     ensure!(exit_code(&ended, "main") == Some(4), "{:?}", ended.status);
     world.wait_phase("later", "Succeeded", SOON).await?;
@@ -107,12 +125,19 @@ async fn an_agent_that_is_away_costs_no_pod_and_the_node_says_so() -> anyhow::Re
 async fn a_kubelet_that_was_killed_finds_its_pods_again() -> anyhow::Result<()> {
     let world = World::new("kubelet-killed").await?;
     let uid = world
-        .create(&PodBuilder::new("short").sh("sleep 5; exit 6"))
+        .running(&PodBuilder::new("short").sh("sleep 5; exit 6"))
         .await?;
-    world.wait_phase("short", "Running", SOON).await?;
     world.service("kubelet.sh", "kill").ok().await?;
-    tokio::time::sleep(Duration::from_secs(6)).await;
+    let down = async {
+        // Nobody writes the pod's status, although its job ends.
+        world
+            .stays_in_phase("short", "Running", LONGER_THAN_SHORT)
+            .await?;
+        world.wait_no_job(&uid, SOON).await
+    };
+    let down = down.await;
     world.service("kubelet.sh", "up").ok().await?;
+    down?;
     let ended = world.wait_phase("short", "Failed", SOON).await?;
     ensure!(exit_code(&ended, "main") == Some(6), "{:?}", ended.status);
     ensure!(world.jobs(&uid).await?.len() == 1);
@@ -120,16 +145,15 @@ async fn a_kubelet_that_was_killed_finds_its_pods_again() -> anyhow::Result<()> 
 }
 
 #[tokio::test]
-async fn a_controller_that_is_down_is_said_with_since_when_and_pods_wait() -> anyhow::Result<()> {
+async fn a_controller_that_is_down_is_reported_with_the_time_and_pods_wait() -> anyhow::Result<()> {
     let world = World::new("controller").await?;
     let uid = world
-        .create(&PodBuilder::new("running").sh("sleep 45; exit 0"))
+        .running(&PodBuilder::new("running").sh("sleep 45; exit 0"))
         .await?;
-    world.wait_phase("running", "Running", SOON).await?;
     let stop = "p=$(cat /run/slurm/slurmctld.pid); kill $p; while kill -0 $p 2>/dev/null; do sleep 0.1; done";
     world.on_as_root("ctl", ["sh", "-c", stop]).ok().await?;
     let down = async {
-        wait_condition(&world, "SlurmReachable", "False").await?;
+        world.wait_node_condition("SlurmReachable", "False").await?;
         let info = world.knocctl(["info"]).ok().await?;
         ensure!(info.text().contains("since"), "{info}");
         let pods = world.knocctl(["pods"]).ok().await?;
@@ -152,7 +176,7 @@ async fn a_controller_that_is_down_is_said_with_since_when_and_pods_wait() -> an
     down?;
     world.wait_phase("running", "Succeeded", MINUTES).await?;
     world.wait_phase("later", "Succeeded", MINUTES).await?;
-    wait_condition(&world, "SlurmReachable", "True").await?;
+    world.wait_node_condition("SlurmReachable", "True").await?;
     ensure!(world.jobs(&uid).await?.len() == 1);
     world.finish().await
 }
@@ -162,19 +186,10 @@ async fn a_job_whose_shim_is_missing_explains_itself() -> anyhow::Result<()> {
     let world = World::new("no-shim").await?;
     let versions = &format!("{STATE}/versions");
     let hidden = format!("{versions}.hidden");
-    // Hidden while the job starts: it is queued behind another.
-    let first = world
-        .create(&PodBuilder::new("first").sh("sleep 600"))
-        .await?;
-    let job = world.wait_job(&first).await?;
-    world.wait_phase("first", "Running", SOON).await?;
-    let pod =
-        PodBuilder::new("second").annotation("knoc.io/dependency", &format!("afterany:{job}"));
-    let second = world.create(&pod).await?;
-    world.wait_job(&second).await?;
+    queued_behind_first(&world).await?;
+    // The shim is hidden while the job starts.
     world.on("login", ["mv", versions, &hidden]).ok().await?;
-    world.delete("first", Some(0)).await?;
-    let ended = world.wait_phase("second", "Failed", MINUTES).await;
+    let ended = second_fails(&world).await;
     world.on("login", ["mv", &hidden, versions]).ok().await?;
     let (reason, message) = why(&ended?);
     ensure!(message.contains("knoc-agent"), "{reason}: {message}");
@@ -184,19 +199,10 @@ async fn a_job_whose_shim_is_missing_explains_itself() -> anyhow::Result<()> {
 #[tokio::test]
 async fn a_job_whose_folder_cannot_be_written_explains_itself() -> anyhow::Result<()> {
     let world = World::new("no-folder").await?;
-    let first = world
-        .create(&PodBuilder::new("first").sh("sleep 600"))
-        .await?;
-    let job = world.wait_job(&first).await?;
-    world.wait_phase("first", "Running", SOON).await?;
-    let pod =
-        PodBuilder::new("second").annotation("knoc.io/dependency", &format!("afterany:{job}"));
-    let second = world.create(&pod).await?;
-    world.wait_job(&second).await?;
+    let second = queued_behind_first(&world).await?;
     let folder = format!("{STATE}/pods/{second}");
     world.on("login", ["chmod", "500", &folder]).ok().await?;
-    world.delete("first", Some(0)).await?;
-    let ended = world.wait_phase("second", "Failed", MINUTES).await;
+    let ended = second_fails(&world).await;
     world.on("login", ["chmod", "700", &folder]).ok().await?;
     let (reason, message) = why(&ended?);
     ensure!(message.contains("not writable"), "{reason}: {message}");

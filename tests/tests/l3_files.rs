@@ -1,5 +1,5 @@
-//! Files on real parts: paths of volumes however they are written, mounts at every place of a container, what an image
-//! brings in folders that runtimes like to cover, and the home of its user.
+//! Files on the real stack: paths of volumes in all spellings, mounts at all paths of a container, files of an image in folders that
+//! runtimes override, and the home of its user.
 
 use std::time::Duration;
 
@@ -10,15 +10,15 @@ use knoc_tests::{
 };
 use serde_json::{Value, json};
 
-/// A conversion by Apptainer, behind those of other tests.
+/// The time for a conversion by Apptainer, after those of other tests.
 const PULLED: Duration = Duration::from_mins(3);
 
-/// The image with files, links and accounts of its own, by the user that the tag stands for.
+/// The image with its own files, links and accounts, for the user that the tag selects.
 fn places(tag: &str) -> String {
     PodBuilder::image_name().replace("busybox:latest", &format!("places:{tag}"))
 }
 
-/// Runs the pod to its end; answers the log of its container `main`.
+/// Runs the pod to its end; returns the log of its container `main`.
 async fn log_of(world: &World, pod: &PodBuilder) -> anyhow::Result<String> {
     world.create(pod).await?;
     let name = pod.name();
@@ -85,7 +85,7 @@ async fn one_key_at_several_paths_is_as_many_files() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn untidy_paths_lead_where_clean_ones_do() -> anyhow::Result<()> {
+async fn paths_that_are_not_normalized_lead_to_the_same_files() -> anyhow::Result<()> {
     let world = World::new("untidy").await?;
     config_map(&world, "map", &["k=value"]).await?;
     let write = "mkdir -p history logs a/b ..foo a..b; for d in history logs a/b ..foo a..b; do echo in $d >$d/file; done";
@@ -194,7 +194,7 @@ async fn the_containers_of_a_pod_share_one_dev_shm_and_no_other() -> anyhow::Res
 }
 
 #[tokio::test]
-async fn what_an_image_has_in_temporary_folders_is_there() -> anyhow::Result<()> {
+async fn files_of_an_image_in_temporary_folders_are_visible() -> anyhow::Result<()> {
     let world = World::new("temporary").await?;
     let image = places("1");
     let as_it_is = PodBuilder::new("runs")
@@ -236,7 +236,7 @@ async fn what_an_image_has_in_temporary_folders_is_there() -> anyhow::Result<()>
         let log = log_of(&world, &pod.set("volumeMounts", volume(place))).await?;
         same(name, &log, wanted)?;
     }
-    // As with other runtimes a read-only root has no exception.
+    // As with other runtimes, a read-only root has no exceptions.
     let pod = PodBuilder::new("read-only").image(&image);
     let pod = pod.set("securityContext", json!({"readOnlyRootFilesystem": true}));
     let pod = pod.spec("volumes", json!([{"name": "v", "emptyDir": {}}]));
@@ -252,7 +252,7 @@ async fn what_an_image_has_in_temporary_folders_is_there() -> anyhow::Result<()>
 }
 
 #[tokio::test]
-async fn an_image_of_one_program_has_what_programs_need() -> anyhow::Result<()> {
+async fn an_image_of_one_program_gets_the_files_that_programs_need() -> anyhow::Result<()> {
     let world = World::new("bare").await?;
     let image = PodBuilder::image_name().replace("busybox:latest", "bare:1");
     let pod = PodBuilder::new("as-it-is")
@@ -279,7 +279,7 @@ async fn an_image_of_one_program_has_what_programs_need() -> anyhow::Result<()> 
 }
 
 #[tokio::test]
-async fn mounts_lie_in_each_other_whatever_their_order() -> anyhow::Result<()> {
+async fn volumes_can_be_mounted_inside_each_other_in_any_order() -> anyhow::Result<()> {
     let world = World::new("nested").await?;
     config_map(&world, "map", &["k=value"]).await?;
     let mount = |name: &str, place: &str| json!({"name": name, "mountPath": place});
@@ -298,7 +298,7 @@ async fn mounts_lie_in_each_other_whatever_their_order() -> anyhow::Result<()> {
             json!([
                 mount("three", "/x/y/z"), mount("two", "/x/y/"), mount("one", "/x"),
                 mount("two", "/map/inner"), mount("map", "/map"), file("/x/file"),
-                // Where the image has links, files, and folders with files.
+                // Paths at which the image has links, files, and folders with files.
                 mount("one", "/var/run/mine"), mount("two", "/data/mine"), file("/root/file"), file("/home/jovyan/file"),
                 mount("one", "/home/jovyan/work"), mount("etc", "/etc"), file("/etc/own"),
             ]),
@@ -312,7 +312,7 @@ async fn mounts_lie_in_each_other_whatever_their_order() -> anyhow::Result<()> {
     world.finish().await
 }
 
-/// What a container says of its user: HOME, and the home folder in its own line of `passwd`.
+/// Prints HOME and the home folder in the user's line of `passwd`, as the container sees them.
 const WHO: &str = "echo $HOME $(awk -F: -v u=$(id -u) '$3 == u {print $6, $7}' /etc/passwd); id -un >/dev/null && echo named";
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! Kubelets of nodes of their own on the real control plane, with exactly the rights of the chart and no agent: how they come to
-//! their certificates, and that a node's identity is enough.
+//! Kubelets with their own nodes on the real control plane, with exactly the permissions of the chart and no agent: how they get
+//! their certificates, and that a node's identity is sufficient.
 
 use std::{path::Path, time::Duration};
 
@@ -16,11 +16,11 @@ use kube::{Api, api::ListParams};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
 use serde_json::json;
 
-/// The host on the bed's network: the API server's proxy refuses loopback.
+/// The host's address on the bed's network; the API server does not proxy to loopback addresses.
 const ADDRESS: &str = "10.77.0.1";
 const KEYS: &str = "lone-knoc-kubelet-keys";
 
-/// A kubelet beside that of the bed.
+/// A kubelet in addition to that of the bed.
 struct Lone {
     world: World,
     node: String,
@@ -63,7 +63,7 @@ fn signed(
     Ok((certificate.pem(), key.serialize_pem()))
 }
 
-/// Of a life of a hundred hours the last five: renewal is due.
+/// The last five hours of a lifetime of a hundred hours, so that renewal is due.
 fn due() -> Validity {
     let now = Timestamp::now();
     Validity {
@@ -73,7 +73,7 @@ fn due() -> Validity {
 }
 
 impl Lone {
-    /// Installs the chart with these values; starts nothing.
+    /// Installs the chart with these values, and starts nothing.
     async fn install(test: &str, identity: &str, certificate: &str) -> anyhow::Result<Self> {
         let world = World::new(test).await?;
         let site = format!("lone-{:05x}", rand::random::<u32>() & 0xf_ffff);
@@ -165,7 +165,7 @@ impl Lone {
         self.condition("Ready", "KubeletReady").await.map(drop)
     }
 
-    /// Waits until a condition of the Node is True for that reason; answers its message.
+    /// Waits until a condition of the Node is True with that reason; returns its message.
     async fn condition(&self, kind: &str, reason: &str) -> anyhow::Result<String> {
         let what = format!("{kind} of the lone node: {reason}");
         let outcome = wait_for(&what, SOON, async || {
@@ -177,7 +177,7 @@ impl Lone {
         outcome.await.with_context(|| self.log())
     }
 
-    /// A GET of the kubelet's `/healthz` by the API server, which verifies the serving certificate.
+    /// GETs the kubelet's `/healthz` through the API server, which verifies the serving certificate.
     fn proxied(&self) -> Run {
         let health = format!("/api/v1/nodes/{}/proxy/healthz", self.node);
         Run::new("kubectl").args(["get", "--raw", &health])
@@ -194,7 +194,7 @@ impl Lone {
         Ok(text[from..until + end.len()].to_owned())
     }
 
-    /// Does what the Event says: approves the request for this purpose. Answers its name.
+    /// Approves the request for this purpose, as the Event says; returns the name of the request.
     async fn approve(&self, purpose: &str) -> anyhow::Result<String> {
         let api: Api<Event> = self.world.cluster_api();
         let fields = format!("involvedObject.name={}", self.node);
@@ -226,7 +226,7 @@ impl Lone {
         Ok(value.map(|bytes| String::from_utf8_lossy(&bytes.0).into_owned()))
     }
 
-    /// Keeps a certificate of the node's own under that entry; answers what is kept.
+    /// Stores a self-signed certificate of the node under that entry; returns what is stored.
     async fn keep_signed(&self, entry: &str, validity: Validity) -> anyhow::Result<String> {
         let name = format!("system:node:{}", self.node);
         let usage = match entry {
@@ -248,7 +248,7 @@ impl Lone {
         Ok(())
     }
 
-    /// Waits until the entry is there and other than `before`.
+    /// Waits until the entry exists and differs from `before`.
     async fn kept_anew(&self, entry: &str, before: Option<&str>) -> anyhow::Result<String> {
         let what = format!("another {entry} is kept");
         let outcome = wait_for(&what, SOON, async || {
@@ -298,13 +298,13 @@ impl Lone {
 }
 
 #[tokio::test]
-async fn a_node_appears_when_its_certificate_is_approved_and_a_kill_asks_for_nothing()
+async fn a_node_appears_when_its_certificate_is_approved_and_a_restart_needs_no_other_approval()
 -> anyhow::Result<()> {
     let lone = Lone::install("id-approve", "node", "csr").await?;
     let kubelet = lone.start()?;
     let client = lone.approve("client").await?;
     lone.ready().await?;
-    // The API server verifies kubelets: nothing passes before the serving certificate is approved.
+    // The API server verifies kubelets, so no request succeeds before the serving certificate is approved.
     let refused = lone.proxied().output().await?;
     ensure!(refused.stderr.contains("x509"), "{refused}");
     let serving = lone.approve("serving").await?;
@@ -325,7 +325,7 @@ async fn a_node_appears_when_its_certificate_is_approved_and_a_kill_asks_for_not
         by == [account, format!("system:node:{}", lone.node)],
         "{by:?}"
     );
-    // Changed by the account: the node itself may not.
+    // The ServiceAccount changes it, because the node itself is not allowed to.
     let api: Api<Node> = lone.world.cluster_api();
     wait_for("the taint of a lost agent", SOON, async || {
         let node = api
@@ -393,7 +393,7 @@ async fn a_due_serving_certificate_is_renewed_by_request_and_served_without_a_re
     let old = lone.keep_signed("serving.pem", due()).await?;
     let mut kubelet = lone.start()?;
     lone.ready().await?;
-    // While somebody takes time to approve, the old one serves, and the node says what is waited for.
+    // Until the request is approved, the old certificate is served, and the node shows what it is waiting for.
     let waits = lone
         .condition("ServingCertificate", "AwaitingApproval")
         .await?;
@@ -488,7 +488,7 @@ async fn a_self_signed_certificate_is_kept_and_served_after_a_kill() -> anyhow::
     put(&lone.folder.path().join("serving.pem"), &kept)?;
     kubelet.kill().await?;
     let again = lone.start()?;
-    // Nobody is answered; but curl knows whom it asked.
+    // The request is denied, but curl has verified the server's certificate.
     let url = format!("https://{ADDRESS}:{}/healthz", lone.port);
     let ask = async || {
         let curl = Run::new("curl").args(["-sS", "--cacert", &lone.path("serving.pem"), &url]);
@@ -504,7 +504,7 @@ async fn a_self_signed_certificate_is_kept_and_served_after_a_kill() -> anyhow::
         lone.kept("serving.pem").await? == Some(kept),
         "another was made"
     );
-    // Its own Secret and no other.
+    // It can read its own Secret and no other.
     let account = format!(
         "--as=system:serviceaccount:{}:knoc-kubelet",
         lone.world.namespace

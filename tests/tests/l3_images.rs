@@ -1,5 +1,5 @@
-//! Images on real parts: what an image says of itself and what a pod overrides, pull policies against a tag that moves, and
-//! the registry's own reason where there is no image.
+//! Images on the real stack: an image's configuration and what a pod overrides, pull policies with a tag that moves, and the
+//! registry's own reason if there is no image.
 
 use std::time::Duration;
 
@@ -11,25 +11,25 @@ use knoc_tests::{
 };
 use serde_json::{Value, json};
 
-/// A conversion by Apptainer, behind those of other tests.
+/// The time for a conversion by Apptainer, after those of other tests.
 const PULLED: Duration = Duration::from_mins(3);
 
-/// Where the registry keeps what it serves, on its node.
+/// The registry's storage folder on its node.
 const STORE: &str = "/var/spool/registry/docker/registry/v2/repositories/library";
 
-/// What the image `own:1` says of itself, as its script shows it: entrypoint, arguments, folder, variables.
+/// The configuration of the image `own:1` as its script prints it: entrypoint, arguments, folder, variables.
 const OWN: &str = "[/bin/show][entry][cmd][two words] in /srv/own, colour=blue size=7\n";
 
 fn image(name: &str) -> String {
     PodBuilder::image_name().replace("busybox:latest", name)
 }
 
-/// Of the image alone: no command of the builder's own.
+/// The image's own configuration, without a command of the builder.
 fn as_it_is(pod: PodBuilder, image: &str) -> PodBuilder {
     pod.image(image).set("command", Value::Null)
 }
 
-/// A repository of a test's own in the registry.
+/// A test's own repository in the registry.
 struct Repository<'a> {
     world: &'a World,
     name: String,
@@ -41,12 +41,12 @@ impl<'a> Repository<'a> {
         Self { world, name }
     }
 
-    /// As pods name it.
+    /// The image's name in pods.
     fn image(&self) -> String {
         image(&format!("{}:latest", self.name))
     }
 
-    /// Its tag becomes that image, in any form that skopeo reads.
+    /// Moves the tag to that image, given in any format that skopeo reads.
     async fn push(&self, source: &str) -> anyhow::Result<()> {
         let target = format!("docker://{}", self.image());
         let copy = [
@@ -63,13 +63,13 @@ impl<'a> Repository<'a> {
         Ok(())
     }
 
-    /// The tag moves to a version of the image `own`.
+    /// Moves the tag to a version of the image `own`.
     async fn becomes(&self, version: &str) -> anyhow::Result<()> {
         let source = format!("docker://{}", image(&format!("own:{version}")));
         self.push(&source).await
     }
 
-    /// What it is now, by the registry.
+    /// The current digest of the tag in the registry.
     async fn inspect(&self) -> anyhow::Result<Value> {
         let source = format!("docker://{}", self.image());
         let inspect = ["skopeo", "inspect", "--tls-verify=false", &source];
@@ -77,7 +77,7 @@ impl<'a> Repository<'a> {
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
-    /// A layer that the manifest names is no more.
+    /// Removes a layer that the manifest names.
     async fn lose_its_last_layer(&self) -> anyhow::Result<()> {
         let layers = self.inspect().await?["Layers"].clone();
         let last = layers.as_array().and_then(|layers| layers.last());
@@ -114,7 +114,7 @@ async fn an_image_runs_as_it_says_and_a_pod_overrides_each_part() -> anyhow::Res
     let pod = as_it_is(pod.container("values"), &own)
         .set("env", json!([{"name": "COLOUR", "value": "green"}]))
         .set("workingDir", json!("/tmp"));
-    // The same of a file: what it says of itself lies in it.
+    // The same for an image file, which contains its configuration.
     let pod = as_it_is(pod.container("file"), "/images/own.sif");
     world.create(&pod).await?;
     world.wait_phase("parts", "Succeeded", PULLED).await?;
@@ -136,7 +136,7 @@ async fn an_image_runs_as_it_says_and_a_pod_overrides_each_part() -> anyhow::Res
     world.finish().await
 }
 
-/// Runs a pod of the repository's image with that policy; answers its log and the digest that its status names.
+/// Runs a pod with the repository's image and that policy; returns its log and the digest in its status.
 async fn pulled(
     repository: &Repository<'_>,
     name: &str,
@@ -194,17 +194,17 @@ async fn if_not_present_stays_and_always_follows_a_tag_that_moves() -> anyhow::R
     world.finish().await
 }
 
-/// Waits until the container of the pod waits for that reason; answers its message.
+/// Waits until the pod's container is waiting with that reason; returns its message.
 async fn waits_by(world: &World, name: &str, reason: &str) -> anyhow::Result<String> {
     world
-        .wait(name, reason, PULLED, |pod| {
+        .wait_for_state(name, reason, PULLED, |pod| {
             let (is, message) = container_reason(pod, "main")?;
             (is == reason).then_some(message)
         })
         .await
 }
 
-/// And an Event with those words stands beside it.
+/// Checks that there is an Event with those words too.
 async fn told(world: &World, name: &str, words: &[&str]) -> anyhow::Result<()> {
     wait_for(
         &format!("an Event of {name} with {words:?}"),
@@ -244,7 +244,7 @@ async fn never_waits_for_an_image_that_another_pod_brings() -> anyhow::Result<()
 }
 
 #[tokio::test]
-async fn where_a_registry_has_no_image_its_own_words_say_why() -> anyhow::Result<()> {
+async fn an_image_that_a_registry_lacks_is_reported_with_its_message() -> anyhow::Result<()> {
     let world = World::new("no-image").await?;
     let nobody = PodBuilder::image_name().replace("ctl:5000", "ctl:5009");
     let cases = [
@@ -264,7 +264,7 @@ async fn where_a_registry_has_no_image_its_own_words_say_why() -> anyhow::Result
         told(&world, name, &["Failed: ErrImagePull", words, image]).await?;
         let message = waits_by(&world, name, "ImagePullBackOff").await?;
         ensure!(message.contains(words), "{name}: {message}");
-        // Nothing was submitted for it, and nothing holds it up.
+        // No job was submitted for it, and its deletion is not delayed.
         let jobs = world.jobs(uid).await?;
         ensure!(jobs.is_empty(), "{name}: {jobs:?}");
         world.delete(name, None).await?;
@@ -274,10 +274,10 @@ async fn where_a_registry_has_no_image_its_own_words_say_why() -> anyhow::Result
 }
 
 #[tokio::test]
-async fn where_a_layer_is_missing_the_registry_says_so() -> anyhow::Result<()> {
+async fn a_missing_layer_is_reported_with_the_message_of_the_registry() -> anyhow::Result<()> {
     let world = World::new("no-pull").await?;
     let repository = Repository::new(&world);
-    // An image that no cache has, since no other was ever made of this label.
+    // An image that is in no cache, because no other image has this label.
     let (folder, label) = (format!("/scratch/{}", world.namespace), &world.namespace);
     let make = format!(
         "mkdir {folder} && skopeo copy -q --insecure-policy oci:/images/own.oci:1 oci:{folder}/oci:1 && \
@@ -291,7 +291,7 @@ async fn where_a_layer_is_missing_the_registry_says_so() -> anyhow::Result<()> {
     let message = waits_by(&world, "broken", "ErrImagePull").await?;
     ensure!(message.contains("blob unknown"), "{message}");
     told(&world, "broken", &["Failed: ErrImagePull", "blob unknown"]).await?;
-    // Mended, it runs.
+    // It runs after it was fixed.
     repository.push(&format!("oci:{folder}/oci:1")).await?;
     world.wait_phase("broken", "Succeeded", PULLED).await?;
     let log = world.logs("broken", "main").await?;

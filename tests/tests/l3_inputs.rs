@@ -1,4 +1,4 @@
-//! What goes into pods on the real stack (volumes, variables, images), and what is refused.
+//! The inputs of pods on the real stack (volumes, variables, images), and which of them are rejected.
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{
@@ -95,7 +95,7 @@ async fn a_missing_config_map_is_waited_for() -> anyhow::Result<()> {
         .set("envFrom", json!([{"configMapRef": {"name": "settings"}}]));
     world.create(&pod).await?;
     world
-        .wait("waits", "waiting reason", SOON, |pod| {
+        .wait_for_state("waits", "waiting reason", SOON, |pod| {
             container_reason(pod, "main")
                 .filter(|(reason, _)| reason == "CreateContainerConfigError")
         })
@@ -146,14 +146,14 @@ async fn a_volume_that_is_missing_and_a_name_that_is_none_keep_a_container_waiti
     world.kubectl(create).ok().await?;
     world.wait_phase("mount", "Succeeded", SOON).await?;
     ensure!(world.logs("mount", "main").await? == "red");
-    // Where the pod failed, a Deployment would make the next one at once.
+    // If the pod failed, a Deployment would create the next one at once.
     world
         .create(&PodBuilder::new("name").image("Busy Box"))
         .await?;
     let invalid =
         |pod: &_| container_reason(pod, "main").filter(|(reason, _)| reason == "InvalidImageName");
     let (_, message) = world
-        .wait("name", "InvalidImageName", SOON, invalid)
+        .wait_for_state("name", "InvalidImageName", SOON, invalid)
         .await?;
     ensure!(message.contains("Busy Box"), "{message}");
     world.finish().await
@@ -181,7 +181,7 @@ async fn a_pod_with_unsupported_fields_fails_with_all_reasons_and_no_job() -> an
 }
 
 #[tokio::test]
-async fn an_unknown_partition_fails_with_the_words_of_slurm() -> anyhow::Result<()> {
+async fn an_unknown_partition_fails_with_the_message_of_slurm() -> anyhow::Result<()> {
     let world = World::new("partition").await?;
     let pod = PodBuilder::new("nowhere").annotation("knoc.io/partition", "nonesuch");
     let ended = world.run(&pod, "Failed").await?;
@@ -201,11 +201,11 @@ async fn a_missing_image_is_err_image_pull_with_back_off() -> anyhow::Result<()>
         move |pod: &_| container_reason(pod, "main").filter(|(reason, _)| reason == wanted)
     };
     let (_, message) = world
-        .wait("no-image", "ErrImagePull", SOON, of("ErrImagePull"))
+        .wait_for_state("no-image", "ErrImagePull", SOON, of("ErrImagePull"))
         .await?;
     ensure!(message.contains("nonesuch"), "{message}");
     world
-        .wait("no-image", "ImagePullBackOff", SOON, of("ImagePullBackOff"))
+        .wait_for_state("no-image", "ImagePullBackOff", SOON, of("ImagePullBackOff"))
         .await?;
     world.delete("no-image", None).await?;
     world.wait_gone("no-image", SOON).await?;
@@ -232,7 +232,7 @@ async fn images_come_from_files_folders_and_mirrors() -> anyhow::Result<()> {
         .create(&PodBuilder::new("outside").image("/etc"))
         .await?;
     let refused = world
-        .wait("outside", "InvalidImageName", SOON, |pod| {
+        .wait_for_state("outside", "InvalidImageName", SOON, |pod| {
             container_reason(pod, "main").filter(|(reason, _)| reason == "InvalidImageName")
         })
         .await?;
@@ -260,9 +260,9 @@ async fn a_command_that_is_not_there_is_a_start_error() -> anyhow::Result<()> {
     world.finish().await
 }
 
-/// ADR 0022: why jobs get `--export=ALL` of an explicit environment, and not a list of names.
+/// The reason of ADR 0022: jobs get `--export=ALL` with an explicit environment, and not a list of names.
 #[tokio::test]
-async fn a_job_gets_what_is_named_and_no_login_shell() -> anyhow::Result<()> {
+async fn a_job_gets_the_named_environment_and_no_login_shell() -> anyhow::Result<()> {
     let world = World::new("export").await?;
     let environment = async |export: &str| {
         let out = format!("/home/hpcuser/export-{}.out", world.namespace);

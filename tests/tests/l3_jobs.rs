@@ -1,13 +1,13 @@
-//! Whose a job is, on the real Slurm: jobs that are renamed or commented anew, a wrapper of sbatch, values that print
-//! help. The pods run under an agent of their own on the login node, with a state directory, ports and an sbatch of its
-//! own, and are driven by `knocctl` there. Their containers are plain processes of the compute nodes.
+//! Which jobs belong to a pod, on the real Slurm: jobs whose name or comment is changed, a wrapper around sbatch, values that print
+//! help. The pods run under a separate agent on the login node, with its own state directory, ports and sbatch, and are controlled by
+//! `knocctl` there. Their containers are plain processes on the compute nodes.
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{Run, World, pod::some_port, wait_for, world::SOON};
 use serde_json::Value;
 use tokio::process::Child;
 
-/// Where the programs are on the login node: what the test bed installed, or others that are to be tried beside it.
+/// The folder of the programs on the login node: those that the test bed installed, or others to be tested instead.
 fn programs() -> String {
     std::env::var("KNOC_LOGIN_BIN").unwrap_or_else(|_| "/home/hpcuser/bin".to_owned())
 }
@@ -16,13 +16,13 @@ fn programs() -> String {
 struct Agent<'a> {
     world: &'a World,
     home: String,
-    /// Runs it; dropped last.
+    /// The process of the agent; dropped last.
     _process: Child,
     _log: tempfile::TempDir,
 }
 
 impl<'a> Agent<'a> {
-    /// With shell scripts in the place of some of Slurm's commands, and a prelude for its jobs.
+    /// Starts the agent with shell scripts in place of some of Slurm's commands, and with a prelude for its jobs.
     async fn start(
         world: &'a World,
         tools: &[(&str, &str)],
@@ -71,7 +71,7 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
         on_login(self.world, &self.home, &command)
     }
 
-    /// Runs a pod of this name; answers its uid, which is its name.
+    /// Runs a pod with this name; returns its uid, which equals its name.
     async fn run(&self, name: &str, annotations: &str) -> anyhow::Result<String> {
         let manifest = format!(
             "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, annotations: {{{annotations}}}}}, \
@@ -85,7 +85,7 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
         Ok(uid)
     }
 
-    /// The pod as the agent shows it.
+    /// The pod as the agent sees it.
     async fn pod(&self, uid: &str) -> anyhow::Result<Value> {
         let shown = self.knocctl("pods -o json").ok().await?;
         let pods: Value = serde_json::from_slice(&shown.stdout)?;
@@ -94,7 +94,7 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
         pod.cloned().with_context(|| format!("no {uid}: {pods:?}"))
     }
 
-    /// Waits until the pod is in that phase; answers the id of its job.
+    /// Waits until the pod is in that phase; returns the id of its job.
     async fn wait_phase(&self, uid: &str, phase: &str) -> anyhow::Result<String> {
         wait_for(&format!("{uid} is {phase}"), SOON, async || {
             let pod = self.pod(uid).await?;
@@ -104,7 +104,7 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
         .await
     }
 
-    /// Waits until the agent has asked Slurm about its jobs, twice from now on: the first round may have begun before.
+    /// Waits until the agent has queried Slurm twice from now on, because the first round may have begun before.
     async fn wait_rounds(&self) -> anyhow::Result<()> {
         let mut before = String::new();
         for _ in 0..2 {
@@ -120,7 +120,7 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
         Ok(())
     }
 
-    /// Nobody was told that the job is lost.
+    /// Checks that the job was not reported as lost.
     async fn no_loss(&self, uid: &str) -> anyhow::Result<()> {
         let record = format!("cat {}/.local/state/knoc/pods/{uid}/record.json", self.home);
         let record = self.world.on("login", ["sh", "-c", &record]).ok().await?;
@@ -128,7 +128,7 @@ s|^#* *report_grace *=.*|report_grace = "10s"|' .config/knoc/agent.toml
         Ok(())
     }
 
-    /// Deletes the pod; then its job has left the queue.
+    /// Deletes the pod, and checks that its job has left the queue.
     async fn delete(&self, uid: &str, job: &str) -> anyhow::Result<()> {
         self.no_loss(uid).await?;
         self.knocctl(&format!("delete {uid}")).ok().await?;
@@ -177,7 +177,7 @@ async fn blocker(world: &World) -> anyhow::Result<String> {
 }
 
 #[tokio::test]
-async fn a_job_that_is_renamed_is_its_pods_through_its_whole_life() -> anyhow::Result<()> {
+async fn a_renamed_job_belongs_to_its_pod_until_it_ends() -> anyhow::Result<()> {
     let world = World::new("renamed").await?;
     let agent = Agent::start(&world, &[], "").await?;
     let blocker = blocker(&world).await?;
@@ -218,7 +218,7 @@ async fn a_job_that_is_renamed_is_its_pods_through_its_whole_life() -> anyhow::R
 #[tokio::test]
 async fn a_wrapper_of_sbatch_may_comment_and_name_jobs_and_print_no_id() -> anyhow::Result<()> {
     let world = World::new("wrapper").await?;
-    // The last one of an option counts. Every second time it says nothing.
+    // The last value of an option applies. Every second time it prints nothing.
     let wrapper = r#"[ "$1" = --parsable ] || exec /usr/bin/sbatch "$@"
 echo 'Your project has 1,000 hours left.'
 n=$(dirname "$0")/odd
@@ -239,19 +239,19 @@ else rmdir "$n"; /usr/bin/sbatch "$@" --comment=site --job-name=site >/dev/null;
 }
 
 #[tokio::test]
-async fn what_makes_sbatch_print_help_is_refused_once() -> anyhow::Result<()> {
+async fn a_value_that_makes_sbatch_print_help_is_rejected_once() -> anyhow::Result<()> {
     let world = World::new("help").await?;
     let wrapper = r#"[ "$1" = --parsable ] || exec /usr/bin/sbatch "$@"
 echo call >>"$(dirname "$0")/calls"; exec /usr/bin/sbatch "$@" --gres=help"#;
     let agent = Agent::start(&world, &[("sbatch", wrapper)], "").await?;
-    // By name, before sbatch is asked.
+    // It is rejected with its name before sbatch is called.
     let gres = agent.run("gres", "'knoc.io/gres': help").await;
     let gres = format!("{:#}", gres.err().context("it was accepted")?);
     ensure!(
         gres.contains("knoc.io/gres") && gres.contains("help"),
         "{gres}"
     );
-    // Where the site does it itself.
+    // The site's configuration can cause it too.
     let uid = agent.run("wrapped", "").await?;
     let pod = wait_for("the refusal", SOON, async || {
         let pod = agent.pod(&uid).await?;
@@ -274,7 +274,7 @@ echo call >>"$(dirname "$0")/calls"; exec /usr/bin/sbatch "$@" --gres=help"#;
 #[tokio::test]
 async fn a_queue_that_shows_jobs_late_loses_none() -> anyhow::Result<()> {
     let world = World::new("late").await?;
-    // As long as `late` is there, nobody knows any job.
+    // As long as `late` exists, the commands show no job.
     let late = |tool: &str| {
         format!(
             r#"[ "$1" = --version ] || [ ! -e "$(dirname "$0")/late" ] || exit 0; exec /usr/bin/{tool} "$@""#
@@ -320,7 +320,7 @@ async fn a_prelude_that_fails_is_cannot_start() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn streams_into_a_suspended_job_say_that_it_is_suspended() -> anyhow::Result<()> {
+async fn streams_into_a_suspended_job_fail_with_that_reason() -> anyhow::Result<()> {
     let world = World::new("suspended").await?;
     let agent = Agent::start(&world, &[], "").await?;
     let uid = agent.run("sleeps", "").await?;
@@ -329,7 +329,7 @@ async fn streams_into_a_suspended_job_say_that_it_is_suspended() -> anyhow::Resu
     agent.knocctl(&streams[0]).ok().await?;
     let suspend = ["scontrol", "suspend", job.as_str()];
     world.on_as_root("ctl", suspend).ok().await?;
-    // The first comes before the agent has heard of it.
+    // The first stream is refused before the agent knows about the suspension from Slurm.
     for stream in &streams {
         let said = agent.knocctl(stream).deadline(SOON).output().await?;
         let all = said.to_string();

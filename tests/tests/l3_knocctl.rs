@@ -10,7 +10,7 @@ use knoc_tests::{
 use serde_json::json;
 
 #[tokio::test]
-async fn knocctl_attaches_detaches_and_hands_on_the_exit_code() -> anyhow::Result<()> {
+async fn knocctl_attaches_detaches_and_returns_the_exit_code() -> anyhow::Result<()> {
     let world = World::new("ctl-attach").await?;
     let script =
         "while read line; do echo got $line; echo err $line >&2; [ $line = end ] && exit 5; done";
@@ -20,7 +20,7 @@ async fn knocctl_attaches_detaches_and_hands_on_the_exit_code() -> anyhow::Resul
     let first = world.knocctl(attach).stdin("one\n").output().await?;
     ensure!(first.code == 0 && first.text() == "got one", "{first}");
     ensure!(first.stderr.contains("err one\n"), "{first}");
-    // Who leaves leaves the program its input.
+    // The program keeps its input when a client detaches.
     let last = world.knocctl(attach).stdin("two\nend\n").output().await?;
     ensure!(
         last.code == 5 && last.text() == "got two\ngot end",
@@ -60,7 +60,7 @@ async fn knocctl_attaches_to_a_terminal() -> anyhow::Result<()> {
 async fn knocctl_forwards_ports_with_their_half_closes_until_the_pod_ends() -> anyhow::Result<()> {
     let world = World::new("ctl-forward").await?;
     let port = some_port();
-    // Answers when all of the question has come.
+    // The server answers after the whole request has arrived.
     let server =
         format!("exec nc -ll -p {port} -e sh -c 'cat >/tmp/got; cat /tmp/got; echo -n end'");
     let uid = world
@@ -93,7 +93,7 @@ async fn knocctl_forwards_to_no_listener_of_the_node() -> anyhow::Result<()> {
     let uid = world
         .running(&PodBuilder::new("quiet").command(["sleep", "600"]))
         .await?;
-    // slurmd's.
+    // The port of slurmd.
     let mut forward = Forward::start(world.knocctl(["port-forward", &uid, ":6818"])).await?;
     let answer = forward.exchange(b"?").await.unwrap_or_default();
     ensure!(answer.is_empty(), "{answer:?}");

@@ -1,4 +1,4 @@
-//! Unmodified kubectl through API server, kubelet, agent and shim: exec with and without a terminal, cp, and the refusal
+//! Unmodified kubectl through API server, kubelet, agent and shim: exec with and without a terminal, cp, and the error
 //! of debug.
 
 use std::{ffi::OsStr, path::Path, time::Duration};
@@ -27,7 +27,7 @@ fn random(size: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn exec_keeps_codes_streams_and_words() -> anyhow::Result<()> {
+async fn exec_keeps_exit_codes_streams_and_arguments() -> anyhow::Result<()> {
     let world = target("kubectl-exec").await?;
     let script = "echo out; echo err >&2; exit 9";
     let output = world
@@ -49,7 +49,7 @@ async fn exec_keeps_codes_streams_and_words() -> anyhow::Result<()> {
         missing.code != 0 && missing.stderr.contains("/no/such/program"),
         "{missing}"
     );
-    // Bytes that mean something to a shell or in a URL arrive as they are.
+    // Characters with a meaning in a shell or a URL arrive unchanged.
     let nasty = "a b&c=d%41;$HOME \"'\\ \u{e4}\u{1f980}\n--";
     let echoed = world
         .kubectl(["exec", "target", "--", "printf", "%s", nasty])
@@ -87,13 +87,13 @@ async fn exec_and_cp_carry_binary_both_ways() -> anyhow::Result<()> {
     world.finish().await
 }
 
-/// `kubectl cp`, one of the two in the pod.
+/// `kubectl cp`; one of the two paths is in the pod.
 async fn copy(world: &World, from: &OsStr, to: &OsStr) -> anyhow::Result<()> {
     let run = world.kubectl(["cp", "--retries=0"]).arg(from).arg(to);
     run.deadline(MINUTES).ok().await.map(drop)
 }
 
-/// The first word of what `sha256sum` says.
+/// The first word of the output of `sha256sum`.
 async fn sum(run: Run) -> anyhow::Result<String> {
     let said = run.deadline(MINUTES).ok().await?.text();
     let sum = said.split_whitespace().next();
@@ -138,7 +138,7 @@ async fn debug_says_that_it_is_not_supported() -> anyhow::Result<()> {
     const WORDS: &str = "ephemeral containers (kubectl debug) are not supported by this node";
     let world = target("kubectl-debug").await?;
     let image = format!("--image={}", PodBuilder::image_name());
-    // With input it waits for the container, and shows what became of it.
+    // With input, kubectl waits for the container and shows its end.
     let debug = ["debug", "-i", "target", "-c", "helper", "--target=main"];
     let run = world.kubectl(debug).arg(&image).args(["--", "true"]);
     let refused = run.stdin("").output().await?;
@@ -147,7 +147,7 @@ async fn debug_says_that_it_is_not_supported() -> anyhow::Result<()> {
         "{refused}"
     );
     let told = world
-        .wait("target", "the container's end", SOON, |pod| {
+        .wait_for_state("target", "the container's end", SOON, |pod| {
             let statuses = pod.status.as_ref()?.ephemeral_container_statuses.as_ref()?;
             statuses.first()?.state.as_ref()?.terminated.clone()
         })
@@ -160,7 +160,7 @@ async fn debug_says_that_it_is_not_supported() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
-    // The pod does not mind.
+    // The pod continues.
     let pod = world.wait_phase("target", "Running", SOON).await?;
     let statuses = pod.status.and_then(|status| status.container_statuses);
     let main = statuses.into_iter().flatten().next().context("no status")?;
@@ -199,29 +199,9 @@ async fn a_terminal_resizes_interrupts_and_passes_the_exit_code() -> anyhow::Res
     let world = target("kubectl-tty").await?;
     let args = ["-n", &world.namespace, "exec", "-it", "target", "--", "sh"];
     let mut terminal = Terminal::start("kubectl", &args, 24, 80)?;
-    wait_for("the first size", SOON, async || {
-        size_is(&mut terminal, "24 80").await
-    })
-    .await?;
+    terminal.expect_size("24 80").await?;
     terminal.resize(50, 132)?;
-    wait_for("the new size", SOON, async || {
-        size_is(&mut terminal, "50 132").await
-    })
-    .await?;
-    terminal.type_text("echo slee''ping; sleep 300\n")?;
-    terminal.expect("sleeping").await?;
-    // A line of its own: the shell gives up the whole line that is interrupted.
-    terminal.type_text("\u{3}echo code=$?\n")?;
-    terminal.expect("code=130").await?;
-    terminal.type_text("exit 7\n")?;
-    ensure!(terminal.exit_code().await? == Some(7));
+    terminal.expect_size("50 132").await?;
+    terminal.interrupt_and_exit_with_7().await?;
     world.finish().await
-}
-
-async fn size_is(terminal: &mut Terminal, size: &str) -> anyhow::Result<()> {
-    terminal.type_text("stty size\n")?;
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    let shown = terminal.shown();
-    ensure!(shown.contains(size), "{shown}");
-    Ok(())
 }

@@ -1,4 +1,4 @@
-//! `kubectl logs` with all its options, and the kubelet's own `containerLogs`, on real parts.
+//! `kubectl logs` with all its options, and the kubelet's own `containerLogs`, on the real stack.
 
 use std::{ops::Range, time::Duration};
 
@@ -24,16 +24,16 @@ use tokio_tungstenite::{
 
 const MINUTES: Duration = Duration::from_mins(3);
 
-/// What a container runs that goes on when it is told to (see [`go`]).
+/// The script of a container that continues when [`go`] is called.
 const UNTIL_GO: &str = "until [ -e /tmp/go ]; do sleep 0.1; done";
 
-/// Tells a container to go on.
+/// Makes a container continue.
 async fn go(world: &World, pod: &str, container: &str) -> anyhow::Result<()> {
     let touch = ["exec", pod, "-c", container, "--", "touch", "/tmp/go"];
     world.kubectl(touch).ok().await.map(drop)
 }
 
-/// Waits until the log is that.
+/// Waits until the log has these contents.
 async fn log_is(world: &World, pod: &str, expected: &str) -> anyhow::Result<()> {
     wait_for(&format!("the log {expected:?}"), SOON, async || {
         let log = world.kubectl(["logs", pod]).ok().await?.text();
@@ -43,7 +43,7 @@ async fn log_is(world: &World, pod: &str, expected: &str) -> anyhow::Result<()> 
     .await
 }
 
-/// When the line of that text was written.
+/// The time at which the line with that text was written.
 fn written(stamped: &str, text: &str) -> anyhow::Result<Timestamp> {
     let end = format!(" {text}");
     let line = stamped.lines().find(|line| line.ends_with(&end));
@@ -88,7 +88,7 @@ async fn since_and_since_time_start_where_they_say() -> anyhow::Result<()> {
     ensure!(none.is_empty(), "since {after}: {none:?}");
     let all = logs("--since=1h".to_owned()).await?;
     ensure!(all == "early\nlate", "{all:?}");
-    // Counted back from when the kubelet is asked: again, where asking took too long.
+    // The time is counted back from the request to the kubelet, so the request is repeated if it took too long.
     wait_for("the line of the last seconds alone", SOON, async || {
         let ago = Timestamp::now().duration_since(late).as_secs() + 2;
         let log = logs(format!("--since={ago}s")).await?;
@@ -131,7 +131,7 @@ async fn every_container_of_a_finished_pod_has_its_log() -> anyhow::Result<()> {
     ] {
         let log = logs(&["-c", container]).await?;
         ensure!(log == expected, "{container}: {log:?}");
-        // It has ended: so has who follows it.
+        // The container has ended, and so has the follower.
         let followed = logs(&["-f", "-c", container]).await?;
         ensure!(followed == expected, "{container} followed: {followed:?}");
     }
@@ -152,7 +152,7 @@ async fn every_container_of_a_finished_pod_has_its_log() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn the_streams_of_a_log_can_be_had_apart() -> anyhow::Result<()> {
+async fn the_streams_of_a_log_can_be_read_separately() -> anyhow::Result<()> {
     let world = World::new("logs-stream").await?;
     let script = "echo out 1; echo err 1 >&2; echo out 2; echo err 2 >&2";
     world
@@ -192,7 +192,7 @@ async fn the_streams_of_a_log_can_be_had_apart() -> anyhow::Result<()> {
     world.finish().await
 }
 
-/// A line of [`numbered`], and what a container runs that prints some.
+/// A line of [`numbered`], and the script of a container that prints such lines.
 fn line(number: usize) -> String {
     format!("{number:08} {}", "x".repeat(90))
 }
@@ -205,14 +205,14 @@ fn print(numbers: Range<usize>) -> String {
     )
 }
 
-/// Lines of so many numbers.
+/// That many numbered lines.
 fn numbered(numbers: Range<usize>) -> String {
     numbers.fold(String::new(), |all, number| all + &line(number) + "\n")
 }
 
 #[tokio::test]
 async fn tail_and_follow_go_across_rotated_files() -> anyhow::Result<()> {
-    // Over a file's 100 MiB, with the head of each line in the file.
+    // More than the 100 MiB of one file, including the prefix of each line in the file.
     const LINES: usize = 1_000_000;
     const TAIL: usize = 400_000;
     let world = World::new("logs-rotated").await?;
@@ -260,7 +260,7 @@ async fn follow(
     log.with_context(|| format!("follow {container}"))
 }
 
-/// What is left of each log is that.
+/// Checks the rest of each log.
 async fn all_end_with(
     logs: impl Iterator<Item = impl AsyncBufRead + Unpin>,
     expected: &str,
@@ -288,12 +288,12 @@ async fn flooded(world: &World, last: &str) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_hundred_followers_get_all_lines_beside_some_that_never_read() -> anyhow::Result<()> {
+async fn a_hundred_followers_get_all_lines_while_others_never_read() -> anyhow::Result<()> {
     const FOLLOWERS: usize = 100;
     const STUCK: usize = 20;
     const LATE: usize = 5;
     const LINES: usize = 10_000;
-    // More than all buffers on the way take, so that who does not read is stuck at the source.
+    // More than all buffers on the way hold, so that a stalled reader blocks at the source.
     const FLOOD: usize = 320_000;
     let world = World::new("logs-followers").await?;
     let talk = format!(
@@ -312,7 +312,7 @@ async fn a_hundred_followers_get_all_lines_beside_some_that_never_read() -> anyh
     let last = line(FLOOD - 1);
     flooded(&world, &last).await?;
     let expected = numbered(0..2 * LINES);
-    // All are at the end of what there is when the program goes on.
+    // All followers have read everything before the program continues.
     let half = Barrier::new(FOLLOWERS + 1);
     let readers = (0..FOLLOWERS).map(async |number| {
         let mut log = follow(&world, "talker", "main").await?;
@@ -337,7 +337,7 @@ async fn a_hundred_followers_get_all_lines_beside_some_that_never_read() -> anyh
     };
     let all = tokio::time::timeout(MINUTES, all).await;
     all.context("not all followers came to the end")??;
-    // Those that were stuck were held up, not cut: the first now reads all that there is.
+    // Stalled readers were blocked, not disconnected: the first one now reads everything.
     let mut first = stuck.into_iter().next().context("none is stuck")?;
     let mut flood = vec![0; FLOOD * 100];
     let read = tokio::time::timeout(MINUTES, first.read_exact(&mut flood)).await;
@@ -346,13 +346,13 @@ async fn a_hundred_followers_get_all_lines_beside_some_that_never_read() -> anyh
         flood == numbered(0..FLOOD).into_bytes(),
         "the bytes of a slow reader differ"
     );
-    // Nor were those that never read a line of what has ended: they still get all of it.
+    // Readers of an ended container that had not read a line still get everything.
     all_end_with(idle.into_iter().take(LATE), &expected).await?;
     drop(first);
     world.finish().await
 }
 
-/// A container's log over a WebSocket of the API server, as a browser reads it: the bytes of all its messages.
+/// A container's log over a WebSocket of the API server, as a browser reads it: the concatenated bytes of all messages.
 async fn log_over_websocket(
     world: &World,
     pod: &str,
@@ -392,7 +392,7 @@ async fn log_over_websocket(
                 Ok(Message::Text(text)) => log.extend(BASE64_STANDARD.decode(text)?),
                 Ok(Message::Binary(data)) => log.extend_from_slice(&data),
                 Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
-                // The API server ends a log by closing the connection, with or without a message that says so.
+                // The API server ends a log by closing the connection, with or without a close message.
                 Ok(Message::Close(_)) | Err(_) => break,
             }
         }
@@ -404,7 +404,7 @@ async fn log_over_websocket(
 }
 
 #[tokio::test]
-async fn a_log_over_the_api_servers_websocket_is_whole() -> anyhow::Result<()> {
+async fn a_log_over_the_api_servers_websocket_is_complete() -> anyhow::Result<()> {
     // More than all buffers between the kubelet and a reader hold.
     const LINES: usize = 200_000;
     let world = World::new("logs-websocket").await?;

@@ -1,4 +1,4 @@
-//! What pods use, on the real stack: the kubelet's endpoints through the API server, then metrics-server, `kubectl top`
+//! The resource use of pods on the real stack: the kubelet's endpoints through the API server, then metrics-server, `kubectl top`
 //! and an autoscaler over them. After virtual-kubelet's TestGetStatsSummary and TestGetMetricsResource.
 
 use std::time::Duration;
@@ -7,11 +7,11 @@ use anyhow::{Context as _, ensure};
 use knoc_tests::{PodBuilder, World, wait_for, world::SOON};
 use serde_json::{Value, json};
 
-/// metrics-server looks every 15 s and needs two looks, the autoscaler the same; on a machine that others use too.
+/// metrics-server scrapes every 15 s and needs two scrapes, and so does the autoscaler, on a busy machine.
 const MINUTES: Duration = Duration::from_mins(6);
 const MIB: u64 = 1 << 20;
 
-/// Holds 32 MiB, and copies them from nowhere to nowhere for ever.
+/// Holds 32 MiB and copies them from /dev/zero to /dev/null forever.
 const BUSY: &str = "exec dd if=/dev/zero of=/dev/null bs=32M";
 
 fn busy(name: &str) -> PodBuilder {
@@ -45,7 +45,7 @@ async fn json_of(world: &World, path: &str) -> anyhow::Result<Value> {
 }
 
 #[tokio::test]
-async fn the_kubelet_says_what_each_container_uses() -> anyhow::Result<()> {
+async fn the_kubelet_reports_the_use_of_each_container() -> anyhow::Result<()> {
     let world = World::new("usage").await?;
     let uid = world.create(&busy("hot")).await?;
     world.wait_phase("hot", "Running", SOON).await?;
@@ -69,7 +69,7 @@ async fn the_kubelet_says_what_each_container_uses() -> anyhow::Result<()> {
     ensure!((32e6..100e6).contains(&memory), "{memory}");
     let idle = sample(&text, &of("container_cpu_usage_seconds_total", "idle"))?;
     ensure!(idle < 1.0, "{idle}");
-    // The job's cgroup: what the runtime itself needs is in there too.
+    // The job's cgroup includes the memory of the runtime itself.
     let whole = sample(&text, &of("pod_cpu_usage_seconds_total", ""))?;
     let main = sample(&text, &of("container_cpu_usage_seconds_total", "main"))?;
     ensure!(
@@ -128,7 +128,7 @@ async fn the_nodes_counter_outlives_its_pods() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn the_kubelet_says_how_it_is_itself() -> anyhow::Result<()> {
+async fn the_kubelet_exports_metrics_about_itself() -> anyhow::Result<()> {
     let world = World::new("own").await?;
     let text = kubelet(&world, "/metrics").await?;
     ensure!(sample(&text, "knoc_agent_link_up")? > 0.5, "{text}");
@@ -137,7 +137,7 @@ async fn the_kubelet_says_how_it_is_itself() -> anyhow::Result<()> {
         sample(&text, "process_resident_memory_bytes")? > 1e6,
         "{text}"
     );
-    // Two for each connection that it takes.
+    // Two descriptors for each accepted connection.
     ensure!(sample(&text, "process_max_fds")? > 4096.0, "{text}");
     for family in knoc_kubelet::metrics::FAMILIES {
         let declared = format!("# TYPE {} {}\n", family.name, family.kind);
@@ -180,7 +180,7 @@ fn autoscaler() -> Value {
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "hot"},
             "minReplicas": 1,
             "maxReplicas": 2,
-            // Of a whole core that it asks for; others use this machine too.
+            // The percentage of the whole core that it requests, which is low because the machine is busy.
             "metrics": [{"type": "Resource", "resource": {
                 "name": "cpu", "target": {"type": "Utilization", "averageUtilization": 5}}}],
         },

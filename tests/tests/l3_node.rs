@@ -1,5 +1,5 @@
-//! The Node object on real parts: what Slurm has is what Kubernetes schedules by; and what a pod's life looks like from
-//! outside, waiting in the queue and from Event to Event.
+//! The Node object on the real stack: Kubernetes schedules by Slurm's resources. Also what users see of a pod while it waits in the
+//! queue, and its Events.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -22,7 +22,7 @@ use serde_json::json;
 /// The kubelet renews every 10 s.
 const RENEWED: Duration = Duration::from_secs(30);
 
-/// `node.queueFactor` where the operator says nothing: so many times the cluster may wait in its queue.
+/// The default of `node.queueFactor`: the node offers that many times the cluster's resources, because pods wait in Slurm's queue.
 const QUEUE_FACTOR: i64 = 10;
 
 const MIB: i64 = 1 << 20;
@@ -33,7 +33,7 @@ async fn node(world: &World) -> anyhow::Result<(Node, NodeStatus)> {
     Ok((node, status))
 }
 
-/// What sinfo says of all nodes, each once: CPUs, bytes of memory, GPUs.
+/// sinfo's totals of all nodes, each counted once: CPUs, bytes of memory, GPUs.
 async fn of_sinfo(world: &World) -> anyhow::Result<[i64; 3]> {
     let rows = world
         .on("login", ["sinfo", "-h", "-N", "-o", "%N|%c|%m|%G"])
@@ -79,9 +79,9 @@ fn amounts(list: Option<&BTreeMap<String, Quantity>>) -> anyhow::Result<[i64; 4]
 }
 
 #[tokio::test]
-async fn capacity_is_what_sinfo_says_and_allocatable_a_queue_of_it() -> anyhow::Result<()> {
+async fn capacity_is_that_of_sinfo_and_allocatable_a_multiple_of_it() -> anyhow::Result<()> {
     let world = World::new("capacity").await?;
-    // Node and Slurm are looked at one after the other: what another test changes in between is seen again.
+    // Node and Slurm are read one after the other, so both are read again if another test changed something in between.
     wait_for("the node has what Slurm has", SOON, async || {
         let [cpu, memory, gpus] = of_sinfo(&world).await?;
         let (_, status) = node(&world).await?;
@@ -105,7 +105,7 @@ async fn capacity_is_what_sinfo_says_and_allocatable_a_queue_of_it() -> anyhow::
     world.finish().await
 }
 
-/// The conditions of a node that is well.
+/// The conditions of a healthy node.
 const WELL: [(&str, &str, &str); 8] = [
     ("Ready", "True", "KubeletReady"),
     ("MemoryPressure", "False", "KubeletHasSufficientMemory"),
@@ -118,7 +118,7 @@ const WELL: [(&str, &str, &str); 8] = [
 ];
 
 #[tokio::test]
-async fn the_node_says_how_it_does_and_keeps_others_away() -> anyhow::Result<()> {
+async fn the_node_has_its_conditions_and_a_taint() -> anyhow::Result<()> {
     let world = World::new("well").await?;
     let found = wait_for("the conditions of a node that is well", SOON, async || {
         let (found, status) = node(&world).await?;
@@ -150,7 +150,7 @@ async fn the_node_says_how_it_does_and_keeps_others_away() -> anyhow::Result<()>
 }
 
 #[tokio::test]
-async fn the_node_says_who_it_is() -> anyhow::Result<()> {
+async fn the_node_has_the_labels_and_the_information_of_a_node() -> anyhow::Result<()> {
     let world = World::new("node").await?;
     let (found, _) = node(&world).await?;
     let labels = found.metadata.labels.unwrap_or_default();
@@ -218,7 +218,7 @@ async fn the_nodes_lease_is_renewed_and_is_the_nodes() -> anyhow::Result<()> {
     world.finish().await
 }
 
-/// A job of somebody else's that has both GPUs for ten minutes.
+/// A foreign job that has both GPUs for ten minutes.
 async fn all_gpus(world: &World) -> anyhow::Result<String> {
     let job = [
         "sbatch",
@@ -232,7 +232,7 @@ async fn all_gpus(world: &World) -> anyhow::Result<String> {
     ];
     let job = world.on("login", job).ok().await?.text();
     let runs = wait_for("the other job runs", SOON, async || {
-        // Who else has the GPUs is what a failure is about.
+        // If this fails, the error shows who else has the GPUs.
         let squeue = ["squeue", "-h", "--partition=gpu", "-o", "%i %j %T %r %b %V"];
         let queue = world.on("login", squeue).ok().await?.text();
         let ours = format!("{job} wrap RUNNING ");
@@ -246,7 +246,7 @@ async fn all_gpus(world: &World) -> anyhow::Result<String> {
     runs.map(|()| job)
 }
 
-/// Slurm's own words of the job, as soon as it has an estimate: reason, and start to the minute.
+/// Slurm's reason and estimated start of the job (to the minute), as soon as Slurm has an estimate.
 async fn estimate(world: &World, job: &str) -> anyhow::Result<(String, String)> {
     wait_for("Slurm estimates the start", SOON, async || {
         let squeue = ["env", "TZ=UTC", "squeue", "-h", "-o", "%r|%S", "-j", job];
@@ -262,7 +262,7 @@ async fn estimate(world: &World, job: &str) -> anyhow::Result<(String, String)> 
 }
 
 #[tokio::test]
-async fn a_pod_in_the_queue_says_why_and_until_when() -> anyhow::Result<()> {
+async fn a_queued_pod_shows_the_reason_and_the_estimated_start() -> anyhow::Result<()> {
     let world = World::new("queue").await?;
     let other = all_gpus(&world).await?;
     let one =
@@ -302,16 +302,16 @@ async fn a_pod_in_the_queue_says_why_and_until_when() -> anyhow::Result<()> {
         Ok(())
     })
     .await?;
-    // The queue is over, and with it what was said of it.
+    // The job is no longer queued, so the message about the queue is gone.
     let ended = world.wait_phase("waits", "Succeeded", SOON).await?;
     ensure!(why(&ended).1.is_empty(), "{:?}", ended.status);
     let log = world.logs("waits", "main").await?;
-    // The one that Slurm chose; the job has no other.
+    // The job sees the GPU that Slurm chose and no other.
     ensure!(log == "at last, on 0\n", "{log:?}");
     world.finish().await
 }
 
-/// An Event of the pod as far as a test looks at it: reason, container, message.
+/// The part of an Event that the tests check: reason, container, message.
 type Told = (String, String, String);
 
 /// The Events of the pod that are ours.
@@ -339,7 +339,7 @@ async fn told(world: &World, pod: &Pod) -> anyhow::Result<Vec<Told>> {
 }
 
 #[tokio::test]
-async fn the_events_of_a_pods_life_tell_each_step_once() -> anyhow::Result<()> {
+async fn the_events_of_a_pod_report_each_step_once() -> anyhow::Result<()> {
     let world = World::new("events").await?;
     let pod = PodBuilder::new("told").sh("trap 'exit 0' TERM; while :; do sleep 0.1; done");
     let uid = world.create(&pod).await?;
@@ -373,7 +373,7 @@ async fn the_events_of_a_pods_life_tell_each_step_once() -> anyhow::Result<()> {
             pulled.is_some_and(|(.., message)| message.contains(&image)),
             "{image} is not in {pulled:?}"
         );
-        // The image may be pulled first, and the job may wait for a moment: these are told too.
+        // The image may be pulled first, and the job may wait for a moment, which causes further Events.
         let may_be = ["Pulling", "SlurmJobPending"];
         let steps = told
             .iter()

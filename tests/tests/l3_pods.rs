@@ -1,4 +1,4 @@
-//! Pods on the real stack: how they end, and what the status says then.
+//! Pods on the real stack: how they end, and their final status.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use knoc_tests::{
 use kube::api::{ListParams, PostParams};
 use serde_json::json;
 
-/// Slurm looks at time limits twice a minute, and they are whole minutes.
+/// Slurm checks time limits twice a minute, and they are whole minutes.
 const TIME_LIMIT: Duration = Duration::from_mins(3);
 
 #[tokio::test]
@@ -100,7 +100,7 @@ async fn a_pod_that_fails_keeps_its_exit_code_and_message() -> anyhow::Result<()
 #[tokio::test]
 async fn a_program_killed_by_a_signal_has_its_code() -> anyhow::Result<()> {
     let world = World::new("signal").await?;
-    // The shell is PID 1, where KILL from inside does nothing; its child it can kill. `$$` is a `$` in Kubernetes.
+    // The shell is PID 1, which cannot be killed from inside; its child can. `$$` is a `$` in Kubernetes.
     let pod = PodBuilder::new("signal").sh("sh -c 'kill -9 $$$$'; exit $?");
     let ended = world.run(&pod, "Failed").await?;
     ensure!(exit_code(&ended, "main") == Some(137), "{:?}", ended.status);
@@ -132,12 +132,11 @@ async fn a_pod_past_its_own_deadline_says_deadline_exceeded() -> anyhow::Result<
 }
 
 #[tokio::test]
-async fn a_job_cancelled_by_the_administrator_says_by_whom() -> anyhow::Result<()> {
+async fn a_job_cancelled_by_the_administrator_names_who_cancelled_it() -> anyhow::Result<()> {
     let world = World::new("cancelled").await?;
     let uid = world
-        .create(&PodBuilder::new("victim").sh("sleep 600"))
+        .running(&PodBuilder::new("victim").sh("sleep 600"))
         .await?;
-    world.wait_phase("victim", "Running", SOON).await?;
     let job = world.wait_job(&uid).await?;
     world.on_as_root("ctl", ["scancel", &job]).ok().await?;
     let ended = world.wait_phase("victim", "Failed", SOON).await?;
@@ -229,7 +228,7 @@ async fn a_container_is_restarted_and_its_previous_log_kept() -> anyhow::Result<
 #[tokio::test]
 async fn a_pod_of_the_longest_names_runs() -> anyhow::Result<()> {
     let world = World::new("long-names").await?;
-    // Its first 63 characters end with a dash, which a host name does not.
+    // Its first 63 characters end with a dash, which a host name must not.
     let name = format!("{}-{}", "n".repeat(62), "y".repeat(190));
     let (container, volume, key) = ("c".repeat(63), "v".repeat(63), "K".repeat(253));
     let map = serde_json::from_value(json!({
@@ -294,7 +293,7 @@ async fn containers_wait_for_an_init_container_and_for_one_that_failed() -> anyh
             .map(|_| pod.clone())
     };
     let now = world
-        .wait("two", "its init container runs", SOON, runs)
+        .wait_for_state("two", "its init container runs", SOON, runs)
         .await?;
     let initializing = Some(("PodInitializing".to_owned(), String::new()));
     ensure!(container_reason(&now, "main") == initializing, "{now:?}");
@@ -310,7 +309,7 @@ async fn containers_wait_for_an_init_container_and_for_one_that_failed() -> anyh
 }
 
 #[tokio::test]
-async fn a_pod_for_windows_fails_in_kubernetes_words() -> anyhow::Result<()> {
+async fn a_pod_for_windows_fails_with_the_message_of_kubernetes() -> anyhow::Result<()> {
     let world = World::new("windows").await?;
     let pod = PodBuilder::new("panes")
         .spec("os", json!({"name": "windows"}))

@@ -1,4 +1,4 @@
-//! The processes of a pod on real parts: their limits, who may look into ours, and what they may leave behind.
+//! The processes of a pod on the real stack: their limits, who can inspect our processes, and what they may leave behind.
 
 use std::time::Duration;
 
@@ -6,13 +6,13 @@ use anyhow::{Context as _, ensure};
 use knoc_tests::{PodBuilder, World, wait_for, world::SOON};
 use serde_json::json;
 
-/// Making so many folders, and several restarts.
+/// The time to create that many folders, and for several restarts.
 const MINUTES: Duration = Duration::from_mins(4);
 
-/// Soft limits that no site sets, and that do the running agent no harm: of a file's size, of processor time.
+/// Soft limits that no site sets and that do not affect the running agent: file size, CPU time.
 const ODD: [(&str, &str); 2] = [("--fsize", "1099511627009"), ("--cpu", "864007")];
 
-/// A login node bounds what runs on it, the agent with it. It must not bound the pods.
+/// A login node limits its processes, including the agent. These limits must not apply to pods.
 #[tokio::test]
 async fn a_pod_has_the_limits_of_its_job_and_not_those_of_the_agent() -> anyhow::Result<()> {
     let world = World::new("limits").await?;
@@ -42,7 +42,7 @@ async fn a_pod_has_the_limits_of_its_job_and_not_those_of_the_agent() -> anyhow:
             "{name} of the agent reached the pod: {log}"
         );
     }
-    // Soft and hard are the same, but for the two that have usual values.
+    // Soft and hard limits are equal, except for the two that have conventional values.
     for line in log.lines().filter(|line| line.starts_with("Max ")) {
         let mut words = line.split_whitespace().rev().peekable();
         let unit = words
@@ -57,8 +57,8 @@ async fn a_pod_has_the_limits_of_its_job_and_not_those_of_the_agent() -> anyhow:
     world.finish().await
 }
 
-/// For each process of the user its program, who owns its `/proc` (root: it is not dumpable), and its soft and hard core
-/// limit.
+/// Prints for each process of the user its program, the owner of its `/proc` files (root if it is not dumpable), and its soft and
+/// hard core limits.
 const LOOK: &str = "for p in $(pgrep -u hpcuser); do \
     echo $(tr '\\0' ' ' </proc/$p/cmdline | cut -c1-200) \
     , $(stat -c %U /proc/$p/fd) $(sed -n 's/^Max core file size *//p' /proc/$p/limits); done 2>/dev/null";
@@ -114,8 +114,8 @@ async fn our_processes_are_closed_to_others_and_those_of_the_pod_are_not() -> an
     world.finish().await
 }
 
-/// 15,000 folders one in the other: so deep that a recursion over them ends a process, and longer than any path can be.
-/// Fifteen chains of a thousand, each put at the end of the next.
+/// Creates 15,000 nested folders, so deep that recursion over them crashes a process, and longer than any path can be: fifteen chains
+/// of a thousand, each moved to the end of the next.
 const DEEP: &str = "test -e /shared/again && exec sleep 7654; touch /shared/again; cd /tmp; \
     chain=$(printf 'd/%.0s' $(seq 1000)); mkdir -p x/$chain; i=1; \
     while [ $i -lt 15 ]; do mkdir -p y/$chain && mv x y/$chain && mv y x && i=$((i+1)); done; echo made $i; exit 3";
@@ -134,7 +134,7 @@ async fn a_very_deep_tree_costs_no_other_container_anything() -> anyhow::Result<
     world.create(&pod).await?;
     let again = "the container runs again";
     let found = world
-        .wait("deep", again, MINUTES, |pod| {
+        .wait_for_state("deep", again, MINUTES, |pod| {
             let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
             let main = statuses.iter().find(|status| status.name == "main")?;
             (main.restart_count == 1 && main.started == Some(true)).then(|| pod.clone())
@@ -152,7 +152,7 @@ async fn a_very_deep_tree_costs_no_other_container_anything() -> anyhow::Result<
         .find(|one| one.name == "other");
     let other = other.context("the other container")?;
     ensure!(other.restart_count == 0 && other.ready, "{other:?}");
-    // What is left behind is removed while the pod runs on.
+    // The folders are removed while the pod continues to run.
     let uid = found.metadata.uid.context("a uid")?;
     let node = world.compute_node(&uid).await?;
     let left = "ls -d /tmp/knoc-shim-*/trash/* 2>/dev/null | wc -l";

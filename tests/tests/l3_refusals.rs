@@ -1,5 +1,5 @@
-//! What sbatch refuses, on the real Slurm: its own words in the pod's status and in an Event. What cannot help is not tried
-//! again; what waits for a limit runs when the limit is lifted.
+//! Submissions that the real sbatch refuses: its message is in the pod's status and in an Event. Permanent refusals are not retried; a
+//! pod that waits for a limit runs when the limit is lifted.
 
 use std::time::Duration;
 
@@ -9,12 +9,12 @@ use knoc_tests::{
     world::{SOON, STATE, phase_of, why},
 };
 
-/// From the lifting of a limit to the next try, and the pod's end: the pauses are 10, 20, 40 seconds.
+/// The time from lifting a limit to the next attempt and the pod's end; the delays are 10, 20, 40 seconds.
 const LIFTED: Duration = Duration::from_mins(3);
 
 const POLICY: &str = "Batch job submission failed: Job violates accounting/QOS policy";
 
-/// Changes Slurm's accounts as its administrator; whatever refuses because jobs are still ending, until it does not.
+/// Changes Slurm's accounts as administrator; retries while the change is refused because jobs are still ending.
 async fn sacctmgr(world: &World, change: &str) -> anyhow::Result<()> {
     let change = format!("sacctmgr -i {change}");
     wait_for(&change, SOON, async || {
@@ -24,7 +24,7 @@ async fn sacctmgr(world: &World, change: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A QOS of this test alone, which the agent's user may use.
+/// A QOS only for this test, which the agent's user can use.
 async fn make_qos(world: &World, settings: &str) -> anyhow::Result<String> {
     let name = world.namespace.clone();
     sacctmgr(world, &format!("add qos {name} set {settings}")).await?;
@@ -39,7 +39,7 @@ async fn events(world: &World, pod: &str, reason: &str) -> anyhow::Result<Vec<St
     Ok(events)
 }
 
-/// The pod has failed for good, by these words of Slurm, after one try.
+/// Checks that the pod has failed permanently with this message of Slurm after one attempt.
 async fn rejected(world: &World, name: &str, uid: &str, words: &str) -> anyhow::Result<()> {
     let ended = world.wait_phase(name, "Failed", SOON).await?;
     let (reason, message) = why(&ended);
@@ -107,7 +107,7 @@ async fn are_rejected(world: &World, qos: &str) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn what_slurm_refuses_for_good_fails_with_its_words_and_is_not_tried_again()
+async fn a_permanent_refusal_of_slurm_fails_the_pod_with_its_message_and_is_not_retried()
 -> anyhow::Result<()> {
     let world = World::new("rejected").await?;
     let qos = make_qos(&world, "MaxWall=00:05:00 flags=DenyOnLimit").await?;
@@ -117,7 +117,7 @@ async fn what_slurm_refuses_for_good_fails_with_its_words_and_is_not_tried_again
     world.finish().await
 }
 
-/// The pod waits by these words of Slurm until `lift` has changed the accounts, and then runs as one job.
+/// Checks that the pod waits with this message of Slurm until `lift` has changed the accounts, and then runs as one job.
 async fn waits_for_the_limit(
     world: &World,
     pod: PodBuilder,
@@ -127,7 +127,7 @@ async fn waits_for_the_limit(
     let pod = pod.sh("echo at last");
     let (uid, name) = (world.create(&pod).await?, pod.name());
     let message = world
-        .wait(name, &format!("held back by {words}"), SOON, |pod| {
+        .wait_for_state(name, &format!("held back by {words}"), SOON, |pod| {
             let (_, message) = why(pod);
             message.contains(words).then_some(message)
         })
@@ -161,7 +161,7 @@ async fn a_pod_over_the_submit_limit_of_its_qos_runs_when_the_limit_is_lifted() 
 {
     let world = World::new("qos-limit").await?;
     let qos = make_qos(&world, "MaxSubmitJobsPerUser=1").await?;
-    // Somebody else's job is all that the QOS allows.
+    // The QOS allows only one job, which is a foreign one.
     let option = format!("--qos={qos}");
     let hold = ["sbatch", "--parsable", "--hold", &option, "--wrap", "true"];
     let other = world.on("login", hold).ok().await?.text();

@@ -1,7 +1,7 @@
-//! What carries a client's streams to the kubelet, by the kubelet's own count: WebSockets as the client sent them where
-//! the API server hands them on (`ExtendWebSocketsToKubelet`), else SPDY.
+//! Which protocol carries a client's streams to the kubelet, according to the kubelet's own counters: WebSockets as the client
+//! sent them if the API server passes them on (`ExtendWebSocketsToKubelet`), else SPDY.
 //!
-//! The counters are the node's, so these tests run one after the other; no other suite runs beside this one.
+//! The counters belong to the node, so these tests run one after the other, and no other suite runs at the same time.
 
 use std::collections::BTreeMap;
 
@@ -27,7 +27,7 @@ const PORTS_BY_SPDY: &str = "spdy/portforward.k8s.io";
 const EXEC_BY_WEBSOCKET: &str = "websocket/v5.channel.k8s.io";
 const PORTS_BY_TUNNEL: &str = "websocket/SPDY/3.1+portforward.k8s.io";
 
-/// Does the API server know the feature?
+/// Whether the API server knows the feature.
 async fn knows_the_feature(world: &World) -> anyhow::Result<bool> {
     let version = world.server_version().await?;
     let minor = version.split('.').nth(1).and_then(|it| it.parse().ok());
@@ -49,7 +49,7 @@ async fn sessions(world: &World) -> anyhow::Result<BTreeMap<String, u64>> {
         .collect()
 }
 
-/// Has the client do exec, attach and port-forward; each must arrive as it should and in no other way.
+/// Makes the client run exec, attach and port-forward; each must arrive with the expected protocol and no other.
 async fn arrives(scene: &Scene, exec: &str, ports: &str) -> anyhow::Result<()> {
     let verbs = [
         (Verb::Exec, "exec", exec),
@@ -78,7 +78,7 @@ async fn scene(client: &str) -> anyhow::Result<Scene> {
 }
 
 #[tokio::test]
-async fn the_node_declares_websockets_to_an_api_server_that_hands_them_on() -> anyhow::Result<()> {
+async fn the_node_declares_websockets_to_an_api_server_that_passes_them_on() -> anyhow::Result<()> {
     let world = World::new("declared").await?;
     let path = "jsonpath={.status.declaredFeatures}";
     let declared = world.kubectl(["get", "node", &world.node, "-o", path]);
@@ -101,7 +101,7 @@ async fn websockets_and_tunnels_arrive_as_kubectl_sent_them() -> anyhow::Result<
     let _alone = ONE_AT_A_TIME.lock().await;
     for client in ["kubectl 1.36", "kubectl 1.37"] {
         let scene = scene(client).await?;
-        // An older API server speaks SPDY for the client.
+        // An older API server converts the client's streams to SPDY.
         let (exec, ports) = if knows_the_feature(&scene.world).await? {
             (EXEC_BY_WEBSOCKET, PORTS_BY_TUNNEL)
         } else {

@@ -146,24 +146,8 @@ async fn exec_on_a_terminal_resizes_interrupts_and_passes_the_exit_code() -> any
     terminal.expect("24 80").await?;
     terminal.expect("/dev/pts/").await?;
     terminal.resize(50, 132)?;
-    wait_for("the new size", SOON, async || {
-        terminal.type_text("stty size\n")?;
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        let shown = terminal.shown();
-        if shown.contains("50 132") {
-            Ok(())
-        } else {
-            Err(anyhow::anyhow!(shown))
-        }
-    })
-    .await?;
-    terminal.type_text("echo slee''ping; sleep 300\n")?;
-    terminal.expect("sleeping").await?;
-    // A line of its own: the shell gives up the whole line that is interrupted.
-    terminal.type_text("\u{3}echo code=$?\n")?;
-    terminal.expect("code=130").await?;
-    terminal.type_text("exit 7\n")?;
-    ensure!(terminal.exit_code().await? == Some(7));
+    terminal.expect_size("50 132").await?;
+    terminal.interrupt_and_exit_with_7().await?;
     world.finish().await
 }
 

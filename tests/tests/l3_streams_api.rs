@@ -1,5 +1,5 @@
-//! The rules of exec, attach and port-forward through the API server, by unmodified kubectl and the Rust client: what
-//! becomes of a command whose client is gone, whose ports can be reached, who may type, and what is refused in which words.
+//! The rules of exec, attach and port-forward through the API server, with unmodified kubectl and the Rust client: what happens to a
+//! command whose client disconnects, which ports can be reached, who can send input, and which requests fail with which message.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ async fn children_of_shim(world: &World, node: &str, uid: &str) -> anyhow::Resul
     Ok(children.lines().map(str::to_owned).collect())
 }
 
-/// Starts a command that takes no input, has its client say this much, kills the client, and sees the command's end.
+/// Starts a command that reads no input, lets its client send this much, kills the client, and waits for the command's end.
 async fn leave(name: &str, input: Option<usize>) -> anyhow::Result<()> {
     let world = World::new(name).await?;
     let uid = world
@@ -67,7 +67,7 @@ async fn leave(name: &str, input: Option<usize>) -> anyhow::Result<()> {
         let left = |line: &&str| line.starts_with('Z') || line.contains("ready; while");
         let left: Vec<&str> = all.lines().filter(left).collect();
         ensure!(left.is_empty(), "in the container: {left:?}");
-        // Nor is what led it into the container.
+        // The helper that entered the container is gone too.
         let after = children_of_shim(&world, &node, &uid).await?;
         ensure!(after.len() == before.len(), "of the shim: {after:?}");
         Ok(())
@@ -77,14 +77,16 @@ async fn leave(name: &str, input: Option<usize>) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_command_whose_client_is_gone_hears_hup_then_term_and_is_reaped() -> anyhow::Result<()> {
+async fn a_command_gets_hup_then_term_when_its_client_disconnects_and_is_reaped()
+-> anyhow::Result<()> {
     leave("api-gone", None).await
 }
 
 #[tokio::test]
-async fn so_does_one_whose_input_waits_all_the_way() -> anyhow::Result<()> {
-    // More than pipe and link to the shim hold (2 MiB), less than those and the link to the agent do. With more than that
-    // the API server has bytes to be rid of before its own end can be seen.
+async fn a_command_whose_input_waits_gets_hup_then_term_when_its_client_disconnects()
+-> anyhow::Result<()> {
+    // More than the pipe and the link to the shim hold (2 MiB), but less than these and the link to the agent hold. With more
+    // than that, the API server must deliver the rest before its own end becomes visible.
     leave("api-gone-input", Some(3 << 20)).await
 }
 
@@ -100,7 +102,7 @@ async fn ports_lead_to_the_pods_own_listeners_with_their_half_closes() -> anyhow
         let port = format!(":{port}");
         Forward::start(world.kubectl(["port-forward", "server", &port])).await
     };
-    // The sum of all comes after the end of all.
+    // The checksum of all bytes is sent after the end of the input.
     let question = vec![7; 5 << 20];
     let expected = format!("{:x}  -\n", Sha256::digest(&question));
     let own = forward(port).await?;
@@ -122,15 +124,15 @@ async fn ports_lead_to_the_pods_own_listeners_with_their_half_closes() -> anyhow
 }
 
 #[tokio::test]
-async fn a_connection_whose_client_is_gone_is_let_go_though_nobody_reads_it() -> anyhow::Result<()>
-{
+async fn a_forwarded_connection_that_nobody_reads_is_closed_when_its_client_disconnects()
+-> anyhow::Result<()> {
     let world = World::new("api-unread").await?;
     let port = some_port();
     let server = format!("exec nc -ll -p {port} -e sleep 600");
     world
         .running(&PodBuilder::new("server").sh(&server))
         .await?;
-    // As the program has them.
+    // The connections as the program sees them.
     let open = async || {
         let run = world.kubectl(["exec", "server", "--", "netstat", "-tn"]);
         let all = run.ok().await?.text();
@@ -146,7 +148,7 @@ async fn a_connection_whose_client_is_gone_is_let_go_though_nobody_reads_it() ->
     let to = format!(":{port}");
     let forward = Forward::start(world.kubectl(["port-forward", "server", &to])).await?;
     let mut connection = forward.connect().await?;
-    // More than the program's socket and the link to the shim hold, less than with the link to the agent.
+    // More than the program's socket and the link to the shim hold, but less than these and the link to the agent hold.
     connection.write_all(&vec![7; 5 << 20]).await?;
     let found = open().await?;
     ensure!(found == 1, "{found} connections");
@@ -169,7 +171,7 @@ async fn a_listener_of_the_same_user_outside_the_pod_is_refused_by_name() -> any
     let node = world.compute_node(&uid).await?;
     let port = some_port().to_string();
     let busybox = "/images/busybox/bin/busybox";
-    // Ends by itself where the test does not come to its end.
+    // Ends by itself if the test is interrupted.
     let server = [
         "timeout", "120", busybox, "nc", "-ll", "-p", &port, "-e", "cat",
     ];
@@ -210,7 +212,7 @@ async fn stdin_once_ends_with_its_first_client() -> anyhow::Result<()> {
     );
     let ended = world.wait_phase("cat", "Failed", SOON).await?;
     ensure!(exit_code(&ended, "main") == Some(3), "{:?}", ended.status);
-    // Another that goes on without input: who comes next has none to give.
+    // Another program, which continues without input: the next client cannot send any.
     world
         .running(&listener("deaf", "cat; echo over; exec sleep 600", true))
         .await?;
@@ -251,7 +253,7 @@ async fn attach_and_exec_to_a_pod_that_has_ended_are_refused() -> anyhow::Result
         attach.code != 0 && attach.stderr.contains(words),
         "{attach}"
     );
-    // What kubectl does not even ask.
+    // Requests that kubectl never makes.
     let base = format!("{}/over", world.namespace);
     let full = format!("over_{}", world.namespace);
     for (path, status, words) in [
@@ -276,7 +278,7 @@ async fn attach_and_exec_to_a_pod_that_has_ended_are_refused() -> anyhow::Result
     world.finish().await
 }
 
-/// The kubelet refuses a GET of that path.
+/// Checks that the kubelet denies a GET of that path.
 async fn refused(world: &World, path: &str, status: u16, words: &str) -> anyhow::Result<()> {
     let Err(error) = world.kubelet(path).await else {
         anyhow::bail!("{path} was answered");
@@ -285,7 +287,7 @@ async fn refused(world: &World, path: &str, status: u16, words: &str) -> anyhow:
     let Some(kube::Error::Api(told)) = told else {
         anyhow::bail!("{path}: {error:#}");
     };
-    // The client quotes what is no JSON.
+    // The client quotes an answer that is not JSON.
     let message = told.message.replace("\\\"", "\"");
     ensure!(
         told.code == status && message.contains(words),
@@ -312,7 +314,7 @@ async fn another_uid_in_the_path_is_another_pod() -> anyhow::Result<()> {
             "container not found (\"main\")",
         ),
         (format!("attach/{base}/{other}/main?output=1"), 500, &no_pod),
-        // Its own is found: only the upgrade is missing.
+        // Its own pod is found; only the upgrade is missing.
         (
             format!("portForward/{base}/{uid}"),
             400,

@@ -1,13 +1,13 @@
 //! The nine tests of virtual-kubelet's own end-to-end suite (test/e2e/basic.go), ported by name to our client library.
 //!
-//! The kubelet is asked as there: through the API server's proxy, `nodes/NODE/proxy/…`. Upstream's `nginx` is our test
-//! image. Where the ports differ, a real kubelet decided:
+//! The kubelet is queried as in the original: through the API server's proxy, `nodes/NODE/proxy/…`. Upstream's `nginx` is our test
+//! image. The ports differ in these points, in which we follow a real kubelet:
 //!
-//! - A missing Secret or ConfigMap: virtual-kubelet tells events of its own (`MandatorySecretNotFound`,
+//! - A missing Secret or ConfigMap: virtual-kubelet reports events of its own (`MandatorySecretNotFound`,
 //!   `OptionalConfigMapNotFound` and so on). A kubelet keeps the container waiting as `CreateContainerConfigError` with
-//!   the object's name, tells `Failed`, and says nothing of what is optional: that is what these ports expect.
+//!   the object's name, reports `Failed`, and reports nothing about optional objects; these ports expect that.
 //! - Upstream waits for a pod IP too; our pods have none (the network of compute nodes is not the cluster's).
-//! - Upstream sleeps before it looks; here each look is repeated until it is so, with a deadline.
+//! - Upstream sleeps before it checks; here each check is repeated until it succeeds, with a deadline.
 
 use std::time::Duration;
 
@@ -20,10 +20,10 @@ use knoc_tests::{
 use kube::{ResourceExt as _, api::DeleteParams};
 use serde_json::{Value, json};
 
-/// Until what was deleted runs no more.
+/// The time until a deleted pod no longer runs.
 const GONE: Duration = Duration::from_secs(30);
 
-/// Uses the processor a little, so that there is something to measure, and stays.
+/// Uses a little CPU time, so that there is something to measure, and keeps running.
 const WORK: &str = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; exec sleep 3600";
 
 fn pod(name: &str) -> PodBuilder {
@@ -39,7 +39,7 @@ fn three_containers(name: &str) -> PodBuilder {
         .sh(WORK)
 }
 
-/// A pod with a variable from a key of an object that is not there.
+/// A pod with a variable from a key of an object that does not exist.
 fn referring(name: &str, kind: &str, optional: bool) -> PodBuilder {
     let reference = json!({"name": "inexistent", "key": "key", "optional": optional});
     pod(name).set(
@@ -51,13 +51,13 @@ fn referring(name: &str, kind: &str, optional: bool) -> PodBuilder {
 async fn ready(world: &World, pod: &PodBuilder) -> anyhow::Result<()> {
     world.create(pod).await?;
     world
-        .wait(pod.name(), "Running and Ready", SOON, |pod| {
+        .wait_for_state(pod.name(), "Running and Ready", SOON, |pod| {
             (phase_of(pod) == "Running" && has_condition(pod, "Ready")).then_some(())
         })
         .await
 }
 
-/// The names of our pods in a list that the kubelet answers.
+/// The names of our pods in a list from the kubelet.
 async fn listed(world: &World, path: &str) -> anyhow::Result<Vec<String>> {
     let list: List<Pod> = serde_json::from_str(&world.kubelet(path).await?)?;
     let ours = |pod: &Pod| pod.namespace().as_deref() == Some(world.namespace.as_str());
@@ -190,7 +190,7 @@ async fn test_pod_lifecycle_force_delete() -> anyhow::Result<()> {
     world.finish().await
 }
 
-/// The pod runs without the variable, and nobody complains.
+/// Checks that the pod runs without the variable and without an error.
 async fn optional(test: &str, kind: &str) -> anyhow::Result<()> {
     let world = World::new(test).await?;
     ready(&world, &referring("nginx", kind, true)).await?;
@@ -206,14 +206,16 @@ async fn optional(test: &str, kind: &str) -> anyhow::Result<()> {
     world.finish().await
 }
 
-/// The container waits, with the object's name, and nothing was submitted.
+/// Checks that the container waits with the object's name in its message, and that no job was submitted.
 async fn mandatory(test: &str, kind: &str, words: &str) -> anyhow::Result<()> {
     let world = World::new(test).await?;
     let uid = world.create(&referring("nginx", kind, false)).await?;
     let waiting = |pod: &Pod| {
         container_reason(pod, "main").filter(|(reason, _)| reason == "CreateContainerConfigError")
     };
-    let (_, message) = world.wait("nginx", "waiting", SOON, waiting).await?;
+    let (_, message) = world
+        .wait_for_state("nginx", "waiting", SOON, waiting)
+        .await?;
     ensure!(message.contains(words), "{message:?}");
     wait_for("an event", SOON, async || {
         let events = world.events("nginx").await?;

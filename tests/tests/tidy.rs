@@ -1,4 +1,4 @@
-//! Habits of the source tree that no lint checks.
+//! Rules of the source tree that no lint checks.
 
 use std::{
     fs,
@@ -68,7 +68,7 @@ fn no_function_is_too_long() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// By indentation, which rustfmt keeps: a function ends at the first `}` as deep as its head.
+/// Uses the indentation that rustfmt keeps: a function ends at the first `}` with the indentation of its first line.
 fn long_functions(name: &str, text: &str) -> Vec<String> {
     let lines: Vec<&str> = text.lines().collect();
     let mut long = Vec::new();
@@ -122,7 +122,7 @@ fn every_invariant_names_a_test_that_exists() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Is that function a test, alone or of `proptest!`, that is not ignored?
+/// Whether that function is a test, plain or in `proptest!`, that is not ignored.
 fn is_test(sources: &str, function: &str) -> bool {
     let head = format!("fn {function}(");
     sources.match_indices(&head).any(|(at, _)| {

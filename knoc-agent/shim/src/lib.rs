@@ -8,8 +8,7 @@
 //! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
 //! - [`values_poll`]: looks for newer values in the job directory while the link is down.
 //! - [`job_signals`]: signals to the job begin the stop of its containers.
-//! - the reaper ([`children`]), [`resident::keep_small`], and [`scratch::keep_clean`], which removes what ended attempts
-//!   wrote.
+//! - the reaper ([`children`]), and [`scratch::keep_clean`], which removes what ended attempts wrote.
 //!
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
@@ -39,7 +38,6 @@ mod plan;
 mod pod;
 mod proc;
 mod report;
-mod resident;
 mod role;
 mod runtime;
 mod scratch;
@@ -234,7 +232,6 @@ async fn run(
         publisher.note("MemoryOnDisk", why, "");
     }
     let mut reports = publisher.subscribe();
-    background.spawn(resident::keep_small(publisher.subscribe()));
     background.spawn(scratch::keep_clean(Cleaner::of(&pod.scratch)));
     let mut keeper = JoinSet::new();
     keeper.spawn(report::keep(pod.jobdir.clone(), publisher.subscribe()));

@@ -18,7 +18,7 @@ const LEAST_POD_LOGS: i64 = 1 << 20;
 const MAX_THREADS: usize = 256;
 
 /// Notes every mistake of `config` in the document that it was read from.
-pub(super) fn check(config: &Config, document: &mut Document<'_>) {
+pub(super) fn check(config: &Config, document: &mut Document) {
     Check { config, document }.all();
 }
 
@@ -32,12 +32,12 @@ fn is_place(text: &str) -> bool {
     !host.is_empty() && !text.contains("//") && !text.ends_with('/') && text.chars().all(plain)
 }
 
-struct Check<'a, 't> {
+struct Check<'a> {
     config: &'a Config,
-    document: &'a mut Document<'t>,
+    document: &'a mut Document,
 }
 
-impl Check<'_, '_> {
+impl Check<'_> {
     fn all(&mut self) {
         if self.config.site.is_empty() {
             self.wrong("site", "is missing: the name of this site, a DNS label");

@@ -81,7 +81,9 @@ fn whom_the_bundle_lets_in_is_said_before_it_is_handed_over() {
     let folder = root.path().join("knoc");
     let said = run(&options(&folder), root.path(), &found()).unwrap();
     let (warning, bundle) = (
-        said.find("whoever may create a pod in any namespace of the cluster runs programs as you"),
+        said.find(
+            "everybody who can create a pod in any namespace of the cluster runs programs as you",
+        ),
         said.find("kubectl apply"),
     );
     assert!(warning.is_some() && warning < bundle, "{said}");

@@ -85,7 +85,7 @@ pub(super) fn bundle(
 ) -> String {
     let data = |text: &str| BASE64_STANDARD.encode(text);
     format!(
-        "# The kubelet's side of the link to the agent of {site}. Holds a private key: keep it as a secret.\n\
+        "# The kubelet's certificate for the link to the agent of {site}. Contains a private key: keep it secret.\n\
          # kubectl apply -n knoc-system -f kubelet-bundle.yaml\n\
          apiVersion: v1\nkind: Secret\nmetadata:\n  name: knoc-agent\n  labels:\n    \
          app.kubernetes.io/part-of: knoc\n  annotations:\n    knoc.io/site: {site:?}\n    \
@@ -102,9 +102,9 @@ pub(super) fn bundle(
 pub(super) fn knocctl(site: &str, folder: &Path, first: &(String, u16)) -> String {
     let tls = |name: &str| quoted(&folder.join("tls").join(name).to_string_lossy());
     format!(
-        "# knocctl's way to the agent from another machine: copy this file and those it names. On the login node\n\
-         # knocctl goes through the agent's unix socket and needs none of them; --context {site} goes this way\n\
-         # there too. `current-context = {name}` before the first line in brackets makes it the way everywhere.\n\n\
+        "# knocctl's configuration for another machine: copy this file and the files that it names there. On the login\n\
+         # node knocctl uses the agent's unix socket and needs none of them, unless you pass --context {site}. To use\n\
+         # this context everywhere, add `current-context = {name}` before the first line in brackets.\n\n\
          [contexts.{name}]\naddress = {address}\nca = {ca}\ncert = {cert}\nkey = {key}\nsite = {name}\n",
         name = quoted(site),
         address = quoted(&address(first)),
@@ -114,136 +114,138 @@ pub(super) fn knocctl(site: &str, folder: &Path, first: &(String, u16)) -> Strin
     )
 }
 
-const TEMPLATE: &str = r#"# The site file of knoc-agent. `knoc-agent serve` reads it at its start, and [policy] again whenever this file changes;
-# mistakes are named with their lines.
-# A setting without `#` in front is in force. Behind a `#`, one that ends with `# default` is what holds anyway, and one that
-# ends with `# example` is not: it shows what could stand there.
+const TEMPLATE: &str = r#"# The site file of knoc-agent. `knoc-agent serve` reads it when it starts, and reads [policy] again whenever this file changes.
+# Mistakes are reported with their line numbers.
+# Settings without a leading `#` are set. A commented setting that ends with `# default` shows the default value; one that ends
+# with `# example` shows a possible value that is not the default.
 
 site = @SITE@
 
-# On a file system that login and compute nodes share; mode 0700.
+# The agent's state, on a file system that the login node and the compute nodes share; mode 0700.
 # state_dir = "~/.local/state/knoc"  # default
 
-# Who owns the jobs: slurm, or local (processes of this host).
+# The scheduler that runs the jobs: slurm, or local (processes on this host).
 scheduler = "@SCHEDULER@"
-# What starts containers: auto (Apptainer, else Singularity), apptainer, singularity, or process (none).
+# The container runtime: auto (Apptainer, else Singularity), apptainer, singularity, or process (no containers).
 runtime = "@RUNTIME@"
 
-# Shell text at the head of every batch script, such as: module load apptainer
+# Shell commands at the beginning of every batch script, for example: module load apptainer
 prelude = ""
 
-# Folders under which pods may name image files and sandboxes.
+# Folders whose image files and sandboxes pods can use.
 image_roots = []
-# An image that a pod names, its root and all folders above must belong to root or to you and be writable by nobody else.
-# `true` lifts that: then everybody who can write there chooses what runs as you.
+# An image file, its folder in image_roots and all folders above must belong to root or to you, and nobody else may be able to
+# write to them. `true` lifts this requirement: everybody who can write there then chooses what runs as you.
 # trust_shared_roots = false  # default
-# Folders under which pods may mount host paths: none yet, since every hostPath is refused.
+# Folders below which pods can mount host paths. Must be empty in this version, which rejects every hostPath volume.
 # host_paths = []  # default
 
 [listen]
-# Kubelets and knocctl, mutual TLS.
+# The address for kubelets and knocctl (mutual TLS).
 kubelet = "0.0.0.0:@PORT@"
-# Shims of running jobs, pinned keys.
+# The address for shims of running jobs (TLS with pinned keys).
 # shim = "0.0.0.0:10351"  # default
-# What shims dial; empty: all addresses of this host.
+# The addresses that shims connect to. If empty, all addresses of this host.
 # shim_addresses = ["login1:10351"]  # example
-# The unix socket, in a folder of your own with mode 0700; unset: $XDG_RUNTIME_DIR/knoc/agent.sock if that folder is
-# there and yours, else STATE_DIR/socket/agent.sock.
+# The unix socket, in a folder that belongs to you and has mode 0700. If unset, $XDG_RUNTIME_DIR/knoc/agent.sock if
+# XDG_RUNTIME_DIR exists and belongs to you, else STATE_DIR/socket/agent.sock.
 # socket = "/run/user/1000/knoc/agent.sock"  # example
 
 [tls]
 ca = @CA@
 cert = @CERT@
 key = @KEY@
-# The CA's key renews certificates before they end. It need not be there. Unset: the CA's path with the ending .key.
+# The CA's key, with which certificates are renewed before they expire; the file may be missing. If unset, the path of the CA with
+# the extension .key.
 # ca_key = "~/.config/knoc/ca.key"  # example
 
-# Found by `init`; a tool that is not named is looked up in env.PATH.
+# Tools that `init` found. A tool that is not listed is looked up in env.PATH.
 [tools]
 @TOOLS@
-# The environment of every tool, and the whole of it.
+# The complete environment of every tool.
 [env]
 @ENV@
-# Where images come from, first match wins. A host that stands here may also have a loopback or link-local address,
-# which is refused otherwise; insecure = true is plain HTTP.
+# Where images are fetched from; the first match applies. Hosts that are listed here may also have a loopback or link-local
+# address, which is rejected otherwise. insecure = true uses plain HTTP.
 # [[registry]]
 # prefix = "docker.io"  # example
 # mirror = "registry.example.org:5000"  # example
 # insecure = false  # default
 
-# What the cluster cannot widen.
+# Limits that the Kubernetes cluster cannot extend.
 [policy]
-# UID of the namespace kube-system of the only cluster served; unset: pinned at first use.
+# The only cluster that is served, as the UID of its namespace kube-system. If unset, the first cluster that connects.
 # cluster_id = "7d1f3c52-0f0b-4c59-8a0e-3f4b1a9d2c11"  # example
-# Identities served; a `*` at the end matches any rest. Empty: all that the CA vouches for.
+# Identities that are served; a trailing `*` matches anything. If empty, all clients with a certificate of the CA.
 clients = []
-# Certificates that are not served, with all that were renewed from them: "sha256/…" of a public key, "serial/…", or an identity.
+# Certificates that are denied, together with all certificates renewed from them: "sha256/…" of a public key, "serial/…", or an
+# identity.
 denied = []
-# Who runs programs as you: whoever may create a pod in one of these namespaces of the cluster, such as ["team-a"]. Empty: in
-# ANY namespace. Decide before you hand over the kubelet's bundle.
+# Namespaces of the cluster whose pods are accepted, such as ["team-a"]. Everybody who can create a pod in one of them can run
+# programs as you. If empty, pods of ANY namespace are accepted. Decide before you hand over the kubelet's bundle.
 namespaces = [@NAMESPACES@]
-# Partitions, accounts and QOS that pods may name. Empty: all.
+# Partitions, accounts and QOS that pods can request. If empty, all.
 partitions = []
 accounts = []
 qos = []
-# Beginnings of the names of images that pods may name, such as "docker.io/library" or "quay.io". Empty: all.
+# Prefixes of the image names that pods can use, such as "docker.io/library" or "quay.io". If empty, all.
 registries = []
-# Further sbatch flags that pods may give by knoc.io/flags.
+# Additional sbatch flags that pods can pass with the annotation knoc.io/flags.
 # flags = ["--mail-type", "--mail-user", "--mem-per-cpu", "--cores-per-socket", "--hint"]  # default
 
-# A kubelet leads the node of its own name. Nodes of other names, and whose kubelet leads them:
+# A kubelet leads the node with its own name. To let it lead a node with another name, assign that node here:
 [policy.nodes]
 # "knoc-gpu" = "kubelet/knoc-site"  # example
 
-# Extended resources of pods and what they are in --gres. The node offers those that stand here.
+# Extended resources of pods and the --gres resource that each is mapped to. The node offers the resources that are listed here.
 [gres]
 "nvidia.com/gpu" = "gpu"
 # "amd.com/gpu" = "gpu"  # example
 
-# What a job gets that says nothing.
+# Defaults for jobs whose pod does not request anything else.
 [job]
-# Unset: what Slurm gives to a job that names none.
+# If unset, Slurm's own default applies.
 # partition = "batch"  # example
 # account = "physics"  # example
 # qos = "normal"  # example
-# Unset: the partition's DefaultTime, else its MaxTime.
+# If unset, the partition's DefaultTime, else its MaxTime.
 # time_minutes = 60  # example
-# A folder of the compute node for what containers write.
+# A folder on the compute node for files that containers write.
 # scratch = "/tmp"  # default
 
 [limits]
-# Submissions: a second in the long run, at once after a pause, at the same time.
+# Submissions: the sustained rate per second, the burst after an idle period, and the number of concurrent sbatch calls.
 # sbatch_rate = 50.0  # default
 # sbatch_burst = 100  # default
 # sbatch_concurrency = 4  # default
-# Images: conversions at the same time; bytes of an image by its manifest, of one that is unpacked, and of all that are
-# kept (those that were not used for longest go first); how long a layer may bring less than 64 KiB, or less than 1 MiB
-# while other images wait.
+# Images: the number of concurrent conversions; the largest size of an image according to its manifest, of an unpacked image, and
+# of the cache (the least recently used images are removed first); and how long a layer may deliver less than 64 KiB, or less
+# than 1 MiB while other images wait.
 # image_concurrency = 2  # default
 # image_size = "64GiB"  # default
 # image_unpacked = "128GiB"  # default
 # image_cache = "256GiB"  # default
 # image_stall = "1m"  # default
-# Rounds of squeue: the shortest and the longest time between two.
+# The shortest and the longest time between two rounds of squeue.
 # poll_min = "1s"  # default
 # poll_max = "30s"  # default
-# How long the report of an ended job may take to show on the shared file system.
+# How long the report of an ended job may take to appear on the shared file system.
 # report_grace = "90s"  # default
-# How long a job may wait for a reason that never ends before its pod fails.
+# How long a job may be pending for a reason that never goes away before its pod fails.
 # never_ends_after = "10m"  # default
-# How long a job that the scheduler does not know may stay undecided.
+# How long the scheduler may not know a job before its pod fails.
 # lost_after = "5m"  # default
-# Past a pod's grace period, before its job is cancelled.
+# How long to wait after a pod's grace period before its job is cancelled.
 # stop_slack = "15s"  # default
-# Pods at the same time; unset: what the limit of open files carries.
+# The largest number of pods at the same time. If unset, it follows from the limit of open files.
 # pods = 1000  # example
-# Threads on which bytes move. One carries several hundred MB/s; more are of use where many large streams run at once.
+# Threads that move the bytes of streams. One thread moves several hundred MB/s; use more if many large streams run at once.
 # threads = 1  # default
 
 [logs]
 # max_bytes = 104857600  # default
 # max_files = 20  # default
-# All logs of one pod; each attempt that is kept of each container (the current and the previous one) has an equal share.
+# The limit for all logs of one pod, shared equally by the current and the previous attempt of each container.
 # max_pod_bytes = 4294967296  # default
 
 [backoff]
@@ -251,11 +253,11 @@ registries = []
 # max = "5m"  # default
 
 [values]
-# Where Secrets and tokens wait for the job: file (0600 in a 0700 folder), or none (in the agent's memory).
+# Where Secrets and tokens are kept until the job starts: file (mode 0600 in a 0700 folder), or none (in the agent's memory).
 # at_rest = "file"  # default
-# What happens on a node whose /dev/shm is missing, not writable or no tmpfs: error (the pod fails), or disk (Secrets,
-# tokens and volumes of the medium Memory lie on the node's disk, with a warning at the pod).
+# What happens if a node's /dev/shm is missing, not writable or not a tmpfs: error (the pod fails), or disk (Secrets, tokens and
+# volumes with the medium Memory are stored on the node's disk, and the pod gets a warning).
 # memory_fallback = "error"  # default
-# How long a job holds its nodes and waits for values that are not there or have expired, before its pod fails.
+# How long a job waits, holding its nodes, for values that are missing or have expired before its pod fails.
 # wait = "10m"  # default
 "#;

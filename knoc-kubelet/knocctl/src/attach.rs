@@ -18,22 +18,22 @@ use super::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = HELP)]
 pub(super) struct Attach {
-    /// Name, NAMESPACE/NAME, or uid
+    /// Name, NAMESPACE/NAME or uid of the pod
     pod: String,
-    /// The container, where the pod has several
+    /// The container, if the pod has several
     #[arg(short, long)]
     container: Option<String>,
-    /// Passes standard input on to the program (the container needs `stdin: true`)
+    /// Passes standard input to the program (the container needs `stdin: true`)
     #[arg(short = 'i', long)]
     stdin: bool,
-    /// The program has a terminal (the container needs `tty: true`)
+    /// Uses the program's terminal (the container needs `tty: true`)
     #[arg(short = 't', long)]
     tty: bool,
 }
 
 const HELP: &str = "\
-What the program wrote before is in its log: `knocctl logs`. Without -t, ^C detaches and the program goes on; with -t \
-it is a key for the program. When the program ends, its exit code is passed on.";
+Earlier output of the program is in its log: `knocctl logs`. Without -t, ^C detaches and the program continues; with -t, \
+^C is sent to the program. When the program ends, knocctl exits with its exit code.";
 
 impl Attach {
     pub(super) async fn run(self, global: &Global) -> Result<ExitCode, CtlError> {
@@ -52,7 +52,7 @@ impl Attach {
         let call = session.client.attach(ReceiverStream::new(receiver));
         let stream = asked(&what, call).await?;
         if self.stdin && terminal::is_one() {
-            output::complain("attached; where no prompt shows, press Enter");
+            output::complain("attached; if there is no prompt, press Enter");
         }
         let local = Local {
             stdin: self.stdin,

@@ -7,7 +7,7 @@ use super::{CtlError, command, output};
 /// Arguments of `completions`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Completions {
-    /// The shell
+    /// The shell to print completions for
     shell: clap_complete::Shell,
 }
 

@@ -262,7 +262,7 @@ fn resolve(
     raw: &RawContext,
     path: &Path,
     here: &Surroundings,
-    document: &mut Document<'_>,
+    document: &mut Document,
 ) -> Option<(String, Context)> {
     let mut wrong = |key: &str, what: &str| document.wrong(&["contexts", name, key], what);
     if raw.address.is_empty() {

@@ -68,16 +68,16 @@ pub(super) struct Cp {
     source: Place,
     /// A local path, or POD:PATH
     destination: Place,
-    /// The container, where the pod has several
+    /// The container, if the pod has several
     #[arg(short, long)]
     container: Option<String>,
 }
 
 const HELP: &str = "\
-POD is a name, NAMESPACE/NAME, or a uid. A destination that is a folder takes the source into it, else it is the copy's \
-name. Needs `tar` in the container's image. Folders are copied whole; a local path with a colon in it begins with ./ \
-or /.
-Symbolic links are kept on the way to a pod, and left out with a warning on the way back.";
+POD is a name, NAMESPACE/NAME or a uid. If the destination is a folder, the source is copied into it; otherwise the destination \
+is the name of the copy. The container's image must have `tar`. Folders are copied with everything in them. A local path that \
+contains a colon must begin with ./ or /.
+Symbolic links are kept when copying to a pod, and skipped with a warning when copying from a pod.";
 
 /// A place in a container.
 struct Target {
@@ -237,7 +237,7 @@ async fn upload(from: PathBuf, mut target: Target) -> Result<(), CtlError> {
     let finishing = call.finish(async |_| Ok(()));
     let (left_out, (exit, words)) = tokio::try_join!(packing, finishing)?;
     check(&exit, words, &target.pod)?;
-    left_out.warn("is no file or folder");
+    left_out.warn("is not a file or folder");
     Ok(())
 }
 

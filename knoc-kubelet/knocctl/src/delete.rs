@@ -17,19 +17,19 @@ use super::{
 /// Arguments of `delete`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Delete {
-    /// Names, NAMESPACE/NAME, or uids
+    /// Name, NAMESPACE/NAME or uid of each pod
     #[arg(required = true)]
     pods: Vec<String>,
-    /// Seconds between TERM and KILL [default: the pod's own]
+    /// Seconds between TERM and KILL [default: the pod's own grace period]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(i64).range(0..))]
     grace_period: Option<i64>,
     /// The same as --grace-period=1
     #[arg(long, conflicts_with = "grace_period")]
     now: bool,
-    /// Does not wait for the end; what the pod leaves stays too
+    /// Does not wait until the pod has ended, and keeps its job directory
     #[arg(long)]
     no_wait: bool,
-    /// Keeps logs and record of the finished pod
+    /// Keeps the logs and the record of the finished pod
     #[arg(long)]
     keep: bool,
 }
@@ -59,7 +59,7 @@ impl Delete {
         if !pod.cluster_id.is_empty() {
             // Its kubelet still reads the outcome, and lets go of it then.
             output::complain(&format!(
-                "pod {label} belongs to Kubernetes: what it left stays until its kubelet lets go"
+                "pod {label} belongs to Kubernetes: its job directory stays until its kubelet removes it"
             ));
             return Ok(());
         }

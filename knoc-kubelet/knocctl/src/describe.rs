@@ -14,7 +14,7 @@ use super::{
 /// Arguments of `describe`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Describe {
-    /// Name, NAMESPACE/NAME, or uid
+    /// Name, NAMESPACE/NAME or uid of the pod
     pod: String,
 }
 

@@ -27,7 +27,7 @@ const PROBE: Duration = Duration::from_mins(10);
 /// Arguments of `doctor`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
-    /// Submits a one-minute job too, and looks from inside it
+    /// Also submits a one-minute job and checks from inside it
     #[arg(long)]
     probe: bool,
 }
@@ -115,7 +115,7 @@ impl Doctor {
         let context = match context(global) {
             Ok(context) => context,
             Err(error) => {
-                let cure = error.hint().unwrap_or_else(|| "mend that line".to_owned());
+                let cure = error.hint().unwrap_or_else(|| "fix that line".to_owned());
                 return report.bad("configuration", &chain(&error), &cure);
             }
         };
@@ -286,7 +286,7 @@ fn cure_of_link(error: &LinkError) -> &'static str {
                 "start the agent on this machine (`knoc-agent serve`), or configure a context with its address"
             }
             (std::io::ErrorKind::ConnectionRefused, _) => {
-                "nobody listens there: start the agent (`knoc-agent serve`), or mend the address"
+                "nobody listens there: start the agent (`knoc-agent serve`), or fix the address"
             }
             (std::io::ErrorKind::PermissionDenied, _) => {
                 "the socket is another user's: log in as the agent's user"
@@ -306,7 +306,7 @@ fn cure_of_link(error: &LinkError) -> &'static str {
         }
         LinkError::NoCredentials { .. }
         | LinkError::NeedlessCredentials { .. }
-        | LinkError::Credentials { .. } => "mend ca, cert and key of the context",
+        | LinkError::Credentials { .. } => "fix ca, cert and key of the context",
         LinkError::Listen { .. }
         | LinkError::InUse { .. }
         | LinkError::NotHttp2 { .. }
@@ -324,7 +324,7 @@ fn cure_of_refusal(words: &str) -> &'static str {
     } else if has("NotValidYet") {
         "a clock is wrong: compare `date` on both sides"
     } else if has("expected is") {
-        "this is another agent: mend the context's address or its site"
+        "this is another agent: fix the context's address or its site"
     } else if has("alert") {
         "the agent refused our certificate; its log says why"
     } else {

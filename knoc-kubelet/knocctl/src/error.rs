@@ -208,22 +208,26 @@ impl CtlError {
             Self::Credentials { .. } => {
                 "the files come from the agent's bundle (`knoc-agent init`); `knocctl doctor` checks each of them"
             }
-            Self::Link { .. } => "`knocctl doctor` looks at every link of the chain",
+            Self::Link { .. } => "run `knocctl doctor` to check the whole chain",
             Self::Agent { source, .. } => return hint_for(source),
             Self::Timeout { .. } | Self::CutShort { .. } => {
-                "try again; `knocctl doctor` looks at every link of the chain"
+                "try again, or run `knocctl doctor` to check the whole chain"
             }
             Self::Manifest(error) => return error.hint(),
             Self::NoPod { .. } => "`knocctl pods` lists the pods that the agent knows",
-            Self::Ambiguous { .. } => "give the uid, or NAMESPACE/NAME",
+            Self::Ambiguous { .. } => "use the uid, or NAMESPACE/NAME",
             Self::Exists { name, .. } => {
                 return Some(format!(
-                    "`knocctl delete {name}` ends it and lets go of what it left"
+                    "`knocctl delete {name}` deletes it and its job directory"
                 ));
             }
-            Self::Detached { .. } => "`knocctl logs` has all of it; attach again to go on",
+            Self::Detached { .. } => {
+                "`knocctl logs` has the complete output; attach again to continue"
+            }
             Self::PodEnded { .. } => "`knocctl describe POD` shows how it ended",
-            Self::Listen { .. } => "another local port: LOCAL:REMOTE, or :REMOTE for any free one",
+            Self::Listen { .. } => {
+                "choose another local port (LOCAL:REMOTE), or any free one (:REMOTE)"
+            }
             Self::CopySides => {
                 "`knocctl cp --help` shows the forms; a local path with a colon begins with ./"
             }
@@ -231,7 +235,9 @@ impl CtlError {
             Self::NoTar { .. } => {
                 "put `tar` in the image, or pass bytes through exec: `knocctl exec -i POD -- sh -c 'cat >FILE' <FILE`"
             }
-            Self::Tar { .. } => "does the path exist, and may the container's user write there?",
+            Self::Tar { .. } => {
+                "check that the path exists and that the container's user can write there"
+            }
             Self::NotStarted { .. } => "is the command in the image? Try a shell: `-- sh`",
             Self::Read { .. }
             | Self::Copy { .. }
@@ -251,7 +257,7 @@ impl CtlError {
 fn hint_for(status: &Status) -> Option<String> {
     let Some(reason) = ErrorReason::of(status) else {
         let hint = if status.code() == Code::Unavailable {
-            "is the agent running? `knocctl doctor` looks at every link of the chain"
+            "is the agent running? Run `knocctl doctor` to check the whole chain"
         } else if status.code() == Code::Unimplemented {
             "the agent is older than this: `knocctl info` shows its version"
         } else {

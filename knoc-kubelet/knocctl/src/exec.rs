@@ -17,15 +17,15 @@ use super::{
 /// Arguments of `exec`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Exec {
-    /// Name, NAMESPACE/NAME, or uid
+    /// Name, NAMESPACE/NAME or uid of the pod
     pod: String,
-    /// The container, where the pod has several
+    /// The container, if the pod has several
     #[arg(short, long)]
     container: Option<String>,
-    /// Passes standard input on
+    /// Passes standard input to the command
     #[arg(short = 'i', long)]
     stdin: bool,
-    /// Gives the command a terminal
+    /// Allocates a terminal for the command
     #[arg(short = 't', long)]
     tty: bool,
     /// The command and its arguments, after `--`
@@ -40,7 +40,9 @@ impl Exec {
         let container = logs::container(&pod, self.container.as_deref());
         if self.tty && !(self.stdin && terminal::is_one()) {
             if self.stdin {
-                output::complain("note: standard input is no terminal, so the command gets none");
+                output::complain(
+                    "note: standard input is not a terminal, so the command does not get one",
+                );
                 self.tty = false;
             } else if !terminal::is_one() {
                 self.tty = false;

@@ -17,41 +17,41 @@ use super::{
 /// Arguments of `logs`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Logs {
-    /// Name, NAMESPACE/NAME, or uid
+    /// Name, NAMESPACE/NAME or uid of the pod
     pod: String,
-    /// The container, where the pod has several
+    /// The container, if the pod has several
     #[arg(short, long)]
     container: Option<String>,
-    /// Goes on until the container ends
+    /// Follows the log until the container ends
     #[arg(short, long)]
     follow: bool,
-    /// Only the last lines
+    /// Prints only this many of the last lines
     #[arg(long, value_name = "LINES", value_parser = clap::value_parser!(i64).range(0..))]
     tail: Option<i64>,
-    /// Only lines younger than this (10m, 1h30m)
+    /// Prints only lines newer than this (10m, 1h30m)
     #[arg(long, value_name = "DURATION", value_parser = duration, conflicts_with = "since_time")]
     since: Option<SignedDuration>,
-    /// Only lines from this time on (RFC 3339)
+    /// Prints only lines from this time on (RFC 3339)
     #[arg(long, value_name = "TIME")]
     since_time: Option<Timestamp>,
-    /// Begins each line with its time
+    /// Prefixes each line with its time
     #[arg(long)]
     timestamps: bool,
-    /// The instance before the last restart
+    /// Prints the log of the instance before the last restart
     #[arg(short, long)]
     previous: bool,
     /// Stops after this many bytes
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(i64).range(1..))]
     limit_bytes: Option<i64>,
-    /// Only one of the two streams
+    /// Prints only one of the two streams
     #[arg(long, value_enum, default_value_t)]
     stream: Stream,
 }
 
-/// Which stream.
+/// The output streams to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 enum Stream {
-    /// Both.
+    /// Standard output and standard error.
     #[default]
     All,
     /// Standard output.

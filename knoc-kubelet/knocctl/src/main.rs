@@ -43,7 +43,7 @@ use error::CtlError;
 #[global_allocator]
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
-/// Looks at a KNoC agent and its pods, and works with them, without Kubernetes.
+/// Inspects and manages a KNoC agent and its pods without Kubernetes.
 #[derive(Debug, Parser)]
 #[command(name = "knocctl", version, after_help = HELP)]
 struct Cli {
@@ -54,11 +54,11 @@ struct Cli {
 }
 
 const HELP: &str = "\
-Beside the agent its own socket is used, unless a file or a context is asked for (--config, --context, \
-`current-context`): listen.socket of the site file, else $XDG_RUNTIME_DIR/knoc/agent.sock, else \
-STATE_DIR/socket/agent.sock. Its folder must be yours with mode 0700.
-A POD is a name, NAMESPACE/NAME, or a uid.
-Exit codes: 0 done, 1 failed, 2 wrong usage; exec, attach and `run --wait` pass the program's own.";
+On the host of the agent, knocctl connects to the agent's socket unless a file or a context is given (--config, --context, \
+`current-context`). The socket is listen.socket of the site file, else $XDG_RUNTIME_DIR/knoc/agent.sock, else \
+STATE_DIR/socket/agent.sock. Its folder must belong to you and have mode 0700.
+POD is a name, NAMESPACE/NAME or a uid.
+Exit codes: 0 success, 1 failure, 2 wrong usage; exec, attach and `run --wait` return the program's own exit code.";
 
 /// Options of every command.
 #[derive(Debug, Clone, clap::Args)]
@@ -66,25 +66,25 @@ struct Global {
     /// The configuration file [default: ~/.config/knoc/knocctl.toml]
     #[arg(long, global = true, env = "KNOCCTL_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The context to use, instead of `current-context`
+    /// The context to use instead of `current-context`
     #[arg(long, global = true, value_name = "NAME")]
     context: Option<String>,
-    /// The namespace of pods that are given by name alone
+    /// The namespace of pods that are given by name only
     #[arg(short, long, global = true, value_name = "NAMESPACE")]
     namespace: Option<String>,
-    /// How to print: `wide` adds columns, `json` and `yaml` are for programs
+    /// The output format: `wide` adds columns, `json` and `yaml` are machine-readable
     #[arg(short, long, global = true, value_enum, default_value_t)]
     output: output::Format,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Shows the agent: version, site, scheduler, runtime
+    /// Shows the agent's version, site, scheduler and runtime
     Info,
-    /// Lists the pods the agent knows
+    /// Lists the pods that the agent knows
     #[command(visible_alias = "get")]
     Pods(pods::Pods),
-    /// Shows all that is known of one pod
+    /// Shows the details of one pod
     Describe(describe::Describe),
     /// Runs a pod from a Kubernetes manifest
     Run(run::Run),
@@ -92,21 +92,21 @@ enum Command {
     Logs(logs::Logs),
     /// Runs a command in a container
     Exec(exec::Exec),
-    /// Takes part in a container's own program: its output from now on, its input
+    /// Attaches to a running container: shows its output from now on and can send input
     Attach(attach::Attach),
     /// Forwards local ports to ports of a pod
     PortForward(port_forward::PortForward),
     /// Copies files and folders to and from a container
     Cp(cp::Cp),
-    /// Shows what running pods use of CPU and memory
+    /// Shows the CPU and memory use of running pods
     Top(top::Top),
-    /// Prints the batch script of a pod; submits nothing
+    /// Prints the batch script of a pod without submitting it
     Script(script::Script),
-    /// Ends pods, and lets go of what they left
+    /// Deletes pods and their job directories
     Delete(delete::Delete),
-    /// Checks every link of the chain, and says what to do where one is broken
+    /// Checks the whole chain from configuration to Slurm and images, and says how to fix each problem
     Doctor(doctor::Doctor),
-    /// Prints the completions for a shell
+    /// Prints the completion script for a shell
     Completions(completions::Completions),
 }
 

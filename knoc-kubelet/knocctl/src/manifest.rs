@@ -18,7 +18,7 @@ const GENERATED_PREFIX: usize = 58;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ManifestError {
     /// No YAML (or JSON), or not one document.
-    #[error("{} is no manifest: {words}", path.display())]
+    #[error("{} is not a manifest: {words}", path.display())]
     Syntax {
         /// The file.
         path: PathBuf,
@@ -120,7 +120,7 @@ pub(crate) fn parse(text: &str, path: &Path, given: &Given<'_>) -> Result<Manife
         let names = values
             .skipped
             .iter()
-            .map(|name| format!("{name:?} is no variable's name"));
+            .map(|name| format!("{name:?} is not the name of a variable"));
         return Err(refused(names.collect()));
     }
     let mut values = values.values;

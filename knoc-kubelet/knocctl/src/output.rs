@@ -14,17 +14,17 @@ use super::CtlError;
 /// The space between two columns.
 const GAP: usize = 3;
 
-/// How to print.
+/// The output format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub(crate) enum Format {
-    /// For people.
+    /// A table.
     #[default]
     Table,
-    /// The same with more columns.
+    /// A table with more columns.
     Wide,
-    /// For programs.
+    /// JSON.
     Json,
-    /// For programs that people read.
+    /// YAML.
     Yaml,
 }
 

@@ -16,7 +16,7 @@ use super::{
 /// Arguments of `pods`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Pods {
-    /// Prints each change too, until interrupted
+    /// Keeps running and prints each change until interrupted
     #[arg(short, long)]
     watch: bool,
 }
@@ -75,7 +75,7 @@ async fn watch(
                 )?;
                 headings = false;
             }
-            pod_event::Event::RemovedUid(uid) => output::complain(&format!("{uid} was let go of")),
+            pod_event::Event::RemovedUid(uid) => output::complain(&format!("{uid} was removed")),
             pod_event::Event::Item(_) | pod_event::Event::Synced(_) => {}
         }
     }

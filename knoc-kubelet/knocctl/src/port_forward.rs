@@ -41,19 +41,19 @@ const CONNECTIONS: usize = 256;
 #[derive(Debug, clap::Args)]
 #[command(after_help = HELP)]
 pub(super) struct PortForward {
-    /// Name, NAMESPACE/NAME, or uid
+    /// Name, NAMESPACE/NAME or uid of the pod
     pod: String,
-    /// REMOTE, LOCAL:REMOTE, or :REMOTE for any free local port
+    /// A port of the pod: REMOTE, LOCAL:REMOTE, or :REMOTE for any free local port
     #[arg(required = true, value_name = "[LOCAL:]REMOTE")]
     ports: Vec<Ports>,
-    /// Where to listen, separated by commas: IP addresses, or localhost for 127.0.0.1 and ::1
+    /// The local addresses to listen on, separated by commas: IP addresses, or localhost for 127.0.0.1 and ::1
     #[arg(long, default_value = "localhost", value_name = "ADDRESS")]
     address: Addresses,
 }
 
 const HELP: &str = "\
-Leads to programs of the pod only, that listen on 127.0.0.1, ::1 or all addresses of the node. Runs until ^C, or until \
-the pod has ended.";
+Connects only to programs of the pod, and only if they listen on 127.0.0.1, ::1 or all addresses of the node. Runs until ^C \
+or until the pod has ended.";
 
 /// Between two tries after a connection could not be taken.
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);

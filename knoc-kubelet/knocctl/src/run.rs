@@ -21,19 +21,19 @@ use super::{
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Run {
-    /// The pod's manifest; `-` is standard input
+    /// The pod's manifest; `-` reads standard input
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
-    /// A name in place of the manifest's
+    /// The pod's name, instead of the one in the manifest
     #[arg(long)]
     name: Option<String>,
-    /// A uid in place of a random one; the same uid and manifest again changes nothing
+    /// The pod's uid, instead of a random one; running the same uid and manifest again changes nothing
     #[arg(long)]
     uid: Option<String>,
-    /// Waits for the pod's end; the exit code is its first failed container's
+    /// Waits until the pod has ended; exits with the exit code of the first container that failed
     #[arg(long)]
     wait: bool,
-    /// Prints the log of the first container; waits for the pod's end
+    /// Prints the log of the first container until the pod has ended
     #[arg(long)]
     logs: bool,
 }

@@ -14,7 +14,7 @@ use super::{
 /// Arguments of `script`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Script {
-    /// The pod's manifest; `-` is standard input
+    /// The pod's manifest; `-` reads standard input
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
 }

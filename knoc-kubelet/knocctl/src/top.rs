@@ -17,13 +17,13 @@ use super::{
 /// Arguments of `top`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Top {
-    /// Only this pod
+    /// Shows only this pod
     #[arg(value_name = "POD")]
     pod: Option<String>,
-    /// A line a container
+    /// Shows one line per container
     #[arg(short, long)]
     containers: bool,
-    /// Seconds between the two measurements that make a rate
+    /// Seconds between the two measurements from which the CPU use is computed
     #[arg(long, default_value_t = 2, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=60))]
     interval: u64,
 }
@@ -48,7 +48,7 @@ impl Top {
             pods.retain(|pod| pod.namespace == *namespace);
         }
         if pods.is_empty() && matches!(global.output, Format::Table | Format::Wide) {
-            output::complain("no pod that runs has been measured");
+            output::complain("no running pod has been measured");
             return Ok(ExitCode::SUCCESS);
         }
         let value = || Value::Array(pods.iter().map(json_of).collect());

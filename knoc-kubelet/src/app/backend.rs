@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::{
     agent::{Agent, Link, renew::LinkCertificate},
     metrics::{Gauges, Metrics, process},
-    pods::{Pulse, Store},
+    pods::{LoopHealth, Store},
     server::{Backend, ByteStream, ExecStream, PodView, PortForwardStream},
     stats::{Snapshot, Stats},
 };
@@ -27,7 +27,7 @@ pub(super) struct KubeletBackend {
     pub(super) store: Store,
     pub(super) agent: Agent,
     pub(super) link: watch::Receiver<Link>,
-    pub(super) pulse: Pulse,
+    pub(super) health: LoopHealth,
     /// What the site has, as last heard.
     pub(super) capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
     /// Ours on the link.
@@ -172,7 +172,7 @@ impl Backend for KubeletBackend {
     }
 
     fn sync_loop(&self) -> Result<(), String> {
-        self.pulse.check()
+        self.health.check()
     }
 }
 

@@ -1,178 +1,331 @@
-//! Every setting with its name, default and help: one table for reading, errors and documentation.
+//! Every setting of the kubelet as it is written, with its default. A default is stated here and nowhere else: the table in
+//! the guide, the chart's values and `/configz` are checked against these types or made from them.
 
-/// One setting.
-#[derive(Debug)]
-pub struct Setting {
-    /// The path in the YAML file.
-    pub key: &'static str,
-    /// The environment variable.
-    pub variable: &'static str,
-    /// The default, in words where it is computed; empty where there is none.
-    pub default: &'static str,
-    /// What it is and which values it takes.
-    pub help: &'static str,
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, MapAccess, Visitor},
+};
+use serde_json::Value;
+
+/// How many pods `node.pods` may allow.
+pub const MOST_PODS: u32 = 100_000;
+
+/// The largest `node.queueFactor`.
+pub const MOST_QUEUE_FACTOR: u32 = 10_000;
+
+/// Every setting. A section or a value that is not given has its default.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// The agent and the link to it.
+    pub agent: Agent,
+    /// As whom the kubelet speaks to the API server.
+    pub identity: Identity,
+    /// Where the kubelet keeps its own keys.
+    pub keys: Keys,
+    /// The way to the API server, and the leadership Lease.
+    pub kubernetes: Kubernetes,
+    /// Logging.
+    pub log: Log,
+    /// The Node object.
+    pub node: Node,
+    /// The kubelet's HTTPS API.
+    pub server: Server,
 }
 
-const fn setting(
-    key: &'static str,
-    variable: &'static str,
-    default: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting {
-        key,
-        variable,
-        default,
-        help,
+/// The agent and the link to it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Agent {
+    /// `host:port`, `tcp:host:port` or `unix:/path`. Required.
+    pub address: Option<String>,
+    /// PEM file: the CA of the link's certificates.
+    pub ca: Option<PathBuf>,
+    /// PEM file: our certificate on the link.
+    pub cert: Option<PathBuf>,
+    /// PEM file: its key.
+    pub key: Option<PathBuf>,
+    /// The site that the agent's certificate must name; unset: any agent of our CA.
+    pub site: Option<String>,
+}
+
+/// As whom the kubelet speaks to the API server.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Identity {
+    /// The user of the kubeconfig, or the node.
+    pub kind: IdentityKind,
+    /// A kubeconfig that asks for the node's first client certificate; unset: the `ServiceAccount` asks.
+    pub bootstrap_kubeconfig: Option<PathBuf>,
+}
+
+/// The user that the API server sees.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IdentityKind {
+    /// The user of the kubeconfig: a `ServiceAccount`.
+    #[default]
+    ServiceAccount,
+    /// `system:node:NAME`, by a client certificate.
+    Node,
+}
+
+/// Where the kubelet keeps its own keys and certificates: one of the two.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Keys {
+    /// A folder, instead of the Secret.
+    pub folder: Option<PathBuf>,
+    /// A Secret in `kubernetes.namespace`; unset: `knoc-kubelet-NODE-keys`.
+    pub secret: Option<String>,
+}
+
+/// The way to the API server, and the leadership Lease.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Kubernetes {
+    /// A kubeconfig; unset: in-cluster, else `$KUBECONFIG`.
+    pub kubeconfig: Option<PathBuf>,
+    /// The namespace of the leadership Lease; unset: the pod's own, else `default`.
+    pub namespace: Option<String>,
+    /// The holder of the leadership Lease; unset: the host name.
+    pub identity: Option<String>,
+}
+
+/// Logging.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// Text or JSON lines.
+    pub format: LogFormat,
+    /// A tracing filter.
+    pub level: String,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            format: LogFormat::Text,
+            level: "info".to_owned(),
+        }
     }
 }
 
-/// Every setting there is.
-pub const SETTINGS: &[Setting] = &[
-    setting(
-        "agent.address",
-        "KNOC_AGENT_ADDRESS",
-        "",
-        "the agent: `host:port`, `tcp:host:port` or `unix:/path`",
-    ),
-    setting(
-        "agent.ca",
-        "KNOC_AGENT_CA",
-        "",
-        "PEM file: the CA of the link's certificates",
-    ),
-    setting(
-        "agent.cert",
-        "KNOC_AGENT_CERT",
-        "",
-        "PEM file: our certificate on the link",
-    ),
-    setting("agent.key", "KNOC_AGENT_KEY", "", "PEM file: its key"),
-    setting(
-        "agent.site",
-        "KNOC_AGENT_SITE",
-        "",
-        "the agent's site name: its certificate must say `spiffe://knoc/agent/<site>`",
-    ),
-    setting(
-        "identity.bootstrapKubeconfig",
-        "KNOC_IDENTITY_BOOTSTRAP_KUBECONFIG",
-        "the ServiceAccount asks",
-        "path of a kubeconfig, such as one with a bootstrap token, that asks for the node's first client certificate",
-    ),
-    setting(
-        "identity.kind",
-        "KNOC_IDENTITY_KIND",
-        "serviceaccount",
-        "`serviceaccount` or `node`: as whom the kubelet speaks to the API server; `node` is system:node:NAME by a client certificate",
-    ),
-    setting(
-        "keys.folder",
-        "KNOC_KEYS_FOLDER",
-        "none: the Secret",
-        "folder for the kubelet's own keys and certificates, instead of the Secret",
-    ),
-    setting(
-        "keys.secret",
-        "KNOC_KEYS_SECRET",
-        "knoc-kubelet-<node>-keys",
-        "Secret in kubernetes.namespace for the kubelet's own keys and certificates",
-    ),
-    setting(
-        "kubernetes.kubeconfig",
-        "KNOC_KUBERNETES_KUBECONFIG",
-        "in-cluster, else $KUBECONFIG",
-        "path of a kubeconfig",
-    ),
-    setting(
-        "kubernetes.namespace",
-        "KNOC_KUBERNETES_NAMESPACE",
-        "the pod's own, else default",
-        "namespace of the leadership Lease",
-    ),
-    setting(
-        "kubernetes.identity",
-        "KNOC_KUBERNETES_IDENTITY",
-        "the host name",
-        "holder of the leadership Lease",
-    ),
-    setting("log.format", "KNOC_LOG_FORMAT", "text", "`text` or `json`"),
-    setting(
-        "log.level",
-        "KNOC_LOG_LEVEL",
-        "info",
-        "a tracing filter, such as `info` or `knoc_kubelet=debug,info`",
-    ),
-    setting(
-        "node.internalIP",
-        "KNOC_NODE_INTERNAL_IP",
-        "the address towards the API server",
-        "where the API server reaches our port",
-    ),
-    setting(
-        "node.labels",
-        "KNOC_NODE_LABELS",
-        "",
-        "further labels: a map, or `a=b,c=d`",
-    ),
-    setting(
-        "node.name",
-        "KNOC_NODE_NAME",
-        "knoc-<site>",
-        "name of the virtual node",
-    ),
-    setting(
-        "node.pods",
-        "KNOC_NODE_PODS",
-        "1000",
-        "how many pods the node takes, 1 to 100000",
-    ),
-    setting(
-        "node.queueFactor",
-        "KNOC_NODE_QUEUE_FACTOR",
-        "10",
-        "allocatable = total × this, 1 to 10000: Slurm owns the queue",
-    ),
-    setting(
-        "node.taint",
-        "KNOC_NODE_TAINT",
-        "true",
-        "`true` or `false`: the taint virtual-kubelet.io/provider=knoc:NoSchedule",
-    ),
-    setting(
-        "server.cert",
-        "KNOC_SERVER_CERT",
-        "",
-        "PEM file: the serving certificate of the kubelet API",
-    ),
-    setting(
-        "server.certificate",
-        "KNOC_SERVER_CERTIFICATE",
-        "files where server.cert is set, else self-signed",
-        "where the serving certificate is from: `self-signed`, `csr` (signer kubernetes.io/kubelet-serving) or `files`",
-    ),
-    setting(
-        "server.clientCA",
-        "KNOC_SERVER_CLIENT_CA",
-        "ConfigMap kube-system/extension-apiserver-authentication",
-        "PEM file: the CA of client certificates",
-    ),
-    setting(
-        "server.key",
-        "KNOC_SERVER_KEY",
-        "",
-        "PEM file: the key of the serving certificate",
-    ),
-    setting(
-        "server.listen",
-        "KNOC_SERVER_LISTEN",
-        "0.0.0.0:10250",
-        "address and port of the kubelet API",
-    ),
-    setting(
-        "server.websockets",
-        "KNOC_SERVER_WEBSOCKETS",
-        "true",
-        "`true` or `false`: declares to API servers of 1.36 or later that WebSockets may come as they are (ExtendWebSocketsToKubelet)",
-    ),
-];
+/// The form of a line of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Text.
+    Text,
+    /// A JSON object.
+    Json,
+}
+
+/// The Node object.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Node {
+    /// Its name; unset: `knoc-SITE`.
+    pub name: Option<String>,
+    /// Where the API server reaches our port; unset: the address of this host towards the API server.
+    #[serde(rename = "internalIP", deserialize_with = "ip_address")]
+    pub internal_ip: Option<IpAddr>,
+    /// Further labels: a map, or `a=b,c=d`.
+    #[serde(deserialize_with = "labels")]
+    pub labels: BTreeMap<String, String>,
+    /// How many pods the node takes.
+    #[serde(deserialize_with = "within::<_, MOST_PODS>")]
+    pub pods: u32,
+    /// Allocatable is the cluster's total times this: Slurm owns the queue.
+    #[serde(deserialize_with = "within::<_, MOST_QUEUE_FACTOR>")]
+    pub queue_factor: u32,
+    /// Whether the node has the taint `virtual-kubelet.io/provider=knoc:NoSchedule`.
+    pub taint: bool,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            name: None,
+            internal_ip: None,
+            labels: BTreeMap::new(),
+            pods: 1000,
+            queue_factor: 10,
+            taint: true,
+        }
+    }
+}
+
+/// The kubelet's HTTPS API.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Server {
+    /// Where it listens.
+    #[serde(deserialize_with = "listen_address")]
+    pub listen: SocketAddr,
+    /// Where the serving certificate comes from; unset: `files` if `cert` and `key` are given, else `self-signed`.
+    pub certificate: Option<CertificateSource>,
+    /// PEM file: the serving certificate.
+    pub cert: Option<PathBuf>,
+    /// PEM file: its key.
+    pub key: Option<PathBuf>,
+    /// PEM file: the CA of client certificates; unset: the cluster's own, from a `ConfigMap`.
+    #[serde(rename = "clientCA")]
+    pub client_ca: Option<PathBuf>,
+    /// Whether the node declares that API servers of 1.36 or later may pass WebSockets on as they are
+    /// (`ExtendWebSocketsToKubelet`).
+    pub websockets: bool,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([0, 0, 0, 0], 10250)),
+            certificate: None,
+            cert: None,
+            key: None,
+            client_ca: None,
+            websockets: true,
+        }
+    }
+}
+
+/// Where the serving certificate comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CertificateSource {
+    /// The kubelet signs it itself.
+    SelfSigned,
+    /// The cluster's signer `kubernetes.io/kubelet-serving` signs it.
+    Csr,
+    /// PEM files.
+    Files,
+}
+
+impl CertificateSource {
+    /// The name that settings give it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::SelfSigned => "self-signed",
+            Self::Csr => "csr",
+            Self::Files => "files",
+        }
+    }
+}
+
+impl Settings {
+    /// The dotted name of every setting.
+    #[must_use]
+    pub fn keys() -> Vec<String> {
+        let defaults = serde_json::to_value(Self::default()).unwrap_or_default();
+        let mut keys = Vec::new();
+        let sections = defaults.as_object().into_iter().flatten();
+        for (section, settings) in sections {
+            let names = settings
+                .as_object()
+                .into_iter()
+                .flat_map(serde_json::Map::keys);
+            keys.extend(names.map(|name| format!("{section}.{name}")));
+        }
+        keys
+    }
+
+    /// Every setting as JSON; null for one that is neither set nor has a default. Settings hold no secrets: they name the
+    /// files that do.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        serde_json::to_value(self).unwrap_or_default()
+    }
+}
+
+/// Reads a number from 1 to `MOST`.
+fn within<'de, D: Deserializer<'de>, const MOST: u32>(input: D) -> Result<u32, D::Error> {
+    struct Within(u32);
+
+    impl Visitor<'_> for Within {
+        type Value = u32;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a number from 1 to {}", self.0)
+        }
+
+        fn visit_u64<E: de::Error>(self, number: u64) -> Result<u32, E> {
+            let small = u32::try_from(number).ok();
+            let right = small.filter(|number| (1..=self.0).contains(number));
+            right.ok_or_else(|| E::invalid_value(de::Unexpected::Unsigned(number), &self))
+        }
+    }
+
+    input.deserialize_u32(Within(MOST))
+}
+
+fn ip_address<'de, D: Deserializer<'de>>(input: D) -> Result<Option<IpAddr>, D::Error> {
+    let text = String::deserialize(input)?;
+    let address = text.parse().map(Some);
+    address.map_err(|_| de::Error::custom(format!("`{text}` is not an IP address")))
+}
+
+/// Reads `address:port`, or `:port` for every address.
+fn listen_address<'de, D: Deserializer<'de>>(input: D) -> Result<SocketAddr, D::Error> {
+    let text = String::deserialize(input)?;
+    let full = if text.starts_with(':') {
+        format!("0.0.0.0{text}")
+    } else {
+        text.clone()
+    };
+    let wrong = || {
+        de::Error::custom(format!(
+            "`{text}` is not an IP address and a port such as `0.0.0.0:10250`"
+        ))
+    };
+    full.parse().map_err(|_| wrong())
+}
+
+/// Reads a map, or `a=b,c=d`.
+fn labels<'de, D: Deserializer<'de>>(input: D) -> Result<BTreeMap<String, String>, D::Error> {
+    struct Labels;
+
+    impl<'de> Visitor<'de> for Labels {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map of labels, or `key=value,key=value`")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            let pairs = text
+                .split(',')
+                .map(str::trim)
+                .filter(|pair| !pair.is_empty());
+            let split: Vec<_> = pairs.map(|pair| pair.split_once('=').ok_or(pair)).collect();
+            let wrong: Vec<_> = split
+                .iter()
+                .filter_map(|pair| pair.as_ref().err())
+                .collect();
+            if !wrong.is_empty() {
+                let wrong: Vec<_> = wrong
+                    .iter()
+                    .map(|pair| format!("`{pair}` is not `key=value`"))
+                    .collect();
+                return Err(E::custom(wrong.join("; ")));
+            }
+            let right = split.into_iter().flatten();
+            let trimmed =
+                right.map(|(key, value)| (key.trim().to_owned(), value.trim().to_owned()));
+            Ok(trimmed.collect())
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            BTreeMap::deserialize(de::value::MapAccessDeserializer::new(map))
+        }
+    }
+
+    input.deserialize_any(Labels)
+}

@@ -1,19 +1,13 @@
 use std::path::Path;
 
-use super::*;
-
-fn yaml(text: &str) -> YamlFile {
-    YamlFile::parse(Path::new("kubelet.yaml"), text)
-}
+use super::{settings::CertificateSource, *};
 
 fn load(text: &str, variables: &[(&str, &str)]) -> Result<Config, String> {
-    let file = yaml(text);
-    let environment = Environment::new(
-        variables
-            .iter()
-            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned())),
-    );
-    Config::load(&[&environment, &file]).map_err(|invalid| invalid.to_string())
+    let variables = variables
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    let file = Some((Path::new("kubelet.yaml"), text));
+    Config::load(file, variables).map_err(|mistakes| mistakes.to_string())
 }
 
 const GOOD: &str = "\
@@ -77,14 +71,175 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
     let error = load(&text, &[("KNOC_NODE_NAEM", "x")]).unwrap_err();
     for expected in [
         "$KNOC_NODE_NAEM: unknown variable; known: KNOC_AGENT_ADDRESS, ",
-        "kubelet.yaml:13: unknown key `node.colour`; known here: internalIP, labels, name, pods, queueFactor, taint",
-        "kubelet.yaml:18: unknown key `extra`; known here: agent, identity, keys, kubernetes, log, node, server",
-        "kubelet.yaml:17: log.format: `xml` is not one of: text, json",
-        "kubelet.yaml:12: node.queueFactor: `lots` is not a number from 1 to 10000",
+        "; did you mean KNOC_NODE_NAME?",
+        "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`",
+        "kubelet.yaml:18: extra: unknown field `extra`, expected one of `agent`, `identity`, `keys`, `kubernetes`, `log`, `node`, `server`",
+        "kubelet.yaml:17: log.format: unknown variant `xml`, expected `text` or `json`",
+        "kubelet.yaml:12: node.queueFactor: invalid type: string \"lots\", expected a number from 1 to 10000",
     ] {
         assert!(error.contains(expected), "{expected}\nis not in\n{error}");
     }
     assert_eq!(error.lines().count(), 5, "{error}");
+}
+
+#[test]
+fn every_kind_of_value_is_refused_with_what_is_allowed() {
+    for (variable, value, expected) in [
+        (
+            "KNOC_NODE_PODS",
+            "0",
+            "integer `0`, expected a number from 1 to 100000",
+        ),
+        (
+            "KNOC_NODE_PODS",
+            "-5",
+            "\"-5\", expected a number from 1 to 100000",
+        ),
+        (
+            "KNOC_NODE_TAINT",
+            "maybe",
+            "`maybe`, expected `true` or `false`",
+        ),
+        (
+            "KNOC_NODE_INTERNAL_IP",
+            "here",
+            "`here` is not an IP address",
+        ),
+        (
+            "KNOC_SERVER_LISTEN",
+            "10250",
+            "`10250` is not an IP address and a port",
+        ),
+        (
+            "KNOC_NODE_LABELS",
+            "a,b=c,d",
+            "`a` is not `key=value`; `d` is not `key=value`",
+        ),
+        (
+            "KNOC_AGENT_SITE",
+            "My_Site",
+            "is not a DNS label of at most 58 characters",
+        ),
+    ] {
+        let error = load(GOOD, &[(variable, value)]).unwrap_err();
+        assert!(error.starts_with(&format!("${variable}: ")), "{error}");
+        assert!(error.contains(expected), "{expected}\nis not in\n{error}");
+    }
+    let error = load(
+        &GOOD.replace("address: login:10350", "address: [a, b]"),
+        &[],
+    )
+    .unwrap_err();
+    let expected = "kubelet.yaml:3: agent.address: invalid type: sequence, expected a string";
+    assert_eq!(error, expected);
+}
+
+#[test]
+fn an_empty_value_counts_as_not_given_wherever_it_stands() {
+    let text = GOOD.replace("  site: trixie", "  site:\nkeys:\nlog:\n  level: ''");
+    let config = load(&text, &[("KNOC_NODE_NAME", "n")]).unwrap();
+    assert_eq!(config.agent.site, None);
+    assert_eq!(config.log.level, "info");
+    // An empty variable takes back what the file says.
+    let config = load(GOOD, &[("KNOC_NODE_QUEUE_FACTOR", "")]).unwrap();
+    assert_eq!(config.node.queue_factor, 10);
+}
+
+#[test]
+fn configz_shows_what_is_in_effect() {
+    let shown = load(GOOD, &[]).unwrap().effective;
+    assert_eq!(shown["node"]["name"], "knoc-trixie");
+    assert_eq!(shown["node"]["queueFactor"], 3);
+    assert_eq!(shown["node"]["labels"]["zone"], "hpc");
+    assert_eq!(shown["keys"]["secret"], "knoc-kubelet-knoc-trixie-keys");
+    assert_eq!(shown["server"]["listen"], "0.0.0.0:10255");
+    assert_eq!(shown["kubernetes"]["kubeconfig"], serde_json::Value::Null);
+}
+
+/// The row of the guide's table that this setting must have, up to its description; none where its default is computed.
+fn row(key: &str, default: &serde_json::Value) -> String {
+    let variable = knoc_proto::settings::variable(PREFIX, key);
+    let default = if default.is_null() {
+        return format!("| `{key}` | `{variable}` | ");
+    } else if let Some(text) = default.as_str() {
+        format!("`{text}`")
+    } else if default.is_object() {
+        String::new()
+    } else {
+        format!("`{default}`")
+    };
+    format!("| `{key}` | `{variable}` | {default} | ").replace("|  |", "| |")
+}
+
+#[test]
+fn the_guide_has_every_setting_with_its_default() {
+    let guide = include_str!("../../../docs/guide/configuration.md");
+    let defaults = Settings::default().to_json();
+    let keys = Settings::keys();
+    for key in &keys {
+        let pointer = format!("/{}", key.replace('.', "/"));
+        let row = row(key, defaults.pointer(&pointer).unwrap());
+        let found = guide.lines().find(|line| line.starts_with(&row));
+        let found = found.unwrap_or_else(|| panic!("the guide has no row {row}"));
+        let mut cells = found.trim_matches('|').split('|').map(str::trim);
+        assert!(
+            cells.next_back().is_some_and(|help| help.len() > 10),
+            "{found}"
+        );
+    }
+    let rows = guide
+        .lines()
+        .filter(|line| line.contains("| `KNOC_"))
+        .count();
+    assert_eq!(
+        rows,
+        keys.len(),
+        "the guide has a row that is not a setting"
+    );
+}
+
+#[test]
+fn the_charts_values_are_the_defaults() {
+    let values = include_str!("../../../deploy/chart/knoc/values.yaml");
+    let values: serde_json::Value = serde_saphyr::from_str(values).unwrap();
+    let schema = include_str!("../../../deploy/chart/knoc/values.schema.json");
+    let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
+    let defaults = Settings::default().to_json();
+    for key in [
+        "node.pods",
+        "node.queueFactor",
+        "node.taint",
+        "server.websockets",
+        "identity.kind",
+        "log.level",
+        "log.format",
+    ] {
+        let pointer = format!("/{}", key.replace('.', "/"));
+        assert_eq!(
+            values.pointer(&pointer),
+            defaults.pointer(&pointer),
+            "{key}"
+        );
+    }
+    assert_eq!(
+        values["server"]["port"],
+        Settings::default().server.listen.port()
+    );
+    assert_eq!(
+        values["server"]["certificate"],
+        CertificateSource::SelfSigned.name()
+    );
+    for (key, most) in [
+        ("pods", settings::MOST_PODS),
+        ("queueFactor", settings::MOST_QUEUE_FACTOR),
+    ] {
+        let bounds = &schema["properties"]["node"]["properties"][key];
+        assert_eq!(
+            (&bounds["minimum"], &bounds["maximum"]),
+            (&1.into(), &most.into()),
+            "{key}"
+        );
+    }
 }
 
 #[test]
@@ -130,11 +285,11 @@ fn sources_that_contradict_each_other_are_named() {
     let cases: [(&[(&str, &str)], &str); 6] = [
         (
             &[("KNOC_SERVER_CERTIFICATE", "acme")],
-            "`acme` is not one of: self-signed, csr, files",
+            "unknown variant `acme`, expected one of `self-signed`, `csr`, `files`",
         ),
         (
             &[("KNOC_SERVER_CERTIFICATE", "files")],
-            "server.cert and server.key is missing: server.certificate is `files`",
+            "server.certificate: is `files`, and server.cert and server.key are missing",
         ),
         (&[("KNOC_SERVER_CERT", "/c")], "both or neither"),
         (

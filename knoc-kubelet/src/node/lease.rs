@@ -28,7 +28,7 @@ const RETRY: Duration = Duration::from_secs(2);
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// Renews until `shutdown`.
-pub async fn run(client: Client, node: String, shutdown: CancellationToken) {
+pub(super) async fn run(client: Client, node: String, shutdown: CancellationToken) {
     let nodes: Api<Node> = Api::all(client.clone());
     let api: Api<Lease> = Api::namespaced(client, NAMESPACE);
     loop {

@@ -45,7 +45,7 @@ pub(crate) async fn run(
             () = shutdown.cancelled() => return,
             () = tokio::time::sleep(ROUND) => {}
         }
-        if !*context.listed.borrow() || !context.link.borrow().is_up() {
+        if !*context.pods.listed.borrow() || !context.site.link.borrow().is_up() {
             continue;
         }
         forget_leftovers(&context).await;
@@ -99,18 +99,18 @@ fn is_ours(observed: &pb::PodObserved, cluster_id: &str, node: &str, ask: Ask) -
 
 /// What the agent has for this cluster and this node.
 fn ours(context: &Context) -> Vec<Arc<pb::PodObserved>> {
-    let (cluster_id, node) = (context.agent.cluster_id(), context.node.as_str());
-    let known = context.store.observed_uids().into_iter();
+    let (cluster_id, node) = (context.site.agent.cluster_id(), context.node.name());
+    let known = context.pods.store.observed_uids().into_iter();
     known
-        .filter_map(|uid| context.store.observed(&uid))
-        .filter(|observed| is_ours(observed, cluster_id, node, context.ask))
+        .filter_map(|uid| context.pods.store.observed(&uid))
+        .filter(|observed| is_ours(observed, cluster_id, node, context.api.ask))
         .collect()
 }
 
 /// Those of ours that this process never saw.
 fn strangers(context: &Context) -> Vec<Arc<pb::PodObserved>> {
     let mut strangers = ours(context);
-    strangers.retain(|observed| !context.store.was_seen(&observed.uid));
+    strangers.retain(|observed| !context.pods.store.was_seen(&observed.uid));
     strangers
 }
 
@@ -141,7 +141,14 @@ async fn is_gone(context: &Context, observed: &pb::PodObserved) -> bool {
         observed.name.as_str(),
         observed.uid.as_str(),
     );
-    presence::presence(&context.client, context.ask, &context.node, which).await == Presence::Gone
+    presence::presence(
+        &context.api.client,
+        context.api.ask,
+        context.node.name(),
+        which,
+    )
+    .await
+        == Presence::Gone
 }
 
 async fn end(context: &Context, observed: &pb::PodObserved) {
@@ -153,9 +160,10 @@ async fn end(context: &Context, observed: &pb::PodObserved) {
         "a job without a pod is ended or forgotten"
     );
     let ended = if observed.phase() == PodPhase::Finished {
-        context.agent.forget_pod(uid).await
+        context.site.agent.forget_pod(uid).await
     } else {
         context
+            .site
             .agent
             .delete_pod(uid, -1, "orphan: no such pod in Kubernetes")
             .await

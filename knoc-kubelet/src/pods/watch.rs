@@ -108,9 +108,9 @@ impl PodWatch {
 
     /// Watches until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
-        let fields = format!("spec.nodeName={}", self.context.node);
+        let fields = format!("spec.nodeName={}", self.context.node.name());
         let config = watcher::Config::default().fields(&fields);
-        let api: Api<Watched> = Api::all(self.context.client.clone());
+        let api: Api<Watched> = Api::all(self.context.api.client.clone());
         let events = watcher(api, config).default_backoff();
         self.follow(events, shutdown).await;
     }
@@ -170,7 +170,7 @@ impl PodWatch {
     /// A list replaces what was known, a watch only what is older.
     fn put(&mut self, watched: Watched, list: bool) -> Option<Uid> {
         let uid: Uid = watched.pod.metadata.uid.as_deref()?.into();
-        let store = &self.context.store;
+        let store = &self.context.pods.store;
         let (pod, findings) = (Arc::new(watched.pod), Arc::new(watched.findings));
         if list {
             store.replace_desired(&uid, pod, findings);
@@ -178,27 +178,27 @@ impl PodWatch {
             store.set_desired(&uid, pod, findings);
         }
         self.missing.remove(&uid);
-        self.context.queue.push(&uid);
+        self.context.pods.queue.push(&uid);
         Some(uid)
     }
 
     fn gone(&mut self, uid: &Uid) {
         self.missing.remove(uid);
-        self.context.store.remove_desired(uid);
-        self.context.queue.push(uid);
+        self.context.pods.store.remove_desired(uid);
+        self.context.pods.queue.push(uid);
     }
 
     /// A list is whole: what it lacks is missing.
     fn listed(&mut self) {
         let listed = std::mem::take(&mut self.listed);
-        let known = self.context.store.desired_uids().into_iter();
+        let known = self.context.pods.store.desired_uids().into_iter();
         self.missing = known.filter(|uid| !listed.contains(uid)).collect();
         let pods = listed.len();
         if !self.synced.send_replace(true) {
             tracing::info!(pods, "pods of the node listed");
             // Now that it counts: look at each again.
-            for uid in self.context.store.desired_uids() {
-                self.context.queue.push(&uid);
+            for uid in self.context.pods.store.desired_uids() {
+                self.context.pods.queue.push(&uid);
             }
         }
         self.ask();
@@ -211,7 +211,7 @@ impl PodWatch {
         }
         let missing = self.missing.iter();
         let (living, ended): (Vec<_>, Vec<_>) = missing.cloned().partition(|uid| self.lives(uid));
-        let all = self.context.store.desired_uids().len();
+        let all = self.context.pods.store.desired_uids().len();
         let halted = if plausible(living.len(), all) {
             0
         } else {
@@ -235,13 +235,13 @@ impl PodWatch {
 
     /// May the pod have a job that has not ended? While the link is down nobody knows.
     fn lives(&self, uid: &Uid) -> bool {
-        let observed = self.context.store.observed(uid);
-        !self.context.link.borrow().is_up()
+        let observed = self.context.pods.store.observed(uid);
+        !self.context.site.link.borrow().is_up()
             || observed.is_some_and(|observed| observed.phase() != PodPhase::Finished)
     }
 
     fn question(&mut self, uid: Uid) {
-        let Some(view) = self.context.store.by_uid(&uid) else {
+        let Some(view) = self.context.pods.store.by_uid(&uid) else {
             self.missing.remove(&uid);
             return;
         };
@@ -251,7 +251,13 @@ impl PodWatch {
             let namespace = meta.namespace.as_deref().unwrap_or_default();
             let name = meta.name.as_deref().unwrap_or_default();
             let which = (namespace, name, &*uid);
-            let said = presence::presence(&context.client, context.ask, &context.node, which).await;
+            let said = presence::presence(
+                &context.api.client,
+                context.api.ask,
+                context.node.name(),
+                which,
+            )
+            .await;
             (uid, said)
         });
     }

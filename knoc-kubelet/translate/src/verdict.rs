@@ -245,46 +245,48 @@ pub fn table() -> String {
 }
 
 const HEAD: &str = "\
-# What becomes of every field of a pod
+# How each field of a pod is handled
 
-This page is rendered from the table that the kubelet itself uses (`knoc-kubelet/translate/src/verdict/table.rs`); a test holds
-both equal. *Honoured*: it does what Kubernetes says. *Satisfied*: true by nature, or not the kubelet's business.
-*Mapped*: it means something else here, and the pod gets the Event `Mapped`. *Refused*: the pod is not admitted; its phase
-is `Failed`, its reason `UnsupportedPodSpec`, and its message names every refused field at once. A field that stands in no
-row (of a newer Kubernetes) is refused too. Where a field has several rows, the first that fits its value counts.
+This page is generated from the table that the kubelet uses (`knoc-kubelet/translate/src/verdict/table.rs`); a test checks that both
+are equal. *Honoured*: the field does what Kubernetes says. *Satisfied*: the field holds anyway, or it is not the kubelet's
+responsibility. *Mapped*: the field has a different meaning here, and the pod gets the Event `Mapped`. *Rejected*: the pod is not
+admitted. Its phase is `Failed`, its reason is `UnsupportedPodSpec`, and its message names every rejected field at once. A field
+that is not in the table (a field of a newer Kubernetes) is rejected too. If a field has several rows, the first row that matches
+its value applies.
 
-A pod that runs is not ended by a change that is refused: it goes on as it was, with the Event `UnsupportedChange`. So an
-ephemeral container that is added to it (`kubectl debug`) is refused alone: its own status, its log and an attach say why.
+A running pod is not ended by an update that would be rejected: it continues unchanged and gets the Event `UnsupportedChange`. An
+ephemeral container that is added to it (`kubectl debug`) is therefore rejected alone: its own status, its log and an attach to it
+give the reason.
 ";
 
 const TAIL: &str = "
 ## Files in a container
 
-What is not said here is as with any other runtime.
+Everything that is not listed here is as with any other container runtime.
 
-**Paths.** A `..` component is refused by name, in `subPath`, `mountPath`, `workingDir`, `terminationMessagePath` and the
-paths of files in volumes. Everything else is cleaned first: `./x` is `x`, `logs/` is `logs`, `a//b` is `a/b`. Names such as
-`..foo` and `a..b` are ordinary ones in a `subPath`; the path of a file may not begin with two dots, as in Kubernetes.
+**Paths.** A `..` component in `subPath`, `mountPath`, `workingDir`, `terminationMessagePath` or the path of a file in a volume is
+rejected, and the message names the field. All other paths are normalized first: `./x` is `x`, `logs/` is `logs`, `a//b` is `a/b`.
+Names such as `..foo` and `a..b` are ordinary names in a `subPath`; as in Kubernetes, the path of a file must not begin with two dots.
 
-**Mounts.** Parents are mounted before what lies below them, whatever their order in the pod; a mount point that is missing
-in a volume is made there. Links of the image (`/var/run`) are followed inside the container. Nothing can be mounted at `/`
-or in `/.knoc`, which KNoC needs itself.
-A volume at `/dev/x`, other than `/dev/shm` and below it, is mounted elsewhere, and `/dev/x` is a link to it. `/dev/null`
-and the other devices stay, unless a volume is mounted at `/dev` itself.
+**Mounts.** Parent directories are mounted before what is mounted below them, whatever their order in the pod. A mount point that is
+missing in a volume is created there. Symbolic links of the image (`/var/run`) are followed inside the container. Nothing can be
+mounted at `/` or in `/.knoc`, which KNoC uses itself. A volume at `/dev/x` is mounted elsewhere, and `/dev/x` is a symbolic link to it,
+except at `/dev/shm` and below it. `/dev/null` and the other devices stay, unless a volume is mounted at `/dev` itself.
 
-**Temporary folders.** `/tmp` and `/var/tmp` are the image's, with the files that it has there, and writable for everybody
-(mode 1777); what is written goes to the node's disk. On a site whose runtime has no writable folder for the root (Singularity, no
-overlay), they are empty folders on the node's disk, and the image's files in them are hidden.
+**Temporary directories.** `/tmp` and `/var/tmp` are the image's, with the files that the image has there, and everybody can write to
+them (mode 1777); files that are written go to the node's disk. If the site's runtime has no writable root directory (Singularity, no
+overlay), they are empty directories on the node's disk, and the image's files in them are hidden.
 
-**`/dev/shm`.** A tmpfs that the containers of a pod share, and no other pod. It has no size of its own (other runtimes give it
-64 MiB): what lies in it counts as the job's memory. The same holds for an `emptyDir` in memory, also with a `sizeLimit`.
+**`/dev/shm`.** A tmpfs that the containers of one pod share, and no other pod can see. It has no size limit of its own (other
+runtimes limit it to 64 MiB): its contents count against the memory of the job. The same holds for an `emptyDir` in memory, even with
+a `sizeLimit`.
 
-**The user.** Every program runs as the HPC user. `HOME`, if neither the pod nor the image sets it, is that of the user whom the
-pod (`runAsUser`) or the image names, in the image's `/etc/passwd`: root without either, `/` if the image does not know it. The
-container's `/etc/passwd` has a line for the HPC user, under the name that it has on the node, with that home and its
-shell. With a runtime that is set up as root (setuid) the home of a user that has the HPC user's own uid in the image is not known.
+**The user.** Every program runs as the HPC user. If neither the pod nor the image sets `HOME`, it is the home directory, according to
+the image's `/etc/passwd`, of the user that the pod (`runAsUser`) or the image names: root if neither names one, and `/` if the image
+does not know the user. The container's `/etc/passwd` has a line for the HPC user with the user's name on the node, that home directory
+and that user's shell. With a setuid runtime, the home directory of a user that has the HPC user's own uid in the image is not known.
 
-**Of the node.** `/etc/hosts` and `/etc/resolv.conf`, unless the pod mounts something there. `/etc/localtime` is the image's.
+**From the node.** `/etc/hosts` and `/etc/resolv.conf`, unless the pod mounts something there. `/etc/localtime` is the image's.
 ";
 
 impl Verdict {
@@ -293,7 +295,7 @@ impl Verdict {
             Self::Honoured => "honoured",
             Self::Satisfied => "satisfied",
             Self::Mapped => "mapped",
-            Self::Refused => "**refused**",
+            Self::Refused => "**rejected**",
             Self::Inside(_) => "see its fields",
         }
     }

@@ -29,7 +29,7 @@ struct Inner {
 }
 
 /// The mistakes of a text, by `check` too.
-fn mistakes(text: &str, check: impl FnOnce(&mut Document<'_>)) -> String {
+fn mistakes(text: &str, check: impl FnOnce(&mut Document)) -> String {
     let read = Document::parse(text, Path::new("f.toml")).and_then(|mut document| {
         let read: Option<Settings> = document.read();
         check(&mut document);
@@ -67,8 +67,8 @@ siez = 2
         "f.toml:6: tables.a.weight: unknown field `weight`, expected `name` or `size`",
         "f.toml:9: tables.b.size: invalid type: string \"big\", expected u8",
         "f.toml:15: list.name: invalid type: integer `7`, expected a string",
-        "f.toml:16: list.siez: unknown field `siez`, expected `name` or `size`",
-        "f.toml:18: colours: unknown field `colours`, expected one of `colour`, `tables`, `list`",
+        "f.toml:16: list.siez: unknown field `siez`, expected `name` or `size`; did you mean `size`?",
+        "f.toml:18: colours: unknown field `colours`, expected one of `colour`, `tables`, `list`; did you mean `colour`?",
     ];
     for line in expected {
         assert!(
@@ -133,7 +133,12 @@ proptest::proptest! {
         if let Err(mistakes) = read {
             assert!(!mistakes.all.is_empty());
             let lines = text.lines().count() + 1;
-            assert!(mistakes.all.iter().all(|m| m.line.is_none_or(|line| (1..=lines).contains(&line))), "{mistakes}");
+            let there = |origin: &Origin| match origin {
+                Origin::Line(line) => (1..=lines).contains(line),
+                Origin::Nowhere => true,
+                Origin::Variable(_) => false,
+            };
+            assert!(mistakes.all.iter().all(|mistake| there(&mistake.origin)), "{mistakes}");
         }
     }
 }

@@ -1,4 +1,4 @@
-// Command client is client-go on the command line; ../README.md has the contract. KNOC_TRANSPORT says by which of its
+// Command client is client-go as a command line program; ../README.md describes the contract. KNOC_TRANSPORT selects one of its
 // two transports: spdy or websocket.
 package main
 
@@ -22,7 +22,7 @@ import (
 	"k8s.io/client-go/util/exec"
 )
 
-// failed is the exit code where the client itself failed.
+// failed is the exit code if the client itself failed.
 const failed = 125
 
 type client struct {
@@ -73,7 +73,7 @@ func run(words []string) error {
 	return fmt.Errorf("no verb %q", words[0])
 }
 
-// url of a subresource of the pod.
+// url returns the URL of a subresource of the pod.
 func (c client) url(subresource string, query url.Values) (*url.URL, error) {
 	base, _, err := rest.DefaultServerUrlFor(c.config)
 	if err != nil {
@@ -109,7 +109,7 @@ func (c client) stream(subresource, container string, command []string, options 
 	return executor.StreamWithContext(context.Background(), options)
 }
 
-// ownSize tells the size of our terminal once.
+// ownSize reports the size of our terminal once.
 type ownSize struct{ told bool }
 
 func (s *ownSize) Next() *remotecommand.TerminalSize {
@@ -168,7 +168,7 @@ func (c client) forward(port string) error {
 	return <-ended
 }
 
-// talk passes standard input and its end, and what comes back until it ends.
+// talk sends standard input and its end, and passes on the answer until it ends.
 func talk(port int) error {
 	connection, err := net.DialTCP("tcp", nil, &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port})
 	if err != nil {

@@ -1,4 +1,4 @@
-//! What KNoC takes while pods run: resident memory, and calls to slurmctld.
+//! What KNoC takes while pods run: memory, and calls to slurmctld.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use futures::future::try_join_all;
 
 use super::bed::Bed;
-use super::machine::resident;
+use super::machine::{anonymous, resident};
 use crate::PodBuilder;
 
 /// Until all pods run.
@@ -19,7 +19,7 @@ pub(super) struct Load {
     /// KiB.
     pub(super) agent: u64,
     pub(super) kubelet: u64,
-    /// Median and largest of all shims.
+    /// Median and largest of all shims: anonymous memory, which every job pays.
     pub(super) shim: (u64, u64),
     /// Of the user, a minute.
     pub(super) rpcs: u64,
@@ -42,7 +42,7 @@ pub(super) async fn measure(bed: &Bed, pods: usize, seconds: u64) -> anyhow::Res
     // The one span here that is not waited for but measured.
     tokio::time::sleep(Duration::from_secs(seconds)).await;
     let calls = rpcs(bed).await? - before;
-    let mut shims = resident("knoc-agent", "shim");
+    let mut shims = anonymous("knoc-agent", "shim");
     shims.sort_unstable();
     let largest =
         |program: &str, word: &str| resident(program, word).into_iter().max().unwrap_or(0);

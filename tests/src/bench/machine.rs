@@ -47,13 +47,13 @@ impl Process {
         })
     }
 
-    /// KiB.
-    fn resident(&self) -> Option<u64> {
+    /// A line of `status`, in KiB.
+    fn memory(&self, line: &str) -> Option<u64> {
         let status = fs::read_to_string(self.folder.join("status")).ok()?;
-        let line = status
+        let value = status
             .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))?;
-        line.split_whitespace().next()?.parse().ok()
+            .find_map(|text| text.strip_prefix(line)?.strip_prefix(':'))?;
+        value.split_whitespace().next()?.parse().ok()
     }
 
     /// Clock ticks spent, in user mode and in the kernel: its own, and those of its children that have ended (proc(5),
@@ -70,7 +70,15 @@ impl Process {
 /// Resident memory in KiB of each process of that program with that word in its arguments.
 pub(super) fn resident(program: &str, word: &str) -> Vec<u64> {
     Process::all(program, word)
-        .filter_map(|process| process.resident())
+        .filter_map(|process| process.memory("VmRSS"))
+        .collect()
+}
+
+/// As [`resident`], but only the memory that each process has for itself. The pages of its program are in the page
+/// cache once for all of them (ADR 0085).
+pub(super) fn anonymous(program: &str, word: &str) -> Vec<u64> {
+    Process::all(program, word)
+        .filter_map(|process| process.memory("RssAnon"))
         .collect()
 }
 

@@ -25,9 +25,9 @@ pub(super) fn page(figures: &Figures, bed: &Bed, quick: bool) -> anyhow::Result<
         out,
         "Written by `make bench`, {date}; KNoC {version}, {scheduler}, {runtime}, Kubernetes on the same machine: {machine}. \
          Control plane, Slurm (three nodes), registry and all of KNoC share it, so there is no network delay, and figures at \
-         50 pods contain 50 container starts on these cores. Milliseconds unless said otherwise. Every figure of KNoC stands beside its \
-         floor, which is Slurm and Apptainer by hand as the same user, measured in the same run, in turns; the figures of the \
-         peers, at the end, are older.\n",
+         50 pods include 50 container starts on these cores. Figures are in milliseconds unless another unit is given. Each figure of \
+         KNoC is shown with its floor, the lower bound: Slurm and Apptainer used by hand as the same user, measured alternately in the \
+         same run. The figures of other projects, at the end, are older.\n",
         date = jiff::Timestamp::now().strftime("%Y-%m-%d"),
         version = info.version,
         scheduler = info.scheduler_version,
@@ -37,7 +37,7 @@ pub(super) fn page(figures: &Figures, bed: &Bed, quick: bool) -> anyhow::Result<
     if quick {
         out.push_str(
             "**A quick run** (`knoc-bench --quick`, few samples, the machine shared with other work): \
-             it shows where KNoC stands and what is missed, not the last word.\n\n",
+             it gives an impression and shows missed targets, but no final figures.\n\n",
         );
     }
     bounds(&mut out, figures)?;
@@ -107,13 +107,13 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
     }
     stream_bounds(figures, &mut bounds);
     let load = &figures.load;
-    let resident = [
-        ("agent", load.agent, 32.0),
-        ("kubelet", load.kubelet, 48.0),
-        ("shim, median", load.shim.0, 5.0),
+    let memory = [
+        ("resident memory of the agent", load.agent, 32.0),
+        ("resident memory of the kubelet", load.kubelet, 48.0),
+        ("anonymous memory of the shim, median", load.shim.0, 5.0),
     ];
-    for (what, kib, limit) in resident {
-        let what = format!("resident memory of the {what} at {} pods", load.pods);
+    for (what, kib, limit) in memory {
+        let what = format!("{what} at {} pods", load.pods);
         bounds.push(bound(&what, mib(kib), limit, " MiB"));
     }
     bounds
@@ -214,7 +214,7 @@ pub(super) fn pods(out: &mut String, batch: &Batch) -> anyhow::Result<()> {
     writeln!(
         out,
         "\nKNoC's share of T2, by medians (created → accepted, and job began → first line less apptainer exec): {:.1} ms. \
-         slurmctld starts jobs once a second, so whole T2 differs by ± 500 ms whatever one does.\n",
+         slurmctld starts jobs once a second, so the whole T2 always varies by ± 500 ms.\n",
         batch.t2_share()
     )?;
     Ok(())
@@ -258,8 +258,8 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     let load = &figures.load;
     writeln!(
         out,
-        "\nAt {} running pods: agent {:.1} MiB resident, kubelet {:.1} MiB, shim {:.1} MiB (median; largest {:.1}); \
-         {} RPCs a minute to slurmctld.\n",
+        "\nAt {} running pods: agent {:.1} MiB resident, kubelet {:.1} MiB; shim {:.1} MiB anonymous (median; largest {:.1}); \
+         {} RPCs per minute to slurmctld.\n",
         load.pods,
         mib(load.agent),
         mib(load.kubelet),
@@ -274,7 +274,7 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
 pub(super) fn streams(out: &mut String, streams: &[Stream]) -> anyhow::Result<()> {
     writeln!(
         out,
-        "\n| stream, MB/s | KNoC | bare TLS relays, a process in the place of each part | ratio | hops | MB |\n|---|---|---|---|---|---|"
+        "\n| stream, MB/s | KNoC | bare TLS relays, one process in place of each part | ratio | hops | MB |\n|---|---|---|---|---|---|"
     )?;
     for stream in streams {
         let (knoc, floor) = (stream.knoc.median(), stream.floor.median());
@@ -293,7 +293,7 @@ pub(super) fn streams(out: &mut String, streams: &[Stream]) -> anyhow::Result<()
 fn spent(out: &mut String, streams: &[Stream]) -> anyhow::Result<()> {
     writeln!(
         out,
-        "\n| processor seconds a GB | shim | agent | kubelet | API server | client | relays | their client |\n|---|---|---|---|---|---|---|---|"
+        "\n| CPU seconds per GB | shim | agent | kubelet | API server | client | relays | their client |\n|---|---|---|---|---|---|---|---|"
     )?;
     for stream in streams {
         let gigabytes = (stream.bytes * u64::try_from(stream.knoc.count())?) as f64 / 1e9;
@@ -321,16 +321,16 @@ const PEERS_AND_FLOOR: [(&str, f64, f64, f64); 2] = [
     ),
 ];
 
-/// The peers beside our own figures.
+/// The figures of other projects next to ours.
 fn peers(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
     out.push_str(
-        "## Beside the peers\n\n\
+        "## Comparison with other projects\n\n\
          interLink (virtual kubelet, API server and Slurm plugin) and Go KNoC (commit e1c17e3 of 2023-02-01, its last) were built and \
          run on a bed like this one (Kubernetes 1.36.3, Slurm 24.11.5, Apptainer 1.4.5; the program sleeps 1 s, as above) before \
          KNoC was written. That was another run, not later than 2026-11-22; its exact date, and interLink's version, were not \
-         recorded. Its floor was lower than today's (560 ms instead of what stands above), so its milliseconds cannot be held \
-         against ours: what can be compared is each figure as a multiple of the floor of its own run. Where that run had no floor \
-         of the same kind there is no ratio. Differences below 300 ms mean nothing: slurmctld starts jobs once a second.\n\n\
+         recorded. Its floor was lower than today's (560 ms instead of the figure above), so its milliseconds cannot be compared \
+         with ours; only each figure as a multiple of the floor of its own run can be compared. If that run had no floor of the same \
+         kind, there is no ratio. Differences below 300 ms are not significant, because slurmctld starts jobs once a second.\n\n\
          | 1 pod, × the floor of its own run | interLink | Go KNoC | KNoC, this run |\n|---|---|---|---|\n",
     );
     let one = figures.batches.iter().find(|batch| batch.pods == 1);
@@ -348,20 +348,20 @@ fn peers(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
         )?;
     }
     out.push_str(
-        "\nThe peers' run itself, median / min / max in milliseconds:\n\n\
+        "\nThe run of the other projects, median / min / max in milliseconds:\n\n\
          | | its floor, by hand | interLink | Go KNoC |\n|---|---|---|---|\n\
          | T1 created → job in the queue | 10 | 74 / 36 / 268 | 678 / 574 / 1117 |\n\
          | T2 created → first line | 560 | 837 / 415 / 1407 | 1466 / 847 / 1741 |\n\
          | T3 process end → Succeeded seen | – | 6975 / 4033 / 10,024 | 3455 / 141 / 5048 |\n\
          | 50 at once: T2 | 50 × sbatch alone ≈ 1,500 | 3710 / 1591 / 8757 | 10,507 / 3459 / 18,080 |\n\
          | 50 at once: T3 | – | 268,600 / 17,085 / 516,600 | 4139 / 917 / 9684 |\n\
-         | RPCs a minute to slurmctld at 50 running pods | 0 | 36 | 0 (never asks) |\n\
+         | RPCs per minute to slurmctld at 50 running pods | 0 | 36 | 0 (never asks) |\n\
          | resident memory at 50 pods | – | 65 + 39 + 34 MB | 43 MB |\n\
          | exec | 78 (instance://) | not implemented | hangs |\n\n",
     );
     writeln!(
         out,
-        "Repeat: `make bench` measures KNoC and its floors (the stack is brought up where it is not), not the peers."
+        "To repeat: `make bench` measures KNoC and its floors, but not the other projects (it starts the stack if it is not running)."
     )?;
     Ok(())
 }

@@ -1,8 +1,7 @@
 //! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
-//! `knoc-bench [--quick] streams [WORDS]` measures the streams alone, those that have the words in their name, and prints
-//! them;
-//! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of so many pods at once, and prints them;
-//! `knoc-bench relay PORT ROLE KEYS` is one of the relays that it measures itself against.
+//! `knoc-bench [--quick] streams [WORDS]` measures only the streams whose names contain the words, and prints the results;
+//! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of that many pods at once, and prints the results;
+//! `knoc-bench relay PORT ROLE KEYS` is one of the relays that serve as the lower bound of streams.
 
 use std::path::{Path, PathBuf};
 
@@ -31,7 +30,7 @@ fn main() -> anyhow::Result<()> {
     let streams = arguments.first().is_some_and(|word| word == "streams");
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
     let page = arguments.first().map_or(page, PathBuf::from);
-    // The client takes of the processors no more than it needs: what it does is done on one thread, uncontended.
+    // The client uses only one thread, so that it does not compete with the measured processes.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build().context("start the runtime")?;
     if pods {

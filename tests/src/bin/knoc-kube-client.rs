@@ -71,7 +71,7 @@ async fn run(words: &[&str]) -> anyhow::Result<u8> {
     }
 }
 
-/// Streams of the process to ours until it ends; answers its exit code.
+/// Connects the streams of the process to ours until it ends; returns its exit code.
 async fn relay(mut process: AttachedProcess) -> anyhow::Result<u8> {
     let status = process.take_status().context("the status was taken")?;
     let input = pass(Some(tokio::io::stdin()), process.stdin());
@@ -85,13 +85,13 @@ async fn relay(mut process: AttachedProcess) -> anyhow::Result<u8> {
     tokio::select! {
         biased;
         outcome = &mut outputs => { outcome?; }
-        // Its end is not the end of the others.
+        // The end of one stream does not end the others.
         fed = input => { fed?; outputs.await?; }
     }
     status.await.map_or(Ok(0), |status| code_of(&status))
 }
 
-/// Copies to the end, and passes that on. Without either of the two there is nothing to do.
+/// Copies until the end and passes the end on. Does nothing if one of the two is missing.
 async fn pass(
     from: Option<impl AsyncRead + Unpin>,
     to: Option<impl AsyncWrite + Unpin>,
@@ -111,7 +111,7 @@ async fn pass(
     Ok(())
 }
 
-/// The exit code that a status carries.
+/// The exit code in a status.
 fn code_of(status: &Status) -> anyhow::Result<u8> {
     if status.status.as_deref() == Some("Success") {
         return Ok(0);
@@ -134,7 +134,7 @@ async fn forward(pods: &Api<Pod>, pod: &str, port: u16) -> anyhow::Result<u8> {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let send = async {
         copy(&mut tokio::io::stdin(), &mut writer).await?;
-        // The end of our bytes would end all: there is no half-close.
+        // Closing our side would end the whole connection, because there is no half-close.
         std::future::pending::<std::io::Result<()>>().await
     };
     let mut stdout = tokio::io::stdout();

@@ -1,5 +1,5 @@
-//! `knoc-oldkernel COMMAND ARGUMENT…` runs a command that finds itself on Linux 3.10: every system
-//! call that came later answers ENOSYS, to it and to all that it starts.
+//! `knoc-oldkernel COMMAND ARGUMENT…` runs a command as if on Linux 3.10: every newer system call
+//! returns ENOSYS, in the command and in all processes that it starts.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt as _;

@@ -1,7 +1,7 @@
-//! The container's program in the argv and environment proofs: prints what the kernel says that it
-//! was given, `/proc/self/cmdline` and `/proc/self/environ`, in base64. Its own arguments are the
-//! subject, so it has no option. Standard library only: the suites on real parts compile this one
-//! file for musl and put it into an image.
+//! The container's program in the argv and environment proofs: prints in base64 what the kernel
+//! passed to it, `/proc/self/cmdline` and `/proc/self/environ`. Its arguments are the test data, so it
+//! has no options. It uses only the standard library: the suites on the real stack compile this file
+//! for musl and put it into an image.
 
 use std::io::Write;
 

@@ -1,6 +1,6 @@
 //! The container's program in the benchmarks: `knoc-stamp [MILLISECONDS [TIMES]]` prints the real-time clock
-//! in nanoseconds as its first act, sleeps so often (once unless told), and prints it again after each. Standard library
-//! only: the benchmark compiles this one file for musl and puts it into an image.
+//! in nanoseconds at once, sleeps TIMES times (once by default), and prints the clock again after each sleep. It uses only the
+//! standard library: the benchmark compiles this file for musl and puts it into an image.
 
 use std::io::Write;
 use std::time::{Duration, SystemTime};

@@ -111,7 +111,7 @@ impl Scalars {
     }
 }
 
-/// `SplitMix64`: small, and the same for ever.
+/// `SplitMix64`: small, and reproducible.
 pub(super) struct Random(u64);
 
 impl Random {

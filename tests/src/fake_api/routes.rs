@@ -1,4 +1,4 @@
-//! Requests of the Kubernetes API to calls of the store, and back.
+//! Translates requests of the Kubernetes API to calls of the store, and back.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;

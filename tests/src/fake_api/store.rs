@@ -1,5 +1,5 @@
 //! The objects of the fake API server: one map, one counter of resource versions, one history that
-//! watches read. Everything that happens, happens under one lock and in no time.
+//! watches read. All changes happen under one lock and immediately.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::patch::{self, Kind};
 
-/// A refusal: the HTTP status, the machine's reason, and words.
+/// An error: the HTTP status, the machine-readable reason, and a message.
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) code: u16,

@@ -1,4 +1,4 @@
-//! What each verb must show: one pod a client, whose containers are the other ends of its streams.
+//! The checks for each verb: one pod per client, whose containers are the other ends of its streams.
 
 use std::time::Duration;
 
@@ -70,7 +70,7 @@ impl Scene {
             .spec("volumes", json!([{"name": "shared", "emptyDir": {}}]))
     }
 
-    /// Has the client do it; an error says what it showed instead.
+    /// Makes the client run the verb; an error says what happened instead.
     pub async fn check(&self, verb: Verb) -> anyhow::Result<()> {
         match verb {
             Verb::Exec => self.exec().await,
@@ -218,7 +218,7 @@ fn sum(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
 }
 
-/// Are they the same bytes? The error says where they part.
+/// Checks that the bytes are equal. The error has the position of the first difference.
 fn same(found: &[u8], expected: &[u8]) -> anyhow::Result<()> {
     let pairs = found.iter().zip(expected);
     let parted = pairs.take_while(|(left, right)| left == right).count();

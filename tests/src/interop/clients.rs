@@ -1,4 +1,4 @@
-//! The clients: how each is called, and what its library cannot do.
+//! The clients: how each is called, and which verbs its library does not support.
 
 use std::{path::Path, time::Duration};
 
@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use super::kubectl;
 use crate::Run;
 
-/// Of one call. A verb that hangs must not take the suite's time.
+/// The time limit of one call, so that a verb that hangs does not block the suite.
 const CALL: Duration = Duration::from_secs(45);
 
 /// What a client is to do; a column of the table.
@@ -201,14 +201,14 @@ impl Client {
         }
     }
 
-    /// Why the client cannot do that, where it cannot.
+    /// The reason why the client does not support the verb, if it does not.
     #[must_use]
     pub fn lacks(&self, verb: Verb) -> Option<&'static str> {
         let found = self.lacks.iter().find(|(lacking, _)| *lacking == verb);
         found.map(|(_, reason)| *reason)
     }
 
-    /// The words of a call, the program first; `verb` and `rest` as the contract has them.
+    /// The command line of a call, beginning with the program; `verb` and `rest` are those of the contract.
     #[must_use]
     pub fn words(&self, verb: &str, target: Target<'_>, rest: &[&str]) -> Vec<String> {
         let call = if self.kubectl {

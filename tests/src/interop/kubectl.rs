@@ -1,22 +1,23 @@
-//! kubectl as a client: the contract in its words, and its port-forward, which listens here.
+//! kubectl as a client: its arguments for each verb of the contract, and its port-forward, which listens on this host.
 
 use super::clients::Target;
 use crate::{Forward, Run};
 
-/// Runs `kubectl port-forward` as these words, sends bytes and their end through it, and answers what came back until
-/// the other side closed. kubectl would serve on: it is ended.
+/// Runs `kubectl port-forward` with these arguments, sends bytes and their end through it, and returns what came back until
+/// the other side closed. kubectl would continue to serve, so it is stopped.
 pub(super) async fn forward(words: &[String], bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
     let run = Run::new(&words[0]).args(&words[1..]);
     Forward::start(run).await?.exchange(bytes).await
 }
 
-/// A call of the contract in kubectl's words.
+/// kubectl's arguments for a verb of the contract.
 pub(super) fn words(verb: &str, target: Target<'_>, rest: &[&str]) -> Vec<String> {
     let Target {
         namespace,
         pod,
         container,
     } = target;
+    let cp = ["cp", "--retries=0", "-c", container];
     let remote = |folder: &str, name: &str| format!("{pod}:{folder}/{name}");
     let mut words: Vec<String> = vec!["--namespace".into(), namespace.into()];
     let mut add = |more: &[&str]| words.extend(more.iter().map(|&word| word.into()));
@@ -29,25 +30,13 @@ pub(super) fn words(verb: &str, target: Target<'_>, rest: &[&str]) -> Vec<String
         ("logs", _) => add(&["logs", "-f", pod, "-c", container]),
         ("cp-to", [local, folder, name]) => {
             let local = format!("{local}/{name}");
-            add(&[
-                "cp",
-                "--retries=0",
-                "-c",
-                container,
-                &local,
-                &remote(folder, name),
-            ]);
+            add(&cp);
+            add(&[&local, &remote(folder, name)]);
         }
         ("cp-from", [folder, local, name]) => {
             let local = format!("{local}/{name}");
-            add(&[
-                "cp",
-                "--retries=0",
-                "-c",
-                container,
-                &remote(folder, name),
-                &local,
-            ]);
+            add(&cp);
+            add(&[&remote(folder, name), &local]);
         }
         _ => add(&[verb]),
     }

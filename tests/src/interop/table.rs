@@ -85,9 +85,9 @@ fn parse(page: &str) -> Tables {
 fn render(tables: &Tables) -> anyhow::Result<String> {
     let mut text = format!(
         "# Clients\n\n\
-         Written by `make interop`, {date}, on real parts: API server, KNoC, Slurm, Apptainer. Every client does every verb \
-         against a pod of its own; what \"yes\" means is in `tests/src/interop/check.rs`. A dash: the client's library cannot, \
-         and why.\n",
+         Written by `make interop`, {date}, with real programs: API server, KNoC, Slurm, Apptainer. Every client runs every verb \
+         against its own pod; `tests/src/interop/check.rs` defines what \"yes\" means. A dash means that the client's library does \
+         not support the verb, with the reason.\n",
         date = jiff::Timestamp::now().strftime("%Y-%m-%d"),
     );
     let titles = Verb::ALL.map(Verb::title).join(" | ");

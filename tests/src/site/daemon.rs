@@ -1,4 +1,4 @@
-//! One process of ours: started with its log in a file, killed by its own pid, never left behind.
+//! A process of the tests: its log goes to a file, it is killed by its own pid, and it is never left behind.
 
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -21,7 +21,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it with an empty environment but HOME, PATH and `env`.
+    /// Starts the process with only HOME, PATH and `env` in its environment.
     pub fn start(
         argv: &[PathBuf],
         env: &[(&str, &str)],
@@ -54,13 +54,13 @@ impl Daemon {
         Ok(Self { child, name })
     }
 
-    /// Its process id; none once it has ended.
+    /// The process id, or `None` once the process has ended.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.child.id()
     }
 
-    /// Ok while it runs, for waits that would else go on for nothing.
+    /// Returns an error once the process has ended, so that waits can stop early.
     pub fn still_runs(&mut self) -> Result<(), String> {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
@@ -69,12 +69,12 @@ impl Daemon {
         }
     }
 
-    /// SIGKILL, and waits until it is gone.
+    /// Sends SIGKILL and waits until the process is gone.
     pub async fn kill(mut self) -> anyhow::Result<()> {
         self.child.kill().await.with_context(|| self.name.clone())
     }
 
-    /// SIGTERM, and waits for its end.
+    /// Sends SIGTERM and waits for the process's end.
     pub async fn terminate(mut self) -> anyhow::Result<ExitStatus> {
         if let Some(pid) = self
             .pid()
@@ -86,7 +86,7 @@ impl Daemon {
         self.ended(GONE).await
     }
 
-    /// Waits for it to end by itself.
+    /// Waits until the process ends by itself.
     pub async fn ended(&mut self, deadline: Duration) -> anyhow::Result<ExitStatus> {
         let ended = tokio::time::timeout(deadline, self.child.wait()).await;
         let ended =
@@ -104,7 +104,7 @@ impl Daemon {
     }
 }
 
-/// The processes whose command line names that path, ours and this process left out.
+/// The processes, other than this one, whose command line contains that path.
 #[must_use]
 pub fn processes_naming(path: &Path) -> Vec<(i32, String)> {
     let needle = path.to_string_lossy().into_owned();
@@ -125,7 +125,7 @@ pub fn processes_naming(path: &Path) -> Vec<(i32, String)> {
     found
 }
 
-/// Waits until no process names that path but the one given.
+/// Waits until no process except the given one has that path in its command line.
 pub async fn nothing_names(path: &Path, but: Option<u32>) -> anyhow::Result<()> {
     let but = but.and_then(|pid| i32::try_from(pid).ok());
     wait_for("all processes of the jobs are gone", GONE, async || {
@@ -140,7 +140,7 @@ pub async fn nothing_names(path: &Path, but: Option<u32>) -> anyhow::Result<()> 
     .await
 }
 
-/// Kills what names the path: the leftovers of a test that failed.
+/// Kills the processes with the path in their command line, which a failed test left.
 pub(super) fn kill_naming(path: &Path) {
     for (pid, _) in processes_naming(path) {
         if let Some(pid) = Pid::from_raw(pid) {

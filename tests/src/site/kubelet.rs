@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use super::{Daemon, Site, binary, free_port};
 use crate::{fake_api::FakeApi, wait_for};
 
-/// The node that the kubelet is.
+/// The name of the kubelet's node.
 pub const NODE: &str = "knoc-test";
 
-/// The API server and what its kubelet needs to start, any number of times.
+/// The API server, and the files that its kubelet needs to start any number of times.
 #[derive(Debug)]
 pub struct Kubelet {
     /// The API server.
@@ -21,7 +21,7 @@ pub struct Kubelet {
 }
 
 impl Kubelet {
-    /// Starts the API server and writes certificates and kubeconfig; the kubelet comes with `start`.
+    /// Starts the API server and writes certificates and kubeconfig; `start` starts the kubelet.
     pub async fn prepare(site: &Site) -> anyhow::Result<Self> {
         let api = FakeApi::start().await?;
         api.kubeconfig(&site.path("kubeconfig"))?;
@@ -34,7 +34,7 @@ impl Kubelet {
         })
     }
 
-    /// Where the kubelet serves its API.
+    /// The address of the kubelet's API.
     #[must_use]
     pub fn address(&self) -> std::net::SocketAddr {
         super::loopback(self.port)
@@ -66,7 +66,7 @@ impl Kubelet {
         Ok(kubelet)
     }
 
-    /// Starts the kubelet and waits for nothing.
+    /// Starts the kubelet without waiting.
     pub fn process(&self, site: &Site, env: &[(&str, &str)]) -> anyhow::Result<Daemon> {
         let path = |name: &str| site.path(name).display().to_string();
         let settings = [
@@ -94,7 +94,7 @@ impl Kubelet {
         Daemon::start(&argv, &all, Path::new("/"), &site.path("kubelet.log"))
     }
 
-    /// Creates a pod that is already bound to the node; answers its uid.
+    /// Creates a pod that is already bound to the node; returns its uid.
     pub fn create_pod(&self, name: &str, mut spec: Value) -> anyhow::Result<String> {
         spec["nodeName"] = json!(NODE);
         for (field, value) in [

@@ -1,7 +1,8 @@
-//! Pods as the agent takes them, and what the tests do with one: ensure, wait, read, delete.
+//! Pods as the agent accepts them, and what the tests do with a pod: ensure, wait, read, delete.
 
 use std::time::Duration;
 
+use anyhow::Context as _;
 use bytes::Bytes;
 use knoc_proto::pb;
 use knoc_proto::pb::agent_client::AgentClient;
@@ -61,7 +62,7 @@ impl Pod {
         Self { request }
     }
 
-    /// A pod whose program notes in `runs/UID` that it ran, and takes so long.
+    /// A pod whose program records in `runs/UID` that it ran, and runs for that many seconds.
     pub fn counting(site: &Site, uid: &str, seconds: f32) -> anyhow::Result<Self> {
         let runs = site.path("runs");
         std::fs::create_dir_all(&runs)?;
@@ -92,13 +93,13 @@ impl Pod {
         self
     }
 
-    /// Its key.
+    /// The pod's uid.
     #[must_use]
     pub fn uid(&self) -> &str {
         self.request.spec.as_ref().map_or("", |spec| &spec.uid)
     }
 
-    /// Makes it exist, again and again until the agent says that it does.
+    /// Asks the agent for the pod, again and again until the agent accepts it.
     pub async fn ensure(&self, client: &AgentClient<Channel>) -> anyhow::Result<()> {
         wait_for(
             "the agent has the pod",
@@ -111,7 +112,7 @@ impl Pod {
         .await
     }
 
-    /// What the agent knows of it.
+    /// The pod as the agent sees it now, or the agent's error as text.
     pub async fn observe(&self, client: &AgentClient<Channel>) -> Result<pb::PodObserved, String> {
         let request = pb::GetPodRequest {
             uid: self.uid().to_owned(),
@@ -122,24 +123,59 @@ impl Pod {
             .map_err(|status| status.to_string())
     }
 
-    /// Waits until it is finished.
+    /// The pod as the agent sees it now.
+    pub async fn state(&self, client: &AgentClient<Channel>) -> anyhow::Result<pb::PodObserved> {
+        self.observe(client).await.map_err(anyhow::Error::msg)
+    }
+
+    /// Waits until `is` holds for the pod as the agent sees it; returns that state. The error of a time-out has the last one.
+    pub async fn wait_for_state(
+        &self,
+        client: &AgentClient<Channel>,
+        what: &str,
+        deadline: Duration,
+        is: impl Fn(&pb::PodObserved) -> bool,
+    ) -> anyhow::Result<pb::PodObserved> {
+        let what = format!("the pod {}: {what}", self.uid());
+        wait_for(&what, deadline, async || {
+            let pod = self.observe(client).await?;
+            if is(&pod) { Ok(pod) } else { Err(brief(&pod)) }
+        })
+        .await
+    }
+
+    /// Waits until the pod is finished; returns its outcome.
     pub async fn finished(
         &self,
         client: &AgentClient<Channel>,
         deadline: Duration,
     ) -> anyhow::Result<pb::Outcome> {
-        let what = format!("the pod {} is finished", self.uid());
-        wait_for(&what, deadline, async || {
-            let pod = self.observe(client).await?;
-            match (pod.phase(), &pod.outcome) {
-                (pb::PodPhase::Finished, Some(outcome)) => Ok(outcome.clone()),
-                _ => Err(brief(&pod)),
-            }
-        })
-        .await
+        let finished =
+            |pod: &pb::PodObserved| pod.phase() == pb::PodPhase::Finished && pod.outcome.is_some();
+        let pod = self
+            .wait_for_state(client, "it is finished", deadline, finished)
+            .await?;
+        pod.outcome.context("a finished pod without an outcome")
     }
 
-    /// Waits until it has ended well.
+    /// How a container ended.
+    pub async fn terminated(
+        &self,
+        client: &AgentClient<Channel>,
+        container: &str,
+    ) -> anyhow::Result<pb::Terminated> {
+        let pod = self.state(client).await?;
+        let mut statuses = pod.containers.into_iter();
+        let status = statuses
+            .find(|one| one.name == container)
+            .context("no such container")?;
+        match status.state {
+            Some(pb::container_status::State::Terminated(ended)) => Ok(ended),
+            other => anyhow::bail!("{container} is not terminated: {other:?}"),
+        }
+    }
+
+    /// Waits until the pod has succeeded.
     pub async fn succeeded(
         &self,
         client: &AgentClient<Channel>,
@@ -160,23 +196,40 @@ impl Pod {
         client: &AgentClient<Channel>,
         deadline: Duration,
     ) -> anyhow::Result<pb::PodObserved> {
-        let what = format!("the pod {} runs", self.uid());
-        wait_for(&what, deadline, async || {
-            let pod = self.observe(client).await?;
-            let running = |status: &pb::ContainerStatus| {
-                matches!(status.state, Some(pb::container_status::State::Running(_)))
-            };
-            let all = !pod.containers.is_empty() && pod.containers.iter().all(running);
-            if all && pod.shim_connected {
-                Ok(pod)
-            } else {
-                Err(brief(&pod))
-            }
-        })
-        .await
+        let running = |pod: &pb::PodObserved| containers_run(pod) && pod.shim_connected;
+        self.wait_for_state(client, "it runs", deadline, running)
+            .await
     }
 
-    /// Runs a command in a container with that standard input; answers its output and exit code.
+    /// Waits until the shim's link is down.
+    pub async fn link_down(
+        &self,
+        client: &AgentClient<Channel>,
+        deadline: Duration,
+    ) -> anyhow::Result<()> {
+        let down = |pod: &pb::PodObserved| !pod.shim_connected;
+        self.wait_for_state(client, "its link is down", deadline, down)
+            .await
+            .map(drop)
+    }
+
+    /// Sends newer values for the pod.
+    pub async fn update_values(
+        &self,
+        client: &AgentClient<Channel>,
+        values: pb::PodValues,
+    ) -> anyhow::Result<()> {
+        let request = pb::UpdateValuesRequest {
+            cluster_id: CLUSTER.to_owned(),
+            uid: self.uid().to_owned(),
+            values: Some(values),
+            ..pb::UpdateValuesRequest::default()
+        };
+        client.clone().update_values(request).await?;
+        Ok(())
+    }
+
+    /// Runs a command in a container with that standard input; returns its output and exit code.
     pub async fn exec(
         &self,
         client: &AgentClient<Channel>,
@@ -219,7 +272,7 @@ impl Pod {
         anyhow::bail!("the stream ended without an exit code")
     }
 
-    /// All log bytes of a container.
+    /// The whole log of a container.
     pub async fn log(
         &self,
         client: &AgentClient<Channel>,
@@ -239,16 +292,26 @@ impl Pod {
         Ok(log.into())
     }
 
-    /// Deletes it, waits for its end, and has it forgotten.
-    pub async fn remove(&self, client: &AgentClient<Channel>) -> anyhow::Result<()> {
+    /// Deletes the pod with that grace period; does not wait for its end.
+    pub async fn delete(
+        &self,
+        client: &AgentClient<Channel>,
+        grace_seconds: i64,
+    ) -> anyhow::Result<()> {
         let request = pb::DeletePodRequest {
             leadership_epoch: 0,
             cluster_id: CLUSTER.to_owned(),
             uid: self.uid().to_owned(),
-            grace_seconds: 1,
+            grace_seconds,
             reason: "deleted by the test".to_owned(),
         };
         client.clone().delete_pod(request).await?;
+        Ok(())
+    }
+
+    /// Deletes the pod, waits for its end, and makes the agent forget it.
+    pub async fn remove(&self, client: &AgentClient<Channel>) -> anyhow::Result<()> {
+        self.delete(client, 1).await?;
         let finished = self.finished(client, Duration::from_secs(30)).await;
         finished?;
         let request = pb::ForgetPodRequest {
@@ -259,6 +322,15 @@ impl Pod {
         client.clone().forget_pod(request).await?;
         Ok(())
     }
+}
+
+/// Whether all containers of the pod run.
+#[must_use]
+pub fn containers_run(pod: &pb::PodObserved) -> bool {
+    let running = |status: &pb::ContainerStatus| {
+        matches!(status.state, Some(pb::container_status::State::Running(_)))
+    };
+    !pod.containers.is_empty() && pod.containers.iter().all(running)
 }
 
 /// The part of an observation that a failed wait shows.

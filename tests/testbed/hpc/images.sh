@@ -1,8 +1,9 @@
 #!/bin/bash
 # Makes the test images from Debian packages alone: in $HPC_PREFIX/shared/images (/images in every node) each as a sandbox
 # (busybox/), OCI layout (busybox.oci, tag latest), archives and SIF; and pushes them to the registry http://ctl:5000/library.
-# And own:1 and own:2, which have an entrypoint, arguments, variables and a folder of their own, and say what they were started as.
-# And places, with files where runtimes put something of their own, links, and accounts; its tags differ in their user and command; and bare:1, one program and nothing else.
+# Also own:1 and own:2, which have their own entrypoint, arguments, variables and working directory, and print what they were started with.
+# Also places, with files at paths that runtimes override, symbolic links, and accounts; its tags differ in their user and command; and
+# bare:1, which contains one program and nothing else.
 # HPC_IMG_DEBIAN=1 adds debian (with python3, procps, curl).
 . "$(dirname "$0")/../lib.sh"
 images=$HPC_PREFIX/shared/images
@@ -26,7 +27,7 @@ debian() {
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' trixie "$images/debian"
     rm -rf "$images"/debian/dev/*
 }
-push() { # push LAYOUT:TAG NAME:TAG: into the registry
+push() { # push LAYOUT:TAG NAME:TAG: copies the image to the registry
     node skopeo copy -q --insecure-policy --dest-tls-verify=false "oci:$1" "docker://ctl:5000/library/$2"
 }
 own() { # busybox and one script; the versions differ in a variable
@@ -50,7 +51,7 @@ SH
     node skopeo copy -q --insecure-policy "oci:$layout:1" docker-archive:/images/own.docker.tar:own:1
     node apptainer -q build -F /images/own.sif docker-archive:/images/own.docker.tar
 }
-places() { # busybox with files in temporary folders, links where volumes are mounted, accounts of its own (same: of the HPC user's uid)
+places() { # busybox with files in temporary folders, links where volumes are mounted, and its own accounts (same: with the HPC user's uid)
     local layout=/images/places.oci tree=$images/places line tag user
     mkdir -p "$tree"/{tmp/app,var/tmp,run/own,home/jovyan,root,etc}
     printf '#!/bin/sh\necho the program of the image\n' >"$tree/tmp/app/run"

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Builds a small but real HPC cluster (Slurm with accounting, munge, Apptainer, an image registry) under $HPC_PREFIX,
-# without systemd. A finished root file system is kept; the configuration is always written anew.
+# without systemd. A finished root file system is kept; the configuration is always rewritten.
 #   HPC_SUITE=trixie|sid|bookworm   HPC_NODES=3   HPC_CPUS=32   HPC_MEM=64000 (MB a node)
 . "$(dirname "$0")/../lib.sh"
 nodes=${HPC_NODES:-3} cpus=${HPC_CPUS:-32} memory=${HPC_MEM:-64000}
@@ -22,12 +22,12 @@ install_root() {
     bookworm) packages=${packages/,apptainer/} ;; # has none
     *) packages+=,util-linux-extra ;;
     esac
-    if [ "$HPC_SUITE" = trixie ]; then # Apptainer is in sid alone, and its package installs on trixie as it is
+    if [ "$HPC_SUITE" = trixie ]; then # Apptainer is only in sid, and its package installs on trixie unchanged
         echo "deb $key $mirror sid main" >>"$work/sources"
         printf 'Package: *\nPin: release n=sid\nPin-Priority: 50\n\nPackage: apptainer\nPin: release n=sid\nPin-Priority: 990\n' >"$work/pin"
         hooks=(--setup-hook="mkdir -p \"\$1/etc/apt/preferences.d\"; cp '$work/pin' \"\$1/etc/apt/preferences.d/apptainer-from-sid\"")
     fi
-    # A mirror may be a snapshot, whose sid counts as expired.
+    # A mirror may be a snapshot, in which sid is considered expired.
     mmdebstrap --quiet --mode=root --variant=apt --include="$packages" --aptopt='APT::Install-Recommends "false"' \
         --aptopt='Acquire::Check-Valid-Until "false"' --dpkgopt=force-unsafe-io "${hooks[@]}" \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
@@ -48,7 +48,7 @@ write_users() {
     for user in hpcuser hpcuser2; do
         number=$((number + 1))
         chroot "$root" id $user >/dev/null 2>&1 || chroot "$root" useradd -u $((2000 + number)) -g hpc -M -d /home/$user -s /bin/bash $user
-        chroot "$root" usermod -p '*' $user # no password, but not locked: sshd allows public keys
+        chroot "$root" usermod -p '*' $user # no password, but not locked, so that sshd accepts public keys
         echo "$user:$((100000 + number * 100000)):65536" >>"$root/etc/subuid"
         home=$HPC_PREFIX/shared/home/$user
         [ -d "$home" ] || { mkdir -p "$home"; cp "$root"/etc/skel/.[!.]* "$home/" 2>/dev/null || true; }
@@ -101,7 +101,7 @@ write_slurm() {
     local track=proctrack/linuxproc task=task/none gather=jobacct_gather/linux number gres
     mkdir -p "$root/etc/slurm"
     if [ -d /sys/fs/cgroup/memory ] && [ -d /sys/fs/cgroup/freezer ]; then
-        # Cores stay unconstrained: the CPUs announced do not exist.
+        # Cores are not constrained, because the configured CPUs do not exist.
         track=proctrack/cgroup task=task/cgroup gather=jobacct_gather/cgroup
         printf '%s\n' CgroupPlugin=cgroup/v1 CgroupMountpoint=/sys/fs/cgroup ConstrainCores=no ConstrainRAMSpace=yes \
             ConstrainSwapSpace=no ConstrainDevices=yes >"$root/etc/slurm/cgroup.conf"
@@ -115,7 +115,7 @@ write_slurm() {
 ClusterName=hpc
 SlurmctldHost=ctl(10.78.0.2)
 AuthType=auth/munge
-# Also the delay before a requeued job may start again (default 120 s).
+# This is also the delay before a requeued job may start again (default 120 s).
 AuthInfo=cred_expire=5
 CredType=cred/munge
 SlurmUser=slurm
@@ -143,7 +143,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=5
-# A job lost in a fast power cycle is noticed sooner.
+# A job that is lost in a fast power cycle is noticed sooner.
 BatchStartTimeout=5
 MessageTimeout=10
 KillWait=3

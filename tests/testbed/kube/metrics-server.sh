@@ -1,23 +1,23 @@
 #!/bin/bash
 # metrics-server, unmodified, as a process of the host: metrics-server.sh up | down
-# The API server finds it by a Service without selector and an EndpointSlice with the host's address; it finds the
-# kubelet by the Node, and checks its serving certificate.
+# The API server finds it through a Service without a selector and an EndpointSlice with the host's address. It finds the
+# kubelet through the Node, and checks its serving certificate.
 . "$(dirname "$0")/../lib.sh"
 . "$testbed/stack.sh"
 state=$KUBE_PREFIX/run
 pidfile=$state/metrics-server.pid
 here=$testbed/kube/metrics-server
-address=10.77.0.1 # an EndpointSlice takes no loopback address
+address=10.77.0.1 # an EndpointSlice must not have a loopback address
 port=10443
 
-certificate() { # signed by the cluster's CA, for the name that the API server asks for
+certificate() { # signed by the cluster's CA, for the name that the API server uses
     [ ! -f "$state/metrics-server.crt" ] || return 0
     openssl req -new -newkey rsa:2048 -nodes -keyout "$state/metrics-server.key" -out "$state/metrics-server.csr" -subj /CN=metrics-server 2>/dev/null
     openssl x509 -req -in "$state/metrics-server.csr" -CA "$state/ca.crt" -CAkey "$state/ca.key" -CAcreateserial -days 365 \
         -out "$state/metrics-server.crt" -extfile <(echo "extendedKeyUsage=serverAuth"; echo "subjectAltName=DNS:metrics-server.kube-system.svc") 2>/dev/null
     rm "$state/metrics-server.csr"
 }
-objects() { # what the upstream manifest has, without its Deployment
+objects() { # the objects of the upstream manifest without its Deployment
     sed -e "s|@CA@|$(base64 -w0 "$state/ca.crt")|" -e "s|@ADDRESS@|$address|" -e "s|@PORT@|$port|" "$here/objects.yaml" | kubectl apply -f - >/dev/null
 }
 kubeconfig() { # of its own ServiceAccount
@@ -32,7 +32,7 @@ kubeconfig() { # of its own ServiceAccount
     ) >/dev/null
 }
 up() {
-    [ -z "$given_kubeconfig" ] || die "KUBECONFIG is somebody else's: its cluster has its own metrics-server"
+    [ -z "$given_kubeconfig" ] || die "KUBECONFIG is set: that cluster has its own metrics-server"
     "$testbed/kube/setup.sh" metrics-server
     certificate
     objects
@@ -52,7 +52,7 @@ case ${1:-} in
 up) up ;;
 down)
     stop "$pidfile"
-    # An APIService that nobody answers slows every discovery down.
+    # An APIService without a backend slows down every discovery.
     kubectl delete apiservice v1beta1.metrics.k8s.io --ignore-not-found >/dev/null 2>&1 || true
     ;;
 *) sed -n 2p "$0" >&2; exit 2 ;;

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Builds into $KUBE_PREFIX/bin what is not there yet; versions stand in go.mod and go-VERSION.mod:
+# Builds into $KUBE_PREFIX/bin what is missing there; the versions are in go.mod and go-VERSION.mod:
 #   setup.sh [control-plane] [helm] [metrics-server] [kubectl]
-# control-plane: main.go (etcd, Kubernetes $KUBE_VERSION, kubectl; about 6 minutes on 2 cores). metrics-server: unmodified, by a
-# go.mod of its own. kubectl: alone, for somebody else's cluster.
+# control-plane: main.go (etcd, Kubernetes $KUBE_VERSION, kubectl; about 6 minutes on 2 cores). metrics-server: unmodified, with its
+# own go.mod. kubectl: only kubectl, for a given cluster.
 . "$(dirname "$0")/../lib.sh"
 here=$testbed/kube
 bin=$KUBE_PREFIX/bin
@@ -14,16 +14,16 @@ modules=$here/go-$KUBE_VERSION
 mkdir -p "$bin"
 export CGO_ENABLED=0
 
-# go_build WHAT go-ARGUMENTS...: says every 15 s how far it is.
+# go_build WHAT go-ARGUMENTS...: prints the progress every 15 s.
 go_build() {
     local what=$1 line count=0 said=$SECONDS
     shift
-    # Same flags for all, so that what they share is compiled once; -s -w would drop the debugging information at the end.
-    # The compilers' garbage collectors run less: a sixth of the time, for some hundred MB.
+    # The flags are the same for all programs, so that shared packages are compiled once; -s -w would drop the debugging information at the end.
+    # The garbage collectors of the compilers run less often, which saves a sixth of the time for some hundred MB.
     GOGC=400 go "$1" -v -trimpath -gcflags=all=-dwarf=false "${@:2}" 2>&1 | while read -r line; do
         case $line in
         'go: downloading '*) line="downloads ${line#go: downloading }" ;;
-        *[!a-zA-Z0-9._/~+-]*) echo "$line" >&2 ;; # no package's name: an error's words
+        *[!a-zA-Z0-9._/~+-]*) echo "$line" >&2 ;; # not the name of a package: an error message
         *) count=$((count + 1)) line="$count packages are compiled" ;;
         esac
         [ $((SECONDS - said)) -lt 15 ] || { say "$what: $line"; said=$SECONDS; }
@@ -63,7 +63,7 @@ build_helm() {
     [ "$(cat "$bin/.helm" 2>/dev/null)" != $helm_version ] || return 0
     install_go
     say "building helm $helm_version (about a minute, once)"
-    # Without a cluster to ask (helm template, skaffold render) it takes this for the version of Kubernetes.
+    # If there is no cluster to ask (helm template, skaffold render), helm uses this as the version of Kubernetes.
     vars="-X $helm_module/pkg/chartutil.k8sVersionMajor=1 -X $helm_module/pkg/chartutil.k8sVersionMinor=36 -X $helm_module/internal/version.version=$helm_version"
     GOBIN=$bin go_build helm install -ldflags "-s -w $vars" $helm_module/cmd/helm@$helm_version
     echo $helm_version >"$bin/.helm"

@@ -1,4 +1,4 @@
 #!/bin/bash
-# Ends what start.sh started, by its pid files.
+# Stops the processes that start.sh started, by their pid files.
 . "$(dirname "$0")/../lib.sh"
 for name in metrics-server kube-scheduler kube-controller-manager kube-apiserver etcd; do stop "$KUBE_PREFIX/run/$name.pid"; done

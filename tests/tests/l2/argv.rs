@@ -1,5 +1,5 @@
 //! Level 2: arguments and environment arrive byte for byte, from a pod in the API server to what the
-//! kernel says of the process, through the real kubelet, agent and shim.
+//! kernel reports for the process, through the real kubelet, agent and shim.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -21,13 +21,13 @@ const SIZE: Size = Size {
     cases: 10,
 };
 
-/// The seed of the plan: any other is as good.
+/// The seed of the plan; any other would do.
 const SEED: u64 = 0x6b6e_6f63;
 
-/// What a container finds in its environment that its pod did not say.
+/// Variables in a container's environment that its pod did not set.
 const GIVEN: [&str; 6] = ["PATH", "HOME", "HOSTNAME", "TERM", "PWD", "TMPDIR"];
 
-/// Together, from the first pod's creation.
+/// The limit for all pods together, from the creation of the first.
 const LIMIT: Duration = Duration::from_mins(3);
 
 /// Logs read at the same time.
@@ -69,12 +69,10 @@ async fn five_thousand_cases_of_argv_and_environment_arrive_byte_for_byte() -> a
     Ok(())
 }
 
-/// The same by name, without the kubelet: where this fails, agent or shim are at fault.
+/// The classes by name, without the kubelet: if this test fails, the agent or the shim is at fault.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_nasty_class_arrives_through_agent_and_shim() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let bounds = Size {
         pods: 2,
         containers: 3,

@@ -1,4 +1,4 @@
-//! Level 2: a reader that stops holds up its own stream, and no other of the same connections.
+//! Level 2: a reader that stalls blocks its own stream, and no other stream of the same connections.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use tokio_stream::wrappers::ReceiverStream;
 
 const SOON: Duration = Duration::from_secs(40);
 
-/// Each leaves a stream's window full at both links: together many times what is on its way between two hops.
+/// Each fills a stream's window at both links; together this is many times what is in flight between two hops.
 const STALLED: usize = 24;
 
-/// What so many writers have written together; an error where it cannot be read.
+/// The number of bytes that all writers have written together, or an error if it cannot be read.
 fn written(pids: &[i32]) -> Result<u64, String> {
     let of = |pid: &i32| {
         let text = std::fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
@@ -28,10 +28,8 @@ fn written(pids: &[i32]) -> Result<u64, String> {
 }
 
 #[tokio::test]
-async fn readers_that_stop_hold_up_nobody_else() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+async fn readers_that_stall_block_no_other_stream() -> anyhow::Result<()> {
+    let (site, _agent, mut client) = Site::start(Options::default()).await?;
     let pod = Pod::new("stalled", vec![container("main", &["sleep", "600"], &[])]);
     pod.ensure(&client).await?;
     pod.running(&client, SOON).await?;

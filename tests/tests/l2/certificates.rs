@@ -1,4 +1,4 @@
-//! Level 2: what becomes of certificates: denied, expired, of another CA, renewed. Streams are open all the while.
+//! Level 2: certificates that are denied, expired, issued by another CA or renewed while streams are open.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming, transport::Channel};
 
-/// What the issue allows.
+/// How long it may take until the connections of a denied certificate are cut.
 const MINUTE: Duration = Duration::from_mins(1);
 const SOON: Duration = Duration::from_secs(20);
 
@@ -60,7 +60,7 @@ async fn is_cut(mut stream: Streaming<pb::PodEvent>, what: &str) -> anyhow::Resu
     ended.await.with_context(|| format!("{what} goes on"))
 }
 
-/// A process that echoes, over a stream that stays open.
+/// An echo process, over a stream that stays open.
 struct Echo {
     input: mpsc::Sender<pb::ExecInput>,
     output: Streaming<pb::ExecOutput>,
@@ -126,7 +126,7 @@ async fn finding(client: &mut Client, check: &str) -> anyhow::Result<pb::Finding
     anyhow::bail!("no finding {check}")
 }
 
-/// A new certificate, as the kubelet asks for it.
+/// Requests a new certificate as the kubelet does.
 async fn renewed(site: &Site, client: &mut Client) -> anyhow::Result<(CertifiedKey, Credentials)> {
     let request = Request::generate("test")?;
     let asked = pb::RenewCertificateRequest {
@@ -211,7 +211,7 @@ async fn a_stream_ends_with_its_certificate_unless_that_was_renewed() -> anyhow:
     ensure!(info.identity == Ok(ctl("kept")) && info.ancestors.len() == 1);
     is_cut(expires, "the stream of an expired certificate").await?;
     ensure!(Timestamp::now() >= dates.until);
-    // The same stream, on the connection that the old certificate opened.
+    // It is the same stream, on the connection that was opened with the old certificate.
     goes_on.say("after the end of the old certificate").await?;
     let mut new = site.client_with(renewal)?;
     new.get_info(pb::GetInfoRequest::default()).await?;
@@ -235,7 +235,7 @@ async fn a_replaced_ca_ends_open_connections_of_the_old_one() -> anyhow::Result<
 }
 
 #[tokio::test]
-async fn a_faulty_site_file_keeps_the_policy_and_says_so() -> anyhow::Result<()> {
+async fn a_faulty_site_file_keeps_the_policy_and_is_reported() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let _agent = site.agent(&[]).await?;
     let mut denied = site.client_with(site.issue(&ctl("denied"), hours())?)?;
@@ -278,7 +278,7 @@ async fn a_faulty_site_file_keeps_the_policy_and_says_so() -> anyhow::Result<()>
     Ok(())
 }
 
-/// Health and reflection tell what is there; they are for those who are served.
+/// Health and reflection reveal which services exist, so only clients that are served get an answer.
 #[tokio::test]
 async fn health_and_reflection_answer_only_those_who_are_served() -> anyhow::Result<()> {
     let site = Site::new(Options {
@@ -388,7 +388,7 @@ async fn the_agent_renews_its_own_certificate() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The bundle that is mounted ends while the kubelet runs; what it renewed lies in its Secret, and the next start has it.
+/// The mounted bundle expires while the kubelet runs. Its renewed certificate is in its Secret, and the next start uses it.
 #[tokio::test]
 async fn a_kubelet_outlives_its_bundle() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;

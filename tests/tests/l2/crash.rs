@@ -1,5 +1,5 @@
 //! Level 2: agent, shim and kubelet die at each boundary of an effect, and at random moments under
-//! load. After it no second job ran a pod's containers, none was lost, and nothing is left.
+//! load. Afterwards, no second job has run a pod's containers, no pod was lost, and nothing is left over.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -13,10 +13,10 @@ use knoc_tests::wait_for;
 use serde_json::{Value, json};
 use tonic::transport::Channel;
 
-/// From a restart to the right state.
+/// The time from a restart to the correct state.
 const RIGHT: Duration = Duration::from_secs(40);
 
-/// The same while it is killed again and again.
+/// The time to the correct state while the process is killed repeatedly.
 const UNDER_LOAD: Duration = Duration::from_mins(3);
 
 /// How often the agent is killed under load.
@@ -30,7 +30,7 @@ async fn agent_dies_at(point: &str) -> anyhow::Result<()> {
     let pod = Pod::counting(&site, "crash", 0.5)?;
     let mut doomed = site.agent(&[("KNOC_CRASH_AT", point)]).await?;
     let client = site.client()?;
-    // It may die before it answers; then Kubernetes' side asks again, as a kubelet does.
+    // The agent may die before it answers; the request is then repeated, as a kubelet does.
     let _answer = client.clone().ensure_pod(pod.request.clone()).await;
     let status = doomed.ended(RIGHT).await.context(point.to_owned())?;
     anyhow::ensure!(
@@ -92,15 +92,13 @@ async fn the_agent_dies_after_taking_a_report() -> anyhow::Result<()> {
     agent_dies_at("agent.report.after").await
 }
 
-/// A job that ends without its report is Failed, never guessed to have gone well, and its containers
-/// do not outlive it.
+/// A job that ends without a report has failed; it is never assumed to have succeeded, and its containers do not outlive it.
 async fn shim_dies_at(point: &str, may_run: usize) -> anyhow::Result<()> {
-    let site = Site::new(Options {
+    let (site, agent, client) = Site::start(Options {
         prelude: format!("export KNOC_CRASH_AT={point}\n"),
         ..Options::default()
-    })?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    })
+    .await?;
     let pod = Pod::counting(&site, "crash", 30.0)?;
     pod.ensure(&client).await?;
     let outcome = pod
@@ -165,7 +163,7 @@ async fn the_agent_dies_fifty_times_under_load() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Kills the agent at random moments, then lets it live and the load end.
+/// Kills the agent at random moments, then lets it run until the load ends.
 async fn kill_often(site: &Site, stop: &AtomicBool) -> anyhow::Result<Daemon> {
     for kill in 0..KILLS {
         let agent = site.agent(&[]).await.with_context(|| site.log())?;
@@ -178,7 +176,7 @@ async fn kill_often(site: &Site, stop: &AtomicBool) -> anyhow::Result<Daemon> {
     Ok(agent)
 }
 
-/// Pod after pod, each until it has ended well; answers them all.
+/// Runs pods one after the other, each until it has succeeded; returns all of them.
 async fn load(
     site: &Site,
     client: &AgentClient<Channel>,
@@ -187,7 +185,7 @@ async fn load(
 ) -> anyhow::Result<Vec<Pod>> {
     let mut pods = Vec::new();
     while pods.is_empty() || !stop.load(Ordering::Relaxed) {
-        // All kills may come while this one runs.
+        // All kills may happen while this pod runs.
         let pod = Pod::counting(site, &format!("load-{worker}-{}", pods.len()), 0.3)?;
         pod.ensure(client).await?;
         pod.succeeded(client, UNDER_LOAD)
@@ -198,7 +196,7 @@ async fn load(
     Ok(pods)
 }
 
-/// The spec of a pod that notes in `runs/UID` that it ran.
+/// The spec of a pod that records in `runs/UID` that it ran.
 fn counting(site: &Site) -> anyhow::Result<Value> {
     let runs = site.path("runs");
     std::fs::create_dir_all(&runs)?;
@@ -210,7 +208,7 @@ fn counting(site: &Site) -> anyhow::Result<Value> {
     Ok(json!({"containers": [main]}))
 }
 
-/// The kubelet dies at the point, is started again, and the pod ends as it must.
+/// The kubelet dies at the point and is restarted, and the pod ends as expected.
 async fn kubelet_dies_at(point: &str) -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let agent = site.agent(&[]).await?;

@@ -1,5 +1,5 @@
-//! Level 2: one address keeps 5,000 silent connections to a port open, and everybody else is served: within a second at
-//! another address, within three at the same one.
+//! Level 2: one address keeps 5,000 silent connections to a port open, and other clients are served: within a second at another
+//! address, within three seconds at the same address.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -21,20 +21,20 @@ use tonic::transport::Channel;
 
 const CONNECTIONS: usize = 5000;
 
-/// The goals, each for a client's address.
+/// The time limits, one per client address.
 const GOALS: [(Ipv4Addr, Duration); 2] = [
     (Ipv4Addr::LOCALHOST, Duration::from_secs(1)),
     (ATTACKER, Duration::from_secs(3)),
 ];
 
-/// One flood at a time: they would measure each other.
+/// Only one flood runs at a time, because floods would influence each other's times.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
-/// How often is asked until an answer comes within the goal. Tests run side by side on machines with few processors, so one
-/// answer may wait for its turn; a port that is closed gives none in time, however often it is asked.
+/// The number of attempts to get an answer within the limit. Tests run in parallel on machines with few processors, so one answer may
+/// be delayed; a blocked port never answers in time, however often it is tried.
 const TRIES: usize = 5;
 
-/// Asks from each address; the question goes to a relay that sits there.
+/// Sends a request from each address, through a relay at that address.
 async fn within_the_goals(
     target: SocketAddr,
     mut ask: impl AsyncFnMut(SocketAddr) -> anyhow::Result<()>,
@@ -69,7 +69,7 @@ fn credentials(site: &Site, name: &str) -> anyhow::Result<Credentials> {
     Ok(Credentials::from_files(ca, cert, key)?)
 }
 
-/// A new link to the agent, and a question over it.
+/// Opens a new link to the agent and sends a request over it.
 async fn ask_agent(address: SocketAddr, credentials: Credentials) -> anyhow::Result<()> {
     let carrier = knoc_link::Carrier::Tcp(address.to_string());
     let channel = knoc_link::dial(carrier, Some(credentials), ExpectPeer::AnyAgent)?;
@@ -90,7 +90,7 @@ async fn silent_connections_close_no_port_of_the_agent() -> anyhow::Result<()> {
     .await
     .context("the port for kubelets")?;
     drop(flood);
-    // The log says what goes on, in few lines.
+    // The log reports it in a few lines.
     let log = std::fs::read_to_string(site.path("agent.log"))?;
     let about = log.lines().filter(|line| line.contains("127.0.0.2"));
     let lines = about.count();
@@ -133,7 +133,7 @@ async fn silent_connections_do_not_close_the_kubelets_port() -> anyhow::Result<(
     within_the_goals(kubelet.address(), ask_kubelet).await
 }
 
-/// Ticks of computing time that a process has used.
+/// The CPU time that a process has used, in ticks.
 fn ticks(pid: Pid) -> anyhow::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))?;
     let after_name = stat.rsplit_once(')').context("no name")?.1;
@@ -149,7 +149,7 @@ async fn an_agent_without_descriptors_neither_spins_nor_stays_closed() -> anyhow
     let pid = Pid::from_raw(i32::try_from(pid)?).context("no pid")?;
     let ask = async || ask_agent(site.address(), credentials(&site, "kubelet")?).await;
     ask().await?;
-    // Fewer than it has open: every `accept` fails.
+    // Fewer than it has open, so every `accept` fails.
     let low = |current| Rlimit {
         current: Some(current),
         maximum: rustix::process::getrlimit(Resource::Nofile).maximum,
@@ -176,9 +176,9 @@ async fn an_agent_without_descriptors_neither_spins_nor_stays_closed() -> anyhow
     Ok(())
 }
 
-/// With few descriptors the bounds are lower, and still nobody is kept out.
+/// With few descriptors the limits are lower, and still no client is kept out.
 #[tokio::test]
-async fn a_low_limit_of_open_files_is_kept_to() -> anyhow::Result<()> {
+async fn a_low_limit_of_open_files_is_respected() -> anyhow::Result<()> {
     let _alone = ONE_AT_A_TIME.lock().await;
     let site = Site::new(Options::default())?;
     let wrapper = site.path("wrapper");
@@ -199,7 +199,7 @@ async fn a_low_limit_of_open_files_is_kept_to() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How many connections of this port are accepted. The descriptors of the agent are shown to root alone.
+/// How many connections of this port are accepted. Only root can see the agent's descriptors.
 fn accepted(address: SocketAddr) -> anyhow::Result<usize> {
     let port = format!(":{:04X}", address.port());
     let table = std::fs::read_to_string("/proc/net/tcp")?;

@@ -1,9 +1,9 @@
-//! Level 2: what a peer or a pod says never becomes a line of a log, and moves nobody's cursor.
+//! Level 2: text from a peer or a pod never becomes a log line of its own and never moves a cursor.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use knoc_proto::{pb, text::is_unshown};
+use knoc_proto::text::is_unshown;
 use knoc_tests::{
     site::{Kubelet, Options, Pod, Site, container},
     wait_for,
@@ -19,10 +19,10 @@ use tokio_rustls::TlsConnector;
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// Begins a line that looks like one of ours, and clears a terminal.
+/// Text that begins a line like one of ours, and clears a terminal.
 const FORGED: &str = "\n2026-11-28T00:00:00.000000Z  INFO knoc: forged\r\u{1b}[2J";
 
-/// A log in which these words stand, and no line of the peer's own.
+/// Checks that the log contains these words, and no line that the peer forged.
 fn harmless(log: &str, words: &str) -> anyhow::Result<()> {
     ensure!(log.contains(words), "the peer is not in the log: {log}");
     for line in log.lines() {
@@ -32,7 +32,7 @@ fn harmless(log: &str, words: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Shows a server a certificate of nobody's CA, with such names, and asks it something.
+/// Connects to a server with a certificate of an unknown CA that contains such names, and sends a request.
 async fn call(site: &Site, address: SocketAddr) -> anyhow::Result<()> {
     let mut roots = RootCertStore::empty();
     let ca = std::fs::read(site.path("ca.crt"))?;
@@ -56,7 +56,7 @@ async fn call(site: &Site, address: SocketAddr) -> anyhow::Result<()> {
     let mut stream = TlsConnector::from(Arc::new(config))
         .connect(name, stream)
         .await?;
-    // Refused by an alert or an answer.
+    // It is rejected by an alert or by an answer.
     let asked = stream.write_all(b"GET /pods HTTP/1.1\r\nhost: k\r\nconnection: close\r\n\r\n");
     drop(asked.await);
     let mut answer = Vec::new();
@@ -66,7 +66,7 @@ async fn call(site: &Site, address: SocketAddr) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_certificate_writes_no_line_of_a_log() -> anyhow::Result<()> {
+async fn a_certificate_cannot_forge_a_line_of_a_log() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let _agent = site.agent(&[]).await?;
     let kubelet = Kubelet::prepare(&site).await?;
@@ -79,12 +79,12 @@ async fn a_certificate_writes_no_line_of_a_log() -> anyhow::Result<()> {
             ("KNOC_LOG_FORMAT", format),
         ];
         let _kubelet = kubelet.start(&site, &env).await?;
-        // The agent names an identity only where it is one.
+        // The agent names an identity only if it is valid.
         for (address, log, words) in [
             (kubelet.address(), "kubelet.log", "forged"),
             (site.address(), "agent.log", "connection refused"),
         ] {
-            // The Node is still Ready when the second kubelet starts: it may not listen yet.
+            // The Node is still Ready when the second kubelet starts, so that kubelet may not listen yet.
             wait_for(log, SOON, async || call(&site, address).await).await?;
             wait_for("the refusal in the log", SOON, async || {
                 let log = std::fs::read_to_string(site.path(log))?;
@@ -97,21 +97,15 @@ async fn a_certificate_writes_no_line_of_a_log() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn what_a_pod_says_moves_no_cursor_of_knocctl() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+async fn control_characters_from_a_pod_are_escaped_by_knocctl() -> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let script = "printf 'a\\n2026-11-28T00:00:00 forged\\r\\033[2J\\302\\233'; exit 3";
     let mut main = container("main", &["/bin/sh", "-c", script], &[]);
     main.termination_message_fallback_to_logs = true;
     let pod = Pod::new("nasty", vec![main]);
     pod.ensure(&client).await?;
     pod.finished(&client, SOON).await?;
-    let observed = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
-    let state = observed.containers[0].state.clone();
-    let Some(pb::container_status::State::Terminated(ended)) = state else {
-        anyhow::bail!("{state:?}");
-    };
+    let ended = pod.terminated(&client, "main").await?;
     ensure!(ended.message.contains('\u{1b}'), "not said: {ended:?}");
     for command in [
         ["describe", "nasty", "-o", "table"],
@@ -137,9 +131,7 @@ async fn what_a_pod_says_moves_no_cursor_of_knocctl() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn a_pod_of_the_longest_names_runs() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let (name, container_name) = ("p".repeat(253), "c".repeat(63));
     let variable = "V".repeat(1000);
     let main = container(&container_name, &["/bin/sh", "-c", "env"], &[]);

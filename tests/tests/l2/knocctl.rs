@@ -90,7 +90,7 @@ async fn exec_has_a_real_terminal() -> anyhow::Result<()> {
     terminal.type_text("stty size; echo be''gun\n")?;
     terminal.expect("begun").await?;
     terminal.expect("30 90").await?;
-    // A shell gives up the whole line on `^C`, so the next line asks for the code.
+    // A shell discards the whole line on `^C`, so the next line prints the code.
     terminal.type_text("echo go''es; sleep 100\n")?;
     terminal.expect("goes").await?;
     terminal.type_text("\u{3}")?;
@@ -113,7 +113,7 @@ async fn script_shows_the_job_and_submits_nothing() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_probe_goes_the_whole_way() -> anyhow::Result<()> {
+async fn a_probe_job_checks_the_whole_chain() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let _agent = site.agent(&[]).await?;
     let findings = doctor::examine(site.knocctl(["doctor", "--probe"])?).await?;
@@ -138,7 +138,7 @@ async fn a_probe_whose_job_cannot_run_says_where_the_chain_ends() -> anyhow::Res
 }
 
 #[tokio::test]
-async fn doctor_names_an_agent_that_is_down_with_cause_and_cure() -> anyhow::Result<()> {
+async fn doctor_names_an_agent_that_is_down_with_the_cause_and_the_fix() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let by_tcp = site.knocctl(["doctor"])?.output().await?;
     let cause = format!(
@@ -152,7 +152,7 @@ async fn doctor_names_an_agent_that_is_down_with_cause_and_cure() -> anyhow::Res
         "{}",
         by_tcp.text()
     );
-    // As on the login node: without a configuration the agent's socket is the way.
+    // As on the login node: without a configuration, knocctl uses the agent's socket.
     let by_socket = Run::new(knoc_tests::site::binary("knocctl")?)
         .env_clear()
         .env("HOME", site.path("scratch"))
@@ -172,7 +172,7 @@ async fn doctor_names_an_agent_that_is_down_with_cause_and_cure() -> anyhow::Res
     Ok(())
 }
 
-/// knocctl as its user has it on the agent's host: no variable of ours, the socket where the agent puts it.
+/// knocctl as a user runs it on the agent's host: without variables of the tests, with the agent's default socket.
 fn beside_the_agent(site: &Site, args: &[&str]) -> anyhow::Result<Run> {
     let place = site.path("run/knoc");
     if !place.exists() {
@@ -203,7 +203,7 @@ async fn on_the_login_node_the_file_of_init_asks_for_no_certificate() -> anyhow:
     let init = init.args(["--address", &address, "--scheduler", "local"]);
     init.env("HOME", site.path("home")).ok().await?;
     ensure!(site.path("home/.config/knoc/knocctl.toml").is_file());
-    // Where the agent is not, the file's only context is used. This agent is of another CA than `init` has made.
+    // On another host, the only context of the file is used. This agent uses another CA than the one that `init` created.
     let away = beside_the_agent(&site, &["doctor"])?.output().await?;
     ensure!(
         away.code != 0 && away.text().contains("context other of"),
@@ -214,7 +214,7 @@ async fn on_the_login_node_the_file_of_init_asks_for_no_certificate() -> anyhow:
     ensure!(info.text().contains("test"), "{info}");
     let doctor = beside_the_agent(&site, &["doctor"])?.ok().await?;
     ensure!(doctor.text().contains("/run/knoc/agent.sock"), "{doctor}");
-    // Whoever asks for the context, or for the file, gets it.
+    // If the context or the file is given, it is used.
     let file = site.path("home/.config/knoc/knocctl.toml");
     for option in [
         ["--context", "other"],

@@ -1,4 +1,4 @@
-//! Level 2: who may claim the leadership of a node: its own kubelet, with a valid request, by a clock like ours.
+//! Level 2: who may claim the leadership of a node: only its own kubelet, with a valid request and a correct clock.
 
 use anyhow::ensure;
 use jiff::Timestamp;
@@ -31,7 +31,7 @@ fn now() -> i64 {
     Timestamp::now().as_second()
 }
 
-/// A `ctl` certificate once stored 2^63 - 1 by an invalid request, and locked every kubelet out.
+/// A `ctl` certificate could once store 2^63 - 1 with an invalid request, which locked every kubelet out.
 #[tokio::test]
 async fn nobody_but_a_nodes_kubelet_claims_its_epochs() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
@@ -49,7 +49,7 @@ async fn nobody_but_a_nodes_kubelet_claims_its_epochs() -> anyhow::Result<()> {
         let status = refused(answer, ErrorReason::LeadershipDenied)?;
         ensure!(status.message().contains("compare the clocks"), "{status}");
     }
-    // What names a cluster and is no kubelet pins none, and an invalid request keeps nothing.
+    // A client that is not a kubelet does not pin its cluster, and an invalid request stores nothing.
     ctl.clone().ensure_pod(pod("by-ctl", "", 0).request).await?;
     let mut invalid = pod("x", "a", now()).request;
     if let Some(spec) = &mut invalid.spec {
@@ -57,7 +57,7 @@ async fn nobody_but_a_nodes_kubelet_claims_its_epochs() -> anyhow::Result<()> {
     }
     refused(a.ensure_pod(invalid).await, ErrorReason::InvalidSpec)?;
     ensure!(kept(&site).is_empty(), "{}", kept(&site));
-    // The kubelet of the node was locked out by none of this.
+    // None of this locked the node's kubelet out.
     let epoch = now();
     a.ensure_pod(pod("led", "a", epoch).request).await?;
     ensure!(kept(&site).contains(&epoch.to_string()), "{}", kept(&site));
@@ -65,7 +65,7 @@ async fn nobody_but_a_nodes_kubelet_claims_its_epochs() -> anyhow::Result<()> {
     b.ensure_pod(pod("b", "b", 3).request).await?;
     let answer = a.ensure_pod(pod("older", "a", epoch - 1).request).await;
     refused(answer, ErrorReason::StaleLeader)?;
-    // Changes of a pod that is there are judged by its node.
+    // Changes of an existing pod are checked against its node.
     let delete = pb::DeletePodRequest {
         leadership_epoch: epoch,
         cluster_id: CLUSTER.into(),
@@ -79,9 +79,10 @@ async fn nobody_but_a_nodes_kubelet_claims_its_epochs() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn the_site_file_assigns_a_node_and_doctor_says_who_is_locked_out() -> anyhow::Result<()> {
+async fn the_site_file_assigns_a_node_and_doctor_names_kubelets_that_are_denied()
+-> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
-    // As an older agent left it: a kubelet of another name led this node, with an epoch that cannot be.
+    // The state of an older agent: a kubelet with another name led this node, with an impossible epoch.
     let older = format!(
         r#"{{"cluster_id": "{CLUSTER}", "leaders": {{"gpu": {}}}}}"#,
         i64::MAX

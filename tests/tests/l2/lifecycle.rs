@@ -1,4 +1,4 @@
-//! Level 2: the life of a pod on the real agent and shim, with the embedded scheduler and no container runtime.
+//! Level 2: the lifecycle of a pod on the real agent and shim, with the embedded scheduler and no container runtime.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use knoc_proto::{
     reason::ErrorReason,
 };
 use knoc_tests::{
-    site::{CLUSTER, Options, Pod, Site, brief, container},
+    site::{CLUSTER, Options, Pod, Site, brief, container, containers_run, nothing_names},
     wait_for,
 };
 use tonic::transport::Channel;
@@ -19,21 +19,7 @@ fn shell(name: &str, script: &str) -> pb::Container {
     container(name, &["/bin/sh", "-c", script], &[])
 }
 
-fn terminated<'a>(
-    statuses: &'a [pb::ContainerStatus],
-    name: &str,
-) -> anyhow::Result<&'a pb::Terminated> {
-    let status = statuses
-        .iter()
-        .find(|one| one.name == name)
-        .context("no such container")?;
-    match &status.state {
-        Some(pb::container_status::State::Terminated(ended)) => Ok(ended),
-        other => anyhow::bail!("{name} is {other:?}"),
-    }
-}
-
-/// The refusal, which has that reason.
+/// Checks that the request was rejected for that reason; returns the error.
 fn refused<T>(
     answer: Result<T, tonic::Status>,
     reason: ErrorReason,
@@ -65,9 +51,7 @@ async fn logs_ready(pod: &Pod, client: &AgentClient<Channel>) -> anyhow::Result<
 
 #[tokio::test]
 async fn exit_codes_and_signals_decide_the_outcome() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     for (uid, script, code, signal, kind) in [
         ("good", "echo fine", 0, 0, pb::OutcomeKind::Succeeded),
         ("bad", "exit 7", 7, 0, pb::OutcomeKind::Failed),
@@ -80,8 +64,7 @@ async fn exit_codes_and_signals_decide_the_outcome() -> anyhow::Result<()> {
             .await
             .with_context(|| site.log())?;
         ensure!(outcome.kind() == kind, "{uid}: {outcome:?}");
-        let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
-        let ended = terminated(&seen.containers, "main")?;
+        let ended = pod.terminated(&client, "main").await?;
         ensure!(
             (ended.exit_code, ended.signal) == (code, signal),
             "{uid}: {ended:?}"
@@ -92,9 +75,7 @@ async fn exit_codes_and_signals_decide_the_outcome() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn init_containers_come_first_and_in_order() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let notes = site.path("notes");
     let note = |word: &str| shell(word, &format!("echo {word} >>{}", notes.display()));
     let pod = Pod::new("ordered", vec![note("third"), shell("fourth", "true")]);
@@ -112,9 +93,7 @@ async fn init_containers_come_first_and_in_order() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn a_failed_container_is_restarted_with_back_off_until_it_succeeds() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let count = site.path("count");
     let script = format!("echo x >>{0}; [ $(wc -l <{0}) = 3 ]", count.display());
     let pod = Pod::new("again", vec![shell("main", &script)]);
@@ -125,7 +104,7 @@ async fn a_failed_container_is_restarted_with_back_off_until_it_succeeds() -> an
     pod.succeeded(&client, SOON)
         .await
         .with_context(|| site.log())?;
-    let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+    let seen = pod.state(&client).await?;
     ensure!(
         seen.containers[0].restart_count == 2,
         "{:?}",
@@ -134,73 +113,43 @@ async fn a_failed_container_is_restarted_with_back_off_until_it_succeeds() -> an
     Ok(())
 }
 
-/// Compute nodes that cannot reach the agent: the files say how a pod is, a signal ends it with its grace.
+/// If compute nodes cannot reach the agent, the files give a pod's status, and a signal ends it with its grace period.
 #[tokio::test]
 async fn a_pod_whose_link_never_comes_up_has_a_status_and_logs_and_is_deleted() -> anyhow::Result<()>
 {
-    let site = Site::new(Options {
-        // Nobody listens there.
-        shims_dial: Some(([127, 0, 0, 1], 1).into()),
-        ..Options::default()
-    })?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::without_link()).await?;
     let script = "trap 'sleep 1; exit 3' TERM; echo ready; while :; do sleep 0.05; done";
     let pod = Pod::new("unlinked", vec![shell("main", script)]);
     pod.ensure(&client).await?;
-    wait_for("the container runs", 2 * SOON, async || {
-        let seen = pod.observe(&client).await?;
-        match seen.containers.first().and_then(|one| one.state.clone()) {
-            Some(pb::container_status::State::Running(_)) if !seen.shim_connected => Ok(()),
-            _ => Err(brief(&seen)),
-        }
-    })
-    .await
-    .with_context(|| site.log())?;
+    let without_link = |seen: &pb::PodObserved| containers_run(seen) && !seen.shim_connected;
+    pod.wait_for_state(&client, "it runs without a link", 2 * SOON, without_link)
+        .await
+        .with_context(|| site.log())?;
     logs_ready(&pod, &client)
         .await
         .with_context(|| site.log())?;
-    let request = pb::DeletePodRequest {
-        cluster_id: CLUSTER.into(),
-        uid: "unlinked".into(),
-        grace_seconds: 20,
-        reason: "the test".into(),
-        ..pb::DeletePodRequest::default()
-    };
-    client.clone().delete_pod(request).await?;
+    pod.delete(&client, 20).await?;
     let outcome = pod.finished(&client, SOON).await?;
     ensure!(outcome.reason == "Deleted", "{outcome:?}");
-    let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
-    let ended = terminated(&seen.containers, "main")?;
+    let ended = pod.terminated(&client, "main").await?;
     ensure!(ended.exit_code == 3, "{ended:?}");
     Ok(())
 }
 
-/// As on any node, and however well the container ends then; by the link, and by a signal where there is none.
+/// As on any node, even if the container then exits with 0; over the link, and by a signal if there is no link.
 #[tokio::test]
 async fn a_running_pod_obeys_a_deadline_that_is_lowered() -> anyhow::Result<()> {
-    for shims_dial in [None, Some(([127, 0, 0, 1], 1).into())] {
-        let site = Site::new(Options {
-            shims_dial,
-            ..Options::default()
-        })?;
-        let _agent = site.agent(&[]).await?;
-        let client = site.client()?;
+    for options in [Options::default(), Options::without_link()] {
+        let (site, _agent, client) = Site::start(options).await?;
         let script = "trap 'echo told; exit 0' TERM; echo ready; while :; do sleep 0.05; done";
         let pod = change(&Pod::new("lowered", vec![shell("main", script)]), |spec| {
             spec.active_deadline_seconds = 3600;
             spec.termination_grace_period_seconds = 20;
         });
         pod.ensure(&client).await?;
-        wait_for("the container runs", 2 * SOON, async || {
-            let seen = pod.observe(&client).await?;
-            match seen.containers.first().and_then(|one| one.state.clone()) {
-                Some(pb::container_status::State::Running(_)) => Ok(()),
-                _ => Err(brief(&seen)),
-            }
-        })
-        .await
-        .with_context(|| site.log())?;
+        pod.wait_for_state(&client, "it runs", 2 * SOON, containers_run)
+            .await
+            .with_context(|| site.log())?;
         logs_ready(&pod, &client)
             .await
             .with_context(|| site.log())?;
@@ -214,9 +163,9 @@ async fn a_running_pod_obeys_a_deadline_that_is_lowered() -> anyhow::Result<()> 
             .await
             .with_context(|| site.log())?;
         ensure!(outcome.reason == "DeadlineExceeded", "{outcome:?}");
-        let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+        let seen = pod.state(&client).await?;
         ensure!(!seen.deleting, "{}", brief(&seen));
-        let ended = terminated(&seen.containers, "main")?;
+        let ended = pod.terminated(&client, "main").await?;
         ensure!(ended.exit_code == 0, "it had its grace: {ended:?}");
     }
     Ok(())
@@ -224,9 +173,7 @@ async fn a_running_pod_obeys_a_deadline_that_is_lowered() -> anyhow::Result<()> 
 
 #[tokio::test]
 async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     for (uid, script, code) in [
         (
             "polite",
@@ -244,18 +191,11 @@ async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
         logs_ready(&pod, &client)
             .await
             .with_context(|| site.log())?;
-        let request = pb::DeletePodRequest {
-            cluster_id: CLUSTER.into(),
-            uid: uid.into(),
-            grace_seconds: 1,
-            reason: "the test".into(),
-            ..pb::DeletePodRequest::default()
-        };
-        client.clone().delete_pod(request).await?;
+        pod.delete(&client, 1).await?;
         pod.finished(&client, SOON).await?;
-        let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+        let seen = pod.state(&client).await?;
         ensure!(seen.deleting, "{}", brief(&seen));
-        let ended = terminated(&seen.containers, "main")?;
+        let ended = pod.terminated(&client, "main").await?;
         ensure!(ended.exit_code == code, "{uid}: {ended:?}");
         pod.remove(&client).await?;
         ensure!(!site.jobdir(uid).exists());
@@ -265,25 +205,17 @@ async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn a_restarted_agent_finds_what_runs_and_what_ended_meanwhile() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let short = Pod::counting(&site, "short", 1.0)?;
     let long = Pod::counting(&site, "long", 5.0)?;
     for pod in [&short, &long] {
         pod.ensure(&client).await?;
-        wait_for("it runs", SOON, async || {
-            let seen = pod.observe(&client).await?;
-            if seen.phase() == pb::PodPhase::Running {
-                Ok(())
-            } else {
-                Err(brief(&seen))
-            }
-        })
-        .await?;
+        let runs = |seen: &pb::PodObserved| seen.phase() == pb::PodPhase::Running;
+        pod.wait_for_state(&client, "it runs", SOON, runs).await?;
     }
     agent.kill().await?;
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    // The job of the short pod ends while there is no agent.
+    nothing_names(&site.jobdir("short"), None).await?;
     let _agent = site.agent(&[]).await?;
     for pod in [&short, &long] {
         pod.succeeded(&client, SOON)
@@ -299,10 +231,8 @@ async fn a_restarted_agent_finds_what_runs_and_what_ended_meanwhile() -> anyhow:
 }
 
 #[tokio::test]
-async fn the_same_pod_again_is_no_op_and_another_shape_a_conflict() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+async fn the_same_pod_again_is_a_no_op_and_another_spec_is_a_conflict() -> anyhow::Result<()> {
+    let (site, _agent, mut client) = Site::start(Options::default()).await?;
     let pod = Pod::counting(&site, "same", 2.0)?;
     let created = client.ensure_pod(pod.request.clone()).await?.into_inner();
     ensure!(created.created);
@@ -362,7 +292,7 @@ async fn an_older_leader_and_another_cluster_are_refused() -> anyhow::Result<()>
     Ok(())
 }
 
-/// Each node has its Lease, and epochs of its own.
+/// Each node has its own Lease and epochs.
 #[tokio::test]
 async fn kubelets_of_two_nodes_share_an_agent() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
@@ -391,9 +321,7 @@ async fn kubelets_of_two_nodes_share_an_agent() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn an_invalid_pod_is_refused_with_all_reasons() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+    let (_site, _agent, mut client) = Site::start(Options::default()).await?;
     let mut twice = Pod::new(
         "invalid",
         vec![shell("main", "true"), shell("main", "true")],

@@ -1,4 +1,4 @@
-//! Level 2: who may talk to the agent. What is refused is logged with the peer and, where known, its identity.
+//! Level 2: who may connect to the agent. Rejected connections are logged with the peer and, if known, its identity.
 
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ async fn a_certificate_of_another_ca_is_refused() -> anyhow::Result<()> {
     let _agent = site.agent(&[]).await?;
     let other = Ca::generate("other")?;
     let pair = other.issue(&ctl(), &[])?;
-    // It trusts the agent, but the agent does not trust it.
+    // The client trusts the agent, but the agent does not trust the client.
     let ca = std::fs::read_to_string(site.path("ca.crt"))?;
     let credentials = Credentials::from_pem(&ca, &pair.cert_pem, &pair.key_pem)?;
     refused(&site, credentials, "spiffe://knoc/ctl/test").await
@@ -86,7 +86,7 @@ async fn without_tls_nobody_is_answered() -> anyhow::Result<()> {
     let mut answer = Vec::new();
     let end = tokio::time::timeout(Duration::from_secs(10), plain.read_to_end(&mut answer)).await;
     drop(end.context("the connection stays open")?);
-    // A TLS alert at most, no HTTP/2 frame.
+    // The server sends at most a TLS alert, and no HTTP/2 frame.
     ensure!(
         answer.first().is_none_or(|first| *first == 0x15),
         "{answer:?}"
@@ -115,7 +115,7 @@ async fn a_mistake_in_the_site_file_is_named_before_anything_starts() -> anyhow:
     let mut agent = site.agent_process(&[])?;
     let status = agent.ended(Duration::from_secs(10)).await?;
     ensure!(!status.success());
-    // Each with its line, and what would be right.
+    // Each mistake is reported with its line and the allowed values.
     let log = site.log();
     let line = |name: &str| {
         let text = std::fs::read_to_string(site.path("agent.toml"))?;

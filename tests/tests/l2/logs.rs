@@ -1,4 +1,4 @@
-//! Level 2: a log goes on, byte for byte, when the shim or its link is lost while somebody reads it.
+//! Level 2: a log that is being read continues, byte for byte, when the shim or its link is lost.
 
 use std::{fmt::Write as _, time::Duration};
 
@@ -7,14 +7,13 @@ use knoc_proto::pb::{self, agent_client::AgentClient};
 use knoc_tests::{
     relay::Relay,
     site::{Options, Pod, Site, container, processes_naming},
-    wait_for,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use tonic::{Streaming, transport::Channel};
 
 const SOON: Duration = Duration::from_secs(30);
 
-/// Ends by itself once `go` is there; before it a lot of lines, after it as many again.
+/// Prints many lines, waits until `go` exists, prints as many again and ends.
 const LINES: usize = 40_000;
 
 fn program(site: &Site) -> pb::Container {
@@ -96,7 +95,7 @@ fn same(what: &str, read: &str, expected: &str) -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn a_log_goes_on_from_the_files_when_the_link_is_cut() -> anyhow::Result<()> {
+async fn a_log_continues_from_the_files_when_the_link_is_cut() -> anyhow::Result<()> {
     let mut relay = Relay::start().await?;
     let site = Site::new(Options {
         shims_dial: Some(relay.address()),
@@ -112,19 +111,11 @@ async fn a_log_goes_on_from_the_files_when_the_link_is_cut() -> anyhow::Result<(
         .with_context(|| site.log())?;
     let mut early = Reading::follow(&pod, &client, |_| ()).await?;
     ensure!(early.step().await?, "the log ended at once");
-    // Of one that has read nothing yet, and of one that counts bytes.
+    // Another reader that has read nothing yet, and one with a byte limit.
     let idle = Reading::follow(&pod, &client, |_| ()).await?;
     let limited = Reading::follow(&pod, &client, |request| request.limit_bytes = 300_000).await?;
     relay.cut();
-    wait_for("the link is down", SOON, async || {
-        let seen = pod.observe(&client).await?;
-        if seen.shim_connected {
-            Err("still connected".to_owned())
-        } else {
-            Ok(())
-        }
-    })
-    .await?;
+    pod.link_down(&client, SOON).await?;
     site.put("go", "")?;
     let expected = whole();
     same("read from the start", &early.rest().await?, &expected)?;
@@ -135,9 +126,7 @@ async fn a_log_goes_on_from_the_files_when_the_link_is_cut() -> anyhow::Result<(
 
 #[tokio::test]
 async fn a_followed_log_ends_with_a_shim_that_was_killed() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let pod = Pod::new("killed", vec![program(&site)]);
     pod.ensure(&client).await?;
     pod.running(&client, SOON)

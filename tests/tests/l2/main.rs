@@ -1,7 +1,7 @@
 //! Level 2: the real binaries over real TLS with the embedded scheduler; no root, no Slurm, no Kubernetes, no container
 //! runtime.
 //!
-//! One program, so that all its tests wait side by side.
+//! The suite is one program, so that all its tests run in parallel.
 
 mod argv;
 mod backpressure;

@@ -1,5 +1,5 @@
-//! Level 2: the agent and all that it starts run on a kernel that is as old as Linux 3.10, which is a
-//! filter here that answers ENOSYS to every later system call. In `make test` these are the static release binaries.
+//! Level 2: the agent and its child processes run on a kernel as old as Linux 3.10, which is simulated by a filter that answers every
+//! later system call with ENOSYS. `make test` runs the static release binaries.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,7 +21,7 @@ fn old_site() -> anyhow::Result<Site> {
     })
 }
 
-/// Does the ELF file ask for a dynamic linker (`PT_INTERP`)?
+/// Whether the ELF file needs a dynamic linker (`PT_INTERP`).
 fn asks_for_a_linker(elf: &[u8]) -> Option<bool> {
     let word = |at: usize| Some(u16::from_le_bytes(elf.get(at..at + 2)?.try_into().ok()?));
     let long = |at: usize| Some(u64::from_le_bytes(elf.get(at..at + 8)?.try_into().ok()?));
@@ -35,9 +35,9 @@ fn asks_for_a_linker(elf: &[u8]) -> Option<bool> {
     Some(kinds?.contains(&3))
 }
 
-/// `make test` names the release build in `KNOC_BIN`: then it is that one which runs under the filter.
+/// `make test` sets `KNOC_BIN` to the release build, which then runs under the filter.
 #[test]
-fn what_runs_here_is_the_static_binary_that_is_shipped() -> anyhow::Result<()> {
+fn the_tested_binary_is_the_static_one_that_is_shipped() -> anyhow::Result<()> {
     let binary = site::binary("knoc-agent")?;
     let elf = std::fs::read(&binary)?;
     let dynamic = asks_for_a_linker(&elf).context("no ELF file")?;
@@ -71,14 +71,7 @@ async fn pods_run_and_their_exit_codes_and_logs_arrive() -> anyhow::Result<()> {
         .with_context(|| site.log())?;
     let outcome = bad.finished(&client, SOON).await?;
     assert_eq!(outcome.kind(), pb::OutcomeKind::Failed, "{outcome:?}");
-    let observed = bad.observe(&client).await.map_err(anyhow::Error::msg)?;
-    let state = observed
-        .containers
-        .first()
-        .and_then(|status| status.state.clone());
-    let Some(pb::container_status::State::Terminated(ended)) = state else {
-        anyhow::bail!("not terminated: {state:?}");
-    };
+    let ended = bad.terminated(&client, "main").await?;
     assert_eq!(ended.exit_code, 3);
     let log = bad.log(&client, "main").await?;
     let mut lines: Vec<&[u8]> = log.split(|byte| *byte == b'\n').collect();

@@ -1,4 +1,4 @@
-//! The packages, made from the binaries under test: the agent's tarball installed by an ordinary user, the kubelet's image.
+//! The packages, built from the binaries under test: the agent's tarball, installed by an ordinary user, and the kubelet's image.
 
 use std::{
     fmt::Write as _,

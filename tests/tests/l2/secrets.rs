@@ -1,4 +1,4 @@
-//! Level 2: where a Secret's value never is: in a log, however much is logged, in a command line, in a file that others read.
+//! Level 2: a Secret's value is never in a log (at any log level), in a command line, or in a file that others can read.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
@@ -16,13 +16,13 @@ const SOON: Duration = Duration::from_secs(30);
 
 const SECRET: &str = "s3cr3t-that-nobody-is-to-see";
 
-/// Nobody but the owner reads where the value is, and no log has it; nor has a command line.
+/// Checks that only the owner can read the files that contain the value, and that no log and no command line contains it.
 fn nobody_sees(site: &Site, uid: &str) -> anyhow::Result<()> {
     let values = site.jobdir(uid).join("values");
     for text in [SECRET.to_owned(), BASE64_STANDARD.encode(SECRET)] {
         for path in holding(&site.path(""), &text)? {
             ensure!(Path::new(&path).starts_with(&values), "{path} has it");
-            // What vanished meanwhile is read by nobody.
+            // A file that was removed meanwhile cannot be read.
             let mode = fs::metadata(&path).map_or(0, |file| file.permissions().mode());
             ensure!(mode.trailing_zeros() >= 6, "{path}: mode {mode:o}");
         }
@@ -43,7 +43,7 @@ async fn a_secret_is_in_no_log_no_command_line_and_no_file_of_others() -> anyhow
         "data": {"token": BASE64_STANDARD.encode(SECRET)},
     });
     kubelet.api.create("v1", "secrets", "default", secret)?;
-    // Its command does not tell the secret: it looks for any of that length.
+    // The command does not contain the secret: it checks only the length.
     let (seen, gate) = (site.path("seen"), site.path("gate"));
     let script = format!(
         "[ ${{#TOKEN}} = {} ] && : >{} && while [ ! -e {} ]; do sleep 0.05; done",
@@ -76,7 +76,7 @@ async fn a_secret_is_in_no_log_no_command_line_and_no_file_of_others() -> anyhow
     nobody_sees(&site, &uid)?;
     let log = fs::read_to_string(site.path("agent.log"))?;
     ensure!(log.contains("DEBUG"), "little is logged: {}", site.log());
-    // The search finds what there is.
+    // The search does find values that are there.
     site.put("told", SECRET)?;
     ensure!(nobody_sees(&site, &uid).is_err(), "the search is blind");
     Ok(())

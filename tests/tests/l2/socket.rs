@@ -1,4 +1,4 @@
-//! Level 2: the agent's unix socket and those who use it. Nobody trusts a socket in a folder that may be somebody else's.
+//! Level 2: the agent's unix socket and its clients. None of them trusts a socket in a folder that others may control.
 
 use std::{
     os::unix::fs::{PermissionsExt as _, symlink},
@@ -15,7 +15,7 @@ use knoc_tests::{
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// A program of ours with this environment and no other.
+/// One of our programs with only this environment.
 fn program(site: &Site, name: &str, runtime_dir: Option<&Path>) -> anyhow::Result<Run> {
     let run = Run::new(binary(name)?)
         .env_clear()
@@ -27,7 +27,7 @@ fn program(site: &Site, name: &str, runtime_dir: Option<&Path>) -> anyhow::Resul
     })
 }
 
-/// What `knocctl info` and `knoc-agent connect` say; both have to fail.
+/// The messages of `knocctl info` and `knoc-agent connect`; both must fail.
 async fn refusals(site: &Site, runtime_dir: Option<&Path>) -> anyhow::Result<[String; 2]> {
     let info = program(site, "knocctl", runtime_dir)?.arg("info");
     let connect = program(site, "knoc-agent", runtime_dir)?.arg("connect");
@@ -40,7 +40,7 @@ async fn refusals(site: &Site, runtime_dir: Option<&Path>) -> anyhow::Result<[St
     said.try_into().ok().context("two programs")
 }
 
-/// Whether both reach the agent.
+/// Checks that both reach the agent.
 async fn reach(site: &Site, runtime_dir: Option<&Path>) -> anyhow::Result<()> {
     let info = program(site, "knocctl", runtime_dir)?
         .arg("info")
@@ -76,13 +76,13 @@ fn deep_site() -> anyhow::Result<(Site, PathBuf)> {
 }
 
 #[tokio::test]
-async fn without_a_runtime_folder_the_socket_lies_in_the_state_directory() -> anyhow::Result<()> {
+async fn without_a_runtime_folder_the_socket_is_in_the_state_directory() -> anyhow::Result<()> {
     let (site, deep) = deep_site()?;
     let _agent = site.agent(&[]).await?;
     let socket = deep.join("socket/agent.sock");
     ensure!(socket.as_os_str().len() > 107 && socket.exists());
     reach(&site, None).await?;
-    // Whoever has a runtime folder, and an agent that had none, finds it too.
+    // A client with a runtime folder also finds the socket of an agent without one.
     let run = site.path("run");
     std::fs::create_dir(&run)?;
     mode(&run, 0o700)?;
@@ -95,8 +95,7 @@ async fn without_a_runtime_folder_the_socket_lies_in_the_state_directory() -> an
 }
 
 #[tokio::test]
-async fn a_runtime_folder_that_is_not_there_or_not_ours_is_said_and_not_used() -> anyhow::Result<()>
-{
+async fn a_missing_or_foreign_runtime_folder_is_logged_and_not_used() -> anyhow::Result<()> {
     for (name, why) in [("nowhere", "No such file"), ("open", "writable by others")] {
         let (site, deep) = deep_site()?;
         let run = site.path(name);
@@ -114,9 +113,9 @@ async fn a_runtime_folder_that_is_not_there_or_not_ours_is_said_and_not_used() -
     Ok(())
 }
 
-/// A listener of somebody who has got hold of the path: it is never spoken to.
+/// A listener of another user on that path: nobody connects to it.
 #[tokio::test]
-async fn a_folder_that_is_anybodys_is_spoken_to_by_nobody() -> anyhow::Result<()> {
+async fn a_socket_in_a_folder_that_others_can_write_is_not_used() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let folder = site.path("socket");
     std::fs::create_dir(&folder)?;
@@ -125,7 +124,7 @@ async fn a_folder_that_is_anybodys_is_spoken_to_by_nobody() -> anyhow::Result<()
     for said in refusals(&site, None).await? {
         ensure!(said.contains("mode 0755"), "{said}");
     }
-    // A link to a folder that has the right mode is none of ours either.
+    // A link to a folder with the correct mode is not used either.
     let elsewhere = site.path("elsewhere");
     std::fs::rename(&folder, &elsewhere)?;
     mode(&elsewhere, 0o700)?;
@@ -135,7 +134,7 @@ async fn a_folder_that_is_anybodys_is_spoken_to_by_nobody() -> anyhow::Result<()
     }
     let heard = tokio::time::timeout(Duration::from_millis(200), stranger.accept()).await;
     ensure!(heard.is_err(), "somebody spoke to the stranger");
-    // The agent does not serve there.
+    // The agent does not listen there.
     let mut agent = site.agent_process(&[])?;
     let status = agent.ended(SOON).await?;
     ensure!(
@@ -155,7 +154,7 @@ async fn a_socket_of_another_host_names_that_host() -> anyhow::Result<()> {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid)?).context("no pid")?;
     rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
     agent.ended(SOON).await?;
-    // What is left looks as it does on another host that shares the folder.
+    // The remaining files look as they do on another host that shares the folder.
     for said in refusals(&site, None).await? {
         ensure!(said.contains("no process of this host serves"), "{said}");
     }
@@ -179,7 +178,7 @@ async fn a_socket_of_another_host_names_that_host() -> anyhow::Result<()> {
         ensure!(text.contains("on login2.example"), "{text}");
     }
     site.put(&path, &text)?;
-    // A new agent takes the socket over.
+    // A new agent takes over the socket.
     let _agent = site.agent(&[]).await?;
     wait_for("the new agent is reached", SOON, async || {
         reach(&site, None).await

@@ -1,22 +1,21 @@
-//! Level 2: what lies in the state directory, and for how long: installed versions, values.
+//! Level 2: what is stored in the state directory and for how long: installed versions and values.
 
 use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use knoc_contract::jobdir::atomic;
-use knoc_proto::pb::{self, agent_client::AgentClient, container_status::State};
+use knoc_proto::pb::{self, container_status::State};
 use knoc_tests::{
     relay::Relay,
-    site::{CLUSTER, Kubelet, Options, Pod, Site, brief, container},
+    site::{Daemon, Kubelet, Options, Pod, Site, brief, container},
     wait_for,
 };
 use prost::Message as _;
 use serde_json::json;
-use tonic::transport::Channel;
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// Stands nowhere but in the pod's environment.
+/// A value that appears only in the pod's environment.
 const SECRET: &str = "s3cr3t-that-is-nowhere-on-disk";
 
 fn names(folder: &Path) -> anyhow::Result<Vec<String>> {
@@ -28,7 +27,7 @@ fn names(folder: &Path) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
-/// Every file below the folder that has the text in it.
+/// Every file below the folder that contains the text.
 pub(super) fn holding(folder: &Path, text: &str) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder)? {
@@ -36,7 +35,7 @@ pub(super) fn holding(folder: &Path, text: &str) -> anyhow::Result<Vec<String>> 
         if path.is_dir() {
             found.extend(holding(&path, text)?);
         } else if path.is_file() {
-            // What vanished meanwhile holds nothing.
+            // A file that was removed meanwhile contains nothing.
             let bytes = std::fs::read(&path).unwrap_or_default();
             let there = bytes
                 .windows(text.len())
@@ -49,9 +48,7 @@ pub(super) fn holding(folder: &Path, text: &str) -> anyhow::Result<Vec<String>> 
 
 #[tokio::test]
 async fn an_installed_version_stays_as_long_as_a_job_directory_names_it() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let versions = site.path("state/versions");
     let own = names(&versions)?;
     ensure!(own.len() == 1, "{own:?}");
@@ -61,7 +58,7 @@ async fn an_installed_version_stays_as_long_as_a_job_directory_names_it() -> any
         .await
         .with_context(|| site.log())?;
     agent.terminate().await?;
-    // As if it had been submitted by an agent of another version.
+    // As if an agent of another version had submitted it.
     for name in ["0.0.1", "0.0.2"] {
         std::fs::create_dir(versions.join(name))?;
         let program = versions.join(name).join("knoc-agent");
@@ -88,7 +85,7 @@ async fn an_installed_version_stays_as_long_as_a_job_directory_names_it() -> any
     Ok(())
 }
 
-/// Values in memory only; jobs do not come to their shim before `gate` is there.
+/// Values are kept in memory only; jobs do not start their shim before `gate` exists.
 fn in_memory() -> anyhow::Result<Site> {
     let site = Site::new(Options {
         tables: "[values]\nat_rest = \"none\"\nwait = \"4s\"".to_owned(),
@@ -111,11 +108,11 @@ fn with_secret(pod: Pod) -> Pod {
 }
 
 #[tokio::test]
-async fn values_that_are_not_to_lie_on_disk_never_do() -> anyhow::Result<()> {
+async fn values_that_must_not_be_on_disk_never_are() -> anyhow::Result<()> {
     let site = in_memory()?;
     let _agent = site.agent(&[]).await?;
     let client = site.client()?;
-    // Its command does not tell the secret: it looks for any of that length.
+    // The command does not contain the secret: it checks only the length.
     let script = format!("[ ${{#TOKEN}} = {} ] && sleep 1", SECRET.len());
     let pod = Pod::new(
         "memory",
@@ -149,54 +146,42 @@ async fn values_that_are_not_to_lie_on_disk_never_do() -> anyhow::Result<()> {
     Ok(())
 }
 
-#[tokio::test]
-async fn an_agent_that_lost_the_values_asks_for_them_and_the_pod_waits() -> anyhow::Result<()> {
+/// Starts an agent that keeps values in memory, gives it the pod, restarts it, and lets the pod's job start.
+async fn starts_after_the_agent_lost_its_values(pod: &Pod) -> anyhow::Result<(Site, Daemon)> {
     let site = in_memory()?;
     let agent = site.agent(&[]).await?;
-    let client = site.client()?;
-    let pod = with_secret(checks("waits"));
-    pod.ensure(&client).await?;
+    pod.ensure(&site.client()?).await?;
     agent.kill().await?;
-    let _agent = site.agent(&[]).await?;
+    let agent = site.agent(&[]).await?;
     site.put("gate", "")?;
-    wait_for("the values are wanted", SOON, async || {
-        let seen = pod.observe(&client).await?;
-        let state = seen.containers.first().and_then(|one| one.state.clone());
-        match state {
-            Some(State::Waiting(waiting))
-                if seen.values_wanted && waiting.reason == "CreateContainerConfigError" =>
-            {
-                Ok(())
-            }
-            _ => Err(brief(&seen)),
-        }
-    })
-    .await?;
+    Ok((site, agent))
+}
+
+#[tokio::test]
+async fn an_agent_that_lost_the_values_asks_for_them_and_the_pod_waits() -> anyhow::Result<()> {
+    let pod = with_secret(checks("waits"));
+    let (site, _agent) = starts_after_the_agent_lost_its_values(&pod).await?;
+    let client = site.client()?;
+    let wants_values = |seen: &pb::PodObserved| {
+        let state = seen.containers.first().and_then(|one| one.state.as_ref());
+        seen.values_wanted
+            && matches!(state, Some(State::Waiting(waiting)) if waiting.reason == "CreateContainerConfigError")
+    };
+    pod.wait_for_state(&client, "it waits for its values", SOON, wants_values)
+        .await?;
     let mut values = pod.request.values.clone().unwrap_or_default();
     values.revision += 1;
-    let request = pb::UpdateValuesRequest {
-        cluster_id: CLUSTER.to_owned(),
-        uid: "waits".to_owned(),
-        values: Some(values),
-        ..pb::UpdateValuesRequest::default()
-    };
-    client.clone().update_values(request).await?;
+    pod.update_values(&client, values).await?;
     pod.succeeded(&client, SOON)
         .await
         .with_context(|| site.log())
 }
 
 #[tokio::test]
-async fn a_pod_whose_values_never_come_gives_its_nodes_back() -> anyhow::Result<()> {
-    let site = in_memory()?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+async fn a_pod_whose_values_never_arrive_releases_its_nodes() -> anyhow::Result<()> {
     let pod = with_secret(checks("starves"));
-    pod.ensure(&client).await?;
-    agent.kill().await?;
-    let _agent = site.agent(&[]).await?;
-    site.put("gate", "")?;
-    let outcome = pod.finished(&client, SOON).await?;
+    let (site, _agent) = starts_after_the_agent_lost_its_values(&pod).await?;
+    let outcome = pod.finished(&site.client()?, SOON).await?;
     ensure!(
         outcome.kind() == pb::OutcomeKind::Failed && outcome.reason == "ValuesMissing",
         "{outcome:?}"
@@ -235,7 +220,7 @@ async fn the_kubelet_sends_values_again_that_the_agent_lost() -> anyhow::Result<
     Ok(())
 }
 
-/// A pod whose program fails, and is started again, until its environment says `two`.
+/// A pod whose program fails and is restarted until its environment says `two`.
 fn awaits_two(site: &Site, uid: &str) -> anyhow::Result<Pod> {
     let runs = site.path("runs");
     std::fs::create_dir_all(&runs)?;
@@ -260,22 +245,7 @@ fn two(pod: &Pod) -> pb::PodValues {
     values
 }
 
-async fn update(
-    client: &AgentClient<Channel>,
-    uid: &str,
-    values: pb::PodValues,
-) -> anyhow::Result<()> {
-    let request = pb::UpdateValuesRequest {
-        cluster_id: CLUSTER.to_owned(),
-        uid: uid.to_owned(),
-        values: Some(values),
-        ..pb::UpdateValuesRequest::default()
-    };
-    client.clone().update_values(request).await?;
-    Ok(())
-}
-
-/// Waits until the pod's program ran with the values that were staged first.
+/// Waits until the pod's program has run with the values that were staged first.
 async fn ran(site: &Site, uid: &str) -> anyhow::Result<()> {
     wait_for("the program ran", SOON, async || match site.runs(uid) {
         Ok(0) => Err(site.log()),
@@ -285,20 +255,19 @@ async fn ran(site: &Site, uid: &str) -> anyhow::Result<()> {
     .await
 }
 
-/// The shim has copied what was staged, and has no link yet: so it cannot say so.
+/// The shim has copied the staged values and has no link yet, so it cannot report that.
 #[tokio::test]
-async fn values_that_come_between_the_jobs_start_and_its_link_reach_it() -> anyhow::Result<()> {
+async fn values_that_arrive_between_the_jobs_start_and_its_link_reach_it() -> anyhow::Result<()> {
     let mut relay = Relay::start().await?;
-    let site = Site::new(Options {
+    let (site, _agent, client) = Site::start(Options {
         shims_dial: Some(relay.address()),
         ..Options::default()
-    })?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    })
+    .await?;
     let pod = awaits_two(&site, "between")?;
     pod.ensure(&client).await?;
     ran(&site, "between").await?;
-    update(&client, "between", two(&pod)).await?;
+    pod.update_values(&client, two(&pod)).await?;
     relay.lead_to(site.shim_address());
     pod.succeeded(&client, SOON)
         .await
@@ -308,37 +277,27 @@ async fn values_that_come_between_the_jobs_start_and_its_link_reach_it() -> anyh
     Ok(())
 }
 
-/// Where no link ever comes up the shim looks itself for what was staged later.
+/// If no link is ever established, the shim looks for newer staged values itself.
 #[tokio::test]
 async fn values_reach_a_pod_that_runs_without_a_link() -> anyhow::Result<()> {
-    let site = Site::new(Options {
-        // Nobody listens there.
-        shims_dial: Some(([127, 0, 0, 1], 1).into()),
-        ..Options::default()
-    })?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::without_link()).await?;
     let pod = awaits_two(&site, "unlinked")?;
     pod.ensure(&client).await?;
-    wait_for("the agent knows that it ran", 2 * SOON, async || {
-        let seen = pod.observe(&client).await?;
-        let restarts = seen.containers.first().map_or(0, |one| one.restart_count);
-        if restarts > 0 {
-            Ok(())
-        } else {
-            Err(brief(&seen))
-        }
-    })
-    .await
-    .with_context(|| site.log())?;
-    update(&client, "unlinked", two(&pod)).await?;
+    let restarted = |seen: &pb::PodObserved| {
+        let first = seen.containers.first();
+        first.is_some_and(|one| one.restart_count > 0)
+    };
+    pod.wait_for_state(&client, "its container was restarted", 2 * SOON, restarted)
+        .await
+        .with_context(|| site.log())?;
+    pod.update_values(&client, two(&pod)).await?;
     pod.succeeded(&client, 2 * SOON)
         .await
         .with_context(|| site.log())?;
     Ok(())
 }
 
-/// Held in memory for a link that is cut, and lost with the agent: then the newest are asked for.
+/// Values are held in memory for a link that is cut, and are lost with the agent: then it asks for the newest ones.
 #[tokio::test]
 async fn an_agent_that_lost_newer_values_asks_for_them() -> anyhow::Result<()> {
     let mut relay = Relay::start().await?;
@@ -354,31 +313,21 @@ async fn an_agent_that_lost_newer_values_asks_for_them() -> anyhow::Result<()> {
     pod.ensure(&client).await?;
     ran(&site, "newer").await?;
     relay.cut();
-    wait_for("the link is down", SOON, async || {
-        let seen = pod.observe(&client).await?;
-        if seen.shim_connected {
-            Err(brief(&seen))
-        } else {
-            Ok(())
-        }
-    })
-    .await?;
-    update(&client, "newer", two(&pod)).await?;
-    let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+    pod.link_down(&client, SOON).await?;
+    pod.update_values(&client, two(&pod)).await?;
+    let seen = pod.state(&client).await?;
     ensure!(!seen.values_wanted, "the agent has them");
     agent.kill().await?;
     let _agent = site.agent(&[]).await?;
-    let seen = pod.observe(&client).await.map_err(anyhow::Error::msg)?;
+    let seen = pod.state(&client).await?;
     ensure!(seen.values_wanted, "{}", brief(&seen));
     Ok(())
 }
 
-/// The kubelet sends its newest values with a newer generation, and counts them as sent.
+/// The kubelet sends its newest values with a newer generation, and considers them sent.
 #[tokio::test]
 async fn newer_values_that_come_with_a_newer_generation_count() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let pod = awaits_two(&site, "generation")?;
     pod.ensure(&client).await?;
     ran(&site, "generation").await?;

@@ -1,4 +1,4 @@
-//! Level 2: what pods use, measured by the real shim and asked of the real agent.
+//! Level 2: the resource use of pods, measured by the real shim and queried from the real agent.
 
 use std::time::Duration;
 
@@ -14,16 +14,16 @@ const SOON: Duration = Duration::from_secs(30);
 const SECOND: u64 = 1_000_000_000;
 const MIB: u64 = 1 << 20;
 
-/// Holds this much memory, and copies it from nowhere to nowhere for ever.
+/// Holds this much memory and copies it from /dev/zero to /dev/null forever.
 const BUSY: &str = "exec dd if=/dev/zero of=/dev/null bs=64M count=1000000 2>/dev/null";
-/// All its work is done by children that end.
+/// A program whose work is done by child processes that end.
 const FORKS: &str = "while :; do sh -c 'i=0; while [ $$i -lt 2000 ]; do i=$$((i+1)); done'; done";
 
 fn shell(name: &str, script: &str) -> pb::Container {
     container(name, &["/bin/sh", "-c", script], &[])
 }
 
-/// What the agent says of the pod now.
+/// The agent's current measurement of the pod.
 async fn stats(client: &AgentClient<Channel>, uid: &str) -> anyhow::Result<pb::PodStats> {
     let request = pb::GetStatsRequest {
         uids: vec![uid.to_owned()],
@@ -40,7 +40,7 @@ fn usage(stats: &pb::PodStats, container: &str) -> anyhow::Result<pb::Usage> {
     usage.with_context(|| format!("{container} is not in {stats:?}"))
 }
 
-/// Waits until a container has used so much CPU time; answers it, and that no counter fell meanwhile is checked.
+/// Waits until a container has used this much CPU time and checks that no counter decreases meanwhile; returns the measurement.
 async fn used(
     client: &AgentClient<Channel>,
     uid: &str,
@@ -63,9 +63,7 @@ async fn used(
 
 #[tokio::test]
 async fn cpu_and_memory_of_each_container_are_measured() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (_site, _agent, client) = Site::start(Options::default()).await?;
     let containers = vec![
         shell("busy", BUSY),
         shell("forks", FORKS),
@@ -75,7 +73,7 @@ async fn cpu_and_memory_of_each_container_are_measured() -> anyhow::Result<()> {
     pod.ensure(&client).await?;
     let first = used(&client, pod.uid(), "busy", SECOND).await?;
     let second = used(&client, pod.uid(), "busy", first.cpu_nanoseconds + SECOND).await?;
-    // One thread on a machine that others use too: never more than one core.
+    // One thread on a shared machine never uses more than one core.
     let span = u64::try_from(second.time - first.time)?;
     let cpu = second.cpu_nanoseconds - first.cpu_nanoseconds;
     ensure!(
@@ -97,7 +95,7 @@ async fn cpu_and_memory_of_each_container_are_measured() -> anyhow::Result<()> {
         "a program that sleeps has a little: {idle:?}"
     );
     ensure!(idle.working_set_bytes < 16 * MIB, "{idle:?}");
-    // There is no cgroup of a job here: the pod is its containers.
+    // There is no cgroup of a job here, so the pod's use is the sum of its containers.
     let sum: u64 = ["busy", "forks", "idle"]
         .into_iter()
         .map(|name| usage(&whole, name).map(|one| one.cpu_nanoseconds))
@@ -110,9 +108,7 @@ async fn cpu_and_memory_of_each_container_are_measured() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn the_last_counters_stay_though_nobody_asked() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let pod = Pod::new(
         "brief",
         vec![shell("main", "timeout 2 sh -c 'while :; do :; done'; true")],
@@ -120,7 +116,7 @@ async fn the_last_counters_stay_though_nobody_asked() -> anyhow::Result<()> {
     pod.ensure(&client).await?;
     pod.finished(&client, SOON).await?;
     let last = async |client: &AgentClient<Channel>| -> anyhow::Result<u64> {
-        let seen = pod.observe(client).await.map_err(anyhow::Error::msg)?;
+        let seen = pod.state(client).await?;
         let usage = seen.last_usage.context("no last usage")?;
         Ok(usage.cpu_nanoseconds)
     };
@@ -129,7 +125,7 @@ async fn the_last_counters_stay_though_nobody_asked() -> anyhow::Result<()> {
         (SECOND / 20..3 * SECOND).contains(&cpu),
         "{cpu} ns of 2 s of work"
     );
-    // It is on disk with the report.
+    // The value is stored on disk with the report.
     agent.kill().await?;
     let _agent = site.agent(&[]).await?;
     let client = site.client()?;
@@ -143,10 +139,8 @@ async fn the_last_counters_stay_though_nobody_asked() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn top_shows_who_burns_the_cpu() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+async fn top_shows_which_container_uses_the_cpu() -> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let pod = Pod::new(
         "hot",
         vec![shell("busy", BUSY), shell("idle", "exec sleep 600")],

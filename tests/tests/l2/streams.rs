@@ -30,10 +30,10 @@ use tonic::{Status, transport::Channel};
 
 const SOON: Duration = Duration::from_secs(40);
 
-/// What a broken stream may take to say so.
+/// How long a broken stream may take to fail.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
-/// Gives back, after the end of each connection's input, what it said; beside it the standard input, line by line.
+/// An echo server that answers after the end of each connection's input, and echoes standard input line by line.
 const SERVER: &str = r#"
 import socket, sys, threading
 server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
@@ -70,7 +70,7 @@ async fn up(pod: &Pod, client: &AgentClient<Channel>) -> anyhow::Result<()> {
     .await
 }
 
-/// A stream that is open, and what keeps it so.
+/// An open stream and the sender that keeps it open.
 struct Open {
     name: &'static str,
     answers: BoxStream<'static, Result<(), Status>>,
@@ -82,7 +82,7 @@ fn first(input: Input) -> ExecInput {
     ExecInput { input: Some(input) }
 }
 
-/// All four kinds, idle.
+/// Opens all four kinds of streams, without traffic.
 #[expect(clippy::too_many_lines, reason = "four openings, one after the other")]
 async fn all_open(
     pod: &Pod,
@@ -169,7 +169,7 @@ async fn all_open(
 }
 
 impl Open {
-    /// The failure that ends it.
+    /// The error that ends the stream.
     async fn failure(&mut self, began: Instant) -> anyhow::Result<Status> {
         let left = AT_ONCE.saturating_sub(began.elapsed());
         let ended = async {
@@ -188,9 +188,7 @@ impl Open {
 
 #[tokio::test]
 async fn a_killed_agent_fails_all_its_streams_at_once() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, agent, client) = Site::start(Options::default()).await?;
     let (pod, port) = server("lost-agent")?;
     up(&pod, &client).await?;
     let mut streams = all_open(&pod, &client, port).await?;
@@ -199,7 +197,7 @@ async fn a_killed_agent_fails_all_its_streams_at_once() -> anyhow::Result<()> {
     for stream in &mut streams {
         stream.failure(began).await?;
     }
-    // The job does not mind, and a new agent leads to it.
+    // The job continues, and a new agent reaches it.
     let _agent = site.agent(&[]).await?;
     pod.running(&client, SOON).await?;
     let (output, code) = pod.exec(&client, "main", &["echo", "again"], b"").await?;
@@ -207,7 +205,7 @@ async fn a_killed_agent_fails_all_its_streams_at_once() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// SIGKILL to those processes of the pod's job that `chosen` names.
+/// Sends SIGKILL to those processes of the pod's job that `chosen` selects.
 fn kill(site: &Site, uid: &str, chosen: impl Fn(&str) -> bool) -> anyhow::Result<()> {
     let all = processes_naming(&site.jobdir(uid));
     let mut killed = 0;
@@ -221,16 +219,14 @@ fn kill(site: &Site, uid: &str, chosen: impl Fn(&str) -> bool) -> anyhow::Result
 
 #[tokio::test]
 async fn a_killed_shim_or_job_fails_its_streams_at_once() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     for (uid, shim_only) in [("lost-shim", true), ("lost-job", false)] {
         let (pod, port) = server(uid)?;
         up(&pod, &client).await?;
         let mut streams = all_open(&pod, &client, port).await?;
         let began = Instant::now();
         kill(&site, uid, |line| !shim_only || line.contains(" shim "))?;
-        // The log is not lost with the shim: it goes on from the files, and ends with the pod.
+        // The log is not lost with the shim: it continues from the files and ends with the pod.
         for stream in streams.iter_mut().filter(|stream| stream.name != "logs") {
             let status = stream.failure(began).await?;
             ensure!(
@@ -247,9 +243,7 @@ async fn a_killed_shim_or_job_fails_its_streams_at_once() -> anyhow::Result<()> 
 
 #[tokio::test]
 async fn two_hundred_execs_at_once_through_the_agent() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (_site, _agent, client) = Site::start(Options::default()).await?;
     let (pod, _) = server("many")?;
     up(&pod, &client).await?;
     let all = (0..200).map(async |n| {
@@ -269,10 +263,8 @@ async fn two_hundred_execs_at_once_through_the_agent() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn capabilities_are_said_and_nonsense_is_refused() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+async fn capabilities_are_listed_and_invalid_requests_are_rejected() -> anyhow::Result<()> {
+    let (_site, _agent, mut client) = Site::start(Options::default()).await?;
     let info = client
         .get_info(pb::GetInfoRequest::default())
         .await?
@@ -310,10 +302,8 @@ async fn capabilities_are_said_and_nonsense_is_refused() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn knocctl_attaches_and_hands_on_the_exit_code() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+async fn knocctl_attaches_and_returns_the_exit_code() -> anyhow::Result<()> {
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let (pod, _) = server("attached")?;
     up(&pod, &client).await?;
     let first = site
@@ -339,9 +329,7 @@ async fn knocctl_attaches_and_hands_on_the_exit_code() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn knocctl_forwards_ports_until_the_pod_ends() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let (pod, port) = server("forwarded")?;
     up(&pod, &client).await?;
     let local = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
@@ -407,15 +395,13 @@ fn remote(path: &Path) -> String {
 #[tokio::test]
 async fn knocctl_copies_files_and_folders_both_ways() -> anyhow::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let client = site.client()?;
+    let (site, _agent, client) = Site::start(Options::default()).await?;
     let (pod, _) = server("copied")?;
     up(&pod, &client).await?;
     let (here, there) = (site.path("here"), site.path("there"));
     std::fs::create_dir(&there)?;
     tree(&here)?;
-    // A folder into a folder, then back by another name.
+    // Copies a folder into a folder, then back under another name.
     site.knocctl(["cp", &text(&here), &remote(&there)])?
         .ok()
         .await?;
@@ -433,7 +419,7 @@ async fn knocctl_copies_files_and_folders_both_ways() -> anyhow::Result<()> {
         !back.join("link").exists() && said.stderr.contains("link"),
         "{said}"
     );
-    // One large file, to a new name and back into a folder.
+    // Copies one large file to a new name, then back into a folder.
     let bytes: Vec<u8> = (0..(64_u32 << 20) / 4)
         .flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes())
         .collect();
@@ -452,7 +438,7 @@ async fn knocctl_copies_files_and_folders_both_ways() -> anyhow::Result<()> {
     a_copy_that_cannot_be(&site, &here, &there, &back).await
 }
 
-/// What is not there is named, and nothing hangs.
+/// A missing path is named in the error, and nothing hangs.
 async fn a_copy_that_cannot_be(
     site: &Site,
     here: &Path,
@@ -487,10 +473,8 @@ async fn a_copy_that_cannot_be(
 }
 
 #[tokio::test]
-async fn the_last_words_of_an_attached_program_arrive() -> anyhow::Result<()> {
-    let site = Site::new(Options::default())?;
-    let _agent = site.agent(&[]).await?;
-    let mut client = site.client()?;
+async fn the_last_output_of_an_attached_program_arrives() -> anyhow::Result<()> {
+    let (_site, _agent, mut client) = Site::start(Options::default()).await?;
     let (pod, port) = server("words")?;
     up(&pod, &client).await?;
     let (input, inputs) = mpsc::channel(4);

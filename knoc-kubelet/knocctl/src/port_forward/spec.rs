@@ -19,7 +19,7 @@ impl FromStr for Ports {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let number = |part: &str| {
             part.parse::<u16>()
-                .map_err(|_| format!("{part:?} is no port number (1 to 65535)"))
+                .map_err(|_| format!("{part:?} is not a port number (1 to 65535)"))
         };
         let (local, remote) = match text.split_once(':') {
             Some(("", remote)) => (0, number(remote)?),

@@ -275,7 +275,7 @@ async fn exec_passes_bytes_streams_and_codes() {
     let got = world
         .run_with(&["exec", "-it", "u1", "--", "exit", "0"], b"x")
         .await;
-    assert!(got.stderr.contains("is no terminal"), "{}", got.stderr);
+    assert!(got.stderr.contains("is not a terminal"), "{}", got.stderr);
 }
 
 #[tokio::test(flavor = "multi_thread")]

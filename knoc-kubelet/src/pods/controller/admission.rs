@@ -1,12 +1,15 @@
 //! PURE: may this pod run here at all? Asked once, before the agent has it. Whether it belongs on this node:
-//! [`mod@crate::node::place`]. Whether there is room: [`super::room`].
+//! [`mod@crate::node::place`]. Whether the node has enough for it:
+//! [`mod@crate::node::allocations`].
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 use knoc_translate::verdict::Findings;
 
-use super::room::Short;
-use crate::{node::place::Misfit, pods::status::Rejection};
+use crate::{
+    node::{allocations::Short, place::Misfit},
+    pods::status::Rejection,
+};
 
 /// The operating system of the nodes.
 const OS: &str = "linux";

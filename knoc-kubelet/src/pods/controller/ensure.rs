@@ -52,13 +52,13 @@ impl Worker<'_> {
         let generation = shape.generation;
         let hash = contents(&values);
         knoc_proto::crash::point("kubelet.ensure.before");
-        let answer = self.context.agent.ensure_pod(shape, values).await;
+        let answer = self.context.site.agent.ensure_pod(shape, values).await;
         knoc_proto::crash::point("kubelet.ensure.after");
         match answer {
             Ok(answer) => {
-                self.memory.ensured = generation;
-                self.memory.values = Some(hash);
-                self.memory.hold = None;
+                self.memory.agent.ensured = generation;
+                self.memory.values.sent = Some(hash);
+                self.memory.status.hold = None;
                 self.memory.attempts = 0;
                 self.answered(answer.pod);
             }
@@ -88,7 +88,7 @@ impl Worker<'_> {
             }
             Some(R::PermissionDenied) => self.refused(pod, generation, "NotAllowed", message),
             Some(R::SpecConflict) => {
-                self.memory.ensured = generation;
+                self.memory.agent.ensured = generation;
                 self.tell(pod, true, "SpecConflict", message);
             }
             _ => {
@@ -101,9 +101,9 @@ impl Worker<'_> {
     /// The pod is not taken as it is. What was accepted before goes on as it was accepted: then only the change is refused.
     fn refused(&mut self, pod: &Pod, generation: i64, reason: &str, message: &str) {
         if self.accepted(pod) {
-            self.memory.ensured = self.memory.ensured.max(generation);
+            self.memory.agent.ensured = self.memory.agent.ensured.max(generation);
             self.tell_unsupported_change(pod, message);
-            if self.context.store.observed(self.uid).is_none() {
+            if self.context.pods.store.observed(self.uid).is_none() {
                 // The agent lost it before it ran: it may take it again when the site file or its version changes.
                 self.hold("", &format!("the agent does not take the pod: {message}"));
                 self.retry();
@@ -112,7 +112,7 @@ impl Worker<'_> {
         }
         let rejection = Rejection::new(reason, message);
         self.tell(pod, true, reason, &rejection.message);
-        self.memory.rejection = Some(rejection);
+        self.memory.admission.rejection = Some(rejection);
     }
 
     /// Sends the values again where they changed.
@@ -127,11 +127,17 @@ impl Worker<'_> {
             }
         };
         let hash = contents(&values);
-        if self.memory.values == Some(hash) {
+        if self.memory.values.sent == Some(hash) {
             return;
         }
-        match self.context.agent.update_values(self.uid, values).await {
-            Ok(()) => self.memory.values = Some(hash),
+        match self
+            .context
+            .site
+            .agent
+            .update_values(self.uid, values)
+            .await
+        {
+            Ok(()) => self.memory.values.sent = Some(hash),
             Err(status) => {
                 self.refresh_later(Duration::from_secs(10));
                 self.failed("UpdateValues", &status);
@@ -144,12 +150,12 @@ impl Worker<'_> {
         let needs = knoc_translate::needs(pod);
         let allocatable = self.context.allocatable();
         let resolved = resolve::resolve(
-            &self.context.client,
-            &self.context.services,
+            &self.context.api.client,
+            &self.context.api.services,
             pod,
             &needs,
             &allocatable,
-            &mut self.memory.tokens,
+            &mut self.memory.values.tokens,
             now,
         )
         .await?;
@@ -164,10 +170,11 @@ impl Worker<'_> {
             );
             self.tell_once(pod, "InvalidEnvironmentVariableNames", &text);
         }
-        self.memory.revision = self.memory.revision.max(now.as_millisecond() - 1) + 1;
-        values.revision = self.memory.revision;
-        self.memory.refresh_at = resolve::refresh_at(&needs, &self.memory.tokens, now);
-        self.memory.metadata = Some(metadata(pod));
+        self.memory.values.revision = self.memory.values.revision.max(now.as_millisecond() - 1) + 1;
+        values.revision = self.memory.values.revision;
+        self.memory.values.refresh_at =
+            resolve::refresh_at(&needs, &self.memory.values.tokens, now);
+        self.memory.values.metadata = Some(metadata(pod));
         self.plan(now);
         Ok(values)
     }
@@ -179,24 +186,24 @@ impl Worker<'_> {
             return;
         };
         if observed.phase() == pb::PodPhase::Finished {
-            self.memory.refresh_at = None;
+            self.memory.values.refresh_at = None;
             return;
         }
         if observed.values_wanted {
             self.answer_wish(now);
         } else {
-            self.memory.answered = None;
+            self.memory.values.wish_answered = None;
         }
-        match self.memory.metadata {
+        match self.memory.values.metadata {
             None => {
                 let needs = knoc_translate::needs(&view.pod);
                 if needs != knoc_translate::Needs::default() {
                     self.refresh_later(Duration::from_millis(rand::random_range(1000..60_000)));
                 }
-                self.memory.metadata = Some(metadata(&view.pod));
+                self.memory.values.metadata = Some(metadata(&view.pod));
             }
             Some(before) if before != metadata(&view.pod) && reads_metadata(&view.pod) => {
-                self.memory.refresh_at = Some(now);
+                self.memory.values.refresh_at = Some(now);
             }
             Some(_) => {}
         }
@@ -208,28 +215,33 @@ impl Worker<'_> {
     fn answer_wish(&mut self, now: Timestamp) {
         let again = self
             .memory
-            .answered
+            .values
+            .wish_answered
             .and_then(|at| at.checked_add(WISH_PAUSE).ok());
         if let Some(again) = again.filter(|again| *again > now) {
-            let soonest = self.memory.refresh_at.map_or(again, |at| at.min(again));
-            self.memory.refresh_at = Some(soonest);
+            let soonest = self
+                .memory
+                .values
+                .refresh_at
+                .map_or(again, |at| at.min(again));
+            self.memory.values.refresh_at = Some(soonest);
         } else {
-            self.memory.answered = Some(now);
-            self.memory.values = None;
-            self.memory.refresh_at = Some(now);
+            self.memory.values.wish_answered = Some(now);
+            self.memory.values.sent = None;
+            self.memory.values.refresh_at = Some(now);
         }
     }
 
     fn refresh_later(&mut self, after: Duration) {
         let after = SignedDuration::try_from(after).unwrap_or(SignedDuration::from_mins(1));
         let now = Timestamp::now();
-        self.memory.refresh_at = now.checked_add(after).ok();
+        self.memory.values.refresh_at = now.checked_add(after).ok();
         self.plan(now);
     }
 
     /// Comes back when the refresh is due.
     fn plan(&mut self, now: Timestamp) {
-        if let Some(at) = self.memory.refresh_at {
+        if let Some(at) = self.memory.values.refresh_at {
             let wait = at.duration_since(now).max(SignedDuration::ZERO);
             self.look_after(Duration::try_from(wait).unwrap_or_default());
         }

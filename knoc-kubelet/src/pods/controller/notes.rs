@@ -30,21 +30,22 @@ impl Worker<'_> {
         let Some(observed) = &view.observed else {
             return;
         };
-        let first = self.memory.note.is_none();
-        let told = self.memory.note.unwrap_or(i64::MIN);
+        let first = self.memory.told.note.is_none();
+        let told = self.memory.told.note.unwrap_or(i64::MIN);
         let since = self
             .context
+            .process
             .started
             .checked_sub(EARLIER)
             .unwrap_or(Timestamp::MIN);
         for note in observed.notes.iter().filter(|note| note.sequence > told) {
             let at = Timestamp::from_nanosecond(i128::from(note.at)).unwrap_or_default();
-            self.memory.note = Some(note.sequence);
+            self.memory.told.note = Some(note.sequence);
             if first && at < since {
                 continue;
             }
             let salt = hash(&(note.sequence, note.at));
-            self.context.events.tell(Note {
+            self.context.api.events.tell(Note {
                 object: about_pod(&view.pod, &note.container),
                 warning: note.warning,
                 reason: note.reason.clone(),
@@ -62,6 +63,7 @@ impl Worker<'_> {
         };
         let since = self
             .context
+            .process
             .started
             .checked_sub(EARLIER)
             .unwrap_or(Timestamp::MIN);
@@ -90,7 +92,7 @@ impl Worker<'_> {
             return;
         };
         let salt = hash(&(&status.name, &status.container_id));
-        if started_at == 0 || at < since || !self.memory.told.insert(salt) {
+        if started_at == 0 || at < since || !self.memory.told.once.insert(salt) {
             return;
         }
         let name = &status.name;
@@ -130,7 +132,7 @@ impl Worker<'_> {
             &waiting.message,
             status.restart_count,
         ));
-        if self.memory.told.insert(salt) {
+        if self.memory.told.once.insert(salt) {
             let message = match waiting.reason.as_str() {
                 "CrashLoopBackOff" => {
                     let pod = &view.pod.metadata;
@@ -157,7 +159,7 @@ impl Worker<'_> {
         for status in observed.init_containers.iter().chain(&observed.containers) {
             let salt = hash(&("Killing", &status.name, &status.container_id));
             let runs = matches!(status.state, Some(State::Running(_)));
-            if runs && self.memory.told.insert(salt) {
+            if runs && self.memory.told.once.insert(salt) {
                 let message = format!("Stopping container {}", status.name);
                 self.tell_container(view, &status.name, false, ("Killing", message), now, salt);
             }
@@ -166,7 +168,7 @@ impl Worker<'_> {
 
     /// A warning that each further round would only repeat: once a pod, and again where the words change.
     pub(super) fn tell_once(&mut self, pod: &Pod, reason: &str, message: &str) {
-        if self.memory.told.insert(hash(&(reason, message))) {
+        if self.memory.told.once.insert(hash(&(reason, message))) {
             self.tell(pod, true, reason, message);
         }
     }
@@ -186,7 +188,7 @@ impl Worker<'_> {
         at: Timestamp,
         salt: u64,
     ) {
-        self.context.events.tell(Note {
+        self.context.api.events.tell(Note {
             object: about_pod(&view.pod, container),
             warning,
             reason: reason.to_owned(),

@@ -13,8 +13,19 @@ use knoc_proto::pb::{OutcomeKind, PodPhase};
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinSet};
 
-use super::{room::Allocatable, *};
-use crate::{agent::watch::AgentWatch, pods::events::Recorder};
+use jiff::Timestamp;
+use knoc_proto::pb;
+
+use super::{
+    super::{events::Events, presence::Ask, queue::Queue, services::Services, store::Store},
+    *,
+};
+use crate::{
+    agent::{Link, watch::AgentWatch},
+    metrics::Metrics,
+    node::{Identity, allocations::Allocatable, unit::Unit},
+    pods::events::Recorder,
+};
 use agent::FakeAgent;
 use api::FakeApi;
 
@@ -31,8 +42,21 @@ struct Kubelet {
     shutdown: CancellationToken,
     tasks: JoinSet<()>,
     context: Arc<Context>,
-    place: watch::Sender<Place>,
     version: u64,
+}
+
+/// The node `n` with room for ten pods.
+fn identity() -> Identity {
+    Identity {
+        name: "n".to_owned(),
+        internal_ip: "127.0.0.1".to_owned(),
+        port: 10250,
+        labels: BTreeMap::new(),
+        pods: 10,
+        queue_factor: 10,
+        taint: true,
+        websockets: true,
+    }
 }
 
 impl Kubelet {
@@ -43,32 +67,34 @@ impl Kubelet {
         let (link_to, link) = watch::channel(Link::never());
         let (capacity_to, capacity) = watch::channel(None);
         let (_, listed) = watch::channel(true);
-        let (place_to, place) = watch::channel(Place::default());
         let (events, notes) = Events::channel();
         let services = Services::default();
         services.no_services();
         let (store, queue) = (Store::default(), Queue::default());
         let (shutdown, deposed) = (CancellationToken::new(), CancellationToken::new());
         let context = Arc::new(Context {
-            node: "n".to_owned(),
-            ask: Ask::Get,
-            client: client.clone(),
-            agent: handle.clone(),
-            store: store.clone(),
-            queue: queue.clone(),
-            events,
-            services,
-            link: link.clone(),
-            listed,
-            place,
-            capacity,
-            pods: 10,
-            ledger: Ledger::default(),
-            pulse: Pulse::default(),
-            queue_factor: 10,
-            started: Timestamp::now(),
-            deposed: deposed.clone(),
-            metrics: Metrics::default(),
+            api: ApiServer {
+                client: client.clone(),
+                ask: Ask::Get,
+                events,
+                services,
+            },
+            site: Site {
+                agent: handle.clone(),
+                link: link.clone(),
+            },
+            node: Arc::new(Unit::new(identity(), capacity)),
+            pods: KnownPods {
+                store: store.clone(),
+                queue: queue.clone(),
+                listed,
+            },
+            process: Process {
+                started: Timestamp::now(),
+                deposed: deposed.clone(),
+                health: LoopHealth::default(),
+                metrics: Metrics::default(),
+            },
         });
         let mut tasks = JoinSet::new();
         let watch = AgentWatch::new(handle, store.clone(), queue.clone(), link_to, capacity_to);
@@ -86,7 +112,6 @@ impl Kubelet {
             shutdown,
             tasks,
             context,
-            place: place_to,
             version: 0,
         }
     }
@@ -410,9 +435,9 @@ async fn a_newer_leader_ends_this_one() {
 
 /// The node's ten pods are there.
 fn fill(kubelet: &Kubelet) {
-    let mut room = kubelet.context.ledger.room();
+    let mut allocations = kubelet.context.node.allocations();
     for number in 0..10 {
-        room.hold(&format!("other-{number}").into(), BTreeMap::new());
+        allocations.hold(&format!("other-{number}").into(), BTreeMap::new());
     }
 }
 
@@ -469,8 +494,10 @@ async fn a_pod_that_ended_makes_room_for_the_next() {
     let short = |kubelet: &Kubelet| {
         let next = "next".into();
         let allocatable = Allocatable::of(None, 11, 10);
-        let mut room = kubelet.context.ledger.room();
-        room.ask(&next, BTreeMap::new(), &allocatable).is_err()
+        let mut allocations = kubelet.context.node.allocations();
+        allocations
+            .ask(&next, BTreeMap::new(), &allocatable)
+            .is_err()
     };
     assert!(short(&kubelet), "ten others and this one");
     kubelet.agent.change(UID, finish);

@@ -8,11 +8,12 @@ use knoc_proto::{pb, reason::ErrorReason};
 use tokio::time::Instant;
 
 use super::{
-    Context, Memory, Round, UNREACHABLE_AFTER, admission,
-    room::{self, Allocatable},
+    admission,
+    context::{Context, UNREACHABLE_AFTER},
+    memory::Memory,
 };
 use crate::metrics::Patched;
-use crate::node::{self, place::Misfit};
+use crate::node::{self, allocations, place::Misfit};
 use crate::pods::{
     decide::{self, AgentSide, Decision, Desired, Done, Present},
     events::{Note, about_pod},
@@ -26,6 +27,14 @@ const BACKOFF: Duration = Duration::from_millis(250);
 const BACKOFF_MOST: Duration = Duration::from_secs(10);
 /// The last DELETE is sent again after this, for an API server that lost it: a finalizer may keep the object for days.
 const RELEASE_AGAIN: Duration = Duration::from_mins(10);
+
+/// What a worker gives back.
+pub(super) struct Round {
+    /// None: nothing is left of the pod.
+    pub(super) memory: Option<Memory>,
+    /// Look again after this.
+    pub(super) again: Option<Duration>,
+}
 
 pub(super) async fn reconcile(context: Arc<Context>, uid: Uid, memory: Memory) -> Round {
     let mut worker = Worker {
@@ -54,7 +63,7 @@ impl Worker<'_> {
     async fn round(&mut self) -> bool {
         let now = Timestamp::now();
         let agent = self.agent_side();
-        let view = self.context.store.by_uid(self.uid);
+        let view = self.context.pods.store.by_uid(self.uid);
         if let Some(view) = &view {
             if !self.judge(view, agent).await {
                 return true;
@@ -67,12 +76,12 @@ impl Worker<'_> {
         tracing::debug!(uid = %self.uid, ?decision, "round");
         match (decision, &view) {
             (Decision::Drop, _) => {
-                self.context.ledger.room().release(self.uid);
-                self.context.store.forget(self.uid);
+                self.context.node.allocations().release(self.uid);
+                self.context.pods.store.forget(self.uid);
                 return false;
             }
             (Decision::Ensure, Some(view)) => self.ensure(&view.pod).await,
-            (Decision::Lose, _) => self.memory.lost = true,
+            (Decision::Lose, _) => self.memory.agent.lost = true,
             (_, _) => {}
         }
         // A status that cannot be written holds up no deletion.
@@ -105,15 +114,15 @@ impl Worker<'_> {
 
     /// The terminal phase is published: what waited for it need not wait for the watch.
     fn go_on_when_terminal(&self) {
-        let view = self.context.store.by_uid(self.uid);
+        let view = self.context.pods.store.by_uid(self.uid);
         if view.is_some_and(|view| status::is_terminal(&view.pod)) {
-            self.context.queue.push(self.uid);
+            self.context.pods.queue.push(self.uid);
         }
     }
 
     fn desired(&self, view: Option<&PodView>) -> Desired {
         let Some(view) = view else {
-            let seen = self.context.store.was_seen(self.uid);
+            let seen = self.context.pods.store.was_seen(self.uid);
             return if seen { Desired::Gone } else { Desired::Unseen };
         };
         let meta = &view.pod.metadata;
@@ -126,7 +135,7 @@ impl Worker<'_> {
                 .deletion_timestamp
                 .is_some()
                 .then(|| meta.deletion_grace_period_seconds.unwrap_or(30)),
-            refused: self.memory.rejection.is_some(),
+            refused: self.memory.admission.rejection.is_some(),
             mirror: annotations.is_some_and(|map| map.contains_key("kubernetes.io/config.mirror")),
         })
     }
@@ -135,7 +144,7 @@ impl Worker<'_> {
         if !self.context.knows() {
             return AgentSide::Unknown;
         }
-        match self.context.store.observed(self.uid) {
+        match self.context.pods.store.observed(self.uid) {
             None => AgentSide::Absent,
             Some(observed) => AgentSide::Known {
                 phase: observed.phase(),
@@ -147,9 +156,9 @@ impl Worker<'_> {
 
     fn done(&self, now: Timestamp) -> Done {
         Done {
-            ensured: self.memory.ensured,
-            stop: self.memory.stop,
-            refresh_due: self.memory.refresh_at.is_some_and(|at| at <= now),
+            ensured: self.memory.agent.ensured,
+            stop: self.memory.agent.stop,
+            refresh_due: self.memory.values.refresh_at.is_some_and(|at| at <= now),
         }
     }
 
@@ -158,27 +167,32 @@ impl Worker<'_> {
     async fn judge(&mut self, view: &PodView, agent: AgentSide) -> bool {
         let terminal = status::is_terminal(&view.pod);
         if terminal || observed_phase(view) == Some(pb::PodPhase::Finished) {
-            self.context.ledger.room().release(self.uid);
+            self.context.node.allocations().release(self.uid);
         }
         let generation = view.pod.metadata.generation.unwrap_or(1);
-        if agent == AgentSide::Unknown || self.memory.judged >= generation {
+        if agent == AgentSide::Unknown || self.memory.admission.judged >= generation {
             return true;
         }
-        if terminal && self.memory.rejection.is_some() {
+        if terminal && self.memory.admission.rejection.is_some() {
             return true;
         }
         let accepted = self.accepted(&view.pod);
-        let findings = self.context.store.findings(self.uid).unwrap_or_default();
+        let findings = self
+            .context
+            .pods
+            .store
+            .findings(self.uid)
+            .unwrap_or_default();
         let admitted = match admission::admit(&view.pod, &findings) {
             Ok(shape) if !accepted && !terminal => match self.place(&view.pod).await {
-                Some(Ok(())) => self.take_room(&shape),
+                Some(Ok(())) => self.allocate(&shape),
                 Some(Err(misfit)) => Err(admission::misfit(misfit)),
                 None => return false,
             },
             Ok(_) => Ok(()),
             Err(rejection) => Err(rejection),
         };
-        self.memory.judged = generation;
+        self.memory.admission.judged = generation;
         match admitted {
             Ok(()) if !accepted && !terminal && !findings.mapped.is_empty() => {
                 self.tell(&view.pod, false, "Mapped", &findings.mapped.join("; "));
@@ -194,7 +208,7 @@ impl Worker<'_> {
                 if !terminal {
                     self.tell(&view.pod, true, &rejection.reason, &rejection.message);
                 }
-                self.memory.rejection = Some(rejection);
+                self.memory.admission.rejection = Some(rejection);
             }
         }
         true
@@ -202,8 +216,8 @@ impl Worker<'_> {
 
     /// Does the agent have the pod, or had it once? Then it is never rejected any more, whatever it is changed to.
     pub(super) fn accepted(&self, pod: &Pod) -> bool {
-        let known = self.context.store.observed(self.uid).is_some();
-        known || self.memory.ensured > 0 || ran(pod)
+        let known = self.context.pods.store.observed(self.uid).is_some();
+        known || self.memory.agent.ensured > 0 || ran(pod)
     }
 
     /// Does a new pod belong on this node? Before one fails for it the Node is read again: its labels may be newer than what
@@ -212,11 +226,11 @@ impl Worker<'_> {
         let Some(spec) = &pod.spec else {
             return Some(Ok(()));
         };
-        if self.context.place.borrow().fits(spec).is_ok() {
+        if self.context.node.fits(spec).is_ok() {
             return Some(Ok(()));
         }
-        let client = self.context.client.clone();
-        match node::place(client, &self.context.node).await {
+        let client = self.context.api.client.clone();
+        match node::place(client, self.context.node.name()).await {
             Ok(place) => Some(place.fits(spec)),
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
@@ -227,41 +241,41 @@ impl Worker<'_> {
         }
     }
 
-    /// Room for a new pod, beside all that was accepted before, by this process or an earlier one.
-    fn take_room(&self, shape: &pb::PodSpec) -> Result<(), Rejection> {
-        let total = self.context.capacity.borrow().clone();
-        let (pods, factor) = (self.context.pods, self.context.queue_factor);
-        let allocatable = Allocatable::of(total.as_deref(), pods, factor);
-        let mut room = self.context.ledger.room();
-        if room.first_time() {
-            for view in self.context.store.pods() {
+    /// What a new pod requests, beside all that was accepted before, by this process or an earlier one.
+    fn allocate(&self, shape: &pb::PodSpec) -> Result<(), Rejection> {
+        let allocatable = self.context.node.allocatable();
+        let mut allocations = self.context.node.allocations();
+        if allocations.first_time() {
+            for view in self.context.pods.store.pods() {
                 let ended = status::is_terminal(&view.pod)
                     || observed_phase(&view) == Some(pb::PodPhase::Finished);
                 if !ended && (view.observed.is_some() || ran(&view.pod)) {
                     let amounts =
-                        knoc_translate::shape(&view.pod).map(|shape| room::requests(&shape));
-                    room.hold(&view.uid, amounts.unwrap_or_default());
+                        knoc_translate::shape(&view.pod).map(|shape| allocations::requests(&shape));
+                    allocations.hold(&view.uid, amounts.unwrap_or_default());
                 }
             }
         }
-        room.ask(self.uid, room::requests(shape), &allocatable)
+        allocations
+            .ask(self.uid, allocations::requests(shape), &allocatable)
             .map_err(|short| admission::out_of(&short))
     }
 
     /// Writes the status where it differs; false where there is no point in going on.
     async fn publish(&mut self, view: &PodView) -> bool {
         // What this round did may have changed both.
-        let observed = match self.context.store.observed(self.uid) {
-            None if self.memory.lost => Some(Arc::new(lost(view))),
+        let observed = match self.context.pods.store.observed(self.uid) {
+            None if self.memory.agent.lost => Some(Arc::new(lost(view))),
             observed => observed,
         };
         let input = Input {
             pod: &view.pod,
             observed: observed.as_deref(),
-            hold: self.memory.hold.as_ref(),
+            hold: self.memory.status.hold.as_ref(),
             // What the agent has says itself how it goes.
             rejection: self
                 .memory
+                .admission
                 .rejection
                 .as_ref()
                 .filter(|_| observed.is_none()),
@@ -275,22 +289,25 @@ impl Worker<'_> {
             return true;
         };
         let sent = (patch, view.pod.metadata.resource_version.clone());
-        if self.memory.sent.as_ref() == Some(&sent) {
+        if self.memory.status.sent.as_ref() == Some(&sent) {
             // The API server does not keep all that we say (an older one).
             return true;
         }
         let began = Instant::now();
-        let answer = publish::send(&self.context.client, &view.pod, &sent.0).await;
+        let answer = publish::send(&self.context.api.client, &view.pod, &sent.0).await;
         let result = match &answer {
             Ok(_) => Patched::Ok,
             Err(PublishError::Gone) => Patched::Gone,
             Err(_) => Patched::Error,
         };
-        self.context.metrics.patched(result, began.elapsed());
+        self.context
+            .process
+            .metrics
+            .patched(result, began.elapsed());
         match answer {
             Ok(pod) => {
-                self.memory.sent = Some((sent.0, pod.metadata.resource_version.clone()));
-                self.context.store.refresh_desired(self.uid, pod);
+                self.memory.status.sent = Some((sent.0, pod.metadata.resource_version.clone()));
+                self.context.pods.store.refresh_desired(self.uid, pod);
                 true
             }
             Err(PublishError::Gone) => {
@@ -312,11 +329,12 @@ impl Worker<'_> {
     /// The pod's generation, where it was judged: not while the link is down.
     fn judged(&self, pod: &Pod) -> Option<i64> {
         let generation = pod.metadata.generation;
-        generation.filter(|generation| self.memory.judged >= *generation)
+        generation.filter(|generation| self.memory.admission.judged >= *generation)
     }
 
     fn unreachable(&self) -> bool {
-        *self.context.listed.borrow() && self.context.link.borrow().down_for() >= UNREACHABLE_AFTER
+        *self.context.pods.listed.borrow()
+            && self.context.site.link.borrow().down_for() >= UNREACHABLE_AFTER
     }
 
     async fn stop(&mut self, grace: i64, gone: bool) {
@@ -325,11 +343,17 @@ impl Worker<'_> {
         } else {
             "deleted in Kubernetes"
         };
-        match self.context.agent.delete_pod(self.uid, grace, reason).await {
+        match self
+            .context
+            .site
+            .agent
+            .delete_pod(self.uid, grace, reason)
+            .await
+        {
             Ok(answer) => {
                 self.memory.attempts = 0;
-                let told = self.memory.stop.map_or(grace, |told| told.min(grace));
-                self.memory.stop = Some(told);
+                let told = self.memory.agent.stop.map_or(grace, |told| told.min(grace));
+                self.memory.agent.stop = Some(told);
                 self.answered(answer.pod);
             }
             Err(status) => self.failed("DeletePod", &status),
@@ -339,7 +363,7 @@ impl Worker<'_> {
     /// The last DELETE. The agent is told first: where we die before `ForgetPod`, its record says by itself that it is
     /// nobody's any more. Sent once: the API server itself removes the object when its last finalizer goes.
     async fn release(&mut self, pod: &Pod) {
-        let known = self.context.store.observed(self.uid);
+        let known = self.context.pods.store.observed(self.uid);
         if known.is_some_and(|observed| !observed.deleting) {
             return self.stop(0, false).await;
         }
@@ -347,7 +371,7 @@ impl Worker<'_> {
         if let Some(left) = waited.and_then(|waited| RELEASE_AGAIN.checked_sub(waited)) {
             return self.look_after(left);
         }
-        match publish::release(&self.context.client, pod).await {
+        match publish::release(&self.context.api.client, pod).await {
             Ok(()) | Err(PublishError::Gone) => {
                 self.memory.released = Some(Instant::now());
                 self.look_after(RELEASE_AGAIN);
@@ -361,14 +385,14 @@ impl Worker<'_> {
     }
 
     async fn forget(&mut self) {
-        match self.context.agent.forget_pod(self.uid).await {
+        match self.context.site.agent.forget_pod(self.uid).await {
             Ok(()) => {
-                self.context.store.remove_observed(self.uid);
-                self.context.queue.push(self.uid);
+                self.context.pods.store.remove_observed(self.uid);
+                self.context.pods.queue.push(self.uid);
             }
             Err(status) if ErrorReason::of(&status) == Some(ErrorReason::NotFound) => {
-                self.context.store.remove_observed(self.uid);
-                self.context.queue.push(self.uid);
+                self.context.pods.store.remove_observed(self.uid);
+                self.context.pods.queue.push(self.uid);
             }
             Err(status) => self.failed("ForgetPod", &status),
         }
@@ -377,7 +401,7 @@ impl Worker<'_> {
     /// What the agent answered, and the next round at once.
     pub(super) fn answered(&self, pod: Option<pb::PodObserved>) {
         if let Some(pod) = pod {
-            self.context.store.answer_observed(self.uid, pod);
+            self.context.pods.store.answer_observed(self.uid, pod);
         }
     }
 
@@ -387,7 +411,7 @@ impl Worker<'_> {
         match ErrorReason::of(status) {
             Some(ErrorReason::StaleLeader) => {
                 tracing::error!(%error, "another kubelet leads");
-                self.context.deposed.cancel();
+                self.context.process.deposed.cancel();
             }
             Some(ErrorReason::NotFound) => {
                 // The watch is behind or ahead; it will say what is.
@@ -401,7 +425,7 @@ impl Worker<'_> {
     }
 
     pub(super) fn hold(&mut self, reason: &str, message: &str) {
-        self.memory.hold = Some(Hold {
+        self.memory.status.hold = Some(Hold {
             reason: reason.to_owned(),
             message: message.to_owned(),
         });
@@ -419,7 +443,7 @@ impl Worker<'_> {
     }
 
     pub(super) fn tell(&self, pod: &Pod, warning: bool, reason: &str, message: &str) {
-        self.context.events.tell(Note {
+        self.context.api.events.tell(Note {
             object: about_pod(pod, ""),
             warning,
             reason: reason.to_owned(),

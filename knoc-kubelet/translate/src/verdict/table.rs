@@ -11,7 +11,7 @@ const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user o
 const OWNER: &str = "files belong to the HPC user";
 const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
 const WINDOWS: &str = "compute nodes run Linux";
-const SCHEDULER: &str = "the business of the Kubernetes scheduler";
+const SCHEDULER: &str = "handled by the Kubernetes scheduler";
 
 const fn row(fields: &'static str, when: When, verdict: Verdict, note: &'static str) -> Row {
     Row {
@@ -54,7 +54,7 @@ pub(super) const TABLE: &[Type] = &[
     ]),
     of("ResourceFieldSelector", "`resourceFieldRef`", &[
         row("containerName divisor", Any, Honoured, ""),
-        row("resource", Is(&["limits.cpu", "limits.memory", "limits.ephemeral-storage", "requests.cpu", "requests.memory", "requests.ephemeral-storage"]), Honoured, "a limit not set is the node's allocatable"),
+        row("resource", Is(&["limits.cpu", "limits.memory", "limits.ephemeral-storage", "requests.cpu", "requests.memory", "requests.ephemeral-storage"]), Honoured, "if the limit is not set, the node's allocatable"),
         row("resource", Any, Refused, "only cpu, memory and ephemeral-storage"),
     ]),
     of("EnvFromSource", "Environment: `envFrom[]`", &[
@@ -68,9 +68,9 @@ pub(super) const TABLE: &[Type] = &[
         row("claims", Any, Refused, "dynamic resource allocation is not supported"),
     ]),
     of("ResourceList", "`resources.requests`, `resources.limits`", &[
-        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: the larger of the init containers, the sum of the others; local disk is reserved only where the site's nodes have TmpDisk"),
+        row("cpu memory ephemeral-storage", Any, Honoured, "of the job as a whole: the larger of the init containers, the sum of the others; local disk is reserved only if the site's nodes have TmpDisk"),
         row("hugepages-*", Any, Refused, "huge pages cannot be asked of Slurm"),
-        row("*", Any, Honoured, "extended resources: the agent's site file says what each is in `--gres` (`[gres]`; by default `nvidia.com/gpu` is `gpu`), one that it does not name is refused by name. Where `knoc.io/gres` says more (`gpu:a100:1`) that is asked for in their place. A container with `nvidia.com/gpu` or `amd.com/gpu`, and no other, sees the driver's files and devices (`--nv`, `--rocm`), `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` as Slurm set it unless it sets its own, and `/.singularity.d/libs` at the end of `LD_LIBRARY_PATH`. Where the compute node lacks the driver Apptainer only warns"),
+        row("*", Any, Honoured, "extended resources: the agent's site file maps each of them to `--gres` (`[gres]`; by default `nvidia.com/gpu` is `gpu`), and one that is not mapped is rejected. If `knoc.io/gres` is more specific (`gpu:a100:1`), it replaces them. A container with `nvidia.com/gpu` or `amd.com/gpu`, and no other, sees the driver's files and devices (`--nv`, `--rocm`), `CUDA_VISIBLE_DEVICES` or `ROCR_VISIBLE_DEVICES` as Slurm set it unless it sets its own, and `/.singularity.d/libs` at the end of `LD_LIBRARY_PATH`. If the compute node lacks the driver, Apptainer only warns"),
     ]),
     of("ContainerPort", "`ports[]`", &[
         row("name containerPort protocol", Any, Satisfied, "informative, as on any node"),
@@ -139,7 +139,7 @@ pub(super) const TABLE: &[Type] = &[
             "sizeLimit",
             Any,
             Mapped,
-            "not enforced by itself: the limits of the job and of the node's disk hold",
+            "not enforced itself: the limits of the job and of the node's disk apply",
         ),
         row("mode", Any, Refused, LATER),
     ]),
@@ -213,7 +213,7 @@ const POD: &[Row] = &[
     row("nodeSelector affinity tolerations", Any, Honoured, "by the scheduler; selector, required node affinity and tolerations of `NoExecute` taints also at admission (`NodeAffinity`, `TaintToleration`)"),
     row("nodeName topologySpreadConstraints schedulerName schedulingGates schedulingGroup", Any, Satisfied, SCHEDULER),
     row("priority priorityClassName preemptionPolicy", Any, Satisfied, SCHEDULER),
-    row("evictionResponders", Any, Satisfied, "the business of the eviction API"),
+    row("evictionResponders", Any, Satisfied, "handled by the eviction API"),
     row("securityContext", Any, Inside("PodSecurityContext"), ""),
     row("dnsPolicy", Is(&["ClusterFirst", "ClusterFirstWithHostNet", "Default"]), Satisfied, "names resolve as on the compute node"),
     row("dnsPolicy", Any, Refused, LATER),
@@ -244,7 +244,7 @@ const POD: &[Row] = &[
         "runtimeClassName",
         Starts(&["knoc-"]),
         Satisfied,
-        "of a site among several",
+        "one of several sites",
     ),
     row(
         "runtimeClassName",
@@ -256,7 +256,7 @@ const POD: &[Row] = &[
 
 #[rustfmt::skip]
 const CONTAINER: &[Row] = &[
-    row("name image command args workingDir", Any, Honoured, "byte for byte, no shell between"),
+    row("name image command args workingDir", Any, Honoured, "byte for byte, without a shell"),
     row("imagePullPolicy", Any, Honoured, "pulled once on the login node, before the job is submitted"),
     row("env", Any, Inside("EnvVar"), ""),
     row("envFrom", Any, Inside("EnvFromSource"), ""),
@@ -300,9 +300,9 @@ const ANNOTATIONS: &[Row] = &[
     row("knoc.io/nodes", Any, Refused, "pods over several nodes are not supported yet"),
     row("knoc.io/exclusive", Is(&["true", "false"]), Honoured, ""),
     row("knoc.io/exclusive", Any, Refused, "`true` or `false`"),
-    row("knoc.io/flags slurm-job.knoc.io/flags slurm-job.vk.io/flags slurm.hpk.io/flags", Any, Honoured, "further sbatch options, as far as the site's allow-list goes"),
+    row("knoc.io/flags slurm-job.knoc.io/flags slurm-job.vk.io/flags slurm.hpk.io/flags", Any, Honoured, "further sbatch options, if the site's allow-list contains them"),
     row("knoc.io/mpi knoc.io/image-root knoc.io/network knoc.io/requeue slurm-job.knoc.io/mpi-flags slurm-job.knoc.io/image-root", Any, Refused, LATER),
     row("slurm-job.vk.io/singularity-options slurm-job.vk.io/pre-exec", Any, Refused, "options and scripts of a pod never reach the runtime or a shell"),
     row("knoc.io/* slurm-job.knoc.io/* slurm-job.vk.io/* slurm.hpk.io/*", Any, Refused, "no annotation of this name is known"),
-    row("*", Any, Satisfied, "not ours"),
+    row("*", Any, Satisfied, "not an annotation of KNoC"),
 ];

@@ -1,6 +1,7 @@
 //! Which new pods belong on the node.
 
 use super::*;
+use crate::node::place::Place;
 
 const MESSAGE: &str = "Pod was rejected: Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector";
 
@@ -45,7 +46,7 @@ async fn a_taint_that_evicts_refuses_what_does_not_tolerate_it() {
         &json!([{"key": "broken", "effect": "NoExecute"}]),
     );
     let known = Place::of(&serde_json::from_value(node.clone()).unwrap());
-    kubelet.place.send_replace(known);
+    kubelet.context.node.set_place(known);
     kubelet.api.node(node);
     kubelet.apply(|_| ());
     kubelet.phase("Failed").await;

@@ -122,7 +122,7 @@ fn each_resource_is_refused_by_its_name_in_the_words_of_kubernetes() {
             Some("cpu, requested: 41000, used: 0, capacity: 40000"),
         ),
     ] {
-        let mut room = Room::default();
+        let mut room = Allocations::default();
         room.hold(&uid("before"), asks(&used));
         let said = room.ask(&uid("new"), asks(&asked), &node());
         let said = said.map_err(|short| short.to_string()).err();
@@ -133,7 +133,7 @@ fn each_resource_is_refused_by_its_name_in_the_words_of_kubernetes() {
 
 #[test]
 fn pods_are_counted_before_anything_else() {
-    let mut room = Room::default();
+    let mut room = Allocations::default();
     for name in ["a", "b", "c"] {
         room.ask(&uid(name), amounts(&[]), &node()).unwrap();
     }
@@ -157,7 +157,7 @@ fn the_site_may_have_fewer_jobs_than_the_node_has_pods() {
 
 #[test]
 fn what_ended_frees_its_room_and_a_refused_pod_holds_none() {
-    let mut room = Room::default();
+    let mut room = Allocations::default();
     let all = asks(&json!({"cpu": "40"}));
     room.ask(&uid("a"), all.clone(), &node()).unwrap();
     room.ask(&uid("b"), all.clone(), &node()).unwrap_err();
@@ -171,7 +171,7 @@ fn what_ended_frees_its_room_and_a_refused_pod_holds_none() {
 
 #[test]
 fn the_same_pod_counts_once() {
-    let mut room = Room::default();
+    let mut room = Allocations::default();
     for _ in 0..3 {
         room.hold(&uid("a"), asks(&json!({"cpu": "20"})));
         room.ask(&uid("b"), asks(&json!({"cpu": "20"})), &node())
@@ -181,7 +181,7 @@ fn the_same_pod_counts_once() {
 
 #[test]
 fn what_was_accepted_stays_though_the_node_shrank() {
-    let mut room = Room::default();
+    let mut room = Allocations::default();
     room.hold(&uid("a"), asks(&json!({"cpu": "100"})));
     let short = room
         .ask(&uid("b"), asks(&json!({"cpu": "1"})), &node())
@@ -193,7 +193,7 @@ fn what_was_accepted_stays_though_the_node_shrank() {
 
 #[test]
 fn sums_beyond_all_measure_come_back_to_zero() {
-    let mut room = Room::default();
+    let mut room = Allocations::default();
     let huge = amounts(&[("cpu", i64::MAX)]);
     room.hold(&uid("a"), huge.clone());
     room.hold(&uid("b"), huge);
@@ -205,7 +205,7 @@ fn sums_beyond_all_measure_come_back_to_zero() {
 
 #[test]
 fn before_slurm_has_told_only_pods_are_counted() {
-    let mut room = Room::default();
+    let mut room = Allocations::default();
     let unknown = Allocatable::of(None, 1, 10);
     room.ask(&uid("a"), asks(&json!({"cpu": "1000"})), &unknown)
         .unwrap();

@@ -12,15 +12,15 @@ const STALE: Duration = Duration::from_mins(2);
 
 /// When the controller's loop last went on; clones are handles on the same level.
 #[derive(Clone, Debug)]
-pub struct Pulse(watch::Sender<Instant>);
+pub struct LoopHealth(watch::Sender<Instant>);
 
-impl Default for Pulse {
+impl Default for LoopHealth {
     fn default() -> Self {
         Self(watch::Sender::new(Instant::now()))
     }
 }
 
-impl Pulse {
+impl LoopHealth {
     /// The loop goes on.
     pub(super) fn beat(&self) {
         self.0.send_replace(Instant::now());
@@ -68,13 +68,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_level_is_of_the_last_beat() {
-        let pulse = Pulse::default();
-        let reader = pulse.clone();
+        let health = LoopHealth::default();
+        let reader = health.clone();
         tokio::time::advance(Duration::from_secs(119)).await;
         assert_eq!(reader.check(), Ok(()));
         tokio::time::advance(Duration::from_secs(2)).await;
         assert!(reader.check().is_err());
-        pulse.beat();
+        health.beat();
         assert_eq!(reader.check(), Ok(()));
     }
 }

@@ -1,8 +1,8 @@
-//! Who holds what of the node: the requests of all pods that were accepted and have not ended, summed.
+//! What the pods of the node hold: the requests of all pods that were accepted and have not ended, and their sum.
 //!
-//! [`Room`] is pure. [`Ledger`] is one lock around it, because workers judge pods side by side: asking and taking are one
-//! step, so that two pods never both get the last of something. What is accepted stays in, whatever it asks for: a node
-//! that shrank takes nothing new, and ends nothing.
+//! [`Allocations`] is pure. [`SharedAllocations`] is one lock around it, because workers judge pods side by side: to ask and to
+//! take is one step, so that two pods never both get the last of something. An accepted pod keeps what it holds, whatever
+//! it requests: a node that shrank accepts nothing new, and ends nothing.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,10 +14,10 @@ use knoc_proto::pb;
 use crate::{agent::tells_capacity, pods::store::Uid};
 
 /// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, the rest in pieces.
-pub(super) type Amounts = BTreeMap<String, i64>;
+pub(crate) type Amounts = BTreeMap<String, i64>;
 
 /// What a pod asks for, by the rule of Kubernetes: the larger of its largest init container and the sum of its containers.
-pub(super) fn requests(shape: &pb::PodSpec) -> Amounts {
+pub(crate) fn requests(shape: &pb::PodSpec) -> Amounts {
     let (init, regular) = (&shape.init_containers, &shape.containers);
     let of = |amount: fn(&pb::Resources) -> i64| {
         knoc_translate::over_containers(init, regular, |requests, _| amount(requests))
@@ -51,26 +51,26 @@ pub(super) fn requests(shape: &pb::PodSpec) -> Amounts {
 #[error(
     "Node didn't have enough resource: {resource}, requested: {requested}, used: {used}, capacity: {capacity}"
 )]
-pub(super) struct Short {
-    pub(super) resource: String,
-    pub(super) requested: i64,
-    pub(super) used: i64,
-    pub(super) capacity: i64,
+pub(crate) struct Short {
+    pub(crate) resource: String,
+    pub(crate) requested: i64,
+    pub(crate) used: i64,
+    pub(crate) capacity: i64,
 }
 
 /// What the node lets its pods ask for together.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Allocatable {
+pub(crate) struct Allocatable {
     /// The most pods.
-    pub(super) pods: i64,
+    pub(crate) pods: i64,
     /// By name; none: Slurm has not told yet, and nothing is judged by it.
-    pub(super) amounts: Option<Amounts>,
+    pub(crate) amounts: Option<Amounts>,
 }
 
 impl Allocatable {
     /// As the Node shows it ([`crate::node::status`]), CPU in thousandths.
-    pub(super) fn of(total: Option<&pb::NodeInfo>, pods: u32, queue_factor: u32) -> Self {
-        let limit = total.map_or(pods, |total| crate::node::status::pod_limit(pods, total));
+    pub(crate) fn of(total: Option<&pb::NodeInfo>, pods: u32, queue_factor: u32) -> Self {
+        let limit = total.map_or(pods, |total| super::status::pod_limit(pods, total));
         let Some(total) = total.filter(|total| tells_capacity(total)) else {
             return Self {
                 pods: limit.into(),
@@ -81,7 +81,7 @@ impl Allocatable {
         let mut amounts: Amounts = total.extended.clone().into_iter().collect();
         amounts.insert("cpu".to_owned(), total.cpu.saturating_mul(1000));
         amounts.insert("memory".to_owned(), total.memory_bytes);
-        let bytes = crate::node::status::ephemeral_storage(total);
+        let bytes = super::status::ephemeral_storage(total);
         amounts.insert("ephemeral-storage".to_owned(), bytes);
         for amount in amounts.values_mut() {
             *amount = amount.saturating_mul(factor);
@@ -95,7 +95,7 @@ impl Allocatable {
 
 /// PURE: the holders and their sum.
 #[derive(Debug, Default)]
-pub(super) struct Room {
+pub(crate) struct Allocations {
     holders: HashMap<Uid, Amounts>,
     /// Wider than its parts, so that it never saturates and what was added can be taken away.
     used: BTreeMap<String, i128>,
@@ -103,9 +103,9 @@ pub(super) struct Room {
     complete: bool,
 }
 
-impl Room {
+impl Allocations {
     /// An accepted pod holds this, whether there is room or not. The same pod twice counts once.
-    pub(super) fn hold(&mut self, uid: &Uid, amounts: Amounts) {
+    pub(crate) fn hold(&mut self, uid: &Uid, amounts: Amounts) {
         self.release(uid);
         for (name, amount) in &amounts {
             *self.used.entry(name.clone()).or_default() += i128::from(*amount);
@@ -115,7 +115,7 @@ impl Room {
 
     /// Takes it where it is free; else the first resource that does not suffice, in the order of Kubernetes: pods, cpu,
     /// memory, ephemeral-storage, the rest by name.
-    pub(super) fn ask(
+    pub(crate) fn ask(
         &mut self,
         uid: &Uid,
         amounts: Amounts,
@@ -163,7 +163,7 @@ impl Room {
     }
 
     /// The pod has ended, or nothing is left of it.
-    pub(super) fn release(&mut self, uid: &str) {
+    pub(crate) fn release(&mut self, uid: &str) {
         for (name, amount) in self.holders.remove(uid).unwrap_or_default() {
             if let Some(sum) = self.used.get_mut(&name) {
                 *sum -= i128::from(amount);
@@ -172,17 +172,17 @@ impl Room {
     }
 
     /// True once: the caller then takes in what an earlier process accepted, before it asks for anything new.
-    pub(super) fn first_time(&mut self) -> bool {
+    pub(crate) fn first_time(&mut self) -> bool {
         !std::mem::replace(&mut self.complete, true)
     }
 }
 
-/// The one room of the node, shared by all workers. The lock is held for map operations only.
+/// The allocations of one node, shared by all workers. The lock is held for map operations only.
 #[derive(Debug, Default)]
-pub struct Ledger(Mutex<Room>);
+pub(super) struct SharedAllocations(Mutex<Allocations>);
 
-impl Ledger {
-    pub(super) fn room(&self) -> MutexGuard<'_, Room> {
+impl SharedAllocations {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Allocations> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,0 +1,232 @@
+//! PURE: from the settings as they are written to the configuration in effect. What parses but contradicts itself, or is
+//! missing, is noted in the document that the settings were read from.
+
+use std::fmt::Display;
+
+use knoc_proto::{ids::SiteName, names, settings::Document};
+
+use super::{
+    AgentConfig, Config, CredentialFiles, IdentityConfig, KeysConfig, KubernetesConfig, LogConfig,
+    NodeConfig, ServerConfig, ServingConfig,
+    settings::{CertificateSource, IdentityKind, LogFormat, Settings},
+};
+
+/// The most characters of a node's name: it is also the value of its label `kubernetes.io/hostname`.
+const NODE_NAME: usize = 63;
+
+/// The configuration; `None` if the document now has a mistake without which nothing can be made.
+pub(super) fn resolve(mut settings: Settings, document: &mut Document) -> Option<Config> {
+    let name = node_name(&settings, document);
+    settings.node.name.clone_from(&name);
+    let mut resolver = Resolver {
+        settings: &settings,
+        document,
+    };
+    let agent = resolver.agent();
+    let node = resolver.node();
+    let server = resolver.server();
+    let identity = resolver.identity();
+    let keys = resolver.keys(name.as_deref().unwrap_or_default());
+    let kubernetes = settings.kubernetes.clone();
+    let log = settings.log.clone();
+    if let KeysConfig::Secret(secret) = &keys {
+        settings.keys.secret = Some(secret.clone());
+    }
+    Some(Config {
+        agent: agent?,
+        identity,
+        keys,
+        kubernetes: KubernetesConfig {
+            kubeconfig: kubernetes.kubeconfig,
+            namespace: kubernetes.namespace,
+            identity: kubernetes.identity,
+        },
+        log: LogConfig {
+            json: log.format == LogFormat::Json,
+            level: log.level,
+        },
+        node: node?,
+        server: server?,
+        effective: settings.to_json(),
+    })
+}
+
+fn node_name(settings: &Settings, document: &mut Document) -> Option<String> {
+    let of_site = || {
+        settings
+            .agent
+            .site
+            .as_ref()
+            .map(|site| format!("knoc-{site}"))
+    };
+    let name = settings.node.name.clone().or_else(of_site);
+    match &name {
+        None => document.wrong(
+            &["node", "name"],
+            "is missing: set it, or agent.site, from which it follows",
+        ),
+        Some(name) if names::dns_subdomain(name).is_err() || name.len() > NODE_NAME => {
+            let what = format!(
+                "`{name}` is not a node's name: lower-case letters, digits, `-` and `.`, at most {NODE_NAME} characters"
+            );
+            document.wrong(&["node", "name"], what);
+        }
+        Some(_) => {}
+    }
+    name
+}
+
+struct Resolver<'a> {
+    settings: &'a Settings,
+    document: &'a mut Document,
+}
+
+impl Resolver<'_> {
+    fn wrong(&mut self, key: &str, what: impl Display) {
+        let names: Vec<_> = key.split('.').collect();
+        self.document.wrong(&names, what);
+    }
+
+    fn agent(&mut self) -> Option<AgentConfig> {
+        let agent = &self.settings.agent;
+        if let Some(site) = &agent.site
+            && SiteName::try_from(site.as_str()).is_err()
+        {
+            let what = format!("`{site}` is not a DNS label of at most 58 characters");
+            self.wrong("agent.site", what);
+        }
+        let Some(address) = agent.address.clone() else {
+            self.wrong(
+                "agent.address",
+                "is missing: `host:port` or `unix:/path`; it has no default",
+            );
+            return None;
+        };
+        let credentials = match (&agent.ca, &agent.cert, &agent.key) {
+            (Some(ca), Some(cert), Some(key)) => Some(CredentialFiles {
+                ca: ca.clone(),
+                cert: cert.clone(),
+                key: key.clone(),
+            }),
+            (None, None, None) if address.starts_with("unix:") => None,
+            (ca, cert, key) => {
+                let files = [
+                    ("agent.ca", ca.is_none()),
+                    ("agent.cert", cert.is_none()),
+                    ("agent.key", key.is_none()),
+                ];
+                for (file, _) in files.iter().filter(|(_, missing)| *missing) {
+                    let what = "is missing: agent.ca, agent.cert and agent.key are all needed, except for a `unix:` address";
+                    self.wrong(file, what);
+                }
+                return None;
+            }
+        };
+        Some(AgentConfig {
+            address,
+            credentials,
+            site: agent.site.clone(),
+        })
+    }
+
+    fn node(&mut self) -> Option<NodeConfig> {
+        let node = &self.settings.node;
+        for (key, value) in &node.labels {
+            if let Err(why) = names::qualified_name(key) {
+                self.wrong("node.labels", format!("the key `{key}`: {why}"));
+            } else if let Err(why) = names::label_value(value) {
+                let what = format!("the value `{value}` of {key}: {why}");
+                self.wrong("node.labels", what);
+            }
+        }
+        Some(NodeConfig {
+            name: node.name.clone()?,
+            internal_ip: node.internal_ip,
+            labels: node.labels.clone(),
+            pods: node.pods,
+            queue_factor: node.queue_factor,
+            taint: node.taint,
+        })
+    }
+
+    fn server(&mut self) -> Option<ServerConfig> {
+        let serving = self.serving();
+        let server = &self.settings.server;
+        Some(ServerConfig {
+            listen: server.listen,
+            serving: serving?,
+            client_ca: server.client_ca.clone(),
+            websockets: server.websockets,
+        })
+    }
+
+    fn serving(&mut self) -> Option<ServingConfig> {
+        use CertificateSource::{Csr, Files, SelfSigned};
+        let server = &self.settings.server;
+        match (server.certificate, &server.cert, &server.key) {
+            (Some(Files) | None, Some(cert), Some(key)) => {
+                Some(ServingConfig::Files(cert.clone(), key.clone()))
+            }
+            (Some(Csr), None, None) => Some(ServingConfig::Csr),
+            (Some(SelfSigned) | None, None, None) => Some(ServingConfig::SelfSigned),
+            (Some(Files), None, None) => {
+                let what = "is `files`, and server.cert and server.key are missing";
+                self.wrong("server.certificate", what);
+                None
+            }
+            (Some(source), Some(_), Some(_)) => {
+                let what = format!(
+                    "`{}` is not `files`, which server.cert and server.key belong to",
+                    source.name()
+                );
+                self.wrong("server.certificate", what);
+                None
+            }
+            (_, None, Some(_)) => {
+                let what = "is missing: server.cert and server.key, both or neither";
+                self.wrong("server.cert", what);
+                None
+            }
+            (_, Some(_), None) => {
+                let what = "is missing: server.cert and server.key, both or neither";
+                self.wrong("server.key", what);
+                None
+            }
+        }
+    }
+
+    fn identity(&mut self) -> IdentityConfig {
+        let identity = &self.settings.identity;
+        let bootstrap = identity.bootstrap_kubeconfig.clone();
+        match (identity.kind, bootstrap) {
+            (IdentityKind::Node, bootstrap) => IdentityConfig::Node { bootstrap },
+            (IdentityKind::ServiceAccount, None) => IdentityConfig::ServiceAccount,
+            (IdentityKind::ServiceAccount, Some(path)) => {
+                let what = format!(
+                    "`{}` is of no use unless identity.kind is `node`",
+                    path.display()
+                );
+                self.wrong("identity.bootstrapKubeconfig", what);
+                IdentityConfig::ServiceAccount
+            }
+        }
+    }
+
+    fn keys(&mut self, node: &str) -> KeysConfig {
+        let keys = &self.settings.keys;
+        match (keys.folder.clone(), keys.secret.clone()) {
+            (Some(folder), secret) => {
+                if secret.is_some() {
+                    let what = format!(
+                        "`{}` is not possible together with keys.secret",
+                        folder.display()
+                    );
+                    self.wrong("keys.folder", what);
+                }
+                KeysConfig::Folder(folder)
+            }
+            (None, Some(secret)) => KeysConfig::Secret(secret),
+            (None, None) => KeysConfig::Secret(format!("knoc-kubelet-{node}-keys")),
+        }
+    }
+}
