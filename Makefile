@@ -6,6 +6,8 @@ MAKEFLAGS += --no-print-directory
 
 TARGET := x86_64-unknown-linux-musl
 TESTBED := tests/testbed
+BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/$(TARGET)
+BINARIES := knoc-agent knocctl knoc-kubelet
 export CC_x86_64_unknown_linux_musl := musl-gcc
 
 .PHONY: help
@@ -20,8 +22,17 @@ tools:
 	@$(TESTBED)/build-tools.sh
 
 .PHONY: build
-build: tools ## builds the static binaries knoc-agent, knocctl and knoc-kubelet for demo, tests and packages
+build: tools ## builds the static binaries knoc-agent, knocctl and knoc-kubelet for packages, the demo and the benchmark
 	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet -p knocctl
+
+.PHONY: build-tested
+build-tested: tools ## builds the same with crash points (ADR 0080) for the tests, in a folder of their own
+	@cargo build --release --target $(TARGET) -p knoc-agent -p knoc-kubelet -p knocctl --features knoc-agent/crash-points,knoc-kubelet/crash-points
+	@mkdir -p $(BUILT)/tested
+	@install -m 755 $(BINARIES:%=$(BUILT)/release/%) $(BUILT)/tested
+
+# The test bed runs the binaries with crash points, except where their speed or their look is shown.
+demo demo-transcript bench: export KNOC_BIN ?= $(BUILT)/release
 
 .PHONY: prepare
 prepare:

@@ -30,7 +30,7 @@ use tonic::{Request, Response, Status, Streaming, service::interceptor::Intercep
 
 use crate::{
     doctor,
-    pod::actor::Refused,
+    pod::input::Refused,
     policy::nodes::may_lead,
     registry::{
         Registry,

@@ -38,12 +38,13 @@ use crate::policy::Live;
 mod auth;
 mod cache;
 mod checks;
+mod claims;
 mod digest;
 mod download;
 mod file;
 mod flight;
-#[cfg(test)]
-mod fuzzed;
+#[cfg(any(test, feature = "fuzzed"))]
+pub mod fuzzed;
 mod guard;
 mod http;
 mod in_use;

@@ -9,6 +9,7 @@ use knoc_agent::{
     config::{Config, Home},
     connect, init,
 };
+use knoc_memory as _;
 use knoc_proto::{
     error::chain,
     log::{self, Form},
@@ -18,11 +19,6 @@ use knoc_proto::{
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
-
-/// The C library of the static binaries gives every large buffer back to the system at once, and asks for it again: with
-/// it half of a stream's time goes into page faults (ADR 0007).
-#[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 /// File work that waits for a slow file system; a login node allows a user few processes.
 const BLOCKING_THREADS: usize = 64;

@@ -30,6 +30,7 @@
 //! else writes a pod's record. The scheduler owns whether the job lives, the shim owns the containers.
 
 pub mod actor;
+pub mod input;
 pub mod outcome;
 pub mod publish;
 pub mod record;

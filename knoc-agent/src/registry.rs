@@ -19,8 +19,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    pod::actor::{self, Actor, INPUTS, Input, Refused, Reply, Restored},
-    scheduler::JobRef,
+    pod::{
+        actor::{self, Actor, Restored},
+        input::{INPUTS, Input, Refused, Reply, Wanted},
+    },
     site::Site,
 };
 
@@ -28,15 +30,6 @@ use crate::{
 pub const ENDED: usize = 1024;
 /// An actor answers when its record is written: longer than any healthy file system takes.
 const ANSWER: Duration = Duration::from_secs(30);
-
-/// What the poller must know of a pod.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Wanted {
-    /// Its job, where it has one that may be alive.
-    pub job: Option<JobRef>,
-    /// A change is expected within seconds.
-    pub hurried: bool,
-}
 
 /// A pod from outside its actor.
 #[derive(Debug, Clone)]

@@ -18,7 +18,6 @@ use knoc_proto::ids::{JobId, PodUid};
 use knoc_proto::pb;
 
 use crate::command::CommandError;
-use crate::config::{Config, SchedulerKind};
 
 pub mod local;
 pub mod slurm;
@@ -154,19 +153,6 @@ pub enum Scheduler {
 }
 
 impl Scheduler {
-    /// The one that the site file names; `pods` is the folder of the job directories.
-    #[must_use]
-    pub fn of_site(site: &Config, pods: PathBuf) -> Self {
-        match site.scheduler {
-            SchedulerKind::Slurm => Self::Slurm(Box::new(slurm::Slurm::new(
-                slurm::Settings::of_site(site, pods),
-            ))),
-            SchedulerKind::Local => {
-                Self::Local(local::Local::new(local::Settings::of_site(site, pods)))
-            }
-        }
-    }
-
     /// `slurm` or `local`.
     #[must_use]
     pub fn name(&self) -> &'static str {

@@ -30,7 +30,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 
-use crate::pod::{actor::Input, state::Event};
+use crate::pod::{input::Input, state::Event};
 
 /// The deadline of a short request to a shim.
 pub const DEADLINE: Duration = Duration::from_secs(5);

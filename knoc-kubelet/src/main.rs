@@ -8,6 +8,7 @@ use knoc_kubelet::{
     app::App,
     config::{Config, LogConfig},
 };
+use knoc_memory as _;
 use knoc_proto::{
     log::{self, Form},
     private::keep_memory_private,
@@ -17,11 +18,6 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
-
-/// The C library of the static binaries gives every large buffer back to the system at once, and asks for it again: with
-/// it half of a stream's time goes into page faults (ADR 0007).
-#[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 /// A virtual Kubernetes node whose pods run on an HPC cluster, as jobs of knoc-agent's user.
 ///

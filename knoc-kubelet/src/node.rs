@@ -6,6 +6,7 @@
 //! the node stays Ready; it only says so and takes no new pods.
 
 pub(crate) mod allocations;
+mod condition;
 mod expiry;
 pub mod features;
 mod identity;

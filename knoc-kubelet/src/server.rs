@@ -30,6 +30,7 @@ mod target;
 mod tests;
 mod tls;
 mod upgrade;
+mod user;
 mod wire;
 
 use std::net::SocketAddr;
@@ -37,7 +38,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use authn::User;
 use bytes::Bytes;
 pub use cluster::{Cluster, ClusterError, KubeCluster};
 use futures::future::BoxFuture;
@@ -50,6 +50,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+pub use user::User;
 
 use crate::certs::Pairs;
 use crate::metrics::{Gauges, Metrics};

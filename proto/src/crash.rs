@@ -1,8 +1,9 @@
 //! Named points at which a test can make a process die, to prove that no instant is a bad one to be killed.
 //!
-//! Inert unless the environment variable `KNOC_CRASH_AT` names the point; it is read once. A process that reaches its
-//! point aborts: no destructor runs, nothing is flushed, as with `SIGKILL`.
-use std::sync::OnceLock;
+//! Only debug builds and builds with the feature `crash-points` have them; in a release build [`point`] does nothing and
+//! leaves no code behind (ADR 0080). A point does nothing either unless the environment variable `KNOC_CRASH_AT` names
+//! it; the variable is read once. A process that reaches the named point aborts: no destructor runs and nothing is
+//! flushed, as with `SIGKILL`.
 
 /// The environment variable that arms one point.
 pub const VARIABLE: &str = "KNOC_CRASH_AT";
@@ -27,10 +28,13 @@ pub const POINTS: &[&str] = &[
     "kubelet.ensure.after",
 ];
 
-static ARMED: OnceLock<Option<String>> = OnceLock::new();
-
-/// Aborts the process where `KNOC_CRASH_AT` equals `name`.
+/// Aborts the process if `KNOC_CRASH_AT` equals `name`.
+#[cfg(any(debug_assertions, feature = "crash-points"))]
 pub fn point(name: &'static str) {
+    use std::sync::OnceLock;
+
+    static ARMED: OnceLock<Option<String>> = OnceLock::new();
+
     debug_assert!(POINTS.contains(&name), "unlisted crash point {name}");
     let armed = ARMED.get_or_init(|| std::env::var(VARIABLE).ok());
     if armed.as_deref() == Some(name) {
@@ -38,6 +42,11 @@ pub fn point(name: &'static str) {
         std::process::abort();
     }
 }
+
+/// Does nothing: this build has no crash points.
+#[cfg(not(any(debug_assertions, feature = "crash-points")))]
+#[inline]
+pub fn point(_name: &'static str) {}
 
 #[cfg(test)]
 mod tests {

@@ -11,7 +11,6 @@ pub mod expand;
 pub mod ids;
 pub mod log;
 pub mod log_limit;
-mod memory;
 pub mod names;
 pub mod paths;
 pub mod pod;

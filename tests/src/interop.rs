@@ -8,6 +8,7 @@ pub mod check;
 pub mod clients;
 mod kubectl;
 pub mod table;
+pub mod target;
 
 use anyhow::bail;
 use futures::FutureExt as _;

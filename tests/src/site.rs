@@ -358,14 +358,14 @@ impl Drop for Site {
     }
 }
 
-/// The path of one of the project's binaries: only in `$KNOC_BIN` if that is set (`make test` sets it to the shipped release build),
-/// else in the folder where this test was built.
+/// The path of one of the project's binaries: only in `$KNOC_BIN` if that is set (`make test` sets it to the release build with crash
+/// points), else in the folder where this test was built.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     if let Some(folder) = std::env::var_os("KNOC_BIN").map(PathBuf::from) {
         let path = folder.join(name);
         anyhow::ensure!(
             path.is_file(),
-            "{} is not built: make build",
+            "{} is not built: make build-tested",
             path.display()
         );
         return Ok(path);
@@ -377,7 +377,7 @@ pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     let found = built
         .map(|folder| folder.join(name))
         .filter(|path| path.is_file());
-    found.with_context(|| format!("{name} is not built: `make build`, or set KNOC_BIN"))
+    found.with_context(|| format!("{name} is not built: `make build-tested`, or set KNOC_BIN"))
 }
 
 /// Writes a file that only we may read.

@@ -11,7 +11,7 @@ install_binaries() { # copies to a new name and renames, because a running binar
     local name
     mkdir -p "$agent_home_here/bin"
     for name in knoc-agent knocctl; do
-        [ -x "$KNOC_BIN/$name" ] || die "$KNOC_BIN/$name is missing: make build"
+        [ -x "$KNOC_BIN/$name" ] || die "$KNOC_BIN/$name is missing: make build-tested"
         cmp -s "$KNOC_BIN/$name" "$agent_home_here/bin/$name" && continue
         cp "$KNOC_BIN/$name" "$agent_home_here/bin/.$name.new"
         mv "$agent_home_here/bin/.$name.new" "$agent_home_here/bin/$name"

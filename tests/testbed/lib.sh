@@ -2,7 +2,7 @@
 # This file is sourced and not run.
 #
 #   KNOC_BED    the folder for everything that the bed keeps: tools, roots, caches, state, logs, pid files
-#   KNOC_BIN    the binaries under test (default: the release build of `make build`)
+#   KNOC_BIN    the binaries under test (default: those of `make build-tested`, which have crash points)
 #   HPC_SUITE   Debian release of the Slurm cluster: trixie (24.11, default), sid (26.05); bookworm (22.05) has no Apptainer
 #               and is used only by record-slurm.sh
 #   KUBE_VERSION  Kubernetes of the control plane: 1.36 (default), 1.34
@@ -14,7 +14,8 @@ repository=$(cd "$testbed/../.." && pwd)
 if [ "$(id -u)" = 0 ]; then default_bed=/var/lib/knoc-testbed; else default_bed=${XDG_CACHE_HOME:-$HOME/.cache}/knoc-testbed; fi
 export KNOC_BED=${KNOC_BED:-$default_bed}
 target=x86_64-unknown-linux-musl
-export KNOC_BIN=${KNOC_BIN:-${CARGO_TARGET_DIR:-$repository/target}/$target/release}
+built=${CARGO_TARGET_DIR:-$repository/target}/$target
+export KNOC_BIN=${KNOC_BIN:-$built/tested}
 export HPC_SUITE=${HPC_SUITE:-trixie}
 case $HPC_SUITE in trixie) hpc_prefix=$KNOC_BED/hpc ;; *) hpc_prefix=$KNOC_BED/hpc-$HPC_SUITE ;; esac
 export HPC_PREFIX=${HPC_PREFIX:-$hpc_prefix}

@@ -8,7 +8,10 @@
 setsid nice "$testbed/install.sh" &
 installing=$!
 trap 'kill -- -$installing 2>/dev/null || true' EXIT
-make -C "$repository" build
+# Without crash points only if the caller wants those binaries (make demo, make bench).
+goal=build-tested
+[ "$KNOC_BIN" != "$built/release" ] || goal=build
+make -C "$repository" "$goal"
 # If the stack cannot be installed, the other tests still run; `up` tries again and reports the error.
 wait $installing || say "the stack $STACK could not be installed, see above"
 trap - EXIT

@@ -26,8 +26,8 @@
 pub mod atomic;
 pub mod claim;
 pub mod decode;
-#[cfg(test)]
-mod fuzzed;
+#[cfg(any(test, feature = "fuzzed"))]
+pub mod fuzzed;
 pub mod schema;
 
 use std::{

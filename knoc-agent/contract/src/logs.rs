@@ -6,8 +6,8 @@
 
 pub mod cri;
 pub mod filter;
-#[cfg(test)]
-mod fuzzed;
+#[cfg(any(test, feature = "fuzzed"))]
+pub mod fuzzed;
 pub mod read;
 pub mod writer;
 

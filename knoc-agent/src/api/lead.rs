@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use knoc_link::{Identity, Peer};
 use knoc_proto::reason::ErrorReason;
 
-use crate::{pod::actor::Refused, policy::nodes::may_lead, registry::cluster::EPOCH_AHEAD};
+use crate::{pod::input::Refused, policy::nodes::may_lead, registry::cluster::EPOCH_AHEAD};
 
 /// What a request claims.
 #[derive(Debug, Clone, Copy)]

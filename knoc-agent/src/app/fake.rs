@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::prepare;
 use crate::{
     config::{Config, Home},
-    pod::actor::Refused,
+    pod::input::Refused,
     registry::Registry,
     site::Site,
 };

@@ -15,7 +15,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::finding;
 use crate::{
-    pod::{actor::Input, stage, state::Event},
+    pod::{input::Input, stage, state::Event},
     scheduler::{Cancel, JobPhase, JobRef, JobView, SubmitRequest, Submitted},
     site::Site,
 };

@@ -21,8 +21,8 @@ use knoc_contract::tree;
 use knoc_proto::error::chain;
 use knoc_proto::pb;
 
+use super::claims::{Claims, Kept};
 use super::file::ImageFile;
-use super::room::{Claims, Kept};
 
 /// Names whose digest is remembered; of more, some cost a question to the registry again.
 const MAX_TAGS: usize = 20_000;

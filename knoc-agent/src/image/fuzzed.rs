@@ -1,7 +1,7 @@
 //! What the fuzz targets and the tests run alike: any bytes in the place of a registry's texts, and what must hold
 //! whatever they are. A broken promise is a panic here.
 //!
-//! Compiled for tests, and by `knoc-kubelet/remotecommand/fuzz` from the same file.
+//! Compiled for tests, and with the feature `fuzzed` for the targets in `knoc-agent/fuzz`.
 
 #![allow(
     unreachable_pub,
@@ -120,7 +120,7 @@ mod tests {
 
     fn corpus(target: &str, harness: fn(&[u8])) {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../knoc-kubelet/remotecommand/fuzz/corpus")
+            .join("fuzz/corpus")
             .join(target);
         let mut inputs = 0;
         for entry in std::fs::read_dir(folder).unwrap() {

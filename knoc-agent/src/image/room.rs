@@ -4,31 +4,14 @@
 //! while somebody here holds it: from the moment its digest is known until a job directory names it. Bytes that pulls
 //! under way will need are counted before they are there.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::path::PathBuf;
+use std::collections::BTreeSet;
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::SystemTime;
 
 use knoc_proto::error::chain;
 
 use super::cache::Cache;
+use super::claims::{Claims, Kept};
 use super::in_use;
-
-/// What of the cache is spoken for in this process.
-#[derive(Debug, Default)]
-pub(super) struct Claims {
-    held: HashMap<String, usize>,
-    /// Held at some time since the last search for room began.
-    since: HashSet<String>,
-    /// Bytes of pulls under way.
-    reserved: u64,
-}
-
-impl Claims {
-    fn is_held(&self, digest: &str) -> bool {
-        self.held.contains_key(digest) || self.since.contains(digest)
-    }
-}
 
 /// An image that is not removed while this lives.
 #[derive(Debug)]
@@ -70,15 +53,6 @@ impl Drop for Reserved {
         let mut claims = self.cache.claims();
         claims.reserved = claims.reserved.saturating_sub(self.bytes);
     }
-}
-
-/// An image on disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Kept {
-    pub(super) digest: String,
-    pub(super) sif: PathBuf,
-    pub(super) bytes: u64,
-    pub(super) used: SystemTime,
 }
 
 impl Cache {

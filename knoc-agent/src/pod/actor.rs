@@ -15,100 +15,19 @@ use jiff::Timestamp;
 use knoc_contract::jobdir::{JobDir, JobDirError};
 use knoc_proto::{crash, error::chain, ids::PodUid, pb, reason::ErrorReason};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     task::{AbortHandle, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    input::{Input, Refused, Wanted},
     publish::observed,
     record::Record,
     stage::{self, StageError},
     state::{Effect, Event, Facts, Patience, Pod, State, step},
 };
-use crate::{config::Config, registry::Wanted, site::Site};
-
-/// Inputs that may wait for a busy actor (one that writes its record).
-pub const INPUTS: usize = 64;
-
-/// A refusal, for the api.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refused {
-    /// For the caller's decision.
-    pub reason: ErrorReason,
-    /// For people.
-    pub message: String,
-}
-
-impl Refused {
-    /// A refusal with its words.
-    pub fn new(reason: ErrorReason, message: impl Into<String>) -> Self {
-        Self {
-            reason,
-            message: message.into(),
-        }
-    }
-}
-
-/// The answer to an api request.
-pub type Reply<T> = oneshot::Sender<Result<T, Refused>>;
-
-/// What an actor is asked.
-#[derive(Debug)]
-pub enum Input {
-    /// Something happened.
-    Event(Event),
-    /// The shim's link came or went. Which it was last, [`crate::shims::Shims`] knows: words of two links may overtake each
-    /// other.
-    Link,
-    /// `EnsurePod`. The first input of a new pod.
-    Ensure {
-        /// The shape.
-        spec: Box<pb::PodSpec>,
-        /// The values.
-        values: Box<pb::PodValues>,
-        /// Of which cluster.
-        cluster_id: String,
-        /// The pod, and whether it is new.
-        reply: Reply<(pb::PodObserved, bool)>,
-    },
-    /// `UpdateValues`.
-    Values {
-        /// The values.
-        values: Box<pb::PodValues>,
-        /// When they are staged, or written on the compute node.
-        reply: Reply<()>,
-    },
-    /// `DeletePod`.
-    Delete {
-        /// Time for the containers; `None`: the pod's own.
-        grace: Option<Duration>,
-        /// For people.
-        reason: String,
-        /// When the intent is on disk.
-        reply: Reply<pb::PodObserved>,
-    },
-    /// `ForgetPod`.
-    Forget {
-        /// When nothing is left on disk.
-        reply: Reply<()>,
-    },
-}
-
-impl Input {
-    /// Refuses what is asked; what only happened is let go.
-    fn refuse(self, refused: Refused) {
-        // Who asked may be gone.
-        match self {
-            Self::Event(_) | Self::Link => {}
-            Self::Ensure { reply, .. } => drop(reply.send(Err(refused))),
-            Self::Delete { reply, .. } => drop(reply.send(Err(refused))),
-            Self::Values { reply, .. } | Self::Forget { reply } => {
-                drop(reply.send(Err(refused)));
-            }
-        }
-    }
-}
+use crate::{config::Config, site::Site};
 
 /// A pod that was found on disk.
 #[derive(Debug)]

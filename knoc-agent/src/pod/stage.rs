@@ -17,7 +17,7 @@ use prost::Message as _;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
-    actor::Input,
+    input::Input,
     record::Record,
     state::{Event, Note},
 };

@@ -11,7 +11,7 @@ use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Cluster};
 use knoc_proto::{error::chain, reason::ErrorReason};
 use tokio::sync::Mutex;
 
-use crate::pod::actor::Refused;
+use crate::pod::input::Refused;
 
 /// An epoch may be this many seconds ahead of our clock: as far as clocks of login nodes are off.
 pub const EPOCH_AHEAD: i64 = 300;

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Handle, Registry};
 use crate::{
     pod::{
-        actor::Input,
+        input::Input,
         state::{Event, nanos},
     },
     scheduler::{JobRef, JobView, Round},

@@ -10,6 +10,7 @@
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use knoc_memory as _;
 use knoc_proto::private::keep_memory_private;
 
 mod attach;
@@ -37,11 +38,6 @@ mod top;
 mod view;
 
 use error::CtlError;
-
-/// The C library of the static binaries gives every large buffer back to the system at once, and asks for it again: with
-/// it half of a stream's time goes into page faults (ADR 0007).
-#[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 /// Inspects and manages a KNoC agent and its pods without Kubernetes.
 #[derive(Debug, Parser)]

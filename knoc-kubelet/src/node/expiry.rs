@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use knoc_link::pki;
 
-use super::status::Condition;
+use super::condition::Condition;
 use crate::agent::renew::LinkCertificate;
 
 /// Does a certificate of the link end within 30 days? `agents` is the end of the agent's, Unix seconds, or 0. None where the

@@ -8,7 +8,9 @@ use knoc_proto::{pb, text};
 use serde_json::{Map, Value, json};
 
 use super::{
-    Identity, expiry, features,
+    Identity,
+    condition::Condition,
+    expiry, features,
     release::{self, Release},
 };
 use crate::{
@@ -277,8 +279,6 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
         .map(|condition| render(facts, &condition))
         .collect()
 }
-
-pub(super) type Condition = (&'static str, &'static str, &'static str, String);
 
 fn agent_connected(facts: &Facts<'_>) -> Condition {
     match facts.link {

@@ -27,9 +27,10 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use self::reviews::Reviews;
-use super::authn::{Peer, User, bearer};
+use super::authn::{Peer, bearer};
 use super::authz::{self, Attributes};
 use super::tls::Verifier;
+use super::user::User;
 use super::{Cluster, ClusterError, Context};
 
 const TOKEN_TTL: Duration = Duration::from_mins(2);

@@ -6,7 +6,7 @@
 use http::Method;
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReviewSpec};
 
-use super::authn::User;
+use super::user::User;
 
 /// What is asked of the authorizer for one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

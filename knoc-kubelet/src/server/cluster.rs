@@ -13,7 +13,7 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{Api, PostParams};
 use thiserror::Error;
 
-use super::authn::User;
+use super::user::User;
 use crate::identity::Clients;
 
 /// The API server answers reviews in milliseconds; past this the caller gets an error instead of a hang.

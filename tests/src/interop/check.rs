@@ -6,7 +6,8 @@ use anyhow::ensure;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use super::clients::{Client, Target, Verb};
+use super::clients::{Client, Verb};
+use super::target::Target;
 use crate::{Background, PodBuilder, Run, Terminal, World, pod::some_port, wait_for, world::SOON};
 
 /// Bytes of the streams.

@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use anyhow::{Context as _, ensure};
 use tokio::time::timeout;
 
-use super::kubectl;
+use super::{kubectl, target::Target};
 use crate::Run;
 
 /// The time limit of one call, so that a verb that hangs does not block the suite.
@@ -77,17 +77,6 @@ pub struct Client {
     /// `env`, its variables, the program and its first words.
     words: Vec<String>,
     lacks: &'static [(Verb, &'static str)],
-}
-
-/// The other end of a call.
-#[derive(Clone, Copy, Debug)]
-pub struct Target<'a> {
-    /// The pod's namespace.
-    pub namespace: &'a str,
-    /// The pod.
-    pub pod: &'a str,
-    /// Its container.
-    pub container: &'a str,
 }
 
 const NO_COPY: (Verb, &str) = (Verb::Copy, "the library has no cp");

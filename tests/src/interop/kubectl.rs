@@ -1,6 +1,6 @@
 //! kubectl as a client: its arguments for each verb of the contract, and its port-forward, which listens on this host.
 
-use super::clients::Target;
+use super::target::Target;
 use crate::{Forward, Run};
 
 /// Runs `kubectl port-forward` with these arguments, sends bytes and their end through it, and returns what came back until

@@ -1,7 +1,7 @@
 //! What the fuzz targets and the tests run alike: any bytes as a claim file and as a report file, and what must hold
 //! whatever they are. A broken promise is a panic here.
 //!
-//! Compiled for tests, and by `knoc-kubelet/remotecommand/fuzz` from the same file.
+//! Compiled for tests, and with the feature `fuzzed` for the targets in `knoc-agent/fuzz`.
 
 #![allow(
     unreachable_pub,
@@ -74,8 +74,7 @@ mod tests {
 
     #[test]
     fn the_corpus_passes() {
-        let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../knoc-kubelet/remotecommand/fuzz/corpus");
+        let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
         for (name, harness) in HARNESSES {
             let mut inputs = 0;
             for entry in std::fs::read_dir(corpus.join(name)).unwrap() {

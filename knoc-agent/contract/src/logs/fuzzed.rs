@@ -1,7 +1,7 @@
 //! What the fuzz target and the tests run alike: any bytes as log files and as a program's output, and what must hold
 //! whatever they are. A broken promise is a panic here.
 //!
-//! Compiled for tests, and by `knoc-kubelet/remotecommand/fuzz` from the same file.
+//! Compiled for tests, and with the feature `fuzzed` for the targets in `knoc-agent/fuzz`.
 
 #![allow(
     unreachable_pub,
@@ -89,8 +89,8 @@ mod tests {
 
     #[test]
     fn the_corpus_passes() {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../knoc-kubelet/remotecommand/fuzz/corpus/log_lines");
+        let folder =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/log_lines");
         let mut inputs = 0;
         for entry in std::fs::read_dir(folder).unwrap() {
             log_lines(&std::fs::read(entry.unwrap().path()).unwrap());

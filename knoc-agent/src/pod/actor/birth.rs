@@ -10,10 +10,11 @@ use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, pb, reason::ErrorReason};
 use tokio::sync::mpsc;
 
-use super::{Actor, Input, Refused, Reply, Restored, facts, not_found};
+use super::{Actor, Restored, facts, not_found};
 use crate::{
     config::AtRest,
     pod::{
+        input::{Input, Refused, Reply},
         record::Record,
         stage,
         state::{Effect, Event, Pod, State, step},

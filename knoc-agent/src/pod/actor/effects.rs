@@ -9,9 +9,10 @@ use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
 use tokio::task::{AbortHandle, JoinError};
 use tonic::Request;
 
-use super::{Actor, Refused, Resolved, Unsaved, write_record};
+use super::{Actor, Resolved, Unsaved, write_record};
 use crate::{
     pod::{
+        input::Refused,
         outcome::{Cause, OVERDUE},
         record::Record,
         stage::{self, StageError},

@@ -17,11 +17,12 @@ use knoc_proto::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Input, Refused, facts};
+use super::facts;
 use crate::{
     app::fake::{Fake, SOON, spec, values},
     lease::{Holder, Process, STALE},
     pod::{
+        input::{Input, Refused},
         record::Record,
         stage,
         state::{Event, Pod},

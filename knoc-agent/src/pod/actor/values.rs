@@ -18,10 +18,13 @@ use knoc_proto::{
 use tokio::task::AbortHandle;
 use tonic::Request;
 
-use super::{Actor, Refused};
+use super::Actor;
 use crate::{
     config::AtRest,
-    pod::state::{Effect, Event, Pod},
+    pod::{
+        input::Refused,
+        state::{Effect, Event, Pod},
+    },
     shims::{Client, DEADLINE},
     site::Site,
 };

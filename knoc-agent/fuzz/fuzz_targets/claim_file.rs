@@ -1,0 +1,5 @@
+//! See `knoc_contract::jobdir::fuzzed::claim_file`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_contract::jobdir::fuzzed::claim_file(data));

@@ -1,0 +1,103 @@
+//! The messages of a pod's actor: what it is asked, how it answers, and what it tells the poller.
+//!
+//! Apart from the actor, so that those who only send to it ([`crate::shims`], [`super::stage`]) do not depend on what it
+//! does.
+
+use std::time::Duration;
+
+use knoc_proto::{pb, reason::ErrorReason};
+use tokio::sync::oneshot;
+
+use super::state::Event;
+use crate::scheduler::JobRef;
+
+/// What the poller must know of a pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its job, where it has one that may be alive.
+    pub job: Option<JobRef>,
+    /// A change is expected within seconds.
+    pub hurried: bool,
+}
+
+/// Inputs that may wait for a busy actor (one that writes its record).
+pub const INPUTS: usize = 64;
+
+/// A refusal, for the api.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// For the caller's decision.
+    pub reason: ErrorReason,
+    /// For people.
+    pub message: String,
+}
+
+impl Refused {
+    /// A refusal with its words.
+    pub fn new(reason: ErrorReason, message: impl Into<String>) -> Self {
+        Self {
+            reason,
+            message: message.into(),
+        }
+    }
+}
+
+/// The answer to an api request.
+pub type Reply<T> = oneshot::Sender<Result<T, Refused>>;
+
+/// What an actor is asked.
+#[derive(Debug)]
+pub enum Input {
+    /// Something happened.
+    Event(Event),
+    /// The shim's link came or went. Which it was last, [`crate::shims::Shims`] knows: words of two links may overtake each
+    /// other.
+    Link,
+    /// `EnsurePod`. The first input of a new pod.
+    Ensure {
+        /// The shape.
+        spec: Box<pb::PodSpec>,
+        /// The values.
+        values: Box<pb::PodValues>,
+        /// Of which cluster.
+        cluster_id: String,
+        /// The pod, and whether it is new.
+        reply: Reply<(pb::PodObserved, bool)>,
+    },
+    /// `UpdateValues`.
+    Values {
+        /// The values.
+        values: Box<pb::PodValues>,
+        /// When they are staged, or written on the compute node.
+        reply: Reply<()>,
+    },
+    /// `DeletePod`.
+    Delete {
+        /// Time for the containers; `None`: the pod's own.
+        grace: Option<Duration>,
+        /// For people.
+        reason: String,
+        /// When the intent is on disk.
+        reply: Reply<pb::PodObserved>,
+    },
+    /// `ForgetPod`.
+    Forget {
+        /// When nothing is left on disk.
+        reply: Reply<()>,
+    },
+}
+
+impl Input {
+    /// Refuses what is asked; what only happened is let go.
+    pub(crate) fn refuse(self, refused: Refused) {
+        // Who asked may be gone.
+        match self {
+            Self::Event(_) | Self::Link => {}
+            Self::Ensure { reply, .. } => drop(reply.send(Err(refused))),
+            Self::Delete { reply, .. } => drop(reply.send(Err(refused))),
+            Self::Values { reply, .. } | Self::Forget { reply } => {
+                drop(reply.send(Err(refused)));
+            }
+        }
+    }
+}

@@ -1,5 +1,0 @@
-//! See `image::fuzzed::auth_headers`.
-
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_fuzz::image::fuzzed::auth_headers(data));

@@ -1,5 +1,0 @@
-//! See `logs::fuzzed::log_lines`.
-
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_fuzz::logs::fuzzed::log_lines(data));

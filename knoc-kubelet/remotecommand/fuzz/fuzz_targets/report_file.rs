@@ -1,5 +1,0 @@
-//! See `jobdir::fuzzed::report_file`.
-
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|data: &[u8]| knoc_fuzz::jobdir::fuzzed::report_file(data));
