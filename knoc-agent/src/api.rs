@@ -200,7 +200,7 @@ pub async fn serve(service: Service, incoming: knoc_link::Incoming, stop: Cancel
     let agent = AgentServer::new(service)
         .max_decoding_message_size(knoc_link::MAX_MESSAGE)
         .max_encoding_message_size(knoc_link::MAX_MESSAGE);
-    let agent = InterceptedService::new(bulk::Served::new(agent), gate.clone());
+    let agent = InterceptedService::new(bulk::RawServer::new(agent), gate.clone());
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<AgentServer<Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -404,7 +404,7 @@ impl pb::agent_server::Agent for Service {
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 
-    type ReadLogsStream = bulk::Nothing<pb::LogChunk>;
+    type ReadLogsStream = bulk::NoMessages<pb::LogChunk>;
 
     async fn read_logs(
         &self,
@@ -415,7 +415,7 @@ impl pb::agent_server::Agent for Service {
         Ok(bulk::answer(bulk::encode(chunks)))
     }
 
-    type ExecStream = bulk::Nothing<pb::ExecOutput>;
+    type ExecStream = bulk::NoMessages<pb::ExecOutput>;
 
     async fn exec(
         &self,
@@ -424,7 +424,7 @@ impl pb::agent_server::Agent for Service {
         streams::exec(&self.0.site, bulk::input(request)?).await
     }
 
-    type AttachStream = bulk::Nothing<pb::ExecOutput>;
+    type AttachStream = bulk::NoMessages<pb::ExecOutput>;
 
     async fn attach(
         &self,
@@ -433,7 +433,7 @@ impl pb::agent_server::Agent for Service {
         streams::attach(&self.0.site, bulk::input(request)?).await
     }
 
-    type PortForwardStream = bulk::Nothing<pb::PortForwardOutput>;
+    type PortForwardStream = bulk::NoMessages<pb::PortForwardOutput>;
 
     async fn port_forward(
         &self,

@@ -44,7 +44,7 @@ pub struct App {
     ended: mpsc::Receiver<knoc_proto::ids::PodUid>,
     service: api::Service,
     near: Vec<knoc_link::Incoming>,
-    shim_hop: knoc_link::pinned::PinnedIncoming,
+    shim_hop: knoc_link::Incoming,
     /// Ends what takes requests; the registry's own token ends the actors after it.
     stop: CancellationToken,
     actors: CancellationToken,

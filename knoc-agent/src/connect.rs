@@ -2,10 +2,7 @@
 //! start a command (`ssh login knoc-agent connect`). Understands nothing of what it carries, and carries nothing to a
 //! process that is not of the same user.
 
-use knoc_link::{
-    LinkError,
-    socket::{self, Places},
-};
+use knoc_link::{LinkError, carrier::unix, socket::Places};
 use tokio::io::{self, AsyncWriteExt as _};
 
 /// Why nothing was relayed, or no more.
@@ -31,7 +28,7 @@ pub enum ConnectError {
 /// Relays until either side ends.
 pub async fn run(places: &Places) -> Result<(), ConnectError> {
     let path = places.find().unwrap_or_else(|| places.choose().0);
-    let (stream, _) = socket::connect(&path).await.map_err(|source| {
+    let (stream, _) = unix::connect(&path).await.map_err(|source| {
         let not_served = matches!(source, LinkError::NotServed { .. });
         match places.other_host().filter(|_| not_served) {
             Some(host) => ConnectError::Elsewhere { host, source },

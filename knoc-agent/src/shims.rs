@@ -15,7 +15,7 @@ use std::{
 };
 
 use futures::{FutureExt as _, StreamExt as _};
-use knoc_link::{admission::Source, bulk::Called, pinned::PinnedIncoming};
+use knoc_link::{Incoming, Peer, admission::Source, bulk::RawClient};
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -42,7 +42,7 @@ const LINKS_OF_ONE: usize = 8;
 const FIRST_REPORT: Duration = Duration::from_secs(20);
 
 /// The client of one shim.
-pub type Client = ShimClient<Called<Channel>>;
+pub type Client = ShimClient<RawClient<Channel>>;
 
 /// Links of live shims.
 #[derive(Debug, Clone, Default)]
@@ -167,7 +167,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Takes links until `stop`.
-pub async fn serve(shims: Shims, mut incoming: PinnedIncoming, stop: CancellationToken) {
+pub async fn serve(shims: Shims, mut incoming: Incoming, stop: CancellationToken) {
     let mut tasks = JoinSet::new();
     let mut log = LogLimit::default();
     loop {
@@ -177,17 +177,19 @@ pub async fn serve(shims: Shims, mut incoming: PinnedIncoming, stop: Cancellatio
             Some(_) = tasks.join_next() => continue,
             accepted = incoming.next() => accepted,
         };
-        let (spki, io) = match accepted {
-            Some(Ok(accepted)) => accepted,
+        let connection = match accepted {
+            Some(Ok(connection)) => connection,
             Some(Err(error)) => {
                 tracing::warn!(error = chain(&error), "accept on the shim hop");
                 continue;
             }
             None => break,
         };
-        let from = io.get_ref().0.peer_addr().ok();
-        let source = from.map_or(Source::Local, Source::from);
-        let route = lock(&shims.0.pins).get(&spki).cloned();
+        let Peer::Pinned { spki, origin } = connection.peer().clone() else {
+            tracing::warn!(peer = %connection.peer(), "not a shim on the shim hop");
+            continue;
+        };
+        let route = lock(&shims.0.pins).get(&*spki).cloned();
         let admitted = route.ok_or("its key is unknown").and_then(|route| {
             match Arc::clone(&route.places).try_acquire_owned() {
                 Ok(place) if tasks.len() < LINKS => Ok((route, place)),
@@ -198,17 +200,17 @@ pub async fn serve(shims: Shims, mut incoming: PinnedIncoming, stop: Cancellatio
         let (route, place) = match admitted {
             Ok(admitted) => admitted,
             Err(why) => {
-                let verdict = log.event(tokio::time::Instant::now(), source);
+                let verdict = log.event(tokio::time::Instant::now(), Source::from(origin));
                 if let Some(count) = verdict.left_out {
                     tracing::warn!(count, "further refused shims were left out of the log");
                 }
                 if verdict.write {
-                    tracing::warn!(?from, spki, "a shim was refused: {why}");
+                    tracing::warn!(from = %origin, %spki, "a shim was refused: {why}");
                 }
                 continue;
             }
         };
-        let client = ShimClient::new(Called::new(knoc_link::near_side(io)))
+        let client = ShimClient::new(RawClient::new(knoc_link::near_side(connection)))
             .max_decoding_message_size(knoc_link::MAX_MESSAGE)
             .max_encoding_message_size(knoc_link::MAX_MESSAGE);
         let following = follow(shims.clone(), route, client, stop.clone());
@@ -279,7 +281,7 @@ mod tests {
         let route = lock(&shims.0.pins).values().next().unwrap().clone();
         let nowhere = || {
             let endpoint = tonic::transport::Endpoint::from_static("http://127.0.0.1:1");
-            ShimClient::new(Called::new(endpoint.connect_lazy()))
+            ShimClient::new(RawClient::new(endpoint.connect_lazy()))
         };
         let older = shims.open(&uid, nowhere(), About::default());
         assert!(shims.close(&uid, older));

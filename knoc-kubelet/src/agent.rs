@@ -13,7 +13,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_link::bulk::Called;
+use knoc_link::bulk::RawClient;
 use knoc_proto::pb::{self, agent_client::AgentClient};
 use tokio::time::Instant;
 use tonic::transport::Channel;
@@ -168,8 +168,8 @@ impl Agent {
 
     /// The client for streams of bytes: logs, exec. The caller sets deadlines.
     #[must_use]
-    pub fn bulk(&self) -> AgentClient<Called<Channel>> {
-        AgentClient::new(Called::new(self.channels().bulk))
+    pub fn bulk(&self) -> AgentClient<RawClient<Channel>> {
+        AgentClient::new(RawClient::new(self.channels().bulk))
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT)
     }

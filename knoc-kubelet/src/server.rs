@@ -17,6 +17,7 @@ mod exec;
 mod limits;
 mod logs;
 mod options;
+mod peer_watch;
 mod portforward;
 mod refused;
 mod remote;
@@ -31,7 +32,6 @@ mod tests;
 mod tls;
 mod upgrade;
 mod user;
-mod wire;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -43,10 +43,10 @@ pub use cluster::{Cluster, ClusterError, KubeCluster};
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use k8s_openapi::api::core::v1::Pod;
+use knoc_link::carrier::{Listener as _, tcp};
 use knoc_proto::pb;
 use thiserror::Error;
 pub use tls::TlsError;
-use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -204,7 +204,7 @@ struct Context {
 
 /// The API, bound and not yet serving.
 pub struct Server {
-    listener: TcpListener,
+    listener: tcp::Listener,
     address: SocketAddr,
     context: Arc<Context>,
     reload: tls::Reload,
@@ -231,8 +231,9 @@ impl Server {
             tls::Reload::start(settings.serving, settings.client_ca, Arc::clone(&cluster))
                 .await
                 .map_err(|source| ServerError::Tls { source })?;
-        let bound = knoc_link::accept::bind(settings.bind).and_then(|listener| {
-            let address = listener.local_addr()?;
+        let bound = tcp::Listener::bind(settings.bind).and_then(|listener| {
+            let nowhere = || std::io::Error::other("the listener has no address");
+            let address = listener.local_addr().ok_or_else(nowhere)?;
             Ok((listener, address))
         });
         let (listener, address) = bound.map_err(|source| ServerError::Bind {

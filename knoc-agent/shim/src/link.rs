@@ -6,7 +6,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use knoc_contract::jobdir::{self, schema::Endpoint};
-use knoc_link::{bulk::Served, pinned::KeyPair};
+use knoc_link::{bulk::RawServer, pinned::KeyPair};
 use knoc_proto::{error::chain, pb::shim_server::ShimServer};
 use rand::RngExt as _;
 use tokio::sync::watch;
@@ -82,10 +82,10 @@ impl Link {
                 dialled = knoc_link::pinned::dial(address, pair, &endpoint.spki) => dialled,
             };
             match dialled {
-                Ok(io) => {
+                Ok(connection) => {
                     tracing::debug!(%address, "linked to the agent");
                     self.state.send_replace(State::Connected);
-                    self.serve(io, shutdown).await;
+                    self.serve(connection, shutdown).await;
                     return true;
                 }
                 Err(error) => tracing::debug!("no link: {}", chain(&error)),
@@ -94,11 +94,11 @@ impl Link {
         false
     }
 
-    async fn serve(&self, io: knoc_link::pinned::TlsIo, shutdown: &CancellationToken) {
+    async fn serve(&self, connection: knoc_link::Connection, shutdown: &CancellationToken) {
         let service = ShimServer::new(self.service.clone());
         let serving = knoc_link::server()
-            .add_service(Served::new(service))
-            .serve_with_incoming_shutdown(knoc_link::far_side(io), shutdown.cancelled());
+            .add_service(RawServer::new(service))
+            .serve_with_incoming_shutdown(knoc_link::far_side(connection), shutdown.cancelled());
         if let Err(error) = serving.await {
             tracing::debug!("the link ended: {}", chain(&error));
         }

@@ -7,7 +7,7 @@ use knoc_contract::logs::{
     filter::Options,
     read::{self, CHUNKS, Series},
 };
-use knoc_link::bulk::{self, Messages, Nothing};
+use knoc_link::bulk::{self, Messages, NoMessages};
 use knoc_proto::{
     pb::{self, EndedBy, shim_server::Shim},
     reason::ErrorReason,
@@ -145,8 +145,8 @@ type Stream<T> = ReceiverStream<Result<T, Status>>;
 #[tonic::async_trait]
 impl Shim for Service {
     type WatchReportStream = Stream<pb::Report>;
-    type ReadLogsStream = Nothing<pb::LogChunk>;
-    type ExecStream = Nothing<pb::ExecOutput>;
+    type ReadLogsStream = NoMessages<pb::LogChunk>;
+    type ExecStream = NoMessages<pb::ExecOutput>;
 
     async fn watch_report(
         &self,
@@ -255,7 +255,7 @@ impl Shim for Service {
         Ok(answer(stream))
     }
 
-    type AttachStream = Nothing<pb::ExecOutput>;
+    type AttachStream = NoMessages<pb::ExecOutput>;
 
     async fn attach(
         &self,
@@ -277,7 +277,7 @@ impl Shim for Service {
         Ok(answer(stream))
     }
 
-    type PortForwardStream = Nothing<pb::PortForwardOutput>;
+    type PortForwardStream = NoMessages<pb::PortForwardOutput>;
 
     async fn port_forward(
         &self,
@@ -315,7 +315,7 @@ impl Shim for Service {
 /// What tasks send, as the answer to a stream of bytes.
 fn answer<T: prost::Message + 'static>(
     stream: mpsc::Receiver<Result<T, Status>>,
-) -> Response<Nothing<T>> {
+) -> Response<NoMessages<T>> {
     bulk::answer(bulk::encode(ReceiverStream::new(stream)))
 }
 

@@ -15,7 +15,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_link::{Conn, Identity, Peer, Shown, pki::CertificateInfo};
+use knoc_link::{Connection, Identity, Peer, Shown, pki::CertificateInfo};
 use knoc_proto::reason::ErrorReason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -73,7 +73,7 @@ impl Gate {
     }
 
     /// Watches over a connection until it is dropped.
-    pub(super) fn guard(&self, conn: Conn) -> Guarded {
+    pub(super) fn guard(&self, conn: Connection) -> Guarded {
         let Peer::Tls {
             identity,
             certificate,
@@ -127,7 +127,7 @@ impl Gate {
                 certificate,
                 ..
             }) => (identity, certificate),
-            Some(Peer::Pinned) | None => {
+            Some(Peer::Pinned { .. }) | None => {
                 return Err(ErrorReason::PeerDenied.status("the peer is not known"));
             }
         };
@@ -222,7 +222,7 @@ impl Interceptor for Gate {
 /// A connection that ends when its peer is not served any more.
 #[derive(Debug)]
 pub(super) struct Guarded {
-    conn: Conn,
+    conn: Connection,
     /// None for our own user's.
     watched: Option<Watched>,
 }

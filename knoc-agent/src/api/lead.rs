@@ -65,7 +65,7 @@ pub(super) fn kubelet(peer: Option<&Peer>) -> Option<&str> {
             identity: Identity::Kubelet { name },
             ..
         }) => Some(name),
-        Some(Peer::Tls { .. } | Peer::Unix { .. } | Peer::Pinned) | None => None,
+        Some(Peer::Tls { .. } | Peer::Unix { .. } | Peer::Pinned { .. }) | None => None,
     }
 }
 
@@ -73,7 +73,7 @@ fn who(peer: &Peer) -> String {
     match peer {
         Peer::Tls { identity, .. } => identity.to_string(),
         Peer::Unix { .. } => "a process at the unix socket".to_owned(),
-        Peer::Pinned => "a shim".to_owned(),
+        Peer::Pinned { .. } => "a shim".to_owned(),
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use knoc_link::bulk::{self, Messages, Nothing};
+use knoc_link::bulk::{self, Messages, NoMessages};
 use knoc_proto::{
     ids::PodUid,
     pb::{
@@ -25,7 +25,7 @@ const RESUMED: Duration = Duration::from_millis(500);
 /// A shim that has not answered after that may be stopped: Slurm is asked.
 const SILENT: Duration = Duration::from_millis(1500);
 
-type Answer<T> = Result<Response<Nothing<T>>, Status>;
+type Answer<T> = Result<Response<NoMessages<T>>, Status>;
 
 pub(super) async fn exec(site: &Site, mut inputs: Messages<ExecInput>) -> Answer<ExecOutput> {
     let Some(Input::Start(start)) = inputs.peek().await?.and_then(|first| first.input) else {
@@ -109,7 +109,7 @@ fn relay<T: Send + 'static>(
     let outputs = outputs.map_err(|status| broken(&uid, status))?;
     let body = bulk::output_body(&outputs)
         .ok_or_else(|| ErrorReason::Internal.status("the shim answered with no stream"))?;
-    let named = bulk::failing_by(body, move |status| broken(&uid, status));
+    let named = bulk::map_status(body, move |status| broken(&uid, status));
     Ok(bulk::answer(named))
 }
 

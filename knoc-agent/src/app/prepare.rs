@@ -297,7 +297,7 @@ pub fn socket_places(config: &Config) -> knoc_link::socket::Places {
 /// Writes where shims find the agent.
 pub(super) fn tell_shims(
     site: &Site,
-    shim_hop: &knoc_link::pinned::PinnedIncoming,
+    shim_hop: &knoc_link::Incoming,
     pair: &KeyPair,
 ) -> Result<(), PrepareError> {
     let port = shim_hop

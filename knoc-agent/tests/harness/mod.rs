@@ -281,7 +281,7 @@ impl Drop for Job {
 }
 
 pub(crate) struct Agent {
-    incoming: knoc_link::pinned::PinnedIncoming,
+    incoming: knoc_link::Incoming,
     spki: String,
 }
 
@@ -289,9 +289,13 @@ impl Agent {
     /// The shim's next connection.
     pub(crate) async fn shim(&mut self) -> ShimClient<Channel> {
         let next = tokio::time::timeout(DEADLINE, self.incoming.next());
-        let (spki, io) = next.await.expect("the shim did not dial").unwrap().unwrap();
-        assert_eq!(spki, self.spki);
-        ShimClient::new(knoc_link::near_side(io)).max_decoding_message_size(8 << 20)
+        let next = next.await.expect("the shim did not dial");
+        let connection = next.unwrap().unwrap();
+        let knoc_link::Peer::Pinned { spki, .. } = connection.peer() else {
+            panic!("{:?}", connection.peer());
+        };
+        assert_eq!(**spki, *self.spki);
+        ShimClient::new(knoc_link::near_side(connection)).max_decoding_message_size(8 << 20)
     }
 }
 

@@ -2,8 +2,8 @@
 //! streams in them, and the versions and messages on top. No Kubernetes object and no request of the agent is known here.
 //!
 //! ```text
-//!  socket ── spdy, websocket ──► streams (Inlet) ──► the relays of the kubelet
-//!         ◄── (one session each) ◄── outlet (Outlet) ◄──
+//!  socket ── spdy, websocket ──► streams (StreamReader) ──► the relays of the kubelet
+//!         ◄── (one session each) ◄── stream_writer (StreamWriter) ◄──
 //! ```
 //!
 //! Owner of a session: the task that polls its `run`. Pure parts: [`protocol`], [`query`], [`ports`], and the codecs
@@ -12,10 +12,10 @@
 
 #[cfg(any(test, feature = "fuzzed"))]
 pub mod fuzzed;
-pub mod outlet;
 pub mod ports;
 pub mod protocol;
 pub mod query;
 pub mod spdy;
+pub mod stream_writer;
 pub mod streams;
 pub mod websocket;

@@ -29,7 +29,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
-use crate::streams::{Activity, Budget, Closed, IDLE, Inlet};
+use crate::streams::{Activity, Budget, Closed, IDLE, StreamReader};
 use frame::Reset;
 pub use headers::Headers;
 use writer::Out;
@@ -116,7 +116,7 @@ type Slot = Arc<OwnedSemaphorePermit>;
 pub struct Stream {
     id: u32,
     headers: Headers,
-    inlet: Inlet,
+    reader: StreamReader,
     queue: mpsc::Sender<Out>,
     slot: Slot,
 }
@@ -135,7 +135,7 @@ impl Stream {
     }
 
     /// Answers with no headers, as the peer expects; both halves are open then.
-    pub async fn accept(self) -> (Inlet, Sender) {
+    pub async fn accept(self) -> (StreamReader, Sender) {
         // A queue that is closed means a session that has ended: both halves will say so.
         drop(self.queue.send(Out::Reply(self.id)).await);
         let sender = Sender {
@@ -143,7 +143,7 @@ impl Stream {
             queue: self.queue,
             _slot: self.slot,
         };
-        (self.inlet, sender)
+        (self.reader, sender)
     }
 
     /// Refuses it.

@@ -1,8 +1,9 @@
 //! The streams of a client, whatever carries them: SPDY or WebSocket fill them, the relays read and write them.
 //!
-//! A carrier's reader holds a [`Feed`] for each stream and a relay the [`Inlet`] at its other end; the other direction
-//! is an [`Outlet`](crate::outlet::Outlet). What a connection has received and nobody has taken is bounded by its [`Budget`], however many
-//! streams it has: a full one stops the reading of the socket. Nothing is ever dropped.
+//! The task that reads a connection holds a [`StreamSender`] for each stream, and a relay the [`StreamReader`] at its
+//! other end; the other direction is a [`StreamWriter`](crate::stream_writer::StreamWriter). What a connection has
+//! received and nobody has taken is bounded by its [`Budget`], however many streams it has: a full budget stops the
+//! reading of the socket. Nothing is ever dropped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -69,29 +70,29 @@ impl Budget {
 
 /// The carrier's end of a stream that the client writes.
 #[derive(Debug)]
-pub(crate) struct Feed {
+pub(crate) struct StreamSender {
     items: mpsc::Sender<Item>,
     budget: Budget,
 }
 
 /// A stream that the client writes.
-pub(crate) fn stream(budget: &Budget) -> (Feed, Inlet) {
-    let (sender, items) = mpsc::channel(RECEIVE_QUEUE);
-    let feed = Feed {
-        items: sender,
+pub(crate) fn stream(budget: &Budget) -> (StreamSender, StreamReader) {
+    let (queue, items) = mpsc::channel(RECEIVE_QUEUE);
+    let sender = StreamSender {
+        items: queue,
         budget: budget.clone(),
     };
-    let inlet = Inlet {
+    let reader = StreamReader {
         items,
         ahead: None,
         end: None,
     };
-    (feed, inlet)
+    (sender, reader)
 }
 
-impl Feed {
-    /// Hands on a piece; waits while the relay does not take, or where the connection holds too much. An [`Inlet`]
-    /// that was dropped wants no more, and what comes is let go.
+impl StreamSender {
+    /// Hands on a piece; waits while the relay does not take, or where the connection holds too much. If the
+    /// [`StreamReader`] was dropped, what comes is dropped too.
     pub(crate) async fn data(&self, data: Bytes) {
         if data.is_empty() || self.items.is_closed() {
             return;
@@ -132,14 +133,14 @@ impl Feed {
 
 /// What a client sends on a stream.
 #[derive(Debug)]
-pub struct Inlet {
+pub struct StreamReader {
     items: mpsc::Receiver<Item>,
     /// Taken, and too much to go with what went before it.
     ahead: Option<Bytes>,
     end: Option<End>,
 }
 
-impl Inlet {
+impl StreamReader {
     /// The next bytes, never empty, or how they ended (then for ever the same). Pieces that wait are joined as long as
     /// they fit one message ([`CHUNK`]): a message costs all who pass it on more than the copy. Cancel safe.
     pub async fn next(&mut self) -> Result<Bytes, End> {
@@ -253,9 +254,9 @@ mod tests {
         let piece = Bytes::from(vec![1; 64 << 10]);
         let streams: Vec<_> = (0..100).map(|_| stream(&budget)).collect();
         let mut taken = 0;
-        for (feed, _) in &streams {
+        for (sender, _) in &streams {
             for _ in 1..RECEIVE_QUEUE {
-                taken += usize::from(feed.data(piece.clone()).now_or_never().is_some());
+                taken += usize::from(sender.data(piece.clone()).now_or_never().is_some());
             }
         }
         assert_eq!(
@@ -271,75 +272,75 @@ mod tests {
     #[tokio::test]
     async fn taking_frees_and_a_small_piece_keeps_no_large_buffer() {
         let budget = Budget::new();
-        let (feed, mut inlet) = stream(&budget);
+        let (sender, mut reader) = stream(&budget);
         let buffer = Bytes::from(vec![1; 64 << 10]);
-        feed.data(buffer.slice(..1)).await;
+        sender.data(buffer.slice(..1)).await;
         assert!(buffer.is_unique(), "the piece is a copy");
         assert_eq!(budget.held(), LEAST_WEIGHT);
-        assert_eq!(inlet.next().await.unwrap().len(), 1);
+        assert_eq!(reader.next().await.unwrap().len(), 1);
         assert_eq!(budget.held(), 0);
-        feed.data(Bytes::new()).await;
-        feed.finish().await;
-        assert_eq!(inlet.next().await, Err(End::Fin));
-        assert_eq!(inlet.next().await, Err(End::Fin));
+        sender.data(Bytes::new()).await;
+        sender.finish().await;
+        assert_eq!(reader.next().await, Err(End::Fin));
+        assert_eq!(reader.next().await, Err(End::Fin));
     }
 
     #[tokio::test]
     async fn pieces_that_wait_are_joined_up_to_a_message() {
         let budget = Budget::new();
-        let (feed, mut inlet) = stream(&budget);
+        let (sender, mut reader) = stream(&budget);
         let piece = |byte: u8, length: usize| Bytes::from(vec![byte; length]);
         for (byte, length) in [(1, 1), (2, CHUNK - 1), (3, 1), (4, CHUNK), (5, 2)] {
-            feed.data(piece(byte, length)).await;
+            sender.data(piece(byte, length)).await;
         }
-        feed.finish().await;
-        let first = inlet.next().await.unwrap();
+        sender.finish().await;
+        let first = reader.next().await.unwrap();
         assert_eq!((first.len(), first[0], first[CHUNK - 1]), (CHUNK, 1, 2));
-        assert_eq!(inlet.next().await.unwrap(), piece(3, 1));
-        assert_eq!(inlet.next().await.unwrap(), piece(4, CHUNK));
-        assert_eq!(inlet.next().await.unwrap(), piece(5, 2));
-        assert_eq!(inlet.next().await, Err(End::Fin));
+        assert_eq!(reader.next().await.unwrap(), piece(3, 1));
+        assert_eq!(reader.next().await.unwrap(), piece(4, CHUNK));
+        assert_eq!(reader.next().await.unwrap(), piece(5, 2));
+        assert_eq!(reader.next().await, Err(End::Fin));
         assert_eq!(budget.held(), 0);
     }
 
     #[tokio::test]
     async fn a_large_piece_is_handed_on_uncopied() {
         let budget = Budget::new();
-        let (feed, mut inlet) = stream(&budget);
+        let (sender, mut reader) = stream(&budget);
         let large = Bytes::from(vec![1; 2 * CHUNK]);
-        feed.data(large.clone()).await;
-        feed.data(Bytes::from("x")).await;
-        assert_eq!(inlet.next().await.unwrap().as_ptr(), large.as_ptr());
-        assert_eq!(inlet.next().await.unwrap(), "x");
+        sender.data(large.clone()).await;
+        sender.data(Bytes::from("x")).await;
+        assert_eq!(reader.next().await.unwrap().as_ptr(), large.as_ptr());
+        assert_eq!(reader.next().await.unwrap(), "x");
     }
 
     #[tokio::test]
     async fn ends_are_told_apart_and_come_after_the_bytes() {
         let budget = Budget::new();
         for (how, end) in [(0, End::Fin), (1, End::Reset), (2, End::Lost)] {
-            let (feed, mut inlet) = stream(&budget);
-            feed.data(Bytes::from("x")).await;
+            let (sender, mut reader) = stream(&budget);
+            sender.data(Bytes::from("x")).await;
             match how {
-                0 => feed.finish().await,
-                1 => feed.reset().await,
-                _ => drop(feed),
+                0 => sender.finish().await,
+                1 => sender.reset().await,
+                _ => drop(sender),
             }
-            assert_eq!(inlet.next().await.unwrap(), "x");
-            assert_eq!(inlet.next().await, Err(end));
+            assert_eq!(reader.next().await.unwrap(), "x");
+            assert_eq!(reader.next().await, Err(end));
         }
     }
 
     #[tokio::test]
     async fn a_stream_that_nobody_reads_any_more_swallows() {
         let budget = Budget::new();
-        let (feed, inlet) = stream(&budget);
+        let (sender, reader) = stream(&budget);
         let (other, _held) = stream(&budget);
         for _ in 1..RECEIVE_QUEUE {
             other.data(Bytes::from(vec![0; 64 << 10])).await;
         }
-        drop(inlet);
+        drop(reader);
         for _ in 0..1000 {
-            feed.data(Bytes::from(vec![0; 64 << 10])).await;
+            sender.data(Bytes::from(vec![0; 64 << 10])).await;
         }
     }
 }

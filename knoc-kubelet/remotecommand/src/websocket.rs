@@ -1,7 +1,7 @@
 //! A WebSocket server session that carries Kubernetes' channels. Knows nothing of what runs on them.
 //!
 //! Owner: the task that polls [`Session::run`], which reads, writes and answers pings. The channels are there from the
-//! start: each one that the client may write has an [`Inlet`], each one that it reads a [`Sender`]. As with SPDY a queue
+//! start: each one that the client may write has an [`StreamReader`], each one that it reads a [`Sender`]. As with SPDY a queue
 //! that is full stops the reading of the socket, and all that waits is within one [`Budget`]. Messages of any size pass in
 //! pieces. What is for a channel that the client may not write, or that does not exist, is let go, as upstream does.
 //!
@@ -25,7 +25,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Wr
 use tokio::sync::mpsc;
 use tracing::debug;
 
-use crate::streams::{Activity, Budget, Closed, Feed, IDLE, Inlet, stream};
+use crate::streams::{Activity, Budget, Closed, IDLE, StreamReader, StreamSender, stream};
 pub use channel::Encoding;
 use channel::{Messages, Said};
 use frame::{Decoder, Event, Kind};
@@ -125,7 +125,7 @@ pub struct Session<Io> {
     io: Io,
     encoding: Encoding,
     /// By channel; none where the client may not write or has ended.
-    feeds: Vec<Option<Feed>>,
+    senders: Vec<Option<StreamSender>>,
     budget: Budget,
     sender: mpsc::WeakSender<Out>,
     queue: mpsc::Receiver<Out>,
@@ -135,7 +135,7 @@ pub struct Session<Io> {
 /// The channels of a session, until they are taken.
 #[derive(Debug)]
 pub struct Channels {
-    inlets: Vec<Option<Inlet>>,
+    readers: Vec<Option<StreamReader>>,
     queue: mpsc::Sender<Out>,
     /// Of one message to the client.
     most: usize,
@@ -143,8 +143,8 @@ pub struct Channels {
 
 impl Channels {
     /// What the client writes on a channel; once.
-    pub fn inlet(&mut self, channel: u8) -> Option<Inlet> {
-        self.inlets.get_mut(usize::from(channel))?.take()
+    pub fn reader(&mut self, channel: u8) -> Option<StreamReader> {
+        self.readers.get_mut(usize::from(channel))?.take()
     }
 
     /// What the client reads of a channel.
@@ -166,18 +166,18 @@ where
     let budget = Budget::new();
     let (sender, queue) = mpsc::channel(SEND_QUEUE);
     let open = |writable: &bool| writable.then(|| stream(&budget)).unzip();
-    let (feeds, inlets) = writable.iter().map(open).unzip();
+    let (senders, readers) = writable.iter().map(open).unzip();
     let session = Session {
         io,
         encoding,
-        feeds,
+        senders,
         budget: budget.clone(),
         sender: sender.downgrade(),
         queue,
         activity: Activity::new(),
     };
     let channels = Channels {
-        inlets,
+        readers,
         queue: sender,
         most: encoding.most(),
     };
@@ -204,7 +204,7 @@ where
         let (input, mut output) = tokio::io::split(self.io);
         let reader = Reader {
             messages: Messages::new(self.encoding),
-            feeds: self.feeds,
+            senders: self.senders,
             queue: self.sender,
             activity: self.activity.clone(),
             _budget: self.budget,
@@ -243,7 +243,7 @@ where
 #[derive(Debug)]
 struct Reader {
     messages: Messages,
-    feeds: Vec<Option<Feed>>,
+    senders: Vec<Option<StreamSender>>,
     /// Weak: the reader must not keep the session open.
     queue: mpsc::WeakSender<Out>,
     activity: Activity,
@@ -288,14 +288,14 @@ impl Reader {
                 let said = self.messages.piece(data, last);
                 match said.map_err(|source| SocketError::Message { source })? {
                     Some(Said::Data { channel, data }) => {
-                        if let Some(Some(feed)) = self.feeds.get(usize::from(channel)) {
-                            feed.data(data).await;
+                        if let Some(Some(sender)) = self.senders.get(usize::from(channel)) {
+                            sender.data(data).await;
                         }
                     }
                     Some(Said::Close { channel }) => {
-                        let feed = self.feeds.get_mut(usize::from(channel));
-                        if let Some(feed) = feed.and_then(Option::take) {
-                            feed.finish().await;
+                        let sender = self.senders.get_mut(usize::from(channel));
+                        if let Some(sender) = sender.and_then(Option::take) {
+                            sender.finish().await;
                         }
                     }
                     None => {}

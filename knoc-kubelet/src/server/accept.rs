@@ -7,34 +7,35 @@
 //! log never ends by itself) is cut.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use futures::{FutureExt as _, StreamExt as _, TryFutureExt as _};
-use hyper::body::Incoming;
+use hyper::body::Incoming as RequestBody;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use knoc_link::accept::Accept;
-use knoc_link::admission::Bounds;
+use knoc_link::admission::{Bounds, Source};
+use knoc_link::carrier::{Unverified, tcp};
+use knoc_link::{Connection, Origin};
 use knoc_proto::error::chain;
 use rustix::net::sockopt;
 use rustls_pki_types::{CertificateDer, UnixTime};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use super::authn::{self, Peer};
+use super::peer_watch::PeerWatch;
 use super::separate_end::SeparateEnd;
 use super::standing::Standings;
 use super::tls::Tls;
-use super::wire::Wire;
 
 /// The real kubelet's idle time; hyper counts it while it waits for a request's head.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
@@ -47,21 +48,41 @@ const KEEPALIVE_PROBES: u32 = 3;
 /// How long requests under way may go on after shutdown began.
 pub(super) const DRAIN: Duration = Duration::from_secs(5);
 
-/// A connection after its handshake.
-pub(super) struct Secured {
-    stream: TlsStream<TcpStream>,
-    address: SocketAddr,
+/// What a handshake says of a client.
+#[derive(Debug)]
+pub(super) struct Client {
+    origin: Origin,
+    /// What the client showed, end-entity certificate first.
+    certificates: Arc<[CertificateDer<'static>]>,
+    watch: PeerWatch,
+}
+
+impl Client {
+    fn of(stream: &TlsStream<TcpStream>, origin: Origin) -> io::Result<Self> {
+        let (socket, tls) = stream.get_ref();
+        let certificates = tls.peer_certificates().unwrap_or_default().iter();
+        let certificates = certificates.map(|it| CertificateDer::clone(it).into_owned());
+        Ok(Self {
+            origin,
+            certificates: certificates.collect(),
+            watch: PeerWatch::of(socket)?,
+        })
+    }
 }
 
 /// Connections of the kubelet API's port.
-pub(super) fn listen(listener: TcpListener, tls: &Tls) -> Accept<Secured> {
+pub(super) type Incoming = Accept<tcp::Listener, Connection<Client>>;
+
+/// Accepts on `listener`, with the newest certificate.
+pub(super) fn listen(listener: tcp::Listener, tls: &Tls) -> Incoming {
     let config = tls.config.clone();
-    Accept::tcp(listener, Bounds::own(), move |stream, address| {
+    Accept::new(listener, Bounds::own(), move |Unverified { io, origin }| {
         let config = config.borrow().clone();
         let secured = async move {
-            prepare(&stream)?;
-            let stream = TlsAcceptor::from(config).accept(stream).await?;
-            Ok::<_, io::Error>(Secured { stream, address })
+            prepare(&io)?;
+            let stream = TlsAcceptor::from(config).accept(io).await?;
+            let client = Client::of(&stream, origin)?;
+            Ok::<_, io::Error>(Connection::new(stream, client))
         };
         secured.map_err(|error| chain(&error)).boxed()
     })
@@ -69,7 +90,7 @@ pub(super) fn listen(listener: TcpListener, tls: &Tls) -> Accept<Secured> {
 
 /// Serves until `shutdown`, then drains.
 pub(super) async fn serve(
-    mut incoming: Accept<Secured>,
+    mut incoming: Incoming,
     tls: Tls,
     router: Router,
     drain: Duration,
@@ -85,28 +106,28 @@ pub(super) async fn serve(
             Some(_) = connections.join_next() => continue,
             accepted = incoming.next() => accepted,
         };
-        let Some(Ok(secured)) = accepted else {
+        let Some(Ok(connection)) = accepted else {
             continue;
         };
         let verifier = tls.verifier.borrow().clone();
-        let certificates = secured.certificates();
+        let client = connection.peer();
         let identified = matches!(
-            authn::user(&certificates, &verifier, UnixTime::now()),
+            authn::user(&client.certificates, &verifier, UnixTime::now()),
             Some(Ok(_))
         );
-        let Some(standing) = standings.enter(secured.address, identified) else {
+        let Some(standing) = standings.enter(Source::from(client.origin), identified) else {
             continue;
         };
-        let connection = Connection {
+        let serving = Serving {
             peer: Peer {
-                address: secured.address,
-                certificates,
+                origin: client.origin,
+                certificates: Arc::clone(&client.certificates),
                 standing: Arc::new(standing),
             },
             router: router.clone(),
             shutdown: shutdown.clone(),
         };
-        connections.spawn(connection.run(secured.stream));
+        connections.spawn(serving.run(connection));
     }
     drop(incoming);
     let drained = tokio::time::timeout(drain, async {
@@ -121,43 +142,27 @@ pub(super) async fn serve(
     }
 }
 
-impl Secured {
-    /// What the client showed, end-entity certificate first.
-    fn certificates(&self) -> Arc<[CertificateDer<'static>]> {
-        let shown = self.stream.get_ref().1.peer_certificates();
-        let owned = shown.unwrap_or_default().iter();
-        owned
-            .map(|it| CertificateDer::clone(it).into_owned())
-            .collect()
-    }
-}
-
-struct Connection {
+/// One connection, while it is served.
+struct Serving {
     peer: Peer,
     router: Router,
     shutdown: CancellationToken,
 }
 
-impl Connection {
-    async fn run(self, stream: TlsStream<TcpStream>) {
-        let address = self.peer.address;
-        let wire = match Wire::of(stream.get_ref().0) {
-            Ok(wire) => wire,
-            Err(error) => {
-                warn!(peer = %address, %error, "duplicate a connection's descriptor");
-                return;
-            }
-        };
+impl Serving {
+    async fn run(self, connection: Connection<Client>) {
+        let origin = self.peer.origin;
+        let watch = connection.peer().watch.clone();
         let (router, peer) = (self.router, self.peer.clone());
-        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        let service = service_fn(move |mut request: hyper::Request<RequestBody>| {
             request.extensions_mut().insert(peer.clone());
-            request.extensions_mut().insert(wire.clone());
+            request.extensions_mut().insert(watch.clone());
             router.clone().oneshot(request.map(Body::new))
         });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(IDLE_TIMEOUT)
-            .serve_connection(TokioIo::new(SeparateEnd(stream)), service)
+            .serve_connection(TokioIo::new(SeparateEnd(connection)), service)
             .with_upgrades();
         let mut connection = std::pin::pin!(connection);
         let ended = tokio::select! {
@@ -170,7 +175,7 @@ impl Connection {
             }
         };
         if let Err(error) = ended {
-            debug!(peer = %address, %error, "connection ended");
+            debug!(peer = %origin, %error, "connection ended");
         }
     }
 }
@@ -188,6 +193,8 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpListener;
+
     use super::*;
 
     #[tokio::test]

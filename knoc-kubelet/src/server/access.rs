@@ -177,7 +177,7 @@ impl Access {
         let mut busy = false;
         let source = peer
             .as_ref()
-            .map_or(Source::Local, |peer| peer.address.into());
+            .map_or(Source::Local, |peer| peer.origin.into());
         match peer
             .as_ref()
             .and_then(|peer| peer.user(verifier, UnixTime::now()))
@@ -201,7 +201,7 @@ impl Access {
             },
         }
         let peer = peer.map_or_else(String::new, |peer| {
-            format!("{} ({})", peer.address, peer.claims())
+            format!("{} ({})", peer.origin, peer.claims())
         });
         Err(Refusal {
             source,

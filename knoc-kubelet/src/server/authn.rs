@@ -3,10 +3,10 @@
 //! User names and groups are Kubernetes': common name and organizations of the certificate, or what `TokenReview`
 //! says. Nobody is anonymous. What is refused is logged with the peer's address and the identity it claimed.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use http::HeaderMap;
+use knoc_link::Origin;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
@@ -17,7 +17,7 @@ use super::user::User;
 /// What the connection knows of its other end; an extension of every request.
 #[derive(Debug, Clone)]
 pub(super) struct Peer {
-    pub(super) address: SocketAddr,
+    pub(super) origin: Origin,
     /// End-entity certificate first.
     pub(super) certificates: Arc<[CertificateDer<'static>]>,
     /// Whether the connection counts among those without an identity.

@@ -17,13 +17,13 @@ use knoc_remotecommand::{spdy, websocket};
 use super::Context;
 use super::remote::{self, RemoteError, Start, Streams};
 use super::stop::Stop;
-use super::target::{Place, Refusal};
+use super::target::{ContainerTarget, Refusal};
 use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
 
 /// `/exec/{namespace}/{pod}[/{uid}]/{container}`
 pub(super) async fn exec(
     State(context): State<Arc<Context>>,
-    Path(place): Path<Place>,
+    Path(place): Path<ContainerTarget>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
@@ -33,7 +33,7 @@ pub(super) async fn exec(
 /// `/attach/{namespace}/{pod}[/{uid}]/{container}`
 pub(super) async fn attach(
     State(context): State<Arc<Context>>,
-    Path(place): Path<Place>,
+    Path(place): Path<ContainerTarget>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
@@ -41,11 +41,11 @@ pub(super) async fn attach(
 }
 
 /// Makes the start of what is asked for, or says why there is none.
-type Prepare = fn(&Context, &Place, &Query, Wanted) -> Result<Start, Refusal>;
+type Prepare = fn(&Context, &ContainerTarget, &Query, Wanted) -> Result<Start, Refusal>;
 
 fn exec_start(
     context: &Context,
-    Place { target, container }: &Place,
+    ContainerTarget { target, container }: &ContainerTarget,
     query: &Query,
     wanted: Wanted,
 ) -> Result<Start, Refusal> {
@@ -64,7 +64,7 @@ fn exec_start(
 /// Whether there is a terminal is the container's affair, as upstream has it.
 fn attach_start(
     context: &Context,
-    Place { target, container }: &Place,
+    ContainerTarget { target, container }: &ContainerTarget,
     _query: &Query,
     wanted: Wanted,
 ) -> Result<Start, Refusal> {
@@ -83,7 +83,7 @@ fn attach_start(
 
 fn answer(
     context: &Arc<Context>,
-    place: &Place,
+    place: &ContainerTarget,
     prepare: Prepare,
     query: Option<&str>,
     request: Request,
@@ -100,7 +100,7 @@ fn answer(
         Ok(call) => Some(call),
         Err(busy) => return busy.into_response(),
     };
-    let Place { target, container } = place;
+    let ContainerTarget { target, container } = place;
     let purpose = Purpose {
         call,
         verb: start.verb(),

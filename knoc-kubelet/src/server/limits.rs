@@ -22,8 +22,8 @@ pub(super) struct Limit {
     free: Arc<Semaphore>,
 }
 
-/// One place, until it is dropped.
-pub(super) type Place = OwnedSemaphorePermit;
+/// Room for one, until it is dropped.
+pub(super) type Permit = OwnedSemaphorePermit;
 
 /// There is no place.
 #[derive(Debug, Error)]
@@ -48,7 +48,7 @@ impl Limit {
     }
 
     /// Takes a place, or says that there is none.
-    pub(super) fn take(&self) -> Result<Place, Busy> {
+    pub(super) fn take(&self) -> Result<Permit, Busy> {
         let Self { what, most, .. } = *self;
         let place = Arc::clone(&self.free).try_acquire_owned();
         place.map_err(|_| {

@@ -16,9 +16,9 @@ use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures::future::join_all;
 
-use knoc_remotecommand::outlet::Outlet;
 use knoc_remotecommand::ports::ports;
 use knoc_remotecommand::query::Query;
+use knoc_remotecommand::stream_writer::StreamWriter;
 use knoc_remotecommand::websocket::tunnel::Tunnel;
 use knoc_remotecommand::websocket::{Channels, Encoding};
 use knoc_remotecommand::{spdy, websocket};
@@ -156,19 +156,19 @@ async fn on_channels(
     let mut relays = Vec::new();
     for (number, port) in (0u8..).zip(ports) {
         let (data, error) = (2 * number, 2 * number + 1);
-        let Some(inlet) = channels.inlet(data) else {
+        let Some(reader) = channels.reader(data) else {
             continue;
         };
         let connection = Connection {
             port: *port,
-            inlet,
-            data: Outlet::Channel(channels.sender(data)),
-            error: Outlet::Channel(channels.sender(error)),
+            reader,
+            data: StreamWriter::Channel(channels.sender(data)),
+            error: StreamWriter::Channel(channels.sender(error)),
         };
         let greeting = Bytes::copy_from_slice(&port.to_le_bytes());
-        for outlet in [&connection.data, &connection.error] {
+        for writer in [&connection.data, &connection.error] {
             // A client that has gone ends the session.
-            drop(outlet.send(greeting.clone()).await);
+            drop(writer.send(greeting.clone()).await);
         }
         relays.push(connection.serve(goal, stop));
     }

@@ -11,10 +11,10 @@ use futures::{StreamExt as _, future};
 use knoc_proto::pb;
 use knoc_proto::pb::{exec_input::Input, exec_output::Output};
 use knoc_proto::text;
-use knoc_remotecommand::outlet::Outlet;
 use knoc_remotecommand::protocol::{Ending, Resizes, Role, Version, Wanted};
 use knoc_remotecommand::spdy::Incoming;
-use knoc_remotecommand::streams::{Closed, End, Inlet};
+use knoc_remotecommand::stream_writer::StreamWriter;
+use knoc_remotecommand::streams::{Closed, End, StreamReader};
 use knoc_remotecommand::websocket::Channels;
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -103,22 +103,22 @@ impl Start {
 /// The streams of a client, as far as it opened them.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
-    error: Option<Outlet>,
-    stdin: Option<Inlet>,
-    stdout: Option<Outlet>,
-    stderr: Option<Outlet>,
-    resize: Option<Inlet>,
+    error: Option<StreamWriter>,
+    stdin: Option<StreamReader>,
+    stdout: Option<StreamWriter>,
+    stderr: Option<StreamWriter>,
+    resize: Option<StreamReader>,
 }
 
 impl Streams {
     /// Keeps the half that carries something; what a client sends on the other is thrown away.
-    fn take(&mut self, role: Role, inlet: Option<Inlet>, outlet: Outlet) {
+    fn take(&mut self, role: Role, reader: Option<StreamReader>, writer: StreamWriter) {
         match role {
-            Role::Error => self.error = Some(outlet),
-            Role::Stdout => self.stdout = Some(outlet),
-            Role::Stderr => self.stderr = Some(outlet),
-            Role::Stdin => self.stdin = inlet,
-            Role::Resize => self.resize = inlet,
+            Role::Error => self.error = Some(writer),
+            Role::Stdout => self.stdout = Some(writer),
+            Role::Stderr => self.stderr = Some(writer),
+            Role::Stdin => self.stdin = reader,
+            Role::Resize => self.resize = reader,
         }
     }
 
@@ -144,8 +144,8 @@ impl Streams {
                     stream.refuse().await;
                     continue;
                 };
-                let (inlet, sender) = stream.accept().await;
-                streams.take(role, Some(inlet), Outlet::Spdy(sender));
+                let (reader, sender) = stream.accept().await;
+                streams.take(role, Some(reader), StreamWriter::Spdy(sender));
                 opened.push(role);
             }
             Ok(())
@@ -165,10 +165,14 @@ impl Streams {
         for role in wanted.roles() {
             let channel = role as u8;
             let sender = channels.sender(channel);
-            streams.take(role, channels.inlet(channel), Outlet::Channel(sender));
+            streams.take(
+                role,
+                channels.reader(channel),
+                StreamWriter::Channel(sender),
+            );
         }
         let lowest = [&streams.stdout, &streams.stderr, &streams.error];
-        if let Some(Outlet::Channel(sender)) = lowest.into_iter().flatten().next() {
+        if let Some(StreamWriter::Channel(sender)) = lowest.into_iter().flatten().next() {
             // A client that has gone already ends the session.
             drop(sender.ready().await);
         }
@@ -189,12 +193,12 @@ pub(super) async fn serve(
         ending = run(backend, &start, &mut streams) => ending,
         why = stop.why() => Ending::Failed(start.about(), why),
     };
-    for outlet in [streams.stdout.take(), streams.stderr.take()]
+    for writer in [streams.stdout.take(), streams.stderr.take()]
         .into_iter()
         .flatten()
     {
         // A client that has gone needs no end.
-        drop(outlet.finish(Bytes::new()).await);
+        drop(writer.finish(Bytes::new()).await);
     }
     if let Some(error) = streams.error.take() {
         drop(error.finish(ending.status(version).into()).await);
@@ -252,7 +256,7 @@ fn message(input: Input) -> pb::ExecInput {
     pb::ExecInput { input: Some(input) }
 }
 
-async fn hand_over(stream: Option<&Outlet>, data: Bytes) -> Result<(), Closed> {
+async fn hand_over(stream: Option<&StreamWriter>, data: Bytes) -> Result<(), Closed> {
     match stream {
         Some(stream) if !data.is_empty() => stream.send(data).await,
         _ => Ok(()),
@@ -260,7 +264,7 @@ async fn hand_over(stream: Option<&Outlet>, data: Bytes) -> Result<(), Closed> {
 }
 
 /// Standard input, then its end. Keeps its place in the queue open until the end of the call.
-async fn feed(stdin: Option<Inlet>, queue: mpsc::Sender<pb::ExecInput>) {
+async fn feed(stdin: Option<StreamReader>, queue: mpsc::Sender<pb::ExecInput>) {
     if let Some(mut stdin) = stdin {
         let end = loop {
             match stdin.next().await {
@@ -280,7 +284,7 @@ async fn feed(stdin: Option<Inlet>, queue: mpsc::Sender<pb::ExecInput>) {
     future::pending::<()>().await;
 }
 
-async fn resizes(stream: Option<Inlet>, queue: mpsc::Sender<pb::ExecInput>) {
+async fn resizes(stream: Option<StreamReader>, queue: mpsc::Sender<pb::ExecInput>) {
     let Some(mut stream) = stream else { return };
     let mut resizes = Resizes::default();
     while let Ok(bytes) = stream.next().await {

@@ -6,7 +6,6 @@
 //! API server, which has a certificate, nor a client with a token at another address.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use knoc_link::admission::{Admissions, Bounds, Source, Ticket};
@@ -98,9 +97,8 @@ impl Standings {
     }
 
     /// A new connection. `None` if it is identified and there are too many of those.
-    pub(super) fn enter(&self, address: SocketAddr, identified: bool) -> Option<Standing> {
+    pub(super) fn enter(&self, source: Source, identified: bool) -> Option<Standing> {
         let shared = Arc::clone(&self.0);
-        let source = Source::from(address);
         let cut = CancellationToken::new();
         let counted = if identified {
             let Ok(place) = Arc::clone(&shared.identified).try_acquire_owned() else {
@@ -172,8 +170,8 @@ impl Drop for Standing {
 mod tests {
     use super::*;
 
-    fn from(number: u8) -> SocketAddr {
-        ([127, 0, 0, number], 1).into()
+    fn from(number: u8) -> Source {
+        Source::V4([127, 0, 0, number].into())
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub(super) struct Target {
 
 /// A container by its path.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Place {
+pub(super) struct ContainerTarget {
     #[serde(flatten)]
     pub(super) target: Target,
     pub(super) container: String,

@@ -13,14 +13,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use knoc_link::verifier::{CheckCertificate, Tls13Verifier, provider};
 use knoc_proto::error::chain;
-use rustls::client::danger::HandshakeSignatureValid;
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::server::WebPkiClientVerifier;
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{
-    DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
-};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::{RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use thiserror::Error;
@@ -270,10 +267,6 @@ fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, 
     Ok(found)
 }
 
-fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::ring::default_provider())
-}
-
 fn server_config(serving: &Serving, material: &Material) -> Result<Arc<ServerConfig>, TlsError> {
     let (what, key_what) = match serving {
         Serving::Files { certificate, key } => {
@@ -286,16 +279,14 @@ fn server_config(serving: &Serving, material: &Material) -> Result<Arc<ServerCon
         what: key_what,
         source,
     })?;
-    let provider = provider();
-    let clients = Arc::new(AnyClient(provider.signature_verification_algorithms));
     let unusable = |source| TlsError::Unusable {
         what: what.clone(),
         source,
     };
-    let mut config = ServerConfig::builder_with_provider(provider)
+    let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(unusable)?
-        .with_client_cert_verifier(clients)
+        .with_client_cert_verifier(Arc::new(Tls13Verifier(AnyClient)))
         .with_single_cert(chain, key)
         .map_err(unusable)?;
     // Upgrades (SPDY, WebSocket) need HTTP/1.1, and every client that comes here speaks it.
@@ -321,47 +312,21 @@ fn verifier(what: &str, pem: &[u8]) -> Result<Arc<dyn ClientCertVerifier>, TlsEr
     Ok(verifier)
 }
 
-/// Asks for a client certificate, takes any whose key the client holds, and does without.
+/// Asks for a client certificate, accepts any whose key the client holds, and does without.
 #[derive(Debug)]
-struct AnyClient(WebPkiSupportedAlgorithms);
+struct AnyClient;
 
-impl ClientCertVerifier for AnyClient {
-    fn client_auth_mandatory(&self) -> bool {
+impl CheckCertificate for AnyClient {
+    fn mandatory(&self) -> bool {
         false
     }
 
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
+    fn check(
         &self,
         _end_entity: &CertificateDer<'_>,
         _intermediates: &[CertificateDer<'_>],
         _now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_schemes()
+    ) -> Result<(), rustls::Error> {
+        Ok(())
     }
 }

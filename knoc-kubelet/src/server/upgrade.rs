@@ -16,10 +16,10 @@ use knoc_remotecommand::protocol::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, n
 use knoc_remotecommand::websocket::handshake::{self, BadHandshake};
 
 use super::Context;
-use super::limits::Place;
+use super::limits::Permit;
+use super::peer_watch::PeerWatch;
 use super::stop::Stop;
 use super::target::Refusal;
-use super::wire::Wire;
 
 /// A connection that is no longer HTTP.
 pub(super) type Io = TokioIo<Upgraded>;
@@ -70,7 +70,7 @@ pub(super) struct Purpose {
     /// Namespace, pod and what in it.
     pub(super) target: String,
     /// Among the calls to the agent, where the session is one.
-    pub(super) call: Option<Place>,
+    pub(super) call: Option<Permit>,
 }
 
 /// An answer that is not 101.
@@ -167,7 +167,7 @@ where
         Err(busy) => return busy.into_response(),
     };
     let upgraded = hyper::upgrade::on(&mut request);
-    let wire = request.extensions_mut().remove::<Wire>();
+    let watch = request.extensions_mut().remove::<PeerWatch>();
     let Answer { headers, protocol } = answer;
     let Purpose {
         verb,
@@ -184,7 +184,7 @@ where
                 tokio::select! {
                     biased;
                     () = serve(TokioIo::new(io)) => {}
-                    () = abandoned(wire) => info!(stream = what, "the client is gone, its input was not taken"),
+                    () = abandoned(watch) => info!(stream = what, "the client is gone, its input was not taken"),
                 }
             }
             Err(error) => debug!(%error, stream = what, "the client left before the upgrade"),
@@ -198,9 +198,9 @@ where
 }
 
 /// What is not a socket ends by itself.
-async fn abandoned(wire: Option<Wire>) {
-    match wire {
-        Some(wire) => wire.abandoned().await,
+async fn abandoned(watch: Option<PeerWatch>) {
+    match watch {
+        Some(watch) => watch.abandoned().await,
         None => std::future::pending().await,
     }
 }

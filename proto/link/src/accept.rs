@@ -1,5 +1,5 @@
-//! The accept loop of every TCP port and socket of ours: connections of a listener, each after its handshake, as a
-//! stream.
+//! The accept loop of every port and socket of ours: the connections of a listener ([`Listener`]), each after its
+//! handshake, as a stream.
 //!
 //! There is no task: the listener and the handshakes make progress while the stream is polled. A connection passes two
 //! stages, each bounded by [`Admissions`] and by time:
@@ -10,8 +10,9 @@
 //!
 //! The listener is never left alone because a stage is full; the oldest connection of the busiest source is closed
 //! instead. Connections that have sent something are counted apart from those that have not, so silent ones displace
-//! only each other. If the process has no descriptor left, an unfinished connection is closed for the new one; if there
-//! is none, a descriptor kept in reserve serves to refuse whoever waits in the kernel's queue.
+//! only each other; a listener that lets no strangers in has no first stage. If the process has no descriptor left, an
+//! unfinished connection is closed for the new one; if there is none, a descriptor kept in reserve serves to refuse
+//! whoever waits in the kernel's queue.
 use std::{
     collections::HashMap,
     fmt,
@@ -30,22 +31,17 @@ use futures::{
     stream::FuturesUnordered,
 };
 use knoc_proto::log_limit::LogLimit;
-use rustix::{io::Errno, net::sockopt};
-use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream},
-    time::{Instant, Sleep},
-};
+use rustix::io::Errno;
+use tokio::time::{Instant, Sleep};
 
 use super::{
     CONNECT_TIMEOUT,
     admission::{Admissions, Bounds, Source, Ticket},
+    carrier::{Listener, Unverified},
 };
 
 /// From the connection to its first byte. A client sends it as soon as it is connected; a busy one takes a second.
 const FIRST_BYTE: Duration = Duration::from_secs(5);
-/// What the kernel may keep for us between two polls. Connections that do not fit are tried again by their clients only
-/// after a second, so this is what the system allows by default.
-const BACKLOG: u32 = 4096;
 /// Connections accepted before handshakes get their turn.
 const BATCH: usize = 32;
 /// The pause after `accept` failed for a reason that we cannot do anything about.
@@ -54,45 +50,6 @@ const PAUSE: Duration = Duration::from_millis(200);
 const SCARCE: [Errno; 4] = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
 /// `accept` failed because of the connection, see accept(2).
 const ONE_CONNECTION: [Errno; 4] = [Errno::CONNABORTED, Errno::PROTO, Errno::PERM, Errno::INTR];
-
-/// Listens on `addr`.
-pub fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if addr.is_ipv4() {
-        TcpSocket::new_v4()?
-    } else {
-        TcpSocket::new_v6()?
-    };
-    socket.set_reuseaddr(true)?;
-    socket.bind(addr)?;
-    socket.listen(BACKLOG)
-}
-
-pub(super) enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener),
-}
-
-/// A connection before its handshake.
-pub(super) enum Raw {
-    Tcp(TcpStream, SocketAddr),
-    Unix(UnixStream),
-}
-
-impl Raw {
-    fn source(&self) -> Source {
-        match self {
-            Self::Tcp(_, from) => Source::from(*from),
-            Self::Unix(_) => Source::Local,
-        }
-    }
-
-    fn peer(&self) -> String {
-        match self {
-            Self::Tcp(_, from) => from.to_string(),
-            Self::Unix(_) => Source::Local.to_string(),
-        }
-    }
-}
 
 /// What a handshake comes to: the connection, or what the log says of the refusal.
 pub type Handshake<T> = BoxFuture<'static, Result<T, String>>;
@@ -164,14 +121,14 @@ impl<T: Send + 'static> Stage<T> {
     }
 }
 
-type Begin<T> = Box<dyn Fn(Raw) -> Handshake<T> + Send + Sync>;
+type Begin<I, T> = Box<dyn Fn(Unverified<I>) -> Handshake<T> + Send + Sync>;
 type Opened<T> = Result<T, (String, Refusal)>;
 
-/// See the module. Never ends by itself.
-pub struct Accept<T> {
-    listener: Listener,
-    begin: Begin<T>,
-    silent: Stage<Opened<Raw>>,
+/// The connections of a listener `L` after their handshakes, each as a `T`. Never ends by itself.
+pub struct Accept<L: Listener, T> {
+    listener: L,
+    begin: Begin<L::Io, T>,
+    silent: Stage<Opened<Unverified<L::Io>>>,
     handshakes: Stage<Opened<T>>,
     pause: Option<Pin<Box<Sleep>>>,
     /// A descriptor to spend when there is no other.
@@ -179,29 +136,18 @@ pub struct Accept<T> {
     log: RefusalLog,
 }
 
-impl<T> fmt::Debug for Accept<T> {
+impl<L: Listener, T> fmt::Debug for Accept<L, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Accept").finish_non_exhaustive()
     }
 }
 
-impl<T: Send + 'static> Accept<T> {
-    /// Connections of a TCP listener, with `begin` as their handshake.
-    pub fn tcp(
-        listener: TcpListener,
+impl<L: Listener, T: Send + 'static> Accept<L, T> {
+    /// The connections of `listener`, with `begin` as their handshake.
+    pub fn new(
+        listener: L,
         bounds: Bounds,
-        begin: impl Fn(TcpStream, SocketAddr) -> Handshake<T> + Send + Sync + 'static,
-    ) -> Self {
-        Self::new(Listener::Tcp(listener), bounds, move |raw| match raw {
-            Raw::Tcp(stream, from) => begin(stream, from),
-            Raw::Unix(_) => Box::pin(async { Err("a unix socket on a TCP port".to_owned()) }),
-        })
-    }
-
-    pub(super) fn new(
-        listener: Listener,
-        bounds: Bounds,
-        begin: impl Fn(Raw) -> Handshake<T> + Send + Sync + 'static,
+        begin: impl Fn(Unverified<L::Io>) -> Handshake<T> + Send + Sync + 'static,
     ) -> Self {
         Self {
             listener,
@@ -217,23 +163,7 @@ impl<T: Send + 'static> Accept<T> {
     /// The address listened on; none for a unix socket.
     #[must_use]
     pub fn local_addr(&self) -> Option<SocketAddr> {
-        match &self.listener {
-            Listener::Tcp(listener) => listener.local_addr().ok(),
-            Listener::Unix(_) => None,
-        }
-    }
-
-    fn accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Raw>> {
-        match &self.listener {
-            Listener::Tcp(listener) => {
-                let accepted = ready!(listener.poll_accept(cx));
-                Poll::Ready(accepted.map(|(stream, from)| Raw::Tcp(stream, from)))
-            }
-            Listener::Unix(listener) => {
-                let accepted = ready!(listener.poll_accept(cx));
-                Poll::Ready(accepted.map(|(stream, _)| Raw::Unix(stream)))
-            }
-        }
+        self.listener.local_addr()
     }
 
     /// Takes what the kernel has for us, one batch of it. Then `true` if there may be more.
@@ -245,9 +175,9 @@ impl<T: Send + 'static> Accept<T> {
                 }
                 self.pause = None;
             }
-            match self.accept(cx) {
+            match self.listener.poll_accept(cx) {
                 Poll::Pending => return false,
-                Poll::Ready(Ok(raw)) => self.admit(raw),
+                Poll::Ready(Ok(arrived)) => self.admit(arrived),
                 Poll::Ready(Err(error)) => {
                     if !self.recover(cx, &error) {
                         return true;
@@ -258,14 +188,15 @@ impl<T: Send + 'static> Accept<T> {
         true
     }
 
-    fn admit(&mut self, raw: Raw) {
+    fn admit(&mut self, arrived: Unverified<L::Io>) {
         if self.reserve.is_none() {
             self.reserve = reserve();
         }
-        let source = raw.source();
-        let evicted = match raw {
-            Raw::Tcp(..) => self.silent.push(source, first_byte(raw).boxed()),
-            Raw::Unix(_) => self.shake_hands(source, raw),
+        let source = Source::from(arrived.origin);
+        let evicted = if L::STRANGERS {
+            self.silent.push(source, first_byte::<L>(arrived).boxed())
+        } else {
+            self.shake_hands(source, arrived)
         };
         self.note_eviction(evicted);
     }
@@ -274,8 +205,8 @@ impl<T: Send + 'static> Accept<T> {
     fn poll_silent(&mut self, cx: &mut Context<'_>) {
         while let Poll::Ready((source, done)) = self.silent.poll(cx) {
             match done {
-                Ok(raw) => {
-                    let evicted = self.shake_hands(source, raw);
+                Ok(spoke) => {
+                    let evicted = self.shake_hands(source, spoke);
                     self.note_eviction(evicted);
                 }
                 Err(refusal) => self.refused(source, refusal),
@@ -283,9 +214,9 @@ impl<T: Send + 'static> Accept<T> {
         }
     }
 
-    fn shake_hands(&mut self, source: Source, raw: Raw) -> Option<Source> {
-        let peer = raw.peer();
-        let handshake = tokio::time::timeout(CONNECT_TIMEOUT, (self.begin)(raw));
+    fn shake_hands(&mut self, source: Source, connection: Unverified<L::Io>) -> Option<Source> {
+        let peer = connection.origin.to_string();
+        let handshake = tokio::time::timeout(CONNECT_TIMEOUT, (self.begin)(connection));
         let handshake = handshake.map(move |done| {
             let late = || {
                 Err(format!(
@@ -337,8 +268,8 @@ impl<T: Send + 'static> Accept<T> {
         }
         // Nothing of ours can go: refuse whoever waits, rather than let it wait without an answer.
         drop(self.reserve.take());
-        match self.accept(cx) {
-            Poll::Ready(Ok(raw)) => drop(raw),
+        match self.listener.poll_accept(cx) {
+            Poll::Ready(Ok(arrived)) => drop(arrived),
             Poll::Ready(Err(_)) => self.wait(),
             Poll::Pending => {}
         }
@@ -364,25 +295,13 @@ fn reserve() -> Option<File> {
     File::open("/dev/null").ok()
 }
 
-/// Waits for the first byte, which stays where it is. A connection that is dropped before it came is reset: a flood must
-/// not leave thousands of half-closed connections to the kernel either.
-async fn first_byte(raw: Raw) -> Opened<Raw> {
-    let Raw::Tcp(stream, _) = &raw else {
-        return Ok(raw);
-    };
-    // If this fails the connection is gone, which the next call reports.
-    drop(stream.set_zero_linger());
-    let peeked = tokio::time::timeout(FIRST_BYTE, async { stream.peek(&mut [0]).await }).await;
-    let refusal = match peeked {
-        Ok(Ok(1..)) => {
-            // From now on the last bytes, such as a TLS alert, are to arrive.
-            sockopt::set_socket_linger(stream, None).ok();
-            return Ok(raw);
-        }
-        Ok(Ok(0) | Err(_)) => Refusal::Probe,
+async fn first_byte<L: Listener>(silent: Unverified<L::Io>) -> Opened<Unverified<L::Io>> {
+    let refusal = match tokio::time::timeout(FIRST_BYTE, L::first_byte(&silent.io)).await {
+        Ok(true) => return Ok(silent),
+        Ok(false) => Refusal::Probe,
         Err(_) => Refusal::Failed(format!("no byte within {} s", FIRST_BYTE.as_secs())),
     };
-    Err((raw.peer(), refusal))
+    Err((silent.origin.to_string(), refusal))
 }
 
 /// Lines about refused connections, limited by source.
@@ -429,7 +348,7 @@ pub(super) fn left_out(count: Option<u64>) {
     }
 }
 
-impl<T: Send + 'static> Stream for Accept<T> {
+impl<L: Listener, T: Send + 'static> Stream for Accept<L, T> {
     type Item = io::Result<T>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {

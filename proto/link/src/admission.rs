@@ -12,6 +12,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
+use super::origin::Origin;
+
 /// Who is counted as one: an IPv4 address, or the /64 network of an IPv6 address, since a host is given a whole /64.
 /// An IPv4 address that is written as IPv6 (`::ffff:a.b.c.d`) is the IPv4 address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,6 +34,15 @@ impl From<SocketAddr> for Source {
                 let network = address.to_bits() & !u128::from(u64::MAX);
                 Self::V6(Ipv6Addr::from_bits(network))
             }
+        }
+    }
+}
+
+impl From<Origin> for Source {
+    fn from(origin: Origin) -> Self {
+        match origin {
+            Origin::Address(address) => address.into(),
+            Origin::ThisHost => Self::Local,
         }
     }
 }

@@ -1,28 +1,30 @@
 //! Streams of bytes over gRPC, without copying them.
 //!
-//! tonic copies every message when it writes it and again when it reads it. Of the methods whose messages are pieces of
-//! 64 KiB that is a large part of all processor time on their way (ADR 0008). Here a message's bytes stay
+//! tonic copies every message when it writes it and again when it reads it. For methods whose messages are pieces of
+//! 64 KiB that is a large part of the processor time of the whole path (ADR 0008). Here the bytes of a message stay
 //! the slice in which HTTP/2 delivered them, and a relay that does not look into messages passes bodies on as they are.
 //! On the wire nothing differs: tonic, or any gRPC library, may stand at the other end.
 //!
-//! Routes, metadata, deadlines and the generated code stay tonic's. [`Served`] around a server and [`Called`] around a
-//! channel lay the bodies of these methods *beside* tonic: as extensions of request and response, where it hands them
-//! on unseen.
+//! Routes, metadata, deadlines and the generated code remain tonic's. [`RawServer`] around a generated server and
+//! [`RawClient`] around a channel carry the bodies of these methods past tonic, as extensions of request and response,
+//! which it hands on without looking at them. tonic itself sees no messages ([`NoMessages`]).
 //!
 //! ```text
-//!  caller: request(messages) ─Called─► HTTP/2 ─Served─► input(request)         : handler
-//!  caller: output(response)  ◄─Called─ HTTP/2 ◄─Served─ answer(encode(stream)) : handler
+//!  caller: request(messages) ─RawClient─► HTTP/2 ─RawServer─► input(request)         : handler
+//!  caller: output(response)  ◄─RawClient─ HTTP/2 ◄─RawServer─ answer(encode(stream)) : handler
 //! ```
 
-mod beside;
-mod cut;
+mod cancel;
 mod messages;
+mod raw_body;
 mod segments;
 
 pub use self::{
-    beside::{Called, Nothing, Served, answer, input, output, output_body, request, request_body},
-    cut::Cutting,
-    messages::{Messages, encode, failing_by},
+    cancel::CancellableExecutor,
+    messages::{Messages, encode, map_status},
+    raw_body::{
+        NoMessages, RawClient, RawServer, answer, input, output, output_body, request, request_body,
+    },
     segments::Segments,
 };
 
@@ -36,7 +38,7 @@ const BOTH_WAYS: [&str; 6] = [
     "/knoc.v1.Shim/PortForward",
 ];
 
-/// The methods of which only the answers are.
+/// The methods whose answers only are streams of bytes.
 const ONE_WAY: [&str; 2] = ["/knoc.v1.Agent/ReadLogs", "/knoc.v1.Shim/ReadLogs"];
 
 fn bytes_come(path: &str) -> bool {

@@ -1,7 +1,71 @@
-//! How bytes get from one side to the other: `tcp:host:port` or `unix:/path`.
+//! Carriers: how bytes get from one side to the other, before anybody has proved anything.
 //!
-//! Pure.
-use std::{fmt, path::PathBuf, str::FromStr};
+//! A carrier is a file under this module. It implements [`Dial`] if it opens connections and [`Listener`] if it receives
+//! them; both give out [`Unverified`] connections. Admission, TLS and HTTP/2 know these traits only. [`Carrier`] is what
+//! people write: `tcp:host:port` or `unix:/path`.
+//!
+//! To add one: its file, a variant of [`Carrier`] with its form, and an arm in [`connect`](super::connect) that says how
+//! its peer is verified. The compiler names the places.
+use std::{
+    fmt,
+    future::Future,
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    str::FromStr,
+    task::{Context, Poll},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::{LinkError, origin::Origin};
+
+pub mod tcp;
+pub mod unix;
+
+/// The bytes of a connection, both ways.
+pub trait Io: AsyncRead + AsyncWrite + fmt::Debug + Send + Sync + Unpin + 'static {}
+
+impl<T: AsyncRead + AsyncWrite + fmt::Debug + Send + Sync + Unpin + 'static> Io for T {}
+
+/// A connection whose peer has proved nothing yet.
+#[derive(Debug)]
+pub struct Unverified<I> {
+    /// Its bytes.
+    pub io: I,
+    /// Where it comes from.
+    pub origin: Origin,
+}
+
+/// The side of a carrier that opens connections.
+pub trait Dial: fmt::Debug + Send + Sync {
+    /// What it opens.
+    type Io: Io;
+
+    /// Opens a connection. The caller sets the deadline.
+    fn dial(&self) -> impl Future<Output = Result<Unverified<Self::Io>, LinkError>> + Send;
+}
+
+/// The side of a carrier that receives connections.
+pub trait Listener: fmt::Debug + Send + Sync + Unpin + 'static {
+    /// What it receives.
+    type Io: Io;
+
+    /// Can anybody connect? Then a connection has to send its first byte before it may begin its handshake.
+    const STRANGERS: bool;
+
+    /// The next connection.
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Unverified<Self::Io>>>;
+
+    /// The address of the network that is listened on, if it is one.
+    fn local_addr(&self) -> Option<SocketAddr>;
+
+    /// Waits for the first byte of a stranger, which stays unread, and sets the options of the connection; `false` if it
+    /// ended before that byte. The caller sets the deadline.
+    fn first_byte(_io: &Self::Io) -> impl Future<Output = bool> + Send {
+        std::future::ready(true)
+    }
+}
 
 /// The way to a peer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -40,32 +104,16 @@ impl FromStr for Carrier {
 
     fn from_str(text: &str) -> Result<Self, InvalidCarrier> {
         match text.split_once(':') {
-            Some(("unix", path)) if path.starts_with('/') => Ok(Self::Unix(path.into())),
-            Some(("unix", path)) => Err(InvalidCarrier::Relative {
-                path: path.to_owned(),
-            }),
-            Some(("tcp", address)) => tcp(address),
+            Some(("unix", path)) => unix::parse(path),
+            Some(("tcp", address)) => tcp::parse(address),
             Some((scheme, rest)) if scheme == "exec" || rest.starts_with("//") => {
                 Err(InvalidCarrier::Scheme {
                     scheme: scheme.to_owned(),
                 })
             }
-            Some(_) | None => tcp(text),
+            Some(_) | None => tcp::parse(text),
         }
     }
-}
-
-fn tcp(address: &str) -> Result<Carrier, InvalidCarrier> {
-    let wrong = || InvalidCarrier::Address {
-        address: address.to_owned(),
-    };
-    let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
-    let bare_ipv6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
-    let spaced = host.contains(|c: char| c.is_whitespace() || c == '/');
-    if host.is_empty() || bare_ipv6 || spaced || port.parse::<u16>().is_err() {
-        return Err(wrong());
-    }
-    Ok(Carrier::Tcp(address.to_owned()))
 }
 
 impl fmt::Display for Carrier {

@@ -17,7 +17,7 @@ use rustls_pki_types::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::{Shown, Trust, tls::provider};
+use super::{Shown, Trust, verifier::provider};
 use crate::pki::{self, CertificateInfo, PkiError};
 
 /// Why a CA, certificate or key cannot be used.
@@ -185,6 +185,11 @@ impl Credentials {
     #[must_use]
     pub fn info(&self) -> CertificateInfo {
         self.material().info.clone()
+    }
+
+    /// The CA certificates as they were last read.
+    pub fn trust(&self) -> Result<Trust, rustls::Error> {
+        Trust::new(Arc::clone(&self.material().roots))
     }
 
     fn origin(&self) -> String {

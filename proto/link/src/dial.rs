@@ -2,16 +2,13 @@
 use std::{future::Future, io, pin::Pin};
 
 use hyper_util::rt::TokioIo;
-use rustls_pki_types::ServerName;
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Uri};
 
 use super::{
-    CONNECT_TIMEOUT, Carrier, Credentials, ExpectPeer, LinkError, Peer, endpoint,
-    listen::{Conn, shown},
-    socket,
-    tls::{Seen, in_words},
+    CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer, Shown,
+    carrier::{Dial, Unverified, tcp, unix},
+    endpoint,
+    tls::{self, Seen, in_words},
 };
 
 /// A channel to the peer at `carrier`. Lazy: connects at the first request, and again at the next one after a cut;
@@ -44,18 +41,18 @@ pub async fn connect(
     carrier: &Carrier,
     credentials: Option<&Credentials>,
     expect: &ExpectPeer,
-) -> Result<Conn, LinkError> {
+) -> Result<Connection, LinkError> {
     let connecting = async {
         match (carrier, credentials) {
             (Carrier::Tcp(address), Some(credentials)) => {
-                tcp(carrier, address, credentials, expect).await
+                over_tls(&tcp::Dialler { address }, carrier, credentials, expect).await
             }
             (Carrier::Tcp(_), None) => Err(LinkError::NoCredentials {
                 carrier: carrier.clone(),
             }),
             (Carrier::Unix(path), _) => {
-                let (stream, peer) = socket::connect(path).await?;
-                Ok(Conn::unix(stream, peer))
+                let (stream, peer) = unix::connect(path).await?;
+                Ok(Connection::new(stream, peer))
             }
         }
     };
@@ -68,43 +65,34 @@ pub async fn connect(
         })
 }
 
-async fn tcp(
+/// A connection of a dialler, over TLS with our certificate.
+pub(super) async fn over_tls(
+    dialler: &impl Dial,
     carrier: &Carrier,
-    address: &str,
     credentials: &Credentials,
     expect: &ExpectPeer,
-) -> Result<Conn, LinkError> {
-    let failed = |source| LinkError::Connect {
-        carrier: carrier.clone(),
-        source,
-    };
-    let stream = TcpStream::connect(address).await.map_err(failed)?;
-    stream.set_nodelay(true).map_err(failed)?;
-    let addr = stream.peer_addr().map_err(failed)?;
+) -> Result<Connection, LinkError> {
+    let Unverified { io, origin } = dialler.dial().await?;
     let seen = Seen::default();
-    let handshake = |source| LinkError::Handshake {
+    let failed = |source| LinkError::Handshake {
         peer: carrier.to_string(),
         claimed: seen.text(),
         source: in_words(source),
     };
-    let config = credentials
-        .material()
-        .client(expect.clone(), seen.clone())
-        .map_err(|error| handshake(io::Error::other(error)))?;
-    // The name is neither sent nor checked: the identity is.
-    let name = ServerName::IpAddress(addr.ip().into());
-    let stream = TlsConnector::from(std::sync::Arc::new(config))
-        .connect(name, stream)
-        .await
-        .map_err(handshake)?;
+    let material = credentials.material();
+    let (roots, key) = (&material.roots, &material.key);
+    let config = tls::client(roots, key, expect.clone(), seen.clone())
+        .map_err(|error| failed(io::Error::other(error)))?;
+    let stream = tls::connect(io, config).await.map_err(failed)?;
     let Some(identity) = seen.identity() else {
-        return Err(handshake(io::Error::other("the peer showed no identity")));
+        return Err(failed(io::Error::other("the peer showed no identity")));
     };
-    let certificate = shown(stream.get_ref().1.peer_certificates()).map_err(handshake)?;
+    let certificate = Shown::of(tls::peer_chain(&stream));
+    let certificate = certificate.map_err(|error| failed(io::Error::other(error)))?;
     let peer = Peer::Tls {
         identity,
-        addr,
+        origin,
         certificate,
     };
-    Ok(Conn::tls(stream.into(), peer))
+    Ok(Connection::new(stream, peer))
 }

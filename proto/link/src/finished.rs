@@ -1,14 +1,21 @@
-//! How many connections with a known peer one listener has at once.
+//! How many connections with a known peer one listener has at once ([`Bounded`]).
 //!
 //! They carry streams of people, so none is ever closed for another one; what exceeds the bound is refused. Kubelets are
 //! counted apart from everybody else, and no identity gets more than half of its kind's places, so that neither a user
 //! of knocctl nor one faulty kubelet can keep the others out.
 use std::{
     collections::HashMap,
+    io,
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, ready},
 };
 
-use super::{Identity, Peer};
+use futures::{Stream, StreamExt as _};
+use knoc_proto::log_limit::LogLimit;
+use tokio::time::Instant;
+
+use super::{Connection, Identity, Peer, accept};
 
 /// Connections that are counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -26,7 +33,7 @@ struct Counts {
 
 /// There is no place for one more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Full {
+enum Full {
     #[error("all {0} places for connections of its kind are taken")]
     Kind(usize),
     #[error("it has {0} connections already, the most that one identity may have")]
@@ -61,30 +68,30 @@ impl Counts {
     }
 }
 
-/// The connections of one listener.
+/// The places of one listener.
 #[derive(Debug)]
-pub(super) struct Finished {
+struct PeerLimits {
     /// Of each kind: kubelets have half of the listener's places, everybody else the other half.
     most: usize,
     counts: Arc<Mutex<Counts>>,
 }
 
-/// One connection's place, given back when dropped.
+/// The place of one connection among those of its kind, given back when dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+struct Counted {
     key: (Kind, String),
     counts: Arc<Mutex<Counts>>,
 }
 
-impl Finished {
-    pub(super) fn new(most: usize) -> Self {
+impl PeerLimits {
+    fn new(most: usize) -> Self {
         Self {
             most: (most / 2).max(1),
             counts: Arc::default(),
         }
     }
 
-    pub(super) fn take(&self, peer: &Peer) -> Result<Place, Full> {
+    fn take(&self, peer: &Peer) -> Result<Counted, Full> {
         let half = (self.most / 2).max(1);
         let (key, of_peer) = match peer {
             Peer::Tls { identity, .. } => {
@@ -96,21 +103,70 @@ impl Finished {
             }
             // Our own user, who shares the socket with nobody.
             Peer::Unix { uid, .. } => ((Kind::Others, uid.to_string()), self.most),
-            Peer::Pinned => ((Kind::Others, String::new()), half),
+            Peer::Pinned { .. } => ((Kind::Others, String::new()), half),
         };
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.take(&key, of_peer, self.most)?;
-        Ok(Place {
+        Ok(Counted {
             key,
             counts: Arc::clone(&self.counts),
         })
     }
 }
 
-impl Drop for Place {
+impl Drop for Counted {
     fn drop(&mut self) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.give_back(&self.key);
+    }
+}
+
+/// The connections of `S` for which there is a place; the others are dropped.
+#[derive(Debug)]
+pub(super) struct Bounded<S> {
+    connections: S,
+    limits: PeerLimits,
+    /// Lines about identities that have too many connections.
+    log: LogLimit<String>,
+}
+
+impl<S> Bounded<S> {
+    /// At most `most` of these connections at once.
+    pub(super) fn new(connections: S, most: usize) -> Self {
+        Self {
+            connections,
+            limits: PeerLimits::new(most),
+            log: LogLimit::default(),
+        }
+    }
+
+    fn refuse(&mut self, peer: &Peer, full: Full) {
+        let who = match peer {
+            Peer::Tls { identity, .. } => identity.to_string(),
+            Peer::Unix { .. } | Peer::Pinned { .. } => String::new(),
+        };
+        let verdict = self.log.event(Instant::now(), who);
+        accept::left_out(verdict.left_out);
+        if verdict.write {
+            tracing::warn!(%peer, "connection refused: {full}");
+        }
+    }
+}
+
+impl<S: Stream<Item = io::Result<Connection>> + Unpin> Stream for Bounded<S> {
+    type Item = io::Result<Connection>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            let accepted = ready!(self.connections.poll_next_unpin(cx));
+            let Some(Ok(connection)) = accepted else {
+                return Poll::Ready(accepted);
+            };
+            match self.limits.take(connection.peer()) {
+                Ok(counted) => return Poll::Ready(Some(Ok(connection.holding(counted)))),
+                Err(full) => self.refuse(connection.peer(), full),
+            }
+        }
     }
 }
 
@@ -119,15 +175,14 @@ mod tests {
     use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 
     use super::*;
-    use crate::Shown;
-    use crate::pki;
+    use crate::{Shown, origin::Origin, pki};
 
     fn peer(identity: Identity) -> Peer {
         let key = pki::self_signed("peer").unwrap();
         let der = CertificateDer::from_pem_slice(key.cert_pem.as_bytes()).unwrap();
         Peer::Tls {
             identity,
-            addr: ([127, 0, 0, 1], 1).into(),
+            origin: Origin::ThisHost,
             certificate: Shown::of(Some(&[der])).unwrap(),
         }
     }
@@ -136,37 +191,37 @@ mod tests {
         peer(Identity::Ctl { name: name.into() })
     }
 
-    fn take_all(finished: &Finished, peer: &Peer) -> (Vec<Place>, Full) {
-        let mut places = Vec::new();
+    fn take_all(limits: &PeerLimits, peer: &Peer) -> (Vec<Counted>, Full) {
+        let mut taken = Vec::new();
         loop {
-            match finished.take(peer) {
-                Ok(place) => places.push(place),
-                Err(full) => return (places, full),
+            match limits.take(peer) {
+                Ok(counted) => taken.push(counted),
+                Err(full) => return (taken, full),
             }
         }
     }
 
     #[test]
     fn no_user_takes_all_places_and_none_of_a_kubelet() {
-        let finished = Finished::new(64);
-        let (ann, full) = take_all(&finished, &ctl("ann"));
+        let limits = PeerLimits::new(64);
+        let (ann, full) = take_all(&limits, &ctl("ann"));
         assert_eq!((ann.len(), full), (16, Full::Peer(16)));
-        let (_bob, full) = take_all(&finished, &ctl("bob"));
+        let (_bob, full) = take_all(&limits, &ctl("bob"));
         assert_eq!(full, Full::Peer(16));
-        assert_eq!(finished.take(&ctl("eve")).unwrap_err(), Full::Kind(32));
+        assert_eq!(limits.take(&ctl("eve")).unwrap_err(), Full::Kind(32));
         let kubelet = peer(Identity::Kubelet { name: "k".into() });
-        let (kubelets, _) = take_all(&finished, &kubelet);
+        let (kubelets, _) = take_all(&limits, &kubelet);
         assert_eq!(kubelets.len(), 16);
         drop(ann);
-        let _eve = finished.take(&ctl("eve")).unwrap();
+        let _eve = limits.take(&ctl("eve")).unwrap();
     }
 
     #[test]
     fn what_is_given_back_leaves_nothing_behind() {
-        let finished = Finished::new(64);
+        let limits = PeerLimits::new(64);
         for number in 0..1000 {
-            drop(finished.take(&ctl(&number.to_string())).unwrap());
+            drop(limits.take(&ctl(&number.to_string())).unwrap());
         }
-        assert!(finished.counts.lock().unwrap().peers.is_empty());
+        assert!(limits.counts.lock().unwrap().peers.is_empty());
     }
 }

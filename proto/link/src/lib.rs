@@ -17,32 +17,39 @@ use std::time::Duration;
 
 use tonic::transport::{Endpoint, Server};
 
-use crate::bulk::Cutting;
+use crate::bulk::CancellableExecutor;
 
 pub mod accept;
 pub mod admission;
 pub mod bulk;
-mod carrier;
+pub mod carrier;
+mod connection;
 mod credentials;
 mod dial;
 mod finished;
 mod identity;
 pub mod listen;
-mod one;
+mod origin;
+mod peer;
 pub mod pinned;
 pub mod pki;
 mod shown;
+mod single_connection;
 pub mod socket;
 mod tls;
+pub mod verifier;
 
 pub use self::{
     carrier::{Carrier, InvalidCarrier},
+    connection::Connection,
     credentials::{Credentials, CredentialsError},
     dial::{connect, dial},
     identity::{ExpectPeer, Identity, InvalidIdentity},
-    listen::{Conn, Incoming, Peer},
-    one::{FarIo, FarSide, far_side, near_side},
+    listen::Incoming,
+    origin::Origin,
+    peer::Peer,
     shown::{Shown, Trust, Untrusted},
+    single_connection::{FarSide, far_side, near_side},
 };
 
 /// Both sides ping as often: shorter than the idle limits of firewalls and NAT (often 60 s and more), rare enough to
@@ -224,7 +231,7 @@ pub fn server() -> Server {
 /// The same for the client's side.
 fn endpoint() -> Endpoint {
     Endpoint::from_static(AUTHORITY)
-        .executor(Cutting)
+        .executor(CancellableExecutor)
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)

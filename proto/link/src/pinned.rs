@@ -3,38 +3,21 @@
 //! The shim dials with the pair in its job directory and expects the agent's key, which stands in `endpoint.json`; the
 //! agent takes any key, learns its pin, and looks up whose it is. Dates and names are not looked at: the pin lives in
 //! a 0700 folder for the pod's life.
-use std::{
-    fmt, io,
-    net::SocketAddr,
-    path::Path,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-};
+use std::{fmt, io, net::SocketAddr, path::Path, sync::Arc};
 
-use futures::{Stream, StreamExt as _};
 use knoc_proto::error::chain;
-use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::verify_tls13_signature,
-    server::danger::{ClientCertVerified, ClientCertVerifier},
-    sign::{CertifiedKey, SingleCertAndKey},
-};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _};
-use tokio::net::TcpStream;
-use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use rustls::{CertificateError, sign::CertifiedKey};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _};
 
 use super::{
-    CONNECT_TIMEOUT, Carrier, CredentialsError, LinkError,
-    accept::{self, Accept},
+    CONNECT_TIMEOUT, Carrier, Connection, CredentialsError, Incoming, LinkError, Peer,
+    accept::Accept,
     admission::Bounds,
-    tls::{client_config, in_words, no_tls12, other, provider, server_config},
+    carrier::{Dial, Io, Unverified, tcp},
+    tls::{self, client_config, in_words, other, server_config},
+    verifier::{CheckCertificate, Tls13Verifier, provider},
 };
 use crate::pki::{self, PkiError};
-
-/// A connection of this hop, either role.
-pub type TlsIo = TlsStream<TcpStream>;
 
 /// A self-signed certificate and its key.
 #[derive(Clone)]
@@ -137,10 +120,6 @@ impl KeyPair {
     pub fn spki(&self) -> &str {
         &self.spki
     }
-
-    fn resolver(&self) -> Arc<SingleCertAndKey> {
-        Arc::new(SingleCertAndKey::from(Arc::clone(&self.key)))
-    }
 }
 
 /// Connections on `addr`, each with the pin of the key that its peer proved to have.
@@ -148,108 +127,79 @@ impl KeyPair {
     clippy::unused_async,
     reason = "a listener needs a runtime, which only an async function surely has"
 )]
-pub async fn listen(addr: SocketAddr, pair: KeyPair) -> Result<PinnedIncoming, LinkError> {
+pub async fn listen(addr: SocketAddr, pair: KeyPair) -> Result<Incoming, LinkError> {
     let carrier = Carrier::Tcp(addr.to_string());
     let failed = |source| LinkError::Listen { carrier, source };
-    let listener = accept::bind(addr).map_err(failed)?;
-    let accept = Accept::tcp(listener, Bounds::own(), move |stream, addr| {
+    let listener = tcp::Listener::bind(addr).map_err(failed)?;
+    let accept = Accept::new(listener, Bounds::own(), move |connection| {
         let pair = pair.clone();
         Box::pin(async move {
-            let accepted = accept(stream, addr, &pair).await;
+            let accepted = accept(connection, &pair).await;
             accepted.map_err(|error| chain(&error))
         })
     });
-    Ok(PinnedIncoming(accept))
+    Ok(Incoming::new(accept.local_addr(), accept))
 }
 
-async fn accept(
-    stream: TcpStream,
-    addr: SocketAddr,
+async fn accept<I: Io>(
+    Unverified { io, origin }: Unverified<I>,
     pair: &KeyPair,
-) -> Result<(String, TlsIo), LinkError> {
+) -> Result<Connection, LinkError> {
     let failed = |source| LinkError::Handshake {
-        peer: addr.to_string(),
+        peer: origin.to_string(),
         claimed: None,
         source: in_words(source),
     };
-    stream.set_nodelay(true).map_err(failed)?;
-    let config = server_config(Arc::new(Pin256 { expect: None }), pair.resolver())
-        .map_err(|error| failed(io::Error::other(error)))?;
-    let stream = TlsAcceptor::from(Arc::new(config))
-        .accept(stream)
-        .await
-        .map_err(failed)?;
-    let spki = match stream.get_ref().1.peer_certificates() {
+    let verifier = Arc::new(Tls13Verifier(Pin { expect: None }));
+    let config =
+        server_config(verifier, &pair.key).map_err(|error| failed(io::Error::other(error)))?;
+    let stream = tls::accept(io, config).await.map_err(failed)?;
+    let spki = match tls::peer_chain(&stream) {
         Some([certificate, ..]) => {
             pki::spki_sha256(certificate).map_err(|error| failed(io::Error::other(error)))?
         }
         Some([]) | None => return Err(failed(io::Error::other("the peer showed no certificate"))),
     };
-    Ok((spki, stream.into()))
+    let spki = spki.into();
+    Ok(Connection::new(stream, Peer::Pinned { spki, origin }))
 }
 
 /// Dials `address` (`host:port`) and accepts only the key of this pin there.
-pub async fn dial(address: &str, pair: &KeyPair, expect_spki: &str) -> Result<TlsIo, LinkError> {
+pub async fn dial(
+    address: &str,
+    pair: &KeyPair,
+    expect_spki: &str,
+) -> Result<Connection, LinkError> {
     let carrier = Carrier::Tcp(address.to_owned());
-    let connecting = async {
-        let failed = |source| LinkError::Connect {
-            carrier: carrier.clone(),
-            source,
-        };
-        let stream = TcpStream::connect(address).await.map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
-        let name = ServerName::IpAddress(stream.peer_addr().map_err(failed)?.ip().into());
-        let handshake = |source| LinkError::Handshake {
-            peer: carrier.to_string(),
-            claimed: None,
-            source: in_words(source),
-        };
-        let verifier = Arc::new(Pin256 {
-            expect: Some(expect_spki.to_owned()),
-        });
-        let config = client_config(verifier, pair.resolver())
-            .map_err(|error| handshake(io::Error::other(error)))?;
-        let connector = TlsConnector::from(Arc::new(config));
-        Ok(connector
-            .connect(name, stream)
-            .await
-            .map_err(handshake)?
-            .into())
-    };
+    let dialler = tcp::Dialler { address };
+    let connecting = dial_over(&dialler, &carrier, pair, expect_spki);
     tokio::time::timeout(CONNECT_TIMEOUT, connecting)
         .await
-        .unwrap_or_else(|_| {
-            Err(LinkError::Timeout {
-                carrier: carrier.clone(),
-            })
-        })
+        .unwrap_or(Err(LinkError::Timeout {
+            carrier: carrier.clone(),
+        }))
 }
 
-/// See [`listen`]. Never ends by itself.
-pub struct PinnedIncoming(Accept<(String, TlsIo)>);
-
-impl PinnedIncoming {
-    /// The address listened on.
-    #[must_use]
-    pub fn local_addr(&self) -> Option<SocketAddr> {
-        self.0.local_addr()
-    }
-}
-
-impl fmt::Debug for PinnedIncoming {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("PinnedIncoming")
-            .field(&self.local_addr())
-            .finish()
-    }
-}
-
-impl Stream for PinnedIncoming {
-    type Item = io::Result<(String, TlsIo)>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.0.poll_next_unpin(cx)
-    }
+async fn dial_over(
+    dialler: &impl Dial,
+    carrier: &Carrier,
+    pair: &KeyPair,
+    expect_spki: &str,
+) -> Result<Connection, LinkError> {
+    let Unverified { io, origin } = dialler.dial().await?;
+    let failed = |source| LinkError::Handshake {
+        peer: carrier.to_string(),
+        claimed: None,
+        source: in_words(source),
+    };
+    let verifier = Arc::new(Tls13Verifier(Pin {
+        expect: Some(expect_spki.to_owned()),
+    }));
+    let config =
+        client_config(verifier, &pair.key).map_err(|error| failed(io::Error::other(error)))?;
+    let stream = tls::connect(io, config).await.map_err(failed)?;
+    let spki = expect_spki.into();
+    Ok(Connection::new(stream, Peer::Pinned { spki, origin }))
 }
 
 /// The other side's key is not the pinned one.
@@ -260,15 +210,20 @@ struct WrongKey {
     expected: String,
 }
 
-/// Proof of the key, and its pin where one is expected.
+/// The certificate's key is the pinned one, if a pin is expected. Dates and names are not looked at.
 #[derive(Debug)]
-struct Pin256 {
+struct Pin {
     expect: Option<String>,
 }
 
-impl Pin256 {
-    fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
-        let found = pki::spki_sha256(certificate)
+impl CheckCertificate for Pin {
+    fn check(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        let found = pki::spki_sha256(end_entity)
             .map_err(|_| rustls::Error::InvalidCertificate(CertificateError::BadEncoding))?;
         match &self.expect {
             Some(expected) if *expected != found => Err(other(WrongKey {
@@ -280,96 +235,8 @@ impl Pin256 {
     }
 }
 
-impl ServerCertVerifier for Pin256 {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        self.check(end_entity)?;
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(
-            message,
-            cert,
-            dss,
-            &provider().signature_verification_algorithms,
-        )
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider()
-            .signature_verification_algorithms
-            .supported_schemes()
-    }
-}
-
-impl ClientCertVerifier for Pin256 {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        self.check(end_entity)?;
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(
-            message,
-            cert,
-            dss,
-            &provider().signature_verification_algorithms,
-        )
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider()
-            .signature_verification_algorithms
-            .supported_schemes()
-    }
-}
-
-/// Takes any key: for tests of a client that shows none itself.
+/// Accepts any key: for tests of a client that shows none itself.
 #[cfg(test)]
-pub(super) fn any_key() -> Arc<dyn ServerCertVerifier> {
-    Arc::new(Pin256 { expect: None })
+pub(super) fn any_key() -> Arc<dyn rustls::client::danger::ServerCertVerifier> {
+    Arc::new(Tls13Verifier(Pin { expect: None }))
 }

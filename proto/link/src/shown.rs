@@ -11,7 +11,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
 
-use super::{Credentials, tls::provider};
+use super::verifier::provider;
 use crate::pki::{self, CertificateInfo, PkiError};
 
 /// A peer's certificate. Cheap to clone.
@@ -124,12 +124,5 @@ impl Trust {
         let at = UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
         let verified = self.0.verify_client_cert(end_entity, intermediates, at);
         verified.map(drop).map_err(refused)
-    }
-}
-
-impl Credentials {
-    /// The CA certificates as they were last read.
-    pub fn trust(&self) -> Result<Trust, rustls::Error> {
-        Trust::new(Arc::clone(&self.material().roots))
     }
 }

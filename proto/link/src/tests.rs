@@ -180,7 +180,7 @@ async fn no_client_certificate_no_service() {
     roots
         .add(rustls_pki_types::pem::PemObject::from_pem_slice(pem).unwrap())
         .unwrap();
-    let mut config = rustls::ClientConfig::builder_with_provider(tls::provider())
+    let mut config = rustls::ClientConfig::builder_with_provider(verifier::provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .dangerous()
@@ -354,6 +354,33 @@ fn credentials_go_with_tcp_only() {
     assert!(matches!(error, LinkError::NoCredentials { .. }), "{error}");
 }
 
+/// Whatever carries it: here a unix socket. This is how kubelets reach an agent through a command that relays to a
+/// socket.
+#[tokio::test]
+async fn tls_runs_over_any_carrier() {
+    let ca = Ca::generate("ca").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run/kubelets.sock");
+    let listener = carrier::unix::Listener::bind(&path).unwrap();
+    let _server = serve(listen::over_tls(listener, issued(&ca, &agent())));
+    let carrier = Carrier::Unix(path.clone());
+    let asked = async |credentials: Credentials| {
+        let dialler = carrier::unix::Dialler { path: &path };
+        let expect = ExpectPeer::Exactly(agent());
+        let connection = dial::over_tls(&dialler, &carrier, &credentials, &expect).await;
+        ask(near_side(connection.unwrap())).await
+    };
+    let status = asked(issued(&ca, &kubelet())).await;
+    let known = "spiffe://knoc/kubelet/k at this host";
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::Unimplemented, known)
+    );
+    let other = Ca::generate("other").unwrap().issue(&kubelet(), &[]);
+    let status = asked(with(&ca, &other.unwrap())).await;
+    assert_ne!(status.code(), Code::Unimplemented, "{status:?}");
+}
+
 /// The shim (far side, dials) and the agent (near side, listens), each knowing the other's key.
 #[tokio::test]
 async fn the_pinned_hop_turns_the_roles_around() {
@@ -367,8 +394,11 @@ async fn the_pinned_hop_turns_the_roles_around() {
     let address = incoming.local_addr().unwrap().to_string();
     let (dialled, accepted) =
         tokio::join!(pinned::dial(&address, &shim, agent.spki()), incoming.next());
-    let (spki, near) = accepted.unwrap().unwrap();
-    assert_eq!(spki, shim.spki());
+    let near = accepted.unwrap().unwrap();
+    let Peer::Pinned { spki, .. } = near.peer() else {
+        panic!("{:?}", near.peer());
+    };
+    assert_eq!(**spki, *shim.spki());
     let mut tasks = JoinSet::new();
     let far = far_side(dialled.unwrap());
     tasks.spawn(async move {
@@ -396,7 +426,8 @@ async fn the_pinned_hop_turns_the_roles_around() {
 async fn a_near_side_says_that_its_link_has_ended() {
     let (near, far) = tokio::io::duplex(1024);
     drop(far);
-    let channel = near_side(near);
+    let peer = Peer::Unix { uid: 0, pid: None };
+    let channel = near_side(Connection::new(near, peer));
     let first = ask(channel.clone()).await;
     assert_ne!(first.code(), Code::Unimplemented);
     let status = ask(channel).await;

@@ -4,87 +4,93 @@
 //! nothing about who answers there. Nothing is resumed and no tickets are given: every connection proves its key anew.
 use std::{
     io,
+    net::{IpAddr, Ipv4Addr},
     sync::{Arc, OnceLock},
 };
 
 use knoc_proto::error::chain;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError,
-    RootCertStore, ServerConfig, SignatureScheme,
-    client::{
-        Resumption,
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor,
-    },
-    crypto::{CryptoProvider, verify_tls13_signature},
+    CertificateError, ClientConfig, DistinguishedName, OtherError, RootCertStore, ServerConfig,
+    client::{Resumption, danger::ServerCertVerifier, verify_server_cert_signed_by_trust_anchor},
     server::{
-        NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
+        NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier, danger::ClientCertVerifier,
     },
-    sign::SingleCertAndKey,
+    sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
-use super::{ExpectPeer, Identity, credentials::Material};
+use super::{
+    ExpectPeer, Identity,
+    carrier::Io,
+    verifier::{CheckCertificate, Tls13Verifier, provider},
+};
 use crate::pki;
 
 /// HTTP/2 only.
 pub(super) const ALPN: &[u8] = b"h2";
 
-/// ring, given explicitly everywhere: nothing process-wide is installed.
-pub(super) fn provider() -> Arc<CryptoProvider> {
-    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
-    Arc::clone(PROVIDER.get_or_init(|| Arc::new(rustls::crypto::ring::default_provider())))
+/// For the side that dials: our `key`, and a peer whom the CA of `roots` vouches for. `seen` gets what the peer's
+/// certificate says.
+pub(super) fn client(
+    roots: &Arc<RootCertStore>,
+    key: &Arc<CertifiedKey>,
+    expect: ExpectPeer,
+    seen: Seen,
+) -> Result<ClientConfig, rustls::Error> {
+    let check = ServerChain {
+        roots: Arc::clone(roots),
+        identity: CheckIdentity { expect, seen },
+    };
+    client_config(Arc::new(Tls13Verifier(check)), key)
 }
 
-impl Material {
-    /// For the side that dials. `seen` gets what the peer's certificate says.
-    pub(super) fn client(
-        &self,
-        expect: ExpectPeer,
-        seen: Seen,
-    ) -> Result<ClientConfig, rustls::Error> {
-        let verifier = Arc::new(Verifier {
-            roots: Arc::clone(&self.roots),
-            expect,
-            seen,
-        });
-        let resolver = Arc::new(SingleCertAndKey::from(Arc::clone(&self.key)));
-        client_config(verifier, resolver)
-    }
+/// The same for the side that is dialled.
+pub(super) fn server(
+    roots: &Arc<RootCertStore>,
+    key: &Arc<CertifiedKey>,
+    expect: ExpectPeer,
+    seen: Seen,
+) -> Result<ServerConfig, rustls::Error> {
+    let chain = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), provider())
+        .build()
+        .map_err(|error| rustls::Error::General(error.to_string()))?;
+    let check = ClientChain {
+        chain,
+        identity: CheckIdentity { expect, seen },
+    };
+    server_config(Arc::new(Tls13Verifier(check)), key)
+}
 
-    /// For the side that is dialled.
-    pub(super) fn server(
-        &self,
-        expect: ExpectPeer,
-        seen: Seen,
-    ) -> Result<ServerConfig, rustls::Error> {
-        let chain =
-            WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), provider())
-                .build()
-                .map_err(|error| rustls::Error::General(error.to_string()))?;
-        let roots = Arc::clone(&self.roots);
-        let verifier = Verifier {
-            roots,
-            expect,
-            seen,
-        };
-        let verifier = Arc::new(ClientVerifier { chain, verifier });
-        let resolver = Arc::new(SingleCertAndKey::from(Arc::clone(&self.key)));
-        server_config(verifier, resolver)
-    }
+/// The handshake of the side that dials.
+pub(super) async fn connect<I: Io>(io: I, config: ClientConfig) -> io::Result<TlsStream<I>> {
+    // The name is neither sent nor checked: the identity is.
+    let name = ServerName::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    let stream = TlsConnector::from(Arc::new(config)).connect(name, io);
+    Ok(stream.await?.into())
+}
+
+/// The handshake of the side that is dialled.
+pub(super) async fn accept<I: Io>(io: I, config: ServerConfig) -> io::Result<TlsStream<I>> {
+    let stream = TlsAcceptor::from(Arc::new(config)).accept(io);
+    Ok(stream.await?.into())
+}
+
+/// The chain that the peer showed in its handshake, its own certificate first.
+pub(super) fn peer_chain<I>(stream: &TlsStream<I>) -> Option<&[CertificateDer<'static>]> {
+    stream.get_ref().1.peer_certificates()
 }
 
 pub(super) fn client_config(
     verifier: Arc<dyn ServerCertVerifier>,
-    key: Arc<SingleCertAndKey>,
+    key: &Arc<CertifiedKey>,
 ) -> Result<ClientConfig, rustls::Error> {
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
-        .with_client_cert_resolver(key);
+        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(key))));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
@@ -93,12 +99,12 @@ pub(super) fn client_config(
 
 pub(super) fn server_config(
     verifier: Arc<dyn ClientCertVerifier>,
-    key: Arc<SingleCertAndKey>,
+    key: &Arc<CertifiedKey>,
 ) -> Result<ServerConfig, rustls::Error> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(verifier)
-        .with_cert_resolver(key);
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(key))));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
@@ -127,15 +133,14 @@ struct WrongPeer {
     expected: ExpectPeer,
 }
 
-/// Chain to the CA, dates and key usage by webpki; then the identity. The server's name is not looked at.
+/// The identity in a certificate is one that is expected. The chain to the CA, dates and key usage are webpki's part.
 #[derive(Debug)]
-struct Verifier {
-    roots: Arc<RootCertStore>,
+struct CheckIdentity {
     expect: ExpectPeer,
     seen: Seen,
 }
 
-impl Verifier {
+impl CheckIdentity {
     /// Notes what the certificate says, before anything is proved.
     fn note(&self, certificate: &CertificateDer<'_>) {
         if let Ok(identity) = pki::identity(certificate) {
@@ -143,7 +148,7 @@ impl Verifier {
         }
     }
 
-    fn check_identity(&self, certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
+    fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
         let found = pki::identity(certificate).map_err(other)?;
         if self.expect.accepts(&found) {
             return Ok(());
@@ -173,21 +178,21 @@ pub(super) fn in_words(error: io::Error) -> io::Error {
     error
 }
 
-/// TLS 1.2 is not offered, so its signatures never occur.
-pub(super) fn no_tls12() -> rustls::Error {
-    rustls::Error::General("TLS 1.2 is not spoken here".to_owned())
+/// The certificate of a server: the chain by webpki, then the identity.
+#[derive(Debug)]
+struct ServerChain {
+    roots: Arc<RootCertStore>,
+    identity: CheckIdentity,
 }
 
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
+impl CheckCertificate for ServerChain {
+    fn check(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
         now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        self.note(end_entity);
+    ) -> Result<(), rustls::Error> {
+        self.identity.note(end_entity);
         let certificate = ParsedCertificate::try_from(end_entity)?;
         let algorithms = provider().signature_verification_algorithms.all;
         verify_server_cert_signed_by_trust_anchor(
@@ -197,85 +202,31 @@ impl ServerCertVerifier for Verifier {
             now,
             algorithms,
         )?;
-        self.check_identity(end_entity)?;
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(
-            message,
-            cert,
-            dss,
-            &provider().signature_verification_algorithms,
-        )
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider()
-            .signature_verification_algorithms
-            .supported_schemes()
+        self.identity.check(end_entity)
     }
 }
 
-/// The same for the other TLS role.
+/// The same of a client.
 #[derive(Debug)]
-struct ClientVerifier {
+struct ClientChain {
     chain: Arc<dyn ClientCertVerifier>,
-    verifier: Verifier,
+    identity: CheckIdentity,
 }
 
-impl ClientCertVerifier for ClientVerifier {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.chain.root_hint_subjects()
-    }
-
-    fn verify_client_cert(
+impl CheckCertificate for ClientChain {
+    fn check(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        self.verifier.note(end_entity);
-        let verified = self
-            .chain
+    ) -> Result<(), rustls::Error> {
+        self.identity.note(end_entity);
+        self.chain
             .verify_client_cert(end_entity, intermediates, now)?;
-        self.verifier.check_identity(end_entity)?;
-        Ok(verified)
+        self.identity.check(end_entity)
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.chain.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+    fn root_hints(&self) -> &[DistinguishedName] {
+        self.chain.root_hint_subjects()
     }
 }

@@ -13,7 +13,10 @@ use std::{
 
 use anyhow::Context as _;
 use futures::StreamExt as _;
-use knoc_link::pinned::{self, KeyPair, TlsIo};
+use knoc_link::{
+    Connection,
+    pinned::{self, KeyPair},
+};
 use tempfile::TempDir;
 use tokio::{
     io::{
@@ -94,7 +97,7 @@ pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
     let mut incoming = pinned::listen(everywhere, pair.clone()).await?;
     while let Some(connection) = incoming.next().await {
         // A probe whether we listen shakes no hands.
-        let Ok((_, near)) = connection else { continue };
+        let Ok(near) = connection else { continue };
         match &role {
             Role::File(path) => send(near, path).await?,
             Role::Program(words) => drop(run(near, words).await?),
@@ -105,7 +108,7 @@ pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn send(mut near: TlsIo, path: &Path) -> anyhow::Result<()> {
+async fn send(mut near: Connection, path: &Path) -> anyhow::Result<()> {
     // It is in the page cache, and nobody else waits in this process.
     let mut file = std::fs::File::open(path)?;
     let mut chunk = vec![0; CHUNK];
@@ -118,14 +121,14 @@ async fn send(mut near: TlsIo, path: &Path) -> anyhow::Result<()> {
     close(near).await
 }
 
-async fn fetch(mut near: TlsIo, address: SocketAddr) -> anyhow::Result<()> {
+async fn fetch(mut near: Connection, address: SocketAddr) -> anyhow::Result<()> {
     let mut far = TcpStream::connect(address).await?;
     copy(&mut far, &mut near).await?;
     close(near).await
 }
 
 /// What is sent is lost where a socket is closed with bytes unread.
-async fn close(mut near: TlsIo) -> anyhow::Result<()> {
+async fn close(mut near: Connection) -> anyhow::Result<()> {
     near.shutdown().await?;
     let mut rest = Vec::new();
     near.read_to_end(&mut rest).await?;
@@ -133,7 +136,7 @@ async fn close(mut near: TlsIo) -> anyhow::Result<()> {
 }
 
 /// The program's input is what comes, its output what goes, each with its own end. Answers the bytes of both.
-async fn run(near: TlsIo, words: &[String]) -> anyhow::Result<(u64, u64)> {
+async fn run(near: Connection, words: &[String]) -> anyhow::Result<(u64, u64)> {
     let (program, arguments) = words.split_first().context("no program")?;
     let mut program = Run::new(program).args(arguments);
     let child = program.command_mut();
@@ -173,12 +176,12 @@ async fn copy(
     }
 }
 
-async fn pass(mut near: TlsIo, mut far: TlsIo) -> anyhow::Result<()> {
+async fn pass(mut near: Connection, mut far: Connection) -> anyhow::Result<()> {
     copy_bidirectional_with_sizes(&mut near, &mut far, CHUNK, CHUNK).await?;
     Ok(())
 }
 
-async fn dial(to: SocketAddr, pair: &KeyPair) -> anyhow::Result<TlsIo> {
+async fn dial(to: SocketAddr, pair: &KeyPair) -> anyhow::Result<Connection> {
     Ok(pinned::dial(&to.to_string(), pair, pair.spki()).await?)
 }
 

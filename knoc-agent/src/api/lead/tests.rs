@@ -1,4 +1,4 @@
-use knoc_link::{Shown, pki::Ca};
+use knoc_link::{Origin, Shown, pki::Ca};
 use proptest::prelude::*;
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 
@@ -11,7 +11,7 @@ fn tls(identity: Identity) -> Peer {
     let der = CertificateDer::from_pem_slice(pair.cert_pem.as_bytes()).unwrap();
     Peer::Tls {
         identity,
-        addr: ([127, 0, 0, 1], 1).into(),
+        origin: Origin::ThisHost,
         certificate: Shown::of(Some(&[der])).unwrap(),
     }
 }
@@ -22,6 +22,13 @@ fn kubelet_of(name: &str) -> Peer {
 
 fn unix() -> Peer {
     Peer::Unix { uid: 1, pid: None }
+}
+
+fn shim() -> Peer {
+    Peer::Pinned {
+        spki: "00".into(),
+        origin: Origin::ThisHost,
+    }
 }
 
 fn now() -> Timestamp {
@@ -40,10 +47,10 @@ fn judged(peer: &Peer, node: &str, epoch: i64) -> Result<Option<String>, String>
 #[test]
 fn only_the_kubelet_of_a_node_claims_it() {
     let ctl = tls(Identity::Ctl { name: "a".into() });
-    for peer in [&ctl, &unix(), &kubelet_of("a"), &Peer::Pinned] {
+    for peer in [&ctl, &unix(), &kubelet_of("a"), &shim()] {
         assert_eq!(judged(peer, "a", 0), Ok(None), "no claim");
     }
-    for peer in [&ctl, &unix(), &Peer::Pinned] {
+    for peer in [&ctl, &unix(), &shim()] {
         let refused = judged(peer, "a", 5).unwrap_err();
         assert!(refused.contains("cannot claim leadership"), "{refused}");
     }

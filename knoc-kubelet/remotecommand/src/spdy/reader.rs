@@ -14,7 +14,7 @@ use super::frame::{Decoder, Frame, Reset};
 use super::headers::Inflater;
 use super::writer::Out;
 use super::{MAX_STREAMS, OPEN_BURST, OPEN_RATE, SessionError, Slot, Stream};
-use crate::streams::{self, Activity, Budget, Feed};
+use crate::streams::{self, Activity, Budget, StreamSender};
 
 /// What is read from the socket at once, and so the largest piece of a data frame.
 const CHUNK: usize = 64 << 10;
@@ -27,7 +27,7 @@ pub(super) struct Reader {
     decoder: Decoder,
     inflater: Inflater,
     /// Streams whose peer half is open, each with its place among [`MAX_STREAMS`]. Ours may have ended: see `sweep`.
-    streams: HashMap<u32, (Feed, Slot)>,
+    streams: HashMap<u32, (StreamSender, Slot)>,
     slots: Arc<Semaphore>,
     budget: Budget,
     pace: Pace,
@@ -113,8 +113,8 @@ impl Reader {
             Frame::SynReply { block } => drop(self.inflater.headers(&block).map_err(inflated)?),
             Frame::Reset { id } => {
                 self.activity.touch();
-                if let Some((feed, _)) = self.streams.remove(&id) {
-                    feed.reset().await;
+                if let Some((sender, _)) = self.streams.remove(&id) {
+                    sender.reset().await;
                 }
             }
             // Odd ones are the peer's. One that finds the queue full is not answered: bytes are moving then.
@@ -155,11 +155,11 @@ impl Reader {
                 return;
             }
         };
-        let (feed, inlet) = streams::stream(&self.budget);
+        let (sender, reader) = streams::stream(&self.budget);
         let stream = Stream {
             id,
             headers,
-            inlet,
+            reader,
             queue,
             slot: Arc::clone(&slot),
         };
@@ -167,9 +167,9 @@ impl Reader {
             // Nobody takes streams any more.
             stream.refuse().await;
         } else if fin {
-            feed.finish().await;
+            sender.finish().await;
         } else {
-            self.streams.insert(id, (feed, slot));
+            self.streams.insert(id, (sender, slot));
         }
     }
 
@@ -177,12 +177,12 @@ impl Reader {
     /// says nothing more of them. What still comes on them is let go.
     fn sweep(&mut self) {
         self.streams
-            .retain(|_, (feed, slot)| !feed.is_closed() || Arc::strong_count(slot) > 1);
+            .retain(|_, (sender, slot)| !sender.is_closed() || Arc::strong_count(slot) > 1);
     }
 
     async fn data(&mut self, id: u32, data: Bytes, fin: bool) {
-        if let Some((feed, _)) = self.streams.get(&id) {
-            feed.data(data).await;
+        if let Some((sender, _)) = self.streams.get(&id) {
+            sender.data(data).await;
             if fin {
                 self.finish(id).await;
             }
@@ -194,8 +194,8 @@ impl Reader {
     }
 
     async fn finish(&mut self, id: u32) {
-        if let Some((feed, _)) = self.streams.remove(&id) {
-            feed.finish().await;
+        if let Some((sender, _)) = self.streams.remove(&id) {
+            sender.finish().await;
         }
     }
 }

@@ -108,12 +108,12 @@ async fn streams_that_we_reset_leave_their_places() {
     peer.open(9001, &[("streamtype", "error")]).await;
     let stream = incoming.next().await.unwrap();
     assert_eq!(stream.headers().get("streamtype"), Some("error"));
-    let (mut inlet, _sender) = stream.accept().await;
+    let (mut reader, _sender) = stream.accept().await;
     assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
     // What still comes on one of the others is let go.
     peer.data(1, b"late", true).await;
     peer.data(9001, b"good", true).await;
-    assert_eq!(inlet.next().await.unwrap(), "good");
+    assert_eq!(reader.next().await.unwrap(), "good");
 }
 
 #[tokio::test]
@@ -304,17 +304,17 @@ async fn streams_that_the_client_has_ended_count_while_we_hold_them() {
 async fn a_goaway_of_the_peer_ends_the_coming_of_streams_and_nothing_else() {
     let (mut peer, mut incoming, tasks) = connected();
     peer.open(1, &[]).await;
-    let (mut inlet, sender) = incoming.next().await.unwrap().accept().await;
+    let (mut reader, sender) = incoming.next().await.unwrap().accept().await;
     peer.go_away().await;
     assert!(incoming.next().await.is_none());
     drop(incoming);
     peer.open(3, &[]).await;
     peer.data(1, b"still", true).await;
-    assert_eq!(inlet.next().await.unwrap(), "still");
+    assert_eq!(reader.next().await.unwrap(), "still");
     assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
     assert_eq!(peer.next().await, Some(Frame::Reset { id: 3 }));
     sender.finish(Bytes::from("here")).await.unwrap();
-    drop(inlet);
+    drop(reader);
     let last = peer.next().await;
     assert!(
         matches!(

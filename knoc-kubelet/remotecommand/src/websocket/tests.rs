@@ -35,7 +35,7 @@ fn message(payload: &[u8]) -> BytesMut {
 #[tokio::test]
 async fn what_a_client_sends_to_nobody_is_bounded() {
     let (mut far, mut channels, budget, _tasks) = connected();
-    let _nobody = (channels.inlet(0), channels.inlet(2));
+    let _nobody = (channels.reader(0), channels.reader(2));
     let wire = message(&vec![0; 64 << 20]);
     let stuck = tokio::time::timeout(Duration::from_millis(500), far.write_all(&wire));
     assert!(stuck.await.is_err());
@@ -72,10 +72,12 @@ async fn pings_that_are_never_read_cost_nothing() {
 #[tokio::test]
 async fn channels_end_apart_and_with_the_connection() {
     let (mut far, mut channels, _, mut tasks) = connected();
-    let mut first = channels.inlet(0).unwrap();
-    let mut second = channels.inlet(2).unwrap();
+    let mut first = channels.reader(0).unwrap();
+    let mut second = channels.reader(2).unwrap();
     assert!(
-        channels.inlet(0).is_none() && channels.inlet(1).is_none() && channels.inlet(9).is_none()
+        channels.reader(0).is_none()
+            && channels.reader(1).is_none()
+            && channels.reader(9).is_none()
     );
     far.write_all(&message(b"\x00a")).await.unwrap();
     far.write_all(&message(b"\xff\x00")).await.unwrap();

@@ -6,6 +6,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use http::Method;
 use k8s_openapi::api::authorization::v1::SubjectAccessReviewSpec;
+use knoc_link::Origin;
 
 use super::*;
 use crate::server::ClusterError;
@@ -173,11 +174,11 @@ async fn who_at(
 ) -> Result<User, Refusal> {
     let cluster: Arc<dyn Cluster> = Arc::clone(cluster) as _;
     let standings = crate::server::standing::Standings::own();
-    let address = ([10, 0, 0, address], 1).into();
+    let origin = Origin::Address(([10, 0, 0, address], 1).into());
     let peer = Peer {
-        address,
+        origin,
         certificates: Arc::new([]),
-        standing: Arc::new(standings.enter(address, false).unwrap()),
+        standing: Arc::new(standings.enter(origin.into(), false).unwrap()),
     };
     let token = Some(token.to_owned());
     access

@@ -9,10 +9,10 @@ use futures::stream::FuturesUnordered;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use knoc_remotecommand::outlet::Outlet;
 use knoc_remotecommand::ports;
 use knoc_remotecommand::spdy::{Headers, Incoming, Stream};
-use knoc_remotecommand::streams::Inlet;
+use knoc_remotecommand::stream_writer::StreamWriter;
+use knoc_remotecommand::streams::StreamReader;
 
 use super::super::remote::STREAMS_DEADLINE;
 use super::super::stop::Stop;
@@ -76,8 +76,8 @@ fn asked(id: u32, headers: &Headers) -> Result<Asked, String> {
 
 /// The half of a pair that came first.
 enum Half {
-    Error(Outlet),
-    Data(u16, Inlet, Outlet),
+    Error(StreamWriter),
+    Data(u16, StreamReader, StreamWriter),
 }
 
 /// Halves that wait for their partner.
@@ -91,7 +91,12 @@ struct Waiting {
 
 impl Waiting {
     /// Takes a stream; a connection where its partner is there already.
-    async fn take(&mut self, asked: Asked, inlet: Inlet, outlet: Outlet) -> Option<Connection> {
+    async fn take(
+        &mut self,
+        asked: Asked,
+        reader: StreamReader,
+        writer: StreamWriter,
+    ) -> Option<Connection> {
         let Asked {
             id,
             role,
@@ -100,25 +105,25 @@ impl Waiting {
         } = asked;
         let (first, place) = match (self.remove(&request), role) {
             (Some((Half::Error(error), _)), Role::Data) => {
-                let data = outlet;
+                let data = writer;
                 return Some(Connection {
                     port,
-                    inlet,
+                    reader,
                     data,
                     error,
                 });
             }
-            (Some((Half::Data(port, inlet, data), _)), Role::Error) => {
-                let error = outlet;
+            (Some((Half::Data(port, reader, data), _)), Role::Error) => {
+                let error = writer;
                 return Some(Connection {
                     port,
-                    inlet,
+                    reader,
                     data,
                     error,
                 });
             }
             (Some((Half::Error(first), place)), Role::Error) => {
-                outlet.reset().await;
+                writer.reset().await;
                 let text = format!(
                     "error processing stream for request {request}: error stream already assigned"
                 );
@@ -127,13 +132,13 @@ impl Waiting {
             }
             (Some((first @ Half::Data(..), place)), Role::Data) => {
                 debug!(request, "data stream already assigned");
-                outlet.reset().await;
+                writer.reset().await;
                 (first, place)
             }
             (None, role) => {
                 let half = match role {
-                    Role::Error => Half::Error(outlet),
-                    Role::Data => Half::Data(port, inlet, outlet),
+                    Role::Error => Half::Error(writer),
+                    Role::Data => Half::Data(port, reader, writer),
                 };
                 (half, (id, Instant::now()))
             }
@@ -226,8 +231,10 @@ async fn taken(waiting: &mut Waiting, stream: Stream) -> Option<Connection> {
             None
         }
         Ok(asked) => {
-            let (inlet, sender) = stream.accept().await;
-            waiting.take(asked, inlet, Outlet::Spdy(sender)).await
+            let (reader, sender) = stream.accept().await;
+            waiting
+                .take(asked, reader, StreamWriter::Spdy(sender))
+                .await
         }
     }
 }

@@ -9,8 +9,8 @@ use knoc_proto::pb::{port_forward_input::Input, port_forward_output::Output};
 use tokio::sync::mpsc;
 use tracing::info;
 
-use knoc_remotecommand::outlet::Outlet;
-use knoc_remotecommand::streams::{End, Inlet};
+use knoc_remotecommand::stream_writer::StreamWriter;
+use knoc_remotecommand::streams::{End, StreamReader};
 
 use super::super::Backend;
 use super::super::limits::{Busy, Limit};
@@ -33,9 +33,9 @@ pub(super) struct Goal {
 /// A pair of streams and the port that they are for.
 pub(super) struct Connection {
     pub(super) port: u16,
-    pub(super) inlet: Inlet,
-    pub(super) data: Outlet,
-    pub(super) error: Outlet,
+    pub(super) reader: StreamReader,
+    pub(super) data: StreamWriter,
+    pub(super) error: StreamWriter,
 }
 
 /// Why a connection came to no end of its own.
@@ -51,14 +51,14 @@ impl Connection {
     pub(super) async fn serve(self, goal: &Goal, stop: &Stop) {
         let Self {
             port,
-            inlet,
+            reader,
             data,
             error,
         } = self;
         let mut data = Some(data);
         let relayed = tokio::select! {
             biased;
-            relayed = relay(goal, port, inlet, &mut data) => relayed,
+            relayed = relay(goal, port, reader, &mut data) => relayed,
             why = stop.why() => Err(Broken::Pod(why)),
         };
         match relayed {
@@ -84,8 +84,8 @@ impl Connection {
 async fn relay(
     goal: &Goal,
     port: u16,
-    inlet: Inlet,
-    data: &mut Option<Outlet>,
+    reader: StreamReader,
+    data: &mut Option<StreamWriter>,
 ) -> Result<(), Broken> {
     let busy = |busy: Busy| Broken::Pod(busy.to_string());
     let _call = goal.calls.take().map_err(busy)?;
@@ -97,7 +97,7 @@ async fn relay(
     if queue.send(message(start)).await.is_err() {
         return Ok(());
     }
-    let up = feed(inlet, queue);
+    let up = feed(reader, queue);
     let down = drain(&*goal.backend, input, data);
     tokio::select! {
         biased;
@@ -111,10 +111,10 @@ async fn relay(
 async fn drain(
     backend: &dyn Backend,
     input: mpsc::Receiver<pb::PortForwardInput>,
-    data: &mut Option<Outlet>,
+    data: &mut Option<StreamWriter>,
 ) -> Result<(), Broken> {
     let failed = |status: tonic::Status| Broken::Pod(shown(&status));
-    let half_closes = matches!(data, Some(Outlet::Spdy(_)));
+    let half_closes = matches!(data, Some(StreamWriter::Spdy(_)));
     let mut output = backend.port_forward(input).await.map_err(failed)?;
     while let Some(next) = output.next().await {
         match next.map_err(failed)?.output {
@@ -135,7 +135,7 @@ async fn drain(
     finish(data).await
 }
 
-async fn finish(data: &mut Option<Outlet>) -> Result<(), Broken> {
+async fn finish(data: &mut Option<StreamWriter>) -> Result<(), Broken> {
     match data.take() {
         Some(data) => data.finish(Bytes::new()).await.map_err(|_| Broken::Client),
         None => Ok(()),
@@ -143,9 +143,12 @@ async fn finish(data: &mut Option<Outlet>) -> Result<(), Broken> {
 }
 
 /// From the client to the pod, then its end. Stays pending after an end in order: the pod may go on.
-async fn feed(mut inlet: Inlet, queue: mpsc::Sender<pb::PortForwardInput>) -> Result<(), Broken> {
+async fn feed(
+    mut reader: StreamReader,
+    queue: mpsc::Sender<pb::PortForwardInput>,
+) -> Result<(), Broken> {
     let end = loop {
-        match inlet.next().await {
+        match reader.next().await {
             // A call that takes no more has ended, which the other direction says.
             Ok(bytes) => drop(queue.send(message(Input::Data(bytes))).await),
             Err(end) => break end,

@@ -300,23 +300,22 @@ fn trailers(status: &Status) -> Result<Frame<Bytes>, Status> {
     Ok(Frame::trailers(trailers))
 }
 
-/// An answer's body, passed on, in which a status that is no success, or the lack of one, becomes what `word` makes of
-/// it.
-pub fn failing_by(body: Body, word: impl Fn(Status) -> Status + Send + Unpin + 'static) -> Body {
-    Body::new(Worded {
+/// The body of an answer, passed on. A status that is not a success, or a missing one, is replaced by `map` of it.
+pub fn map_status(body: Body, map: impl Fn(Status) -> Status + Send + Unpin + 'static) -> Body {
+    Body::new(MappedStatus {
         body,
-        word,
+        map,
         ended: false,
     })
 }
 
-struct Worded<F> {
+struct MappedStatus<F> {
     body: Body,
-    word: F,
+    map: F,
     ended: bool,
 }
 
-impl<F: Fn(Status) -> Status + Unpin> http_body::Body for Worded<F> {
+impl<F: Fn(Status) -> Status + Unpin> http_body::Body for MappedStatus<F> {
     type Data = Bytes;
     type Error = Status;
 
@@ -341,7 +340,7 @@ impl<F: Fn(Status) -> Status + Unpin> http_body::Body for Worded<F> {
         };
         self.ended = true;
         let status = status.unwrap_or_else(|| Status::unknown("the answer ended unfinished"));
-        Poll::Ready(Some(trailers(&(self.word)(status))))
+        Poll::Ready(Some(trailers(&(self.map)(status))))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -18,7 +18,8 @@ use tonic::{
     transport::{Channel, Endpoint, Server},
 };
 
-use super::{Called, Cutting, Messages, Nothing, Served, messages::Side};
+use super::{CancellableExecutor, Messages, NoMessages, RawClient, RawServer, messages::Side};
+use crate::{Connection, Peer};
 
 fn stdin(data: impl Into<Bytes>) -> ExecInput {
     let input = Some(Input::Stdin(data.into()));
@@ -43,11 +44,11 @@ fn nothing() -> Status {
 
 #[tonic::async_trait]
 impl Shim for Echo {
-    type WatchReportStream = Nothing<pb::Report>;
-    type ReadLogsStream = Nothing<pb::LogChunk>;
-    type ExecStream = Nothing<ExecOutput>;
-    type AttachStream = Nothing<ExecOutput>;
-    type PortForwardStream = Nothing<pb::PortForwardOutput>;
+    type WatchReportStream = NoMessages<pb::Report>;
+    type ReadLogsStream = NoMessages<pb::LogChunk>;
+    type ExecStream = NoMessages<ExecOutput>;
+    type AttachStream = NoMessages<ExecOutput>;
+    type PortForwardStream = NoMessages<pb::PortForwardOutput>;
 
     async fn exec(
         &self,
@@ -144,14 +145,16 @@ fn echo() -> (Channel, mpsc::Receiver<()>) {
         tasks: tasks.clone(),
         left,
     };
-    let server = Server::builder().add_service(Served::new(ShimServer::new(echo)));
-    tasks.spawn(server.serve_with_incoming(crate::far_side(far)));
+    let server = Server::builder().add_service(RawServer::new(ShimServer::new(echo)));
+    let peer = Peer::Unix { uid: 0, pid: None };
+    let far = crate::far_side(Connection::new(far, peer));
+    tasks.spawn(server.serve_with_incoming(far));
     let mut near = Some(near);
     let connector = tower::service_fn(move |_: http::Uri| {
         let io = near.take().map(hyper_util::rt::TokioIo::new);
         std::future::ready(io.ok_or_else(|| std::io::Error::other("once")))
     });
-    let endpoint = Endpoint::from_static("http://echo").executor(Cutting);
+    let endpoint = Endpoint::from_static("http://echo").executor(CancellableExecutor);
     (endpoint.connect_with_connector_lazy(connector), gone)
 }
 
@@ -181,7 +184,7 @@ async fn echoed(
 async fn bytes_and_the_status_come_whole_from_either_client() {
     let said = || stream::iter(pieces().into_iter().map(stdin));
     let (channel, _gone) = echo();
-    let mut called = ShimClient::new(Called::new(channel.clone()));
+    let mut called = ShimClient::new(RawClient::new(channel.clone()));
     let answer = called.exec(super::request(said())).await.unwrap();
     let mut ours = super::output(&answer);
     let mut theirs = ShimClient::new(channel)
@@ -203,7 +206,7 @@ async fn bytes_and_the_status_come_whole_from_either_client() {
 #[tokio::test]
 async fn a_relay_passes_bodies_on_and_has_its_own_word_for_failures() {
     let (channel, _gone) = echo();
-    let mut shim = ShimClient::new(Called::new(channel));
+    let mut shim = ShimClient::new(RawClient::new(channel));
     let said = super::messages::encode_request(stream::iter(pieces().into_iter().map(stdin)));
     let mut input = Messages::<ExecInput>::new(said, Side::Server);
     assert_eq!(input.peek().await.unwrap(), Some(stdin("")));
@@ -217,7 +220,7 @@ async fn a_relay_passes_bodies_on_and_has_its_own_word_for_failures() {
         .await
         .unwrap();
     let body = super::output_body(&answer).unwrap();
-    let body = super::failing_by(body, |status| {
+    let body = super::map_status(body, |status| {
         Status::aborted(format!("!{}", status.message()))
     });
     let mut output = Messages::<ExecOutput>::new(body, Side::Client);
@@ -232,7 +235,7 @@ async fn a_relay_passes_bodies_on_and_has_its_own_word_for_failures() {
 #[tokio::test]
 async fn answers_to_a_single_message_and_refusals() {
     let (channel, _gone) = echo();
-    let mut shim = ShimClient::new(Called::new(channel));
+    let mut shim = ShimClient::new(RawClient::new(channel));
     let request = pb::ReadLogsRequest {
         container: "main".to_owned(),
         ..pb::ReadLogsRequest::default()
@@ -252,7 +255,7 @@ async fn answers_to_a_single_message_and_refusals() {
 #[tokio::test]
 async fn who_drops_an_answer_lets_go_of_the_call() {
     let (channel, mut gone) = echo();
-    let mut shim = ShimClient::new(Called::new(channel));
+    let mut shim = ShimClient::new(RawClient::new(channel));
     let (input, said) = mpsc::channel(1);
     input.send(stdin("a")).await.unwrap();
     let request = super::request(ReceiverStream::new(said));
@@ -266,7 +269,7 @@ async fn who_drops_an_answer_lets_go_of_the_call() {
 #[tokio::test]
 async fn also_of_one_whose_request_waits_for_room() {
     let (channel, mut gone) = echo();
-    let mut shim = ShimClient::new(Called::new(channel));
+    let mut shim = ShimClient::new(RawClient::new(channel));
     let (input, said) = mpsc::channel(1);
     let request = super::request(ReceiverStream::new(said));
     let answer = shim.attach(request).await.unwrap();

@@ -50,7 +50,8 @@ async fn bother(mut stream: TcpStream, habit: &Habit) -> std::io::Result<()> {
         },
         Habit::Mute(credentials) => {
             let material = credentials.material();
-            let config = material.client(ExpectPeer::AnyAgent, tls::Seen::default());
+            let (roots, key) = (&material.roots, &material.key);
+            let config = tls::client(roots, key, ExpectPeer::AnyAgent, tls::Seen::default());
             let connector = tokio_rustls::TlsConnector::from(Arc::new(config.unwrap()));
             let name = rustls_pki_types::ServerName::IpAddress(ATTACKER.into());
             let mut stream = connector.connect(name, stream).await?;
@@ -116,7 +117,9 @@ async fn answered(address: Ipv4Addr, target: SocketAddr, credentials: &Credentia
             let (client, dialled) = (client.clone(), dialled.clone());
             async move {
                 let stream = from(address, target).await?;
-                let config = client.material().client(dialled, tls::Seen::default());
+                let material = client.material();
+                let (roots, key) = (&material.roots, &material.key);
+                let config = tls::client(roots, key, dialled, tls::Seen::default());
                 let connector = tokio_rustls::TlsConnector::from(Arc::new(config.unwrap()));
                 let name = rustls_pki_types::ServerName::IpAddress(address.into());
                 let stream = connector.connect(name, stream).await?;

@@ -7,14 +7,14 @@ use crate::{spdy, websocket};
 
 /// What we send on a stream. Dropped without an end it leaves the client's reading open.
 #[derive(Debug)]
-pub enum Outlet {
+pub enum StreamWriter {
     /// A stream of a SPDY session.
     Spdy(spdy::Sender),
     /// A channel of a WebSocket.
     Channel(websocket::Sender),
 }
 
-impl Outlet {
+impl StreamWriter {
     /// Queues bytes; waits while the client does not read.
     pub async fn send(&self, data: Bytes) -> Result<(), Closed> {
         match self {

@@ -19,9 +19,9 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// A second name for a connection's socket. It keeps the socket open: to be let go together with the connection.
 #[derive(Debug, Clone)]
-pub(super) struct Wire(Arc<OwnedFd>);
+pub(super) struct PeerWatch(Arc<OwnedFd>);
 
-impl Wire {
+impl PeerWatch {
     pub(super) fn of(stream: &TcpStream) -> std::io::Result<Self> {
         Ok(Self(Arc::new(rustix::io::fcntl_dupfd_cloexec(stream, 0)?)))
     }
@@ -69,27 +69,27 @@ mod tests {
     #[tokio::test]
     async fn an_end_behind_unread_bytes_is_seen() {
         let (mut client, stream) = connection().await;
-        let wire = Wire::of(&stream).unwrap();
+        let watch = PeerWatch::of(&stream).unwrap();
         client.write_all(b"input").await.unwrap();
         stream.readable().await.unwrap();
-        assert_eq!(wire.left(), None, "the client is there");
+        assert_eq!(watch.left(), None, "the client is there");
         drop(client);
         let patience = Duration::from_secs(20);
-        let seen = tokio::time::timeout(patience, wire.abandoned()).await;
-        assert!(seen.is_ok(), "{:?}", wire.left());
-        assert_eq!(wire.left(), Some(5));
+        let seen = tokio::time::timeout(patience, watch.abandoned()).await;
+        assert!(seen.is_ok(), "{:?}", watch.left());
+        assert_eq!(watch.left(), Some(5));
     }
 
     #[tokio::test(start_paused = true)]
     async fn whoever_takes_what_is_left_is_not_cut_short() {
         let (mut client, mut stream) = connection().await;
-        let wire = Wire::of(&stream).unwrap();
+        let watch = PeerWatch::of(&stream).unwrap();
         client.write_all(b"input").await.unwrap();
         drop(client);
-        while wire.left() != Some(5) {
+        while watch.left() != Some(5) {
             tokio::task::yield_now().await;
         }
-        let mut abandoned = std::pin::pin!(wire.abandoned());
+        let mut abandoned = std::pin::pin!(watch.abandoned());
         let mut time = LOOK / 2;
         for _ in 0..4 {
             let over = tokio::time::timeout(time, abandoned.as_mut()).await;

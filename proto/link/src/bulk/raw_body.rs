@@ -1,4 +1,4 @@
-//! Bodies beside tonic: as extensions of the messages that it knows.
+//! Carries the bodies of requests and answers past tonic, as extensions of the messages that it knows.
 use std::{
     future::Future,
     pin::Pin,
@@ -12,15 +12,15 @@ use tonic::{Request, Response, Status, Streaming, body::Body, server::NamedServi
 use tower::Service;
 
 use super::{
-    bytes_come, bytes_go, cut,
+    bytes_come, bytes_go, cancel,
     messages::{Messages, Side, encode_request},
 };
 
 /// A body that is taken once. Extensions have to be clonable.
 #[derive(Clone)]
-struct Beside(Arc<Mutex<Option<Body>>>);
+struct RawBody(Arc<Mutex<Option<Body>>>);
 
-impl Beside {
+impl RawBody {
     fn new(body: Body) -> Self {
         Self(Arc::new(Mutex::new(Some(body))))
     }
@@ -30,27 +30,27 @@ impl Beside {
     }
 }
 
-/// A server's answer to one of these methods, for tonic: there is nothing in it to encode.
-pub type Nothing<T> = Empty<Result<T, Status>>;
+/// What tonic sees of an answer of one of these methods: a stream of messages that has none.
+pub type NoMessages<T> = Empty<Result<T, Status>>;
 
 type Answering<E> = Pin<Box<dyn Future<Output = Result<http::Response<Body>, E>> + Send>>;
 
-/// A generated server whose streams of bytes go beside it.
+/// Wraps a generated server: streams of bytes reach its handlers, and leave them, as raw bodies.
 #[derive(Clone, Debug)]
-pub struct Served<S>(S);
+pub struct RawServer<S>(S);
 
-impl<S> Served<S> {
-    /// Around `server`.
+impl<S> RawServer<S> {
+    /// Wraps `server`.
     pub fn new(server: S) -> Self {
         Self(server)
     }
 }
 
-impl<S: NamedService> NamedService for Served<S> {
+impl<S: NamedService> NamedService for RawServer<S> {
     const NAME: &'static str = S::NAME;
 }
 
-impl<S> Service<http::Request<Body>> for Served<S>
+impl<S> Service<http::Request<Body>> for RawServer<S>
 where
     S: Service<http::Request<Body>, Response = http::Response<Body>>,
     S::Future: Send + 'static,
@@ -66,13 +66,13 @@ where
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         if bytes_come(request.uri().path()) {
             let body = std::mem::take(request.body_mut());
-            request.extensions_mut().insert(Beside::new(body));
+            request.extensions_mut().insert(RawBody::new(body));
         }
         let answering = self.0.call(request);
         Box::pin(async move {
             let mut response = answering.await?;
-            let beside = response.extensions_mut().remove::<Beside>();
-            if let Some(body) = beside.and_then(|beside| beside.take()) {
+            let raw = response.extensions_mut().remove::<RawBody>();
+            if let Some(body) = raw.and_then(|raw| raw.take()) {
                 *response.body_mut() = body;
             }
             Ok(response)
@@ -80,19 +80,19 @@ where
     }
 }
 
-/// A channel whose streams of bytes go beside the generated client. Who drops an answer lets go of the call, where the
-/// channel's executor is [`super::Cutting`].
+/// Wraps the channel of a generated client: streams of bytes go and come as raw bodies. Dropping an answer cancels its
+/// call, if the channel's executor is [`super::CancellableExecutor`].
 #[derive(Clone, Debug)]
-pub struct Called<S>(S);
+pub struct RawClient<S>(S);
 
-impl<S> Called<S> {
-    /// Around `channel`.
+impl<S> RawClient<S> {
+    /// Wraps `channel`.
     pub fn new(channel: S) -> Self {
         Self(channel)
     }
 }
 
-impl<S> Service<http::Request<Body>> for Called<S>
+impl<S> Service<http::Request<Body>> for RawClient<S>
 where
     S: Service<http::Request<Body>, Response = http::Response<Body>>,
     S::Future: Send + 'static,
@@ -106,45 +106,45 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let beside = request.extensions_mut().remove::<Beside>();
-        if let Some(body) = beside.and_then(|beside| beside.take()) {
+        let raw = request.extensions_mut().remove::<RawBody>();
+        if let Some(body) = raw.and_then(|raw| raw.take()) {
             *request.body_mut() = body;
         }
         if !bytes_go(request.uri().path()) {
             return Box::pin(self.0.call(request));
         }
-        let (body, holder) = cut::cuttable(std::mem::take(request.body_mut()));
+        let (body, cancel_on_drop) = cancel::cancellable(std::mem::take(request.body_mut()));
         *request.body_mut() = body;
         let answering = self.0.call(request);
         Box::pin(async move {
             let mut response = answering.await?;
-            // A status at the head is the whole answer.
+            // A status in the head is the whole answer.
             if !response.headers().contains_key(Status::GRPC_STATUS) {
-                let body = holder.with(std::mem::take(response.body_mut()));
-                response.extensions_mut().insert(Beside::new(body));
+                let body = cancel_on_drop.with(std::mem::take(response.body_mut()));
+                response.extensions_mut().insert(RawBody::new(body));
             }
             Ok(response)
         })
     }
 }
 
-/// What a handler of [`Served`] is sent. Fails where the method is none of ours.
+/// The messages that a handler behind [`RawServer`] receives. Fails if the method is not one of ours.
 pub fn input<T: Message + Default>(request: Request<Streaming<T>>) -> Result<Messages<T>, Status> {
     let (_, extensions, _) = request.into_parts();
-    let body = extensions.get::<Beside>().and_then(Beside::take);
-    let body = body.ok_or_else(|| Status::internal("the server is not `Served`"))?;
+    let body = extensions.get::<RawBody>().and_then(RawBody::take);
+    let body = body.ok_or_else(|| Status::internal("the server is not wrapped in `RawServer`"))?;
     Ok(Messages::new(body, Side::Server))
 }
 
-/// A handler's answer: the body that [`super::encode`] made, or another one's.
+/// The answer of a handler: a body of [`super::encode`], or one that is passed on.
 #[must_use]
-pub fn answer<T>(body: Body) -> Response<Nothing<T>> {
+pub fn answer<T>(body: Body) -> Response<NoMessages<T>> {
     let mut response = Response::new(futures::stream::empty());
-    response.extensions_mut().insert(Beside::new(body));
+    response.extensions_mut().insert(RawBody::new(body));
     response
 }
 
-/// A caller's request through [`Called`]: messages of its own, or a body that it passes on.
+/// The request of a caller behind [`RawClient`], with messages of its own.
 pub fn request<S>(messages: S) -> Request<Empty<S::Item>>
 where
     S: Stream<Item: Message> + Send + 'static,
@@ -152,15 +152,15 @@ where
     request_body(encode_request(messages))
 }
 
-/// The same of a body that is passed on.
+/// The same with a body that is passed on.
 #[must_use]
 pub fn request_body<T>(body: Body) -> Request<Empty<T>> {
     let mut request = Request::new(futures::stream::empty());
-    request.extensions_mut().insert(Beside::new(body));
+    request.extensions_mut().insert(RawBody::new(body));
     request
 }
 
-/// What a caller is answered, message by message.
+/// The messages of an answer.
 #[must_use]
 pub fn output<T: Message + Default>(response: &Response<Streaming<T>>) -> Messages<T> {
     match output_body(response) {
@@ -169,8 +169,11 @@ pub fn output<T: Message + Default>(response: &Response<Streaming<T>>) -> Messag
     }
 }
 
-/// The same to be passed on; none where the answer was a success at its head.
+/// The body of an answer, to be passed on; none if the answer was a success without messages.
 #[must_use]
 pub fn output_body<T>(response: &Response<Streaming<T>>) -> Option<Body> {
-    response.extensions().get::<Beside>().and_then(Beside::take)
+    response
+        .extensions()
+        .get::<RawBody>()
+        .and_then(RawBody::take)
 }

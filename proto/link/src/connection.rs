@@ -1,0 +1,119 @@
+//! One connection to a peer that has proved who it is, whatever carried it here and whoever opened it.
+use std::{
+    fmt, io,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tonic::transport::server::Connected;
+
+use super::{Peer, carrier::Io};
+
+/// A stream of bytes and the peer `P` at its other end. The stream is boxed once, when the handshake is over, so that
+/// whatever uses connections is independent of carriers.
+pub struct Connection<P = Peer> {
+    io: Box<dyn Io>,
+    peer: P,
+    /// Bytes that the handshake has read and that are still to be given to the reader.
+    replay: &'static [u8],
+    /// Dropped with the connection.
+    _held: Option<Box<dyn Send>>,
+}
+
+impl<P: fmt::Debug> fmt::Debug for Connection<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("peer", &self.peer)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<P> Connection<P> {
+    /// A connection to `peer` over `io`.
+    pub fn new(io: impl Io, peer: P) -> Self {
+        Self {
+            io: Box::new(io),
+            peer,
+            replay: &[],
+            _held: None,
+        }
+    }
+
+    /// Gives `replay` to the reader before anything else: bytes that the peer sent and that were read already.
+    #[must_use]
+    pub(super) fn replaying(self, replay: &'static [u8]) -> Self {
+        Self { replay, ..self }
+    }
+
+    /// Drops `guard` when the connection is dropped.
+    #[must_use]
+    pub(super) fn holding(self, guard: impl Send + 'static) -> Self {
+        Self {
+            _held: Some(Box::new(guard)),
+            ..self
+        }
+    }
+
+    /// Who is at the other end.
+    #[must_use]
+    pub fn peer(&self) -> &P {
+        &self.peer
+    }
+}
+
+impl<P: Clone + Send + Sync + 'static> Connected for Connection<P> {
+    type ConnectInfo = P;
+
+    fn connect_info(&self) -> P {
+        self.peer.clone()
+    }
+}
+
+impl<P: Unpin> AsyncRead for Connection<P> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.replay.is_empty() {
+            let (now, later) = this.replay.split_at(this.replay.len().min(buf.remaining()));
+            buf.put_slice(now);
+            this.replay = later;
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut this.io).poll_read(cx, buf)
+    }
+}
+
+impl<P: Unpin> AsyncWrite for Connection<P> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
+    }
+
+    // A frame's head and its data in one TLS write: without this each head is a packet of its own.
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}

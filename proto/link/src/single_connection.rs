@@ -1,0 +1,66 @@
+//! HTTP/2 over one connection that is there already, whichever side has dialled: the shim's link, where the far side
+//! has.
+use std::{
+    fmt,
+    future::{Ready, ready},
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+};
+
+use futures::Stream;
+use hyper_util::rt::TokioIo;
+use tokio::sync::oneshot;
+use tonic::transport::{Channel, Uri};
+
+use super::{Connection, LinkError, endpoint};
+
+/// The near side's channel over `connection`. When the connection is gone every request fails with [`LinkError::Ended`]
+/// in its source chain: this side does not dial.
+pub fn near_side(connection: Connection) -> Channel {
+    let connection = Arc::new(Mutex::new(Some(connection)));
+    let connector = tower::service_fn(move |_: Uri| {
+        let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let connected: Ready<Result<TokioIo<Connection>, LinkError>> =
+            ready(connection.take().map(TokioIo::new).ok_or(LinkError::Ended));
+        connected
+    });
+    endpoint().connect_with_connector_lazy(connector)
+}
+
+/// The far side's stream of exactly this connection, to serve tonic on. It ends when the connection is gone, and with
+/// it `serve_with_incoming`.
+pub fn far_side(connection: Connection) -> FarSide {
+    let (held, gone) = oneshot::channel::<()>();
+    FarSide {
+        connection: Some(connection.holding(held)),
+        gone,
+    }
+}
+
+/// See [`far_side`].
+pub struct FarSide {
+    connection: Option<Connection>,
+    /// Resolves when the connection was dropped.
+    gone: oneshot::Receiver<()>,
+}
+
+impl fmt::Debug for FarSide {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FarSide")
+            .field("taken", &self.connection.is_none())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Stream for FarSide {
+    type Item = io::Result<Connection>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        match self.connection.take() {
+            Some(connection) => Poll::Ready(Some(Ok(connection))),
+            None => Pin::new(&mut self.gone).poll(cx).map(|_| None),
+        }
+    }
+}
