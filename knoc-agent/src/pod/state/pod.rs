@@ -90,6 +90,16 @@ pub struct Deletion {
 }
 
 impl Pod {
+    /// The pause before try `tries + 1` of what failed: see [`Timeouts`].
+    pub(super) fn pause(&self, tries: u32) -> Duration {
+        self.facts.timeouts.pause(&self.facts.uid, tries)
+    }
+
+    /// How long the scheduler may leave a job out of its answers before users are told.
+    pub(super) fn lag(&self) -> Duration {
+        self.facts.timeouts.lag()
+    }
+
     /// A pod that was just accepted.
     #[must_use]
     pub fn new(facts: Facts, now: Timestamp) -> Self {

@@ -4,8 +4,6 @@ use std::time::Duration;
 
 use knoc_proto::ids::PodUid;
 
-use super::pod::Pod;
-
 /// How long an accepted job may be missing from the scheduler's answers before users are told: a site's squeue may
 /// answer from a cache, and the accounting is late. It is at most a quarter of `lost_after`.
 const LAG: Duration = Duration::from_mins(1);
@@ -27,22 +25,18 @@ pub struct Timeouts {
     pub backoff_max: Duration,
 }
 
-impl Pod {
+impl Timeouts {
     /// The pause before try `tries + 1`: it grows, and differs from pod to pod, so that what failed for many of them at
     /// the same time is not tried again by all of them at the same time.
-    pub(super) fn pause(&self, tries: u32) -> Duration {
-        let timeouts = &self.facts.timeouts;
+    pub(super) fn pause(&self, uid: &PodUid, tries: u32) -> Duration {
         let factor = 2_u32.saturating_pow(tries.min(16));
-        let pause = timeouts
-            .backoff_initial
-            .saturating_mul(factor)
-            .min(timeouts.backoff_max);
-        pause.mul_f64(jitter(&self.facts.uid, tries))
+        let pause = self.backoff_initial.saturating_mul(factor);
+        pause.min(self.backoff_max).mul_f64(jitter(uid, tries))
     }
 
     /// How long the scheduler may leave a job out of its answers before users are told.
     pub(super) fn lag(&self) -> Duration {
-        LAG.min(self.facts.timeouts.lost_after / 4)
+        LAG.min(self.lost_after / 4)
     }
 }
 
