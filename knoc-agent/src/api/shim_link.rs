@@ -3,7 +3,7 @@
 use knoc_proto::{ids::PodUid, reason::ErrorReason};
 use tonic::Status;
 
-use crate::{shims::Client, site::Site};
+use crate::{shim_links::Client, site::Site};
 
 /// The client of a running pod's shim.
 pub(super) fn client(site: &Site, uid: &PodUid) -> Result<Client, Status> {
