@@ -152,7 +152,8 @@ mod tests {
             let json = json(volume);
             let findings = knoc_translate::verdict::judge(&json);
             let pod: Pod = serde_json::from_value(json).unwrap();
-            assert_eq!(admit(&pod, &findings).unwrap_err().message, message);
+            let rejection = admit(&pod, &findings).unwrap_err();
+            assert_eq!(rejection.message, format!("Pod was rejected: {message}"));
         }
     }
 
