@@ -1,14 +1,19 @@
-//! The gRPC service that kubelets and knocctl call: parses, asks the registry, encodes. Decides nothing about a pod.
+//! The gRPC service that kubelets and knocctl call. It parses a request, asks the registry and
+//! encodes the answer; it decides nothing about a pod.
 //!
-//! Every request comes from a checked peer (certificate or socket) and is judged by the [`gate`], an interceptor, so no
-//! method can forget it; health and reflection, which are served beside the agent, stand behind it too. Changes carry the
-//! cluster id and a leadership epoch: they are checked first, and kept only after the rest of the request was found valid.
+//! Every request comes from a peer that the link has authenticated (by certificate or by socket)
+//! and is checked by the [`gate`]. The gate is an interceptor, so that no method can forget it; it
+//! also covers health and reflection, which are served next to the agent's service. Requests that
+//! change something carry the cluster ID and a leadership epoch. Both are checked first, and
+//! recorded only after the rest of the request was found valid.
 
-mod admit;
+mod admission;
 pub mod gate;
+mod host_paths;
 mod lead;
 mod logs;
 pub(crate) mod renew;
+mod shim_link;
 mod stats;
 mod streams;
 mod watch;
@@ -28,6 +33,7 @@ use tokio::sync::watch::Receiver;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming, service::interceptor::InterceptedService};
 
+use self::host_paths::HostPaths;
 use crate::{
     doctor,
     pod::input::Refused,
@@ -41,7 +47,7 @@ use crate::{
     stats::Stats,
 };
 
-/// What this agent can do beyond the first release: names that the near side asks for.
+/// What this agent can do beyond the first release. Kubelets look for these names.
 const CAPABILITIES: &[&str] = &[
     "exec",
     "attach",
@@ -53,17 +59,16 @@ const CAPABILITIES: &[&str] = &[
     "renew",
 ];
 
-/// What of them holds on this site.
+/// The capabilities that hold on this site.
 fn capabilities(exec: bool) -> Vec<String> {
     let possible = |name: &&str| exec || *name != "exec";
     let names = CAPABILITIES.iter().copied().filter(possible);
     names.map(str::to_owned).collect()
 }
 
-/// A stream of answers.
 type Answers<T> = BoxStream<'static, Result<T, Status>>;
 
-/// The service. Cheap to clone.
+/// The gRPC service. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Service(Arc<Shared>);
 
@@ -76,15 +81,16 @@ struct Shared {
     gate: gate::Gate,
     renewer: renew::Renewer,
     started_at: i64,
-    /// Ends watches, which would never end by themselves.
+    /// Ends watches, which have no end of their own.
     stop: CancellationToken,
-    /// Readers of log files.
+    /// The tasks that read log files.
     tasks: TaskTracker,
     stats: Arc<Stats>,
+    host_paths: HostPaths,
 }
 
 impl Service {
-    /// The service over what `app` made.
+    /// Creates the service from what `app` has built.
     #[must_use]
     pub fn new(
         site: Arc<Site>,
@@ -108,10 +114,11 @@ impl Service {
             stop,
             tasks,
             stats: Arc::default(),
+            host_paths: HostPaths::default(),
         }))
     }
 
-    /// What a request says of cluster and leadership, before it is looked at any further. Keeps nothing.
+    /// Checks the cluster and the leadership that a request claims, and records nothing yet.
     async fn check(&self, peer: Option<&Peer>, asks: Asks<'_>) -> Result<Checked, Status> {
         let policy = self.0.site.policy.now();
         let now = jiff::Timestamp::now();
@@ -133,7 +140,8 @@ impl Service {
         Ok(checked)
     }
 
-    /// The same for a change of a pod that is there; one that is not has no node.
+    /// Like [`Self::check`], for a change of an existing pod. A pod that does not exist has no
+    /// node.
     async fn check_pod(
         &self,
         peer: Option<&Peer>,
@@ -154,14 +162,14 @@ impl Service {
         Ok(())
     }
 
-    /// Keeps what a valid request claims.
+    /// Records what a valid request claims.
     async fn claim(&self, checked: &Checked) -> Result<(), Status> {
         let claimed = self.0.pin.claim(&checked.asked()).await;
         claimed.map_err(refused)
     }
 }
 
-/// What a request says of cluster and leadership.
+/// The cluster and the leadership that a request claims.
 #[derive(Debug, Clone, Copy)]
 struct Asks<'a> {
     node: &'a str,
@@ -169,12 +177,12 @@ struct Asks<'a> {
     epoch: i64,
 }
 
-/// The same once the peer was found to be one that may say so.
+/// A claim that the peer was found entitled to make.
 #[derive(Debug)]
 struct Checked {
     cluster_id: String,
     configured: Option<String>,
-    /// The node.
+    /// The node that the peer leads.
     leads: Option<String>,
     epoch: i64,
     pins: bool,
@@ -194,7 +202,7 @@ impl Checked {
     }
 }
 
-/// Task: serves one listener until `stop`.
+/// Task: serves one listener until `stop` is cancelled.
 pub async fn serve(service: Service, incoming: knoc_link::Incoming, stop: CancellationToken) {
     let gate = service.0.gate.clone();
     let agent = AgentServer::new(service)
@@ -209,7 +217,7 @@ pub async fn serve(service: Service, incoming: knoc_link::Incoming, stop: Cancel
     let reflection = match reflection {
         Ok(reflection) => Some(InterceptedService::new(reflection, gate.clone())),
         Err(error) => {
-            tracing::error!(error = chain(&error), "no reflection");
+            tracing::error!(error = chain(&error), "gRPC reflection is not available");
             None
         }
     };
@@ -315,16 +323,12 @@ impl pb::agent_server::Agent for Service {
         let values = PodValues::check(values, &spec).map_err(|error| invalid(&error))?;
         let site = &self.0.site;
         if site.board.get(spec.uid().as_str()).is_none() {
-            admit::pod(site, &spec, &request.cluster_id)?;
+            let host_paths = &self.0.host_paths;
+            admission::admit(site, host_paths, &spec, &request.cluster_id).await?;
         }
         self.claim(&checked).await?;
-        let uid = spec.uid().clone();
-        let (spec, values) = (spec.into_inner(), values.into_inner());
-        let ensured = self
-            .0
-            .registry
-            .ensure(&uid, spec, values, request.cluster_id)
-            .await;
+        let registry = &self.0.registry;
+        let ensured = registry.ensure(spec, values, request.cluster_id).await;
         let (pod, created) = ensured.map_err(refused)?;
         Ok(Response::new(pb::EnsurePodResponse {
             pod: Some(pod),
@@ -500,7 +504,7 @@ impl pb::agent_server::Agent for Service {
     }
 }
 
-/// A kubelet that will be refused is told of before its first change.
+/// Logs a warning about a kubelet whose changes will be denied, before it sends the first one.
 fn warn_of_leadership(peer: Option<&Peer>, node: &str, nodes: &BTreeMap<String, String>) {
     let Some(name) = lead::kubelet(peer) else {
         return;
@@ -509,7 +513,7 @@ fn warn_of_leadership(peer: Option<&Peer>, node: &str, nodes: &BTreeMap<String, 
         tracing::warn!(
             kubelet = name,
             node,
-            "this kubelet may not lead its node: its changes will be refused until [policy.nodes] of the site file \
+            "this kubelet may not lead its node: its changes will be denied until [policy.nodes] of the site file \
              assigns the node to it, or it has a certificate of kubelet/NODE"
         );
     }
@@ -518,7 +522,7 @@ fn warn_of_leadership(peer: Option<&Peer>, node: &str, nodes: &BTreeMap<String, 
 fn submit_request(site: &Site, spec: &PodSpec, cluster_id: &str) -> SubmitRequest {
     SubmitRequest {
         uid: spec.uid().clone(),
-        spec: Arc::new((**spec).clone()),
+        spec: Arc::new(spec.clone()),
         cluster_id: cluster_id.to_owned(),
         attempt: 1,
         jobdir: site.state.pod(spec.uid()).path().to_owned(),

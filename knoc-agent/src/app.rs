@@ -1,13 +1,15 @@
-//! Composition root of `serve`: makes everything in order, owns all tasks, ends them in order.
+//! The composition root of `serve`: builds everything in order, owns all tasks, and ends them in
+//! order.
 //!
 //! ```text
-//! listener unix ─┐                        ┌─ poller ──rounds──┐
-//! listener tcp  ─┴─► api ──► registry ──► actors (one a pod) ─┴─► board ──► WatchPods
-//! listener shim ───► shims ──reports──────┘                      node ───► WatchNode
-//! site file, CA ───► policy ──rules─► gate: judges every request, cuts connections
+//! listener unix ─┐                        ┌─ poller ──rounds────┐
+//! listener tcp  ─┴─► api ──► registry ──► actors (one per pod) ─┴─► board ──► WatchPods
+//! listener shim ───► links ──reports──────┘                        node ───► WatchNode
+//! site file, CA ───► policy ──rules─► gate: checks every request, closes connections
 //! ```
 //!
-//! At the end: stop accepting, finish what is in flight, give the lease back. Jobs are never touched.
+//! On shutdown it stops accepting, finishes the requests in flight and releases the lease. Jobs are
+//! never touched.
 
 #[cfg(test)]
 pub(crate) mod fake;
@@ -28,14 +30,14 @@ use crate::{
     config::Config,
     lease, policy,
     registry::{self, Registry, cluster::Pin, poll},
-    renewal, shims,
+    renewal, shim_links,
     site::Site,
 };
 
-/// Streams that are open get this long at the end.
+/// How long open streams may go on after shutdown was requested.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// An agent with its sockets bound, ready to run.
+/// An agent whose sockets are bound, ready to run.
 #[derive(Debug)]
 pub struct App {
     site: Arc<Site>,
@@ -45,7 +47,7 @@ pub struct App {
     service: api::Service,
     near: Vec<knoc_link::Incoming>,
     shim_hop: knoc_link::Incoming,
-    /// Ends what takes requests; the registry's own token ends the actors after it.
+    /// Stops the tasks that accept requests; the registry's own token stops the actors after them.
     stop: CancellationToken,
     actors: CancellationToken,
     policy: policy::watch::Watcher,
@@ -54,7 +56,7 @@ pub struct App {
 }
 
 impl App {
-    /// Checks the site, takes the lease, binds the sockets and brings the pods back.
+    /// Checks the site, acquires the lease, binds the sockets and restores the pods.
     pub async fn build(config: Config) -> Result<Self, PrepareError> {
         let stop = CancellationToken::new();
         let actors = CancellationToken::new();
@@ -83,7 +85,7 @@ impl App {
         });
         let registry = Registry::new(Arc::clone(&site), pod_limit, actors.clone());
         let count = registry.recover().await?;
-        tracing::info!(count, epoch = site.lease.epoch(), "pods were brought back");
+        tracing::info!(count, epoch = site.lease.epoch(), "pods were restored");
         let service = api::Service::new(
             Arc::clone(&site),
             Arc::clone(&registry),
@@ -108,7 +110,7 @@ impl App {
         })
     }
 
-    /// Runs until `shutdown`; then ends in order.
+    /// Runs until `shutdown` is cancelled, then ends everything in order.
     pub async fn run(self, shutdown: CancellationToken) {
         let Self {
             site,
@@ -126,7 +128,7 @@ impl App {
         } = self;
         let mut tasks = JoinSet::new();
         let background = actors.child_token();
-        tasks.spawn(shims::serve(
+        tasks.spawn(shim_links::serve(
             site.shims.clone(),
             shim_hop,
             background.clone(),
@@ -148,11 +150,11 @@ impl App {
             servers.spawn(api::serve(service.clone(), incoming, stop.child_token()));
         }
         drop(service);
-        site.hurry.notify_one();
+        site.poll_soon.notify_one();
         tokio::select! {
             biased;
             () = shutdown.cancelled() => tracing::info!("stopping; jobs are not touched"),
-            // A server ends by itself only when it failed, which it has logged.
+            // A server ends by itself only if it failed; it has logged why.
             Some(_) = servers.join_next() => tracing::error!("a listener has ended"),
         }
         stop.cancel();
@@ -160,7 +162,7 @@ impl App {
             while servers.join_next().await.is_some() {}
         });
         if drained.await.is_err() {
-            tracing::info!("streams still open were cut");
+            tracing::info!("streams that were still open were closed");
             servers.shutdown().await;
         }
         actors.cancel();
@@ -175,12 +177,12 @@ impl App {
 async fn release(lease: lease::Holder) {
     match tokio::task::spawn_blocking(move || lease.release()).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(error = chain(&error), "give the lease back"),
-        Err(error) => tracing::warn!(error = chain(&error), "give the lease back"),
+        Ok(Err(error)) => tracing::warn!(error = chain(&error), "cannot release the lease"),
+        Err(error) => tracing::warn!(error = chain(&error), "cannot release the lease"),
     }
 }
 
-/// Starts what decides which certificates count, and for how long.
+/// Starts the tasks that decide which certificates are valid, and until when.
 fn watch_certificates(
     tasks: &mut JoinSet<()>,
     policy: policy::watch::Watcher,
@@ -193,7 +195,8 @@ fn watch_certificates(
     tasks.spawn(renewal.run(stop.clone()));
 }
 
-/// Task: shows that we live. An agent that was fenced stops: its jobs are the newer one's.
+/// Task: renews the lease. An agent that was fenced stops, because its jobs belong to the newer
+/// agent.
 async fn heartbeat(site: Arc<Site>, stop: CancellationToken, shutdown: CancellationToken) {
     loop {
         tokio::select! {

@@ -1,11 +1,11 @@
-//! Children of `serve`: the only place of the agent that spawns one.
+//! Child processes of `serve`. This is the only module of the agent that spawns them.
 //!
-//! Every command has an explicit environment, a deadline that kills its whole process group, and a
-//! bound on what is kept of its output. A failure keeps the program's own words. Nothing here ever
-//! meets a shell, and nothing is inherited from the agent's own environment.
+//! Every command has an explicit environment, a deadline after which its whole process group is
+//! killed, and a limit on how much of its output is kept. A failure keeps the program's own
+//! message. No shell is involved, and nothing is inherited from the agent's own environment.
 //!
-//! Owner task: none; whoever awaits [`Command::run`] owns the child. Cancel safety: dropping the
-//! future kills the process group.
+//! Owner task: none; the task that awaits [`Command::run`] owns the child. Cancel safety: dropping
+//! the future kills the process group.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -24,16 +24,16 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 
 use crate::open_files;
 
-/// Kept of each output stream where the command does not say otherwise.
+/// How much of each output stream is kept unless the command sets another limit.
 const DEFAULT_CAPTURE: usize = 256 * 1024;
-/// Deadline of a command that does not say otherwise.
+/// The deadline of a command that sets none.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(30);
-/// Of a failed command's output only this much goes into its error.
-const WORDS_LIMIT: usize = 4096;
+/// How much of a failed command's output goes into its error.
+const MESSAGE_LIMIT: usize = 4096;
 const READ_BUFFER: usize = 16 * 1024;
 
-/// What programs expect of a login, as the agent was started with it: for sites whose file does not
-/// name these variables. Read where settings are made, never later.
+/// The variables of the agent's login that programs expect, for sites whose site file does not set
+/// them. Read once, when the settings are loaded.
 #[must_use]
 pub fn login_environment() -> BTreeMap<String, String> {
     let names = ["HOME", "USER", "LOGNAME", "SHELL", "LANG"];
@@ -43,7 +43,7 @@ pub fn login_environment() -> BTreeMap<String, String> {
     found.collect()
 }
 
-/// A program with all that it is given.
+/// A program with its arguments, environment, input and limits.
 #[derive(Debug, Clone)]
 pub struct Command {
     program: PathBuf,
@@ -56,60 +56,61 @@ pub struct Command {
     capture: usize,
 }
 
-/// What a command that exited with 0 said.
+/// The output of a command that exited with code 0.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// At most the command's capture limit.
+    /// Standard output, at most as much as the command's capture limit.
     pub stdout: Vec<u8>,
-    /// At most the command's capture limit.
+    /// Standard error, at most as much as the command's capture limit.
     pub stderr: Vec<u8>,
-    /// More was written to stdout than is kept.
+    /// Whether more was written to stdout than is kept.
     pub truncated: bool,
-    /// From spawn to exit.
+    /// The time from spawn to exit.
     pub elapsed: Duration,
 }
 
 impl Output {
-    /// Standard output as text; bytes that are no UTF-8 are replaced.
+    /// Standard output as text; bytes that are not UTF-8 are replaced.
     #[must_use]
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 }
 
-/// A command that did not succeed.
+/// A command that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{} {kind}", program.display())]
 pub struct CommandError {
-    /// What was run.
+    /// The program that was run.
     pub program: PathBuf,
-    /// How it failed; its text is part of this error's.
+    /// How it failed; its text is part of this error's text.
     pub kind: CommandErrorKind,
 }
 
 /// How a command failed.
 #[derive(Debug)]
 pub enum CommandErrorKind {
-    /// There is no such program, or it is not executable for us.
+    /// The program does not exist, or we may not execute it.
     NotFound,
     /// The process could not be started, or its pipes failed.
     Spawn(io::Error),
-    /// The deadline passed; the process group was killed. Whether it had its effect is not known.
+    /// The deadline passed and the process group was killed. Whether the command had its effect is
+    /// unknown.
     Timeout {
         /// The deadline.
         after: Duration,
-        /// What it had said until then.
+        /// What it had written to stderr before it was killed.
         stderr: String,
     },
-    /// It ended with another code than 0, or by a signal.
+    /// It exited with a code other than 0, or was killed by a signal.
     Exit {
-        /// Exit code, where it ended by itself.
+        /// The exit code, if it exited by itself.
         code: Option<i32>,
-        /// Signal that ended it.
+        /// The signal that killed it.
         signal: Option<i32>,
-        /// Its own words.
+        /// Its standard output.
         stdout: String,
-        /// Its own words.
+        /// Its standard error.
         stderr: String,
     },
 }
@@ -117,44 +118,46 @@ pub enum CommandErrorKind {
 impl fmt::Display for CommandErrorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotFound => f.write_str("is not there or not executable"),
+            Self::NotFound => f.write_str("does not exist or is not executable"),
             Self::Spawn(err) => write!(f, "could not be started: {err}"),
             Self::Timeout { after, .. } => write!(f, "did not end within {after:?}"),
             Self::Exit {
                 code: Some(code), ..
             } => write!(f, "exited with code {code}"),
-            Self::Exit { signal, .. } => write!(f, "was ended by signal {}", signal.unwrap_or(0)),
+            Self::Exit { signal, .. } => write!(f, "was killed by signal {}", signal.unwrap_or(0)),
         }?;
-        match self.words() {
-            Some(words) => write!(f, ": {words}"),
+        match self.message() {
+            Some(message) => write!(f, ": {message}"),
             None => Ok(()),
         }
     }
 }
 
 impl CommandErrorKind {
-    /// What the program itself said: stderr, else stdout.
+    /// The program's own message: stderr, or stdout if stderr is empty.
     #[must_use]
-    pub fn words(&self) -> Option<&str> {
+    pub fn message(&self) -> Option<&str> {
         let (first, second) = match self {
             Self::NotFound | Self::Spawn(_) => return None,
             Self::Timeout { stderr, .. } => (stderr.trim(), ""),
             Self::Exit { stdout, stderr, .. } => (stderr.trim(), stdout.trim()),
         };
-        [first, second].into_iter().find(|words| !words.is_empty())
+        [first, second]
+            .into_iter()
+            .find(|message| !message.is_empty())
     }
 }
 
 impl CommandError {
-    /// What the program itself said, if anything.
+    /// The program's own message, if it wrote any.
     #[must_use]
-    pub fn words(&self) -> Option<&str> {
-        self.kind.words()
+    pub fn message(&self) -> Option<&str> {
+        self.kind.message()
     }
 }
 
 impl Command {
-    /// A command with nothing in its environment.
+    /// Creates a command whose environment is empty.
     #[must_use]
     pub fn new(program: impl Into<PathBuf>) -> Self {
         Self {
@@ -184,7 +187,7 @@ impl Command {
         self
     }
 
-    /// Adds one variable.
+    /// Sets one variable.
     #[must_use]
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.env
@@ -192,7 +195,7 @@ impl Command {
         self
     }
 
-    /// Adds variables; of a name that comes twice the last one counts.
+    /// Sets variables; if a name occurs twice, the last value counts.
     #[must_use]
     pub fn envs<'a, I, K, V>(mut self, vars: I) -> Self
     where
@@ -206,48 +209,48 @@ impl Command {
         self
     }
 
-    /// What is written to its standard input; without this it reads from /dev/null.
+    /// Sets the bytes for its standard input; by default it reads from /dev/null.
     #[must_use]
     pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.stdin = bytes.into();
         self
     }
 
-    /// Its standard input, instead of bytes.
+    /// Sets a file as its standard input, instead of bytes.
     #[must_use]
     pub fn stdin_file(mut self, file: &Arc<File>) -> Self {
         self.stdin_file = Some(Arc::clone(file));
         self
     }
 
-    /// Where it runs.
+    /// Sets its working directory.
     #[must_use]
     pub fn current_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.cwd = Some(dir.into());
         self
     }
 
-    /// When it is killed.
+    /// Sets the time after which it is killed.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// How much of each output stream is kept; the rest is read and thrown away.
+    /// Sets how much of each output stream is kept; the rest is read and discarded.
     #[must_use]
     pub fn capture(mut self, bytes: usize) -> Self {
         self.capture = bytes;
         self
     }
 
-    /// What is run.
+    /// The program that is run.
     #[must_use]
     pub fn program(&self) -> &Path {
         &self.program
     }
 
-    /// Runs it to its end.
+    /// Runs the command until it ends.
     pub async fn run(self) -> Result<Output, CommandError> {
         let program = self.program.clone();
         let begin = Instant::now();
@@ -279,7 +282,8 @@ impl Command {
         let work = async {
             let feed = async {
                 if let Some(mut pipe) = stdin {
-                    // A program may end without reading all; its exit code tells.
+                    // A program may exit before it has read all input; its exit code says whether
+                    // that is an error.
                     drop(pipe.write_all(&input).await);
                 }
             };
@@ -292,7 +296,7 @@ impl Command {
         let status = match status {
             Ok(status) => status.map_err(CommandErrorKind::Spawn)?,
             Err(_elapsed) => {
-                let (after, stderr) = (self.deadline, err.words());
+                let (after, stderr) = (self.deadline, err.message());
                 return Err(CommandErrorKind::Timeout { after, stderr });
             }
         };
@@ -306,8 +310,9 @@ impl Command {
         })
     }
 
-    /// Starts it in a session of its own, both output streams going to `output`, and lets go of it:
-    /// it outlives the agent. Its deadline and capture limit do not apply. Returns its process id.
+    /// Starts the command in a session of its own, with both output streams going to `output`, and
+    /// detaches it: it outlives the agent. Its deadline and capture limit do not apply. Returns its
+    /// process ID.
     pub fn spawn_detached(self, output: File) -> Result<i32, CommandError> {
         let program = self.program.clone();
         self.detach(output)
@@ -319,12 +324,17 @@ impl Command {
         let mut command = self.std_command(Stdio::from(output), Stdio::from(second))?;
         command.stdin(Stdio::null());
         own_session(&mut command);
-        // Through tokio, since its signal driver reaps children whose handle is gone.
+        // Spawned through tokio, because its signal handler reaps children whose handle was
+        // dropped.
         let child = tokio::process::Command::from(command)
             .spawn()
             .map_err(spawn_error)?;
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
-        pid.ok_or_else(|| CommandErrorKind::Spawn(io::Error::other("ended before it had an id")))
+        pid.ok_or_else(|| {
+            CommandErrorKind::Spawn(io::Error::other(
+                "the process ended before its ID was known",
+            ))
+        })
     }
 
     #[expect(
@@ -379,7 +389,7 @@ fn check(status: ExitStatus, out: &Capture, err: &Capture) -> Result<(), Command
     if status.success() {
         return Ok(());
     }
-    let (stdout, stderr) = (out.words(), err.words());
+    let (stdout, stderr) = (out.message(), err.message());
     Err(CommandErrorKind::Exit {
         code: status.code(),
         signal: status.signal(),
@@ -388,7 +398,7 @@ fn check(status: ExitStatus, out: &Capture, err: &Capture) -> Result<(), Command
     })
 }
 
-/// The process group of a child; dropping it kills what is left of the group.
+/// The process group of a child; dropping it kills whatever is left of the group.
 struct Group(Option<Pid>);
 
 impl Group {
@@ -405,14 +415,14 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if let Some(group) = self.0 {
-            // ESRCH: the usual case, nothing is left. The group's id cannot be another's while a
-            // member lives, and the leader was waited for at most an instant ago.
+            // ESRCH is the usual case: nothing is left. The group's ID cannot have been reused
+            // while a member lives, and the leader was reaped only a moment ago.
             killpg(group, Signal::SIGKILL).ok();
         }
     }
 }
 
-/// One output stream: read to its end, kept up to a limit.
+/// One output stream: read until it ends, kept up to a limit.
 struct Capture {
     kept: Vec<u8>,
     limit: usize,
@@ -442,8 +452,8 @@ impl Capture {
         }
     }
 
-    fn words(&self) -> String {
-        let end = self.kept.len().min(WORDS_LIMIT);
+    fn message(&self) -> String {
+        let end = self.kept.len().min(MESSAGE_LIMIT);
         String::from_utf8_lossy(self.kept.get(..end).unwrap_or_default())
             .trim()
             .to_owned()

@@ -1,22 +1,22 @@
-//! `knoc-agent connect`: relays standard input and output to the running agent's unix socket, for carriers that
-//! start a command (`ssh login knoc-agent connect`). Understands nothing of what it carries, and carries nothing to a
-//! process that is not of the same user.
+//! `knoc-agent connect`: relays standard input and output to the running agent's unix socket, for
+//! transports that start a command (`ssh login knoc-agent connect`). It does not interpret what it
+//! relays, and it relays nothing to a process of another user.
 
 use knoc_link::{LinkError, carrier::unix, socket::Places};
 use tokio::io::{self, AsyncWriteExt as _};
 
-/// Why nothing was relayed, or no more.
+/// Why nothing was relayed, or why the relay ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// No agent of ours answers.
+    /// No agent of this user answers.
     #[error("relay to the agent")]
     Link(#[source] LinkError),
     /// The state directory is in use on another host.
-    #[error("relay to the agent: it is on {host}, log in there")]
+    #[error("relay to the agent: it runs on {host}, log in there")]
     Elsewhere {
-        /// Its name.
+        /// The name of that host.
         host: String,
-        /// What was tried here.
+        /// Why this host's socket could not be used.
         #[source]
         source: LinkError,
     },
@@ -42,7 +42,7 @@ async fn relay(stream: tokio::net::UnixStream) -> io::Result<()> {
     let (mut from_agent, mut to_agent) = stream.into_split();
     let upstream = async {
         let copied = io::copy(&mut io::stdin(), &mut to_agent).await;
-        // Half-close is kept: the agent sees the end of input and may still answer.
+        // A half-close is passed on: the agent sees the end of input and may still answer.
         to_agent.shutdown().await.and(copied)
     };
     let downstream = async {
@@ -51,7 +51,8 @@ async fn relay(stream: tokio::net::UnixStream) -> io::Result<()> {
         stdout.flush().await
     };
     tokio::select! {
-        // The agent's end is the end; the end of input alone is not.
+        // The relay ends when the agent closes the connection; the end of standard input alone does
+        // not end it.
         done = downstream => done,
         Err(error) = upstream => Err(error),
     }

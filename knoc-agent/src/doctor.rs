@@ -1,8 +1,9 @@
-//! The agent's own check-list: each finding says what was found, and where it is not well what to do.
+//! The agent's own diagnostics. Each finding says what was found and, if it is a problem, what to
+//! do.
 //!
-//! Findings are a stream, in the order of the chain from the state directory to the compute node, so that the first
-//! one that is not well is the one to cure. With `probe` a one-minute job goes the whole way ([`probe`]). Changes
-//! nothing otherwise.
+//! Findings are a stream in the order of the chain from the state directory to the compute node, so
+//! that the first problem is the one to fix. With `probe`, a one-minute job tests the whole chain
+//! ([`probe`]); everything else only reads.
 
 mod probe;
 
@@ -23,16 +24,16 @@ use knoc_proto::{
 
 use crate::{api::renew, policy::nodes::may_lead, registry::Registry, site::Site};
 
-/// Who leads, for the check of leadership.
+/// Who leads which node, for the check of leadership.
 #[derive(Debug, Clone, Default)]
 pub struct Leaders {
-    /// Nodes whose epochs are known.
+    /// Nodes whose leadership epochs are known.
     pub nodes: Vec<String>,
-    /// Kubelets that are connected, and until when their certificates are valid.
+    /// Kubelets that are connected, with the expiry of their certificates.
     pub kubelets: BTreeMap<Identity, Timestamp>,
 }
 
-/// One answer of the check-list.
+/// Makes one finding; `cure` is what to do about it.
 fn finding(check: &str, result: Result<String, String>, cure: &str) -> Finding {
     let ok = result.is_ok();
     let (Ok(detail) | Err(detail)) = result;
@@ -45,7 +46,7 @@ fn finding(check: &str, result: Result<String, String>, cure: &str) -> Finding {
     }
 }
 
-/// Examines the site. Each group of findings comes when it is known.
+/// Examines the site. Each group of findings is sent as soon as it is known.
 pub fn examine(
     site: Arc<Site>,
     registry: Arc<Registry>,
@@ -97,15 +98,15 @@ fn writable(root: &Path) -> Finding {
     let began = std::time::Instant::now();
     let written = atomic::write(&path, b"knoc", 0o600).and_then(|()| atomic::read(&path));
     let millis = began.elapsed().as_millis();
-    // Left over it would only be written again.
+    // If it is left over, the next run overwrites it.
     drop(std::fs::remove_file(&path));
     let result = match written {
         Ok(_) if millis < 500 => Ok(format!(
-            "{} takes a synced file in {millis} ms",
+            "{} wrote and synced a file in {millis} ms",
             root.display()
         )),
         Ok(_) => Err(format!(
-            "{} needs {millis} ms for one synced file",
+            "{} needs {millis} ms to write and sync a file",
             root.display()
         )),
         Err(error) => Err(chain(&error)),
@@ -167,14 +168,14 @@ fn certificate(site: &Site) -> Finding {
     let cure = match key {
         Ok(_) => "the agent's log says why it was not renewed",
         Err(_) => {
-            "put ca.key back beside the CA and run `knoc-agent init --site SITE` after moving agent.crt away, or make a new CA: see \
+            "put ca.key back beside the CA and run `knoc-agent init --site SITE` after moving agent.crt away, or create a new CA: see \
              \"Certificates\" in the guide"
         }
     };
     finding("link: certificate", result, cure)
 }
 
-/// Is the site file as it is now in effect?
+/// Checks whether the current site file is in effect.
 fn policy(site: &Site) -> Finding {
     let result = match site.policy.problem() {
         None => Ok("[policy] of the site file is in effect".to_owned()),
@@ -183,11 +184,11 @@ fn policy(site: &Site) -> Finding {
     finding(
         "policy: site file",
         result,
-        "correct the line that is named",
+        "fix the line that the finding names",
     )
 }
 
-/// May those who lead nodes go on leading them?
+/// Checks whether the kubelets that lead nodes are still allowed to.
 fn leadership(site: &Site, leaders: &Leaders) -> Finding {
     let (pods, _) = site.board.snapshot();
     let named = pods.iter().map(|pod| pod.node_name.clone());
@@ -198,7 +199,7 @@ fn leadership(site: &Site, leaders: &Leaders) -> Finding {
     finding("policy: leadership", result, &cure)
 }
 
-/// PURE: do the certificates of the kubelets that are connected end soon?
+/// PURE: checks whether the certificates of the connected kubelets expire soon.
 fn kubelets(kubelets: &BTreeMap<Identity, Timestamp>, now: Timestamp) -> Finding {
     let list = |soon: bool| {
         let named = kubelets
@@ -209,17 +210,18 @@ fn kubelets(kubelets: &BTreeMap<Identity, Timestamp>, now: Timestamp) -> Finding
     };
     let (soon, later) = (list(true), list(false));
     let result = match (soon.is_empty(), later.is_empty()) {
-        (true, true) => Ok("no kubelet is connected by a certificate".to_owned()),
+        (true, true) => Ok("no kubelet is connected with a certificate".to_owned()),
         (true, false) => Ok(format!("valid: {later}")),
-        (false, _) => Err(format!("end within 30 days: {soon}")),
+        (false, _) => Err(format!("expire within 30 days: {soon}")),
     };
     let cure = "a kubelet renews its certificate itself if ca.key is here: its node's condition AgentCertificateExpiring \
                 says why it did not";
     finding("link: kubelets' certificates", result, cure)
 }
 
-/// PURE: the nodes that none of the kubelets connected may lead, and what would let one. Nodes that are known from before
-/// only may be gone; they count while somebody is connected who leads no node that is known.
+/// PURE: finds nodes that no connected kubelet may lead, and says what would allow one to. A node
+/// that is known only from earlier may no longer exist; it counts only if a kubelet is connected
+/// that leads no known node.
 fn judge_leadership(
     with_pods: &BTreeSet<String>,
     before: &BTreeSet<String>,
@@ -240,13 +242,14 @@ fn judge_leadership(
         .collect();
     let led: Vec<&&String> = known.iter().filter(led).collect();
     let names: Vec<&str> = kubelets.keys().map(Identity::name).collect();
-    // Without a kubelet nobody can be told apart from one that is away.
+    // Without a connected kubelet, a kubelet that may not lead cannot be told from one that is
+    // away.
     let Some(first) = not.first().filter(|_| !names.is_empty()) else {
         let led: Vec<&str> = led.iter().map(|node| node.as_str()).collect();
         let text = match (led.as_slice(), names.as_slice()) {
             ([], []) => "no kubelet is connected".to_owned(),
             (_, []) => {
-                "no kubelet is connected; whether it may lead is seen when it comes".to_owned()
+                "no kubelet is connected; whether it may lead is known once it connects".to_owned()
             }
             ([], _) => format!(
                 "kubelets {} are connected and lead no node yet",
@@ -258,7 +261,7 @@ fn judge_leadership(
     };
     let list: Vec<&str> = not.iter().map(|node| node.as_str()).collect();
     let text = format!(
-        "none of the connected kubelets ({}) may lead {}: their changes of its pods are refused",
+        "none of the connected kubelets ({}) may lead {}: their changes to its pods are denied",
         names.join(", "),
         list.join(", ")
     );
@@ -270,7 +273,8 @@ fn judge_leadership(
     (Err(text), cure)
 }
 
-/// Is the state directory on a file system that compute nodes can see? The type only hints.
+/// Checks whether the state directory is on a file system that compute nodes can see. The type is
+/// only a hint.
 fn shared(site: &Site) -> Finding {
     let root = site.state.root();
     let cure = "put state_dir on a file system that compute nodes share, or check with --probe";
@@ -293,7 +297,7 @@ fn shared(site: &Site) -> Finding {
 
 fn pods(registry: &Registry, node: &pb::NodeInfo) -> Finding {
     let (count, limit) = (registry.len(), usize::try_from(node.pod_limit).unwrap_or(0));
-    let text = format!("{count} pods of at most {limit}");
+    let text = format!("{count} pods, the limit is {limit}");
     let result = if count < limit { Ok(text) } else { Err(text) };
     finding(
         "limits: pods",
@@ -309,13 +313,16 @@ fn shims(site: &Site) -> Finding {
         .filter(|pod| pod.phase() == pb::PodPhase::Running && !pod.host_ip.is_empty())
         .collect();
     let linked = running.iter().filter(|pod| pod.shim_connected).count();
-    let text = format!("{linked} of {} running pods have their link", running.len());
+    let text = format!(
+        "{linked} of {} running pods have a link to the agent",
+        running.len()
+    );
     let result = if linked == running.len() {
         Ok(text)
     } else {
         Err(text)
     };
-    let cure = "compute nodes must reach the shim hop: check listen.shim_addresses and firewalls; \
+    let cure = "compute nodes must be able to reach the agent's port for shims: check listen.shim_addresses and firewalls; \
                 until then status comes from files, and exec does not work";
     finding("link: shims", result, cure)
 }

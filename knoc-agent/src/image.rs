@@ -1,4 +1,5 @@
-//! From the image a pod names to a file on the shared disk: resolved, pulled, kept.
+//! Images: turns the image that a pod names into a file on the shared disk. Names are resolved, and
+//! images are pulled and cached.
 //!
 //! ```text
 //! name ──parse──► path under an allowed root ──────────────► config from the SIF itself
@@ -6,23 +7,25 @@
 //!                                (registry)    (by us)            (runtime)   (renamed into place)
 //! ```
 //!
-//! Runs on the login node before `sbatch`. A pull is single-flight: many pods with one image wait for one conversion,
-//! and at most a few run at once. The digest is what is kept, so that `Always` costs one question to the registry and
-//! `IfNotPresent` none. Owner task: none; a pull lives as long as anybody waits for it.
+//! This runs on the login node before `sbatch`. Pulls are single-flight: if many pods need one
+//! image, all of them wait for one conversion, and only a few conversions run at once. Images are
+//! cached by digest, so `Always` costs one request to the registry and `IfNotPresent` none. Owner
+//! task: none; a pull lives as long as a caller waits for it.
 //!
-//! A registry is whoever a pod names, so nothing it does may exhaust the agent or lead it elsewhere:
+//! A pod may name any registry, so nothing that a registry does may exhaust the agent or make it
+//! connect elsewhere:
 //!
 //! | bound | where |
 //! |---|---|
 //! | addresses, schemes, redirects, tokens | `guard`, `http`, `auth` |
 //! | sizes of answers, numbers in lists | `registry`, `manifest` |
-//! | questions and pulls at once, shared fairly | `slots` |
+//! | concurrent requests and pulls, shared fairly | `slots` |
 //! | progress and size of a layer | `download` |
-//! | what an image is unpacked | `unpacked` |
+//! | the unpacked size of an image | `unpacked` |
 //! | the cache | `room` |
 //!
-//! What it never does: it gives no credentials to a registry (pull secrets are refused at admission), and it takes no
-//! path outside the site's roots.
+//! It sends no credentials to a registry (pull secrets are rejected at admission), and it opens no
+//! path outside the site's image roots.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -59,7 +62,7 @@ mod room;
 mod sif;
 mod slots;
 mod unpacked;
-mod words;
+mod untrusted;
 
 pub use name::{Name, NameError};
 pub use resolve::Images;
@@ -68,55 +71,58 @@ pub use room::Hold;
 /// An image that a job can run.
 #[derive(Debug)]
 pub struct ResolvedImage {
-    /// SIF file or sandbox folder; what the pod named, where the runtime needs no image.
+    /// SIF file or sandbox directory; if the runtime needs no image, the name that the pod gave.
     pub path: PathBuf,
-    /// `docker.io/library/busybox@sha256:…`, or the path.
+    /// `docker.io/library/busybox@sha256:…`, or the path of the image file.
     pub image_id: String,
-    /// The image's own defaults; empty where it has none.
+    /// The image's own defaults; empty if it has none.
     pub config: pb::ImageConfig,
-    /// Keeps an image of the cache there until a job directory names it.
+    /// Keeps a cached image from being removed until a job directory names it.
     pub hold: Option<Hold>,
-    /// What was found at a path that a pod named; a container starts only from that.
+    /// The identity of the file at the path that a pod named; a container starts only from this
+    /// file.
     pub file: Option<pb::ImageFileId>,
 }
 
-/// Why there is no image; Kubernetes has a word for each.
+/// Why there is no image. Each kind has a waiting reason in Kubernetes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ImageErrorKind {
-    /// The name cannot be one, or names a file that this site does not serve. Trying again does not help.
+    /// The name is invalid, or names a file outside the site's image roots. Trying again does not
+    /// help.
     InvalidName,
-    /// A source that is refused by name, such as `oras://`.
+    /// A source that is not supported, such as `oras://`.
     Unsupported,
     /// A registry that this site does not allow.
     Denied,
-    /// The policy is Never and the image is not here.
+    /// The pull policy is Never and the image is not cached.
     NeverPull,
-    /// Registry or conversion failed; it may work later.
+    /// The registry or the conversion failed; a later attempt may succeed.
     Pull,
 }
 
-/// There is no image. Shared by all who waited for one pull, so it keeps texts, not causes.
+/// An image could not be resolved. Shared by all callers that waited for one pull, so it keeps
+/// texts, not source errors.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("image {image:?}: {words}")]
+#[error("image {image:?}: {message}")]
 pub struct ImageError {
-    /// As the pod names it.
+    /// The image as the pod names it.
     pub image: String,
-    /// What kind of failure.
+    /// The kind of failure.
     pub kind: ImageErrorKind,
-    /// The registry's or Apptainer's own words.
-    pub words: String,
+    /// The message of the registry or of Apptainer.
+    pub message: String,
 }
 
 impl ImageError {
-    fn new(image: &str, kind: ImageErrorKind, words: impl Into<String>) -> Self {
+    fn new(image: &str, kind: ImageErrorKind, message: impl Into<String>) -> Self {
         Self {
             image: image.to_owned(),
             kind,
-            words: words.into(),
+            message: message.into(),
         }
     }
 
-    /// The container's waiting reason.
+    /// The waiting reason of the container's status.
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self.kind {
@@ -128,61 +134,63 @@ impl ImageError {
         }
     }
 
-    /// May it work later, with nothing changed in the pod?
+    /// Whether a later attempt may succeed with the same pod.
     #[must_use]
     pub fn retryable(&self) -> bool {
         match self.kind {
             ImageErrorKind::InvalidName | ImageErrorKind::Unsupported | ImageErrorKind::Denied => {
                 false
             }
-            // Somebody may put the image there by hand; the kubelet waits too.
+            // A user may put the image there by hand; the kubelet waits too.
             ImageErrorKind::NeverPull | ImageErrorKind::Pull => true,
         }
     }
 }
 
-/// What it needs of the site file.
+/// What image resolution needs from the site file.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// `None`: containers are processes of the host, images are only names.
+    /// The container runtime; if `None`, containers are processes of the host and images are only
+    /// names.
     pub program: Option<PathBuf>,
-    /// Of the runtime's commands, and the whole of it.
+    /// The whole environment of the runtime's commands.
     pub env: BTreeMap<String, String>,
-    /// The cache is in it, and the job directories that name what is in use.
+    /// The state directory: it holds the cache, and the job directories that name the images in
+    /// use.
     pub state: StateDir,
-    /// Folders under which pods may name image files and sandboxes.
+    /// Directories under which pods may name image files and sandboxes.
     pub roots: Vec<PathBuf>,
-    /// Others may own and write what lies under the roots.
+    /// Whether other users may own and write the files under the roots.
     pub trust_shared_roots: bool,
-    /// Mirrors, first match wins.
+    /// Mirrors; the first match wins.
     pub registries: Vec<Registry>,
-    /// Says which images pods may name, as the site file has it now.
+    /// The current policy, which says which images pods may name.
     pub policy: Live,
-    /// Sizes and patience.
+    /// Limits on sizes and times.
     pub limits: Bounds,
-    /// Conversions at the same time.
+    /// How many conversions may run at the same time.
     pub concurrency: usize,
-    /// Of one question to a registry.
+    /// The deadline of one request to a registry.
     pub registry_timeout: Duration,
-    /// Of one conversion.
+    /// The deadline of one conversion.
     pub pull_timeout: Duration,
 }
 
-/// What one image, and all of them, may take.
+/// What one image, and all of them together, may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
-    /// Bytes of an image by its manifest.
+    /// The largest size of an image by its manifest, in bytes.
     pub size: u64,
-    /// Bytes of an image that is unpacked.
+    /// The largest unpacked size of an image, in bytes.
     pub unpacked: u64,
-    /// Bytes of all images in the cache.
+    /// The largest size of all cached images, in bytes.
     pub cache: u64,
     /// How long a layer may make too little progress.
     pub stall: Duration,
 }
 
 impl Settings {
-    /// As the site file has it; `program` is what the site's runtime was found to be.
+    /// The settings of the site file; `program` is the site's container runtime, if one was found.
     #[must_use]
     pub fn of_site(site: &Config, program: Option<PathBuf>, state: StateDir, policy: Live) -> Self {
         let none = matches!(site.runtime, RuntimeKind::Process);
@@ -209,14 +217,14 @@ impl Settings {
         }
     }
 
-    /// A command of the runtime.
+    /// A command of the runtime, with the environment of the site file.
     fn command(&self) -> Option<Command> {
         let command = Command::new(self.program.as_ref()?);
         Some(command.envs(&self.env).env("LC_ALL", "C"))
     }
 }
 
-/// `apptainer 1.4.5`, as the program itself says.
+/// The runtime's own version text, such as `apptainer 1.4.5`.
 pub async fn runtime_version(settings: &Settings) -> Result<String, CommandError> {
     let Some(command) = settings.command() else {
         return Ok("process".to_owned());

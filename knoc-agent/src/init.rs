@@ -1,7 +1,9 @@
-//! `knoc-agent init`: a CA, the agent's certificate, the kubelet's bundle, knocctl's files, and a commented site file.
+//! `knoc-agent init`: writes a CA, the agent's certificate, the kubelet's bundle, knocctl's files
+//! and a commented site file.
 //!
-//! Blocking; runs once, by hand. Never overwrites: what is there stays and is said so, what is missing is made, so that
-//! a second run completes a first one. Secret files have mode 0600 in a 0700 folder.
+//! Blocking; run once, by hand. It never overwrites a file: existing files are kept and listed as
+//! kept, and missing ones are created, so that a second run completes a first one. Secret files
+//! have mode 0600 in a directory with mode 0700.
 
 mod detect;
 mod text;
@@ -24,10 +26,10 @@ use knoc_proto::{
 
 use crate::config::{Config, ConfigError, Home, RuntimeKind, SchedulerKind};
 
-/// The port for kubelets where an address names none.
+/// The port for kubelets if an address names none.
 const PORT: u16 = 10350;
 
-/// The command line of `init`.
+/// The options of `init`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
     /// The name of the site, a DNS label of at most 58 characters; the node is called knoc-SITE
@@ -72,51 +74,51 @@ fn runtime(text: &str) -> Result<RuntimeKind, String> {
     found.ok_or_else(|| "auto, apptainer, singularity or process".to_owned())
 }
 
-/// Why nothing, or not all, was written.
+/// Why nothing was written, or not everything.
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {
     /// A file cannot be read or written.
     #[error("write the agent's configuration")]
     File(#[from] FileError),
-    /// Certificates cannot be made.
+    /// A certificate cannot be created.
     #[error("make certificates")]
     Pki(#[from] PkiError),
-    /// The CA's key was thrown away, and something must be signed.
+    /// The CA's key was removed, and something must be signed.
     #[error(
-        "{} is missing, so nothing can be signed by the CA beside it; put it back, or move {} away \
-         and run init again (which makes a new CA: kubelets then need the new bundle)",
+        "{} is missing, so the CA next to it cannot sign anything: put the key back, or move {} away \
+         and run init again (which creates a new CA; kubelets then need the new bundle)",
         key.display(), folder.display()
     )]
     NoCaKey {
-        /// Where it should be.
+        /// The expected path of the key.
         key: PathBuf,
-        /// The folder of certificates.
+        /// The directory of the certificates.
         folder: PathBuf,
     },
-    /// An address cannot be one.
+    /// An address cannot be parsed.
     #[error("{address:?} is not HOST or HOST:PORT")]
     Address {
-        /// As given.
+        /// The address from the command line.
         address: String,
     },
-    /// The options make a site file that would not be accepted.
-    #[error("these options make no valid site file")]
+    /// The options lead to a site file that would not be accepted.
+    #[error("these options do not give a valid site file")]
     Invalid(#[from] ConfigError),
 }
 
-/// What to write, and what was done so far.
+/// What is written, and what was done so far.
 #[derive(Debug)]
 struct Init<'a> {
     options: &'a Options,
     folder: PathBuf,
     addresses: Vec<(String, u16)>,
-    /// By the site file as it is now on disk; empty: all.
+    /// The namespaces of the site file that is on disk now; empty means all.
     namespaces: Vec<String>,
     written: Vec<PathBuf>,
     kept: Vec<PathBuf>,
 }
 
-/// Writes what is not there yet. Returns what to tell the user.
+/// Writes the files that do not exist yet. Returns the summary for the user.
 pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, InitError> {
     let folder = options
         .dir
@@ -132,7 +134,7 @@ pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, Init
     let home = Home {
         home: home.to_owned(),
     };
-    // Before anything is written: a mistake in the options costs nothing.
+    // Checked before anything is written, so that a mistake in the options leaves no files behind.
     Config::parse(&site_file, &path, &home)?;
     let mut init = Init {
         options,
@@ -145,7 +147,7 @@ pub fn run(options: &Options, home: &Path, found: &Found) -> Result<String, Init
     atomic::create_dir(&init.folder.join("tls"))?;
     init.certificates()?;
     init.write(&path, &site_file)?;
-    // A site file that was there already is not the one of these options.
+    // A site file that existed before need not match these options.
     if let Ok(config) = Config::load(&path, &home) {
         init.namespaces = config.policy.namespaces;
     }
@@ -157,7 +159,7 @@ fn parse_address(address: &str) -> Result<(String, u16), InitError> {
         address: address.to_owned(),
     };
     let (host, port) = match address.rsplit_once(':') {
-        // An IPv6 address without a port has colons of its own.
+        // An IPv6 address without a port contains colons itself.
         Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
             (host, port.parse().map_err(|_| wrong())?)
         }
@@ -176,7 +178,7 @@ impl Init<'_> {
         self.folder.join("tls").join(name)
     }
 
-    /// The CA and what it signs; only what is not there yet.
+    /// Creates the CA and the certificates that it signs, unless they exist.
     fn certificates(&mut self) -> Result<(), InitError> {
         let site = &self.options.site;
         let agent = Identity::Agent { site: site.clone() };
@@ -206,7 +208,7 @@ impl Init<'_> {
         self.write(&path, &context)
     }
 
-    /// The CA, made where there is none; `None` where its key was thrown away.
+    /// Loads the CA, or creates it if there is none; `None` if its key was removed.
     fn ca(&mut self) -> Result<Option<Ca>, InitError> {
         let (cert, key) = (self.tls("ca.crt"), self.tls("ca.key"));
         if !self.is_missing(&cert)? {
@@ -236,7 +238,7 @@ impl Init<'_> {
             self.tls(&format!("{name}.crt")),
             self.tls(&format!("{name}.key")),
         );
-        // Both or none: a certificate without its key is of no use.
+        // Both or neither: a certificate without its key is useless.
         let missing = self.is_missing(&cert)?;
         if !missing && !self.is_missing(&key)? {
             return Ok(());
@@ -254,7 +256,7 @@ impl Init<'_> {
         }
     }
 
-    /// Is `path` still to be made? Notes it as kept otherwise.
+    /// Whether `path` is still to be written. If it exists, it is listed as kept.
     fn is_missing(&mut self, path: &Path) -> Result<bool, FileError> {
         match fs::symlink_metadata(path) {
             Ok(_) => {

@@ -26,7 +26,7 @@ pub mod policy;
 pub mod registry;
 pub mod renewal;
 pub mod scheduler;
-pub mod shims;
+pub mod shim_links;
 pub mod site;
 pub mod stats;
 pub mod versions;

@@ -1,18 +1,20 @@
-//! The limits under which the agent itself runs: those of the shell or unit that started it.
+//! Raises the resource limits that the agent inherited from the shell or unit that started it.
 //!
-//! Login nodes bound the processor time and the size of files of what runs on them, which would end the agent, or an
-//! image that it pulls, with a signal. Soft limits are raised; a hard one is named in the log. Jobs get none of them
-//! (`--propagate=NONE`); with the embedded scheduler a hard one holds for the pods too, and nothing can change that.
+//! Login nodes limit the processor time and the file size of processes, which would end the agent,
+//! or an image that it pulls, with a signal. Soft limits are raised to the hard limits; a low hard
+//! limit is logged. Jobs inherit none of them (`--propagate=NONE`); with the embedded scheduler,
+//! the hard limits hold for the pods too, and nothing can change that.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// What ends a process that passes it, with its name for people.
+/// Limits whose excess ends a process: the resource, its description, and the `ulimit` option that
+/// shows it.
 const ENDING: [(Resource, &str, &str); 2] = [
     (Resource::Cpu, "processor time, seconds", "ulimit -t"),
     (Resource::Fsize, "size of files, bytes", "ulimit -f"),
 ];
 
-/// Once, at the start of `serve`.
+/// Called once, at the start of `serve`.
 pub(crate) fn raise() {
     for (resource, what, command) in ENDING {
         let limit = getrlimit(resource);
@@ -20,7 +22,7 @@ pub(crate) fn raise() {
             current: limit.maximum,
             ..limit
         };
-        // Up to the hard limit nobody is refused.
+        // A process may always raise its soft limit to the hard one.
         setrlimit(resource, raised).ok();
         if let Some(most) = limit.maximum {
             tracing::warn!(

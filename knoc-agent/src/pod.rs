@@ -1,30 +1,46 @@
-//! The life of one pod on the agent: from accepted to finished, one actor task a pod.
+//! The life of one pod on the agent: from accepted to finished. One actor task serves each pod.
+//!
+//! A pod is separate from its placement, which says where it runs ([`placement`]; today a Slurm job of the pod's own). States
+//! without a job and stages of a job are different types:
 //!
 //! ```text
-//!  EnsurePod
-//!     │ record on disk
-//!  Accepted ─► Staging ⟲ image back-off
-//!                │ job.pb, images, keys
-//!                ▼      refused for now
-//!            Submitting ◄────────────► Throttled{retry_at}
-//!     look by    │  │ accepted              (refused for good: Finished)
-//!     name  ◄────┘  ▼
-//!     first       Queued{job} ──────────────┐
-//!                   │ round, or a report    │ Delete, reason that never ends
-//!                   ▼         Delete, or    ▼
-//!                Running{job} ─overdue─► Stopping{deadline} ── TERM, grace, KILL, scancel
-//!                   │   ▲                   │
-//!                   │   │ known again       │ job gone
-//!                   │  Lost{since}          │
-//!                   ▼   │                   ▼
-//!                Settling{ended} ────────► Finished{outcome} ─► Forgotten
-//!           the job ended, its report is awaited
+//!  EnsurePod: the record is on disk
+//!     │
+//!  ┌──▼─ BeforeJob ────────────────────────────────────────────────────────────┐
+//!  │ Accepted ─► Staging ⟲ image back-off                                      │
+//!  │               │ job.pb, images, keys are there                            │
+//!  │               ▼           refused for now                                 │
+//!  │ look by  Submitting ◄───────────────────► Throttled{retry_at}             │
+//!  │ name  ◄──┘ │   ▲                                                          │
+//!  └────────────│───│─────────────────────────────────────────────────────┬────┘
+//!      accepted │   │ the claim is another job's: look by name            │ deleted, or
+//!  ┌──────────  ▼   │  WithJob{placement, stage} ─────────────────────┐   │ refused for good
+//!  │         Queued ──────────────────────────────┐                   │   │
+//!  │           │ round, or a report               │ Delete, or waits  │   │
+//!  │           ▼          Delete, or overdue      ▼ for ever          │   │
+//!  │        Running ───────────────────────► Stopping{deadline}       │   │
+//!  │         │ │ ▲                             │ TERM, grace, KILL,   │   │
+//!  │         │ │ │ known again                 │ scancel              │   │
+//!  │         │ │Lost{since} ── given up ──┐    │                      │   │
+//!  │         │ ▼                          │    │                      │   │
+//!  │         │ Settling{until} ◄──────────│────┘ the job ended,       │   │
+//!  │         │     │                      │      its report is awaited│   │
+//!  └─────────│─────│──────────────────────│───────────────────────────┘   │
+//!            │ final report, or the end   │                               │
+//!            ▼     ▼                      ▼                               ▼
+//!         Finished{outcome, lingering} ◄──────────────────────────────────┘
+//!            │ ForgetPod
+//!            ▼
+//!         Forgotten
 //! ```
 //!
-//! Why each edge: a job is submitted only after the intent is on disk, and after any doubt only after looking by
-//! name, so none is lost; what is submitted twice all the same is sorted out by the claim of the job directory. Only
-//! the shim's final report, or the end of the job, finishes a pod; only the end of the job finishes one that is being
-//! ended by us: deleted, or overdue, which is one whose deadline was lowered after its shim had read it. `Settling` is published as `Running` (`Stopping` where the pod is being deleted). `Finished` absorbs.
+//! Why each edge: a job is submitted only after the intent is on disk, and after any doubt only after a search by name, so
+//! no job is lost; if one is submitted twice nevertheless, the claim of the job directory decides which one runs the
+//! containers, and the placement follows the claim. Only the shim's final report, or the end of the job, finishes a pod.
+//! Only the end of the job finishes a pod that the agent ends: one that is deleted, or overdue, which means that its
+//! deadline was lowered after its shim had read it. `Settling` is published as `Running`, or as `Stopping` if the pod is
+//! being deleted. A queued or running job that the scheduler does not know becomes `Lost`. `Finished` is final; it keeps
+//! the placement as `lingering` until its job has ended.
 //!
 //! Who may change what: the machine ([`state`]) decides, purely; the actor ([`actor`]) performs and persists; nobody
 //! else writes a pod's record. The scheduler owns whether the job lives, the shim owns the containers.
@@ -32,6 +48,7 @@
 pub mod actor;
 pub mod input;
 pub mod outcome;
+pub mod placement;
 pub mod publish;
 pub mod record;
 pub mod stage;

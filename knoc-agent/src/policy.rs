@@ -1,8 +1,10 @@
-//! `[policy]` of the site file as it is now, and which certificates count.
+//! The current `[policy]` of the site file, and the rules that decide which certificates are
+//! accepted.
 //!
-//! The table is re-read while the agent runs: [`watch`] looks at the file, and at the CA, every [`POLL`] and publishes
-//! the whole table at once. Whoever decides by it asks [`Live::now`] for each decision. A file with a mistake changes
-//! nothing; [`Live::problem`] says so.
+//! The table is re-read while the agent runs: every [`POLL`], [`watch`] reads the site file and the
+//! CA and publishes the whole table at once. Code that decides by the policy calls [`Live::now`]
+//! for each decision. If the file has a mistake, the last good table stays in effect and
+//! [`Live::problem`] says what is wrong.
 
 pub mod denied;
 pub mod nodes;
@@ -14,20 +16,21 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::watch::{Receiver, Sender, channel};
 
 use crate::config::Policy;
-pub use rules::{Refused, Renewals, Rules};
+pub use rules::{PeerDenied, Renewals, Rules};
 
-/// Between two looks at the site file and the CA. Both are opened and read: on a network file system that shows a change
-/// at once, while attributes may be a minute old, and there is no inotify.
+/// The interval between two reads of the site file and the CA. Both are opened and read: on a
+/// network file system this shows a change at once, while attributes may be a minute old and
+/// inotify does not work.
 pub const POLL: Duration = Duration::from_secs(10);
 
-/// The table as it is now. Clones see the same.
+/// The current table. All clones see the same one.
 #[derive(Debug, Clone)]
 pub struct Live {
     policy: Receiver<Arc<Policy>>,
     problem: Receiver<Option<String>>,
 }
 
-/// The other end.
+/// Replaces the table that [`Live`] shows.
 #[derive(Debug)]
 pub struct Publisher {
     policy: Sender<Arc<Policy>>,
@@ -35,7 +38,7 @@ pub struct Publisher {
 }
 
 impl Live {
-    /// A table, and what replaces it.
+    /// Creates a table, and the publisher that replaces it.
     #[must_use]
     pub fn new(policy: Policy) -> (Publisher, Self) {
         let (policy_to, policy) = channel(Arc::new(policy));
@@ -47,19 +50,19 @@ impl Live {
         (publisher, Self { policy, problem })
     }
 
-    /// A table that is never replaced.
+    /// Creates a table that is never replaced.
     #[must_use]
     pub fn fixed(policy: Policy) -> Self {
         Self::new(policy).1
     }
 
-    /// The whole table.
+    /// The current table.
     #[must_use]
     pub fn now(&self) -> Arc<Policy> {
         Arc::clone(&self.policy.borrow())
     }
 
-    /// Why the site file as it is now is not in effect.
+    /// Why the current site file is not in effect, if it is not.
     #[must_use]
     pub fn problem(&self) -> Option<String> {
         self.problem.borrow().clone()

@@ -1,7 +1,8 @@
-//! uid → pod: finds or makes the actor that a request is for, and brings all pods back at start.
+//! Maps pod UIDs to their actors: finds or creates the actor that a request is for, and restores
+//! all pods at start.
 //!
-//! Holds the actors' tasks and joins them. Its map is locked for look-ups only, never across an await. Decides nothing
-//! about a pod.
+//! The registry holds the actors' tasks and joins them. Its map is locked only for look-ups, never
+//! across an await. It decides nothing about a pod.
 
 pub mod board;
 pub mod cluster;
@@ -14,24 +15,30 @@ use std::{
 };
 
 use knoc_contract::jobdir::JobDirError;
-use knoc_proto::{error::chain, ids::PodUid, pb, reason::ErrorReason};
+use knoc_proto::{
+    error::chain,
+    ids::PodUid,
+    pb,
+    pod::{PodSpec, PodValues},
+    reason::ErrorReason,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     pod::{
-        actor::{self, Actor, Restored},
+        actor::{self, NewActor, Restored},
         input::{INPUTS, Input, Refused, Reply, Wanted},
     },
     site::Site,
 };
 
-/// Actors that have ended and wait to be taken off the map.
+/// The queue's length for actors that have ended and are to be removed from the map.
 pub const ENDED: usize = 1024;
-/// An actor answers when its record is written: longer than any healthy file system takes.
+/// An actor answers once its record is written; a healthy file system never takes this long.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// A pod from outside its actor.
+/// A handle to a pod's actor.
 #[derive(Debug, Clone)]
 pub struct Handle {
     input: mpsc::Sender<Input>,
@@ -39,13 +46,13 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// What the poller must know.
+    /// What the poller needs to know about the pod.
     #[must_use]
     pub fn wanted(&self) -> Wanted {
         self.wanted.borrow().clone()
     }
 
-    /// Hands over an input without waiting. False where the queue is full or the actor has ended.
+    /// Sends an input without waiting. False if the queue is full or the actor has ended.
     #[must_use]
     pub fn offer(&self, input: Input) -> bool {
         self.input.try_send(input).is_ok()
@@ -63,7 +70,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// No pods yet. At most `limit` at the same time.
+    /// Creates a registry without pods, for at most `limit` pods at the same time.
     #[must_use]
     pub fn new(site: Arc<Site>, limit: usize, stop: CancellationToken) -> Arc<Self> {
         let (pods, tasks) = (Mutex::default(), TaskTracker::new());
@@ -76,7 +83,7 @@ impl Registry {
         })
     }
 
-    /// Brings back what is on disk. A pod that cannot be read is logged and left alone.
+    /// Restores the pods that are on disk. A pod that cannot be read is logged and left as it is.
     pub async fn recover(&self) -> Result<usize, JobDirError> {
         let state = self.site.state.clone();
         let site = Arc::clone(&self.site);
@@ -88,18 +95,20 @@ impl Registry {
                         site.versions.hold(&restored.version);
                         found.push((dir, restored));
                     }
-                    // Nothing was promised: the request that was making it got no answer.
+                    // The request that was creating this pod got no answer, so nothing was
+                    // promised.
                     Ok(None) => {
                         if let Err(error) = dir.remove() {
-                            // Somebody still writes there, or the file system holds it: the next start tries again.
+                            // Another process still writes there, or the file system is busy: the
+                            // next start tries again.
                             let path = dir.path().display();
-                            tracing::warn!(%path, error = chain(&error), "what was half made stays");
+                            tracing::warn!(%path, error = chain(&error), "a pod directory without a record cannot be removed");
                         }
                     }
                     Err(error) => {
                         site.versions.hold("");
                         let path = dir.path().display();
-                        tracing::error!(%path, error = chain(&error), "a pod cannot be read");
+                        tracing::error!(%path, error = chain(&error), "a pod's record cannot be read");
                     }
                 }
             }
@@ -118,20 +127,20 @@ impl Registry {
         Ok(count)
     }
 
-    /// `EnsurePod`.
+    /// Handles `EnsurePod`.
     pub async fn ensure(
         &self,
-        uid: &PodUid,
-        spec: pb::PodSpec,
-        values: pb::PodValues,
+        spec: PodSpec,
+        values: PodValues,
         cluster_id: String,
     ) -> Result<(pb::PodObserved, bool), Refused> {
+        let uid = spec.uid();
         let handle = {
             let mut pods = self.lock();
             match pods.get(uid).filter(|handle| !handle.input.is_closed()) {
                 Some(handle) => handle.clone(),
                 None if pods.len() >= self.limit => {
-                    let message = format!("this agent carries {} pods at most", self.limit);
+                    let message = format!("this agent runs at most {} pods", self.limit);
                     return Err(Refused::new(ErrorReason::Overloaded, message));
                 }
                 None => {
@@ -151,7 +160,7 @@ impl Registry {
         .await
     }
 
-    /// `DeletePod`.
+    /// Handles `DeletePod`.
     pub async fn delete(
         &self,
         uid: &PodUid,
@@ -167,13 +176,13 @@ impl Registry {
         .await
     }
 
-    /// `ForgetPod`.
+    /// Handles `ForgetPod`.
     pub async fn forget(&self, uid: &PodUid) -> Result<(), Refused> {
         let handle = self.get(uid)?;
         ask(&handle, |reply| Input::Forget { reply }).await
     }
 
-    /// `UpdateValues`.
+    /// Handles `UpdateValues`.
     pub async fn update(&self, uid: &PodUid, values: pb::PodValues) -> Result<(), Refused> {
         let handle = self.get(uid)?;
         let values = Box::new(values);
@@ -189,19 +198,19 @@ impl Registry {
             .collect()
     }
 
-    /// How many pods there are.
+    /// The number of pods.
     #[must_use]
     pub fn len(&self) -> usize {
         self.lock().len()
     }
 
-    /// No pods?
+    /// Whether there are no pods.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.lock().is_empty()
     }
 
-    /// An actor has ended: its handle goes, unless a new one took its place.
+    /// Removes the handle of an actor that has ended, unless a new actor has replaced it.
     pub fn release(&self, uid: &PodUid) {
         let mut pods = self.lock();
         if pods.get(uid).is_some_and(|handle| handle.input.is_closed()) {
@@ -209,7 +218,7 @@ impl Registry {
         }
     }
 
-    /// Waits until all actors have ended, after the stop.
+    /// After the stop, waits until all actors have ended.
     pub async fn join(&self) {
         self.tasks.close();
         self.tasks.wait().await;
@@ -224,7 +233,7 @@ impl Registry {
         let (input, inputs) = mpsc::channel(INPUTS);
         let (wants, wanted) = watch::channel(Wanted::default());
         let site = Arc::clone(&self.site);
-        let actor = Actor::new(site, uid.clone(), input.downgrade(), wants);
+        let actor = NewActor::new(site, uid.clone(), input.downgrade(), wants);
         self.tasks
             .spawn(actor.run(restored, inputs, self.stop.child_token()));
         Handle { input, wanted }
@@ -235,7 +244,7 @@ impl Registry {
     }
 }
 
-/// Asks an actor and waits for its answer.
+/// Sends a request to an actor and waits for its answer.
 async fn ask<T>(handle: &Handle, input: impl FnOnce(Reply<T>) -> Input) -> Result<T, Refused> {
     let (reply, answer) = oneshot::channel();
     handle
@@ -253,7 +262,7 @@ async fn ask<T>(handle: &Handle, input: impl FnOnce(Reply<T>) -> Input) -> Resul
         Ok(Ok(result)) => result,
         Ok(Err(_)) => Err(Refused::new(
             ErrorReason::ShuttingDown,
-            "the agent is about to end",
+            "the agent is stopping",
         )),
         Err(_) => Err(Refused::new(
             ErrorReason::Internal,
@@ -262,7 +271,7 @@ async fn ask<T>(handle: &Handle, input: impl FnOnce(Reply<T>) -> Input) -> Resul
     }
 }
 
-/// Task: takes ended actors off the map until `stop`.
+/// Task: removes actors that have ended from the map until `stop` is cancelled.
 pub async fn sweep(
     registry: Arc<Registry>,
     mut ended: mpsc::Receiver<PodUid>,

@@ -1,7 +1,9 @@
-//! Task: the agent's own certificate: renewed by the CA key that lies beside the CA, else warned of.
+//! Task: renews the agent's own certificate with the CA key next to the CA; without one, it logs a
+//! warning before the certificate expires.
 //!
-//! The key stays and only the certificate's file is replaced, so that no crash leaves a pair that does not fit together.
-//! Publishes until when the certificate is valid, and what is wrong with the site file, for kubelets ([`pb::NodeInfo`]).
+//! The key pair is kept and only the certificate's file is replaced, so that no crash leaves a
+//! certificate and a key that do not match. The task also publishes the certificate's expiry, and
+//! what is wrong with the site file, to kubelets ([`pb::NodeInfo`]).
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,9 +23,9 @@ use crate::{
     site::Site,
 };
 
-/// The longest pause: the clock may be set, and a policy problem is told within it.
+/// The longest pause: the clock may be changed, and a policy problem is published within this time.
 const LOOK: Duration = Duration::from_secs(10);
-/// Between two warnings of the same kind, and two tries that failed.
+/// The interval between two warnings of the same kind, and between two failed attempts.
 const AGAIN: Duration = Duration::from_hours(1);
 
 /// Why the certificate was not renewed.
@@ -39,19 +41,19 @@ enum RenewalError {
     Key(#[from] PkiError),
 }
 
-/// The task's own state.
+/// The task's state.
 #[derive(Debug)]
 pub struct Renewal {
     site: Arc<Site>,
-    /// None: only the unix socket is served.
+    /// `None` if only the unix socket is served.
     credentials: Option<Credentials>,
     node: watch::Sender<pb::NodeInfo>,
-    /// When it last tried, or warned.
+    /// The time of the last attempt or warning.
     tried: Option<Timestamp>,
 }
 
 impl Renewal {
-    /// A task for the certificate of `credentials`.
+    /// Creates the task for the certificate in `credentials`.
     #[must_use]
     pub fn new(
         site: Arc<Site>,
@@ -66,7 +68,7 @@ impl Renewal {
         }
     }
 
-    /// Looks until `stop`.
+    /// Checks the certificate until `stop` is cancelled.
     pub async fn run(mut self, stop: CancellationToken) {
         loop {
             self.turn().await;
@@ -113,18 +115,22 @@ impl Renewal {
             }
             Ok(Err(error)) if pki::is_expiring(validity, now) => {
                 let error = chain(&error);
-                tracing::error!(until = %validity.until, error, "the agent's certificate ends soon and cannot be renewed");
+                tracing::error!(until = %validity.until, error, "the agent's certificate expires soon and cannot be renewed");
             }
             Ok(Err(error)) => {
                 let error = chain(&error);
                 tracing::warn!(until = %validity.until, error, "the agent's certificate cannot be renewed");
             }
-            Err(error) => tracing::error!(error = chain(&error), "renew the agent's certificate"),
+            Err(error) => tracing::error!(
+                error = chain(&error),
+                "cannot check or renew the agent's certificate"
+            ),
         }
     }
 }
 
-/// Makes a new certificate for the same key, identity and names, and puts it in the old one's place. Blocking.
+/// Issues a new certificate for the same key, identity and names, and replaces the old one with it.
+/// Blocking.
 fn renew(credentials: &Credentials, tls: &Tls, now: Timestamp) -> Result<Timestamp, RenewalError> {
     let ca = renew::ca(tls)?;
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
@@ -133,9 +139,9 @@ fn renew(credentials: &Credentials, tls: &Tls, now: Timestamp) -> Result<Timesta
     let pem = ca.renew_own(&held, &key, now)?;
     let until = pki::inspect_pem(&pem)?.validity.until;
     atomic::write(&tls.cert, pem.as_bytes(), 0o600)?;
-    // The next handshake would see it too.
+    // Reread at once; otherwise the next handshake would do it.
     if let Err(error) = credentials.reread() {
-        tracing::error!(error = chain(&error), "read the renewed certificate");
+        tracing::error!(error = chain(&error), "cannot read the renewed certificate");
     }
     Ok(until)
 }

@@ -1,12 +1,12 @@
-//! The scheduler below the agent: what may be asked of it, and the two that there are.
+//! The scheduler interface, and its two implementations.
 //!
-//! `slurm` is the real one, `local` runs jobs as process groups of the agent's own host. Both are
-//! asked for all jobs in one [`Scheduler::round`]; nothing here polls by itself or keeps a task. The
-//! scheduler owns one fact only: whether a job lives, and how it left.
+//! `slurm` uses a real Slurm; `local` runs jobs as process groups on the agent's own host. Both
+//! report all jobs in one [`Scheduler::round`]; nothing here polls on its own or keeps a task. The
+//! scheduler owns one fact only: whether a job is alive, and how it ended.
 //!
-//! Who calls: pod actors (`submit`, `find`, `cancel`), the registry's one poll task (`round`,
-//! `node_info`), `doctor`. What it never does: it decides nothing about a pod, and it never takes a
-//! bare job id for an identity, since Slurm may give an id again: name and comment must agree.
+//! Callers are the pod actors (`submit`, `find`, `cancel`), the registry's poll task (`round`,
+//! `node_info`) and `doctor`. This module decides nothing about a pod, and it never identifies a
+//! job by its ID alone, because Slurm may reuse an ID: see [`JobRef`].
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use knoc_contract::jobdir::JobDirError;
 use knoc_proto::ids::{JobId, PodUid};
 use knoc_proto::pb;
+use knoc_proto::pod::PodSpec;
 
 use crate::command::CommandError;
 
@@ -27,77 +28,77 @@ pub use view::{
     Accounting, JobExit, JobPhase, JobRef, JobState, JobView, Marks, Round, reason_never_ends,
 };
 
-/// What is needed to submit the job of a pod.
+/// What is needed to submit a pod's job.
 #[derive(Debug, Clone)]
 pub struct SubmitRequest {
     /// The pod.
     pub uid: PodUid,
-    /// Its shape.
-    pub spec: Arc<pb::PodSpec>,
+    /// The pod's spec, as it was checked.
+    pub spec: Arc<PodSpec>,
     /// UID of the cluster's kube-system namespace; empty for pods without Kubernetes.
     pub cluster_id: String,
-    /// Grows with each submission of this pod.
+    /// Counts the submissions of this pod.
     pub attempt: u32,
     /// Absolute path of the pod's job directory; it exists.
     pub jobdir: PathBuf,
-    /// Absolute path of `versions/X.Y.Z/knoc-agent`.
+    /// Absolute path of `versions/X.Y.Z/knoc-agent`, the program that the job runs.
     pub shim: PathBuf,
 }
 
-/// A job that was accepted.
+/// A job that the scheduler accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Submitted {
-    /// Its id.
+    /// The job's ID.
     pub job: JobId,
-    /// When the scheduler was asked (after any wait for our own rate limit).
+    /// When the scheduler was called, after any wait for our own rate limit.
     pub began: Timestamp,
     /// When it had answered.
     pub ended: Timestamp,
-    /// What the user of the pod should know of how it was submitted; a sentence each.
+    /// What the pod's user should know about the submission, one sentence each.
     pub notes: Vec<String>,
 }
 
-/// What would be submitted.
+/// What would be submitted for a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendered {
-    /// Program and arguments.
+    /// The program and its arguments.
     pub argv: Vec<String>,
     /// The batch script.
     pub script: String,
-    /// What the pod asked for and the job does not ask for here, a sentence each.
+    /// What the pod asks for and the job does not request, one sentence each.
     pub notes: Vec<String>,
 }
 
-/// What a refusal to submit means for the next step.
+/// What a failed submission means for the next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RefusalKind {
-    /// The same request will be refused again: the pod fails with the scheduler's words.
+    /// The same request will be refused again: the pod fails with the scheduler's message.
     Permanent,
-    /// A limit stands in the way now: wait and try again.
+    /// A limit is reached at the moment: wait and try again.
     Throttled,
-    /// Nobody answered, and nothing was accepted: try again.
+    /// The scheduler did not answer, and nothing was accepted: try again.
     ControllerAway,
-    /// The job may have been accepted: [`Scheduler::find`] before anything else.
+    /// The job may have been accepted: call [`Scheduler::find`] before anything else.
     Ambiguous,
-    /// The scheduler reported success and gave no job id. A wrapper may print none: [`Scheduler::find`], and if no job
-    /// is found the same request is not repeated.
+    /// The scheduler reported success without a job ID, as a wrapper may do: call
+    /// [`Scheduler::find`]. If it finds no job, the same request is not repeated.
     NoJobId,
 }
 
-/// A job that was not accepted, or not surely.
+/// A job was not accepted, or it is not known whether it was.
 #[derive(Debug, thiserror::Error)]
 #[error("{words}")]
 pub struct Refusal {
     /// What to do next.
     pub kind: RefusalKind,
-    /// The scheduler's own words, or ours where it was never asked.
+    /// The scheduler's own message, or ours if the scheduler was not called.
     pub words: String,
-    /// The failed command, where there was one; its text repeats the words.
+    /// The failed command, if there was one; its text contains the message.
     pub command: Option<CommandError>,
 }
 
 impl Refusal {
-    /// A refusal of our own, before the scheduler was asked.
+    /// An error of our own, before the scheduler was called.
     #[must_use]
     pub fn permanent(words: impl Into<String>) -> Self {
         Self {
@@ -111,49 +112,51 @@ impl Refusal {
 /// How a job is ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Cancel {
-    /// A queued job leaves the queue; a job that has started meanwhile is left alone.
+    /// Removes a queued job; a job that has started in the meantime keeps running.
     Queued,
-    /// USR1 to the shim, which stops the containers with their grace. Only to one that says `stop-signal`: it ends others.
+    /// Sends USR1 to the shim, which stops the containers within their grace period. Used only if
+    /// the shim has the capability `stop-signal`: USR1 ends other shims.
     Stop,
-    /// TERM to the shim, which takes it for Slurm's own: it stops the containers before Slurm would kill it.
+    /// Sends TERM to the shim, as Slurm does: the shim stops the containers before Slurm would kill
+    /// it.
     Terminate,
-    /// The job ends: TERM to all of it, KILL soon after.
+    /// Ends the job: TERM to all of its processes, then KILL.
     Kill,
 }
 
-/// The scheduler could not be asked, or its answer not be read.
+/// The scheduler could not be called, or its answer could not be parsed.
 #[derive(Debug, thiserror::Error)]
 pub enum SchedulerError {
-    /// A command failed; its words are Slurm's.
+    /// A command failed; the message is Slurm's.
     #[error("ask the scheduler")]
     Command(#[from] CommandError),
-    /// The answer is not what any known version says.
+    /// The answer does not have the form of any known version.
     #[error("read the answer of {program}: {problem}")]
     Answer {
-        /// Which program's.
+        /// The program that answered.
         program: &'static str,
-        /// What is wrong with it.
+        /// What is wrong with the answer.
         problem: String,
     },
-    /// A file of the local scheduler.
+    /// A file of the local scheduler cannot be read or written.
     #[error("keep the jobs of this host")]
     State(#[from] JobDirError),
-    /// The agent stops.
-    #[error("the agent stops")]
+    /// The agent is stopping.
+    #[error("the agent is stopping")]
     Stopping,
 }
 
 /// The scheduler of this site.
 #[derive(Debug)]
 pub enum Scheduler {
-    /// Slurm, by its own commands.
+    /// Slurm, through its commands.
     Slurm(Box<slurm::Slurm>),
     /// Process groups on this host.
     Local(local::Local),
 }
 
 impl Scheduler {
-    /// `slurm` or `local`.
+    /// The scheduler's name, `slurm` or `local`.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -162,7 +165,7 @@ impl Scheduler {
         }
     }
 
-    /// The version as people know it: `slurm 24.11.5`.
+    /// The name and version, such as `slurm 24.11.5`.
     pub async fn version(&self) -> Result<String, SchedulerError> {
         match self {
             Self::Slurm(slurm) => slurm.version().await,
@@ -170,7 +173,8 @@ impl Scheduler {
         }
     }
 
-    /// What [`Self::submit`] would submit. Pure but for what the last [`Self::node_info`] taught.
+    /// What [`Self::submit`] would submit. PURE apart from the partition limits of the last
+    /// [`Self::node_info`].
     pub fn render(&self, request: &SubmitRequest) -> Result<Rendered, Refusal> {
         match self {
             Self::Slurm(slurm) => slurm.render(request),
@@ -178,11 +182,12 @@ impl Scheduler {
         }
     }
 
-    /// Submits a job. Waits for our own rate limit first; `allowed` is asked after any wait, right before the job is
-    /// submitted, and its refusal is the answer. Not to be called again for a pod after
-    /// [`RefusalKind::Ambiguous`] or a crash before [`Self::find`] said that there is no job.
+    /// Submits a job. Waits for our own rate limit first; `allowed` is checked after any wait,
+    /// right before the job is submitted, and its error is returned. After
+    /// [`RefusalKind::Ambiguous`] or a crash, it must not be called again for a pod until
+    /// [`Self::find`] has found no job.
     ///
-    /// Cancel safety: a dropped call is ambiguous.
+    /// Cancel safety: if the call is dropped, the outcome is ambiguous.
     pub async fn submit(
         &self,
         request: &SubmitRequest,
@@ -194,8 +199,8 @@ impl Scheduler {
         }
     }
 
-    /// All jobs of a pod that the scheduler knows by name, comment or working directory, ended ones too, newest first.
-    /// None of them was submitted before `since`.
+    /// All jobs of a pod that the scheduler finds by name, comment or working directory, including
+    /// ended ones, newest first. No job submitted before `since` is returned.
     pub async fn find(
         &self,
         uid: &PodUid,
@@ -207,7 +212,8 @@ impl Scheduler {
         }
     }
 
-    /// Ends a job. A job that is gone already, or whose id is another's by now, is no error.
+    /// Ends a job. It is not an error if the job has ended already, or if its ID belongs to another
+    /// job by now.
     pub async fn cancel(&self, job: &JobRef, how: Cancel) -> Result<(), SchedulerError> {
         match self {
             Self::Slurm(slurm) => slurm.cancel(job, how).await,
@@ -215,8 +221,9 @@ impl Scheduler {
         }
     }
 
-    /// The state of all jobs at once. `known` are the jobs that the caller waits for: those that left
-    /// the queue are looked up in the accounting; those that nobody knows are in [`Round::missing`].
+    /// The state of all jobs at once. `known` are the jobs that the caller waits for: those that
+    /// have left the queue are looked up in the accounting database; those found in neither are in
+    /// [`Round::missing`].
     pub async fn round(&self, known: &[JobRef]) -> Result<Round, SchedulerError> {
         match self {
             Self::Slurm(slurm) => slurm.round(known).await,
@@ -224,7 +231,8 @@ impl Scheduler {
         }
     }
 
-    /// Capacity and partitions. `scheduler`, `pid_isolation` and `pod_limit` are left unset.
+    /// The site's capacity and partitions. `scheduler`, `pid_isolation` and `pod_limit` are left
+    /// unset.
     pub async fn node_info(&self) -> Result<pb::NodeInfo, SchedulerError> {
         match self {
             Self::Slurm(slurm) => slurm.node_info().await,
@@ -232,7 +240,7 @@ impl Scheduler {
         }
     }
 
-    /// The scheduler's part of `doctor`'s check-list.
+    /// The scheduler's findings for `doctor`.
     pub async fn checks(&self) -> Vec<pb::Finding> {
         match self {
             Self::Slurm(slurm) => slurm.checks().await,
@@ -240,7 +248,7 @@ impl Scheduler {
         }
     }
 
-    /// The shortest sensible time between two rounds while something is awaited.
+    /// The shortest sensible interval between two rounds while a change is expected.
     #[must_use]
     pub fn round_interval(&self) -> Duration {
         match self {

@@ -13,7 +13,7 @@ use crate::{
     policy::Live,
     registry::board::Board,
     scheduler::{Refusal, RefusalKind, Scheduler},
-    shims::Shims,
+    shim_links::ShimLinks,
     versions::Versions,
 };
 
@@ -57,9 +57,9 @@ pub struct Site {
     /// What outsiders see.
     pub board: Board,
     /// Links of live shims.
-    pub shims: Shims,
+    pub shims: ShimLinks,
     /// Wakes the poller: something is expected.
-    pub hurry: Arc<Notify>,
+    pub poll_soon: Arc<Notify>,
     /// Bounds how many new pods are put on disk at the same time: each syncs its files by as many threads.
     pub accepting: Semaphore,
     /// A pod's actor ends: its handle may go.

@@ -1,8 +1,9 @@
-//! What running pods use: asks their shims, and keeps each one's last word.
+//! Resource usage of running pods: queries their shims and keeps each one's last answer.
 //!
-//! No task: the api asks, at most [`AT_ONCE`] shims at the same time. Callers that ask for the same pod at the same
-//! time share one question, and an answer serves for [`FRESH`]; so many scrapers cost a shim no more than one. A shim
-//! that does not answer leaves its last word, with the time it was said.
+//! This module has no task: the API calls it, and at most [`AT_ONCE`] shims are queried at the same
+//! time. Callers that ask for the same pod at the same time share one query, and an answer is
+//! reused for [`FRESH`], so that many scrapers cost a shim no more than one. If a shim does not
+//! answer, its last answer is returned, with the time of that answer.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,18 +16,19 @@ use knoc_proto::{ids::PodUid, pb};
 use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 
-use crate::shims::Client;
+use crate::shim_links::Client;
 
-/// How many shims are asked at the same time: each measures for milliseconds, and the login node is not ours.
+/// How many shims are queried at the same time: each measures for milliseconds, and the login node
+/// is shared with others.
 const AT_ONCE: usize = 64;
-/// How long one shim may take.
+/// The deadline of one shim.
 const DEADLINE: Duration = Duration::from_secs(3);
-/// How long one request may take in all, however many shims hang.
+/// The deadline of one request, however many shims hang.
 const ALL_DEADLINE: Duration = Duration::from_secs(8);
-/// For how long an answer is new.
+/// How long an answer is reused.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// The last word of one shim; its lock is held while it is asked.
+/// The last answer of one shim; it is locked while the shim is queried.
 type Cell = Arc<tokio::sync::Mutex<Last>>;
 
 #[derive(Debug, Default)]
@@ -35,14 +37,15 @@ struct Last {
     stats: Option<pb::PodStats>,
 }
 
-/// See the module.
+/// The last answers of all shims.
 #[derive(Debug, Default)]
 pub struct Stats {
     pods: Mutex<HashMap<PodUid, Cell>>,
 }
 
 impl Stats {
-    /// What each of `pods` uses, in no order; one of which nothing is known is left out. Cancel safe.
+    /// The usage of each of `pods`, in no particular order; pods whose usage is unknown are left
+    /// out. Cancel safe.
     pub fn of(
         self: &Arc<Self>,
         pods: Vec<(PodUid, Option<Client>)>,
@@ -62,12 +65,12 @@ impl Stats {
             .filter_map(std::future::ready)
     }
 
-    /// Lets go of all pods but these.
+    /// Forgets all pods but these.
     pub fn retain(&self, uids: &HashSet<PodUid>) {
         self.lock().retain(|uid, _| uids.contains(uid));
     }
 
-    /// Of one pod: new where `question` is there and answered in time.
+    /// The usage of one pod: fresh if its shim answers in time.
     async fn one(
         &self,
         uid: PodUid,
@@ -76,7 +79,7 @@ impl Stats {
     ) -> Option<pb::PodStats> {
         let cell = Arc::clone(self.lock().entry(uid.clone()).or_default());
         let until = until.min(Instant::now() + DEADLINE);
-        // Somebody else asks, and the shim hangs: who asked first tells next time.
+        // Another caller is querying the shim, which hangs; the first caller will see the answer.
         let mut last = timeout_at(until, cell.lock()).await.ok()?;
         if last.asked.is_some_and(|asked| asked.elapsed() < FRESH) {
             return last.stats.clone();
@@ -84,11 +87,12 @@ impl Stats {
         if let Some(question) = question {
             match timeout_at(until, question).await {
                 Ok(Ok(answer)) => last.stats = Some(answer),
-                // A shim of an older version says `Unimplemented`, one that is about to end `NotRunning`.
+                // A shim of an older version returns `Unimplemented`; one that is stopping returns
+                // `NotRunning`.
                 Ok(Err(status)) => {
-                    tracing::debug!(%uid, error = status.message(), "a shim gave no stats");
+                    tracing::debug!(%uid, error = status.message(), "a shim returned no stats");
                 }
-                Err(_) => tracing::debug!(%uid, "a shim gave no stats in time"),
+                Err(_) => tracing::debug!(%uid, "a shim did not return its stats in time"),
             }
             last.asked = Some(Instant::now());
         }
@@ -152,7 +156,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn many_who_ask_cost_one_question() {
+    async fn many_callers_share_one_query() {
         let stats = Arc::new(Stats::default());
         let asked = Arc::new(AtomicUsize::new(0));
         let question = || {

@@ -1,8 +1,10 @@
-//! The installed agents that jobs exec: `versions/<name>/knoc-agent`.
+//! The installed versions of the agent that jobs execute: `versions/<name>/knoc-agent`.
 //!
-//! A folder is never overwritten. It is removed when no job directory names it any more: looked at at start, when all
-//! pods were brought back, and whenever the last pod of an older version is forgotten. Our own version always stays. Where
-//! a job directory does not say (a record that cannot be read, an agent older than this rule), nothing is removed.
+//! An installed version is never overwritten. It is removed once no job directory names it; this is
+//! checked at start, after all pods have been restored, and whenever the last pod of an older
+//! version is forgotten. Our own version is never removed. If it is not known which version a job
+//! directory needs (its record cannot be read, or the agent was older than this rule), no version
+//! is removed.
 
 use std::{
     collections::BTreeMap,
@@ -19,10 +21,10 @@ use knoc_contract::tree;
 use knoc_proto::error::chain;
 use sha2::{Digest as _, Sha256};
 
-/// The executable in each folder.
+/// The executable in each version's directory.
 const PROGRAM: &str = "knoc-agent";
 
-/// Which versions are there, and who needs them.
+/// Which versions are installed, and which pods need them.
 #[derive(Debug)]
 pub struct Versions {
     folder: PathBuf,
@@ -30,18 +32,19 @@ pub struct Versions {
     held: Mutex<Held>,
 }
 
-/// Pods of other versions than ours.
+/// Pods that need other versions than ours.
 #[derive(Debug, Default)]
 struct Held {
     by_name: BTreeMap<String, usize>,
-    /// Pods whose job directory names none.
+    /// The number of pods whose job directory names no version.
     unknown: usize,
 }
 
 impl Versions {
-    /// Copies this executable to where jobs exec it. What is there is never overwritten: jobs may run it.
+    /// Copies this executable to where jobs execute it. An existing file is never overwritten,
+    /// because jobs may be running it.
     pub fn install(state: &StateDir) -> Result<Self, FileError> {
-        // By the link itself: the file may have been replaced since we were started.
+        // Read through /proc, because the file may have been replaced since this process started.
         let bytes = atomic::read(Path::new("/proc/self/exe"))?;
         let folder = state.versions();
         let version = env!("CARGO_PKG_VERSION");
@@ -74,13 +77,14 @@ impl Versions {
         &self.own
     }
 
-    /// Absolute path of our own executable.
+    /// The absolute path of our own executable.
     #[must_use]
     pub fn own_program(&self) -> PathBuf {
         self.program(&self.own)
     }
 
-    /// What a job execs whose directory names `name`; our own where that is not there.
+    /// The program for a job whose directory names `name`; our own if that version is not
+    /// installed.
     #[must_use]
     pub fn program_or_own(&self, name: &str) -> PathBuf {
         let named = self.program(name);
@@ -91,7 +95,7 @@ impl Versions {
         }
     }
 
-    /// A job directory names this version; empty: it names none.
+    /// Records that a job directory names this version; empty if it names none.
     pub fn hold(&self, name: &str) {
         let mut held = self.held();
         if name.is_empty() {
@@ -101,7 +105,8 @@ impl Versions {
         }
     }
 
-    /// A job directory that named this version is gone. True where [`Versions::prune`] may find something.
+    /// Records that a job directory that named this version is gone. True if [`Versions::prune`]
+    /// may find something to remove.
     #[must_use]
     pub fn release(&self, name: &str) -> bool {
         let mut held = self.held();
@@ -120,7 +125,8 @@ impl Versions {
         last
     }
 
-    /// Removes what nobody names. Blocking. What cannot be removed is logged, and tried again at the next start.
+    /// Removes the versions that no job directory names. Blocking. If a removal fails, it is logged
+    /// and tried again at the next start.
     pub fn prune(&self) {
         let held = self.held();
         if held.unknown > 0 {
@@ -129,17 +135,20 @@ impl Versions {
         let names = match self.installed() {
             Ok(names) => names,
             Err(error) => {
-                tracing::warn!(error = chain(&error), "list installed versions");
+                tracing::warn!(error = chain(&error), "cannot list the installed versions");
                 return;
             }
         };
         for name in unneeded(names, &self.own, &held.by_name) {
             let folder = self.folder.join(&name);
             match tree::remove(&folder) {
-                Ok(()) => tracing::info!(version = name, "removed: no job directory names it"),
+                Ok(()) => tracing::info!(
+                    version = name,
+                    "removed an installed version that no job directory names"
+                ),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    tracing::warn!(version = name, %error, "an installed version stays");
+                    tracing::warn!(version = name, %error, "cannot remove an installed version");
                 }
             }
         }
@@ -163,7 +172,8 @@ impl Versions {
     }
 }
 
-/// PURE: the installed versions that nobody needs. What does not look like a version is not ours to remove.
+/// PURE: the installed versions that no pod needs. A directory whose name is not a version is not
+/// ours to remove.
 fn unneeded(
     installed: Vec<String>,
     own: &str,
@@ -174,7 +184,8 @@ fn unneeded(
         .filter(move |name| is_name(name) && name != own && !held.contains_key(name))
 }
 
-/// `1.2.3`, `1.2.3+0123456789ab`: what [`Versions::install`] makes, and never a path.
+/// Whether the name is one that [`Versions::install`] creates, such as `1.2.3` or
+/// `1.2.3+0123456789ab`, and never a path.
 fn is_name(name: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '+' | '-');
     name.starts_with(|c: char| c.is_ascii_digit()) && name.chars().all(allowed)
@@ -201,7 +212,7 @@ mod tests {
         versions: Versions,
     }
 
-    /// Our own version, and these.
+    /// Our own version and these.
     fn installed(others: &[&str]) -> Installed {
         let root = tempfile::tempdir().unwrap();
         let state = StateDir::new(root.path());
@@ -249,7 +260,10 @@ mod tests {
         site.versions.prune();
         assert_eq!(there(&site), ["0.0.2", "notes"]);
         assert!(site.versions.own_program().is_file());
-        assert!(!site.versions.release("0.0.2"), "another pod names it");
+        assert!(
+            !site.versions.release("0.0.2"),
+            "another pod still needs it"
+        );
         site.versions.prune();
         assert_eq!(there(&site), ["0.0.2", "notes"]);
         assert!(site.versions.release("0.0.2"));
@@ -270,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_execs_what_its_directory_names_where_that_is_there() {
+    fn a_job_executes_the_version_that_its_directory_names_if_installed() {
         let site = installed(&["0.0.1"]);
         let older = site.versions.program_or_own("0.0.1");
         assert!(older.ends_with("versions/0.0.1/knoc-agent"));

@@ -14,13 +14,19 @@ use std::{
 
 use jiff::Timestamp;
 use knoc_link::bulk::RawClient;
-use knoc_proto::pb::{self, agent_client::AgentClient};
+use knoc_proto::{
+    ids::PodUid,
+    pb::{self, agent_client::AgentClient},
+};
+use knoc_translate::Grace;
 use tokio::time::Instant;
 use tonic::transport::Channel;
 
 pub mod renew;
 pub mod watch;
 
+/// In `DeletePodRequest`: the grace of the pod itself.
+const OWN_GRACE: i64 = -1;
 /// A deadline for every unary call: the agent answers from memory or after one fsync'd write; staging
 /// and `sbatch` happen after the answer.
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
@@ -199,31 +205,32 @@ impl Agent {
     /// Replaces the pod's values.
     pub async fn update_values(
         &self,
-        uid: &str,
+        uid: &PodUid,
         values: pb::PodValues,
     ) -> Result<(), tonic::Status> {
         let request = pb::UpdateValuesRequest {
             leadership_epoch: self.epoch(),
             cluster_id: self.cluster_id.to_string(),
-            uid: uid.to_owned(),
+            uid: uid.to_string(),
             values: Some(values),
         };
         self.control().update_values(deadline(request)).await?;
         Ok(())
     }
 
-    /// Begins the end of the pod; a shorter grace re-arms downwards.
+    /// Begins to end the pod, with its own grace unless another is given. A shorter grace than before counts, a longer one
+    /// does not.
     pub async fn delete_pod(
         &self,
-        uid: &str,
-        grace_seconds: i64,
+        uid: &PodUid,
+        grace: Option<Grace>,
         reason: &str,
     ) -> Result<pb::DeletePodResponse, tonic::Status> {
         let request = pb::DeletePodRequest {
             leadership_epoch: self.epoch(),
             cluster_id: self.cluster_id.to_string(),
-            uid: uid.to_owned(),
-            grace_seconds,
+            uid: uid.to_string(),
+            grace_seconds: grace.map_or(OWN_GRACE, Grace::in_seconds),
             reason: reason.to_owned(),
         };
         let answer = self.control().delete_pod(deadline(request)).await?;
@@ -231,11 +238,11 @@ impl Agent {
     }
 
     /// Lets go of a finished pod.
-    pub async fn forget_pod(&self, uid: &str) -> Result<(), tonic::Status> {
+    pub async fn forget_pod(&self, uid: &PodUid) -> Result<(), tonic::Status> {
         let request = pb::ForgetPodRequest {
             leadership_epoch: self.epoch(),
             cluster_id: self.cluster_id.to_string(),
-            uid: uid.to_owned(),
+            uid: uid.to_string(),
         };
         self.control().forget_pod(deadline(request)).await?;
         Ok(())

@@ -30,4 +30,4 @@ pub(crate) use orphans::run as watch_orphans;
 pub use presence::Ask;
 pub use services::Services;
 pub use status::NO_EPHEMERAL;
-pub use store::{PodView, Store, Uid};
+pub use store::{PodView, Store};

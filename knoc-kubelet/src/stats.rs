@@ -13,7 +13,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
 use jiff::Timestamp;
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 
 use self::ledger::Totals;
@@ -44,14 +44,14 @@ pub struct Measured {
 }
 
 /// One pod of the node.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PodMeasured {
     /// `metadata.namespace`.
     pub namespace: String,
     /// `metadata.name`.
     pub name: String,
     /// `metadata.uid`.
-    pub uid: String,
+    pub uid: PodUid,
     /// The pod as a whole.
     pub whole: Measured,
     /// Its running containers, by name.
@@ -208,7 +208,7 @@ impl Stats {
         let node = |pods: &[PodMeasured]| {
             let used = pods
                 .iter()
-                .map(|pod| (pod.uid.as_str(), Totals::of(&pod.whole.usage)));
+                .map(|pod| (&pod.uid, Totals::of(&pod.whole.usage)));
             self.store.used(used)
         };
         let now = nanos(answer.time);
@@ -220,7 +220,12 @@ impl Stats {
     /// Those of the node's own pods, by the names Kubernetes has for them.
     fn ours(&self, stats: Vec<pb::PodStats>) -> Vec<pb::PodStats> {
         let named = stats.into_iter().filter_map(|mut stats| {
-            let meta = self.store.by_uid(&stats.uid)?.pod.metadata.clone();
+            let meta = self
+                .store
+                .by_uid(&PodUid::try_from(stats.uid.as_str()).ok()?)?
+                .pod
+                .metadata
+                .clone();
             stats.namespace = meta.namespace.unwrap_or_default();
             stats.name = meta.name.unwrap_or_default();
             Some(stats)
@@ -250,16 +255,16 @@ pub fn assemble(
             return last;
         }
     };
-    let known: HashMap<&str, &PodMeasured> = before
+    let known: HashMap<&PodUid, &PodMeasured> = before
         .iter()
         .flat_map(|before| &before.pods)
-        .map(|pod| (pod.uid.as_str(), pod))
+        .map(|pod| (&pod.uid, pod))
         .collect();
     let mut pods: Vec<PodMeasured> = said
         .into_iter()
-        .map(|stats| {
-            let known = known.get(stats.uid.as_str()).copied();
-            pod(known, stats)
+        .filter_map(|mut stats| {
+            let uid = PodUid::try_from(std::mem::take(&mut stats.uid)).ok()?;
+            Some(pod(known.get(&uid).copied(), uid, stats))
         })
         .collect();
     pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
@@ -286,7 +291,7 @@ pub fn assemble(
     }
 }
 
-fn pod(known: Option<&PodMeasured>, stats: pb::PodStats) -> PodMeasured {
+fn pod(known: Option<&PodMeasured>, uid: PodUid, stats: pb::PodStats) -> PodMeasured {
     let of = |name: &str| {
         let mut known = known?.containers.iter();
         known.find(|(other, _)| other == name).map(|(_, one)| one)
@@ -305,7 +310,7 @@ fn pod(known: Option<&PodMeasured>, stats: pb::PodStats) -> PodMeasured {
     PodMeasured {
         namespace: stats.namespace,
         name: stats.name,
-        uid: stats.uid,
+        uid,
         whole: measured(known.map(|pod| &pod.whole), stats.started_at, usage),
         containers,
     }

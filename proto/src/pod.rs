@@ -2,7 +2,7 @@
 //!
 //! Pure. [`PodSpec`] and [`PodValues`] wrap the generated messages and prove that every name, path and reference in
 //! them is sound; they are read by [`std::ops::Deref`]. All that is wrong is said in one message.
-use std::{collections::HashSet, fmt, ops::Deref, path::Path};
+use std::{collections::HashSet, fmt, ops::Deref, path::Path, time::Duration};
 
 use crate::{
     ids::{ContainerName, PodUid},
@@ -46,6 +46,25 @@ impl PodSpec {
         &self.uid
     }
 
+    /// A shape that an agent accepted earlier and wrote down. It passed the checks of the version that accepted it, which
+    /// may have been fewer than today's; the pod `uid` may be running, so its shape is not judged a second time.
+    #[must_use]
+    pub fn accepted_before(uid: PodUid, spec: pb::PodSpec) -> Self {
+        Self { uid, spec }
+    }
+
+    /// How long the containers may take to end after they were told to.
+    #[must_use]
+    pub fn grace(&self) -> Duration {
+        seconds(self.spec.termination_grace_period_seconds)
+    }
+
+    /// How long the pod may run, if that is limited.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        Some(seconds(self.spec.active_deadline_seconds)).filter(|deadline| !deadline.is_zero())
+    }
+
     /// `metadata.generation`, at least 1.
     #[must_use]
     pub fn generation(&self) -> i64 {
@@ -72,6 +91,11 @@ impl PodSpec {
     pub fn into_inner(self) -> pb::PodSpec {
         self.spec
     }
+}
+
+/// Seconds of a message; a negative number counts as none.
+fn seconds(seconds: i64) -> Duration {
+    Duration::from_secs(seconds.try_into().unwrap_or(0))
 }
 
 impl Deref for PodSpec {

@@ -225,7 +225,7 @@ async fn run(
     background.spawn(pod.children.clone().reap(Children::signal()?));
     let (commands, orders) = mpsc::channel(COMMANDS);
     let signals = job_signals::Signals::listen()?;
-    background.spawn(signals.obey(own_grace(&pod), commands.clone()));
+    background.spawn(signals.obey(pod.spec().grace(), commands.clone()));
     let mut publisher = Publisher::new(first_report(&pod, previous.as_ref()));
     if let Some(why) = pod.scratch.on_disk() {
         tracing::warn!("{why}");
@@ -296,11 +296,6 @@ fn exit_code(reported: bool, outcome: OutcomeKind) -> ExitCode {
         OutcomeKind::Succeeded => ShimExit::Succeeded.into(),
         OutcomeKind::Failed | OutcomeKind::Unspecified => ShimExit::Failed.into(),
     }
-}
-
-fn own_grace(pod: &Pod) -> Duration {
-    let seconds = pod.spec().termination_grace_period_seconds;
-    Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
 }
 
 fn first_report(pod: &Pod, previous: Option<&pb::Report>) -> pb::Report {

@@ -10,7 +10,7 @@ use knoc_contract::{
     jobdir::{JobDir, claim::Claim, schema::Endpoint},
     logs::writer::{KEPT_ATTEMPTS, Limits},
 };
-use knoc_proto::{expand::RuntimeFields, names, pb};
+use knoc_proto::{expand::RuntimeFields, ids::PodUid, names, pb, pod::PodSpec};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::{
@@ -36,7 +36,7 @@ pub(crate) struct Pod {
     pub(crate) jobdir: JobDir,
     pub(crate) claim: Claim,
     pub(crate) job: pb::JobFile,
-    spec: pb::PodSpec,
+    spec: PodSpec,
     pub(crate) runtime: Box<dyn Runtime>,
     pub(crate) agent: PathBuf,
     pub(crate) facts: Facts,
@@ -58,7 +58,9 @@ impl Pod {
     ) -> anyhow::Result<Self> {
         raise_open_files();
         let job = jobdir.spec()?;
-        let spec = job.spec.clone().unwrap_or_default();
+        // The agent that wrote it has checked it.
+        let uid = PodUid::try_from(jobdir.uid())?;
+        let spec = PodSpec::accepted_before(uid, job.spec.clone().unwrap_or_default());
         anyhow::ensure!(!spec.containers.is_empty(), "the job file has no container");
         let settings = job.settings.clone().unwrap_or_default();
         let fallback = if settings.memory_on_disk {
@@ -90,7 +92,7 @@ impl Pod {
     }
 
     /// The pod's shape.
-    pub(crate) fn spec(&self) -> &pb::PodSpec {
+    pub(crate) fn spec(&self) -> &PodSpec {
         &self.spec
     }
 

@@ -163,15 +163,10 @@ impl Shim for Service {
         request: Request<pb::StopRequest>,
     ) -> Result<Response<pb::StopResponse>, Status> {
         let request = request.into_inner();
-        let own = self.pod.spec().termination_grace_period_seconds;
-        let seconds = if request.grace_seconds < 0 {
-            own
-        } else {
-            request.grace_seconds
-        };
-        let grace = Duration::from_secs(u64::try_from(seconds).unwrap_or_default());
+        let asked = u64::try_from(request.grace_seconds).map(Duration::from_secs);
         let stop = Command::Stop {
-            grace,
+            // A negative number asks for the pod's own grace.
+            grace: asked.unwrap_or_else(|_| self.pod.spec().grace()),
             by: EndedBy::Stop,
             reason: request.reason,
         };

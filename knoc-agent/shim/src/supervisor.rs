@@ -103,7 +103,7 @@ impl Supervisor {
             or(settings.backoff_initial_ms, BACKOFF_INITIAL),
             or(settings.backoff_max_ms, BACKOFF_MAX),
         );
-        let deadline = positive(pod.spec().active_deadline_seconds).map(Duration::from_secs);
+        let deadline = pod.spec().deadline();
         let timeouts = Timeouts::new(deadline, or(settings.values_wait_ms, VALUES_WAIT));
         let before = |name: &str| {
             let report = previous?;
@@ -148,7 +148,7 @@ impl Supervisor {
             match plan.progress {
                 Progress::Running => {}
                 Progress::Completed => {
-                    self.order_stop(self.grace(), EndedBy::Themselves, String::new());
+                    self.order_stop(self.pod.spec().grace(), EndedBy::Themselves, String::new());
                     continue;
                 }
                 Progress::Finished => break,
@@ -163,17 +163,16 @@ impl Supervisor {
         self.began.elapsed()
     }
 
-    fn grace(&self) -> Duration {
-        let seconds = self.pod.spec().termination_grace_period_seconds;
-        Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
-    }
-
     fn check_timeouts(&mut self) {
         match self.timeouts.check(&self.view()) {
             None => {}
             Some(Expired::ActiveDeadline) => {
                 let reason = "Pod was active on the node longer than the specified deadline";
-                self.order_stop(self.grace(), EndedBy::Deadline, reason.to_owned());
+                self.order_stop(
+                    self.pod.spec().grace(),
+                    EndedBy::Deadline,
+                    reason.to_owned(),
+                );
             }
             // A pod that never gets its values gives its nodes back.
             Some(Expired::Values(waited)) => {

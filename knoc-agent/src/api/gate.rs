@@ -1,9 +1,10 @@
-//! Who is served: every request is judged by the rules of this moment, and connections whose peer they do not serve any
-//! more are cut with all their streams.
+//! Decides who is served. Every request is checked against the current rules, and connections whose
+//! peer is no longer served are closed with all their streams.
 //!
-//! A handshake proves who the peer is; that its certificate still counts is no fact that lasts. So each request is judged
-//! before any method sees it (health and reflection too), and [`Gate::sweep`] judges all open connections whenever the
-//! rules change, and every [`SWEEP`] for certificates that end.
+//! A TLS handshake proves who the peer is, but its certificate may expire or be denied later. So
+//! each request is checked before any method sees it (health and reflection too), and
+//! [`Gate::sweep`] checks all open connections whenever the rules change, and every [`SWEEP`] for
+//! certificates that have expired.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -24,14 +25,14 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Request, Status, service::Interceptor, transport::server::Connected};
 
-use crate::policy::{Refused, Renewals, Rules};
+use crate::policy::{PeerDenied, Renewals, Rules};
 
-/// Between two looks at all connections.
+/// Interval between two checks of all connections.
 const SWEEP: Duration = Duration::from_secs(5);
-/// The same refusal is logged again only after this.
+/// A denial that repeats is logged again only after this time.
 const LOG_AGAIN: Duration = Duration::from_mins(1);
 
-/// Cheap to clone; all clones are the same gate.
+/// Cheap to clone; all clones share one state.
 #[derive(Debug, Clone)]
 pub struct Gate(Arc<Shared>);
 
@@ -41,17 +42,17 @@ struct Shared {
     state: Mutex<State>,
 }
 
-/// Held for no await.
+/// Never held across an await.
 #[derive(Debug, Default)]
 struct State {
     open: HashMap<u64, Open>,
     next: u64,
     renewals: Renewals,
-    /// The last refusal that was logged, and when.
+    /// The last denial that was logged, and when.
     logged: Option<(String, Instant)>,
 }
 
-/// A connection with a certificate.
+/// An open connection whose peer has a certificate.
 #[derive(Debug)]
 struct Open {
     peer: String,
@@ -61,7 +62,7 @@ struct Open {
 }
 
 impl Gate {
-    /// A gate that goes by these rules.
+    /// Creates a gate that follows these rules.
     #[must_use]
     pub fn new(rules: Receiver<Arc<Rules>>) -> Self {
         let state = Mutex::default();
@@ -72,7 +73,7 @@ impl Gate {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Watches over a connection until it is dropped.
+    /// Registers a connection, which is checked until the guard is dropped.
     pub(super) fn guard(&self, conn: Connection) -> Guarded {
         let Peer::Tls {
             identity,
@@ -117,10 +118,10 @@ impl Gate {
         }
     }
 
-    /// Is this peer served now?
+    /// Checks whether this peer is served now.
     fn judge(&self, peer: Option<&Peer>) -> Result<(), Status> {
         let (identity, certificate) = match peer {
-            // The socket's folder is our own user's.
+            // Only our own user can reach the socket: the directory that holds it is private.
             Some(Peer::Unix { .. }) => return Ok(()),
             Some(Peer::Tls {
                 identity,
@@ -134,26 +135,28 @@ impl Gate {
         let rules = Arc::clone(&self.0.rules.borrow());
         let mut state = self.state();
         let now = Timestamp::now();
-        // A renewal lets what is under way go on; whoever asks for more shows a certificate that is valid.
+        // A renewal keeps open streams alive, but a new request needs a certificate that is itself
+        // valid.
         let judged = rules.judge(identity, certificate, &Renewals::default(), now);
         judged.map_err(|refused| {
             let message = refused.to_string();
             if state.is_news(&message) {
                 let peer = peer.map_or_else(String::new, ToString::to_string);
-                tracing::warn!(peer, refused = message, "a request was refused");
+                tracing::warn!(peer, refused = message, "a request was denied");
             }
             ErrorReason::PeerDenied.status(message)
         })
     }
 
-    /// A certificate was renewed: what is under way on connections that it opened goes on after its end.
+    /// Records that a certificate was renewed: streams on connections that were opened with it
+    /// outlive its end.
     pub(super) fn renewed(&self, held: &CertificateInfo, until: Timestamp) {
         let ancestors = held.ancestors.iter().map(|one| one.spki.as_str());
         let keys = ancestors.chain([held.spki.as_str()]);
         self.state().renewals.note(keys, until, Timestamp::now());
     }
 
-    /// The kubelets that are connected now, each once, with the end of its newest certificate.
+    /// The kubelets that are connected now, each once, with the expiry of its newest certificate.
     #[must_use]
     pub fn kubelets(&self) -> BTreeMap<Identity, Timestamp> {
         let mut kubelets = BTreeMap::new();
@@ -167,26 +170,26 @@ impl Gate {
         kubelets
     }
 
-    /// Task: cuts connections that are not served any more, until `stop`.
+    /// Task: closes connections that are no longer served, until `stop` is cancelled.
     pub async fn sweep(self, stop: CancellationToken) {
         let mut rules = self.0.rules.clone();
         loop {
             let now = Timestamp::now();
             let current = Arc::clone(&rules.borrow_and_update());
             for (peer, refused) in self.cut(&current, now) {
-                tracing::warn!(peer, %refused, "a connection was cut with all its streams");
+                tracing::warn!(peer, %refused, "a connection was closed with all its streams: its peer is no longer served");
             }
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                // An error: the watcher has ended, and we are about to.
+                // An error means that the watcher has ended, and so will we.
                 Ok(()) = rules.changed() => {}
                 () = tokio::time::sleep(SWEEP) => {}
             }
         }
     }
 
-    fn cut(&self, rules: &Rules, now: Timestamp) -> Vec<(String, Refused)> {
+    fn cut(&self, rules: &Rules, now: Timestamp) -> Vec<(String, PeerDenied)> {
         let state = self.state();
         let mut cut = Vec::new();
         for open in state.open.values().filter(|open| !open.cut.is_cancelled()) {
@@ -201,7 +204,7 @@ impl Gate {
 }
 
 impl State {
-    /// Is this refusal worth a line in the log?
+    /// Whether this denial is worth a line in the log.
     fn is_news(&mut self, message: &str) -> bool {
         let told = self.logged.as_ref();
         if told.is_some_and(|(text, at)| text == message && at.elapsed() < LOG_AGAIN) {
@@ -219,11 +222,11 @@ impl Interceptor for Gate {
     }
 }
 
-/// A connection that ends when its peer is not served any more.
+/// A connection that ends when its peer is no longer served.
 #[derive(Debug)]
 pub(super) struct Guarded {
     conn: Connection,
-    /// None for our own user's.
+    /// `None` for our own user's connection.
     watched: Option<Watched>,
 }
 
@@ -241,7 +244,7 @@ impl Drop for Watched {
 }
 
 impl Guarded {
-    /// An error once the connection is cut; the caller's task is woken when it is.
+    /// Fails once the connection was closed by the gate, which also wakes the caller's task.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Some(watched) = &mut self.watched else {
             return Ok(());
@@ -249,7 +252,7 @@ impl Guarded {
         match watched.cut.as_mut().poll(cx) {
             Poll::Pending => Ok(()),
             Poll::Ready(()) => {
-                let text = "the peer is not served any more";
+                let text = "the peer is no longer served";
                 Err(io::Error::new(io::ErrorKind::ConnectionAborted, text))
             }
         }

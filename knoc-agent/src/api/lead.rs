@@ -1,4 +1,4 @@
-//! PURE: who may claim the leadership of a node.
+//! PURE: decides who may claim the leadership of a node.
 
 use std::collections::BTreeMap;
 
@@ -8,16 +8,16 @@ use knoc_proto::reason::ErrorReason;
 
 use crate::{pod::input::Refused, policy::nodes::may_lead, registry::cluster::EPOCH_AHEAD};
 
-/// What a request claims.
+/// The leadership that a request claims.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Claim<'a> {
-    /// The node of the pod that it is about; empty: not known.
+    /// The node of the pod that the request is about; empty if unknown.
     pub(super) node: &'a str,
-    /// 0: none.
+    /// The leadership epoch; 0 if the request claims none.
     pub(super) epoch: i64,
 }
 
-/// The node that the peer leads by this claim; none where it claims nothing.
+/// Returns the node that the peer leads by this claim, or `None` if it claims nothing.
 pub(super) fn judge(
     peer: Option<&Peer>,
     claim: Claim<'_>,
@@ -37,7 +37,7 @@ pub(super) fn judge(
         );
         return Err(denied(text));
     };
-    // A kubelet of before names no node in its pods.
+    // Kubelets of earlier versions name no node in their pods.
     let node = if node.is_empty() { name } else { node };
     if !may_lead(name, node, nodes) {
         let text = format!(
@@ -58,7 +58,7 @@ pub(super) fn judge(
     Ok(Some(node.to_owned()))
 }
 
-/// The name of a peer that is a kubelet.
+/// The name of the peer, if it is a kubelet.
 pub(super) fn kubelet(peer: Option<&Peer>) -> Option<&str> {
     match peer {
         Some(Peer::Tls {

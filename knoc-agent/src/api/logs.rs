@@ -1,5 +1,5 @@
-//! `ReadLogs`: through the shim's link while the pod runs, from the files otherwise, and from the files where the link
-//! is lost on the way.
+//! `ReadLogs`: reads through the shim's link while the pod runs, and from the log files otherwise.
+//! If the link is lost on the way, the rest comes from the files.
 
 use std::{future::ready, sync::Arc};
 
@@ -24,10 +24,10 @@ use tonic::{Code, Status};
 
 use crate::site::Site;
 
-/// What a reader is sent.
+/// The stream that a reader receives.
 pub(super) type Chunks = BoxStream<'static, Result<pb::LogChunk, Status>>;
 
-/// The bytes of one container instance.
+/// Reads the log of one container instance.
 pub(super) async fn read(
     site: &Arc<Site>,
     tasks: &TaskTracker,
@@ -46,7 +46,7 @@ pub(super) async fn read(
     if let Some(mut client) = site.shims.client(&log.uid) {
         match client.read_logs(request.clone()).await {
             Ok(chunks) => return Ok(relay(log, tasks, &request, bulk::output(&chunks)).boxed()),
-            // The link has just gone: the files say the same.
+            // The link has just closed: the files have the same log.
             Err(status) if status.code() == Code::Unavailable => {}
             Err(status) => return Err(status),
         }
@@ -69,33 +69,35 @@ struct Log {
     attempt: u32,
 }
 
-/// How far a stream of chunks came.
+/// How far a stream of chunks has come.
 #[derive(Debug, Default)]
 struct Progress {
     bytes: u64,
     next: Option<pb::LogPosition>,
 }
 
-/// What becomes of a chunk.
+/// What to do with a chunk.
 #[derive(Debug)]
 enum Next {
-    /// The reader gets this, and more.
+    /// Send it to the reader and go on.
     Pass(pb::LogChunk),
-    /// The reader has all of it, with this.
+    /// The log is complete; send this last.
     End(Option<Result<pb::LogChunk, Status>>),
-    /// There was nothing in it.
+    /// The chunk is empty.
     Skip,
-    /// Whoever sent it is gone, or the link.
+    /// The shim or its link is gone.
     Cut,
 }
 
 impl Progress {
-    /// Is this the shim's own word, or an older one's, which does not say where it stands?
+    /// Whether this status comes from the shim itself, or from an older shim, which does not report
+    /// positions.
     fn is_final(&self, status: &Status) -> bool {
         ErrorReason::of(status).is_some() || (self.bytes > 0 && self.next.is_none())
     }
 
-    /// What a chunk, or its absence, means to the reader, without what only a relay needs to know.
+    /// What a chunk, or the end of the stream, means to the reader, without the fields that only a
+    /// relay needs.
     fn next(&mut self, chunk: Option<Result<pb::LogChunk, Status>>) -> Next {
         let chunk = match chunk {
             Some(Ok(chunk)) => chunk,
@@ -119,15 +121,15 @@ impl Progress {
     }
 }
 
-/// Who is asked for the next chunk.
+/// The source of the next chunk.
 enum From {
     Shim(Messages<pb::LogChunk>),
     Files(Chunks),
     Nobody,
 }
 
-/// Passes on what the shim sends. Where it is cut, the files say the rest, from the same byte. Nothing runs but while
-/// the reader waits.
+/// Passes on what the shim sends. If the stream breaks, the rest is read from the files, from the
+/// same byte on. Nothing runs unless the reader waits for a chunk.
 fn relay(
     log: Log,
     tasks: &TaskTracker,
@@ -174,7 +176,7 @@ impl Log {
         }
     }
 
-    /// What the shim did not say any more.
+    /// Reads the part of the log that the shim has not sent.
     fn rest(
         mut self,
         tasks: &TaskTracker,
@@ -182,9 +184,10 @@ impl Log {
         follow: bool,
         progress: &Progress,
     ) -> Chunks {
-        tracing::debug!(uid = %self.uid, container = %self.container, "a log goes on from the files");
+        tracing::debug!(uid = %self.uid, container = %self.container, "the link broke: the rest of the log is read from the files");
         if let Some(next) = &progress.next {
-            // The shim chose; a restart may have come between the question and its answer.
+            // The shim chose the attempt; the container may have restarted between the request and
+            // the answer.
             self.attempt = u32::try_from(next.attempt).unwrap_or(self.attempt);
             options.from = Some(next.into());
             options.limit_bytes = options
@@ -225,7 +228,7 @@ impl Log {
     }
 }
 
-/// Which attempt the request means.
+/// The attempt that the request means.
 fn attempt(
     site: &Site,
     uid: &PodUid,
@@ -251,7 +254,7 @@ fn attempt(
         );
         return Err(ErrorReason::NotRunning.status(message));
     }
-    // Between two attempts the last one that ran is meant.
+    // Between two attempts, the last one that ran is meant.
     let waits = matches!(status.state, Some(State::Waiting(_)));
     Ok(if waits {
         current.saturating_sub(1)
@@ -268,7 +271,7 @@ fn find<'a>(
     all.find(|status| status.name == container.as_str())
 }
 
-/// Tells the reader when the instance has ended, then waits for the reader, which ends this.
+/// Tells the reader when the instance has ended, then waits until the reader is done.
 async fn tell_end(log: &Log, ended: watch::Sender<bool>) {
     let mut changed = log.site.board.subscribe();
     loop {

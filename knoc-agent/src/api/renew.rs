@@ -1,6 +1,8 @@
-//! `RenewCertificate`: a new certificate for whoever holds one, by the CA key that `init` left beside the CA.
+//! `RenewCertificate`: issues a new certificate to a client that holds a valid one, signed with the
+//! CA key that `init` left next to the CA.
 //!
-//! What may be issued is decided in [`knoc_link::pki::Ca::renew`]; here are the files, the rate and the record of it.
+//! [`knoc_link::pki::Ca::renew`] decides what may be issued. This module reads the files, limits
+//! the rate and logs what was issued.
 
 use std::{
     collections::HashMap,
@@ -21,33 +23,34 @@ use tonic::Status;
 use super::gate::Gate;
 use crate::config::Tls;
 
-/// Renewals of one identity at once, after a pause: a kubelet and its successor, and some tries.
+/// Renewals of one identity that may come at once after a pause: enough for a kubelet, its
+/// successor and some retries.
 const BURST: u32 = 5;
-/// After this long there is one more.
+/// The time after which one more renewal is allowed.
 const REFILL: Duration = Duration::from_mins(1);
-/// Identities whose rate is known: each is of the CA's.
+/// The number of identities whose rate is tracked. Only the CA creates identities, so few exist.
 const MAX_IDENTITIES: usize = 1024;
 
 /// Why there is no CA to sign with.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NoCa {
-    /// The key was thrown away, as it may be.
+    /// The CA's key was removed, which is allowed.
     #[error(
-        "{path} is not there, so this agent can renew no certificate: make new ones with the CA's key"
+        "{path} is not there, so this agent cannot renew certificates: issue new ones where the CA's key is"
     )]
     NoKey {
-        /// Where it is looked for.
+        /// The expected path of the key.
         path: String,
     },
     /// A file cannot be read.
     #[error("read the CA")]
     File(#[from] FileError),
-    /// CA and key are of no use.
+    /// The CA and its key cannot be used.
     #[error("use the CA's key")]
     Pki(#[from] PkiError),
 }
 
-/// The CA of the site file with its key. Blocking.
+/// Loads the CA of the site file and its key. Blocking.
 pub(crate) fn ca(tls: &Tls) -> Result<Ca, NoCa> {
     let path = tls.ca_key();
     let key = atomic::read_optional(&path)?.ok_or_else(|| NoCa::NoKey {
@@ -58,11 +61,11 @@ pub(crate) fn ca(tls: &Tls) -> Result<Ca, NoCa> {
     Ok(Ca::from_bundle(&text(bundle), &text(key))?)
 }
 
-/// Renews, at a bounded rate for each identity.
+/// Renews certificates at a bounded rate for each identity.
 #[derive(Debug)]
 pub(super) struct Renewer {
     gate: Gate,
-    /// Held for no await.
+    /// Never held across an await.
     rates: Mutex<HashMap<String, Rate>>,
 }
 
@@ -78,7 +81,7 @@ impl Renewer {
         Self { gate, rates }
     }
 
-    /// A new certificate, PEM.
+    /// Returns a new certificate as PEM.
     pub(super) async fn renew(
         &self,
         peer: Option<Peer>,
@@ -86,7 +89,7 @@ impl Renewer {
         request: Vec<u8>,
     ) -> Result<String, Status> {
         let (Some(Peer::Tls { certificate, .. }), Some(tls)) = (&peer, tls) else {
-            let text = "only who came with a certificate can renew it";
+            let text = "only a client that connected with a certificate can renew it";
             return Err(ErrorReason::PermissionDenied.status(text));
         };
         let who = peer.as_ref().map_or_else(String::new, ToString::to_string);
@@ -123,7 +126,7 @@ impl Renewer {
         Ok(pem)
     }
 
-    /// Takes one renewal of this identity's share.
+    /// Takes one renewal from this identity's budget, if any is left.
     fn may(&self, identity: &str, now: Instant) -> bool {
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         rates.retain(|_, rate| rate.at(now).left < BURST);
@@ -143,7 +146,7 @@ impl Renewer {
 }
 
 impl Rate {
-    /// With what has come in meanwhile.
+    /// The rate at `now`, with the renewals that were refilled since.
     fn at(self, now: Instant) -> Self {
         let passed = now.saturating_duration_since(self.since);
         let more = u32::try_from(passed.as_secs() / REFILL.as_secs()).unwrap_or(u32::MAX);
@@ -204,7 +207,7 @@ mod tests {
             assert!(renewer.may("a", start));
         }
         assert!(!renewer.may("a", start));
-        assert!(renewer.may("b", start), "others have their own share");
+        assert!(renewer.may("b", start), "each identity has its own budget");
         assert!(!renewer.may("a", start + REFILL / 2));
         assert!(renewer.may("a", start + REFILL));
         assert!(!renewer.may("a", start + REFILL));

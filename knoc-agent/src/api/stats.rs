@@ -1,4 +1,4 @@
-//! `GetStats`: which pods are asked for.
+//! `GetStats`: selects the pods whose usage is streamed.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -7,7 +7,7 @@ use knoc_proto::{ids::PodUid, pb};
 
 use crate::{site::Site, stats::Stats};
 
-/// What the pods of `uids` use that run; of all that run where it is empty.
+/// Streams the usage of the running pods in `uids`, or of all running pods if `uids` is empty.
 pub(super) fn stream(
     site: &Site,
     stats: &Arc<Stats>,
@@ -31,7 +31,7 @@ pub(super) fn stream(
     stats.of(asked.collect())
 }
 
-/// PURE: may its containers run?
+/// PURE: whether containers may run in this phase.
 fn runs(phase: pb::PodPhase) -> bool {
     match phase {
         pb::PodPhase::Running | pb::PodPhase::Stopping | pb::PodPhase::Lost => true,

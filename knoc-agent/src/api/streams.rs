@@ -1,8 +1,8 @@
-//! Exec, attach, port-forward: relayed to the pod's shim as they are. Only the first message is looked at; the bytes of
-//! both bodies are passed on.
+//! Exec, attach and port-forward: streams are relayed to the pod's shim unchanged. Only the first
+//! message is parsed; the bytes of both bodies are passed on as they are.
 //!
-//! Both directions end on their own. A client that goes away cancels the shim's call; a link that breaks ends the
-//! client's call at once, by name.
+//! Each direction ends on its own. A client that goes away cancels the shim's call; a link that
+//! breaks ends the client's call at once, with an error that says so.
 
 use std::time::Duration;
 
@@ -17,12 +17,12 @@ use knoc_proto::{
 };
 use tonic::{Code, Response, Status, Streaming};
 
-use super::admit;
+use super::shim_link;
 use crate::site::Site;
 
-/// A shim answers within milliseconds, also where its job was resumed since the last round.
+/// A shim answers within milliseconds, even if its job was resumed after the last poll.
 const RESUMED: Duration = Duration::from_millis(500);
-/// A shim that has not answered after that may be stopped: Slurm is asked.
+/// If a shim has not answered after this time, its job may be suspended, and Slurm is asked.
 const SILENT: Duration = Duration::from_millis(1500);
 
 type Answer<T> = Result<Response<NoMessages<T>>, Status>;
@@ -32,7 +32,7 @@ pub(super) async fn exec(site: &Site, mut inputs: Messages<ExecInput>) -> Answer
         return Err(misplaced("start"));
     };
     let uid = super::uid(&start.uid)?;
-    let mut client = admit::running(site, &uid)?;
+    let mut client = shim_link::client(site, &uid)?;
     let outputs = client.exec(bulk::request_body(inputs.into_body()));
     begin(site, uid, outputs).await
 }
@@ -42,7 +42,7 @@ pub(super) async fn attach(site: &Site, mut inputs: Messages<ExecInput>) -> Answ
         return Err(misplaced("attach"));
     };
     let uid = super::uid(&start.uid)?;
-    let mut client = admit::able(site, &uid, "attach")?;
+    let mut client = shim_link::client_with(site, &uid, "attach")?;
     let outputs = client.attach(bulk::request_body(inputs.into_body()));
     begin(site, uid, outputs).await
 }
@@ -56,42 +56,43 @@ pub(super) async fn port_forward(
         return Err(misplaced("start"));
     };
     let uid = super::uid(&start.uid)?;
-    let mut client = admit::able(site, &uid, "port-forward")?;
+    let mut client = shim_link::client_with(site, &uid, "port-forward")?;
     let outputs = client.port_forward(bulk::request_body(inputs.into_body()));
     begin(site, uid, outputs).await
 }
 
-/// The shim's answer, or that Slurm has suspended the job, whose shim then says nothing at all.
+/// Waits for the shim's answer. Fails if Slurm has suspended the job, because the shim of a
+/// suspended job cannot answer.
 async fn begin<T: Send + 'static>(
     site: &Site,
     uid: PodUid,
     outputs: impl Future<Output = Result<Response<Streaming<T>>, Status>>,
 ) -> Answer<T> {
     tokio::select! {
-        // Where both are true, the job was resumed meanwhile.
+        // If both are ready, the job was resumed in the meantime, and the answer counts.
         biased;
         outputs = outputs => relay(uid, outputs),
         suspended = until_suspended(site, &uid) => Err(suspended),
     }
 }
 
-/// Until it is known that the job is suspended. Somebody may have done it since the last round: a shim that does not
-/// answer soon is reason to ask.
+/// Returns when the job is known to be suspended. It may have been suspended after the last poll,
+/// so a shim that does not answer soon is a reason to poll.
 async fn until_suspended(site: &Site, uid: &PodUid) -> Status {
     let mut changes = site.board.subscribe();
-    // One that was resumed a moment ago answers first.
+    // The shim of a job that was resumed a moment ago answers before this.
     tokio::time::sleep(RESUMED).await;
-    if let Some(suspended) = admit::suspended(site, uid) {
+    if let Some(suspended) = shim_link::suspended(site, uid) {
         return suspended;
     }
     tokio::time::sleep(SILENT).await;
-    site.hurry.notify_one();
+    site.poll_soon.notify_one();
     loop {
-        if let Some(suspended) = admit::suspended(site, uid) {
+        if let Some(suspended) = shim_link::suspended(site, uid) {
             return suspended;
         }
         if changes.changed().await.is_err() {
-            // The agent stops, which ends the call in another way.
+            // The agent is stopping, which ends the call in another way.
             return std::future::pending().await;
         }
     }
@@ -101,7 +102,8 @@ fn misplaced(name: &str) -> Status {
     ErrorReason::InvalidRequest.status(format!("the first message is `{name}`"))
 }
 
-/// What the client hears: the shim's answer as it is; where its link breaks, the stream fails by name.
+/// The stream for the client: the shim's answer as it is. If the link breaks, the stream fails and
+/// names the pod.
 fn relay<T: Send + 'static>(
     uid: PodUid,
     outputs: Result<Response<Streaming<T>>, Status>,
@@ -113,7 +115,8 @@ fn relay<T: Send + 'static>(
     Ok(bulk::answer(named))
 }
 
-/// The shim's own refusals have a reason and pass as they are; what has none is the link's failure.
+/// An error that the shim itself returned carries a reason and passes as it is; one without a
+/// reason is a failure of the link.
 fn broken(uid: &PodUid, status: Status) -> Status {
     if ErrorReason::of(&status).is_some() {
         return status;

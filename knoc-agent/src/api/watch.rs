@@ -1,4 +1,5 @@
-//! The two watches: a snapshot, then each change; a reader that falls behind gets the newest state only.
+//! The two watches. Each sends a snapshot and then every change; a reader that falls behind
+//! receives only the newest state.
 
 use std::sync::Arc;
 
@@ -14,10 +15,10 @@ use tonic::Status;
 use crate::site::Site;
 
 fn stopping() -> Status {
-    ErrorReason::ShuttingDown.status("the agent is about to end")
+    ErrorReason::ShuttingDown.status("the agent is stopping")
 }
 
-/// `WatchNode`.
+/// The `WatchNode` stream.
 pub(super) fn node(
     mut node: Receiver<pb::NodeInfo>,
     stop: CancellationToken,
@@ -42,8 +43,8 @@ pub(super) fn node(
     })
 }
 
-/// Where a watch of pods stands.
-enum Place {
+/// The state of a pod watch.
+enum WatchState {
     Start,
     Seen {
         generation: i64,
@@ -52,25 +53,29 @@ enum Place {
     End,
 }
 
-/// `WatchPods`.
+/// The `WatchPods` stream.
 pub(super) fn pods(
     site: Arc<Site>,
     stop: CancellationToken,
 ) -> impl Stream<Item = Result<pb::PodEvent, Status>> + Send {
-    let batches = stream::unfold(Place::Start, move |place| {
+    let batches = stream::unfold(WatchState::Start, move |state| {
         let (site, stop) = (Arc::clone(&site), stop.clone());
-        async move { batch(&site, &stop, place).await }
+        async move { batch(&site, &stop, state).await }
     });
     batches.flat_map(stream::iter)
 }
 
 type Batch = Vec<Result<pb::PodEvent, Status>>;
 
-async fn batch(site: &Site, stop: &CancellationToken, place: Place) -> Option<(Batch, Place)> {
+async fn batch(
+    site: &Site,
+    stop: &CancellationToken,
+    state: WatchState,
+) -> Option<(Batch, WatchState)> {
     let event = |event| Ok(pb::PodEvent { event: Some(event) });
-    match place {
-        Place::Start => {
-            // Subscribed before the snapshot: a change in between is seen as news.
+    match state {
+        WatchState::Start => {
+            // Subscribe before the snapshot, so that a change in between is sent as an update.
             let changed = site.board.subscribe();
             let (pods, synced) = site.board.snapshot();
             let generation = synced.generation;
@@ -80,13 +85,13 @@ async fn batch(site: &Site, stop: &CancellationToken, place: Place) -> Option<(B
             let batch = items.chain([event(Event::Synced(synced))]).collect();
             Some((
                 batch,
-                Place::Seen {
+                WatchState::Seen {
                     generation,
                     changed,
                 },
             ))
         }
-        Place::Seen {
+        WatchState::Seen {
             generation,
             mut changed,
         } => {
@@ -96,14 +101,14 @@ async fn batch(site: &Site, stop: &CancellationToken, place: Place) -> Option<(B
                 news = changed.wait_for(|newest| *newest > generation) => news.ok().map(|n| *n),
             };
             if news.is_none() {
-                return Some((vec![Err(stopping())], Place::End));
+                return Some((vec![Err(stopping())], WatchState::End));
             }
             match site.board.since(generation) {
                 Ok((events, generation)) => {
                     let batch = events.into_iter().map(event).collect();
                     Some((
                         batch,
-                        Place::Seen {
+                        WatchState::Seen {
                             generation,
                             changed,
                         },
@@ -111,10 +116,10 @@ async fn batch(site: &Site, stop: &CancellationToken, place: Place) -> Option<(B
                 }
                 Err(behind) => {
                     let status = ErrorReason::Overloaded.status(behind.to_string());
-                    Some((vec![Err(status)], Place::End))
+                    Some((vec![Err(status)], WatchState::End))
                 }
             }
         }
-        Place::End => None,
+        WatchState::End => None,
     }
 }

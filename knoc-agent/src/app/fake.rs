@@ -1,8 +1,13 @@
-//! A site in a temporary folder, for tests within one process: all that `serve` would make, but no listener.
+//! A site in a temporary directory, for tests within one process: everything that `serve` builds
+//! except listeners.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use knoc_proto::{ids::PodUid, pb};
+use knoc_proto::{
+    ids::PodUid,
+    pb,
+    pod::{PodSpec, PodValues},
+};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -14,10 +19,10 @@ use crate::{
     site::Site,
 };
 
-/// How long a test waits for a level.
+/// The longest time that a test waits for a state.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
-/// The shape of a pod with one container.
+/// The spec of a pod with one container.
 pub(crate) fn spec(uid: &PodUid) -> pb::PodSpec {
     let container = pb::Container {
         name: "main".to_owned(),
@@ -27,13 +32,14 @@ pub(crate) fn spec(uid: &PodUid) -> pb::PodSpec {
     };
     pb::PodSpec {
         uid: uid.to_string(),
+        namespace: "default".to_owned(),
         name: uid.to_string(),
         containers: vec![container],
         ..pb::PodSpec::default()
     }
 }
 
-/// Its values.
+/// The values of that pod.
 pub(crate) fn values() -> pb::PodValues {
     pb::PodValues {
         revision: 1,
@@ -41,7 +47,7 @@ pub(crate) fn values() -> pb::PodValues {
     }
 }
 
-/// The site, and the registry over it. Jobs end with their own time.
+/// The site and its registry. Jobs end on their own.
 pub(crate) struct Fake {
     dir: tempfile::TempDir,
     pub(crate) site: Arc<Site>,
@@ -51,7 +57,8 @@ pub(crate) struct Fake {
 }
 
 impl Fake {
-    /// A site without containers; `text` is the rest of its site file, and sees the folder as `{dir}`.
+    /// A site without containers; `text` is the rest of its site file, in which `{dir}` stands for
+    /// the directory.
     pub(crate) async fn new(text: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let text =
@@ -72,24 +79,25 @@ impl Fake {
         }
     }
 
-    /// The folder of everything.
+    /// The site's directory.
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
 
-    /// `EnsurePod` of a pod with one container.
+    /// Sends `EnsurePod` for a pod with one container.
     pub(crate) async fn ensure(&self, uid: &PodUid) {
         self.ensure_as(spec(uid)).await.unwrap();
     }
 
-    /// `EnsurePod` of this shape.
+    /// Sends `EnsurePod` for this spec.
     pub(crate) async fn ensure_as(&self, spec: pb::PodSpec) -> Result<(), Refused> {
-        let uid = PodUid::try_from(spec.uid.as_str()).unwrap();
-        let ensured = self.registry.ensure(&uid, spec, values(), String::new());
+        let spec = PodSpec::try_from(spec).unwrap();
+        let values = PodValues::check(values(), &spec).unwrap();
+        let ensured = self.registry.ensure(spec, values, String::new());
         ensured.await.map(drop)
     }
 
-    /// Waits until the pod is seen as `wanted` says.
+    /// Waits until the pod's observed state satisfies `wanted`.
     pub(crate) async fn seen(&self, uid: &PodUid, wanted: impl Fn(&pb::PodObserved) -> bool) {
         let mut changes = self.site.board.subscribe();
         let mut last = None;
@@ -106,7 +114,7 @@ impl Fake {
         outcome.unwrap_or_else(|_| panic!("last seen: {last:?}"));
     }
 
-    /// Waits until the pod is seen no more.
+    /// Waits until the pod is no longer observed.
     pub(crate) async fn gone(&self, uid: &PodUid) {
         let mut changes = self.site.board.subscribe();
         let waiting = async {

@@ -1,4 +1,5 @@
-//! What must be there before anything is served: folders, lease, keys, runtime, limits, the installed version.
+//! Prepares everything that must exist before the agent serves: directories, lease, keys, container
+//! runtime, limits and the installed version.
 
 use std::{
     fs,
@@ -26,34 +27,35 @@ use crate::{
     open_files, own_limits, policy,
     registry::board::Board,
     scheduler::{Scheduler, local, slurm},
-    shims::Shims,
+    shim_links::ShimLinks,
     site::{ACCEPTING, RuntimeInfo, Site},
     versions::Versions,
 };
 
-/// Open files of one pod at the worst: the shim's socket, a record being written, an stream or two.
+/// Open files per pod in the worst case: the shim's socket, a record being written, and a stream or two.
 const FILES_A_POD: u64 = 4;
 /// Open files that the agent needs for itself.
 const FILES_OWN: u64 = 128;
-/// Listeners whose connections are bounded: the ports of kubelets and of shims. Nobody but the user can reach the socket, and
-/// the links of shims, which are counted with their pods, leave their port places enough for it.
+/// Listeners with bounded connections: the ports of kubelets and of shims. The unix socket needs no
+/// bound, since only the user can reach it. Links of shims are counted with their pods, which
+/// leaves enough connections on their port.
 const LISTENERS: u64 = 2;
-/// More than any agent was tried with.
+/// More pods than any agent was tested with.
 const PODS: u64 = 20_000;
 
 /// Why the agent cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
-    /// Files of the state directory.
+    /// The state directory's files cannot be prepared.
     #[error("prepare the state directory")]
     Files(#[from] JobDirError),
-    /// Another agent lives, or the lease cannot be written.
-    #[error("take the lease")]
+    /// Another agent is alive, or the lease cannot be written.
+    #[error("acquire the lease")]
     Lease(#[from] LeaseError),
-    /// The state directory is open to others.
-    #[error("{} must be a folder of our own with mode 0700; it has mode {mode:o} and belongs to uid {uid}", path.display())]
+    /// Other users can access the state directory.
+    #[error("{} must be a directory of our own with mode 0700, but it has mode {mode:o} and belongs to uid {uid}", path.display())]
     Open {
-        /// The folder.
+        /// The state directory.
         path: PathBuf,
         /// Its permission bits.
         mode: u32,
@@ -63,15 +65,15 @@ pub enum PrepareError {
     /// A socket cannot be served.
     #[error("listen")]
     Listen(#[source] Box<LinkError>),
-    /// Certificates or keys.
+    /// The certificates or keys cannot be loaded.
     #[error("load keys")]
     Keys(#[from] CredentialsError),
-    /// No container runtime.
+    /// No container runtime was found.
     #[error(
         "no apptainer or singularity in {path:?}; name one in `tools`, or set runtime = \"process\""
     )]
     NoRuntime {
-        /// Where it was looked for.
+        /// The `PATH` that was searched.
         path: String,
     },
 }
@@ -107,7 +109,7 @@ pub(super) async fn prepare(
     let (publisher, live) = policy::Live::new(config.policy.clone());
     let scheduler = scheduler(&config, &state, &live);
     for tool in config.tools.unused() {
-        tracing::warn!("tools.{tool} of the site file is not used: its line can go");
+        tracing::warn!("tools.{tool} of the site file is not used: remove its line");
     }
     let (name, path) = runtime(&config)?;
     let program = (name != "process").then(|| path.clone());
@@ -117,7 +119,7 @@ pub(super) async fn prepare(
         .unwrap_or_else(|error| {
             tracing::warn!(
                 error = chain(&error),
-                "the container runtime does not say its version"
+                "the container runtime does not report its version"
             );
             "unknown".to_owned()
         });
@@ -132,8 +134,8 @@ pub(super) async fn prepare(
             path,
             version,
         },
-        shims: Shims::default(),
-        hurry: Arc::new(Notify::new()),
+        shims: ShimLinks::default(),
+        poll_soon: Arc::new(Notify::new()),
         accepting: Semaphore::new(ACCEPTING),
         config,
         policy: live,
@@ -153,7 +155,7 @@ pub(super) async fn prepare(
     })
 }
 
-/// The scheduler of the site file, which goes by the policy of the moment.
+/// The scheduler of the site file, which follows the current policy.
 fn scheduler(config: &Config, state: &StateDir, live: &policy::Live) -> Scheduler {
     match config.scheduler {
         SchedulerKind::Slurm => {
@@ -181,7 +183,7 @@ fn check_private(path: &Path) -> Result<(), PrepareError> {
     })
 }
 
-/// The agent's pair of the shim hop: kept, since running shims know its pin.
+/// The agent's key pair for the links of shims. It is kept, because running shims pin it.
 fn shim_hop_pair(state: &StateDir) -> Result<KeyPair, PrepareError> {
     let (cert, key) = state.shim_hop();
     if cert.exists() && key.exists() {
@@ -193,7 +195,7 @@ fn shim_hop_pair(state: &StateDir) -> Result<KeyPair, PrepareError> {
     Ok(pair)
 }
 
-/// Name and path of what starts containers.
+/// The name and the path of the container runtime.
 fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
     let path = config
         .env
@@ -223,7 +225,7 @@ fn runtime(config: &Config) -> Result<(&'static str, PathBuf), PrepareError> {
     })
 }
 
-/// How many pods this process may carry.
+/// How many pods this process can carry.
 pub(crate) fn pod_limit(config: &Config) -> usize {
     own_limits::raise();
     let files = open_files::raise();
@@ -236,7 +238,7 @@ pub(crate) fn pod_limit(config: &Config) -> usize {
             wanted,
             carried,
             files,
-            "the limit of open files carries fewer pods"
+            "the limit of open files allows fewer pods"
         );
     }
     tracing::info!(
@@ -254,7 +256,7 @@ pub(super) fn credentials(config: &Config) -> Result<Option<Credentials>, Prepar
     Ok(read.transpose()?)
 }
 
-/// The unix socket, and TCP where there are certificates.
+/// Binds the unix socket, and TCP if there are certificates.
 pub(super) async fn near_listeners(
     config: &Config,
     credentials: Option<Credentials>,
@@ -272,18 +274,18 @@ pub(super) async fn near_listeners(
     Ok(near)
 }
 
-/// The agent's unix socket: as configured, else `$XDG_RUNTIME_DIR/knoc/agent.sock`, else in the state directory. An
-/// `XDG_RUNTIME_DIR` that cannot be used is said in the log.
+/// The agent's unix socket: as configured, else `$XDG_RUNTIME_DIR/knoc/agent.sock`, else in the
+/// state directory. Logs a warning if `XDG_RUNTIME_DIR` is set but cannot be used.
 fn socket_path(config: &Config) -> PathBuf {
     let places = socket_places(config);
     let (path, fault) = places.choose();
     if let Some(fault) = fault {
-        tracing::warn!(socket = %path.display(), "{fault}: the socket lies in the state directory");
+        tracing::warn!(socket = %path.display(), "{fault}: using a socket in the state directory instead");
     }
     path
 }
 
-/// What decides where the socket lies.
+/// What decides where the socket is placed.
 #[must_use]
 pub fn socket_places(config: &Config) -> knoc_link::socket::Places {
     let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty());
@@ -294,7 +296,7 @@ pub fn socket_places(config: &Config) -> knoc_link::socket::Places {
     }
 }
 
-/// Writes where shims find the agent.
+/// Writes the addresses at which shims find the agent.
 pub(super) fn tell_shims(
     site: &Site,
     shim_hop: &knoc_link::Incoming,
@@ -307,12 +309,13 @@ pub(super) fn tell_shims(
         addresses: advertised(&site.config, port),
         spki: pair.spki().to_owned(),
     };
-    tracing::info!(addresses = ?endpoint.addresses, "shims are told to dial");
+    tracing::info!(addresses = ?endpoint.addresses, "shims will connect to these addresses");
     jobdir::write_json(&site.state.endpoint(), &endpoint)?;
     Ok(())
 }
 
-/// What shims dial: as configured, else every address of this host but loopback's, else its name.
+/// The addresses that shims connect to: as configured, else every address of this host except
+/// loopback, else its host name.
 fn advertised(config: &Config, port: u16) -> Vec<String> {
     let listen = config.listen.shim;
     if !config.listen.shim_addresses.is_empty() {
@@ -332,7 +335,7 @@ fn advertised(config: &Config, port: u16) -> Vec<String> {
     addresses
 }
 
-/// IPv4 addresses of this host's interfaces, from the kernel's table of local routes.
+/// The IPv4 addresses of this host's interfaces, from the kernel's table of local routes.
 fn own_addresses() -> Vec<std::net::IpAddr> {
     let trie = fs::read_to_string("/proc/net/fib_trie").unwrap_or_default();
     let mut found = Vec::new();

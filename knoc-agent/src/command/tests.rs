@@ -22,12 +22,12 @@ async fn output_stdin_and_environment_are_exactly_what_was_given() {
 }
 
 #[tokio::test]
-async fn a_failure_keeps_code_signal_and_words() {
+async fn a_failure_keeps_code_signal_and_message() {
     let err = sh("echo o; echo sbatch: error: no >&2; exit 7")
         .run()
         .await
         .unwrap_err();
-    assert_eq!(err.words(), Some("sbatch: error: no"));
+    assert_eq!(err.message(), Some("sbatch: error: no"));
     assert!(
         matches!(err.kind, CommandErrorKind::Exit { code: Some(7), .. }),
         "{err:?}"
@@ -46,7 +46,7 @@ async fn a_failure_keeps_code_signal_and_words() {
     let err = Command::new("/nowhere/sbatch").run().await.unwrap_err();
     assert_eq!(
         err.to_string(),
-        "/nowhere/sbatch is not there or not executable"
+        "/nowhere/sbatch does not exist or is not executable"
     );
 }
 
@@ -69,7 +69,7 @@ async fn the_deadline_kills_the_whole_group() {
         matches!(&err.kind, CommandErrorKind::Timeout { .. }),
         "{err:?}"
     );
-    assert_eq!(err.words(), Some("slow"));
+    assert_eq!(err.message(), Some("slow"));
     let pid = std::fs::read_to_string(pid_file).unwrap().trim().to_owned();
     for _ in 0..200 {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -78,7 +78,7 @@ async fn the_deadline_kills_the_whole_group() {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    unreachable!("{pid} still lives");
+    unreachable!("{pid} is still alive");
 }
 
 #[tokio::test]
@@ -93,6 +93,6 @@ async fn output_is_bounded_and_still_drained() {
 }
 
 #[tokio::test]
-async fn unread_stdin_is_no_failure() {
+async fn unread_stdin_is_not_a_failure() {
     sh("exit 0").stdin(vec![b'x'; 1 << 20]).run().await.unwrap();
 }

@@ -1,7 +1,8 @@
-//! A one-minute job that goes the whole way: sbatch, start, shim, link, report.
+//! A one-minute job that tests the whole chain: sbatch, start, shim, link and report.
 //!
-//! Its container is the program `true` of the compute node, whatever the site's runtime: what is proved is the chain,
-//! not an image. The job directory has no record, so that a restarted agent sweeps it.
+//! Its container is the program `true` of the compute node, whatever the site's container runtime
+//! is: it tests the chain, not an image. The job directory has no record, so an agent that restarts
+//! meanwhile removes it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,6 +11,7 @@ use knoc_proto::{
     error::chain,
     ids::PodUid,
     pb::{self, Finding},
+    pod::PodSpec,
 };
 use tokio::{sync::mpsc, time::Instant};
 
@@ -20,15 +22,15 @@ use crate::{
     site::Site,
 };
 
-/// A job that has not ended by then is cancelled.
-const PATIENCE: Duration = Duration::from_mins(3);
-/// What the job may say in that time.
+/// A job that has not ended after this time is cancelled.
+const TIMEOUT: Duration = Duration::from_mins(3);
+/// The queue's length for what the shim reports in that time.
 const INPUTS: usize = 64;
 
-/// What became of the job.
-struct Journey {
+/// How the job went.
+struct ProbeRun {
     last: Option<JobView>,
-    /// The shim's link came up.
+    /// Whether the shim's link came up.
     linked: bool,
     report: Option<pb::Report>,
 }
@@ -50,9 +52,10 @@ pub(super) async fn run(site: &Arc<Site>) -> Vec<Finding> {
         Err(error) => return vec![finding("probe: stage", Err(chain(&error)), "see the log")],
     };
     site.shims.expect(&uid, pin, input);
-    let findings = travel(site, &uid, spec, &dir, inputs).await;
+    let shape = PodSpec::accepted_before(uid.clone(), spec);
+    let findings = travel(site, &uid, shape, &dir, inputs).await;
     site.shims.forget(&uid);
-    // Left over it is swept at the next start.
+    // If it is left over, the next start removes it.
     drop(tokio::task::spawn_blocking(move || dir.remove()).await);
     findings
 }
@@ -94,14 +97,14 @@ fn prepare(site: &Site, dir: &JobDir, spec: &pb::PodSpec) -> Result<String, JobD
     "process".clone_into(&mut job.runtime);
     job.runtime_path.clear();
     dir.write_spec(&job)?;
-    // Without a key the link is missing, which the last finding says.
+    // Without a key the link cannot come up, which the last finding reports.
     Ok(stage::link_pin(dir).unwrap_or_default())
 }
 
 async fn travel(
     site: &Arc<Site>,
     uid: &PodUid,
-    spec: pb::PodSpec,
+    spec: PodSpec,
     dir: &JobDir,
     mut inputs: mpsc::Receiver<Input>,
 ) -> Vec<Finding> {
@@ -129,19 +132,19 @@ async fn travel(
     judge(&submitted, &journey, report.as_ref())
 }
 
-/// Until the job has ended, or patience has.
+/// Waits until the job has ended or the time is up.
 async fn follow(
     site: &Site,
     uid: &PodUid,
     submitted: &Submitted,
     inputs: &mut mpsc::Receiver<Input>,
-) -> Journey {
-    let mut journey = Journey {
+) -> ProbeRun {
+    let mut journey = ProbeRun {
         last: None,
         linked: false,
         report: None,
     };
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + TIMEOUT;
     let reference = JobRef {
         call: Some((submitted.began.as_second(), submitted.ended.as_second())),
         ..JobRef::new(submitted.job.clone(), uid.clone())
@@ -177,12 +180,12 @@ async fn follow(
         }
     }
     if let Err(error) = site.scheduler.cancel(&reference, Cancel::Kill).await {
-        tracing::warn!(job = %submitted.job, error = chain(&error), "cancel the probe");
+        tracing::warn!(job = %submitted.job, error = chain(&error), "cannot cancel the probe's job");
     }
     journey
 }
 
-fn judge(submitted: &Submitted, journey: &Journey, file: Option<&pb::Report>) -> Vec<Finding> {
+fn judge(submitted: &Submitted, journey: &ProbeRun, file: Option<&pb::Report>) -> Vec<Finding> {
     let job = &submitted.job;
     let span = submitted.ended.duration_since(submitted.began).as_millis();
     let mut findings = vec![finding(
@@ -209,14 +212,17 @@ fn judge(submitted: &Submitted, journey: &Journey, file: Option<&pb::Report>) ->
         match file {
             Some(report) if well(report) => Ok(format!("the shim ran on {}", report.hostname)),
             Some(report) => Err(format!("{}: {}", report.reason, report.message)),
-            None => Err(format!("no report came back; the job is {}", state.trim())),
+            None => Err(format!(
+                "the shim sent no report; the job is {}",
+                state.trim()
+            )),
         },
         "compute nodes must see state_dir at the same path, and may run programs from it",
     ));
     findings.push(finding(
         "probe: link",
         if journey.linked || journey.report.is_some() {
-            Ok("the shim dialled back".to_owned())
+            Ok("the shim connected to the agent".to_owned())
         } else {
             Err("the shim did not reach the agent".to_owned())
         },

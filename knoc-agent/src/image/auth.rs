@@ -1,28 +1,29 @@
-//! PURE: how a registry asks for a token, and the token that it then gives.
+//! PURE: parses how a registry asks for a token, and the token that it then issues.
 //!
-//! Both are texts of a stranger: they are bounded, and what is used of them is checked here.
+//! Both come from an untrusted server: their sizes are bounded, and the parts that are used are
+//! checked here.
 
 use std::time::Duration;
 
 use http::HeaderValue;
 use serde::Deserialize;
 
-/// Of one `WWW-Authenticate` header.
+/// The longest `WWW-Authenticate` header that is accepted.
 pub(super) const MAX_CHALLENGE: usize = 8 * 1024;
-/// Headers `WWW-Authenticate` that are looked at.
+/// How many `WWW-Authenticate` headers are parsed.
 const MAX_CHALLENGES: usize = 8;
-/// Of the answer that holds a token.
+/// The largest answer that holds a token.
 pub(super) const MAX_TOKEN: usize = 64 * 1024;
-/// What goes back in a header is shorter than what servers take.
+/// The longest token; servers do not accept longer headers.
 const MAX_BEARER: usize = 16 * 1024;
-/// What the specification says of a token without `expires_in`.
+/// The lifetime of a token without `expires_in`, according to the specification.
 const LIFETIME: Duration = Duration::from_mins(1);
-/// A token is not used this long before its end.
+/// A token is not used this long before it expires.
 const MARGIN: Duration = Duration::from_secs(10);
-/// However long it says that it lives.
+/// The longest lifetime that is accepted, whatever the answer says.
 const LONGEST: Duration = Duration::from_hours(1);
 
-/// Where a token is to be had.
+/// Where a token can be requested.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Challenge {
     pub(super) realm: String,
@@ -30,7 +31,7 @@ pub(super) struct Challenge {
     pub(super) scope: Option<String>,
 }
 
-/// The `Bearer` challenge among the headers of a 401.
+/// The `Bearer` challenge among the headers of a 401 response.
 pub(super) fn challenge<'a>(
     headers: impl Iterator<Item = &'a [u8]>,
 ) -> Result<Challenge, &'static str> {
@@ -69,7 +70,7 @@ pub(super) fn challenge<'a>(
     Err("it asks for credentials of an unknown kind")
 }
 
-/// The URL of the token: the realm with its query.
+/// The URL that issues the token: the realm with its query.
 pub(super) fn token_url(challenge: &Challenge, scope: &str) -> String {
     let realm = challenge.realm.split('#').next();
     let mut url = realm.unwrap_or_default().to_owned();
@@ -86,14 +87,14 @@ pub(super) fn token_url(challenge: &Challenge, scope: &str) -> String {
     url
 }
 
-/// What authorizes requests for a while.
+/// A token, and how long it may be used.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Token {
     pub(super) bearer: HeaderValue,
     pub(super) lifetime: Duration,
 }
 
-/// Reads the answer of a realm.
+/// Parses the answer of a realm.
 pub(super) fn token(body: &[u8]) -> Result<Token, String> {
     #[derive(Deserialize)]
     struct Answer {
@@ -101,8 +102,8 @@ pub(super) fn token(body: &[u8]) -> Result<Token, String> {
         access_token: Option<String>,
         expires_in: Option<u64>,
     }
-    let answer: Answer =
-        serde_json::from_slice(body).map_err(|error| format!("its answer is no token: {error}"))?;
+    let answer: Answer = serde_json::from_slice(body)
+        .map_err(|error| format!("its answer is not a token: {error}"))?;
     let given = [answer.token, answer.access_token];
     let token = given.into_iter().flatten().find(|token| !token.is_empty());
     let token = token.ok_or("its answer holds no token")?;
@@ -110,8 +111,8 @@ pub(super) fn token(body: &[u8]) -> Result<Token, String> {
         return Err(format!("its token is longer than {MAX_BEARER} bytes"));
     }
     let bearer = HeaderValue::try_from(format!("Bearer {token}"));
-    let mut bearer =
-        bearer.map_err(|_| "its token holds characters that no header may".to_owned())?;
+    let mut bearer = bearer
+        .map_err(|_| "its token holds characters that a header may not contain".to_owned())?;
     bearer.set_sensitive(true);
     let lifetime = answer.expires_in.map_or(LIFETIME, Duration::from_secs);
     let lifetime = lifetime.min(LONGEST).saturating_sub(MARGIN);

@@ -1,14 +1,15 @@
-//! The folder of pulled images, and what is known of them.
+//! The directory of pulled images and their configs.
 //!
 //! ```text
-//! images/sha256-<hex>.sif    renamed into place when whole
-//! images/sha256-<hex>.json   the image's config; written before the SIF is
-//! images/tags.json           name → digest, as last seen: what IfNotPresent goes by
-//! images/.tmp/               pulls under way
+//! images/sha256-<hex>.sif    renamed into place when complete
+//! images/sha256-<hex>.json   the image's config; written before the SIF
+//! images/tags.json           name → digest, as last seen; IfNotPresent uses it
+//! images/.tmp/               pulls in progress
 //! ```
 //!
-//! A config's time of change is when its image was last used. The SIF itself is never touched: jobs compare it with
-//! what they were started with. [`super::room`] bounds the whole.
+//! The modification time of a config is the time when its image was last used. The SIF itself is
+//! never touched, because jobs check that it is the file they were submitted with. [`super::room`]
+//! bounds the total size.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -24,9 +25,10 @@ use knoc_proto::pb;
 use super::claims::{Claims, Kept};
 use super::file::ImageFile;
 
-/// Names whose digest is remembered; of more, some cost a question to the registry again.
+/// How many names have their digest recorded; if there are more, some cost another request to the
+/// registry.
 const MAX_TAGS: usize = 20_000;
-/// A use is written down at most so often.
+/// The modification time is updated at most this often.
 const USE_NOTED: Duration = Duration::from_mins(10);
 
 impl From<ImageFile> for pb::ImageConfig {
@@ -41,12 +43,12 @@ impl From<ImageFile> for pb::ImageConfig {
     }
 }
 
-/// The cache's folder.
+/// The cache directory.
 #[derive(Debug)]
 pub(super) struct Cache {
     pub(super) state: StateDir,
     root: PathBuf,
-    /// `None` until read.
+    /// `None` until `tags.json` has been read.
     tags: Mutex<Option<BTreeMap<String, String>>>,
     pub(super) claims: Mutex<Claims>,
     /// Held while images are removed.
@@ -72,12 +74,13 @@ impl Cache {
         self.root.join(format!("{}.json", file_stem(digest)))
     }
 
-    /// Where pulls are written to; on the same file system.
+    /// The directory for pulls in progress, on the same file system.
     pub(super) fn temporary(&self) -> PathBuf {
         self.root.join(".tmp")
     }
 
-    /// The config of an image that is here, whole, and about to be used: the caller holds it. Blocking.
+    /// The config of an image that is cached completely and is about to be used; the caller holds
+    /// it. Blocking.
     pub(super) fn get(&self, digest: &str) -> Option<ImageFile> {
         if !self.sif(digest).is_file() {
             return None;
@@ -88,7 +91,7 @@ impl Cache {
         file
     }
 
-    /// All images that are here. Blocking.
+    /// All cached images. Blocking.
     pub(super) fn images(&self) -> Vec<Kept> {
         let Ok(entries) = fs::read_dir(&self.root) else {
             return Vec::new();
@@ -108,7 +111,7 @@ impl Cache {
         entries.filter_map(|entry| image(entry.ok()?)).collect()
     }
 
-    /// Removes what an earlier agent left unfinished. Blocking; once, at the start.
+    /// Removes what an earlier agent left unfinished. Blocking; called once, at start.
     pub(super) fn sweep(&self) {
         let temporary = self.temporary();
         if let Err(error) = tree::remove(&temporary) {
@@ -132,7 +135,7 @@ impl Cache {
         }
     }
 
-    /// Takes a pulled file in. Blocking.
+    /// Moves a pulled file into the cache. Blocking.
     pub(super) fn put(
         &self,
         digest: &str,
@@ -149,13 +152,13 @@ impl Cache {
         Ok(())
     }
 
-    /// The digest that a name had when it was last resolved. Blocking at the first call.
+    /// The digest that a name had when it was last resolved. The first call blocks.
     pub(super) fn digest(&self, name: &str) -> Option<String> {
         let mut tags = self.tags.lock().unwrap_or_else(PoisonError::into_inner);
         self.loaded(&mut tags).get(name).cloned()
     }
 
-    /// Remembers the digest of a name. Blocking.
+    /// Records the digest of a name. Blocking.
     pub(super) fn remember(&self, name: &str, digest: &str) -> Result<(), JobDirError> {
         let mut tags = self.tags.lock().unwrap_or_else(PoisonError::into_inner);
         let known = self.loaded(&mut tags);
@@ -172,7 +175,7 @@ impl Cache {
         write_json(&self.root.join("tags.json"), known)
     }
 
-    /// Forgets the names of images that are no longer here. Blocking.
+    /// Removes the names of images that are no longer cached. Blocking.
     pub(super) fn forget(&self, gone: &[String]) {
         let mut tags = self.tags.lock().unwrap_or_else(PoisonError::into_inner);
         let known = self.loaded(&mut tags);
@@ -182,7 +185,7 @@ impl Cache {
             return;
         }
         if let Err(error) = write_json(&self.root.join("tags.json"), known) {
-            // A name without its image costs a question to the registry.
+            // A name without its image costs one request to the registry.
             tracing::warn!(error = chain(&error), "cannot write tags.json");
         }
     }
@@ -191,7 +194,7 @@ impl Cache {
         &self,
         tags: &'a mut Option<BTreeMap<String, String>>,
     ) -> &'a mut BTreeMap<String, String> {
-        // A broken file costs one question to the registry for each name.
+        // If the file is broken, each name costs one request to the registry.
         tags.get_or_insert_with(|| {
             read_json(&self.root.join("tags.json"))
                 .ok()
@@ -201,7 +204,7 @@ impl Cache {
     }
 }
 
-/// Sets a config's time of change to that of a use.
+/// Sets a config's modification time to the time of a use.
 fn note_use(config: &Path, now: SystemTime) {
     let noted = File::open(config).and_then(|file| {
         let last = file.metadata()?.modified()?;
@@ -214,11 +217,11 @@ fn note_use(config: &Path, now: SystemTime) {
         Ok(())
     });
     if let Err(error) = noted {
-        tracing::debug!(config = %config.display(), %error, "cannot note a use");
+        tracing::debug!(config = %config.display(), %error, "cannot record that an image was used");
     }
 }
 
-/// A digest as a file name: a colon would be a separator to the runtime.
+/// A digest as a file name, without the colon, which the runtime would parse as a separator.
 fn file_stem(digest: &str) -> String {
     digest.replace([':', '/'], "-")
 }

@@ -1,4 +1,4 @@
-//! What `doctor` asks of images: the runtime, the cache, the roots, the mirrors.
+//! What `doctor` checks about images: the runtime, the cache, the image roots and the mirrors.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use knoc_proto::{error, pb};
 use super::{Images, Name, reference, runtime_version};
 
 impl Images {
-    /// Findings in the order of the chain.
+    /// The findings, in the order in which an image is processed.
     pub async fn checks(&self) -> Vec<pb::Finding> {
         let settings = self.settings();
         let mut all = vec![self.runtime().await];
@@ -22,7 +22,7 @@ impl Images {
             all.push(folder(
                 "images: image_roots",
                 root,
-                "make the folder, or take it out of image_roots",
+                "create the directory, or remove it from image_roots",
             ));
             if !settings.trust_shared_roots {
                 all.push(trusted(root));
@@ -38,9 +38,9 @@ impl Images {
         all
     }
 
-    /// The cache: there, and how full it is.
+    /// Checks that the cache exists, and how full it is.
     async fn kept(&self) -> pb::Finding {
-        let cure = "check quota and rights of state_dir";
+        let cure = "check the quota and the permissions of state_dir";
         let path = self.settings().state.images();
         let limit = self.settings().limits.cache;
         let cache = std::sync::Arc::clone(self.cache());
@@ -71,7 +71,7 @@ impl Images {
         }
     }
 
-    /// Whether a mirror answers at all: any answer of a registry will do, that it lacks the image too.
+    /// Checks that a mirror answers at all: an answer that it does not have the image is enough.
     async fn mirror(&self, prefix: &str) -> pb::Finding {
         let check = format!("images: mirror of {prefix}");
         let cure = "check mirror and insecure of this [[registry]] in the site file";
@@ -79,13 +79,13 @@ impl Images {
         let Ok(name) = name else {
             return finding(
                 &check,
-                Err("the prefix is no registry name".to_owned()),
+                Err("the prefix is not a registry name".to_owned()),
                 cure,
             );
         };
         let source = match reference::source(&name, &self.settings().registries) {
             Ok(source) => source,
-            Err(words) => return finding(&check, Err(words), cure),
+            Err(message) => return finding(&check, Err(message), cure),
         };
         let registry = source.reference.registry().to_owned();
         let result = self.registry().answers(&source).await;
@@ -93,7 +93,7 @@ impl Images {
     }
 }
 
-/// Can a process be exec'd into a container?
+/// Checks whether a process can join a running container.
 fn exec(program: &Path) -> pb::Finding {
     let name = program
         .file_name()
@@ -101,7 +101,7 @@ fn exec(program: &Path) -> pb::Finding {
     let result = match setuid::starter(&name, program) {
         None => Ok("by joining the container's namespaces (userns)".to_owned()),
         Some(starter) => Err(format!(
-            "not possible: {} sets containers up as root, and nobody else may join them",
+            "not possible: {} sets containers up as root, and other users may not join them",
             starter.display()
         )),
     };
@@ -109,13 +109,13 @@ fn exec(program: &Path) -> pb::Finding {
     finding("runtime: exec", result, cure)
 }
 
-/// Could somebody else choose what runs as this account?
+/// Checks whether other users could choose what runs as this account.
 fn trusted(root: &Path) -> pb::Finding {
     let walked = walk::owned_way(root);
-    let cure = "make it and the folders above belong to root or to you and be writable by nobody else, or set \
+    let cure = "make sure that it and all directories above it belong to root or to you and that nobody else can write to them, or set \
                 trust_shared_roots in the site file";
     let result = match walked {
-        // That it is not there is another finding's matter.
+        // Another finding reports if the root does not exist.
         Ok(_) | Err(WalkError::Io { .. }) => {
             Ok(format!("nobody else can change {}", root.display()))
         }
@@ -136,7 +136,7 @@ fn folder(check: &str, path: &Path, cure: &str) -> pb::Finding {
 
 fn finding(check: &str, result: Result<String, String>, cure: &str) -> pb::Finding {
     let ok = result.is_ok();
-    let detail = result.unwrap_or_else(|words| words);
+    let detail = result.unwrap_or_else(|message| message);
     let cure = if ok { String::new() } else { cure.to_owned() };
     pb::Finding {
         check: check.to_owned(),

@@ -1,4 +1,4 @@
-//! What the cache of images keeps account of: the images on disk, and what of it is in use or promised.
+//! The account of the image cache: the images on disk, and what this process holds and reserves.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,13 +15,13 @@ pub(super) struct Kept {
     pub(super) used: SystemTime,
 }
 
-/// What of the cache is spoken for in this process.
+/// What this process holds and reserves in the cache.
 #[derive(Debug, Default)]
 pub(super) struct Claims {
     pub(super) held: HashMap<String, usize>,
-    /// Held at some time since the last search for room began.
+    /// Images that were held at some time since the last search for room began.
     pub(super) since: HashSet<String>,
-    /// Bytes of pulls under way.
+    /// Bytes reserved by pulls in progress.
     pub(super) reserved: u64,
 }
 

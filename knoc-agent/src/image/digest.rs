@@ -1,11 +1,11 @@
-//! PURE: digests of content, and their computation.
+//! PURE: content digests and their computation.
 
 use std::fmt;
 use std::str::FromStr;
 
 use sha2::Digest as _;
 
-/// A digest of content, such as `sha256:…`. Its text is safe as a part of a path and of a URL.
+/// A content digest such as `sha256:…`. Its text is safe to use in a path and in a URL.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest {
     algorithm: Algorithm,
@@ -34,7 +34,7 @@ impl Algorithm {
     }
 }
 
-/// The text is not a digest of an algorithm that is supported.
+/// The text is not a digest of a supported algorithm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a digest must be sha256: or sha512: and lower-case hexadecimal digits")]
 pub struct DigestError;
@@ -65,7 +65,7 @@ impl fmt::Display for Digest {
 }
 
 impl Digest {
-    /// The digest of `bytes` by SHA-256.
+    /// The SHA-256 digest of `bytes`.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         let mut hasher = Hasher::new(Algorithm::Sha256);
@@ -73,7 +73,7 @@ impl Digest {
         hasher.finish()
     }
 
-    /// The digest of `bytes` by the algorithm of this one.
+    /// The digest of `bytes` by the algorithm of this digest.
     #[must_use]
     pub fn same_of(&self, bytes: &[u8]) -> Self {
         let mut hasher = self.hasher();
@@ -81,19 +81,19 @@ impl Digest {
         hasher.finish()
     }
 
-    /// Computes digests that can be compared with this one.
+    /// A hasher whose digests can be compared with this one.
     #[must_use]
     pub fn hasher(&self) -> Hasher {
         Hasher::new(self.algorithm)
     }
 
-    /// `sha256`.
+    /// The algorithm's name, such as `sha256`.
     #[must_use]
     pub fn algorithm(&self) -> &'static str {
         self.algorithm.name()
     }
 
-    /// The digits.
+    /// The hexadecimal digits.
     #[must_use]
     pub fn hex(&self) -> &str {
         &self.hex
@@ -126,7 +126,7 @@ impl Hasher {
         })
     }
 
-    /// Takes more of the content in.
+    /// Adds content.
     pub fn update(&mut self, bytes: &[u8]) {
         match &mut self.0 {
             State::Sha256(state) => state.update(bytes),
@@ -134,7 +134,7 @@ impl Hasher {
         }
     }
 
-    /// The digest of all that was taken in.
+    /// The digest of everything that was added.
     #[must_use]
     pub fn finish(self) -> Digest {
         match self.0 {

@@ -1,12 +1,13 @@
-//! The blobs of one image into an OCI layout, and what the layout must hold beside them.
+//! Downloads the blobs of one image into an OCI image layout, and writes the layout's other files.
 //!
 //! ```text
 //! layout/oci-layout, index.json
 //! layout/blobs/<algorithm>/<hex>    manifest, config, layers
 //! ```
 //!
-//! Every layer is read with two bounds: it ends with the size that its manifest announced, and it makes progress. How
-//! much progress is enough depends on whether others wait for the place that it holds.
+//! Every layer is read with two limits: it ends at the size that its manifest announced, and it
+//! must make progress. How much progress is required depends on whether other pulls wait for its
+//! slot.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -21,26 +22,26 @@ use tokio::time::Instant;
 use super::digest::Digest;
 use super::manifest::{self, Descriptor, Image, Packing};
 use super::reference::Source;
-use super::registry::{RegistryClient, words};
+use super::registry::{RegistryClient, describe};
 use super::slots::Slots;
 
-/// Layers of one image at the same time, as other container runtimes do.
+/// How many layers of one image are downloaded at the same time, as in other container runtimes.
 const LAYERS_AT_ONCE: usize = 3;
-/// Bytes that a layer must bring in each period of `stall`.
+/// Bytes that a layer must receive in each period of `stall`.
 const TRICKLE: u64 = 64 * 1024;
-/// The same while others wait for its place.
+/// The same limit while other pulls wait for its slot.
 const TRICKLE_WANTED: u64 = 1024 * 1024;
-/// A whole download, however steady it is.
+/// The longest time that a download may take, however steady it is.
 pub(super) const LONGEST: Duration = Duration::from_hours(6);
 
-/// The layout of one image, in a folder of its own.
+/// The OCI image layout of one image, in a directory of its own.
 #[derive(Debug, Clone)]
 pub(super) struct Layout {
     folder: PathBuf,
 }
 
 impl Layout {
-    /// Makes the folders. Blocking, and short.
+    /// Creates the directories. Blocking, but short.
     pub(super) fn create(folder: PathBuf) -> Result<Self, FileError> {
         for algorithm in ["sha256", "sha512"] {
             atomic::create_dir(&folder.join("blobs").join(algorithm))?;
@@ -53,7 +54,7 @@ impl Layout {
         blobs.join(digest.hex())
     }
 
-    /// Writes what makes it a layout. Blocking.
+    /// Writes the files that complete the layout. Blocking.
     pub(super) fn complete(
         &self,
         image: &Image,
@@ -73,7 +74,7 @@ impl Layout {
             ),
         ];
         for (path, bytes) in files {
-            // Not synced: it is read at once, and gone with this process.
+            // Not synced: the file is read at once and removed with this process.
             let written = std::fs::File::create(&path).and_then(|mut file| file.write_all(bytes));
             written.map_err(|error| format!("{}: {error}", path.display()))?;
         }
@@ -81,21 +82,21 @@ impl Layout {
     }
 }
 
-/// Where and how the layers of one image are fetched.
+/// Where and how the layers of one image are downloaded.
 #[derive(Debug)]
 pub(super) struct Download<'a> {
     pub(super) registry: &'a RegistryClient,
     pub(super) source: &'a Source,
     pub(super) layout: &'a Layout,
-    /// Whose place this download holds.
+    /// The slots, one of which this download holds.
     pub(super) slots: &'a Slots,
     pub(super) stall: Duration,
 }
 
 impl Download<'_> {
-    /// Fetches all layers; their digests are not checked yet.
+    /// Downloads all layers; their digests are checked later.
     pub(super) async fn layers(&self, image: &Image) -> Result<(), String> {
-        // An image may have one layer several times.
+        // An image may contain the same layer several times.
         let mut layers: Vec<Descriptor> = Vec::new();
         for layer in &image.layers {
             if !layers.iter().any(|known| known.digest == layer.digest) {
@@ -107,9 +108,9 @@ impl Download<'_> {
         let all = all.try_collect::<Vec<()>>();
         let done = tokio::time::timeout(LONGEST, all).await;
         let late = |_elapsed| {
-            words(
+            describe(
                 self.source,
-                &format!("the layers were not here after {LONGEST:?}"),
+                &format!("the layers were not downloaded within {LONGEST:?}"),
             )
         };
         done.map_err(late).flatten().map(drop)
@@ -118,7 +119,7 @@ impl Download<'_> {
     async fn layer(&self, layer: Descriptor) -> Result<(), String> {
         let path = self.layout.blob(&layer.digest);
         let fetched = self.fetch(&layer, &path).await;
-        fetched.map_err(|text| words(self.source, &text))
+        fetched.map_err(|text| describe(self.source, &text))
     }
 
     async fn fetch(&self, layer: &Descriptor, path: &Path) -> Result<(), String> {
@@ -141,7 +142,7 @@ impl Download<'_> {
             received = received.saturating_add(length);
             if received > layer.size {
                 return Err(format!(
-                    "layer {} is longer than the {} bytes of its manifest",
+                    "layer {} is longer than the {} bytes that its manifest announces",
                     layer.digest, layer.size
                 ));
             }
@@ -162,7 +163,7 @@ impl Download<'_> {
     }
 }
 
-/// What a layer brought since `begin`.
+/// What a layer has received since `begin`.
 #[derive(Debug, Clone, Copy)]
 struct Period {
     begin: Instant,
@@ -181,7 +182,7 @@ impl Period {
         self.begin + stall
     }
 
-    /// The next one, if this one has brought enough.
+    /// The next period, if this one has received enough.
     fn next(self, download: &Download<'_>, layer: &Descriptor) -> Result<Self, String> {
         let wanted = download.slots.wanted();
         if self.bytes >= enough(wanted) {

@@ -1,4 +1,4 @@
-//! PURE: what an image says of itself: the part of its config that a container starts from.
+//! PURE: the part of an image's config that a container starts from.
 
 use std::collections::BTreeMap;
 
@@ -6,10 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::manifest::texts;
 
-/// Of all texts that a container is started from; images have some hundred bytes.
+/// The largest size of all these texts together; images usually have some hundred bytes.
 const MAX_TEXTS: usize = 64 * 1024;
 
-/// The part of the OCI config that a container starts from, in the words of the OCI specification.
+/// The part of the OCI image config that a container starts from, with the specification's field
+/// names.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub(super) struct ImageFile {
@@ -24,7 +25,8 @@ pub(super) struct ImageFile {
 }
 
 impl ImageFile {
-    /// From a registry's config blob. Every container of a pod has a copy of it, so its texts are bounded.
+    /// Parses a registry's config blob. Every container of a pod has a copy of it, so its size is
+    /// bounded.
     pub(super) fn of_oci(text: &[u8]) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Blob {
@@ -36,7 +38,7 @@ impl ImageFile {
         let length = file.length();
         if length > MAX_TEXTS {
             return Err(format!(
-                "entrypoint, arguments and variables of the image have {length} bytes, and {MAX_TEXTS} are allowed"
+                "entrypoint, arguments and variables of the image have {length} bytes, and at most {MAX_TEXTS} are allowed"
             ));
         }
         Ok(file)
@@ -50,7 +52,7 @@ impl ImageFile {
         lists.flatten().chain(single).map(String::len).sum()
     }
 
-    /// From the JSON that Apptainer puts into a SIF; `None` where it is another JSON.
+    /// Parses the JSON that Apptainer writes into a SIF; `None` if it is some other JSON.
     pub(super) fn of_sif(text: &str) -> Option<Self> {
         let keys: BTreeMap<String, serde_json::Value> = serde_json::from_str(text).ok()?;
         let known = ["Entrypoint", "Cmd", "Env", "WorkingDir", "User"];

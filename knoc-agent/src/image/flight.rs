@@ -1,7 +1,8 @@
-//! Single flight: who asks for a key that is being worked on waits for that work.
+//! Single flight: a caller that asks for a key that is being worked on waits for that work.
 //!
-//! The work lives in whoever waits for it: when the last one goes away it is dropped, and a pull with
-//! it. Its outcome, good or bad, goes to all who waited; the next one to ask starts anew.
+//! The work is driven by the callers that wait for it: when the last one goes away, the work (such
+//! as a pull) is dropped. Its outcome, success or failure, goes to all callers that waited; the
+//! next caller starts the work again.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -13,7 +14,7 @@ use futures::future::{BoxFuture, Shared, WeakShared};
 
 type Work<V> = BoxFuture<'static, V>;
 
-/// Work in flight by key.
+/// The work in flight, by key.
 pub(super) struct Flights<V: Clone> {
     flights: Mutex<HashMap<String, WeakShared<Work<V>>>>,
 }
@@ -33,7 +34,7 @@ impl<V: Clone> Default for Flights<V> {
 }
 
 impl<V: Clone + Send + Sync + 'static> Flights<V> {
-    /// Waits for the work on `key`, which is `start`'s where there is none.
+    /// Waits for the work on `key`, which `start` begins if there is none.
     pub(super) async fn join<F>(&self, key: &str, start: impl FnOnce() -> F) -> V
     where
         F: Future<Output = V> + Send + 'static,
@@ -42,7 +43,8 @@ impl<V: Clone + Send + Sync + 'static> Flights<V> {
             let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
             flights.retain(|_, flight| flight.upgrade().is_some());
             let there = flights.get(key).and_then(WeakShared::upgrade);
-            // A flight that has landed is only there because somebody has not looked yet.
+            // Work that has finished is still listed only because a waiting caller has not read its
+            // outcome yet.
             if let Some(flight) = there.filter(|flight| flight.peek().is_none()) {
                 flight
             } else {
@@ -76,11 +78,11 @@ mod tests {
         assert!(futures::poll!(&mut all).is_pending());
         gate.cancel();
         assert_eq!(all.await, vec![0; 10]);
-        assert_eq!(ask().await, 1, "the next one starts anew");
+        assert_eq!(ask().await, 1, "the next caller starts the work again");
     }
 
     #[tokio::test]
-    async fn one_who_leaves_takes_nobody_along() {
+    async fn a_caller_that_leaves_does_not_stop_the_others() {
         let flights = Flights::default();
         let (send, receive) = tokio::sync::oneshot::channel::<u32>();
         let mut first = Box::pin(flights.join("k", || async { receive.await.unwrap() }));

@@ -1,12 +1,12 @@
-//! What the fuzz targets and the tests run alike: any bytes in the place of a registry's texts, and what must hold
-//! whatever they are. A broken promise is a panic here.
+//! Checks that the fuzz targets and the tests share: they feed arbitrary bytes in place of a
+//! registry's texts and panic if a property does not hold.
 //!
 //! Compiled for tests, and with the feature `fuzzed` for the targets in `knoc-agent/fuzz`.
 
 #![allow(
     unreachable_pub,
     clippy::panic,
-    reason = "public for the fuzz targets; a harness says what it found by a panic"
+    reason = "public for the fuzz targets; a harness reports what it found with a panic"
 )]
 
 use super::auth;
@@ -16,11 +16,11 @@ use super::guard::{Url, forbidden};
 use super::manifest::{self, MAX_LAYERS, Manifest, Packing};
 use super::unpacked::{Budget, Tar};
 
-/// Any bytes as a manifest, an index, an image's config, and a registry's reasons.
+/// Parses any bytes as a manifest, an index, an image's config and a registry's error reasons.
 ///
 /// # Panics
-/// Where a list is longer than its bound, a digest could leave its folder, or what is written for the runtime is not
-/// what was read.
+/// If a list is longer than its limit, a digest could leave its directory, or what is written for
+/// the runtime differs from what was read.
 pub fn manifests(data: &[u8]) {
     match manifest::read(data) {
         Ok(Manifest::Image(image)) => {
@@ -52,10 +52,11 @@ fn in_its_folder(digest: &Digest) {
     assert!(matches!(digest.algorithm(), "sha256" | "sha512"));
 }
 
-/// Any bytes as the `WWW-Authenticate` headers of a refusal, a line each, and as the answer of a realm.
+/// Parses any bytes as the `WWW-Authenticate` headers of a 401 response, one per line, and as the
+/// answer of a realm.
 ///
 /// # Panics
-/// Where a URL comes out that is none, or a token that could end its header.
+/// If the result is a URL that is invalid, or a token that could end its header.
 pub fn auth_headers(data: &[u8]) {
     let lines = data.split(|byte| *byte == b'\n');
     if let Ok(challenge) = auth::challenge(lines) {
@@ -89,10 +90,10 @@ pub fn auth_headers(data: &[u8]) {
     }
 }
 
-/// Any bytes as a layer's archive, whole and in pieces.
+/// Checks any bytes as a layer's archive, in one piece and in several.
 ///
 /// # Panics
-/// Where the pieces make a difference, or the budget grows.
+/// If the pieces lead to another result, or the budget grows.
 pub fn layers(data: &[u8]) {
     let budget = Budget {
         bytes: 1 << 20,

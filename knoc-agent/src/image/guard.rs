@@ -1,35 +1,35 @@
-//! PURE: which addresses an image may make the agent connect to, and with which scheme.
+//! PURE: decides which addresses the agent may connect to for an image, and by which scheme.
 //!
-//! A pod names a registry; the registry names the realm that gives out tokens, and the places that its blobs are
-//! redirected to. Any of them could be a service of the login node that trusts whoever reaches it. So every connection
-//! obeys one rule: TLS, and no address that means this host, this link or a cloud's metadata service. A `[[registry]]`
-//! entry exempts the host that it names. The rule is applied to the address that is connected to, not to an earlier
-//! look-up.
+//! A pod names a registry; the registry names the realm that issues tokens, and the URLs that its
+//! blobs are redirected to. Any of them could be a service of the login node that trusts local
+//! clients. So every connection follows one rule: TLS only, and no address of this host, of this
+//! link or of a cloud's metadata service. A `[[registry]]` entry exempts the host that it names.
+//! The rule is applied to the address that is connected to, not to an earlier look-up.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::Registry;
 
-/// Longer URLs are refused; blob stores sign theirs with one or two KiB.
+/// Longer URLs are rejected; the signed URLs of blob stores have one or two KiB.
 const MAX_URL: usize = 16 * 1024;
-/// Where Docker Hub's registry is served.
+/// The host that serves Docker Hub's registry API.
 const HUB_API: &str = "registry-1.docker.io";
 
 /// An `http` or `https` URL.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Url {
-    /// `https`.
+    /// Whether the scheme is `https`.
     pub(super) tls: bool,
-    /// Lower case, an IPv6 address without its brackets.
+    /// In lower case; an IPv6 address has no brackets.
     pub(super) host: String,
-    /// Of the URL, else the scheme's default.
+    /// The port of the URL, or the default port of its scheme.
     pub(super) port: u16,
-    /// Path and query, at least `/`.
+    /// Path and query; at least `/`.
     pub(super) path: String,
 }
 
-/// Without the query, which may hold a signature.
+/// Omits the query, which may contain a signature.
 impl fmt::Display for Url {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.split('?').next().unwrap_or_default();
@@ -44,7 +44,7 @@ impl fmt::Debug for Url {
 }
 
 impl Url {
-    /// Reads an absolute URL. One with a user name is refused.
+    /// Parses an absolute URL. A URL with a user name is rejected.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         if text.len() > MAX_URL {
             return Err(format!("the URL is longer than {MAX_URL} bytes"));
@@ -70,7 +70,7 @@ impl Url {
         let port = match rest.rsplit_once(':') {
             Some((_, port)) => port
                 .parse()
-                .map_err(|_| format!("the port {port:?} is not one"))?,
+                .map_err(|_| format!("{port:?} is not a port"))?,
             None => default,
         };
         if port == 0 {
@@ -86,12 +86,12 @@ impl Url {
         })
     }
 
-    /// Where a `Location` of an answer from here leads.
+    /// The URL that a `Location` header in a response from this URL refers to.
     pub(super) fn join(&self, location: &str) -> Result<Self, String> {
         if location.starts_with("//") {
             return Self::parse(&format!("{}:{location}", self.scheme()));
         }
-        // What stands before a colon in the first part of a relative path would be a scheme.
+        // Before a colon in the first segment of a relative path there would be a scheme.
         let first = location.split(['/', '?', '#']).next().unwrap_or_default();
         if first.contains(':') {
             return Self::parse(location);
@@ -107,13 +107,13 @@ impl Url {
         Self::parse(&format!("{}://{}{path}", self.scheme(), self.authority()))
     }
 
-    /// `https`, or `http`.
+    /// The scheme's name, `https` or `http`.
     #[must_use]
     pub(super) fn scheme(&self) -> &'static str {
         if self.tls { "https" } else { "http" }
     }
 
-    /// `HOST[:PORT]`, as in the header `Host`.
+    /// `HOST[:PORT]`, as in the `Host` header.
     #[must_use]
     pub(super) fn authority(&self) -> String {
         let default = self.port == if self.tls { 443 } else { 80 };
@@ -125,14 +125,14 @@ impl Url {
         }
     }
 
-    /// The same scheme, host and port: what credentials are for.
+    /// Whether scheme, host and port are the same; credentials are valid for one origin.
     #[must_use]
     pub(super) fn same_origin(&self, other: &Self) -> bool {
         (self.tls, &self.host, self.port) == (other.tls, &other.host, other.port)
     }
 }
 
-/// The first URL of a registry that answers requests about `registry`, as names of images have it.
+/// The root URL of the registry API for `registry`, as image names have it.
 pub(super) fn base(registry: &str, plain: bool) -> Result<Url, String> {
     let host = if registry == "docker.io" {
         HUB_API
@@ -147,7 +147,7 @@ pub(super) fn base(registry: &str, plain: bool) -> Result<Url, String> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Named {
     host: String,
-    /// `None`: the default port of either scheme.
+    /// `None` means the default port of either scheme.
     port: Option<u16>,
     plain: bool,
 }
@@ -174,14 +174,14 @@ impl Named {
     }
 }
 
-/// What connections for images may lead to.
+/// The rules for connections that are made for images.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Rules {
     named: Vec<Named>,
 }
 
 impl Rules {
-    /// The hosts that `[[registry]]` names are exempt: the prefix, and the mirror.
+    /// Creates the rules. Hosts that a `[[registry]]` names are exempt: its prefix and its mirror.
     #[must_use]
     pub(super) fn new(registries: &[Registry]) -> Self {
         let named = registries.iter().flat_map(|entry| {
@@ -201,30 +201,32 @@ impl Rules {
         self.named.iter().any(|named| named.is(url))
     }
 
-    /// Whether `url` may be asked at all. `plain`: the registry in question is asked by plain HTTP itself.
+    /// Checks the scheme of `url`. `plain`: the registry itself is accessed over plain HTTP.
     pub(super) fn scheme(&self, url: &Url, plain: bool) -> Result<(), String> {
         let insecure = || self.named.iter().any(|named| named.plain && named.is(url));
         if url.tls || plain || insecure() {
             return Ok(());
         }
         Err(format!(
-            "{url} is refused: plain HTTP is only for what [[registry]] names with insecure = true"
+            "{url} is refused: plain HTTP is allowed only for hosts that a [[registry]] of the site file names with insecure = true"
         ))
     }
 
-    /// Whether `ip`, which the host of `url` has, may be connected to. `own`: this host has that address itself.
+    /// Checks whether the address `ip` of `url`'s host may be connected to. `own`: `ip` is an
+    /// address of this host.
     pub(super) fn address(&self, url: &Url, ip: IpAddr, own: bool) -> Result<(), String> {
         let of_this_host = own.then_some("an address of this host");
         match forbidden(ip).or(of_this_host) {
             Some(kind) if !self.named(url) => Err(format!(
-                "{url} is refused: {ip} is {kind}; if it is meant, name {:?} as the prefix of a [[registry]] of the site file",
+                "{url} is refused: {ip} is {kind}; to allow it, name {:?} as the prefix of a [[registry]] of the site file",
                 url.authority()
             )),
             Some(_) | None => Ok(()),
         }
     }
 
-    /// What can be said of the host without looking it up: where a proxy does that.
+    /// Checks what can be said about the host without a look-up, for requests through a proxy,
+    /// which does the look-up.
     pub(super) fn host(&self, url: &Url) -> Result<(), String> {
         if let Ok(ip) = url.host.parse() {
             return self.address(url, ip, false);
@@ -237,7 +239,8 @@ impl Rules {
     }
 }
 
-/// What an address is that no registry of the internet has; `None` if one may have it.
+/// The kind of an address that no registry on the internet can have; `None` if a registry may have
+/// it.
 #[must_use]
 pub(super) fn forbidden(ip: IpAddr) -> Option<&'static str> {
     match ip {
@@ -246,13 +249,13 @@ pub(super) fn forbidden(ip: IpAddr) -> Option<&'static str> {
     }
 }
 
-/// Metadata services of clouds that are not link-local: Alibaba, Azure, Oracle.
+/// Metadata services of clouds that are not at a link-local address: Alibaba, Azure, Oracle.
 const METADATA: [Ipv4Addr; 3] = [
     Ipv4Addr::new(100, 100, 100, 200),
     Ipv4Addr::new(168, 63, 129, 16),
     Ipv4Addr::new(192, 0, 0, 192),
 ];
-/// Amazon's.
+/// Amazon's metadata service.
 const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 
 fn forbidden_v4(ip: Ipv4Addr) -> Option<&'static str> {
@@ -286,12 +289,13 @@ fn forbidden_v6(ip: Ipv6Addr) -> Option<&'static str> {
     match parts {
         [0, 0, 0, 0, 0, 0, 0, 0] => Some("an unspecified address"),
         [0, 0, 0, 0, 0, 0, 0, 1] => Some("a loopback address"),
-        // Addresses of IPv4: mapped, compatible, translated (RFC 6052, RFC 2765), and of a 6to4 gateway.
+        // IPv4 addresses in IPv6: mapped, compatible, translated (RFC 6052, RFC 2765), and of a
+        // 6to4 gateway.
         [0, 0, 0, 0, 0, 0xffff | 0, high, low]
         | [0, 0, 0, 0, 0xffff, 0, high, low]
         | [0x64, 0xff9b, 0, 0, 0, 0, high, low]
         | [0x2002, high, low, ..] => v4(high, low),
-        // Translated within one site (RFC 8215): what it leads to is the site's own choice.
+        // Translated within one site (RFC 8215): the site decides where it leads.
         [0x64, 0xff9b, 1, ..] => Some("a translated address"),
         [first, ..] if first & 0xffc0 == 0xfe80 => Some("a link-local address"),
         [first, ..] if first & 0xff00 == 0xff00 => Some("a multicast address"),

@@ -1,11 +1,13 @@
-//! One bounded HTTP/1.1 request at a time: connect, ask, follow redirects, read no more than is allowed.
+//! An HTTP/1.1 client for one bounded request at a time: it connects, sends the request, follows
+//! redirects, and reads no more than is allowed.
 //!
-//! Nothing is pooled: a request is one connection, which ends with its answer, so that whoever bounds the requests
-//! bounds the connections. Every connection obeys [`Rules`], the first one as well as a redirect's; the address that is
-//! judged is the one that is connected to. A token goes to the origin it is for and to no other.
+//! Connections are not pooled: each request has its own, which closes with the response, so that a
+//! limit on requests is a limit on connections. Every connection follows [`Rules`], the first one
+//! as well as those of redirects; the address that is checked is the address that is connected to.
+//! A token is sent to its own origin and to no other.
 //!
-//! Owner task: none; an [`Answer`] owns the task that drives its connection. Cancel safety: a dropped request or
-//! answer closes its connection.
+//! Owner task: none; an [`Answer`] owns the task that drives its connection. Cancel safety:
+//! dropping a request or an answer closes its connection.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
@@ -28,42 +30,42 @@ use super::Settings;
 use super::guard::{Rules, Url};
 
 const USER_AGENT: &str = concat!("knoc-agent/", env!("CARGO_PKG_VERSION"));
-/// Blob stores need one or two.
+/// Blob stores need one or two redirects.
 const MAX_REDIRECTS: usize = 5;
-/// Of an answer's head, and of what is read ahead of a body.
+/// The largest head of a response, and the size of the read buffer for a body.
 const MAX_HEAD: usize = 64 * 1024;
 const MAX_HEADERS: usize = 100;
-/// Addresses of one host that are tried.
+/// How many addresses of one host are tried.
 const MAX_ADDRESSES: usize = 8;
 
-/// A connection, whatever it runs over.
+/// A connection over any transport.
 trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 type BoxIo = Box<dyn Io>;
 
-/// What is asked.
+/// A request.
 #[derive(Debug, Clone)]
 pub(super) struct Request<'a> {
     /// GET or HEAD.
     pub(super) method: Method,
     pub(super) url: Url,
-    /// Media types.
+    /// The accepted media types.
     pub(super) accept: &'a str,
-    /// For the origin of `url` only.
+    /// Sent only to the origin of `url`.
     pub(super) bearer: Option<HeaderValue>,
-    /// The registry in question is asked by plain HTTP.
+    /// Whether the registry itself is accessed over plain HTTP.
     pub(super) plain: bool,
 }
 
-/// An answer whose body is still to be read.
+/// A response whose body has not been read yet.
 #[derive(Debug)]
 pub(super) struct Answer {
-    /// Where it came from at last.
+    /// The URL of the last redirect.
     pub(super) url: Url,
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     body: Incoming,
-    /// The connection, which ends with the answer.
+    /// The task that drives the connection, which ends with the answer.
     _connection: JoinSet<()>,
 }
 
@@ -81,7 +83,7 @@ impl Answer {
         Ok(None)
     }
 
-    /// The whole body. One that is longer than `limit` is refused as soon as that is known.
+    /// The whole body. A body longer than `limit` is rejected as soon as its length is known.
     pub(super) async fn whole(&mut self, limit: usize, what: &str) -> Result<Vec<u8>, String> {
         let url = self.url.clone();
         let too_long = || format!("{url}: {what} is longer than the {limit} bytes allowed");
@@ -99,18 +101,18 @@ impl Answer {
         Ok(body)
     }
 
-    /// As announced.
+    /// The `Content-Length`, if there is one.
     pub(super) fn length(&self) -> Option<u64> {
         self.header(header::CONTENT_LENGTH)?.parse().ok()
     }
 
-    /// A header that is text.
+    /// A header, if it is text.
     pub(super) fn header(&self, name: header::HeaderName) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
     }
 }
 
-/// Asks.
+/// The client.
 pub(super) struct Client {
     rules: Rules,
     proxies: Matcher,
@@ -144,7 +146,7 @@ impl Client {
         }
     }
 
-    /// Asks, and follows redirects. The caller bounds the time.
+    /// Sends a request and follows redirects. The caller bounds the time.
     pub(super) async fn ask(&self, request: Request<'_>) -> Result<Answer, String> {
         let origin = request.url.clone();
         let mut url = request.url.clone();
@@ -156,7 +158,8 @@ impl Client {
             }
             let location = answer.header(header::LOCATION).unwrap_or_default();
             let next = url.join(location);
-            url = next.map_err(|why| format!("{url} redirects to an unusable place: {why}"))?;
+            url =
+                next.map_err(|why| format!("{url} redirects to a URL that cannot be used: {why}"))?;
         }
         Err(format!(
             "{origin} redirects more than {MAX_REDIRECTS} times"
@@ -224,7 +227,7 @@ impl Client {
         })
     }
 
-    /// To the host itself, if all of its addresses may be connected to.
+    /// Connects to the host itself, if all of its addresses are allowed.
     async fn direct(&self, url: &Url) -> Result<BoxIo, String> {
         let found = look_up(&url.host, url.port).await?;
         for address in &found {
@@ -234,7 +237,8 @@ impl Client {
         Ok(Box::new(dial(&url.authority(), &found).await?))
     }
 
-    /// To a proxy of the site file, which is the site's own choice, and through it.
+    /// Connects through a proxy of the site file. The site chose the proxy, so its address is not
+    /// checked.
     async fn through(&self, proxy: &Intercept, url: &Url) -> Result<BoxIo, String> {
         let at = Url::parse(&proxy.uri().to_string())
             .map_err(|why| format!("the proxy of [env] in the site file: {why}"))?;
@@ -273,7 +277,7 @@ impl Client {
             ));
         }
         let upgraded = hyper::upgrade::on(answer).await.map_err(failed)?;
-        // The upgrade has taken the connection over; its task has ended.
+        // The upgraded connection is independent of the task, which has ended.
         Ok(Box::new(TokioIo::new(upgraded)))
     }
 
@@ -293,7 +297,7 @@ impl Client {
     }
 }
 
-/// Verifies against the system's certificate authorities. Blocking.
+/// A TLS configuration that uses the system's certificate authorities. Blocking.
 fn tls_config() -> Result<Arc<rustls::ClientConfig>, String> {
     let found = rustls_native_certs::load_native_certs();
     let mut roots = rustls::RootCertStore::empty();
@@ -301,7 +305,7 @@ fn tls_config() -> Result<Arc<rustls::ClientConfig>, String> {
     if added == 0 {
         let why = found.errors.first().map(|error| format!(": {error}"));
         return Err(format!(
-            "this host has no certificate authorities{} (SSL_CERT_FILE names others)",
+            "this host has no certificate authorities{} (set SSL_CERT_FILE in [env] to use others)",
             why.unwrap_or_default()
         ));
     }
@@ -326,7 +330,8 @@ async fn look_up(host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
     Ok(found)
 }
 
-/// Whether an interface of this host has the address. If they cannot be listed, none counts.
+/// Whether an interface of this host has the address. If the interfaces cannot be listed, none has
+/// it.
 fn is_of_this_host(ip: IpAddr) -> bool {
     let ip = ip.to_canonical();
     let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
@@ -360,7 +365,7 @@ async fn handshake(
         .handshake(TokioIo::new(io))
         .await?;
     let connection = connection.with_upgrades();
-    // Its failure reaches whoever reads the answer.
+    // An error of the connection reaches the reader of the answer.
     owner.spawn(async move { drop(connection.await) });
     Ok(sender)
 }
@@ -374,7 +379,7 @@ mod tests {
         for own in ["127.0.0.1", "::ffff:127.0.0.1"] {
             assert!(is_of_this_host(own.parse().unwrap()), "{own}");
         }
-        // Of documentation (RFC 5737, RFC 3849): no host has them.
+        // Addresses for documentation (RFC 5737, RFC 3849): no host has them.
         for other in ["192.0.2.1", "2001:db8::1"] {
             assert!(!is_of_this_host(other.parse().unwrap()), "{other}");
         }

@@ -1,4 +1,5 @@
-//! Which images of the cache job directories name: those that a running or queued job opens, on whatever host.
+//! The cached images that job directories name, so that a running or queued job may open them, on
+//! any host.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -7,10 +8,10 @@ use knoc_contract::jobdir::{JobDirError, StateDir, read_json};
 
 use crate::pod::record::Record;
 
-/// File names of the images of all pods that have not finished. Blocking.
+/// The file names of the images of all pods that have not finished. Blocking.
 ///
-/// On disk, since it outlives the agent that submitted a job. A directory that cannot be read is an error: what it
-/// names is not known, so nothing may be removed.
+/// Read from disk, because jobs outlive the agent that submitted them. A directory that cannot be
+/// read is an error: it may name any image, so nothing may be removed.
 pub(super) fn names(state: &StateDir) -> Result<HashSet<OsString>, JobDirError> {
     let mut names = HashSet::new();
     for dir in state.list()? {

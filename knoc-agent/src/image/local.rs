@@ -1,4 +1,4 @@
-//! Images that are paths: SIF files and sandboxes under the site's roots.
+//! Images that are paths: SIF files and sandboxes under the site's image roots.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -13,39 +13,40 @@ use knoc_proto::error::chain;
 use super::sif::FileId;
 use super::{ImageError, ImageErrorKind};
 
-/// Where a SIF file says that it is one.
+/// The offset of the magic bytes of a SIF file.
 const MAGIC_AT: usize = 32;
 const MAGIC: &[u8] = b"SIF_MAGIC";
 
-/// What lies at a path: opened once, and known again by what it is.
+/// An image at a path: opened once, and identified by its device and inode.
 #[derive(Debug)]
 pub(super) struct Local {
-    /// Without links.
+    /// The path with all links resolved.
     pub(super) path: PathBuf,
-    /// For the job file: a container starts only from this one.
+    /// Written to the job file: a container starts only from this file.
     pub(super) id: image_file::FileId,
-    /// `None`: a sandbox.
+    /// The open SIF file; `None` for a sandbox.
     pub(super) sif: Option<(FileId, Arc<File>)>,
 }
 
-/// Which files pods may name.
+/// The directories under which pods may name images.
 #[derive(Debug, Clone)]
 pub(super) struct Roots {
     pub(super) folders: Vec<PathBuf>,
-    /// Others may own and write what lies there.
+    /// Whether other users may own and write the files there.
     pub(super) shared: bool,
 }
 
-/// The image under one of the roots. Blocking.
+/// Finds the image under one of the roots. Blocking.
 pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, ImageError> {
-    let invalid = |words: String| ImageError::new(image, ImageErrorKind::InvalidName, words);
-    let absent = |words: String| ImageError::new(image, ImageErrorKind::Pull, words);
+    let invalid = |message: String| ImageError::new(image, ImageErrorKind::InvalidName, message);
+    let absent = |message: String| ImageError::new(image, ImageErrorKind::Pull, message);
     if roots.folders.is_empty() {
         return Err(invalid(
             "this site allows no paths as images (image_roots)".to_owned(),
         ));
     }
-    // The text first: whether a file outside the roots exists is nobody's business.
+    // The path's text is checked first: a pod must not learn whether a file outside the roots
+    // exists.
     let named: Vec<PathBuf> = roots.folders.iter().map(|root| root.join("")).collect();
     let canonical: Vec<PathBuf> = roots
         .folders
@@ -87,19 +88,19 @@ pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, Ima
     })
 }
 
-/// Why the way to an image is not followed, and what to do.
+/// Why the path of an image is not followed, and what to do about it.
 fn refusal(error: &WalkError) -> String {
     match error {
         WalkError::Untrusted { .. } => format!(
-            "{error}, so others could replace the image: make it and its folders belong to root or to the agent's \
-             user and writable by nobody else, or set trust_shared_roots in the site file"
+            "{error}, so others could replace the image: make sure that it and its directories belong to root or to the agent's \
+             user and that nobody else can write to them, or set trust_shared_roots in the site file"
         ),
         WalkError::Io { source, .. } => source.to_string(),
         WalkError::Leaves(_) | WalkError::TooLong(_) => chain(error),
     }
 }
 
-/// Opens what was found for reading, if it is a SIF file.
+/// Opens the file for reading if it is a SIF file.
 fn open_sif(found: &Found) -> std::io::Result<Option<(FileId, Arc<File>)>> {
     let kind = rustix::fs::FileType::from_raw_mode(found.stat.st_mode);
     if kind != rustix::fs::FileType::RegularFile {
@@ -121,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_lies_under_a_root() {
+    fn only_images_under_a_root_are_found() {
         let dir = tempfile::tempdir().unwrap();
         let (root, other) = (dir.path().join("root"), dir.path().join("other"));
         std::fs::create_dir_all(root.join("box")).unwrap();
@@ -166,10 +167,10 @@ mod tests {
             let folders = vec![root.clone()];
             find("i", &root.join("box"), &Roots { folders, shared })
         };
-        let words = find(false).unwrap_err().words;
+        let message = find(false).unwrap_err().message;
         assert!(
-            words.starts_with(&format!("{root:?} ")) && words.contains("trust_shared_roots"),
-            "{words}"
+            message.starts_with(&format!("{root:?} ")) && message.contains("trust_shared_roots"),
+            "{message}"
         );
         assert_eq!(find(true).unwrap().path, root.join("box"));
     }

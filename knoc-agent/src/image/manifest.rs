@@ -1,7 +1,8 @@
-//! PURE: manifests and indexes of images, of OCI and of Docker's schema 2.
+//! PURE: parses manifests and indexes of images, in the formats of OCI and of Docker's schema 2.
 //!
-//! They are texts of a stranger. Lists are bounded while they are read, since four MiB of `{},{},…` would be a
-//! hundred times as much in memory; a text that could be read as an index and as an image is refused.
+//! They come from an untrusted server. Lists are bounded while they are parsed, because four MiB of
+//! `{},{},…` would take a hundred times as much memory. A document that is both an index and an
+//! image is rejected.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -11,25 +12,25 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 
-/// Of a manifest or an index: the limit of registries themselves.
+/// The largest manifest or index; registries have the same limit.
 pub(super) const MAX_MANIFEST: usize = 4 << 20;
-/// Of an image's config.
+/// The largest image config.
 pub(super) const MAX_CONFIG: usize = 4 << 20;
-/// Layers of one image; Docker makes at most 127.
+/// The most layers of one image; Docker creates at most 127.
 pub(super) const MAX_LAYERS: usize = 500;
-/// Entries of one index.
+/// The most entries of one index.
 const MAX_ENTRIES: usize = 1000;
-/// Media types that a question for a manifest names.
+/// The media types that a request for a manifest accepts.
 pub(super) const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
      application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json";
-/// What this agent's nodes run.
+/// The architecture of the site's nodes, which is assumed to be the agent's own.
 const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") {
     "arm64"
 } else {
     "amd64"
 };
 
-/// At most `N` elements.
+/// A list of at most `N` elements.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Few<T, const N: usize>(pub(super) Vec<T>);
 
@@ -58,7 +59,8 @@ impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for Few<T, N> {
     }
 }
 
-/// For `deserialize_with`: an optional list of texts, of at most as many as a program can be started with.
+/// For `deserialize_with`: an optional list of texts, with at most as many as a program can be
+/// started with.
 pub(super) fn texts<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Vec<String>>, D::Error> {
     let list: Option<Few<String, 10_000>> = Option::deserialize(input)?;
     Ok(list.map(|few| few.0))
@@ -71,7 +73,7 @@ pub(super) struct Descriptor {
     pub(super) size: u64,
 }
 
-/// An image of one platform.
+/// An image for one platform.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Image {
     pub(super) config: Descriptor,
@@ -79,7 +81,7 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// Bytes of all its blobs.
+    /// The size of all its blobs, in bytes.
     pub(super) fn size(&self) -> u64 {
         let layers = self.layers.iter().map(|layer| layer.size);
         layers.fold(self.config.size, u64::saturating_add)
@@ -90,7 +92,7 @@ impl Image {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Manifest {
     Image(Image),
-    /// The digest of the image for this platform.
+    /// An index, with the digest of the image for this platform.
     Index(Digest),
 }
 
@@ -121,7 +123,7 @@ struct Platform {
     architecture: String,
 }
 
-/// Reads what a registry answered.
+/// Parses a registry's answer.
 pub(super) fn read(text: &[u8]) -> Result<Manifest, String> {
     if text.len() > MAX_MANIFEST {
         return Err(format!(
@@ -194,7 +196,7 @@ fn digest(text: &str) -> Result<Digest, String> {
         .map_err(|error| format!("the manifest names {text:?}: {error}"))
 }
 
-/// Is it a tar, packed in a way that is known? Which one the first bytes tell.
+/// Whether the type is a tar archive in a known compression. The first bytes say which one.
 fn is_layer(media_type: &str) -> bool {
     let families = [
         "application/vnd.oci.image.layer.v1.tar",
@@ -208,7 +210,7 @@ fn is_layer(media_type: &str) -> bool {
     rest.is_some_and(|rest| matches!(rest, "" | "+gzip" | ".gzip" | "+zstd" | ".zstd"))
 }
 
-/// How a layer is packed.
+/// How a layer is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Packing {
     None,
@@ -217,11 +219,11 @@ pub(super) enum Packing {
 }
 
 impl Packing {
-    /// By the first bytes of a layer: what registries say of it may be wrong.
+    /// Detected from the first bytes of a layer, since the registry's media type may be wrong.
     pub(super) fn of(head: &[u8]) -> Self {
         match head {
             [0x1f, 0x8b, ..] => Self::Gzip,
-            // A frame, or one that is skipped.
+            // A Zstandard frame or a skippable frame.
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
             _ => Self::None,
         }
@@ -244,7 +246,8 @@ struct Written<'a> {
     size: u64,
 }
 
-/// The manifest of an OCI layout with these blobs: in our own words, so that the runtime reads what was checked here.
+/// The manifest of an OCI image layout with these blobs. It is written from what was parsed, so
+/// that the runtime reads exactly what was checked here.
 pub(super) fn write(image: &Image, packings: &[Packing]) -> Result<Vec<u8>, serde_json::Error> {
     #[derive(Serialize)]
     #[serde(rename_all = "camelCase")]
@@ -270,7 +273,7 @@ pub(super) fn write(image: &Image, packings: &[Packing]) -> Result<Vec<u8>, serd
     })
 }
 
-/// `index.json` of a layout with one manifest.
+/// The `index.json` of a layout with one manifest.
 pub(super) fn write_index(manifest: &[u8]) -> Result<Vec<u8>, serde_json::Error> {
     serde_json::to_vec(&serde_json::json!({
         "schemaVersion": 2,
@@ -282,7 +285,7 @@ pub(super) fn write_index(manifest: &[u8]) -> Result<Vec<u8>, serde_json::Error>
     }))
 }
 
-/// A registry's reasons for a refusal, from the body of its answer.
+/// The reasons of an error response, from its body.
 pub(super) fn reasons(body: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Envelope {

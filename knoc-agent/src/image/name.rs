@@ -1,7 +1,7 @@
-//! PURE: the name of an image in a registry, read as Docker and Kubernetes read it.
+//! PURE: parses the name of an image in a registry as Docker and Kubernetes do.
 //!
-//! `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. The first part is a host if it holds a dot or a colon or is `localhost`;
-//! otherwise the image is Docker Hub's.
+//! `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. The first part is a host if it contains a dot or a colon or
+//! is `localhost`; otherwise the image is on Docker Hub.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +10,7 @@ use super::digest::Digest;
 
 const HUB: &str = "docker.io";
 const HUB_LEGACY: &str = "index.docker.io";
-/// Of a repository, as registries have it.
+/// The longest repository name that registries accept.
 const MAX_REPOSITORY: usize = 255;
 const MAX_TAG: usize = 128;
 const MAX_HOST: usize = 255;
@@ -30,23 +30,23 @@ pub enum NameError {
     /// Nothing is left of the name without its tag and digest.
     #[error("repository name must have at least one component")]
     Empty,
-    /// The part before the first slash.
+    /// The part before the first slash is not a host.
     #[error("the registry must be HOST or HOST:PORT")]
     Registry,
-    /// A part of the path.
+    /// A part of the path is invalid.
     #[error(
         "repository name must consist of lower-case letters, digits, and single separators `.`, `_`, `__`, `-` between them"
     )]
     Repository,
-    /// The path as a whole.
+    /// The path as a whole is too long.
     #[error("repository name must not be more than {MAX_REPOSITORY} characters")]
     TooLong,
-    /// What follows the colon.
+    /// The tag after the colon is invalid.
     #[error(
-        "a tag must be at most {MAX_TAG} letters, digits, `_`, `.` and `-`, and begin with none of the last two"
+        "a tag must be at most {MAX_TAG} letters, digits, `_`, `.` and `-`, and must not begin with `.` or `-`"
     )]
     Tag,
-    /// What follows the `@`.
+    /// The digest after the `@` is invalid.
     #[error("a digest must be sha256: or sha512: and lower-case hexadecimal digits")]
     Digest,
 }
@@ -64,25 +64,25 @@ impl Name {
         &self.repository
     }
 
-    /// The tag; there is one unless there is a digest.
+    /// The tag; present unless there is a digest.
     #[must_use]
     pub fn tag(&self) -> Option<&str> {
         self.tag.as_deref()
     }
 
-    /// The digest.
+    /// The digest, if the name has one.
     #[must_use]
     pub fn digest(&self) -> Option<&Digest> {
         self.digest.as_ref()
     }
 
-    /// All of it, with the defaults filled in.
+    /// The full name, with the defaults filled in.
     #[must_use]
     pub fn whole(&self) -> String {
         self.to_string()
     }
 
-    /// What a registry is asked for: the digest, else the tag.
+    /// The reference for requests to a registry: the digest, or else the tag.
     #[must_use]
     pub fn version(&self) -> String {
         let digest = self.digest.as_ref().map(ToString::to_string);
@@ -91,11 +91,11 @@ impl Name {
 
     /// `HOST/PATH`.
     #[must_use]
-    pub fn place(&self) -> String {
+    pub fn repository_path(&self) -> String {
         format!("{}/{}", self.registry, self.repository)
     }
 
-    /// The same repository, at that digest.
+    /// The same repository at that digest.
     #[must_use]
     pub fn at(&self, digest: &Digest) -> Self {
         Self {
@@ -132,7 +132,7 @@ impl FromStr for Name {
         };
         let last = text.rfind('/').map_or(0, |slash| slash + 1);
         let (text, tag) = match text.get(last..).and_then(|part| part.split_once(':')) {
-            // A colon without a slash behind it begins the tag.
+            // A colon without a slash after it begins the tag.
             Some((part, tag)) => (&text[..last + part.len()], Some(tag.to_owned())),
             None => (text, None),
         };
@@ -176,7 +176,7 @@ fn split_host(text: &str) -> Result<(String, String), NameError> {
     Ok((host.to_owned(), path))
 }
 
-/// `HOST`, `HOST:PORT`, `[IPv6]:PORT`.
+/// Whether the text is `HOST`, `HOST:PORT` or `[IPv6]:PORT`.
 pub(super) fn is_host(text: &str) -> bool {
     if text.len() > MAX_HOST {
         return false;
@@ -215,7 +215,8 @@ fn is_tag(text: &str) -> bool {
         && text.bytes().all(|byte| word(byte) || b".-".contains(&byte))
 }
 
-/// Runs of letters and digits with `.`, `_`, `__` or any number of `-` between them.
+/// Whether the text consists of letters and digits with `.`, `_`, `__` or any number of `-` between
+/// them.
 fn is_part(text: &str) -> bool {
     let alphanumeric = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let ends = text.starts_with(alphanumeric) && text.ends_with(alphanumeric);

@@ -1,12 +1,13 @@
-//! From a registry to a SIF file in place: fetched and checked by us, converted by the runtime.
+//! Pulls an image from a registry into the cache: the agent downloads and checks it, and the
+//! runtime converts it to a SIF file.
 //!
 //! ```text
-//! size by the manifest ─► place ─► room in the cache ─► layers ─► digests, unpacked size ─► conversion ─► cache
+//! size by the manifest ─► slot ─► room in the cache ─► layers ─► digests, unpacked size ─► conversion ─► cache
 //! ```
 //!
-//! The runtime makes no request of its own: it is given an OCI layout in which every blob was checked. The caller makes
-//! a pull single-flight. Cancel safety: a dropped pull stops its downloads, its checks and the runtime, and removes
-//! what it wrote.
+//! The runtime makes no request of its own: it is given an OCI image layout in which every blob was
+//! checked. The caller makes pulls single-flight. Cancel safety: a dropped pull stops its
+//! downloads, its checks and the runtime, and removes what it wrote.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,31 +21,32 @@ use super::Settings;
 use super::cache::Cache;
 use super::download::{Download, Layout};
 use super::reference::Source;
-use super::registry::{Found, RegistryClient, words};
+use super::registry::{Found, RegistryClient, describe};
 use super::slots::Slots;
 use super::unpacked::{self, Budget, LayerError};
-use super::words::shown;
+use super::untrusted::shown;
 use crate::command::CommandError;
 
-/// How much of the runtime's progress lines is kept.
-const WORDS: usize = 64 * 1024;
-/// Images that are pulled at the same time: their layers, and what they are unpacked to, lie on disk.
+/// How much of the runtime's output is kept.
+const MAX_OUTPUT: usize = 64 * 1024;
+/// How many images are pulled at the same time: their layers and their unpacked files are on disk
+/// meanwhile.
 pub(super) const PULLS: usize = 8;
-/// Of them, from one registry.
+/// How many of them are from one registry.
 pub(super) const PULLS_EACH: usize = 2;
-/// The layout, in the folder of its pull. The runtime is given this name only: a state directory with a colon in its
-/// path would be taken for a tag.
+/// The layout's name in the directory of its pull. The runtime is given only this relative name,
+/// because it would parse a colon in the state directory's path as the start of a tag.
 const LAYOUT: &str = "layout";
 
-/// Pulls an image that is not here.
+/// Pulls an image that is not cached.
 #[derive(Debug, Clone)]
 pub(super) struct Puller {
     pub(super) settings: Arc<Settings>,
     pub(super) cache: Arc<Cache>,
     pub(super) registry: Arc<RegistryClient>,
-    /// Places of whole pulls.
+    /// Slots for whole pulls.
     pub(super) pulls: Arc<Slots>,
-    /// Places of conversions, which take the login node's processors.
+    /// Slots for conversions, which use the login node's processors.
     pub(super) conversions: Arc<Slots>,
 }
 
@@ -55,12 +57,12 @@ impl Puller {
         let limit = self.settings.limits.size;
         if size > limit {
             let text = format!(
-                "the image has {size} bytes by its manifest, and limits.image_size of the site file is {limit}"
+                "the image has {size} bytes by its manifest, but limits.image_size of the site file is {limit}"
             );
-            return Err(words(&source, &text));
+            return Err(describe(&source, &text));
         }
         let registry = source.reference.registry();
-        let _place = self.pulls.acquire(registry).await;
+        let _slot = self.pulls.acquire(registry).await;
         let begin = tokio::time::Instant::now();
         let (cache, room) = (Arc::clone(&self.cache), self.settings.limits.cache);
         let mut reserved = blocking(move || cache.reserve(size, room)).await?;
@@ -74,20 +76,20 @@ impl Puller {
             slots: &self.pulls,
             stall: self.settings.limits.stall,
         };
-        // Only now: whoever waits for a place holds little.
+        // Fetched only now, so that a pull that waits for a slot holds little memory.
         let config = self.registry.config(&source, &found.image).await?;
         download.layers(&found.image).await?;
         let fetched = begin.elapsed();
         let _converting = self.conversions.acquire(registry).await;
         let checked = self.check(layout, &found, config.text).await;
-        checked.map_err(|text| words(&source, &text))?;
+        checked.map_err(|text| describe(&source, &text))?;
         self.convert(&temporary).await?;
         let image = source.reference.at(&found.digest);
         tracing::info!(%image, bytes = size, ?fetched, elapsed = ?begin.elapsed(), "pulled");
         let cache = Arc::clone(&self.cache);
         blocking(move || {
             let sif = temporary.0.join("image.sif");
-            // A SIF may be larger than its layers.
+            // A SIF file may be larger than its layers.
             let about = std::fs::metadata(&sif);
             let about = about.map_err(|error| format!("{}: {error}", sif.display()))?;
             reserved.at_least(about.len());
@@ -100,7 +102,7 @@ impl Puller {
         .await
     }
 
-    /// Digests and unpacked size of all layers; then the layout is whole.
+    /// Checks the digests and the unpacked size of all layers, and completes the layout.
     async fn check(&self, layout: Layout, found: &Found, config: Vec<u8>) -> Result<(), String> {
         let stop = CancellationToken::new();
         let _stops = stop.clone().drop_guard();
@@ -138,7 +140,7 @@ impl Puller {
             .arg(format!("oci:{LAYOUT}"))
             .current_dir(&temporary.0)
             .deadline(self.settings.pull_timeout)
-            .capture(WORDS);
+            .capture(MAX_OUTPUT);
         let folders = ["TMPDIR", "CACHEDIR"];
         let command = folders.into_iter().fold(command, |command, folder| {
             command
@@ -156,28 +158,28 @@ async fn blocking<T: Send + 'static>(
     done.map_err(|error| chain(&error)).flatten()
 }
 
-/// Why the runtime failed, in its own words where it has some.
+/// Why the runtime failed, in its own message if it wrote one.
 pub(super) fn why(error: &CommandError) -> String {
-    let words = error.words().map_or_else(|| chain(error), fatal);
-    // An image has a hand in them too.
-    shown(&words)
+    let message = error.message().map_or_else(|| chain(error), fatal);
+    // The message may contain text from the image.
+    shown(&message)
 }
 
-/// Of Apptainer's many lines the ones that say why.
-fn fatal(words: &str) -> String {
-    let why: Vec<&str> = words
+/// The lines of Apptainer's output that say why it failed.
+fn fatal(message: &str) -> String {
+    let why: Vec<&str> = message
         .lines()
         .filter(|line| line.starts_with("FATAL") || line.starts_with("ERROR"))
         .filter_map(|line| line.split_once(':').map(|(_, rest)| rest.trim()))
         .collect();
     if why.is_empty() {
-        words.to_owned()
+        message.to_owned()
     } else {
         why.join("; ")
     }
 }
 
-/// A folder of one pull, gone with it.
+/// The directory of one pull, which is removed on drop.
 #[derive(Debug)]
 struct Temporary(PathBuf);
 
@@ -190,13 +192,13 @@ impl Temporary {
         Ok(Self(path))
     }
 
-    /// Removes it now. Blocking.
+    /// Removes the directory now. Blocking.
     fn remove(mut self) {
         remove_folder(&std::mem::take(&mut self.0));
     }
 }
 
-/// What stays behind is swept at the next start.
+/// Removes the directory of a pull. If that fails, the next start removes it.
 fn remove_folder(folder: &Path) {
     if let Err(error) = tree::remove(folder) {
         tracing::warn!(folder = %folder.display(), %error, "cannot remove what a pull left");
@@ -210,7 +212,7 @@ impl Drop for Temporary {
             return;
         }
         let remove = move || remove_folder(&folder);
-        // Millions of files take a while, and this may be a thread on which bytes move.
+        // Removing millions of files takes a while, and this thread may be one of the runtime's.
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn_blocking(remove)),
             Err(_) => remove(),
@@ -223,10 +225,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_words_that_matter() {
-        let words = "INFO:    Converting OCI blobs to SIF format\nWARNING: x\nFATAL:   While making image from oci registry: error fetching image: manifest unknown\n";
+    fn the_lines_that_matter_are_kept() {
+        let message = "INFO:    Converting OCI blobs to SIF format\nWARNING: x\nFATAL:   While making image from oci registry: error fetching image: manifest unknown\n";
         assert_eq!(
-            fatal(words),
+            fatal(message),
             "While making image from oci registry: error fetching image: manifest unknown"
         );
         assert_eq!(fatal("anything"), "anything");

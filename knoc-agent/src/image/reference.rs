@@ -1,4 +1,4 @@
-//! What a pod may write as an image. Pure.
+//! PURE: parses what a pod may name as an image.
 
 use std::path::PathBuf;
 
@@ -6,16 +6,16 @@ use super::digest::Digest;
 use super::{ImageError, ImageErrorKind, Name};
 use crate::config::Registry;
 
-/// A parsed image.
+/// A parsed image reference.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reference {
-    /// In a registry.
+    /// An image in a registry.
     Registry(Name),
-    /// A SIF file or sandbox folder; not checked yet.
+    /// The path of a SIF file or a sandbox directory; not checked yet.
     Path(PathBuf),
 }
 
-/// Schemes of Apptainer that are not served yet, or never: refused by name.
+/// Apptainer's schemes that are not supported, or not yet.
 const REFUSED: &[&str] = &[
     "oras",
     "library",
@@ -33,10 +33,10 @@ const REFUSED: &[&str] = &[
 
 /// Parses what a pod names: `busybox`, `quay.io/a/b:tag`, `docker://…`, an absolute path.
 pub fn parse(image: &str) -> Result<Reference, ImageError> {
-    let invalid = |words: String| ImageError::new(image, ImageErrorKind::InvalidName, words);
+    let invalid = |message: String| ImageError::new(image, ImageErrorKind::InvalidName, message);
     if image.starts_with('/') {
         if image.contains('\0') {
-            return Err(invalid("a path holds no NUL".to_owned()));
+            return Err(invalid("a path must not contain NUL".to_owned()));
         }
         return Ok(Reference::Path(PathBuf::from(image)));
     }
@@ -44,15 +44,15 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
     if let Some((scheme, rest)) = name.split_once(':')
         && (rest.starts_with("//") || (REFUSED.contains(&scheme) && rest.starts_with(['/', '.'])))
     {
-        let words = if REFUSED.contains(&scheme) {
+        let message = if REFUSED.contains(&scheme) {
             "is not supported"
         } else {
             "is unknown"
         };
-        let words = format!(
-            "the source {scheme}: {words}; name a docker image, or a path under the site's roots"
+        let message = format!(
+            "the source {scheme}: {message}; use a docker image, or a path under the site's image_roots"
         );
-        return Err(ImageError::new(image, ImageErrorKind::Unsupported, words));
+        return Err(ImageError::new(image, ImageErrorKind::Unsupported, message));
     }
     name.parse()
         .map(Reference::Registry)
@@ -62,14 +62,14 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
 /// Where an image is fetched from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
-    /// Name at the mirror, or the name itself.
+    /// The name at the mirror, or the name itself if there is no mirror.
     pub reference: Name,
-    /// Plain HTTP.
+    /// Whether plain HTTP is used.
     pub insecure: bool,
 }
 
 impl Source {
-    /// The same place, at that digest.
+    /// The same image at that digest.
     #[must_use]
     pub fn at(&self, digest: &Digest) -> Self {
         Self {
@@ -79,11 +79,11 @@ impl Source {
     }
 }
 
-/// Whether pods may name images of this name, by `policy.registries`.
+/// Checks whether `policy.registries` lets pods name this image.
 pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
-    let place = name.place();
+    let path = name.repository_path();
     let begins = |prefix: &String| {
-        let rest = place.strip_prefix(prefix.trim_end_matches('/'));
+        let rest = path.strip_prefix(prefix.trim_end_matches('/'));
         rest.is_some_and(at_slash)
     };
     if allowed.is_empty() || allowed.iter().any(begins) {
@@ -91,13 +91,14 @@ pub fn allowed(name: &Name, allowed: &[String]) -> Result<(), String> {
     }
     let (registry, all) = (name.registry(), allowed.join(", "));
     Err(format!(
-        "{place} of the registry {registry} is not among policy.registries of the site file ({all})"
+        "{path} of the registry {registry} is not among policy.registries of the site file ({all})"
     ))
 }
 
-/// The first mirror whose prefix matches at a `/`, or the registry itself.
+/// The source of an image: the first mirror whose prefix matches up to a `/`, or the registry
+/// itself.
 pub fn source(name: &Name, registries: &[Registry]) -> Result<Source, String> {
-    let full = name.place();
+    let full = name.repository_path();
     for entry in registries {
         let prefix = entry.prefix.trim_end_matches('/');
         let Some(rest) = full.strip_prefix(prefix).filter(|rest| at_slash(rest)) else {
@@ -140,7 +141,8 @@ fn rename(name: &Name, full: &str) -> Result<Name, String> {
         .map_err(|err| format!("the mirror's name {text:?}: {err}"))
 }
 
-/// `docker.io/library/busybox@sha256:…`: the name that Kubernetes shows, whatever the mirror.
+/// `docker.io/library/busybox@sha256:…`: the image ID that Kubernetes shows, whichever mirror was
+/// used.
 #[must_use]
 pub fn image_id(name: &Name, digest: &str) -> String {
     format!("{}/{}@{digest}", name.registry(), name.repository())
@@ -155,7 +157,7 @@ mod tests {
         match parse(image) {
             Ok(Reference::Registry(name)) => name.whole(),
             Ok(Reference::Path(path)) => format!("path {}", path.display()),
-            Err(err) => format!("{}: {}", err.reason(), err.words),
+            Err(err) => format!("{}: {}", err.reason(), err.message),
         }
     }
 

@@ -1,8 +1,9 @@
-//! What is asked of a registry: which digest a name has, the image's manifest and config, and its layers.
+//! Requests to a registry: the digest of a name, an image's manifest and config, and its layers.
 //!
-//! Everything is bounded: a question's time, its answers' sizes, the redirects, and how many questions are in flight,
-//! overall and of one registry. Everything that has a digest is compared with it. A question never carries credentials
-//! but a token that the registry's own realm gave us for it.
+//! Everything is bounded: the time of a request, the sizes of answers, redirects, and the number of
+//! requests in flight, in total and per registry. Everything that has a digest is checked against
+//! it. The only credentials that a request carries are tokens that the registry's own realm issued
+//! to us.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,42 +21,42 @@ use super::http::{Answer, Client, Request};
 use super::manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest};
 use super::reference::Source;
 use super::slots::Slots;
-use super::words::shown;
+use super::untrusted::shown;
 
-/// Questions in flight, which are short: manifests, configs, tokens.
+/// How many short requests (manifests, configs, tokens) may be in flight.
 const QUESTIONS: usize = 16;
-/// Of them, to one registry.
+/// How many of them to one registry.
 const QUESTIONS_EACH: usize = 4;
-/// Of the body of a refusal.
+/// The largest body of an error response that is read.
 const MAX_REASONS: usize = 16 * 1024;
-/// Tokens that are kept; when there are more, all are asked for again.
+/// How many tokens are kept; if there are more, all are dropped and requested again.
 const MAX_TOKENS: usize = 256;
-/// The digest of what would be answered.
+/// The header with the digest of the content.
 const CONTENT_DIGEST: header::HeaderName = header::HeaderName::from_static("docker-content-digest");
 
-/// An image as a registry has it. Thousands may wait for their pull, so it is small.
+/// An image that a registry has. Thousands may wait for their pull, so this is small.
 #[derive(Debug, Clone)]
 pub(super) struct Found {
-    /// Of the image for this platform.
+    /// The digest of the image for this platform.
     pub(super) digest: Digest,
     pub(super) image: Arc<Image>,
 }
 
-/// What an image says of itself.
+/// An image's config.
 #[derive(Debug)]
 pub(super) struct Config {
-    /// As the registry sent it; its digest was checked.
+    /// The text as the registry sent it; its digest was checked.
     pub(super) text: Vec<u8>,
-    /// What is used of it.
+    /// The parsed part that is used.
     pub(super) file: ImageFile,
 }
 
-/// Asks registries.
+/// The client of all registries.
 #[derive(Debug)]
 pub(super) struct RegistryClient {
     http: Client,
     questions: Arc<Slots>,
-    /// By origin and repository.
+    /// Tokens by origin and repository.
     tokens: Mutex<HashMap<(String, String), (HeaderValue, Instant)>>,
     timeout: Duration,
 }
@@ -70,10 +71,11 @@ impl RegistryClient {
         }
     }
 
-    /// The digest that a name has now; `None` if the registry does not say, or refuses.
+    /// The digest that a name has now; `None` if the registry does not report it, or returns an
+    /// error.
     ///
-    /// Registries that count pulls do not count this question. A name with a digest is not asked about: no registry can
-    /// change what it means.
+    /// Registries that count pulls do not count this request. For a name with a digest no request
+    /// is made, because the digest cannot change.
     pub(super) async fn digest(&self, source: &Source) -> Result<Option<Digest>, String> {
         if let Some(digest) = source.reference.digest() {
             return Ok(Some(digest.clone()));
@@ -89,7 +91,7 @@ impl RegistryClient {
         self.question(source, ask).await
     }
 
-    /// The image for this platform.
+    /// Finds the image for this platform.
     pub(super) async fn resolve(&self, source: &Source) -> Result<Found, String> {
         let (digest, image) = self.question(source, self.image(source)).await?;
         Ok(Found {
@@ -98,15 +100,15 @@ impl RegistryClient {
         })
     }
 
-    /// What the image says of itself.
+    /// Fetches the image's config.
     pub(super) async fn config(&self, source: &Source, image: &Image) -> Result<Config, String> {
         let text = self.question(source, self.config_blob(source, &image.config));
         let text = text.await?;
-        let file = ImageFile::of_oci(&text).map_err(|why| words(source, &why))?;
+        let file = ImageFile::of_oci(&text).map_err(|why| describe(source, &why))?;
         Ok(Config { text, file })
     }
 
-    /// A layer, to be read.
+    /// Starts the download of a layer.
     pub(super) async fn layer(
         &self,
         source: &Source,
@@ -118,7 +120,7 @@ impl RegistryClient {
             let answer = accepted(answer).await?;
             match answer.length() {
                 Some(length) if length != layer.size => Err(format!(
-                    "layer {} has {length} bytes, and {} by its manifest",
+                    "layer {} has {length} bytes, but its manifest announces {}",
                     layer.digest, layer.size
                 )),
                 Some(_) | None => Ok(answer),
@@ -127,7 +129,8 @@ impl RegistryClient {
         self.in_time(source, ask).await
     }
 
-    /// Whether a registry is there: that it wants credentials or lacks something is an answer too.
+    /// Checks whether a registry answers; an answer that demands credentials or reports an unknown
+    /// image is enough.
     pub(super) async fn answers(&self, source: &Source) -> Result<(), String> {
         let ask = async {
             let request = Self::request(source, Method::GET, "", "*/*", None)?;
@@ -179,12 +182,15 @@ impl RegistryClient {
         let text = answer.whole(MAX_CONFIG, "the image's config").await?;
         same(&config.digest, &text)?;
         if u64::try_from(text.len()).ok() != Some(config.size) {
-            return Err("the image's config has another size than its manifest says".to_owned());
+            return Err(
+                "the size of the image's config differs from the one in its manifest".to_owned(),
+            );
         }
         Ok(text)
     }
 
-    /// A short exchange: waits for its turn, then has so much time for all of it.
+    /// Makes a short request: waits for a slot, and then applies the deadline to the whole
+    /// exchange.
     async fn question<T>(
         &self,
         source: &Source,
@@ -208,7 +214,7 @@ impl RegistryClient {
         answer
             .map_err(late)
             .flatten()
-            .map_err(|text| words(source, &text))
+            .map_err(|text| describe(source, &text))
     }
 
     fn request<'a>(
@@ -232,7 +238,7 @@ impl RegistryClient {
         })
     }
 
-    /// Asks about a repository, with a token if one is demanded.
+    /// Sends a request about a repository, with a token if one is demanded.
     async fn ask(
         &self,
         source: &Source,
@@ -243,7 +249,7 @@ impl RegistryClient {
         let bearer = self.token(source);
         let first = Self::request(source, method.clone(), path, accept, bearer)?;
         let answer = self.http.ask(first.clone()).await?;
-        // Only the registry itself is given a token, no place that it redirects to.
+        // Only the registry itself receives a token, not a server that it redirects to.
         let demanded = answer.status == StatusCode::UNAUTHORIZED;
         if !demanded || !answer.url.same_origin(&first.url) {
             return Ok(answer);
@@ -298,7 +304,7 @@ impl RegistryClient {
     }
 }
 
-/// An answer that is a success; else the error is the registry's own reasons.
+/// Returns a successful answer; otherwise the error is the registry's own reasons.
 async fn accepted(mut answer: Answer) -> Result<Answer, String> {
     if answer.status.is_success() {
         return Ok(answer);
@@ -314,17 +320,18 @@ fn same(expected: &Digest, content: &[u8]) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "the registry sent another content than it announced: {found} instead of {expected}"
+        "the registry sent content with digest {found} instead of {expected}"
     ))
 }
 
-/// What the registry had a hand in, fit to be shown, and what it is about.
-pub(super) fn words(source: &Source, text: &str) -> String {
+/// An error message that may contain a registry's text: made safe to show, and prefixed with what
+/// it is about.
+pub(super) fn describe(source: &Source, text: &str) -> String {
     let name = source.reference.whole();
     if text.starts_with(&name) {
         return text.to_owned();
     }
-    // What rustls says to an answer that is no TLS.
+    // The error that rustls reports if the answer is not TLS.
     let plain = !source.insecure && text.contains("InvalidContentType");
     let hint = if plain {
         " (plain HTTP needs insecure = true in [[registry]])"

@@ -1,4 +1,4 @@
-//! [`Images`]: a name and a policy in, a file and its config out.
+//! [`Images`]: resolves an image name and a pull policy to a file and its config.
 
 use std::sync::Arc;
 
@@ -16,12 +16,12 @@ use super::sif::Sifs;
 use super::slots::Slots;
 use super::{Hold, ImageError, ImageErrorKind, Name, ResolvedImage, Settings};
 
-/// What the registry says of a name.
+/// The registry's answer about a name.
 #[derive(Debug, Clone)]
 enum Resolution {
-    /// It is an image of this digest, which is in the cache.
+    /// The image has this digest and is in the cache.
     Here(String),
-    /// All that a pull needs.
+    /// The image must be pulled from here.
     There(Found),
 }
 
@@ -39,7 +39,7 @@ pub struct Images {
 }
 
 impl Images {
-    /// Asks nothing yet.
+    /// Creates the resolver. Makes no request yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         let settings = Arc::new(settings);
@@ -47,7 +47,7 @@ impl Images {
             cache: Arc::new(Cache::new(settings.state.clone())),
             registry: Arc::new(RegistryClient::new(&settings)),
             places: Slots::new(PULLS, PULLS_EACH),
-            // Conversions take processors, not patience: a single registry may have all of them.
+            // Conversions use processors and are short: those of one registry may have all slots.
             conversions: Slots::new(settings.concurrency, settings.concurrency),
             resolutions: Flights::default(),
             pulls: Flights::default(),
@@ -56,7 +56,7 @@ impl Images {
         }
     }
 
-    /// What it was made with.
+    /// The settings that it was created with.
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -70,14 +70,14 @@ impl Images {
         &self.cache
     }
 
-    /// Removes what pulls of an earlier agent left behind. Blocking; once, at the start.
+    /// Removes what pulls of an earlier agent left behind. Blocking; called once, at start.
     pub fn sweep(&self) {
         self.cache.sweep();
     }
 
-    /// Only whether its source is one that this site allows: for admission and `script`, without registry or disk. A name that cannot be one
-    /// is let in, and waits with `InvalidImageName`, as on any node: where the pod failed, a Deployment would make the
-    /// next one at once.
+    /// Checks only whether the site allows the image's source, for admission and `script`, without
+    /// a registry or the disk. An invalid name is accepted here and waits with `InvalidImageName`,
+    /// as on any node: if the pod failed, a Deployment would create the next one at once.
     pub fn check(&self, image: &str) -> Result<(), ImageError> {
         if self.settings.program.is_none() {
             return Ok(());
@@ -91,12 +91,12 @@ impl Images {
 
     fn allowed(&self, image: &str, name: &Name) -> Result<(), ImageError> {
         let allowed = reference::allowed(name, &self.settings.policy.now().registries);
-        allowed.map_err(|words| ImageError::new(image, ImageErrorKind::Denied, words))
+        allowed.map_err(|message| ImageError::new(image, ImageErrorKind::Denied, message))
     }
 
-    /// The image of a container, pulled where the policy says so.
+    /// Resolves the image of a container, and pulls it if the pull policy says so.
     ///
-    /// Cancel safety: a dropped call leaves nothing; a pull that others wait for goes on.
+    /// Cancel safety: a dropped call leaves nothing behind; a pull that others wait for continues.
     pub async fn resolve(
         &self,
         image: &str,
@@ -126,13 +126,13 @@ impl Images {
         let (text, roots) = (image.to_owned(), self.roots());
         let find = move || local::find(&text, &path, &roots);
         let found = tokio::task::spawn_blocking(find).await;
-        let stopping = |_| ImageError::new(image, ImageErrorKind::Pull, "the agent stops");
+        let stopping = |_| ImageError::new(image, ImageErrorKind::Pull, "the agent is stopping");
         let local = found.map_err(stopping)??;
         let config = match local.sif {
             None => ImageFile::default(),
             Some((id, sif)) => {
                 let file = self.sifs.config(&self.settings, id, sif).await;
-                file.map_err(|words| ImageError::new(image, ImageErrorKind::Pull, words))?
+                file.map_err(|message| ImageError::new(image, ImageErrorKind::Pull, message))?
             }
         };
         Ok(ResolvedImage {
@@ -157,7 +157,7 @@ impl Images {
         name: &Name,
         policy: PullPolicy,
     ) -> Result<ResolvedImage, ImageError> {
-        // Also here: the site's policy may have changed since the pod was let in.
+        // Checked again here, because the site's policy may have changed since admission.
         self.allowed(image, name)?;
         if policy != PullPolicy::Always
             && let Some(known) = known(&self.cache, name).await
@@ -165,17 +165,17 @@ impl Images {
             return Ok(self.resolved(name, known));
         }
         if policy == PullPolicy::Never {
-            let words = "it is not in the cache, and imagePullPolicy is Never";
-            return Err(ImageError::new(image, ImageErrorKind::NeverPull, words));
+            let message = "it is not cached, and imagePullPolicy is Never";
+            return Err(ImageError::new(image, ImageErrorKind::NeverPull, message));
         }
-        let failed = |words: String| ImageError::new(image, ImageErrorKind::Pull, words);
+        let failed = |message: String| ImageError::new(image, ImageErrorKind::Pull, message);
         let source = reference::source(name, &self.settings.registries).map_err(failed)?;
         let found = match self.ask_registry(name, &source).await.map_err(failed)? {
             Resolution::Here(digest) => {
                 if let Some(known) = here(&self.cache, digest).await {
                     return Ok(self.resolved(name, known));
                 }
-                // It was removed from the cache at this instant.
+                // The image was removed from the cache in this moment.
                 self.registry.resolve(&source).await.map_err(failed)?
             }
             Resolution::There(found) => found,
@@ -187,7 +187,8 @@ impl Images {
         }
         self.remember(name.whole(), &digest).await;
         let known = here(&self.cache, digest).await;
-        let known = known.ok_or_else(|| failed("it was removed from the cache by hand".to_owned()));
+        let known = known
+            .ok_or_else(|| failed("it was removed from the cache while it was pulled".to_owned()));
         Ok(self.resolved(name, known?))
     }
 
@@ -201,18 +202,18 @@ impl Images {
         }
     }
 
-    /// What a name is now: by its digest alone where that says enough.
+    /// Asks the registry about a name; the digest alone is enough if its image is cached.
     async fn ask_registry(&self, name: &Name, source: &Source) -> Result<Resolution, String> {
         let (registry, cache) = (Arc::clone(&self.registry), Arc::clone(&self.cache));
-        let (place, asked) = (name.clone(), source.clone());
+        let (name, asked) = (name.clone(), source.clone());
         let ask = || async move {
             let Some(digest) = registry.digest(&asked).await? else {
                 return registry.resolve(&asked).await.map(Resolution::There);
             };
-            // Of an index, the cache knows the image that it stands for.
-            let at = place.at(&digest);
+            // If the digest is that of an index, the cache knows the image that it stands for.
+            let at = name.at(&digest);
             if let Some(known) = known(&cache, &at).await {
-                remember(cache, place.whole(), known.digest.clone()).await;
+                remember(cache, name.whole(), known.digest.clone()).await;
                 return Ok(Resolution::Here(known.digest));
             }
             let found = registry.resolve(&asked.at(&digest)).await?;
@@ -241,7 +242,7 @@ impl Images {
     }
 }
 
-/// An image of the cache that does not go away.
+/// A cached image that is held, so that it is not removed.
 #[derive(Debug)]
 struct Known {
     digest: String,
@@ -249,7 +250,7 @@ struct Known {
     hold: Hold,
 }
 
-/// By what the name was when it was last asked for.
+/// The image that the name had when it was last resolved.
 async fn known(cache: &Arc<Cache>, name: &Name) -> Option<Known> {
     let (look, name) = (Arc::clone(cache), name.clone());
     let look = move || {
@@ -260,11 +261,11 @@ async fn known(cache: &Arc<Cache>, name: &Name) -> Option<Known> {
     here(cache, digest).await
 }
 
-/// By its digest.
+/// The image with this digest.
 async fn here(cache: &Arc<Cache>, digest: String) -> Option<Known> {
     let cache = Arc::clone(cache);
     let look = move || {
-        // First held, then looked for: what is seen stays.
+        // Hold it first and look it up then, so that an image that is found stays.
         let hold = cache.hold(&digest);
         let file = cache.get(&digest)?;
         Some(Known { digest, file, hold })
@@ -275,10 +276,10 @@ async fn here(cache: &Arc<Cache>, digest: String) -> Option<Known> {
 async fn remember(cache: Arc<Cache>, name: String, digest: String) {
     let done = tokio::task::spawn_blocking(move || cache.remember(&name, &digest)).await;
     if let Ok(Err(err)) = done {
-        // Costs a question to the registry next time, nothing else.
+        // Costs only one more request to the registry next time.
         tracing::warn!(
             error = knoc_proto::error::chain(&err),
-            "cannot remember a digest"
+            "cannot record a digest"
         );
     }
 }

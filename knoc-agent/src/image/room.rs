@@ -1,8 +1,8 @@
-//! Room in the cache: what it holds is bounded, and the images that were not used for longest go first.
+//! Limits the size of the cache: the images that have not been used for longest are removed first.
 //!
-//! An image is in use, and stays, while a job directory of a pod that has not finished names it ([`super::in_use`]), or
-//! while somebody here holds it: from the moment its digest is known until a job directory names it. Bytes that pulls
-//! under way will need are counted before they are there.
+//! An image is in use, and stays, if a job directory of a pod that has not finished names it
+//! ([`super::in_use`]), or if this process holds it: from the moment its digest is known until a
+//! job directory names it. The bytes that pulls in progress will need are reserved in advance.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -13,7 +13,7 @@ use super::cache::Cache;
 use super::claims::{Claims, Kept};
 use super::in_use;
 
-/// An image that is not removed while this lives.
+/// Keeps an image from being removed until it is dropped.
 #[derive(Debug)]
 pub struct Hold {
     cache: Arc<Cache>,
@@ -32,7 +32,7 @@ impl Drop for Hold {
     }
 }
 
-/// Bytes that are counted as used while this lives.
+/// Bytes that count as used until this is dropped.
 #[derive(Debug)]
 pub(super) struct Reserved {
     cache: Arc<Cache>,
@@ -40,7 +40,7 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
-    /// It is more, as turns out.
+    /// Raises the reservation once more is known about the size.
     pub(super) fn at_least(&mut self, bytes: u64) {
         let more = bytes.saturating_sub(self.bytes);
         self.bytes += more;
@@ -60,7 +60,8 @@ impl Cache {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps an image, whether it is here yet or not. What is looked for after this call is not removed.
+    /// Holds an image, whether it is cached yet or not. An image that is looked up after this call
+    /// is not removed.
     pub(super) fn hold(self: &Arc<Self>, digest: &str) -> Hold {
         let mut claims = self.claims();
         *claims.held.entry(digest.to_owned()).or_default() += 1;
@@ -71,7 +72,7 @@ impl Cache {
         }
     }
 
-    /// Counts bytes that a pull will need, and removes images until they fit. Blocking.
+    /// Reserves bytes for a pull, and removes images until they fit. Blocking.
     pub(super) fn reserve(self: &Arc<Self>, bytes: u64, limit: u64) -> Result<Reserved, String> {
         self.claims().reserved += bytes;
         let reserved = Reserved {
@@ -82,9 +83,10 @@ impl Cache {
         Ok(reserved)
     }
 
-    /// Removes images until no more than `limit` is used, or only those are left that are in use. Blocking.
+    /// Removes images until at most `limit` bytes are used, or only images in use are left.
+    /// Blocking.
     pub(super) fn make_room(&self, limit: u64) -> Result<(), String> {
-        // One at a time: two would remove twice as much.
+        // One caller at a time: two at once would remove twice as much.
         let _one = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         let mut images = self.images();
         let all = images.iter().map(|image| image.bytes);
@@ -92,7 +94,8 @@ impl Cache {
         if used <= limit {
             return Ok(());
         }
-        // What is held from here on is seen below, also if it is let go of in between.
+        // Images that are held from here on are checked below, even if they are released in
+        // between.
         let held: BTreeSet<String> = {
             let mut claims = self.claims();
             claims.since.clear();
@@ -116,7 +119,10 @@ impl Cache {
             }
         }
         if !gone.is_empty() {
-            tracing::info!(images = gone.len(), "removed from the cache, to make room");
+            tracing::info!(
+                images = gone.len(),
+                "removed images from the cache to make room"
+            );
             self.forget(&gone);
         }
         if used <= limit {
@@ -133,18 +139,18 @@ impl Cache {
         if claims.is_held(&image.digest) {
             return false;
         }
-        // Under the lock: whoever holds it from now on finds that it is gone.
+        // Under the lock: a caller that holds the image from now on finds that it is gone.
         let removed = std::fs::remove_file(&image.sif);
         drop(claims);
         if let Err(error) = removed {
-            tracing::warn!(image = %image.sif.display(), %error, "cannot remove it from the cache");
+            tracing::warn!(image = %image.sif.display(), %error, "cannot remove an image from the cache");
             return false;
         }
         std::fs::remove_file(self.config(&image.digest)).ok();
         true
     }
 
-    /// Bytes of all images that are here, and how many they are. Blocking.
+    /// The number of cached images, and their size in bytes. Blocking.
     pub(super) fn usage(&self) -> (usize, u64) {
         let images = self.images();
         let bytes = images.iter().map(|image| image.bytes);

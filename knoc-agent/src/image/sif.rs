@@ -1,8 +1,9 @@
-//! What SIF files that lie under the site's roots say of themselves: their OCI config, read once a file.
+//! Reads the OCI configs of SIF files under the site's image roots, once per file.
 //!
-//! Reading takes two or three processes of the runtime, tens of milliseconds each on a busy login node, and a hundred
-//! pods may name one file. So a config is kept by what the file is; one that was replaced or written to is another
-//! file. In memory only: after a restart each file is read once more. A file that cannot be read is not remembered.
+//! Reading a config takes two or three processes of the runtime, with tens of milliseconds each on
+//! a busy login node, and a hundred pods may name one file. So configs are kept in memory by the
+//! file's identity; a file that was replaced or written to has another identity. After a restart
+//! each file is read again. A file that cannot be read is not recorded.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,16 +16,18 @@ use super::flight::Flights;
 use super::pull::why;
 use crate::command::CommandError;
 
-/// More JSON objects than that no SIF of ours has.
+/// No SIF that a runtime writes has more JSON objects.
 const OBJECTS_LIMIT: usize = 16;
-/// Configs that are kept, of a few hundred bytes each; when there are more, all are read again.
+/// How many configs are kept, of a few hundred bytes each; if there are more, all are dropped and
+/// read again.
 const KEPT: usize = 1024;
 
-/// The file that was opened and checked, as the runtime's process sees it. By its name it might be another by now.
+/// The open and checked file as standard input of the runtime's process. Its path could lead to
+/// another file by now.
 const INPUT: &str = "/proc/self/fd/0";
 
-/// Tells a file from what was there before: device, inode, size, and the times of the last change of its bytes and
-/// of its inode, in nanoseconds.
+/// The identity of a file's content: device, inode, size, and the times of the last change of its
+/// bytes and of its inode, in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct FileId([u64; 3], [i64; 4]);
 
@@ -48,9 +51,10 @@ pub(super) struct Sifs {
 }
 
 impl Sifs {
-    /// The config of the open SIF `sif`; empty where it carries none. The error is the runtime's words.
+    /// The config of the open SIF file `sif`; empty if it contains none. The error is the runtime's
+    /// message.
     ///
-    /// Cancel safety: a dropped call leaves nothing; a reading that others wait for goes on.
+    /// Cancel safety: a dropped call leaves nothing behind; a read that others wait for continues.
     pub(super) async fn config(
         &self,
         settings: &Arc<Settings>,
@@ -102,7 +106,7 @@ async fn read(settings: &Settings, sif: Arc<File>) -> Result<ImageFile, CommandE
     Ok(ImageFile::default())
 }
 
-/// Ids of the JSON objects in `sif list`'s table.
+/// The IDs of the JSON objects in `sif list`'s table.
 fn json_objects(table: &str) -> Vec<String> {
     let rows = table
         .lines()

@@ -1,21 +1,22 @@
-//! Places that registries share fairly.
+//! Slots for concurrent work, shared fairly between registries.
 //!
-//! At most so many in all, and at most so many of one registry. A free place goes to the registry that holds the
-//! fewest, and there to whoever waits longest, so that a registry with many who wait, or with answers that trickle,
-//! delays nobody but itself.
+//! The number of slots is limited in total and per registry. A free slot goes to the registry that
+//! holds the fewest, and there to the task that has waited longest. So a registry with many waiting
+//! tasks, or with slow answers, delays only itself.
 //!
-//! Cancel safety: whoever stops waiting loses nothing but its turn; a dropped [`Place`] goes to the next.
+//! Cancel safety: a task that stops waiting loses only its turn; a dropped [`Slot`] goes to the
+//! next task.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-/// The places.
+/// The slots.
 #[derive(Debug)]
 pub(super) struct Slots {
     overall: usize,
-    /// Of one registry.
+    /// The limit for one registry.
     each: usize,
     state: Mutex<State>,
 }
@@ -23,8 +24,8 @@ pub(super) struct Slots {
 #[derive(Debug, Default)]
 struct State {
     held: HashMap<String, usize>,
-    /// In the order of their coming; bounded by the containers of this agent's pods.
-    waiting: Vec<(String, oneshot::Sender<Place>)>,
+    /// In order of arrival; bounded by the number of containers of this agent's pods.
+    waiting: Vec<(String, oneshot::Sender<Slot>)>,
 }
 
 impl State {
@@ -37,14 +38,14 @@ impl State {
     }
 }
 
-/// A place, until it is dropped.
+/// One slot, which is held until it is dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Slot {
     slots: Arc<Slots>,
     key: String,
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     fn drop(&mut self) {
         self.slots.release(&self.key);
     }
@@ -63,12 +64,13 @@ impl Slots {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a place of `key`.
-    pub(super) async fn acquire(self: &Arc<Self>, key: &str) -> Place {
+    /// Waits for a slot for `key`.
+    pub(super) async fn acquire(self: &Arc<Self>, key: &str) -> Slot {
         let receiver = {
             let mut state = self.state();
             if state.total() < self.overall && state.held_by(key) < self.each {
-                // Nobody who waits could have it: what is free is given away as soon as it is free.
+                // No waiting task can use it, because a free slot is handed over as soon as it is
+                // free.
                 *state.held.entry(key.to_owned()).or_default() += 1;
                 None
             } else {
@@ -78,24 +80,24 @@ impl Slots {
                 Some(receiver)
             }
         };
-        let place = match receiver {
+        let slot = match receiver {
             Some(receiver) => receiver.await.ok(),
             None => None,
         };
-        place.unwrap_or_else(|| Place {
+        slot.unwrap_or_else(|| Slot {
             slots: Arc::clone(self),
             key: key.to_owned(),
         })
     }
 
-    /// Does anybody wait?
+    /// Whether any task waits.
     pub(super) fn wanted(&self) -> bool {
         let state = self.state();
         state.waiting.iter().any(|(_, sender)| !sender.is_closed())
     }
 
     fn release(self: &Arc<Self>, key: &str) {
-        // Places of those that stopped waiting at this instant; their drop takes the lock again.
+        // Slots of tasks that stopped waiting just now; dropping them takes the lock again.
         let mut unused = Vec::new();
         let mut state = self.state();
         if let Some(held) = state.held.get_mut(key) {
@@ -107,14 +109,14 @@ impl Slots {
         while let Some((key, sender)) = self.next(&mut state) {
             *state.held.entry(key.clone()).or_default() += 1;
             let slots = Arc::clone(self);
-            unused.extend(sender.send(Place { slots, key }).err());
+            unused.extend(sender.send(Slot { slots, key }).err());
         }
         drop(state);
         drop(unused);
     }
 
-    /// Who gets a place that is free; `None` if nobody can.
-    fn next(&self, state: &mut State) -> Option<(String, oneshot::Sender<Place>)> {
+    /// The task that gets the free slot; `None` if no task may have it.
+    fn next(&self, state: &mut State) -> Option<(String, oneshot::Sender<Slot>)> {
         state.waiting.retain(|(_, sender)| !sender.is_closed());
         if state.total() >= self.overall {
             return None;
@@ -152,7 +154,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_stops_waiting_takes_no_place() {
+    async fn a_task_that_stops_waiting_takes_no_slot() {
         let slots = Slots::new(1, 1);
         let held = slots.acquire("a").await;
         let mut gone = Box::pin(slots.acquire("a"));
@@ -168,7 +170,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_place_that_was_given_and_never_taken_is_free_again() {
+    async fn a_slot_that_was_given_and_never_taken_is_free_again() {
         let slots = Slots::new(1, 1);
         let held = slots.acquire("a").await;
         let mut given = Box::pin(slots.acquire("a"));

@@ -1,8 +1,9 @@
-//! How large a layer is once it is unpacked, before anything unpacks it.
+//! Computes how large a layer is when unpacked, before anything unpacks it.
 //!
-//! A layer of a few MB may hold TB: by its compression, by files whose holes a tar only mentions, or by millions of
-//! empty files. [`Tar`] reads a tar's heads as the runtime will (PURE; any bytes, in any pieces); [`measure`] feeds it
-//! with a layer and checks the layer's digest on the way. Blocking.
+//! A layer of a few MB may contain TB: by its compression, by sparse files whose holes take no
+//! space in a tar archive, or by millions of empty files. [`Tar`] parses tar headers as the runtime
+//! will (PURE; any bytes, in any pieces); [`measure`] feeds it a layer and checks the layer's
+//! digest at the same time. Blocking.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -15,15 +16,15 @@ use super::digest::{Digest, Hasher};
 use super::manifest::Packing;
 
 const BLOCK: usize = 512;
-/// Of an extended head: names and attributes.
+/// The longest extended header, which holds names and attributes.
 const MAX_PAX: u64 = 1 << 20;
-/// Files and folders of one image.
+/// The most files and directories of one image.
 pub(super) const MAX_ENTRIES: u64 = 4_000_000;
 const BUFFER: usize = 64 * 1024;
-/// Of zstd, in memory; what the `zstd` command makes without `--long` needs 8 MiB.
+/// The largest zstd window, in memory; the `zstd` command without `--long` needs 8 MiB.
 const MAX_WINDOW: u64 = 64 << 20;
 
-/// What all layers of an image may still take.
+/// What the remaining layers of an image may still take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Budget {
     pub(super) bytes: u64,
@@ -39,38 +40,38 @@ pub(super) enum TarError {
     Entries,
     #[error("it is not a tar archive")]
     Head,
-    #[error("an extended head in it is longer than {MAX_PAX} bytes")]
+    #[error("an extended header in it is longer than {MAX_PAX} bytes")]
     Pax,
     #[error("it ends in the middle of a file")]
     Cut,
 }
 
-/// Why a layer is not given to the runtime.
+/// Why a layer is not passed to the runtime.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum LayerError {
-    /// More bytes than the site allows.
+    /// It has more bytes than the site allows.
     #[error("the image is larger than allowed when unpacked")]
     TooLarge,
-    /// The text says why.
+    /// It is broken; the text says why.
     #[error("{0}")]
     Broken(String),
 }
 
-/// A tar archive that comes in pieces.
+/// A tar archive that arrives in pieces.
 #[derive(Debug)]
 pub(super) struct Tar {
     budget: Budget,
     head: Vec<u8>,
-    /// Content and padding until the next head.
+    /// Bytes of content and padding until the next header.
     skip: u64,
-    /// How much of that is padding, which some programs leave out at an archive's end.
+    /// How many of them are padding, which some programs omit at the end of an archive.
     padding: u64,
-    /// An extended head being read, with the length of its text.
+    /// An extended header that is being read, with the length of its text.
     pax: Option<(Vec<u8>, u64)>,
-    /// What the last extended head says of the next file's size.
+    /// The size of the next file, if the last extended header gives it.
     size: Option<u64>,
     zeros: u8,
-    /// More heads of a sparse file follow.
+    /// Whether more headers of a sparse file follow.
     extended: bool,
 }
 
@@ -88,12 +89,12 @@ impl Tar {
         }
     }
 
-    /// Takes the next piece in.
+    /// Parses the next piece.
     pub(super) fn push(&mut self, mut piece: &[u8]) -> Result<(), TarError> {
         self.spend(u64::try_from(piece.len()).unwrap_or(u64::MAX))?;
-        // Two empty blocks end an archive; what follows is padding.
+        // Two empty blocks end an archive; the rest is padding.
         while !piece.is_empty() && self.zeros < 2 {
-            // The further heads of a sparse file come before its content.
+            // The further headers of a sparse file come before its content.
             if self.skip > 0 && !self.extended {
                 let most = usize::try_from(self.skip).unwrap_or(usize::MAX);
                 let (skipped, rest) = piece.split_at(most.min(piece.len()));
@@ -121,7 +122,7 @@ impl Tar {
         Ok(())
     }
 
-    /// There are no more pieces. Returns what is left of the budget.
+    /// Ends the archive. Returns what is left of the budget.
     pub(super) fn finish(self) -> Result<Budget, TarError> {
         let whole = self.zeros > 0
             || (self.head.is_empty()
@@ -172,7 +173,8 @@ impl Tar {
                 self.pax = (written > 0).then(|| (Vec::new(), written));
                 return Ok(());
             }
-            // Heads whose text is of no interest: of all files, or a long name of the next one.
+            // Headers whose text does not matter: defaults for all files, or the long name of the
+            // next one.
             b'g' | b'L' | b'K' => {
                 if written > MAX_PAX {
                     return Err(TarError::Pax);
@@ -189,7 +191,8 @@ impl Tar {
             .ok_or(TarError::Entries)?;
         let size = self.size.take().unwrap_or(written);
         match kind {
-            // Links, devices, folders, pipes: without content whatever their size says.
+            // Links, devices, directories and pipes have no content, whatever their size field
+            // says.
             b'1'..=b'6' => {}
             b'S' => {
                 let real = number(field(head, 483, 12)).ok_or(TarError::Head)?;
@@ -202,7 +205,8 @@ impl Tar {
         Ok(())
     }
 
-    /// `LENGTH KEY=VALUE\n` …: the size of the next file, and what a sparse one really takes.
+    /// Parses `LENGTH KEY=VALUE
+    /// ` records: the size of the next file, and the real size of a sparse one.
     fn extended_head(&mut self, mut text: &[u8]) -> Result<(), TarError> {
         while !text.is_empty() {
             let space = text.iter().position(|byte| *byte == b' ');
@@ -237,7 +241,7 @@ fn decimal(text: &[u8]) -> Option<u64> {
     digits.then(|| std::str::from_utf8(text).ok()?.parse().ok())?
 }
 
-/// Octal digits between spaces and zeros, or a number of base 256.
+/// Parses octal digits between spaces and zeros, or a base-256 number.
 fn number(field: &[u8]) -> Option<u64> {
     match field.split_first() {
         Some((first, rest)) if first & 0x80 != 0 => {
@@ -263,7 +267,8 @@ fn number(field: &[u8]) -> Option<u64> {
     }
 }
 
-/// Does the checksum hold, of unsigned or, as some old programs have it, of signed bytes?
+/// Whether the header's checksum is correct, over unsigned bytes or, as some old programs compute
+/// it, over signed ones.
 fn sums_up(head: &[u8]) -> bool {
     let Some(written) = number(field(head, 148, 8)) else {
         return false;
@@ -282,7 +287,7 @@ fn sums_up(head: &[u8]) -> bool {
     is(sums.0) || is(sums.1)
 }
 
-/// Computes a digest of all that is read.
+/// Computes a digest of everything that is read.
 struct Hashing<R> {
     inner: R,
     hasher: Hasher,
@@ -296,7 +301,7 @@ impl<R: Read> Read for Hashing<R> {
     }
 }
 
-/// A tar that is written to; stops when whoever waited has gone.
+/// Feeds what is written to it to a tar parser; fails once the pull was cancelled.
 struct Sink<'a> {
     tar: Tar,
     failed: Option<TarError>,
@@ -306,8 +311,8 @@ struct Sink<'a> {
 impl Write for Sink<'_> {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         if (self.stop)() {
-            // Not `Interrupted`, after which writers try again.
-            return Err(io::Error::other("the pull was given up"));
+            // Not `Interrupted`, after which writers retry.
+            return Err(io::Error::other("the pull was cancelled"));
         }
         if let Err(error) = self.tar.push(piece) {
             self.failed = Some(error);
@@ -321,7 +326,8 @@ impl Write for Sink<'_> {
     }
 }
 
-/// Reads the layer in `path`: checks its digest, and takes what it is unpacked from the budget. Blocking.
+/// Reads the layer in `path`, checks its digest, and subtracts its unpacked size from the budget.
+/// Blocking.
 pub(super) fn measure(
     path: &Path,
     digest: &Digest,
@@ -355,7 +361,7 @@ pub(super) fn measure(
         Some(error) => return Err(LayerError::Broken(format!("layer {digest}: {error}"))),
         None => {}
     }
-    // Whatever the content: a wrong digest is the better reason.
+    // The rest is read whatever the content was: a wrong digest is the better error.
     let rest = if unpacked.is_ok() || !stop() {
         copy(&mut reader, &mut io::sink())
     } else {
@@ -365,7 +371,7 @@ pub(super) fn measure(
     let found = reader.into_inner().hasher.finish();
     if found != *digest {
         return Err(LayerError::Broken(format!(
-            "the registry sent another content than it announced: {found} instead of {digest}"
+            "the registry sent content with digest {found} instead of {digest}"
         )));
     }
     unpacked.map_err(broken)?;
@@ -384,7 +390,7 @@ fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
     }
 }
 
-/// All frames of a zstd file.
+/// Decompresses all frames of a zstd file.
 fn zstd(reader: &mut impl BufRead, sink: &mut impl Write) -> io::Result<()> {
     let mut decoder = FrameDecoder::new();
     decoder.set_max_window_size(MAX_WINDOW);

@@ -1,19 +1,22 @@
-//! What `init` finds out about the login node: tools in PATH, Slurm's configuration, the host's name.
+//! Detects what `init` needs to know about the login node: tools in PATH, Slurm's configuration and
+//! the host's name.
 
 use std::path::{Path, PathBuf};
 
-/// The part of the environment that is looked at. An argument, so that tests need no global.
+/// The part of the environment that matters. It is passed as an argument, so that tests need not
+/// change the process's own.
 #[derive(Debug, Clone, Default)]
 pub struct Environment {
     /// `$PATH`
     pub path: String,
     /// `$SLURM_CONF`
     pub slurm_conf: Option<String>,
-    /// `$APPTAINER_TMPDIR` and the like: passed on where set.
+    /// `$APPTAINER_TMPDIR` and similar variables, which are copied to the site file if they are
+    /// set.
     pub extra: Vec<(String, String)>,
 }
 
-/// Variables that the tools of a site may need.
+/// Variables that a site's tools may need.
 const PASSED_ON: &[&str] = &[
     "APPTAINER_TMPDIR",
     "APPTAINER_CACHEDIR",
@@ -22,7 +25,7 @@ const PASSED_ON: &[&str] = &[
 ];
 
 impl Environment {
-    /// Of this process.
+    /// Reads the environment of this process.
     #[must_use]
     pub fn own() -> Self {
         let get = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
@@ -37,18 +40,18 @@ impl Environment {
     }
 }
 
-/// What was found.
+/// What was detected.
 #[derive(Debug, Clone, Default)]
 pub struct Found {
-    /// As given.
+    /// The environment that was searched.
     pub environment: Environment,
-    /// Host name.
+    /// The host's name.
     pub hostname: String,
-    /// Tool → path, those that are there.
+    /// The tools that were found, with their paths.
     pub tools: Vec<(&'static str, PathBuf)>,
 }
 
-/// Tools of the site file.
+/// The tools that a site file can name.
 const TOOLS: &[&str] = &[
     "sbatch",
     "squeue",
@@ -61,7 +64,7 @@ const TOOLS: &[&str] = &[
 ];
 
 impl Found {
-    /// Looks through the folders of PATH.
+    /// Searches the directories of PATH.
     #[must_use]
     pub fn look(environment: Environment) -> Self {
         let folders: Vec<_> = environment
@@ -82,7 +85,7 @@ impl Found {
         }
     }
 
-    /// Was this tool found?
+    /// Whether this tool was found.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
         self.tools.iter().any(|(tool, _)| *tool == name)

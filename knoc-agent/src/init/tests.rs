@@ -1,4 +1,5 @@
-//! What `init` writes is accepted by those who read it, and what is there is never overwritten.
+//! Tests that the programs accept what `init` writes, and that existing files are never
+//! overwritten.
 
 use std::os::unix::fs::PermissionsExt as _;
 
@@ -92,7 +93,7 @@ fn whom_the_bundle_lets_in_is_said_before_it_is_handed_over() {
         namespaces: vec!["team-a".to_owned(), "team-b".to_owned()],
         ..options(&folder)
     };
-    // The second time the site file is there already, whatever the options say.
+    // On the second run the site file exists already, whatever the options say.
     for options in [named, options(&folder)] {
         let said = run(&options, root.path(), &found()).unwrap();
         assert!(
@@ -109,7 +110,8 @@ fn whom_the_bundle_lets_in_is_said_before_it_is_handed_over() {
     assert!(namespace("team-a").is_ok() && namespace("Team").is_err());
 }
 
-/// The settings of the template behind a `#`: the line's number, the section, the setting, and how it is marked.
+/// The commented-out settings of the template: line number, section, setting, and how the line
+/// marks it.
 fn commented(text: &str) -> Vec<(usize, String, String, String)> {
     let mut section = String::new();
     let mut found = Vec::new();
@@ -129,7 +131,7 @@ fn commented(text: &str) -> Vec<(usize, String, String, String)> {
     found
 }
 
-/// What holds, with what is not set filled in as those who read it do.
+/// The settings in effect, with the defaults that the programs fill in.
 fn in_force(text: &str) -> String {
     let home = Home {
         home: "/home/user".into(),
@@ -152,7 +154,7 @@ fn a_line_marked_default_changes_nothing_and_an_example_does() {
             .lines()
             .enumerate()
             .map(|(at, line)| {
-                // A table among several is whole or not there.
+                // A table of an array is given as a whole or not at all.
                 let together = section == "[[registry]]"
                     && (line == "# [[registry]]" || line.starts_with("# prefix = "));
                 if at == number || together {
@@ -168,7 +170,7 @@ fn a_line_marked_default_changes_nothing_and_an_example_does() {
             in_force(&uncommented.join("\n")) == before
         };
         match mark.as_str() {
-            "default" => assert!(same, "{section} {setting} is no default"),
+            "default" => assert!(same, "{section} {setting} is not the default"),
             "example" => assert!(!same, "{section} {setting} is the default"),
             _ => panic!("{section} {setting} is marked neither as default nor as example"),
         }
@@ -220,7 +222,7 @@ fn mistakes_cost_nothing() {
     );
 }
 
-/// The names between backticks after `expected` in serde's words on a key that is none.
+/// The names between backticks after `expected` in serde's message about an unknown key.
 fn keys(section: &str) -> Vec<String> {
     let head = match section {
         "" => String::new(),
@@ -259,7 +261,7 @@ fn every_setting_is_explained() {
             );
         }
     }
-    // What `init` found stands in `tools`; `env` and `gres` have any names.
+    // `tools` holds what `init` found; `env` and `gres` accept any names.
     let named = [
         "listen", "tls", "registry", "policy", "job", "limits", "logs", "backoff", "values",
     ];

@@ -1,4 +1,4 @@
-//! PURE: the texts that `init` writes.
+//! PURE: the contents of the files that `init` writes.
 
 use std::path::Path;
 
@@ -8,12 +8,12 @@ use knoc_link::pki::CertifiedKey;
 use super::{Found, Options};
 use crate::config::{RuntimeKind, SchedulerKind};
 
-/// A TOML string.
+/// Quotes `text` as a TOML string.
 fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
 
-/// `host:port`, with brackets around an IPv6 address.
+/// Formats `host:port`, with brackets around an IPv6 address.
 fn address((host, port): &(String, u16)) -> String {
     if host.contains(':') {
         format!("[{host}]:{port}")
@@ -22,7 +22,7 @@ fn address((host, port): &(String, u16)) -> String {
     }
 }
 
-/// The site file.
+/// The contents of the site file.
 pub(super) fn site_file(
     options: &Options,
     folder: &Path,
@@ -98,7 +98,8 @@ pub(super) fn bundle(
     )
 }
 
-/// knocctl's context. Without `current-context`, so that beside the agent its socket goes first.
+/// knocctl's context. It does not set `current-context`, so that on the login node the agent's
+/// socket is preferred.
 pub(super) fn knocctl(site: &str, folder: &Path, first: &(String, u16)) -> String {
     let tls = |name: &str| quoted(&folder.join("tls").join(name).to_string_lossy());
     format!(

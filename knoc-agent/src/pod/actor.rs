@@ -5,7 +5,7 @@
 //! written before any effect that follows `Persist`; what a shim's final report says is shown at once, since the
 //! report itself is on disk already.
 
-mod birth;
+mod create;
 mod effects;
 mod values;
 
@@ -13,7 +13,7 @@ use std::{cmp::Ordering, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_contract::jobdir::{JobDir, JobDirError};
-use knoc_proto::{crash, error::chain, ids::PodUid, pb, reason::ErrorReason};
+use knoc_proto::{crash, error::chain, ids::PodUid, pb, pod::PodSpec, reason::ErrorReason};
 use tokio::{
     sync::{mpsc, watch},
     task::{AbortHandle, JoinSet},
@@ -25,7 +25,7 @@ use super::{
     publish::observed,
     record::Record,
     stage::{self, StageError},
-    state::{Effect, Event, Facts, Patience, Pod, State, step},
+    state::{Effect, Event, Facts, Pod, State, Timeouts, step},
 };
 use crate::{config::Config, site::Site};
 
@@ -35,8 +35,8 @@ pub struct Restored {
     /// As the record has it.
     pub pod: Pod,
     /// Its shape.
-    pub spec: pb::PodSpec,
-    /// Of which cluster.
+    pub spec: PodSpec,
+    /// The cluster that wants the pod.
     pub cluster_id: String,
     /// What its job execs (`JobFile.version`).
     pub version: String,
@@ -44,27 +44,34 @@ pub struct Restored {
     pub values_revision: i64,
 }
 
+/// The actor of a pod that it does not know yet.
+#[derive(Debug)]
+pub struct NewActor {
+    site: Arc<Site>,
+    uid: PodUid,
+    /// For the effects that send reports, and for the shim's link.
+    own: mpsc::WeakSender<Input>,
+    /// For the poller.
+    wants: watch::Sender<Wanted>,
+}
+
 /// The task of one pod.
 #[derive(Debug)]
-pub struct Actor {
+struct Actor {
     site: Arc<Site>,
     uid: PodUid,
     dir: JobDir,
-    /// For the effects that send reports, and the shim's link.
+    /// For the effects that send reports, and for the shim's link.
     own: mpsc::WeakSender<Input>,
-    spec: Arc<pb::PodSpec>,
+    spec: Arc<PodSpec>,
     cluster_id: String,
     /// What its job execs, as its directory names it.
     version: String,
-    /// Kept only where values do not lie on disk.
-    values: Option<pb::PodValues>,
-    /// The newest that was accepted.
-    values_revision: i64,
-    giving: Option<values::Giving>,
+    values: values::Held,
     effects: JoinSet<Event>,
-    /// Those of them that end a job.
+    /// The effects that end a job.
     cancels: Vec<AbortHandle>,
-    /// Where the images lie. One at a time.
+    /// Looks for the images; one task at a time.
     staging: JoinSet<Resolved>,
     /// One reading of the files at a time, however long the file system hangs.
     reading: Option<AbortHandle>,
@@ -90,14 +97,13 @@ struct Unsaved {
 
 /// What the machine must know of the pod and the site.
 #[must_use]
-pub fn facts(uid: &PodUid, spec: &pb::PodSpec, config: &Config) -> Facts {
-    let seconds = |n: i64| Duration::from_secs(n.try_into().unwrap_or(0));
+pub fn facts(spec: &PodSpec, config: &Config) -> Facts {
     let limits = &config.limits;
     Facts {
-        uid: uid.clone(),
-        grace: seconds(spec.termination_grace_period_seconds),
-        deadline: (spec.active_deadline_seconds > 0).then(|| seconds(spec.active_deadline_seconds)),
-        patience: Patience {
+        uid: spec.uid().clone(),
+        grace: spec.grace(),
+        deadline: spec.deadline(),
+        timeouts: Timeouts {
             report_grace: limits.report_grace,
             never_ends_after: limits.never_ends_after,
             lost_after: limits.lost_after,
@@ -108,7 +114,7 @@ pub fn facts(uid: &PodUid, spec: &pb::PodSpec, config: &Config) -> Facts {
     }
 }
 
-impl Actor {
+impl NewActor {
     /// An actor for the pod `uid`, whose inputs come through `own`'s channel.
     #[must_use]
     pub fn new(
@@ -118,17 +124,56 @@ impl Actor {
         wants: watch::Sender<Wanted>,
     ) -> Self {
         Self {
-            dir: site.state.pod(&uid),
-            wants,
-            version: site.versions.own().to_owned(),
             site,
             uid,
             own,
-            spec: Arc::default(),
-            cluster_id: String::new(),
-            values: None,
-            values_revision: 0,
-            giving: None,
+            wants,
+        }
+    }
+
+    /// Runs until the pod is forgotten, or `stop`. Cancelled between inputs only: a record is never half written.
+    pub async fn run(
+        self,
+        restored: Option<Restored>,
+        mut inputs: mpsc::Receiver<Input>,
+        stop: CancellationToken,
+    ) {
+        let (site, uid) = (Arc::clone(&self.site), self.uid.clone());
+        let begun = match restored {
+            Some(restored) => Some(self.adopt(restored).await),
+            None => self.create(&mut inputs).await,
+        };
+        if let Some((actor, pod)) = begun {
+            actor.run(pod, &mut inputs, &stop).await;
+        }
+        if !stop.is_cancelled() {
+            site.shims.forget(&uid);
+            site.board.remove(uid.as_str());
+            // Before the end is announced: who hears of it takes a handle off the map that leads to nobody.
+            drop(inputs);
+            // The registry may be gone already: then nobody keeps a handle.
+            drop(site.ended.send(uid).await);
+        }
+    }
+
+    /// The actor of a pod of this shape.
+    fn of(self, spec: PodSpec, cluster_id: String) -> Actor {
+        let Self {
+            site,
+            uid,
+            own,
+            wants,
+        } = self;
+        Actor {
+            dir: site.state.pod(&uid),
+            version: site.versions.own().to_owned(),
+            spec: Arc::new(spec),
+            cluster_id,
+            site,
+            uid,
+            own,
+            wants,
+            values: values::Held::default(),
             unsaved: None,
             effects: JoinSet::new(),
             cancels: Vec::new(),
@@ -136,60 +181,48 @@ impl Actor {
             reading: None,
         }
     }
+}
 
-    /// Runs until the pod is forgotten, or `stop`. Cancelled between inputs only: a record is never half written.
-    pub async fn run(
+impl Actor {
+    /// Takes inputs until the pod is forgotten, or `stop`.
+    async fn run(
         mut self,
-        restored: Option<Restored>,
-        mut inputs: mpsc::Receiver<Input>,
-        stop: CancellationToken,
+        mut pod: Pod,
+        inputs: &mut mpsc::Receiver<Input>,
+        stop: &CancellationToken,
     ) {
-        let born = match restored {
-            Some(restored) => Some(self.adopt(restored).await),
-            None => self.birth(&mut inputs).await,
-        };
-        if let Some(mut pod) = born {
-            loop {
-                let wake = self.wake(&pod);
-                let input = tokio::select! {
-                    // Shutdown first, then what is done, then what is asked: effects' answers must not starve.
-                    biased;
-                    () = stop.cancelled() => break,
-                    Some(done) = self.effects.join_next() => match done {
-                        Ok(event) => Input::Event(event),
-                        Err(error) if error.is_cancelled() => continue,
-                        Err(error) => {
-                            tracing::error!(uid = %self.uid, error = chain(&error), "an effect failed");
-                            continue;
-                        }
-                    },
-                    Some(done) = self.staging.join_next() => match self.resolved(done).await {
-                        Some(event) => Input::Event(event),
-                        None => continue,
-                    },
-                    input = inputs.recv() => match input {
-                        Some(input) => input,
-                        None => break,
-                    },
-                    () = sleep_until(wake) => Input::Event(Event::Tick),
-                };
-                pod = self.take(pod, input).await;
-                if matches!(pod.state, State::Forgotten) {
-                    break;
-                }
+        loop {
+            let wake = self.wake(&pod);
+            let input = tokio::select! {
+                // Shutdown first, then what is done, then what is asked: effects' answers must not starve.
+                biased;
+                () = stop.cancelled() => break,
+                Some(done) = self.effects.join_next() => match done {
+                    Ok(event) => Input::Event(event),
+                    Err(error) if error.is_cancelled() => continue,
+                    Err(error) => {
+                        tracing::error!(uid = %self.uid, error = chain(&error), "an effect failed");
+                        continue;
+                    }
+                },
+                Some(done) = self.staging.join_next() => match self.resolved(done).await {
+                    Some(event) => Input::Event(event),
+                    None => continue,
+                },
+                input = inputs.recv() => match input {
+                    Some(input) => input,
+                    None => break,
+                },
+                () = sleep_until(wake) => Input::Event(Event::Tick),
+            };
+            pod = self.take(pod, input).await;
+            if matches!(pod.state, State::Forgotten) {
+                break;
             }
         }
-        // Effects that run are ended with us: an sbatch that has begun is found again by name.
+        // Effects that run end with the actor: an sbatch that has begun is found again by name.
         self.effects.shutdown().await;
         self.staging.shutdown().await;
-        if !stop.is_cancelled() {
-            self.site.shims.forget(&self.uid);
-            self.site.board.remove(self.uid.as_str());
-            // Before the end is told: who hears of it takes a handle off the map that leads to nobody.
-            drop(inputs);
-            // The registry may be gone already: then nobody keeps a handle.
-            drop(self.site.ended.send(self.uid.clone()).await);
-        }
     }
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
@@ -203,7 +236,7 @@ impl Actor {
             Input::Event(event) => {
                 let reported = matches!(event, Event::Report(_));
                 let pod = self.apply(pod, event).await;
-                self.give_values(&pod, reported);
+                self.push_values(&pod, reported);
                 pod
             }
             Input::Ensure {
@@ -221,7 +254,7 @@ impl Actor {
                 pod
             }
             Input::Values { values, reply } => {
-                let result = self.update_values(&pod, *values).await;
+                let result = self.check_and_update_values(&pod, *values).await;
                 drop(reply.send(result));
                 pod
             }
@@ -254,7 +287,7 @@ impl Actor {
             self.linked();
         }
         let pod = self.apply(pod, Event::Link(up)).await;
-        self.give_values(&pod, false);
+        self.push_values(&pod, false);
         pod
     }
 
@@ -262,7 +295,7 @@ impl Actor {
     async fn ensure_again(
         &mut self,
         pod: Pod,
-        spec: pb::PodSpec,
+        spec: PodSpec,
         cluster_id: &str,
     ) -> (Pod, Result<(), Refused>) {
         if cluster_id != self.cluster_id {
@@ -272,7 +305,7 @@ impl Actor {
                 Err(Refused::new(ErrorReason::ClusterMismatch, message)),
             );
         }
-        let generations = spec.generation.max(1).cmp(&self.spec.generation.max(1));
+        let generations = spec.generation().cmp(&self.spec.generation());
         let conflict = match generations {
             Ordering::Less => return (pod, Ok(())),
             Ordering::Equal if super::update::same(&self.spec, &spec) => return (pod, Ok(())),
@@ -289,7 +322,7 @@ impl Actor {
         if let Err(refused) = self.rewrite_spec(Arc::clone(&spec)).await {
             return (pod, Err(refused));
         }
-        let facts = facts(&self.uid, &spec, &self.site.config);
+        let facts = facts(&spec, &self.site.config);
         self.spec = spec;
         (self.apply(pod, Event::Update(facts)).await, Ok(()))
     }
@@ -340,7 +373,7 @@ impl Actor {
     fn show(&self, pod: &Pod) {
         let wanted = Wanted {
             job: pod.job(),
-            hurried: pod.hurried(),
+            poll_soon: pod.poll_soon(),
         };
         self.wants.send_if_modified(|known| {
             let news = *known != wanted;
@@ -357,7 +390,6 @@ pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDir
         return Ok(None);
     };
     let job = dir.spec()?;
-    let spec = job.spec.unwrap_or_default();
     // Only an aid: the shim and Slurm say it again. A pod that is not taken up would be lost with its job.
     let report = dir.report().unwrap_or_else(|error| {
         tracing::warn!(
@@ -370,7 +402,8 @@ pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDir
     let Ok(uid) = PodUid::try_from(dir.uid()) else {
         return Ok(None);
     };
-    let facts = facts(&uid, &spec, config);
+    let spec = PodSpec::accepted_before(uid, job.spec.unwrap_or_default());
+    let facts = facts(&spec, config);
     let cluster_id = record.cluster_id.clone();
     let values_revision = record.values_revision;
     Ok(Some(Restored {

@@ -1,11 +1,15 @@
 //! The messages of a pod's actor: what it is asked, how it answers, and what it tells the poller.
 //!
-//! Apart from the actor, so that those who only send to it ([`crate::shims`], [`super::stage`]) do not depend on what it
+//! Apart from the actor, so that those who only send to it ([`crate::shim_links`], [`super::stage`]) do not depend on what it
 //! does.
 
 use std::time::Duration;
 
-use knoc_proto::{pb, reason::ErrorReason};
+use knoc_proto::{
+    pb,
+    pod::{PodSpec, PodValues},
+    reason::ErrorReason,
+};
 use tokio::sync::oneshot;
 
 use super::state::Event;
@@ -14,10 +18,10 @@ use crate::scheduler::JobRef;
 /// What the poller must know of a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// Its job, where it has one that may be alive.
+    /// The job of its placement, if there is one that may be alive.
     pub job: Option<JobRef>,
     /// A change is expected within seconds.
-    pub hurried: bool,
+    pub poll_soon: bool,
 }
 
 /// Inputs that may wait for a busy actor (one that writes its record).
@@ -33,7 +37,7 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// A refusal with its words.
+    /// A refusal with its message.
     pub fn new(reason: ErrorReason, message: impl Into<String>) -> Self {
         Self {
             reason,
@@ -50,23 +54,23 @@ pub type Reply<T> = oneshot::Sender<Result<T, Refused>>;
 pub enum Input {
     /// Something happened.
     Event(Event),
-    /// The shim's link came or went. Which it was last, [`crate::shims::Shims`] knows: words of two links may overtake each
+    /// The shim's link came or went. Which it was last, [`crate::shim_links::ShimLinks`] knows: words of two links may overtake each
     /// other.
     Link,
     /// `EnsurePod`. The first input of a new pod.
     Ensure {
         /// The shape.
-        spec: Box<pb::PodSpec>,
+        spec: Box<PodSpec>,
         /// The values.
-        values: Box<pb::PodValues>,
-        /// Of which cluster.
+        values: Box<PodValues>,
+        /// The cluster that wants the pod.
         cluster_id: String,
         /// The pod, and whether it is new.
         reply: Reply<(pb::PodObserved, bool)>,
     },
     /// `UpdateValues`.
     Values {
-        /// The values.
+        /// The values, which the actor checks against the shape.
         values: Box<pb::PodValues>,
         /// When they are staged, or written on the compute node.
         reply: Reply<()>,

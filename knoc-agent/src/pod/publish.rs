@@ -1,11 +1,14 @@
 //! PURE: what outsiders see of a pod.
 
 use jiff::Timestamp;
-use knoc_proto::pb::{self, container_status::State as Status};
+use knoc_proto::{
+    ids::JobId,
+    pb::{self, container_status::State as Status},
+};
 
 use super::{
     outcome::Outcome,
-    state::{Pod, State, nanos},
+    state::{BeforeJob, JobStage, Pod, State, nanos},
 };
 
 /// The exit code of a container of which nobody knows how it ended, as in Kubernetes.
@@ -14,7 +17,7 @@ const EXIT_UNKNOWN: i32 = 137;
 /// All that the agent knows of the pod. `generation` is left to the board.
 #[must_use]
 pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObserved {
-    let (phase, reason, message) = words(pod);
+    let (phase, reason, message) = phase(pod);
     let containers = |of_spec: &[pb::Container],
                       reported: fn(&pb::Report) -> &[pb::ContainerStatus]| {
         let reported = pod.report.as_ref().map_or(&[][..], reported);
@@ -77,58 +80,74 @@ fn encode(outcome: &Outcome) -> pb::Outcome {
 }
 
 /// Phase, reason and message of the pod.
-fn words(pod: &Pod) -> (pb::PodPhase, String, String) {
+fn phase(pod: &Pod) -> (pb::PodPhase, String, String) {
     use pb::PodPhase as Phase;
-    let word = |phase, reason: &str, message: String| (phase, reason.to_owned(), message);
     match &pod.state {
-        State::Accepted => word(Phase::Accepted, "", String::new()),
-        State::Staging { trouble: None, .. } => word(Phase::Staging, "", String::new()),
-        State::Staging {
+        State::BeforeJob(before) => phase_before_job(before),
+        State::WithJob { placement, stage } => phase_with_job(pod, placement.job(), stage),
+        State::Finished { outcome, .. } => {
+            let (reason, message) = (outcome.reason.clone(), outcome.message.clone());
+            (Phase::Finished, reason, message)
+        }
+        State::Forgotten => (Phase::Finished, String::new(), String::new()),
+    }
+}
+
+fn phase_before_job(before: &BeforeJob) -> (pb::PodPhase, String, String) {
+    use pb::PodPhase as Phase;
+    let plain = |phase| (phase, String::new(), String::new());
+    match before {
+        BeforeJob::Accepted => plain(Phase::Accepted),
+        BeforeJob::Staging { trouble: None, .. } => plain(Phase::Staging),
+        BeforeJob::Staging {
             trouble: Some(trouble),
             ..
-        } => word(Phase::Staging, &trouble.reason, trouble.message.clone()),
-        State::Throttled {
+        } => {
+            let (reason, message) = (trouble.reason.clone(), trouble.message.clone());
+            (Phase::Staging, reason, message)
+        }
+        BeforeJob::Throttled {
             reason, message, ..
-        } => word(Phase::Throttled, reason, message.clone()),
-        State::Submitting { look: None } => word(Phase::Submitting, "", String::new()),
-        State::Submitting { look: Some(look) } => word(
-            Phase::Submitting,
-            "SubmissionUncertain",
-            look.message.clone(),
-        ),
-        State::Queued { job, .. } => {
-            let reason = pod.view.as_ref().map_or("", |view| view.reason.as_str());
+        } => (Phase::Throttled, reason.clone(), message.clone()),
+        BeforeJob::Submitting { look: None } => plain(Phase::Submitting),
+        BeforeJob::Submitting { look: Some(look) } => {
+            let reason = "SubmissionUncertain".to_owned();
+            (Phase::Submitting, reason, look.message.clone())
+        }
+    }
+}
+
+fn phase_with_job(pod: &Pod, job: &JobId, stage: &JobStage) -> (pb::PodPhase, String, String) {
+    use pb::PodPhase as Phase;
+    match stage {
+        JobStage::Queued { .. } => {
+            let view = pod.view.as_ref();
+            let reason = view.map_or_else(String::new, |view| view.reason.clone());
             let why = if reason.is_empty() {
                 String::new()
             } else {
                 format!(": {reason}")
             };
-            word(Phase::Queued, reason, format!("job {job} waits{why}"))
+            (Phase::Queued, reason, format!("job {job} waits{why}"))
         }
-        State::Running { .. } => running(pod),
-        State::Stopping { job, .. } => {
-            word(Phase::Stopping, "", format!("job {job} is being ended"))
+        JobStage::Running => running(pod),
+        JobStage::Stopping { .. } => {
+            let message = format!("job {job} is being ended");
+            (Phase::Stopping, String::new(), message)
         }
-        State::Lost { job, .. } => {
+        JobStage::Lost { .. } => {
             let message = format!("the scheduler does not know job {job}");
-            word(Phase::Lost, "SlurmJobLost", message)
+            (Phase::Lost, "SlurmJobLost".to_owned(), message)
         }
-        State::Settling { job, .. } => {
+        JobStage::Settling { .. } => {
             let phase = if pod.deletion.is_some() {
                 Phase::Stopping
             } else {
                 Phase::Running
             };
-            word(
-                phase,
-                "",
-                format!("job {job} has ended; its report is awaited"),
-            )
+            let message = format!("job {job} has ended; its report is awaited");
+            (phase, String::new(), message)
         }
-        State::Finished { outcome, .. } => {
-            word(Phase::Finished, &outcome.reason, outcome.message.clone())
-        }
-        State::Forgotten => word(Phase::Finished, "", String::new()),
     }
 }
 
@@ -157,7 +176,7 @@ fn job(pod: &Pod) -> Option<pb::Job> {
         .view
         .as_ref()
         .map(|view| view.id.clone())
-        .or_else(|| pod.job().map(|job| job.id));
+        .or_else(|| pod.placement().map(|placement| placement.job().clone()));
     let known = pb::Job {
         sbatch_began: began,
         sbatch_ended: ended,
@@ -250,8 +269,8 @@ fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
         .trouble()
         .filter(|trouble| trouble.container == container.name);
     let own = own.map(|trouble| (&trouble.reason, &trouble.message));
-    let (reason, message) = own.map_or(("ContainerCreating", message), |(reason, words)| {
-        (reason, words)
+    let (reason, message) = own.map_or(("ContainerCreating", message), |(reason, message)| {
+        (reason, message)
     });
     pb::Waiting {
         reason: reason.to_owned(),

@@ -3,6 +3,9 @@
 //! PURE conversions between [`Pod`] and [`Record`]; reading and writing is the caller's. A versioned protocol between
 //! agents of different releases: fields are only ever added, with a default that means "as before". The shape of the
 //! pod is in `job.pb`, the containers' states in `report.pb`.
+//!
+//! `placement` says where the pod runs. Agents before it knew jobs of a pod's own only, and wrote the job's id as `job`:
+//! that is still read, and still written beside it for an agent that is downgraded.
 
 use std::time::Duration;
 
@@ -15,7 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     outcome::{Cause, OVERDUE, Outcome},
-    state::{Deletion, Ending, Facts, Pod, State},
+    placement::Placement,
+    state::{BeforeJob, Deletion, Ending, Facts, JobStage, Pod, State},
 };
 use crate::scheduler::{JobExit, JobState, JobView, Marks};
 
@@ -37,6 +41,9 @@ pub struct Record {
     #[serde(default)]
     attempt: u32,
     #[serde(default)]
+    placement: Option<RecordedPlacement>,
+    /// The job of a placement that is a job of the pod's own, for agents before `placement`.
+    #[serde(default)]
     job: Option<JobId>,
     #[serde(default)]
     sbatch: Option<(Timestamp, Timestamp)>,
@@ -51,6 +58,12 @@ pub struct Record {
     batch_tail: String,
     #[serde(default)]
     notes: Vec<RecordedNote>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RecordedPlacement {
+    OwnJob { job: JobId },
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -163,14 +176,15 @@ impl Record {
             phase: phase(&pod.state),
             since: pod.since,
             attempt: pod.attempt,
-            job: pod.job().map(|job| job.id),
+            placement: pod.placement().map(placement),
+            job: pod.placement().map(|placement| placement.job().clone()),
             sbatch: pod.sbatch,
             view: pod.view.as_ref().map(view),
             deletion: pod.deletion.as_ref().map(|deletion| RecordedDeletion {
                 grace_seconds: deletion.grace.as_secs(),
                 reason: deletion.reason.clone(),
             }),
-            overdue: is_overdue(&pod.state),
+            overdue: pod.is_overdue(),
             batch_tail: pod.batch_tail.clone(),
             notes: pod.notes.iter().map(note).collect(),
         }
@@ -179,7 +193,9 @@ impl Record {
     /// The pod as it was, with the report that lies beside the record.
     #[must_use]
     pub fn restore(self, facts: Facts, report: Option<pb::Report>) -> Pod {
-        let mut state = state(self.phase, self.job, self.since);
+        let older = self.job.map(Placement::own_job);
+        let placement = self.placement.map(unplacement).or(older);
+        let mut state = state(self.phase, placement, self.since);
         if self.overdue {
             make_overdue(&mut state);
         }
@@ -208,23 +224,26 @@ impl Record {
     }
 }
 
-fn is_overdue(state: &State) -> bool {
-    matches!(
-        state,
-        State::Stopping {
-            cause: Cause::Deadline,
-            ..
-        } | State::Settling {
-            cause: Some(Cause::Deadline),
-            ..
-        }
-    )
+fn placement(placement: &Placement) -> RecordedPlacement {
+    match placement {
+        Placement::OwnJob { job } => RecordedPlacement::OwnJob { job: job.clone() },
+    }
+}
+
+fn unplacement(placement: RecordedPlacement) -> Placement {
+    match placement {
+        RecordedPlacement::OwnJob { job } => Placement::OwnJob { job },
+    }
 }
 
 fn make_overdue(state: &mut State) {
-    if let State::Stopping { cause, .. }
-    | State::Settling {
-        cause: Some(cause), ..
+    if let State::WithJob {
+        stage:
+            JobStage::Stopping { cause, .. }
+            | JobStage::Settling {
+                cause: Some(cause), ..
+            },
+        ..
     } = state
     {
         *cause = Cause::Deadline;
@@ -233,8 +252,21 @@ fn make_overdue(state: &mut State) {
 
 fn phase(state: &State) -> Phase {
     match state {
-        State::Staging { .. } => Phase::Staging,
-        State::Throttled {
+        State::BeforeJob(before) => phase_before_job(before),
+        State::WithJob { stage, .. } => phase_with_job(stage),
+        State::Finished { outcome, lingering } => {
+            Phase::Finished(recorded(outcome, lingering.is_some()))
+        }
+        // A forgotten pod has no record any more.
+        State::Forgotten => Phase::Accepted,
+    }
+}
+
+fn phase_before_job(before: &BeforeJob) -> Phase {
+    match before {
+        BeforeJob::Accepted => Phase::Accepted,
+        BeforeJob::Staging { .. } => Phase::Staging,
+        BeforeJob::Throttled {
             tries,
             reason,
             message,
@@ -245,95 +277,85 @@ fn phase(state: &State) -> Phase {
             message: message.clone(),
             retry_at: *retry_at,
         },
-        State::Submitting { .. } => Phase::Submitting,
-        State::Queued { .. } => Phase::Queued,
-        State::Running { .. } => Phase::Running,
-        State::Stopping {
+        BeforeJob::Submitting { .. } => Phase::Submitting,
+    }
+}
+
+fn phase_with_job(stage: &JobStage) -> Phase {
+    match stage {
+        JobStage::Queued { .. } => Phase::Queued,
+        JobStage::Running => Phase::Running,
+        JobStage::Stopping {
             cause: why,
             how,
             deadline,
-            ..
         } => Phase::Stopping {
             cause: cause(why),
             how: (*how).into(),
             deadline: *deadline,
         },
-        State::Lost { .. } => Phase::Lost,
-        State::Settling {
+        JobStage::Lost { .. } => Phase::Lost,
+        JobStage::Settling {
             cause: why, until, ..
         } => Phase::Settling {
             cause: why.as_ref().map(cause),
             until: *until,
         },
-        State::Finished { outcome, lingering } => {
-            Phase::Finished(recorded(outcome, lingering.is_some()))
-        }
-        // One that is forgotten has no record any more.
-        State::Accepted | State::Forgotten => Phase::Accepted,
     }
 }
 
-/// A state that names a job without one in the record cannot come from us; looking by name is right for it.
-fn state(phase: Phase, job: Option<JobId>, since: Timestamp) -> State {
-    match (phase, job) {
-        (Phase::Accepted, _) => State::Accepted,
-        (Phase::Staging, _) => State::Staging {
-            tries: 0,
-            trouble: None,
-        },
-        (
-            Phase::Throttled {
-                tries,
-                reason,
-                message,
-                retry_at,
-            },
-            _,
-        ) => State::Throttled {
+/// A phase with a job but without a placement in the record cannot come from us: then the agent looks for a job by name.
+fn state(phase: Phase, placement: Option<Placement>, since: Timestamp) -> State {
+    let stage = match phase {
+        Phase::Accepted => return State::BeforeJob(BeforeJob::Accepted),
+        Phase::Staging => {
+            let (tries, trouble) = (0, None);
+            return State::BeforeJob(BeforeJob::Staging { tries, trouble });
+        }
+        Phase::Throttled {
             tries,
             reason,
             message,
             retry_at,
-        },
-        (Phase::Queued, Some(job)) => State::Queued { job, never: None },
-        (Phase::Running, Some(job)) => State::Running { job },
-        (
-            Phase::Stopping {
-                cause,
-                how,
-                deadline,
-            },
-            Some(job),
-        ) => State::Stopping {
-            job,
+        } => {
+            return State::BeforeJob(BeforeJob::Throttled {
+                tries,
+                reason,
+                message,
+                retry_at,
+            });
+        }
+        Phase::Submitting => return State::BeforeJob(BeforeJob::Submitting { look: None }),
+        Phase::Finished(outcome) => {
+            return State::Finished {
+                lingering: placement.filter(|_| outcome.lingering),
+                outcome: unrecorded(outcome),
+            };
+        }
+        Phase::Queued => JobStage::Queued { never: None },
+        Phase::Running => JobStage::Running,
+        Phase::Stopping {
+            cause,
+            how,
+            deadline,
+        } => JobStage::Stopping {
             cause: uncause(cause),
             how: how.into(),
             deadline,
         },
-        (Phase::Lost, Some(job)) => State::Lost {
-            job,
+        Phase::Lost => JobStage::Lost {
             since,
             look_at: since,
         },
-        (Phase::Settling { cause, until }, Some(job)) => State::Settling {
-            job,
+        Phase::Settling { cause, until } => JobStage::Settling {
             cause: cause.map(uncause),
             until,
             look_at: since,
         },
-        (Phase::Finished(outcome), job) => State::Finished {
-            lingering: job.filter(|_| outcome.lingering),
-            outcome: unrecorded(outcome),
-        },
-        (
-            Phase::Submitting
-            | Phase::Queued
-            | Phase::Running
-            | Phase::Stopping { .. }
-            | Phase::Lost
-            | Phase::Settling { .. },
-            _,
-        ) => State::Submitting { look: None },
+    };
+    match placement {
+        Some(placement) => State::WithJob { placement, stage },
+        None => State::BeforeJob(BeforeJob::Submitting { look: None }),
     }
 }
 
@@ -453,3 +475,6 @@ fn unnote(note: RecordedNote) -> pb::PodNote {
         at: note.at,
     }
 }
+
+#[cfg(test)]
+mod tests;

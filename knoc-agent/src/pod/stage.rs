@@ -12,7 +12,7 @@ use knoc_contract::jobdir::{
     atomic::{self, FileError},
 };
 use knoc_link::{CredentialsError, pinned::KeyPair};
-use knoc_proto::{error::chain, pb};
+use knoc_proto::{error::chain, pb, pod::PodSpec};
 use prost::Message as _;
 use tokio::{sync::mpsc, time::Instant};
 
@@ -171,9 +171,10 @@ async fn silently(
 }
 
 /// The images of a pod, where all of them are at hand within [`AT_HAND`]; a pull takes the long way.
-pub(crate) async fn at_hand(site: &Site, spec: &pb::PodSpec) -> Option<Found> {
-    let containers = spec.init_containers.iter().chain(&spec.containers);
-    let resolving = containers.map(|container| silently(site, container.clone()));
+pub(crate) async fn at_hand(site: &Site, spec: &PodSpec) -> Option<Found> {
+    let resolving = spec
+        .all_containers()
+        .map(|container| silently(site, container.clone()));
     let resolving: Vec<_> = resolving.collect();
     let resolving = stream::iter(resolving).buffered(IMAGES_AT_ONCE);
     let found = tokio::time::timeout(AT_HAND, resolving.try_collect());
@@ -264,11 +265,12 @@ pub(crate) fn link_pin(dir: &JobDir) -> Result<String, StageError> {
 /// Where the images of a pod lie, pulled where need be.
 pub(crate) async fn resolve(
     site: Arc<Site>,
-    spec: Arc<pb::PodSpec>,
+    spec: Arc<PodSpec>,
     own: mpsc::WeakSender<Input>,
 ) -> Result<Found, StageError> {
-    let containers = spec.init_containers.iter().chain(&spec.containers);
-    let images = containers.map(|container| image(&site, container.clone(), &own));
+    let images = spec
+        .all_containers()
+        .map(|container| image(&site, container.clone(), &own));
     // Collected: a stream over the borrowing iterator is not `Send` enough to be spawned.
     let images: Vec<_> = images.collect();
     // How many pulls really run at once is the image module's bound, over all pods.

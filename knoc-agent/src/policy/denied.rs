@@ -1,7 +1,8 @@
-//! PURE: `policy.denied` of the site file: which certificates are not served, whatever the CA says.
+//! PURE: `policy.denied` of the site file: certificates that are not accepted even though the CA
+//! signed them.
 //!
-//! An entry names a public key, a serial number, or an identity. Each covers the renewals too: a renewed certificate
-//! names all that it descends from.
+//! An entry names a public key, a serial number or an identity. Each entry also covers renewals: a
+//! renewed certificate names all certificates that it descends from.
 
 use std::{fmt, str::FromStr};
 
@@ -11,15 +12,15 @@ use knoc_link::{
     pki::{self, CertificateInfo},
 };
 
-/// More digits than any serial number has (RFC 5280: 20 octets).
+/// More digits than any serial number has (RFC 5280: at most 20 octets).
 const MAX_SERIAL: usize = 40;
-/// What every identity begins with.
+/// The prefix of every identity.
 const DOMAIN: &str = "spiffe://knoc/";
 
 /// One entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Denied {
-    /// SHA-256 of the public key, in hexadecimal digits.
+    /// The SHA-256 of the public key, in hexadecimal digits.
     Key(String),
     /// A serial number in hexadecimal digits, without leading zeros.
     Serial(String),
@@ -27,7 +28,7 @@ pub enum Denied {
     Identity(String),
 }
 
-/// An entry that names nothing.
+/// An entry that cannot be parsed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{text:?} is not `sha256/` and the 64 hexadecimal digits of a public key's SHA-256, `serial/` and hexadecimal \
@@ -44,7 +45,7 @@ impl FromStr for Denied {
         let wrong = || InvalidDenied {
             text: text.to_owned(),
         };
-        // The order of a URI, and the one that openssl prints.
+        // The order of a URI, and the order that openssl prints.
         let part = |kind: &str| {
             let rest = text.strip_prefix(kind)?;
             rest.strip_prefix(['/', ':', '='])
@@ -67,7 +68,7 @@ impl FromStr for Denied {
     }
 }
 
-/// Digits, with or without colons; or base64, as other tools write pins.
+/// Parses hexadecimal digits, with or without colons, or base64, which other tools use for pins.
 fn key_hash(text: &str) -> Option<String> {
     let digits = hexadecimal(text);
     if let Some(digits) = digits.filter(|digits| digits.len() == 64) {
@@ -100,7 +101,7 @@ impl fmt::Display for Denied {
 }
 
 impl Denied {
-    /// Does it cover this certificate, or one that it was renewed from?
+    /// Whether the entry covers this certificate, or one that it was renewed from.
     #[must_use]
     pub fn covers(&self, identity: &Identity, certificate: &CertificateInfo) -> bool {
         let mut ancestors = certificate.ancestors.iter();
@@ -114,7 +115,7 @@ impl Denied {
     }
 }
 
-/// Is the identity meant by `kubelet/knoc`, `ctl/*` or a whole URI?
+/// Whether the pattern (`kubelet/knoc`, `ctl/*` or a whole URI) matches the identity.
 #[must_use]
 pub fn matches(pattern: &str, identity: &Identity) -> bool {
     let identity = identity.to_string();

@@ -1,8 +1,8 @@
-//! PURE: `[policy.nodes]` of the site file: which kubelet leads which node.
+//! PURE: `[policy.nodes]` of the site file, which assigns nodes to kubelets.
 
 use std::collections::BTreeMap;
 
-/// May this kubelet lead the node?
+/// Whether this kubelet may lead the node.
 #[must_use]
 pub fn may_lead(kubelet: &str, node: &str, nodes: &BTreeMap<String, String>) -> bool {
     kubelet == node
@@ -11,7 +11,7 @@ pub fn may_lead(kubelet: &str, node: &str, nodes: &BTreeMap<String, String>) -> 
             .is_some_and(|identity| assigned(identity) == Some(kubelet))
 }
 
-/// The name in `kubelet/NAME`, or in the whole URI.
+/// The name in `kubelet/NAME` or in the whole URI.
 #[must_use]
 pub fn assigned(identity: &str) -> Option<&str> {
     let name = identity.strip_prefix("spiffe://knoc/").unwrap_or(identity);
@@ -36,6 +36,9 @@ mod tests {
         for (kubelet, node) in [("a", "d"), ("a", "e"), ("x", "b"), ("a", "")] {
             assert!(!may_lead(kubelet, node, &nodes), "{kubelet} {node}");
         }
-        assert!(may_lead("b", "b", &nodes), "its own name stays its own");
+        assert!(
+            may_lead("b", "b", &nodes),
+            "a kubelet may always lead the node of its own name"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! PURE but for the clock that it is given: does a peer's certificate count now?
+//! PURE: decides at a given time whether a peer's certificate is accepted.
 
 use std::collections::HashMap;
 
@@ -9,50 +9,52 @@ use knoc_proto::error::chain;
 use super::denied::{Denied, matches};
 use crate::config::Policy;
 
-/// Renewed certificates whose older connections are remembered: each has an identity of the CA's and lives for months.
+/// How many renewed certificates are remembered for their open connections. The CA creates few
+/// identities, and a certificate lives for months.
 const MAX_RENEWALS: usize = 1024;
 
-/// Who is served.
+/// The rules that decide which peers are served.
 #[derive(Debug, Clone, Default)]
 pub struct Rules {
-    /// `kubelet/knoc`, `ctl/*` …; empty: all.
+    /// Patterns such as `kubelet/knoc` or `ctl/*`; empty means all.
     clients: Vec<String>,
     denied: Vec<Denied>,
-    /// The CA; none: nobody can come with a certificate.
+    /// The CA. Without one, no peer can connect with a certificate.
     trust: Option<Trust>,
 }
 
 /// Why a peer is not served.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// Not among those served.
+pub enum PeerDenied {
+    /// `policy.clients` does not match the peer.
     #[error("{identity} is not among policy.clients of the site file")]
     Client {
-        /// Who.
+        /// The peer.
         identity: Identity,
     },
-    /// Denied by name.
+    /// An entry of `policy.denied` covers the certificate.
     #[error(
         "{identity} is denied by {entry:?} in policy.denied of the site file: it needs a new certificate"
     )]
     Denied {
-        /// Who.
+        /// The peer.
         identity: Identity,
-        /// By which entry.
+        /// The entry.
         entry: String,
     },
-    /// The certificate does not count any more.
+    /// The certificate is not valid at this time.
     #[error("{identity}: {why}")]
     Certificate {
-        /// Who.
+        /// The peer.
         identity: Identity,
-        /// Why not.
+        /// Why it is not valid.
         why: String,
     },
 }
 
 impl Rules {
-    /// By a policy and a CA. Entries that cannot be read were refused when the file was.
+    /// Creates the rules from a policy and a CA. Entries that cannot be parsed were rejected when
+    /// the file was read.
     #[must_use]
     pub fn new(policy: &Policy, trust: Option<Trust>) -> Self {
         let parsed = policy.denied.iter().filter_map(|text| text.parse().ok());
@@ -63,27 +65,28 @@ impl Rules {
         }
     }
 
-    /// Is this peer served now? A certificate that has expired counts on connections that were there before, if this agent
-    /// renewed it: its holder has another one by now, and nothing that is under way is cut for it.
+    /// Checks whether this peer is served now. A certificate that has expired is still accepted on
+    /// connections that were open before if this agent renewed it: its holder has a new one by now,
+    /// and open streams are not closed because of it.
     pub fn judge(
         &self,
         identity: &Identity,
         shown: &Shown,
         renewals: &Renewals,
         now: Timestamp,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), PeerDenied> {
         let named =
             self.clients.is_empty() || self.clients.iter().any(|one| matches(one, identity));
         if !named {
             let identity = identity.clone();
-            return Err(Refused::Client { identity });
+            return Err(PeerDenied::Client { identity });
         }
         let info = shown.info();
         if let Some(entry) = self.denied.iter().find(|one| one.covers(identity, info)) {
             let (identity, entry) = (identity.clone(), entry.to_string());
-            return Err(Refused::Denied { identity, entry });
+            return Err(PeerDenied::Denied { identity, entry });
         }
-        let refused = |why: String| Refused::Certificate {
+        let refused = |why: String| PeerDenied::Certificate {
             identity: identity.clone(),
             why,
         };
@@ -98,8 +101,8 @@ impl Rules {
     }
 }
 
-/// Public keys whose certificates this agent renewed, and until when the newest renewal is valid. Needed only as long as
-/// there are connections from before, so it lives in memory.
+/// The public keys whose certificates this agent renewed, each with the expiry of the newest
+/// renewal. Kept in memory, because it is needed only for connections that are open now.
 #[derive(Debug, Clone, Default)]
 pub struct Renewals(HashMap<String, Timestamp>);
 
@@ -108,8 +111,9 @@ impl Renewals {
         self.0.get(spki).copied()
     }
 
-    /// The certificate of these keys was renewed until then. A full map forgets what has ended, and then takes no more:
-    /// such a connection ends with its certificate.
+    /// Records that the certificate of these keys was renewed until then. A full map first drops
+    /// what has expired, and then ignores new entries: those connections end with their
+    /// certificate.
     pub fn note<'a>(
         &mut self,
         keys: impl IntoIterator<Item = &'a str>,

@@ -1,7 +1,8 @@
-//! Task: looks at the site file and at the CA, and publishes what has changed.
+//! Task: watches the site file and the CA, and publishes what has changed.
 //!
-//! Owner of [`Live`](super::Live)'s and the rules' other ends. Files are read by blocking work, one look at a time; while
-//! a file system hangs, the last good ones stay.
+//! The task owns the sending ends of [`Live`](super::Live) and of the rules. Files are read by
+//! blocking work, one read at a time; while a file system hangs, the last good policy and rules
+//! stay in effect.
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{POLL, Publisher, Rules};
 use crate::config::{Config, Policy, Source};
 
-/// The task's own state.
+/// The task's state.
 #[derive(Debug)]
 pub struct Watcher {
     files: Files,
@@ -21,27 +22,27 @@ pub struct Watcher {
     rules: Sender<Arc<Rules>>,
 }
 
-/// What is looked at, and what was seen.
+/// The files that are watched, and what was last read.
 #[derive(Debug)]
 struct Files {
-    /// None: a configuration that is from no file.
+    /// `None` if the configuration was not read from a file.
     source: Option<Source>,
     credentials: Option<Credentials>,
     policy: Arc<Policy>,
     site: Seen,
     ca: Seen,
-    /// Of the files of `[tls]` that the rules were made of.
+    /// The digest of the `[tls]` files that the current rules were made from.
     tls: Option<[u8; 32]>,
 }
 
-/// What was the matter with a file, so that it is told once.
+/// A file's last problem, so that each problem is logged only once.
 #[derive(Debug, Default)]
 struct Seen {
     problem: Option<String>,
 }
 
 impl Seen {
-    /// Notes how it is now; true if that is news.
+    /// Records the file's current problem; true if it has changed.
     fn note(&mut self, problem: Option<String>) -> bool {
         let news = self.problem != problem;
         self.problem = problem;
@@ -50,7 +51,7 @@ impl Seen {
 }
 
 impl Watcher {
-    /// A watcher of the files that `config` is from.
+    /// Creates a watcher of the files that `config` was read from.
     #[must_use]
     pub fn new(
         config: &Config,
@@ -76,7 +77,7 @@ impl Watcher {
         watcher
     }
 
-    /// Looks every [`POLL`] until `stop`.
+    /// Reads the files every [`POLL`] until `stop` is cancelled.
     pub async fn run(mut self, stop: CancellationToken) {
         loop {
             tokio::select! {
@@ -93,7 +94,7 @@ impl Watcher {
                 let changed = files.look();
                 (files, changed)
             });
-            // Blocking work is not cancelled, and it does not panic.
+            // Blocking work cannot be cancelled, and this work does not panic.
             let Ok((files, changed)) = looked.await else {
                 return;
             };
@@ -155,7 +156,7 @@ impl Files {
         match read {
             Ok(config) => {
                 if self.site.note(None) {
-                    tracing::info!("the site file is right again");
+                    tracing::info!("the site file is valid again");
                 }
                 if config.policy == *self.policy {
                     return false;
@@ -166,7 +167,7 @@ impl Files {
             }
             Err(error) => {
                 let problem = format!(
-                    "the site file cannot be used, the [policy] of before stays: {}",
+                    "the site file cannot be used, the previous [policy] stays in effect: {}",
                     chain(&error)
                 );
                 if self.site.note(Some(problem.clone())) {
@@ -185,7 +186,7 @@ impl Files {
             Ok(digest) => {
                 let changed = self.tls.replace(digest) != Some(digest);
                 if self.ca.note(None) {
-                    tracing::info!("the files of [tls] are right again");
+                    tracing::info!("the files of [tls] are valid again");
                 }
                 if changed {
                     tracing::info!("the files of [tls] have changed and are in effect");
@@ -194,7 +195,7 @@ impl Files {
             }
             Err(error) => {
                 let problem = format!(
-                    "the files of [tls] cannot be used, those of before stay: {}",
+                    "the files of [tls] cannot be used, the previous ones stay in effect: {}",
                     chain(&error)
                 );
                 if self.ca.note(Some(problem.clone())) {

@@ -1,7 +1,8 @@
-//! What outsiders see: the newest state of each pod, ordered by one generation.
+//! The observed state of all pods: the newest state of each, ordered by one generation counter.
 //!
-//! Pod actors publish; `GetPod` and `WatchPods` read. A level, not a queue: a reader that falls behind gets the newest
-//! state of each pod only. Guards are never held across an await.
+//! Pod actors publish; `GetPod` and `WatchPods` read. The board holds states, not a queue of
+//! changes: a reader that falls behind receives only the newest state of each pod. Guards are never
+//! held across an await.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -11,7 +12,8 @@ use std::{
 use knoc_proto::pb::{self, pod_event::Event};
 use tokio::sync::watch;
 
-/// Removals remembered for readers that are behind; one further behind starts anew.
+/// How many removals are remembered for readers that are behind. A reader further behind must start
+/// over.
 const REMOVALS: usize = 16_384;
 
 /// The newest state of each pod.
@@ -19,7 +21,7 @@ const REMOVALS: usize = 16_384;
 pub struct Board {
     epoch: i64,
     inner: Mutex<Inner>,
-    /// The newest generation: wakes readers.
+    /// The newest generation; a change wakes the readers.
     changed: watch::Sender<i64>,
 }
 
@@ -27,21 +29,22 @@ pub struct Board {
 struct Inner {
     generation: i64,
     pods: HashMap<String, Arc<pb::PodObserved>>,
-    /// What changed at which generation; one entry a pod.
+    /// Which pod changed at which generation; one entry per pod.
     order: BTreeMap<i64, String>,
-    /// Pods that are gone.
+    /// Pods that were removed, by generation.
     removed: BTreeMap<i64, String>,
-    /// Removals up to here are no longer known.
+    /// Removals up to this generation have been forgotten.
     horizon: i64,
 }
 
-/// The reader is so far behind that removals it has not seen are forgotten: it must start with a snapshot.
+/// The reader is so far behind that removals it has not seen were forgotten; it must start with a
+/// new snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the reader is too far behind and must start anew")]
+#[error("the reader is too far behind and must start over")]
 pub struct Behind;
 
 impl Board {
-    /// An empty board of the agent's `epoch`.
+    /// Creates an empty board of the agent's `epoch`.
     #[must_use]
     pub fn new(epoch: i64) -> Self {
         Self {
@@ -51,7 +54,7 @@ impl Board {
         }
     }
 
-    /// Shows `observed`, where it differs from what is shown.
+    /// Publishes `observed` if it differs from the current state.
     pub fn publish(&self, mut observed: pb::PodObserved) {
         let mut inner = self.lock();
         if let Some(known) = inner.pods.get(&observed.uid) {
@@ -70,7 +73,7 @@ impl Board {
         self.changed.send_replace(generation);
     }
 
-    /// The pod is gone.
+    /// Removes a pod.
     pub fn remove(&self, uid: &str) {
         let mut inner = self.lock();
         let Some(known) = inner.pods.remove(uid) else {
@@ -89,13 +92,13 @@ impl Board {
         self.changed.send_replace(generation);
     }
 
-    /// What is shown of one pod.
+    /// The current state of one pod.
     #[must_use]
     pub fn get(&self, uid: &str) -> Option<Arc<pb::PodObserved>> {
         self.lock().pods.get(uid).cloned()
     }
 
-    /// All pods, and the mark that follows them.
+    /// All pods, and the `Synced` marker that follows them.
     #[must_use]
     pub fn snapshot(&self) -> (Vec<Arc<pb::PodObserved>>, pb::Synced) {
         let inner = self.lock();
@@ -113,7 +116,7 @@ impl Board {
         )
     }
 
-    /// All that changed after generation `seen`, and the generation that a reader has then seen.
+    /// All changes after generation `seen`, and the generation that the reader has seen with them.
     pub fn since(&self, seen: i64) -> Result<(Vec<Event>, i64), Behind> {
         let inner = self.lock();
         if seen < inner.horizon {
@@ -134,7 +137,7 @@ impl Board {
         Ok((events, inner.generation))
     }
 
-    /// Wakes at each change.
+    /// A receiver that wakes at each change.
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<i64> {
         self.changed.subscribe()

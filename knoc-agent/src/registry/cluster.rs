@@ -1,9 +1,10 @@
-//! Which cluster this agent serves, and who leads there.
+//! Which cluster this agent serves, and who leads its nodes.
 //!
-//! The cluster id is pinned at its first use by a kubelet, a node's leadership epoch only grows; both are on disk before a
-//! request that changes them goes on, so that an agent restarted between two kubelets still refuses the older one. Each
-//! node has a Lease of its own, so each has an epoch of its own. An epoch is at least the time (ADR 0034): one that lies
-//! ahead of the clock, as older agents took from anybody, binds nobody.
+//! The cluster ID is pinned by the first kubelet that connects, and a node's leadership epoch only
+//! grows. Both are on disk before a request that changes them proceeds, so that an agent which
+//! restarts between two kubelets still rejects the older one. Each node has a Lease of its own and
+//! therefore an epoch of its own. An epoch is at least the time at which it was taken (ADR 0034);
+//! an epoch far ahead of the clock, which older agents accepted from anyone, is ignored.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -13,22 +14,24 @@ use tokio::sync::Mutex;
 
 use crate::pod::input::Refused;
 
-/// An epoch may be this many seconds ahead of our clock: as far as clocks of login nodes are off.
+/// How many seconds an epoch may be ahead of our clock; the clocks of login nodes may be off by
+/// this much.
 pub const EPOCH_AHEAD: i64 = 300;
-/// Nodes whose epochs are kept. Each is the name of a kubelet's certificate, or stands in the site file.
+/// How many nodes' epochs are kept. Each node is named by a kubelet's certificate or by the site
+/// file.
 const MAX_NODES: usize = 1024;
 
-/// The leadership of a kubelet that asks for a change.
+/// The leadership that a kubelet claims with a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leader<'a> {
-    /// Of which node.
+    /// The node.
     pub node: &'a str,
-    /// Of the node's leadership Lease.
+    /// The epoch of the node's leadership Lease.
     pub epoch: i64,
 }
 
-/// The pinned cluster. The lock serialises the rare writes; it is held across them on purpose, also by a write whose
-/// caller has gone.
+/// The pinned cluster. The lock serialises the rare writes. It is deliberately held across them,
+/// even if the caller of a write has gone.
 #[derive(Debug)]
 pub struct Pin {
     path: PathBuf,
@@ -36,7 +39,7 @@ pub struct Pin {
 }
 
 impl Pin {
-    /// Reads what was pinned before.
+    /// Reads what is pinned on disk.
     pub fn load(state: &StateDir) -> Result<Self, JobDirError> {
         let path = state.cluster();
         let known: Cluster = jobdir::read_json(&path)?.unwrap_or_default();
@@ -44,26 +47,28 @@ impl Pin {
         Ok(Self { path, known })
     }
 
-    /// The cluster served, empty where none is; `configured` is what the site file says, which goes first.
+    /// The cluster that is served, or empty if none is; `configured` is the value of the site file,
+    /// which takes precedence.
     pub async fn cluster_id(&self, configured: Option<&str>) -> String {
         let known = self.known.lock().await;
         configured.unwrap_or(&known.cluster_id).to_owned()
     }
 
-    /// Every node with an epoch that binds at `now`.
+    /// The nodes whose epoch is in effect at `now`.
     pub async fn nodes(&self) -> Vec<String> {
         self.known.lock().await.leaders.keys().cloned().collect()
     }
 
-    /// May a request of this cluster, by this leader, be served? Changes nothing.
+    /// Checks whether a request of this cluster and leader may be served. Changes nothing.
     pub async fn verify(&self, request: &Asked<'_>) -> Result<(), Refused> {
         let known = self.known.lock().await;
         judge(&known, request).map(drop)
     }
 
-    /// The same, and what it claims is kept: the cluster where none is pinned, the epoch of the node.
+    /// Like [`Self::verify`], and records what the request claims: the cluster if none is pinned,
+    /// and the node's epoch.
     ///
-    /// Cancel safety: a dropped call may have pinned, on disk and in memory alike.
+    /// Cancel safety: a dropped call may have recorded it, but then both on disk and in memory.
     pub async fn claim(&self, request: &Asked<'_>) -> Result<(), Refused> {
         let mut known = Arc::clone(&self.known).lock_owned().await;
         let next = judge(&known, request)?;
@@ -79,29 +84,29 @@ impl Pin {
         let failed = |error: &(dyn std::error::Error + 'static)| {
             Refused::new(
                 ErrorReason::Internal,
-                format!("pin the cluster: {}", chain(error)),
+                format!("cannot pin the cluster: {}", chain(error)),
             )
         };
         write.await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))
     }
 }
 
-/// What a request says of cluster and leadership.
+/// The cluster and leadership that a request claims.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked<'a> {
-    /// Empty: none (knocctl).
+    /// Empty if the request names no cluster (knocctl).
     pub cluster_id: &'a str,
     /// `policy.cluster_id` of the site file.
     pub configured: Option<&'a str>,
-    /// None: it claims no leadership (knocctl).
+    /// `None` if the request claims no leadership (knocctl).
     pub leader: Option<Leader<'a>>,
-    /// May it pin the cluster? A kubelet may.
+    /// Whether the request may pin the cluster. A kubelet's request may.
     pub pins: bool,
-    /// Our clock, Unix seconds.
+    /// The current time, Unix seconds.
     pub now: i64,
 }
 
-/// PURE: what is known after this request; an error: it is refused.
+/// PURE: returns what is to be recorded after this request, or an error if the request is rejected.
 fn judge(known: &Cluster, request: &Asked<'_>) -> Result<Cluster, Refused> {
     let mut next = known.clone();
     if let Some(id) = request.configured
@@ -141,21 +146,25 @@ fn judge(known: &Cluster, request: &Asked<'_>) -> Result<Cluster, Refused> {
     }
     next.leaders.retain(|_, epoch| binds(*epoch, request.now));
     if next.leaders.len() >= MAX_NODES && !next.leaders.contains_key(node) {
-        let message = format!("{MAX_NODES} nodes are led already, which is the limit");
+        let message =
+            format!("the leadership of {MAX_NODES} nodes is recorded already, which is the limit");
         return Err(Refused::new(ErrorReason::Overloaded, message));
     }
     next.leaders.insert(node.to_owned(), epoch);
-    // An agent of before, put back, judges all nodes by one.
+    // Earlier versions of the agent keep one epoch for all nodes; it is written in case of a
+    // downgrade.
     next.leadership_epoch = next.leaders.values().copied().max().unwrap_or(0);
     Ok(next)
 }
 
-/// PURE: could this epoch be one? One far ahead of the clock is from an agent that took any.
+/// PURE: whether this epoch is plausible. An epoch far ahead of the clock comes from an agent that
+/// accepted any.
 fn binds(epoch: i64, now: i64) -> bool {
     epoch.saturating_sub(now) <= EPOCH_AHEAD
 }
 
-/// PURE: the newest epoch that binds who leads this node. An agent of before kept one for all nodes.
+/// PURE: the newest epoch in effect for this node. Earlier versions of the agent kept one for all
+/// nodes.
 fn newest_epoch(known: &Cluster, node: &str, now: i64) -> i64 {
     let newest = if known.leaders.is_empty() {
         known.leadership_epoch

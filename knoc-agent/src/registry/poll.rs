@@ -1,10 +1,13 @@
-//! Task: asks the scheduler about all jobs in one batched round, and the site's capacity now and then.
+//! Task: polls the scheduler about all jobs in one batched round, and about the site's capacity
+//! from time to time.
 //!
-//! In: the jobs that actors want to know of, and a nudge when one expects something. Out: `Round` events to actors
-//! whose jobs changed, and [`pb::NodeInfo`] on a watch. Adaptive and jittered: the scheduler's shortest interval after
-//! a nudge or news, then slower and slower, up to [`PATIENT`] times that while something is expected (a job may queue
-//! for days), up to the longest one otherwise, and no round at all without jobs. A controller that is away is a fact
-//! about the scheduler, never about a pod: nothing is sent then.
+//! Input: the jobs that actors want to know about, and a wake-up when an actor expects a change.
+//! Output: `Round` events to the actors whose jobs changed, and [`pb::NodeInfo`] on a watch
+//! channel. The interval is adaptive and jittered. It starts at the scheduler's shortest interval
+//! after a wake-up or a change and then grows: up to [`PATIENT`] times the shortest interval while
+//! a change is expected (a job may queue for days), up to the longest interval otherwise. Without
+//! jobs no rounds are made. If the scheduler cannot be reached, this says nothing about any pod,
+//! and no events are sent.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -23,19 +26,19 @@ use crate::{
     site::Site,
 };
 
-/// While something is expected, rounds without news become rarer down to one in so many of the shortest intervals.
+/// While a change is expected, the interval grows to at most this many times the shortest interval.
 const PATIENT: u32 = 5;
-/// By how much the interval grows with each round that has no news.
+/// The factor by which the interval grows after each round without changes.
 const SLOWER: f32 = 1.5;
-/// The site's capacity changes slowly.
+/// The interval between two queries of the site's capacity, which changes slowly.
 const CAPACITY: Duration = Duration::from_mins(1);
-/// After a failed question for the capacity.
+/// The interval after a failed query of the capacity.
 const CAPACITY_AGAIN: Duration = Duration::from_secs(10);
 
-/// How much older than the last round what is shown of it may be.
+/// How much older than the last round the published time of the last round may be.
 const SHOWN_AGAIN: Duration = Duration::from_secs(10);
 
-/// What was last told to an actor.
+/// The last event that was sent to an actor.
 #[derive(Debug, PartialEq)]
 struct Told {
     job: JobRef,
@@ -43,7 +46,7 @@ struct Told {
     missing: bool,
 }
 
-/// The poller.
+/// The poller task.
 #[derive(Debug)]
 pub struct Poller {
     site: Arc<Site>,
@@ -54,7 +57,7 @@ pub struct Poller {
 }
 
 impl Poller {
-    /// A poller that shows the site's capacity and health on `node`.
+    /// Creates a poller that publishes the site's capacity and the scheduler's health on `node`.
     #[must_use]
     pub fn new(
         site: Arc<Site>,
@@ -71,17 +74,17 @@ impl Poller {
         }
     }
 
-    /// Runs until `stop`.
+    /// Runs until `stop` is cancelled.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut last = Instant::now() - self.shortest();
         loop {
-            let hurry = Arc::clone(&self.site.hurry);
+            let poll_soon = Arc::clone(&self.site.poll_soon);
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                () = hurry.notified() => {
+                () = poll_soon.notified() => {
                     self.interval = self.shortest();
-                    // One nudge among many: never faster than the shortest interval.
+                    // Many wake-ups may come at once: never poll faster than the shortest interval.
                     let soonest = last + jittered(self.interval);
                     tokio::select! {
                         biased;
@@ -106,7 +109,7 @@ impl Poller {
             .handles()
             .into_iter()
             .map(|(uid, handle)| (uid, handle.wanted(), handle))
-            .filter_map(|(uid, wanted, handle)| Some((uid, wanted.job?, wanted.hurried, handle)))
+            .filter_map(|(uid, wanted, handle)| Some((uid, wanted.job?, wanted.poll_soon, handle)))
             .collect();
         let longest = self.site.config.limits.poll_max;
         if wanted.is_empty() {
@@ -115,7 +118,7 @@ impl Poller {
             self.asked(Asked::Nothing);
             return;
         }
-        let hurried = wanted.iter().any(|(_, _, hurried, _)| *hurried);
+        let poll_soon = wanted.iter().any(|(_, _, poll_soon, _)| *poll_soon);
         let known: Vec<_> = wanted.iter().map(|(_, job, _, _)| job.clone()).collect();
         match self.site.scheduler.round(&known).await {
             Ok(round) => {
@@ -123,18 +126,18 @@ impl Poller {
                 self.asked(Asked::Answered);
                 let news = self.distribute(round, wanted);
                 self.interval =
-                    next_interval(self.interval, self.shortest(), longest, hurried, news);
+                    next_interval(self.interval, self.shortest(), longest, poll_soon, news);
             }
             Err(error) => {
                 report_health(&self.node, Some(chain(&error)));
                 self.asked(Asked::InVain);
                 self.interval =
-                    next_interval(self.interval, self.shortest(), longest, hurried, false);
+                    next_interval(self.interval, self.shortest(), longest, poll_soon, false);
             }
         }
     }
 
-    /// Tells each actor what is new of its job. True where something was.
+    /// Sends each actor what has changed about its job. True if anything has.
     fn distribute(&mut self, round: Round, wanted: Vec<(PodUid, JobRef, bool, Handle)>) -> bool {
         let mut any = false;
         let mut by_pod: HashMap<PodUid, Vec<JobView>> = HashMap::new();
@@ -142,7 +145,7 @@ impl Poller {
             by_pod.entry(view.uid.clone()).or_default().push(view);
         }
         let mut told = HashMap::new();
-        for (uid, job, hurried, handle) in wanted {
+        for (uid, job, poll_soon, handle) in wanted {
             let missing = round.missing.contains(&job);
             let jobs = by_pod.remove(&uid).unwrap_or_default();
             let news = Told { job, jobs, missing };
@@ -150,14 +153,14 @@ impl Poller {
             let queued = !missing && news.jobs.iter().all(|view| view.started_at.is_none());
             let same = known.as_ref() == Some(&news);
             any |= !same;
-            if same && (!hurried || queued) {
+            if same && (!poll_soon || queued) {
                 told.insert(uid, news);
             } else {
                 let event = Event::Round {
                     jobs: news.jobs.clone(),
                     missing,
                 };
-                // A full queue: the next round says it again.
+                // If the queue is full, the next round sends it again.
                 if handle.offer(Input::Event(event)) {
                     told.insert(uid, news);
                 }
@@ -167,7 +170,7 @@ impl Poller {
         any
     }
 
-    /// Shows how old what is known of the jobs is.
+    /// Publishes the age of what is known about the jobs.
     fn asked(&self, asked: Asked) {
         let now = nanos(Timestamp::now());
         self.node.send_if_modified(|info| {
@@ -180,19 +183,20 @@ impl Poller {
     }
 }
 
-/// What the poller did last.
+/// The outcome of the last round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Asked {
-    /// There was nothing to ask.
+    /// There were no jobs to ask about.
     Nothing,
-    /// It asked, and was answered.
+    /// The scheduler answered.
     Answered,
-    /// It asked in vain.
+    /// The scheduler did not answer.
     InVain,
 }
 
-/// PURE: what is shown as the last round, Unix nanoseconds: 0 while nothing is asked. Each change wakes all that watch the
-/// node, so one that is hardly older than `now` stays. Where no round has succeeded yet it is when the first one was tried.
+/// PURE: the time to publish as the last round, in Unix nanoseconds; 0 while there are no jobs to
+/// ask about. Each change wakes every watcher of the node, so a value that is hardly older than
+/// `now` stays. Until a round has succeeded, it is the time of the first attempt.
 fn last_round(shown: i64, asked: Asked, now: i64) -> i64 {
     match asked {
         Asked::Nothing => 0,
@@ -227,32 +231,32 @@ fn report_health(node: &watch::Sender<pb::NodeInfo>, trouble: Option<String>) {
     });
 }
 
-/// PURE: how long after this round the next one is.
+/// PURE: the interval between this round and the next one.
 fn next_interval(
     now: Duration,
     shortest: Duration,
     longest: Duration,
-    hurried: bool,
+    poll_soon: bool,
     news: bool,
 ) -> Duration {
-    let most = if hurried {
+    let most = if poll_soon {
         longest.min(shortest * PATIENT)
     } else {
         longest
     };
-    if hurried && news {
+    if poll_soon && news {
         shortest
     } else {
         now.max(shortest).mul_f32(SLOWER).min(most)
     }
 }
 
-/// Between 85 and 115 % of `interval`: agents of one cluster do not ask in step.
+/// Between 85 and 115 % of `interval`, so that the agents of one cluster do not poll in step.
 fn jittered(interval: Duration) -> Duration {
     interval.mul_f64(rand::random_range(0.85..1.15))
 }
 
-/// Task: keeps the site's capacity on `node` until `stop`.
+/// Task: keeps the site's capacity on `node` up to date until `stop` is cancelled.
 pub async fn capacity(site: Arc<Site>, node: watch::Sender<pb::NodeInfo>, stop: CancellationToken) {
     loop {
         let pause = match site.scheduler.node_info().await {
@@ -289,7 +293,7 @@ pub async fn capacity(site: Arc<Site>, node: watch::Sender<pb::NodeInfo>, stop: 
 mod tests {
     use super::*;
 
-    /// A gauge is made of it that operators alert on.
+    /// Operators alert on a gauge that is made from this value.
     #[test]
     fn the_last_round_is_fresh_while_slurm_is_asked_and_absent_while_it_is_not() {
         let second = 1_000_000_000;
@@ -306,7 +310,7 @@ mod tests {
         assert_eq!(
             asked(0, Asked::InVain, 502),
             at(502),
-            "never answered since it is asked"
+            "no answer since the first attempt"
         );
         assert_eq!(asked(at(502), Asked::InVain, 600), at(502));
         assert_eq!(
@@ -319,9 +323,9 @@ mod tests {
     #[test]
     fn rounds_become_rarer_until_there_is_news() {
         let [shortest, longest] = [1, 30].map(Duration::from_secs);
-        let after = |rounds: usize, hurried| {
+        let after = |rounds: usize, poll_soon| {
             (0..rounds).fold(shortest, |now, _| {
-                next_interval(now, shortest, longest, hurried, false)
+                next_interval(now, shortest, longest, poll_soon, false)
             })
         };
         assert_eq!(after(1, true), Duration::from_millis(1500));
@@ -329,8 +333,8 @@ mod tests {
         assert_eq!(after(20, false), longest, "jobs that only run");
         let late = after(20, true);
         assert_eq!(next_interval(late, shortest, longest, true, true), shortest);
-        // What ran for long is expected to end: not at the pace of before.
-        let hurried = next_interval(longest, shortest, longest, true, false);
-        assert_eq!(hurried, Duration::from_secs(5));
+        // A job that has run for long is now expected to end: the interval starts over.
+        let soon = next_interval(longest, shortest, longest, true, false);
+        assert_eq!(soon, Duration::from_secs(5));
     }
 }

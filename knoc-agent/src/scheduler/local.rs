@@ -1,12 +1,13 @@
-//! The embedded scheduler: jobs are sessions of processes on the agent's own host.
+//! The embedded scheduler: jobs are process sessions on the agent's own host.
 //!
-//! It is what the quick start and the fast tests run on, and it keeps the promises that pods need of
-//! Slurm: a job outlives the agent, is found again with its exit code, is started at most once, waits
-//! with the reason `Resources` where the host is full, and ends at its time limit. What a job is stands
-//! in its job directory (see [`record`]); this module is the table of all of them.
+//! The quick start and the fast tests use it. It gives the guarantees that pods need from Slurm: a
+//! job outlives the agent, is found again with its exit code, is started at most once, waits with
+//! the reason `Resources` if the host is full, and ends at its time limit. The state of a job is in
+//! its job directory (see [`record`]); this module is the table of all jobs.
 //!
-//! Owner task: none. Nothing happens between two calls: a queued job starts, and a time limit is
-//! enforced, in the next [`Local::round`]. Blocking file work, so every call runs on a blocking thread.
+//! Owner task: none. Nothing happens between two calls: the next [`Local::round`] starts queued
+//! jobs and enforces time limits. The work is blocking file work, so every call runs on a blocking
+//! thread.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,30 +30,30 @@ mod process;
 mod record;
 mod table;
 
-/// A round costs a few reads of /proc.
+/// A round costs only a few reads of /proc.
 pub const ROUND_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What it needs of the site file.
+/// What the scheduler needs from the site file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Folder of the job directories: jobs of earlier agents are found again there.
+    /// Directory of the job directories, where jobs of earlier agents are found.
     pub pods: PathBuf,
-    /// Jobs that run at once; more wait with the reason `Resources`. 0: no limit.
+    /// How many jobs run at once; further jobs wait with the reason `Resources`. 0 means no limit.
     pub max_running: usize,
     /// PATH of the batch script.
     pub path: String,
     /// Further environment of the batch script.
     pub env: Vec<(String, String)>,
-    /// Lines of the batch script before the shim. The site's own words, never a pod's.
+    /// Lines of the batch script before the shim. They come from the site file, never from a pod.
     pub prelude: String,
-    /// Time limit for pods that name none; `None`: unlimited.
+    /// Time limit of pods that request none; `None` means unlimited.
     pub default_time_minutes: Option<i64>,
-    /// From TERM to KILL, of a job that is cancelled or reaches its limit.
+    /// Time between TERM and KILL, for a job that is cancelled or reaches its time limit.
     pub kill_wait: Duration,
 }
 
 impl Settings {
-    /// With defaults for everything but the folder.
+    /// Settings with defaults for everything but the directory.
     #[must_use]
     pub fn new(pods: PathBuf) -> Self {
         Self {
@@ -66,7 +67,7 @@ impl Settings {
         }
     }
 
-    /// As the site file has it.
+    /// The settings of the site file.
     #[must_use]
     pub fn of_site(site: &Config, pods: PathBuf) -> Self {
         let default = Self::new(pods);
@@ -90,7 +91,7 @@ pub struct Local {
 }
 
 impl Local {
-    /// Reads nothing yet: the first call finds the jobs of earlier agents.
+    /// Creates the scheduler. Nothing is read yet: the first call finds the jobs of earlier agents.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         let settings = Arc::new(settings);

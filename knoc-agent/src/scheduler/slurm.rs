@@ -1,9 +1,11 @@
-//! Slurm by its own commands: the ones that every version has, and nothing that a plain user may not.
+//! Slurm through its own commands, with options that every supported version has and that a plain
+//! user may use.
 //!
-//! Owner task: none. `sbatch` is behind a token bucket and a bound on processes; all jobs are asked
-//! for in one `squeue`, and in one `sacct` where some left the queue. It keeps no state but what the
-//! last `sinfo` said of the partitions' limits. What it never does: it gives no pod string to a shell,
-//! and it believes no job id unless something else tells that the job is the pod's ([`whose`]).
+//! Owner task: none. Calls of `sbatch` are limited by a token bucket and by a number of concurrent
+//! processes. All jobs are queried in one `squeue`, and those that have left the queue in one
+//! `sacct`. The only state is what the last `sinfo` reported about the partitions' limits. No
+//! string of a pod is ever passed to a shell, and a job ID alone never identifies a pod's job
+//! ([`whose`]).
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -35,15 +37,16 @@ mod whose;
 pub use settings::Settings;
 use whose::Whose;
 
-/// Answers of squeue and sacct: 100,000 jobs of 300 bytes.
+/// The largest output of squeue and sacct: 100,000 jobs with 300 bytes each.
 const ANSWER_LIMIT: usize = 32 << 20;
-/// `squeue`, `sacct` and `scancel` for single pods at the same time: a namespace of thousands may be deleted at once.
+/// How many `squeue`, `sacct` and `scancel` processes for single pods may run at the same time:
+/// thousands of pods may be deleted at once.
 const QUESTIONS: usize = 4;
-/// How far back the accounting is searched for a job that is known by its pod only.
+/// How far back the accounting database is searched for a pod's jobs.
 const FIND_WINDOW: &str = "now-7days";
-/// Of what sbatch printed instead of a job id so many characters are shown.
+/// How many characters of sbatch's output are shown if it contains no job ID.
 const PRINTED: usize = 400;
-/// How far the controller's clock may be behind ours: munge takes no more.
+/// How far the controller's clock may be behind ours; munge tolerates no more.
 const CLOCKS_APART: Duration = Duration::from_mins(5);
 
 /// The Slurm of this site.
@@ -52,14 +55,14 @@ pub struct Slurm {
     settings: Settings,
     bucket: Mutex<bucket::Bucket>,
     submissions: Semaphore,
-    /// All other commands that are started for one pod.
+    /// Limits all other commands that are run for one pod.
     questions: Semaphore,
     /// `None` until `sinfo` has answered once.
     limits: Mutex<Option<Arc<[shape::PartitionLimits]>>>,
 }
 
 impl Slurm {
-    /// Asks nothing yet.
+    /// Creates the scheduler. Runs no command yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         let bucket = bucket::Bucket::new(settings.submit_burst, settings.submit_per_second);
@@ -72,13 +75,13 @@ impl Slurm {
         }
     }
 
-    /// What it was made with.
+    /// The settings that it was created with.
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// A Slurm command with the site's environment, and nothing else: sbatch hands it to the job.
+    /// A Slurm command with exactly the site's environment, which sbatch passes on to the job.
     fn command(&self, program: &std::path::Path) -> Command {
         let site = &self.settings;
         let command = Command::new(site.find(program))
@@ -92,7 +95,7 @@ impl Slurm {
         }
     }
 
-    /// A command whose answer is parsed: one language, one time zone, one form of times.
+    /// A command whose output is parsed: fixed locale, time zone and time format.
     fn question(&self, program: &std::path::Path) -> Command {
         let command = self.command(program).env("TZ", "UTC").env("LC_ALL", "C");
         command.env("SLURM_TIME_FORMAT", "standard")
@@ -144,7 +147,8 @@ impl Slurm {
         allowed: impl Future<Output = Result<(), Refusal>>,
     ) -> Result<Submitted, Refusal> {
         if self.known_limits().is_none() {
-            // The time limit comes from the partition: without it a job would be submitted that can never start.
+            // The time limit may come from the partition: if it is unknown, a job might be
+            // submitted that can never start.
             self.node_info().await.map_err(|error| Refusal {
                 kind: RefusalKind::ControllerAway,
                 words: knoc_proto::error::chain(&error),
@@ -167,12 +171,12 @@ impl Slurm {
             .await
             .map_err(|_closed| Refusal {
                 kind: RefusalKind::ControllerAway,
-                words: "the agent stops".to_owned(),
+                words: "the agent is stopping".to_owned(),
                 command: None,
             })?;
         let command = self.command(&self.settings.sbatch);
         let command = command.args(argv.iter().skip(1)).stdin(script);
-        // What was so before the waits may not be so any more.
+        // The policy may have changed during the waits.
         allowed.await?;
         let began = Timestamp::now();
         let output = command.run().await.map_err(|error| {
@@ -200,7 +204,8 @@ impl Slurm {
             .map_err(|problem| round::unreadable("squeue", problem))?;
         let mut jobs = self.of_pod(&rows, uid);
         let by_name = ["-S", FIND_WINDOW, "--name", &script::job_name(uid)].map(str::to_owned);
-        // Whatever it is called. All jobs of this user, but only those of the last minutes.
+        // Jobs are matched under any name: all jobs of this user, but only those of the last
+        // minutes.
         let since = (since - CLOCKS_APART).strftime("%Y-%m-%dT%H:%M:%S");
         let by_time = ["-S".to_owned(), since.to_string()];
         for filter in [&by_name[..], &by_time[..]] {
@@ -217,7 +222,7 @@ impl Slurm {
         Ok(jobs)
     }
 
-    /// The pod's jobs that the accounting knows, the newest life of each first.
+    /// The pod's jobs in the accounting database, the newest run of each first.
     async fn find_ended(
         &self,
         uid: &PodUid,
@@ -251,19 +256,20 @@ impl Slurm {
             None
         } else {
             self.look_at(job).await.unwrap_or_else(|error| {
-                // Its name as a filter is safe in any case, and mostly right; who cancels asks again.
+                // Filtering by name is always safe and usually sufficient; the caller retries if
+                // the job stays.
                 let (job, uid, error) = (&job.id, &job.uid, knoc_proto::error::chain(&error));
-                tracing::warn!(%job, %uid, error, "looked in vain at a job to cancel");
+                tracing::warn!(%job, %uid, error, "cannot check whose job it is before cancelling it");
                 None
             })
         };
         let command = match known {
-            // With the name as a filter the id cannot be another job's.
+            // If the name is a filter, another job with the same ID cannot be cancelled.
             None => command.arg(format!("--name={}", script::job_name(&job.uid))),
             Some(Whose::Ours(_)) => command,
             Some(Whose::Stranger | Whose::Doubt) => {
                 let (job, uid) = (&job.id, &job.uid);
-                tracing::info!(%job, %uid, "not cancelled: the id is another job's by now");
+                tracing::info!(%job, %uid, "not cancelled: the ID belongs to another job by now");
                 return Ok(());
             }
         };
@@ -280,8 +286,8 @@ impl Slurm {
         }
     }
 
-    /// Whose the id is now: asked right before a job is cancelled that has not the name we gave it. `None`: squeue does
-    /// not show it.
+    /// Checks whose job has the ID now. Called right before cancelling a job that was last seen
+    /// without the name we gave it. `None` if squeue does not show the job.
     async fn look_at(&self, job: &JobRef) -> Result<Option<Whose>, SchedulerError> {
         let command = self.squeue(parse::SQUEUE_FORMAT_DIRECTORY);
         let command = command.args(["-j", job.id.as_str()]);
@@ -326,7 +332,7 @@ impl Slurm {
         place.map_err(|_closed| SchedulerError::Stopping)
     }
 
-    /// Folder of the job directories.
+    /// The directory of the job directories.
     fn pods(&self) -> &std::path::Path {
         &self.settings.pods
     }
@@ -336,7 +342,7 @@ impl Slurm {
         command.args([
             "--noheader",
             "--states=all",
-            // Hidden partitions too: a job that is not shown would count as gone.
+            // Includes hidden partitions: a job that is not shown would count as gone.
             "--all",
             "--me",
             "-o",
@@ -350,8 +356,8 @@ impl Slurm {
     }
 }
 
-/// `4711` or `4711;cluster`, on a line of its own: wrappers print more. If several lines are numbers, none is believed: the
-/// job is found by its name.
+/// Parses `4711` or `4711;cluster` on a line of its own, because wrappers may print more. If
+/// several lines are numbers, none is used, and the job is found by its name.
 fn parsable(output: &Output) -> Result<JobId, Refusal> {
     let text = output.text();
     let mut numbers = text
@@ -372,28 +378,28 @@ fn parsable(output: &Output) -> Result<JobId, Refusal> {
     })
 }
 
-/// What a command printed, as one short line.
+/// A command's output as one short line.
 fn printed(output: &Output) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
-    let words = [output.text(), errors.into_owned()].join("\n");
-    let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
-    if words.is_empty() {
+    let text = [output.text(), errors.into_owned()].join("\n");
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if text.is_empty() {
         return "nothing".to_owned();
     }
-    match words.char_indices().nth(PRINTED) {
-        Some((end, _)) => format!("{} …", words.get(..end).unwrap_or_default()),
-        None => words,
+    match text.char_indices().nth(PRINTED) {
+        Some((end, _)) => format!("{} …", text.get(..end).unwrap_or_default()),
+        None => text,
     }
 }
 
-/// The job ended before the signal came.
+/// Whether the job had ended before the signal arrived.
 fn is_gone(err: &CommandError) -> bool {
-    let words = err.words().unwrap_or_default().to_lowercase();
+    let message = err.message().unwrap_or_default().to_lowercase();
     [
         "invalid job id",
         "already completing or completed",
         "already finished",
     ]
     .iter()
-    .any(|text| words.contains(text))
+    .any(|text| message.contains(text))
 }

@@ -1,27 +1,28 @@
-//! What a scheduler says of jobs: pure types, Slurm's vocabulary.
+//! PURE: what a scheduler reports about jobs, in Slurm's vocabulary.
 
 use std::fmt;
 
 use knoc_proto::ids::{JobId, PodUid};
 
-/// A job of a pod, and what tells it from a stranger's job that was given the same id later.
+/// A job of a pod, with what distinguishes it from another job that gets the same ID later.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobRef {
-    /// The scheduler's id, which may be given to another job later.
+    /// The scheduler's ID, which may be reused for another job.
     pub id: JobId,
     /// The pod.
     pub uid: PodUid,
-    /// When `sbatch` was called and when it had answered with this id: Unix seconds of this host's clock. `None` if the
-    /// job was found in another way.
+    /// When `sbatch` was called and when it had answered with this ID, in Unix seconds of this
+    /// host's clock. `None` if the job was found in another way.
     pub call: Option<(i64, i64)>,
-    /// The submit time that the scheduler gave when the job was last seen: Unix seconds of its own clock.
+    /// The submit time that the scheduler reported when the job was last seen, in Unix seconds of
+    /// the scheduler's clock.
     pub submitted_at: Option<i64>,
-    /// The job had the name that we gave it when it was last seen.
+    /// Whether the job had the name that we gave it when it was last seen.
     pub named: bool,
 }
 
 impl JobRef {
-    /// A job of which nothing is known but its id and its pod.
+    /// A job of which only the ID and the pod are known.
     #[must_use]
     pub fn new(id: JobId, uid: PodUid) -> Self {
         Self {
@@ -33,22 +34,22 @@ impl JobRef {
         }
     }
 
-    /// Does `view` show this job?
+    /// Whether `view` shows this job.
     #[must_use]
     pub fn is(&self, view: &JobView) -> bool {
         self.id == view.id && self.uid == view.uid
     }
 }
 
-/// Which of the things that a job carries name its pod. Users, submit plugins and wrappers of `sbatch` may change each
-/// of them.
+/// Which properties of a job name its pod. Users, submit plugins and wrappers of `sbatch` may
+/// change each of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Marks {
-    /// The job's name.
+    /// The job's name does.
     pub name: bool,
-    /// Its comment.
+    /// The job's comment does.
     pub comment: bool,
-    /// Its working directory, where the source tells it.
+    /// The job's working directory does, if the source reports it.
     pub directory: bool,
 }
 
@@ -60,13 +61,14 @@ impl Marks {
         directory: true,
     };
 
-    /// At least one of them names the pod.
+    /// Whether at least one of them names the pod.
     #[must_use]
     pub fn any(self) -> bool {
         self.name || self.comment || self.directory
     }
 
-    /// At least two of them do: a job that carries only one may have been submitted by a program of the pod.
+    /// Whether at least two of them name the pod. If only one does, a program of the pod may have
+    /// submitted the job.
     #[must_use]
     pub fn sure(self) -> bool {
         u8::from(self.name) + u8::from(self.comment) + u8::from(self.directory) >= 2
@@ -76,43 +78,43 @@ impl Marks {
 /// One job as the scheduler sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobView {
-    /// The scheduler's id.
+    /// The scheduler's ID.
     pub id: JobId,
     /// The pod whose job it is.
     pub uid: PodUid,
-    /// What of the job names the pod.
+    /// Which properties of the job name the pod.
     pub marks: Marks,
-    /// From the comment: the cluster that wanted it; empty for pods without Kubernetes, or where the
-    /// source does not carry comments.
+    /// From the comment: the cluster of the pod; empty for pods without Kubernetes, or if the
+    /// source does not report comments.
     pub cluster_id: String,
-    /// From the comment: which submission of the pod this is; 0 where the source does not say.
+    /// From the comment: which submission of the pod this is; 0 if the source does not report it.
     pub attempt: u32,
-    /// Where it stands.
+    /// The job's state.
     pub state: JobState,
-    /// Slurm's reason (`Priority`, `Resources` …); empty for none.
+    /// Slurm's reason (`Priority`, `Resources` …); empty if there is none.
     pub reason: String,
-    /// How the batch script ended, where the source knows.
+    /// The exit status of the batch script, if the source reports it.
     pub exit: Option<JobExit>,
     /// Node list, as Slurm writes it (`c[1-3]`).
     pub nodes: String,
-    /// The partition, or several with commas while it is queued.
+    /// The partition; while the job is queued, there may be several, separated by commas.
     pub partition: String,
-    /// Unix seconds.
+    /// Time of submission, Unix seconds.
     pub submitted_at: Option<i64>,
-    /// Unix seconds; `None` until it has started.
+    /// Start time, Unix seconds; `None` until it has started.
     pub started_at: Option<i64>,
-    /// Unix seconds; `None` until it has ended.
+    /// End time, Unix seconds; `None` until it has ended.
     pub ended_at: Option<i64>,
-    /// Unix seconds; the scheduler's guess for a queued job.
+    /// The scheduler's estimate of a queued job's start, Unix seconds.
     pub estimated_start: Option<i64>,
-    /// Minutes; `None`: unlimited or not known.
+    /// Time limit in minutes; `None` if it is unlimited or unknown.
     pub time_limit_minutes: Option<i64>,
-    /// How often Slurm started it again, where the source says.
+    /// How often Slurm has restarted the job, if the source reports it.
     pub restarts: u32,
 }
 
 impl JobView {
-    /// Its identity.
+    /// The identity of the job.
     #[must_use]
     pub fn job(&self) -> JobRef {
         JobRef {
@@ -122,19 +124,19 @@ impl JobView {
         }
     }
 
-    /// The reason never goes away by waiting.
+    /// Whether the job will never start, however long it waits.
     #[must_use]
     pub fn never_starts(&self) -> bool {
         self.state.phase() == JobPhase::Queued && reason_never_ends(&self.reason)
     }
 }
 
-/// How the batch script ended.
+/// The exit status of the batch script.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct JobExit {
     /// Exit code.
     pub code: i32,
-    /// Signal, 0 for none.
+    /// Signal; 0 if there was none.
     pub signal: i32,
 }
 
@@ -143,58 +145,58 @@ pub struct JobExit {
 pub enum JobState {
     /// Waits for resources or its turn.
     Pending,
-    /// Has its nodes, which get ready (boot, prolog).
+    /// Has its nodes, which are being prepared (boot, prolog).
     Configuring,
     /// Runs.
     Running,
-    /// Has ended, its processes are being cleaned up. How it ended is not said yet.
+    /// Has ended; its processes are being cleaned up, and its final state is not known yet.
     Completing,
-    /// Stopped with its allocation taken away.
+    /// Stopped, and its resources were released to other jobs.
     Suspended,
-    /// Stopped by a signal, keeps its allocation.
+    /// Stopped by a signal, but keeps its resources.
     Stopped,
-    /// Changes its size.
+    /// Is changing its size.
     Resizing,
-    /// Being signalled.
+    /// Is being signalled.
     Signaling,
-    /// Stages out files.
+    /// Is staging out files.
     StageOut,
-    /// Goes back into the queue.
+    /// Is going back into the queue.
     Requeued,
     /// Went back into the queue and is held there.
     RequeueHold,
     /// Requeued by a federation.
     RequeueFed,
-    /// Held after an exit code that the site calls special.
+    /// Held after an exit code that the site configured as special.
     SpecialExit,
-    /// Held: its reservation was deleted.
+    /// Held, because its reservation was deleted.
     ResvDelHold,
     /// Ended with exit code 0.
     Completed,
-    /// Ended with another exit code.
+    /// Ended with a non-zero exit code.
     Failed,
-    /// Cancelled.
+    /// Cancelled by a user or an administrator.
     Cancelled {
-        /// Numeric user id of who did it, where the accounting says.
+        /// Numeric user ID of who cancelled it, if the accounting database says.
         by: Option<u32>,
     },
     /// Reached its time limit.
     Timeout,
-    /// A process of it was killed for memory.
+    /// Ended because one of its processes was killed for lack of memory.
     OutOfMemory,
-    /// A node failed.
+    /// Ended because a node failed.
     NodeFail,
-    /// The launch failed, as a node could not boot.
+    /// Could not start, because a node did not boot.
     BootFail,
-    /// Ended for a more important job.
+    /// Ended in favour of a job with higher priority.
     Preempted,
     /// Slurm's own `--deadline` passed.
     Deadline,
     /// Runs in another cluster of a federation.
     Revoked,
-    /// The launch failed on the node.
+    /// Could not be launched on its node.
     LaunchFailed,
-    /// The node could not be reconfigured for it.
+    /// Could not start, because its node could not be reconfigured.
     ReconfigFail,
     /// A state that no known version has.
     Unknown(String),
@@ -205,14 +207,14 @@ pub enum JobState {
 pub enum JobPhase {
     /// Not started, or back in the queue.
     Queued,
-    /// Holds its allocation.
+    /// Holds its resources.
     Running,
-    /// Never runs again. Terminal unless the job is requeued by hand.
+    /// Has ended and never runs again, unless it is requeued by hand.
     Ended,
 }
 
 impl JobState {
-    /// From Slurm's long name (`NODE_FAIL`, `CANCELLED by 2001`, `CANCELLED+`).
+    /// Parses Slurm's long name (`NODE_FAIL`, `CANCELLED by 2001`, `CANCELLED+`).
     #[must_use]
     pub fn parse(text: &str) -> Self {
         let word = text
@@ -232,7 +234,8 @@ impl JobState {
         )
     }
 
-    /// What it means for a pod. An unknown state counts as queued: nothing is decided from it.
+    /// What the state means for a pod. An unknown state counts as queued, so nothing is decided
+    /// from it.
     #[must_use]
     pub fn phase(&self) -> JobPhase {
         match self {
@@ -266,7 +269,7 @@ impl JobState {
         }
     }
 
-    /// Ended by the infrastructure, not by itself.
+    /// Whether the job was ended by the infrastructure and not by itself.
     #[must_use]
     pub fn is_disruption(&self) -> bool {
         matches!(
@@ -327,7 +330,7 @@ impl fmt::Display for JobState {
     }
 }
 
-/// Reasons of pending jobs that no waiting cures.
+/// Reasons of pending jobs that do not go away by waiting.
 const NEVER: &[&str] = &[
     "AccountingPolicy",
     "AssocGrpBillingMinutes",
@@ -357,36 +360,37 @@ const NEVER: &[&str] = &[
     "ReservationDeleted",
 ];
 
-/// No waiting cures this reason; somebody must change the job or the site.
+/// Whether this reason does not go away by waiting: a user must change the job, or the site its
+/// configuration.
 #[must_use]
 pub fn reason_never_ends(reason: &str) -> bool {
     let word = reason.split([' ', ',', ':']).next().unwrap_or_default();
     NEVER.contains(&word.trim_matches(['(', ')']))
 }
 
-/// What the accounting could say in a round.
+/// Whether the accounting database answered in a round.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Accounting {
-    /// Nothing was asked of it.
+    /// It was not queried.
     #[default]
     NotAsked,
     /// It answered.
     Answered,
-    /// This site has none.
+    /// This site has no accounting storage.
     Disabled,
-    /// It did not answer; its words.
+    /// It did not answer; this is its message.
     Away(String),
 }
 
-/// The answer to one batched question.
+/// The answer to one batched query.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Round {
     /// All jobs that were asked for, and all others whose name or comment names a pod.
     pub jobs: Vec<JobView>,
-    /// Jobs asked for that neither queue nor accounting knows. Only filled where both answered (or
-    /// there is no accounting): a job is never missing because somebody did not answer.
+    /// Jobs asked for that neither the queue nor the accounting database has. Filled only if both
+    /// answered (or there is no accounting storage): a job is never missing because a query failed.
     pub missing: Vec<JobRef>,
-    /// Whether the accounting was there.
+    /// Whether the accounting database answered.
     pub accounting: Accounting,
 }
 

@@ -180,6 +180,23 @@ fn complete(value: &mut Value, given: &Given<'_>) {
         .uid
         .map_or_else(|| format!("ctl-{}", given.random), str::to_owned);
     metadata.insert("uid".to_owned(), Value::String(uid));
+    let volumes = root
+        .get_mut("spec")
+        .and_then(|spec| spec.get_mut("volumes")?.as_array_mut());
+    for volume in volumes.into_iter().flatten() {
+        name_empty_dir(volume);
+    }
+}
+
+/// A volume that names no source is an empty folder, as the API server fills it in.
+fn name_empty_dir(volume: &mut Value) {
+    if let Some(volume) = volume.as_object_mut()
+        && volume
+            .iter()
+            .all(|(key, value)| key == "name" || value.is_null())
+    {
+        volume.insert("emptyDir".to_owned(), Value::Object(serde_json::Map::new()));
+    }
 }
 
 fn check_needs(pod: &Pod, path: &Path) -> Result<(), ManifestError> {
@@ -291,6 +308,18 @@ spec:
         let error = read(&text).unwrap_err();
         assert!(matches!(error, ManifestError::Refused { .. }), "{error}");
         assert!(error.to_string().contains("spec.hostPID"), "{error}");
+    }
+
+    #[test]
+    fn a_volume_without_a_source_is_an_empty_folder() {
+        for text in ["    emptyDir: {}\n", "", "    hostPath: null\n"] {
+            let manifest = read(&POD.replace("    emptyDir: {}\n", text)).unwrap();
+            let source = manifest.spec.volumes[0].source.as_ref();
+            assert!(
+                matches!(source, Some(pb::volume::Source::EmptyDir(_))),
+                "{text}"
+            );
+        }
     }
 
     #[test]

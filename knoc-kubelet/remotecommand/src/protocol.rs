@@ -95,6 +95,7 @@ pub struct Wanted {
 
 impl Wanted {
     /// Reads the flags, each exactly `1`; a terminal has no stderr of its own. `None` where nothing is wanted.
+    #[must_use]
     pub fn parse(query: &Query) -> Option<Self> {
         let flag = |name: &str| query.first(name) == Some("1");
         let tty = flag("tty");
@@ -108,6 +109,7 @@ impl Wanted {
     }
 
     /// The streams that a SPDY client opens, the error stream included.
+    #[must_use]
     pub fn streams(self, version: Version) -> usize {
         let resize = version >= Version::V3;
         self.roles()
@@ -129,6 +131,7 @@ impl Wanted {
     }
 
     /// Which channels of a WebSocket the client may write, by their numbers.
+    #[must_use]
     pub fn writable(self) -> [bool; 5] {
         [self.stdin, false, false, false, self.tty]
     }
@@ -151,6 +154,7 @@ pub enum Role {
 
 impl Role {
     /// By the stream's header `streamtype`.
+    #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
         match name {
             "error" => Some(Self::Error),
@@ -174,6 +178,7 @@ pub enum Ending {
 
 impl Ending {
     /// What goes onto the error stream; v1 to v3 say nothing of a success.
+    #[must_use]
     pub fn status(&self, version: Version) -> String {
         let failure = match self {
             Self::Exited(0) if version >= Version::V4 => {

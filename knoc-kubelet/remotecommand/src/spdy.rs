@@ -222,6 +222,7 @@ where
     Io: AsyncRead + AsyncWrite,
 {
     /// When a byte last moved.
+    #[must_use]
     pub fn activity(&self) -> Activity {
         self.activity.clone()
     }

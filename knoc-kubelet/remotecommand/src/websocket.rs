@@ -148,6 +148,7 @@ impl Channels {
     }
 
     /// What the client reads of a channel.
+    #[must_use]
     pub fn sender(&self, channel: u8) -> Sender {
         Sender {
             channel,

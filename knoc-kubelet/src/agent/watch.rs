@@ -6,12 +6,15 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use knoc_proto::pb::{self, pod_event::Event};
+use knoc_proto::{
+    ids::PodUid,
+    pb::{self, pod_event::Event},
+};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{Agent, Link, tells_capacity};
-use crate::pods::{Store, UNREACHABLE_AFTER, Uid, queue::Queue};
+use crate::pods::{Store, UNREACHABLE_AFTER, queue::Queue};
 
 /// The first attempt to come back; each further one twice as late.
 const BACKOFF: Duration = Duration::from_millis(100);
@@ -140,14 +143,15 @@ impl AgentWatch {
     async fn snapshot(
         &self,
         stream: &mut tonic::Streaming<pb::PodEvent>,
-    ) -> Result<HashSet<Uid>, tonic::Status> {
+    ) -> Result<HashSet<PodUid>, tonic::Status> {
         let mut seen = HashSet::new();
         loop {
             match stream.message().await?.and_then(|event| event.event) {
                 Some(Event::Item(pod)) => {
-                    let uid: Uid = pod.uid.as_str().into();
-                    self.store.set_observed(&uid, Arc::new(pod));
-                    seen.insert(uid);
+                    if let Some(uid) = checked(&pod.uid) {
+                        self.store.set_observed(&uid, Arc::new(pod));
+                        seen.insert(uid);
+                    }
                 }
                 Some(Event::Synced(_)) => return Ok(seen),
                 Some(Event::RemovedUid(uid)) => {
@@ -158,7 +162,7 @@ impl AgentWatch {
         }
     }
 
-    fn up(&self, info: &Arc<pb::AgentInfo>, seen: &HashSet<Uid>) {
+    fn up(&self, info: &Arc<pb::AgentInfo>, seen: &HashSet<PodUid>) {
         for uid in self.store.observed_uids() {
             if !seen.contains(&uid) {
                 self.store.remove_observed(&uid);
@@ -182,14 +186,16 @@ impl AgentWatch {
     fn take(&self, event: pb::PodEvent) {
         match event.event {
             Some(Event::Item(pod)) => {
-                let uid: Uid = pod.uid.as_str().into();
-                self.store.set_observed(&uid, Arc::new(pod));
-                self.queue.push(&uid);
+                if let Some(uid) = checked(&pod.uid) {
+                    self.store.set_observed(&uid, Arc::new(pod));
+                    self.queue.push(&uid);
+                }
             }
             Some(Event::RemovedUid(uid)) => {
-                let uid: Uid = uid.into();
-                self.store.remove_observed(&uid);
-                self.queue.push(&uid);
+                if let Some(uid) = checked(&uid) {
+                    self.store.remove_observed(&uid);
+                    self.queue.push(&uid);
+                }
             }
             Some(Event::Synced(_)) | None => {}
         }
@@ -243,6 +249,14 @@ fn newest(known: Option<&pb::NodeInfo>, told: pb::NodeInfo) -> pb::NodeInfo {
         },
         Some(_) | None => told,
     }
+}
+
+/// The uid of a pod as the agent sent it. Agents check uids before they take a pod, so one that is invalid is a fault of
+/// the agent: it is reported and left out.
+fn checked(uid: &str) -> Option<PodUid> {
+    PodUid::try_from(uid)
+        .inspect_err(|error| tracing::warn!(%error, "the agent reports a pod with an invalid uid"))
+        .ok()
 }
 
 #[cfg(test)]

@@ -9,9 +9,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
 
-use crate::{agent::tells_capacity, pods::store::Uid};
+use crate::agent::tells_capacity;
 
 /// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, the rest in pieces.
 pub(crate) type Amounts = BTreeMap<String, i64>;
@@ -96,7 +96,7 @@ impl Allocatable {
 /// PURE: the holders and their sum.
 #[derive(Debug, Default)]
 pub(crate) struct Allocations {
-    holders: HashMap<Uid, Amounts>,
+    holders: HashMap<PodUid, Amounts>,
     /// Wider than its parts, so that it never saturates and what was added can be taken away.
     used: BTreeMap<String, i128>,
     /// Were the pods that an earlier process accepted taken in?
@@ -105,7 +105,7 @@ pub(crate) struct Allocations {
 
 impl Allocations {
     /// An accepted pod holds this, whether there is room or not. The same pod twice counts once.
-    pub(crate) fn hold(&mut self, uid: &Uid, amounts: Amounts) {
+    pub(crate) fn hold(&mut self, uid: &PodUid, amounts: Amounts) {
         self.release(uid);
         for (name, amount) in &amounts {
             *self.used.entry(name.clone()).or_default() += i128::from(*amount);
@@ -117,7 +117,7 @@ impl Allocations {
     /// memory, ephemeral-storage, the rest by name.
     pub(crate) fn ask(
         &mut self,
-        uid: &Uid,
+        uid: &PodUid,
         amounts: Amounts,
         allocatable: &Allocatable,
     ) -> Result<(), Short> {
@@ -163,7 +163,7 @@ impl Allocations {
     }
 
     /// The pod has ended, or nothing is left of it.
-    pub(crate) fn release(&mut self, uid: &str) {
+    pub(crate) fn release(&mut self, uid: &PodUid) {
         for (name, amount) in self.holders.remove(uid).unwrap_or_default() {
             if let Some(sum) = self.used.get_mut(&name) {
                 *sum -= i128::from(amount);

@@ -14,10 +14,10 @@ mod worker;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use knoc_proto::ids::PodUid;
 use tokio::task::{Id, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::store::Uid;
 use memory::Memory;
 use worker::Round;
 
@@ -34,9 +34,9 @@ pub use loop_health::LoopHealth;
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct Controller {
     context: Arc<Context>,
-    memories: HashMap<Uid, Memory>,
+    memories: HashMap<PodUid, Memory>,
     workers: JoinSet<Round>,
-    running: HashMap<Id, Uid>,
+    running: HashMap<Id, PodUid>,
 }
 
 impl Controller {
@@ -77,7 +77,7 @@ impl Controller {
         }
     }
 
-    fn start(&mut self, uid: Uid) {
+    fn start(&mut self, uid: PodUid) {
         let memory = self.memories.remove(&uid).unwrap_or_default();
         let work = worker::reconcile(self.context.clone(), uid.clone(), memory);
         // One allocation a round instead of a large future in the JoinSet.

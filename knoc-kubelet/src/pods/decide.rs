@@ -18,6 +18,7 @@
 //! Nothing here ends the job of a pod that this process has never seen: that is [`super::orphans`].
 
 use knoc_proto::pb::PodPhase;
+use knoc_translate::Grace;
 
 /// What is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,8 +44,8 @@ pub struct Present {
     pub terminal: bool,
     /// Its status says that a container ran.
     pub ran: bool,
-    /// Grace in seconds, where it is being deleted.
-    pub deletion: Option<i64>,
+    /// Its grace, if it is being deleted.
+    pub deletion: Option<Grace>,
     /// Admission refuses it.
     pub refused: bool,
     /// A mirror pod: another kubelet's.
@@ -75,7 +76,7 @@ pub struct Done {
     /// The newest generation that the agent answered for.
     pub ensured: i64,
     /// The shortest grace it was told.
-    pub stop: Option<i64>,
+    pub stop: Option<Grace>,
     /// Values are due to be refreshed.
     pub refresh_due: bool,
 }
@@ -96,7 +97,7 @@ pub enum Decision {
     /// resolve, `UpdateValues`.
     Refresh,
     /// `DeletePod` with this grace.
-    Stop(i64),
+    Stop(Grace),
     /// The last DELETE: grace 0, UID precondition.
     Release,
     /// `ForgetPod`.
@@ -127,7 +128,7 @@ fn gone(agent: AgentSide, done: Done) -> Decision {
             phase: PodPhase::Finished,
             ..
         } => Decision::Forget,
-        AgentSide::Known { deleting, .. } => stop(0, deleting, done),
+        AgentSide::Known { deleting, .. } => stop(Grace::NONE, deleting, done),
     }
 }
 
@@ -159,7 +160,7 @@ fn present(pod: Present, agent: AgentSide, done: Done) -> Decision {
         } => match pod.deletion {
             Some(grace) => stop(grace, deleting, done),
             // Others ended it in the API (pod GC, an eviction): the job must not outlive it.
-            None if pod.terminal => stop(0, deleting, done),
+            None if pod.terminal => stop(Grace::NONE, deleting, done),
             None if generation.max(done.ensured) < pod.generation => Decision::Ensure,
             None if done.refresh_due && !deleting => Decision::Refresh,
             None => Decision::Wait,
@@ -168,7 +169,7 @@ fn present(pod: Present, agent: AgentSide, done: Done) -> Decision {
 }
 
 /// Once, and again only with a shorter grace.
-fn stop(grace: i64, deleting: bool, done: Done) -> Decision {
+fn stop(grace: Grace, deleting: bool, done: Done) -> Decision {
     match done.stop {
         Some(told) if deleting && told <= grace => Decision::Wait,
         Some(_) | None => Decision::Stop(grace),

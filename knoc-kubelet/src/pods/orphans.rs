@@ -13,6 +13,7 @@ use std::{
 };
 
 use knoc_proto::{
+    ids::PodUid,
     pb::{self, PodPhase},
     reason::ErrorReason,
 };
@@ -22,7 +23,6 @@ use tokio_util::sync::CancellationToken;
 use super::{
     controller::Context,
     presence::{self, Ask, Presence, plausible},
-    store::Uid,
 };
 
 /// How long a job must have been without a pod.
@@ -38,7 +38,7 @@ pub(crate) async fn run(
     halted: watch::Sender<usize>,
     shutdown: CancellationToken,
 ) {
-    let mut since: HashMap<Uid, Instant> = HashMap::new();
+    let mut since: HashMap<PodUid, Instant> = HashMap::new();
     loop {
         tokio::select! {
             biased;
@@ -68,9 +68,9 @@ pub(crate) async fn run(
         if orphans > 0 {
             continue;
         }
-        for observed in ripe {
-            if is_gone(&context, &observed).await {
-                end(&context, &observed).await;
+        for orphan in ripe {
+            if is_gone(&context, &orphan).await {
+                end(&context, &orphan).await;
             }
         }
     }
@@ -78,9 +78,9 @@ pub(crate) async fn run(
 
 /// Records without a pod whose jobs have ended.
 async fn forget_leftovers(context: &Context) {
-    for observed in strangers(context) {
-        if observed.phase() == PodPhase::Finished && is_gone(context, &observed).await {
-            end(context, &observed).await;
+    for orphan in strangers(context) {
+        if orphan.1.phase() == PodPhase::Finished && is_gone(context, &orphan).await {
+            end(context, &orphan).await;
         }
     }
 }
@@ -97,50 +97,52 @@ fn is_ours(observed: &pb::PodObserved, cluster_id: &str, node: &str, ask: Ask) -
     observed.cluster_id == cluster_id && here
 }
 
+/// A pod that the agent knows.
+type Orphan = (PodUid, Arc<pb::PodObserved>);
+
 /// What the agent has for this cluster and this node.
-fn ours(context: &Context) -> Vec<Arc<pb::PodObserved>> {
+fn ours(context: &Context) -> Vec<Orphan> {
     let (cluster_id, node) = (context.site.agent.cluster_id(), context.node.name());
     let known = context.pods.store.observed_uids().into_iter();
     known
-        .filter_map(|uid| context.pods.store.observed(&uid))
-        .filter(|observed| is_ours(observed, cluster_id, node, context.api.ask))
+        .filter_map(|uid| {
+            context
+                .pods
+                .store
+                .observed(&uid)
+                .map(|observed| (uid, observed))
+        })
+        .filter(|(_, observed)| is_ours(observed, cluster_id, node, context.api.ask))
         .collect()
 }
 
 /// Those of ours that this process never saw.
-fn strangers(context: &Context) -> Vec<Arc<pb::PodObserved>> {
+fn strangers(context: &Context) -> Vec<Orphan> {
     let mut strangers = ours(context);
-    strangers.retain(|observed| !context.pods.store.was_seen(&observed.uid));
+    strangers.retain(|(uid, _)| !context.pods.store.was_seen(uid));
     strangers
 }
 
 /// Those that have been so for long enough.
-fn ripe(context: &Context, since: &mut HashMap<Uid, Instant>) -> Vec<Arc<pb::PodObserved>> {
+fn ripe(context: &Context, since: &mut HashMap<PodUid, Instant>) -> Vec<Orphan> {
     let now = Instant::now();
     let mut strangers = strangers(context);
-    let here: HashSet<Uid> = strangers
-        .iter()
-        .map(|observed| observed.uid.as_str().into())
-        .collect();
+    let here: HashSet<PodUid> = strangers.iter().map(|(uid, _)| uid.clone()).collect();
     since.retain(|uid, _| here.contains(uid));
     for uid in here {
         since.entry(uid).or_insert(now);
     }
-    strangers.retain(|observed| {
+    strangers.retain(|(uid, _)| {
         since
-            .get(observed.uid.as_str())
+            .get(uid)
             .is_some_and(|at| now.duration_since(*at) >= GUARD)
     });
     strangers
 }
 
 /// Does the API server itself say that there is no such pod?
-async fn is_gone(context: &Context, observed: &pb::PodObserved) -> bool {
-    let which = (
-        observed.namespace.as_str(),
-        observed.name.as_str(),
-        observed.uid.as_str(),
-    );
+async fn is_gone(context: &Context, (uid, observed): &Orphan) -> bool {
+    let which = (observed.namespace.as_str(), observed.name.as_str(), uid);
     presence::presence(
         &context.api.client,
         context.api.ask,
@@ -151,10 +153,9 @@ async fn is_gone(context: &Context, observed: &pb::PodObserved) -> bool {
         == Presence::Gone
 }
 
-async fn end(context: &Context, observed: &pb::PodObserved) {
-    let uid = observed.uid.as_str();
+async fn end(context: &Context, (uid, observed): &Orphan) {
     tracing::warn!(
-        uid,
+        %uid,
         namespace = observed.namespace,
         name = observed.name,
         "a job without a pod is ended or forgotten"
@@ -165,7 +166,7 @@ async fn end(context: &Context, observed: &pb::PodObserved) {
         context
             .site
             .agent
-            .delete_pod(uid, -1, "orphan: no such pod in Kubernetes")
+            .delete_pod(uid, None, "orphan: no such pod in Kubernetes")
             .await
             .map(drop)
     };
@@ -173,7 +174,7 @@ async fn end(context: &Context, observed: &pb::PodObserved) {
         && ErrorReason::of(&status) != Some(ErrorReason::NotFound)
     {
         let error = knoc_proto::error::chain(&status);
-        tracing::warn!(uid, %error, "the orphan could not be ended, trying again");
+        tracing::warn!(%uid, %error, "the orphan could not be ended, trying again");
     }
 }
 

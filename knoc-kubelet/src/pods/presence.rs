@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
+use knoc_proto::ids::PodUid;
 use kube::{Api, Client, api::ListParams};
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -36,7 +37,7 @@ pub(crate) async fn presence(
     client: &Client,
     ask: Ask,
     node: &str,
-    (namespace, name, uid): (&str, &str, &str),
+    (namespace, name, uid): (&str, &str, &PodUid),
 ) -> Presence {
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let asked = async {
@@ -51,7 +52,7 @@ pub(crate) async fn presence(
     };
     match tokio::time::timeout(DEADLINE, asked).await {
         Ok(Ok(found)) => {
-            let there = |pod: &Pod| pod.metadata.uid.as_deref() == Some(uid);
+            let there = |pod: &Pod| pod.metadata.uid.as_deref() == Some(uid.as_str());
             if found.iter().any(there) {
                 Presence::There
             } else {
@@ -60,7 +61,7 @@ pub(crate) async fn presence(
         }
         Ok(Err(error)) => {
             let error = knoc_proto::error::chain(&error);
-            tracing::debug!(uid, %error, "the API server does not say whether the pod is there");
+            tracing::debug!(%uid, %error, "the API server does not say whether the pod is there");
             Presence::Unknown
         }
         Err(_) => Presence::Unknown,
@@ -84,7 +85,8 @@ mod tests {
     async fn asked(ask: Ask, code: u16, answer: Value) -> (String, Presence) {
         let (service, mut server) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
         let client = Client::new(service, "default");
-        let question = presence(&client, ask, "n", ("ns", "p", "u1"));
+        let uid = "u1".parse().unwrap();
+        let question = presence(&client, ask, "n", ("ns", "p", &uid));
         let answering = async {
             let (request, send) = server.next_request().await.unwrap();
             let body = Body::from(serde_json::to_vec(&answer).unwrap());

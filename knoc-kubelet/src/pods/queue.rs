@@ -10,16 +10,16 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
-use super::store::Uid;
+use knoc_proto::ids::PodUid;
 
 #[derive(Default, Debug)]
 struct State {
-    ready: VecDeque<Uid>,
-    queued: HashSet<Uid>,
-    running: HashSet<Uid>,
-    again: HashSet<Uid>,
-    later: BTreeSet<(Instant, Uid)>,
-    due: HashMap<Uid, Instant>,
+    ready: VecDeque<PodUid>,
+    queued: HashSet<PodUid>,
+    running: HashSet<PodUid>,
+    again: HashSet<PodUid>,
+    later: BTreeSet<(Instant, PodUid)>,
+    due: HashMap<PodUid, Instant>,
 }
 
 #[derive(Default, Debug)]
@@ -34,19 +34,19 @@ pub struct Queue(Arc<Shared>);
 
 impl Queue {
     /// Look at this key soon.
-    pub fn push(&self, uid: &Uid) {
+    pub fn push(&self, uid: &PodUid) {
         self.state().push(uid);
         self.0.changed.notify_one();
     }
 
     /// Look at this key after a while, or earlier where that was asked before.
-    pub fn push_after(&self, uid: &Uid, after: Duration) {
+    pub fn push_after(&self, uid: &PodUid, after: Duration) {
         self.state().push_at(uid, Instant::now() + after);
         self.0.changed.notify_one();
     }
 
     /// The next key; it is not handed out again before [`Queue::done`]. Cancel safe.
-    pub async fn next(&self) -> Uid {
+    pub async fn next(&self) -> PodUid {
         loop {
             let changed = self.0.changed.notified();
             let wake = {
@@ -71,7 +71,7 @@ impl Queue {
     }
 
     /// The worker of this key is done.
-    pub fn done(&self, uid: &Uid) {
+    pub fn done(&self, uid: &PodUid) {
         let mut state = self.state();
         state.running.remove(uid);
         if state.again.remove(uid) {
@@ -87,7 +87,7 @@ impl Queue {
 }
 
 impl State {
-    fn push(&mut self, uid: &Uid) {
+    fn push(&mut self, uid: &PodUid) {
         if self.running.contains(uid) {
             self.again.insert(uid.clone());
         } else if self.queued.insert(uid.clone()) {
@@ -95,7 +95,7 @@ impl State {
         }
     }
 
-    fn push_at(&mut self, uid: &Uid, at: Instant) {
+    fn push_at(&mut self, uid: &PodUid, at: Instant) {
         if let Some(before) = self.due.get(uid).copied() {
             if before <= at {
                 return;
@@ -116,7 +116,7 @@ impl State {
         }
     }
 
-    fn pop(&mut self) -> Option<Uid> {
+    fn pop(&mut self) -> Option<PodUid> {
         let uid = self.ready.pop_front()?;
         self.queued.remove(&uid);
         self.running.insert(uid.clone());
@@ -128,8 +128,8 @@ impl State {
 mod tests {
     use super::*;
 
-    fn uid(name: &str) -> Uid {
-        name.into()
+    fn uid(name: &str) -> PodUid {
+        name.parse().unwrap()
     }
 
     #[tokio::test(start_paused = true)]
@@ -138,14 +138,14 @@ mod tests {
         queue.push(&uid("a"));
         queue.push(&uid("a"));
         queue.push(&uid("b"));
-        assert_eq!(&*queue.next().await, "a");
+        assert_eq!(queue.next().await.as_str(), "a");
         queue.push(&uid("a"));
         queue.push(&uid("a"));
-        assert_eq!(&*queue.next().await, "b");
+        assert_eq!(queue.next().await.as_str(), "b");
         let none = tokio::time::timeout(Duration::from_secs(1), queue.next()).await;
         assert!(none.is_err(), "a runs still");
         queue.done(&uid("a"));
-        assert_eq!(&*queue.next().await, "a");
+        assert_eq!(queue.next().await.as_str(), "a");
         queue.done(&uid("a"));
         let none = tokio::time::timeout(Duration::from_secs(1), queue.next()).await;
         assert!(none.is_err(), "pushed twice, looked at once more");
@@ -158,7 +158,7 @@ mod tests {
         queue.push_after(&uid("a"), Duration::from_mins(1));
         queue.push_after(&uid("a"), Duration::from_secs(5));
         queue.push_after(&uid("a"), Duration::from_secs(30));
-        assert_eq!(&*queue.next().await, "a");
+        assert_eq!(queue.next().await.as_str(), "a");
         assert_eq!(start.elapsed(), Duration::from_secs(5));
         queue.done(&uid("a"));
         let none = tokio::time::timeout(Duration::from_mins(10), queue.next()).await;

@@ -9,19 +9,16 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
 use knoc_translate::verdict::Findings;
 
 use crate::stats::ledger::{Ledger, Totals};
-
-/// `metadata.uid`: the key of everything.
-pub type Uid = Arc<str>;
 
 /// One pod as both sides know it.
 #[derive(Clone, Debug)]
 pub struct PodView {
     /// The key.
-    pub uid: Uid,
+    pub uid: PodUid,
     /// As the API server has it (without managedFields).
     pub pod: Arc<Pod>,
     /// As the agent last reported it; kept while the link is down.
@@ -36,11 +33,11 @@ struct Desired {
 
 #[derive(Default, Debug)]
 struct Inner {
-    desired: HashMap<Uid, Desired>,
-    observed: HashMap<Uid, Arc<pb::PodObserved>>,
-    names: HashMap<(String, String), Uid>,
+    desired: HashMap<PodUid, Desired>,
+    observed: HashMap<PodUid, Arc<pb::PodObserved>>,
+    names: HashMap<(String, String), PodUid>,
     /// Pods that this process saw bound to our node, until nothing is left of them.
-    seen: HashSet<Uid>,
+    seen: HashSet<PodUid>,
     /// What the pods that were seen used, of CPU time and the like.
     ledger: Ledger,
 }
@@ -60,7 +57,7 @@ impl Store {
 
     /// The pod of this UID that is bound to our node.
     #[must_use]
-    pub fn by_uid(&self, uid: &str) -> Option<PodView> {
+    pub fn by_uid(&self, uid: &PodUid) -> Option<PodView> {
         self.read().view(uid)
     }
 
@@ -86,13 +83,13 @@ impl Store {
 }
 
 impl Inner {
-    fn take(&mut self, uid: &Uid, pod: Arc<Pod>, findings: Arc<Findings>) {
+    fn take(&mut self, uid: &PodUid, pod: Arc<Pod>, findings: Arc<Findings>) {
         self.names.insert(key(&pod), uid.clone());
         self.seen.insert(uid.clone());
         self.desired.insert(uid.clone(), Desired { pod, findings });
     }
 
-    fn view(&self, uid: &str) -> Option<PodView> {
+    fn view(&self, uid: &PodUid) -> Option<PodView> {
         let (uid, desired) = self.desired.get_key_value(uid)?;
         Some(PodView {
             uid: uid.clone(),
@@ -105,7 +102,7 @@ impl Inner {
 /// Writers: `pods::watch` for what is wanted, `agent::watch` for what was observed.
 impl Store {
     /// Takes a pod as a watch brings it; an older resourceVersion of the same UID is ignored.
-    pub fn set_desired(&self, uid: &Uid, pod: Arc<Pod>, findings: Arc<Findings>) {
+    pub fn set_desired(&self, uid: &PodUid, pod: Arc<Pod>, findings: Arc<Findings>) {
         let mut inner = self.write();
         if let Some(known) = inner.desired.get(uid)
             && older(&pod, &known.pod)
@@ -116,12 +113,12 @@ impl Store {
     }
 
     /// Takes a pod as a whole list has it, whatever was known: an API server restored from a backup counts from below again.
-    pub fn replace_desired(&self, uid: &Uid, pod: Arc<Pod>, findings: Arc<Findings>) {
+    pub fn replace_desired(&self, uid: &PodUid, pod: Arc<Pod>, findings: Arc<Findings>) {
         self.write().take(uid, pod, findings);
     }
 
     /// Takes the answer to a patch of ours: what the watch will bring soon.
-    pub fn refresh_desired(&self, uid: &Uid, pod: Pod) {
+    pub fn refresh_desired(&self, uid: &PodUid, pod: Pod) {
         let mut inner = self.write();
         if let Some(known) = inner.desired.get_mut(uid)
             && !older(&pod, &known.pod)
@@ -132,18 +129,18 @@ impl Store {
 
     /// Did this process see the pod bound to our node?
     #[must_use]
-    pub fn was_seen(&self, uid: &str) -> bool {
+    pub fn was_seen(&self, uid: &PodUid) -> bool {
         self.read().seen.contains(uid)
     }
 
     /// Nothing is left of the pod on either side.
-    pub fn forget(&self, uid: &str) {
+    pub fn forget(&self, uid: &PodUid) {
         self.write().seen.remove(uid);
     }
 
     /// What the verdict table says of a pod.
     #[must_use]
-    pub fn findings(&self, uid: &str) -> Option<Arc<Findings>> {
+    pub fn findings(&self, uid: &PodUid) -> Option<Arc<Findings>> {
         self.read()
             .desired
             .get(uid)
@@ -151,24 +148,24 @@ impl Store {
     }
 
     /// The pod is gone from the API server.
-    pub fn remove_desired(&self, uid: &str) {
+    pub fn remove_desired(&self, uid: &PodUid) {
         let mut inner = self.write();
         let Some(desired) = inner.desired.remove(uid) else {
             return;
         };
         let key = key(&desired.pod);
-        if inner.names.get(&key).is_some_and(|other| &**other == uid) {
+        if inner.names.get(&key).is_some_and(|other| other == uid) {
             inner.names.remove(&key);
         }
     }
 
     /// Takes what the agent says of a pod.
-    pub fn set_observed(&self, uid: &Uid, observed: Arc<pb::PodObserved>) {
+    pub fn set_observed(&self, uid: &PodUid, observed: Arc<pb::PodObserved>) {
         self.write().observed.insert(uid.clone(), observed);
     }
 
     /// Takes what the agent answered to a request; the watch may have brought something newer meanwhile.
-    pub fn answer_observed(&self, uid: &Uid, observed: pb::PodObserved) {
+    pub fn answer_observed(&self, uid: &PodUid, observed: pb::PodObserved) {
         let mut inner = self.write();
         let known = inner.observed.get(uid).map_or(-1, |known| known.generation);
         if observed.generation > known {
@@ -177,7 +174,7 @@ impl Store {
     }
 
     /// The agent has forgotten the pod; what it used stays in the node's totals.
-    pub fn remove_observed(&self, uid: &str) {
+    pub fn remove_observed(&self, uid: &PodUid) {
         let mut inner = self.write();
         let last = inner.observed.remove(uid).and_then(|last| last.last_usage);
         if let Some(last) = last.filter(|_| inner.seen.contains(uid)) {
@@ -188,7 +185,7 @@ impl Store {
 
     /// What all pods of the node ever used: `running` as they are now, those that ended by their last word, and those
     /// that are gone. Never falls.
-    pub fn used<'a>(&self, running: impl Iterator<Item = (&'a str, Totals)>) -> Totals {
+    pub fn used<'a>(&self, running: impl Iterator<Item = (&'a PodUid, Totals)>) -> Totals {
         let mut inner = self.write();
         let Inner {
             observed,
@@ -212,19 +209,19 @@ impl Store {
 
     /// What the agent says of a pod, bound to our node or not.
     #[must_use]
-    pub fn observed(&self, uid: &str) -> Option<Arc<pb::PodObserved>> {
+    pub fn observed(&self, uid: &PodUid) -> Option<Arc<pb::PodObserved>> {
         self.read().observed.get(uid).cloned()
     }
 
     /// The UIDs of all pods the agent knows.
     #[must_use]
-    pub fn observed_uids(&self) -> Vec<Uid> {
+    pub fn observed_uids(&self) -> Vec<PodUid> {
         self.read().observed.keys().cloned().collect()
     }
 
     /// The UIDs of all pods bound to our node, the oldest pod first: so they are admitted.
     #[must_use]
-    pub fn desired_uids(&self) -> Vec<Uid> {
+    pub fn desired_uids(&self) -> Vec<PodUid> {
         let inner = self.read();
         let mut pods: Vec<_> = inner.desired.iter().collect();
         pods.sort_by_cached_key(|(uid, desired)| {
@@ -277,13 +274,13 @@ mod tests {
     #[test]
     fn a_whole_list_is_believed_also_where_it_counts_from_below() {
         let store = Store::default();
-        let uid: Uid = "u1".into();
+        let uid: PodUid = "u1".parse().unwrap();
         let pod = |version: &str| {
             let mut pod = Pod::default();
             pod.metadata.resource_version = Some(version.to_owned());
             Arc::new(pod)
         };
-        let version = || store.by_uid("u1")?.pod.metadata.resource_version.clone();
+        let version = || store.by_uid(&uid)?.pod.metadata.resource_version.clone();
         store.set_desired(&uid, pod("900"), Arc::default());
         store.set_desired(&uid, pod("20"), Arc::default());
         assert_eq!(version().as_deref(), Some("900"), "a watch that is behind");
@@ -296,21 +293,21 @@ mod tests {
     #[test]
     fn what_a_pod_used_outlives_it() {
         let store = Store::default();
-        let uid: Uid = "u1".into();
+        let uid: PodUid = "u1".parse().unwrap();
         store.set_desired(&uid, Arc::default(), Arc::default());
         store.set_observed(&uid, observed(None));
-        let running = || [("u1", cpu(5))].into_iter();
+        let running = || [(&uid, cpu(5))].into_iter();
         assert_eq!(store.used(running()).cpu, 5);
         // It ended between two questions, and was deleted before the second one.
         store.set_observed(&uid, observed(Some(8)));
-        store.remove_desired("u1");
-        store.remove_observed("u1");
-        store.forget("u1");
+        store.remove_desired(&uid);
+        store.remove_observed(&uid);
+        store.forget(&uid);
         assert_eq!(store.used(std::iter::empty()).cpu, 8);
         // A word that comes late changes nothing.
         assert_eq!(store.used(running()).cpu, 8);
         // A pod of somebody else's, which the same agent runs.
-        store.set_observed(&"u2".into(), observed(Some(100)));
+        store.set_observed(&"u2".parse().unwrap(), observed(Some(100)));
         assert_eq!(store.used(std::iter::empty()).cpu, 8);
     }
 }

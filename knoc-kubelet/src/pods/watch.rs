@@ -11,7 +11,7 @@ use futures::{Stream, StreamExt as _};
 use k8s_openapi::{
     NamespaceResourceScope, api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use knoc_proto::pb::PodPhase;
+use knoc_proto::{ids::PodUid, pb::PodPhase};
 use knoc_translate::verdict::{self, Findings};
 use kube::{
     Api, Resource,
@@ -24,7 +24,6 @@ use tokio_util::sync::CancellationToken;
 use super::{
     controller::Context,
     presence::{self, Presence, plausible},
-    store::Uid,
 };
 
 /// Between two questions for pods that are missing still.
@@ -80,11 +79,11 @@ pub struct PodWatch {
     /// How many jobs are spared, since it is not believed that so many pods vanished at once.
     halted: watch::Sender<usize>,
     /// UIDs of the list under way.
-    listed: HashSet<Uid>,
+    listed: HashSet<PodUid>,
     /// Known pods that the last list lacked.
-    missing: HashSet<Uid>,
+    missing: HashSet<PodUid>,
     /// Questions for them that are under way.
-    questions: JoinSet<(Uid, Presence)>,
+    questions: JoinSet<(PodUid, Presence)>,
 }
 
 impl PodWatch {
@@ -160,16 +159,16 @@ impl PodWatch {
                 self.put(watched, false);
             }
             watcher::Event::Delete(watched) => {
-                if let Some(uid) = watched.pod.metadata.uid.as_deref() {
-                    self.gone(&uid.into());
+                if let Some(uid) = uid_of(&watched.pod) {
+                    self.gone(&uid);
                 }
             }
         }
     }
 
     /// A list replaces what was known, a watch only what is older.
-    fn put(&mut self, watched: Watched, list: bool) -> Option<Uid> {
-        let uid: Uid = watched.pod.metadata.uid.as_deref()?.into();
+    fn put(&mut self, watched: Watched, list: bool) -> Option<PodUid> {
+        let uid = uid_of(&watched.pod)?;
         let store = &self.context.pods.store;
         let (pod, findings) = (Arc::new(watched.pod), Arc::new(watched.findings));
         if list {
@@ -182,7 +181,7 @@ impl PodWatch {
         Some(uid)
     }
 
-    fn gone(&mut self, uid: &Uid) {
+    fn gone(&mut self, uid: &PodUid) {
         self.missing.remove(uid);
         self.context.pods.store.remove_desired(uid);
         self.context.pods.queue.push(uid);
@@ -234,13 +233,13 @@ impl PodWatch {
     }
 
     /// May the pod have a job that has not ended? While the link is down nobody knows.
-    fn lives(&self, uid: &Uid) -> bool {
+    fn lives(&self, uid: &PodUid) -> bool {
         let observed = self.context.pods.store.observed(uid);
         !self.context.site.link.borrow().is_up()
             || observed.is_some_and(|observed| observed.phase() != PodPhase::Finished)
     }
 
-    fn question(&mut self, uid: Uid) {
+    fn question(&mut self, uid: PodUid) {
         let Some(view) = self.context.pods.store.by_uid(&uid) else {
             self.missing.remove(&uid);
             return;
@@ -250,7 +249,7 @@ impl PodWatch {
             let meta = &view.pod.metadata;
             let namespace = meta.namespace.as_deref().unwrap_or_default();
             let name = meta.name.as_deref().unwrap_or_default();
-            let which = (namespace, name, &*uid);
+            let which = (namespace, name, &uid);
             let said = presence::presence(
                 &context.api.client,
                 context.api.ask,
@@ -263,13 +262,20 @@ impl PodWatch {
     }
 
     /// The answer counts only where the pod is missing still.
-    fn answered(&mut self, uid: &Uid, presence: Presence) {
+    fn answered(&mut self, uid: &PodUid, presence: Presence) {
         match presence {
             Presence::Gone if self.missing.contains(uid) => self.gone(uid),
             Presence::There => {
-                tracing::warn!(uid = &**uid, "a list lacked a pod that is there");
+                tracing::warn!(%uid, "a list lacked a pod that is there");
             }
             Presence::Gone | Presence::Unknown => {}
         }
     }
+}
+
+/// The uid of a pod of the API server, which gives one to each.
+fn uid_of(pod: &Pod) -> Option<PodUid> {
+    let uid = PodUid::try_from(pod.metadata.uid.as_deref()?);
+    uid.inspect_err(|error| tracing::warn!(%error, "a pod is left out"))
+        .ok()
 }

@@ -50,7 +50,7 @@ fn exec_start(
     wanted: Wanted,
 ) -> Result<Start, Refusal> {
     Ok(Start::Exec(pb::ExecStart {
-        uid: target.exec(context, container)?,
+        uid: target.exec(context, container)?.into(),
         container: container.clone(),
         command: query.all("command").map(str::to_owned).collect(),
         stdin: wanted.stdin,
@@ -71,7 +71,7 @@ fn attach_start(
     let (uid, spec) = target.attach(context, container)?;
     let tty = spec.tty.unwrap_or_default();
     Ok(Start::Attach(pb::AttachStart {
-        uid,
+        uid: uid.into(),
         container: container.clone(),
         stdin: wanted.stdin && spec.stdin.unwrap_or_default(),
         stdout: wanted.stdout,

@@ -20,13 +20,9 @@ use tracing::{info, warn};
 
 use super::options::{BadOptions, LogOptions};
 use super::remote::shown;
-use super::target::{self, container_status};
+use super::target::{self, Refusal, container_status};
 use super::{Context, PodView};
 use crate::pods::NO_EPHEMERAL;
-
-/// An answer that is not the log.
-#[derive(Debug, PartialEq, Eq)]
-struct Refusal(StatusCode, String);
 
 /// Answers the request; see the module.
 pub(super) async fn container_logs(
@@ -38,7 +34,7 @@ pub(super) async fn container_logs(
         .and_then(|options| prepare(&context, &options, &namespace, &name, &container));
     let request = match prepared {
         Ok(request) => request,
-        Err(Refusal(status, text)) => return (status, text).into_response(),
+        Err(refusal) => return refusal.into_response(),
     };
     let call = match context.calls.take() {
         Ok(call) => call,
@@ -102,8 +98,8 @@ fn prepare(
     }
     readable(&view, name, container, options.previous)
         .map_err(|text| Refusal(StatusCode::BAD_REQUEST, text))?;
-    let uid = view.pod.metadata.uid.as_deref().unwrap_or_default();
-    Ok(options.request(uid, container, Timestamp::now()))
+    let uid = target::uid(&view)?;
+    Ok(options.request(&uid, container, Timestamp::now()))
 }
 
 /// Is it a container of the pod, of whatever kind?

@@ -1,7 +1,7 @@
 //! PURE: the options of `containerLogs`, read and checked as upstream reads `v1.PodLogOptions`.
 
 use jiff::Timestamp;
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
 
 use knoc_remotecommand::query::Query;
 
@@ -73,7 +73,7 @@ impl LogOptions {
     /// The request to the agent for these options.
     pub(super) fn request(
         &self,
-        uid: &str,
+        uid: &PodUid,
         container: &str,
         now: Timestamp,
     ) -> pb::ReadLogsRequest {
@@ -86,7 +86,7 @@ impl LogOptions {
             Some(Since::Time(time)) => nanoseconds(time).max(1),
         };
         pb::ReadLogsRequest {
-            uid: uid.to_owned(),
+            uid: uid.to_string(),
             container: container.to_owned(),
             follow: self.follow,
             previous: self.previous,
@@ -198,12 +198,13 @@ mod tests {
     #[test]
     fn asks_the_agent_in_its_units() {
         let now: Timestamp = "2026-11-22T10:00:00Z".parse().unwrap();
-        let request = parse("sinceSeconds=60").unwrap().request("u", "c", now);
+        let uid = "u".parse().unwrap();
+        let request = parse("sinceSeconds=60").unwrap().request(&uid, "c", now);
         assert_eq!(request.since, nanoseconds(now) - 60_000_000_000);
         assert_eq!((request.tail_lines, request.limit_bytes), (-1, 0));
-        let zero = parse("tailLines=0").unwrap().request("u", "c", now);
+        let zero = parse("tailLines=0").unwrap().request(&uid, "c", now);
         assert_eq!((zero.tail_lines, zero.since), (0, 0));
         let ages = parse("sinceSeconds=9223372036854775807").unwrap();
-        assert_eq!(ages.request("u", "c", now).since, 1);
+        assert_eq!(ages.request(&uid, "c", now).since, 1);
     }
 }

@@ -3,8 +3,8 @@
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use k8s_openapi::api::core::v1::{Container, Pod};
-use knoc_proto::pb;
 use knoc_proto::pb::container_status::State;
+use knoc_proto::{ids::PodUid, pb};
 use serde::Deserialize;
 
 use super::{Context, PodView};
@@ -67,10 +67,10 @@ impl Target {
     }
 
     /// The uid of a pod with a container that runs, for an exec in it.
-    pub(super) fn exec(&self, context: &Context, container: &str) -> Result<String, Refusal> {
+    pub(super) fn exec(&self, context: &Context, container: &str) -> Result<PodUid, Refusal> {
         let view = self.pod(context)?;
         if self.is_uid_of(&view.pod) && runs(&view, container) {
-            return Ok(uid(&view));
+            return uid(&view);
         }
         let why = ephemeral(&view.pod, container);
         Err(Refusal::internal(format!(
@@ -83,14 +83,14 @@ impl Target {
         &self,
         context: &Context,
         container: &str,
-    ) -> Result<(String, Container), Refusal> {
+    ) -> Result<(PodUid, Container), Refusal> {
         let view = self.pod(context)?;
         let name = self.full_name();
         if !self.is_uid_of(&view.pod) {
             return Err(Refusal::internal(format!("pod {name} not found")));
         }
         match container_spec(&view.pod, container) {
-            Some(spec) if runs(&view, container) => Ok((uid(&view), spec.clone())),
+            Some(spec) if runs(&view, container) => Ok((uid(&view)?, spec.clone())),
             Some(_) | None => {
                 let why = ephemeral(&view.pod, container);
                 Err(Refusal::internal(format!(
@@ -101,7 +101,7 @@ impl Target {
     }
 
     /// The uid of a pod that runs, for connections to its ports.
-    pub(super) fn port_forward(&self, context: &Context) -> Result<String, Refusal> {
+    pub(super) fn port_forward(&self, context: &Context) -> Result<PodUid, Refusal> {
         let view = self.pod(context)?;
         if !self.is_uid_of(&view.pod) {
             return Err(Refusal(StatusCode::NOT_FOUND, "pod not found".to_owned()));
@@ -112,7 +112,7 @@ impl Target {
             .flat_map(|it| it.init_containers.iter().chain(&it.containers));
         let mut states = statuses.map(|status| &status.state);
         if states.any(|state| matches!(state, Some(State::Running(_)))) {
-            return Ok(uid(&view));
+            return uid(&view);
         }
         Err(Refusal::internal(format!(
             "pod not found ({:?})",
@@ -121,8 +121,10 @@ impl Target {
     }
 }
 
-fn uid(view: &PodView) -> String {
-    view.pod.metadata.uid.clone().unwrap_or_default()
+/// The key under which the agent knows the pod.
+pub(super) fn uid(view: &PodView) -> Result<PodUid, Refusal> {
+    let uid = view.pod.metadata.uid.as_deref().unwrap_or_default();
+    PodUid::try_from(uid).map_err(|invalid| Refusal::internal(invalid.to_string()))
 }
 
 fn runs(view: &PodView, container: &str) -> bool {

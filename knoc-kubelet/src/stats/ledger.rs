@@ -1,8 +1,8 @@
 //! PURE: what all pods of the node ever used, since this kubelet began. It never falls, also when pods go.
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
 
 /// Counters that only grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -47,22 +47,22 @@ impl Totals {
 #[derive(Debug, Default)]
 pub struct Ledger {
     gone: Totals,
-    pods: HashMap<Arc<str>, Totals>,
+    pods: HashMap<PodUid, Totals>,
 }
 
 impl Ledger {
     /// A pod is said to have used so much. Less than was said before is not believed.
-    pub fn observe(&mut self, uid: &str, used: Totals) {
+    pub fn observe(&mut self, uid: &PodUid, used: Totals) {
         match self.pods.get_mut(uid) {
             Some(known) => *known = known.max(used),
             None => {
-                self.pods.insert(uid.into(), used);
+                self.pods.insert(uid.clone(), used);
             }
         }
     }
 
     /// Nothing will be said of the pod any more; what it used stays.
-    pub fn close(&mut self, uid: &str) {
+    pub fn close(&mut self, uid: &PodUid) {
         if let Some(used) = self.pods.remove(uid) {
             self.gone = self.gone.plus(used);
         }
@@ -93,12 +93,13 @@ mod tests {
     #[test]
     fn what_a_pod_used_stays_when_it_goes() {
         let mut ledger = Ledger::default();
-        ledger.observe("a", cpu(5));
-        ledger.observe("b", cpu(7));
-        ledger.observe("a", cpu(6));
+        let [a, b] = ["a", "b"].map(|uid| PodUid::try_from(uid).unwrap());
+        ledger.observe(&a, cpu(5));
+        ledger.observe(&b, cpu(7));
+        ledger.observe(&a, cpu(6));
         assert_eq!(ledger.total().cpu, 13);
-        ledger.close("a");
-        ledger.close("a");
+        ledger.close(&a);
+        ledger.close(&a);
         assert_eq!(ledger.total().cpu, 13);
         assert_eq!(ledger.pods.len(), 1);
     }
@@ -109,7 +110,7 @@ mod tests {
             let mut ledger = Ledger::default();
             let mut before = 0;
             for (pod, used, closes) in steps {
-                let uid = pod.to_string();
+                let uid = PodUid::try_from(pod.to_string()).unwrap();
                 if closes {
                     ledger.close(&uid);
                 } else {

@@ -35,7 +35,7 @@ pub(crate) fn snapshot() -> Snapshot {
         pods: vec![PodMeasured {
             namespace: "team".to_owned(),
             name: "web".to_owned(),
-            uid: "u1".to_owned(),
+            uid: "u1".parse().unwrap(),
             whole: Measured {
                 started_at: START,
                 usage: whole,

@@ -2,42 +2,43 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{self as core, Pod, Service};
+use k8s_openapi::api::core::v1::{Pod, Service};
 use knoc_proto::{
     names,
     pb::{self, env_var::Value},
 };
 
+use super::carried::{
+    ConfigMapEnv, ConfigMapKey, Container, EnvFieldRef, EnvFromSource, EnvVar, EnvVarSource,
+    ResourceFieldSelector, SecretEnv, SecretKey,
+};
 use super::{Needs, Resolved, files};
 
 /// What a container's variables refer to.
-pub(super) fn needs(container: &core::Container, needs: &mut Needs) {
-    for from in container.env_from.iter().flatten() {
-        needs
-            .config_maps
-            .extend(from.config_map_ref.iter().map(|from| from.name.clone()));
-        needs
-            .secrets
-            .extend(from.secret_ref.iter().map(|from| from.name.clone()));
+pub(super) fn needs(container: Container<'_>, needs: &mut Needs) {
+    for from in env_from_sources(container) {
+        let map = from.config_map_ref.as_ref().map(ConfigMapEnv::from);
+        let secret = from.secret_ref.as_ref().map(SecretEnv::from);
+        needs.config_maps.extend(map.map(|from| from.name.clone()));
+        needs.secrets.extend(secret.map(|from| from.name.clone()));
     }
-    for source in container
-        .env
-        .iter()
-        .flatten()
-        .filter_map(|var| var.value_from.as_ref())
-    {
-        needs
-            .config_maps
-            .extend(source.config_map_key_ref.iter().map(|key| key.name.clone()));
-        needs
-            .secrets
-            .extend(source.secret_key_ref.iter().map(|key| key.name.clone()));
+    let variables = container.env.iter().flatten().map(EnvVar::from);
+    for source in variables.filter_map(|var| var.value_from.as_ref()) {
+        let source = EnvVarSource::from(source);
+        let key = source.config_map_key_ref.as_ref().map(ConfigMapKey::from);
+        let secret = source.secret_key_ref.as_ref().map(SecretKey::from);
+        needs.config_maps.extend(key.map(|key| key.name.clone()));
+        needs.secrets.extend(secret.map(|key| key.name.clone()));
     }
+}
+
+fn env_from_sources(container: Container<'_>) -> impl Iterator<Item = EnvFromSource<'_>> {
+    container.env_from.iter().flatten().map(EnvFromSource::from)
 }
 
 pub(super) fn variables(
     pod: &Pod,
-    container: &core::Container,
+    container: Container<'_>,
     resolved: &Resolved,
     skipped: &mut Vec<String>,
     missing: &mut Vec<String>,
@@ -46,7 +47,7 @@ pub(super) fn variables(
     for (name, value) in &resolved.services {
         push(&mut vars, name, Value::Literal(value.clone().into()));
     }
-    for from in container.env_from.iter().flatten() {
+    for from in env_from_sources(container) {
         let prefix = from.prefix.as_deref().unwrap_or_default();
         for (key, data) in env_from(from, resolved, missing) {
             let name = format!("{prefix}{key}");
@@ -57,13 +58,13 @@ pub(super) fn variables(
             }
         }
     }
-    for var in container.env.iter().flatten() {
-        let value = match &var.value_from {
+    for var in container.env.iter().flatten().map(EnvVar::from) {
+        let value = match var.value_from {
             None => Some(Value::Template(var.value.clone().unwrap_or_default())),
-            Some(source) => from_source(pod, container, source, resolved, missing),
+            Some(source) => from_source(pod, container, source.into(), resolved, missing),
         };
         if let Some(value) = value {
-            push(&mut vars, &var.name, value);
+            push(&mut vars, var.name, value);
         }
     }
     vars
@@ -77,13 +78,13 @@ fn push(vars: &mut Vec<pb::EnvVar>, name: &str, value: Value) {
 }
 
 fn env_from(
-    from: &core::EnvFromSource,
+    from: EnvFromSource<'_>,
     resolved: &Resolved,
     missing: &mut Vec<String>,
 ) -> Vec<(String, Vec<u8>)> {
     let mut found = Vec::new();
-    if let Some(reference) = &from.config_map_ref {
-        match resolved.config_maps.get(&reference.name) {
+    if let Some(reference) = from.config_map_ref.as_ref().map(ConfigMapEnv::from) {
+        match resolved.config_maps.get(reference.name) {
             // binaryData does not become variables.
             Some(map) => found.extend(
                 map.data
@@ -91,12 +92,12 @@ fn env_from(
                     .flatten()
                     .map(|(key, value)| (key.clone(), value.clone().into())),
             ),
-            None if reference.optional == Some(true) => {}
+            None if *reference.optional == Some(true) => {}
             None => missing.push(format!("configmap \"{}\" not found", reference.name)),
         }
     }
-    if let Some(reference) = &from.secret_ref {
-        match resolved.secrets.get(&reference.name) {
+    if let Some(reference) = from.secret_ref.as_ref().map(SecretEnv::from) {
+        match resolved.secrets.get(reference.name) {
             Some(secret) => found.extend(
                 secret
                     .data
@@ -104,7 +105,7 @@ fn env_from(
                     .flatten()
                     .map(|(key, value)| (key.clone(), value.0.clone())),
             ),
-            None if reference.optional == Some(true) => {}
+            None if *reference.optional == Some(true) => {}
             None => missing.push(format!("secret \"{}\" not found", reference.name)),
         }
     }
@@ -113,44 +114,42 @@ fn env_from(
 
 fn from_source(
     pod: &Pod,
-    container: &core::Container,
-    source: &core::EnvVarSource,
+    container: Container<'_>,
+    source: EnvVarSource<'_>,
     resolved: &Resolved,
     missing: &mut Vec<String>,
 ) -> Option<Value> {
-    if let Some(key) = &source.config_map_key_ref {
-        let map = resolved.config_maps.get(&key.name);
-        let data = map
-            .and_then(|map| map.data.as_ref()?.get(&key.key))
-            .cloned();
+    if let Some(key) = source.config_map_key_ref.as_ref().map(ConfigMapKey::from) {
+        let map = resolved.config_maps.get(key.name);
+        let data = map.and_then(|map| map.data.as_ref()?.get(key.key)).cloned();
         return key_value(
-            ("configmap", &key.name, &key.key),
+            ("configmap", key.name, key.key),
             map.is_some(),
             data.map(Into::into),
-            key.optional,
+            *key.optional,
             missing,
         );
     }
-    if let Some(key) = &source.secret_key_ref {
-        let secret = resolved.secrets.get(&key.name);
-        let data = secret.and_then(|secret| secret.data.as_ref()?.get(&key.key));
+    if let Some(key) = source.secret_key_ref.as_ref().map(SecretKey::from) {
+        let secret = resolved.secrets.get(key.name);
+        let data = secret.and_then(|secret| secret.data.as_ref()?.get(key.key));
         return key_value(
-            ("secret", &key.name, &key.key),
+            ("secret", key.name, key.key),
             secret.is_some(),
             data.map(|data| data.0.clone()),
-            key.optional,
+            *key.optional,
             missing,
         );
     }
-    if let Some(field) = &source.field_ref {
+    if let Some(field) = source.field_ref.as_ref().map(EnvFieldRef::from) {
         return Some(match field.field_path.as_str() {
             "status.hostIP" | "status.hostIPs" => Value::Runtime(pb::RuntimeField::HostIp.into()),
             "status.podIP" | "status.podIPs" => Value::Runtime(pb::RuntimeField::PodIp.into()),
-            path => Value::Literal(files::field(pod, path).into()),
+            path => Value::Literal(files::offered(pod, path, missing)?.into()),
         });
     }
-    let resource = source.resource_field_ref.as_ref()?;
-    let text = files::resource(pod, Some(&container.name), resource, &resolved.allocatable);
+    let resource = ResourceFieldSelector::from(source.resource_field_ref.as_ref()?);
+    let text = files::resource(pod, Some(container.name), resource, &resolved.allocatable);
     Some(Value::Literal(text.into()))
 }
 

@@ -2,9 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{self as core, KeyToPath, Pod, ResourceFieldSelector, Volume};
+use k8s_openapi::api::core::v1::{self as core, Pod};
 use knoc_proto::{paths, pb};
 
+use super::carried::{
+    ConfigMapProjection, DownwardApiFile, DownwardApiProjection, FileFieldRef, KeyToPath, PodSpec,
+    ResourceFieldSelector, ResourceRequirements, SecretProjection, TokenProjection,
+    VolumeProjection,
+};
+use super::volume::FilesSource;
 use super::{Needs, Resolved, TokenAsk, quantity};
 
 /// The ordinary mode of a file.
@@ -12,83 +18,75 @@ const DEFAULT_MODE: i32 = 0o644;
 /// The ordinary life of a token.
 const DEFAULT_EXPIRATION: i64 = 3600;
 
-/// Is it a volume of files that we bring?
-pub(super) fn is_files(volume: &Volume) -> bool {
-    volume.config_map.is_some()
-        || volume.secret.is_some()
-        || volume.downward_api.is_some()
-        || volume.projected.is_some()
-}
-
 /// What a volume refers to.
-pub(super) fn needs(volume: &Volume, needs: &mut Needs) {
-    needs
-        .config_maps
-        .extend(volume.config_map.iter().map(|map| map.name.clone()));
-    needs.secrets.extend(
-        volume
-            .secret
-            .iter()
-            .filter_map(|secret| secret.secret_name.clone()),
-    );
-    let sources = volume
-        .projected
-        .iter()
-        .flat_map(|projected| projected.sources.iter().flatten());
-    for source in sources {
-        needs
-            .config_maps
-            .extend(source.config_map.iter().map(|map| map.name.clone()));
-        needs
-            .secrets
-            .extend(source.secret.iter().map(|secret| secret.name.clone()));
-        needs
-            .tokens
-            .extend(source.service_account_token.iter().map(ask));
+pub(super) fn needs(source: FilesSource<'_>, needs: &mut Needs) {
+    match source {
+        FilesSource::ConfigMap(map) => needs.config_maps.push(map.name.clone()),
+        FilesSource::Secret(secret) => needs.secrets.extend(secret.secret_name.clone()),
+        FilesSource::DownwardApi(_) => {}
+        FilesSource::Projected(projected) => {
+            for source in projected.sources.iter().flatten() {
+                projection_needs(source.into(), needs);
+            }
+        }
     }
 }
 
-fn ask(token: &core::ServiceAccountTokenProjection) -> TokenAsk {
+fn projection_needs(source: VolumeProjection<'_>, needs: &mut Needs) {
+    let map = source.config_map.as_ref().map(ConfigMapProjection::from);
+    let secret = source.secret.as_ref().map(SecretProjection::from);
+    let token = source.service_account_token.as_ref();
+    needs.config_maps.extend(map.map(|map| map.name.clone()));
+    needs
+        .secrets
+        .extend(secret.map(|secret| secret.name.clone()));
+    needs.tokens.extend(token.map(|token| ask(token.into())));
+}
+
+fn ask(token: TokenProjection<'_>) -> TokenAsk {
     TokenAsk {
         audience: token.audience.clone().unwrap_or_default(),
         expiration: token.expiration_seconds.unwrap_or(DEFAULT_EXPIRATION),
     }
 }
 
-/// The files of a volume; none where it is of another kind.
+/// The files of a volume.
 pub(super) fn files(
     pod: &Pod,
-    volume: &Volume,
+    source: FilesSource<'_>,
     resolved: &Resolved,
     missing: &mut Vec<String>,
-) -> Option<Vec<pb::VolumeFile>> {
+) -> Vec<pb::VolumeFile> {
+    let mode = match source {
+        FilesSource::ConfigMap(map) => map.default_mode,
+        FilesSource::Secret(secret) => secret.default_mode,
+        FilesSource::DownwardApi(downward) => downward.default_mode,
+        FilesSource::Projected(projected) => projected.default_mode,
+    };
     let mut out = Files {
         pod,
         resolved,
         missing,
-        mode: DEFAULT_MODE,
+        mode: mode.unwrap_or(DEFAULT_MODE),
         by_path: BTreeMap::new(),
     };
-    if let Some(map) = &volume.config_map {
-        out.mode = map.default_mode.unwrap_or(DEFAULT_MODE);
-        out.config_map(&map.name, map.items.as_deref(), map.optional);
-    } else if let Some(secret) = &volume.secret {
-        out.mode = secret.default_mode.unwrap_or(DEFAULT_MODE);
-        let name = secret.secret_name.as_deref().unwrap_or_default();
-        out.secret(name, secret.items.as_deref(), secret.optional);
-    } else if let Some(downward) = &volume.downward_api {
-        out.mode = downward.default_mode.unwrap_or(DEFAULT_MODE);
-        out.downward(downward.items.iter().flatten());
-    } else if let Some(projected) = &volume.projected {
-        out.mode = projected.default_mode.unwrap_or(DEFAULT_MODE);
-        for source in projected.sources.iter().flatten() {
-            out.projection(source);
+    match source {
+        FilesSource::ConfigMap(map) => {
+            out.config_map(map.name, map.items.as_deref(), *map.optional);
         }
-    } else {
-        return None;
+        FilesSource::Secret(secret) => {
+            let name = secret.secret_name.as_deref().unwrap_or_default();
+            out.secret(name, secret.items.as_deref(), *secret.optional);
+        }
+        FilesSource::DownwardApi(downward) => out.downward(downward.items.iter().flatten()),
+        FilesSource::Projected(projected) => {
+            for source in projected.sources.iter().flatten() {
+                out.projection(source.into());
+            }
+        }
     }
     out.refuse_files_in_files();
-    Some(out.by_path.into_values().collect())
+    out.by_path.into_values().collect()
 }
 
 struct Files<'a> {
@@ -101,19 +99,27 @@ struct Files<'a> {
 }
 
 impl Files<'_> {
-    fn projection(&mut self, source: &core::VolumeProjection) {
-        if let Some(map) = &source.config_map {
-            self.config_map(&map.name, map.items.as_deref(), map.optional);
+    fn projection(&mut self, source: VolumeProjection<'_>) {
+        if let Some(map) = source.config_map.as_ref().map(ConfigMapProjection::from) {
+            self.config_map(map.name, map.items.as_deref(), *map.optional);
         }
-        if let Some(secret) = &source.secret {
-            self.secret(&secret.name, secret.items.as_deref(), secret.optional);
+        if let Some(secret) = source.secret.as_ref().map(SecretProjection::from) {
+            self.secret(secret.name, secret.items.as_deref(), *secret.optional);
         }
-        if let Some(downward) = &source.downward_api {
+        if let Some(downward) = source
+            .downward_api
+            .as_ref()
+            .map(DownwardApiProjection::from)
+        {
             self.downward(downward.items.iter().flatten());
         }
-        if let Some(token) = &source.service_account_token {
+        if let Some(token) = source
+            .service_account_token
+            .as_ref()
+            .map(TokenProjection::from)
+        {
             match self.resolved.tokens.get(&ask(token)) {
-                Some(found) => self.put(&token.path, found.token.clone().into_bytes(), None),
+                Some(found) => self.put(token.path, found.token.clone().into_bytes(), None),
                 None => self
                     .missing
                     .push("the service account token was not issued".to_owned()),
@@ -121,7 +127,12 @@ impl Files<'_> {
         }
     }
 
-    fn config_map(&mut self, name: &str, items: Option<&[KeyToPath]>, optional: Option<bool>) {
+    fn config_map(
+        &mut self,
+        name: &str,
+        items: Option<&[core::KeyToPath]>,
+        optional: Option<bool>,
+    ) {
         let data = self.resolved.config_maps.get(name).map(|map| {
             let text = map.data.iter().flatten();
             let text = text.map(|(key, value)| (key.clone(), value.clone().into_bytes()));
@@ -132,7 +143,7 @@ impl Files<'_> {
         self.keys("configmap", name, data, items, optional);
     }
 
-    fn secret(&mut self, name: &str, items: Option<&[KeyToPath]>, optional: Option<bool>) {
+    fn secret(&mut self, name: &str, items: Option<&[core::KeyToPath]>, optional: Option<bool>) {
         let data = self.resolved.secrets.get(name).map(|secret| {
             let data = secret.data.iter().flatten();
             data.map(|(key, value)| (key.clone(), value.0.clone()))
@@ -146,7 +157,7 @@ impl Files<'_> {
         kind: &str,
         name: &str,
         data: Option<BTreeMap<String, Vec<u8>>>,
-        items: Option<&[KeyToPath]>,
+        items: Option<&[core::KeyToPath]>,
         optional: Option<bool>,
     ) {
         let optional = optional == Some(true);
@@ -162,13 +173,13 @@ impl Files<'_> {
             }
             return;
         };
-        for item in items {
+        for item in items.iter().map(KeyToPath::from) {
             // One key may be given to several files.
-            match data.get(&item.key) {
-                Some(value) => self.put(&item.path, value.clone(), item.mode),
+            match data.get(item.key) {
+                Some(value) => self.put(item.path, value.clone(), *item.mode),
                 None if optional => {}
                 None => {
-                    let key = &item.key;
+                    let key = item.key;
                     self.missing
                         .push(format!("couldn't find key {key} in {kind} {name}"));
                 }
@@ -177,15 +188,18 @@ impl Files<'_> {
     }
 
     fn downward<'i>(&mut self, items: impl Iterator<Item = &'i core::DownwardAPIVolumeFile>) {
-        for item in items {
-            let text = if let Some(reference) = &item.field_ref {
-                field(self.pod, &reference.field_path)
-            } else if let Some(selector) = &item.resource_field_ref {
-                resource(self.pod, None, selector, &self.resolved.allocatable)
+        for item in items.map(DownwardApiFile::from) {
+            let text = if let Some(reference) = item.field_ref.as_ref().map(FileFieldRef::from) {
+                offered(self.pod, reference.field_path, self.missing)
+            } else if let Some(selector) = item.resource_field_ref {
+                let allocatable = &self.resolved.allocatable;
+                Some(resource(self.pod, None, selector.into(), allocatable))
             } else {
-                continue;
+                None
             };
-            self.put(&item.path, text.into_bytes(), item.mode);
+            if let Some(text) = text {
+                self.put(item.path, text.into_bytes(), *item.mode);
+            }
         }
     }
 
@@ -220,8 +234,8 @@ impl Files<'_> {
     }
 }
 
-/// A field of the pod, as the downward API gives it. What the verdict table does not let through is empty.
-pub(super) fn field(pod: &Pod, path: &str) -> String {
+/// A field of the pod, as the downward API gives it; `None` if containers are not offered this field.
+pub(super) fn field(pod: &Pod, path: &str) -> Option<String> {
     let meta = &pod.metadata;
     let spec = pod.spec.as_ref();
     let text = match path {
@@ -232,14 +246,24 @@ pub(super) fn field(pod: &Pod, path: &str) -> String {
         "metadata.annotations" => meta.annotations.as_ref().map(map_lines),
         "spec.nodeName" => spec.and_then(|spec| spec.node_name.clone()),
         "spec.serviceAccountName" => spec.and_then(|spec| spec.service_account_name.clone()),
-        _ => subscript(path, "metadata.labels")
-            .and_then(|key| meta.labels.as_ref()?.get(key).cloned())
-            .or_else(|| {
-                let key = subscript(path, "metadata.annotations")?;
-                meta.annotations.as_ref()?.get(key).cloned()
-            }),
+        _ => {
+            let labels = subscript(path, "metadata.labels").map(|key| (&meta.labels, key));
+            let annotations =
+                || Some((&meta.annotations, subscript(path, "metadata.annotations")?));
+            let (map, key) = labels.or_else(annotations)?;
+            map.as_ref().and_then(|map| map.get(key).cloned())
+        }
     };
-    text.unwrap_or_default()
+    Some(text.unwrap_or_default())
+}
+
+/// The field, or nothing and the reason.
+pub(super) fn offered(pod: &Pod, path: &str, missing: &mut Vec<String>) -> Option<String> {
+    let text = field(pod, path);
+    if text.is_none() {
+        missing.push(format!("fieldPath \"{path}\" is not offered to containers"));
+    }
+    text
 }
 
 /// The key in `metadata.labels['key']`.
@@ -279,7 +303,7 @@ fn quote(text: &str) -> String {
 pub(super) fn resource(
     pod: &Pod,
     container: Option<&str>,
-    selector: &ResourceFieldSelector,
+    selector: ResourceFieldSelector<'_>,
     allocatable: &pb::Resources,
 ) -> String {
     let name = selector
@@ -287,17 +311,12 @@ pub(super) fn resource(
         .as_deref()
         .filter(|name| !name.is_empty())
         .or(container);
-    let spec = pod.spec.as_ref();
-    let found = spec.and_then(|spec| {
-        let mut all = spec
-            .init_containers
-            .iter()
-            .flatten()
-            .chain(&spec.containers);
-        all.find(|candidate| Some(candidate.name.as_str()) == name)
-    });
+    let spec = pod.spec.as_ref().map(PodSpec::from);
+    let mut all = spec.into_iter().flat_map(PodSpec::all_containers);
+    let found = all.find(|candidate| Some(candidate.name.as_str()) == name);
     let (of, resource) = selector.resource.split_once('.').unwrap_or(("limits", ""));
     let resources = found.and_then(|container| container.resources.as_ref());
+    let resources = resources.map(ResourceRequirements::from);
     let list = |of: &str| match of {
         "requests" => resources.and_then(|resources| resources.requests.as_ref()),
         _ => resources.and_then(|resources| resources.limits.as_ref()),

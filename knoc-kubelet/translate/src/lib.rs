@@ -2,16 +2,20 @@
 //!
 //! The shape holds no secret and needs nothing but the pod; it is what `EnsurePod` freezes. The values
 //! need what the kubelet fetched. `knocctl run -f` uses both, with nothing resolved.
-//! What the verdict table refuses never comes here; what is left to refuse (numbers that are none) is
-//! returned in full.
+//! What becomes of each field is said by [`verdict`]; the translation reads a pod through the types of `carried`, which do
+//! not compile if they and the verdicts disagree. What no table can say (numbers that are not numbers, a volume of an
+//! unknown kind) is refused here, and all of it is returned.
 
 #![forbid(unsafe_code)]
 
+mod carried;
 mod env;
 mod files;
+mod grace;
 mod job;
 pub mod quantity;
 pub mod verdict;
+mod volume;
 
 use std::collections::BTreeMap;
 
@@ -22,14 +26,18 @@ use k8s_openapi::{
 };
 use knoc_proto::{names, paths, pb};
 
+use carried::{
+    Container, HostAlias, PodSecurityContext, PodSpec, ResourceRequirements, SecurityContext,
+    VolumeMount,
+};
+use volume::Source;
+
 pub use env::service_variables;
+pub use grace::Grace;
 pub use job::over_containers;
 
 /// Annotations that are never sent: they repeat the whole pod.
 const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";
-
-/// The ordinary grace of Kubernetes.
-const DEFAULT_GRACE: i64 = 30;
 
 /// What the pod refers to, as far as it was found.
 #[derive(Clone, Debug, Default)]
@@ -107,22 +115,21 @@ pub struct Values {
 /// The shape of the pod, or all reasons why it has none.
 pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let mut problems = Vec::new();
-    let Some(spec) = &pod.spec else {
+    let Some(spec) = pod.spec.as_ref().map(PodSpec::from) else {
         return Err(vec!["the pod has no spec".to_owned()]);
     };
     let meta = &pod.metadata;
     let name = meta.name.clone().unwrap_or_default();
     let mut containers = |list: &[core::Container]| -> Vec<pb::Container> {
         list.iter()
-            .map(|container| shape_container(spec, container, &mut problems))
+            .map(|container| shape_container(spec, container.into(), &mut problems))
             .collect()
     };
     let init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
-    let regular = containers(&spec.containers);
-    let volumes = spec.volumes.as_deref().unwrap_or_default();
+    let regular = containers(spec.containers);
+    let volumes = spec.volumes.iter().flatten();
     let volumes = volumes
-        .iter()
-        .map(|volume| shape_volume(volume, &mut problems))
+        .filter_map(|volume| volume::shape(volume, &mut problems))
         .collect();
     let job = job::request(pod, &init_containers, &regular, &mut problems);
     if !problems.is_empty() {
@@ -140,9 +147,8 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         init_containers,
         containers: regular,
         restart_policy: restart_policy(spec).into(),
-        termination_grace_period_seconds: spec
-            .termination_grace_period_seconds
-            .unwrap_or(DEFAULT_GRACE),
+        termination_grace_period_seconds: Grace::of_field(*spec.termination_grace_period_seconds)
+            .in_seconds(),
         active_deadline_seconds: spec.active_deadline_seconds.unwrap_or(0),
         hostname: hostname(spec, &name),
         name,
@@ -161,7 +167,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .host_aliases
             .iter()
             .flatten()
-            .map(shape_alias)
+            .map(|alias| shape_alias(alias.into()))
             .collect(),
     })
 }
@@ -170,15 +176,10 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
 pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     let mut missing = Vec::new();
     let mut values = Values::default();
-    let Some(spec) = &pod.spec else {
+    let Some(spec) = pod.spec.as_ref().map(PodSpec::from) else {
         return Ok(values);
     };
-    for container in spec
-        .init_containers
-        .iter()
-        .flatten()
-        .chain(&spec.containers)
-    {
+    for container in spec.all_containers() {
         let vars = env::variables(pod, container, resolved, &mut values.skipped, &mut missing);
         values.values.env.push(pb::ContainerEnv {
             container: container.name.clone(),
@@ -188,7 +189,14 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     let mut mounts = Vec::new();
     for volume in spec.volumes.iter().flatten() {
         let mut missing = Vec::new();
-        let files = files::files(pod, volume, resolved, &mut missing);
+        let files = match volume::source(volume) {
+            Ok(Source::EmptyDir(_)) => None,
+            Ok(Source::Files(source)) => Some(files::files(pod, source, resolved, &mut missing)),
+            Err(unknown) => {
+                missing.push(unknown.to_string());
+                None
+            }
+        };
         let failed = |why| {
             format!(
                 "MountVolume.SetUp failed for volume \"{}\" : {why}",
@@ -220,17 +228,17 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
 #[must_use]
 pub fn needs(pod: &Pod) -> Needs {
     let mut needs = Needs::default();
-    let Some(spec) = &pod.spec else { return needs };
-    for container in spec
-        .init_containers
-        .iter()
-        .flatten()
-        .chain(&spec.containers)
-    {
+    let Some(spec) = pod.spec.as_ref().map(PodSpec::from) else {
+        return needs;
+    };
+    for container in spec.all_containers() {
         env::needs(container, &mut needs);
     }
     for volume in spec.volumes.iter().flatten() {
-        files::needs(volume, &mut needs);
+        // A volume of an unknown kind has no shape: its pod never starts.
+        if let Ok(Source::Files(source)) = volume::source(volume) {
+            files::needs(source, &mut needs);
+        }
     }
     needs.config_maps.sort();
     needs.config_maps.dedup();
@@ -241,7 +249,15 @@ pub fn needs(pod: &Pod) -> Needs {
     needs
 }
 
-fn restart_policy(spec: &core::PodSpec) -> pb::RestartPolicy {
+impl<'a> PodSpec<'a> {
+    /// The init containers, then the others.
+    fn all_containers(self) -> impl Iterator<Item = Container<'a>> {
+        let init = self.init_containers.iter().flatten();
+        init.chain(self.containers).map(Container::from)
+    }
+}
+
+fn restart_policy(spec: PodSpec<'_>) -> pb::RestartPolicy {
     match spec.restart_policy.as_deref() {
         Some("Never") => pb::RestartPolicy::Never,
         Some("OnFailure") => pb::RestartPolicy::OnFailure,
@@ -249,14 +265,14 @@ fn restart_policy(spec: &core::PodSpec) -> pb::RestartPolicy {
     }
 }
 
-fn hostname(spec: &core::PodSpec, name: &str) -> String {
+fn hostname(spec: PodSpec<'_>, name: &str) -> String {
     match spec.hostname.as_deref() {
         None | Some("") => names::host_name(name).to_owned(),
         Some(hostname) => hostname.to_owned(),
     }
 }
 
-fn shape_alias(alias: &core::HostAlias) -> pb::HostAlias {
+fn shape_alias(alias: HostAlias<'_>) -> pb::HostAlias {
     pb::HostAlias {
         ip: alias.ip.clone(),
         hostnames: alias.hostnames.clone().unwrap_or_default(),
@@ -264,16 +280,21 @@ fn shape_alias(alias: &core::HostAlias) -> pb::HostAlias {
 }
 
 fn shape_container(
-    spec: &core::PodSpec,
-    container: &core::Container,
+    spec: PodSpec<'_>,
+    container: Container<'_>,
     problems: &mut Vec<String>,
 ) -> pb::Container {
-    let resources = container.resources.clone().unwrap_or_default();
-    let list = |list: Option<BTreeMap<String, Quantity>>, problems: &mut Vec<String>| {
-        shape_resources(&container.name, &list.unwrap_or_default(), problems)
+    let resources = container.resources.as_ref().map(ResourceRequirements::from);
+    let mut list = |list: Option<&Option<BTreeMap<String, Quantity>>>| match list {
+        Some(Some(list)) => shape_resources(container.name, list, problems),
+        Some(None) | None => pb::Resources::default(),
     };
-    let limits = list(resources.limits, problems);
-    let requests = list(resources.requests, problems);
+    let limits = list(resources.map(|resources| resources.limits));
+    let requests = list(resources.map(|resources| resources.requests));
+    let security = container
+        .security_context
+        .as_ref()
+        .map(SecurityContext::from);
     let image = container.image.clone().unwrap_or_default();
     if image.is_empty() {
         problems.push(format!(
@@ -292,13 +313,13 @@ fn shape_container(
             .volume_mounts
             .iter()
             .flatten()
-            .map(shape_mount)
+            .map(|mount| shape_mount(mount.into()))
             .collect(),
         requests: Some(requests),
         limits: Some(limits),
-        tty: container.tty == Some(true),
-        stdin: container.stdin == Some(true),
-        stdin_once: container.stdin_once == Some(true),
+        tty: *container.tty == Some(true),
+        stdin: *container.stdin == Some(true),
+        stdin_once: *container.stdin_once == Some(true),
         termination_message_path: container
             .termination_message_path
             .as_deref()
@@ -306,29 +327,26 @@ fn shape_container(
             .map_or_else(|| "/dev/termination-log".to_owned(), in_container),
         termination_message_fallback_to_logs: container.termination_message_policy.as_deref()
             == Some("FallbackToLogsOnError"),
-        read_only_root: container
-            .security_context
-            .as_ref()
-            .is_some_and(|context| context.read_only_root_filesystem == Some(true)),
+        read_only_root: security
+            .is_some_and(|context| *context.read_only_root_filesystem == Some(true)),
         fakeroot: false,
-        run_as_user: run_as_user(spec, container),
+        run_as_user: run_as_user(spec, security),
     }
 }
 
 /// A container's own word comes before the pod's.
-fn run_as_user(spec: &core::PodSpec, container: &core::Container) -> Option<i64> {
-    let own = container.security_context.as_ref();
-    let of_pod = spec.security_context.as_ref();
-    own.and_then(|context| context.run_as_user)
-        .or_else(|| of_pod.and_then(|context| context.run_as_user))
+fn run_as_user(spec: PodSpec<'_>, own: Option<SecurityContext<'_>>) -> Option<i64> {
+    let of_pod = spec.security_context.as_ref().map(PodSecurityContext::from);
+    own.and_then(|context| *context.run_as_user)
+        .or_else(|| of_pod.and_then(|context| *context.run_as_user))
 }
 
-fn shape_mount(mount: &core::VolumeMount) -> pb::Mount {
+fn shape_mount(mount: VolumeMount<'_>) -> pb::Mount {
     let sub_path = mount.sub_path.clone().unwrap_or_default();
     pb::Mount {
         volume: mount.name.clone(),
-        path: in_container(&mount.mount_path),
-        read_only: mount.read_only == Some(true),
+        path: in_container(mount.mount_path),
+        read_only: *mount.read_only == Some(true),
         // Agents of older versions take clean paths only. What is wrong with another the agent says.
         sub_path: match paths::in_volume(&sub_path) {
             Ok(clean) if clean == "." => String::new(),
@@ -397,33 +415,6 @@ fn shape_resources(
         }
     }
     resources
-}
-
-fn shape_volume(volume: &core::Volume, problems: &mut Vec<String>) -> pb::Volume {
-    let source = if let Some(empty) = &volume.empty_dir {
-        let size = empty.size_limit.as_ref().map_or(Ok(0), quantity::units);
-        let size_limit_bytes = size.unwrap_or_else(|error| {
-            problems.push(format!(
-                "spec.volumes[{}].emptyDir.sizeLimit: {error}",
-                volume.name
-            ));
-            0
-        });
-        let memory = empty.medium.as_deref() == Some("Memory");
-        Some(pb::volume::Source::EmptyDir(pb::EmptyDir {
-            memory,
-            size_limit_bytes,
-        }))
-    } else if files::is_files(volume) {
-        Some(pb::volume::Source::Files(pb::FilesVolume {}))
-    } else {
-        // As the API server fills it in.
-        Some(pb::volume::Source::EmptyDir(pb::EmptyDir::default()))
-    };
-    pb::Volume {
-        name: volume.name.clone(),
-        source,
-    }
 }
 
 #[cfg(test)]

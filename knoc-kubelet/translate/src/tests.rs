@@ -324,3 +324,43 @@ fn service_variables_have_the_names_of_kubernetes() {
     assert!(!lines(false).contains("MY_DB"));
     assert!(lines(false).contains("KUBERNETES_SERVICE_HOST=10.0.0.1"));
 }
+
+#[test]
+fn a_volume_of_an_unknown_kind_is_an_error_wherever_it_is_read() {
+    for source in [
+        json!({"hostPath": {"path": "/"}}),
+        json!({"fromTheFuture": {}}),
+        json!({}),
+    ] {
+        let mut volume = source;
+        volume["name"] = json!("v");
+        let (pod, resolved) = with_volumes(json!([volume]));
+        let unknown = "spec.volumes[v]: volumes of this kind are not known to this version of KNoC";
+        assert_eq!(shape(&pod).unwrap_err(), [unknown]);
+        let missing = values(&pod, &resolved).unwrap_err().to_string();
+        assert!(missing.ends_with(unknown), "{missing}");
+        assert_eq!(needs(&pod).tokens, []);
+    }
+}
+
+/// The verdict table names the fields that containers are offered; the translation has to know each of them.
+#[test]
+fn every_field_path_with_a_verdict_is_translated_and_no_other() {
+    let honoured = verdict::fields::honoured_field_paths();
+    assert!(honoured.len() > 12, "{honoured:?}");
+    for (kind, path) in honoured {
+        let runtime = path.starts_with("status.");
+        assert_eq!(
+            files::field(&pod(), &path).is_none(),
+            runtime,
+            "{kind}: {path}"
+        );
+        let env = json!([{"name": "N", "valueFrom": {"fieldRef": {"fieldPath": path}}}]);
+        let mut pod = pod();
+        let spec = pod.spec.as_mut().unwrap();
+        spec.volumes = None;
+        spec.containers[0].env = serde_json::from_value(env).unwrap();
+        values(&pod, &resolved()).unwrap();
+    }
+    assert_eq!(files::field(&pod(), "spec.hostname"), None);
+}

@@ -4,6 +4,7 @@
 //! is found too and refused by its path. All refusals are collected: the user reads them in one message.
 //! `docs/guide/pod-support.md` is [`table()`]; a test holds both equal.
 
+pub(crate) mod fields;
 mod table;
 
 use std::fmt::Write as _;

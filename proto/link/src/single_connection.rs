@@ -18,6 +18,7 @@ use super::{Connection, LinkError, endpoint};
 
 /// The near side's channel over `connection`. When the connection is gone every request fails with [`LinkError::Ended`]
 /// in its source chain: this side does not dial.
+#[must_use]
 pub fn near_side(connection: Connection) -> Channel {
     let connection = Arc::new(Mutex::new(Some(connection)));
     let connector = tower::service_fn(move |_: Uri| {
@@ -31,6 +32,7 @@ pub fn near_side(connection: Connection) -> Channel {
 
 /// The far side's stream of exactly this connection, to serve tonic on. It ends when the connection is gone, and with
 /// it `serve_with_incoming`.
+#[must_use]
 pub fn far_side(connection: Connection) -> FarSide {
     let (held, gone) = oneshot::channel::<()>();
     FarSide {

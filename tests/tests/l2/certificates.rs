@@ -257,7 +257,7 @@ async fn a_faulty_site_file_keeps_the_policy_and_is_reported() -> anyhow::Result
     let problem = problem.await?;
     ensure!(problem.contains("agent.toml:"), "{problem}");
     ensure!(
-        site.log().contains("the [policy] of before stays"),
+        site.log().contains("the previous [policy] stays in effect"),
         "{}",
         site.log()
     );

@@ -345,12 +345,16 @@ mod tests {
             }
             fs::write(&log, "hello").unwrap();
             assert_eq!(folders.termination_message(4096), b"hello", "{place}");
-            fs::remove_file(&log).unwrap();
-            symlink(&secret, &log).unwrap();
-            assert_eq!(folders.termination_message(4096), b"");
-            fs::remove_file(&log).unwrap();
-            nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
-            assert_eq!(folders.termination_message(4096), b"");
+            only_a_plain_file_is_read(&folders, &log, &secret);
         }
+    }
+
+    fn only_a_plain_file_is_read(folders: &Folders, log: &Path, secret: &Path) {
+        fs::remove_file(log).unwrap();
+        symlink(secret, log).unwrap();
+        assert_eq!(folders.termination_message(4096), b"");
+        fs::remove_file(log).unwrap();
+        nix::unistd::mkfifo(log, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(folders.termination_message(4096), b"");
     }
 }

@@ -67,8 +67,8 @@ fn an_epoch_ahead_of_the_clock_is_refused_with_both_times() {
     let peer = kubelet_of("a");
     judged(&peer, "a", NOW + EPOCH_AHEAD).unwrap();
     let refused = judged(&peer, "a", NOW + EPOCH_AHEAD + 1).unwrap_err();
-    for words in ["301 s ahead", "compare the clocks", "knoc-kubelet-a"] {
-        assert!(refused.contains(words), "{refused}");
+    for part in ["301 s ahead", "compare the clocks", "knoc-kubelet-a"] {
+        assert!(refused.contains(part), "{refused}");
     }
     judged(&peer, "a", i64::MAX).unwrap_err();
     judged(&peer, "a", -1).unwrap_err();
@@ -76,7 +76,8 @@ fn an_epoch_ahead_of_the_clock_is_refused_with_both_times() {
 }
 
 proptest! {
-    /// Whoever claims, whatever: what is accepted is a kubelet's own node or one assigned to it, at most minutes ahead.
+    /// For any peer and any claim: an accepted claim is for the kubelet's own node or one assigned
+    /// to it, and is at most minutes ahead.
     #[test]
     fn nothing_else_is_ever_accepted(name in "[a-c]", node in "[a-c]|gpu|", epoch in any::<i64>()) {
         if let Ok(Some(led)) = judged(&kubelet_of(&name), &node, epoch) {

@@ -72,7 +72,7 @@ fn urls_are_read_or_refused() {
 }
 
 #[test]
-fn locations_are_relative_to_where_they_come_from() {
+fn locations_are_relative_to_the_url_of_the_answer() {
     let here = Url::parse("https://a.b:5000/v2/x/blobs/d?q").unwrap();
     for (location, expected) in [
         ("/y", "https://a.b:5000/y"),
@@ -127,10 +127,10 @@ fn what_the_site_names_is_exempt_and_nothing_beside_it() {
 #[test]
 fn a_refusal_names_the_address_and_what_to_do() {
     let url = Url::parse("http://127.0.0.1:6001/token?secret").unwrap();
-    let words = Rules::default().address(&url, "127.0.0.1".parse().unwrap(), false);
+    let message = Rules::default().address(&url, "127.0.0.1".parse().unwrap(), false);
     assert_eq!(
-        words.unwrap_err(),
-        "http://127.0.0.1:6001/token is refused: 127.0.0.1 is a loopback address; if it is meant, name \
+        message.unwrap_err(),
+        "http://127.0.0.1:6001/token is refused: 127.0.0.1 is a loopback address; to allow it, name \
          \"127.0.0.1:6001\" as the prefix of a [[registry]] of the site file"
     );
 }

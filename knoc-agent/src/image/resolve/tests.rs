@@ -1,4 +1,5 @@
-//! Against a registry of one image, and an apptainer that writes a file and counts.
+//! Tests against a fake registry with one image, and a fake apptainer that writes a file and logs
+//! its calls.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ struct World {
     images: Images,
 }
 
-/// Says what it was called with, and makes a file of what its layout names.
+/// Logs its arguments, and creates a file from its layout.
 const APPTAINER: &str = r#"echo "$@" >>"$LOG"
 sleep 0.2
 test -e "$FAIL" && { echo 'INFO:    Starting'; echo 'FATAL:   While making image: no space left' >&2; exit 255; }
@@ -147,7 +148,7 @@ async fn a_name_becomes_a_file_with_its_config() {
             .path()
             .join(format!("images/{}.sif", expected.replace(':', "-")))
     );
-    // What is converted is the layout whose blobs were checked.
+    // The fake converts the layout whose blobs were checked.
     let index = std::fs::read_to_string(&image.path).unwrap();
     assert!(index.contains("manifests"), "{index}");
     let log = std::fs::read_to_string(world.dir.path().join("log")).unwrap();
@@ -201,7 +202,7 @@ async fn policies() {
         .resolve("one", PullPolicy::Always)
         .await
         .unwrap();
-    // From here on the registry does not answer; a restarted agent knows what it had.
+    // From here on the registry does not answer; a restarted agent still has its cache.
     world.off.store(true, Ordering::SeqCst);
     world.again();
     world
@@ -227,7 +228,7 @@ async fn policies() {
 }
 
 #[tokio::test]
-async fn failures_keep_the_words_and_are_tried_again() {
+async fn failures_keep_the_message_and_are_retried() {
     let world = World::new().await;
     let missing = world
         .images
@@ -237,7 +238,7 @@ async fn failures_keep_the_words_and_are_tried_again() {
     assert_eq!(missing.reason(), "ErrImagePull");
     assert!(
         missing
-            .words
+            .message
             .ends_with("library/two:latest: manifest unknown"),
         "{missing}"
     );
@@ -248,7 +249,7 @@ async fn failures_keep_the_words_and_are_tried_again() {
         .resolve("one", PullPolicy::IfNotPresent)
         .await
         .unwrap_err();
-    assert_eq!(failed.words, "While making image: no space left");
+    assert_eq!(failed.message, "While making image: no space left");
     std::fs::remove_file(fail).unwrap();
     world
         .images
@@ -307,7 +308,7 @@ async fn a_source_is_refused_before_the_pod_is_taken_and_a_bad_name_waits() {
     assert_eq!(waits.await.unwrap_err().reason(), "InvalidImageName");
 }
 
-/// `sif list` and `sif dump` of a file whose config names its own size as the command.
+/// Handles `sif list` and `sif dump` of a file whose config gives its own size as the command.
 const SIF: &str = r#"echo "$@" >>"$LOG"
 test -e "$FAIL" && { echo 'FATAL:   no such host file system' >&2; exit 255; }
 for last; do sif=$last; done
@@ -339,7 +340,7 @@ async fn a_sif_is_asked_once_and_again_when_it_is_another() {
     let fail = world.dir.path().join("fail");
     std::fs::File::create(&fail).unwrap();
     let failed = ask().await.unwrap_err();
-    assert_eq!(failed.words, "no such host file system");
+    assert_eq!(failed.message, "no such host file system");
     assert!(failed.retryable());
     std::fs::remove_file(fail).unwrap();
     let all = futures::future::join_all((0..50).map(|_| ask())).await;
@@ -347,7 +348,7 @@ async fn a_sif_is_asked_once_and_again_when_it_is_another() {
         assert_eq!(image.unwrap().config.cmd, ["51"]);
     }
     ask().await.unwrap();
-    // One failure, then `list` and `dump` once.
+    // One failure, then `list` and `dump` once each.
     assert_eq!(world.pulls(), 3);
     write_sif(&sif, 20);
     assert_eq!(ask().await.unwrap().config.cmd, ["61"]);

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Sets the checksum of a head.
+/// Sets the checksum of a header.
 pub(in crate::image) fn seal(head: &mut [u8]) {
     head[148..156].fill(b' ');
     let sum: u32 = head.iter().map(|byte| u32::from(*byte)).sum();
@@ -61,7 +61,7 @@ fn read(tar: &[u8], piece: usize) -> Result<Budget, TarError> {
 fn honest_archives_are_read_in_any_pieces() {
     let end = vec![0; 1024];
     let file = [head(b'0', 700), vec![b'x'; 1024]].concat();
-    // A file whose size only its extended head tells, as of files over 8 GiB.
+    // A file whose size is only in its extended header, as of files over 8 GiB.
     let large = [
         pax(&[("path", "a b"), ("size", "600")]),
         head(b'0', 0),
@@ -87,7 +87,7 @@ fn honest_archives_are_read_in_any_pieces() {
     }
     assert!(read(&[], 1).is_ok());
     assert!(read(&file, 512).is_ok(), "an archive without its end");
-    // As umoci writes layers.
+    // umoci writes layers like this.
     let bare = [head(b'0', 700), vec![b'x'; 700]].concat();
     assert!(read(&bare, 512).is_ok(), "nor the padding of its last file");
 }
@@ -114,7 +114,7 @@ fn what_only_seems_small_is_seen() {
         ),
         ("a long head", head(b'x', MAX_PAX + 1), TarError::Pax),
         ("a long name", head(b'L', MAX_PAX + 1), TarError::Pax),
-        ("no tar", vec![b'x'; 512], TarError::Head),
+        ("not a tar", vec![b'x'; 512], TarError::Head),
         ("half a head", head(b'0', 0)[..100].to_vec(), TarError::Cut),
         ("half a file", head(b'0', 5), TarError::Cut),
         (
@@ -182,7 +182,10 @@ fn a_layer_is_measured_however_it_is_packed() {
         assert_eq!(found, packing);
         assert_eq!(BUDGET.bytes - left.bytes, u64::try_from(tar.len()).unwrap());
         let wrong = measured(&layer, &Digest::of(b""), BUDGET).unwrap_err();
-        assert!(wrong.to_string().contains("another content"), "{wrong}");
+        assert!(
+            wrong.to_string().contains("sent content with digest"),
+            "{wrong}"
+        );
         let cut = &layer[..layer.len() / 3];
         measured(cut, &Digest::of(cut), BUDGET).unwrap_err();
     }
@@ -199,7 +202,7 @@ fn a_bomb_is_found_before_it_is_unpacked() {
 }
 
 #[test]
-fn whoever_gives_up_is_not_kept() {
+fn a_cancelled_pull_stops_the_measurement() {
     let layer = gzip(&[head(b'0', 1024), vec![0; 2048]].concat());
     let mut left = BUDGET;
     let stopped = measure(file(&layer).path(), &Digest::of(&layer), &mut left, &|| {

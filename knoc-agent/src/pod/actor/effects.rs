@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use jiff::Timestamp;
 use knoc_contract::capability::STOP_SIGNAL;
 use knoc_contract::jobdir::{JobDir, atomic::FileError};
-use knoc_proto::{crash, error::chain, ids::JobId, pb, reason::ErrorReason};
+use knoc_proto::{crash, error::chain, ids::JobId, pb, pod::PodSpec, reason::ErrorReason};
 use tokio::task::{AbortHandle, JoinError};
 use tonic::Request;
 
@@ -13,13 +13,13 @@ use super::{Actor, Resolved, Unsaved, write_record};
 use crate::{
     pod::{
         input::Refused,
-        outcome::{Cause, OVERDUE},
+        outcome::OVERDUE,
         record::Record,
         stage::{self, StageError},
-        state::{Effect, Event, Note, Pod, State},
+        state::{BeforeJob, Effect, Event, Note, Pod, State},
     },
     scheduler::{Cancel, JobRef, RefusalKind, SubmitRequest},
-    shims::DEADLINE,
+    shim_links::DEADLINE,
     site::Site,
 };
 
@@ -53,11 +53,11 @@ impl Actor {
     }
 
     /// What follows a record that could not be written relies on it, and waits until it can be.
-    fn hold_back(&mut self, mut held: Vec<Effect>, words: String, tries: u32) {
+    fn hold_back(&mut self, mut held: Vec<Effect>, message: String, tries: u32) {
         // No job without its intent on disk: the machine decides anew.
         if held.contains(&Effect::Submit) {
             let kind = RefusalKind::Throttled;
-            let refused = Event::Refused { kind, words };
+            let refused = Event::Refused { kind, message };
             self.effects.spawn(std::future::ready(refused));
         }
         held.retain(|effect| !matches!(effect, Effect::Persist | Effect::Submit));
@@ -111,7 +111,7 @@ impl Actor {
             // Done by the caller, who knows what waits for it.
             Effect::Persist => {}
             Effect::CleanUp => self.clean_up().await,
-            Effect::Hurry => self.site.hurry.notify_one(),
+            Effect::PollSoon => self.site.poll_soon.notify_one(),
             Effect::Remove => {
                 self.finish_cancels().await;
                 self.remove().await;
@@ -132,11 +132,14 @@ impl Actor {
 
     /// Writes the record.
     async fn persist(&self, pod: &Pod) -> Result<(), String> {
-        let submitting = matches!(pod.state, State::Submitting { look: None });
+        let submitting = matches!(
+            pod.state,
+            State::BeforeJob(BeforeJob::Submitting { look: None })
+        );
         if submitting {
             crash::point("agent.record.before");
         }
-        let record = Record::of(pod, &self.cluster_id, self.values_revision);
+        let record = Record::of(pod, &self.cluster_id, self.values.revision);
         let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
         let written = tokio::task::spawn_blocking(move || {
             // The newer agent's records are not ours to write.
@@ -238,11 +241,11 @@ impl Actor {
     }
 
     /// A newer generation: the shape in `job.pb` follows, the rest of it stays.
-    pub(super) async fn rewrite_spec(&self, spec: Arc<pb::PodSpec>) -> Result<(), Refused> {
+    pub(super) async fn rewrite_spec(&self, spec: Arc<PodSpec>) -> Result<(), Refused> {
         let dir = self.dir.clone();
         let written = tokio::task::spawn_blocking(move || {
             let mut job = dir.spec()?;
-            job.spec = Some((*spec).clone());
+            job.spec = Some((**spec).clone());
             dir.write_spec(&job)?;
             Ok::<_, knoc_contract::jobdir::JobDirError>(())
         });
@@ -266,7 +269,7 @@ async fn submit(site: Arc<Site>, request: SubmitRequest) -> Event {
         Ok(submitted) => Event::Submitted(submitted),
         Err(refusal) => Event::Refused {
             kind: refusal.kind,
-            words: refusal.words,
+            message: refusal.words,
         },
     }
 }
@@ -289,7 +292,7 @@ async fn cancel(site: Arc<Site>, job: JobRef, how: Cancel) -> Event {
             container: String::new(),
         }),
     };
-    site.hurry.notify_one();
+    site.poll_soon.notify_one();
     event
 }
 
@@ -308,20 +311,13 @@ async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Ca
     cancel(site, job, signal).await
 }
 
-/// What the shim is told of why it ends its pod.
+/// The reason for the stop that the shim is told.
 fn why_stopped(pod: &Pod) -> String {
-    let overdue = matches!(
-        pod.state,
-        State::Stopping {
-            cause: Cause::Deadline,
-            ..
-        }
-    );
-    match &pod.deletion {
-        Some(deletion) if !overdue => deletion.reason.clone(),
-        Some(_) | None if overdue => OVERDUE.to_owned(),
-        Some(_) | None => String::new(),
+    if pod.is_overdue() {
+        return OVERDUE.to_owned();
     }
+    let deletion = pod.deletion.as_ref();
+    deletion.map_or_else(String::new, |deletion| deletion.reason.clone())
 }
 
 /// The signal that tells this shim to stop. USR1 leaves it the whole grace, but would end a shim that does not know it

@@ -13,6 +13,7 @@ use knoc_contract::jobdir::atomic;
 use knoc_proto::{
     ids::PodUid,
     pb::{self, PodPhase},
+    pod::PodSpec,
     reason::ErrorReason,
 };
 use tokio_util::sync::CancellationToken;
@@ -130,9 +131,10 @@ async fn finished(fake: &Fake, name: &str) -> PodUid {
 /// What an agent that died left of a pod which it was staging.
 fn half_staged(fake: &Fake, spec: &pb::PodSpec, version: &str) {
     let uid = uid(&spec.uid);
-    let facts = facts(&uid, spec, &fake.site.config);
+    let spec = PodSpec::try_from(spec.clone()).unwrap();
+    let facts = facts(&spec, &fake.site.config);
     let record = Record::of(&Pod::new(facts, Timestamp::now()), "", 1);
-    let mut job = stage::job_file(&fake.site, spec, Vec::new(), String::new());
+    let mut job = stage::job_file(&fake.site, &spec, Vec::new(), String::new());
     version.clone_into(&mut job.version);
     stage::accept(&fake.site.state.pod(&uid), &job, &record, Some(values())).unwrap();
 }

@@ -8,13 +8,7 @@
 use std::{sync::Arc, time::Duration};
 
 use knoc_contract::jobdir::JobDir;
-use knoc_proto::{
-    error::chain,
-    ids::PodUid,
-    pb,
-    pod::{InvalidPod, PodSpec, PodValues},
-    reason::ErrorReason,
-};
+use knoc_proto::{error::chain, ids::PodUid, pb, pod::PodValues, reason::ErrorReason};
 use tokio::task::AbortHandle;
 use tonic::Request;
 
@@ -25,39 +19,63 @@ use crate::{
         input::Refused,
         state::{Effect, Event, Pod},
     },
-    shims::{Client, DEADLINE},
+    shim_links::{Client, DEADLINE},
     site::Site,
 };
 
 /// First and longest pause after a shim did not take its values.
-const GIVE_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_mins(1)];
+const PUSH_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_mins(1)];
 
-/// The task that gives the shim its values.
+/// The newest values that were accepted, and their way to the shim.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    /// Their revision.
+    pub(super) revision: i64,
+    /// The values themselves; kept only if values must not lie on disk.
+    memory: Option<PodValues>,
+    push: Option<ValuesPush>,
+}
+
+/// The task that pushes values to the shim until it has them.
 #[derive(Debug)]
-pub(super) struct Giving {
-    /// At least this is given.
+struct ValuesPush {
+    /// It pushes at least this revision.
     revision: i64,
     task: AbortHandle,
 }
 
 impl Actor {
-    /// `UpdateValues`: given to the shim at once where its link is up, else kept for it.
-    pub(super) async fn update_values(
+    /// `UpdateValues`: newer values are checked against the pod's shape before they are used.
+    pub(super) async fn check_and_update_values(
         &mut self,
         pod: &Pod,
         values: pb::PodValues,
     ) -> Result<(), Refused> {
-        if pod.is_finished() || values.revision <= self.values_revision {
+        if pod.is_finished() || values.revision <= self.values.revision {
             return Ok(());
         }
-        let values = self.checked(values)?;
+        let checked = PodValues::check(values, &self.spec);
+        let values =
+            checked.map_err(|error| Refused::new(ErrorReason::InvalidSpec, error.to_string()))?;
+        self.update_values(pod, values).await
+    }
+
+    /// Gives newer values to the shim at once if its link is up, and keeps them for it otherwise.
+    pub(super) async fn update_values(
+        &mut self,
+        pod: &Pod,
+        values: PodValues,
+    ) -> Result<(), Refused> {
+        if pod.is_finished() || values.revision <= self.values.revision {
+            return Ok(());
+        }
         let given = match self.site.shims.client(&self.uid) {
-            Some(client) => give(client, values.clone()).await,
+            Some(client) => give(client, (*values).clone()).await,
             None => Err("the pod runs, and its shim has no link to the agent now".to_owned()),
         };
         match given {
             Ok(()) => {
-                self.values_revision = values.revision;
+                self.values.revision = values.revision;
                 unstage(&self.dir, values.revision).await;
                 self.hold(values);
                 Ok(())
@@ -71,7 +89,7 @@ impl Actor {
     }
 
     /// For a shim that cannot be reached now: on disk, or in memory with a record of it.
-    async fn keep(&mut self, pod: &Pod, values: pb::PodValues) -> Result<(), Refused> {
+    async fn keep(&mut self, pod: &Pod, values: PodValues) -> Result<(), Refused> {
         let revision = values.revision;
         let failed = |error: &(dyn std::error::Error + 'static)| {
             let message = format!("stage values: {}", chain(error));
@@ -81,81 +99,72 @@ impl Actor {
             let dir = self.dir.clone();
             let written = tokio::task::spawn_blocking(move || dir.write_values(&values)).await;
             written.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
-            self.values_revision = revision;
+            self.values.revision = revision;
         } else {
-            self.values_revision = revision;
+            self.values.revision = revision;
             self.hold(values);
             self.perform(pod, vec![Effect::Persist]).await;
             self.saved()?;
         }
-        self.give_values(pod, false);
+        self.push_values(pod, false);
         Ok(())
     }
 
     /// A job that runs again asks for them again.
-    pub(super) fn hold(&mut self, values: pb::PodValues) {
+    pub(super) fn hold(&mut self, values: PodValues) {
         let held = self.site.config.values.at_rest == AtRest::None;
-        self.values = held.then_some(values);
+        self.values.memory = held.then_some(values);
     }
 
     /// A link came up: nothing was given on it yet.
     pub(super) fn linked(&mut self) {
-        self.giving.take_if(|giving| giving.task.is_finished());
+        self.values.push.take_if(|push| push.task.is_finished());
     }
 
     /// Begins to give the shim what it lacks, where its link is up and that is not under way. `reported`: it has just
     /// said what it has.
-    pub(super) fn give_values(&mut self, pod: &Pod, reported: bool) {
-        let given = self.giving.as_ref().map(|giving| giving.revision);
-        let busy = self.giving.as_ref();
-        let busy = busy.is_some_and(|giving| !giving.task.is_finished());
+    pub(super) fn push_values(&mut self, pod: &Pod, reported: bool) {
+        let given = self.values.push.as_ref().map(|push| push.revision);
+        let busy = self.values.push.as_ref();
+        let busy = busy.is_some_and(|push| !push.task.is_finished());
         let has = revision_of_shim(pod);
-        let held = self.values.is_some();
-        if busy || pod.is_finished() || !due(has, self.values_revision, held, reported, given) {
+        let held = self.values.memory.is_some();
+        if busy || pod.is_finished() || !due(has, self.values.revision, held, reported, given) {
             return;
         }
         if self.site.shims.client(&self.uid).is_none() {
             return;
         }
         let (site, uid, dir) = (Arc::clone(&self.site), self.uid.clone(), self.dir.clone());
-        let work = give_until_taken(site, uid, dir, self.values.clone());
-        self.giving = Some(Giving {
-            revision: self.values_revision,
+        let work = push_until_acked(site, uid, dir, self.values.memory.clone());
+        self.values.push = Some(ValuesPush {
+            revision: self.values.revision,
             task: self.effects.spawn(work),
         });
     }
 
     /// Does the shim lack what was accepted, or have none, and we neither?
     pub(super) fn wants_values(&self, pod: &Pod) -> bool {
-        if self.values.is_some() {
+        if self.values.memory.is_some() {
             return false;
         }
         // What was staged is on disk until the shim has it.
         let lost = self.site.config.values.at_rest == AtRest::None
-            && revision_of_shim(pod).is_some_and(|has| has < self.values_revision);
+            && revision_of_shim(pod).is_some_and(|has| has < self.values.revision);
         let waits = |report: &pb::Report| report.waits_for_values;
         lost || pod.report.as_ref().is_some_and(waits)
     }
 
     /// Nothing secret outlives the pod.
     pub(super) async fn clean_up(&mut self) {
-        self.values = None;
-        self.giving.take().inspect(|giving| giving.task.abort());
+        self.values.memory = None;
+        self.values.push.take().inspect(|push| push.task.abort());
         let dir = self.dir.clone();
         match tokio::task::spawn_blocking(move || dir.remove_values()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(uid = %self.uid, error = chain(&error), "values"),
             Err(error) => tracing::warn!(uid = %self.uid, error = chain(&error), "values"),
         }
-    }
-
-    /// Names, paths and references of the values against the pod's shape.
-    fn checked(&self, values: pb::PodValues) -> Result<pb::PodValues, Refused> {
-        let invalid = |error: InvalidPod| Refused::new(ErrorReason::InvalidSpec, error.to_string());
-        let spec = PodSpec::try_from((*self.spec).clone()).map_err(invalid)?;
-        PodValues::check(values, &spec)
-            .map(PodValues::into_inner)
-            .map_err(invalid)
     }
 }
 
@@ -173,16 +182,16 @@ fn due(has: Option<i64>, newest: i64, held: bool, reported: bool, given: Option<
 }
 
 /// Gives a shim its values, from memory or the job directory, until it takes them or its link is gone.
-async fn give_until_taken(
+async fn push_until_acked(
     site: Arc<Site>,
     uid: PodUid,
     dir: JobDir,
-    held: Option<pb::PodValues>,
+    held: Option<PodValues>,
 ) -> Event {
-    let [mut pause, longest] = GIVE_AGAIN;
+    let [mut pause, longest] = PUSH_AGAIN;
     loop {
         let values = match &held {
-            Some(values) => Some(values.clone()),
+            Some(values) => Some((**values).clone()),
             None => staged(&dir).await,
         };
         let (Some(values), Some(client)) = (values, site.shims.client(&uid)) else {

@@ -5,7 +5,10 @@ use std::time::Duration;
 use knoc_proto::ids::{JobId, PodUid};
 
 use super::*;
-use crate::pod::state::{Facts, Patience, Trouble};
+use crate::pod::{
+    placement::Placement,
+    state::{Facts, Timeouts, Trouble},
+};
 
 fn spec() -> pb::PodSpec {
     let container = |name: &str| pb::Container {
@@ -23,7 +26,7 @@ fn spec() -> pb::PodSpec {
 
 fn pod(state: State) -> Pod {
     let second = Duration::from_secs(1);
-    let patience = Patience {
+    let timeouts = Timeouts {
         report_grace: second,
         never_ends_after: second,
         lost_after: second,
@@ -36,11 +39,18 @@ fn pod(state: State) -> Pod {
         uid,
         grace: second,
         deadline: None,
-        patience,
+        timeouts,
     };
     let mut pod = Pod::new(facts, Timestamp::UNIX_EPOCH);
     pod.state = state;
     pod
+}
+
+fn queued(job: JobId) -> State {
+    State::WithJob {
+        placement: Placement::own_job(job),
+        stage: JobStage::Queued { never: None },
+    }
 }
 
 fn waiting(status: &pb::ContainerStatus) -> (&str, &str) {
@@ -53,7 +63,7 @@ fn waiting(status: &pb::ContainerStatus) -> (&str, &str) {
 #[test]
 fn before_the_shim_speaks_all_containers_wait() {
     let job = JobId::try_from("7").unwrap();
-    let shown = observed(&pod(State::Queued { job, never: None }), &spec(), "c");
+    let shown = observed(&pod(queued(job)), &spec(), "c");
     assert_eq!(shown.phase(), pb::PodPhase::Queued);
     assert_eq!(shown.job.unwrap().id, "7");
     assert_eq!(
@@ -76,10 +86,10 @@ fn a_failed_pull_shows_on_its_container() {
         retry_at: Timestamp::UNIX_EPOCH,
     };
     let shown = observed(
-        &pod(State::Staging {
+        &pod(State::BeforeJob(BeforeJob::Staging {
             tries: 1,
             trouble: Some(trouble),
-        }),
+        })),
         &spec(),
         "c",
     );

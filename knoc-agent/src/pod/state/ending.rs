@@ -1,16 +1,21 @@
-//! PURE: the steps that end a pod: deletion, a deadline that was lowered, the measures against its job, and the last state.
+//! PURE: the steps that end a pod: its deletion, a deadline that was lowered, and the measures against its job.
 
 use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::{CANCEL_AGAIN, Deletion, ENDED_BY_US, Effect, Ending, LINGER, Pod, State, submit};
+use super::{
+    event::Effect,
+    pod::{CANCEL_AGAIN, Deletion, ENDED_BY_US, LINGER, Pod},
+    states::{BeforeJob, Ending, JobStage, State},
+    transition::{deleted_before_job, deletion_cause},
+};
 use crate::{
-    pod::outcome::{Cause, Outcome},
+    pod::outcome::Cause,
     scheduler::{Cancel, JobPhase},
 };
 
-/// `DeletePod`: idempotent; a shorter grace re-arms downwards.
+/// `DeletePod`. It is idempotent; a shorter grace brings the deadline forward.
 pub(super) fn delete(
     pod: &mut Pod,
     grace: Option<Duration>,
@@ -18,96 +23,82 @@ pub(super) fn delete(
     now: Timestamp,
 ) -> Vec<Effect> {
     let grace = grace.unwrap_or(pod.facts.grace);
-    let shorter = pod
-        .deletion
-        .as_ref()
-        .is_none_or(|known| grace < known.grace);
-    if !shorter {
+    let known = pod.deletion.as_ref();
+    if known.is_some_and(|known| known.grace <= grace) {
         return Vec::new();
     }
     let reason = pod.deletion.take().map_or(reason, |known| known.reason);
-    pod.deletion = Some(Deletion {
-        grace,
-        reason: reason.clone(),
-    });
-    match &mut pod.state {
-        // Staging may be under way: its answer is then ignored.
-        State::Accepted | State::Staging { .. } | State::Throttled { .. } => {
-            submit::deleted_before_job(pod, now)
-        }
-        // The answer of sbatch is awaited anyway.
-        State::Submitting { .. } | State::Finished { .. } => vec![Effect::Persist],
-        State::Settling { until, .. } => {
-            *until = (*until).min(now + ENDED_BY_US);
-            vec![Effect::Persist]
-        }
-        State::Queued { .. } => dequeue(pod, Cause::Deleted(reason), now),
-        State::Stopping {
+    pod.deletion = Some(Deletion { grace, reason });
+    match &pod.state {
+        State::BeforeJob(before) => match before {
+            // Staging may be under way: its answer is then ignored.
+            BeforeJob::Accepted | BeforeJob::Staging { .. } | BeforeJob::Throttled { .. } => {
+                deleted_before_job(pod, now)
+            }
+            // The answer of sbatch is awaited anyway.
+            BeforeJob::Submitting { .. } => vec![Effect::Persist],
+        },
+        State::WithJob { .. } => delete_with_job(pod, now),
+        State::Finished { .. } => vec![Effect::Persist],
+        State::Forgotten => Vec::new(),
+    }
+}
+
+fn delete_with_job(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+    let deleted = deletion_cause(pod);
+    let (Some(stage), Some(deleted)) = (pod.stage_mut(), deleted) else {
+        return Vec::new();
+    };
+    match stage {
+        JobStage::Queued { .. } => dequeue(pod, deleted, now),
+        JobStage::Running
+        | JobStage::Stopping {
+            how: Ending::Told, ..
+        } => tell(pod, now),
+        JobStage::Stopping {
             how: Ending::Dequeued | Ending::Cancelled,
             cause,
             ..
         } => {
             if *cause != Cause::Deadline {
-                *cause = Cause::Deleted(reason);
+                *cause = deleted;
             }
             vec![Effect::Persist]
         }
-        State::Running { .. }
-        | State::Stopping {
-            how: Ending::Told, ..
-        } => tell(pod, now),
-        State::Lost { .. } => {
+        JobStage::Lost { .. } => {
             let mut effects = tell(pod, now);
-            effects.extend(pod.job().map(|job| Effect::Cancel {
-                job,
-                how: Cancel::Queued,
-            }));
+            effects.extend(cancel(pod, Cancel::Queued));
             effects
         }
-        State::Forgotten => Vec::new(),
+        JobStage::Settling { until, .. } => {
+            *until = (*until).min(now + ENDED_BY_US);
+            vec![Effect::Persist]
+        }
     }
 }
 
-/// A queued job leaves the queue. Should it have started meanwhile, [`still_there`] tells its containers.
+/// Takes a queued job out of the queue. If it has started meanwhile, [`still_there`] tells its containers.
 pub(super) fn dequeue(pod: &mut Pod, cause: Cause, now: Timestamp) -> Vec<Effect> {
-    let Some(job) = pod.job() else {
+    let Some(cancel) = cancel(pod, Cancel::Queued) else {
         return Vec::new();
     };
-    let deadline = now + CANCEL_AGAIN;
-    let id = job.id.clone();
-    pod.enter(
-        State::Stopping {
-            job: id,
-            cause,
-            how: Ending::Dequeued,
-            deadline,
-        },
-        now,
-    );
-    vec![
-        Effect::Persist,
-        Effect::Cancel {
-            job,
-            how: Cancel::Queued,
-        },
-        Effect::Hurry,
-    ]
+    let stage = JobStage::Stopping {
+        cause,
+        how: Ending::Dequeued,
+        deadline: now + CANCEL_AGAIN,
+    };
+    pod.enter_stage(stage, now);
+    vec![Effect::Persist, cancel, Effect::PollSoon]
 }
 
-/// The containers of a pod that is being deleted are told to end.
+/// Tells the containers of a pod that is being deleted to end.
 pub(super) fn tell(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let Some(Deletion { grace, reason }) = pod.deletion.clone() else {
         return Vec::new();
     };
-    let overdue = matches!(
-        pod.state,
-        State::Stopping {
-            cause: Cause::Deadline,
-            ..
-        }
-    );
-    let cause = if overdue {
-        // It came first.
+    let stopping = matches!(pod.stage(), Some(JobStage::Stopping { .. }));
+    let cause = if stopping && pod.is_overdue() {
+        // The deadline came first.
         Cause::Deadline
     } else {
         Cause::Deleted(reason)
@@ -115,47 +106,45 @@ pub(super) fn tell(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     stop(pod, cause, grace, now)
 }
 
-/// The pod's own deadline is over: its containers are told to end.
+/// Tells the containers to end because the pod's own deadline is over.
 pub(super) fn overdue(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let grace = pod.facts.grace;
     stop(pod, Cause::Deadline, grace, now)
 }
 
 fn stop(pod: &mut Pod, cause: Cause, grace: Duration, now: Timestamp) -> Vec<Effect> {
-    let Some(job) = pod.job() else {
+    let (Some(job), Some(stage)) = (pod.job(), pod.stage()) else {
         return Vec::new();
     };
-    let deadline = now + grace.saturating_add(pod.facts.patience.stop_slack);
-    let state = State::Stopping {
-        job: job.id.clone(),
-        cause,
-        how: Ending::Told,
-        deadline,
-    };
-    // The grace counts from the first telling, also after a restart; leaving the queue was none.
+    // The grace counts from when the containers were told first, also after a restart; leaving the queue told nobody.
     let told = matches!(
-        pod.state,
-        State::Stopping {
+        stage,
+        JobStage::Stopping {
             how: Ending::Told,
             ..
         }
     );
-    if told {
-        pod.state = state;
-    } else {
-        pod.enter(state, now);
-    }
-    vec![Effect::Persist, Effect::Stop { job, grace }, Effect::Hurry]
+    let since = if told { pod.since } else { now };
+    let stage = JobStage::Stopping {
+        cause,
+        how: Ending::Told,
+        deadline: now + grace.saturating_add(pod.facts.timeouts.stop_slack),
+    };
+    pod.enter_stage(stage, since);
+    vec![
+        Effect::Persist,
+        Effect::Stop { job, grace },
+        Effect::PollSoon,
+    ]
 }
 
-/// A job that is being ended is still known to the scheduler.
+/// The scheduler still knows a job that is being ended.
 pub(super) fn still_there(pod: &mut Pod, phase: JobPhase, now: Timestamp) -> Vec<Effect> {
-    let State::Stopping {
+    let Some(JobStage::Stopping {
         how: Ending::Dequeued,
         cause,
-        job,
         ..
-    } = &pod.state
+    }) = pod.stage()
     else {
         return Vec::new();
     };
@@ -163,94 +152,61 @@ pub(super) fn still_there(pod: &mut Pod, phase: JobPhase, now: Timestamp) -> Vec
         (JobPhase::Running, Cause::Deleted(_)) => tell(pod, now),
         // It started after all.
         (JobPhase::Running, Cause::NeverStarts(_) | Cause::Deadline) => {
-            let job = job.clone();
-            pod.enter(State::Running { job }, now);
+            pod.enter_stage(JobStage::Running, now);
             vec![Effect::Persist]
         }
         (JobPhase::Queued | JobPhase::Ended, _) => Vec::new(),
     }
 }
 
-/// The deadline of a measure has passed: the next, harder one.
-pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+/// The deadline of a measure against the job has passed: takes the next, harder one.
+pub(super) fn harder(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let Some(job) = pod.job() else {
         return Vec::new();
     };
-    let grace = pod
-        .deletion
-        .as_ref()
-        .map_or(pod.facts.grace, |deletion| deletion.grace);
-    let slack = pod.facts.patience.stop_slack;
-    let State::Stopping { how, deadline, .. } = &mut pod.state else {
+    let deletion = pod.deletion.as_ref();
+    let grace = deletion.map_or(pod.facts.grace, |deletion| deletion.grace);
+    let end_of_grace = pod.since + grace.saturating_add(pod.facts.timeouts.stop_slack);
+    let Some(JobStage::Stopping { how, deadline, .. }) = pod.stage_mut() else {
         return Vec::new();
     };
     match how {
         Ending::Dequeued => {
             *deadline = now + CANCEL_AGAIN;
-            vec![
-                Effect::Cancel {
-                    job,
-                    how: Cancel::Queued,
-                },
-                Effect::Hurry,
-            ]
+            let how = Cancel::Queued;
+            vec![Effect::Cancel { job, how }, Effect::PollSoon]
         }
-        // After a restart of the agent it is not known how far this went: the shim knows.
-        Ending::Told if now < pod.since + grace.saturating_add(slack) => {
-            *deadline = pod.since + grace.saturating_add(slack);
-            vec![Effect::Stop { job, grace }, Effect::Hurry]
+        // After a restart of the agent only the shim knows how far the stop has come.
+        Ending::Told if now < end_of_grace => {
+            *deadline = end_of_grace;
+            vec![Effect::Stop { job, grace }, Effect::PollSoon]
         }
         Ending::Told | Ending::Cancelled => {
             *how = Ending::Cancelled;
             *deadline = now + CANCEL_AGAIN;
+            let how = Cancel::Kill;
             vec![
                 Effect::Persist,
-                Effect::Cancel {
-                    job,
-                    how: Cancel::Kill,
-                },
-                Effect::Hurry,
+                Effect::Cancel { job, how },
+                Effect::PollSoon,
             ]
         }
     }
 }
 
-/// The last state. `lingering` is a job that has not been seen to end yet.
-pub(super) fn finish(
-    pod: &mut Pod,
-    outcome: Outcome,
-    lingering: Option<knoc_proto::ids::JobId>,
-    now: Timestamp,
-) -> Vec<Effect> {
-    let hurry = lingering.is_some();
-    pod.enter(State::Finished { outcome, lingering }, now);
-    let mut effects = vec![Effect::Persist, Effect::CleanUp];
-    effects.extend(hurry.then_some(Effect::Hurry));
-    effects
+/// The effect that ends the job of the placement, if there is one.
+pub(super) fn cancel(pod: &Pod, how: Cancel) -> Option<Effect> {
+    pod.job().map(|job| Effect::Cancel { job, how })
 }
 
-/// Lets go of a finished pod; any other is left as it is.
+/// Forgets a finished pod; any other is left as it is.
 pub(super) fn forget(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
-    match pod.state {
-        State::Finished { .. } => {
-            // Right after its final report a job is about to exit by itself.
-            let surplus = pod.job().filter(|_| now >= pod.since + LINGER);
-            let surplus = surplus.map(|job| Effect::Cancel {
-                job,
-                how: Cancel::Kill,
-            });
-            pod.enter(State::Forgotten, now);
-            surplus.into_iter().chain([Effect::Remove]).collect()
-        }
-        State::Accepted
-        | State::Staging { .. }
-        | State::Throttled { .. }
-        | State::Submitting { .. }
-        | State::Queued { .. }
-        | State::Running { .. }
-        | State::Stopping { .. }
-        | State::Lost { .. }
-        | State::Settling { .. }
-        | State::Forgotten => Vec::new(),
+    if !matches!(pod.state, State::Finished { .. }) {
+        return Vec::new();
     }
+    // Right after its final report a job is about to exit by itself.
+    let lingers = now >= pod.since + LINGER;
+    let surplus = cancel(pod, Cancel::Kill).filter(|_| lingers);
+    pod.enter(State::Forgotten, now);
+    surplus.into_iter().chain([Effect::Remove]).collect()
 }

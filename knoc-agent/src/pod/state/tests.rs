@@ -6,8 +6,18 @@ mod random;
 mod requeued;
 mod restart;
 
-use super::*;
-use crate::scheduler::{JobExit, JobState, Marks};
+use std::time::Duration;
+
+use knoc_proto::ids::{JobId, PodUid};
+
+use super::{
+    pod::{FILES_UNLINKED, LOOKS, NOTES, SHIM_FIRST},
+    *,
+};
+use crate::{
+    pod::placement::Placement,
+    scheduler::{Cancel, JobExit, JobRef, JobState, JobView, Marks, RefusalKind, Submitted},
+};
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + seconds).unwrap()
@@ -22,7 +32,7 @@ fn job(id: &str) -> JobId {
 }
 
 fn new() -> Pod {
-    let patience = Patience {
+    let timeouts = Timeouts {
         report_grace: Duration::from_secs(90),
         never_ends_after: Duration::from_mins(10),
         lost_after: Duration::from_mins(5),
@@ -36,7 +46,7 @@ fn new() -> Pod {
             uid: uid(),
             grace,
             deadline,
-            patience,
+            timeouts,
         },
         at(0),
     )
@@ -109,6 +119,19 @@ fn feed(events: impl IntoIterator<Item = Event>) -> (Pod, Vec<Effect>) {
     (pod, effects)
 }
 
+fn with_job(id: &str, stage: JobStage) -> State {
+    let placement = Placement::own_job(job(id));
+    State::WithJob { placement, stage }
+}
+
+fn runs_as(id: &str) -> State {
+    with_job(id, JobStage::Running)
+}
+
+fn queued_as(id: &str) -> State {
+    with_job(id, JobStage::Queued { never: None })
+}
+
 fn queued() -> Vec<Event> {
     vec![Event::Begin, Event::Staged, submitted("1")]
 }
@@ -152,7 +175,10 @@ fn outcome(pod: &Pod) -> (bool, &str) {
 fn the_intent_is_on_disk_before_the_submission() {
     let (pod, effects) = feed([Event::Begin, Event::Staged]);
     assert_eq!(effects, [Effect::Persist, Effect::Submit]);
-    assert_eq!(pod.state, State::Submitting { look: None });
+    assert_eq!(
+        pod.state,
+        State::BeforeJob(BeforeJob::Submitting { look: None })
+    );
 }
 
 #[test]
@@ -162,7 +188,10 @@ fn a_final_report_finishes_at_once() {
         [report("1", 1, false), report("1", 2, true)],
     ));
     assert_eq!(outcome(&pod), (true, ""));
-    assert_eq!(effects, [Effect::Persist, Effect::CleanUp, Effect::Hurry]);
+    assert_eq!(
+        effects,
+        [Effect::Persist, Effect::CleanUp, Effect::PollSoon]
+    );
     let (pod, _) = step(pod, seen("1", JobState::Completed), at(20));
     assert_eq!(pod.job(), None);
 }
@@ -170,13 +199,13 @@ fn a_final_report_finishes_at_once() {
 #[test]
 fn a_report_runs_a_queued_pod_before_the_round() {
     let (pod, _) = feed(and(queued(), [report("1", 1, false)]));
-    assert_eq!(pod.state, State::Running { job: job("1") });
+    assert_eq!(pod.state, runs_as("1"));
 }
 
 #[test]
 fn after_a_restart_the_job_is_looked_for_before_it_is_submitted_again() {
     let mut pod = new();
-    pod.state = State::Submitting { look: None };
+    pod.state = State::BeforeJob(BeforeJob::Submitting { look: None });
     let (pod, effects) = step(pod, Event::Begin, at(0));
     assert_eq!(effects, [Effect::Find]);
     let (pod, effects) = step(pod, Event::Found(Vec::new()), at(1));
@@ -203,19 +232,19 @@ fn of_two_jobs_the_running_one_is_ours_and_a_queued_one_is_cancelled() {
         Event::Staged,
         Event::Refused {
             kind: RefusalKind::Ambiguous,
-            words: "timed out".to_owned(),
+            message: "timed out".to_owned(),
         },
     ]);
     let jobs = vec![view("2", JobState::Pending), view("1", JobState::Running)];
     let (pod, effects) = step(pod, Event::Found(jobs), at(3));
-    assert_eq!(pod.state, State::Running { job: job("1") });
+    assert_eq!(pod.state, runs_as("1"));
     assert!(cancels(&effects, "2", Cancel::Queued));
 }
 
 #[test]
 fn the_claimant_is_the_pods_job() {
     let (pod, _) = feed(and(queued(), [report("9", 1, false)]));
-    assert_eq!(pod.state, State::Running { job: job("9") });
+    assert_eq!(pod.state, runs_as("9"));
 }
 
 #[test]
@@ -233,7 +262,7 @@ fn where_the_claim_is_anothers_that_job_is_the_pods() {
     assert_eq!(effects, [Effect::Persist, Effect::Find]);
     let jobs = vec![lost.clone(), view("2", JobState::Running)];
     let (other, _) = step(pod.clone(), Event::Found(jobs), at(9));
-    assert_eq!(other.state, State::Running { job: job("2") });
+    assert_eq!(other.state, runs_as("2"));
     let (pod, _) = step(pod, Event::Found(vec![lost.clone()]), at(9));
     let (pod, effects) = step(pod, Event::Found(vec![lost]), at(12));
     assert!(!effects.contains(&Effect::Submit));
@@ -243,7 +272,7 @@ fn where_the_claim_is_anothers_that_job_is_the_pods() {
 #[test]
 fn a_broken_link_asks_the_scheduler() {
     let (_, effects) = feed(and(running(), [Event::Link(true), Event::Link(false)]));
-    assert_eq!(effects, [Effect::Hurry]);
+    assert_eq!(effects, [Effect::PollSoon]);
 }
 
 #[test]
@@ -255,7 +284,7 @@ fn without_a_link_a_running_pods_report_is_read_now_and_then() {
     assert_eq!(effects, [Effect::ReadFiles]);
     // What was read says how the containers are; then it is read again.
     let (pod, _) = step(pod, report("1", 1, false), due);
-    assert_eq!(pod.state, State::Running { job: job("1") });
+    assert_eq!(pod.state, runs_as("1"));
     assert_eq!(pod.report.as_ref().map(|report| report.sequence), Some(1));
     assert_eq!(pod.wake(), Some(due + FILES_UNLINKED));
     let (pod, _) = step(pod, Event::Link(true), due);
@@ -283,7 +312,7 @@ fn refusals_for_good_and_for_now() {
             Event::Staged,
             Event::Refused {
                 kind,
-                words: "words".to_owned(),
+                message: "refused".to_owned(),
             },
         ])
         .0
@@ -309,8 +338,8 @@ fn a_controller_that_is_away_is_asked_again_within_half_a_minute() {
         for _ in 0..10 {
             let now = pod.wake().unwrap_or_else(|| at(0));
             (pod, _) = step(pod, Event::Tick, now);
-            let words = "words".to_owned();
-            (pod, _) = step(pod, Event::Refused { kind, words }, now);
+            let message = "refused".to_owned();
+            (pod, _) = step(pod, Event::Refused { kind, message }, now);
             longest = longest.max(Duration::try_from(pod.wake().unwrap() - now).unwrap());
         }
         longest
@@ -384,11 +413,11 @@ fn deletion_while_queued_leaves_the_queue_and_ends_with_the_job() {
 fn deletion_of_a_job_that_starts_meanwhile_tells_its_containers() {
     let (pod, effects) = feed(and(queued(), [delete(), seen("1", JobState::Running)]));
     assert!(matches!(
-        pod.state,
-        State::Stopping {
+        pod.stage(),
+        Some(JobStage::Stopping {
             how: Ending::Told,
             ..
-        }
+        })
     ));
     assert!(
         effects
@@ -407,7 +436,7 @@ fn deletion_while_running_waits_for_the_end_of_the_job() {
     );
     let (pod, _) = step(pod, report("1", 5, true), at(6));
     assert!(
-        matches!(pod.state, State::Stopping { .. }),
+        matches!(pod.stage(), Some(JobStage::Stopping { .. })),
         "the job is still there"
     );
     let (pod, _) = step(pod, seen("1", JobState::Completed), at(7));
@@ -489,9 +518,9 @@ fn by_signal() -> Event {
 #[test]
 fn a_signal_from_outside_waits_for_slurms_word() {
     let (pod, _) = feed(and(running(), [by_signal()]));
-    assert!(matches!(pod.state, State::Settling { .. }));
+    assert!(matches!(pod.stage(), Some(JobStage::Settling { .. })));
     let (pod, _) = step(pod, seen("1", JobState::Running), at(6));
-    assert!(matches!(pod.state, State::Settling { .. }));
+    assert!(matches!(pod.stage(), Some(JobStage::Settling { .. })));
     let (pod, _) = step(pod, seen("1", JobState::Timeout), at(7));
     assert_eq!(outcome(&pod), (false, "SlurmTimeLimit"));
 }
@@ -499,13 +528,13 @@ fn a_signal_from_outside_waits_for_slurms_word() {
 #[test]
 fn a_lost_job_may_come_back_or_is_given_up() {
     let pod = lost(feed(running()).0, 4);
-    assert!(matches!(pod.state, State::Lost { .. }));
+    assert!(matches!(pod.stage(), Some(JobStage::Lost { .. })));
     let (back, _) = step(pod.clone(), seen("1", JobState::Running), at(90));
-    assert_eq!(back.state, State::Running { job: job("1") });
+    assert_eq!(back.state, runs_as("1"));
     let (linked, _) = step(pod.clone(), Event::Link(true), at(90));
     let (linked, _) = step(linked, Event::Tick, at(1000));
     assert!(
-        matches!(linked.state, State::Lost { .. }),
+        matches!(linked.stage(), Some(JobStage::Lost { .. })),
         "its shim speaks: it lives"
     );
     let (pod, _) = step(pod, Event::Tick, at(1000));

@@ -55,19 +55,19 @@ fn each_rule_refuses_by_its_own_name() {
     let judge = |rules: &Rules, now| rules.judge(&kubelet(), &held, &none, now);
     judge(&rules(&ca, &[], &[]), at(0)).unwrap();
     judge(&rules(&ca, &["kubelet/*"], &["kubelet/k2"]), at(0)).unwrap();
-    let words = |rules: &Rules, now| judge(rules, now).unwrap_err().to_string();
-    assert!(words(&rules(&ca, &["ctl/*"], &[]), at(0)).contains("policy.clients"));
+    let message = |rules: &Rules, now| judge(rules, now).unwrap_err().to_string();
+    assert!(message(&rules(&ca, &["ctl/*"], &[]), at(0)).contains("policy.clients"));
     for entry in [key.as_str(), &serial, "kubelet/k", "kubelet/*"] {
-        let text = words(&rules(&ca, &[], &["ctl/x", entry]), at(0));
+        let text = message(&rules(&ca, &[], &["ctl/x", entry]), at(0));
         assert!(
             text.contains("policy.denied") && text.contains(entry),
             "{text}"
         );
     }
-    assert!(words(&rules(&other, &[], &[]), at(0)).contains("trusted now"));
-    assert!(words(&rules(&ca, &[], &[]), at(200)).contains("expired"));
-    assert!(words(&rules(&ca, &[], &[]), at(-400)).contains("compare the clocks"));
-    assert!(words(&Rules::default(), at(0)).contains("no CA"));
+    assert!(message(&rules(&other, &[], &[]), at(0)).contains("trusted now"));
+    assert!(message(&rules(&ca, &[], &[]), at(200)).contains("expired"));
+    assert!(message(&rules(&ca, &[], &[]), at(-400)).contains("compare the clocks"));
+    assert!(message(&Rules::default(), at(0)).contains("no CA"));
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn a_renewed_certificate_serves_what_it_opened_until_the_renewal_ends() {
     assert!(judge(&served, &renewals, at(200)));
     assert!(!judge(&served, &Renewals::default(), at(200)));
     assert!(!judge(&served, &renewals, at(501)));
-    // A renewal is no way around the other rules.
+    // A renewal does not bypass the other rules.
     let serial = format!("serial/{}", held.info().serial);
     assert!(!judge(&rules(&ca, &[], &[&serial]), &renewals, at(200)));
     let other = Ca::generate("other").unwrap();

@@ -48,7 +48,7 @@ impl Fake {
         put(&self.folder.path().join(name), text);
     }
 
-    /// One look; true if rules were published.
+    /// Reads the files once; true if rules were published.
     fn look(&mut self) -> bool {
         self.rules.mark_unchanged();
         let changed = self.watcher.files.look();
@@ -99,7 +99,7 @@ async fn the_whole_table_changes_at_once_and_a_faulty_file_changes_nothing() {
     assert!(fake.live.now().denied.is_empty());
 }
 
-/// Same size, same modification time, same inode: attributes of a network file system may be old.
+/// Size, modification time and inode are unchanged: on a network file system attributes may be old.
 #[tokio::test]
 async fn a_change_is_seen_by_its_content() {
     let mut fake = Fake::new();
@@ -129,7 +129,7 @@ async fn a_changed_ca_counts_and_a_broken_one_does_not() {
     assert!(fake.look());
     assert_eq!(fake.live.problem(), None);
     assert!(!fake.look());
-    // A handshake that sees the change first takes nothing away from the look.
+    // A handshake that sees the change first does not hide it from the watcher.
     fake.put("ca.crt", other.cert_pem());
     let read = fake.watcher.files.credentials.as_ref().unwrap().reread();
     read.unwrap();

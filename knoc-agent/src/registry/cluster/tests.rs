@@ -20,7 +20,7 @@ fn reason(answer: Result<(), Refused>) -> ErrorReason {
     answer.unwrap_err().reason
 }
 
-/// What a caller that went away began to write is what the next one is judged by.
+/// If a caller goes away during its write, the next one is checked against what was written.
 #[test]
 fn a_caller_that_goes_away_leaves_file_and_memory_the_same() {
     let folder = tempfile::tempdir().unwrap();
@@ -31,7 +31,7 @@ fn a_caller_that_goes_away_leaves_file_and_memory_the_same() {
         .unwrap();
     runtime.block_on(async {
         let pin = Pin::load(&state).unwrap();
-        // The only thread for file work is busy.
+        // The only thread for blocking work is busy.
         let (gate, waits) = mpsc::channel::<()>();
         let busy = tokio::task::spawn_blocking(move || waits.recv().unwrap_or_default());
         let (one, two) = (asked("one", "a", 3), asked("two", "a", 1));
@@ -63,7 +63,7 @@ async fn kubelets_of_several_nodes_lead_each_for_itself() {
     pin.claim(&asked("one", "b", 4)).await.unwrap();
 }
 
-/// What an older agent pinned goes for whoever comes first.
+/// An epoch that an older agent recorded for the whole cluster applies to every node.
 #[tokio::test]
 async fn an_epoch_of_an_older_agent_still_counts() {
     let folder = tempfile::tempdir().unwrap();
@@ -76,12 +76,12 @@ async fn an_epoch_of_an_older_agent_still_counts() {
     pin.claim(&asked("one", "a", 8)).await.unwrap();
     pin.claim(&asked("one", "b", 1)).await.unwrap();
     let kept: Cluster = jobdir::read_json(&state.cluster()).unwrap().unwrap();
-    assert_eq!(kept.leadership_epoch, 8, "for an agent that is put back");
+    assert_eq!(kept.leadership_epoch, 8, "for a downgraded agent");
 }
 
-/// Older agents took any epoch from anybody: 2^63 - 1 would lock every kubelet out for ever.
+/// Older agents accepted any epoch from anyone; 2^63 - 1 would lock out every kubelet forever.
 #[tokio::test]
-async fn an_epoch_far_ahead_of_the_clock_locks_nobody_out() {
+async fn an_epoch_far_ahead_of_the_clock_locks_no_kubelet_out() {
     let folder = tempfile::tempdir().unwrap();
     let state = StateDir::new(folder.path());
     for older in [
@@ -110,7 +110,7 @@ async fn pinned_at_first_use_and_epochs_only_grow() {
     let state = StateDir::new(folder.path());
     let pin = Pin::load(&state).unwrap();
     pin.claim(&asked("", "a", 0)).await.unwrap();
-    // What is only verified claims nothing, and neither does who may not pin.
+    // A request that is only verified records nothing, nor does one that may not pin.
     pin.verify(&asked("two", "a", 9)).await.unwrap();
     let ctl = Asked {
         pins: false,
@@ -132,7 +132,7 @@ async fn pinned_at_first_use_and_epochs_only_grow() {
     assert_eq!(reason(pin.claim(&older).await), ErrorReason::StaleLeader);
     pin.claim(&asked("one", "a", 0)).await.unwrap();
     pin.claim(&asked("one", "a", 3)).await.unwrap();
-    // A kubelet that was installed again begins with the time.
+    // A reinstalled kubelet starts with the current time as its epoch.
     pin.claim(&asked("one", "a", NOW)).await.unwrap();
     let older = pin.claim(&asked("one", "a", 4)).await;
     assert_eq!(reason(older), ErrorReason::StaleLeader);
@@ -147,7 +147,7 @@ async fn pinned_at_first_use_and_epochs_only_grow() {
 }
 
 proptest! {
-    /// Whatever one node's kubelet claims, the others' epochs stay, and no node's falls.
+    /// Whatever one node's kubelet claims, the epochs of the others stay, and no epoch falls.
     #[test]
     fn a_claim_touches_its_own_node_only(claims in prop::collection::vec((0..4_u8, 1..=NOW + 300), 1..40)) {
         let mut known = Cluster::default();

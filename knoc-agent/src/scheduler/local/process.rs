@@ -1,4 +1,4 @@
-//! Processes of this host, by /proc.
+//! Processes of this host, read from /proc.
 
 use std::collections::HashSet;
 use std::fs;
@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 
 use super::record::{Identity, Stat};
 
-/// What the host has.
+/// The resources of the host.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Host {
     pub(super) cpu: i64,
@@ -41,17 +41,17 @@ fn stat(pid: i32) -> Option<Stat> {
     Stat::parse(&String::from_utf8_lossy(&bytes)).filter(|stat| !matches!(stat.state, 'Z' | 'X'))
 }
 
-/// Does this very process live?
+/// Whether this very process is alive.
 pub(super) fn lives(identity: &Identity, boot: &str) -> bool {
     identity.boot == boot && stat(identity.pid).is_some_and(|stat| stat.start == identity.start)
 }
 
-/// Is there a process with this id? For a child of ours that was started a moment ago.
+/// Whether a process has this ID. Used for a child that was started a moment ago.
 pub(super) fn is_there(pid: i32) -> bool {
     stat(pid).is_some()
 }
 
-/// Children of a process.
+/// The children of a process.
 fn children(pid: i32, all: &[Stat]) -> impl Iterator<Item = i32> {
     all.iter()
         .filter(move |stat| stat.parent == pid)
@@ -64,7 +64,8 @@ fn all() -> Vec<Stat> {
     pids.filter_map(stat).collect()
 }
 
-/// The batch script: the wrapper's child. False where it has none, or not yet.
+/// Signals the batch script, which is the wrapper's child. False if it has not started yet or has
+/// ended.
 pub(super) fn signal_batch(wrapper: &Identity, signal: Signal) -> bool {
     let mut sent = false;
     for pid in children(wrapper.pid, &all()) {
@@ -74,8 +75,8 @@ pub(super) fn signal_batch(wrapper: &Identity, signal: Signal) -> bool {
     sent
 }
 
-/// Everything of the job but its wrapper, which is left to write the exit code: the session, and
-/// whatever descends from it.
+/// Signals every process of the job except its wrapper, which must live to write the exit code: the
+/// session, and all descendants.
 pub(super) fn signal_all(wrapper: &Identity, signal: Signal) {
     let all = all();
     let mut members: HashSet<i32> = HashSet::from([wrapper.pid]);
@@ -97,6 +98,6 @@ pub(super) fn signal_all(wrapper: &Identity, signal: Signal) {
 }
 
 fn send(pid: i32, signal: Signal) {
-    // A process that is gone by now needs no signal.
+    // A process that has ended meanwhile needs no signal.
     kill(Pid::from_raw(pid), signal).ok();
 }

@@ -1,11 +1,12 @@
-//! One local job on disk, and what its files say. Pure but for the paths.
+//! PURE apart from the file paths: the files of one local job, and how their contents are
+//! interpreted.
 //!
 //! ```text
 //! JOBDIR/local-job.<id>.json   the agent's: what was submitted, and why it was ended
 //! JOBDIR/local-job.<id>.sh     the batch script
-//! JOBDIR/local-job.<id>.run/   made by the job itself, first of all: who comes second does not run
-//!                       id     its line of /proc/PID/stat and the host's boot id: a process id that
-//!                              was given again is never taken for the job
+//! JOBDIR/local-job.<id>.run/   created by the job itself as its first step: a second start finds it and exits
+//!                       id     its line of /proc/PID/stat and the host's boot ID, so that a reused
+//!                              process ID is never taken for the job
 //!                       exit   the batch script's exit code
 //! ```
 
@@ -16,11 +17,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::scheduler::{JobExit, JobRef, JobState, JobView, Marks};
 
-/// The one partition there is.
+/// The only partition.
 pub(super) const PARTITION: &str = "local";
 
-/// What runs as a job: `$1` the batch script, `$2` the run folder. The traps let it outlive a TERM to
-/// the session and write the exit code; the batch script gets default handlers again.
+/// The program of a job: `$1` is the batch script, `$2` the run directory. The traps let it survive
+/// a TERM to the session and write the exit code; the batch script gets the default handlers.
 pub(super) const WRAPPER: &str = r#"trap : TERM INT HUP
 mkdir "$2" 2>/dev/null || exit 66
 read -r stat </proc/$$/stat && read -r boot </proc/sys/kernel/random/boot_id || exit 66
@@ -76,12 +77,12 @@ impl Record {
         self.jobdir.join(format!("local-job.{}.{suffix}", self.id))
     }
 
-    /// Is it the record of this job?
+    /// Whether this is the record of `job`.
     pub(super) fn is_of(&self, job: &JobRef) -> bool {
         self.id == job.id && self.uid == job.uid
     }
 
-    /// Is this the name of a record's file?
+    /// Whether `path` is the name of a record file.
     pub(super) fn is_record(path: &Path) -> bool {
         let name = path
             .file_name()
@@ -93,14 +94,14 @@ impl Record {
         id.is_some_and(|id| !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_digit()))
     }
 
-    /// When the time limit is reached.
+    /// The time at which the time limit is reached.
     pub(super) fn deadline(&self, started_at: i64) -> Option<i64> {
         let minutes = self.time_limit_minutes?;
         Some(started_at.saturating_add(minutes.saturating_mul(60)))
     }
 }
 
-/// A process that cannot be mistaken for another.
+/// The identity of a process; a later process with the same ID does not match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Identity {
     pub(super) pid: i32,
@@ -109,7 +110,7 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// From the run folder's `id`.
+    /// Parses the run directory's `id` file.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let (stat, boot) = text.split_once('\n')?;
         let stat = Stat::parse(stat)?;
@@ -121,7 +122,7 @@ impl Identity {
     }
 }
 
-/// The fields that matter of /proc/PID/stat.
+/// The fields of /proc/PID/stat that are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) pid: i32,
@@ -132,7 +133,8 @@ pub(super) struct Stat {
 }
 
 impl Stat {
-    /// The second field is a program's name in brackets, and may hold anything.
+    /// Parses a line. The second field is the program's name in brackets, and may contain any
+    /// characters.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let (pid, rest) = text.split_once(" (")?;
         let (_name, rest) = rest.rsplit_once(") ")?;
@@ -147,16 +149,16 @@ impl Stat {
     }
 }
 
-/// How far a job is.
+/// How far a job has come.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Progress {
-    /// Waits for its turn.
+    /// It waits for its turn.
     Queued,
-    /// Spawned; its run folder is not there yet.
+    /// It was spawned; its run directory does not exist yet.
     Starting { pid: i32, at: i64 },
-    /// Runs.
+    /// It runs.
     Running { identity: Identity, at: i64 },
-    /// Over.
+    /// It has ended.
     Ended {
         state: JobState,
         reason: &'static str,
@@ -166,9 +168,9 @@ pub(super) enum Progress {
     },
 }
 
-/// How a job ended, from its exit code and from what was done to it.
+/// The state of an ended job, from its exit code and from why it was ended.
 pub(super) fn ended_state(record: &Record, code: Option<i32>) -> (JobState, Option<JobExit>) {
-    // A shell says 128 + n of a program that a signal ended.
+    // A shell reports 128 + n for a program that was killed by signal n.
     let exit = code.map(|code| match code {
         129..=192 => JobExit {
             code: 0,
@@ -185,7 +187,7 @@ pub(super) fn ended_state(record: &Record, code: Option<i32>) -> (JobState, Opti
     (state, exit)
 }
 
-/// What the scheduler says of a job.
+/// The scheduler's view of a job.
 pub(super) fn view(record: &Record, progress: &Progress, host: &str) -> JobView {
     let mut view = JobView {
         id: record.id.clone(),

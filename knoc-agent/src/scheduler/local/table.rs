@@ -1,4 +1,4 @@
-//! The table of local jobs: what each one does next. Blocking; one caller at a time.
+//! The table of local jobs, and what each of them does next. Blocking; one caller at a time.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -20,7 +20,7 @@ use crate::scheduler::{Cancel, JobRef, JobState, JobView, SchedulerError, Submit
 struct Job {
     record: Record,
     progress: Progress,
-    /// TERM was asked for in the instant before the batch script's process was there.
+    /// TERM was requested before the batch script's process existed.
     term_due: bool,
 }
 
@@ -29,7 +29,7 @@ pub(super) struct Table {
     settings: Arc<Settings>,
     boot: String,
     host: String,
-    /// `None` until the job directories were read.
+    /// `None` until the job directories have been read.
     jobs: Option<BTreeMap<u64, Job>>,
 }
 
@@ -44,7 +44,7 @@ impl Table {
         }
     }
 
-    /// Takes a job in, and starts it where there is room.
+    /// Adds a job, and starts it if there is room.
     pub(super) fn submit(
         &mut self,
         request: &SubmitRequest,
@@ -74,7 +74,7 @@ impl Table {
         Ok(id)
     }
 
-    /// All jobs, the oldest first, after everything that is due was done.
+    /// All jobs, oldest first, after everything that was due has been done.
     pub(super) fn views(&mut self, now: i64) -> Result<Vec<JobView>, SchedulerError> {
         self.load()?;
         self.tick(now);
@@ -103,7 +103,7 @@ impl Table {
                 job.over(None, "", None, now);
             }
             (Progress::Running { identity, .. }, Cancel::Stop) => {
-                // A job without a process is about to end.
+                // A job without a process is about to end anyway.
                 process::signal_batch(identity, Signal::SIGUSR1);
             }
             (Progress::Running { identity, .. }, Cancel::Terminate) => {
@@ -149,7 +149,7 @@ impl Table {
         }
     }
 
-    /// Ids grow over the life of the state directory, so that none is given twice.
+    /// IDs grow over the lifetime of the state directory, so that none is used twice.
     fn next_number(&self) -> Result<u64, SchedulerError> {
         let root = self
             .settings
@@ -207,12 +207,12 @@ impl Job {
         }
     }
 
-    /// Its job directory was removed: the pod is forgotten.
+    /// Whether its job directory was removed, which means that the pod was forgotten.
     fn is_forgotten(&self) -> bool {
         matches!(self.progress, Progress::Ended { .. }) && !self.record.jobdir.exists()
     }
 
-    /// Brings the progress up to what files and processes say.
+    /// Updates the progress from the job's files and processes.
     fn look(&mut self, boot: &str, now: i64) {
         match &self.progress {
             Progress::Ended { .. } => {}
@@ -235,14 +235,14 @@ impl Job {
             self.progress = Progress::Running { identity, at };
             self.look(boot, now);
         } else if let Progress::Starting { pid, at } = self.progress {
-            // The folder without an id: the job died between two lines of its wrapper.
+            // If the directory has no id, the wrapper died between its first two commands.
             if !process::is_there(pid) && !run.join("id").exists() {
                 self.over(Some(at), "JobLaunchFailure", None, now);
             }
         } else if self.progress == Progress::Queued && self.record.ending.is_some() {
             self.over(None, "", None, now);
         } else if self.progress == Progress::Queued && run.exists() {
-            // Another agent's start that has not written its id yet, or never will.
+            // Another agent started the job, and the job has not written its id yet, or never will.
             let at = modified(&run).unwrap_or(now);
             if now - at > START_PATIENCE_SECONDS {
                 self.over(Some(at), "JobLaunchFailure", None, now);
@@ -276,7 +276,7 @@ impl Job {
         };
     }
 
-    /// Marks the job for its end and sends the first TERM.
+    /// Marks the job as ending and sends TERM.
     fn end(&mut self, kind: EndingKind, now: i64) -> Result<(), SchedulerError> {
         if self.record.ending.is_none() {
             self.record.ending = Some(Ending { kind, at: now });
@@ -288,7 +288,7 @@ impl Job {
         Ok(())
     }
 
-    /// Time limit, and KILL where TERM did not do.
+    /// Enforces the time limit, and sends KILL if TERM was not enough.
     fn enforce(&mut self, kill_wait: i64, now: i64) {
         let Progress::Running { identity, at } = &self.progress else {
             return;
@@ -347,7 +347,8 @@ impl Job {
     }
 }
 
-/// From the run folder to the id in it is a matter of microseconds, also on a slow file system.
+/// The job writes its id microseconds after it creates the run directory; a slow file system may
+/// take longer.
 const START_PATIENCE_SECONDS: i64 = 30;
 
 fn time_limit(request: &SubmitRequest, site: &Settings) -> Option<i64> {
@@ -383,7 +384,7 @@ fn read_text(path: &Path) -> Option<String> {
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// When the file was written, by the clock of its file system; unix seconds.
+/// The file's modification time by the clock of its file system, in Unix seconds.
 fn modified(path: &Path) -> Option<i64> {
     use std::os::unix::fs::MetadataExt;
     fs::metadata(path).ok().map(|meta| meta.mtime())

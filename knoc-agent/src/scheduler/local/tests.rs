@@ -1,5 +1,7 @@
 use std::{future::ready, path::Path};
 
+use knoc_proto::pod::PodSpec;
+
 use crate::scheduler::{JobExit, JobPhase, JobState};
 
 use super::*;
@@ -22,7 +24,7 @@ impl World {
         Self { dir, local }
     }
 
-    /// What an agent that was killed and started again sees.
+    /// Starts over as an agent that was killed and restarted.
     fn restart(&mut self) {
         self.local = Local::new(self.local.settings.as_ref().clone());
     }
@@ -41,7 +43,10 @@ impl World {
         let uid = PodUid::try_from(uid).unwrap();
         let request = SubmitRequest {
             uid: uid.clone(),
-            spec: Arc::default(),
+            spec: Arc::new(PodSpec::accepted_before(
+                uid.clone(),
+                knoc_proto::pb::PodSpec::default(),
+            )),
             cluster_id: "c".to_owned(),
             attempt: 1,
             jobdir,
@@ -66,7 +71,7 @@ impl World {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        unreachable!("the state did not come; last seen {last:?}");
+        unreachable!("the state was not reached; last seen {last:?}");
     }
 
     async fn ended(&self, job: &JobRef) -> JobView {
@@ -157,7 +162,7 @@ async fn a_job_outlives_the_agent_and_its_exit_code_is_known() {
 }
 
 #[tokio::test]
-async fn a_job_is_started_once_whoever_starts_it() {
+async fn a_job_is_started_once_by_any_agent() {
     let mut world = World::with(|settings| Settings {
         max_running: 1,
         ..settings
@@ -180,7 +185,7 @@ async fn a_job_is_started_once_whoever_starts_it() {
     world
         .wait(&second, |view| view.state.phase() == JobPhase::Running)
         .await;
-    // The agent is killed after the start and knows nothing of it.
+    // The agent is killed right after the start and has not recorded it.
     world.restart();
     world
         .wait(&second, |view| view.state == JobState::Running)
@@ -204,7 +209,7 @@ async fn cancel_means_what_it_says() {
     world.local.cancel(&job, Cancel::Queued).await.unwrap();
     assert_eq!(world.wait(&job, |_| true).await.state, JobState::Running);
     let out = world.dir.path().join("pods/a/batch.out");
-    // The trap is set a moment after the job runs.
+    // The trap is set a moment after the job has started.
     world.local.cancel(&job, Cancel::Terminate).await.unwrap();
     let view = world.ended(&job).await;
     assert!(
@@ -213,7 +218,7 @@ async fn cancel_means_what_it_says() {
         read(out)
     );
 
-    // The batch script ignores USR1 until a shim asks for it, and a shell cannot.
+    // The batch script ignores USR1 until a shim asks for it, which a shell cannot do.
     let told = world
         .submit(
             "c",
@@ -243,7 +248,7 @@ async fn cancel_means_what_it_says() {
 }
 
 #[tokio::test]
-async fn an_unknown_job_is_missing_and_a_wrong_uid_is_no_job() {
+async fn an_unknown_job_or_a_wrong_uid_is_missing() {
     let world = World::new();
     let job = world.submit("a", "exit 0").await;
     let stranger = JobRef::new(job.id.clone(), PodUid::try_from("other").unwrap());

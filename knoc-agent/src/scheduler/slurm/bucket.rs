@@ -1,10 +1,10 @@
-//! The agent's own rate limit on sbatch. Pure: time is an argument.
+//! PURE: the agent's own rate limit on sbatch; time is an argument.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A token bucket that hands out places in advance: who comes late waits longer, in order.
+/// A token bucket that assigns times in advance: later callers wait longer, in order.
 #[derive(Debug)]
 pub(super) struct Bucket {
     burst: f64,
@@ -29,7 +29,7 @@ impl Bucket {
         }
     }
 
-    /// Takes one token and says how long to wait before using it.
+    /// Takes one token and returns how long to wait before using it.
     pub(super) fn take(&mut self, now: Instant) -> Duration {
         if self.per_second.is_infinite() {
             return Duration::ZERO;

@@ -1,4 +1,5 @@
-//! What `doctor` asks of Slurm: each command present, the controller, the accounting, the partitions.
+//! What `doctor` checks about Slurm: its commands, the controller, the accounting database and the
+//! partitions.
 
 use std::path::Path;
 
@@ -8,7 +9,7 @@ use super::{Slurm, parse, round};
 use crate::scheduler::SchedulerError;
 
 impl Slurm {
-    /// Findings in the order of the chain.
+    /// The findings, in the order in which a job is submitted.
     pub(in crate::scheduler) async fn checks(&self) -> Vec<pb::Finding> {
         let site = &self.settings;
         let mut all = Vec::new();
@@ -55,7 +56,7 @@ impl Slurm {
         }
     }
 
-    /// The controller, and what it says of local disk.
+    /// Checks the controller, and whether it knows the nodes' local disk.
     async fn controller(&self) -> Vec<pb::Finding> {
         let check = "slurm: controller".to_owned();
         match self.node_info().await {
@@ -77,7 +78,7 @@ impl Slurm {
         }
     }
 
-    /// sinfo shows no node of a partition of this site: why?
+    /// Finds out why sinfo shows no node of this site's partitions.
     async fn nothing_shown(&self, check: String) -> pb::Finding {
         let command = self.question(&self.settings.scontrol);
         let config = self
@@ -91,7 +92,7 @@ impl Slurm {
                     "Slurm hides its nodes from this user: PrivateData={} in slurm.conf",
                     private.join(",")
                 ),
-                "ask the site to take `nodes` out of PrivateData, or to make this user an operator; until then the \
+                "ask Slurm's administrators to remove `nodes` from PrivateData, or to make this user an operator; until then the \
                  node has no capacity, and pods get no time limit of their partition",
             ),
             None => (
@@ -107,7 +108,7 @@ impl Slurm {
         }
     }
 
-    /// No fault of anybody, but worth knowing.
+    /// Informational: it is never a failure.
     fn local_disk(&self) -> pb::Finding {
         let limits = self.known_limits().unwrap_or_default();
         let without: Vec<&str> = limits
@@ -116,7 +117,7 @@ impl Slurm {
             .map(|partition| partition.name.as_str())
             .collect();
         let text = if without.is_empty() {
-            "pods reserve ephemeral-storage by --tmp".to_owned()
+            "pods reserve ephemeral-storage with --tmp".to_owned()
         } else {
             format!(
                 "pods reserve no ephemeral-storage in {}: no node there has TmpDisk in slurm.conf",
@@ -140,12 +141,12 @@ impl Slurm {
             Ok(_) => ok(check, "sacct answers".to_owned()),
             Err(SchedulerError::Command(err)) if round::accounting_disabled(&err) => ok(
                 check,
-                "this site has none: exit codes come from the controller".to_owned(),
+                "accounting storage is disabled: exit codes come from the controller".to_owned(),
             ),
             Err(err) => bad(
                 check,
                 &err,
-                "jobs run on; codes of jobs that left the queue wait for it",
+                "jobs keep running, but the exit codes of jobs that left the queue are not known until sacct answers",
             ),
         }
     }

@@ -1,9 +1,9 @@
-//! Further sbatch flags of a pod against the site's allow-list. Pure.
+//! PURE: checks a pod's additional sbatch flags against the site's allow-list.
 //!
-//! Each element is one whole flag, `--name=value` or `--name` or `-xvalue`: a bare word would be taken
-//! for the script's path by sbatch, so it is refused.
+//! Each element is one whole flag: `--name=value`, `--name` or `-xvalue`. A word without a dash is
+//! rejected, because sbatch would take it for the script's path.
 
-/// Flags that are the agent's own; no site can allow them.
+/// Flags that the agent sets itself; no site can allow them.
 const RESERVED: &[&str] = &[
     "array",
     "batch",
@@ -40,7 +40,7 @@ const RESERVED: &[&str] = &[
     "wrap",
 ];
 
-/// Short forms that sbatch knows.
+/// Short forms of sbatch's flags.
 const SHORT: &[(char, &str)] = &[
     ('A', "account"),
     ('B', "extra-node-info"),
@@ -75,11 +75,12 @@ const SHORT: &[(char, &str)] = &[
     ('x', "exclude"),
 ];
 
-/// Of these the ones without a value: a letter after them is the next flag to sbatch.
+/// Short flags without a value: sbatch parses a letter after them as the next flag.
 const WITHOUT_VALUE: &[char] = &['H', 'I', 'O', 'W', 'k', 's'];
 
-/// Flags of sbatch, or of srun where a wrapper passes them on, that print a help text or a list for some values and end
-/// with success. None of the values means anything else for any of them.
+/// Flags of sbatch (or of srun, to which a wrapper may pass them) that print a help text or a list
+/// for some values and then exit with success. None of these values has another meaning for any of
+/// them.
 const EXPLAINED: &[&str] = &[
     "accel-bind",
     "acctg-freq",
@@ -103,10 +104,10 @@ const EXPLAINED: &[&str] = &[
     "tres-bind",
     "tres-per-task",
 ];
-/// See [`EXPLAINED`]; Slurm does not tell upper from lower case here.
+/// The values that print a help text for [`EXPLAINED`] flags; Slurm ignores their case.
 const EXPLAIN: &[&str] = &["help", "list", "?"];
 
-/// Does sbatch print a help text for `--name=value` instead of submitting a job?
+/// Whether sbatch prints a help text for `--name=value` instead of submitting a job.
 pub(super) fn prints_help(name: &str, value: &str) -> bool {
     let explains = |word: &str| {
         let word = word.trim();
@@ -115,7 +116,7 @@ pub(super) fn prints_help(name: &str, value: &str) -> bool {
     EXPLAINED.contains(&name) && value.split([',', ';']).any(explains)
 }
 
-/// Every flag is allowed, or one message that names all that are not.
+/// Checks that every flag is allowed; the error names all that are not.
 pub(super) fn check(flags: &[String], allowed: &[String]) -> Result<(), String> {
     let problems: Vec<String> = flags
         .iter()
@@ -130,7 +131,7 @@ pub(super) fn check(flags: &[String], allowed: &[String]) -> Result<(), String> 
 
 fn problem(flag: &str, allowed: &[String]) -> Option<String> {
     if flag.contains('\0') {
-        return Some(format!("sbatch flag {flag:?} holds a NUL"));
+        return Some(format!("sbatch flag {flag:?} contains NUL"));
     }
     let mut letters = flag.chars().skip(1);
     if letters.next().is_some_and(|c| WITHOUT_VALUE.contains(&c)) && letters.next().is_some() {
@@ -139,7 +140,9 @@ fn problem(flag: &str, allowed: &[String]) -> Option<String> {
         ));
     }
     let Some(name) = name(flag) else {
-        return Some(format!("{flag:?} is no sbatch flag: write --name=value"));
+        return Some(format!(
+            "{flag:?} is not an sbatch flag: write --name=value"
+        ));
     };
     if RESERVED.contains(&name) {
         return Some(format!("sbatch flag --{name} is set by the agent"));
@@ -162,8 +165,8 @@ fn problem(flag: &str, allowed: &[String]) -> Option<String> {
 fn name(flag: &str) -> Option<&str> {
     if let Some(long) = flag.strip_prefix("--") {
         let name = long.split('=').next().unwrap_or_default();
-        // sbatch takes unambiguous beginnings of names too: only whole names are on lists, so a
-        // beginning is never allowed.
+        // sbatch also accepts unambiguous prefixes of names. The lists contain only whole names, so
+        // a prefix is never allowed.
         return Some(name).filter(|name| !name.is_empty());
     }
     let short = flag.strip_prefix('-')?.chars().next()?;
@@ -173,7 +176,7 @@ fn name(flag: &str) -> Option<&str> {
         .map(|(_, name)| *name)
 }
 
-/// What a flag says behind its name.
+/// The value of a flag.
 fn value(flag: &str) -> &str {
     if flag.starts_with("--") {
         return flag.split_once('=').map_or("", |(_, value)| value);

@@ -1,4 +1,4 @@
-//! What sinfo prints, as capacity and partitions. Pure.
+//! PURE: parses sinfo's output into capacity and partitions.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -8,7 +8,8 @@ use super::Settings;
 use super::parse::{minutes, unexpected};
 use super::shape::PartitionLimits;
 
-/// `sinfo -N -o`: node, partition, up or down, its limits, state, CPUs, MiB, MiB of tmp, gres, features.
+/// `sinfo -N -o`: node, partition, up or down, time limits, state, CPUs, MiB of memory, MiB of tmp,
+/// gres, features.
 pub(super) const SINFO_FORMAT: &str = "%N|%P|%a|%l|%L|%t|%c|%m|%d|%G|%f";
 const MIB: i64 = 1 << 20;
 
@@ -47,7 +48,7 @@ impl<'a> Line<'a> {
         else {
             return None;
         };
-        // `+` after a number: the nodes of one line differ; with -N there is one node a line.
+        // `+` after a number means that the nodes of a line differ; with -N each line is one node.
         let number = |text: &str| text.trim_end_matches('+').parse::<i64>().unwrap_or(0);
         let name = partition.trim_end_matches('*');
         Some(Self {
@@ -67,8 +68,8 @@ impl<'a> Line<'a> {
     }
 }
 
-/// May a job of today start there, sooner or later? Flags stand behind the state: `*` does not
-/// respond, `~` powered down (wakes for a job), `$` maintenance.
+/// Whether a job submitted today can start there sooner or later. Flags follow the state: `*` not
+/// responding, `~` powered down (wakes up for a job), `$` maintenance.
 fn available(state: &str) -> bool {
     let word = state.trim_end_matches(['*', '~', '#', '%', '$', '@', '^', '!', '-']);
     let usable = [
@@ -77,7 +78,7 @@ fn available(state: &str) -> bool {
     !state.ends_with(['*', '$']) && usable.iter().any(|usable| word.starts_with(usable))
 }
 
-/// `gpu:fake:2(S:0),fpga:1` → by name, and by `name:type` where there is one.
+/// Parses `gpu:fake:2(S:0),fpga:1` into counts by name, and by `name:type` if there is a type.
 fn parse_gres(text: &str) -> BTreeMap<String, i64> {
     let mut all = BTreeMap::new();
     let mut depth = 0_u32;
@@ -107,7 +108,7 @@ fn parse_gres(text: &str) -> BTreeMap<String, i64> {
     all
 }
 
-/// `2`, `4K`, `1M`, `16G`.
+/// Parses `2`, `4K`, `1M` or `16G`.
 fn amount(text: &str) -> Option<i64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor = match text.get(digits.len()..)? {
@@ -127,7 +128,8 @@ fn names(text: &str) -> Vec<String> {
     names.map(str::to_owned).collect()
 }
 
-/// Is it an answer at all? No line is one: sinfo shows no nodes to a user who may see none.
+/// Checks that the text is sinfo's output. An empty text is: sinfo shows no nodes to a user who may
+/// not see them.
 pub(super) fn check(text: &str) -> Result<(), String> {
     match text.lines().find(|line| !line.trim().is_empty()) {
         Some(first) if !text.lines().any(|line| Line::parse(line).is_some()) => {
@@ -137,7 +139,8 @@ pub(super) fn check(text: &str) -> Result<(), String> {
     }
 }
 
-/// Capacity of all partitions that the site offers (without double counting), and the partitions.
+/// The capacity of all partitions that the site offers (each node counted once), and the
+/// partitions.
 #[must_use]
 pub(super) fn node_info(text: &str, site: &Settings) -> pb::NodeInfo {
     let lines: Vec<Line<'_>> = text.lines().filter_map(Line::parse).collect();
@@ -145,7 +148,7 @@ pub(super) fn node_info(text: &str, site: &Settings) -> pb::NodeInfo {
     let mut info = pb::NodeInfo::default();
     let mut seen = HashMap::new();
     for line in lines.iter().filter(offered) {
-        // A node is there if any of its partitions can use it now.
+        // A node counts if any of its partitions can use it now.
         let usable = line.available && line.up == "up";
         *seen.entry(line.node).or_insert(false) |= usable;
     }
@@ -201,7 +204,7 @@ fn partitions<'a>(lines: impl Iterator<Item = &'a Line<'a>>) -> Vec<pb::Partitio
     all.into_values().collect()
 }
 
-/// What a job needs to know of the partitions: limits, and the largest `TmpDisk`.
+/// What a job needs to know about the partitions: time limits, and the largest `TmpDisk`.
 #[must_use]
 pub(super) fn limits(text: &str, site: &Settings) -> Vec<PartitionLimits> {
     let mut all: BTreeMap<&str, PartitionLimits> = BTreeMap::new();
@@ -216,13 +219,13 @@ pub(super) fn limits(text: &str, site: &Settings) -> Vec<PartitionLimits> {
                 max_minutes: line.max_minutes.filter(|minutes| *minutes > 0),
                 tmp_mib: 0,
             });
-        // Also of a node that is down: it will be back.
+        // Nodes that are down count too, since they will be back.
         limits.tmp_mib = limits.tmp_mib.max(line.tmp / MIB);
     }
     all.into_values().collect()
 }
 
-/// Does the site offer the line's partition?
+/// Whether the site offers the line's partition.
 fn offered(line: &Line<'_>, site: &Settings) -> bool {
     let policy = site.policy.now();
     let names = &policy.partitions;

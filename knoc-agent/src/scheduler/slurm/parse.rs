@@ -1,9 +1,10 @@
-//! What squeue, sacct and scontrol print, as [`Row`]s. Pure.
+//! PURE: parses the output of squeue, sacct and scontrol into [`Row`]s.
 //!
-//! The formats are ours, so that the columns are the same in every version: a delimiter, and last the
-//! only columns that people can put a delimiter into. All times are UTC, since the commands run with
-//! `TZ=UTC`. A line that is not as asked for is no error, since names and comments may hold line breaks; an answer
-//! without any line as asked for is one.
+//! The formats are given explicitly, so that the columns are the same in every version. They use a
+//! delimiter, and the only columns into which users can put a delimiter come last. All times are
+//! UTC, because the commands run with `TZ=UTC`. A line of another form is skipped, because names
+//! and comments may contain line breaks; an output without any line of the expected form is an
+//! error.
 
 use std::path::{Path, PathBuf};
 
@@ -14,24 +15,24 @@ use knoc_proto::ids::{JobId, PodUid};
 use super::script::{parse_comment, uid_of_comment, uid_of_name};
 use crate::scheduler::{JobExit, JobPhase, JobState, JobView, Marks};
 
-/// `squeue -o`: id, state, reason, partition, nodes, submitted, start, end, limit, name, comment.
+/// `squeue -o`: ID, state, reason, partition, nodes, submitted, start, end, limit, name, comment.
 pub(super) const SQUEUE_FORMAT: &str = "%i|%T|%r|%P|%N|%V|%S|%e|%l|%j|%k";
-/// The same with the working directory at the end: for few jobs, or rare questions.
+/// The same with the working directory at the end, for few jobs or rare queries.
 pub(super) const SQUEUE_FORMAT_DIRECTORY: &str = "%i|%T|%r|%P|%N|%V|%S|%e|%l|%j|%k|%Z";
-/// `sacct -o`.
+/// `sacct -o`: the same columns from the accounting database.
 pub(super) const SACCT_FORMAT: &str = "JobIDRaw,State,Reason,ExitCode,Partition,NodeList,Submit,Start,End,TimelimitRaw,JobName,Comment";
 /// The same with the working directory at the end.
 pub(super) const SACCT_FORMAT_DIRECTORY: &str = "JobIDRaw,State,Reason,ExitCode,Partition,NodeList,Submit,Start,End,TimelimitRaw,JobName,Comment,WorkDir";
-/// Of an answer that cannot be read so many characters are shown.
+/// How many characters are shown of output that cannot be parsed.
 const EXCERPT: usize = 120;
 
-/// One job of this user as Slurm shows it. Whose it is, is not decided here.
+/// One of this user's jobs as Slurm shows it. Which pod it belongs to is decided elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Row {
     pub(super) id: JobId,
     pub(super) name: String,
     pub(super) comment: String,
-    /// Where the format asks for it.
+    /// The working directory, if the format contains it.
     pub(super) directory: Option<PathBuf>,
     pub(super) state: JobState,
     pub(super) submitted_at: Option<i64>,
@@ -46,7 +47,7 @@ pub(super) struct Row {
 }
 
 impl Row {
-    /// What of the job names the pod, whose job directory is in `pods`.
+    /// Which properties of the job name the pod; `pods` is the directory of the job directories.
     #[must_use]
     pub(super) fn marks(&self, uid: &PodUid, pods: &Path) -> Marks {
         let directory = |directory: &PathBuf| *directory == pods.join(uid.as_str());
@@ -69,7 +70,7 @@ impl Row {
             .or_else(by_directory)
     }
 
-    /// The job as one of the pod `uid`.
+    /// The job as a job of the pod `uid`.
     #[must_use]
     pub(super) fn view(&self, uid: PodUid, marks: Marks) -> JobView {
         let (cluster_id, attempt) = parse_comment(&self.comment, &uid).unwrap_or_default();
@@ -94,24 +95,24 @@ impl Row {
     }
 }
 
-/// All jobs of this user in squeue's answer. An answer without any line of the form that was asked for is no answer: a
-/// program that exits with 0 may have printed its help, or a wrapper's own message.
+/// All jobs of this user in squeue's output. An output without any line of the requested form is an
+/// error: a program that exits with 0 may have printed its help, or a wrapper's own message.
 pub(super) fn squeue(text: &str) -> Result<Vec<Row>, String> {
     rows(text, squeue_line)
 }
 
-/// The same, asked for with [`SQUEUE_FORMAT_DIRECTORY`].
+/// The same for output in the format [`SQUEUE_FORMAT_DIRECTORY`].
 pub(super) fn squeue_with_directory(text: &str) -> Result<Vec<Row>, String> {
     rows(text, |line| with_directory(line, squeue_line))
 }
 
-/// All jobs of this user in the accounting's answer; of a job that was requeued, or an id that was given twice, every
-/// life, the oldest first.
+/// All jobs of this user in sacct's output. For a job that was requeued, or an ID that was reused,
+/// it contains every run, the oldest first.
 pub(super) fn sacct(text: &str) -> Result<Vec<Row>, String> {
     rows(text, sacct_line)
 }
 
-/// The same, asked for with [`SACCT_FORMAT_DIRECTORY`].
+/// The same for output in the format [`SACCT_FORMAT_DIRECTORY`].
 pub(super) fn sacct_with_directory(text: &str) -> Result<Vec<Row>, String> {
     rows(text, |line| with_directory(line, sacct_line))
 }
@@ -124,13 +125,14 @@ fn rows(text: &str, line: impl Fn(&str) -> Option<Row>) -> Result<Vec<Row>, Stri
     }
 }
 
-/// An answer that is not of the form that was asked for; `line` is its beginning.
+/// The error for output that does not have the requested form; `line` is its beginning.
 pub(super) fn unexpected(line: &str) -> String {
     let begin: String = line.chars().take(EXCERPT).collect();
-    format!("it is not of the form that was asked for, but begins with {begin:?}")
+    format!("it does not have the requested form; it begins with {begin:?}")
 }
 
-/// The last column is the directory; what stands before it may hold delimiters.
+/// Splits off the working directory, which is the last column; the column before it may contain
+/// delimiters.
 fn with_directory(line: &str, parse: impl Fn(&str) -> Option<Row>) -> Option<Row> {
     let (rest, directory) = line.rsplit_once('|')?;
     Some(Row {
@@ -209,13 +211,13 @@ fn sacct_line(line: &str) -> Option<Row> {
     })
 }
 
-/// A state, also one that no known version has; none where the column is something else.
+/// Parses a state, including unknown ones; `None` if the column is something else.
 fn known_state(text: &str) -> Option<JobState> {
     let first = text.chars().next()?;
     first.is_ascii_uppercase().then(|| JobState::parse(text))
 }
 
-/// What the controller says of one job beyond a [`Row`].
+/// What the controller knows about one job beyond a [`Row`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Detail {
     pub(super) state: JobState,
@@ -225,13 +227,14 @@ pub(super) struct Detail {
     pub(super) submitted_at: Option<i64>,
 }
 
-/// `scontrol show job -o ID`: the job with this id.
+/// `scontrol show job -o ID`: the job with this ID.
 #[must_use]
 pub(super) fn scontrol_job(text: &str, id: &JobId) -> Option<Detail> {
     let head = format!("JobId={id} ");
     let line = text.lines().find(|line| line.starts_with(&head))?;
-    // Values may hold blanks and more `key=value`. Only JobName, of what people can write, stands before the keys that
-    // are read here: the last one that comes before what stands behind them is Slurm's own.
+    // Values may contain blanks and further `key=value` texts. Of the keys that users can set, only
+    // JobName comes before the keys that are read here, so the last match before ` Command=` is
+    // Slurm's own.
     let own = line.split(" Command=").next()?;
     let field = |text: &str, key: &str| {
         let prefix = format!("{key}=");
@@ -257,14 +260,14 @@ pub(super) fn scontrol_job(text: &str, id: &JobId) -> Option<Detail> {
     })
 }
 
-/// `scontrol show config`: the controller's clock, Unix seconds.
+/// `scontrol show config`: the controller's clock in Unix seconds.
 #[must_use]
 pub(super) fn controller_time(text: &str) -> Option<i64> {
     let line = text.lines().next()?;
     time(line.strip_prefix("Configuration data as of ")?.trim())
 }
 
-/// `scontrol show config`: what Slurm hides from plain users. `None`: it does not say.
+/// `scontrol show config`: what Slurm hides from plain users; `None` if the output does not say.
 #[must_use]
 pub(super) fn private_data(text: &str) -> Option<Vec<String>> {
     let mut lines = text.lines().filter_map(|line| line.split_once('='));
@@ -273,13 +276,13 @@ pub(super) fn private_data(text: &str) -> Option<Vec<String>> {
     Some(words.collect())
 }
 
-/// The columns of a line; the last one takes what is left.
+/// The columns of a line; the last one takes the rest.
 fn columns<const N: usize>(line: &str) -> Option<[&str; N]> {
     let columns: Vec<&str> = line.splitn(N, '|').collect();
     columns.try_into().ok()
 }
 
-/// Slurm's many words for nothing.
+/// Replaces Slurm's various words for "no value" with an empty string.
 fn word(text: &str) -> String {
     match text.trim() {
         "None" | "N/A" | "(null)" | "Unknown" | "None assigned" | "n/a" => String::new(),
@@ -287,14 +290,14 @@ fn word(text: &str) -> String {
     }
 }
 
-/// `2026-11-22T18:11:03`, UTC.
+/// Parses `2026-11-22T18:11:03` as UTC.
 fn time(text: &str) -> Option<i64> {
     let civil: DateTime = text.parse().ok()?;
     let zoned = TimeZone::UTC.to_timestamp(civil).ok()?;
     Some(zoned.as_second()).filter(|seconds| *seconds > 0)
 }
 
-/// `64:0`.
+/// Parses an exit status such as `64:0`.
 fn exit(text: &str) -> Option<JobExit> {
     let (code, signal) = text.split_once(':')?;
     Some(JobExit {
@@ -303,7 +306,8 @@ fn exit(text: &str) -> Option<JobExit> {
     })
 }
 
-/// `7-00:00:00`, `1:00:00`, `2:00`, or plain minutes as in `TimelimitRaw`. `None` for no limit.
+/// Parses `7-00:00:00`, `1:00:00`, `2:00`, or plain minutes as in `TimelimitRaw`. `None` if there
+/// is no limit.
 #[must_use]
 pub(super) fn minutes(text: &str) -> Option<i64> {
     let (days, rest) = match text.trim().split_once('-') {

@@ -1,17 +1,17 @@
-//! What sbatch's failures mean. Pure: one table over Slurm's own words.
+//! PURE: classifies sbatch's failures, by a table of Slurm's own messages.
 //!
-//! The texts are those of `slurm_strerror` in 22.05 to 26.05; what could be provoked is recorded in
-//! the fixtures. Words that no row knows are permanent: a pod that fails with Slurm's words is better
-//! than one that is submitted for ever.
+//! The messages are those of `slurm_strerror` in 22.05 to 26.05; those that could be provoked are
+//! recorded in the fixtures. A message that matches no row is permanent: it is better that a pod
+//! fails with Slurm's message than that it is submitted forever.
 
 use crate::command::{CommandError, CommandErrorKind};
 use crate::scheduler::{Refusal, RefusalKind};
 
 use RefusalKind::{Ambiguous, ControllerAway, Permanent, Throttled};
 
-/// First match wins.
+/// The first match wins.
 const TABLE: &[(&str, RefusalKind)] = &[
-    // The request may have arrived.
+    // The request may have reached the controller.
     ("socket timed out", Ambiguous),
     ("zero bytes were transmitted", Ambiguous),
     ("(receive failure)", Ambiguous),
@@ -21,7 +21,7 @@ const TABLE: &[(&str, RefusalKind)] = &[
     ("connection reset", Ambiguous),
     ("unexpected message received", Ambiguous),
     ("insane message length", Ambiguous),
-    // It has not.
+    // The request has not reached the controller.
     ("unable to contact slurm controller", ControllerAway),
     ("connection refused", ControllerAway),
     ("no route to host", ControllerAway),
@@ -35,7 +35,7 @@ const TABLE: &[(&str, RefusalKind)] = &[
     ("munge", ControllerAway),
     ("authentication", ControllerAway),
     ("auth_g_create", ControllerAway),
-    // A limit of now: the specific words of a limit that waiting does not cure come first.
+    // A limit that may pass. Messages about limits that waiting does not lift come first.
     ("maxsubmit", Throttled),
     ("grpsubmit", Throttled),
     ("perjoblimit", Permanent),
@@ -61,36 +61,37 @@ const TABLE: &[(&str, RefusalKind)] = &[
     ("no space left", Throttled),
 ];
 
-/// What the words mean.
+/// Classifies a message.
 #[must_use]
-pub(super) fn classify(words: &str) -> RefusalKind {
-    let words = words.to_lowercase();
+pub(super) fn classify(message: &str) -> RefusalKind {
+    let message = message.to_lowercase();
     TABLE
         .iter()
-        .find(|(text, _)| words.contains(text))
+        .find(|(text, _)| message.contains(text))
         .map_or(Permanent, |(_, kind)| *kind)
 }
 
-/// The refusal that a failed sbatch is.
+/// The error for a failed sbatch.
 #[must_use]
 pub(super) fn of_command(err: CommandError) -> Refusal {
-    let words = err.words().map(trim_words);
-    let kind = match (&err.kind, &words) {
+    let message = err.message().map(trim_message);
+    let kind = match (&err.kind, &message) {
         (CommandErrorKind::NotFound | CommandErrorKind::Spawn(_), _) => ControllerAway,
-        (CommandErrorKind::Exit { code: Some(_), .. }, Some(words)) => classify(words),
+        (CommandErrorKind::Exit { code: Some(_), .. }, Some(message)) => classify(message),
         (CommandErrorKind::Timeout { .. } | CommandErrorKind::Exit { .. }, _) => Ambiguous,
     };
-    let words = words
+    let message = message
         .filter(|_| kind != Ambiguous)
         .unwrap_or_else(|| err.to_string());
     Refusal {
         kind,
-        words,
+        words: message,
         command: Some(err),
     }
 }
 
-/// sbatch says that no node has what a job asks for, and not what it is. Local disk is what people suspect last.
+/// sbatch reports that no node has what a job requests, but not which request. Users rarely suspect
+/// local disk, so the message mentions it.
 #[must_use]
 pub(super) fn explain(mut refusal: Refusal, argv: &[String]) -> Refusal {
     let tmp = argv.iter().find_map(|arg| arg.strip_prefix("--tmp="));
@@ -109,9 +110,9 @@ pub(super) fn explain(mut refusal: Refusal, argv: &[String]) -> Refusal {
     refusal
 }
 
-/// Slurm's words without `sbatch: error: ` at the head of each line; its progress notes go.
-fn trim_words(words: &str) -> String {
-    let lines = words.lines().map(|line| {
+/// Removes `sbatch: error: ` from the start of each line, and sbatch's progress notes.
+fn trim_message(message: &str) -> String {
+    let lines = message.lines().map(|line| {
         let line = line.trim();
         line.strip_prefix("sbatch: error: ")
             .or_else(|| line.strip_prefix("sbatch: "))
@@ -130,7 +131,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn words_of_slurm() {
+    fn messages_of_slurm_are_classified() {
         let cases = [
             ("Invalid partition name specified", Permanent),
             (
@@ -186,8 +187,8 @@ mod tests {
                 ControllerAway,
             ),
         ];
-        for (words, kind) in cases {
-            assert_eq!(classify(words), kind, "{words}");
+        for (message, kind) in cases {
+            assert_eq!(classify(message), kind, "{message}");
         }
     }
 
@@ -216,8 +217,8 @@ mod tests {
             Ambiguous
         );
         assert_eq!(failed(exit(Some(1), None, "")).kind, Ambiguous);
-        let words = "sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed: Invalid partition name specified\n";
-        let refusal = failed(exit(Some(1), None, words));
+        let message = "sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed: Invalid partition name specified\n";
+        let refusal = failed(exit(Some(1), None, message));
         assert_eq!(refusal.kind, Permanent);
         assert_eq!(
             refusal.to_string(),
@@ -228,23 +229,23 @@ mod tests {
 
     #[test]
     fn a_refusal_for_what_no_node_has_names_the_disk() {
-        let refused = |argv: &[&str], words: &str| {
+        let refused = |argv: &[&str], message: &str| {
             let argv: Vec<String> = argv.iter().map(ToString::to_string).collect();
-            explain(Refusal::permanent(words), &argv).words
+            explain(Refusal::permanent(message), &argv).words
         };
-        let words = "Batch job submission failed: Requested node configuration is not available";
-        let with = refused(&["sbatch", "--tmp=1024M"], words);
+        let message = "Batch job submission failed: Requested node configuration is not available";
+        let with = refused(&["sbatch", "--tmp=1024M"], message);
         assert!(with.contains("1024M") && with.contains("TmpDisk"), "{with}");
-        assert_eq!(refused(&["sbatch"], words), words);
+        assert_eq!(refused(&["sbatch"], message), message);
         assert_eq!(
             refused(&["--tmp=1M"], "Invalid qos specification"),
             "Invalid qos specification"
         );
     }
 
-    /// What the real programs said: `tests/testbed/record-slurm.sh`.
+    /// Checks the messages that the real programs printed: `tests/testbed/record-slurm.sh`.
     #[test]
-    fn recorded_words() {
+    fn recorded_messages_are_classified() {
         let cases = [
             ("partition", Permanent),
             ("account", Permanent),
@@ -280,15 +281,16 @@ mod tests {
             let root = root.join(format!("tests/fixtures/slurm-{version}/refusals"));
             for (case, kind) in cases {
                 let text = std::fs::read_to_string(root.join(format!("{case}.txt"))).unwrap();
-                let (head, words) = text.split_once('\n').unwrap();
-                // Some versions accept what others refuse; 124 is the recorder's own patience.
+                let (head, message) = text.split_once('\n').unwrap();
+                // Some versions accept what others refuse; 124 means that the recorder's own
+                // time-out expired.
                 if ["exit 0", "exit 124"].contains(&head) {
                     continue;
                 }
                 assert_eq!(
-                    classify(&trim_words(words)),
+                    classify(&trim_message(message)),
                     kind,
-                    "{version} {case}: {words}"
+                    "{version} {case}: {message}"
                 );
                 checked += 1;
             }

@@ -1,4 +1,5 @@
-//! One batched question for all jobs: squeue, then sacct for those that left the queue or have ended.
+//! One batched query for all jobs: squeue, and then sacct for those that have left the queue or
+//! ended.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,15 +12,16 @@ use crate::scheduler::{
     Accounting, JobPhase, JobRef, JobState, JobView, Marks, Round, SchedulerError,
 };
 
-/// Job ids of one sacct: keeps argv far below its limit.
+/// The number of job IDs in one sacct call, which keeps its arguments far below the limit.
 const SACCT_BATCH: usize = 2000;
-/// Without accounting every ended job costs a question; the rest has its turn in the next round.
+/// Without accounting, every ended job costs one query; the remaining jobs are queried in the next
+/// round.
 const SCONTROL_BATCH: usize = 32;
 
-/// Is there no accounting at this site?
+/// Whether the site has no accounting storage.
 pub(super) fn accounting_disabled(err: &CommandError) -> bool {
-    let words = err.words().unwrap_or_default().to_lowercase();
-    words.contains("accounting storage is disabled")
+    let message = err.message().unwrap_or_default().to_lowercase();
+    message.contains("accounting storage is disabled")
 }
 
 pub(super) async fn round(slurm: &Slurm, known: &[JobRef]) -> Result<Round, SchedulerError> {
@@ -74,15 +76,16 @@ pub(super) fn unreadable(program: &'static str, problem: String) -> SchedulerErr
     SchedulerError::Answer { program, problem }
 }
 
-/// What squeue showed, by whose it is.
+/// The rows of squeue, sorted by whose they are.
 #[derive(Debug, Default)]
 struct Sorted {
     jobs: Vec<JobView>,
-    /// Rows with the id of a job of ours that nothing in them confirms or excludes.
+    /// Rows that have the ID of one of our jobs, and in which nothing confirms or excludes that
+    /// they are ours.
     doubts: Vec<(Row, JobRef)>,
 }
 
-/// Jobs that are asked for by their id, all others by the pod that they name.
+/// Matches jobs that were asked for by their ID, and all others by the pod that they name.
 fn sort(rows: Vec<Row>, known: &[JobRef], pods: &std::path::Path) -> Sorted {
     let mut by_id: HashMap<&JobId, Vec<&JobRef>> = HashMap::new();
     for job in known {
@@ -111,7 +114,8 @@ fn sort(rows: Vec<Row>, known: &[JobRef], pods: &std::path::Path) -> Sorted {
     sorted
 }
 
-/// Asks the controller about each doubtful job. Returns the jobs that are doubtful still: nobody may call them missing.
+/// Asks the controller about each doubtful job. Returns the jobs that are still doubtful, which
+/// must not be reported as missing.
 async fn examine(
     slurm: &Slurm,
     jobs: &mut Vec<JobView>,
@@ -128,7 +132,7 @@ async fn examine(
         match decided {
             Some(Whose::Ours(marks)) => jobs.push(row.view(job.uid, marks)),
             Some(Whose::Stranger) => {
-                tracing::info!(job = %job.id, uid = %job.uid, "the id is another job's by now");
+                tracing::info!(job = %job.id, uid = %job.uid, "the ID belongs to another job by now");
             }
             Some(Whose::Doubt) | None => {
                 undecided.insert((job.id, job.uid));
@@ -138,7 +142,8 @@ async fn examine(
     undecided
 }
 
-/// Whose the doubtful job is. `None`: the controller gave no answer. `ahead` keeps what its clock said.
+/// Decides whose the doubtful job is; `None` if the controller did not answer. `ahead` caches the
+/// offset of its clock.
 pub(super) async fn look_closer(
     slurm: &Slurm,
     row: &Row,
@@ -150,7 +155,7 @@ pub(super) async fn look_closer(
     let text = slurm.answer("scontrol", command).await.ok()?;
     let detail = parse::scontrol_job(&text, &job.id)?;
     if detail.submitted_at != row.submitted_at {
-        // It was requeued, or the id was given again, between the two questions.
+        // The job was requeued, or the ID was reused, between the two queries.
         return None;
     }
     if ahead.is_none() {
@@ -159,7 +164,7 @@ pub(super) async fn look_closer(
     Some(whose::decide(row, &detail, job, slurm.pods(), *ahead))
 }
 
-/// By how many seconds the controller's clock is ahead of ours.
+/// How many seconds the controller's clock is ahead of ours.
 async fn clock(slurm: &Slurm) -> Option<i64> {
     let command = slurm.question(&slurm.settings.scontrol);
     let command = command.args(["show", "config"]);
@@ -191,9 +196,9 @@ fn to_ask(jobs: &[JobView], known: &[JobRef], undecided: &HashSet<(JobId, PodUid
     asked.cloned().collect()
 }
 
-/// Rows of the accounting take the place of squeue's ended jobs, since they know the exit. A row that
-/// is not of an ended job says nothing: the accounting is late, or the controller lost the job and
-/// the row will stay so for ever.
+/// Rows of the accounting database replace squeue's ended jobs, because they contain the exit code.
+/// A row of a job that has not ended is ignored: the database is late, or the controller lost the
+/// job and the row will stay like this forever.
 fn merge(jobs: &mut Vec<JobView>, rows: &[Row], asked: &[JobRef], pods: &std::path::Path) {
     let mut by_id: HashMap<&JobId, Vec<&Row>> = HashMap::new();
     for row in rows {
@@ -222,8 +227,8 @@ fn merge(jobs: &mut Vec<JobView>, rows: &[Row], asked: &[JobRef], pods: &std::pa
     }
 }
 
-/// A requeued job has a row for every life: the last one counts, also where it runs. What follows a life that was
-/// requeued is the same job, whatever it is called by then.
+/// A requeued job has a row for every run; the last one counts, even if it is still running. A row
+/// that follows a requeued run is the same job, whatever its name is by then.
 fn newest_life(lives: &[&Row], job: &JobRef, pods: &std::path::Path) -> Option<JobView> {
     let mut newest: Option<JobView> = None;
     let mut restarts = 0;
@@ -244,7 +249,8 @@ fn was_requeued(life: &JobView) -> bool {
     life.state == JobState::Requeued
 }
 
-/// The controller remembers an ended job for `MinJobAge`: its exit code is there too, one job a question.
+/// The controller keeps an ended job for `MinJobAge`; this reads the exit code from it, with one
+/// query per job.
 async fn exits_from_controller(slurm: &Slurm, jobs: &mut [JobView], asked: &[JobRef]) {
     let ended = jobs.iter_mut().filter(|view| {
         view.exit.is_none()

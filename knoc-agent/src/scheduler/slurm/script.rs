@@ -1,7 +1,8 @@
-//! The batch script and sbatch's arguments. Pure.
+//! PURE: the batch script and sbatch's arguments.
 //!
-//! Nothing of a pod stands in the script; in the arguments its strings are single argv elements. The
-//! script is the site's prelude and one `exec` of the shim, whose two paths are the agent's own.
+//! The script contains nothing from the pod, and in the arguments each string of the pod is a
+//! single argv element. The script is the site's prelude and one `exec` of the shim, with two paths
+//! that the agent chose.
 
 use std::path::Path;
 
@@ -14,9 +15,10 @@ use super::shape::{PartitionLimits, Shape, partition};
 use crate::config::Policy;
 use crate::scheduler::{Refusal, Rendered, SubmitRequest};
 
-/// First word of every comment: the version of its form.
+/// The first word of every comment: the version of its format.
 const COMMENT_VERSION: &str = "knoc/1";
-/// Slurm takes 1024 bytes of comment; the parts that are not ours are cut to this.
+/// Slurm limits a comment to 1024 bytes; the parts that come from Kubernetes are cut to this
+/// length.
 const COMMENT_PART: usize = 253;
 
 /// The name of every job of a pod.
@@ -25,14 +27,14 @@ pub(in crate::scheduler) fn job_name(uid: &PodUid) -> String {
     format!("knoc-{uid}")
 }
 
-/// The pod's uid, where a job's name is one of ours.
+/// The pod's UID, if the job's name is one of ours.
 #[must_use]
 pub(in crate::scheduler) fn uid_of_name(name: &str) -> Option<PodUid> {
     name.strip_prefix("knoc-")
         .and_then(|uid| PodUid::try_from(uid).ok())
 }
 
-/// `knoc/1 <cluster id> <namespace>/<pod> <uid> <attempt>`; `-` stands for no cluster.
+/// `knoc/1 <cluster ID> <namespace>/<pod> <UID> <attempt>`; `-` means no cluster.
 fn comment(request: &SubmitRequest) -> String {
     let SubmitRequest {
         uid, spec, attempt, ..
@@ -57,7 +59,8 @@ fn word(text: &str) -> String {
     text.chars().take(COMMENT_PART).map(clean).collect()
 }
 
-/// What a comment of ours says: cluster id and attempt. `None`: not ours, or of another pod.
+/// The cluster ID and the attempt in a comment of ours; `None` if it is not ours, or of another
+/// pod.
 #[must_use]
 pub(super) fn parse_comment(comment: &str, uid: &PodUid) -> Option<(String, u32)> {
     let mut words = comment.split(' ');
@@ -76,7 +79,7 @@ pub(super) fn uid_of_comment(comment: &str) -> Option<PodUid> {
     parse_comment(comment, &uid).map(|_| uid)
 }
 
-/// What is submitted for a pod.
+/// Renders what is submitted for a pod.
 pub(super) fn render(
     request: &SubmitRequest,
     site: &Settings,
@@ -103,7 +106,8 @@ pub(super) fn render(
     })
 }
 
-/// Partitions, accounts and QOS that the pod names and the site's policy does not, a sentence each.
+/// The partitions, accounts and QOS that the pod names and the site's policy does not allow, one
+/// sentence each.
 fn foreign_choices(job: &pb::JobRequest, policy: &Policy) -> Vec<String> {
     let lists = [
         (
@@ -117,7 +121,7 @@ fn foreign_choices(job: &pb::JobRequest, policy: &Policy) -> Vec<String> {
     ];
     let mut problems = Vec::new();
     for (what, named, allowed, key) in lists {
-        // Slurm takes several, separated by commas.
+        // Slurm accepts several, separated by commas.
         let foreign = named
             .split(',')
             .filter(|name| !name.is_empty() && !allowed.is_empty())
@@ -132,7 +136,7 @@ fn foreign_choices(job: &pb::JobRequest, policy: &Policy) -> Vec<String> {
 
 fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, Refusal> {
     let dir = path_text(&request.jobdir)?;
-    // In file names of sbatch `%` begins a pattern.
+    // In sbatch's file names, `%` starts a pattern.
     let output = dir.replace('%', "%%");
     Ok(vec![
         "--parsable".to_owned(),
@@ -147,10 +151,11 @@ fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, Refus
             "--no-requeue"
         }
         .to_owned(),
-        // All of an environment that holds only what the site names. A list of names would make
-        // slurmd run a login shell for each job.
+        // The environment contains only what the site names, so all of it is exported. A list of
+        // names would make slurmd run a login shell for each job.
         "--export=ALL".to_owned(),
-        // sbatch would hand on the limits of the agent's own process, and so those of the shell that started it.
+        // sbatch would pass on the resource limits of the agent's own process, which come from the
+        // shell that started it.
         "--propagate=NONE".to_owned(),
     ])
 }
@@ -206,7 +211,7 @@ fn choices(job: &pb::JobRequest, site: &Settings) -> Vec<String> {
     argv
 }
 
-/// The batch script.
+/// Renders the batch script.
 pub(in crate::scheduler) fn script(
     prelude: &str,
     shim: &Path,
@@ -218,8 +223,9 @@ pub(in crate::scheduler) fn script(
         script.push_str(prelude.trim_end());
         script.push('\n');
     }
-    // USR2 warns of the time limit, USR1 is the agent's own stop. Both end a process that does not know them, and the
-    // shim of the job directory may be an older one: what is ignored here stays so until a shim asks for it.
+    // USR2 announces the time limit, and USR1 is the agent's own stop signal. Both end a process
+    // that does not handle them, and the shim of the job directory may be an older one. So they are
+    // ignored until a shim installs handlers.
     script.push_str("trap '' USR1 USR2\n");
     script.push_str("exec ");
     script.push_str(&[&shim, "shim", &jobdir].join(" "));
@@ -239,7 +245,7 @@ fn path_text(path: &Path) -> Result<&str, Refusal> {
     })
 }
 
-/// One word of a POSIX shell, whatever is in it.
+/// Quotes any text as one word of a POSIX shell.
 #[must_use]
 pub(in crate::scheduler) fn quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))

@@ -1,4 +1,4 @@
-//! What the Slurm commands need of the site file. Pure data; the defaults suit a plain Slurm.
+//! What the Slurm commands need from the site file. The defaults suit a plain Slurm.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,54 +8,56 @@ use crate::command::login_environment;
 use crate::config::{Config, Policy, text};
 use crate::policy::Live;
 
-/// How this site's Slurm is asked, and what jobs get that say nothing.
+/// How this site's Slurm is called, and the defaults for jobs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// Paths of the commands; a bare name is looked up in `path`.
+    /// Path of sbatch; a bare name is looked up in `path`.
     pub sbatch: PathBuf,
-    /// See `sbatch`.
+    /// Path of squeue, like `sbatch`.
     pub squeue: PathBuf,
-    /// See `sbatch`.
+    /// Path of sacct, like `sbatch`.
     pub sacct: PathBuf,
-    /// See `sbatch`.
+    /// Path of scancel, like `sbatch`.
     pub scancel: PathBuf,
-    /// See `sbatch`.
+    /// Path of sinfo, like `sbatch`.
     pub sinfo: PathBuf,
-    /// See `sbatch`.
+    /// Path of scontrol, like `sbatch`.
     pub scontrol: PathBuf,
     /// PATH of the commands.
     pub path: String,
-    /// `SLURM_CONF` of the commands, where it is not Slurm's built-in one.
+    /// `SLURM_CONF` of the commands, if it is not Slurm's built-in path.
     pub conf: Option<PathBuf>,
-    /// Further environment of the commands, and of the jobs: all that a batch script gets beside Slurm's own.
+    /// Further environment of the commands and of the jobs: a batch script gets only this in
+    /// addition to Slurm's own variables.
     pub env: BTreeMap<String, String>,
-    /// Lines of the batch script before the shim (`module load …`). The site's own words, never a pod's.
+    /// Lines of the batch script before the shim (`module load …`). They come from the site file,
+    /// never from a pod.
     pub prelude: String,
-    /// For pods that name none.
+    /// Partition of pods that name none.
     pub partition: Option<String>,
-    /// For pods that name none.
+    /// Account of pods that name none.
     pub account: Option<String>,
-    /// For pods that name none.
+    /// QOS of pods that name none.
     pub qos: Option<String>,
-    /// Which partitions, accounts, QOS and flags pods may name, as it is now.
+    /// The current policy: which partitions, accounts, QOS and flags pods may name.
     pub policy: Live,
-    /// Time limit for pods that name none; else the partition's.
+    /// Time limit of pods that name none; if unset, the partition's.
     pub default_time_minutes: Option<i64>,
     /// Extended resource → Slurm's gres name, such as `"amd.com/gpu" = "gpu"`.
     pub gres: BTreeMap<String, String>,
-    /// Added to the pod's memory for the shim.
+    /// Memory for the shim, which is added to the pod's memory.
     pub shim_memory_mib: i64,
-    /// Submissions that may come in a burst.
+    /// How many submissions may come in a burst.
     pub submit_burst: u32,
-    /// Submissions a second after that.
+    /// How many submissions per second are allowed after a burst.
     pub submit_per_second: f64,
-    /// `sbatch` processes at the same time.
+    /// How many `sbatch` processes may run at the same time.
     pub submit_concurrency: usize,
     /// Deadline of each command.
     pub deadline: Duration,
-    /// Shortest time between two rounds.
+    /// The shortest interval between two rounds.
     pub round_interval: Duration,
-    /// Folder of the job directories, one a pod: a job works in its pod's.
+    /// Directory of the job directories, one per pod; a job's working directory is that of its pod.
     pub pods: PathBuf,
 }
 
@@ -125,7 +127,7 @@ impl From<&Config> for Settings {
 }
 
 impl Settings {
-    /// As the site file has it; `pods` is the folder of the job directories.
+    /// The settings of the site file; `pods` is the directory of the job directories.
     #[must_use]
     pub fn of_site(site: &Config, pods: PathBuf) -> Self {
         Self {
@@ -134,8 +136,8 @@ impl Settings {
         }
     }
 
-    /// The program as an absolute path: a bare name is looked up in the site's PATH, not in the
-    /// agent's. A name that is nowhere becomes a path that is not there.
+    /// The program as an absolute path. A bare name is looked up in the site's PATH, not in the
+    /// agent's; if it is not found, the result is a path that does not exist.
     #[must_use]
     pub fn find(&self, program: &Path) -> PathBuf {
         if program.components().count() > 1 {

@@ -1,5 +1,5 @@
-//! What a pod asks of Slurm, in Slurm's units. Pure: shape of the pod and settings of the site in,
-//! numbers or a refusal out.
+//! PURE: computes what a pod requests from Slurm, in Slurm's units, from the pod's spec and the
+//! site's settings.
 
 use std::collections::BTreeMap;
 
@@ -11,14 +11,15 @@ use super::flags;
 use crate::scheduler::Refusal;
 
 const MIB: i64 = 1 << 20;
-/// Below this limit Slurm's own TERM at the end has to do: `--signal` may come [`SIGNAL_EARLY_SECONDS`] too early.
+/// Below this time limit `--signal` is not used, because it may come [`SIGNAL_EARLY_SECONDS`] too
+/// early; Slurm's own TERM at the limit must be enough.
 const SIGNAL_FLOOR_SECONDS: i64 = 300;
-/// Slurm looks once a minute whom to warn.
+/// Slurm checks once a minute which jobs to warn.
 const SIGNAL_EARLY_SECONDS: i64 = 60;
-/// Beside the pod's grace, for the final report.
+/// Time for the final report, in addition to the pod's grace period.
 const SIGNAL_SLACK_SECONDS: i64 = 15;
 
-/// What a partition grants, as far as it matters for a time limit.
+/// The limits of a partition that matter here.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct PartitionLimits {
     pub(super) name: String,
@@ -29,27 +30,28 @@ pub(super) struct PartitionLimits {
     pub(super) tmp_mib: i64,
 }
 
-/// Resources of one job.
+/// The resources of one job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Shape {
     pub(super) nodes: i64,
     pub(super) ntasks: i64,
     pub(super) cpus_per_task: i64,
-    /// Per node; `None`: the partition's default.
+    /// Memory per node; `None` means the partition's default.
     pub(super) memory_mib: Option<i64>,
     pub(super) tmp_mib: Option<i64>,
-    /// `None`: unlimited.
+    /// `None` means unlimited.
     pub(super) time_minutes: Option<i64>,
-    /// How long before the limit the shim gets USR2; `None`: only Slurm's own TERM at the limit.
+    /// How many seconds before the time limit the shim gets USR2; if `None`, the only signal is
+    /// Slurm's own TERM at the limit.
     pub(super) signal_seconds: Option<i64>,
     pub(super) gres: Vec<String>,
     pub(super) requeue: bool,
-    /// What the pod asks for and the job does not, a sentence each.
+    /// What the pod asks for and the job does not request, one sentence each.
     pub(super) notes: Vec<String>,
 }
 
 impl Shape {
-    /// The shape of the job of `spec` at a site.
+    /// The resources of the job of `spec` at this site.
     pub(super) fn of(
         spec: &pb::PodSpec,
         site: &Settings,
@@ -82,7 +84,7 @@ impl Shape {
     }
 }
 
-/// `a / b`, rounded up; both positive.
+/// `a / b`, rounded up; both are positive.
 fn ceil(a: i64, b: i64) -> i64 {
     a / b + i64::from(a % b != 0)
 }
@@ -112,7 +114,7 @@ fn ephemeral(container: &pb::Container) -> i64 {
     positive(asked).unwrap_or_else(|| limit(container).ephemeral_storage_bytes)
 }
 
-/// The larger of what one init container needs and what the containers need together.
+/// The larger one of what the largest init container needs and what all containers need together.
 fn total(spec: &pb::PodSpec, of: impl Fn(&pb::Container) -> i64) -> i64 {
     let init = spec.init_containers.iter().map(&of).max().unwrap_or(0);
     spec.containers
@@ -143,7 +145,7 @@ fn extended(spec: &pb::PodSpec) -> BTreeMap<String, i64> {
     totals.filter(|(_, total)| *total > 0).collect()
 }
 
-/// `--gres`: as the pod names it, else what its extended resources are here.
+/// The value of `--gres`: as the pod gives it, or else from its extended resources.
 fn gres(
     spec: &pb::PodSpec,
     job: &pb::JobRequest,
@@ -167,15 +169,17 @@ fn gres(
             job.gres
         )));
     }
-    // Who names it says of which kind the devices are to be, and how many: the pod's limits say who uses them.
+    // If the pod names a gres, that decides the kind and the number of devices; the container's
+    // limits decide who uses them.
     if !job.gres.is_empty() {
         return Ok(vec![job.gres.clone()]);
     }
     Ok(all)
 }
 
-/// `--tmp`, and what the user should know of it. Slurm knows of a node's disk only what its site configured: most leave
-/// TmpDisk at 0, and then sbatch refuses every `--tmp`, whatever disk there is.
+/// The value of `--tmp`, and what the user should know about it. Slurm knows only the local disk
+/// that its administrators configured: most leave TmpDisk at 0, and then sbatch refuses every
+/// `--tmp`, whatever disk there is.
 fn local_disk(
     asked: i64,
     job: &pb::JobRequest,
@@ -193,7 +197,7 @@ fn local_disk(
         .map(|known| known.tmp_mib)
         .max()
     else {
-        // Not known here: sbatch has the last word.
+        // Unknown here: sbatch decides.
         return Ok((Some(asked), None));
     };
     let place = named.map_or_else(
@@ -215,9 +219,9 @@ fn local_disk(
     Ok((Some(asked), None))
 }
 
-/// min(deadline of the pod + grace, what it asks for), else the site's default, else the
-/// partition's default, else the partition's maximum. A deadline gets as much more as Slurm's warning may come before
-/// it: the pod's own deadline is to come first.
+/// The smaller one of the pod's deadline plus grace period and the time that the pod requests, else
+/// the site's default, else the partition's default, else the partition's maximum. A deadline is
+/// extended by how early Slurm's warning may come, so that the pod's own deadline comes first.
 fn time_limit(
     spec: &pb::PodSpec,
     job: &pb::JobRequest,
@@ -243,7 +247,7 @@ fn time_limit(
         .or_else(of_partition)
 }
 
-/// The partition a job names, if any.
+/// The partition that a job names, if any.
 pub(super) fn partition(job: &pb::JobRequest, site: &Settings) -> Option<String> {
     let named = Some(job.partition.clone()).filter(|name| !name.is_empty());
     named.or_else(|| site.partition.clone())
@@ -309,7 +313,7 @@ mod tests {
         let shape = Shape::of(&spec, &site, &partitions()).unwrap();
         assert_eq!(
             shape.cpus_per_task, 4,
-            "the init container's 3.2 beats the sum of 1.6"
+            "the init container's 3.2 is larger than the sum of 1.6"
         );
         assert_eq!(shape.memory_mib, Some(3 + 64));
         assert_eq!(shape.gres, ["gpu:2"]);
@@ -399,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn local_disk_is_asked_for_where_slurm_knows_of_any() {
+    fn local_disk_is_requested_if_a_node_has_any() {
         let shape = |mib: i64, partition: &str, partitions: &[PartitionLimits]| {
             let job = pb::JobRequest {
                 ephemeral_storage_bytes: mib * MIB,

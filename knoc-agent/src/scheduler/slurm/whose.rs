@@ -1,34 +1,36 @@
-//! PURE: whose a job is that Slurm shows.
+//! PURE: decides whose job it is that Slurm shows.
 //!
-//! Once `sbatch` has answered, a job is known by its id. Its name, comment and working directory only help to find it:
-//! users (`scontrol update`), submit plugins and wrappers of `sbatch` change them. But the id alone is not enough either,
-//! since a controller that was killed soon after a submission gives the id again. So a job with the id is the pod's if
+//! Once `sbatch` has answered, a job is known by its ID. Its name, comment and working directory
+//! only help to find it: users (`scontrol update`), submit plugins and wrappers of `sbatch` change
+//! them. But the ID alone is not enough either, because a controller that was killed soon after a
+//! submission reuses the ID. So a job with the ID is the pod's job if one of these holds:
 //!
-//! * its name, comment or working directory names the pod, or
-//! * its submit time is the one that Slurm gave for the job before, or
-//! * Slurm has not shown the job before, and it was submitted while our `sbatch` ran, by the controller's clock, or
-//! * it was requeued (which sets its submit time anew, always later, and counts its restarts).
+//! * its name, comment or working directory names the pod,
+//! * its submit time is the one that Slurm reported for the job earlier,
+//! * Slurm has not shown the job before, and it was submitted while our `sbatch` ran, by the
+//!   controller's clock,
+//! * it was requeued, which sets a later submit time and counts its restarts.
 
 use std::path::Path;
 
 use super::parse::{Detail, Row};
 use crate::scheduler::{JobRef, Marks};
 
-/// Submit times are whole seconds, and the clock of the controller is known to the second.
+/// Submit times are whole seconds, and the controller's clock is known to the second.
 const TOLERANCE: i64 = 1;
 
-/// Whose a job is that has the id of one of ours.
+/// Whose a job is that has the ID of one of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Whose {
-    /// The pod's.
+    /// It is the pod's job.
     Ours(Marks),
-    /// Somebody else's: the id was given again.
+    /// It is another job: the ID was reused.
     Stranger,
-    /// What is known does not tell: [`decide`] with more.
+    /// Not enough is known; [`decide`] settles it with the controller's answer.
     Doubt,
 }
 
-/// Is `row`, which has the id of `job`, the job of this pod?
+/// Decides whether `row`, which has the ID of `job`, is the job of this pod.
 #[must_use]
 pub(super) fn judge(row: &Row, job: &JobRef, pods: &Path) -> Whose {
     let marks = row.marks(&job.uid, pods);
@@ -54,8 +56,8 @@ pub(super) fn judge(row: &Row, job: &JobRef, pods: &Path) -> Whose {
     }
 }
 
-/// Settles a doubt with the controller's full answer about the job. `ahead` is by how many seconds the controller's
-/// clock is ahead of this host's; `None` if it could not be asked.
+/// Settles a doubt with the controller's full answer about the job. `ahead` is how many seconds the
+/// controller's clock is ahead of this host's; `None` if it could not be determined.
 #[must_use]
 pub(super) fn decide(
     row: &Row,
@@ -83,7 +85,7 @@ pub(super) fn decide(
     }
 }
 
-/// Did the controller, whose clock is `ahead` of ours, take the job while `sbatch` ran?
+/// Whether the controller, whose clock is `ahead` of ours, accepted the job while `sbatch` ran.
 fn within((began, ended): (i64, i64), submitted: i64, ahead: i64) -> bool {
     let at = submitted.saturating_sub(ahead);
     (began.saturating_sub(TOLERANCE)..=ended.saturating_add(TOLERANCE)).contains(&at)

@@ -100,7 +100,7 @@ mod tests {
         ] {
             assert!(parsed(wrong).is_err(), "{wrong}");
         }
-        assert!(parsed("http").unwrap_err().contains("no port number"));
+        assert!(parsed("http").unwrap_err().contains("not a port number"));
     }
 
     #[test]

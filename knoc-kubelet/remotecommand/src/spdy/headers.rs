@@ -54,6 +54,7 @@ impl Headers {
     }
 
     /// The first value of a name, given in lower case.
+    #[must_use]
     pub fn get(&self, name: &str) -> Option<&str> {
         let mut pairs = self.0.iter();
         pairs

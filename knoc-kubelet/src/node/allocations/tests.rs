@@ -30,8 +30,8 @@ fn requests_of(containers: &Value) -> Amounts {
     requests(&shape(&json!({"containers": containers})))
 }
 
-fn uid(name: &str) -> Uid {
-    name.into()
+fn uid(name: &str) -> PodUid {
+    name.parse().unwrap()
 }
 
 fn amounts(list: &[(&str, i64)]) -> Amounts {
@@ -161,11 +161,11 @@ fn what_ended_frees_its_room_and_a_refused_pod_holds_none() {
     let all = asks(&json!({"cpu": "40"}));
     room.ask(&uid("a"), all.clone(), &node()).unwrap();
     room.ask(&uid("b"), all.clone(), &node()).unwrap_err();
-    room.release("b");
+    room.release(&uid("b"));
     room.ask(&uid("b"), asks(&json!({"cpu": "1m"})), &node())
         .unwrap_err();
-    room.release("a");
-    room.release("a");
+    room.release(&uid("a"));
+    room.release(&uid("a"));
     room.ask(&uid("b"), all, &node()).unwrap();
 }
 
@@ -197,8 +197,8 @@ fn sums_beyond_all_measure_come_back_to_zero() {
     let huge = amounts(&[("cpu", i64::MAX)]);
     room.hold(&uid("a"), huge.clone());
     room.hold(&uid("b"), huge);
-    room.release("a");
-    room.release("b");
+    room.release(&uid("a"));
+    room.release(&uid("b"));
     room.ask(&uid("c"), asks(&json!({"cpu": "40"})), &node())
         .unwrap();
 }

@@ -29,12 +29,21 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
     }
     let shape = knoc_translate::shape(pod);
     if let Err(more) = &shape {
-        problems.extend(more.iter().cloned());
+        let new = more
+            .iter()
+            .filter(|problem| !is_told(problem, &findings.refused));
+        problems.extend(new.cloned());
     }
     match shape {
         Ok(shape) if problems.is_empty() => Ok(shape),
         Ok(_) | Err(_) => Err(Rejection::new("UnsupportedPodSpec", &problems.join("; "))),
     }
+}
+
+/// Does a refusal of the same field, or of one inside it, stand already?
+fn is_told(problem: &str, refused: &[String]) -> bool {
+    let path = problem.split_once(": ").map_or(problem, |(path, _)| path);
+    refused.iter().any(|refusal| refusal.starts_with(path))
 }
 
 /// As `rejectPodAdmissionBasedOnOSSelector` and `…OnOSField` of the kubelet, in their order. The first looks at the pod's
@@ -116,6 +125,34 @@ mod tests {
         assert_eq!(rejection.reason, "UnsupportedPodSpec");
         for part in ["spec.x: no", "`much`", "`soon`"] {
             assert!(rejection.message.contains(part), "{}", rejection.message);
+        }
+    }
+
+    #[test]
+    fn a_volume_of_an_unknown_kind_is_refused_once() {
+        let json = |volume: serde_json::Value| {
+            let mut json = serde_json::to_value(pod(&json!({}))).unwrap();
+            json["spec"]["volumes"] = json!([volume]);
+            json
+        };
+        for (volume, message) in [
+            (
+                json!({"name": "v", "hostPath": {"path": "/"}}),
+                "spec.volumes[v].hostPath: volumes of this kind are not supported yet",
+            ),
+            (
+                json!({"name": "v", "fromTheFuture": {}}),
+                "spec.volumes[v].fromTheFuture: this field is not known to this version of KNoC",
+            ),
+            (
+                json!({"name": "v"}),
+                "spec.volumes[v]: volumes of this kind are not known to this version of KNoC",
+            ),
+        ] {
+            let json = json(volume);
+            let findings = knoc_translate::verdict::judge(&json);
+            let pod: Pod = serde_json::from_value(json).unwrap();
+            assert_eq!(admit(&pod, &findings).unwrap_err().message, message);
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use jiff::Timestamp;
+use knoc_translate::Grace;
 use tokio::time::Instant;
 
 use crate::pods::{
@@ -38,7 +39,7 @@ pub(super) struct AgentSide {
     /// The newest generation that the agent answered for.
     pub(super) ensured: i64,
     /// The shortest grace period that it was told.
-    pub(super) stop: Option<i64>,
+    pub(super) stop: Option<Grace>,
     /// The pod ran or is being deleted, and the agent does not know it (any more).
     pub(super) lost: bool,
 }

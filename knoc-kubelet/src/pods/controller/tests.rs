@@ -9,7 +9,10 @@ mod vanish;
 use std::{collections::BTreeMap, time::Duration};
 
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::pb::{OutcomeKind, PodPhase};
+use knoc_proto::{
+    ids::PodUid,
+    pb::{OutcomeKind, PodPhase},
+};
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinSet};
 
@@ -30,6 +33,10 @@ use agent::FakeAgent;
 use api::FakeApi;
 
 const UID: &str = "0f0f0f0f-0000-4000-8000-000000000001";
+
+fn uid() -> PodUid {
+    UID.parse().unwrap()
+}
 const SOON: Duration = Duration::from_secs(10);
 
 /// One kubelet without Node and Lease: controller, agent watch, Events.
@@ -131,7 +138,7 @@ impl Kubelet {
             },
             "status": {"phase": "Pending"},
         });
-        if let Some(known) = self.store.by_uid(UID) {
+        if let Some(known) = self.store.by_uid(&uid()) {
             json = serde_json::to_value(&*known.pod).unwrap();
         }
         json["metadata"]["resourceVersion"] = self.version.to_string().into();
@@ -139,14 +146,14 @@ impl Kubelet {
         self.api.pod(&json);
         let findings = knoc_translate::verdict::judge(&json);
         let pod: Pod = serde_json::from_value(json).unwrap();
-        let uid: Uid = UID.into();
+        let uid = uid();
         self.store.set_desired(&uid, pod.into(), findings.into());
         self.queue.push(&uid);
     }
 
     fn vanish(&self) {
-        self.store.remove_desired(UID);
-        self.queue.push(&UID.into());
+        self.store.remove_desired(&uid());
+        self.queue.push(&uid());
     }
 
     async fn wait(&self, what: &str, reached: impl Fn(&Self) -> bool) {
@@ -171,7 +178,7 @@ impl Kubelet {
     }
 
     fn phase_now(&self) -> Option<String> {
-        self.store.by_uid(UID)?.pod.status.clone()?.phase
+        self.store.by_uid(&uid())?.pod.status.clone()?.phase
     }
 
     fn called(&self, call: &str) -> usize {
@@ -250,7 +257,7 @@ async fn a_refused_pod_fails_with_all_reasons_and_no_job() {
     kubelet.phase("Failed").await;
     let status = kubelet
         .store
-        .by_uid(UID)
+        .by_uid(&uid())
         .unwrap()
         .pod
         .status
@@ -366,7 +373,7 @@ async fn a_missing_config_map_holds_the_pod_until_it_is_there() {
         pod["spec"]["containers"][0]["envFrom"] = json!([{"configMapRef": {"name": "later"}}]);
     });
     let waits = |kubelet: &Kubelet| {
-        let view = kubelet.store.by_uid(UID)?;
+        let view = kubelet.store.by_uid(&uid())?;
         let statuses = view.pod.status.as_ref()?.container_statuses.as_ref()?;
         statuses[0].state.as_ref()?.waiting.as_ref()?.reason.clone()
     };
@@ -406,7 +413,7 @@ async fn a_known_pod_is_adopted_and_one_that_ran_is_never_run_again() {
     });
     kubelet
         .wait("the agent's pod", |kubelet| {
-            kubelet.store.observed(UID).is_some()
+            kubelet.store.observed(&uid()).is_some()
         })
         .await;
     kubelet.apply(|pod| pod["status"]["phase"] = "Running".into());
@@ -437,7 +444,7 @@ async fn a_newer_leader_ends_this_one() {
 fn fill(kubelet: &Kubelet) {
     let mut allocations = kubelet.context.node.allocations();
     for number in 0..10 {
-        allocations.hold(&format!("other-{number}").into(), BTreeMap::new());
+        allocations.hold(&format!("other-{number}").parse().unwrap(), BTreeMap::new());
     }
 }
 
@@ -447,7 +454,7 @@ async fn a_pod_for_which_there_is_no_room_fails_as_on_any_node() {
     fill(&kubelet);
     kubelet.apply(|_| ());
     kubelet.phase("Failed").await;
-    let status = kubelet.store.by_uid(UID).unwrap().pod.status.clone();
+    let status = kubelet.store.by_uid(&uid()).unwrap().pod.status.clone();
     let status = status.unwrap();
     assert_eq!(status.reason.as_deref(), Some("OutOfpods"));
     assert_eq!(
@@ -472,7 +479,7 @@ async fn a_pod_that_was_accepted_before_needs_no_room() {
     });
     kubelet
         .wait("the agent's pod", |kubelet| {
-            kubelet.store.observed(UID).is_some()
+            kubelet.store.observed(&uid()).is_some()
         })
         .await;
     kubelet.apply(|_| ());
@@ -492,7 +499,7 @@ async fn a_pod_that_ended_makes_room_for_the_next() {
         .await;
     fill(&kubelet);
     let short = |kubelet: &Kubelet| {
-        let next = "next".into();
+        let next = "next".parse().unwrap();
         let allocatable = Allocatable::of(None, 11, 10);
         let mut allocations = kubelet.context.node.allocations();
         allocations

@@ -4,7 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::{pb, reason::ErrorReason};
+use knoc_proto::{ids::PodUid, pb, reason::ErrorReason};
+use knoc_translate::Grace;
 use tokio::time::Instant;
 
 use super::{
@@ -19,7 +20,7 @@ use crate::pods::{
     events::{Note, about_pod},
     publish::{self, PublishError},
     status::{self, Hold, Input, Rejection},
-    store::{PodView, Uid},
+    store::PodView,
 };
 
 /// The first retry comes after this, each further one after twice as long.
@@ -36,7 +37,7 @@ pub(super) struct Round {
     pub(super) again: Option<Duration>,
 }
 
-pub(super) async fn reconcile(context: Arc<Context>, uid: Uid, memory: Memory) -> Round {
+pub(super) async fn reconcile(context: Arc<Context>, uid: PodUid, memory: Memory) -> Round {
     let mut worker = Worker {
         context: &context,
         uid: &uid,
@@ -53,7 +54,7 @@ pub(super) async fn reconcile(context: Arc<Context>, uid: Uid, memory: Memory) -
 
 pub(super) struct Worker<'a> {
     pub(super) context: &'a Context,
-    pub(super) uid: &'a Uid,
+    pub(super) uid: &'a PodUid,
     pub(super) memory: Memory,
     pub(super) again: Option<Duration>,
 }
@@ -134,7 +135,7 @@ impl Worker<'_> {
             deletion: meta
                 .deletion_timestamp
                 .is_some()
-                .then(|| meta.deletion_grace_period_seconds.unwrap_or(30)),
+                .then(|| Grace::of_field(meta.deletion_grace_period_seconds)),
             refused: self.memory.admission.rejection.is_some(),
             mirror: annotations.is_some_and(|map| map.contains_key("kubernetes.io/config.mirror")),
         })
@@ -337,19 +338,14 @@ impl Worker<'_> {
             && self.context.site.link.borrow().down_for() >= UNREACHABLE_AFTER
     }
 
-    async fn stop(&mut self, grace: i64, gone: bool) {
+    async fn stop(&mut self, grace: Grace, gone: bool) {
         let reason = if gone {
             "the pod is gone from Kubernetes"
         } else {
             "deleted in Kubernetes"
         };
-        match self
-            .context
-            .site
-            .agent
-            .delete_pod(self.uid, grace, reason)
-            .await
-        {
+        let agent = &self.context.site.agent;
+        match agent.delete_pod(self.uid, Some(grace), reason).await {
             Ok(answer) => {
                 self.memory.attempts = 0;
                 let told = self.memory.agent.stop.map_or(grace, |told| told.min(grace));
@@ -365,7 +361,7 @@ impl Worker<'_> {
     async fn release(&mut self, pod: &Pod) {
         let known = self.context.pods.store.observed(self.uid);
         if known.is_some_and(|observed| !observed.deleting) {
-            return self.stop(0, false).await;
+            return self.stop(Grace::NONE, false).await;
         }
         let waited = self.memory.released.map(|at| at.elapsed());
         if let Some(left) = waited.and_then(|waited| RELEASE_AGAIN.checked_sub(waited)) {

@@ -31,10 +31,18 @@ fn agents() -> impl Strategy<Value = AgentSide> {
     ]
 }
 
+fn seconds(seconds: i64) -> Grace {
+    Grace::of_field(Some(seconds))
+}
+
+fn graces() -> impl Strategy<Value = Grace> {
+    (0..60i64).prop_map(seconds)
+}
+
 prop_compose! {
     fn presents()(
         generation in 1..4i64, terminal: bool, ran: bool, refused: bool, mirror in prop::bool::weighted(0.1),
-        deletion in prop::option::of(0..60i64),
+        deletion in prop::option::of(graces()),
     ) -> Present {
         Present { generation, terminal, ran, deletion, refused, mirror }
     }
@@ -49,7 +57,7 @@ fn desireds() -> impl Strategy<Value = Desired> {
 }
 
 prop_compose! {
-    fn dones()(ensured in 0..4i64, stop in prop::option::of(0..60i64), refresh_due: bool) -> Done {
+    fn dones()(ensured in 0..4i64, stop in prop::option::of(graces()), refresh_due: bool) -> Done {
         Done { ensured, stop, refresh_due }
     }
 }
@@ -102,7 +110,7 @@ proptest! {
     /// The API server, the agent and decide in a loop: a deleted pod always ends on neither side.
     #[test]
     fn deletion_always_ends(pod in presents(), agent in agents(), done in dones(), force: bool) {
-        let grace = pod.deletion.unwrap_or(30);
+        let grace = pod.deletion.unwrap_or_else(|| Grace::of_field(None));
         let mut desired = if force {
             Desired::Gone
         } else {
@@ -146,7 +154,7 @@ fn a_shorter_grace_is_told_again() {
         generation: 1,
         terminal: false,
         ran: true,
-        deletion: Some(5),
+        deletion: Some(seconds(5)),
         refused: false,
         mirror: false,
     };
@@ -165,7 +173,7 @@ fn a_shorter_grace_is_told_again() {
             },
         )
     };
-    assert_eq!(told(Some(30)), Decision::Stop(5));
-    assert_eq!(told(Some(5)), Decision::Wait);
-    assert_eq!(told(None), Decision::Stop(5));
+    assert_eq!(told(Some(seconds(30))), Decision::Stop(seconds(5)));
+    assert_eq!(told(Some(seconds(5))), Decision::Wait);
+    assert_eq!(told(None), Decision::Stop(seconds(5)));
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
+use knoc_proto::ids::PodUid;
 use knoc_proto::pb;
 use knoc_proto::pb::{port_forward_input::Input, port_forward_output::Output};
 use tokio::sync::mpsc;
@@ -25,7 +26,7 @@ pub(super) struct Goal {
     pub(super) backend: Arc<dyn Backend>,
     /// The pod's name, for people.
     pub(super) pod: String,
-    pub(super) uid: String,
+    pub(super) uid: PodUid,
     /// Where each connection takes its place.
     pub(super) calls: Limit,
 }
@@ -91,7 +92,7 @@ async fn relay(
     let _call = goal.calls.take().map_err(busy)?;
     let (queue, input) = mpsc::channel(INPUT_QUEUE);
     let start = Input::Start(pb::PortForwardStart {
-        uid: goal.uid.clone(),
+        uid: goal.uid.to_string(),
         port: port.into(),
     });
     if queue.send(message(start)).await.is_err() {

@@ -22,7 +22,7 @@ pub(in crate::server) async fn serve<Io: AsyncRead + AsyncWrite>(io: Io, port: P
             ..FakeBackend::default()
         }),
         pod: "pod".to_owned(),
-        uid: "ns-pod".to_owned(),
+        uid: "ns-pod".parse().unwrap(),
         calls: Limit::calls(),
     };
     let (session, incoming) = spdy::session(io);

@@ -1,4 +1,5 @@
-//! The rows. Fields of one verdict and one reason share a row; the first row that fits counts.
+//! The rows. Fields of one verdict and one reason share a row; the first row that fits counts. A field whose row changes
+//! from or to "honoured" changes its group in [`crate::carried`] too, or the crate does not compile.
 
 use super::{
     Row, Type,

@@ -1,11 +1,11 @@
-//! What the cache keeps, and what it lets go.
+//! Tests of what the cache keeps and what it removes.
 
 use knoc_contract::jobdir::JobDir;
 use knoc_proto::pb;
 
 use super::*;
 
-/// A registry of images `library/image-0` … whose SIFs have a thousand bytes.
+/// A registry with the images `library/image-0` and so on, whose SIF files have a thousand bytes.
 async fn world(limit: u64) -> World {
     let content = (0..5).fold(Content::default(), |content, number| {
         let name = format!("image-{number}");
@@ -47,7 +47,7 @@ impl World {
         job
     }
 
-    /// As if it had been used so many hours ago.
+    /// Sets the last use of an image to so many hours ago.
     fn age(image: &ResolvedImage, hours: i64) {
         let json = image.path.with_extension("json");
         let time = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(hours);
@@ -58,7 +58,7 @@ impl World {
 
 #[tokio::test]
 async fn the_cache_lets_go_of_what_was_not_used_for_longest_and_never_of_what_is_in_use() {
-    // Three SIFs, and what a pull counts beforehand.
+    // Room for three SIF files and for what a pull reserves.
     let world = world(34_000).await;
     let uids = [
         "11111111-1111-4111-8111-111111111111",
@@ -70,15 +70,15 @@ async fn the_cache_lets_go_of_what_was_not_used_for_longest_and_never_of_what_is
         World::age(&image, 10 - i64::try_from(number).unwrap());
         paths.push(image.path.clone());
         if number == 0 {
-            // The oldest is that of a job that runs somewhere; its agent was restarted since.
+            // The oldest one belongs to a job that is running; its agent has restarted since.
             world.job(uids[0], &image);
         }
     }
     world.pull(3).await.unwrap();
-    assert!(paths[0].exists(), "a job runs with it");
+    assert!(paths[0].exists(), "a job uses it");
     assert!(!paths[1].exists(), "the oldest of the others");
-    assert!(paths[2].exists(), "there was room enough");
-    // A use is noted: the next oldest is the one that nobody asked for.
+    assert!(paths[2].exists(), "there was enough room");
+    // A use is recorded, so the oldest image is now the one that was not used.
     let used = world.pull(2).await.unwrap();
     drop(used);
     let third = world.pull(3).await.unwrap();
@@ -87,7 +87,7 @@ async fn the_cache_lets_go_of_what_was_not_used_for_longest_and_never_of_what_is
     drop(third);
     world.pull(4).await.unwrap();
     assert!(paths[2].exists() && !path.exists());
-    // It was forgotten by its name too, and comes back.
+    // Its name was removed too, and the image can be pulled again.
     let asked = world.registry.seen.count("HEAD", "image-1");
     let again = world.pull(1).await.unwrap();
     assert!(again.path.exists());
@@ -102,7 +102,7 @@ async fn an_image_stays_from_its_resolution_until_a_job_directory_names_it() {
     let refused = world.pull(2).await.unwrap_err();
     assert!(
         refused
-            .words
+            .message
             .contains("limits.image_cache of the site file is 24000"),
         "{refused}"
     );
@@ -133,7 +133,7 @@ async fn a_job_directory_that_cannot_be_read_keeps_everything() {
     knoc_contract::jobdir::atomic::write(&job.spec_path(), b"\xff\xff\xff", 0o600).unwrap();
     let refused = world.pull(1).await.unwrap_err();
     assert!(
-        refused.words.contains("the image cache is full"),
+        refused.message.contains("the image cache is full"),
         "{refused}"
     );
     assert!(path.exists());

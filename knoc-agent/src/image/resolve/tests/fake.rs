@@ -1,4 +1,5 @@
-//! A registry on a real socket, which answers as its test says: honestly, endlessly, slowly or not at all.
+//! A registry on a real socket that answers as its test says: correctly, endlessly, slowly or not
+//! at all.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,14 +16,14 @@ pub(super) const CONFIG: &str = r#"{"architecture":"amd64","os":"linux","rootfs"
 pub(super) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const LAYER_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 
-/// What is sent back.
+/// A response.
 #[derive(Debug, Clone)]
 pub(super) enum Reply {
-    /// Status, further head lines, body.
+    /// Status, further header lines, body.
     Whole(&'static str, String, Vec<u8>),
-    /// A body without an end, whatever the head lines say of its length.
+    /// A body without an end, whatever the header lines say about its length.
     Endless(String),
-    /// A body of so many bytes, one after each pause.
+    /// A body of so many bytes, one byte after each pause.
     Trickle(usize, Duration),
     /// The first bytes of a body of so many, and then nothing.
     Stall(usize),
@@ -36,8 +37,8 @@ impl Reply {
     }
 
     pub(super) fn not_found() -> Self {
-        let words = r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#;
-        Self::Whole("404 Not Found", String::new(), words.into())
+        let body = r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#;
+        Self::Whole("404 Not Found", String::new(), body.into())
     }
 
     pub(super) fn redirect(to: &str) -> Self {
@@ -45,14 +46,14 @@ impl Reply {
         Self::Whole("307 Temporary Redirect", head, Vec::new())
     }
 
-    /// Demands a token of that realm.
+    /// A response that demands a token of that realm.
     pub(super) fn unauthorized(realm: &str) -> Self {
         let head = format!("WWW-Authenticate: Bearer realm=\"{realm}\",service=\"s\"\r\n");
         Self::Whole("401 Unauthorized", head, Vec::new())
     }
 }
 
-/// A question: the head as it came.
+/// A request: its head as it was received.
 #[derive(Debug, Clone)]
 pub(super) struct Ask {
     pub(super) method: String,
@@ -62,13 +63,13 @@ pub(super) struct Ask {
 
 type Answers = Arc<dyn Fn(&Ask) -> Reply + Send + Sync>;
 
-/// What was seen.
+/// What the registry has seen.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     open: AtomicUsize,
-    /// Connections at the same time.
+    /// The most connections at the same time.
     pub(super) most: AtomicUsize,
-    /// Connections in all.
+    /// Connections in total.
     pub(super) total: AtomicUsize,
     /// Bytes of bodies that were sent.
     pub(super) sent: AtomicUsize,
@@ -83,9 +84,9 @@ impl Seen {
     }
 }
 
-/// The registry; its task ends with it.
+/// The registry; its task ends when it is dropped.
 pub(super) struct FakeRegistry {
-    /// `127.0.0.1:PORT`.
+    /// The address, `127.0.0.1:PORT`.
     pub(super) address: String,
     pub(super) seen: Arc<Seen>,
     _task: AbortOnDropHandle<()>,
@@ -132,7 +133,7 @@ async fn serve(mut stream: TcpStream, answers: &Answers, seen: &Seen) -> std::io
             return Ok(());
         }
         text.extend_from_slice(&buffer[..read]);
-        // TLS, as any web server answers it.
+        // The client sent TLS; the answer is what any plain web server sends.
         if text.first() == Some(&0x16) {
             return stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
         }
@@ -208,14 +209,14 @@ async fn send(stream: &mut TcpStream, seen: &Seen, bytes: &[u8]) -> std::io::Res
     Ok(())
 }
 
-/// Images of a registry by what is asked for: `NAME/manifests/TAG`, `blobs/DIGEST`.
+/// The images of a registry by request: `NAME/manifests/TAG`, `blobs/DIGEST`.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Content {
     manifests: HashMap<String, Vec<u8>>,
     blobs: HashMap<String, Vec<u8>>,
 }
 
-/// A manifest of `CONFIG` and layers of that digest and size.
+/// A manifest of `CONFIG` and of layers with these digests and sizes.
 pub(super) fn manifest(layers: &[(String, usize)]) -> String {
     let config = Digest::of(CONFIG.as_bytes());
     let layer = |(digest, size): &(String, usize)| {
@@ -230,7 +231,7 @@ pub(super) fn manifest(layers: &[(String, usize)]) -> String {
 }
 
 impl Content {
-    /// With an image of those layers under `name` (`library/one`), with any tag.
+    /// Adds an image of those layers under `name` (`library/one`), with any tag.
     pub(super) fn with(mut self, name: &str, layers: &[Vec<u8>]) -> Self {
         let described = layers.iter().map(|layer| {
             let digest = Digest::of(layer).to_string();
@@ -244,13 +245,13 @@ impl Content {
         self.text(name, text)
     }
 
-    /// With any text in the place of a manifest.
+    /// Adds any text in place of a manifest.
     pub(super) fn text(mut self, name: &str, text: impl Into<Vec<u8>>) -> Self {
         self.manifests.insert(name.to_owned(), text.into());
         self
     }
 
-    /// With other bytes than those that the manifest names.
+    /// Replaces a blob's content with bytes that do not match its digest.
     pub(super) fn falsified(mut self, digest: &str, bytes: &[u8]) -> Self {
         self.blobs.insert(digest.to_owned(), bytes.to_vec());
         self
@@ -271,7 +272,7 @@ impl Content {
     }
 }
 
-/// A tar of one file.
+/// A tar archive with one file.
 pub(super) fn tar(name: &str, content: &[u8]) -> Vec<u8> {
     let mut head = vec![0_u8; 512];
     head[..name.len()].copy_from_slice(name.as_bytes());

@@ -1,6 +1,7 @@
-//! Registries that want more of the agent than an image: its memory, its connections, its places, its network.
+//! Tests with registries that try to take more of the agent than an image needs: its memory, its
+//! connections, its slots, its network.
 //!
-//! Each runs over a real socket; what is asserted is what reached the other end.
+//! Each test uses a real socket and asserts what has reached the other end.
 
 use std::io::Write as _;
 use std::time::Instant;
@@ -9,9 +10,10 @@ use super::fake::{Ask, MANIFEST_TYPE, Seen, manifest};
 use super::*;
 
 const MIB: usize = 1 << 20;
-/// What the kernel's buffers hold beside what is read.
+/// What the kernel's buffers hold in addition to what is read.
 const BUFFERS: usize = 16 * MIB;
-/// A refusal that takes longer was a time-out of a whole pull; on a busy machine one that is right takes its time too.
+/// A rejection that takes longer came from the time-out of a whole pull; on a busy machine a
+/// correct one takes time too.
 const AT_ONCE: Duration = Duration::from_mins(1);
 
 fn named(prefix: &str) -> Registry {
@@ -22,7 +24,7 @@ fn named(prefix: &str) -> Registry {
     }
 }
 
-/// Images of these registries, each named in the site file.
+/// The images of these registries, each of which the site file names.
 struct Site {
     dir: tempfile::TempDir,
     images: Images,
@@ -52,16 +54,20 @@ impl Site {
         let resolved = self.images.resolve(&image, PullPolicy::IfNotPresent).await;
         resolved.map_err(|error| {
             assert_eq!(error.reason(), "ErrImagePull");
-            error.words
+            error.message
         })
     }
 
-    /// The words of the failure, which came by itself and not by a time-out.
+    /// The message of the failure, which must not come from a time-out.
     async fn fails(&self, registry: &FakeRegistry, name: &str) -> String {
         let began = Instant::now();
-        let words = self.resolve(registry, name).await.unwrap_err();
-        assert!(began.elapsed() < AT_ONCE, "{:?}: {words}", began.elapsed());
-        words
+        let message = self.resolve(registry, name).await.unwrap_err();
+        assert!(
+            began.elapsed() < AT_ONCE,
+            "{:?}: {message}",
+            began.elapsed()
+        );
+        message
     }
 }
 
@@ -83,10 +89,10 @@ async fn an_answer_without_end_is_read_up_to_its_limit() {
             })
         };
         let of_manifest = of_manifest.await;
-        let words = Site::new(&[&of_manifest]).fails(&of_manifest, "one").await;
+        let message = Site::new(&[&of_manifest]).fails(&of_manifest, "one").await;
         assert!(
-            words.contains("the manifest is longer than the 4194304 bytes"),
-            "{words}"
+            message.contains("the manifest is longer than the 4194304 bytes"),
+            "{message}"
         );
         assert!(
             sent(&of_manifest.seen) < 4 * MIB + BUFFERS,
@@ -103,10 +109,10 @@ async fn an_answer_without_end_is_read_up_to_its_limit() {
             })
         };
         let of_config = of_config.await;
-        let words = Site::new(&[&of_config])
+        let message = Site::new(&[&of_config])
             .fails(&of_config, "library/one")
             .await;
-        assert!(words.contains("config is longer than"), "{words}");
+        assert!(message.contains("config is longer than"), "{message}");
         assert!(sent(&of_config.seen) < 4 * MIB + BUFFERS, "{what}");
         let realm = {
             let lines = lines.clone();
@@ -115,12 +121,12 @@ async fn an_answer_without_end_is_read_up_to_its_limit() {
         let realm = realm.await;
         let url = format!("http://{}/token", realm.address);
         let registry = FakeRegistry::start(move |_| Reply::unauthorized(&url)).await;
-        let words = Site::new(&[&registry, &realm])
+        let message = Site::new(&[&registry, &realm])
             .fails(&registry, "one")
             .await;
         assert!(
-            words.contains("the token is longer than the 65536 bytes"),
-            "{words}"
+            message.contains("the token is longer than the 65536 bytes"),
+            "{message}"
         );
         assert!(sent(&realm.seen) < BUFFERS, "{what}: {}", sent(&realm.seen));
     }
@@ -136,12 +142,12 @@ async fn a_layer_that_is_longer_than_announced_is_cut_off() {
         content.answer(ask)
     });
     let registry = registry.await;
-    let words = Site::new(&[&registry])
+    let message = Site::new(&[&registry])
         .fails(&registry, "library/one")
         .await;
     assert!(
-        words.contains("is longer than the 2048 bytes of its manifest"),
-        "{words}"
+        message.contains("is longer than the 2048 bytes that its manifest announces"),
+        "{message}"
     );
     assert!(sent(&registry.seen) < BUFFERS);
 }
@@ -149,7 +155,7 @@ async fn a_layer_that_is_longer_than_announced_is_cut_off() {
 #[tokio::test]
 async fn six_hundred_images_open_few_connections() {
     let names: Vec<String> = (0..600).map(|number| format!("image-{number}")).collect();
-    // The registry has some of them, and refuses the others.
+    // The registry gets some of the requests; the others are rejected.
     let all = names
         .iter()
         .step_by(10)
@@ -165,13 +171,13 @@ async fn six_hundred_images_open_few_connections() {
     let all = names.iter().map(|name| site.resolve(&registry, name));
     let all = futures::future::join_all(all).await;
     assert_eq!(all.iter().filter(|image| image.is_ok()).count(), 60);
-    // Questions, and the layers of two pulls.
+    // Short requests, and the layers of two pulls.
     let most = registry.seen.most.load(Ordering::SeqCst);
     assert!(most <= 4 + 2 * 3, "{most} connections at the same time");
 }
 
 #[tokio::test]
-async fn layers_that_trickle_hold_up_nobody_at_another_registry() {
+async fn slow_layers_do_not_delay_other_registries() {
     let slow = FakeRegistry::start(|ask| {
         let content = (0..4).fold(Content::default(), |content, number| {
             content.with(
@@ -229,10 +235,10 @@ async fn a_layer_without_progress_fails_and_makes_place() {
         let site = Site::with(&[&registry], |settings| {
             settings.limits.stall = Duration::from_millis(400);
         });
-        let words = site.fails(&registry, "library/one").await;
+        let message = site.fails(&registry, "library/one").await;
         assert!(
-            words.contains("makes too little progress") && words.contains("limits.image_stall"),
-            "{words}"
+            message.contains("makes too little progress") && message.contains("limits.image_stall"),
+            "{message}"
         );
     }
 }
@@ -244,8 +250,8 @@ async fn what_does_not_answer_ends_with_its_time() {
         settings.registry_timeout = Duration::from_millis(400);
     });
     let began = Instant::now();
-    let words = site.resolve(&registry, "one").await.unwrap_err();
-    assert!(words.contains("did not answer within 400ms"), "{words}");
+    let message = site.resolve(&registry, "one").await.unwrap_err();
+    assert!(message.contains("did not answer within 400ms"), "{message}");
     assert!(began.elapsed() < AT_ONCE);
 }
 
@@ -254,7 +260,8 @@ async fn bystander() -> FakeRegistry {
     FakeRegistry::start(|_| Reply::ok(r#"{"token":"t"}"#)).await
 }
 
-/// Realms that lead here or nowhere, with `PORT` for a service's port, and why they are refused.
+/// Realms that lead to this host or nowhere, with `PORT` for a service's port, and why they are
+/// rejected.
 const REALMS: [(&str, &str); 14] = [
     ("http://127.0.0.1:PORT/token", "is a loopback address"),
     ("https://127.0.0.1:PORT/token", "is a loopback address"),
@@ -283,13 +290,13 @@ async fn a_token_realm_on_this_host_is_refused_however_it_is_written() {
             move |_| Reply::unauthorized(&realm)
         });
         let registry = registry.await;
-        let words = Site::new(&[&registry]).fails(&registry, "one").await;
-        assert!(words.contains(why), "{realm}: {words}");
+        let message = Site::new(&[&registry]).fails(&registry, "one").await;
+        assert!(message.contains(why), "{realm}: {message}");
     }
     assert_eq!(
         service.seen.total.load(Ordering::SeqCst),
         0,
-        "nobody asked it"
+        "it received no request"
     );
 }
 
@@ -298,28 +305,28 @@ async fn a_registry_or_a_redirect_on_this_host_is_refused_unless_it_is_named() {
     let service = bystander().await;
     let url = format!("http://{}/secret", service.address);
     let registry = FakeRegistry::start(move |_| Reply::redirect(&url)).await;
-    let words = Site::new(&[&registry]).fails(&registry, "one").await;
+    let message = Site::new(&[&registry]).fails(&registry, "one").await;
     assert!(
-        words.contains("/secret is refused: 127.0.0.1 is a loopback address"),
-        "{words}"
+        message.contains("/secret is refused: 127.0.0.1 is a loopback address"),
+        "{message}"
     );
-    assert!(words.contains("prefix of a [[registry]]"), "{words}");
-    let words = Site::new(&[]).fails(&service, "one").await;
-    assert!(words.contains("is a loopback address"), "{words}");
+    assert!(message.contains("prefix of a [[registry]]"), "{message}");
+    let message = Site::new(&[]).fails(&service, "one").await;
+    assert!(message.contains("is a loopback address"), "{message}");
     let site = Site::with(&[], |settings| {
-        // A mirror is named too; a port beside it is not.
+        // A mirror is named too, but another port of its host is not.
         settings.registries = vec![Registry {
             prefix: "127.0.0.1:1".to_owned(),
             mirror: Some("localhost".to_owned()),
             insecure: true,
         }];
     });
-    let words = site.fails(&service, "one").await;
-    assert!(words.contains("is a loopback address"), "{words}");
+    let message = site.fails(&service, "one").await;
+    assert!(message.contains("is a loopback address"), "{message}");
     assert_eq!(
         service.seen.total.load(Ordering::SeqCst),
         0,
-        "nobody asked it"
+        "it received no request"
     );
 }
 
@@ -329,31 +336,31 @@ async fn plain_http_is_only_for_what_is_named_insecure() {
     let url = format!("http://{}/secret", service.address);
     let registry = FakeRegistry::start(move |_| Reply::redirect(&url)).await;
     let site = Site::with(&[&registry], |settings| {
-        // The service is named, and meant to be asked by TLS.
+        // The service is named, but without plain HTTP.
         settings.registries[0].insecure = true;
         settings.registries.push(Registry {
             insecure: false,
             ..named(&service.address)
         });
     });
-    // The registry is asked by plain HTTP itself, so what it redirects to may be.
-    let words = site.resolve(&registry, "one").await.unwrap_err();
-    assert!(!words.contains("is refused"), "{words}");
+    // The registry itself is accessed over plain HTTP, so its redirects may be too.
+    let message = site.resolve(&registry, "one").await.unwrap_err();
+    assert!(!message.contains("is refused"), "{message}");
     let source = format!("{}/one", service.address);
-    let words = site.images.resolve(&source, PullPolicy::Always).await;
-    let words = words.unwrap_err().words;
+    let message = site.images.resolve(&source, PullPolicy::Always).await;
+    let message = message.unwrap_err().message;
     assert!(
-        words.contains("plain HTTP needs insecure = true"),
-        "{words}"
+        message.contains("plain HTTP needs insecure = true"),
+        "{message}"
     );
 }
 
 #[tokio::test]
 async fn redirects_end_and_carry_no_token() {
     let endless = FakeRegistry::start(|ask| Reply::redirect(&ask.path)).await;
-    let words = Site::new(&[&endless]).fails(&endless, "one").await;
-    assert!(words.contains("redirects more than 5 times"), "{words}");
-    // Blobs lie at a store; the registry wants a token, the store gets none.
+    let message = Site::new(&[&endless]).fails(&endless, "one").await;
+    assert!(message.contains("redirects more than 5 times"), "{message}");
+    // The blobs are at a blob store; the registry demands a token, and the store must not receive it.
     let content = one();
     let store = FakeRegistry::start(move |ask| content.answer(ask)).await;
     let realm = bystander().await;
@@ -383,7 +390,7 @@ async fn redirects_end_and_carry_no_token() {
     assert_eq!(
         realm.seen.total.load(Ordering::SeqCst),
         1,
-        "a token serves several questions"
+        "a token is used for several requests"
     );
 }
 
@@ -399,22 +406,19 @@ async fn another_content_than_announced_is_refused() {
         ("layer", one().falsified(&layer_digest, &flipped)),
     ] {
         let registry = FakeRegistry::start(move |ask| content.answer(ask)).await;
-        let words = Site::new(&[&registry])
+        let message = Site::new(&[&registry])
             .fails(&registry, "library/one")
             .await;
         assert!(
-            words.contains("another content than it announced"),
-            "{what}: {words}"
+            message.contains("sent content with digest"),
+            "{what}: {message}"
         );
     }
     let content = one();
     let registry = FakeRegistry::start(move |ask| content.answer(ask)).await;
     let wrong = format!("library/one@sha256:{}", "a".repeat(64));
-    let words = Site::new(&[&registry]).fails(&registry, &wrong).await;
-    assert!(
-        words.contains("another content than it announced"),
-        "{words}"
-    );
+    let message = Site::new(&[&registry]).fails(&registry, &wrong).await;
+    assert!(message.contains("sent content with digest"), "{message}");
     let lying = FakeRegistry::start(|ask| {
         if ask.method == "HEAD" {
             return Reply::not_found();
@@ -423,11 +427,8 @@ async fn another_content_than_announced_is_refused() {
         Reply::Whole("200 OK", head, manifest(&[]).into())
     });
     let lying = lying.await;
-    let words = Site::new(&[&lying]).fails(&lying, "one").await;
-    assert!(
-        words.contains("another content than it announced"),
-        "{words}"
-    );
+    let message = Site::new(&[&lying]).fails(&lying, "one").await;
+    assert!(message.contains("sent content with digest"), "{message}");
 }
 
 fn text_of(name: &str, text: String) -> impl Fn(&Ask) -> Reply + Send + Sync + 'static {
@@ -472,9 +473,9 @@ async fn what_no_honest_image_has_is_refused_by_its_name() {
             text(ask)
         });
         let registry = registry.await;
-        let words = Site::new(&[&registry]).fails(&registry, "one").await;
-        assert!(words.contains(why), "{why}: {words}");
-        assert!(words.len() < 2000, "{}", words.len());
+        let message = Site::new(&[&registry]).fails(&registry, "one").await;
+        assert!(message.contains(why), "{why}: {message}");
+        assert!(message.len() < 2000, "{}", message.len());
     }
 }
 
@@ -492,36 +493,39 @@ async fn an_image_that_is_too_large_when_unpacked_is_never_converted() {
     let content = Content::default().with("bomb", &[bomb]);
     let registry = FakeRegistry::start(move |ask| content.answer(ask)).await;
     let site = Site::new(&[&registry]);
-    let words = site.fails(&registry, "bomb").await;
+    let message = site.fails(&registry, "bomb").await;
     assert!(
-        words.contains("larger than allowed when unpacked"),
-        "{words}"
+        message.contains("larger than allowed when unpacked"),
+        "{message}"
     );
     assert!(
-        words.contains("limits.image_unpacked of the site file is 8388608"),
-        "{words}"
+        message.contains("limits.image_unpacked of the site file is 8388608"),
+        "{message}"
     );
     assert!(
         !site.dir.path().join("log").exists(),
-        "the runtime was not asked"
+        "the runtime was not called"
     );
 }
 
 #[tokio::test]
-async fn a_registrys_words_are_escaped_and_cut() {
-    let words = format!(
+async fn a_registrys_message_is_escaped_and_truncated() {
+    let message = format!(
         r#"{{"errors":[{{"message":"no\nERROR fake \u001b[2J {}"}}]}}"#,
         "x".repeat(5000)
     );
     let registry = FakeRegistry::start(move |_| {
-        Reply::Whole("403 Forbidden", String::new(), words.clone().into())
+        Reply::Whole("403 Forbidden", String::new(), message.clone().into())
     });
     let registry = registry.await;
-    let words = Site::new(&[&registry]).fails(&registry, "one").await;
-    assert!(words.contains("no\\u{a}ERROR fake \\u{1b}[2J"), "{words}");
+    let message = Site::new(&[&registry]).fails(&registry, "one").await;
     assert!(
-        words.len() < 1200 && !words.chars().any(char::is_control),
-        "{words}"
+        message.contains("no\\u{a}ERROR fake \\u{1b}[2J"),
+        "{message}"
+    );
+    assert!(
+        message.len() < 1200 && !message.chars().any(char::is_control),
+        "{message}"
     );
 }
 
@@ -537,12 +541,12 @@ async fn only_registries_that_the_site_allows_are_asked() {
     let image = format!("{}/one", registry.address);
     let refused = site.images.check(&image).unwrap_err();
     assert!(
-        refused.words.contains("is not among policy.registries"),
+        refused.message.contains("is not among policy.registries"),
         "{refused}"
     );
-    assert!(refused.words.contains(&registry.address), "{refused}");
+    assert!(refused.message.contains(&registry.address), "{refused}");
     site.images.check("quay.io/a/b").unwrap();
-    // A pod that was let in before the policy was.
+    // A pod that was admitted before the policy changed.
     let refused = site.images.resolve(&image, PullPolicy::Always).await;
     assert!(!refused.unwrap_err().retryable());
     assert_eq!(registry.seen.total.load(Ordering::SeqCst), 0);

@@ -37,10 +37,7 @@ fn a_deadline_that_was_lowered_while_the_pod_runs_ends_it() {
     let due = at(61) + SHIM_FIRST;
     assert_eq!(pod.wake(), Some(due));
     let (pod, effects) = step(pod, Event::Tick, at(60));
-    assert_eq!(
-        (&pod.state, effects),
-        (&State::Running { job: job("1") }, vec![])
-    );
+    assert_eq!((&pod.state, effects), (&runs_as("1"), vec![]));
     let (pod, effects) = step(pod, Event::Tick, due);
     let own = pod.job().unwrap();
     let grace = Duration::from_secs(30);
@@ -49,7 +46,7 @@ fn a_deadline_that_was_lowered_while_the_pod_runs_ends_it() {
         [
             Effect::Persist,
             Effect::Stop { job: own, grace },
-            Effect::Hurry
+            Effect::PollSoon
         ]
     );
     // The whole grace, then the job goes.

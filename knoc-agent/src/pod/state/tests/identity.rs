@@ -3,9 +3,14 @@
 use super::*;
 
 fn refused(kind: RefusalKind) -> [Event; 3] {
-    let words = "sbatch reported success without a job id; it printed: Valid gres options are: gpu"
-        .to_owned();
-    [Event::Begin, Event::Staged, Event::Refused { kind, words }]
+    let message =
+        "sbatch reported success without a job id; it printed: Valid gres options are: gpu"
+            .to_owned();
+    [
+        Event::Begin,
+        Event::Staged,
+        Event::Refused { kind, message },
+    ]
 }
 
 fn reasons(pod: &Pod) -> Vec<&str> {
@@ -50,8 +55,8 @@ fn every_repeated_submission_backs_off() {
             RefusalKind::Ambiguous,
             RefusalKind::Throttled,
         ] {
-            let words = String::new();
-            (pod, _) = step(pod, Event::Refused { kind, words }, now);
+            let message = String::new();
+            (pod, _) = step(pod, Event::Refused { kind, message }, now);
             if kind == RefusalKind::Ambiguous {
                 for _ in 0..LOOKS {
                     let effects;
@@ -79,26 +84,19 @@ fn a_queue_that_shows_a_job_late_loses_none() {
     assert_eq!(effects, [Effect::ReadFiles]);
     let (pod, _) = step(pod, missing(), at(50));
     assert_eq!(pod.state, queued_as("1"));
-    assert!(pod.hurried());
+    assert!(pod.poll_soon());
     let (shown, _) = step(pod.clone(), seen("1", JobState::Pending), at(55));
     let (shown, _) = step(shown, missing(), at(70));
     assert!(!reasons(&shown).contains(&"SlurmJobLost"), "a new lag");
     let (pod, _) = step(pod, missing(), at(70));
-    assert!(matches!(pod.state, State::Lost { since, .. } if since == at(3)));
+    assert!(matches!(pod.stage(), Some(JobStage::Lost { since, .. }) if *since == at(3)));
     assert!(reasons(&pod).contains(&"SlurmJobLost"));
-}
-
-fn queued_as(id: &str) -> State {
-    State::Queued {
-        job: job(id),
-        never: None,
-    }
 }
 
 #[test]
 fn a_job_that_was_never_shown_has_not_ended_because_its_pod_is_deleted() {
     let (pod, _) = feed(and(queued(), [delete(), missing()]));
-    assert!(matches!(pod.state, State::Stopping { .. }));
+    assert!(matches!(pod.stage(), Some(JobStage::Stopping { .. })));
     let (ran, effects) = step(pod.clone(), seen("1", JobState::Running), at(9));
     assert!(
         effects
@@ -129,7 +127,7 @@ fn an_answer_from_before_the_start_is_no_requeue() {
         }
     };
     let (pod, _) = feed([begin, staged, timed_out, said, waits(4)]);
-    assert_eq!(pod.state, State::Running { job: job("1") });
+    assert_eq!(pod.state, runs_as("1"));
     assert!(
         !reasons(&pod).contains(&"SlurmJobRequeued"),
         "{:?}",

@@ -50,7 +50,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         }),
         3 => (1..4_u8).prop_map(|id| submitted(&id.to_string())),
         1 => prop::sample::select(kinds)
-            .prop_map(|kind| Event::Refused { kind, words: String::new() }),
+            .prop_map(|kind| Event::Refused { kind, message: String::new() }),
         1 => jobs().prop_map(Event::Found),
         1 => Just(Event::FindFailed(String::new())),
         4 => (jobs(), any::<bool>()).prop_map(|(jobs, missing)| Event::Round { jobs, missing }),
@@ -119,7 +119,7 @@ proptest! {
                 Effect::Submit => Some(submitted("3")),
                 Effect::Find => Some(Event::Found(Vec::new())),
                 Effect::ReadFiles => Some(Event::Files { batch_tail: String::new(), claimed: true }),
-                Effect::Persist | Effect::Cancel { .. } | Effect::Stop { .. } | Effect::CleanUp | Effect::Hurry | Effect::Remove => None,
+                Effect::Persist | Effect::Cancel { .. } | Effect::Stop { .. } | Effect::CleanUp | Effect::PollSoon | Effect::Remove => None,
             });
             let gone = Event::Round { jobs: Vec::new(), missing: true };
             for event in answers.collect::<Vec<_>>().into_iter().chain([Event::Link(false), Event::Tick, gone]) {

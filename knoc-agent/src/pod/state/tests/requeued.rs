@@ -6,10 +6,10 @@ use super::*;
 fn a_job_that_goes_back_into_the_queue_is_taken_out_and_its_pod_has_failed() {
     let completing = seen("1", JobState::Completing);
     let (pod, _) = feed(and(running(), [by_signal(), completing]));
-    assert!(matches!(pod.state, State::Settling { .. }));
+    assert!(matches!(pod.stage(), Some(JobStage::Settling { .. })));
     let odd = JobState::Unknown("DANCING".to_owned());
     let (same, _) = step(pod.clone(), seen("1", odd), at(9));
-    assert!(matches!(same.state, State::Settling { .. }));
+    assert!(matches!(same.stage(), Some(JobStage::Settling { .. })));
     // Slurm gives what it requeues a later submit time.
     let mut back = view("1", JobState::Pending);
     back.submitted_at = Some(9);

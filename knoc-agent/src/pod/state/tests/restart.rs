@@ -30,7 +30,7 @@ fn a_final_report_that_was_written_meanwhile_finishes_after_the_restart() {
 fn the_values_of_a_finished_pod_are_removed_after_a_restart_too() {
     let (pod, _) = feed(and(running(), [report("1", 2, true)]));
     let (pod, effects) = step(pod, Event::Begin, at(9));
-    assert_eq!(effects, [Effect::CleanUp, Effect::Hurry]);
+    assert_eq!(effects, [Effect::CleanUp, Effect::PollSoon]);
     let (pod, _) = step(pod, seen("1", JobState::Completed), at(20));
     let (_, effects) = step(pod, Event::Begin, at(21));
     assert_eq!(effects, [Effect::CleanUp]);
@@ -60,13 +60,15 @@ fn a_record_brings_the_pod_back() {
         let back: Record = serde_json::from_str(&json).unwrap();
         let back = back.restore(pod.facts.clone(), pod.report.clone());
         // Times at which files are looked at again, trouble and the link are not kept.
-        for state in [&mut pod.state] {
-            if let State::Lost { look_at, .. } | State::Settling { look_at, .. } = state {
-                *look_at = pod.since;
-            }
-        }
-        if let State::Lost { since, .. } = &mut pod.state {
-            *since = pod.since;
+        let since = pod.since;
+        match pod.stage_mut() {
+            Some(JobStage::Lost {
+                since: of_loss,
+                look_at,
+            }) => (*of_loss, *look_at) = (since, since),
+            Some(JobStage::Settling { look_at, .. }) => *look_at = since,
+            Some(JobStage::Queued { .. } | JobStage::Running | JobStage::Stopping { .. })
+            | None => {}
         }
         pod.unseen = None;
         pod.read_at = pod.since;

@@ -1,4 +1,5 @@
-//! Against what the real programs of three versions printed: `tests/testbed/record-slurm.sh`.
+//! Tests with recorded output of the real programs of three versions:
+//! `tests/testbed/record-slurm.sh`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,7 +16,7 @@ fn fixture(version: &str, name: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|err| unreachable!("{}: {err}", path.display()))
 }
 
-/// By case: what stands behind `rec-` in the uid.
+/// Jobs by case, which is the part of the UID after `rec-`.
 fn by_case(rows: Result<Vec<Row>, String>) -> BTreeMap<String, JobView> {
     let pods = Path::new("/pods");
     let named = rows.unwrap().into_iter().filter_map(|row| {
@@ -143,16 +144,16 @@ fn the_working_directory_names_the_pod_too() {
     assert_eq!(rows[0].names(elsewhere), None);
 }
 
-/// Success without the expected output is no answer.
+/// An exit code of 0 without the expected output is an error.
 #[test]
-fn a_text_of_another_form_is_no_answer() {
+fn output_of_another_form_is_an_error() {
     let help = "Usage: squeue [-A account] [--clusters names]\n              [--help] [--hide]\n";
     for read in [squeue, squeue_with_directory, sacct, sacct_with_directory] {
         let problem = read(help).unwrap_err();
         assert!(problem.contains("Usage: squeue"), "{problem}");
         assert_eq!(read("\n").unwrap(), [], "no job at all");
     }
-    // What people wrote into a comment is no reason to believe nothing else.
+    // A strange comment is no reason to reject the other lines.
     let good = fixture("24.11", "squeue-start.txt");
     assert!(good.lines().any(|line| line == "z"));
     squeue(&good).unwrap();
@@ -243,7 +244,7 @@ fn ended_jobs_in_the_accounting() {
             );
             assert_eq!(job.attempt, 1, "{version} {case}");
         }
-        // Their exit differs between versions, and means nothing.
+        // Their exit codes differ between versions and have no meaning.
         assert_eq!(jobs["nodefail"].state, JobState::NodeFail, "{version}");
         assert_eq!(jobs["signalled"].state, JobState::Failed, "{version}");
         assert_eq!(
@@ -305,7 +306,7 @@ fn exits_from_the_controller() {
         assert_eq!(scontrol_job(&failed, &other), None, "{version}");
         let unknown = fixture(version, "scontrol-unknown.txt");
         assert_eq!(scontrol_job(&unknown, &id), None, "{version}");
-        // A name may look like anything.
+        // A name may contain anything.
         let odd = failed.replace(
             "knoc-rec-failed UserId",
             "x JobState=RUNNING ExitCode=7:0 UserId",

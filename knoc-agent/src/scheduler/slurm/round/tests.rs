@@ -1,4 +1,4 @@
-//! Rounds against programs that print recorded answers.
+//! Tests of rounds with programs that print recorded output.
 
 mod identity;
 
@@ -12,7 +12,7 @@ use super::*;
 use crate::scheduler::slurm::Settings;
 use crate::scheduler::{Cancel, JobExit, JobState, Refusal, RefusalKind, Scheduler, SubmitRequest};
 
-/// A folder with Slurm's commands as scripts.
+/// A directory with scripts in place of Slurm's commands.
 struct Fake {
     dir: tempfile::TempDir,
 }
@@ -44,14 +44,14 @@ impl Fake {
         self.program(name, &format!("cat '{}'", root.join(file).display()))
     }
 
-    /// Prints a recorded answer with a column for the working directory.
+    /// Prints a recorded output with a column for the working directory.
     fn with_directory(&self, name: &str, file: &str) -> &Self {
         let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/slurm-24.11");
         let file = root.join(file).display().to_string();
         self.program(name, &format!("sed 's:$:|/home/hpcuser:' '{file}'"))
     }
 
-    /// Prints a recorded answer with `changes` made to it.
+    /// Prints a recorded output with `changes` applied.
     fn changed(&self, name: &str, file: &str, changes: &[(&str, &str)]) -> &Self {
         let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/slurm-24.11");
         let mut text = std::fs::read_to_string(root.join(file)).unwrap();
@@ -95,7 +95,7 @@ fn job(id: &str, case: &str) -> JobRef {
     JobRef::new(JobId::try_from(id).unwrap(), uid)
 }
 
-/// The same, as it was last seen with our name.
+/// The same job, if it was last seen with the name we gave it.
 fn named(id: &str, case: &str) -> JobRef {
     JobRef {
         named: true,
@@ -103,11 +103,11 @@ fn named(id: &str, case: &str) -> JobRef {
     }
 }
 
-/// Some time before the recordings.
+/// A time before the recordings.
 const SINCE: Timestamp = Timestamp::UNIX_EPOCH;
 /// When the recorded job 7 was submitted.
 const SUBMITTED: i64 = 1_795_373_120;
-/// What the recorded queue calls job 7, and how it commented it.
+/// The name and the comment of the recorded job 7.
 const NAME: &str = "knoc-rec-running";
 const COMMENT: &str = "knoc/1 cluster ns/pod rec-running 1";
 
@@ -139,13 +139,13 @@ async fn ended_jobs_get_their_exit_from_the_accounting() {
     assert_eq!(
         find(&round, &failed).reason,
         "NonZeroExitCode",
-        "squeue's, where sacct has none"
+        "squeue's, if sacct has none"
     );
     assert_eq!(find(&round, &running).state, JobState::Running);
     assert_eq!(
         round.missing,
         [gone, reused],
-        "an id that is another's by now is missing"
+        "an ID that belongs to another job by now is missing"
     );
     assert_eq!(round.accounting, Accounting::Answered);
     assert!(fake.calls().contains("-j 4,99,3"), "{}", fake.calls());
@@ -219,10 +219,15 @@ async fn a_queue_that_does_not_answer_is_an_error() {
     );
 }
 
+fn shape(spec: knoc_proto::pb::PodSpec) -> std::sync::Arc<knoc_proto::pod::PodSpec> {
+    let uid = PodUid::try_from("p").unwrap();
+    std::sync::Arc::new(knoc_proto::pod::PodSpec::accepted_before(uid, spec))
+}
+
 fn request(dir: &Path) -> SubmitRequest {
     SubmitRequest {
         uid: PodUid::try_from("p").unwrap(),
-        spec: std::sync::Arc::default(),
+        spec: shape(knoc_proto::pb::PodSpec::default()),
         cluster_id: String::new(),
         attempt: 1,
         jobdir: dir.to_owned(),
@@ -262,7 +267,7 @@ async fn success_without_an_id_is_said_with_what_sbatch_printed() {
         ("true", "nothing"),
         ("echo hello", "hello"),
         ("echo 1 2", "1 2"),
-        // A wrapper that prints a number of its own: which of them is the job's is not guessed.
+        // A wrapper that prints a number of its own: the job's number is not guessed.
         ("echo 4711; echo 12", "4711 12"),
         (
             "echo 'Valid gres options are:'; echo gpu >&2",
@@ -305,7 +310,7 @@ async fn nothing_is_submitted_before_the_partitions_limits_are_known() {
 }
 
 #[tokio::test]
-async fn who_may_not_submit_any_more_after_the_wait_submits_nothing() {
+async fn nothing_is_submitted_if_it_is_no_longer_allowed_after_the_wait() {
     let fake = Fake::new();
     fake.program("sinfo", "true");
     fake.program("sbatch", "cat >/dev/null; echo 1");
@@ -402,7 +407,7 @@ async fn doctor_names_what_hides_the_nodes() {
 }
 
 #[tokio::test]
-async fn local_disk_is_asked_for_where_the_site_has_told_slurm_of_it() {
+async fn local_disk_is_requested_if_slurm_knows_it() {
     for (tmp, passed) in [("0", false), ("2048", true)] {
         let fake = Fake::new();
         fake.changed(
@@ -412,7 +417,7 @@ async fn local_disk_is_asked_for_where_the_site_has_told_slurm_of_it() {
         );
         fake.program("sbatch", "cat >/dev/null; echo 1");
         let mut request = request(fake.dir.path());
-        request.spec = std::sync::Arc::new(knoc_proto::pb::PodSpec {
+        request.spec = shape(knoc_proto::pb::PodSpec {
             job: Some(knoc_proto::pb::JobRequest {
                 ephemeral_storage_bytes: 1 << 30,
                 ..Default::default()

@@ -1,15 +1,17 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use knoc_proto::pod::PodSpec;
 use proptest::prelude::*;
 
 use super::*;
 use crate::policy::Live;
 
 fn request(spec: pb::PodSpec) -> SubmitRequest {
+    let uid = PodUid::try_from("0e9f5ac4-87ad-4ee6-9b5c-3a9be2f9fd73").unwrap();
     SubmitRequest {
-        uid: PodUid::try_from("0e9f5ac4-87ad-4ee6-9b5c-3a9be2f9fd73").unwrap(),
-        spec: Arc::new(spec),
+        uid: uid.clone(),
+        spec: Arc::new(PodSpec::accepted_before(uid, spec)),
         cluster_id: "7d3f".to_owned(),
         attempt: 2,
         jobdir: PathBuf::from("/home/u/.local/state/knoc/pods/0e9f5ac4"),
@@ -86,7 +88,7 @@ fn everything_that_can_be_asked_for() {
 }
 
 #[test]
-fn nothing_of_a_pod_stands_in_the_script() {
+fn the_script_contains_nothing_from_the_pod() {
     let nasty = "$(touch /tmp/x)';\n`id`".to_owned();
     let plain = pb::PodSpec {
         name: "p".to_owned(),
@@ -145,7 +147,7 @@ fn paths_that_no_shell_line_can_carry_are_refused() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// What /bin/sh makes of a quoted word is the word.
+    /// A quoted word is read by /bin/sh as the original text.
     #[test]
     fn quoting_is_exact(text in "[^\0]{0,40}") {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -48,13 +48,13 @@ fn the_id_and_the_time_or_any_mark() {
             "{began} {ended}"
         );
     }
-    // Once it was seen only its own submit time counts.
+    // Once the job was seen, only its own submit time counts.
     let seen = own(Some((SUBMITTED, SUBMITTED)), Some(SUBMITTED - 1));
     assert_eq!(judge(&row("mine"), &seen, pods), Whose::Doubt);
     assert!(ours(judge(&row("mine"), &own(None, Some(SUBMITTED)), pods)));
 }
 
-/// The login node's clock and the controller's may be minutes apart.
+/// The clocks of the login node and of the controller may be minutes apart.
 #[test]
 fn the_call_is_compared_by_the_controllers_clock() {
     let pods = Path::new(PODS);

@@ -53,7 +53,7 @@ impl Kubelet {
 
     /// The generation that the status is of, and each of its conditions.
     fn observed_generations(&self) -> Vec<Option<i64>> {
-        let status = self.store.by_uid(UID).unwrap().pod.status.clone();
+        let status = self.store.by_uid(&uid()).unwrap().pod.status.clone();
         let status = status.unwrap();
         let conditions = status.conditions.iter().flatten();
         let conditions = conditions.map(|one| one.observed_generation);

@@ -15,7 +15,7 @@ fn wants_ssd(pod: &mut Value) {
 
 impl Kubelet {
     fn why(&self) -> (Option<String>, Option<String>) {
-        let status = self.store.by_uid(UID).unwrap().pod.status.clone();
+        let status = self.store.by_uid(&uid()).unwrap().pod.status.clone();
         status.map_or((None, None), |status| (status.reason, status.message))
     }
 }

@@ -42,7 +42,7 @@ fn watched(pod: &Value) -> Watched {
 }
 
 fn known(kubelet: &Kubelet) -> Value {
-    serde_json::to_value(&*kubelet.store.by_uid(UID).unwrap().pod).unwrap()
+    serde_json::to_value(&*kubelet.store.by_uid(&uid()).unwrap().pod).unwrap()
 }
 
 #[tokio::test]
@@ -59,7 +59,7 @@ async fn a_list_that_lacks_a_pod_ends_its_job_only_when_the_pod_is_gone() {
         .await;
     kubelet.round("Marker").await;
     assert_eq!(kubelet.called("DeletePod"), 0, "it is there");
-    assert!(kubelet.store.by_uid(UID).is_some());
+    assert!(kubelet.store.by_uid(&uid()).is_some());
     kubelet.api.no_pod();
     fed.list(&[]);
     kubelet
@@ -121,7 +121,7 @@ async fn a_list_that_lacks_too_many_ends_no_job() {
     tokio::time::timeout(SOON, halted).await.unwrap().unwrap();
     kubelet
         .wait("the ended one is let go", |kubelet| {
-            kubelet.store.by_uid("u0").is_none()
+            kubelet.store.by_uid(&"u0".parse().unwrap()).is_none()
         })
         .await;
     assert_eq!(kubelet.store.desired_uids().len(), 6);

@@ -1,8 +1,8 @@
-//! Whose a job is that Slurm shows: renamed jobs, ids that were given again, answers in part.
+//! Tests of whose a job is: renamed jobs, reused IDs, partial answers.
 
 use super::*;
 
-/// Job 7 as sbatch named it to us.
+/// Job 7 as sbatch reported it.
 fn submitted(call: i64) -> JobRef {
     JobRef {
         call: Some((call, call)),
@@ -10,7 +10,7 @@ fn submitted(call: i64) -> JobRef {
     }
 }
 
-/// What `scontrol update`, a submit plugin or a wrapper of sbatch may do to a job.
+/// Changes that `scontrol update`, a submit plugin or a wrapper of sbatch may make to a job.
 #[tokio::test]
 async fn a_job_is_ours_by_its_id_whatever_it_is_called() {
     let (name, comment) = ((NAME, "mine"), (COMMENT, "my comment"));
@@ -37,22 +37,22 @@ fn scontrol(directory: &str, restarts: u32, submitted: &str) -> String {
     )
 }
 
-/// The id and the time of sbatch's call against the controller's answer about the job.
+/// Compares the ID and the time of the sbatch call with the controller's answer about the job.
 #[tokio::test]
-async fn an_id_that_was_given_again_is_a_strangers() {
+async fn a_reused_id_is_another_job() {
     let both = [(NAME, "mine"), (COMMENT, "my comment")];
     let pinned = JobRef {
         submitted_at: Some(SUBMITTED - 9),
         ..submitted(SUBMITTED - 9)
     };
     let cases = [
-        // Submitted ten minutes before: a stranger, unless its directory is the pod's.
+        // Submitted ten minutes earlier: another job, unless its directory is the pod's.
         (submitted(SUBMITTED - 600), "/home/hpcuser", 0, false),
         (submitted(SUBMITTED - 600), "/pods/rec-running", 0, true),
-        // Slurm showed the job before, with another submit time.
+        // Slurm showed the job earlier with another submit time.
         (pinned.clone(), "/home/hpcuser", 0, false),
         (pinned, "/home/hpcuser", 1, true),
-        // A record of an older agent knows no times.
+        // The record of an older agent contains no times.
         (job("7", "running"), "/home/hpcuser", 0, false),
         (job("7", "running"), "/pods/rec-running", 0, true),
     ];
@@ -75,7 +75,7 @@ async fn an_id_that_was_given_again_is_a_strangers() {
 
 /// Without an answer nothing is decided: the job is neither the pod's nor missing.
 #[tokio::test]
-async fn a_doubt_that_nobody_settles_stays_one() {
+async fn a_doubt_stays_until_the_controller_answers() {
     let both = [(NAME, "mine"), (COMMENT, "my comment")];
     let fake = Fake::new();
     fake.changed("squeue", "squeue-start.txt", &both)
@@ -92,7 +92,7 @@ async fn a_doubt_that_nobody_settles_stays_one() {
     assert_eq!(round.missing, []);
 }
 
-/// The accounting has a row for every life of a job that was requeued.
+/// The accounting database has a row for every run of a requeued job.
 #[tokio::test]
 async fn a_requeued_job_is_followed_through_the_accounting() {
     let fake = Fake::new();
@@ -109,7 +109,7 @@ async fn a_requeued_job_is_followed_through_the_accounting() {
         .unwrap();
     let view = find(&answer, &own);
     assert_eq!((&view.state, view.restarts), (&JobState::Failed, 1));
-    // What follows a life that simply ended is a stranger's.
+    // A row that follows a run that simply ended belongs to another job.
     let first = first.replace("REQUEUED", "COMPLETED");
     let rows = format!("echo '{first}mine|x'; echo '{second}mine|x'");
     fake.program("sacct", &rows);
@@ -135,9 +135,9 @@ async fn answers_of_another_form_decide_nothing() {
     fake.slurm().node_info().await.unwrap_err();
 }
 
-/// A job that was renamed is looked at before it is cancelled, and a stranger is left alone.
+/// A renamed job is checked before it is cancelled, and another user's or pod's job is left alone.
 #[tokio::test]
-async fn a_renamed_job_is_cancelled_and_a_stranger_never() {
+async fn a_renamed_job_is_cancelled_and_another_job_never() {
     let fake = Fake::new();
     let row =
         "7|PENDING|Priority|main||2026-11-22T18:45:20|Unknown|Unknown|1:00:00|mine|x|/elsewhere";
@@ -155,7 +155,7 @@ async fn a_renamed_job_is_cancelled_and_a_stranger_never() {
     let own = submitted(SUBMITTED);
     slurm.cancel(&own, Cancel::Queued).await.unwrap();
     assert!(cancelled(), "{}", fake.calls());
-    // What cannot be looked at is cancelled only if it has our name.
+    // A job that cannot be checked is cancelled only if it has the name we gave it.
     let filtered = || fake.calls().matches("--name=knoc-rec-running 7").count();
     for answer in [
         "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",

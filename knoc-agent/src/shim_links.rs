@@ -1,9 +1,11 @@
-//! Links of live shims: the listener of the shim hop, and the routes to running pods.
+//! Links to the shims of running pods: the listener that shims connect to, and the routes to the
+//! pods.
 //!
-//! Owner task: [`serve`], which holds one task a link. A shim dials, proves the key that lies in its job directory,
-//! and from then on is the far side: `WatchReport` of it becomes events of the pod's actor in milliseconds. Streams
-//! (logs, exec) are opened by the api on [`Shims::client`]. Never decides anything; a link that is down is no fact
-//! about a pod.
+//! Owner task: [`serve`], which runs one task per link. A shim connects and proves that it has the
+//! key of its job directory; from then on it acts as the server: the reports of `WatchReport`
+//! become events of the pod's actor within milliseconds. Streams (logs, exec) are opened by the API
+//! through [`ShimLinks::client`]. This module decides nothing: a broken link says nothing about the
+//! pod.
 
 use std::{
     collections::HashMap,
@@ -34,9 +36,10 @@ use crate::pod::{input::Input, state::Event};
 
 /// The deadline of a short request to a shim.
 pub const DEADLINE: Duration = Duration::from_secs(5);
-/// Links of one agent. More are refused: each is a socket and some buffers.
+/// The most links of one agent. More are rejected, because each needs a socket and some buffers.
 const LINKS: usize = 20_000;
-/// Links of one pod. Its shim has one, and dials again while an old one has not been noticed to be gone.
+/// The most links of one pod. Its shim has one, and reconnects before the loss of the old one may
+/// have been noticed.
 const LINKS_OF_ONE: usize = 8;
 /// How long a shim may take from its handshake to its first report.
 const FIRST_REPORT: Duration = Duration::from_secs(20);
@@ -44,13 +47,13 @@ const FIRST_REPORT: Duration = Duration::from_secs(20);
 /// The client of one shim.
 pub type Client = ShimClient<RawClient<Channel>>;
 
-/// Links of live shims.
+/// The links of all running shims.
 #[derive(Debug, Clone, Default)]
-pub struct Shims(Arc<Shared>);
+pub struct ShimLinks(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Whose key is it? By SHA-256 of the public key.
+    /// Which pod a key belongs to, by the SHA-256 of the public key.
     pins: Mutex<HashMap<String, Route>>,
     links: Mutex<HashMap<PodUid, Link>>,
     counter: AtomicU64,
@@ -60,20 +63,20 @@ struct Shared {
 struct Route {
     uid: PodUid,
     input: mpsc::Sender<Input>,
-    /// Places for links of this pod.
+    /// Limits the links of this pod.
     places: Arc<Semaphore>,
 }
 
 #[derive(Debug, Clone)]
 struct Link {
-    /// Tells a link from the one that took its place.
+    /// Distinguishes a link from the one that replaced it.
     number: u64,
     client: Client,
-    /// Of its first report.
+    /// From the shim's first report.
     about: Arc<About>,
 }
 
-/// What a shim said of itself.
+/// What a shim reported about itself.
 #[derive(Debug, Default)]
 pub struct About {
     version: String,
@@ -89,8 +92,8 @@ impl About {
     }
 }
 
-impl Shims {
-    /// The shim of `uid` will show the key `spki`; what it says goes to `input`.
+impl ShimLinks {
+    /// Registers the shim of `uid`, which will present the key `spki`; its reports go to `input`.
     pub(crate) fn expect(&self, uid: &PodUid, spki: String, input: mpsc::Sender<Input>) {
         lock(&self.0.pins).insert(
             spki,
@@ -102,20 +105,20 @@ impl Shims {
         );
     }
 
-    /// The pod is gone: its key opens nothing any more.
+    /// Removes a forgotten pod: its key is no longer accepted.
     pub(crate) fn forget(&self, uid: &PodUid) {
         lock(&self.0.pins).retain(|_, route| route.uid != *uid);
         lock(&self.0.links).remove(uid);
     }
 
-    /// The client of a pod's shim, where its link is up.
+    /// The client of a pod's shim, if its link is up.
     #[must_use]
     pub fn client(&self, uid: &PodUid) -> Option<Client> {
         lock(&self.0.links).get(uid).map(|link| link.client.clone())
     }
 
-    /// The client of a pod's shim that has `capability`; a shim that started under an older agent is refused by name.
-    /// `None`: its link is down.
+    /// The client of a pod's shim if it has `capability`; if the shim started under an older agent,
+    /// the error names its version. `None` if its link is down.
     #[must_use]
     pub fn able(&self, uid: &PodUid, capability: &str) -> Option<Result<Client, Status>> {
         let link = lock(&self.0.links).get(uid).cloned()?;
@@ -128,13 +131,13 @@ impl Shims {
             Ok(link.client)
         } else {
             let message = format!(
-                "the job of pod {uid} runs version {version}, which has no {capability:?}: a pod that starts now has it"
+                "the job of pod {uid} runs version {version}, which has no {capability:?}: recreate the pod to use it"
             );
             Err(ErrorReason::Unsupported.status(message))
         })
     }
 
-    /// Links that are up.
+    /// The number of links that are up.
     #[must_use]
     pub fn connected(&self) -> usize {
         lock(&self.0.links).len()
@@ -151,7 +154,7 @@ impl Shims {
         number
     }
 
-    /// Is it still the newest link of the pod? Then it is gone now.
+    /// Removes a link, unless it was replaced. Whether it was the pod's newest link.
     fn close(&self, uid: &PodUid, number: u64) -> bool {
         let mut links = lock(&self.0.links);
         let newest = links.get(uid).is_some_and(|link| link.number == number);
@@ -166,8 +169,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Takes links until `stop`.
-pub async fn serve(shims: Shims, mut incoming: Incoming, stop: CancellationToken) {
+/// Accepts links until `stop` is cancelled.
+pub async fn serve(shims: ShimLinks, mut incoming: Incoming, stop: CancellationToken) {
     let mut tasks = JoinSet::new();
     let mut log = LogLimit::default();
     loop {
@@ -180,17 +183,20 @@ pub async fn serve(shims: Shims, mut incoming: Incoming, stop: CancellationToken
         let connection = match accepted {
             Some(Ok(connection)) => connection,
             Some(Err(error)) => {
-                tracing::warn!(error = chain(&error), "accept on the shim hop");
+                tracing::warn!(
+                    error = chain(&error),
+                    "cannot accept a connection from a shim"
+                );
                 continue;
             }
             None => break,
         };
         let Peer::Pinned { spki, origin } = connection.peer().clone() else {
-            tracing::warn!(peer = %connection.peer(), "not a shim on the shim hop");
+            tracing::warn!(peer = %connection.peer(), "a connection on the port for shims is not from a shim");
             continue;
         };
         let route = lock(&shims.0.pins).get(&*spki).cloned();
-        let admitted = route.ok_or("its key is unknown").and_then(|route| {
+        let admitted = route.ok_or("its key is not known").and_then(|route| {
             match Arc::clone(&route.places).try_acquire_owned() {
                 Ok(place) if tasks.len() < LINKS => Ok((route, place)),
                 Ok(_) => Err("too many links are open"),
@@ -202,10 +208,10 @@ pub async fn serve(shims: Shims, mut incoming: Incoming, stop: CancellationToken
             Err(why) => {
                 let verdict = log.event(tokio::time::Instant::now(), Source::from(origin));
                 if let Some(count) = verdict.left_out {
-                    tracing::warn!(count, "further refused shims were left out of the log");
+                    tracing::warn!(count, "further rejected shims were not logged");
                 }
                 if verdict.write {
-                    tracing::warn!(from = %origin, %spki, "a shim was refused: {why}");
+                    tracing::warn!(from = %origin, %spki, "a shim was rejected: {why}");
                 }
                 continue;
             }
@@ -219,9 +225,9 @@ pub async fn serve(shims: Shims, mut incoming: Incoming, stop: CancellationToken
     tasks.shutdown().await;
 }
 
-/// One link: every report becomes an event, until the link is gone. It is open from its first report on, which says
-/// what the shim can do.
-async fn follow(shims: Shims, route: Route, mut client: Client, stop: CancellationToken) {
+/// Follows one link: every report becomes an event, until the link is gone. The link is open from
+/// its first report on, which names the shim's capabilities.
+async fn follow(shims: ShimLinks, route: Route, mut client: Client, stop: CancellationToken) {
     let uid = &route.uid;
     let begun = async {
         let watched = client.watch_report(pb::WatchReportRequest {}).await?;
@@ -237,7 +243,7 @@ async fn follow(shims: Shims, route: Route, mut client: Client, stop: Cancellati
     let (mut next, mut reports) = match begun {
         Ok((first, reports)) => (first, reports),
         Err(status) => {
-            tracing::debug!(%uid, error = status.message(), "the shim's link broke at once");
+            tracing::debug!(%uid, error = status.message(), "the shim's link broke before its first report");
             return;
         }
     };
@@ -245,7 +251,7 @@ async fn follow(shims: Shims, route: Route, mut client: Client, stop: Cancellati
     let number = shims.open(uid, client, about);
     tracing::debug!(%uid, "the shim's link is up");
     let mut input_open = route.input.send(Input::Link).await.is_ok();
-    // None comes after the final report.
+    // After the final report there are no more.
     while input_open && let Some(report) = next.take() {
         let event = Event::Report(Box::new(report));
         input_open = route.input.send(Input::Event(event)).await.is_ok();
@@ -262,7 +268,7 @@ async fn follow(shims: Shims, route: Route, mut client: Client, stop: Cancellati
         }
     }
     if shims.close(uid, number) {
-        // Where the actor is gone nobody is left to be told.
+        // If the actor has ended, no one needs to know.
         drop(route.input.send(Input::Link).await);
     }
 }
@@ -273,7 +279,7 @@ mod tests {
     use crate::app::fake::Fake;
 
     #[tokio::test]
-    async fn the_late_word_of_a_link_that_went_unlinks_nobody() {
+    async fn the_late_end_of_an_old_link_does_not_close_the_new_one() {
         let fake = Fake::new("").await;
         let uid = PodUid::try_from("a").unwrap();
         fake.ensure(&uid).await;
@@ -285,12 +291,12 @@ mod tests {
         };
         let older = shims.open(&uid, nowhere(), About::default());
         assert!(shims.close(&uid, older));
-        // Before it says so, the shim has dialled again.
+        // The shim reconnects before the old link's loss is noticed.
         shims.open(&uid, nowhere(), About::default());
         for _of in ["the new one", "the older one"] {
             route.input.send(Input::Link).await.unwrap();
         }
-        // Asked after them, answered after them.
+        // These requests come after the reports and are answered after them.
         fake.ensure(&uid).await;
         assert!(fake.site.board.get("a").unwrap().shim_connected);
     }

@@ -1,17 +1,17 @@
-//! PURE: texts of strangers, made fit to be shown and logged.
+//! PURE: makes texts of untrusted servers safe to show and to log.
 
-/// More than that of a registry's own text helps nobody.
-const MAX_WORDS: usize = 1024;
+/// The longest part of a registry's own text that is shown.
+const MAX_SHOWN: usize = 1024;
 
-/// A text that a registry had a hand in: control characters are escaped, and it is cut.
+/// Escapes control characters in a text that a registry may have influenced, and truncates it.
 pub(super) fn shown(text: &str) -> String {
     let mut out = String::new();
     for (count, c) in text.chars().enumerate() {
-        if count == MAX_WORDS {
+        if count == MAX_SHOWN {
             out.push('…');
             break;
         }
-        // Also what turns the direction of text around, and invisible separators.
+        // Also escapes characters that change the text's direction, and invisible separators.
         if c.is_control()
             || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
         {
@@ -34,6 +34,6 @@ mod tests {
             shown("a\nERROR \x1b[2J\u{202e}"),
             "a\\u{a}ERROR \\u{1b}[2J\\u{202e}"
         );
-        assert_eq!(shown(&"x".repeat(5000)).chars().count(), MAX_WORDS + 1);
+        assert_eq!(shown(&"x".repeat(5000)).chars().count(), MAX_SHOWN + 1);
     }
 }

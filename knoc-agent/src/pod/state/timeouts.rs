@@ -1,29 +1,29 @@
-//! PURE: how long things are waited for: the site's settings, and what the machine makes of them.
+//! PURE: the site's timeouts, and the pauses that the machine derives from them.
 
 use std::time::Duration;
 
 use knoc_proto::ids::PodUid;
 
-use super::Pod;
+use super::pod::Pod;
 
-/// A job that was accepted may be missing from what the scheduler shows this long before anybody is told: a site's
-/// squeue may answer from a cache, and the accounting is late. At most a quarter of the site's patience with lost jobs.
+/// How long an accepted job may be missing from the scheduler's answers before users are told: a site's squeue may
+/// answer from a cache, and the accounting is late. It is at most a quarter of `lost_after`.
 const LAG: Duration = Duration::from_mins(1);
 
-/// The site's patience, from the site file.
+/// The site's timeouts, from the site file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Patience {
+pub struct Timeouts {
     /// How long the report of an ended job may take to show.
     pub report_grace: Duration,
     /// How long a job may wait for a reason that never ends.
     pub never_ends_after: Duration,
     /// How long a job that nobody knows may stay undecided.
     pub lost_after: Duration,
-    /// Past the grace period, before the job is cancelled.
+    /// How long after the grace period the job is cancelled.
     pub stop_slack: Duration,
-    /// First pause after a refusal or a failed pull.
+    /// The first pause after a refusal or a failed pull.
     pub backoff_initial: Duration,
-    /// Longest pause.
+    /// The longest such pause.
     pub backoff_max: Duration,
 }
 
@@ -31,18 +31,18 @@ impl Pod {
     /// The pause before try `tries + 1`: it grows, and differs from pod to pod, so that what failed for many of them at
     /// the same time is not tried again by all of them at the same time.
     pub(super) fn pause(&self, tries: u32) -> Duration {
-        let patience = &self.facts.patience;
+        let timeouts = &self.facts.timeouts;
         let factor = 2_u32.saturating_pow(tries.min(16));
-        let pause = patience
+        let pause = timeouts
             .backoff_initial
             .saturating_mul(factor)
-            .min(patience.backoff_max);
+            .min(timeouts.backoff_max);
         pause.mul_f64(jitter(&self.facts.uid, tries))
     }
 
-    /// How long the scheduler may not show a job before anybody is told.
+    /// How long the scheduler may leave a job out of its answers before users are told.
     pub(super) fn lag(&self) -> Duration {
-        LAG.min(self.facts.patience.lost_after / 4)
+        LAG.min(self.facts.timeouts.lost_after / 4)
     }
 }
 

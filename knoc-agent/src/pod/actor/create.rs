@@ -1,35 +1,33 @@
-//! How a pod comes to its actor: from disk after a restart, or by `EnsurePod`.
+//! Creates the actor's pod: from disk after a restart, or for `EnsurePod`.
 //!
 //! What `EnsurePod` promises to be on disk is written in one go: all files beside each other, then all synced at the
 //! same time, since each sync waits for the disk and this is the way to `sbatch`. Where the images are at hand the
 //! record says at once that a job is being submitted.
 
-use std::sync::Arc;
-
 use jiff::Timestamp;
-use knoc_proto::{crash, error::chain, pb, reason::ErrorReason};
+use knoc_proto::{crash, error::chain, pb, pod::PodValues, reason::ErrorReason};
 use tokio::sync::mpsc;
 
-use super::{Actor, Restored, facts, not_found};
+use super::{Actor, NewActor, Restored, facts, not_found};
 use crate::{
     config::AtRest,
     pod::{
         input::{Input, Refused, Reply},
         record::Record,
         stage,
-        state::{Effect, Event, Pod, State, step},
+        state::{BeforeJob, Effect, Event, Pod, State, step},
     },
 };
 
 /// A pod as it begins, and what is to be done for it.
-struct Born {
+struct Begun {
     pod: Pod,
     effects: Vec<Effect>,
 }
 
-impl Actor {
-    /// A pod that was found on disk.
-    pub(super) async fn adopt(&mut self, restored: Restored) -> Pod {
+impl NewActor {
+    /// Takes up a pod that was found on disk.
+    pub(super) async fn adopt(self, restored: Restored) -> (Actor, Pod) {
         let Restored {
             pod,
             spec,
@@ -37,27 +35,14 @@ impl Actor {
             version,
             values_revision,
         } = restored;
-        self.spec = Arc::new(spec);
-        self.cluster_id = cluster_id;
-        self.version = version;
-        let dir = self.dir.clone();
-        if !pod.is_finished() {
-            let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));
-            match read.await {
-                Ok((pin, staged)) => {
-                    self.expect_link(pin);
-                    let staged = staged.ok().flatten().map_or(0, |staged| staged.revision);
-                    self.values_revision = values_revision.max(staged);
-                }
-                Err(error) => tracing::error!(uid = %self.uid, error = chain(&error), "restore"),
-            }
-        }
-        self.show(&pod);
-        self.apply(pod, Event::Begin).await
+        let mut actor = self.of(spec, cluster_id);
+        actor.version = version;
+        let pod = actor.take_up(pod, values_revision).await;
+        (actor, pod)
     }
 
-    /// The first input must make the pod; any other finds none.
-    pub(super) async fn birth(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Option<Pod> {
+    /// The first input must create the pod; any other is answered that there is none.
+    pub(super) async fn create(self, inputs: &mut mpsc::Receiver<Input>) -> Option<(Actor, Pod)> {
         loop {
             match inputs.recv().await? {
                 Input::Ensure {
@@ -66,9 +51,9 @@ impl Actor {
                     cluster_id,
                     reply,
                 } => {
-                    self.spec = Arc::new(*spec);
-                    self.cluster_id = cluster_id;
-                    return self.accept(*values, reply).await;
+                    let mut actor = self.of(*spec, cluster_id);
+                    let pod = actor.accept(*values, reply).await?;
+                    return Some((actor, pod));
                 }
                 other @ (Input::Event(_)
                 | Input::Link
@@ -78,10 +63,29 @@ impl Actor {
             }
         }
     }
+}
+
+impl Actor {
+    async fn take_up(&mut self, pod: Pod, values_revision: i64) -> Pod {
+        let dir = self.dir.clone();
+        if !pod.is_finished() {
+            let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));
+            match read.await {
+                Ok((pin, staged)) => {
+                    self.expect_link(pin);
+                    let staged = staged.ok().flatten().map_or(0, |staged| staged.revision);
+                    self.values.revision = values_revision.max(staged);
+                }
+                Err(error) => tracing::error!(uid = %self.uid, error = chain(&error), "restore"),
+            }
+        }
+        self.show(&pod);
+        self.apply(pod, Event::Begin).await
+    }
 
     async fn accept(
         &mut self,
-        values: pb::PodValues,
+        values: PodValues,
         reply: Reply<(pb::PodObserved, bool)>,
     ) -> Option<Pod> {
         if let Some(refused) = self.fenced().await {
@@ -89,21 +93,21 @@ impl Actor {
             return None;
         }
         let now = Timestamp::now();
-        let pod = Pod::new(facts(&self.uid, &self.spec, &self.site.config), now);
+        let pod = Pod::new(facts(&self.spec, &self.site.config), now);
         let images = stage::at_hand(&self.site, &self.spec).await;
-        let born = match &images {
+        let begun = match &images {
             Some(found) => self.begin(pod, found.images(), now),
-            None => Born {
+            None => Begun {
                 pod,
                 effects: Vec::new(),
             },
         };
-        if let Err(refused) = self.put_on_disk(&born.pod, images, values).await {
+        if let Err(refused) = self.put_on_disk(&begun.pod, images, values).await {
             drop(reply.send(Err(refused)));
             return None;
         }
-        let Born { pod, effects } = born;
-        let submitting = matches!(pod.state, State::Submitting { .. });
+        let Begun { pod, effects } = begun;
+        let submitting = matches!(pod.state, State::BeforeJob(BeforeJob::Submitting { .. }));
         self.show(&pod);
         self.perform(&pod, effects).await;
         drop(reply.send(Ok((self.observed(&pod), true))));
@@ -114,20 +118,14 @@ impl Actor {
     }
 
     /// Up to the submission, whose record is written with all the rest.
-    fn begin(&self, pod: Pod, images: &[pb::ResolvedImage], now: Timestamp) -> Born {
+    fn begin(&self, pod: Pod, images: &[pb::ResolvedImage], now: Timestamp) -> Begun {
         let (pod, _) = step(pod, Event::Begin, now);
-        let notes = self
-            .spec
-            .init_containers
-            .iter()
-            .chain(&self.spec.containers);
-        let notes = notes
-            .zip(images)
-            .map(|(container, _)| stage::present(container));
+        let notes = self.spec.all_containers().zip(images);
+        let notes = notes.map(|(container, _)| stage::present(container));
         let pod = notes.fold(pod, |pod, note| step(pod, Event::Note(note), now).0);
         let (pod, mut effects) = step(pod, Event::Staged, now);
         effects.retain(|effect| *effect != Effect::Persist);
-        Born { pod, effects }
+        Begun { pod, effects }
     }
 
     /// Writes all files of a new pod.
@@ -135,17 +133,17 @@ impl Actor {
         &mut self,
         pod: &Pod,
         found: Option<stage::Found>,
-        values: pb::PodValues,
+        values: PodValues,
     ) -> Result<(), Refused> {
         let at_rest = self.site.config.values.at_rest;
-        self.values_revision = values.revision;
-        let record = Record::of(pod, &self.cluster_id, self.values_revision);
+        self.values.revision = values.revision;
+        let record = Record::of(pod, &self.cluster_id, self.values.revision);
         let cluster_id = self.cluster_id.clone();
         // What was found stays in the cache until the job file names it.
         let found = found.unwrap_or_default();
         let images = found.images().to_vec();
         let job = stage::job_file(&self.site, &self.spec, images, cluster_id);
-        let staged = (at_rest == AtRest::File).then(|| values.clone());
+        let staged = (at_rest == AtRest::File).then(|| (*values).clone());
         let dir = self.dir.clone();
         // Never closed: an error would only mean that there is no bound.
         let place = self.site.accepting.acquire().await;

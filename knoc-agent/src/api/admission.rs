@@ -1,0 +1,44 @@
+//! Admission: judges whether the site's policy, which the cluster cannot widen, accepts a new pod.
+
+use knoc_proto::{pod::PodSpec, reason::ErrorReason};
+use tonic::Status;
+
+use super::host_paths::HostPaths;
+use crate::{scheduler::RefusalKind, site::Site};
+
+/// Admits a pod that was never seen before, or rejects it with all reasons in one message.
+pub(super) async fn admit(
+    site: &Site,
+    host_paths: &HostPaths,
+    spec: &PodSpec,
+    cluster_id: &str,
+) -> Result<(), Status> {
+    let policy = site.policy.now();
+    let namespaces = &policy.namespaces;
+    if !namespaces.is_empty() && !namespaces.contains(&spec.namespace) {
+        let message = format!(
+            "namespace {:?} is not among policy.namespaces",
+            spec.namespace
+        );
+        return Err(ErrorReason::PermissionDenied.status(message));
+    }
+    let mut problems: Vec<String> = spec
+        .all_containers()
+        .filter_map(|container| site.images.check(&container.image).err())
+        .map(|error| error.to_string())
+        .collect();
+    let roots = &site.config.host_paths;
+    problems.extend(host_paths.outside(&spec.volumes, roots).await?);
+    if let Err(refusal) = site
+        .scheduler
+        .render(&super::submit_request(site, spec, cluster_id))
+        && refusal.kind == RefusalKind::Permanent
+    {
+        problems.push(refusal.words);
+    }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(ErrorReason::InvalidSpec.status(problems.join("; ")))
+    }
+}

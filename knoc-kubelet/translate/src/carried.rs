@@ -1,0 +1,364 @@
+//! PURE: which fields of a pod the translation carries over, checked against their verdicts while this crate compiles.
+//!
+//! Each type of Kubernetes that the translation reads has one entry here. The entry takes the type apart without a rest
+//! pattern and puts each field into one of three groups:
+//!
+//! - `taken`: the translation reads it. The generated struct has these fields and no others, so the translation cannot
+//!   read a field that stands in another group, and a field that nothing reads is reported by the compiler as dead code.
+//! - `elsewhere`: another part of the kubelet, or the API server, does what the field asks for.
+//! - `left`: nothing reads it.
+//!
+//! So a field that a newer Kubernetes brings does not compile until it has a group, and these do not compile either: a
+//! `left` field whose verdict is "honoured", a `taken` field that is always refused, and a field without a verdict.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::api::resource::Quantity};
+
+use crate::verdict::fields::{is_admitted, is_honoured, is_judged};
+
+macro_rules! carried {
+    ($(
+        $(#[$doc:meta])*
+        $name:ident of $of:ty, judged as $kind:literal {
+            taken { $($taken:ident: $type:ty),* $(,)? }
+            elsewhere { $($elsewhere:ident),* $(,)? }
+            left { $($left:ident),* $(,)? }
+        }
+    )*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug)]
+        #[allow(clippy::struct_field_names, reason = "the fields have Kubernetes' names")]
+        pub(crate) struct $name<'a> {
+            $(pub(crate) $taken: &'a $type,)*
+        }
+
+        impl<'a> From<&'a $of> for $name<'a> {
+            fn from(all: &'a $of) -> Self {
+                type Of = $of;
+                let Of { $($taken,)* $($elsewhere: _,)* $($left: _,)* } = all;
+                Self { $($taken,)* }
+            }
+        }
+
+        const _: () = {
+            $(
+                assert!(is_judged($kind, stringify!($taken)), concat!($kind, ".", stringify!($taken), " has no verdict"));
+                assert!(
+                    is_admitted($kind, stringify!($taken)),
+                    concat!($kind, ".", stringify!($taken), " is always refused, and yet translated"),
+                );
+            )*
+            $(assert!(
+                is_honoured($kind, stringify!($elsewhere)),
+                concat!($kind, ".", stringify!($elsewhere), " is said to be honoured elsewhere, but its verdict is another"),
+            );)*
+            $(
+                assert!(is_judged($kind, stringify!($left)), concat!($kind, ".", stringify!($left), " has no verdict"));
+                assert!(
+                    !is_honoured($kind, stringify!($left)),
+                    concat!($kind, ".", stringify!($left), " is honoured by its verdict, and yet dropped"),
+                );
+            )*
+        };
+    )*};
+}
+
+carried! {
+    /// A pod's `spec`. Elsewhere: the scheduler and admission place the pod, the API server mounts its token, the kubelet's
+    /// status has its readiness gates, and the kubelet looks up the variables of Services.
+    PodSpec of core::PodSpec, judged as "PodSpec" {
+        taken {
+            active_deadline_seconds: Option<i64>,
+            containers: Vec<core::Container>,
+            host_aliases: Option<Vec<core::HostAlias>>,
+            hostname: Option<String>,
+            init_containers: Option<Vec<core::Container>>,
+            node_name: Option<String>,
+            restart_policy: Option<String>,
+            security_context: Option<core::PodSecurityContext>,
+            service_account_name: Option<String>,
+            termination_grace_period_seconds: Option<i64>,
+            volumes: Option<Vec<core::Volume>>,
+        }
+        elsewhere {
+            affinity, automount_service_account_token, enable_service_links, node_selector, readiness_gates,
+            service_account, tolerations,
+        }
+        left {
+            dns_config, dns_policy, ephemeral_containers, eviction_responders, host_ipc, host_network, host_pid, host_users,
+            hostname_override, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
+            resource_claims, resources, runtime_class_name, scheduler_name, scheduling_gates, scheduling_group,
+            set_hostname_as_fqdn, share_process_namespace, subdomain, topology_spread_constraints,
+        }
+    }
+
+    /// The `securityContext` of a pod.
+    PodSecurityContext of core::PodSecurityContext, judged as "PodSecurityContext" {
+        taken { run_as_user: Option<i64> }
+        elsewhere {}
+        left {
+            app_armor_profile, fs_group, fs_group_change_policy, run_as_group, run_as_non_root, se_linux_change_policy,
+            se_linux_options, seccomp_profile, supplemental_groups, supplemental_groups_policy, sysctls, windows_options,
+        }
+    }
+
+    /// A line of `/etc/hosts`.
+    HostAlias of core::HostAlias, judged as "HostAlias" {
+        taken { ip: String, hostnames: Option<Vec<String>> }
+        elsewhere {}
+        left {}
+    }
+
+    /// A container.
+    Container of core::Container, judged as "Container" {
+        taken {
+            args: Option<Vec<String>>,
+            command: Option<Vec<String>>,
+            env: Option<Vec<core::EnvVar>>,
+            env_from: Option<Vec<core::EnvFromSource>>,
+            image: Option<String>,
+            image_pull_policy: Option<String>,
+            name: String,
+            resources: Option<core::ResourceRequirements>,
+            security_context: Option<core::SecurityContext>,
+            stdin: Option<bool>,
+            stdin_once: Option<bool>,
+            termination_message_path: Option<String>,
+            termination_message_policy: Option<String>,
+            tty: Option<bool>,
+            volume_mounts: Option<Vec<core::VolumeMount>>,
+            working_dir: Option<String>,
+        }
+        elsewhere {}
+        left {
+            lifecycle, liveness_probe, ports, readiness_probe, resize_policy, restart_policy, restart_policy_rules,
+            startup_probe, volume_devices,
+        }
+    }
+
+    /// The `resources` of a container.
+    ResourceRequirements of core::ResourceRequirements, judged as "ResourceRequirements" {
+        taken { limits: Option<BTreeMap<String, Quantity>>, requests: Option<BTreeMap<String, Quantity>> }
+        elsewhere {}
+        left { claims }
+    }
+
+    /// The `securityContext` of a container.
+    SecurityContext of core::SecurityContext, judged as "SecurityContext" {
+        taken { read_only_root_filesystem: Option<bool>, run_as_user: Option<i64> }
+        elsewhere {}
+        left {
+            allow_privilege_escalation, app_armor_profile, capabilities, privileged, proc_mount, run_as_group,
+            run_as_non_root, se_linux_options, seccomp_profile, windows_options,
+        }
+    }
+
+    /// Where a container sees a volume.
+    VolumeMount of core::VolumeMount, judged as "VolumeMount" {
+        taken { mount_path: String, name: String, read_only: Option<bool>, sub_path: Option<String> }
+        elsewhere {}
+        left { bind_mount_options, mount_propagation, recursive_read_only, sub_path_expr }
+    }
+
+    /// A variable.
+    EnvVar of core::EnvVar, judged as "EnvVar" {
+        taken { name: String, value: Option<String>, value_from: Option<core::EnvVarSource> }
+        elsewhere {}
+        left {}
+    }
+
+    /// Where the value of a variable comes from.
+    EnvVarSource of core::EnvVarSource, judged as "EnvVarSource" {
+        taken {
+            config_map_key_ref: Option<core::ConfigMapKeySelector>,
+            field_ref: Option<core::ObjectFieldSelector>,
+            resource_field_ref: Option<core::ResourceFieldSelector>,
+            secret_key_ref: Option<core::SecretKeySelector>,
+        }
+        elsewhere {}
+        left { file_key_ref }
+    }
+
+    /// A key of a ConfigMap, for a variable.
+    ConfigMapKey of core::ConfigMapKeySelector, judged as "KeySelector" {
+        taken { key: String, name: String, optional: Option<bool> }
+        elsewhere {}
+        left {}
+    }
+
+    /// A key of a Secret, for a variable.
+    SecretKey of core::SecretKeySelector, judged as "KeySelector" {
+        taken { key: String, name: String, optional: Option<bool> }
+        elsewhere {}
+        left {}
+    }
+
+    /// An object whose keys all become variables.
+    EnvFromSource of core::EnvFromSource, judged as "EnvFromSource" {
+        taken {
+            config_map_ref: Option<core::ConfigMapEnvSource>,
+            prefix: Option<String>,
+            secret_ref: Option<core::SecretEnvSource>,
+        }
+        elsewhere {}
+        left {}
+    }
+
+    /// A ConfigMap whose keys all become variables.
+    ConfigMapEnv of core::ConfigMapEnvSource, judged as "Reference" {
+        taken { name: String, optional: Option<bool> }
+        elsewhere {}
+        left {}
+    }
+
+    /// A Secret whose keys all become variables.
+    SecretEnv of core::SecretEnvSource, judged as "Reference" {
+        taken { name: String, optional: Option<bool> }
+        elsewhere {}
+        left {}
+    }
+
+    /// A field of the pod, for a variable.
+    EnvFieldRef of core::ObjectFieldSelector, judged as "EnvFieldRef" {
+        taken { field_path: String }
+        elsewhere {}
+        left { api_version }
+    }
+
+    /// A resource of a container, for a variable or a file.
+    ResourceFieldSelector of core::ResourceFieldSelector, judged as "ResourceFieldSelector" {
+        taken { container_name: Option<String>, divisor: Option<Quantity>, resource: String }
+        elsewhere {}
+        left {}
+    }
+
+    /// A volume: its name, and one of its sources.
+    Volume of core::Volume, judged as "Volume" {
+        taken {
+            config_map: Option<core::ConfigMapVolumeSource>,
+            downward_api: Option<core::DownwardAPIVolumeSource>,
+            empty_dir: Option<core::EmptyDirVolumeSource>,
+            name: String,
+            projected: Option<core::ProjectedVolumeSource>,
+            secret: Option<core::SecretVolumeSource>,
+        }
+        elsewhere {}
+        left {
+            aws_elastic_block_store, azure_disk, azure_file, cephfs, cinder, csi, ephemeral, fc, flex_volume, flocker,
+            gce_persistent_disk, git_repo, glusterfs, host_path, image, iscsi, nfs, persistent_volume_claim,
+            photon_persistent_disk, portworx_volume, quobyte, rbd, scale_io, storageos, vsphere_volume,
+        }
+    }
+
+    /// An empty folder.
+    EmptyDir of core::EmptyDirVolumeSource, judged as "EmptyDirVolumeSource" {
+        taken { medium: Option<String>, size_limit: Option<Quantity> }
+        elsewhere {}
+        left { mode }
+    }
+
+    /// The files of a ConfigMap.
+    ConfigMapVolume of core::ConfigMapVolumeSource, judged as "ConfigMapVolumeSource" {
+        taken {
+            default_mode: Option<i32>,
+            items: Option<Vec<core::KeyToPath>>,
+            name: String,
+            optional: Option<bool>,
+        }
+        elsewhere {}
+        left { default_user }
+    }
+
+    /// The files of a Secret.
+    SecretVolume of core::SecretVolumeSource, judged as "SecretVolumeSource" {
+        taken {
+            default_mode: Option<i32>,
+            items: Option<Vec<core::KeyToPath>>,
+            optional: Option<bool>,
+            secret_name: Option<String>,
+        }
+        elsewhere {}
+        left { default_user }
+    }
+
+    /// A key that becomes a file.
+    KeyToPath of core::KeyToPath, judged as "KeyToPath" {
+        taken { key: String, mode: Option<i32>, path: String }
+        elsewhere {}
+        left { user }
+    }
+
+    /// Files with fields of the pod.
+    DownwardApiVolume of core::DownwardAPIVolumeSource, judged as "DownwardAPIVolumeSource" {
+        taken { default_mode: Option<i32>, items: Option<Vec<core::DownwardAPIVolumeFile>> }
+        elsewhere {}
+        left { default_user }
+    }
+
+    /// A file with a field of the pod.
+    DownwardApiFile of core::DownwardAPIVolumeFile, judged as "DownwardAPIVolumeFile" {
+        taken {
+            field_ref: Option<core::ObjectFieldSelector>,
+            mode: Option<i32>,
+            path: String,
+            resource_field_ref: Option<core::ResourceFieldSelector>,
+        }
+        elsewhere {}
+        left { user }
+    }
+
+    /// A field of the pod, for a file.
+    FileFieldRef of core::ObjectFieldSelector, judged as "FileFieldRef" {
+        taken { field_path: String }
+        elsewhere {}
+        left { api_version }
+    }
+
+    /// The files of several sources in one folder.
+    ProjectedVolume of core::ProjectedVolumeSource, judged as "ProjectedVolumeSource" {
+        taken { default_mode: Option<i32>, sources: Option<Vec<core::VolumeProjection>> }
+        elsewhere {}
+        left { default_user }
+    }
+
+    /// One source of a projected volume.
+    VolumeProjection of core::VolumeProjection, judged as "VolumeProjection" {
+        taken {
+            config_map: Option<core::ConfigMapProjection>,
+            downward_api: Option<core::DownwardAPIProjection>,
+            secret: Option<core::SecretProjection>,
+            service_account_token: Option<core::ServiceAccountTokenProjection>,
+        }
+        elsewhere {}
+        left { cluster_trust_bundle, pod_certificate }
+    }
+
+    /// The files of a ConfigMap in a projected volume.
+    ConfigMapProjection of core::ConfigMapProjection, judged as "ConfigMapVolumeSource" {
+        taken { items: Option<Vec<core::KeyToPath>>, name: String, optional: Option<bool> }
+        elsewhere {}
+        left {}
+    }
+
+    /// The files of a Secret in a projected volume.
+    SecretProjection of core::SecretProjection, judged as "SecretProjection" {
+        taken { items: Option<Vec<core::KeyToPath>>, name: String, optional: Option<bool> }
+        elsewhere {}
+        left {}
+    }
+
+    /// Files with fields of the pod in a projected volume.
+    DownwardApiProjection of core::DownwardAPIProjection, judged as "DownwardAPIVolumeSource" {
+        taken { items: Option<Vec<core::DownwardAPIVolumeFile>> }
+        elsewhere {}
+        left {}
+    }
+
+    /// A token of the pod's service account.
+    TokenProjection of core::ServiceAccountTokenProjection, judged as "ServiceAccountTokenProjection" {
+        taken { audience: Option<String>, expiration_seconds: Option<i64>, path: String }
+        elsewhere {}
+        left { user }
+    }
+}
