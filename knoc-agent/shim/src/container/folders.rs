@@ -285,6 +285,20 @@ mod tests {
 
     use super::*;
 
+    fn termination(place: &str) -> TerminationLog {
+        match place {
+            "own" => TerminationLog::Bind("/srv/x".into()),
+            "link" => TerminationLog::Link {
+                name: "/dev/termination-log".to_owned(),
+                target: "/.knoc/termination-log".into(),
+            },
+            _ => TerminationLog::Mounted {
+                mount: 0,
+                rest: "dir/log".into(),
+            },
+        }
+    }
+
     /// `/.knoc` is the container's: what it puts in the place of its message is not read through.
     #[test]
     fn a_message_is_a_plain_file_of_the_container() {
@@ -300,25 +314,11 @@ mod tests {
         let trash = Trash::create(base.join("trash")).unwrap();
         for place in ["own", "link", "volume/dir"] {
             let (private, shared) = (folder("private"), folder("shared"));
-            let (log, termination) = match place {
-                "own" => (
-                    private.join("termination-log"),
-                    TerminationLog::Bind("/srv/x".into()),
-                ),
-                "link" => (
-                    shared.join("termination-log"),
-                    TerminationLog::Link {
-                        name: "/dev/termination-log".to_owned(),
-                        target: "/.knoc/termination-log".into(),
-                    },
-                ),
-                _ => (
-                    folder("volume/dir").join("log"),
-                    TerminationLog::Mounted {
-                        mount: 0,
-                        rest: "dir/log".into(),
-                    },
-                ),
+            let termination = termination(place);
+            let log = match &termination {
+                TerminationLog::Bind(_) => private.join("termination-log"),
+                TerminationLog::Link { .. } => shared.join("termination-log"),
+                TerminationLog::Mounted { .. } => folder("volume/dir").join("log"),
             };
             let volume = File::open(folder("volume")).unwrap();
             let mut folders = Folders {
