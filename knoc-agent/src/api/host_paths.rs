@@ -45,7 +45,11 @@ impl HostPaths {
         volumes: &[pb::Volume],
         roots: &[PathBuf],
     ) -> Result<Vec<String>, Status> {
-        let volumes: Vec<_> = volumes.iter().filter(is_host_path).cloned().collect();
+        let volumes: Vec<_> = volumes
+            .iter()
+            .filter(|volume| is_host_path(volume))
+            .cloned()
+            .collect();
         if volumes.is_empty() {
             return Ok(Vec::new());
         }
@@ -85,7 +89,7 @@ impl HostPaths {
     }
 }
 
-fn is_host_path(volume: &&pb::Volume) -> bool {
+fn is_host_path(volume: &pb::Volume) -> bool {
     matches!(volume.source, Some(pb::volume::Source::HostPath(_)))
 }
 
