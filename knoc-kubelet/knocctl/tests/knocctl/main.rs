@@ -170,7 +170,11 @@ async fn top_measures_twice_for_a_rate() {
     let asked = world.asked.all();
     assert_eq!(asked[2..], ["stats [\"u1\"]", "stats [\"u1\"]"]);
     let got = world.run(&["top", "-n", "team"]).await;
-    assert!(got.stderr.contains("no pod that runs"), "{}", got.stderr);
+    assert!(
+        got.stderr.contains("no running pod has been measured"),
+        "{}",
+        got.stderr
+    );
     let got = world.run(&["top", "--interval", "0"]).await;
     assert_eq!(got.code, 2, "{}", got.stderr);
 }
