@@ -144,9 +144,9 @@ fn every_path_that_a_document_names_exists() -> anyhow::Result<()> {
                     .file_name()
                     .map(|name| format!("{}-", name.to_string_lossy()));
                 let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-                let mut names = entries.map(|entry| entry.file_name());
+                let mut files = entries.map(|entry| entry.file_name());
                 number.is_some_and(|number| {
-                    names.any(|name| name.to_string_lossy().starts_with(&number))
+                    files.any(|name| name.to_string_lossy().starts_with(&number))
                 })
             });
             // `tests/README.md` names paths inside of `tests`.
