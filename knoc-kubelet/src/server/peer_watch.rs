@@ -1,6 +1,6 @@
 //! Whether a session's client is still there while nobody reads its socket.
 //!
-//! Input that nobody takes stops the reading of its connection ([`super::streams`]), and so the connection's end, which
+//! Input that nobody takes stops the reading of its connection ([`knoc_remotecommand::streams`]), and so the connection's end, which
 //! stands behind it, is not read either: the command would go on, for nobody. The socket is looked at instead.
 //!
 //! A client whose last bytes still fit our receive window is missed within two looks. The end of one that had more to say

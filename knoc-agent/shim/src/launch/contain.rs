@@ -3,7 +3,7 @@
 //!
 //! The runtime takes paths, and a path that was checked may lead elsewhere when it is mounted: a container may swap a
 //! folder of its volume for a link, another user a file of a shared folder. So this helper enters a user and a mount
-//! namespace of its own, resolves each source there ([`walk`]), and binds the descriptor that it ends with to a place
+//! namespace of its own, resolves each source there ([`knoc_contract::walk`]), and binds the descriptor that it ends with to a place
 //! below the shim's scratch folder, which no container sees. The runtime mounts those places. Nothing is mounted on the
 //! host, and all of it goes with the runtime's last process.
 //!
