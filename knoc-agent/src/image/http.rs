@@ -230,10 +230,7 @@ impl Client {
     /// Connects to the host itself, if all of its addresses are allowed.
     async fn direct(&self, url: &Url) -> Result<BoxIo, String> {
         let found = look_up(&url.host, url.port).await?;
-        for address in &found {
-            let ip = address.ip();
-            self.rules.address(url, ip, is_of_this_host(ip))?;
-        }
+        check_addresses(&self.rules, url, &found)?;
         Ok(Box::new(dial(&url.authority(), &found).await?))
     }
 
@@ -330,6 +327,12 @@ async fn look_up(host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
     Ok(found)
 }
 
+/// Whether all addresses that the host of `url` has may be connected to.
+fn check_addresses(rules: &Rules, url: &Url, found: &[SocketAddr]) -> Result<(), String> {
+    let mut addresses = found.iter().map(SocketAddr::ip);
+    addresses.try_for_each(|ip| rules.address(url, ip, is_of_this_host(ip)))
+}
+
 /// Whether an interface of this host has the address. If the interfaces cannot be listed, none has
 /// it.
 fn is_of_this_host(ip: IpAddr) -> bool {
@@ -383,5 +386,22 @@ mod tests {
         for other in ["192.0.2.1", "2001:db8::1"] {
             assert!(!is_of_this_host(other.parse().unwrap()), "{other}");
         }
+    }
+
+    /// A host whose only interface is the loopback has no such address, and nothing to show.
+    #[test]
+    fn no_image_leads_to_an_interface_of_this_host() {
+        let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
+        let addresses = interfaces.filter_map(|interface| interface.address);
+        let mut own = addresses
+            .filter_map(|address| address.as_sockaddr_in().map(|has| IpAddr::V4(has.ip())))
+            .filter(|ip| super::super::guard::forbidden(*ip).is_none());
+        let Some(ip) = own.next() else { return };
+        let url = Url::parse("https://registry.example.org/v2/").unwrap();
+        let check = |ip| check_addresses(&Rules::default(), &url, &[SocketAddr::new(ip, 443)]);
+        let error = check(ip).unwrap_err();
+        assert!(error.contains("an address of this host"), "{error}");
+        // One that no host has (RFC 5737).
+        assert_eq!(check("192.0.2.1".parse().unwrap()), Ok(()));
     }
 }
