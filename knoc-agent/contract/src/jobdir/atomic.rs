@@ -61,9 +61,7 @@ pub(crate) fn create_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), 
         .mode(mode)
         .open(path)
         .map_err(FileError::on("create", path))?;
-    bytes
-        .chunks(PAGE)
-        .try_for_each(|page| file.write_all(page))
+    file.write_all(bytes)
         .map_err(FileError::on("write", path))?;
     file.sync_all().map_err(FileError::on("sync", path))
 }
@@ -73,11 +71,6 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     replace(path, bytes, mode)?;
     sync_parent(path)
 }
-
-/// Files are written page by page. Newer kernels keep what is written at once in one large piece of the page cache and
-/// map all of it at the first touch: a program written in one go has two thirds of itself resident in every process that
-/// runs it, and a shim runs in every job.
-const PAGE: usize = 4096;
 
 /// As [`write()`], but without the sync of the folder: for several files in one folder, whose last one calls [`write()`].
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
