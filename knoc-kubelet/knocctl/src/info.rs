@@ -1,4 +1,4 @@
-//! `knocctl info`: which agent answers, and what its site has.
+//! `knocctl info`: shows the agent that answers and the resources of its site.
 
 use std::process::ExitCode;
 
@@ -63,7 +63,7 @@ fn text(info: &pb::AgentInfo, node: &pb::NodeInfo, wide: bool) -> String {
     text
 }
 
-/// Where the scheduler is away also since when: what else is shown is as old.
+/// If the scheduler cannot be reached, this includes since when: the other values shown are as old.
 fn health(health: &pb::SchedulerHealth) -> String {
     if health.reachable {
         return "reachable".to_owned();
@@ -113,7 +113,7 @@ fn partitions(list: &[pb::Partition]) -> String {
     table(&headings, &rows)
 }
 
-/// `slurm 24.11.5`, whether or not the version repeats the name.
+/// Name and version, such as `slurm 24.11.5`. Some versions begin with the name, which is not repeated.
 fn version(name: &str, version: &str) -> String {
     if version.starts_with(name) {
         version.to_owned()

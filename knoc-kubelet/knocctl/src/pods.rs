@@ -1,4 +1,4 @@
-//! `knocctl pods`: a line a pod, and with `--watch` a line a change.
+//! `knocctl pods`: prints one line per pod, and with `--watch` one line per change.
 
 use std::process::ExitCode;
 
@@ -13,7 +13,6 @@ use super::{
     view,
 };
 
-/// Arguments of `pods`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Pods {
     /// Keeps running and prints each change until interrupted
