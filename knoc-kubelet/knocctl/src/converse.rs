@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn input_stops_when_nobody_listens() {
+    async fn input_stops_if_the_receiver_is_gone() {
         let (sender, receiver) = mpsc::channel(1);
         drop(receiver);
         copy_input(&sender, tokio::io::repeat(7)).await.unwrap();

@@ -162,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_that_is_known() {
+    fn a_pod_is_described_completely() {
         let mut pod = view::tests::sample();
         pod.outcome = Some(pb::Outcome {
             kind: pb::OutcomeKind::Failed.into(),

@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_cause_and_a_line_of_cure() {
+    fn a_failed_check_prints_its_cause_and_its_cure() {
         let finding = pb::Finding {
             check: "slurm".into(),
             ok: false,
@@ -488,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_have_cures() {
+    fn failed_handshakes_have_cures() {
         for (detail, cure) in [
             ("received fatal alert: UnknownCA", "different CAs"),
             ("received fatal alert: CertificateExpired", "clock"),

@@ -242,7 +242,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_reason_that_a_user_can_mend_has_a_hint() {
+    fn every_reason_that_a_user_can_fix_has_a_hint() {
         for reason in ErrorReason::ALL {
             let source = reason.status("message");
             let error = CtlError::Agent {

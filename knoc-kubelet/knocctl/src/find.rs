@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn all_forms() {
+    fn uids_names_and_namespaced_names_are_found() {
         assert_eq!(uid(None, "u2").unwrap(), "u2");
         assert_eq!(uid(None, "b/web").unwrap(), "u2");
         assert_eq!(uid(Some("a"), "web").unwrap(), "u1");

@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scheduler_that_is_away_says_since_when() {
+    fn an_unreachable_scheduler_is_shown_with_its_time() {
         let away = pb::SchedulerHealth {
             since: 1_700_000_000_000_000_000,
             message: "squeue: timed out".into(),
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_for_people() {
+    fn the_agent_and_its_site_are_shown() {
         let info = pb::AgentInfo {
             version: "0.1.0".into(),
             site: "trixie".into(),

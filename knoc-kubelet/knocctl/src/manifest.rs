@@ -318,7 +318,7 @@ spec:
     }
 
     #[test]
-    fn other_kinds_and_rubbish() {
+    fn other_kinds_and_invalid_yaml_are_errors() {
         let error = read(&POD.replace("kind: Pod", "kind: Job")).unwrap_err();
         assert_eq!(error.to_string(), "pod.yaml holds v1 Job, not a v1 Pod");
         let error = read("a: [1").unwrap_err();

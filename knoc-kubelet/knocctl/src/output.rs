@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pod_says_moves_no_cursor_in_any_format() {
+    fn texts_of_a_pod_cannot_move_the_cursor_in_any_format() {
         let nasty = "a\nb\r\u{1b}[2J\u{9b}31m\u{2028}\u{202e}c\u{200b}";
         let value = serde_json::json!({"message": nasty, "list": [nasty], "plain": "x"});
         for text in [

@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_a_pod() {
+    fn each_pod_has_one_line() {
         let now = Timestamp::from_second(1_700_000_300).unwrap();
         let mut deleting = view::tests::sample();
         deleting.deleting = true;

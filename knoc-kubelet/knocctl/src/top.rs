@@ -295,14 +295,14 @@ mod tests {
     }
 
     #[test]
-    fn a_line_a_pod_or_a_container() {
+    fn each_pod_or_container_has_one_line() {
         let now = Timestamp::from_second(105).unwrap();
         insta::assert_snapshot!(listing(&sample(), false, false, now));
         insta::assert_snapshot!(listing(&sample(), true, true, now));
     }
 
     #[test]
-    fn a_pod_for_programs() {
+    fn a_pod_is_complete_in_json() {
         insta::assert_snapshot!(serde_json::to_string_pretty(&json_of(&sample()[2])).unwrap());
     }
 }

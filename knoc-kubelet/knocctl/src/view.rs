@@ -360,7 +360,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_pod_for_programs() {
+    fn a_pod_is_complete_in_json() {
         insta::assert_snapshot!(serde_json::to_string_pretty(&pod(&sample())).unwrap());
     }
 
@@ -378,7 +378,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn states_in_words() {
+    fn states_are_named_with_their_details() {
         let pod = sample();
         assert_eq!(
             state(&pod.containers[0]),

@@ -91,7 +91,7 @@ fn files_go_with_tcp_and_only_with_tcp() {
 }
 
 #[test]
-fn the_socket_goes_before_a_context_that_nobody_asked_for() {
+fn the_socket_takes_precedence_over_a_context_that_was_not_chosen() {
     let socket = || Some(PathBuf::from("/run/knoc/agent.sock"));
     let name = |text: &str, context: Option<&str>, socket: Option<PathBuf>| {
         let path = Path::new("/c/knocctl.toml");
@@ -107,7 +107,7 @@ fn the_socket_goes_before_a_context_that_nobody_asked_for() {
 }
 
 #[test]
-fn without_a_file_the_socket() {
+fn without_a_file_the_socket_is_used() {
     let context = load(None, None, &here()).unwrap();
     assert_eq!(
         context.carrier.to_string(),

@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sides() {
+    fn both_sides_of_a_copy_are_parsed() {
         let place = |text: &str| text.parse::<Place>().unwrap_or_else(|never| match never {});
         let remote = |pod: &str, path: &str| {
             Place::Remote(Remote {

@@ -192,7 +192,7 @@ mod tests {
 
     /// A program that pretends to be `tar` may announce a name of gigabytes.
     #[test]
-    fn a_name_without_end_is_refused_before_it_fills_the_memory() {
+    fn an_endless_name_is_an_error_before_it_fills_the_memory() {
         let folder = tempfile::tempdir().unwrap();
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::GNULongName);

@@ -235,7 +235,7 @@ async fn pods_are_run_and_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_is_its_bytes() {
+async fn the_bytes_of_a_log_are_printed_unchanged() {
     let world = world();
     let got = world.run(&["logs", "default/web", "--tail", "3"]).await;
     assert_eq!(got.stdout, b"u1 main tail=3\n\x00\xff\x1b[31m no newline");

@@ -31,7 +31,7 @@ async fn attach_passes_input_output_and_the_programs_code() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_is_detached_hears_why_and_what_to_do() {
+async fn a_detached_client_prints_why_and_what_to_do() {
     let world = world();
     let got = world.run(&["attach", "u1", "-c", "main"]).await;
     assert_eq!(got.code, 1);
@@ -52,7 +52,7 @@ async fn who_is_detached_hears_why_and_what_to_do() {
 
 #[expect(clippy::disallowed_methods, reason = "a file of the test's own")]
 #[tokio::test(flavor = "multi_thread")]
-async fn copies_that_cannot_be_say_what_to_do() {
+async fn a_failed_copy_says_what_to_do() {
     let world = world();
     let file = world.folder.path().join("file");
     std::fs::write(&file, "text").unwrap();
