@@ -33,6 +33,7 @@ mod origin;
 mod peer;
 pub mod pinned;
 pub mod pki;
+mod serve;
 mod shown;
 mod single_connection;
 pub mod socket;
@@ -48,6 +49,7 @@ pub use self::{
     listen::Incoming,
     origin::Origin,
     peer::Peer,
+    serve::serve,
     shown::{Shown, Trust, Untrusted},
     single_connection::{FarSide, far_side, near_side},
 };

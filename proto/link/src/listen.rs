@@ -1,5 +1,4 @@
-//! The side that is dialled: a stream of connections whose peers are verified, for
-//! `Server::serve_with_incoming_shutdown`.
+//! The side that is dialled: a stream of connections whose peers are verified, for [`super::serve()`].
 //!
 //! Refused handshakes are logged with the peer's address and what its certificate says, a few lines for each source, and
 //! do not disturb others ([`super::accept`]). The number of connections whose peer is known is bounded too

@@ -30,8 +30,7 @@ pub fn near_side(connection: Connection) -> Channel {
     endpoint().connect_with_connector_lazy(connector)
 }
 
-/// The far side's stream of exactly this connection, to serve tonic on. It ends when the connection is gone, and with
-/// it `serve_with_incoming`.
+/// The far side's stream of exactly this connection, for [`serve()`](super::serve()), which ends with the connection.
 #[must_use]
 pub fn far_side(connection: Connection) -> FarSide {
     let (held, gone) = oneshot::channel::<()>();
