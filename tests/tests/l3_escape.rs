@@ -151,7 +151,7 @@ async fn a_folder_that_is_swapped_for_a_link_is_never_left() -> anyhow::Result<(
 
 /// Links that stay inside their volume are followed as in a kubelet, both those of the atomic writer and those of containers.
 #[tokio::test]
-async fn links_that_stay_in_their_volume_lead_on() -> anyhow::Result<()> {
+async fn links_that_stay_in_their_volume_are_followed() -> anyhow::Result<()> {
     let world = World::new("sub-links").await?;
     let map = json!({
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "map"},

@@ -361,7 +361,7 @@ async fn a_node_appears_when_its_certificate_is_approved_and_a_restart_needs_no_
 }
 
 #[tokio::test]
-async fn a_due_client_certificate_is_renewed_without_anybody() -> anyhow::Result<()> {
+async fn a_due_client_certificate_is_renewed_without_an_administrator() -> anyhow::Result<()> {
     let lone = Lone::install("id-renew", "node", "self-signed").await?;
     let name = format!("system:node:{}", lone.node);
     let old = lone.keep_signed("client.pem", due()).await?;

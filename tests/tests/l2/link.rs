@@ -78,7 +78,7 @@ async fn an_agent_is_no_client() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn without_tls_nobody_is_answered() -> anyhow::Result<()> {
+async fn connections_without_tls_get_no_answer() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let _agent = site.agent(&[]).await?;
     let mut plain = tokio::net::TcpStream::connect(site.address()).await?;
