@@ -16,7 +16,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_link::{Connection, Identity, Peer, Shown, pki::CertificateInfo};
+use knoc_link::{Connection, Identity, Peer, PeerCertificate, pki::CertificateInfo};
 use knoc_proto::reason::ErrorReason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -57,7 +57,7 @@ struct State {
 struct Open {
     peer: String,
     identity: Identity,
-    shown: Shown,
+    shown: PeerCertificate,
     cut: CancellationToken,
 }
 
