@@ -137,14 +137,14 @@ impl std::fmt::Debug for Request {
 impl Request {
     /// Generates a key, and a request signed by it. `name` becomes the subject's common name, which the CA ignores.
     pub fn generate(name: &str) -> Result<Self, PkiError> {
-        let made = |source| PkiError::Make {
+        let failed = |source| PkiError::Create {
             subject: name.to_owned(),
             source,
         };
-        let key = KeyPair::generate().map_err(made)?;
+        let key = KeyPair::generate().map_err(failed)?;
         let mut params = rcgen::CertificateParams::default();
         params.distinguished_name = common_name(name);
-        let request = params.serialize_request(&key).map_err(made)?;
+        let request = params.serialize_request(&key).map_err(failed)?;
         Ok(Self {
             key_pem: key.serialize_pem(),
             der: request.der().to_vec(),
@@ -232,7 +232,7 @@ impl Ca {
         params.use_authority_key_identifier_extension = true;
         validity.apply(&mut params)?;
         let signed = params.signed_by(&public_key, &self.issuer);
-        let signed = signed.map_err(|source| PkiError::Make {
+        let signed = signed.map_err(|source| PkiError::Create {
             subject: identity.to_string(),
             source,
         })?;
@@ -254,13 +254,13 @@ impl Ca {
         if validity.until <= info.validity.until {
             return Err(RenewError::CaEnds { until: ca_ends });
         }
-        let key = KeyPair::from_pem(key).map_err(|source| PkiError::Make {
+        let key = KeyPair::from_pem(key).map_err(|source| PkiError::Create {
             subject: identity.to_string(),
             source,
         })?;
         let params = super::named(&identity, &names, validity)?;
         let signed = params.signed_by(&key, &self.issuer);
-        let signed = signed.map_err(|source| PkiError::Make {
+        let signed = signed.map_err(|source| PkiError::Create {
             subject: identity.to_string(),
             source,
         })?;
