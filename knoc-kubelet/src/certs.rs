@@ -1,8 +1,9 @@
-//! The kubelet's own certificates: the serving certificate of its API, and the client certificate of the node's identity.
+//! The kubelet's own certificates: the serving certificate of its API, and the client certificate of the node's
+//! identity.
 //!
-//! Owner: one [`Rotator`] task a certificate. It decides purely ([`plan::step`]), makes or requests what is needed, keeps it
-//! ([`Keep`]: a Secret, or a folder) and publishes it on a `watch` channel; whoever uses it takes the newest. A failure changes
-//! nothing: the old certificate stays in use, and [`Health`] says what is wrong, and what to do.
+//! Owner: one [`Rotator`] task a certificate. It decides purely ([`plan::step`]), makes or requests what is needed,
+//! keeps it ([`Keep`]: a Secret, or a folder) and publishes it on a `watch` channel; whoever uses it takes the newest.
+//! A failure changes nothing: the old certificate stays in use, and [`Health`] says what is wrong, and what to do.
 //!
 //! ```text
 //!              none, expired, due (70–90 % of its life), other names
@@ -13,8 +14,8 @@
 //!                                                                         Failing for a while, then Obtain again
 //! ```
 //!
-//! The key of a request is kept before the request is made, and the request's name follows from key and contents: a kubelet
-//! that was restarted waits for the same request, and an approval is never lost.
+//! The key of a request is kept before the request is made, and the request's name follows from key and contents: a
+//! kubelet that was restarted waits for the same request, and an approval is never lost.
 
 pub mod authority;
 pub mod keep;

@@ -1,13 +1,13 @@
 //! Task: the leadership Lease `knoc-kubelet-<node>`, which guards the overlap of two kubelets of one node.
 //!
-//! Not the node's Lease, whose holder must be the node. `leaseTransitions` is the leadership epoch: it grows with every start
-//! of a kubelet and every change of holder, every mutating request to the agent carries it, and the agent refuses a lower
-//! one. A process that starts with the holder's own identity (the same pod) takes over at once.
+//! Not the node's Lease, whose holder must be the node. `leaseTransitions` is the leadership epoch: it grows with every
+//! start of a kubelet and every change of holder, every mutating request to the agent carries it, and the agent refuses
+//! a lower one. A process that starts with the holder's own identity (the same pod) takes over at once.
 //!
-//! The agent keeps the highest epoch it saw, and a Lease does not always: it is deleted with its namespace, or comes back older
-//! from a backup. So the epoch is also at least the time of the take-over in Unix seconds, which lies above every count of
-//! starts that could have gone before. It fits `leaseTransitions` (int32) until January 2038; after that, and with a clock that
-//! is behind, only the counting is left.
+//! The agent keeps the highest epoch it saw, and a Lease does not always: it is deleted with its namespace, or comes
+//! back older from a backup. So the epoch is also at least the time of the take-over in Unix seconds, which lies above
+//! every count of starts that could have gone before. It fits `leaseTransitions` (int32) until January 2038; after
+//! that, and with a clock that is behind, only the counting is left.
 //!
 //! ```text
 //!  Candidate ── free, released, ours, or unchanged for 15 s ──► Leader ── renewed every 2 s ──► Leader
@@ -16,8 +16,8 @@
 //!                                                               Lost: stop mutating, end the process
 //! ```
 //!
-//! While the API server is away nobody can take the Lease and nothing new is wanted, so the leader stays and tries again. If another
-//! took it meanwhile, the agent refuses the older epoch at once, and the next renewal says so.
+//! While the API server is away nobody can take the Lease and nothing new is wanted, so the leader stays and tries
+//! again. If another took it meanwhile, the agent refuses the older epoch at once, and the next renewal says so.
 
 use std::time::Duration;
 
@@ -86,8 +86,8 @@ fn next_epoch(known: Option<i32>, now: Timestamp) -> i32 {
     known.unwrap_or(0).saturating_add(1).max(clock)
 }
 
-/// `unchanged` is how long we have seen the Lease as it is: clocks of others are not believed. Ours (`now`) only makes the
-/// epoch larger.
+/// `unchanged` is how long we have seen the Lease as it is: clocks of others are not believed. Ours (`now`) only makes
+/// the epoch larger.
 fn claim(spec: &LeaseSpec, identity: &str, unchanged: Duration, now: Timestamp) -> Claim {
     let holder = spec.holder_identity.as_deref().unwrap_or_default();
     let duration = spec
@@ -112,8 +112,8 @@ pub struct Leader {
 }
 
 impl Leader {
-    /// Waits until we lead, or until `shutdown`, which is the only error: what the API server refuses or fails is logged
-    /// where it changes and tried again, since it may be a matter of moments and a restart would only lose time.
+    /// Waits until we lead, or until `shutdown`, which is the only error: what the API server refuses or fails is
+    /// logged where it changes and tried again, since it may be a matter of moments and a restart would only lose time.
     pub async fn acquire(
         client: Client,
         namespace: &str,

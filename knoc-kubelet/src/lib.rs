@@ -14,9 +14,10 @@
 //!                               server                         └─► pods::events (bounded, own task)
 //! ```
 //!
-//! `app` is the composition root: it owns every task and joins it. Policy stands in pure modules
-//! (`pods::{decide, verdict, translate, status}`, `node::status`); the tasks around them only carry
-//! it out. `certs` has one task for each certificate of ours, `identity` the clients that follow from them. Nothing is kept on disk: after a restart both first lists say all there is to know.
+//! `app` is the composition root: it owns every task and joins it. Policy stands in pure modules (`pods::{decide,
+//! verdict, translate, status}`, `node::status`); the tasks around them only carry it out. `certs` has one task for
+//! each certificate of ours, `identity` the clients that follow from them. Nothing is kept on disk: after a restart
+//! both first lists say all there is to know.
 #![forbid(unsafe_code)]
 
 pub mod agent;

@@ -189,7 +189,7 @@ const BUCKETS: [u64; 11] = [5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_0
 
 /// How a status patch ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Patched {
+pub enum PatchResult {
     /// Written.
     Ok,
     /// The pod is gone, or another one of its name is there.
@@ -198,7 +198,7 @@ pub enum Patched {
     Error,
 }
 
-impl Patched {
+impl PatchResult {
     fn word(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -236,7 +236,7 @@ type Session = (&'static str, String);
 #[derive(Debug, Default)]
 struct Counted {
     requests: BTreeMap<Request, u64>,
-    patches: BTreeMap<Patched, Histogram>,
+    patches: BTreeMap<PatchResult, Histogram>,
     sessions: BTreeMap<Session, u64>,
 }
 
@@ -271,7 +271,7 @@ impl Metrics {
     }
 
     /// The API server answered a patch of a pod's status, or did not in time.
-    pub fn patched(&self, result: Patched, took: Duration) {
+    pub fn patched(&self, result: PatchResult, took: Duration) {
         let mut counted = self.lock();
         counted.patches.entry(result).or_default().observe(took);
     }

@@ -4,32 +4,32 @@
 //! certificates, and joins them all. It reads pods and asks for streams through [`Backend`], and who may do what
 //! through [`Cluster`]; it holds no pod state, never writes to the API server and decides nothing about pods.
 //!
-//! HTTP/1.1 only (by ALPN), because upgrades need it. TLS 1.3. Nothing is answered without an identity: a client certificate, else a
-//! bearer token, and then a `SubjectAccessReview`, as in
-//! [kubelet authentication and authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/).
+//! HTTP/1.1 only (by ALPN), because upgrades need it. TLS 1.3. Nothing is answered without an identity: a client
+//! certificate, else a bearer token, and then a `SubjectAccessReview`, as in [kubelet authentication and
+//! authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/).
 
 mod accept;
 mod access;
 mod authn;
 mod authz;
 mod cluster;
+mod connections;
 mod exec;
 mod limits;
 mod logs;
 mod options;
 mod peer_watch;
 mod portforward;
-mod refused;
 mod remote;
 mod routes;
 mod separate_end;
-mod standing;
 mod stats;
 mod stop;
 mod target;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod unsupported;
 mod upgrade;
 mod user;
 
@@ -138,8 +138,8 @@ pub trait Backend: Send + Sync + 'static {
         input: mpsc::Receiver<pb::ExecInput>,
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>>;
 
-    /// Connects to a port of a pod: the first message is `Start`, the first answer `Connected`; both directions close on
-    /// their own. Dropping the answers resets the connection.
+    /// Connects to a port of a pod: the first message is `Start`, the first answer `Connected`; both directions close
+    /// on their own. Dropping the answers resets the connection.
     fn port_forward(
         &self,
         input: mpsc::Receiver<pb::PortForwardInput>,

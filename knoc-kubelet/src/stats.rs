@@ -1,13 +1,13 @@
 //! What the node, its pods and containers use: one measurement for all who ask.
 //!
-//! The endpoints ask [`Stats::snapshot`]. Callers share one question to the agent, a task of [`Stats`] that goes on when
-//! its asker leaves, and its answer serves for [`FRESH`], so scrapers do not add up. Where the agent does not answer, the
-//! last word stands with its own times; where its link is down, nobody waits for that.
-//! [`assemble`] and the renderers [`resource`] and [`summary`] are pure.
+//! The endpoints ask [`Stats::snapshot`]. Callers share one question to the agent, a task of [`Stats`] that goes on
+//! when its asker leaves, and its answer serves for [`FRESH`], so scrapers do not add up. Where the agent does not
+//! answer, the last word stands with its own times; where its link is down, nobody waits for that. [`assemble`] and the
+//! renderers [`resource`] and [`summary`] are pure.
 
-pub mod ledger;
 pub mod resource;
 pub mod summary;
+pub mod totals;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use knoc_proto::{ids::PodUid, pb};
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 
-use self::ledger::Totals;
+use self::totals::Totals;
 use crate::{
     agent::{Agent, Link},
     pods::Store,
@@ -75,7 +75,7 @@ pub struct Snapshot {
 type Said = Result<Vec<pb::PodStats>, String>;
 
 /// Puts the question to the agent.
-type Ask =
+type FetchStats =
     Box<dyn Fn() -> BoxFuture<'static, Result<Vec<pb::PodStats>, tonic::Status>> + Send + Sync>;
 
 /// How a question ended.
@@ -117,7 +117,7 @@ impl State {
     }
 
     /// The answer to the question under way, or to a new one. Cancel safe: who asks next waits for the same.
-    async fn answer(&mut self, ask: &Ask) -> Answer {
+    async fn answer(&mut self, ask: &FetchStats) -> Answer {
         if self.question.is_empty() {
             let asked = tokio::time::timeout(DEADLINE, ask());
             self.question.spawn(async {
@@ -134,7 +134,7 @@ impl State {
 
 /// See the module.
 pub struct Stats {
-    ask: Ask,
+    ask: FetchStats,
     link: watch::Receiver<Link>,
     store: Store,
     started: Timestamp,
@@ -158,7 +158,7 @@ impl Stats {
         Self::asking(Box::new(ask), link, store)
     }
 
-    fn asking(ask: Ask, link: watch::Receiver<Link>, store: Store) -> Self {
+    fn asking(ask: FetchStats, link: watch::Receiver<Link>, store: Store) -> Self {
         Self {
             ask,
             link,

@@ -1,8 +1,8 @@
 //! Where keys and certificates lie: one Secret, or a folder with modes 0600. One entry a certificate, so that key and
 //! certificate are replaced together.
 //!
-//! `serving.pem`, `client.pem` and `link.pem` (the link to the agent) hold certificate chain and key; `serving-next.pem` and `client-next.pem` the key of a request
-//! under way.
+//! `serving.pem`, `client.pem` and `link.pem` (the link to the agent) hold certificate chain and key;
+//! `serving-next.pem` and `client-next.pem` the key of a request under way.
 
 use std::{
     io::ErrorKind,

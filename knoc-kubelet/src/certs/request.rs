@@ -1,7 +1,8 @@
 //! PURE but for fresh keys: certificate requests as Kubernetes' signers take them, and self-signed certificates.
 //!
-//! Keys are ECDSA P-256, which cannot encipher: "key encipherment" is not asked for. The subject is exactly one organization,
-//! `system:nodes`, and the common name `system:node:NAME`; a serving request has DNS names and addresses and nothing else.
+//! Keys are ECDSA P-256, which cannot encipher: "key encipherment" is not asked for. The subject is exactly one
+//! organization, `system:nodes`, and the common name `system:node:NAME`; a serving request has DNS names and addresses
+//! and nothing else.
 
 use knoc_link::pki::{CertifiedKey, PkiError, Validity};
 use rcgen::{

@@ -124,8 +124,8 @@ impl std::fmt::Debug for DebugClock {
 }
 
 impl Rotator {
-    /// Reads what is kept. A serving certificate is there at once: until there is a better one, a self-signed one that is
-    /// kept nowhere. A client's is there when it was kept and is still good. Every one goes to `pairs`.
+    /// Reads what is kept. A serving certificate is there at once: until there is a better one, a self-signed one that
+    /// is kept nowhere. A client's is there when it was kept and is still good. Every one goes to `pairs`.
     pub async fn start(
         wanted: Wanted,
         keep: Keep,
@@ -247,7 +247,7 @@ impl Rotator {
         let again = matches!(&*self.health.borrow(), Health::Failing { message: told, .. } if *told == message);
         if !again {
             tracing::warn!(purpose = purpose.name(), error = %message, "no new certificate, trying again");
-            self.tell("CertificateFailed", &message);
+            self.record("CertificateFailed", &message);
         }
         let until = self.until();
         self.say(Health::Failing { message, until });
@@ -274,7 +274,7 @@ impl Rotator {
                 why.text()
             );
             tracing::info!(request, "{text}");
-            self.tell("CertificateAwaitsApproval", &text);
+            self.record("CertificateAwaitsApproval", &text);
             self.told.clone_from(&request);
         }
         let until = self.until();
@@ -362,8 +362,8 @@ impl Rotator {
         });
     }
 
-    fn tell(&self, reason: &str, message: &str) {
-        self.events.tell(Note {
+    fn record(&self, reason: &str, message: &str) {
+        self.events.record(Note {
             object: ObjectReference {
                 kind: Some("Node".to_owned()),
                 name: Some(self.wanted.node.clone()),

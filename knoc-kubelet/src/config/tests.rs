@@ -140,7 +140,7 @@ fn an_empty_value_counts_as_not_given_wherever_it_stands() {
     let config = load(&text, &[("KNOC_NODE_NAME", "n")]).unwrap();
     assert_eq!(config.agent.site, None);
     assert_eq!(config.log.level, "info");
-    // An empty variable takes back what the file says.
+    // An empty variable resets what the file sets.
     let config = load(GOOD, &[("KNOC_NODE_QUEUE_FACTOR", "")]).unwrap();
     assert_eq!(config.node.queue_factor, 10);
 }
@@ -156,7 +156,7 @@ fn configz_shows_what_is_in_effect() {
     assert_eq!(shown["kubernetes"]["kubeconfig"], serde_json::Value::Null);
 }
 
-/// The row of the guide's table that this setting must have, up to its description; none where its default is computed.
+/// The row that this setting must have in the guide's table, up to its description; None if its default is computed.
 fn row(key: &str, default: &serde_json::Value) -> String {
     let variable = knoc_proto::settings::variable(PREFIX, key);
     let default = if default.is_null() {

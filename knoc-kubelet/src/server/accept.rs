@@ -32,9 +32,9 @@ use tower::ServiceExt as _;
 use tracing::{debug, info};
 
 use super::authn::{self, Peer};
+use super::connections::ConnectionSlots;
 use super::peer_watch::PeerWatch;
 use super::separate_end::SeparateEnd;
-use super::standing::Standings;
 use super::tls::Tls;
 
 /// The real kubelet's idle time; hyper counts it while it waits for a request's head.
@@ -96,7 +96,7 @@ pub(super) async fn serve(
     drain: Duration,
     shutdown: CancellationToken,
 ) {
-    let standings = Standings::own();
+    let standings = ConnectionSlots::own();
     let mut connections = JoinSet::new();
     loop {
         // Shutdown first; ended connections before new ones, so that the set does not grow.

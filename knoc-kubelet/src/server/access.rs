@@ -1,9 +1,9 @@
 //! The gate in front of every route, those that do not exist included: authentication, then authorization.
 //!
-//! Answers are cached for upstream's times: tokens 2 minutes, known or not, allow 5 minutes, deny 30 seconds. The caches
-//! are bounded; a full one is emptied, which costs reviews and nothing else. Of one token there is one review at a time:
-//! whoever brings it meanwhile waits for the same answer. Reviews of tokens that the cluster has not known lately are
-//! bounded in rate and number ([`reviews`]); whoever exceeds that is told to try again.
+//! Answers are cached for upstream's times: tokens 2 minutes, known or not, allow 5 minutes, deny 30 seconds. The
+//! caches are bounded; a full one is emptied, which costs reviews and nothing else. Of one token there is one review at
+//! a time: whoever brings it meanwhile waits for the same answer. Reviews of tokens that the cluster has not known
+//! lately are bounded in rate and number ([`reviews`]); whoever exceeds that is told to try again.
 
 mod reviews;
 

@@ -10,7 +10,7 @@ use knoc_link::Origin;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::standing::Standing;
+use super::connections::ConnectionSlot;
 use super::tls::Verifier;
 use super::user::User;
 
@@ -21,10 +21,11 @@ pub(super) struct Peer {
     /// End-entity certificate first.
     pub(super) certificates: Arc<[CertificateDer<'static>]>,
     /// Whether the connection counts among those without an identity.
-    pub(super) standing: Arc<Standing>,
+    pub(super) standing: Arc<ConnectionSlot>,
 }
 
-/// The user of the certificates that a peer has shown, `None` if it has shown none; the text says why it does not count.
+/// The user of the certificates that a peer has shown, `None` if it has shown none; the text says why it does not
+/// count.
 pub(super) fn user(
     certificates: &[CertificateDer<'_>],
     verifier: &Verifier,

@@ -17,8 +17,8 @@ pub(super) struct Attributes {
     pub(super) subresources: &'static [&'static str],
 }
 
-/// The attributes of a request, as in
-/// [kubelet authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/#kubelet-authorization).
+/// The attributes of a request, as in [kubelet
+/// authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/#kubelet-authorization).
 pub(super) fn attributes(method: &Method, path: &str) -> Attributes {
     let under = |root: &str| {
         path.strip_prefix(root)

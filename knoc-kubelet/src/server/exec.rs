@@ -23,21 +23,21 @@ use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
 /// `/exec/{namespace}/{pod}[/{uid}]/{container}`
 pub(super) async fn exec(
     State(context): State<Arc<Context>>,
-    Path(place): Path<ContainerTarget>,
+    Path(of): Path<ContainerTarget>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    answer(&context, &place, exec_start, query.as_deref(), request)
+    answer(&context, &of, exec_start, query.as_deref(), request)
 }
 
 /// `/attach/{namespace}/{pod}[/{uid}]/{container}`
 pub(super) async fn attach(
     State(context): State<Arc<Context>>,
-    Path(place): Path<ContainerTarget>,
+    Path(of): Path<ContainerTarget>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    answer(&context, &place, attach_start, query.as_deref(), request)
+    answer(&context, &of, attach_start, query.as_deref(), request)
 }
 
 /// Makes the start of what is asked for, or says why there is none.
@@ -83,13 +83,13 @@ fn attach_start(
 
 fn answer(
     context: &Arc<Context>,
-    place: &ContainerTarget,
+    of: &ContainerTarget,
     prepare: Prepare,
     query: Option<&str>,
     request: Request,
 ) -> Response {
     let prepared = options(query).and_then(|(query, wanted)| {
-        let start = prepare(context, place, &query, wanted)?;
+        let start = prepare(context, of, &query, wanted)?;
         Ok((start, wanted, upgrade::carrier(&request)?))
     });
     let (start, wanted, carrier) = match prepared {
@@ -100,7 +100,7 @@ fn answer(
         Ok(call) => Some(call),
         Err(busy) => return busy.into_response(),
     };
-    let ContainerTarget { target, container } = place;
+    let ContainerTarget { target, container } = of;
     let purpose = Purpose {
         call,
         verb: start.verb(),

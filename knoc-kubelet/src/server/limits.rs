@@ -10,8 +10,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Upgraded connections, which no longer count as connections: each holds two buffers and what it has received.
 pub(super) const MAX_SESSIONS: usize = 1024;
-/// Readers of logs, execs, attachments and connections to ports. They share one link to the agent, and its window is that
-/// of 512 streams ([`knoc_link::CONNECTION_WINDOW`]): so many may stand still and every other one still moves.
+/// Readers of logs, execs, attachments and connections to ports. They share one link to the agent, and its window is
+/// that of 512 streams ([`knoc_link::CONNECTION_WINDOW`]): so many may stand still and every other one still moves.
 pub(super) const MAX_CALLS: usize = 480;
 
 /// A bound on what goes on at once.

@@ -1,10 +1,12 @@
 //! Whether a session's client is still there while nobody reads its socket.
 //!
-//! Input that nobody takes stops the reading of its connection ([`knoc_remotecommand::streams`]), and so the connection's end, which
-//! stands behind it, is not read either: the command would go on, for nobody. The socket is looked at instead.
+//! Input that nobody takes stops the reading of its connection ([`knoc_remotecommand::streams`]), and so the
+//! connection's end, which stands behind it, is not read either: the command would go on, for nobody. The socket is
+//! looked at instead.
 //!
-//! A client whose last bytes still fit our receive window is missed within two looks. The end of one that had more to say
-//! stands behind bytes that cannot come; an API server that waits to be rid of them does not even notice its own client.
+//! A client whose last bytes still fit our receive window is missed within two looks. The end of one that had more to
+//! say stands behind bytes that cannot come; an API server that waits to be rid of them does not even notice its own
+//! client.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

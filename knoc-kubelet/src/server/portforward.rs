@@ -1,8 +1,8 @@
 //! `/portForward/{namespace}/{pod}[/{uid}]`: connections to ports of a pod, for `kubectl port-forward`.
 //!
 //! Three forms: SPDY, where the client opens a pair of streams for each connection ([`pairs`]); the same within binary
-//! messages of a WebSocket (`SPDY/3.1+portforward.k8s.io`); and WebSocket channels, a pair for each of the ports named in
-//! the query and one connection on each. What runs on a pair is [`relay`].
+//! messages of a WebSocket (`SPDY/3.1+portforward.k8s.io`); and WebSocket channels, a pair for each of the ports named
+//! in the query and one connection on each. What runs on a pair is [`relay`].
 
 mod pairs;
 mod relay;

@@ -11,7 +11,7 @@ use http::{StatusCode, header};
 use k8s_openapi::List;
 use k8s_openapi::api::core::v1::Pod;
 
-use super::{Context, access, exec, logs, portforward, refused, stats};
+use super::{Context, access, exec, logs, portforward, stats, unsupported};
 use knoc_remotecommand::query::Query;
 
 /// All routes behind the gate.
@@ -27,7 +27,7 @@ pub(super) fn router(context: Arc<Context>) -> Router {
             get(logs::container_logs),
         )
         .merge(streams())
-        .merge(refused::routes())
+        .merge(unsupported::routes())
         .merge(stats::routes())
         .fallback(async || (StatusCode::NOT_FOUND, "404 page not found\n"))
         .layer(from_fn_with_state(Arc::clone(&context), access::gate))

@@ -1,11 +1,12 @@
 //! Sends the end of a chunked answer in a TLS record of its own.
 //!
 //! The API server copies a container's log into a WebSocket with a loop that throws away the bytes of a read that also
-//! returns the end of the body (`messageCopy` in `k8s.io/streaming/pkg/httpstream/wsstream`). Go's HTTP client makes such
-//! a read if the last bytes and the terminating chunk lie in one TLS record: a short log then arrives empty, and a long
-//! one without its last 2 KiB. A kubelet written in Go writes the terminating chunk separately; hyper writes whatever it
-//! has at once. [`SeparateEnd`] sits between hyper and TLS and never passes on the terminating chunk together with what
-//! comes before it. Every write becomes at least one record, and Go's TLS reads one record at a time.
+//! returns the end of the body (`messageCopy` in `k8s.io/streaming/pkg/httpstream/wsstream`). Go's HTTP client makes
+//! such a read if the last bytes and the terminating chunk lie in one TLS record: a short log then arrives empty, and a
+//! long one without its last 2 KiB. A kubelet written in Go writes the terminating chunk separately; hyper writes
+//! whatever it has at once. [`SeparateEnd`] sits between hyper and TLS and never passes on the terminating chunk
+//! together with what comes before it. Every write becomes at least one record, and Go's TLS reads one record at a
+//! time.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;

@@ -1,4 +1,5 @@
-//! Which container or pod a stream is for, and whether there is one: the checks before any upgrade, in upstream's words.
+//! Which container or pod a stream is for, and whether there is one: the checks before any upgrade, in upstream's
+//! words.
 
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;

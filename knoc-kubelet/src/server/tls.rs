@@ -1,9 +1,8 @@
 //! The TLS side of the API: serving certificate and client CA, both replaced while the server runs.
 //!
 //! Owner: the server's reload task, which re-reads the files (and asks the cluster for the CA, where it is the source)
-//! every [`RELOAD_INTERVAL`], takes the kubelet's own certificate as soon as there is a newer one, and publishes what it got on
-//! two `watch` channels. What cannot be read or does not fit
-//! together is logged once and the old stays.
+//! every [`RELOAD_INTERVAL`], takes the kubelet's own certificate as soon as there is a newer one, and publishes what
+//! it got on two `watch` channels. What cannot be read or does not fit together is logged once and the old stays.
 //!
 //! A client certificate is taken from whoever presents one and proves to hold its key, whoever signed it; whether it
 //! counts is decided for each request by [`super::authn`], so that a wrong one is answered 401 and logged with the

@@ -110,7 +110,7 @@ fn agent(takes: Duration) -> (Stats, watch::Sender<Link>, Arc<AtomicU32>) {
     let (link, up) = watch::channel(up);
     let asked = Arc::<AtomicU32>::default();
     let count = Arc::clone(&asked);
-    let ask: Ask = Box::new(move || {
+    let ask: FetchStats = Box::new(move || {
         count.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
             tokio::time::sleep(takes).await;

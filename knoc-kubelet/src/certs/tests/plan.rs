@@ -84,8 +84,8 @@ fn other_names_or_another_node_want_another_certificate() {
     assert_eq!(step(None, &same, now), Step::Obtain(Why::None));
 }
 
-/// What the signers of Kubernetes require of a request, see
-/// [Kubernetes signers](https://kubernetes.io/docs/reference/access-authn-authz/certificate-signing-requests/#kubernetes-signers).
+/// What the signers of Kubernetes require of a request, see [Kubernetes
+/// signers](https://kubernetes.io/docs/reference/access-authn-authz/certificate-signing-requests/#kubernetes-signers).
 #[test]
 fn requests_are_as_the_signers_take_them() {
     let cases: [(Purpose, &[&str], &[&str]); 2] = [

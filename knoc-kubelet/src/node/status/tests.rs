@@ -74,7 +74,7 @@ fn facts<'a>(
     }
 }
 
-/// Most sites leave TmpDisk at 0: a node without the resource is passed over for all pods that ask for some.
+/// Most sites leave TmpDisk at 0. The scheduler places no pod that requests local disk on a node without the resource.
 #[test]
 fn a_site_that_tells_of_no_local_disk_refuses_no_pod_for_it() {
     let (identity, link) = (identity(), up());
@@ -212,7 +212,7 @@ fn what_others_wrote_over_is_sent_again() {
     let mut bare = live(&wanted);
     bare.capacity = None;
     assert!(!stands(&wanted, Some(&bare)));
-    // What others add is theirs.
+    // Conditions that others add are ignored.
     let mut more = live(&wanted);
     let extra = live(&wanted).conditions.unwrap()[0].clone();
     more.conditions

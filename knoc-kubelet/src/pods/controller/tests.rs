@@ -3,7 +3,7 @@
 mod agent;
 mod api;
 mod changes;
-mod place;
+mod predicates;
 mod vanish;
 
 use std::{collections::BTreeMap, time::Duration};
@@ -20,7 +20,7 @@ use jiff::Timestamp;
 use knoc_proto::pb;
 
 use super::{
-    super::{events::Events, presence::Ask, queue::Queue, services::Services, store::Store},
+    super::{events::Events, presence::PodLookup, queue::Queue, services::Services, store::Store},
     *,
 };
 use crate::{
@@ -39,7 +39,7 @@ fn uid() -> PodUid {
 }
 const SOON: Duration = Duration::from_secs(10);
 
-/// One kubelet without Node and Lease: controller, agent watch, Events.
+/// A kubelet without Node and Lease: controller, agent watch, Events.
 struct Kubelet {
     api: FakeApi,
     agent: FakeAgent,
@@ -82,7 +82,7 @@ impl Kubelet {
         let context = Arc::new(Context {
             api: ApiServer {
                 client: client.clone(),
-                ask: Ask::Get,
+                pod_lookup: PodLookup::Get,
                 events,
                 services,
             },
@@ -123,7 +123,7 @@ impl Kubelet {
         }
     }
 
-    /// What the watch of pods does.
+    /// Does what the watch of pods does when the pod changes.
     fn apply(&mut self, change: impl FnOnce(&mut Value)) {
         self.version += 1000;
         let mut json = json!({
@@ -323,7 +323,7 @@ async fn a_status_that_is_refused_is_tried_later_and_holds_up_no_deletion() {
         .await;
     kubelet.api.refuse_statuses();
     let (before, began) = (kubelet.called("PATCH"), tokio::time::Instant::now());
-    // Due at once, but after the status.
+    // Due at once, but only after the status.
     kubelet.agent.change(UID, |pod| {
         pod.phase = PodPhase::Running.into();
         pod.values_wanted = true;
@@ -383,7 +383,7 @@ async fn a_missing_config_map_holds_the_pod_until_it_is_there() {
         })
         .await;
     assert_eq!(kubelet.called("EnsurePod"), 0);
-    // Each round asks for it again; only the first tells.
+    // Each round asks for it again; only the first one records an Event.
     let asked = |kubelet: &Kubelet| {
         let calls = kubelet.api.calls();
         calls
@@ -440,7 +440,7 @@ async fn a_newer_leader_ends_this_one() {
     kubelet.stop().await;
 }
 
-/// The node's ten pods are there.
+/// Fills the node with ten pods.
 fn fill(kubelet: &Kubelet) {
     let mut allocations = kubelet.context.node.allocations();
     for number in 0..10 {
@@ -503,7 +503,7 @@ async fn a_pod_that_ended_makes_room_for_the_next() {
         let allocatable = Allocatable::of(None, 11, 10);
         let mut allocations = kubelet.context.node.allocations();
         allocations
-            .ask(&next, BTreeMap::new(), &allocatable)
+            .allocate(&next, BTreeMap::new(), &allocatable)
             .is_err()
     };
     assert!(short(&kubelet), "ten others and this one");

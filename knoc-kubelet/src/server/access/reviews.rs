@@ -1,9 +1,9 @@
 //! PURE: which tokens that nobody has seen yet may be shown to the API server now.
 //!
-//! Anybody who reaches the port can send tokens, and each new one is a `TokenReview`. Each source gets a rate and a number
-//! at the same time, all sources together a larger one. A token that the cluster has known within [`super::KNOWN_TTL`]
-//! does not count: there is a bounded number of those, each is asked about once in two minutes, and a flood of guesses
-//! holds none of them up.
+//! Anybody who reaches the port can send tokens, and each new one is a `TokenReview`. Each source gets a rate and a
+//! number at the same time, all sources together a larger one. A token that the cluster has known within
+//! [`super::KNOWN_TTL`] does not count: there is a bounded number of those, each is asked about once in two minutes,
+//! and a flood of guesses holds none of them up.
 
 use std::collections::HashMap;
 

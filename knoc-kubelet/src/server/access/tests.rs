@@ -173,7 +173,7 @@ async fn who_at(
     address: u8,
 ) -> Result<User, Refusal> {
     let cluster: Arc<dyn Cluster> = Arc::clone(cluster) as _;
-    let standings = crate::server::standing::Standings::own();
+    let standings = crate::server::connections::ConnectionSlots::own();
     let origin = Origin::Address(([10, 0, 0, address], 1).into());
     let peer = Peer {
         origin,

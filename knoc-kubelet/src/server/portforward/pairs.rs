@@ -1,5 +1,5 @@
-//! Port-forward over SPDY: for each connection the client opens two streams, `error` and `data`, which find each other by
-//! their `requestid`; without one the data stream's id follows the error stream's. Many run at once on a connection.
+//! Port-forward over SPDY: for each connection the client opens two streams, `error` and `data`, which find each other
+//! by their `requestid`; without one the data stream's id follows the error stream's. Many run at once on a connection.
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
@@ -207,8 +207,8 @@ pub(super) async fn serve(
     Ok(())
 }
 
-/// Does something that may wait for a place in the session's queue, which relays wait for too: they are first, and would
-/// keep the places that they are given without using them, were they not polled meanwhile.
+/// Does something that may wait for a place in the session's queue, which relays wait for too: they are first, and
+/// would keep the places that they are given without using them, were they not polled meanwhile.
 async fn beside<T>(
     relays: &mut FuturesUnordered<impl Future<Output = ()>>,
     work: impl Future<Output = T>,

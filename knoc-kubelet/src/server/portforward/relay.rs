@@ -107,8 +107,8 @@ async fn relay(
     }
 }
 
-/// From the pod to the client. The call's end is the connection's; so is the end of the pod's bytes where the client cannot
-/// be told of it in any other way, and could not end its own.
+/// From the pod to the client. The call's end is the connection's; so is the end of the pod's bytes where the client
+/// cannot be told of it in any other way, and could not end its own.
 async fn drain(
     backend: &dyn Backend,
     input: mpsc::Receiver<pb::PortForwardInput>,

@@ -1,4 +1,5 @@
-//! The renewed client of a node, against a server that says who it takes it for; and a server with a certificate of its own.
+//! The renewed client of a node, against a server that says who it takes it for; and a server with a certificate of its
+//! own.
 
 use std::sync::Arc;
 

@@ -34,7 +34,8 @@ fn answer(output: Output) -> Result<pb::PortForwardOutput, tonic::Status> {
     Ok(pb::PortForwardOutput { output })
 }
 
-/// Listens on every port but 81, greets with the port, and sends back what it hears; after the client's end it says "bye".
+/// Listens on every port but 81, greets with the port, and sends back what it hears; after the client's end it says
+/// "bye".
 pub(super) fn echo(
     mut input: mpsc::Receiver<pb::PortForwardInput>,
 ) -> Result<PortForwardStream, tonic::Status> {

@@ -1,9 +1,10 @@
 //! How many connections the API has at once, by what is known of their clients.
 //!
-//! A client that shows a certificate of the client CA is *identified* from its handshake on. Every other one is a *stranger*
-//! until a request on its connection has been authenticated, by a token, and allowed. Strangers share a small part of the connections,
-//! and if there are too many, the oldest of the busiest address is closed. So strangers, however many, keep out neither the
-//! API server, which has a certificate, nor a client with a token at another address.
+//! A client that shows a certificate of the client CA is *identified* from its handshake on. Every other one is a
+//! *stranger* until a request on its connection has been authenticated, by a token, and allowed. Strangers share a
+//! small part of the connections, and if there are too many, the oldest of the busiest address is closed. So strangers,
+//! however many, keep out neither the API server, which has a certificate, nor a client with a token at another
+//! address.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +23,7 @@ const MAX_STRANGERS: usize = 256;
 
 /// All connections of the port.
 #[derive(Debug, Clone)]
-pub(super) struct Standings(Arc<Shared>);
+pub(super) struct ConnectionSlots(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
@@ -41,7 +42,7 @@ struct Strangers {
 
 /// What one connection counts as. Dropping it gives its place back.
 #[derive(Debug)]
-pub(super) struct Standing {
+pub(super) struct ConnectionSlot {
     shared: Arc<Shared>,
     counted: Mutex<Counted>,
     /// Cancelled when a stranger has to go.
@@ -74,7 +75,7 @@ impl Strangers {
     }
 }
 
-impl Standings {
+impl ConnectionSlots {
     /// None yet; as many as the descriptors of this process carry, two for each connection.
     pub(super) fn own() -> Self {
         let share = Bounds::own().finished;
@@ -97,7 +98,7 @@ impl Standings {
     }
 
     /// A new connection. `None` if it is identified and there are too many of those.
-    pub(super) fn enter(&self, source: Source, identified: bool) -> Option<Standing> {
+    pub(super) fn enter(&self, source: Source, identified: bool) -> Option<ConnectionSlot> {
         let shared = Arc::clone(&self.0);
         let cut = CancellationToken::new();
         let counted = if identified {
@@ -121,7 +122,7 @@ impl Standings {
             }
             Counted::Stranger(ticket)
         };
-        Some(Standing {
+        Some(ConnectionSlot {
             shared,
             counted: Mutex::new(counted),
             cut,
@@ -129,9 +130,9 @@ impl Standings {
     }
 }
 
-impl Standing {
-    /// A request on this connection was authenticated and allowed. Half of the places of identified connections are kept for
-    /// clients with a certificate; if the other half is taken the connection goes on as a stranger's.
+impl ConnectionSlot {
+    /// A request on this connection was authenticated and allowed. Half of the places of identified connections are
+    /// kept for clients with a certificate; if the other half is taken the connection goes on as a stranger's.
     pub(super) fn identified(&self) {
         let mut counted = lock(&self.counted);
         let free = self.shared.identified.available_permits();
@@ -158,7 +159,7 @@ impl Shared {
     }
 }
 
-impl Drop for Standing {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         if let Counted::Stranger(ticket) = *lock(&self.counted) {
             self.shared.leave(ticket);
@@ -176,7 +177,7 @@ mod tests {
 
     #[test]
     fn tokens_leave_half_of_the_places_to_certificates() {
-        let standings = Standings::new(4, 8);
+        let standings = ConnectionSlots::new(4, 8);
         let by_token: Vec<_> = (1..=4)
             .map(|number| standings.enter(from(number), false).unwrap())
             .collect();
@@ -191,7 +192,7 @@ mod tests {
 
     #[test]
     fn strangers_displace_strangers_and_nobody_who_is_known() {
-        let standings = Standings::new(4, 8);
+        let standings = ConnectionSlots::new(4, 8);
         let certified = standings.enter(from(2), true).unwrap();
         let scraper = standings.enter(from(1), false).unwrap();
         let by_token = standings.enter(from(2), false).unwrap();

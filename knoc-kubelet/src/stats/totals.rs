@@ -45,12 +45,12 @@ impl Totals {
 
 /// See the module. Holds one entry a pod that is still known to the agent.
 #[derive(Debug, Default)]
-pub struct Ledger {
+pub struct NodeTotals {
     gone: Totals,
     pods: HashMap<PodUid, Totals>,
 }
 
-impl Ledger {
+impl NodeTotals {
     /// A pod is said to have used so much. Less than was said before is not believed.
     pub fn observe(&mut self, uid: &PodUid, used: Totals) {
         match self.pods.get_mut(uid) {
@@ -92,32 +92,32 @@ mod tests {
 
     #[test]
     fn what_a_pod_used_stays_when_it_goes() {
-        let mut ledger = Ledger::default();
+        let mut totals = NodeTotals::default();
         let [a, b] = ["a", "b"].map(|uid| PodUid::try_from(uid).unwrap());
-        ledger.observe(&a, cpu(5));
-        ledger.observe(&b, cpu(7));
-        ledger.observe(&a, cpu(6));
-        assert_eq!(ledger.total().cpu, 13);
-        ledger.close(&a);
-        ledger.close(&a);
-        assert_eq!(ledger.total().cpu, 13);
-        assert_eq!(ledger.pods.len(), 1);
+        totals.observe(&a, cpu(5));
+        totals.observe(&b, cpu(7));
+        totals.observe(&a, cpu(6));
+        assert_eq!(totals.total().cpu, 13);
+        totals.close(&a);
+        totals.close(&a);
+        assert_eq!(totals.total().cpu, 13);
+        assert_eq!(totals.pods.len(), 1);
     }
 
     proptest! {
         #[test]
         fn the_total_never_falls(steps in prop::collection::vec((0..4_u8, 0..100_u64, any::<bool>()), 0..100)) {
-            let mut ledger = Ledger::default();
+            let mut totals = NodeTotals::default();
             let mut before = 0;
             for (pod, used, closes) in steps {
                 let uid = PodUid::try_from(pod.to_string()).unwrap();
                 if closes {
-                    ledger.close(&uid);
+                    totals.close(&uid);
                 } else {
-                    ledger.observe(&uid, cpu(used));
+                    totals.observe(&uid, cpu(used));
                 }
-                prop_assert!(ledger.total().cpu >= before);
-                before = ledger.total().cpu;
+                prop_assert!(totals.total().cpu >= before);
+                before = totals.total().cpu;
             }
         }
     }
