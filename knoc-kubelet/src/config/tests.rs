@@ -289,16 +289,19 @@ fn sources_that_contradict_each_other_are_named() {
         ),
         (
             &[("KNOC_SERVER_CERTIFICATE", "files")],
-            "server.certificate: is `files`, and server.cert and server.key are missing",
+            "server.certificate: is `files`, but server.cert and server.key are missing",
         ),
-        (&[("KNOC_SERVER_CERT", "/c")], "both or neither"),
+        (
+            &[("KNOC_SERVER_CERT", "/c")],
+            "set both server.cert and server.key, or neither",
+        ),
         (
             &[
                 ("KNOC_SERVER_CERTIFICATE", "csr"),
                 ("KNOC_SERVER_CERT", "/c"),
                 ("KNOC_SERVER_KEY", "/k"),
             ],
-            "`csr` is not `files`",
+            "server.certificate: is `csr`, but server.cert and server.key need `files`",
         ),
         (
             &[("KNOC_IDENTITY_BOOTSTRAP_KUBECONFIG", "/b")],

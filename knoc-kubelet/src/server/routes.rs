@@ -1,4 +1,4 @@
-//! The router: which path is answered by whom. Every path goes through the gate, also one that nobody answers.
+//! The router of all paths. Every path goes through the gate, including those without a handler.
 
 use std::sync::Arc;
 
@@ -35,7 +35,7 @@ pub(super) fn router(context: Arc<Context>) -> Router {
         .with_state(context)
 }
 
-/// By GET (a WebSocket's) and POST.
+/// The routes of streams, by GET (for WebSockets) and POST.
 fn streams() -> Router<Arc<Context>> {
     Router::new()
         .route(

@@ -1,4 +1,4 @@
-//! PURE: what all pods of the node ever used, since this kubelet began. It never falls, also when pods go.
+//! PURE: what all pods of the node have used since this kubelet started. The totals never fall, even if pods disappear.
 
 use std::collections::HashMap;
 
@@ -7,16 +7,16 @@ use knoc_proto::{ids::PodUid, pb};
 /// Counters that only grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// CPU time, nanoseconds.
+    /// CPU time in nanoseconds.
     pub cpu: u64,
-    /// Page faults without and with disk.
+    /// Page faults of both kinds.
     pub faults: u64,
-    /// Of those, the ones that read from disk.
+    /// The page faults that read from disk.
     pub major: u64,
 }
 
 impl Totals {
-    /// Those of a measurement.
+    /// The counters of a measurement.
     #[must_use]
     pub fn of(usage: &pb::Usage) -> Self {
         Self {
@@ -43,7 +43,7 @@ impl Totals {
     }
 }
 
-/// See the module. Holds one entry a pod that is still known to the agent.
+/// The counters of all pods, with one entry for each pod that the agent still knows.
 #[derive(Debug, Default)]
 pub struct NodeTotals {
     gone: Totals,
@@ -51,7 +51,7 @@ pub struct NodeTotals {
 }
 
 impl NodeTotals {
-    /// A pod is said to have used so much. Less than was said before is not believed.
+    /// Records the counters of a pod. Values below the recorded ones are ignored.
     pub fn observe(&mut self, uid: &PodUid, used: Totals) {
         match self.pods.get_mut(uid) {
             Some(known) => *known = known.max(used),
@@ -61,14 +61,14 @@ impl NodeTotals {
         }
     }
 
-    /// Nothing will be said of the pod any more; what it used stays.
+    /// Removes a pod that will not be measured again; what it used stays in the total.
     pub fn close(&mut self, uid: &PodUid) {
         if let Some(used) = self.pods.remove(uid) {
             self.gone = self.gone.plus(used);
         }
     }
 
-    /// Of all pods.
+    /// The sum over all pods.
     #[must_use]
     pub fn total(&self) -> Totals {
         self.pods

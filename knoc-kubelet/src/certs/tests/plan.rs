@@ -1,4 +1,4 @@
-//! When to renew, and what is asked for.
+//! When certificates are renewed, and what is requested.
 
 use jiff::SignedDuration;
 use proptest::prelude::*;
@@ -158,9 +158,9 @@ fn what_became_of_a_request_is_read_from_its_conditions() {
     let condition = |kind: &str| serde_json::json!({"conditions": [{"type": kind, "status": "True", "reason": "R", "message": "m"}]});
     assert_eq!(with(serde_json::json!({})), Answer::Waiting);
     assert_eq!(with(condition("Approved")), Answer::Waiting);
-    let refused = |kind: &str| Answer::Refused(format!("{kind}: R: m"));
-    assert_eq!(with(condition("Denied")), refused("Denied"));
-    assert_eq!(with(condition("Failed")), refused("Failed"));
+    let rejected = |kind: &str| Answer::Rejected(format!("{kind}: R: m"));
+    assert_eq!(with(condition("Denied")), rejected("Denied"));
+    assert_eq!(with(condition("Failed")), rejected("Failed"));
     let mut issued = condition("Approved");
     issued["certificate"] = "UEVN".into();
     assert_eq!(with(issued), Answer::Issued("PEM".to_owned()));
@@ -186,7 +186,7 @@ fn conditions_say_what_to_do() {
         "{text}"
     );
     let (status, _, text) = waiting(Some(until));
-    assert_eq!(status, "True", "the old one does");
+    assert_eq!(status, "True", "the old certificate is valid");
     assert!(text.contains("2027-01-01"), "{text}");
     let message = "Denied: no".to_owned();
     let (status, reason, text) = Health::Failing {

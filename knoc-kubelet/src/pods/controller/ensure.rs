@@ -38,7 +38,7 @@ impl Worker<'_> {
             Ok(shape) => shape,
             Err(problems) => {
                 let generation = pod.metadata.generation.unwrap_or(1);
-                self.refused(pod, generation, "UnsupportedPodSpec", &problems.join("; "));
+                self.reject(pod, generation, "UnsupportedPodSpec", &problems.join("; "));
                 return;
             }
         };
@@ -85,9 +85,9 @@ impl Worker<'_> {
         let message = status.message();
         match R::of(status) {
             Some(R::InvalidSpec | R::InvalidRequest | R::Unsupported) => {
-                self.refused(pod, generation, "UnsupportedPodSpec", message);
+                self.reject(pod, generation, "UnsupportedPodSpec", message);
             }
-            Some(R::PermissionDenied) => self.refused(pod, generation, "NotAllowed", message),
+            Some(R::PermissionDenied) => self.reject(pod, generation, "NotAllowed", message),
             Some(R::SpecConflict) => {
                 self.memory.agent.ensured = generation;
                 self.record(pod, true, "SpecConflict", message);
@@ -101,7 +101,7 @@ impl Worker<'_> {
 
     /// The agent or the translation rejects the pod. If an earlier generation was accepted only the change is rejected,
     /// and the pod goes on as it was accepted.
-    fn refused(&mut self, pod: &Pod, generation: i64, reason: &str, message: &str) {
+    fn reject(&mut self, pod: &Pod, generation: i64, reason: &str, message: &str) {
         if self.accepted(pod) {
             self.memory.agent.ensured = self.memory.agent.ensured.max(generation);
             self.record_unsupported_change(pod, message);

@@ -1,4 +1,4 @@
-//! Port-forward over all its carriers: pairs in any order, half-closes, what fails, and what never gets its partner.
+//! Port-forward over all its carriers: pairs in any order, half-closes, errors, and halves without a partner.
 
 mod channels;
 
@@ -34,7 +34,7 @@ fn answer(output: Output) -> Result<pb::PortForwardOutput, tonic::Status> {
     Ok(pb::PortForwardOutput { output })
 }
 
-/// Listens on every port but 81, greets with the port, and sends back what it hears; after the client's end it says
+/// Listens on every port but 81, greets with the port, and echoes what it receives; after the client's end it sends
 /// "bye".
 pub(super) fn echo(
     mut input: mpsc::Receiver<pb::PortForwardInput>,
@@ -119,7 +119,7 @@ pub(super) async fn pair<Io: AsyncRead + AsyncWrite + Unpin>(
     peer.open(id + 2, &headers("data")).await;
 }
 
-/// All that comes by stream until these have ended, with FIN or reset.
+/// Reads until these streams have ended, with FIN or reset; returns the bytes by stream.
 pub(super) async fn until<Io: AsyncRead + AsyncWrite + Unpin>(
     peer: &mut Peer<Io>,
     ends: &[u32],
@@ -159,7 +159,7 @@ async fn a_pair_carries_a_connection_with_its_half_closes() {
         bytes[&1].is_empty() && reset.is_empty(),
         "{bytes:?} {reset:?}"
     );
-    // The connection stays open with no stream, for the next.
+    // The connection stays open without a stream, for the next pair.
     pair(&mut peer, 5, "8080").await;
     peer.data(7, b"again", true).await;
     let (bytes, _) = until(&mut peer, &[5, 7]).await;
@@ -260,7 +260,7 @@ async fn a_reset_or_a_lost_client_ends_the_connection_to_the_port() {
     // The fixture itself holds the last sender.
     drop(fixture);
     let gone = tokio::time::timeout(PATIENCE, live.recv()).await;
-    assert_eq!(gone.expect("a connection goes on"), None);
+    assert_eq!(gone.expect("all connections have ended"), None);
 }
 
 #[tokio::test]
@@ -311,7 +311,7 @@ async fn spdy_runs_through_a_websocket() {
     let offered = format!("{protocol}, v4.channel.k8s.io");
     let Socket { socket, .. } =
         &mut websocket::open(&fixture, "/portForward/ns/pod", &offered, Some(protocol)).await;
-    // Our side of the pipe speaks SPDY, its other end is carried in messages with borders in odd places.
+    // Our side of the pipe speaks SPDY, its other end is carried in messages that are cut in odd places.
     let (near, far) = tokio::io::duplex(1 << 20);
     let carry = carry(socket, far);
     let client = async {
@@ -329,7 +329,7 @@ async fn spdy_runs_through_a_websocket() {
     let both = async { tokio::join!(carry, client) };
     tokio::time::timeout(PATIENCE, both)
         .await
-        .expect("the tunnel is stuck");
+        .expect("the tunnel moves");
     let counted = format!("{{verb=\"portforward\",protocol=\"websocket/{protocol}\"}} 1");
     assert_eq!(fixture.sessions(), [counted]);
 }
@@ -353,7 +353,7 @@ async fn carry(
                 }
             }
         }
-        // Still answered when nothing else is on its way.
+        // Still answered when nothing else is sent.
         drop(sink.send(Message::Ping(Bytes::new())).await);
     };
     let down = async {
@@ -468,7 +468,7 @@ async fn a_stream_whose_headers_are_too_long_is_refused_and_no_other() {
     assert_eq!(bytes[&7], "80:bye");
 }
 
-/// Not over TLS: time stands still, and only the session's own clock moves it.
+/// Without TLS and with paused time, which only the session's own timers advance.
 #[tokio::test(start_paused = true)]
 async fn half_a_pair_is_given_up_after_thirty_seconds() {
     use crate::server::portforward::tests::serve;
@@ -486,7 +486,7 @@ async fn half_a_pair_is_given_up_after_thirty_seconds() {
         assert_eq!(reset, [3]);
         let took = began.elapsed();
         assert!((30..31).contains(&took.as_secs()), "{took:?}");
-        // One that comes too late begins anew.
+        // One that comes too late starts a new pair.
         peer.open(5, &named("data", "lonely")).await;
         peer.open(7, &named("error", "lonely")).await;
         peer.data(5, b"", true).await;
@@ -520,7 +520,7 @@ async fn shutdown_is_told_on_every_error_stream() {
     assert!(joined.unwrap().unwrap().is_ok(), "the server has ended");
 }
 
-/// As [`until`], with more patience than the deadline of halves.
+/// Like [`until`], with a timeout longer than the deadline of halves.
 async fn until_patient<Io: AsyncRead + AsyncWrite + Unpin>(
     peer: &mut Peer<Io>,
     ends: &[u32],

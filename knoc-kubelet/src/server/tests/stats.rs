@@ -1,4 +1,4 @@
-//! Metrics, stats and the like, over real TLS with a fake backend.
+//! Metrics, stats, `/configz` and `/runningpods/` over real TLS, with a fake backend.
 
 use std::sync::Arc;
 
@@ -63,7 +63,7 @@ async fn own_metrics_count_also_what_was_refused() {
 
 #[tokio::test]
 async fn running_pods_are_those_with_a_running_container() {
-    // Known to both sides, and nothing of it runs.
+    // This pod is known to both sides, and none of its containers runs.
     let waiting = PodView {
         observed: Some(Arc::default()),
         ..running("a", "queued", &["c"])

@@ -1,4 +1,4 @@
-//! What there is not: refused by name, and other methods than those that there are.
+//! Unsupported routes, which are rejected by name, and methods that a route does not have.
 
 use super::harness::*;
 

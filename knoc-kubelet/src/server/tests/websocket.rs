@@ -1,4 +1,4 @@
-//! Exec and attach by a WebSocket client (tungstenite's own) over TLS: every subprotocol, refusals, ends.
+//! Exec and attach by a WebSocket client (tungstenite) over TLS: every subprotocol, errors, and ends.
 
 use bytes::Bytes;
 use futures::{SinkExt as _, StreamExt as _, stream};
@@ -21,13 +21,13 @@ pub(super) const UPGRADE: [(&str, &str); 4] = [
     ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
 ];
 
-/// The client's side.
+/// The client's side of a session.
 pub(super) struct Socket {
     pub(super) socket: WebSocketStream<TokioIo<Upgraded>>,
     _client: Client,
 }
 
-/// Upgrades, offering `protocols`; `agreed` must be answered.
+/// Upgrades and offers `protocols`; the server must agree on `agreed`.
 pub(super) async fn open(
     fixture: &Fixture,
     path: &str,
@@ -65,7 +65,7 @@ pub(super) async fn upgraded(
 }
 
 impl Socket {
-    /// The next message that is no ping or pong; `None` after the close.
+    /// The next message that is not a ping or pong; `None` after the close.
     pub(super) async fn next(&mut self) -> Option<Message> {
         let next = async {
             loop {
@@ -90,7 +90,7 @@ impl Socket {
         self.socket.send(message.into()).await.unwrap();
     }
 
-    /// All that comes until the close, by channel.
+    /// Reads until the close; returns the bytes by channel.
     pub(super) async fn rest(&mut self) -> [Vec<u8>; 5] {
         let mut all = <[Vec<u8>; 5]>::default();
         while let Some(message) = self.next().await {
@@ -133,7 +133,8 @@ async fn v5_carries_bytes_sizes_and_the_end_of_the_input() {
         panic!("no exec");
     };
     assert!(start.tty && start.stdin && start.stdout && !start.stderr);
-    // For nobody: a channel that the client reads, one that is none, none at all, and an end of such.
+    // These are ignored: a channel that the client reads, one that does not exist, an empty message, and an end of
+    // such.
     for nothing in [&b"\x01x"[..], b"\x09x", b"", b"\xff\x01", b"\xff\x09"] {
         exec.say(binary(nothing)).await;
     }
@@ -149,7 +150,7 @@ async fn v5_carries_bytes_sizes_and_the_end_of_the_input() {
 
 #[tokio::test]
 async fn older_forms_frame_and_tell_ends_in_their_own_way() {
-    // Subprotocol, what says ready, what says "out", and what tells code 3.
+    // The subprotocol, its ready message, its message for "out", and its status for exit code 3.
     let text = "command terminated with non-zero exit code: command terminated with exit code 3";
     let cases: [(&str, &[u8], &[u8], &str); 5] = [
         ("v4.channel.k8s.io", b"\x01", b"\x01out", "\x03{"),
@@ -282,7 +283,7 @@ async fn a_client_that_closes_ends_the_command_and_hears_a_close() {
     exec.socket.close(None).await.unwrap();
     assert_eq!(exec.next().await, None);
     let told = tokio::time::timeout(PATIENCE, ended).await;
-    assert!(told.expect("the command goes on").is_err());
+    assert!(told.expect("the command has ended").is_err());
 }
 
 #[tokio::test]
@@ -314,7 +315,7 @@ fn with(name: &'static str, value: &'static str) -> Vec<(&'static str, &'static 
     headers
 }
 
-/// Method, path, headers, status, and what the text holds.
+/// Method, path, headers, status, and a part of the text.
 type Case = (
     &'static str,
     &'static str,
