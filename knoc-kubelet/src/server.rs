@@ -34,28 +34,26 @@ mod unsupported;
 mod upgrade;
 mod user;
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-pub use cluster::{Cluster, ClusterError, KubeCluster};
-use futures::future::BoxFuture;
-use futures::stream::BoxStream;
+use futures::{future::BoxFuture, stream::BoxStream};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_link::carrier::{Listener as _, tcp};
 use knoc_proto::pb;
 use thiserror::Error;
-pub use tls::TlsError;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-pub use user::User;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::certs::Pairs;
-use crate::metrics::{Gauges, Metrics};
-use crate::stats::Snapshot;
+use crate::{
+    certs::Pairs,
+    metrics::{Gauges, Metrics},
+    stats::Snapshot,
+};
+
+pub use cluster::{Cluster, ClusterError, KubeCluster};
+pub use tls::TlsError;
+pub use user::User;
 
 /// The configuration of the API.
 #[derive(Debug, Clone)]

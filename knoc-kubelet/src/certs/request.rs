@@ -1,4 +1,5 @@
-//! PURE except for new keys: certificate requests for the signers of Kubernetes, and self-signed certificates.
+//! PURE: makes certificate requests for the signers of Kubernetes, and self-signed certificates. Only new keys are
+//! random.
 //!
 //! Keys are ECDSA P-256, which cannot encipher, so "key encipherment" is not requested. The subject has one
 //! organization, `system:nodes`, and the common name `system:node:NAME`; a serving request also has DNS names and

@@ -83,7 +83,7 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
 }
 
 #[test]
-fn every_kind_of_value_is_refused_with_what_is_allowed() {
+fn every_kind_of_wrong_value_is_reported_with_the_allowed_ones() {
     for (variable, value, expected) in [
         (
             "KNOC_NODE_PODS",

@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn we_see_ourselves() {
+    fn the_metrics_of_this_process_are_read() {
         let own = own().unwrap();
         assert!(own.resident > 1 << 20 && own.open_fds > 2, "{own:?}");
         assert!(own.max_fds >= 64, "{own:?}");

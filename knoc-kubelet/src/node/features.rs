@@ -23,7 +23,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn websockets_are_declared_from_1_36_on_and_only_where_wanted() {
+    fn websockets_are_declared_from_1_36_on_and_only_if_wanted() {
         for (major, minor) in [(1, 36), (1, 40), (2, 0)] {
             let server = Release::new(major, minor);
             assert_eq!(declared(true, server), [WEBSOCKETS], "{minor}");

@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn the_api_servers_release_is_read_as_it_is_said() {
+    fn the_api_servers_release_is_parsed() {
         for (major, minor, release) in [
             ("1", "36", Some(Release::new(1, 36))),
             ("1", "34+", Some(Release::new(1, 34))),
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn without_an_answer_what_was_said_stays() {
+    fn without_an_answer_the_last_version_stays() {
         assert_eq!(
             version_without_server(Some("v1.34.0+knoc.0.0.9")),
             "v1.34.0+knoc.0.0.9"

@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_halt_is_told_when_it_changes() {
+    fn a_halt_is_published_when_it_changes() {
         let (halted, seen) = watch::channel(0);
         assert!(!halt(&halted, 0));
         assert!(halt(&halted, 7));

@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sudden_desert_is_not_believed() {
+    fn too_many_pods_that_vanish_at_once_are_implausible() {
         assert!(plausible(5, 5));
         assert!(!plausible(6, 10));
         assert!(plausible(10, 100));

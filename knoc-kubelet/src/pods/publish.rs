@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_sent_where_nothing_changed() {
+    fn nothing_is_sent_if_nothing_changed() {
         let same = json!({
             "phase": "Running", "startTime": "2026-01-01T00:00:00Z",
             "containerStatuses": [{"name": "a", "image": "i", "imageID": "", "ready": true, "restartCount": 0,

@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn later_means_later_and_the_earlier_wish_wins() {
+    async fn a_delayed_key_comes_at_its_earliest_time() {
         let queue = Queue::default();
         let start = Instant::now();
         queue.push_after(&uid("a"), Duration::from_mins(1));

@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_list_is_believed_also_where_it_counts_from_below() {
+    fn a_complete_list_replaces_pods_with_newer_versions_too() {
         let store = Store::default();
         let uid: PodUid = "u1".parse().unwrap();
         let pod = |version: &str| {
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pod_used_outlives_it() {
+    fn the_usage_of_a_pod_outlives_it() {
         let store = Store::default();
         let uid: PodUid = "u1".parse().unwrap();
         store.set_desired(&uid, Arc::default(), Arc::default());

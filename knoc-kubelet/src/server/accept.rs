@@ -6,36 +6,34 @@
 //! At shutdown no new connections are accepted and idle ones close at once. Running requests get [`DRAIN`] to finish;
 //! then the rest is cut, since a followed log never ends by itself.
 
-use std::io;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{io, sync::Arc, time::Duration};
 
-use axum::Router;
-use axum::body::Body;
+use axum::{Router, body::Body};
 use futures::{FutureExt as _, StreamExt as _, TryFutureExt as _};
-use hyper::body::Incoming as RequestBody;
-use hyper::service::service_fn;
+use hyper::{body::Incoming as RequestBody, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use knoc_link::accept::Accept;
-use knoc_link::admission::{Bounds, Source};
-use knoc_link::carrier::{Unverified, tcp};
-use knoc_link::{Connection, Origin};
+use knoc_link::{
+    Connection, Origin,
+    accept::Accept,
+    admission::{Bounds, Source},
+    carrier::{Unverified, tcp},
+};
 use knoc_proto::error::chain;
 use rustix::net::sockopt;
 use rustls_pki_types::{CertificateDer, UnixTime};
-use tokio::net::TcpStream;
-use tokio::task::JoinSet;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
+use tokio::{net::TcpStream, task::JoinSet};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 use tracing::{debug, info};
 
-use super::authn::{self, Peer};
-use super::connections::ConnectionSlots;
-use super::peer_watch::PeerWatch;
-use super::separate_end::SeparateEnd;
-use super::tls::Tls;
+use super::{
+    authn::{self, Peer},
+    connections::ConnectionSlots,
+    peer_watch::PeerWatch,
+    separate_end::SeparateEnd,
+    tls::Tls,
+};
 
 /// The idle timeout of the Kubernetes kubelet; hyper applies it while it waits for a request's head.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);

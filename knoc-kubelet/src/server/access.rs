@@ -8,31 +8,38 @@
 
 mod reviews;
 
-use std::collections::HashMap;
-use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use axum::extract::{Request, State};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
-use futures::FutureExt as _;
-use futures::future::{BoxFuture, Shared, WeakShared};
+use axum::{
+    extract::{Request, State},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, Shared, WeakShared},
+};
 use http::StatusCode;
 use knoc_link::admission::Source;
-use knoc_proto::error::chain;
-use knoc_proto::log_limit::LogLimit;
+use knoc_proto::{error::chain, log_limit::LogLimit};
 use rustls_pki_types::UnixTime;
 use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use self::reviews::Reviews;
-use super::authn::{Peer, bearer};
-use super::authz::{self, Attributes};
-use super::tls::Verifier;
-use super::user::User;
-use super::{Cluster, ClusterError, Context};
+use super::{
+    Cluster, ClusterError, Context,
+    authn::{Peer, bearer},
+    authz::{self, Attributes},
+    tls::Verifier,
+    user::User,
+};
 
 const TOKEN_TTL: Duration = Duration::from_mins(2);
 /// A token that the cluster knew counts as known for this long: it may be reviewed again however many others are sent.

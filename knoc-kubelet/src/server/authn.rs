@@ -11,9 +11,7 @@ use knoc_link::Origin;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::connections::ConnectionSlot;
-use super::tls::Verifier;
-use super::user::User;
+use super::{connections::ConnectionSlot, tls::Verifier, user::User};
 
 /// The peer of a connection; an extension of every request.
 #[derive(Debug, Clone)]

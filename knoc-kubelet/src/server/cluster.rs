@@ -2,14 +2,14 @@
 //!
 //! Every call has a deadline; nothing is cached here (see [`super::access`]).
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use futures::FutureExt as _;
-use futures::future::BoxFuture;
-use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
-use k8s_openapi::api::authorization::v1::{SubjectAccessReview, SubjectAccessReviewSpec};
-use k8s_openapi::api::core::v1::ConfigMap;
+use futures::{FutureExt as _, future::BoxFuture};
+use k8s_openapi::api::{
+    authentication::v1::{TokenReview, TokenReviewSpec, UserInfo},
+    authorization::v1::{SubjectAccessReview, SubjectAccessReviewSpec},
+    core::v1::ConfigMap,
+};
 use kube::api::{Api, PostParams};
 use thiserror::Error;
 

@@ -6,13 +6,17 @@
 //! connections is closed. So a flood of them locks out neither the API server, which has a certificate, nor a client
 //! with a token at another address.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use knoc_link::admission::{Admissions, Bounds, Source, Ticket};
 use knoc_proto::log_limit::LogLimit;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -173,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_leave_half_of_the_places_to_certificates() {
+    fn tokens_leave_half_of_the_slots_to_certificates() {
         let slots = ConnectionSlots::new(4, 8);
         let by_token: Vec<_> = (1..=4)
             .map(|number| slots.enter(from(number), false).unwrap())
@@ -188,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_displace_strangers_and_nobody_who_is_known() {
+    fn unidentified_connections_displace_only_each_other() {
         let slots = ConnectionSlots::new(4, 8);
         let certified = slots.enter(from(2), true).unwrap();
         let scraper = slots.enter(from(1), false).unwrap();

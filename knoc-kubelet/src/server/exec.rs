@@ -7,18 +7,24 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, RawQuery, Request, State};
-use axum::response::{IntoResponse as _, Response};
+use axum::{
+    extract::{Path, RawQuery, Request, State},
+    response::{IntoResponse as _, Response},
+};
 use knoc_proto::pb;
-use knoc_remotecommand::protocol::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted};
-use knoc_remotecommand::query::Query;
-use knoc_remotecommand::{spdy, websocket};
+use knoc_remotecommand::{
+    protocol::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted},
+    query::Query,
+    spdy, websocket,
+};
 
-use super::Context;
-use super::remote::{self, RemoteError, Start, Streams};
-use super::stop::Stop;
-use super::target::{ContainerTarget, HttpError};
-use super::upgrade::{self, Carrier, ErrorResponse, Io, Purpose, run_session};
+use super::{
+    Context,
+    remote::{self, RemoteError, Start, Streams},
+    stop::Stop,
+    target::{ContainerTarget, HttpError},
+    upgrade::{self, Carrier, ErrorResponse, Io, Purpose, run_session},
+};
 
 /// Handles `/exec/{namespace}/{pod}[/{uid}]/{container}`.
 pub(super) async fn exec(

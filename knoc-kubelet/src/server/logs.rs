@@ -6,22 +6,25 @@
 
 use std::sync::Arc;
 
-use axum::body::Body;
-use axum::extract::{Path, RawQuery, State};
-use axum::response::{IntoResponse as _, Response};
+use axum::{
+    body::Body,
+    extract::{Path, RawQuery, State},
+    response::{IntoResponse as _, Response},
+};
 use futures::{FutureExt as _, TryStreamExt as _};
 use http::{StatusCode, header};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::pb;
-use knoc_proto::pb::container_status::State as ContainerState;
+use knoc_proto::pb::{self, container_status::State as ContainerState};
 use knoc_remotecommand::query::Query;
 use tracing::{info, warn};
 
-use super::options::{BadOptions, LogOptions};
-use super::remote::client_message;
-use super::target::{self, HttpError, container_status};
-use super::{Context, PodView};
+use super::{
+    Context, PodView,
+    options::{BadOptions, LogOptions},
+    remote::client_message,
+    target::{self, HttpError, container_status},
+};
 use crate::pods::NO_EPHEMERAL;
 
 /// Answers a request for a log.

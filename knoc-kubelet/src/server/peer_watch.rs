@@ -8,13 +8,10 @@
 //! FIN comes after bytes that cannot arrive; an API server that still has them to send does not notice the end of its
 //! own client either.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::net::TcpStream;
-use tokio::time::MissedTickBehavior;
+use tokio::{net::TcpStream, time::MissedTickBehavior};
 
 /// How often a socket is checked. A session that still reads notices an end itself, long before the second check.
 const LOOK: Duration = Duration::from_secs(1);
@@ -83,7 +80,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whoever_takes_what_is_left_is_not_cut_short() {
+    async fn a_session_that_still_reads_is_not_cut() {
         let (mut client, mut stream) = connection().await;
         let watch = PeerWatch::of(&stream).unwrap();
         client.write_all(b"input").await.unwrap();

@@ -11,22 +11,26 @@ pub(super) mod tests;
 
 use std::sync::Arc;
 
-use axum::extract::{Path, RawQuery, Request, State};
-use axum::response::{IntoResponse as _, Response};
+use axum::{
+    extract::{Path, RawQuery, Request, State},
+    response::{IntoResponse as _, Response},
+};
 use bytes::Bytes;
 use futures::future::join_all;
+use knoc_remotecommand::{
+    ports::ports,
+    query::Query,
+    spdy,
+    stream_writer::StreamWriter,
+    websocket::{self, Channels, Encoding, tunnel::Tunnel},
+};
 
-use knoc_remotecommand::ports::ports;
-use knoc_remotecommand::query::Query;
-use knoc_remotecommand::stream_writer::StreamWriter;
-use knoc_remotecommand::websocket::tunnel::Tunnel;
-use knoc_remotecommand::websocket::{Channels, Encoding};
-use knoc_remotecommand::{spdy, websocket};
-
-use super::Context;
-use super::stop::Stop;
-use super::target::{HttpError, Target};
-use super::upgrade::{self, Carrier, ErrorResponse, Io, Purpose, run_session};
+use super::{
+    Context,
+    stop::Stop,
+    target::{HttpError, Target},
+    upgrade::{self, Carrier, ErrorResponse, Io, Purpose, run_session},
+};
 use relay::{Connection, ForwardTarget};
 
 /// The protocol over SPDY.
@@ -73,7 +77,7 @@ fn answer(
         Ok(prepared) => prepared,
         Err(error) => return error.into_response(),
     };
-    let target = ForwardTarget {
+    let forward = ForwardTarget {
         backend: Arc::clone(&context.backend),
         pod: target.pod.clone(),
         uid,
@@ -86,8 +90,8 @@ fn answer(
         target: format!("{}/{}", target.namespace, target.pod),
     };
     let answered = match carrier {
-        Carrier::Spdy => over_spdy(context, request, target, purpose),
-        Carrier::WebSocket => over_websocket(context, request, target, &query, purpose),
+        Carrier::Spdy => over_spdy(context, request, forward, purpose),
+        Carrier::WebSocket => over_websocket(context, request, forward, &query, purpose),
     };
     answered.unwrap_or_else(|error| *error)
 }
@@ -95,7 +99,7 @@ fn answer(
 fn over_spdy(
     context: &Arc<Context>,
     request: Request,
-    target: ForwardTarget,
+    forward: ForwardTarget,
     purpose: Purpose,
 ) -> Result<Response, ErrorResponse> {
     let (answer, ()) = upgrade::spdy(request.headers(), &SPDY_PROTOCOLS)?;
@@ -103,7 +107,7 @@ fn over_spdy(
     let serve = async move |io: Io| {
         let (session, incoming) = spdy::session(io);
         let stop = Stop::new(cut, session.activity());
-        let relay = pairs::serve(incoming, &target, &stop);
+        let relay = pairs::serve(incoming, &forward, &stop);
         run_session(session.run(), relay, &stop, &name).await;
     };
     Ok(upgrade::switch(context, request, answer, purpose, serve))
@@ -112,7 +116,7 @@ fn over_spdy(
 fn over_websocket(
     context: &Arc<Context>,
     request: Request,
-    target: ForwardTarget,
+    forward: ForwardTarget,
     query: &Query,
     purpose: Purpose,
 ) -> Result<Response, ErrorResponse> {
@@ -124,7 +128,7 @@ fn over_websocket(
             let serve = async move |io: Io| {
                 let (session, incoming) = spdy::session(Tunnel::new(io));
                 let stop = Stop::new(cut, session.activity());
-                let relay = pairs::serve(incoming, &target, &stop);
+                let relay = pairs::serve(incoming, &forward, &stop);
                 run_session(session.run(), relay, &stop, &name).await;
             };
             Ok(upgrade::switch(context, request, answer, purpose, serve))
@@ -138,7 +142,7 @@ fn over_websocket(
                 let writable: Vec<bool> = ports.iter().flat_map(|_| [true, false]).collect();
                 let (session, channels) = websocket::session(io, encoding, &writable);
                 let stop = Stop::new(cut, session.activity());
-                let relay = on_channels(channels, &ports, &target, &stop);
+                let relay = on_channels(channels, &ports, &forward, &stop);
                 run_session(session.run(), relay, &stop, &name).await;
             };
             Ok(upgrade::switch(context, request, answer, purpose, serve))
@@ -150,7 +154,7 @@ fn over_websocket(
 async fn on_channels(
     mut channels: Channels,
     ports: &[u16],
-    target: &ForwardTarget,
+    forward: &ForwardTarget,
     stop: &Stop,
 ) -> Result<(), std::convert::Infallible> {
     let mut relays = Vec::new();
@@ -170,7 +174,7 @@ async fn on_channels(
             // A client that has gone ends the session.
             drop(writer.send(greeting.clone()).await);
         }
-        relays.push(connection.serve(target, stop));
+        relays.push(connection.serve(forward, stop));
     }
     drop(channels);
     join_all(relays).await;

@@ -8,20 +8,22 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, future};
-use knoc_proto::pb;
-use knoc_proto::pb::{exec_input::Input, exec_output::Output};
-use knoc_proto::text;
-use knoc_remotecommand::protocol::{Ending, Resizes, Role, Version, Wanted};
-use knoc_remotecommand::spdy::Incoming;
-use knoc_remotecommand::stream_writer::StreamWriter;
-use knoc_remotecommand::streams::{Closed, End, StreamReader};
-use knoc_remotecommand::websocket::Channels;
+use knoc_proto::{
+    pb::{self, exec_input::Input, exec_output::Output},
+    text,
+};
+use knoc_remotecommand::{
+    protocol::{Ending, Resizes, Role, Version, Wanted},
+    spdy::Incoming,
+    stream_writer::StreamWriter,
+    streams::{Closed, End, StreamReader},
+    websocket::Channels,
+};
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tracing::debug;
 
-use super::stop::Stop;
-use super::{Backend, ExecStream};
+use super::{Backend, ExecStream, stop::Stop};
 
 /// The longest message of the agent that is passed on, in bytes.
 const MESSAGE: usize = 4 << 10;

@@ -2,17 +2,18 @@
 
 use std::sync::Arc;
 
-use axum::Router;
-use axum::extract::{RawQuery, State};
-use axum::middleware::from_fn_with_state;
-use axum::response::{IntoResponse as _, Response};
-use axum::routing::get;
+use axum::{
+    Router,
+    extract::{RawQuery, State},
+    middleware::from_fn_with_state,
+    response::{IntoResponse as _, Response},
+    routing::get,
+};
 use http::{StatusCode, header};
-use k8s_openapi::List;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::{List, api::core::v1::Pod};
+use knoc_remotecommand::query::Query;
 
 use super::{Context, access, exec, logs, portforward, stats, unsupported};
-use knoc_remotecommand::query::Query;
 
 /// All routes behind the gate.
 pub(super) fn router(context: Arc<Context>) -> Router {

@@ -7,9 +7,11 @@
 //! everything it has at once. [`SeparateEnd`] sits between hyper and TLS and never passes the terminating chunk on
 //! together with the bytes before it. Every write becomes at least one record, and Go's TLS reads one record at a time.
 
-use std::io::{self, IoSlice};
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll},
+};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 

@@ -3,22 +3,27 @@
 
 use std::sync::Arc;
 
-use axum::Router;
-use axum::extract::{MatchedPath, RawQuery, Request, State};
-use axum::middleware::Next;
-use axum::response::{IntoResponse as _, Response};
-use axum::routing::{get, post};
+use axum::{
+    Router,
+    extract::{MatchedPath, RawQuery, Request, State},
+    middleware::Next,
+    response::{IntoResponse as _, Response},
+    routing::{get, post},
+};
 use http::{StatusCode, header};
-use k8s_openapi::List;
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use k8s_openapi::{
+    List,
+    api::core::v1::{Container, Pod, PodSpec},
+};
 use knoc_proto::pb::{self, container_status::State as Running};
+use knoc_remotecommand::query::Query;
 use serde_json::json;
 
-use knoc_remotecommand::query::Query;
-
 use super::Context;
-use crate::metrics;
-use crate::stats::{resource, summary};
+use crate::{
+    metrics,
+    stats::{resource, summary},
+};
 
 /// The routes, without the gate, which is in front of all routes.
 pub(super) fn routes() -> Router<Arc<Context>> {

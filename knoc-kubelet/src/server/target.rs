@@ -4,8 +4,10 @@
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use k8s_openapi::api::core::v1::{Container, Pod};
-use knoc_proto::pb::container_status::State;
-use knoc_proto::{ids::PodUid, pb};
+use knoc_proto::{
+    ids::PodUid,
+    pb::{self, container_status::State},
+};
 use serde::Deserialize;
 
 use super::{Context, PodView};

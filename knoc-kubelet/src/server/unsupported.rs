@@ -3,8 +3,10 @@
 
 use std::sync::Arc;
 
-use axum::Router;
-use axum::routing::{get, post};
+use axum::{
+    Router,
+    routing::{get, post},
+};
 use http::StatusCode;
 
 use super::Context;

@@ -1,25 +1,23 @@
 //! Turns a request into a connection that carries streams: finds the requested carrier, answers 101, and starts the
 //! task that serves the connection until the client or the kubelet ends it.
 
-use std::error::Error;
-use std::sync::Arc;
+use std::{error::Error, sync::Arc};
 
-use axum::extract::Request;
-use axum::response::{IntoResponse as _, Response};
+use axum::{
+    extract::Request,
+    response::{IntoResponse as _, Response},
+};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use knoc_proto::error::chain;
+use knoc_remotecommand::{
+    protocol::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate},
+    websocket::handshake::{self, BadHandshake},
+};
 use tracing::{debug, info};
 
-use knoc_remotecommand::protocol::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
-use knoc_remotecommand::websocket::handshake::{self, BadHandshake};
-
-use super::Context;
-use super::limits::Permit;
-use super::peer_watch::PeerWatch;
-use super::stop::Stop;
-use super::target::HttpError;
+use super::{Context, limits::Permit, peer_watch::PeerWatch, stop::Stop, target::HttpError};
 
 /// A connection after the upgrade.
 pub(super) type Io = TokioIo<Upgraded>;

@@ -91,7 +91,7 @@ fn a_rate_needs_two_measurements_of_the_same_counters() {
 }
 
 #[test]
-fn an_agent_that_is_away_leaves_its_last_word() {
+fn the_last_measurement_stays_while_the_agent_is_down() {
     let first = next(None, said(SECOND, 100, 1), SECOND);
     let none = |_: &[PodMeasured]| Totals::default();
     let away = assemble(Some(&first), Err("gone".to_owned()), none, 9 * SECOND, 1);
@@ -125,7 +125,7 @@ async fn failed(stats: &Stats) -> Option<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_question_outlives_its_asker() {
+async fn a_call_outlives_its_caller() {
     let (stats, _link, asked) = agent(Duration::from_secs(7));
     let start = Instant::now();
     let left = tokio::time::timeout(Duration::from_secs(5), stats.snapshot(0));

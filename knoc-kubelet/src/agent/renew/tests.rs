@@ -8,7 +8,7 @@ fn at(seconds: i64) -> Timestamp {
 }
 
 #[test]
-fn what_is_due_is_not_waited_for() {
+fn a_due_renewal_does_not_wait() {
     assert_eq!(before(at(5), at(3)), Some(Duration::from_secs(2)));
     assert_eq!(before(at(5), at(5)), None);
     assert_eq!(before(at(5), at(9)), None);

@@ -144,7 +144,7 @@ async fn over_ten_years_of_approvals_there_is_always_a_valid_certificate() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_denied_request_is_told_and_followed_by_another_later() {
+async fn a_denied_request_is_reported_and_repeated_later() {
     let (folder, began) = (folder(), Instant::now());
     let authority = FakeAuthority::new();
     let issuer = Issuer::Authority(authority.clone());
@@ -163,7 +163,7 @@ async fn a_denied_request_is_told_and_followed_by_another_later() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_issued_for_other_names_is_not_used() {
+async fn a_certificate_for_other_names_is_not_used() {
     let (folder, began) = (folder(), Instant::now());
     let authority = FakeAuthority::new();
     let issuer = Issuer::Authority(authority.clone());
@@ -207,7 +207,7 @@ async fn while_the_authority_is_away_the_old_one_stays_and_it_is_asked_less_ofte
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_used_that_could_not_be_kept() {
+async fn a_certificate_that_could_not_be_stored_is_not_used() {
     let (folder, began) = (folder(), Instant::now());
     let missing = folder.path().join("later");
     let wanted = wanted(Purpose::Serving, &["10.0.0.7"]);
@@ -223,7 +223,7 @@ async fn nothing_is_used_that_could_not_be_kept() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_spoiled_file_counts_as_none() {
+async fn a_damaged_file_counts_as_none() {
     let (folder, began) = (folder(), Instant::now());
     let whole = {
         let wanted = wanted(Purpose::Serving, &["10.0.0.7"]);

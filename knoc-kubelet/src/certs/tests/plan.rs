@@ -143,7 +143,7 @@ fn a_requests_name_follows_from_key_and_contents() {
 }
 
 #[test]
-fn a_name_that_cannot_stand_in_a_certificate_is_refused() {
+fn a_name_that_a_certificate_cannot_hold_is_rejected() {
     let wanted = wanted(Purpose::Serving, &["n\u{e4}me"]);
     let error = request::request(&wanted, &request::key().unwrap()).unwrap_err();
     assert!(error.to_string().contains("n\u{e4}me"), "{error}");

@@ -84,7 +84,7 @@ fn requests_are_summed_and_the_largest_init_container_counts() {
 }
 
 #[test]
-fn each_resource_is_refused_by_its_name_in_the_words_of_kubernetes() {
+fn each_resource_is_named_in_the_message_of_kubernetes() {
     for (used, asked, expected) in [
         (json!({}), json!({"cpu": "40"}), None),
         (
@@ -160,7 +160,7 @@ fn the_site_may_have_fewer_jobs_than_the_node_has_pods() {
 }
 
 #[test]
-fn what_ended_frees_its_room_and_a_refused_pod_holds_none() {
+fn an_ended_pod_frees_its_allocation_and_a_rejected_pod_has_none() {
     let mut room = Allocations::default();
     let all = asks(&json!({"cpu": "40"}));
     room.allocate(&uid("a"), all.clone(), &node()).unwrap();
@@ -184,7 +184,7 @@ fn the_same_pod_counts_once() {
 }
 
 #[test]
-fn what_was_accepted_stays_though_the_node_shrank() {
+fn accepted_pods_stay_if_the_node_shrinks() {
     let mut room = Allocations::default();
     room.hold(&uid("a"), asks(&json!({"cpu": "100"})));
     let short = room
@@ -196,7 +196,7 @@ fn what_was_accepted_stays_though_the_node_shrank() {
 }
 
 #[test]
-fn sums_beyond_all_measure_come_back_to_zero() {
+fn huge_sums_return_to_zero() {
     let mut room = Allocations::default();
     let huge = amounts(&[("cpu", i64::MAX)]);
     room.hold(&uid("a"), huge.clone());
@@ -208,7 +208,7 @@ fn sums_beyond_all_measure_come_back_to_zero() {
 }
 
 #[test]
-fn before_slurm_has_told_only_pods_are_counted() {
+fn before_slurm_has_answered_only_pods_are_counted() {
     let mut room = Allocations::default();
     let unknown = Allocatable::of(None, 1, 10);
     room.allocate(&uid("a"), asks(&json!({"cpu": "1000"})), &unknown)

@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_and_bad_numbers_come_in_one_message() {
+    fn unsupported_fields_and_bad_numbers_come_in_one_message() {
         let mut pod = pod(&json!({"cpu": "much"}));
         pod.metadata.annotations = Some([("knoc.io/time".to_owned(), "soon".to_owned())].into());
         let findings = Findings {
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_of_an_unknown_kind_is_refused_once() {
+    fn a_volume_of_an_unknown_kind_is_rejected_once() {
         let json = |volume: serde_json::Value| {
             let mut json = serde_json::to_value(pod(&json!({}))).unwrap();
             json["spec"]["volumes"] = json!([volume]);
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_for_another_system_is_told_so_in_kubernetes_words() {
+    fn a_pod_for_another_os_is_rejected_with_the_message_of_kubernetes() {
         let judged = |label: Option<&str>, os: Option<&str>| {
             let mut json = serde_json::to_value(pod(&json!({"cpu": "much"}))).unwrap();
             if let Some(label) = label {
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_set_that_tolerates_everything_is_refused() {
+    fn a_daemon_set_that_tolerates_everything_is_rejected() {
         let mut json = serde_json::to_value(pod(&json!({}))).unwrap();
         json["spec"]["tolerations"] = json!([{"operator": "Exists"}]);
         let alone: Pod = serde_json::from_value(json.clone()).unwrap();

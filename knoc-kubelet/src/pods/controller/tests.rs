@@ -8,21 +8,15 @@ mod vanish;
 
 use std::{collections::BTreeMap, time::Duration};
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{
     ids::PodUid,
-    pb::{OutcomeKind, PodPhase},
+    pb::{self, OutcomeKind, PodPhase},
 };
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinSet};
 
-use jiff::Timestamp;
-use knoc_proto::pb;
-
-use super::{
-    super::{events::Events, presence::PodLookup, queue::Queue, services::Services, store::Store},
-    *,
-};
 use crate::{
     agent::{Link, watch::AgentWatch},
     metrics::Metrics,
@@ -31,6 +25,11 @@ use crate::{
 };
 use agent::FakeAgent;
 use api::FakeApi;
+
+use super::{
+    super::{events::Events, presence::PodLookup, queue::Queue, services::Services, store::Store},
+    *,
+};
 
 const UID: &str = "0f0f0f0f-0000-4000-8000-000000000001";
 
@@ -248,7 +247,7 @@ async fn a_pod_from_the_watch_to_succeeded_and_away() {
 }
 
 #[tokio::test]
-async fn a_refused_pod_fails_with_all_reasons_and_no_job() {
+async fn a_rejected_pod_fails_with_all_reasons_and_no_job() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|pod| {
         pod["spec"]["hostPID"] = true.into();
@@ -312,7 +311,7 @@ async fn a_deleted_pod_is_stopped_and_released_only_after_its_job_has_ended() {
 }
 
 #[tokio::test]
-async fn a_status_that_is_refused_is_tried_later_and_holds_up_no_deletion() {
+async fn a_status_that_fails_is_retried_and_delays_no_deletion() {
     // Tries, and how soon they are too many: the first pauses are 0.25, 0.5 and 1 s, less a quarter.
     const TRIES: usize = 5;
     const TOO_SOON: Duration = Duration::from_millis(500);
@@ -449,7 +448,7 @@ fn fill(kubelet: &Kubelet) {
 }
 
 #[tokio::test]
-async fn a_pod_for_which_there_is_no_room_fails_as_on_any_node() {
+async fn a_pod_that_does_not_fit_fails_as_on_any_node() {
     let mut kubelet = Kubelet::start().await;
     fill(&kubelet);
     kubelet.apply(|_| ());

@@ -13,14 +13,16 @@ use super::{
     context::{Context, UNREACHABLE_AFTER},
     memory::Memory,
 };
-use crate::metrics::PatchResult;
-use crate::node::{self, allocations, predicates::Mismatch};
-use crate::pods::{
-    decide::{self, AgentSide, Decision, Desired, Done, Present},
-    events::{Note, about_pod},
-    publish::{self, PublishError},
-    status::{self, Hold, Input, Rejection},
-    store::PodView,
+use crate::{
+    metrics::PatchResult,
+    node::{self, allocations, predicates::Mismatch},
+    pods::{
+        decide::{self, AgentSide, Decision, Desired, Done, Present},
+        events::{Note, about_pod},
+        publish::{self, PublishError},
+        status::{self, Hold, Input, Rejection},
+        store::PodView,
+    },
 };
 
 /// The pause before the first retry; each further one is twice as long.

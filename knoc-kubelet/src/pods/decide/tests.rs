@@ -64,7 +64,7 @@ prop_compose! {
 
 proptest! {
     #[test]
-    fn a_pod_runs_only_where_it_may(desired in desireds(), agent in agents(), done in dones()) {
+    fn a_pod_is_ensured_only_if_it_may_run(desired in desireds(), agent in agents(), done in dones()) {
         if decide(desired, agent, done) == Decision::Ensure {
             let Desired::Present(pod) = desired else { panic!("not there") };
             prop_assert!(!pod.terminal && pod.deletion.is_none() && !pod.mirror);
@@ -75,7 +75,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_is_let_go_while_a_job_may_live(desired in desireds(), agent in agents(), done in dones()) {
+    fn nothing_is_released_while_a_job_may_run(desired in desireds(), agent in agents(), done in dones()) {
         let lives = match agent {
             AgentSide::Unknown => !matches!(desired, Desired::Present(Present { rejected: true, .. })),
             AgentSide::Absent => false,
@@ -89,7 +89,7 @@ proptest! {
 
     /// Clients that wait for the end of a pod (a Job, a drain) must see how it ended before the object is gone.
     #[test]
-    fn nothing_is_let_go_before_its_terminal_phase_is_published(pod in presents(), agent in agents(), done in dones()) {
+    fn nothing_is_released_before_its_terminal_phase_is_published(pod in presents(), agent in agents(), done in dones()) {
         if decide(Desired::Present(pod), agent, done) == Decision::Release {
             prop_assert!(pod.terminal, "{pod:?} {agent:?}");
         }

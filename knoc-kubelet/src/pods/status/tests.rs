@@ -306,7 +306,7 @@ fn a_terminal_phase_is_never_left() {
 }
 
 #[test]
-fn a_refused_pod_failed_and_says_everything() {
+fn a_rejected_pod_fails_with_its_whole_message() {
     let pod = pod("Always", false, &json!({"phase": "Pending"}));
     let rejection = Rejection {
         reason: "UnsupportedPodSpec".to_owned(),
@@ -327,7 +327,7 @@ fn a_refused_pod_failed_and_says_everything() {
 }
 
 #[test]
-fn a_missing_config_map_is_told_by_the_containers() {
+fn a_missing_config_map_is_shown_by_the_containers() {
     let pod = pod("Always", false, &json!({"phase": "Pending"}));
     let hold = Hold {
         reason: "CreateContainerConfigError".to_owned(),
@@ -426,7 +426,7 @@ fn restart_counts_never_fall() {
 }
 
 #[test]
-fn ephemeral_containers_are_said_to_have_ended_and_why() {
+fn ephemeral_containers_are_reported_as_terminated_with_a_reason() {
     let mut pod = pod("Always", false, &json!({"phase": "Running"}));
     let said = |pod: &Pod| {
         let input = Input {
@@ -454,7 +454,7 @@ fn ephemeral_containers_are_said_to_have_ended_and_why() {
 }
 
 #[test]
-fn messages_are_shown_safely_and_bounded_and_a_programs_own_stays() {
+fn messages_are_sanitized_and_bounded_except_a_programs_own() {
     let nasty = format!("one\ntwo\u{1b}[2J\u{202e}{}", "x".repeat(100_000));
     let own = "its own\u{1b}words".to_owned();
     let ended = State::Terminated(pb::Terminated {

@@ -2,14 +2,14 @@
 
 use std::sync::Mutex;
 
-use futures::FutureExt as _;
-use futures::future::BoxFuture;
+use futures::{FutureExt as _, future::BoxFuture};
 use http::Method;
 use k8s_openapi::api::authorization::v1::SubjectAccessReviewSpec;
 use knoc_link::Origin;
 
-use super::*;
 use crate::server::ClusterError;
+
+use super::*;
 
 /// Answers as the test sets it, and records the reviews.
 #[derive(Default)]
@@ -81,7 +81,7 @@ async fn may(access: &Access, cluster: &Scripted, path: &str) -> Result<bool, Cl
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_allowance_counts_five_minutes_and_a_refusal_thirty_seconds() {
+async fn allowed_requests_are_cached_five_minutes_and_denied_ones_thirty_seconds() {
     let (access, cluster) = (Access::default(), Scripted::default());
     assert!(!may(&access, &cluster, "/pods").await.unwrap());
     assert_eq!(cluster.asked(), ["pods", "proxy"]);
@@ -115,7 +115,7 @@ async fn who(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_counts_two_minutes_whether_it_is_known_or_not() {
+async fn tokens_are_cached_two_minutes_known_or_not() {
     let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
     assert!(
         who(&access, &cluster, "t").await.is_err(),
@@ -170,7 +170,7 @@ async fn of_one_token_there_is_one_review_at_a_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_flood_of_unknown_tokens_drives_out_no_known_one() {
+async fn a_flood_of_unknown_tokens_displaces_no_known_one() {
     let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
     *cluster.known.lock().unwrap() = true;
     who(&access, &cluster, "known").await.unwrap();
@@ -207,7 +207,7 @@ async fn who_at(
 }
 
 #[tokio::test(start_paused = true)]
-async fn guesses_hold_up_neither_a_known_token_nor_another_address() {
+async fn guesses_delay_neither_a_known_token_nor_another_address() {
     let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
     *cluster.known.lock().unwrap() = true;
     who_at(&access, &cluster, "scraper", 1).await.unwrap();
@@ -245,7 +245,7 @@ async fn guesses_hold_up_neither_a_known_token_nor_another_address() {
 }
 
 #[tokio::test]
-async fn reviews_that_get_no_answer_hold_up_neither_a_known_token_nor_another_address() {
+async fn reviews_without_an_answer_delay_neither_a_known_token_nor_another_address() {
     let access = Access::default();
     let silent: Arc<dyn Cluster> = Arc::new(Silent);
     let begin = |token: &str, address: u8| {
@@ -288,7 +288,7 @@ impl Cluster for Silent {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_error_is_no_answer_and_is_not_kept() {
+async fn errors_are_not_cached() {
     let (access, cluster) = (Access::default(), Scripted::default());
     *cluster.broken.lock().unwrap() = true;
     assert!(may(&access, &cluster, "/pods").await.is_err());

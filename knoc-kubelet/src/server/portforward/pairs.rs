@@ -1,22 +1,23 @@
 //! Port-forward over SPDY: for each connection the client opens two streams, `error` and `data`, with the same
 //! `requestid`. Without one, the data stream's id follows the error stream's. Many pairs share one connection.
 
-use std::collections::{BTreeMap, HashMap};
-use std::convert::Infallible;
+use std::{
+    collections::{BTreeMap, HashMap},
+    convert::Infallible,
+};
 
-use futures::StreamExt as _;
-use futures::stream::FuturesUnordered;
+use futures::{StreamExt as _, stream::FuturesUnordered};
+use knoc_remotecommand::{
+    ports,
+    spdy::{Headers, Incoming, Stream},
+    stream_writer::StreamWriter,
+    streams::StreamReader,
+};
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use knoc_remotecommand::ports;
-use knoc_remotecommand::spdy::{Headers, Incoming, Stream};
-use knoc_remotecommand::stream_writer::StreamWriter;
-use knoc_remotecommand::streams::StreamReader;
-
-use super::super::remote::STREAMS_DEADLINE;
-use super::super::stop::Stop;
 use super::relay::{Connection, ForwardTarget};
+use crate::server::{remote::STREAMS_DEADLINE, stop::Stop};
 
 /// The longest `port` and `requestid` headers in bytes, which are kept and logged. Clients send a counter or a UUID.
 const MAX_VALUE: usize = 64;
@@ -286,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn says_what_is_wrong_in_upstreams_words() {
+    fn reports_what_is_wrong_with_the_texts_of_a_kubelet() {
         let long = "7".repeat(MAX_VALUE + 1);
         let cases: [(&[(&str, &str)], &str); 7] = [
             (&[("streamtype", "data")], "\"port\" header is required"),

@@ -5,19 +5,23 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
-use knoc_proto::ids::PodUid;
-use knoc_proto::pb;
-use knoc_proto::pb::{port_forward_input::Input, port_forward_output::Output};
+use knoc_proto::{
+    ids::PodUid,
+    pb::{self, port_forward_input::Input, port_forward_output::Output},
+};
+use knoc_remotecommand::{
+    stream_writer::StreamWriter,
+    streams::{End, StreamReader},
+};
 use tokio::sync::mpsc;
 use tracing::info;
 
-use knoc_remotecommand::stream_writer::StreamWriter;
-use knoc_remotecommand::streams::{End, StreamReader};
-
-use super::super::Backend;
-use super::super::limits::{Busy, Limit};
-use super::super::remote::client_message;
-use super::super::stop::Stop;
+use super::super::{
+    Backend,
+    limits::{Busy, Limit},
+    remote::client_message,
+    stop::Stop,
+};
 
 /// Messages that may wait for the agent; when the queue is full the client is not read.
 const INPUT_QUEUE: usize = 4;

@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
+use knoc_remotecommand::spdy;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
-use knoc_remotecommand::spdy;
-
-use super::pairs;
-use super::relay::ForwardTarget;
-use crate::server::limits::Limit;
-use crate::server::stop::Stop;
-use crate::server::tests::harness::{FakeBackend, Port};
-use crate::server::upgrade::run_session;
+use super::{pairs, relay::ForwardTarget};
+use crate::server::{
+    limits::Limit,
+    stop::Stop,
+    tests::harness::{FakeBackend, Port},
+    upgrade::run_session,
+};
 
 /// Serves one connection until its end.
 pub(in crate::server) async fn serve<Io: AsyncRead + AsyncWrite>(io: Io, port: Port) {

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use futures::{StreamExt as _, stream};
 use k8s_openapi::api::core::v1::EphemeralContainer;
-use knoc_proto::pb;
-use knoc_proto::pb::{exec_input::Input, exec_output::Output};
+use knoc_proto::pb::{self, exec_input::Input, exec_output::Output};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::harness::*;
 use crate::server::PodView;
+
+use super::harness::*;
 
 /// `ns/pod` runs `c`, `ns/terminal` runs `c` with input and a terminal, `ns/queued` does not run.
 pub(super) async fn with_command(command: Command) -> Fixture {

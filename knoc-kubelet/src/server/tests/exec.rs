@@ -1,29 +1,32 @@
 //! Exec by a SPDY client over TLS: errors before the upgrade, bytes both ways, exit codes, and all kinds of ends.
 
-use std::collections::BTreeMap;
-use std::sync::Mutex;
-use std::time::Duration;
+use std::{collections::BTreeMap, sync::Mutex, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use knoc_proto::pb;
-use knoc_proto::pb::exec_output::Output;
-use tokio::io::DuplexStream;
-use tokio::sync::oneshot;
+use knoc_proto::pb::{self, exec_output::Output};
+use knoc_remotecommand::{
+    protocol::{Version, Wanted},
+    query::Query,
+    spdy::{
+        self,
+        peer::{Frame, Peer},
+    },
+};
+use tokio::{io::DuplexStream, sync::oneshot};
 use tokio_util::sync::CancellationToken;
+
+use crate::server::{
+    remote::{self, RemoteError, Start, Streams},
+    stop::Stop,
+    upgrade::run_session,
+};
 
 use super::commands::*;
 use super::harness::*;
-use crate::server::remote::{self, RemoteError, Start, Streams};
-use crate::server::stop::Stop;
-use crate::server::upgrade::run_session;
-use knoc_remotecommand::protocol::{Version, Wanted};
-use knoc_remotecommand::query::Query;
-use knoc_remotecommand::spdy;
-use knoc_remotecommand::spdy::peer::{Frame, Peer};
 
 pub(super) const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),
@@ -204,7 +207,7 @@ async fn a_client_that_leaves_ends_the_command() {
 }
 
 #[tokio::test]
-async fn so_does_one_that_leaves_while_its_input_waits() {
+async fn a_client_that_leaves_while_its_input_waits_ends_the_command() {
     let (command, ended) = deaf();
     let fixture = with_command(command).await;
     let mut exec = exec(&fixture, "command=x&input=1", &["error", "stdin"]).await;
@@ -218,7 +221,7 @@ async fn so_does_one_that_leaves_while_its_input_waits() {
 }
 
 #[tokio::test]
-async fn shutdown_tells_an_exec_that_goes_on() {
+async fn shutdown_is_reported_to_a_running_exec() {
     let command: Command = Box::new(|_| stream::pending().boxed());
     let mut fixture = with_command(command).await;
     let mut exec = exec(&fixture, "command=x&output=1", &["error", "stdout"]).await;
@@ -265,7 +268,7 @@ async fn still<C: Future>(client: impl FnOnce(Peer<DuplexStream>) -> C) -> C::Ou
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_exec_on_which_nothing_moves_is_told() {
+async fn an_idle_exec_is_ended_with_a_reason() {
     let told = still(async |mut peer| {
         for (id, kind) in [(1, "error"), (3, "stdout")] {
             peer.open(id, &[("streamtype", kind)]).await;
@@ -356,7 +359,7 @@ const REJECTED: [RejectedCase; 8] = [
 ];
 
 #[tokio::test]
-async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
+async fn rejects_before_the_upgrade_with_the_texts_of_a_kubelet() {
     let fixture = with_command(nothing()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     for (path, headers, status, text) in REJECTED {
@@ -420,7 +423,7 @@ async fn an_attach_without_the_containers_input_lets_the_clients_go() {
 }
 
 #[tokio::test]
-async fn an_attach_says_why_not_in_the_words_of_a_kubelet() {
+async fn an_attach_is_rejected_with_the_texts_of_a_kubelet() {
     let fixture = with_command(nothing()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let cases = [

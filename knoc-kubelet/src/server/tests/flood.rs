@@ -1,18 +1,25 @@
 //! One address keeps useless connections open, and the API server and a scraper are still served.
 
-use std::net::Ipv4Addr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::{
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::pki_types::ServerName;
-use tokio::io::AsyncReadExt as _;
-use tokio::net::{TcpSocket, TcpStream};
-use tokio::task::JoinSet;
+use tokio::{
+    io::AsyncReadExt as _,
+    net::{TcpSocket, TcpStream},
+    task::JoinSet,
+};
+
+use crate::server::User;
 
 use super::harness::*;
-use crate::server::User;
 
 const ATTACKER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 /// Allows one flood at a time, since they would disturb each other's measurements.
@@ -126,7 +133,7 @@ async fn both_are_served(fixture: &Fixture) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn five_thousand_silent_connections_keep_nobody_out() {
+async fn five_thousand_silent_connections_lock_nobody_out() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let fixture = fixture().await;
     let _flood = flood(&fixture, 5000, false).await;
@@ -134,7 +141,7 @@ async fn five_thousand_silent_connections_keep_nobody_out() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_that_never_show_an_identity_keep_nobody_out() {
+async fn clients_that_never_show_an_identity_lock_nobody_out() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let fixture = fixture().await;
     // These were connected before and stay connected: identified clients are never closed for others.
@@ -150,7 +157,7 @@ async fn clients_that_never_show_an_identity_keep_nobody_out() {
 }
 
 #[tokio::test]
-async fn a_flood_of_unknown_tokens_costs_few_reviews_and_holds_up_no_known_one() {
+async fn a_flood_of_unknown_tokens_costs_few_reviews_and_delays_no_known_one() {
     let fixture = fixture().await;
     let mut scraper = fixture.connect(None).await;
     assert_eq!(scraper.get_as("/healthz", Some("t")).await.0, 200);

@@ -1,38 +1,41 @@
 //! A CA, a server on a free port, and a client that speaks HTTP/1.1 over TLS.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::path::Path;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use futures::FutureExt as _;
-use futures::future::BoxFuture;
+use futures::{FutureExt as _, future::BoxFuture};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use k8s_openapi::api::authorization::v1::SubjectAccessReviewSpec;
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use k8s_openapi::api::{
+    authorization::v1::SubjectAccessReviewSpec,
+    core::v1::{Container, Pod, PodSpec},
+};
 use knoc_proto::pb;
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer};
-use rcgen::{KeyPair, date_time_ymd};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use tokio::net::TcpStream;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    date_time_ymd,
+};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _};
+use tokio::{net::TcpStream, sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::records::{Lengths, Records};
-use crate::certs::Pairs;
-use crate::metrics::{Gauges, Metrics};
-use crate::server::limits::Limit;
-use crate::server::{
-    Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView, PortForwardStream,
-    Server, Serving, Settings, User,
+use crate::{
+    certs::Pairs,
+    metrics::{Gauges, Metrics},
+    server::{
+        Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView,
+        PortForwardStream, Server, Serving, Settings, User, limits::Limit,
+    },
+    stats::Snapshot,
 };
-use crate::stats::Snapshot;
 
 /// Long enough for a loaded machine, short enough to end a hang.
 pub(in crate::server) const PATIENCE: Duration = Duration::from_secs(20);

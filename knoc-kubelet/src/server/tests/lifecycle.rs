@@ -1,7 +1,6 @@
 //! Certificates that are replaced, mistakes at start, and the end of the server.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -9,8 +8,9 @@ use http_body_util::BodyExt as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::harness::*;
 use crate::server::{ClientCa, Server, ServerError, Serving, Settings};
+
+use super::harness::*;
 
 /// Repeats a request until the answer has this status.
 async fn until_status(fixture: &Fixture, identity: &Pair, status: u16) {

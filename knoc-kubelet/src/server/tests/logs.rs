@@ -1,18 +1,23 @@
 //! Logs: what the agent is asked, and which parts of its answer reach the client, and when.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use http_body_util::BodyExt as _;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::sync::mpsc;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    sync::mpsc,
+};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::harness::*;
 use super::records::Lengths;
 use crate::server::{ByteStream, PodView};
+
+use super::harness::*;
 
 async fn with_log(log: ByteStream) -> Fixture {
     let waiting = PodView {
@@ -116,7 +121,7 @@ async fn a_log_that_breaks_off_is_not_taken_for_a_whole_one() {
 }
 
 #[tokio::test]
-async fn a_reader_that_stops_holds_up_its_own_stream() {
+async fn a_reader_that_stops_delays_only_its_own_stream() {
     let pulled = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&pulled);
     let endless = stream::repeat_with(move || {
@@ -142,7 +147,7 @@ async fn a_reader_that_stops_holds_up_its_own_stream() {
 }
 
 #[tokio::test]
-async fn refuses_in_the_words_of_a_kubelet() {
+async fn rejects_with_the_texts_of_a_kubelet() {
     let fixture = with_log(stream::empty().boxed()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let undecodable = r#"{"message": "Unable to decode query."}"#;

@@ -2,25 +2,26 @@
 
 mod channels;
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures::{FutureExt as _, StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use knoc_proto::pb;
-use knoc_proto::pb::{port_forward_input::Input, port_forward_output::Output};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::mpsc;
+use knoc_proto::pb::{self, port_forward_input::Input, port_forward_output::Output};
+use knoc_remotecommand::spdy::peer::{Frame, Peer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::mpsc,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::harness::*;
 use super::websocket::{self, Socket};
 use crate::server::PortForwardStream;
-use knoc_remotecommand::spdy::peer::{Frame, Peer};
+
+use super::harness::*;
 
 pub(super) const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),
@@ -199,7 +200,7 @@ async fn pairs_find_each_other_in_any_order_and_without_an_id() {
 }
 
 #[tokio::test]
-async fn a_port_that_refuses_is_told_on_its_error_stream_and_harms_no_other() {
+async fn a_refused_connection_is_reported_on_its_error_stream_only() {
     let fixture = with_ports(Box::new(echo)).await;
     let (mut peer, _client) = spdy(&fixture).await;
     pair(&mut peer, 1, "80").await;
@@ -264,7 +265,7 @@ async fn a_reset_or_a_lost_client_ends_the_connection_to_the_port() {
 }
 
 #[tokio::test]
-async fn streams_with_wrong_headers_are_refused_alone() {
+async fn only_streams_with_wrong_headers_are_rejected() {
     let fixture = with_ports(Box::new(echo)).await;
     let (mut peer, _client) = spdy(&fixture).await;
     let wrong: [&[(&str, &str)]; 4] = [
@@ -387,7 +388,7 @@ async fn a_tunnel_whose_client_closes_first_is_closed_in_order() {
 type Headers<'a> = &'a [(&'a str, &'a str)];
 
 #[tokio::test]
-async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
+async fn rejects_before_the_upgrade_with_the_texts_of_a_kubelet() {
     let fixture = with_ports(Box::new(echo)).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let foreign = [
@@ -440,7 +441,7 @@ async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
 }
 
 #[tokio::test]
-async fn a_stream_whose_headers_are_too_long_is_refused_and_no_other() {
+async fn only_the_stream_whose_headers_are_too_long_is_rejected() {
     let fixture = with_ports(Box::new(echo)).await;
     let (mut peer, _client) = spdy(&fixture).await;
     let (most, more) = ("r".repeat(64), "r".repeat(65));

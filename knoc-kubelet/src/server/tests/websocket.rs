@@ -7,9 +7,13 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use knoc_proto::pb::exec_output::Output;
 use tokio::sync::oneshot;
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        Message,
+        protocol::{Role, WebSocketConfig},
+    },
+};
 
 use super::commands::*;
 use super::harness::*;
@@ -108,7 +112,7 @@ fn binary(bytes: &'static [u8]) -> Message {
 const V5: &str = "v5.channel.k8s.io";
 
 #[tokio::test]
-async fn shutdown_tells_an_exec_that_goes_on() {
+async fn shutdown_is_reported_to_a_running_exec() {
     let fixture = with_command(Box::new(|_| stream::pending().boxed())).await;
     let mut socket = open(&fixture, "/exec/ns/pod/c?output=1", V5, Some(V5)).await;
     fixture.shutdown.cancel();
@@ -275,7 +279,7 @@ async fn what_goes_wrong_later_is_on_the_error_channel() {
 }
 
 #[tokio::test]
-async fn a_client_that_closes_ends_the_command_and_hears_a_close() {
+async fn a_client_that_closes_ends_the_command_and_gets_a_close() {
     let (command, ended) = deaf();
     let fixture = with_command(command).await;
     let mut exec = open(&fixture, "/exec/ns/pod/c?output=1", V5, Some(V5)).await;
@@ -287,7 +291,7 @@ async fn a_client_that_closes_ends_the_command_and_hears_a_close() {
 }
 
 #[tokio::test]
-async fn a_client_that_cannot_be_understood_hears_a_protocol_error() {
+async fn a_client_that_breaks_the_protocol_gets_a_protocol_error() {
     for nonsense in [Message::text("0a"), Message::text("0!!!!")] {
         let command: Command = Box::new(|_| stream::pending().boxed());
         let fixture = with_command(command).await;
@@ -381,7 +385,7 @@ fn refused() -> Vec<Case> {
 }
 
 #[tokio::test]
-async fn refuses_before_the_upgrade() {
+async fn rejects_before_the_upgrade() {
     let fixture = with_command(nothing()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     for (method, path, headers, status, text) in refused() {

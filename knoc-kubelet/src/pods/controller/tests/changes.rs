@@ -75,7 +75,7 @@ impl Kubelet {
 }
 
 #[tokio::test]
-async fn a_change_that_the_agent_refuses_leaves_the_pod_running() {
+async fn a_change_that_the_agent_rejects_leaves_the_pod_running() {
     let mut kubelet = Kubelet::start().await;
     kubelet.running().await;
     kubelet
@@ -100,7 +100,7 @@ async fn a_change_that_the_agent_refuses_leaves_the_pod_running() {
 }
 
 #[tokio::test]
-async fn a_change_that_cannot_be_translated_is_no_rejection() {
+async fn a_change_that_cannot_be_translated_does_not_reject_the_pod() {
     let mut kubelet = Kubelet::start().await;
     kubelet.running().await;
     kubelet.apply(|pod| {
@@ -144,7 +144,7 @@ async fn a_pod_deleted_before_it_began_is_failed_first() {
 }
 
 #[tokio::test]
-async fn a_refused_pod_that_is_being_deleted_is_failed_first() {
+async fn a_rejected_pod_that_is_being_deleted_is_failed_first() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|pod| {
         pod["spec"]["hostPID"] = true.into();
@@ -184,7 +184,7 @@ async fn a_finalizer_that_stays_brings_no_further_delete() {
 }
 
 #[tokio::test]
-async fn skipped_names_are_told_once_a_set() {
+async fn skipped_names_are_reported_once_for_each_set() {
     let mut kubelet = Kubelet::start().await;
     kubelet.api.config_map("odd", json!({"K": "v"}));
     kubelet.apply(|pod| {

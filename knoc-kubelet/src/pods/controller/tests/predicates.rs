@@ -39,7 +39,7 @@ async fn a_pod_that_does_not_belong_here_fails_as_on_any_node() {
 }
 
 #[tokio::test]
-async fn a_taint_that_evicts_refuses_what_does_not_tolerate_it() {
+async fn a_pod_that_does_not_tolerate_a_no_execute_taint_is_rejected() {
     let mut kubelet = Kubelet::start().await;
     let node = node(
         &json!({}),
