@@ -400,9 +400,8 @@ async fn a_due_serving_certificate_is_renewed_by_request_and_served_without_a_re
     ensure!(old.contains(&lone.served().await?), "another is served");
     lone.proxied().ok().await?;
     let request = lone.approve("serving").await?;
-    let message =
-        format!("kubectl certificate approve {request}; the certificate in use is valid until");
-    ensure!(waits.contains(&message), "{waits}");
+    let words = format!("kubectl certificate approve {request}; the one in use is valid until");
+    ensure!(waits.contains(&words), "{waits}");
     let new = lone.kept_anew("serving.pem", Some(&old)).await?;
     wait_for("the new certificate is served", SOON, async || {
         let served = lone.served().await?;
