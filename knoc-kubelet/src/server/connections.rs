@@ -105,7 +105,7 @@ impl ConnectionSlots {
         let counted = if identified {
             let Ok(slot) = Arc::clone(&shared.identified).try_acquire_owned() else {
                 let most = shared.most;
-                let line = format!("closed a new connection, {most} with a certificate are open");
+                let line = format!("refused a connection, {most} with a certificate are open");
                 lock(&shared.unidentified).log(source, &line);
                 return None;
             };

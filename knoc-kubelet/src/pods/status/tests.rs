@@ -454,7 +454,7 @@ fn ephemeral_containers_are_reported_as_terminated_with_a_reason() {
 }
 
 #[test]
-fn messages_are_sanitized_and_bounded_except_a_programs_own() {
+fn messages_are_shown_safely_and_bounded_and_a_programs_own_stays() {
     let nasty = format!("one\ntwo\u{1b}[2J\u{202e}{}", "x".repeat(100_000));
     let own = "its own\u{1b}words".to_owned();
     let ended = State::Terminated(pb::Terminated {
