@@ -10,7 +10,7 @@ use std::{
 
 use knoc_link::{
     Carrier,
-    socket::{Places, SiteFile},
+    socket::{SiteFile, SocketLocations},
 };
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
@@ -135,7 +135,7 @@ pub(crate) struct Surroundings {
     /// `$XDG_CONFIG_HOME`
     pub config_home: Option<PathBuf>,
     /// Where the agent of this user has its socket.
-    pub places: Places,
+    pub places: SocketLocations,
 }
 
 impl Surroundings {
@@ -151,7 +151,7 @@ impl Surroundings {
         let in_home = home.clone().unwrap_or_default();
         let usual = || in_home.join(".config/knoc/agent.toml");
         let site_file = path("KNOC_AGENT_CONFIG").unwrap_or_else(usual);
-        let places = SiteFile::load(&site_file).places(&in_home, path("XDG_RUNTIME_DIR"));
+        let places = SiteFile::load(&site_file).socket_locations(&in_home, path("XDG_RUNTIME_DIR"));
         Self {
             home,
             config_home: path("XDG_CONFIG_HOME"),

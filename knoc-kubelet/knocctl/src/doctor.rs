@@ -301,7 +301,9 @@ fn cure_of_link(error: &LinkError) -> &'static str {
         LinkError::WrongUser { .. } => {
             "somebody else has taken the socket's path: tell your administrators"
         }
-        LinkError::OpenFolder { .. } | LinkError::NoFolder { .. } | LinkError::Folder { .. } => {
+        LinkError::UnsafeFolder { .. }
+        | LinkError::NotAFolder { .. }
+        | LinkError::Folder { .. } => {
             "make it a folder of your own with mode 0700 (chmod 700), or name another one in listen.socket of the site file"
         }
         LinkError::NoCredentials { .. }
@@ -323,7 +325,7 @@ fn cure_of_refusal(words: &str) -> &'static str {
         "a certificate has expired, or a clock is wrong: compare `date` on both sides"
     } else if has("NotValidYet") {
         "a clock is wrong: compare `date` on both sides"
-    } else if has("expected is") {
+    } else if has("not the expected") {
         "this is another agent: fix the context's address or its site"
     } else if has("alert") {
         "the agent refused our certificate; its log says why"
@@ -491,7 +493,7 @@ mod tests {
         for (words, cure) in [
             ("received fatal alert: UnknownCA", "different CAs"),
             ("received fatal alert: CertificateExpired", "clock"),
-            ("the peer is a, expected is b", "another agent"),
+            ("the peer is a, not the expected b", "another agent"),
             ("received fatal alert: CertificateUnknown", "its log"),
             ("tls handshake eof", "listens there"),
         ] {

@@ -101,7 +101,7 @@ fn params(wanted: &Wanted) -> Result<CertificateParams, PkiError> {
 }
 
 fn made(subject: &str, source: rcgen::Error) -> PkiError {
-    PkiError::Make {
+    PkiError::Create {
         subject: subject.to_owned(),
         source,
     }

@@ -17,9 +17,9 @@ address = "unix:/run/knoc/agent.sock"
 fn here() -> Surroundings {
     Surroundings {
         home: Some("/home/ann".into()),
-        places: Places {
+        places: SocketLocations {
             state_dir: "/home/ann/.local/state/knoc".into(),
-            ..Places::default()
+            ..SocketLocations::default()
         },
         ..Surroundings::default()
     }
