@@ -51,8 +51,8 @@ pub use self::{
     listen::Incoming,
     origin::Origin,
     peer::Peer,
-    serve::serve,
     peer_certificate::{PeerCertificate, Trust, Untrusted},
+    serve::serve,
     single_connection::{FarSide, far_side, near_side},
 };
 
