@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_root_that_others_can_write_is_refused_unless_the_site_trusts_it() {
+    fn a_root_that_others_can_write_is_rejected_unless_the_site_trusts_it() {
         use std::os::unix::fs::PermissionsExt as _;
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().canonicalize().unwrap().join("root");

@@ -178,7 +178,7 @@ async fn without_an_answer_of_the_accounting_nothing_is_missing() {
     let round = round(&fake.slurm(), &[failed.clone(), job("99", "gone")])
         .await
         .unwrap();
-    assert!(matches!(&round.accounting, Accounting::Away(words) if words.contains("refused")));
+    assert!(matches!(&round.accounting, Accounting::Away(message) if message.contains("refused")));
     assert_eq!(round.missing, []);
     assert_eq!(
         find(&round, &failed).exit,
