@@ -1,9 +1,8 @@
-//! The site file: a TOML file, which `init` writes with comments, with everything that differs
-//! between sites.
+//! The site file: a TOML file, which `init` writes with comments, with everything that differs between sites.
 //!
-//! PURE, except for [`Config::load`], which reads the file once, at start. All mistakes are
-//! reported together, each with its line and the allowed values, before anything starts. The
-//! cluster cannot extend any of these limits: only the HPC user decides about [`Policy`].
+//! PURE, except for [`Config::load`], which reads the file once, at start. All mistakes are reported together, each
+//! with its line and the allowed values, before anything starts. The cluster cannot extend any of these limits: only
+//! the HPC user decides about [`Policy`].
 
 mod check;
 pub mod text;
@@ -56,26 +55,24 @@ pub struct Config {
     /// What runs the containers.
     #[serde(default)]
     pub runtime: RuntimeKind,
-    /// The site's shell commands at the beginning of every batch script (`module load …`). They
-    /// never contain data of a pod.
+    /// The site's shell commands at the beginning of every batch script (`module load …`). They never contain data of a
+    /// pod.
     #[serde(default)]
     pub prelude: String,
     /// Folders under which pods may name image files and sandboxes.
     #[serde(default)]
     pub image_roots: Vec<PathBuf>,
-    /// Whether others may own and write files under `image_roots`. Whoever can write them chooses
-    /// what this account runs.
+    /// Whether others may own and write files under `image_roots`. Whoever can write them chooses what this account
+    /// runs.
     #[serde(default)]
     pub trust_shared_roots: bool,
-    /// Folders under which pods may mount host paths. It must be empty for now: every `hostPath` is
-    /// rejected.
+    /// Folders under which pods may mount host paths. It must be empty for now: every `hostPath` is rejected.
     #[serde(default)]
     pub host_paths: Vec<PathBuf>,
     /// The addresses that the agent listens on.
     #[serde(default)]
     pub listen: Listen,
-    /// The agent's certificate, and the CA of the kubelets' certificates. Without it, only the unix
-    /// socket is served.
+    /// The agent's certificate, and the CA of the kubelets' certificates. Without it, only the unix socket is served.
     #[serde(default)]
     pub tls: Option<Tls>,
     /// The paths of the tools; those that are not set are looked up in `env.PATH`.
@@ -90,8 +87,7 @@ pub struct Config {
     /// Which clients are served, and what pods may request.
     #[serde(default)]
     pub policy: Policy,
-    /// Maps extended resources of pods to Slurm's gres, such as `"amd.com/gpu" = "gpu"`. It
-    /// replaces the default.
+    /// Maps extended resources of pods to Slurm's gres, such as `"amd.com/gpu" = "gpu"`. It replaces the default.
     #[serde(default = "text::gres")]
     pub gres: BTreeMap<String, String>,
     /// The defaults for jobs whose pod requests nothing else.
@@ -156,8 +152,8 @@ pub enum RuntimeKind {
     Apptainer,
     /// SingularityCE.
     Singularity,
-    /// No container runtime: containers are processes of the host. For tests, and for sites that
-    /// forbid container runtimes.
+    /// No container runtime: containers are processes of the host. For tests, and for sites that forbid container
+    /// runtimes.
     Process,
 }
 
@@ -184,11 +180,9 @@ pub struct Listen {
     /// The address for shims, whose keys are pinned.
     #[serde(deserialize_with = "text::address")]
     pub shim: SocketAddr,
-    /// The addresses that shims connect to, as `host:port`. If empty: this host's addresses, with
-    /// the port of `shim`.
+    /// The addresses that shims connect to, as `host:port`. If empty: this host's addresses, with the port of `shim`.
     pub shim_addresses: Vec<String>,
-    /// The unix socket. If unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else
-    /// `STATE_DIR/socket/agent.sock`.
+    /// The unix socket. If unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else `STATE_DIR/socket/agent.sock`.
     pub socket: Option<PathBuf>,
 }
 
@@ -213,8 +207,8 @@ pub struct Tls {
     pub cert: PathBuf,
     /// The key of that certificate.
     pub key: PathBuf,
-    /// The CA's key, with which certificates are renewed. If unset: `ca` with the extension `.key`.
-    /// The file may be missing.
+    /// The CA's key, with which certificates are renewed. If unset: `ca` with the extension `.key`. The file may be
+    /// missing.
     #[serde(default)]
     pub ca_key: Option<PathBuf>,
 }
@@ -284,22 +278,20 @@ pub struct Registry {
     pub insecure: bool,
 }
 
-/// Which clients are served, and what pods may request. The whole table is read again while the
-/// agent runs.
+/// Which clients are served, and what pods may request. The whole table is read again while the agent runs.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
-    /// The UID of the namespace `kube-system` of the only cluster that is served. If unset, it is
-    /// pinned at first use.
+    /// The UID of the namespace `kube-system` of the only cluster that is served. If unset, it is pinned at first use.
     pub cluster_id: Option<String>,
-    /// Identities that are served, such as `kubelet/knoc`; `*` at the end matches any rest. If
-    /// empty: all that the CA has certified.
+    /// Identities that are served, such as `kubelet/knoc`; `*` at the end matches any rest. If empty: all that the CA
+    /// has certified.
     pub clients: Vec<String>,
-    /// Certificates that are denied, and all that were renewed from them: `sha256/…` of a public
-    /// key, `serial/…`, or an identity such as `ctl/ann`.
+    /// Certificates that are denied, and all that were renewed from them: `sha256/…` of a public key, `serial/…`, or an
+    /// identity such as `ctl/ann`.
     pub denied: Vec<String>,
-    /// Nodes whose kubelet has another name, as node → `kubelet/NAME`. A kubelet always leads the
-    /// node with its own name.
+    /// Nodes whose kubelet has another name, as node → `kubelet/NAME`. A kubelet always leads the node with its own
+    /// name.
     pub nodes: BTreeMap<String, String>,
     /// Namespaces whose pods are accepted. If empty: all.
     pub namespaces: Vec<String>,
@@ -374,12 +366,11 @@ pub struct Limits {
     /// The maximum size of an unpacked image, in bytes.
     #[serde(deserialize_with = "text::size")]
     pub image_unpacked: u64,
-    /// The maximum size of all cached images, in bytes. The least recently used ones are removed
-    /// first.
+    /// The maximum size of all cached images, in bytes. The least recently used ones are removed first.
     #[serde(deserialize_with = "text::size")]
     pub image_cache: u64,
-    /// How long a layer may deliver less than 64 KiB, or less than 1 MiB while other images wait,
-    /// before its pull fails.
+    /// How long a layer may deliver less than 64 KiB, or less than 1 MiB while other images wait, before its pull
+    /// fails.
     #[serde(deserialize_with = "text::duration")]
     pub image_stall: Duration,
     /// The shortest interval between two rounds of `squeue`.
@@ -391,8 +382,7 @@ pub struct Limits {
     /// How long the report of an ended job may take to appear on the shared file system.
     #[serde(deserialize_with = "text::duration")]
     pub report_grace: Duration,
-    /// How long a job may be pending for a reason that never goes away (PartitionTimeLimit …)
-    /// before its pod fails.
+    /// How long a job may be pending for a reason that never goes away (PartitionTimeLimit …) before its pod fails.
     #[serde(deserialize_with = "text::duration")]
     pub never_ends_after: Duration,
     /// How long a job that the scheduler does not know may stay undecided.
@@ -403,8 +393,8 @@ pub struct Limits {
     pub stop_slack: Duration,
     /// The maximum number of pods. If unset: as many as the process limits allow.
     pub pods: Option<u32>,
-    /// The number of threads that move the bytes of streams. One moves several hundred MB/s;
-    /// several pass the same bytes between each other.
+    /// The number of threads that move the bytes of streams. One moves several hundred MB/s; several pass the same
+    /// bytes between each other.
     pub threads: usize,
 }
 
@@ -439,8 +429,8 @@ pub struct Logs {
     pub max_bytes: i64,
     /// The number of files kept for one attempt.
     pub max_files: i32,
-    /// The maximum size of all logs of one pod in bytes. Each kept attempt of each container (two
-    /// of them) gets an equal share.
+    /// The maximum size of all logs of one pod in bytes. Each kept attempt of each container (two of them) gets an
+    /// equal share.
     pub max_pod_bytes: i64,
 }
 
@@ -483,8 +473,8 @@ pub struct Values {
     pub at_rest: AtRest,
     /// What happens on a node without a usable `/dev/shm`.
     pub memory_fallback: MemoryFallback,
-    /// How long a job whose pod was never started waits for values that are missing or have expired
-    /// before the pod fails (`ValuesMissing`, `ValuesExpired`).
+    /// How long a job whose pod was never started waits for values that are missing or have expired before the pod
+    /// fails (`ValuesMissing`, `ValuesExpired`).
     #[serde(deserialize_with = "text::duration")]
     pub wait: Duration,
 }
@@ -510,8 +500,7 @@ pub enum AtRest {
     None,
 }
 
-/// What happens to values, and to volumes with the medium Memory, on a node without a usable
-/// `/dev/shm`.
+/// What happens to values, and to volumes with the medium Memory, on a node without a usable `/dev/shm`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MemoryFallback {
@@ -522,8 +511,7 @@ pub enum MemoryFallback {
     Disk,
 }
 
-/// The environment in which the file is read. It is an argument, so that tests need no global
-/// state.
+/// The environment in which the file is read. It is an argument, so that tests need no global state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Home {
     /// `$HOME`.

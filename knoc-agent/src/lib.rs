@@ -2,14 +2,12 @@
 //!
 //! The binary `knoc-agent` runs as several kinds of processes:
 //!
-//! - `serve` (module [`app`]): an ordinary user's process on the login node. It owns the life of
-//! each pod from accepted
-//!   to finished, with one actor for each pod ([`pod`]).
+//! - `serve` (module [`app`]): an ordinary user's process on the login node. It owns the life of each
+//!   pod from accepted to finished, with one actor for each pod ([`pod`]).
 //! - `init`: creates certificates and the site file. `connect`: relays stdio to the agent's unix
-//! socket.
-//! - `shim JOBDIR`, and the hidden `contain`, `launch` and `enter`, in and around a job's
-//! containers. They are in the crate
-//!   `knoc-shim`, which only `main.rs` calls.
+//!   socket.
+//! - `shim JOBDIR`, and the hidden `contain`, `launch` and `enter`, in and around a job's containers.
+//!   They are in the crate `knoc-shim`, which only `main.rs` calls.
 //!
 //! The agent and the shim share only the crate `knoc-contract`, which defines the job directory and
 //! other formats.

@@ -21,8 +21,9 @@
 //!     logs/<container>/<attempt>.log    CRI format; rotated: .log.1 …
 //! ```
 //!
-//! The shim writes `claim.*`, `report.pb` and `logs/`; the agent writes everything else. All
-//! functions block on file I/O: async callers use `spawn_blocking`. This module makes no decisions.
+//! The shim writes `claim.*`, `report.pb` and `logs/`, the batch script's output goes to `batch.out`,
+//! and the agent writes everything else. All functions block on file I/O: async callers use
+//! `spawn_blocking`. This module makes no decisions.
 
 pub mod atomic;
 pub mod claim;

@@ -5,9 +5,9 @@
 //! tree while it is removed. Therefore:
 //!
 //! - Each folder is opened relative to the descriptor of its parent, and no link is followed.
-//! - At most [`OPEN`] folders are open at once. A folder that lies deeper is moved to the top of
-//! the tree, where the
-//!   next pass finds it. So the tree's depth costs neither stack, nor memory, nor descriptors.
+//! - At most [`OPEN`] folders are open at once. A folder that lies deeper is moved to the top of the
+//!   tree, where the next pass finds it. So the tree's depth costs neither stack, nor memory, nor
+//!   descriptors.
 //! - Other file systems are never entered.
 //! - The caller may set a deadline. Another call can remove what is left.
 //!

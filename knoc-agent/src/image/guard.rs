@@ -6,8 +6,10 @@
 //! link or of a cloud's metadata service. A `[[registry]]` entry exempts the host that it names.
 //! The rule is applied to the address that is connected to, not to an earlier look-up.
 
-use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use crate::config::Registry;
 

@@ -1,17 +1,20 @@
 //! Images that are paths: SIF files and sandboxes under the site's image roots.
 
-use std::fs::File;
-use std::io::Read as _;
-use std::os::fd::AsRawFd as _;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::{
+    fs::File,
+    io::Read as _,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use knoc_contract::image_file;
-use knoc_contract::walk::{self, Found, WalkError};
+use knoc_contract::{
+    image_file,
+    walk::{self, Found, WalkError},
+};
 use knoc_proto::error::chain;
 
-use super::sif::FileId;
-use super::{ImageError, ImageErrorKind};
+use super::{ImageError, ImageErrorKind, sif::FileId};
 
 /// The offset of the magic bytes of a SIF file.
 const MAGIC_AT: usize = 32;

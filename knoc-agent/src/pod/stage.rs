@@ -56,7 +56,7 @@ const IMAGES_AT_ONCE: usize = 4;
 /// A pull that takes longer than this gets an Event.
 const WORTH_A_NOTE: Duration = Duration::from_millis(300);
 /// An image in the cache is found faster than this, even on a shared file system.
-const AT_HAND: Duration = Duration::from_millis(50);
+const CACHE_LOOKUP: Duration = Duration::from_millis(50);
 
 /// The images of a pod. They stay in the cache until this is dropped, which happens once `job.pb`
 /// names them.
@@ -163,7 +163,7 @@ pub(crate) fn present(container: &pb::Container) -> Note {
 }
 
 /// The location of the image of `container`, without a note.
-async fn silently(
+async fn image_without_note(
     site: &Site,
     container: pb::Container,
 ) -> Result<(pb::ResolvedImage, Option<Hold>), ImageError> {
@@ -172,15 +172,15 @@ async fn silently(
     Ok(answer(&container, resolved))
 }
 
-/// The images of a pod if all of them are found within [`AT_HAND`]. Otherwise the pod is staged as
+/// The images of a pod if all of them are found within [`CACHE_LOOKUP`]. Otherwise the pod is staged as
 /// usual.
-pub(crate) async fn at_hand(site: &Site, spec: &PodSpec) -> Option<Found> {
+pub(crate) async fn cached_images(site: &Site, spec: &PodSpec) -> Option<Found> {
     let resolving = spec
         .all_containers()
-        .map(|container| silently(site, container.clone()));
+        .map(|container| image_without_note(site, container.clone()));
     let resolving: Vec<_> = resolving.collect();
     let resolving = stream::iter(resolving).buffered(IMAGES_AT_ONCE);
-    let found = tokio::time::timeout(AT_HAND, resolving.try_collect());
+    let found = tokio::time::timeout(CACHE_LOOKUP, resolving.try_collect());
     found.await.ok()?.ok().map(Found::new)
 }
 

@@ -9,8 +9,10 @@
     reason = "public for the fuzz targets; a harness says what it found by a panic"
 )]
 
-use super::cri::{Cutter, MAX_TEXT, STAMP_LEN, Stream, parse};
-use super::filter::{Filter, Options};
+use super::{
+    cri::{Cutter, MAX_TEXT, STAMP_LEN, Stream, parse},
+    filter::{Filter, Options},
+};
 
 const STAMP: &str = "2026-11-22T18:01:56.123456789Z";
 

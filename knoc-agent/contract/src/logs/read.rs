@@ -91,12 +91,12 @@ async fn run(
         // Checked before the read: whatever is written after this point wakes the wait below.
         let ended = follow.as_mut().is_none_or(Follow::observe);
         let (mut pieces, at_end);
-        if let Some(piece) = reader.at_hand()? {
+        if let Some(piece) = reader.next_cached()? {
             (pieces, at_end) = (vec![piece], false);
         } else {
             let room = output.capacity().max(1);
             (reader, pieces, at_end) = blocking(move || {
-                let (pieces, at_end) = reader.several(room)?;
+                let (pieces, at_end) = reader.next_pieces(room)?;
                 Ok((reader, pieces, at_end))
             })
             .await?;
@@ -252,9 +252,9 @@ impl Reader {
     }
 
     /// The next piece, if it can be had without waiting: the open file has more data in the page
-    /// cache, and some of it is wanted. `None` does not mean that [`Self::several`] would find
+    /// cache, and some of it is wanted. `None` does not mean that [`Self::next_pieces`] would find
     /// nothing.
-    fn at_hand(&mut self) -> io::Result<Option<Piece>> {
+    fn next_cached(&mut self) -> io::Result<Option<Piece>> {
         let Some(open) = &self.file else {
             return Ok(None);
         };
@@ -277,7 +277,7 @@ impl Reader {
 
     /// At most `most` pieces, none of them empty. The flag is `true` if there is no more data at
     /// the moment. Blocks on file I/O.
-    fn several(&mut self, most: usize) -> io::Result<(Vec<Piece>, bool)> {
+    fn next_pieces(&mut self, most: usize) -> io::Result<(Vec<Piece>, bool)> {
         let mut pieces = Vec::new();
         while let Some(data) = self.next()? {
             if !data.is_empty() {

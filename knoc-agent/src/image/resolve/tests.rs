@@ -1,18 +1,22 @@
 //! Tests against a fake registry with one image, and a fake apptainer that writes a file and logs
 //! its calls.
 
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::{
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use knoc_contract::jobdir::StateDir;
 
 use super::super::Bounds;
 use super::super::digest::Digest;
 use super::*;
-use crate::config::{Policy, Registry};
-use crate::policy::Live;
+use crate::{
+    config::{Policy, Registry},
+    policy::Live,
+};
 
 mod cached;
 mod fake;

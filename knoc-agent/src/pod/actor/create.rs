@@ -94,7 +94,7 @@ impl Actor {
         }
         let now = Timestamp::now();
         let pod = Pod::new(facts(&self.spec, &self.site.config), now);
-        let images = stage::at_hand(&self.site, &self.spec).await;
+        let images = stage::cached_images(&self.site, &self.spec).await;
         let begun = match &images {
             Some(found) => self.begin(pod, found.images(), now),
             None => Begun {

@@ -3,8 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use knoc_contract::capability::STOP_SIGNAL;
-use knoc_contract::jobdir::{JobDir, atomic::FileError};
+use knoc_contract::{
+    capability::STOP_SIGNAL,
+    jobdir::{JobDir, atomic::FileError},
+};
 use knoc_proto::{crash, error::chain, ids::JobId, pb, pod::PodSpec, reason::ErrorReason};
 use tokio::task::{AbortHandle, JoinError};
 use tonic::Request;

@@ -8,8 +8,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_contract::capability::STOP_SIGNAL;
-use knoc_contract::jobdir::atomic;
+use knoc_contract::{capability::STOP_SIGNAL, jobdir::atomic};
 use knoc_proto::{
     ids::PodUid,
     pb::{self, PodPhase},

@@ -355,7 +355,7 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             *look_at = now + FILES_AGAIN;
             vec![Effect::ReadFiles]
         }
-        JobStage::Stopping { .. } => ending::harder(pod, now),
+        JobStage::Stopping { .. } => ending::escalate(pod, now),
         JobStage::Running
         | JobStage::Queued { .. }
         | JobStage::Settling { .. }

@@ -6,8 +6,7 @@ use std::collections::BTreeMap;
 use knoc_contract::requeue::may_run_again;
 use knoc_proto::pb;
 
-use super::Settings;
-use super::flags;
+use super::{Settings, flags};
 use crate::scheduler::SubmitError;
 
 const MIB: i64 = 1 << 20;

@@ -3,8 +3,7 @@
 //!
 //! Each test uses a real socket and asserts what has reached the other end.
 
-use std::io::Write as _;
-use std::time::Instant;
+use std::{io::Write as _, time::Instant};
 
 use super::fake::{Ask, MANIFEST_TYPE, Seen, manifest};
 use super::*;

@@ -2,16 +2,18 @@
 
 mod identity;
 
-use std::future::ready;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::{
+    future::ready,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
 
 use knoc_proto::ids::PodUid;
 
 use super::*;
-use crate::scheduler::slurm::Settings;
 use crate::scheduler::{
     Cancel, JobExit, JobState, Scheduler, SubmitError, SubmitErrorKind, SubmitRequest,
+    slurm::Settings,
 };
 
 /// A directory with scripts in place of Slurm's commands.

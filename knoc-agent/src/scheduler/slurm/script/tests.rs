@@ -1,5 +1,4 @@
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use knoc_proto::pod::PodSpec;
 use proptest::prelude::*;
