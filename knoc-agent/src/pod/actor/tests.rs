@@ -60,21 +60,21 @@ fn program(fake: &Fake, name: &str, script: &str) {
 }
 
 /// How many calls of a command have this text in their arguments.
-fn calls(fake: &Fake, name: &str, text: &str) -> usize {
+fn calls(fake: &Fake, name: &str, part: &str) -> usize {
     let text = std::fs::read_to_string(fake.path().join("calls")).unwrap_or_default();
     let lines = text.lines().filter(|line| line.starts_with(name));
-    lines.filter(|line| line.contains(text)).count()
+    lines.filter(|line| line.contains(part)).count()
 }
 
 /// Waits for a call of a command with this text in its arguments.
-async fn called(fake: &Fake, name: &str, text: &str) {
+async fn called(fake: &Fake, name: &str, part: &str) {
     let asked = async {
-        while calls(fake, name, text) == 0 {
+        while calls(fake, name, part) == 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
     let waited = tokio::time::timeout(SOON, asked).await;
-    waited.unwrap_or_else(|_| panic!("never: {name} {text}"));
+    waited.unwrap_or_else(|_| panic!("never: {name} {part}"));
 }
 
 fn uid(name: &str) -> PodUid {
