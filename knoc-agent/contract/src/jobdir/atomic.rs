@@ -63,9 +63,7 @@ pub(crate) fn create_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), 
         .mode(mode)
         .open(path)
         .map_err(FileError::on("create", path))?;
-    bytes
-        .chunks(PAGE)
-        .try_for_each(|page| file.write_all(page))
+    file.write_all(bytes)
         .map_err(FileError::on("write", path))?;
     file.sync_all().map_err(FileError::on("sync", path))
 }
@@ -76,11 +74,6 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     replace(path, bytes, mode)?;
     sync_parent(path)
 }
-
-/// Files are written page by page. If a file is written at once, newer kernels keep it in large
-/// pieces of the page cache and map a whole piece at the first touch. Two thirds of a program
-/// written like that would be resident in every process that runs it, and a shim runs in every job.
-const PAGE: usize = 4096;
 
 /// Like [`write()`], but does not sync the folder: for several files in one folder, the last of
 /// which is written with [`write()`].
