@@ -400,7 +400,8 @@ async fn a_due_serving_certificate_is_renewed_by_request_and_served_without_a_re
     ensure!(old.contains(&lone.served().await?), "another is served");
     lone.proxied().ok().await?;
     let request = lone.approve("serving").await?;
-    let text = format!("kubectl certificate approve {request}; the one in use is valid until");
+    let text =
+        format!("kubectl certificate approve {request}; the certificate in use is valid until");
     ensure!(waits.contains(&text), "{waits}");
     let new = lone.kept_anew("serving.pem", Some(&old)).await?;
     wait_for("the new certificate is served", SOON, async || {
