@@ -1,11 +1,11 @@
 //! The end that we put to a session: our own shutdown, or that nothing moves any more.
 //!
 //! A relay that is told of it says why on its error streams, since Go's client takes an error stream that just ends for
-//! a success; what is not through after [`LAST_WORDS`] is cut.
+//! a success; what is not through after [`CLOSING_TIMEOUT`] is cut.
 
 use tokio_util::sync::CancellationToken;
 
-use knoc_remotecommand::streams::{Activity, IDLE, LAST_WORDS};
+use knoc_remotecommand::streams::{Activity, CLOSING_TIMEOUT, IDLE};
 
 /// When we end a session, and why.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Stop {
     /// Returns when the session should have ended.
     pub(super) async fn overdue(&self) -> String {
         let why = self.why().await;
-        tokio::time::sleep(LAST_WORDS).await;
+        tokio::time::sleep(CLOSING_TIMEOUT).await;
         why
     }
 }

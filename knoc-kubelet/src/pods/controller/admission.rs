@@ -19,7 +19,7 @@ const OS_LABEL: &str = "kubernetes.io/os";
 /// operating system is told that alone, in Kubernetes' words: tools look for them.
 pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejection> {
     other_system(pod)?;
-    let mut problems = findings.refused.clone();
+    let mut problems = findings.rejected.clone();
     if tolerates_everything(pod) {
         problems.push(
             "spec.tolerations: pods of a DaemonSet that tolerates everything do not run here; spare the node by affinity: \
@@ -31,7 +31,7 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
     if let Err(more) = &shape {
         let new = more
             .iter()
-            .filter(|problem| !is_told(problem, &findings.refused));
+            .filter(|problem| !is_told(problem, &findings.rejected));
         problems.extend(new.cloned());
     }
     match shape {
@@ -41,9 +41,9 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
 }
 
 /// Does a refusal of the same field, or of one inside it, stand already?
-fn is_told(problem: &str, refused: &[String]) -> bool {
+fn is_told(problem: &str, rejected: &[String]) -> bool {
     let path = problem.split_once(": ").map_or(problem, |(path, _)| path);
-    refused.iter().any(|refusal| refusal.starts_with(path))
+    rejected.iter().any(|problem| problem.starts_with(path))
 }
 
 /// As `rejectPodAdmissionBasedOnOSSelector` and `…OnOSField` of the kubelet, in their order. The first looks at the pod's
@@ -118,7 +118,7 @@ mod tests {
         let mut pod = pod(&json!({"cpu": "much"}));
         pod.metadata.annotations = Some([("knoc.io/time".to_owned(), "soon".to_owned())].into());
         let findings = Findings {
-            refused: vec!["spec.x: no".to_owned()],
+            rejected: vec!["spec.x: no".to_owned()],
             mapped: Vec::new(),
         };
         let rejection = admit(&pod, &findings).unwrap_err();
@@ -169,7 +169,7 @@ mod tests {
             }
             let pod: Pod = serde_json::from_value(json).unwrap();
             let findings = Findings {
-                refused: vec!["spec.os.name: no".to_owned()],
+                rejected: vec!["spec.os.name: no".to_owned()],
                 mapped: Vec::new(),
             };
             admit(&pod, &findings).unwrap_err()
