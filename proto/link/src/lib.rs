@@ -36,6 +36,7 @@ mod peer;
 mod peer_certificate;
 pub mod pinned;
 pub mod pki;
+mod serve;
 mod single_connection;
 pub mod socket;
 mod tls;
@@ -51,6 +52,7 @@ pub use self::{
     origin::Origin,
     peer::Peer,
     peer_certificate::{PeerCertificate, Trust, Untrusted},
+    serve::serve,
     single_connection::{FarSide, far_side, near_side},
 };
 

@@ -1,5 +1,4 @@
-//! The side that is dialled: a stream of connections whose peers are verified, for
-//! `Server::serve_with_incoming_shutdown`.
+//! The side that is dialled: a stream of connections whose peers are verified, for [`super::serve()`].
 //!
 //! A handshake that fails is logged with the peer's address and the identity that it claims, limited to a few lines for
 //! each source, and does not disturb other connections ([`super::accept`]). The number of connections with verified

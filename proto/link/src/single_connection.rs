@@ -30,8 +30,7 @@ pub fn near_side(connection: Connection) -> Channel {
     endpoint().connect_with_connector_lazy(connector)
 }
 
-/// The far side's stream of exactly this connection, on which tonic serves. The stream ends with the connection, and so
-/// does `serve_with_incoming`.
+/// The far side's stream of exactly this connection, for [`serve()`](super::serve()), which ends with the connection.
 #[must_use]
 pub fn far_side(connection: Connection) -> FarSide {
     let (held, gone) = oneshot::channel::<()>();
