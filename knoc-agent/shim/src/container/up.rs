@@ -73,7 +73,7 @@ pub(super) async fn bring_up(
 ) -> Result<Up, AttemptError> {
     let listener = folders.listen()?;
     if pod.runtime.isolates() && !pod.mounting.by_name() {
-        let named = folders.mounts().places();
+        let named = folders.mounts().staged();
         let starting = Starting {
             pod,
             attempt,
@@ -110,7 +110,7 @@ async fn by_name(pod: &Pod, attempt: &Attempt, folders: &Folders) -> Result<Name
         // Nothing is mounted, so the launcher is started by its path on the host.
         return Ok(Named {
             agent: pod.agent.clone(),
-            ..folders.mounts().places()
+            ..folders.mounts().staged()
         });
     }
     let mounts = folders.mounts().clone();
