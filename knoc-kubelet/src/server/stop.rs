@@ -5,7 +5,7 @@
 
 use tokio_util::sync::CancellationToken;
 
-use knoc_remotecommand::streams::{Activity, IDLE, CLOSING_TIMEOUT};
+use knoc_remotecommand::streams::{Activity, CLOSING_TIMEOUT, IDLE};
 
 /// When and why the kubelet ends a session.
 #[derive(Debug)]
