@@ -10,12 +10,14 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_contract::jobdir::{
-    self, JobDirError, StateDir,
-    atomic::{self, FileError},
-    schema::Endpoint,
+use knoc_contract::{
+    jobdir::{
+        self, JobDirError, StateDir,
+        atomic::{self, FileError},
+        schema::Endpoint,
+    },
+    setuid,
 };
-use knoc_contract::setuid;
 use knoc_link::{Credentials, CredentialsError, LinkError, pinned::KeyPair};
 use knoc_proto::{error::chain, ids::PodUid};
 use tokio::sync::{Notify, Semaphore, mpsc};

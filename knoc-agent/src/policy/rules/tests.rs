@@ -46,7 +46,7 @@ fn rules(ca: &Ca, clients: &[&str], denied: &[&str]) -> Rules {
 }
 
 #[test]
-fn each_rule_refuses_by_its_own_name() {
+fn each_rule_denies_by_its_own_name() {
     let (ca, other) = (Ca::generate("ca").unwrap(), Ca::generate("other").unwrap());
     let held = certificate(&ca, 100);
     let key = format!("sha256/{}", held.info().spki);
