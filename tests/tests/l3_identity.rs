@@ -199,7 +199,7 @@ impl Lone {
         let api: Api<Event> = self.world.cluster_api();
         let fields = format!("involvedObject.name={}", self.node);
         let of = ListParams::default().fields(&fields);
-        let expected = format!("kubectl certificate approve knoc-{purpose}-");
+        let command = format!("kubectl certificate approve knoc-{purpose}-");
         let told = wait_for("an Event that says what to approve", SOON, async || {
             let events = api.list(&of).await.map_err(|error| error.to_string())?;
             let texts: Vec<_> = events
@@ -207,7 +207,7 @@ impl Lone {
                 .into_iter()
                 .filter_map(|event| event.message)
                 .collect();
-            let found = texts.iter().find(|text| text.contains(&expected));
+            let found = texts.iter().find(|text| text.contains(&command));
             found.cloned().ok_or_else(|| format!("{texts:?}"))
         });
         let told = told.await.with_context(|| self.log())?;
