@@ -233,17 +233,16 @@ pub struct Tools {
     pub scancel: Option<PathBuf>,
     pub sinfo: Option<PathBuf>,
     pub scontrol: Option<PathBuf>,
+    pub srun: Option<PathBuf>,
     pub apptainer: Option<PathBuf>,
     pub singularity: Option<PathBuf>,
     /// Not used, but `init` of earlier versions wrote it.
     sacctmgr: Option<PathBuf>,
-    /// Not used, but `init` of earlier versions wrote it.
-    srun: Option<PathBuf>,
 }
 
 impl Tools {
     /// The tools that are used, with their names.
-    fn named(&self) -> [(&'static str, &Option<PathBuf>); 8] {
+    fn named(&self) -> [(&'static str, &Option<PathBuf>); 9] {
         [
             ("sbatch", &self.sbatch),
             ("squeue", &self.squeue),
@@ -251,6 +250,7 @@ impl Tools {
             ("scancel", &self.scancel),
             ("sinfo", &self.sinfo),
             ("scontrol", &self.scontrol),
+            ("srun", &self.srun),
             ("apptainer", &self.apptainer),
             ("singularity", &self.singularity),
         ]
@@ -258,7 +258,7 @@ impl Tools {
 
     /// The names of tools that are set but not used.
     pub(crate) fn unused(&self) -> impl Iterator<Item = &'static str> {
-        let unused = [("sacctmgr", &self.sacctmgr), ("srun", &self.srun)];
+        let unused = [("sacctmgr", &self.sacctmgr)];
         let named = unused.into_iter().filter(|(_, path)| path.is_some());
         named.map(|(name, _)| name)
     }
@@ -391,6 +391,12 @@ pub struct Limits {
     /// How long to wait after a pod's grace period before its job is cancelled.
     #[serde(deserialize_with = "text::duration")]
     pub stop_slack: Duration,
+    /// If compute nodes cannot reach the agent: how many job steps (`srun --overlap`, one process on the login node
+    /// each) may carry links to pods at the same time. 0 permits none.
+    pub srun_links: usize,
+    /// How long such a step goes on after its last use.
+    #[serde(deserialize_with = "text::duration")]
+    pub srun_idle: Duration,
     /// The maximum number of pods. If unset: as many as the process limits allow.
     pub pods: Option<u32>,
     /// The number of threads that move the bytes of streams. One moves several hundred MB/s; several pass the same
@@ -415,6 +421,8 @@ impl Default for Limits {
             never_ends_after: Duration::from_mins(10),
             lost_after: Duration::from_mins(5),
             stop_slack: Duration::from_secs(15),
+            srun_links: 16,
+            srun_idle: Duration::from_mins(1),
             pods: None,
             threads: 1,
         }

@@ -38,8 +38,15 @@ enum Command {
     Init(init::Options),
     /// Runs the agent on the login node.
     Serve(ConfigFile),
-    /// Connects standard input and output to the unix socket of the running agent.
-    Connect(ConfigFile),
+    /// Connects standard input and output to the unix socket of the running agent, or of a shim.
+    Connect {
+        /// A job directory: connects to the shim of that pod, which must run on this host. The agent runs this as a
+        /// step of the pod's job if compute nodes cannot reach the agent.
+        #[arg(conflicts_with = "config")]
+        jobdir: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
     /// Runs the containers of one pod inside its job.
     Shim {
         /// The job directory.
@@ -102,7 +109,13 @@ fn main() -> ExitCode {
             home().and_then(|home| say(&init::run(&options, &home.home, &found)?))
         }
         Command::Serve(config) => config.load().and_then(serve),
-        Command::Connect(config) => config.load().and_then(|config| relay(&config)),
+        Command::Connect {
+            jobdir: Some(jobdir),
+            ..
+        } => relay(connect::to_shim(&jobdir)),
+        Command::Connect { config, .. } => config
+            .load()
+            .and_then(|config| relay(connect::run(&socket_places(&config)))),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -170,11 +183,13 @@ fn serve(config: Config) -> anyhow::Result<()> {
     })
 }
 
-fn relay(config: &Config) -> anyhow::Result<()> {
+fn relay(
+    relaying: impl Future<Output = Result<(), connect::ConnectError>>,
+) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let relayed = runtime.block_on(connect::run(&socket_places(config)));
+    let relayed = runtime.block_on(relaying);
     // A read from standard input cannot be cancelled; waiting for it would delay the exit.
     runtime.shutdown_background();
     Ok(relayed?)

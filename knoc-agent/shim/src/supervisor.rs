@@ -63,6 +63,8 @@ pub(crate) enum Command {
     Stats(Vec<Sample>, oneshot::Sender<pb::PodStats>),
     /// Newer values, not checked yet; the answer comes when they are written.
     Values(pb::PodValues, oneshot::Sender<Result<(), String>>),
+    /// How the shim and the agent reach each other, for the report.
+    Route(pb::ShimRoute),
 }
 
 struct Stop {
@@ -236,6 +238,9 @@ impl Supervisor {
                 // Who asked may be gone.
                 answer.send(self.take_values(values)).ok();
             }
+            Command::Route(route) => self
+                .publisher
+                .update(|report| report.route = Some(route)),
         }
     }
 
