@@ -43,7 +43,9 @@ pub enum ConnectError {
     #[error("the shim of this job directory has written no report yet")]
     NoReport,
     /// The shim has no socket.
-    #[error("the shim of this job directory has no socket: it is of an older version, or could not create one")]
+    #[error(
+        "the shim of this job directory has no socket: it is of an older version, or could not create one"
+    )]
     NoSocket,
     /// The shim's socket does not answer.
     #[error("relay to the shim on {shim}, from {here}")]

@@ -183,9 +183,7 @@ fn serve(config: Config) -> anyhow::Result<()> {
     })
 }
 
-fn relay(
-    relaying: impl Future<Output = Result<(), connect::ConnectError>>,
-) -> anyhow::Result<()> {
+fn relay(relaying: impl Future<Output = Result<(), connect::ConnectError>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

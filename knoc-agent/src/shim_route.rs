@@ -17,8 +17,8 @@ use knoc_proto::{error::chain, pb};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::decide::Way;
 use self::decide::Route;
+pub(crate) use self::decide::Way;
 
 /// The pause after files could not be written.
 const AGAIN: std::time::Duration = std::time::Duration::from_secs(30);
@@ -42,7 +42,10 @@ impl ShimRoute {
     pub fn load(state: &StateDir, steps: bool, now: Timestamp) -> Self {
         let found = jobdir::read_json::<FoundRoute>(&state.shim_route());
         let found = found.unwrap_or_else(|error| {
-            tracing::warn!(error = chain(&error), "how shims are reached is found out anew");
+            tracing::warn!(
+                error = chain(&error),
+                "how shims are reached is found out anew"
+            );
             None
         });
         Self(Arc::new(Shared {

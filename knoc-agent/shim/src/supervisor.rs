@@ -238,9 +238,7 @@ impl Supervisor {
                 // Who asked may be gone.
                 answer.send(self.take_values(values)).ok();
             }
-            Command::Route(route) => self
-                .publisher
-                .update(|report| report.route = Some(route)),
+            Command::Route(route) => self.publisher.update(|report| report.route = Some(route)),
         }
     }
 

@@ -141,11 +141,22 @@ impl Route {
             isolated.detail
         );
         match &self.found.refused {
-            _ if !steps => (format!("{cannot}; limits.srun_links = 0 permits no job step to them"), false),
-            None => (format!("{cannot}; a job step on demand carries the link"), true),
+            _ if !steps => (
+                format!("{cannot}; limits.srun_links = 0 permits no job step to them"),
+                false,
+            ),
+            None => (
+                format!("{cannot}; a job step on demand carries the link"),
+                true,
+            ),
             Some(refused) => {
                 let (detail, again) = (&refused.detail, due(refused));
-                (format!("{cannot}; a job step is refused as well ({detail}), tried again at {again}"), false)
+                (
+                    format!(
+                        "{cannot}; a job step is refused as well ({detail}), tried again at {again}"
+                    ),
+                    false,
+                )
             }
         }
     }
@@ -193,7 +204,11 @@ mod tests {
         let (mut route, trial) = new();
         assert_eq!(route.way(&shim(0, "", "")), Way::Wait);
         route.reported(&shim(trial, "", "refused"), at(1));
-        assert_eq!(route.way(&shim(0, "", "")), Way::Step, "one that has not tried");
+        assert_eq!(
+            route.way(&shim(0, "", "")),
+            Way::Step,
+            "one that has not tried"
+        );
         let (text, works) = route.describe(true);
         assert!(works && text.contains("refused"), "{text}");
         assert!(!route.describe(false).1);
@@ -243,7 +258,10 @@ mod tests {
         let cut = shim(trial, "", "refused");
         route.reported(&cut, at(0));
         route.refused("steps are not permitted", at(10));
-        assert_eq!(route.way(&cut), Way::Refused("steps are not permitted".to_owned()));
+        assert_eq!(
+            route.way(&cut),
+            Way::Refused("steps are not permitted".to_owned())
+        );
         assert!(!route.describe(true).1);
         let found = route.found.clone();
         let again = Route::begin(found, at(DAY + 10));

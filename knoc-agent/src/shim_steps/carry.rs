@@ -71,7 +71,10 @@ impl Carrier {
     fn start(&self, request: &Request) -> Result<(Relay, Stream), CommandError> {
         let dir = self.site.state.pod(&request.uid);
         let args = ["connect".as_ref(), dir.path().as_os_str()];
-        let command = self.site.scheduler.enter(&request.job, &self.site.shim, args);
+        let command = self
+            .site
+            .scheduler
+            .enter(&request.job, &self.site.shim, args);
         command.relay()
     }
 
@@ -121,7 +124,9 @@ impl Carrier {
 
     /// Begins the link over the step's stream, up to the shim's first report.
     async fn open(&self, uid: &PodUid, mut stream: Stream) -> Result<(), String> {
-        skip_noise(&mut stream).await.map_err(|error| chain(&error))?;
+        skip_noise(&mut stream)
+            .await
+            .map_err(|error| chain(&error))?;
         let connection = Unverified {
             io: stream,
             origin: Origin::ThisHost,

@@ -72,7 +72,11 @@ impl Table {
 
     /// Removes a user.
     pub(super) fn release(&mut self, uid: &PodUid, number: u64, now: Instant) {
-        let Some(entry) = self.steps.get_mut(uid).filter(|entry| entry.number == number) else {
+        let Some(entry) = self
+            .steps
+            .get_mut(uid)
+            .filter(|entry| entry.number == number)
+        else {
             return;
         };
         entry.users = entry.users.saturating_sub(1);
@@ -91,7 +95,11 @@ impl Table {
 
     /// Removes a step, unless it was replaced.
     pub(super) fn remove(&mut self, uid: &PodUid, number: u64) {
-        if self.steps.get(uid).is_some_and(|entry| entry.number == number) {
+        if self
+            .steps
+            .get(uid)
+            .is_some_and(|entry| entry.number == number)
+        {
             self.steps.remove(uid);
         }
     }
@@ -109,8 +117,14 @@ impl Table {
         if self.steps.len() < most {
             return true;
         }
-        let idle = self.steps.iter().filter_map(|(uid, entry)| Some((entry.idle_since?, uid)));
-        let Some(uid) = idle.min_by_key(|(since, _)| *since).map(|(_, uid)| uid.clone()) else {
+        let idle = self
+            .steps
+            .iter()
+            .filter_map(|(uid, entry)| Some((entry.idle_since?, uid)));
+        let Some(uid) = idle
+            .min_by_key(|(since, _)| *since)
+            .map(|(_, uid)| uid.clone())
+        else {
             return false;
         };
         if let Some(entry) = self.steps.remove(&uid) {
@@ -185,7 +199,10 @@ mod tests {
         assert_eq!(table.end_if_idle(&uid("a"), number, Some(now)), Err(None));
         table.release(&uid("a"), number, now);
         let earlier = now - Duration::from_millis(1);
-        assert_eq!(table.end_if_idle(&uid("a"), number, Some(earlier)), Err(Some(now)));
+        assert_eq!(
+            table.end_if_idle(&uid("a"), number, Some(earlier)),
+            Err(Some(now))
+        );
         assert!(table.hold(&uid("a")).is_some());
         table.release(&uid("a"), number, now);
         assert_eq!(table.end_if_idle(&uid("a"), number, Some(now)), Ok(()));

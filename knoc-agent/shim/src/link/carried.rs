@@ -46,7 +46,9 @@ impl Listener {
                 Ok(Self { listener, path })
             });
         bound
-            .inspect_err(|error| tracing::warn!("no socket for connections that the agent carries: {error}"))
+            .inspect_err(|error| {
+                tracing::warn!("no socket for connections that the agent carries: {error}")
+            })
             .ok()
     }
 
@@ -71,7 +73,8 @@ impl Listener {
                 (Ok(connection), Ok(place)) => {
                     let path = &self.path;
                     open.push(async move {
-                        serve_one(serving, connection, Context { path, file, pair }, shutdown).await;
+                        serve_one(serving, connection, Context { path, file, pair }, shutdown)
+                            .await;
                         drop(place);
                     });
                 }

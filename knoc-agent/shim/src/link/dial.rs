@@ -45,7 +45,11 @@ pub(super) async fn any(addresses: &[String], pair: &KeyPair, spki: &str) -> Dia
 
 /// PURE: what to report after a try. That the first address worked is not worth a report, unless another one was
 /// reported before: the agent sees the link.
-pub(super) fn found(before: &pb::ShimRoute, endpoint: &Endpoint, dialled: &Dialled) -> pb::ShimRoute {
+pub(super) fn found(
+    before: &pb::ShimRoute,
+    endpoint: &Endpoint,
+    dialled: &Dialled,
+) -> pb::ShimRoute {
     let mut route = before.clone();
     let first = endpoint.addresses.first();
     match dialled {
@@ -112,11 +116,15 @@ mod tests {
         let pair = KeyPair::generate("agent").unwrap();
         let own = KeyPair::generate("shim").unwrap();
         let any_port = "127.0.0.1:0".parse().unwrap();
-        let mut incoming = knoc_link::pinned::listen(any_port, pair.clone()).await.unwrap();
+        let mut incoming = knoc_link::pinned::listen(any_port, pair.clone())
+            .await
+            .unwrap();
         let here = incoming.local_addr().unwrap().to_string();
         // Nobody listens on port 1, and connections to 192.0.2.1 (TEST-NET-1) are never answered.
         let mut endpoint = endpoint(7);
-        endpoint.addresses = ["127.0.0.1:1", "192.0.2.1:9", &here].map(str::to_owned).to_vec();
+        endpoint.addresses = ["127.0.0.1:1", "192.0.2.1:9", &here]
+            .map(str::to_owned)
+            .to_vec();
         let dialled = any(&endpoint.addresses, &own, pair.spki());
         let (dialled, accepted) = tokio::join!(dialled, incoming.next());
         accepted.unwrap().unwrap();

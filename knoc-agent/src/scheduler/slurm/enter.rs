@@ -76,7 +76,11 @@ mod tests {
         let command = slurm.enter(&job, Path::new("/v/knoc-agent"), args);
         assert_eq!(command.program(), Path::new("/opt/slurm/bin/srun"));
         let words = format!("{command:?}");
-        let at = |word: &str| words.find(word).unwrap_or_else(|| panic!("{word}: {words}"));
+        let at = |word: &str| {
+            words
+                .find(word)
+                .unwrap_or_else(|| panic!("{word}: {words}"))
+        };
         assert!(at("--overlap") < at("--jobid=4711") && at("--jobid=4711") < at("/v/knoc-agent"));
         assert!(at("/v/knoc-agent") < at("connect") && at("\"connect\"") < at("/state/pods/u"));
     }
