@@ -10,7 +10,7 @@ use knoc_proto::{
 };
 use knoc_tests::{
     Background,
-    site::{Options, Pod, Site, brief, container, processes_naming},
+    site::{Options, Pod, Site, brief, container, containers_run, processes_naming},
     wait_for,
 };
 use tonic::{Status, transport::Channel};
@@ -30,6 +30,14 @@ fn shell(uid: &str, script: &str) -> Pod {
         uid,
         vec![container("main", &["/bin/sh", "-c", script], &[])],
     )
+}
+
+/// Waits until the pod runs; its shim has no link.
+async fn runs(site: &Site, pod: &Pod, client: &AgentClient<Channel>) -> anyhow::Result<()> {
+    let seen = pod
+        .wait_for_state(client, "it runs", 2 * SOON, containers_run)
+        .await;
+    seen.map(drop).with_context(|| site.log())
 }
 
 const FOREVER: &str = "trap 'exit 3' TERM; while :; do sleep 0.05; done";
@@ -83,9 +91,7 @@ async fn a_step_carries_the_link_on_demand_and_ends_when_it_is_idle() -> anyhow:
     let (site, agent, client) = Site::start(options).await?;
     let pod = shell("carried", FOREVER);
     pod.ensure(&client).await?;
-    pod.running(&client, 2 * SOON)
-        .await
-        .with_context(|| site.log())?;
+    runs(&site, &pod, &client).await?;
     isolated(&site, &client).await?;
     ensure!(steps(&site, "carried").is_empty(), "nobody needs the link");
     echoes(&pod, &client).await.with_context(|| site.log())?;
@@ -136,9 +142,7 @@ async fn a_deletion_over_a_carried_link_has_its_grace_and_its_reason() -> anyhow
     let (site, _agent, client) = Site::start(cut_off("", "")).await?;
     let pod = shell("graceful", FOREVER);
     pod.ensure(&client).await?;
-    pod.running(&client, 2 * SOON)
-        .await
-        .with_context(|| site.log())?;
+    runs(&site, &pod, &client).await?;
     isolated(&site, &client).await?;
     pod.delete(&client, 20).await?;
     let outcome = pod
@@ -159,9 +163,7 @@ async fn the_number_of_steps_is_bounded_and_an_idle_one_gives_way() -> anyhow::R
     let (first, second) = (shell("first", FOREVER), shell("second", FOREVER));
     for pod in [&first, &second] {
         pod.ensure(&client).await?;
-        pod.running(&client, 2 * SOON)
-            .await
-            .with_context(|| site.log())?;
+        runs(&site, pod, &client).await?;
     }
     isolated(&site, &client).await?;
     let args = ["exec", "-i", "first", "--", "sh", "-c", "echo in; cat"];
@@ -206,9 +208,7 @@ async fn without_steps_the_error_says_what_is_missing() -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::without_link()).await?;
     let pod = shell("alone", FOREVER);
     pod.ensure(&client).await?;
-    pod.running(&client, 2 * SOON)
-        .await
-        .with_context(|| site.log())?;
+    runs(&site, &pod, &client).await?;
     wait_for("the error names the setting", SOON, async || {
         let error = echoes(&pod, &client).await.err().context("no error")?;
         let text = format!("{error:#}");
