@@ -18,8 +18,9 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{LinkError, origin::Origin};
+use super::{LinkError, origin::Origin, proxy::Proxy};
 
+pub mod http_connect;
 pub mod tcp;
 pub mod unix;
 
@@ -72,8 +73,35 @@ pub trait Listener: fmt::Debug + Send + Sync + Unpin + 'static {
 pub enum Carrier {
     /// `host:port`, spoken TLS over.
     Tcp(String),
+    /// The same through a proxy.
+    HttpConnect {
+        /// `host:port`
+        address: String,
+        /// Through which.
+        proxy: Proxy,
+    },
     /// A socket whose peer's user is checked; no TLS.
     Unix(PathBuf),
+}
+
+impl Carrier {
+    /// The same way through a proxy. A socket of this host needs none.
+    #[must_use]
+    pub fn through(self, proxy: Option<Proxy>) -> Self {
+        match (self, proxy) {
+            (Self::Tcp(address), Some(proxy)) => Self::HttpConnect { address, proxy },
+            (carrier, _) => carrier,
+        }
+    }
+
+    /// `host:port` of the peer, if it is reached over a network.
+    #[must_use]
+    pub fn address(&self) -> Option<&str> {
+        match self {
+            Self::Tcp(address) | Self::HttpConnect { address, .. } => Some(address),
+            Self::Unix(_) => None,
+        }
+    }
 }
 
 /// Why a text is no carrier.
@@ -120,6 +148,9 @@ impl fmt::Display for Carrier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => write!(f, "tcp:{address}"),
+            Self::HttpConnect { address, proxy } => {
+                write!(f, "tcp:{address} through the proxy {proxy}")
+            }
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }

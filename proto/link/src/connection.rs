@@ -18,7 +18,7 @@ pub struct Connection<P = Peer> {
     /// Bytes that the handshake has read and that are still to be given to the reader.
     replay: &'static [u8],
     /// Dropped with the connection.
-    _held: Option<Box<dyn Send>>,
+    _held: Option<Box<dyn Send + Sync>>,
 }
 
 impl<P: fmt::Debug> fmt::Debug for Connection<P> {
@@ -48,7 +48,7 @@ impl<P> Connection<P> {
 
     /// Drops `guard` when the connection is dropped.
     #[must_use]
-    pub(super) fn holding(self, guard: impl Send + 'static) -> Self {
+    pub(super) fn holding(self, guard: impl Send + Sync + 'static) -> Self {
         Self {
             _held: Some(Box::new(guard)),
             ..self

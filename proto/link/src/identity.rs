@@ -109,6 +109,8 @@ impl FromStr for Identity {
 pub enum ExpectPeer {
     /// The agent of any site: what kubelet and knocctl expect where no site is configured.
     AnyAgent,
+    /// Any kubelet: what an agent expects that dials out; its policy then looks at the name.
+    AnyKubelet,
     /// A kubelet or a knocctl: what the agent expects; its policy then looks at the name.
     NearSide,
     /// This one only.
@@ -121,9 +123,12 @@ impl ExpectPeer {
     pub fn accepts(&self, identity: &Identity) -> bool {
         match (self, identity) {
             (Self::AnyAgent, Identity::Agent { .. })
+            | (Self::AnyKubelet, Identity::Kubelet { .. })
             | (Self::NearSide, Identity::Kubelet { .. } | Identity::Ctl { .. }) => true,
             (Self::Exactly(expected), found) => expected == found,
-            (Self::AnyAgent, _) | (Self::NearSide, Identity::Agent { .. }) => false,
+            (Self::AnyAgent | Self::AnyKubelet, _) | (Self::NearSide, Identity::Agent { .. }) => {
+                false
+            }
         }
     }
 }
@@ -132,6 +137,7 @@ impl fmt::Display for ExpectPeer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AnyAgent => write!(f, "{PREFIX}agent/…"),
+            Self::AnyKubelet => write!(f, "{PREFIX}kubelet/…"),
             Self::NearSide => write!(f, "{PREFIX}kubelet/… or {PREFIX}ctl/…"),
             Self::Exactly(identity) => identity.fmt(f),
         }
