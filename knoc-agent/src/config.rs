@@ -5,6 +5,7 @@
 //! the cluster: [`Policy`] is the HPC user's own word.
 
 mod check;
+pub mod dial_out;
 pub mod text;
 
 use std::{
@@ -73,6 +74,9 @@ pub struct Config {
     /// The agent's certificate and the CA that kubelets must be of. Without it only the unix socket is served.
     #[serde(default)]
     pub tls: Option<Tls>,
+    /// Kubelets that the agent dials.
+    #[serde(default)]
+    pub dial_out: Vec<dial_out::DialOut>,
     /// Paths of the tools; empty ones are looked up in `env.PATH`.
     #[serde(default)]
     pub tools: Tools,
@@ -536,6 +540,9 @@ impl Config {
     }
 
     fn expand(&mut self, home: &Path) {
+        for entry in &mut self.dial_out {
+            entry.expand(home);
+        }
         let tls = self.tls.iter_mut().flat_map(|tls| {
             let named = [&mut tls.ca, &mut tls.cert, &mut tls.key];
             named.into_iter().chain(&mut tls.ca_key)

@@ -56,6 +56,8 @@ pub struct Site {
     pub versions: Versions,
     /// What outsiders see.
     pub board: Board,
+    /// How it stands with the kubelets that are dialled.
+    pub dial_out: crate::dial_out::Board,
     /// Links of live shims.
     pub shims: ShimLinks,
     /// Wakes the poller: something is expected.

@@ -113,6 +113,12 @@ pub struct Target {
 }
 
 impl Target {
+    /// Can this be sent as the name of a host?
+    #[must_use]
+    pub fn is_server_name(name: &str) -> bool {
+        ServerName::try_from(name).is_ok()
+    }
+
     fn name(&self) -> Option<ServerName<'static>> {
         let host = || {
             let (host, _) = self.carrier.address()?.rsplit_once(':')?;

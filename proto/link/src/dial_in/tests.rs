@@ -190,7 +190,7 @@ async fn those_who_are_refused_are_named_where_an_agent_is_missed() {
         ("no certificate of the peer arrived", None),
         ("does not speak TLS", None),
         ("expected is spiffe://knoc/agent/site", Some("another")),
-        ("not of the CA", Some("site")),
+        ("the peer does not trust the CA", Some("site")),
     ];
     let mut asked = JoinSet::new();
     for (at, (words, site)) in cases.into_iter().enumerate() {
