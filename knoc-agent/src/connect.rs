@@ -2,7 +2,7 @@
 //! transports that start a command (`ssh login knoc-agent connect`). It does not interpret what it
 //! relays, and it relays nothing to a process of another user.
 
-use knoc_link::{LinkError, carrier::unix, socket::Places};
+use knoc_link::{LinkError, carrier::unix, socket::SocketLocations};
 use tokio::io::{self, AsyncWriteExt as _};
 
 /// Why nothing was relayed, or why the relay ended.
@@ -26,7 +26,7 @@ pub enum ConnectError {
 }
 
 /// Relays until either side ends.
-pub async fn run(places: &Places) -> Result<(), ConnectError> {
+pub async fn run(places: &SocketLocations) -> Result<(), ConnectError> {
     let path = places.find().unwrap_or_else(|| places.choose().0);
     let (stream, _) = unix::connect(&path).await.map_err(|source| {
         let not_served = matches!(source, LinkError::NotServed { .. });

@@ -96,10 +96,9 @@ impl Link {
 
     async fn serve(&self, connection: knoc_link::Connection, shutdown: &CancellationToken) {
         let service = ShimServer::new(self.service.clone());
-        let serving = knoc_link::server()
-            .add_service(RawServer::new(service))
-            .serve_with_incoming_shutdown(knoc_link::far_side(connection), shutdown.cancelled());
-        if let Err(error) = serving.await {
+        let router = knoc_link::server().add_service(RawServer::new(service));
+        let incoming = Box::pin(knoc_link::far_side(connection));
+        if let Err(error) = knoc_link::serve(router, incoming, shutdown.clone()).await {
             tracing::debug!("the link ended: {}", chain(&error));
         }
     }

@@ -16,14 +16,14 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_link::{Connection, Identity, Peer, Shown, pki::CertificateInfo};
+use knoc_link::{Connection, Identity, Peer, PeerCertificate, pki::CertificateInfo};
 use knoc_proto::reason::ErrorReason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch::Receiver,
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::{Request, Status, service::Interceptor, transport::server::Connected};
+use tonic::{Request, Status, service::Interceptor};
 
 use crate::policy::{PeerDenied, Renewals, Rules};
 
@@ -57,7 +57,7 @@ struct State {
 struct Open {
     peer: String,
     identity: Identity,
-    shown: Shown,
+    shown: PeerCertificate,
     cut: CancellationToken,
 }
 
@@ -73,18 +73,16 @@ impl Gate {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers a connection, which is checked until the guard is dropped.
-    pub(super) fn guard(&self, conn: Connection) -> Guarded {
+    /// Registers a connection until it is dropped, and returns it so that it fails once its peer is no longer served. A
+    /// connection of our own user is returned as it is.
+    pub(super) fn guard(&self, conn: Connection) -> Connection {
         let Peer::Tls {
             identity,
             certificate,
             ..
         } = conn.peer()
         else {
-            return Guarded {
-                conn,
-                watched: None,
-            };
+            return conn;
         };
         let info = certificate.info();
         let peer = conn.peer().to_string();
@@ -112,10 +110,8 @@ impl Gate {
             id,
             cut: Box::pin(cut.cancelled_owned()),
         };
-        Guarded {
-            conn,
-            watched: Some(watched),
-        }
+        let peer = conn.peer().clone();
+        Connection::new(Guarded { conn, watched }, peer)
     }
 
     /// Checks whether this peer is served now.
@@ -138,11 +134,11 @@ impl Gate {
         // A renewal keeps open streams alive, but a new request needs a certificate that is itself
         // valid.
         let judged = rules.judge(identity, certificate, &Renewals::default(), now);
-        judged.map_err(|refused| {
-            let message = refused.to_string();
+        judged.map_err(|denied| {
+            let message = denied.to_string();
             if state.is_news(&message) {
                 let peer = peer.map_or_else(String::new, ToString::to_string);
-                tracing::warn!(peer, refused = message, "a request was denied");
+                tracing::warn!(peer, reason = message, "a request was denied");
             }
             ErrorReason::PeerDenied.status(message)
         })
@@ -176,8 +172,8 @@ impl Gate {
         loop {
             let now = Timestamp::now();
             let current = Arc::clone(&rules.borrow_and_update());
-            for (peer, refused) in self.cut(&current, now) {
-                tracing::warn!(peer, %refused, "a connection was closed with all its streams: its peer is no longer served");
+            for (peer, denied) in self.cut(&current, now) {
+                tracing::warn!(peer, %denied, "a connection was closed with all its streams: its peer is no longer served");
             }
             tokio::select! {
                 biased;
@@ -194,9 +190,9 @@ impl Gate {
         let mut cut = Vec::new();
         for open in state.open.values().filter(|open| !open.cut.is_cancelled()) {
             let judged = rules.judge(&open.identity, &open.shown, &state.renewals, now);
-            if let Err(refused) = judged {
+            if let Err(denied) = judged {
                 open.cut.cancel();
-                cut.push((open.peer.clone(), refused));
+                cut.push((open.peer.clone(), denied));
             }
         }
         cut
@@ -224,10 +220,9 @@ impl Interceptor for Gate {
 
 /// A connection that ends when its peer is no longer served.
 #[derive(Debug)]
-pub(super) struct Guarded {
+struct Guarded {
     conn: Connection,
-    /// `None` for our own user's connection.
-    watched: Option<Watched>,
+    watched: Watched,
 }
 
 #[derive(Debug)]
@@ -246,24 +241,13 @@ impl Drop for Watched {
 impl Guarded {
     /// Fails once the connection was closed by the gate, which also wakes the caller's task.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        let Some(watched) = &mut self.watched else {
-            return Ok(());
-        };
-        match watched.cut.as_mut().poll(cx) {
+        match self.watched.cut.as_mut().poll(cx) {
             Poll::Pending => Ok(()),
             Poll::Ready(()) => {
                 let text = "the peer is no longer served";
                 Err(io::Error::new(io::ErrorKind::ConnectionAborted, text))
             }
         }
-    }
-}
-
-impl Connected for Guarded {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.conn.connect_info()
     }
 }
 

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::prepare;
 use crate::{
     config::{Config, Home},
-    pod::input::Refused,
+    pod::input::RequestError,
     registry::Registry,
     site::Site,
 };
@@ -52,7 +52,7 @@ pub(crate) struct Fake {
     dir: tempfile::TempDir,
     pub(crate) site: Arc<Site>,
     pub(crate) registry: Arc<Registry>,
-    #[expect(dead_code, reason = "kept open: actors tell of their end")]
+    #[expect(dead_code, reason = "kept open: actors send when they end")]
     pub(crate) ended: mpsc::Receiver<PodUid>,
 }
 
@@ -90,7 +90,7 @@ impl Fake {
     }
 
     /// Sends `EnsurePod` for this spec.
-    pub(crate) async fn ensure_as(&self, spec: pb::PodSpec) -> Result<(), Refused> {
+    pub(crate) async fn ensure_as(&self, spec: pb::PodSpec) -> Result<(), RequestError> {
         let spec = PodSpec::try_from(spec).unwrap();
         let values = PodValues::check(values(), &spec).unwrap();
         let ensured = self.registry.ensure(spec, values, String::new());

@@ -6,8 +6,10 @@
 //! link or of a cloud's metadata service. A `[[registry]]` entry exempts the host that it names.
 //! The rule is applied to the address that is connected to, not to an earlier look-up.
 
-use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use crate::config::Registry;
 
@@ -61,9 +63,18 @@ impl Url {
         if authority.as_str().contains('@') {
             return Err("it holds a user name".to_owned());
         }
-        let host = authority.host().trim_matches(['[', ']']);
+        let host = match authority.host().strip_prefix('[') {
+            Some(bracketed) => bracketed
+                .strip_suffix(']')
+                .filter(|host| host.parse::<Ipv6Addr>().is_ok())
+                .ok_or("its host is not an IPv6 address in brackets")?,
+            None => authority.host(),
+        };
         if host.is_empty() {
             return Err("it names no host".to_owned());
+        }
+        if host.contains(['[', ']']) {
+            return Err("its host is not a name or an address".to_owned());
         }
         let default = if tls { 443 } else { 80 };
         let rest = authority.as_str().rsplit(']').next().unwrap_or_default();
@@ -153,10 +164,10 @@ struct Named {
 }
 
 impl Named {
-    fn of(place: &str, plain: bool) -> Option<Self> {
-        let scheme = place.split_once("://");
+    fn of(address: &str, plain: bool) -> Option<Self> {
+        let scheme = address.split_once("://");
         let plain = plain || scheme.is_some_and(|(scheme, _)| scheme == "http");
-        let host = scheme.map_or(place, |(_, rest)| rest).split('/').next()?;
+        let host = scheme.map_or(address, |(_, rest)| rest).split('/').next()?;
         let url = base(host, plain).ok()?;
         let explicit = host.rsplit(']').next()?.contains(':');
         Some(Self {

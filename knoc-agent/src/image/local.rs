@@ -1,17 +1,20 @@
 //! Images that are paths: SIF files and sandboxes under the site's image roots.
 
-use std::fs::File;
-use std::io::Read as _;
-use std::os::fd::AsRawFd as _;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::{
+    fs::File,
+    io::Read as _,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use knoc_contract::image_file;
-use knoc_contract::walk::{self, Found, WalkError};
+use knoc_contract::{
+    image_file,
+    walk::{self, Found, WalkError},
+};
 use knoc_proto::error::chain;
 
-use super::sif::FileId;
-use super::{ImageError, ImageErrorKind};
+use super::{ImageError, ImageErrorKind, sif::FileId};
 
 /// The offset of the magic bytes of a SIF file.
 const MAGIC_AT: usize = 32;
@@ -68,7 +71,7 @@ pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, Ima
     if !under(path, &named) && !under(path, &canonical) {
         return Err(outside());
     }
-    let found = walk::owned(path, roots.shared).map_err(|error| absent(refusal(&error)))?;
+    let found = walk::owned(path, roots.shared).map_err(|error| absent(message(&error)))?;
     if !under(&found.path, &canonical) {
         return Err(outside());
     }
@@ -89,7 +92,7 @@ pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, Ima
 }
 
 /// Why the path of an image is not followed, and what to do about it.
-fn refusal(error: &WalkError) -> String {
+fn message(error: &WalkError) -> String {
     match error {
         WalkError::Untrusted { .. } => format!(
             "{error}, so others could replace the image: make sure that it and its directories belong to root or to the agent's \
@@ -156,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_root_that_others_can_write_is_refused_unless_the_site_trusts_it() {
+    fn a_root_that_others_can_write_is_rejected_unless_the_site_trusts_it() {
         use std::os::unix::fs::PermissionsExt as _;
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().canonicalize().unwrap().join("root");

@@ -5,23 +5,27 @@
 //! it. The only credentials that a request carries are tokens that the registry's own realm issued
 //! to us.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use http::{HeaderValue, Method, StatusCode, header};
 use tokio::time::Instant;
 
-use super::Settings;
-use super::auth::{self, MAX_TOKEN};
-use super::digest::Digest;
-use super::file::ImageFile;
-use super::guard::{self, Url};
-use super::http::{Answer, Client, Request};
-use super::manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest};
-use super::reference::Source;
-use super::slots::Slots;
-use super::untrusted::shown;
+use super::{
+    Settings,
+    auth::{self, MAX_TOKEN},
+    digest::Digest,
+    file::ImageFile,
+    guard::{self, Url},
+    http::{Answer, Client, Request},
+    manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest},
+    reference::Source,
+    slots::Slots,
+    untrusted::shown,
+};
 
 /// How many short requests (manifests, configs, tokens) may be in flight.
 const QUESTIONS: usize = 16;
@@ -274,10 +278,17 @@ impl RegistryClient {
         (*until > Instant::now()).then(|| bearer.clone())
     }
 
-    async fn fetch_token(&self, source: &Source, refused: &Answer) -> Result<HeaderValue, String> {
-        let headers = refused.headers.get_all(header::WWW_AUTHENTICATE).iter();
+    async fn fetch_token(
+        &self,
+        source: &Source,
+        unauthorized: &Answer,
+    ) -> Result<HeaderValue, String> {
+        let headers = unauthorized
+            .headers
+            .get_all(header::WWW_AUTHENTICATE)
+            .iter();
         let challenge = auth::challenge(headers.map(HeaderValue::as_bytes));
-        let challenge = challenge.map_err(|why| format!("{}: {why}", refused.url))?;
+        let challenge = challenge.map_err(|why| format!("{}: {why}", unauthorized.url))?;
         let scope = format!("repository:{}:pull", source.reference.repository());
         let url = Url::parse(&auth::token_url(&challenge, &scope));
         let realm = &challenge.realm;

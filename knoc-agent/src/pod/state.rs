@@ -41,7 +41,9 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
             message,
         } => before_job::stage_failed(&mut pod, container, reason, message, now),
         Event::Submitted(submitted) => before_job::submitted(&mut pod, submitted, now),
-        Event::Refused { kind, message } => before_job::refused(&mut pod, kind, message, now),
+        Event::SubmitFailed { kind, message } => {
+            before_job::submit_failed(&mut pod, kind, message, now)
+        }
         Event::Found(jobs) => lookup::found(&mut pod, jobs, now),
         Event::FindFailed(message) => lookup::find_failed(&mut pod, message, now),
         Event::Round { jobs, missing } => with_job::round(&mut pod, jobs, missing, now),
@@ -92,7 +94,7 @@ fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     match &pod.state {
         State::BeforeJob(_) => before_job::begin(pod, now),
         State::WithJob { .. } => with_job::begin(pod, now),
-        // The agent may have died between the record and the removal of the values.
+        // The agent may have died after it wrote the record and before it removed the values.
         State::Finished { lingering, .. } => {
             let mut effects = vec![Effect::CleanUp];
             effects.extend(lingering.as_ref().map(|_| Effect::PollSoon));

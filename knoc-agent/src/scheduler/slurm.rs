@@ -7,18 +7,21 @@
 //! string of a pod is ever passed to a shell, and a job ID alone never identifies a pod's job
 //! ([`whose`]).
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use jiff::Timestamp;
-use knoc_proto::ids::{JobId, PodUid};
-use knoc_proto::pb;
-use tokio::sync::Semaphore;
-use tokio::time::Instant;
+use knoc_proto::{
+    ids::{JobId, PodUid},
+    pb,
+};
+use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
-    Cancel, JobRef, JobView, Refusal, RefusalKind, Rendered, Round, SchedulerError, SubmitRequest,
-    Submitted,
+    Cancel, JobRef, JobView, Rendered, Round, SchedulerError, SubmitError, SubmitErrorKind,
+    SubmitRequest, Submitted,
 };
 use crate::command::{Command, CommandError, Output};
 
@@ -26,16 +29,16 @@ mod bucket;
 mod checks;
 mod flags;
 mod nodes;
+mod ownership;
 mod parse;
-mod refusal;
 mod round;
 pub(super) mod script;
 mod settings;
 mod shape;
-mod whose;
+mod submit_error;
 
+use ownership::Ownership;
 pub use settings::Settings;
-use whose::Whose;
 
 /// The largest output of squeue and sacct: 100,000 jobs with 300 bytes each.
 const ANSWER_LIMIT: usize = 32 << 20;
@@ -128,7 +131,7 @@ impl Slurm {
         Ok(format!("slurm {version}"))
     }
 
-    pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, Refusal> {
+    pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, SubmitError> {
         script::render(
             request,
             &self.settings,
@@ -144,14 +147,14 @@ impl Slurm {
     pub(super) async fn submit(
         &self,
         request: &SubmitRequest,
-        allowed: impl Future<Output = Result<(), Refusal>>,
-    ) -> Result<Submitted, Refusal> {
+        allowed: impl Future<Output = Result<(), SubmitError>>,
+    ) -> Result<Submitted, SubmitError> {
         if self.known_limits().is_none() {
             // The time limit may come from the partition: if it is unknown, a job might be
             // submitted that can never start.
-            self.node_info().await.map_err(|error| Refusal {
-                kind: RefusalKind::ControllerAway,
-                words: knoc_proto::error::chain(&error),
+            self.node_info().await.map_err(|error| SubmitError {
+                kind: SubmitErrorKind::ControllerAway,
+                message: knoc_proto::error::chain(&error),
                 command: None,
             })?;
         }
@@ -169,9 +172,9 @@ impl Slurm {
             .submissions
             .acquire()
             .await
-            .map_err(|_closed| Refusal {
-                kind: RefusalKind::ControllerAway,
-                words: "the agent is stopping".to_owned(),
+            .map_err(|_closed| SubmitError {
+                kind: SubmitErrorKind::ControllerAway,
+                message: "the agent is stopping".to_owned(),
                 command: None,
             })?;
         let command = self.command(&self.settings.sbatch);
@@ -180,8 +183,8 @@ impl Slurm {
         allowed.await?;
         let began = Timestamp::now();
         let output = command.run().await.map_err(|error| {
-            let refusal = refusal::of_command(error);
-            refusal::explain(refusal, &argv)
+            let error = submit_error::of_command(error);
+            submit_error::explain(error, &argv)
         })?;
         let ended = Timestamp::now();
         let job = parsable(&output)?;
@@ -266,8 +269,8 @@ impl Slurm {
         let command = match known {
             // If the name is a filter, another job with the same ID cannot be cancelled.
             None => command.arg(format!("--name={}", script::job_name(&job.uid))),
-            Some(Whose::Ours(_)) => command,
-            Some(Whose::Stranger | Whose::Doubt) => {
+            Some(Ownership::Ours(_)) => command,
+            Some(Ownership::Stranger | Ownership::Doubt) => {
                 let (job, uid) = (&job.id, &job.uid);
                 tracing::info!(%job, %uid, "not cancelled: the ID belongs to another job by now");
                 return Ok(());
@@ -288,7 +291,7 @@ impl Slurm {
 
     /// Checks whose job has the ID now. Called right before cancelling a job that was last seen
     /// without the name we gave it. `None` if squeue does not show the job.
-    async fn look_at(&self, job: &JobRef) -> Result<Option<Whose>, SchedulerError> {
+    async fn look_at(&self, job: &JobRef) -> Result<Option<Ownership>, SchedulerError> {
         let command = self.squeue(parse::SQUEUE_FORMAT_DIRECTORY);
         let command = command.args(["-j", job.id.as_str()]);
         let text = match self.answer("squeue", command).await {
@@ -301,14 +304,14 @@ impl Slurm {
         let Some(row) = rows.into_iter().find(|row| row.id == job.id) else {
             return Ok(None);
         };
-        match whose::judge(&row, job, self.pods()) {
-            Whose::Doubt => {
-                let decided = round::look_closer(self, &row, job, &mut None).await;
+        match ownership::judge(&row, job, self.pods()) {
+            Ownership::Doubt => {
+                let decided = round::resolve_doubt(self, &row, job, &mut None).await;
                 let problem = || format!("it does not tell whose job {} is", job.id);
                 let decided = decided.ok_or_else(|| round::unreadable("scontrol", problem()));
                 decided.map(Some)
             }
-            sure @ (Whose::Ours(_) | Whose::Stranger) => Ok(Some(sure)),
+            sure @ (Ownership::Ours(_) | Ownership::Stranger) => Ok(Some(sure)),
         }
     }
 
@@ -358,7 +361,7 @@ impl Slurm {
 
 /// Parses `4711` or `4711;cluster` on a line of its own, because wrappers may print more. If
 /// several lines are numbers, none is used, and the job is found by its name.
-fn parsable(output: &Output) -> Result<JobId, Refusal> {
+fn parsable(output: &Output) -> Result<JobId, SubmitError> {
     let text = output.text();
     let mut numbers = text
         .lines()
@@ -368,9 +371,9 @@ fn parsable(output: &Output) -> Result<JobId, Refusal> {
         (Some(id), None) => JobId::try_from(id).ok(),
         _ => None,
     };
-    id.ok_or_else(|| Refusal {
-        kind: RefusalKind::NoJobId,
-        words: format!(
+    id.ok_or_else(|| SubmitError {
+        kind: SubmitErrorKind::NoJobId,
+        message: format!(
             "sbatch reported success without a job id; it printed: {}",
             printed(output)
         ),

@@ -78,7 +78,7 @@ fn a_rate_needs_two_measurements_of_the_same_counters() {
     assert_eq!(second.pods[0].whole.nano_cores, Some(500_000_000));
     assert_eq!(second.pods[0].containers[0].1.nano_cores, Some(500_000_000));
     assert_eq!(second.node.nano_cores, Some(500_000_000));
-    // The shim is away: its last word again, and the rate that was its last.
+    // The shim is disconnected: its last measurement is repeated, and its rate stays.
     let away = next(
         Some(&second),
         said(3 * SECOND, 1_000_000_100, 1),
@@ -91,7 +91,7 @@ fn a_rate_needs_two_measurements_of_the_same_counters() {
 }
 
 #[test]
-fn an_agent_that_is_away_leaves_its_last_word() {
+fn the_last_measurement_stays_while_the_agent_is_down() {
     let first = next(None, said(SECOND, 100, 1), SECOND);
     let none = |_: &[PodMeasured]| Totals::default();
     let away = assemble(Some(&first), Err("gone".to_owned()), none, 9 * SECOND, 1);
@@ -101,7 +101,7 @@ fn an_agent_that_is_away_leaves_its_last_word() {
     assert_eq!(never.pods, []);
 }
 
-/// An agent that answers each question after `takes`, with its link and how often it was asked.
+/// An agent that answers each call after `takes`, with its link and how often it was called.
 fn agent(takes: Duration) -> (Stats, watch::Sender<Link>, Arc<AtomicU32>) {
     let up = Link::Up {
         info: Arc::default(),
@@ -110,7 +110,7 @@ fn agent(takes: Duration) -> (Stats, watch::Sender<Link>, Arc<AtomicU32>) {
     let (link, up) = watch::channel(up);
     let asked = Arc::<AtomicU32>::default();
     let count = Arc::clone(&asked);
-    let ask: Ask = Box::new(move || {
+    let ask: FetchStats = Box::new(move || {
         count.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
             tokio::time::sleep(takes).await;
@@ -125,7 +125,7 @@ async fn failed(stats: &Stats) -> Option<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_question_outlives_its_asker() {
+async fn a_call_outlives_its_caller() {
     let (stats, _link, asked) = agent(Duration::from_secs(7));
     let start = Instant::now();
     let left = tokio::time::timeout(Duration::from_secs(5), stats.snapshot(0));
@@ -133,7 +133,7 @@ async fn a_question_outlives_its_asker() {
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert_eq!(failed(&stats).await, None);
     assert_eq!(start.elapsed().as_secs(), 15, "it was answered meanwhile");
-    // From the answer at 7 s, not from when somebody took it.
+    // Counted from the answer at 7 s, not from when a caller took it.
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(failed(&stats).await, None);
     assert_eq!(start.elapsed().as_secs(), 25);
@@ -145,10 +145,10 @@ async fn an_agent_that_hangs_is_given_up_before_a_scraper_leaves() {
     let (stats, _link, asked) = agent(Duration::MAX);
     let start = Instant::now();
     let scrape = tokio::time::timeout(Duration::from_secs(10), failed(&stats));
-    let words = scrape.await.expect("the scraper has left");
-    assert_eq!(words.as_deref(), Some("no answer in 9 s"));
+    let message = scrape.await.expect("the scraper has left");
+    assert_eq!(message.as_deref(), Some("no answer in 9 s"));
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!(failed(&stats).await.is_some(), "the same answer");
+    assert!(failed(&stats).await.is_some(), "the same answer as before");
     assert_eq!(start.elapsed().as_secs(), 10, "at once");
     assert_eq!(asked.load(Ordering::Relaxed), 1);
 }
@@ -161,9 +161,9 @@ async fn nobody_waits_for_a_link_that_is_down() {
         tokio::time::sleep(Duration::from_secs(1)).await;
         link.send_replace(Link::never());
     };
-    let (words, ()) = tokio::join!(failed(&stats), cut);
+    let (message, ()) = tokio::join!(failed(&stats), cut);
     let down = Some("no link to the agent: not connected yet");
-    assert_eq!(words.as_deref(), down);
+    assert_eq!(message.as_deref(), down);
     assert_eq!(failed(&stats).await.as_deref(), down);
     assert_eq!(start.elapsed().as_secs(), 1);
     assert_eq!(asked.load(Ordering::Relaxed), 1);

@@ -1,4 +1,4 @@
-//! The side that dials: a lazy channel that connects at the first request and again after each cut.
+//! The side that dials: a lazy channel that connects at the first request and reconnects after each disconnection.
 use std::{future::Future, io, pin::Pin};
 
 use hyper_util::rt::TokioIo;
@@ -6,15 +6,16 @@ use rustls_pki_types::ServerName;
 use tonic::transport::{Channel, Uri};
 
 use super::{
-    CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer, Shown,
+    CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer,
+    PeerCertificate,
     carrier::{Dial, Unverified, http_connect, tcp, unix},
     endpoint,
-    tls::{self, Seen, in_words},
+    tls::{self, ClaimedIdentity, readable_error},
 };
 
-/// A channel to the peer at `carrier`. Lazy: connects at the first request, and again at the next one after a cut;
-/// while nobody answers, requests fail with `Unavailable` and the cause in the source chain. Credentials are needed
-/// over TCP, and refused over a unix socket, where the peer's user is checked instead.
+/// A channel to the peer at `carrier`. It connects at the first request, and again at the next one after a
+/// disconnection. If the peer cannot be reached, requests fail with `Unavailable` and the cause in the source chain.
+/// Credentials are required over TCP and rejected over a unix socket, where the peer is identified by its uid.
 pub fn dial(
     carrier: Carrier,
     credentials: Option<Credentials>,
@@ -47,7 +48,8 @@ where
     endpoint().connect_with_connector_lazy(connector)
 }
 
-/// One connection with its peer checked: what [`dial`] does at each attempt, for those who look at every step.
+/// One connection with a verified peer: what [`dial`] does at each attempt, for callers that report every step. Takes
+/// at most [`CONNECT_TIMEOUT`]. Cancel safe: dropping the future closes the connection.
 pub async fn connect(
     carrier: &Carrier,
     credentials: Option<&Credentials>,
@@ -89,7 +91,8 @@ pub async fn connect(
         })
 }
 
-/// A connection of a dialler, over TLS with our certificate. `name` is sent for those on the way who choose by it.
+/// Opens a connection by `dialler`, and runs TLS over it with our certificate. A TLS
+/// server chooses by `name` if several share its address.
 pub(super) async fn over_tls(
     dialler: &impl Dial,
     carrier: &Carrier,
@@ -98,25 +101,25 @@ pub(super) async fn over_tls(
     name: Option<ServerName<'static>>,
 ) -> Result<Connection, LinkError> {
     let Unverified { io, origin } = dialler.dial().await?;
-    let seen = Seen::default();
+    let claimed = ClaimedIdentity::default();
     let failed = |source| LinkError::Handshake {
         peer: carrier.to_string(),
-        claimed: seen.text(),
-        source: in_words(source),
+        claimed: claimed.text(),
+        source: readable_error(source),
     };
     let material = credentials.material();
     let (roots, key) = (&material.roots, &material.key);
-    let config = tls::client(roots, key, expect.clone(), seen.clone())
+    let config = tls::client(roots, key, expect.clone(), claimed.clone())
         .map_err(|error| failed(io::Error::other(error)))?;
     let stream = match name {
         Some(name) => tls::connect_by_name(io, config, name).await,
         None => tls::connect(io, config).await,
     };
     let stream = stream.map_err(failed)?;
-    let Some(identity) = seen.identity() else {
-        return Err(failed(io::Error::other("the peer showed no identity")));
+    let Some(identity) = claimed.identity() else {
+        return Err(failed(io::Error::other("the peer presented no identity")));
     };
-    let certificate = Shown::of(tls::peer_chain(&stream));
+    let certificate = PeerCertificate::of(tls::peer_chain(&stream));
     let certificate = certificate.map_err(|error| failed(io::Error::other(error)))?;
     let peer = Peer::Tls {
         identity,

@@ -39,7 +39,7 @@ use super::{
     dial,
     greeting::{self, PING},
     listen::shake_hands,
-    tls::in_words,
+    tls::readable_error,
 };
 use leader::{Leader, Verdict, judge};
 
@@ -183,7 +183,7 @@ async fn arrive(
     let hello = hello.map_err(|source| LinkError::Greeting {
         peer: peer.to_string(),
         claimed: None,
-        source: in_words(source),
+        source: readable_error(source),
     })?;
     Ok(Arrived {
         connection: Connection::new(stream, peer),

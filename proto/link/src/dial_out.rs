@@ -21,7 +21,7 @@ use super::{
     carrier::{http_connect, tcp},
     dial::over_tls,
     greeting::{self, HTTP2, PING},
-    tls::in_words,
+    tls::readable_error,
 };
 
 /// The most connections that an agent holds to all its kubelets, those that wait included. Two are in use, and a few more
@@ -203,7 +203,7 @@ fn greeting_of(carrier: &Carrier, peer: &Peer) -> impl Fn(std::io::Error) -> Lin
     move |source| LinkError::Greeting {
         peer: carrier.clone(),
         claimed: claimed.clone(),
-        source: in_words(source),
+        source: readable_error(source),
     }
 }
 

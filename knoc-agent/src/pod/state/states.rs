@@ -42,7 +42,7 @@ pub enum State {
 /// The states of a pod without a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BeforeJob {
-    /// The record is on disk, and nothing else was done yet.
+    /// The record is on disk, and nothing else has been done yet.
     Accepted,
     /// Job directory, values and images are being prepared.
     Staging {
@@ -51,9 +51,9 @@ pub enum BeforeJob {
         /// Why the last attempt failed, and when the next one is due.
         trouble: Option<Trouble>,
     },
-    /// The scheduler refused the job for now.
+    /// The scheduler rejected the job for now.
     Throttled {
-        /// Refusals in a row.
+        /// Rejections in a row.
         tries: u32,
         /// A reason in CamelCase.
         reason: String,
@@ -103,7 +103,7 @@ pub enum JobStage {
     },
     /// The scheduler does not know the job.
     Lost {
-        /// Since when.
+        /// Since when it has been unknown.
         since: Timestamp,
         /// When to read the files again.
         look_at: Timestamp,
@@ -161,7 +161,7 @@ pub enum Otherwise {
     /// Submit the job again after a pause.
     Submit,
     /// Fail the pod: the same request would get the same answer.
-    Refuse,
+    Reject,
 }
 
 /// Why staging cannot continue.

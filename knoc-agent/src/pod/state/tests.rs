@@ -1,4 +1,4 @@
-//! The machine against its rules: scenarios edge by edge, then random events.
+//! Tests of the machine's rules: scenarios for each edge, then random events.
 
 mod deadline;
 mod identity;
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     pod::placement::Placement,
-    scheduler::{Cancel, JobExit, JobRef, JobState, JobView, Marks, RefusalKind, Submitted},
+    scheduler::{Cancel, JobExit, JobRef, JobState, JobView, Marks, SubmitErrorKind, Submitted},
 };
 
 fn at(seconds: i64) -> Timestamp {
@@ -160,7 +160,7 @@ fn missing() -> Event {
     }
 }
 
-/// The pod after a round that lacks its job, and one that still does when it should have shown it.
+/// The pod after a round that lacks its job, and another one after the job should have been shown.
 fn lost(pod: Pod, now: i64) -> Pod {
     let (pod, _) = step(pod, missing(), at(now));
     step(pod, missing(), at(now + 60)).0
@@ -230,8 +230,8 @@ fn of_two_jobs_the_running_one_is_ours_and_a_queued_one_is_cancelled() {
     let (pod, _) = feed([
         Event::Begin,
         Event::Staged,
-        Event::Refused {
-            kind: RefusalKind::Ambiguous,
+        Event::SubmitFailed {
+            kind: SubmitErrorKind::Ambiguous,
             message: "timed out".to_owned(),
         },
     ]);
@@ -248,7 +248,7 @@ fn the_claimant_is_the_pods_job() {
 }
 
 #[test]
-fn where_the_claim_is_anothers_that_job_is_the_pods() {
+fn the_job_that_holds_the_claim_is_the_pods() {
     let mut lost = view("1", JobState::Failed);
     lost.exit = Some(JobExit {
         code: 66,
@@ -282,7 +282,7 @@ fn without_a_link_a_running_pods_report_is_read_now_and_then() {
     assert_eq!(pod.wake(), Some(due));
     let (pod, effects) = step(pod, Event::Tick, due);
     assert_eq!(effects, [Effect::ReadFiles]);
-    // What was read says how the containers are; then it is read again.
+    // The report that was read shows the containers' state; then it is read again.
     let (pod, _) = step(pod, report("1", 1, false), due);
     assert_eq!(pod.state, runs_as("1"));
     assert_eq!(pod.report.as_ref().map(|report| report.sequence), Some(1));
@@ -305,24 +305,24 @@ fn the_warning_of_a_time_limit_waits_for_nothing() {
 }
 
 #[test]
-fn refusals_for_good_and_for_now() {
-    let refuse = |kind| {
+fn rejections_for_good_and_for_now() {
+    let reject = |kind| {
         feed([
             Event::Begin,
             Event::Staged,
-            Event::Refused {
+            Event::SubmitFailed {
                 kind,
-                message: "refused".to_owned(),
+                message: "rejected".to_owned(),
             },
         ])
         .0
     };
     assert_eq!(
-        outcome(&refuse(RefusalKind::Permanent)),
+        outcome(&reject(SubmitErrorKind::Permanent)),
         (false, "Rejected")
     );
-    for kind in [RefusalKind::Throttled, RefusalKind::ControllerAway] {
-        let pod = refuse(kind);
+    for kind in [SubmitErrorKind::Throttled, SubmitErrorKind::ControllerAway] {
+        let pod = reject(kind);
         let due = pod.wake().unwrap();
         let (pod, effects) = step(pod, Event::Tick, due);
         assert_eq!(effects, [Effect::Persist, Effect::Submit]);
@@ -338,17 +338,17 @@ fn a_controller_that_is_away_is_asked_again_within_half_a_minute() {
         for _ in 0..10 {
             let now = pod.wake().unwrap_or_else(|| at(0));
             (pod, _) = step(pod, Event::Tick, now);
-            let message = "refused".to_owned();
-            (pod, _) = step(pod, Event::Refused { kind, message }, now);
+            let message = "rejected".to_owned();
+            (pod, _) = step(pod, Event::SubmitFailed { kind, message }, now);
             longest = longest.max(Duration::try_from(pod.wake().unwrap() - now).unwrap());
         }
         longest
     };
     assert_eq!(
-        longest(RefusalKind::ControllerAway),
+        longest(SubmitErrorKind::ControllerAway),
         Duration::from_secs(30)
     );
-    let throttled = longest(RefusalKind::Throttled);
+    let throttled = longest(SubmitErrorKind::Throttled);
     let range = Duration::from_mins(4)..=Duration::from_mins(5);
     assert!(range.contains(&throttled), "{throttled:?}");
 }
@@ -516,7 +516,7 @@ fn by_signal() -> Event {
 }
 
 #[test]
-fn a_signal_from_outside_waits_for_slurms_word() {
+fn a_signal_from_outside_waits_for_slurms_state() {
     let (pod, _) = feed(and(running(), [by_signal()]));
     assert!(matches!(pod.stage(), Some(JobStage::Settling { .. })));
     let (pod, _) = step(pod, seen("1", JobState::Running), at(6));

@@ -6,14 +6,16 @@
 
 use std::path::Path;
 
-use knoc_proto::ids::PodUid;
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
 
-use super::Settings;
-use super::flags;
-use super::shape::{PartitionLimits, Shape, partition};
-use crate::config::Policy;
-use crate::scheduler::{Refusal, Rendered, SubmitRequest};
+use super::{
+    Settings, flags,
+    shape::{PartitionLimits, Shape, partition},
+};
+use crate::{
+    config::Policy,
+    scheduler::{Rendered, SubmitError, SubmitRequest},
+};
 
 /// The first word of every comment: the version of its format.
 const COMMENT_VERSION: &str = "knoc/1";
@@ -84,14 +86,14 @@ pub(super) fn render(
     request: &SubmitRequest,
     site: &Settings,
     partitions: &[PartitionLimits],
-) -> Result<Rendered, Refusal> {
+) -> Result<Rendered, SubmitError> {
     let shape = Shape::of(&request.spec, site, partitions)?;
     let job = request.spec.job.clone().unwrap_or_default();
     let policy = site.policy.now();
-    flags::check(&job.flags, &policy.flags).map_err(Refusal::permanent)?;
+    flags::check(&job.flags, &policy.flags).map_err(SubmitError::permanent)?;
     let foreign = foreign_choices(&job, &policy);
     if !foreign.is_empty() {
-        return Err(Refusal::permanent(foreign.join("; ")));
+        return Err(SubmitError::permanent(foreign.join("; ")));
     }
     let mut argv = vec![site.sbatch.to_string_lossy().into_owned()];
     argv.extend(identity(request, &shape)?);
@@ -134,7 +136,7 @@ fn foreign_choices(job: &pb::JobRequest, policy: &Policy) -> Vec<String> {
     problems
 }
 
-fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, Refusal> {
+fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, SubmitError> {
     let dir = path_text(&request.jobdir)?;
     // In sbatch's file names, `%` starts a pattern.
     let output = dir.replace('%', "%%");
@@ -216,7 +218,7 @@ pub(in crate::scheduler) fn script(
     prelude: &str,
     shim: &Path,
     jobdir: &Path,
-) -> Result<String, Refusal> {
+) -> Result<String, SubmitError> {
     let (shim, jobdir) = (quote(path_text(shim)?), quote(path_text(jobdir)?));
     let mut script = "#!/bin/sh\n".to_owned();
     if !prelude.trim().is_empty() {
@@ -233,12 +235,12 @@ pub(in crate::scheduler) fn script(
     Ok(script)
 }
 
-fn path_text(path: &Path) -> Result<&str, Refusal> {
+fn path_text(path: &Path) -> Result<&str, SubmitError> {
     let text = path
         .to_str()
         .filter(|text| !text.contains(['\n', '\r', '\0']));
     text.filter(|text| text.starts_with('/')).ok_or_else(|| {
-        Refusal::permanent(format!(
+        SubmitError::permanent(format!(
             "{} is not an absolute path of plain characters",
             path.display()
         ))

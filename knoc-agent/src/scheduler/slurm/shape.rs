@@ -6,9 +6,8 @@ use std::collections::BTreeMap;
 use knoc_contract::requeue::may_run_again;
 use knoc_proto::pb;
 
-use super::Settings;
-use super::flags;
-use crate::scheduler::Refusal;
+use super::{Settings, flags};
+use crate::scheduler::SubmitError;
 
 const MIB: i64 = 1 << 20;
 /// Below this time limit `--signal` is not used, because it may come [`SIGNAL_EARLY_SECONDS`] too
@@ -56,7 +55,7 @@ impl Shape {
         spec: &pb::PodSpec,
         site: &Settings,
         partitions: &[PartitionLimits],
-    ) -> Result<Self, Refusal> {
+    ) -> Result<Self, SubmitError> {
         let job = spec.job.clone().unwrap_or_default();
         let nodes = i64::from(job.nodes.max(1));
         let ntasks = i64::from(job.ntasks).max(nodes);
@@ -151,20 +150,20 @@ fn gres(
     job: &pb::JobRequest,
     site: &Settings,
     nodes: i64,
-) -> Result<Vec<String>, Refusal> {
+) -> Result<Vec<String>, SubmitError> {
     let mut all = Vec::new();
     for (resource, amount) in extended(spec) {
         let Some(name) = site.gres.get(&resource) else {
             let known: Vec<&str> = site.gres.keys().map(String::as_str).collect();
             let known = known.join(", ");
-            return Err(Refusal::permanent(format!(
+            return Err(SubmitError::permanent(format!(
                 "this site maps no Slurm resource to {resource} (`gres` of its site file maps: {known})"
             )));
         };
         all.push(format!("{name}:{}", ceil(amount, nodes)));
     }
     if flags::prints_help("gres", &job.gres) {
-        return Err(Refusal::permanent(format!(
+        return Err(SubmitError::permanent(format!(
             "knoc.io/gres {:?} makes sbatch print a help text and submit no job: name a resource, as in `gpu:1`",
             job.gres
         )));
@@ -178,14 +177,14 @@ fn gres(
 }
 
 /// The value of `--tmp`, and what the user should know about it. Slurm knows only the local disk
-/// that its administrators configured: most leave TmpDisk at 0, and then sbatch refuses every
+/// that its administrators configured: most leave TmpDisk at 0, and then sbatch rejects every
 /// `--tmp`, whatever disk there is.
 fn local_disk(
     asked: i64,
     job: &pb::JobRequest,
     site: &Settings,
     partitions: &[PartitionLimits],
-) -> Result<(Option<i64>, Option<String>), Refusal> {
+) -> Result<(Option<i64>, Option<String>), SubmitError> {
     let named = partition(job, site);
     let eligible = |known: &&PartitionLimits| match &named {
         Some(list) => list.split(',').any(|name| name == known.name),
@@ -211,7 +210,7 @@ fn local_disk(
         return Ok((None, Some(note)));
     }
     if asked > largest {
-        return Err(Refusal::permanent(format!(
+        return Err(SubmitError::permanent(format!(
             "{asked} MiB of ephemeral-storage are more than the TmpDisk of any node of {place}, at most {largest} MiB: \
              ask for less, or for another partition"
         )));
@@ -420,23 +419,23 @@ mod tests {
             let with = shape(1024, partition, &all).unwrap();
             assert_eq!((with.tmp_mib, with.notes.len()), (Some(1024), 0));
         }
-        let refusal = shape(4096, "long", &all).unwrap_err();
+        let error = shape(4096, "long", &all).unwrap_err();
         assert!(
-            refusal.words.contains("TmpDisk") && refusal.words.contains("2048 MiB"),
-            "{refusal}"
+            error.message.contains("TmpDisk") && error.message.contains("2048 MiB"),
+            "{error}"
         );
         assert_eq!(shape(4096, "", &[]).unwrap().tmp_mib, Some(4096));
     }
 
     #[test]
-    fn a_gres_that_prints_help_is_refused_by_name() {
+    fn a_gres_that_prints_help_is_rejected_by_name() {
         for gres in ["help", "List", "gpu:1,help"] {
             let job = pb::JobRequest {
                 gres: gres.to_owned(),
                 ..Default::default()
             };
-            let refusal = Shape::of(&pod(vec![], job), &Settings::default(), &[]).unwrap_err();
-            assert!(refusal.words.contains("knoc.io/gres"), "{refusal}");
+            let error = Shape::of(&pod(vec![], job), &Settings::default(), &[]).unwrap_err();
+            assert!(error.message.contains("knoc.io/gres"), "{error}");
         }
     }
 
@@ -467,18 +466,18 @@ mod tests {
     }
 
     #[test]
-    fn a_resource_without_a_mapping_is_refused_by_name() {
+    fn a_resource_without_a_mapping_is_rejected_by_name() {
         let mut one = container(0, 0, 0);
         let fpga = BTreeMap::from([("example.com/fpga".to_owned(), 1)]);
         one.limits = Some(pb::Resources {
             extended: fpga.into_iter().collect(),
             ..Default::default()
         });
-        let refusal = Shape::of(
+        let error = Shape::of(
             &pod(vec![one], pb::JobRequest::default()),
             &Settings::default(),
             &[],
         );
-        assert!(refusal.unwrap_err().words.contains("example.com/fpga"));
+        assert!(error.unwrap_err().message.contains("example.com/fpga"));
     }
 }

@@ -7,7 +7,7 @@ use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, OtherErr
 use rustls_pki_types::UnixTime;
 
 /// The error of a handshake, in words. rustls shows errors of ours only as Rust values, and times as numbers of seconds.
-pub(crate) fn in_words(error: io::Error) -> io::Error {
+pub(crate) fn readable_error(error: io::Error) -> io::Error {
     let inner = error
         .get_ref()
         .and_then(|inner| inner.downcast_ref::<Error>());
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     fn said(error: Error) -> String {
-        in_words(io::Error::other(error)).to_string()
+        readable_error(io::Error::other(error)).to_string()
     }
 
     #[test]
@@ -125,6 +125,6 @@ mod tests {
         let text = said(Error::DecryptError);
         assert_eq!(text, Error::DecryptError.to_string());
         let plain = io::Error::new(io::ErrorKind::ConnectionReset, "reset");
-        assert_eq!(in_words(plain).to_string(), "reset");
+        assert_eq!(readable_error(plain).to_string(), "reset");
     }
 }

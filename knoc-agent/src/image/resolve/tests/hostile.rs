@@ -3,8 +3,7 @@
 //!
 //! Each test uses a real socket and asserts what has reached the other end.
 
-use std::io::Write as _;
-use std::time::Instant;
+use std::{io::Write as _, time::Instant};
 
 use super::fake::{Ask, MANIFEST_TYPE, Seen, manifest};
 use super::*;
@@ -395,7 +394,7 @@ async fn redirects_end_and_carry_no_token() {
 }
 
 #[tokio::test]
-async fn another_content_than_announced_is_refused() {
+async fn content_other_than_announced_is_rejected() {
     let config = digest(CONFIG);
     let layer_digest = Digest::of(&layer()).to_string();
     let other = CONFIG.replace("/bin/sh", "/bin/xx");
@@ -437,7 +436,7 @@ fn text_of(name: &str, text: String) -> impl Fn(&Ask) -> Reply + Send + Sync + '
 }
 
 #[tokio::test]
-async fn what_no_honest_image_has_is_refused_by_its_name() {
+async fn content_that_no_honest_image_has_is_rejected_by_its_name() {
     let digest = digest("x");
     let huge = manifest(&[(digest.clone(), 1 << 40)]);
     let many = manifest(&vec![(digest.clone(), 1); 501]);
@@ -539,15 +538,15 @@ async fn only_registries_that_the_site_allows_are_asked() {
         });
     });
     let image = format!("{}/one", registry.address);
-    let refused = site.images.check(&image).unwrap_err();
+    let denied = site.images.check(&image).unwrap_err();
     assert!(
-        refused.message.contains("is not among policy.registries"),
-        "{refused}"
+        denied.message.contains("is not among policy.registries"),
+        "{denied}"
     );
-    assert!(refused.message.contains(&registry.address), "{refused}");
+    assert!(denied.message.contains(&registry.address), "{denied}");
     site.images.check("quay.io/a/b").unwrap();
     // A pod that was admitted before the policy changed.
-    let refused = site.images.resolve(&image, PullPolicy::Always).await;
-    assert!(!refused.unwrap_err().retryable());
+    let denied = site.images.resolve(&image, PullPolicy::Always).await;
+    assert!(!denied.unwrap_err().retryable());
     assert_eq!(registry.seen.total.load(Ordering::SeqCst), 0);
 }
