@@ -13,17 +13,14 @@ use jiff::Timestamp;
 use knoc_link::{
     Carrier, Connection, Credentials, ExpectPeer, Incoming, LinkError,
     dial_out::{self, Caller, Target},
-    proxy::{Environment, InvalidEnvironment},
+    proxy::InvalidEnvironment,
 };
 use knoc_proto::{error::chain, pb::Finding};
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    config::{Config, dial_out::Via},
-    lease::Process,
-};
+use crate::{config::Config, lease::Process};
 
 /// The pause after the first failure.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -94,22 +91,15 @@ fn finding(status: &Status) -> Finding {
 
 /// What leads to the kubelets of a site file.
 pub fn targets(config: &Config) -> Result<Vec<Target>, InvalidEnvironment> {
-    let environment = || {
-        let variable = |name: &str| {
-            let of_site = config.env.get(name).cloned();
-            of_site.or_else(|| std::env::var(name).ok())
-        };
-        Environment::read(variable)
+    let variable = |name: &str| {
+        let of_site = config.env.get(name).cloned();
+        of_site.or_else(|| std::env::var(name).ok())
     };
     let entries = config.dial_out.iter().map(|entry| {
-        let proxy = match entry.via() {
-            Ok(Via::Environment) => environment()?.proxy_for(&entry.address).cloned(),
-            Ok(Via::Proxy(proxy)) => Some(proxy),
-            // The site file was checked.
-            Ok(Via::Direct) | Err(_) => None,
-        };
+        // The site file was checked.
+        let via = entry.via().unwrap_or_default();
         Ok(Target {
-            carrier: Carrier::Tcp(entry.address.clone()).through(proxy),
+            carrier: Carrier::Tcp(entry.address.clone()).via(&via, variable)?,
             server_name: entry.server_name.clone(),
             expect: entry.expect().unwrap_or(ExpectPeer::AnyKubelet),
         })

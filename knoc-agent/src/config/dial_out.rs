@@ -5,12 +5,9 @@ use std::path::{Path, PathBuf};
 use knoc_link::{
     Carrier, ExpectPeer, Identity,
     dial_out::Target,
-    proxy::{InvalidProxy, Proxy},
+    proxy::{InvalidProxy, Via},
 };
 use serde::Deserialize;
-
-/// The value of `proxy` that leaves the environment's proxy out.
-const NONE: &str = "none";
 
 /// More kubelets than any agent serves.
 pub(super) const MOST: usize = 16;
@@ -36,28 +33,10 @@ pub struct DialOut {
     pub proxy_credentials: Option<PathBuf>,
 }
 
-/// Which proxy leads to a kubelet.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Via {
-    /// That of the environment, if it names one.
-    Environment,
-    /// None.
-    Direct,
-    /// This one.
-    Proxy(Proxy),
-}
-
 impl DialOut {
     /// Which proxy is configured.
     pub fn via(&self) -> Result<Via, InvalidProxy> {
-        match self.proxy.as_deref() {
-            None => Ok(Via::Environment),
-            Some(NONE) => Ok(Via::Direct),
-            Some(text) => {
-                let credentials = self.proxy_credentials.as_deref();
-                Proxy::of_setting(text, credentials).map(Via::Proxy)
-            }
-        }
+        Via::of_settings(self.proxy.as_deref(), self.proxy_credentials.as_deref())
     }
 
     /// Whom the agent expects there; none if `kubelet` is no name.
@@ -99,16 +78,11 @@ impl DialOut {
             wrong.push(("kubelet", what.to_owned()));
         }
         match self.via() {
-            Err(error) => wrong.push((
-                "proxy",
-                format!("{error}; `{NONE}` stands for no proxy at all"),
-            )),
-            Ok(Via::Proxy(_)) => {}
-            Ok(_) if self.proxy_credentials.is_some() => {
-                let what = "belongs to a proxy, and `proxy` names none";
-                wrong.push(("proxy_credentials", what.to_owned()));
-            }
             Ok(_) => {}
+            Err(error @ InvalidProxy::NeedlessCredentials) => {
+                wrong.push(("proxy_credentials", error.to_string()));
+            }
+            Err(error) => wrong.push(("proxy", error.to_string())),
         }
         if let Some(path) = self.proxy_credentials.as_ref().filter(|p| !p.is_absolute()) {
             let what = format!("must be absolute or begin with `~/`: {path:?}");

@@ -18,7 +18,11 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{LinkError, origin::Origin, proxy::Proxy};
+use super::{
+    LinkError,
+    origin::Origin,
+    proxy::{InvalidEnvironment, Proxy, Via},
+};
 
 pub mod http_connect;
 pub mod tcp;
@@ -85,13 +89,19 @@ pub enum Carrier {
 }
 
 impl Carrier {
-    /// The same way through a proxy. A socket of this host needs none.
-    #[must_use]
-    pub fn through(self, proxy: Option<Proxy>) -> Self {
-        match (self, proxy) {
-            (Self::Tcp(address), Some(proxy)) => Self::HttpConnect { address, proxy },
-            (carrier, _) => carrier,
-        }
+    /// The same carrier through a proxy, if the settings or the environment name one for it.
+    pub fn via(
+        self,
+        via: &Via,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, InvalidEnvironment> {
+        let Self::Tcp(address) = self else {
+            return Ok(self);
+        };
+        Ok(match via.proxy_for(&address, variable)? {
+            Some(proxy) => Self::HttpConnect { address, proxy },
+            None => Self::Tcp(address),
+        })
     }
 
     /// `host:port` of the peer, if it is reached over a network.

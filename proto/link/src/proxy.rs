@@ -12,6 +12,9 @@ use std::{
 
 use percent_encoding::percent_decode_str;
 
+/// The variables that are read.
+pub const VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
+
 /// The port of an `http://` address that names none.
 const HTTP_PORT: u16 = 80;
 
@@ -63,6 +66,9 @@ pub enum InvalidProxy {
         "contains a user or a password: write `user:password` into a file of mode 0600 and name that file instead"
     )]
     Login,
+    /// A file with credentials, and no proxy to which they belong.
+    #[error("belongs to a proxy, and `proxy` names none")]
+    NeedlessCredentials,
     /// User and password that no header can carry.
     #[error("contains a user or a password with characters that are not allowed")]
     LoginText,
@@ -70,7 +76,7 @@ pub enum InvalidProxy {
 
 impl Proxy {
     /// The proxy that a setting names, `http://HOST:PORT`, and the file with its credentials.
-    pub fn of_setting(text: &str, credentials: Option<&Path>) -> Result<Self, InvalidProxy> {
+    pub(crate) fn of_setting(text: &str, credentials: Option<&Path>) -> Result<Self, InvalidProxy> {
         let mut proxy = Self::parse(text)?;
         if proxy.login != Login::Nothing {
             return Err(InvalidProxy::Login);
@@ -151,16 +157,65 @@ fn split(authority: &str) -> Option<(&str, Option<u16>)> {
     }
 }
 
-/// What decides about proxies where no setting does.
+/// The value of a setting that leaves the environment's proxy out.
+const NONE: &str = "none";
+
+/// What the settings say about proxies.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Environment {
+pub enum Via {
+    /// Nothing: the environment decides.
+    #[default]
+    Environment,
+    /// No proxy is used.
+    Direct,
+    /// This one is used.
+    Proxy(Proxy),
+}
+
+impl Via {
+    /// From the settings `proxy` (`http://HOST:PORT` or `none`) and that of the file with its credentials.
+    pub fn of_settings(
+        proxy: Option<&str>,
+        credentials: Option<&Path>,
+    ) -> Result<Self, InvalidProxy> {
+        let without = |via| match credentials {
+            Some(_) => Err(InvalidProxy::NeedlessCredentials),
+            None => Ok(via),
+        };
+        match proxy {
+            None => without(Self::Environment),
+            Some(NONE) => without(Self::Direct),
+            Some(text) => Proxy::of_setting(text, credentials).map(Self::Proxy),
+        }
+    }
+
+    /// The proxy for a connection to `address`, which is `host:port`.
+    pub fn proxy_for(
+        &self,
+        address: &str,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Option<Proxy>, InvalidEnvironment> {
+        match self {
+            Self::Environment => {
+                let environment = Environment::read(variable)?;
+                Ok(environment.proxy_for(address).cloned())
+            }
+            Self::Direct => Ok(None),
+            Self::Proxy(proxy) => Ok(Some(proxy.clone())),
+        }
+    }
+}
+
+/// What decides about proxies if no setting does.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Environment {
     proxy: Option<Proxy>,
     no_proxy: NoProxy,
 }
 
 /// A variable that names no usable proxy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the variable {variable} {wrong}")]
+#[error("the variable {variable} {wrong}; the setting `proxy = \"{NONE}\"` ignores it")]
 pub struct InvalidEnvironment {
     /// Its name.
     pub variable: &'static str,
@@ -170,7 +225,7 @@ pub struct InvalidEnvironment {
 
 impl Environment {
     /// Reads `HTTPS_PROXY` and `NO_PROXY`, or if these are not set, their lower-case forms.
-    pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self, InvalidEnvironment> {
+    fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self, InvalidEnvironment> {
         let first = |names: [&'static str; 2]| {
             let set = |name| Some((name, variable(name).filter(|value| !value.is_empty())?));
             names.into_iter().find_map(set)
@@ -188,14 +243,8 @@ impl Environment {
         })
     }
 
-    /// Of this process.
-    pub fn of_process() -> Result<Self, InvalidEnvironment> {
-        Self::read(|name| std::env::var(name).ok())
-    }
-
     /// The proxy for a connection to `address`, which is `host:port`.
-    #[must_use]
-    pub fn proxy_for(&self, address: &str) -> Option<&Proxy> {
+    fn proxy_for(&self, address: &str) -> Option<&Proxy> {
         let proxy = self.proxy.as_ref()?;
         let (host, port) = split(address)?;
         (!is_loopback(host) && !self.no_proxy.covers(host, port)).then_some(proxy)
