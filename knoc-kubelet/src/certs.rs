@@ -134,7 +134,7 @@ impl Health {
     #[must_use]
     pub fn condition(&self) -> Option<(&'static str, &'static str, String)> {
         let meanwhile = |until: &Option<Timestamp>| match until {
-            Some(until) => format!("the one in use is valid until {}", date(*until)),
+            Some(until) => format!("the certificate in use is valid until {}", date(*until)),
             None => "there is no certificate yet".to_owned(),
         };
         match self {

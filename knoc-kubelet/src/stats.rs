@@ -72,7 +72,7 @@ pub struct Snapshot {
 }
 
 /// The usage of the running pods as the agent reported it, or why it did not.
-type Said = Result<Vec<pb::PodStats>, String>;
+type Reported = Result<Vec<pb::PodStats>, String>;
 
 /// Calls the agent.
 type FetchStats =
@@ -82,15 +82,15 @@ type FetchStats =
 struct Answer {
     at: Instant,
     time: Timestamp,
-    said: Said,
+    reported: Reported,
 }
 
 impl Answer {
-    fn now(said: Said) -> Self {
+    fn now(reported: Reported) -> Self {
         Self {
             at: Instant::now(),
             time: Timestamp::now(),
-            said,
+            reported,
         }
     }
 }
@@ -101,7 +101,7 @@ struct State {
     /// The last snapshot, and when it was made.
     last: Option<(Instant, Arc<Snapshot>)>,
     /// The running call, at most one. It is owned here so that it outlives its caller.
-    question: JoinSet<Answer>,
+    call: JoinSet<Answer>,
 }
 
 impl State {
@@ -118,16 +118,16 @@ impl State {
 
     /// Waits for the running call, or for a new one. Cancel safe: the next caller waits for the same call.
     async fn answer(&mut self, ask: &FetchStats) -> Answer {
-        if self.question.is_empty() {
+        if self.call.is_empty() {
             let asked = tokio::time::timeout(DEADLINE, ask());
-            self.question.spawn(async {
+            self.call.spawn(async {
                 Answer::now(match asked.await {
                     Ok(answered) => answered.map_err(|status| status.message().to_owned()),
                     Err(_) => Err(format!("no answer in {} s", DEADLINE.as_secs())),
                 })
             });
         }
-        let answered = self.question.join_next().await.and_then(Result::ok);
+        let answered = self.call.join_next().await.and_then(Result::ok);
         answered.unwrap_or_else(|| Answer::now(Err("the call to the agent was aborted".to_owned())))
     }
 }
@@ -155,10 +155,10 @@ impl Stats {
             let agent = agent.clone();
             Box::pin(async move { agent.stats().await }) as BoxFuture<'static, _>
         };
-        Self::asking(Box::new(ask), link, store)
+        Self::with_source(Box::new(ask), link, store)
     }
 
-    fn asking(ask: FetchStats, link: watch::Receiver<Link>, store: Store) -> Self {
+    fn with_source(ask: FetchStats, link: watch::Receiver<Link>, store: Store) -> Self {
         Self {
             ask,
             link,
@@ -204,7 +204,7 @@ impl Stats {
 
     fn next(&self, state: &State, answer: Answer, memory_capacity: u64) -> Arc<Snapshot> {
         let before = state.last.as_ref().map(|(_, snapshot)| &**snapshot);
-        let named = answer.said.map(|stats| self.ours(stats));
+        let named = answer.reported.map(|stats| self.ours(stats));
         let node = |pods: &[PodMeasured]| {
             let used = pods
                 .iter()
@@ -242,13 +242,13 @@ fn nanos(at: Timestamp) -> i64 {
 /// totals of the node for its running pods.
 pub fn assemble(
     before: Option<&Snapshot>,
-    said: Result<Vec<pb::PodStats>, String>,
+    reported: Result<Vec<pb::PodStats>, String>,
     node: impl FnOnce(&[PodMeasured]) -> Totals,
     now: i64,
     started_at: i64,
 ) -> Snapshot {
-    let said = match said {
-        Ok(said) => said,
+    let reported = match reported {
+        Ok(reported) => reported,
         Err(message) => {
             let mut last = before.cloned().unwrap_or_default();
             last.failed = Some(message);
@@ -260,7 +260,7 @@ pub fn assemble(
         .flat_map(|before| &before.pods)
         .map(|pod| (&pod.uid, pod))
         .collect();
-    let mut pods: Vec<PodMeasured> = said
+    let mut pods: Vec<PodMeasured> = reported
         .into_iter()
         .filter_map(|mut stats| {
             let uid = PodUid::try_from(std::mem::take(&mut stats.uid)).ok()?;

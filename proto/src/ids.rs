@@ -153,8 +153,7 @@ macro_rules! name_type {
 
 name_type!(
     /// `metadata.uid` of a pod, the key by which all components know it: a lower-case UUID, or `[A-Za-z0-9._-]{1,64}`
-    /// for pods without
-    /// Kubernetes.
+    /// for pods without Kubernetes.
     PodUid,
     Rules {
         kind: "pod uid",

@@ -102,8 +102,8 @@ pub(crate) fn parse(text: &str, path: &Path, given: &Given<'_>) -> Result<Manife
         problems,
     };
     let findings = verdict::judge(&value);
-    if !findings.refused.is_empty() {
-        return Err(refused(findings.refused));
+    if !findings.rejected.is_empty() {
+        return Err(refused(findings.rejected));
     }
     let mut pod: Pod = serde_json::from_value(value).map_err(|error| syntax(error.to_string()))?;
     pod.metadata.generation.get_or_insert(1);

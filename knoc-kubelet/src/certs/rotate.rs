@@ -110,7 +110,7 @@ pub struct Rotator {
     have: Option<Facts>,
     failures: u32,
     /// The request for whose approval an Event was recorded.
-    told: String,
+    announced: String,
     pairs: watch::Sender<Option<Arc<CertifiedKey>>>,
     health: watch::Sender<Health>,
 }
@@ -163,7 +163,7 @@ impl Rotator {
             clock: DebugClock(clock),
             have: None,
             failures: 0,
-            told: String::new(),
+            announced: String::new(),
             pairs,
             health: watch::Sender::new(Health::Starting),
         };
@@ -222,7 +222,7 @@ impl Rotator {
         let why = match plan::step(self.have.as_ref(), &self.wanted, now) {
             Step::Keep(due) => {
                 if let Some(until) = self.until() {
-                    self.say(Health::Valid { until });
+                    self.set_health(Health::Valid { until });
                 }
                 let left = due.duration_since(now).max(jiff::SignedDuration::ZERO);
                 return Duration::try_from(left).unwrap_or(LOOK).clamp(RETRY, LOOK);
@@ -251,7 +251,7 @@ impl Rotator {
             self.record("CertificateFailed", &message);
         }
         let until = self.until();
-        self.say(Health::Failing { message, until });
+        self.set_health(Health::Failing { message, until });
         if error.ends_request() {
             if let Err(error) = self.keep.drop_next_key(purpose).await {
                 let error = chain(&error);
@@ -267,7 +267,7 @@ impl Rotator {
     }
 
     fn waits(&mut self, request: String, why: Why) {
-        if self.told != request {
+        if self.announced != request {
             let purpose = self.wanted.purpose;
             let text = format!(
                 "{} certificate ({}) is waiting for approval: kubectl certificate approve {request}",
@@ -276,10 +276,10 @@ impl Rotator {
             );
             tracing::info!(request, "{text}");
             self.record("CertificateAwaitsApproval", &text);
-            self.told.clone_from(&request);
+            self.announced.clone_from(&request);
         }
         let until = self.until();
-        self.say(Health::Waiting { request, until });
+        self.set_health(Health::Waiting { request, until });
     }
 
     async fn obtain(&mut self, why: Why) -> Result<Progress, ObtainError> {
@@ -355,7 +355,7 @@ impl Rotator {
         self.pairs.send_replace(Some(Arc::new(pair)));
     }
 
-    fn say(&self, health: Health) {
+    fn set_health(&self, health: Health) {
         self.health.send_if_modified(|old| {
             let changed = *old != health;
             *old = health;

@@ -51,7 +51,7 @@ impl Queue {
             let changed = self.0.changed.notified();
             let wake = {
                 let mut state = self.state();
-                state.ripen(Instant::now());
+                state.queue_due(Instant::now());
                 if let Some(uid) = state.pop() {
                     return uid;
                 }
@@ -106,7 +106,7 @@ impl State {
         self.later.insert((at, uid.clone()));
     }
 
-    fn ripen(&mut self, now: Instant) {
+    fn queue_due(&mut self, now: Instant) {
         while let Some((at, _)) = self.later.first()
             && *at <= now
             && let Some((_, uid)) = self.later.pop_first()

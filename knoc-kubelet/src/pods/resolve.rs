@@ -16,7 +16,7 @@ use k8s_openapi::{
     },
 };
 use knoc_proto::pb;
-use knoc_translate::{Needs, Resolved, Token, TokenAsk};
+use knoc_translate::{Needs, Resolved, Token, TokenRequestKey};
 use kube::{Api, Client, Resource, api::PostParams};
 use serde::de::DeserializeOwned;
 
@@ -69,7 +69,7 @@ pub(crate) struct CachedToken {
 }
 
 /// The tokens that were issued for one pod.
-pub(crate) type Tokens = BTreeMap<TokenAsk, CachedToken>;
+pub(crate) type Tokens = BTreeMap<TokenRequestKey, CachedToken>;
 
 /// Fetches everything that `needs` names.
 pub(crate) async fn resolve(
@@ -152,9 +152,9 @@ where
 async fn issue_all(
     client: &Client,
     pod: &Pod,
-    asks: Vec<TokenAsk>,
+    asks: Vec<TokenRequestKey>,
     now: Timestamp,
-) -> Result<Vec<(TokenAsk, CachedToken)>, ResolveError> {
+) -> Result<Vec<(TokenRequestKey, CachedToken)>, ResolveError> {
     let issues = asks.into_iter().map(|ask| async {
         let kept = issue(client, pod, &ask, now).await?;
         Ok((ask, kept))
@@ -165,7 +165,7 @@ async fn issue_all(
 async fn issue(
     client: &Client,
     pod: &Pod,
-    ask: &TokenAsk,
+    ask: &TokenRequestKey,
     now: Timestamp,
 ) -> Result<CachedToken, ResolveError> {
     let meta = &pod.metadata;

@@ -1,11 +1,11 @@
 //! Why the kubelet ends a session: its own shutdown, or a session on which nothing moves.
 //!
 //! A relay writes the reason to its error streams, since Go's client takes an error stream without text for a success.
-//! What is not written after [`LAST_WORDS`] is cut.
+//! What is not written after [`CLOSING_TIMEOUT`] is cut.
 
 use tokio_util::sync::CancellationToken;
 
-use knoc_remotecommand::streams::{Activity, IDLE, LAST_WORDS};
+use knoc_remotecommand::streams::{Activity, CLOSING_TIMEOUT, IDLE};
 
 /// When and why the kubelet ends a session.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Stop {
     /// Returns the reason when the session should have ended already.
     pub(super) async fn overdue(&self) -> String {
         let why = self.why().await;
-        tokio::time::sleep(LAST_WORDS).await;
+        tokio::time::sleep(CLOSING_TIMEOUT).await;
         why
     }
 }

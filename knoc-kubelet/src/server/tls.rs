@@ -138,7 +138,7 @@ impl Reload {
             verifier,
         };
         match reload.reload_ca().await {
-            Err(error @ TlsError::Cluster { .. }) => reload.complain(&error),
+            Err(error @ TlsError::Cluster { .. }) => reload.log_once(&error),
             other => other?,
         }
         let tls = Tls {
@@ -170,12 +170,12 @@ impl Reload {
         let ca = self.reload_ca().await;
         match serving.and(ca) {
             Ok(()) => self.last_problem.clear(),
-            Err(error) => self.complain(&error),
+            Err(error) => self.log_once(&error),
         }
     }
 
     /// Logs a problem once, until it changes or ends.
-    fn complain(&mut self, error: &TlsError) {
+    fn log_once(&mut self, error: &TlsError) {
         let problem = chain(error);
         if problem != self.last_problem {
             warn!(error = %problem, "could not reload the certificates of the kubelet API, the old ones stay");

@@ -50,7 +50,7 @@ pub(crate) fn snapshot() -> Snapshot {
     }
 }
 
-fn said(time: i64, cpu: u64, started_at: i64) -> pb::PodStats {
+fn reported(time: i64, cpu: u64, started_at: i64) -> pb::PodStats {
     pb::PodStats {
         uid: "u1".to_owned(),
         namespace: "team".to_owned(),
@@ -65,34 +65,38 @@ fn said(time: i64, cpu: u64, started_at: i64) -> pb::PodStats {
     }
 }
 
-fn next(before: Option<&Snapshot>, said: pb::PodStats, now: i64) -> Snapshot {
+fn next(before: Option<&Snapshot>, reported: pb::PodStats, now: i64) -> Snapshot {
     let totals = |pods: &[PodMeasured]| Totals::of(&pods[0].whole.usage);
-    assemble(before, Ok(vec![said]), totals, now, 1)
+    assemble(before, Ok(vec![reported]), totals, now, 1)
 }
 
 #[test]
 fn a_rate_needs_two_measurements_of_the_same_counters() {
-    let first = next(None, said(SECOND, 100, 1), SECOND);
+    let first = next(None, reported(SECOND, 100, 1), SECOND);
     assert_eq!(first.pods[0].whole.nano_cores, None);
-    let second = next(Some(&first), said(3 * SECOND, 1_000_000_100, 1), 3 * SECOND);
+    let second = next(
+        Some(&first),
+        reported(3 * SECOND, 1_000_000_100, 1),
+        3 * SECOND,
+    );
     assert_eq!(second.pods[0].whole.nano_cores, Some(500_000_000));
     assert_eq!(second.pods[0].containers[0].1.nano_cores, Some(500_000_000));
     assert_eq!(second.node.nano_cores, Some(500_000_000));
     // The shim is disconnected: its last measurement is repeated, and its rate stays.
     let away = next(
         Some(&second),
-        said(3 * SECOND, 1_000_000_100, 1),
+        reported(3 * SECOND, 1_000_000_100, 1),
         13 * SECOND,
     );
     assert_eq!(away.pods[0].whole, second.pods[0].whole);
     // The container was restarted.
-    let restarted = next(Some(&second), said(4 * SECOND, 5, 2), 4 * SECOND);
+    let restarted = next(Some(&second), reported(4 * SECOND, 5, 2), 4 * SECOND);
     assert_eq!(restarted.pods[0].containers[0].1.nano_cores, None);
 }
 
 #[test]
 fn the_last_measurement_stays_while_the_agent_is_down() {
-    let first = next(None, said(SECOND, 100, 1), SECOND);
+    let first = next(None, reported(SECOND, 100, 1), SECOND);
     let none = |_: &[PodMeasured]| Totals::default();
     let away = assemble(Some(&first), Err("gone".to_owned()), none, 9 * SECOND, 1);
     assert_eq!(away.failed.as_deref(), Some("gone"));
@@ -117,7 +121,7 @@ fn agent(takes: Duration) -> (Stats, watch::Sender<Link>, Arc<AtomicU32>) {
             Ok(Vec::new())
         })
     });
-    (Stats::asking(ask, up, Store::default()), link, asked)
+    (Stats::with_source(ask, up, Store::default()), link, asked)
 }
 
 async fn failed(stats: &Stats) -> Option<String> {

@@ -83,7 +83,7 @@ pub enum Untrusted {
     },
     /// No CA that is trusted at present has issued the certificate.
     #[error("the certificate was not issued by the CA that is trusted now")]
-    Refused {
+    UnknownIssuer {
         /// rustls' error.
         #[source]
         source: rustls::Error,
@@ -117,13 +117,13 @@ impl Trust {
     }
 
     fn check_chain(&self, certificate: &PeerCertificate, at: Timestamp) -> Result<(), Untrusted> {
-        let refused = |source| Untrusted::Refused { source };
+        let untrusted = |source| Untrusted::UnknownIssuer { source };
         let [end_entity, intermediates @ ..] = certificate.0.chain.as_slice() else {
-            return Err(refused(CertificateError::BadEncoding.into()));
+            return Err(untrusted(CertificateError::BadEncoding.into()));
         };
         let seconds = u64::try_from(at.as_second()).unwrap_or_default();
         let at = UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
         let verified = self.0.verify_client_cert(end_entity, intermediates, at);
-        verified.map(drop).map_err(refused)
+        verified.map(drop).map_err(untrusted)
     }
 }

@@ -178,7 +178,7 @@ async fn a_certificate_for_other_names_is_not_used() {
     let failing = |health: &Health| matches!(health, Health::Failing { .. });
     let health = task.until("failing", failing).await;
     assert!(
-        format!("{health:?}").contains("not the certificate's"),
+        format!("{health:?}").contains("the key does not belong to the certificate"),
         "{health:?}"
     );
     assert!(task.pair().is_none());

@@ -19,7 +19,7 @@ const OS_LABEL: &str = "kubernetes.io/os";
 /// is. A pod for another operating system gets only Kubernetes' own message about that, which tools look for.
 pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejection> {
     other_system(pod)?;
-    let mut problems = findings.refused.clone();
+    let mut problems = findings.rejected.clone();
     if tolerates_everything(pod) {
         problems.push(
             "spec.tolerations: pods of a DaemonSet that tolerates everything are not run on this node; exclude the node by node affinity: \
@@ -31,7 +31,7 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
     if let Err(more) = &shape {
         let new = more
             .iter()
-            .filter(|problem| !already_reported(problem, &findings.refused));
+            .filter(|problem| !already_reported(problem, &findings.rejected));
         problems.extend(new.cloned());
     }
     match shape {
@@ -118,7 +118,7 @@ mod tests {
         let mut pod = pod(&json!({"cpu": "much"}));
         pod.metadata.annotations = Some([("knoc.io/time".to_owned(), "soon".to_owned())].into());
         let findings = Findings {
-            refused: vec!["spec.x: no".to_owned()],
+            rejected: vec!["spec.x: no".to_owned()],
             mapped: Vec::new(),
         };
         let rejection = admit(&pod, &findings).unwrap_err();
@@ -169,7 +169,7 @@ mod tests {
             }
             let pod: Pod = serde_json::from_value(json).unwrap();
             let findings = Findings {
-                refused: vec!["spec.os.name: no".to_owned()],
+                rejected: vec!["spec.os.name: no".to_owned()],
                 mapped: Vec::new(),
             };
             admit(&pod, &findings).unwrap_err()

@@ -17,7 +17,7 @@ fn a_runtime_folder_is_used_only_if_it_exists_and_is_ours() {
         state_dir: root.path().join("state"),
     };
     let fallback = root.path().join("state/socket/agent.sock");
-    let refused = |runtime: &Path, why: &str| {
+    let assert_fault = |runtime: &Path, why: &str| {
         let (path, fault) = locations(runtime).choose();
         assert_eq!(path, fallback);
         let fault = fault.unwrap();
@@ -26,12 +26,12 @@ fn a_runtime_folder_is_used_only_if_it_exists_and_is_ours() {
             "{fault}"
         );
     };
-    refused(&runtime, "No such file");
-    refused(Path::new("run"), "absolute");
-    refused(Path::new("/proc/version"), "not a folder");
+    assert_fault(&runtime, "No such file");
+    assert_fault(Path::new("run"), "absolute");
+    assert_fault(Path::new("/proc/version"), "not a folder");
     fs::create_dir(&runtime).unwrap();
     mode(&runtime, 0o777);
-    refused(&runtime, "writable by others");
+    assert_fault(&runtime, "writable by others");
     mode(&runtime, 0o755);
     let (path, fault) = locations(&runtime).choose();
     assert_eq!((path, fault), (runtime.join("knoc/agent.sock"), None));

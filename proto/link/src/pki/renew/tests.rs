@@ -122,8 +122,8 @@ fn no_certificate_outlives_its_ca() {
     let request = Request::generate("k").unwrap().der;
     let new = info(&ca.renew(&held, &request, at(700)).unwrap());
     assert_eq!(new.validity.until, at(1000));
-    let refused = ca.renew(&new, &request, at(999)).unwrap_err();
-    assert!(matches!(refused, RenewError::CaEnds { .. }), "{refused}");
+    let error = ca.renew(&new, &request, at(999)).unwrap_err();
+    assert!(matches!(error, RenewError::CaEnds { .. }), "{error}");
 }
 
 #[test]
