@@ -1,6 +1,6 @@
 //! Level 2: agents that dial their kubelet, and proxies on the way, with all that can be wrong with both.
 
-use std::{net::SocketAddr, os::unix::fs::PermissionsExt as _, time::Duration};
+use std::{net::SocketAddr, os::unix::fs::PermissionsExt, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use jiff::{SignedDuration, Timestamp};
