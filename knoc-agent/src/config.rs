@@ -6,6 +6,7 @@
 
 mod check;
 pub mod dial_out;
+mod privileged;
 pub mod text;
 
 use std::{
@@ -19,6 +20,8 @@ use std::{
 
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
+
+pub use privileged::Privileged;
 
 /// The maximum size in bytes; the file is read again every few seconds.
 const MAX_SIZE: u64 = 1 << 20;
@@ -309,6 +312,8 @@ pub struct Policy {
     pub qos: Vec<String>,
     /// Prefixes of the image names that pods may use, such as `docker.io/library`. If empty: all.
     pub registries: Vec<String>,
+    /// What becomes of a pod with a container that asks for `privileged`.
+    pub privileged: Privileged,
 }
 
 impl Default for Policy {
@@ -332,6 +337,7 @@ impl Default for Policy {
             accounts: Vec::new(),
             qos: Vec::new(),
             registries: Vec::new(),
+            privileged: Privileged::Reject,
         }
     }
 }
