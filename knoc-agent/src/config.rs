@@ -5,6 +5,8 @@
 //! the HPC user decides about [`Policy`].
 
 mod check;
+pub mod dial_out;
+mod privileged;
 pub mod text;
 
 use std::{
@@ -18,6 +20,8 @@ use std::{
 
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
+
+pub use privileged::Privileged;
 
 /// The maximum size in bytes; the file is read again every few seconds.
 const MAX_SIZE: u64 = 1 << 20;
@@ -75,6 +79,9 @@ pub struct Config {
     /// The agent's certificate, and the CA of the kubelets' certificates. Without it, only the unix socket is served.
     #[serde(default)]
     pub tls: Option<Tls>,
+    /// The kubelets that the agent dials.
+    #[serde(default)]
+    pub dial_out: Vec<dial_out::DialOut>,
     /// The paths of the tools; those that are not set are looked up in `env.PATH`.
     #[serde(default)]
     pub tools: Tools,
@@ -305,6 +312,8 @@ pub struct Policy {
     pub qos: Vec<String>,
     /// Prefixes of the image names that pods may use, such as `docker.io/library`. If empty: all.
     pub registries: Vec<String>,
+    /// What happens to a pod with a container that asks for privileges.
+    pub privileged: Privileged,
 }
 
 impl Default for Policy {
@@ -328,6 +337,7 @@ impl Default for Policy {
             accounts: Vec::new(),
             qos: Vec::new(),
             registries: Vec::new(),
+            privileged: Privileged::Reject,
         }
     }
 }
@@ -553,6 +563,9 @@ impl Config {
     }
 
     fn expand(&mut self, home: &Path) {
+        for entry in &mut self.dial_out {
+            entry.expand(home);
+        }
         let tls = self.tls.iter_mut().flat_map(|tls| {
             let named = [&mut tls.ca, &mut tls.cert, &mut tls.key];
             named.into_iter().chain(&mut tls.ca_key)

@@ -10,7 +10,8 @@
 //! - [`job_signals`]: turns signals to the job into a stop of its containers.
 //! - the reaper ([`children`]), and [`scratch::keep_clean`], which removes what ended attempts wrote.
 //!
-//! The shim does its work whether the agent is alive or not. Its exit code is part of the protocol: see [`main`].
+//! The shim does its work whether the agent is alive or not. Its exit code is part of the protocol
+//! with the agent: see [`ShimExit`].
 
 mod attach;
 mod cgroup;
@@ -28,16 +29,17 @@ pub mod launch;
 mod link;
 mod listeners;
 mod measure;
+mod mount_points;
 mod mounts;
 mod nofollow;
 mod oom;
 mod output;
 mod passwd;
-mod places;
 mod plan;
 mod pod;
 mod proc;
 mod report;
+mod resolver;
 mod role;
 mod runtime;
 mod scratch;
@@ -315,7 +317,7 @@ fn link_up(service: Service, up: Up) -> (Farewell, JoinSet<()>) {
     (farewell, linked)
 }
 
-/// PURE: the exit code, which is part of the protocol: see [`main`].
+/// PURE: the exit code, by which the agent learns how far the shim came.
 fn exit_code(reported: bool, outcome: OutcomeKind) -> ExitCode {
     match outcome {
         _ if !reported => ShimExit::NotReported.into(),

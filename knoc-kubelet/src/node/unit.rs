@@ -6,12 +6,13 @@
 
 use std::sync::{Arc, MutexGuard};
 
-use k8s_openapi::api::core::v1::PodSpec;
+use k8s_openapi::api::core::v1::{Node, PodSpec};
 use knoc_proto::pb;
 use tokio::sync::watch;
 
 use super::{
-    allocations::{Allocatable, Allocations, SharedAllocations},
+    allocations::{Allocatable, Allocations, Amounts, SharedAllocations},
+    foreign,
     identity::Identity,
     predicates::{Mismatch, NodeAttributes},
     status,
@@ -26,6 +27,8 @@ pub struct Unit {
     identity: Identity,
     capacity: Capacity,
     attributes: watch::Sender<NodeAttributes>,
+    /// The foreign resources of the Node ([`foreign`]).
+    foreign: watch::Sender<Amounts>,
     allocations: SharedAllocations,
 }
 
@@ -37,6 +40,7 @@ impl Unit {
             identity,
             capacity,
             attributes: watch::Sender::new(NodeAttributes::default()),
+            foreign: watch::Sender::default(),
             allocations: SharedAllocations::default(),
         }
     }
@@ -53,6 +57,19 @@ impl Unit {
         &self.identity
     }
 
+    /// The shape as it is sent to the agent: with the cluster domain, and without foreign resources.
+    pub(crate) fn of_this_cluster(&self, mut shape: pb::PodSpec) -> pb::PodSpec {
+        if !shape.subdomain.is_empty() {
+            shape
+                .cluster_domain
+                .clone_from(&self.identity.cluster_domain);
+        }
+        if let Some(site) = self.capacity.borrow().as_deref() {
+            foreign::leave_out(&mut shape, site);
+        }
+        shape
+    }
+
     pub(super) fn capacity(&self) -> Capacity {
         self.capacity.clone()
     }
@@ -60,6 +77,17 @@ impl Unit {
     /// Stores the attributes of the Node as just read.
     pub(crate) fn set_attributes(&self, attributes: NodeAttributes) {
         self.attributes.send_replace(attributes);
+    }
+
+    /// Stores the foreign resources of the Node as just read.
+    pub(crate) fn set_foreign(&self, foreign: Amounts) {
+        self.foreign.send_replace(foreign);
+    }
+
+    /// Stores the foreign resources of this Node object.
+    pub(crate) fn see_foreign(&self, node: &Node) {
+        let site = self.capacity.borrow().clone();
+        self.set_foreign(foreign::resources(node.status.as_ref(), site.as_deref()));
     }
 
     /// Does a new pod match this node, by the labels and taints as last seen?
@@ -73,7 +101,14 @@ impl Unit {
         let Identity {
             pods, queue_factor, ..
         } = self.identity;
-        Allocatable::of(total.as_deref(), pods, queue_factor)
+        let foreign = self.foreign.borrow().clone();
+        Allocatable::of(total.as_deref(), pods, queue_factor).with(foreign)
+    }
+
+    /// Whether the site runs containers that ask for privileges without them; `None` until the agent has reported it.
+    pub(crate) fn maps_privileged(&self) -> Option<bool> {
+        let capacity = self.capacity.borrow();
+        capacity.as_ref().map(|site| site.maps_privileged)
     }
 
     /// The allocations of the node's pods. Hold the lock for map operations only.

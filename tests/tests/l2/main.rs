@@ -8,6 +8,7 @@ mod backpressure;
 mod carried;
 mod certificates;
 mod crash;
+mod dial_out;
 mod flood;
 mod injection;
 mod knocctl;
