@@ -9,10 +9,13 @@
 
 use jiff::{SignedDuration, Timestamp};
 use knoc_contract::jobdir::schema::{Cause, FoundRoute};
-use knoc_proto::pb;
+use knoc_proto::{pb, text};
 
 /// How long a finding is relied on before it is tried again.
 const AGAIN: SignedDuration = SignedDuration::from_hours(24);
+
+/// The longest text of another process that is kept, in bytes.
+const DETAIL: usize = 500;
 
 /// What is known.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,7 +89,7 @@ impl Route {
             return;
         }
         if !route.reached.is_empty() {
-            self.found.preferred.clone_from(&route.reached);
+            self.found.preferred = line(&route.reached);
             self.linked();
         } else if !route.unreachable.is_empty() && !self.reached && self.found.isolated.is_none() {
             self.found.isolated = Some(cause(&route.unreachable, now));
@@ -165,8 +168,14 @@ impl Route {
 fn cause(detail: &str, now: Timestamp) -> Cause {
     Cause {
         at: now.as_second(),
-        detail: detail.to_owned(),
+        detail: line(detail),
     }
+}
+
+/// Text of another process, in one short line.
+fn line(text: &str) -> String {
+    let short = text::shorten(text, DETAIL);
+    text::shorten(&text::escape(&short), DETAIL).into_owned()
 }
 
 fn due(cause: &Cause) -> Timestamp {
