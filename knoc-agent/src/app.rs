@@ -32,7 +32,7 @@ use crate::{
     config::Config,
     dial_out, lease, policy,
     registry::{self, Registry, cluster::Pin, poll},
-    renewal, shim_links, shim_route, shim_steps,
+    renewal, shim_carry, shim_links, shim_route, shim_steps,
     site::Site,
 };
 
@@ -219,7 +219,7 @@ impl Shims {
             site.shim_route.clone(),
             stop.clone(),
         ));
-        tasks.spawn(shim_steps::serve(
+        tasks.spawn(shim_carry::serve(
             Arc::clone(site),
             self.pair,
             self.step_requests,

@@ -29,6 +29,7 @@ pub mod policy;
 pub mod registry;
 pub mod renewal;
 pub mod scheduler;
+pub mod shim_carry;
 pub mod shim_links;
 pub mod shim_route;
 pub mod shim_steps;

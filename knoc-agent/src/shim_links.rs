@@ -17,7 +17,7 @@ use std::{
 };
 
 use futures::{FutureExt as _, StreamExt as _};
-use knoc_link::{Incoming, Peer, admission::Source, bulk::RawClient};
+use knoc_link::{Connection, Incoming, Peer, admission::Source, bulk::RawClient};
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -35,7 +35,6 @@ use tonic::{Status, transport::Channel};
 use crate::{
     pod::{input::Input, state::Event},
     shim_route::ShimRoute,
-    shim_steps::Carried,
 };
 
 /// The deadline of a short request to a shim.
@@ -85,6 +84,17 @@ struct Link {
 pub struct About {
     version: String,
     capabilities: Vec<String>,
+}
+
+/// A connection that a step carries, on demand.
+#[derive(Debug)]
+pub struct Carried {
+    /// The connection, whose peer has proved a key.
+    pub connection: Connection,
+    /// The pod to which it must belong.
+    pub uid: PodUid,
+    /// Answered once the link is open.
+    pub opened: oneshot::Sender<()>,
 }
 
 impl About {

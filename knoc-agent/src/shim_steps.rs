@@ -8,9 +8,8 @@
 //! needed it for `limits.srun_idle`, or earlier if another pod needs its place. A pod without one is
 //! followed by its report file.
 //!
-//! Owner task: [`serve`], which runs one task per step. Who uses which link is in [`table`].
+//! Here is who uses which link ([`table`]); [`crate::shim_carry`] runs the steps.
 
-mod carry;
 mod table;
 
 use std::{
@@ -18,49 +17,38 @@ use std::{
     time::Duration,
 };
 
-use knoc_link::{Connection, pinned::KeyPair};
 use knoc_proto::{
     ids::{JobId, PodUid},
     pb,
     reason::ErrorReason,
 };
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot, watch},
-    task::JoinSet,
+    sync::{mpsc, watch},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use self::table::{Entry, Table};
-use crate::{
-    shim_route::{ShimRoute, Way},
-    site::Site,
-};
+use crate::shim_route::{ShimRoute, Way};
 
 /// How long a caller waits for a step to carry its link.
 pub const START: Duration = Duration::from_secs(20);
-/// How long steps may take to end when the agent stops.
-const LAST: Duration = Duration::from_secs(3);
+/// A step that is in use is looked at this often.
+const LOOK: Duration = Duration::from_secs(5);
+/// The shortest time between two looks.
+const SHORTEST: Duration = Duration::from_millis(10);
 /// The most requests that wait for the owner task.
 const REQUESTS: usize = 64;
 
-/// A connection that a step carries, for [`crate::shim_links`].
-#[derive(Debug)]
-pub struct Carried {
-    /// The connection, whose peer has proved a key.
-    pub connection: Connection,
-    /// The pod to which it must belong.
-    pub uid: PodUid,
-    /// Answered once the link is open.
-    pub opened: oneshot::Sender<()>,
-}
-
 /// Whether a step carries its link by now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Phase {
+pub enum Phase {
+    /// Not yet.
     Starting,
+    /// The link is open.
     Up,
+    /// It will not; says why.
     Failed(String),
 }
 
@@ -80,11 +68,16 @@ struct Shared {
 /// The order to start a step.
 #[derive(Debug)]
 pub struct Request {
-    uid: PodUid,
-    job: JobId,
-    number: u64,
-    phase: watch::Sender<Phase>,
-    close: CancellationToken,
+    /// The pod.
+    pub uid: PodUid,
+    /// Its job.
+    pub job: JobId,
+    /// Distinguishes this step from others of the pod.
+    pub number: u64,
+    /// To be told how it goes.
+    pub phase: watch::Sender<Phase>,
+    /// Cancelled when the step is to end, because another pod needs its place.
+    pub close: CancellationToken,
 }
 
 /// A use of a pod's link. While it lives, the step does not end because it is idle.
@@ -103,7 +96,7 @@ impl Drop for Use {
 }
 
 impl ShimSteps {
-    /// No links yet; the requests are for [`serve`]. At most `most` steps run at a time; each ends
+    /// No links yet; the requests are for [`crate::shim_carry`]. At most `most` steps run at a time; each ends
     /// when it was not used for `idle`.
     #[must_use]
     pub fn new(route: ShimRoute, most: usize, idle: Duration) -> (Self, mpsc::Receiver<Request>) {
@@ -172,6 +165,36 @@ impl ShimSteps {
         Some(self.use_of(uid, number))
     }
 
+    /// The step has ended.
+    pub(crate) fn ended(&self, uid: &PodUid, number: u64) {
+        self.table().remove(uid, number);
+    }
+
+    /// Tells all steps to end.
+    pub(crate) fn close_all(&self) {
+        self.table().close_all();
+    }
+
+    /// The most steps at a time.
+    pub(crate) fn most(&self) -> usize {
+        self.0.most
+    }
+
+    /// Returns when the link was not used for long enough; the step then counts no more.
+    pub(crate) async fn idle(&self, uid: &PodUid, number: u64) {
+        let limit = self.0.idle;
+        loop {
+            let before = Instant::now().checked_sub(limit);
+            let ended = self.table().end_if_idle(uid, number, before);
+            let next = match ended {
+                Ok(()) => return,
+                Err(Some(since)) => since + limit,
+                Err(None) => Instant::now() + LOOK.min(limit.max(SHORTEST)),
+            };
+            tokio::time::sleep_until(next).await;
+        }
+    }
+
     fn use_of(&self, uid: &PodUid, number: u64) -> Use {
         Use {
             steps: self.clone(),
@@ -225,38 +248,5 @@ impl ShimSteps {
             return Err(ErrorReason::Overloaded.status("too many links are requested at once"));
         }
         Ok(Some((used, receiver)))
-    }
-}
-
-/// Task: starts steps on request, until `stop`. Their connections go to `connections`.
-pub async fn serve(
-    site: Arc<Site>,
-    pair: KeyPair,
-    mut requests: mpsc::Receiver<Request>,
-    connections: mpsc::Sender<Carried>,
-    stop: CancellationToken,
-) {
-    let places = Arc::new(Semaphore::new(site.shim_steps.0.most));
-    let mut tasks = JoinSet::new();
-    loop {
-        let request = tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            Some(_) = tasks.join_next() => continue,
-            request = requests.recv() => request,
-        };
-        let Some(request) = request else { break };
-        let carrier = carry::Carrier {
-            site: Arc::clone(&site),
-            pair: pair.clone(),
-            connections: connections.clone(),
-        };
-        tasks.spawn(carrier.run(request, Arc::clone(&places)));
-    }
-    // Steps that end in an orderly way leave nothing behind on the compute nodes.
-    site.shim_steps.table().close_all();
-    let all = async { while tasks.join_next().await.is_some() {} };
-    if tokio::time::timeout(LAST, all).await.is_err() {
-        tasks.shutdown().await;
     }
 }

@@ -1,4 +1,6 @@
-//! Task: one step, from its start to its end.
+//! Runs the job steps that carry links ([`crate::shim_steps`] says when).
+//!
+//! Owner task: [`serve`], which runs one task per step, from its start to its end.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -11,39 +13,42 @@ use knoc_proto::{error::chain, ids::PodUid};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _},
     sync::{Semaphore, mpsc, oneshot},
-    time::Instant,
+    task::JoinSet,
 };
+use tokio_util::sync::CancellationToken;
 
-use super::{Carried, Phase, Request, START};
 use crate::{
     command::{
         CommandError, CommandErrorKind,
         relay::{Relay, Stream},
     },
     connect::MARKER,
+    shim_links::Carried,
+    shim_steps::{Phase, Request, START},
     site::Site,
 };
 
 /// The most bytes that others may print before the stream begins, for example a task prolog.
 const NOISE: u64 = 64 << 10;
-/// The step is looked at this often while it is in use.
-const LOOK: Duration = Duration::from_secs(5);
+
+/// How long steps may take to end when the agent stops.
+const LAST: Duration = Duration::from_secs(3);
 
 /// What a step needs.
-pub(super) struct Carrier {
-    pub(super) site: Arc<Site>,
-    pub(super) pair: KeyPair,
-    pub(super) connections: mpsc::Sender<Carried>,
+struct Carrier {
+    site: Arc<Site>,
+    pair: KeyPair,
+    connections: mpsc::Sender<Carried>,
 }
 
 impl Carrier {
-    pub(super) async fn run(self, request: Request, places: Arc<Semaphore>) {
+    async fn run(self, request: Request, places: Arc<Semaphore>) {
         let steps = self.site.shim_steps.clone();
         // A step that was told to give way may still be ending.
         if let Ok(_place) = places.acquire().await {
             self.carry(&request).await;
         }
-        steps.table().remove(&request.uid, request.number);
+        steps.ended(&request.uid, request.number);
         request.phase.send_if_modified(|phase| {
             let starting = *phase == Phase::Starting;
             if starting {
@@ -115,7 +120,7 @@ impl Carrier {
                 return;
             }
             () = request.close.cancelled() => {}
-            () = self.idle(request) => {}
+            () = self.site.shim_steps.idle(uid, request.number) => {}
         }
         closer.cancel();
         tracing::debug!(%uid, %job, "the job step ends, because nobody uses the link");
@@ -148,23 +153,38 @@ impl Carrier {
         open.await
             .map_err(|_| "the link was rejected, or broke before the first report".to_owned())
     }
+}
 
-    /// Returns when the link was not used for long enough; it then has no entry any more.
-    async fn idle(&self, request: &Request) {
-        let steps = &self.site.shim_steps;
-        let limit = steps.0.idle;
-        loop {
-            let before = Instant::now().checked_sub(limit);
-            let ended = steps
-                .table()
-                .end_if_idle(&request.uid, request.number, before);
-            let next = match ended {
-                Ok(()) => return,
-                Err(Some(since)) => since + limit,
-                Err(None) => Instant::now() + LOOK.min(limit.max(Duration::from_millis(10))),
-            };
-            tokio::time::sleep_until(next).await;
-        }
+/// Task: starts steps on request, until `stop`. Their connections go to `connections`.
+pub async fn serve(
+    site: Arc<Site>,
+    pair: KeyPair,
+    mut requests: mpsc::Receiver<Request>,
+    connections: mpsc::Sender<Carried>,
+    stop: CancellationToken,
+) {
+    let places = Arc::new(Semaphore::new(site.shim_steps.most()));
+    let mut tasks = JoinSet::new();
+    loop {
+        let request = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            Some(_) = tasks.join_next() => continue,
+            request = requests.recv() => request,
+        };
+        let Some(request) = request else { break };
+        let carrier = Carrier {
+            site: Arc::clone(&site),
+            pair: pair.clone(),
+            connections: connections.clone(),
+        };
+        tasks.spawn(carrier.run(request, Arc::clone(&places)));
+    }
+    // Steps that end in an orderly way leave nothing behind on the compute nodes.
+    site.shim_steps.close_all();
+    let all = async { while tasks.join_next().await.is_some() {} };
+    if tokio::time::timeout(LAST, all).await.is_err() {
+        tasks.shutdown().await;
     }
 }
 
