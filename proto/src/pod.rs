@@ -11,6 +11,8 @@ use crate::{
     text::quote,
 };
 
+mod probe;
+
 /// The folder in a container that holds KNoC's launcher and its socket.
 pub const KNOC_FOLDER: &str = "/.knoc";
 
@@ -262,6 +264,7 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
         }
     }
     check_mounts(spec, container, problems);
+    probe::check(container, problems);
 }
 
 fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Vec<String>) {

@@ -95,12 +95,21 @@ fn dial_errors(tried: &[(IpAddr, io::Error)]) -> String {
 /// out which process has it. If the shim cannot tell whether a connection leads to the pod, it drops it before anything was
 /// sent, and dials again while it holds the listener open, which makes the owner known.
 pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardError> {
-    if let Some(stream) = dial(port, root, Hold::No).await? {
+    connect_within(port, root, Reach::Loopback).await
+}
+
+/// As [`connect`], but if nothing listens on the loopback interface, to the address where the pod listens.
+pub(crate) async fn connect_anywhere(port: u16, root: u32) -> Result<TcpStream, ForwardError> {
+    connect_within(port, root, Reach::Anywhere).await
+}
+
+async fn connect_within(port: u16, root: u32, reach: Reach) -> Result<TcpStream, ForwardError> {
+    if let Some(stream) = dial(port, root, Hold::No, reach).await? {
         return Ok(stream);
     }
     let dialling = async {
         loop {
-            match dial(port, root, Hold::Yes).await {
+            match dial(port, root, Hold::Yes, reach).await {
                 Ok(Some(stream)) => return Ok(stream),
                 // A program that listens once, again and again, has no listener in between.
                 Ok(None) | Err(ForwardError::ConnectionRefused { .. }) => {}
@@ -120,8 +129,20 @@ enum Hold {
     Yes,
 }
 
+/// Where the shim connects to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Loopback,
+    Anywhere,
+}
+
 /// Dials once. `None` if a connection was made, but the shim cannot tell whether it leads to the pod.
-async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, ForwardError> {
+async fn dial(
+    port: u16,
+    root: u32,
+    mode: Hold,
+    reach: Reach,
+) -> Result<Option<TcpStream>, ForwardError> {
     let mut tried = Vec::new();
     let (before, own, held) = look(port, move || {
         let held = match mode {
@@ -136,7 +157,7 @@ async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, For
         // The program has closed it in the meantime, so nobody would accept the connection.
         return Ok(None);
     }
-    for address in choose(&before, &own, port)? {
+    for address in choose(&before, &own, port, reach)? {
         match TcpStream::connect(SocketAddr::new(address, port)).await {
             Ok(stream) => {
                 let client = stream.local_addr().ok();
@@ -169,10 +190,27 @@ async fn look<T: Send + 'static>(
     looked.map_err(|_| ForwardError::Changed { port })
 }
 
-fn choose(all: &[Listener], own: &HashSet<u64>, port: u16) -> Result<Vec<IpAddr>, ForwardError> {
+fn choose(
+    all: &[Listener],
+    own: &HashSet<u64>,
+    port: u16,
+    reach: Reach,
+) -> Result<Vec<IpAddr>, ForwardError> {
     match listeners::choose(all, own) {
         Choice::Own(addresses) => Ok(addresses),
         Choice::Foreign => Err(ForwardError::Foreign { port }),
+        Choice::Elsewhere(mut addresses) if reach == Reach::Anywhere => {
+            // An address may be shared with another process of the same user.
+            let foreign = |ip: &IpAddr| {
+                let mut at = all.iter().filter(|one| one.address.ip() == *ip);
+                at.any(|one| !own.contains(&one.inode))
+            };
+            addresses.retain(|ip| !foreign(ip));
+            if addresses.is_empty() {
+                return Err(ForwardError::Foreign { port });
+            }
+            Ok(addresses)
+        }
         Choice::Elsewhere(addresses) => Err(ForwardError::Elsewhere { port, addresses }),
         Choice::Nobody => Err(ForwardError::ConnectionRefused {
             port,

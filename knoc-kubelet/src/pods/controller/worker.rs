@@ -450,6 +450,7 @@ impl Worker<'_> {
             message: message.to_owned(),
             at: Timestamp::now(),
             salt: 0,
+            times: 1,
         });
     }
 }
