@@ -8,15 +8,16 @@ use std::{
 };
 
 use knoc_contract::jobdir::atomic::FileError;
-use knoc_proto::pb;
+use knoc_proto::{expand::SubPathError, pb};
 use tokio::net::UnixListener;
 
 use super::super::{
     environment::{self, TerminationLog},
+    mount_points::{self, Link},
     mounts::{Mounts, NameError},
     nofollow,
-    places::{self, Link},
     pod::Pod,
+    resolver,
     role::ContainerSpec,
     scratch::{ScratchError, Trash},
     volumes::{Mounted, VolumeError},
@@ -40,6 +41,8 @@ pub(super) enum PrepareError {
     File(#[from] FileError),
     #[error("mount a volume")]
     Volume(#[from] VolumeError),
+    #[error("mount a volume")]
+    SubPath(#[from] SubPathError),
     /// Holds the helper's message.
     #[error("mount {0}")]
     Mount(String),
@@ -83,11 +86,13 @@ impl Folders {
         pod: &Pod,
         spec: &ContainerSpec,
         number: u32,
+        values: &pb::PodValues,
     ) -> Result<Self, PrepareError> {
         let (id, container) = (spec.id, &spec.container);
         let folder = |kind: &str| pod.scratch.disk(&format!("{kind}{id}-{number}"));
         let private = folder("p")?;
-        let mut volumes = pod.volumes.mounts(&container.mounts)?;
+        let mounts = environment::mounts(container, values, &pod.facts)?;
+        let mut volumes = pod.volumes.mounts(&mounts)?;
         if pod.runtime.isolates() {
             share_memory(pod, &mut volumes)?;
         }
@@ -110,7 +115,7 @@ impl Folders {
         let mut message_at = None;
         if pod.runtime.isolates() {
             folders.add_files(pod, &mut volumes)?;
-            places::order(&mut volumes);
+            mount_points::order(&mut volumes);
             message_at = message.and_then(|(target, rest)| {
                 let mut targets = volumes.iter().map(|volume| &volume.target);
                 Some((targets.position(|other| *other == target)?, rest))
@@ -144,11 +149,15 @@ impl Folders {
             let source = self.write("hosts", &text)?;
             volumes.push(own_file(source, Path::new(HOSTS), false));
         }
-        // A volume at `/etc` covers the file that the runtime mounts, but every pod has one in Kubernetes.
-        if mounts(volumes, "/etc")
-            && !mounts(volumes, RESOLVER)
-            && let Ok(text) = fs::read_to_string(RESOLVER)
-        {
+        let node = fs::read_to_string(RESOLVER);
+        let text = match &pod.spec().resolver {
+            _ if mounts(volumes, RESOLVER) => None,
+            Some(wanted) => Some(resolver::resolv_conf(&node.unwrap_or_default(), wanted)),
+            // A volume at `/etc` covers the file that the runtime mounts, but every pod has one in Kubernetes.
+            None if mounts(volumes, "/etc") => node.ok(),
+            None => None,
+        };
+        if let Some(text) = text {
             let source = self.write("resolv.conf", &text)?;
             volumes.push(own_file(source, Path::new(RESOLVER), true));
         }
@@ -163,11 +172,11 @@ impl Folders {
         volumes: &mut [Mounted],
     ) -> Result<(), PrepareError> {
         if !container.read_only_root {
-            let own = places::of_the_image(&TEMPORARY.map(|(folder, _)| folder), volumes);
+            let own = mount_points::of_the_image(&TEMPORARY.map(|(folder, _)| folder), volumes);
             self.temporary.extend(own.into_iter().map(str::to_owned));
         }
-        self.settle = !places::of_the_image(&[PASSWD], volumes).is_empty();
-        self.links = places::leave_devices(volumes);
+        self.settle = !mount_points::of_the_image(&[PASSWD], volumes).is_empty();
+        self.links = mount_points::leave_devices(volumes);
         let mut parents = vec![(PathBuf::from(INSIDE), self.shared.clone())];
         // The runtime mounts these if the root has no folder on disk.
         for (target, name) in TEMPORARY {
@@ -177,7 +186,7 @@ impl Folders {
                 .map_err(FileError::on("create", &source))?;
             parents.push((target.into(), source));
         }
-        places::set_mount_points(&parents, volumes);
+        mount_points::set_mount_points(&parents, volumes);
         Ok(())
     }
 
@@ -229,7 +238,7 @@ impl Folders {
 
 /// Adds the `/dev/shm` that the containers of a pod share, as with other runtimes, unless they mount a volume there.
 fn share_memory(pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareError> {
-    let target = Path::new(places::SHARED_MEMORY);
+    let target = Path::new(mount_points::SHARED_MEMORY);
     if volumes.iter().any(|volume| volume.target == target) {
         return Ok(());
     }
