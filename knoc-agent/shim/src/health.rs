@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use knoc_proto::pb;
 
-use super::plan::{Health, Liveness};
+use super::plan::Health;
 
 /// How often a failure is told in a row; then once every [`TELLING`].
 const TOLD_AT_ONCE: u32 = 3;
@@ -81,11 +81,12 @@ pub(crate) enum Change {
 
 /// The health of a container whose program has just started.
 pub(crate) fn at_start(container: &pb::Container) -> Health {
-    let started = container.startup_probe.is_none();
+    if container.startup_probe.is_some() {
+        return Health::down();
+    }
     Health {
-        started,
-        ready: started && container.readiness_probe.is_none(),
-        live: Liveness::Live,
+        ready: container.readiness_probe.is_none(),
+        ..Health::unprobed()
     }
 }
 

@@ -104,14 +104,13 @@ impl Probed {
             tokio::select! {
                 biased;
                 Some((kind, outcome)) = tries.next() => {
-                    if let [startup, liveness, readiness] = &mut tellings {
-                        let telling = match kind {
-                            Kind::Startup => startup,
-                            Kind::Liveness => liveness,
-                            Kind::Readiness => readiness,
-                        };
-                        self.tell(kind, &outcome, telling, began.elapsed()).await;
-                    }
+                    let [startup, liveness, readiness] = &mut tellings;
+                    let telling = match kind {
+                        Kind::Startup => startup,
+                        Kind::Liveness => liveness,
+                        Kind::Readiness => readiness,
+                    };
+                    self.tell(kind, &outcome, telling, began.elapsed()).await;
                     if let Some(change) = checks.end(kind, &outcome) {
                         self.send(News::Probed(change)).await;
                     }
@@ -129,8 +128,7 @@ impl Probed {
             Outcome::Warned(why) => ("ProbeWarning", format!("{title} probe warning: {why}")),
             Outcome::Failed(why) => ("Unhealthy", format!("{title} probe failed: {why}")),
             Outcome::Errored(why) => {
-                let message =
-                    format!("{title} probe errored and resulted in unknown state: {why}");
+                let message = format!("{title} probe errored and resulted in unknown state: {why}");
                 ("Unhealthy", message)
             }
         };

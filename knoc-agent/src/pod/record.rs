@@ -139,7 +139,10 @@ struct RecordedNote {
     count: i32,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the form that serde calls"
+)]
 fn is_zero(count: &i32) -> bool {
     *count == 0
 }

@@ -114,11 +114,7 @@ impl Place<'_> {
         actions.pop()
     }
 
-    fn http(
-        self,
-        get: HttpGetAction<'_>,
-        problems: &mut Vec<String>,
-    ) -> Option<pb::HttpGetAction> {
+    fn http(self, get: HttpGetAction<'_>, problems: &mut Vec<String>) -> Option<pb::HttpGetAction> {
         let headers = get.http_headers.iter().flatten().map(HttpHeader::from);
         Some(pb::HttpGetAction {
             port: self.port("httpGet", get.port, problems)?,

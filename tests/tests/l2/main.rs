@@ -16,6 +16,7 @@ mod link;
 mod logs;
 mod old_kernel;
 mod packages;
+mod probes;
 mod secrets;
 mod socket;
 mod state;

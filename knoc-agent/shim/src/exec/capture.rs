@@ -108,22 +108,23 @@ fn stdio() -> std::io::Result<(Stream, Vec<std::os::fd::OwnedFd>)> {
 /// [`DRAIN`] only.
 async fn finish(child: &mut Child, output: &Stream, killed: &mut Killed) -> (Exit, Vec<u8>) {
     let mut kept = Vec::new();
-    let reading = read(output, &mut kept);
-    tokio::pin!(reading);
-    let (exit, at_end) = tokio::select! {
-        biased;
-        () = &mut reading => (child.wait().await, true),
-        exit = child.wait() => (exit, false),
-    };
-    killed.ended = true;
-    if !at_end {
-        tokio::select! {
+    let exit = {
+        let mut reading = std::pin::pin!(read(output, &mut kept));
+        let (exit, at_end) = tokio::select! {
             biased;
-            () = &mut reading => {}
-            () = sleep(DRAIN) => {}
+            () = &mut reading => (child.wait().await, true),
+            exit = child.wait() => (exit, false),
+        };
+        killed.ended = true;
+        if !at_end {
+            tokio::select! {
+                biased;
+                () = &mut reading => {}
+                () = sleep(DRAIN) => {}
+            }
         }
-    }
-    drop(reading);
+        exit
+    };
     (exit, kept)
 }
 

@@ -139,9 +139,8 @@ fn any_step() -> impl Strategy<Value = Step> {
 }
 
 fn any_probe() -> impl Strategy<Value = Option<pb::Probe>> {
-    proptest::option::weighted(0.8, (1_i32..4, 1_i32..4)).prop_map(|thresholds| {
-        thresholds.map(|(successes, failures)| probe(successes, failures))
-    })
+    proptest::option::weighted(0.8, (1_i32..4, 1_i32..4))
+        .prop_map(|thresholds| thresholds.map(|(successes, failures)| probe(successes, failures)))
 }
 
 /// The last `count` results, oldest first, if there are as many and all are `result`.

@@ -36,9 +36,13 @@ pub(super) async fn check(action: &pb::GrpcAction) -> Outcome {
             return Outcome::Failed(text);
         }
     };
+    call(channel, &action.service).await
+}
+
+async fn call(channel: Channel, service: &str) -> Outcome {
     let mut client = HealthClient::new(channel).max_decoding_message_size(MAX_RESPONSE);
     let request = HealthCheckRequest {
-        service: action.service.clone(),
+        service: service.to_owned(),
     };
     match client.check(request).await {
         Ok(response) => match response.into_inner().status() {
@@ -76,10 +80,7 @@ where
 {
     let stream = Mutex::new(Some(stream));
     let connector = tower::service_fn(move |_: Uri| {
-        let stream = stream
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
         let connected: Ready<io::Result<TokioIo<S>>> = ready(
             stream
                 .map(TokioIo::new)
@@ -92,4 +93,63 @@ where
         .map_err(|error| chain(&error))?;
     let connecting = endpoint.connect_with_connector(connector);
     connecting.await.map_err(|error| chain(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        net::{TcpListener, TcpStream},
+        task::JoinSet,
+    };
+    use tokio_stream::wrappers::TcpListenerStream;
+    use tonic_health::{ServingStatus as Set, server::health_reporter};
+
+    use super::*;
+
+    async fn ask(address: std::net::SocketAddr, service: &str) -> Outcome {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let channel = over(&address.to_string(), stream).await.unwrap();
+        call(channel, service).await
+    }
+
+    #[tokio::test]
+    async fn the_answer_of_the_health_service_decides() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (reporter, service) = health_reporter();
+        reporter.set_service_status("db", Set::NotServing).await;
+        let server = tonic::transport::Server::builder().add_service(service);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        assert_eq!(ask(address, "").await, Outcome::Passed);
+        let unhealthy = "service unhealthy (responded with \"NOT_SERVING\")";
+        assert_eq!(
+            ask(address, "db").await,
+            Outcome::Failed(unhealthy.to_owned())
+        );
+        let Outcome::Failed(unknown) = ask(address, "other").await else {
+            panic!("an unknown service passes");
+        };
+        assert!(
+            unknown.starts_with("error: health rpc probe failed"),
+            "{unknown}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_server_without_the_health_service_fails() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server =
+            tonic::transport::Server::builder().add_routes(tonic::service::Routes::default());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        let Outcome::Failed(why) = ask(address, "").await else {
+            panic!("it passes");
+        };
+        assert!(
+            why.contains("does not implement the grpc health protocol"),
+            "{why}"
+        );
+    }
 }

@@ -71,7 +71,10 @@ impl Url {
         };
         let Some(scheme) = scheme else {
             let target = self.relative(rest);
-            return Some(Self { target, ..self.clone() });
+            return Some(Self {
+                target,
+                ..self.clone()
+            });
         };
         let https = match scheme.to_ascii_lowercase().as_str() {
             "http" => false,
@@ -168,9 +171,9 @@ pub(super) fn name(get: &pb::HttpGetAction) -> String {
 pub(super) async fn probe(get: &pb::HttpGetAction) -> Outcome {
     match request_of(get, PROBE_AGENT).await {
         Ok(Ending::Status(status)) => judge(status),
-        Ok(Ending::Foreign(body)) => Outcome::Warned(format!(
-            "Probe terminated redirects, Response body: {body}"
-        )),
+        Ok(Ending::Foreign(body)) => {
+            Outcome::Warned(format!("Probe terminated redirects, Response body: {body}"))
+        }
         Err(outcome) => outcome,
     }
 }
@@ -183,16 +186,17 @@ pub(super) async fn hook(get: &pb::HttpGetAction) -> bool {
 /// Sends the request and follows its redirects.
 async fn request_of(get: &pb::HttpGetAction, agent: &'static str) -> Result<Ending, Outcome> {
     let headers = headers(get, agent).map_err(Outcome::Errored)?;
-    let first = Url::of(get)
-        .ok_or_else(|| Outcome::Errored(format!("{} is not a port", get.port)))?;
+    let first =
+        Url::of(get).ok_or_else(|| Outcome::Errored(format!("{} is not a port", get.port)))?;
     let mut url = first.clone();
     for _ in 0..=REDIRECTS {
         let answer = send(&url, &headers)
             .await
             .map_err(|error| Outcome::Failed(format!("Get {:?}: {error}", url.to_string())))?;
-        let location = answer.location.as_deref().filter(|_| {
-            matches!(answer.status.as_u16(), 301 | 302 | 303 | 307 | 308)
-        });
+        let location = answer
+            .location
+            .as_deref()
+            .filter(|_| matches!(answer.status.as_u16(), 301 | 302 | 303 | 307 | 308));
         let Some(location) = location else {
             return Ok(Ending::Status(answer.status));
         };
@@ -283,9 +287,10 @@ async fn read(response: http::Response<Incoming>) -> Answer {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
     use super::*;
 
     fn url(text: &str) -> Url {
@@ -312,7 +317,10 @@ mod tests {
             ("http://127.0.0.1/x", "http://80/x"),
             ("HTTPS://127.0.0.1:9443", "https://9443/"),
             ("//127.0.0.1:81/p", "http://81/p"),
-            ("/go?to=http://elsewhere/", "http://8080/go?to=http://elsewhere/"),
+            (
+                "/go?to=http://elsewhere/",
+                "http://8080/go?to=http://elsewhere/",
+            ),
         ] {
             assert_eq!(base.redirected(location), Some(url(expected)), "{location}");
         }
@@ -364,6 +372,62 @@ mod tests {
         assert_eq!(own[ACCEPT], "text/plain");
         assert_eq!(own.get_all("x-a").iter().count(), 2);
         let error = of(&[header("X-A", "secret\n")]).unwrap_err();
-        assert!(error.contains("X-A") && !error.contains("secret"), "{error}");
+        assert!(
+            error.contains("X-A") && !error.contains("secret"),
+            "{error}"
+        );
+    }
+
+    /// Serves one connection: reads a request and writes `response`. Returns the request.
+    async fn serve_once(
+        mut stream: impl AsyncRead + AsyncWrite + Unpin,
+        response: &[u8],
+    ) -> String {
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\n") {
+            request.push(stream.read_u8().await.unwrap());
+        }
+        // The client may have read enough before all is written.
+        stream.write_all(response).await.ok();
+        stream.shutdown().await.ok();
+        String::from_utf8(request).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_request_is_as_a_kubelet_sends_it_and_a_body_without_end_is_cut() {
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let get = pb::HttpGetAction {
+            port: 8080,
+            path: "live?x=1".to_owned(),
+            ..pb::HttpGetAction::default()
+        };
+        let (url, headers) = (Url::of(&get).unwrap(), headers(&get, PROBE_AGENT).unwrap());
+        let endless = [&b"HTTP/1.1 200 OK\r\n\r\n"[..], &[b'x'; 1 << 20]].concat();
+        let (answer, request) =
+            tokio::join!(exchange(ours, &url, &headers), serve_once(theirs, &endless),);
+        let answer = answer.unwrap();
+        assert_eq!((answer.status, answer.body.len()), (StatusCode::OK, BODY));
+        assert!(
+            request.starts_with("GET /live?x=1 HTTP/1.1\r\n"),
+            "{request}"
+        );
+        for line in ["host: 127.0.0.1:8080", "connection: close", "accept: */*"] {
+            assert!(
+                request.contains(&format!("\r\n{line}\r\n")),
+                "{line}: {request}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_http_is_an_error() {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+        theirs.write_all(b"SSH-2.0-x\r\n").await.unwrap();
+        let get = pb::HttpGetAction {
+            port: 22,
+            ..pb::HttpGetAction::default()
+        };
+        let url = Url::of(&get).unwrap();
+        assert!(exchange(ours, &url, &HeaderMap::new()).await.is_err());
     }
 }

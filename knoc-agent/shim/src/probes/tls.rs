@@ -87,3 +87,47 @@ pub(super) async fn connect(
     let connecting = TlsConnector::from(config).connect(name, stream);
     connecting.await.map_err(|error| chain(&error))
 }
+
+#[cfg(test)]
+mod tests {
+    use rustls_pki_types::PrivateKeyDer;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+    use tokio_rustls::TlsAcceptor;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_certificate_that_nobody_knows_is_accepted() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(vec!["elsewhere".to_owned()]).unwrap();
+        params.not_after = rcgen::date_time_ymd(2001, 1, 1);
+        let certificate = params.self_signed(&key).unwrap();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let server = rustls::ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], key)
+            .unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap());
+        let serving = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            let accepting = TlsAcceptor::from(Arc::new(server)).accept(stream);
+            let mut stream = accepting.await.unwrap();
+            stream.write_all(b"hello").await.unwrap();
+            stream.shutdown().await.unwrap();
+        };
+        let asking = async {
+            let mut stream = connect(stream.await.unwrap(), &[]).await.unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).await.unwrap();
+            text
+        };
+        let ((), text) = tokio::join!(serving, asking);
+        assert_eq!(text, "hello");
+    }
+}

@@ -172,7 +172,8 @@ fn all_rejected_fields_are_reported_at_once() {
     let mut pod = ordinary();
     pod["spec"]["hostPID"] = json!(true);
     pod["spec"]["fromTheFuture"] = json!({"a": 1});
-    pod["spec"]["containers"][0]["livenessProbe"] = json!({"httpGet": {"port": 80, "host": "10.0.0.1"}});
+    pod["spec"]["containers"][0]["livenessProbe"] =
+        json!({"httpGet": {"port": 80, "host": "10.0.0.1"}});
     pod["spec"]["containers"][0]["lifecycle"] = json!({"preStop": {"tcpSocket": {"port": 80}}});
     pod["spec"]["containers"][0]["securityContext"] = json!({"privileged": true, "runAsUser": 0, "capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN"]}});
     pod["spec"]["containers"][0]["ports"] = json!([{"containerPort": 80, "hostPort": 8080}]);
