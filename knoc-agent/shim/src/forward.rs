@@ -95,22 +95,23 @@ fn dial_errors(tried: &[(IpAddr, io::Error)]) -> String {
 /// out which process has it. If the shim cannot tell whether a connection leads to the pod, it drops it before anything was
 /// sent, and dials again while it holds the listener open, which makes the owner known.
 pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardError> {
-    connect_within(port, root, Reach::Loopback).await
+    let reached = connect_within(port, root, Reach::Loopback).await?;
+    Ok(reached.stream)
 }
 
 /// As [`connect`], but if nothing listens on the loopback interface, to the address where the pod listens.
-pub(crate) async fn connect_anywhere(port: u16, root: u32) -> Result<TcpStream, ForwardError> {
+pub(crate) async fn connect_anywhere(port: u16, root: u32) -> Result<Reached, ForwardError> {
     connect_within(port, root, Reach::Anywhere).await
 }
 
-async fn connect_within(port: u16, root: u32, reach: Reach) -> Result<TcpStream, ForwardError> {
-    if let Some(stream) = dial(port, root, Hold::No, reach).await? {
-        return Ok(stream);
+async fn connect_within(port: u16, root: u32, reach: Reach) -> Result<Reached, ForwardError> {
+    if let Some(reached) = dial(port, root, Hold::No, reach).await? {
+        return Ok(reached);
     }
     let dialling = async {
         loop {
             match dial(port, root, Hold::Yes, reach).await {
-                Ok(Some(stream)) => return Ok(stream),
+                Ok(Some(reached)) => return Ok(reached),
                 // A program that listens once, again and again, has no listener in between.
                 Ok(None) | Err(ForwardError::ConnectionRefused { .. }) => {}
                 Err(error) => return Err(error),
@@ -129,6 +130,15 @@ enum Hold {
     Yes,
 }
 
+/// A connection to the pod.
+#[derive(Debug)]
+pub(crate) struct Reached {
+    pub(crate) stream: TcpStream,
+    pub(crate) address: IpAddr,
+    /// All that listened on the port when it was dialled. As long as the same do, the address leads to the pod.
+    pub(crate) listeners: Vec<Listener>,
+}
+
 /// Where the shim connects to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reach {
@@ -142,7 +152,7 @@ async fn dial(
     root: u32,
     mode: Hold,
     reach: Reach,
-) -> Result<Option<TcpStream>, ForwardError> {
+) -> Result<Option<Reached>, ForwardError> {
     let mut tried = Vec::new();
     let (before, own, held) = look(port, move || {
         let held = match mode {
@@ -161,10 +171,11 @@ async fn dial(
         match TcpStream::connect(SocketAddr::new(address, port)).await {
             Ok(stream) => {
                 let client = stream.local_addr().ok();
+                let known = before.clone();
                 let whose = move || {
                     let after = listeners::on(port, client);
                     let own = listeners::owned(&after, root);
-                    listeners::is_own(&before, &after, &own, address)
+                    listeners::is_own(&known, &after, &own, address)
                 };
                 let is_own = look(port, whose).await?;
                 drop(held);
@@ -173,7 +184,11 @@ async fn dial(
                 }
                 // The connection works without it, too.
                 stream.set_nodelay(true).ok();
-                return Ok(Some(stream));
+                return Ok(Some(Reached {
+                    stream,
+                    address,
+                    listeners: before,
+                }));
             }
             Err(error) => tried.push((address, error)),
         }

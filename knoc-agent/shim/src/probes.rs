@@ -6,6 +6,7 @@
 
 mod grpc;
 mod http;
+mod known;
 mod tls;
 
 use std::{sync::Arc, time::Duration};
@@ -19,21 +20,20 @@ use knoc_proto::{
     text,
 };
 use tokio::{
-    net::TcpStream,
     sync::mpsc,
     time::{Instant, sleep, sleep_until, timeout},
 };
 
+use self::known::Known;
 use super::{
     container::{Event, News, Program, Told},
     exec::{self, Captured},
-    forward::{self, ForwardError},
     health::{Checks, Kind, Outcome, Telling},
     pod::Pod,
     role::ContainerSpec,
 };
 
-/// What probes and hooks connect to. If nothing of the pod listens there, see [`forward::connect_anywhere`].
+/// What probes and hooks connect to. If nothing of the pod listens there, see [`known`].
 const LOCALHOST: &str = "127.0.0.1";
 
 /// How often a command is tried to be started, as in Kubernetes.
@@ -89,6 +89,7 @@ impl Probed {
 
     async fn probe(&self, mut checks: Checks, began: Instant) {
         let mut tellings = Kind::ALL.map(|_| Telling::new());
+        let known = &Known::default();
         let mut tries = FuturesUnordered::new();
         while !checks.over() {
             let now = began.elapsed();
@@ -97,7 +98,7 @@ impl Probed {
                 && at <= now
             {
                 checks.begin(kind, now);
-                tries.push(async move { (kind, self.once(kind).await) });
+                tries.push(async move { (kind, self.once(kind, known).await) });
                 continue;
             }
             let wake = next.map_or(NO_LIMIT, |(_, at)| at);
@@ -144,7 +145,7 @@ impl Probed {
     }
 
     /// Tries a probe once.
-    async fn once(&self, kind: Kind) -> Outcome {
+    async fn once(&self, kind: Kind, known: &Known) -> Outcome {
         let Some(probe) = kind.of(&self.spec.container) else {
             return Outcome::Errored("there is no such probe".to_owned());
         };
@@ -152,18 +153,18 @@ impl Probed {
         let (trying, late) = match &probe.action {
             Some(probe::Action::Exec(action)) => return self.command(action, limit).await,
             Some(probe::Action::HttpGet(action)) => (
-                timeout(limit, http::probe(action)).await,
+                timeout(limit, http::probe(action, known)).await,
                 format!(
                     "{}: context deadline exceeded (Client.Timeout exceeded while awaiting headers)",
                     http::name(action)
                 ),
             ),
             Some(probe::Action::TcpSocket(action)) => (
-                timeout(limit, tcp(action)).await,
+                timeout(limit, tcp(action, known)).await,
                 format!("dial tcp {LOCALHOST}:{}: i/o timeout", action.port),
             ),
             Some(probe::Action::Grpc(action)) => (
-                timeout(limit, grpc::check(action)).await,
+                timeout(limit, grpc::check(action, known)).await,
                 format!(
                     "timeout: health rpc did not complete within {}s",
                     limit.as_secs()
@@ -213,7 +214,7 @@ impl Probed {
                 let captured = exec::capture(&self.pod, &self.program, &argv, NO_LIMIT).await;
                 matches!(captured, Ok(Captured::Ended { exit, .. }) if exit.code == 0)
             }
-            Some(hook::Action::HttpGet(action)) => http::hook(action).await,
+            Some(hook::Action::HttpGet(action)) => http::hook(action, &Known::default()).await,
             Some(hook::Action::SleepSeconds(seconds)) => {
                 sleep(Duration::from_secs((*seconds).try_into().unwrap_or(0))).await;
                 true
@@ -234,25 +235,12 @@ impl Probed {
 }
 
 /// A probe that only connects.
-async fn tcp(action: &pb::TcpSocketAction) -> Outcome {
+async fn tcp(action: &pb::TcpSocketAction, known: &Known) -> Outcome {
     let Ok(port) = u16::try_from(action.port) else {
         return Outcome::Errored(format!("{} is not a port", action.port));
     };
-    match connect(port).await {
+    match known.connect(port).await {
         Ok(_) => Outcome::Passed,
         Err(error) => Outcome::Failed(error),
     }
-}
-
-/// A connection to what the pod itself listens on.
-async fn connect(port: u16) -> Result<TcpStream, String> {
-    let connecting = forward::connect_anywhere(port, std::process::id());
-    connecting.await.map_err(|error| match error {
-        ForwardError::ConnectionRefused { port, .. } => {
-            format!("dial tcp {LOCALHOST}:{port}: connect: connection refused")
-        }
-        error @ (ForwardError::Foreign { .. }
-        | ForwardError::Changed { .. }
-        | ForwardError::Elsewhere { .. }) => error.to_string(),
-    })
 }

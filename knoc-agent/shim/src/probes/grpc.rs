@@ -17,19 +17,19 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use super::{LOCALHOST, connect, http::PROBE_AGENT, tls};
+use super::{LOCALHOST, http::PROBE_AGENT, known::Known, tls};
 use crate::health::Outcome;
 
 /// The response is one small number.
 const MAX_RESPONSE: usize = 64 << 10;
 
 /// Calls the service, and judges the response as Kubernetes does. The caller limits the time.
-pub(super) async fn check(action: &pb::GrpcAction) -> Outcome {
+pub(super) async fn check(action: &pb::GrpcAction, known: &Known) -> Outcome {
     let Some(port) = u16::try_from(action.port).ok().filter(|port| *port > 0) else {
         return Outcome::Errored(format!("{} is not a port", action.port));
     };
     let address = format!("{LOCALHOST}:{port}");
-    let channel = match channel(&address, port, action.tls).await {
+    let channel = match channel(&address, port, action.tls, known).await {
         Ok(channel) => channel,
         Err(error) => {
             let text = format!("error: failed to connect service at {address:?}: {error}");
@@ -64,8 +64,8 @@ async fn call(channel: Channel, service: &str) -> Outcome {
     }
 }
 
-async fn channel(address: &str, port: u16, tls: bool) -> Result<Channel, String> {
-    let stream = connect(port).await?;
+async fn channel(address: &str, port: u16, tls: bool, known: &Known) -> Result<Channel, String> {
+    let stream = known.connect(port).await?;
     if tls {
         over(address, tls::connect(stream, &[b"h2"]).await?).await
     } else {

@@ -14,7 +14,7 @@ use knoc_proto::{error::chain, pb};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{LOCALHOST, connect, tls};
+use super::{LOCALHOST, known::Known, tls};
 use crate::health::Outcome;
 
 /// As Kubernetes' own kubelet calls itself.
@@ -168,8 +168,8 @@ pub(super) fn name(get: &pb::HttpGetAction) -> String {
 }
 
 /// A probe: sends the request, and judges the response as Kubernetes does. The caller limits the time.
-pub(super) async fn probe(get: &pb::HttpGetAction) -> Outcome {
-    match request_of(get, PROBE_AGENT).await {
+pub(super) async fn probe(get: &pb::HttpGetAction, known: &Known) -> Outcome {
+    match request_of(get, PROBE_AGENT, known).await {
         Ok(Ending::Status(status)) => judge(status),
         Ok(Ending::Foreign(body)) => {
             Outcome::Warned(format!("Probe terminated redirects, Response body: {body}"))
@@ -179,18 +179,22 @@ pub(super) async fn probe(get: &pb::HttpGetAction) -> Outcome {
 }
 
 /// A hook: as in Kubernetes every response will do.
-pub(super) async fn hook(get: &pb::HttpGetAction) -> bool {
-    request_of(get, HOOK_AGENT).await.is_ok()
+pub(super) async fn hook(get: &pb::HttpGetAction, known: &Known) -> bool {
+    request_of(get, HOOK_AGENT, known).await.is_ok()
 }
 
 /// Sends the request and follows its redirects.
-async fn request_of(get: &pb::HttpGetAction, agent: &'static str) -> Result<Ending, Outcome> {
+async fn request_of(
+    get: &pb::HttpGetAction,
+    agent: &'static str,
+    known: &Known,
+) -> Result<Ending, Outcome> {
     let headers = headers(get, agent).map_err(Outcome::Errored)?;
     let first =
         Url::of(get).ok_or_else(|| Outcome::Errored(format!("{} is not a port", get.port)))?;
     let mut url = first.clone();
     for _ in 0..=REDIRECTS {
-        let answer = send(&url, &headers)
+        let answer = send(&url, &headers, known)
             .await
             .map_err(|error| Outcome::Failed(format!("Get {:?}: {error}", url.to_string())))?;
         let location = answer
@@ -221,8 +225,8 @@ fn judge(status: StatusCode) -> Outcome {
     }
 }
 
-async fn send(url: &Url, headers: &HeaderMap) -> Result<Answer, String> {
-    let stream = connect(url.port).await?;
+async fn send(url: &Url, headers: &HeaderMap, known: &Known) -> Result<Answer, String> {
+    let stream = known.connect(url.port).await?;
     if url.https {
         let stream = tls::connect(stream, &[]).await?;
         exchange(stream, url, headers).await
