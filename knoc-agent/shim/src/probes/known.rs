@@ -4,7 +4,7 @@
 //! and again, so what was found is remembered: as long as the same sockets listen, the same address leads to the pod.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -28,13 +28,13 @@ pub(super) struct Known(Mutex<HashMap<u16, Way>>);
 #[derive(Debug, Clone)]
 struct Way {
     address: IpAddr,
-    listeners: Vec<Listener>,
+    listeners: HashSet<Listener>,
 }
 
 impl Way {
     /// Connects in the same way if the same sockets listen, before and after.
     async fn again(&self, port: u16) -> Option<TcpStream> {
-        let same = || listeners::on(port, None).listeners == self.listeners;
+        let same = || listeners::listening(port) == self.listeners;
         if !same() {
             return None;
         }
@@ -67,6 +67,7 @@ impl Known {
         if ways.len() >= PORTS {
             ways.clear();
         }
+        let listeners = listeners.into_iter().collect();
         ways.insert(port, Way { address, listeners });
         Ok(stream)
     }
@@ -113,7 +114,7 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let way = Way {
             address: Ipv4Addr::LOCALHOST.into(),
-            listeners: listeners::on(port, None).listeners,
+            listeners: listeners::listening(port),
         };
         assert!(way.again(port).await.is_some());
         drop(listener);
