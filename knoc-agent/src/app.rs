@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! listener unix ─┐                        ┌─ poller ──rounds────┐
-//! listener tcp  ─┴─► api ──► registry ──► actors (one per pod) ─┴─► board ──► WatchPods
+//! listener tcp  ─┤
+//! dial out      ─┴─► api ──► registry ──► actors (one per pod) ─┴─► board ──► WatchPods
 //! listener shim ───► links ──reports──────┘                        node ───► WatchNode
 //! site file, CA ───► policy ──rules─► gate: checks every request, closes connections
 //! ```
@@ -28,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::{self, gate::Gate},
     config::Config,
-    lease, policy,
+    dial_out, lease, policy,
     registry::{self, Registry, cluster::Pin, poll},
     renewal, shim_links,
     site::Site,
@@ -53,6 +54,7 @@ pub struct App {
     policy: policy::watch::Watcher,
     gate: Gate,
     credentials: Option<knoc_link::Credentials>,
+    dial_out: Vec<knoc_link::dial_out::Target>,
 }
 
 impl App {
@@ -72,6 +74,7 @@ impl App {
             .await
             .map_err(prepare::listen)?;
         let credentials = prepare::credentials(&site.config)?;
+        let dial_out = dial_out::targets(&site.config)?;
         let near = prepare::near_listeners(&site.config, credentials.clone()).await?;
         let (rules, ruling) = watch::channel(Arc::default());
         let policy = policy::watch::Watcher::new(&site.config, credentials.clone(), policy, rules);
@@ -108,6 +111,7 @@ impl App {
             policy,
             gate,
             credentials,
+            dial_out,
         })
     }
 
@@ -126,6 +130,7 @@ impl App {
             policy,
             gate,
             credentials,
+            dial_out,
         } = self;
         let mut tasks = JoinSet::new();
         let background = actors.child_token();
@@ -138,6 +143,20 @@ impl App {
         tasks.spawn(poller.run(background.clone()));
         let capacity = poll::capacity(Arc::clone(&site), node.clone(), background.clone());
         tasks.spawn(capacity);
+        let dialled = credentials
+            .as_ref()
+            .filter(|_| !dial_out.is_empty())
+            .map(|credentials| {
+                let (epoch, stop) = (site.lease.epoch(), stop.child_token());
+                dial_out::start(
+                    dial_out,
+                    credentials,
+                    epoch,
+                    &site.dial_out,
+                    &stop,
+                    &mut tasks,
+                )
+            });
         let renewal = renewal::Renewal::new(Arc::clone(&site), credentials, node);
         watch_certificates(&mut tasks, policy, gate, renewal, &background);
         tasks.spawn(registry::sweep(
@@ -147,7 +166,7 @@ impl App {
         ));
         tasks.spawn(heartbeat(Arc::clone(&site), background, shutdown.clone()));
         let mut servers = JoinSet::new();
-        for incoming in near {
+        for incoming in near.into_iter().chain(dialled) {
             servers.spawn(api::serve(service.clone(), incoming, stop.child_token()));
         }
         drop(service);

@@ -13,6 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use knoc_link::{Carrier, proxy::Via};
 use knoc_proto::settings::{Document, Mistakes};
 
 use settings::Settings;
@@ -47,12 +48,21 @@ pub struct Config {
 /// The link to the agent.
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
-    /// `host:port`, `tcp:host:port` or `unix:/path`.
-    pub address: String,
+    /// Which side dials, and where.
+    pub way: AgentWay,
     /// CA, certificate and key; None on a unix socket.
     pub credentials: Option<CredentialFiles>,
     /// The site that the agent's certificate must name; None accepts any agent of our CA.
     pub site: Option<String>,
+}
+
+/// Which side of the link to the agent dials.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AgentWay {
+    /// The kubelet dials the agent.
+    Dial(Carrier, Via),
+    /// The agent dials this address of the kubelet.
+    Accept(SocketAddr),
 }
 
 /// The PEM files of one side of a TLS connection.

@@ -10,6 +10,7 @@ use std::{
 
 use knoc_link::{
     Carrier,
+    proxy::{self, InvalidProxy, Via},
     socket::{SiteFile, SocketLocations},
 };
 use knoc_proto::settings::{Document, Mistakes};
@@ -71,7 +72,7 @@ struct File {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct RawContext {
     /// Required; the default only lets [`resolve`] report its absence together with the other mistakes.
     #[serde(default)]
@@ -81,6 +82,10 @@ struct RawContext {
     key: Option<PathBuf>,
     /// The site whose agent is expected. If it is missing, any agent that the CA has signed is accepted.
     site: Option<String>,
+    /// `http://HOST:PORT` of the proxy to a TCP address, or `none`; unset: that of the environment.
+    proxy: Option<String>,
+    /// A file with `user:password` for that proxy.
+    proxy_credentials: Option<PathBuf>,
 }
 
 /// One agent and how to reach it.
@@ -116,6 +121,8 @@ pub(crate) struct Surroundings {
     pub home: Option<PathBuf>,
     /// `$XDG_CONFIG_HOME`
     pub config_home: Option<PathBuf>,
+    /// The variables that decide about proxies.
+    pub proxies: BTreeMap<String, String>,
     /// Where this user's agent may have its socket.
     pub places: SocketLocations,
 }
@@ -135,9 +142,14 @@ impl Surroundings {
         let usual = || in_home.join(".config/knoc/agent.toml");
         let site_file = path("KNOC_AGENT_CONFIG").unwrap_or_else(usual);
         let places = SiteFile::load(&site_file).socket_locations(&in_home, path("XDG_RUNTIME_DIR"));
+        let proxies = proxy::VARIABLES.into_iter().filter_map(|name| {
+            let value = std::env::var(name).ok()?;
+            Some((name.to_owned(), value))
+        });
         Self {
             home,
             config_home: path("XDG_CONFIG_HOME"),
+            proxies: proxies.collect(),
             places,
         }
     }
@@ -259,8 +271,15 @@ fn resolve(
             return None;
         }
     };
+    let carrier = match via(carrier, raw, path, here) {
+        Ok(carrier) => carrier,
+        Err((key, what)) => {
+            wrong(key, &what);
+            return None;
+        }
+    };
     let files = match (&carrier, &raw.ca, &raw.cert, &raw.key) {
-        (Carrier::Tcp(_), Some(ca), Some(cert), Some(key)) => {
+        (Carrier::Tcp(_) | Carrier::HttpConnect { .. }, Some(ca), Some(cert), Some(key)) => {
             let [ca, cert, key] = [ca, cert, key].map(|file| absolute(file, path, here));
             Some(PemFiles { ca, cert, key })
         }
@@ -275,9 +294,11 @@ fn resolve(
     let mut right = true;
     for (key, given) in given {
         let what = match &carrier {
-            Carrier::Tcp(_) if !given && key != "site" => "is missing: a TCP address needs it",
             Carrier::Unix(_) if given => "a unix socket takes none: its peer is known by its user",
-            Carrier::Tcp(_) | Carrier::Unix(_) => continue,
+            Carrier::Tcp(_) | Carrier::HttpConnect { .. } if !given && key != "site" => {
+                "is missing: a TCP address needs it"
+            }
+            _ => continue,
         };
         wrong(key, what);
         right = false;
@@ -290,6 +311,28 @@ fn resolve(
         site: raw.site.clone(),
     };
     right.then(|| (name.to_owned(), context))
+}
+
+/// The carrier through the proxy that the context or the environment names. Otherwise the key of the wrong setting, and what
+/// is wrong.
+fn via(
+    carrier: Carrier,
+    raw: &RawContext,
+    path: &Path,
+    here: &Surroundings,
+) -> Result<Carrier, (&'static str, String)> {
+    let credentials = raw.proxy_credentials.as_ref();
+    let credentials = credentials.map(|file| absolute(file, path, here));
+    let via = Via::of_settings(raw.proxy.as_deref(), credentials.as_deref());
+    let via = via.map_err(|error| match error {
+        InvalidProxy::NeedlessCredentials => ("proxy-credentials", error.to_string()),
+        _ => ("proxy", error.to_string()),
+    })?;
+    if raw.proxy.is_some() && carrier.address().is_none() {
+        return Err(("proxy", format!("does not lead to {carrier}")));
+    }
+    let carrier = carrier.via(&via, |name| here.proxies.get(name).cloned());
+    carrier.map_err(|error| ("address", error.to_string()))
 }
 
 /// Expands `~/` to the home directory; other relative paths start at the configuration file's folder.

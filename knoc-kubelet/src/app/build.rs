@@ -7,7 +7,10 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Namespace;
-use knoc_link::{Carrier, Credentials, ExpectPeer, LinkError};
+use knoc_link::{
+    Carrier, Credentials, ExpectPeer, LinkError,
+    dial_in::{self, Desk},
+};
 use kube::{
     Api, Client,
     config::{KubeConfigOptions, Kubeconfig},
@@ -17,10 +20,10 @@ use super::App;
 use crate::{
     agent::{
         Agent,
-        renew::{self, Dialer},
+        renew::{self, Dialer, Way},
     },
     certs::{Keep, Pairs},
-    config::{AgentConfig, Config, IdentityConfig, KeysConfig, ServingConfig},
+    config::{AgentConfig, AgentWay, Config, IdentityConfig, KeysConfig, ServingConfig},
     pods::Store,
     server::{ClientCa, Serving, Settings},
 };
@@ -52,14 +55,12 @@ pub enum BuildError {
         /// The URL of the API server.
         server: String,
     },
-    /// The agent's address is not valid.
-    #[error("agent.address `{address}` is not valid")]
-    Address {
-        /// The address in the configuration.
-        address: String,
+    /// A variable names no usable proxy.
+    #[error("find the way to the agent")]
+    Proxy {
         /// What is wrong with it.
         #[source]
-        source: knoc_link::InvalidCarrier,
+        source: knoc_link::proxy::InvalidEnvironment,
     },
     /// The certificates of the link cannot be used.
     #[error("read agent.ca, agent.cert and agent.key")]
@@ -98,7 +99,7 @@ impl App {
             IdentityConfig::ServiceAccount => None,
         };
         let cluster_id = cluster_id(&account, &server).await?;
-        let dialer = dialer(&config.agent)?;
+        let (dialer, desk) = dialer(&config.agent)?;
         let link = |source| BuildError::Link { source };
         let channels = dialer.dial().map_err(link)?;
         let agent = Agent::new(channels.control, channels.bulk, &cluster_id);
@@ -118,6 +119,7 @@ impl App {
             bootstrap,
             agent,
             dialer,
+            desk,
             config,
         };
         if let Some(credentials) = &app.dialer.credentials {
@@ -173,14 +175,8 @@ async fn cluster_id(client: &Client, server: &str) -> Result<String, BuildError>
     }
 }
 
-fn dialer(config: &AgentConfig) -> Result<Dialer, BuildError> {
-    let carrier: Carrier = config
-        .address
-        .parse()
-        .map_err(|source| BuildError::Address {
-            address: config.address.clone(),
-            source,
-        })?;
+/// How to connect to the agent; with what listens for it, if it dials.
+fn dialer(config: &AgentConfig) -> Result<(Dialer, Option<Desk>), BuildError> {
     let credentials = match &config.credentials {
         None => None,
         Some(files) => Some(
@@ -192,11 +188,31 @@ fn dialer(config: &AgentConfig) -> Result<Dialer, BuildError> {
         Some(site) => ExpectPeer::Exactly(knoc_link::Identity::Agent { site: site.clone() }),
         None => ExpectPeer::AnyAgent,
     };
-    Ok(Dialer {
-        carrier,
+    let (way, desk) = match (&config.way, &credentials) {
+        (AgentWay::Dial(carrier, via), _) => {
+            let variable = |name: &str| std::env::var(name).ok();
+            let carrier = carrier.clone().via(via, variable);
+            let carrier = carrier.map_err(|source| BuildError::Proxy { source })?;
+            tracing::info!(agent = %carrier, "the kubelet dials the agent");
+            (Way::Dial(carrier), None)
+        }
+        (AgentWay::Accept(listen), Some(credentials)) => {
+            let expect = expect.clone();
+            let (dial_in, desk) = dial_in::prepare(*listen, credentials.clone(), expect);
+            (Way::DialIn(dial_in), Some(desk))
+        }
+        (AgentWay::Accept(listen), None) => {
+            let carrier = Carrier::Tcp(listen.to_string());
+            let source = LinkError::NoCredentials { carrier };
+            return Err(BuildError::Link { source });
+        }
+    };
+    let dialer = Dialer {
+        way,
         credentials,
         expect,
-    })
+    };
+    Ok((dialer, desk))
 }
 
 /// An agent lets a kubelet lead the node of its certificate's name; other nodes must be allowed in the site file.

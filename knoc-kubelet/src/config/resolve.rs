@@ -1,15 +1,28 @@
 //! PURE: from the settings as they are written to the effective configuration. Settings that are missing or contradict
 //! each other are noted as mistakes in the document from which the settings were read.
 
-use std::fmt::Display;
+use std::{
+    fmt::Display,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+};
 
+use knoc_link::{
+    Carrier,
+    proxy::{InvalidProxy, Via},
+};
 use knoc_proto::{ids::SiteName, names, settings::Document};
 
 use super::{
-    AgentConfig, Config, CredentialFiles, IdentityConfig, KeysConfig, KubernetesConfig, LogConfig,
-    NodeConfig, ServerConfig, ServingConfig,
+    AgentConfig, AgentWay, Config, CredentialFiles, IdentityConfig, KeysConfig, KubernetesConfig,
+    LogConfig, NodeConfig, ServerConfig, ServingConfig,
     settings::{CertificateSource, IdentityKind, LogFormat, Settings},
 };
+
+/// The address of the agent if the agent dials; an address to listen on may follow.
+const ACCEPT: &str = "accept";
+
+/// Where the kubelet listens for its agent by default.
+const ACCEPT_AT: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 10350));
 
 /// The longest name of a node, which is also the value of its label `kubernetes.io/hostname`.
 const NODE_NAME: usize = 63;
@@ -95,20 +108,15 @@ impl Resolver<'_> {
             let what = format!("`{site}` is not a DNS label of at most 58 characters");
             self.wrong("agent.site", what);
         }
-        let Some(address) = agent.address.clone() else {
-            self.wrong(
-                "agent.address",
-                "is missing and has no default: set it to `host:port` or `unix:/path`",
-            );
-            return None;
-        };
+        let way = self.way()?;
+        let agent = &self.settings.agent;
         let credentials = match (&agent.ca, &agent.cert, &agent.key) {
             (Some(ca), Some(cert), Some(key)) => Some(CredentialFiles {
                 ca: ca.clone(),
                 cert: cert.clone(),
                 key: key.clone(),
             }),
-            (None, None, None) if address.starts_with("unix:") => None,
+            (None, None, None) if matches!(way, AgentWay::Dial(Carrier::Unix(_), _)) => None,
             (ca, cert, key) => {
                 let files = [
                     ("agent.ca", ca.is_none()),
@@ -123,10 +131,71 @@ impl Resolver<'_> {
             }
         };
         Some(AgentConfig {
-            address,
+            way,
             credentials,
             site: agent.site.clone(),
         })
+    }
+
+    /// Which side dials, and where.
+    fn way(&mut self) -> Option<AgentWay> {
+        let agent = &self.settings.agent;
+        let credentials = agent.proxy_credentials.as_deref();
+        let via = Via::of_settings(agent.proxy.as_deref(), credentials);
+        let Some(address) = agent.address.clone() else {
+            self.wrong(
+                "agent.address",
+                "is missing and has no default: set it to `host:port`, `unix:/path`, or `accept` if the agent dials out",
+            );
+            return None;
+        };
+        let via = match via {
+            Ok(via) => via,
+            Err(error @ InvalidProxy::NeedlessCredentials) => {
+                self.wrong("agent.proxyCredentials", error);
+                return None;
+            }
+            Err(error) => {
+                self.wrong("agent.proxy", error);
+                return None;
+            }
+        };
+        if let Some(listen) = address.strip_prefix(ACCEPT) {
+            return self.accept(&address, listen);
+        }
+        match address.parse() {
+            Ok(carrier @ Carrier::Unix(_)) if agent.proxy.is_some() => {
+                self.wrong("agent.proxy", format!("does not lead to {carrier}"));
+                None
+            }
+            Ok(carrier) => Some(AgentWay::Dial(carrier, via)),
+            Err(error) => {
+                self.wrong("agent.address", error);
+                None
+            }
+        }
+    }
+
+    /// The agent dials. `listen` is what follows the word `accept` in `address`.
+    fn accept(&mut self, address: &str, listen: &str) -> Option<AgentWay> {
+        if self.settings.agent.site.is_none() {
+            let what =
+                "is missing: with `agent.address: accept` it decides which agent is expected";
+            self.wrong("agent.site", what);
+        }
+        if self.settings.agent.proxy.is_some() {
+            let what = "is of no use with `agent.address: accept`: the agent dials, and its site file names its proxy";
+            self.wrong("agent.proxy", what);
+        }
+        if listen.is_empty() {
+            return Some(AgentWay::Accept(ACCEPT_AT));
+        }
+        let listen = listen.strip_prefix(':').and_then(|text| text.parse().ok());
+        if listen.is_none() {
+            let what = format!("`{address}` is not `accept`, or like `accept:0.0.0.0:10350`");
+            self.wrong("agent.address", what);
+        }
+        listen.map(AgentWay::Accept)
     }
 
     fn node(&mut self) -> Option<NodeConfig> {

@@ -42,9 +42,9 @@ pub struct Settings {
 
 /// The agent and the link to it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Agent {
-    /// `host:port`, `tcp:host:port` or `unix:/path`. Required.
+    /// `host:port`, `tcp:host:port` or `unix:/path`; `accept` or `accept:address:port` if the agent dials out. Required.
     pub address: Option<String>,
     /// PEM file: the CA of the link's certificates.
     pub ca: Option<PathBuf>,
@@ -52,6 +52,10 @@ pub struct Agent {
     pub cert: Option<PathBuf>,
     /// PEM file: its key.
     pub key: Option<PathBuf>,
+    /// The proxy to the agent, `http://host:port`, or `none`; unset: that of `HTTPS_PROXY`, except for `NO_PROXY`.
+    pub proxy: Option<String>,
+    /// File with `user:password` for that proxy.
+    pub proxy_credentials: Option<PathBuf>,
     /// The site that the agent's certificate must name; unset: any agent of our CA.
     pub site: Option<String>,
 }

@@ -4,7 +4,7 @@
 //! pattern and puts each field into one of three groups:
 //!
 //! - `taken`: the translation reads it. The generated struct has only these fields, so the translation cannot read a
-//! field of another group, and the compiler reports a field that nothing reads as dead code.
+//!   field of another group, and the compiler reports a field that nothing reads as dead code.
 //! - `elsewhere`: another part of the kubelet, or the API server, does what the field asks for.
 //! - `left`: nothing reads it.
 //!
@@ -114,7 +114,7 @@ carried! {
         left {}
     }
 
-    /// What `/etc/resolv.conf` has.
+    /// The pod's DNS configuration.
     DnsConfig of core::PodDNSConfig, judged as "PodDNSConfig" {
         taken {
             nameservers: Option<Vec<String>>,

@@ -18,8 +18,13 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{LinkError, origin::Origin};
+use super::{
+    LinkError,
+    origin::Origin,
+    proxy::{InvalidEnvironment, Proxy, Via},
+};
 
+pub mod http_connect;
 pub mod tcp;
 pub mod unix;
 
@@ -72,8 +77,42 @@ pub trait Listener: fmt::Debug + Send + Sync + Unpin + 'static {
 pub enum Carrier {
     /// TLS over TCP to `HOST:PORT`.
     Tcp(String),
+    /// TLS over TCP to `HOST:PORT` through an HTTP proxy.
+    HttpConnect {
+        /// `host:port`
+        address: String,
+        /// The proxy.
+        proxy: Proxy,
+    },
     /// A unix socket without TLS, whose peer is identified by its uid.
     Unix(PathBuf),
+}
+
+impl Carrier {
+    /// This carrier through the proxy that the settings or the environment name for it, if any. `variable` reads the
+    /// environment.
+    pub fn via(
+        self,
+        via: &Via,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, InvalidEnvironment> {
+        let Self::Tcp(address) = self else {
+            return Ok(self);
+        };
+        Ok(match via.proxy_for(&address, variable)? {
+            Some(proxy) => Self::HttpConnect { address, proxy },
+            None => Self::Tcp(address),
+        })
+    }
+
+    /// `host:port` of the peer, if it is reached over a network.
+    #[must_use]
+    pub fn address(&self) -> Option<&str> {
+        match self {
+            Self::Tcp(address) | Self::HttpConnect { address, .. } => Some(address),
+            Self::Unix(_) => None,
+        }
+    }
 }
 
 /// Why a text is not a carrier.
@@ -120,6 +159,9 @@ impl fmt::Display for Carrier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => write!(f, "tcp:{address}"),
+            Self::HttpConnect { address, proxy } => {
+                write!(f, "tcp:{address} through the proxy {proxy}")
+            }
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }

@@ -2,12 +2,13 @@
 use std::{future::Future, io, pin::Pin};
 
 use hyper_util::rt::TokioIo;
+use rustls_pki_types::ServerName;
 use tonic::transport::{Channel, Uri};
 
 use super::{
     CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer,
     PeerCertificate,
-    carrier::{Dial, Unverified, tcp, unix},
+    carrier::{Dial, Unverified, http_connect, tcp, unix},
     endpoint,
     tls::{self, ClaimedIdentity, readable_error},
 };
@@ -21,20 +22,30 @@ pub fn dial(
     expect: ExpectPeer,
 ) -> Result<Channel, LinkError> {
     match (&carrier, &credentials) {
-        (Carrier::Tcp(_), None) => return Err(LinkError::NoCredentials { carrier }),
+        (Carrier::Tcp(_) | Carrier::HttpConnect { .. }, None) => {
+            return Err(LinkError::NoCredentials { carrier });
+        }
         (Carrier::Unix(_), Some(_)) => return Err(LinkError::NeedlessCredentials { carrier }),
-        (Carrier::Tcp(_), Some(_)) | (Carrier::Unix(_), None) => {}
+        (Carrier::Tcp(_) | Carrier::HttpConnect { .. }, Some(_)) | (Carrier::Unix(_), None) => {}
     }
-    let connector = tower::service_fn(move |_: Uri| {
+    Ok(channel(move || {
         let (carrier, credentials, expect) = (carrier.clone(), credentials.clone(), expect.clone());
-        let connecting: Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(async move {
-            connect(&carrier, credentials.as_ref(), &expect)
-                .await
-                .map(TokioIo::new)
-        });
+        async move { connect(&carrier, credentials.as_ref(), &expect).await }
+    }))
+}
+
+/// A lazy channel whose connections `open` opens.
+pub(super) fn channel<F>(open: impl Fn() -> F + Send + 'static) -> Channel
+where
+    F: Future<Output = Result<Connection, LinkError>> + Send + 'static,
+{
+    let connector = tower::service_fn(move |_: Uri| {
+        let opening = open();
+        let connecting: Pin<Box<dyn Future<Output = _> + Send>> =
+            Box::pin(async move { opening.await.map(TokioIo::new) });
         connecting
     });
-    Ok(endpoint().connect_with_connector_lazy(connector))
+    endpoint().connect_with_connector_lazy(connector)
 }
 
 /// One connection with a verified peer: what [`dial`] does at each attempt, for callers that report every step. Takes
@@ -47,11 +58,24 @@ pub async fn connect(
     let connecting = async {
         match (carrier, credentials) {
             (Carrier::Tcp(address), Some(credentials)) => {
-                over_tls(&tcp::Dialler { address }, carrier, credentials, expect).await
+                over_tls(
+                    &tcp::Dialler { address },
+                    carrier,
+                    credentials,
+                    expect,
+                    None,
+                )
+                .await
             }
-            (Carrier::Tcp(_), None) => Err(LinkError::NoCredentials {
-                carrier: carrier.clone(),
-            }),
+            (Carrier::HttpConnect { address, proxy }, Some(credentials)) => {
+                let dialler = http_connect::Dialler { address, proxy };
+                over_tls(&dialler, carrier, credentials, expect, None).await
+            }
+            (Carrier::Tcp(_) | Carrier::HttpConnect { .. }, None) => {
+                Err(LinkError::NoCredentials {
+                    carrier: carrier.clone(),
+                })
+            }
             (Carrier::Unix(path), _) => {
                 let (stream, peer) = unix::connect(path).await?;
                 Ok(Connection::new(stream, peer))
@@ -67,12 +91,14 @@ pub async fn connect(
         })
 }
 
-/// Opens a connection by `dialler`, and runs TLS over it with our certificate.
+/// Opens a connection by `dialler`, and runs TLS over it with our certificate. `name` is sent in the handshake (SNI), for
+/// a proxy that chooses the server by it.
 pub(super) async fn over_tls(
     dialler: &impl Dial,
     carrier: &Carrier,
     credentials: &Credentials,
     expect: &ExpectPeer,
+    name: Option<ServerName<'static>>,
 ) -> Result<Connection, LinkError> {
     let Unverified { io, origin } = dialler.dial().await?;
     let claimed = ClaimedIdentity::default();
@@ -85,7 +111,11 @@ pub(super) async fn over_tls(
     let (roots, key) = (&material.roots, &material.key);
     let config = tls::client(roots, key, expect.clone(), claimed.clone())
         .map_err(|error| failed(io::Error::other(error)))?;
-    let stream = tls::connect(io, config).await.map_err(failed)?;
+    let stream = match name {
+        Some(name) => tls::connect_by_name(io, config, name).await,
+        None => tls::connect(io, config).await,
+    };
+    let stream = stream.map_err(failed)?;
     let Some(identity) = claimed.identity() else {
         return Err(failed(io::Error::other("the peer presented no identity")));
     };
