@@ -18,6 +18,7 @@ mod links;
 mod logs;
 mod old_kernel;
 mod packages;
+mod probes;
 mod secrets;
 mod socket;
 mod state;
