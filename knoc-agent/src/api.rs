@@ -58,6 +58,7 @@ const CAPABILITIES: &[&str] = &[
     "script",
     "stats",
     "renew",
+    "log-positions",
 ];
 
 /// The capabilities that hold on this site.

@@ -1,6 +1,10 @@
 //! The link to the shim of a running pod, or why there is none.
 
-use knoc_proto::{ids::PodUid, reason::ErrorReason};
+use knoc_proto::{
+    ids::PodUid,
+    pb::{ContainerStatus, container_status::State},
+    reason::ErrorReason,
+};
 use tonic::Status;
 
 use crate::{shim_links::Client, shim_steps::Use, site::Site};
@@ -31,8 +35,7 @@ async fn reach(site: &Site, uid: &PodUid) -> Result<Option<Use>, Status> {
         return Ok(site.shim_steps.held(uid));
     }
     let runs = site.board.get(uid.as_str());
-    let runs = runs.is_some_and(|pod| pod.outcome.is_none() && !pod.host_ip.is_empty());
-    if !runs || suspended(site, uid).is_some() {
+    if !runs.is_some_and(|pod| pod.outcome.is_none()) || suspended(site, uid).is_some() {
         return Ok(None);
     }
     site.shim_steps.reach(uid).await
@@ -60,7 +63,10 @@ fn no_link(site: &Site, uid: &PodUid) -> Status {
     if let Some(suspended) = suspended(site, uid) {
         return suspended;
     }
-    let idle = pod.host_ip.is_empty() || pod.outcome.is_some();
+    // A node without an address of its own reports none.
+    let started = |status: &ContainerStatus| matches!(status.state, Some(State::Running(_)));
+    let idle = pod.host_ip.is_empty() && !pod.containers.iter().any(started);
+    let idle = idle || pod.outcome.is_some();
     if idle {
         let phase = pod
             .phase()
