@@ -134,7 +134,9 @@ impl Check<'_> {
         for address in &config.listen.shim_addresses {
             let what = match address.parse() {
                 Ok(Carrier::Tcp(_)) => continue,
-                Ok(Carrier::Unix(_)) => format!("{address:?} is not HOST:PORT"),
+                Ok(Carrier::Unix(_) | Carrier::Exec(_) | Carrier::Ssh(_)) => {
+                    format!("{address:?} is not HOST:PORT")
+                }
                 Err(error) => error.to_string(),
             };
             self.wrong("listen.shim_addresses", what);

@@ -9,7 +9,8 @@ use std::{
 };
 
 use knoc_link::{
-    Carrier,
+    Addresses, Carrier, Route,
+    carrier::ssh::{self, Login},
     socket::{Places, SiteFile},
 };
 use knoc_proto::settings::{Document, Mistakes};
@@ -89,16 +90,21 @@ struct File {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct RawContext {
     /// It has no default.
-    #[serde(default)]
-    address: String,
+    address: Option<Addresses>,
     ca: Option<PathBuf>,
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
     /// The site whose agent is expected; any where it is not given.
     site: Option<String>,
+    /// A folder with key and host keys for `ssh:` addresses; unset: the user's own OpenSSH configuration.
+    ssh_folder: Option<PathBuf>,
+    /// The path of `knoc-agent` at the far side of an `ssh:` address.
+    ssh_program: Option<String>,
+    /// Whether an `ssh:` address starts an agent if none runs.
+    ssh_on_demand: Option<bool>,
 }
 
 /// One agent and how to reach it.
@@ -108,9 +114,9 @@ pub(crate) struct Context {
     pub name: String,
     /// The file it comes from.
     pub file: Option<PathBuf>,
-    /// The way to the agent.
-    pub carrier: Carrier,
-    /// Over TCP.
+    /// The addresses of the agent, in the order in which they are tried.
+    pub route: Route,
+    /// Over TCP, and over SSH if there are any.
     pub files: Option<PemFiles>,
     /// The site whose agent is expected.
     pub site: Option<String>,
@@ -205,7 +211,7 @@ fn local(socket: PathBuf) -> Context {
     Context {
         name: "local".to_owned(),
         file: None,
-        carrier: Carrier::Unix(socket),
+        route: Carrier::Unix(socket).into(),
         files: None,
         site: None,
     }
@@ -264,49 +270,139 @@ fn resolve(
     here: &Surroundings,
     document: &mut Document,
 ) -> Option<(String, Context)> {
-    let mut wrong = |key: &str, what: &str| document.wrong(&["contexts", name, key], what);
-    if raw.address.is_empty() {
-        wrong("address", "is missing: HOST:PORT or unix:/PATH");
-        return None;
+    let mut mistakes = Faults::default();
+    let carriers = carriers(raw, path, here, &mut mistakes);
+    let files = carriers
+        .as_deref()
+        .and_then(|carriers| files(carriers, raw, path, here, &mut mistakes));
+    for (key, what) in &mistakes.0 {
+        document.wrong(&["contexts", name, key], what);
     }
-    let carrier: Carrier = match raw.address.parse() {
-        Ok(carrier) => carrier,
+    let context = Context {
+        name: name.to_owned(),
+        file: Some(path.to_owned()),
+        route: carriers.and_then(Route::new)?,
+        files,
+        site: raw.site.clone(),
+    };
+    mistakes.0.is_empty().then(|| (name.to_owned(), context))
+}
+
+/// What is wrong with a context, by key.
+#[derive(Debug, Default)]
+struct Faults(Vec<(&'static str, String)>);
+
+impl Faults {
+    fn add(&mut self, key: &'static str, what: impl Into<String>) {
+        self.0.push((key, what.into()));
+    }
+}
+
+/// The carriers, with what the context says about logins.
+fn carriers(
+    raw: &RawContext,
+    path: &Path,
+    here: &Surroundings,
+    mistakes: &mut Faults,
+) -> Option<Vec<Carrier>> {
+    let Some(addresses) = &raw.address else {
+        mistakes.add(
+            "address",
+            "is missing: HOST:PORT, ssh:[USER@]HOST[:PORT], exec:COMMAND or unix:/PATH",
+        );
+        return None;
+    };
+    let carriers = match addresses.carriers() {
+        Ok(carriers) => carriers,
         Err(error) => {
-            wrong("address", &error.to_string());
+            mistakes.add("address", error.to_string());
             return None;
         }
     };
-    let files = match (&carrier, &raw.ca, &raw.cert, &raw.key) {
-        (Carrier::Tcp(_), Some(ca), Some(cert), Some(key)) => {
-            let [ca, cert, key] = [ca, cert, key].map(|file| absolute(file, path, here));
-            Some(PemFiles { ca, cert, key })
-        }
-        _ => None,
+    let over_ssh = carriers.iter().any(|one| matches!(one, Carrier::Ssh(_)));
+    let given = [
+        ("ssh-folder", raw.ssh_folder.is_some()),
+        ("ssh-program", raw.ssh_program.is_some()),
+        ("ssh-on-demand", raw.ssh_on_demand.is_some()),
+    ];
+    for (key, _) in given.iter().filter(|(_, given)| *given && !over_ssh) {
+        mistakes.add(key, "belongs to an ssh: address, and there is none");
+    }
+    let program = raw.ssh_program.clone();
+    if program
+        .as_deref()
+        .is_some_and(|text| !ssh::is_program(text))
+    {
+        mistakes.add(
+            "ssh-program",
+            "must be a path of letters, digits and `_./+-`, which may begin with `~/`",
+        );
+    }
+    let login = Login {
+        folder: raw
+            .ssh_folder
+            .as_ref()
+            .map(|folder| absolute(folder, path, here)),
+        program,
+        on_demand: raw.ssh_on_demand.unwrap_or_default(),
     };
+    let with_login = carriers.into_iter();
+    Some(
+        with_login
+            .map(|one| one.with_login(login.clone()))
+            .collect(),
+    )
+}
+
+/// The certificates that these carriers need, or may have.
+fn files(
+    carriers: &[Carrier],
+    raw: &RawContext,
+    path: &Path,
+    here: &Surroundings,
+    mistakes: &mut Faults,
+) -> Option<PemFiles> {
+    let any = |kind: fn(&Carrier) -> bool| carriers.iter().any(kind);
+    let (tcp, unix) = (
+        any(|one| matches!(one, Carrier::Tcp(_))),
+        any(|one| matches!(one, Carrier::Unix(_))),
+    );
+    if unix && carriers.len() > 1 {
+        mistakes.add(
+            "address",
+            "a unix socket is the only address of its context",
+        );
+        return None;
+    }
+    let with_certificate = raw.ca.is_some() || raw.cert.is_some() || raw.key.is_some();
     let given = [
         ("ca", raw.ca.is_some()),
         ("cert", raw.cert.is_some()),
         ("key", raw.key.is_some()),
         ("site", raw.site.is_some()),
     ];
-    let mut right = true;
     for (key, given) in given {
-        let what = match &carrier {
-            Carrier::Tcp(_) if !given && key != "site" => "is missing: a TCP address needs it",
-            Carrier::Unix(_) if given => "a unix socket takes none: its peer is known by its user",
-            Carrier::Tcp(_) | Carrier::Unix(_) => continue,
-        };
-        wrong(key, what);
-        right = false;
+        if unix && given {
+            mistakes.add(
+                key,
+                "a unix socket takes none: its peer is known by its user",
+            );
+        } else if tcp && !given && key != "site" {
+            mistakes.add(key, "is missing: a TCP address needs it");
+        } else if with_certificate && !given && key != "site" {
+            mistakes.add(key, "is missing: ca, cert and key, all or none");
+        } else if !unix && !tcp && !with_certificate && given {
+            mistakes.add(
+                key,
+                "is of no use without ca, cert and key, which prove the site",
+            );
+        }
     }
-    let context = Context {
-        name: name.to_owned(),
-        file: Some(path.to_owned()),
-        carrier,
-        files,
-        site: raw.site.clone(),
+    let (Some(ca), Some(cert), Some(key)) = (&raw.ca, &raw.cert, &raw.key) else {
+        return None;
     };
-    right.then(|| (name.to_owned(), context))
+    let [ca, cert, key] = [ca, cert, key].map(|file| absolute(file, path, here));
+    Some(PemFiles { ca, cert, key })
 }
 
 /// `~/` is the home; relative paths start at the file's folder.

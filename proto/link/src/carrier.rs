@@ -2,7 +2,7 @@
 //!
 //! A carrier is a file under this module. It implements [`Dial`] if it opens connections and [`Listener`] if it receives
 //! them; both give out [`Unverified`] connections. Admission, TLS and HTTP/2 know these traits only. [`Carrier`] is what
-//! people write: `tcp:host:port` or `unix:/path`.
+//! people write: `tcp:host:port`, `unix:/path`, `ssh:user@host` or `exec:command`.
 //!
 //! To add one: its file, a variant of [`Carrier`] with its form, and an arm in [`connect`](super::connect) that says how
 //! its peer is verified. The compiler names the places.
@@ -20,6 +20,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{LinkError, origin::Origin};
 
+pub mod exec;
+pub mod ssh;
 pub mod tcp;
 pub mod unix;
 
@@ -74,6 +76,30 @@ pub enum Carrier {
     Tcp(String),
     /// A socket whose peer's user is checked; no TLS.
     Unix(PathBuf),
+    /// Standard input and output of a command, spoken TLS over.
+    Exec(exec::Argv),
+    /// A login over SSH, spoken TLS over.
+    Ssh(ssh::Ssh),
+}
+
+impl Carrier {
+    /// The same carrier, with these options if it is a login over SSH.
+    #[must_use]
+    pub fn with_login(self, login: ssh::Login) -> Self {
+        match self {
+            Self::Ssh(ssh) => Self::Ssh(ssh::Ssh { login, ..ssh }),
+            Self::Tcp(_) | Self::Unix(_) | Self::Exec(_) => self,
+        }
+    }
+
+    /// Whether each connection starts a process, and perhaps a login at another host.
+    #[must_use]
+    pub fn starts_a_process(&self) -> bool {
+        match self {
+            Self::Exec(_) | Self::Ssh(_) => true,
+            Self::Tcp(_) | Self::Unix(_) => false,
+        }
+    }
 }
 
 /// Why a text is no carrier.
@@ -92,10 +118,26 @@ pub enum InvalidCarrier {
         path: String,
     },
     /// A scheme that this version does not know.
-    #[error("the carrier {scheme:?} is not supported; use tcp:HOST:PORT or unix:/PATH")]
+    #[error(
+        "the carrier {scheme:?} is not supported; use tcp:HOST:PORT, ssh:[USER@]HOST[:PORT], exec:COMMAND or unix:/PATH"
+    )]
     Scheme {
         /// As given.
         scheme: String,
+    },
+    /// A command that would not be run as it is written.
+    #[error("the command {command:?}: {why}")]
+    Command {
+        /// As given.
+        command: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Not a login.
+    #[error("{login:?} is not [USER@]HOST[:PORT] (an IPv6 address stands in brackets)")]
+    Login {
+        /// As given.
+        login: String,
     },
 }
 
@@ -106,11 +148,11 @@ impl FromStr for Carrier {
         match text.split_once(':') {
             Some(("unix", path)) => unix::parse(path),
             Some(("tcp", address)) => tcp::parse(address),
-            Some((scheme, rest)) if scheme == "exec" || rest.starts_with("//") => {
-                Err(InvalidCarrier::Scheme {
-                    scheme: scheme.to_owned(),
-                })
-            }
+            Some(("exec", command)) => exec::parse(command),
+            Some(("ssh", login)) => ssh::parse(login),
+            Some((scheme, rest)) if rest.starts_with("//") => Err(InvalidCarrier::Scheme {
+                scheme: scheme.to_owned(),
+            }),
             Some(_) | None => tcp::parse(text),
         }
     }
@@ -121,6 +163,8 @@ impl fmt::Display for Carrier {
         match self {
             Self::Tcp(address) => write!(f, "tcp:{address}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Exec(argv) => write!(f, "exec:{argv}"),
+            Self::Ssh(ssh) => write!(f, "ssh:{ssh}"),
         }
     }
 }
@@ -136,6 +180,9 @@ mod tests {
             ("tcp:10.0.0.1:1", "tcp:10.0.0.1:1"),
             ("[::1]:10350", "tcp:[::1]:10350"),
             ("unix:/run/knoc/agent.sock", "unix:/run/knoc/agent.sock"),
+            ("ssh:ann@login:2222", "ssh:ann@login:2222"),
+            ("exec:ssh login", "exec:ssh login"),
+            ("exec:[\"a b\"]", "exec:[\"a b\"]"),
         ] {
             let carrier: Carrier = text.parse().unwrap();
             assert_eq!(carrier.to_string(), shown);
@@ -151,7 +198,8 @@ mod tests {
             ("::1:10350", "brackets"),
             ("unix:agent.sock", "not absolute"),
             ("https://x:1", "not supported"),
-            ("exec:ssh login", "not supported"),
+            ("ssh://login", "not [USER@]HOST"),
+            ("exec:ssh 'login'", "as a list"),
         ] {
             let error = text.parse::<Carrier>().unwrap_err().to_string();
             assert!(error.contains(words), "{text}: {error}");

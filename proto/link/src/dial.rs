@@ -1,98 +1,44 @@
 //! The side that dials: a lazy channel that connects at the first request and again after each cut.
-use std::{future::Future, io, pin::Pin};
+use std::{future::Future, pin::Pin};
 
 use hyper_util::rt::TokioIo;
 use tonic::transport::{Channel, Uri};
 
-use super::{
-    CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer, Shown,
-    carrier::{Dial, Unverified, tcp, unix},
-    endpoint,
-    tls::{self, Seen, in_words},
-};
+use super::{Carrier, Credentials, ExpectPeer, LinkError, Route, endpoint};
 
-/// A channel to the peer at `carrier`. Lazy: connects at the first request, and again at the next one after a cut;
-/// while nobody answers, requests fail with `Unavailable` and the cause in the source chain. Credentials are needed
-/// over TCP, and refused over a unix socket, where the peer's user is checked instead.
+/// A channel to the peer at one of the addresses of `route`. Lazy: connects at the first request, and again at the next one
+/// after a cut; while nobody answers, requests fail with `Unavailable` and the cause in the source chain. Credentials are
+/// needed over TCP, and refused over a unix socket, where the peer's user is checked instead. Over a command they decide
+/// whether TLS is spoken.
 pub fn dial(
-    carrier: Carrier,
+    route: impl Into<Route>,
     credentials: Option<Credentials>,
     expect: ExpectPeer,
 ) -> Result<Channel, LinkError> {
-    match (&carrier, &credentials) {
-        (Carrier::Tcp(_), None) => return Err(LinkError::NoCredentials { carrier }),
-        (Carrier::Unix(_), Some(_)) => return Err(LinkError::NeedlessCredentials { carrier }),
-        (Carrier::Tcp(_), Some(_)) | (Carrier::Unix(_), None) => {}
+    let route = route.into();
+    for carrier in route.carriers() {
+        let carrier = || carrier.clone();
+        match (carrier(), &credentials) {
+            (Carrier::Tcp(_), None) => {
+                return Err(LinkError::NoCredentials { carrier: carrier() });
+            }
+            (Carrier::Unix(_), Some(_)) => {
+                return Err(LinkError::NeedlessCredentials { carrier: carrier() });
+            }
+            (Carrier::Tcp(_), Some(_))
+            | (Carrier::Unix(_), None)
+            | (Carrier::Exec(_) | Carrier::Ssh(_), _) => {}
+        }
     }
     let connector = tower::service_fn(move |_: Uri| {
-        let (carrier, credentials, expect) = (carrier.clone(), credentials.clone(), expect.clone());
+        let (route, credentials, expect) = (route.clone(), credentials.clone(), expect.clone());
         let connecting: Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(async move {
-            connect(&carrier, credentials.as_ref(), &expect)
+            route
+                .connect(credentials.as_ref(), &expect)
                 .await
                 .map(TokioIo::new)
         });
         connecting
     });
     Ok(endpoint().connect_with_connector_lazy(connector))
-}
-
-/// One connection with its peer checked: what [`dial`] does at each attempt, for those who look at every step.
-pub async fn connect(
-    carrier: &Carrier,
-    credentials: Option<&Credentials>,
-    expect: &ExpectPeer,
-) -> Result<Connection, LinkError> {
-    let connecting = async {
-        match (carrier, credentials) {
-            (Carrier::Tcp(address), Some(credentials)) => {
-                over_tls(&tcp::Dialler { address }, carrier, credentials, expect).await
-            }
-            (Carrier::Tcp(_), None) => Err(LinkError::NoCredentials {
-                carrier: carrier.clone(),
-            }),
-            (Carrier::Unix(path), _) => {
-                let (stream, peer) = unix::connect(path).await?;
-                Ok(Connection::new(stream, peer))
-            }
-        }
-    };
-    tokio::time::timeout(CONNECT_TIMEOUT, connecting)
-        .await
-        .unwrap_or_else(|_| {
-            Err(LinkError::Timeout {
-                carrier: carrier.clone(),
-            })
-        })
-}
-
-/// A connection of a dialler, over TLS with our certificate.
-pub(super) async fn over_tls(
-    dialler: &impl Dial,
-    carrier: &Carrier,
-    credentials: &Credentials,
-    expect: &ExpectPeer,
-) -> Result<Connection, LinkError> {
-    let Unverified { io, origin } = dialler.dial().await?;
-    let seen = Seen::default();
-    let failed = |source| LinkError::Handshake {
-        peer: carrier.to_string(),
-        claimed: seen.text(),
-        source: in_words(source),
-    };
-    let material = credentials.material();
-    let (roots, key) = (&material.roots, &material.key);
-    let config = tls::client(roots, key, expect.clone(), seen.clone())
-        .map_err(|error| failed(io::Error::other(error)))?;
-    let stream = tls::connect(io, config).await.map_err(failed)?;
-    let Some(identity) = seen.identity() else {
-        return Err(failed(io::Error::other("the peer showed no identity")));
-    };
-    let certificate = Shown::of(tls::peer_chain(&stream));
-    let certificate = certificate.map_err(|error| failed(io::Error::other(error)))?;
-    let peer = Peer::Tls {
-        identity,
-        origin,
-        certificate,
-    };
-    Ok(Connection::new(stream, peer))
 }

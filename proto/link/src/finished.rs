@@ -103,7 +103,7 @@ impl PeerLimits {
             }
             // Our own user, who shares the socket with nobody.
             Peer::Unix { uid, .. } => ((Kind::Others, uid.to_string()), self.most),
-            Peer::Pinned { .. } => ((Kind::Others, String::new()), half),
+            Peer::Pinned { .. } | Peer::Command => ((Kind::Others, String::new()), half),
         };
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.take(&key, of_peer, self.most)?;
@@ -143,7 +143,7 @@ impl<S> Bounded<S> {
     fn refuse(&mut self, peer: &Peer, full: Full) {
         let who = match peer {
             Peer::Tls { identity, .. } => identity.to_string(),
-            Peer::Unix { .. } | Peer::Pinned { .. } => String::new(),
+            Peer::Unix { .. } | Peer::Pinned { .. } | Peer::Command => String::new(),
         };
         let verdict = self.log.event(Instant::now(), who);
         accept::left_out(verdict.left_out);

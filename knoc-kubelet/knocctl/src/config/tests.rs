@@ -42,7 +42,7 @@ fn the_current_context_with_its_paths() {
     assert_eq!(files.cert, Path::new("/home/ann/me.crt"));
     assert_eq!(files.key, Path::new("/etc/me.key"));
     let context = parsed(GOOD, Some("here")).unwrap();
-    assert_eq!(context.carrier.to_string(), "unix:/run/knoc/agent.sock");
+    assert_eq!(context.route.to_string(), "unix:/run/knoc/agent.sock");
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn the_socket_goes_before_a_context_that_nobody_asked_for() {
 fn without_a_file_the_socket() {
     let context = load(None, None, &here()).unwrap();
     assert_eq!(
-        context.carrier.to_string(),
+        context.route.to_string(),
         "unix:/home/ann/.local/state/knoc/socket/agent.sock"
     );
     let folder = tempfile::tempdir().unwrap();
@@ -118,7 +118,7 @@ fn without_a_file_the_socket() {
     run.places.runtime_dir = Some(folder.path().to_owned());
     let context = load(None, None, &run).unwrap();
     let place = folder.path().join("knoc/agent.sock");
-    assert_eq!(context.carrier, Carrier::Unix(place));
+    assert_eq!(context.route, Carrier::Unix(place).into());
     let error = load(None, Some("x"), &here()).unwrap_err();
     assert!(matches!(error, ConfigError::NoFile { .. }));
 }

@@ -1,0 +1,113 @@
+//! One connection to one address, with its peer checked.
+use std::io;
+
+use super::{
+    CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer, Shown,
+    carrier::{
+        Dial, Unverified,
+        exec::{self, COMMAND_TIMEOUT, marker::Speaks},
+        ssh, tcp, unix,
+    },
+    tls::{self, Seen, in_words},
+};
+
+/// One connection with its peer checked: what [`dial`](super::dial()) does at each attempt, for those who look at every step.
+pub async fn connect(
+    carrier: &Carrier,
+    credentials: Option<&Credentials>,
+    expect: &ExpectPeer,
+) -> Result<Connection, LinkError> {
+    let speaks = match credentials {
+        Some(_) => Speaks::Tls,
+        None => Speaks::Plain,
+    };
+    let connecting = async {
+        match (carrier, credentials) {
+            (Carrier::Tcp(address), Some(credentials)) => {
+                over_tls(&tcp::Dialler { address }, carrier, credentials, expect).await
+            }
+            (Carrier::Tcp(_), None) => Err(LinkError::NoCredentials {
+                carrier: carrier.clone(),
+            }),
+            (Carrier::Unix(path), _) => {
+                let (stream, peer) = unix::connect(path).await?;
+                Ok(Connection::new(stream, peer))
+            }
+            (Carrier::Exec(argv), _) => {
+                let dialler = exec::Dialler {
+                    argv,
+                    carrier,
+                    speaks,
+                };
+                over_command(&dialler, carrier, credentials, expect).await
+            }
+            (Carrier::Ssh(ssh), _) => {
+                let dialler = ssh::Dialler {
+                    ssh,
+                    carrier,
+                    speaks,
+                };
+                over_command(&dialler, carrier, credentials, expect).await
+            }
+        }
+    };
+    // A command has its own limit, whose error says what the command wrote meanwhile.
+    let limit = if carrier.starts_a_process() {
+        COMMAND_TIMEOUT + CONNECT_TIMEOUT
+    } else {
+        CONNECT_TIMEOUT
+    };
+    tokio::time::timeout(limit, connecting)
+        .await
+        .unwrap_or_else(|_| {
+            Err(LinkError::Timeout {
+                carrier: carrier.clone(),
+            })
+        })
+}
+
+/// A connection over a command: over TLS if we have a certificate. Without one the far socket has checked its peer's user,
+/// and who is at the far side is what the command makes of it.
+async fn over_command(
+    dialler: &impl Dial,
+    carrier: &Carrier,
+    credentials: Option<&Credentials>,
+    expect: &ExpectPeer,
+) -> Result<Connection, LinkError> {
+    match credentials {
+        Some(credentials) => over_tls(dialler, carrier, credentials, expect).await,
+        None => Ok(Connection::new(dialler.dial().await?.io, Peer::Command)),
+    }
+}
+
+/// A connection of a dialler, over TLS with our certificate.
+pub(super) async fn over_tls(
+    dialler: &impl Dial,
+    carrier: &Carrier,
+    credentials: &Credentials,
+    expect: &ExpectPeer,
+) -> Result<Connection, LinkError> {
+    let Unverified { io, origin } = dialler.dial().await?;
+    let seen = Seen::default();
+    let failed = |source| LinkError::Handshake {
+        peer: carrier.to_string(),
+        claimed: seen.text(),
+        source: in_words(source),
+    };
+    let material = credentials.material();
+    let (roots, key) = (&material.roots, &material.key);
+    let config = tls::client(roots, key, expect.clone(), seen.clone())
+        .map_err(|error| failed(io::Error::other(error)))?;
+    let stream = tls::connect(io, config).await.map_err(failed)?;
+    let Some(identity) = seen.identity() else {
+        return Err(failed(io::Error::other("the peer showed no identity")));
+    };
+    let certificate = Shown::of(tls::peer_chain(&stream));
+    let certificate = certificate.map_err(|error| failed(io::Error::other(error)))?;
+    let peer = Peer::Tls {
+        identity,
+        origin,
+        certificate,
+    };
+    Ok(Connection::new(stream, peer))
+}
