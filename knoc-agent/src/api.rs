@@ -36,7 +36,7 @@ use tonic::{Request, Response, Status, Streaming, service::interceptor::Intercep
 use self::host_paths::HostPaths;
 use crate::{
     doctor,
-    pod::input::Refused,
+    pod::input::RequestError,
     policy::nodes::may_lead,
     registry::{
         Registry,
@@ -126,7 +126,7 @@ impl Service {
             node: asks.node,
             epoch: asks.epoch,
         };
-        let leads = lead::judge(peer, claim, &policy.nodes, now).map_err(refused)?;
+        let leads = lead::judge(peer, claim, &policy.nodes, now).map_err(status)?;
         let checked = Checked {
             cluster_id: asks.cluster_id.to_owned(),
             configured: policy.cluster_id.clone(),
@@ -136,7 +136,7 @@ impl Service {
             now: now.as_second(),
         };
         let verified = self.0.pin.verify(&checked.asked()).await;
-        verified.map_err(refused)?;
+        verified.map_err(status)?;
         Ok(checked)
     }
 
@@ -165,7 +165,7 @@ impl Service {
     /// Records what a valid request claims.
     async fn claim(&self, checked: &Checked) -> Result<(), Status> {
         let claimed = self.0.pin.claim(&checked.asked()).await;
-        claimed.map_err(refused)
+        claimed.map_err(status)
     }
 }
 
@@ -234,8 +234,8 @@ pub async fn serve(service: Service, incoming: knoc_link::Incoming, stop: Cancel
     }
 }
 
-fn refused(refused: Refused) -> Status {
-    refused.reason.status(refused.message)
+fn status(error: RequestError) -> Status {
+    error.reason.status(error.message)
 }
 
 fn uid(text: &str) -> Result<PodUid, Status> {
@@ -329,7 +329,7 @@ impl pb::agent_server::Agent for Service {
         self.claim(&checked).await?;
         let registry = &self.0.registry;
         let ensured = registry.ensure(spec, values, request.cluster_id).await;
-        let (pod, created) = ensured.map_err(refused)?;
+        let (pod, created) = ensured.map_err(status)?;
         Ok(Response::new(pb::EnsurePodResponse {
             pod: Some(pod),
             created,
@@ -351,7 +351,7 @@ impl pb::agent_server::Agent for Service {
             .map(Duration::from_secs);
         let deleted = self.0.registry.delete(&uid, grace, request.reason).await;
         Ok(Response::new(pb::DeletePodResponse {
-            pod: Some(deleted.map_err(refused)?),
+            pod: Some(deleted.map_err(status)?),
         }))
     }
 
@@ -365,7 +365,7 @@ impl pb::agent_server::Agent for Service {
         let (cluster_id, epoch) = (&request.cluster_id, request.leadership_epoch);
         self.check_pod(peer.as_ref(), &uid, cluster_id, epoch)
             .await?;
-        self.0.registry.forget(&uid).await.map_err(refused)?;
+        self.0.registry.forget(&uid).await.map_err(status)?;
         Ok(Response::new(pb::ForgetPodResponse {}))
     }
 
@@ -400,11 +400,7 @@ impl pb::agent_server::Agent for Service {
         self.check_pod(peer.as_ref(), &uid, cluster_id, epoch)
             .await?;
         let values = request.values.unwrap_or_default();
-        self.0
-            .registry
-            .update(&uid, values)
-            .await
-            .map_err(refused)?;
+        self.0.registry.update(&uid, values).await.map_err(status)?;
         Ok(Response::new(pb::UpdateValuesResponse {}))
     }
 
@@ -466,8 +462,7 @@ impl pb::agent_server::Agent for Service {
         let site = &self.0.site;
         let request = submit_request(site, &spec, "");
         let rendered = site.scheduler.render(&request);
-        let rendered =
-            rendered.map_err(|refusal| ErrorReason::InvalidSpec.status(refusal.words))?;
+        let rendered = rendered.map_err(|error| ErrorReason::InvalidSpec.status(error.message))?;
         Ok(Response::new(pb::RenderScriptResponse {
             script: rendered.script,
             argv: rendered.argv,

@@ -129,7 +129,7 @@ impl App {
         let mut tasks = JoinSet::new();
         let background = actors.child_token();
         tasks.spawn(shim_links::serve(
-            site.shims.clone(),
+            site.shim_links.clone(),
             shim_hop,
             background.clone(),
         ));

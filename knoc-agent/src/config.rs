@@ -64,7 +64,7 @@ pub struct Config {
     /// Others may own and write what lies under `image_roots`: whoever can, chooses what this account runs.
     #[serde(default)]
     pub trust_shared_roots: bool,
-    /// Folders under which pods may mount host paths: none yet, since every `hostPath` is refused.
+    /// Folders under which pods may mount host paths: none yet, since every `hostPath` is rejected.
     #[serde(default)]
     pub host_paths: Vec<PathBuf>,
     /// Where the agent listens.

@@ -9,12 +9,12 @@
 //!  ┌──▼─ BeforeJob ────────────────────────────────────────────────────────────┐
 //!  │ Accepted ─► Staging ⟲ image back-off                                      │
 //!  │               │ job.pb, images, keys are there                            │
-//!  │               ▼           refused for now                                 │
+//!  │               ▼           rejected for now                                │
 //!  │ look by  Submitting ◄───────────────────► Throttled{retry_at}             │
 //!  │ name  ◄──┘ │   ▲                                                          │
 //!  └────────────│───│─────────────────────────────────────────────────────┬────┘
 //!      accepted │   │ the claim is another job's: look by name            │ deleted, or
-//!  ┌──────────  ▼   │  WithJob{placement, stage} ─────────────────────┐   │ refused for good
+//!  ┌──────────  ▼   │  WithJob{placement, stage} ─────────────────────┐   │ rejected for good
 //!  │         Queued ──────────────────────────────┐                   │   │
 //!  │           │ round, or a report               │ Delete, or waits  │   │
 //!  │           ▼          Delete, or overdue      ▼ for ever          │   │

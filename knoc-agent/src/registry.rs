@@ -28,7 +28,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     pod::{
         actor::{self, NewActor, Restored},
-        input::{INPUTS, Input, Refused, Reply, Wanted},
+        input::{INPUTS, Input, Reply, RequestError, Wanted},
     },
     site::Site,
 };
@@ -133,7 +133,7 @@ impl Registry {
         spec: PodSpec,
         values: PodValues,
         cluster_id: String,
-    ) -> Result<(pb::PodObserved, bool), Refused> {
+    ) -> Result<(pb::PodObserved, bool), RequestError> {
         let uid = spec.uid();
         let handle = {
             let mut pods = self.lock();
@@ -141,7 +141,7 @@ impl Registry {
                 Some(handle) => handle.clone(),
                 None if pods.len() >= self.limit => {
                     let message = format!("this agent runs at most {} pods", self.limit);
-                    return Err(Refused::new(ErrorReason::Overloaded, message));
+                    return Err(RequestError::new(ErrorReason::Overloaded, message));
                 }
                 None => {
                     let handle = self.start(uid, None);
@@ -166,7 +166,7 @@ impl Registry {
         uid: &PodUid,
         grace: Option<Duration>,
         reason: String,
-    ) -> Result<pb::PodObserved, Refused> {
+    ) -> Result<pb::PodObserved, RequestError> {
         let handle = self.get(uid)?;
         ask(&handle, |reply| Input::Delete {
             grace,
@@ -177,13 +177,13 @@ impl Registry {
     }
 
     /// Handles `ForgetPod`.
-    pub async fn forget(&self, uid: &PodUid) -> Result<(), Refused> {
+    pub async fn forget(&self, uid: &PodUid) -> Result<(), RequestError> {
         let handle = self.get(uid)?;
         ask(&handle, |reply| Input::Forget { reply }).await
     }
 
     /// Handles `UpdateValues`.
-    pub async fn update(&self, uid: &PodUid, values: pb::PodValues) -> Result<(), Refused> {
+    pub async fn update(&self, uid: &PodUid, values: pb::PodValues) -> Result<(), RequestError> {
         let handle = self.get(uid)?;
         let values = Box::new(values);
         ask(&handle, |reply| Input::Values { values, reply }).await
@@ -224,9 +224,9 @@ impl Registry {
         self.tasks.wait().await;
     }
 
-    fn get(&self, uid: &PodUid) -> Result<Handle, Refused> {
+    fn get(&self, uid: &PodUid) -> Result<Handle, RequestError> {
         let found = self.lock().get(uid).cloned();
-        found.ok_or_else(|| Refused::new(ErrorReason::NotFound, format!("no pod {uid}")))
+        found.ok_or_else(|| RequestError::new(ErrorReason::NotFound, format!("no pod {uid}")))
     }
 
     fn start(&self, uid: &PodUid, restored: Option<Restored>) -> Handle {
@@ -245,26 +245,26 @@ impl Registry {
 }
 
 /// Sends a request to an actor and waits for its answer.
-async fn ask<T>(handle: &Handle, input: impl FnOnce(Reply<T>) -> Input) -> Result<T, Refused> {
+async fn ask<T>(handle: &Handle, input: impl FnOnce(Reply<T>) -> Input) -> Result<T, RequestError> {
     let (reply, answer) = oneshot::channel();
     handle
         .input
         .try_send(input(reply))
         .map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
-                Refused::new(ErrorReason::Overloaded, "the pod's queue is full")
+                RequestError::new(ErrorReason::Overloaded, "the pod's queue is full")
             }
             mpsc::error::TrySendError::Closed(_) => {
-                Refused::new(ErrorReason::NotFound, "the pod is being forgotten")
+                RequestError::new(ErrorReason::NotFound, "the pod is being forgotten")
             }
         })?;
     match tokio::time::timeout(ANSWER, answer).await {
         Ok(Ok(result)) => result,
-        Ok(Err(_)) => Err(Refused::new(
+        Ok(Err(_)) => Err(RequestError::new(
             ErrorReason::ShuttingDown,
             "the agent is stopping",
         )),
-        Err(_) => Err(Refused::new(
+        Err(_) => Err(RequestError::new(
             ErrorReason::Internal,
             "the pod's record could not be written in time: is the state directory's file system slow?",
         )),

@@ -71,8 +71,8 @@ pub struct Rendered {
 
 /// What a failed submission means for the next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum RefusalKind {
-    /// The same request will be refused again: the pod fails with the scheduler's message.
+pub enum SubmitErrorKind {
+    /// The same request will be rejected again: the pod fails with the scheduler's message.
     Permanent,
     /// A limit is reached at the moment: wait and try again.
     Throttled,
@@ -87,23 +87,23 @@ pub enum RefusalKind {
 
 /// A job was not accepted, or it is not known whether it was.
 #[derive(Debug, thiserror::Error)]
-#[error("{words}")]
-pub struct Refusal {
+#[error("{message}")]
+pub struct SubmitError {
     /// What to do next.
-    pub kind: RefusalKind,
+    pub kind: SubmitErrorKind,
     /// The scheduler's own message, or ours if the scheduler was not called.
-    pub words: String,
+    pub message: String,
     /// The failed command, if there was one; its text contains the message.
     pub command: Option<CommandError>,
 }
 
-impl Refusal {
+impl SubmitError {
     /// An error of our own, before the scheduler was called.
     #[must_use]
-    pub fn permanent(words: impl Into<String>) -> Self {
+    pub fn permanent(message: impl Into<String>) -> Self {
         Self {
-            kind: RefusalKind::Permanent,
-            words: words.into(),
+            kind: SubmitErrorKind::Permanent,
+            message: message.into(),
             command: None,
         }
     }
@@ -175,7 +175,7 @@ impl Scheduler {
 
     /// What [`Self::submit`] would submit. PURE apart from the partition limits of the last
     /// [`Self::node_info`].
-    pub fn render(&self, request: &SubmitRequest) -> Result<Rendered, Refusal> {
+    pub fn render(&self, request: &SubmitRequest) -> Result<Rendered, SubmitError> {
         match self {
             Self::Slurm(slurm) => slurm.render(request),
             Self::Local(local) => local.render(request),
@@ -184,15 +184,15 @@ impl Scheduler {
 
     /// Submits a job. Waits for our own rate limit first; `allowed` is checked after any wait,
     /// right before the job is submitted, and its error is returned. After
-    /// [`RefusalKind::Ambiguous`] or a crash, it must not be called again for a pod until
+    /// [`SubmitErrorKind::Ambiguous`] or a crash, it must not be called again for a pod until
     /// [`Self::find`] has found no job.
     ///
     /// Cancel safety: if the call is dropped, the outcome is ambiguous.
     pub async fn submit(
         &self,
         request: &SubmitRequest,
-        allowed: impl Future<Output = Result<(), Refusal>>,
-    ) -> Result<Submitted, Refusal> {
+        allowed: impl Future<Output = Result<(), SubmitError>>,
+    ) -> Result<Submitted, SubmitError> {
         match self {
             Self::Slurm(slurm) => slurm.submit(request, allowed).await,
             Self::Local(local) => local.submit(request, allowed).await,

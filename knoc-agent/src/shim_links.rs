@@ -170,7 +170,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Accepts links until `stop` is cancelled.
-pub async fn serve(shims: ShimLinks, mut incoming: Incoming, stop: CancellationToken) {
+pub async fn serve(links: ShimLinks, mut incoming: Incoming, stop: CancellationToken) {
     let mut tasks = JoinSet::new();
     let mut log = LogLimit::default();
     loop {
@@ -195,7 +195,7 @@ pub async fn serve(shims: ShimLinks, mut incoming: Incoming, stop: CancellationT
             tracing::warn!(peer = %connection.peer(), "a connection on the port for shims is not from a shim");
             continue;
         };
-        let route = lock(&shims.0.pins).get(&*spki).cloned();
+        let route = lock(&links.0.pins).get(&*spki).cloned();
         let admitted = route.ok_or("its key is not known").and_then(|route| {
             match Arc::clone(&route.places).try_acquire_owned() {
                 Ok(place) if tasks.len() < LINKS => Ok((route, place)),
@@ -219,7 +219,7 @@ pub async fn serve(shims: ShimLinks, mut incoming: Incoming, stop: CancellationT
         let client = ShimClient::new(RawClient::new(knoc_link::near_side(connection)))
             .max_decoding_message_size(knoc_link::MAX_MESSAGE)
             .max_encoding_message_size(knoc_link::MAX_MESSAGE);
-        let following = follow(shims.clone(), route, client, stop.clone());
+        let following = follow(links.clone(), route, client, stop.clone());
         tasks.spawn(following.map(|()| drop(place)));
     }
     tasks.shutdown().await;
@@ -227,7 +227,7 @@ pub async fn serve(shims: ShimLinks, mut incoming: Incoming, stop: CancellationT
 
 /// Follows one link: every report becomes an event, until the link is gone. The link is open from
 /// its first report on, which names the shim's capabilities.
-async fn follow(shims: ShimLinks, route: Route, mut client: Client, stop: CancellationToken) {
+async fn follow(links: ShimLinks, route: Route, mut client: Client, stop: CancellationToken) {
     let uid = &route.uid;
     let begun = async {
         let watched = client.watch_report(pb::WatchReportRequest {}).await?;
@@ -248,7 +248,7 @@ async fn follow(shims: ShimLinks, route: Route, mut client: Client, stop: Cancel
         }
     };
     let about = next.as_ref().map(About::of).unwrap_or_default();
-    let number = shims.open(uid, client, about);
+    let number = links.open(uid, client, about);
     tracing::debug!(%uid, "the shim's link is up");
     let mut input_open = route.input.send(Input::Link).await.is_ok();
     // After the final report there are no more.
@@ -267,7 +267,7 @@ async fn follow(shims: ShimLinks, route: Route, mut client: Client, stop: Cancel
             }
         }
     }
-    if shims.close(uid, number) {
+    if links.close(uid, number) {
         // If the actor has ended, no one needs to know.
         drop(route.input.send(Input::Link).await);
     }
@@ -283,16 +283,16 @@ mod tests {
         let fake = Fake::new("").await;
         let uid = PodUid::try_from("a").unwrap();
         fake.ensure(&uid).await;
-        let shims = &fake.site.shims;
-        let route = lock(&shims.0.pins).values().next().unwrap().clone();
+        let links = &fake.site.shim_links;
+        let route = lock(&links.0.pins).values().next().unwrap().clone();
         let nowhere = || {
             let endpoint = tonic::transport::Endpoint::from_static("http://127.0.0.1:1");
             ShimClient::new(RawClient::new(endpoint.connect_lazy()))
         };
-        let older = shims.open(&uid, nowhere(), About::default());
-        assert!(shims.close(&uid, older));
+        let older = links.open(&uid, nowhere(), About::default());
+        assert!(links.close(&uid, older));
         // The shim reconnects before the old link's loss is noticed.
-        shims.open(&uid, nowhere(), About::default());
+        links.open(&uid, nowhere(), About::default());
         for _of in ["the new one", "the older one"] {
             route.input.send(Input::Link).await.unwrap();
         }

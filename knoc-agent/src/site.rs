@@ -12,7 +12,7 @@ use crate::{
     lease::{Holder, LeaseError},
     policy::Live,
     registry::board::Board,
-    scheduler::{Refusal, RefusalKind, Scheduler},
+    scheduler::{Scheduler, SubmitError, SubmitErrorKind},
     shim_links::ShimLinks,
     versions::Versions,
 };
@@ -57,7 +57,7 @@ pub struct Site {
     /// What outsiders see.
     pub board: Board,
     /// Links of live shims.
-    pub shims: ShimLinks,
+    pub shim_links: ShimLinks,
     /// Wakes the poller: something is expected.
     pub poll_soon: Arc<Notify>,
     /// Bounds how many new pods are put on disk at the same time: each syncs its files by as many threads.
@@ -68,9 +68,9 @@ pub struct Site {
 
 impl Site {
     /// May a job be submitted now? Reads the lease file: for [`Scheduler::submit`], which asks at the last moment.
-    pub async fn may_submit(&self) -> Result<(), Refusal> {
+    pub async fn may_submit(&self) -> Result<(), SubmitError> {
         let lease = self.lease.clone();
-        let words = match tokio::task::spawn_blocking(move || lease.check()).await {
+        let message = match tokio::task::spawn_blocking(move || lease.check()).await {
             Ok(Ok(())) => {
                 crash::point("agent.sbatch.before");
                 return Ok(());
@@ -82,9 +82,9 @@ impl Site {
             Ok(Err(error)) => chain(&error),
             Err(error) => chain(&error),
         };
-        Err(Refusal {
-            kind: RefusalKind::Throttled,
-            words,
+        Err(SubmitError {
+            kind: SubmitErrorKind::Throttled,
+            message,
             command: None,
         })
     }

@@ -143,8 +143,8 @@ mod tests {
         assert_eq!(at(first), Some(1));
         tokio::time::advance(FRESH).await;
         assert_eq!(at(stats.one(uid(), absent, soon()).await), Some(1));
-        let refused = ready(Err(Status::unimplemented("older")));
-        assert_eq!(at(stats.one(uid(), Some(refused), soon()).await), Some(1));
+        let rejected = ready(Err(Status::unimplemented("older")));
+        assert_eq!(at(stats.one(uid(), Some(rejected), soon()).await), Some(1));
         tokio::time::advance(FRESH).await;
         let began = Instant::now();
         let hangs = Some(pending::<Answer>());

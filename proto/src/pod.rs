@@ -299,13 +299,13 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
     }
 }
 
-/// A pod's values that passed all checks against its shape.
-#[derive(Debug, Clone, PartialEq)]
+/// A pod's values that passed all checks against its shape. The default has no value at all, which suits every shape.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct PodValues(pb::PodValues);
 
 impl PodValues {
-    /// Checks `values` against the shape they belong to.
-    pub fn check(values: pb::PodValues, spec: &PodSpec) -> Result<Self, InvalidPod> {
+    /// Checks `values` against the shape they belong to, and cleans the paths of their files.
+    pub fn check(mut values: pb::PodValues, spec: &PodSpec) -> Result<Self, InvalidPod> {
         let mut problems = Vec::new();
         for env in &values.env {
             if spec.container(&env.container).is_none() {
@@ -318,7 +318,7 @@ impl PodValues {
                 check_variable(&env.container, var, &mut problems);
             }
         }
-        for volume in &values.files {
+        for volume in &mut values.files {
             let is_files = spec.volumes.iter().any(|known| {
                 known.name == volume.volume
                     && matches!(known.source, Some(pb::volume::Source::Files(_)))
@@ -330,19 +330,20 @@ impl PodValues {
                 ));
             }
             let mut known = HashSet::new();
-            for file in &volume.files {
+            for file in &mut volume.files {
                 match paths::of_file(&file.path) {
                     Err(error) => problems.push(format!(
                         "volume {:?}: the file path {:?} {error}",
                         volume.volume, file.path
                     )),
                     Ok(path) => {
-                        if !known.insert(path) {
+                        if !known.insert(path.clone()) {
                             problems.push(format!(
                                 "volume {:?} has {:?} twice",
                                 volume.volume, file.path
                             ));
                         }
+                        file.path = path;
                     }
                 }
                 if file.mode > 0o7777 {

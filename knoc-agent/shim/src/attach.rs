@@ -31,7 +31,7 @@ use crate::launch::set_terminal_size;
 /// How long the program must be silent, after a client's input has ended, for the client to be detached; and how long
 /// that is waited for.
 const SILENCE: Duration = Duration::from_secs(1);
-const PATIENCE: Duration = Duration::from_secs(5);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The code that goes with an `error`: the program's own is not known yet.
 const DETACHED: i32 = 1;
@@ -59,17 +59,17 @@ impl Session {
             let message = format!("container {name} {has} terminal: attach the same way");
             return Err(ErrorReason::InvalidRequest.status(message));
         }
-        let refused = |why: hub::Refused| {
+        let failed = |why: hub::AttachError| {
             let reason = match why {
-                hub::Refused::TooMany => ErrorReason::Overloaded,
-                hub::Refused::NoStdin | hub::Refused::StdinClosed | hub::Refused::StdinTaken => {
-                    ErrorReason::InvalidRequest
-                }
+                hub::AttachError::TooMany => ErrorReason::Overloaded,
+                hub::AttachError::NoStdin
+                | hub::AttachError::StdinClosed
+                | hub::AttachError::StdinTaken => ErrorReason::InvalidRequest,
             };
             reason.status(format!("attach to container {name}: {why}"))
         };
-        let queue = hub.attach(start.stdout, start.stderr).map_err(refused)?;
-        let stdin = start.stdin.then(|| hub.stdin().map_err(refused));
+        let queue = hub.attach(start.stdout, start.stderr).map_err(failed)?;
+        let stdin = start.stdin.then(|| hub.stdin().map_err(failed));
         let stdin = stdin.transpose()?;
         if let (Some(terminal), Some(size)) = (hub.terminal(), &start.size) {
             set_terminal_size(terminal.fd(), window(Some(size)));
@@ -100,7 +100,7 @@ pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
     tokio::pin!(delivering, feeding);
     let mut fed: Option<Instant> = None;
     let exit = loop {
-        let silence = fed.map(|at| (queue.last().max(at) + SILENCE).min(at + PATIENCE));
+        let silence = fed.map(|at| (queue.last().max(at) + SILENCE).min(at + SILENCE_TIMEOUT));
         tokio::select! {
             biased;
             () = output.closed() => return,
@@ -119,7 +119,7 @@ pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
 /// Is the wait after the end of the input, at `fed`, over? The program may have written meanwhile.
 fn over(queue: &Queue, fed: Instant) -> bool {
     let now = Instant::now();
-    now >= queue.last().max(fed) + SILENCE || now >= fed + PATIENCE
+    now >= queue.last().max(fed) + SILENCE || now >= fed + SILENCE_TIMEOUT
 }
 
 async fn until(at: Option<Instant>) {

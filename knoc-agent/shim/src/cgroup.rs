@@ -19,7 +19,7 @@ pub(super) enum Version {
 
 /// Where this process stands for one controller.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct ControllerCgroup {
     pub(super) version: Version,
     /// Its own folder and those above, up to the job's.
     pub(super) folders: Vec<PathBuf>,
@@ -28,14 +28,14 @@ pub(super) struct Place {
 }
 
 /// Where the calling process stands for a v1 controller, or its v2 counterpart.
-pub(super) fn place(controller: &str) -> Option<Place> {
+pub(super) fn controller_cgroup(controller: &str) -> Option<ControllerCgroup> {
     let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     find(&cgroups, &mounts, controller)
 }
 
 /// PURE
-fn find(cgroups: &str, mounts: &str, controller: &str) -> Option<Place> {
+fn find(cgroups: &str, mounts: &str, controller: &str) -> Option<ControllerCgroup> {
     let (version, root, folder) = locate(cgroups, mounts, controller)?;
     let above = folder
         .ancestors()
@@ -48,7 +48,7 @@ fn find(cgroups: &str, mounts: &str, controller: &str) -> Option<Place> {
             .file_name()
             .is_some_and(|name| name.as_encoded_bytes().starts_with(b"job_"))
         {
-            return Some(Place {
+            return Some(ControllerCgroup {
                 version,
                 folders,
                 of_job: true,
@@ -56,7 +56,7 @@ fn find(cgroups: &str, mounts: &str, controller: &str) -> Option<Place> {
         }
     }
     folders.truncate(1);
-    Some(Place {
+    Some(ControllerCgroup {
         version,
         folders,
         of_job: false,
@@ -118,8 +118,8 @@ impl JobCgroup {
     /// Finds those of the calling process's job.
     pub(crate) fn find() -> Self {
         let of_job = |controller| {
-            let place = place(controller).filter(|place| place.of_job)?;
-            Some((place.version, place.folders.last()?.clone()))
+            let cgroup = controller_cgroup(controller).filter(|cgroup| cgroup.of_job)?;
+            Some((cgroup.version, cgroup.folders.last()?.clone()))
         };
         Self {
             cpu: of_job("cpuacct"),
@@ -210,32 +210,32 @@ mod tests {
     fn both_generations_are_found() {
         let v1 = "5:cpu,cpuacct:/slurm/uid_1/job_7/step_batch/task_0\n\
                   4:memory:/slurm/job_7/step_batch\n0::/\n";
-        let place = find(v1, MOUNTS, "memory").unwrap();
+        let cgroup = find(v1, MOUNTS, "memory").unwrap();
         let folder = Path::new("/sys/fs/cgroup/memory/slurm/job_7/step_batch");
-        assert_eq!(place.folders[0], folder);
-        assert_eq!(place.folders[1], folder.parent().unwrap());
-        assert_eq!((place.version, place.of_job), (Version::V1, true));
-        let place = find(v1, MOUNTS, "cpuacct").unwrap();
+        assert_eq!(cgroup.folders[0], folder);
+        assert_eq!(cgroup.folders[1], folder.parent().unwrap());
+        assert_eq!((cgroup.version, cgroup.of_job), (Version::V1, true));
+        let cgroup = find(v1, MOUNTS, "cpuacct").unwrap();
         let job = Path::new("/sys/fs/cgroup/cpu,cpuacct/slurm/uid_1/job_7");
-        assert_eq!(place.folders.last().unwrap(), job);
+        assert_eq!(cgroup.folders.last().unwrap(), job);
         let slurm = "0::/system.slice/slurmstepd.scope/job_9/step_batch/user/task_0\n";
-        let place = find(slurm, MOUNTS, "cpuacct").unwrap();
+        let cgroup = find(slurm, MOUNTS, "cpuacct").unwrap();
         assert!(
-            place
+            cgroup
                 .folders
                 .last()
                 .unwrap()
                 .ends_with("slurmstepd.scope/job_9")
         );
-        assert_eq!((place.version, place.of_job), (Version::V2, true));
+        assert_eq!((cgroup.version, cgroup.of_job), (Version::V2, true));
     }
 
     #[test]
     fn a_cgroup_that_is_no_jobs_is_not_taken_for_one() {
-        let place = find("0::/user.slice/x\n", MOUNTS, "memory").unwrap();
-        assert!(!place.of_job);
+        let cgroup = find("0::/user.slice/x\n", MOUNTS, "memory").unwrap();
+        assert!(!cgroup.of_job);
         assert_eq!(
-            place.folders,
+            cgroup.folders,
             [Path::new("/sys/fs/cgroup/unified/user.slice/x")]
         );
         assert_eq!(find("", "", "memory"), None);

@@ -16,9 +16,11 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_contract::launch::LaunchSpec;
-use knoc_contract::logs::{cri, read::last_text, writer::Losses};
-use knoc_proto::{error::chain, pb};
+use knoc_contract::{
+    launch::LaunchSpec,
+    logs::{cri, read::last_text, writer::Losses},
+};
+use knoc_proto::{error::chain, pb, pod::PodValues};
 use tokio::{
     net::UnixStream,
     sync::{mpsc, watch},
@@ -103,7 +105,7 @@ pub(crate) struct Attempt {
     pub(crate) spec: Arc<ContainerSpec>,
     /// Restart count.
     pub(crate) number: u32,
-    pub(crate) values: Arc<pb::PodValues>,
+    pub(crate) values: Arc<PodValues>,
     /// Where the log's readers hear of news.
     pub(crate) written: watch::Sender<u64>,
     pub(crate) abort: CancellationToken,

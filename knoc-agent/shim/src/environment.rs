@@ -10,6 +10,7 @@ use knoc_contract::launch::{LaunchSpec, Window};
 use knoc_proto::{
     expand::{self, RuntimeFields},
     paths, pb,
+    pod::PodValues,
 };
 
 use super::gpus;
@@ -40,7 +41,7 @@ pub(crate) struct Facts {
 pub(crate) fn launch_spec(
     container: &pb::Container,
     image: &pb::ImageConfig,
-    values: &pb::PodValues,
+    values: &PodValues,
     facts: &Facts,
 ) -> LaunchSpec {
     let own = values
@@ -175,6 +176,8 @@ pub(crate) fn termination_log(container: &pb::Container, mounted: &[&Path]) -> T
 
 #[cfg(test)]
 mod tests {
+    use knoc_proto::pod::PodSpec;
+
     use super::*;
 
     fn strings(list: &[&str]) -> Vec<String> {
@@ -219,7 +222,7 @@ mod tests {
             tty: true,
             ..Default::default()
         };
-        let spec = launch_spec(&container, &image, &pb::PodValues::default(), &facts);
+        let spec = launch_spec(&container, &image, &PodValues::default(), &facts);
         assert_eq!(spec.env, [&b"PATH=/i"[..], b"HOSTNAME=pod", b"TERM=xterm"]);
         assert_eq!(spec.cwd, b"/");
         assert_eq!(spec.tty, Some(TERMINAL));
@@ -245,6 +248,11 @@ mod tests {
             limits: Some(limits),
             ..Default::default()
         };
+        let shape = pb::PodSpec {
+            containers: vec![container.clone()],
+            ..Default::default()
+        };
+        let shape = PodSpec::accepted_before("u1".try_into().unwrap(), shape);
         let env = |vars: Vec<pb::EnvVar>| {
             let own = pb::ContainerEnv {
                 container: "c".to_owned(),
@@ -254,6 +262,7 @@ mod tests {
                 env: vec![own],
                 ..Default::default()
             };
+            let values = PodValues::check(values, &shape).unwrap();
             launch_spec(&container, &image, &values, &facts).env[2..].to_vec()
         };
         let libraries = &b"LD_LIBRARY_PATH=/.singularity.d/libs"[..];
@@ -290,7 +299,7 @@ mod tests {
                 ..Facts::default()
             };
             let image = pb::ImageConfig::default();
-            launch_spec(&container(None), &image, &pb::PodValues::default(), &facts)
+            launch_spec(&container(None), &image, &PodValues::default(), &facts)
         };
         assert_eq!(spec(true).user.as_deref(), Some(&b"0"[..]));
         // A process of the node has the node's accounts.

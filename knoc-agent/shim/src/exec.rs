@@ -81,7 +81,7 @@ enum ExecError {
 impl ExecError {
     fn code(&self) -> i32 {
         match self {
-            Self::Launch(HandshakeError::Refused { errno, .. })
+            Self::Launch(HandshakeError::Failed { errno, .. })
                 if *errno == rustix::io::Errno::NOENT.raw_os_error() =>
             {
                 NOT_FOUND

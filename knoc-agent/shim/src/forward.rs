@@ -45,9 +45,9 @@ pub(crate) enum ForwardError {
     /// In the words of a real node.
     #[error(
         "failed to connect to localhost:{port} inside the pod: {}",
-        words(tried)
+        dial_errors(tried)
     )]
-    Refused {
+    ConnectionRefused {
         port: u16,
         tried: Vec<(IpAddr, io::Error)>,
     },
@@ -72,7 +72,7 @@ impl From<ForwardError> for Status {
     }
 }
 
-fn words(tried: &[(IpAddr, io::Error)]) -> String {
+fn dial_errors(tried: &[(IpAddr, io::Error)]) -> String {
     if tried.is_empty() {
         return "connect: connection refused".to_owned();
     }
@@ -103,7 +103,7 @@ pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardEr
             match dial(port, root, Hold::Yes).await {
                 Ok(Some(stream)) => return Ok(stream),
                 // Between two that listen once nobody does.
-                Ok(None) | Err(ForwardError::Refused { .. }) => {}
+                Ok(None) | Err(ForwardError::ConnectionRefused { .. }) => {}
                 Err(error) => return Err(error),
             }
             tokio::time::sleep(BETWEEN_DIALS).await;
@@ -157,7 +157,7 @@ async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, For
             Err(error) => tried.push((address, error)),
         }
     }
-    Err(ForwardError::Refused { port, tried })
+    Err(ForwardError::ConnectionRefused { port, tried })
 }
 
 /// Looks on a blocking thread: a node has many sockets, and a pod many descriptors.
@@ -174,7 +174,7 @@ fn choose(all: &[Listener], own: &HashSet<u64>, port: u16) -> Result<Vec<IpAddr>
         Choice::Own(addresses) => Ok(addresses),
         Choice::Foreign => Err(ForwardError::Foreign { port }),
         Choice::Elsewhere(addresses) => Err(ForwardError::Elsewhere { port, addresses }),
-        Choice::Nobody => Err(ForwardError::Refused {
+        Choice::Nobody => Err(ForwardError::ConnectionRefused {
             port,
             tried: Vec::new(),
         }),
@@ -310,14 +310,14 @@ mod tests {
     }
 
     #[test]
-    fn words_name_both_families() {
+    fn dial_errors_name_both_families() {
         let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
         let tried = [
             ("127.0.0.1".parse().unwrap(), refused()),
             ("::1".parse().unwrap(), io::Error::other("odd")),
         ];
         assert_eq!(
-            words(&tried),
+            dial_errors(&tried),
             "IPv4: dial 127.0.0.1: connect: connection refused, IPv6: dial ::1: connect: odd"
         );
     }

@@ -15,7 +15,7 @@ use crate::launch::{contain::spec::ContainSpec, fds};
 pub(crate) enum HandshakeError {
     /// The launcher could not start the program; in its words.
     #[error("{what}")]
-    Refused {
+    Failed {
         /// 0: none.
         errno: i32,
         what: String,
@@ -116,7 +116,7 @@ async fn replies(socket: &UnixStream) -> Result<Launched, HandshakeError> {
                 Reply::Pid(pid) => launched.pid = Some(pid),
                 Reply::Master => launched.master = descriptors.pop(),
                 Reply::Failed { errno, what } => {
-                    return Err(HandshakeError::Refused { errno, what });
+                    return Err(HandshakeError::Failed { errno, what });
                 }
                 Reply::NoNamespaces { errno, what } => {
                     return Err(HandshakeError::NoNamespaces { errno, what });

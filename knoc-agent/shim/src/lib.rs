@@ -13,7 +13,6 @@
 //! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
 
 mod attach;
-mod beneath;
 mod cgroup;
 mod children;
 mod container;
@@ -30,6 +29,7 @@ mod link;
 mod listeners;
 mod measure;
 mod mounts;
+mod nofollow;
 mod oom;
 mod output;
 mod passwd;
@@ -133,8 +133,8 @@ pub fn main(jobdir: &Path) -> ExitCode {
 }
 
 /// A line on standard error, before there is a log.
-fn say(words: &str) {
-    eprintln!("knoc-agent shim: {}", escape(words));
+fn say(message: &str) {
+    eprintln!("knoc-agent shim: {}", escape(message));
 }
 
 /// Claims the directory, then runs the pod.

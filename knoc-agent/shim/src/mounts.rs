@@ -14,7 +14,7 @@ use knoc_contract::{host::node_name, image_file::FileId, setuid};
 use knoc_proto::pb;
 use rustix::io::Errno;
 
-use super::{beneath, volumes::Mounted};
+use super::{nofollow, volumes::Mounted};
 use crate::{
     launch::contain::spec::{MountSpec, Point, PointBase, Source, SourceError},
     runtime::Bind,
@@ -204,15 +204,15 @@ impl Mounts {
     }
 
     /// What the runtime says of a place, said of what is mounted there: nobody knows the place.
-    pub(crate) fn with_own_names(&self, words: &str) -> String {
+    pub(crate) fn with_own_names(&self, message: &str) -> String {
         let image = self.places.join("image");
-        let mut words = words.replace(&*image.to_string_lossy(), &self.image_path);
+        let mut message = message.replace(&*image.to_string_lossy(), &self.image_path);
         // From the last one: m1 begins m10.
         for (index, mounted) in self.volumes.iter().enumerate().rev() {
             let place = self.place(index);
-            words = words.replace(&*place.to_string_lossy(), &mounted.what);
+            message = message.replace(&*place.to_string_lossy(), &mounted.what);
         }
-        words
+        message
     }
 
     /// For the runtime, by the names that the sources have now. Blocking file work.
@@ -242,7 +242,7 @@ impl Mounts {
             if let Some((_, rest)) = self.message.as_ref().filter(|(mount, _)| *mount == index) {
                 if !mounted.read_only {
                     // A folder that cannot be written gives no message.
-                    beneath::touch_in(&found.fd, rest).ok();
+                    nofollow::touch_in(&found.fd, rest).ok();
                 }
                 named.base = found.fd.try_clone().ok();
             }
@@ -339,7 +339,7 @@ mod tests {
         assert_eq!(places, [&named.image, &named.binds[0].source, &named.agent]);
         assert!(specs[2].read_only, "no container can write our program");
         assert_eq!(specs[1].message.as_deref(), Some(Path::new("log")));
-        let words = mounts.with_own_names("stat /places/image, mount /places/m0: no");
-        assert_eq!(words, "stat /r, mount volume \"v\", path \"sub\": no");
+        let message = mounts.with_own_names("stat /places/image, mount /places/m0: no");
+        assert_eq!(message, "stat /r, mount volume \"v\", path \"sub\": no");
     }
 }

@@ -29,11 +29,11 @@ pub(crate) struct OomCounter {
 impl OomCounter {
     /// Finds the counters of the calling process's cgroup.
     pub(crate) fn find() -> Self {
-        let Some(place) = cgroup::place("memory") else {
+        let Some(cgroup) = cgroup::controller_cgroup("memory") else {
             return Self::default();
         };
-        let folders = place.folders.iter();
-        Self::of(match place.version {
+        let folders = cgroup.folders.iter();
+        Self::of(match cgroup.version {
             Version::V1 => folders.map(|f| f.join("memory.oom_control")).collect(),
             // Each counts those below it as well: the job's has them all.
             Version::V2 => folders

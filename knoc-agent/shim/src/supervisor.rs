@@ -16,6 +16,7 @@ use knoc_contract::logs::writer::Losses;
 use knoc_proto::{
     error::chain,
     pb::{self, EndedBy, OutcomeKind},
+    pod::PodValues,
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -60,7 +61,7 @@ pub(crate) enum Command {
     },
     /// What the containers use, by a measurement of just now.
     Stats(Vec<Sample>, oneshot::Sender<pb::PodStats>),
-    /// Newer values; the answer comes when they are written.
+    /// Newer values, not checked yet; the answer comes when they are written.
     Values(pb::PodValues, oneshot::Sender<Result<(), String>>),
 }
 
@@ -75,7 +76,7 @@ pub(crate) struct Supervisor {
     pod: Arc<Pod>,
     began: Instant,
     slots: Slots,
-    values: Option<Arc<pb::PodValues>>,
+    values: Option<Arc<PodValues>>,
     /// Why there are none, for people.
     values_missing: String,
     timeouts: Timeouts,
@@ -189,11 +190,11 @@ impl Supervisor {
 
     /// How old values may be matters before the pod's first start only: what runs has them, and starts again with them.
     fn has_values(&self) -> bool {
-        let expired = |values: &pb::PodValues| {
+        let expired = |values: &PodValues| {
             values.not_after > 0 && values.not_after <= Timestamp::now().as_second()
         };
         let started = self.slots.iter().any(|slot| slot.phase != Phase::Idle);
-        let values = self.values.as_ref();
+        let values = self.values.as_deref();
         values.is_some_and(|values| started || !expired(values))
     }
 
@@ -252,6 +253,7 @@ impl Supervisor {
         }
     }
 
+    /// Checks newer values against the pod's shape, once for whoever sent them, and writes the files of its volumes.
     fn take_values(&mut self, values: pb::PodValues) -> Result<(), String> {
         if self
             .values
@@ -260,13 +262,23 @@ impl Supervisor {
         {
             return Ok(());
         }
-        if let Err(error) = self.pod.volumes.write(&values) {
-            self.values_missing = chain(&error);
-            return Err(self.values_missing.clone());
+        let written = PodValues::check(values, self.pod.spec())
+            .map_err(|error| chain(&error))
+            .and_then(|values| {
+                let written = self.pod.volumes.write(&values);
+                written.map(|()| values).map_err(|error| chain(&error))
+            });
+        match written {
+            Ok(values) => {
+                VALUES_EXPIRED.clone_into(&mut self.values_missing);
+                self.values = Some(Arc::new(values));
+                Ok(())
+            }
+            Err(message) => {
+                self.values_missing.clone_from(&message);
+                Err(message)
+            }
         }
-        VALUES_EXPIRED.clone_into(&mut self.values_missing);
-        self.values = Some(Arc::new(values));
-        Ok(())
     }
 
     fn perform(&mut self, action: Action) {

@@ -4,7 +4,7 @@ use knoc_proto::{pod::PodSpec, reason::ErrorReason};
 use tonic::Status;
 
 use super::host_paths::HostPaths;
-use crate::{scheduler::RefusalKind, site::Site};
+use crate::{scheduler::SubmitErrorKind, site::Site};
 
 /// Admits a pod that was never seen before, or rejects it with all reasons in one message.
 pub(super) async fn admit(
@@ -29,12 +29,12 @@ pub(super) async fn admit(
         .collect();
     let roots = &site.config.host_paths;
     problems.extend(host_paths.outside(&spec.volumes, roots).await?);
-    if let Err(refusal) = site
+    if let Err(error) = site
         .scheduler
         .render(&super::submit_request(site, spec, cluster_id))
-        && refusal.kind == RefusalKind::Permanent
+        && error.kind == SubmitErrorKind::Permanent
     {
-        problems.push(refusal.words);
+        problems.push(error.message);
     }
     if problems.is_empty() {
         Ok(())

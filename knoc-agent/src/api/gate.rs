@@ -138,11 +138,11 @@ impl Gate {
         // A renewal keeps open streams alive, but a new request needs a certificate that is itself
         // valid.
         let judged = rules.judge(identity, certificate, &Renewals::default(), now);
-        judged.map_err(|refused| {
-            let message = refused.to_string();
+        judged.map_err(|denied| {
+            let message = denied.to_string();
             if state.is_news(&message) {
                 let peer = peer.map_or_else(String::new, ToString::to_string);
-                tracing::warn!(peer, refused = message, "a request was denied");
+                tracing::warn!(peer, reason = message, "a request was denied");
             }
             ErrorReason::PeerDenied.status(message)
         })
@@ -176,8 +176,8 @@ impl Gate {
         loop {
             let now = Timestamp::now();
             let current = Arc::clone(&rules.borrow_and_update());
-            for (peer, refused) in self.cut(&current, now) {
-                tracing::warn!(peer, %refused, "a connection was closed with all its streams: its peer is no longer served");
+            for (peer, denied) in self.cut(&current, now) {
+                tracing::warn!(peer, %denied, "a connection was closed with all its streams: its peer is no longer served");
             }
             tokio::select! {
                 biased;
@@ -194,9 +194,9 @@ impl Gate {
         let mut cut = Vec::new();
         for open in state.open.values().filter(|open| !open.cut.is_cancelled()) {
             let judged = rules.judge(&open.identity, &open.shown, &state.renewals, now);
-            if let Err(refused) = judged {
+            if let Err(denied) = judged {
                 open.cut.cancel();
-                cut.push((open.peer.clone(), refused));
+                cut.push((open.peer.clone(), denied));
             }
         }
         cut

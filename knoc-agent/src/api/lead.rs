@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use knoc_link::{Identity, Peer};
 use knoc_proto::reason::ErrorReason;
 
-use crate::{pod::input::Refused, policy::nodes::may_lead, registry::cluster::EPOCH_AHEAD};
+use crate::{pod::input::RequestError, policy::nodes::may_lead, registry::cluster::EPOCH_AHEAD};
 
 /// The leadership that a request claims.
 #[derive(Debug, Clone, Copy)]
@@ -23,8 +23,8 @@ pub(super) fn judge(
     claim: Claim<'_>,
     nodes: &BTreeMap<String, String>,
     now: Timestamp,
-) -> Result<Option<String>, Refused> {
-    let denied = |text: String| Refused::new(ErrorReason::LeadershipDenied, text);
+) -> Result<Option<String>, RequestError> {
+    let denied = |text: String| RequestError::new(ErrorReason::LeadershipDenied, text);
     let Claim { node, epoch } = claim;
     if epoch == 0 {
         return Ok(None);

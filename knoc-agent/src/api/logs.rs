@@ -43,7 +43,7 @@ pub(super) async fn read(
         container,
         attempt,
     };
-    if let Some(mut client) = site.shims.client(&log.uid) {
+    if let Some(mut client) = site.shim_links.client(&log.uid) {
         match client.read_logs(request.clone()).await {
             Ok(chunks) => return Ok(relay(log, tasks, &request, bulk::output(&chunks)).boxed()),
             // The link has just closed: the files have the same log.

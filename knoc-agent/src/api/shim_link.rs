@@ -7,12 +7,14 @@ use crate::{shim_links::Client, site::Site};
 
 /// The client of a running pod's shim.
 pub(super) fn client(site: &Site, uid: &PodUid) -> Result<Client, Status> {
-    site.shims.client(uid).ok_or_else(|| no_link(site, uid))
+    site.shim_links
+        .client(uid)
+        .ok_or_else(|| no_link(site, uid))
 }
 
 /// The client of a running pod's shim that has `capability`.
 pub(super) fn client_with(site: &Site, uid: &PodUid, capability: &str) -> Result<Client, Status> {
-    let found = site.shims.able(uid, capability);
+    let found = site.shim_links.able(uid, capability);
     found.unwrap_or_else(|| Err(no_link(site, uid)))
 }
 

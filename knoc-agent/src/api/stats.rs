@@ -25,7 +25,7 @@ pub(super) fn stream(
         .into_iter()
         .filter(|uid| wanted.is_empty() || wanted.contains(uid.as_str()));
     let asked = asked.map(|uid| {
-        let client = site.shims.client(&uid);
+        let client = site.shim_links.client(&uid);
         (uid, client)
     });
     stats.of(asked.collect())

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::prepare;
 use crate::{
     config::{Config, Home},
-    pod::input::Refused,
+    pod::input::RequestError,
     registry::Registry,
     site::Site,
 };
@@ -90,7 +90,7 @@ impl Fake {
     }
 
     /// Sends `EnsurePod` for this spec.
-    pub(crate) async fn ensure_as(&self, spec: pb::PodSpec) -> Result<(), Refused> {
+    pub(crate) async fn ensure_as(&self, spec: pb::PodSpec) -> Result<(), RequestError> {
         let spec = PodSpec::try_from(spec).unwrap();
         let values = PodValues::check(values(), &spec).unwrap();
         let ensured = self.registry.ensure(spec, values, String::new());

@@ -134,7 +134,7 @@ pub(super) async fn prepare(
             path,
             version,
         },
-        shims: ShimLinks::default(),
+        shim_links: ShimLinks::default(),
         poll_soon: Arc::new(Notify::new()),
         accepting: Semaphore::new(ACCEPTING),
         config,

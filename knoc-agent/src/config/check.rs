@@ -109,7 +109,7 @@ impl Check<'_> {
         }
         if !config.host_paths.is_empty() {
             let what =
-                "must be empty: no pod can mount host paths yet, hostPath is refused by name";
+                "must be empty: no pod can mount host paths yet, hostPath is rejected by name";
             self.wrong("host_paths", what);
         }
     }

@@ -51,10 +51,10 @@ pub(super) async fn run(site: &Arc<Site>) -> Vec<Finding> {
         Ok(Err(error)) => return vec![finding("probe: stage", Err(chain(&error)), "see state")],
         Err(error) => return vec![finding("probe: stage", Err(chain(&error)), "see the log")],
     };
-    site.shims.expect(&uid, pin, input);
+    site.shim_links.expect(&uid, pin, input);
     let shape = PodSpec::accepted_before(uid.clone(), spec);
     let findings = travel(site, &uid, shape, &dir, inputs).await;
-    site.shims.forget(&uid);
+    site.shim_links.forget(&uid);
     // If it is left over, the next start removes it.
     drop(tokio::task::spawn_blocking(move || dir.remove()).await);
     findings
@@ -118,9 +118,9 @@ async fn travel(
     };
     let submitted = match site.scheduler.submit(&request, site.may_submit()).await {
         Ok(submitted) => submitted,
-        Err(refusal) => {
+        Err(error) => {
             let cure = "set what Slurm asks for in [job] of the site file";
-            return vec![finding("probe: submit", Err(refusal.words), cure)];
+            return vec![finding("probe: submit", Err(error.message), cure)];
         }
     };
     let journey = follow(site, uid, &submitted, &mut inputs).await;

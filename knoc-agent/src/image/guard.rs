@@ -153,10 +153,10 @@ struct Named {
 }
 
 impl Named {
-    fn of(place: &str, plain: bool) -> Option<Self> {
-        let scheme = place.split_once("://");
+    fn of(address: &str, plain: bool) -> Option<Self> {
+        let scheme = address.split_once("://");
         let plain = plain || scheme.is_some_and(|(scheme, _)| scheme == "http");
-        let host = scheme.map_or(place, |(_, rest)| rest).split('/').next()?;
+        let host = scheme.map_or(address, |(_, rest)| rest).split('/').next()?;
         let url = base(host, plain).ok()?;
         let explicit = host.rsplit(']').next()?.contains(':');
         Some(Self {

@@ -68,7 +68,7 @@ pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, Ima
     if !under(path, &named) && !under(path, &canonical) {
         return Err(outside());
     }
-    let found = walk::owned(path, roots.shared).map_err(|error| absent(refusal(&error)))?;
+    let found = walk::owned(path, roots.shared).map_err(|error| absent(message(&error)))?;
     if !under(&found.path, &canonical) {
         return Err(outside());
     }
@@ -89,7 +89,7 @@ pub(super) fn find(image: &str, path: &Path, roots: &Roots) -> Result<Local, Ima
 }
 
 /// Why the path of an image is not followed, and what to do about it.
-fn refusal(error: &WalkError) -> String {
+fn message(error: &WalkError) -> String {
     match error {
         WalkError::Untrusted { .. } => format!(
             "{error}, so others could replace the image: make sure that it and its directories belong to root or to the agent's \

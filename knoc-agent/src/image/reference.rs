@@ -16,7 +16,7 @@ pub enum Reference {
 }
 
 /// Apptainer's schemes that are not supported, or not yet.
-const REFUSED: &[&str] = &[
+const UNSUPPORTED: &[&str] = &[
     "oras",
     "library",
     "shub",
@@ -42,9 +42,10 @@ pub fn parse(image: &str) -> Result<Reference, ImageError> {
     }
     let name = image.strip_prefix("docker://").unwrap_or(image);
     if let Some((scheme, rest)) = name.split_once(':')
-        && (rest.starts_with("//") || (REFUSED.contains(&scheme) && rest.starts_with(['/', '.'])))
+        && (rest.starts_with("//")
+            || (UNSUPPORTED.contains(&scheme) && rest.starts_with(['/', '.'])))
     {
-        let message = if REFUSED.contains(&scheme) {
+        let message = if UNSUPPORTED.contains(&scheme) {
             "is not supported"
         } else {
             "is unknown"

@@ -274,10 +274,17 @@ impl RegistryClient {
         (*until > Instant::now()).then(|| bearer.clone())
     }
 
-    async fn fetch_token(&self, source: &Source, refused: &Answer) -> Result<HeaderValue, String> {
-        let headers = refused.headers.get_all(header::WWW_AUTHENTICATE).iter();
+    async fn fetch_token(
+        &self,
+        source: &Source,
+        unauthorized: &Answer,
+    ) -> Result<HeaderValue, String> {
+        let headers = unauthorized
+            .headers
+            .get_all(header::WWW_AUTHENTICATE)
+            .iter();
         let challenge = auth::challenge(headers.map(HeaderValue::as_bytes));
-        let challenge = challenge.map_err(|why| format!("{}: {why}", refused.url))?;
+        let challenge = challenge.map_err(|why| format!("{}: {why}", unauthorized.url))?;
         let scope = format!("repository:{}:pull", source.reference.repository());
         let url = Url::parse(&auth::token_url(&challenge, &scope));
         let realm = &challenge.realm;

@@ -21,7 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    input::{Input, Refused, Wanted},
+    input::{Input, RequestError, Wanted},
     publish::observed,
     record::Record,
     stage::{self, StageError},
@@ -147,7 +147,7 @@ impl NewActor {
             actor.run(pod, &mut inputs, &stop).await;
         }
         if !stop.is_cancelled() {
-            site.shims.forget(&uid);
+            site.shim_links.forget(&uid);
             site.board.remove(uid.as_str());
             // Before the end is announced: who hears of it takes a handle off the map that leads to nobody.
             drop(inputs);
@@ -227,8 +227,8 @@ impl Actor {
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
         let asked = !matches!(input, Input::Event(_) | Input::Link);
-        if asked && let Some(refused) = self.fenced().await {
-            input.refuse(refused);
+        if asked && let Some(error) = self.fenced().await {
+            input.reject(error);
             return pod;
         }
         match input {
@@ -248,7 +248,7 @@ impl Actor {
                 let (pod, answer) = self.ensure_again(pod, *spec, &cluster_id).await;
                 let answer = match answer {
                     Ok(()) => self.update_values(&pod, *values).await,
-                    Err(refused) => Err(refused),
+                    Err(error) => Err(error),
                 };
                 drop(reply.send(answer.map(|()| (self.observed(&pod), false))));
                 pod
@@ -273,7 +273,7 @@ impl Actor {
                     Ok(())
                 } else {
                     let message = format!("pod {} is not finished", self.uid);
-                    Err(Refused::new(ErrorReason::NotFinished, message))
+                    Err(RequestError::new(ErrorReason::NotFinished, message))
                 };
                 drop(reply.send(result));
                 pod
@@ -282,7 +282,7 @@ impl Actor {
     }
 
     async fn relink(&mut self, pod: Pod) -> Pod {
-        let up = self.site.shims.client(&self.uid).is_some();
+        let up = self.site.shim_links.client(&self.uid).is_some();
         if up {
             self.linked();
         }
@@ -297,12 +297,12 @@ impl Actor {
         pod: Pod,
         spec: PodSpec,
         cluster_id: &str,
-    ) -> (Pod, Result<(), Refused>) {
+    ) -> (Pod, Result<(), RequestError>) {
         if cluster_id != self.cluster_id {
             let message = format!("pod {} belongs to cluster {:?}", self.uid, self.cluster_id);
             return (
                 pod,
-                Err(Refused::new(ErrorReason::ClusterMismatch, message)),
+                Err(RequestError::new(ErrorReason::ClusterMismatch, message)),
             );
         }
         let generations = spec.generation().cmp(&self.spec.generation());
@@ -316,11 +316,14 @@ impl Actor {
             Ordering::Greater => super::update::allowed(&self.spec, &spec).err(),
         };
         if let Some(message) = conflict {
-            return (pod, Err(Refused::new(ErrorReason::SpecConflict, message)));
+            return (
+                pod,
+                Err(RequestError::new(ErrorReason::SpecConflict, message)),
+            );
         }
         let spec = Arc::new(spec);
-        if let Err(refused) = self.rewrite_spec(Arc::clone(&spec)).await {
-            return (pod, Err(refused));
+        if let Err(error) = self.rewrite_spec(Arc::clone(&spec)).await {
+            return (pod, Err(error));
         }
         let facts = facts(&spec, &self.site.config);
         self.spec = spec;
@@ -350,12 +353,12 @@ impl Actor {
     }
 
     /// Is the newest record on disk?
-    fn saved(&self) -> Result<(), Refused> {
+    fn saved(&self) -> Result<(), RequestError> {
         if self.unsaved.is_none() {
             return Ok(());
         }
         let message = "the pod's record could not be written";
-        Err(Refused::new(ErrorReason::Internal, message))
+        Err(RequestError::new(ErrorReason::Internal, message))
     }
 
     /// When there is something to do without any input.
@@ -419,8 +422,8 @@ pub(crate) fn write_record(dir: &JobDir, record: &Record) -> Result<(), JobDirEr
     knoc_contract::jobdir::write_json(&dir.record_path(), record)
 }
 
-fn not_found(uid: &PodUid) -> Refused {
-    Refused::new(ErrorReason::NotFound, format!("no pod {uid}"))
+fn not_found(uid: &PodUid) -> RequestError {
+    RequestError::new(ErrorReason::NotFound, format!("no pod {uid}"))
 }
 
 async fn sleep_until(at: Option<Timestamp>) {

@@ -27,17 +27,17 @@ pub struct Wanted {
 /// Inputs that may wait for a busy actor (one that writes its record).
 pub const INPUTS: usize = 64;
 
-/// A refusal, for the api.
+/// Why a request failed, as the API reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refused {
+pub struct RequestError {
     /// For the caller's decision.
     pub reason: ErrorReason,
     /// For people.
     pub message: String,
 }
 
-impl Refused {
-    /// A refusal with its message.
+impl RequestError {
+    /// An error with its message.
     pub fn new(reason: ErrorReason, message: impl Into<String>) -> Self {
         Self {
             reason,
@@ -47,7 +47,7 @@ impl Refused {
 }
 
 /// The answer to an api request.
-pub type Reply<T> = oneshot::Sender<Result<T, Refused>>;
+pub type Reply<T> = oneshot::Sender<Result<T, RequestError>>;
 
 /// What an actor is asked.
 #[derive(Debug)]
@@ -92,15 +92,15 @@ pub enum Input {
 }
 
 impl Input {
-    /// Refuses what is asked; what only happened is let go.
-    pub(crate) fn refuse(self, refused: Refused) {
+    /// Answers a request with an error; drops an event.
+    pub(crate) fn reject(self, error: RequestError) {
         // Who asked may be gone.
         match self {
             Self::Event(_) | Self::Link => {}
-            Self::Ensure { reply, .. } => drop(reply.send(Err(refused))),
-            Self::Delete { reply, .. } => drop(reply.send(Err(refused))),
+            Self::Ensure { reply, .. } => drop(reply.send(Err(error))),
+            Self::Delete { reply, .. } => drop(reply.send(Err(error))),
             Self::Values { reply, .. } | Self::Forget { reply } => {
-                drop(reply.send(Err(refused)));
+                drop(reply.send(Err(error)));
             }
         }
     }

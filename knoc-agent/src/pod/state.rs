@@ -41,7 +41,9 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
             message,
         } => before_job::stage_failed(&mut pod, container, reason, message, now),
         Event::Submitted(submitted) => before_job::submitted(&mut pod, submitted, now),
-        Event::Refused { kind, message } => before_job::refused(&mut pod, kind, message, now),
+        Event::SubmitFailed { kind, message } => {
+            before_job::submit_failed(&mut pod, kind, message, now)
+        }
         Event::Found(jobs) => lookup::found(&mut pod, jobs, now),
         Event::FindFailed(message) => lookup::find_failed(&mut pod, message, now),
         Event::Round { jobs, missing } => with_job::round(&mut pod, jobs, missing, now),

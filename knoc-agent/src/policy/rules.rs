@@ -86,18 +86,18 @@ impl Rules {
             let (identity, entry) = (identity.clone(), entry.to_string());
             return Err(PeerDenied::Denied { identity, entry });
         }
-        let refused = |why: String| PeerDenied::Certificate {
+        let bad_certificate = |why: String| PeerDenied::Certificate {
             identity: identity.clone(),
             why,
         };
         let trust = self.trust.as_ref();
-        let trust = trust.ok_or_else(|| refused("no CA is known".to_owned()))?;
+        let trust = trust.ok_or_else(|| bad_certificate("no CA is known".to_owned()))?;
         let checked = if renewals.until(&info.spki).is_some_and(|until| now <= until) {
             trust.check_expired(shown)
         } else {
             trust.check(shown, now)
         };
-        checked.map_err(|error| refused(chain(&error)))
+        checked.map_err(|error| bad_certificate(chain(&error)))
     }
 }
 

@@ -12,7 +12,7 @@ use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Cluster};
 use knoc_proto::{error::chain, reason::ErrorReason};
 use tokio::sync::Mutex;
 
-use crate::pod::input::Refused;
+use crate::pod::input::RequestError;
 
 /// How many seconds an epoch may be ahead of our clock; the clocks of login nodes may be off by
 /// this much.
@@ -60,7 +60,7 @@ impl Pin {
     }
 
     /// Checks whether a request of this cluster and leader may be served. Changes nothing.
-    pub async fn verify(&self, request: &Asked<'_>) -> Result<(), Refused> {
+    pub async fn verify(&self, request: &Asked<'_>) -> Result<(), RequestError> {
         let known = self.known.lock().await;
         judge(&known, request).map(drop)
     }
@@ -69,7 +69,7 @@ impl Pin {
     /// and the node's epoch.
     ///
     /// Cancel safety: a dropped call may have recorded it, but then both on disk and in memory.
-    pub async fn claim(&self, request: &Asked<'_>) -> Result<(), Refused> {
+    pub async fn claim(&self, request: &Asked<'_>) -> Result<(), RequestError> {
         let mut known = Arc::clone(&self.known).lock_owned().await;
         let next = judge(&known, request)?;
         if next == *known {
@@ -82,7 +82,7 @@ impl Pin {
             Ok::<_, JobDirError>(())
         });
         let failed = |error: &(dyn std::error::Error + 'static)| {
-            Refused::new(
+            RequestError::new(
                 ErrorReason::Internal,
                 format!("cannot pin the cluster: {}", chain(error)),
             )
@@ -107,7 +107,7 @@ pub struct Asked<'a> {
 }
 
 /// PURE: returns what is to be recorded after this request, or an error if the request is rejected.
-fn judge(known: &Cluster, request: &Asked<'_>) -> Result<Cluster, Refused> {
+fn judge(known: &Cluster, request: &Asked<'_>) -> Result<Cluster, RequestError> {
     let mut next = known.clone();
     if let Some(id) = request.configured
         && *id != known.cluster_id
@@ -129,7 +129,7 @@ fn judge(known: &Cluster, request: &Asked<'_>) -> Result<Cluster, Refused> {
             "this agent serves the cluster {pinned} {how}, not {asked}; a new cluster needs \
              policy.cluster_id in the site file, or an empty state directory"
         );
-        return Err(Refused::new(ErrorReason::ClusterMismatch, message));
+        return Err(RequestError::new(ErrorReason::ClusterMismatch, message));
     }
     if request.pins && !asked.is_empty() {
         asked.clone_into(&mut next.cluster_id);
@@ -142,13 +142,13 @@ fn judge(known: &Cluster, request: &Asked<'_>) -> Result<Cluster, Refused> {
         let message = format!(
             "leadership epoch {epoch} of node {node} is older than {newest}: another kubelet leads"
         );
-        return Err(Refused::new(ErrorReason::StaleLeader, message));
+        return Err(RequestError::new(ErrorReason::StaleLeader, message));
     }
     next.leaders.retain(|_, epoch| binds(*epoch, request.now));
     if next.leaders.len() >= MAX_NODES && !next.leaders.contains_key(node) {
         let message =
             format!("the leadership of {MAX_NODES} nodes is recorded already, which is the limit");
-        return Err(Refused::new(ErrorReason::Overloaded, message));
+        return Err(RequestError::new(ErrorReason::Overloaded, message));
     }
     next.leaders.insert(node.to_owned(), epoch);
     // Earlier versions of the agent keep one epoch for all nodes; it is written in case of a

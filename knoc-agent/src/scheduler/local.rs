@@ -19,8 +19,8 @@ use knoc_proto::pb;
 
 use super::slurm::script::script;
 use super::{
-    Accounting, Cancel, JobRef, JobView, Refusal, RefusalKind, Rendered, Round, SchedulerError,
-    SubmitRequest, Submitted,
+    Accounting, Cancel, JobRef, JobView, Rendered, Round, SchedulerError, SubmitError,
+    SubmitErrorKind, SubmitRequest, Submitted,
 };
 use crate::command::login_environment;
 use crate::config::Config;
@@ -99,7 +99,7 @@ impl Local {
         Self { settings, table }
     }
 
-    pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, Refusal> {
+    pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, SubmitError> {
         let script = script(&self.settings.prelude, &request.shim, &request.jobdir)?;
         let argv = vec![
             "/bin/sh".to_owned(),
@@ -116,8 +116,8 @@ impl Local {
     pub(super) async fn submit(
         &self,
         request: &SubmitRequest,
-        allowed: impl Future<Output = Result<(), Refusal>>,
-    ) -> Result<Submitted, Refusal> {
+        allowed: impl Future<Output = Result<(), SubmitError>>,
+    ) -> Result<Submitted, SubmitError> {
         let script = self.render(request)?.script;
         let request = request.clone();
         allowed.await?;
@@ -125,9 +125,9 @@ impl Local {
         let job = self
             .with(move |table| table.submit(&request, &script, began.as_second()))
             .await;
-        let job = job.map_err(|err| Refusal {
-            kind: RefusalKind::Ambiguous,
-            words: knoc_proto::error::chain(&err),
+        let job = job.map_err(|err| SubmitError {
+            kind: SubmitErrorKind::Ambiguous,
+            message: knoc_proto::error::chain(&err),
             command: None,
         })?;
         Ok(Submitted {

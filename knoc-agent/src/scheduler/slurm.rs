@@ -17,8 +17,8 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::{
-    Cancel, JobRef, JobView, Refusal, RefusalKind, Rendered, Round, SchedulerError, SubmitRequest,
-    Submitted,
+    Cancel, JobRef, JobView, Rendered, Round, SchedulerError, SubmitError, SubmitErrorKind,
+    SubmitRequest, Submitted,
 };
 use crate::command::{Command, CommandError, Output};
 
@@ -27,11 +27,11 @@ mod checks;
 mod flags;
 mod nodes;
 mod parse;
-mod refusal;
 mod round;
 pub(super) mod script;
 mod settings;
 mod shape;
+mod submit_error;
 mod whose;
 
 pub use settings::Settings;
@@ -128,7 +128,7 @@ impl Slurm {
         Ok(format!("slurm {version}"))
     }
 
-    pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, Refusal> {
+    pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, SubmitError> {
         script::render(
             request,
             &self.settings,
@@ -144,14 +144,14 @@ impl Slurm {
     pub(super) async fn submit(
         &self,
         request: &SubmitRequest,
-        allowed: impl Future<Output = Result<(), Refusal>>,
-    ) -> Result<Submitted, Refusal> {
+        allowed: impl Future<Output = Result<(), SubmitError>>,
+    ) -> Result<Submitted, SubmitError> {
         if self.known_limits().is_none() {
             // The time limit may come from the partition: if it is unknown, a job might be
             // submitted that can never start.
-            self.node_info().await.map_err(|error| Refusal {
-                kind: RefusalKind::ControllerAway,
-                words: knoc_proto::error::chain(&error),
+            self.node_info().await.map_err(|error| SubmitError {
+                kind: SubmitErrorKind::ControllerAway,
+                message: knoc_proto::error::chain(&error),
                 command: None,
             })?;
         }
@@ -169,9 +169,9 @@ impl Slurm {
             .submissions
             .acquire()
             .await
-            .map_err(|_closed| Refusal {
-                kind: RefusalKind::ControllerAway,
-                words: "the agent is stopping".to_owned(),
+            .map_err(|_closed| SubmitError {
+                kind: SubmitErrorKind::ControllerAway,
+                message: "the agent is stopping".to_owned(),
                 command: None,
             })?;
         let command = self.command(&self.settings.sbatch);
@@ -180,8 +180,8 @@ impl Slurm {
         allowed.await?;
         let began = Timestamp::now();
         let output = command.run().await.map_err(|error| {
-            let refusal = refusal::of_command(error);
-            refusal::explain(refusal, &argv)
+            let error = submit_error::of_command(error);
+            submit_error::explain(error, &argv)
         })?;
         let ended = Timestamp::now();
         let job = parsable(&output)?;
@@ -358,7 +358,7 @@ impl Slurm {
 
 /// Parses `4711` or `4711;cluster` on a line of its own, because wrappers may print more. If
 /// several lines are numbers, none is used, and the job is found by its name.
-fn parsable(output: &Output) -> Result<JobId, Refusal> {
+fn parsable(output: &Output) -> Result<JobId, SubmitError> {
     let text = output.text();
     let mut numbers = text
         .lines()
@@ -368,9 +368,9 @@ fn parsable(output: &Output) -> Result<JobId, Refusal> {
         (Some(id), None) => JobId::try_from(id).ok(),
         _ => None,
     };
-    id.ok_or_else(|| Refusal {
-        kind: RefusalKind::NoJobId,
-        words: format!(
+    id.ok_or_else(|| SubmitError {
+        kind: SubmitErrorKind::NoJobId,
+        message: format!(
             "sbatch reported success without a job id; it printed: {}",
             printed(output)
         ),

@@ -149,3 +149,34 @@ fn values_belong_to_the_shape_and_are_never_shown() {
     assert_eq!(error.problems.len(), 4, "{:#?}", error.problems);
     assert!(!error.to_string().contains("cret"));
 }
+
+#[test]
+fn files_have_clean_paths_below_their_volume() {
+    let mut shape = sound();
+    shape.volumes.push(pb::Volume {
+        name: "cm".into(),
+        source: Some(pb::volume::Source::Files(pb::FilesVolume {})),
+    });
+    let spec = PodSpec::try_from(shape).unwrap();
+    let check = |path: &str| {
+        let file = pb::VolumeFile {
+            path: path.into(),
+            ..pb::VolumeFile::default()
+        };
+        let files = pb::VolumeFiles {
+            volume: "cm".into(),
+            files: vec![file],
+        };
+        let values = pb::PodValues {
+            files: vec![files],
+            ..pb::PodValues::default()
+        };
+        PodValues::check(values, &spec)
+    };
+    for bad in ["../x", "/x", "a/../../x", "", "./", "..data/x", "./..1"] {
+        assert_eq!(check(bad).unwrap_err().problems.len(), 1, "{bad}");
+    }
+    for (untidy, clean) in [("./conf//a", "conf/a"), ("b/", "b"), ("c/..d", "c/..d")] {
+        assert_eq!(check(untidy).unwrap().files[0].files[0].path, clean);
+    }
+}

@@ -53,7 +53,7 @@ enum Stdin {
 
 /// Why a client cannot have what it asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Refused {
+pub(crate) enum AttachError {
     /// As the pod's spec has it.
     #[error("it was started without standard input (stdin: true is not set)")]
     NoStdin,
@@ -147,11 +147,11 @@ impl Hub {
     }
 
     /// A new client, which gets the output from now on.
-    pub(crate) fn attach(&self, stdout: bool, stderr: bool) -> Result<Arc<Queue>, Refused> {
+    pub(crate) fn attach(&self, stdout: bool, stderr: bool) -> Result<Arc<Queue>, AttachError> {
         let mut clients = lock(&self.clients);
         clients.retain(|client| client.strong_count() > 0);
         if clients.len() >= MAX_CLIENTS {
-            return Err(Refused::TooMany);
+            return Err(AttachError::TooMany);
         }
         let queue = Arc::new(Queue {
             stdout,
@@ -164,14 +164,14 @@ impl Hub {
     }
 
     /// The way to the program's standard input.
-    pub(crate) fn stdin(&self) -> Result<Input, Refused> {
+    pub(crate) fn stdin(&self) -> Result<Input, AttachError> {
         let (sender, once) = match &self.stdin {
-            Stdin::None => return Err(Refused::NoStdin),
+            Stdin::None => return Err(AttachError::NoStdin),
             Stdin::Shared(sender) => (sender.clone(), false),
-            Stdin::Once(sender) => (lock(sender).take().ok_or(Refused::StdinTaken)?, true),
+            Stdin::Once(sender) => (lock(sender).take().ok_or(AttachError::StdinTaken)?, true),
         };
         if sender.is_closed() {
-            return Err(Refused::StdinClosed);
+            return Err(AttachError::StdinClosed);
         }
         Ok(Input { sender, once })
     }
@@ -353,7 +353,7 @@ mod tests {
         let mut all: Vec<_> = (0..MAX_CLIENTS)
             .map(|_| hub.attach(true, true).unwrap())
             .collect();
-        assert_eq!(hub.attach(true, true).unwrap_err(), Refused::TooMany);
+        assert_eq!(hub.attach(true, true).unwrap_err(), AttachError::TooMany);
         all.pop();
         hub.attach(true, true).unwrap();
     }
@@ -365,7 +365,7 @@ mod tests {
         let hub = keeper.hub();
         let input = hub.stdin().unwrap();
         assert!(input.once);
-        assert_eq!(hub.stdin().unwrap_err(), Refused::StdinTaken);
+        assert_eq!(hub.stdin().unwrap_err(), AttachError::StdinTaken);
         input.sender.send(Bytes::from_static(b"all")).await.unwrap();
         drop(input);
         let mut text = String::new();
@@ -380,7 +380,7 @@ mod tests {
             never = keeper.feed() => match never {},
         };
         assert_eq!(text, "all");
-        assert_eq!(hub.stdin().unwrap_err(), Refused::StdinTaken);
+        assert_eq!(hub.stdin().unwrap_err(), AttachError::StdinTaken);
     }
 
     #[tokio::test]
@@ -399,9 +399,9 @@ mod tests {
             () = input.sender.closed() => {}
             never = keeper.feed() => match never {},
         }
-        assert_eq!(hub.stdin().unwrap_err(), Refused::StdinClosed);
+        assert_eq!(hub.stdin().unwrap_err(), AttachError::StdinClosed);
         let none = open(false, false, None, None);
-        assert_eq!(none.hub().stdin().unwrap_err(), Refused::NoStdin);
+        assert_eq!(none.hub().stdin().unwrap_err(), AttachError::NoStdin);
     }
 
     #[tokio::test]

@@ -12,9 +12,9 @@ use knoc_proto::pb;
 use tokio::net::UnixListener;
 
 use super::super::{
-    beneath,
     environment::{self, TerminationLog},
     mounts::{Mounts, NameError},
+    nofollow,
     places::{self, Link},
     pod::Pod,
     role::ContainerSpec,
@@ -211,14 +211,14 @@ impl Folders {
     pub(super) fn termination_message(&self, limit: usize) -> Vec<u8> {
         let read = match &self.termination {
             TerminationLog::Mounted { rest, .. } => match &self.message {
-                Some(base) => beneath::read_end_in(base, rest, limit),
+                Some(base) => nofollow::read_end_in(base, rest, limit),
                 None => return Vec::new(),
             },
             TerminationLog::Link { .. } => {
-                beneath::read_end(&self.shared.join("termination-log"), limit)
+                nofollow::read_end(&self.shared.join("termination-log"), limit)
             }
             TerminationLog::Bind(_) => {
-                beneath::read_end(&self.private.join("termination-log"), limit)
+                nofollow::read_end(&self.private.join("termination-log"), limit)
             }
         };
         read.unwrap_or_default()

@@ -36,18 +36,18 @@ use crate::{
 };
 
 /// How much of the runtime's own words is kept.
-const WORDS: usize = 4096;
+const STDERR_BYTES: usize = 4096;
 
 /// How long a runtime may live on after it was told to end, or its program was killed.
 const RUNTIME_GRACE: Duration = Duration::from_secs(5);
 
 /// How long the runtime's helpers may hold its standard error after its end.
-const WORDS_GRACE: Duration = Duration::from_millis(500);
+const STDERR_GRACE: Duration = Duration::from_millis(500);
 
 /// The runtime's process, and what it says.
 pub(super) struct Runtime {
     pub(super) child: Child,
-    words: Arc<Mutex<Vec<u8>>>,
+    stderr: Arc<Mutex<Vec<u8>>>,
     /// Reads the words.
     tasks: JoinSet<io::Result<()>>,
     /// Does it lead a process group?
@@ -161,14 +161,14 @@ impl Starting<'_> {
             fakeroot: container.fakeroot,
             gpus: gpus::asked(container),
         };
-        let mut first_words = None;
+        let mut first_message = None;
         while !roots.is_empty() {
             sandbox.root = roots.remove(0);
             match self.start(&sandbox).await {
-                Err(AttemptError::Runtime(words)) => {
-                    let words = folders.mounts().with_own_names(&words);
-                    tracing::warn!(root = ?sandbox.root, %words, "the runtime gave up");
-                    first_words.get_or_insert(words);
+                Err(AttemptError::Runtime(message)) => {
+                    let message = folders.mounts().with_own_names(&message);
+                    tracing::warn!(root = ?sandbox.root, %message, "the runtime gave up");
+                    first_message.get_or_insert(message);
                 }
                 Ok(up) => {
                     let message = up.message.or(named.base);
@@ -177,7 +177,7 @@ impl Starting<'_> {
                 Err(other) => return Err(other),
             }
         }
-        Err(AttemptError::Runtime(first_words.unwrap_or_default()))
+        Err(AttemptError::Runtime(first_message.unwrap_or_default()))
     }
 
     async fn start(&self, sandbox: &Sandbox) -> Result<Up, AttemptError> {
@@ -208,7 +208,7 @@ impl Starting<'_> {
                     }
                 }
                 exit = runtime.child.wait() => {
-                    return Err(AttemptError::Runtime(runtime.last_words(exit).await));
+                    return Err(AttemptError::Runtime(runtime.end_message(exit).await));
                 }
                 () = self.attempt.abort.cancelled() => {
                     runtime.end().await;
@@ -242,7 +242,7 @@ impl Starting<'_> {
             Err(HandshakeError::NoNamespaces { errno, what }) => {
                 AttemptError::NoNamespaces { errno, what }
             }
-            Err(HandshakeError::Refused { what, .. }) => PrepareError::Mount(what).into(),
+            Err(HandshakeError::Failed { what, .. }) => PrepareError::Mount(what).into(),
             Err(error @ (HandshakeError::Socket(_) | HandshakeError::Wire(_))) => {
                 AttemptError::Start(error)
             }
@@ -284,15 +284,15 @@ fn spawn(pod: &Pod, argv: &[std::ffi::OsString], stdin: Stdio) -> io::Result<Run
     let mut child = pod.children.spawn(&mut command, group)?;
     // It still holds the helper's end of the socket: the shim would see no end of file.
     drop(command);
-    let words = Arc::new(Mutex::new(Vec::new()));
+    let stderr = Arc::new(Mutex::new(Vec::new()));
     let mut tasks = JoinSet::new();
-    if let Some(stderr) = child.stderr.take() {
-        let stream = Stream::new(stderr.into())?;
-        tasks.spawn(output::keep_tail(stream, WORDS, Arc::clone(&words)));
+    if let Some(pipe) = child.stderr.take() {
+        let stream = Stream::new(pipe.into())?;
+        tasks.spawn(output::keep_tail(stream, STDERR_BYTES, Arc::clone(&stderr)));
     }
     Ok(Runtime {
         child,
-        words,
+        stderr,
         tasks,
         group,
     })
@@ -335,17 +335,17 @@ impl Runtime {
         }
     }
 
-    async fn last_words(&mut self, exit: Exit) -> String {
+    async fn end_message(&mut self, exit: Exit) -> String {
         // Its helpers may hold the pipe: what they would say is not waited for.
-        tokio::time::timeout(WORDS_GRACE, self.tasks.join_next())
+        tokio::time::timeout(STDERR_GRACE, self.tasks.join_next())
             .await
             .ok();
-        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
-        let words = String::from_utf8_lossy(&words).trim().to_owned();
-        if words.is_empty() {
+        let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner);
+        let message = String::from_utf8_lossy(&stderr).trim().to_owned();
+        if message.is_empty() {
             format!("the runtime ended with code {}", exit.code)
         } else {
-            words
+            message
         }
     }
 }

@@ -44,7 +44,7 @@ use self::{
     spec::{ContainSpec, MountSpec, SourceError},
 };
 use super::{fds, sys};
-use crate::beneath;
+use crate::nofollow;
 
 /// What the helper exits with if the runtime was not executed.
 const FAILED: u8 = 125;
@@ -197,7 +197,7 @@ fn stage(shim: &UnixStream, spec: &MountSpec, opened: &[Found]) -> Result<Found,
     if let Some(rest) = &spec.message {
         if !spec.read_only {
             // A folder that cannot be written gives no message.
-            beneath::touch_in(&found.fd, rest).ok();
+            nofollow::touch_in(&found.fd, rest).ok();
         }
         let sent = fds::send(shim, &Reply::Master.encode(), &[found.fd.as_fd()]);
         sent.map_err(io::Error::from).map_err(on("pass it on"))?;

@@ -124,12 +124,12 @@ fn start(
     let Err(errno) = nix::unistd::execve(&path, &argv, &env);
     Err(Failure {
         errno: errno as i32,
-        what: format!("exec: {quoted}: {}", words(errno)),
+        what: format!("exec: {quoted}: {}", message_of(errno)),
     })
 }
 
 /// Go's words, which people know from `kubectl describe`: they begin in lower case.
-fn words(errno: nix::errno::Errno) -> String {
+fn message_of(errno: nix::errno::Errno) -> String {
     errno.desc().to_lowercase()
 }
 
@@ -254,11 +254,11 @@ fn resolve(program: &[u8], path: &[u8]) -> Result<PathBuf, Failure> {
             Ok(()) => Ok(found),
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(Errno::ACCESS.raw_os_error());
-                let word = words(nix::errno::Errno::from_raw(errno));
+                let message = message_of(nix::errno::Errno::from_raw(errno));
                 let what = if error.kind() == io::ErrorKind::NotFound {
-                    format!("exec: {quoted}: stat {}: {word}", found.display())
+                    format!("exec: {quoted}: stat {}: {message}", found.display())
                 } else {
-                    format!("exec: {quoted}: {word}")
+                    format!("exec: {quoted}: {message}")
                 };
                 Err(Failure { errno, what })
             }

@@ -38,9 +38,9 @@ fn now() -> Timestamp {
 fn judged(peer: &Peer, node: &str, epoch: i64) -> Result<Option<String>, String> {
     let nodes = [("gpu".to_owned(), "kubelet/a".to_owned())].into();
     let claim = Claim { node, epoch };
-    judge(Some(peer), claim, &nodes, now()).map_err(|refused| {
-        assert_eq!(refused.reason, ErrorReason::LeadershipDenied);
-        refused.message
+    judge(Some(peer), claim, &nodes, now()).map_err(|denied| {
+        assert_eq!(denied.reason, ErrorReason::LeadershipDenied);
+        denied.message
     })
 }
 
@@ -51,24 +51,24 @@ fn only_the_kubelet_of_a_node_claims_it() {
         assert_eq!(judged(peer, "a", 0), Ok(None), "no claim");
     }
     for peer in [&ctl, &unix(), &shim()] {
-        let refused = judged(peer, "a", 5).unwrap_err();
-        assert!(refused.contains("cannot claim leadership"), "{refused}");
+        let denied = judged(peer, "a", 5).unwrap_err();
+        assert!(denied.contains("cannot claim leadership"), "{denied}");
     }
     assert_eq!(judged(&kubelet_of("a"), "a", 5), Ok(Some("a".into())));
     assert_eq!(judged(&kubelet_of("a"), "", 5), Ok(Some("a".into())));
     assert_eq!(judged(&kubelet_of("a"), "gpu", 5), Ok(Some("gpu".into())));
-    let refused = judged(&kubelet_of("b"), "a", 5).unwrap_err();
-    assert!(refused.contains("\"a\" = \"kubelet/b\""), "{refused}");
+    let denied = judged(&kubelet_of("b"), "a", 5).unwrap_err();
+    assert!(denied.contains("\"a\" = \"kubelet/b\""), "{denied}");
     judged(&kubelet_of("b"), "gpu", 5).unwrap_err();
 }
 
 #[test]
-fn an_epoch_ahead_of_the_clock_is_refused_with_both_times() {
+fn an_epoch_ahead_of_the_clock_is_denied_with_both_times() {
     let peer = kubelet_of("a");
     judged(&peer, "a", NOW + EPOCH_AHEAD).unwrap();
-    let refused = judged(&peer, "a", NOW + EPOCH_AHEAD + 1).unwrap_err();
+    let denied = judged(&peer, "a", NOW + EPOCH_AHEAD + 1).unwrap_err();
     for part in ["301 s ahead", "compare the clocks", "knoc-kubelet-a"] {
-        assert!(refused.contains(part), "{refused}");
+        assert!(denied.contains(part), "{denied}");
     }
     judged(&peer, "a", i64::MAX).unwrap_err();
     judged(&peer, "a", -1).unwrap_err();

@@ -299,8 +299,8 @@ async fn without_a_runtime_an_image_is_only_a_name() {
 #[tokio::test]
 async fn a_source_is_refused_before_the_pod_is_taken_and_a_bad_name_waits() {
     let world = World::new().await;
-    let refused = world.images.check("oras://x/y").unwrap_err();
-    assert_eq!(refused.kind, ImageErrorKind::Unsupported);
+    let error = world.images.check("oras://x/y").unwrap_err();
+    assert_eq!(error.kind, ImageErrorKind::Unsupported);
     world.images.check("Whatever it is").unwrap();
     let waits = world
         .images

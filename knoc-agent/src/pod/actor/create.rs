@@ -12,7 +12,7 @@ use super::{Actor, NewActor, Restored, facts, not_found};
 use crate::{
     config::AtRest,
     pod::{
-        input::{Input, Refused, Reply},
+        input::{Input, Reply, RequestError},
         record::Record,
         stage,
         state::{BeforeJob, Effect, Event, Pod, State, step},
@@ -59,7 +59,7 @@ impl NewActor {
                 | Input::Link
                 | Input::Values { .. }
                 | Input::Delete { .. }
-                | Input::Forget { .. }) => other.refuse(not_found(&self.uid)),
+                | Input::Forget { .. }) => other.reject(not_found(&self.uid)),
             }
         }
     }
@@ -88,8 +88,8 @@ impl Actor {
         values: PodValues,
         reply: Reply<(pb::PodObserved, bool)>,
     ) -> Option<Pod> {
-        if let Some(refused) = self.fenced().await {
-            drop(reply.send(Err(refused)));
+        if let Some(error) = self.fenced().await {
+            drop(reply.send(Err(error)));
             return None;
         }
         let now = Timestamp::now();
@@ -102,8 +102,8 @@ impl Actor {
                 effects: Vec::new(),
             },
         };
-        if let Err(refused) = self.put_on_disk(&begun.pod, images, values).await {
-            drop(reply.send(Err(refused)));
+        if let Err(error) = self.put_on_disk(&begun.pod, images, values).await {
+            drop(reply.send(Err(error)));
             return None;
         }
         let Begun { pod, effects } = begun;
@@ -134,7 +134,7 @@ impl Actor {
         pod: &Pod,
         found: Option<stage::Found>,
         values: PodValues,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), RequestError> {
         let at_rest = self.site.config.values.at_rest;
         self.values.revision = values.revision;
         let record = Record::of(pod, &self.cluster_id, self.values.revision);
@@ -155,12 +155,12 @@ impl Actor {
         crash::point("agent.record.after");
         let failed = |error: &(dyn std::error::Error + 'static)| {
             let message = format!("accept pod: {}", chain(error));
-            Refused::new(ErrorReason::Internal, message)
+            RequestError::new(ErrorReason::Internal, message)
         };
         let pin = match written {
             Ok(Ok(pin)) => pin,
             Ok(Err(error)) => {
-                // A refused pod leaves nothing: a whole record would be taken up at the next start.
+                // A pod that was rejected leaves nothing on disk: the next start would restore a whole record.
                 self.remove().await;
                 return Err(failed(&error));
             }
@@ -176,7 +176,7 @@ impl Actor {
 
     fn expect_link(&self, pin: Result<String, stage::StageError>) {
         match (pin, self.own.upgrade()) {
-            (Ok(pin), Some(own)) => self.site.shims.expect(&self.uid, pin, own),
+            (Ok(pin), Some(own)) => self.site.shim_links.expect(&self.uid, pin, own),
             (Err(error), _) => tracing::warn!(uid = %self.uid, error = error.message, "link keys"),
             (Ok(_), None) => {}
         }

@@ -12,13 +12,13 @@ use tonic::Request;
 use super::{Actor, Resolved, Unsaved, write_record};
 use crate::{
     pod::{
-        input::Refused,
+        input::RequestError,
         outcome::OVERDUE,
         record::Record,
         stage::{self, StageError},
         state::{BeforeJob, Effect, Event, Note, Pod, State},
     },
-    scheduler::{Cancel, JobRef, RefusalKind, SubmitRequest},
+    scheduler::{Cancel, JobRef, SubmitErrorKind, SubmitRequest},
     shim_links::DEADLINE,
     site::Site,
 };
@@ -56,9 +56,9 @@ impl Actor {
     fn hold_back(&mut self, mut held: Vec<Effect>, message: String, tries: u32) {
         // No job without its intent on disk: the machine decides anew.
         if held.contains(&Effect::Submit) {
-            let kind = RefusalKind::Throttled;
-            let refused = Event::Refused { kind, message };
-            self.effects.spawn(std::future::ready(refused));
+            let kind = SubmitErrorKind::Throttled;
+            let failed = Event::SubmitFailed { kind, message };
+            self.effects.spawn(std::future::ready(failed));
         }
         held.retain(|effect| !matches!(effect, Effect::Persist | Effect::Submit));
         let [first, longest] = SAVE_AGAIN;
@@ -155,13 +155,13 @@ impl Actor {
         written.map_err(|error| chain(&error))?
     }
 
-    /// The refusal of all that is asked of an agent whose pods are a newer one's.
-    pub(super) async fn fenced(&self) -> Option<Refused> {
+    /// The error for every request once a newer agent has taken over the pods, else `None`.
+    pub(super) async fn fenced(&self) -> Option<RequestError> {
         let lease = self.site.lease.clone();
         // A look that failed says nothing.
         let looked = tokio::task::spawn_blocking(move || lease.fenced()).await;
         let fenced = looked.ok().flatten()?;
-        Some(Refused::new(ErrorReason::ShuttingDown, chain(&fenced)))
+        Some(RequestError::new(ErrorReason::ShuttingDown, chain(&fenced)))
     }
 
     pub(super) async fn remove(&self) {
@@ -241,7 +241,7 @@ impl Actor {
     }
 
     /// A newer generation: the shape in `job.pb` follows, the rest of it stays.
-    pub(super) async fn rewrite_spec(&self, spec: Arc<PodSpec>) -> Result<(), Refused> {
+    pub(super) async fn rewrite_spec(&self, spec: Arc<PodSpec>) -> Result<(), RequestError> {
         let dir = self.dir.clone();
         let written = tokio::task::spawn_blocking(move || {
             let mut job = dir.spec()?;
@@ -250,7 +250,7 @@ impl Actor {
             Ok::<_, knoc_contract::jobdir::JobDirError>(())
         });
         let failed = |error: &(dyn std::error::Error + 'static)| {
-            Refused::new(
+            RequestError::new(
                 ErrorReason::Internal,
                 format!("write the shape: {}", chain(error)),
             )
@@ -267,9 +267,9 @@ async fn submit(site: Arc<Site>, request: SubmitRequest) -> Event {
     crash::point("agent.sbatch.after");
     match answer {
         Ok(submitted) => Event::Submitted(submitted),
-        Err(refusal) => Event::Refused {
-            kind: refusal.kind,
-            message: refusal.words,
+        Err(error) => Event::SubmitFailed {
+            kind: error.kind,
+            message: error.message,
         },
     }
 }
@@ -298,7 +298,7 @@ async fn cancel(site: Arc<Site>, job: JobRef, how: Cancel) -> Event {
 
 /// Tells the containers by the link; where there is none, by a signal to the batch script.
 async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Cancel) -> Event {
-    if let Some(mut client) = site.shims.client(&job.uid) {
+    if let Some(mut client) = site.shim_links.client(&job.uid) {
         let mut request = Request::new(request);
         request.set_timeout(DEADLINE);
         match client.stop(request).await {

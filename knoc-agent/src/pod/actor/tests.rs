@@ -23,7 +23,7 @@ use crate::{
     app::fake::{Fake, SOON, spec, values},
     lease::{Holder, Process, STALE},
     pod::{
-        input::{Input, Refused},
+        input::{Input, RequestError},
         record::Record,
         stage,
         state::{Event, Pod},
@@ -192,8 +192,8 @@ async fn what_a_failed_write_held_back_is_done_once_it_succeeds() {
     let record = fake.site.state.pod(&pod).record_path();
     block(&record);
     let grace = Some(Duration::from_hours(1));
-    let refused = fake.registry.delete(&pod, grace, String::new()).await;
-    assert_eq!(refused.unwrap_err().reason, ErrorReason::Internal);
+    let rejected = fake.registry.delete(&pod, grace, String::new()).await;
+    assert_eq!(rejected.unwrap_err().reason, ErrorReason::Internal);
     assert_eq!(calls(&fake, "scancel", ""), 0);
     std::fs::remove_dir(&record).unwrap();
     called(&fake, "scancel", "--signal=USR1").await;
@@ -215,8 +215,8 @@ async fn a_record_that_cannot_be_written_during_sbatch_loses_no_job() {
     fake.ensure(&pod).await;
     let record = fake.site.state.pod(&pod).record_path();
     block(&record);
-    let refused = fake.registry.delete(&pod, None, String::new()).await;
-    refused.unwrap_err();
+    let rejected = fake.registry.delete(&pod, None, String::new()).await;
+    rejected.unwrap_err();
     std::fs::remove_dir(&record).unwrap();
     atomic::write(&gate, b"", 0o600).unwrap();
     called(&fake, "scancel", "--state=PENDING 7").await;
@@ -330,16 +330,16 @@ async fn an_agent_that_is_fenced_changes_nothing() {
     let record = |pod: &PodUid| std::fs::read(fake.site.state.pod(pod).record_path()).unwrap();
     let before = record(&pod);
     fence(&fake);
-    let reason = |refused: Refused| refused.reason;
-    let refused = fake.registry.delete(&pod, None, String::new()).await;
-    assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
+    let reason = |rejected: RequestError| rejected.reason;
+    let rejected = fake.registry.delete(&pod, None, String::new()).await;
+    assert_eq!(rejected.map_err(reason), Err(ErrorReason::ShuttingDown));
     for spec in [newer(&pod), spec(&uid("c"))] {
-        let refused = fake.ensure_as(spec).await;
-        assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
+        let rejected = fake.ensure_as(spec).await;
+        assert_eq!(rejected.map_err(reason), Err(ErrorReason::ShuttingDown));
     }
     assert!(!fake.site.state.pod(&uid("c")).path().exists());
-    let refused = fake.registry.forget(&done).await;
-    assert_eq!(refused.map_err(reason), Err(ErrorReason::ShuttingDown));
+    let rejected = fake.registry.forget(&done).await;
+    assert_eq!(rejected.map_err(reason), Err(ErrorReason::ShuttingDown));
     record(&done);
     // What happens to the pod is still seen.
     let last = pb::Report {
@@ -391,8 +391,8 @@ async fn a_newer_shape_that_cannot_be_written_is_not_taken_for_written() {
     let dir = fake.site.state.pod(&pod);
     let kept = std::fs::read(dir.spec_path()).unwrap();
     block(&dir.spec_path());
-    let refused = fake.ensure_as(newer(&pod)).await;
-    assert_eq!(refused.unwrap_err().reason, ErrorReason::Internal);
+    let rejected = fake.ensure_as(newer(&pod)).await;
+    assert_eq!(rejected.unwrap_err().reason, ErrorReason::Internal);
     assert_eq!(fake.site.board.get("a").unwrap().spec_generation, 1);
     std::fs::remove_dir(dir.spec_path()).unwrap();
     atomic::write(&dir.spec_path(), &kept, 0o600).unwrap();

@@ -16,7 +16,7 @@ use super::Actor;
 use crate::{
     config::AtRest,
     pod::{
-        input::Refused,
+        input::RequestError,
         state::{Effect, Event, Pod},
     },
     shim_links::{Client, DEADLINE},
@@ -50,13 +50,13 @@ impl Actor {
         &mut self,
         pod: &Pod,
         values: pb::PodValues,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), RequestError> {
         if pod.is_finished() || values.revision <= self.values.revision {
             return Ok(());
         }
         let checked = PodValues::check(values, &self.spec);
-        let values =
-            checked.map_err(|error| Refused::new(ErrorReason::InvalidSpec, error.to_string()))?;
+        let values = checked
+            .map_err(|error| RequestError::new(ErrorReason::InvalidSpec, error.to_string()))?;
         self.update_values(pod, values).await
     }
 
@@ -65,11 +65,11 @@ impl Actor {
         &mut self,
         pod: &Pod,
         values: PodValues,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), RequestError> {
         if pod.is_finished() || values.revision <= self.values.revision {
             return Ok(());
         }
-        let given = match self.site.shims.client(&self.uid) {
+        let given = match self.site.shim_links.client(&self.uid) {
             Some(client) => give(client, (*values).clone()).await,
             None => Err("the pod runs, and its shim has no link to the agent now".to_owned()),
         };
@@ -82,18 +82,18 @@ impl Actor {
             }
             // One of an older version does not say what it has, and never looks again for what is staged.
             Err(message) if pod.report.is_some() && revision_of_shim(pod).is_none() => {
-                Err(Refused::new(ErrorReason::ShimUnreachable, message))
+                Err(RequestError::new(ErrorReason::ShimUnreachable, message))
             }
             Err(_) => self.keep(pod, values).await,
         }
     }
 
     /// For a shim that cannot be reached now: on disk, or in memory with a record of it.
-    async fn keep(&mut self, pod: &Pod, values: PodValues) -> Result<(), Refused> {
+    async fn keep(&mut self, pod: &Pod, values: PodValues) -> Result<(), RequestError> {
         let revision = values.revision;
         let failed = |error: &(dyn std::error::Error + 'static)| {
             let message = format!("stage values: {}", chain(error));
-            Refused::new(ErrorReason::Internal, message)
+            RequestError::new(ErrorReason::Internal, message)
         };
         if self.site.config.values.at_rest == AtRest::File {
             let dir = self.dir.clone();
@@ -132,7 +132,7 @@ impl Actor {
         if busy || pod.is_finished() || !due(has, self.values.revision, held, reported, given) {
             return;
         }
-        if self.site.shims.client(&self.uid).is_none() {
+        if self.site.shim_links.client(&self.uid).is_none() {
             return;
         }
         let (site, uid, dir) = (Arc::clone(&self.site), self.uid.clone(), self.dir.clone());
@@ -194,7 +194,7 @@ async fn push_until_acked(
             Some(values) => Some((**values).clone()),
             None => staged(&dir).await,
         };
-        let (Some(values), Some(client)) = (values, site.shims.client(&uid)) else {
+        let (Some(values), Some(client)) = (values, site.shim_links.client(&uid)) else {
             break;
         };
         let revision = values.revision;

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     pod::{outcome::Outcome, placement::Placement},
-    scheduler::{RefusalKind, Submitted},
+    scheduler::{SubmitErrorKind, Submitted},
 };
 
 /// The longest pause while the controller is away.
@@ -115,9 +115,9 @@ pub(super) fn submitted(pod: &mut Pod, submitted: Submitted, now: Timestamp) -> 
     effects
 }
 
-pub(super) fn refused(
+pub(super) fn submit_failed(
     pod: &mut Pod,
-    kind: RefusalKind,
+    kind: SubmitErrorKind,
     message: String,
     now: Timestamp,
 ) -> Vec<Effect> {
@@ -125,22 +125,22 @@ pub(super) fn refused(
         return Vec::new();
     };
     let otherwise = match kind {
-        RefusalKind::Ambiguous => Otherwise::Submit,
-        RefusalKind::NoJobId => Otherwise::Refuse,
-        RefusalKind::Throttled => return back_off(pod, "Throttled", message, None, now),
+        SubmitErrorKind::Ambiguous => Otherwise::Submit,
+        SubmitErrorKind::NoJobId => Otherwise::Reject,
+        SubmitErrorKind::Throttled => return back_off(pod, "Throttled", message, None, now),
         // Nothing tells when the controller is back, and asking one that is away costs little.
-        RefusalKind::ControllerAway => {
+        SubmitErrorKind::ControllerAway => {
             let longest = Some(AWAY_PAUSE_MAX);
             return back_off(pod, "SchedulerUnavailable", message, longest, now);
         }
-        RefusalKind::Permanent => return refused_for_good(pod, message, now),
+        SubmitErrorKind::Permanent => return rejected(pod, message, now),
     };
     *look = Some(first_look(message, otherwise, now));
     vec![Effect::Find]
 }
 
-/// The same request would be refused again: the pod has failed.
-pub(super) fn refused_for_good(pod: &mut Pod, message: String, now: Timestamp) -> Vec<Effect> {
+/// The same request would be rejected again: the pod has failed.
+pub(super) fn rejected(pod: &mut Pod, message: String, now: Timestamp) -> Vec<Effect> {
     if pod.deletion.is_some() {
         return deleted_before_job(pod, now);
     }

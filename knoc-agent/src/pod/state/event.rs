@@ -5,7 +5,7 @@ use std::time::Duration;
 use knoc_proto::pb;
 
 use super::pod::Facts;
-use crate::scheduler::{Cancel, JobRef, JobView, RefusalKind, Submitted};
+use crate::scheduler::{Cancel, JobRef, JobView, SubmitErrorKind, Submitted};
 
 /// All that can happen to a pod.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,9 +26,9 @@ pub enum Event {
     /// The scheduler accepted the job.
     Submitted(Submitted),
     /// The scheduler did not accept the job, or did not say whether it did.
-    Refused {
+    SubmitFailed {
         /// What to do next.
-        kind: RefusalKind,
+        kind: SubmitErrorKind,
         /// The scheduler's message.
         message: String,
     },
@@ -91,7 +91,7 @@ pub enum Effect {
     Persist,
     /// Make the job directory complete; answers `Staged` or `StageFailed`.
     Stage,
-    /// `sbatch`; answers `Submitted` or `Refused`.
+    /// `sbatch`; answers `Submitted` or `SubmitFailed`.
     Submit,
     /// Look by name; answers `Found` or `FindFailed`.
     Find,

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use knoc_contract::exit_codes::ShimExit;
 
 use super::{
-    before_job::{back_off, refused_for_good},
+    before_job::{back_off, rejected},
     ending,
     event::Effect,
     pod::{LOOK_AGAIN, LOOKS, Pod},
@@ -79,7 +79,7 @@ fn not_found(pod: &mut Pod, look: Look, others: bool, now: Timestamp) -> Vec<Eff
     }
     match look.otherwise {
         Otherwise::Submit => back_off(pod, "SubmissionUncertain", look.message, None, now),
-        Otherwise::Refuse => refused_for_good(pod, look.message, now),
+        Otherwise::Reject => rejected(pod, look.message, now),
     }
 }
 

@@ -51,9 +51,9 @@ pub enum BeforeJob {
         /// Why the last attempt failed, and when the next one is due.
         trouble: Option<Trouble>,
     },
-    /// The scheduler refused the job for now.
+    /// The scheduler rejected the job for now.
     Throttled {
-        /// Refusals in a row.
+        /// Rejections in a row.
         tries: u32,
         /// A reason in CamelCase.
         reason: String,
@@ -161,7 +161,7 @@ pub enum Otherwise {
     /// Submit the job again after a pause.
     Submit,
     /// Fail the pod: the same request would get the same answer.
-    Refuse,
+    Reject,
 }
 
 /// Why staging cannot continue.

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     pod::placement::Placement,
-    scheduler::{Cancel, JobExit, JobRef, JobState, JobView, Marks, RefusalKind, Submitted},
+    scheduler::{Cancel, JobExit, JobRef, JobState, JobView, Marks, SubmitErrorKind, Submitted},
 };
 
 fn at(seconds: i64) -> Timestamp {
@@ -230,8 +230,8 @@ fn of_two_jobs_the_running_one_is_ours_and_a_queued_one_is_cancelled() {
     let (pod, _) = feed([
         Event::Begin,
         Event::Staged,
-        Event::Refused {
-            kind: RefusalKind::Ambiguous,
+        Event::SubmitFailed {
+            kind: SubmitErrorKind::Ambiguous,
             message: "timed out".to_owned(),
         },
     ]);
@@ -305,24 +305,24 @@ fn the_warning_of_a_time_limit_waits_for_nothing() {
 }
 
 #[test]
-fn refusals_for_good_and_for_now() {
-    let refuse = |kind| {
+fn rejections_for_good_and_for_now() {
+    let reject = |kind| {
         feed([
             Event::Begin,
             Event::Staged,
-            Event::Refused {
+            Event::SubmitFailed {
                 kind,
-                message: "refused".to_owned(),
+                message: "rejected".to_owned(),
             },
         ])
         .0
     };
     assert_eq!(
-        outcome(&refuse(RefusalKind::Permanent)),
+        outcome(&reject(SubmitErrorKind::Permanent)),
         (false, "Rejected")
     );
-    for kind in [RefusalKind::Throttled, RefusalKind::ControllerAway] {
-        let pod = refuse(kind);
+    for kind in [SubmitErrorKind::Throttled, SubmitErrorKind::ControllerAway] {
+        let pod = reject(kind);
         let due = pod.wake().unwrap();
         let (pod, effects) = step(pod, Event::Tick, due);
         assert_eq!(effects, [Effect::Persist, Effect::Submit]);
@@ -338,17 +338,17 @@ fn a_controller_that_is_away_is_asked_again_within_half_a_minute() {
         for _ in 0..10 {
             let now = pod.wake().unwrap_or_else(|| at(0));
             (pod, _) = step(pod, Event::Tick, now);
-            let message = "refused".to_owned();
-            (pod, _) = step(pod, Event::Refused { kind, message }, now);
+            let message = "rejected".to_owned();
+            (pod, _) = step(pod, Event::SubmitFailed { kind, message }, now);
             longest = longest.max(Duration::try_from(pod.wake().unwrap() - now).unwrap());
         }
         longest
     };
     assert_eq!(
-        longest(RefusalKind::ControllerAway),
+        longest(SubmitErrorKind::ControllerAway),
         Duration::from_secs(30)
     );
-    let throttled = longest(RefusalKind::Throttled);
+    let throttled = longest(SubmitErrorKind::Throttled);
     let range = Duration::from_mins(4)..=Duration::from_mins(5);
     assert!(range.contains(&throttled), "{throttled:?}");
 }

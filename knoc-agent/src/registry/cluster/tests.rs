@@ -16,7 +16,7 @@ fn asked<'a>(cluster_id: &'a str, node: &'a str, epoch: i64) -> Asked<'a> {
     }
 }
 
-fn reason(answer: Result<(), Refused>) -> ErrorReason {
+fn reason(answer: Result<(), RequestError>) -> ErrorReason {
     answer.unwrap_err().reason
 }
 
@@ -40,8 +40,8 @@ fn a_caller_that_goes_away_leaves_file_and_memory_the_same() {
             assert!(futures::poll!(gone).is_pending());
         }
         let next = pin.claim(&two);
-        let (refused, ()) = tokio::join!(next, async { drop(gate) });
-        assert_eq!(reason(refused), ErrorReason::ClusterMismatch);
+        let (rejected, ()) = tokio::join!(next, async { drop(gate) });
+        assert_eq!(reason(rejected), ErrorReason::ClusterMismatch);
         busy.await.unwrap();
     });
     let kept: Cluster = jobdir::read_json(&state.cluster()).unwrap().unwrap();
@@ -57,8 +57,8 @@ async fn kubelets_of_several_nodes_lead_each_for_itself() {
     pin.claim(&asked("one", "b", 3)).await.unwrap();
     let pin = Pin::load(&state).unwrap();
     for (node, older) in [("a", 8), ("b", 2)] {
-        let refused = pin.claim(&asked("one", node, older)).await;
-        assert_eq!(reason(refused), ErrorReason::StaleLeader);
+        let rejected = pin.claim(&asked("one", node, older)).await;
+        assert_eq!(reason(rejected), ErrorReason::StaleLeader);
     }
     pin.claim(&asked("one", "b", 4)).await.unwrap();
 }
@@ -71,8 +71,8 @@ async fn an_epoch_of_an_older_agent_still_counts() {
     let older = br#"{"cluster_id": "one", "leadership_epoch": 7}"#;
     jobdir::atomic::write(&state.cluster(), older, 0o600).unwrap();
     let pin = Pin::load(&state).unwrap();
-    let refused = pin.claim(&asked("one", "a", 6)).await;
-    assert_eq!(reason(refused), ErrorReason::StaleLeader);
+    let rejected = pin.claim(&asked("one", "a", 6)).await;
+    assert_eq!(reason(rejected), ErrorReason::StaleLeader);
     pin.claim(&asked("one", "a", 8)).await.unwrap();
     pin.claim(&asked("one", "b", 1)).await.unwrap();
     let kept: Cluster = jobdir::read_json(&state.cluster()).unwrap().unwrap();
@@ -97,8 +97,8 @@ async fn an_epoch_far_ahead_of_the_clock_locks_no_kubelet_out() {
         jobdir::atomic::write(&state.cluster(), older.as_bytes(), 0o600).unwrap();
         let pin = Pin::load(&state).unwrap();
         pin.claim(&asked("one", "a", NOW)).await.unwrap();
-        let refused = pin.claim(&asked("one", "a", NOW - 1)).await;
-        assert_eq!(reason(refused), ErrorReason::StaleLeader);
+        let rejected = pin.claim(&asked("one", "a", NOW - 1)).await;
+        assert_eq!(reason(rejected), ErrorReason::StaleLeader);
         let kept: Cluster = jobdir::read_json(&state.cluster()).unwrap().unwrap();
         assert_eq!(kept.leadership_epoch, NOW);
     }
@@ -141,8 +141,8 @@ async fn pinned_at_first_use_and_epochs_only_grow() {
         ..request
     };
     let pin = Pin::load(&state).unwrap();
-    let refused = pin.claim(&configured(asked("one", "a", 9))).await;
-    assert_eq!(reason(refused), ErrorReason::ClusterMismatch);
+    let rejected = pin.claim(&configured(asked("one", "a", 9))).await;
+    assert_eq!(reason(rejected), ErrorReason::ClusterMismatch);
     pin.claim(&configured(asked("two", "a", 1))).await.unwrap();
 }
 
@@ -156,7 +156,7 @@ proptest! {
             let before = known.clone();
             match judge(&known, &asked("one", &node, epoch)) {
                 Ok(next) => known = next,
-                Err(refused) => prop_assert_eq!(refused.reason, ErrorReason::StaleLeader),
+                Err(rejected) => prop_assert_eq!(rejected.reason, ErrorReason::StaleLeader),
             }
             for (name, epoch) in &before.leaders {
                 prop_assert!(known.leaders[name] >= *epoch);

@@ -13,7 +13,7 @@ use super::Settings;
 use super::flags;
 use super::shape::{PartitionLimits, Shape, partition};
 use crate::config::Policy;
-use crate::scheduler::{Refusal, Rendered, SubmitRequest};
+use crate::scheduler::{Rendered, SubmitError, SubmitRequest};
 
 /// The first word of every comment: the version of its format.
 const COMMENT_VERSION: &str = "knoc/1";
@@ -84,14 +84,14 @@ pub(super) fn render(
     request: &SubmitRequest,
     site: &Settings,
     partitions: &[PartitionLimits],
-) -> Result<Rendered, Refusal> {
+) -> Result<Rendered, SubmitError> {
     let shape = Shape::of(&request.spec, site, partitions)?;
     let job = request.spec.job.clone().unwrap_or_default();
     let policy = site.policy.now();
-    flags::check(&job.flags, &policy.flags).map_err(Refusal::permanent)?;
+    flags::check(&job.flags, &policy.flags).map_err(SubmitError::permanent)?;
     let foreign = foreign_choices(&job, &policy);
     if !foreign.is_empty() {
-        return Err(Refusal::permanent(foreign.join("; ")));
+        return Err(SubmitError::permanent(foreign.join("; ")));
     }
     let mut argv = vec![site.sbatch.to_string_lossy().into_owned()];
     argv.extend(identity(request, &shape)?);
@@ -134,7 +134,7 @@ fn foreign_choices(job: &pb::JobRequest, policy: &Policy) -> Vec<String> {
     problems
 }
 
-fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, Refusal> {
+fn identity(request: &SubmitRequest, shape: &Shape) -> Result<Vec<String>, SubmitError> {
     let dir = path_text(&request.jobdir)?;
     // In sbatch's file names, `%` starts a pattern.
     let output = dir.replace('%', "%%");
@@ -216,7 +216,7 @@ pub(in crate::scheduler) fn script(
     prelude: &str,
     shim: &Path,
     jobdir: &Path,
-) -> Result<String, Refusal> {
+) -> Result<String, SubmitError> {
     let (shim, jobdir) = (quote(path_text(shim)?), quote(path_text(jobdir)?));
     let mut script = "#!/bin/sh\n".to_owned();
     if !prelude.trim().is_empty() {
@@ -233,12 +233,12 @@ pub(in crate::scheduler) fn script(
     Ok(script)
 }
 
-fn path_text(path: &Path) -> Result<&str, Refusal> {
+fn path_text(path: &Path) -> Result<&str, SubmitError> {
     let text = path
         .to_str()
         .filter(|text| !text.contains(['\n', '\r', '\0']));
     text.filter(|text| text.starts_with('/')).ok_or_else(|| {
-        Refusal::permanent(format!(
+        SubmitError::permanent(format!(
             "{} is not an absolute path of plain characters",
             path.display()
         ))

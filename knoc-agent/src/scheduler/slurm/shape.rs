@@ -8,7 +8,7 @@ use knoc_proto::pb;
 
 use super::Settings;
 use super::flags;
-use crate::scheduler::Refusal;
+use crate::scheduler::SubmitError;
 
 const MIB: i64 = 1 << 20;
 /// Below this time limit `--signal` is not used, because it may come [`SIGNAL_EARLY_SECONDS`] too
@@ -56,7 +56,7 @@ impl Shape {
         spec: &pb::PodSpec,
         site: &Settings,
         partitions: &[PartitionLimits],
-    ) -> Result<Self, Refusal> {
+    ) -> Result<Self, SubmitError> {
         let job = spec.job.clone().unwrap_or_default();
         let nodes = i64::from(job.nodes.max(1));
         let ntasks = i64::from(job.ntasks).max(nodes);
@@ -151,20 +151,20 @@ fn gres(
     job: &pb::JobRequest,
     site: &Settings,
     nodes: i64,
-) -> Result<Vec<String>, Refusal> {
+) -> Result<Vec<String>, SubmitError> {
     let mut all = Vec::new();
     for (resource, amount) in extended(spec) {
         let Some(name) = site.gres.get(&resource) else {
             let known: Vec<&str> = site.gres.keys().map(String::as_str).collect();
             let known = known.join(", ");
-            return Err(Refusal::permanent(format!(
+            return Err(SubmitError::permanent(format!(
                 "this site maps no Slurm resource to {resource} (`gres` of its site file maps: {known})"
             )));
         };
         all.push(format!("{name}:{}", ceil(amount, nodes)));
     }
     if flags::prints_help("gres", &job.gres) {
-        return Err(Refusal::permanent(format!(
+        return Err(SubmitError::permanent(format!(
             "knoc.io/gres {:?} makes sbatch print a help text and submit no job: name a resource, as in `gpu:1`",
             job.gres
         )));
@@ -178,14 +178,14 @@ fn gres(
 }
 
 /// The value of `--tmp`, and what the user should know about it. Slurm knows only the local disk
-/// that its administrators configured: most leave TmpDisk at 0, and then sbatch refuses every
+/// that its administrators configured: most leave TmpDisk at 0, and then sbatch rejects every
 /// `--tmp`, whatever disk there is.
 fn local_disk(
     asked: i64,
     job: &pb::JobRequest,
     site: &Settings,
     partitions: &[PartitionLimits],
-) -> Result<(Option<i64>, Option<String>), Refusal> {
+) -> Result<(Option<i64>, Option<String>), SubmitError> {
     let named = partition(job, site);
     let eligible = |known: &&PartitionLimits| match &named {
         Some(list) => list.split(',').any(|name| name == known.name),
@@ -211,7 +211,7 @@ fn local_disk(
         return Ok((None, Some(note)));
     }
     if asked > largest {
-        return Err(Refusal::permanent(format!(
+        return Err(SubmitError::permanent(format!(
             "{asked} MiB of ephemeral-storage are more than the TmpDisk of any node of {place}, at most {largest} MiB: \
              ask for less, or for another partition"
         )));
@@ -420,10 +420,10 @@ mod tests {
             let with = shape(1024, partition, &all).unwrap();
             assert_eq!((with.tmp_mib, with.notes.len()), (Some(1024), 0));
         }
-        let refusal = shape(4096, "long", &all).unwrap_err();
+        let error = shape(4096, "long", &all).unwrap_err();
         assert!(
-            refusal.words.contains("TmpDisk") && refusal.words.contains("2048 MiB"),
-            "{refusal}"
+            error.message.contains("TmpDisk") && error.message.contains("2048 MiB"),
+            "{error}"
         );
         assert_eq!(shape(4096, "", &[]).unwrap().tmp_mib, Some(4096));
     }
@@ -435,8 +435,8 @@ mod tests {
                 gres: gres.to_owned(),
                 ..Default::default()
             };
-            let refusal = Shape::of(&pod(vec![], job), &Settings::default(), &[]).unwrap_err();
-            assert!(refusal.words.contains("knoc.io/gres"), "{refusal}");
+            let error = Shape::of(&pod(vec![], job), &Settings::default(), &[]).unwrap_err();
+            assert!(error.message.contains("knoc.io/gres"), "{error}");
         }
     }
 
@@ -474,11 +474,11 @@ mod tests {
             extended: fpga.into_iter().collect(),
             ..Default::default()
         });
-        let refusal = Shape::of(
+        let error = Shape::of(
             &pod(vec![one], pb::JobRequest::default()),
             &Settings::default(),
             &[],
         );
-        assert!(refusal.unwrap_err().words.contains("example.com/fpga"));
+        assert!(error.unwrap_err().message.contains("example.com/fpga"));
     }
 }

@@ -12,7 +12,7 @@ use knoc_contract::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::beneath;
+use crate::nofollow;
 
 /// See the module. Both ends are the same binary, so there is no version in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,9 +75,9 @@ impl Point {
             PointBase::Mount(index) => opened.get(*index).ok_or(io::ErrorKind::NotFound)?,
         };
         if folder {
-            beneath::make_folder_in(&base.fd, &self.rest)
+            nofollow::make_folder_in(&base.fd, &self.rest)
         } else {
-            beneath::touch_in(&base.fd, &self.rest)
+            nofollow::touch_in(&base.fd, &self.rest)
         }
     }
 }

@@ -99,14 +99,14 @@ async fn an_image_stays_from_its_resolution_until_a_job_directory_names_it() {
     let world = world(24_000).await;
     let first = world.pull(0).await.unwrap();
     let second = world.pull(1).await.unwrap();
-    let refused = world.pull(2).await.unwrap_err();
+    let rejected = world.pull(2).await.unwrap_err();
     assert!(
-        refused
+        rejected
             .message
             .contains("limits.image_cache of the site file is 24000"),
-        "{refused}"
+        "{rejected}"
     );
-    assert!(refused.retryable());
+    assert!(rejected.retryable());
     assert!(first.path.exists() && second.path.exists());
     let path = first.path.clone();
     let job = world.job("33333333-3333-4333-8333-333333333333", &first);
@@ -131,10 +131,10 @@ async fn a_job_directory_that_cannot_be_read_keeps_everything() {
     let path = image.path.clone();
     drop(image);
     knoc_contract::jobdir::atomic::write(&job.spec_path(), b"\xff\xff\xff", 0o600).unwrap();
-    let refused = world.pull(1).await.unwrap_err();
+    let rejected = world.pull(1).await.unwrap_err();
     assert!(
-        refused.message.contains("the image cache is full"),
-        "{refused}"
+        rejected.message.contains("the image cache is full"),
+        "{rejected}"
     );
     assert!(path.exists());
 }

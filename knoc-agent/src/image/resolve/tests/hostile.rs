@@ -539,15 +539,15 @@ async fn only_registries_that_the_site_allows_are_asked() {
         });
     });
     let image = format!("{}/one", registry.address);
-    let refused = site.images.check(&image).unwrap_err();
+    let denied = site.images.check(&image).unwrap_err();
     assert!(
-        refused.message.contains("is not among policy.registries"),
-        "{refused}"
+        denied.message.contains("is not among policy.registries"),
+        "{denied}"
     );
-    assert!(refused.message.contains(&registry.address), "{refused}");
+    assert!(denied.message.contains(&registry.address), "{denied}");
     site.images.check("quay.io/a/b").unwrap();
     // A pod that was admitted before the policy changed.
-    let refused = site.images.resolve(&image, PullPolicy::Always).await;
-    assert!(!refused.unwrap_err().retryable());
+    let denied = site.images.resolve(&image, PullPolicy::Always).await;
+    assert!(!denied.unwrap_err().retryable());
     assert_eq!(registry.seen.total.load(Ordering::SeqCst), 0);
 }

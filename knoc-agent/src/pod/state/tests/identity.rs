@@ -2,14 +2,14 @@
 
 use super::*;
 
-fn refused(kind: RefusalKind) -> [Event; 3] {
+fn rejected(kind: SubmitErrorKind) -> [Event; 3] {
     let message =
         "sbatch reported success without a job id; it printed: Valid gres options are: gpu"
             .to_owned();
     [
         Event::Begin,
         Event::Staged,
-        Event::Refused { kind, message },
+        Event::SubmitFailed { kind, message },
     ]
 }
 
@@ -18,8 +18,8 @@ fn reasons(pod: &Pod) -> Vec<&str> {
 }
 
 #[test]
-fn success_without_a_job_id_is_looked_into_twice_and_then_refused_for_good() {
-    let (pod, effects) = feed(refused(RefusalKind::NoJobId));
+fn success_without_a_job_id_is_looked_into_twice_and_then_rejected() {
+    let (pod, effects) = feed(rejected(SubmitErrorKind::NoJobId));
     assert_eq!(effects, [Effect::Find]);
     let (pod, effects) = step(pod, Event::Found(Vec::new()), at(3));
     assert!(effects.is_empty() && !pod.is_finished());
@@ -50,14 +50,14 @@ fn every_repeated_submission_backs_off() {
         }
         let (mut pauses, mut now) = (Vec::new(), at(0));
         for kind in [
-            RefusalKind::Ambiguous,
-            RefusalKind::Throttled,
-            RefusalKind::Ambiguous,
-            RefusalKind::Throttled,
+            SubmitErrorKind::Ambiguous,
+            SubmitErrorKind::Throttled,
+            SubmitErrorKind::Ambiguous,
+            SubmitErrorKind::Throttled,
         ] {
             let message = String::new();
-            (pod, _) = step(pod, Event::Refused { kind, message }, now);
-            if kind == RefusalKind::Ambiguous {
+            (pod, _) = step(pod, Event::SubmitFailed { kind, message }, now);
+            if kind == SubmitErrorKind::Ambiguous {
                 for _ in 0..LOOKS {
                     let effects;
                     (pod, effects) = step(pod, Event::Found(Vec::new()), now);
@@ -112,7 +112,7 @@ fn a_job_that_was_never_shown_has_not_ended_because_its_pod_is_deleted() {
 /// sbatch timed out, the shim said hello, and then the queue answers with what was before.
 #[test]
 fn an_answer_from_before_the_start_is_no_requeue() {
-    let [begin, staged, timed_out] = refused(RefusalKind::Ambiguous);
+    let [begin, staged, timed_out] = rejected(SubmitErrorKind::Ambiguous);
     let Event::Report(mut first) = report("1", 1, false) else {
         panic!()
     };

@@ -33,11 +33,11 @@ fn any_view() -> impl Strategy<Value = JobView> {
 
 fn any_event() -> impl Strategy<Value = Event> {
     let kinds = vec![
-        RefusalKind::Permanent,
-        RefusalKind::Throttled,
-        RefusalKind::ControllerAway,
-        RefusalKind::Ambiguous,
-        RefusalKind::NoJobId,
+        SubmitErrorKind::Permanent,
+        SubmitErrorKind::Throttled,
+        SubmitErrorKind::ControllerAway,
+        SubmitErrorKind::Ambiguous,
+        SubmitErrorKind::NoJobId,
     ];
     let jobs = || prop::collection::vec(any_view(), 0..3);
     prop_oneof![
@@ -50,7 +50,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         }),
         3 => (1..4_u8).prop_map(|id| submitted(&id.to_string())),
         1 => prop::sample::select(kinds)
-            .prop_map(|kind| Event::Refused { kind, message: String::new() }),
+            .prop_map(|kind| Event::SubmitFailed { kind, message: String::new() }),
         1 => jobs().prop_map(Event::Found),
         1 => Just(Event::FindFailed(String::new())),
         4 => (jobs(), any::<bool>()).prop_map(|(jobs, missing)| Event::Round { jobs, missing }),

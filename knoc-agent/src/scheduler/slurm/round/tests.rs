@@ -10,7 +10,9 @@ use knoc_proto::ids::PodUid;
 
 use super::*;
 use crate::scheduler::slurm::Settings;
-use crate::scheduler::{Cancel, JobExit, JobState, Refusal, RefusalKind, Scheduler, SubmitRequest};
+use crate::scheduler::{
+    Cancel, JobExit, JobState, Scheduler, SubmitError, SubmitErrorKind, SubmitRequest,
+};
 
 /// A directory with scripts in place of Slurm's commands.
 struct Fake {
@@ -277,13 +279,13 @@ async fn success_without_an_id_is_said_with_what_sbatch_printed() {
         let fake = Fake::new();
         fake.program("sinfo", "true");
         fake.program("sbatch", &format!("cat >/dev/null; {answer}"));
-        let refusal = fake
+        let error = fake
             .slurm()
             .submit(&request(fake.dir.path()), ready(Ok(())))
             .await
             .unwrap_err();
-        assert_eq!(refusal.kind, RefusalKind::NoJobId, "{answer}");
-        assert!(refusal.words.ends_with(printed), "{refusal}");
+        assert_eq!(error.kind, SubmitErrorKind::NoJobId, "{answer}");
+        assert!(error.message.ends_with(printed), "{error}");
     }
 }
 
@@ -296,11 +298,11 @@ async fn nothing_is_submitted_before_the_partitions_limits_are_known() {
         "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1",
     );
     let slurm = fake.slurm();
-    let refusal = slurm
+    let error = slurm
         .submit(&request(fake.dir.path()), ready(Ok(())))
         .await
         .unwrap_err();
-    assert_eq!(refusal.kind, RefusalKind::ControllerAway);
+    assert_eq!(error.kind, SubmitErrorKind::ControllerAway);
     assert!(!fake.calls().contains("--parsable"), "{}", fake.calls());
     fake.program("sinfo", "true");
     slurm
@@ -325,13 +327,13 @@ async fn nothing_is_submitted_if_it_is_no_longer_allowed_after_the_wait() {
     slurm.submit(&request, ready(Ok(()))).await.unwrap();
     let too_late = async {
         let waited = began.elapsed();
-        Err(Refusal::permanent(format!(
+        Err(SubmitError::permanent(format!(
             "asked after {} ms",
             waited.as_millis() / 200 * 200
         )))
     };
-    let refusal = slurm.submit(&request, too_late).await.unwrap_err();
-    assert!(!refusal.words.ends_with("after 0 ms"), "{}", refusal.words);
+    let error = slurm.submit(&request, too_late).await.unwrap_err();
+    assert!(!error.message.ends_with("after 0 ms"), "{}", error.message);
     assert_eq!(fake.calls().matches("--parsable").count(), 1);
 }
 

@@ -192,7 +192,7 @@ fn a_site_that_lists_choices_allows_no_others() {
             job: Some(job),
             ..Default::default()
         };
-        render(&request(spec), &site, &[]).map_err(|refusal| refusal.words)
+        render(&request(spec), &site, &[]).map_err(|error| error.message)
     };
     assert!(rendered("", "", "").is_ok());
     assert!(rendered("short,long", "proj", "normal").is_ok());

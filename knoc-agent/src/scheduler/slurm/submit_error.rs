@@ -5,12 +5,12 @@
 //! fails with Slurm's message than that it is submitted forever.
 
 use crate::command::{CommandError, CommandErrorKind};
-use crate::scheduler::{Refusal, RefusalKind};
+use crate::scheduler::{SubmitError, SubmitErrorKind};
 
-use RefusalKind::{Ambiguous, ControllerAway, Permanent, Throttled};
+use SubmitErrorKind::{Ambiguous, ControllerAway, Permanent, Throttled};
 
 /// The first match wins.
-const TABLE: &[(&str, RefusalKind)] = &[
+const TABLE: &[(&str, SubmitErrorKind)] = &[
     // The request may have reached the controller.
     ("socket timed out", Ambiguous),
     ("zero bytes were transmitted", Ambiguous),
@@ -63,7 +63,7 @@ const TABLE: &[(&str, RefusalKind)] = &[
 
 /// Classifies a message.
 #[must_use]
-pub(super) fn classify(message: &str) -> RefusalKind {
+pub(super) fn classify(message: &str) -> SubmitErrorKind {
     let message = message.to_lowercase();
     TABLE
         .iter()
@@ -73,7 +73,7 @@ pub(super) fn classify(message: &str) -> RefusalKind {
 
 /// The error for a failed sbatch.
 #[must_use]
-pub(super) fn of_command(err: CommandError) -> Refusal {
+pub(super) fn of_command(err: CommandError) -> SubmitError {
     let message = err.message().map(trim_message);
     let kind = match (&err.kind, &message) {
         (CommandErrorKind::NotFound | CommandErrorKind::Spawn(_), _) => ControllerAway,
@@ -83,9 +83,9 @@ pub(super) fn of_command(err: CommandError) -> Refusal {
     let message = message
         .filter(|_| kind != Ambiguous)
         .unwrap_or_else(|| err.to_string());
-    Refusal {
+    SubmitError {
         kind,
-        words: message,
+        message,
         command: Some(err),
     }
 }
@@ -93,21 +93,21 @@ pub(super) fn of_command(err: CommandError) -> Refusal {
 /// sbatch reports that no node has what a job requests, but not which request. Users rarely suspect
 /// local disk, so the message mentions it.
 #[must_use]
-pub(super) fn explain(mut refusal: Refusal, argv: &[String]) -> Refusal {
+pub(super) fn explain(mut error: SubmitError, argv: &[String]) -> SubmitError {
     let tmp = argv.iter().find_map(|arg| arg.strip_prefix("--tmp="));
     if let Some(tmp) = tmp
-        && refusal.kind == Permanent
-        && refusal
-            .words
+        && error.kind == Permanent
+        && error
+            .message
             .contains("node configuration is not available")
     {
         let hint = format!(
             " (among other things the pod asks for {tmp} of ephemeral-storage, which TmpDisk of a node in slurm.conf \
              must grant)"
         );
-        refusal.words.push_str(&hint);
+        error.message.push_str(&hint);
     }
-    refusal
+    error
 }
 
 /// Removes `sbatch: error: ` from the start of each line, and sbatch's progress notes.
@@ -192,7 +192,7 @@ mod tests {
         }
     }
 
-    fn failed(kind: CommandErrorKind) -> Refusal {
+    fn failed(kind: CommandErrorKind) -> SubmitError {
         of_command(CommandError {
             program: PathBuf::from("/usr/bin/sbatch"),
             kind,
@@ -218,27 +218,27 @@ mod tests {
         );
         assert_eq!(failed(exit(Some(1), None, "")).kind, Ambiguous);
         let message = "sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed: Invalid partition name specified\n";
-        let refusal = failed(exit(Some(1), None, message));
-        assert_eq!(refusal.kind, Permanent);
+        let error = failed(exit(Some(1), None, message));
+        assert_eq!(error.kind, Permanent);
         assert_eq!(
-            refusal.to_string(),
+            error.to_string(),
             "invalid partition specified: nix; Batch job submission failed: Invalid partition name specified"
         );
         assert_eq!(failed(CommandErrorKind::NotFound).kind, ControllerAway);
     }
 
     #[test]
-    fn a_refusal_for_what_no_node_has_names_the_disk() {
-        let refused = |argv: &[&str], message: &str| {
+    fn an_error_for_what_no_node_has_names_the_disk() {
+        let explained = |argv: &[&str], message: &str| {
             let argv: Vec<String> = argv.iter().map(ToString::to_string).collect();
-            explain(Refusal::permanent(message), &argv).words
+            explain(SubmitError::permanent(message), &argv).message
         };
         let message = "Batch job submission failed: Requested node configuration is not available";
-        let with = refused(&["sbatch", "--tmp=1024M"], message);
+        let with = explained(&["sbatch", "--tmp=1024M"], message);
         assert!(with.contains("1024M") && with.contains("TmpDisk"), "{with}");
-        assert_eq!(refused(&["sbatch"], message), message);
+        assert_eq!(explained(&["sbatch"], message), message);
         assert_eq!(
-            refused(&["--tmp=1M"], "Invalid qos specification"),
+            explained(&["--tmp=1M"], "Invalid qos specification"),
             "Invalid qos specification"
         );
     }
@@ -282,7 +282,7 @@ mod tests {
             for (case, kind) in cases {
                 let text = std::fs::read_to_string(root.join(format!("{case}.txt"))).unwrap();
                 let (head, message) = text.split_once('\n').unwrap();
-                // Some versions accept what others refuse; 124 means that the recorder's own
+                // Some versions accept what others reject; 124 means that the recorder's own
                 // time-out expired.
                 if ["exit 0", "exit 124"].contains(&head) {
                     continue;
