@@ -28,7 +28,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::{self, gate::Gate},
     config::Config,
-    lease, policy,
+    lease,
+    linger::Links,
+    policy,
     registry::{self, Registry, cluster::Pin, poll},
     renewal, shim_links,
     site::Site,
@@ -53,6 +55,9 @@ pub struct App {
     policy: policy::watch::Watcher,
     gate: Gate,
     credentials: Option<knoc_link::Credentials>,
+    links: Links,
+    /// For how long it goes on without a link; `None`: until it is stopped.
+    linger: Option<Duration>,
 }
 
 impl App {
@@ -107,7 +112,18 @@ impl App {
             policy,
             gate,
             credentials,
+            links: Links::default(),
+            linger: None,
         })
+    }
+
+    /// The same agent, which ends once it had no link for this long.
+    #[must_use]
+    pub fn lingering(self, linger: Duration) -> Self {
+        Self {
+            linger: Some(linger),
+            ..self
+        }
     }
 
     /// Runs until `shutdown` is cancelled, then ends everything in order.
@@ -125,6 +141,8 @@ impl App {
             policy,
             gate,
             credentials,
+            links,
+            linger,
         } = self;
         let mut tasks = JoinSet::new();
         let background = actors.child_token();
@@ -144,10 +162,15 @@ impl App {
             ended,
             background.clone(),
         ));
+        if let Some(linger) = linger {
+            let (links, stop) = (links.clone(), background.clone());
+            tasks.spawn(links.end_without(linger, shutdown.clone(), stop));
+        }
         tasks.spawn(heartbeat(Arc::clone(&site), background, shutdown.clone()));
         let mut servers = JoinSet::new();
         for incoming in near {
-            servers.spawn(api::serve(service.clone(), incoming, stop.child_token()));
+            let (links, stop) = (links.clone(), stop.child_token());
+            servers.spawn(api::serve(service.clone(), incoming, links, stop));
         }
         drop(service);
         site.poll_soon.notify_one();

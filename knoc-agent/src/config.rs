@@ -103,6 +103,9 @@ pub struct Config {
     /// What lies with the values of pods on disk.
     #[serde(default)]
     pub values: Values,
+    /// An agent that `serve --stdio` starts.
+    #[serde(default)]
+    pub serve: Serve,
     /// The file that this was read from.
     #[serde(skip)]
     pub source: Option<Source>,
@@ -172,8 +175,8 @@ impl RuntimeKind {
 #[serde(default, deny_unknown_fields)]
 pub struct Listen {
     /// For kubelets and knocctl: mutual TLS.
-    #[serde(deserialize_with = "text::address")]
-    pub kubelet: SocketAddr,
+    #[serde(deserialize_with = "text::address_or_none")]
+    pub kubelet: Option<SocketAddr>,
     /// For shims: pinned keys.
     #[serde(deserialize_with = "text::address")]
     pub shim: SocketAddr,
@@ -186,7 +189,7 @@ pub struct Listen {
 impl Default for Listen {
     fn default() -> Self {
         Self {
-            kubelet: SocketAddr::from(([0, 0, 0, 0], 10350)),
+            kubelet: Some(SocketAddr::from(([0, 0, 0, 0], 10350))),
             shim: SocketAddr::from(([0, 0, 0, 0], 10351)),
             shim_addresses: Vec::new(),
             socket: None,
@@ -500,6 +503,23 @@ pub enum MemoryFallback {
     Error,
     /// They lie on the node's disk, and the pod says so.
     Disk,
+}
+
+/// An agent that is started on demand.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Serve {
+    /// How long it goes on without any link.
+    #[serde(deserialize_with = "text::duration")]
+    pub linger: Duration,
+}
+
+impl Default for Serve {
+    fn default() -> Self {
+        Self {
+            linger: Duration::from_mins(10),
+        }
+    }
 }
 
 /// The environment the file is read in: an argument, so that tests need no global.

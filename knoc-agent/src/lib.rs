@@ -19,6 +19,8 @@ pub mod doctor;
 pub mod image;
 pub mod init;
 pub mod lease;
+pub mod linger;
+pub mod on_demand;
 mod open_files;
 mod own_limits;
 pub mod pod;

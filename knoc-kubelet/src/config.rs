@@ -13,6 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use knoc_link::Route;
 use knoc_proto::settings::{Document, Mistakes};
 
 use settings::Settings;
@@ -47,8 +48,8 @@ pub struct Config {
 /// The link to the agent.
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
-    /// `host:port`, `tcp:host:port` or `unix:/path`.
-    pub address: String,
+    /// The addresses, in the order in which they are tried.
+    pub route: Route,
     /// CA, certificate and key; none on a unix socket.
     pub credentials: Option<CredentialFiles>,
     /// The site that the agent's certificate must name; none: any agent of our CA.

@@ -15,6 +15,7 @@ pub mod interop;
 pub mod pod;
 pub mod relay;
 pub mod site;
+pub mod sshd;
 pub mod terminal;
 pub mod wait;
 pub mod world;

@@ -25,7 +25,10 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Request, Status, service::Interceptor, transport::server::Connected};
 
-use crate::policy::{PeerDenied, Renewals, Rules};
+use crate::{
+    linger::Counted,
+    policy::{PeerDenied, Renewals, Rules},
+};
 
 /// Interval between two checks of all connections.
 const SWEEP: Duration = Duration::from_secs(5);
@@ -74,7 +77,7 @@ impl Gate {
     }
 
     /// Registers a connection, which is checked until the guard is dropped.
-    pub(super) fn guard(&self, conn: Connection) -> Guarded {
+    pub(super) fn guard(&self, conn: Connection, counted: Counted) -> Guarded {
         let Peer::Tls {
             identity,
             certificate,
@@ -84,6 +87,7 @@ impl Gate {
             return Guarded {
                 conn,
                 watched: None,
+                _counted: counted,
             };
         };
         let info = certificate.info();
@@ -115,6 +119,7 @@ impl Gate {
         Guarded {
             conn,
             watched: Some(watched),
+            _counted: counted,
         }
     }
 
@@ -228,6 +233,7 @@ pub(super) struct Guarded {
     conn: Connection,
     /// `None` for our own user's connection.
     watched: Option<Watched>,
+    _counted: Counted,
 }
 
 #[derive(Debug)]

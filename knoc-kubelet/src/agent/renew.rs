@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use knoc_link::{
-    Carrier, Credentials, CredentialsError, ExpectPeer, LinkError,
+    Credentials, CredentialsError, ExpectPeer, LinkError, Route,
     pki::{self, CertificateInfo, CertifiedKey, PkiError, Request, Validity},
 };
 use knoc_proto::{error::chain, reason::ErrorReason};
@@ -33,8 +33,8 @@ const RETRY_MOST: Duration = Duration::from_hours(1);
 /// How connections to the agent are made.
 #[derive(Clone, Debug)]
 pub struct Dialer {
-    /// The way.
-    pub carrier: Carrier,
+    /// The addresses.
+    pub route: Route,
     /// Who we are; none over a unix socket.
     pub credentials: Option<Credentials>,
     /// Whom we expect.
@@ -45,8 +45,8 @@ impl Dialer {
     /// New connections, which are made at their first request.
     pub fn dial(&self) -> Result<Channels, LinkError> {
         let dial = || {
-            let (carrier, credentials) = (self.carrier.clone(), self.credentials.clone());
-            knoc_link::dial(carrier, credentials, self.expect.clone())
+            let (route, credentials) = (self.route.clone(), self.credentials.clone());
+            knoc_link::dial(route, credentials, self.expect.clone())
         };
         Ok(Channels {
             control: dial()?,

@@ -7,7 +7,7 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Namespace;
-use knoc_link::{Carrier, Credentials, ExpectPeer, LinkError};
+use knoc_link::{Carrier, Credentials, ExpectPeer, LinkError, carrier::ssh::SecretError};
 use kube::{
     Api, Client,
     config::{KubeConfigOptions, Kubeconfig},
@@ -52,14 +52,14 @@ pub enum BuildError {
         /// The API server.
         server: String,
     },
-    /// The agent's address.
-    #[error("agent.address `{address}`")]
-    Address {
-        /// As configured.
-        address: String,
+    /// The folder for logins over SSH.
+    #[error("agent.sshFolder, for the address {carrier}")]
+    Login {
+        /// The address.
+        carrier: Carrier,
         /// Why not.
         #[source]
-        source: knoc_link::InvalidCarrier,
+        source: Box<SecretError>,
     },
     /// The link's certificates.
     #[error("read agent.ca, agent.cert and agent.key")]
@@ -173,13 +173,14 @@ async fn cluster_id(client: &Client, server: &str) -> Result<String, BuildError>
 }
 
 fn dialer(config: &AgentConfig) -> Result<Dialer, BuildError> {
-    let carrier: Carrier = config
-        .address
-        .parse()
-        .map_err(|source| BuildError::Address {
-            address: config.address.clone(),
-            source,
-        })?;
+    for carrier in config.route.carriers() {
+        if let Carrier::Ssh(ssh) = carrier {
+            ssh.check().map_err(|source| BuildError::Login {
+                carrier: carrier.clone(),
+                source: Box::new(source),
+            })?;
+        }
+    }
     let credentials = match &config.credentials {
         None => None,
         Some(files) => Some(
@@ -192,7 +193,7 @@ fn dialer(config: &AgentConfig) -> Result<Dialer, BuildError> {
         None => ExpectPeer::AnyAgent,
     };
     Ok(Dialer {
-        carrier,
+        route: config.route.clone(),
         credentials,
         expect,
     })

@@ -3,6 +3,10 @@
 
 use std::fmt::Display;
 
+use knoc_link::{
+    Carrier, Route,
+    carrier::ssh::{self, Login},
+};
 use knoc_proto::{ids::SiteName, names, settings::Document};
 
 use super::{
@@ -95,20 +99,20 @@ impl Resolver<'_> {
             let what = format!("`{site}` is not a DNS label of at most 58 characters");
             self.wrong("agent.site", what);
         }
-        let Some(address) = agent.address.clone() else {
-            self.wrong(
-                "agent.address",
-                "is missing: `host:port` or `unix:/path`; it has no default",
-            );
+        let carriers = self.carriers()?;
+        let unix = carriers.iter().any(|one| matches!(one, Carrier::Unix(_)));
+        if unix && carriers.len() > 1 {
+            let what = "a `unix:` address is the only one: it takes no certificate, and the others need one";
+            self.wrong("agent.address", what);
             return None;
-        };
+        }
         let credentials = match (&agent.ca, &agent.cert, &agent.key) {
             (Some(ca), Some(cert), Some(key)) => Some(CredentialFiles {
                 ca: ca.clone(),
                 cert: cert.clone(),
                 key: key.clone(),
             }),
-            (None, None, None) if address.starts_with("unix:") => None,
+            (None, None, None) if unix => None,
             (ca, cert, key) => {
                 let files = [
                     ("agent.ca", ca.is_none()),
@@ -123,10 +127,59 @@ impl Resolver<'_> {
             }
         };
         Some(AgentConfig {
-            address,
+            route: Route::new(carriers)?,
             credentials,
             site: agent.site.clone(),
         })
+    }
+
+    /// The carriers of `agent.address`, with what the other settings say about logins.
+    fn carriers(&mut self) -> Option<Vec<Carrier>> {
+        let agent = &self.settings.agent;
+        let Some(addresses) = &agent.address else {
+            self.wrong(
+                "agent.address",
+                "is missing: `host:port`, `ssh:user@host`, `exec:command` or `unix:/path`; it has no default",
+            );
+            return None;
+        };
+        let carriers = match addresses.carriers() {
+            Ok(carriers) => carriers,
+            Err(error) => {
+                self.wrong("agent.address", error);
+                return None;
+            }
+        };
+        let over_ssh = carriers.iter().any(|one| matches!(one, Carrier::Ssh(_)));
+        let given = [
+            ("agent.sshFolder", agent.ssh_folder.is_some()),
+            ("agent.sshProgram", agent.ssh_program.is_some()),
+            ("agent.sshOnDemand", agent.ssh_on_demand),
+        ];
+        for (key, _) in given.iter().filter(|(_, given)| *given && !over_ssh) {
+            self.wrong(key, "belongs to an `ssh:` address, and there is none");
+        }
+        if over_ssh && agent.ssh_folder.is_none() {
+            let what = "is missing: an `ssh:` address needs a folder with `ssh-privatekey` and `known_hosts`, usually of a \
+                        mounted Secret";
+            self.wrong("agent.sshFolder", what);
+        }
+        let program = agent.ssh_program.as_deref();
+        if program.is_some_and(|text| !ssh::is_program(text)) {
+            let what = "is not a path of letters, digits and `_./+-`, which may begin with `~/`";
+            self.wrong("agent.sshProgram", what);
+        }
+        let login = Login {
+            folder: agent.ssh_folder.clone(),
+            program: agent.ssh_program.clone(),
+            on_demand: agent.ssh_on_demand,
+        };
+        let with_login = carriers.into_iter();
+        Some(
+            with_login
+                .map(|one| one.with_login(login.clone()))
+                .collect(),
+        )
     }
 
     fn node(&mut self) -> Option<NodeConfig> {

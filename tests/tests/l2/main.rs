@@ -18,6 +18,7 @@ mod old_kernel;
 mod packages;
 mod secrets;
 mod socket;
+mod ssh;
 mod state;
 mod stats;
 mod streams;
