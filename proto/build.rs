@@ -1,4 +1,4 @@
-//! Generates the gRPC code from `knoc/v1/*.proto` with protox: no `protoc` is needed.
+//! Generates the gRPC code from `knoc/v1/*.proto` with protox, which replaces `protoc`.
 use std::{env, fs, path::PathBuf};
 
 use prost::Message as _;

@@ -228,14 +228,13 @@ pub async fn serve(
         }
     };
     let health = InterceptedService::new(health, gate.clone());
-    let guarded = incoming.map(move |conn| conn.map(|conn| gate.guard(conn, links.count())));
-    let served = knoc_link::server()
+    let guarded =
+        incoming.map(move |conn| conn.map(|conn| gate.guard(conn.holding(links.count()))));
+    let router = knoc_link::server()
         .add_service(agent)
         .add_service(health)
-        .add_optional_service(reflection)
-        .serve_with_incoming_shutdown(guarded, stop.cancelled())
-        .await;
-    if let Err(error) = served {
+        .add_optional_service(reflection);
+    if let Err(error) = knoc_link::serve(router, guarded.boxed(), stop).await {
         tracing::error!(error = chain(&error), "a listener failed");
     }
 }

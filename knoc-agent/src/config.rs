@@ -1,8 +1,8 @@
-//! The site file: all that differs between sites, in one TOML text that `init` writes with comments.
+//! The site file: a TOML file, which `init` writes with comments, with everything that differs between sites.
 //!
-//! Pure but for [`Config::load`], which reads the file once, at start. All mistakes are named at once, each with its
-//! line and what is allowed, so that a typing error is found before anything starts. Nothing here can be widened by
-//! the cluster: [`Policy`] is the HPC user's own word.
+//! PURE, except for [`Config::load`], which reads the file once, at start. All mistakes are reported together, each
+//! with its line and the allowed values, before anything starts. The cluster cannot extend any of these limits: only
+//! the HPC user decides about [`Policy`].
 
 mod check;
 pub mod text;
@@ -19,22 +19,22 @@ use std::{
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
-/// It is read again every few seconds.
+/// The maximum size in bytes; the file is read again every few seconds.
 const MAX_SIZE: u64 = 1 << 20;
 
 /// Why the site file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// It cannot be read.
+    /// The site file cannot be read.
     #[error("read the site file {} (`knoc-agent init --site SITE` makes one)", path.display())]
     Read {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// The system's words.
+        /// The system's error.
         #[source]
         source: std::io::Error,
     },
-    /// All that is wrong with it, a line each.
+    /// Everything that is wrong with the site file, one mistake for each line.
     #[error(transparent)]
     Mistakes(#[from] Mistakes),
 }
@@ -43,64 +43,66 @@ pub enum ConfigError {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Name of the site: the agent's identity is `spiffe://knoc/agent/<site>`. It has no default.
+    /// The site's name. The agent's identity is `spiffe://knoc/agent/<site>`. There is no default.
     #[serde(default)]
     pub site: String,
-    /// On the file system that login and compute nodes share.
+    /// The state directory, on the file system that login and compute nodes share.
     #[serde(default = "text::state_dir")]
     pub state_dir: PathBuf,
-    /// Who owns the jobs.
+    /// What runs the jobs.
     #[serde(default)]
     pub scheduler: SchedulerKind,
-    /// What starts containers.
+    /// What runs the containers.
     #[serde(default)]
     pub runtime: RuntimeKind,
-    /// Shell text of the site at the head of every batch script (`module load …`). Never pod data.
+    /// The site's shell commands at the beginning of every batch script (`module load …`). They never contain data of a
+    /// pod.
     #[serde(default)]
     pub prelude: String,
     /// Folders under which pods may name image files and sandboxes.
     #[serde(default)]
     pub image_roots: Vec<PathBuf>,
-    /// Others may own and write what lies under `image_roots`: whoever can, chooses what this account runs.
+    /// Whether others may own and write files under `image_roots`. Whoever can write them chooses what this account
+    /// runs.
     #[serde(default)]
     pub trust_shared_roots: bool,
-    /// Folders under which pods may mount host paths: none yet, since every `hostPath` is rejected.
+    /// Folders under which pods may mount host paths. It must be empty for now: every `hostPath` is rejected.
     #[serde(default)]
     pub host_paths: Vec<PathBuf>,
-    /// Where the agent listens.
+    /// The addresses that the agent listens on.
     #[serde(default)]
     pub listen: Listen,
-    /// The agent's certificate and the CA that kubelets must be of. Without it only the unix socket is served.
+    /// The agent's certificate, and the CA of the kubelets' certificates. Without it, only the unix socket is served.
     #[serde(default)]
     pub tls: Option<Tls>,
-    /// Paths of the tools; empty ones are looked up in `env.PATH`.
+    /// The paths of the tools; those that are not set are looked up in `env.PATH`.
     #[serde(default)]
     pub tools: Tools,
-    /// The environment of every tool, and the whole of it.
+    /// The complete environment of every tool.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
-    /// Mirrors, first match wins.
+    /// Mirrors of registries; the first match applies.
     #[serde(default, rename = "registry")]
     pub registries: Vec<Registry>,
-    /// Who is served, and what pods may ask for.
+    /// Which clients are served, and what pods may request.
     #[serde(default)]
     pub policy: Policy,
-    /// Extended resource of pods → Slurm's gres, such as `"amd.com/gpu" = "gpu"`; it takes the place of the default.
+    /// Maps extended resources of pods to Slurm's gres, such as `"amd.com/gpu" = "gpu"`. It replaces the default.
     #[serde(default = "text::gres")]
     pub gres: BTreeMap<String, String>,
-    /// What a job gets that says nothing.
+    /// The defaults for jobs whose pod requests nothing else.
     #[serde(default)]
     pub job: JobDefaults,
-    /// Rates, bounds and patience.
+    /// Rates, limits and timeouts.
     #[serde(default)]
     pub limits: Limits,
-    /// Containers' logs.
+    /// The containers' logs.
     #[serde(default)]
     pub logs: Logs,
     /// Restarts of containers, and image pulls.
     #[serde(default)]
     pub backoff: Backoff,
-    /// What lies with the values of pods on disk.
+    /// How the values of pods are stored.
     #[serde(default)]
     pub values: Values,
     /// An agent that `serve --stdio` starts.
@@ -111,16 +113,16 @@ pub struct Config {
     pub source: Option<Source>,
 }
 
-/// Where a site file lies, so that its `[policy]` can be read again.
+/// The path of a site file, so that its `[policy]` can be read again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
-    /// The file.
+    /// The path of the file.
     pub path: PathBuf,
-    /// What `~/` stands for in it.
+    /// What `~/` means in it.
     pub home: Home,
 }
 
-/// Who owns the jobs.
+/// What runs the jobs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SchedulerKind {
@@ -132,7 +134,7 @@ pub enum SchedulerKind {
 }
 
 impl SchedulerKind {
-    /// As in the site file and `AgentInfo`.
+    /// The name in the site file and in `AgentInfo`.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -142,23 +144,24 @@ impl SchedulerKind {
     }
 }
 
-/// What starts containers.
+/// What runs the containers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RuntimeKind {
-    /// Apptainer, else Singularity, whichever is found.
+    /// Apptainer if it is found, else Singularity.
     #[default]
     Auto,
     /// Apptainer.
     Apptainer,
     /// SingularityCE.
     Singularity,
-    /// No container: programs of the host. For tests and sites that forbid runtimes.
+    /// No container runtime: containers are processes of the host. For tests, and for sites that forbid container
+    /// runtimes.
     Process,
 }
 
 impl RuntimeKind {
-    /// As in the site file and `AgentInfo`.
+    /// The name in the site file and in `AgentInfo`.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -170,19 +173,19 @@ impl RuntimeKind {
     }
 }
 
-/// Where the agent listens.
+/// The addresses that the agent listens on.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Listen {
-    /// For kubelets and knocctl: mutual TLS.
+    /// The address for kubelets and knocctl, which use mutual TLS. If `None`, they connect over SSH only.
     #[serde(deserialize_with = "text::address_or_none")]
     pub kubelet: Option<SocketAddr>,
-    /// For shims: pinned keys.
+    /// The address for shims, whose keys are pinned.
     #[serde(deserialize_with = "text::address")]
     pub shim: SocketAddr,
-    /// What shims are told to dial, `host:port`; empty: this host's addresses with the port of `shim`.
+    /// The addresses that shims connect to, as `host:port`. If empty: this host's addresses, with the port of `shim`.
     pub shim_addresses: Vec<String>,
-    /// The unix socket; unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else `STATE_DIR/socket/agent.sock`.
+    /// The unix socket. If unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else `STATE_DIR/socket/agent.sock`.
     pub socket: Option<PathBuf>,
 }
 
@@ -197,23 +200,24 @@ impl Default for Listen {
     }
 }
 
-/// PEM files; they are read again when they change.
+/// PEM files, which are read again when they change.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tls {
-    /// The CA of kubelets.
+    /// The CA of the kubelets' certificates.
     pub ca: PathBuf,
     /// The agent's certificate.
     pub cert: PathBuf,
-    /// Its key.
+    /// The key of that certificate.
     pub key: PathBuf,
-    /// The CA's key, which renews certificates; unset: `ca` with the ending `.key`. It need not be there.
+    /// The CA's key, with which certificates are renewed. If unset: `ca` with the extension `.key`. The file may be
+    /// missing.
     #[serde(default)]
     pub ca_key: Option<PathBuf>,
 }
 
 impl Tls {
-    /// Where the CA's key is looked for.
+    /// The path at which the CA's key is expected.
     #[must_use]
     pub fn ca_key(&self) -> PathBuf {
         let beside = || self.ca.with_extension("key");
@@ -221,7 +225,7 @@ impl Tls {
     }
 }
 
-/// Absolute paths of tools; unset ones are looked up in `env.PATH`.
+/// Absolute paths of tools; those that are not set are looked up in `env.PATH`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[expect(missing_docs, reason = "each field is named as its tool")]
@@ -234,14 +238,14 @@ pub struct Tools {
     pub scontrol: Option<PathBuf>,
     pub apptainer: Option<PathBuf>,
     pub singularity: Option<PathBuf>,
-    /// Not used: earlier versions' `init` named it.
+    /// Not used, but `init` of earlier versions wrote it.
     sacctmgr: Option<PathBuf>,
-    /// See `sacctmgr`.
+    /// Not used, but `init` of earlier versions wrote it.
     srun: Option<PathBuf>,
 }
 
 impl Tools {
-    /// Each with its name.
+    /// The tools that are used, with their names.
     fn named(&self) -> [(&'static str, &Option<PathBuf>); 8] {
         [
             ("sbatch", &self.sbatch),
@@ -255,7 +259,7 @@ impl Tools {
         ]
     }
 
-    /// Those that are named, and that nothing uses.
+    /// The names of tools that are set but not used.
     pub(crate) fn unused(&self) -> impl Iterator<Item = &'static str> {
         let unused = [("sacctmgr", &self.sacctmgr), ("srun", &self.srun)];
         let named = unused.into_iter().filter(|(_, path)| path.is_some());
@@ -263,44 +267,46 @@ impl Tools {
     }
 }
 
-/// `[[registry]]`: images whose name begins with `prefix` come from `mirror`.
+/// `[[registry]]`: images whose name begins with `prefix` are fetched from `mirror`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Registry {
-    /// Such as `docker.io` or `docker.io/library`.
+    /// The prefix, such as `docker.io` or `docker.io/library`.
     pub prefix: String,
-    /// What stands in its place; unset: the prefix itself.
+    /// What replaces the prefix; if unset, the prefix itself.
     #[serde(default)]
     pub mirror: Option<String>,
-    /// Plain HTTP.
+    /// Whether to use plain HTTP.
     #[serde(default)]
     pub insecure: bool,
 }
 
-/// Who is served, and what pods may ask for. The whole table is read again while the agent runs.
+/// Which clients are served, and what pods may request. The whole table is read again while the agent runs.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
-    /// UID of the namespace `kube-system` of the only cluster served; unset: pinned at first use.
+    /// The UID of the namespace `kube-system` of the only cluster that is served. If unset, it is pinned at first use.
     pub cluster_id: Option<String>,
-    /// Identities served, such as `kubelet/knoc`; `*` at the end matches any rest. Empty: all that the CA vouches for.
+    /// Identities that are served, such as `kubelet/knoc`; `*` at the end matches any rest. If empty: all that the CA
+    /// has certified.
     pub clients: Vec<String>,
-    /// Certificates that are not served, with all that were renewed from them: `sha256/…` of a public key, `serial/…`, or
-    /// an identity such as `ctl/ann`.
+    /// Certificates that are denied, and all that were renewed from them: `sha256/…` of a public key, `serial/…`, or an
+    /// identity such as `ctl/ann`.
     pub denied: Vec<String>,
-    /// Nodes that a kubelet with another name leads: node → `kubelet/NAME`. A kubelet always leads the node of its name.
+    /// Nodes whose kubelet has another name, as node → `kubelet/NAME`. A kubelet always leads the node with its own
+    /// name.
     pub nodes: BTreeMap<String, String>,
-    /// Namespaces whose pods are accepted; empty: all.
+    /// Namespaces whose pods are accepted. If empty: all.
     pub namespaces: Vec<String>,
-    /// Names of further sbatch flags that pods may give, such as `--mail-type`.
+    /// Names of additional sbatch flags that pods may give, such as `--mail-type`.
     pub flags: Vec<String>,
-    /// Partitions that pods may name; empty: all.
+    /// Partitions that pods may name. If empty: all.
     pub partitions: Vec<String>,
-    /// Accounts that pods may name; empty: all.
+    /// Accounts that pods may name. If empty: all.
     pub accounts: Vec<String>,
-    /// QOS that pods may name; empty: all.
+    /// QOS that pods may name. If empty: all.
     pub qos: Vec<String>,
-    /// Beginnings of the names of images that pods may name, such as `docker.io/library`; empty: all.
+    /// Prefixes of the image names that pods may use, such as `docker.io/library`. If empty: all.
     pub registries: Vec<String>,
 }
 
@@ -329,67 +335,69 @@ impl Default for Policy {
     }
 }
 
-/// What a job gets that says nothing.
+/// The defaults for jobs whose pod requests nothing else.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct JobDefaults {
-    /// `--partition`; unset: Slurm's default.
+    /// `--partition`. If unset: Slurm's default.
     pub partition: Option<String>,
-    /// `--account`; unset: the user's default.
+    /// `--account`. If unset: the user's default.
     pub account: Option<String>,
-    /// `--qos`; unset: the association's.
+    /// `--qos`. If unset: the association's default.
     pub qos: Option<String>,
-    /// `--time` in minutes; unset: the partition's DefaultTime, else its MaxTime.
+    /// `--time` in minutes. If unset: the partition's DefaultTime, else its MaxTime.
     pub time_minutes: Option<u32>,
-    /// Node-local folder of the shim.
+    /// A node-local folder for the shim.
     pub scratch: Option<String>,
 }
 
-/// Rates, bounds and patience.
+/// Rates, limits and timeouts.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Submissions a second, in the long run.
+    /// The sustained number of submissions per second.
     pub sbatch_rate: f64,
-    /// Submissions at once after a pause.
+    /// The number of submissions in a burst after an idle period.
     pub sbatch_burst: u32,
-    /// `sbatch` processes at the same time.
+    /// The number of concurrent `sbatch` processes.
     pub sbatch_concurrency: usize,
-    /// Image conversions at the same time.
+    /// The number of concurrent image conversions.
     pub image_concurrency: usize,
-    /// Bytes of an image by its manifest.
+    /// The maximum size of an image according to its manifest, in bytes.
     #[serde(deserialize_with = "text::size")]
     pub image_size: u64,
-    /// Bytes of an image that is unpacked.
+    /// The maximum size of an unpacked image, in bytes.
     #[serde(deserialize_with = "text::size")]
     pub image_unpacked: u64,
-    /// Bytes of all images in the cache: those that were not used for longest are removed first.
+    /// The maximum size of all cached images, in bytes. The least recently used ones are removed first.
     #[serde(deserialize_with = "text::size")]
     pub image_cache: u64,
-    /// How long a layer may bring less than 64 KiB, or less than 1 MiB while other images wait, before its pull fails.
+    /// How long a layer may deliver less than 64 KiB, or less than 1 MiB while other images wait, before its pull
+    /// fails.
     #[serde(deserialize_with = "text::duration")]
     pub image_stall: Duration,
-    /// Shortest time between two rounds of `squeue`.
+    /// The shortest interval between two rounds of `squeue`.
     #[serde(deserialize_with = "text::duration")]
     pub poll_min: Duration,
-    /// Longest time between two rounds while there are pods.
+    /// The longest interval between two rounds while there are pods.
     #[serde(deserialize_with = "text::duration")]
     pub poll_max: Duration,
-    /// How long a report of an ended job may take to show on the shared file system.
+    /// How long the report of an ended job may take to appear on the shared file system.
     #[serde(deserialize_with = "text::duration")]
     pub report_grace: Duration,
-    /// How long a job may wait for a reason that never ends (PartitionTimeLimit …) before its pod fails.
+    /// How long a job may be pending for a reason that never goes away (PartitionTimeLimit …) before its pod fails.
     #[serde(deserialize_with = "text::duration")]
     pub never_ends_after: Duration,
     /// How long a job that the scheduler does not know may stay undecided.
     #[serde(deserialize_with = "text::duration")]
     pub lost_after: Duration,
-    /// Past a pod's grace period, before its job is cancelled.
+    /// How long to wait after a pod's grace period before its job is cancelled.
     #[serde(deserialize_with = "text::duration")]
     pub stop_slack: Duration,
-    /// Pods at the same time; unset: what process limits carry.
+    /// The maximum number of pods. If unset: as many as the process limits allow.
     pub pods: Option<u32>,
-    /// Threads on which bytes move: one carries several hundred MB/s, and more than one hand the same bytes to and fro.
+    /// The number of threads that move the bytes of streams. One moves several hundred MB/s; several pass the same
+    /// bytes between each other.
     pub threads: usize,
 }
 
@@ -416,15 +424,16 @@ impl Default for Limits {
     }
 }
 
-/// Containers' logs.
+/// The containers' logs.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Logs {
-    /// Size at which a log is rotated.
+    /// The size in bytes at which a log is rotated.
     pub max_bytes: i64,
-    /// Files kept of one attempt.
+    /// The number of files kept for one attempt.
     pub max_files: i32,
-    /// All logs of one pod. Each attempt that is kept of each container (two of them) has an equal share.
+    /// The maximum size of all logs of one pod in bytes. Each kept attempt of each container (two of them) gets an
+    /// equal share.
     pub max_pod_bytes: i64,
 }
 
@@ -438,14 +447,14 @@ impl Default for Logs {
     }
 }
 
-/// First and longest pause; it doubles between.
+/// The first and the longest pause; each pause is twice the previous one.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Backoff {
-    /// First pause.
+    /// The first pause.
     #[serde(deserialize_with = "text::duration")]
     pub initial: Duration,
-    /// Longest pause.
+    /// The longest pause.
     #[serde(deserialize_with = "text::duration")]
     pub max: Duration,
 }
@@ -459,15 +468,15 @@ impl Default for Backoff {
     }
 }
 
-/// The values of pods: Secrets, tokens, environment.
+/// The values of pods: Secrets, tokens and environment.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Values {
-    /// Where they wait for the job.
+    /// Where values wait for the job.
     pub at_rest: AtRest,
-    /// Where they lie beside a running pod on a node without a usable `/dev/shm`.
+    /// What happens on a node without a usable `/dev/shm`.
     pub memory_fallback: MemoryFallback,
-    /// How long a job whose pod was never started waits for values that are not there, or have expired, before the pod
+    /// How long a job whose pod was never started waits for values that are missing or have expired before the pod
     /// fails (`ValuesMissing`, `ValuesExpired`).
     #[serde(deserialize_with = "text::duration")]
     pub wait: Duration,
@@ -487,21 +496,21 @@ impl Default for Values {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AtRest {
-    /// In `JOBDIR/values`, 0600 in a 0700 folder, until the shim takes them.
+    /// In `JOBDIR/values` (mode 0600, in a folder with mode 0700), until the shim has read them.
     #[default]
     File,
-    /// In the agent's memory only: the pod waits for the link.
+    /// In the agent's memory only: the pod waits for the shim's link.
     None,
 }
 
-/// What becomes of values, and of volumes of the medium Memory, on a node without a usable `/dev/shm`.
+/// What happens to values, and to volumes with the medium Memory, on a node without a usable `/dev/shm`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MemoryFallback {
-    /// The pod fails there.
+    /// The pod fails.
     #[default]
     Error,
-    /// They lie on the node's disk, and the pod says so.
+    /// They are stored on the node's disk, and the pod gets a warning.
     Disk,
 }
 
@@ -522,7 +531,7 @@ impl Default for Serve {
     }
 }
 
-/// The environment the file is read in: an argument, so that tests need no global.
+/// The environment in which the file is read. It is an argument, so that tests need no global state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Home {
     /// `$HOME`.
@@ -585,8 +594,8 @@ fn read(path: &Path) -> io::Result<String> {
         .take(MAX_SIZE + 1)
         .read_to_string(&mut text)?;
     if u64::try_from(read).unwrap_or(u64::MAX) > MAX_SIZE {
-        let words = format!("it is larger than {MAX_SIZE} bytes");
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, words));
+        let message = format!("it is larger than {MAX_SIZE} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
     }
     Ok(text)
 }

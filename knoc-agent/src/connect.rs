@@ -21,7 +21,7 @@ use knoc_contract::jobdir::schema::Lease;
 use knoc_link::{
     LinkError,
     carrier::{exec::marker::Speaks, unix},
-    socket::Places,
+    socket::SocketLocations,
 };
 use tokio::net::TcpStream;
 
@@ -69,7 +69,7 @@ pub struct Reached {
 /// Connects to the agent of this state directory.
 pub async fn reach(
     config: &Config,
-    places: &Places,
+    places: &SocketLocations,
     speaks: Speaks,
 ) -> Result<Reached, ConnectError> {
     if speaks == Speaks::Tls && config.tls.is_none() {
@@ -113,7 +113,7 @@ pub async fn reach(
 
 /// The first of the sockets that is served; the error of the first otherwise. An agent that was started in another
 /// environment may serve another one than that of this login.
-async fn local(places: &Places, speaks: Speaks) -> Result<OwnedFd, LinkError> {
+async fn local(places: &SocketLocations, speaks: Speaks) -> Result<OwnedFd, LinkError> {
     let candidates = match speaks {
         Speaks::Plain => places.candidates(),
         Speaks::Tls => places.tls_candidates(),

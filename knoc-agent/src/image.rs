@@ -27,16 +27,16 @@
 //! It sends no credentials to a registry (pull secrets are rejected at admission), and it opens no
 //! path outside the site's image roots.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use knoc_contract::jobdir::StateDir;
 use knoc_proto::pb;
 
-use crate::command::{Command, CommandError, login_environment};
-use crate::config::{Config, Registry, RuntimeKind};
-use crate::policy::Live;
+use crate::{
+    command::{Command, CommandError, login_environment},
+    config::{Config, Registry, RuntimeKind},
+    policy::Live,
+};
 
 mod auth;
 mod cache;

@@ -1,12 +1,16 @@
-//! Which agent may submit jobs from a state directory: the lease file.
+//! The lease file, which decides which agent may submit jobs from a state directory.
 //!
-//! Two login nodes share one home, and a user may start an agent on each. The lease names the holder (host, boot id,
-//! process id) and an epoch that grows with every start. A second agent finds a live holder and stops with a message;
-//! it takes over one that is dead (same host and no such process, or no heartbeat for [`STALE`]). An agent whose epoch
-//! is no longer the newest is fenced: [`Holder::check`] before each `sbatch`, and before each record, says so, and it
-//! changes nothing more. Nobody can look and write at once on a shared file system: an older agent that stood still in
-//! between writes its lease over the newer one's. That fences nobody, and the newer one's next heartbeat is written over it.
-//! Blocking file work. Never removes another's lease.
+//! Two login nodes may share one home directory, and a user may start an agent on each. The lease
+//! names its holder (host, boot ID, process ID) and an epoch that grows with every start. A second
+//! agent that finds a live holder stops with a message; it takes over a lease whose holder is dead
+//! (the same host and no such process, or no heartbeat for [`STALE`]). An agent whose epoch is no
+//! longer the newest is fenced: [`Holder::check`] reports it before each `sbatch` and before each
+//! record, and the agent changes nothing more.
+//!
+//! On a shared file system, reading the lease and writing it is not atomic: an older agent that was
+//! suspended in between may write its lease over the newer one's. That fences nobody, and the newer
+//! agent's next heartbeat replaces it. All functions block on file I/O. An agent never removes the
+//! lease of another.
 
 use std::{
     cmp::Ordering,
@@ -18,54 +22,54 @@ use std::{
 use jiff::Timestamp;
 use knoc_contract::jobdir::{self, JobDirError, StateDir, schema::Lease};
 
-/// How often the holder shows that it lives.
+/// The interval between two heartbeats.
 pub const HEARTBEAT: Duration = Duration::from_secs(15);
-/// A heartbeat older than this means a dead holder.
+/// A holder whose last heartbeat is older than this is dead.
 pub const STALE: Duration = Duration::from_mins(1);
 
 /// Why this agent may not submit.
 #[derive(Debug, thiserror::Error)]
 pub enum LeaseError {
-    /// Another agent lives.
+    /// Another agent is alive.
     #[error(
         "another agent holds {}: process {} on {}, last heartbeat {} s ago; stop it first, or wait \
          until its heartbeat is {} s old",
         path.display(), holder.pid, holder.host, age, STALE.as_secs()
     )]
     Held {
-        /// The lease file.
+        /// The path of the lease file.
         path: PathBuf,
-        /// Who.
+        /// The holder.
         holder: Lease,
-        /// Seconds since its heartbeat.
+        /// The age of its last heartbeat in seconds.
         age: i64,
     },
-    /// A newer agent took over.
+    /// A newer agent has taken over.
     #[error("this agent (epoch {own}) was fenced by a newer one (epoch {}, {} on {})", holder.epoch, holder.pid, holder.host)]
     Fenced {
-        /// Ours.
+        /// This agent's epoch.
         own: i64,
-        /// Who holds it now.
+        /// The present holder.
         holder: Lease,
     },
-    /// The file cannot be read or written.
-    #[error("lease file")]
+    /// The lease file cannot be read or written.
+    #[error("read or write the lease file")]
     File(#[from] JobDirError),
 }
 
-/// What tells one process from another.
+/// Identifies a process across hosts and reboots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
     /// Host name.
     pub host: String,
-    /// The host's boot.
+    /// The host's boot ID.
     pub boot_id: String,
-    /// Process id.
+    /// The process ID.
     pub pid: u32,
 }
 
 impl Process {
-    /// This one.
+    /// This process.
     #[must_use]
     pub fn own() -> Self {
         let host = nix::unistd::gethostname()
@@ -81,7 +85,7 @@ impl Process {
     }
 }
 
-/// The lease while we hold it.
+/// The lease that this agent holds.
 #[derive(Debug, Clone)]
 pub struct Holder {
     path: PathBuf,
@@ -90,7 +94,7 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Takes the lease of `state`, where nobody alive holds it.
+    /// Takes the lease of `state`, unless another live agent holds it.
     pub fn take(state: &StateDir, process: Process, now: Timestamp) -> Result<Self, LeaseError> {
         let path = state.lease();
         let known: Option<Lease> = jobdir::read_json(&path)?;
@@ -104,7 +108,7 @@ impl Holder {
                 age,
             });
         }
-        // The clock as floor: an epoch never falls, also where the file was lost.
+        // The epoch is at least the clock's time, so that it grows even if the file was lost.
         let epoch = known.map_or(0, |lease| lease.epoch).max(now.as_second()) + 1;
         let holder = Self {
             path,
@@ -115,13 +119,13 @@ impl Holder {
         Ok(holder)
     }
 
-    /// The agent's epoch.
+    /// This agent's epoch.
     #[must_use]
     pub fn epoch(&self) -> i64 {
         self.epoch
     }
 
-    /// Has no newer agent taken over? Reads the file.
+    /// Reads the file, and fails if a newer agent has taken over.
     pub fn check(&self) -> Result<(), LeaseError> {
         match jobdir::read_json::<Lease>(&self.path)? {
             Some(holder) if self.is_fenced_by(&holder) => Err(LeaseError::Fenced {
@@ -132,30 +136,31 @@ impl Holder {
         }
     }
 
-    /// As [`Holder::check`], for what is not worth stopping for a file that cannot be read: `Some` where we are fenced.
+    /// Like [`Holder::check`], but an unreadable file counts as not fenced. For callers that need
+    /// not stop because of it.
     #[must_use]
     pub fn fenced(&self) -> Option<LeaseError> {
         let error = self.check().err()?;
         matches!(error, LeaseError::Fenced { .. }).then_some(error)
     }
 
-    /// Shows that we live, where it is still ours.
+    /// Writes a heartbeat, if the lease is still this agent's.
     pub fn heartbeat(&self, now: Timestamp) -> Result<(), LeaseError> {
         self.check()?;
         self.write(now)
     }
 
-    /// Gives it back: the next agent need not wait.
+    /// Releases the lease, so that the next agent need not wait.
     pub fn release(&self) -> Result<(), LeaseError> {
         self.check()?;
-        // The epoch stays, the heartbeat says that nobody lives.
+        // The epoch stays; the heartbeat says that no holder is alive.
         self.write(Timestamp::UNIX_EPOCH)
     }
 
     fn is_fenced_by(&self, lease: &Lease) -> bool {
         let own = lease.pid == self.process.pid && lease.host == self.process.host;
         match lease.epoch.cmp(&self.epoch) {
-            // Written late by one that we took over from.
+            // An older agent, which this one has replaced, wrote it late.
             Ordering::Less => false,
             Ordering::Equal => !own,
             Ordering::Greater => true,
@@ -179,7 +184,7 @@ fn is_alive(holder: &Lease, own: &Process, now: Timestamp) -> bool {
     if holder.host != own.host {
         return fresh;
     }
-    // On our own host the kernel knows better than the heartbeat.
+    // On this host, the kernel knows better than the heartbeat.
     let running = Path::new("/proc").join(holder.pid.to_string()).exists();
     fresh && holder.boot_id == own.boot_id && running && holder.pid != own.pid
 }
@@ -220,7 +225,8 @@ mod tests {
         second.heartbeat(at(62)).unwrap();
     }
 
-    /// Between its look at the file and its write an agent may stand still for longer than its heartbeat lasts.
+    /// Between reading the file and writing it, an agent may be suspended for longer than a
+    /// heartbeat is valid.
     #[test]
     fn a_late_heartbeat_of_an_older_agent_fences_nobody() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,14 +1,16 @@
 //! The agent of KNoC on the login node of an HPC cluster.
 //!
-//! One binary, `knoc-agent`, in several processes:
+//! The binary `knoc-agent` runs as several kinds of processes:
 //!
-//! - `serve` (module [`app`]): an ordinary user's process on the login node. Owns the life of each pod from accepted
-//!   to finished; one actor a pod ([`pod`]).
-//! - `init`: makes certificates and the site file. `connect`: relays stdio to the agent's unix socket.
-//! - `shim JOBDIR`, and the hidden `contain`, `launch` and `enter`, in and around a job's containers: they are the crate
-//!   `knoc-shim`, which only `main.rs` calls.
+//! - `serve` (module [`app`]): an ordinary user's process on the login node. It owns the life of each
+//!   pod from accepted to finished, with one actor for each pod ([`pod`]).
+//! - `init`: creates certificates and the site file. `connect`: relays stdio to the agent's unix
+//!   socket.
+//! - `shim JOBDIR`, and the hidden `contain`, `launch` and `enter`, in and around a job's containers.
+//!   They are in the crate `knoc-shim`, which only `main.rs` calls.
 //!
-//! The agent and the shim share the job directory and what else is in `knoc-contract`; neither sees the other's modules.
+//! The agent and the shim share only the crate `knoc-contract`, which defines the job directory and
+//! other formats.
 
 pub mod api;
 pub mod app;

@@ -1,4 +1,5 @@
-//! `knoc-agent`: command line, tracing, runtime, signals, exit code. All else is in the library.
+//! `knoc-agent`: command line, tracing, runtime, signals and exit code. Everything else is in the
+//! library.
 
 use std::{ffi::OsStr, io::Write as _, path::PathBuf, process::ExitCode};
 
@@ -21,7 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
-/// File work that waits for a slow file system; a login node allows a user few processes.
+/// Threads for file work that waits for a slow file system; a login node allows a user few threads.
 const BLOCKING_THREADS: usize = 64;
 
 /// Runs pods of a Kubernetes cluster as jobs of an HPC cluster, as an ordinary user.
@@ -111,7 +112,7 @@ fn speaks(plain: bool) -> Speaks {
 }
 
 fn main() -> ExitCode {
-    // Before anything is read, and in the helpers before they enter a container.
+    // Done before anything is read, and in the helpers before they enter a container.
     if let Err(error) = keep_memory_private() {
         drop(writeln!(
             std::io::stderr(),
@@ -146,7 +147,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let line = format!("knoc-agent: {}\n", escape_lines(&chain(error.as_ref())));
-            // Where standard error is gone the exit code still tells.
+            // If standard error is closed, the exit code still tells.
             drop(std::io::stderr().write_all(line.as_bytes()));
             ExitCode::FAILURE
         }
@@ -177,7 +178,7 @@ fn serve(config: Config, on_demand: bool) -> anyhow::Result<()> {
     let filter = filter(std::env::var_os("KNOC_LOG").as_deref())?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        // No colours: what looks like an escape sequence in a line is escaped, whoever wrote it.
+        // No colours: escape sequences in a line are escaped, whoever wrote them.
         .with_ansi(false)
         .with_writer(|| log::stderr(Form::Text))
         .init();

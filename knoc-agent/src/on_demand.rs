@@ -24,7 +24,7 @@ use std::{
 
 use jiff::Timestamp;
 use knoc_contract::jobdir::{self, JobDirError, StateDir, atomic::FileError, schema::Lease};
-use knoc_link::{carrier::exec::marker::Speaks, socket::Places};
+use knoc_link::{carrier::exec::marker::Speaks, socket::SocketLocations};
 use tokio::time::Instant;
 
 use crate::{
@@ -94,7 +94,7 @@ pub struct Start {
 /// A connection to the agent of this login, which is started if none answers.
 pub async fn reach(
     config: &Config,
-    places: &Places,
+    places: &SocketLocations,
     speaks: Speaks,
     start: &Start,
 ) -> Result<Reached, OnDemandError> {

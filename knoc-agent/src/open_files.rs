@@ -1,16 +1,17 @@
-//! The agent's limit of open files: raised once, at start; its children keep what it was.
+//! Raises the agent's limit on open files once, at start; child processes get the original limit.
 //!
-//! A link costs a descriptor, and the usual soft limit of 1024 carries few pods. `sbatch` hands its own limits on to the
-//! job, and a program with very many descriptors to close or to look through is slow: they get the limit as it was.
+//! Each link needs a descriptor, and the usual soft limit of 1024 is enough for few pods only.
+//! Child processes get the original limit because `sbatch` passes its own limits on to the job, and
+//! programs that close or scan all possible descriptors would be slow.
 
 use std::{io, os::unix::process::CommandExt as _, process::Command, sync::OnceLock};
 
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 
-/// Soft and hard, before they were raised.
+/// The soft and the hard limit before they were raised.
 static BEFORE: OnceLock<(rlim_t, rlim_t)> = OnceLock::new();
 
-/// Raises the soft limit to the hard one; answers the limit that counts from now on.
+/// Raises the soft limit to the hard one, and returns the limit that is now in effect.
 pub(crate) fn raise() -> u64 {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return 1024;
@@ -30,7 +31,7 @@ pub(crate) fn raise() -> u64 {
     }
 }
 
-/// Lets the child begin with the limit as it was.
+/// Restores the original limit in the child.
 #[expect(
     unsafe_code,
     reason = "setrlimit between fork and exec: one async-signal-safe call"
@@ -51,7 +52,7 @@ pub(crate) fn keep_for_child(command: &mut Command) {
 mod tests {
     use super::*;
 
-    /// For a moment the limit is lower for other tests too: none of them opens so many.
+    /// Lowers the limit for a moment, for other tests too; none of them opens that many files.
     #[tokio::test]
     async fn the_agents_limit_is_the_hard_one_and_its_childrens_is_not() {
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();

@@ -17,7 +17,7 @@
 //!  ┌──────────  ▼   │  WithJob{placement, stage} ─────────────────────┐   │ rejected for good
 //!  │         Queued ──────────────────────────────┐                   │   │
 //!  │           │ round, or a report               │ Delete, or waits  │   │
-//!  │           ▼          Delete, or overdue      ▼ for ever          │   │
+//!  │           ▼          Delete, or overdue      ▼ forever           │   │
 //!  │        Running ───────────────────────► Stopping{deadline}       │   │
 //!  │         │ │ ▲                             │ TERM, grace, KILL,   │   │
 //!  │         │ │ │ known again                 │ scancel              │   │

@@ -8,15 +8,15 @@
 //! `node_info`) and `doctor`. This module decides nothing about a pod, and it never identifies a
 //! job by its ID alone, because Slurm may reuse an ID: see [`JobRef`].
 
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use knoc_contract::jobdir::JobDirError;
-use knoc_proto::ids::{JobId, PodUid};
-use knoc_proto::pb;
-use knoc_proto::pod::PodSpec;
+use knoc_proto::{
+    ids::{JobId, PodUid},
+    pb,
+    pod::PodSpec,
+};
 
 use crate::command::CommandError;
 

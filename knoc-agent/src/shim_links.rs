@@ -64,7 +64,7 @@ struct Route {
     uid: PodUid,
     input: mpsc::Sender<Input>,
     /// Limits the links of this pod.
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
 }
 
 #[derive(Debug, Clone)]
@@ -100,7 +100,7 @@ impl ShimLinks {
             Route {
                 uid: uid.clone(),
                 input,
-                places: Arc::new(Semaphore::new(LINKS_OF_ONE)),
+                permits: Arc::new(Semaphore::new(LINKS_OF_ONE)),
             },
         );
     }
@@ -197,13 +197,13 @@ pub async fn serve(links: ShimLinks, mut incoming: Incoming, stop: CancellationT
         };
         let route = lock(&links.0.pins).get(&*spki).cloned();
         let admitted = route.ok_or("its key is not known").and_then(|route| {
-            match Arc::clone(&route.places).try_acquire_owned() {
-                Ok(place) if tasks.len() < LINKS => Ok((route, place)),
+            match Arc::clone(&route.permits).try_acquire_owned() {
+                Ok(permit) if tasks.len() < LINKS => Ok((route, permit)),
                 Ok(_) => Err("too many links are open"),
                 Err(_) => Err("its pod has too many links"),
             }
         });
-        let (route, place) = match admitted {
+        let (route, permit) = match admitted {
             Ok(admitted) => admitted,
             Err(why) => {
                 let verdict = log.event(tokio::time::Instant::now(), Source::from(origin));
@@ -220,7 +220,7 @@ pub async fn serve(links: ShimLinks, mut incoming: Incoming, stop: CancellationT
             .max_decoding_message_size(knoc_link::MAX_MESSAGE)
             .max_encoding_message_size(knoc_link::MAX_MESSAGE);
         let following = follow(links.clone(), route, client, stop.clone());
-        tasks.spawn(following.map(|()| drop(place)));
+        tasks.spawn(following.map(|()| drop(permit)));
     }
     tasks.shutdown().await;
 }

@@ -17,57 +17,60 @@ use crate::{
     versions::Versions,
 };
 
-/// What starts containers here: found once, at start.
+/// The container runtime, which is looked up once, at start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuntimeInfo {
     /// `apptainer`, `singularity` or `process`.
     pub name: String,
-    /// Its executable; empty for `process`.
+    /// The path of its executable; empty for `process`.
     pub path: PathBuf,
-    /// As it says itself.
+    /// The version that it reports.
     pub version: String,
-    /// Can processes be exec'd into its containers? Not where it sets them up as root.
+    /// Whether processes can be executed in its containers. They cannot if it sets up containers as
+    /// root.
     pub exec: bool,
 }
 
-/// New pods that are put on disk at the same time: 8 threads each.
+/// How many new pods are put on disk at the same time; each uses 8 threads.
 pub const ACCEPTING: usize = 8;
 
 /// What all pods of this agent share.
 #[derive(Debug)]
 pub struct Site {
-    /// The site file, as it was at the start.
+    /// The site file, as it was when the agent started.
     pub config: Config,
-    /// Its `[policy]`, as it is now.
+    /// Its present `[policy]`.
     pub policy: Live,
-    /// The files.
+    /// The state directory.
     pub state: StateDir,
-    /// Who owns the jobs.
+    /// What runs the jobs.
     pub scheduler: Scheduler,
-    /// What starts containers.
+    /// What runs the containers.
     pub runtime: RuntimeInfo,
-    /// Where images come from.
+    /// Resolves and pulls images.
     pub images: Images,
-    /// The right to submit.
+    /// The lease, which is the right to submit jobs.
     pub lease: Holder,
-    /// What new jobs exec.
+    /// The program that new jobs exec.
     pub shim: PathBuf,
-    /// What older jobs exec, too.
+    /// The installed versions, including those that older jobs exec.
     pub versions: Versions,
-    /// What outsiders see.
+    /// The published state of the pods.
     pub board: Board,
-    /// Links of live shims.
+    /// The links of running shims.
     pub shim_links: ShimLinks,
-    /// Wakes the poller: something is expected.
+    /// Wakes the poller if a change is expected.
     pub poll_soon: Arc<Notify>,
-    /// Bounds how many new pods are put on disk at the same time: each syncs its files by as many threads.
+    /// Bounds how many new pods are put on disk at the same time: each one syncs its files with
+    /// several threads.
     pub accepting: Semaphore,
-    /// A pod's actor ends: its handle may go.
+    /// Tells the registry that a pod's actor ends, so that it can drop the handle.
     pub ended: tokio::sync::mpsc::Sender<PodUid>,
 }
 
 impl Site {
-    /// May a job be submitted now? Reads the lease file: for [`Scheduler::submit`], which asks at the last moment.
+    /// Fails if this agent may not submit a job now. It reads the lease file; [`Scheduler::submit`]
+    /// calls it at the last moment.
     pub async fn may_submit(&self) -> Result<(), SubmitError> {
         let lease = self.lease.clone();
         let message = match tokio::task::spawn_blocking(move || lease.check()).await {

@@ -13,11 +13,13 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use knoc_contract::jobdir::{
-    StateDir,
-    atomic::{self, FileError},
+use knoc_contract::{
+    jobdir::{
+        StateDir,
+        atomic::{self, FileError},
+    },
+    tree,
 };
-use knoc_contract::tree;
 use knoc_proto::error::chain;
 use sha2::{Digest as _, Sha256};
 

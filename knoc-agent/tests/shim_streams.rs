@@ -202,7 +202,7 @@ async fn stdin_once_ends_with_its_first_client() {
     let first = Attached::new(&shim, with_stdin()).await;
     let status = refused(&shim, with_stdin()).await;
     assert!(
-        status.message().contains("has its one client (stdinOnce"),
+        status.message().contains("for one client only (stdinOnce"),
         "{status}"
     );
     first.say("all of it\n").await;

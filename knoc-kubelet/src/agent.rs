@@ -1,8 +1,8 @@
-//! The only user of the `Agent` client: deadlines, and the mapping of errors to what they mean here.
+//! The only user of the `Agent` client: sets deadlines, and adds the cluster id and the leadership epoch.
 //!
-//! Two connections lead to the agent. Control carries what the controller asks and the watches;
-//! bulk carries logs and exec, so that 100 MB of log never stand before an `EnsurePod`.
-//! This module never retries: who calls knows what a failure means and when to try again.
+//! Two connections lead to the agent. Control carries the controller's calls and the watches, bulk carries logs and
+//! exec, so that 100 MB of log never delay an `EnsurePod`. This module never retries: the callers know what a failure
+//! means and when to try again.
 
 use std::{
     sync::{
@@ -25,36 +25,37 @@ use tonic::transport::Channel;
 pub mod renew;
 pub mod watch;
 
-/// In `DeletePodRequest`: the grace of the pod itself.
+/// The value in `DeletePodRequest` for the pod's own grace period.
 const OWN_GRACE: i64 = -1;
-/// A deadline for every unary call: the agent answers from memory or after one fsync'd write; staging
-/// and `sbatch` happen after the answer.
+/// The deadline of every unary call. The agent answers from memory or after one fsync'd write; staging and `sbatch`
+/// happen after the answer.
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
 
-/// What one message may weigh. A pod with its values is at most a few MiB (`ConfigMaps` and Secrets are 1 MiB each).
+/// The largest message in bytes. A pod with its values is a few MiB at most (`ConfigMaps` and Secrets are 1 MiB each).
 pub const MESSAGE_LIMIT: usize = knoc_link::MAX_MESSAGE;
 
-/// Does this tell what the site has? An agent that has just started, or whose Slurm is away since then, does not know yet.
+/// Does this include the site's capacity? An agent that was just started, or that has not reached Slurm yet, does not
+/// know it.
 #[must_use]
 pub fn tells_capacity(node: &pb::NodeInfo) -> bool {
     node.nodes_total > 0 || node.cpu > 0
 }
 
-/// Is the agent there?
+/// The state of the link to the agent.
 #[derive(Clone, Debug)]
 pub enum Link {
-    /// The snapshot is read, the watch is on.
+    /// The snapshot of pods was read, and the watch is running.
     Up {
-        /// Who answered.
+        /// What the agent said about itself.
         info: Arc<pb::AgentInfo>,
-        /// Since when.
+        /// When the link came up.
         since: Timestamp,
     },
-    /// It is not.
+    /// There is no link.
     Down {
-        /// Since when.
+        /// When the link went down.
         since: Timestamp,
-        /// The same for measuring.
+        /// The same as a monotonic time, to measure how long.
         at: Instant,
         /// The last error.
         message: String,
@@ -72,13 +73,13 @@ impl Link {
         }
     }
 
-    /// Is it up?
+    /// Is the link up?
     #[must_use]
     pub fn is_up(&self) -> bool {
         matches!(self, Self::Up { .. })
     }
 
-    /// For how long it has been down; zero while it is up.
+    /// How long the link has been down; zero while it is up.
     #[must_use]
     pub fn down_for(&self) -> Duration {
         match self {
@@ -97,28 +98,28 @@ impl Link {
     }
 }
 
-/// A handle on the agent; clones share the connections.
+/// A handle to the agent; clones share the connections.
 #[derive(Clone, Debug)]
 pub struct Agent {
-    /// Replaced as a whole when the link's certificate was renewed. Held for a clone only.
+    /// Replaced as a whole after the link's certificate was renewed. The lock is held only to clone it.
     channels: Arc<RwLock<Channels>>,
     cluster_id: Arc<str>,
-    /// The node that is led; empty: none.
+    /// The name of the node that this kubelet leads; empty if it leads none.
     node: Arc<str>,
     leadership: Arc<AtomicI64>,
 }
 
-/// The two connections.
+/// The two connections to the agent.
 #[derive(Clone, Debug)]
 pub struct Channels {
-    /// For what the controller asks, and the watches.
+    /// For the controller's calls and the watches.
     pub control: Channel,
-    /// For logs and exec.
+    /// For logs, exec and the other streams of bytes.
     pub bulk: Channel,
 }
 
 impl Agent {
-    /// A handle over two (lazy) connections. `cluster_id` is the UID of the namespace `kube-system`.
+    /// A handle to the agent over two lazy connections. `cluster_id` is the UID of the namespace `kube-system`.
     #[must_use]
     pub fn new(control: Channel, bulk: Channel, cluster_id: &str) -> Self {
         Self {
@@ -129,7 +130,7 @@ impl Agent {
         }
     }
 
-    /// The same handle of the kubelet of that node.
+    /// The handle for the kubelet of this node.
     #[must_use]
     pub fn of_node(self, node: &str) -> Self {
         Self {
@@ -138,7 +139,7 @@ impl Agent {
         }
     }
 
-    /// New requests and streams go over these connections; what is under way ends on the old ones.
+    /// Uses these connections for new requests and streams; those that are running end on the old connections.
     pub fn redial(&self, channels: Channels) {
         *self
             .channels
@@ -146,7 +147,7 @@ impl Agent {
             .unwrap_or_else(PoisonError::into_inner) = channels;
     }
 
-    /// The same handle over other connections; this one keeps its own.
+    /// The same handle over other connections. This one keeps its own.
     fn with(&self, channels: Channels) -> Self {
         Self {
             channels: Arc::new(RwLock::new(channels)),
@@ -172,7 +173,7 @@ impl Agent {
         self.leadership.store(epoch, Ordering::Release);
     }
 
-    /// The client for streams of bytes: logs, exec. The caller sets deadlines.
+    /// The client for streams of bytes, such as logs and exec. The caller sets deadlines.
     #[must_use]
     pub fn bulk(&self) -> AgentClient<RawClient<Channel>> {
         AgentClient::new(RawClient::new(self.channels().bulk))
@@ -180,13 +181,13 @@ impl Agent {
             .max_encoding_message_size(MESSAGE_LIMIT)
     }
 
-    /// The client for watches and single questions. The caller sets deadlines.
+    /// The client for watches and single calls. The caller sets deadlines.
     #[must_use]
     pub fn control(&self) -> AgentClient<Channel> {
         sized(self.channels().control)
     }
 
-    /// Makes the pod exist; idempotent by uid.
+    /// Creates the pod, or updates its spec and values; idempotent by UID.
     pub async fn ensure_pod(
         &self,
         spec: pb::PodSpec,
@@ -218,8 +219,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Begins to end the pod, with its own grace unless another is given. A shorter grace than before counts, a longer one
-    /// does not.
+    /// Starts to stop the pod, with its own grace period unless another is given. A shorter grace than before replaces
+    /// it, a longer one does not.
     pub async fn delete_pod(
         &self,
         uid: &PodUid,
@@ -237,7 +238,7 @@ impl Agent {
         Ok(answer.into_inner())
     }
 
-    /// Lets go of a finished pod.
+    /// Deletes a finished pod from the agent's records.
     pub async fn forget_pod(&self, uid: &PodUid) -> Result<(), tonic::Status> {
         let request = pb::ForgetPodRequest {
             leadership_epoch: self.epoch(),
@@ -248,7 +249,7 @@ impl Agent {
         Ok(())
     }
 
-    /// What the running pods use. The caller sets the deadline. Cancel safe.
+    /// The resource usage of the running pods. The caller sets the deadline. Cancel safe.
     pub async fn stats(&self) -> Result<Vec<pb::PodStats>, tonic::Status> {
         let answer = self
             .bulk()
@@ -257,7 +258,7 @@ impl Agent {
         futures::TryStreamExt::try_collect(answer.into_inner()).await
     }
 
-    /// The handshake.
+    /// Exchanges versions, capabilities and identities with the agent.
     pub async fn get_info(&self) -> Result<pb::AgentInfo, tonic::Status> {
         let request = pb::GetInfoRequest {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -269,7 +270,7 @@ impl Agent {
         Ok(answer.into_inner())
     }
 
-    /// A new certificate for our own identity, PEM.
+    /// Requests a new certificate for our own identity, which is returned as PEM.
     pub async fn renew_certificate(&self, request: Vec<u8>) -> Result<String, tonic::Status> {
         let request = request.into();
         let request = pb::RenewCertificateRequest { request };
@@ -282,7 +283,7 @@ impl Agent {
     }
 }
 
-/// With messages as large as a pod's values may be.
+/// The client with messages as large as a pod's values may be.
 fn sized(channel: Channel) -> AgentClient<Channel> {
     AgentClient::new(channel)
         .max_decoding_message_size(MESSAGE_LIMIT)

@@ -1,7 +1,8 @@
-//! Composition root: [`App::build`] makes everything, [`App::run`] owns all tasks, drains and joins them.
+//! Composition root: [`App::build`] creates everything, [`App::run`] owns all tasks, and stops and joins them.
 //!
-//! Order at start: configuration, API server, leadership, our own certificates, port, node, then the watches. Order at the end: the controller stops
-//! taking work and finishes what is under way, Events are written out, the Lease is let go. The Node object and all jobs stay.
+//! Order at start: configuration, API server, leadership, our own certificates, port, node, then the watches. Order at
+//! the end: the controller stops taking keys and finishes its rounds, Events are written, the Lease is released. The
+//! Node object and all jobs stay.
 
 mod backend;
 mod build;
@@ -29,7 +30,8 @@ use crate::{
         unit::{Capacity, Unit},
     },
     pods::{
-        ApiServer, Ask, Context, Controller, KnownPods, LoopHealth, Process, Services, Site, Store,
+        ApiServer, Context, Controller, KnownPods, LoopHealth, PodLookup, Process, Services, Site,
+        Store,
         events::{Events, Recorder},
         queue::Queue,
         watch::PodWatch,
@@ -41,47 +43,47 @@ use crate::{
 
 pub use build::BuildError;
 
-/// From the word to stop until tasks are aborted.
+/// How long tasks may take to stop before they are aborted.
 const STOP: Duration = Duration::from_secs(10);
 
-/// Why the kubelet ended other than by being told to.
+/// Why the kubelet ended without being asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// Leadership.
-    #[error("lead node {node}")]
+    /// It could not lead the node, or leads it no longer.
+    #[error("lead the node {node}")]
     Leader {
-        /// The node.
+        /// The node's name.
         node: String,
-        /// Why not.
+        /// The error of the Lease.
         #[source]
         source: LeaderError,
     },
-    /// The agent says that another kubelet leads.
+    /// The agent reported that another kubelet leads the node.
     #[error("another kubelet of node {node} has a newer leadership epoch")]
     Deposed {
-        /// The node.
+        /// The node's name.
         node: String,
     },
-    /// Our own certificates.
+    /// One of our own certificates could not be set up.
     #[error("start the {purpose} certificate")]
     Certificate {
-        /// What it is for.
+        /// What the certificate is for.
         purpose: &'static str,
-        /// Why not.
+        /// The error of the certificate's task.
         #[source]
         source: StartError,
     },
-    /// The kubelet API.
+    /// The kubelet API could not be served.
     #[error("serve the kubelet API")]
     Server {
-        /// Why not.
+        /// The error of the server.
         #[source]
         source: ServerError,
     },
-    /// The Node object.
+    /// The Node object could not be written.
     #[error("register the node")]
     Node {
-        /// Why not.
+        /// The error of the write.
         #[from]
         source: NodeError,
     },
@@ -92,9 +94,10 @@ pub enum RunError {
 pub struct App {
     config: Config,
     kube_config: kube::Config,
-    /// Speaks as the ServiceAccount.
+    /// The client of the ServiceAccount.
     account: Client,
-    /// Asks for the first client certificate of the node's identity; none: the identity is the ServiceAccount's.
+    /// Requests the first client certificate of the node's identity; None if the kubelet's identity is the
+    /// ServiceAccount.
     bootstrap: Option<Client>,
     agent: Agent,
     dialer: Dialer,
@@ -136,7 +139,7 @@ impl App {
         let inner = shutdown.child_token();
         let deposed = CancellationToken::new();
         let mut tasks = JoinSet::new();
-        // The start may wait for days, for an approval: we lead meanwhile.
+        // The start may wait for days until a certificate is approved; the kubelet leads the node meanwhile.
         let start = Box::pin(async {
             match self.start(&mut tasks, &inner, &deposed).await {
                 Ok(()) => std::future::pending().await,
@@ -159,7 +162,7 @@ impl App {
         ) && let Err(error) = leader.release().await
         {
             let error = knoc_proto::error::chain(&error);
-            tracing::warn!(%error, "leadership not released: the next kubelet waits for it to run out");
+            tracing::warn!(%error, "could not release the leadership Lease, the next kubelet waits until it expires");
         }
         ended
     }
@@ -191,7 +194,7 @@ impl App {
         let context = Arc::new(Context {
             api: ApiServer {
                 client: client.clone(),
-                ask: self.ask(),
+                pod_lookup: self.pod_lookup(),
                 events,
                 services: services.clone(),
             },
@@ -227,11 +230,11 @@ impl App {
         Ok(())
     }
 
-    /// How the API server may be asked about one pod: as what we are.
-    fn ask(&self) -> Ask {
+    /// How this kubelet's identity may ask the API server whether a pod exists.
+    fn pod_lookup(&self) -> PodLookup {
         match self.config.identity {
-            IdentityConfig::ServiceAccount => Ask::Get,
-            IdentityConfig::Node { .. } => Ask::OwnNode,
+            IdentityConfig::ServiceAccount => PodLookup::Get,
+            IdentityConfig::Node { .. } => PodLookup::OwnNode,
         }
     }
 
@@ -249,7 +252,8 @@ impl App {
         }
     }
 
-    /// Starts the task that writes Events, as the account: the first may come before there is a node to speak as.
+    /// Starts the task that writes Events, as the ServiceAccount: the first Event may come before the node has a
+    /// certificate.
     fn record(&self, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) -> Events {
         let (events, notes) = Events::channel();
         let recorder = Recorder::new(self.account.clone(), &self.config.node.name);
@@ -257,7 +261,7 @@ impl App {
         events
     }
 
-    /// Starts the task that renews the certificate of the link, where it has one.
+    /// Starts the task that renews the certificate of the link, if it has one.
     fn renew(
         &self,
         tasks: &mut JoinSet<()>,
@@ -278,7 +282,7 @@ impl App {
         health
     }
 
-    /// What the kubelet API sees of the rest.
+    /// What the kubelet API sees of the other parts.
     fn backend(
         &self,
         process: &Process,
@@ -313,25 +317,25 @@ impl App {
             .await
             .map_err(|source| RunError::Server { source })?;
         let address = server.local_addr();
-        tracing::info!(%address, "kubelet API");
+        tracing::info!(%address, "serving the kubelet API");
         tasks.spawn(server.run(shutdown.clone()));
         Ok(address.port())
     }
 }
 
-/// Waits for all tasks, but not for ever.
+/// Waits until all tasks have ended, and aborts them after [`STOP`].
 async fn drain(mut tasks: JoinSet<()>) {
     let joined = tokio::time::timeout(STOP, async {
         while let Some(ended) = tasks.join_next().await {
             if let Err(error) = ended {
-                tracing::error!(%error, "a task ended badly");
+                tracing::error!(%error, "a task panicked");
             }
         }
     });
     if joined.await.is_err() {
         tracing::warn!(
             left = tasks.len(),
-            "tasks did not end in time and are aborted"
+            "tasks did not stop in time and are aborted"
         );
         tasks.shutdown().await;
     }

@@ -1,20 +1,22 @@
-//! The kubelet's own certificates: the serving certificate of its API, and the client certificate of the node's identity.
+//! The kubelet's own certificates: the serving certificate of its API, and the client certificate of the node's
+//! identity.
 //!
-//! Owner: one [`Rotator`] task a certificate. It decides purely ([`plan::step`]), makes or requests what is needed, keeps it
-//! ([`Keep`]: a Secret, or a folder) and publishes it on a `watch` channel; whoever uses it takes the newest. A failure changes
-//! nothing: the old certificate stays in use, and [`Health`] says what is wrong, and what to do.
+//! Owner: one [`Rotator`] task for each certificate. It decides purely ([`plan::step`]), signs or requests what is
+//! needed, stores it ([`Keep`]: a Secret, or a folder) and publishes it on a `watch` channel, whose readers use the
+//! newest one. A failure changes nothing: the old certificate stays in use, and [`Health`] says what is wrong and what
+//! to do.
 //!
 //! ```text
 //!              none, expired, due (70–90 % of its life), other names
 //!   Valid ───────────────────────────────────────────────────────► Obtain ── self-signed ──────────────► Valid
-//!     ▲                                                              │ key kept, request made
+//!     ▲                                                              │ key stored, request created
 //!     │                                                              ▼
-//!     └───────── issued, fits, kept ──────────────── Waiting (CSR) ──┴── denied, failed, unfit: key thrown away,
+//!     └───────── issued, fits, stored ────────────── Waiting (CSR) ──┴── denied, failed, unfit: key discarded,
 //!                                                                         Failing for a while, then Obtain again
 //! ```
 //!
-//! The key of a request is kept before the request is made, and the request's name follows from key and contents: a kubelet
-//! that was restarted waits for the same request, and an approval is never lost.
+//! The key of a request is stored before the request is created, and the request's name follows from key and contents:
+//! a kubelet that was restarted waits for the same request, so no approval is lost.
 
 pub mod authority;
 pub mod keep;
@@ -35,14 +37,14 @@ pub use rotate::{Issuer, Pairs, Rotator, StartError};
 /// What a certificate is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Purpose {
-    /// TLS server of the kubelet's API.
+    /// For the TLS server of the kubelet's API.
     Serving,
-    /// TLS client of the API server, as `system:node:NAME`.
+    /// For the TLS client of the API server, as `system:node:NAME`.
     Client,
 }
 
 impl Purpose {
-    /// In names of files and objects.
+    /// The purpose in names of files and objects.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -51,7 +53,7 @@ impl Purpose {
         }
     }
 
-    /// The type of the node's condition.
+    /// The type of the Node's condition about the certificate.
     #[must_use]
     pub const fn condition(self) -> &'static str {
         match self {
@@ -69,7 +71,7 @@ impl Purpose {
         }
     }
 
-    /// What the signer demands, for a key that cannot encipher.
+    /// The key usages that the signer requires for a key that cannot encipher.
     #[must_use]
     pub const fn usages(self) -> [&'static str; 2] {
         match self {
@@ -79,61 +81,61 @@ impl Purpose {
     }
 }
 
-/// What must stand in a certificate.
+/// What a certificate must contain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
-    /// What it is for.
+    /// What the certificate is for.
     pub purpose: Purpose,
     /// The node's name.
     pub node: String,
-    /// DNS names and IP addresses: those that the Node publishes; none for a client.
+    /// The DNS names and IP addresses that the Node publishes; empty for a client.
     pub names: BTreeSet<String>,
 }
 
 impl Wanted {
-    /// `system:node:NAME`, which the signers demand.
+    /// The common name `system:node:NAME`, which the signers require.
     #[must_use]
     pub fn common_name(&self) -> String {
         format!("system:node:{}", self.node)
     }
 }
 
-/// The organization of every node.
+/// The organization of every node's certificate.
 pub const ORGANIZATION: &str = "system:nodes";
 
-/// How a certificate does, for the node's condition.
+/// The state of a certificate, for the Node's condition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
     /// Nothing is known yet.
     Starting,
-    /// In use.
+    /// The certificate is valid and in use.
     Valid {
-        /// `notAfter`
+        /// Its `notAfter`.
         until: Timestamp,
     },
-    /// Somebody must approve a CertificateSigningRequest.
+    /// A CertificateSigningRequest must be approved.
     Waiting {
-        /// Its name.
+        /// The name of the request.
         request: String,
-        /// Until when the certificate in use is good; none: there is none.
+        /// The end of the certificate in use; None if there is none.
         until: Option<Timestamp>,
     },
-    /// No new certificate could be had.
+    /// No new certificate could be obtained.
     Failing {
-        /// Why not, as a chain.
+        /// The error with its causes.
         message: String,
-        /// Until when the certificate in use is good; none: there is none.
+        /// The end of the certificate in use; None if there is none.
         until: Option<Timestamp>,
     },
 }
 
 impl Health {
-    /// Status, reason and message of the node's condition; `None` while nothing is known.
+    /// Status, reason and message of the Node's condition; `None` while nothing is known.
     #[must_use]
     pub fn condition(&self) -> Option<(&'static str, &'static str, String)> {
         let meanwhile = |until: &Option<Timestamp>| match until {
-            Some(until) => format!("the one in use is valid until {}", date(*until)),
-            None => "there is none yet".to_owned(),
+            Some(until) => format!("the certificate in use is valid until {}", date(*until)),
+            None => "there is no certificate yet".to_owned(),
         };
         match self {
             Self::Starting => None,
@@ -142,14 +144,17 @@ impl Health {
             }
             Self::Waiting { request, until } => {
                 let text = format!(
-                    "waits for: kubectl certificate approve {request}; {}",
+                    "waiting for approval: kubectl certificate approve {request}; {}",
                     meanwhile(until)
                 );
                 let status = if until.is_some() { "True" } else { "False" };
                 Some((status, "AwaitingApproval", text))
             }
             Self::Failing { message, until } => {
-                let text = format!("no new certificate: {message}; {}", meanwhile(until));
+                let text = format!(
+                    "could not get a new certificate: {message}; {}",
+                    meanwhile(until)
+                );
                 let status = if until.is_some() { "True" } else { "False" };
                 Some((status, "RenewalFailed", text))
             }

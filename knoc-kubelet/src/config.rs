@@ -1,8 +1,8 @@
-//! The configuration of the kubelet: a YAML file, and environment variables, which go before it.
+//! The configuration of the kubelet: a YAML file, and environment variables, which take precedence.
 //!
-//! [`settings`] has every setting as it is written, with its default; [`resolve`] makes the configuration in effect of
-//! them. All mistakes are reported at once, each with its file and line, or its variable, and the values that are allowed,
-//! before anything starts.
+//! [`settings`] has every setting as it is written, with its default; [`resolve`] makes the effective configuration
+//! from them. All mistakes are reported at once before anything starts, each with its file and line, or its variable,
+//! and the allowed values.
 
 mod resolve;
 pub mod settings;
@@ -18,30 +18,30 @@ use knoc_proto::settings::{Document, Mistakes};
 
 use settings::Settings;
 
-/// How the names of our environment variables begin.
+/// The prefix of our environment variables.
 pub const PREFIX: &str = "KNOC_";
 
-/// Variables that begin like settings and are none.
+/// Variables that have the prefix but are not settings.
 const NOT_SETTINGS: &[&str] = &["KNOC_CONFIG", "KNOC_CRASH_AT"];
 
-/// The configuration of one kubelet.
+/// The effective configuration of one kubelet.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The agent and the link to it.
     pub agent: AgentConfig,
-    /// Who we are towards the API server.
+    /// Who the kubelet is towards the API server.
     pub identity: IdentityConfig,
-    /// Where our own keys lie.
+    /// Where its own keys are stored.
     pub keys: KeysConfig,
-    /// How to reach the API server, and who we are in the leadership Lease.
+    /// How to reach the API server, and who the kubelet is in the leadership Lease.
     pub kubernetes: KubernetesConfig,
-    /// Logging.
+    /// Format and level of the log.
     pub log: LogConfig,
     /// The Node object.
     pub node: NodeConfig,
     /// The kubelet's HTTPS API.
     pub server: ServerConfig,
-    /// Every setting as it is in effect, for `/configz`. Settings hold no secrets: they name the files that do.
+    /// Every setting with its effective value, for `/configz`. Settings hold no secrets: they name the files that do.
     pub effective: serde_json::Value,
 }
 
@@ -52,108 +52,108 @@ pub struct AgentConfig {
     pub route: Route,
     /// CA, certificate and key; none on a unix socket.
     pub credentials: Option<CredentialFiles>,
-    /// The site that the agent's certificate must name; none: any agent of our CA.
+    /// The site that the agent's certificate must name; None accepts any agent of our CA.
     pub site: Option<String>,
 }
 
-/// Three PEM files.
+/// The PEM files of one side of a TLS connection.
 #[derive(Clone, Debug)]
 pub struct CredentialFiles {
     /// The CA of the peer's certificate.
     pub ca: PathBuf,
-    /// Our certificate.
+    /// Our own certificate.
     pub cert: PathBuf,
-    /// Our key.
+    /// The key of our own certificate.
     pub key: PathBuf,
 }
 
-/// Who we are towards the API server.
+/// Who the kubelet is towards the API server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IdentityConfig {
-    /// The user of the kubeconfig: a ServiceAccount.
+    /// The user of the kubeconfig, which is a ServiceAccount.
     ServiceAccount,
-    /// `system:node:NAME`; what a node may not do, the ServiceAccount does.
+    /// `system:node:NAME`; the ServiceAccount does what a node may not do.
     Node {
-        /// Asks for the first client certificate; none: the ServiceAccount.
+        /// The kubeconfig that requests the first client certificate; None for the ServiceAccount.
         bootstrap: Option<PathBuf>,
     },
 }
 
-/// Where the kubelet's own keys and certificates lie.
+/// Where the kubelet's own keys and certificates are stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeysConfig {
-    /// A Secret of the kubelet's namespace.
+    /// In a Secret in the kubelet's namespace.
     Secret(String),
-    /// A folder.
+    /// In files in this folder.
     Folder(PathBuf),
 }
 
-/// Where the serving certificate is from.
+/// Where the serving certificate comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServingConfig {
-    /// PEM files: certificate and key.
+    /// From two PEM files, certificate and key.
     Files(PathBuf, PathBuf),
-    /// It vouches for itself.
+    /// The kubelet signs it itself.
     SelfSigned,
-    /// The cluster's signer `kubernetes.io/kubelet-serving`.
+    /// The cluster's signer `kubernetes.io/kubelet-serving` signs it.
     Csr,
 }
 
 /// How to reach the API server.
 #[derive(Clone, Debug)]
 pub struct KubernetesConfig {
-    /// A kubeconfig; none: in-cluster, else $KUBECONFIG.
+    /// A kubeconfig; None for the in-cluster configuration, else $KUBECONFIG.
     pub kubeconfig: Option<PathBuf>,
-    /// Where the leadership Lease lies; none: the client's default namespace.
+    /// The namespace of the leadership Lease; None for the client's default namespace.
     pub namespace: Option<String>,
-    /// The holder in the leadership Lease; none: the host name.
+    /// The holder in the leadership Lease; None for the host name.
     pub identity: Option<String>,
 }
 
-/// Logging.
+/// Format and level of the log.
 #[derive(Clone, Debug)]
 pub struct LogConfig {
-    /// JSON lines instead of text.
+    /// Whether lines are JSON instead of text.
     pub json: bool,
-    /// A tracing filter.
+    /// The filter of `tracing`, for example `info`.
     pub level: String,
 }
 
 /// The Node object.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
-    /// Its name.
+    /// The name of the Node.
     pub name: String,
-    /// The address the API server dials; none: found from the route to the API server.
+    /// The address that the API server connects to; None to find it from the route to the API server.
     pub internal_ip: Option<std::net::IpAddr>,
-    /// Further labels.
+    /// Labels that the operator adds.
     pub labels: BTreeMap<String, String>,
-    /// The most pods.
+    /// The most pods that the node accepts.
     pub pods: u32,
-    /// allocatable = total × this.
+    /// Allocatable is the total times this factor.
     pub queue_factor: u32,
-    /// Does the node carry the provider's taint?
+    /// Whether the node carries the provider's taint.
     pub taint: bool,
 }
 
 /// The kubelet's HTTPS API.
 #[derive(Clone, Debug)]
 pub struct ServerConfig {
-    /// Where it listens.
+    /// The address and port to listen on.
     pub listen: SocketAddr,
-    /// The serving certificate.
+    /// Where the serving certificate comes from.
     pub serving: ServingConfig,
-    /// CA file of client certificates; none: the ConfigMap of the cluster.
+    /// The CA file of client certificates; None for the cluster's ConfigMap.
     pub client_ca: Option<PathBuf>,
-    /// Does the node declare that WebSockets may come as they are?
+    /// Whether the node declares that the API server may pass WebSockets on to it.
     pub websockets: bool,
 }
 
 impl Config {
-    /// Reads all settings: those of the environment, and those of the file, which lies at the path and has the text.
+    /// Reads all settings: those of the environment, and those of the file with this path and text.
     ///
     /// # Errors
-    /// All mistakes.
+    /// Returns all mistakes.
     pub fn load(
         file: Option<(&Path, &str)>,
         environment: impl IntoIterator<Item = (String, String)>,
@@ -174,7 +174,7 @@ impl Config {
     }
 }
 
-/// Is this a variable that Kubernetes adds for a Service named `knoc-…`?
+/// Is this a variable that Kubernetes adds for a Service whose name begins with `knoc-`?
 fn is_service_link(name: &str) -> bool {
     name.ends_with("_SERVICE_HOST")
         || name.contains("_SERVICE_PORT")

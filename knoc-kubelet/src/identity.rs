@@ -1,8 +1,8 @@
-//! Who the kubelet is towards the API server.
+//! The clients with which the kubelet talks to the API server.
 //!
-//! Two clients, which are the same one for a ServiceAccount. With a node's identity (`system:node:NAME`, group `system:nodes`)
-//! the Node authorizer and NodeRestriction bound what the kubelet may do to its own Node, Lease and pods and to what these pods
-//! refer to; the ServiceAccount does what a node may not:
+//! There are two, which are the same one for a ServiceAccount. With a node's identity (`system:node:NAME`, group
+//! `system:nodes`) the Node authorizer and NodeRestriction limit the kubelet to its own Node, Lease and pods and to
+//! what these pods refer to. The ServiceAccount does what a node may not do:
 //!
 //! | client | does |
 //! |---|---|
@@ -24,12 +24,12 @@ use tower::{BoxError, Service};
 
 use crate::certs::Pairs;
 
-/// The clients of one kubelet.
+/// The clients of the API server of one kubelet.
 #[derive(Clone)]
 pub struct Clients {
-    /// Speaks as the node.
+    /// The client with the node's identity.
     pub node: Client,
-    /// Speaks as the ServiceAccount.
+    /// The client of the ServiceAccount.
     pub account: Client,
 }
 
@@ -39,13 +39,13 @@ impl std::fmt::Debug for Clients {
     }
 }
 
-/// There is no client certificate to speak with.
+/// A request was made before the node had a client certificate.
 #[derive(Debug, thiserror::Error)]
 #[error("the node has no client certificate yet")]
 pub struct NoCertificate;
 
-/// A client of the API server of `base` that shows the newest of these certificates. A new certificate means new connections;
-/// what is under way on the old ones ends there, long before the old certificate does.
+/// A client of the API server of `base` that uses the newest of these certificates. A new certificate opens new
+/// connections; requests that are running on the old ones end there, long before the old certificate does.
 #[must_use]
 pub fn client(base: &Config, pairs: Pairs) -> Client {
     let mut config = base.clone();
@@ -61,7 +61,7 @@ pub fn client(base: &Config, pairs: Pairs) -> Client {
     )
 }
 
-/// The service under [`client`]; one task owns it, so that nothing is locked.
+/// The service under [`client`]. One task owns it, so it needs no lock.
 struct Renewing {
     config: Config,
     pairs: Pairs,
@@ -69,7 +69,7 @@ struct Renewing {
 }
 
 impl Renewing {
-    /// The client of the newest certificate; one that cannot be used changes nothing.
+    /// The client with the newest certificate; a certificate that cannot be used changes nothing.
     fn newest(&mut self) -> Option<Client> {
         if self.current.is_none() || self.pairs.has_changed().unwrap_or(false) {
             let pair = self.pairs.borrow_and_update().clone();
@@ -84,7 +84,7 @@ impl Renewing {
                     Ok(client) => self.current = Some(client),
                     Err(error) => {
                         let error = chain(&error);
-                        tracing::warn!(%error, "the new client certificate cannot be used");
+                        tracing::warn!(%error, "could not use the new client certificate, keeping the old one");
                     }
                 }
             }

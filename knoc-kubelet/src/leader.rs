@@ -1,13 +1,14 @@
-//! Task: the leadership Lease `knoc-kubelet-<node>`, which guards the overlap of two kubelets of one node.
+//! Task: the leadership Lease `knoc-kubelet-<node>`, which makes sure that only one of two kubelets of a node acts.
 //!
-//! Not the node's Lease, whose holder must be the node. `leaseTransitions` is the leadership epoch: it grows with every start
-//! of a kubelet and every change of holder, every mutating request to the agent carries it, and the agent refuses a lower
-//! one. A process that starts with the holder's own identity (the same pod) takes over at once.
+//! This is not the node's own Lease, whose holder must be the node. `leaseTransitions` is the leadership epoch: it
+//! grows with every start of a kubelet and every change of holder, every mutating request to the agent carries it, and
+//! the agent rejects a lower one. A process that starts with the holder's own identity (the same pod) takes the Lease
+//! over at once.
 //!
-//! The agent keeps the highest epoch it saw, and a Lease does not always: it is deleted with its namespace, or comes back older
-//! from a backup. So the epoch is also at least the time of the take-over in Unix seconds, which lies above every count of
-//! starts that could have gone before. It fits `leaseTransitions` (int32) until January 2038; after that, and with a clock that
-//! is behind, only the counting is left.
+//! The agent keeps the highest epoch that it saw, but the Lease may lose it: it is deleted with its namespace, or an
+//! older one is restored from a backup. So the epoch is also at least the Unix time of the take-over in seconds, which
+//! is larger than any possible number of starts. It fits `leaseTransitions` (int32) until January 2038; after that, or
+//! if the clock is behind, the epoch only counts up.
 //!
 //! ```text
 //!  Candidate ── free, released, ours, or unchanged for 15 s ──► Leader ── renewed every 2 s ──► Leader
@@ -16,8 +17,8 @@
 //!                                                               Lost: stop mutating, end the process
 //! ```
 //!
-//! While the API server is away nobody can take the Lease and nothing new is wanted, so the leader stays and tries again. If another
-//! took it meanwhile, the agent refuses the older epoch at once, and the next renewal says so.
+//! While the API server is down nobody can take the Lease and nothing new is wanted, so the leader stays and retries.
+//! If another kubelet took it meanwhile, the agent rejects the older epoch at once, and the next renewal fails.
 
 use std::time::Duration;
 
@@ -30,64 +31,64 @@ use kube::{Api, Client, api::PostParams};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// How long a Lease is good without renewal.
+/// How long a Lease is valid without renewal.
 const DURATION: Duration = Duration::from_secs(15);
-/// Between renewals, and between looks of a candidate.
+/// The pause between renewals, and between the attempts of a candidate.
 const RENEW: Duration = Duration::from_secs(2);
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// Why leadership could not be had, kept or let go.
+/// Why the Lease could not be acquired, kept or released.
 #[derive(Debug, thiserror::Error)]
 pub enum LeaderError {
-    /// The API server refused or failed.
+    /// The API server denied the request or failed.
     #[error("{what} the leadership lease {name}")]
     Lease {
         /// What was tried.
         what: &'static str,
-        /// Of the Lease.
+        /// The name of the Lease.
         name: String,
-        /// What the API server said.
+        /// The error of the API server.
         #[source]
         source: kube::Error,
     },
-    /// No answer in time.
+    /// The API server did not answer in time.
     #[error("{what} the leadership lease {name}: no answer within {} s", DEADLINE.as_secs())]
     Late {
         /// What was tried.
         what: &'static str,
-        /// Of the Lease.
+        /// The name of the Lease.
         name: String,
     },
-    /// Another kubelet has it.
+    /// Another kubelet holds the Lease.
     #[error("the leadership lease {name} is held by {holder}")]
     Taken {
-        /// Of the Lease.
+        /// The name of the Lease.
         name: String,
-        /// Who holds it.
+        /// The identity of the holder.
         holder: String,
     },
-    /// Shutdown came before leadership.
-    #[error("shutdown while waiting for leadership")]
+    /// The kubelet was stopped before it became the leader.
+    #[error("stopped while waiting for leadership")]
     Shutdown,
 }
 
-/// PURE: what a candidate may do with the Lease it sees.
+/// PURE: what a candidate may do with the Lease.
 #[derive(Debug, PartialEq, Eq)]
 enum Claim {
-    /// Take it, with this epoch.
+    /// Take it with this epoch.
     Take(i32),
-    /// Another holds it.
+    /// Wait, since another kubelet holds it.
     Wait,
 }
 
-/// The epoch of a take-over at `now`, where the Lease says `known`.
+/// The epoch of a take-over at `now`, if the Lease has the epoch `known`.
 fn next_epoch(known: Option<i32>, now: Timestamp) -> i32 {
     let clock = i32::try_from(now.as_second()).unwrap_or(0);
     known.unwrap_or(0).saturating_add(1).max(clock)
 }
 
-/// `unchanged` is how long we have seen the Lease as it is: clocks of others are not believed. Ours (`now`) only makes the
-/// epoch larger.
+/// Decides whether to take the Lease. `unchanged` is how long we have seen the Lease unchanged, since the clocks of
+/// others are not trusted. Our own clock (`now`) can only make the epoch larger.
 fn claim(spec: &LeaseSpec, identity: &str, unchanged: Duration, now: Timestamp) -> Claim {
     let holder = spec.holder_identity.as_deref().unwrap_or_default();
     let duration = spec
@@ -101,19 +102,19 @@ fn claim(spec: &LeaseSpec, identity: &str, unchanged: Duration, now: Timestamp) 
     }
 }
 
-/// The holder's side of the Lease.
+/// The holder of the Lease.
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct Leader {
     api: Api<Lease>,
     name: String,
     identity: String,
-    /// As the API server has it.
+    /// The Lease as the API server has it.
     lease: Lease,
 }
 
 impl Leader {
-    /// Waits until we lead, or until `shutdown`, which is the only error: what the API server refuses or fails is logged
-    /// where it changes and tried again, since it may be a matter of moments and a restart would only lose time.
+    /// Waits until this kubelet leads, or until `shutdown`, which is the only error. Errors of the API server are
+    /// logged when they change and retried: they may pass in a moment, and a restart would only lose time.
     pub async fn acquire(
         client: Client,
         namespace: &str,
@@ -144,7 +145,7 @@ impl Leader {
                 Err(error) => {
                     let error = knoc_proto::error::chain(&error);
                     if error != told {
-                        tracing::warn!(%error, "leadership not had, trying again");
+                        tracing::warn!(%error, "could not acquire leadership, trying again");
                     }
                     told = error;
                 }
@@ -164,7 +165,7 @@ impl Leader {
         i64::from(spec.and_then(|spec| spec.lease_transitions).unwrap_or(0))
     }
 
-    /// Renews until `shutdown`, or until leadership is lost; then says why.
+    /// Renews until `shutdown`, or returns an error when leadership is lost.
     pub async fn keep(&mut self, shutdown: &CancellationToken) -> Result<(), LeaderError> {
         loop {
             tokio::select! {
@@ -177,7 +178,7 @@ impl Leader {
                 Err(error @ LeaderError::Taken { .. }) => return Err(error),
                 Err(error) => {
                     let error = knoc_proto::error::chain(&error);
-                    tracing::warn!(%error, "leadership not renewed, trying again");
+                    tracing::warn!(%error, "could not renew leadership, trying again");
                 }
             }
         }
@@ -203,7 +204,7 @@ impl Leader {
         }
     }
 
-    /// Somebody wrote the Lease: is it ours still?
+    /// Somebody else wrote the Lease: do we still hold it?
     async fn look(&mut self) -> Result<(), LeaderError> {
         let found = within("get", &self.name, self.api.get_opt(&self.name)).await?;
         let holder = found
@@ -232,7 +233,7 @@ impl Leader {
         }
     }
 
-    /// Lets go, so that the next one need not wait.
+    /// Releases the Lease, so that the next kubelet need not wait.
     pub async fn release(mut self) -> Result<(), LeaderError> {
         if let Some(spec) = &mut self.lease.spec {
             spec.holder_identity = Some(String::new());
@@ -244,10 +245,10 @@ impl Leader {
     }
 }
 
-/// The Lease as it was last seen, and since when: its resource version; none where there is none.
+/// The resource version of the Lease as last seen (None inside if it does not exist), and since when.
 type Seen = Option<(Option<String>, Instant)>;
 
-/// Looks once, and takes the Lease if it may be had; otherwise says who holds it. A failed look leaves `seen` as it is.
+/// Tries once to take the Lease; otherwise returns its holder. If the Lease cannot be read `seen` does not change.
 async fn attempt(
     api: &Api<Lease>,
     name: &str,
@@ -266,7 +267,7 @@ async fn attempt(
     take(api, name, identity, found, since.elapsed()).await
 }
 
-/// Takes the Lease if it may be had; otherwise says who holds it.
+/// Takes the Lease if possible; otherwise returns its holder.
 async fn take(
     api: &Api<Lease>,
     name: &str,
@@ -305,7 +306,7 @@ async fn take(
     };
     match answer {
         Ok(lease) => Ok(Ok(lease)),
-        // Another was quicker.
+        // Another kubelet was faster.
         Err(LeaderError::Lease {
             source: kube::Error::Api(status),
             ..
@@ -372,18 +373,18 @@ mod tests {
     #[test]
     fn an_epoch_never_falls_below_what_an_agent_may_know() {
         let now = second(1_795_000_000);
-        // Installed anew, and restored from a backup: above any count of starts.
+        // Reinstalled, or restored from a backup: larger than any number of starts.
         assert_eq!(next_epoch(None, now), 1_795_000_000);
         assert_eq!(next_epoch(Some(3), now), 1_795_000_000);
-        // Twice in a second, and a clock that was set back: it grows still.
+        // Twice in one second, and with a clock that was set back: it still grows.
         assert_eq!(next_epoch(Some(1_795_000_000), now), 1_795_000_001);
         assert_eq!(next_epoch(Some(1_795_000_000), second(9)), 1_795_000_001);
-        // After 2038 the counting goes on.
+        // After 2038 the epoch only counts up.
         assert_eq!(next_epoch(Some(7), second(3_000_000_000)), 8);
         assert_eq!(next_epoch(Some(i32::MAX), now), i32::MAX);
     }
 
-    /// What an API server in trouble answers is no reason to end.
+    /// Errors of the API server are no reason to end.
     #[tokio::test(start_paused = true)]
     async fn a_candidate_outlasts_an_api_server_in_trouble() {
         let (service, mut server) = tower_test::mock::pair::<Request<Body>, Response<Body>>();

@@ -7,16 +7,17 @@
 //!     │ watch pods          ┌──────────────┐   queue (uid, latest wins)             │ WatchPods, WatchNode
 //!     └────► pods::watch ──►│ pods::Store  │──────────────► pods::controller        ▼
 //!                           │ uid → desired│◄─────────────────────────────── agent::watch
-//!                           │       observed                   │ one worker a pod │ watch<Link>, watch<NodeInfo>
+//!                           │       observed                   │ a worker per pod │ watch<Link>, watch<NodeInfo>
 //!                           └──────┬───────┘                   │                  ▼
 //!                                  │ read only                 ├─► EnsurePod …   node (status), node::lease
 //!                                  ▼                           ├─► PATCH status, DELETE pod
 //!                               server                         └─► pods::events (bounded, own task)
 //! ```
 //!
-//! `app` is the composition root: it owns every task and joins it. Policy stands in pure modules
-//! (`pods::{decide, verdict, translate, status}`, `node::status`); the tasks around them only carry
-//! it out. `certs` has one task for each certificate of ours, `identity` the clients that follow from them. Nothing is kept on disk: after a restart both first lists say all there is to know.
+//! `app` is the composition root: it owns every task and joins it. Policy is in pure modules (`pods::{decide, status}`,
+//! `node::status`, `knoc_translate`); the tasks around them only carry it out. `certs` has one task for each of our own
+//! certificates, and `identity` the clients that use them. Nothing is kept on disk: after a restart both first lists
+//! have everything that the kubelet needs to know.
 #![forbid(unsafe_code)]
 
 pub mod agent;

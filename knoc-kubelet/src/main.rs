@@ -1,4 +1,4 @@
-//! `knoc-kubelet`: a virtual node whose pods run on an HPC cluster.
+//! `knoc-kubelet`: a virtual Kubernetes node whose pods run on a Slurm cluster.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -19,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
-/// A virtual Kubernetes node whose pods run on an HPC cluster, as jobs of knoc-agent's user.
+/// A virtual Kubernetes node whose pods run on a Slurm cluster, as jobs of knoc-agent's user.
 ///
 /// Every setting can be given in the file or in the environment (KNOC_*); the environment takes precedence.
 #[derive(Debug, Parser)]
@@ -56,10 +56,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = Config::load(file, std::env::vars())?;
     log_to(&config.log)?;
     raise_open_files();
-    // kube takes the process's default; the link names ring itself.
+    // kube uses the process's default provider; the link names ring itself.
     drop(rustls::crypto::ring::default_provider().install_default());
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        // One carries several hundred MB/s of streams; two would hand the same bytes to and fro.
+        // One thread carries several hundred MB/s of streams; two would pass the same bytes back and forth.
         .worker_threads(1)
         .enable_all()
         .build()
@@ -67,7 +67,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     runtime.block_on(serve(config))
 }
 
-/// The API's own bounds allow thousands of connections, of two descriptors each; the usual soft limit is 1024.
+/// The API's own limits allow thousands of connections with two descriptors each; the usual soft limit is 1024.
 fn raise_open_files() {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -75,7 +75,7 @@ fn raise_open_files() {
         maximum,
     };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%error, ?current, ?maximum, "the limit of open files was not raised");
+        tracing::warn!(%error, ?current, ?maximum, "could not raise the limit of open files");
     }
 }
 
@@ -93,8 +93,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tokio::select! {
         biased;
         ended = &mut run => return ended,
-        _ = terminate.recv() => tracing::info!("SIGTERM: stopping; jobs go on"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: stopping; jobs go on"),
+        _ = terminate.recv() => tracing::info!("SIGTERM received, stopping; jobs continue"),
+        _ = interrupt.recv() => tracing::info!("SIGINT received, stopping; jobs continue"),
     }
     shutdown.cancel();
     run.await
@@ -102,8 +102,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 
 fn log_to(config: &LogConfig) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&config.level)
-        .with_context(|| format!("log.level `{}` is not a filter", config.level))?;
-    // No colours: what looks like an escape sequence in a line is escaped, whoever wrote it.
+        .with_context(|| format!("log.level `{}` is not a valid filter", config.level))?;
+    // No colours: everything in a line that looks like an escape sequence is escaped, whoever wrote it.
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false);

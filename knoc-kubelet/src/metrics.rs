@@ -1,7 +1,7 @@
-//! `/metrics`: what the kubelet says of itself. [`FAMILIES`] is the whole list, and docs/guide/metrics.md its copy.
+//! `/metrics`: the kubelet's own metrics. [`FAMILIES`] is the complete list, and docs/guide/metrics.md is its copy.
 //!
-//! Counters live in [`Metrics`], which tasks share; levels are gathered as [`Gauges`] when somebody asks. Rendering is
-//! pure. Locks are held for one addition. The number of series is bounded: paths are routes, never what a caller sent.
+//! Counters are in [`Metrics`], which tasks share; gauges are gathered as [`Gauges`] at each request. Rendering is
+//! pure. Locks are held for one addition. The number of series is bounded: paths are routes, never what a client sent.
 
 use std::{
     collections::BTreeMap,
@@ -16,16 +16,16 @@ use crate::stats::resource::{braces, head, line};
 
 pub mod process;
 
-/// One family of samples.
+/// One metric family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Family {
-    /// Its name.
+    /// The name of the family.
     pub name: &'static str,
-    /// counter, gauge or histogram.
+    /// Its type: counter, gauge or histogram.
     pub kind: &'static str,
     /// The labels of its samples, separated by commas.
     pub labels: &'static str,
-    /// One line.
+    /// The help text, one line.
     pub help: &'static str,
 }
 
@@ -167,8 +167,8 @@ pub const FAMILIES: &[Family] = &[
     PROCESS_START,
 ];
 
-/// The families of `/metrics/probes`, of the names that a kubelet has. They have no samples while no pod may have a
-/// probe (see the table of pod fields).
+/// The families of `/metrics/probes`, with the names that a kubelet has. They have no samples as long as pods cannot
+/// have probes (see the table of pod fields).
 pub const PROBE_FAMILIES: &[Family] = &[
     family(
         "prober_probe_duration_seconds",
@@ -189,17 +189,17 @@ const BUCKETS: [u64; 11] = [5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_0
 
 /// How a status patch ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Patched {
-    /// Written.
+pub enum PatchResult {
+    /// The API server accepted it.
     Ok,
-    /// The pod is gone, or another one of its name is there.
+    /// The pod is gone, or another one has its name.
     Gone,
-    /// Not written; it is tried again.
+    /// It failed and is retried.
     Error,
 }
 
-impl Patched {
-    fn word(self) -> &'static str {
+impl PatchResult {
+    fn label(self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Gone => "gone",
@@ -227,62 +227,62 @@ impl Histogram {
     }
 }
 
-/// Path, verb, code.
+/// Path, verb and status code.
 type Request = (String, &'static str, u16);
 
-/// Verb, protocol.
+/// Verb and protocol.
 type Session = (&'static str, String);
 
 #[derive(Debug, Default)]
 struct Counted {
     requests: BTreeMap<Request, u64>,
-    patches: BTreeMap<Patched, Histogram>,
+    patches: BTreeMap<PatchResult, Histogram>,
     sessions: BTreeMap<Session, u64>,
 }
 
-/// The counters; clones count together.
+/// The counters; clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics(Arc<Mutex<Counted>>);
 
-/// Levels, as they are when somebody asks.
+/// The gauges at the time of a request.
 #[derive(Debug, Clone, Default)]
 pub struct Gauges {
     /// Pods by phase.
     pub phases: BTreeMap<String, usize>,
-    /// Who is connected, while the link is up.
+    /// What the agent said about itself, while the link is up.
     pub agent: Option<Arc<pb::AgentInfo>>,
-    /// Since when it is or is not, Unix seconds.
+    /// When the link last went up or down, Unix seconds.
     pub link_changed: i64,
-    /// Did Slurm answer last time, and how long ago did a round succeed (where one has)?
+    /// Whether Slurm answered the last query, and how long ago a query succeeded, if one has.
     pub scheduler: Option<(bool, Option<Duration>)>,
-    /// For how many seconds the certificates of the link's sides are still valid.
+    /// The remaining validity of the certificates of both sides of the link, in seconds.
     pub certificates: Vec<(&'static str, i64)>,
-    /// Upgraded connections.
+    /// Upgraded connections that are open.
     pub streams: usize,
-    /// This process, where `/proc` tells.
+    /// This process, if `/proc` is readable.
     pub process: Option<process::Process>,
 }
 
 impl Metrics {
-    /// A request was answered. `path` is a route.
+    /// Counts a request that was answered. `path` is a route.
     pub fn request(&self, path: &str, method: &http::Method, code: u16) {
         let key = (path.to_owned(), verb(method), code);
         *self.lock().requests.entry(key).or_default() += 1;
     }
 
-    /// The API server answered a patch of a pod's status, or did not in time.
-    pub fn patched(&self, result: Patched, took: Duration) {
+    /// Counts a patch of a pod's status, and how long it took.
+    pub fn patched(&self, result: PatchResult, took: Duration) {
         let mut counted = self.lock();
         counted.patches.entry(result).or_default().observe(took);
     }
 
-    /// A connection was upgraded for `verb`. `protocol` is one that we speak.
+    /// Counts a connection that was upgraded for `verb`. `protocol` is one that the server supports.
     pub fn session(&self, verb: &'static str, protocol: String) {
         let mut counted = self.lock();
         *counted.sessions.entry((verb, protocol)).or_default() += 1;
     }
 
-    /// The text of `/metrics`.
+    /// Renders the text of `/metrics`.
     #[must_use]
     pub fn render(&self, gauges: &Gauges) -> String {
         let mut page = Page::default();
@@ -329,7 +329,7 @@ impl Metrics {
     fn patches(&self, page: &mut Page) {
         page.head(PATCHES);
         for (result, histogram) in &self.lock().patches {
-            page.histogram(PATCHES.name, ("result", result.word()), histogram);
+            page.histogram(PATCHES.name, ("result", result.label()), histogram);
         }
     }
 
@@ -360,7 +360,7 @@ fn of_agent(page: &mut Page, gauges: &Gauges) {
     page.one(LINK_UP, &[], u8::from(gauges.agent.is_some()));
 }
 
-/// The text of `/metrics/probes`.
+/// Renders the text of `/metrics/probes`.
 #[must_use]
 pub fn render_probes() -> String {
     let mut page = Page::default();
@@ -370,7 +370,7 @@ pub fn render_probes() -> String {
     page.text
 }
 
-/// The method in lower case; one nobody knows is `other`, since a caller may invent them.
+/// The method in lower case, or `other` for unknown ones, since clients may invent methods.
 fn verb(method: &http::Method) -> &'static str {
     match method.as_str() {
         "GET" => "get",

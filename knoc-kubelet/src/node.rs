@@ -1,9 +1,10 @@
-//! Task: the Node object: registration, labels, taints, status. Never deletes it.
+//! Task: the Node object, with its registration, labels, taints and status. The task never deletes the object.
 //!
-//! In: link and capacity (watch channels). Out: the labels and taints as last seen, to the [`mod@unit`], which has everything
-//! that exists once for each node. The status is computed purely ([`status`]) at every change and every 10 s, and sent if
-//! it differs from the last one, if the API server has other conditions, or if it is 5 minutes old. While the link is down
-//! the node stays Ready; it only says so and takes no new pods.
+//! In: link and capacity (watch channels). Out: the labels and taints as last seen, for the [`mod@unit`], which has
+//! everything that exists once for each node. The status is computed ([`status`], which is pure) at every change and
+//! every 10 s. It is sent if it differs from the last one, if the API server has other conditions, or if it is 5
+//! minutes old. While the link is down the node stays Ready; a condition and a taint say that the agent is
+//! disconnected.
 
 pub(crate) mod allocations;
 mod condition;
@@ -11,7 +12,7 @@ mod expiry;
 pub mod features;
 mod identity;
 mod lease;
-pub mod place;
+pub mod predicates;
 pub mod release;
 pub mod status;
 pub mod unit;
@@ -33,21 +34,21 @@ use crate::{
     certs::{Health, Purpose},
     identity::Clients,
 };
-use place::Place;
+use predicates::NodeAttributes;
 use release::Release;
 use status::Facts;
 use unit::Unit;
 
 pub use identity::Identity;
 
-/// Between computations of the status.
+/// How often the status is computed.
 const UPDATE: Duration = Duration::from_secs(10);
-/// An unchanged status is sent after this long.
+/// When an unchanged status is sent again.
 const REPORT: Duration = Duration::from_mins(5);
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Between questions for the API server's version: it may be upgraded, and taken back.
+/// How often the API server is asked for its version, which changes if it is upgraded or downgraded.
 const VERSION: Duration = Duration::from_mins(5);
-/// The taint is set only after the link was down this long: a restarted agent is back sooner.
+/// The taint is set only after the link was down for this long: a restarted agent is back sooner.
 const TAINT_AFTER: Duration = Duration::from_secs(5);
 
 const DISCONNECTED: &str = "knoc.io/agent-disconnected";
@@ -56,23 +57,23 @@ const PROVIDER: &str = "virtual-kubelet.io/provider";
 /// Why the Node could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
-    /// The API server refused or failed.
+    /// The API server denied the request or failed.
     #[error("{what} node {name}")]
     Api {
         /// What was tried.
         what: &'static str,
-        /// Of the node.
+        /// The node's name.
         name: String,
-        /// What the API server said.
+        /// The error of the API server.
         #[source]
         source: kube::Error,
     },
-    /// No answer in time.
+    /// The API server did not answer in time.
     #[error("{what} node {name}: no answer within {} s", DEADLINE.as_secs())]
     Late {
         /// What was tried.
         what: &'static str,
-        /// Of the node.
+        /// The node's name.
         name: String,
     },
 }
@@ -80,23 +81,23 @@ pub enum NodeError {
 /// What the task watches.
 #[derive(Debug)]
 pub struct Watched {
-    /// How our own certificates do.
+    /// The health of our own certificates.
     pub certificates: Certificates,
-    /// How our certificate on the link does.
+    /// The state of our certificate on the link.
     pub link_certificate: watch::Receiver<LinkCertificate>,
-    /// The link.
+    /// The link to the agent.
     pub link: watch::Receiver<Link>,
-    /// How many jobs have no pod and wait for a word of the operator.
+    /// How many jobs have no pod and wait for the operator.
     pub orphans: watch::Receiver<usize>,
 }
 
-/// How our own certificates do.
+/// The health of our own certificates, each with its purpose.
 pub type Certificates = Vec<(Purpose, watch::Receiver<Health>)>;
 
-/// The task's own state.
+/// The task that keeps the Node object.
 struct NodeTask {
     api: Api<Node>,
-    /// Changes taints, which a node may not once its object is there.
+    /// Changes taints, which a node may not do itself once its object exists.
     account: Api<Node>,
     certificates: Certificates,
     link_certificate: watch::Receiver<LinkCertificate>,
@@ -105,7 +106,7 @@ struct NodeTask {
     link: watch::Receiver<Link>,
     capacity: unit::Capacity,
     orphans: watch::Receiver<usize>,
-    /// The API server's release as last heard, and when; none within: it says nothing that can be read.
+    /// The API server's release as last read, and when; None inside if the answer could not be parsed.
     server: Option<(Option<Release>, Instant)>,
     sent: Option<(Value, Instant)>,
 }
@@ -113,7 +114,7 @@ struct NodeTask {
 /// Registers the Node of this unit, and starts the tasks that keep its status and its Lease until `shutdown`.
 ///
 /// # Errors
-/// The Node cannot be written.
+/// Returns an error if the Node cannot be written.
 pub async fn start(
     unit: &Arc<Unit>,
     clients: Clients,
@@ -147,14 +148,14 @@ impl NodeTask {
         }
     }
 
-    /// Makes the Node exist with its labels and taint; returns it.
+    /// Creates the Node or updates its labels, and returns it.
     async fn register(&self) -> Result<Node, NodeError> {
-        let node = self.exist().await?;
-        self.unit.set_place(Place::of(&node));
+        let node = self.ensure_exists().await?;
+        self.unit.set_attributes(NodeAttributes::of(&node));
         Ok(node)
     }
 
-    async fn exist(&self) -> Result<Node, NodeError> {
+    async fn ensure_exists(&self) -> Result<Node, NodeError> {
         let labels = status::labels(self.unit.identity());
         let found = self
             .within("get", self.api.get_opt(self.unit.name()))
@@ -175,19 +176,19 @@ impl NodeTask {
         let node = self
             .within("create", self.api.create(&params, &node))
             .await?;
-        tracing::info!(node = self.unit.name(), "node registered");
+        tracing::info!(node = self.unit.name(), "registered the node");
         Ok(node)
     }
 
-    /// Keeps the status until `shutdown`.
+    /// Keeps the status current until `shutdown`.
     async fn run(mut self, shutdown: CancellationToken) {
         loop {
-            // Before it looks: what changes while it writes wakes it again.
+            // Marked before the update, so that a change during the update starts another one.
             self.link.mark_unchanged();
             self.capacity.mark_unchanged();
             if let Err(error) = self.update().await {
                 let error = knoc_proto::error::chain(&error);
-                tracing::warn!(%error, "node not updated, trying again");
+                tracing::warn!(%error, "could not update the node, trying again");
             }
             tokio::select! {
                 biased;
@@ -207,7 +208,7 @@ impl NodeTask {
             Some(node) => node,
             None => self.register().await?,
         };
-        self.unit.set_place(Place::of(&node));
+        self.unit.set_attributes(NodeAttributes::of(&node));
         self.ask_version().await;
         let link = self.link.borrow().clone();
         self.taint(&node, link.down_for() >= TAINT_AFTER).await?;
@@ -235,7 +236,8 @@ impl NodeTask {
             .sent
             .as_ref()
             .is_some_and(|(sent, at)| status::same(sent, &wanted) && at.elapsed() < REPORT);
-        // Others write too: the node controller while we cannot be heard, and whoever makes the object anew.
+        // Others write the status too: the node controller while our Lease is old, and a client that recreates the
+        // Node.
         if same && status::stands(&wanted, node.status.as_ref()) {
             return Ok(());
         }
@@ -247,8 +249,8 @@ impl NodeTask {
         Ok(())
     }
 
-    /// Asks the API server for its release, where the last answer is old. Without an answer the last one stays; of
-    /// several API servers, in the middle of an upgrade, the one that answers counts.
+    /// Asks the API server for its release, if the last answer is old. If this fails the last answer stays. If several
+    /// API servers have different releases during an upgrade, the one that answers counts.
     async fn ask_version(&mut self) {
         if self.server.is_some_and(|(_, at)| at.elapsed() < VERSION) {
             return;
@@ -258,12 +260,12 @@ impl NodeTask {
             Ok(info) => self.server = Some((Release::of(&info), Instant::now())),
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::info!(%error, "the node's version and features follow when the API server's version is known");
+                tracing::info!(%error, "could not read the API server's version, the node's version and features do not change");
             }
         }
     }
 
-    /// Sets or takes away our taints; those of others stay.
+    /// Sets or removes our taints; those of others stay.
     async fn taint(&self, node: &Node, disconnected: bool) -> Result<(), NodeError> {
         let before = node
             .spec
@@ -323,11 +325,11 @@ impl NodeTask {
     }
 }
 
-/// What of the Node decides which pods belong on it, as it is now.
-pub async fn place(client: kube::Client, name: &str) -> Result<Place, NodeError> {
+/// Reads the attributes of the Node that decide which pods fit it.
+pub async fn attributes(client: kube::Client, name: &str) -> Result<NodeAttributes, NodeError> {
     let api: Api<Node> = Api::all(client);
     let node = within(name, "get", api.get(name)).await?;
-    Ok(Place::of(&node))
+    Ok(NodeAttributes::of(&node))
 }
 
 async fn within<T>(

@@ -1,8 +1,8 @@
-//! A pod's life on the cluster side. No code here but declarations.
+//! The lifecycle of a pod on the cluster's side. This file only declares the modules.
 //!
 //! ```text
 //!  watch ──► Store ──► queue ──► controller ── decide (pure) ──┬─ Reject    verdict: all reasons, phase Failed, no job
-//!  (desired)  ▲                  (one worker a pod)            ├─ Ensure    resolve ► translate ► EnsurePod
+//!  (desired)  ▲                  (one worker per pod)          ├─ Ensure    resolve ► translate ► EnsurePod
 //!             │                                                ├─ Refresh   resolve ► UpdateValues
 //!  agent::watch (observed)                                     ├─ Stop      DeletePod(grace)
 //!                                                              ├─ Release   DELETE pod, grace 0, UID precondition
@@ -27,7 +27,7 @@ pub mod watch;
 pub(crate) use controller::UNREACHABLE_AFTER;
 pub use controller::{ApiServer, Context, Controller, KnownPods, LoopHealth, Process, Site};
 pub(crate) use orphans::run as watch_orphans;
-pub use presence::Ask;
+pub use presence::PodLookup;
 pub use services::Services;
 pub use status::NO_EPHEMERAL;
 pub use store::{PodView, Store};

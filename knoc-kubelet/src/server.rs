@@ -1,121 +1,120 @@
 //! The kubelet's HTTPS API on :10250, as the API server, metrics-server and Prometheus call it.
 //!
-//! Owner: the task that runs [`Server::run`]; it owns the accept loop, one task a connection, and the reload of
-//! certificates, and joins them all. It reads pods and asks for streams through [`Backend`], and who may do what
-//! through [`Cluster`]; it holds no pod state, never writes to the API server and decides nothing about pods.
+//! Owner: the task that runs [`Server::run`]. It owns the accept loop, one task for each connection, and the reload of
+//! certificates, and joins them all. It reads pods and opens streams through [`Backend`], and authenticates and
+//! authorizes through [`Cluster`]. It holds no state of pods, never writes to the API server and decides nothing about
+//! pods.
 //!
-//! HTTP/1.1 only (by ALPN), because upgrades need it. TLS 1.3. Nothing is answered without an identity: a client certificate, else a
-//! bearer token, and then a `SubjectAccessReview`, as in
-//! [kubelet authentication and authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/).
+//! HTTP/1.1 only (by ALPN), because upgrades need it, over TLS 1.3. Every request needs an identity, by a client
+//! certificate or else a bearer token, and is then authorized by a `SubjectAccessReview`, as in [kubelet authentication
+//! and authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/).
 
 mod accept;
 mod access;
 mod authn;
 mod authz;
 mod cluster;
+mod connections;
 mod exec;
 mod limits;
 mod logs;
 mod options;
 mod peer_watch;
 mod portforward;
-mod refused;
 mod remote;
 mod routes;
 mod separate_end;
-mod standing;
 mod stats;
 mod stop;
 mod target;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod unsupported;
 mod upgrade;
 mod user;
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-pub use cluster::{Cluster, ClusterError, KubeCluster};
-use futures::future::BoxFuture;
-use futures::stream::BoxStream;
+use futures::{future::BoxFuture, stream::BoxStream};
 use k8s_openapi::api::core::v1::Pod;
 use knoc_link::carrier::{Listener as _, tcp};
 use knoc_proto::pb;
 use thiserror::Error;
-pub use tls::TlsError;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    certs::Pairs,
+    metrics::{Gauges, Metrics},
+    stats::Snapshot,
+};
+
+pub use cluster::{Cluster, ClusterError, KubeCluster};
+pub use tls::TlsError;
 pub use user::User;
 
-use crate::certs::Pairs;
-use crate::metrics::{Gauges, Metrics};
-use crate::stats::Snapshot;
-
-/// What the operator says of the API.
+/// The configuration of the API.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Where to listen; port 10250 unless told otherwise.
+    /// The address and port to listen on; the port is 10250 by default.
     pub bind: SocketAddr,
-    /// The node's name: what reviews are about.
+    /// The node's name, which reviews are about.
     pub node: String,
-    /// The serving certificate.
+    /// Where the serving certificate comes from.
     pub serving: Serving,
-    /// Who signs client certificates.
+    /// Where the CA of client certificates comes from.
     pub client_ca: ClientCa,
 }
 
-/// The serving certificate.
+/// Where the serving certificate comes from.
 #[derive(Debug, Clone)]
 pub enum Serving {
-    /// PEM files, re-read when they change.
+    /// From PEM files, which are read again when they change.
     Files {
-        /// Certificate chain, the server's own first.
+        /// The certificate chain, with the server's own certificate first.
         certificate: PathBuf,
-        /// Its private key.
+        /// The private key of the first certificate.
         key: PathBuf,
     },
-    /// The newest that the kubelet made or was issued.
+    /// The newest certificate that the kubelet signed itself or was issued.
     Own(Pairs),
 }
 
-/// The CA that client certificates must come from.
+/// The CA that must have signed client certificates.
 #[derive(Debug, Clone)]
 pub enum ClientCa {
-    /// A PEM file, re-read when it changes.
+    /// From a PEM file, which is read again when it changes.
     File(PathBuf),
-    /// The cluster's own, from ConfigMap `kube-system/extension-apiserver-authentication`.
+    /// From the cluster's ConfigMap `kube-system/extension-apiserver-authentication`.
     Cluster,
 }
 
 /// A pod as the kubelet knows it.
 #[derive(Debug, Clone, Default)]
 pub struct PodView {
-    /// The object as the API server has it.
+    /// The pod as the API server has it.
     pub pod: Arc<Pod>,
-    /// What the agent says of it, where it has said anything.
+    /// The pod as the agent last reported it, if it has.
     pub observed: Option<Arc<pb::PodObserved>>,
 }
 
-/// Bytes from a container, ending with an error where they broke off.
+/// Bytes from a container; the last item is an error if the stream ended early.
 pub type ByteStream = BoxStream<'static, Result<Bytes, tonic::Status>>;
 
-/// What a command in a container says.
+/// The output of a command in a container.
 pub type ExecStream = BoxStream<'static, Result<pb::ExecOutput, tonic::Status>>;
 
-/// What a connection to a port of a pod says.
+/// The output of a connection to a port of a pod.
 pub type PortForwardStream = BoxStream<'static, Result<pb::PortForwardOutput, tonic::Status>>;
 
-/// What the API asks of the rest of the kubelet.
+/// What the API needs from the other parts of the kubelet.
 pub trait Backend: Send + Sync + 'static {
     /// All pods bound to the node.
     fn pods(&self) -> Vec<Arc<Pod>>;
 
-    /// One pod by namespace and name.
+    /// The pod with this namespace and name.
     fn pod(&self, namespace: &str, name: &str) -> Option<PodView>;
 
     /// The log of a container, from the agent; returns when the agent has accepted the request.
@@ -124,85 +123,85 @@ pub trait Backend: Send + Sync + 'static {
         request: pb::ReadLogsRequest,
     ) -> BoxFuture<'_, Result<ByteStream, tonic::Status>>;
 
-    /// Runs a command in a container: the first message is `Start`, the last answer `Exit`. Dropping the answers ends
+    /// Runs a command in a container. The first message is `Start`, the last answer `Exit`. Dropping the answers ends
     /// the command.
     fn exec(
         &self,
         input: mpsc::Receiver<pb::ExecInput>,
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>>;
 
-    /// Attaches to a container's own program: as [`Backend::exec`], with `AttachStart` first. Dropping the answers ends
-    /// nothing but the attachment.
+    /// Attaches to the running program of a container: like [`Backend::exec`], but with `AttachStart` first. Dropping
+    /// the answers ends only the attachment.
     fn attach(
         &self,
         input: mpsc::Receiver<pb::ExecInput>,
     ) -> BoxFuture<'_, Result<ExecStream, tonic::Status>>;
 
-    /// Connects to a port of a pod: the first message is `Start`, the first answer `Connected`; both directions close on
-    /// their own. Dropping the answers resets the connection.
+    /// Connects to a port of a pod. The first message is `Start`, the first answer `Connected`; each direction closes
+    /// separately. Dropping the answers resets the connection.
     fn port_forward(
         &self,
         input: mpsc::Receiver<pb::PortForwardInput>,
     ) -> BoxFuture<'_, Result<PortForwardStream, tonic::Status>>;
 
-    /// What node, pods and containers use: a measurement of at most a few seconds ago.
+    /// The resource usage of the node, its pods and containers, measured at most a few seconds ago.
     fn stats(&self) -> BoxFuture<'_, Arc<Snapshot>>;
 
     /// All pods that the agent knows.
     fn observed(&self) -> Vec<Arc<pb::PodObserved>>;
 
-    /// Our own counters.
+    /// The kubelet's own counters.
     fn metrics(&self) -> &Metrics;
 
-    /// Our own levels, as they are now; streams are the server's to say.
+    /// The kubelet's own gauges, except for the number of streams, which the server knows.
     fn gauges(&self) -> Gauges;
 
     /// The effective configuration, without secrets.
     fn config(&self) -> serde_json::Value;
 
-    /// Does the kubelet's main loop go on? The text says since when it does not.
+    /// Returns an error with the time of the last progress if the controller's loop is stuck.
     fn sync_loop(&self) -> Result<(), String>;
 }
 
 /// Why the API could not start.
 #[derive(Debug, Error)]
 pub enum ServerError {
-    /// Certificates.
+    /// The certificates could not be loaded.
     #[error("load the certificates of the kubelet API")]
     Tls {
         /// What is wrong with them.
         #[source]
         source: TlsError,
     },
-    /// The port.
+    /// The port could not be bound.
     #[error("listen on {address}")]
     Bind {
-        /// The address asked for.
+        /// The configured address.
         address: SocketAddr,
-        /// What the system said.
+        /// The error of the system.
         #[source]
         source: std::io::Error,
     },
 }
 
-/// What every request sees.
+/// What the handlers of all requests share.
 struct Context {
     node: String,
     backend: Arc<dyn Backend>,
     cluster: Arc<dyn Cluster>,
     tls: tls::Tls,
     access: access::Access,
-    /// Upgraded connections at once.
+    /// Bounds the upgraded connections.
     sessions: limits::Limit,
-    /// Calls to the agent that last, at once.
+    /// Bounds the streaming calls to the agent.
     calls: limits::Limit,
-    /// Tasks of upgraded connections, joined at the end.
+    /// The tasks of upgraded connections, which are joined at the end.
     streams: TaskTracker,
-    /// Ends what goes on after the drain: sessions say so to their clients.
+    /// Ends the sessions that remain after the drain; they report it to their clients.
     cut: CancellationToken,
 }
 
-/// The API, bound and not yet serving.
+/// The API with its port bound, not serving yet.
 pub struct Server {
     listener: tcp::Listener,
     address: SocketAddr,
@@ -221,7 +220,7 @@ impl std::fmt::Debug for Server {
 }
 
 impl Server {
-    /// Loads certificates and binds the port, so that both kinds of mistake are errors at start.
+    /// Loads the certificates and binds the port, so that mistakes in either are errors at start.
     pub async fn bind(
         settings: Settings,
         backend: Arc<dyn Backend>,
@@ -261,23 +260,24 @@ impl Server {
         })
     }
 
-    /// The address that was bound: the port for `node.status.daemonEndpoints`.
+    /// The address that was bound; its port is published in `node.status.daemonEndpoints`.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves until `shutdown`, then lets requests and sessions under way finish for a few seconds.
+    /// Serves until `shutdown`, then lets running requests and sessions finish for a few seconds.
     pub async fn run(self, shutdown: CancellationToken) {
         let router = routes::router(Arc::clone(&self.context));
         let tls = self.context.tls.clone();
         let incoming = accept::listen(self.listener, &tls);
         let Context { streams, cut, .. } = &*self.context;
-        // Beside the drain of requests, which a log that is followed takes whole: both must fit the kubelet's own end.
+        // At the same time as the drain of requests, which a followed log uses up: both must fit into the kubelet's own
+        // shutdown.
         let sessions = async {
             shutdown.cancelled().await;
             tokio::time::sleep(self.drain).await;
-            tracing::info!(sessions = streams.len(), "ending the sessions that go on");
+            tracing::info!(sessions = streams.len(), "ending the remaining sessions");
             cut.cancel();
         };
         let served = async {

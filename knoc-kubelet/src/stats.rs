@@ -1,13 +1,13 @@
-//! What the node, its pods and containers use: one measurement for all who ask.
+//! Resource usage of the node, its pods and containers: one measurement for all clients.
 //!
-//! The endpoints ask [`Stats::snapshot`]. Callers share one question to the agent, a task of [`Stats`] that goes on when
-//! its asker leaves, and its answer serves for [`FRESH`], so scrapers do not add up. Where the agent does not answer, the
-//! last word stands with its own times; where its link is down, nobody waits for that.
+//! The endpoints call [`Stats::snapshot`]. Concurrent callers share one call to the agent, a task of [`Stats`] that
+//! goes on if its caller leaves; its answer is used for [`FRESH`], so several scrapers cost no more than one. If the
+//! agent does not answer, the last measurement is returned with its own times; while the link is down, nobody waits.
 //! [`assemble`] and the renderers [`resource`] and [`summary`] are pure.
 
-pub mod ledger;
 pub mod resource;
 pub mod summary;
+pub mod totals;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -16,30 +16,30 @@ use jiff::Timestamp;
 use knoc_proto::{ids::PodUid, pb};
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 
-use self::ledger::Totals;
+use self::totals::Totals;
 use crate::{
     agent::{Agent, Link},
     pods::Store,
 };
 
-/// For how long a measurement serves: below metrics-server's shortest interval, so that it always sees a new one.
+/// How long a measurement is used: less than metrics-server's shortest interval, so that it always sees a new one.
 pub const FRESH: Duration = Duration::from_secs(10);
-/// After an agent that did not answer.
+/// The pause after an agent that did not answer.
 const AGAIN: Duration = Duration::from_secs(2);
-/// Below the 10 s of metrics-server and Prometheus, which then hear the last word. The agent's own deadline is shorter:
-/// it says what it has.
+/// Less than the 10 s of metrics-server and Prometheus, which then get the last measurement. The agent's own deadline
+/// is shorter: it returns what it has.
 const DEADLINE: Duration = Duration::from_secs(9);
-/// A rate over less says nothing.
+/// The shortest time between two measurements from which a rate is computed, nanoseconds.
 const SHORTEST_RATE: i64 = 500_000_000;
 
-/// What a container, a pod or the node used. Times in Unix nanoseconds.
+/// The usage of a container, a pod or the node. Times are Unix nanoseconds.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Measured {
-    /// When its counters began.
+    /// When its counters started.
     pub started_at: i64,
-    /// The counters and levels.
+    /// The counters and gauges.
     pub usage: pb::Usage,
-    /// CPU time a second since the measurement before; `None` where there was none.
+    /// CPU time per second since the previous measurement; `None` if there was none.
     pub nano_cores: Option<u64>,
 }
 
@@ -52,7 +52,7 @@ pub struct PodMeasured {
     pub name: String,
     /// `metadata.uid`.
     pub uid: PodUid,
-    /// The pod as a whole.
+    /// The usage of the pod as a whole.
     pub whole: Measured,
     /// Its running containers, by name.
     pub containers: Vec<(String, Measured)>,
@@ -61,51 +61,51 @@ pub struct PodMeasured {
 /// One measurement of the node.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Snapshot {
-    /// The node: running pods, and all that finished.
+    /// The node: its running pods, with the counters of finished pods added.
     pub node: Measured,
-    /// What the site has; 0 where the agent never said.
+    /// The memory of the site in bytes; 0 if the agent has not reported it.
     pub memory_capacity: u64,
-    /// By namespace and name.
+    /// The running pods, sorted by namespace and name.
     pub pods: Vec<PodMeasured>,
-    /// Why the agent was not heard.
+    /// Why the agent did not answer, if it did not.
     pub failed: Option<String>,
 }
 
-/// What the running pods use, by the agent's word.
-type Said = Result<Vec<pb::PodStats>, String>;
+/// The usage of the running pods as the agent reported it, or why it did not.
+type Reported = Result<Vec<pb::PodStats>, String>;
 
-/// Puts the question to the agent.
-type Ask =
+/// Calls the agent.
+type FetchStats =
     Box<dyn Fn() -> BoxFuture<'static, Result<Vec<pb::PodStats>, tonic::Status>> + Send + Sync>;
 
-/// How a question ended.
+/// How a call ended, and when.
 struct Answer {
     at: Instant,
     time: Timestamp,
-    said: Said,
+    reported: Reported,
 }
 
 impl Answer {
-    fn now(said: Said) -> Self {
+    fn now(reported: Reported) -> Self {
         Self {
             at: Instant::now(),
             time: Timestamp::now(),
-            said,
+            reported,
         }
     }
 }
 
-/// Held by one asker at a time.
+/// The state that one caller at a time holds.
 #[derive(Default)]
 struct State {
-    /// The last answer, and when it came.
+    /// The last snapshot, and when it was made.
     last: Option<(Instant, Arc<Snapshot>)>,
-    /// At most one; owned here, so that it outlives its asker.
-    question: JoinSet<Answer>,
+    /// The running call, at most one. It is owned here so that it outlives its caller.
+    call: JoinSet<Answer>,
 }
 
 impl State {
-    /// The last answer where it still serves.
+    /// The last snapshot if it is still fresh.
     fn fresh(&self) -> Option<Arc<Snapshot>> {
         let (at, snapshot) = self.last.as_ref()?;
         let serves = if snapshot.failed.is_some() {
@@ -116,25 +116,25 @@ impl State {
         (at.elapsed() < serves).then(|| Arc::clone(snapshot))
     }
 
-    /// The answer to the question under way, or to a new one. Cancel safe: who asks next waits for the same.
-    async fn answer(&mut self, ask: &Ask) -> Answer {
-        if self.question.is_empty() {
+    /// Waits for the running call, or for a new one. Cancel safe: the next caller waits for the same call.
+    async fn answer(&mut self, ask: &FetchStats) -> Answer {
+        if self.call.is_empty() {
             let asked = tokio::time::timeout(DEADLINE, ask());
-            self.question.spawn(async {
+            self.call.spawn(async {
                 Answer::now(match asked.await {
                     Ok(answered) => answered.map_err(|status| status.message().to_owned()),
                     Err(_) => Err(format!("no answer in {} s", DEADLINE.as_secs())),
                 })
             });
         }
-        let answered = self.question.join_next().await.and_then(Result::ok);
-        answered.unwrap_or_else(|| Answer::now(Err("the question broke off".to_owned())))
+        let answered = self.call.join_next().await.and_then(Result::ok);
+        answered.unwrap_or_else(|| Answer::now(Err("the call to the agent was aborted".to_owned())))
     }
 }
 
-/// See the module.
+/// The shared measurement of resource usage; see the module.
 pub struct Stats {
-    ask: Ask,
+    ask: FetchStats,
     link: watch::Receiver<Link>,
     store: Store,
     started: Timestamp,
@@ -148,17 +148,17 @@ impl std::fmt::Debug for Stats {
 }
 
 impl Stats {
-    /// Asks this agent about the pods of this store, while this link is up.
+    /// Measures the pods of this store by this agent, while this link is up.
     #[must_use]
     pub fn new(agent: Agent, link: watch::Receiver<Link>, store: Store) -> Self {
         let ask = move || {
             let agent = agent.clone();
             Box::pin(async move { agent.stats().await }) as BoxFuture<'static, _>
         };
-        Self::asking(Box::new(ask), link, store)
+        Self::with_source(Box::new(ask), link, store)
     }
 
-    fn asking(ask: Ask, link: watch::Receiver<Link>, store: Store) -> Self {
+    fn with_source(ask: FetchStats, link: watch::Receiver<Link>, store: Store) -> Self {
         Self {
             ask,
             link,
@@ -168,7 +168,7 @@ impl Stats {
         }
     }
 
-    /// The measurement, at most [`FRESH`] old. Cancel safe: the question goes on, for who asks next.
+    /// The measurement, at most [`FRESH`] old. Cancel safe: the call goes on, for the next caller.
     pub async fn snapshot(&self, memory_capacity: u64) -> Arc<Snapshot> {
         let mut state = self.state.lock().await;
         loop {
@@ -176,35 +176,35 @@ impl Stats {
                 return snapshot;
             }
             let answer = tokio::select! {
-                // Asks nothing where nobody hears it.
+                // Checked first, so that nothing is called while the link is down.
                 biased;
-                words = self.down() => {
-                    let answer = Answer::now(Err(words));
+                message = self.down() => {
+                    let answer = Answer::now(Err(message));
                     return self.next(&state, answer, memory_capacity);
                 }
                 answer = state.answer(&self.ask) => answer,
             };
-            // One that came when its asker had left may be old by now.
+            // The answer may be old by now if its caller had left when it came.
             let at = answer.at;
             let snapshot = self.next(&state, answer, memory_capacity);
             state.last = Some((at, snapshot));
         }
     }
 
-    /// Returns where the link to the agent is down, with why.
+    /// Returns the reason when the link to the agent is down.
     async fn down(&self) -> String {
         let mut link = self.link.clone();
         let down = link.wait_for(|link| !link.is_up()).await;
-        let words = down.map(|link| format!("no link to the agent: {}", link.message()));
-        match words {
-            Ok(words) => words,
+        let message = down.map(|link| format!("no link to the agent: {}", link.message()));
+        match message {
+            Ok(message) => message,
             Err(_) => std::future::pending().await,
         }
     }
 
     fn next(&self, state: &State, answer: Answer, memory_capacity: u64) -> Arc<Snapshot> {
         let before = state.last.as_ref().map(|(_, snapshot)| &**snapshot);
-        let named = answer.said.map(|stats| self.ours(stats));
+        let named = answer.reported.map(|stats| self.ours(stats));
         let node = |pods: &[PodMeasured]| {
             let used = pods
                 .iter()
@@ -217,7 +217,7 @@ impl Stats {
         Arc::new(snapshot)
     }
 
-    /// Those of the node's own pods, by the names Kubernetes has for them.
+    /// The stats of the node's own pods, with the names that Kubernetes has for them.
     fn ours(&self, stats: Vec<pb::PodStats>) -> Vec<pb::PodStats> {
         let named = stats.into_iter().filter_map(|mut stats| {
             let meta = self
@@ -238,20 +238,20 @@ fn nanos(at: Timestamp) -> i64 {
     i64::try_from(at.as_nanosecond()).unwrap_or(i64::MAX)
 }
 
-/// PURE: the next snapshot, of what the agent said, or of the last one where it said nothing. `node` answers the
+/// PURE: the next snapshot, from what the agent reported, or the last one if it reported nothing. `node` returns the
 /// totals of the node for its running pods.
 pub fn assemble(
     before: Option<&Snapshot>,
-    said: Result<Vec<pb::PodStats>, String>,
+    reported: Result<Vec<pb::PodStats>, String>,
     node: impl FnOnce(&[PodMeasured]) -> Totals,
     now: i64,
     started_at: i64,
 ) -> Snapshot {
-    let said = match said {
-        Ok(said) => said,
-        Err(words) => {
+    let reported = match reported {
+        Ok(reported) => reported,
+        Err(message) => {
             let mut last = before.cloned().unwrap_or_default();
-            last.failed = Some(words);
+            last.failed = Some(message);
             return last;
         }
     };
@@ -260,7 +260,7 @@ pub fn assemble(
         .flat_map(|before| &before.pods)
         .map(|pod| (&pod.uid, pod))
         .collect();
-    let mut pods: Vec<PodMeasured> = said
+    let mut pods: Vec<PodMeasured> = reported
         .into_iter()
         .filter_map(|mut stats| {
             let uid = PodUid::try_from(std::mem::take(&mut stats.uid)).ok()?;
@@ -316,8 +316,8 @@ fn pod(known: Option<&PodMeasured>, uid: PodUid, stats: pb::PodStats) -> PodMeas
     }
 }
 
-/// With the rate since the measurement before, where it is of the same counters. A shim that is away says the same
-/// again, and its rate stands with it.
+/// The usage with its rate since the previous measurement, if that was of the same counters. While a shim is
+/// disconnected its last measurement is repeated, and its rate stays.
 fn measured(before: Option<&Measured>, started_at: i64, usage: pb::Usage) -> Measured {
     let nano_cores = before
         .filter(|before| before.started_at == started_at)

@@ -1,14 +1,14 @@
-//! Named points at which a test can make a process die, to prove that no instant is a bad one to be killed.
+//! Named points at which a test can kill a process, to prove that the process can be killed at any moment.
 //!
-//! Only debug builds and builds with the feature `crash-points` have them; in a release build [`point`] does nothing and
-//! leaves no code behind (ADR 0080). A point does nothing either unless the environment variable `KNOC_CRASH_AT` names
-//! it; the variable is read once. A process that reaches the named point aborts: no destructor runs and nothing is
-//! flushed, as with `SIGKILL`.
+//! Only debug builds and builds with the feature `crash-points` have them; in a release build [`point`] does nothing
+//! and compiles to nothing (ADR 0080). A point has no effect unless the environment variable `KNOC_CRASH_AT` names it;
+//! the variable is read once. A process that reaches the named point aborts: no destructor runs and nothing is flushed,
+//! as with `SIGKILL`.
 
-/// The environment variable that arms one point.
+/// The environment variable that names the point at which the process aborts.
 pub const VARIABLE: &str = "KNOC_CRASH_AT";
 
-/// All points there are, so that a test can walk them.
+/// The names of all points, so that a test can try each of them.
 pub const POINTS: &[&str] = &[
     "agent.record.before",
     "agent.record.after",
@@ -28,7 +28,7 @@ pub const POINTS: &[&str] = &[
     "kubelet.ensure.after",
 ];
 
-/// Aborts the process if `KNOC_CRASH_AT` equals `name`.
+/// Aborts the process if `KNOC_CRASH_AT` equals `name`, which must be one of [`POINTS`].
 #[cfg(any(debug_assertions, feature = "crash-points"))]
 pub fn point(name: &'static str) {
     use std::sync::OnceLock;

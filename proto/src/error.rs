@@ -1,17 +1,17 @@
-//! The one way errors become text: where an error stops travelling, its chain is logged once.
+//! PURE: how an error becomes text. The code that handles an error for good logs its chain once.
 //!
-//! Pure. Errors in this workspace say in `Display` what was tried on what, and never repeat their source.
+//! The `Display` of an error in this workspace says which action on which object failed, and never repeats its source.
 use std::error::Error;
 
-/// The error and its sources as one line: `a: b: c`.
+/// The error and its sources in one line: `a: b: c`.
 ///
-/// A source whose text already ends the line is not repeated, since not every library keeps that rule.
+/// A source whose text already ends the line is not repeated, since not every library follows that rule.
 #[must_use]
 pub fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut line = own_words(error);
+    let mut line = own_message(error);
     let mut source = error.source();
     while let Some(cause) = source {
-        let text = own_words(cause);
+        let text = own_message(cause);
         if !text.is_empty() && !line.ends_with(&text) {
             if !line.is_empty() {
                 line.push_str(": ");
@@ -23,9 +23,9 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     line
 }
 
-/// What this error says itself. gRPC's own types are told apart, since their texts hold their code, trailers and
-/// sources all at once, or nothing.
-fn own_words(error: &(dyn Error + 'static)) -> String {
+/// The error's own message, without its sources. gRPC's types need special treatment: the `Display` of a status holds
+/// its code, trailers and sources, and that of a transport error nothing.
+fn own_message(error: &(dyn Error + 'static)) -> String {
     if let Some(status) = error.downcast_ref::<tonic::Status>() {
         if status.message().is_empty() {
             return status.code().description().to_owned();
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_source_is_said_once() {
+    fn a_repeated_source_appears_once() {
         let error = link("open file: no such file", Some(link("no such file", None)));
         assert_eq!(chain(&error), "open file: no such file");
     }

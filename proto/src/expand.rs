@@ -1,22 +1,23 @@
-//! `$(VAR)` in environment values, commands and arguments, by Kubernetes' rules.
+//! PURE: expands `$(VAR)` in environment values, commands and arguments by Kubernetes' rules.
 //!
-//! Pure, over bytes: values need not be UTF-8. The rules (`third_party/forked/golang/expansion` of Kubernetes):
-//! `$(NAME)` becomes the value, or stays as it is where no variable has the name; `$$` is a literal `$`, so `$$(NAME)`
-//! becomes `$(NAME)`; an opened reference without `)` and a `$` before anything else stay. The value is not expanded
-//! again. A variable sees only the pod's variables before it: never the image's own environment, as on a real node.
+//! It works on bytes, because values need not be UTF-8. The rules (`third_party/forked/golang/expansion` of
+//! Kubernetes): `$(NAME)` becomes the value, or stays as it is if no variable has that name; `$$` is a literal `$`, so
+//! `$$(NAME)` becomes `$(NAME)`; a reference without `)` and a `$` before any other character stay as they are. The
+//! inserted value is not expanded again. A variable can refer only to the pod's variables before it, never to the
+//! image's own environment, as on a real node.
 use std::collections::HashMap;
 
 use crate::pb::{self, RuntimeField, env_var};
 
-/// A variable: name and value.
+/// The name and value of a variable.
 pub type Variable = (Vec<u8>, Vec<u8>);
 
-/// What is known only where the pod runs.
+/// The values of the pod's status fields that are known only on the compute node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuntimeFields {
-    /// `status.hostIP`
+    /// `status.hostIP`: the address of the compute node.
     pub host_ip: String,
-    /// `status.podIP`; empty where the pod has none.
+    /// `status.podIP`; empty if the pod has none.
     pub pod_ip: String,
 }
 
@@ -30,7 +31,8 @@ impl RuntimeFields {
     }
 }
 
-/// The environment of a container: the image's, overridden and followed by the pod's. Each name occurs once.
+/// The environment of a container: that of the image, overridden and extended by the pod's variables. Each name occurs
+/// once.
 #[must_use]
 pub fn environment(
     image_env: &[String],
@@ -48,7 +50,7 @@ pub fn environment(
     merged.list
 }
 
-/// The pod's own part of [`environment`]: what `command` and `args` are expanded from.
+/// The pod's own part of [`environment`], with which `command` and `args` are expanded.
 #[must_use]
 pub fn pod_environment(vars: &[pb::EnvVar], runtime: &RuntimeFields) -> Vec<Variable> {
     let mut known = Ordered::default();
@@ -67,10 +69,10 @@ pub fn pod_environment(vars: &[pb::EnvVar], runtime: &RuntimeFields) -> Vec<Vari
     known.list
 }
 
-/// `command` or `args` with their references replaced; `env` is [`pod_environment`]'s answer.
+/// Expands the references in `command` or `args`. `env` is the result of [`pod_environment`].
 #[must_use]
 pub fn argv(templates: &[String], env: &[Variable]) -> Vec<Vec<u8>> {
-    // Later wins, as in a shell's environment block that is read from its end.
+    // The last variable of a name wins.
     let known: HashMap<&[u8], &[u8]> = env
         .iter()
         .map(|(name, value)| (name.as_slice(), value.as_slice()))
@@ -81,7 +83,7 @@ pub fn argv(templates: &[String], env: &[Variable]) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// One string with its references replaced.
+/// Expands the references in one string.
 fn expand<'v>(input: &[u8], value_of: impl Fn(&[u8]) -> Option<&'v [u8]>) -> Vec<u8> {
     let mut output = Vec::with_capacity(input.len());
     let mut rest = input;
@@ -119,7 +121,7 @@ fn expand<'v>(input: &[u8], value_of: impl Fn(&[u8]) -> Option<&'v [u8]>) -> Vec
     output
 }
 
-/// Variables in the order of their first appearance, the last value winning.
+/// Variables in the order in which their names first appeared, each with its last value.
 #[derive(Default)]
 struct Ordered {
     list: Vec<Variable>,

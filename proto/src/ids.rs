@@ -1,49 +1,49 @@
-//! Names that travel between the processes, checked once at the boundary.
+//! PURE: names that are passed between the processes, each checked once where it enters a process.
 //!
-//! Pure. Each of them becomes a file name or an argv element somewhere, so none may be empty, hold a slash, or begin
-//! with a dot or a dash.
+//! Each of them becomes part of a file name or an element of argv somewhere, so none may be empty, contain a slash, or
+//! begin with a dot or a dash.
 use std::fmt;
 
 /// Why a string is not a name of this kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidId {
-    /// Nothing there.
+    /// The string is empty.
     #[error("the {kind} is empty")]
     Empty {
-        /// What it should have been.
+        /// The kind of name, such as "pod uid".
         kind: &'static str,
     },
-    /// Longer than the limit.
+    /// The string is longer than the limit.
     #[error("the {kind} {value:?} has {length} bytes, more than {limit}")]
     TooLong {
-        /// What it should have been.
+        /// The kind of name, such as "pod uid".
         kind: &'static str,
-        /// Its first bytes.
+        /// The first bytes of the string.
         value: String,
-        /// Its length.
+        /// The length of the string in bytes.
         length: usize,
-        /// The most allowed.
+        /// The largest allowed length in bytes.
         limit: usize,
     },
-    /// A character that the kind does not allow at its place.
-    #[error("the {kind} {value:?} may not hold {found:?} at position {position}")]
+    /// The string contains a character that is not allowed at its position.
+    #[error("the {kind} {value:?} must not contain {found:?} at position {position}")]
     Character {
-        /// What it should have been.
+        /// The kind of name, such as "pod uid".
         kind: &'static str,
-        /// The string.
+        /// The whole string.
         value: String,
-        /// The offending character.
+        /// The character that is not allowed.
         found: char,
-        /// Where it stands, in bytes.
+        /// The position of the character in bytes, from 0.
         position: usize,
     },
 }
 
-/// What one kind of name allows.
+/// The rules for one kind of name.
 struct Rules {
     kind: &'static str,
     limit: usize,
-    /// May this character stand at the first, a middle, the last place?
+    /// Whether a character is allowed at the first, a middle and the last position.
     allows: fn(char, bool) -> bool,
 }
 
@@ -152,8 +152,8 @@ macro_rules! name_type {
 }
 
 name_type!(
-    /// `metadata.uid`, the key of everything: a lower-case UUID, or `[A-Za-z0-9._-]{1,64}` for pods without
-    /// Kubernetes.
+    /// `metadata.uid` of a pod, the key by which all components know it: a lower-case UUID, or `[A-Za-z0-9._-]{1,64}`
+    /// for pods without Kubernetes.
     PodUid,
     Rules {
         kind: "pod uid",
@@ -163,7 +163,7 @@ name_type!(
 );
 
 name_type!(
-    /// The name of a container: a DNS label, as Kubernetes has it.
+    /// The name of a container: a DNS label, as in Kubernetes.
     ContainerName,
     Rules {
         kind: "container name",
@@ -173,7 +173,7 @@ name_type!(
 );
 
 name_type!(
-    /// The scheduler's name of a job: `4711`, `4711_2`, `4711+1` from Slurm, the local scheduler's own otherwise.
+    /// The id of a job: `4711`, `4711_2` or `4711+1` from Slurm, and the local scheduler's own form otherwise.
     JobId,
     Rules {
         kind: "job id",
@@ -185,7 +185,7 @@ name_type!(
 );
 
 name_type!(
-    /// The name of a site: a DNS label short enough for `knoc-<site>` to be one, since so the node is called.
+    /// The name of a site: a DNS label that is short enough for the node's name `knoc-<site>` to be a DNS label too.
     SiteName,
     Rules {
         kind: "site name",
@@ -199,7 +199,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn uids_of_kubernetes_and_of_people() {
+    fn uids_of_kubernetes_and_of_users_are_accepted() {
         for good in [
             "0e9f5ac4-87ad-4ee6-9b5c-3a9be2f9fd73",
             "demo",
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_site_gives_its_node_a_name() {
+    fn the_node_name_of_a_site_is_a_dns_label() {
         for good in ["a", "my-site", "7", &"a".repeat(58)] {
             SiteName::try_from(good).unwrap();
             ContainerName::try_from(format!("knoc-{good}")).unwrap();
@@ -242,7 +242,7 @@ mod tests {
         }
     }
 
-    /// What `knoc-agent init` takes the chart takes, and nothing else.
+    /// `knoc-agent init` and the Helm chart accept the same names.
     #[test]
     fn the_chart_has_the_same_rule_for_sites() {
         let schema = concat!(
@@ -257,16 +257,16 @@ mod tests {
     }
 
     #[test]
-    fn the_error_names_the_place() {
+    fn the_error_names_the_character_and_its_position() {
         let error = JobId::try_from("47;11").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the job id \"47;11\" may not hold ';' at position 2"
+            "the job id \"47;11\" must not contain ';' at position 2"
         );
     }
 
     #[test]
-    fn serde_checks_too() {
+    fn deserialization_applies_the_rules() {
         assert_eq!(
             serde_json::from_str::<JobId>("\"47_1\"").unwrap().as_str(),
             "47_1"

@@ -1,9 +1,9 @@
-//! What all processes of KNoC share: the gRPC contracts, domain types and error reasons.
+//! What all processes of KNoC share: the gRPC contracts, the domain types and the reasons of errors.
 //!
 //! Every other crate of the workspace depends on this one, and it depends on none of them. It starts no process, reads
-//! no configuration, opens no connection and decides nothing about pods. Its modules are pure, except [`log`] and
-//! [`log_limit`] (where logs go, and how many lines), [`private`] (a process keeps its memory to itself) and [`crash`]
-//! (tests kill a process at a named point). How two processes reach each other is in `knoc-link`.
+//! no configuration file, opens no connection and decides nothing about pods. Its modules are pure, except [`log`] and
+//! [`log_limit`] (where log lines go, and how many), [`private`] (protects the memory of a process) and [`crash`] (lets
+//! tests kill a process at a named point). `knoc-link` connects processes with each other.
 
 pub mod crash;
 pub mod error;
@@ -19,11 +19,11 @@ pub mod reason;
 pub mod settings;
 pub mod text;
 
-/// The data in one message of a byte stream: small enough to interleave, large enough that framing is noise, and with
-/// the heads of message and frame exactly four TLS records.
+/// The data in one message of a byte stream, in bytes: small enough to interleave with other streams, large enough that
+/// framing costs little; with the headers of message and frame it fills exactly four TLS records.
 pub const CHUNK: usize = (64 << 10) - 64;
 
-/// The generated messages and services of `knoc/v1/*.proto`; the texts stand in the `.proto` files.
+/// The generated messages and services of `knoc/v1/*.proto`, which document them.
 #[allow(
     missing_docs,
     missing_debug_implementations,
@@ -36,6 +36,6 @@ pub const CHUNK: usize = (64 << 10) - 64;
 )]
 pub mod pb {
     tonic::include_proto!("knoc.v1");
-    /// The encoded descriptors, for gRPC reflection.
+    /// The encoded file descriptors, for gRPC reflection.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/knoc.v1.bin"));
 }

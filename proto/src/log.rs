@@ -1,25 +1,25 @@
-//! Where log lines go: each event is one line, whatever stands in it.
+//! Where log lines go: each event is exactly one line, whatever its fields contain.
 //!
-//! What is logged holds words of peers, pods, Slurm and registries, by way of fields, errors and their sources. They are
-//! made safe at the one place that all of them pass, instead of at each that logs: a line feed in them begins no line of the
+//! Fields, errors and their sources contain text of peers, pods, Slurm and registries. That text is escaped at the one
+//! place that all events pass, instead of at every call that logs: a line feed in it cannot begin a new line of the
 //! log, and no escape sequence reaches a terminal.
 use std::io::{self, Write};
 
 use crate::text;
 
-/// The longest line: what a peer sends does not fill the disk of a log.
+/// The longest line in bytes, so that a peer's text cannot fill the disk.
 const LINE: usize = 16 << 10;
 
-/// How events are written.
+/// The format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// For people.
+    /// Readable text.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// A writer of whole events, as `tracing-subscriber` hands them over: one `write` each, with a line feed at its end.
+/// Writes whole events, as `tracing-subscriber` passes them: one `write` for each, with a line feed at its end.
 #[derive(Debug)]
 pub struct Lines<W> {
     to: W,
@@ -27,13 +27,13 @@ pub struct Lines<W> {
 }
 
 impl<W: Write> Lines<W> {
-    /// Writes to `to`.
+    /// Writes events in this format to `to`.
     pub fn new(to: W, form: Form) -> Self {
         Self { to, form }
     }
 }
 
-/// The lines on standard error.
+/// Writes events in this format to standard error.
 #[must_use]
 pub fn stderr(form: Form) -> Lines<io::Stderr> {
     Lines::new(io::stderr(), form)
@@ -50,7 +50,7 @@ impl<W: Write> Write for Lines<W> {
     }
 }
 
-/// One event as one line.
+/// Formats an event as one line.
 fn line(event: &[u8], form: Form) -> String {
     let event = String::from_utf8_lossy(event);
     let event = event.strip_suffix('\n').unwrap_or(&event);
@@ -86,7 +86,7 @@ mod tests {
         }
     }
 
-    /// What is logged by `what`, as a process has it in its log.
+    /// What `what` logs, as it appears in a process's log.
     fn logged(form: Form, what: impl FnOnce()) -> String {
         let sink = Sink::default();
         let to = sink.clone();
@@ -101,8 +101,8 @@ mod tests {
     }
 
     #[derive(Debug, thiserror::Error)]
-    #[error("refused by {0}")]
-    struct Refused(&'static str);
+    #[error("rejected by {0}")]
+    struct NastyError(&'static str);
 
     const NASTY: &str =
         "x\n2026-11-28T00:00:00Z ERROR forged: line\r\u{1b}[2J\u{9b}31m\u{2028}\u{202e}end";
@@ -111,13 +111,13 @@ mod tests {
         let span = tracing::info_span!("call", peer = NASTY, shown = %NASTY);
         let _entered = span.enter();
         tracing::info!(subject = %NASTY, quoted = ?NASTY, plain = NASTY, "message {NASTY}");
-        let error = Refused(NASTY);
+        let error = NastyError(NASTY);
         tracing::warn!(%error, "refused a TLS handshake");
         tracing::error!("{NASTY}");
     }
 
     #[test]
-    fn an_event_is_one_line_whatever_stands_in_it() {
+    fn an_event_is_one_line_whatever_it_contains() {
         for form in [Form::Text, Form::Json] {
             let log = logged(form, log_nasty);
             assert_eq!(log.lines().count(), 3, "{form:?}: {log}");
@@ -132,14 +132,14 @@ mod tests {
     }
 
     #[test]
-    fn json_says_what_was_said() {
+    fn json_keeps_the_original_text() {
         let log = logged(Form::Json, || tracing::info!(subject = NASTY, "m"));
         let value: serde_json::Value = serde_json::from_str(&log).unwrap();
         assert_eq!(value["fields"]["subject"], NASTY);
     }
 
     #[test]
-    fn a_line_has_an_end() {
+    fn a_line_is_bounded_in_length() {
         let endless = "\u{1b}".repeat(100_000);
         for form in [Form::Text, Form::Json] {
             let log = logged(form, || tracing::info!(value = %endless, "m"));

@@ -1,30 +1,31 @@
-//! PURE: how many log lines one cause may write, and how many were left out.
+//! PURE: limits how many log lines one source may cause, and counts those that were left out.
 //!
-//! Whoever can make us write a line without an identity could fill a disk and hide other lines. Each source gets a few
-//! lines in a window of time, all sources together some more; what exceeds them is counted, and the count is a line of
-//! its own when the window has passed.
+//! A client that can cause log lines without authenticating could fill a disk and hide other lines. Therefore each
+//! source gets a few lines in a window of time, and all sources together some more. Further lines are counted, and the
+//! count is logged in a line of its own when the window is over.
 
 use std::{collections::HashMap, hash::Hash, time::Duration};
 
 use tokio::time::Instant;
 
-/// The time over which lines are counted.
+/// The length of the window in which lines are counted.
 const WINDOW: Duration = Duration::from_secs(10);
-/// Lines of one source in a window: enough to see what is wrong with it.
+/// The most lines of one source in a window: enough to diagnose it.
 const OF_ONE: u32 = 5;
-/// Lines of all sources in a window; bounds the memory of the limit too.
+/// The most lines of all sources in a window, which also bounds the memory of the limit.
 const OF_ALL: u32 = 50;
 
-/// What to do about one event.
+/// What to do with one event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
-    /// Write its line.
+    /// Whether to write the event's line.
     pub write: bool,
-    /// So many were left out in the window that has passed: a line of its own, before that of the event.
+    /// How many lines were left out in the window that has just ended. If set, write it in a line of its own before the
+    /// event's line.
     pub left_out: Option<u64>,
 }
 
-/// Counts the lines of the present window.
+/// Counts the lines of the current window by their source, `K`.
 #[derive(Debug)]
 pub struct LogLimit<K> {
     began: Option<Instant>,
@@ -45,7 +46,7 @@ impl<K> Default for LogLimit<K> {
 }
 
 impl<K: Eq + Hash> LogLimit<K> {
-    /// An event of this source happens now.
+    /// Counts an event of this source at the time `now`.
     pub fn event(&mut self, now: Instant, source: K) -> Verdict {
         let left_out = self.flush(now);
         if self.began.is_none() {
@@ -62,14 +63,14 @@ impl<K: Eq + Hash> LogLimit<K> {
         Verdict { write, left_out }
     }
 
-    /// When [`Self::flush`] will have something to say; `None` if nothing was left out.
+    /// When [`Self::flush`] will return a count; `None` if no line was left out.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
         let began = self.began.filter(|_| self.left_out > 0)?;
         Some(began + WINDOW)
     }
 
-    /// Ends the window if its time has passed, and tells how many lines were left out in it.
+    /// Ends the window if its time is over, and returns how many lines were left out in it, if any.
     pub fn flush(&mut self, now: Instant) -> Option<u64> {
         if self.began.is_none_or(|began| now < began + WINDOW) {
             return None;

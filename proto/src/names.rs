@@ -1,26 +1,27 @@
-//! The rules of the Kubernetes API for names, each as one function.
+//! PURE: the rules of the Kubernetes API for names, each as one function.
 //!
-//! Pure. They accept exactly what the functions named in each doc (`k8s.io/apimachinery/pkg/util/validation`) accept, and
-//! give their reasons. Where a name becomes a file name or an argument of ours, [`crate::ids`] has a type for it.
+//! They accept exactly what the functions named in each doc (`k8s.io/apimachinery/pkg/util/validation`) accept, and
+//! return the same messages. For names that become file names or arguments, [`crate::ids`] has types. See
+//! <https://kubernetes.io/docs/concepts/overview/working-with-objects/names/>.
 use std::net::IpAddr;
 
-/// The most bytes of a DNS label, of the name in a label's key, and of a label's value.
+/// The most bytes of a DNS label, of the name part of a label's key, and of a label's value.
 const LABEL: usize = 63;
 /// The most bytes of a DNS subdomain and of a key of a ConfigMap.
 const SUBDOMAIN: usize = 253;
 /// The most bytes of a port's name.
 const PORT: usize = 15;
 
-/// Why something is no such name.
+/// Why a string is not a valid name; `Display` completes a sentence that begins with the name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadName {
-    /// More bytes than the rule allows.
+    /// The name is longer than this many bytes.
     #[error("must be no more than {0} characters")]
     TooLong(usize),
-    /// Nothing there.
+    /// The name is empty.
     #[error("must not be empty")]
     Empty,
-    /// Another form than the rule's.
+    /// The name does not have the form that this message describes.
     #[error("{0}")]
     Form(&'static str),
 }
@@ -43,7 +44,8 @@ fn form(holds: bool, otherwise: &'static str) -> Result<(), BadName> {
     }
 }
 
-/// Begins and ends with what `edge` allows, and has that and `more` between.
+/// Whether `text` begins and ends with a byte that `edge` accepts, and between them has only such bytes and those of
+/// `more`.
 fn framed(text: &str, edge: fn(u8) -> bool, more: &[u8]) -> bool {
     let bytes = text.as_bytes();
     let ends = [bytes.first(), bytes.last()];
@@ -69,8 +71,8 @@ pub fn dns_label(value: &str) -> Result<(), BadName> {
     )
 }
 
-/// `IsDNS1123Subdomain`: names of pods, nodes, service accounts, ConfigMaps and Secrets, and host aliases. Only the whole
-/// is limited in length, not its labels.
+/// `IsDNS1123Subdomain`: names of pods, nodes, service accounts, ConfigMaps and Secrets, and host aliases. Only the
+/// whole name is limited in length, not its labels.
 pub fn dns_subdomain(value: &str) -> Result<(), BadName> {
     within(value, SUBDOMAIN)?;
     form(
@@ -95,7 +97,7 @@ pub fn config_map_key(value: &str) -> Result<(), BadName> {
     )
 }
 
-/// `IsRelaxedEnvVarName`, the rule since Kubernetes 1.34: names of environment variables. There is no limit of length.
+/// `IsRelaxedEnvVarName`, the rule since Kubernetes 1.34: names of environment variables. Their length is not limited.
 pub fn environment_variable(value: &str) -> Result<(), BadName> {
     if value.is_empty() {
         return Err(BadName::Empty);
@@ -146,12 +148,12 @@ pub fn qualified_name(value: &str) -> Result<(), BadName> {
     )
 }
 
-/// `ValidateAnnotations`: keys of annotations, whose prefix may have capitals.
+/// `ValidateAnnotations`: keys of annotations, whose prefix may contain capitals.
 pub fn annotation_key(value: &str) -> Result<(), BadName> {
     qualified_name(&value.to_lowercase())
 }
 
-/// `IsValidLabelValue`: it may be empty.
+/// `IsValidLabelValue`: values of labels, which may be empty.
 pub fn label_value(value: &str) -> Result<(), BadName> {
     if value.is_empty() {
         return Ok(());
@@ -164,7 +166,7 @@ pub fn label_value(value: &str) -> Result<(), BadName> {
     )
 }
 
-/// The address of a host alias.
+/// The IP address of a host alias, IPv4 or IPv6.
 pub fn ip_address(value: &str) -> Result<(), BadName> {
     form(
         value.parse::<IpAddr>().is_ok(),
@@ -172,7 +174,7 @@ pub fn ip_address(value: &str) -> Result<(), BadName> {
     )
 }
 
-/// The host name of a pod that sets none: its name, cut to the 63 characters that a host name may have
+/// The host name of a pod whose spec sets none: the pod's name, cut to the 63 characters that a host name may have
 /// (`truncatePodHostnameIfNeeded` of the kubelet).
 #[must_use]
 pub fn host_name(pod: &str) -> &str {
@@ -180,7 +182,8 @@ pub fn host_name(pod: &str) -> &str {
     pod[..end].trim_end_matches(['-', '.'])
 }
 
-/// The host name of a pod as it arrives at the agent: `spec.hostname`, or [`host_name`] of a name that may have dots.
+/// The host name of a pod as the agent receives it: `spec.hostname`, or [`host_name`] of the pod's name, which may
+/// contain dots.
 pub fn is_host_name(value: &str) -> Result<(), BadName> {
     within(value, LABEL)?;
     dns_subdomain(value)

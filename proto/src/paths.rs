@@ -1,43 +1,46 @@
-//! PURE: the paths of a pod's specification, by the rules of the API server and the kubelet.
+//! PURE: checks the paths in a pod's specification by the rules of the API server and the kubelet.
 //!
-//! A path with a `..` component is refused. Every other path is cleaned as Go's `filepath.Clean` does it: repeated and
-//! trailing slashes and `.` components go. Names that only begin with two dots, or contain them, are ordinary names.
-//! Both sides use it: the kubelet to build the request, the agent to check it, the shim before it touches a file.
+//! A path with a `..` component is rejected. Every other path is cleaned as by Go's `filepath.Clean`: repeated and
+//! trailing slashes and `.` components are removed. Names that merely begin with two dots, or contain them, are
+//! ordinary names. The kubelet uses this to build the request, the agent to check it, and the shim before it touches a
+//! file.
 
-/// Linux takes paths that are shorter than this, and names that are not longer.
+/// Linux's limits (`PATH_MAX` and `NAME_MAX`): a path must be shorter than this, and a name not longer than
+/// [`NAME_BYTES`].
 const PATH_BYTES: usize = 4096;
 const NAME_BYTES: usize = 255;
 
-/// Why a path is refused; Display says what would be right.
+/// Why a path is rejected; `Display` says what is required.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PathError {
-    /// Nothing where a path is required.
+    /// The path is empty.
     #[error("must not be empty")]
     Empty,
-    /// A path in a volume that begins with a slash.
+    /// A path within a volume begins with a slash.
     #[error("must be a relative path")]
     Absolute,
-    /// A path in a container that does not begin with a slash.
+    /// A path in a container does not begin with a slash.
     #[error("must be an absolute path")]
     Relative,
-    /// A `..` component.
+    /// The path has a `..` component.
     #[error("must not contain '..'")]
     Backstep,
-    /// The path of a file that begins with two dots: such names are the writer's own.
+    /// The path of a file begins with two dots, which the writer of volumes reserves for its own names.
     #[error("must not start with '..'")]
     Reserved,
-    /// The path of a file that is the volume itself.
+    /// The path of a file denotes the volume itself.
     #[error("must name a file below the volume")]
     Volume,
-    /// A control character, such as a line break.
+    /// The path contains a control character, such as a line break.
     #[error("must not contain control characters")]
     Control,
-    /// Longer than Linux allows.
+    /// The path or one of its names is longer than Linux allows.
     #[error("must be at most {} bytes long, and each of its names at most {}", PATH_BYTES - 1, NAME_BYTES)]
     TooLong,
 }
 
-/// A folder or file of a volume, such as `subPath`: relative and clean. `.` is the volume itself.
+/// Cleans the path of a folder or file within a volume, such as `subPath`: it must be relative, and `.` is the volume
+/// itself.
 pub fn in_volume(path: &str) -> Result<String, PathError> {
     if path.is_empty() {
         return Err(PathError::Empty);
@@ -49,7 +52,8 @@ pub fn in_volume(path: &str) -> Result<String, PathError> {
     Ok(clean(path))
 }
 
-/// A file that is written into a volume, such as `items[].path`: relative, clean and below the volume.
+/// Cleans the path of a file that is written into a volume, such as `items[].path`: it must be relative and below the
+/// volume.
 pub fn of_file(path: &str) -> Result<String, PathError> {
     let clean = in_volume(path)?;
     if clean == "." {
@@ -61,7 +65,7 @@ pub fn of_file(path: &str) -> Result<String, PathError> {
     Ok(clean)
 }
 
-/// A place in a container, such as `mountPath`: absolute and clean.
+/// Cleans a path in a container, such as `mountPath`: it must be absolute.
 pub fn in_container(path: &str) -> Result<String, PathError> {
     if path.is_empty() {
         return Err(PathError::Empty);
@@ -86,7 +90,7 @@ fn check(path: &str) -> Result<(), PathError> {
     Ok(())
 }
 
-/// Of a path without `..` components.
+/// Cleans a path that has no `..` component.
 fn clean(path: &str) -> String {
     let names = path
         .split('/')
@@ -135,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn what_leads_out_is_refused_before_it_is_cleaned() {
+    fn a_path_that_leads_out_is_rejected_before_it_is_cleaned() {
         for path in ["..", "../a", "a/..", "a/../b", "./..", "a/../../b", "a//.."] {
             assert_eq!(in_volume(path), Err(PathError::Backstep), "{path:?}");
             assert_eq!(of_file(path), Err(PathError::Backstep), "{path:?}");
@@ -150,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_below_their_volume_and_leave_the_writers_names_alone() {
+    fn files_are_below_their_volume_and_avoid_the_writers_names() {
         assert_eq!(of_file("./conf//a.txt").as_deref(), Ok("conf/a.txt"));
         assert_eq!(of_file("a/..b").as_deref(), Ok("a/..b"));
         assert_eq!(of_file("./"), Err(PathError::Volume));
@@ -160,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn what_linux_does_not_take_is_refused() {
+    fn paths_that_linux_does_not_accept_are_rejected() {
         assert_eq!(in_volume("a\nb"), Err(PathError::Control));
         assert_eq!(in_container("/a\0"), Err(PathError::Control));
         let name = "x".repeat(NAME_BYTES);

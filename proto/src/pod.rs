@@ -1,7 +1,7 @@
-//! The pod as it came over the wire, checked once: what follows may rely on it.
+//! PURE: a pod received in a message, checked once, so that later code may rely on it.
 //!
-//! Pure. [`PodSpec`] and [`PodValues`] wrap the generated messages and prove that every name, path and reference in
-//! them is sound; they are read by [`std::ops::Deref`]. All that is wrong is said in one message.
+//! [`PodSpec`] and [`PodValues`] wrap the generated messages and prove that every name, path and reference in them is
+//! valid; [`std::ops::Deref`] gives read access. One error reports everything that is wrong.
 use std::{collections::HashSet, fmt, ops::Deref, path::Path, time::Duration};
 
 use crate::{
@@ -11,16 +11,16 @@ use crate::{
     text::quote,
 };
 
-/// The folder of a container that holds KNoC's launcher and its socket.
+/// The folder in a container that holds KNoC's launcher and its socket.
 pub const KNOC_FOLDER: &str = "/.knoc";
 
-/// How many bytes of a bad name are shown.
+/// How many bytes of an invalid name an error shows.
 const SHOWN: usize = 80;
 
-/// All that is wrong with a pod.
+/// Everything that is wrong with a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidPod {
-    /// One sentence each, in the order of the fields.
+    /// One message for each problem, in the order of the fields.
     pub problems: Vec<String>,
 }
 
@@ -32,7 +32,7 @@ impl fmt::Display for InvalidPod {
 
 impl std::error::Error for InvalidPod {}
 
-/// A pod's shape that passed all checks.
+/// The shape of a pod, which has passed all checks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PodSpec {
     uid: PodUid,
@@ -40,38 +40,39 @@ pub struct PodSpec {
 }
 
 impl PodSpec {
-    /// The key of the pod.
+    /// The uid of the pod, its key.
     #[must_use]
     pub fn uid(&self) -> &PodUid {
         &self.uid
     }
 
-    /// A shape that an agent accepted earlier and wrote down. It passed the checks of the version that accepted it, which
-    /// may have been fewer than today's; the pod `uid` may be running, so its shape is not judged a second time.
+    /// Wraps a shape that an agent accepted and stored earlier. It passed the checks of the version that accepted it,
+    /// which may have been fewer than today's. The pod may be running, so its shape is not checked again.
     #[must_use]
     pub fn accepted_before(uid: PodUid, spec: pb::PodSpec) -> Self {
         Self { uid, spec }
     }
 
-    /// How long the containers may take to end after they were told to.
+    /// The grace period: how long the containers may take to end after they were told to
+    /// (`terminationGracePeriodSeconds`).
     #[must_use]
     pub fn grace(&self) -> Duration {
         seconds(self.spec.termination_grace_period_seconds)
     }
 
-    /// How long the pod may run, if that is limited.
+    /// How long the pod may run, if that is limited (`activeDeadlineSeconds`).
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
         Some(seconds(self.spec.active_deadline_seconds)).filter(|deadline| !deadline.is_zero())
     }
 
-    /// `metadata.generation`, at least 1.
+    /// `metadata.generation` of the pod, at least 1.
     #[must_use]
     pub fn generation(&self) -> i64 {
         self.spec.generation.max(1)
     }
 
-    /// Init containers and containers, in the order they start.
+    /// The init containers and then the containers, in the order in which they start.
     pub fn all_containers(&self) -> impl Iterator<Item = &pb::Container> {
         self.spec
             .init_containers
@@ -79,21 +80,21 @@ impl PodSpec {
             .chain(&self.spec.containers)
     }
 
-    /// The container of this name, of either kind.
+    /// The init container or container of this name.
     #[must_use]
     pub fn container(&self, name: &str) -> Option<&pb::Container> {
         self.all_containers()
             .find(|container| container.name == name)
     }
 
-    /// The message again.
+    /// Returns the message.
     #[must_use]
     pub fn into_inner(self) -> pb::PodSpec {
         self.spec
     }
 }
 
-/// Seconds of a message; a negative number counts as none.
+/// Converts seconds of a message; a negative number becomes zero.
 fn seconds(seconds: i64) -> Duration {
     Duration::from_secs(seconds.try_into().unwrap_or(0))
 }
@@ -132,7 +133,7 @@ impl TryFrom<pb::PodSpec> for PodSpec {
     }
 }
 
-/// Notes what is wrong with a name.
+/// Records the problem with a name, if there is one.
 fn check(what: &str, name: &str, checked: Result<(), BadName>, problems: &mut Vec<String>) {
     if let Err(why) = checked {
         problems.push(format!("the {what} {}: {why}", quote(name, SHOWN)));
@@ -165,7 +166,7 @@ fn check_names(spec: &pb::PodSpec, problems: &mut Vec<String>) {
             check(what, value, rule(value), problems);
         }
     }
-    // A map of a message has no order, the problems have.
+    // The map of a message has no order, but the problems must have one.
     let mut labels: Vec<_> = spec.labels.iter().collect();
     labels.sort();
     for (key, value) in labels {
@@ -217,7 +218,7 @@ fn check_volumes(spec: &pb::PodSpec, problems: &mut Vec<String>) {
         }
         match &volume.source {
             None => problems.push(format!(
-                "the volume {name:?} has no source this version knows"
+                "the volume {name:?} has no source that this version supports"
             )),
             Some(pb::volume::Source::HostPath(host)) => {
                 if let Err(error) = paths::in_container(&host.path) {
@@ -236,7 +237,7 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
     }
     if container.image.is_empty() || has_control(&container.image) {
         problems.push(format!(
-            "container {name:?}: the image {:?} is no name",
+            "container {name:?}: the image {:?} is not a valid reference",
             container.image
         ));
     }
@@ -255,7 +256,9 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
     }
     for argument in container.command.iter().chain(&container.args) {
         if argument.contains('\0') {
-            problems.push(format!("container {name:?}: an argument holds a NUL byte"));
+            problems.push(format!(
+                "container {name:?}: an argument contains a NUL byte"
+            ));
         }
     }
     check_mounts(spec, container, problems);
@@ -285,7 +288,8 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
             Ok(place) if Path::new(&place).starts_with(KNOC_FOLDER) => problems.push(format!(
                 "container {name:?}: mountPath {path:?} lies in {KNOC_FOLDER}, which KNoC needs itself; mount the volume elsewhere"
             )),
-            // As the API server compares them; where two differ only in form, the later mount covers the earlier.
+            // Compared literally, as by the API server; if two paths differ only in form, the later mount covers the
+            // earlier one.
             Ok(_) if !places.insert(path) => problems.push(format!(
                 "container {name:?} mounts twice at mountPath {path:?}"
             )),
@@ -299,12 +303,13 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
     }
 }
 
-/// A pod's values that passed all checks against its shape. The default has no value at all, which suits every shape.
+/// The values of a pod, which have passed all checks against its shape. The default has no value at all, which suits
+/// every shape.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PodValues(pb::PodValues);
 
 impl PodValues {
-    /// Checks `values` against the shape they belong to, and cleans the paths of their files.
+    /// Checks `values` against the shape that they belong to, and cleans the paths of their files.
     pub fn check(mut values: pb::PodValues, spec: &PodSpec) -> Result<Self, InvalidPod> {
         let mut problems = Vec::new();
         for env in &values.env {
@@ -325,7 +330,7 @@ impl PodValues {
             });
             if !is_files {
                 problems.push(format!(
-                    "files of {:?}, which is no volume of files",
+                    "files of {:?}, which is not a volume with files",
                     volume.volume
                 ));
             }
@@ -348,7 +353,7 @@ impl PodValues {
                 }
                 if file.mode > 0o7777 {
                     problems.push(format!(
-                        "volume {:?}: bad mode {:o}",
+                        "volume {:?}: invalid mode {:o}",
                         volume.volume, file.mode
                     ));
                 }
@@ -361,7 +366,7 @@ impl PodValues {
         }
     }
 
-    /// The message again.
+    /// Returns the message.
     #[must_use]
     pub fn into_inner(self) -> pb::PodValues {
         self.0
@@ -376,7 +381,7 @@ impl Deref for PodValues {
     }
 }
 
-/// Never shows a value: it may be a secret.
+/// Checks one variable. An error never shows its value, which may be secret.
 fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>) {
     let name = &var.name;
     if let Err(why) = names::environment_variable(name) {
@@ -392,7 +397,7 @@ fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>)
             let known = pb::RuntimeField::try_from(*field);
             if !known.is_ok_and(|field| field != pb::RuntimeField::Unspecified) {
                 problems.push(format!(
-                    "container {container:?}: {name} asks for an unknown field"
+                    "container {container:?}: {name} refers to an unknown field"
                 ));
             }
             false
@@ -406,7 +411,7 @@ fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>)
     };
     if nul {
         problems.push(format!(
-            "container {container:?}: the value of {name} holds a NUL byte"
+            "container {container:?}: the value of {name} contains a NUL byte"
         ));
     }
 }

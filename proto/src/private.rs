@@ -1,4 +1,4 @@
-//! Keeps what a process holds in memory to itself: private keys, tokens, the Secrets of pods.
+//! Protects the memory of a process, which may hold private keys, tokens and the Secrets of pods.
 
 use std::io;
 
@@ -6,11 +6,12 @@ use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
 };
 
-/// Makes this process non-dumpable and sets its soft core limit to 0, so that no other process of the user can attach to
-/// it or read its memory through `/proc`, and a crash leaves no core file. Every program of ours calls it first of all.
+/// Makes this process non-dumpable (`PR_SET_DUMPABLE`, prctl(2)) and sets its soft core limit to 0. Then no other
+/// process of the user can attach to it or read its memory through `/proc`, and a crash leaves no core file. Every
+/// program of KNoC calls this first.
 ///
-/// `execve(2)` undoes the former, and children inherit the latter: whoever becomes a program that is not ours raises the
-/// limit again, which the hard limit allows.
+/// execve(2) resets the former, and children inherit the latter: before a process executes a program that is not ours,
+/// it raises the soft limit again, which the hard limit allows.
 pub fn keep_memory_private() -> io::Result<()> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     let limit = getrlimit(Resource::Core);
@@ -21,8 +22,9 @@ pub fn keep_memory_private() -> io::Result<()> {
     Ok(setrlimit(Resource::Core, none)?)
 }
 
-/// Does `work` while the process is dumpable. The files of `/proc/self` that map the ids of a new user namespace belong to
-/// root while it is not, and `newuidmap(1)` refuses another user's process. Only for a helper that holds no secret yet.
+/// Runs `work` while the process is dumpable. While it is not, root owns the files of `/proc/self` that map the ids of
+/// a new user namespace, and newuidmap(1) refuses a process of another user. Only for a helper process that holds no
+/// secret yet.
 pub fn while_dumpable<T>(work: impl FnOnce() -> T) -> io::Result<T> {
     set_dumpable_behavior(DumpableBehavior::Dumpable)?;
     let done = work();
@@ -37,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_process_is_not_dumpable_and_dumps_no_core_but_its_children_may() {
+    fn the_process_is_not_dumpable_and_leaves_no_core_file_but_its_children_may() {
         let before = getrlimit(Resource::Core);
         keep_memory_private().unwrap();
         assert_eq!(dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);

@@ -1,32 +1,34 @@
-//! Stable names of refusals. Across the wire only these decide behaviour; the message is for people.
+//! PURE: stable names for the reasons of failed calls. Peers base their behaviour only on these; messages are for
+//! users.
 //!
-//! Pure. A reason travels in the trailer `knoc-reason` of a gRPC status. Names are never reused and never renamed;
-//! an unknown one (a newer peer's) reads as absent, and the gRPC code alone then decides.
+//! A reason is sent in the trailer `knoc-reason` of a gRPC status. Names are never reused and never renamed; an unknown
+//! one (of a newer peer) is treated as absent, and then the gRPC code alone decides.
 use std::fmt;
 
 use tonic::{Code, Status, metadata::MetadataValue};
 
 use crate::text;
 
-/// The trailer that carries the reason.
+/// The gRPC trailer that carries the reason.
 pub const TRAILER: &str = "knoc-reason";
 
-/// How much of a message is sent. It travels as a header, percent-encoded, and HTTP/2 bounds those to 16 KiB.
+/// The most bytes of a message that are sent. A message is sent as a percent-encoded header, and HTTP/2 headers are
+/// limited to 16 KiB.
 const MESSAGE: usize = 4 << 10;
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident => $code:ident, $retryable:literal;)*) => {
-        /// Why a request was refused.
+        /// Why a call failed.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum ErrorReason {
             $($(#[$doc])* $name,)*
         }
 
         impl ErrorReason {
-            /// All of them, for tables and tests.
+            /// All reasons, for tables and tests.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
-            /// The stable name on the wire.
+            /// The stable name that is sent.
             #[must_use]
             pub fn as_str(self) -> &'static str {
                 match self {
@@ -34,7 +36,7 @@ macro_rules! reasons {
                 }
             }
 
-            /// May the same request succeed later without anything being changed?
+            /// Whether the same request may succeed later although the caller changes nothing.
             #[must_use]
             pub fn retryable(self) -> bool {
                 match self {
@@ -42,7 +44,7 @@ macro_rules! reasons {
                 }
             }
 
-            /// The gRPC code it travels with, for callers that know no reasons.
+            /// The gRPC code that is sent with this reason, for callers that do not know reasons.
             #[must_use]
             pub fn code(self) -> Code {
                 match self {
@@ -54,51 +56,51 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// No pod of this uid.
+    /// No pod has this uid.
     NotFound => NotFound, false;
-    /// The request's leadership epoch is lower than one seen: another kubelet leads.
+    /// The request's leadership epoch is lower than one seen before: another kubelet leads.
     StaleLeader => FailedPrecondition, false;
-    /// The same uid with a shape that may not change.
+    /// A pod with this uid exists, and the request changes a part of its shape that must not change.
     SpecConflict => AlreadyExists, false;
-    /// The pod's shape or values do not pass validation; all reasons in the message.
+    /// The pod's shape or values are invalid; the message names every problem.
     InvalidSpec => InvalidArgument, false;
-    /// Asked of a finished pod's leftovers while the pod is not finished.
+    /// The request requires a finished pod, and the pod has not finished.
     NotFinished => FailedPrecondition, true;
-    /// The pod or container does not run now; streams need it to.
+    /// The pod or container is not running, which streams require.
     NotRunning => FailedPrecondition, true;
-    /// The pod has no container of this name, or it has no such instance.
+    /// The pod has no container of this name, or the container has no such instance.
     ContainerNotFound => NotFound, false;
-    /// A newer agent holds the state directory; this one changes nothing any more.
+    /// A newer agent holds the state directory; this one no longer changes anything.
     AgentFenced => FailedPrecondition, false;
-    /// Slurm's controller does not answer.
+    /// Slurm's controller (slurmctld) does not answer.
     SchedulerUnavailable => Unavailable, true;
     /// A bounded queue is full, or a limit of the site is reached.
     Overloaded => ResourceExhausted, true;
     /// The agent serves another cluster.
     ClusterMismatch => PermissionDenied, false;
-    /// The agent's policy or the peer's identity forbids it.
+    /// The agent's policy denies the request to this identity.
     PermissionDenied => PermissionDenied, false;
-    /// The peer itself is not served: its identity or certificate is denied, expired, or not of the CA. Says nothing of
-    /// what it asked for.
+    /// The peer itself is denied: its identity or certificate is denied or expired, or was not issued by the site's CA.
+    /// This does not depend on the request.
     PeerDenied => PermissionDenied, false;
-    /// The peer may not claim this leadership: another identity's node, or an epoch that cannot be.
+    /// The peer may not claim this leadership: the node belongs to another identity, or the epoch is impossible.
     LeadershipDenied => FailedPrecondition, false;
-    /// Nothing of the pod's own listens on this port, or it refused the connection.
+    /// No process of the pod listens on this port, or it refused the connection.
     NotListening => FailedPrecondition, true;
-    /// This agent, runtime or site cannot do it.
+    /// This agent, runtime or site does not support the request.
     Unsupported => Unimplemented, false;
     /// The job's shim has no link to the agent at the moment.
     ShimUnreachable => Unavailable, true;
-    /// The request itself is malformed (missing field, first message of a stream).
+    /// The request is malformed (a missing field, or a wrong first message of a stream).
     InvalidRequest => InvalidArgument, false;
-    /// The process is about to end; another one takes over.
+    /// The process is shutting down; another one takes over.
     ShuttingDown => Unavailable, true;
-    /// The agent's own fault, such as a full disk; the message has the chain.
+    /// The agent itself has failed, for example because of a full disk; the message has the chain of errors.
     Internal => Internal, true;
 }
 
 impl ErrorReason {
-    /// The gRPC status that carries this reason.
+    /// A gRPC status with this reason, and with `message` escaped and bounded in length.
     #[must_use]
     pub fn status(self, message: impl Into<String>) -> Status {
         let message = message.into();
@@ -109,7 +111,7 @@ impl ErrorReason {
         status
     }
 
-    /// The reason a status carries, if it is one this version knows.
+    /// The reason of a status, if it is one that this version knows.
     #[must_use]
     pub fn of(status: &Status) -> Option<Self> {
         let name = status.metadata().get(TRAILER)?.to_str().ok()?;
@@ -119,7 +121,8 @@ impl ErrorReason {
             .find(|reason| reason.as_str() == name)
     }
 
-    /// May the request that got this status succeed later? By reason where there is one, by code otherwise.
+    /// Whether the request that got this status may succeed later: decided by the reason if there is one, otherwise by
+    /// the code.
     #[must_use]
     pub fn may_retry(status: &Status) -> bool {
         let by_code = matches!(

@@ -1,10 +1,10 @@
-//! PURE: the settings of every program, read so that every mistake is reported at once, each with the place where it was
-//! written and the values that are allowed.
+//! PURE: reads the settings of every program, and reports every mistake at once with its place in the file and the
+//! allowed values.
 //!
-//! A [`Document`] is made of a TOML text, of a YAML text, or of nothing, and environment variables can be laid over it
-//! ([`Document::overlay`]). [`Document::read`] reads a type from it with serde: what does not fit is noted, removed, and
-//! the rest is read again, so that the first mistake hides no other. [`Document::wrong`] adds the mistakes that only
-//! the reader of the values can see. Nothing starts until [`Document::finish`] has found that there are none.
+//! A [`Document`] is created from a TOML text, a YAML text, or without a file; environment variables can override it
+//! ([`Document::overlay`]). [`Document::read`] reads a type from it with serde: a value that does not fit is recorded
+//! and removed and the rest is read again, so the first mistake hides no other. [`Document::wrong`] adds mistakes that
+//! only the reader of the values can recognize. A program starts only if [`Document::finish`] finds no mistake.
 
 mod environment;
 mod from_toml;
@@ -24,10 +24,10 @@ use node::Node;
 
 pub use environment::variable;
 
-/// Where a value was written. Mistakes are reported in this order.
+/// Where a value was set. Mistakes are reported in this order.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
-    /// Nowhere: a value is missing.
+    /// Nowhere: the value is missing.
     Nowhere,
     /// In the environment variable of this name.
     Variable(String),
@@ -35,26 +35,26 @@ pub enum Origin {
     Line(usize),
 }
 
-/// One mistake, and where it was written.
+/// One mistake and its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mistake {
-    /// Where the wrong value was written.
+    /// Where the wrong value was set.
     pub origin: Origin,
-    /// Dotted name of the value, what is wrong with it, and what is allowed.
+    /// The dotted name of the value, what is wrong with it, and what is allowed.
     pub what: String,
 }
 
-/// All mistakes of a document: those in variables first, then those of the file in its order.
+/// All mistakes of a document: first those in variables, then those of the file in its order.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct Mistakes {
-    /// The file.
+    /// The path of the file.
     pub path: PathBuf,
-    /// At least one.
+    /// The mistakes, at least one.
     pub all: Vec<Mistake>,
 }
 
 impl fmt::Display for Mistakes {
-    /// A line each: `FILE:LINE: what`.
+    /// One line for each mistake: `FILE:LINE: what`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
         for (index, Mistake { origin, what }) in self.all.iter().enumerate() {
@@ -75,30 +75,30 @@ pub struct Document {
     path: PathBuf,
     root: Node,
     mistakes: Vec<Mistake>,
-    /// Names of values that have been reported already: [`Document::wrong`] says nothing more about them.
+    /// The names of values that have been reported. [`Document::wrong`] does not report them again.
     reported: Vec<Vec<String>>,
 }
 
 impl Document {
-    /// The TOML text of the file at `path`.
+    /// Parses the TOML text of the file at `path`.
     ///
     /// # Errors
-    /// All mistakes of syntax: values are read only if all of them can be told apart.
+    /// All syntax errors: values are read only if the whole text can be parsed.
     pub fn parse(text: &str, path: &Path) -> Result<Self, Mistakes> {
         let root = from_toml::parse(text).map_err(|all| sorted(path, all))?;
         Ok(Self::new(path, root))
     }
 
-    /// The YAML text of the file at `path`.
+    /// Parses the YAML text of the file at `path`.
     ///
     /// # Errors
-    /// The first mistake of syntax.
+    /// The first syntax error.
     pub fn parse_yaml(text: &str, path: &Path) -> Result<Self, Mistakes> {
         let root = from_yaml::parse(text).map_err(|mistake| sorted(path, vec![mistake]))?;
         Ok(Self::new(path, root))
     }
 
-    /// A document without a file. What is missing in it is reported under `name`.
+    /// A document without a file. Values that are missing in it are reported under `name`.
     #[must_use]
     pub fn empty(name: &str) -> Self {
         Self::new(Path::new(name), Node::table(Origin::Nowhere, Vec::new()))
@@ -113,8 +113,8 @@ impl Document {
         }
     }
 
-    /// Reads the whole document. What does not fit is noted, and the rest is read without it. `None`, and a mistake, if
-    /// nothing is left that could be read.
+    /// Reads the whole document. A value that does not fit is recorded, and the rest is read without it. Returns
+    /// `None`, and records a mistake, if nothing that can be read is left.
     pub fn read<T: DeserializeOwned>(&mut self) -> Option<T> {
         let mut rest = self.root.clone();
         loop {
@@ -122,10 +122,10 @@ impl Document {
                 Ok(value) => return Some(value),
                 Err(error) => error,
             };
-            let way = error.way();
-            let (names, origin) = rest.describe(&way, error.at_key);
+            let path = error.path();
+            let (names, origin) = rest.describe(&path, error.at_key);
             self.report(&error.message, &names, origin);
-            if !rest.remove(&way) {
+            if !rest.remove(&path) {
                 return None;
             }
             self.reported.push(names);
@@ -133,7 +133,7 @@ impl Document {
     }
 
     fn report(&mut self, message: &str, names: &[String], origin: Origin) {
-        // A table that lacks the value that has just been removed from it is not another mistake.
+        // If a table lacks only the value that has just been removed from it, that is not another mistake.
         let follows = self.reported.iter().any(|reported| {
             reported
                 .split_last()
@@ -149,7 +149,7 @@ impl Document {
         }
     }
 
-    /// Notes that the value of this name is wrong, or that it is missing.
+    /// Records that the value of this name is wrong or missing.
     pub fn wrong(&mut self, names: &[&str], what: impl fmt::Display) {
         let covers = |reported: &Vec<String>| {
             reported.len() <= names.len() && reported.iter().zip(names).all(|(a, b)| a == b)
@@ -163,7 +163,7 @@ impl Document {
         }
     }
 
-    /// The value, if there was no mistake.
+    /// Returns the value if there was no mistake.
     ///
     /// # Errors
     /// All mistakes.
@@ -176,7 +176,7 @@ impl Document {
 }
 
 fn sorted(path: &Path, mut all: Vec<Mistake>) -> Mistakes {
-    // Stable: those of one line, and those without, stay as they were found.
+    // The sort is stable: mistakes of one line, and those without a line, keep their order.
     all.sort_by(|a, b| a.origin.cmp(&b.origin));
     Mistakes {
         path: path.to_owned(),

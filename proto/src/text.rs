@@ -1,12 +1,12 @@
-//! Text that came from elsewhere, made safe to be shown: nothing in it moves a cursor, begins a line or hides.
+//! PURE: makes text from elsewhere safe to show, so that it cannot move a cursor, begin a line or hide anything.
 //!
-//! Pure. A peer, a pod, Slurm and a registry may say anything. Where their words are logged, printed, or put into an Event
-//! or a status, they pass through here: once, where they leave the process.
+//! Peers, pods, Slurm and registries may send any text. Before it is logged, printed, or put into an Event or a status,
+//! it passes through here once, at the point where it leaves the process.
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// Characters that are not shown as themselves: Unicode's control and format characters (general categories Cc and Cf)
-/// and its separators of lines and paragraphs. Among them are the escape of terminals (also as the single character
+/// Characters that are not shown literally: Unicode's control and format characters (general categories Cc and Cf) and
+/// the line and paragraph separators. Among them are the escape character of terminals (also as the single character
 /// U+009B), the marks that reverse the direction of text, and characters without width.
 const UNSHOWN: &[(char, char)] = &[
     ('\0', '\u{1f}'),
@@ -34,23 +34,24 @@ const UNSHOWN: &[(char, char)] = &[
     ('\u{e0020}', '\u{e007f}'),
 ];
 
-/// Is it a character that could change how what stands around it is shown?
+/// Whether the character could change how the text around it is shown.
 #[must_use]
 pub fn is_unshown(c: char) -> bool {
-    // The first of them all: what most text consists of is decided by one comparison.
+    // Most text has only characters above the first range, which one comparison shows.
     !(' '..='~').contains(&c)
         && UNSHOWN
             .iter()
             .any(|(first, last)| (*first..=*last).contains(&c))
 }
 
-/// `text` on one line: whatever is not shown as itself is written as Rust does, `\n` or `\u{1b}`.
+/// Escapes `text` for one line: characters that are not shown literally are written as in Rust, such as `\n` or
+/// `\u{1b}`.
 #[must_use]
 pub fn escape(text: &str) -> Cow<'_, str> {
     escape_but(text, &[])
 }
 
-/// The same for text of several lines: line feeds and tabs stay.
+/// Does the same as [`escape`] for text of several lines: line feeds and tabs stay.
 #[must_use]
 pub fn escape_lines(text: &str) -> Cow<'_, str> {
     escape_but(text, &['\n', '\t'])
@@ -73,8 +74,8 @@ fn escape_but<'a>(text: &'a str, kept: &[char]) -> Cow<'a, str> {
     Cow::Owned(out)
 }
 
-/// A line of JSON in which the same characters are written as JSON's own escapes. What stands outside of JSON's strings
-/// has none of them, so the value stays the same.
+/// Escapes the same characters in a line of JSON by JSON's own escapes. Outside of its strings JSON contains none of
+/// them, so the value stays the same.
 #[must_use]
 pub fn escape_json(json: &str) -> Cow<'_, str> {
     let Some(first) = json.find(is_unshown) else {
@@ -88,14 +89,14 @@ pub fn escape_json(json: &str) -> Cow<'_, str> {
             continue;
         }
         for unit in c.encode_utf16(&mut [0; 2]) {
-            // A String takes all that is written.
+            // Writing to a String cannot fail.
             write!(out, "\\u{unit:04x}").unwrap_or_default();
         }
     }
     Cow::Owned(out)
 }
 
-/// The first `limit` bytes of `text`, or fewer, so that no character is cut; ends with `…` where something is left out.
+/// The first `limit` bytes of `text`, or fewer, so that no character is split; ends with `…` if something is left out.
 #[must_use]
 pub fn shorten(text: &str, limit: usize) -> Cow<'_, str> {
     const MARK: char = '…';
@@ -108,14 +109,14 @@ pub fn shorten(text: &str, limit: usize) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// Words for people, of one line or several, in at most `limit` bytes: for an Event, a status, or an error's message.
+/// A message of one or several lines in at most `limit` bytes, for an Event, a status or an error.
 #[must_use]
 pub fn message(text: &str, limit: usize) -> String {
-    // Cut first: what is escaped is longer.
+    // It is shortened first, because escaping makes it longer.
     shorten(&escape_lines(&shorten(text, limit)), limit).into_owned()
 }
 
-/// `text` in quotes on one line, of at most about `limit` bytes: for a name in an error.
+/// Quotes `text` on one line in about `limit` bytes at most, for a name in an error.
 #[must_use]
 pub fn quote(text: &str, limit: usize) -> String {
     format!("\"{}\"", escape(&shorten(text, limit)))
@@ -128,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_moves_a_cursor_or_hides_is_shown() {
+    fn characters_that_move_a_cursor_or_hide_text_are_escaped() {
         for (raw, shown) in [
             ("plain — üñï 漢字 🙂", "plain — üñï 漢字 🙂"),
             ("a\nERROR b", "a\\nERROR b"),
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_long_is_cut_between_characters() {
+    fn long_text_is_cut_between_characters() {
         assert_eq!(shorten("abc", 3), "abc");
         assert_eq!(shorten("abcd", 3), "…");
         assert_eq!(shorten("abcdef", 5), "ab…");

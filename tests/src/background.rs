@@ -12,7 +12,7 @@ use tokio::{
 use crate::{Run, command::code_of, wait_for};
 
 /// How long a program may take to print the expected text.
-const WORDS: Duration = Duration::from_secs(30);
+const OUTPUT_LIMIT: Duration = Duration::from_secs(30);
 
 /// A background program with its output in a file. It is killed when this is dropped.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl Background {
 
     /// Waits until the output contains the text.
     pub async fn expect(&mut self, text: &str) -> anyhow::Result<()> {
-        wait_for(&format!("it says {text:?}"), WORDS, async || {
+        wait_for(&format!("it prints {text:?}"), OUTPUT_LIMIT, async || {
             let shown = self.shown();
             if shown.contains(text) {
                 return Ok(());
@@ -61,7 +61,7 @@ impl Background {
     pub async fn has_read(&mut self, bytes: usize) -> anyhow::Result<()> {
         let pid = self.child.id().context("it has ended")?;
         let wanted = format!("pos:\t{bytes}");
-        wait_for("it reads its input", WORDS, async || {
+        wait_for("it reads its input", OUTPUT_LIMIT, async || {
             // proc_pid_fdinfo(5)
             let info = tokio::fs::read_to_string(format!("/proc/{pid}/fdinfo/0")).await?;
             anyhow::ensure!(info.lines().any(|line| line == wanted), info);
@@ -87,7 +87,7 @@ impl Background {
 /// A running port-forward of kubectl or knocctl.
 #[derive(Debug)]
 pub struct Forward {
-    /// The program.
+    /// kubectl or knocctl itself, with its output.
     pub program: Background,
     local: u16,
 }
@@ -121,7 +121,7 @@ impl Forward {
     }
 }
 
-/// `Forwarding from 127.0.0.1:40123 -> 7000`
+/// The local port in a line such as `Forwarding from 127.0.0.1:40123 -> 7000`.
 fn local_port(shown: &str) -> Option<u16> {
     let (_, rest) = shown.split_once("Forwarding from 127.0.0.1:")?;
     rest.split_once(" ->")?.0.parse().ok()

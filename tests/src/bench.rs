@@ -36,7 +36,7 @@ use self::stats::Series;
 /// Pods at once, and how many rounds of it.
 const ROUNDS: [(usize, usize); 3] = [(1, 20), (10, 5), (50, 3)];
 
-/// Exec samples.
+/// The number of exec samples.
 const EXECS: usize = 100;
 
 /// Rounds of each stream.
@@ -44,19 +44,19 @@ const STREAMS: usize = 5;
 /// A short stream takes a third of a second, so it is measured this many times as often.
 const SHORT: usize = 3;
 
-/// Lines of the log that is followed.
+/// The number of lines in the log that is followed.
 const FOLLOWED: usize = 300;
 
-/// Bytes of each stream, in whole lines.
+/// The size of each stream, in whole lines.
 const STREAM_BYTES: u64 = 100_000_000;
 
-/// Bytes of the large ones: a GiB in whole lines.
+/// The size of the large streams: a GiB in whole lines.
 const LARGE_BYTES: u64 = 80 * 13_421_773;
 
-/// Everything measured.
+/// The results of all measurements.
 #[derive(Debug, Default)]
 struct Figures {
-    /// By number of pods at once.
+    /// One batch for each number of pods at once.
     batches: Vec<pods::Batch>,
     watch_delay: Series,
     exec: exec::Exec,
@@ -99,11 +99,11 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     bed.close().await
 }
 
-/// Measures only the streams whose names contain the words; prints the table to standard output and does not change the page.
-pub async fn streams(quick: bool, words: &str) -> anyhow::Result<()> {
+/// Measures only the streams whose names contain `name`; prints the table to standard output and does not change the page.
+pub async fn streams(quick: bool, name: &str) -> anyhow::Result<()> {
     let bed = Bed::open().await?;
     let mut table = String::new();
-    let measured = streams::measure(&bed, sizes(quick), words).await?;
+    let measured = streams::measure(&bed, sizes(quick), name).await?;
     report::streams(&mut table, &measured)?;
     std::io::Write::write_all(&mut std::io::stdout(), table.as_bytes())?;
     bed.close().await
@@ -139,7 +139,7 @@ fn sizes(quick: bool) -> streams::Sizes {
     }
 }
 
-/// Prints the progress.
-fn say(words: &str) {
-    eprintln!("bench: {words}");
+/// Prints a line of progress.
+fn say(text: &str) {
+    eprintln!("bench: {text}");
 }

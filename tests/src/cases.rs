@@ -24,13 +24,13 @@ pub struct Container {
     pub args: Vec<String>,
     /// `env` as written in the pod, in order.
     pub env: Vec<(String, String)>,
-    /// What the process must find behind `argv[0]`.
+    /// The arguments that the process must receive after `argv[0]`.
     pub expected_args: Vec<String>,
-    /// What must stand in its environment.
+    /// The variables that its environment must contain.
     pub expected_env: Vec<(String, String)>,
 }
 
-/// How many pods, containers a pod and cases a container.
+/// The number of pods, of containers per pod and of cases per container.
 #[derive(Debug, Clone, Copy)]
 pub struct Size {
     /// Pods of the plan.
@@ -82,7 +82,7 @@ pub fn exhaustive(size: Size, seed: u64) -> Vec<Vec<Container>> {
     pods
 }
 
-/// The plan of nasty classes: each case is one named class, dressed differently in each pod.
+/// The plan of nasty classes: each case is one named class, combined with other text differently in each pod.
 #[must_use]
 pub fn nasty(size: Size, seed: u64) -> Vec<Vec<Container>> {
     let scalars = Scalars::cut(4000);
@@ -96,7 +96,7 @@ pub fn nasty(size: Size, seed: u64) -> Vec<Vec<Container>> {
             for at in 0..size.cases {
                 let (_, class) = CLASSES[at % CLASSES.len()];
                 let (_, name) = NAME_CLASSES[at % NAME_CLASSES.len()];
-                // The first pod has the classes bare.
+                // The first pod has the classes without other text.
                 let dress = if number < size.containers * size.cases {
                     String::new()
                 } else {
@@ -120,7 +120,7 @@ pub fn nasty(size: Size, seed: u64) -> Vec<Vec<Container>> {
     pods
 }
 
-/// Collects the cases of one container; the expectation of what refers to variables waits for all.
+/// Collects the cases of one container. Expectations of references are computed at the end, when all variables are known.
 #[derive(Default)]
 struct Builder {
     container: Container,

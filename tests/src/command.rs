@@ -43,11 +43,11 @@ impl fmt::Display for Output {
     }
 }
 
-/// A child about to be run.
+/// A command that is still to be run.
 #[derive(Debug)]
 pub struct Run {
     command: Command,
-    words: Vec<String>,
+    argv: Vec<String>,
     stdin: Option<Vec<u8>>,
     deadline: Duration,
 }
@@ -56,7 +56,7 @@ impl Run {
     /// A program of `PATH`, or a path.
     #[must_use]
     pub fn new(program: impl AsRef<OsStr>) -> Self {
-        let words = vec![program.as_ref().to_string_lossy().into_owned()];
+        let argv = vec![program.as_ref().to_string_lossy().into_owned()];
         #[expect(
             clippy::disallowed_methods,
             reason = "the one place where tests start processes"
@@ -65,48 +65,48 @@ impl Run {
         command.kill_on_drop(true);
         Self {
             command,
-            words,
+            argv,
             stdin: None,
             deadline: DEADLINE,
         }
     }
 
-    /// One more argument.
+    /// Adds an argument.
     #[must_use]
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
-        self.words.push(arg.as_ref().to_string_lossy().into_owned());
+        self.argv.push(arg.as_ref().to_string_lossy().into_owned());
         self.command.arg(arg);
         self
     }
 
-    /// More arguments.
+    /// Adds arguments.
     #[must_use]
     pub fn args<S: AsRef<OsStr>>(self, args: impl IntoIterator<Item = S>) -> Self {
         args.into_iter().fold(self, Self::arg)
     }
 
-    /// A variable of its environment.
+    /// Sets a variable of its environment.
     #[must_use]
     pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(name, value);
         self
     }
 
-    /// Only what `env` gives from here on.
+    /// Clears its environment, so that it has only the variables that `env` sets after this call.
     #[must_use]
     pub fn env_clear(mut self) -> Self {
         self.command.env_clear();
         self
     }
 
-    /// Its standard input; without it there is none.
+    /// Sets its standard input, which is empty by default.
     #[must_use]
     pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.stdin = Some(bytes.into());
         self
     }
 
-    /// How long it may take.
+    /// Sets the time limit of the command.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
@@ -115,7 +115,7 @@ impl Run {
 
     /// Runs it to its end, whatever its exit code.
     pub async fn output(mut self) -> anyhow::Result<Output> {
-        let words = self.words.join(" ");
+        let argv = self.argv.join(" ");
         let stdin = self.stdin.take();
         self.command.stdin(if stdin.is_some() {
             Stdio::piped()
@@ -126,7 +126,7 @@ impl Run {
         let mut child = self
             .command
             .spawn()
-            .with_context(|| format!("start `{words}`"))?;
+            .with_context(|| format!("start `{argv}`"))?;
         let pipe = child.stdin.take();
         let feed = async move {
             if let (Some(mut pipe), Some(bytes)) = (pipe, stdin) {
@@ -136,9 +136,9 @@ impl Run {
         };
         let both = async { tokio::join!(feed, child.wait_with_output()).1 };
         let Ok(output) = timeout(self.deadline, both).await else {
-            bail!("`{words}` has not ended after {:?}", self.deadline);
+            bail!("`{argv}` has not ended after {:?}", self.deadline);
         };
-        let output = output.with_context(|| format!("wait for `{words}`"))?;
+        let output = output.with_context(|| format!("wait for `{argv}`"))?;
         Ok(Output {
             code: code_of(output.status),
             stdout: output.stdout,
@@ -148,15 +148,15 @@ impl Run {
 
     /// Runs it to its end; any exit code but 0 is an error.
     pub async fn ok(self) -> anyhow::Result<Output> {
-        let words = self.words.join(" ");
+        let argv = self.argv.join(" ");
         let output = self.output().await?;
         if output.code != 0 {
-            bail!("`{words}`: {output}");
+            bail!("`{argv}`: {output}");
         }
         Ok(output)
     }
 
-    /// The command itself, for what only one caller needs.
+    /// The underlying command, for settings that only one caller needs.
     pub(crate) fn command_mut(&mut self) -> &mut Command {
         &mut self.command
     }
@@ -182,7 +182,7 @@ impl Run {
             .stderr(file);
         self.command
             .spawn()
-            .with_context(|| format!("start `{}`", self.words.join(" ")))
+            .with_context(|| format!("start `{}`", self.argv.join(" ")))
     }
 }
 

@@ -5,14 +5,14 @@ use serde::Deserialize;
 
 use crate::{Output, Run};
 
-/// One finding.
+/// A finding, as `knocctl doctor` prints it in JSON.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Finding {
-    /// What was checked.
+    /// The name of the check.
     pub check: String,
     /// Whether the check succeeded.
     pub ok: bool,
-    /// What was found.
+    /// The result of the check in plain text.
     pub detail: String,
     /// What to do; empty if the check succeeded.
     pub cure: String,

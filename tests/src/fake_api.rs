@@ -1,6 +1,6 @@
-//! A Kubernetes API server for tests without Kubernetes: it keeps any object it is given, answers
-//! list, watch, create, patch, replace and delete as a kubelet and its tests use them, and checks
-//! nothing. Plain HTTP on loopback. What depends on the real one's validation belongs in L3.
+//! A Kubernetes API server for tests without Kubernetes. It stores any object without validation, and supports list,
+//! watch, create, patch, replace and delete as far as a kubelet and its tests use them, over plain HTTP on loopback. Tests
+//! that depend on validation belong to level 3.
 
 mod patch;
 mod routes;
@@ -23,7 +23,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::store::{Store, Target};
 
-/// The server; it ends when this is dropped.
+/// The running server; dropping this stops it.
 #[derive(Debug)]
 pub struct FakeApi {
     shared: Arc<Shared>,
@@ -81,7 +81,7 @@ impl FakeApi {
         Ok(server)
     }
 
-    /// `http://127.0.0.1:PORT`.
+    /// The URL of the server, `http://127.0.0.1:PORT`.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
@@ -153,7 +153,7 @@ impl FakeApi {
             .map_err(|refusal| refused(&refusal))
     }
 
-    /// Grows with every change of any object: wait on it instead of polling.
+    /// A counter that increases with every change of any object. Tests wait on it instead of polling.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.newest.subscribe()
@@ -180,8 +180,8 @@ fn target(version: &str, resource: &str, namespace: &str, name: &str) -> Target 
     }
 }
 
-fn refused(refusal: &store::Refusal) -> anyhow::Error {
-    anyhow::anyhow!("{} {}: {}", refusal.code, refusal.reason, refusal.message)
+fn refused(error: &store::ApiError) -> anyhow::Error {
+    anyhow::anyhow!("{} {}: {}", error.code, error.reason, error.message)
 }
 
 async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
@@ -192,7 +192,7 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTok
             () = stop.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
-        // A connection that fails while it is accepted is its client's affair.
+        // If accepting a connection fails, its client sees the error.
         let Ok((stream, _)) = accepted else { continue };
         let shared = Arc::clone(&shared);
         let service = service_fn(move |request| {
@@ -200,7 +200,7 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTok
             async move { Ok::<_, Infallible>(routes::answer(shared, request).await) }
         });
         connections.spawn(async move {
-            // A client that goes away in mid-request shows itself in its own test.
+            // If a client disconnects during a request, its own test fails.
             let _ended = http1::Builder::new()
                 .serve_connection(TokioIo::new(stream), service)
                 .await;

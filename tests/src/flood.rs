@@ -15,14 +15,14 @@ use tokio::{io::AsyncReadExt as _, net::TcpSocket, task::JoinSet};
 
 use crate::wait_for;
 
-/// Where it is.
+/// The attacker's address.
 pub const ATTACKER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
-/// What a connection that was closed waits before it is opened again.
+/// How long a closed connection waits before it is opened again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Descriptors that the rest of the process needs.
+/// The number of file descriptors for the rest of the process.
 const OTHERS: u64 = 1024;
 
-/// The connections; dropping this closes them.
+/// The open connections; dropping this closes them.
 #[derive(Debug)]
 pub struct Flood(#[expect(dead_code, reason = "held for its drop")] JoinSet<()>);
 

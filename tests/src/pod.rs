@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-/// Below those that the system gives to clients.
+/// The range of server ports, below the ports that the system gives to clients.
 const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 /// A port for a server in a pod, even; the next one is free too. Containers of one node share its network, so each pod
@@ -55,13 +55,13 @@ impl PodBuilder {
         format!("{registry}/library/busybox:latest")
     }
 
-    /// One more container.
+    /// Adds a container.
     #[must_use]
     pub fn container(self, name: &str) -> Self {
         self.add("containers", name)
     }
 
-    /// One more init container.
+    /// Adds an init container.
     #[must_use]
     pub fn init_container(self, name: &str) -> Self {
         self.add("initContainers", name)
@@ -106,25 +106,25 @@ impl PodBuilder {
         self
     }
 
-    /// The container's command.
+    /// Sets the container's command.
     #[must_use]
     pub fn command<const N: usize>(self, command: [&str; N]) -> Self {
         self.set("command", json!(command.as_slice()))
     }
 
-    /// The container runs this shell text.
+    /// Makes the container run a shell script.
     #[must_use]
     pub fn sh(self, script: &str) -> Self {
         self.command(["sh", "-c", script])
     }
 
-    /// The container's image.
+    /// Sets the container's image.
     #[must_use]
     pub fn image(self, image: &str) -> Self {
         self.set("image", json!(image))
     }
 
-    /// The container's memory limit.
+    /// Sets the container's memory limit.
     #[must_use]
     pub fn memory(self, limit: &str) -> Self {
         self.set(
@@ -133,26 +133,26 @@ impl PodBuilder {
         )
     }
 
-    /// `Always`, `OnFailure`, `Never`.
+    /// Sets the restart policy: `Always`, `OnFailure` or `Never`.
     #[must_use]
     pub fn restart(self, policy: &str) -> Self {
         self.spec("restartPolicy", json!(policy))
     }
 
-    /// An annotation of the pod.
+    /// Adds an annotation to the pod.
     #[must_use]
     pub fn annotation(mut self, name: &str, value: &str) -> Self {
         self.annotations.insert(name.into(), value.into());
         self
     }
 
-    /// The pod's name.
+    /// The pod's own name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// As JSON, which is YAML too.
+    /// The manifest as JSON, which is also valid YAML.
     #[must_use]
     pub fn manifest(&self) -> Value {
         json!({
@@ -162,7 +162,7 @@ impl PodBuilder {
         })
     }
 
-    /// As the client library has it.
+    /// The pod as an object of the client library.
     pub fn build(&self) -> anyhow::Result<Pod> {
         serde_json::from_value(self.manifest()).context("a test's pod")
     }

@@ -68,7 +68,7 @@ impl Terminal {
         })
     }
 
-    /// Types the text.
+    /// Types the text on the terminal.
     pub fn type_text(&mut self, text: &str) -> anyhow::Result<()> {
         Ok(self.master.write_all(text.as_bytes())?)
     }

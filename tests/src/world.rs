@@ -284,14 +284,14 @@ impl World {
     pub async fn events(&self, name: &str) -> anyhow::Result<Vec<String>> {
         let of = ListParams::default().fields(&format!("involvedObject.name={name}"));
         let events = self.api::<Event>().list(&of).await?;
-        let words = |event: Event| {
+        let text = |event: Event| {
             format!(
                 "{}: {}",
                 event.reason.unwrap_or_default(),
                 event.message.unwrap_or_default()
             )
         };
-        Ok(events.items.into_iter().map(words).collect())
+        Ok(events.items.into_iter().map(text).collect())
     }
 
     // ---- the tools ----

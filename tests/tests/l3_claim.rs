@@ -79,7 +79,7 @@ struct Pair<'a> {
     agent: &'a str,
     /// The folder in which all pairs report that they are ready and are started.
     meeting: &'a str,
-    /// The job directory.
+    /// The job directory of the pair.
     folder: String,
 }
 

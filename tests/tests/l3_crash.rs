@@ -23,7 +23,7 @@ const KUBELET_KILLS: usize = 20;
 /// The number of pods at the beginning of the load; each kill of the agent adds another one.
 const LOAD: usize = 20;
 
-/// The site file.
+/// The agent's site file.
 const SITE: &str = "/home/hpcuser/.config/knoc/agent.toml";
 
 /// The file in which jobs of the partition `short` find the point at which their shim dies.
@@ -148,14 +148,14 @@ async fn set_site(world: &World, text: Vec<u8>) -> anyhow::Result<()> {
     start(world, "agent.sh", "").await
 }
 
-/// Waits until no process on any node has these words in its command line.
-async fn nothing_left(world: &World, words: &str) -> anyhow::Result<()> {
+/// Waits until no process on any node has this text in its command line.
+async fn nothing_left(world: &World, text: &str) -> anyhow::Result<()> {
     for node in ["c1", "c2", "c3"] {
         wait_for(
-            &format!("nothing of {words:?} on {node}"),
+            &format!("nothing of {text:?} on {node}"),
             RIGHT,
             async || {
-                let found = world.on(node, ["pgrep", "-af", words]).output().await?;
+                let found = world.on(node, ["pgrep", "-af", text]).output().await?;
                 ensure!(found.code == 1, "{found}");
                 Ok(())
             },
@@ -188,8 +188,8 @@ async fn shim_dies_at(point: &str) -> anyhow::Result<()> {
     );
     let found = world.on("login", ["sh", "-c", &look]).output().await?;
     let text = found.text();
-    let words = format!("{point}: aborting here");
-    ensure!(text.contains(&words), "{found}");
+    let message = format!("{point}: aborting here");
+    ensure!(text.contains(&message), "{found}");
     let lines: Vec<&str> = text.lines().rev().take(2).collect();
     let [ran, claims] = lines.as_slice() else {
         bail!("{found}");

@@ -119,17 +119,17 @@ async fn ended(
     let code = client.exit_code(left).await;
     let code = code.with_context(|| format!("{name} hangs"))?;
     let shown = client.shown();
-    let words: Vec<&str> = shown.lines().filter(|line| *line != "tick").collect();
-    Ok((code, words.join("\n")))
+    let messages: Vec<&str> = shown.lines().filter(|line| *line != "tick").collect();
+    Ok((code, messages.join("\n")))
 }
 
 /// Checks that the program ends in time with a reason and with a failing exit code.
 async fn failed(name: &str, client: &mut Background, deadline: Instant) -> anyhow::Result<()> {
-    let (code, words) = ended(name, client, deadline).await?;
-    ensure!(code != 0, "{name} ended as if all were well: {words}");
+    let (code, messages) = ended(name, client, deadline).await?;
+    ensure!(code != 0, "{name} ended as if all were well: {messages}");
     ensure!(
-        words.contains("error: "),
-        "{name} does not say why: {words}"
+        messages.contains("error: "),
+        "{name} does not say why: {messages}"
     );
     Ok(())
 }
@@ -269,8 +269,8 @@ async fn kubectl_fails_in_time_when_the_job_is_cancelled() -> anyhow::Result<()>
         closed(&mut streams.connection, deadline),
     );
     // A command reports how it ended; an attached client has seen all of the output.
-    let (code, words) = ends.0?;
-    ensure!(code != 0 && !words.is_empty(), "{code}: {words}");
+    let (code, messages) = ends.0?;
+    ensure!(code != 0 && !messages.is_empty(), "{code}: {messages}");
     ends.1?;
     ends.2?;
     let ended = world.wait_phase("talker", "Failed", SOON).await?;

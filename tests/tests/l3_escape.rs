@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use knoc_tests::{
     PodBuilder, World, wait_for,
-    world::{SOON, container_reason},
+    world::{SOON, STATE, container_reason},
 };
 use kube::api::PostParams;
 use serde_json::json;
@@ -151,7 +151,7 @@ async fn a_folder_that_is_swapped_for_a_link_is_never_left() -> anyhow::Result<(
 
 /// Links that stay inside their volume are followed as in a kubelet, both those of the atomic writer and those of containers.
 #[tokio::test]
-async fn links_that_stay_in_their_volume_lead_on() -> anyhow::Result<()> {
+async fn links_that_stay_in_their_volume_are_followed() -> anyhow::Result<()> {
     let world = World::new("sub-links").await?;
     let map = json!({
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "map"},
@@ -262,6 +262,68 @@ async fn an_image_that_is_replaced_is_not_started() -> anyhow::Result<()> {
     sh(format!("chmod 755 {folder}")).await?;
     world.wait_phase("shared", "Succeeded", SOON + SOON).await?;
     sh(format!("rm -r {folder}")).await?;
+    world.finish().await
+}
+
+/// What root of a user namespace inside the container tries with our launcher, and with a copy of it in a volume. Each attempt
+/// reports `NAME: done` or its error. The copy shows that this root can do all of that with a file that is not protected.
+const ROOT: &str = r#"
+cp /.knoc/agent /v/copy
+cat >/v/attack <<'END'
+attempt() { name=$1; shift; if error=$("$@" 2>&1); then echo "$name: done"; else echo "$name: $error"; fi; }
+echo "uid: $(id -u)"
+attempt namespace mount -t tmpfs none /tmp
+for file in /v/copy /.knoc/agent; do
+    attempt "chmod $file" chmod 777 $file
+    attempt "remount $file" mount -o remount,bind,rw none $file
+    attempt "unmount $file" umount $file
+    attempt "truncate $file" sh -c ": >$file"
+    attempt "remove $file" rm -f $file
+done
+END
+exec unshare -U -r -m sh /v/attack
+"#;
+
+/// A container can make itself root of a user namespace of its own, with all capabilities in it. The launcher in the
+/// container is the agent's own executable, which the account owns, and it stays read-only for that root too.
+#[tokio::test]
+async fn root_of_a_user_namespace_cannot_change_the_launcher() -> anyhow::Result<()> {
+    let world = World::new("user-namespace").await?;
+    let sums = async || {
+        let sum = format!("sha256sum {STATE}/versions/*/knoc-agent");
+        let run = world.on("login", ["sh", "-c", &sum]).ok().await?;
+        Ok::<_, anyhow::Error>(run.text())
+    };
+    let before = sums().await?;
+    let pod = PodBuilder::new("root")
+        .spec("volumes", json!([{"name": "v", "emptyDir": {}}]))
+        .sh(ROOT)
+        .set("volumeMounts", json!([{"name": "v", "mountPath": "/v"}]));
+    world.run(&pod, "Succeeded").await?;
+    let log = world.logs("root", "main").await?;
+    let outcome = |attempt: &str| {
+        let of = log.lines().find_map(|line| line.strip_prefix(attempt));
+        of.and_then(|rest| rest.strip_prefix(": "))
+            .with_context(|| format!("{attempt} is not in {log:?}"))
+    };
+    ensure!(outcome("uid")? == "0", "{log}");
+    ensure!(outcome("namespace")? == "done", "{log}");
+    for attempt in ["chmod", "truncate", "remove"] {
+        ensure!(outcome(&format!("{attempt} /v/copy"))? == "done", "{log}");
+    }
+    for attempt in ["chmod", "remount", "unmount", "truncate", "remove"] {
+        let outcome = outcome(&format!("{attempt} /.knoc/agent"))?;
+        ensure!(outcome != "done", "{attempt}: {log}");
+    }
+    for attempt in ["chmod", "truncate"] {
+        let outcome = outcome(&format!("{attempt} /.knoc/agent"))?;
+        ensure!(
+            outcome.contains("Read-only file system"),
+            "{attempt}: {log}"
+        );
+    }
+    let after = sums().await?;
+    ensure!(before == after, "before: {before}; after: {after}");
     world.finish().await
 }
 

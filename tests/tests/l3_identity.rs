@@ -199,7 +199,7 @@ impl Lone {
         let api: Api<Event> = self.world.cluster_api();
         let fields = format!("involvedObject.name={}", self.node);
         let of = ListParams::default().fields(&fields);
-        let words = format!("kubectl certificate approve knoc-{purpose}-");
+        let command = format!("kubectl certificate approve knoc-{purpose}-");
         let told = wait_for("an Event that says what to approve", SOON, async || {
             let events = api.list(&of).await.map_err(|error| error.to_string())?;
             let texts: Vec<_> = events
@@ -207,7 +207,7 @@ impl Lone {
                 .into_iter()
                 .filter_map(|event| event.message)
                 .collect();
-            let found = texts.iter().find(|text| text.contains(&words));
+            let found = texts.iter().find(|text| text.contains(&command));
             found.cloned().ok_or_else(|| format!("{texts:?}"))
         });
         let told = told.await.with_context(|| self.log())?;
@@ -361,7 +361,7 @@ async fn a_node_appears_when_its_certificate_is_approved_and_a_restart_needs_no_
 }
 
 #[tokio::test]
-async fn a_due_client_certificate_is_renewed_without_anybody() -> anyhow::Result<()> {
+async fn a_due_client_certificate_is_renewed_without_an_administrator() -> anyhow::Result<()> {
     let lone = Lone::install("id-renew", "node", "self-signed").await?;
     let name = format!("system:node:{}", lone.node);
     let old = lone.keep_signed("client.pem", due()).await?;
@@ -400,8 +400,9 @@ async fn a_due_serving_certificate_is_renewed_by_request_and_served_without_a_re
     ensure!(old.contains(&lone.served().await?), "another is served");
     lone.proxied().ok().await?;
     let request = lone.approve("serving").await?;
-    let words = format!("kubectl certificate approve {request}; the one in use is valid until");
-    ensure!(waits.contains(&words), "{waits}");
+    let text =
+        format!("kubectl certificate approve {request}; the certificate in use is valid until");
+    ensure!(waits.contains(&text), "{waits}");
     let new = lone.kept_anew("serving.pem", Some(&old)).await?;
     wait_for("the new certificate is served", SOON, async || {
         let served = lone.served().await?;

@@ -18,7 +18,7 @@ const PULLED: Duration = Duration::from_mins(3);
 const STORE: &str = "/var/spool/registry/docker/registry/v2/repositories/library";
 
 /// The configuration of the image `own:1` as its script prints it: entrypoint, arguments, folder, variables.
-const OWN: &str = "[/bin/show][entry][cmd][two words] in /srv/own, colour=blue size=7\n";
+const OWN: &str = "[/bin/show][entry][cmd][two expected] in /srv/own, colour=blue size=7\n";
 
 fn image(name: &str) -> String {
     PodBuilder::image_name().replace("busybox:latest", name)
@@ -126,7 +126,7 @@ async fn an_image_runs_as_it_says_and_a_pod_overrides_each_part() -> anyhow::Res
         ("both", format!("[/bin/show][x][y]{rest}")),
         (
             "values",
-            "[/bin/show][entry][cmd][two words] in /tmp, colour=green size=7\n".to_owned(),
+            "[/bin/show][entry][cmd][two expected] in /tmp, colour=green size=7\n".to_owned(),
         ),
         ("file", OWN.to_owned()),
     ] {
@@ -204,14 +204,14 @@ async fn waits_by(world: &World, name: &str, reason: &str) -> anyhow::Result<Str
         .await
 }
 
-/// Checks that there is an Event with those words too.
-async fn told(world: &World, name: &str, words: &[&str]) -> anyhow::Result<()> {
+/// Checks that there is also an Event that contains these texts.
+async fn told(world: &World, name: &str, expected: &[&str]) -> anyhow::Result<()> {
     wait_for(
-        &format!("an Event of {name} with {words:?}"),
+        &format!("an Event of {name} with {expected:?}"),
         SOON,
         async || {
             let events = world.events(name).await?;
-            let all = |event: &String| words.iter().all(|word| event.contains(word));
+            let all = |event: &String| expected.iter().all(|word| event.contains(word));
             ensure!(events.iter().any(all), "{events:?}");
             Ok(())
         },
@@ -255,15 +255,15 @@ async fn an_image_that_a_registry_lacks_is_reported_with_its_message() -> anyhow
     for (name, image, _) in &cases {
         uids.push(world.create(&PodBuilder::new(name).image(image)).await?);
     }
-    for ((name, image, words), uid) in cases.iter().zip(&uids) {
+    for ((name, image, expected), uid) in cases.iter().zip(&uids) {
         let message = waits_by(&world, name, "ErrImagePull").await?;
         ensure!(
-            message.contains(words) && message.contains(image),
+            message.contains(expected) && message.contains(image),
             "{name}: {message}"
         );
-        told(&world, name, &["Failed: ErrImagePull", words, image]).await?;
+        told(&world, name, &["Failed: ErrImagePull", expected, image]).await?;
         let message = waits_by(&world, name, "ImagePullBackOff").await?;
-        ensure!(message.contains(words), "{name}: {message}");
+        ensure!(message.contains(expected), "{name}: {message}");
         // No job was submitted for it, and its deletion is not delayed.
         let jobs = world.jobs(uid).await?;
         ensure!(jobs.is_empty(), "{name}: {jobs:?}");

@@ -12,7 +12,7 @@ fn programs() -> String {
     std::env::var("KNOC_LOGIN_BIN").unwrap_or_else(|_| "/home/hpcuser/bin".to_owned())
 }
 
-/// A second agent.
+/// A second agent, separate from the test bed's.
 struct Agent<'a> {
     world: &'a World,
     home: String,

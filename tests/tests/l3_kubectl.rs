@@ -135,7 +135,7 @@ async fn a_gibibyte_is_copied_both_ways() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn debug_says_that_it_is_not_supported() -> anyhow::Result<()> {
-    const WORDS: &str = "ephemeral containers (kubectl debug) are not supported by this node";
+    const MESSAGE: &str = "ephemeral containers (kubectl debug) are not supported by this node";
     let world = target("kubectl-debug").await?;
     let image = format!("--image={}", PodBuilder::image_name());
     // With input, kubectl waits for the container and shows its end.
@@ -143,7 +143,7 @@ async fn debug_says_that_it_is_not_supported() -> anyhow::Result<()> {
     let run = world.kubectl(debug).arg(&image).args(["--", "true"]);
     let refused = run.stdin("").output().await?;
     ensure!(
-        refused.code != 0 && refused.stderr.contains(WORDS),
+        refused.code != 0 && refused.stderr.contains(MESSAGE),
         "{refused}"
     );
     let told = world
@@ -152,7 +152,7 @@ async fn debug_says_that_it_is_not_supported() -> anyhow::Result<()> {
             statuses.first()?.state.as_ref()?.terminated.clone()
         })
         .await?;
-    ensure!(told.message.as_deref() == Some(WORDS), "{told:?}");
+    ensure!(told.message.as_deref() == Some(MESSAGE), "{told:?}");
     wait_for("an Event", SOON, async || {
         let events = world.events("target").await?;
         let told = |event: &String| event.contains("ephemeralContainers");

@@ -143,9 +143,9 @@ async fn every_container_of_a_finished_pod_has_its_log() -> anyhow::Result<()> {
     );
     let previous = world.kubectl(["logs", "many", "-c", "main", "-p"]).output();
     let previous = previous.await?;
-    let words = "previous terminated container \"main\" in pod \"many\" not found";
+    let message = "previous terminated container \"main\" in pod \"many\" not found";
     ensure!(
-        previous.code != 0 && previous.stderr.contains(words),
+        previous.code != 0 && previous.stderr.contains(message),
         "{previous}"
     );
     world.finish().await

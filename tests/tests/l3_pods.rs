@@ -315,9 +315,9 @@ async fn a_pod_for_windows_fails_with_the_message_of_kubernetes() -> anyhow::Res
         .spec("os", json!({"name": "windows"}))
         .spec("nodeName", json!(world.node));
     let ended = world.run(&pod, "Failed").await?;
-    let words = "Pod was rejected: Failed to admit pod as the OS field doesn't match node OS";
+    let expected = "Pod was rejected: Failed to admit pod as the OS field doesn't match node OS";
     ensure!(
-        why(&ended) == ("PodOSNotSupported".to_owned(), words.to_owned()),
+        why(&ended) == ("PodOSNotSupported".to_owned(), expected.to_owned()),
         "{:?}",
         why(&ended)
     );

@@ -40,14 +40,14 @@ async fn events(world: &World, pod: &str, reason: &str) -> anyhow::Result<Vec<St
 }
 
 /// Checks that the pod has failed permanently with this message of Slurm after one attempt.
-async fn rejected(world: &World, name: &str, uid: &str, words: &str) -> anyhow::Result<()> {
+async fn rejected(world: &World, name: &str, uid: &str, expected: &str) -> anyhow::Result<()> {
     let ended = world.wait_phase(name, "Failed", SOON).await?;
     let (reason, message) = why(&ended);
     ensure!(
-        reason == "Rejected" && message.contains(words),
+        reason == "Rejected" && message.contains(expected),
         "{name}: {reason}: {message}"
     );
-    let told = wait_for("an Event with Slurm's words", SOON, async || {
+    let told = wait_for("an Event with Slurm's message", SOON, async || {
         let told = events(world, name, "SlurmRejected").await?;
         ensure!(!told.is_empty(), "{:?}", world.events(name).await?);
         Ok(told)
@@ -100,8 +100,8 @@ async fn are_rejected(world: &World, qos: &str) -> anyhow::Result<()> {
             });
         uids.push(world.create(&pod).await?);
     }
-    for ((name, _, words), uid) in cases.iter().zip(&uids) {
-        rejected(world, name, uid, words).await?;
+    for ((name, _, expected), uid) in cases.iter().zip(&uids) {
+        rejected(world, name, uid, expected).await?;
     }
     Ok(())
 }
@@ -121,15 +121,15 @@ async fn a_permanent_refusal_of_slurm_fails_the_pod_with_its_message_and_is_not_
 async fn waits_for_the_limit(
     world: &World,
     pod: PodBuilder,
-    words: &str,
+    expected: &str,
     lift: &str,
 ) -> anyhow::Result<()> {
     let pod = pod.sh("echo at last");
     let (uid, name) = (world.create(&pod).await?, pod.name());
     let message = world
-        .wait_for_state(name, &format!("held back by {words}"), SOON, |pod| {
+        .wait_for_state(name, &format!("held back by {expected}"), SOON, |pod| {
             let (_, message) = why(pod);
-            message.contains(words).then_some(message)
+            message.contains(expected).then_some(message)
         })
         .await?;
     ensure!(
@@ -137,12 +137,12 @@ async fn waits_for_the_limit(
         "{message}"
     );
     ensure!(phase_of(&world.pod(name).await?) == "Pending");
-    wait_for("an Event with Slurm's words", SOON, async || {
+    wait_for("an Event with Slurm's message", SOON, async || {
         let told = events(world, name, "Throttled").await?;
-        let with_words = told
+        let has_message = told
             .iter()
-            .any(|event| event.contains(words) && event.contains(POLICY));
-        ensure!(with_words, "{:?}", world.events(name).await?);
+            .any(|event| event.contains(expected) && event.contains(POLICY));
+        ensure!(has_message, "{:?}", world.events(name).await?);
         Ok(())
     })
     .await?;

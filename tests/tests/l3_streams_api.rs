@@ -114,11 +114,11 @@ async fn ports_lead_to_the_pods_own_listeners_with_their_half_closes() -> anyhow
     .await?;
     let nobodys = "connection refused";
     let slurmds = "belongs to a process outside the pod";
-    for (port, words) in [(port + 1, nobodys), (6818, slurmds)] {
+    for (port, expected) in [(port + 1, nobodys), (6818, slurmds)] {
         let mut forward = forward(port).await?;
         let answer = forward.exchange(b"?").await.unwrap_or_default();
         ensure!(answer.is_empty(), "{port} answered {answer:?}");
-        forward.program.expect(words).await?;
+        forward.program.expect(expected).await?;
     }
     world.finish().await
 }
@@ -137,8 +137,8 @@ async fn a_forwarded_connection_that_nobody_reads_is_closed_when_its_client_disc
         let run = world.kubectl(["exec", "server", "--", "netstat", "-tn"]);
         let all = run.ok().await?.text();
         let ours = |line: &&str| {
-            let mut words = line.split_whitespace().skip(3);
-            words
+            let mut columns = line.split_whitespace().skip(3);
+            columns
                 .next()
                 .is_some_and(|local| local.ends_with(&format!(":{port}")))
                 && line.contains("ESTABLISHED")
@@ -185,8 +185,8 @@ async fn a_listener_of_the_same_user_outside_the_pod_is_refused_by_name() -> any
     let mut forward = Forward::start(forward).await?;
     let answer = forward.exchange(b"?").await.unwrap_or_default();
     ensure!(answer.is_empty(), "{answer:?}");
-    let words = format!("port {port} of the node belongs to a process outside the pod");
-    forward.program.expect(&words).await?;
+    let expected = format!("port {port} of the node belongs to a process outside the pod");
+    forward.program.expect(&expected).await?;
     world.finish().await
 }
 
@@ -248,15 +248,15 @@ async fn attach_and_exec_to_a_pod_that_has_ended_are_refused() -> anyhow::Result
     let world = World::new("api-ended").await?;
     world.run(&PodBuilder::new("over"), "Succeeded").await?;
     let attach = world.kubectl(["attach", "over"]).output().await?;
-    let words = "cannot attach a container in a completed pod";
+    let expected = "cannot attach a container in a completed pod";
     ensure!(
-        attach.code != 0 && attach.stderr.contains(words),
+        attach.code != 0 && attach.stderr.contains(expected),
         "{attach}"
     );
     // Requests that kubectl never makes.
     let base = format!("{}/over", world.namespace);
     let full = format!("over_{}", world.namespace);
-    for (path, status, words) in [
+    for (path, status, expected) in [
         (
             format!("attach/{base}/main?output=1"),
             500,
@@ -273,13 +273,13 @@ async fn attach_and_exec_to_a_pod_that_has_ended_are_refused() -> anyhow::Result
             format!("pod not found (\"{full}\")"),
         ),
     ] {
-        refused(&world, &path, status, &words).await?;
+        refused(&world, &path, status, &expected).await?;
     }
     world.finish().await
 }
 
 /// Checks that the kubelet denies a GET of that path.
-async fn refused(world: &World, path: &str, status: u16, words: &str) -> anyhow::Result<()> {
+async fn refused(world: &World, path: &str, status: u16, expected: &str) -> anyhow::Result<()> {
     let Err(error) = world.kubelet(path).await else {
         anyhow::bail!("{path} was answered");
     };
@@ -290,8 +290,8 @@ async fn refused(world: &World, path: &str, status: u16, words: &str) -> anyhow:
     // The client quotes an answer that is not JSON.
     let message = told.message.replace("\\\"", "\"");
     ensure!(
-        told.code == status && message.contains(words),
-        "{path}: {status} and {words:?} were expected, not {} and {message:?}",
+        told.code == status && message.contains(expected),
+        "{path}: {status} and {expected:?} were expected, not {} and {message:?}",
         told.code
     );
     Ok(())
@@ -306,7 +306,7 @@ async fn another_uid_in_the_path_is_another_pod() -> anyhow::Result<()> {
     let other = "00000000-0000-4000-8000-000000000000";
     let base = format!("{}/target", world.namespace);
     let no_pod = format!("pod target_{} not found", world.namespace);
-    for (path, status, words) in [
+    for (path, status, expected) in [
         (format!("portForward/{base}/{other}"), 404, "pod not found"),
         (
             format!("exec/{base}/{other}/main?command=true&output=1"),
@@ -326,7 +326,7 @@ async fn another_uid_in_the_path_is_another_pod() -> anyhow::Result<()> {
             "unable to upgrade",
         ),
     ] {
-        refused(&world, &path, status, words).await?;
+        refused(&world, &path, status, expected).await?;
     }
     let gone = format!("{}/nobody", world.namespace);
     refused(
@@ -365,8 +365,8 @@ async fn two_hundred_execs_at_once_in_one_pod() -> anyhow::Result<()> {
         stdout.read_to_string(&mut answer).await?;
         ensure!(answer == format!("got {number}\n"), "{number}: {answer:?}");
         let status = status.await.context("ended without a status")?;
-        let words = status.message.unwrap_or_default();
-        ensure!(words.ends_with("exit code 3"), "{number}: {words}");
+        let message = status.message.unwrap_or_default();
+        ensure!(message.ends_with("exit code 3"), "{number}: {message}");
         Ok(())
     });
     let all = tokio::time::timeout(MINUTES, try_join_all(execs)).await;

@@ -207,7 +207,7 @@ async fn optional(test: &str, kind: &str) -> anyhow::Result<()> {
 }
 
 /// Checks that the container waits with the object's name in its message, and that no job was submitted.
-async fn mandatory(test: &str, kind: &str, words: &str) -> anyhow::Result<()> {
+async fn mandatory(test: &str, kind: &str, expected: &str) -> anyhow::Result<()> {
     let world = World::new(test).await?;
     let uid = world.create(&referring("nginx", kind, false)).await?;
     let waiting = |pod: &Pod| {
@@ -216,10 +216,10 @@ async fn mandatory(test: &str, kind: &str, words: &str) -> anyhow::Result<()> {
     let (_, message) = world
         .wait_for_state("nginx", "waiting", SOON, waiting)
         .await?;
-    ensure!(message.contains(words), "{message:?}");
+    ensure!(message.contains(expected), "{message:?}");
     wait_for("an event", SOON, async || {
         let events = world.events("nginx").await?;
-        let told = |event: &String| event.starts_with("Failed: ") && event.contains(words);
+        let told = |event: &String| event.starts_with("Failed: ") && event.contains(expected);
         ensure!(events.iter().any(told), "{events:?}");
         Ok(())
     })

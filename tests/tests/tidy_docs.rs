@@ -23,7 +23,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The files below the repository's folders, and those beside them, that end so.
+/// The files in the repository's root and in its folders whose names have this ending.
 fn files(ending: &str) -> anyhow::Result<Vec<PathBuf>> {
     let mut folders: Vec<PathBuf> = FOLDERS.map(|name| root().join(name)).into();
     let mut found = Vec::new();

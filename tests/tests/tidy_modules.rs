@@ -1,11 +1,11 @@
-//! Boundaries that the compiler does not hold: no circle of modules inside a crate, and no reference to a file that does
+//! Boundaries that the compiler does not check: no circle of modules inside a crate, and no reference to a file that does
 //! not exist.
 //!
 //! **What counts as a circle.** A module is a file; a module within a file belongs to the file. Module A uses module B if
-//! A, outside of its tests, names B by a path: `crate::…`, `self::…`, `super::…`, or a child's name. What a parent
-//! re-exports (`pub use`) counts as the child's. Only one use is free: a child may use its parent and those above it,
-//! since it is part of them; it works on the parent's types. All others form no circle, neither directly nor over further
-//! modules, so that each module can be read, tested and moved together with what is below it.
+//! A, outside of its tests, names B by a path: `crate::…`, `self::…`, `super::…`, or a child's name. A name that a parent
+//! re-exports (`pub use`) counts as the child's. A child may use its parent and the modules above, because it is part of
+//! them and works on their types. All other uses must not form a circle, neither directly nor through further modules, so
+//! that each module can be read, tested and moved together with its children.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,7 +22,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// All files below `folder`, without what is built, downloaded or hidden.
+/// All files below `folder`, except built, downloaded and hidden ones.
 fn files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];
@@ -59,7 +59,7 @@ fn code(text: &str) -> String {
     let mut code = String::new();
     for line in text.lines() {
         if line.trim_start().starts_with("#[cfg(test)]") && !line.starts_with(' ') {
-            // Either a `mod tests;` of its own file, or all that follows.
+            // Either `mod tests;` with its own file, or the rest of this file.
             let (_, rest) = text.split_once(line).unwrap_or_default();
             let next = rest.lines().find(|line| line.contains("mod "));
             if next.is_some_and(|next| next.trim_end().ends_with('{')) {
@@ -77,10 +77,10 @@ fn code(text: &str) -> String {
     code
 }
 
-/// The modules of a crate with their code; tests and harnesses of fuzz targets are none of it.
+/// The modules of a crate with their code, without tests and harnesses of fuzz targets.
 fn modules(source: &Path) -> anyhow::Result<BTreeMap<Module, String>> {
     let mut found = BTreeMap::new();
-    // The root of a crate that is only a program.
+    // The root of a crate that has no library.
     let main = !source.join("lib.rs").is_file();
     for file in files(source)? {
         let relative = file.strip_prefix(source)?.with_extension("");
@@ -154,10 +154,10 @@ fn inline(code: &str) -> Vec<String> {
     found
 }
 
-/// The modules of one crate, and who uses whom.
+/// The modules of one crate, and which module uses which.
 struct Crate {
     modules: BTreeMap<Module, String>,
-    /// What a module shows of its children: module and name, to the child.
+    /// The re-exports: from a module and a name to the child that defines the name.
     shown: BTreeMap<(Module, String), Module>,
 }
 
@@ -214,7 +214,7 @@ impl Crate {
         Some(at)
     }
 
-    /// Who uses whom, without what is above a module.
+    /// Which modules each module uses, without the modules above it.
     fn users(&self) -> BTreeMap<&Module, BTreeSet<Module>> {
         let mut users = BTreeMap::new();
         for (module, code) in &self.modules {
@@ -287,7 +287,7 @@ fn no_modules_use_each_other_in_a_circle() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The test is worth something: it finds circles in each way of naming a module, and no families.
+/// The check itself works: it finds a circle however a module is named, and accepts uses of parents.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "files of a test's own folder")]
 fn a_circle_is_found_however_its_modules_are_named() -> anyhow::Result<()> {
@@ -320,7 +320,7 @@ fn a_circle_is_found_however_its_modules_are_named() -> anyhow::Result<()> {
     ensure!(circles(folder.path())?.is_empty(), "tests do not count");
     write("b.rs", "fn b() { crate::a::call() }\n")?;
     ensure!(circles(folder.path())? == ["a → b", "b → a"]);
-    // Over what the root shows of a grandchild, and over a child that its parent calls.
+    // Through the root's re-export of a grandchild, and through a child that its parent calls.
     write("b.rs", "use crate::Deep;\n")?;
     write("c/d.rs", "use crate::a::A;\n")?;
     let found = circles(folder.path())?;
@@ -334,7 +334,7 @@ fn a_circle_is_found_however_its_modules_are_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Of the repository, as references name them.
+/// The files of the repository, as references name them.
 fn known_files() -> anyhow::Result<Vec<String>> {
     let names = files(&root())?.into_iter();
     names
@@ -342,8 +342,8 @@ fn known_files() -> anyhow::Result<Vec<String>> {
         .collect()
 }
 
-/// What of a line reads like the name of a source or document of ours: in backquotes, in a code block of a document, or
-/// the target of a link.
+/// The parts of a line that look like the name of one of our sources or documents: in backquotes, in a code block of a
+/// document, or the target of a link.
 fn references(line: &str) -> Vec<String> {
     let name = |symbol: char| symbol.is_ascii_alphanumeric() || "_-./".contains(symbol);
     let words = line.split(|symbol| !name(symbol));
@@ -363,7 +363,7 @@ fn references(line: &str) -> Vec<String> {
         .collect()
 }
 
-/// Decisions that a line names: `ADR 0007`, `0021 by 0024` in the index are not meant.
+/// The decisions that a line names, such as `ADR 0007`, but not `0021 by 0024` in the index.
 fn decisions(line: &str) -> impl Iterator<Item = &str> {
     line.split("ADR ")
         .skip(1)
@@ -371,7 +371,7 @@ fn decisions(line: &str) -> impl Iterator<Item = &str> {
         .filter(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Comments of sources and scripts, and all of documents.
+/// The line if it is prose: a comment of a source or script, or any line of a document.
 fn prose<'a>(kind: &str, line: &'a str) -> Option<&'a str> {
     let line = line.trim_start();
     match kind {
@@ -393,7 +393,7 @@ fn nothing_names_a_file_that_does_not_exist() -> anyhow::Result<()> {
             .to_string_lossy()
             .into_owned();
         let name = file.strip_prefix(root())?.display().to_string();
-        // The history of what was; and the words of other projects.
+        // The change log names former files, and these documents name files of other projects.
         if name == "CHANGELOG.md" || name.starts_with("tests/interop") {
             continue;
         }

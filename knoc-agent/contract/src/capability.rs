@@ -1,12 +1,14 @@
-//! The capabilities that a shim names in its reports: what an older shim cannot do, so that the agent asks first.
+//! The capabilities that a shim lists in its reports. The agent checks them before it calls a shim,
+//! since running jobs may have an older one.
 
-/// It serves `Attach`.
+/// The shim serves `Attach`.
 pub const ATTACH: &str = "attach";
-/// It serves `PortForward`.
+/// The shim serves `PortForward`.
 pub const PORT_FORWARD: &str = "port-forward";
-/// It serves `GetStats`.
+/// The shim serves `GetStats`.
 pub const STATS: &str = "stats";
-/// It takes SIGUSR1 for the agent's request to stop. An older shim would be ended by the signal.
+/// The shim handles SIGUSR1 as the agent's request to stop the pod. An older shim would be killed
+/// by the signal.
 pub const STOP_SIGNAL: &str = "stop-signal";
 
 /// All capabilities of this version's shim.

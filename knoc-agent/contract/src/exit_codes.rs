@@ -1,8 +1,9 @@
-//! The exit codes of the shim. The batch script execs it, so Slurm reports them as those of the job.
+//! The exit codes of the shim. The batch script replaces itself with the shim (`exec`), so Slurm
+//! reports them as the job's exit codes.
 
 use std::process::ExitCode;
 
-/// How a shim ended, by its exit code.
+/// How a shim ended, as its exit code tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ShimExit {
@@ -12,7 +13,7 @@ pub enum ShimExit {
     Failed = 64,
     /// The pod has ended, but its final report could not be written.
     NotReported = 65,
-    /// Another job holds the claim of the job directory: this one ran nothing.
+    /// Another job holds the claim of the job directory: this job ran nothing.
     Surplus = 66,
     /// The shim could not start: no container ran.
     CannotStart = 67,
@@ -27,19 +28,19 @@ impl ShimExit {
         Self::CannotStart,
     ];
 
-    /// The end that `code` stands for; `None` if no shim exits with it.
+    /// What `code` means; `None` if no shim exits with it.
     #[must_use]
     pub fn of(code: i32) -> Option<Self> {
         Self::ALL.into_iter().find(|exit| exit.code() == code)
     }
 
-    /// The exit code, as Slurm reports it.
+    /// The exit code that Slurm reports.
     #[must_use]
     pub fn code(self) -> i32 {
         i32::from(self as u8)
     }
 
-    /// Is there a final report in the job directory?
+    /// Whether the job directory has a final report.
     #[must_use]
     pub fn promises_report(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed)
@@ -56,7 +57,8 @@ impl From<ShimExit> for ExitCode {
 mod tests {
     use super::*;
 
-    /// Part of the protocol: jobs of older versions run on while the agent is upgraded.
+    /// The codes are part of the protocol: jobs with an older shim keep running while the agent is
+    /// upgraded.
     #[test]
     fn the_codes_never_change() {
         let codes = ShimExit::ALL.map(ShimExit::code);

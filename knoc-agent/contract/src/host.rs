@@ -1,6 +1,6 @@
-//! Facts of the host that the agent and the shim must state in the same way.
+//! Facts about the host that the agent and the shim must report identically.
 
-/// The host's own name, as `uname -n` prints it.
+/// This host's name, as `uname -n` prints it.
 #[must_use]
 pub fn node_name() -> String {
     rustix::system::uname()

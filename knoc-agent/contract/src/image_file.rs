@@ -1,29 +1,33 @@
-//! Which file an image of the site's was when the pod was accepted, so that the job mounts that one and no other.
+//! The identity of an image file of the site when the pod was accepted, so that the job mounts this
+//! file and no other.
 
 use knoc_proto::pb;
 use serde::{Deserialize, Serialize};
 
 use crate::walk::Found;
 
-/// Tells a file from what else may lie at its path: what the agent saw when the pod was staged.
+/// Distinguishes a file from any other at the same path, as the agent saw it when the pod was
+/// staged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileId {
-    /// Only known on the host that looked: a network file system has another number on each.
+    /// The device number. It is compared only on the host that looked it up, because each host has
+    /// a device number of its own for a network file system.
     pub device: Option<u64>,
-    /// Its number in its file system.
+    /// The inode number.
     pub inode: u64,
-    /// A sandbox: what is in it may change, so neither size nor times are compared.
+    /// The image is an unpacked folder (sandbox). Its contents may change, so neither size nor
+    /// times are compared.
     pub folder: bool,
-    /// In bytes.
+    /// The size in bytes.
     pub size: u64,
-    /// Last change of its bytes, in nanoseconds.
+    /// When the file's contents last changed, in nanoseconds since the epoch.
     pub modified: i64,
-    /// Last change of its inode, in nanoseconds.
+    /// When the inode last changed, in nanoseconds since the epoch.
     pub changed: i64,
 }
 
 impl FileId {
-    /// Of what is open.
+    /// The identity of an open file.
     #[must_use]
     pub fn of(found: &Found) -> Self {
         let stat = &found.stat;
@@ -41,7 +45,7 @@ impl FileId {
         }
     }
 
-    /// As the agent wrote it into the job file, for the host `host`.
+    /// Reads the identity that the agent wrote into the job file; `host` is the host that reads it.
     #[must_use]
     pub fn from_job(file: &pb::ImageFileId, host: &str) -> Self {
         Self {
@@ -54,7 +58,7 @@ impl FileId {
         }
     }
 
-    /// For the job file, by the host `host`.
+    /// The identity as the job file states it; `host` is the host that looked it up.
     #[must_use]
     pub fn to_job(&self, host: &str) -> pb::ImageFileId {
         pb::ImageFileId {
@@ -68,7 +72,7 @@ impl FileId {
         }
     }
 
-    /// The first thing by which they are not the same file.
+    /// Names the first property in which two files differ; `None` if they are the same file.
     #[must_use]
     pub fn differs(&self, here: &Self) -> Option<&'static str> {
         let device = match (self.device, here.device) {
@@ -97,7 +101,7 @@ mod tests {
     use crate::walk;
 
     #[test]
-    fn it_comes_back_from_the_job_file() {
+    fn a_file_id_survives_the_job_file() {
         let root = tempfile::tempdir().unwrap();
         let root = fs::canonicalize(root.path()).unwrap();
         let id = FileId::of(&walk::owned(&root, false).unwrap());

@@ -1,27 +1,29 @@
-//! The state directory, and the job directory of each pod: the contract between the agent, which writes the intent,
-//! and the shim, which writes what became of it. The sole owner of file names and modes.
+//! The state directory and each pod's job directory: the contract between the agent, which writes
+//! what shall run, and the shim, which writes what happened. Only this module knows their file
+//! names and modes.
 //!
 //! ```text
 //! state_dir/                  0700
 //!   agent.lease               who may submit (schema::Lease)
 //!   endpoint.json             where shims find the agent (schema::Endpoint)
 //!   cluster.json              the pinned cluster id and leadership epoch (schema::Cluster)
-//!   shim-hop.crt, .key        the agent's self-signed pair of the shim hop
+//!   shim-hop.crt, .key        the agent's self-signed certificate and key for shims
 //!   images/<digest>.sif|.json
-//!   versions/<X.Y.Z>/knoc-agent   what jobs exec; kept while a job.pb names it (the agent removes the others)
+//!   versions/<X.Y.Z>/knoc-agent   the binary that jobs exec; the agent removes it once no job.pb names it
 //!   pods/<uid>/               JobDir, 0700
 //!     record.json             the agent's intent and state
 //!     job.pb                  JobFile: what the shim runs
 //!     values/<revision>       PodValues, 0600
-//!     link.crt, link.key      the shim's pinned pair
+//!     link.crt, link.key      the shim's pinned certificate and key
 //!     claim.<n>               which job may run the containers (claim)
 //!     report.pb               Report, written by the shim
 //!     batch.out               what the batch script printed
 //!     logs/<container>/<attempt>.log    CRI format; rotated: .log.1 …
 //! ```
 //!
-//! Written by: the agent all but `claim.*`, `report.pb`, `logs/`, which are the shim's. Blocking file work: callers
-//! on a runtime use `spawn_blocking`. Never decides anything.
+//! The shim writes `claim.*`, `report.pb` and `logs/`, the batch script's output goes to `batch.out`,
+//! and the agent writes everything else. All functions block on file I/O: async callers use
+//! `spawn_blocking`. This module makes no decisions.
 
 pub mod atomic;
 pub mod claim;
@@ -46,23 +48,24 @@ use self::{
 };
 use crate::tree;
 
-/// How often staged values are looked for that a newer revision takes the place of.
+/// How often the newest values are looked up again if a newer revision replaces them while they are
+/// read.
 const LOOKS: u32 = 3;
 
 /// Why a file of the contract could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum JobDirError {
-    /// The file system refused.
-    #[error("job directory")]
+    /// A file operation failed.
+    #[error("access the job directory")]
     File(#[from] FileError),
-    /// The bytes are no message of the expected kind.
+    /// The bytes are not a message of the expected kind.
     #[error("{} is not a valid {kind}", path.display())]
     Decode {
         /// The file.
         path: PathBuf,
-        /// What was expected there.
+        /// The kind of file that was expected.
         kind: &'static str,
-        /// The decoder's words.
+        /// The decoder's error.
         #[source]
         source: prost::DecodeError,
     },
@@ -75,37 +78,37 @@ pub enum JobDirError {
         #[source]
         source: DecodeError,
     },
-    /// The text is no JSON of the expected kind.
+    /// The text is not JSON of the expected kind.
     #[error("{} is not valid", path.display())]
     Json {
         /// The file.
         path: PathBuf,
-        /// The parser's words.
+        /// The parser's error.
         #[source]
         source: serde_json::Error,
     },
-    /// The name cannot be a folder's.
+    /// The folder's name is not a pod UID.
     #[error("{uid:?} is not a pod uid")]
     Uid {
-        /// As given.
+        /// The name.
         uid: String,
     },
 }
 
-/// The agent's state directory: names only, no handle is held.
+/// The agent's state directory. It holds paths only, no open files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateDir {
     root: PathBuf,
 }
 
 impl StateDir {
-    /// Takes `root` as the state directory without touching it.
+    /// Names `root` as the state directory. Nothing is read or created.
     #[must_use]
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
-    /// Makes the folders that an agent needs, 0700.
+    /// Creates the folders that an agent needs, with mode 0700.
     pub fn create(&self) -> Result<(), FileError> {
         for folder in [
             self.root.clone(),
@@ -118,31 +121,31 @@ impl StateDir {
         Ok(())
     }
 
-    /// The folder itself.
+    /// The path of the state directory.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The lease file.
+    /// The path of the lease file.
     #[must_use]
     pub fn lease(&self) -> PathBuf {
         self.root.join("agent.lease")
     }
 
-    /// Where shims find the agent.
+    /// The path of the file that tells shims where the agent is.
     #[must_use]
     pub fn endpoint(&self) -> PathBuf {
         self.root.join("endpoint.json")
     }
 
-    /// The pinned cluster and its leadership epoch.
+    /// The path of the file with the pinned cluster and its leadership epoch.
     #[must_use]
     pub fn cluster(&self) -> PathBuf {
         self.root.join("cluster.json")
     }
 
-    /// Certificate and key of the agent on the shim hop.
+    /// The paths of the certificate and the key that the agent uses with shims.
     #[must_use]
     pub fn shim_hop(&self) -> (PathBuf, PathBuf) {
         (
@@ -151,13 +154,13 @@ impl StateDir {
         )
     }
 
-    /// The image cache.
+    /// The folder of the image cache.
     #[must_use]
     pub fn images(&self) -> PathBuf {
         self.root.join("images")
     }
 
-    /// The installed agents that jobs exec.
+    /// The folder of the installed agent binaries that jobs exec.
     #[must_use]
     pub fn versions(&self) -> PathBuf {
         self.root.join("versions")
@@ -169,7 +172,7 @@ impl StateDir {
         self.root.join("pods")
     }
 
-    /// The job directory of `uid`, whether it exists or not.
+    /// The job directory of `uid`. It need not exist.
     #[must_use]
     pub fn pod(&self, uid: &PodUid) -> JobDir {
         JobDir {
@@ -177,7 +180,7 @@ impl StateDir {
         }
     }
 
-    /// The job directories that exist. Names that are no uid are left out.
+    /// The job directories that exist. Names that are not UIDs are skipped.
     pub fn list(&self) -> Result<Vec<JobDir>, FileError> {
         let pods = self.pods();
         let mut found = Vec::new();
@@ -195,14 +198,14 @@ fn is_uid(name: &str) -> bool {
     PodUid::try_from(name).is_ok()
 }
 
-/// The job directory of one pod: names only, no handle is held.
+/// The job directory of one pod. It holds paths only, no open files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobDir {
     path: PathBuf,
 }
 
 impl JobDir {
-    /// Takes an existing job directory; its last component is the pod's uid.
+    /// Opens an existing job directory. The last component of its path is the pod's UID.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, JobDirError> {
         let path = path.into();
         let metadata = fs::metadata(&path).map_err(FileError::on("open job directory", &path))?;
@@ -220,7 +223,7 @@ impl JobDir {
         }
     }
 
-    /// Makes the folder and its fixed sub-folders, 0700.
+    /// Creates the folder and its fixed sub-folders, with mode 0700.
     pub fn create(&self) -> Result<(), FileError> {
         for folder in [&self.path, &self.values_dir(), &self.logs_dir()] {
             atomic::create_dir(folder)?;
@@ -228,9 +231,10 @@ impl JobDir {
         Ok(())
     }
 
-    /// Removes all of it. Not being there is success.
+    /// Removes the folder and its contents. It is not an error if the folder does not exist.
     pub fn remove(&self) -> Result<(), FileError> {
-        // The record goes first: a folder half removed when the agent dies is then swept, not adopted.
+        // The record goes first: if the agent dies midway, its next start removes the rest instead
+        // of restoring the pod.
         for remove in [
             fs::remove_file(self.record_path()),
             tree::remove(&self.path),
@@ -245,13 +249,13 @@ impl JobDir {
         Ok(())
     }
 
-    /// The folder itself.
+    /// The path of the job directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The pod's uid: the folder's name.
+    /// The pod's UID, which is the folder's name.
     #[must_use]
     pub fn uid(&self) -> &str {
         self.path
@@ -260,19 +264,19 @@ impl JobDir {
             .unwrap_or_default()
     }
 
-    /// The agent's intent and state (`pod::record`).
+    /// The path of the agent's record of the pod (`pod::record`).
     #[must_use]
     pub fn record_path(&self) -> PathBuf {
         self.path.join("record.json")
     }
 
-    /// `job.pb`.
+    /// The path of `job.pb`.
     #[must_use]
     pub fn spec_path(&self) -> PathBuf {
         self.path.join("job.pb")
     }
 
-    /// What the shim is to run.
+    /// Reads what the shim is to run.
     pub fn spec(&self) -> Result<pb::JobFile, JobDirError> {
         let path = self.spec_path();
         decode(&path, "job file", &atomic::read(&path)?)
@@ -283,13 +287,14 @@ impl JobDir {
         atomic::replace(&self.spec_path(), &job.encode_to_vec(), 0o600)
     }
 
-    /// The folder of value bundles.
+    /// The folder of staged values.
     #[must_use]
     pub fn values_dir(&self) -> PathBuf {
         self.path.join("values")
     }
 
-    /// The newest staged values, `None` where none are on disk (taken by the shim, or never staged).
+    /// The newest staged values. `None` if there are none, because the shim has read them or none
+    /// were staged.
     pub fn values(&self) -> Result<Option<pb::PodValues>, JobDirError> {
         for _ in 0..LOOKS {
             let Some((_, path)) = self.revisions()?.into_iter().max() else {
@@ -298,7 +303,7 @@ impl JobDir {
             if let Some(bytes) = atomic::read_optional(&path)? {
                 return decode(&path, "bundle of values", &bytes).map(Some);
             }
-            // A newer one took its place meanwhile.
+            // A newer revision has replaced it in the meantime.
         }
         Ok(None)
     }
@@ -310,7 +315,8 @@ impl JobDir {
         Ok(self.remove_values_up_to(values.revision.saturating_sub(1))?)
     }
 
-    /// Unlinks the staged values up to `revision`: the shim once it has them. What is staged meanwhile stays.
+    /// Removes the staged values up to `revision`. The shim calls this once it has read them; newer
+    /// revisions stay.
     pub fn remove_values_up_to(&self, revision: i64) -> Result<(), FileError> {
         for (found, path) in self.revisions()? {
             if found <= revision {
@@ -320,7 +326,8 @@ impl JobDir {
         Ok(())
     }
 
-    /// Unlinks all staged values, and what a writer that died left of some: the agent at every terminal state.
+    /// Removes all staged values, including partial files of a writer that died. The agent calls
+    /// this at every terminal state.
     pub fn remove_values(&self) -> Result<(), FileError> {
         self.values_files()?
             .iter()
@@ -328,7 +335,7 @@ impl JobDir {
     }
 
     fn revisions(&self) -> Result<Vec<(i64, PathBuf)>, FileError> {
-        // Temporary files begin with a dot and are no number.
+        // Temporary files begin with a dot, so their names are not numbers.
         let revision = |path: &Path| path.file_name()?.to_str()?.parse().ok();
         let files = self.values_files()?.into_iter();
         Ok(files
@@ -349,33 +356,34 @@ impl JobDir {
             .map_err(FileError::on("list", &folder))
     }
 
-    /// Certificate and key of the shim on its link.
+    /// The paths of the certificate and the key that the shim uses on its link.
     #[must_use]
     pub fn link_pair(&self) -> (PathBuf, PathBuf) {
         (self.path.join("link.crt"), self.path.join("link.key"))
     }
 
-    /// Takes the claim for `wanted`: see [`claim::claim`].
+    /// Takes the claim for `wanted`; see [`claim::claim`].
     pub fn claim(&self, wanted: &Claim, again: bool) -> Result<u32, ClaimError> {
         claim::claim(&self.path, wanted, again)
     }
 
-    /// Has a shim claimed the directory? Also where that cannot be told.
+    /// Whether a shim has claimed the directory. `true` if that cannot be determined.
     #[must_use]
     pub fn is_claimed(&self) -> bool {
         !matches!(claim::newest(&self.path), Ok(None))
     }
 
-    /// `report.pb`.
+    /// The path of `report.pb`.
     #[must_use]
     pub fn report_path(&self) -> PathBuf {
         self.path.join("report.pb")
     }
 
-    /// The shim's newest report on disk.
+    /// Reads the shim's newest report.
     pub fn report(&self) -> Result<Option<pb::Report>, JobDirError> {
         let path = self.report_path();
-        // A listing makes an NFS client ask the server for the folder anew; a lookup may come from its cache.
+        // Listing the folder makes an NFS client ask the server again; a lookup may be answered
+        // from the client's cache.
         drop(fs::read_dir(&self.path).map(Iterator::count));
         let Some(bytes) = atomic::read_bounded(&path, decode::MAX_REPORT)? else {
             return Ok(None);
@@ -390,7 +398,7 @@ impl JobDir {
         atomic::write(&self.report_path(), &report.encode_to_vec(), 0o600)
     }
 
-    /// What the batch script printed, and the shim's own log.
+    /// The path of the file with the output of the batch script and the shim's own log.
     #[must_use]
     pub fn batch_out(&self) -> PathBuf {
         self.path.join("batch.out")
@@ -402,7 +410,7 @@ impl JobDir {
         self.path.join("logs")
     }
 
-    /// The live log of one attempt (restart count) of a container.
+    /// The path of the live log of one attempt (restart count) of a container.
     #[must_use]
     pub fn log_path(&self, container: &str, attempt: u32) -> PathBuf {
         self.logs_dir()
@@ -411,7 +419,7 @@ impl JobDir {
     }
 }
 
-/// Reads a JSON file, `None` where it is not there.
+/// Reads a JSON file; `None` if it does not exist.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JobDirError> {
     let Some(bytes) = atomic::read_optional(path)? else {
         return Ok(None);
@@ -424,7 +432,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JobDirEr
         })
 }
 
-/// Replaces a JSON file, 0600 and synced.
+/// Replaces a JSON file; the new file has mode 0600 and is synced.
 pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), JobDirError> {
     let bytes = serde_json::to_vec_pretty(value).map_err(|source| JobDirError::Json {
         path: path.to_owned(),

@@ -1,14 +1,15 @@
-//! PURE encoding of the launch protocol. Both ends are the same binary, so there is no version in it.
+//! PURE: encoding of the launch protocol. It has no version, because both ends are the same binary.
 //!
-//! Shim to launcher: one [`LaunchSpec`], length-prefixed, with the stdio descriptors on its first byte. Launcher to
-//! shim: any number of [`Reply`] messages; then end of file, which means that the program runs unless a
-//! [`Reply::Failed`] came before.
+//! The shim sends the launcher one [`LaunchSpec`], length-prefixed, with the stdio descriptors
+//! attached to its first byte. The launcher answers with any number of [`Reply`] messages and then
+//! closes the socket. End of file means that the program runs, unless a [`Reply::Failed`] came
+//! before.
 
-/// A specification larger than this is refused: Linux bounds argv and environment far below.
+/// The maximum size of a specification in bytes; Linux limits argv and environment to far less.
 pub const MAX_SPEC: usize = 16 << 20;
 const MAX_REPLY: usize = 64 << 10;
 
-/// The window of a terminal, in characters.
+/// The size of a terminal window, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     /// Columns.
@@ -17,55 +18,59 @@ pub struct Window {
     pub rows: u16,
 }
 
-/// What the launcher becomes, byte for byte.
+/// The program that the launcher becomes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LaunchSpec {
-    /// Program and arguments; the program is searched in the environment's `PATH`.
+    /// The program and its arguments. The program is searched for in the `PATH` of `env`.
     pub argv: Vec<Vec<u8>>,
     /// `NAME=value`, in order.
     pub env: Vec<Vec<u8>>,
-    /// Working directory.
+    /// The working directory.
     pub cwd: Vec<u8>,
-    /// Make the working directory where it is missing, as container runtimes do.
+    /// Create the working directory if it does not exist, as container runtimes do.
     pub create_cwd: bool,
-    /// A terminal of this size instead of pipes: its master is sent back.
+    /// Run the program on a terminal of this size instead of pipes, and send its master back.
     pub tty: Option<Window>,
-    /// Symbolic links to make, name and target in turn: for names under `/dev`, where nothing can be mounted.
+    /// Symbolic links to create, as alternating names and targets. They are needed below `/dev`,
+    /// where nothing can be mounted.
     pub links: Vec<Vec<u8>>,
-    /// Folders of the image that everybody may write to, made if they are missing.
+    /// Folders of the image that everybody may write to; they are created if they do not exist.
     pub temporary: Vec<Vec<u8>>,
-    /// Whose home the program has, in the form of an image's `User`; `None`: that of the user as whom it runs.
+    /// The user whose home directory the program gets, in the form of an image's `User`. `None`
+    /// means the user that the program runs as.
     pub user: Option<Vec<u8>>,
-    /// The image's own `/etc/passwd`, where the container's may differ in what is said of the user.
+    /// The image's own `/etc/passwd`, if the container's may describe the user differently.
     pub passwd: Option<Vec<u8>>,
-    /// The container's `/etc/passwd`, which is the runtime's, is to say of the own user what it says of `user`.
+    /// Make the entry of the program's own user in the container's `/etc/passwd`, which is the
+    /// runtime's, say what the image says about `user`.
     pub settle: bool,
 }
 
 /// What the launcher tells the shim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
-    /// The program's pid, in the shim's PID namespace (sent by `enter`, which forks).
+    /// The program's PID in the shim's PID namespace. `enter` sends it, because it forks.
     Pid(u32),
-    /// A descriptor is attached to this message: the terminal's master, or what `contain` was asked for.
+    /// A descriptor is attached to this message: the terminal's master, or what `contain` was asked
+    /// for.
     Master,
     /// The program cannot be started.
     Failed {
-        /// The system's error number; 0: none.
+        /// The errno of the failed call; 0 if no system call failed.
         errno: i32,
-        /// What was tried, in words.
+        /// The operation that failed.
         what: String,
     },
-    /// `contain` cannot make its namespaces here.
+    /// `contain` cannot create its namespaces on this node.
     NoNamespaces {
-        /// The system's error number.
+        /// The errno of the failed call.
         errno: i32,
-        /// What was tried, in words.
+        /// The operation that failed.
         what: String,
     },
 }
 
-/// Bytes that are no message of this protocol.
+/// Why bytes are not a message of this protocol.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum WireError {
     /// The message ends too early, or has bytes left over.
@@ -77,7 +82,7 @@ pub enum WireError {
 }
 
 impl LaunchSpec {
-    /// The bytes to send, length first.
+    /// Encodes the specification, with its length first.
     pub fn encode(&self) -> Result<Vec<u8>, WireError> {
         let mut body = Vec::new();
         put_list(&mut body, &self.argv)?;
@@ -103,7 +108,7 @@ impl LaunchSpec {
         Ok(message)
     }
 
-    /// Reads the body, without the length.
+    /// Decodes a specification from its body, without the length.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut cursor = Cursor(body);
         let argv = cursor.list()?;
@@ -138,7 +143,7 @@ impl LaunchSpec {
 }
 
 impl Reply {
-    /// The bytes to send: one message, small enough to be written at once.
+    /// Encodes the message. It is small enough to be sent with one write.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let (tag, body) = match self {
@@ -153,7 +158,7 @@ impl Reply {
         message
     }
 
-    /// Takes the first message off `buffer`, `None` where it is not whole yet.
+    /// Takes the first message off `buffer`; `None` if it is not complete yet.
     pub fn take(buffer: &mut Vec<u8>) -> Result<Option<Self>, WireError> {
         let Some((&tag, rest)) = buffer.split_first() else {
             return Ok(None);
@@ -306,14 +311,14 @@ mod tests {
         }
 
         #[test]
-        fn a_cut_spec_is_refused(spec in spec(), cut in 1_usize..20) {
+        fn a_truncated_spec_is_rejected(spec in spec(), cut in 1_usize..20) {
             let message = spec.encode().unwrap();
             let body = &message[4..];
             prop_assert!(LaunchSpec::decode(&body[..body.len().saturating_sub(cut)]).is_err());
         }
 
         #[test]
-        fn any_bytes_are_refused_or_read_without_panic(bytes in bytes()) {
+        fn any_bytes_are_rejected_or_read_without_panic(bytes in bytes()) {
             drop(LaunchSpec::decode(&bytes));
             drop(Reply::take(&mut bytes.clone()));
         }

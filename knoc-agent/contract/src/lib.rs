@@ -1,12 +1,14 @@
-//! What the processes of one pod agree on: the agent on the login node, the shim in the job, the launcher in a container.
+//! The contract between the processes of one pod: the agent on the login node, the shim in the job,
+//! and the launcher in each container.
 //!
-//! The agent and the shim meet in a job directory ([`jobdir`]), by the shim's exit code ([`exit_codes`]), and by what the
-//! shim says that it can do ([`capability`]); both read its logs ([`logs`]). The shim and the launcher speak [`launch`].
-//! They may be of different versions, except the shim and its launcher, which are the same file.
+//! The agent and the shim share a job directory ([`jobdir`]), the shim's exit codes
+//! ([`exit_codes`]), the capabilities that a shim reports ([`capability`]) and the container logs
+//! ([`logs`]). The shim and the launcher speak [`launch`]. The agent and a shim may be of different
+//! versions; a shim and its launcher are the same binary.
 //!
-//! Beside these formats the crate holds the few helpers that both sides need: [`walk`] and [`tree`] for folders that
-//! others can write, [`host`] and [`setuid`] for facts of the node. It depends on `knoc-proto` alone, so that neither
-//! side can reach the other through it.
+//! The crate also has the few helpers that both sides need: [`walk`] and [`tree`] for folders that
+//! others can write, [`host`] and [`setuid`] for facts about the node. It depends only on
+//! `knoc-proto`, so that neither side can reach the other through it.
 
 pub mod capability;
 pub mod exit_codes;

@@ -1,8 +1,10 @@
-//! Container logs in CRI format: written by the shim, read by the shim and, from the shared file system, by the agent.
+//! Container logs in the CRI format. The shim writes them; the shim and, from the shared file
+//! system, the agent read them.
 //!
-//! A series is one live file and its rotated ones (`0.log`, `0.log.1` the newest, `0.log.2` …), of one attempt of one
-//! container. [`cri`] and [`filter`] are PURE; [`writer`] is the only writer; [`read`] is a task that sends what a
-//! reader asked for, block by block, and follows across rotation.
+//! A series is the log of one attempt of one container: its live file and the rotated files
+//! (`0.log`, `0.log.1` the newest, `0.log.2` …). [`cri`] and [`filter`] are PURE; [`writer`] is the
+//! only writer; [`read`] is the task that sends a reader what it asked for, block by block, and
+//! follows the log across rotations.
 
 pub mod cri;
 pub mod filter;
@@ -13,13 +15,14 @@ pub mod writer;
 
 use std::path::{Path, PathBuf};
 
-/// No series is longer, whatever the settings.
+/// The maximum number of files in a series, whatever the settings.
 const MOST_FILES: u32 = 10_000;
 
-/// The files of the series whose live file is `live`, oldest first; those that exist.
+/// The existing files of the series whose live file is `live`, oldest first.
 #[must_use]
 pub fn series(live: &Path) -> Vec<PathBuf> {
-    // A rotation under way leaves one name free at a time: that gap is not the end.
+    // During a rotation one name at a time is missing, so a single gap is not the end of the
+    // series.
     let there = |n: &u32| rotated(live, *n).exists();
     let mut files: Vec<PathBuf> = (1..MOST_FILES)
         .take_while(|n| there(n) || there(&(n + 1)))

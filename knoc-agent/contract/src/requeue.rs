@@ -1,12 +1,12 @@
-//! Whether a pod may run again after Slurm has requeued its job. The agent submits the job accordingly, and the shim
-//! checks it again before it claims the job directory. PURE.
+//! PURE: whether a pod may run again after Slurm has requeued its job. The agent submits the job
+//! accordingly, and the shim checks it again before it claims the job directory.
 
 use knoc_proto::pb;
 
-/// The annotation that asks for it.
+/// The annotation with which a pod asks to be requeued.
 const REQUEUE: &str = "knoc.io/requeue";
 
-/// Has the pod asked for it, and does its restart policy allow it?
+/// Whether the pod asks to be requeued and its restart policy allows it.
 #[must_use]
 pub fn may_run_again(spec: &pb::PodSpec) -> bool {
     let asked = spec

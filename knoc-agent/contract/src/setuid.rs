@@ -1,5 +1,5 @@
-//! Does the container runtime set containers up as root? Then nobody but root joins their namespaces, and exec is not
-//! possible (ADR 0011). Found from what is installed; PURE but for looking at files.
+//! Whether the container runtime sets up containers as root. If it does, only root can join their
+//! namespaces, and exec is not possible (ADR 0011). The answer comes from the installed files.
 
 use std::{
     fs,
@@ -7,11 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Set-user-ID on execution.
+/// The set-user-ID bit of a file's mode.
 const SETUID: u32 = 0o4000;
 
-/// The runtime's setuid starter, where it has one and its configuration does not forbid its use. `program` is the
-/// executable of the runtime called `name`.
+/// The runtime's setuid starter, if one is installed and the runtime's configuration allows it.
+/// `program` is the executable of the runtime called `name`.
 #[must_use]
 pub fn starter(name: &str, program: &Path) -> Option<PathBuf> {
     let program = fs::canonicalize(program).ok()?;
@@ -20,7 +20,7 @@ pub fn starter(name: &str, program: &Path) -> Option<PathBuf> {
         .map(|folder| folder.join(name).join("bin/starter-suid"))
         .find(|starter| is_setuid(starter))?;
     let etc = |root: &Path| root.join(name).join(format!("{name}.conf"));
-    // Packages put it below /etc, builds below their own prefix.
+    // Packages install the configuration below /etc, local builds below their own prefix.
     let configured = [etc(&prefix.join("etc")), etc(Path::new("/etc"))];
     let text = configured
         .iter()
@@ -28,8 +28,8 @@ pub fn starter(name: &str, program: &Path) -> Option<PathBuf> {
     text.is_none_or(|text| allows(&text)).then_some(starter)
 }
 
-/// Where a runtime's own programs may lie: builds and most distributions use `libexec`, Debian the folder of an
-/// architecture's libraries.
+/// The folders in which a runtime may keep its own programs: local builds and most distributions
+/// use `libexec`, Debian an architecture's library folder.
 fn libraries(prefix: &Path) -> impl Iterator<Item = PathBuf> {
     let plain = ["libexec", "lib", "lib64"].map(|name| prefix.join(name));
     let entries = fs::read_dir(prefix.join("lib"));
@@ -47,7 +47,7 @@ fn is_setuid(starter: &Path) -> bool {
     fs::metadata(starter).is_ok_and(|meta| meta.mode() & SETUID != 0 && meta.uid() == 0)
 }
 
-/// PURE: `allow setuid` of `apptainer.conf` or `singularity.conf`; it is on where nothing is said.
+/// PURE: the value of `allow setuid` in `apptainer.conf` or `singularity.conf`. The default is yes.
 fn allows(configuration: &str) -> bool {
     let mut said = configuration.lines().filter_map(|line| {
         let (key, value) = line.trim().split_once('=')?;
@@ -99,7 +99,7 @@ mod tests {
         let program = bin.join("apptainer");
         fs::File::create(&program).unwrap();
         assert_eq!(starter("apptainer", &program), None);
-        // There, but without the bit.
+        // The file exists, but has no setuid bit.
         fs::File::create(libexec.join("starter-suid")).unwrap();
         assert_eq!(starter("apptainer", &program), None);
         assert_eq!(starter("apptainer", &bin.join("none")), None);

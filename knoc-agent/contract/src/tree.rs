@@ -1,15 +1,17 @@
-//! Removal of folder trees, whatever the program that wrote them made of them. Used by the agent and the shim.
+//! Removes folder trees, whatever a program has left in them. The agent and the shim use it.
 //!
-//! A container may leave a tree that is deeper than any path can name, that has millions of entries, or whose folders
-//! are closed even to their owner, and in the shim it may still change the tree while it is removed. Therefore:
+//! A container may leave a tree that is deeper than a path can name, has millions of entries, or
+//! has folders that even their owner cannot open. In the shim, a container may still change the
+//! tree while it is removed. Therefore:
 //!
-//! - Each folder is opened from the descriptor of its parent, and no link is followed.
-//! - At most [`OPEN`] folders are open at once. A folder that lies deeper is moved to the top of the tree, where the
-//!   next pass finds it. So neither the stack, nor memory, nor the number of descriptors grows with the tree.
-//! - Another file system is never entered.
-//! - The caller may bound the time. What is left then can be removed by another call.
+//! - Each folder is opened relative to the descriptor of its parent, and no link is followed.
+//! - At most [`OPEN`] folders are open at once. A folder that lies deeper is moved to the top of the
+//!   tree, where the next pass finds it. So the tree's depth costs neither stack, nor memory, nor
+//!   descriptors.
+//! - Other file systems are never entered.
+//! - The caller may set a deadline. Another call can remove what is left.
 //!
-//! Blocking file work.
+//! All functions block on file I/O.
 
 use std::{
     ffi::{CStr, CString},
@@ -26,25 +28,27 @@ use rustix::{
     io::Errno,
 };
 
-/// How many folders of one tree are open at once: few trees that people make are deeper.
+/// How many folders of one tree are open at once. Few trees that people make are deeper.
 const OPEN: usize = 32;
 
-/// How a folder is opened. `NONBLOCK` matters only for what turns out to be no folder.
+/// The flags with which a folder is opened. `NONBLOCK` matters only if the entry is not a folder
+/// after all.
 const FOLDER: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::NOFOLLOW)
     .union(OFlags::NONBLOCK)
     .union(OFlags::CLOEXEC);
 
-/// What a folder needs so that its owner can empty it.
+/// The permissions that the owner needs to empty a folder.
 const RIGHTS: Mode = Mode::RWXU;
 
-/// Removes `path`, which may be of any kind, and all that is below it. That nothing is there is a success.
+/// Removes `path`, which may be of any kind, and everything below it. It is not an error if it does
+/// not exist.
 pub fn remove(path: &Path) -> io::Result<()> {
     remove_until(path, None)
 }
 
-/// As [`remove`], but gives up at the time `until` with the error `TimedOut`.
+/// Like [`remove`], but fails with the error `TimedOut` at the time `until`.
 pub fn remove_until(path: &Path, until: Option<Instant>) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -74,7 +78,7 @@ pub fn remove_until(path: &Path, until: Option<Instant>) -> io::Result<()> {
     }
 }
 
-/// Removes all that is in the folder `path`, but not the folder.
+/// Removes everything in the folder `path`, but not the folder itself.
 pub fn empty_until(path: &Path, until: Option<Instant>) -> io::Result<()> {
     empty_folder(openat(CWD, path, FOLDER, Mode::empty())?.as_fd(), until)
 }
@@ -90,7 +94,8 @@ fn empty_folder(top: BorrowedFd<'_>, until: Option<Instant>) -> io::Result<()> {
         };
         pass.run()?;
         match pass {
-            // Some file systems skip entries of a folder that changes while it is listed, and folders were moved up.
+            // Some file systems skip entries of a folder that changes while it is listed, and
+            // folders were moved up.
             Pass { progress: true, .. } => {}
             Pass { left: None, .. } => return Ok(()),
             Pass {
@@ -100,22 +105,22 @@ fn empty_folder(top: BorrowedFd<'_>, until: Option<Instant>) -> io::Result<()> {
     }
 }
 
-/// One walk over the tree, which removes what it can.
+/// One walk over the tree that removes what it can.
 struct Pass<'a> {
     top: BorrowedFd<'a>,
-    /// The file system of the tree.
+    /// The device number of the tree's file system.
     device: u64,
     until: Option<Instant>,
-    /// Was anything removed or moved up?
+    /// Whether anything was removed or moved up.
     progress: bool,
-    /// Why the first entry that is left was not removed.
+    /// Why the first remaining entry could not be removed.
     left: Option<Errno>,
 }
 
 /// A folder that is being emptied.
 struct Level {
     folder: Dir,
-    /// Its name in the level above; the top has none.
+    /// The folder's name in the level above; the top has none.
     name: CString,
 }
 
@@ -162,7 +167,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Removes an entry; answers the folder that must be emptied first, where it is one.
+    /// Removes an entry. If it is a folder that must be emptied first, returns the folder.
     fn take(
         &mut self,
         parent: BorrowedFd<'_>,
@@ -172,7 +177,7 @@ impl Pass<'_> {
     ) -> Option<OwnedFd> {
         if !is_folder {
             match unlinkat(parent, name, AtFlags::empty()) {
-                // It has become one since it was listed.
+                // The entry has become a folder since it was listed.
                 Err(Errno::ISDIR | Errno::PERM) => {}
                 removed => {
                     self.note(removed);
@@ -227,20 +232,20 @@ impl Pass<'_> {
     }
 }
 
-/// Opens a folder with all rights of its owner, which it is given where it lacks them.
+/// Opens a folder, and gives it all permissions of its owner if they are missing.
 fn open_folder(parent: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     let folder = match openat(parent, name, FOLDER, Mode::empty()) {
         Err(Errno::ACCESS) => {
             let path = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let closed = openat(parent, name, path, Mode::empty())?;
-            // The mode of what is only named by a descriptor can be changed in this way alone.
+            // This is the only way to change the mode of a file that was opened with `O_PATH`.
             chmod(format!("/proc/self/fd/{}", closed.as_raw_fd()), RIGHTS)?;
             openat(&closed, c".", FOLDER, Mode::empty())?
         }
         folder => folder?,
     };
     if !Mode::from_raw_mode(fstat(&folder)?.st_mode).contains(RIGHTS) {
-        // Another user's folder may be emptied nevertheless.
+        // A folder of another user may still be writable for us.
         fchmod(&folder, RIGHTS).ok();
     }
     Ok(folder)
@@ -259,7 +264,7 @@ mod tests {
 
     use super::*;
 
-    /// Makes so many folders, one in the other, below `top`.
+    /// Creates nested folders below `top`, `depth` levels deep.
     fn nest(top: &Path, depth: usize) {
         let mut at = openat(CWD, top, FOLDER, Mode::empty()).unwrap();
         for _ in 0..depth {
@@ -269,7 +274,8 @@ mod tests {
         openat(&at, c"file", OFlags::CREATE | OFlags::WRONLY, RIGHTS).unwrap();
     }
 
-    /// Runs `work` where a recursion over thousands of folders would end the process.
+    /// Runs `work` with so little stack that a recursion over thousands of folders would abort the
+    /// process.
     fn with_little_stack(work: impl FnOnce() + Send) {
         std::thread::scope(|scope| {
             let builder = std::thread::Builder::new().stack_size(128 << 10);
@@ -311,7 +317,8 @@ mod tests {
         assert!(!tree.exists());
     }
 
-    /// A folder without its owner's rights cannot be emptied before it gets them. (Root needs none.)
+    /// A folder without its owner's permissions cannot be emptied before they are set. (Root does
+    /// not need them.)
     #[test]
     fn folders_that_are_closed_to_their_owner_are_removed() {
         let base = tempfile::tempdir().unwrap();
@@ -332,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn no_link_is_followed_and_everything_that_is_no_folder_goes() {
+    fn no_link_is_followed_and_all_other_files_are_removed() {
         let base = tempfile::tempdir().unwrap();
         let home = base.path().join("home");
         fs::create_dir(&home).unwrap();

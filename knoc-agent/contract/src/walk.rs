@@ -1,9 +1,11 @@
-//! Resolves a path component by component, from descriptors, to a descriptor of what was checked.
+//! Resolves a path component by component, and returns a descriptor of the file that was checked.
 //!
-//! A name that is checked and used again later may lead elsewhere by then: a container, or another user, may replace
-//! any part of it in between. So each component is opened from the descriptor of the one before (`openat`,
-//! `O_NOFOLLOW`), a symbolic link is read from its own descriptor, and the caller uses the last descriptor, never the
-//! name. `openat2` has a flag for a part of this, but needs Linux 5.6 and knows nothing of owners. Blocking file work.
+//! A path that is checked by name and then used by name may lead elsewhere at the second time,
+//! because a container or another user may replace any part of it in between. Therefore each
+//! component is opened relative to the descriptor of the previous one (`openat`, `O_NOFOLLOW`), a
+//! symbolic link is read through its own descriptor, and the caller uses the last descriptor, never
+//! the name. `openat2` could do a part of this, but needs Linux 5.6 and does not check owners. All
+//! functions block on file I/O.
 
 use std::{
     collections::VecDeque,
@@ -21,48 +23,48 @@ use rustix::{
     io::Errno,
 };
 
-/// As the kernel: links to links end somewhere.
+/// The maximum number of links that are followed, the same as the kernel's.
 const MAX_LINKS: u32 = 40;
-/// Each folder on the way is an open descriptor.
+/// The maximum depth. Each folder on the way is an open descriptor.
 const MAX_DEPTH: usize = 256;
-/// More components than that, with those of links, no path has.
+/// The maximum number of components, including those of the links.
 const MAX_STEPS: u32 = 4096;
 
-/// What a new folder allows, less the umask.
+/// The mode of a new folder, before the umask.
 const FOLDER: Mode = Mode::from_raw_mode(0o777);
 const STICKY: u32 = 0o1000;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
-/// Why a path was not followed to its end.
+/// Why a path could not be followed to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum WalkError {
-    /// It, or a link on the way, leads out of the folder that it must stay in.
+    /// The path, or a link on the way, leads out of the folder that it must stay in.
     #[error("it leads out of its folder at {0:?}")]
     Leaves(PathBuf),
-    /// Too many links, folders or components.
+    /// The path has too many links, folders or components.
     #[error("it has too many links or folders (at {0:?})")]
     TooLong(PathBuf),
-    /// Somebody else may replace what lies there.
+    /// Another user could replace the file at this component.
     #[error("{path:?} {why}")]
     Untrusted {
         /// The component.
         path: PathBuf,
-        /// Who else.
+        /// Which other user, or why.
         why: String,
     },
-    /// The system refused.
+    /// A system call failed.
     #[error("open {path:?}")]
     Io {
-        /// How far it was followed.
+        /// How far the path was followed.
         path: PathBuf,
-        /// The system's message.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
 }
 
 impl WalkError {
-    /// The system's error number; 0 if the system did not refuse.
+    /// The errno of the failed call; 0 if no system call failed.
     #[must_use]
     pub fn errno(&self) -> i32 {
         match self {
@@ -72,45 +74,48 @@ impl WalkError {
     }
 }
 
-/// What a path led to.
+/// The file that a path led to.
 #[derive(Debug)]
 pub struct Found {
-    /// Opened with `O_PATH`.
+    /// The descriptor, opened with `O_PATH`.
     pub fd: OwnedFd,
-    /// What `fstat(2)` says of it.
+    /// The file's `fstat(2)`.
     pub stat: Stat,
-    /// Without links, as it was during the walk: for messages, and for those who can use no descriptor.
+    /// The path without links, as it was during the walk. It serves messages and programs that
+    /// cannot use a descriptor.
     pub path: PathBuf,
 }
 
 impl Found {
-    /// Is it a folder?
+    /// Whether it is a folder.
     #[must_use]
     pub fn is_folder(&self) -> bool {
         kind(&self.stat) == FileType::Directory
     }
 }
 
-/// Follows `path` inside the folder `root`. Links are followed while they stay inside; absolute ones never do. With
-/// `make`, folders that are missing are created.
+/// Follows `path` inside the folder `root`. Links are followed if they stay inside; an absolute
+/// link never does. With `make`, missing folders are created.
 pub fn inside(root: &Path, path: &Path, make: bool) -> Result<Found, WalkError> {
     Walk::begin(root, Rules::Inside { make })?.follow(path)
 }
 
-/// Follows the absolute `path`, each component of which must belong to root or to this process' user, and be writable
-/// by nobody else. A folder with the sticky bit may be: others cannot replace what is not theirs. With `shared`, anybody
-/// may own and write anything on the way.
+/// Follows the absolute `path`. Each component must belong to root or to this process's user, and
+/// nobody else may be able to write it. A folder on the way may be writable if it has the sticky
+/// bit, because others cannot replace files in it that are not theirs. With `shared`, anybody may
+/// own and write any component.
 pub fn owned(path: &Path, shared: bool) -> Result<Found, WalkError> {
     Walk::begin(Path::new("/"), Rules::Owned { shared, way: false })?.follow(path)
 }
 
-/// As [`owned`], for a folder that is only on the way to what is used: it may have the sticky bit itself.
+/// Like [`owned`], for a folder that is only on the way to the file that is used: the folder itself
+/// may have the sticky bit.
 pub fn owned_way(path: &Path) -> Result<Found, WalkError> {
     let (shared, way) = (false, true);
     Walk::begin(Path::new("/"), Rules::Owned { shared, way })?.follow(path)
 }
 
-/// Opens `path` as it is, following all links: for paths that nobody but root and this process' user can change.
+/// Opens `path` and follows all links. For paths that only root and this process's user can change.
 pub fn own(path: &Path) -> Result<Found, WalkError> {
     let failed = |errno: Errno| WalkError::Io {
         path: path.to_owned(),
@@ -127,14 +132,14 @@ enum Rules {
     Inside {
         make: bool,
     },
-    /// `way`: the end is on the way to something else.
+    /// The last component is itself on the way to something else.
     Owned {
         shared: bool,
         way: bool,
     },
 }
 
-/// What lies at one component.
+/// What was found at one component.
 enum Step {
     Folder(OwnedFd, Stat),
     File(OwnedFd, Stat),
@@ -144,7 +149,7 @@ enum Step {
 struct Walk {
     rules: Rules,
     root: PathBuf,
-    /// The root first, then each folder on the way with its name.
+    /// The root, then each folder on the way with its name.
     folders: Vec<(OwnedFd, Stat, OsString)>,
     ahead: VecDeque<OsString>,
 }
@@ -166,7 +171,7 @@ impl Walk {
         })
     }
 
-    /// How far it has come, with one more component.
+    /// The path so far, with one more component.
     fn at(&self, name: &OsStr) -> PathBuf {
         let mut path = self.root.clone();
         path.extend(self.folders.iter().skip(1).map(|(_, _, name)| name));
@@ -207,7 +212,8 @@ impl Walk {
         self.last_folder()
     }
 
-    /// What is to be followed next. An absolute path begins at the root again.
+    /// Queues the components that are to be followed next. An absolute path begins at the root
+    /// again.
     fn enqueue(&mut self, path: &Path) -> Result<(), WalkError> {
         if path.is_absolute() {
             match self.rules {
@@ -239,7 +245,7 @@ impl Walk {
         }
         match self.rules {
             Rules::Inside { .. } => Err(WalkError::Leaves(self.at(OsStr::new("..")))),
-            // Above the root is the root.
+            // The parent of the root is the root.
             Rules::Owned { .. } => Ok(()),
         }
     }
@@ -253,7 +259,7 @@ impl Walk {
         let stat = fstat(&fd).map_err(failed)?;
         let kind = kind(&stat);
         if let Rules::Owned { shared: false, .. } = self.rules {
-            // A link has no mode of its own; a folder may be sticky where it is not the end.
+            // A link has no mode of its own; a folder may have the sticky bit if it is not the end.
             let writable = kind != FileType::Symlink
                 && stat.st_mode & WRITABLE_BY_OTHERS != 0
                 && !(kind == FileType::Directory && stat.st_mode & STICKY != 0);
@@ -283,7 +289,7 @@ impl Walk {
     fn open(&self, name: &OsStr) -> Result<OwnedFd, Errno> {
         let (at, _, _) = self.folders.last().ok_or(Errno::BADF)?;
         let at = at.as_fd();
-        // Asking for a folder first makes an automounter mount what belongs there.
+        // Asking for a folder first makes an automounter mount the file system that belongs there.
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let open = || match openat(at, name, flags | OFlags::DIRECTORY, Mode::empty()) {
             Err(Errno::NOTDIR | Errno::LOOP) => openat(at, name, flags, Mode::empty()),
@@ -301,7 +307,8 @@ impl Walk {
         }
     }
 
-    /// It ends at a folder, where the sticky bit protects nothing: its content is what is used.
+    /// The walk ends at a folder. The sticky bit does not protect it, because its contents are
+    /// used.
     fn last_folder(mut self) -> Result<Found, WalkError> {
         let path = self.at(OsStr::new(""));
         let Some((fd, stat, name)) = self.folders.pop() else {
@@ -318,7 +325,8 @@ impl Walk {
     }
 }
 
-/// PURE: who but root and the user `own` could replace it. `mode` is given if others may write it.
+/// PURE: which other user than root and `own` could replace the file, and why. `mode` is given if
+/// others may write it.
 fn distrust(owner: u32, own: u32, mode: Option<u32>) -> Option<String> {
     if owner != 0 && owner != own {
         return Some(format!("belongs to user {owner}"));
@@ -376,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_leads_out() {
+    fn no_path_leads_out() {
         let (_root, path) = world();
         let volume = path.join("volume");
         symlink("../home", volume.join("out")).unwrap();
@@ -403,7 +411,7 @@ mod tests {
             assert!(walked.is_err(), "{sub}: {walked:?}");
         }
         assert_eq!(fs::read_dir(path.join("home")).unwrap().count(), 1);
-        // A link as the root is no folder of ours.
+        // A link as the root is not a folder of ours.
         assert!(inside(&volume.join("out"), Path::new("key"), false).is_err());
         let deep = "d/".repeat(MAX_DEPTH + 1);
         assert!(matches!(
@@ -412,7 +420,7 @@ mod tests {
         ));
     }
 
-    /// While another thread swaps a folder and a link, what was opened is always the folder.
+    /// While another thread keeps swapping a folder and a link, only the folder is ever opened.
     #[test]
     fn a_swap_during_the_walk_never_leads_out() {
         let (_root, path) = world();
@@ -445,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_others_can_change_is_refused_by_name() {
+    fn a_path_that_others_can_change_is_rejected_by_name() {
         let (_root, path) = world();
         let images = path.join("images");
         let mode = |path: &Path, mode: u32| {
@@ -467,7 +475,8 @@ mod tests {
             owned(&file, true).unwrap();
             mode(which, before);
         }
-        // Others may make files in it, but not replace ours; as an image itself it is theirs too.
+        // Others may create files in this folder, but cannot replace ours. Used as an image itself,
+        // it is theirs too.
         mode(&images, 0o1777);
         owned(&file, false).unwrap();
         owned(&images, false).unwrap_err();
@@ -477,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn another_users_file_is_refused() {
+    fn another_users_file_is_rejected() {
         for (owner, mode, refused) in [
             (0, None, None),
             (1000, None, None),

@@ -1,8 +1,9 @@
-//! Task: one client attached to a container's own program.
+//! Task: serves one client that is attached to a container's main process.
 //!
-//! Gives it the program's output from now on and the program its input, until the program ends: then its exit is the
-//! last output. A client that goes away changes nothing for the program, save that stdinOnce closes its input. A
-//! client that lags is detached with the reason as `error`: the program never waits for it.
+//! The client gets the program's output from the moment it attaches, and the program gets the client's input. When the
+//! program ends, its exit status is the last output. A client that disconnects does not affect the program, except that
+//! its input is closed if `stdinOnce` is set. A client that lags is detached, with the reason in `error`, so that the
+//! program never waits for it.
 
 pub(crate) mod hub;
 
@@ -28,15 +29,15 @@ use super::{
 };
 use crate::launch::set_terminal_size;
 
-/// How long the program must be silent, after a client's input has ended, for the client to be detached; and how long
-/// that is waited for.
+/// After a client's input has ended, the client is detached once the program has been silent for `SILENCE`, and after
+/// `SILENCE_TIMEOUT` in any case.
 const SILENCE: Duration = Duration::from_secs(1);
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The code that goes with an `error`: the program's own is not known yet.
+/// The exit code that is sent with an `error`, because the program's own is not known yet.
 const DETACHED: i32 = 1;
 
-/// One client with what it asked for.
+/// One attached client, and the streams that it asked for.
 #[derive(Debug)]
 pub(crate) struct Session {
     hub: Arc<Hub>,
@@ -46,7 +47,8 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Attaches: output counts from here on. Refuses by name what the container does not have.
+    /// Attaches a client, which gets all output from now on. Fails if the client asks for a stream that the container
+    /// does not have.
     pub(crate) fn new(
         name: &str,
         hub: Arc<Hub>,
@@ -56,7 +58,9 @@ impl Session {
         let has = hub.terminal().is_some();
         if start.tty != has {
             let has = if has { "has a" } else { "has no" };
-            let message = format!("container {name} {has} terminal: attach the same way");
+            let message = format!(
+                "container {name} {has} terminal, and the client must attach with the same `tty` setting"
+            );
             return Err(ErrorReason::InvalidRequest.status(message));
         }
         let failed = |why: hub::AttachError| {
@@ -83,7 +87,7 @@ impl Session {
     }
 }
 
-/// Serves the client until the program, or the client, is gone.
+/// Serves the client until the program ends or the client disconnects.
 pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
     let Session {
         hub,
@@ -116,7 +120,7 @@ pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
     send(&output, Output::Exit(exit)).await;
 }
 
-/// Is the wait after the end of the input, at `fed`, over? The program may have written meanwhile.
+/// Whether the wait that began when the input ended, at `fed`, is over. The program may have written in the meantime.
 fn over(queue: &Queue, fed: Instant) -> bool {
     let now = Instant::now();
     now >= queue.last().max(fed) + SILENCE || now >= fed + SILENCE_TIMEOUT
@@ -129,7 +133,7 @@ async fn until(at: Option<Instant>) {
     }
 }
 
-/// Output until the program's end, or until the client has lagged.
+/// Sends output until the program ends or the client has lagged.
 async fn deliver(
     hub: &Hub,
     queue: &Queue,
@@ -159,7 +163,7 @@ async fn deliver(
                 };
             }
             (None, Some(None)) => {
-                return detached("the end of the program was not seen".to_owned());
+                return detached("the shim lost track of the program before it ended".to_owned());
             }
             (None, None) => {}
         }
@@ -176,19 +180,20 @@ fn detached(error: String) -> pb::ExecExit {
 
 fn lagged() -> String {
     format!(
-        "detached: the client took its output too slowly, more than {} MiB waited for it; the program goes on, and its log has all of it",
+        "detached: the client read its output too slowly, and more than {} MiB were waiting for it; the program goes on, and its log has all output",
         LAG >> 20
     )
 }
 
-/// Takes the client's messages until its input ends. The drop of `stdin` is what closes the input of a single client.
+/// Handles the client's messages until its input ends. Dropping `stdin` closes the program's input if it belongs to this
+/// client alone.
 async fn feed(
     mut input: Messages<pb::ExecInput>,
     mut stdin: Option<hub::Input>,
     terminal: Option<&Arc<Stream>>,
 ) {
     let stays = stdin.as_ref().is_none_or(|stdin| stdin.once);
-    // Whether the client is gone shows at the output.
+    // A client that has disconnected is noticed at the output.
     while let Ok(Some(message)) = input.message().await {
         match message.input {
             Some(Input::Stdin(data)) => {
@@ -196,7 +201,7 @@ async fn feed(
                     Some(stdin) => Some(stdin.sender.send(data).await),
                     None => None,
                 } {
-                    // The program has closed its input: what still comes is taken and dropped.
+                    // The program has closed its input: further input is read and dropped.
                     stdin = None;
                 }
             }

@@ -1,7 +1,7 @@
-//! The cgroups of the job: where they are, and what they say of CPU and memory. v1 and v2.
+//! The cgroups of the job, v1 and v2: where they are, and how much CPU and memory they report.
 //!
-//! Slurm's folder of the job is called `job_N`; where none is above this process, its cgroup is not the pod's alone
-//! and says nothing of the pod. Reads `/proc` and the cgroup file system: blocking, but memory only.
+//! Slurm calls the job's folder `job_N`. If no such folder is above this process, its cgroup is not the pod's alone, and
+//! its numbers are not the pod's. Reads `/proc` and the cgroup file system: the calls block, but touch no disk.
 
 use std::{
     fs,
@@ -10,31 +10,31 @@ use std::{
 
 use super::usage::Counters;
 
-/// Which interface the files have.
+/// The cgroup version, which decides the names and formats of the files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Version {
     V1,
     V2,
 }
 
-/// Where this process stands for one controller.
+/// The cgroup of this process for one controller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ControllerCgroup {
     pub(super) version: Version,
-    /// Its own folder and those above, up to the job's.
+    /// The folder of the cgroup and those above it, up to the job's.
     pub(super) folders: Vec<PathBuf>,
-    /// Is the last one the job's? Otherwise there is only the process's own.
+    /// Whether the last folder is the job's. If not, there is only the folder of the process itself.
     pub(super) of_job: bool,
 }
 
-/// Where the calling process stands for a v1 controller, or its v2 counterpart.
+/// The cgroup of the calling process for a v1 controller, or for its v2 counterpart.
 pub(super) fn controller_cgroup(controller: &str) -> Option<ControllerCgroup> {
     let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     find(&cgroups, &mounts, controller)
 }
 
-/// PURE
+/// PURE: finds the cgroup in the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
 fn find(cgroups: &str, mounts: &str, controller: &str) -> Option<ControllerCgroup> {
     let (version, root, folder) = locate(cgroups, mounts, controller)?;
     let above = folder
@@ -43,7 +43,7 @@ fn find(cgroups: &str, mounts: &str, controller: &str) -> Option<ControllerCgrou
     let mut folders: Vec<PathBuf> = Vec::new();
     for folder in above {
         folders.push(folder.to_owned());
-        // What is above Slurm's folder of the job belongs to others too.
+        // The folders above the job's are shared with other jobs.
         if folder
             .file_name()
             .is_some_and(|name| name.as_encoded_bytes().starts_with(b"job_"))
@@ -63,7 +63,7 @@ fn find(cgroups: &str, mounts: &str, controller: &str) -> Option<ControllerCgrou
     })
 }
 
-/// PURE: the interface, the mount point, the folder of the process's cgroup.
+/// PURE: the version, the mount point and the folder of the process's cgroup.
 fn locate(cgroups: &str, mounts: &str, controller: &str) -> Option<(Version, PathBuf, PathBuf)> {
     let mount = |wanted: &dyn Fn(&str, &str) -> bool| {
         mounts.lines().find_map(|line| {
@@ -98,7 +98,7 @@ fn locate(cgroups: &str, mounts: &str, controller: &str) -> Option<(Version, Pat
     Some((Version::V2, point, folder))
 }
 
-/// Memory as a cgroup says it, bytes.
+/// Memory as a cgroup reports it, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Memory {
     pub(crate) usage: u64,
@@ -107,7 +107,7 @@ pub(crate) struct Memory {
     pub(crate) swap: u64,
 }
 
-/// The job's cgroups that can be read.
+/// The job's cgroups, as far as they can be read.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct JobCgroup {
     cpu: Option<(Version, PathBuf)>,
@@ -115,7 +115,7 @@ pub(crate) struct JobCgroup {
 }
 
 impl JobCgroup {
-    /// Finds those of the calling process's job.
+    /// Finds the cgroups of the calling process's job.
     pub(crate) fn find() -> Self {
         let of_job = |controller| {
             let cgroup = controller_cgroup(controller).filter(|cgroup| cgroup.of_job)?;
@@ -127,13 +127,13 @@ impl JobCgroup {
         }
     }
 
-    /// CPU time of all processes the job ever had, nanoseconds; `None` where it cannot be read.
+    /// CPU time of all processes the job ever had, in nanoseconds; `None` if it cannot be read.
     pub(crate) fn cpu(&self) -> Option<u64> {
         let (version, folder) = self.cpu.as_ref()?;
         cpu(*version, reader(folder))
     }
 
-    /// Memory now, and page faults so far (CPU left 0); `None` where it cannot be read.
+    /// Memory now, and page faults so far (CPU is left 0); `None` if it cannot be read.
     pub(crate) fn memory(&self) -> Option<(Memory, Counters)> {
         let (version, folder) = self.memory.as_ref()?;
         memory(*version, reader(folder))
@@ -144,7 +144,7 @@ fn reader(folder: &Path) -> impl Fn(&str) -> Option<String> {
     |file| fs::read_to_string(folder.join(file)).ok()
 }
 
-/// PURE: over the texts of the files.
+/// PURE: CPU time in nanoseconds, from the texts of the files.
 fn cpu(version: Version, read: impl Fn(&str) -> Option<String>) -> Option<u64> {
     match version {
         Version::V1 => read("cpuacct.usage")?.trim().parse().ok(),
@@ -152,7 +152,7 @@ fn cpu(version: Version, read: impl Fn(&str) -> Option<String>) -> Option<u64> {
     }
 }
 
-/// PURE: over the texts of the files.
+/// PURE: memory and page faults, from the texts of the files.
 fn memory(version: Version, read: impl Fn(&str) -> Option<String>) -> Option<(Memory, Counters)> {
     let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
     let stat = read("memory.stat")?;
@@ -189,7 +189,7 @@ fn memory(version: Version, read: impl Fn(&str) -> Option<String>) -> Option<(Me
     Some((memory, counters))
 }
 
-/// PURE: of a file of lines `key value`.
+/// PURE: the value of `key` in a text of lines `key value`.
 pub(super) fn value(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let (name, value) = line.split_once(' ')?;
@@ -207,7 +207,7 @@ mod tests {
         38 36 0:32 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
 
     #[test]
-    fn both_generations_are_found() {
+    fn both_versions_are_found() {
         let v1 = "5:cpu,cpuacct:/slurm/uid_1/job_7/step_batch/task_0\n\
                   4:memory:/slurm/job_7/step_batch\n0::/\n";
         let cgroup = find(v1, MOUNTS, "memory").unwrap();
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_that_is_no_jobs_is_not_taken_for_one() {
+    fn a_cgroup_outside_of_a_job_is_not_taken_for_the_jobs() {
         let cgroup = find("0::/user.slice/x\n", MOUNTS, "memory").unwrap();
         assert!(!cgroup.of_job);
         assert_eq!(
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_not_known() {
+    fn missing_files_give_no_numbers() {
         assert_eq!(cpu(Version::V1, files(&[])), None);
         assert_eq!(
             cpu(Version::V2, files(&[("cpu.stat", "user_usec 1")])),

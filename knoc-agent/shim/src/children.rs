@@ -1,7 +1,7 @@
-//! The shim's child processes: starts them, and reaps them and every orphan that falls to it.
+//! The shim's child processes: starts them, and reaps them and every orphan that the shim inherits.
 //!
-//! The shim is a subreaper, so it must wait for processes it never started; one task, [`Children::reap`], waits for
-//! all and gives each exit to who waits for it. The map is locked only for the moment of an insert or a removal.
+//! The shim is a subreaper, so it must also wait for processes that it never started. One task, [`Children::reap`], waits
+//! for all of them and passes each exit to whoever waits for it. The map is locked only to insert or remove an entry.
 
 use std::{
     collections::HashMap,
@@ -25,9 +25,9 @@ use super::{measure, usage::Used};
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exit {
-    /// 128 + signal where a signal ended it.
+    /// 128 + the signal if a signal ended it.
     pub(crate) code: i32,
-    /// 0: none.
+    /// The signal that ended it, or 0.
     pub(crate) signal: i32,
 }
 
@@ -46,7 +46,7 @@ impl From<WaitStatus> for Exit {
     }
 }
 
-/// The shim is killed: so is `command`, which without a job's cgroup nobody else would end.
+/// Has the kernel kill `command` when the shim dies: without a job's cgroup nobody else would end it.
 #[expect(unsafe_code, reason = "a hook between fork and exec has no safe form")]
 fn die_with_shim(command: &mut Command) {
     // SAFETY: between fork and exec it makes one system call, which is async-signal-safe, and allocates nothing.
@@ -59,17 +59,17 @@ fn die_with_shim(command: &mut Command) {
 #[derive(Debug)]
 pub(crate) struct Child {
     pub(crate) pid: u32,
-    /// What it had used, with all that was waited for below it; known once it has ended.
+    /// What it and the children it waited for had used; known once it has ended.
     pub(crate) used: Option<Used>,
     exit: oneshot::Receiver<Ended>,
-    /// What was piped of its stdio.
+    /// Its standard error, if that is piped.
     pub(crate) stderr: Option<std::process::ChildStderr>,
 }
 
 impl Child {
-    /// Waits for its end. Cancel safe; to be asked until it has answered once.
+    /// Waits for its end. Cancel safe; must not be called again once it has returned.
     pub(crate) async fn wait(&mut self) -> Exit {
-        // The sender lives as long as the reaper, and that as long as the shim.
+        // The reaper holds the sender, and lives as long as the shim.
         let Ok((exit, used)) = (&mut self.exit).await else {
             return Exit {
                 code: -1,
@@ -83,7 +83,7 @@ impl Child {
 
 type Ended = (Exit, Option<Used>);
 
-/// See the module.
+/// The children that somebody waits for.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Children {
     waiting: Arc<Mutex<HashMap<u32, oneshot::Sender<Ended>>>>,
@@ -94,9 +94,9 @@ impl Children {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts `command`, to die with the shim, in a process group of its own where `group` is set.
+    /// Starts `command`, which dies with the shim, in a process group of its own if `group` is set.
     pub(crate) fn spawn(&self, command: &mut Command, group: bool) -> io::Result<Child> {
-        // Locked over the start: the reaper must not see a child that is not in the map yet.
+        // Locked during the start: the reaper must not see a child that is not in the map yet.
         let mut waiting = self.waiting();
         die_with_shim(command);
         if group {
@@ -113,12 +113,12 @@ impl Children {
         })
     }
 
-    /// The task: reaps until dropped.
+    /// Task: reaps until it is dropped.
     pub(crate) async fn reap(self, mut news: SignalStream) {
         loop {
             while let Some((pid, used, status)) = reap_one() {
                 if let Some(sender) = self.waiting().remove(&pid) {
-                    // Who waited may be gone by now.
+                    // The receiver may be gone by now.
                     sender.send((status.into(), used)).ok();
                 }
             }
@@ -128,13 +128,13 @@ impl Children {
         }
     }
 
-    /// The signal that [`Self::reap`] wakes on: to be installed before the first child.
+    /// The signal that wakes [`Self::reap`]. It must be installed before the first child is started.
     pub(crate) fn signal() -> io::Result<SignalStream> {
         signal(SignalKind::child())
     }
 }
 
-/// One child that has ended. It is looked at before it is waited for: after that nobody knows what it used.
+/// Reaps one child that has ended. What it used is read before it is waited for, because the kernel forgets it then.
 fn reap_one() -> Option<(u32, Option<Used>, WaitStatus)> {
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     let raw = waitid(Id::All, look).ok()?.pid()?.as_raw();

@@ -1,8 +1,9 @@
-//! Task: one attempt of one container, from its folders to its end. The supervisor decides; this performs.
+//! Task: one attempt of one container, from the creation of its folders to its end. The supervisor decides what to do;
+//! this task does it.
 //!
-//! Sends [`News::Running`] once the program runs, [`News::Lost`] where its log lines are, and ends with [`Ended`].
-//! Cancelling `abort` ends the runtime where the program does not run yet, or where the runtime outlives a killed
-//! program. Never decides about restarts.
+//! It sends [`News::Running`] once the program runs and [`News::Lost`] if log lines are lost, and returns [`Ended`].
+//! Cancelling `abort` ends the runtime if the program does not run yet, or if the runtime outlives a killed program.
+//! The task never decides about restarts.
 
 mod folders;
 mod up;
@@ -46,21 +47,21 @@ use super::{
     usage::{Counters, Used},
 };
 
-/// Kubernetes' bounds of a termination message, and of the log's end in its place.
+/// Kubernetes' limits of a termination message, and of the end of the log that may replace it.
 const MESSAGE_BYTES: usize = 4096;
 const FALLBACK_LINES: u64 = 80;
 const FALLBACK_BYTES: usize = 2048;
 
-/// How long the message of an ended program may take: its file may lie on a file system that hangs.
+/// How long reading the message of an ended program may take: its file may lie on a file system that hangs.
 const MESSAGE_WAIT: Duration = Duration::from_secs(10);
 
-/// The exit code of a program that KILL ended.
+/// The exit code of a program that was killed by SIGKILL.
 const KILLED: i32 = 137;
 
 /// The exit code of a container whose program never ran.
 const NOT_STARTED: i32 = 128;
 
-/// A program that runs: what exec needs to do likewise, and attach to reach it.
+/// A running program: what exec needs to start a process beside it, and attach to reach it.
 #[derive(Debug)]
 pub(crate) struct Program {
     pub(crate) identity: Identity,
@@ -76,7 +77,7 @@ pub(crate) struct Ended {
     pub(crate) message: String,
     pub(crate) finished_at: Timestamp,
     pub(crate) losses: Losses,
-    /// What all its processes used; zero where the program never ran.
+    /// What all its processes used; zero if the program never ran.
     pub(crate) used: Counters,
 }
 
@@ -87,26 +88,26 @@ pub(crate) struct Event {
     pub(crate) news: News,
 }
 
-/// See [`Event`].
+/// The content of an [`Event`].
 #[derive(Debug)]
 pub(crate) enum News {
-    /// Its program runs.
+    /// The program runs.
     Running {
         program: Arc<Program>,
         started_at: Timestamp,
     },
-    /// Log lines were lost; all so far.
+    /// Log lines were lost. Counts all that this attempt has lost so far.
     Lost(Losses),
 }
 
-/// What to run.
+/// One attempt to run a container.
 #[derive(Debug)]
 pub(crate) struct Attempt {
     pub(crate) spec: Arc<ContainerSpec>,
-    /// Restart count.
+    /// The restart count of the container.
     pub(crate) number: u32,
     pub(crate) values: Arc<PodValues>,
-    /// Where the log's readers hear of news.
+    /// Counts written batches, which wakes the readers of the log.
     pub(crate) written: watch::Sender<u64>,
     pub(crate) abort: CancellationToken,
     pub(crate) events: mpsc::Sender<Event>,
@@ -114,19 +115,16 @@ pub(crate) struct Attempt {
 
 #[derive(Debug, thiserror::Error)]
 enum AttemptError {
-    /// Our own preparations.
     #[error(transparent)]
     Prepare(#[from] PrepareError),
-    /// The runtime could not make the container; its words.
+    /// The runtime could not create the container. Holds its standard error.
     #[error("{0}")]
     Runtime(String),
-    /// The helper could not make its namespaces; its message.
+    /// The helper could not create its namespaces.
     #[error("{what}")]
     NoNamespaces { errno: i32, what: String },
-    /// The program could not be started.
     #[error("unable to start container process")]
     Start(#[source] HandshakeError),
-    /// Neither the pod nor the image says what to run.
     #[error(
         "no command specified: give the container a command, or use an image that has an entrypoint or a command"
     )]
@@ -178,7 +176,7 @@ pub(crate) async fn run(pod: Arc<Pod>, attempt: Attempt) -> Ended {
     }
 }
 
-/// PURE
+/// PURE: the reason that Kubernetes shows for this exit.
 fn reason_of(exit: Exit, killed_by_kernel: bool) -> &'static str {
     match exit.code {
         0 => "Completed",
@@ -187,23 +185,23 @@ fn reason_of(exit: Exit, killed_by_kernel: bool) -> &'static str {
     }
 }
 
-/// PURE: was it the kernel's OOM killer? It strikes by KILL as we do: whom we have killed did not end by it, and each
-/// strike is one container's only, whose end comes to `claim` it.
+/// PURE: whether the kernel's OOM killer ended the program. The OOM killer sends SIGKILL, as the shim does, so a program
+/// that the shim has killed does not count; and each OOM kill is claimed by one container only.
 fn by_kernel(exit: Exit, by_us: bool, claim: impl FnOnce() -> bool) -> bool {
     exit.code == KILLED && !by_us && claim()
 }
 
-/// PURE: what the container used, by what its runtime's process had used before the program ran and at the end.
+/// PURE: what the container used, from what its runtime's process had used before the program ran and at the end.
 fn spent(isolated: bool, before: Used, end: Used) -> Counters {
     if isolated {
-        // The program is a child of the runtime, whose own work and helpers are none of the container's.
+        // The program is a child of the runtime. What the runtime itself and its helpers used is not the container's.
         end.kids - before.kids
     } else {
         end.own + end.kids
     }
 }
 
-/// What the launcher prepares in the container.
+/// Adds what the launcher is to prepare in the container.
 fn complete(spec: &mut LaunchSpec, folders: &Folders) {
     let temporary = folders.temporary.iter();
     spec.temporary = temporary
@@ -213,7 +211,7 @@ fn complete(spec: &mut LaunchSpec, folders: &Folders) {
     spec.settle = folders.settle;
 }
 
-/// Names and targets, in turn, of the links that the launcher makes.
+/// The links that the launcher creates: names and targets in turn.
 fn links(folders: &Folders) -> Vec<Vec<u8>> {
     let bytes = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
     let volumes = folders.links.iter();
@@ -229,7 +227,7 @@ fn links(folders: &Folders) -> Vec<Vec<u8>> {
     links
 }
 
-/// With a terminal all output comes from it.
+/// If there is a terminal, all output comes from it.
 fn from_terminal(terminal: Option<&Arc<Stream>>) -> Option<Vec<Source>> {
     terminal.map(|terminal| vec![Source::new(Arc::clone(terminal), cri::Stream::Stdout)])
 }
@@ -306,7 +304,7 @@ fn running(id: SlotId, program: Program) -> Event {
     Event { id, news }
 }
 
-/// Where the output goes, and who hears of lines that could not be written.
+/// Where the output goes, and how the supervisor learns of lines that could not be written.
 fn log<'a>(pod: &Pod, attempt: &'a Attempt, live: &Path) -> Log<'a> {
     Log {
         live: live.to_owned(),
@@ -314,13 +312,13 @@ fn log<'a>(pod: &Pod, attempt: &'a Attempt, live: &Path) -> Log<'a> {
         written: attempt.written.clone(),
         lost: Box::new(|losses| {
             let (id, news) = (attempt.spec.id, News::Lost(losses.clone()));
-            // If the supervisor is busy, the next event says it too.
+            // If the supervisor's channel is full, a later event reports the same lines.
             attempt.events.try_send(Event { id, news }).is_ok()
         }),
     }
 }
 
-/// Runtimes end with 128 + n where a signal ended the program.
+/// Runtimes exit with 128 + n if signal n ended the program.
 fn with_signal(exit: Exit) -> Exit {
     let signal = if (129..=192).contains(&exit.code) {
         exit.code - 128
@@ -330,7 +328,7 @@ fn with_signal(exit: Exit) -> Exit {
     Exit { signal, ..exit }
 }
 
-/// Starts the program; it may lie on a file system that hangs.
+/// Starts the program. It may lie on a file system that hangs, so `abort` ends the wait.
 async fn launch(
     socket: UnixStream,
     spec: &LaunchSpec,
@@ -344,7 +342,7 @@ async fn launch(
     }
 }
 
-/// The folders are made on a blocking thread: what the pod mounts may hang.
+/// Creates the folders on a blocking thread: a file system that the pod mounts may hang.
 async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptError> {
     let (pod, spec, number) = (Arc::clone(pod), Arc::clone(&attempt.spec), attempt.number);
     let making = tokio::task::spawn_blocking(move || Folders::prepare(&pod, &spec, number));
@@ -354,12 +352,12 @@ async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptEr
             Ok(made) => Ok(made?),
             Err(error) => Err(PrepareError::Pipes(io::Error::other(error)).into()),
         },
-        // What is made nevertheless is removed with the task's answer.
+        // If the folders are created nevertheless, they are removed when the task's result is dropped.
         () = attempt.abort.cancelled() => Err(AttemptError::Aborted),
     }
 }
 
-/// What the program left as its message, else the end of its log `fallback`. Then its folders go.
+/// The program's termination message, or the end of its log `fallback` if it left none. Removes the folders.
 async fn message(folders: Folders, fallback: Option<PathBuf>) -> String {
     let reading = tokio::task::spawn_blocking(move || {
         let mut text = folders.termination_message(MESSAGE_BYTES);
@@ -377,11 +375,11 @@ async fn message(folders: Folders, fallback: Option<PathBuf>) -> String {
 
 struct Stdio3 {
     theirs: Vec<OwnedFd>,
-    /// The writing end of the standard input, for those who attach.
+    /// The writing end of the standard input, for attached clients.
     ours: Option<Stream>,
 }
 
-/// Pipes for the program; none where it has a terminal.
+/// Pipes for the program; none if it has a terminal.
 fn stdio(container: &pb::Container) -> io::Result<(Stdio3, Vec<Source>)> {
     if container.tty {
         return Ok((
@@ -418,7 +416,7 @@ mod tests {
     use super::{super::oom::OomCounter, *};
 
     #[test]
-    fn the_runtimes_own_work_is_not_the_containers() {
+    fn what_the_runtime_itself_used_is_not_the_containers() {
         let cpu = |cpu| Counters {
             cpu,
             ..Counters::default()
@@ -442,13 +440,16 @@ mod tests {
         let both = async { tokio::join!(launching, stopping) };
         let (launched, ()) = tokio::time::timeout(Duration::from_secs(20), both)
             .await
-            .expect("it still waits");
+            .expect("the launch still waits");
         assert!(matches!(launched, Err(AttemptError::Aborted)));
     }
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "no state of ours: a counter")]
-    fn one_strike_of_the_oom_killer_is_one_containers_end() {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a test's own file, which stands for a kernel counter"
+    )]
+    fn one_oom_kill_is_counted_for_one_container_only() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("memory.events");
         let counted = |kills: u32| std::fs::write(&file, format!("oom_kill {kills}\n")).unwrap();
@@ -457,7 +458,7 @@ mod tests {
         let (first, second) = (oom.unclaimed(), oom.unclaimed());
         counted(4);
         let exit = |code| Exit { code, signal: 0 };
-        // Neither who ends otherwise nor whom we kill takes what is another's.
+        // Neither a container that ends in another way nor one that the shim kills claims the kill.
         assert!(!by_kernel(exit(1), false, || oom.claim(second)));
         assert!(!by_kernel(exit(137), true, || oom.claim(second)));
         assert!(by_kernel(exit(137), false, || oom.claim(first)));

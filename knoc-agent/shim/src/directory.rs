@@ -1,4 +1,4 @@
-//! What streams need to know of the containers: published by the supervisor, read by exec and logs.
+//! What streams need to know about the containers. The supervisor publishes it; exec, attach and logs read it.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -6,21 +6,21 @@ use knoc_contract::logs::read::Follow;
 
 use super::container::Program;
 
-/// A log series of this job.
+/// The log of one attempt in this job.
 #[derive(Debug, Clone)]
 pub(crate) struct Log {
     pub(crate) attempt: u32,
     pub(crate) follow: Follow,
 }
 
-/// One container.
+/// What is known about one container.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
-    /// While it runs.
+    /// Its program, while it runs.
     pub(crate) program: Option<Arc<Program>>,
-    /// The newest attempt's.
+    /// The log of the newest attempt.
     pub(crate) log: Option<Log>,
-    /// The attempt before.
+    /// The number of the attempt before the newest.
     pub(crate) previous: Option<u32>,
 }
 
@@ -33,7 +33,7 @@ impl Directory {
         Self(entries.into_iter().collect())
     }
 
-    /// The programs that run.
+    /// The programs that are running.
     pub(crate) fn running(&self) -> impl Iterator<Item = &Arc<Program>> {
         self.0.values().filter_map(|entry| entry.program.as_ref())
     }

@@ -1,5 +1,5 @@
-//! PURE: what a container's program becomes: argv, environment, directory, hosts file; and where its termination
-//! message is found.
+//! PURE: how a container's program is started (argv, environment, working directory, hosts file), and where its
+//! termination message is found.
 
 use std::{
     fmt::Write as _,
@@ -19,7 +19,7 @@ use crate::runtime::{Gpus, INSIDE};
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const TERMINATION_LOG: &str = "/dev/termination-log";
 
-/// The window of a terminal nobody has attached to yet.
+/// The size of a terminal that nobody has attached to yet.
 const TERMINAL: Window = Window { cols: 80, rows: 24 };
 
 /// What is the same for all containers of a pod.
@@ -27,17 +27,17 @@ const TERMINAL: Window = Window { cols: 80, rows: 24 };
 pub(crate) struct Facts {
     /// The pod's host name.
     pub(crate) hostname: String,
-    /// Addresses known only here.
+    /// The addresses of the pod, which are known only on the node.
     pub(crate) fields: RuntimeFields,
-    /// Slurm's choice of GPUs: variables of the job.
+    /// The job's variables by which Slurm says which GPUs it chose.
     pub(crate) devices: Vec<(String, String)>,
-    /// Does the runtime bind a driver's libraries?
+    /// Whether the runtime binds the GPU driver's libraries into the container.
     pub(crate) binds_libraries: bool,
-    /// Do containers have files of their own, with the image's accounts?
+    /// Whether containers have a root of their own, with the image's `/etc/passwd`.
     pub(crate) isolated: bool,
 }
 
-/// What the launcher is told.
+/// What the launcher is told to run.
 pub(crate) fn launch_spec(
     container: &pb::Container,
     image: &pb::ImageConfig,
@@ -90,7 +90,7 @@ pub(crate) fn launch_spec(
     }
 }
 
-/// Whose home the program has: the pod's word, else the image's; without either it is root, as everywhere.
+/// The user whose home folder the program has: the pod's `runAsUser`, else the image's user, else root.
 fn user(container: &pb::Container, image: &pb::ImageConfig) -> Vec<u8> {
     let of_pod = container.run_as_user.map(|uid| uid.to_string());
     let user = of_pod.unwrap_or_else(|| image.user.clone());
@@ -101,13 +101,13 @@ fn user(container: &pb::Container, image: &pb::ImageConfig) -> Vec<u8> {
     }
 }
 
-/// Kubernetes' rule: a command replaces the image's entrypoint and its arguments, args replace its arguments.
+/// Kubernetes' rule: `command` replaces the image's entrypoint and its cmd, `args` replace its cmd only.
 fn argv(
     container: &pb::Container,
     image: &pb::ImageConfig,
     env: &[expand::Variable],
 ) -> Vec<Vec<u8>> {
-    let literal = |words: &[String]| words.iter().map(|word| word.clone().into_bytes()).collect();
+    let literal = |list: &[String]| list.iter().map(|item| item.clone().into_bytes()).collect();
     let mut argv: Vec<Vec<u8>> = if container.command.is_empty() {
         literal(&image.entrypoint)
     } else {
@@ -121,7 +121,7 @@ fn argv(
     argv
 }
 
-/// The text of `/etc/hosts`: the node's, then the pod's name and aliases.
+/// The text of `/etc/hosts`: the node's entries, then the pod's name and aliases.
 pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> String {
     let mut text = node.trim_end().to_owned();
     text.push_str("\n\n# Entries added by KNoC.\n");
@@ -135,25 +135,25 @@ pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> Str
     text
 }
 
-/// How a container's termination message reaches the host.
+/// How the shim gets a container's termination message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TerminationLog {
-    /// It lies in something that is mounted: made and read there.
+    /// Its path lies in a mount: the file is created and read there.
     Mounted {
         /// The index of its mount.
         mount: usize,
-        /// Below that.
+        /// The path of the file in that mount.
         rest: PathBuf,
     },
-    /// Nothing can be mounted under `/dev`: a link leads to our file inside.
+    /// Nothing can be mounted below `/dev`: a link leads to a file in `/.knoc`.
     Link { name: String, target: PathBuf },
-    /// Our file is mounted over it.
+    /// A file of the shim is mounted at this path.
     Bind(PathBuf),
 }
 
-/// Decides by the path and where something is mounted already.
+/// Decides by the path of the message, and by what is mounted above it already.
 pub(crate) fn termination_log(container: &pb::Container, mounted: &[&Path]) -> TerminationLog {
-    // It was checked where the pod was taken in.
+    // The path was checked when the agent accepted the pod.
     let path = paths::in_container(&container.termination_message_path)
         .unwrap_or_else(|_| TERMINATION_LOG.to_owned());
     let path = Path::new(&path);
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn command_and_args_replace_what_the_image_says() {
+    fn command_and_args_replace_entrypoint_and_cmd_of_the_image() {
         let image = pb::ImageConfig {
             entrypoint: strings(&["/entry", "$(X)"]),
             cmd: strings(&["c"]),
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn the_jobs_gpus_come_over_the_images_and_under_the_pods() {
+    fn the_jobs_gpu_variables_override_the_images_and_the_pods_override_both() {
         let facts = Facts {
             devices: vec![("CUDA_VISIBLE_DEVICES".to_owned(), "1".to_owned())],
             binds_libraries: true,
@@ -302,7 +302,7 @@ mod tests {
             launch_spec(&container(None), &image, &PodValues::default(), &facts)
         };
         assert_eq!(spec(true).user.as_deref(), Some(&b"0"[..]));
-        // A process of the node has the node's accounts.
+        // Without isolation the program has the node's accounts.
         assert_eq!(spec(false).user, None);
     }
 

@@ -1,8 +1,8 @@
 //! Task: one process exec'd into a running container, with its streams.
 //!
-//! `knoc-agent enter` joins the container's namespaces; the launch protocol runs over a socket pair that is its
-//! standard input. Bytes go both ways with back-pressure, half-close is kept, the exit status comes last. A client that
-//! goes away hangs up: HUP, then TERM, then KILL, and the process is always reaped.
+//! `knoc-agent enter` joins the container's namespaces. The launch protocol runs over a socket pair, one end of which is
+//! the helper's standard input. Bytes go both ways with back-pressure, each direction can be closed alone, and the exit
+//! status comes last. When the client disconnects, the process gets HUP, then TERM, then KILL, and is always reaped.
 
 use std::{
     convert::Infallible,
@@ -40,21 +40,21 @@ use super::{
 };
 use crate::launch::set_terminal_size;
 
-/// How long what a program left behind may hold its streams in silence.
+/// How long processes that a program left behind may keep its streams open without writing.
 const DRAIN: Duration = Duration::from_secs(1);
 
-/// From HUP to TERM, and from TERM to KILL, for a process whose client is gone.
+/// The time from HUP to TERM, and from TERM to KILL, for a process whose client has disconnected.
 const HANG_UP: Duration = Duration::from_secs(1);
 const TERMINATE: Duration = Duration::from_secs(5);
 
 /// How long a process may take to start: its program may lie on a file system that hangs.
 const LAUNCH: Duration = Duration::from_secs(30);
 
-/// As a shell: found but not executable, and not found.
+/// Exit codes as a shell uses them: the program cannot be executed, or was not found.
 const CANNOT_EXECUTE: i32 = 126;
 const NOT_FOUND: i32 = 127;
 
-/// What is to be run, and where its output goes.
+/// What to run, and where its output goes.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) pod: Arc<Pod>,
@@ -74,7 +74,7 @@ enum ExecError {
         LAUNCH.as_secs()
     )]
     Slow,
-    #[error("the client is gone")]
+    #[error("the client disconnected before the process was started")]
     Gone,
 }
 
@@ -104,7 +104,7 @@ pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
             send(&session.output, Output::Exit(exit)).await;
             drop(session);
             if let Some(mut helper) = helper {
-                // Where a file system holds it, it ends with that: nobody waits for it here.
+                // A file system that hangs may keep the killed helper alive. No client waits for it here.
                 helper.wait().await;
             }
             return;
@@ -133,7 +133,7 @@ pub(crate) async fn run(session: Session, input: Messages<pb::ExecInput>) {
         send(&session.output, Output::Exit(exit)).await;
         return;
     }
-    // What it says of that is still taken: it must not end by a broken pipe before it has come to its senses.
+    // Output is still read while the process handles its signals, so that it does not die of a broken pipe first.
     tokio::select! {
         biased;
         () = hang_up(&mut child, pid) => {}
@@ -148,18 +148,18 @@ struct Running {
     streams: Streams,
 }
 
-/// Our ends.
+/// The shim's ends of the process's streams.
 #[derive(Default)]
 struct Streams {
     stdin: Option<Stream>,
     stdout: Option<Stream>,
     stderr: Option<Stream>,
-    /// In place of all three.
+    /// Used instead of the other three if there is a terminal.
     terminal: Option<Stream>,
 }
 
 impl Streams {
-    /// Takes all output, for nobody.
+    /// Reads all output and drops it. Never returns.
     async fn discard(&self) -> Infallible {
         let take = async |stream: &Option<Stream>| {
             let Some(stream) = stream else { return };
@@ -171,7 +171,7 @@ impl Streams {
     }
 }
 
-/// Where it fails, with the helper: killed, and to be reaped.
+/// Starts the helper and the process. On failure also returns the helper, which was killed and must be reaped.
 async fn begin(session: &Session) -> Result<Running, (ExecError, Option<Child>)> {
     let start = &session.start;
     let spec = spec(&session.program.spec, start);
@@ -199,7 +199,7 @@ async fn begin(session: &Session) -> Result<Running, (ExecError, Option<Child>)>
     }
 }
 
-/// Starts the process, for as long as somebody waits for it.
+/// Starts the process. Gives up if the client disconnects, or after [`LAUNCH`].
 async fn launch(
     socket: UnixStream,
     spec: &LaunchSpec,
@@ -214,13 +214,13 @@ async fn launch(
     }
 }
 
-/// Environment and directory are the container's own.
+/// The launch specification of the process. Its environment and working directory are the container's.
 fn spec(container: &LaunchSpec, start: &pb::ExecStart) -> LaunchSpec {
     let mut spec = LaunchSpec {
         argv: start
             .command
             .iter()
-            .map(|word| word.clone().into_bytes())
+            .map(|argument| argument.clone().into_bytes())
             .collect(),
         tty: start.tty.then(|| window(start.size.as_ref())),
         create_cwd: false,
@@ -296,7 +296,7 @@ fn spawn(pod: &Pod, program: &Program) -> io::Result<(Child, UnixStream)> {
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let child = pod.children.spawn(&mut command, true)?;
-    // The command still holds their end: the shim must not, or it sees no end of file.
+    // The command still holds the helper's end of the socket, and the shim would never see the end of file.
     drop(command);
     Ok((child, UnixStream::from_std(ours)?))
 }
@@ -368,20 +368,20 @@ async fn copy(
     }
 }
 
-/// Takes the client's messages: input, its end, new window sizes.
+/// Handles the client's messages: input, the end of input, new window sizes.
 async fn feed(
     mut input: Messages<pb::ExecInput>,
     mut stdin: Option<Stream>,
     terminal: Option<&Stream>,
 ) {
-    // The end of the stream, and a failed one, end the input; whether the client is gone shows at the output.
+    // The end of the stream, or its failure, ends the input. A client that disconnected is noticed at the output.
     while let Ok(Some(message)) = input.message().await {
         match message.input {
             Some(Input::Stdin(data)) => {
                 if let Some(sink) = terminal.or(stdin.as_ref())
                     && sink.write_all(&data).await.is_err()
                 {
-                    // It has closed its input: what still comes is taken and dropped.
+                    // The process has closed its input: further input is read and dropped.
                     stdin = None;
                 }
             }
@@ -396,11 +396,11 @@ async fn feed(
     }
 }
 
-/// Nothing outlives its container: where no PID namespace sees to that, this does. Never returns: the process' own end
-/// ends its streams.
+/// Kills the process when its container ends, which matters if there is no PID namespace. Never returns: the end of the
+/// process then ends its streams.
 async fn end_with(program: &Program, pid: Option<u32>, helper: u32) {
     let mut ended = program.hub.ended();
-    // A sender that was dropped is an end as well.
+    // A dropped sender means that the container has ended, too.
     ended.wait_for(Option::is_some).await.map(drop).ok();
     match pid {
         Some(pid) => signals::to_group(pid, Signal::KILL),
@@ -409,9 +409,9 @@ async fn end_with(program: &Program, pid: Option<u32>, helper: u32) {
     std::future::pending::<()>().await;
 }
 
-/// The client is gone.
+/// Ends a process whose client has disconnected.
 async fn hang_up(child: &mut Child, pid: Option<u32>) {
-    // The process leads its session; without its number the helper, whose death kills it.
+    // The process leads its session. If its pid is not known, the helper is signalled, whose death kills the process.
     let helper = child.pid;
     let signal = |signal| match pid {
         Some(pid) => signals::to_group(pid, signal),
@@ -450,11 +450,11 @@ mod tests {
         let spec = LaunchSpec::default();
         let launching = launch(ours, &spec, Vec::new(), output);
         let launched = timeout(LAUNCH * 2, launching).await;
-        launched.expect("it still waits").unwrap_err()
+        launched.expect("the launch still waits").unwrap_err()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_launcher_that_never_answers_is_given_up() {
+    async fn the_shim_gives_up_a_launcher_that_never_answers() {
         let (output, client) = mpsc::channel(1);
         assert!(matches!(unanswered(&output).await, ExecError::Slow));
         drop(client);

@@ -13,7 +13,7 @@ use rustix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// As large as an ordinary user's pipe may be: fewer wake-ups for programs that write much.
+/// The largest pipe that an unprivileged user may have by default: fewer wake-ups for programs that write much.
 const PIPE_BYTES: i32 = 1 << 20;
 
 /// One end of a pipe, or the master of a terminal.
@@ -21,7 +21,7 @@ const PIPE_BYTES: i32 = 1 << 20;
 pub(crate) struct Stream(AsyncFd<OwnedFd>);
 
 impl Stream {
-    /// Takes `fd`, which becomes non-blocking.
+    /// Takes ownership of `fd` and makes it non-blocking.
     #[expect(
         unsafe_code,
         reason = "AsyncFd asks for a descriptor that stays open and the same: an OwnedFd does"
@@ -32,7 +32,7 @@ impl Stream {
         Ok(Self(unsafe { AsyncFd::register(fd) }?))
     }
 
-    /// The descriptor.
+    /// The underlying descriptor.
     pub(crate) fn fd(&self) -> &OwnedFd {
         self.0.get_ref()
     }
@@ -45,7 +45,7 @@ impl Stream {
             .map(|mut guard| guard.retain_ready())
     }
 
-    /// Reads what is there: `None` where nothing is, `Some(0)` at the end.
+    /// Reads what is there: `None` if nothing is, `Some(0)` at the end.
     pub(crate) fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         let read = self.0.try_io(Interest::READABLE, |fd| {
             let count = rustix::io::read(fd, &mut *buffer)?;
@@ -64,8 +64,8 @@ impl Stream {
         }
     }
 
-    /// Reads at least one byte and at most `limit`, none at the end. Memory is taken only for what is there; little of
-    /// it is copied, so that a large buffer does not wait for a slow reader with a few bytes in it. Cancel safe.
+    /// Reads at least one byte and at most `limit`; none at the end. A short read is copied into a buffer of its size, so
+    /// that no large buffer with a few bytes in it waits for a slow reader. Cancel safe.
     pub(crate) async fn read_chunk(&self, limit: usize) -> io::Result<Bytes> {
         loop {
             self.readable().await?;
@@ -81,7 +81,7 @@ impl Stream {
         }
     }
 
-    /// Writes all.
+    /// Writes all of `data`.
     pub(crate) async fn write_all(&self, mut data: &[u8]) -> io::Result<()> {
         while !data.is_empty() {
             let mut guard = self.0.writable().await?;
@@ -94,11 +94,11 @@ impl Stream {
     }
 }
 
-/// What a read says: `None` where nothing is there, 0 at the end.
+/// The result of a read: `None` if nothing is there, 0 at the end.
 fn ended(read: io::Result<usize>) -> io::Result<Option<usize>> {
     match read {
         Ok(count) => Ok(Some(count)),
-        // A terminal whose last user is gone.
+        // The last process has closed the terminal.
         Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(Some(0)),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
         Err(error) => Err(error),
@@ -120,6 +120,6 @@ pub(crate) fn input_pipe() -> io::Result<(OwnedFd, Stream)> {
 }
 
 fn enlarge(pipe: impl AsFd) {
-    // Refused where the user's pipes hold too much already: then it stays as it is.
+    // The kernel refuses if the user's pipes are too large already: the pipe then keeps its size.
     nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(PIPE_BYTES)).ok();
 }

@@ -1,8 +1,8 @@
 //! Task: one forwarded connection to a port of the pod.
 //!
-//! [`connect`] finds the pod's own listener and dials it; [`run`] copies both directions with back-pressure until both
-//! have ended, each on its own, as TCP's do. A client that goes away resets the connection. No forwarded connection
-//! times out.
+//! [`connect`] finds the pod's own listener and dials it. [`run`] copies both directions with back-pressure until both
+//! have ended; each direction can end alone, as with TCP. If the client disconnects, the connection is reset. Forwarded
+//! connections have no time limit.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -32,17 +32,17 @@ use tonic::Status;
 
 use super::listeners::{self, Choice, Listener};
 
-/// How long a connection that is the pod's is looked for, and the pause between two tries.
+/// How long the shim tries to get a connection to the pod, and the pause between two tries.
 const DIALLING: Duration = Duration::from_secs(5);
 const BETWEEN_DIALS: Duration = Duration::from_millis(20);
 
-/// Where a connection's answers go.
+/// The stream of a connection's output.
 pub(crate) type Answers = mpsc::Sender<Result<PortForwardOutput, Status>>;
 
-/// Why there is no connection.
+/// Why no connection was made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ForwardError {
-    /// In the words of a real node.
+    /// The message is the one that a kubelet gives.
     #[error(
         "failed to connect to localhost:{port} inside the pod: {}",
         dial_errors(tried)
@@ -51,15 +51,15 @@ pub(crate) enum ForwardError {
         port: u16,
         tried: Vec<(IpAddr, io::Error)>,
     },
-    /// Its owner is another user, another pod, or the node itself.
+    /// The listener belongs to another user, another pod, or the node itself.
     #[error(
         "port {port} of the node belongs to a process outside the pod: only the pod's own listeners are forwarded to"
     )]
     Foreign { port: u16 },
-    /// Whose connection it is cannot be told.
-    #[error("the listeners of port {port} changed while it was dialled: try again")]
+    /// The shim cannot tell whether the connection leads to the pod.
+    #[error("the listeners of port {port} changed while the connection was made: try again")]
     Changed { port: u16 },
-    /// It could be reached there, but that is no port-forward.
+    /// The pod listens, but not on a loopback address, to which port-forward connects.
     #[error(
         "failed to connect to localhost:{port} inside the pod: it listens on {} only", addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
     )]
@@ -89,11 +89,11 @@ fn dial_errors(tried: &[(IpAddr, io::Error)]) -> String {
     tried.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
-/// A connection to what a process below `root` listens on at `port` of the loopback interface.
+/// Connects to `port` of the loopback interface, if a process below `root` listens there.
 ///
-/// A program that listens for one connection only closes its listener, and often the connection, before we can look who
-/// has it. What cannot be told to be the pod's is dropped before anything was sent, and dialled again while we hold the
-/// listener open, so that it tells whose the connection is.
+/// A program that listens for one connection only closes its listener, and often the connection, before the shim can find
+/// out which process has it. If the shim cannot tell whether a connection leads to the pod, it drops it before anything was
+/// sent, and dials again while it holds the listener open, which makes the owner known.
 pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardError> {
     if let Some(stream) = dial(port, root, Hold::No).await? {
         return Ok(stream);
@@ -102,7 +102,7 @@ pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardEr
         loop {
             match dial(port, root, Hold::Yes).await {
                 Ok(Some(stream)) => return Ok(stream),
-                // Between two that listen once nobody does.
+                // A program that listens once, again and again, has no listener in between.
                 Ok(None) | Err(ForwardError::ConnectionRefused { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -113,14 +113,14 @@ pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardEr
     dialled.unwrap_or(Err(ForwardError::Changed { port }))
 }
 
-/// Are the listeners held open while they are dialled?
+/// Whether the shim holds the listeners open while it dials them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hold {
     No,
     Yes,
 }
 
-/// `None` where there is a connection, but it cannot be told to be the pod's.
+/// Dials once. `None` if a connection was made, but the shim cannot tell whether it leads to the pod.
 async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, ForwardError> {
     let mut tried = Vec::new();
     let (before, own, held) = look(port, move || {
@@ -133,7 +133,7 @@ async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, For
     })
     .await?;
     if held.keys().any(|inode| !own.contains(inode)) {
-        // The program has closed it meanwhile: nobody would accept.
+        // The program has closed it in the meantime, so nobody would accept the connection.
         return Ok(None);
     }
     for address in choose(&before, &own, port)? {
@@ -150,7 +150,7 @@ async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, For
                 if !is_own {
                     return Ok(None);
                 }
-                // Without it the connection works as well.
+                // The connection works without it, too.
                 stream.set_nodelay(true).ok();
                 return Ok(Some(stream));
             }
@@ -160,7 +160,7 @@ async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, For
     Err(ForwardError::ConnectionRefused { port, tried })
 }
 
-/// Looks on a blocking thread: a node has many sockets, and a pod many descriptors.
+/// Runs `at` on a blocking thread: a node has many sockets, and a pod many descriptors.
 async fn look<T: Send + 'static>(
     port: u16,
     at: impl FnOnce() -> T + Send + 'static,
@@ -181,7 +181,7 @@ fn choose(all: &[Listener], own: &HashSet<u64>, port: u16) -> Result<Vec<IpAddr>
     }
 }
 
-/// Copies until both directions have ended, or the client is gone.
+/// Copies until both directions have ended or the client disconnects.
 pub(crate) async fn run(stream: TcpStream, input: Messages<PortForwardInput>, output: Answers) {
     if !send(&output, Output::Connected(true)).await {
         return;
@@ -195,19 +195,19 @@ pub(crate) async fn run(stream: TcpStream, input: Messages<PortForwardInput>, ou
         ended = both => ended,
     };
     if let Err(status) = ended {
-        // Where the client is gone nobody is left to be told.
+        // If the client has disconnected, nobody receives the error.
         drop(output.send(Err(status)).await);
     }
 }
 
-/// The writing half resets the connection when it is dropped before its end.
+/// A writing half that resets the connection if it is dropped before its end.
 struct Resets(Option<OwnedWriteHalf>);
 
 impl Drop for Resets {
     fn drop(&mut self) {
         if let Some(writer) = self.0.take() {
             let stream: &TcpStream = writer.as_ref();
-            // Without it the program sees an end in place of a reset.
+            // Without this option the program would see an end of file instead of a reset.
             rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO)).ok();
             writer.forget();
         }
@@ -220,7 +220,7 @@ async fn to_pod(
 ) -> Result<(), Status> {
     let mut guard = Resets(Some(writer));
     loop {
-        // A broken stream is no end: the program must not take what came for all.
+        // A broken stream is not the end of the input: the program must not mistake partial input for all of it.
         let data = match input.message().await?.and_then(|message| message.input) {
             Some(Input::Data(data)) => data,
             Some(Input::Start(_)) => continue,
@@ -228,12 +228,12 @@ async fn to_pod(
         };
         let Some(writer) = &mut guard.0 else { continue };
         if writer.write_all(&data).await.is_err() {
-            // The program reads no more; what it has written still goes out. Input is taken and dropped.
+            // The program reads no more, but its output is still sent. Further input is read and dropped.
             guard.0 = None;
         }
     }
     if let Some(mut writer) = guard.0.take() {
-        // Fails where the program has gone: that shows in the other direction.
+        // Fails if the program has closed the connection, which the other direction reports.
         writer.shutdown().await.ok();
     }
     Ok(())
@@ -245,7 +245,7 @@ async fn from_pod(mut reader: OwnedReadHalf, output: &Answers) -> Result<(), Sta
         buffer.reserve(CHUNK);
         let read = reader.read_buf(&mut buffer).await;
         let count = read.map_err(|error| {
-            ErrorReason::NotListening.status(format!("the pod's end of the connection: {error}"))
+            ErrorReason::NotListening.status(format!("the connection to the pod failed: {error}"))
         })?;
         let message = if count == 0 {
             Output::Closed(true)
@@ -258,7 +258,7 @@ async fn from_pod(mut reader: OwnedReadHalf, output: &Answers) -> Result<(), Sta
     }
 }
 
-/// What was read. Little of it is copied: a large buffer must not wait for a slow reader with a few bytes in it.
+/// Takes what was read. A few bytes are copied, so that no large buffer waits for a slow reader because of them.
 fn take(buffer: &mut BytesMut) -> Bytes {
     if buffer.len() < CHUNK / 8 {
         let data = Bytes::copy_from_slice(buffer);
@@ -281,12 +281,12 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn own_listeners_are_dialled_and_others_refused_by_name() {
+    async fn only_own_listeners_are_dialled_and_the_error_says_so() {
         let parent = std::os::unix::process::parent_id();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         connect(port, parent).await.unwrap();
-        // A program that another test starts has our listener too, until its exec closes it.
+        // A program that another test starts inherits the listener, until its exec closes it.
         let refused = async {
             loop {
                 match connect(port, std::process::id()).await {
@@ -297,7 +297,7 @@ mod tests {
         };
         let foreign = tokio::time::timeout(Duration::from_secs(10), refused)
             .await
-            .expect("it is dialled for ever");
+            .expect("a foreign listener is still dialled");
         assert!(foreign.to_string().contains("outside the pod"), "{foreign}");
         drop(listener);
         let refused = connect(port, parent).await.unwrap_err();

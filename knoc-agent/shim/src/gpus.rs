@@ -1,14 +1,14 @@
-//! PURE: which GPUs a container sees: what it asks for, and what Slurm says in the job's environment.
+//! PURE: which GPUs a container sees, from what it asks for and from the job's environment as Slurm sets it.
 //!
-//! As with a device plugin only the containers that ask for GPUs get them. The runtime binds the driver's files
-//! (`--nv`, `--rocm`) and sets the search path of its own child; the program's environment travels by the launch
-//! protocol, so that path and Slurm's choice of devices are added here. What the pod itself sets wins.
+//! As with a device plugin, only containers that ask for GPUs get them. The runtime binds the driver's files (`--nv`,
+//! `--rocm`) and sets the library search path for its own child. The program gets its environment by the launch protocol,
+//! so the search path and Slurm's choice of devices are added here. Variables that the pod sets take precedence.
 
 use knoc_proto::{expand::Variable, pb};
 
 use crate::runtime::Gpus;
 
-/// Slurm's choice of devices, by vendor.
+/// The variables by which Slurm says which devices it chose, by vendor.
 const NVIDIA: &[&str] = &["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"];
 const AMD: &[&str] = &["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"];
 
@@ -16,7 +16,7 @@ const AMD: &[&str] = &["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"];
 const LIBRARIES: &[u8] = b"/.singularity.d/libs";
 const SEARCH_PATH: &[u8] = b"LD_LIBRARY_PATH";
 
-/// What the job's environment says of devices.
+/// The variables of the job's environment that name devices.
 pub(crate) fn devices(var: impl Fn(&str) -> Option<String>) -> Vec<(String, String)> {
     let names = NVIDIA.iter().chain(AMD);
     names
@@ -24,7 +24,7 @@ pub(crate) fn devices(var: impl Fn(&str) -> Option<String>) -> Vec<(String, Stri
         .collect()
 }
 
-/// What the container asks for.
+/// The GPUs that the container asks for.
 pub(crate) fn asked(container: &pb::Container) -> Gpus {
     let asks = |resource: &str| {
         [&container.limits, &container.requests]
@@ -38,7 +38,7 @@ pub(crate) fn asked(container: &pb::Container) -> Gpus {
     }
 }
 
-/// The variables of `devices` that a container with these GPUs gets, as an image's environment has them.
+/// The variables of `devices` that a container with these GPUs gets, in the form `NAME=value`.
 pub(crate) fn variables(gpus: Gpus, devices: &[(String, String)]) -> impl Iterator<Item = String> {
     let wanted = move |name: &str| {
         (gpus.nvidia && NVIDIA.contains(&name)) || (gpus.amd && AMD.contains(&name))
@@ -47,7 +47,7 @@ pub(crate) fn variables(gpus: Gpus, devices: &[(String, String)]) -> impl Iterat
     given.map(|(name, value)| format!("{name}={value}"))
 }
 
-/// Lets the loader find the driver's libraries, after those folders that image or pod name.
+/// Appends the driver's libraries to the loader's search path, after the folders that the image or the pod names.
 pub(crate) fn search_libraries(env: &mut Vec<Variable>) {
     match env.iter_mut().find(|(name, _)| name == SEARCH_PATH) {
         Some((_, value)) if !value.is_empty() => {
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn only_who_asks_for_gpus_gets_those_of_its_vendor() {
+    fn only_a_container_that_asks_for_gpus_gets_those_of_its_vendor() {
         let job = |name: &str| Some(format!("of {name}")).filter(|_| !name.starts_with("HIP"));
         let devices = devices(job);
         let given = |resource, amount| {

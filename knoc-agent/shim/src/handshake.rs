@@ -1,4 +1,4 @@
-//! The shim's side of the launch protocol: sends what to become, hears whether it runs.
+//! The shim's side of the launch protocol: sends the specification, and waits until the program runs or has failed.
 
 use std::{
     io,
@@ -10,37 +10,36 @@ use tokio::{io::Interest, net::UnixStream};
 
 use crate::launch::{contain::spec::ContainSpec, fds};
 
-/// Why nothing runs.
+/// Why the program does not run.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HandshakeError {
-    /// The launcher could not start the program; in its words.
+    /// The launcher could not start the program; `what` is its message.
     #[error("{what}")]
     Failed {
-        /// 0: none.
+        /// 0 if there is none.
         errno: i32,
         what: String,
     },
-    /// The helper could not make its namespaces; its message.
+    /// The helper could not create its namespaces; `what` is its message.
     #[error("{what}")]
     NoNamespaces {
-        /// 0: none.
+        /// 0 if there is none.
         errno: i32,
         what: String,
     },
-    /// The socket failed.
     #[error("talk to the launcher")]
     Socket(#[from] io::Error),
-    /// Not our protocol.
-    #[error("talk to the launcher")]
+    /// The reply does not follow the protocol.
+    #[error("read the launcher's reply")]
     Wire(#[from] WireError),
 }
 
-/// What came back with a running program.
+/// What the launcher or helper sent back once the program runs.
 #[derive(Debug, Default)]
 pub(crate) struct Launched {
-    /// Where the launcher forked.
+    /// The pid of the program, if the launcher forked.
     pub(crate) pid: Option<u32>,
-    /// Where a terminal was asked for, or a mount's descriptor.
+    /// The master of the terminal, or the descriptor of a mount, if one was asked for.
     pub(crate) master: Option<OwnedFd>,
 }
 
@@ -53,7 +52,7 @@ pub(crate) async fn launch(
     converse(socket, &spec.encode()?, stdio).await
 }
 
-/// Has the mounts made; returns once the runtime is executed.
+/// Sends `spec` to the helper; returns once the mounts are made and the runtime is executed.
 pub(crate) async fn contain(
     socket: UnixStream,
     spec: &ContainSpec,
@@ -81,7 +80,7 @@ async fn converse(
         match wrote {
             Ok(count) => sent += count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // It ends only after it has said why.
+            // The launcher has closed its end, and has sent the reason before.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
             Err(error) => return Err(error.into()),
         }
@@ -108,7 +107,7 @@ async fn replies(socket: &UnixStream) -> Result<Launched, HandshakeError> {
             return Ok(launched);
         }
         pending.extend_from_slice(buffer.get(..count).unwrap_or_default());
-        // One comes with one reply. Whoever is at the other end must not fill our table of descriptors.
+        // Each reply carries at most one descriptor. The peer must not be able to fill the shim's descriptor table.
         let surplus = descriptors.len().saturating_sub(1);
         descriptors.drain(..surplus);
         while let Some(reply) = Reply::take(&mut pending)? {

@@ -16,13 +16,13 @@ use tokio::{
 
 use super::supervisor::Command;
 
-/// Slurm's own default.
+/// Slurm's default of `KillWait`.
 const KILL_WAIT: Duration = Duration::from_secs(30);
 
-/// If no `slurm.conf` can be read: enough for most programs, and less than what most sites set.
+/// Assumed if no `slurm.conf` can be read: enough for most programs, and less than what most sites set.
 const UNKNOWN: Duration = Duration::from_secs(10);
 
-/// How much of it is kept for killing, and for the final report.
+/// How much of `KillWait` is kept for killing the containers and for the final report.
 const MARGIN: Duration = Duration::from_secs(1);
 
 /// The signals that end a pod.
@@ -35,7 +35,7 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// From now on none of them ends the process.
+    /// Installs the handlers: from now on none of the signals ends the process.
     pub(crate) fn listen() -> io::Result<Self> {
         Ok(Self {
             term: signal(SignalKind::terminate())?,
@@ -45,7 +45,7 @@ impl Signals {
         })
     }
 
-    /// Task: see the module. Ends with the supervisor.
+    /// Task: turns each signal into a stop. Ends with the supervisor.
     pub(crate) async fn obey(mut self, grace: Duration, commands: mpsc::Sender<Command>) {
         loop {
             // If several come at once, the one that says most about the reason is taken first.
@@ -76,7 +76,7 @@ impl Signals {
     }
 }
 
-/// The longest grace that ends before Slurm kills us; `None` outside of Slurm.
+/// The longest grace period that ends before Slurm kills the job; `None` outside of Slurm.
 fn longest_grace() -> Option<Duration> {
     std::env::var_os("SLURM_JOB_ID")?;
     let named = std::env::var_os("SLURM_CONF").map(PathBuf::from);
@@ -93,14 +93,14 @@ fn longest_grace() -> Option<Duration> {
     Some(wait.saturating_sub(MARGIN))
 }
 
-/// PURE
+/// PURE: `KillWait` in the text of `slurm.conf`; the last setting counts.
 fn kill_wait(config: &str) -> Option<Duration> {
-    let words = config
+    let settings = config
         .lines()
         .map(|line| line.split('#').next().unwrap_or_default())
         .flat_map(str::split_ascii_whitespace);
-    let mut values = words.filter_map(|word| {
-        let (name, value) = word.split_once('=')?;
+    let mut values = settings.filter_map(|setting| {
+        let (name, value) = setting.split_once('=')?;
         name.eq_ignore_ascii_case("KillWait").then_some(value)
     });
     values.next_back()?.parse().ok().map(Duration::from_secs)

@@ -1,12 +1,12 @@
 //! The launch protocol: how a container's program gets exactly the argv, environment, directory and stdio it asked for.
 //!
-//! `knoc-agent launch SOCKET` is what the runtime starts inside the container. It connects to the shim's unix socket
-//! (the shim learns its pid by the peer credentials), takes one [`LaunchSpec`](knoc_contract::launch::LaunchSpec) and the
-//! stdio descriptors, and becomes the program by `execve`. The socket is close-on-exec: end of file at the shim's side means that the program
-//! runs. So neither argv nor environment meets the runtime, a shell, or a file. Exec into a running container
-//! ([`enter`]) ends in the same code.
+//! The runtime starts `knoc-agent launch SOCKET` inside the container. It connects to the shim's unix socket (the shim
+//! learns its pid from the peer credentials), receives one [`LaunchSpec`](knoc_contract::launch::LaunchSpec) and the stdio
+//! descriptors, and becomes the program by `execve`. The socket is close-on-exec, so end of file at the shim's side means
+//! that the program runs. Neither argv nor environment passes through the runtime, a shell or a file. Exec into a running
+//! container ([`enter`]) uses the same code for its last step.
 //!
-//! Single-threaded and without an async runtime: it must be small, and `setns(2)` demands it.
+//! Single-threaded and without an async runtime: the launcher must be small, and `setns(2)` requires a single thread.
 
 pub(crate) mod account;
 pub mod contain;
@@ -25,10 +25,10 @@ use std::{
 
 use knoc_contract::launch::Window;
 
-/// What the launcher exits with where it could not even speak to the shim.
+/// The launcher's exit code if it could not connect to the shim.
 const NO_SHIM: u8 = 125;
 
-/// Entry point of `knoc-agent launch SOCKET`. Returns only where the program could not be started.
+/// Entry point of `knoc-agent launch SOCKET`. Returns only if the program could not be started.
 #[must_use]
 pub fn main(socket: &Path) -> ExitCode {
     die_with_parent();
@@ -44,15 +44,15 @@ pub fn main(socket: &Path) -> ExitCode {
     }
 }
 
-/// Who started it is killed: so is the program. It survives `execve`.
+/// Has the kernel kill this process when its parent dies. The setting survives `execve`, so it holds for the program.
 fn die_with_parent() {
     let kill = rustix::process::Signal::KILL;
     rustix::process::set_parent_process_death_signal(Some(kill)).ok();
 }
 
-/// Gives up standard input, which is the shim's socket: the shim would see no end of file while it is held.
+/// Closes standard input, which is the shim's socket: the shim sees no end of file while it is open.
 fn release_stdin() {
-    // Without `/dev/null` in the container any other descriptor does.
+    // If the container has no `/dev/null`, any other descriptor will do.
     match std::fs::File::open("/dev/null") {
         Ok(null) => rustix::stdio::dup2_stdin(&null),
         Err(_) => rustix::stdio::dup2_stdin(rustix::stdio::stderr()),
@@ -60,7 +60,7 @@ fn release_stdin() {
     .ok();
 }
 
-/// Tells the terminal behind `master` its window's size; programs in it get `SIGWINCH`.
+/// Sets the window size of the terminal behind `master`; its foreground processes get `SIGWINCH`.
 pub(crate) fn set_terminal_size(master: &OwnedFd, window: Window) {
     // The program may have gone.
     pty::set_size(master, window).ok();

@@ -1,16 +1,16 @@
-//! The shim inside a job: claims the job directory, runs the containers of one pod, reports how they ended.
+//! The shim inside a job: claims the job directory, runs the containers of one pod, and reports how they ended.
 //!
-//! One process, one thread (and a few for file work). Its tasks, all owned by [`run`]:
+//! It is one process with one thread (and a few more for file work). Its tasks, all owned by [`run`]:
 //!
-//! - [`supervisor`]: owns the containers' states; one [`container`] task per attempt. Takes commands over a bounded
-//!   channel, publishes the report and the [`directory`] over watch channels.
-//! - [`report::keep`]: the durable copy of the newest report.
-//! - [`link`]: dials the agent, serves [`serve`] over it; a task per stream.
+//! - [`supervisor`]: owns the containers' states, and one [`container`] task for each attempt. It takes commands over a
+//!   bounded channel, and publishes the report and the [`directory`] over watch channels.
+//! - [`report::keep`]: keeps a durable copy of the newest report.
+//! - [`link`]: dials the agent and serves [`serve`] over the connection, with one task for each stream.
 //! - [`values_poll`]: looks for newer values in the job directory while the link is down.
-//! - [`job_signals`]: signals to the job begin the stop of its containers.
+//! - [`job_signals`]: turns signals to the job into a stop of its containers.
 //! - the reaper ([`children`]), and [`scratch::keep_clean`], which removes what ended attempts wrote.
 //!
-//! It never needs the agent to be alive. Its exit code is protocol: see [`main`].
+//! The shim does its work whether the agent is alive or not. Its exit code is part of the protocol: see [`main`].
 
 mod attach;
 mod cgroup;
@@ -93,14 +93,14 @@ use self::{
 
 const COMMANDS: usize = 16;
 
-/// Two for logs and reports, two for what may take long or hang: removing what a container wrote, looking into the
-/// volumes that it mounts.
+/// Two threads for logs and reports, and two for work that may take long or hang: removing what a container wrote, and
+/// access to the volumes that it mounts.
 const BLOCKING_THREADS: usize = 4;
 
-/// How long an agent that is there may take to read the final report.
+/// How long the shim waits until a connected agent has read the final report.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// How often, and how far apart, the shim looks for what its containers left behind.
+/// How often the shim looks for processes that its containers left behind, and the pause in between.
 const LAST_LOOKS: u32 = 100;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 
@@ -127,12 +127,12 @@ pub fn main(jobdir: &Path) -> ExitCode {
         say(&format!("{error:#}"));
         ShimExit::CannotStart.into()
     });
-    // A file system that hangs must not hold the job.
+    // A file system that hangs must not keep the job running.
     runtime.shutdown_background();
     code
 }
 
-/// A line on standard error, before there is a log.
+/// Writes a line to standard error, before there is a log.
 fn say(message: &str) {
     eprintln!("knoc-agent shim: {}", escape(message));
 }
@@ -144,7 +144,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
         host: node_name(),
         ..identity()?
     };
-    // Only where Slurm has requeued the job is it asked whether the pod may run again.
+    // Whether the pod may run again matters only if Slurm has requeued the job.
     let spec = (claim.restart > 0).then(|| jobdir.spec()).transpose()?;
     let spec = spec.and_then(|job| job.spec);
     let again = spec.is_some_and(|spec| may_run_again(&spec));
@@ -152,7 +152,10 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     match jobdir.claim(&claim, again) {
         Ok(_) => {}
         Err(error @ ClaimError::Surplus { .. }) => {
-            say(&format!("this job is surplus: {}", chain(&error)));
+            say(&format!(
+                "this job is surplus, because another one runs the pod: {}",
+                chain(&error)
+            ));
             return Ok(ShimExit::Surplus.into());
         }
         Err(error) => return Err(error.into()),
@@ -161,7 +164,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     let state_dir = path
         .parent()
         .and_then(Path::parent)
-        .context("the job directory's place")?;
+        .context("the job directory has no folder two levels above it")?;
     let endpoint_path = jobdir::StateDir::new(state_dir).endpoint();
     let endpoint = jobdir::read_json::<Endpoint>(&endpoint_path).ok().flatten();
     let previous = jobdir.report().ok().flatten();
@@ -174,7 +177,7 @@ async fn start(path: &Path) -> anyhow::Result<ExitCode> {
     run(pod, previous, values, endpoint_path).await
 }
 
-/// Which job this is, by the scheduler's word.
+/// Which job this is, according to the variables that the scheduler sets.
 fn identity() -> anyhow::Result<Claim> {
     let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let job_id = var("SLURM_JOB_ID")
@@ -184,7 +187,7 @@ fn identity() -> anyhow::Result<Claim> {
     let restart = restart
         .map(|count| count.parse())
         .transpose()
-        .context("the restart count")?;
+        .context("the restart count in SLURM_RESTART_COUNT or KNOC_RESTART_COUNT")?;
     Ok(Claim {
         job_id,
         restart: restart.unwrap_or(0),
@@ -192,21 +195,21 @@ fn identity() -> anyhow::Result<Claim> {
     })
 }
 
-/// Logs go to standard error, which is the job's `batch.out`.
+/// Starts logging to standard error, which is the job's `batch.out`.
 fn log(pod: &Pod) {
     let level = if pod.settings().log_debug {
         LevelFilter::DEBUG
     } else {
         LevelFilter::WARN
     };
-    // Only our own: what the libraries say at this level fills a file system.
+    // Debug logs of KNoC's own crates only: those of the libraries would fill a file system.
     let targets = Targets::new()
         .with_default(LevelFilter::WARN)
         .with_targets([(env!("CARGO_CRATE_NAME"), level), ("knoc_contract", level)]);
     let lines = tracing_subscriber::fmt::layer()
         .with_ansi(false)
         .with_writer(|| lines::stderr(Form::Text));
-    // In tests there may be one already.
+    // In tests a subscriber may be installed already.
     tracing_subscriber::registry()
         .with(lines.with_filter(targets))
         .try_init()
@@ -219,7 +222,7 @@ async fn run(
     values: Option<pb::PodValues>,
     endpoint: std::path::PathBuf,
 ) -> anyhow::Result<ExitCode> {
-    // Orphans of a program without a PID namespace fall to us.
+    // Orphans of a program without a PID namespace become children of the shim.
     rustix::process::set_child_subreaper(Some(rustix::process::getpid())).ok();
     let mut background = JoinSet::new();
     background.spawn(pod.children.clone().reap(Children::signal()?));
@@ -263,15 +266,15 @@ async fn run(
     let written = keeper.join_next().await;
     farewell.wait().await;
     tokio::time::timeout(FLUSH, linked.join_next()).await.ok();
-    // Streams that are cut with the process may still hold the pod: its drop is not waited for. A file system that hangs
-    // must not hold the job.
+    // Streams that end only with the process may still hold the pod, so its folders are removed here and not by its drop.
+    // A file system that hangs must not keep the job running.
     let removal = tokio::task::spawn_blocking(move || pod.scratch.remove());
     tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
     let reported = matches!(written, Some(Ok(true)));
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
 }
 
-/// Serves over the link from now on, until the farewell hangs up.
+/// Starts to serve over the link, until the farewell hangs up.
 fn link_up(service: Service, endpoint: std::path::PathBuf) -> (Farewell, JoinSet<()>) {
     let farewell = Farewell {
         delivered: service.delivered.subscribe(),
@@ -289,7 +292,7 @@ fn link_up(service: Service, endpoint: std::path::PathBuf) -> (Farewell, JoinSet
     (farewell, linked)
 }
 
-/// The exit code as protocol: see [`main`].
+/// PURE: the exit code, which is part of the protocol: see [`main`].
 fn exit_code(reported: bool, outcome: OutcomeKind) -> ExitCode {
     match outcome {
         _ if !reported => ShimExit::NotReported.into(),
@@ -317,8 +320,8 @@ fn first_report(pod: &Pod, previous: Option<&pb::Report>) -> pb::Report {
     }
 }
 
-/// Without PID namespaces what daemonised itself would outlive its container. Repeated: what forks meanwhile is seen
-/// by the next look.
+/// Kills processes that daemonised themselves, which without PID namespaces would outlive their container. Repeated, as
+/// processes may fork in the meantime.
 async fn end_leftovers() {
     for _ in 0..LAST_LOOKS {
         let left = proc::descendants(&proc::all(), std::process::id());
@@ -332,7 +335,7 @@ async fn end_leftovers() {
     }
 }
 
-/// The end of the link.
+/// Ends the link in an orderly way.
 struct Farewell {
     delivered: watch::Receiver<bool>,
     link: watch::Sender<State>,
@@ -340,7 +343,7 @@ struct Farewell {
 }
 
 impl Farewell {
-    /// Waits until an agent that is there has the final report, and hangs up.
+    /// Waits until a connected agent has read the final report, and hangs up.
     async fn wait(mut self) {
         let mut link = self.link.subscribe();
         let read = async {
@@ -350,7 +353,7 @@ impl Farewell {
                 _ = link.wait_for(|state| *state == State::Down) => {}
             }
         };
-        // Where it takes longer the report file tells.
+        // If it takes longer, the agent reads the report file.
         tokio::time::timeout(FAREWELL, read).await.ok();
         self.hang_up.cancel();
     }

@@ -1,7 +1,8 @@
-//! Task: the shim's link. Dials the agent wherever `endpoint.json` says it is, and serves the `Shim` service over it.
+//! Task: the shim's link. Dials the agent at the addresses in `endpoint.json`, and serves the `Shim` service over the
+//! connection.
 //!
-//! Re-reads the file at every try, waits longer after each failure, with jitter: many jobs must not come back at once.
-//! Publishes its [`State`]; never matters to the containers.
+//! It reads the file again at every try and waits longer after each failure, with jitter, so that many jobs do not
+//! reconnect at once. It publishes its [`State`]. Containers run on whether the link is up or not.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -17,7 +18,7 @@ use super::serve::Service;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
-/// For the end: is there an agent that might read the last report?
+/// Whether the link is up: at the end of the pod it tells whether an agent might read the final report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
     /// The first try is under way.
@@ -26,18 +27,18 @@ pub(crate) enum State {
     Down,
 }
 
-/// See the module.
+/// What the link's task needs.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) endpoint: PathBuf,
-    /// Certificate and key.
+    /// The paths of certificate and key.
     pub(crate) pair: (PathBuf, PathBuf),
     pub(crate) service: Service,
     pub(crate) state: watch::Sender<State>,
 }
 
 impl Link {
-    /// Runs until `shutdown`.
+    /// Task: runs until `shutdown`.
     pub(crate) async fn run(self, shutdown: CancellationToken) {
         let pair = match KeyPair::from_files(&self.pair.0, &self.pair.1) {
             Ok(pair) => pair,
@@ -63,7 +64,7 @@ impl Link {
         }
     }
 
-    /// One try at all addresses; `true` where one was connected, then returns at its end.
+    /// Tries all addresses once. If one connects, serves it to its end and returns `true`.
     async fn connect(&self, pair: &KeyPair, shutdown: &CancellationToken) -> bool {
         let path = self.endpoint.clone();
         let read = tokio::task::spawn_blocking(move || jobdir::read_json::<Endpoint>(&path)).await;
@@ -96,10 +97,9 @@ impl Link {
 
     async fn serve(&self, connection: knoc_link::Connection, shutdown: &CancellationToken) {
         let service = ShimServer::new(self.service.clone());
-        let serving = knoc_link::server()
-            .add_service(RawServer::new(service))
-            .serve_with_incoming_shutdown(knoc_link::far_side(connection), shutdown.cancelled());
-        if let Err(error) = serving.await {
+        let router = knoc_link::server().add_service(RawServer::new(service));
+        let incoming = Box::pin(knoc_link::far_side(connection));
+        if let Err(error) = knoc_link::serve(router, incoming, shutdown.clone()).await {
             tracing::debug!("the link ended: {}", chain(&error));
         }
     }

@@ -106,7 +106,7 @@ pub(crate) struct Mounts {
     /// Our own program, which the container's launcher is started from.
     agent: PathBuf,
     /// Holds what is mounted on.
-    places: PathBuf,
+    staging: PathBuf,
 }
 
 /// What the runtime is told.
@@ -121,7 +121,7 @@ pub(crate) struct Named {
 }
 
 impl Mounts {
-    pub(crate) fn new(image: &pb::ResolvedImage, agent: PathBuf, places: PathBuf) -> Self {
+    pub(crate) fn new(image: &pb::ResolvedImage, agent: PathBuf, staging: PathBuf) -> Self {
         let host = node_name();
         Self {
             image: Source::Image {
@@ -135,7 +135,7 @@ impl Mounts {
             volumes: Vec::new(),
             message: None,
             agent,
-            places,
+            staging,
         }
     }
 
@@ -148,12 +148,12 @@ impl Mounts {
         format!("image {:?}", self.image_path)
     }
 
-    fn place(&self, index: usize) -> PathBuf {
-        self.places.join(format!("m{index}"))
+    fn staging_of(&self, index: usize) -> PathBuf {
+        self.staging.join(format!("m{index}"))
     }
 
-    fn agent_place(&self) -> PathBuf {
-        self.places.join("agent")
+    fn staged_agent(&self) -> PathBuf {
+        self.staging.join("agent")
     }
 
     /// For the helper: all that it mounts.
@@ -161,7 +161,7 @@ impl Mounts {
         let image = MountSpec {
             what: self.image_what(),
             source: self.image.clone(),
-            place: self.places.join("image"),
+            staging: self.staging.join("image"),
             point: None,
             read_only: false,
             message: None,
@@ -171,7 +171,7 @@ impl Mounts {
             MountSpec {
                 what: mounted.what.clone(),
                 source: mounted.source.clone(),
-                place: self.place(index),
+                staging: self.staging_of(index),
                 point: mounted.point.clone().map(after_image),
                 read_only: mounted.read_only,
                 message: message.map(|(_, rest)| rest.clone()),
@@ -181,7 +181,7 @@ impl Mounts {
         let agent = MountSpec {
             what: "KNoC's launcher".to_owned(),
             source: Source::Own(self.agent.clone()),
-            place: self.agent_place(),
+            staging: self.staged_agent(),
             point: None,
             read_only: true,
             message: None,
@@ -191,13 +191,13 @@ impl Mounts {
     }
 
     /// For the runtime, once the helper has mounted all.
-    pub(crate) fn places(&self) -> Named {
+    pub(crate) fn staged(&self) -> Named {
         let volumes = self.volumes.iter().enumerate();
         Named {
-            image: self.places.join("image"),
-            agent: self.agent_place(),
+            image: self.staging.join("image"),
+            agent: self.staged_agent(),
             binds: volumes
-                .map(|(index, mounted)| bind(mounted, self.place(index)))
+                .map(|(index, mounted)| bind(mounted, self.staging_of(index)))
                 .collect(),
             base: None,
         }
@@ -205,12 +205,12 @@ impl Mounts {
 
     /// What the runtime says of a place, said of what is mounted there: nobody knows the place.
     pub(crate) fn with_own_names(&self, message: &str) -> String {
-        let image = self.places.join("image");
+        let image = self.staging.join("image");
         let mut message = message.replace(&*image.to_string_lossy(), &self.image_path);
         // From the last one: m1 begins m10.
         for (index, mounted) in self.volumes.iter().enumerate().rev() {
-            let place = self.place(index);
-            message = message.replace(&*place.to_string_lossy(), &mounted.what);
+            let staged = self.staging_of(index);
+            message = message.replace(&*staged.to_string_lossy(), &mounted.what);
         }
         message
     }
@@ -292,7 +292,7 @@ mod tests {
             path: root.display().to_string(),
             ..pb::ResolvedImage::default()
         };
-        let mut mounts = Mounts::new(&image, "/opt/knoc-agent".into(), "/places".into());
+        let mut mounts = Mounts::new(&image, "/opt/knoc-agent".into(), "/staging".into());
         mounts.set(vec![volume], Some((0, "log".into())));
         mounts
     }
@@ -334,12 +334,12 @@ mod tests {
     #[test]
     fn the_helper_mounts_what_the_runtime_is_told() {
         let mounts = mounts(Path::new("/r"), "sub", true);
-        let (specs, named) = (mounts.specs(), mounts.places());
-        let places: Vec<&Path> = specs.iter().map(|spec| spec.place.as_path()).collect();
-        assert_eq!(places, [&named.image, &named.binds[0].source, &named.agent]);
+        let (specs, named) = (mounts.specs(), mounts.staged());
+        let staged: Vec<&Path> = specs.iter().map(|spec| spec.staging.as_path()).collect();
+        assert_eq!(staged, [&named.image, &named.binds[0].source, &named.agent]);
         assert!(specs[2].read_only, "no container can write our program");
         assert_eq!(specs[1].message.as_deref(), Some(Path::new("log")));
-        let message = mounts.with_own_names("stat /places/image, mount /places/m0: no");
+        let message = mounts.with_own_names("stat /staging/image, mount /staging/m0: no");
         assert_eq!(message, "stat /r, mount volume \"v\", path \"sub\": no");
     }
 }

@@ -16,19 +16,16 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_link::{Connection, Identity, Peer, Shown, pki::CertificateInfo};
+use knoc_link::{Connection, Identity, Peer, PeerCertificate, pki::CertificateInfo};
 use knoc_proto::reason::ErrorReason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch::Receiver,
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::{Request, Status, service::Interceptor, transport::server::Connected};
+use tonic::{Request, Status, service::Interceptor};
 
-use crate::{
-    linger::Counted,
-    policy::{PeerDenied, Renewals, Rules},
-};
+use crate::policy::{PeerDenied, Renewals, Rules};
 
 /// Interval between two checks of all connections.
 const SWEEP: Duration = Duration::from_secs(5);
@@ -60,7 +57,7 @@ struct State {
 struct Open {
     peer: String,
     identity: Identity,
-    shown: Shown,
+    shown: PeerCertificate,
     cut: CancellationToken,
 }
 
@@ -76,19 +73,16 @@ impl Gate {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers a connection, which is checked until the guard is dropped.
-    pub(super) fn guard(&self, conn: Connection, counted: Counted) -> Guarded {
+    /// Registers a connection until it is dropped, and returns it so that it fails once its peer is no longer served. A
+    /// connection of our own user is returned as it is.
+    pub(super) fn guard(&self, conn: Connection) -> Connection {
         let Peer::Tls {
             identity,
             certificate,
             ..
         } = conn.peer()
         else {
-            return Guarded {
-                conn,
-                watched: None,
-                _counted: counted,
-            };
+            return conn;
         };
         let info = certificate.info();
         let peer = conn.peer().to_string();
@@ -116,11 +110,8 @@ impl Gate {
             id,
             cut: Box::pin(cut.cancelled_owned()),
         };
-        Guarded {
-            conn,
-            watched: Some(watched),
-            _counted: counted,
-        }
+        let peer = conn.peer().clone();
+        Connection::new(Guarded { conn, watched }, peer)
     }
 
     /// Checks whether this peer is served now.
@@ -229,11 +220,9 @@ impl Interceptor for Gate {
 
 /// A connection that ends when its peer is no longer served.
 #[derive(Debug)]
-pub(super) struct Guarded {
+struct Guarded {
     conn: Connection,
-    /// `None` for our own user's connection.
-    watched: Option<Watched>,
-    _counted: Counted,
+    watched: Watched,
 }
 
 #[derive(Debug)]
@@ -252,24 +241,13 @@ impl Drop for Watched {
 impl Guarded {
     /// Fails once the connection was closed by the gate, which also wakes the caller's task.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        let Some(watched) = &mut self.watched else {
-            return Ok(());
-        };
-        match watched.cut.as_mut().poll(cx) {
+        match self.watched.cut.as_mut().poll(cx) {
             Poll::Pending => Ok(()),
             Poll::Ready(()) => {
                 let text = "the peer is no longer served";
                 Err(io::Error::new(io::ErrorKind::ConnectionAborted, text))
             }
         }
-    }
-}
-
-impl Connected for Guarded {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.conn.connect_info()
     }
 }
 

@@ -1,7 +1,8 @@
-//! Looks host paths up for admission, off the runtime's threads.
+//! Checks host paths for admission, off the runtime's threads.
 //!
-//! A shared file system may hang. A look-up therefore runs on a blocking thread, its caller waits for it until a deadline,
-//! and only a few run at the same time: a file system that hangs costs a few threads and not all of them.
+//! A shared file system may hang. Therefore each look-up runs on a blocking thread, its caller
+//! waits until a deadline, and only a few look-ups run at the same time, so that a hanging file
+//! system blocks only a few threads.
 
 use std::{
     path::{Path, PathBuf},
@@ -13,7 +14,7 @@ use knoc_proto::{error::chain, pb, reason::ErrorReason};
 use tokio::sync::Semaphore;
 use tonic::Status;
 
-/// Look-ups at the same time. Each is a blocking thread for as long as the file system takes.
+/// The number of concurrent look-ups. Each one blocks a thread until the file system answers.
 const AT_ONCE: usize = 4;
 /// A healthy file system answers within milliseconds.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -35,7 +36,8 @@ impl Default for HostPaths {
 }
 
 impl HostPaths {
-    /// The host paths among `volumes` that lie outside `roots`, a sentence each. Touches no file system if there are none.
+    /// The host paths among `volumes` that are outside `roots`, one sentence for each. Without host
+    /// paths, no file system is touched.
     ///
     /// # Errors
     ///
@@ -57,7 +59,8 @@ impl HostPaths {
         self.look_up(move || outside(&volumes, &roots)).await
     }
 
-    /// Runs `work` on a blocking thread. The permit is given back only when the work has ended, also after the deadline.
+    /// Runs `work` on a blocking thread. The permit is returned only when the work has ended, even
+    /// after the deadline.
     async fn look_up<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -93,7 +96,8 @@ fn is_host_path(volume: &pb::Volume) -> bool {
     matches!(volume.source, Some(pb::volume::Source::HostPath(_)))
 }
 
-/// Host paths outside the site's roots, a sentence each. Links are followed: what counts is where a path leads.
+/// The host paths outside the site's roots, one sentence for each. Links are followed: the place
+/// that a path leads to counts.
 fn outside(volumes: &[pb::Volume], roots: &[PathBuf]) -> Vec<String> {
     let canonical = |path: &Path| std::fs::canonicalize(path).ok();
     let roots: Vec<PathBuf> = roots.iter().filter_map(|root| canonical(root)).collect();

@@ -14,7 +14,7 @@ use std::{
 use jiff::Timestamp;
 use knoc_contract::jobdir::atomic::{self, FileError};
 use knoc_link::{
-    Peer, Shown,
+    Peer, PeerCertificate,
     pki::{self, Ca, PkiError, RenewError},
 };
 use knoc_proto::{error::chain, reason::ErrorReason};
@@ -165,7 +165,7 @@ impl Rate {
 
 fn issue(
     tls: &Tls,
-    held: &Shown,
+    held: &PeerCertificate,
     request: &[u8],
 ) -> Result<(String, pki::CertificateInfo), Status> {
     let ca = ca(tls).map_err(|error| match error {

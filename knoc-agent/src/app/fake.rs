@@ -52,7 +52,7 @@ pub(crate) struct Fake {
     dir: tempfile::TempDir,
     pub(crate) site: Arc<Site>,
     pub(crate) registry: Arc<Registry>,
-    #[expect(dead_code, reason = "kept open: actors tell of their end")]
+    #[expect(dead_code, reason = "kept open: actors send when they end")]
     pub(crate) ended: mpsc::Receiver<PodUid>,
 }
 

@@ -10,12 +10,14 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_contract::jobdir::{
-    self, JobDirError, StateDir,
-    atomic::{self, FileError},
-    schema::Endpoint,
+use knoc_contract::{
+    jobdir::{
+        self, JobDirError, StateDir,
+        atomic::{self, FileError},
+        schema::Endpoint,
+    },
+    setuid,
 };
-use knoc_contract::setuid;
 use knoc_link::{
     Credentials, CredentialsError, LinkError, carrier::unix, pinned::KeyPair, socket::tls_beside,
 };
@@ -297,9 +299,9 @@ fn socket_path(config: &Config) -> PathBuf {
 
 /// What decides where the socket is placed.
 #[must_use]
-pub fn socket_places(config: &Config) -> knoc_link::socket::Places {
+pub fn socket_places(config: &Config) -> knoc_link::socket::SocketLocations {
     let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty());
-    knoc_link::socket::Places {
+    knoc_link::socket::SocketLocations {
         configured: config.listen.socket.clone(),
         runtime_dir: runtime_dir.map(PathBuf::from),
         state_dir: config.state_dir.clone(),

@@ -1,4 +1,5 @@
-//! PURE: values of the site file that parse but cannot be meant. All of them are named, each with what is allowed.
+//! PURE: checks values of the site file that parse but make no sense. All are reported, each with
+//! what is allowed.
 
 use std::{
     fmt::Display,
@@ -14,19 +15,19 @@ use crate::policy::{denied::Denied, nodes::assigned};
 /// Less would not hold what a program writes at once.
 const LEAST_POD_LOGS: i64 = 1 << 20;
 
-/// More threads than any login node gives one user.
+/// More threads than a login node allows one user.
 const MAX_THREADS: usize = 256;
 
-/// Notes every mistake of `config` in the document that it was read from.
+/// Reports every mistake of `config` in the document that it was read from.
 pub(super) fn check(config: &Config, document: &mut Document) {
     Check { config, document }.all();
 }
 
-/// Every request is compared with each.
+/// The maximum number of entries; every request is compared with each of them.
 const MAX_DENIED: usize = 1000;
 
-/// Could images' names begin so?
-fn is_place(text: &str) -> bool {
+/// Whether names of images could begin with `text`.
+fn is_image_prefix(text: &str) -> bool {
     let host = text.split('/').next().unwrap_or_default();
     let plain = |c: char| c.is_ascii_alphanumeric() || "-._:/[]".contains(c);
     !host.is_empty() && !text.contains("//") && !text.ends_with('/') && text.chars().all(plain)
@@ -57,7 +58,7 @@ impl Check<'_> {
         self.identities();
     }
 
-    /// Who is denied, and who leads which node.
+    /// Checks which certificates are denied, and which kubelet leads which node.
     fn identities(&mut self) {
         let config = self.config;
         let denied = &config.policy.denied;
@@ -75,7 +76,7 @@ impl Check<'_> {
         for (node, identity) in &config.policy.nodes {
             let name = assigned(identity).unwrap_or_default();
             let kubelet = |name: &str| format!("spiffe://knoc/kubelet/{name}").parse::<Identity>();
-            // A node's name follows the rules of a kubelet's.
+            // Node names follow the rules for kubelet names.
             if kubelet(name).is_err() || kubelet(node).is_err() {
                 let what =
                     format!("must be like `\"NODE\" = \"kubelet/NAME\"`: {node:?} = {identity:?}");
@@ -150,13 +151,13 @@ impl Check<'_> {
             self.wrong("registry.prefix", what);
         }
         let mirrors = config.registries.iter().filter_map(|r| r.mirror.as_ref());
-        let wrong: Vec<_> = mirrors.filter(|mirror| !is_place(mirror)).collect();
+        let wrong: Vec<_> = mirrors.filter(|mirror| !is_image_prefix(mirror)).collect();
         if !wrong.is_empty() {
             let what = format!("must be like `HOST[:PORT][/FOLDER]`, without a scheme: {wrong:?}");
             self.wrong("registry.mirror", what);
         }
         let allowed = config.policy.registries.iter();
-        let wrong: Vec<_> = allowed.filter(|prefix| !is_place(prefix)).collect();
+        let wrong: Vec<_> = allowed.filter(|prefix| !is_image_prefix(prefix)).collect();
         if !wrong.is_empty() {
             let what = format!("must be like `HOST[:PORT][/FOLDER]`, without a scheme: {wrong:?}");
             self.wrong("policy.registries", what);

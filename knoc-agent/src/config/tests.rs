@@ -1,4 +1,4 @@
-//! Mistakes in a site file are named with their line and what is allowed.
+//! Tests that each mistake in a site file is reported with its line and the allowed values.
 
 use super::*;
 
@@ -128,7 +128,7 @@ scratch = 'tmp'
 }
 
 #[test]
-fn mirrors_are_places() {
+fn mirrors_are_hosts_with_an_optional_path() {
     let mirror = |mirror: &str| {
         parse(&format!(
             "site = 'x'\n[[registry]]\nprefix = 'docker.io'\nmirror = '{mirror}'"
@@ -144,7 +144,7 @@ fn mirrors_are_places() {
 }
 
 #[test]
-fn tools_that_earlier_versions_named_cost_nothing() {
+fn tools_that_earlier_versions_named_are_accepted() {
     let config = parse("site = 'x'\n[tools]\nsrun = '/usr/bin/srun'").unwrap();
     assert_eq!(config.tools.unused().collect::<Vec<_>>(), ["srun"]);
 }
@@ -165,7 +165,7 @@ fn sections_are_read() {
 }
 
 #[test]
-fn where_secrets_go_without_memory_is_an_error_or_the_sites_own_word() {
+fn without_shm_secrets_are_an_error_unless_the_site_allows_disk() {
     let config = parse("site = 'x'").unwrap();
     assert_eq!(config.values.memory_fallback, MemoryFallback::Error);
     let config = parse("site = 'x'\n[values]\nmemory_fallback = 'disk'").unwrap();

@@ -1,21 +1,21 @@
-//! How values of the site file are written: durations, addresses, defaults.
+//! Parses durations, sizes and addresses of the site file, and has some defaults.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use serde::{Deserialize as _, Deserializer, de::Error as _};
 
-/// Reads `"90s"`, `"10m"`, `"1h 30m"`.
+/// Parses `"90s"`, `"10m"`, `"1h 30m"`.
 pub(super) fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(input)?;
     let parsed: jiff::SignedDuration = text.parse().map_err(|error| {
         D::Error::custom(format!(
-            "{text:?} is no duration such as \"90s\" or \"10m\": {error}"
+            "{text:?} is not a duration such as \"90s\" or \"10m\": {error}"
         ))
     })?;
     Duration::try_from(parsed).map_err(|_| D::Error::custom(format!("{text:?} is negative")))
 }
 
-/// Reads `"64GiB"`, `"500MiB"`, or a number of bytes.
+/// Parses `"64GiB"`, `"500MiB"`, or a number of bytes.
 pub(super) fn size<'de, D: Deserializer<'de>>(input: D) -> Result<u64, D::Error> {
     #[derive(serde::Deserialize)]
     #[serde(untagged, expecting = "a size such as \"64GiB\", or a number of bytes")]
@@ -34,17 +34,17 @@ pub(super) fn size<'de, D: Deserializer<'de>>(input: D) -> Result<u64, D::Error>
     });
     size.ok_or_else(|| {
         D::Error::custom(format!(
-            "{text:?} is no size such as \"500MiB\" or \"64GiB\" (KiB, MiB, GiB, TiB)"
+            "{text:?} is not a size such as \"500MiB\" or \"64GiB\" (KiB, MiB, GiB, TiB)"
         ))
     })
 }
 
-/// Reads `"0.0.0.0:10350"`.
+/// Parses `"0.0.0.0:10350"`.
 pub(super) fn address<'de, D: Deserializer<'de>>(input: D) -> Result<SocketAddr, D::Error> {
     let text = String::deserialize(input)?;
     text.parse().map_err(|_| {
         D::Error::custom(format!(
-            "{text:?} is no IP address with a port such as \"0.0.0.0:10350\" or \"[::]:10350\""
+            "{text:?} is not an IP address with a port such as \"0.0.0.0:10350\" or \"[::]:10350\""
         ))
     })
 }
@@ -64,7 +64,7 @@ pub(super) fn address_or_none<'de, D: Deserializer<'de>>(
     })
 }
 
-/// What extended resources are at a plain site.
+/// The default mapping of extended resources.
 pub(crate) fn gres() -> BTreeMap<String, String> {
     BTreeMap::from([("nvidia.com/gpu".to_owned(), "gpu".to_owned())])
 }

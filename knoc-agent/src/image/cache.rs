@@ -11,19 +11,24 @@
 //! never touched, because jobs check that it is the file they were submitted with. [`super::room`]
 //! bounds the total size.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
 
-use knoc_contract::jobdir::{JobDirError, StateDir, read_json, write_json};
-use knoc_contract::tree;
-use knoc_proto::error::chain;
-use knoc_proto::pb;
+use knoc_contract::{
+    jobdir::{JobDirError, StateDir, read_json, write_json},
+    tree,
+};
+use knoc_proto::{error::chain, pb};
 
-use super::claims::{Claims, Kept};
-use super::file::ImageFile;
+use super::{
+    claims::{Claims, Kept},
+    file::ImageFile,
+};
 
 /// How many names have their digest recorded; if there are more, some cost another request to the
 /// registry.

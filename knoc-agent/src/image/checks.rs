@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
-use knoc_contract::setuid;
-use knoc_contract::walk::{self, WalkError};
+use knoc_contract::{
+    setuid,
+    walk::{self, WalkError},
+};
 use knoc_proto::{error, pb};
 
 use super::{Images, Name, reference, runtime_version};

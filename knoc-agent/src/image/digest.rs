@@ -1,7 +1,6 @@
 //! PURE: content digests and their computation.
 
-use std::fmt;
-use std::str::FromStr;
+use std::{fmt, str::FromStr};
 
 use sha2::Digest as _;
 

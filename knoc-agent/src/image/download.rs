@@ -9,21 +9,23 @@
 //! must make progress. How much progress is required depends on whether other pulls wait for its
 //! slot.
 
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use knoc_contract::jobdir::atomic::{self, FileError};
-use tokio::fs::File;
-use tokio::io::AsyncWriteExt as _;
-use tokio::time::Instant;
+use tokio::{fs::File, io::AsyncWriteExt as _, time::Instant};
 
-use super::digest::Digest;
-use super::manifest::{self, Descriptor, Image, Packing};
-use super::reference::Source;
-use super::registry::{RegistryClient, describe};
-use super::slots::Slots;
+use super::{
+    digest::Digest,
+    manifest::{self, Descriptor, Image, Packing},
+    reference::Source,
+    registry::{RegistryClient, describe},
+    slots::Slots,
+};
 
 /// How many layers of one image are downloaded at the same time, as in other container runtimes.
 const LAYERS_AT_ONCE: usize = 3;

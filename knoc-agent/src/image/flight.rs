@@ -4,13 +4,17 @@
 //! as a pull) is dropped. Its outcome, success or failure, goes to all callers that waited; the
 //! next caller starts the work again.
 
-use std::collections::HashMap;
-use std::fmt;
-use std::future::Future;
-use std::sync::{Mutex, PoisonError};
+use std::{
+    collections::HashMap,
+    fmt,
+    future::Future,
+    sync::{Mutex, PoisonError},
+};
 
-use futures::FutureExt;
-use futures::future::{BoxFuture, Shared, WeakShared};
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Shared, WeakShared},
+};
 
 type Work<V> = BoxFuture<'static, V>;
 
@@ -60,8 +64,10 @@ impl<V: Clone + Send + Sync + 'static> Flights<V> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
 
     #[tokio::test]
     async fn many_wait_for_one() {

@@ -9,12 +9,14 @@
     reason = "public for the fuzz targets; a harness reports what it found with a panic"
 )]
 
-use super::auth;
-use super::digest::Digest;
-use super::file::ImageFile;
-use super::guard::{Url, forbidden};
-use super::manifest::{self, MAX_LAYERS, Manifest, Packing};
-use super::unpacked::{Budget, Tar};
+use super::{
+    auth,
+    digest::Digest,
+    file::ImageFile,
+    guard::{Url, forbidden},
+    manifest::{self, MAX_LAYERS, Manifest, Packing},
+    unpacked::{Budget, Tar},
+};
 
 /// Parses any bytes as a manifest, an index, an image's config and a registry's error reasons.
 ///

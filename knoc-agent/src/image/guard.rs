@@ -6,8 +6,10 @@
 //! link or of a cloud's metadata service. A `[[registry]]` entry exempts the host that it names.
 //! The rule is applied to the address that is connected to, not to an earlier look-up.
 
-use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use crate::config::Registry;
 
@@ -61,9 +63,18 @@ impl Url {
         if authority.as_str().contains('@') {
             return Err("it holds a user name".to_owned());
         }
-        let host = authority.host().trim_matches(['[', ']']);
+        let host = match authority.host().strip_prefix('[') {
+            Some(bracketed) => bracketed
+                .strip_suffix(']')
+                .filter(|host| host.parse::<Ipv6Addr>().is_ok())
+                .ok_or("its host is not an IPv6 address in brackets")?,
+            None => authority.host(),
+        };
         if host.is_empty() {
             return Err("it names no host".to_owned());
+        }
+        if host.contains(['[', ']']) {
+            return Err("its host is not a name or an address".to_owned());
         }
         let default = if tls { 443 } else { 80 };
         let rest = authority.as_str().rsplit(']').next().unwrap_or_default();

@@ -9,25 +9,34 @@
 //! Owner task: none; an [`Answer`] owns the task that drives its connection. Cancel safety:
 //! dropping a request or an answer closes its connection.
 
-use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, OnceLock};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, OnceLock},
+};
 
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderValue};
-use http::{Method, StatusCode, Uri};
+use http::{
+    Method, StatusCode, Uri,
+    header::{self, HeaderMap, HeaderValue},
+};
 use http_body_util::{BodyExt as _, Empty};
-use hyper::body::Incoming;
-use hyper::client::conn::http1;
-use hyper_util::client::proxy::matcher::{Intercept, Matcher};
-use hyper_util::rt::TokioIo;
+use hyper::{body::Incoming, client::conn::http1};
+use hyper_util::{
+    client::proxy::matcher::{Intercept, Matcher},
+    rt::TokioIo,
+};
 use knoc_proto::error::chain;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
-use tokio::task::JoinSet;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    task::JoinSet,
+};
 
-use super::Settings;
-use super::guard::{Rules, Url};
+use super::{
+    Settings,
+    guard::{Rules, Url},
+};
 
 const USER_AGENT: &str = concat!("knoc-agent/", env!("CARGO_PKG_VERSION"));
 /// Blob stores need one or two redirects.

@@ -1,8 +1,7 @@
 //! The cached images that job directories name, so that a running or queued job may open them, on
 //! any host.
 
-use std::collections::HashSet;
-use std::ffi::OsString;
+use std::{collections::HashSet, ffi::OsString};
 
 use knoc_contract::jobdir::{JobDirError, StateDir, read_json};
 

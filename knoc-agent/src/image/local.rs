@@ -1,17 +1,20 @@
 //! Images that are paths: SIF files and sandboxes under the site's image roots.
 
-use std::fs::File;
-use std::io::Read as _;
-use std::os::fd::AsRawFd as _;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::{
+    fs::File,
+    io::Read as _,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use knoc_contract::image_file;
-use knoc_contract::walk::{self, Found, WalkError};
+use knoc_contract::{
+    image_file,
+    walk::{self, Found, WalkError},
+};
 use knoc_proto::error::chain;
 
-use super::sif::FileId;
-use super::{ImageError, ImageErrorKind};
+use super::{ImageError, ImageErrorKind, sif::FileId};
 
 /// The offset of the magic bytes of a SIF file.
 const MAGIC_AT: usize = 32;
@@ -156,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_root_that_others_can_write_is_refused_unless_the_site_trusts_it() {
+    fn a_root_that_others_can_write_is_rejected_unless_the_site_trusts_it() {
         use std::os::unix::fs::PermissionsExt as _;
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().canonicalize().unwrap().join("root");

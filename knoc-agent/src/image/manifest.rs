@@ -4,11 +4,12 @@
 //! `{},{},…` would take a hundred times as much memory. A document that is both an index and an
 //! image is rejected.
 
-use std::fmt;
-use std::marker::PhantomData;
+use std::{fmt, marker::PhantomData};
 
-use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Serialize,
+    de::{Deserializer, Error as _, SeqAccess, Visitor},
+};
 
 use super::digest::Digest;
 

@@ -3,8 +3,7 @@
 //! `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. The first part is a host if it contains a dot or a colon or
 //! is `localhost`; otherwise the image is on Docker Hub.
 
-use std::fmt;
-use std::str::FromStr;
+use std::{fmt, str::FromStr};
 
 use super::digest::Digest;
 

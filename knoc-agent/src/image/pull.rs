@@ -9,22 +9,25 @@
 //! checked. The caller makes pulls single-flight. Cancel safety: a dropped pull stops its
 //! downloads, its checks and the runtime, and removes what it wrote.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use knoc_contract::jobdir::atomic;
-use knoc_contract::tree;
+use knoc_contract::{jobdir::atomic, tree};
 use knoc_proto::error::chain;
 use tokio_util::sync::CancellationToken;
 
-use super::Settings;
-use super::cache::Cache;
-use super::download::{Download, Layout};
-use super::reference::Source;
-use super::registry::{Found, RegistryClient, describe};
-use super::slots::Slots;
-use super::unpacked::{self, Budget, LayerError};
-use super::untrusted::shown;
+use super::{
+    Settings,
+    cache::Cache,
+    download::{Download, Layout},
+    reference::Source,
+    registry::{Found, RegistryClient, describe},
+    slots::Slots,
+    unpacked::{self, Budget, LayerError},
+    untrusted::shown,
+};
 use crate::command::CommandError;
 
 /// How much of the runtime's output is kept.

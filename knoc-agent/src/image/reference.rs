@@ -2,8 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::digest::Digest;
-use super::{ImageError, ImageErrorKind, Name};
+use super::{ImageError, ImageErrorKind, Name, digest::Digest};
 use crate::config::Registry;
 
 /// A parsed image reference.

@@ -5,23 +5,27 @@
 //! it. The only credentials that a request carries are tokens that the registry's own realm issued
 //! to us.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use http::{HeaderValue, Method, StatusCode, header};
 use tokio::time::Instant;
 
-use super::Settings;
-use super::auth::{self, MAX_TOKEN};
-use super::digest::Digest;
-use super::file::ImageFile;
-use super::guard::{self, Url};
-use super::http::{Answer, Client, Request};
-use super::manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest};
-use super::reference::Source;
-use super::slots::Slots;
-use super::untrusted::shown;
+use super::{
+    Settings,
+    auth::{self, MAX_TOKEN},
+    digest::Digest,
+    file::ImageFile,
+    guard::{self, Url},
+    http::{Answer, Client, Request},
+    manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest},
+    reference::Source,
+    slots::Slots,
+    untrusted::shown,
+};
 
 /// How many short requests (manifests, configs, tokens) may be in flight.
 const QUESTIONS: usize = 16;

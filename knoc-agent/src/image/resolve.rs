@@ -5,16 +5,18 @@ use std::sync::Arc;
 use knoc_contract::host::node_name;
 use knoc_proto::pb::{self, PullPolicy};
 
-use super::cache::Cache;
-use super::file::ImageFile;
-use super::flight::Flights;
-use super::local::{self, Roots};
-use super::pull::{PULLS, PULLS_EACH, Puller};
-use super::reference::{self, Reference, Source};
-use super::registry::{Found, RegistryClient};
-use super::sif::Sifs;
-use super::slots::Slots;
-use super::{Hold, ImageError, ImageErrorKind, Name, ResolvedImage, Settings};
+use super::{
+    Hold, ImageError, ImageErrorKind, Name, ResolvedImage, Settings,
+    cache::Cache,
+    file::ImageFile,
+    flight::Flights,
+    local::{self, Roots},
+    pull::{PULLS, PULLS_EACH, Puller},
+    reference::{self, Reference, Source},
+    registry::{Found, RegistryClient},
+    sif::Sifs,
+    slots::Slots,
+};
 
 /// The registry's answer about a name.
 #[derive(Debug, Clone)]

@@ -4,14 +4,18 @@
 //! ([`super::in_use`]), or if this process holds it: from the moment its digest is known until a
 //! job directory names it. The bytes that pulls in progress will need are reserved in advance.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, MutexGuard, PoisonError},
+};
 
 use knoc_proto::error::chain;
 
-use super::cache::Cache;
-use super::claims::{Claims, Kept};
-use super::in_use;
+use super::{
+    cache::Cache,
+    claims::{Claims, Kept},
+    in_use,
+};
 
 /// Keeps an image from being removed until it is dropped.
 #[derive(Debug)]

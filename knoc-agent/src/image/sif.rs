@@ -5,15 +5,14 @@
 //! file's identity; a file that was replaced or written to has another identity. After a restart
 //! each file is read again. A file that cannot be read is not recorded.
 
-use std::collections::HashMap;
-use std::fs::File;
-use std::os::unix::fs::MetadataExt as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::HashMap,
+    fs::File,
+    os::unix::fs::MetadataExt as _,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use super::Settings;
-use super::file::ImageFile;
-use super::flight::Flights;
-use super::pull::why;
+use super::{Settings, file::ImageFile, flight::Flights, pull::why};
 use crate::command::CommandError;
 
 /// No SIF that a runtime writes has more JSON objects.

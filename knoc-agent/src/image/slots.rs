@@ -7,8 +7,10 @@
 //! Cancel safety: a task that stops waiting loses only its turn; a dropped [`Slot`] goes to the
 //! next task.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use tokio::sync::oneshot;
 

@@ -5,15 +5,21 @@
 //! will (PURE; any bytes, in any pieces); [`measure`] feeds it a layer and checks the layer's
 //! digest at the same time. Blocking.
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::path::Path;
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Read, Write},
+    path::Path,
+};
 
-use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
-use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use ruzstd::decoding::{
+    BlockDecodingStrategy, FrameDecoder,
+    errors::{FrameDecoderError, ReadFrameHeaderError},
+};
 
-use super::digest::{Digest, Hasher};
-use super::manifest::Packing;
+use super::{
+    digest::{Digest, Hasher},
+    manifest::Packing,
+};
 
 const BLOCK: usize = 512;
 /// The longest extended header, which holds names and attributes.

@@ -77,7 +77,7 @@ fn all_is_written_once_and_secret() {
 }
 
 #[test]
-fn whom_the_bundle_lets_in_is_said_before_it_is_handed_over() {
+fn init_says_whose_pods_the_bundle_admits_before_it_is_handed_over() {
     let root = tempfile::tempdir().unwrap();
     let folder = root.path().join("knoc");
     let said = run(&options(&folder), root.path(), &found()).unwrap();

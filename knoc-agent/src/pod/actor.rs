@@ -1,9 +1,10 @@
-//! One task a pod: takes an input, steps the machine, persists, performs the effects, publishes.
+//! One task for each pod. It takes an input, steps the machine, writes the record, performs the
+//! effects, and publishes the result.
 //!
-//! Inputs come from the api (with a reply), the poller (rounds), the shim's link (reports) and the actor's own effect
-//! tasks, which it holds in a `JoinSet` and ends with itself. The machine decides; here is only doing. The record is
-//! written before any effect that follows `Persist`; what a shim's final report says is shown at once, since the
-//! report itself is on disk already.
+//! Inputs come from the API (with a reply), the poller (rounds), the shim's link (reports) and the
+//! actor's own effect tasks, which live in a `JoinSet` and end with the actor. The machine decides;
+//! the actor only performs. The record is written before any effect that follows `Persist`. A
+//! shim's final report is published at once, since the report itself is on disk already.
 
 mod create;
 mod effects;
@@ -32,26 +33,26 @@ use crate::{config::Config, site::Site};
 /// A pod that was found on disk.
 #[derive(Debug)]
 pub struct Restored {
-    /// As the record has it.
+    /// The pod, as its record states it.
     pub pod: Pod,
-    /// Its shape.
+    /// The pod's shape.
     pub spec: PodSpec,
     /// The cluster that wants the pod.
     pub cluster_id: String,
-    /// What its job execs (`JobFile.version`).
+    /// The version that its job execs (`JobFile.version`).
     pub version: String,
-    /// The newest revision of its values that was accepted.
+    /// The newest accepted revision of its values.
     pub values_revision: i64,
 }
 
-/// The actor of a pod that it does not know yet.
+/// The actor of a pod before it knows the pod.
 #[derive(Debug)]
 pub struct NewActor {
     site: Arc<Site>,
     uid: PodUid,
-    /// For the effects that send reports, and for the shim's link.
+    /// Sends reports from the effects and from the shim's link.
     own: mpsc::WeakSender<Input>,
-    /// For the poller.
+    /// Tells the poller about the job.
     wants: watch::Sender<Wanted>,
 }
 
@@ -61,41 +62,41 @@ struct Actor {
     site: Arc<Site>,
     uid: PodUid,
     dir: JobDir,
-    /// For the effects that send reports, and for the shim's link.
+    /// Sends reports from the effects and from the shim's link.
     own: mpsc::WeakSender<Input>,
     spec: Arc<PodSpec>,
     cluster_id: String,
-    /// What its job execs, as its directory names it.
+    /// The version that its job execs, as its job directory states it.
     version: String,
     values: values::Held,
     effects: JoinSet<Event>,
-    /// The effects that end a job.
+    /// The effects that are ending a job.
     cancels: Vec<AbortHandle>,
-    /// Looks for the images; one task at a time.
+    /// Looks up the images; one task at a time.
     staging: JoinSet<Resolved>,
-    /// One reading of the files at a time, however long the file system hangs.
+    /// Reads the files. There is only one such task at a time, however long the file system hangs.
     reading: Option<AbortHandle>,
     /// Set while the newest record is not on disk.
     unsaved: Option<Unsaved>,
-    /// For the poller.
+    /// Tells the poller about the job.
     wants: watch::Sender<Wanted>,
 }
 
-/// Where the images of a pod lie, or why that is not known.
+/// The locations of a pod's images, or why they are not known.
 type Resolved = Result<stage::Found, StageError>;
 
 /// A record that could not be written.
 #[derive(Debug)]
 struct Unsaved {
-    /// Failures in a row.
+    /// Consecutive failures.
     tries: u32,
-    /// When to try again, if nothing happens before.
+    /// When to try again at the latest.
     at: Timestamp,
-    /// What is to be done once it is on disk.
+    /// The effects to perform once it is on disk.
     held: Vec<Effect>,
 }
 
-/// What the machine must know of the pod and the site.
+/// What the machine must know about the pod and the site.
 #[must_use]
 pub fn facts(spec: &PodSpec, config: &Config) -> Facts {
     let limits = &config.limits;
@@ -115,7 +116,7 @@ pub fn facts(spec: &PodSpec, config: &Config) -> Facts {
 }
 
 impl NewActor {
-    /// An actor for the pod `uid`, whose inputs come through `own`'s channel.
+    /// The actor for the pod `uid`. Its inputs come through the channel of `own`.
     #[must_use]
     pub fn new(
         site: Arc<Site>,
@@ -131,7 +132,8 @@ impl NewActor {
         }
     }
 
-    /// Runs until the pod is forgotten, or `stop`. Cancelled between inputs only: a record is never half written.
+    /// Runs until the pod is forgotten, or until `stop`. It stops only between inputs, so no record
+    /// is left half written.
     pub async fn run(
         self,
         restored: Option<Restored>,
@@ -149,14 +151,15 @@ impl NewActor {
         if !stop.is_cancelled() {
             site.shim_links.forget(&uid);
             site.board.remove(uid.as_str());
-            // Before the end is announced: who hears of it takes a handle off the map that leads to nobody.
+            // Closed before the end is announced: whoever learns of the end removes a handle that
+            // nobody serves any more.
             drop(inputs);
-            // The registry may be gone already: then nobody keeps a handle.
+            // The registry may already be gone; then nobody holds a handle.
             drop(site.ended.send(uid).await);
         }
     }
 
-    /// The actor of a pod of this shape.
+    /// Makes the actor of a pod with this shape.
     fn of(self, spec: PodSpec, cluster_id: String) -> Actor {
         let Self {
             site,
@@ -184,7 +187,7 @@ impl NewActor {
 }
 
 impl Actor {
-    /// Takes inputs until the pod is forgotten, or `stop`.
+    /// Takes inputs until the pod is forgotten, or until `stop`.
     async fn run(
         mut self,
         mut pod: Pod,
@@ -194,7 +197,8 @@ impl Actor {
         loop {
             let wake = self.wake(&pod);
             let input = tokio::select! {
-                // Shutdown first, then what is done, then what is asked: effects' answers must not starve.
+                // Shutdown first, then finished effects, then requests, so that requests cannot
+                // starve the effects' answers.
                 biased;
                 () = stop.cancelled() => break,
                 Some(done) = self.effects.join_next() => match done {
@@ -220,7 +224,8 @@ impl Actor {
                 break;
             }
         }
-        // Effects that run end with the actor: an sbatch that has begun is found again by name.
+        // Running effects end with the actor. If sbatch has begun, its job is found by name after
+        // the restart.
         self.effects.shutdown().await;
         self.staging.shutdown().await;
     }
@@ -291,7 +296,8 @@ impl Actor {
         pod
     }
 
-    /// The same pod again: nothing, an older generation, or a newer one that changes what may change.
+    /// Handles `EnsurePod` for a pod that exists: the same shape, an older generation, or a newer
+    /// one that changes only what may change.
     async fn ensure_again(
         &mut self,
         pod: Pod,
@@ -330,7 +336,7 @@ impl Actor {
         (self.apply(pod, Event::Update(facts)).await, Ok(()))
     }
 
-    /// One step, and what follows from it.
+    /// Performs one step and its effects.
     async fn apply(&mut self, pod: Pod, event: Event) -> Pod {
         let final_report = matches!(&event, Event::Report(report) if report.r#final);
         if final_report {
@@ -338,7 +344,7 @@ impl Actor {
         }
         let (pod, effects) = step(pod, event, Timestamp::now());
         if pod.is_finished() || pod.deletion.is_some() {
-            // Images for a pod that is not wanted any more.
+            // The images are for a pod that is no longer wanted.
             self.staging.abort_all();
         }
         if final_report {
@@ -352,7 +358,7 @@ impl Actor {
         pod
     }
 
-    /// Is the newest record on disk?
+    /// Whether the newest record is on disk.
     fn saved(&self) -> Result<(), RequestError> {
         if self.unsaved.is_none() {
             return Ok(());
@@ -361,7 +367,7 @@ impl Actor {
         Err(RequestError::new(ErrorReason::Internal, message))
     }
 
-    /// When there is something to do without any input.
+    /// When the actor must act without an input.
     fn wake(&self, pod: &Pod) -> Option<Timestamp> {
         let save = self.unsaved.as_ref().map(|unsaved| unsaved.at);
         [pod.wake(), save].into_iter().flatten().min()
@@ -387,13 +393,15 @@ impl Actor {
     }
 }
 
-/// Reads what `pods/<uid>` holds; `None` where there is no record (half made, or half removed).
+/// Reads the job directory of a pod. `None` if it has no record, because it was only half created
+/// or half removed.
 pub fn restore(dir: &JobDir, config: &Config) -> Result<Option<Restored>, JobDirError> {
     let Some(record) = knoc_contract::jobdir::read_json::<Record>(&dir.record_path())? else {
         return Ok(None);
     };
     let job = dir.spec()?;
-    // Only an aid: the shim and Slurm say it again. A pod that is not taken up would be lost with its job.
+    // The report is not essential: the shim and Slurm will report again. Without this pod, its job
+    // would be lost.
     let report = dir.report().unwrap_or_else(|error| {
         tracing::warn!(
             uid = dir.uid(),
@@ -430,7 +438,7 @@ async fn sleep_until(at: Option<Timestamp>) {
     match at {
         Some(at) => {
             let left = at.duration_since(Timestamp::now());
-            // Never early: a tick before its time is none.
+            // Never early: a tick before its time does nothing.
             tokio::time::sleep(Duration::try_from(left).unwrap_or_default()).await;
         }
         None => std::future::pending().await,

@@ -1,7 +1,7 @@
-//! The messages of a pod's actor: what it is asked, how it answers, and what it tells the poller.
+//! The messages to a pod's actor, its answers, and what it tells the poller.
 //!
-//! Apart from the actor, so that those who only send to it ([`crate::shim_links`], [`super::stage`]) do not depend on what it
-//! does.
+//! They are apart from the actor, so that the modules that only send to it ([`crate::shim_links`],
+//! [`super::stage`]) do not depend on its code.
 
 use std::time::Duration;
 
@@ -15,29 +15,30 @@ use tokio::sync::oneshot;
 use super::state::Event;
 use crate::scheduler::JobRef;
 
-/// What the poller must know of a pod.
+/// What the poller must know about a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// The job of its placement, if there is one that may be alive.
     pub job: Option<JobRef>,
-    /// A change is expected within seconds.
+    /// Whether a change is expected within seconds.
     pub poll_soon: bool,
 }
 
-/// Inputs that may wait for a busy actor (one that writes its record).
+/// The number of inputs that may wait for an actor that is busy, for example with writing its
+/// record.
 pub const INPUTS: usize = 64;
 
 /// Why a request failed, as the API reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RequestError {
-    /// For the caller's decision.
+    /// Tells the caller how to react.
     pub reason: ErrorReason,
-    /// For people.
+    /// The message for users.
     pub message: String,
 }
 
 impl RequestError {
-    /// An error with its message.
+    /// The error for `reason` with its message.
     pub fn new(reason: ErrorReason, message: impl Into<String>) -> Self {
         Self {
             reason,
@@ -46,47 +47,47 @@ impl RequestError {
     }
 }
 
-/// The answer to an api request.
+/// The channel for the answer to an API request.
 pub type Reply<T> = oneshot::Sender<Result<T, RequestError>>;
 
-/// What an actor is asked.
+/// An input of an actor.
 #[derive(Debug)]
 pub enum Input {
-    /// Something happened.
+    /// Something happened to the pod.
     Event(Event),
-    /// The shim's link came or went. Which it was last, [`crate::shim_links::ShimLinks`] knows: words of two links may overtake each
-    /// other.
+    /// The shim's link came up or went down. [`crate::shim_links::ShimLinks`] knows its present
+    /// state, because messages about two links may overtake each other.
     Link,
     /// `EnsurePod`. The first input of a new pod.
     Ensure {
-        /// The shape.
+        /// The pod's shape.
         spec: Box<PodSpec>,
-        /// The values.
+        /// The pod's values.
         values: Box<PodValues>,
         /// The cluster that wants the pod.
         cluster_id: String,
-        /// The pod, and whether it is new.
+        /// Answers with the pod, and whether it is new.
         reply: Reply<(pb::PodObserved, bool)>,
     },
     /// `UpdateValues`.
     Values {
         /// The values, which the actor checks against the shape.
         values: Box<pb::PodValues>,
-        /// When they are staged, or written on the compute node.
+        /// Answers once the values are staged, or written on the compute node.
         reply: Reply<()>,
     },
     /// `DeletePod`.
     Delete {
-        /// Time for the containers; `None`: the pod's own.
+        /// The grace period for the containers; `None` means the pod's own.
         grace: Option<Duration>,
-        /// For people.
+        /// The message for users.
         reason: String,
-        /// When the intent is on disk.
+        /// Answers once the intent is on disk.
         reply: Reply<pb::PodObserved>,
     },
     /// `ForgetPod`.
     Forget {
-        /// When nothing is left on disk.
+        /// Answers once nothing of the pod is left on disk.
         reply: Reply<()>,
     },
 }
@@ -94,7 +95,7 @@ pub enum Input {
 impl Input {
     /// Answers a request with an error; drops an event.
     pub(crate) fn reject(self, error: RequestError) {
-        // Who asked may be gone.
+        // The caller may be gone.
         match self {
             Self::Event(_) | Self::Link => {}
             Self::Ensure { reply, .. } => drop(reply.send(Err(error))),

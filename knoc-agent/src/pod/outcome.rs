@@ -1,8 +1,10 @@
-//! PURE: how a pod ended, from the shim's report, Slurm's state and who asked for the end.
+//! PURE: how a pod ended, from the shim's report, Slurm's state and the party that asked for the
+//! end.
 //!
-//! A synced final report beats every Slurm state: one OOM-killed child makes a *job* OUT_OF_MEMORY although its
-//! containers went well. Where a signal from outside ended the containers, the codes are the report's and the reason is
-//! Slurm's. Without a report the answer is never a guess of success.
+//! A synced final report beats every Slurm state: one OOM-killed child makes a *job* OUT_OF_MEMORY
+//! although its containers succeeded. If a signal from outside ended the containers, the exit codes
+//! come from the report and the reason from Slurm. Without a report the pod never counts as
+//! succeeded.
 
 use std::time::Duration;
 
@@ -12,50 +14,50 @@ use knoc_proto::pb;
 
 use crate::scheduler::{JobPhase, JobState, JobView};
 
-/// slurmd's code (as a signal) where the script's output file cannot be opened.
+/// slurmd's exit code (as a signal) if the script's output file cannot be opened.
 const SIGNAL_UNWRITABLE: i32 = 53;
 
-/// Kubernetes' words for a pod whose `activeDeadlineSeconds` are over.
+/// Kubernetes' message for a pod whose `activeDeadlineSeconds` have passed.
 pub const OVERDUE: &str = "Pod was active on the node longer than the specified deadline";
 
 /// How a pod ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
-    /// Succeeded, or failed.
+    /// Whether the pod succeeded.
     pub succeeded: bool,
-    /// CamelCase; empty where the containers' own codes say it.
+    /// A reason in CamelCase; empty if the containers' exit codes say enough.
     pub reason: String,
-    /// For people.
+    /// The message for users.
     pub message: String,
-    /// The infrastructure's fault.
+    /// Whether the infrastructure is at fault.
     pub disruption: bool,
-    /// When.
+    /// When the pod ended.
     pub finished_at: Timestamp,
 }
 
 /// Why the agent itself ended a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cause {
-    /// `DeletePod`; its words.
+    /// `DeletePod`, with its message.
     Deleted(String),
     /// The job waited for a reason that never ends.
     NeverStarts(String),
-    /// The pod's own deadline is over, and its shim did not know it.
+    /// The pod's own deadline has passed, and its shim did not know it.
     Deadline,
 }
 
-/// All that is known of the end.
+/// Everything that is known about the end.
 #[derive(Debug)]
 pub struct Evidence<'a> {
-    /// The newest that the scheduler said.
+    /// The newest view from the scheduler.
     pub view: Option<&'a JobView>,
     /// The newest report, final or not.
     pub report: Option<&'a pb::Report>,
-    /// Where we asked for the end.
+    /// Why the agent ended the job, if it did.
     pub cause: Option<&'a Cause>,
-    /// The pod's own deadline and grace.
+    /// The pod's own deadline.
     pub deadline: Option<Duration>,
-    /// Termination grace.
+    /// The termination grace period.
     pub grace: Duration,
     /// The end of `batch.out`.
     pub batch_tail: &'a str,
@@ -83,7 +85,7 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
     match report.ended_by() {
         pb::EndedBy::Unspecified | pb::EndedBy::Themselves | pb::EndedBy::NoValues => own,
         pb::EndedBy::Stop => match evidence.cause {
-            // However well its containers end then.
+            // Failed even if its containers still succeed.
             Some(cause @ Cause::Deadline) => failed(cause, own.finished_at),
             Some(cause) if !own.succeeded => failed(cause, own.finished_at),
             Some(_) | None => own,
@@ -103,8 +105,8 @@ fn with_report(evidence: &Evidence<'_>, report: &pb::Report, now: Timestamp) -> 
     }
 }
 
-/// The shim ended the containers because the job's time limit was near. The job then ends by itself, before Slurm
-/// could call it a timeout.
+/// The shim ended the containers because the job's time limit was near. The job then ends by
+/// itself, before Slurm could report a timeout.
 fn at_time_limit(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
     match evidence.cause {
         Some(_) if own.succeeded => own,
@@ -113,7 +115,8 @@ fn at_time_limit(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
     }
 }
 
-/// The containers were ended from outside: the reason is Slurm's, or ours where we sent the signal.
+/// A signal from outside ended the containers: the reason is Slurm's, or the agent's if it sent the
+/// signal.
 fn by_signal(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
     if let Some(cause) = evidence.cause {
         return if own.succeeded {
@@ -129,17 +132,17 @@ fn by_signal(evidence: &Evidence<'_>, own: Outcome) -> Outcome {
             finished_at: own.finished_at,
             ..slurm
         },
-        // Slurm says nothing of it (the job went on and completed): the report stands.
+        // Slurm knows nothing about it (the job went on and completed), so the report stands.
         None => own,
     }
 }
 
 fn failed(cause: &Cause, finished_at: Timestamp) -> Outcome {
     let (reason, message) = match cause {
-        Cause::Deleted(words) => ("Deleted", words.clone()),
+        Cause::Deleted(message) => ("Deleted", message.clone()),
         Cause::NeverStarts(reason) => (
             "SlurmJobNeverStarts",
-            format!("the job would have waited for ever: {reason}"),
+            format!("the job would have waited forever: {reason}"),
         ),
         Cause::Deadline => ("DeadlineExceeded", OVERDUE.to_owned()),
     };
@@ -168,7 +171,7 @@ fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
             at,
         );
     };
-    // The shim's own word comes before the state, which only repeats that its code was not zero.
+    // The shim's exit code comes before the state, which only repeats that the code was not zero.
     let decided = by_exit(evidence, view)
         .or_else(|| before_shim(evidence, view))
         .or_else(|| by_state(evidence, view));
@@ -188,13 +191,14 @@ fn without_report(evidence: &Evidence<'_>, now: Timestamp) -> Outcome {
     }
 }
 
-/// Does the job wait in the queue? Of a state that nobody knows nothing is decided.
+/// Whether the job waits in the queue. `false` if the state is not known.
 #[must_use]
 pub fn is_in_queue(view: &JobView) -> bool {
     view.state.phase() == JobPhase::Queued && !matches!(view.state, JobState::Unknown(_))
 }
 
-/// Somebody requeued the job after its containers had begun. They never begin again: the claim is taken.
+/// The job was requeued after its containers had begun. They are not started again, because the
+/// claim is taken.
 fn requeued(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let report = evidence.report?;
     let later_life = i64::from(view.restarts) > i64::from(report.restart);
@@ -233,8 +237,9 @@ fn by_exit(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     }
 }
 
-/// The batch script ended before it became the shim: what stands before that is the site's prelude. A shim ends with few
-/// codes, and with a success or a failure of its containers only after it has claimed the job directory.
+/// The batch script ended before it became the shim, so a command before that failed: the site's
+/// prelude. A shim ends with few exit codes, and it reports a success or a failure of its
+/// containers only after it has claimed the job directory.
 fn before_shim(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     let exit = view.exit.filter(|exit| exit.signal == 0)?;
     let by_itself = matches!(view.state, JobState::Completed | JobState::Failed);
@@ -251,7 +256,7 @@ fn before_shim(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
     Some(plain("CannotStart", &message, Timestamp::UNIX_EPOCH))
 }
 
-/// What Slurm's state alone says. `None` where it says nothing of why.
+/// What Slurm's state alone says. `None` if it does not say why the job ended.
 #[expect(
     clippy::wildcard_enum_match_arm,
     reason = "the states that end a job for a reason of their own are all above"
@@ -281,13 +286,13 @@ fn by_state(evidence: &Evidence<'_>, view: &JobView) -> Option<Outcome> {
                 at,
             )
         }
-        // It has not ended, or its end says nothing of why.
+        // The job has not ended, or its state does not say why.
         _ => return None,
     };
     Some(outcome)
 }
 
-/// The job reached its time limit: whose?
+/// The job reached its time limit: the pod's own or the partition's.
 fn time_limit(evidence: &Evidence<'_>, at: Timestamp) -> Outcome {
     let view = evidence.view;
     if view.is_some_and(|view| deadline_was_the_limit(evidence, view)) {
@@ -307,13 +312,15 @@ fn time_limit(evidence: &Evidence<'_>, at: Timestamp) -> Outcome {
     )
 }
 
-/// Was the job's time limit made of the pod's own deadline (and its grace, rounded up to minutes)?
+/// Whether the job's time limit was derived from the pod's own deadline (plus its grace period,
+/// rounded up to minutes).
 fn deadline_was_the_limit(evidence: &Evidence<'_>, view: &JobView) -> bool {
     let (Some(deadline), Some(minutes)) = (evidence.deadline, view.time_limit_minutes) else {
         return false;
     };
     let seconds = u64::try_from(minutes).unwrap_or(0).saturating_mul(60);
-    // An explicit, shorter time limit is Slurm's; slack for the warning ahead of the limit, and for the rounding.
+    // A shorter explicit time limit is Slurm's. The slack covers the warning ahead of the limit and
+    // the rounding.
     deadline.as_secs() <= seconds
         && seconds <= (deadline + evidence.grace).as_secs().saturating_add(180)
 }

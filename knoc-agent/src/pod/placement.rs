@@ -44,8 +44,8 @@ impl Placement {
         }
     }
 
-    /// The job as the scheduler is asked about it. `seen` is what the scheduler said last of any job of the pod, `sbatch`
-    /// is when the call began and ended that submitted the job.
+    /// The job, as queries to the scheduler name it. `seen` is the scheduler's last view of any of
+    /// the pod's jobs; `sbatch` is when the call that submitted the job began and ended.
     #[must_use]
     pub fn job_ref(
         &self,

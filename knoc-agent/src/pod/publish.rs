@@ -1,4 +1,4 @@
-//! PURE: what outsiders see of a pod.
+//! PURE: the state of a pod as the API shows it.
 
 use jiff::Timestamp;
 use knoc_proto::{
@@ -11,10 +11,10 @@ use super::{
     state::{BeforeJob, JobStage, Pod, State, nanos},
 };
 
-/// The exit code of a container of which nobody knows how it ended, as in Kubernetes.
+/// The exit code of a container if nobody knows how it ended, as in Kubernetes.
 const EXIT_UNKNOWN: i32 = 137;
 
-/// All that the agent knows of the pod. `generation` is left to the board.
+/// Everything the agent knows about the pod. The board sets `generation`.
 #[must_use]
 pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObserved {
     let (phase, reason, message) = phase(pod);
@@ -79,7 +79,7 @@ fn encode(outcome: &Outcome) -> pb::Outcome {
     }
 }
 
-/// Phase, reason and message of the pod.
+/// The pod's phase, reason and message.
 fn phase(pod: &Pod) -> (pb::PodPhase, String, String) {
     use pb::PodPhase as Phase;
     match &pod.state {
@@ -209,7 +209,7 @@ fn job(pod: &Pod) -> Option<pb::Job> {
     })
 }
 
-/// The container as the shim reports it; before that as the state has it.
+/// The container's status as the shim reports it; before the first report, as the state implies it.
 fn status(
     pod: &Pod,
     container: &pb::Container,
@@ -225,8 +225,9 @@ fn status(
     })
 }
 
-/// No container of a finished pod is shown as running. As in Kubernetes those that the pod never came to still wait: the
-/// regular ones of a pod that was not initialized, and the last init containers, before which it ended.
+/// No container of a finished pod is shown as running. As in Kubernetes, containers that the pod
+/// never reached still wait: the regular ones if the pod was not initialized, and the init
+/// containers after the one at which it ended.
 fn settle(
     init: &mut [pb::ContainerStatus],
     regular: &mut [pb::ContainerStatus],
@@ -251,7 +252,7 @@ fn settle(
             settle_one(status, outcome, since);
         }
     }
-    // Where nothing is known, at least the first was tried.
+    // If nothing is known, at least the first one was tried.
     let tried = init.iter().rposition(begun).map_or(1, |last| last + 1);
     for status in init.iter_mut().take(tried) {
         settle_one(status, outcome, since);
@@ -278,7 +279,7 @@ fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
     }
 }
 
-/// A container of a finished pod that was last seen alive: nobody knows how it ended.
+/// A container of a finished pod that was last seen running: nobody knows how it ended.
 fn settle_one(status: &mut pb::ContainerStatus, outcome: &Outcome, since: Timestamp) {
     let started_at = match &status.state {
         Some(Status::Terminated(_)) => return,

@@ -1,11 +1,13 @@
-//! `record.json`: what the agent must know of a pod after a restart.
+//! `record.json`: what the agent must know about a pod after a restart.
 //!
-//! PURE conversions between [`Pod`] and [`Record`]; reading and writing is the caller's. A versioned protocol between
-//! agents of different releases: fields are only ever added, with a default that means "as before". The shape of the
-//! pod is in `job.pb`, the containers' states in `report.pb`.
+//! PURE conversions between [`Pod`] and [`Record`]; the caller reads and writes the file. The
+//! format is a versioned protocol between agents of different releases: fields are only ever added,
+//! with a default that keeps the old behaviour. The pod's shape is in `job.pb`, its containers'
+//! states in `report.pb`.
 //!
-//! `placement` says where the pod runs. Agents before it knew jobs of a pod's own only, and wrote the job's id as `job`:
-//! that is still read, and still written beside it for an agent that is downgraded.
+//! `placement` says where the pod runs. Agents before it knew only jobs of the pod's own, and wrote
+//! the job's ID as `job`. That field is still read, and still written for an agent that is
+//! downgraded.
 
 use std::time::Duration;
 
@@ -23,17 +25,17 @@ use super::{
 };
 use crate::scheduler::{JobExit, JobState, JobView, Marks};
 
-/// What newer agents must still read.
+/// The version of the format; newer agents must still read it.
 const VERSION: u32 = 1;
 
 /// The content of `record.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     version: u32,
-    /// UID of the cluster that wanted the pod.
+    /// The UID of the cluster that wanted the pod.
     #[serde(default)]
     pub cluster_id: String,
-    /// The newest revision of the values that was accepted.
+    /// The newest accepted revision of the values.
     #[serde(default)]
     pub values_revision: i64,
     phase: Phase,
@@ -42,7 +44,7 @@ pub struct Record {
     attempt: u32,
     #[serde(default)]
     placement: Option<RecordedPlacement>,
-    /// The job of a placement that is a job of the pod's own, for agents before `placement`.
+    /// The job's ID if the pod has a job of its own, for agents before `placement`.
     #[serde(default)]
     job: Option<JobId>,
     #[serde(default)]
@@ -51,7 +53,7 @@ pub struct Record {
     view: Option<View>,
     #[serde(default)]
     deletion: Option<RecordedDeletion>,
-    /// The job is ended for the pod's own deadline; older agents read a deletion.
+    /// The job is being ended because of the pod's own deadline; older agents read a deletion.
     #[serde(default)]
     overdue: bool,
     #[serde(default)]
@@ -121,7 +123,7 @@ struct RecordedOutcome {
     message: String,
     disruption: bool,
     finished_at: Timestamp,
-    /// The job may still be there.
+    /// The job may still exist.
     lingering: bool,
 }
 
@@ -160,13 +162,13 @@ struct View {
 }
 
 impl Record {
-    /// Has the pod finished, and its job gone? Then nothing opens what it named.
+    /// Whether the pod has finished and its job has gone, so that nothing uses the files it named.
     #[must_use]
     pub fn is_over(&self) -> bool {
         matches!(&self.phase, Phase::Finished(outcome) if !outcome.lingering)
     }
 
-    /// What is to be kept of `pod`.
+    /// The record of `pod`.
     #[must_use]
     pub fn of(pod: &Pod, cluster_id: &str, values_revision: i64) -> Self {
         Self {
@@ -190,7 +192,7 @@ impl Record {
         }
     }
 
-    /// The pod as it was, with the report that lies beside the record.
+    /// Restores the pod, with the report from its job directory.
     #[must_use]
     pub fn restore(self, facts: Facts, report: Option<pb::Report>) -> Pod {
         let older = self.job.map(Placement::own_job);
@@ -210,7 +212,8 @@ impl Record {
         });
         pod.batch_tail = self.batch_tail;
         pod.notes = self.notes.into_iter().map(unnote).collect();
-        // What the shim noted while no agent was there. Notes are told apart by what they say and when.
+        // Takes what the shim noted while no agent was running. Two notes are the same if text and
+        // time are.
         for note in report.iter().flat_map(|report| &report.notes) {
             let same = |known: &pb::PodNote| {
                 (known.at, &known.reason, &known.message) == (note.at, &note.reason, &note.message)
@@ -257,7 +260,7 @@ fn phase(state: &State) -> Phase {
         State::Finished { outcome, lingering } => {
             Phase::Finished(recorded(outcome, lingering.is_some()))
         }
-        // A forgotten pod has no record any more.
+        // A forgotten pod has no record.
         State::Forgotten => Phase::Accepted,
     }
 }
@@ -304,7 +307,8 @@ fn phase_with_job(stage: &JobStage) -> Phase {
     }
 }
 
-/// A phase with a job but without a placement in the record cannot come from us: then the agent looks for a job by name.
+/// This version never writes a phase with a job but without a placement. If it finds one, it looks
+/// for the job by name.
 fn state(phase: Phase, placement: Option<Placement>, since: Timestamp) -> State {
     let stage = match phase {
         Phase::Accepted => return State::BeforeJob(BeforeJob::Accepted),
@@ -402,16 +406,16 @@ impl From<How> for Ending {
 
 fn cause(cause: &Cause) -> RecordedCause {
     match cause {
-        Cause::Deleted(words) => RecordedCause::Deleted(words.clone()),
+        Cause::Deleted(message) => RecordedCause::Deleted(message.clone()),
         Cause::NeverStarts(reason) => RecordedCause::NeverStarts(reason.clone()),
-        // With `Record::overdue`.
+        // `Record::overdue` is set too.
         Cause::Deadline => RecordedCause::Deleted(OVERDUE.to_owned()),
     }
 }
 
 fn uncause(cause: RecordedCause) -> Cause {
     match cause {
-        RecordedCause::Deleted(words) => Cause::Deleted(words),
+        RecordedCause::Deleted(message) => Cause::Deleted(message),
         RecordedCause::NeverStarts(reason) => Cause::NeverStarts(reason),
     }
 }
@@ -436,7 +440,7 @@ fn unview(view: View, uid: &PodUid) -> JobView {
     JobView {
         id: view.id,
         uid: uid.clone(),
-        // Not kept: before such a job is cancelled it is looked at.
+        // Not kept: before such a job is cancelled, it is looked up.
         marks: Marks::default(),
         cluster_id: String::new(),
         attempt: 0,

@@ -1,8 +1,8 @@
-//! What happens before the submission: the job directory, the shim's keys, the images, `job.pb`.
+//! The work before the submission: the job directory, the shim's keys, the images, and `job.pb`.
 //!
-//! Images are looked for, and pulled, in a task of the actor's, since that may take long; the actor itself then writes
-//! `job.pb`, since the shape may have changed meanwhile. The outcome becomes `Staged` or `StageFailed`. Idempotent: after a
-//! restart all of it is done again over what is there.
+//! A task of the actor looks up and pulls the images, since that may take long. The actor itself
+//! then writes `job.pb`, since the shape may have changed in the meantime. The outcome is `Staged`
+//! or `StageFailed`. Staging is idempotent: after a restart it is repeated over what exists.
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,19 +27,19 @@ use crate::{
     site::Site,
 };
 
-/// Why staging does not go on, in Kubernetes' words where it has some.
+/// Why staging cannot continue, with Kubernetes' reasons where they exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StageError {
-    /// The container it is about; empty: the pod.
+    /// The container that failed; empty for the pod as a whole.
     pub container: String,
     /// `ErrImagePull`, `StagingFailed` …
     pub reason: String,
-    /// For people.
+    /// The message for users.
     pub message: String,
 }
 
 impl StageError {
-    /// What is no single container's matter.
+    /// An error that does not concern a single container.
     pub(crate) fn of_pod(error: &(dyn std::error::Error + 'static)) -> Self {
         let reason = "StagingFailed".to_owned();
         Self {
@@ -50,14 +50,16 @@ impl StageError {
     }
 }
 
-/// Images of one pod that are looked for at the same time: a pod may have hundreds of containers.
+/// How many images of one pod are looked up at the same time: a pod may have hundreds of
+/// containers.
 const IMAGES_AT_ONCE: usize = 4;
-/// A pull that takes longer than this is worth an Event.
+/// A pull that takes longer than this gets an Event.
 const WORTH_A_NOTE: Duration = Duration::from_millis(300);
-/// What is in the cache is found faster than this, also on a shared file system.
-const AT_HAND: Duration = Duration::from_millis(50);
+/// An image in the cache is found faster than this, even on a shared file system.
+const CACHE_LOOKUP: Duration = Duration::from_millis(50);
 
-/// The images of a pod, which stay in the cache until this is dropped: once `job.pb` names them.
+/// The images of a pod. They stay in the cache until this is dropped, which happens once `job.pb`
+/// names them.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     images: Vec<pb::ResolvedImage>,
@@ -73,13 +75,13 @@ impl Found {
         }
     }
 
-    /// Where they lie, in the order of the containers.
+    /// The images' locations, in the order of the containers.
     pub(crate) fn images(&self) -> &[pb::ResolvedImage] {
         &self.images
     }
 }
 
-/// Where the image of `container` lies, fetched if need be. Tells the actor of pulls.
+/// The location of the image of `container`, pulled if necessary. Tells the actor about pulls.
 async fn image(
     site: &Site,
     container: pb::Container,
@@ -142,12 +144,12 @@ async fn note(
 
 async fn tell(own: &mpsc::WeakSender<Input>, note: Note) {
     if let Some(own) = own.upgrade() {
-        // The actor is about to end: its notes with it.
+        // The send fails only if the actor is about to end, and its notes end with it.
         drop(own.send(Input::Event(Event::Note(note))).await);
     }
 }
 
-/// The note on an image that needed no pull.
+/// The note about an image that needed no pull.
 pub(crate) fn present(container: &pb::Container) -> Note {
     Note {
         warning: false,
@@ -160,8 +162,8 @@ pub(crate) fn present(container: &pb::Container) -> Note {
     }
 }
 
-/// Where the image of `container` lies, without a note.
-async fn silently(
+/// The location of the image of `container`, without a note.
+async fn image_without_note(
     site: &Site,
     container: pb::Container,
 ) -> Result<(pb::ResolvedImage, Option<Hold>), ImageError> {
@@ -170,14 +172,15 @@ async fn silently(
     Ok(answer(&container, resolved))
 }
 
-/// The images of a pod, where all of them are at hand within [`AT_HAND`]; a pull takes the long way.
-pub(crate) async fn at_hand(site: &Site, spec: &PodSpec) -> Option<Found> {
+/// The images of a pod if all of them are found within [`CACHE_LOOKUP`]. Otherwise the pod is staged as
+/// usual.
+pub(crate) async fn cached_images(site: &Site, spec: &PodSpec) -> Option<Found> {
     let resolving = spec
         .all_containers()
-        .map(|container| silently(site, container.clone()));
+        .map(|container| image_without_note(site, container.clone()));
     let resolving: Vec<_> = resolving.collect();
     let resolving = stream::iter(resolving).buffered(IMAGES_AT_ONCE);
-    let found = tokio::time::timeout(AT_HAND, resolving.try_collect());
+    let found = tokio::time::timeout(CACHE_LOOKUP, resolving.try_collect());
     found.await.ok()?.ok().map(Found::new)
 }
 
@@ -195,10 +198,10 @@ fn answer(
     (image, resolved.hold)
 }
 
-/// Why the job directory of a new pod could not be made.
+/// Why the job directory of a new pod could not be created.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AcceptError {
-    /// The keys of the shim's link cannot be made.
+    /// The keys of the shim's link could not be created.
     #[error("make the keys of the shim's link")]
     Keys {
         #[source]
@@ -214,10 +217,12 @@ impl From<FileError> for AcceptError {
     }
 }
 
-/// Makes the job directory of a new pod: what `EnsurePod` promises to be on disk. Returns the pin of the shim's key.
+/// Creates the job directory of a new pod, which `EnsurePod` promises to be on disk. Returns the
+/// pin of the shim's key.
 ///
-/// Nothing was there before, so no file is replaced: all are written, then synced at the same time. A crash in between
-/// leaves a folder without a whole record, which promised nothing and is swept.
+/// Nothing was there before, so no file is replaced: all files are written, then synced
+/// concurrently. A crash in between leaves a folder without a complete record. Nothing was promised
+/// about it, and the next start removes it.
 pub(crate) fn accept(
     dir: &JobDir,
     job: &pb::JobFile,
@@ -248,7 +253,7 @@ pub(crate) fn accept(
     Ok(pair.spki().to_owned())
 }
 
-/// The shim's key pair, made where it is not there yet. Returns its pin.
+/// Creates the shim's key pair if it does not exist. Returns its pin.
 pub(crate) fn link_pin(dir: &JobDir) -> Result<String, StageError> {
     let (cert, key) = dir.link_pair();
     if let Ok(pair) = KeyPair::from_files(&cert, &key) {
@@ -262,7 +267,7 @@ pub(crate) fn link_pin(dir: &JobDir) -> Result<String, StageError> {
     Ok(pair.spki().to_owned())
 }
 
-/// Where the images of a pod lie, pulled where need be.
+/// The locations of a pod's images, pulled if necessary.
 pub(crate) async fn resolve(
     site: Arc<Site>,
     spec: Arc<PodSpec>,
@@ -271,14 +276,15 @@ pub(crate) async fn resolve(
     let images = spec
         .all_containers()
         .map(|container| image(&site, container.clone(), &own));
-    // Collected: a stream over the borrowing iterator is not `Send` enough to be spawned.
+    // Collected, because a stream over the borrowing iterator is not `Send` and could not be
+    // spawned.
     let images: Vec<_> = images.collect();
-    // How many pulls really run at once is the image module's bound, over all pods.
+    // The image module bounds how many pulls run at the same time, over all pods.
     let images = stream::iter(images).buffered(IMAGES_AT_ONCE);
     images.try_collect().await.map(Found::new)
 }
 
-/// `job.pb` of a pod whose images are known.
+/// The `job.pb` of a pod whose images are known.
 pub(crate) fn job_file(
     site: &Site,
     spec: &pb::PodSpec,

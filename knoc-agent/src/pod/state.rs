@@ -94,7 +94,7 @@ fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     match &pod.state {
         State::BeforeJob(_) => before_job::begin(pod, now),
         State::WithJob { .. } => with_job::begin(pod, now),
-        // The agent may have died between the record and the removal of the values.
+        // The agent may have died after it wrote the record and before it removed the values.
         State::Finished { lingering, .. } => {
             let mut effects = vec![Effect::CleanUp];
             effects.extend(lingering.as_ref().map(|_| Effect::PollSoon));

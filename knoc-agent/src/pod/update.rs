@@ -2,7 +2,8 @@
 
 use knoc_proto::pb;
 
-/// May `new` take the place of `old`? Labels, annotations, and a lower `activeDeadlineSeconds` may change.
+/// Whether `new` may replace `old`. Labels and annotations may change, and `activeDeadlineSeconds`
+/// may be lowered.
 pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String> {
     let deadline_falls = new.active_deadline_seconds > 0
         && (old.active_deadline_seconds == 0
@@ -27,8 +28,8 @@ pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String
     }
 }
 
-/// Are they the same request? A field that kubelets of older versions did not send, and that cannot change in
-/// Kubernetes, makes no difference.
+/// Whether they are the same request. A field that older kubelets did not send, and that cannot
+/// change in Kubernetes, makes no difference.
 pub(super) fn same(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
     let without_newer_fields = |spec: &pb::PodSpec| {
         let mut spec = spec.clone();

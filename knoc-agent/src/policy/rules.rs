@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use jiff::Timestamp;
-use knoc_link::{Identity, Shown, Trust};
+use knoc_link::{Identity, PeerCertificate, Trust};
 use knoc_proto::error::chain;
 
 use super::denied::{Denied, matches};
@@ -71,7 +71,7 @@ impl Rules {
     pub fn judge(
         &self,
         identity: &Identity,
-        shown: &Shown,
+        shown: &PeerCertificate,
         renewals: &Renewals,
         now: Timestamp,
     ) -> Result<(), PeerDenied> {

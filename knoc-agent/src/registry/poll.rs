@@ -4,7 +4,7 @@
 //! Input: the jobs that actors want to know about, and a wake-up when an actor expects a change.
 //! Output: `Round` events to the actors whose jobs changed, and [`pb::NodeInfo`] on a watch
 //! channel. The interval is adaptive and jittered. It starts at the scheduler's shortest interval
-//! after a wake-up or a change and then grows: up to [`PATIENT`] times the shortest interval while
+//! after a wake-up or a change and then grows: up to [`POLL_SOON_FACTOR`] times the shortest interval while
 //! a change is expected (a job may queue for days), up to the longest interval otherwise. Without
 //! jobs no rounds are made. If the scheduler cannot be reached, this says nothing about any pod,
 //! and no events are sent.
@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// While a change is expected, the interval grows to at most this many times the shortest interval.
-const PATIENT: u32 = 5;
+const POLL_SOON_FACTOR: u32 = 5;
 /// The factor by which the interval grows after each round without changes.
 const SLOWER: f32 = 1.5;
 /// The interval between two queries of the site's capacity, which changes slowly.
@@ -240,7 +240,7 @@ fn next_interval(
     news: bool,
 ) -> Duration {
     let most = if poll_soon {
-        longest.min(shortest * PATIENT)
+        longest.min(shortest * POLL_SOON_FACTOR)
     } else {
         longest
     };

@@ -9,21 +9,20 @@
 //! jobs and enforces time limits. The work is blocking file work, so every call runs on a blocking
 //! thread.
 
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use jiff::Timestamp;
-use knoc_proto::ids::PodUid;
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
 
-use super::slurm::script::script;
 use super::{
     Accounting, Cancel, JobRef, JobView, Rendered, Round, SchedulerError, SubmitError,
-    SubmitErrorKind, SubmitRequest, Submitted,
+    SubmitErrorKind, SubmitRequest, Submitted, slurm::script::script,
 };
-use crate::command::login_environment;
-use crate::config::Config;
+use crate::{command::login_environment, config::Config};
 use table::Table;
 
 mod process;

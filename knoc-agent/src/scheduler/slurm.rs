@@ -7,14 +7,17 @@
 //! string of a pod is ever passed to a shell, and a job ID alone never identifies a pod's job
 //! ([`whose`]).
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use jiff::Timestamp;
-use knoc_proto::ids::{JobId, PodUid};
-use knoc_proto::pb;
-use tokio::sync::Semaphore;
-use tokio::time::Instant;
+use knoc_proto::{
+    ids::{JobId, PodUid},
+    pb,
+};
+use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
     Cancel, JobRef, JobView, Rendered, Round, SchedulerError, SubmitError, SubmitErrorKind,
@@ -26,16 +29,16 @@ mod bucket;
 mod checks;
 mod flags;
 mod nodes;
+mod ownership;
 mod parse;
 mod round;
 pub(super) mod script;
 mod settings;
 mod shape;
 mod submit_error;
-mod whose;
 
+use ownership::Ownership;
 pub use settings::Settings;
-use whose::Whose;
 
 /// The largest output of squeue and sacct: 100,000 jobs with 300 bytes each.
 const ANSWER_LIMIT: usize = 32 << 20;
@@ -266,8 +269,8 @@ impl Slurm {
         let command = match known {
             // If the name is a filter, another job with the same ID cannot be cancelled.
             None => command.arg(format!("--name={}", script::job_name(&job.uid))),
-            Some(Whose::Ours(_)) => command,
-            Some(Whose::Stranger | Whose::Doubt) => {
+            Some(Ownership::Ours(_)) => command,
+            Some(Ownership::Stranger | Ownership::Doubt) => {
                 let (job, uid) = (&job.id, &job.uid);
                 tracing::info!(%job, %uid, "not cancelled: the ID belongs to another job by now");
                 return Ok(());
@@ -288,7 +291,7 @@ impl Slurm {
 
     /// Checks whose job has the ID now. Called right before cancelling a job that was last seen
     /// without the name we gave it. `None` if squeue does not show the job.
-    async fn look_at(&self, job: &JobRef) -> Result<Option<Whose>, SchedulerError> {
+    async fn look_at(&self, job: &JobRef) -> Result<Option<Ownership>, SchedulerError> {
         let command = self.squeue(parse::SQUEUE_FORMAT_DIRECTORY);
         let command = command.args(["-j", job.id.as_str()]);
         let text = match self.answer("squeue", command).await {
@@ -301,14 +304,14 @@ impl Slurm {
         let Some(row) = rows.into_iter().find(|row| row.id == job.id) else {
             return Ok(None);
         };
-        match whose::judge(&row, job, self.pods()) {
-            Whose::Doubt => {
-                let decided = round::look_closer(self, &row, job, &mut None).await;
+        match ownership::judge(&row, job, self.pods()) {
+            Ownership::Doubt => {
+                let decided = round::resolve_doubt(self, &row, job, &mut None).await;
                 let problem = || format!("it does not tell whose job {} is", job.id);
                 let decided = decided.ok_or_else(|| round::unreadable("scontrol", problem()));
                 decided.map(Some)
             }
-            sure @ (Whose::Ours(_) | Whose::Stranger) => Ok(Some(sure)),
+            sure @ (Ownership::Ours(_) | Ownership::Stranger) => Ok(Some(sure)),
         }
     }
 

@@ -1,4 +1,4 @@
-//! `knocctl attach`: the container's own program, its output from now on and, where it has one, its input.
+//! `knocctl attach`: shows the output of a container's program from now on, and passes input to it if it reads any.
 
 use std::process::ExitCode;
 
@@ -14,7 +14,6 @@ use super::{
     terminal,
 };
 
-/// Arguments of `attach`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = HELP)]
 pub(super) struct Attach {
@@ -59,8 +58,8 @@ impl Attach {
             tty: self.tty,
         };
         let exit = converse::run(stream, sender, local, &what).await?;
-        Ok(converse::exit_code(exit, |words| CtlError::Detached {
-            words,
+        Ok(converse::exit_code(exit, |message| CtlError::Detached {
+            message,
         }))
     }
 
@@ -70,7 +69,7 @@ impl Attach {
             container,
             stdin: self.stdin,
             stdout: true,
-            // A terminal has one stream.
+            // A terminal has only one output stream.
             stderr: !self.tty,
             tty: self.tty,
             size: if self.tty { terminal::size() } else { None },

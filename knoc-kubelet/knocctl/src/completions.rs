@@ -1,10 +1,9 @@
-//! `knocctl completions`: for the shell's own folder of completions.
+//! `knocctl completions`: prints the completion script that a shell loads.
 
 use std::process::ExitCode;
 
 use super::{CtlError, command, output};
 
-/// Arguments of `completions`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Completions {
     /// The shell to print completions for

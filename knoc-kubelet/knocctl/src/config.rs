@@ -11,50 +11,33 @@ use std::{
 use knoc_link::{
     Addresses, Carrier, Route,
     carrier::ssh::{self, Login},
-    socket::{Places, SiteFile},
+    socket::{SiteFile, SocketLocations},
 };
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
-/// Why there is no usable context.
+/// Why no context can be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
-    /// The file that was asked for cannot be read.
     #[error("read the configuration {}", path.display())]
     Read {
-        /// Which.
         path: PathBuf,
-        /// The system's words.
         #[source]
         source: io::Error,
     },
-    /// All that is wrong with it, a line each.
+    /// Every mistake in the file, one per line.
     #[error(transparent)]
     Mistakes(#[from] Mistakes),
-    /// No context of this name.
     #[error("{} has no context {wanted:?}; it has {}", path.display(), listed(known))]
     NoContext {
-        /// Which file.
         path: PathBuf,
-        /// As given.
         wanted: String,
-        /// Those there are.
         known: Vec<String>,
     },
-    /// Several contexts, and none chosen.
     #[error("{} has several contexts ({}) and no current-context", path.display(), listed(known))]
-    NoneChosen {
-        /// Which file.
-        path: PathBuf,
-        /// Those there are.
-        known: Vec<String>,
-    },
-    /// `--context` without a file.
+    NoneChosen { path: PathBuf, known: Vec<String> },
     #[error("there is no configuration file, so no context {wanted:?}")]
-    NoFile {
-        /// As given.
-        wanted: String,
-    },
+    NoFile { wanted: String },
 }
 
 impl ConfigError {
@@ -80,7 +63,6 @@ fn listed(names: &[String]) -> String {
     }
 }
 
-/// The file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct File {
@@ -97,7 +79,7 @@ struct RawContext {
     ca: Option<PathBuf>,
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
-    /// The site whose agent is expected; any where it is not given.
+    /// The site whose agent is expected. If it is missing, any agent that the CA has signed is accepted.
     site: Option<String>,
     /// A folder with key and host keys for `ssh:` addresses; unset: the user's own OpenSSH configuration.
     ssh_folder: Option<PathBuf>,
@@ -112,7 +94,7 @@ struct RawContext {
 pub(crate) struct Context {
     /// Its name in the file; `local` for the agent's socket.
     pub name: String,
-    /// The file it comes from.
+    /// The file that defines it; `None` for the agent's socket.
     pub file: Option<PathBuf>,
     /// The addresses of the agent, in the order in which they are tried.
     pub route: Route,
@@ -122,30 +104,31 @@ pub(crate) struct Context {
     pub site: Option<String>,
 }
 
-/// CA, certificate, key.
+/// The PEM files with which knocctl and the agent authenticate each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PemFiles {
     /// The CA of the agent's certificate.
     pub ca: PathBuf,
-    /// Ours.
+    /// knocctl's own certificate.
     pub cert: PathBuf,
-    /// Its key.
+    /// The private key of `cert`.
     pub key: PathBuf,
 }
 
-/// What of the environment decides.
+/// The part of the environment that the choice of a context depends on.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Surroundings {
     /// `$HOME`
     pub home: Option<PathBuf>,
     /// `$XDG_CONFIG_HOME`
     pub config_home: Option<PathBuf>,
-    /// Where the agent of this user has its socket.
-    pub places: Places,
+    /// Where this user's agent may have its socket.
+    pub places: SocketLocations,
 }
 
 impl Surroundings {
-    /// Those of this process. The agent's site file says where its state directory and its socket are, if it is here.
+    /// Reads the environment of this process, and the agent's site file if it is on this host: it names the agent's state
+    /// directory and socket.
     #[must_use]
     pub(crate) fn here() -> Self {
         let path = |name| {
@@ -157,7 +140,7 @@ impl Surroundings {
         let in_home = home.clone().unwrap_or_default();
         let usual = || in_home.join(".config/knoc/agent.toml");
         let site_file = path("KNOC_AGENT_CONFIG").unwrap_or_else(usual);
-        let places = SiteFile::load(&site_file).places(&in_home, path("XDG_RUNTIME_DIR"));
+        let places = SiteFile::load(&site_file).socket_locations(&in_home, path("XDG_RUNTIME_DIR"));
         Self {
             home,
             config_home: path("XDG_CONFIG_HOME"),
@@ -165,7 +148,7 @@ impl Surroundings {
         }
     }
 
-    /// Where the file is looked for if none is named.
+    /// The default path of the configuration file.
     #[must_use]
     pub(crate) fn config_file(&self) -> Option<PathBuf> {
         let home = self.home.as_ref().map(|home| home.join(".config"));
@@ -173,9 +156,9 @@ impl Surroundings {
     }
 }
 
-/// The context to use: the one asked for by name, else by `current-context`. Where none was asked for: the agent's
-/// socket if it is there, which needs no certificate, else the only context. A file that was asked for goes before the
-/// socket.
+/// Chooses the context: the one that `context` names, else `current-context` of the file. If neither is given, it is the
+/// agent's socket if that exists, because it needs no certificate, else the file's only context. If the user named the
+/// file (`config`), the socket is not considered.
 pub(crate) fn load(
     config: Option<&Path>,
     context: Option<&str>,
@@ -206,7 +189,7 @@ fn without_file(context: Option<&str>, here: &Surroundings) -> Result<Context, C
     Ok(local(here.places.find().unwrap_or_else(first)))
 }
 
-/// The agent of this host, through its socket.
+/// The context of this host's agent, through its socket.
 fn local(socket: PathBuf) -> Context {
     Context {
         name: "local".to_owned(),
@@ -217,7 +200,7 @@ fn local(socket: PathBuf) -> Context {
     }
 }
 
-/// [`load`] without reading: `path` is what the text came from, `socket` what goes before a context that nobody asked for.
+/// PURE: [`load`] after the file was read. `path` is the file of the text; `socket` is used if no context was chosen.
 pub(crate) fn parse(
     text: &str,
     path: &Path,
@@ -262,7 +245,7 @@ pub(crate) fn parse(
         })
 }
 
-/// The context, with its name; `None` where the document has a mistake of it now.
+/// Checks one context of the file; returns it with its name, or notes each mistake in the document and returns `None`.
 fn resolve(
     name: &str,
     raw: &RawContext,
@@ -405,7 +388,7 @@ fn files(
     Some(PemFiles { ca, cert, key })
 }
 
-/// `~/` is the home; relative paths start at the file's folder.
+/// Expands `~/` to the home directory; other relative paths start at the configuration file's folder.
 fn absolute(file: &Path, config: &Path, here: &Surroundings) -> PathBuf {
     match (file.strip_prefix("~"), &here.home) {
         (Ok(rest), Some(home)) => home.join(rest),

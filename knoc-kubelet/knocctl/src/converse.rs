@@ -1,7 +1,8 @@
-//! One call of exec or attach from this side: standard input, output, terminal, resizes, signals, and the exit.
+//! The local side of one exec or attach call: standard input and output, the terminal and its size, signals, and the exit
+//! code.
 //!
-//! Bytes pass untouched both ways. Input and resizes go through one bounded channel, which gRPC's flow
-//! control empties; the end of input is passed on as such (half-close), output goes on after it.
+//! Bytes pass unchanged in both directions. Input and resizes go through one bounded channel, which drains at the speed of
+//! gRPC's flow control. The end of input is passed on (half-close), and output continues after it.
 
 use std::{io, process::ExitCode};
 
@@ -21,21 +22,21 @@ use super::{
     terminal::{self, Raw},
 };
 
-/// Messages on the way to the link: enough to keep it busy, few enough to stop reading in time.
+/// Messages that may wait for the link: enough to keep it busy, few enough that reading stops soon if the link is slow.
 pub(super) const QUEUE: usize = 8;
-/// The code of a command that could not be started and has none of its own, as a shell has it.
+/// The exit code for a command that could not be started and has none of its own, as in a shell.
 const CANNOT_START: u8 = 126;
 
-/// What of this side takes part.
+/// Which parts of the local terminal the call uses.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Local {
     /// Standard input is passed on.
     pub(super) stdin: bool,
-    /// The other end has a terminal: ours is raw meanwhile, every way out restores it.
+    /// The program has a terminal: the local one is in raw mode until the call ends, and is restored however it ends.
     pub(super) tty: bool,
 }
 
-/// Both directions until the exit.
+/// Passes both directions on until the program exits.
 pub(super) async fn run(
     stream: Streaming<ExecOutput>,
     sender: mpsc::Sender<ExecInput>,
@@ -50,7 +51,7 @@ pub(super) async fn run(
     tokio::pin!(input, output);
     let mut input_open = true;
     let result = loop {
-        // Output first: its end is the end, whatever input there still is. Then signals, then input.
+        // Output comes first, because the call ends with it even if there is more input; then signals, then input.
         tokio::select! {
             biased;
             exit = &mut output => break exit,
@@ -67,7 +68,7 @@ pub(super) async fn run(
     result
 }
 
-/// The code to end with; `error` makes one of the words that came in place of the program's own end.
+/// The exit code of knocctl. If the agent sent an error instead of the program's own exit, `error` wraps its message.
 pub(super) fn exit_code(exit: ExecExit, error: impl FnOnce(String) -> CtlError) -> ExitCode {
     let code = u8::try_from(exit.code.rem_euclid(256)).unwrap_or(1);
     if exit.error.is_empty() {
@@ -77,7 +78,7 @@ pub(super) fn exit_code(exit: ExecExit, error: impl FnOnce(String) -> CtlError) 
     ExitCode::from(if code == 0 { CANNOT_START } else { code })
 }
 
-/// Standard input and resizes, until the input ends (resizes go on) or the command does.
+/// Sends standard input and resizes until the command ends. If the input ends first, resizes continue.
 async fn pump(sender: mpsc::Sender<ExecInput>, stdin: bool, tty: bool) -> Result<(), CtlError> {
     let resizes = async {
         if !tty {
@@ -128,12 +129,12 @@ async fn copy_input(
     }
 }
 
-/// False where nobody listens any more.
+/// Returns false if the receiver is gone.
 async fn send(sender: &mpsc::Sender<ExecInput>, input: Input) -> bool {
     sender.send(ExecInput { input: Some(input) }).await.is_ok()
 }
 
-/// Output until the exit.
+/// Prints output until the program exits; returns how it exited.
 async fn receive(mut stream: Streaming<ExecOutput>, what: &str) -> Result<ExecExit, CtlError> {
     while let Some(message) = stream.next().await {
         let message = message.map_err(|source| CtlError::Agent {
@@ -152,7 +153,7 @@ async fn receive(mut stream: Streaming<ExecOutput>, what: &str) -> Result<ExecEx
     })
 }
 
-/// The signals that end us; with a terminal in raw mode they would leave it so.
+/// The signals that end knocctl. They are handled, because their default action would leave the terminal in raw mode.
 pub(super) struct Signals {
     terminate: Signal,
     hangup: Signal,
@@ -160,7 +161,7 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// In raw mode `^C` is a byte; an interrupt from elsewhere still ends us tidily.
+    /// In raw mode `^C` arrives as a byte; a SIGINT from another process still ends knocctl and restores the terminal.
     pub(super) fn new(tty: bool) -> Result<Self, CtlError> {
         let on = |kind| {
             let failed = |source: io::Error| CtlError::Terminal {
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn input_stops_when_nobody_listens() {
+    async fn input_stops_if_the_receiver_is_gone() {
         let (sender, receiver) = mpsc::channel(1);
         drop(receiver);
         copy_input(&sender, tokio::io::repeat(7)).await.unwrap();
@@ -229,7 +230,7 @@ mod tests {
                 error: error.into(),
                 ..ExecExit::default()
             };
-            let error = |words| CtlError::NotStarted { words };
+            let error = |message| CtlError::NotStarted { message };
             format!("{:?}", exit_code(exit, error))
         };
         assert_eq!(exit(7, ""), format!("{:?}", ExitCode::from(7)));

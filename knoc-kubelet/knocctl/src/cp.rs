@@ -1,7 +1,7 @@
-//! `knocctl cp`: files and folders, to and from a container, as `tar` through exec.
+//! `knocctl cp`: copies files and folders to and from a container through exec, with the container's `tar`.
 //!
-//! The archive is read and written on a blocking thread; between it and the call stands one bounded channel each way, so
-//! a slow disk or link slows the other side and nothing piles up. Never writes outside of the destination.
+//! A blocking thread reads and writes the archive. A bounded channel in each direction connects it with the call, so that
+//! a slow disk or link slows the other side down and memory stays bounded. Nothing is written outside of the destination.
 
 mod pack;
 mod spec;
@@ -25,16 +25,16 @@ use super::{
     session::{Session, asked},
 };
 
-/// What of the other side's words is kept for an error.
-const WORDS: usize = 4 << 10;
+/// How many bytes of the remote `tar`'s stderr are kept for an error.
+const MAX_STDERR: usize = 4 << 10;
 
-/// The shell's code for "no such program".
+/// The exit code for a program that does not exist, as in a shell.
 const NOT_FOUND: i32 = 127;
 
-/// How many of the entries that were left out are named.
+/// At most this many of the entries that were left out are named.
 const NAMED: usize = 100;
 
-/// What was left out of a copy. A container may have any number of such entries.
+/// The entries that were left out of a copy. A container may have any number of them.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct LeftOut {
     named: Vec<PathBuf>,
@@ -60,7 +60,6 @@ impl LeftOut {
     }
 }
 
-/// Arguments of `cp`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = HELP)]
 pub(super) struct Cp {
@@ -79,7 +78,7 @@ is the name of the copy. The container's image must have `tar`. Folders are copi
 contains a colon must begin with ./ or /.
 Symbolic links are kept when copying to a pod, and skipped with a warning when copying from a pod.";
 
-/// A place in a container.
+/// The container that a path belongs to.
 struct Target {
     session: Session,
     uid: String,
@@ -88,7 +87,7 @@ struct Target {
     pod: String,
 }
 
-/// A command in the container, under way.
+/// A command that runs in the container.
 struct Call {
     output: Streaming<ExecOutput>,
     input: mpsc::Sender<ExecInput>,
@@ -133,7 +132,7 @@ impl Target {
         })
     }
 
-    /// Starts a command; `stdin`: it reads what is sent.
+    /// Starts a command. If `stdin` is set, the command reads what is sent to it.
     async fn call(&mut self, command: Vec<String>, stdin: bool) -> Result<Call, CtlError> {
         let what = format!("run {} in {}", command.join(" "), self.pod);
         let start = ExecStart {
@@ -161,7 +160,7 @@ impl Target {
         })
     }
 
-    /// Is the path a folder of the container?
+    /// Whether the path is a folder of the container.
     async fn is_folder(&mut self) -> Result<bool, CtlError> {
         let command = ["test", "-d", &self.path].map(str::to_owned).to_vec();
         let call = self.call(command, false).await?;
@@ -171,18 +170,18 @@ impl Target {
 }
 
 impl Call {
-    /// Takes output until the exit; answers it and the end of what was said on standard error.
+    /// Passes output to `take` until the command exits; returns its exit and the last part of its stderr.
     async fn finish(
         self,
         mut take: impl AsyncFnMut(Bytes) -> Result<(), CtlError>,
     ) -> Result<(ExecExit, String), CtlError> {
         let Self {
             mut output,
-            // Open until the end: closing it is the end of input.
+            // Kept open until the command exits, because dropping it would end the command's input.
             input: _input,
             what,
         } = self;
-        let mut words = Vec::new();
+        let mut stderr = Vec::new();
         loop {
             let message = output.message().await.map_err(|source| CtlError::Agent {
                 what: what.clone(),
@@ -191,12 +190,12 @@ impl Call {
             match message.and_then(|message| message.output) {
                 Some(Output::Stdout(data)) => take(data).await?,
                 Some(Output::Stderr(data)) => {
-                    words.extend_from_slice(&data);
-                    let excess = words.len().saturating_sub(WORDS);
-                    words.drain(..excess);
+                    stderr.extend_from_slice(&data);
+                    let excess = stderr.len().saturating_sub(MAX_STDERR);
+                    stderr.drain(..excess);
                 }
                 Some(Output::Exit(exit)) => {
-                    return Ok((exit, String::from_utf8_lossy(&words).trim().to_owned()));
+                    return Ok((exit, String::from_utf8_lossy(&stderr).trim().to_owned()));
                 }
                 Some(Output::Started(_)) => {}
                 None => return Err(CtlError::CutShort { what }),
@@ -205,8 +204,8 @@ impl Call {
     }
 }
 
-/// A copy is good only where `tar` at the other end says so.
-fn check(exit: &ExecExit, words: String, pod: &str) -> Result<(), CtlError> {
+/// Turns a failed exit of the remote `tar` into an error: only its exit code says that the copy is complete.
+fn check(exit: &ExecExit, stderr: String, pod: &str) -> Result<(), CtlError> {
     match exit.code {
         0 if exit.error.is_empty() => Ok(()),
         NOT_FOUND => Err(CtlError::NoTar {
@@ -215,8 +214,8 @@ fn check(exit: &ExecExit, words: String, pod: &str) -> Result<(), CtlError> {
         code => Err(CtlError::Tar {
             pod: pod.to_owned(),
             code,
-            words: if exit.error.is_empty() {
-                words
+            stderr: if exit.error.is_empty() {
+                stderr
             } else {
                 exit.error.clone()
             },
@@ -233,10 +232,10 @@ async fn upload(from: PathBuf, mut target: Target) -> Result<(), CtlError> {
     let sender = call.input.clone();
     let packing = tokio::task::spawn_blocking(move || pack::send(&from, &name, &sender));
     let packing = async { joined(packing.await) };
-    // Both at once: a `tar` that ends early stops the packing, and a packing that fails drops the call.
+    // Both run at once: if `tar` ends early the packing stops, and if the packing fails the call is dropped.
     let finishing = call.finish(async |_| Ok(()));
-    let (left_out, (exit, words)) = tokio::try_join!(packing, finishing)?;
-    check(&exit, words, &target.pod)?;
+    let (left_out, (exit, stderr)) = tokio::try_join!(packing, finishing)?;
+    check(&exit, stderr, &target.pod)?;
     left_out.warn("is not a file or folder");
     Ok(())
 }
@@ -249,7 +248,7 @@ async fn download(mut source: Target, to: PathBuf) -> Result<(), CtlError> {
     let call = source.call(command.to_vec(), false).await?;
     let (sender, receiver) = mpsc::channel(QUEUE);
     let unpacking = tokio::task::spawn_blocking(move || unpack::receive(receiver, &member, &to));
-    // Where the unpacking has failed its error says more than that nobody takes the data.
+    // If the unpacking fails, its error is reported, and not that the data could not be passed on.
     let finished = async move {
         let sent = call.finish(async |data| {
             sender.send(data).await.map_err(|_| CtlError::CutShort {
@@ -262,8 +261,8 @@ async fn download(mut source: Target, to: PathBuf) -> Result<(), CtlError> {
     };
     let (unpacked, finished) = tokio::join!(unpacking, finished);
     let unpacked = joined(unpacked);
-    if let Ok((exit, words)) = &finished {
-        check(exit, words.clone(), &source.pod)?;
+    if let Ok((exit, stderr)) = &finished {
+        check(exit, stderr.clone(), &source.pod)?;
     }
     let left_out = unpacked?;
     finished?;
@@ -271,7 +270,7 @@ async fn download(mut source: Target, to: PathBuf) -> Result<(), CtlError> {
     Ok(())
 }
 
-/// What a blocking task says.
+/// The result of a blocking task, which may have panicked.
 fn joined<T>(result: Result<Result<T, CtlError>, tokio::task::JoinError>) -> Result<T, CtlError> {
     result.unwrap_or_else(|error| {
         Err(CtlError::Copy {

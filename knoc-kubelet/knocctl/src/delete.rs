@@ -1,4 +1,4 @@
-//! `knocctl delete`: the end of pods, and of what they leave.
+//! `knocctl delete`: ends pods and deletes their job directories.
 
 use std::process::ExitCode;
 
@@ -14,7 +14,6 @@ use super::{
     view,
 };
 
-/// Arguments of `delete`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Delete {
     /// Name, NAMESPACE/NAME or uid of each pod
@@ -57,7 +56,7 @@ impl Delete {
             return Ok(());
         }
         if !pod.cluster_id.is_empty() {
-            // Its kubelet still reads the outcome, and lets go of it then.
+            // Its kubelet still has to read the outcome, and removes the job directory afterwards.
             output::complain(&format!(
                 "pod {label} belongs to Kubernetes: its job directory stays until its kubelet removes it"
             ));
@@ -67,7 +66,7 @@ impl Delete {
             uid: pod.uid.clone(),
             ..Default::default()
         };
-        let what = format!("let go of pod {label}");
+        let what = format!("delete the job directory of pod {label}");
         match asked(&what, session.client.forget_pod(request)).await {
             Err(CtlError::Agent { source, .. })
                 if ErrorReason::of(&source) == Some(ErrorReason::NotFound) => {}
@@ -110,10 +109,10 @@ impl Delete {
         let finished = |pod: &pb::PodObserved| pod.phase() == PodPhase::Finished;
         if let Some(pod) = session.wait_for(&pod.uid, finished).await? {
             let outcome = pod.outcome.clone().unwrap_or_default();
-            let words = view::joined(&outcome.reason, &outcome.message);
+            let reason = view::joined(&outcome.reason, &outcome.message);
             output::complain(&format!(
                 "pod {label} ended: {}",
-                view::joined(view::phase(&pod), &words)
+                view::joined(view::phase(&pod), &reason)
             ));
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! `knocctl describe`: all that is known of one pod.
+//! `knocctl describe`: shows the details of one pod.
 
 use std::process::ExitCode;
 
@@ -11,7 +11,6 @@ use super::{
     view,
 };
 
-/// Arguments of `describe`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Describe {
     /// Name, NAMESPACE/NAME or uid of the pod
@@ -163,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_that_is_known() {
+    fn a_pod_is_described_completely() {
         let mut pod = view::tests::sample();
         pod.outcome = Some(pb::Outcome {
             kind: pb::OutcomeKind::Failed.into(),

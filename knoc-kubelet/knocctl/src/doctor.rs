@@ -1,5 +1,6 @@
-//! `knocctl doctor`: each link of the chain from here to the agent's tools, one line each: what was found, and where
-//! it is broken what to do. The first broken link on the way ends the walk; the agent's own findings are all shown.
+//! `knocctl doctor`: checks the chain from the configuration to the agent's tools step by step. Each finding is one line;
+//! if a step fails, a second line says what to do. The first failed step on the way to the agent ends the checks. The
+//! agent's own findings are always shown completely.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -17,14 +18,13 @@ use super::{
     view,
 };
 
-/// A certificate that ends sooner is worth a word.
+/// A certificate that expires sooner is reported as a problem.
 const SOON: Duration = Duration::from_hours(30 * 24);
-/// How long the agent may take for all its findings; a probe job may wait in the queue.
+/// How long the agent may take for all its findings.
 const DIAGNOSE: Duration = Duration::from_mins(2);
-/// The same with `--probe`.
+/// The same with `--probe`: the probe job may wait in the queue.
 const PROBE: Duration = Duration::from_mins(10);
 
-/// Arguments of `doctor`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
     /// Also submits a one-minute job and checks from inside it
@@ -32,7 +32,7 @@ pub(super) struct Doctor {
     probe: bool,
 }
 
-/// The chain so far.
+/// The findings so far.
 struct Report {
     format: Format,
     findings: Vec<pb::Finding>,
@@ -59,7 +59,7 @@ impl Report {
         })
     }
 
-    /// Shows each finding as it comes, where people read.
+    /// Keeps a finding; in the formats for people it is printed at once.
     fn add(&mut self, finding: pb::Finding) -> Result<(), CtlError> {
         if matches!(self.format, Format::Table | Format::Wide) {
             print(&line(&finding))?;
@@ -110,7 +110,7 @@ impl Doctor {
         report.end()
     }
 
-    /// From here outwards, until the first broken link. An error is one of printing.
+    /// Checks each step until the first that fails. The only errors are those of printing.
     async fn walk(&self, global: &Global, report: &mut Report) -> Result<(), CtlError> {
         let context = match context(global) {
             Ok(context) => context,
@@ -145,14 +145,14 @@ impl Doctor {
                 check_upgrade(report, &info, &mut session).await?;
             }
             Err(error) => {
-                let words = chain(&error);
-                return report.bad("agent", &words, cure_of_refusal(&words));
+                let detail = chain(&error);
+                return report.bad("agent", &detail, cure_of_handshake(&detail));
             }
         }
         self.diagnose(report, &mut session).await
     }
 
-    /// The agent's own check-list.
+    /// Runs the agent's own checks and adds their findings.
     async fn diagnose(&self, report: &mut Report, session: &mut Session) -> Result<(), CtlError> {
         let deadline = tokio::time::Instant::now() + if self.probe { PROBE } else { DIAGNOSE };
         let request = pb::DiagnoseRequest { probe: self.probe };
@@ -210,7 +210,7 @@ fn configured(context: &Context) -> String {
     }
 }
 
-/// False where the walk ends here.
+/// Returns false if no further step can be checked.
 fn check_dates(
     report: &mut Report,
     credentials: &Credentials,
@@ -236,16 +236,16 @@ fn check_dates(
         return Ok(false);
     }
     if now < from {
-        let words = format!("{who} is valid only from {}", view::whole(from));
-        report.bad("certificates", &words, "is this machine's clock right?")?;
+        let detail = format!("{who} is valid only from {}", view::whole(from));
+        report.bad("certificates", &detail, "is this machine's clock right?")?;
         return Ok(false);
     }
     let left = until.duration_since(now);
-    let words = format!("{who}, {} left", span(left.as_secs()));
+    let detail = format!("{who}, {} left", span(left.as_secs()));
     if left.unsigned_abs() < SOON {
-        report.bad("certificates", &words, renew)?;
+        report.bad("certificates", &detail, renew)?;
     } else {
-        report.good("certificates", words)?;
+        report.good("certificates", detail)?;
     }
     Ok(true)
 }
@@ -305,14 +305,16 @@ fn cure_of_link(error: &LinkError) -> &'static str {
             _ => "check host name, route and firewall between here and the login node",
         },
         LinkError::Timeout { .. } => "a firewall swallows the packets, or the host is down",
-        LinkError::Handshake { source, .. } => cure_of_refusal(&source.to_string()),
+        LinkError::Handshake { source, .. } => cure_of_handshake(&source.to_string()),
         LinkError::NotServed { .. } => {
             "start the agent (`knoc-agent serve`), or log in to the host on which it runs"
         }
         LinkError::WrongUser { .. } => {
             "somebody else has taken the socket's path: tell your administrators"
         }
-        LinkError::OpenFolder { .. } | LinkError::NoFolder { .. } | LinkError::Folder { .. } => {
+        LinkError::UnsafeFolder { .. }
+        | LinkError::NotAFolder { .. }
+        | LinkError::Folder { .. } => {
             "make it a folder of your own with mode 0700 (chmod 700), or name another one in listen.socket of the site file"
         }
         LinkError::NoCredentials { .. }
@@ -330,16 +332,16 @@ fn cure_of_link(error: &LinkError) -> &'static str {
     }
 }
 
-/// By TLS' own words, which are all that the other side sends.
-fn cure_of_refusal(words: &str) -> &'static str {
-    let has = |part: &str| words.contains(part);
+/// Advice for a failed handshake, chosen by the text of the TLS error: the other side sends nothing else.
+fn cure_of_handshake(error: &str) -> &'static str {
+    let has = |part: &str| error.contains(part);
     if has("UnknownIssuer") || has("UnknownCA") || has("BadSignature") || has("DecryptError") {
         "the two sides trust different CAs: take ca, cert and key from one bundle of this agent"
     } else if has("xpired") {
         "a certificate has expired, or a clock is wrong: compare `date` on both sides"
     } else if has("NotValidYet") {
         "a clock is wrong: compare `date` on both sides"
-    } else if has("expected is") {
+    } else if has("not the expected") {
         "this is another agent: fix the context's address or its site"
     } else if has("alert") {
         "the agent refused our certificate; its log says why"
@@ -355,14 +357,15 @@ fn check_info(report: &mut Report, info: &pb::AgentInfo) -> Result<(), CtlError>
     } else {
         format!(" (knocctl is {ours})")
     };
-    let words = format!(
+    let detail = format!(
         "knoc-agent {}{skew} of site {}, {}@{}, {}, {}",
         info.version, info.site, info.user, info.hostname, info.scheduler, info.runtime
     );
-    report.good("agent", words)
+    report.good("agent", detail)
 }
 
-/// An agent that is older lets any kubelet lead any node; one of this version would not. An agent that knows looks itself.
+/// An agent older than this version lets any kubelet lead any node; an agent of this version does not. Newer agents check
+/// this themselves.
 async fn check_upgrade(
     report: &mut Report,
     info: &pb::AgentInfo,
@@ -374,13 +377,13 @@ async fn check_upgrade(
     match session.pods().await {
         Ok(pods) => match other_nodes(&pods, &info.site) {
             None => Ok(()),
-            Some((words, cure)) => report.bad("upgrade", &words, &cure),
+            Some((detail, cure)) => report.bad("upgrade", &detail, &cure),
         },
         Err(error) => report.bad("upgrade", &chain(&error), "look at the agent's log"),
     }
 }
 
-/// PURE: nodes of pods whose kubelet has, unless somebody made another one, a certificate of another name.
+/// PURE: the nodes whose kubelet has a certificate of another name, unless an administrator issued one for the node.
 fn other_nodes(pods: &[pb::PodObserved], site: &str) -> Option<(String, String)> {
     let usual = format!("knoc-{site}");
     let named = pods.iter().map(|pod| pod.node_name.as_str());
@@ -390,7 +393,7 @@ fn other_nodes(pods: &[pb::PodObserved], site: &str) -> Option<(String, String)>
     nodes.sort_unstable();
     nodes.dedup();
     let first = nodes.first()?;
-    let words = format!(
+    let detail = format!(
         "pods of {} are led by a kubelet that an agent of version {} refuses, unless its certificate is of that node's name",
         nodes.join(", "),
         env!("CARGO_PKG_VERSION")
@@ -398,7 +401,7 @@ fn other_nodes(pods: &[pb::PodObserved], site: &str) -> Option<(String, String)>
     let cure = format!(
         "before the agent is upgraded add a line for each to [policy.nodes] of its site file: \"{first}\" = \"kubelet/{usual}\""
     );
-    Some((words, cure))
+    Some((detail, cure))
 }
 
 #[cfg(test)]
@@ -418,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_cause_and_a_line_of_cure() {
+    fn a_failed_check_prints_its_cause_and_its_cure() {
         let finding = pb::Finding {
             check: "slurm".into(),
             ok: false,
@@ -450,14 +453,14 @@ mod tests {
                 report.findings[0].detail.clone(),
             )
         };
-        let (goes_on, ok, words) = check(days(0), 300);
-        assert!(goes_on && ok, "{words}");
-        let (goes_on, ok, words) = check(days(0), 10);
-        assert!(goes_on && !ok && words.ends_with("9d left"), "{words}");
-        let (goes_on, ok, words) = check(days(-20), 10);
-        assert!(!goes_on && !ok && words.contains("expired on"), "{words}");
-        let (goes_on, _, words) = check(days(2), 10);
-        assert!(!goes_on && words.contains("valid only from"), "{words}");
+        let (goes_on, ok, detail) = check(days(0), 300);
+        assert!(goes_on && ok, "{detail}");
+        let (goes_on, ok, detail) = check(days(0), 10);
+        assert!(goes_on && !ok && detail.ends_with("9d left"), "{detail}");
+        let (goes_on, ok, detail) = check(days(-20), 10);
+        assert!(!goes_on && !ok && detail.contains("expired on"), "{detail}");
+        let (goes_on, _, detail) = check(days(2), 10);
+        assert!(!goes_on && detail.contains("valid only from"), "{detail}");
     }
 
     struct SignedDays(i64);
@@ -497,21 +500,21 @@ mod tests {
             nodes.iter().map(pod).collect::<Vec<_>>()
         };
         assert_eq!(other_nodes(&pods(&["knoc-s", ""]), "s"), None);
-        let (words, cure) = other_nodes(&pods(&["knoc-s", "gpu", "gpu", "big"]), "s").unwrap();
-        assert!(words.contains("big, gpu"), "{words}");
+        let (detail, cure) = other_nodes(&pods(&["knoc-s", "gpu", "gpu", "big"]), "s").unwrap();
+        assert!(detail.contains("big, gpu"), "{detail}");
         assert!(cure.contains("\"big\" = \"kubelet/knoc-s\""), "{cure}");
     }
 
     #[test]
-    fn refusals_have_cures() {
-        for (words, cure) in [
+    fn failed_handshakes_have_cures() {
+        for (detail, cure) in [
             ("received fatal alert: UnknownCA", "different CAs"),
             ("received fatal alert: CertificateExpired", "clock"),
-            ("the peer is a, expected is b", "another agent"),
+            ("the peer is a, not the expected b", "another agent"),
             ("received fatal alert: CertificateUnknown", "its log"),
             ("tls handshake eof", "listens there"),
         ] {
-            assert!(cure_of_refusal(words).contains(cure), "{words}");
+            assert!(cure_of_handshake(detail).contains(cure), "{detail}");
         }
     }
 }

@@ -11,196 +11,130 @@ use super::{config::ConfigError, manifest::ManifestError};
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CtlError {
-    /// The configuration is wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The certificates are no good.
     #[error("load the certificates of context {context}")]
     Credentials {
-        /// Which context.
         context: String,
-        /// Why.
         #[source]
         source: CredentialsError,
     },
-    /// No link can be made.
     #[error("reach the agent")]
     Link {
-        /// Why.
         #[source]
         source: LinkError,
     },
-    /// The agent refused, or could not be asked.
+    /// The agent returned an error, or the request did not reach it.
     #[error("{what}")]
     Agent {
-        /// What was tried.
         what: String,
-        /// Its answer.
         #[source]
         source: Status,
     },
-    /// The agent took too long.
     #[error("{what}: no answer within {seconds} s")]
-    Timeout {
-        /// What was tried.
-        what: String,
-        /// The deadline.
-        seconds: u64,
-    },
-    /// The agent ended a stream too early.
+    Timeout { what: String, seconds: u64 },
     #[error("{what}: the link ended before the answer was complete")]
-    CutShort {
-        /// What was tried.
-        what: String,
-    },
-    /// The manifest cannot be run.
+    CutShort { what: String },
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// A file cannot be read.
     #[error("read {}", path.display())]
     Read {
-        /// Which.
         path: PathBuf,
-        /// The system's words.
         #[source]
         source: io::Error,
     },
-    /// No such pod.
     #[error("the agent knows no pod {wanted}")]
-    NoPod {
-        /// As given.
-        wanted: String,
-    },
-    /// Several such pods.
+    NoPod { wanted: String },
     #[error("{wanted} is ambiguous: {}", candidates.join(", "))]
     Ambiguous {
-        /// As given.
         wanted: String,
-        /// Namespace/name and uid of each.
+        /// `NAMESPACE/NAME (UID)` of each pod that matches.
         candidates: Vec<String>,
     },
-    /// There is one of this name already.
+    /// The manifest's pod has another uid than the existing pod of the same name.
     #[error("the pod {name} is there already (uid {uid})")]
     Exists {
-        /// Namespace/name.
+        /// `NAMESPACE/NAME`.
         name: String,
-        /// Its uid.
+        /// The uid of the existing pod.
         uid: String,
     },
-    /// The command could not be started in the container.
-    #[error("start the command in the container: {words}")]
-    NotStarted {
-        /// The system's words.
-        words: String,
-    },
-    /// The agent let go of us while the program goes on.
-    #[error("{words}")]
-    Detached {
-        /// Why.
-        words: String,
-    },
-    /// No program is left to talk to.
+    #[error("start the command in the container: {message}")]
+    NotStarted { message: String },
+    /// The agent closed the attached streams; the program continues to run.
+    #[error("{message}")]
+    Detached { message: String },
     #[error("the pod {pod} has ended")]
-    PodEnded {
-        /// As given.
-        pod: String,
-    },
-    /// A local port cannot be had.
+    PodEnded { pod: String },
     #[error("listen on {address}")]
     Listen {
-        /// Where.
         address: SocketAddr,
-        /// The system's words.
         #[source]
         source: io::Error,
     },
-    /// Both sides of a copy here, or both in pods.
+    /// Both sides of a copy are local, or both are in pods.
     #[error("one of source and destination must be POD:PATH, the other a local path")]
     CopySides,
-    /// Nothing that has a name.
+    /// The path has no last component, such as `/` or `..`.
     #[error("{path:?} names no file or folder to copy")]
-    CopyPath {
-        /// As given.
-        path: String,
-    },
-    /// A local file cannot be read or written, or the archive cannot be.
+    CopyPath { path: String },
+    /// A local file or the archive cannot be read or written.
     #[error("{what}")]
     Copy {
-        /// What was tried, on which file.
+        /// The action and its file.
         what: String,
-        /// The system's words.
         #[source]
         source: io::Error,
     },
-    /// An archive that wants to be written elsewhere.
+    /// The archive contains an entry that would be written outside of the destination.
     #[error("the archive from the pod names {}, outside of what was asked for", name.display())]
-    Archive {
-        /// The entry.
-        name: PathBuf,
-    },
-    /// `cp` rests on `tar`.
+    Archive { name: PathBuf },
+    /// `cp` needs `tar` in the container.
     #[error("there is no `tar` in the container of {pod}")]
-    NoTar {
-        /// As given.
-        pod: String,
-    },
-    /// `tar` failed in the container.
-    #[error("tar in the container of {pod} ended with code {code}: {words}")]
+    NoTar { pod: String },
+    #[error("tar in the container of {pod} ended with code {code}: {stderr}")]
     Tar {
-        /// As given.
         pod: String,
-        /// Its exit code.
         code: i32,
-        /// What it said.
-        words: String,
+        /// The last part of its stderr.
+        stderr: String,
     },
-    /// The terminal does not do what it should.
+    /// A setting of the local terminal cannot be read or changed.
     #[error("{what} of the terminal")]
     Terminal {
-        /// What was tried.
         what: &'static str,
-        /// The system's words.
         #[source]
         source: io::Error,
     },
-    /// A signal asked us to end.
+    /// knocctl was ended by a signal.
     #[error("ended by {name}")]
-    Signal {
-        /// Its name.
-        name: &'static str,
-    },
-    /// Standard input cannot be read.
+    Signal { name: &'static str },
     #[error("read standard input")]
     Input {
-        /// The system's words.
         #[source]
         source: io::Error,
     },
-    /// Standard output cannot be written.
     #[error("write to standard output")]
     Print {
-        /// The system's words.
         #[source]
         source: io::Error,
     },
-    /// Others could read its memory.
+    /// Other processes of the user could read knocctl's memory.
     #[error("keep the memory of this process private")]
     Private {
-        /// The system's words.
         #[source]
         source: io::Error,
     },
-    /// Nothing can run.
+    /// tokio's runtime cannot be started.
     #[error("start the runtime")]
     Runtime {
-        /// The system's words.
         #[source]
         source: io::Error,
     },
 }
 
 impl CtlError {
-    /// What to do next, where that is known.
+    /// What to do next, if that is known.
     #[must_use]
     pub(crate) fn hint(&self) -> Option<String> {
         let hint = match self {
@@ -253,7 +187,7 @@ impl CtlError {
     }
 }
 
-/// What the agent's refusal asks for.
+/// What to do about the agent's error.
 fn hint_for(status: &Status) -> Option<String> {
     let Some(reason) = ErrorReason::of(status) else {
         let hint = if status.code() == Code::Unavailable {
@@ -308,9 +242,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_reason_that_a_user_can_mend_has_a_hint() {
+    fn every_reason_that_a_user_can_fix_has_a_hint() {
         for reason in ErrorReason::ALL {
-            let source = reason.status("words");
+            let source = reason.status("message");
             let error = CtlError::Agent {
                 what: "delete pod x".into(),
                 source,
@@ -320,7 +254,7 @@ mod tests {
                 ErrorReason::InvalidSpec | ErrorReason::InvalidRequest
             );
             assert_eq!(error.hint().is_none(), silent, "{reason}");
-            assert_eq!(knoc_proto::error::chain(&error), "delete pod x: words");
+            assert_eq!(knoc_proto::error::chain(&error), "delete pod x: message");
         }
     }
 }

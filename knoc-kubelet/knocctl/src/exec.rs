@@ -1,4 +1,4 @@
-//! `knocctl exec`: a command in a container, with its input, output, terminal and exit code.
+//! `knocctl exec`: runs a command in a container and passes on its input, output, terminal and exit code.
 
 use std::process::ExitCode;
 
@@ -14,7 +14,6 @@ use super::{
     terminal,
 };
 
-/// Arguments of `exec`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Exec {
     /// Name, NAMESPACE/NAME or uid of the pod
@@ -64,8 +63,8 @@ impl Exec {
             tty: self.tty,
         };
         let exit = converse::run(stream, sender, local, &what).await?;
-        Ok(converse::exit_code(exit, |words| CtlError::NotStarted {
-            words,
+        Ok(converse::exit_code(exit, |message| CtlError::NotStarted {
+            message,
         }))
     }
 
@@ -76,7 +75,7 @@ impl Exec {
             command: self.command.clone(),
             stdin: self.stdin,
             stdout: true,
-            // A terminal has one stream.
+            // A terminal has only one output stream.
             stderr: !self.tty,
             tty: self.tty,
             size: if self.tty { terminal::size() } else { None },

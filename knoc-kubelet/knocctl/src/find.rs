@@ -1,10 +1,10 @@
-//! Which pod is meant: a uid, a name, or `namespace/name`. Pure, but for [`one`].
+//! Finds the pod that the user named by a uid, a name, or `NAMESPACE/NAME`.
 
 use knoc_proto::pb::PodObserved;
 
 use super::{CtlError, session::Session};
 
-/// The pod that `wanted` means, asked of the agent.
+/// Asks the agent for its pods and returns the one that `wanted` names.
 pub(super) async fn one(
     session: &mut Session,
     namespace: Option<&str>,
@@ -13,7 +13,7 @@ pub(super) async fn one(
     choose(session.pods().await?, namespace, wanted)
 }
 
-/// The only pod that `wanted` means. A uid goes before a name.
+/// PURE: the only pod that `wanted` names. A uid takes precedence over a name.
 fn choose(
     pods: Vec<PodObserved>,
     namespace: Option<&str>,
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn all_forms() {
+    fn uids_names_and_namespaced_names_are_found() {
         assert_eq!(uid(None, "u2").unwrap(), "u2");
         assert_eq!(uid(None, "b/web").unwrap(), "u2");
         assert_eq!(uid(Some("a"), "web").unwrap(), "u1");

@@ -1,4 +1,4 @@
-//! `knocctl info`: which agent answers, and what its site has.
+//! `knocctl info`: shows the agent that answers and the resources of its site.
 
 use std::process::ExitCode;
 
@@ -63,7 +63,7 @@ fn text(info: &pb::AgentInfo, node: &pb::NodeInfo, wide: bool) -> String {
     text
 }
 
-/// Where the scheduler is away also since when: what else is shown is as old.
+/// If the scheduler cannot be reached, this includes since when: the other values shown are as old.
 fn health(health: &pb::SchedulerHealth) -> String {
     if health.reachable {
         return "reachable".to_owned();
@@ -113,7 +113,7 @@ fn partitions(list: &[pb::Partition]) -> String {
     table(&headings, &rows)
 }
 
-/// `slurm 24.11.5`, whether or not the version repeats the name.
+/// Name and version, such as `slurm 24.11.5`. Some versions begin with the name, which is not repeated.
 fn version(name: &str, version: &str) -> String {
     if version.starts_with(name) {
         version.to_owned()
@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scheduler_that_is_away_says_since_when() {
+    fn an_unreachable_scheduler_is_shown_with_its_time() {
         let away = pb::SchedulerHealth {
             since: 1_700_000_000_000_000_000,
             message: "squeue: timed out".into(),
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_for_people() {
+    fn the_agent_and_its_site_are_shown() {
         let info = pb::AgentInfo {
             version: "0.1.0".into(),
             site: "trixie".into(),

@@ -1,4 +1,4 @@
-//! `knocctl logs`: the bytes of one container's log, as they are.
+//! `knocctl logs`: prints the bytes of one container's log unchanged.
 
 use std::process::ExitCode;
 
@@ -14,7 +14,6 @@ use super::{
     session::{Session, asked},
 };
 
-/// Arguments of `logs`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Logs {
     /// Name, NAMESPACE/NAME or uid of the pod
@@ -105,7 +104,7 @@ impl Logs {
     }
 }
 
-/// The container asked for, else the first; where there are several that is said.
+/// The container that the user named, else the first one. If there are several, the choice is printed.
 pub(super) fn container(pod: &pb::PodObserved, asked: Option<&str>) -> String {
     if let Some(asked) = asked {
         return asked.to_owned();
@@ -137,7 +136,7 @@ async fn copy(session: &mut Session, request: ReadLogsRequest) -> Result<(), Ctl
     Ok(())
 }
 
-/// The log of a container that may not run yet, for `run --logs`.
+/// Follows the log of a container that may not run yet, for `run --logs`.
 pub(super) struct Follow<'a> {
     pub(super) uid: &'a str,
     pub(super) container: &'a str,
@@ -166,7 +165,7 @@ impl Follow<'_> {
             ..ReadLogsRequest::default()
         };
         match copy(session, request).await {
-            // It never began: what comes next says why.
+            // The container never started; the pod's outcome, which is printed next, says why.
             Err(CtlError::Agent { source, .. })
                 if ErrorReason::of(&source) == Some(ErrorReason::ContainerNotFound) =>
             {

@@ -1,11 +1,11 @@
-//! `knocctl`: asks an agent what the kubelet asks it, and shows the answers. No Kubernetes is needed.
+//! `knocctl` uses the agent's API as the kubelet does, and shows the answers. It needs no Kubernetes.
 //!
-//! One file a command; each takes its parsed arguments and a [`session::Session`], and writes through
-//! [`output`]. One task (the runtime has one thread); nothing is kept on disk. Pure parts: [`config`]
-//! (parsing), [`manifest`], [`view`], [`output`] (tables), `find` (which pod is meant).
+//! Each command has one file. It takes its parsed arguments, opens a [`session::Session`] and writes through [`output`].
+//! The runtime has one thread, and nothing is kept on disk. These parts are pure: [`config`] (parsing), [`manifest`],
+//! [`view`], [`output`] (tables) and `find` (choosing a pod).
 //!
-//! What a pod or an agent says is shown with its control characters replaced, except the bytes of
-//! `logs` and `exec`, which pass untouched.
+//! Control characters in texts of pods and agents are escaped before they are printed. The bytes of `logs` and `exec`
+//! pass unchanged.
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
@@ -106,13 +106,13 @@ enum Command {
     Completions(completions::Completions),
 }
 
-/// The command line, for man pages and completions.
+/// The definition of the command line, for completions.
 fn command() -> clap::Command {
     Cli::command()
 }
 
 fn main() -> ExitCode {
-    // The client's key, and what manifests say of Secrets.
+    // The memory holds the client's private key, and manifests may contain secrets.
     if let Err(source) = keep_memory_private() {
         return report(&CtlError::Private { source });
     }
@@ -123,7 +123,7 @@ fn run_with(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are "errors" of code 0.
+            // clap returns --help and --version as errors whose exit code is 0.
             let shown = error.print();
             let code = u8::try_from(error.exit_code()).unwrap_or(2);
             return ExitCode::from(if shown.is_ok() { code } else { 1 });
@@ -137,7 +137,7 @@ fn run_with(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Err(source) => return report(&CtlError::Runtime { source }),
     };
     let result = runtime.block_on(dispatch(cli));
-    // A thread that still waits for a key to be pressed is not waited for.
+    // Do not wait for the thread that reads standard input: it may wait for a key.
     runtime.shutdown_background();
     match result {
         Ok(code) => code,
@@ -165,12 +165,12 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CtlError> {
     }
 }
 
-/// Says what went wrong, and what to do next where that is known.
+/// Prints the error, and what to do next if that is known.
 fn report(error: &CtlError) -> ExitCode {
     if let CtlError::Print { source } = error
         && source.kind() == std::io::ErrorKind::BrokenPipe
     {
-        // The reader (`head`) has seen enough.
+        // The reader of a pipe, such as `head`, has closed it.
         return ExitCode::SUCCESS;
     }
     output::complain(&format!("error: {}", knoc_proto::error::chain(error)));

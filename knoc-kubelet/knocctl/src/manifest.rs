@@ -1,7 +1,7 @@
-//! A Kubernetes pod manifest as the agent's messages, by the kubelet's own rules. Pure.
+//! PURE: translates a Kubernetes pod manifest to the agent's messages by the same rules as the kubelet.
 //!
-//! What lives in the API server (`ConfigMap`s, Secrets, service account tokens) cannot be resolved here
-//! and is refused by name, as is all that the kubelet's verdict table refuses.
+//! Objects of the API server (`ConfigMap`s, Secrets, service account tokens) cannot be resolved here, so a manifest that
+//! needs them is rejected, and the error names them. The same applies to every field that the kubelet rejects.
 
 use std::path::{Path, PathBuf};
 
@@ -11,42 +11,37 @@ use serde_json::Value;
 
 use knoc_translate::{self as translate, verdict};
 
-/// How much of `generateName` goes into a name.
+/// How many bytes of `generateName` are used, as in the API server.
 const GENERATED_PREFIX: usize = 58;
 
 /// Why a manifest cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ManifestError {
-    /// No YAML (or JSON), or not one document.
-    #[error("{} is not a manifest: {words}", path.display())]
+    /// The text is not YAML or JSON, or not exactly one document.
+    #[error("{} is not a manifest: {message}", path.display())]
     Syntax {
-        /// The file.
         path: PathBuf,
-        /// The parser's words, with the place.
-        words: String,
+        /// The parser's message, with line and column.
+        message: String,
     },
-    /// Another kind of object.
     #[error("{} holds {found}, not a v1 Pod", path.display())]
     Kind {
-        /// The file.
         path: PathBuf,
-        /// apiVersion and kind.
+        /// The object's apiVersion and kind.
         found: String,
     },
-    /// Refused, all reasons at once.
+    /// Fields that are not supported or invalid; all are reported at once.
     #[error("{} cannot run here: {}", path.display(), problems.join("; "))]
     Refused {
-        /// The file.
         path: PathBuf,
-        /// `path: why`, each.
+        /// `path: reason` of each.
         problems: Vec<String>,
     },
-    /// Refers to what only Kubernetes knows.
+    /// The pod refers to objects that only the API server has.
     #[error("{} needs {}, which only Kubernetes can give", path.display(), needs.join(", "))]
     Needs {
-        /// The file.
         path: PathBuf,
-        /// `ConfigMap`s, Secrets, tokens.
+        /// The `ConfigMap`s, Secrets and tokens by name.
         needs: Vec<String>,
     },
 }
@@ -68,7 +63,7 @@ impl ManifestError {
     }
 }
 
-/// What is not in the manifest.
+/// Values that complete or override the manifest.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Given<'a> {
     /// `--namespace`
@@ -77,26 +72,26 @@ pub(crate) struct Given<'a> {
     pub name: Option<&'a str>,
     /// `--uid`
     pub uid: Option<&'a str>,
-    /// For a name to be generated and a uid: lower-case letters and digits.
+    /// Random lower-case letters and digits, for a generated name and for the uid.
     pub random: &'a str,
 }
 
 /// A manifest that can be run.
 #[derive(Debug, Clone)]
 pub(crate) struct Manifest {
-    /// The shape.
+    /// The part of the pod that does not change.
     pub spec: pb::PodSpec,
-    /// The values.
+    /// The part of the pod that can be updated: variables and file contents.
     pub values: pb::PodValues,
-    /// What means something else here than in Kubernetes.
+    /// Notes about fields that have another meaning here than on other nodes.
     pub mapped: Vec<String>,
 }
 
 /// Reads the manifest in `text`, which came from `path`.
 pub(crate) fn parse(text: &str, path: &Path, given: &Given<'_>) -> Result<Manifest, ManifestError> {
-    let syntax = |words: String| ManifestError::Syntax {
+    let syntax = |message: String| ManifestError::Syntax {
         path: path.to_owned(),
-        words,
+        message,
     };
     let mut value: Value =
         serde_saphyr::from_str(text).map_err(|error| syntax(error.to_string()))?;
@@ -107,8 +102,8 @@ pub(crate) fn parse(text: &str, path: &Path, given: &Given<'_>) -> Result<Manife
         problems,
     };
     let findings = verdict::judge(&value);
-    if !findings.refused.is_empty() {
-        return Err(refused(findings.refused));
+    if !findings.rejected.is_empty() {
+        return Err(refused(findings.rejected));
     }
     let mut pod: Pod = serde_json::from_value(value).map_err(|error| syntax(error.to_string()))?;
     pod.metadata.generation.get_or_insert(1);
@@ -146,7 +141,7 @@ fn check_kind(value: &Value, path: &Path) -> Result<(), ManifestError> {
     })
 }
 
-/// Puts in what the API server would: namespace, a generated name, the uid.
+/// Fills in what the API server would: the namespace, a generated name and the uid.
 fn complete(value: &mut Value, given: &Given<'_>) {
     let Some(root) = value.as_object_mut() else {
         return;
@@ -168,7 +163,7 @@ fn complete(value: &mut Value, given: &Given<'_>) {
     if metadata.get("name").is_none()
         && let Some(prefix) = metadata.get("generateName").and_then(Value::as_str)
     {
-        // As the API server cuts it, so that the whole is a host name.
+        // The API server cuts the prefix in the same way, so that the name is a valid host name.
         let prefix = &prefix[..prefix.floor_char_boundary(GENERATED_PREFIX)];
         let name = format!("{prefix}{short}");
         metadata.insert("name".to_owned(), Value::String(name));
@@ -188,7 +183,7 @@ fn complete(value: &mut Value, given: &Given<'_>) {
     }
 }
 
-/// A volume that names no source is an empty folder, as the API server fills it in.
+/// A volume without a source becomes an `emptyDir`, as in the API server.
 fn name_empty_dir(volume: &mut Value) {
     if let Some(volume) = volume.as_object_mut()
         && volume
@@ -323,7 +318,7 @@ spec:
     }
 
     #[test]
-    fn other_kinds_and_rubbish() {
+    fn other_kinds_and_invalid_yaml_are_errors() {
         let error = read(&POD.replace("kind: Pod", "kind: Job")).unwrap_err();
         assert_eq!(error.to_string(), "pod.yaml holds v1 Job, not a v1 Pod");
         let error = read("a: [1").unwrap_err();

@@ -1,7 +1,7 @@
-//! What is printed, and how: tables for people, JSON and YAML for programs.
+//! Output formats: tables for people, JSON and YAML for programs.
 //!
-//! Rendering is pure. Text that came from elsewhere passes through [`knoc_proto::text`]: a pod cannot move the cursor of
-//! whoever looks at it, nor write a line of its own.
+//! Rendering is pure. Text from pods and agents passes through [`knoc_proto::text`], so that it can neither move the
+//! user's cursor nor forge a line of output.
 
 use std::io::{self, Write as _};
 
@@ -14,21 +14,17 @@ use super::CtlError;
 /// The space between two columns.
 const GAP: usize = 3;
 
-/// The output format.
+/// The output format of all commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub(crate) enum Format {
-    /// A table.
     #[default]
     Table,
-    /// A table with more columns.
     Wide,
-    /// JSON.
     Json,
-    /// YAML.
     Yaml,
 }
 
-/// Prints `value` where a program reads, `text` otherwise.
+/// Prints `value` in the formats for programs (JSON, YAML), and `text` otherwise.
 pub(super) fn show(
     format: Format,
     value: impl FnOnce() -> Value,
@@ -45,13 +41,13 @@ pub(super) fn show(
     }
 }
 
-/// Line by line, as the line feeds between JSON's tokens stay.
+/// Escapes each line by itself, so that the line feeds between JSON's tokens stay.
 fn json(text: &str) -> String {
     let lines: Vec<_> = text.split('\n').map(escape_json).collect();
     lines.join("\n")
 }
 
-/// YAML for plain text; where a text has characters that a terminal would obey, JSON, which is YAML too and escapes them.
+/// Formats as YAML. If a text contains control characters, the result is JSON, which is also valid YAML and escapes them.
 fn yaml(value: &Value) -> String {
     let text = serde_saphyr::to_string(value).unwrap_or_default();
     if text.contains(|c| is_unshown(c) && c != '\n') {
@@ -60,19 +56,19 @@ fn yaml(value: &Value) -> String {
     text
 }
 
-/// Writes to standard output, at once; lines stay lines.
+/// Writes text to standard output and flushes it. Line feeds are kept.
 pub(super) fn print(text: &str) -> Result<(), CtlError> {
     print_bytes(escape_lines(text).as_bytes())
 }
 
-/// Writes bytes as they are to standard output, at once.
+/// Writes bytes unchanged to standard output and flushes them.
 pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), CtlError> {
     let mut stdout = io::stdout().lock();
     let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
     written.map_err(|source| CtlError::Print { source })
 }
 
-/// [`print_bytes`] for streams: while a reader (`less`) takes its time the link goes on to answer pings.
+/// [`print_bytes`] for streams: while a slow reader (`less`) blocks the write, the link still answers pings.
 pub(super) async fn pass(bytes: &[u8]) -> Result<(), CtlError> {
     let mut stdout = tokio::io::stdout();
     stdout
@@ -85,7 +81,7 @@ pub(super) async fn pass(bytes: &[u8]) -> Result<(), CtlError> {
         .map_err(|source| CtlError::Print { source })
 }
 
-/// The same to standard error.
+/// The same as [`pass`], to standard error.
 pub(super) async fn pass_error(bytes: &[u8]) -> Result<(), CtlError> {
     let mut stderr = tokio::io::stderr();
     stderr
@@ -98,21 +94,21 @@ pub(super) async fn pass_error(bytes: &[u8]) -> Result<(), CtlError> {
         .map_err(|source| CtlError::Print { source })
 }
 
-/// Writes bytes as they are to standard error, at once.
+/// Writes bytes unchanged to standard error and flushes them.
 fn complain_bytes(bytes: &[u8]) -> Result<(), CtlError> {
     let mut stderr = io::stderr().lock();
     let written = stderr.write_all(bytes).and_then(|()| stderr.flush());
     written.map_err(|source| CtlError::Print { source })
 }
 
-/// A line for people on standard error. Where even that fails nobody is left to be told.
+/// Prints a line on standard error. A failure is ignored, because there is no other place to report it.
 pub(super) fn complain(line: &str) {
-    // Further lines are set in, so that none of them passes for one of ours.
+    // Further lines are indented, so that none of them looks like a line of knocctl.
     let lines = escape_lines(line).replace('\n', "\n  ");
     complain_bytes(format!("{lines}\n").as_bytes()).unwrap_or_default();
 }
 
-/// A table: headings, then rows, columns as wide as they need.
+/// Formats a table: headings, then rows, with columns as wide as their longest cell.
 #[must_use]
 pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> = rows
@@ -146,7 +142,7 @@ pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// `name: value` lines with the values under each other; empty values are left out.
+/// Formats `name: value` lines with aligned values; empty values are left out.
 #[must_use]
 pub(crate) fn fields(indent: usize, list: &[(&str, String)]) -> String {
     let shown = || list.iter().filter(|(_, value)| !value.is_empty());
@@ -158,14 +154,14 @@ pub(crate) fn fields(indent: usize, list: &[(&str, String)]) -> String {
     shown().map(line).collect()
 }
 
-/// One line: white space becomes a blank, and what is not shown as itself is written out.
+/// Makes one line of a text: white space becomes a blank, and characters that are not printable are escaped.
 #[must_use]
 pub(crate) fn plain(text: &str) -> String {
     let blanks = text.replace(['\n', '\r', '\t'], " ");
     escape(&blanks).into_owned()
 }
 
-/// A span of time as people say it: `45s`, `12m`, `3h20m`, `5d`.
+/// Formats a duration for people: `45s`, `12m`, `3h20m`, `5d`.
 #[must_use]
 pub(crate) fn span(seconds: i64) -> String {
     let s = seconds.max(0);
@@ -178,7 +174,7 @@ pub(crate) fn span(seconds: i64) -> String {
     }
 }
 
-/// Bytes as people say them.
+/// Formats a number of bytes for people: `512 B`, `1.5 MiB`.
 #[must_use]
 pub(crate) fn size(bytes: i64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
@@ -221,7 +217,7 @@ mod tests {
 
     #[test]
     fn spans_and_sizes() {
-        for (seconds, words) in [
+        for (seconds, text) in [
             (-5, "0s"),
             (119, "119s"),
             (120, "2m"),
@@ -229,15 +225,15 @@ mod tests {
             (12_000, "3h20m"),
             (172_800, "2d"),
         ] {
-            assert_eq!(span(seconds), words);
+            assert_eq!(span(seconds), text);
         }
-        for (bytes, words) in [
+        for (bytes, text) in [
             (0, "0 B"),
             (10_239, "10239 B"),
             (64 << 20, "64 MiB"),
             (1 << 40, "1024 GiB"),
         ] {
-            assert_eq!(size(bytes), words);
+            assert_eq!(size(bytes), text);
         }
     }
 
@@ -249,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pod_says_moves_no_cursor_in_any_format() {
+    fn texts_of_a_pod_cannot_move_the_cursor_in_any_format() {
         let nasty = "a\nb\r\u{1b}[2J\u{9b}31m\u{2028}\u{202e}c\u{200b}";
         let value = serde_json::json!({"message": nasty, "list": [nasty], "plain": "x"});
         for text in [

@@ -1,4 +1,4 @@
-//! `knocctl pods`: a line a pod, and with `--watch` a line a change.
+//! `knocctl pods`: prints one line per pod, and with `--watch` one line per change.
 
 use std::process::ExitCode;
 
@@ -13,7 +13,6 @@ use super::{
     view,
 };
 
-/// Arguments of `pods`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Pods {
     /// Keeps running and prints each change until interrupted
@@ -146,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_a_pod() {
+    fn each_pod_has_one_line() {
         let now = Timestamp::from_second(1_700_000_300).unwrap();
         let mut deleting = view::tests::sample();
         deleting.deleting = true;

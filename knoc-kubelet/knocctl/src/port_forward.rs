@@ -1,7 +1,7 @@
-//! `knocctl port-forward`: ports of this machine that lead to ports of a pod.
+//! `knocctl port-forward`: forwards local ports to ports of a pod.
 //!
-//! One task a connection, owned by [`PortForward::run`]; each is a call of its own, with back-pressure both ways and TCP's
-//! half-close kept. Ends with the pod, or by a signal.
+//! Each connection has a task, which [`PortForward::run`] owns, and a gRPC call. Back-pressure works in both directions,
+//! and TCP's half-close is kept. The command ends with the pod or by a signal.
 
 mod spec;
 
@@ -34,10 +34,9 @@ use super::{
     session::{Session, asked},
 };
 
-/// Connections at once: as many as the pod's end takes.
+/// The most connections at once, which is also the shim's limit.
 const CONNECTIONS: usize = 256;
 
-/// Arguments of `port-forward`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = HELP)]
 pub(super) struct PortForward {
@@ -55,7 +54,7 @@ const HELP: &str = "\
 Connects only to programs of the pod, and only if they listen on 127.0.0.1, ::1 or all addresses of the node. Runs until ^C \
 or until the pod has ended.";
 
-/// Between two tries after a connection could not be taken.
+/// The pause after a connection could not be accepted.
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// A listening socket and the pod's port behind it.
@@ -86,7 +85,6 @@ impl PortForward {
         };
         tokio::select! {
             biased;
-            // As asked.
             _signal = signals.next() => Ok(ExitCode::SUCCESS),
             ended = ended => {
                 ended?;
@@ -97,7 +95,7 @@ impl PortForward {
     }
 }
 
-/// Listens for one pair of ports; of localhost's two addresses one is enough.
+/// Listens for one pair of ports. Of localhost's two addresses, one is enough.
 async fn open(addresses: &Addresses, ports: Ports, doors: &mut Vec<Door>) -> Result<(), CtlError> {
     for (ips, all) in addresses.groups() {
         let mut failure = None;
@@ -107,7 +105,7 @@ async fn open(addresses: &Addresses, ports: Ports, doors: &mut Vec<Door>) -> Res
             let address = SocketAddr::new(*ip, local);
             match TcpListener::bind(address).await {
                 Ok(listener) => {
-                    // The second address gets the port that the first was given.
+                    // The second address uses the same port as the first.
                     local = listener
                         .local_addr()
                         .map_or(local, |address| address.port());
@@ -123,7 +121,7 @@ async fn open(addresses: &Addresses, ports: Ports, doors: &mut Vec<Door>) -> Res
     Ok(())
 }
 
-/// Takes connections for ever.
+/// Accepts connections until the future is dropped.
 async fn serve(doors: &[Door], client: &AgentClient<Channel>, uid: &str) {
     let mut tasks = JoinSet::new();
     let mut accepting: FuturesUnordered<_> = doors.iter().map(accept).collect();
@@ -148,13 +146,13 @@ async fn serve(doors: &[Door], client: &AgentClient<Channel>, uid: &str) {
 async fn accept(door: &Door) -> (&Door, io::Result<(TcpStream, SocketAddr)>) {
     let accepted = door.0.accept().await;
     if accepted.is_err() {
-        // Without a descriptor every try fails at once.
+        // If no file descriptor is left, each attempt fails at once.
         tokio::time::sleep(PAUSE).await;
     }
     (door, accepted)
 }
 
-/// One connection, to its end.
+/// Forwards one connection until it ends, and prints why it failed.
 async fn connection(client: AgentClient<Channel>, uid: String, remote: u16, stream: TcpStream) {
     let local = stream.local_addr().map_or(0, |address| address.port());
     output::complain(&format!("Handling connection for {local}"));
@@ -173,7 +171,7 @@ async fn forward(
     stream: TcpStream,
 ) -> Result<(), CtlError> {
     const WHAT: &str = "reach the port";
-    // Until both directions have ended well the other side is told of a failure by a reset.
+    // If this function fails before both directions have ended, the local program sees a reset.
     let mut reset = Reset(Some(stream));
     let (sender, receiver) = mpsc::channel(QUEUE);
     let start = PortForwardStart {
@@ -191,7 +189,7 @@ async fn forward(
         let answered = from_pod(answers, writer);
         let asked = to_pod(reader, sender);
         tokio::pin!(answered, asked);
-        // The answer's end is the end; what we may still have to say after it nobody hears.
+        // The connection ends with the answer: the pod reads nothing after it.
         let mut open = true;
         loop {
             tokio::select! {
@@ -205,7 +203,7 @@ async fn forward(
         Ok(()) => Ok(()),
         Err((error, writer)) => {
             linger_none(writer.as_ref());
-            // Its drop would say a proper end first.
+            // Dropping it would send a regular end (FIN) before the reset.
             writer.forget();
             Err(error)
         }
@@ -224,16 +222,16 @@ impl Drop for Reset {
 }
 
 fn linger_none(stream: &TcpStream) {
-    // Where it fails the program sees an end in place of a reset.
+    // If this fails, the program sees a regular end instead of a reset.
     rustix::net::sockopt::set_socket_linger(stream, Some(std::time::Duration::ZERO)).ok();
 }
 
-/// What the local program says, and its end.
+/// Sends the local program's data and its end to the pod.
 async fn to_pod(mut reader: OwnedReadHalf, sender: mpsc::Sender<PortForwardInput>) {
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(CHUNK);
-        // A broken connection is no end: the pod's side is reset when this call is dropped.
+        // A broken connection is not a regular end: the pod's side is reset when this call is dropped.
         let Ok(count) = reader.read_buf(&mut buffer).await else {
             return;
         };
@@ -258,7 +256,7 @@ async fn send(sender: &mpsc::Sender<PortForwardInput>, input: Input) -> bool {
     sender.send(message).await.is_ok()
 }
 
-/// What the pod says, and its end. A failure hands the connection back.
+/// Sends the pod's data and its end to the local program. On failure it returns the connection with the error.
 async fn from_pod(
     mut answers: Streaming<PortForwardOutput>,
     mut writer: OwnedWriteHalf,
@@ -275,7 +273,7 @@ async fn from_pod(
         };
         match message.output {
             Some(Output::Data(data)) => {
-                // The local program reads no more: the call is dropped, and with it the pod's side.
+                // The local program has stopped reading: drop the call, which resets the pod's side.
                 if writer.write_all(&data).await.is_err() {
                     return Ok(());
                 }

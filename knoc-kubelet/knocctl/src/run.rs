@@ -1,4 +1,4 @@
-//! `knocctl run`: a pod from a Kubernetes manifest, without Kubernetes.
+//! `knocctl run`: runs a pod from a Kubernetes manifest, without Kubernetes.
 
 use std::{
     io::Read as _,
@@ -18,7 +18,6 @@ use super::{
     view,
 };
 
-/// Arguments of `run`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Run {
     /// The pod's manifest; `-` reads standard input
@@ -61,7 +60,7 @@ impl Run {
         };
         let ensure = session.client.ensure_pod(request);
         let answer = asked(&format!("run pod {label}"), ensure).await?;
-        let words = if answer.created {
+        let state = if answer.created {
             "accepted"
         } else {
             "was there already"
@@ -69,11 +68,11 @@ impl Run {
         if !(self.wait || self.logs) {
             let value = || json!({"uid": uid, "created": answer.created});
             output::show(global.output, value, |_| {
-                format!("pod {label} {words} (uid {uid})\n")
+                format!("pod {label} {state} (uid {uid})\n")
             })?;
             return Ok(ExitCode::SUCCESS);
         }
-        output::complain(&format!("pod {label} {words} (uid {uid})"));
+        output::complain(&format!("pod {label} {state} (uid {uid})"));
         if self.logs {
             let follow = Follow {
                 uid: &uid,
@@ -85,7 +84,7 @@ impl Run {
     }
 }
 
-/// Two pods of one name could not be told apart by it.
+/// Rejects a second pod of the same name, because commands could not tell the two apart by name.
 async fn refuse_twins(session: &mut Session, spec: &pb::PodSpec) -> Result<(), CtlError> {
     let twin = session.pods().await?.into_iter().find(|pod| {
         pod.uid != spec.uid && pod.namespace == spec.namespace && pod.name == spec.name
@@ -99,7 +98,7 @@ async fn refuse_twins(session: &mut Session, spec: &pb::PodSpec) -> Result<(), C
     }
 }
 
-/// Waits for the end, telling each phase; the exit code is the pod's.
+/// Waits for the end of the pod and prints each change of its phase. Returns the pod's exit code.
 async fn wait(session: &mut Session, uid: &str) -> Result<ExitCode, CtlError> {
     let mut last = String::new();
     let ended = session
@@ -118,14 +117,14 @@ async fn wait(session: &mut Session, uid: &str) -> Result<ExitCode, CtlError> {
         });
     };
     let outcome = pod.outcome.clone().unwrap_or_default();
-    let words = view::joined(&outcome.reason, &outcome.message);
-    if !words.is_empty() {
-        output::complain(&words);
+    let reason = view::joined(&outcome.reason, &outcome.message);
+    if !reason.is_empty() {
+        output::complain(&reason);
     }
     Ok(ExitCode::from(code(&pod)))
 }
 
-/// 0 where the pod went well, else the first failed container's code, else 1.
+/// The pod's exit code: 0 if it succeeded, else that of the first failed container, else 1.
 fn code(pod: &pb::PodObserved) -> u8 {
     if view::outcome(pod) == Some("Succeeded") {
         return 0;
@@ -174,7 +173,7 @@ pub(super) fn manifest(
     Ok(manifest::parse(&text, path, &given)?)
 }
 
-/// Sixteen letters and digits: 80 bits and more.
+/// Sixteen random letters and digits: 80 bits.
 fn random() -> String {
     const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
     let bytes: [u8; 16] = rand::random();

@@ -1,4 +1,4 @@
-//! `knocctl script`: what `run` would submit. Nothing is submitted or written.
+//! `knocctl script`: prints the batch script that `run` would submit. Nothing is submitted or written.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -11,7 +11,6 @@ use super::{
     session::{Session, asked},
 };
 
-/// Arguments of `script`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Script {
     /// The pod's manifest; `-` reads standard input
@@ -44,7 +43,7 @@ impl Script {
     }
 }
 
-/// The arguments as a shell would take them.
+/// Quotes the arguments for a shell.
 fn quoted(argv: &[String]) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_=./,:+@%".contains(c);
     let word = |argument: &String| {

@@ -1,4 +1,4 @@
-//! The link to the agent, and requests with deadlines. A request that fails says what was tried.
+//! The link to the agent, and requests with deadlines. The error of a request names what was requested.
 
 use std::{fmt, future::Future, time::Duration};
 
@@ -12,7 +12,7 @@ use super::{
     config::{self, Context, Surroundings},
 };
 
-/// How long one answer may take; streams have no limit once they have begun.
+/// How long one answer may take. Streams have no limit once they have begun.
 pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A link to one agent.
@@ -36,7 +36,7 @@ pub(super) fn context(global: &Global) -> Result<Context, CtlError> {
     )?)
 }
 
-/// The certificates of a context, where it has some.
+/// Loads the certificates of a context, if it has any.
 pub(super) fn credentials(context: &Context) -> Result<Option<Credentials>, CtlError> {
     let Some(files) = &context.files else {
         return Ok(None);
@@ -48,7 +48,7 @@ pub(super) fn credentials(context: &Context) -> Result<Option<Credentials>, CtlE
     })
 }
 
-/// Whom the context expects.
+/// The identity that the context expects of the agent.
 pub(super) fn expect(context: &Context) -> ExpectPeer {
     match &context.site {
         Some(site) => ExpectPeer::Exactly(Identity::Agent { site: site.clone() }),
@@ -57,7 +57,7 @@ pub(super) fn expect(context: &Context) -> ExpectPeer {
 }
 
 impl Session {
-    /// Opens the link that the options choose; connects at the first request.
+    /// Opens the link that the options choose. It connects at the first request.
     pub(super) fn open(global: &Global) -> Result<Self, CtlError> {
         Self::of(&context(global)?)
     }
@@ -116,7 +116,7 @@ impl Session {
         .await
     }
 
-    /// Waits until the pod is as wanted, or gone: then `None`.
+    /// Waits until `wanted` is true for the pod and returns it, or `None` if the pod does not exist any more.
     pub(super) async fn wait_for(
         &mut self,
         uid: &str,
@@ -140,7 +140,7 @@ impl Session {
     }
 }
 
-/// One request with its deadline.
+/// Waits for the answer to one request, at most [`DEADLINE`].
 pub(super) async fn asked<T>(
     what: &str,
     request: impl Future<Output = Result<Response<T>, Status>>,
@@ -158,7 +158,7 @@ pub(super) async fn asked<T>(
     }
 }
 
-/// The next message of a stream that must not end here.
+/// The next message of a stream; the end of the stream is an error.
 pub(super) async fn next<T>(what: &str, stream: &mut Streaming<T>) -> Result<T, CtlError> {
     match stream.next().await {
         Some(Ok(message)) => Ok(message),

@@ -1,4 +1,4 @@
-//! The user's terminal in raw mode, restored on every way out.
+//! The user's terminal: its size and its raw mode, which is undone however the command ends.
 
 use std::{
     io::{self, IsTerminal as _},
@@ -10,12 +10,12 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 
 use super::CtlError;
 
-/// Is standard input a terminal?
+/// Whether standard input is a terminal.
 pub(super) fn is_one() -> bool {
     io::stdin().is_terminal()
 }
 
-/// The terminal's size, where it has one.
+/// The terminal's size, if it has one.
 pub(super) fn size() -> Option<TerminalSize> {
     let size = tcgetwinsize(io::stdin().as_fd()).ok()?;
     let known = size.ws_col > 0 && size.ws_row > 0;
@@ -25,8 +25,8 @@ pub(super) fn size() -> Option<TerminalSize> {
     })
 }
 
-/// While this lives every key is a byte: `^C`, `^Z` and `^D` go to the program at the other end. Its drop puts the
-/// terminal back, also when a panic unwinds.
+/// Raw mode: as long as this value exists, every key is a byte, so that `^C`, `^Z` and `^D` go to the remote program.
+/// Dropping it restores the terminal, also if a panic unwinds.
 pub(super) struct Raw {
     before: Termios,
 }
@@ -49,7 +49,7 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        // A terminal that is gone needs no mode.
+        // If the terminal is gone, there is nothing to restore.
         tcsetattr(io::stdin().as_fd(), OptionalActions::Drain, &self.before).unwrap_or_default();
     }
 }

@@ -5,7 +5,7 @@ fn parsed(arguments: &[&str]) -> Result<Cli, clap::Error> {
 }
 
 #[test]
-fn the_command_line_is_sound() {
+fn the_definition_of_the_command_line_is_consistent() {
     command().debug_assert();
 }
 

@@ -1,4 +1,4 @@
-//! `knocctl top`: what running pods and their containers use, measured twice for a rate.
+//! `knocctl top`: shows what running pods and their containers use. It measures twice to compute the CPU rate.
 
 use std::{collections::HashMap, process::ExitCode, time::Duration};
 
@@ -14,7 +14,6 @@ use super::{
     view,
 };
 
-/// Arguments of `top`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Top {
     /// Shows only this pod
@@ -80,12 +79,12 @@ async fn stats(session: &mut Session, uids: &[String]) -> Result<Vec<pb::PodStat
     }
 }
 
-/// What a pod or a container uses.
+/// The use of a pod or a container.
 #[derive(Debug, Clone, PartialEq)]
 struct Measured {
     name: String,
     started_at: i64,
-    /// CPU time a second; `None` where it was measured once only, or restarted in between.
+    /// CPU time per second; `None` if it was measured only once, or restarted in between.
     nano_cores: Option<u64>,
     usage: pb::Usage,
 }
@@ -98,7 +97,7 @@ struct Pod {
     containers: Vec<Measured>,
 }
 
-/// PURE: the second measurement, with the rates since the first; by namespace and name.
+/// PURE: the second measurement with the rates since the first, sorted by namespace and name.
 fn measure(first: &[pb::PodStats], second: Vec<pb::PodStats>) -> Vec<Pod> {
     let known: HashMap<&str, &pb::PodStats> =
         first.iter().map(|pod| (pod.uid.as_str(), pod)).collect();
@@ -285,7 +284,7 @@ mod tests {
     #[test]
     fn rates_need_two_measurements_of_the_same_attempt() {
         let rates: Vec<_> = sample().iter().map(|pod| pod.whole.nano_cores).collect();
-        // cut: its shim is away, and says the same again. new: measured once.
+        // "cut" has no connected shim, so both measurements are the same; "new" was measured only once.
         assert_eq!(rates, [None, None, Some(1_500_000_000)]);
         let restarted = measure(
             &[pod("web", SECOND, 10, 1)],
@@ -296,14 +295,14 @@ mod tests {
     }
 
     #[test]
-    fn a_line_a_pod_or_a_container() {
+    fn each_pod_or_container_has_one_line() {
         let now = Timestamp::from_second(105).unwrap();
         insta::assert_snapshot!(listing(&sample(), false, false, now));
         insta::assert_snapshot!(listing(&sample(), true, true, now));
     }
 
     #[test]
-    fn a_pod_for_programs() {
+    fn a_pod_is_complete_in_json() {
         insta::assert_snapshot!(serde_json::to_string_pretty(&json_of(&sample()[2])).unwrap());
     }
 }

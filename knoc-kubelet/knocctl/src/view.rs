@@ -1,7 +1,7 @@
-//! The agent's messages as JSON and as words. Pure.
+//! PURE: formats the agent's messages as JSON and as text.
 //!
-//! The JSON is a promise to programs: names are those of `agent.proto` in camelCase, times RFC 3339,
-//! what is not known is left out.
+//! The JSON is a stable interface for programs: names are those of `agent.proto` in camelCase, times are RFC 3339, and
+//! unknown values are left out.
 
 use jiff::Timestamp;
 use knoc_proto::pb::{self, OutcomeKind, PodPhase, container_status::State};
@@ -24,7 +24,7 @@ pub(crate) fn phase(pod: &pb::PodObserved) -> &'static str {
     }
 }
 
-/// `Succeeded` or `Failed`, once it is decided.
+/// `Succeeded` or `Failed`, or `None` if the outcome is not decided yet.
 #[must_use]
 pub(crate) fn outcome(pod: &pb::PodObserved) -> Option<&'static str> {
     match pod.outcome.as_ref()?.kind() {
@@ -34,7 +34,7 @@ pub(crate) fn outcome(pod: &pb::PodObserved) -> Option<&'static str> {
     }
 }
 
-/// Unix nanoseconds.
+/// A time from Unix nanoseconds; `None` for 0.
 #[must_use]
 pub(crate) fn nanos(at: i64) -> Option<Timestamp> {
     (at > 0)
@@ -42,13 +42,13 @@ pub(crate) fn nanos(at: i64) -> Option<Timestamp> {
         .flatten()
 }
 
-/// Unix seconds.
+/// A time from Unix seconds; `None` for 0.
 #[must_use]
 pub(crate) fn seconds(at: i64) -> Option<Timestamp> {
     (at > 0).then(|| Timestamp::from_second(at).ok()).flatten()
 }
 
-/// How many of the containers are ready, `1/2`.
+/// How many of the containers are ready, such as `1/2`.
 #[must_use]
 pub(crate) fn ready(pod: &pb::PodObserved) -> String {
     let ready = pod
@@ -59,7 +59,7 @@ pub(crate) fn ready(pod: &pb::PodObserved) -> String {
     format!("{ready}/{}", pod.containers.len())
 }
 
-/// A container's state: the word, and what is to be said about it.
+/// A container's state: its name, and its details.
 #[must_use]
 pub(crate) fn state(container: &pb::ContainerStatus) -> (&'static str, String) {
     match &container.state {
@@ -73,7 +73,7 @@ pub(crate) fn state(container: &pb::ContainerStatus) -> (&'static str, String) {
     }
 }
 
-/// `exit code 1 (Error): message`.
+/// How a container ended, such as `exit code 1 (Error): message`.
 #[must_use]
 pub(crate) fn termination(ended: &pb::Terminated) -> String {
     let signal = match ended.signal {
@@ -90,7 +90,7 @@ pub(crate) fn termination(ended: &pb::Terminated) -> String {
     )
 }
 
-/// `reason: message`, or what there is of the two.
+/// `reason: message`, or one of them if the other is empty.
 #[must_use]
 pub(crate) fn joined(reason: &str, message: &str) -> String {
     match (reason.is_empty(), message.is_empty()) {
@@ -100,13 +100,13 @@ pub(crate) fn joined(reason: &str, message: &str) -> String {
     }
 }
 
-/// To the second: for people.
+/// A time for people, to the second.
 #[must_use]
 pub(crate) fn whole(at: Timestamp) -> String {
     at.strftime("%Y-%m-%d %H:%M:%SZ").to_string()
 }
 
-/// A pod for programs.
+/// A pod as JSON.
 #[must_use]
 pub(crate) fn pod(pod: &pb::PodObserved) -> Value {
     let job = pod.job.as_ref().map_or(Value::Null, job);
@@ -213,7 +213,7 @@ fn note(note: &pb::PodNote) -> Value {
     }))
 }
 
-/// The agent for programs.
+/// The agent as JSON.
 #[must_use]
 pub(crate) fn info(info: &pb::AgentInfo) -> Value {
     compact(json!({
@@ -236,7 +236,7 @@ pub(crate) fn info(info: &pb::AgentInfo) -> Value {
     }))
 }
 
-/// What the site has, for programs.
+/// The site's resources as JSON.
 #[must_use]
 pub(crate) fn node(node: &pb::NodeInfo) -> Value {
     let scheduler = node.scheduler.as_ref().map(|scheduler| {
@@ -281,7 +281,7 @@ fn sorted(map: &std::collections::HashMap<String, i64>) -> Map<String, Value> {
         .collect()
 }
 
-/// Leaves out what is not known: null, empty text, list or map. Zero and false say something.
+/// Removes unknown values: null and empty texts, lists and maps. Zero and false are values.
 fn compact(value: Value) -> Value {
     let Value::Object(fields) = value else {
         return value;
@@ -360,7 +360,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_pod_for_programs() {
+    fn a_pod_is_complete_in_json() {
         insta::assert_snapshot!(serde_json::to_string_pretty(&pod(&sample())).unwrap());
     }
 
@@ -378,7 +378,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn states_in_words() {
+    fn states_are_named_with_their_details() {
         let pod = sample();
         assert_eq!(
             state(&pod.containers[0]),

@@ -1,5 +1,5 @@
-//! What the fuzz targets and the tests run alike: any bytes into a decoder, and what must hold whatever they are. No
-//! panic, and no more memory than the bound that each decoder promises; a broken promise is a panic here.
+//! The functions that both the fuzz targets and the tests run: they feed arbitrary bytes to a decoder and check its
+//! promises. A decoder must not panic, and must not use more memory than its bound; a broken promise is a panic here.
 //!
 //! Compiled for tests, and with the feature `fuzzed` for the targets in `fuzz/`.
 
@@ -10,14 +10,20 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::ports;
-use crate::query::Query;
-use crate::spdy::frame as spdy;
-use crate::spdy::headers::{HeaderError, Inflater, MAX_INFLATED};
-use crate::websocket::channel::{Encoding, Messages, Said};
-use crate::websocket::frame as websocket;
+use crate::{
+    ports,
+    query::Query,
+    spdy::{
+        frame as spdy,
+        headers::{HeaderError, Inflater, MAX_INFLATED},
+    },
+    websocket::{
+        channel::{Encoding, Meaning, Messages},
+        frame as websocket,
+    },
+};
 
-/// Splits off the first byte: how the rest arrives.
+/// Splits off the first byte, which decides in which pieces the rest arrives.
 fn shape(data: &[u8]) -> (usize, &[u8]) {
     match data.split_first() {
         Some((first, rest)) => (usize::from(*first), rest),
@@ -25,7 +31,7 @@ fn shape(data: &[u8]) -> (usize, &[u8]) {
     }
 }
 
-/// Pieces in which bytes arrive: of 1 byte up to all at once.
+/// The pieces in which the bytes arrive: from single bytes to all at once.
 fn arrivals(shape: usize, data: &[u8]) -> impl Iterator<Item = &[u8]> {
     let step = match shape & 0x0f {
         0 => data.len().max(1),
@@ -34,10 +40,10 @@ fn arrivals(shape: usize, data: &[u8]) -> impl Iterator<Item = &[u8]> {
     data.chunks(step)
 }
 
-/// A client's SPDY bytes: frames, and the header blocks in them through one inflater, as a session reads them.
+/// Decodes a client's SPDY bytes: frames, and the header blocks in them through one inflater, as a session reads them.
 ///
 /// # Panics
-/// Where more is held than the bounds allow.
+/// If more is buffered than the bounds allow.
 pub fn spdy_frames(data: &[u8]) {
     let (shape, data) = shape(data);
     let (mut decoder, mut buffer) = (spdy::Decoder::default(), BytesMut::new());
@@ -65,10 +71,10 @@ pub fn spdy_frames(data: &[u8]) {
     }
 }
 
-/// Header blocks of a client, each of a length that its first two bytes say.
+/// Inflates header blocks of a client; the first two bytes of each give its length.
 ///
 /// # Panics
-/// Where more is inflated than the bounds allow.
+/// If more is inflated than the bounds allow.
 pub fn spdy_headers(mut data: &[u8]) {
     let mut inflater = Inflater::new();
     while let Some((length, rest)) = data.split_first_chunk::<2>() {
@@ -85,15 +91,15 @@ fn inflated(inflater: &mut Inflater, block: &[u8]) -> Result<(), HeaderError> {
     let headers = inflater.headers(block)?;
     let pairs = headers.0.iter();
     let text: usize = pairs.map(|(name, value)| name.len() + value.len()).sum();
-    // A name is repeated for each of its values.
+    // A name is stored once for each of its values.
     assert!(text <= 2 * MAX_INFLATED, "{text} bytes of headers");
     Ok(())
 }
 
-/// A client's WebSocket bytes, frames and the channels in their messages.
+/// Decodes a client's WebSocket bytes: frames, and the channels in their messages.
 ///
 /// # Panics
-/// Where more is held or handed on than has arrived.
+/// If more is buffered or passed on than has arrived.
 pub fn websocket_messages(data: &[u8]) {
     let (shape, data) = shape(data);
     let encoding = match (shape >> 4) & 3 {
@@ -107,7 +113,7 @@ pub fn websocket_messages(data: &[u8]) {
         buffer.extend_from_slice(piece);
         loop {
             let (data, last) = match decoder.decode(&mut buffer) {
-                // As a session, which ends with the first.
+                // Like a session, which ends with the first error.
                 Err(_) => return,
                 Ok(None) => break,
                 Ok(Some(websocket::Event::Data { data, last, .. })) => (data, last),
@@ -116,23 +122,23 @@ pub fn websocket_messages(data: &[u8]) {
             let length = data.len();
             match messages.piece(data, last) {
                 Err(_) => return,
-                // Three characters of base64 may have waited.
-                Ok(Some(Said::Data { data, .. })) => {
+                // Up to three characters of base64 may have been buffered before.
+                Ok(Some(Meaning::Data { data, .. })) => {
                     assert!(data.len() <= length.max(length.div_ceil(4) * 3));
                 }
-                Ok(Some(Said::Close { .. }) | None) => {}
+                Ok(Some(Meaning::Close { .. }) | None) => {}
             }
         }
-        // A frame's head, or a control frame whole.
+        // The head of a frame, or a whole control frame.
         let most = 14 + websocket::MAX_CONTROL + piece.len();
         assert!(buffer.len() <= most, "{} bytes are held", buffer.len());
     }
 }
 
-/// A query string, and the ports in it.
+/// Parses a query string, and the ports in it.
 ///
 /// # Panics
-/// Where it became longer by decoding.
+/// If decoding makes it longer.
 pub fn query_string(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
@@ -149,10 +155,10 @@ pub fn query_string(data: &[u8]) {
     }
 }
 
-/// One message that is taken as pieces of this size must say the same as one that comes whole.
+/// Checks that a message that is read in pieces of this size yields the same as the whole message.
 ///
 /// # Panics
-/// Where it does not.
+/// If it yields something else.
 pub fn websocket_borders(data: &[u8]) {
     let (shape, data) = shape(data);
     let encoding = if shape & 0x10 == 0 {
@@ -160,23 +166,24 @@ pub fn websocket_borders(data: &[u8]) {
     } else {
         Encoding::Base64
     };
-    let said = |pieces: Vec<&[u8]>| {
+    let meaning = |pieces: Vec<&[u8]>| {
         let mut messages = Messages::new(encoding);
         let (mut bytes, mut closed) = (BytesMut::new(), None);
         let last = pieces.len().saturating_sub(1);
         for (number, piece) in pieces.into_iter().enumerate() {
             match messages.piece(Bytes::copy_from_slice(piece), number == last) {
-                Ok(Some(Said::Data { data, .. })) => bytes.extend_from_slice(&data),
-                Ok(Some(Said::Close { channel })) => closed = Some(channel),
+                Ok(Some(Meaning::Data { data, .. })) => bytes.extend_from_slice(&data),
+                Ok(Some(Meaning::Close { channel })) => closed = Some(channel),
                 Ok(None) => {}
                 Err(_) => return None,
             }
         }
         Some((bytes, closed))
     };
-    let whole = said(vec![data]);
-    let pieces = said(arrivals((shape & 0x0f) | 1, data).collect());
-    // Padding at a border of ours ends a quantum; whole it is refused. Nothing else differs.
+    let whole = meaning(vec![data]);
+    let pieces = meaning(arrivals((shape & 0x0f) | 1, data).collect());
+    // Padding at the end of a piece ends a base64 quantum, while in a whole message it is rejected. Nothing else
+    // differs.
     assert!(whole.is_none() || whole == pieces || data.is_empty());
 }
 
@@ -208,7 +215,7 @@ mod tests {
         }
     }
 
-    /// Bytes that get past the first checks more often than any bytes do.
+    /// Bytes that pass the first checks more often than arbitrary bytes do.
     fn likely() -> impl Strategy<Value = Vec<u8>> {
         let frame = prop_oneof![
             (
@@ -238,7 +245,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_bytes(data in likely(), any in prop::collection::vec(any::<u8>(), 0..400)) {
+        fn arbitrary_bytes_break_no_promise(data in likely(), any in prop::collection::vec(any::<u8>(), 0..400)) {
             for (_, harness) in HARNESSES {
                 harness(&data);
                 harness(&any);

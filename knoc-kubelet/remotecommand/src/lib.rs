@@ -1,13 +1,15 @@
-//! Kubernetes' remotecommand protocol as a server speaks it: SPDY/3.1 and WebSocket sessions over any byte stream, the
-//! streams in them, and the versions and messages on top. No Kubernetes object and no request of the agent is known here.
+//! The server side of Kubernetes' remotecommand protocol: SPDY/3.1 and WebSocket sessions over any byte stream, the
+//! streams in them, and the protocol versions and messages above them. This crate knows no Kubernetes objects and no
+//! requests of the agent.
 //!
 //! ```text
 //!  socket ── spdy, websocket ──► streams (StreamReader) ──► the relays of the kubelet
 //!         ◄── (one session each) ◄── stream_writer (StreamWriter) ◄──
 //! ```
 //!
-//! Owner of a session: the task that polls its `run`. Pure parts: [`protocol`], [`query`], [`ports`], and the codecs
-//! `spdy::{frame, headers}` and `websocket::{frame, channel, handshake}`, which the targets in `fuzz/` meet with any bytes.
+//! The task that polls a session's `run` owns the session. Pure parts: [`protocol`], [`query`], [`ports`], and the
+//! codecs `spdy::{frame, headers}` and `websocket::{frame, channel, handshake}`, which the targets in `fuzz/` feed with
+//! arbitrary bytes.
 #![forbid(unsafe_code)]
 
 #[cfg(any(test, feature = "fuzzed"))]

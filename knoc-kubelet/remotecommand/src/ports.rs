@@ -1,41 +1,42 @@
-//! PURE: the ports that a WebSocket client names in its query.
+//! PURE: parses the ports in the query of a WebSocket client of port-forward.
 
 use thiserror::Error;
 
 use crate::query::Query;
 
-/// What a real kubelet reads, and what the API server's own clients write.
+/// The parameter that a real kubelet reads, and the one that the API server's own clients write.
 const NAMES: [&str; 2] = ["port", "ports"];
-/// The most ports of one connection: two channels each, whose numbers are one character in the base64 form.
+/// The most ports of one connection. Each port has two channels, whose numbers are single characters in the base64
+/// form.
 pub const MAX_PORTS: usize = 32;
 
-/// Why a query is refused; the texts are upstream's, save that of the bound.
+/// Why a query is rejected. The texts are those of Kubernetes, except for the limit on the number of ports.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BadPorts {
-    /// No port is named.
+    /// The query has no parameter with a port.
     #[error("query parameter \"port\" is required")]
     Missing,
-    /// A parameter has no value.
+    /// A parameter has an empty value.
     #[error("query parameter \"port\" cannot be empty")]
     Empty,
     /// The text is not a port number.
     #[error("unable to parse {text:?} as a port: it is not a number up to 65535")]
     NotAPort {
-        /// As it stands in the query.
+        /// The text in the query.
         text: String,
     },
     /// Port 0 cannot be connected to.
     #[error("port {text:?} must be > 0")]
     Zero {
-        /// As it stands in the query.
+        /// The text in the query.
         text: String,
     },
-    /// More ports than [`MAX_PORTS`].
+    /// The query has more than [`MAX_PORTS`] ports.
     #[error("more than {MAX_PORTS} ports on one connection")]
     TooMany,
 }
 
-/// The ports, in order: the parameter repeated, or a list with commas.
+/// The ports in order, from repeated parameters or from lists with commas.
 pub fn ports(query: &Query) -> Result<Vec<u16>, BadPorts> {
     let mut ports = Vec::new();
     for text in NAMES.into_iter().flat_map(|name| query.all(name)) {
@@ -53,10 +54,10 @@ pub fn ports(query: &Query) -> Result<Vec<u16>, BadPorts> {
     }
 }
 
-/// A port by its number.
+/// Parses one port number, 1 to 65535.
 pub fn parse(text: &str) -> Result<u16, BadPorts> {
     let text_of = || text.to_owned();
-    // Go's ParseUint knows no sign.
+    // Go's ParseUint accepts no sign.
     let number = text.bytes().all(|byte| byte.is_ascii_digit());
     match text.parse() {
         Ok(0) => Err(BadPorts::Zero { text: text_of() }),
@@ -81,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_the_rest_in_upstreams_words() {
+    fn rejects_the_rest_with_upstreams_messages() {
         let many = vec!["1"; MAX_PORTS + 1].join(",");
         let cases = [
             ("", "query parameter \"port\" is required"),

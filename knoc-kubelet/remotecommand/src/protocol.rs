@@ -1,5 +1,5 @@
-//! PURE: Kubernetes' remotecommand protocol, whatever carries it: versions, options, streams, terminal sizes, and how an
-//! end is told to the client.
+//! PURE: Kubernetes' remotecommand protocol, whatever carries it: versions, options, streams, terminal sizes, and how
+//! the client learns the end of a command.
 
 use http::HeaderMap;
 use knoc_proto::pb;
@@ -8,11 +8,11 @@ use serde_json::json;
 use crate::query::Query;
 use crate::websocket::Encoding;
 
-/// The header of SPDY requests that lists protocol versions.
+/// The header of a SPDY request that lists the client's protocol versions.
 pub const VERSION_HEADER: &str = "x-stream-protocol-version";
-/// The header of a refusal that lists ours.
+/// The header of a rejection that lists our protocol versions.
 pub const ACCEPTED_HEADER: &str = "x-accepted-stream-protocol-versions";
-/// What we speak over SPDY, newest first.
+/// The protocol versions that are supported over SPDY, newest first.
 pub const SPDY_VERSIONS: [(&str, Version); 4] = [
     ("v4.channel.k8s.io", Version::V4),
     ("v3.channel.k8s.io", Version::V3),
@@ -20,7 +20,8 @@ pub const SPDY_VERSIONS: [(&str, Version); 4] = [
     ("channel.k8s.io", Version::V1),
 ];
 
-/// What we speak over WebSocket, newest first. v5 is v4 with channels that the client may close.
+/// The protocol versions that are supported over WebSocket, newest first. v5 is v4 with channels that the client may
+/// close.
 pub const WEBSOCKET_VERSIONS: [(&str, (Version, Encoding)); 5] = [
     (
         "v5.channel.k8s.io",
@@ -31,32 +32,32 @@ pub const WEBSOCKET_VERSIONS: [(&str, (Version, Encoding)); 5] = [
     ("channel.k8s.io", (Version::V1, Encoding::Binary)),
     ("base64.channel.k8s.io", (Version::V1, Encoding::Base64)),
 ];
-/// What a WebSocket client speaks that names nothing.
+/// The encoding for a WebSocket client that requests no subprotocol.
 pub const WEBSOCKET_UNNAMED: (Version, Encoding) = (Version::V1, Encoding::Binary);
 
-/// A version of the protocol. v3 brought terminal sizes, v4 the exit code as JSON.
+/// A version of the protocol. v3 added terminal sizes, v4 the exit code as JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Version {
-    /// Streams without sizes; the end is a text.
+    /// Without terminal sizes; the end is reported as text.
     V1,
-    /// As v1, without its faults in closing.
+    /// Like v1, without its faults when streams are closed.
     V2,
-    /// With terminal sizes.
+    /// Like v2, with terminal sizes.
     V3,
-    /// The end is a status in JSON, with the exit code.
+    /// Like v3; the end is reported as a `Status` object in JSON with the exit code.
     V4,
 }
 
-/// Why no version could be agreed upon.
+/// Why no version can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoVersion {
-    /// The client names none: 400.
+    /// The client names no version: HTTP status 400.
     Unnamed,
-    /// It names none of ours: 403.
+    /// The client names no version of ours: HTTP status 403.
     Foreign,
 }
 
-/// The first version in the client's order that is in `ours`, with the name to echo.
+/// The client's first version that is in `ours`, with its name, which the response must repeat.
 pub fn negotiate<T: Copy>(
     headers: &HeaderMap,
     ours: &[(&'static str, T)],
@@ -76,7 +77,7 @@ pub fn negotiate<T: Copy>(
     offered.iter().find_map(own).ok_or(NoVersion::Foreign)
 }
 
-/// What of a process is wanted.
+/// The streams of a process that a client requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(
     clippy::struct_excessive_bools,
@@ -94,7 +95,8 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Reads the flags, each exactly `1`; a terminal has no stderr of its own. `None` where nothing is wanted.
+    /// Reads the flags of a query, of which each must be exactly `1`; with a terminal there is no separate stderr.
+    /// `None` if no stream is requested.
     #[must_use]
     pub fn parse(query: &Query) -> Option<Self> {
         let flag = |name: &str| query.first(name) == Some("1");
@@ -108,7 +110,7 @@ impl Wanted {
         (wanted.stdin || wanted.stdout || wanted.stderr).then_some(wanted)
     }
 
-    /// The streams that a SPDY client opens, the error stream included.
+    /// The number of streams that a SPDY client opens, including the error stream.
     #[must_use]
     pub fn streams(self, version: Version) -> usize {
         let resize = version >= Version::V3;
@@ -117,7 +119,7 @@ impl Wanted {
             .count()
     }
 
-    /// The streams that are there, the error stream always.
+    /// The requested streams, always including the error stream.
     pub fn roles(self) -> impl Iterator<Item = Role> {
         let all = [
             (Role::Stdin, self.stdin),
@@ -130,14 +132,14 @@ impl Wanted {
             .filter_map(|(role, wanted)| wanted.then_some(role))
     }
 
-    /// Which channels of a WebSocket the client may write, by their numbers.
+    /// For each channel number of a WebSocket, whether the client may write the channel.
     #[must_use]
     pub fn writable(self) -> [bool; 5] {
         [self.stdin, false, false, false, self.tty]
     }
 }
 
-/// The roles of streams; as a number, the channel of a WebSocket.
+/// The role of a stream. Its number is the channel of a WebSocket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Standard input, written by the client.
@@ -146,14 +148,14 @@ pub enum Role {
     Stdout = 1,
     /// Standard error.
     Stderr = 2,
-    /// How the process ended.
+    /// The error stream, on which the end of the process is reported.
     Error = 3,
     /// Terminal sizes, written by the client.
     Resize = 4,
 }
 
 impl Role {
-    /// By the stream's header `streamtype`.
+    /// The role for a value of the stream header `streamtype`.
     #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
         match name {
@@ -167,17 +169,17 @@ impl Role {
     }
 }
 
-/// How a remote command ended, for the client.
+/// How a remote command ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ending {
-    /// With a code; 128 + signal where a signal ended it.
+    /// It exited with this code; 128 + signal number if a signal ended it.
     Exited(i32),
-    /// It could not run, or what became of it is not known: what we were about, and why it failed.
+    /// It could not be run, or its end is unknown: what was being done, and why that failed.
     Failed(&'static str, String),
 }
 
 impl Ending {
-    /// What goes onto the error stream; v1 to v3 say nothing of a success.
+    /// The contents of the error stream; in v1 to v3 a success is empty.
     #[must_use]
     pub fn status(&self, version: Version) -> String {
         let failure = match self {
@@ -212,15 +214,15 @@ impl Ending {
     }
 }
 
-/// The most bytes of a terminal size that is still incomplete: a client sends some thirty.
+/// The most bytes of an incomplete terminal size; a client sends about thirty.
 const MAX_SIZE: usize = 1024;
 
-/// Cuts terminal sizes out of a resize stream: JSON objects without separator, wherever the borders of arrival are.
+/// Extracts terminal sizes from a resize stream: JSON objects without separators, in pieces of any size.
 #[derive(Debug, Default)]
 pub struct Resizes(Vec<u8>);
 
 impl Resizes {
-    /// The sizes that are complete with these bytes. What is no JSON is dropped.
+    /// Adds bytes, and returns the sizes that are complete now. Bytes that are not JSON are dropped.
     pub fn feed(&mut self, bytes: &[u8]) -> Vec<pb::TerminalSize> {
         self.0.extend_from_slice(bytes);
         let mut values =
@@ -250,7 +252,7 @@ impl Resizes {
     }
 }
 
-/// Names in any case, as upstream's reader has it: the JavaScript client writes them small.
+/// Accepts field names in any case, as upstream does: the JavaScript client writes them in lower case.
 fn size(value: &serde_json::Value) -> Option<pb::TerminalSize> {
     let field = |name: &str| {
         let mut fields = value.as_object()?.iter();
@@ -278,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_the_first_version_of_the_client_that_we_speak() {
+    fn takes_the_first_version_of_the_client_that_is_supported() {
         let v5_first = offered(&["v5.channel.k8s.io", "v4.channel.k8s.io", "channel.k8s.io"]);
         let negotiate = |headers: &HeaderMap| super::negotiate(headers, &SPDY_VERSIONS);
         assert_eq!(negotiate(&v5_first), Ok(("v4.channel.k8s.io", Version::V4)));
@@ -300,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn tells_ends_as_upstream() {
+    fn reports_ends_as_upstream() {
         assert_eq!(
             Ending::Exited(0).status(Version::V4),
             r#"{"metadata":{},"status":"Success"}"#
@@ -320,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_come_out_whatever_the_borders() {
+    fn sizes_are_read_in_pieces_of_any_size() {
         let wire = br#"{"Width":80,"Height":24}{"Width":100,"Height":50}
             {"Width":70000,"Height":1}{"Width":1,"Height":2}{"height":33,"width":101}"#;
         let expected = [(80, 24), (100, 50), (1, 2), (101, 33)];

@@ -1,17 +1,17 @@
-//! PURE: the query string of a request, `application/x-www-form-urlencoded` as Go's `net/url` writes it.
+//! PURE: parses the query string of a request, `application/x-www-form-urlencoded` as Go's `net/url` writes it.
 //!
-//! Stricter than Go, which drops what it cannot decode: a malformed escape or text that is not UTF-8 is an error, so
-//! that no option is ever lost in silence. Never panics, whatever the bytes (property-tested below).
+//! It is stricter than Go, which drops what it cannot decode: a malformed escape or text that is not UTF-8 is an error,
+//! so that no option is lost silently. It never panics (property tests below).
 
 use thiserror::Error;
 
-/// Why a query string could not be read.
+/// Why a query string cannot be parsed.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BadQuery {
     /// `%` is not followed by two hexadecimal digits.
     #[error("malformed percent escape at byte {at}")]
     Escape {
-        /// Offset of the `%` in its name or value.
+        /// The offset of the `%` in its name or value.
         at: usize,
     },
     /// The decoded bytes are not UTF-8.
@@ -19,12 +19,12 @@ pub enum BadQuery {
     NotUtf8,
 }
 
-/// The pairs of a query string, in order.
+/// The names and values of a query string, in order.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Query(Vec<(String, String)>);
 
 impl Query {
-    /// Reads a query string; an absent one is empty.
+    /// Parses a query string; an absent one is an empty string.
     pub fn parse(raw: &str) -> Result<Self, BadQuery> {
         let mut pairs = Vec::new();
         for piece in raw.split('&').filter(|piece| !piece.is_empty()) {
@@ -34,7 +34,7 @@ impl Query {
         Ok(Self(pairs))
     }
 
-    /// The first value of `name`, as Go's `Values.Get` takes it; `None` where it is absent.
+    /// The first value of `name`, as Go's `Values.Get` returns it; `None` if it is absent.
     #[must_use]
     pub fn first(&self, name: &str) -> Option<&str> {
         let mut pairs = self.0.iter();
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// As Go's `url.QueryEscape`.
+    /// Encodes like Go's `url.QueryEscape`.
     fn encode(text: &str) -> String {
         use std::fmt::Write as _;
         text.bytes().fold(String::new(), |mut out, byte| {
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_it_cannot_decode() {
+    fn rejects_what_it_cannot_decode() {
         assert_eq!(Query::parse("a=%2"), Err(BadQuery::Escape { at: 0 }));
         assert_eq!(Query::parse("a=xy%zz"), Err(BadQuery::Escape { at: 2 }));
         assert_eq!(Query::parse("a=%ff"), Err(BadQuery::NotUtf8));

@@ -1,16 +1,17 @@
-//! A SPDY/3.1 server session over any byte stream, as Go's spdystream expects it. Knows nothing of Kubernetes.
+//! The server side of a SPDY/3.1 session over any byte stream, as Go's spdystream expects it. It knows nothing of
+//! Kubernetes.
 //!
-//! Owner: the task that polls [`Session::run`], which reads, writes and answers pings; streams that the peer opens come
-//! out of [`Incoming`], each with a bounded queue of what it receives, all of them together within one [`Budget`]. A
-//! queue that is full stops the reading of the socket: nothing is ever dropped, and since the peer knows no flow control
-//! either, one slow stream holds up its connection (as it does in every kubelet) and no other.
+//! The task that polls [`Session::run`] owns the session: it reads, writes and answers pings. [`Incoming`] yields the
+//! streams that the peer opens. Each has a bounded queue of received data, and all together have one [`Budget`]. A full
+//! queue stops reading from the socket: nothing is ever dropped. Since the peer does not implement flow control, one
+//! slow stream stalls its connection (as in every kubelet), but no other connection.
 //!
-//! The end: when `Incoming` and all halves of streams are dropped, what is queued is written, then GOAWAY, and the peer
-//! gets [`LINGER`] to close. A peer that closes first ends every stream at once, and `run` when our side is shut down. A GOAWAY of the peer
-//! ends `Incoming`; streams that are open go on.
+//! When `Incoming` and all halves of streams have been dropped, the queued data and a GOAWAY are written, and the peer
+//! gets [`LINGER`] to close the connection. A peer that closes first ends every stream at once, and `run` when our side
+//! is shut down. A GOAWAY of the peer ends `Incoming`, while open streams continue.
 //!
-//! What a session never does: open streams of its own, wait for WINDOW_UPDATE, or lose the state of the header
-//! compression over a refused stream.
+//! A session never opens streams of its own, never waits for WINDOW_UPDATE, and never loses the state of the header
+//! compression because of a refused stream.
 
 pub(crate) mod frame;
 pub(crate) mod headers;
@@ -21,33 +22,36 @@ mod reader;
 mod tests;
 mod writer;
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf};
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf},
+    sync::{OwnedSemaphorePermit, mpsc},
+};
 
+use self::{frame::Reset, writer::Out};
 use crate::streams::{Activity, Budget, Closed, IDLE, StreamReader};
-use frame::Reset;
-pub use headers::Headers;
-use writer::Out;
 
-/// Streams that the peer may hold open at once; a port-forward of a browser has some dozens.
+pub use headers::Headers;
+
+/// How many streams the peer may have open at once; a port-forward of a browser has some dozens.
 const MAX_STREAMS: usize = 1024;
-/// Streams that wait to be taken out of [`Incoming`]; more stop the reading.
+/// How many streams may wait in [`Incoming`]; a further one stops reading.
 const INCOMING: usize = 16;
-/// Streams that a peer may open at once after a pause, and
+/// How many streams a peer may open at once after a pause.
 const OPEN_BURST: u32 = 1024;
-/// how many it may open each second in the long run; beyond that its socket is not read. Each costs a call to the agent.
+/// How many streams a peer may open per second in the long run; if it opens more, its socket is not read. Each costs a
+/// call to the agent.
 const OPEN_RATE: u32 = 1000;
-/// Frames that wait to be written, of all streams together; each of at most [`frame::MAX_DATA`], so a MiB in all.
+/// How many frames of all streams together may wait to be written, each of at most [`frame::MAX_DATA`], so 1 MiB in
+/// all.
 const SEND_QUEUE: usize = 16;
-/// How long the peer may take to close after our GOAWAY.
+/// How long the peer may take to close the connection after our GOAWAY.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// Why a session ended before its end.
+/// Why a session ended abnormally.
 #[derive(Debug, Error)]
 pub enum SessionError {
     /// The socket cannot be read.
@@ -64,26 +68,26 @@ pub enum SessionError {
         #[source]
         source: std::io::Error,
     },
-    /// The peer breaks the protocol's framing.
-    #[error("understand the peer's frames")]
+    /// The peer violates the framing protocol.
+    #[error("decode the peer's frames")]
     Frame {
-        /// Which rule it breaks.
+        /// The rule that it violates.
         #[source]
         source: frame::FrameError,
     },
     /// A header block cannot be read.
-    #[error("understand the peer's headers")]
+    #[error("decode the peer's headers")]
     Headers {
-        /// Which rule it breaks.
+        /// The rule that it violates.
         #[source]
         source: headers::HeaderError,
     },
-    /// No byte moved and no stream was opened for [`IDLE`].
-    #[error("nothing moved for {} h", IDLE.as_secs() / 3600)]
+    /// No byte was transferred and no stream was opened for [`IDLE`].
+    #[error("no data was transferred for {} h", IDLE.as_secs() / 3600)]
     Idle,
 }
 
-/// One connection; see the module.
+/// A session on one connection; see the module documentation.
 #[derive(Debug)]
 pub struct Session<Io> {
     input: ReadHalf<Io>,
@@ -97,7 +101,7 @@ pub struct Session<Io> {
 #[derive(Debug)]
 pub struct Incoming {
     streams: mpsc::Receiver<Stream>,
-    /// Keeps the session open while no stream is.
+    /// Keeps the session open while it has no streams.
     _open: mpsc::Sender<Out>,
 }
 
@@ -111,7 +115,7 @@ impl Incoming {
 /// Counts against [`MAX_STREAMS`] while either half of a stream is in use.
 type Slot = Arc<OwnedSemaphorePermit>;
 
-/// A stream that the peer has opened and that awaits its answer.
+/// A stream that the peer has opened and that has not been answered.
 #[derive(Debug)]
 pub struct Stream {
     id: u32,
@@ -122,7 +126,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The number that the peer gave it.
+    /// The stream id, which the peer has chosen.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.id
@@ -134,9 +138,9 @@ impl Stream {
         &self.headers
     }
 
-    /// Answers with no headers, as the peer expects; both halves are open then.
+    /// Accepts the stream without response headers, as the peer expects; then both halves are open.
     pub async fn accept(self) -> (StreamReader, Sender) {
-        // A queue that is closed means a session that has ended: both halves will say so.
+        // If the queue is closed, the session has ended, and both halves will report that.
         drop(self.queue.send(Out::Reply(self.id)).await);
         let sender = Sender {
             id: self.id,
@@ -146,13 +150,13 @@ impl Stream {
         (self.reader, sender)
     }
 
-    /// Refuses it.
+    /// Refuses the stream.
     pub async fn refuse(self) {
         drop(self.queue.send(Out::Reset(self.id, Reset::Refused)).await);
     }
 }
 
-/// What we send on a stream.
+/// The sending half of a stream.
 #[derive(Debug)]
 pub struct Sender {
     id: u32,
@@ -161,17 +165,17 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Queues bytes; waits while the peer does not read.
+    /// Queues bytes, and waits while the peer does not read. Not cancel safe: part of the bytes may be queued.
     pub async fn send(&self, data: Bytes) -> Result<(), Closed> {
         self.pieces(data, false).await
     }
 
-    /// The last bytes, then FIN: our half of the stream is closed.
+    /// Sends the last bytes and FIN, which closes our half of the stream.
     pub async fn finish(self, data: Bytes) -> Result<(), Closed> {
         self.pieces(data, true).await
     }
 
-    /// Gives the stream up: the peer shall neither expect more nor send more.
+    /// Resets the stream: the peer must neither expect nor send more data.
     pub async fn reset(self) {
         drop(self.queue.send(Out::Reset(self.id, Reset::Internal)).await);
     }
@@ -193,7 +197,7 @@ impl Sender {
     }
 }
 
-/// Begins a session on a connection whose upgrade has been answered.
+/// Starts a session on a connection whose upgrade has been answered.
 pub fn session<Io>(io: Io) -> (Session<Io>, Incoming)
 where
     Io: AsyncRead + AsyncWrite,
@@ -221,19 +225,20 @@ impl<Io> Session<Io>
 where
     Io: AsyncRead + AsyncWrite,
 {
-    /// When a byte last moved.
+    /// The record of when a byte was last transferred.
     #[must_use]
     pub fn activity(&self) -> Activity {
         self.activity.clone()
     }
 
-    /// What was received and waits.
+    /// The bytes that were received and not read yet.
     #[cfg(test)]
     fn budget(&self) -> Budget {
         self.reader.budget()
     }
 
-    /// Reads and writes until either side has ended the session.
+    /// Reads and writes until either side has ended the session. Not cancel safe: dropping the future ends the session
+    /// without a GOAWAY.
     pub async fn run(self) -> Result<(), SessionError> {
         let Self {
             input,
@@ -253,11 +258,13 @@ where
         let ended = match first {
             Ok(written) => {
                 written?;
-                // Closed last: closing before the peer has read all would lose what is on its way.
+                // The connection is closed last: closing it before the peer has read everything would lose data in
+                // flight.
                 let ended = tokio::time::timeout(LINGER, read).await;
                 ended.unwrap_or(Ok(()))
             }
-            // Closed too: TLS has an end of its own, and so has a WebSocket that carries us.
+            // It is also shut down: TLS has a close message of its own, and so has a WebSocket that carries the
+            // session.
             Err(ended) => ended,
         };
         drop(tokio::time::timeout(LINGER, output.shutdown()).await);

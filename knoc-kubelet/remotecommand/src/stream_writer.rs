@@ -1,11 +1,12 @@
-//! What a relay writes to a client, whatever carries the stream.
+//! The stream that a relay writes to a client, whatever protocol carries it.
 
 use bytes::Bytes;
 
 use crate::streams::Closed;
 use crate::{spdy, websocket};
 
-/// What we send on a stream. Dropped without an end it leaves the client's reading open.
+/// The sending half of a stream. If it is dropped without [`StreamWriter::finish`], the client's reading half stays
+/// open.
 #[derive(Debug)]
 pub enum StreamWriter {
     /// A stream of a SPDY session.
@@ -15,7 +16,8 @@ pub enum StreamWriter {
 }
 
 impl StreamWriter {
-    /// Queues bytes; waits while the client does not read.
+    /// Queues bytes, and waits while the client does not read. Fails once the connection has ended. Not cancel safe:
+    /// part of the bytes may be queued.
     pub async fn send(&self, data: Bytes) -> Result<(), Closed> {
         match self {
             Self::Spdy(sender) => sender.send(data).await,
@@ -23,7 +25,7 @@ impl StreamWriter {
         }
     }
 
-    /// The last bytes, then our half is closed (a channel of a WebSocket knows no end but the connection's).
+    /// Sends the last bytes and closes our half. (A channel of a WebSocket cannot be closed apart from its connection.)
     pub async fn finish(self, data: Bytes) -> Result<(), Closed> {
         match self {
             Self::Spdy(sender) => sender.finish(data).await,
@@ -31,7 +33,7 @@ impl StreamWriter {
         }
     }
 
-    /// Gives the stream up, in both directions (a channel of a WebSocket: nothing is said).
+    /// Aborts the stream in both directions. (On a channel of a WebSocket this sends nothing.)
     pub async fn reset(self) {
         match self {
             Self::Spdy(sender) => sender.reset().await,

@@ -1,38 +1,49 @@
-//! The streams of a client, whatever carries them: SPDY or WebSocket fill them, the relays read and write them.
+//! The streams of a client, whatever carries them: a SPDY or WebSocket session fills them, and relays read and write
+//! them.
 //!
-//! The task that reads a connection holds a [`StreamSender`] for each stream, and a relay the [`StreamReader`] at its
-//! other end; the other direction is a [`StreamWriter`](crate::stream_writer::StreamWriter). What a connection has
-//! received and nobody has taken is bounded by its [`Budget`], however many streams it has: a full budget stops the
-//! reading of the socket. Nothing is ever dropped.
+//! The task that reads a connection holds a [`StreamSender`] for each stream, and a relay holds the [`StreamReader`] at
+//! its other end; a [`StreamWriter`](crate::stream_writer::StreamWriter) is the opposite direction. The bytes that a
+//! connection has received and nobody has read are bounded by its [`Budget`], however many streams it has: a full
+//! budget stops reading from the socket. Nothing is ever dropped.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use knoc_proto::CHUNK;
 use thiserror::Error;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::Instant,
+};
 
-/// Pieces that wait in a stream; the next one stops the reading of its connection.
+/// How many pieces may wait in a stream; a further one stops reading from its connection.
 const RECEIVE_QUEUE: usize = 8;
-/// Bytes that wait in all streams of a connection together: several times what is on its way between two hops.
+/// How many bytes may wait in all streams of a connection together: several times the bytes in flight between two hops.
 pub(crate) const RECEIVE_BYTES: usize = 2 << 20;
-/// What a piece weighs at least: its place in the queue and its allocation, so that empty ones are not free.
+/// The least weight of a piece: its entry in the queue and its allocation, so that empty pieces are not free.
 const LEAST_WEIGHT: usize = 256;
-/// Pieces below this are copied out of the buffer that they were read into, which a small one would keep alive whole.
+/// Smaller pieces are copied out of the buffer into which they were read, because otherwise a small piece would keep
+/// the whole buffer alive.
 const COPIED: usize = 16 << 10;
-/// As `streamingConnectionIdleTimeout` of a real kubelet: no stream opened, no byte moved. Pings do not count.
+/// How long a session may be idle: no stream is opened and no byte is transferred; pings do not count. The default of
+/// the kubelet's `streamingConnectionIdleTimeout`
+/// (<https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/>).
 pub const IDLE: Duration = Duration::from_hours(4);
 
-/// From the word that a session shall end until it is cut: a status and the client's own closing fit it.
-pub const LAST_WORDS: Duration = Duration::from_secs(3);
+/// The time from the request to end a session until its connection is cut: enough for a status and for the client to
+/// close.
+pub const CLOSING_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What happens on the client's half of a stream.
+/// An event on the client's half of a stream.
 #[derive(Debug)]
 enum Item {
-    /// Never empty. The room goes back to the budget when the bytes are taken.
+    /// Data, never empty. Its share of the budget is released when the data is read.
     Data {
         data: Bytes,
         _room: OwnedSemaphorePermit,
@@ -44,15 +55,15 @@ enum Item {
 /// How the client's half of a stream ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// It has said all.
+    /// The client has sent everything.
     Fin,
-    /// It gave the stream up.
+    /// The client has reset the stream.
     Reset,
-    /// Its connection ended.
+    /// The connection has ended.
     Lost,
 }
 
-/// What a connection may still receive before somebody takes of it.
+/// The number of bytes that a connection may still receive before some are read.
 #[derive(Debug, Clone)]
 pub(crate) struct Budget(Arc<Semaphore>);
 
@@ -61,21 +72,21 @@ impl Budget {
         Self(Arc::new(Semaphore::new(RECEIVE_BYTES)))
     }
 
-    /// Bytes that were received and wait.
+    /// The bytes that were received and not read yet.
     #[cfg(test)]
     pub(crate) fn held(&self) -> usize {
         RECEIVE_BYTES - self.0.available_permits()
     }
 }
 
-/// The carrier's end of a stream that the client writes.
+/// The session's end of a stream that the client writes.
 #[derive(Debug)]
 pub(crate) struct StreamSender {
     items: mpsc::Sender<Item>,
     budget: Budget,
 }
 
-/// A stream that the client writes.
+/// Creates a stream that the client writes.
 pub(crate) fn stream(budget: &Budget) -> (StreamSender, StreamReader) {
     let (queue, items) = mpsc::channel(RECEIVE_QUEUE);
     let sender = StreamSender {
@@ -91,8 +102,8 @@ pub(crate) fn stream(budget: &Budget) -> (StreamSender, StreamReader) {
 }
 
 impl StreamSender {
-    /// Hands on a piece; waits while the relay does not take, or where the connection holds too much. If the
-    /// [`StreamReader`] was dropped, what comes is dropped too.
+    /// Passes on a piece. Waits while the relay does not read, or while the connection holds too many bytes. If the
+    /// [`StreamReader`] was dropped, the data is dropped too.
     pub(crate) async fn data(&self, data: Bytes) {
         if data.is_empty() || self.items.is_closed() {
             return;
@@ -106,7 +117,7 @@ impl StreamSender {
         let weight = u32::try_from(weight).unwrap_or(u32::MAX);
         let room = tokio::select! {
             biased;
-            // What was queued is freed with the receiver, but other streams may hold the budget.
+            // Queued data is released with the receiver, but other streams may hold the budget.
             () = self.items.closed() => return,
             room = Arc::clone(&self.budget.0).acquire_many_owned(weight) => room,
         };
@@ -115,34 +126,35 @@ impl StreamSender {
         }
     }
 
-    /// Nobody reads the stream any more.
+    /// Whether nobody reads the stream any more.
     pub(crate) fn is_closed(&self) -> bool {
         self.items.is_closed()
     }
 
-    /// The client has said all.
+    /// Reports that the client has sent everything.
     pub(crate) async fn finish(self) {
         drop(self.items.send(Item::Fin).await);
     }
 
-    /// The client gave the stream up.
+    /// Reports that the client has reset the stream.
     pub(crate) async fn reset(self) {
         drop(self.items.send(Item::Reset).await);
     }
 }
 
-/// What a client sends on a stream.
+/// The receiving half of a stream: what a client sends.
 #[derive(Debug)]
 pub struct StreamReader {
     items: mpsc::Receiver<Item>,
-    /// Taken, and too much to go with what went before it.
+    /// A piece that was taken but did not fit the previous message.
     ahead: Option<Bytes>,
     end: Option<End>,
 }
 
 impl StreamReader {
-    /// The next bytes, never empty, or how they ended (then for ever the same). Pieces that wait are joined as long as
-    /// they fit one message ([`CHUNK`]): a message costs all who pass it on more than the copy. Cancel safe.
+    /// The next bytes, never empty, or how the stream ended (every later call returns the same end). Waiting pieces are
+    /// joined while they fit one message ([`CHUNK`]): each message costs every process that passes it on more than the
+    /// copy. Cancel safe.
     pub async fn next(&mut self) -> Result<Bytes, End> {
         let first = match self.ahead.take() {
             Some(data) => data,
@@ -184,7 +196,7 @@ impl StreamReader {
         data.ok_or_else(|| *self.end.get_or_insert(End::Lost))
     }
 
-    /// The bytes of an item, or nothing where it is an end.
+    /// The bytes of an item; `None` if it is an end.
     fn take(&mut self, item: Item) -> Option<Bytes> {
         self.end = match item {
             Item::Data { data, .. } => return Some(data),
@@ -195,12 +207,12 @@ impl StreamReader {
     }
 }
 
-/// The connection has ended: nothing more can be sent.
+/// The connection has ended, so nothing more can be sent.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("the connection has ended")]
 pub struct Closed;
 
-/// When a byte last moved, shared by both directions of a connection.
+/// The record of when a byte was last transferred, shared by both directions of a connection.
 #[derive(Debug, Clone)]
 pub struct Activity {
     start: Instant,
@@ -220,14 +232,14 @@ impl Activity {
         self.last.store(elapsed, Ordering::Relaxed);
     }
 
-    /// Returns when nothing has moved for [`IDLE`].
+    /// Returns once nothing was transferred for [`IDLE`]. Cancel safe.
     pub async fn idle(&self) {
         self.still(IDLE).await;
     }
 
-    /// Returns when nothing has moved for [`IDLE`], and its relay has not ended the session since.
+    /// Returns once nothing was transferred for [`IDLE`] and the relay has not ended the session since.
     pub(crate) async fn overdue(&self) {
-        self.still(IDLE + LAST_WORDS).await;
+        self.still(IDLE + CLOSING_TIMEOUT).await;
     }
 
     async fn still(&self, time: Duration) {
@@ -249,7 +261,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_waits_is_bounded_over_all_streams_of_a_connection() {
+    async fn waiting_bytes_are_bounded_over_all_streams_of_a_connection() {
         let budget = Budget::new();
         let piece = Bytes::from(vec![1; 64 << 10]);
         let streams: Vec<_> = (0..100).map(|_| stream(&budget)).collect();
@@ -266,11 +278,11 @@ mod tests {
         );
         assert_eq!(budget.held(), RECEIVE_BYTES);
         drop(streams);
-        assert_eq!(budget.held(), 0, "what nobody will read is let go");
+        assert_eq!(budget.held(), 0, "data that nobody will read is dropped");
     }
 
     #[tokio::test]
-    async fn taking_frees_and_a_small_piece_keeps_no_large_buffer() {
+    async fn reading_releases_budget_and_a_small_piece_keeps_no_large_buffer() {
         let budget = Budget::new();
         let (sender, mut reader) = stream(&budget);
         let buffer = Bytes::from(vec![1; 64 << 10]);
@@ -304,7 +316,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_large_piece_is_handed_on_uncopied() {
+    async fn a_large_piece_is_passed_on_without_a_copy() {
         let budget = Budget::new();
         let (sender, mut reader) = stream(&budget);
         let large = Bytes::from(vec![1; 2 * CHUNK]);
@@ -315,7 +327,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn ends_are_told_apart_and_come_after_the_bytes() {
+    async fn ends_are_distinguished_and_come_after_the_bytes() {
         let budget = Budget::new();
         for (how, end) in [(0, End::Fin), (1, End::Reset), (2, End::Lost)] {
             let (sender, mut reader) = stream(&budget);
@@ -331,7 +343,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_that_nobody_reads_any_more_swallows() {
+    async fn data_of_a_stream_that_nobody_reads_is_dropped() {
         let budget = Budget::new();
         let (sender, reader) = stream(&budget);
         let (other, _held) = stream(&budget);

@@ -1,12 +1,13 @@
-//! A WebSocket server session that carries Kubernetes' channels. Knows nothing of what runs on them.
+//! The server side of a WebSocket session that carries Kubernetes' channels. It does not know what runs on them.
 //!
-//! Owner: the task that polls [`Session::run`], which reads, writes and answers pings. The channels are there from the
-//! start: each one that the client may write has an [`StreamReader`], each one that it reads a [`Sender`]. As with SPDY a queue
-//! that is full stops the reading of the socket, and all that waits is within one [`Budget`]. Messages of any size pass in
-//! pieces. What is for a channel that the client may not write, or that does not exist, is let go, as upstream does.
+//! The task that polls [`Session::run`] owns the session: it reads, writes and answers pings. The channels exist from
+//! the start: each channel that the client may write has a [`StreamReader`], and each that it reads has a [`Sender`].
+//! As with SPDY, a full queue stops reading from the socket, and all buffered bytes are within one [`Budget`]. Messages
+//! of any size are passed on in pieces. Data for a channel that the client may not write, or that does not exist, is
+//! dropped, as upstream does.
 //!
-//! The end: when all senders are dropped, what is queued is written, then a close frame, and the peer gets [`LINGER`] to
-//! close. A peer that closes first ends `run` at once, and with it every channel.
+//! When all senders have been dropped, the queued data and a close frame are written, and the peer gets [`LINGER`] to
+//! close the connection. A peer that closes first ends `run` and every channel at once.
 
 pub(crate) mod channel;
 pub(crate) mod frame;
@@ -21,31 +22,36 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures::FutureExt as _;
 use knoc_link::bulk::Segments;
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, WriteHalf};
-use tokio::sync::mpsc;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, WriteHalf},
+    sync::mpsc,
+};
 use tracing::debug;
 
+use self::{
+    channel::{Meaning, Messages},
+    frame::{Decoder, Event, Kind},
+};
 use crate::streams::{Activity, Budget, Closed, IDLE, StreamReader, StreamSender, stream};
-pub use channel::Encoding;
-use channel::{Messages, Said};
-use frame::{Decoder, Event, Kind};
 
-/// What is read from the socket at once, and so the largest piece of a message.
+pub use channel::Encoding;
+
+/// How many bytes are read from the socket at once, and so the size of the largest piece of a message.
 const CHUNK: usize = 64 << 10;
-/// With less room than this the buffer is made anew.
+/// If the buffer has less free space than this, it is reallocated.
 const LEAST_ROOM: usize = CHUNK / 4;
-/// Messages that wait to be written, of all channels together; each of at most 64 KiB.
+/// How many messages of all channels together may wait to be written, each of at most 64 KiB.
 const SEND_QUEUE: usize = 16;
-/// When so much is encoded, it is written before more is taken.
+/// Once this many bytes are encoded, they are written before more messages are taken.
 const BATCH: usize = 128 << 10;
-/// How long the peer may take to close after our close frame.
+/// How long the peer may take to close the connection after our close frame.
 const LINGER: Duration = Duration::from_secs(2);
-/// The code of an end in order.
+/// The close code of a normal end (RFC 6455, section 7.4.1).
 const NORMAL: u16 = 1000;
-/// The code for a peer that cannot be understood.
+/// The close code for a peer that violates the protocol.
 const PROTOCOL_ERROR: u16 = 1002;
 
-/// Why a session ended before its end.
+/// Why a session ended abnormally.
 #[derive(Debug, Error)]
 pub enum SocketError {
     /// The socket cannot be read.
@@ -62,43 +68,44 @@ pub enum SocketError {
         #[source]
         source: std::io::Error,
     },
-    /// The peer breaks the protocol's framing.
-    #[error("understand the peer's frames")]
+    /// The peer violates the framing protocol.
+    #[error("decode the peer's frames")]
     Frame {
-        /// Which rule it breaks.
+        /// The rule that it violates.
         #[source]
         source: frame::FrameError,
     },
     /// A message cannot be read.
-    #[error("understand the peer's messages")]
+    #[error("decode the peer's messages")]
     Message {
-        /// Which rule it breaks.
+        /// The rule that it violates.
         #[source]
         source: channel::NotBase64,
     },
-    /// No byte moved and no stream was opened for [`IDLE`].
-    #[error("nothing moved for {} h", IDLE.as_secs() / 3600)]
+    /// No byte was transferred and no stream was opened for [`IDLE`].
+    #[error("no data was transferred for {} h", IDLE.as_secs() / 3600)]
     Idle,
 }
 
-/// What is to be written.
+/// A message that is to be written.
 #[derive(Debug)]
 enum Out {
     Data { channel: u8, data: Bytes },
     Pong(Bytes),
 }
 
-/// What we send on a channel.
+/// The sending half of a channel.
 #[derive(Debug, Clone)]
 pub struct Sender {
     channel: u8,
     queue: mpsc::Sender<Out>,
-    /// Of one message.
+    /// The most bytes of one message.
     most: usize,
 }
 
 impl Sender {
-    /// Queues bytes; waits while the peer does not read. No bytes are no message.
+    /// Queues bytes, and waits while the peer does not read. Empty data is not sent. Not cancel safe: part of the bytes
+    /// may be queued.
     pub async fn send(&self, mut data: Bytes) -> Result<(), Closed> {
         while !data.is_empty() {
             let piece = data.split_to(data.len().min(self.most));
@@ -107,7 +114,7 @@ impl Sender {
         Ok(())
     }
 
-    /// An empty message: tells clients that the channels are open.
+    /// Sends an empty message, which tells clients that the channels are open.
     pub async fn ready(&self) -> Result<(), Closed> {
         self.message(Bytes::new()).await
     }
@@ -119,12 +126,12 @@ impl Sender {
     }
 }
 
-/// One connection; see the module.
+/// A session on one connection; see the module documentation.
 #[derive(Debug)]
 pub struct Session<Io> {
     io: Io,
     encoding: Encoding,
-    /// By channel; none where the client may not write or has ended.
+    /// The client's data by channel; `None` if the client may not write the channel or has ended it.
     senders: Vec<Option<StreamSender>>,
     budget: Budget,
     sender: mpsc::WeakSender<Out>,
@@ -132,22 +139,23 @@ pub struct Session<Io> {
     activity: Activity,
 }
 
-/// The channels of a session, until they are taken.
+/// The channels of a session, each of which can be taken once.
 #[derive(Debug)]
 pub struct Channels {
     readers: Vec<Option<StreamReader>>,
     queue: mpsc::Sender<Out>,
-    /// Of one message to the client.
+    /// The most bytes of one message to the client.
     most: usize,
 }
 
 impl Channels {
-    /// What the client writes on a channel; once.
+    /// Takes the half of a channel that the client writes; `None` if it was taken before or the client may not write
+    /// it.
     pub fn reader(&mut self, channel: u8) -> Option<StreamReader> {
         self.readers.get_mut(usize::from(channel))?.take()
     }
 
-    /// What the client reads of a channel.
+    /// The half of a channel that the client reads.
     #[must_use]
     pub fn sender(&self, channel: u8) -> Sender {
         Sender {
@@ -158,8 +166,8 @@ impl Channels {
     }
 }
 
-/// Begins a session on a connection whose upgrade has been answered. `writable` says of each channel, by its number,
-/// whether the client may write it.
+/// Starts a session on a connection whose upgrade has been answered. `writable` says for each channel number whether
+/// the client may write the channel.
 pub fn session<Io>(io: Io, encoding: Encoding, writable: &[bool]) -> (Session<Io>, Channels)
 where
     Io: AsyncRead + AsyncWrite,
@@ -189,18 +197,19 @@ impl<Io> Session<Io>
 where
     Io: AsyncRead + AsyncWrite,
 {
-    /// When a byte last moved.
+    /// The record of when a byte was last transferred.
     pub fn activity(&self) -> Activity {
         self.activity.clone()
     }
 
-    /// What was received and waits.
+    /// The bytes that were received and not read yet.
     #[cfg(test)]
     pub(crate) fn budget(&self) -> Budget {
         self.budget.clone()
     }
 
-    /// Reads and writes until either side has ended the session.
+    /// Reads and writes until either side has ended the session. Not cancel safe: dropping the future ends the session
+    /// without a close frame.
     pub async fn run(self) -> Result<(), SocketError> {
         let (input, mut output) = tokio::io::split(self.io);
         let reader = Reader {
@@ -221,12 +230,13 @@ where
             Ok(written) => {
                 written?;
                 close(&mut output, NORMAL).await?;
-                // Closed last: closing before the peer has read all would lose what is on its way.
+                // The connection is closed last: closing it before the peer has read everything would lose data in
+                // flight.
                 let ended = tokio::time::timeout(LINGER, read).await;
                 ended.unwrap_or(Ok(()))
             }
             Err(Ok(())) => {
-                // The answer to its close frame; it may be gone already.
+                // The answer to the peer's close frame; the peer may have left already.
                 drop(tokio::time::timeout(LINGER, close(&mut output, NORMAL)).await);
                 Ok(())
             }
@@ -245,14 +255,14 @@ where
 struct Reader {
     messages: Messages,
     senders: Vec<Option<StreamSender>>,
-    /// Weak: the reader must not keep the session open.
+    /// Weak, because the reader must not keep the session open.
     queue: mpsc::WeakSender<Out>,
     activity: Activity,
     _budget: Budget,
 }
 
 impl Reader {
-    /// Reads until the peer closes or cannot be understood.
+    /// Reads until the peer closes the connection or violates the protocol.
     async fn run(mut self, input: impl AsyncRead) -> Result<(), SocketError> {
         let mut input = std::pin::pin!(input);
         let (mut decoder, mut buffer) = (Decoder::default(), BytesMut::new());
@@ -264,7 +274,7 @@ impl Reader {
             if read.map_err(|source| SocketError::Read { source })? == 0 {
                 return Ok(());
             }
-            // TLS gives a record at a time: what is there already belongs to the same piece.
+            // TLS yields one record at a time: records that are already there are added to the same piece.
             while buffer.capacity() - buffer.len() >= LEAST_ROOM
                 && let Some(Ok(1..)) = input.read_buf(&mut buffer).now_or_never()
             {}
@@ -286,14 +296,14 @@ impl Reader {
         match event {
             Event::Data { data, last, .. } => {
                 self.activity.touch();
-                let said = self.messages.piece(data, last);
-                match said.map_err(|source| SocketError::Message { source })? {
-                    Some(Said::Data { channel, data }) => {
+                let meaning = self.messages.piece(data, last);
+                match meaning.map_err(|source| SocketError::Message { source })? {
+                    Some(Meaning::Data { channel, data }) => {
                         if let Some(Some(sender)) = self.senders.get(usize::from(channel)) {
                             sender.data(data).await;
                         }
                     }
-                    Some(Said::Close { channel }) => {
+                    Some(Meaning::Close { channel }) => {
                         let sender = self.senders.get_mut(usize::from(channel));
                         if let Some(sender) = sender.and_then(Option::take) {
                             sender.finish().await;
@@ -302,7 +312,7 @@ impl Reader {
                     None => {}
                 }
             }
-            // One that finds the queue full is not answered: bytes are moving then.
+            // A ping is not answered if the queue is full: then data is being transferred anyway.
             Event::Ping(payload) => {
                 if let Some(queue) = self.queue.upgrade() {
                     drop(queue.try_send(Out::Pong(payload)));
@@ -314,14 +324,14 @@ impl Reader {
     }
 }
 
-/// Writes until nobody can queue any more.
+/// Writes until no sender is left.
 async fn write<Io: AsyncWrite>(
     output: &mut WriteHalf<Io>,
     mut queue: mpsc::Receiver<Out>,
     encoding: Encoding,
     activity: &Activity,
 ) -> Result<(), SocketError> {
-    // Data stays the slices in which it came.
+    // Data is written in the slices in which it was queued.
     let mut wire = Segments::default();
     while let Some(first) = queue.recv().await {
         let mut next = Some(first);

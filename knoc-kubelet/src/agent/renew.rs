@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!              due ──► key, request ──RenewCertificate──► fits ──► kept ──► used, new connections
-//!               ▲                            │ refused, unfit, not kept: said in the node's condition
+//!               ▲                            │ rejected, unfit, not kept: reported in the node's condition
 //!               └──────────── later ◄────────┘ and the log; nothing changes
 //! ```
 //!
-//! What is used was kept first (the keys Secret or folder), so that a kubelet that starts again has it. Requests and
-//! streams that are under way end on their old connection; new ones take a new connection, which shows the new
-//! certificate. The mounted bundle stays what it is: a renewed pair counts as long as it descends from it.
+//! A certificate is stored (in the Secret or folder of keys) before it is used, so that a kubelet that restarts has it.
+//! Requests and streams that are running end on their old connection; new ones use a new connection, which shows the
+//! new certificate. The mounted bundle is not changed: a renewed pair counts as long as it descends from the mounted
+//! one.
 
 use std::time::Duration;
 
@@ -24,25 +25,25 @@ use tokio_util::sync::CancellationToken;
 use super::{Agent, Channels, Link};
 use crate::certs::{Keep, KeepError};
 
-/// The longest sleep: the bundle may be replaced, and the clock be set.
+/// The longest sleep, since the bundle may be replaced and the clock may be set.
 const LOOK: Duration = Duration::from_mins(1);
-/// After a failure; doubled with each, up to [`RETRY_MOST`].
+/// The pause after the first failure; doubled with each further one, up to [`RETRY_MOST`].
 const RETRY: Duration = Duration::from_secs(5);
 const RETRY_MOST: Duration = Duration::from_hours(1);
 
-/// How connections to the agent are made.
+/// How to connect to the agent.
 #[derive(Clone, Debug)]
 pub struct Dialer {
     /// The addresses.
     pub route: Route,
     /// Who we are; none over a unix socket.
     pub credentials: Option<Credentials>,
-    /// Whom we expect.
+    /// The identity that the agent must have.
     pub expect: ExpectPeer,
 }
 
 impl Dialer {
-    /// New connections, which are made at their first request.
+    /// Two new connections, which are opened by their first request.
     pub fn dial(&self) -> Result<Channels, LinkError> {
         let dial = || {
             let (route, credentials) = (self.route.clone(), self.credentials.clone());
@@ -55,37 +56,37 @@ impl Dialer {
     }
 }
 
-/// How the link's certificate does, for the node's condition and the metrics.
+/// The state of the link's certificate, for the node's condition and the metrics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LinkCertificate {
-    /// Its dates; none: the link has no certificate, or nothing is known yet.
+    /// Its dates; None if the link has no certificate, or before the first check.
     pub validity: Option<Validity>,
-    /// Why it was not renewed; empty: it was, or it is not due.
+    /// Why it was not renewed; empty if it was or is not due.
     pub problem: String,
 }
 
-/// Why there is no new certificate.
+/// Why the certificate was not renewed.
 #[derive(Debug, thiserror::Error)]
 enum RenewalError {
     #[error("there is no link to the agent")]
     NoLink,
-    #[error("the agent ({version}) cannot renew certificates: upgrade it")]
+    #[error("the agent ({version}) cannot renew certificates, upgrade it")]
     OldAgent { version: String },
-    #[error("make a key")]
+    #[error("generate a key")]
     Key(#[from] PkiError),
-    #[error("the agent did not renew it: {0}")]
-    Refused(String),
-    #[error("use what the agent issued")]
+    #[error("the agent did not renew the certificate: {0}")]
+    Rejected(String),
+    #[error("use the certificate that the agent issued")]
     Unusable(#[from] CredentialsError),
     #[error(
-        "what the agent issued does not descend from the certificate in use, or is not of its CA"
+        "the certificate that the agent issued does not renew the one in use, or is of another CA"
     )]
     Unfit,
-    #[error("keep it")]
+    #[error("store the certificate")]
     Keep(#[from] KeepError),
 }
 
-/// The task's own state.
+/// The task that renews the certificate.
 pub struct Renewer {
     agent: Agent,
     dialer: Dialer,
@@ -94,7 +95,7 @@ pub struct Renewer {
     link: watch::Receiver<Link>,
     health: watch::Sender<LinkCertificate>,
     failures: u32,
-    /// The connections in use were opened with an older certificate.
+    /// Whether the connections in use were opened with an older certificate.
     stale: bool,
     clock: fn() -> Timestamp,
 }
@@ -109,7 +110,7 @@ impl std::fmt::Debug for Renewer {
 }
 
 impl Renewer {
-    /// A task for the certificate of `dialer`; none where the link has no certificate.
+    /// A task for the certificate of `dialer`; None if the link has no certificate.
     #[must_use]
     pub fn new(
         agent: Agent,
@@ -142,7 +143,7 @@ impl Renewer {
         }
     }
 
-    /// One look; says when the next one is due.
+    /// Checks the certificate once, and returns how long to wait before the next check.
     async fn turn(&mut self) -> Duration {
         let now = (self.clock)();
         let validity = self.credentials.info().validity;
@@ -171,7 +172,7 @@ impl Renewer {
                 let problem = chain(&error);
                 if self.health.borrow().problem != problem {
                     tracing::warn!(until = %validity.until, error = problem,
-                        "the link's certificate is due and was not renewed, trying again");
+                        "could not renew the link's certificate, which is due; trying again");
                 }
                 self.report(validity, problem);
                 wait.mul_f64(rand::random_range(0.75..1.25))
@@ -197,7 +198,7 @@ impl Renewer {
         let answer = self.agent.renew_certificate(request.der).await;
         let cert_pem = answer.map_err(|status| {
             let text = status.message();
-            RenewalError::Refused(match ErrorReason::of(&status) {
+            RenewalError::Rejected(match ErrorReason::of(&status) {
                 Some(_) => text.to_owned(),
                 None => chain(&status),
             })
@@ -229,15 +230,15 @@ impl Renewer {
         }
     }
 
-    /// Replaces the connections by new ones, once these are seen to work. Until then the old ones stay, and this is tried
-    /// again: the agent answers no new request on a connection whose own certificate has ended.
+    /// Replaces the connections by new ones, once these are seen to work. Until then the old ones stay and this is
+    /// retried: the agent answers no new request on a connection whose own certificate has expired.
     async fn redial(&self) -> bool {
         let channels = match self.dialer.dial() {
             Ok(channels) => channels,
             Err(error) => {
                 tracing::warn!(
                     error = chain(&error),
-                    "connect with the renewed certificate"
+                    "could not connect with the link's renewed certificate, trying again"
                 );
                 return false;
             }
@@ -250,14 +251,17 @@ impl Renewer {
             }
             Err(status) => {
                 let error = chain(&status);
-                tracing::warn!(error, "connect with the renewed certificate");
+                tracing::warn!(
+                    error,
+                    "could not connect with the link's renewed certificate, trying again"
+                );
                 false
             }
         }
     }
 }
 
-/// Uses the renewed pair that was kept, if it descends from the bundle. For the start: a failure is only logged.
+/// Uses the stored renewed pair at start, if it descends from the mounted bundle. A failure is only logged.
 pub async fn restore(credentials: &Credentials, keep: &Keep) {
     let pair = match keep.link_pair().await {
         Ok(Some(pair)) => pair,
@@ -266,7 +270,7 @@ pub async fn restore(credentials: &Credentials, keep: &Keep) {
             let error = chain(&error);
             tracing::warn!(
                 error,
-                "no renewed certificate of the link can be read: the mounted one is used"
+                "could not read the link's renewed certificate, using the mounted one"
             );
             return;
         }
@@ -274,22 +278,22 @@ pub async fn restore(credentials: &Credentials, keep: &Keep) {
     match credentials.renew(&pair) {
         Ok(true) => {
             let until = credentials.info().validity.until;
-            tracing::info!(%until, "the link's renewed certificate is used");
+            tracing::info!(%until, "using the link's renewed certificate");
         }
         Ok(false) => tracing::info!(
-            "the renewed certificate that was kept is expired, or of another bundle: the mounted one is used"
+            "the link's renewed certificate has expired or belongs to another bundle, using the mounted one"
         ),
         Err(error) => {
             let error = chain(&error);
             tracing::warn!(
                 error,
-                "the renewed certificate that was kept cannot be used: the mounted one is"
+                "could not use the link's renewed certificate, using the mounted one"
             );
         }
     }
 }
 
-/// PURE: how long until then; none: it is now, or was.
+/// PURE: how long until `then`; None if it is now or past.
 fn before(then: Timestamp, now: Timestamp) -> Option<Duration> {
     let left = Duration::try_from(then.duration_since(now)).ok()?;
     (!left.is_zero()).then_some(left)

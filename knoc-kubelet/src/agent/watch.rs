@@ -1,7 +1,7 @@
 //! Task: WatchPods and WatchNode, with reconnect and back-off, into the [`Store`], the queue and two watch channels.
 //!
-//! A snapshot replaces what was known (a pod it lacks is unknown to the agent), then each change follows. While
-//! the link is down the last observations stand; [`Link`] says since when. This task changes nothing at the agent.
+//! A snapshot replaces what was known: the agent does not know a pod that is not in it. Then each change follows. While
+//! the link is down the last observations stay; [`Link`] says since when. This task changes nothing at the agent.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -16,13 +16,13 @@ use tokio_util::sync::CancellationToken;
 use super::{Agent, Link, tells_capacity};
 use crate::pods::{Store, UNREACHABLE_AFTER, queue::Queue};
 
-/// The first attempt to come back; each further one twice as late.
+/// The pause before the first attempt to reconnect; each further one is twice as long.
 const BACKOFF: Duration = Duration::from_millis(100);
 const BACKOFF_MOST: Duration = Duration::from_secs(5);
-/// From the call to the end of the snapshot: 10,000 pods are some MiB.
+/// From the call to the end of the snapshot: 10,000 pods are a few MiB.
 const SNAPSHOT_DEADLINE: Duration = Duration::from_mins(1);
 
-/// The watch over one agent.
+/// The watches of one agent.
 #[derive(Debug)]
 pub struct AgentWatch {
     agent: Agent,
@@ -33,7 +33,7 @@ pub struct AgentWatch {
 }
 
 impl AgentWatch {
-    /// A watch that writes to `store` and `queue`, and publishes link and capacity.
+    /// Watches that write to `store` and `queue`, and publish link and capacity.
     #[must_use]
     pub fn new(
         agent: Agent,
@@ -74,7 +74,7 @@ impl AgentWatch {
         }
     }
 
-    /// One life of the link; returns why it ended.
+    /// Runs the watches over one connection; returns why they ended.
     async fn session(&self) -> tonic::Status {
         let info = match self.agent.get_info().await {
             Ok(info) => Arc::new(info),
@@ -139,7 +139,7 @@ impl AgentWatch {
         }
     }
 
-    /// The UIDs of the snapshot; it ends with Synced.
+    /// Reads the snapshot, which ends with Synced, and returns its UIDs.
     async fn snapshot(
         &self,
         stream: &mut tonic::Streaming<pb::PodEvent>,
@@ -174,7 +174,7 @@ impl AgentWatch {
             scheduler = info.scheduler_version,
             runtime = info.runtime_version,
             pods = seen.len(),
-            "agent connected"
+            "connected to the agent"
         );
         self.link.send_replace(Link::Up {
             info: info.clone(),
@@ -205,7 +205,7 @@ impl AgentWatch {
         let message = knoc_proto::error::chain(status);
         let was_up = self.link.borrow().is_up();
         if was_up || self.link.borrow().message() != message {
-            tracing::warn!(error = %message, "no link to the agent");
+            tracing::warn!(error = %message, "lost the link to the agent, or could not connect; trying again");
         }
         self.link.send_modify(|link| match link {
             Link::Down { message: known, .. } => *known = message,
@@ -222,11 +222,11 @@ impl AgentWatch {
         }
     }
 
-    /// All pods are looked at again.
+    /// Queues all pods.
     fn push_all(&self, after: Duration) {
         let mut uids = self.store.desired_uids();
         uids.extend(self.store.observed_uids());
-        // A key that is in the queue already keeps its place.
+        // A key that is already in the queue keeps its position.
         for uid in &uids {
             if after.is_zero() {
                 self.queue.push(uid);
@@ -237,25 +237,25 @@ impl AgentWatch {
     }
 }
 
-/// PURE: what an earlier agent told of the capacity stands until this one knows it: no node shrinks to nothing because an
-/// agent was restarted.
-fn newest(known: Option<&pb::NodeInfo>, told: pb::NodeInfo) -> pb::NodeInfo {
+/// PURE: the new capacity, or the last one known if this agent does not know it yet: a node must not shrink to nothing
+/// because its agent was restarted.
+fn newest(known: Option<&pb::NodeInfo>, new: pb::NodeInfo) -> pb::NodeInfo {
     match known {
-        Some(known) if !tells_capacity(&told) => pb::NodeInfo {
-            scheduler: told.scheduler,
-            pid_isolation: told.pid_isolation,
-            pod_limit: told.pod_limit,
+        Some(known) if !tells_capacity(&new) => pb::NodeInfo {
+            scheduler: new.scheduler,
+            pid_isolation: new.pid_isolation,
+            pod_limit: new.pod_limit,
             ..known.clone()
         },
-        Some(_) | None => told,
+        Some(_) | None => new,
     }
 }
 
-/// The uid of a pod as the agent sent it. Agents check uids before they take a pod, so one that is invalid is a fault of
-/// the agent: it is reported and left out.
+/// The UID of a pod as the agent sent it. Agents check UIDs before they accept a pod, so an invalid one is a bug of the
+/// agent: it is logged and ignored.
 fn checked(uid: &str) -> Option<PodUid> {
     PodUid::try_from(uid)
-        .inspect_err(|error| tracing::warn!(%error, "the agent reports a pod with an invalid uid"))
+        .inspect_err(|error| tracing::warn!(%error, "the agent reported a pod with an invalid UID, which is ignored"))
         .ok()
 }
 
@@ -279,7 +279,7 @@ mod tests {
         assert_eq!((both.cpu, both.nodes_total, both.pod_limit), (96, 3, 9));
         assert!(both.scheduler.is_some());
         assert_eq!(newest(None, away.clone()), away);
-        // All nodes down is an answer.
+        // A capacity with all nodes down is known too.
         let none = pb::NodeInfo {
             nodes_total: 3,
             ..pb::NodeInfo::default()

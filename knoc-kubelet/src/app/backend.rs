@@ -1,4 +1,4 @@
-//! What the kubelet API sees of the rest: pods from the [`Store`], streams from the agent.
+//! What the kubelet API sees of the other parts: pods from the [`Store`], streams from the agent.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -18,34 +18,34 @@ use crate::{
     stats::{Snapshot, Stats},
 };
 
-/// The phases of Kubernetes: each has a sample, also where no pod has it.
+/// The phases of Kubernetes. Each has a sample, even if no pod is in it.
 const PHASES: [&str; 5] = ["Pending", "Running", "Succeeded", "Failed", "Unknown"];
 
-/// The API's view of the kubelet.
+/// The kubelet as the API server sees it.
 #[derive(Debug)]
 pub(super) struct KubeletBackend {
     pub(super) store: Store,
     pub(super) agent: Agent,
     pub(super) link: watch::Receiver<Link>,
     pub(super) health: LoopHealth,
-    /// What the site has, as last heard.
+    /// What the site has, as the agent last reported.
     pub(super) capacity: watch::Receiver<Option<Arc<pb::NodeInfo>>>,
-    /// Ours on the link.
+    /// The state of our certificate on the link.
     pub(super) certificate: watch::Receiver<LinkCertificate>,
     pub(super) metrics: Metrics,
     pub(super) stats: Stats,
-    /// As `/configz` shows it.
+    /// The configuration that `/configz` shows.
     pub(super) config: serde_json::Value,
 }
 
 impl KubeletBackend {
-    /// An older agent does not know of it: better said here than by a missing method. While the link is down the call
-    /// itself says so.
+    /// Fails with a clear message if an older agent lacks the capability, instead of a missing method. While the link
+    /// is down the call itself fails.
     fn needs(&self, capability: &str) -> Result<(), tonic::Status> {
         match &*self.link.borrow() {
             Link::Up { info, .. } if !info.capabilities.iter().any(|it| it == capability) => {
                 let text = format!(
-                    "the agent on the login node ({}) knows no {capability}: upgrade it",
+                    "the agent on the login node ({}) does not support {capability}, upgrade it",
                     info.version
                 );
                 Err(tonic::Status::unimplemented(text))
@@ -55,7 +55,7 @@ impl KubeletBackend {
     }
 }
 
-/// A client's messages, as they go to the agent.
+/// The client's messages as a stream to the agent.
 fn sent<T: prost::Message + 'static>(input: mpsc::Receiver<T>) -> tonic::Request<stream::Empty<T>> {
     bulk::request(ReceiverStream::new(input))
 }
@@ -176,7 +176,7 @@ impl Backend for KubeletBackend {
     }
 }
 
-/// PURE: since `at` (Unix nanoseconds; 0: never).
+/// PURE: the time since `at` (Unix nanoseconds); None if it is 0, which means never.
 fn age(at: i64, now: Timestamp) -> Option<Duration> {
     let at = (at > 0).then(|| Timestamp::from_nanosecond(i128::from(at)).ok())??;
     // The clock of the login node may be ahead of ours.

@@ -1,4 +1,4 @@
-//! From the configuration to an [`App`]: the client, who we are, the link.
+//! From the configuration to an [`App`]: the clients of the API server, our identity, the link.
 
 use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket},
@@ -27,29 +27,29 @@ use crate::{
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Why no kubelet could be made of the configuration.
+/// Why no kubelet could be built from the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// The kubeconfig, or what is in the pod.
+    /// The kubeconfig or the in-cluster configuration cannot be used.
     #[error("read the Kubernetes client configuration")]
     Kubeconfig {
-        /// Why not.
+        /// What is wrong with it.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The API server.
+    /// The API server denied the request or failed.
     #[error("read namespace kube-system, whose UID is the cluster's id, from {server}")]
     Cluster {
-        /// The API server.
+        /// The URL of the API server.
         server: String,
-        /// Why not.
+        /// The error of the API server.
         #[source]
         source: kube::Error,
     },
     /// The API server did not answer.
     #[error("no answer from {server} within {} s", DEADLINE.as_secs())]
     Late {
-        /// The API server.
+        /// The URL of the API server.
         server: String,
     },
     /// The folder for logins over SSH.
@@ -61,24 +61,25 @@ pub enum BuildError {
         #[source]
         source: Box<SecretError>,
     },
-    /// The link's certificates.
+    /// The certificates of the link cannot be used.
     #[error("read agent.ca, agent.cert and agent.key")]
     Credentials {
-        /// Why not.
+        /// What is wrong with them.
         #[source]
         source: knoc_link::CredentialsError,
     },
-    /// The link.
+    /// The link cannot be prepared.
     #[error("prepare the link to the agent")]
     Link {
-        /// Why not.
+        /// What is wrong.
         #[source]
         source: LinkError,
     },
 }
 
 impl App {
-    /// Reads all files, asks the API server who it is, prepares the link. Connects to no agent yet.
+    /// Reads all files, asks the API server for the cluster's id and prepares the link. Does not connect to the agent
+    /// yet.
     pub async fn build(config: Config) -> Result<Self, BuildError> {
         let kube_config = kube_config(config.kubernetes.kubeconfig.as_deref()).await?;
         let server = kube_config.cluster_url.to_string();
@@ -126,7 +127,7 @@ impl App {
         Ok(app)
     }
 
-    /// Where our own keys lie.
+    /// Where our own keys are stored.
     pub(super) fn keep(&self) -> Keep {
         match &self.config.keys {
             KeysConfig::Folder(folder) => Keep::Folder(folder.clone()),
@@ -199,17 +200,17 @@ fn dialer(config: &AgentConfig) -> Result<Dialer, BuildError> {
     })
 }
 
-/// An agent lets a kubelet lead the node of its own name, and others only by its site file.
+/// An agent lets a kubelet lead the node of its certificate's name; other nodes must be allowed in the site file.
 fn warn_of_leadership(credentials: &Credentials, node: &str) {
     if let Ok(identity) = credentials.info().identity
         && identity.name() != node
     {
-        tracing::warn!(%identity, node, "the link's certificate has another name than the node: the agent refuses changes \
+        tracing::warn!(%identity, node, "the link's certificate names another node, so the agent will reject changes \
             unless [policy.nodes] of its site file has the line \"{node}\" = \"kubelet/{}\"", identity.name());
     }
 }
 
-/// Our address on the way to the API server: nothing is sent.
+/// The local address of the route to the API server. Sends nothing.
 fn our_address(host: &str, server: &str) -> Option<IpAddr> {
     let port = if server.starts_with("http:") { 80 } else { 443 };
     let target: SocketAddr = (host.trim_matches(['[', ']']), port)
@@ -233,7 +234,7 @@ pub(super) fn server_settings(config: &Config, own: Option<Pairs>) -> Settings {
             certificate: certificate.clone(),
             key: key.clone(),
         },
-        // No certificate of our own was started: a receiver that never has one is an error at start.
+        // There is no certificate of our own, so the receiver never gets one and the server reports an error at start.
         (ServingConfig::SelfSigned | ServingConfig::Csr, None) => {
             Serving::Own(tokio::sync::watch::channel(None).1)
         }

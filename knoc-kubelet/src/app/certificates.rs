@@ -1,4 +1,4 @@
-//! Which certificates of our own this kubelet has, and the clients that follow from them.
+//! Which certificates of its own this kubelet has, and the clients that use them.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -15,18 +15,18 @@ use crate::{
     pods::events::Events,
 };
 
-/// What follows from the certificates of our own.
+/// The clients and the health of our own certificates.
 pub(super) struct Own {
     pub(super) clients: Clients,
-    /// For the node's conditions.
+    /// The health of each certificate, for the node's conditions.
     pub(super) health: Certificates,
-    /// The serving certificate, where it is not from files.
+    /// The serving certificate, if it is not read from files.
     pub(super) serving: Option<Pairs>,
 }
 
 impl App {
-    /// Starts a task for each certificate of ours. With a node's identity it waits until there is one to speak with, however
-    /// long somebody needs to approve it.
+    /// Starts a task for each of our own certificates. With a node's identity this waits until the client certificate
+    /// is approved, however long that takes.
     pub(super) async fn certificates(
         &self,
         tasks: &mut JoinSet<()>,
@@ -45,7 +45,7 @@ impl App {
             let rotator = self.rotator(wanted, issuer, events, newest).await?;
             health.push((Purpose::Client, rotator.health()));
             tasks.spawn(rotator.run(shutdown.clone()));
-            // An error: the task has ended, since we are told to.
+            // An error means that the task has ended because the kubelet stops.
             drop(pairs.wait_for(Option::is_some).await);
         }
         let clients = Clients { node, account };
@@ -80,7 +80,7 @@ impl App {
         Wanted {
             purpose,
             node: self.config.node.name.clone(),
-            // What the Node publishes; a client has none.
+            // The address that the Node publishes; a client certificate has no names.
             names: match purpose {
                 Purpose::Serving => BTreeSet::from([self.internal_ip.clone()]),
                 Purpose::Client => BTreeSet::new(),

@@ -1,4 +1,4 @@
-//! Who issues certificates: Kubernetes, by CertificateSigningRequests. The only place that touches those objects.
+//! The issuer of certificates: Kubernetes, by CertificateSigningRequests. Only this module accesses those objects.
 
 use std::time::Duration;
 
@@ -19,52 +19,52 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// Why the API server gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
-    /// It refused or failed.
+    /// The API server denied the request or failed.
     #[error("{what} CertificateSigningRequest {name}")]
     Call {
         /// What was tried.
         what: &'static str,
-        /// Of the request.
+        /// The name of the CertificateSigningRequest.
         name: String,
-        /// What it said.
+        /// The error of the API server.
         #[source]
         source: Box<kube::Error>,
     },
-    /// No answer in time.
+    /// The API server did not answer in time.
     #[error("{what} CertificateSigningRequest {name}: no answer within {} s", DEADLINE.as_secs())]
     Late {
         /// What was tried.
         what: &'static str,
-        /// Of the request.
+        /// The name of the CertificateSigningRequest.
         name: String,
     },
 }
 
-/// What has become of a request.
+/// The state of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// There is no such request, or no longer.
+    /// The request does not exist, or no longer.
     Absent,
-    /// Neither approved nor denied, or approved and not yet signed.
+    /// It is neither approved nor denied, or approved but not signed yet.
     Waiting,
-    /// Somebody denied it, or the signer could not sign it.
-    Refused(String),
-    /// The certificate, PEM.
+    /// It was denied, or the signer could not sign it.
+    Rejected(String),
+    /// The certificate was issued; this is its PEM.
     Issued(String),
 }
 
-/// The issuer as the rotator needs it; tests give a fake.
+/// The issuer as the rotator needs it; tests use a fake.
 pub trait Authority: Send + Sync + 'static {
-    /// What has become of the request?
+    /// Returns the state of the request.
     fn look(&self, name: &str) -> BoxFuture<'_, Result<Answer, AuthorityError>>;
-    /// Makes the request; that it is there already is no error.
+    /// Creates the request; succeeds if it already exists.
     fn ask(&self, request: &Request) -> BoxFuture<'_, Result<(), AuthorityError>>;
 }
 
 /// The CertificateSigningRequests of a cluster.
 pub struct KubeAuthority {
     client: Client,
-    /// Where `client` is refused or has no certificate yet: the first request of a node.
+    /// Used if `client` is denied or has no certificate yet, for the first request of a node.
     bootstrap: Option<Client>,
 }
 
@@ -75,7 +75,7 @@ impl std::fmt::Debug for KubeAuthority {
 }
 
 impl KubeAuthority {
-    /// Asks as `client`; where that fails, as `bootstrap`.
+    /// Requests as `client`, and as `bootstrap` if that fails.
     #[must_use]
     pub fn new(client: Client, bootstrap: Option<Client>) -> Self {
         Self { client, bootstrap }
@@ -163,20 +163,20 @@ pub fn object(request: &Request) -> CertificateSigningRequest {
     }
 }
 
-/// PURE: what the object says.
+/// PURE: the state of the request, from its object.
 #[must_use]
 pub fn answer(object: &CertificateSigningRequest) -> Answer {
     let Some(status) = &object.status else {
         return Answer::Waiting;
     };
     let conditions = status.conditions.as_deref().unwrap_or_default();
-    let refused = conditions
+    let rejected = conditions
         .iter()
         .find(|one| matches!(one.type_.as_str(), "Denied" | "Failed"));
-    if let Some(condition) = refused {
-        let words = [&condition.reason, &condition.message];
-        let words: Vec<_> = words.into_iter().flatten().map(String::as_str).collect();
-        return Answer::Refused(format!("{}: {}", condition.type_, words.join(": ")));
+    if let Some(condition) = rejected {
+        let parts = [&condition.reason, &condition.message];
+        let parts: Vec<_> = parts.into_iter().flatten().map(String::as_str).collect();
+        return Answer::Rejected(format!("{}: {}", condition.type_, parts.join(": ")));
     }
     match &status.certificate {
         Some(ByteString(pem)) if !pem.is_empty() => {

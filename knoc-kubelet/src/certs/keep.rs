@@ -1,8 +1,8 @@
-//! Where keys and certificates lie: one Secret, or a folder with modes 0600. One entry a certificate, so that key and
-//! certificate are replaced together.
+//! The storage of keys and certificates: a Secret, or a folder of files with mode 0600. Each certificate has one entry,
+//! so that key and certificate are replaced together.
 //!
-//! `serving.pem`, `client.pem` and `link.pem` (the link to the agent) hold certificate chain and key; `serving-next.pem` and `client-next.pem` the key of a request
-//! under way.
+//! `serving.pem`, `client.pem` and `link.pem` (for the link to the agent) hold certificate chain and key;
+//! `serving-next.pem` and `client-next.pem` hold the key of a pending request.
 
 use std::{
     io::ErrorKind,
@@ -26,52 +26,52 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const LINK: &str = "link.pem";
 const KEY: &str = "-----BEGIN PRIVATE KEY-----";
 
-/// Why nothing could be read or written.
+/// Why an entry could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum KeepError {
-    /// The Secret; RBAC must grant get and patch on it by name.
+    /// The Secret could not be accessed; RBAC must grant get and patch on it by name.
     #[error("{what} Secret {name}, where the kubelet keeps its keys")]
     Secret {
         /// What was tried.
         what: &'static str,
-        /// The Secret.
+        /// The name of the Secret.
         name: String,
-        /// What the API server said.
+        /// The error of the API server.
         #[source]
         source: Box<kube::Error>,
     },
-    /// No answer in time.
+    /// The API server did not answer in time.
     #[error("{what} Secret {name}: no answer within {} s", DEADLINE.as_secs())]
     Late {
         /// What was tried.
         what: &'static str,
-        /// The Secret.
+        /// The name of the Secret.
         name: String,
     },
-    /// A file of the folder.
+    /// A file in the folder could not be accessed.
     #[error("{what} {path}")]
     File {
         /// What was tried.
         what: &'static str,
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         #[source]
         source: std::io::Error,
     },
 }
 
-/// The place.
+/// Where keys and certificates are stored.
 #[derive(Clone)]
 pub enum Keep {
     /// A Secret in the kubelet's own namespace.
     Secret {
-        /// Of that namespace.
+        /// The API of that namespace.
         api: Box<Api<Secret>>,
-        /// Its name.
+        /// The name of the Secret.
         name: String,
     },
-    /// A folder.
+    /// Files in this folder.
     Folder(PathBuf),
 }
 
@@ -85,7 +85,7 @@ impl std::fmt::Debug for Keep {
 }
 
 impl Keep {
-    /// The Secret `name` of a namespace.
+    /// Stores in the Secret `name` of a namespace.
     #[must_use]
     pub fn secret(client: Client, namespace: &str, name: &str) -> Self {
         Self::Secret {
@@ -94,28 +94,28 @@ impl Keep {
         }
     }
 
-    /// The pair of a purpose, where one is kept. What is no pair counts as none.
+    /// The stored pair of a purpose. Text that is not a pair counts as none.
     pub async fn pair(&self, purpose: Purpose) -> Result<Option<CertifiedKey>, KeepError> {
         let text = self.read(&current(purpose)).await?;
         Ok(text.and_then(|text| split(&text)))
     }
 
-    /// The key of the request under way.
+    /// The key of the pending request.
     pub async fn next_key(&self, purpose: Purpose) -> Result<Option<String>, KeepError> {
         self.read(&next(purpose)).await
     }
 
-    /// Keeps the key of a request before it is made.
+    /// Stores the key of a request before the request is created.
     pub async fn put_next_key(&self, purpose: Purpose, key: &str) -> Result<(), KeepError> {
         self.write(&[(next(purpose), Some(key.to_owned()))]).await
     }
 
-    /// Throws the key of a request away.
+    /// Deletes the key of a request.
     pub async fn drop_next_key(&self, purpose: Purpose) -> Result<(), KeepError> {
         self.write(&[(next(purpose), None)]).await
     }
 
-    /// Keeps a pair; its request, if any, is over.
+    /// Stores a pair, and deletes the key of its request.
     pub async fn put_pair(&self, purpose: Purpose, pair: &CertifiedKey) -> Result<(), KeepError> {
         let changes = [
             (current(purpose), Some(joined(pair))),
@@ -124,12 +124,12 @@ impl Keep {
         self.write(&changes).await
     }
 
-    /// The renewed pair of the link to the agent, where one is kept.
+    /// The stored renewed pair of the link to the agent.
     pub async fn link_pair(&self) -> Result<Option<CertifiedKey>, KeepError> {
         Ok(self.read(LINK).await?.and_then(|text| split(&text)))
     }
 
-    /// Keeps a renewed pair of the link.
+    /// Stores a renewed pair of the link.
     pub async fn put_link_pair(&self, pair: &CertifiedKey) -> Result<(), KeepError> {
         self.write(&[(LINK.to_owned(), Some(joined(pair)))]).await
     }
@@ -189,7 +189,7 @@ fn joined(pair: &CertifiedKey) -> String {
     format!("{}\n{}", pair.cert_pem.trim_end(), pair.key_pem)
 }
 
-/// Certificates first, then the key.
+/// Splits the text into certificates and key, which come in this order.
 fn split(text: &str) -> Option<CertifiedKey> {
     let at = text.find(KEY)?;
     let (certificates, key) = text.split_at(at);
@@ -218,7 +218,7 @@ async fn write_secret(
     if !matches!(&**source, kube::Error::Api(status) if status.code == 404) {
         return patched.map(drop);
     }
-    // Outside of the chart nobody has made it yet.
+    // The chart creates the Secret; other installations do not.
     let mut secret = Secret::default();
     secret.metadata.name = Some(name.to_owned());
     let kept = changes
@@ -256,7 +256,7 @@ fn file(what: &'static str, path: &Path, source: std::io::Error) -> KeepError {
     }
 }
 
-/// Written aside, synced, renamed.
+/// Replaces a file atomically: writes another file, syncs it and renames it.
 async fn replace(path: &Path, text: &str) -> std::io::Result<()> {
     let aside = path.with_extension("pem.new");
     let mut options = tokio::fs::OpenOptions::new();

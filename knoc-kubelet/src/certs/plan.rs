@@ -1,4 +1,4 @@
-//! PURE: when a certificate is to be replaced. Time is an argument.
+//! PURE: decides when a certificate is replaced. The time is an argument.
 
 use std::collections::BTreeSet;
 
@@ -11,52 +11,52 @@ use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use super::{ORGANIZATION, Wanted};
 
-/// Renewal begins after this part of a life, in thousandths …
+/// Renewal starts after this part of the lifetime, in thousandths …
 const EARLIEST: i128 = 700;
-/// … and at most this much later, so that nodes made together do not come together.
+/// … and up to this much later, so that nodes that were created together do not renew together.
 const SPREAD: i128 = 200;
 
-/// Why a kept certificate cannot be used.
+/// Why a stored or issued certificate cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
-    /// It cannot be read.
+    /// The certificate cannot be parsed.
     #[error("read the certificate")]
     Read {
         /// What is wrong with it.
         #[source]
         source: PkiError,
     },
-    /// The key cannot be read.
+    /// The key cannot be parsed.
     #[error("read the key")]
     Key {
-        /// rcgen's words.
+        /// The error of rcgen.
         #[source]
         source: rcgen::Error,
     },
-    /// Certificate and key are not of one pair.
-    #[error("the key is not the certificate's")]
+    /// Certificate and key do not belong together.
+    #[error("the key does not belong to the certificate")]
     OtherKey,
 }
 
-/// What a certificate says of itself.
+/// The contents of a certificate that matter here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
-    /// `notBefore`
+    /// The time `notBefore`.
     pub from: Timestamp,
-    /// `notAfter`
+    /// The time `notAfter`.
     pub until: Timestamp,
-    /// Common name of the subject.
+    /// The common name of the subject.
     pub common_name: String,
-    /// Organizations of the subject.
+    /// The organizations of the subject.
     pub organizations: Vec<String>,
-    /// DNS names and IP addresses.
+    /// The DNS names and IP addresses.
     pub names: BTreeSet<String>,
-    /// 0 to 999, from the certificate's bytes: as good as drawn by lot, and the same after a restart.
+    /// A number from 0 to 999 from the certificate's bytes: as good as random, and the same after a restart.
     pub lot: u16,
 }
 
 impl Facts {
-    /// Reads the first certificate of the pair, and checks that the key is its own.
+    /// Parses the first certificate of the pair, and checks that the key belongs to it.
     pub fn of(pair: &CertifiedKey) -> Result<Self, Unusable> {
         let read = |source| Unusable::Read { source };
         let der = CertificateDer::from_pem_slice(pair.cert_pem.as_bytes()).map_err(|source| {
@@ -93,7 +93,7 @@ impl Facts {
         })
     }
 
-    /// Is it what is wanted, dates aside?
+    /// Does the certificate have the wanted contents, whatever its dates?
     #[must_use]
     pub fn fits(&self, wanted: &Wanted) -> bool {
         self.common_name == wanted.common_name()
@@ -127,42 +127,42 @@ fn address(bytes: &[u8]) -> Option<String> {
     four.or(sixteen).ok()
 }
 
-/// What is to be done now.
+/// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Nothing before this time.
     Keep(Timestamp),
-    /// Get a new one.
+    /// Obtain a new certificate.
     Obtain(Why),
 }
 
-/// Why a new one is needed.
+/// Why a new certificate is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
-    /// There is none.
+    /// There is no certificate.
     None,
-    /// It is of another node, or for other addresses.
+    /// It is for another node or other addresses.
     Other,
-    /// Its time is over, or has not come.
+    /// It has expired, or is not valid yet.
     Expired,
-    /// It is in the last part of its life.
+    /// It is in the last part of its lifetime.
     Due,
 }
 
 impl Why {
-    /// For the log.
+    /// The reason for logs and Events.
     #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
-            Self::None => "there is none",
-            Self::Other => "the node's name or addresses are others",
+            Self::None => "there is no certificate",
+            Self::Other => "the node's name or addresses have changed",
             Self::Expired => "it is not valid now",
             Self::Due => "it is due to be renewed",
         }
     }
 }
 
-/// From when on a certificate is to be renewed: a point between 70 and 90 % of its life that its own bytes fix.
+/// When a certificate is to be renewed: between 70 and 90 % of its lifetime, at a point that its own bytes determine.
 #[must_use]
 pub fn renew_at(facts: &Facts) -> Timestamp {
     let life = facts.until.duration_since(facts.from).as_nanos().max(0);
@@ -177,7 +177,7 @@ pub fn is_valid(facts: &Facts, now: Timestamp) -> bool {
     facts.from <= now && now < facts.until
 }
 
-/// Decides for the certificate that we have.
+/// Decides what to do about the certificate `have`.
 #[must_use]
 pub fn step(have: Option<&Facts>, wanted: &Wanted, now: Timestamp) -> Step {
     let Some(facts) = have else {

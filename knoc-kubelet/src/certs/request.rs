@@ -1,7 +1,9 @@
-//! PURE but for fresh keys: certificate requests as Kubernetes' signers take them, and self-signed certificates.
+//! PURE: makes certificate requests for the signers of Kubernetes, and self-signed certificates. Only new keys are
+//! random.
 //!
-//! Keys are ECDSA P-256, which cannot encipher: "key encipherment" is not asked for. The subject is exactly one organization,
-//! `system:nodes`, and the common name `system:node:NAME`; a serving request has DNS names and addresses and nothing else.
+//! Keys are ECDSA P-256, which cannot encipher, so "key encipherment" is not requested. The subject has one
+//! organization, `system:nodes`, and the common name `system:node:NAME`; a serving request also has DNS names and
+//! addresses, and nothing else.
 
 use knoc_link::pki::{CertifiedKey, PkiError, Validity};
 use rcgen::{
@@ -12,27 +14,27 @@ use sha2::{Digest as _, Sha256};
 
 use super::{ORGANIZATION, Purpose, Wanted};
 
-/// Names of objects end at 253 characters; the rest is ours.
+/// How much of the node's name an object's name takes; the limit for the whole name is 253 characters.
 const NODE_IN_NAME: usize = 200;
 
 /// A request for one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// The name of its object: the same key and contents have the same name.
+    /// The name of its object, which is the same for the same key and contents.
     pub name: String,
-    /// PEM, `CERTIFICATE REQUEST`.
+    /// The request as PEM, `CERTIFICATE REQUEST`.
     pub pem: String,
-    /// What is asked for.
+    /// What the certificate is for.
     pub purpose: Purpose,
 }
 
-/// A fresh key, PKCS#8 PEM.
+/// Generates a key, as PKCS#8 PEM.
 pub fn key() -> Result<String, PkiError> {
     let key = KeyPair::generate().map_err(|source| made("a key", source))?;
     Ok(key.serialize_pem())
 }
 
-/// The request for what is wanted with this key.
+/// Makes the request for a wanted certificate with this key.
 pub fn request(wanted: &Wanted, key_pem: &str) -> Result<Request, PkiError> {
     let subject = wanted.common_name();
     let key = KeyPair::from_pem(key_pem).map_err(|source| made(&subject, source))?;
@@ -61,7 +63,7 @@ fn name(wanted: &Wanted, key: &KeyPair) -> String {
     format!("knoc-{}-{node}-{hex:.16}", wanted.purpose.name())
 }
 
-/// A pair that vouches for itself.
+/// Makes a self-signed pair.
 pub fn self_signed(wanted: &Wanted, validity: Validity) -> Result<CertifiedKey, PkiError> {
     let subject = wanted.common_name();
     let mut params = params(wanted)?;
@@ -99,7 +101,7 @@ fn params(wanted: &Wanted) -> Result<CertificateParams, PkiError> {
 }
 
 fn made(subject: &str, source: rcgen::Error) -> PkiError {
-    PkiError::Make {
+    PkiError::Create {
         subject: subject.to_owned(),
         source,
     }

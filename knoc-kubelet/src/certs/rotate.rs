@@ -1,4 +1,4 @@
-//! Task: one certificate, from the first to every later one.
+//! Task: obtains one certificate and renews it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,28 +17,28 @@ use super::{
 };
 use crate::pods::events::{Events, Note};
 
-/// Between looks at a request that waits.
+/// How often a pending request is read.
 const POLL: Duration = Duration::from_secs(3);
-/// The longest sleep: the machine's clock may be set, so that a far date comes nearer.
+/// The longest sleep: the machine's clock may be set, so that a distant date comes nearer.
 const LOOK: Duration = Duration::from_hours(1);
-/// After a failure; doubled with each, up to [`RETRY_MOST`].
+/// The pause after a failure; doubled with each further one, up to [`RETRY_MOST`].
 const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_mins(5);
-/// After somebody said no: a new request now would only be denied again.
-const REFUSED: Duration = Duration::from_mins(10);
+/// The pause after a request was denied: a new one now would only be denied again.
+const REJECTED: Duration = Duration::from_mins(10);
 
 /// The newest certificate; `None` while there is none that may be used.
 pub type Pairs = watch::Receiver<Option<Arc<CertifiedKey>>>;
 
-/// The time; tests have their own.
+/// Returns the current time; tests use their own clock.
 pub(super) type Clock = Box<dyn Fn() -> Timestamp + Send + Sync>;
 
-/// Who vouches for a certificate.
+/// Who signs a certificate.
 #[derive(Clone)]
 pub enum Issuer {
-    /// It vouches for itself, for a year.
+    /// The kubelet signs it itself, for a year.
     SelfSigned,
-    /// An authority that is asked.
+    /// An authority signs it on request.
     Authority(Arc<dyn Authority>),
 }
 
@@ -51,44 +51,44 @@ impl std::fmt::Debug for Issuer {
     }
 }
 
-/// Why no certificate could be had this time.
+/// Why no certificate could be obtained this time.
 #[derive(Debug, thiserror::Error)]
 enum ObtainError {
-    #[error("keep it")]
+    #[error("store the certificate")]
     Keep {
         #[from]
         source: KeepError,
     },
-    #[error("make it")]
+    #[error("make the certificate or its request")]
     Make {
         #[from]
         source: PkiError,
     },
-    #[error("request it")]
+    #[error("request the certificate")]
     Ask {
         #[from]
         source: AuthorityError,
     },
-    #[error("{request} was refused: {words}")]
-    Refused { request: String, words: String },
-    #[error("use what was issued for {request}")]
+    #[error("{request} was rejected: {message}")]
+    Rejected { request: String, message: String },
+    #[error("the certificate issued for {request} cannot be used")]
     Unusable {
         request: String,
         #[source]
         source: Unusable,
     },
     #[error(
-        "what was issued for {request} has another subject, other names or is not valid now: {facts:?}"
+        "the certificate issued for {request} has another subject or other names, or is not valid now: {facts:?}"
     )]
     Unfit { request: String, facts: Box<Facts> },
 }
 
 impl ObtainError {
-    /// Is the same request of no use any more?
+    /// Must a new request be made, since this one cannot succeed any more?
     fn ends_request(&self) -> bool {
         matches!(
             self,
-            Self::Refused { .. } | Self::Unusable { .. } | Self::Unfit { .. }
+            Self::Rejected { .. } | Self::Unusable { .. } | Self::Unfit { .. }
         )
     }
 }
@@ -98,7 +98,7 @@ enum Progress {
     Waiting(String),
 }
 
-/// The task's own state.
+/// The task that obtains and renews one certificate.
 #[derive(Debug)]
 pub struct Rotator {
     wanted: Wanted,
@@ -106,11 +106,11 @@ pub struct Rotator {
     issuer: Issuer,
     events: Events,
     clock: DebugClock,
-    /// What the kept certificate says of itself.
+    /// The contents of the certificate in use.
     have: Option<Facts>,
     failures: u32,
-    /// The request that was told of.
-    told: String,
+    /// The request for whose approval an Event was recorded.
+    announced: String,
     pairs: watch::Sender<Option<Arc<CertifiedKey>>>,
     health: watch::Sender<Health>,
 }
@@ -124,8 +124,9 @@ impl std::fmt::Debug for DebugClock {
 }
 
 impl Rotator {
-    /// Reads what is kept. A serving certificate is there at once: until there is a better one, a self-signed one that is
-    /// kept nowhere. A client's is there when it was kept and is still good. Every one goes to `pairs`.
+    /// Reads the stored certificate. A serving certificate is available at once: until there is a better one it is
+    /// self-signed and not stored. A client certificate is available if a valid one was stored. Each certificate is
+    /// sent to `pairs`.
     pub async fn start(
         wanted: Wanted,
         keep: Keep,
@@ -162,7 +163,7 @@ impl Rotator {
             clock: DebugClock(clock),
             have: None,
             failures: 0,
-            told: String::new(),
+            announced: String::new(),
             pairs,
             health: watch::Sender::new(Health::Starting),
         };
@@ -172,7 +173,7 @@ impl Rotator {
             }
             Some((Err(error), _)) => {
                 let error = chain(&error);
-                tracing::warn!(purpose = purpose.name(), %error, "the kept certificate cannot be used");
+                tracing::warn!(purpose = purpose.name(), %error, "the stored certificate cannot be used");
             }
             Some((Ok(_), _)) | None => {}
         }
@@ -183,7 +184,7 @@ impl Rotator {
         Ok(rotator)
     }
 
-    /// How it does.
+    /// The state of the certificate.
     #[must_use]
     pub fn health(&self) -> watch::Receiver<Health> {
         self.health.subscribe()
@@ -203,7 +204,7 @@ impl Rotator {
         (self.clock.0)()
     }
 
-    /// Until when the one in use is good.
+    /// The end of the certificate in use, if it is valid.
     fn until(&self) -> Option<Timestamp> {
         let now = self.now();
         let good = self
@@ -213,15 +214,15 @@ impl Rotator {
         good.map(|facts| facts.until)
     }
 
-    /// One thing, and how long to wait for the next.
+    /// Does one step, and returns how long to wait before the next.
     ///
-    /// Cancel safe: what is kept is whole, and what was asked for is found again.
+    /// Cancel safe: entries are stored completely, and an existing request is found again.
     async fn turn(&mut self) -> Duration {
         let now = self.now();
         let why = match plan::step(self.have.as_ref(), &self.wanted, now) {
             Step::Keep(due) => {
                 if let Some(until) = self.until() {
-                    self.say(Health::Valid { until });
+                    self.set_health(Health::Valid { until });
                 }
                 let left = due.duration_since(now).max(jiff::SignedDuration::ZERO);
                 return Duration::try_from(left).unwrap_or(LOOK).clamp(RETRY, LOOK);
@@ -246,17 +247,17 @@ impl Rotator {
         let (purpose, message) = (self.wanted.purpose, chain(error));
         let again = matches!(&*self.health.borrow(), Health::Failing { message: told, .. } if *told == message);
         if !again {
-            tracing::warn!(purpose = purpose.name(), error = %message, "no new certificate, trying again");
-            self.tell("CertificateFailed", &message);
+            tracing::warn!(purpose = purpose.name(), error = %message, "could not get a new certificate, trying again");
+            self.record("CertificateFailed", &message);
         }
         let until = self.until();
-        self.say(Health::Failing { message, until });
+        self.set_health(Health::Failing { message, until });
         if error.ends_request() {
             if let Err(error) = self.keep.drop_next_key(purpose).await {
                 let error = chain(&error);
-                tracing::warn!(purpose = purpose.name(), %error, "the key of the request stays");
+                tracing::warn!(purpose = purpose.name(), %error, "could not delete the key of the rejected request");
             }
-            return REFUSED;
+            return REJECTED;
         }
         self.failures = self.failures.saturating_add(1);
         let doubled = RETRY.saturating_mul(1 << self.failures.min(16).saturating_sub(1));
@@ -266,19 +267,19 @@ impl Rotator {
     }
 
     fn waits(&mut self, request: String, why: Why) {
-        if self.told != request {
+        if self.announced != request {
             let purpose = self.wanted.purpose;
             let text = format!(
-                "{} certificate ({}): waits for approval: kubectl certificate approve {request}",
+                "{} certificate ({}) is waiting for approval: kubectl certificate approve {request}",
                 purpose.name(),
                 why.text()
             );
             tracing::info!(request, "{text}");
-            self.tell("CertificateAwaitsApproval", &text);
-            self.told.clone_from(&request);
+            self.record("CertificateAwaitsApproval", &text);
+            self.announced.clone_from(&request);
         }
         let until = self.until();
-        self.say(Health::Waiting { request, until });
+        self.set_health(Health::Waiting { request, until });
     }
 
     async fn obtain(&mut self, why: Why) -> Result<Progress, ObtainError> {
@@ -301,14 +302,14 @@ impl Rotator {
         tracing::info!(
             purpose = purpose.name(),
             until = %facts.until,
-            "a new certificate is in use: {}",
+            "using a new certificate, since {}",
             why.text()
         );
         self.publish(facts, pair);
         Ok(Progress::Done)
     }
 
-    /// The pair that was issued, or the name of the request that waits.
+    /// The pair that was issued, or the name of the pending request.
     async fn request(
         &self,
         authority: &dyn Authority,
@@ -331,7 +332,7 @@ impl Rotator {
                 authority.ask(&made).await?;
                 return Ok(Err(request));
             }
-            Answer::Refused(words) => return Err(ObtainError::Refused { request, words }),
+            Answer::Rejected(message) => return Err(ObtainError::Rejected { request, message }),
         };
         let pair = CertifiedKey { cert_pem, key_pem };
         let facts = match Facts::of(&pair) {
@@ -354,7 +355,7 @@ impl Rotator {
         self.pairs.send_replace(Some(Arc::new(pair)));
     }
 
-    fn say(&self, health: Health) {
+    fn set_health(&self, health: Health) {
         self.health.send_if_modified(|old| {
             let changed = *old != health;
             *old = health;
@@ -362,8 +363,8 @@ impl Rotator {
         });
     }
 
-    fn tell(&self, reason: &str, message: &str) {
-        self.events.tell(Note {
+    fn record(&self, reason: &str, message: &str) {
+        self.events.record(Note {
             object: ObjectReference {
                 kind: Some("Node".to_owned()),
                 name: Some(self.wanted.node.clone()),
@@ -382,17 +383,17 @@ impl Rotator {
 /// Why the task could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// What is kept cannot be read.
+    /// The stored keys cannot be read.
     #[error("read the kubelet's keys")]
     Keep {
-        /// Why not.
+        /// The error of the storage.
         #[from]
         source: KeepError,
     },
-    /// No certificate can be made of the node's name and addresses.
-    #[error("make a certificate for the node")]
+    /// No certificate can be made for the node's name and addresses.
+    #[error("make a certificate for the node's name and addresses")]
     Make {
-        /// Why not.
+        /// The error of the certificate library.
         #[from]
         source: PkiError,
     },

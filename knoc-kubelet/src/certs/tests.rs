@@ -1,4 +1,4 @@
-//! Certificates over their whole lives: paused time, an authority that does as it is told, real keys and files.
+//! Certificates over their whole lifetimes: paused time, an authority that the test controls, real keys and files.
 
 mod life;
 mod plan;
@@ -30,7 +30,7 @@ use super::{
 };
 use crate::pods::events::{Events, Note};
 
-/// Of paused time: the longest wait of the rotator, twice.
+/// Twice the longest wait of the rotator, in paused time.
 const PATIENCE: Duration = Duration::from_hours(24 * 900);
 const START: &str = "2026-11-22T00:00:00Z";
 
@@ -42,18 +42,18 @@ fn wanted(purpose: Purpose, names: &[&str]) -> Wanted {
     }
 }
 
-/// Signs what was approved, as kube-controller-manager does.
+/// Signs approved requests, as kube-controller-manager does.
 struct FakeAuthority {
     signer: Signer<'static, KeyPair>,
     state: Mutex<State>,
-    /// The paused clock began here.
+    /// When the paused clock started.
     began: Instant,
 }
 
 #[derive(Default)]
 struct State {
     requests: BTreeMap<String, (String, Answer)>,
-    /// Of what it issues.
+    /// The validity of the certificates that it issues.
     life: Duration,
     approve_all: bool,
     down: bool,
@@ -154,7 +154,7 @@ impl Authority for FakeAuthority {
     }
 }
 
-/// A rotator that runs, and what it says.
+/// A running rotator and its output.
 struct Running {
     pairs: Pairs,
     health: watch::Receiver<Health>,
@@ -204,7 +204,7 @@ impl Running {
         self.until("valid", is).await
     }
 
-    /// The name of the request that waits.
+    /// The name of the pending request.
     async fn waits(&mut self) -> String {
         let is = |health: &Health| matches!(health, Health::Waiting { .. });
         let health = self.until("waiting", is).await;
@@ -218,7 +218,7 @@ impl Running {
         self.pairs.borrow().clone()
     }
 
-    /// As a kill would.
+    /// Ends the task as a kill would.
     async fn kill(mut self) {
         self.tasks.shutdown().await;
     }

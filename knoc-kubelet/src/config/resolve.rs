@@ -1,5 +1,5 @@
-//! PURE: from the settings as they are written to the configuration in effect. What parses but contradicts itself, or is
-//! missing, is noted in the document that the settings were read from.
+//! PURE: from the settings as they are written to the effective configuration. Settings that are missing or contradict
+//! each other are noted as mistakes in the document from which the settings were read.
 
 use std::fmt::Display;
 
@@ -15,10 +15,10 @@ use super::{
     settings::{CertificateSource, IdentityKind, LogFormat, Settings},
 };
 
-/// The most characters of a node's name: it is also the value of its label `kubernetes.io/hostname`.
+/// The longest name of a node, which is also the value of its label `kubernetes.io/hostname`.
 const NODE_NAME: usize = 63;
 
-/// The configuration; `None` if the document now has a mistake without which nothing can be made.
+/// The effective configuration; `None` if a required setting is missing or wrong, which is noted in the document.
 pub(super) fn resolve(mut settings: Settings, document: &mut Document) -> Option<Config> {
     let name = node_name(&settings, document);
     settings.node.name.clone_from(&name);
@@ -67,7 +67,7 @@ fn node_name(settings: &Settings, document: &mut Document) -> Option<String> {
     match &name {
         None => document.wrong(
             &["node", "name"],
-            "is missing: set it, or agent.site, from which it follows",
+            "is missing: set it, or set agent.site to get the name `knoc-SITE`",
         ),
         Some(name) if names::dns_subdomain(name).is_err() || name.len() > NODE_NAME => {
             let what = format!(
@@ -223,25 +223,25 @@ impl Resolver<'_> {
             (Some(Csr), None, None) => Some(ServingConfig::Csr),
             (Some(SelfSigned) | None, None, None) => Some(ServingConfig::SelfSigned),
             (Some(Files), None, None) => {
-                let what = "is `files`, and server.cert and server.key are missing";
+                let what = "is `files`, but server.cert and server.key are missing";
                 self.wrong("server.certificate", what);
                 None
             }
             (Some(source), Some(_), Some(_)) => {
                 let what = format!(
-                    "`{}` is not `files`, which server.cert and server.key belong to",
+                    "is `{}`, but server.cert and server.key need `files`",
                     source.name()
                 );
                 self.wrong("server.certificate", what);
                 None
             }
             (_, None, Some(_)) => {
-                let what = "is missing: server.cert and server.key, both or neither";
+                let what = "is missing: set both server.cert and server.key, or neither";
                 self.wrong("server.cert", what);
                 None
             }
             (_, Some(_), None) => {
-                let what = "is missing: server.cert and server.key, both or neither";
+                let what = "is missing: set both server.cert and server.key, or neither";
                 self.wrong("server.key", what);
                 None
             }
@@ -256,7 +256,7 @@ impl Resolver<'_> {
             (IdentityKind::ServiceAccount, None) => IdentityConfig::ServiceAccount,
             (IdentityKind::ServiceAccount, Some(path)) => {
                 let what = format!(
-                    "`{}` is of no use unless identity.kind is `node`",
+                    "`{}` has no effect unless identity.kind is `node`",
                     path.display()
                 );
                 self.wrong("identity.bootstrapKubeconfig", what);
@@ -271,7 +271,7 @@ impl Resolver<'_> {
             (Some(folder), secret) => {
                 if secret.is_some() {
                     let what = format!(
-                        "`{}` is not possible together with keys.secret",
+                        "`{}` cannot be set together with keys.secret",
                         folder.display()
                     );
                     self.wrong("keys.folder", what);

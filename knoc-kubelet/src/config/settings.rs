@@ -1,5 +1,5 @@
-//! Every setting of the kubelet as it is written, with its default. A default is stated here and nowhere else: the table in
-//! the guide, the chart's values and `/configz` are checked against these types or made from them.
+//! Every setting of the kubelet as it is written, with its default. Each default is stated only here: the table in the
+//! guide, the chart's values and `/configz` are checked against these types or made from them.
 
 use std::{
     collections::BTreeMap,
@@ -15,25 +15,25 @@ use serde::{
 };
 use serde_json::Value;
 
-/// How many pods `node.pods` may allow.
+/// The largest `node.pods`.
 pub const MOST_PODS: u32 = 100_000;
 
 /// The largest `node.queueFactor`.
 pub const MOST_QUEUE_FACTOR: u32 = 10_000;
 
-/// Every setting. A section or a value that is not given has its default.
+/// Every setting. A section or value that is not given has its default.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The agent and the link to it.
     pub agent: Agent,
-    /// As whom the kubelet speaks to the API server.
+    /// Who the kubelet is towards the API server.
     pub identity: Identity,
-    /// Where the kubelet keeps its own keys.
+    /// Where the kubelet stores its own keys.
     pub keys: Keys,
-    /// The way to the API server, and the leadership Lease.
+    /// How to reach the API server, and the leadership Lease.
     pub kubernetes: Kubernetes,
-    /// Logging.
+    /// Format and level of the log.
     pub log: Log,
     /// The Node object.
     pub node: Node,
@@ -64,13 +64,13 @@ pub struct Agent {
     pub ssh_on_demand: bool,
 }
 
-/// As whom the kubelet speaks to the API server.
+/// Who the kubelet is towards the API server.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Identity {
-    /// The user of the kubeconfig, or the node.
+    /// Whether the kubelet is the user of the kubeconfig or the node.
     pub kind: IdentityKind,
-    /// A kubeconfig that asks for the node's first client certificate; unset: the `ServiceAccount` asks.
+    /// A kubeconfig that requests the node's first client certificate; unset: the `ServiceAccount` requests it.
     pub bootstrap_kubeconfig: Option<PathBuf>,
 }
 
@@ -85,7 +85,7 @@ pub enum IdentityKind {
     Node,
 }
 
-/// Where the kubelet keeps its own keys and certificates: one of the two.
+/// Where the kubelet stores its own keys and certificates. At most one of the two is set.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Keys {
@@ -95,7 +95,7 @@ pub struct Keys {
     pub secret: Option<String>,
 }
 
-/// The way to the API server, and the leadership Lease.
+/// How to reach the API server, and the leadership Lease.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Kubernetes {
@@ -107,13 +107,13 @@ pub struct Kubernetes {
     pub identity: Option<String>,
 }
 
-/// Logging.
+/// Format and level of the log.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
-    /// Text or JSON lines.
+    /// The format of the lines.
     pub format: LogFormat,
-    /// A tracing filter.
+    /// The filter of `tracing`, for example `info`.
     pub level: String,
 }
 
@@ -126,13 +126,13 @@ impl Default for Log {
     }
 }
 
-/// The form of a line of the log.
+/// The format of the log's lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// Text.
+    /// One line of text for each message.
     Text,
-    /// A JSON object.
+    /// One JSON object for each message.
     Json,
 }
 
@@ -140,18 +140,18 @@ pub enum LogFormat {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Node {
-    /// Its name; unset: `knoc-SITE`.
+    /// The name of the Node; unset: `knoc-SITE`.
     pub name: Option<String>,
     /// Where the API server reaches our port; unset: the address of this host towards the API server.
     #[serde(rename = "internalIP", deserialize_with = "ip_address")]
     pub internal_ip: Option<IpAddr>,
-    /// Further labels: a map, or `a=b,c=d`.
+    /// Labels that are added to the Node: a map, or `a=b,c=d`.
     #[serde(deserialize_with = "labels")]
     pub labels: BTreeMap<String, String>,
-    /// How many pods the node takes.
+    /// The most pods that the node accepts.
     #[serde(deserialize_with = "within::<_, MOST_PODS>")]
     pub pods: u32,
-    /// Allocatable is the cluster's total times this: Slurm owns the queue.
+    /// Allocatable is the cluster's total times this factor, since Slurm does the queueing.
     #[serde(deserialize_with = "within::<_, MOST_QUEUE_FACTOR>")]
     pub queue_factor: u32,
     /// Whether the node has the taint `virtual-kubelet.io/provider=knoc:NoSchedule`.
@@ -175,7 +175,7 @@ impl Default for Node {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Server {
-    /// Where it listens.
+    /// The address and port to listen on.
     #[serde(deserialize_with = "listen_address")]
     pub listen: SocketAddr,
     /// Where the serving certificate comes from; unset: `files` if `cert` and `key` are given, else `self-signed`.
@@ -218,7 +218,7 @@ pub enum CertificateSource {
 }
 
 impl CertificateSource {
-    /// The name that settings give it.
+    /// The name in the configuration.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::SelfSigned => "self-signed",
@@ -245,8 +245,8 @@ impl Settings {
         keys
     }
 
-    /// Every setting as JSON; null for one that is neither set nor has a default. Settings hold no secrets: they name the
-    /// files that do.
+    /// Every setting as JSON; null for one that is neither set nor has a default. Settings hold no secrets: they name
+    /// the files that do.
     #[must_use]
     pub fn to_json(&self) -> Value {
         serde_json::to_value(self).unwrap_or_default()

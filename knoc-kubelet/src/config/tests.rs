@@ -83,7 +83,7 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
 }
 
 #[test]
-fn every_kind_of_value_is_refused_with_what_is_allowed() {
+fn every_kind_of_wrong_value_is_reported_with_the_allowed_ones() {
     for (variable, value, expected) in [
         (
             "KNOC_NODE_PODS",
@@ -140,7 +140,7 @@ fn an_empty_value_counts_as_not_given_wherever_it_stands() {
     let config = load(&text, &[("KNOC_NODE_NAME", "n")]).unwrap();
     assert_eq!(config.agent.site, None);
     assert_eq!(config.log.level, "info");
-    // An empty variable takes back what the file says.
+    // An empty variable resets what the file sets.
     let config = load(GOOD, &[("KNOC_NODE_QUEUE_FACTOR", "")]).unwrap();
     assert_eq!(config.node.queue_factor, 10);
 }
@@ -156,7 +156,7 @@ fn configz_shows_what_is_in_effect() {
     assert_eq!(shown["kubernetes"]["kubeconfig"], serde_json::Value::Null);
 }
 
-/// The row of the guide's table that this setting must have, up to its description; none where its default is computed.
+/// The row that this setting must have in the guide's table, up to its description; None if its default is computed.
 fn row(key: &str, default: &serde_json::Value) -> String {
     let variable = knoc_proto::settings::variable(PREFIX, key);
     let default = if default.is_null() {
@@ -289,16 +289,19 @@ fn sources_that_contradict_each_other_are_named() {
         ),
         (
             &[("KNOC_SERVER_CERTIFICATE", "files")],
-            "server.certificate: is `files`, and server.cert and server.key are missing",
+            "server.certificate: is `files`, but server.cert and server.key are missing",
         ),
-        (&[("KNOC_SERVER_CERT", "/c")], "both or neither"),
+        (
+            &[("KNOC_SERVER_CERT", "/c")],
+            "set both server.cert and server.key, or neither",
+        ),
         (
             &[
                 ("KNOC_SERVER_CERTIFICATE", "csr"),
                 ("KNOC_SERVER_CERT", "/c"),
                 ("KNOC_SERVER_KEY", "/k"),
             ],
-            "`csr` is not `files`",
+            "server.certificate: is `csr`, but server.cert and server.key need `files`",
         ),
         (
             &[("KNOC_IDENTITY_BOOTSTRAP_KUBECONFIG", "/b")],

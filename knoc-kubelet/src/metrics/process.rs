@@ -1,23 +1,23 @@
-//! This process, by `/proc`.
+//! Metrics of this process, from `/proc`.
 
 use std::{fs, time::Duration};
 
-/// What the kernel says of this process.
+/// What the kernel reports about this process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Process {
-    /// CPU time, user and system.
+    /// CPU time in user and system mode.
     pub cpu: Duration,
-    /// Bytes in memory.
+    /// Resident memory in bytes.
     pub resident: u64,
-    /// Descriptors that are open.
+    /// How many file descriptors are open.
     pub open_fds: usize,
-    /// How many there may be.
+    /// The limit of open file descriptors.
     pub max_fds: u64,
-    /// Since the epoch.
+    /// The start time since the Unix epoch.
     pub started: Duration,
 }
 
-/// Of this process now; `None` where `/proc` is not as expected.
+/// The metrics of this process; `None` if `/proc` is not as expected.
 #[must_use]
 pub fn own() -> Option<Process> {
     let ticks = rustix::param::clock_ticks_per_second();
@@ -32,10 +32,10 @@ pub fn own() -> Option<Process> {
     })
 }
 
-/// PURE: from the texts of `/proc/self/stat` and `/proc/stat`.
+/// PURE: parses `/proc/self/stat` and `/proc/stat`.
 fn parse(stat: &str, host: &str, ticks: u64, page: u64) -> Option<Process> {
     let (_, rest) = stat.rsplit_once(") ")?;
-    // From the state on, which is 0.
+    // The fields from the state on, which has index 0.
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
     let time = |count: u64| Duration::from_millis(count.saturating_mul(1000) / ticks.max(1));
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn we_see_ourselves() {
+    fn the_metrics_of_this_process_are_read() {
         let own = own().unwrap();
         assert!(own.resident > 1 << 20 && own.open_fds > 2, "{own:?}");
         assert!(own.max_fds >= 64, "{own:?}");

@@ -9,8 +9,8 @@ fn full() -> (Metrics, Gauges) {
     metrics.request("/pods", &Method::GET, 200);
     metrics.request("/pods", &Method::GET, 200);
     metrics.request("other", &Method::from_bytes(b"BREW").unwrap(), 404);
-    metrics.patched(Patched::Ok, Duration::from_millis(30));
-    metrics.patched(Patched::Ok, Duration::from_secs(20));
+    metrics.patched(PatchResult::Ok, Duration::from_millis(30));
+    metrics.patched(PatchResult::Ok, Duration::from_secs(20));
     for protocol in ["spdy/v4.channel.k8s.io", "websocket/v5.channel.k8s.io"] {
         metrics.session("exec", protocol.to_owned());
     }

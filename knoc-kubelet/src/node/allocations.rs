@@ -1,8 +1,9 @@
-//! What the pods of the node hold: the requests of all pods that were accepted and have not ended, and their sum.
+//! What the pods of the node have allocated: the requests of all pods that were accepted and have not ended, and their
+//! sum.
 //!
-//! [`Allocations`] is pure. [`SharedAllocations`] is one lock around it, because workers judge pods side by side: to ask and to
-//! take is one step, so that two pods never both get the last of something. An accepted pod keeps what it holds, whatever
-//! it requests: a node that shrank accepts nothing new, and ends nothing.
+//! [`Allocations`] is pure. [`SharedAllocations`] puts a lock around it, because several workers admit pods at the same
+//! time: checking and allocating is one step, so two pods never both get the last of a resource. An accepted pod keeps
+//! its allocation, whatever it requests: a node that shrank accepts no new pod, and ends none.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -13,10 +14,10 @@ use knoc_proto::{ids::PodUid, pb};
 
 use crate::agent::tells_capacity;
 
-/// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, the rest in pieces.
+/// Amounts by resource name: `cpu` in thousandths, `memory` and `ephemeral-storage` in bytes, others as counts.
 pub(crate) type Amounts = BTreeMap<String, i64>;
 
-/// What a pod asks for, by the rule of Kubernetes: the larger of its largest init container and the sum of its containers.
+/// What a pod requests, by Kubernetes' rule: the larger of its largest init container and the sum of its containers.
 pub(crate) fn requests(shape: &pb::PodSpec) -> Amounts {
     let (init, regular) = (&shape.init_containers, &shape.containers);
     let of = |amount: fn(&pb::Resources) -> i64| {
@@ -46,29 +47,29 @@ pub(crate) fn requests(shape: &pb::PodSpec) -> Amounts {
     amounts
 }
 
-/// One resource does not suffice. The words are those of Kubernetes: tools look for them.
+/// The node has not enough of one resource. The text is that of Kubernetes, which tools look for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "Node didn't have enough resource: {resource}, requested: {requested}, used: {used}, capacity: {capacity}"
 )]
-pub(crate) struct Short {
+pub(crate) struct Insufficient {
     pub(crate) resource: String,
     pub(crate) requested: i64,
     pub(crate) used: i64,
     pub(crate) capacity: i64,
 }
 
-/// What the node lets its pods ask for together.
+/// How much the pods of the node may request together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Allocatable {
     /// The most pods.
     pub(crate) pods: i64,
-    /// By name; none: Slurm has not told yet, and nothing is judged by it.
+    /// Amounts by resource name; None if Slurm's capacity is not known yet, so that only pods are counted.
     pub(crate) amounts: Option<Amounts>,
 }
 
 impl Allocatable {
-    /// As the Node shows it ([`crate::node::status`]), CPU in thousandths.
+    /// The amounts that the Node publishes ([`crate::node::status`]), with CPU in thousandths.
     pub(crate) fn of(total: Option<&pb::NodeInfo>, pods: u32, queue_factor: u32) -> Self {
         let limit = total.map_or(pods, |total| super::status::pod_limit(pods, total));
         let Some(total) = total.filter(|total| tells_capacity(total)) else {
@@ -93,18 +94,18 @@ impl Allocatable {
     }
 }
 
-/// PURE: the holders and their sum.
+/// PURE: the pods with an allocation, and the sum of their allocations.
 #[derive(Debug, Default)]
 pub(crate) struct Allocations {
     holders: HashMap<PodUid, Amounts>,
-    /// Wider than its parts, so that it never saturates and what was added can be taken away.
+    /// Wider than its parts, so that the sum never saturates and each part can be subtracted again.
     used: BTreeMap<String, i128>,
-    /// Were the pods that an earlier process accepted taken in?
+    /// Whether the pods that an earlier process accepted were added.
     complete: bool,
 }
 
 impl Allocations {
-    /// An accepted pod holds this, whether there is room or not. The same pod twice counts once.
+    /// Allocates for an accepted pod, whether or not it fits. The same pod counts once.
     pub(crate) fn hold(&mut self, uid: &PodUid, amounts: Amounts) {
         self.release(uid);
         for (name, amount) in &amounts {
@@ -113,23 +114,23 @@ impl Allocations {
         self.holders.insert(uid.clone(), amounts);
     }
 
-    /// Takes it where it is free; else the first resource that does not suffice, in the order of Kubernetes: pods, cpu,
-    /// memory, ephemeral-storage, the rest by name.
-    pub(crate) fn ask(
+    /// Allocates for a new pod if it fits, else returns the first resource of which there is not enough, in the order
+    /// of Kubernetes: pods, cpu, memory, ephemeral-storage, then the others by name.
+    pub(crate) fn allocate(
         &mut self,
         uid: &PodUid,
         amounts: Amounts,
         allocatable: &Allocatable,
-    ) -> Result<(), Short> {
+    ) -> Result<(), Insufficient> {
         self.release(uid);
         self.check(&amounts, allocatable)?;
         self.hold(uid, amounts);
         Ok(())
     }
 
-    fn check(&self, amounts: &Amounts, allocatable: &Allocatable) -> Result<(), Short> {
+    fn check(&self, amounts: &Amounts, allocatable: &Allocatable) -> Result<(), Insufficient> {
         let short = |resource: &str, requested, used: i64, capacity: i64| {
-            (requested > capacity.saturating_sub(used)).then(|| Short {
+            (requested > capacity.saturating_sub(used)).then(|| Insufficient {
                 resource: resource.to_owned(),
                 requested,
                 used,
@@ -149,7 +150,7 @@ impl Allocations {
             names.find_map(|name| {
                 let capacity = match (name, offered.get(name)) {
                     (_, Some(capacity)) => *capacity,
-                    // What Slurm does not tell (TmpDisk) is not judged here.
+                    // A resource that Slurm does not report (TmpDisk) is not checked here.
                     ("ephemeral-storage", None) => return None,
                     (_, None) => 0,
                 };
@@ -162,7 +163,7 @@ impl Allocations {
         lacking.map_or(Ok(()), Err)
     }
 
-    /// The pod has ended, or nothing is left of it.
+    /// Releases the allocation of a pod that has ended, or of which nothing is left.
     pub(crate) fn release(&mut self, uid: &PodUid) {
         for (name, amount) in self.holders.remove(uid).unwrap_or_default() {
             if let Some(sum) = self.used.get_mut(&name) {
@@ -171,7 +172,7 @@ impl Allocations {
         }
     }
 
-    /// True once: the caller then takes in what an earlier process accepted, before it asks for anything new.
+    /// True at the first call: the caller then adds the pods of an earlier process before it allocates for a new pod.
     pub(crate) fn first_time(&mut self) -> bool {
         !std::mem::replace(&mut self.complete, true)
     }

@@ -1,4 +1,4 @@
-//! A condition of the node before it is rendered.
+//! A condition of the Node as the task computes it, before it becomes JSON.
 
-/// Type, status, reason and message.
+/// Type, status, reason and message of a condition.
 pub(super) type Condition = (&'static str, &'static str, &'static str, String);

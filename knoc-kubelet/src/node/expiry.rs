@@ -1,4 +1,4 @@
-//! PURE: the node's condition about the certificates of the link to the agent.
+//! PURE: the Node's condition about the certificates of the link to the agent.
 
 use jiff::Timestamp;
 use knoc_link::pki;
@@ -6,8 +6,8 @@ use knoc_link::pki;
 use super::condition::Condition;
 use crate::agent::renew::LinkCertificate;
 
-/// Does a certificate of the link end within 30 days? `agents` is the end of the agent's, Unix seconds, or 0. None where the
-/// link has no certificates.
+/// The condition `AgentCertificateExpiring`, which is True if a certificate of the link ends within 30 days. `agents`
+/// is the end of the agent's certificate in Unix seconds, or 0. None if the link has no certificates.
 pub(super) fn condition(ours: &LinkCertificate, agents: i64, now: Timestamp) -> Option<Condition> {
     let agents = Timestamp::from_second(agents).ok().filter(|_| agents != 0);
     let sides = [
@@ -35,7 +35,7 @@ pub(super) fn condition(ours: &LinkCertificate, agents: i64, now: Timestamp) -> 
     let problem = &ours.problem;
     if !problem.is_empty() {
         parts.push(format!(
-            "the kubelet's is due and was not renewed: {problem}"
+            "the kubelet's certificate is due but could not be renewed: {problem}"
         ));
     }
     let (status, reason) = match (expiring, problem.is_empty()) {

@@ -1,13 +1,14 @@
-//! PURE: what the node declares to the API server (`status.declaredFeatures`).
+//! PURE: the features that the Node declares to the API server (`status.declaredFeatures`).
 
 use super::release::Release;
 
-/// The API server may hand WebSockets for exec, attach and port-forward on to us, instead of speaking SPDY for the client.
+/// Lets the API server pass WebSockets for exec, attach and port-forward on to the kubelet, instead of translating to
+/// SPDY.
 pub const WEBSOCKETS: &str = "ExtendWebSocketsToKubelet";
-/// The first API server that reads it.
+/// The first API server that reads the feature.
 const SINCE: Release = Release::new(1, 36);
 
-/// The features that are declared to an API server, sorted; older ones neither know the field nor ask.
+/// The features to declare to an API server, sorted. API servers before 1.36 do not know the field.
 #[must_use]
 pub fn declared(websockets: bool, server: Release) -> Vec<&'static str> {
     let features = [(WEBSOCKETS, websockets && server >= SINCE)];
@@ -22,7 +23,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn websockets_are_declared_from_1_36_on_and_only_where_wanted() {
+    fn websockets_are_declared_from_1_36_on_and_only_if_wanted() {
         for (major, minor) in [(1, 36), (1, 40), (2, 0)] {
             let server = Release::new(major, minor);
             assert_eq!(declared(true, server), [WEBSOCKETS], "{minor}");

@@ -1,24 +1,24 @@
-//! What does not change about a node while the process lives.
+//! The properties of a node that do not change while the process runs.
 
 use std::collections::BTreeMap;
 
-/// What does not change while the process lives.
+/// The properties of a node that do not change while the process runs.
 #[derive(Clone, Debug)]
 pub struct Identity {
     /// The node's name.
     pub name: String,
-    /// Where the API server reaches us.
+    /// The address at which the API server reaches the kubelet.
     pub internal_ip: String,
-    /// Of the kubelet API.
+    /// The port of the kubelet API.
     pub port: u16,
-    /// Labels of the operator.
+    /// Labels that the operator adds.
     pub labels: BTreeMap<String, String>,
-    /// The most pods.
+    /// The most pods that the node accepts.
     pub pods: u32,
-    /// allocatable = total × this.
+    /// Allocatable is the total times this factor.
     pub queue_factor: u32,
-    /// With the provider's taint?
+    /// Whether the node carries the provider's taint.
     pub taint: bool,
-    /// Declare that WebSockets may come as they are?
+    /// Whether the node declares that the API server may pass WebSockets on to it.
     pub websockets: bool,
 }

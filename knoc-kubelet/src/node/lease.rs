@@ -1,7 +1,8 @@
-//! Task: the node's Lease in `kube-node-lease`: 40 s, renewed every 10 s, owned by the Node as it is now. Where the Node
-//! was deleted and made again, the garbage collector takes the old Lease away and the new one is the new Node's.
+//! Task: renews the node's Lease in `kube-node-lease` every 10 s; its duration is 40 s. The Node owns the Lease: if the
+//! Node is deleted and recreated, the garbage collector deletes the old Lease and a new one is created for the new
+//! Node.
 //!
-//! It says that this kubelet lives, nothing about the agent: a cut link never makes the node NotReady.
+//! The Lease says that this kubelet is alive and nothing about the agent: a broken link never makes the node NotReady.
 
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 const NAMESPACE: &str = "kube-node-lease";
 const DURATION: i32 = 40;
 const RENEW: Duration = Duration::from_secs(10);
-/// After a failure.
+/// The pause after a failure.
 const RETRY: Duration = Duration::from_secs(2);
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -37,11 +38,11 @@ pub(super) async fn run(client: Client, node: String, shutdown: CancellationToke
             Ok(Ok(())) => RENEW,
             Ok(Err(error)) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::warn!(%error, "node lease not renewed, trying again");
+                tracing::warn!(%error, "could not renew the node's Lease, trying again");
                 RETRY
             }
             Err(_) => {
-                tracing::warn!("node lease not renewed in time, trying again");
+                tracing::warn!("could not renew the node's Lease in time, trying again");
                 RETRY
             }
         };
@@ -64,7 +65,7 @@ async fn renew(api: &Api<Lease>, nodes: &Api<Node>, name: &str) -> kube::Result<
     {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(status)) if status.code == 404 => {
-            // Owned by a Node that is gone it would be collected again and again.
+            // A Lease that is owned by a Node that is gone would be collected again and again.
             let node = nodes.get(name).await?;
             let uid = node.metadata.uid.unwrap_or_default();
             let lease = lease(uid, name, now);

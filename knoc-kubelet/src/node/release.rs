@@ -1,5 +1,5 @@
-//! PURE: which release of Kubernetes the node calls itself. A kubelet must not be newer than its API server, and may be
-//! three minor releases older.
+//! PURE: which release of Kubernetes the Node reports. A kubelet must not be newer than its API server, and may be up
+//! to three minor releases older: https://kubernetes.io/releases/version-skew-policy/.
 
 use k8s_openapi::apimachinery::pkg::version::Info;
 
@@ -10,17 +10,17 @@ pub struct Release {
     minor: u32,
 }
 
-/// The newest one whose API this kubelet was written for.
+/// The newest release whose API this kubelet was written for.
 const OURS: Release = Release::new(1, 36);
 
 impl Release {
-    /// `major.minor`
+    /// The release `major.minor`.
     #[must_use]
     pub const fn new(major: u32, minor: u32) -> Self {
         Self { major, minor }
     }
 
-    /// The API server's, as it says itself; the minor of some distributions ends with `+`.
+    /// The API server's own release. Some distributions append `+` to the minor.
     #[must_use]
     pub fn of(info: &Info) -> Option<Self> {
         let digits = |text: &str| {
@@ -31,15 +31,15 @@ impl Release {
     }
 }
 
-/// The version of a kubelet at an API server of this release: the older of both, and our own version as build metadata, which
-/// does not sort.
+/// The version that a kubelet reports to an API server of this release: the older of this and our own release, with
+/// KNoC's version as build metadata, which does not count in comparisons.
 #[must_use]
 pub fn kubelet_version(server: Release) -> String {
     let Release { major, minor } = server.min(OURS);
     format!("v{major}.{minor}.0+knoc.{}", env!("CARGO_PKG_VERSION"))
 }
 
-/// The version where the API server's release is not known: what was said `before`, else our own.
+/// The version if the API server's release is not known: the one reported `before`, else our own.
 #[must_use]
 pub fn version_without_server(before: Option<&str>) -> String {
     let before = before.filter(|text| !text.is_empty());
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn the_api_servers_release_is_read_as_it_is_said() {
+    fn the_api_servers_release_is_parsed() {
         for (major, minor, release) in [
             ("1", "36", Some(Release::new(1, 36))),
             ("1", "34+", Some(Release::new(1, 34))),
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn without_an_answer_what_was_said_stays() {
+    fn without_an_answer_the_last_version_stays() {
         assert_eq!(
             version_without_server(Some("v1.34.0+knoc.0.0.9")),
             "v1.34.0+knoc.0.0.9"

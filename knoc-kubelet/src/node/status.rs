@@ -1,4 +1,4 @@
-//! PURE: link + capacity → the Node's labels and status.
+//! PURE: the Node's labels and status, from the link and the capacity.
 
 use std::collections::BTreeMap;
 
@@ -18,43 +18,44 @@ use crate::{
     certs::{Health, Purpose},
 };
 
-/// How much of a condition's message is kept: an error of the link has words of the peer.
+/// The longest message of a condition in bytes: an error of the link may contain text of the peer.
 const MESSAGE: usize = 1024;
-/// Local disk of a node whose site does not tell Slurm of any (TmpDisk, which most leave at 0): 1 PiB. A node without the
-/// resource would be passed over for every pod that asks for some, for ever; here nothing accounts for it.
+/// The local disk of a node whose site does not tell Slurm about any (TmpDisk, which most sites leave at 0): 1 PiB. The
+/// scheduler would not place any pod that requests local disk on a node without the resource; Slurm does not account
+/// for it.
 const UNKNOWN_STORAGE: i64 = 1 << 50;
 
-/// What a status is made of.
+/// What a status is computed from.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
-    /// What does not change.
+    /// The properties that do not change.
     pub identity: &'a Identity,
     /// The link to the agent.
     pub link: &'a Link,
-    /// Slurm's capacity, as last heard.
+    /// Slurm's capacity, as the agent last reported it.
     pub capacity: Option<&'a pb::NodeInfo>,
-    /// Jobs without a pod that wait for a word of the operator.
+    /// How many jobs without a pod wait for the operator.
     pub orphans: usize,
-    /// How our own certificates do.
+    /// The health of our own certificates.
     pub certificates: &'a [(Purpose, Health)],
-    /// How our certificate on the link does.
+    /// The state of our certificate on the link.
     pub link_certificate: &'a LinkCertificate,
-    /// The API server's release; none while it is not known.
+    /// The API server's release; None while it is not known.
     pub server: Option<Release>,
     /// The status in the API server.
     pub previous: Option<&'a NodeStatus>,
-    /// Now.
+    /// The current time.
     pub now: Timestamp,
 }
 
-/// The labels of the Node that are ours.
+/// The labels of the Node that the kubelet sets.
 #[must_use]
 pub fn labels(identity: &Identity) -> BTreeMap<String, String> {
     let mut labels: BTreeMap<String, String> = [
         ("kubernetes.io/hostname", identity.name.as_str()),
         ("kubernetes.io/os", "linux"),
         ("kubernetes.io/arch", arch()),
-        // Their old names, which a kubelet still sets, for selectors that name them.
+        // The old names of these labels, which kubelets still set, for selectors that use them.
         ("beta.kubernetes.io/os", "linux"),
         ("beta.kubernetes.io/arch", arch()),
         ("type", "virtual-kubelet"),
@@ -103,7 +104,8 @@ pub fn status(facts: &Facts<'_>) -> Value {
     status
 }
 
-/// An empty list is said only to take back another: older API servers do not know the field.
+/// The features to declare. An empty list is sent only to replace another one, since older API servers do not know the
+/// field.
 fn declared(facts: &Facts<'_>) -> Option<Value> {
     let features = features::declared(facts.identity.websockets, facts.server?);
     let before = facts.previous.and_then(|it| it.declared_features.as_ref());
@@ -111,7 +113,7 @@ fn declared(facts: &Facts<'_>) -> Option<Value> {
     said.then(|| json!(features))
 }
 
-/// Do two statuses say the same, heartbeats aside?
+/// Are two statuses the same except for heartbeats?
 #[must_use]
 pub fn same(one: &Value, other: &Value) -> bool {
     without_heartbeats(one) == without_heartbeats(other)
@@ -131,8 +133,8 @@ fn without_heartbeats(status: &Value) -> Value {
     status
 }
 
-/// Does the API server still have what was sent: each of our conditions, an address, the capacity? Other writers are
-/// the node controller (Ready becomes Unknown) and whoever deletes the Node.
+/// Does the API server still have what was sent: each of our conditions, an address, the capacity? The node controller
+/// changes Ready to Unknown, and a client may recreate the Node.
 #[must_use]
 pub fn stands(wanted: &Value, live: Option<&NodeStatus>) -> bool {
     let Some(live) = live else {
@@ -154,7 +156,7 @@ pub fn stands(wanted: &Value, live: Option<&NodeStatus>) -> bool {
         && (has_capacity || wanted.get("capacity").is_none())
 }
 
-/// The most pods of the node: as configured, and no more than the site may have in Slurm.
+/// The most pods of the node: as configured, but no more than the site allows in Slurm.
 #[must_use]
 pub fn pod_limit(configured: u32, capacity: &pb::NodeInfo) -> u32 {
     match u32::try_from(capacity.pod_limit) {
@@ -163,7 +165,7 @@ pub fn pod_limit(configured: u32, capacity: &pb::NodeInfo) -> u32 {
     }
 }
 
-/// Local disk of the node: what Slurm knows of, or more than any pod asks for.
+/// The local disk of the node: as Slurm reports it, or more than any pod requests.
 #[must_use]
 pub fn ephemeral_storage(capacity: &pb::NodeInfo) -> i64 {
     match capacity.ephemeral_storage_bytes {
@@ -268,7 +270,7 @@ fn conditions(facts: &Facts<'_>) -> Vec<Value> {
     list.extend(expiry::condition(facts.link_certificate, agents, facts.now));
     if facts.orphans > 0 {
         let text = format!(
-            "{} jobs have no pod: too many at once, none is ended; `knocctl delete UID` ends one",
+            "{} jobs have no pod; these are too many at once, so none is ended; end single jobs with `knocctl delete UID`",
             facts.orphans
         );
         list.push(("OrphansHalted", "True", "TooManyOrphans", text));
@@ -299,7 +301,7 @@ fn agent_connected(facts: &Facts<'_>) -> Condition {
     }
 }
 
-/// What only the agent can tell; while it cannot, the old ones become Unknown.
+/// The conditions that only the agent can report; Unknown while the link is down.
 fn from_capacity(facts: &Facts<'_>) -> Vec<Condition> {
     let capacity = facts.capacity.filter(|_| facts.link.is_up());
     let Some(capacity) = capacity else {
@@ -308,7 +310,7 @@ fn from_capacity(facts: &Facts<'_>) -> Vec<Condition> {
                 kind,
                 "Unknown",
                 "LinkDown",
-                "the agent cannot be asked".to_owned(),
+                "the link to the agent is down".to_owned(),
             )
         };
         return vec![unknown("SlurmReachable"), unknown("PidIsolation")];

@@ -1,8 +1,8 @@
-//! One node of this kubelet: everything that exists once for each node. Several partitions that become several nodes are
-//! several units.
+//! One node of this kubelet: everything that exists once for each node. If several partitions become nodes, each has a
+//! unit.
 //!
-//! [`super::start`] starts the tasks of a unit, which write the Node and its Lease. The workers of its pods ask the unit
-//! what the node allows, and what its pods hold.
+//! [`super::start`] starts the tasks of a unit, which write the Node and its Lease. The workers of its pods ask the
+//! unit what the node allows, and what its pods have allocated.
 
 use std::sync::{Arc, MutexGuard};
 
@@ -13,11 +13,11 @@ use tokio::sync::watch;
 use super::{
     allocations::{Allocatable, Allocations, SharedAllocations},
     identity::Identity,
-    place::{Misfit, Place},
+    predicates::{Mismatch, NodeAttributes},
     status,
 };
 
-/// What Slurm has for the node, as last heard.
+/// What Slurm has for the node, as the agent last reported it.
 pub type Capacity = watch::Receiver<Option<Arc<pb::NodeInfo>>>;
 
 /// One node of this kubelet.
@@ -25,18 +25,18 @@ pub type Capacity = watch::Receiver<Option<Arc<pb::NodeInfo>>>;
 pub struct Unit {
     identity: Identity,
     capacity: Capacity,
-    place: watch::Sender<Place>,
+    attributes: watch::Sender<NodeAttributes>,
     allocations: SharedAllocations,
 }
 
 impl Unit {
-    /// A node whose pods hold nothing yet, and whose labels and taints are not known yet.
+    /// A node without allocations, whose labels and taints are not known yet.
     #[must_use]
     pub fn new(identity: Identity, capacity: Capacity) -> Self {
         Self {
             identity,
             capacity,
-            place: watch::Sender::new(Place::default()),
+            attributes: watch::Sender::new(NodeAttributes::default()),
             allocations: SharedAllocations::default(),
         }
     }
@@ -47,7 +47,7 @@ impl Unit {
         &self.identity.name
     }
 
-    /// What does not change.
+    /// The properties of the node that do not change.
     #[must_use]
     pub fn identity(&self) -> &Identity {
         &self.identity
@@ -57,17 +57,17 @@ impl Unit {
         self.capacity.clone()
     }
 
-    /// The labels and taints of the Node, as they were just seen.
-    pub(crate) fn set_place(&self, place: Place) {
-        self.place.send_replace(place);
+    /// Stores the attributes of the Node as just read.
+    pub(crate) fn set_attributes(&self, attributes: NodeAttributes) {
+        self.attributes.send_replace(attributes);
     }
 
-    /// Does a new pod belong on this node, by the labels and taints as last seen?
-    pub(crate) fn fits(&self, spec: &PodSpec) -> Result<(), Misfit> {
-        self.place.borrow().fits(spec)
+    /// Does a new pod match this node, by the labels and taints as last seen?
+    pub(crate) fn fits(&self, spec: &PodSpec) -> Result<(), Mismatch> {
+        self.attributes.borrow().fits(spec)
     }
 
-    /// What the node lets its pods request together.
+    /// How much the pods of the node may request together.
     pub(crate) fn allocatable(&self) -> Allocatable {
         let total = self.capacity.borrow().clone();
         let Identity {
@@ -76,12 +76,12 @@ impl Unit {
         Allocatable::of(total.as_deref(), pods, queue_factor)
     }
 
-    /// What the pods of the node hold. The lock is for map operations only.
+    /// The allocations of the node's pods. Hold the lock for map operations only.
     pub(crate) fn allocations(&self) -> MutexGuard<'_, Allocations> {
         self.allocations.lock()
     }
 
-    /// All that Slurm has for the node, without the queue factor.
+    /// What Slurm has for the node, without the queue factor.
     pub(crate) fn total(&self) -> pb::Resources {
         let capacity = self.capacity.borrow().clone();
         let Some(capacity) = capacity else {

@@ -1,8 +1,8 @@
-//! Task: takes keys from the queue and runs at most one worker a pod, bounded in all.
+//! Task: takes keys from the queue and runs at most one worker for each pod and at most [`WORKERS`] in total.
 //!
-//! A worker loads both sides, lets [`super::decide`] decide, publishes the status and carries the decision
-//! out. It is given what it must remember of a pod ([`Memory`]) and
-//! gives it back; after a restart an empty memory does.
+//! A worker reads what Kubernetes and the agent say of the pod, lets [`super::decide`] decide, publishes the status and
+//! carries the decision out. It takes the pod's [`Memory`] with it and returns it at the end; after a restart of the
+//! kubelet the memory starts empty, which is safe.
 
 mod admission;
 mod context;
@@ -21,9 +21,10 @@ use tokio_util::sync::CancellationToken;
 use memory::Memory;
 use worker::Round;
 
-/// Workers at a time: their time is spent waiting for the API server and the agent, which both take 50 at once.
+/// Workers at a time. They spend their time waiting for the API server and the agent, which both take 50 requests at
+/// once.
 const WORKERS: usize = 64;
-/// What is under way at shutdown gets this long.
+/// How long workers may finish their round at shutdown.
 const DRAIN: Duration = Duration::from_secs(5);
 
 pub(crate) use context::UNREACHABLE_AFTER;
@@ -51,7 +52,7 @@ impl Controller {
         }
     }
 
-    /// Works until `shutdown`; what is under way then is finished, or given up after a few seconds.
+    /// Runs until `shutdown`; workers that are running then get a few seconds to finish.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let queue = self.context.pods.queue.clone();
         let mut beat = tokio::time::interval(loop_health::BEAT);
@@ -60,7 +61,7 @@ impl Controller {
                 biased;
                 () = shutdown.cancelled() => break,
                 _ = beat.tick() => {
-                    // With all workers stuck the loop turns, but nothing goes on.
+                    // If all workers are stuck the loop still turns, but nothing progresses: then there is no beat.
                     if self.workers.len() < WORKERS {
                         self.context.process.health.beat();
                     }
@@ -80,7 +81,7 @@ impl Controller {
     fn start(&mut self, uid: PodUid) {
         let memory = self.memories.remove(&uid).unwrap_or_default();
         let work = worker::reconcile(self.context.clone(), uid.clone(), memory);
-        // One allocation a round instead of a large future in the JoinSet.
+        // One allocation for each round, instead of a large future in the JoinSet.
         let id = self.workers.spawn(Box::pin(work)).id();
         self.running.insert(id, uid);
     }
@@ -90,7 +91,7 @@ impl Controller {
         let (id, round) = match round {
             Ok((id, round)) => (id, Some(round)),
             Err(error) => {
-                tracing::error!(%error, "a worker ended badly");
+                tracing::error!(%error, "the worker of a pod panicked, trying again in 10 s");
                 (error.id(), None)
             }
         };

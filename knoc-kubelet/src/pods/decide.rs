@@ -1,33 +1,33 @@
-//! PURE: what to do next for one pod. All policy of the controller stands here.
+//! PURE: decides what to do next for one pod. The whole policy of the controller is here.
 //!
 //! ```text
 //!              ┌────────────── not both lists read, or link down ──────────────► Wait
-//!  present ────┤ refused, never accepted ──────────────────────────────────────► Reject
-//!              │ agent does not know it ── it ran already, or is being deleted ► Lose   (never run twice)
+//!  present ────┤ rejected, never accepted ─────────────────────────────────────► Reject
+//!              │ agent does not know it ── it ran already, or is being deleted ► MarkLost   (never run twice)
 //!              │                        └── else ──────────────────────────────► Ensure
 //!              │ newer generation ─────────────────────────────────────────────► Ensure
 //!              │ values due ───────────────────────────────────────────────────► Refresh
 //!              │ deletionTimestamp ── job not ended ───────────────────────────► Stop(grace)
-//!              │                  └── job ended, or never was ── not terminal ─► Settle (or Reject, Lose: terminal first)
+//!              │                  └── job ended, or never was ── not terminal ─► Settle (or Reject, MarkLost: terminal first)
 //!              │                                              └── terminal ─────► Release
 //!  gone ───────┤ agent knows it ── not ended ──────────────────────────────────► Stop(0)
 //!              │                └── ended ─────────────────────────────────────► Forget
 //!              └ on neither side ──────────────────────────────────────────────► Drop
 //! ```
 //!
-//! Nothing here ends the job of a pod that this process has never seen: that is [`super::orphans`].
+//! Nothing here ends the job of a pod that this process has never seen; [`super::orphans`] does.
 
 use knoc_proto::pb::PodPhase;
 use knoc_translate::Grace;
 
-/// What is wanted.
+/// What Kubernetes wants of the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Desired {
-    /// This process never saw the pod: not ours to judge.
+    /// This process never saw the pod, so it does not end its job.
     Unseen,
-    /// It was seen, and is gone from the API server.
+    /// The pod was seen and is gone from the API server.
     Gone,
-    /// It is bound to our node.
+    /// The pod is bound to our node.
     Present(Present),
 }
 
@@ -38,75 +38,75 @@ pub enum Desired {
     reason = "facts read off one object, not states of a machine"
 )]
 pub struct Present {
-    /// metadata.generation.
+    /// `metadata.generation`.
     pub generation: i64,
-    /// Its phase in the API server is terminal.
+    /// Whether its phase in the API server is terminal.
     pub terminal: bool,
-    /// Its status says that a container ran.
+    /// Whether its status says that a container ran.
     pub ran: bool,
-    /// Its grace, if it is being deleted.
+    /// Its grace period, if it is being deleted.
     pub deletion: Option<Grace>,
-    /// Admission refuses it.
-    pub refused: bool,
-    /// A mirror pod: another kubelet's.
+    /// Whether admission rejects it.
+    pub rejected: bool,
+    /// Whether it is a mirror pod, which belongs to another kubelet.
     pub mirror: bool,
 }
 
-/// What the agent says.
+/// What the agent reports of the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AgentSide {
     /// The link is down, or not both first lists have been read.
     Unknown,
     /// The agent does not know the pod.
     Absent,
-    /// The agent knows it.
+    /// The agent knows the pod.
     Known {
-        /// Where the pod stands.
+        /// Its phase at the agent.
         phase: PodPhase,
-        /// The generation acted on.
+        /// The generation that the agent acts on.
         generation: i64,
-        /// A deletion was asked for.
+        /// Whether its deletion was requested.
         deleting: bool,
     },
 }
 
-/// What this process did before.
+/// What this process did for the pod before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Done {
     /// The newest generation that the agent answered for.
     pub ensured: i64,
-    /// The shortest grace it was told.
+    /// The shortest grace period that the agent was sent.
     pub stop: Option<Grace>,
-    /// Values are due to be refreshed.
+    /// Whether the values are due to be refreshed.
     pub refresh_due: bool,
 }
 
-/// What to do.
+/// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Nothing: an event will come.
+    /// Do nothing until something changes.
     Wait,
-    /// Phase Failed with all reasons; no job.
+    /// Publish phase Failed with all reasons; there is no job.
     Reject,
-    /// resolve, translate, `EnsurePod`.
+    /// Resolve, translate and call `EnsurePod`.
     Ensure,
-    /// The agent does not know the pod, which ran or is being deleted: Failed, never a (second) run.
-    Lose,
-    /// The job has ended and the pod is being deleted: its terminal phase is published first, whoever waits for it.
+    /// The agent does not know the pod, which ran or is being deleted: publish phase Failed and never run it again.
+    MarkLost,
+    /// The job has ended and the pod is being deleted: publish its terminal phase first, for clients that wait for it.
     Settle,
-    /// resolve, `UpdateValues`.
+    /// Resolve and call `UpdateValues`.
     Refresh,
-    /// `DeletePod` with this grace.
+    /// Call `DeletePod` with this grace period.
     Stop(Grace),
-    /// The last DELETE: grace 0, UID precondition.
+    /// Send the last DELETE, with grace 0 and the UID as precondition.
     Release,
-    /// `ForgetPod`.
+    /// Call `ForgetPod`.
     Forget,
-    /// Nothing is left on either side.
+    /// Nothing is left of the pod on either side: forget it.
     Drop,
 }
 
-/// Decides.
+/// Decides what to do next for one pod.
 #[must_use]
 pub fn decide(desired: Desired, agent: AgentSide, done: Done) -> Decision {
     match desired {
@@ -134,8 +134,8 @@ fn gone(agent: AgentSide, done: Done) -> Decision {
 
 fn present(pod: Present, agent: AgentSide, done: Done) -> Decision {
     match agent {
-        // Without a job there is nothing to wait for.
-        AgentSide::Unknown | AgentSide::Absent if pod.refused => match pod.deletion {
+        // No job can exist, so there is nothing to wait for.
+        AgentSide::Unknown | AgentSide::Absent if pod.rejected => match pod.deletion {
             _ if !pod.terminal => Decision::Reject,
             Some(_) => Decision::Release,
             None => Decision::Wait,
@@ -143,7 +143,7 @@ fn present(pod: Present, agent: AgentSide, done: Done) -> Decision {
         AgentSide::Unknown => Decision::Wait,
         AgentSide::Absent if pod.terminal && pod.deletion.is_some() => Decision::Release,
         AgentSide::Absent if pod.terminal => Decision::Wait,
-        AgentSide::Absent if pod.ran || pod.deletion.is_some() => Decision::Lose,
+        AgentSide::Absent if pod.ran || pod.deletion.is_some() => Decision::MarkLost,
         AgentSide::Absent => Decision::Ensure,
         AgentSide::Known {
             phase: PodPhase::Finished,
@@ -159,7 +159,7 @@ fn present(pod: Present, agent: AgentSide, done: Done) -> Decision {
             ..
         } => match pod.deletion {
             Some(grace) => stop(grace, deleting, done),
-            // Others ended it in the API (pod GC, an eviction): the job must not outlive it.
+            // Somebody else ended the pod in the API (pod GC, an eviction): its job must not outlive it.
             None if pod.terminal => stop(Grace::NONE, deleting, done),
             None if generation.max(done.ensured) < pod.generation => Decision::Ensure,
             None if done.refresh_due && !deleting => Decision::Refresh,
@@ -168,7 +168,7 @@ fn present(pod: Present, agent: AgentSide, done: Done) -> Decision {
     }
 }
 
-/// Once, and again only with a shorter grace.
+/// Stops once, and again only with a shorter grace period.
 fn stop(grace: Grace, deleting: bool, done: Done) -> Decision {
     match done.stop {
         Some(told) if deleting && told <= grace => Decision::Wait,

@@ -1,9 +1,8 @@
-//! Task: Events, one POST each, aggregated and rate-limited; never in the way of a status.
+//! Task: writes Events, with one POST each, aggregated and rate-limited. It never delays a status.
 //!
-//! In: a bounded channel; where it is full the Event is dropped and counted in the log; so is one beyond its object's
-//! rate. The name of an Event is made from what
-//! it tells, so after a restart the same one is not told twice (the API server answers `AlreadyExists`), and a
-//! repetition in this process counts up instead.
+//! In: a bounded channel. If it is full, or if an object exceeds its rate, the Event is dropped and logged. The name of
+//! an Event is derived from its contents: after a restart the same Event is not written twice (the API server answers
+//! `AlreadyExists`), and a repetition within this process increases its count instead.
 
 use std::{
     collections::HashMap,
@@ -25,31 +24,31 @@ use serde_json::json;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-/// Events that wait to be written. A burst of 50 pods brings about 400.
+/// Events that may wait to be written. A burst of 50 pods brings about 400.
 const WAITING: usize = 4096;
-/// Events of one object in a row; then one every [`REFILL`]. As the kubelet does.
+/// Events of one object in a row; then one every [`REFILL`], as in the kubelet.
 const BURST: u32 = 25;
 const REFILL: Duration = Duration::from_mins(5);
-/// Objects and Events remembered for limits and counts.
+/// Objects and Events that are remembered for rate limits and counts.
 const REMEMBERED: usize = 4096;
 const DEADLINE: Duration = Duration::from_secs(10);
-/// The API server takes messages of at most 1 KiB.
+/// The longest message that the API server accepts.
 const MESSAGE: usize = 1024;
-/// How much of its object's name an Event's name has. The limit is 253, and a dot and 16 digits follow.
+/// How much of its object's name an Event's name takes. The limit is 253, and a dot and 16 digits follow.
 const NAME: usize = 200;
-/// Writes under way at a time.
+/// Writes at a time.
 const AT_ONCE: usize = 4;
 
-/// Something worth an Event.
+/// An Event to be written.
 #[derive(Clone, Debug)]
 pub struct Note {
-    /// What it is about.
+    /// The object that the Event is about.
     pub object: ObjectReference,
-    /// Warning instead of Normal.
+    /// Whether its type is Warning instead of Normal.
     pub warning: bool,
-    /// `CamelCase`.
+    /// The reason, in `CamelCase`.
     pub reason: String,
-    /// For people.
+    /// The message, which is cut to what the API server accepts.
     pub message: String,
     /// When it happened.
     pub at: Timestamp,
@@ -57,7 +56,7 @@ pub struct Note {
     pub salt: u64,
 }
 
-/// Where Events are handed in; clones share the channel.
+/// The sending end of the channel of Events; clones share the channel.
 #[derive(Clone, Debug)]
 pub struct Events(mpsc::Sender<Note>);
 
@@ -69,10 +68,10 @@ impl Events {
         (Self(sender), receiver)
     }
 
-    /// Hands in an Event; never waits.
-    pub fn tell(&self, note: Note) {
+    /// Queues an Event; never waits.
+    pub fn record(&self, note: Note) {
         if let Err(error) = self.0.try_send(note) {
-            tracing::warn!(%error, "an Event was dropped");
+            tracing::warn!(%error, "an Event was dropped, too many wait to be written");
         }
     }
 }
@@ -98,7 +97,7 @@ pub fn about_pod(pod: &Pod, container: &str) -> ObjectReference {
     }
 }
 
-/// The node as the object of an Event. As kubelets do, the UID is the name.
+/// The node as the object of an Event. As kubelets do, it takes the name for the UID.
 #[must_use]
 pub fn about_node(node: &Node) -> ObjectReference {
     ObjectReference {
@@ -109,19 +108,19 @@ pub fn about_node(node: &Node) -> ObjectReference {
     }
 }
 
-/// The task's own state.
+/// The task that writes Events.
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct Recorder {
     client: Client,
     node: String,
-    /// Tokens left, and when they were counted.
+    /// Tokens left for each object, and when they were counted.
     limits: HashMap<String, (u32, Instant)>,
-    /// How often an Event was told, by its name.
+    /// How often each Event was recorded, by its name.
     counts: HashMap<String, i32>,
 }
 
 impl Recorder {
-    /// A recorder that speaks for this node.
+    /// A recorder for the Events of this node.
     #[must_use]
     pub fn new(client: Client, node: &str) -> Self {
         Self {
@@ -132,7 +131,7 @@ impl Recorder {
         }
     }
 
-    /// Writes until `shutdown`, then what is in the channel still.
+    /// Writes until `shutdown`, and then finishes the writes that are running.
     pub async fn run(mut self, mut notes: mpsc::Receiver<Note>, shutdown: CancellationToken) {
         let mut writes = tokio::task::JoinSet::new();
         loop {
@@ -147,7 +146,7 @@ impl Recorder {
                     object = note.object.name,
                     reason = note.reason,
                     message = note.message,
-                    "an Event was dropped: there were too many of its object"
+                    "an Event was dropped, there were too many about its object"
                 );
                 continue;
             }
@@ -161,7 +160,7 @@ impl Recorder {
         while writes.join_next().await.is_some() {}
     }
 
-    /// The rate limit of the object.
+    /// Applies the rate limit of the object: may the Event be written?
     fn may(&mut self, note: &Note) -> bool {
         let now = Instant::now();
         if self.limits.len() >= REMEMBERED {
@@ -182,7 +181,7 @@ impl Recorder {
         may
     }
 
-    /// The Event, or the patch that counts it up.
+    /// The new Event, or the patch that increases the count of an earlier one.
     fn event(&mut self, note: &Note) -> (String, String, Body) {
         let namespace = note
             .object
@@ -241,7 +240,7 @@ fn name(note: &Note) -> String {
     )
         .hash(&mut hasher);
     let base = object.name.as_deref().unwrap_or_default();
-    // The part before the dot must end as any part of a subdomain does.
+    // The part before the dot must end like any label of a DNS subdomain.
     let base = base[..base.floor_char_boundary(NAME)].trim_end_matches(['-', '.']);
     format!("{base}.{:016x}", hasher.finish())
 }
@@ -259,15 +258,15 @@ async fn write(client: Client, namespace: &str, name: &str, body: Body) {
     };
     match tokio::time::timeout(DEADLINE, written).await {
         Ok(Ok(())) => {}
-        // Told before a restart, or in a namespace that is being removed.
+        // Written before a restart, or its namespace is being removed.
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 403 | 404 | 409) => {
-            tracing::debug!(name, %status.message, "an Event was not written");
+            tracing::debug!(name, %status.message, "could not write an Event");
         }
         Ok(Err(error)) => {
             let error = knoc_proto::error::chain(&error);
-            tracing::warn!(name, %error, "an Event was not written");
+            tracing::warn!(name, %error, "could not write an Event");
         }
-        Err(_) => tracing::warn!(name, "an Event was not written in time"),
+        Err(_) => tracing::warn!(name, "could not write an Event in time"),
     }
 }
 

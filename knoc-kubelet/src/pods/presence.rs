@@ -1,7 +1,7 @@
-//! Is a pod still there? Asked of the API server itself before a job is ended that nobody asked to end.
+//! Asks the API server whether a pod still exists, before a job is ended whose end nobody requested.
 //!
-//! Only a live answer counts, and only two: 404, or another UID under the name. A refusal, a failure and no answer in time
-//! are no proof of anything.
+//! Only a live answer counts, and only two prove that the pod is gone: 404, or another UID under its name. A denied
+//! request, an error or a timeout proves nothing.
 
 use std::time::Duration;
 
@@ -11,39 +11,40 @@ use kube::{Api, Client, api::ListParams};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// What the API server says.
+/// What the API server answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Presence {
-    /// There is such a pod.
+    /// The pod exists.
     There,
-    /// There is none, or another has its name.
+    /// The pod does not exist, or another pod has its name.
     Gone,
-    /// Nobody said.
+    /// There was no usable answer.
     Unknown,
 }
 
-/// How the API server may be asked.
+/// How the API server is asked whether a pod exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ask {
-    /// By a GET: of any pod.
+pub enum PodLookup {
+    /// With a GET, which works for any pod.
     Get,
-    /// By a list of one, on our own node. A node's identity may not GET a pod that is not there: it hears 403 where 404 is
-    /// meant. As current as a GET, since no resource version is named; but it proves nothing about pods of other nodes.
+    /// With a list of one pod, on our own node. The node authorizer answers a GET of a pod that does not exist with 403
+    /// instead of 404. The list is as current as a GET, since it names no resource version, but says nothing about
+    /// other nodes' pods.
     OwnNode,
 }
 
-/// Asks for the pod of this UID, which was last known on `node`.
+/// Asks whether the pod with this UID exists, which was last known on `node`.
 pub(crate) async fn presence(
     client: &Client,
-    ask: Ask,
+    ask: PodLookup,
     node: &str,
     (namespace, name, uid): (&str, &str, &PodUid),
 ) -> Presence {
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let asked = async {
         match ask {
-            Ask::Get => api.get_opt(name).await.map(Vec::from_iter),
-            Ask::OwnNode => {
+            PodLookup::Get => api.get_opt(name).await.map(Vec::from_iter),
+            PodLookup::OwnNode => {
                 let fields = format!("metadata.name={name},spec.nodeName={node}");
                 let params = ListParams::default().fields(&fields);
                 api.list(&params).await.map(|list| list.items)
@@ -61,14 +62,15 @@ pub(crate) async fn presence(
         }
         Ok(Err(error)) => {
             let error = knoc_proto::error::chain(&error);
-            tracing::debug!(%uid, %error, "the API server does not say whether the pod is there");
+            tracing::debug!(%uid, %error, "could not ask the API server whether the pod exists");
             Presence::Unknown
         }
         Err(_) => Presence::Unknown,
     }
 }
 
-/// PURE: may the jobs of so many of so many pods be ended at once? More than that is rather an error of what we see.
+/// PURE: may the jobs of `gone` out of `all` pods be ended at once? If it is more, our view of the cluster is likely
+/// wrong.
 pub(crate) fn plausible(gone: usize, all: usize) -> bool {
     gone <= 5.max(all / 10)
 }
@@ -81,8 +83,8 @@ mod tests {
 
     use super::*;
 
-    /// One question, and this answer to it; returns what was asked too.
-    async fn asked(ask: Ask, code: u16, answer: Value) -> (String, Presence) {
+    /// Sends one request and answers it as given; returns the request's URI and the result.
+    async fn asked(ask: PodLookup, code: u16, answer: Value) -> (String, Presence) {
         let (service, mut server) = tower_test::mock::pair::<Request<Body>, Response<Body>>();
         let client = Client::new(service, "default");
         let uid = "u1".parse().unwrap();
@@ -108,12 +110,12 @@ mod tests {
 
     #[tokio::test]
     async fn only_404_or_another_uid_means_gone() {
-        let get = |code, answer| asked(Ask::Get, code, answer);
+        let get = |code, answer| asked(PodLookup::Get, code, answer);
         let (uri, said) = get(404, failure(404)).await;
         assert_eq!(said, Presence::Gone);
         assert_eq!(uri, "/api/v1/namespaces/ns/pods/p");
         assert_eq!(get(200, pod("u2")).await.1, Presence::Gone);
-        // On another node, or one of another name: it is there.
+        // On another node, or with another name: the pod exists.
         assert_eq!(get(200, pod("u1")).await.1, Presence::There);
         assert_eq!(get(403, failure(403)).await.1, Presence::Unknown);
         assert_eq!(get(500, failure(500)).await.1, Presence::Unknown);
@@ -122,19 +124,19 @@ mod tests {
     #[tokio::test]
     async fn a_node_asks_for_its_own_by_a_list_of_one() {
         let list = |items: Value| json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items});
-        let ask = |items| asked(Ask::OwnNode, 200, list(items));
+        let ask = |items| asked(PodLookup::OwnNode, 200, list(items));
         let (uri, said) = ask(json!([])).await;
         assert_eq!(said, Presence::Gone);
         assert!(uri.contains("spec.nodeName%3Dn"), "{uri}");
         assert_eq!(ask(json!([pod("u1")])).await.1, Presence::There);
         assert_eq!(
-            asked(Ask::OwnNode, 403, failure(403)).await.1,
+            asked(PodLookup::OwnNode, 403, failure(403)).await.1,
             Presence::Unknown
         );
     }
 
     #[test]
-    fn a_sudden_desert_is_not_believed() {
+    fn too_many_pods_that_vanish_at_once_are_implausible() {
         assert!(plausible(5, 5));
         assert!(!plausible(6, 10));
         assert!(plausible(10, 100));

@@ -1,7 +1,7 @@
-//! The writes to a pod in the API server: status (only what changed), and the last DELETE.
+//! The writes to a pod in the API server: the status (only what changed), and the last DELETE.
 //!
-//! The patch names the UID, so a pod of the same name that was recreated answers with a conflict. Fields of
-//! others are never sent. This module decides nothing.
+//! The patch names the UID, so it conflicts if the pod was recreated with the same name. Fields of other controllers
+//! are never sent. This module decides nothing.
 
 use std::time::Duration;
 
@@ -12,10 +12,11 @@ use kube::{
 };
 use serde_json::{Map, Value, json};
 
-/// For each write.
+/// The deadline of each write.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Fields of a status that are ours: sent as null where we say nothing and the API server has something.
+/// The fields of a status that the kubelet owns. They are sent as null if they have no value but the API server has
+/// one.
 const OURS: &[&str] = &[
     "containerStatuses",
     "hostIP",
@@ -32,23 +33,23 @@ const OURS: &[&str] = &[
 /// Why a write failed.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// The pod is gone, or another has its name: nothing to write to.
+    /// The pod is gone, or another pod has its name.
     #[error("the pod is gone")]
     Gone,
-    /// The API server refused or failed.
+    /// The API server denied the write or failed.
     #[error("{what} of pod {namespace}/{name}")]
     Write {
         /// What was tried.
         what: &'static str,
-        /// Of the pod.
+        /// The pod's namespace.
         namespace: String,
-        /// Of the pod.
+        /// The pod's name.
         name: String,
-        /// What the API server said.
+        /// The error of the API server.
         #[source]
         source: kube::Error,
     },
-    /// No answer in time.
+    /// The API server did not answer in time.
     #[error("{what} of a pod: no answer from the API server within {} s", DEADLINE.as_secs())]
     Late {
         /// What was tried.
@@ -56,7 +57,7 @@ pub enum PublishError {
     },
 }
 
-/// PURE: the body of the patch that makes the status in the API server `wanted`; none where it is so already.
+/// PURE: the body of the patch that makes the status in the API server `wanted`; None if nothing differs.
 #[must_use]
 pub fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
     let have = serde_json::to_value(&pod.status).unwrap_or_default();
@@ -99,7 +100,7 @@ fn is_there(before: &[PodCondition], condition: &PodCondition) -> bool {
     })
 }
 
-/// With null for what has nothing to say, so that a merge clears it.
+/// The condition with null for empty fields, so that a merge clears them.
 fn condition_patch(condition: &PodCondition) -> Value {
     json!({
         "type": condition.type_,
@@ -111,7 +112,7 @@ fn condition_patch(condition: &PodCondition) -> Value {
     })
 }
 
-/// Sends a status patch; the answer is the pod as the API server has it now.
+/// Sends a status patch and returns the pod as the API server has it now.
 pub async fn send(client: &Client, pod: &Pod, patch: &Value) -> Result<Pod, PublishError> {
     let (api, namespace, name) = api(client, pod);
     knoc_proto::crash::point("kubelet.patch.before");
@@ -125,7 +126,7 @@ pub async fn send(client: &Client, pod: &Pod, patch: &Value) -> Result<Pod, Publ
     Ok(pod)
 }
 
-/// The last DELETE, after the job is gone.
+/// Sends the last DELETE, after the job is gone.
 pub async fn release(client: &Client, pod: &Pod) -> Result<(), PublishError> {
     let (api, namespace, name) = api(client, pod);
     let params = DeleteParams {
@@ -166,7 +167,7 @@ async fn within<T>(
 ) -> Result<T, PublishError> {
     match tokio::time::timeout(DEADLINE, write).await {
         Err(_) => Err(PublishError::Late { what }),
-        // 409: the UID is another's.
+        // 409: another pod has the name, with another UID.
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
             Err(PublishError::Gone)
         }
@@ -244,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_sent_where_nothing_changed() {
+    fn nothing_is_sent_if_nothing_changed() {
         let same = json!({
             "phase": "Running", "startTime": "2026-01-01T00:00:00Z",
             "containerStatuses": [{"name": "a", "image": "i", "imageID": "", "ready": true, "restartCount": 0,

@@ -1,6 +1,6 @@
-//! Keys to look at: each at most once in the queue, never handed out twice at a time, at once or later.
+//! The keys of pods to reconcile. Each key is at most once in the queue and is handed to one worker at a time.
 //!
-//! Levels, not edges: a key pushed while its worker runs comes again when the worker is done, once.
+//! A key that is pushed while its worker runs is handed out once more when the worker is done.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
@@ -28,18 +28,18 @@ struct Shared {
     changed: Notify,
 }
 
-/// The queue; clones are handles on the same one. One task takes from it.
+/// The queue; clones are handles on the same one. Only one task takes keys from it.
 #[derive(Clone, Default, Debug)]
 pub struct Queue(Arc<Shared>);
 
 impl Queue {
-    /// Look at this key soon.
+    /// Queues this key now.
     pub fn push(&self, uid: &PodUid) {
         self.state().push(uid);
         self.0.changed.notify_one();
     }
 
-    /// Look at this key after a while, or earlier where that was asked before.
+    /// Queues this key after a while, or earlier if an earlier time was requested before.
     pub fn push_after(&self, uid: &PodUid, after: Duration) {
         self.state().push_at(uid, Instant::now() + after);
         self.0.changed.notify_one();
@@ -51,7 +51,7 @@ impl Queue {
             let changed = self.0.changed.notified();
             let wake = {
                 let mut state = self.state();
-                state.ripen(Instant::now());
+                state.queue_due(Instant::now());
                 if let Some(uid) = state.pop() {
                     return uid;
                 }
@@ -106,7 +106,7 @@ impl State {
         self.later.insert((at, uid.clone()));
     }
 
-    fn ripen(&mut self, now: Instant) {
+    fn queue_due(&mut self, now: Instant) {
         while let Some((at, _)) = self.later.first()
             && *at <= now
             && let Some((_, uid)) = self.later.pop_first()
@@ -143,7 +143,7 @@ mod tests {
         queue.push(&uid("a"));
         assert_eq!(queue.next().await.as_str(), "b");
         let none = tokio::time::timeout(Duration::from_secs(1), queue.next()).await;
-        assert!(none.is_err(), "a runs still");
+        assert!(none.is_err(), "the worker of a is still running");
         queue.done(&uid("a"));
         assert_eq!(queue.next().await.as_str(), "a");
         queue.done(&uid("a"));
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn later_means_later_and_the_earlier_wish_wins() {
+    async fn a_delayed_key_comes_at_its_earliest_time() {
         let queue = Queue::default();
         let start = Instant::now();
         queue.push_after(&uid("a"), Duration::from_mins(1));

@@ -1,8 +1,8 @@
-//! Fetches what a pod refers to: ConfigMaps, Secrets, service account tokens, service variables.
+//! Fetches what a pod refers to: ConfigMaps, Secrets, service account tokens and service variables.
 //!
-//! One GET an object, all at once, each with a deadline: the right to `get` is enough, and the hot path costs
-//! one round trip. What is not there is simply absent from the result; whether that matters is decided by
-//! [`knoc_translate::values`]. Secrets are not kept; tokens are, until they are due.
+//! Sends one GET per object, all at once, each with a deadline: the kubelet needs only the right to `get`, and the
+//! start of a pod costs one round trip. A missing object is simply absent from the result; [`knoc_translate::values`]
+//! decides whether that matters. Secrets are not kept; tokens are, until they are due to be renewed.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -16,31 +16,31 @@ use k8s_openapi::{
     },
 };
 use knoc_proto::pb;
-use knoc_translate::{Needs, Resolved, Token, TokenAsk};
+use knoc_translate::{Needs, Resolved, Token, TokenRequestKey};
 use kube::{Api, Client, Resource, api::PostParams};
 use serde::de::DeserializeOwned;
 
 use super::services::Services;
 
-/// For each question to the API server.
+/// The deadline of each request to the API server.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// A token is renewed when this much of its life is over.
+/// The share of a token's lifetime after which it is renewed.
 const TOKEN_LIFE: f64 = 0.8;
-/// And after this long in any case.
+/// The longest time after which a token is renewed, seconds.
 const TOKEN_AGE: i64 = 24 * 3600;
 
 /// Why something could not be fetched.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ResolveError {
-    /// The API server refused or failed.
+    /// The API server denied the request or failed.
     #[error("get {kind} \"{name}\"")]
     Get {
-        /// configmap or secret.
+        /// "configmap" or "secret".
         kind: &'static str,
-        /// Its name.
+        /// The object's name.
         name: String,
-        /// What the API server said.
+        /// The error of the API server.
         #[source]
         source: kube::Error,
     },
@@ -49,29 +49,29 @@ pub(crate) enum ResolveError {
     Token {
         /// The service account.
         account: String,
-        /// What the API server said.
+        /// The error of the API server.
         #[source]
         source: kube::Error,
     },
-    /// No answer in time.
+    /// The API server did not answer in time.
     #[error("{what}: no answer from the API server within {} s", DEADLINE.as_secs())]
     Late {
-        /// What was asked.
+        /// What was requested.
         what: String,
     },
 }
 
 /// A token and when it is due to be renewed.
 #[derive(Clone, Debug)]
-pub(crate) struct Kept {
+pub(crate) struct CachedToken {
     token: Token,
     pub(crate) renew_at: Timestamp,
 }
 
-/// Tokens that were issued for one pod.
-pub(crate) type Tokens = BTreeMap<TokenAsk, Kept>;
+/// The tokens that were issued for one pod.
+pub(crate) type Tokens = BTreeMap<TokenRequestKey, CachedToken>;
 
-/// Fetches all that `needs` names.
+/// Fetches everything that `needs` names.
 pub(crate) async fn resolve(
     client: &Client,
     services: &Services,
@@ -152,9 +152,9 @@ where
 async fn issue_all(
     client: &Client,
     pod: &Pod,
-    asks: Vec<TokenAsk>,
+    asks: Vec<TokenRequestKey>,
     now: Timestamp,
-) -> Result<Vec<(TokenAsk, Kept)>, ResolveError> {
+) -> Result<Vec<(TokenRequestKey, CachedToken)>, ResolveError> {
     let issues = asks.into_iter().map(|ask| async {
         let kept = issue(client, pod, &ask, now).await?;
         Ok((ask, kept))
@@ -165,9 +165,9 @@ async fn issue_all(
 async fn issue(
     client: &Client,
     pod: &Pod,
-    ask: &TokenAsk,
+    ask: &TokenRequestKey,
     now: Timestamp,
-) -> Result<Kept, ResolveError> {
+) -> Result<CachedToken, ResolveError> {
     let meta = &pod.metadata;
     let spec = pod.spec.as_ref();
     let account = spec.and_then(|spec| spec.service_account_name.clone());
@@ -208,13 +208,13 @@ async fn issue(
         });
     };
     let expires = expires.0;
-    Ok(Kept {
+    Ok(CachedToken {
         renew_at: renewal(now, expires),
         token: Token { token, expires },
     })
 }
 
-/// 80 % of its life, at most a day, less up to 10 s so that many pods do not come at once.
+/// When to renew a token: after 80 % of its lifetime or a day, less up to 10 s so that not all pods renew at once.
 fn renewal(now: Timestamp, expires: Timestamp) -> Timestamp {
     let life = expires.duration_since(now).as_secs_f64().max(0.0);
     #[expect(
@@ -227,10 +227,10 @@ fn renewal(now: Timestamp, expires: Timestamp) -> Timestamp {
         .unwrap_or(expires)
 }
 
-/// When the values are to be looked at again; none where nothing in them can change.
+/// When the values are to be resolved again; None if nothing in them can change.
 pub(crate) fn refresh_at(needs: &Needs, tokens: &Tokens, now: Timestamp) -> Option<Timestamp> {
     let renewal = tokens.values().map(|kept| kept.renew_at).min();
-    // The cluster's CA changes with the cluster; it is renewed with the token.
+    // The cluster's CA changes only with the cluster, so it is refreshed together with the token.
     let changes = needs
         .config_maps
         .iter()

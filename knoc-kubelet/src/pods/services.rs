@@ -1,6 +1,6 @@
-//! Task: the cluster's Services, kept small, for the service variables of pods.
+//! Task: watches the cluster's Services, from which the service variables of pods are made.
 //!
-//! Only what becomes a variable is kept. Before the first list is whole no pod is started, for a bounded time.
+//! Only what becomes a variable is kept. Until the first list is complete pods wait, for a bounded time.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +22,7 @@ const FIRST_LIST: Duration = Duration::from_secs(10);
 
 type Key = (String, String);
 
-/// The Services; clones are handles on the same ones.
+/// The known Services; clones are handles on the same ones.
 #[derive(Clone, Debug)]
 pub struct Services {
     known: Arc<RwLock<BTreeMap<Key, Service>>>,
@@ -39,18 +39,20 @@ impl Default for Services {
 }
 
 impl Services {
-    /// The variables for a pod of `namespace`; waits for the first list, but not for long.
+    /// The service variables for a pod in `namespace`. Waits for the first list, but not longer than [`FIRST_LIST`].
     pub async fn variables(&self, namespace: &str, links: bool) -> Vec<(String, String)> {
         let mut synced = self.synced.subscribe();
         let first_list = synced.wait_for(|synced| *synced);
         if tokio::time::timeout(FIRST_LIST, first_list).await.is_err() {
-            tracing::warn!("the Services could not be listed: pods start without their variables");
+            tracing::warn!(
+                "the Services could not be listed in time, a pod starts without their variables"
+            );
         }
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
         knoc_translate::service_variables(known.values(), namespace, links)
     }
 
-    /// As if an empty list had been read.
+    /// Behaves as if an empty list had been read.
     #[cfg(test)]
     pub(crate) fn no_services(&self) {
         self.synced.send_replace(true);
@@ -73,7 +75,7 @@ impl Services {
                 Some(Ok(event)) => self.take(event, &mut listed),
                 Some(Err(error)) => {
                     let error = knoc_proto::error::chain(&error);
-                    tracing::warn!(%error, "watch of Services broke off, it begins again");
+                    tracing::warn!(%error, "the watch of Services failed, it is restarted");
                 }
             }
         }
@@ -100,7 +102,7 @@ impl Services {
     }
 }
 
-/// Name, address and ports only.
+/// The Service reduced to its name, address and ports.
 fn small(service: Service) -> Option<(Key, Service)> {
     let name = service.metadata.name?;
     let namespace = service.metadata.namespace?;

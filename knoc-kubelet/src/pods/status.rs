@@ -1,8 +1,8 @@
-//! PURE: what the agent observed + the pod → the `PodStatus` that the kubelet owns.
+//! PURE: the `PodStatus` fields that the kubelet owns, from the Pod and what the agent observed of it.
 //!
-//! A terminal phase comes only from an admission refusal or from the agent's `Finished`, and is never left
-//! again. While the link is down the last observation stands, and only `Ready` turns False. Fields of others
-//! (conditions, qosClass, resourceClaimStatuses …) are not in the result, so that a merge leaves them.
+//! A terminal phase comes only from a rejection or from the agent's `Finished`, and is never left again. While the link
+//! is down the last observation stays and only `Ready` becomes False. Fields of other controllers (their conditions,
+//! qosClass, resourceClaimStatuses and so on) are not in the result, so a merge leaves them alone.
 
 mod conditions;
 mod containers;
@@ -20,55 +20,55 @@ use knoc_proto::{
 
 use phase::Phase;
 
-/// How much of a message is kept. The sources are the agent, Slurm and registries.
+/// The longest message in bytes. Messages come from the agent, Slurm and registries.
 const MESSAGE: usize = 8 << 10;
 
-/// The words for an ephemeral container, wherever somebody asks for one.
+/// The message for each request for an ephemeral container.
 pub const NO_EPHEMERAL: &str =
     "ephemeral containers (kubectl debug) are not supported by this node";
 
-/// What a status is made of.
+/// What a status is computed from.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
-    /// As the API server has it.
+    /// The pod as the API server has it.
     pub pod: &'a Pod,
-    /// As the agent last reported it.
+    /// The pod as the agent last reported it.
     pub observed: Option<&'a pb::PodObserved>,
-    /// Why the agent does not have it yet: a reason for waiting containers, and words.
+    /// Why the agent does not have the pod yet.
     pub hold: Option<&'a Hold>,
-    /// The pod will never run.
+    /// Why the pod will never run.
     pub rejection: Option<&'a Rejection>,
-    /// The link is down (for longer than a blink).
+    /// Whether the link has been down for longer than a restart of the agent takes.
     pub unreachable: bool,
-    /// The pod's generation, once it was judged; none: what the API server has of it stays.
+    /// The pod's generation if it was judged; if None, `observedGeneration` stays as the API server has it.
     pub judged: Option<i64>,
-    /// Now.
+    /// The current time, for conditions that change.
     pub now: Timestamp,
 }
 
 /// Why a pod waits before the agent has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hold {
-    /// `CreateContainerConfigError` and the like.
+    /// The reason of the waiting containers, for example `CreateContainerConfigError`.
     pub reason: String,
-    /// For people.
+    /// The message of the pod and of its waiting containers.
     pub message: String,
 }
 
 /// Why a pod will never run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
-    /// `UnsupportedPodSpec`, `OutOfcpu` …
+    /// The reason, for example `UnsupportedPodSpec` or `OutOfcpu`.
     pub reason: String,
-    /// For people: everything that is wrong.
+    /// Everything that is wrong, after Kubernetes' prefix.
     pub message: String,
 }
 
-/// The words that Kubernetes puts before each reason.
+/// The prefix that Kubernetes puts before each reason.
 const REJECTED: &str = "Pod was rejected: ";
 
 impl Rejection {
-    /// A rejection with Kubernetes' words before the `why`.
+    /// A rejection whose message is Kubernetes' prefix and `why`.
     #[must_use]
     pub fn new(reason: &str, why: &str) -> Self {
         Self {
@@ -77,14 +77,14 @@ impl Rejection {
         }
     }
 
-    /// What is wrong, without the word of a rejection.
+    /// The message without the prefix.
     #[must_use]
     pub fn why(&self) -> &str {
         self.message.strip_prefix(REJECTED).unwrap_or(&self.message)
     }
 }
 
-/// Is the phase one that is never left?
+/// Is the pod's phase in the API server Succeeded or Failed?
 #[must_use]
 pub fn is_terminal(pod: &Pod) -> bool {
     let phase = pod
@@ -94,21 +94,21 @@ pub fn is_terminal(pod: &Pod) -> bool {
     matches!(phase, Some("Succeeded" | "Failed"))
 }
 
-/// The fields of the status that are ours; none where the phase is terminal already.
+/// The fields of the status that the kubelet owns; None if the phase in the API server is terminal.
 #[must_use]
 pub fn status(input: &Input<'_>) -> Option<PodStatus> {
     if is_terminal(input.pod) {
         return None;
     }
     if let Some(rejection) = input.rejection {
-        return Some(shown(rejected(input, rejection)));
+        return Some(sanitized(rejected(input, rejection)));
     }
     let statuses = containers::statuses(input);
     let phase = overall_phase(input, &statuses);
-    let (reason, message) = words(input);
+    let (reason, message) = reason_and_message(input);
     let host_ip = input.observed.map(|observed| observed.host_ip.clone());
     let host_ip = host_ip.filter(|ip| !ip.is_empty());
-    Some(shown(PodStatus {
+    Some(sanitized(PodStatus {
         phase: Some(phase.as_str().to_owned()),
         reason,
         message,
@@ -116,7 +116,7 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
         host_ips: host_ip.clone().map(|ip| vec![HostIP { ip }]),
         host_ip,
         start_time: start_time(input),
-        observed_generation: observed_generation(input, said_generation(input)),
+        observed_generation: observed_generation(input, published_generation(input)),
         init_container_statuses: Some(statuses.init).filter(|list| !list.is_empty()),
         container_statuses: Some(statuses.regular),
         ephemeral_container_statuses: containers::ephemeral(input.pod),
@@ -124,9 +124,9 @@ pub fn status(input: &Input<'_>) -> Option<PodStatus> {
     }))
 }
 
-/// The status with its messages as they may be shown. That of a container that has ended is the program's own, and stays as
-/// it was written.
-fn shown(mut status: PodStatus) -> PodStatus {
+/// The status with its messages bounded and without control characters. The message of a terminated container comes
+/// from the program itself and is left as it was written.
+fn sanitized(mut status: PodStatus) -> PodStatus {
     let containers = status
         .init_container_statuses
         .iter_mut()
@@ -153,7 +153,7 @@ fn rejected(input: &Input<'_>, rejection: &Rejection) -> PodStatus {
         reason: Some(rejection.reason.clone()),
         message: Some(rejection.message.clone()),
         start_time: Some(seconds(input.now)),
-        observed_generation: observed_generation(input, said_generation(input)),
+        observed_generation: observed_generation(input, published_generation(input)),
         ..PodStatus::default()
     }
 }
@@ -168,11 +168,11 @@ fn overall_phase(input: &Input<'_>, statuses: &containers::Statuses) -> Phase {
         | PodPhase::Staging
         | PodPhase::Throttled
         | PodPhase::Submitting => Phase::Pending,
-        // A requeued job: the pod has been running and stays so.
+        // If the job was requeued, the pod has been running and stays Running.
         PodPhase::Queued | PodPhase::Lost => earlier(input.pod),
         PodPhase::Running | PodPhase::Stopping => {
             match phase::of(restart_policy(input.pod), statuses) {
-                // The containers have ended, the pod only when the agent says so.
+                // The containers have ended, but the pod ends only when the agent reports it.
                 Phase::Succeeded | Phase::Failed => Phase::Running,
                 phase @ (Phase::Pending | Phase::Running) => later(earlier(input.pod), phase),
             }
@@ -187,7 +187,7 @@ fn overall_phase(input: &Input<'_>, statuses: &containers::Statuses) -> Phase {
     }
 }
 
-/// The phase as the API server has it.
+/// The phase in the API server.
 fn earlier(pod: &Pod) -> Phase {
     match pod
         .status
@@ -199,7 +199,7 @@ fn earlier(pod: &Pod) -> Phase {
     }
 }
 
-/// Running never becomes Pending again.
+/// A pod that was Running never becomes Pending again.
 fn later(earlier: Phase, phase: Phase) -> Phase {
     if earlier == Phase::Running {
         Phase::Running
@@ -216,8 +216,8 @@ fn restart_policy(pod: &Pod) -> &str {
     policy.unwrap_or("Always")
 }
 
-/// The pod's reason and message.
-fn words(input: &Input<'_>) -> (Option<String>, Option<String>) {
+/// The pod's own reason and message.
+fn reason_and_message(input: &Input<'_>) -> (Option<String>, Option<String>) {
     let some = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
     if let Some(hold) = input.hold.filter(|_| input.observed.is_none()) {
         return (None, some(&hold.message));
@@ -230,7 +230,7 @@ fn words(input: &Input<'_>) -> (Option<String>, Option<String>) {
             let Some(outcome) = &observed.outcome else {
                 return (some("ContainerStatusUnknown"), some(&observed.message));
             };
-            // Deleted says nothing that the deletion does not say.
+            // The reason "Deleted" repeats what the deletion itself says.
             let reason = some(&outcome.reason).filter(|reason| reason != "Deleted");
             (reason, some(&outcome.message))
         }
@@ -246,7 +246,7 @@ fn words(input: &Input<'_>) -> (Option<String>, Option<String>) {
     }
 }
 
-/// Why the pod waits, for people: `Slurm job 12 pending: Priority, estimated start 2026-11-22T10:00Z`.
+/// Why the pod waits, for example `Slurm job 12 pending: Priority, estimated start 2026-11-22T10:00Z`.
 fn waiting_message(observed: &pb::PodObserved) -> String {
     let default = pb::Job::default();
     let job = observed.job.as_ref().unwrap_or(&default);
@@ -303,7 +303,7 @@ fn join(one: &str, other: &str) -> String {
     }
 }
 
-/// The start of the allocation: queueing does not eat `activeDeadlineSeconds`.
+/// The start of the allocation, so that time in Slurm's queue does not count towards `activeDeadlineSeconds`.
 fn start_time(input: &Input<'_>) -> Option<Time> {
     let before = input
         .pod
@@ -320,22 +320,22 @@ fn start_time(input: &Input<'_>) -> Option<Time> {
     before.or_else(|| started.map(Time))
 }
 
-/// The newest generation that was judged, else the one said `before`. As in Kubernetes it means seen, not carried out: a
-/// change that is not taken over counts too.
+/// The newest generation that was judged, else the published one. As in Kubernetes it means seen, not carried out: a
+/// change that is not applied counts too.
 fn observed_generation(input: &Input<'_>, before: Option<i64>) -> Option<i64> {
     input.judged.or(before)
 }
 
-fn said_generation(input: &Input<'_>) -> Option<i64> {
+fn published_generation(input: &Input<'_>) -> Option<i64> {
     input.pod.status.as_ref()?.observed_generation
 }
 
-/// Kubernetes keeps whole seconds.
+/// The time in whole seconds, as Kubernetes keeps it.
 fn seconds(at: Timestamp) -> Time {
     Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
 }
 
-/// A time of the agent (Unix nanoseconds); none where it is 0.
+/// A time of the agent, in Unix nanoseconds; None if it is 0.
 fn nanoseconds(at: i64) -> Option<Time> {
     let at = Timestamp::from_nanosecond(i128::from(at))
         .ok()

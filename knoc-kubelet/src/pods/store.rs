@@ -1,7 +1,7 @@
-//! What is wanted and what was observed, by pod UID: the one place where both sides meet.
+//! The pods by UID, as Kubernetes wants them and as the agent observed them: the one place that has both.
 //!
-//! Written by `pods::watch` (desired) and `agent::watch` (observed), read by the controller and the
-//! server. Locks are held for map operations only, never across an await.
+//! `pods::watch` writes what is wanted, `agent::watch` what was observed; the controller and the server read. Locks are
+//! held for map operations only, never across an await.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -12,16 +12,16 @@ use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{ids::PodUid, pb};
 use knoc_translate::verdict::Findings;
 
-use crate::stats::ledger::{Ledger, Totals};
+use crate::stats::totals::{NodeTotals, Totals};
 
-/// One pod as both sides know it.
+/// One pod as Kubernetes and the agent know it.
 #[derive(Clone, Debug)]
 pub struct PodView {
-    /// The key.
+    /// The pod's UID, which is its key.
     pub uid: PodUid,
-    /// As the API server has it (without managedFields).
+    /// The pod as the API server has it, without managedFields.
     pub pod: Arc<Pod>,
-    /// As the agent last reported it; kept while the link is down.
+    /// The pod as the agent last reported it; kept while the link is down.
     pub observed: Option<Arc<pb::PodObserved>>,
 }
 
@@ -36,18 +36,18 @@ struct Inner {
     desired: HashMap<PodUid, Desired>,
     observed: HashMap<PodUid, Arc<pb::PodObserved>>,
     names: HashMap<(String, String), PodUid>,
-    /// Pods that this process saw bound to our node, until nothing is left of them.
+    /// Pods that this process saw bound to our node; removed when nothing is left of them.
     seen: HashSet<PodUid>,
-    /// What the pods that were seen used, of CPU time and the like.
-    ledger: Ledger,
+    /// CPU time and page faults of the pods that were seen, including those that are gone.
+    totals: NodeTotals,
 }
 
-/// The shared map; clones are handles on the same one.
+/// The shared store; clones are handles on the same one.
 #[derive(Clone, Default, Debug)]
 pub struct Store(Arc<RwLock<Inner>>);
 
 impl Store {
-    /// The pod of this name that is bound to our node.
+    /// The pod with this name that is bound to our node.
     #[must_use]
     pub fn find(&self, namespace: &str, name: &str) -> Option<PodView> {
         let inner = self.read();
@@ -55,13 +55,13 @@ impl Store {
         inner.view(uid)
     }
 
-    /// The pod of this UID that is bound to our node.
+    /// The pod with this UID that is bound to our node.
     #[must_use]
     pub fn by_uid(&self, uid: &PodUid) -> Option<PodView> {
         self.read().view(uid)
     }
 
-    /// All pods bound to our node, by namespace and name.
+    /// All pods bound to our node, sorted by namespace and name.
     #[must_use]
     pub fn pods(&self) -> Vec<PodView> {
         let inner = self.read();
@@ -99,9 +99,9 @@ impl Inner {
     }
 }
 
-/// Writers: `pods::watch` for what is wanted, `agent::watch` for what was observed.
+/// Methods of the writers: `pods::watch` for what is wanted, `agent::watch` for what was observed.
 impl Store {
-    /// Takes a pod as a watch brings it; an older resourceVersion of the same UID is ignored.
+    /// Stores a pod from a watch; an older resourceVersion of the same UID is ignored.
     pub fn set_desired(&self, uid: &PodUid, pod: Arc<Pod>, findings: Arc<Findings>) {
         let mut inner = self.write();
         if let Some(known) = inner.desired.get(uid)
@@ -112,12 +112,13 @@ impl Store {
         inner.take(uid, pod, findings);
     }
 
-    /// Takes a pod as a whole list has it, whatever was known: an API server restored from a backup counts from below again.
+    /// Stores a pod from a complete list, whatever its resourceVersion: an API server restored from a backup has lower
+    /// ones.
     pub fn replace_desired(&self, uid: &PodUid, pod: Arc<Pod>, findings: Arc<Findings>) {
         self.write().take(uid, pod, findings);
     }
 
-    /// Takes the answer to a patch of ours: what the watch will bring soon.
+    /// Stores the answer to one of our patches, which the watch will bring soon.
     pub fn refresh_desired(&self, uid: &PodUid, pod: Pod) {
         let mut inner = self.write();
         if let Some(known) = inner.desired.get_mut(uid)
@@ -129,16 +130,16 @@ impl Store {
 
     /// Did this process see the pod bound to our node?
     #[must_use]
-    pub fn was_seen(&self, uid: &PodUid) -> bool {
+    pub fn has_seen(&self, uid: &PodUid) -> bool {
         self.read().seen.contains(uid)
     }
 
-    /// Nothing is left of the pod on either side.
+    /// Forgets the pod, of which nothing is left on either side.
     pub fn forget(&self, uid: &PodUid) {
         self.write().seen.remove(uid);
     }
 
-    /// What the verdict table says of a pod.
+    /// The findings of the verdict table about the pod.
     #[must_use]
     pub fn findings(&self, uid: &PodUid) -> Option<Arc<Findings>> {
         self.read()
@@ -147,7 +148,7 @@ impl Store {
             .map(|desired| desired.findings.clone())
     }
 
-    /// The pod is gone from the API server.
+    /// Removes a pod that is gone from the API server.
     pub fn remove_desired(&self, uid: &PodUid) {
         let mut inner = self.write();
         let Some(desired) = inner.desired.remove(uid) else {
@@ -159,12 +160,12 @@ impl Store {
         }
     }
 
-    /// Takes what the agent says of a pod.
+    /// Stores what the agent reports of a pod.
     pub fn set_observed(&self, uid: &PodUid, observed: Arc<pb::PodObserved>) {
         self.write().observed.insert(uid.clone(), observed);
     }
 
-    /// Takes what the agent answered to a request; the watch may have brought something newer meanwhile.
+    /// Stores what the agent answered to a request, unless the watch has brought something newer.
     pub fn answer_observed(&self, uid: &PodUid, observed: pb::PodObserved) {
         let mut inner = self.write();
         let known = inner.observed.get(uid).map_or(-1, |known| known.generation);
@@ -173,53 +174,53 @@ impl Store {
         }
     }
 
-    /// The agent has forgotten the pod; what it used stays in the node's totals.
+    /// Removes a pod that the agent has forgotten; what it used stays in the node's totals.
     pub fn remove_observed(&self, uid: &PodUid) {
         let mut inner = self.write();
         let last = inner.observed.remove(uid).and_then(|last| last.last_usage);
         if let Some(last) = last.filter(|_| inner.seen.contains(uid)) {
-            inner.ledger.observe(uid, Totals::of(&last));
+            inner.totals.observe(uid, Totals::of(&last));
         }
-        inner.ledger.close(uid);
+        inner.totals.close(uid);
     }
 
-    /// What all pods of the node ever used: `running` as they are now, those that ended by their last word, and those
-    /// that are gone. Never falls.
+    /// What all pods of the node have used so far: `running` as measured now, ended pods by their last usage, and those
+    /// that are gone. It never falls.
     pub fn used<'a>(&self, running: impl Iterator<Item = (&'a PodUid, Totals)>) -> Totals {
         let mut inner = self.write();
         let Inner {
             observed,
             seen,
-            ledger,
+            totals,
             ..
         } = &mut *inner;
         for (uid, used) in running {
-            // Of one the agent has let go meanwhile nobody would ever close the entry.
+            // Nobody would ever close the entry of a pod that the agent has forgotten meanwhile.
             if observed.contains_key(uid) {
-                ledger.observe(uid, used);
+                totals.observe(uid, used);
             }
         }
         for (uid, pod) in observed.iter() {
             if let Some(last) = pod.last_usage.as_ref().filter(|_| seen.contains(uid)) {
-                ledger.observe(uid, Totals::of(last));
+                totals.observe(uid, Totals::of(last));
             }
         }
-        ledger.total()
+        totals.total()
     }
 
-    /// What the agent says of a pod, bound to our node or not.
+    /// What the agent reports of a pod, whether or not it is bound to our node.
     #[must_use]
     pub fn observed(&self, uid: &PodUid) -> Option<Arc<pb::PodObserved>> {
         self.read().observed.get(uid).cloned()
     }
 
-    /// The UIDs of all pods the agent knows.
+    /// The UIDs of all pods that the agent knows.
     #[must_use]
     pub fn observed_uids(&self) -> Vec<PodUid> {
         self.read().observed.keys().cloned().collect()
     }
 
-    /// The UIDs of all pods bound to our node, the oldest pod first: so they are admitted.
+    /// The UIDs of all pods bound to our node, the oldest first: this is the order of admission.
     #[must_use]
     pub fn desired_uids(&self) -> Vec<PodUid> {
         let inner = self.read();
@@ -239,7 +240,7 @@ fn key(pod: &Pod) -> (String, String) {
     )
 }
 
-/// Is `new` older than `known`? Where a resourceVersion is no number, what came last counts.
+/// Is `new` older than `known`? If a resourceVersion is not a number, the later one to arrive counts as newer.
 fn older(new: &Pod, known: &Pod) -> bool {
     let version = |pod: &Pod| {
         pod.metadata
@@ -272,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_list_is_believed_also_where_it_counts_from_below() {
+    fn a_complete_list_replaces_pods_with_newer_versions_too() {
         let store = Store::default();
         let uid: PodUid = "u1".parse().unwrap();
         let pod = |version: &str| {
@@ -291,22 +292,22 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pod_used_outlives_it() {
+    fn the_usage_of_a_pod_outlives_it() {
         let store = Store::default();
         let uid: PodUid = "u1".parse().unwrap();
         store.set_desired(&uid, Arc::default(), Arc::default());
         store.set_observed(&uid, observed(None));
         let running = || [(&uid, cpu(5))].into_iter();
         assert_eq!(store.used(running()).cpu, 5);
-        // It ended between two questions, and was deleted before the second one.
+        // The pod ended between two calls, and was deleted before the second one.
         store.set_observed(&uid, observed(Some(8)));
         store.remove_desired(&uid);
         store.remove_observed(&uid);
         store.forget(&uid);
         assert_eq!(store.used(std::iter::empty()).cpu, 8);
-        // A word that comes late changes nothing.
+        // A late observation changes nothing.
         assert_eq!(store.used(running()).cpu, 8);
-        // A pod of somebody else's, which the same agent runs.
+        // A pod of another node or cluster that the same agent runs.
         store.set_observed(&"u2".parse().unwrap(), observed(Some(100)));
         assert_eq!(store.used(std::iter::empty()).cpu, 8);
     }

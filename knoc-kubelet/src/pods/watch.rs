@@ -1,9 +1,9 @@
-//! Task: pods with `spec.nodeName` = our node, from the API server into the [`Store`](super::store::Store) and the queue.
+//! Task: watches the pods with `spec.nodeName` = our node, for the [`Store`](super::store::Store) and the queue.
 //!
-//! Nothing counts as known before the first list is whole. A DELETED of the live watch is believed at once. A pod that a later
-//! list lacks is only missing: the API server is asked for it by itself ([`super::presence`]) before the controller hears that
-//! it is gone, and where the jobs of more than max(5, 10 %) would end so, none does: an API server that was restored from a
-//! backup, or whose cache is behind, must not empty the node. This task never writes to the API server.
+//! Nothing counts as known before the first list is complete. A DELETED event of the watch is believed at once. A pod
+//! that a later list lacks is only missing: the API server is asked for it ([`super::presence`]) before the controller
+//! removes it. If more than max(5, 10 %) of the jobs would end this way none is ended: an API server that was restored
+//! from a backup, or whose cache is behind, must not empty the node. This task never writes to the API server.
 
 use std::{borrow::Cow, collections::HashSet, sync::Arc, time::Duration};
 
@@ -26,10 +26,10 @@ use super::{
     presence::{self, Presence, plausible},
 };
 
-/// Between two questions for pods that are missing still.
+/// How often the API server is asked for pods that are still missing.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
-/// A pod together with what the verdict table says of the JSON it came as.
+/// A pod together with the findings of the verdict table about its JSON.
 #[derive(Clone, Debug)]
 pub(crate) struct Watched {
     pod: Pod,
@@ -41,7 +41,7 @@ impl<'de> Deserialize<'de> for Watched {
         let json = serde_json::Value::deserialize(deserializer)?;
         let findings = verdict::judge(&json);
         let mut pod: Pod = serde_json::from_value(json).map_err(D::Error::custom)?;
-        // By far the largest part, and of no use here.
+        // By far the largest part of a pod, and not needed.
         pod.metadata.managed_fields = None;
         Ok(Self { pod, findings })
     }
@@ -76,19 +76,19 @@ impl Resource for Watched {
 pub struct PodWatch {
     context: Arc<Context>,
     synced: watch::Sender<bool>,
-    /// How many jobs are spared, since it is not believed that so many pods vanished at once.
+    /// How many jobs are kept because it is implausible that so many pods vanished at once.
     halted: watch::Sender<usize>,
-    /// UIDs of the list under way.
+    /// UIDs of the list that is being read.
     listed: HashSet<PodUid>,
     /// Known pods that the last list lacked.
     missing: HashSet<PodUid>,
-    /// Questions for them that are under way.
+    /// Running requests for missing pods.
     questions: JoinSet<(PodUid, Presence)>,
 }
 
 impl PodWatch {
-    /// A watch that writes to the store and the queue of `context`, says on `synced` when the first list is whole, and on
-    /// `halted` how many missing pods wait for a word of the operator.
+    /// A watch that writes to the store and the queue of `context`. It sets `synced` when the first list is complete,
+    /// and `halted` to the number of missing pods that wait for the operator.
     #[must_use]
     pub fn new(
         context: Arc<Context>,
@@ -114,7 +114,7 @@ impl PodWatch {
         self.follow(events, shutdown).await;
     }
 
-    /// Takes these events until `shutdown`.
+    /// Handles these events until `shutdown`.
     pub(in crate::pods) async fn follow(
         mut self,
         events: impl Stream<Item = watcher::Result<watcher::Event<Watched>>>,
@@ -138,7 +138,7 @@ impl PodWatch {
                     Some(Ok(event)) => self.take(event),
                     Some(Err(error)) => {
                         let error = knoc_proto::error::chain(&error);
-                        tracing::warn!(%error, "watch of pods broke off, it begins again");
+                        tracing::warn!(%error, "the watch of pods failed, it is restarted");
                     }
                     None => return,
                 },
@@ -166,7 +166,7 @@ impl PodWatch {
         }
     }
 
-    /// A list replaces what was known, a watch only what is older.
+    /// A pod from a list replaces what was known; one from the watch only replaces an older one.
     fn put(&mut self, watched: Watched, list: bool) -> Option<PodUid> {
         let uid = uid_of(&watched.pod)?;
         let store = &self.context.pods.store;
@@ -187,15 +187,15 @@ impl PodWatch {
         self.context.pods.queue.push(uid);
     }
 
-    /// A list is whole: what it lacks is missing.
+    /// A list is complete: known pods that it lacks are missing.
     fn listed(&mut self) {
         let listed = std::mem::take(&mut self.listed);
         let known = self.context.pods.store.desired_uids().into_iter();
         self.missing = known.filter(|uid| !listed.contains(uid)).collect();
         let pods = listed.len();
         if !self.synced.send_replace(true) {
-            tracing::info!(pods, "pods of the node listed");
-            // Now that it counts: look at each again.
+            tracing::info!(pods, "listed the pods of the node");
+            // Only now may the workers act: reconcile each pod again.
             for uid in self.context.pods.store.desired_uids() {
                 self.context.pods.queue.push(&uid);
             }
@@ -203,7 +203,7 @@ impl PodWatch {
         self.ask();
     }
 
-    /// Asks for each that is missing; where too many jobs would end, only for those whose jobs have ended.
+    /// Asks for each missing pod; if too many jobs would end, only for pods whose jobs have ended.
     fn ask(&mut self) {
         if !self.questions.is_empty() {
             return;
@@ -223,7 +223,7 @@ impl PodWatch {
             tracing::error!(
                 missing = halted,
                 all,
-                "a list lacks too many pods at once: no job is ended for it"
+                "a list lacks too many pods at once, none of their jobs is ended; check the API server"
             );
         }
         let believed = if halted > 0 { Vec::new() } else { living };
@@ -232,7 +232,7 @@ impl PodWatch {
         }
     }
 
-    /// May the pod have a job that has not ended? While the link is down nobody knows.
+    /// May the pod have a job that has not ended? While the link is down this is unknown, so it may.
     fn lives(&self, uid: &PodUid) -> bool {
         let observed = self.context.pods.store.observed(uid);
         !self.context.site.link.borrow().is_up()
@@ -252,7 +252,7 @@ impl PodWatch {
             let which = (namespace, name, &uid);
             let said = presence::presence(
                 &context.api.client,
-                context.api.ask,
+                context.api.pod_lookup,
                 context.node.name(),
                 which,
             )
@@ -261,21 +261,21 @@ impl PodWatch {
         });
     }
 
-    /// The answer counts only where the pod is missing still.
+    /// The answer counts only if the pod is still missing.
     fn answered(&mut self, uid: &PodUid, presence: Presence) {
         match presence {
             Presence::Gone if self.missing.contains(uid) => self.gone(uid),
             Presence::There => {
-                tracing::warn!(%uid, "a list lacked a pod that is there");
+                tracing::warn!(%uid, "a list lacked a pod that exists");
             }
             Presence::Gone | Presence::Unknown => {}
         }
     }
 }
 
-/// The uid of a pod of the API server, which gives one to each.
+/// The UID of a pod; None, with a log line, if it is not a valid one.
 fn uid_of(pod: &Pod) -> Option<PodUid> {
     let uid = PodUid::try_from(pod.metadata.uid.as_deref()?);
-    uid.inspect_err(|error| tracing::warn!(%error, "a pod is left out"))
+    uid.inspect_err(|error| tracing::warn!(%error, "a pod with an invalid UID is ignored"))
         .ok()
 }

@@ -1,58 +1,56 @@
-//! The connections: TCP, then TLS, then HTTP/1.1 with upgrades; each connection a task that the server joins.
+//! The connections: TCP, then TLS, then HTTP/1.1 with upgrades. Each connection is a task that the server joins.
 //!
-//! Accepting and handshakes are [`knoc_link::accept`]'s; how many connections may stay after that, with and
-//! without an identity, is [`super::standing`]'s.
+//! [`knoc_link::accept`] accepts connections and does the handshakes; [`super::connections`] limits how many stay open
+//! after that, with and without an identity.
 //!
-//! Shutdown: no new connections, idle ones close at once, requests under way get [`DRAIN`], what is left (a followed
-//! log never ends by itself) is cut.
+//! At shutdown no new connections are accepted and idle ones close at once. Running requests get [`DRAIN`] to finish;
+//! then the rest is cut, since a followed log never ends by itself.
 
-use std::io;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{io, sync::Arc, time::Duration};
 
-use axum::Router;
-use axum::body::Body;
+use axum::{Router, body::Body};
 use futures::{FutureExt as _, StreamExt as _, TryFutureExt as _};
-use hyper::body::Incoming as RequestBody;
-use hyper::service::service_fn;
+use hyper::{body::Incoming as RequestBody, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use knoc_link::accept::Accept;
-use knoc_link::admission::{Bounds, Source};
-use knoc_link::carrier::{Unverified, tcp};
-use knoc_link::{Connection, Origin};
+use knoc_link::{
+    Connection, Origin,
+    accept::Accept,
+    admission::{Bounds, Source},
+    carrier::{Unverified, tcp},
+};
 use knoc_proto::error::chain;
 use rustix::net::sockopt;
 use rustls_pki_types::{CertificateDer, UnixTime};
-use tokio::net::TcpStream;
-use tokio::task::JoinSet;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
+use tokio::{net::TcpStream, task::JoinSet};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 use tracing::{debug, info};
 
-use super::authn::{self, Peer};
-use super::peer_watch::PeerWatch;
-use super::separate_end::SeparateEnd;
-use super::standing::Standings;
-use super::tls::Tls;
+use super::{
+    authn::{self, Peer},
+    connections::ConnectionSlots,
+    peer_watch::PeerWatch,
+    separate_end::SeparateEnd,
+    tls::Tls,
+};
 
-/// The real kubelet's idle time; hyper counts it while it waits for a request's head.
+/// The idle timeout of the Kubernetes kubelet; hyper applies it while it waits for a request's head.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
-/// A client host that dies says nothing: after so long without a byte it is asked,
+/// A client host that dies sends nothing: a connection is probed after so long without a byte,
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-/// then so often,
+/// then at this interval,
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// and where it leaves so many unanswered, its connection ends, and what runs on it.
+/// and is closed after so many unanswered probes, with everything that runs on it.
 const KEEPALIVE_PROBES: u32 = 3;
-/// How long requests under way may go on after shutdown began.
+/// How long running requests may take after the shutdown began.
 pub(super) const DRAIN: Duration = Duration::from_secs(5);
 
-/// What a handshake says of a client.
+/// What a handshake tells about a client.
 #[derive(Debug)]
 pub(super) struct Client {
     origin: Origin,
-    /// What the client showed, end-entity certificate first.
+    /// The certificates that the client presented, end-entity certificate first.
     certificates: Arc<[CertificateDer<'static>]>,
     watch: PeerWatch,
 }
@@ -70,7 +68,7 @@ impl Client {
     }
 }
 
-/// Connections of the kubelet API's port.
+/// The connections of the kubelet API's port.
 pub(super) type Incoming = Accept<tcp::Listener, Connection<Client>>;
 
 /// Accepts on `listener`, with the newest certificate.
@@ -96,10 +94,10 @@ pub(super) async fn serve(
     drain: Duration,
     shutdown: CancellationToken,
 ) {
-    let standings = Standings::own();
+    let slots = ConnectionSlots::own();
     let mut connections = JoinSet::new();
     loop {
-        // Shutdown first; ended connections before new ones, so that the set does not grow.
+        // Shutdown comes first, and ended connections come before new ones so that the set does not grow.
         let accepted = tokio::select! {
             biased;
             () = shutdown.cancelled() => break,
@@ -115,14 +113,14 @@ pub(super) async fn serve(
             authn::user(&client.certificates, &verifier, UnixTime::now()),
             Some(Ok(_))
         );
-        let Some(standing) = standings.enter(Source::from(client.origin), identified) else {
+        let Some(slot) = slots.enter(Source::from(client.origin), identified) else {
             continue;
         };
         let serving = Serving {
             peer: Peer {
                 origin: client.origin,
                 certificates: Arc::clone(&client.certificates),
-                standing: Arc::new(standing),
+                slot: Arc::new(slot),
             },
             router: router.clone(),
             shutdown: shutdown.clone(),
@@ -136,13 +134,13 @@ pub(super) async fn serve(
     if drained.await.is_err() {
         info!(
             cut = connections.len(),
-            "kubelet API drained, streams that went on were cut"
+            "the kubelet API has stopped, the remaining streams were cut"
         );
         connections.shutdown().await;
     }
 }
 
-/// One connection, while it is served.
+/// A connection that is being served.
 struct Serving {
     peer: Peer,
     router: Router,
@@ -168,7 +166,7 @@ impl Serving {
         let ended = tokio::select! {
             biased;
             ended = connection.as_mut() => ended,
-            () = self.peer.standing.revoked() => return,
+            () = self.peer.slot.revoked() => return,
             () = self.shutdown.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
@@ -180,8 +178,8 @@ impl Serving {
     }
 }
 
-/// Sets a connection's options. There is no `TCP_USER_TIMEOUT`: Linux counts it while a client that is alive does not
-/// read, so it would end `kubectl logs -f` in a pager.
+/// Sets a connection's options. `TCP_USER_TIMEOUT` is not used: Linux also counts it while a live client does not read,
+/// so it would end `kubectl logs -f` in a pager.
 fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;

@@ -1,44 +1,52 @@
-//! The gate in front of every route, those that do not exist included: authentication, then authorization.
+//! The gate in front of every route, including those that do not exist: authentication, then authorization.
 //!
-//! Answers are cached for upstream's times: tokens 2 minutes, known or not, allow 5 minutes, deny 30 seconds. The caches
-//! are bounded; a full one is emptied, which costs reviews and nothing else. Of one token there is one review at a time:
-//! whoever brings it meanwhile waits for the same answer. Reviews of tokens that the cluster has not known lately are
-//! bounded in rate and number ([`reviews`]); whoever exceeds that is told to try again.
+//! Answers are cached for as long as in the Kubernetes kubelet: tokens for 2 minutes, known or not, allowed requests
+//! for 5 minutes, denied ones for 30 seconds. The caches are bounded; a full one is emptied, which only costs reviews.
+//! There is one review at a time for each token: other requests with the same token wait for its answer. Reviews of
+//! tokens that the cluster has not known lately are bounded in rate and number ([`reviews`]); further ones are answered
+//! 429.
 
 mod reviews;
 
-use std::collections::HashMap;
-use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use axum::extract::{Request, State};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
-use futures::FutureExt as _;
-use futures::future::{BoxFuture, Shared, WeakShared};
+use axum::{
+    extract::{Request, State},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, Shared, WeakShared},
+};
 use http::StatusCode;
 use knoc_link::admission::Source;
-use knoc_proto::error::chain;
-use knoc_proto::log_limit::LogLimit;
+use knoc_proto::{error::chain, log_limit::LogLimit};
 use rustls_pki_types::UnixTime;
 use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use self::reviews::Reviews;
-use super::authn::{Peer, bearer};
-use super::authz::{self, Attributes};
-use super::tls::Verifier;
-use super::user::User;
-use super::{Cluster, ClusterError, Context};
+use super::{
+    Cluster, ClusterError, Context,
+    authn::{Peer, bearer},
+    authz::{self, Attributes},
+    tls::Verifier,
+    user::User,
+};
 
 const TOKEN_TTL: Duration = Duration::from_mins(2);
-/// A token that the cluster knew is no guess for so long: it may be reviewed again whatever others send.
+/// A token that the cluster knew counts as known for this long: it may be reviewed again however many others are sent.
 const KNOWN_TTL: Duration = Duration::from_hours(1);
 const ALLOW_TTL: Duration = Duration::from_mins(5);
 const DENY_TTL: Duration = Duration::from_secs(30);
-/// Distinct callers of a kubelet are few (API server, metrics-server, Prometheus); more is somebody trying tokens.
+/// A kubelet has few distinct callers (API server, metrics-server, Prometheus); more means that somebody tries tokens.
 const CACHE_ENTRIES: usize = 1024;
 
 /// Lets a request pass with its [`User`] as an extension, or answers it.
@@ -48,16 +56,16 @@ pub(super) async fn gate(
     next: Next,
 ) -> Response {
     let peer = request.extensions().get::<Peer>().cloned();
-    let standing = peer.as_ref().map(|peer| Arc::clone(&peer.standing));
+    let slot = peer.as_ref().map(|peer| Arc::clone(&peer.slot));
     let token = bearer(request.headers()).map(str::to_owned);
     let verifier = context.tls.verifier.borrow().clone();
     let cluster = &context.cluster;
     let identity = context.access.authenticate(cluster, &verifier, peer, token);
     let user = match identity.await {
         Ok(user) => user,
-        Err(refusal) => {
-            context.access.log(&refusal, request.uri().path());
-            return refusal.into_response();
+        Err(error) => {
+            context.access.log(&error, request.uri().path());
+            return error.into_response();
         }
     };
     let attributes = authz::attributes(request.method(), request.uri().path());
@@ -66,9 +74,9 @@ pub(super) async fn gate(
         .authorize(&**cluster, &context.node, &user, attributes);
     match may.await {
         Ok(true) => {
-            // Only whom the cluster lets in: any pod has a token that says who it is.
-            if let Some(standing) = standing {
-                standing.identified();
+            // Only after authorization: every pod has a token that authenticates it.
+            if let Some(slot) = slot {
+                slot.identified();
             }
             request.extensions_mut().insert(user);
             next.run(request).await
@@ -84,24 +92,24 @@ pub(super) async fn gate(
             (StatusCode::FORBIDDEN, text).into_response()
         }
         Err(error) => {
-            warn!(user = user.name, error = %chain(&error), "no answer on what a caller may do");
+            warn!(user = user.name, error = %chain(&error), "could not authorize a request");
             let text = authz::undecided(&user, attributes);
             (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
         }
     }
 }
 
-/// Why a caller is nobody; for the log only.
+/// Why a request has no identity; for the log only.
 #[derive(Debug)]
-struct Refusal {
+struct Unauthenticated {
     source: Source,
     peer: String,
     reasons: Vec<String>,
-    /// The token was not looked at: too many others were.
+    /// The token was not reviewed, because too many others are.
     busy: bool,
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for Unauthenticated {
     fn into_response(self) -> Response {
         if self.busy {
             let text = "too many unknown tokens are being reviewed, try again in a second\n";
@@ -112,7 +120,7 @@ impl IntoResponse for Refusal {
     }
 }
 
-impl std::fmt::Display for Refusal {
+impl std::fmt::Display for Unauthenticated {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}: {}", self.peer, self.reasons.join("; "))
     }
@@ -120,36 +128,36 @@ impl std::fmt::Display for Refusal {
 
 type AccessKey = (User, &'static str, &'static str);
 
-/// A token's hash: no cache holds a token.
+/// A token's hash, so that no cache holds tokens.
 type TokenKey = [u8; 32];
 
-/// A review that several requests wait for; it goes on while one of them does.
+/// A review that several requests wait for; it is cancelled when none of them waits any more.
 type Review = BoxFuture<'static, Result<Option<User>, Arc<ClusterError>>>;
 
 /// The caches of the gate.
 #[derive(Debug, Default)]
 pub(super) struct Access {
     tokens: Cache<TokenKey, User>,
-    /// Tokens that the cluster does not know: apart, so that a flood of them drives out no known one.
+    /// Tokens that the cluster does not know, in a cache of their own so that a flood of them displaces no known token.
     unknown: Cache<TokenKey, ()>,
-    /// Tokens that it knew when it was last asked.
+    /// Tokens that the cluster knew at their last review.
     known: Cache<TokenKey, ()>,
     reviews: Mutex<HashMap<TokenKey, WeakShared<Review>>>,
-    /// How many of them are of tokens that may be guesses.
+    /// The rate and number of reviews of tokens that may be guesses.
     guesses: Arc<Mutex<Reviews>>,
     rights: Cache<AccessKey, bool>,
     refused: Mutex<LogLimit<Source>>,
 }
 
-/// What became of a token.
+/// The result for a token.
 enum Token {
     Known(User),
     Unknown,
-    /// It was not asked about: too many others are.
+    /// The token was not reviewed, because too many others are.
     Busy,
 }
 
-/// A review of what may be a guess; counted until it is dropped.
+/// A running review of a token that may be a guess; counted until it is dropped.
 struct Guess {
     source: Source,
     guesses: Arc<Mutex<Reviews>>,
@@ -172,7 +180,7 @@ impl Access {
         verifier: &Verifier,
         peer: Option<Peer>,
         token: Option<String>,
-    ) -> Result<User, Refusal> {
+    ) -> Result<User, Unauthenticated> {
         let mut reasons = Vec::new();
         let mut busy = false;
         let source = peer
@@ -183,7 +191,7 @@ impl Access {
             .and_then(|peer| peer.user(verifier, UnixTime::now()))
         {
             Some(Ok(user)) => return Ok(user),
-            Some(Err(reason)) => reasons.push(format!("certificate refused: {reason}")),
+            Some(Err(reason)) => reasons.push(format!("certificate rejected: {reason}")),
             None => reasons.push("no client certificate".to_owned()),
         }
         match token {
@@ -203,7 +211,7 @@ impl Access {
         let peer = peer.map_or_else(String::new, |peer| {
             format!("{} ({})", peer.origin, peer.claims())
         });
-        Err(Refusal {
+        Err(Unauthenticated {
             source,
             peer,
             reasons,
@@ -211,17 +219,17 @@ impl Access {
         })
     }
 
-    /// Writes a line about a refused request, unless its source had several a moment ago.
-    fn log(&self, refusal: &Refusal, path: &str) {
-        let verdict = lock(&self.refused).event(Instant::now(), refusal.source);
+    /// Logs a rejected request, unless its source had several a moment ago.
+    fn log(&self, error: &Unauthenticated, path: &str) {
+        let verdict = lock(&self.refused).event(Instant::now(), error.source);
         if let Some(count) = verdict.left_out {
             info!(
                 count,
-                "further requests without valid identity were left out of the log"
+                "further requests without a valid identity were not logged"
             );
         }
         if verdict.write {
-            info!(path, %refusal, "refused a request without valid identity");
+            info!(path, %error, "rejected a request without a valid identity");
         }
     }
 
@@ -251,7 +259,7 @@ impl Access {
         Ok(Token::Known(user))
     }
 
-    /// The review of this token that is on its way, else a new one; `None` if there may be no more of them now.
+    /// The running review of this token, else a new one; `None` if no more may run now.
     fn review(
         &self,
         cluster: &Arc<dyn Cluster>,

@@ -1,7 +1,8 @@
-//! Who calls: a client certificate of the cluster's CA, else a bearer token that the API server knows.
+//! Authentication: a client certificate of the cluster's CA, else a bearer token that the API server knows.
 //!
-//! User names and groups are Kubernetes': common name and organizations of the certificate, or what `TokenReview`
-//! says. Nobody is anonymous. What is refused is logged with the peer's address and the identity it claimed.
+//! User names and groups are those of Kubernetes: common name and organizations of the certificate, or the answer of a
+//! `TokenReview`. There is no anonymous user. Rejected requests are logged with the peer's address and claimed
+//! identity.
 
 use std::sync::Arc;
 
@@ -10,21 +11,20 @@ use knoc_link::Origin;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::standing::Standing;
-use super::tls::Verifier;
-use super::user::User;
+use super::{connections::ConnectionSlot, tls::Verifier, user::User};
 
-/// What the connection knows of its other end; an extension of every request.
+/// The peer of a connection; an extension of every request.
 #[derive(Debug, Clone)]
 pub(super) struct Peer {
     pub(super) origin: Origin,
-    /// End-entity certificate first.
+    /// The presented certificates, end-entity certificate first.
     pub(super) certificates: Arc<[CertificateDer<'static>]>,
-    /// Whether the connection counts among those without an identity.
-    pub(super) standing: Arc<Standing>,
+    /// Whether the connection counts as identified or not.
+    pub(super) slot: Arc<ConnectionSlot>,
 }
 
-/// The user of the certificates that a peer has shown, `None` if it has shown none; the text says why it does not count.
+/// The user of the certificates that a peer presented, `None` if it presented none; the error says why they are not
+/// valid.
 pub(super) fn user(
     certificates: &[CertificateDer<'_>],
     verifier: &Verifier,

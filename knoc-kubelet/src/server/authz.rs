@@ -1,24 +1,24 @@
-//! What a caller may do: one `SubjectAccessReview` for each candidate subresource of `nodes`, any of which allows.
+//! Authorization: one `SubjectAccessReview` for each candidate subresource of `nodes`; one that allows is enough.
 //!
-//! [`attributes`] is pure. Exec, attach, run and port-forward need `create` whatever the method: a WebSocket exec is a
-//! GET, which upstream authorizes with `get nodes/proxy`, a right that many monitoring agents hold.
+//! [`attributes`] is pure. Exec, attach, run and port-forward need `create` whatever the method: the Kubernetes kubelet
+//! authorizes an exec by WebSocket, which is a GET, with `get nodes/proxy`, a right that many monitoring agents have.
 
 use http::Method;
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReviewSpec};
 
 use super::user::User;
 
-/// What is asked of the authorizer for one request.
+/// What the authorizer is asked about one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Attributes {
-    /// Empty for a method that Kubernetes has no verb for.
+    /// Empty for a method without a Kubernetes verb.
     pub(super) verb: &'static str,
-    /// Tried in order.
+    /// The subresources, which are tried in this order.
     pub(super) subresources: &'static [&'static str],
 }
 
-/// The attributes of a request, as in
-/// [kubelet authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/#kubelet-authorization).
+/// The attributes of a request, as in [kubelet
+/// authorization](https://kubernetes.io/docs/reference/access-authn-authz/kubelet-authn-authz/#kubelet-authorization).
 pub(super) fn attributes(method: &Method, path: &str) -> Attributes {
     let under = |root: &str| {
         path.strip_prefix(root)
@@ -98,7 +98,7 @@ pub(super) fn forbidden(user: &User, attributes: Attributes) -> String {
     )
 }
 
-/// The text of a 500 where the authorizer did not answer.
+/// The text of a 500 if the authorizer did not answer.
 pub(super) fn undecided(user: &User, attributes: Attributes) -> String {
     format!(
         "Authorization error (user={}, verb={}, resource=nodes, subresource(s)=[{}])",

@@ -1,22 +1,22 @@
-//! What the API asks of the cluster: who a token belongs to, who may do what, and which CA signs client certificates.
+//! The cluster as the API needs it: reviews of tokens and of access, and the CA of client certificates.
 //!
 //! Every call has a deadline; nothing is cached here (see [`super::access`]).
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use futures::FutureExt as _;
-use futures::future::BoxFuture;
-use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
-use k8s_openapi::api::authorization::v1::{SubjectAccessReview, SubjectAccessReviewSpec};
-use k8s_openapi::api::core::v1::ConfigMap;
+use futures::{FutureExt as _, future::BoxFuture};
+use k8s_openapi::api::{
+    authentication::v1::{TokenReview, TokenReviewSpec, UserInfo},
+    authorization::v1::{SubjectAccessReview, SubjectAccessReviewSpec},
+    core::v1::ConfigMap,
+};
 use kube::api::{Api, PostParams};
 use thiserror::Error;
 
 use super::user::User;
 use crate::identity::Clients;
 
-/// The API server answers reviews in milliseconds; past this the caller gets an error instead of a hang.
+/// The API server answers reviews in milliseconds; after this time the caller gets an error instead of a hang.
 const REVIEW_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why the cluster gave no answer.
@@ -25,44 +25,44 @@ pub enum ClusterError {
     /// The call failed.
     #[error("{call}")]
     Call {
-        /// What was asked.
+        /// The call, for example "create TokenReview".
         call: &'static str,
-        /// What the client said.
+        /// The error of the client.
         #[source]
         source: Box<kube::Error>,
     },
-    /// No answer in time.
+    /// The API server did not answer in time.
     #[error("{call}: no answer in {} s", REVIEW_DEADLINE.as_secs())]
     Deadline {
-        /// What was asked.
+        /// The call, for example "create TokenReview".
         call: &'static str,
     },
-    /// The answer lacks what it must have.
+    /// The answer lacks a required field.
     #[error("{call}: the answer has no {missing}")]
     Incomplete {
-        /// What was asked.
+        /// The call, for example "create TokenReview".
         call: &'static str,
-        /// What is not there.
+        /// The field that is missing.
         missing: &'static str,
     },
 }
 
-/// The cluster as the API needs it; tests give a fake.
+/// The cluster as the API needs it; tests use a fake.
 pub trait Cluster: Send + Sync + 'static {
-    /// May this user do this?
+    /// Is the user allowed to do this?
     fn review_access(
         &self,
         spec: SubjectAccessReviewSpec,
     ) -> BoxFuture<'_, Result<bool, ClusterError>>;
 
-    /// Whose token is it? `None` where the cluster does not know it.
+    /// The user of the token; `None` if the cluster does not know it.
     fn review_token(&self, token: String) -> BoxFuture<'_, Result<Option<User>, ClusterError>>;
 
-    /// The CA of client certificates, PEM.
+    /// The CA of client certificates, as PEM.
     fn client_ca(&self) -> BoxFuture<'_, Result<String, ClusterError>>;
 }
 
-/// The cluster behind our clients: a node may ask for reviews, and the account reads the CA of clients.
+/// The cluster behind our clients: the node's client creates reviews, and the ServiceAccount reads the client CA.
 #[derive(Clone)]
 pub struct KubeCluster {
     clients: Clients,
@@ -75,7 +75,7 @@ impl std::fmt::Debug for KubeCluster {
 }
 
 impl KubeCluster {
-    /// Asks through these clients.
+    /// A cluster behind these clients.
     #[must_use]
     pub fn new(clients: Clients) -> Self {
         Self { clients }

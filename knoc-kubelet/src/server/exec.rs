@@ -1,54 +1,60 @@
-//! `/exec/{namespace}/{pod}[/{uid}]/{container}`, a command in a container, for `kubectl exec` and `kubectl cp`; and
-//! `/attach/…`, the container's own program, for `kubectl attach` and `kubectl run -it`.
+//! `/exec/{namespace}/{pod}[/{uid}]/{container}` runs a command in a container, for `kubectl exec` and `kubectl cp`.
+//! `/attach/…` attaches to the running program of a container, for `kubectl attach` and `kubectl run -it`.
 //!
-//! The request is checked and the upgrade answered here; a task of the server then relays between the client's
-//! streams ([`super::remote`]) and the agent. What fails before the upgrade is a status with upstream's words, what
-//! fails later goes onto the error stream.
+//! The request is checked and the upgrade is answered here; a task of the server then relays between the client's
+//! streams ([`super::remote`]) and the agent. Errors before the upgrade are an HTTP status with the text of the
+//! Kubernetes kubelet; later errors go onto the error stream.
 
 use std::sync::Arc;
 
-use axum::extract::{Path, RawQuery, Request, State};
-use axum::response::{IntoResponse as _, Response};
+use axum::{
+    extract::{Path, RawQuery, Request, State},
+    response::{IntoResponse as _, Response},
+};
 use knoc_proto::pb;
-use knoc_remotecommand::protocol::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted};
-use knoc_remotecommand::query::Query;
-use knoc_remotecommand::{spdy, websocket};
+use knoc_remotecommand::{
+    protocol::{SPDY_VERSIONS, WEBSOCKET_UNNAMED, WEBSOCKET_VERSIONS, Wanted},
+    query::Query,
+    spdy, websocket,
+};
 
-use super::Context;
-use super::remote::{self, RemoteError, Start, Streams};
-use super::stop::Stop;
-use super::target::{ContainerTarget, Refusal};
-use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
+use super::{
+    Context,
+    remote::{self, RemoteError, Start, Streams},
+    stop::Stop,
+    target::{ContainerTarget, HttpError},
+    upgrade::{self, Carrier, ErrorResponse, Io, Purpose, run_session},
+};
 
-/// `/exec/{namespace}/{pod}[/{uid}]/{container}`
+/// Handles `/exec/{namespace}/{pod}[/{uid}]/{container}`.
 pub(super) async fn exec(
     State(context): State<Arc<Context>>,
-    Path(place): Path<ContainerTarget>,
+    Path(of): Path<ContainerTarget>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    answer(&context, &place, exec_start, query.as_deref(), request)
+    answer(&context, &of, exec_start, query.as_deref(), request)
 }
 
-/// `/attach/{namespace}/{pod}[/{uid}]/{container}`
+/// Handles `/attach/{namespace}/{pod}[/{uid}]/{container}`.
 pub(super) async fn attach(
     State(context): State<Arc<Context>>,
-    Path(place): Path<ContainerTarget>,
+    Path(of): Path<ContainerTarget>,
     RawQuery(query): RawQuery,
     request: Request,
 ) -> Response {
-    answer(&context, &place, attach_start, query.as_deref(), request)
+    answer(&context, &of, attach_start, query.as_deref(), request)
 }
 
-/// Makes the start of what is asked for, or says why there is none.
-type Prepare = fn(&Context, &ContainerTarget, &Query, Wanted) -> Result<Start, Refusal>;
+/// Makes the first message to the agent, or returns why the request is rejected.
+type Prepare = fn(&Context, &ContainerTarget, &Query, Wanted) -> Result<Start, HttpError>;
 
 fn exec_start(
     context: &Context,
     ContainerTarget { target, container }: &ContainerTarget,
     query: &Query,
     wanted: Wanted,
-) -> Result<Start, Refusal> {
+) -> Result<Start, HttpError> {
     Ok(Start::Exec(pb::ExecStart {
         uid: target.exec(context, container)?.into(),
         container: container.clone(),
@@ -61,13 +67,13 @@ fn exec_start(
     }))
 }
 
-/// Whether there is a terminal is the container's affair, as upstream has it.
+/// As in Kubernetes, the container decides whether there is a terminal.
 fn attach_start(
     context: &Context,
     ContainerTarget { target, container }: &ContainerTarget,
     _query: &Query,
     wanted: Wanted,
-) -> Result<Start, Refusal> {
+) -> Result<Start, HttpError> {
     let (uid, spec) = target.attach(context, container)?;
     let tty = spec.tty.unwrap_or_default();
     Ok(Start::Attach(pb::AttachStart {
@@ -83,24 +89,24 @@ fn attach_start(
 
 fn answer(
     context: &Arc<Context>,
-    place: &ContainerTarget,
+    of: &ContainerTarget,
     prepare: Prepare,
     query: Option<&str>,
     request: Request,
 ) -> Response {
     let prepared = options(query).and_then(|(query, wanted)| {
-        let start = prepare(context, place, &query, wanted)?;
+        let start = prepare(context, of, &query, wanted)?;
         Ok((start, wanted, upgrade::carrier(&request)?))
     });
     let (start, wanted, carrier) = match prepared {
         Ok(prepared) => prepared,
-        Err(refusal) => return refusal.into_response(),
+        Err(error) => return error.into_response(),
     };
     let call = match context.calls.take() {
         Ok(call) => Some(call),
         Err(busy) => return busy.into_response(),
     };
-    let ContainerTarget { target, container } = place;
+    let ContainerTarget { target, container } = of;
     let purpose = Purpose {
         call,
         verb: start.verb(),
@@ -110,14 +116,14 @@ fn answer(
         Carrier::Spdy => over_spdy(context, request, start, wanted, purpose),
         Carrier::WebSocket => over_websocket(context, request, start, wanted, purpose),
     };
-    answered.unwrap_or_else(|refused| *refused)
+    answered.unwrap_or_else(|error| *error)
 }
 
-fn options(query: Option<&str>) -> Result<(Query, Wanted), Refusal> {
+fn options(query: Option<&str>) -> Result<(Query, Wanted), HttpError> {
     let query = Query::parse(query.unwrap_or_default())
-        .map_err(|error| Refusal::bad_request(format!("{error}\n")))?;
+        .map_err(|error| HttpError::bad_request(format!("{error}\n")))?;
     let wanted = Wanted::parse(&query).ok_or_else(|| {
-        Refusal::bad_request("you must specify at least 1 of stdin, stdout, stderr")
+        HttpError::bad_request("you must specify at least 1 of stdin, stdout, stderr")
     })?;
     Ok((query, wanted))
 }
@@ -128,7 +134,7 @@ fn over_spdy(
     start: Start,
     wanted: Wanted,
     purpose: Purpose,
-) -> Result<Response, Refused> {
+) -> Result<Response, ErrorResponse> {
     let (answer, version) = upgrade::spdy(request.headers(), &SPDY_VERSIONS)?;
     let (backend, cut) = (Arc::clone(&context.backend), context.cut.clone());
     let name = purpose.target.clone();
@@ -140,7 +146,7 @@ fn over_spdy(
             remote::serve(&*backend, start, streams, version, &stop).await;
             Ok::<(), RemoteError>(())
         };
-        together(session.run(), relay, &stop, &name).await;
+        run_session(session.run(), relay, &stop, &name).await;
     };
     Ok(upgrade::switch(context, request, answer, purpose, serve))
 }
@@ -151,7 +157,7 @@ fn over_websocket(
     start: Start,
     wanted: Wanted,
     purpose: Purpose,
-) -> Result<Response, Refused> {
+) -> Result<Response, ErrorResponse> {
     let (answer, (version, encoding)) =
         upgrade::websocket(request.headers(), &WEBSOCKET_VERSIONS, WEBSOCKET_UNNAMED)?;
     let (backend, cut) = (Arc::clone(&context.backend), context.cut.clone());
@@ -164,7 +170,7 @@ fn over_websocket(
             remote::serve(&*backend, start, streams, version, &stop).await;
             Ok::<(), RemoteError>(())
         };
-        together(session.run(), relay, &stop, &name).await;
+        run_session(session.run(), relay, &stop, &name).await;
     };
     Ok(upgrade::switch(context, request, answer, purpose, serve))
 }

@@ -1,5 +1,5 @@
-//! How many sessions, and calls to the agent, go on at once. What exceeds them is refused by name: it would hang
-//! otherwise, or hold up others.
+//! Limits the sessions and the calls to the agent at a time. Further requests are rejected with the reason, since
+//! otherwise they would hang or delay others.
 
 use std::sync::Arc;
 
@@ -8,13 +8,13 @@ use http::StatusCode;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Upgraded connections, which no longer count as connections: each holds two buffers and what it has received.
+/// Upgraded connections, which no longer count as connections. Each holds two buffers and what it has received.
 pub(super) const MAX_SESSIONS: usize = 1024;
-/// Readers of logs, execs, attachments and connections to ports. They share one link to the agent, and its window is that
-/// of 512 streams ([`knoc_link::CONNECTION_WINDOW`]): so many may stand still and every other one still moves.
+/// Followed logs, execs, attachments and connections to ports. They share one link to the agent, whose window is that
+/// of 512 streams ([`knoc_link::CONNECTION_WINDOW`]): so many may stand still while every other stream still moves.
 pub(super) const MAX_CALLS: usize = 480;
 
-/// A bound on what goes on at once.
+/// A limit on how many of something run at a time.
 #[derive(Debug, Clone)]
 pub(super) struct Limit {
     what: &'static str,
@@ -22,10 +22,10 @@ pub(super) struct Limit {
     free: Arc<Semaphore>,
 }
 
-/// Room for one, until it is dropped.
+/// Permission for one, until it is dropped.
 pub(super) type Permit = OwnedSemaphorePermit;
 
-/// There is no place.
+/// The limit was reached.
 #[derive(Debug, Error)]
 #[error("too many {what} at once on this node ({most}), try again when some have ended")]
 pub(super) struct Busy {
@@ -47,12 +47,12 @@ impl Limit {
         Self { what, most, free }
     }
 
-    /// Takes a place, or says that there is none.
+    /// Takes a permit, or returns that the limit was reached.
     pub(super) fn take(&self) -> Result<Permit, Busy> {
         let Self { what, most, .. } = *self;
-        let place = Arc::clone(&self.free).try_acquire_owned();
-        place.map_err(|_| {
-            tracing::warn!(what, most, "refused a request, too many go on");
+        let slot = Arc::clone(&self.free).try_acquire_owned();
+        slot.map_err(|_| {
+            tracing::warn!(what, most, "rejected a request, too many are running");
             Busy { what, most }
         })
     }

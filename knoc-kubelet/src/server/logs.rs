@@ -1,30 +1,33 @@
 //! `GET /containerLogs/{namespace}/{pod}/{container}`: a container's log, as `kubectl logs` reads it.
 //!
-//! The agent filters at the source; bytes are relayed chunk by chunk, and a client that reads slowly holds up its own
-//! stream and nothing else. What goes wrong before the first byte is a status and a text (upstream's); what goes wrong
-//! later breaks the connection off, so that a cut log is never taken for a whole one.
+//! The agent filters at the source. Bytes are relayed chunk by chunk, and a client that reads slowly delays only its
+//! own stream. Errors before the first byte are a status with the text of the Kubernetes kubelet; a later error breaks
+//! the connection, so that an incomplete log is never taken for a complete one.
 
 use std::sync::Arc;
 
-use axum::body::Body;
-use axum::extract::{Path, RawQuery, State};
-use axum::response::{IntoResponse as _, Response};
+use axum::{
+    body::Body,
+    extract::{Path, RawQuery, State},
+    response::{IntoResponse as _, Response},
+};
 use futures::{FutureExt as _, TryStreamExt as _};
 use http::{StatusCode, header};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use knoc_proto::pb;
-use knoc_proto::pb::container_status::State as ContainerState;
+use knoc_proto::pb::{self, container_status::State as ContainerState};
 use knoc_remotecommand::query::Query;
 use tracing::{info, warn};
 
-use super::options::{BadOptions, LogOptions};
-use super::remote::shown;
-use super::target::{self, Refusal, container_status};
-use super::{Context, PodView};
+use super::{
+    Context, PodView,
+    options::{BadOptions, LogOptions},
+    remote::client_message,
+    target::{self, HttpError, container_status},
+};
 use crate::pods::NO_EPHEMERAL;
 
-/// Answers the request; see the module.
+/// Answers a request for a log.
 pub(super) async fn container_logs(
     State(context): State<Arc<Context>>,
     Path((namespace, name, container)): Path<(String, String, String)>,
@@ -34,7 +37,7 @@ pub(super) async fn container_logs(
         .and_then(|options| prepare(&context, &options, &namespace, &name, &container));
     let request = match prepared {
         Ok(request) => request,
-        Err(refusal) => return refusal.into_response(),
+        Err(error) => return error.into_response(),
     };
     let call = match context.calls.take() {
         Ok(call) => call,
@@ -44,33 +47,33 @@ pub(super) async fn container_logs(
     match context.backend.read_logs(request).await {
         Ok(stream) => {
             let stream = stream.or_else(move |status| {
-                // Its place goes with the stream.
+                // The permit is released together with the stream.
                 let _call = &call;
-                warn!(container = what, code = ?status.code(), error = status.message(), "a log stream broke off");
-                // Lets the connection flush what came before, which it would not do on an error.
+                warn!(container = what, code = ?status.code(), error = status.message(), "a log stream failed");
+                // Lets the connection flush the earlier bytes, which it would not do on an error.
                 tokio::task::yield_now().map(|()| Err(status))
             });
             let plain = [(header::CONTENT_TYPE, "text/plain")];
             (plain, Body::from_stream(stream)).into_response()
         }
         Err(status) => {
-            info!(container = what, code = ?status.code(), error = status.message(), "no log");
-            (StatusCode::BAD_REQUEST, shown(&status)).into_response()
+            info!(container = what, code = ?status.code(), error = status.message(), "could not read a log");
+            (StatusCode::BAD_REQUEST, client_message(&status)).into_response()
         }
     }
 }
 
-fn options(query: Option<&str>) -> Result<LogOptions, Refusal> {
+fn options(query: Option<&str>) -> Result<LogOptions, HttpError> {
     let undecodable = || {
         let text = r#"{"message": "Unable to decode query."}"#;
-        Refusal(StatusCode::BAD_REQUEST, text.to_owned())
+        HttpError(StatusCode::BAD_REQUEST, text.to_owned())
     };
     let query = Query::parse(query.unwrap_or_default()).map_err(|_| undecodable())?;
     LogOptions::parse(&query).map_err(|bad| match bad {
         BadOptions::Undecodable => undecodable(),
         BadOptions::Invalid => {
             let text = r#"{"message": "Invalid request."}"#;
-            Refusal(StatusCode::UNPROCESSABLE_ENTITY, text.to_owned())
+            HttpError(StatusCode::UNPROCESSABLE_ENTITY, text.to_owned())
         }
     })
 }
@@ -81,8 +84,8 @@ fn prepare(
     namespace: &str,
     name: &str,
     container: &str,
-) -> Result<pb::ReadLogsRequest, Refusal> {
-    let not_found = |text: String| Refusal(StatusCode::NOT_FOUND, text);
+) -> Result<pb::ReadLogsRequest, HttpError> {
+    let not_found = |text: String| HttpError(StatusCode::NOT_FOUND, text);
     let view = context
         .backend
         .pod(namespace, name)
@@ -94,15 +97,15 @@ fn prepare(
     if target::is_ephemeral(&view.pod, container) {
         let text =
             format!("container {container:?} in pod {name:?} never started: {NO_EPHEMERAL}\n");
-        return Err(Refusal(StatusCode::BAD_REQUEST, text));
+        return Err(HttpError(StatusCode::BAD_REQUEST, text));
     }
     readable(&view, name, container, options.previous)
-        .map_err(|text| Refusal(StatusCode::BAD_REQUEST, text))?;
+        .map_err(|text| HttpError(StatusCode::BAD_REQUEST, text))?;
     let uid = target::uid(&view)?;
     Ok(options.request(&uid, container, Timestamp::now()))
 }
 
-/// Is it a container of the pod, of whatever kind?
+/// Is it a container of the pod, of any kind?
 pub(super) fn has_container(pod: &Pod, container: &str) -> bool {
     let Some(spec) = &pod.spec else { return false };
     let regular = spec.containers.iter().map(|it| &it.name);
@@ -114,7 +117,7 @@ pub(super) fn has_container(pod: &Pod, container: &str) -> bool {
         .any(|name| name == container)
 }
 
-/// Has the container, by what is observed of it, a log? The text says why not, in upstream's words.
+/// Does the container have a log, as far as observed? The error is the text of the Kubernetes kubelet.
 fn readable(view: &PodView, pod: &str, container: &str, previous: bool) -> Result<(), String> {
     let whole = format!("container {container:?} in pod {pod:?}");
     let Some(status) = view
@@ -149,7 +152,7 @@ fn readable(view: &PodView, pod: &str, container: &str, previous: bool) -> Resul
     }
 }
 
-/// The words for a container of which the agent has said nothing.
+/// The text for a container that the agent has not reported.
 fn unobserved(view: &PodView, whole: &str, previous: bool) -> String {
     let phase = view.pod.status.as_ref().and_then(|it| it.phase.as_deref());
     match phase {
@@ -161,7 +164,7 @@ fn unobserved(view: &PodView, whole: &str, previous: bool) -> String {
     }
 }
 
-/// Kubernetes' reason of a container that was not started yet.
+/// Kubernetes' reason for a container that was not started yet.
 fn creating(pod: &Pod) -> &'static str {
     let init = pod
         .spec

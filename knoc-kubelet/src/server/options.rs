@@ -1,20 +1,20 @@
-//! PURE: the options of `containerLogs`, read and checked as upstream reads `v1.PodLogOptions`.
+//! PURE: the options of `containerLogs`, parsed and checked as the Kubernetes kubelet does for `v1.PodLogOptions`.
 
 use jiff::Timestamp;
 use knoc_proto::{ids::PodUid, pb};
 
 use knoc_remotecommand::query::Query;
 
-/// Why the options of a log request are refused; the texts are upstream's.
+/// Why the options of a log request are rejected; the texts are those of the Kubernetes kubelet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BadOptions {
-    /// A value could not be read: 400.
+    /// A value could not be parsed: 400.
     Undecodable,
     /// The values contradict each other or are out of range: 422.
     Invalid,
 }
 
-/// What of a container's log is asked for.
+/// Which part of a container's log is requested.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct LogOptions {
     pub(super) follow: bool,
@@ -26,7 +26,7 @@ pub(super) struct LogOptions {
     pub(super) stream: pb::LogStream,
 }
 
-/// From when on lines are wanted.
+/// The time of the first requested line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Since {
     Seconds(i64),
@@ -107,7 +107,7 @@ fn integer(text: &str) -> Result<i64, BadOptions> {
     text.parse().map_err(|_| BadOptions::Undecodable)
 }
 
-/// As apimachinery converts a query parameter: only absence, `false` and `0` are false.
+/// Converts a query parameter as apimachinery does: only absence, `false` and `0` are false.
 fn boolean(value: Option<&str>) -> bool {
     value.is_some_and(|text| !text.eq_ignore_ascii_case("false") && text != "0")
 }

@@ -1,23 +1,22 @@
-//! Whether a session's client is still there while nobody reads its socket.
+//! Detects that a session's client has gone while nothing reads its socket.
 //!
-//! Input that nobody takes stops the reading of its connection ([`knoc_remotecommand::streams`]), and so the connection's end, which
-//! stands behind it, is not read either: the command would go on, for nobody. The socket is looked at instead.
+//! If a command does not take its input, the connection is not read any more ([`knoc_remotecommand::streams`]), and
+//! neither is the end of the connection, which comes after the input: the command would go on without a client. So the
+//! socket itself is checked.
 //!
-//! A client whose last bytes still fit our receive window is missed within two looks. The end of one that had more to say
-//! stands behind bytes that cannot come; an API server that waits to be rid of them does not even notice its own client.
+//! A client whose last bytes still fit into our receive window is detected by two checks. If it had more to send, its
+//! FIN comes after bytes that cannot arrive; an API server that still has them to send does not notice the end of its
+//! own client either.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::net::TcpStream;
-use tokio::time::MissedTickBehavior;
+use tokio::{net::TcpStream, time::MissedTickBehavior};
 
-/// How often a socket is looked at. A session that still reads notices an end itself, long before the second look.
+/// How often a socket is checked. A session that still reads notices an end itself, long before the second check.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A second name for a connection's socket. It keeps the socket open: to be let go together with the connection.
+/// A duplicate of a connection's socket. It keeps the socket open, so it must be dropped together with the connection.
 #[derive(Debug, Clone)]
 pub(super) struct PeerWatch(Arc<OwnedFd>);
 
@@ -26,8 +25,8 @@ impl PeerWatch {
         Ok(Self(Arc::new(rustix::io::fcntl_dupfd_cloexec(stream, 0)?)))
     }
 
-    /// Returns when the client is gone and what it left does not move: two looks in a row found its end, and as much
-    /// unread. Cancel safe.
+    /// Returns when the client is gone and its last bytes are not read: two checks in a row found its end and the same
+    /// number of unread bytes. Cancel safe.
     pub(super) async fn abandoned(&self) {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -42,7 +41,7 @@ impl PeerWatch {
         }
     }
 
-    /// The bytes that nobody has read of a client that is gone; `None` while it is there.
+    /// The number of unread bytes of a client that is gone; `None` while it is connected.
     fn left(&self) -> Option<u64> {
         let ends = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
         let mut looked_at = [PollFd::new(&*self.0, PollFlags::RDHUP)];
@@ -72,7 +71,7 @@ mod tests {
         let watch = PeerWatch::of(&stream).unwrap();
         client.write_all(b"input").await.unwrap();
         stream.readable().await.unwrap();
-        assert_eq!(watch.left(), None, "the client is there");
+        assert_eq!(watch.left(), None, "the client is connected");
         drop(client);
         let patience = Duration::from_secs(20);
         let seen = tokio::time::timeout(patience, watch.abandoned()).await;
@@ -81,7 +80,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whoever_takes_what_is_left_is_not_cut_short() {
+    async fn a_session_that_still_reads_is_not_cut() {
         let (mut client, mut stream) = connection().await;
         let watch = PeerWatch::of(&stream).unwrap();
         client.write_all(b"input").await.unwrap();
@@ -93,7 +92,7 @@ mod tests {
         let mut time = LOOK / 2;
         for _ in 0..4 {
             let over = tokio::time::timeout(time, abandoned.as_mut()).await;
-            assert!(over.is_err(), "something was taken since the last look");
+            assert!(over.is_err(), "something was read since the last check");
             stream.read_u8().await.unwrap();
             time = LOOK;
         }

@@ -1,8 +1,8 @@
 //! `/portForward/{namespace}/{pod}[/{uid}]`: connections to ports of a pod, for `kubectl port-forward`.
 //!
-//! Three forms: SPDY, where the client opens a pair of streams for each connection ([`pairs`]); the same within binary
-//! messages of a WebSocket (`SPDY/3.1+portforward.k8s.io`); and WebSocket channels, a pair for each of the ports named in
-//! the query and one connection on each. What runs on a pair is [`relay`].
+//! There are three forms: SPDY, in which the client opens a pair of streams for each connection ([`pairs`]); the same
+//! inside binary messages of a WebSocket (`SPDY/3.1+portforward.k8s.io`); and WebSocket channels, with a pair of
+//! channels and one connection for each port in the query. [`relay`] serves the connection of a pair.
 
 mod pairs;
 mod relay;
@@ -11,23 +11,27 @@ pub(super) mod tests;
 
 use std::sync::Arc;
 
-use axum::extract::{Path, RawQuery, Request, State};
-use axum::response::{IntoResponse as _, Response};
+use axum::{
+    extract::{Path, RawQuery, Request, State},
+    response::{IntoResponse as _, Response},
+};
 use bytes::Bytes;
 use futures::future::join_all;
+use knoc_remotecommand::{
+    ports::ports,
+    query::Query,
+    spdy,
+    stream_writer::StreamWriter,
+    websocket::{self, Channels, Encoding, tunnel::Tunnel},
+};
 
-use knoc_remotecommand::ports::ports;
-use knoc_remotecommand::query::Query;
-use knoc_remotecommand::stream_writer::StreamWriter;
-use knoc_remotecommand::websocket::tunnel::Tunnel;
-use knoc_remotecommand::websocket::{Channels, Encoding};
-use knoc_remotecommand::{spdy, websocket};
-
-use super::Context;
-use super::stop::Stop;
-use super::target::{Refusal, Target};
-use super::upgrade::{self, Carrier, Io, Purpose, Refused, together};
-use relay::{Connection, Goal};
+use super::{
+    Context,
+    stop::Stop,
+    target::{HttpError, Target},
+    upgrade::{self, Carrier, ErrorResponse, Io, Purpose, run_session},
+};
+use relay::{Connection, ForwardTarget};
 
 /// The protocol over SPDY.
 const SPDY_PROTOCOLS: [(&str, ()); 1] = [("portforward.k8s.io", ())];
@@ -37,17 +41,17 @@ const WEBSOCKET_PROTOCOLS: [(&str, Form); 3] = [
     ("v4.channel.k8s.io", Form::Channels(Encoding::Binary)),
     ("v4.base64.channel.k8s.io", Form::Channels(Encoding::Base64)),
 ];
-/// What a WebSocket client speaks that names nothing.
+/// The protocol of a WebSocket client that names none.
 const WEBSOCKET_UNNAMED: Form = Form::Channels(Encoding::Binary);
 
-/// What a WebSocket carries.
+/// What the messages of a WebSocket carry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     Tunnel,
     Channels(Encoding),
 }
 
-/// `/portForward/{namespace}/{pod}[/{uid}]`
+/// Handles `/portForward/{namespace}/{pod}[/{uid}]`.
 pub(super) async fn port_forward(
     State(context): State<Arc<Context>>,
     Path(target): Path<Target>,
@@ -64,47 +68,47 @@ fn answer(
     request: Request,
 ) -> Response {
     let prepared = Query::parse(query.unwrap_or_default())
-        .map_err(|error| Refusal::bad_request(format!("{error}\n")))
+        .map_err(|error| HttpError::bad_request(format!("{error}\n")))
         .and_then(|query| {
             let uid = target.port_forward(context)?;
             Ok((query, uid, upgrade::carrier(&request)?))
         });
     let (query, uid, carrier) = match prepared {
         Ok(prepared) => prepared,
-        Err(refusal) => return refusal.into_response(),
+        Err(error) => return error.into_response(),
     };
-    let goal = Goal {
+    let forward = ForwardTarget {
         backend: Arc::clone(&context.backend),
         pod: target.pod.clone(),
         uid,
         calls: context.calls.clone(),
     };
     let purpose = Purpose {
-        // Each of its connections is a call.
+        // Each of its connections counts as a call.
         call: None,
         verb: "portforward",
         target: format!("{}/{}", target.namespace, target.pod),
     };
     let answered = match carrier {
-        Carrier::Spdy => over_spdy(context, request, goal, purpose),
-        Carrier::WebSocket => over_websocket(context, request, goal, &query, purpose),
+        Carrier::Spdy => over_spdy(context, request, forward, purpose),
+        Carrier::WebSocket => over_websocket(context, request, forward, &query, purpose),
     };
-    answered.unwrap_or_else(|refused| *refused)
+    answered.unwrap_or_else(|error| *error)
 }
 
 fn over_spdy(
     context: &Arc<Context>,
     request: Request,
-    goal: Goal,
+    forward: ForwardTarget,
     purpose: Purpose,
-) -> Result<Response, Refused> {
+) -> Result<Response, ErrorResponse> {
     let (answer, ()) = upgrade::spdy(request.headers(), &SPDY_PROTOCOLS)?;
     let (name, cut) = (purpose.target.clone(), context.cut.clone());
     let serve = async move |io: Io| {
         let (session, incoming) = spdy::session(io);
         let stop = Stop::new(cut, session.activity());
-        let relay = pairs::serve(incoming, &goal, &stop);
-        together(session.run(), relay, &stop, &name).await;
+        let relay = pairs::serve(incoming, &forward, &stop);
+        run_session(session.run(), relay, &stop, &name).await;
     };
     Ok(upgrade::switch(context, request, answer, purpose, serve))
 }
@@ -112,10 +116,10 @@ fn over_spdy(
 fn over_websocket(
     context: &Arc<Context>,
     request: Request,
-    goal: Goal,
+    forward: ForwardTarget,
     query: &Query,
     purpose: Purpose,
-) -> Result<Response, Refused> {
+) -> Result<Response, ErrorResponse> {
     let headers = request.headers();
     let (answer, form) = upgrade::websocket(headers, &WEBSOCKET_PROTOCOLS, WEBSOCKET_UNNAMED)?;
     let (name, cut) = (purpose.target.clone(), context.cut.clone());
@@ -124,33 +128,33 @@ fn over_websocket(
             let serve = async move |io: Io| {
                 let (session, incoming) = spdy::session(Tunnel::new(io));
                 let stop = Stop::new(cut, session.activity());
-                let relay = pairs::serve(incoming, &goal, &stop);
-                together(session.run(), relay, &stop, &name).await;
+                let relay = pairs::serve(incoming, &forward, &stop);
+                run_session(session.run(), relay, &stop, &name).await;
             };
             Ok(upgrade::switch(context, request, answer, purpose, serve))
         }
         Form::Channels(encoding) => {
             let ports = ports(query).map_err(|bad| {
-                Box::new(Refusal::bad_request(format!("{bad}\n")).into_response())
+                Box::new(HttpError::bad_request(format!("{bad}\n")).into_response())
             })?;
             let serve = async move |io: Io| {
-                // Data, which the client may write, then errors, which it may not; for each port.
+                // For each port a data channel, which the client may write, and an error channel, which it may not.
                 let writable: Vec<bool> = ports.iter().flat_map(|_| [true, false]).collect();
                 let (session, channels) = websocket::session(io, encoding, &writable);
                 let stop = Stop::new(cut, session.activity());
-                let relay = on_channels(channels, &ports, &goal, &stop);
-                together(session.run(), relay, &stop, &name).await;
+                let relay = on_channels(channels, &ports, &forward, &stop);
+                run_session(session.run(), relay, &stop, &name).await;
             };
             Ok(upgrade::switch(context, request, answer, purpose, serve))
         }
     }
 }
 
-/// One connection a port: on channel 2i its bytes, on 2i + 1 what goes wrong. Both begin with the port.
+/// Serves one connection for each port: channel 2i carries its bytes, 2i + 1 its error. Both begin with the port.
 async fn on_channels(
     mut channels: Channels,
     ports: &[u16],
-    goal: &Goal,
+    forward: &ForwardTarget,
     stop: &Stop,
 ) -> Result<(), std::convert::Infallible> {
     let mut relays = Vec::new();
@@ -170,7 +174,7 @@ async fn on_channels(
             // A client that has gone ends the session.
             drop(writer.send(greeting.clone()).await);
         }
-        relays.push(connection.serve(goal, stop));
+        relays.push(connection.serve(forward, stop));
     }
     drop(channels);
     join_all(relays).await;

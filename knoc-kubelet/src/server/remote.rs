@@ -1,33 +1,35 @@
-//! Between a client's streams and the agent's `Exec` or `Attach`: bytes both ways, untouched, with back-pressure end to
-//! end. What carries the client's streams makes no difference here.
+//! Relays between a client's streams and the agent's `Exec` or `Attach`: unchanged bytes in both directions, with
+//! back-pressure end to end, whatever carries the client's streams.
 //!
-//! Output is complete before the status is sent, since clients stop on it. A client that goes ends the call to the
-//! agent, and so the process of an exec. Nothing here buffers more than a few pieces.
+//! All output is sent before the status, since clients stop at the status. If the client goes, the call to the agent
+//! ends, and with it the process of an exec. Only a few pieces are buffered.
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, future};
-use knoc_proto::pb;
-use knoc_proto::pb::{exec_input::Input, exec_output::Output};
-use knoc_proto::text;
-use knoc_remotecommand::protocol::{Ending, Resizes, Role, Version, Wanted};
-use knoc_remotecommand::spdy::Incoming;
-use knoc_remotecommand::stream_writer::StreamWriter;
-use knoc_remotecommand::streams::{Closed, End, StreamReader};
-use knoc_remotecommand::websocket::Channels;
+use knoc_proto::{
+    pb::{self, exec_input::Input, exec_output::Output},
+    text,
+};
+use knoc_remotecommand::{
+    protocol::{Ending, Resizes, Role, Version, Wanted},
+    spdy::Incoming,
+    stream_writer::StreamWriter,
+    streams::{Closed, End, StreamReader},
+    websocket::Channels,
+};
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tracing::debug;
 
-use super::stop::Stop;
-use super::{Backend, ExecStream};
+use super::{Backend, ExecStream, stop::Stop};
 
-/// How much of what the agent says is passed on.
+/// The longest message of the agent that is passed on, in bytes.
 const MESSAGE: usize = 4 << 10;
-/// How long a client may take to open its streams, as upstream.
+/// How long a client may take to open its streams, as in Kubernetes.
 pub(super) const STREAMS_DEADLINE: Duration = Duration::from_secs(30);
-/// Messages to the agent that wait; the next ones stop the reading from the client.
+/// Messages that may wait for the agent; when the queue is full the client is not read.
 const INPUT_QUEUE: usize = 4;
 
 /// Why nothing was started.
@@ -39,17 +41,17 @@ pub(super) enum RemoteError {
     Left,
 }
 
-/// What is asked of the agent.
+/// What the agent is asked to run.
 #[derive(Debug)]
 pub(super) enum Start {
-    /// A process of its own.
+    /// A new process in the container.
     Exec(pb::ExecStart),
-    /// The container's own program.
+    /// The running program of the container.
     Attach(pb::AttachStart),
 }
 
 impl Start {
-    /// As RBAC names it.
+    /// The verb for logs and metrics.
     pub(super) fn verb(&self) -> &'static str {
         match self {
             Self::Exec(_) => "exec",
@@ -64,7 +66,7 @@ impl Start {
         }
     }
 
-    /// What we are about, as upstream says it in errors.
+    /// The beginning of error messages, as in Kubernetes.
     fn about(&self) -> &'static str {
         match self {
             Self::Exec(_) => "executing command in",
@@ -72,7 +74,7 @@ impl Start {
         }
     }
 
-    /// The end that is told. An attach has none of its own: the pod's status tells how the container ended.
+    /// The status for the client. An attach always succeeds: the pod's status has the exit code of the container.
     fn ending(&self, exit: pb::ExecExit) -> Ending {
         match self {
             _ if !exit.error.is_empty() => Ending::Failed(self.about(), exit.error),
@@ -100,7 +102,7 @@ impl Start {
     }
 }
 
-/// The streams of a client, as far as it opened them.
+/// The streams that a client has opened.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
     error: Option<StreamWriter>,
@@ -111,7 +113,7 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// Keeps the half that carries something; what a client sends on the other is thrown away.
+    /// Stores the half of a stream that is used; bytes that a client sends on the other half are discarded.
     fn take(&mut self, role: Role, reader: Option<StreamReader>, writer: StreamWriter) {
         match role {
             Role::Error => self.error = Some(writer),
@@ -122,7 +124,7 @@ impl Streams {
         }
     }
 
-    /// Takes the streams that a SPDY client opens, until it has opened all that it wants.
+    /// Accepts the streams that a SPDY client opens, until it has opened all that it wants.
     pub(super) async fn of_spdy(
         mut incoming: Incoming,
         wanted: Wanted,
@@ -139,7 +141,7 @@ impl Streams {
                 let Some(role) = role else {
                     debug!(
                         stream = stream.id(),
-                        "refused a stream whose type is unknown or there already"
+                        "rejected a stream whose type is unknown or already open"
                     );
                     stream.refuse().await;
                     continue;
@@ -180,7 +182,7 @@ impl Streams {
     }
 }
 
-/// Runs what is asked for on the client's streams and tells the client how it ended, or why we end it.
+/// Runs the command on the client's streams, and tells the client how it ended or why it was stopped.
 pub(super) async fn serve(
     backend: &dyn Backend,
     start: Start,
@@ -197,7 +199,7 @@ pub(super) async fn serve(
         .into_iter()
         .flatten()
     {
-        // A client that has gone needs no end.
+        // If the client has gone nothing needs to be ended.
         drop(writer.finish(Bytes::new()).await);
     }
     if let Some(error) = streams.error.take() {
@@ -205,18 +207,18 @@ pub(super) async fn serve(
     }
 }
 
-/// Relays until the process has ended and all of its output is handed over.
+/// Relays until the process has ended and all of its output has been sent.
 async fn run(backend: &dyn Backend, start: &Start, streams: &mut Streams) -> Ending {
     let lost = |reason: &str| Ending::Failed(start.about(), reason.to_owned());
     let (queue, input) = mpsc::channel(INPUT_QUEUE);
     if queue.send(start.message()).await.is_err() {
         return lost("the relay ended");
     }
-    // A container that has no input: what the client sends is let go.
+    // The input of a client is discarded if the container has none.
     let stdin = streams.stdin.take().filter(|_| start.stdin());
     let stdin = feed(stdin, queue.clone());
     let resize = resizes(streams.resize.take(), queue);
-    // Input never ends the relay: its future stays pending, and with it the agent's half of the call open.
+    // The end of input does not end the relay: its future stays pending and keeps the agent's half of the call open.
     let feeds = async {
         future::join(stdin, resize).await;
         future::pending::<()>().await;
@@ -224,15 +226,15 @@ async fn run(backend: &dyn Backend, start: &Start, streams: &mut Streams) -> End
     let output = async {
         let mut output = match start.call(backend, input).await {
             Ok(output) => output,
-            Err(status) => return lost(&shown(&status)),
+            Err(status) => return lost(&client_message(&status)),
         };
         while let Some(next) = output.next().await {
             let handed = match next.map(|message| message.output) {
-                Ok(Some(Output::Stdout(data))) => hand_over(streams.stdout.as_ref(), data).await,
-                Ok(Some(Output::Stderr(data))) => hand_over(streams.stderr.as_ref(), data).await,
+                Ok(Some(Output::Stdout(data))) => send_output(streams.stdout.as_ref(), data).await,
+                Ok(Some(Output::Stderr(data))) => send_output(streams.stderr.as_ref(), data).await,
                 Ok(Some(Output::Exit(exit))) => return start.ending(exit),
                 Ok(Some(Output::Started(_)) | None) => Ok(()),
-                Err(status) => return lost(&shown(&status)),
+                Err(status) => return lost(&client_message(&status)),
             };
             if handed.is_err() {
                 return lost("the client has gone");
@@ -247,8 +249,8 @@ async fn run(backend: &dyn Backend, start: &Start, streams: &mut Streams) -> End
     }
 }
 
-/// What the agent says, for the terminal of a client.
-pub(super) fn shown(status: &tonic::Status) -> String {
+/// The message of the agent, made safe for the client's terminal.
+pub(super) fn client_message(status: &tonic::Status) -> String {
     text::message(status.message(), MESSAGE)
 }
 
@@ -256,14 +258,14 @@ fn message(input: Input) -> pb::ExecInput {
     pb::ExecInput { input: Some(input) }
 }
 
-async fn hand_over(stream: Option<&StreamWriter>, data: Bytes) -> Result<(), Closed> {
+async fn send_output(stream: Option<&StreamWriter>, data: Bytes) -> Result<(), Closed> {
     match stream {
         Some(stream) if !data.is_empty() => stream.send(data).await,
         _ => Ok(()),
     }
 }
 
-/// Standard input, then its end. Keeps its place in the queue open until the end of the call.
+/// Relays standard input, then its end. Keeps its sender of the queue until the end of the call.
 async fn feed(stdin: Option<StreamReader>, queue: mpsc::Sender<pb::ExecInput>) {
     if let Some(mut stdin) = stdin {
         let end = loop {
@@ -276,7 +278,7 @@ async fn feed(stdin: Option<StreamReader>, queue: mpsc::Sender<pb::ExecInput>) {
                 Err(end) => break end,
             }
         };
-        // A connection that ended takes the call with it; its input has not come to an end.
+        // A lost connection ends the call; it is not the end of the input.
         if end != End::Lost {
             drop(queue.send(message(Input::StdinClosed(true))).await);
         }

@@ -1,18 +1,19 @@
-//! The router: which path is answered by whom. Every path goes through the gate, also one that nobody answers.
+//! The router of all paths. Every path goes through the gate, including those without a handler.
 
 use std::sync::Arc;
 
-use axum::Router;
-use axum::extract::{RawQuery, State};
-use axum::middleware::from_fn_with_state;
-use axum::response::{IntoResponse as _, Response};
-use axum::routing::get;
+use axum::{
+    Router,
+    extract::{RawQuery, State},
+    middleware::from_fn_with_state,
+    response::{IntoResponse as _, Response},
+    routing::get,
+};
 use http::{StatusCode, header};
-use k8s_openapi::List;
-use k8s_openapi::api::core::v1::Pod;
-
-use super::{Context, access, exec, logs, portforward, refused, stats};
+use k8s_openapi::{List, api::core::v1::Pod};
 use knoc_remotecommand::query::Query;
+
+use super::{Context, access, exec, logs, portforward, stats, unsupported};
 
 /// All routes behind the gate.
 pub(super) fn router(context: Arc<Context>) -> Router {
@@ -27,7 +28,7 @@ pub(super) fn router(context: Arc<Context>) -> Router {
             get(logs::container_logs),
         )
         .merge(streams())
-        .merge(refused::routes())
+        .merge(unsupported::routes())
         .merge(stats::routes())
         .fallback(async || (StatusCode::NOT_FOUND, "404 page not found\n"))
         .layer(from_fn_with_state(Arc::clone(&context), access::gate))
@@ -35,7 +36,7 @@ pub(super) fn router(context: Arc<Context>) -> Router {
         .with_state(context)
 }
 
-/// By GET (a WebSocket's) and POST.
+/// The routes of streams, by GET (for WebSockets) and POST.
 fn streams() -> Router<Arc<Context>> {
     Router::new()
         .route(

@@ -1,27 +1,29 @@
 //! Sends the end of a chunked answer in a TLS record of its own.
 //!
-//! The API server copies a container's log into a WebSocket with a loop that throws away the bytes of a read that also
-//! returns the end of the body (`messageCopy` in `k8s.io/streaming/pkg/httpstream/wsstream`). Go's HTTP client makes such
-//! a read if the last bytes and the terminating chunk lie in one TLS record: a short log then arrives empty, and a long
-//! one without its last 2 KiB. A kubelet written in Go writes the terminating chunk separately; hyper writes whatever it
-//! has at once. [`SeparateEnd`] sits between hyper and TLS and never passes on the terminating chunk together with what
-//! comes before it. Every write becomes at least one record, and Go's TLS reads one record at a time.
+//! The API server copies a container's log into a WebSocket with a loop that discards the bytes of a read that also
+//! returns the end of the body (`messageCopy` in `k8s.io/streaming/pkg/httpstream/wsstream`). Go's HTTP client returns
+//! both in one read if the last bytes and the terminating chunk are in one TLS record: a short log then arrives empty,
+//! and a long one without its last 2 KiB. A kubelet written in Go writes the terminating chunk separately; hyper writes
+//! everything it has at once. [`SeparateEnd`] sits between hyper and TLS and never passes the terminating chunk on
+//! together with the bytes before it. Every write becomes at least one record, and Go's TLS reads one record at a time.
 
-use std::io::{self, IoSlice};
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll},
+};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// The terminating chunk, without trailers: we send none.
+/// The terminating chunk. It has no trailers, since we send none.
 const END: &[u8] = b"0\r\n\r\n";
 
-/// A connection that passes on a terminating chunk alone. Bytes of a body that look like one are merely written
-/// separately too.
+/// A connection that passes a terminating chunk on alone. Bytes of a body that look like one are only written
+/// separately too, which does no harm.
 #[derive(Debug)]
 pub(super) struct SeparateEnd<T>(pub(super) T);
 
-/// How many bytes of `buf` are to be written first: all but a terminating chunk at its end.
+/// How many bytes of `buf` to write first: all except a terminating chunk at its end.
 fn before_end(buf: &[u8]) -> usize {
     match buf.strip_suffix(END) {
         Some(before) if !before.is_empty() => before.len(),
@@ -54,7 +56,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for SeparateEnd<T> {
         if before.iter().all(|buf| buf.is_empty()) {
             return self.poll_write(cx, last);
         }
-        // The rest of a slice that is cut comes with the next write.
+        // The rest of a slice that is cut is written by the next call.
         let first = if last.ends_with(END) {
             before
         } else {
@@ -100,7 +102,7 @@ mod tests {
 
     use super::*;
 
-    /// Takes at most so many bytes at once, gives `input` to be read, and keeps every write apart.
+    /// A connection that takes at most `most` bytes at once, returns `input`, and records every write.
     struct Recorder {
         input: &'static [u8],
         writes: Arc<Mutex<Vec<Vec<u8>>>>,
@@ -158,7 +160,7 @@ mod tests {
         }
     }
 
-    /// What hyper writes for an answer of these chunks, write by write.
+    /// The writes of hyper for an answer with these chunks.
     async fn answer(chunks: &'static [&'static str], most: usize, vectored: bool) -> Vec<Vec<u8>> {
         let writes = Arc::default();
         let io = Recorder {

@@ -1,25 +1,31 @@
-//! What is used and what runs: `/metrics*`, `/stats/summary`, `/configz`, `/runningpods/`; `/checkpoint` is refused.
+//! Resource usage and running pods: `/metrics*`, `/stats/summary`, `/configz`, `/runningpods/`; `/checkpoint` is
+//! rejected.
 
 use std::sync::Arc;
 
-use axum::Router;
-use axum::extract::{MatchedPath, RawQuery, Request, State};
-use axum::middleware::Next;
-use axum::response::{IntoResponse as _, Response};
-use axum::routing::{get, post};
+use axum::{
+    Router,
+    extract::{MatchedPath, RawQuery, Request, State},
+    middleware::Next,
+    response::{IntoResponse as _, Response},
+    routing::{get, post},
+};
 use http::{StatusCode, header};
-use k8s_openapi::List;
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use k8s_openapi::{
+    List,
+    api::core::v1::{Container, Pod, PodSpec},
+};
 use knoc_proto::pb::{self, container_status::State as Running};
+use knoc_remotecommand::query::Query;
 use serde_json::json;
 
-use knoc_remotecommand::query::Query;
-
 use super::Context;
-use crate::metrics;
-use crate::stats::{resource, summary};
+use crate::{
+    metrics,
+    stats::{resource, summary},
+};
 
-/// The routes; without the gate, which stands before all.
+/// The routes, without the gate, which is in front of all routes.
 pub(super) fn routes() -> Router<Arc<Context>> {
     Router::new()
         .route("/metrics", get(own))
@@ -34,7 +40,7 @@ pub(super) fn routes() -> Router<Arc<Context>> {
         )
 }
 
-/// The layer that counts: outside of the gate, so that refusals count too.
+/// The layer that counts requests. It is outside of the gate, so that rejected requests count too.
 pub(super) async fn count(
     State(context): State<Arc<Context>>,
     request: Request,
@@ -73,7 +79,7 @@ async fn stats_summary(State(context): State<Arc<Context>>, RawQuery(query): Raw
         Ok(query) => query,
         Err(error) => return (StatusCode::BAD_REQUEST, error.to_string()).into_response(),
     };
-    // Anything but `true` is false for a real kubelet too.
+    // In the Kubernetes kubelet too, every value except `true` is false.
     let only = query.first("only_cpu_and_memory") == Some("true");
     let snapshot = context.backend.stats().await;
     axum::Json(summary::render(&context.node, &snapshot, only)).into_response()
@@ -102,7 +108,7 @@ async fn checkpoint() -> Response {
     (StatusCode::NOT_IMPLEMENTED, text).into_response()
 }
 
-/// PURE: the pod as its running containers make it; `None` where none runs.
+/// PURE: the pod with its running containers only; `None` if none runs.
 fn running(observed: &pb::PodObserved) -> Option<Pod> {
     let all = observed.init_containers.iter().chain(&observed.containers);
     let containers: Vec<Container> = all

@@ -1,13 +1,13 @@
-//! The end that we put to a session: our own shutdown, or that nothing moves any more.
+//! Why the kubelet ends a session: its own shutdown, or a session on which nothing moves.
 //!
-//! A relay that is told of it says why on its error streams, since Go's client takes an error stream that just ends for
-//! a success; what is not through after [`LAST_WORDS`] is cut.
+//! A relay writes the reason to its error streams, since Go's client takes an error stream without text for a success.
+//! What is not written after [`CLOSING_TIMEOUT`] is cut.
 
 use tokio_util::sync::CancellationToken;
 
-use knoc_remotecommand::streams::{Activity, IDLE, LAST_WORDS};
+use knoc_remotecommand::streams::{Activity, CLOSING_TIMEOUT, IDLE};
 
-/// When we end a session, and why.
+/// When and why the kubelet ends a session.
 #[derive(Debug)]
 pub(super) struct Stop {
     cut: CancellationToken,
@@ -15,25 +15,25 @@ pub(super) struct Stop {
 }
 
 impl Stop {
-    /// By the server's end, and what moves on the session.
+    /// A session ends at the end of the server, or if `activity` stays idle.
     pub(super) fn new(cut: CancellationToken, activity: Activity) -> Self {
         Self { cut, activity }
     }
 
-    /// Returns when the session shall end, with the reason for its client. Cancel safe.
+    /// Returns the reason for the client when the session must end. Cancel safe.
     pub(super) async fn why(&self) -> String {
         tokio::select! {
-            // The shutdown first: it is the one to know.
+            // Shutdown comes first, since it is the more useful reason.
             biased;
             () = self.cut.cancelled() => "the kubelet is shutting down".to_owned(),
             () = self.activity.idle() => format!("nothing moved for {} h", IDLE.as_secs() / 3600),
         }
     }
 
-    /// Returns when the session should have ended.
+    /// Returns the reason when the session should have ended already.
     pub(super) async fn overdue(&self) -> String {
         let why = self.why().await;
-        tokio::time::sleep(LAST_WORDS).await;
+        tokio::time::sleep(CLOSING_TIMEOUT).await;
         why
     }
 }

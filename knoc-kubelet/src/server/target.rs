@@ -1,26 +1,29 @@
-//! Which container or pod a stream is for, and whether there is one: the checks before any upgrade, in upstream's words.
+//! Finds the container or pod that a stream is for: the checks before the upgrade, with the errors of the Kubernetes
+//! kubelet.
 
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use k8s_openapi::api::core::v1::{Container, Pod};
-use knoc_proto::pb::container_status::State;
-use knoc_proto::{ids::PodUid, pb};
+use knoc_proto::{
+    ids::PodUid,
+    pb::{self, container_status::State},
+};
 use serde::Deserialize;
 
 use super::{Context, PodView};
 use crate::pods::NO_EPHEMERAL;
 
-/// An answer that is not the upgrade.
+/// An error answer: status and text.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Refusal(pub(super) StatusCode, pub(super) String);
+pub(super) struct HttpError(pub(super) StatusCode, pub(super) String);
 
-impl IntoResponse for Refusal {
+impl IntoResponse for HttpError {
     fn into_response(self) -> Response {
         (self.0, self.1).into_response()
     }
 }
 
-impl Refusal {
+impl HttpError {
     pub(super) fn bad_request(text: impl Into<String>) -> Self {
         Self(StatusCode::BAD_REQUEST, text.into())
     }
@@ -30,16 +33,16 @@ impl Refusal {
     }
 }
 
-/// A pod by its path.
+/// The pod that a path names.
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct Target {
     pub(super) namespace: String,
     pub(super) pod: String,
-    /// Where the path names it, it must be this pod's.
+    /// If the path has a UID, it must be that of the pod.
     pub(super) uid: Option<String>,
 }
 
-/// A container by its path.
+/// The container that a path names.
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct ContainerTarget {
     #[serde(flatten)]
@@ -48,17 +51,17 @@ pub(super) struct ContainerTarget {
 }
 
 impl Target {
-    /// As upstream names pods in errors.
+    /// The pod's name as in the errors of the Kubernetes kubelet.
     fn full_name(&self) -> String {
         format!("{}_{}", self.pod, self.namespace)
     }
 
-    /// The pod; 404 where it is unknown.
-    pub(super) fn pod(&self, context: &Context) -> Result<PodView, Refusal> {
+    /// The pod; 404 if it is not known.
+    pub(super) fn pod(&self, context: &Context) -> Result<PodView, HttpError> {
         context
             .backend
             .pod(&self.namespace, &self.pod)
-            .ok_or_else(|| Refusal(StatusCode::NOT_FOUND, "pod does not exist".to_owned()))
+            .ok_or_else(|| HttpError(StatusCode::NOT_FOUND, "pod does not exist".to_owned()))
     }
 
     fn is_uid_of(&self, pod: &Pod) -> bool {
@@ -66,45 +69,45 @@ impl Target {
         self.uid.as_deref().is_none_or(|asked| asked == uid)
     }
 
-    /// The uid of a pod with a container that runs, for an exec in it.
-    pub(super) fn exec(&self, context: &Context, container: &str) -> Result<PodUid, Refusal> {
+    /// The UID of the pod, if the container runs, for an exec.
+    pub(super) fn exec(&self, context: &Context, container: &str) -> Result<PodUid, HttpError> {
         let view = self.pod(context)?;
         if self.is_uid_of(&view.pod) && runs(&view, container) {
             return uid(&view);
         }
         let why = ephemeral(&view.pod, container);
-        Err(Refusal::internal(format!(
+        Err(HttpError::internal(format!(
             "container not found ({container:?}){why}"
         )))
     }
 
-    /// The uid of a pod and a container of it that runs, to attach to.
+    /// The UID of the pod and the container, if it runs, to attach to it.
     pub(super) fn attach(
         &self,
         context: &Context,
         container: &str,
-    ) -> Result<(PodUid, Container), Refusal> {
+    ) -> Result<(PodUid, Container), HttpError> {
         let view = self.pod(context)?;
         let name = self.full_name();
         if !self.is_uid_of(&view.pod) {
-            return Err(Refusal::internal(format!("pod {name} not found")));
+            return Err(HttpError::internal(format!("pod {name} not found")));
         }
         match container_spec(&view.pod, container) {
             Some(spec) if runs(&view, container) => Ok((uid(&view)?, spec.clone())),
             Some(_) | None => {
                 let why = ephemeral(&view.pod, container);
-                Err(Refusal::internal(format!(
+                Err(HttpError::internal(format!(
                     "container {container} not found in pod {name}{why}"
                 )))
             }
         }
     }
 
-    /// The uid of a pod that runs, for connections to its ports.
-    pub(super) fn port_forward(&self, context: &Context) -> Result<PodUid, Refusal> {
+    /// The UID of the pod, if it runs, for connections to its ports.
+    pub(super) fn port_forward(&self, context: &Context) -> Result<PodUid, HttpError> {
         let view = self.pod(context)?;
         if !self.is_uid_of(&view.pod) {
-            return Err(Refusal(StatusCode::NOT_FOUND, "pod not found".to_owned()));
+            return Err(HttpError(StatusCode::NOT_FOUND, "pod not found".to_owned()));
         }
         let observed = view.observed.as_deref();
         let statuses = observed
@@ -114,17 +117,17 @@ impl Target {
         if states.any(|state| matches!(state, Some(State::Running(_)))) {
             return uid(&view);
         }
-        Err(Refusal::internal(format!(
+        Err(HttpError::internal(format!(
             "pod not found ({:?})",
             self.full_name()
         )))
     }
 }
 
-/// The key under which the agent knows the pod.
-pub(super) fn uid(view: &PodView) -> Result<PodUid, Refusal> {
+/// The pod's UID, which is its key at the agent.
+pub(super) fn uid(view: &PodView) -> Result<PodUid, HttpError> {
     let uid = view.pod.metadata.uid.as_deref().unwrap_or_default();
-    PodUid::try_from(uid).map_err(|invalid| Refusal::internal(invalid.to_string()))
+    PodUid::try_from(uid).map_err(|invalid| HttpError::internal(invalid.to_string()))
 }
 
 fn runs(view: &PodView, container: &str) -> bool {
@@ -141,7 +144,7 @@ fn container_spec<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
     all.find(|container| container.name == name)
 }
 
-/// What is observed of a container.
+/// The observed status of a container.
 pub(super) fn container_status<'a>(
     observed: &'a pb::PodObserved,
     container: &str,
@@ -162,7 +165,7 @@ pub(super) fn is_ephemeral(pod: &Pod, container: &str) -> bool {
     all.any(|one| one.name == container)
 }
 
-/// What is added to the words for a container that does not run.
+/// The addition to the error for an ephemeral container, which never runs.
 fn ephemeral(pod: &Pod, container: &str) -> String {
     if is_ephemeral(pod, container) {
         format!(": {NO_EPHEMERAL}")

@@ -11,6 +11,6 @@ mod limits;
 mod logs;
 mod portforward;
 mod records;
-mod refused;
 mod stats;
+mod unsupported;
 mod websocket;

@@ -1,25 +1,26 @@
-//! The TLS side of the API: serving certificate and client CA, both replaced while the server runs.
+//! The TLS configuration of the API: serving certificate and client CA, both replaced while the server runs.
 //!
-//! Owner: the server's reload task, which re-reads the files (and asks the cluster for the CA, where it is the source)
-//! every [`RELOAD_INTERVAL`], takes the kubelet's own certificate as soon as there is a newer one, and publishes what it got on
-//! two `watch` channels. What cannot be read or does not fit
-//! together is logged once and the old stays.
+//! Owner: the server's reload task. Every [`RELOAD_INTERVAL`] it reads the files again, or asks the cluster for the CA;
+//! it uses the kubelet's own certificate as soon as there is a newer one, and publishes both on `watch` channels. If
+//! something cannot be read or does not match, this is logged once and the old certificates stay.
 //!
-//! A client certificate is taken from whoever presents one and proves to hold its key, whoever signed it; whether it
-//! counts is decided for each request by [`super::authn`], so that a wrong one is answered 401 and logged with the
-//! name it claims, and a replaced CA counts at once on open connections too.
+//! The handshake accepts any client certificate whose key the client holds, whoever signed it. [`super::authn`] decides
+//! for each request whether it is valid, so that a wrong one is answered 401 and logged with the name that it claims,
+//! and a replaced CA applies at once to open connections too.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use knoc_link::verifier::{CheckCertificate, Tls13Verifier, provider};
 use knoc_proto::error::chain;
-use rustls::server::WebPkiClientVerifier;
-use rustls::server::danger::ClientCertVerifier;
-use rustls::{RootCertStore, ServerConfig};
-use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::{
+    RootCertStore, ServerConfig,
+    server::{WebPkiClientVerifier, danger::ClientCertVerifier},
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _};
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -27,13 +28,13 @@ use tracing::{info, warn};
 
 use super::{ClientCa, Cluster, Serving};
 
-/// How often files and ConfigMap are looked at again; a mounted Secret takes up to a minute to change anyway.
+/// How often files and ConfigMap are read again; a mounted Secret takes up to a minute to change anyway.
 pub(super) const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The kubelet's own certificate, in messages.
+/// The name of the kubelet's own certificate in messages.
 const OWN: &str = "the kubelet's own certificate";
 
-/// The verifier of client certificates, or none while no CA is known.
+/// The verifier of client certificates; None while no CA is known.
 pub(super) type Verifier = Option<Arc<dyn ClientCertVerifier>>;
 
 /// Why certificates could not be loaded.
@@ -42,49 +43,49 @@ pub enum TlsError {
     /// A file could not be read.
     #[error("read {path}")]
     Read {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         #[source]
         source: std::io::Error,
     },
-    /// A file is not PEM, or holds no certificate or key.
+    /// The data is not PEM, or holds no certificate or key.
     #[error("read PEM of {what}")]
     Pem {
-        /// Which material.
+        /// The name of the file or certificate.
         what: String,
-        /// What the parser said.
+        /// The error of the parser.
         #[source]
         source: rustls_pki_types::pem::Error,
     },
-    /// A PEM text holds no certificate.
+    /// The PEM data holds no certificate.
     #[error("no certificate in {what}")]
     Empty {
-        /// Which material.
+        /// The name of the file or certificate.
         what: String,
     },
-    /// Certificate and key do not fit together, or the CA is not usable.
-    #[error("use {what}")]
+    /// Certificate and key do not match, or the CA cannot be used.
+    #[error("{what} cannot be used")]
     Unusable {
-        /// Which material.
+        /// The name of the file or certificate.
         what: String,
-        /// What rustls said.
+        /// The error of rustls.
         #[source]
         source: rustls::Error,
     },
     /// The CA's certificates cannot be trust anchors.
-    #[error("use the client CA of {what}")]
+    #[error("the client CA of {what} cannot be used")]
     Ca {
-        /// Where the CA is from.
+        /// Where the CA comes from.
         what: String,
-        /// What rustls said.
+        /// The error of rustls.
         #[source]
         source: rustls::server::VerifierBuilderError,
     },
-    /// The cluster could not tell the client CA.
-    #[error("ask the cluster for the client CA")]
+    /// The client CA could not be read from the cluster.
+    #[error("read the client CA from the cluster")]
     Cluster {
-        /// What it said.
+        /// The error of the call.
         #[source]
         source: super::ClusterError,
     },
@@ -97,7 +98,7 @@ pub(super) struct Tls {
     pub(super) verifier: watch::Receiver<Verifier>,
 }
 
-/// The task's half.
+/// The state of the reload task.
 pub(super) struct Reload {
     serving: Serving,
     client_ca: ClientCa,
@@ -116,8 +117,8 @@ struct Material {
 }
 
 impl Reload {
-    /// Loads everything once; a serving certificate that cannot be used is an error at start, and so is a CA file.
-    /// A CA that the cluster does not tell yet is asked for again later: until then every certificate is refused.
+    /// Loads everything once. A serving certificate or CA file that cannot be used is an error at start. A CA that
+    /// cannot be read from the cluster yet is requested again later; until then every client certificate is rejected.
     pub(super) async fn start(
         serving: Serving,
         client_ca: ClientCa,
@@ -137,7 +138,7 @@ impl Reload {
             verifier,
         };
         match reload.reload_ca().await {
-            Err(error @ TlsError::Cluster { .. }) => reload.complain(&error),
+            Err(error @ TlsError::Cluster { .. }) => reload.log_once(&error),
             other => other?,
         }
         let tls = Tls {
@@ -147,7 +148,7 @@ impl Reload {
         Ok((reload, tls))
     }
 
-    /// Re-reads every `interval` until `shutdown`.
+    /// Reloads every `interval`, and for each new certificate of the kubelet's own, until `shutdown`.
     pub(super) async fn run(mut self, interval: Duration, shutdown: CancellationToken) {
         let tick = async |reload: &mut Self| {
             tokio::select! {
@@ -169,15 +170,15 @@ impl Reload {
         let ca = self.reload_ca().await;
         match serving.and(ca) {
             Ok(()) => self.last_problem.clear(),
-            Err(error) => self.complain(&error),
+            Err(error) => self.log_once(&error),
         }
     }
 
     /// Logs a problem once, until it changes or ends.
-    fn complain(&mut self, error: &TlsError) {
+    fn log_once(&mut self, error: &TlsError) {
         let problem = chain(error);
         if problem != self.last_problem {
-            warn!(error = %problem, "certificates of the kubelet API were not reloaded, the old ones stay");
+            warn!(error = %problem, "could not reload the certificates of the kubelet API, the old ones stay");
             self.last_problem = problem;
         }
     }
@@ -188,7 +189,7 @@ impl Reload {
             self.config
                 .send_replace(server_config(&self.serving, &material)?);
             self.seen_serving = material;
-            info!("serving certificate of the kubelet API was replaced");
+            info!("the serving certificate of the kubelet API was replaced");
         }
         Ok(())
     }
@@ -205,7 +206,7 @@ impl Reload {
         if self.seen_ca.as_ref() != Some(&pem) {
             self.verifier.send_replace(Some(verifier(&what, &pem)?));
             if self.seen_ca.is_some() {
-                info!(source = %what, "client CA of the kubelet API was replaced");
+                info!(source = %what, "the client CA of the kubelet API was replaced");
             }
             self.seen_ca = Some(pem);
         }
@@ -241,7 +242,7 @@ async fn read_serving(serving: &Serving) -> Result<Material, TlsError> {
     }
 }
 
-/// Until the kubelet has a newer certificate of its own; never for files, which tell nobody.
+/// Returns when the kubelet has a newer certificate of its own; never for files, which do not notify.
 async fn newer(serving: &mut Serving) {
     let changed = match serving {
         Serving::Files { .. } => false,
@@ -312,7 +313,7 @@ fn verifier(what: &str, pem: &[u8]) -> Result<Arc<dyn ClientCertVerifier>, TlsEr
     Ok(verifier)
 }
 
-/// Asks for a client certificate, accepts any whose key the client holds, and does without.
+/// Requests a client certificate, accepts any whose key the client holds, and also none.
 #[derive(Debug)]
 struct AnyClient;
 

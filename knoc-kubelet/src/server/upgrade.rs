@@ -1,38 +1,36 @@
-//! From a request to a connection that carries streams: which carrier is asked for, the answer 101, and the task that
-//! serves the connection until its end or ours.
+//! Turns a request into a connection that carries streams: finds the requested carrier, answers 101, and starts the
+//! task that serves the connection until the client or the kubelet ends it.
 
-use std::error::Error;
-use std::sync::Arc;
+use std::{error::Error, sync::Arc};
 
-use axum::extract::Request;
-use axum::response::{IntoResponse as _, Response};
+use axum::{
+    extract::Request,
+    response::{IntoResponse as _, Response},
+};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use knoc_proto::error::chain;
+use knoc_remotecommand::{
+    protocol::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate},
+    websocket::handshake::{self, BadHandshake},
+};
 use tracing::{debug, info};
 
-use knoc_remotecommand::protocol::{ACCEPTED_HEADER, NoVersion, VERSION_HEADER, negotiate};
-use knoc_remotecommand::websocket::handshake::{self, BadHandshake};
+use super::{Context, limits::Permit, peer_watch::PeerWatch, stop::Stop, target::HttpError};
 
-use super::Context;
-use super::limits::Permit;
-use super::peer_watch::PeerWatch;
-use super::stop::Stop;
-use super::target::Refusal;
-
-/// A connection that is no longer HTTP.
+/// A connection after the upgrade.
 pub(super) type Io = TokioIo<Upgraded>;
 
-/// What carries the streams.
+/// The protocol that carries the streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Carrier {
     Spdy,
     WebSocket,
 }
 
-/// What a request wants to become; 400 where it is nothing that we know.
-pub(super) fn carrier(request: &Request) -> Result<Carrier, Refusal> {
+/// The carrier that a request asks for; 400 if it is not a known one.
+pub(super) fn carrier(request: &Request) -> Result<Carrier, HttpError> {
     let headers = request.headers();
     let names = |name: HeaderName, wanted: &str| {
         headers
@@ -49,38 +47,38 @@ pub(super) fn carrier(request: &Request) -> Result<Carrier, Refusal> {
     if upgrades && names(header::UPGRADE, "websocket") && request.method() == Method::GET {
         return Ok(Carrier::WebSocket);
     }
-    Err(Refusal::bad_request(
+    Err(HttpError::bad_request(
         "unable to upgrade: missing upgrade headers in request, SPDY/3.1 and websocket (by GET) are spoken here\n",
     ))
 }
 
-/// An answer 101.
+/// The answer 101.
 #[derive(Debug)]
 pub(super) struct Answer {
     headers: Vec<(HeaderName, HeaderValue)>,
-    /// What was agreed on: the carrier and its subprotocol.
+    /// The carrier and its subprotocol, for the metrics.
     protocol: String,
 }
 
-/// What a connection is for.
+/// What a session is for, in logs and limits.
 #[derive(Debug)]
 pub(super) struct Purpose {
-    /// exec, attach, portforward: as RBAC names them.
+    /// exec, attach or portforward, as RBAC names them.
     pub(super) verb: &'static str,
-    /// Namespace, pod and what in it.
+    /// Namespace, pod and container.
     pub(super) target: String,
-    /// Among the calls to the agent, where the session is one.
+    /// The permit for a call to the agent, if the session itself is one.
     pub(super) call: Option<Permit>,
 }
 
-/// An answer that is not 101.
-pub(super) type Refused = Box<Response>;
+/// An answer other than 101.
+pub(super) type ErrorResponse = Box<Response>;
 
-/// Agrees on a protocol version of a SPDY request.
+/// Negotiates the protocol version of a SPDY request.
 pub(super) fn spdy<T: Copy>(
     headers: &HeaderMap,
     ours: &[(&'static str, T)],
-) -> Result<(Answer, T), Refused> {
+) -> Result<(Answer, T), ErrorResponse> {
     let (name, version) = negotiate(headers, ours).map_err(|no| Box::new(no_version(no, ours)))?;
     let headers = vec![
         (header::UPGRADE, HeaderValue::from_static("SPDY/3.1")),
@@ -113,12 +111,12 @@ fn no_version<T>(no: NoVersion, ours: &[(&'static str, T)]) -> Response {
     }
 }
 
-/// Agrees on a subprotocol of a WebSocket request; `unnamed` is for a client that offers none.
+/// Negotiates the subprotocol of a WebSocket request; `unnamed` is used for a client that offers none.
 pub(super) fn websocket<T: Copy>(
     headers: &HeaderMap,
     ours: &[(&'static str, T)],
     unnamed: T,
-) -> Result<(Answer, T), Refused> {
+) -> Result<(Answer, T), ErrorResponse> {
     let agreed = handshake::accept(headers)
         .and_then(|accept| Ok((accept, handshake::agree(headers, ours, unnamed)?)));
     let (accept, (name, meaning)) = agreed.map_err(|bad| Box::new(bad_handshake(&bad)))?;
@@ -149,8 +147,8 @@ fn bad_handshake(bad: &BadHandshake) -> Response {
     }
 }
 
-/// Answers 101 (503 where too many sessions go on), and has a task of the server count and serve the connection, for as
-/// long as its client is there. `serve` ends it when we do: [`together`].
+/// Answers 101, or 503 if there are too many sessions. A task of the server counts and serves the connection until its
+/// client has gone; if the kubelet ends the session, `serve` does so, by [`run_session`].
 pub(super) fn switch<S, F>(
     context: &Arc<Context>,
     mut request: Request,
@@ -162,8 +160,8 @@ where
     S: FnOnce(Io) -> F + Send + 'static,
     F: Future<Output = ()> + Send,
 {
-    let place = match context.sessions.take() {
-        Ok(place) => place,
+    let slot = match context.sessions.take() {
+        Ok(slot) => slot,
         Err(busy) => return busy.into_response(),
     };
     let upgraded = hyper::upgrade::on(&mut request);
@@ -177,14 +175,14 @@ where
     let backend = Arc::clone(&context.backend);
     debug!(verb, stream = what, protocol, "upgraded");
     context.streams.spawn(async move {
-        let _places = (place, call);
+        let _permits = (slot, call);
         match upgraded.await {
             Ok(io) => {
                 backend.metrics().session(verb, protocol);
                 tokio::select! {
                     biased;
                     () = serve(TokioIo::new(io)) => {}
-                    () = abandoned(watch) => info!(stream = what, "the client is gone, its input was not taken"),
+                    () = abandoned(watch) => info!(stream = what, "the client has gone while its input was not read, ending the session"),
                 }
             }
             Err(error) => debug!(%error, stream = what, "the client left before the upgrade"),
@@ -197,7 +195,7 @@ where
     response
 }
 
-/// What is not a socket ends by itself.
+/// Returns when the client has gone; never for a connection without a socket, which ends by itself.
 async fn abandoned(watch: Option<PeerWatch>) {
     match watch {
         Some(watch) => watch.abandoned().await,
@@ -205,9 +203,10 @@ async fn abandoned(watch: Option<PeerWatch>) {
     }
 }
 
-/// Runs a session with the relay of its streams: it ends when the client does, or when the relay has let go of its
-/// streams and all is written. Where we end it, the relay says so first; what is not written by then is cut.
-pub(super) async fn together<S, R>(
+/// Runs a session with the relay of its streams. It ends with the client's connection, or when the relay has dropped
+/// its streams and everything is written. If the kubelet ends it, the relay writes the reason first; unwritten bytes
+/// are cut.
+pub(super) async fn run_session<S, R>(
     session: impl Future<Output = Result<(), S>>,
     relay: impl Future<Output = Result<(), R>>,
     stop: &Stop,
@@ -225,7 +224,7 @@ pub(super) async fn together<S, R>(
         }
     };
     let (ended, relayed) = tokio::select! {
-        // Hears of the end before the relay does, whose last words are something that moves.
+        // Polled before the relay, whose last message would count as activity.
         biased;
         why = stop.overdue() => {
             info!(stream = what, why, "the stream was cut");
@@ -237,6 +236,6 @@ pub(super) async fn together<S, R>(
         debug!(stream = what, error = %chain(&error), "the client's connection ended");
     }
     if let Err(error) = relayed {
-        info!(stream = what, error = %chain(&error), "the stream was not set up");
+        info!(stream = what, error = %chain(&error), "could not set up the stream");
     }
 }

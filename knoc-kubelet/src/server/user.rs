@@ -1,30 +1,30 @@
-//! Who calls, as the cluster and the kubelet name it.
+//! The user of a request, as the cluster names it.
 
 use std::collections::BTreeMap;
 
-/// The group of all whose identity was proved; upstream's kubelet adds it to the groups of a certificate.
+/// The group of all authenticated users; the Kubernetes kubelet adds it to the groups of a certificate.
 const AUTHENTICATED: &str = "system:authenticated";
 
-/// The caller as Kubernetes names it.
+/// The user of a request, as Kubernetes names it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct User {
-    /// User name.
+    /// The user name.
     pub name: String,
-    /// Unique id, empty for certificates.
+    /// The unique id; empty for certificates.
     pub uid: String,
-    /// Groups.
+    /// The groups of the user.
     pub groups: Vec<String>,
-    /// Further attributes of the authenticator.
+    /// Further attributes from the authenticator.
     pub extra: BTreeMap<String, Vec<String>>,
 }
 
 impl User {
-    /// The group that may do everything, and that RBAC cannot take anything from.
+    /// Is the user in the group that may do everything, whatever RBAC says?
     pub(super) fn is_master(&self) -> bool {
         self.groups.iter().any(|group| group == "system:masters")
     }
 
-    /// With the group of all who proved an identity, for rights that are bound to it.
+    /// The user with the group of all authenticated users, for rights that are bound to it.
     pub(super) fn authenticated(mut self) -> Self {
         if !self.groups.iter().any(|group| group == AUTHENTICATED) {
             self.groups.push(AUTHENTICATED.to_owned());

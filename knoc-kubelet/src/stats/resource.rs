@@ -1,7 +1,7 @@
-//! PURE: `/metrics/resource`, the text that metrics-server reads. Names, labels and timestamps as a kubelet's.
+//! PURE: `/metrics/resource`, the text that metrics-server reads, with the names, labels and timestamps of a kubelet.
 //!
-//! metrics-server drops a whole pod of which one container has no CPU time or no memory yet, so such a container is
-//! left out until it has both. Timestamps are milliseconds of the measurement, never of the question.
+//! metrics-server ignores a whole pod if one of its containers has no CPU time or no memory yet, so such a container is
+//! left out until it has both. Timestamps are those of the measurement in milliseconds, never of the request.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,7 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 const NANOS_PER_MILLI: i64 = 1_000_000;
 
-/// The text for one snapshot.
+/// Renders one snapshot.
 #[must_use]
 pub fn render(snapshot: &Snapshot) -> String {
     let mut text = String::new();
@@ -40,7 +40,7 @@ pub fn render(snapshot: &Snapshot) -> String {
             (braces(&labels), &pod.whole)
         })
         .collect();
-    // Never measured: there is nothing to say.
+    // Before the first measurement there is no sample for the node.
     let node = (snapshot.node.usage.time > 0).then(|| (String::new(), &snapshot.node));
     let node: Vec<_> = node.into_iter().collect();
     for (scope, rows) in [("container", &containers), ("node", &node), ("pod", &pods)] {
@@ -50,7 +50,7 @@ pub fn render(snapshot: &Snapshot) -> String {
     for (name, help) in [
         (
             "resource_scrape_error",
-            "1 if the agent did not answer: the other samples are then its last word",
+            "1 if the agent did not answer; the other samples are then from its last answer",
         ),
         ("scrape_error", "The older name of resource_scrape_error"),
     ] {
@@ -75,7 +75,7 @@ fn scoped(text: &mut String, scope: &str, rows: &[(String, &Measured)]) {
         (
             "memory_working_set_bytes",
             "gauge",
-            "Memory in use that cannot be taken back at once, in bytes",
+            "Memory in use that cannot be reclaimed at once, in bytes",
             memory,
         ),
         (
@@ -90,7 +90,7 @@ fn scoped(text: &mut String, scope: &str, rows: &[(String, &Measured)]) {
     }
     if scope == "container" && !rows.is_empty() {
         let name = "container_start_time_seconds";
-        let help = "When the container's program began, Unix seconds";
+        let help = "When the container's program started, Unix seconds";
         head(text, name, help, "gauge");
         for (labels, one) in rows {
             let at = u64::try_from(one.started_at).unwrap_or_default();
@@ -121,18 +121,18 @@ fn shows(one: &Measured) -> bool {
     one.usage.cpu_nanoseconds > 0 && one.usage.working_set_bytes > 0
 }
 
-/// Nanoseconds as seconds, all nine places, without the rounding of a float.
+/// Nanoseconds as seconds with nine decimal places, without the rounding of a float.
 fn seconds(nanos: u64) -> String {
     format!("{}.{:09}", nanos / 1_000_000_000, nanos % 1_000_000_000)
 }
 
-/// `# HELP` and `# TYPE` of a family.
+/// Writes `# HELP` and `# TYPE` of a family.
 pub(crate) fn head(text: &mut String, name: &str, help: &str, kind: &str) {
     // Writing to a String cannot fail.
     write!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n").ok();
 }
 
-/// One sample; `labels` is empty or comes from [`braces`].
+/// Writes one sample; `labels` is empty or comes from [`braces`].
 pub(crate) fn line(text: &mut String, name: &str, labels: &str, value: &str, at: Option<i64>) {
     match at {
         Some(at) => writeln!(text, "{name}{labels} {value} {at}"),
@@ -141,7 +141,7 @@ pub(crate) fn line(text: &mut String, name: &str, labels: &str, value: &str, at:
     .ok();
 }
 
-/// `{a="x",b="y"}`, escaped as the text format wants it.
+/// The labels as `{a="x",b="y"}`, escaped for the text format.
 pub(crate) fn braces(labels: &[(&str, &str)]) -> String {
     let escape = |value: &str| {
         value
@@ -166,19 +166,19 @@ mod tests {
 # HELP container_cpu_usage_seconds_total CPU time used so far, in core-seconds
 # TYPE container_cpu_usage_seconds_total counter
 container_cpu_usage_seconds_total{container=\"main\",namespace=\"team\",pod=\"web\"} 1.500000000 1700000010123
-# HELP container_memory_working_set_bytes Memory in use that cannot be taken back at once, in bytes
+# HELP container_memory_working_set_bytes Memory in use that cannot be reclaimed at once, in bytes
 # TYPE container_memory_working_set_bytes gauge
 container_memory_working_set_bytes{container=\"main\",namespace=\"team\",pod=\"web\"} 4096 1700000010123
 # HELP container_swap_usage_bytes Memory swapped out, in bytes
 # TYPE container_swap_usage_bytes gauge
 container_swap_usage_bytes{container=\"main\",namespace=\"team\",pod=\"web\"} 0 1700000010123
-# HELP container_start_time_seconds When the container's program began, Unix seconds
+# HELP container_start_time_seconds When the container's program started, Unix seconds
 # TYPE container_start_time_seconds gauge
 container_start_time_seconds{container=\"main\",namespace=\"team\",pod=\"web\"} 1700000000.250000000
 # HELP node_cpu_usage_seconds_total CPU time used so far, in core-seconds
 # TYPE node_cpu_usage_seconds_total counter
 node_cpu_usage_seconds_total 9.000000000 1700000011000
-# HELP node_memory_working_set_bytes Memory in use that cannot be taken back at once, in bytes
+# HELP node_memory_working_set_bytes Memory in use that cannot be reclaimed at once, in bytes
 # TYPE node_memory_working_set_bytes gauge
 node_memory_working_set_bytes 8192 1700000011000
 # HELP node_swap_usage_bytes Memory swapped out, in bytes
@@ -187,13 +187,13 @@ node_swap_usage_bytes 0 1700000011000
 # HELP pod_cpu_usage_seconds_total CPU time used so far, in core-seconds
 # TYPE pod_cpu_usage_seconds_total counter
 pod_cpu_usage_seconds_total{namespace=\"team\",pod=\"web\"} 2.000000000 1700000010123
-# HELP pod_memory_working_set_bytes Memory in use that cannot be taken back at once, in bytes
+# HELP pod_memory_working_set_bytes Memory in use that cannot be reclaimed at once, in bytes
 # TYPE pod_memory_working_set_bytes gauge
 pod_memory_working_set_bytes{namespace=\"team\",pod=\"web\"} 8192 1700000010123
 # HELP pod_swap_usage_bytes Memory swapped out, in bytes
 # TYPE pod_swap_usage_bytes gauge
 pod_swap_usage_bytes{namespace=\"team\",pod=\"web\"} 0 1700000010123
-# HELP resource_scrape_error 1 if the agent did not answer: the other samples are then its last word
+# HELP resource_scrape_error 1 if the agent did not answer; the other samples are then from its last answer
 # TYPE resource_scrape_error gauge
 resource_scrape_error 0
 # HELP scrape_error The older name of resource_scrape_error

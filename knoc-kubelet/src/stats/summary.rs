@@ -1,13 +1,13 @@
 //! PURE: `/stats/summary`, the JSON of the kubelet's stats API (v1alpha1).
 //!
-//! What nobody measures (network, file systems, volumes) is left out rather than said to be zero.
+//! Values that nobody measures (network, file systems, volumes) are left out instead of being reported as zero.
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::{Measured, PodMeasured, Snapshot};
 
-/// The document. With `only_cpu_and_memory` swap and processes are left out, as by a real kubelet.
+/// Renders the document. With `only_cpu_and_memory` swap and processes are left out, as in the Kubernetes kubelet.
 #[must_use]
 pub fn render(node: &str, snapshot: &Snapshot, only_cpu_and_memory: bool) -> Value {
     let mut of_node = resources(&snapshot.node, only_cpu_and_memory);
@@ -74,7 +74,7 @@ fn resources(one: &Measured, only_cpu_and_memory: bool) -> Map<String, Value> {
     value
 }
 
-/// As Kubernetes writes times: whole seconds.
+/// A time as Kubernetes writes it, in whole seconds.
 fn time(nanos: i64) -> String {
     let at = Timestamp::from_second(nanos.div_euclid(1_000_000_000));
     at.unwrap_or(Timestamp::UNIX_EPOCH).to_string()

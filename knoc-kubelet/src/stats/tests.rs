@@ -50,7 +50,7 @@ pub(crate) fn snapshot() -> Snapshot {
     }
 }
 
-fn said(time: i64, cpu: u64, started_at: i64) -> pb::PodStats {
+fn reported(time: i64, cpu: u64, started_at: i64) -> pb::PodStats {
     pb::PodStats {
         uid: "u1".to_owned(),
         namespace: "team".to_owned(),
@@ -65,34 +65,38 @@ fn said(time: i64, cpu: u64, started_at: i64) -> pb::PodStats {
     }
 }
 
-fn next(before: Option<&Snapshot>, said: pb::PodStats, now: i64) -> Snapshot {
+fn next(before: Option<&Snapshot>, reported: pb::PodStats, now: i64) -> Snapshot {
     let totals = |pods: &[PodMeasured]| Totals::of(&pods[0].whole.usage);
-    assemble(before, Ok(vec![said]), totals, now, 1)
+    assemble(before, Ok(vec![reported]), totals, now, 1)
 }
 
 #[test]
 fn a_rate_needs_two_measurements_of_the_same_counters() {
-    let first = next(None, said(SECOND, 100, 1), SECOND);
+    let first = next(None, reported(SECOND, 100, 1), SECOND);
     assert_eq!(first.pods[0].whole.nano_cores, None);
-    let second = next(Some(&first), said(3 * SECOND, 1_000_000_100, 1), 3 * SECOND);
+    let second = next(
+        Some(&first),
+        reported(3 * SECOND, 1_000_000_100, 1),
+        3 * SECOND,
+    );
     assert_eq!(second.pods[0].whole.nano_cores, Some(500_000_000));
     assert_eq!(second.pods[0].containers[0].1.nano_cores, Some(500_000_000));
     assert_eq!(second.node.nano_cores, Some(500_000_000));
-    // The shim is away: its last word again, and the rate that was its last.
+    // The shim is disconnected: its last measurement is repeated, and its rate stays.
     let away = next(
         Some(&second),
-        said(3 * SECOND, 1_000_000_100, 1),
+        reported(3 * SECOND, 1_000_000_100, 1),
         13 * SECOND,
     );
     assert_eq!(away.pods[0].whole, second.pods[0].whole);
     // The container was restarted.
-    let restarted = next(Some(&second), said(4 * SECOND, 5, 2), 4 * SECOND);
+    let restarted = next(Some(&second), reported(4 * SECOND, 5, 2), 4 * SECOND);
     assert_eq!(restarted.pods[0].containers[0].1.nano_cores, None);
 }
 
 #[test]
-fn an_agent_that_is_away_leaves_its_last_word() {
-    let first = next(None, said(SECOND, 100, 1), SECOND);
+fn the_last_measurement_stays_while_the_agent_is_down() {
+    let first = next(None, reported(SECOND, 100, 1), SECOND);
     let none = |_: &[PodMeasured]| Totals::default();
     let away = assemble(Some(&first), Err("gone".to_owned()), none, 9 * SECOND, 1);
     assert_eq!(away.failed.as_deref(), Some("gone"));
@@ -101,7 +105,7 @@ fn an_agent_that_is_away_leaves_its_last_word() {
     assert_eq!(never.pods, []);
 }
 
-/// An agent that answers each question after `takes`, with its link and how often it was asked.
+/// An agent that answers each call after `takes`, with its link and how often it was called.
 fn agent(takes: Duration) -> (Stats, watch::Sender<Link>, Arc<AtomicU32>) {
     let up = Link::Up {
         info: Arc::default(),
@@ -110,14 +114,14 @@ fn agent(takes: Duration) -> (Stats, watch::Sender<Link>, Arc<AtomicU32>) {
     let (link, up) = watch::channel(up);
     let asked = Arc::<AtomicU32>::default();
     let count = Arc::clone(&asked);
-    let ask: Ask = Box::new(move || {
+    let ask: FetchStats = Box::new(move || {
         count.fetch_add(1, Ordering::Relaxed);
         Box::pin(async move {
             tokio::time::sleep(takes).await;
             Ok(Vec::new())
         })
     });
-    (Stats::asking(ask, up, Store::default()), link, asked)
+    (Stats::with_source(ask, up, Store::default()), link, asked)
 }
 
 async fn failed(stats: &Stats) -> Option<String> {
@@ -125,7 +129,7 @@ async fn failed(stats: &Stats) -> Option<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_question_outlives_its_asker() {
+async fn a_call_outlives_its_caller() {
     let (stats, _link, asked) = agent(Duration::from_secs(7));
     let start = Instant::now();
     let left = tokio::time::timeout(Duration::from_secs(5), stats.snapshot(0));
@@ -133,7 +137,7 @@ async fn a_question_outlives_its_asker() {
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert_eq!(failed(&stats).await, None);
     assert_eq!(start.elapsed().as_secs(), 15, "it was answered meanwhile");
-    // From the answer at 7 s, not from when somebody took it.
+    // Counted from the answer at 7 s, not from when a caller took it.
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(failed(&stats).await, None);
     assert_eq!(start.elapsed().as_secs(), 25);
@@ -145,10 +149,10 @@ async fn an_agent_that_hangs_is_given_up_before_a_scraper_leaves() {
     let (stats, _link, asked) = agent(Duration::MAX);
     let start = Instant::now();
     let scrape = tokio::time::timeout(Duration::from_secs(10), failed(&stats));
-    let words = scrape.await.expect("the scraper has left");
-    assert_eq!(words.as_deref(), Some("no answer in 9 s"));
+    let message = scrape.await.expect("the scraper has left");
+    assert_eq!(message.as_deref(), Some("no answer in 9 s"));
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!(failed(&stats).await.is_some(), "the same answer");
+    assert!(failed(&stats).await.is_some(), "the same answer as before");
     assert_eq!(start.elapsed().as_secs(), 10, "at once");
     assert_eq!(asked.load(Ordering::Relaxed), 1);
 }
@@ -161,9 +165,9 @@ async fn nobody_waits_for_a_link_that_is_down() {
         tokio::time::sleep(Duration::from_secs(1)).await;
         link.send_replace(Link::never());
     };
-    let (words, ()) = tokio::join!(failed(&stats), cut);
+    let (message, ()) = tokio::join!(failed(&stats), cut);
     let down = Some("no link to the agent: not connected yet");
-    assert_eq!(words.as_deref(), down);
+    assert_eq!(message.as_deref(), down);
     assert_eq!(failed(&stats).await.as_deref(), down);
     assert_eq!(start.elapsed().as_secs(), 1);
     assert_eq!(asked.load(Ordering::Relaxed), 1);

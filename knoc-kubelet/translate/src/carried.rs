@@ -1,21 +1,21 @@
-//! PURE: which fields of a pod the translation carries over, checked against their verdicts while this crate compiles.
+//! PURE: which fields of a pod the translation reads, checked against their verdicts when this crate is compiled.
 //!
-//! Each type of Kubernetes that the translation reads has one entry here. The entry takes the type apart without a rest
+//! Each Kubernetes type that the translation reads has one entry here. The entry destructures the type without a rest
 //! pattern and puts each field into one of three groups:
 //!
-//! - `taken`: the translation reads it. The generated struct has these fields and no others, so the translation cannot
-//!   read a field that stands in another group, and a field that nothing reads is reported by the compiler as dead code.
+//! - `taken`: the translation reads it. The generated struct has only these fields, so the translation cannot read a
+//! field of another group, and the compiler reports a field that nothing reads as dead code.
 //! - `elsewhere`: another part of the kubelet, or the API server, does what the field asks for.
 //! - `left`: nothing reads it.
 //!
-//! So a field that a newer Kubernetes brings does not compile until it has a group, and these do not compile either: a
-//! `left` field whose verdict is "honoured", a `taken` field that is always refused, and a field without a verdict.
+//! A new field of Kubernetes therefore does not compile until it has a group. These do not compile either: a `left`
+//! field whose verdict is "honoured", a `taken` field that is always rejected, and a field without a verdict.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::api::resource::Quantity};
 
-use crate::verdict::fields::{is_admitted, is_honoured, is_judged};
+use crate::verdict::fields::{has_verdict, is_admitted, is_honoured};
 
 macro_rules! carried {
     ($(
@@ -43,18 +43,18 @@ macro_rules! carried {
 
         const _: () = {
             $(
-                assert!(is_judged($kind, stringify!($taken)), concat!($kind, ".", stringify!($taken), " has no verdict"));
+                assert!(has_verdict($kind, stringify!($taken)), concat!($kind, ".", stringify!($taken), " has no verdict"));
                 assert!(
                     is_admitted($kind, stringify!($taken)),
-                    concat!($kind, ".", stringify!($taken), " is always refused, and yet translated"),
+                    concat!($kind, ".", stringify!($taken), " is always rejected, but it is translated"),
                 );
             )*
             $(assert!(
                 is_honoured($kind, stringify!($elsewhere)),
-                concat!($kind, ".", stringify!($elsewhere), " is said to be honoured elsewhere, but its verdict is another"),
+                concat!($kind, ".", stringify!($elsewhere), " is in the group `elsewhere`, but its verdict is not honoured"),
             );)*
             $(
-                assert!(is_judged($kind, stringify!($left)), concat!($kind, ".", stringify!($left), " has no verdict"));
+                assert!(has_verdict($kind, stringify!($left)), concat!($kind, ".", stringify!($left), " has no verdict"));
                 assert!(
                     !is_honoured($kind, stringify!($left)),
                     concat!($kind, ".", stringify!($left), " is honoured by its verdict, and yet dropped"),
@@ -65,8 +65,8 @@ macro_rules! carried {
 }
 
 carried! {
-    /// A pod's `spec`. Elsewhere: the scheduler and admission place the pod, the API server mounts its token, the kubelet's
-    /// status has its readiness gates, and the kubelet looks up the variables of Services.
+    /// The `spec` of a pod. Elsewhere: the scheduler and admission place the pod, the API server mounts its token, the
+    /// kubelet's pod status evaluates its readiness gates, and the kubelet looks up the variables of Services.
     PodSpec of core::PodSpec, judged as "PodSpec" {
         taken {
             active_deadline_seconds: Option<i64>,
@@ -103,14 +103,14 @@ carried! {
         }
     }
 
-    /// A line of `/etc/hosts`.
+    /// An entry of `hostAliases`, which becomes a line of `/etc/hosts`.
     HostAlias of core::HostAlias, judged as "HostAlias" {
         taken { ip: String, hostnames: Option<Vec<String>> }
         elsewhere {}
         left {}
     }
 
-    /// A container.
+    /// A container or init container.
     Container of core::Container, judged as "Container" {
         taken {
             args: Option<Vec<String>>,
@@ -154,21 +154,21 @@ carried! {
         }
     }
 
-    /// Where a container sees a volume.
+    /// The mount of a volume in a container.
     VolumeMount of core::VolumeMount, judged as "VolumeMount" {
         taken { mount_path: String, name: String, read_only: Option<bool>, sub_path: Option<String> }
         elsewhere {}
         left { bind_mount_options, mount_propagation, recursive_read_only, sub_path_expr }
     }
 
-    /// A variable.
+    /// An environment variable.
     EnvVar of core::EnvVar, judged as "EnvVar" {
         taken { name: String, value: Option<String>, value_from: Option<core::EnvVarSource> }
         elsewhere {}
         left {}
     }
 
-    /// Where the value of a variable comes from.
+    /// The source of a variable's value.
     EnvVarSource of core::EnvVarSource, judged as "EnvVarSource" {
         taken {
             config_map_key_ref: Option<core::ConfigMapKeySelector>,
@@ -180,21 +180,21 @@ carried! {
         left { file_key_ref }
     }
 
-    /// A key of a ConfigMap, for a variable.
+    /// A key of a ConfigMap whose value a variable gets.
     ConfigMapKey of core::ConfigMapKeySelector, judged as "KeySelector" {
         taken { key: String, name: String, optional: Option<bool> }
         elsewhere {}
         left {}
     }
 
-    /// A key of a Secret, for a variable.
+    /// A key of a Secret whose value a variable gets.
     SecretKey of core::SecretKeySelector, judged as "KeySelector" {
         taken { key: String, name: String, optional: Option<bool> }
         elsewhere {}
         left {}
     }
 
-    /// An object whose keys all become variables.
+    /// An object all of whose keys become variables.
     EnvFromSource of core::EnvFromSource, judged as "EnvFromSource" {
         taken {
             config_map_ref: Option<core::ConfigMapEnvSource>,
@@ -205,35 +205,35 @@ carried! {
         left {}
     }
 
-    /// A ConfigMap whose keys all become variables.
+    /// A ConfigMap all of whose keys become variables.
     ConfigMapEnv of core::ConfigMapEnvSource, judged as "Reference" {
         taken { name: String, optional: Option<bool> }
         elsewhere {}
         left {}
     }
 
-    /// A Secret whose keys all become variables.
+    /// A Secret all of whose keys become variables.
     SecretEnv of core::SecretEnvSource, judged as "Reference" {
         taken { name: String, optional: Option<bool> }
         elsewhere {}
         left {}
     }
 
-    /// A field of the pod, for a variable.
+    /// A field of the pod whose value a variable gets.
     EnvFieldRef of core::ObjectFieldSelector, judged as "EnvFieldRef" {
         taken { field_path: String }
         elsewhere {}
         left { api_version }
     }
 
-    /// A resource of a container, for a variable or a file.
+    /// A resource of a container whose amount a variable or a file gets.
     ResourceFieldSelector of core::ResourceFieldSelector, judged as "ResourceFieldSelector" {
         taken { container_name: Option<String>, divisor: Option<Quantity>, resource: String }
         elsewhere {}
         left {}
     }
 
-    /// A volume: its name, and one of its sources.
+    /// A volume with its source.
     Volume of core::Volume, judged as "Volume" {
         taken {
             config_map: Option<core::ConfigMapVolumeSource>,
@@ -251,14 +251,14 @@ carried! {
         }
     }
 
-    /// An empty folder.
+    /// The source `emptyDir`: a folder that is empty at first.
     EmptyDir of core::EmptyDirVolumeSource, judged as "EmptyDirVolumeSource" {
         taken { medium: Option<String>, size_limit: Option<Quantity> }
         elsewhere {}
         left { mode }
     }
 
-    /// The files of a ConfigMap.
+    /// The source `configMap`: the keys of a ConfigMap as files.
     ConfigMapVolume of core::ConfigMapVolumeSource, judged as "ConfigMapVolumeSource" {
         taken {
             default_mode: Option<i32>,
@@ -270,7 +270,7 @@ carried! {
         left { default_user }
     }
 
-    /// The files of a Secret.
+    /// The source `secret`: the keys of a Secret as files.
     SecretVolume of core::SecretVolumeSource, judged as "SecretVolumeSource" {
         taken {
             default_mode: Option<i32>,
@@ -282,21 +282,21 @@ carried! {
         left { default_user }
     }
 
-    /// A key that becomes a file.
+    /// A key of a ConfigMap or Secret that becomes a file.
     KeyToPath of core::KeyToPath, judged as "KeyToPath" {
         taken { key: String, mode: Option<i32>, path: String }
         elsewhere {}
         left { user }
     }
 
-    /// Files with fields of the pod.
+    /// The source `downwardAPI`: fields of the pod as files.
     DownwardApiVolume of core::DownwardAPIVolumeSource, judged as "DownwardAPIVolumeSource" {
         taken { default_mode: Option<i32>, items: Option<Vec<core::DownwardAPIVolumeFile>> }
         elsewhere {}
         left { default_user }
     }
 
-    /// A file with a field of the pod.
+    /// A file whose content is a field of the pod or a resource.
     DownwardApiFile of core::DownwardAPIVolumeFile, judged as "DownwardAPIVolumeFile" {
         taken {
             field_ref: Option<core::ObjectFieldSelector>,
@@ -308,14 +308,14 @@ carried! {
         left { user }
     }
 
-    /// A field of the pod, for a file.
+    /// A field of the pod whose value a file gets.
     FileFieldRef of core::ObjectFieldSelector, judged as "FileFieldRef" {
         taken { field_path: String }
         elsewhere {}
         left { api_version }
     }
 
-    /// The files of several sources in one folder.
+    /// The source `projected`: the files of several sources in one folder.
     ProjectedVolume of core::ProjectedVolumeSource, judged as "ProjectedVolumeSource" {
         taken { default_mode: Option<i32>, sources: Option<Vec<core::VolumeProjection>> }
         elsewhere {}
@@ -334,28 +334,28 @@ carried! {
         left { cluster_trust_bundle, pod_certificate }
     }
 
-    /// The files of a ConfigMap in a projected volume.
+    /// A ConfigMap in a projected volume.
     ConfigMapProjection of core::ConfigMapProjection, judged as "ConfigMapVolumeSource" {
         taken { items: Option<Vec<core::KeyToPath>>, name: String, optional: Option<bool> }
         elsewhere {}
         left {}
     }
 
-    /// The files of a Secret in a projected volume.
+    /// A Secret in a projected volume.
     SecretProjection of core::SecretProjection, judged as "SecretProjection" {
         taken { items: Option<Vec<core::KeyToPath>>, name: String, optional: Option<bool> }
         elsewhere {}
         left {}
     }
 
-    /// Files with fields of the pod in a projected volume.
+    /// Fields of the pod in a projected volume.
     DownwardApiProjection of core::DownwardAPIProjection, judged as "DownwardAPIVolumeSource" {
         taken { items: Option<Vec<core::DownwardAPIVolumeFile>> }
         elsewhere {}
         left {}
     }
 
-    /// A token of the pod's service account.
+    /// A token of the pod's service account in a projected volume.
     TokenProjection of core::ServiceAccountTokenProjection, judged as "ServiceAccountTokenProjection" {
         taken { audience: Option<String>, expiration_seconds: Option<i64>, path: String }
         elsewhere {}

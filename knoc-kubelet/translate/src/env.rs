@@ -1,4 +1,4 @@
-//! PURE: the environment of a container: service variables, envFrom, env; later wins.
+//! PURE: translates the environment of a container: service variables, envFrom, env. The last variable of a name wins.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use super::carried::{
 };
 use super::{Needs, Resolved, files};
 
-/// What a container's variables refer to.
+/// Adds the objects to which a container's variables refer.
 pub(super) fn needs(container: Container<'_>, needs: &mut Needs) {
     for from in env_from_sources(container) {
         let map = from.config_map_ref.as_ref().map(ConfigMapEnv::from);
@@ -145,7 +145,7 @@ fn from_source(
         return Some(match field.field_path.as_str() {
             "status.hostIP" | "status.hostIPs" => Value::Runtime(pb::RuntimeField::HostIp.into()),
             "status.podIP" | "status.podIPs" => Value::Runtime(pb::RuntimeField::PodIp.into()),
-            path => Value::Literal(files::offered(pod, path, missing)?.into()),
+            path => Value::Literal(files::available_field(pod, path, missing)?.into()),
         });
     }
     let resource = ResourceFieldSelector::from(source.resource_field_ref.as_ref()?);
@@ -170,14 +170,15 @@ fn key_value(
     let data = data?;
     if data.contains(&0) {
         missing.push(format!(
-            "the value of key {key} in {kind} {name} holds a NUL byte"
+            "the value of key {key} in {kind} {name} contains a NUL byte"
         ));
         return None;
     }
     Some(Value::Literal(data.into()))
 }
 
-/// The variables of Services: those of the pod's namespace (`links`), and `KUBERNETES_*` of default/kubernetes always.
+/// The environment variables of Services: those of the pod's namespace (if `links`), and always `KUBERNETES_*` of
+/// default/kubernetes. See <https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables>.
 pub fn service_variables<'a>(
     services: impl Iterator<Item = &'a Service>,
     namespace: &str,
@@ -191,7 +192,7 @@ pub fn service_variables<'a>(
         };
         let master = of == "default" && name == "kubernetes";
         let linked = links && of == namespace;
-        // A Service `kubernetes` of the pod's own namespace goes before the one of `default`.
+        // A Service `kubernetes` in the pod's own namespace overrides the one in `default`.
         if linked || (master && !by_name.contains_key(name)) {
             by_name.insert(name.clone(), service);
         }

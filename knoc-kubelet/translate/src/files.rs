@@ -1,24 +1,27 @@
-//! PURE: the files of configMap, secret, downwardAPI and projected volumes.
+//! PURE: translates the files of configMap, secret, downwardAPI and projected volumes.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{self as core, Pod};
 use knoc_proto::{paths, pb};
 
-use super::carried::{
-    ConfigMapProjection, DownwardApiFile, DownwardApiProjection, FileFieldRef, KeyToPath, PodSpec,
-    ResourceFieldSelector, ResourceRequirements, SecretProjection, TokenProjection,
-    VolumeProjection,
+use super::{
+    Needs, Resolved, TokenRequestKey,
+    carried::{
+        ConfigMapProjection, DownwardApiFile, DownwardApiProjection, FileFieldRef, KeyToPath,
+        PodSpec, ResourceFieldSelector, ResourceRequirements, SecretProjection, TokenProjection,
+        VolumeProjection,
+    },
+    quantity,
+    volume::FilesSource,
 };
-use super::volume::FilesSource;
-use super::{Needs, Resolved, TokenAsk, quantity};
 
-/// The ordinary mode of a file.
+/// The default mode of a file, as in the Kubernetes API.
 const DEFAULT_MODE: i32 = 0o644;
-/// The ordinary life of a token.
+/// The default lifetime of a token in seconds, as in the Kubernetes API.
 const DEFAULT_EXPIRATION: i64 = 3600;
 
-/// What a volume refers to.
+/// Adds the objects to which a volume refers.
 pub(super) fn needs(source: FilesSource<'_>, needs: &mut Needs) {
     match source {
         FilesSource::ConfigMap(map) => needs.config_maps.push(map.name.clone()),
@@ -40,17 +43,19 @@ fn projection_needs(source: VolumeProjection<'_>, needs: &mut Needs) {
     needs
         .secrets
         .extend(secret.map(|secret| secret.name.clone()));
-    needs.tokens.extend(token.map(|token| ask(token.into())));
+    needs
+        .tokens
+        .extend(token.map(|token| token_request(token.into())));
 }
 
-fn ask(token: TokenProjection<'_>) -> TokenAsk {
-    TokenAsk {
+fn token_request(token: TokenProjection<'_>) -> TokenRequestKey {
+    TokenRequestKey {
         audience: token.audience.clone().unwrap_or_default(),
         expiration: token.expiration_seconds.unwrap_or(DEFAULT_EXPIRATION),
     }
 }
 
-/// The files of a volume.
+/// Collects the files of a volume.
 pub(super) fn files(
     pod: &Pod,
     source: FilesSource<'_>,
@@ -85,7 +90,7 @@ pub(super) fn files(
             }
         }
     }
-    out.refuse_files_in_files();
+    out.reject_files_as_folders();
     out.by_path.into_values().collect()
 }
 
@@ -94,7 +99,7 @@ struct Files<'a> {
     resolved: &'a Resolved,
     missing: &'a mut Vec<String>,
     mode: i32,
-    /// By path: where sources of a projected volume collide, the later one wins.
+    /// The files by path: if sources of a projected volume have the same path, the last one wins.
     by_path: BTreeMap<String, pb::VolumeFile>,
 }
 
@@ -118,7 +123,7 @@ impl Files<'_> {
             .as_ref()
             .map(TokenProjection::from)
         {
-            match self.resolved.tokens.get(&ask(token)) {
+            match self.resolved.tokens.get(&token_request(token)) {
                 Some(found) => self.put(token.path, found.token.clone().into_bytes(), None),
                 None => self
                     .missing
@@ -174,7 +179,7 @@ impl Files<'_> {
             return;
         };
         for item in items.iter().map(KeyToPath::from) {
-            // One key may be given to several files.
+            // One key may be written to several files.
             match data.get(item.key) {
                 Some(value) => self.put(item.path, value.clone(), *item.mode),
                 None if optional => {}
@@ -190,7 +195,7 @@ impl Files<'_> {
     fn downward<'i>(&mut self, items: impl Iterator<Item = &'i core::DownwardAPIVolumeFile>) {
         for item in items.map(DownwardApiFile::from) {
             let text = if let Some(reference) = item.field_ref.as_ref().map(FileFieldRef::from) {
-                offered(self.pod, reference.field_path, self.missing)
+                available_field(self.pod, reference.field_path, self.missing)
             } else if let Some(selector) = item.resource_field_ref {
                 let allocatable = &self.resolved.allocatable;
                 Some(resource(self.pod, None, selector.into(), allocatable))
@@ -221,8 +226,8 @@ impl Files<'_> {
         self.by_path.insert(clean, file);
     }
 
-    /// A name cannot be a file and a folder at once.
-    fn refuse_files_in_files(&mut self) {
+    /// Rejects paths of which one is a file and the other needs it as a folder.
+    fn reject_files_as_folders(&mut self) {
         for path in self.by_path.keys() {
             let parents = path.match_indices('/').map(|(end, _)| &path[..end]);
             for parent in parents.filter(|parent| self.by_path.contains_key(*parent)) {
@@ -234,7 +239,7 @@ impl Files<'_> {
     }
 }
 
-/// A field of the pod, as the downward API gives it; `None` if containers are not offered this field.
+/// A field of the pod for the downward API; `None` if this field is not available to containers.
 pub(super) fn field(pod: &Pod, path: &str) -> Option<String> {
     let meta = &pod.metadata;
     let spec = pod.spec.as_ref();
@@ -257,11 +262,13 @@ pub(super) fn field(pod: &Pod, path: &str) -> Option<String> {
     Some(text.unwrap_or_default())
 }
 
-/// The field, or nothing and the reason.
-pub(super) fn offered(pod: &Pod, path: &str, missing: &mut Vec<String>) -> Option<String> {
+/// Returns the field, or records why it is missing.
+pub(super) fn available_field(pod: &Pod, path: &str, missing: &mut Vec<String>) -> Option<String> {
     let text = field(pod, path);
     if text.is_none() {
-        missing.push(format!("fieldPath \"{path}\" is not offered to containers"));
+        missing.push(format!(
+            "fieldPath \"{path}\" is not available to containers"
+        ));
     }
     text
 }
@@ -273,7 +280,7 @@ fn subscript<'a>(path: &'a str, of: &str) -> Option<&'a str> {
         .strip_suffix("']")
 }
 
-/// `key="value"` lines, quoted as Go does.
+/// Formats a map as lines `key="value"`, quoted as by Go.
 fn map_lines(map: &BTreeMap<String, String>) -> String {
     let lines: Vec<_> = map
         .iter()
@@ -299,7 +306,8 @@ fn quote(text: &str) -> String {
     quoted
 }
 
-/// A resource of a container in units of the divisor, rounded up; a limit not set is the node's allocatable.
+/// The amount of a container's resource in units of the divisor, rounded up. A limit that is not set is the node's
+/// allocatable amount.
 pub(super) fn resource(
     pod: &Pod,
     container: Option<&str>,

@@ -1,24 +1,25 @@
-//! PURE: how long a pod's containers may go on after they are told to end.
+//! PURE: the grace period of a pod: how long its containers may keep running after they were told to stop.
 
-/// Kubernetes' default.
+/// Kubernetes' default of `terminationGracePeriodSeconds`.
 const DEFAULT: i64 = 30;
 
-/// The time between SIGTERM and SIGKILL, in whole seconds as Kubernetes counts it. The seconds of the API become this type
-/// once; the agent's protocol gets them back by [`Grace::in_seconds`].
+/// The time between SIGTERM and SIGKILL, in whole seconds as in the Kubernetes API. The seconds of the API are
+/// converted to this type once; [`Grace::in_seconds`] converts it back for the agent's protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Grace(i64);
 
 impl Grace {
-    /// SIGKILL at once.
+    /// No grace: SIGKILL at once.
     pub const NONE: Self = Self(0);
 
-    /// The grace that a field of Kubernetes gives: `terminationGracePeriodSeconds`, `deletionGracePeriodSeconds`.
+    /// The grace period of a field of Kubernetes (`terminationGracePeriodSeconds`, `deletionGracePeriodSeconds`). A
+    /// field that is not set means 30 s.
     #[must_use]
     pub fn of_field(seconds: Option<i64>) -> Self {
         Self(seconds.unwrap_or(DEFAULT))
     }
 
-    /// As a number of seconds.
+    /// The grace period in seconds, never negative.
     #[must_use]
     pub fn in_seconds(self) -> i64 {
         self.0

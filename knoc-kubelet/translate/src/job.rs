@@ -1,14 +1,14 @@
-//! PURE: what the pod asks of Slurm: annotations and resources (KEP-753's rule).
+//! PURE: what the pod requests of Slurm by its annotations and resources (summed by the rule of KEP-753).
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 
-/// CPU of a pod that says nothing.
+/// The CPU of a pod that sets none.
 const DEFAULT_CPU_MILLIS: i64 = 1000;
 
-/// Annotations whose value is further sbatch options.
+/// The annotations whose values are further sbatch options.
 const FLAGS: &[&str] = &[
     "knoc.io/flags",
     "slurm-job.knoc.io/flags",
@@ -39,7 +39,7 @@ pub(super) fn request(
             wrong(
                 "knoc.io/time",
                 &value,
-                "minutes, HH:MM:SS, D-HH:MM:SS or like 90m, 2h, 1d",
+                "a time in minutes, HH:MM:SS, D-HH:MM:SS or like 90m, 2h, 1d",
             );
             0
         })
@@ -65,7 +65,7 @@ pub(super) fn request(
         time_minutes,
         nodes: 1,
         ntasks,
-        // What extended resources are in gres is the site's word: the agent's.
+        // The agent, not the kubelet, maps extended resources to `--gres`, because the mapping is in the site file.
         gres: text("gres").unwrap_or_default(),
         exclusive: text("exclusive").as_deref() == Some("true"),
         licenses: text("licenses").unwrap_or_default(),
@@ -78,7 +78,7 @@ pub(super) fn request(
     }
 }
 
-/// The words of all annotations of flags, in the order of [`FLAGS`].
+/// The options in all annotations of [`FLAGS`], in that order.
 fn flags(
     annotations: &BTreeMap<String, String>,
     wrong: &mut impl FnMut(&str, &str, &str),
@@ -88,15 +88,16 @@ fn flags(
         let Some(value) = annotations.get(*name) else {
             continue;
         };
-        match words(value) {
-            Some(words) => flags.extend(words),
-            None => wrong(name, value, "a list of words (a quote is not closed)"),
+        match split_options(value) {
+            Some(options) => flags.extend(options),
+            None => wrong(name, value, "a list of options (a quote is not closed)"),
         }
     }
     flags
 }
 
-/// CPU (request, else limit, else 1), memory (limit, else request), ephemeral storage (limit, else request).
+/// The totals of CPU (request, else limit, else 1), memory (limit, else request) and ephemeral storage (limit, else
+/// request).
 fn totals(init: &[pb::Container], regular: &[pb::Container]) -> (i64, i64, i64) {
     let cpu = over_containers(init, regular, |requests, limits| {
         first(requests.cpu_millis, limits.cpu_millis)
@@ -117,8 +118,8 @@ fn first(one: i64, other: i64) -> i64 {
     if one == 0 { other } else { one }
 }
 
-/// The larger of: the largest init container, the sum of the containers; `amount` is told a container's requests and
-/// limits.
+/// The larger one of the largest amount of an init container and the sum over the containers (KEP-753). `amount`
+/// computes the amount of one container from its requests and limits.
 pub fn over_containers(
     init: &[pb::Container],
     regular: &[pb::Container],
@@ -135,8 +136,8 @@ pub fn over_containers(
     init.iter().map(of).fold(sum, i64::max)
 }
 
-/// Slurm's forms of a time (`M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`) and `90m`, `2h`, `1d`, `30s`, in
-/// minutes, rounded up.
+/// Parses a time in minutes, rounded up: Slurm's forms (`M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`; sbatch(1)) and
+/// `90m`, `2h`, `1d`, `30s`.
 fn minutes(text: &str) -> Option<i64> {
     let seconds = seconds(text)?;
     (seconds > 0).then(|| super::quantity::ceil_div(seconds, 60))
@@ -179,10 +180,10 @@ fn number(text: &str) -> Option<i64> {
         .flatten()
 }
 
-/// Splits at blanks; single and double quotes and backslashes keep them. No shell comes near: the words
-/// become elements of an argv.
-fn words(text: &str) -> Option<Vec<String>> {
-    let mut words = Vec::new();
+/// Splits a text at blanks; single and double quotes and backslashes protect them. No shell is involved: the parts
+/// become elements of an argv. `None` if a quote is not closed.
+fn split_options(text: &str) -> Option<Vec<String>> {
+    let mut options = Vec::new();
     let mut word: Option<String> = None;
     let mut quote: Option<char> = None;
     let mut chars = text.chars();
@@ -194,12 +195,12 @@ fn words(text: &str) -> Option<Vec<String>> {
                 word.get_or_insert_default();
             }
             (None | Some('"'), '\\') => word.get_or_insert_default().push(chars.next()?),
-            (None, c) if c.is_whitespace() => words.extend(word.take()),
+            (None, c) if c.is_whitespace() => options.extend(word.take()),
             (_, c) => word.get_or_insert_default().push(c),
         }
     }
-    words.extend(word);
-    quote.is_none().then_some(words)
+    options.extend(word);
+    quote.is_none().then_some(options)
 }
 
 #[cfg(test)]
@@ -231,16 +232,16 @@ mod tests {
     }
 
     #[test]
-    fn words_keep_their_quotes_apart() {
-        let split = |text: &str| words(text).map(|words| words.join("|"));
+    fn quoted_options_are_split_as_written() {
+        let split = |text: &str| split_options(text).map(|options| options.join("|"));
         assert_eq!(split("--a=1  --b='x y'").as_deref(), Some("--a=1|--b=x y"));
         assert_eq!(
             split(r#"--c="q \" r" \ z"#).as_deref(),
             Some(r#"--c=q " r| z"#)
         );
         assert_eq!(split("''").as_deref(), Some(""));
-        assert_eq!(words("  "), Some(vec![]));
-        assert_eq!(words("'open"), None);
-        assert_eq!(words("end\\"), None);
+        assert_eq!(split_options("  "), Some(vec![]));
+        assert_eq!(split_options("'open"), None);
+        assert_eq!(split_options("end\\"), None);
     }
 }

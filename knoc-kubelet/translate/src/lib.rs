@@ -1,10 +1,10 @@
-//! PURE: Pod → `pb::PodSpec` (the shape) and Pod + [`Resolved`] → `pb::PodValues` (the values).
+//! PURE: translates a Pod to `pb::PodSpec` (the shape), and a Pod with [`Resolved`] to `pb::PodValues` (the values).
 //!
-//! The shape holds no secret and needs nothing but the pod; it is what `EnsurePod` freezes. The values
-//! need what the kubelet fetched. `knocctl run -f` uses both, with nothing resolved.
-//! What becomes of each field is said by [`verdict`]; the translation reads a pod through the types of `carried`, which do
-//! not compile if they and the verdicts disagree. What no table can say (numbers that are not numbers, a volume of an
-//! unknown kind) is refused here, and all of it is returned.
+//! The shape contains no secret and needs nothing but the pod; `EnsurePod` fixes it. The values need the objects that
+//! the kubelet fetched. `knocctl run -f` uses both, with nothing resolved. [`verdict`] decides how each field is
+//! handled. The translation reads a pod through the types of `carried`, which do not compile if they and the verdicts
+//! disagree. Problems that no table can express (text in place of a number, a volume of an unknown kind) are found
+//! here, and all of them are returned.
 
 #![forbid(unsafe_code)]
 
@@ -36,39 +36,39 @@ pub use env::service_variables;
 pub use grace::Grace;
 pub use job::over_containers;
 
-/// Annotations that are never sent: they repeat the whole pod.
+/// Annotations that are not sent, because they repeat the whole pod.
 const NOT_SENT: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
-/// What the pod refers to, as far as it was found.
+/// The objects to which the pod refers, as far as they were found.
 #[derive(Clone, Debug, Default)]
 pub struct Resolved {
-    /// By name, of the pod's namespace.
+    /// The `ConfigMaps` of the pod's namespace, by name.
     pub config_maps: BTreeMap<String, ConfigMap>,
-    /// By name, of the pod's namespace.
+    /// The Secrets of the pod's namespace, by name.
     pub secrets: BTreeMap<String, Secret>,
-    /// Service account tokens by what was asked.
-    pub tokens: BTreeMap<TokenAsk, Token>,
-    /// Service variables (see [`service_variables`]).
+    /// The service account tokens, by their request.
+    pub tokens: BTreeMap<TokenRequestKey, Token>,
+    /// The variables of Services (see [`service_variables`]).
     pub services: Vec<(String, String)>,
-    /// The node's allocatable: the limit of a container that sets none.
+    /// The allocatable resources of the node, which are the limits of a container that sets none.
     pub allocatable: pb::Resources,
 }
 
-/// What is asked of the `TokenRequest` API.
+/// A request for a service account token (the `TokenRequest` API).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct TokenAsk {
-    /// Empty: the API server's own.
+pub struct TokenRequestKey {
+    /// The audience; empty: the API server's own.
     pub audience: String,
-    /// Seconds.
+    /// The requested lifetime in seconds.
     pub expiration: i64,
 }
 
-/// A service account token.
+/// A service account token that was issued.
 #[derive(Clone)]
 pub struct Token {
-    /// The secret itself.
+    /// The token. Secret.
     pub token: String,
-    /// When it expires.
+    /// The time at which it expires.
     pub expires: Timestamp,
 }
 
@@ -80,39 +80,39 @@ impl std::fmt::Debug for Token {
     }
 }
 
-/// What a pod refers to.
+/// The objects to which a pod refers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// Names of `ConfigMaps`.
+    /// The names of the `ConfigMaps`.
     pub config_maps: Vec<String>,
-    /// Names of Secrets.
+    /// The names of the Secrets.
     pub secrets: Vec<String>,
-    /// Tokens.
-    pub tokens: Vec<TokenAsk>,
+    /// The requests for tokens.
+    pub tokens: Vec<TokenRequestKey>,
 }
 
-/// Something required is not there (yet), a sentence each. Volumes come first, as on any node: a container is not looked
-/// at before they are there.
+/// Required objects that do not exist (yet), with one message for each. Problems of volumes are reported first, as by
+/// any kubelet: it looks at containers only after the volumes are mounted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Missing {
-    /// Of volumes.
+    /// Volumes cannot be set up.
     #[error("{}", .0.join("; "))]
     Mounts(Vec<String>),
-    /// Of containers' variables.
+    /// Variables of containers cannot be set.
     #[error("{}", .0.join("; "))]
     Variables(Vec<String>),
 }
 
-/// The values, and names that were skipped because they are no variable names.
+/// The values, and the names that were skipped because they are not valid variable names.
 #[derive(Clone, Debug, Default)]
 pub struct Values {
-    /// The bundle; its revision is set by the caller.
+    /// The values; the caller sets their revision.
     pub values: pb::PodValues,
-    /// For the Event `InvalidEnvironmentVariableNames`.
+    /// The skipped names, for the Event `InvalidEnvironmentVariableNames`.
     pub skipped: Vec<String>,
 }
 
-/// The shape of the pod, or all reasons why it has none.
+/// Translates the shape of the pod, or returns everything that is wrong with it.
 pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     let mut problems = Vec::new();
     let Some(spec) = pod.spec.as_ref().map(PodSpec::from) else {
@@ -172,7 +172,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     })
 }
 
-/// The values of the pod, or all that is missing.
+/// Translates the values of the pod, or returns everything that is missing.
 pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     let mut missing = Vec::new();
     let mut values = Values::default();
@@ -224,7 +224,7 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     }
 }
 
-/// What the pod refers to: names of `ConfigMaps` and Secrets, tokens.
+/// The objects to which the pod refers: names of `ConfigMaps` and Secrets, and tokens.
 #[must_use]
 pub fn needs(pod: &Pod) -> Needs {
     let mut needs = Needs::default();
@@ -235,7 +235,7 @@ pub fn needs(pod: &Pod) -> Needs {
         env::needs(container, &mut needs);
     }
     for volume in spec.volumes.iter().flatten() {
-        // A volume of an unknown kind has no shape: its pod never starts.
+        // A pod with a volume of an unknown kind has no shape, so it never starts.
         if let Ok(Source::Files(source)) = volume::source(volume) {
             files::needs(source, &mut needs);
         }
@@ -250,7 +250,7 @@ pub fn needs(pod: &Pod) -> Needs {
 }
 
 impl<'a> PodSpec<'a> {
-    /// The init containers, then the others.
+    /// The init containers, then the other containers.
     fn all_containers(self) -> impl Iterator<Item = Container<'a>> {
         let init = self.init_containers.iter().flatten();
         init.chain(self.containers).map(Container::from)
@@ -334,7 +334,7 @@ fn shape_container(
     }
 }
 
-/// A container's own word comes before the pod's.
+/// The container's setting overrides the pod's.
 fn run_as_user(spec: PodSpec<'_>, own: Option<SecurityContext<'_>>) -> Option<i64> {
     let of_pod = spec.security_context.as_ref().map(PodSecurityContext::from);
     own.and_then(|context| *context.run_as_user)
@@ -347,7 +347,7 @@ fn shape_mount(mount: VolumeMount<'_>) -> pb::Mount {
         volume: mount.name.clone(),
         path: in_container(mount.mount_path),
         read_only: *mount.read_only == Some(true),
-        // Agents of older versions take clean paths only. What is wrong with another the agent says.
+        // Older agents accept only clean paths. The agent reports what is wrong with any other path.
         sub_path: match paths::in_volume(&sub_path) {
             Ok(clean) if clean == "." => String::new(),
             Ok(clean) => clean,
@@ -356,8 +356,8 @@ fn shape_mount(mount: VolumeMount<'_>) -> pb::Mount {
     }
 }
 
-/// As a kubelet does it: a relative path begins at the container's root. Otherwise it stays as it was written: the
-/// shape of a pod that runs must not change with the kubelet's version.
+/// Makes a relative path relative to the container's root, as the kubelet does. Any other path stays as written: the
+/// shape of a running pod must not change with the kubelet's version.
 fn in_container(path: &str) -> String {
     if path.starts_with('/') {
         path.to_owned()
@@ -366,7 +366,7 @@ fn in_container(path: &str) -> String {
     }
 }
 
-/// As the API server fills it in: `Always` for `:latest` or no tag.
+/// The default of the API server: `Always` for `:latest` or no tag, otherwise `IfNotPresent`.
 fn pull_policy(policy: Option<&str>, image: &str) -> pb::PullPolicy {
     match policy {
         Some("Always") => pb::PullPolicy::Always,

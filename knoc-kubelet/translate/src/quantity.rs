@@ -1,23 +1,23 @@
-//! PURE: Kubernetes quantities (`100m`, `1.5Gi`, `2e3`) as whole thousandths, rounded up as Kubernetes does.
+//! PURE: parses Kubernetes quantities (`100m`, `1.5Gi`, `2e3`) to whole thousandths, rounded up as by Kubernetes.
 
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-/// A quantity that could not be read.
+/// The text is not a quantity. See <https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/>.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a quantity")]
 pub struct InvalidQuantity(pub String);
 
-/// The quantity in thousandths (millicores for CPU), rounded up.
+/// The quantity in thousandths (millicores for CPU), rounded up and limited to the range of `i64`.
 pub fn millis(quantity: &Quantity) -> Result<i64, InvalidQuantity> {
     parse(&quantity.0).ok_or_else(|| InvalidQuantity(quantity.0.clone()))
 }
 
-/// The quantity in whole units (bytes for memory), rounded up.
+/// The quantity in whole units (bytes for memory), rounded up and limited to the range of `i64`.
 pub fn units(quantity: &Quantity) -> Result<i64, InvalidQuantity> {
     millis(quantity).map(|millis| ceil_div(millis, 1000))
 }
 
-/// `a / b`, rounded up; `b` is positive.
+/// Divides `a` by `b` and rounds up; `b` must be positive.
 #[must_use]
 pub fn ceil_div(a: i64, b: i64) -> i64 {
     let b = b.max(1);
@@ -41,11 +41,11 @@ fn parse(text: &str) -> Option<i64> {
         let divisor = 10i128.checked_pow(u32::try_from(-power).ok()?)?;
         scaled.div_euclid(divisor) + i128::from(scaled.rem_euclid(divisor) != 0)
     };
-    // Beyond i64 Kubernetes caps too: as good as without limit.
+    // Kubernetes too limits larger values to i64, which is as good as unlimited.
     Some(i64::try_from(value).unwrap_or(i64::MAX))
 }
 
-/// The digits of a decimal number as an integer, and how many stood behind the point.
+/// The digits of a decimal number as an integer, and the number of those after the decimal point.
 fn digits(number: &str) -> Option<(i128, i32)> {
     let (negative, number) = match number.strip_prefix('-') {
         Some(rest) => (true, rest),
@@ -62,7 +62,7 @@ fn digits(number: &str) -> Option<(i128, i32)> {
     ))
 }
 
-/// The factor of a suffix: a power of two, and a power of ten.
+/// The factor of a suffix as a power of two and a power of ten.
 fn scale(suffix: &str) -> Option<(i128, i32)> {
     Some(match suffix {
         "" => (1, 0),

@@ -51,7 +51,7 @@ fn resolved() -> Resolved {
         config_maps: [("cm".to_owned(), config_map)].into(),
         secrets: [("sec".to_owned(), secret)].into(),
         tokens: [(
-            TokenAsk {
+            TokenRequestKey {
                 audience: String::new(),
                 expiration: 3607,
             },
@@ -72,7 +72,7 @@ fn resolved() -> Resolved {
 #[test]
 fn the_shape_of_a_pod() {
     let mut shape = shape(&pod()).unwrap();
-    // A map without order.
+    // The map has no order.
     let annotations: BTreeMap<_, _> = shape.annotations.drain().collect();
     assert_eq!(
         annotations.keys().map(String::as_str).collect::<Vec<_>>(),
@@ -100,7 +100,7 @@ fn what_a_pod_refers_to() {
 }
 
 #[test]
-fn all_that_is_missing_is_said_and_optional_ones_are_not() {
+fn all_missing_objects_but_optional_ones_are_reported() {
     let mut pod = pod();
     let error = values(&pod, &Resolved::default()).unwrap_err();
     let mounts: Vec<String> = [
@@ -119,7 +119,7 @@ fn all_that_is_missing_is_said_and_optional_ones_are_not() {
     );
 }
 
-/// The pod with those volumes alone, and what they refer to.
+/// The pod with only these volumes, and the objects to which they refer.
 fn with_volumes(volumes: serde_json::Value) -> (Pod, Resolved) {
     let mut pod = pod();
     pod.spec.as_mut().unwrap().volumes = serde_json::from_value(volumes).unwrap();
@@ -131,7 +131,7 @@ fn with_volumes(volumes: serde_json::Value) -> (Pod, Resolved) {
     (pod, resolved)
 }
 
-/// Paths and contents of its files.
+/// The paths and contents of the pod's files.
 fn files_of(volumes: serde_json::Value) -> Result<Vec<(String, String)>, Missing> {
     let (pod, resolved) = with_volumes(volumes);
     let volumes = values(&pod, &resolved)?.values.files;
@@ -158,7 +158,7 @@ fn one_key_may_be_several_files_of_each_kind_of_volume() {
             json!({"projected": {"sources": [{"secret": {"name": "sec", "items": items}}]}}),
             "s",
         ),
-        // Each source has its own copy of one object.
+        // Each source reads its own copy of the object.
         (
             json!({"projected": {"sources": [
                 {"configMap": {"name": "cm", "items": [{"key": "k", "path": "a"}]}},
@@ -201,7 +201,7 @@ fn paths_of_files_are_cleaned_and_the_later_source_wins() {
 }
 
 #[test]
-fn a_path_that_cannot_be_is_said_by_name() {
+fn an_invalid_path_is_reported_by_name() {
     for (items, why) in [
         (
             json!([{"key": "k", "path": "a/../b"}]),
@@ -234,7 +234,7 @@ fn paths_of_mounts_are_as_a_kubelet_takes_them() {
         ("a//b", "a/b"),
         ("./", ""),
         ("..foo", "..foo"),
-        // The agent refuses it by name.
+        // The agent rejects it by name.
         ("../x", "../x"),
     ] {
         let mut pod = pod();
@@ -252,7 +252,7 @@ fn paths_of_mounts_are_as_a_kubelet_takes_them() {
 }
 
 #[test]
-fn a_containers_user_comes_before_the_pods() {
+fn the_user_of_a_container_overrides_the_pods() {
     let mut pod = pod();
     let spec = pod.spec.as_mut().unwrap();
     spec.security_context = serde_json::from_value(json!({"runAsUser": 1000})).unwrap();
@@ -263,11 +263,11 @@ fn a_containers_user_comes_before_the_pods() {
 }
 
 #[test]
-fn a_nul_byte_cannot_be_a_variable() {
+fn a_value_with_a_nul_byte_cannot_be_a_variable() {
     let error = values(&pod(), &resolved()).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the value of key k in secret sec holds a NUL byte"
+        "the value of key k in secret sec contains a NUL byte"
     );
 }
 
@@ -296,7 +296,7 @@ fn init_containers_count_as_the_largest() {
 }
 
 #[test]
-fn gres_is_the_annotations_word_alone() {
+fn gres_is_taken_only_from_the_annotation() {
     let mut pod = pod();
     let annotations = pod.metadata.annotations.get_or_insert_default();
     annotations.insert("knoc.io/gres".to_owned(), "gpu:a100:2".to_owned());
@@ -343,7 +343,7 @@ fn a_volume_of_an_unknown_kind_is_an_error_wherever_it_is_read() {
     }
 }
 
-/// The verdict table names the fields that containers are offered; the translation has to know each of them.
+/// The verdict table names the field paths that containers can refer to; the translation must support each of them.
 #[test]
 fn every_field_path_with_a_verdict_is_translated_and_no_other() {
     let honoured = verdict::fields::honoured_field_paths();

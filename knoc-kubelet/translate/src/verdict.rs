@@ -1,8 +1,8 @@
-//! PURE: what becomes of every field of a pod, by one table that is the code and the docs.
+//! PURE: decides how every field of a pod is handled, by one table from which both the code and the docs are made.
 //!
-//! The JSON of the pod is walked as the API server sent it, so a field that this build does not know
-//! is found too and refused by its path. All refusals are collected: the user reads them in one message.
-//! `docs/guide/pod-support.md` is [`table()`]; a test holds both equal.
+//! The pod's JSON is examined as the API server sent it, so a field that this build does not know is found too and
+//! rejected by its path. All rejections are collected, so that the user sees them in one message.
+//! `docs/guide/pod-support.md` is the output of [`table()`]; a test checks that they are equal.
 
 pub(crate) mod fields;
 mod table;
@@ -13,22 +13,22 @@ use serde_json::Value;
 
 use table::TABLE;
 
-/// What becomes of a field.
+/// How a field is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
-    /// Does what Kubernetes says.
+    /// The field does what Kubernetes says.
     Honoured,
-    /// True by nature, or none of the kubelet's business.
+    /// The field holds anyway, or is not the kubelet's responsibility.
     Satisfied,
-    /// Means something else here; the pod gets an Event.
+    /// The field has a different meaning here, and the pod gets an Event.
     Mapped,
     /// The pod is not admitted.
-    Refused,
-    /// The fields inside are judged one by one, by the rows of this type.
+    Rejected,
+    /// Each field inside has its own verdict in the rows of this type.
     Inside(&'static str),
 }
 
-/// For which values a row counts. The first row that matches decides.
+/// The values to which a row applies. The first matching row decides.
 #[derive(Clone, Copy, Debug)]
 enum When {
     Any,
@@ -40,17 +40,17 @@ enum When {
     Empty,
 }
 
-/// One line of the table.
+/// One row of the table.
 #[derive(Debug)]
 struct Row {
-    /// Field names, separated by blanks; `*` at the end of a name stands for any rest.
+    /// Field names, separated by blanks; `*` at the end of a name matches any rest.
     fields: &'static str,
     when: When,
     verdict: Verdict,
     note: &'static str,
 }
 
-/// The rows of one type.
+/// The rows of one Kubernetes type.
 #[derive(Debug)]
 struct Type {
     name: &'static str,
@@ -58,16 +58,16 @@ struct Type {
     rows: &'static [Row],
 }
 
-/// The findings of one pod.
+/// The findings about one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Findings {
-    /// Why the pod is not admitted: `path: why`. Empty: it is.
-    pub refused: Vec<String>,
-    /// What means something else here: `path: what`.
+    /// Why the pod is rejected, as `path: why`; empty if it is admitted.
+    pub rejected: Vec<String>,
+    /// The fields with a different meaning here, as `path: meaning`; they become the Event `Mapped`.
     pub mapped: Vec<String>,
 }
 
-/// Judges a pod (its JSON, as the API server sent it).
+/// Decides about a pod, given as its JSON from the API server.
 #[must_use]
 pub fn judge(pod: &Value) -> Findings {
     let mut findings = Findings::default();
@@ -124,7 +124,7 @@ fn judge_field(
         .iter()
         .find(|row| row.names(field) && row.when.matches(value));
     let Some(row) = row else {
-        findings.refused.push(format!(
+        findings.rejected.push(format!(
             "{path}: this field is not known to this version of KNoC"
         ));
         return;
@@ -132,14 +132,14 @@ fn judge_field(
     match row.verdict {
         Verdict::Honoured | Verdict::Satisfied => {}
         Verdict::Mapped => findings.mapped.push(format!("{path}: {}", row.note)),
-        Verdict::Refused => {
+        Verdict::Rejected => {
             let value = match value {
                 Value::String(text) => format!(" (`{text}`)"),
                 Value::Bool(_) | Value::Number(_) => format!(" (`{value}`)"),
                 Value::Null | Value::Array(_) | Value::Object(_) => String::new(),
             };
             findings
-                .refused
+                .rejected
                 .push(format!("{path}{value}: {}", row.note));
         }
         Verdict::Inside(kind) => walk(kind, path, value, findings),
@@ -186,7 +186,7 @@ impl When {
         }
     }
 
-    fn words(self) -> String {
+    fn text(self) -> String {
         match self {
             Self::Any => String::new(),
             Self::Is(values) => format!(" = {}", quoted(values, "")),
@@ -197,7 +197,7 @@ impl When {
 }
 
 fn quoted(values: &[&str], end: &str) -> String {
-    let words: Vec<_> = values
+    let texts: Vec<_> = values
         .iter()
         .map(|value| {
             if value.is_empty() {
@@ -207,10 +207,10 @@ fn quoted(values: &[&str], end: &str) -> String {
             }
         })
         .collect();
-    words.join(", ")
+    texts.join(", ")
 }
 
-/// The whole table as Markdown: the text of `docs/guide/pod-support.md`.
+/// The whole table as Markdown: the contents of `docs/guide/pod-support.md`.
 #[must_use]
 pub fn table() -> String {
     let mut text = String::from(HEAD);
@@ -235,7 +235,7 @@ pub fn table() -> String {
                 text,
                 "| {}{} | {} | {} |",
                 fields.join(", "),
-                row.when.words(),
+                row.when.text(),
                 row.verdict.word(),
                 row.note
             );
@@ -296,7 +296,7 @@ impl Verdict {
             Self::Honoured => "honoured",
             Self::Satisfied => "satisfied",
             Self::Mapped => "mapped",
-            Self::Refused => "**rejected**",
+            Self::Rejected => "**rejected**",
             Self::Inside(_) => "see its fields",
         }
     }

@@ -1,4 +1,4 @@
-//! PURE: the source of a volume, one of those that this version knows.
+//! PURE: the source of a volume, which must be one that this version supports.
 
 use k8s_openapi::api::core::v1 as core;
 use knoc_proto::pb;
@@ -8,16 +8,16 @@ use super::carried::{
 };
 use super::quantity;
 
-/// What is in a volume.
+/// The source of a volume's contents.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Source<'a> {
-    /// Nothing at first.
+    /// An empty folder.
     EmptyDir(EmptyDir<'a>),
-    /// Files that come with the pod's values.
+    /// Files that are sent with the pod's values.
     Files(FilesSource<'a>),
 }
 
-/// Where the files of a volume come from.
+/// The source of a volume's files.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum FilesSource<'a> {
     ConfigMap(ConfigMapVolume<'a>),
@@ -26,15 +26,15 @@ pub(crate) enum FilesSource<'a> {
     Projected(ProjectedVolume<'a>),
 }
 
-/// The volume has none of the sources of [`Source`]. Where nothing is named at all the API server fills in `emptyDir`, so
-/// that a volume without a known source is one of an unknown kind.
+/// The volume has none of the sources in [`Source`]. If a pod names no source at all, the API server fills in
+/// `emptyDir`, so a volume without a known source has an unknown one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("spec.volumes[{volume}]: volumes of this kind are not known to this version of KNoC")]
 pub(crate) struct UnknownSource {
     volume: String,
 }
 
-/// The source of a volume.
+/// Finds the source of a volume.
 pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource> {
     let Volume {
         config_map,
@@ -62,7 +62,7 @@ pub(crate) fn source(volume: &core::Volume) -> Result<Source<'_>, UnknownSource>
     Ok(Source::Files(files))
 }
 
-/// The volume as the agent takes it, or a problem.
+/// Translates a volume, or records what is wrong with it.
 pub(crate) fn shape(volume: &core::Volume, problems: &mut Vec<String>) -> Option<pb::Volume> {
     let source = match source(volume) {
         Ok(Source::EmptyDir(empty)) => {

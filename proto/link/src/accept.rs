@@ -1,18 +1,18 @@
-//! The accept loop of every port and socket of ours: the connections of a listener ([`Listener`]), each after its
-//! handshake, as a stream.
+//! The accept loop of every port and socket of KNoC: [`Accept`] is a stream of the connections of a [`Listener`], each
+//! of them after its handshake.
 //!
-//! There is no task: the listener and the handshakes make progress while the stream is polled. A connection passes two
-//! stages, each bounded by [`Admissions`] and by time:
+//! No task is spawned: the listener and the handshakes make progress while the stream is polled. A connection passes
+//! two stages, each of them bounded in number by [`Admissions`] and in time:
 //!
 //! ```text
-//! accept ─► silent: no byte yet, at most FIRST_BYTE ─► handshake: at most CONNECT_TIMEOUT ─► given out
+//! accept ─► silent: no byte yet, at most FIRST_BYTE ─► handshake: at most CONNECT_TIMEOUT ─► yielded
 //! ```
 //!
-//! The listener is never left alone because a stage is full; the oldest connection of the busiest source is closed
-//! instead. Connections that have sent something are counted apart from those that have not, so silent ones displace
-//! only each other; a listener that lets no strangers in has no first stage. If the process has no descriptor left, an
-//! unfinished connection is closed for the new one; if there is none, a descriptor kept in reserve serves to refuse
-//! whoever waits in the kernel's queue.
+//! A full stage never stops the loop from accepting; instead the oldest connection of the busiest source is closed.
+//! Connections that have sent something are counted apart from those that have not, so silent ones displace only each
+//! other. A listener that strangers cannot reach has no first stage. If the process runs out of descriptors, an
+//! unfinished connection is closed for the new one; if there is none, a descriptor kept in reserve is spent to refuse
+//! the connections that wait in the kernel's queue.
 use std::{
     collections::HashMap,
     fmt,
@@ -40,28 +40,30 @@ use super::{
     carrier::{Listener, Unverified},
 };
 
-/// From the connection to its first byte. A client sends it as soon as it is connected; a busy one takes a second.
+/// The limit from the connection to its first byte. A client sends it as soon as it is connected; a busy one needs a
+/// second.
 const FIRST_BYTE: Duration = Duration::from_secs(5);
-/// Connections accepted before handshakes get their turn.
+/// How many connections are accepted in a row before the handshakes are polled.
 const BATCH: usize = 32;
-/// The pause after `accept` failed for a reason that we cannot do anything about.
+/// The pause after `accept` failed with an error that this process cannot resolve.
 const PAUSE: Duration = Duration::from_millis(200);
-/// `accept` has no descriptor or memory left.
+/// The errors with which accept(2) reports that descriptors or memory are exhausted.
 const SCARCE: [Errno; 4] = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-/// `accept` failed because of the connection, see accept(2).
+/// The errors of accept(2) that concern only the connection that was to be accepted.
 const ONE_CONNECTION: [Errno; 4] = [Errno::CONNABORTED, Errno::PROTO, Errno::PERM, Errno::INTR];
 
-/// What a handshake comes to: the connection, or what the log says of the refusal.
+/// The result of a handshake: the connection, or the error text for the log.
 pub type Handshake<T> = BoxFuture<'static, Result<T, String>>;
 
-/// Why a connection was not given out.
-enum Refusal {
-    /// It was closed before it said anything, as health checks and port scans do.
+/// Why a connection was closed before it was yielded.
+enum AcceptError {
+    /// The peer closed it before it sent a byte, as health checks and port scans do.
     Probe,
+    /// The handshake failed with this text.
     Failed(String),
 }
 
-/// Connections in one stage. Evicted ones are dropped at the next poll.
+/// The connections in one stage. A connection that was evicted is dropped at the next poll.
 struct Stage<T> {
     admissions: Admissions,
     running: FuturesUnordered<Member<T>>,
@@ -79,7 +81,7 @@ impl<T: Send + 'static> Stage<T> {
         }
     }
 
-    /// Adds one; answers the source of the one that was closed for it.
+    /// Adds a connection. Returns the source of the connection that was closed for it, if any.
     fn push(&mut self, source: Source, future: BoxFuture<'static, T>) -> Option<Source> {
         let (ticket, evicted) = self.admissions.admit(source);
         let (abort, registration) = AbortHandle::new_pair();
@@ -97,19 +99,19 @@ impl<T: Send + 'static> Stage<T> {
         Some(source)
     }
 
-    /// Closes the one whose turn it is.
+    /// Closes the oldest connection of the busiest source, and returns that source.
     fn evict(&mut self) -> Option<Source> {
         let evicted = self.admissions.evict();
         self.close(evicted)
     }
 
-    /// The next that is done.
+    /// The next connection that has passed this stage, or failed in it.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(Source, T)> {
         loop {
             match ready!(self.running.poll_next_unpin(cx)) {
                 Some((ticket, Ok(done))) => {
                     self.aborts.remove(&ticket);
-                    // An evicted one that was done in the same instant is gone all the same.
+                    // A connection that was evicted in the moment in which it finished stays evicted.
                     if let Some(source) = self.admissions.remove(ticket) {
                         return Poll::Ready((source, done));
                     }
@@ -122,18 +124,18 @@ impl<T: Send + 'static> Stage<T> {
 }
 
 type Begin<I, T> = Box<dyn Fn(Unverified<I>) -> Handshake<T> + Send + Sync>;
-type Opened<T> = Result<T, (String, Refusal)>;
+type Opened<T> = Result<T, (String, AcceptError)>;
 
-/// The connections of a listener `L` after their handshakes, each as a `T`. Never ends by itself.
+/// The connections of a listener `L` after their handshakes, each as a `T`. The stream never ends by itself.
 pub struct Accept<L: Listener, T> {
     listener: L,
     begin: Begin<L::Io, T>,
     silent: Stage<Opened<Unverified<L::Io>>>,
     handshakes: Stage<Opened<T>>,
     pause: Option<Pin<Box<Sleep>>>,
-    /// A descriptor to spend when there is no other.
+    /// A descriptor that can be closed if no other is left.
     reserve: Option<File>,
-    log: RefusalLog,
+    log: AcceptLog,
 }
 
 impl<L: Listener, T> fmt::Debug for Accept<L, T> {
@@ -143,7 +145,7 @@ impl<L: Listener, T> fmt::Debug for Accept<L, T> {
 }
 
 impl<L: Listener, T: Send + 'static> Accept<L, T> {
-    /// The connections of `listener`, with `begin` as their handshake.
+    /// Accepts the connections of `listener` within `bounds`, and runs `begin` as the handshake of each.
     pub fn new(
         listener: L,
         bounds: Bounds,
@@ -156,17 +158,17 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
             handshakes: Stage::new(bounds.handshakes, bounds.handshakes / 2),
             pause: None,
             reserve: reserve(),
-            log: RefusalLog::default(),
+            log: AcceptLog::default(),
         }
     }
 
-    /// The address listened on; none for a unix socket.
+    /// The network address that is listened on; `None` for a unix socket.
     #[must_use]
     pub fn local_addr(&self) -> Option<SocketAddr> {
         self.listener.local_addr()
     }
 
-    /// Takes what the kernel has for us, one batch of it. Then `true` if there may be more.
+    /// Accepts up to one batch of the connections that wait in the kernel's queue. Returns true if more may wait.
     fn take(&mut self, cx: &mut Context<'_>) -> bool {
         for _ in 0..BATCH {
             if let Some(pause) = &mut self.pause {
@@ -201,7 +203,7 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
         self.note_eviction(evicted);
     }
 
-    /// Begins the handshakes of those that have sent their first byte.
+    /// Starts the handshakes of the connections that have sent their first byte.
     fn poll_silent(&mut self, cx: &mut Context<'_>) {
         while let Poll::Ready((source, done)) = self.silent.poll(cx) {
             match done {
@@ -209,7 +211,7 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
                     let evicted = self.shake_hands(source, spoke);
                     self.note_eviction(evicted);
                 }
-                Err(refusal) => self.refused(source, refusal),
+                Err(error) => self.log_refused(source, error),
             }
         }
     }
@@ -225,7 +227,7 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
                 ))
             };
             let done = done.unwrap_or_else(|_| late());
-            done.map_err(|error| (peer, Refusal::Failed(error)))
+            done.map_err(|error| (peer, AcceptError::Failed(error)))
         });
         self.handshakes.push(source, handshake.boxed())
     }
@@ -241,13 +243,14 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
         }
     }
 
-    /// After `accept` failed. False if connections that were closed for it have to be let go of first.
+    /// Handles an error of `accept`. Returns false if connections that were closed for it must be dropped by a poll of
+    /// the stages first.
     fn recover(&mut self, cx: &mut Context<'_>, error: &io::Error) -> bool {
         let errno = Errno::from_io_error(error);
         if !errno.is_some_and(|errno| SCARCE.contains(&errno)) {
             tracing::debug!(%error, "accept a connection");
-            // Some concern only the one connection that was to be accepted; another error may be the listener's
-            // own, and must not make us spin.
+            // Some errors concern only the connection that was to be accepted. Any other may be a lasting fault of the
+            // listener, and must not make this loop spin.
             if !errno.is_some_and(|errno| ONE_CONNECTION.contains(&errno)) {
                 self.wait();
             }
@@ -261,12 +264,13 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
         });
         let evicted = self.silent.evict().or_else(|| self.handshakes.evict());
         if evicted.is_some() {
-            // Its descriptor is free when the stages have been polled.
+            // Its descriptor is released when the stages are polled.
             self.note_eviction(evicted);
             cx.waker().wake_by_ref();
             return false;
         }
-        // Nothing of ours can go: refuse whoever waits, rather than let it wait without an answer.
+        // No connection of this listener can be closed: refuse the next one in the queue rather than leave it without
+        // an answer.
         drop(self.reserve.take());
         match self.listener.poll_accept(cx) {
             Poll::Ready(Ok(arrived)) => drop(arrived),
@@ -281,10 +285,10 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
         self.pause = Some(Box::pin(tokio::time::sleep(PAUSE)));
     }
 
-    fn refused(&mut self, source: Source, (peer, refusal): (String, Refusal)) {
-        match refusal {
-            Refusal::Probe => tracing::debug!(peer, "a connection ended before its first byte"),
-            Refusal::Failed(error) => self.log.write(source, || {
+    fn log_refused(&mut self, source: Source, (peer, error): (String, AcceptError)) {
+        match error {
+            AcceptError::Probe => tracing::debug!(peer, "a connection ended before its first byte"),
+            AcceptError::Failed(error) => self.log.write(source, || {
                 tracing::warn!(peer, error, "connection refused");
             }),
         }
@@ -296,22 +300,22 @@ fn reserve() -> Option<File> {
 }
 
 async fn first_byte<L: Listener>(silent: Unverified<L::Io>) -> Opened<Unverified<L::Io>> {
-    let refusal = match tokio::time::timeout(FIRST_BYTE, L::first_byte(&silent.io)).await {
+    let error = match tokio::time::timeout(FIRST_BYTE, L::first_byte(&silent.io)).await {
         Ok(true) => return Ok(silent),
-        Ok(false) => Refusal::Probe,
-        Err(_) => Refusal::Failed(format!("no byte within {} s", FIRST_BYTE.as_secs())),
+        Ok(false) => AcceptError::Probe,
+        Err(_) => AcceptError::Failed(format!("no byte within {} s", FIRST_BYTE.as_secs())),
     };
-    Err((silent.origin.to_string(), refusal))
+    Err((silent.origin.to_string(), error))
 }
 
-/// Lines about refused connections, limited by source.
+/// Writes log lines about refused connections, limited by source.
 #[derive(Default)]
-struct RefusalLog {
+struct AcceptLog {
     limit: LogLimit<Source>,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
-impl RefusalLog {
+impl AcceptLog {
     fn write(&mut self, source: Source, line: impl FnOnce()) {
         let verdict = self.limit.event(Instant::now(), source);
         left_out(verdict.left_out);
@@ -320,7 +324,7 @@ impl RefusalLog {
         }
     }
 
-    /// Tells what was left out when its time has come.
+    /// Logs how many lines were left out, once the interval of the limit is over.
     fn poll(&mut self, cx: &mut Context<'_>) {
         let Some(due) = self.limit.due() else {
             self.timer = None;
@@ -353,20 +357,20 @@ impl<L: Listener, T: Send + 'static> Stream for Accept<L, T> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
-        // Those who have said something meanwhile are silent no more, before others arrive in their place.
+        // Connections that have sent a byte leave the silent stage first, before new ones could displace them.
         this.poll_silent(cx);
         let more = this.take(cx);
         this.poll_silent(cx);
         while let Poll::Ready((source, done)) = this.handshakes.poll(cx) {
             match done {
                 Ok(done) => return Poll::Ready(Some(Ok(done))),
-                Err(refusal) => this.refused(source, refusal),
+                Err(error) => this.log_refused(source, error),
             }
         }
         this.log.poll(cx);
         if more {
-            // Not `wake_by_ref`: the runtime would come back here some sixty times before it looks which connections have
-            // become readable, and those that have would be closed as silent ones by then.
+            // Not `wake_by_ref`: the runtime would poll this stream some sixty times before it checks which connections
+            // have become readable, and by then those would have been closed as silent ones.
             if std::pin::pin!(tokio::task::yield_now()).poll(cx).is_ready() {
                 cx.waker().wake_by_ref();
             }

@@ -1,10 +1,10 @@
-//! PURE: which connections may stay while nobody knows yet whether they are worth anything.
+//! PURE: which connections of unknown peers may stay open.
 //!
-//! A listener admits every connection that arrives and then decides which one to close, because a refusal at the door
-//! would favour whoever came first, and that is the attacker. A source that has too many loses its oldest one; if all
-//! sources together have too many, the source with the most loses its oldest one. So a flood from one address only
-//! displaces itself, and a client at the same address stays until as many newer connections as the bound have arrived,
-//! which is time enough for a handshake.
+//! A listener admits every connection that arrives and then decides which one to close, because refusing new ones would
+//! favour whoever came first, and that is the attacker. If a source has too many connections, its oldest one is closed;
+//! if all sources together have too many, the source with the most loses its oldest one. A flood from one address
+//! therefore displaces only itself, and a client at the same address stays until as many newer connections as the bound
+//! have arrived, which leaves enough time for a handshake.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -14,8 +14,8 @@ use std::{
 
 use super::origin::Origin;
 
-/// Who is counted as one: an IPv4 address, or the /64 network of an IPv6 address, since a host is given a whole /64.
-/// An IPv4 address that is written as IPv6 (`::ffff:a.b.c.d`) is the IPv4 address.
+/// The unit by which connections are counted: an IPv4 address, or the /64 network of an IPv6 address, since a host is
+/// usually assigned a whole /64. An IPv4-mapped IPv6 address (`::ffff:a.b.c.d`) counts as the IPv4 address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Source {
     /// One IPv4 address.
@@ -57,20 +57,20 @@ impl fmt::Display for Source {
     }
 }
 
-/// How many connections may be open, by how far they have come.
+/// How many connections a listener may have open, by the stage that they have reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
-    /// Connections that have sent nothing. They cost little, and the more there may be the longer each has.
+    /// Connections that have sent nothing. They cost little; the larger this bound, the longer each of them may stay.
     pub silent: usize,
-    /// Connections in their handshake.
+    /// Connections that are in their TLS handshake.
     pub handshakes: usize,
-    /// Connections whose peer is known.
+    /// Connections whose peer has proved its identity.
     pub finished: usize,
 }
 
 impl Bounds {
-    /// What a process that may open `files` descriptors can spend on one listener. The rest of the descriptors stays for
-    /// what the process is there for.
+    /// The bounds of one listener in a process that may open `files` descriptors. Most descriptors are left to the
+    /// process's own work.
     #[must_use]
     pub fn of(files: u64) -> Self {
         let share = |part| usize::try_from(files / part).unwrap_or(usize::MAX);
@@ -81,38 +81,38 @@ impl Bounds {
         }
     }
 
-    /// The same for this process, with the limit that it has now.
+    /// [`Bounds::of`] this process, with its current soft limit of open files (getrlimit(2)).
     #[must_use]
     pub fn own() -> Self {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
         Self::of(limit.current.unwrap_or(u64::MAX))
     }
 
-    /// The most descriptors that a listener's connections use.
+    /// The most descriptors that the connections of one listener use.
     #[must_use]
     pub fn descriptors(self) -> usize {
         self.silent + self.handshakes + self.finished
     }
 }
 
-/// One admitted connection. Tickets grow with the time of arrival.
+/// The number of an admitted connection. A connection that arrived later has a larger ticket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ticket(u64);
 
-/// The connections that are admitted now, by source.
+/// The connections that are admitted at present, by source.
 #[derive(Debug)]
 pub struct Admissions {
     overall: usize,
     per_source: usize,
     next: u64,
     sources: HashMap<Source, BTreeSet<Ticket>>,
-    /// Sources by the number of their connections.
+    /// The sources, ordered by the number of their connections.
     ranks: BTreeMap<usize, BTreeSet<Source>>,
     tickets: HashMap<Ticket, Source>,
 }
 
 impl Admissions {
-    /// None yet, and at most `overall`, of one source at most `per_source` of them.
+    /// No connections yet; at most `overall` of them, and at most `per_source` of one source.
     #[must_use]
     pub fn new(overall: usize, per_source: usize) -> Self {
         Self {
@@ -125,19 +125,20 @@ impl Admissions {
         }
     }
 
-    /// How many there are.
+    /// The number of admitted connections.
     #[must_use]
     pub fn len(&self) -> usize {
         self.tickets.len()
     }
 
-    /// Whether there is none.
+    /// Whether no connection is admitted.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.tickets.is_empty()
     }
 
-    /// Admits a connection, and names the one that has to be closed for it. That is never the new one.
+    /// Admits a connection. Returns its ticket, and the connection that must be closed for it, which is never the new
+    /// one.
     pub fn admit(&mut self, source: Source) -> (Ticket, Option<(Ticket, Source)>) {
         let ticket = Ticket(self.next);
         self.next += 1;
@@ -154,8 +155,8 @@ impl Admissions {
         (ticket, evicted)
     }
 
-    /// Takes away the oldest connection of the source that has the most. Of several such sources it is the one with the
-    /// oldest connection.
+    /// Removes and returns the oldest connection of the source that has the most. If several sources have the most, the
+    /// one with the oldest connection is chosen.
     pub fn evict(&mut self) -> Option<(Ticket, Source)> {
         let (_, busiest) = self.ranks.last_key_value()?;
         let oldest = |source: &&Source| self.sources.get(source).and_then(BTreeSet::first).copied();
@@ -169,14 +170,14 @@ impl Admissions {
         Some((oldest, source))
     }
 
-    /// The connection is gone, or has come further. Unknown tickets are those that were evicted.
+    /// Removes a connection that has ended or has left this stage. Returns `None` if it was evicted before.
     pub fn remove(&mut self, ticket: Ticket) -> Option<Source> {
         let source = self.tickets.remove(&ticket)?;
         self.change(source, |own| own.remove(&ticket));
         Some(source)
     }
 
-    /// Changes the set of one source, and keeps its rank right.
+    /// Changes the tickets of one source, and updates its rank.
     fn change(&mut self, source: Source, change: impl FnOnce(&mut BTreeSet<Ticket>) -> bool) {
         let own = self.sources.entry(source).or_default();
         let before = own.len();
@@ -259,7 +260,8 @@ mod tests {
     }
 
     proptest! {
-        /// Against a model that keeps a list: bounds hold, and what is evicted is the oldest of a busiest source.
+        /// Compares with a model that keeps a list: the bounds hold, and the evicted connection is the oldest of a
+        /// busiest source.
         #[test]
         fn the_oldest_of_the_busiest_source_goes_first(
             arrivals in prop::collection::vec((0_u8..6, any::<bool>()), 1..300),

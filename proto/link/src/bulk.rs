@@ -1,13 +1,13 @@
-//! Streams of bytes over gRPC, without copying them.
+//! Streams of bytes over gRPC that are not copied.
 //!
-//! tonic copies every message when it writes it and again when it reads it. For methods whose messages are pieces of
-//! 64 KiB that is a large part of the processor time of the whole path (ADR 0008). Here the bytes of a message stay
-//! the slice in which HTTP/2 delivered them, and a relay that does not look into messages passes bodies on as they are.
-//! On the wire nothing differs: tonic, or any gRPC library, may stand at the other end.
+//! tonic copies every message when it writes it and again when it reads it. For methods whose messages are pieces of 64
+//! KiB, this is a large part of the CPU time of the whole path (ADR 0008). Here the bytes of a message remain the slice
+//! in which HTTP/2 delivered them, and a relay that does not look into messages passes bodies on unchanged. The wire
+//! format is that of gRPC: tonic, or any other gRPC library, may be at the other end.
 //!
-//! Routes, metadata, deadlines and the generated code remain tonic's. [`RawServer`] around a generated server and
-//! [`RawClient`] around a channel carry the bodies of these methods past tonic, as extensions of request and response,
-//! which it hands on without looking at them. tonic itself sees no messages ([`NoMessages`]).
+//! Routes, metadata, deadlines and generated code remain tonic's. [`RawServer`] around a generated server and
+//! [`RawClient`] around a channel pass the bodies of these methods around tonic, as extensions of request and response,
+//! which tonic forwards without looking at them. tonic itself sees no messages ([`NoMessages`]).
 //!
 //! ```text
 //!  caller: request(messages) ─RawClient─► HTTP/2 ─RawServer─► input(request)         : handler
@@ -28,7 +28,7 @@ pub use self::{
     segments::Segments,
 };
 
-/// The methods whose requests are streams of bytes.
+/// The methods whose requests and responses are streams of bytes.
 const BOTH_WAYS: [&str; 6] = [
     "/knoc.v1.Agent/Exec",
     "/knoc.v1.Agent/Attach",
@@ -38,14 +38,14 @@ const BOTH_WAYS: [&str; 6] = [
     "/knoc.v1.Shim/PortForward",
 ];
 
-/// The methods whose answers only are streams of bytes.
+/// The methods of which only the responses are streams of bytes.
 const ONE_WAY: [&str; 2] = ["/knoc.v1.Agent/ReadLogs", "/knoc.v1.Shim/ReadLogs"];
 
-fn bytes_come(path: &str) -> bool {
+fn has_raw_request(path: &str) -> bool {
     BOTH_WAYS.contains(&path)
 }
 
-fn bytes_go(path: &str) -> bool {
+fn has_raw_response(path: &str) -> bool {
     BOTH_WAYS.contains(&path) || ONE_WAY.contains(&path)
 }
 

@@ -1,11 +1,11 @@
-//! Carriers: how bytes get from one side to the other, before anybody has proved anything.
+//! Carriers: how bytes get from one side of a link to the other, before any peer has proved anything.
 //!
-//! A carrier is a file under this module. It implements [`Dial`] if it opens connections and [`Listener`] if it receives
-//! them; both give out [`Unverified`] connections. Admission, TLS and HTTP/2 know these traits only. [`Carrier`] is what
-//! people write: `tcp:host:port`, `unix:/path`, `ssh:user@host` or `exec:command`.
+//! Each carrier is a file under this module. It implements [`Dial`] if it opens connections and [`Listener`] if it
+//! accepts them; both yield [`Unverified`] connections. Admission, TLS and HTTP/2 know only these traits. [`Carrier`]
+//! is the form in configuration, such as `tcp:HOST:PORT`, `ssh:USER@HOST` or `unix:/PATH`.
 //!
-//! To add one: its file, a variant of [`Carrier`] with its form, and an arm in [`connect`](super::connect) that says how
-//! its peer is verified. The compiler names the places.
+//! To add a carrier, add its file, a variant of [`Carrier`] with its textual form, and an arm in
+//! [`connect`](super::connect) that says how its peer is verified. The compiler points at these places.
 use std::{
     fmt,
     future::Future,
@@ -25,7 +25,7 @@ pub mod ssh;
 pub mod tcp;
 pub mod unix;
 
-/// The bytes of a connection, both ways.
+/// A stream of bytes in both directions.
 pub trait Io: AsyncRead + AsyncWrite + fmt::Debug + Send + Sync + Unpin + 'static {}
 
 impl<T: AsyncRead + AsyncWrite + fmt::Debug + Send + Sync + Unpin + 'static> Io for T {}
@@ -33,48 +33,48 @@ impl<T: AsyncRead + AsyncWrite + fmt::Debug + Send + Sync + Unpin + 'static> Io 
 /// A connection whose peer has proved nothing yet.
 #[derive(Debug)]
 pub struct Unverified<I> {
-    /// Its bytes.
+    /// The stream of bytes.
     pub io: I,
-    /// Where it comes from.
+    /// Where the connection comes from, as far as the carrier knows.
     pub origin: Origin,
 }
 
 /// The side of a carrier that opens connections.
 pub trait Dial: fmt::Debug + Send + Sync {
-    /// What it opens.
+    /// The stream of a connection that this carrier opens.
     type Io: Io;
 
-    /// Opens a connection. The caller sets the deadline.
+    /// Opens a connection. The caller sets the deadline. Cancel safe: dropping the future closes the connection.
     fn dial(&self) -> impl Future<Output = Result<Unverified<Self::Io>, LinkError>> + Send;
 }
 
-/// The side of a carrier that receives connections.
+/// The side of a carrier that accepts connections.
 pub trait Listener: fmt::Debug + Send + Sync + Unpin + 'static {
-    /// What it receives.
+    /// The stream of a connection that this carrier accepts.
     type Io: Io;
 
-    /// Can anybody connect? Then a connection has to send its first byte before it may begin its handshake.
+    /// Whether anybody can connect. If so, a connection must send its first byte before its handshake starts.
     const STRANGERS: bool;
 
-    /// The next connection.
+    /// Polls for the next connection. An error concerns either that connection or the listener; see accept(2).
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Unverified<Self::Io>>>;
 
-    /// The address of the network that is listened on, if it is one.
+    /// The network address that is listened on; `None` if the carrier is not a network.
     fn local_addr(&self) -> Option<SocketAddr>;
 
-    /// Waits for the first byte of a stranger, which stays unread, and sets the options of the connection; `false` if it
-    /// ended before that byte. The caller sets the deadline.
+    /// Waits for the first byte of a connection without reading it, and sets the connection's socket options. Returns
+    /// `false` if the connection ended before that byte. The caller sets the deadline.
     fn first_byte(_io: &Self::Io) -> impl Future<Output = bool> + Send {
         std::future::ready(true)
     }
 }
 
-/// The way to a peer.
+/// How a peer is reached, as written in configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Carrier {
-    /// `host:port`, spoken TLS over.
+    /// TLS over TCP to `HOST:PORT`.
     Tcp(String),
-    /// A socket whose peer's user is checked; no TLS.
+    /// A unix socket without TLS, whose peer is identified by its uid.
     Unix(PathBuf),
     /// Standard input and output of a command, spoken TLS over.
     Exec(exec::Argv),
@@ -102,19 +102,19 @@ impl Carrier {
     }
 }
 
-/// Why a text is no carrier.
+/// Why a text is not a carrier.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidCarrier {
-    /// Not `host:port`.
-    #[error("{address:?} is not HOST:PORT (an IPv6 address stands in brackets)")]
+    /// The address does not have the form `HOST:PORT`.
+    #[error("{address:?} is not HOST:PORT (write an IPv6 address in brackets)")]
     Address {
-        /// As given.
+        /// The text in place of the address.
         address: String,
     },
-    /// A socket's path that is not absolute.
-    #[error("the socket path {path:?} is not absolute")]
+    /// The path of the socket is relative.
+    #[error("the socket path {path:?} is not absolute; write unix:/PATH")]
     Relative {
-        /// As given.
+        /// The path as configured.
         path: String,
     },
     /// A scheme that this version does not know.
@@ -122,7 +122,7 @@ pub enum InvalidCarrier {
         "the carrier {scheme:?} is not supported; use tcp:HOST:PORT, ssh:[USER@]HOST[:PORT], exec:COMMAND or unix:/PATH"
     )]
     Scheme {
-        /// As given.
+        /// The text before the first colon.
         scheme: String,
     },
     /// A command that would not be run as it is written.
@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn forms() {
+    fn each_form_is_parsed_and_written() {
         for (text, shown) in [
             ("login:10350", "tcp:login:10350"),
             ("tcp:10.0.0.1:1", "tcp:10.0.0.1:1"),
@@ -191,8 +191,8 @@ mod tests {
     }
 
     #[test]
-    fn refusals_name_the_cause() {
-        for (text, words) in [
+    fn invalid_carriers_are_named_with_the_cause() {
+        for (text, message) in [
             ("login", "not HOST:PORT"),
             ("login:http", "not HOST:PORT"),
             ("::1:10350", "brackets"),
@@ -202,7 +202,7 @@ mod tests {
             ("exec:ssh 'login'", "as a list"),
         ] {
             let error = text.parse::<Carrier>().unwrap_err().to_string();
-            assert!(error.contains(words), "{text}: {error}");
+            assert!(error.contains(message), "{text}: {error}");
         }
     }
 }

@@ -2,16 +2,18 @@
 use std::io;
 
 use super::{
-    CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer, Shown,
+    CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer,
+    PeerCertificate,
     carrier::{
         Dial, Unverified,
         exec::{self, COMMAND_TIMEOUT, marker::Speaks},
         ssh, tcp, unix,
     },
-    tls::{self, Seen, in_words},
+    tls::{self, ClaimedIdentity, readable_error},
 };
 
-/// One connection with its peer checked: what [`dial`](super::dial()) does at each attempt, for those who look at every step.
+/// One connection with a verified peer: what [`dial`](super::dial()) does at each attempt, for callers that report every
+/// step. Cancel safe: dropping the future closes the connection, and ends the command if there is one.
 pub async fn connect(
     carrier: &Carrier,
     credentials: Option<&Credentials>,
@@ -88,21 +90,21 @@ pub(super) async fn over_tls(
     expect: &ExpectPeer,
 ) -> Result<Connection, LinkError> {
     let Unverified { io, origin } = dialler.dial().await?;
-    let seen = Seen::default();
+    let claimed = ClaimedIdentity::default();
     let failed = |source| LinkError::Handshake {
         peer: carrier.to_string(),
-        claimed: seen.text(),
-        source: in_words(source),
+        claimed: claimed.text(),
+        source: readable_error(source),
     };
     let material = credentials.material();
     let (roots, key) = (&material.roots, &material.key);
-    let config = tls::client(roots, key, expect.clone(), seen.clone())
+    let config = tls::client(roots, key, expect.clone(), claimed.clone())
         .map_err(|error| failed(io::Error::other(error)))?;
     let stream = tls::connect(io, config).await.map_err(failed)?;
-    let Some(identity) = seen.identity() else {
-        return Err(failed(io::Error::other("the peer showed no identity")));
+    let Some(identity) = claimed.identity() else {
+        return Err(failed(io::Error::other("the peer presented no identity")));
     };
-    let certificate = Shown::of(tls::peer_chain(&stream));
+    let certificate = PeerCertificate::of(tls::peer_chain(&stream));
     let certificate = certificate.map_err(|error| failed(io::Error::other(error)))?;
     let peer = Peer::Tls {
         identity,

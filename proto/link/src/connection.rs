@@ -1,4 +1,4 @@
-//! One connection to a peer that has proved who it is, whatever carried it here and whoever opened it.
+//! One connection to a peer that has proved its identity, independent of the carrier and of which side dialled.
 use std::{
     fmt, io,
     pin::Pin,
@@ -10,15 +10,15 @@ use tonic::transport::server::Connected;
 
 use super::{Peer, carrier::Io};
 
-/// A stream of bytes and the peer `P` at its other end. The stream is boxed once, when the handshake is over, so that
-/// whatever uses connections is independent of carriers.
+/// A stream of bytes and the verified peer `P` at its other end. The stream is boxed once, after the handshake, so that
+/// users of connections do not depend on carriers.
 pub struct Connection<P = Peer> {
     io: Box<dyn Io>,
     peer: P,
-    /// Bytes that the handshake has read and that are still to be given to the reader.
+    /// Bytes that the handshake has read ahead and that the reader gets first.
     replay: &'static [u8],
-    /// Dropped with the connection.
-    _held: Option<Box<dyn Send>>,
+    /// A guard that is dropped with the connection.
+    _held: Option<Box<dyn Send + Sync>>,
 }
 
 impl<P: fmt::Debug> fmt::Debug for Connection<P> {
@@ -30,7 +30,7 @@ impl<P: fmt::Debug> fmt::Debug for Connection<P> {
 }
 
 impl<P> Connection<P> {
-    /// A connection to `peer` over `io`.
+    /// A connection over `io` to `peer`, which the caller has verified.
     pub fn new(io: impl Io, peer: P) -> Self {
         Self {
             io: Box::new(io),
@@ -40,7 +40,7 @@ impl<P> Connection<P> {
         }
     }
 
-    /// Gives `replay` to the reader before anything else: bytes that the peer sent and that were read already.
+    /// Yields `replay` to the reader before anything else: bytes of the peer that were read already.
     #[must_use]
     pub(super) fn replaying(self, replay: &'static [u8]) -> Self {
         Self { replay, ..self }
@@ -48,14 +48,14 @@ impl<P> Connection<P> {
 
     /// Drops `guard` when the connection is dropped.
     #[must_use]
-    pub(super) fn holding(self, guard: impl Send + 'static) -> Self {
+    pub fn holding(self, guard: impl Send + Sync + 'static) -> Self {
         Self {
             _held: Some(Box::new(guard)),
             ..self
         }
     }
 
-    /// Who is at the other end.
+    /// The verified peer at the other end.
     #[must_use]
     pub fn peer(&self) -> &P {
         &self.peer
@@ -104,7 +104,7 @@ impl<P: Unpin> AsyncWrite for Connection<P> {
         Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
     }
 
-    // A frame's head and its data in one TLS write: without this each head is a packet of its own.
+    // Writes the head and the data of a frame in one TLS record; otherwise each head would be a packet of its own.
     fn poll_write_vectored(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -1,7 +1,7 @@
-//! CA, certificate and key of a link, re-read from their files when they change.
+//! CA, certificate and key of a link, re-read from their files when these change.
 //!
-//! A certificate that was renewed over the link stands beside the files, which are mounted read-only in a cluster: that
-//! pair is used as long as it descends from the certificate in the files, so that another bundle counts at once.
+//! A certificate that was renewed over the link is kept apart from the files, which are mounted read-only in a cluster.
+//! That pair is used while it descends from the certificate in the files, so a new bundle takes effect at once.
 use std::{
     fmt, fs, io,
     os::unix::fs::MetadataExt as _,
@@ -17,7 +17,7 @@ use rustls_pki_types::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::{Shown, Trust, verifier::provider};
+use super::{PeerCertificate, Trust, verifier::provider};
 use crate::pki::{self, CertificateInfo, PkiError};
 
 /// Why a CA, certificate or key cannot be used.
@@ -26,38 +26,38 @@ pub enum CredentialsError {
     /// A file cannot be read.
     #[error("read {what} {}", path.display())]
     Read {
-        /// CA, certificate or key.
+        /// The file's role: the CA, the certificate or the key.
         what: &'static str,
-        /// Its path.
+        /// The path of the file.
         path: PathBuf,
-        /// The system's words.
+        /// The error of open(2) or read(2).
         #[source]
         source: io::Error,
     },
-    /// No PEM, or nothing of the kind in it.
+    /// The text is not PEM, or holds no item of the expected kind.
     #[error("parse {what} {origin}")]
     Pem {
-        /// CA, certificate or key.
+        /// The text's role: the CA, the certificate or the key.
         what: &'static str,
-        /// Its path.
+        /// The path of the file, or what the text is for.
         origin: String,
-        /// The parser's words.
+        /// The parser's error.
         #[source]
         source: pem::Error,
     },
-    /// rustls refuses them: the key is not the certificate's, or of an unknown kind.
+    /// rustls rejects them: the key does not belong to the certificate, or is of an unknown kind.
     #[error("use {origin}")]
-    Refused {
-        /// The paths.
+    Unusable {
+        /// The paths of the files, joined by commas.
         origin: String,
-        /// rustls' words.
+        /// rustls' error.
         #[source]
         source: rustls::Error,
     },
-    /// The certificate says nothing about who we are.
+    /// The certificate cannot be read, or has no identity of ours.
     #[error("use the certificate {origin}")]
     Certificate {
-        /// Its path.
+        /// The path of the certificate.
         origin: String,
         /// What is wrong with it.
         #[source]
@@ -65,21 +65,22 @@ pub enum CredentialsError {
     },
 }
 
-/// A CA, a certificate and its key. From files they are re-read at the next handshake after a change; where the new
-/// ones are no good the old ones stay, and that is logged once.
+/// A CA, a certificate and its key. If they are from files, they are re-read at the next handshake after a change; if
+/// the new ones cannot be used, the old ones stay in use and one warning is logged. Cheap to clone; clones share the
+/// same state.
 #[derive(Clone)]
 pub struct Credentials(Arc<Shared>);
 
 struct Shared {
     source: Source,
-    /// Held for no await.
+    /// Never held across an await.
     current: Mutex<Current>,
 }
 
 struct Current {
-    /// Of the files last looked at.
+    /// The fingerprint of the files that were read last.
     fingerprint: Fingerprint,
-    /// The last good ones of the files.
+    /// The last usable contents of the files.
     files: Arc<Material>,
     /// The renewed pair, with the CA of the files.
     renewed: Option<Arc<Material>>,
@@ -90,7 +91,7 @@ impl Current {
         Arc::clone(self.renewed.as_ref().unwrap_or(&self.files))
     }
 
-    /// A renewed pair with the CA of the files, if it descends from their certificate.
+    /// The pair with the CA of the files, if it was renewed from their certificate.
     fn usable(&self, pair: &pki::CertifiedKey) -> Result<Option<Material>, CredentialsError> {
         let names = ["of the CA", "of the renewed certificate", "of its key"].map(str::to_owned);
         let (cert, key) = (pair.cert_pem.as_bytes(), pair.key_pem.as_bytes());
@@ -104,7 +105,7 @@ impl Current {
         Ok(renewed.under(&self.files))
     }
 
-    /// Takes what the files say now. A renewed pair stays if it is still the better one.
+    /// Uses the new contents of the files. A renewed pair stays if it descends from the new certificate.
     fn take(&mut self, files: Material) {
         self.renewed = self
             .renewed
@@ -123,15 +124,15 @@ enum Source {
     Memory,
 }
 
-/// Modification time, inode and length of each file.
+/// The modification time (seconds and nanoseconds), inode and length of each file; `None` if the file cannot be read.
 type Fingerprint = [Option<(i64, i64, u64, u64)>; 3];
 
-/// What a handshake needs.
+/// The parsed CA, certificate and key that a handshake uses.
 pub(super) struct Material {
     pub(super) roots: Arc<RootCertStore>,
     pub(super) key: Arc<CertifiedKey>,
     info: CertificateInfo,
-    /// Of the three texts.
+    /// SHA-256 of the three PEM texts.
     digest: [u8; 32],
 }
 
@@ -142,7 +143,7 @@ impl fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// Reads the three PEM files. The first may hold several CAs, the second a chain.
+    /// Reads the three PEM files. `ca` may hold several CAs, and `cert` a chain. Blocking.
     pub fn from_files(
         ca: impl Into<PathBuf>,
         cert: impl Into<PathBuf>,
@@ -153,7 +154,7 @@ impl Credentials {
             cert: cert.into(),
             key: key.into(),
         };
-        // Fingerprint first: a change between the two is then seen at the next look.
+        // The fingerprint is taken first, so that a change in between is noticed at the next check.
         let fingerprint = source.fingerprint();
         let files = Arc::new(source.read()?);
         Ok(Self(Arc::new(Shared {
@@ -166,7 +167,7 @@ impl Credentials {
         })))
     }
 
-    /// The same from PEM texts, never re-read.
+    /// Uses three PEM texts, which are never re-read.
     pub fn from_pem(ca: &str, cert: &str, key: &str) -> Result<Self, CredentialsError> {
         let names = ["of the CA", "of the certificate", "of the key"].map(str::to_owned);
         let material = Material::parse([ca, cert, key].map(str::as_bytes), &names)?;
@@ -181,13 +182,13 @@ impl Credentials {
         })))
     }
 
-    /// Who we are, by whom issued, until when.
+    /// What the certificate in use says: its identity, issuer and validity.
     #[must_use]
     pub fn info(&self) -> CertificateInfo {
         self.material().info.clone()
     }
 
-    /// The CA certificates as they were last read.
+    /// The CA certificates that are in use. Fails if they contain none that can be used.
     pub fn trust(&self) -> Result<Trust, rustls::Error> {
         Trust::new(Arc::clone(&self.material().roots))
     }
@@ -199,7 +200,7 @@ impl Credentials {
         }
     }
 
-    /// The newest good ones.
+    /// The newest usable material. Re-reads the files if they have changed. Blocking.
     pub(super) fn material(&self) -> Arc<Material> {
         let fingerprint = self.0.source.fingerprint();
         let mut current = self.current();
@@ -211,16 +212,16 @@ impl Credentials {
                     current.take(files);
                 }
                 Err(error) => {
-                    tracing::warn!(error = %chain(&error), "changed certificates are no good, the old ones stay");
+                    tracing::warn!(error = %chain(&error), "the changed certificate files cannot be used: the old ones stay in use");
                 }
             }
         }
         current.newest()
     }
 
-    /// Reads the files now, whatever their attributes say: those of a network file system may be a minute old. Answers
-    /// the digest of what is in effect, which tells a change whoever read it first. Blocking; on an error the old ones
-    /// stay.
+    /// Re-reads the files now, whatever their attributes say: on a network file system these may be a minute old.
+    /// Returns the SHA-256 of the contents in use, which shows a change whichever call read it first. Blocking. On an
+    /// error, the old contents stay in use.
     pub fn reread(&self) -> Result<[u8; 32], CredentialsError> {
         let files = match self.0.source {
             Source::Memory => None,
@@ -233,8 +234,8 @@ impl Credentials {
         Ok(current.files.digest)
     }
 
-    /// Uses a renewed pair from the next handshake on. False, with nothing changed, if it was not renewed from the
-    /// certificate in the files, has another identity, or is not valid under their CA.
+    /// Uses a renewed pair from the next handshake on. Returns false and changes nothing if the pair was not renewed
+    /// from the certificate in the files, has another identity, or is not valid under their CA.
     pub fn renew(&self, pair: &pki::CertifiedKey) -> Result<bool, CredentialsError> {
         let mut current = self.current();
         let usable = current.usable(pair)?;
@@ -245,7 +246,7 @@ impl Credentials {
         Ok(used)
     }
 
-    /// Would [`Self::renew`] use this pair?
+    /// Whether [`Self::renew`] would use this pair. Changes nothing.
     pub fn would_renew(&self, pair: &pki::CertifiedKey) -> Result<bool, CredentialsError> {
         Ok(self.current().usable(pair)?.is_some())
     }
@@ -272,7 +273,7 @@ impl Source {
     fn read(&self) -> Result<Material, CredentialsError> {
         let Self::Files { ca, cert, key } = self else {
             let source = rustls::Error::General("credentials in memory are never re-read".into());
-            return Err(CredentialsError::Refused {
+            return Err(CredentialsError::Unusable {
                 origin: "memory".into(),
                 source,
             });
@@ -308,7 +309,7 @@ impl Material {
             source,
         })?;
         for root in listed {
-            roots.add(root).map_err(|source| refused(names, source))?;
+            roots.add(root).map_err(|source| unusable(names, source))?;
         }
         let (key, info) = Self::pair(cert, key, names)?;
         Ok(Self {
@@ -319,7 +320,7 @@ impl Material {
         })
     }
 
-    /// A certificate with its key.
+    /// Parses a certificate chain with its key, and checks that they belong together.
     fn pair(
         cert: &[u8],
         key: &[u8],
@@ -341,20 +342,20 @@ impl Material {
         let info = pki::inspect(&certificates[0]).map_err(wrong)?;
         let key = PrivateKeyDer::from_pem_slice(key).map_err(pem("the key", 2))?;
         let key = CertifiedKey::from_der(certificates, key, &provider())
-            .map_err(|source| refused(names, source))?;
+            .map_err(|source| unusable(names, source))?;
         Ok((key, info))
     }
 
-    /// This renewed pair with the CA of `files`, if it descends from what they hold.
+    /// This renewed pair with the CA of `files`, if it descends from the certificate in `files`.
     fn under(&self, files: &Self) -> Option<Self> {
         let same = self.info.identity.is_ok() && self.info.identity == files.info.identity;
         let mut ancestors = self.info.ancestors.iter();
         if !same || !ancestors.any(|ancestor| ancestor.spki == files.info.spki) {
             return None;
         }
-        let shown = Shown::of(Some(&self.key.cert)).ok()?;
+        let certificate = PeerCertificate::of(Some(&self.key.cert)).ok()?;
         let trust = Trust::new(Arc::clone(&files.roots)).ok()?;
-        trust.check(&shown, jiff::Timestamp::now()).ok()?;
+        trust.check(&certificate, jiff::Timestamp::now()).ok()?;
         Some(Self {
             roots: Arc::clone(&files.roots),
             key: Arc::clone(&self.key),
@@ -364,14 +365,14 @@ impl Material {
     }
 }
 
-fn refused(names: &[String; 3], source: rustls::Error) -> CredentialsError {
-    CredentialsError::Refused {
+fn unusable(names: &[String; 3], source: rustls::Error) -> CredentialsError {
+    CredentialsError::Unusable {
         origin: names.join(", "),
         source,
     }
 }
 
-/// At least one certificate.
+/// The certificates in a PEM text; an error if there is none.
 fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, pem::Error> {
     let list = CertificateDer::pem_slice_iter(text).collect::<Result<Vec<_>, _>>()?;
     if list.is_empty() {

@@ -1,4 +1,4 @@
-//! The side that dials: a lazy channel that connects at the first request and again after each cut.
+//! The side that dials: a lazy channel that connects at the first request and reconnects after each disconnection.
 use std::{future::Future, pin::Pin};
 
 use hyper_util::rt::TokioIo;

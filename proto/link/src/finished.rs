@@ -1,8 +1,8 @@
-//! How many connections with a known peer one listener has at once ([`Bounded`]).
+//! Limits how many connections with verified peers a listener has at once ([`Bounded`]).
 //!
-//! They carry streams of people, so none is ever closed for another one; what exceeds the bound is refused. Kubelets are
-//! counted apart from everybody else, and no identity gets more than half of its kind's places, so that neither a user
-//! of knocctl nor one faulty kubelet can keep the others out.
+//! Such connections carry users' streams, so none is ever closed in favour of another one; connections beyond the limit
+//! are refused. Kubelets are counted apart from all others, and no identity gets more than half of the connections of
+//! its kind, so that neither one user of knocctl nor one faulty kubelet can lock the others out.
 use std::{
     collections::HashMap,
     io,
@@ -17,31 +17,31 @@ use tokio::time::Instant;
 
 use super::{Connection, Identity, Peer, accept};
 
-/// Connections that are counted together.
+/// The kinds of peers, which are counted separately.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Kind {
     Kubelets,
     Others,
 }
 
-/// PURE: the counts.
+/// PURE: the numbers of connections by kind and by peer.
 #[derive(Debug, Default)]
 struct Counts {
     kinds: HashMap<Kind, usize>,
     peers: HashMap<(Kind, String), usize>,
 }
 
-/// There is no place for one more.
+/// Which limit a further connection would exceed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 enum Full {
-    #[error("all {0} places for connections of its kind are taken")]
+    #[error("all {0} connections that peers of its kind may have are in use")]
     Kind(usize),
-    #[error("it has {0} connections already, the most that one identity may have")]
+    #[error("it already has {0} connections, the most that one identity may have")]
     Peer(usize),
 }
 
 impl Counts {
-    /// One more of this peer, which may have `of_peer` of all `most`.
+    /// Counts a connection of this peer, which may have `of_peer` of the `most` connections of its kind.
     fn take(&mut self, key: &(Kind, String), of_peer: usize, most: usize) -> Result<(), Full> {
         let kind = self.kinds.entry(key.0).or_default();
         if self.peers.get(key).is_some_and(|count| *count >= of_peer) {
@@ -55,7 +55,7 @@ impl Counts {
         Ok(())
     }
 
-    fn give_back(&mut self, key: &(Kind, String)) {
+    fn release(&mut self, key: &(Kind, String)) {
         if let Some(kind) = self.kinds.get_mut(&key.0) {
             *kind = kind.saturating_sub(1);
         }
@@ -68,17 +68,18 @@ impl Counts {
     }
 }
 
-/// The places of one listener.
+/// The limits and current numbers of one listener.
 #[derive(Debug)]
 struct PeerLimits {
-    /// Of each kind: kubelets have half of the listener's places, everybody else the other half.
+    /// The most connections of each kind: kubelets get one half of the listener's connections, all others the other
+    /// half.
     most: usize,
     counts: Arc<Mutex<Counts>>,
 }
 
-/// The place of one connection among those of its kind, given back when dropped.
+/// One counted connection; it is uncounted on drop.
 #[derive(Debug)]
-struct Counted {
+struct CountedConnection {
     key: (Kind, String),
     counts: Arc<Mutex<Counts>>,
 }
@@ -91,7 +92,7 @@ impl PeerLimits {
         }
     }
 
-    fn take(&self, peer: &Peer) -> Result<Counted, Full> {
+    fn take(&self, peer: &Peer) -> Result<CountedConnection, Full> {
         let half = (self.most / 2).max(1);
         let (key, of_peer) = match peer {
             Peer::Tls { identity, .. } => {
@@ -101,37 +102,37 @@ impl PeerLimits {
                 };
                 ((kind, identity.to_string()), half)
             }
-            // Our own user, who shares the socket with nobody.
+            // Only our own user can connect to the socket.
             Peer::Unix { uid, .. } => ((Kind::Others, uid.to_string()), self.most),
             Peer::Pinned { .. } | Peer::Command => ((Kind::Others, String::new()), half),
         };
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.take(&key, of_peer, self.most)?;
-        Ok(Counted {
+        Ok(CountedConnection {
             key,
             counts: Arc::clone(&self.counts),
         })
     }
 }
 
-impl Drop for Counted {
+impl Drop for CountedConnection {
     fn drop(&mut self) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        counts.give_back(&self.key);
+        counts.release(&self.key);
     }
 }
 
-/// The connections of `S` for which there is a place; the others are dropped.
+/// The connections of `S` that are within the limits; the others are closed.
 #[derive(Debug)]
 pub(super) struct Bounded<S> {
     connections: S,
     limits: PeerLimits,
-    /// Lines about identities that have too many connections.
+    /// Limits the log lines about each identity.
     log: LogLimit<String>,
 }
 
 impl<S> Bounded<S> {
-    /// At most `most` of these connections at once.
+    /// Yields at most `most` of these connections at once.
     pub(super) fn new(connections: S, most: usize) -> Self {
         Self {
             connections,
@@ -175,7 +176,7 @@ mod tests {
     use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 
     use super::*;
-    use crate::{Shown, origin::Origin, pki};
+    use crate::{PeerCertificate, origin::Origin, pki};
 
     fn peer(identity: Identity) -> Peer {
         let key = pki::self_signed("peer").unwrap();
@@ -183,7 +184,7 @@ mod tests {
         Peer::Tls {
             identity,
             origin: Origin::ThisHost,
-            certificate: Shown::of(Some(&[der])).unwrap(),
+            certificate: PeerCertificate::of(Some(&[der])).unwrap(),
         }
     }
 
@@ -191,7 +192,7 @@ mod tests {
         peer(Identity::Ctl { name: name.into() })
     }
 
-    fn take_all(limits: &PeerLimits, peer: &Peer) -> (Vec<Counted>, Full) {
+    fn take_all(limits: &PeerLimits, peer: &Peer) -> (Vec<CountedConnection>, Full) {
         let mut taken = Vec::new();
         loop {
             match limits.take(peer) {
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn no_user_takes_all_places_and_none_of_a_kubelet() {
+    fn no_user_takes_all_connections_or_any_of_a_kubelet() {
         let limits = PeerLimits::new(64);
         let (ann, full) = take_all(&limits, &ctl("ann"));
         assert_eq!((ann.len(), full), (16, Full::Peer(16)));
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_leaves_nothing_behind() {
+    fn released_connections_are_forgotten() {
         let limits = PeerLimits::new(64);
         for number in 0..1000 {
             drop(limits.take(&ctl(&number.to_string())).unwrap());

@@ -1,55 +1,53 @@
-//! Who a peer is: a URI SAN of its certificate, and whom the other side expects.
-//!
-//! Pure.
+//! PURE: the identity of a peer, a URI SAN of its certificate, and which identities the other side accepts.
 use std::{fmt, str::FromStr};
 
-/// The trust domain all identities begin with.
+/// The trust domain with which every identity begins.
 const PREFIX: &str = "spiffe://knoc/";
 
-/// A peer's identity.
+/// The identity of a peer: a SPIFFE ID (a URI) in the trust domain `knoc`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Identity {
-    /// The agent of a site.
+    /// The agent of a site: `spiffe://knoc/agent/SITE`.
     Agent {
         /// The site's name.
         site: String,
     },
-    /// A kubelet.
+    /// A kubelet: `spiffe://knoc/kubelet/NAME`.
     Kubelet {
-        /// Its name, usually the node's.
+        /// The kubelet's name, usually that of its node.
         name: String,
     },
-    /// A person's knocctl.
+    /// The knocctl of a user: `spiffe://knoc/ctl/NAME`.
     Ctl {
-        /// The person's name.
+        /// The user's name.
         name: String,
     },
 }
 
-/// Why a text or a certificate gives no identity.
+/// Why a text is not an identity, or a certificate does not contain exactly one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidIdentity {
-    /// Not one of the three forms.
+    /// The URI has none of the three forms.
     #[error(
         "{uri:?} is not spiffe://knoc/agent/SITE, spiffe://knoc/kubelet/NAME or spiffe://knoc/ctl/NAME"
     )]
     Form {
-        /// As given.
+        /// The URI.
         uri: String,
     },
-    /// The certificate has no such URI.
+    /// The certificate has no URI of the trust domain.
     #[error("no spiffe://knoc/… URI among the subject alternative names")]
     Absent,
-    /// The certificate has several.
-    #[error("{count} spiffe://knoc/… URIs among the subject alternative names, not one")]
+    /// The certificate has several URIs of the trust domain.
+    #[error("{count} spiffe://knoc/… URIs among the subject alternative names instead of one")]
     Several {
-        /// How many.
+        /// The number of such URIs.
         count: usize,
     },
 }
 
 impl Identity {
-    /// The last part: the site or the name.
+    /// The last part of the URI: the site or the name.
     #[must_use]
     pub fn name(&self) -> &str {
         match self {
@@ -57,7 +55,7 @@ impl Identity {
         }
     }
 
-    /// The only identity among the URIs of a certificate.
+    /// The identity among the URIs of a certificate, of which there must be exactly one.
     pub(crate) fn one_of(uris: &[&str]) -> Result<Self, InvalidIdentity> {
         let ours: Vec<_> = uris.iter().filter(|uri| uri.starts_with(PREFIX)).collect();
         match ours.as_slice() {
@@ -104,19 +102,19 @@ impl FromStr for Identity {
     }
 }
 
-/// Whom one side accepts at the other end.
+/// Which identities one side accepts at the other end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExpectPeer {
-    /// The agent of any site: what kubelet and knocctl expect where no site is configured.
+    /// The agent of any site: what kubelet and knocctl expect if no site is configured.
     AnyAgent,
-    /// A kubelet or a knocctl: what the agent expects; its policy then looks at the name.
+    /// A kubelet or a knocctl: what the agent expects. Its policy then decides by name.
     NearSide,
-    /// This one only.
+    /// Only this identity.
     Exactly(Identity),
 }
 
 impl ExpectPeer {
-    /// Is `identity` the one that is expected?
+    /// Whether `identity` is accepted.
     #[must_use]
     pub fn accepts(&self, identity: &Identity) -> bool {
         match (self, identity) {
@@ -143,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_and_back() {
+    fn identities_are_parsed_and_written() {
         for uri in [
             "spiffe://knoc/agent/hpc.example",
             "spiffe://knoc/kubelet/k-1",
@@ -163,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn one_identity_a_certificate() {
+    fn a_certificate_has_exactly_one_identity() {
         let (a, k) = ("spiffe://knoc/agent/a", "spiffe://knoc/kubelet/k");
         assert_eq!(Identity::one_of(&["https://x", a]).unwrap().name(), "a");
         assert_eq!(Identity::one_of(&[]), Err(InvalidIdentity::Absent));
@@ -174,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn expectations() {
+    fn only_expected_identities_are_accepted() {
         let agent = Identity::Agent { site: "a".into() };
         let ctl = Identity::Ctl { name: "a".into() };
         assert!(ExpectPeer::AnyAgent.accepts(&agent) && !ExpectPeer::AnyAgent.accepts(&ctl));

@@ -1,18 +1,20 @@
-//! A link between two processes: carrier + TLS 1.3 + HTTP/2.
+//! Links between two processes of KNoC: a carrier, TLS 1.3 and HTTP/2.
 //!
-//! Depends on `knoc-proto` alone. [`bulk`] are the streams of bytes over a link, [`pki`] the certificates that its two
-//! sides show each other.
+//! This crate depends on `knoc-proto` alone. [`bulk`] holds the streams of bytes over a link, [`pki`] the certificates
+//! that the two sides of a link present to each other.
 //!
-//! The near side is always the gRPC client, the far side the server; who *dials* is the TLS client, and that is
-//! configuration. Two kinds of links:
+//! The near side is always the gRPC client and the far side the gRPC server. Configuration decides which side *dials*;
+//! that side is the TLS client. There are two kinds of links:
 //!
-//! - **kubelet or knocctl → agent**: [`dial()`] and [`listen`], with certificates of one CA and an [`Identity`] as URI
-//!   SAN that is checked whatever the TLS role; over a unix socket the peer's user stands in for both.
-//! - **agent → shim**: [`pinned`], where the shim dials the agent and each pins the other's self-signed key;
-//!   [`near_side`] and [`far_side`] put HTTP/2 on such a connection.
+//! - **kubelet or knocctl → agent**: [`dial()`] and [`listen`]. Both sides have certificates of one CA, and each checks
+//! the other's [`Identity`] (a URI SAN) whatever its TLS role. Over a unix socket without TLS, the peer's uid replaces
+//! both.
+//! - **agent → shim**: [`pinned`]. The shim dials the agent, and each side pins the other's self-signed key.
+//! [`near_side`] and [`far_side`] run HTTP/2 on such a connection.
 //!
-//! No task is started here: handshakes run inside the stream of connections that the server polls. Every handshake is
-//! full (no resumption, no tickets), so a changed certificate counts from the next connection on.
+//! This crate spawns no task except hyper's own: handshakes make progress while the server polls its stream of
+//! connections. Every handshake is a full one (no resumption, no session tickets), so a replaced certificate is used
+//! from the next connection on.
 use std::time::Duration;
 
 use tonic::transport::{Endpoint, Server};
@@ -34,10 +36,11 @@ mod identity;
 pub mod listen;
 mod origin;
 mod peer;
+mod peer_certificate;
 pub mod pinned;
 pub mod pki;
 mod route;
-mod shown;
+mod serve;
 mod single_connection;
 pub mod socket;
 mod tls;
@@ -54,76 +57,83 @@ pub use self::{
     listen::Incoming,
     origin::Origin,
     peer::Peer,
+    peer_certificate::{PeerCertificate, Trust, Untrusted},
     route::Route,
-    shown::{Shown, Trust, Untrusted},
+    serve::serve,
     single_connection::{FarSide, far_side, near_side},
 };
 
-/// Both sides ping as often: shorter than the idle limits of firewalls and NAT (often 60 s and more), rare enough to
-/// cost nothing.
+/// How often each side sends an HTTP/2 ping. This is shorter than the idle timeouts of firewalls and NAT (often 60 s or
+/// more), and rare enough to cost nothing.
 pub const KEEPALIVE: Duration = Duration::from_secs(20);
-/// A ping unanswered for this long ends the link: a dead peer is noticed within [`KEEPALIVE`] plus this.
+/// A ping that is not answered within this time ends the link, so a dead peer is noticed within [`KEEPALIVE`] plus this
+/// time.
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-/// From the first packet to the end of the TLS handshake. Busy login nodes take seconds, not tens of them.
+/// The limit from the first packet to the end of the TLS handshake. A busy login node needs seconds for it.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// What one stream may have in flight, and so what a stalled reader holds: 1 Gbit/s at 16 ms. With half of it, processes
-/// that share two cores wait for each other: they stood still for 5 % of the time that a log took, and now for 4 %.
+/// The flow-control window of one stream in bytes, and so the most that a stalled reader holds: 1 Gbit/s at 16 ms. With
+/// half of it, processes that share two cores waited for each other during 5 % of the time that a log took; with this
+/// value during 4 %.
 pub const STREAM_WINDOW: u32 = 2 << 20;
-/// What all streams of a connection may have in flight. What a stalled reader does not take counts here too, so this is
-/// as much as 512 of them leave: with less, a few of them would hold up every other stream of the node.
+/// The flow-control window of a whole connection in bytes. Data that a stalled reader does not take counts here too, so
+/// the window has room for 512 stalled streams; with less, a few of them would block every other stream of the node.
 pub const CONNECTION_WINDOW: u32 = 512 * STREAM_WINDOW;
-/// Streams of one connection: watches, and a follow or exec for every pod that people look at. Excess waits.
+/// The most concurrent streams of one connection: watches, and a follow or exec for every pod that users look at.
+/// Further streams wait.
 pub const MAX_STREAMS: u32 = 2048;
-/// The largest message: a pod's values may hold some `ConfigMap`s and Secrets of 1 MiB each. tonic's default of 4 MiB is
-/// too small for `EnsurePod` and `UpdateValues`; give this to `max_decoding_message_size` of both sides.
+/// The largest gRPC message in bytes: the values of a pod may hold several `ConfigMap`s and Secrets of 1 MiB each.
+/// tonic's default of 4 MiB is too small for `EnsurePod` and `UpdateValues`, so both sides pass this to
+/// `max_decoding_message_size`.
 pub const MAX_MESSAGE: usize = 24 << 20;
-/// The largest HTTP/2 frame that either side takes: a whole message of [`CHUNK`](knoc_proto::CHUNK) in one write and one
-/// read. The least that the protocol allows, 16 KiB, costs four times the frames and their system calls.
+/// The largest HTTP/2 frame that either side accepts, in bytes: a whole message of [`CHUNK`](knoc_proto::CHUNK) in one
+/// write and one read. The protocol's default, 16 KiB, needs four times as many frames and system calls.
 const FRAME: u32 = 64 << 10;
 
-/// An address that stands in `:authority`; the carrier decides where bytes go.
+/// The `:authority` of every request. The carrier alone decides where the bytes go.
 const AUTHORITY: &str = "http://knoc.internal";
 
-/// Why a link cannot be had.
+/// Why a link cannot be opened, or has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// TCP has to carry TLS.
+    /// TCP was requested without credentials; a link over TCP always uses TLS.
     #[error("a certificate is needed to dial {carrier}")]
     NoCredentials {
-        /// The way.
+        /// The carrier that was to be dialled.
         carrier: Carrier,
     },
-    /// A unix socket carries no TLS, so certificates would be ignored.
-    #[error("{carrier} takes no certificates: the socket's peer is checked by its user")]
+    /// Credentials were given for a unix socket, which uses no TLS and would ignore them.
+    #[error(
+        "{carrier} uses no certificates: remove them (the peer on a unix socket is identified by its uid)"
+    )]
     NeedlessCredentials {
-        /// The way.
+        /// The carrier that was to be dialled.
         carrier: Carrier,
     },
-    /// The peer finished its TLS handshake, and then said something else.
+    /// The peer finished its TLS handshake, but did not begin an HTTP/2 connection.
     #[error("{peer}{} does not speak HTTP/2", claim(Some(claimed)))]
     NotHttp2 {
-        /// Its address.
+        /// The peer's address.
         peer: String,
-        /// Who it is.
+        /// The identity in the peer's certificate.
         claimed: String,
     },
-    /// Nobody answers there.
+    /// The connection cannot be opened.
     #[error("connect to {carrier}")]
     Connect {
-        /// The way.
+        /// The carrier that was dialled.
         carrier: Carrier,
-        /// The system's words.
+        /// The error of connect(2) or of the name's resolution.
         #[source]
         source: std::io::Error,
     },
-    /// A socket is there, and refuses: it is a dead agent's, or that of an agent on another host.
+    /// The socket exists but refuses connections: its agent has died, or runs on another host.
     #[error(
         "no process of this host serves {carrier}: the agent has ended, or it runs on another host that shares this folder"
     )]
     NotServed {
-        /// The way.
+        /// The socket's carrier.
         carrier: Carrier,
-        /// The system's message.
+        /// The error of connect(2).
         #[source]
         source: std::io::Error,
     },
@@ -157,87 +167,87 @@ pub enum LinkError {
         /// The failure.
         error: String,
     },
-    /// No answer in time.
+    /// The link was not established within [`CONNECT_TIMEOUT`].
     #[error("no answer from {carrier} within {} s", CONNECT_TIMEOUT.as_secs())]
     Timeout {
-        /// The way.
+        /// The carrier that was dialled.
         carrier: Carrier,
     },
     /// The TLS handshake failed on this side.
     #[error("TLS handshake with {peer}{}", claim(claimed.as_deref()))]
     Handshake {
-        /// Its address.
+        /// The peer's address or carrier.
         peer: String,
-        /// What its certificate says, proved or not.
+        /// The identity that the peer's certificate claims, which may be unproved.
         claimed: Option<String>,
-        /// rustls' words.
+        /// The error of rustls, or of our own verifier.
         #[source]
         source: std::io::Error,
     },
-    /// The process at the other end of the socket is another user's.
+    /// The process at the other end of the socket belongs to another user.
     #[error("the process behind {peer} belongs to uid {found}, not to uid {expected}")]
     WrongUser {
-        /// The socket.
+        /// The socket's carrier.
         peer: String,
-        /// Whose it is.
+        /// The uid of the process.
         found: u32,
-        /// Whose it should be.
+        /// The uid that it must have: our own.
         expected: u32,
     },
-    /// The PEM files are no good.
+    /// The CA, certificate or key cannot be used.
     #[error("load the link's certificates")]
     Credentials {
-        /// Which and why.
+        /// Which of them, and why.
         #[source]
         source: CredentialsError,
     },
-    /// No listener at this address or path.
+    /// The address or path cannot be listened on.
     #[error("listen on {carrier}")]
     Listen {
-        /// Where.
+        /// The address or path.
         carrier: Carrier,
-        /// The system's words.
+        /// The error of bind(2), listen(2) or of a file operation.
         #[source]
         source: std::io::Error,
     },
-    /// Somebody serves there already.
+    /// Another process already serves this socket.
     #[error("another process serves {carrier}")]
     InUse {
-        /// Where.
+        /// The socket's carrier.
         carrier: Carrier,
     },
-    /// The socket's folder cannot be opened.
+    /// The folder of the socket cannot be opened.
     #[error("open the folder {path} of the socket")]
     Folder {
-        /// The folder.
+        /// The path of the folder.
         path: String,
-        /// The system's message.
+        /// The error of open(2) or fstat(2).
         #[source]
         source: std::io::Error,
     },
-    /// A link, or a file, where the socket's folder should be. A link could be pointed elsewhere between check and use.
-    #[error("{path} must be the folder of the socket itself, it is {found}")]
-    NoFolder {
-        /// Where the folder should be.
+    /// The folder of the socket is a symbolic link or a file. A link could be changed between check and use.
+    #[error("the socket's folder {path} must be a real folder, but it is {found}")]
+    NotAFolder {
+        /// The path of the folder.
         path: String,
-        /// What is there.
+        /// The kind of file that was found, with its article.
         found: &'static str,
     },
-    /// The socket's folder could be entered by others.
+    /// Other users can enter the folder of the socket.
     #[error(
-        "the folder {path} of the socket must belong to uid {uid} with mode 0700, it has uid {found_uid} and mode {mode:04o}"
+        "the socket's folder {path} must belong to uid {uid} and have mode 0700, but it belongs to uid {found_uid} and has mode {mode:04o}"
     )]
-    OpenFolder {
-        /// The folder.
+    UnsafeFolder {
+        /// The path of the folder.
         path: String,
-        /// Us.
+        /// Our own uid.
         uid: u32,
-        /// Its owner.
+        /// The uid of the folder's owner.
         found_uid: u32,
-        /// Its mode.
+        /// The permission bits of the folder.
         mode: u32,
     },
-    /// The connection that the channel lived on is gone, and this side does not dial.
+    /// The connection of the channel has ended, and this side does not dial.
     #[error("the link has ended")]
     Ended,
 }
@@ -248,12 +258,13 @@ fn claim(claimed: Option<&str>) -> String {
     })
 }
 
-/// The user this process acts as.
+/// The effective uid of this process.
 fn own_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// A gRPC server with the link's windows, limits and keepalive: start from this one.
+/// A gRPC server with the link's flow-control windows, limits and keepalive. Every server of a link starts from this
+/// one.
 #[must_use]
 pub fn server() -> Server {
     Server::builder()
@@ -265,7 +276,7 @@ pub fn server() -> Server {
         .max_concurrent_streams(MAX_STREAMS)
 }
 
-/// The same for the client's side.
+/// The gRPC client's counterpart of [`server`].
 fn endpoint() -> Endpoint {
     Endpoint::from_static(AUTHORITY)
         .executor(CancellableExecutor)

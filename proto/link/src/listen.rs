@@ -1,9 +1,8 @@
-//! The side that is dialled: a stream of connections whose peers are verified, for
-//! `Server::serve_with_incoming_shutdown`.
+//! The side that is dialled: a stream of connections whose peers are verified, for [`super::serve()`].
 //!
-//! Refused handshakes are logged with the peer's address and what its certificate says, a few lines for each source, and
-//! do not disturb others ([`super::accept`]). The number of connections whose peer is known is bounded too
-//! ([`super::finished`]).
+//! A handshake that fails is logged with the peer's address and the identity that it claims, limited to a few lines for
+//! each source, and does not disturb other connections ([`super::accept`]). The number of connections with verified
+//! peers is bounded too ([`super::finished`]).
 use std::{
     fmt, io,
     net::SocketAddr,
@@ -17,21 +16,21 @@ use knoc_proto::error::chain;
 use tokio::io::AsyncReadExt as _;
 
 use super::{
-    Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer, Shown,
+    Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer, PeerCertificate,
     accept::{Accept, Handshake},
     admission::Bounds,
     carrier::{Io, Listener, Unverified, tcp, unix},
     finished::Bounded,
-    tls::{self, Seen, in_words},
+    tls::{self, ClaimedIdentity, readable_error},
 };
 
-/// What an HTTP/2 client says first (RFC 9113, section 3.4).
+/// The client connection preface of HTTP/2 (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Connections on `addr` from kubelets and knocctls, TLS with client certificates.
+/// Listens on `addr` for kubelets and knocctls, which must present client certificates over TLS.
 #[expect(
     clippy::unused_async,
-    reason = "a listener needs a runtime, which only an async function surely has"
+    reason = "a listener needs a runtime, which only an async function is sure to have"
 )]
 pub async fn tcp(addr: SocketAddr, credentials: Credentials) -> Result<Incoming, LinkError> {
     let carrier = Carrier::Tcp(addr.to_string());
@@ -40,7 +39,7 @@ pub async fn tcp(addr: SocketAddr, credentials: Credentials) -> Result<Incoming,
     Ok(over_tls(listener, credentials))
 }
 
-/// Connections of a listener, over TLS with client certificates.
+/// Accepts the connections of `listener`, whose peers must present client certificates over TLS.
 pub fn over_tls(listener: impl Listener, credentials: Credentials) -> Incoming {
     incoming(listener, move |connection| {
         let credentials = credentials.clone();
@@ -51,8 +50,8 @@ pub fn over_tls(listener: impl Listener, credentials: Credentials) -> Incoming {
     })
 }
 
-/// Connections of our own user on a socket at `path`, whose folder is created with mode 0700, or checked to have it. A
-/// socket that nobody serves any more is replaced. Has to be called inside a runtime.
+/// Listens on the socket at `path` for processes of our own user. Its folder is created with mode 0700, or must have
+/// that mode; a socket that no process serves is replaced. Must be called within a tokio runtime.
 pub fn unix(path: &Path) -> Result<Incoming, LinkError> {
     let listener = unix::Listener::bind(path)?;
     let path = path.to_owned();
@@ -76,24 +75,24 @@ async fn accept_tls<I: Io>(
     Unverified { io, origin }: Unverified<I>,
     credentials: &Credentials,
 ) -> Result<Connection, LinkError> {
-    let seen = Seen::default();
+    let claimed = ClaimedIdentity::default();
     let failed = |source| LinkError::Handshake {
         peer: origin.to_string(),
-        claimed: seen.text(),
-        source: in_words(source),
+        claimed: claimed.text(),
+        source: readable_error(source),
     };
     let material = credentials.material();
     let (roots, key) = (&material.roots, &material.key);
-    let config = tls::server(roots, key, ExpectPeer::NearSide, seen.clone())
+    let config = tls::server(roots, key, ExpectPeer::NearSide, claimed.clone())
         .map_err(|error| failed(io::Error::other(error)))?;
     let mut stream = tls::accept(io, config).await.map_err(failed)?;
-    let Some(identity) = seen.identity() else {
-        return Err(failed(io::Error::other("the peer showed no identity")));
+    let Some(identity) = claimed.identity() else {
+        return Err(failed(io::Error::other("the peer presented no identity")));
     };
-    let certificate = Shown::of(tls::peer_chain(&stream));
+    let certificate = PeerCertificate::of(tls::peer_chain(&stream));
     let certificate = certificate.map_err(|error| failed(io::Error::other(error)))?;
-    // A client speaks first. One that has a certificate and says nothing is not finished yet: it counts as, and is
-    // closed like, one that never ended its handshake.
+    // A client sends first. A peer that has presented a certificate but sends nothing has not finished its handshake:
+    // it is counted and closed like one that has not.
     let mut preface = [0; PREFACE.len()];
     stream.read_exact(&mut preface).await.map_err(failed)?;
     if preface != *PREFACE {
@@ -112,7 +111,7 @@ async fn accept_tls<I: Io>(
 
 type Connections = Pin<Box<dyn Stream<Item = io::Result<Connection>> + Send>>;
 
-/// Connections whose peers are verified. Never ends by itself.
+/// Connections whose peers are verified. The stream never ends by itself.
 pub struct Incoming {
     connections: Connections,
     local_addr: Option<SocketAddr>,
@@ -129,7 +128,7 @@ impl Incoming {
         }
     }
 
-    /// The address listened on (the port where 0 was asked for); none for a unix socket.
+    /// The network address that is listened on, with the actual port if port 0 was requested; `None` for a unix socket.
     #[must_use]
     pub fn local_addr(&self) -> Option<SocketAddr> {
         self.local_addr

@@ -1,14 +1,12 @@
-//! Where a connection comes from, as far as its carrier knows.
-//!
-//! Pure.
+//! PURE: where a connection comes from, as far as its carrier knows.
 use std::{fmt, net::SocketAddr};
 
-/// The other end of a connection. It proves nothing: it is for logs, and for counting the connections of one source.
+/// The other end of a connection, unverified. It serves only logs and the count of connections per source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Origin {
-    /// A host of the network.
+    /// A network address.
     Address(SocketAddr),
-    /// A process of this host.
+    /// A process on this host.
     ThisHost,
     /// The far side of a command that this process started.
     Command,

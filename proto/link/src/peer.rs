@@ -1,32 +1,32 @@
-//! Who is at the other end of a connection, once that has been proved.
+//! The verified peer at the other end of a connection.
 use std::{fmt, sync::Arc};
 
-use super::{Identity, Shown, origin::Origin};
+use super::{Identity, PeerCertificate, origin::Origin};
 
-/// A peer that has proved who it is; in the extensions of every request.
+/// A peer that has proved its identity. Every request has it among its extensions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Peer {
-    /// Proved by its certificate.
+    /// Verified by its certificate in a TLS handshake.
     Tls {
         /// The identity in the certificate.
         identity: Identity,
         /// Where the connection comes from.
         origin: Origin,
-        /// The certificate itself.
-        certificate: Shown,
+        /// The certificate that it presented.
+        certificate: PeerCertificate,
     },
-    /// The same user on the same machine, proved by the kernel.
+    /// A process of our own user on this host, verified by the kernel.
     Unix {
-        /// The user of the process, always ours.
+        /// The uid of the process, always our own.
         uid: u32,
-        /// The process, if the kernel says it.
+        /// The pid of the process, if the kernel tells it.
         pid: Option<i32>,
     },
     /// Whoever a command reaches, such as a login over SSH; proved by that command alone.
     Command,
-    /// The other side of the shim's link, proved by its pinned key.
+    /// The other side of a shim's link, verified by its pinned key.
     Pinned {
-        /// SHA-256 of its public key, in hex.
+        /// SHA-256 of its public key (`SubjectPublicKeyInfo`), in hexadecimal digits.
         spki: Arc<str>,
         /// Where the connection comes from.
         origin: Origin,

@@ -1,8 +1,8 @@
-//! The shim hop: TLS 1.3 between two self-signed keys that know each other by their public key.
+//! The link between agent and shim: TLS 1.3 between two self-signed keys, each of which the other side pins.
 //!
-//! The shim dials with the pair in its job directory and expects the agent's key, which stands in `endpoint.json`; the
-//! agent takes any key, learns its pin, and looks up whose it is. Dates and names are not looked at: the pin lives in
-//! a 0700 folder for the pod's life.
+//! The shim dials with the key pair in its job directory and expects the agent's key, which `endpoint.json` names. The
+//! agent accepts any key, learns its pin, and looks up which pod it belongs to. Neither side checks dates or names: the
+//! pin is kept in a 0700 folder for the lifetime of the pod.
 use std::{fmt, io, net::SocketAddr, path::Path, sync::Arc};
 
 use knoc_proto::error::chain;
@@ -14,7 +14,7 @@ use super::{
     accept::Accept,
     admission::Bounds,
     carrier::{Dial, Io, Unverified, tcp},
-    tls::{self, client_config, in_words, other, server_config},
+    tls::{self, client_config, other, readable_error, server_config},
     verifier::{CheckCertificate, Tls13Verifier, provider},
 };
 use crate::pki::{self, PkiError};
@@ -37,18 +37,18 @@ impl fmt::Debug for KeyPair {
 }
 
 impl KeyPair {
-    /// A new pair; `name` is for people.
+    /// Generates a new pair. `name` becomes the subject's common name, which nothing checks.
     pub fn generate(name: &str) -> Result<Self, CredentialsError> {
-        let made = pki::self_signed(name);
+        let generated = pki::self_signed(name);
         let wrong = |source| CredentialsError::Certificate {
             origin: name.to_owned(),
             source,
         };
-        let pair = made.map_err(wrong)?;
+        let pair = generated.map_err(wrong)?;
         Self::from_pem(&pair.cert_pem, &pair.key_pem)
     }
 
-    /// The pair that was kept as PEM.
+    /// Parses a pair that was stored as PEM.
     pub fn from_pem(cert_pem: &str, key_pem: &str) -> Result<Self, CredentialsError> {
         Self::parse(
             cert_pem.to_owned(),
@@ -57,7 +57,7 @@ impl KeyPair {
         )
     }
 
-    /// The pair in two PEM files.
+    /// Reads a pair from two PEM files. Blocking.
     pub fn from_files(cert: &Path, key: &Path) -> Result<Self, CredentialsError> {
         let read = |what, path: &Path| {
             let wrong = |source| CredentialsError::Read {
@@ -94,7 +94,7 @@ impl KeyPair {
         let spki = pki::spki_sha256(&certificate).map_err(wrong)?;
         let origin = names.join(", ");
         let key = CertifiedKey::from_der(vec![certificate], key, &provider())
-            .map_err(|source| CredentialsError::Refused { origin, source })?;
+            .map_err(|source| CredentialsError::Unusable { origin, source })?;
         Ok(Self {
             cert_pem,
             key_pem,
@@ -103,29 +103,29 @@ impl KeyPair {
         })
     }
 
-    /// The certificate.
+    /// The certificate as PEM.
     #[must_use]
     pub fn cert_pem(&self) -> &str {
         &self.cert_pem
     }
 
-    /// The key. Secret.
+    /// The private key as PEM. Secret.
     #[must_use]
     pub fn key_pem(&self) -> &str {
         &self.key_pem
     }
 
-    /// What the other side pins: SHA-256 of the public key, in hex.
+    /// The pin of this pair: SHA-256 of the public key (`SubjectPublicKeyInfo`), in hexadecimal digits.
     #[must_use]
     pub fn spki(&self) -> &str {
         &self.spki
     }
 }
 
-/// Connections on `addr`, each with the pin of the key that its peer proved to have.
+/// Listens on `addr`. Each connection has the pin of the key that its peer proved to hold as its [`Peer::Pinned`].
 #[expect(
     clippy::unused_async,
-    reason = "a listener needs a runtime, which only an async function surely has"
+    reason = "a listener needs a runtime, which only an async function is sure to have"
 )]
 pub async fn listen(addr: SocketAddr, pair: KeyPair) -> Result<Incoming, LinkError> {
     let carrier = Carrier::Tcp(addr.to_string());
@@ -148,7 +148,7 @@ async fn accept<I: Io>(
     let failed = |source| LinkError::Handshake {
         peer: origin.to_string(),
         claimed: None,
-        source: in_words(source),
+        source: readable_error(source),
     };
     let verifier = Arc::new(Tls13Verifier(Pin { expect: None }));
     let config =
@@ -158,13 +158,18 @@ async fn accept<I: Io>(
         Some([certificate, ..]) => {
             pki::spki_sha256(certificate).map_err(|error| failed(io::Error::other(error)))?
         }
-        Some([]) | None => return Err(failed(io::Error::other("the peer showed no certificate"))),
+        Some([]) | None => {
+            return Err(failed(io::Error::other(
+                "the peer presented no certificate",
+            )));
+        }
     };
     let spki = spki.into();
     Ok(Connection::new(stream, Peer::Pinned { spki, origin }))
 }
 
-/// Dials `address` (`host:port`) and accepts only the key of this pin there.
+/// Dials `address` (`HOST:PORT`) and accepts only a peer that holds the key with the pin `expect_spki`. Takes at most
+/// [`CONNECT_TIMEOUT`]. Cancel safe: dropping the future closes the connection.
 pub async fn dial(
     address: &str,
     pair: &KeyPair,
@@ -190,7 +195,7 @@ async fn dial_over(
     let failed = |source| LinkError::Handshake {
         peer: carrier.to_string(),
         claimed: None,
-        source: in_words(source),
+        source: readable_error(source),
     };
     let verifier = Arc::new(Tls13Verifier(Pin {
         expect: Some(expect_spki.to_owned()),
@@ -202,15 +207,16 @@ async fn dial_over(
     Ok(Connection::new(stream, Peer::Pinned { spki, origin }))
 }
 
-/// The other side's key is not the pinned one.
+/// The peer's key is not the pinned one.
 #[derive(Debug, thiserror::Error)]
-#[error("the peer's key is {found}, pinned is {expected}")]
+#[error("the peer's key is {found}, not the pinned key {expected}")]
 struct WrongKey {
     found: String,
     expected: String,
 }
 
-/// The certificate's key is the pinned one, if a pin is expected. Dates and names are not looked at.
+/// Accepts a certificate whose key has the expected pin, or any certificate if none is expected. Dates and names are
+/// not checked.
 #[derive(Debug)]
 struct Pin {
     expect: Option<String>,
@@ -235,7 +241,7 @@ impl CheckCertificate for Pin {
     }
 }
 
-/// Accepts any key: for tests of a client that shows none itself.
+/// A verifier that accepts any key, for tests of clients that present no certificate.
 #[cfg(test)]
 pub(super) fn any_key() -> Arc<dyn rustls::client::danger::ServerCertVerifier> {
     Arc::new(Tls13Verifier(Pin { expect: None }))

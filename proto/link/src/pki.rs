@@ -1,8 +1,9 @@
-//! Certificates of the links: a small CA, what it issues, and the self-signed pairs of the shim hop.
+//! Certificates of the links: a small CA, the certificates that it issues, and the self-signed pairs of the shim's
+//! link.
 //!
-//! Keys are ECDSA P-256. Every certificate carries both key usages, since who dials is configuration; its identity is
-//! a URI SAN ([`Identity`]). `notBefore` is back-dated by [`BACKDATE`], because clocks of login nodes drift. Writes no
-//! file: the callers know the folder and the modes.
+//! Keys are ECDSA P-256. Every certificate allows both TLS roles, since configuration decides which side dials; its
+//! identity is a URI SAN ([`Identity`]). `notBefore` is back-dated by [`BACKDATE`], because the clocks of login nodes
+//! drift. This module writes no files: its callers choose the folder and the modes.
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -23,74 +24,76 @@ pub use self::renew::{
     renewable,
 };
 
-/// How far `notBefore` lies in the past: more than any clock that NTP keeps is wrong by.
+/// How far `notBefore` is back-dated: by more than the error of any clock that NTP disciplines.
 pub const BACKDATE: Duration = Duration::from_mins(5);
-/// The life of a CA.
+/// The validity period of a CA: ten years.
 pub const CA_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
-/// The life of an issued certificate; renewed over the link at 70 % of it.
+/// The validity period of an issued certificate: one year. It is renewed over the link after 70 % of that.
 pub const LEAF_LIFE: Duration = Duration::from_hours(365 * 24);
-/// The life of a pair of the shim hop, which is pinned by key and never checked for its dates.
+/// The validity period of a pair of the shim's link. Peers pin its key and do not check its dates.
 const PINNED_LIFE: Duration = Duration::from_hours(20 * 365 * 24);
 
-/// What can go wrong with certificates and keys.
+/// Why a certificate or key cannot be created or read.
 #[derive(Debug, thiserror::Error)]
 pub enum PkiError {
-    /// rcgen refused to make or sign.
-    #[error("make the certificate of {subject}")]
-    Make {
-        /// Whose.
+    /// rcgen cannot create or sign the certificate, or cannot read the CA's key.
+    #[error("create the certificate of {subject}")]
+    Create {
+        /// The name or identity for which it was to be created.
         subject: String,
-        /// rcgen's words.
+        /// rcgen's error.
         #[source]
         source: rcgen::Error,
     },
-    /// A DNS name or IP address that cannot stand in a certificate.
-    #[error("{name:?} can be no subject alternative name")]
+    /// The name is neither a DNS name nor an IP address.
+    #[error(
+        "{name:?} cannot be a subject alternative name: it is neither a DNS name nor an IP address"
+    )]
     BadName {
-        /// As given.
+        /// The name.
         name: String,
     },
-    /// No PEM, or PEM of something else.
+    /// The text is not PEM, or holds no item of the expected kind.
     #[error("read {what} as PEM")]
     Pem {
-        /// Certificate or key.
+        /// The text's role, such as "the certificate".
         what: &'static str,
-        /// The parser's words.
+        /// The parser's error.
         #[source]
         source: rustls_pki_types::pem::Error,
     },
-    /// DER that is no X.509 certificate.
+    /// The bytes are not an X.509 certificate in DER.
     #[error("parse the certificate: {text}")]
     Der {
-        /// The parser's words.
+        /// The parser's error.
         text: String,
     },
-    /// Its identity is absent, doubled or malformed.
+    /// The identity of the certificate is absent, duplicated or malformed.
     #[error("find the identity of the certificate")]
     Identity {
         /// What is wrong with it.
         #[source]
         source: InvalidIdentity,
     },
-    /// A key that belongs to none of the CA's certificates.
+    /// The key belongs to none of the certificates in the CA's bundle.
     #[error("the key belongs to none of the CA's certificates")]
     ForeignKey,
-    /// A date outside of what can be told.
+    /// A date of the certificate cannot be represented.
     #[error("the certificate's dates are out of range")]
     Dates,
 }
 
-/// From when to when a certificate is valid.
+/// The validity period of a certificate (RFC 5280, section 4.1.2.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Validity {
-    /// `notBefore`
+    /// The certificate's `notBefore`.
     pub from: Timestamp,
-    /// `notAfter`
+    /// The certificate's `notAfter`.
     pub until: Timestamp,
 }
 
 impl Validity {
-    /// `life` from `now`, back-dated.
+    /// A period that ends `life` after `now`, and begins [`BACKDATE`] before it.
     #[must_use]
     pub fn starting(now: Timestamp, life: Duration) -> Self {
         Self {
@@ -99,7 +102,7 @@ impl Validity {
         }
     }
 
-    /// Writes both dates into what rcgen is about to sign.
+    /// Sets both dates in the parameters of a certificate. Fails if one is before 1970.
     pub fn apply(self, params: &mut CertificateParams) -> Result<(), PkiError> {
         let seconds = |at: Timestamp| {
             u64::try_from(at.as_second())
@@ -113,12 +116,12 @@ impl Validity {
     }
 }
 
-/// A certificate and its private key, both PEM.
+/// A certificate and its private key, both as PEM.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CertifiedKey {
-    /// The certificate.
+    /// The certificate as PEM.
     pub cert_pem: String,
-    /// PKCS#8. Secret.
+    /// The private key as PKCS#8 PEM. Secret.
     pub key_pem: String,
 }
 
@@ -145,47 +148,47 @@ impl std::fmt::Debug for Ca {
 }
 
 impl Ca {
-    /// A new CA that lives [`CA_LIFE`] from now.
+    /// Generates a CA that is valid for [`CA_LIFE`] from now.
     pub fn generate(name: &str) -> Result<Self, PkiError> {
         Self::generate_for(name, Validity::starting(Timestamp::now(), CA_LIFE))
     }
 
-    /// A new CA with these dates.
+    /// Generates a CA with this validity period.
     pub fn generate_for(name: &str, validity: Validity) -> Result<Self, PkiError> {
-        let made = |source| PkiError::Make {
+        let failed = |source| PkiError::Create {
             subject: name.to_owned(),
             source,
         };
-        let key = KeyPair::generate().map_err(made)?;
+        let key = KeyPair::generate().map_err(failed)?;
         let mut params = CertificateParams::default();
         params.distinguished_name = common_name(name);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         validity.apply(&mut params)?;
-        let certificate_pem = params.self_signed(&key).map_err(made)?.pem();
+        let certificate_pem = params.self_signed(&key).map_err(failed)?.pem();
         Ok(Self {
             certificate_pem,
             issuer: Issuer::new(params, key),
         })
     }
 
-    /// The CA that was kept as PEM.
+    /// Parses a CA that was stored as PEM.
     pub fn from_pem(cert_pem: &str, key_pem: &str) -> Result<Self, PkiError> {
-        let made = |source| PkiError::Make {
+        let failed = |source| PkiError::Create {
             subject: "the CA".to_owned(),
             source,
         };
-        let key = KeyPair::from_pem(key_pem).map_err(made)?;
-        let issuer = Issuer::from_ca_cert_pem(cert_pem, key).map_err(made)?;
+        let key = KeyPair::from_pem(key_pem).map_err(failed)?;
+        let issuer = Issuer::from_ca_cert_pem(cert_pem, key).map_err(failed)?;
         Ok(Self {
             certificate_pem: cert_pem.to_owned(),
             issuer,
         })
     }
 
-    /// The CA of `bundle`, which may hold several certificates, whose key is `key_pem`.
+    /// Parses the certificate to which the key `key_pem` belongs out of `bundle`, which may hold several certificates.
     pub fn from_bundle(bundle: &str, key_pem: &str) -> Result<Self, PkiError> {
-        let key = KeyPair::from_pem(key_pem).map_err(|source| PkiError::Make {
+        let key = KeyPair::from_pem(key_pem).map_err(|source| PkiError::Create {
             subject: "the CA".to_owned(),
             source,
         })?;
@@ -202,7 +205,7 @@ impl Ca {
         Err(PkiError::ForeignKey)
     }
 
-    /// Until when the CA itself is valid.
+    /// The `notAfter` of the CA's own certificate.
     pub fn valid_until(&self) -> Result<Timestamp, PkiError> {
         let der = CertificateDer::from_pem_slice(self.certificate_pem.as_bytes());
         let der = der.map_err(|source| PkiError::Pem {
@@ -212,20 +215,20 @@ impl Ca {
         Ok(inspect(&der)?.validity.until)
     }
 
-    /// The CA's certificate: what peers trust.
+    /// The CA's certificate as PEM, which peers trust.
     #[must_use]
     pub fn cert_pem(&self) -> &str {
         &self.certificate_pem
     }
 
-    /// The CA's key. Secret; may be thrown away after issuing.
+    /// The CA's key as PEM. Secret; it may be deleted after all certificates were issued.
     #[must_use]
     pub fn key_pem(&self) -> String {
         self.issuer.key().serialize_pem()
     }
 
-    /// A certificate for `identity` that lives [`LEAF_LIFE`] from now. `names` are DNS names and IP addresses to stand
-    /// beside the identity, for clients that know no identities (grpcurl).
+    /// Issues a certificate for `identity` that is valid for [`LEAF_LIFE`] from now. `names` are DNS names and IP
+    /// addresses that it has in addition, for clients that check host names (such as grpcurl).
     pub fn issue(&self, identity: &Identity, names: &[String]) -> Result<CertifiedKey, PkiError> {
         self.issue_for(
             identity,
@@ -234,7 +237,7 @@ impl Ca {
         )
     }
 
-    /// [`Ca::issue`] with these dates.
+    /// Does the same as [`Ca::issue`], with this validity period.
     pub fn issue_for(
         &self,
         identity: &Identity,
@@ -242,13 +245,13 @@ impl Ca {
         validity: Validity,
     ) -> Result<CertifiedKey, PkiError> {
         let subject = identity.to_string();
-        let made = |source| PkiError::Make {
+        let failed = |source| PkiError::Create {
             subject: subject.clone(),
             source,
         };
         let params = named(identity, names, validity)?;
-        let key = KeyPair::generate().map_err(made)?;
-        let certificate = params.signed_by(&key, &self.issuer).map_err(made)?;
+        let key = KeyPair::generate().map_err(failed)?;
+        let certificate = params.signed_by(&key, &self.issuer).map_err(failed)?;
         Ok(CertifiedKey {
             cert_pem: certificate.pem(),
             key_pem: key.serialize_pem(),
@@ -256,23 +259,23 @@ impl Ca {
     }
 }
 
-/// A self-signed pair for the shim hop, where peers pin each other's key.
+/// Generates a self-signed pair for the shim's link, whose two sides pin each other's key.
 pub fn self_signed(name: &str) -> Result<CertifiedKey, PkiError> {
-    let made = |source| PkiError::Make {
+    let failed = |source| PkiError::Create {
         subject: name.to_owned(),
         source,
     };
     let mut params = leaf(name);
     Validity::starting(Timestamp::now(), PINNED_LIFE).apply(&mut params)?;
-    let key = KeyPair::generate().map_err(made)?;
-    let certificate = params.self_signed(&key).map_err(made)?;
+    let key = KeyPair::generate().map_err(failed)?;
+    let certificate = params.self_signed(&key).map_err(failed)?;
     Ok(CertifiedKey {
         cert_pem: certificate.pem(),
         key_pem: key.serialize_pem(),
     })
 }
 
-/// What a certificate of `identity` says, with DNS names and IP addresses beside it.
+/// The parameters of a certificate for `identity` with the DNS names and IP addresses `names`.
 fn named(
     identity: &Identity,
     names: &[String],
@@ -315,24 +318,24 @@ fn common_name(name: &str) -> DistinguishedName {
     distinguished
 }
 
-/// What a certificate says of itself; nothing of it is proved by reading it.
+/// What a certificate says about itself. Reading a certificate proves none of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CertificateInfo {
-    /// The URI SAN, where there is exactly one of ours.
+    /// The identity among its URI SANs, or why there is not exactly one.
     pub identity: Result<Identity, InvalidIdentity>,
     /// The issuer's distinguished name.
     pub issuer: String,
-    /// Its dates.
+    /// The validity period of the certificate.
     pub validity: Validity,
-    /// Its serial number, as [`serial_text`] writes it.
+    /// The serial number, written as by [`serial_text`].
     pub serial: String,
-    /// SHA-256 of its public key, as [`spki_sha256`].
+    /// SHA-256 of the public key, written as by [`spki_sha256`].
     pub spki: String,
-    /// What it was renewed from, the first one first.
+    /// The certificates that this one was renewed from, the oldest first.
     pub ancestors: Vec<Ancestor>,
 }
 
-/// Reads what a DER certificate says.
+/// Reads what a certificate in DER says about itself.
 pub fn inspect(der: &[u8]) -> Result<CertificateInfo, PkiError> {
     let certificate = parse(der)?;
     let date = |seconds| Timestamp::from_second(seconds).map_err(|_| PkiError::Dates);
@@ -365,19 +368,19 @@ pub fn inspect(der: &[u8]) -> Result<CertificateInfo, PkiError> {
     })
 }
 
-/// Bytes in lower-case hexadecimal digits.
+/// Writes bytes in lower-case hexadecimal digits.
 #[must_use]
 pub fn hexadecimal(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     let mut text = String::new();
     for byte in bytes {
-        // Writing to a string never fails.
+        // Writing to a string cannot fail.
         let _infallible = write!(text, "{byte:02x}");
     }
     text
 }
 
-/// A serial number in lower-case hexadecimal digits without leading zeros.
+/// Writes a serial number in lower-case hexadecimal digits without leading zeros.
 #[must_use]
 pub fn serial_text(bytes: &[u8]) -> String {
     let text = hexadecimal(bytes);
@@ -389,7 +392,7 @@ pub fn serial_text(bytes: &[u8]) -> String {
     }
 }
 
-/// [`inspect`] of the first certificate in a PEM text.
+/// Does the same as [`inspect`] for the first certificate in a PEM text.
 pub fn inspect_pem(pem: &str) -> Result<CertificateInfo, PkiError> {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|source| PkiError::Pem {
         what: "the certificate",
@@ -422,21 +425,21 @@ fn name(name: &GeneralName<'_>) -> Option<String> {
     address.ok().map(|address| address.to_string())
 }
 
-/// The identity in a DER certificate.
+/// The identity in a certificate in DER; an error if there is not exactly one.
 pub fn identity(der: &[u8]) -> Result<Identity, PkiError> {
     inspect(der)?
         .identity
         .map_err(|source| PkiError::Identity { source })
 }
 
-/// SHA-256 of the certificate's `SubjectPublicKeyInfo`, in hex: what the shim hop pins.
+/// SHA-256 of the certificate's `SubjectPublicKeyInfo` in hexadecimal digits: the value that the shim's link pins.
 pub fn spki_sha256(der: &[u8]) -> Result<String, PkiError> {
     let certificate = parse(der)?;
     let digest = Sha256::digest(certificate.public_key().raw);
     Ok(format!("{digest:x}"))
 }
 
-/// [`spki_sha256`] of the first certificate in a PEM text.
+/// Does the same as [`spki_sha256`] for the first certificate in a PEM text.
 pub fn spki_sha256_of_pem(pem: &str) -> Result<String, PkiError> {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|source| PkiError::Pem {
         what: "the certificate",
@@ -445,7 +448,7 @@ pub fn spki_sha256_of_pem(pem: &str) -> Result<String, PkiError> {
     spki_sha256(&der)
 }
 
-/// A certificate as PEM.
+/// Encodes a certificate as PEM.
 fn pem_of(der: &[u8]) -> String {
     use base64::{Engine as _, prelude::BASE64_STANDARD};
     let text = BASE64_STANDARD.encode(der);

@@ -1,5 +1,5 @@
-//! HTTP/2 over one connection that is there already, whichever side has dialled: the shim's link, where the far side
-//! has.
+//! HTTP/2 over one existing connection, whichever side has dialled it. The shim's link uses it: there the far side
+//! dials.
 use std::{
     fmt,
     future::{Ready, ready},
@@ -16,8 +16,8 @@ use tonic::transport::{Channel, Uri};
 
 use super::{Connection, LinkError, endpoint};
 
-/// The near side's channel over `connection`. When the connection is gone every request fails with [`LinkError::Ended`]
-/// in its source chain: this side does not dial.
+/// The near side's channel over `connection`. Once the connection has ended, every request fails with
+/// [`LinkError::Ended`] in its source chain, because this side does not dial.
 #[must_use]
 pub fn near_side(connection: Connection) -> Channel {
     let connection = Arc::new(Mutex::new(Some(connection)));
@@ -30,8 +30,7 @@ pub fn near_side(connection: Connection) -> Channel {
     endpoint().connect_with_connector_lazy(connector)
 }
 
-/// The far side's stream of exactly this connection, to serve tonic on. It ends when the connection is gone, and with
-/// it `serve_with_incoming`.
+/// The far side's stream of exactly this connection, for [`serve()`](super::serve()), which ends with the connection.
 #[must_use]
 pub fn far_side(connection: Connection) -> FarSide {
     let (held, gone) = oneshot::channel::<()>();
@@ -41,10 +40,10 @@ pub fn far_side(connection: Connection) -> FarSide {
     }
 }
 
-/// See [`far_side`].
+/// A stream of one connection, returned by [`far_side`]. It ends when that connection was dropped.
 pub struct FarSide {
     connection: Option<Connection>,
-    /// Resolves when the connection was dropped.
+    /// Resolves when the connection is dropped.
     gone: oneshot::Receiver<()>,
 }
 

@@ -1,5 +1,5 @@
-//! Where the agent's unix socket lies, and where a client looks for it. How it is bound and connected to is its
-//! carrier's part ([`super::carrier::unix`]).
+//! Where the agent creates its unix socket, and where clients look for it. The carrier [`super::carrier::unix`] binds
+//! it and connects to it.
 use std::{
     ffi::{OsStr, OsString},
     fs,
@@ -16,20 +16,20 @@ const NAME: &str = "agent.sock";
 /// How the name of the socket that speaks TLS begins; the rest is that of the other one, so the two always differ.
 const TLS: &str = "tls-";
 
-/// What decides where the socket lies.
+/// The settings that decide where the agent's socket is.
 #[derive(Debug, Clone, Default)]
-pub struct Places {
-    /// `listen.socket` of the site file.
+pub struct SocketLocations {
+    /// `listen.socket` of the site file: the only location if it is set.
     pub configured: Option<PathBuf>,
-    /// `$XDG_RUNTIME_DIR`.
+    /// `$XDG_RUNTIME_DIR`, the user's runtime folder (XDG Base Directory Specification).
     pub runtime_dir: Option<PathBuf>,
-    /// `state_dir` of the site file.
+    /// `state_dir` of the site file, which is always usable.
     pub state_dir: PathBuf,
 }
 
-impl Places {
-    /// Where the agent puts its socket: as configured, else in the user's runtime folder if there is a proper one, else
-    /// in the state directory. The text says why a runtime folder that was named is not used.
+impl SocketLocations {
+    /// Where the agent creates its socket: at the configured path; otherwise in the user's runtime folder, if that is
+    /// safe; otherwise in the state directory. The text says why the runtime folder that was set cannot be used.
     #[must_use]
     pub fn choose(&self) -> (PathBuf, Option<String>) {
         if let Some(configured) = &self.configured {
@@ -45,9 +45,9 @@ impl Places {
         }
     }
 
-    /// Where a client looks for it, in this order. The agent may have been started with another environment than ours, such
-    /// as by cron, so the other places that it can have chosen are looked at too. A runtime folder that is named is the only
-    /// one: in the usual one another agent of ours may listen.
+    /// The paths at which a client looks for the socket, in order. The agent may have been started with another
+    /// environment, for example by cron, so the other paths that it may have chosen are tried too. If a runtime folder
+    /// is set, the default one is not tried: another agent of the same user may listen there.
     #[must_use]
     pub fn candidates(&self) -> Vec<PathBuf> {
         let (first, _) = self.choose();
@@ -58,12 +58,12 @@ impl Places {
         let guessed = self.runtime_dir.is_none() && runtime_dir_fault(&usual).is_none();
         let runtime = guessed.then(|| usual.join("knoc").join(NAME));
         let mut all = vec![first];
-        for place in runtime
+        for path in runtime
             .into_iter()
             .chain([self.state_dir.join("socket").join(NAME)])
         {
-            if !all.contains(&place) {
-                all.push(place);
+            if !all.contains(&path) {
+                all.push(path);
             }
         }
         all
@@ -76,13 +76,13 @@ impl Places {
         candidates.iter().map(|path| tls_beside(path)).collect()
     }
 
-    /// The first candidate that is a socket of ours in a folder of ours.
+    /// The first candidate at which there is a socket of our own user in a folder of our own user.
     #[must_use]
     pub fn find(&self) -> Option<PathBuf> {
         self.candidates().into_iter().find(|path| is_ours(path))
     }
 
-    /// The host that an agent of this state directory says it runs on, unless it is this one.
+    /// The host on which the agent of this state directory runs according to its lease file, if that is not this host.
     #[must_use]
     pub fn other_host(&self) -> Option<String> {
         #[derive(Deserialize)]
@@ -105,7 +105,7 @@ pub fn tls_beside(path: &Path) -> PathBuf {
     path.with_file_name(tls)
 }
 
-/// What a client needs of the agent's site file. Everything else in it is the agent's business.
+/// The settings of the agent's site file that a client needs. All others are ignored here.
 #[derive(Debug, Default, Deserialize)]
 pub struct SiteFile {
     state_dir: Option<PathBuf>,
@@ -119,22 +119,22 @@ struct ListenSection {
 }
 
 impl SiteFile {
-    /// Reads the file; without one, or with one that cannot be read, the defaults count.
+    /// Reads the file. If it is absent or invalid, the defaults apply: the agent itself reports its mistakes.
     #[must_use]
     pub fn load(path: &Path) -> Self {
         let text = fs::read_to_string(path).unwrap_or_default();
         toml::from_str(&text).unwrap_or_default()
     }
 
-    /// The places that follow from it. `~/` is `home`.
+    /// The locations that follow from the file. A path that begins with `~/` is relative to `home`.
     #[must_use]
-    pub fn places(self, home: &Path, runtime_dir: Option<PathBuf>) -> Places {
+    pub fn socket_locations(self, home: &Path, runtime_dir: Option<PathBuf>) -> SocketLocations {
         let expand = |path: PathBuf| match path.strip_prefix("~") {
             Ok(rest) => home.join(rest),
             Err(_) => path,
         };
         let default = || PathBuf::from(DEFAULT_STATE_DIR);
-        Places {
+        SocketLocations {
             configured: self.listen.socket.map(expand),
             runtime_dir,
             state_dir: expand(self.state_dir.unwrap_or_else(default)),
@@ -142,10 +142,11 @@ impl SiteFile {
     }
 }
 
-/// The state directory of a site file that names none.
+/// The state directory if the site file names none.
 pub const DEFAULT_STATE_DIR: &str = "~/.local/state/knoc";
 
-/// Why a folder is not the user's runtime folder: it has to exist, to be ours, and to be writable by nobody else.
+/// Why a folder cannot be the user's runtime folder: it must exist, belong to our own user, and be writable by nobody
+/// else.
 fn runtime_dir_fault(dir: &Path) -> Option<String> {
     let named = dir.display();
     if !dir.is_absolute() {

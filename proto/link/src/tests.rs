@@ -1,5 +1,5 @@
-//! Real handshakes on loopback. The server answers every request with `Unimplemented` and says who asked: enough to
-//! know that HTTP/2 came through.
+//! Real handshakes on loopback. The server answers every request with `Unimplemented` and the identity of its client,
+//! which shows that HTTP/2 works over the link.
 use std::{fs, net::SocketAddr, path::Path};
 
 use futures::StreamExt as _;
@@ -48,7 +48,7 @@ fn who(request: Request<()>) -> Result<Request<()>, Status> {
     ))
 }
 
-/// Serves until dropped.
+/// Serves until the returned set is dropped.
 fn serve(incoming: Incoming) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
@@ -77,13 +77,14 @@ async fn ask(channel: Channel) -> Status {
         .unwrap_err()
 }
 
-/// Asks once over a new link. Where the far side refuses us, TLS 1.3 lets the client know only by the first read.
+/// Sends one request over a new link. If the far side rejects our certificate, a TLS 1.3 client learns that only by its
+/// first read.
 async fn ask_new(carrier: &Carrier, credentials: Credentials, expect: ExpectPeer) -> Status {
     ask(dial(carrier.clone(), Some(credentials), expect).unwrap()).await
 }
 
 #[tokio::test]
-async fn a_kubelet_reaches_the_agent_and_is_known_there() {
+async fn a_kubelet_reaches_the_agent_which_knows_its_identity() {
     let ca = Ca::generate("ca").unwrap();
     let (_server, carrier) = bound(issued(&ca, &agent())).await;
     let status = ask_new(
@@ -110,12 +111,12 @@ async fn an_agent_of_another_ca_is_refused_and_named() {
     let (_server, carrier) = bound(issued(&theirs, &agent())).await;
     let status = ask_new(&carrier, issued(&ours, &kubelet()), ExpectPeer::AnyAgent).await;
     assert_eq!(status.code(), Code::Unavailable);
-    let words = chain(&status);
+    let message = chain(&status);
     assert!(
-        words.contains("it calls itself spiffe://knoc/agent/site"),
-        "{words}"
+        message.contains("it calls itself spiffe://knoc/agent/site"),
+        "{message}"
     );
-    assert!(words.contains("UnknownIssuer"), "{words}");
+    assert!(message.contains("UnknownIssuer"), "{message}");
 }
 
 #[tokio::test]
@@ -128,8 +129,11 @@ async fn a_kubelet_of_another_ca_is_refused() {
     let stranger = theirs.issue(&kubelet(), &[]).unwrap();
     let status = ask_new(&carrier, with(&ours, &stranger), ExpectPeer::AnyAgent).await;
     assert_ne!(status.code(), Code::Unimplemented, "{status:?}");
-    let words = chain(&status);
-    assert!(words.contains("alert") && words.contains("CA"), "{words}");
+    let message = chain(&status);
+    assert!(
+        message.contains("alert") && message.contains("CA"),
+        "{message}"
+    );
 }
 
 #[tokio::test]
@@ -145,10 +149,10 @@ async fn another_site_and_another_role_are_refused_by_name() {
         ExpectPeer::Exactly(other),
     )
     .await;
-    let words = chain(&status);
-    let wanted = "the peer is spiffe://knoc/agent/site, expected is spiffe://knoc/agent/other";
-    assert!(words.contains(wanted), "{words}");
-    // An agent's certificate does not make a near side.
+    let message = chain(&status);
+    let wanted = "the peer is spiffe://knoc/agent/site, not the expected spiffe://knoc/agent/other";
+    assert!(message.contains(wanted), "{message}");
+    // An agent's certificate is not accepted from a near side.
     let status = ask_new(&carrier, issued(&ca, &agent()), ExpectPeer::AnyAgent).await;
     assert_ne!(status.code(), Code::Unimplemented, "{status:?}");
 }
@@ -169,7 +173,7 @@ async fn expired_certificates_are_refused_on_both_sides() {
 }
 
 #[tokio::test]
-async fn no_client_certificate_no_service() {
+async fn a_client_without_a_certificate_is_rejected() {
     let ca = Ca::generate("ca").unwrap();
     let (_server, carrier) = bound(issued(&ca, &agent())).await;
     let Carrier::Tcp(address) = carrier else {
@@ -204,7 +208,7 @@ async fn refused_peers_do_not_disturb_others() {
     let Carrier::Tcp(address) = &carrier else {
         unreachable!()
     };
-    // One that never speaks, one that speaks something else.
+    // One client sends nothing, another does not speak TLS.
     let _silent = tokio::net::TcpStream::connect(address).await.unwrap();
     let mut rude = tokio::net::TcpStream::connect(address).await.unwrap();
     rude.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
@@ -213,7 +217,7 @@ async fn refused_peers_do_not_disturb_others() {
 }
 
 #[tokio::test]
-async fn the_channel_comes_back_after_a_restart_of_the_server() {
+async fn a_channel_reconnects_after_a_restart_of_the_server() {
     let ca = Ca::generate("ca").unwrap();
     let (server, carrier) = bound(issued(&ca, &agent())).await;
     let Carrier::Tcp(address) = &carrier else {
@@ -224,7 +228,7 @@ async fn the_channel_comes_back_after_a_restart_of_the_server() {
     let channel = dial(carrier.clone(), credentials, ExpectPeer::AnyAgent).unwrap();
     assert_eq!(ask(channel.clone()).await.code(), Code::Unimplemented);
     drop(server);
-    // tonic serves each connection by a task of its own; a new server on the port is what the channel must find.
+    // tonic serves each connection in a task of its own; the channel must find the new server on the port.
     let incoming = listen::tcp(address, issued(&ca, &agent())).await;
     let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
     let mut incoming = incoming.ok();
@@ -259,7 +263,7 @@ fn write(folder: &Path, pair: &CertifiedKey) {
 }
 
 #[tokio::test]
-async fn changed_files_count_from_the_next_handshake() {
+async fn changed_files_are_used_from_the_next_handshake_on() {
     let ca = Ca::generate("ca").unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = |name| folder.path().join(name);
@@ -283,7 +287,7 @@ async fn changed_files_count_from_the_next_handshake() {
     );
     says("ann").await;
     assert_eq!(credentials.info().identity.unwrap().name(), "ann");
-    // Rubbish does not take the link away.
+    // An invalid file does not break the link.
     let rubbish = CertifiedKey {
         cert_pem: "x".into(),
         key_pem: "y".into(),
@@ -332,7 +336,7 @@ async fn a_stale_socket_is_replaced_and_an_open_folder_refused() {
         fs::set_permissions(folder.path(), mode).unwrap();
     };
     mode(0o700);
-    // Bound and closed, but never removed: what a killed agent leaves.
+    // A socket that was bound and closed, but not removed, as a killed agent leaves it.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     drop(listen::unix(&path).unwrap());
     assert!(!path.exists(), "removed with its listener");
@@ -342,7 +346,7 @@ async fn a_stale_socket_is_replaced_and_an_open_folder_refused() {
 }
 
 #[test]
-fn credentials_go_with_tcp_only() {
+fn credentials_are_required_over_tcp_and_rejected_over_a_unix_socket() {
     let ca = Ca::generate("ca").unwrap();
     let unix = Carrier::Unix("/x".into());
     let error = dial(unix, Some(issued(&ca, &kubelet())), ExpectPeer::AnyAgent).unwrap_err();
@@ -354,8 +358,7 @@ fn credentials_go_with_tcp_only() {
     assert!(matches!(error, LinkError::NoCredentials { .. }), "{error}");
 }
 
-/// Whatever carries it: here a unix socket. This is how kubelets reach an agent through a command that relays to a
-/// socket.
+/// TLS runs over a unix socket, too. A kubelet reaches an agent in this way through a command that relays to a socket.
 #[tokio::test]
 async fn tls_runs_over_any_carrier() {
     let ca = Ca::generate("ca").unwrap();
@@ -381,9 +384,9 @@ async fn tls_runs_over_any_carrier() {
     assert_ne!(status.code(), Code::Unimplemented, "{status:?}");
 }
 
-/// The shim (far side, dials) and the agent (near side, listens), each knowing the other's key.
+/// The shim is the far side and dials, the agent is the near side and listens; each knows the other's key.
 #[tokio::test]
-async fn the_pinned_hop_turns_the_roles_around() {
+async fn over_a_pinned_link_the_server_dials() {
     let (agent, shim) = (
         pinned::KeyPair::generate("a").unwrap(),
         pinned::KeyPair::generate("s").unwrap(),
@@ -415,7 +418,7 @@ async fn the_pinned_hop_turns_the_roles_around() {
         (status.code(), status.message()),
         (Code::Unimplemented, "the pinned peer")
     );
-    // The far side's server ends with the connection, and not before.
+    // The far side's server ends with the connection, and not earlier.
     drop(channel);
     tokio::time::timeout(Duration::from_secs(10), tasks.join_next())
         .await
@@ -423,7 +426,7 @@ async fn the_pinned_hop_turns_the_roles_around() {
 }
 
 #[tokio::test]
-async fn a_near_side_says_that_its_link_has_ended() {
+async fn requests_of_a_near_side_fail_with_the_end_of_the_link() {
     let (near, far) = tokio::io::duplex(1024);
     drop(far);
     let peer = Peer::Unix { uid: 0, pid: None };
@@ -439,7 +442,7 @@ async fn a_near_side_says_that_its_link_has_ended() {
 }
 
 #[tokio::test]
-async fn another_key_is_refused_by_its_pin() {
+async fn a_key_that_is_not_the_pinned_one_is_rejected() {
     let [agent, shim, thief] = ["a", "s", "t"].map(|name| pinned::KeyPair::generate(name).unwrap());
     let mut incoming = pinned::listen(([127, 0, 0, 1], 0).into(), agent)
         .await
@@ -450,14 +453,14 @@ async fn another_key_is_refused_by_its_pin() {
         _ = incoming.next() => panic!("accepted"),
     };
     assert!(
-        chain(&error).contains(&format!("pinned is {}", thief.spki())),
+        chain(&error).contains(&format!("not the pinned key {}", thief.spki())),
         "{}",
         chain(&error)
     );
 }
 
 #[test]
-fn a_pinned_pair_comes_back_from_its_files() {
+fn a_pinned_pair_is_read_back_from_its_files() {
     let pair = pinned::KeyPair::generate("x").unwrap();
     let folder = tempfile::tempdir().unwrap();
     let kept = CertifiedKey {

@@ -1,7 +1,7 @@
-//! TLS 1.3 with certificates of one CA, the identity checked as a URI SAN whatever the role.
+//! TLS 1.3 with certificates of one CA. Each side checks the identity of the other, a URI SAN, whatever its TLS role.
 //!
-//! The CA vouches for the chain, dates and key usage (webpki); the name of the host is not looked at, since it says
-//! nothing about who answers there. Nothing is resumed and no tickets are given: every connection proves its key anew.
+//! webpki verifies the chain to the CA, the dates and the key usage. Host names are not checked, since they do not say
+//! who answers there. No session is resumed and no tickets are sent, so every connection proves its key.
 use std::{
     io,
     net::{IpAddr, Ipv4Addr},
@@ -28,56 +28,56 @@ use super::{
 };
 use crate::pki;
 
-/// HTTP/2 only.
+/// The ALPN protocol of every link: HTTP/2 only.
 pub(super) const ALPN: &[u8] = b"h2";
 
-/// For the side that dials: our `key`, and a peer whom the CA of `roots` vouches for. `seen` gets what the peer's
-/// certificate says.
+/// The configuration of the side that dials: it presents `key` and accepts a peer whose certificate was issued by a CA
+/// of `roots`. `claimed` receives the identity in the peer's certificate, even if it is rejected.
 pub(super) fn client(
     roots: &Arc<RootCertStore>,
     key: &Arc<CertifiedKey>,
     expect: ExpectPeer,
-    seen: Seen,
+    claimed: ClaimedIdentity,
 ) -> Result<ClientConfig, rustls::Error> {
     let check = ServerChain {
         roots: Arc::clone(roots),
-        identity: CheckIdentity { expect, seen },
+        identity: CheckIdentity { expect, claimed },
     };
     client_config(Arc::new(Tls13Verifier(check)), key)
 }
 
-/// The same for the side that is dialled.
+/// The counterpart of [`client`] for the side that is dialled.
 pub(super) fn server(
     roots: &Arc<RootCertStore>,
     key: &Arc<CertifiedKey>,
     expect: ExpectPeer,
-    seen: Seen,
+    claimed: ClaimedIdentity,
 ) -> Result<ServerConfig, rustls::Error> {
     let chain = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), provider())
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))?;
     let check = ClientChain {
         chain,
-        identity: CheckIdentity { expect, seen },
+        identity: CheckIdentity { expect, claimed },
     };
     server_config(Arc::new(Tls13Verifier(check)), key)
 }
 
-/// The handshake of the side that dials.
+/// Runs the handshake of the side that dials.
 pub(super) async fn connect<I: Io>(io: I, config: ClientConfig) -> io::Result<TlsStream<I>> {
-    // The name is neither sent nor checked: the identity is.
+    // The server name is neither sent nor checked: the identity is checked instead.
     let name = ServerName::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let stream = TlsConnector::from(Arc::new(config)).connect(name, io);
     Ok(stream.await?.into())
 }
 
-/// The handshake of the side that is dialled.
+/// Runs the handshake of the side that is dialled.
 pub(super) async fn accept<I: Io>(io: I, config: ServerConfig) -> io::Result<TlsStream<I>> {
     let stream = TlsAcceptor::from(Arc::new(config)).accept(io);
     Ok(stream.await?.into())
 }
 
-/// The chain that the peer showed in its handshake, its own certificate first.
+/// The chain that the peer presented in its handshake, its own certificate first.
 pub(super) fn peer_chain<I>(stream: &TlsStream<I>) -> Option<&[CertificateDer<'static>]> {
     stream.get_ref().1.peer_certificates()
 }
@@ -111,11 +111,11 @@ pub(super) fn server_config(
     Ok(config)
 }
 
-/// What the peer's certificate said of itself in one handshake, so that a refusal can name it.
+/// The identity that the peer's certificate claims in one handshake, so that an error can name it.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Seen(Arc<OnceLock<Identity>>);
+pub(super) struct ClaimedIdentity(Arc<OnceLock<Identity>>);
 
-impl Seen {
+impl ClaimedIdentity {
     pub(super) fn identity(&self) -> Option<Identity> {
         self.0.get().cloned()
     }
@@ -125,26 +125,26 @@ impl Seen {
     }
 }
 
-/// The peer is one of ours, but not one that is expected here.
+/// The peer has an identity of ours, but not one that is accepted here.
 #[derive(Debug, thiserror::Error)]
-#[error("the peer is {found}, expected is {expected}")]
+#[error("the peer is {found}, not the expected {expected}")]
 struct WrongPeer {
     found: Identity,
     expected: ExpectPeer,
 }
 
-/// The identity in a certificate is one that is expected. The chain to the CA, dates and key usage are webpki's part.
+/// Accepts a certificate with an expected identity. webpki checks the chain to the CA, the dates and the key usage.
 #[derive(Debug)]
 struct CheckIdentity {
     expect: ExpectPeer,
-    seen: Seen,
+    claimed: ClaimedIdentity,
 }
 
 impl CheckIdentity {
-    /// Notes what the certificate says, before anything is proved.
+    /// Records the identity in the certificate before anything is verified.
     fn note(&self, certificate: &CertificateDer<'_>) {
         if let Ok(identity) = pki::identity(certificate) {
-            self.seen.0.get_or_init(|| identity);
+            self.claimed.0.get_or_init(|| identity);
         }
     }
 
@@ -160,13 +160,13 @@ impl CheckIdentity {
     }
 }
 
-/// An error of ours inside rustls'.
+/// Wraps an error of ours in one of rustls.
 pub(super) fn other(error: impl std::error::Error + Send + Sync + 'static) -> rustls::Error {
     rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
 }
 
-/// A failed handshake's error in words: rustls shows errors of ours only as Rust values.
-pub(super) fn in_words(error: io::Error) -> io::Error {
+/// Replaces an error of ours in the error of a failed handshake by its message: rustls would print its `Debug` form.
+pub(super) fn readable_error(error: io::Error) -> io::Error {
     let inner = error
         .get_ref()
         .and_then(|inner| inner.downcast_ref::<rustls::Error>());
@@ -178,7 +178,7 @@ pub(super) fn in_words(error: io::Error) -> io::Error {
     error
 }
 
-/// The certificate of a server: the chain by webpki, then the identity.
+/// Checks the certificate of a server: webpki verifies the chain, then the identity is checked.
 #[derive(Debug)]
 struct ServerChain {
     roots: Arc<RootCertStore>,
@@ -206,7 +206,7 @@ impl CheckCertificate for ServerChain {
     }
 }
 
-/// The same of a client.
+/// Checks the certificate of a client in the same way.
 #[derive(Debug)]
 struct ClientChain {
     chain: Arc<dyn ClientCertVerifier>,

@@ -1,7 +1,8 @@
-//! The base of all verifiers of certificates: whoever accepts a peer's certificate says what it has to satisfy
-//! ([`CheckCertificate`]), and [`Tls13Verifier`] does the rest of the handshake for both TLS roles.
+//! The base of all certificate verifiers. A verifier implements [`CheckCertificate`], which says what a peer's
+//! certificate must satisfy, and [`Tls13Verifier`] does the rest of the handshake for both TLS roles.
 //!
-//! TLS 1.3 only, with ring, which is given explicitly everywhere: nothing process-wide is installed.
+//! Only TLS 1.3 is supported, with ring as the cryptography provider. It is passed explicitly everywhere: no
+//! process-wide default is installed.
 use std::{
     fmt,
     sync::{Arc, OnceLock},
@@ -15,16 +16,17 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
-/// The cryptography of every TLS connection of ours.
+/// The cryptography provider (ring) of every TLS connection of KNoC.
 pub fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
     Arc::clone(PROVIDER.get_or_init(|| Arc::new(rustls::crypto::ring::default_provider())))
 }
 
-/// What a peer's certificate has to satisfy. That the peer holds the certificate's key is checked by
-/// [`Tls13Verifier`], always.
+/// What a peer's certificate must satisfy. [`Tls13Verifier`] always checks in addition that the peer holds the
+/// certificate's key.
 pub trait CheckCertificate: fmt::Debug + Send + Sync {
-    /// Is this certificate accepted?
+    /// Accepts the certificate or returns the reason for its rejection. `intermediates` are the other certificates that
+    /// the peer sent.
     fn check(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -32,28 +34,28 @@ pub trait CheckCertificate: fmt::Debug + Send + Sync {
         now: UnixTime,
     ) -> Result<(), rustls::Error>;
 
-    /// The authorities that a server names when it asks a client for its certificate.
+    /// The authorities that a server names when it requests a client certificate.
     fn root_hints(&self) -> &[DistinguishedName] {
         &[]
     }
 
-    /// Whether a client without a certificate is refused.
+    /// Whether the server rejects clients without a certificate.
     fn mandatory(&self) -> bool {
         true
     }
 }
 
-/// Verifies the peer of a TLS 1.3 handshake, in either role, by the check `C`. The server's name is not looked at: it
-/// says nothing about who answers there.
+/// Verifies the peer of a TLS 1.3 handshake in either role by the check `C`. The server's name is ignored: it does not
+/// say who answers there.
 #[derive(Debug)]
 pub struct Tls13Verifier<C>(pub C);
 
-/// TLS 1.2 is not offered, so its signatures never occur.
+/// The error for signatures of TLS 1.2, which is never negotiated.
 fn no_tls12() -> rustls::Error {
-    rustls::Error::General("TLS 1.2 is not spoken here".to_owned())
+    rustls::Error::General("TLS 1.2 is not supported".to_owned())
 }
 
-/// The peer holds the key of `certificate`.
+/// Checks that the peer holds the key of `certificate`.
 fn verify_signature(
     message: &[u8],
     certificate: &CertificateDer<'_>,

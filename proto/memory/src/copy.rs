@@ -1,12 +1,13 @@
-//! Copying memory, for the static binaries.
+//! `memcpy` and `memmove` for the static binaries.
 //!
-//! musl copies with `rep movsq`, which drops from 10 GB/s to less than 2 where source and destination are not aligned to
-//! each other. A byte of a stream is copied a dozen times on its way, nearly always past the 9 bytes of an HTTP/2 head
-//! and the 5 of a TLS record, so that was where most of a stream's time went. No library offers the two functions alone;
-//! here they are with the unaligned 16-byte moves that every x86-64 has. Whole buffers of up to 64 bytes are loaded
-//! before anything is stored; above that, the part that the loop leaves is. See ADR 0007.
+//! musl copies with `rep movsq`, whose rate drops from 10 GB/s to less than 2 if source and destination are not aligned
+//! to each other. A byte of a stream is copied a dozen times on its way, nearly always after the 9 bytes of an HTTP/2
+//! frame header and the 5 of a TLS record header, so most of the time of a stream was spent in these copies. No library
+//! offers these two functions alone. They use the unaligned 16-byte moves that every x86-64 CPU has. Buffers of up to
+//! 64 bytes are loaded completely before anything is stored; for larger ones that is done with the part that the loop
+//! leaves over. See ADR 0007.
 //!
-//! Only where the C library is musl do they take the place of its own; elsewhere they are there to be tested.
+//! They replace the C library's functions only if that is musl; with other C libraries they are only tested.
 
 #[cfg(all(target_arch = "x86_64", target_env = "musl"))]
 macro_rules! names {
@@ -32,7 +33,7 @@ macro_rules! names {
     reason = "the one place that copies by hand; its tests compare it byte by byte with the standard library"
 )]
 mod functions {
-    // In: rdi destination, rsi source, rdx bytes. Out: rax destination. Uses rcx, r8 to r10, xmm0 to xmm7.
+    // In: rdi destination, rsi source, rdx bytes. Out: rax destination. Clobbers rcx, r8 to r10, xmm0 to xmm7.
     std::arch::global_asm!(names!(
         r#"
         .section .text.knoc_copy, "ax", @progbits
@@ -169,7 +170,7 @@ mod tests {
         let mut found = vec![0xee; to + count + 64];
         let mut expected = found.clone();
         expected[to..to + count].copy_from_slice(&source[from..from + count]);
-        // SAFETY: both ranges lie within their vectors, which are two.
+        // SAFETY: each range lies within its own vector.
         let answer =
             unsafe { knoc_copy(found.as_mut_ptr().add(to), source.as_ptr().add(from), count) };
         assert_eq!(answer, found[to..].as_mut_ptr());
@@ -181,7 +182,7 @@ mod tests {
         let mut expected = found.clone();
         expected.copy_within(from..from + count, to);
         let start = found.as_mut_ptr();
-        // SAFETY: both ranges lie within the one vector; knoc_move takes ranges that overlap.
+        // SAFETY: both ranges lie within the same vector; knoc_move accepts ranges that overlap.
         let answer = unsafe { knoc_move(start.add(to), start.add(from), count) };
         assert_eq!(answer, found[to..].as_mut_ptr());
         assert_eq!(found, expected, "{count} bytes from {from} to {to}");

@@ -1,11 +1,11 @@
-//! The allocator and the memory copy of the static binaries (ADR 0007).
+//! The allocator and the memory copy functions of the static binaries (ADR 0007).
 //!
-//! Every `main.rs` names this crate (`use knoc_memory as _;`), and no library does: which allocator a process has, and
-//! which `memcpy`, is decided where the binary is built.
+//! Every `main.rs` names this crate (`use knoc_memory as _;`), and no library does: the crate that builds a binary
+//! decides which allocator and which `memcpy` the process has.
 
 mod copy;
 
-/// The C library of the static binaries gives every large buffer back to the system at once, and asks for it again: with
-/// it half of a stream's time goes into page faults.
+/// musl's allocator returns every large buffer to the system at once and requests it again; with it half of the time of
+/// a stream is spent in page faults.
 #[global_allocator]
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;

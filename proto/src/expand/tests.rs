@@ -71,7 +71,7 @@ fn kubernetes_cases() {
 }
 
 #[test]
-fn a_variable_sees_those_before_it_only() {
+fn a_variable_can_refer_only_to_those_before_it() {
     let vars = [
         template("EARLY", "$(LATE)"),
         literal("LATE", "$(EARLY)"),
@@ -87,7 +87,7 @@ fn a_variable_sees_those_before_it_only() {
 }
 
 #[test]
-fn the_image_is_overridden_and_not_referred_to() {
+fn variables_override_those_of_the_image_and_cannot_refer_to_them() {
     let image = [
         "PATH=/bin".to_owned(),
         "A=image".to_owned(),
@@ -109,7 +109,7 @@ fn the_image_is_overridden_and_not_referred_to() {
 }
 
 #[test]
-fn runtime_fields_and_bytes() {
+fn runtime_fields_are_inserted_and_values_are_bytes() {
     let runtime = RuntimeFields {
         host_ip: "10.0.0.9".into(),
         pod_ip: String::new(),
@@ -144,7 +144,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_known_changes_only_escapes(input in "[$()a-z]{0,40}") {
+    fn without_variables_only_escapes_change(input in "[$()a-z]{0,40}") {
         let got = argv(std::slice::from_ref(&input), &[]).remove(0);
         prop_assert!(got.len() <= input.len());
         if !input.contains("$$") {

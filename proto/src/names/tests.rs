@@ -1,6 +1,7 @@
 use super::*;
 
-/// The boundaries of each rule: what is accepted, and what is not. `<n>` stands for that many times the letter before it.
+/// The boundaries of each rule: names that are accepted, and names that are not. `<n>` repeats the letter before it n
+/// times.
 struct Rule {
     name: &'static str,
     check: fn(&str) -> Result<(), BadName>,
@@ -131,7 +132,7 @@ const RULES: &[Rule] = &[
     },
 ];
 
-/// `x<3>` as `xxx`.
+/// Expands repetitions: `x<3>` becomes `xxx`.
 fn expand(text: &str) -> String {
     let mut rest = text;
     let mut out = String::new();
@@ -157,13 +158,13 @@ fn every_rule_has_the_boundaries_of_kubernetes() {
         }
         for bad in rule.bad {
             let checked = (rule.check)(&expand(bad));
-            assert!(checked.is_err(), "{} takes {bad:?}", rule.name);
+            assert!(checked.is_err(), "{} accepts {bad:?}", rule.name);
         }
     }
 }
 
 #[test]
-fn a_reason_is_said() {
+fn an_error_states_the_rule() {
     let long = dns_subdomain(&"a".repeat(254)).unwrap_err();
     assert_eq!(long.to_string(), "must be no more than 253 characters");
     let upper = dns_subdomain("A").unwrap_err().to_string();
@@ -174,7 +175,7 @@ fn a_reason_is_said() {
 }
 
 #[test]
-fn the_host_name_of_a_long_name_is_cut_as_a_kubelet_does() {
+fn the_host_name_of_a_long_name_is_cut_as_by_a_kubelet() {
     for (pod, expected) in [
         ("web-0", "web-0"),
         ("a.b", "a.b"),

@@ -2,7 +2,7 @@ use bytes::Bytes;
 
 use super::*;
 
-fn sound() -> pb::PodSpec {
+fn valid() -> pb::PodSpec {
     let container = |name: &str| pb::Container {
         name: name.into(),
         image: "busybox:1.36".into(),
@@ -28,14 +28,14 @@ fn sound() -> pb::PodSpec {
 }
 
 fn problems(change: impl FnOnce(&mut pb::PodSpec)) -> Vec<String> {
-    let mut spec = sound();
+    let mut spec = valid();
     change(&mut spec);
     PodSpec::try_from(spec).unwrap_err().problems
 }
 
 #[test]
-fn a_sound_pod_passes() {
-    let spec = PodSpec::try_from(sound()).unwrap();
+fn a_valid_pod_passes() {
+    let spec = PodSpec::try_from(valid()).unwrap();
     assert_eq!(spec.uid().as_str(), "u-1");
     assert_eq!(spec.generation(), 1);
     assert_eq!(spec.all_containers().count(), 2);
@@ -43,7 +43,7 @@ fn a_sound_pod_passes() {
 }
 
 #[test]
-fn all_problems_are_said_at_once() {
+fn all_problems_are_reported_at_once() {
     let got = problems(|spec| {
         spec.uid = "../x".into();
         spec.containers[0].name = "init".into();
@@ -61,7 +61,7 @@ fn all_problems_are_said_at_once() {
 
 #[test]
 fn paths_may_be_untidy_but_never_lead_out() {
-    let mut spec = sound();
+    let mut spec = valid();
     let main = &mut spec.containers[0];
     main.working_dir = "/a//b/".into();
     main.termination_message_path = "/dev/./log".into();
@@ -89,7 +89,7 @@ fn paths_may_be_untidy_but_never_lead_out() {
 }
 
 #[test]
-fn no_place_is_named_twice_and_the_root_is_none() {
+fn no_mount_path_is_used_twice_or_is_the_root() {
     let got = problems(|spec| {
         let main = &mut spec.containers[0];
         main.mounts.push(main.mounts[0].clone());
@@ -104,13 +104,13 @@ fn no_place_is_named_twice_and_the_root_is_none() {
         let got = problems(|spec| spec.containers[0].mounts[0].path = path.into());
         assert!(got[0].contains("lies in /.knoc"), "{got:?}");
     }
-    let mut other = sound();
+    let mut other = valid();
     other.containers[0].mounts[0].path = "/.knock".into();
     assert!(PodSpec::try_from(other).is_ok());
 }
 
 #[test]
-fn a_mount_path_with_a_colon_is_refused() {
+fn a_mount_path_with_a_colon_is_rejected() {
     let got = problems(|spec| spec.containers[0].mounts[0].path = "/a:/etc".into());
     assert_eq!(
         got,
@@ -120,7 +120,7 @@ fn a_mount_path_with_a_colon_is_refused() {
 
 #[test]
 fn values_belong_to_the_shape_and_are_never_shown() {
-    let spec = PodSpec::try_from(sound()).unwrap();
+    let spec = PodSpec::try_from(valid()).unwrap();
     let literal = |name: &str, value: &'static [u8]| pb::EnvVar {
         name: name.into(),
         value: Some(pb::env_var::Value::Literal(Bytes::from_static(value))),
@@ -152,7 +152,7 @@ fn values_belong_to_the_shape_and_are_never_shown() {
 
 #[test]
 fn files_have_clean_paths_below_their_volume() {
-    let mut shape = sound();
+    let mut shape = valid();
     shape.volumes.push(pb::Volume {
         name: "cm".into(),
         source: Some(pb::volume::Source::Files(pb::FilesVolume {})),

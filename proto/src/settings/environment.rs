@@ -1,9 +1,9 @@
-//! Settings in environment variables, each named after its key: with the prefix `KNOC_`, `node.queueFactor` is
-//! `KNOC_NODE_QUEUE_FACTOR`.
+//! Settings in environment variables. Each variable is named after its key: with the prefix `KNOC_`, `node.queueFactor`
+//! is `KNOC_NODE_QUEUE_FACTOR`.
 
 use super::{Document, Mistake, Origin, nearest::nearest, node::Value};
 
-/// The name of the variable that holds the setting `key`.
+/// The name of the environment variable for the setting `key`.
 #[must_use]
 pub fn variable(prefix: &str, key: &str) -> String {
     let mut name = prefix.to_owned();
@@ -23,8 +23,8 @@ pub fn variable(prefix: &str, key: &str) -> String {
 }
 
 impl Document {
-    /// Takes settings from variables, which go before what is written in the file. A variable that is empty takes
-    /// back what the file says, and one that is named after none of `keys` is a mistake.
+    /// Reads settings from environment variables, which override the file. An empty variable unsets the file's value,
+    /// and a variable that belongs to none of `keys` is a mistake.
     pub fn overlay(
         &mut self,
         prefix: &str,
@@ -45,12 +45,12 @@ impl Document {
                 self.mistakes.push(Mistake { origin, what });
                 continue;
             };
-            let way: Vec<_> = key.split('.').collect();
+            let names: Vec<_> = key.split('.').collect();
             if text.is_empty() {
-                self.root.unset(&way);
+                self.root.unset(&names);
             } else {
                 let origin = Origin::Variable(name);
-                self.root.set(&way, &origin, Value::Untyped(text));
+                self.root.set(&names, &origin, Value::Untyped(text));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! TOML, with the line of each key and value.
+//! Parses TOML, and keeps the line of each key and value.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use super::{
     node::{Entry, Node, Value},
 };
 
-/// The tree, or every mistake of syntax.
+/// Parses a text into a tree, or returns every syntax error.
 pub(super) fn parse(text: &str) -> Result<Node, Vec<Mistake>> {
     let (root, errors) = DeTable::parse_recoverable(text);
     let lines = Lines(text);
@@ -32,7 +32,7 @@ pub(super) fn parse(text: &str) -> Result<Node, Vec<Mistake>> {
     Err(errors.into_iter().map(mistake).collect())
 }
 
-/// The text that spans are offsets in.
+/// The text to which the spans of the parser refer.
 struct Lines<'t>(&'t str);
 
 impl Lines<'_> {
@@ -62,7 +62,7 @@ impl Lines<'_> {
         Node { origin, value }
     }
 
-    /// Entries keep the order of the file as far as the parser does.
+    /// Entries keep the order of the file as far as the parser keeps it.
     fn table(&self, origin: Origin, table: &DeTable<'_>) -> Node {
         let entry = |(key, value): (&Spanned<_>, &Spanned<DeValue<'_>>)| {
             let key: &Spanned<std::borrow::Cow<'_, str>> = key;

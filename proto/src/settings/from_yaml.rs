@@ -1,5 +1,5 @@
-//! YAML, with the line of each key and value. A scalar is read as the type that is expected of it; an empty one counts
-//! as not given.
+//! Parses YAML, and keeps the line of each key and value. A scalar is read as the type that is expected for it; an
+//! empty scalar counts as absent.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use super::{
     node::{Entry, Node, Value},
 };
 
-/// The tree, or the first mistake of syntax: what follows it cannot be told apart.
+/// Parses a text into a tree, or returns the first syntax error, since the text after it cannot be interpreted.
 pub(super) fn parse(text: &str) -> Result<Node, Mistake> {
     let says_nothing = |line: &str| line.trim().is_empty() || line.trim_start().starts_with('#');
     if text.lines().all(says_nothing) {
@@ -33,7 +33,7 @@ fn line(line: u64) -> Origin {
     usize::try_from(line).map_or(Origin::Nowhere, Origin::Line)
 }
 
-/// `None` for an empty scalar.
+/// Converts a value; `None` for an empty scalar.
 fn node(yaml: Spanned<Yaml>) -> Option<Node> {
     let origin = line(yaml.referenced.line());
     let value = match yaml.value {

@@ -1,7 +1,7 @@
-//! The known name that a mistyped one was probably meant to be.
+//! Finds the known name that a mistyped one was probably meant to be.
 
-/// The known name that is most like `name`, if one is like it at all: a letter more, less or other, or two swapped,
-/// for every three letters.
+/// The known name that is most similar to `name`, if one is similar enough: for every three letters it may differ by
+/// one letter that is added, missing or changed, or by two that are swapped.
 pub(super) fn nearest<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
     let lower = name.to_lowercase();
     let distance = |known: &str| strsim::damerau_levenshtein(&lower, &known.to_lowercase());

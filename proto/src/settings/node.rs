@@ -1,15 +1,15 @@
-//! The tree that every format is turned into: each value knows where it was written.
+//! The tree into which every format is parsed; each value knows its place in the file.
 
 use super::Origin;
 
-/// A value and where it was written.
+/// A value and the place where it was set.
 #[derive(Debug, Clone)]
 pub(super) struct Node {
     pub(super) origin: Origin,
     pub(super) value: Value,
 }
 
-/// A key of a table, and its value.
+/// A key of a table with its value.
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
     pub(super) name: String,
@@ -23,9 +23,9 @@ pub(super) enum Value {
     Integer(i64),
     Float(f64),
     Text(String),
-    /// Text of a format without types, such as an environment variable: it is read as the type that is expected.
+    /// Text without a type, such as an environment variable. It is read as the type that is expected.
     Untyped(String),
-    /// What no setting can be; the text says which kind of value it is.
+    /// A value that no setting can have; the text says which kind of value it is.
     Unsupported(&'static str),
     List(Vec<Node>),
     Table(Vec<Entry>),
@@ -39,7 +39,7 @@ impl Node {
         }
     }
 
-    /// The child with this index, with its key if this is a table.
+    /// The child with this index, with its key if `self` is a table.
     fn child(&self, index: usize) -> Option<(Option<&Entry>, &Self)> {
         match &self.value {
             Value::List(nodes) => nodes.get(index).map(|node| (None, node)),
@@ -53,13 +53,13 @@ impl Node {
         }
     }
 
-    /// The names of the keys on this way, and where its end was written. Elements of lists have no name: the line tells
-    /// which one is meant.
-    pub(super) fn describe(&self, way: &[usize], at_key: bool) -> (Vec<String>, Origin) {
+    /// The names of the keys on this path of indices, and where its last value was set. Elements of lists have no name:
+    /// the line shows which one is meant.
+    pub(super) fn describe(&self, path: &[usize], at_key: bool) -> (Vec<String>, Origin) {
         let mut names = Vec::new();
         let mut origin = self.origin.clone();
         let mut node = self;
-        for index in way {
+        for index in path {
             let Some((entry, child)) = node.child(*index) else {
                 break;
             };
@@ -73,9 +73,9 @@ impl Node {
         (names, origin)
     }
 
-    /// Removes the value at the end of this way. Returns whether there was one.
-    pub(super) fn remove(&mut self, way: &[usize]) -> bool {
-        let Some((index, rest)) = way.split_first() else {
+    /// Removes the value at the end of this path. Returns whether there was one.
+    pub(super) fn remove(&mut self, path: &[usize]) -> bool {
+        let Some((index, rest)) = path.split_first() else {
             return false;
         };
         match &mut self.value {
@@ -104,7 +104,7 @@ impl Node {
         }
     }
 
-    /// Where this key, or the last table on the way to it, was written.
+    /// Where this key was set, or the last table on the path to it that exists.
     pub(super) fn origin_of(&self, names: &[&str]) -> Option<&Origin> {
         let (first, rest) = names.split_first()?;
         let Value::Table(entries) = &self.value else {
@@ -114,8 +114,8 @@ impl Node {
         Some(entry.node.origin_of(rest).unwrap_or(&entry.origin))
     }
 
-    /// Sets the value of this key; tables on the way to it are created. A value on the way that is not a table stays:
-    /// reading reports it.
+    /// Sets the value of this key, and creates the tables on the path to it. A value on the path that is not a table
+    /// stays, and reading reports it.
     pub(super) fn set(&mut self, names: &[&str], origin: &Origin, value: Value) {
         let Value::Table(entries) = &mut self.value else {
             return;

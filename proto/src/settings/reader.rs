@@ -1,5 +1,5 @@
-//! Reads a type from a [`Node`]. An error says on which way from the root it happened, so that the value can be removed
-//! and the rest be read again.
+//! Reads a type from a [`Node`]. An error has the path from the root to the wrong value, so that the value can be
+//! removed and the rest be read again.
 
 use std::fmt;
 
@@ -18,25 +18,25 @@ use super::{
     node::{Entry, Node, Value},
 };
 
-/// What does not fit, and where.
+/// What does not fit, and the path to it.
 #[derive(Debug)]
 pub(super) struct Error {
     pub(super) message: String,
-    /// Indices of the children, innermost first.
-    way: Vec<usize>,
-    /// The key is wrong, not its value.
+    /// The indices of the children, innermost first.
+    path: Vec<usize>,
+    /// Whether the key is wrong, not its value.
     pub(super) at_key: bool,
 }
 
 impl Error {
     fn within(mut self, index: usize) -> Self {
-        self.way.push(index);
+        self.path.push(index);
         self
     }
 
-    /// Indices of the children, from the root.
-    pub(super) fn way(&self) -> Vec<usize> {
-        self.way.iter().rev().copied().collect()
+    /// The indices of the children, from the root.
+    pub(super) fn path(&self) -> Vec<usize> {
+        self.path.iter().rev().copied().collect()
     }
 }
 
@@ -52,7 +52,7 @@ impl de::Error for Error {
     fn custom<T: fmt::Display>(message: T) -> Self {
         Self {
             message: message.to_string(),
-            way: Vec::new(),
+            path: Vec::new(),
             at_key: false,
         }
     }
@@ -79,7 +79,7 @@ fn unknown(kind: &str, found: &str, known: &[&str]) -> String {
     format!("unknown {kind} `{found}`, {expected}{hint}")
 }
 
-/// Text as the type that is expected of it.
+/// Parses text as the type that is expected.
 macro_rules! deserialize_number {
     ($($method:ident $number:ty => $visit:ident)*) => {$(
         fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -200,7 +200,7 @@ impl<'de> SeqAccess<'de> for Elements<'_> {
 
 struct Entries<'a> {
     entries: &'a [Entry],
-    /// Of the entry whose key is read next.
+    /// The index of the entry whose key is read next.
     next: usize,
 }
 
@@ -225,7 +225,7 @@ impl<'de> MapAccess<'de> for Entries<'_> {
     }
 
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Error> {
-        // A value is asked for after its key.
+        // serde asks for a value only after its key.
         let index = self.next.saturating_sub(1);
         let value = match self.entries.get(index) {
             Some(entry) => seed.deserialize(&entry.node),

@@ -28,7 +28,7 @@ struct Inner {
     size: u8,
 }
 
-/// The mistakes of a text, by `check` too.
+/// The mistakes of a text, with those that `check` adds.
 fn mistakes(text: &str, check: impl FnOnce(&mut Document)) -> String {
     let read = Document::parse(text, Path::new("f.toml")).and_then(|mut document| {
         let read: Option<Settings> = document.read();
@@ -76,12 +76,13 @@ siez = 2
             "{line}\nis not in\n{found}"
         );
     }
-    // That [tables.b] has no name shows when its size is right: what was taken out of a table may be what it lacks.
+    // Only once its size is right, it is reported that [tables.b] has no name: a value that was removed may be the
+    // missing one.
     assert_eq!(found.lines().count(), expected.len(), "{found}");
 }
 
 #[test]
-fn what_is_missing_is_named_with_its_table() {
+fn a_missing_value_is_named_with_its_table() {
     let found = mistakes(
         "[tables.b]\nsize = 1\n\n[[list]]\nname = 'x'\n[[list]]\n",
         |_| {},
@@ -93,7 +94,7 @@ fn what_is_missing_is_named_with_its_table() {
 }
 
 #[test]
-fn every_mistake_of_syntax_is_named() {
+fn every_syntax_error_is_reported() {
     let found = mistakes("a = 'x\n[tables.b]\nname = = 1\n", |_| {});
     assert!(found.starts_with("f.toml:1: "), "{found}");
     assert!(found.contains("\nf.toml:3: "), "{found}");
@@ -102,7 +103,7 @@ fn every_mistake_of_syntax_is_named() {
 }
 
 #[test]
-fn what_the_reader_finds_has_its_line_and_is_not_said_twice() {
+fn mistakes_of_the_reader_have_their_line_and_are_reported_once() {
     let text = "[tables]\n\n[tables.a]\nname = 'a'\nsize = 'x'\n\n[tables.b]\nname = 'b'\n";
     let found = mistakes(text, |document| {
         document.wrong(&["tables", "b", "name"], "must be longer");
@@ -123,9 +124,9 @@ fn what_the_reader_finds_has_its_line_and_is_not_said_twice() {
 }
 
 proptest::proptest! {
-    /// Every text ends in a value or in mistakes, each with a line that is there.
+    /// Every text leads to a value or to mistakes, each of them with a line that exists.
     #[test]
-    fn every_text_ends(text in "(\\[{1,2}(tables|list|x)(\\.[ab])?\\]{1,2}\n|(name|size|colour|y) = ('red'|7|x|\\{size = 'a'\\})\n){0,12}") {
+    fn every_text_leads_to_a_value_or_to_mistakes(text in "(\\[{1,2}(tables|list|x)(\\.[ab])?\\]{1,2}\n|(name|size|colour|y) = ('red'|7|x|\\{size = 'a'\\})\n){0,12}") {
         let read = Document::parse(&text, Path::new("f.toml")).and_then(|mut document| {
             let read: Option<Settings> = document.read();
             document.finish(read)

@@ -18,20 +18,20 @@ use crate::{Run, World, image};
 /// The folder of the benchmark as the nodes see it.
 pub(super) const FOLDER: &str = "/scratch/knoc-bench";
 
-/// This program, as the nodes see it.
+/// The path of this program on the nodes.
 pub(super) const RELAY: &str = "/scratch/knoc-bench/knoc-bench";
 
-/// How the floor starts containers: as the shim does.
+/// The command with which the floor starts containers; the shim uses the same options.
 pub(super) const EXEC: &str = "apptainer --silent exec --containall --no-init --no-home --no-eval";
 
-/// Image conversion and the like.
+/// The time limit for building the image and similar preparations.
 const BUILD: Duration = Duration::from_mins(2);
 
 pub(super) struct Bed {
     pub(super) world: World,
     pub(super) agent: AgentClient<Channel>,
     pub(super) info: pb::AgentInfo,
-    /// The shared file system as this host sees it.
+    /// The path of the shared file system on this host.
     shared: PathBuf,
 }
 
@@ -68,7 +68,7 @@ impl Bed {
         Ok(bed)
     }
 
-    /// Where the nodes can start our relays from.
+    /// Copies this program to the shared file system, so that the nodes can start relays.
     fn install_ourselves(&self) -> anyhow::Result<()> {
         let (new, place) = (self.here(FOLDER).join("relay.new"), self.here(RELAY));
         std::fs::copy(std::env::current_exe()?, &new)?;
@@ -79,29 +79,29 @@ impl Bed {
         self.world.finish().await
     }
 
-    /// A path of the shared file system, as this host has it.
+    /// The path on this host of a file of the shared file system.
     pub(super) fn here(&self, path: &str) -> PathBuf {
         self.shared.join(path.trim_start_matches('/'))
     }
 
-    /// The image that pods and floor run.
+    /// The image that both the pods and the floor run.
     pub(super) fn image_path() -> String {
         image::path(FOLDER)
     }
 
-    /// A shell text on a node, as the user.
+    /// Runs a shell command on a node as the agent's user.
     pub(super) fn shell(&self, node: &str, text: &str) -> Run {
         self.world.on(node, ["bash", "-c", text]).deadline(BUILD)
     }
 
-    /// When the job of a pod began.
+    /// The time at which the job of a pod began, in Unix nanoseconds.
     pub(super) fn job_began(&self, uid: &str) -> anyhow::Result<i64> {
         let state = self.here(&self.info.state_dir);
         began(&state.join("pods").join(uid).join("batch.out"))
     }
 }
 
-/// When the job began whose output file this is: slurmstepd makes it first of all.
+/// The time at which the job with this output file began: creating the file is the first thing that slurmstepd does.
 pub(super) fn began(output: &Path) -> anyhow::Result<i64> {
     let made = statx(CWD, output, AtFlags::empty(), StatxFlags::BTIME);
     let made = made
@@ -110,7 +110,7 @@ pub(super) fn began(output: &Path) -> anyhow::Result<i64> {
     Ok(made.tv_sec * 1_000_000_000 + i64::from(made.tv_nsec))
 }
 
-/// A client by the configuration of knocctl.
+/// A client of the agent with knocctl's configuration.
 fn agent() -> anyhow::Result<AgentClient<Channel>> {
     let path = std::env::var("KNOCCTL_CONFIG").context("KNOCCTL_CONFIG is not set: make up")?;
     let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;

@@ -1,5 +1,5 @@
-//! T4: `true` in a running container by a warm client of the API server and by a warm gRPC client, beside Apptainer's
-//! own way into a running container on the compute node, and `srun --overlap` of that.
+//! T4: runs `true` in a running container with a warm client of the API server and with a warm gRPC client. The floors are
+//! Apptainer's own exec into a running container on the compute node, and the same through `srun --overlap`.
 
 use std::time::Duration;
 
@@ -13,13 +13,13 @@ use super::kubernetes;
 use super::stats::{Series, bash_time, now, span};
 use crate::{PodBuilder, wait_for};
 
-/// Of one start.
+/// The time limit for one start.
 const SOON: Duration = Duration::from_mins(1);
 
-/// The node of the floor.
+/// The node on which the floor runs.
 const NODE: &str = "c1";
 
-/// Series of T4.
+/// The series of T4.
 #[derive(Debug, Default)]
 pub(super) struct Exec {
     /// Through the API server, from the request to the status.
@@ -32,7 +32,7 @@ pub(super) struct Exec {
     pub(super) srun: Series,
 }
 
-/// Alternates the three, so many times.
+/// Measures all series in turn, `samples` times.
 pub(super) async fn measure(bed: &Bed, samples: usize) -> anyhow::Result<Exec> {
     let pod = PodBuilder::new("exec")
         .image(&Bed::image_path())
@@ -63,7 +63,7 @@ pub(super) async fn measure(bed: &Bed, samples: usize) -> anyhow::Result<Exec> {
     Ok(figures)
 }
 
-/// Runs a command in a container and answers the bytes of its output and its code.
+/// Runs a command in a container; returns the number of bytes of its output, and its exit code.
 pub(super) async fn run(
     bed: &Bed,
     uid: &str,
@@ -81,7 +81,7 @@ pub(super) async fn run(
     let input = pb::ExecInput {
         input: Some(Input::Start(start)),
     };
-    // Half-close at once would be the end of standard input; there is none.
+    // A half-close right away would mean the end of standard input, but the command has none.
     let mut outputs = bed
         .agent
         .clone()
@@ -102,7 +102,7 @@ pub(super) async fn run(
     anyhow::bail!("the stream ended without an exit code")
 }
 
-/// A job by hand that holds an instance of our image on the node; answers its id.
+/// Submits a job that holds an instance of our image on the node; returns its id.
 async fn hold(bed: &Bed) -> anyhow::Result<String> {
     let instance = EXEC
         .replace(" exec ", " instance start ")
@@ -129,7 +129,7 @@ async fn hold(bed: &Bed) -> anyhow::Result<String> {
     Ok(job)
 }
 
-/// The span of a command, as the node's own shell sees it.
+/// How long a command takes, measured by the node's own shell.
 async fn timed(bed: &Bed, node: &str, command: &str) -> anyhow::Result<f64> {
     let text = format!("b=$EPOCHREALTIME; {command} || exit; echo $b $EPOCHREALTIME");
     let text = bed.shell(node, &text).ok().await?.text();

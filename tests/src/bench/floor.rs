@@ -1,4 +1,4 @@
-//! The floors of T1 and T2: Slurm and Apptainer by hand, on the login node, as the same user.
+//! The floors of T1 and T2: Slurm and Apptainer without KNoC, on the login node, as the same user.
 
 use std::time::Duration;
 
@@ -8,27 +8,27 @@ use super::bed::{Bed, EXEC, FOLDER, began};
 use super::stats::bash_time;
 use crate::wait_for;
 
-/// Of one job.
+/// The time limit for one job.
 const SOON: Duration = Duration::from_mins(2);
 
-/// When `sbatch` was called and when it had answered.
+/// The times at which `sbatch` was started and had exited.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Submission {
     pub(super) began: i64,
     pub(super) ended: i64,
 }
 
-/// One job by hand: `sbatch` and, in it, `apptainer exec`.
+/// One job without KNoC: `sbatch` and, in the job, `apptainer exec`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Job {
     pub(super) submission: Submission,
-    /// The job's beginning, as a pod's is taken.
+    /// The beginning of the job, determined as for a pod's job.
     pub(super) began: i64,
-    /// The program's first line.
+    /// The time in the first line that the program prints.
     pub(super) program: i64,
 }
 
-/// So many `sbatch` in a row.
+/// Runs `sbatch` `count` times in a row.
 pub(super) async fn sbatch_row(bed: &Bed, count: usize) -> anyhow::Result<Vec<Submission>> {
     let text = format!(
         "for i in $(seq {count}); do b=$EPOCHREALTIME; \
@@ -39,16 +39,16 @@ pub(super) async fn sbatch_row(bed: &Bed, count: usize) -> anyhow::Result<Vec<Su
     output.text().lines().map(submission).collect()
 }
 
-/// The root file system of a container by hand.
+/// The root file system of a container without KNoC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Root {
-    /// As a pod's containers have it: what they write goes to a folder on the node.
+    /// Writable as in a pod: what the container writes goes to a folder on the node.
     Writable,
-    /// As Apptainer does it by itself.
+    /// Read-only, which is Apptainer's default.
     ReadOnly,
 }
 
-/// So many jobs at once that start a container each.
+/// Submits `count` jobs at once, each of which starts a container.
 pub(super) async fn jobs(bed: &Bed, count: usize, root: Root) -> anyhow::Result<Vec<Job>> {
     let image = Bed::image_path();
     let overlay = match root {

@@ -1,5 +1,5 @@
-//! `kubectl logs -f`: from the moment that the program writes a line until a client of the API server has it. Program
-//! and client have one clock: the nodes are namespaces of this machine.
+//! `kubectl logs -f`: the time from when the program writes a line until a client of the API server has it. Program and
+//! client have the same clock, because the nodes are namespaces of this machine.
 
 use std::time::Duration;
 
@@ -11,15 +11,15 @@ use super::bed::Bed;
 use super::stats::{Series, now, span};
 use crate::PodBuilder;
 
-/// Of one start.
+/// The time limit for one start.
 const SOON: Duration = Duration::from_mins(1);
 
-/// Between two lines, in milliseconds: an idle follower, woken for each.
+/// The pause between two lines in milliseconds: long enough that the follower is idle and has to be woken for each line.
 const PAUSE: &str = "50";
 
-/// Follows so many lines as they are written.
+/// Follows `lines` lines as they are written.
 pub(super) async fn measure(bed: &Bed, lines: usize) -> anyhow::Result<Series> {
-    // Those that were written before the follower was there do not count.
+    // Lines that were written before the follower was connected do not count.
     let times = (2 * lines).to_string();
     let pod = PodBuilder::new("follow")
         .image(&Bed::image_path())

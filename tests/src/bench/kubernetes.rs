@@ -1,4 +1,4 @@
-//! What a client of the API server does in the benchmarks: kube's library with one warm client, and kubectl for cp.
+//! The client of the API server in the benchmarks: kube's library with one warm client, and kubectl for cp.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -18,25 +18,25 @@ use tokio_tungstenite::tungstenite::Message;
 use super::bed::Bed;
 use crate::Run;
 
-/// Bytes moved at once.
+/// The size of the buffer for copying.
 const CHUNK: usize = 64 << 10;
 
-/// What the library holds of an exec before it stops reading.
+/// How many bytes of an exec the library buffers before it stops reading.
 const WINDOW: usize = 1 << 20;
 
-/// The channels on which bytes come: of an exec, and of the first port that is forwarded.
+/// The channels on which data arrives: from an exec, and from the first forwarded port.
 const STDOUT: u8 = 1;
 const FORWARDED: u8 = 0;
 
-/// Where those to the pod go, how it ended, and that a channel is done.
+/// The channels for data to the pod, for the exit status, and for closing a channel.
 const STDIN: u8 = 0;
 const STATUS: u8 = 3;
 const CLOSE: u8 = 255;
 
-/// Of one cp.
+/// The time limit for one cp.
 const COPY: Duration = Duration::from_mins(10);
 
-/// Runs a command in the pod's container `main`, to success, and answers the bytes of its output.
+/// Runs a command in the pod's container `main`, which must succeed; returns the number of bytes of its output.
 pub(super) async fn exec(bed: &Bed, pod: &str, command: &[&str]) -> anyhow::Result<u64> {
     let pods: Api<Pod> = bed.world.api();
     let streams = AttachParams::default()
@@ -54,8 +54,8 @@ pub(super) async fn exec(bed: &Bed, pod: &str, command: &[&str]) -> anyhow::Resu
     Ok(bytes)
 }
 
-/// The same of a command that writes much: at the WebSocket itself, as the relays' reader is at its TLS connection. What
-/// the library does beyond it, a pipe in memory that every byte passes, is no part of the way.
+/// The same for a command with much output. It reads the WebSocket itself, as the relays' reader reads its TLS connection;
+/// otherwise the pipe in memory, through which the library passes every byte, would be measured too.
 pub(super) async fn exec_bytes(bed: &Bed, pod: &str, command: &[&str]) -> anyhow::Result<u64> {
     let streams = AttachParams::default().container("main").stderr(false);
     let request = pods_of(bed).exec(pod, command.to_vec(), &streams)?;
@@ -69,12 +69,12 @@ pub(super) async fn exec_bytes(bed: &Bed, pod: &str, command: &[&str]) -> anyhow
     Ok(bytes)
 }
 
-/// Connects to a port of the pod and answers how many bytes came until the other side closed.
+/// Connects to a port of the pod; returns how many bytes arrived until the other side closed.
 pub(super) async fn forward(bed: &Bed, pod: &str, port: u16) -> anyhow::Result<u64> {
     let request = pods_of(bed).portforward(pod, &[port])?;
     let mut said = Vec::new();
     let bytes = receive(bed, request, FORWARDED, &mut said).await?;
-    // Either channel begins with its port.
+    // Both channels begin with the port's number.
     anyhow::ensure!(said.len() == 2, "{:?}", String::from_utf8_lossy(&said));
     Ok(bytes - 2)
 }
@@ -84,7 +84,7 @@ fn pods_of(bed: &Bed) -> Request {
     Request::new(Pod::url_path(&(), Some(namespace)))
 }
 
-/// Counts what comes on a channel until the end; what comes on another one is appended to `said`.
+/// Counts the bytes that arrive on a channel until its end; data of other channels is appended to `said`.
 async fn receive(
     bed: &Bed,
     request: http::Request<Vec<u8>>,
@@ -104,7 +104,7 @@ async fn receive(
     Ok(bytes)
 }
 
-/// Reads so many bytes of the log of `main`, as the body of the answer has them.
+/// Reads `bytes` bytes of the log of `main` from the body of the response.
 pub(super) async fn logs(bed: &Bed, pod: &str, bytes: u64) -> anyhow::Result<u64> {
     let what = LogParams {
         container: Some("main".to_owned()),
@@ -123,14 +123,14 @@ pub(super) async fn logs(bed: &Bed, pod: &str, bytes: u64) -> anyhow::Result<u64
     Ok(bytes)
 }
 
-/// `kubectl cp` of one file.
+/// Copies one file with `kubectl cp`.
 pub(super) async fn copy(bed: &Bed, from: &str, to: &str) -> anyhow::Result<()> {
-    let words = ["cp", "--retries=0", "-c", "main", from, to];
-    bed.world.kubectl(words).deadline(COPY).ok().await?;
+    let arguments = ["cp", "--retries=0", "-c", "main", from, to];
+    bed.world.kubectl(arguments).deadline(COPY).ok().await?;
     Ok(())
 }
 
-/// The same to the pod without kubectl: what `tar` here says goes into the WebSocket as it comes, to `tar` in the pod.
+/// Copies a file to the pod without kubectl: the output of a local `tar` goes through the WebSocket to `tar` in the pod.
 pub(super) async fn copy_up(bed: &Bed, pod: &str, local: &str, to: &str) -> anyhow::Result<()> {
     let streams = AttachParams::default()
         .container("main")
@@ -174,15 +174,15 @@ pub(super) async fn copy_up(bed: &Bed, pod: &str, local: &str, to: &str) -> anyh
     Ok(())
 }
 
-/// How many bytes a file of the pod has.
+/// The size of a file in the pod.
 pub(super) async fn size(bed: &Bed, pod: &str, path: &str) -> anyhow::Result<u64> {
-    let words = ["exec", pod, "-c", "main", "--", "stat", "-c", "%s", path];
-    let text = bed.world.kubectl(words).ok().await?.text();
+    let arguments = ["exec", pod, "-c", "main", "--", "stat", "-c", "%s", path];
+    let text = bed.world.kubectl(arguments).ok().await?.text();
     text.parse()
         .with_context(|| format!("size of {path}: {text:?}"))
 }
 
-/// Reads to the end.
+/// Reads to the end; returns the number of bytes.
 async fn count(mut from: impl AsyncRead + Unpin) -> anyhow::Result<u64> {
     let mut buffer = vec![0; CHUNK];
     let mut bytes = 0;

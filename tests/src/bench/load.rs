@@ -1,4 +1,4 @@
-//! What KNoC takes while pods run: memory, and calls to slurmctld.
+//! The cost of running pods: memory, and calls to slurmctld.
 
 use std::time::Duration;
 
@@ -9,23 +9,23 @@ use super::bed::Bed;
 use super::machine::{anonymous, resident};
 use crate::PodBuilder;
 
-/// Until all pods run.
+/// The time limit until all pods run.
 const RUNNING: Duration = Duration::from_mins(5);
 
-/// The figures of a quiet minute.
+/// The results of a minute in which the pods do nothing.
 #[derive(Debug, Default)]
 pub(super) struct Load {
     pub(super) pods: usize,
-    /// KiB.
+    /// The agent's resident memory in KiB.
     pub(super) agent: u64,
     pub(super) kubelet: u64,
-    /// Median and largest of all shims: anonymous memory, which every job pays.
+    /// Median and maximum of the shims' anonymous memory in KiB, which is charged to every job.
     pub(super) shim: (u64, u64),
-    /// Of the user, a minute.
+    /// Calls of the agent's user to slurmctld per minute.
     pub(super) rpcs: u64,
 }
 
-/// Runs so many pods and looks at them for so many seconds.
+/// Runs `pods` pods and measures for `seconds` seconds.
 pub(super) async fn measure(bed: &Bed, pods: usize, seconds: u64) -> anyhow::Result<Load> {
     let names: Vec<String> = (0..pods).map(|at| format!("load-{at}")).collect();
     let builder = |name: &String| {
@@ -39,7 +39,7 @@ pub(super) async fn measure(bed: &Bed, pods: usize, seconds: u64) -> anyhow::Res
         bed.world.wait_phase(name, "Running", RUNNING).await?;
     }
     let before = rpcs(bed).await?;
-    // The one span here that is not waited for but measured.
+    // This sleep is the measured time and not a wait for a state.
     tokio::time::sleep(Duration::from_secs(seconds)).await;
     let calls = rpcs(bed).await? - before;
     let mut shims = anonymous("knoc-agent", "shim");
@@ -63,7 +63,7 @@ pub(super) async fn measure(bed: &Bed, pods: usize, seconds: u64) -> anyhow::Res
     Ok(load)
 }
 
-/// Calls that slurmctld counted for the user since it began to count.
+/// The number of calls that slurmctld has counted for the user.
 async fn rpcs(bed: &Bed) -> anyhow::Result<u64> {
     let text = bed.world.on_as_root("ctl", ["sdiag"]).ok().await?.text();
     let (_, users) = text

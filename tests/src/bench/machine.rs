@@ -1,8 +1,8 @@
-//! What the machine is, and what processes take of it. Names no host and no path.
+//! A description of the machine, and the memory and processor time of processes. It contains no host name and no path.
 
 use std::{collections::HashMap, fs, path::PathBuf};
 
-/// One line: processors, memory, kernel.
+/// Describes processors, memory and kernel in one line.
 pub(super) fn describe() -> String {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name"));
@@ -26,14 +26,14 @@ pub(super) fn describe() -> String {
     )
 }
 
-/// A process of a program.
+/// A running process.
 struct Process {
     folder: PathBuf,
     pid: u32,
 }
 
 impl Process {
-    /// Those of the program that have the word among their arguments; an empty one is among all.
+    /// The processes of the program that have `word` among their arguments, or all if `word` is empty.
     fn all(program: &str, word: &str) -> impl Iterator<Item = Self> {
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
         entries.filter_map(move |entry| {
@@ -47,7 +47,7 @@ impl Process {
         })
     }
 
-    /// A line of `status`, in KiB.
+    /// A value of `/proc/PID/status` in KiB.
     fn memory(&self, line: &str) -> Option<u64> {
         let status = fs::read_to_string(self.folder.join("status")).ok()?;
         let value = status
@@ -82,7 +82,7 @@ pub(super) fn anonymous(program: &str, word: &str) -> Vec<u64> {
         .collect()
 }
 
-/// What a byte passes; each with its program and an argument that tells it from others.
+/// The processes that a byte passes, by program and by an argument that distinguishes them from others.
 const PARTS: [(&str, &str); 4] = [
     ("knoc-agent", "shim"),
     ("knoc-agent", "serve"),
@@ -90,19 +90,19 @@ const PARTS: [(&str, &str); 4] = [
     ("controlplane", "kube-apiserver"),
 ];
 
-/// Of [`Spent`], after [`PARTS`]: this process with the programs that it runs, and all relays.
+/// The places in [`Spent`] after [`PARTS`]: this process with the programs that it runs, and all relays.
 const CLIENT: usize = PARTS.len();
 const RELAYS: usize = CLIENT + 1;
 
 /// Processor time, in seconds: shims, agent, kubelet, API server, the client, all relays.
 pub(super) type Spent = [f64; RELAYS + 1];
 
-/// The ticks of each process at one moment, with its place in [`Spent`].
+/// The ticks of each process at one moment, with the process's place in [`Spent`].
 #[derive(Debug)]
 pub(super) struct Clock(HashMap<u32, (usize, u64)>);
 
 impl Clock {
-    /// As it stands now.
+    /// Reads the current ticks.
     pub(super) fn read() -> Self {
         let parts = PARTS.iter().enumerate();
         let parts = parts.flat_map(|(at, (program, word))| {
@@ -114,7 +114,7 @@ impl Clock {
         });
         let ticks = |(at, process): (usize, Process)| {
             let (own, children) = process.ticks()?;
-            // kubectl is the client where it is asked.
+            // If kubectl is the client, it is a child of this process.
             let ticks = if at == CLIENT { own + children } else { own };
             Some((process.pid, (at, ticks)))
         };

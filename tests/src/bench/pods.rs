@@ -1,5 +1,5 @@
-//! T1, T2 and T3: pods at once, seen by a second client's watch, by the agent's own account of its
-//! submission, and by what their program prints.
+//! T1, T2 and T3 of pods that are created at once. The times come from the watch of a second client, from the agent's
+//! record of its submissions, and from the output of the pods' program.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,43 +19,43 @@ use super::floor::{self, Job, Root, Submission};
 use super::stats::{Series, now, span};
 use crate::{PodBuilder, wait_for};
 
-/// What the program sleeps: as when the peers were measured.
+/// How long the program sleeps, in milliseconds: the same as when other projects were measured.
 const PAYLOAD: &str = "1000";
 
-/// Of a batch, from creation to the last terminal phase.
+/// The time limit for a batch, from creation to the last terminal phase.
 const BATCH: Duration = Duration::from_mins(5);
 
-/// All rounds of so many pods at once.
+/// All rounds with one number of pods at once.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub(super) pods: usize,
     /// `nodeName` seen → `sbatch` exited.
     pub(super) t1: Series,
-    /// The same less the span of `sbatch` itself.
+    /// The same without the time that `sbatch` itself takes.
     pub(super) t1_share: Series,
-    /// T1 of the pod whose `sbatch` exited last, once a round.
+    /// T1 of the pod whose `sbatch` exited last, once per round.
     pub(super) t1_last: Series,
-    /// First `nodeName` seen → last `sbatch` exited, once a round: with the time that the scheduler takes to bind them all.
+    /// First `nodeName` seen → last `sbatch` exited, once per round: includes the time that the scheduler takes to bind all pods.
     pub(super) t1_all: Series,
-    /// `sbatch` by hand, each.
+    /// Each `sbatch` without KNoC.
     pub(super) sbatch: Series,
-    /// As many `sbatch` by hand in a row, once a round.
+    /// As many `sbatch` in a row without KNoC, once per round.
     pub(super) sbatch_row: Series,
     /// Created → the program's first line.
     pub(super) t2: Series,
-    /// The same by hand, from calling `sbatch`.
+    /// Start of `sbatch` → the program's first line, without KNoC.
     pub(super) t2_hand: Series,
     /// Created → `sbatch` accepted.
     pub(super) t2_before: Series,
     /// Job began → the program's first line.
     pub(super) t2_start: Series,
-    /// Job began → the program's first line, by hand, with a root that can be written to, as a pod's.
+    /// Job began → the program's first line, without KNoC, with a writable root as in a pod.
     pub(super) t2_apptainer: Series,
     /// The same with a read-only root.
     pub(super) t2_read_only: Series,
     /// The program's last line → the terminal phase is seen.
     pub(super) t3: Series,
-    /// Its first part: the program's last line → the shim has seen its end, and read what it left.
+    /// Its first part: the program's last line → the shim has seen the program's end and read the rest of its output.
     pub(super) t3_shim: Series,
     /// Its second part: → the agent has the shim's report.
     pub(super) t3_agent: Series,
@@ -63,7 +63,7 @@ pub(super) struct Batch {
     pub(super) t3_kubelet: Series,
 }
 
-/// What a watch saw of one pod.
+/// The times at which a watch saw the states of one pod.
 #[derive(Debug, Clone, Copy, Default)]
 struct Seen {
     bound: Option<i64>,
@@ -80,12 +80,12 @@ impl Batch {
         }
     }
 
-    /// KNoC's share of T2: created → accepted, and job start → program less `apptainer exec` of the same kind.
+    /// KNoC's share of T2: created → accepted, and job start → program without the time of a comparable `apptainer exec`.
     pub(super) fn t2_share(&self) -> f64 {
         self.t2_before.median() + self.t2_start.median() - self.t2_apptainer.median()
     }
 
-    /// One round: the pods, then their floors.
+    /// Measures one round: the pods, then their floors.
     pub(super) async fn round(&mut self, bed: &Bed, round: usize) -> anyhow::Result<()> {
         self.measure(bed, round).await?;
         let row = floor::sbatch_row(bed, self.pods).await?;
@@ -166,7 +166,7 @@ impl Batch {
         Ok(())
     }
 
-    /// Adds one pod; answers when its `sbatch` had ended.
+    /// Adds one pod; returns the time at which its `sbatch` exited.
     async fn pod(&mut self, bed: &Bed, uid: &str, created: i64, seen: Seen) -> anyhow::Result<i64> {
         let (bound, terminal) = seen.bound.zip(seen.terminal).context("not seen")?;
         let request = pb::GetPodRequest {
@@ -227,7 +227,7 @@ async fn create(bed: &Bed, name: &str) -> anyhow::Result<(String, i64)> {
     Ok((bed.world.create(&pod).await?, created))
 }
 
-/// The second client: notes when it sees what.
+/// The second client: records the time of each state that it sees.
 async fn watch(pods: Api<Pod>, mut version: String, sightings: Sightings) {
     loop {
         let events = pods.watch(&WatchParams::default(), &version).await;
@@ -257,7 +257,7 @@ async fn watch(pods: Api<Pod>, mut version: String, sightings: Sightings) {
     }
 }
 
-/// How long a watch takes to show what another client patches.
+/// Measures how long a watch takes to show a patch of another client.
 pub(super) async fn watch_delay(bed: &Bed, samples: usize) -> anyhow::Result<Series> {
     let maps: Api<ConfigMap> = bed.world.api();
     let map = serde_json::from_value(json!({"metadata": {"name": "watched"}}))?;

@@ -1,7 +1,7 @@
-//! Bare TLS relays: the floor of streams. Each is a process of its own that takes a connection over TLS 1.3 and passes
-//! its bytes on to the next; the last one runs the program that the pod runs, dials the pod's own listener, or reads the
-//! bytes from a file. They stand where the parts of KNoC stand (compute node, login node, host), so that the bytes go the
-//! same way; the TLS library and its settings are the links', and there is nothing else.
+//! Plain TLS relays: the floor of streams. Each relay is a process that accepts a connection over TLS 1.3 and passes its
+//! bytes on to the next relay. The last one runs the same program as the pod, connects to the pod's own listener, or reads
+//! the bytes from a file. The relays run on the same machines as the parts of KNoC (compute node, login node, host), so that
+//! the bytes take the same path. The TLS library and its settings are those of KNoC's links.
 
 use std::{
     io::Read as _,
@@ -29,28 +29,28 @@ use tokio::{
 use super::bed::{Bed, FOLDER, RELAY};
 use crate::{Run, wait_for};
 
-/// Bytes moved at once.
+/// The size of the buffer for copying.
 const CHUNK: usize = 64 << 10;
 
-/// Of a relay that starts.
+/// The time limit for the start of a relay.
 const SOON: Duration = Duration::from_secs(30);
 
-/// The first port; the relays of one chain have neighbouring ones.
+/// The port of the first relay; the others of the chain use the following ports.
 const FIRST_PORT: u16 = 19_200;
 
-/// Where a part of KNoC stands.
+/// The machine of a part of KNoC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
-    /// The shim.
+pub(super) enum Location {
+    /// The compute node, where the shim runs.
     Compute,
-    /// The agent.
+    /// The login node, where the agent runs.
     Login,
-    /// Kubelet and API server.
+    /// The host of kubelet and API server.
     Host,
 }
 
-impl Place {
-    /// As the next one reaches it.
+impl Location {
+    /// The address at which the next relay reaches it.
     fn address(self) -> Ipv4Addr {
         match self {
             Self::Compute => Ipv4Addr::new(10, 78, 0, 11),
@@ -60,47 +60,47 @@ impl Place {
     }
 }
 
-/// What a relay does with a connection.
+/// The other end of a relay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
-    /// Writes what is in that file and closes.
+    /// Sends the contents of the file and closes.
     File(PathBuf),
-    /// Gives it to a program as standard input and output.
+    /// Connects it with the standard input and output of a program.
     Program(Vec<String>),
-    /// Dials that address, where somebody listens without TLS, and writes what comes from there.
+    /// Connects to that address without TLS, and sends what it reads from there.
     Listener(SocketAddr),
-    /// Dials that address and copies both ways.
+    /// Connects to the next relay at that address and copies in both directions.
     Relay(SocketAddr),
 }
 
 impl Role {
-    /// `file=PATH`, `program=WORDS`, `listener=ADDRESS` or `relay=ADDRESS`.
+    /// Parses `file=PATH`, `program=COMMAND`, `listener=ADDRESS` or `relay=ADDRESS`.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         match text.split_once('=') {
             Some(("file", path)) => Ok(Self::File(path.into())),
-            Some(("program", words)) => {
-                Ok(Self::Program(words.split(' ').map(str::to_owned).collect()))
-            }
+            Some(("program", command)) => Ok(Self::Program(
+                command.split(' ').map(str::to_owned).collect(),
+            )),
             Some(("listener", address)) => Ok(Self::Listener(address.parse()?)),
             Some(("relay", address)) => Ok(Self::Relay(address.parse()?)),
             _ => anyhow::bail!(
-                "{text:?} is no file=PATH, program=WORDS, listener=ADDRESS or relay=ADDRESS"
+                "{text:?} is not file=PATH, program=COMMAND, listener=ADDRESS or relay=ADDRESS"
             ),
         }
     }
 }
 
-/// Serves connections one after the other, for ever. `keys` has `pair.crt` and `pair.key`.
+/// Serves connections one after the other until the process is killed. `keys` contains `pair.crt` and `pair.key`.
 pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
     let pair = KeyPair::from_files(&keys.join("pair.crt"), &keys.join("pair.key"))?;
     let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
     let mut incoming = pinned::listen(everywhere, pair.clone()).await?;
     while let Some(connection) = incoming.next().await {
-        // A probe whether we listen shakes no hands.
+        // A probe that only checks whether the port is open makes no TLS handshake.
         let Ok(near) = connection else { continue };
         match &role {
             Role::File(path) => send(near, path).await?,
-            Role::Program(words) => drop(run(near, words).await?),
+            Role::Program(command) => drop(run(near, command).await?),
             Role::Listener(address) => fetch(near, *address).await?,
             Role::Relay(next) => pass(near, dial(*next, &pair).await?).await?,
         }
@@ -109,7 +109,7 @@ pub async fn serve(port: u16, role: Role, keys: &Path) -> anyhow::Result<()> {
 }
 
 async fn send(mut near: Connection, path: &Path) -> anyhow::Result<()> {
-    // It is in the page cache, and nobody else waits in this process.
+    // Blocking reads are harmless: the file is in the page cache, and this process has no other task.
     let mut file = std::fs::File::open(path)?;
     let mut chunk = vec![0; CHUNK];
     loop {
@@ -127,7 +127,7 @@ async fn fetch(mut near: Connection, address: SocketAddr) -> anyhow::Result<()> 
     close(near).await
 }
 
-/// What is sent is lost where a socket is closed with bytes unread.
+/// Closes the connection after the peer has. If a socket is closed with unread bytes, sent data may be lost.
 async fn close(mut near: Connection) -> anyhow::Result<()> {
     near.shutdown().await?;
     let mut rest = Vec::new();
@@ -135,9 +135,10 @@ async fn close(mut near: Connection) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The program's input is what comes, its output what goes, each with its own end. Answers the bytes of both.
-async fn run(near: Connection, words: &[String]) -> anyhow::Result<(u64, u64)> {
-    let (program, arguments) = words.split_first().context("no program")?;
+/// Passes the connection to the program's input and the program's output to the connection, with the end of each; returns the
+/// number of bytes in both directions.
+async fn run(near: Connection, command: &[String]) -> anyhow::Result<(u64, u64)> {
+    let (program, arguments) = command.split_first().context("no program")?;
     let mut program = Run::new(program).args(arguments);
     let child = program.command_mut();
     let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
@@ -155,7 +156,7 @@ async fn run(near: Connection, words: &[String]) -> anyhow::Result<(u64, u64)> {
     };
     let bytes = tokio::try_join!(input, output)?;
     let status = child.wait().await?;
-    anyhow::ensure!(status.success(), "{words:?}: {status}");
+    anyhow::ensure!(status.success(), "{command:?}: {status}");
     Ok(bytes)
 }
 
@@ -185,7 +186,7 @@ async fn dial(to: SocketAddr, pair: &KeyPair) -> anyhow::Result<Connection> {
     Ok(pinned::dial(&to.to_string(), pair, pair.spki()).await?)
 }
 
-/// A chain of relays, a process each, nearest last.
+/// A chain of relays, one process each. The last one is the nearest.
 pub(super) struct Chain {
     _processes: Vec<Child>,
     _keys: TempDir,
@@ -194,8 +195,12 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    /// Starts them, the farthest with `role`, and waits until each listens.
-    pub(super) async fn start(bed: &Bed, places: &[Place], role: String) -> anyhow::Result<Self> {
+    /// Starts the relays, the farthest with `role`, and waits until all of them listen.
+    pub(super) async fn start(
+        bed: &Bed,
+        locations: &[Location],
+        role: String,
+    ) -> anyhow::Result<Self> {
         let keys = tempfile::tempdir_in(bed.here(FOLDER))?;
         let name = keys.path().file_name().context("no name")?;
         let pair = KeyPair::generate("bench")?;
@@ -204,30 +209,32 @@ impl Chain {
         let mut processes = Vec::new();
         let mut role = role;
         let mut nearest = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST_PORT));
-        for (place, port) in places.iter().zip(FIRST_PORT..) {
+        for (location, port) in locations.iter().zip(FIRST_PORT..) {
             let keys_there = Path::new(FOLDER).join(name);
-            let relay = match place {
-                Place::Compute => bed.world.on_as_root("c1", [RELAY]),
-                Place::Login => bed.world.on_as_root("login", [RELAY]),
-                Place::Host => Run::new(bed.here(RELAY)),
+            let relay = match location {
+                Location::Compute => bed.world.on_as_root("c1", [RELAY]),
+                Location::Login => bed.world.on_as_root("login", [RELAY]),
+                Location::Host => Run::new(bed.here(RELAY)),
             };
-            let keys_there = match place {
-                Place::Compute | Place::Login => keys_there,
-                Place::Host => keys.path().to_owned(),
+            let keys_there = match location {
+                Location::Compute | Location::Login => keys_there,
+                Location::Host => keys.path().to_owned(),
             };
             let relay = relay
                 .args(["relay", &port.to_string(), &role])
                 .arg(keys_there);
             processes.push(relay.spawn(&keys.path().join("log"))?);
-            nearest = SocketAddr::from((place.address(), port));
+            nearest = SocketAddr::from((location.address(), port));
             role = format!("relay={nearest}");
             let log = keys.path().join("log");
             wait_for("a relay listens", SOON, async || {
-                // From where the next one is; the host does not see the compute nodes.
-                let probe = format!("exec 3<>/dev/tcp/{}/{port}", place.address());
-                let probed = match place {
-                    Place::Compute => bed.shell("login", &probe).ok().await,
-                    Place::Login | Place::Host => Run::new("bash").args(["-c", &probe]).ok().await,
+                // Probe from the machine of the next relay, because the host cannot reach the compute nodes.
+                let probe = format!("exec 3<>/dev/tcp/{}/{port}", location.address());
+                let probed = match location {
+                    Location::Compute => bed.shell("login", &probe).ok().await,
+                    Location::Login | Location::Host => {
+                        Run::new("bash").args(["-c", &probe]).ok().await
+                    }
                 };
                 probed.map_err(|error| {
                     format!(
@@ -246,16 +253,16 @@ impl Chain {
         })
     }
 
-    /// Reads all that comes; answers how many bytes.
+    /// Reads until the end; returns the number of bytes.
     pub(super) async fn read(&self) -> anyhow::Result<u64> {
         let mut near = dial(self.nearest, &self.pair).await?;
         near.shutdown().await.context("closing our half")?;
         copy(&mut near, &mut tokio::io::sink()).await
     }
 
-    /// Puts a program at this end as well; answers the bytes that came and those that went.
-    pub(super) async fn run(&self, words: &[String]) -> anyhow::Result<(u64, u64)> {
-        run(dial(self.nearest, &self.pair).await?, words).await
+    /// Connects a local program with the chain; returns the number of bytes received and sent.
+    pub(super) async fn run(&self, command: &[String]) -> anyhow::Result<(u64, u64)> {
+        run(dial(self.nearest, &self.pair).await?, command).await
     }
 }
 
@@ -268,8 +275,11 @@ mod tests {
         let relay = Role::Relay(SocketAddr::from(([10, 0, 0, 1], 7)));
         assert_eq!(Role::parse("relay=10.0.0.1:7").unwrap(), relay);
         assert_eq!(Role::parse("file=/a").unwrap(), Role::File("/a".into()));
-        let words = ["cat", "/x"].map(str::to_owned).to_vec();
-        assert_eq!(Role::parse("program=cat /x").unwrap(), Role::Program(words));
+        let command = ["cat", "/x"].map(str::to_owned).to_vec();
+        assert_eq!(
+            Role::parse("program=cat /x").unwrap(),
+            Role::Program(command)
+        );
         Role::parse("sink").unwrap_err();
     }
 }

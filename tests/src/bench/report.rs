@@ -1,4 +1,4 @@
-//! The page: docs/performance.md.
+//! Writes the page docs/performance.md.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,7 @@ use super::stats::Series;
 use super::streams::Stream;
 use super::{Figures, machine};
 
-/// One bound of the issue: what was measured, what it must not exceed, or, `least`, not fall below.
+/// One target: the measured value and its upper bound, or its lower bound if `least` is set.
 struct Bound {
     what: String,
     found: f64,
@@ -119,7 +119,7 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
     bounds
 }
 
-/// Of exec, logs and streams.
+/// The targets for exec, logs and streams.
 fn stream_bounds(figures: &Figures, bounds: &mut Vec<Bound>) {
     let exec = &figures.exec;
     let ratio = exec.knoc.median() / exec.instance.median();
@@ -288,7 +288,7 @@ pub(super) fn streams(out: &mut String, streams: &[Stream]) -> anyhow::Result<()
     spent(out, streams)
 }
 
-/// Where the time goes; unlike a rate it hardly depends on what else the machine does.
+/// The processor time of each part; unlike a rate, it hardly depends on the load of the machine.
 #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
 fn spent(out: &mut String, streams: &[Stream]) -> anyhow::Result<()> {
     writeln!(
@@ -309,8 +309,8 @@ fn spent(out: &mut String, streams: &[Stream]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Measured on the same kind of bed before KNoC was written: `what`, the floor of that run, interLink, Go KNoC, all in
-/// milliseconds by medians. Only ratios to each run's own floor can be compared with ours.
+/// Medians in milliseconds, measured on the same kind of test bed before KNoC was written: the figure, the floor of that run,
+/// interLink, KNoC in Go. Only the ratios to the floor of the same run can be compared with ours.
 const PEERS_AND_FLOOR: [(&str, f64, f64, f64); 2] = [
     ("created → job in the queue / sbatch", 10.0, 74.0, 678.0),
     (

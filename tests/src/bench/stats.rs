@@ -1,6 +1,6 @@
-//! Series of milliseconds and what is said of them.
+//! Series of milliseconds and their percentiles.
 
-/// Samples in milliseconds.
+/// Measured times in milliseconds.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Series(Vec<f64>);
 
@@ -17,7 +17,7 @@ impl Series {
         self.at(50)
     }
 
-    /// The smallest sample that so many percent do not exceed; 0 without samples.
+    /// The smallest sample that `percent` percent of the samples do not exceed; 0 if there are no samples.
     pub(super) fn at(&self, percent: usize) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
@@ -39,12 +39,12 @@ pub(super) fn span(from: i64, to: i64) -> f64 {
     (to - from) as f64 / 1e6
 }
 
-/// Now, in Unix nanoseconds.
+/// The current time in Unix nanoseconds.
 pub(super) fn now() -> i64 {
     i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX)
 }
 
-/// `1700000000.123456`, as bash prints `$EPOCHREALTIME`, in Unix nanoseconds.
+/// Parses bash's `$EPOCHREALTIME`, such as `1700000000.123456`, to Unix nanoseconds.
 pub(super) fn bash_time(text: &str) -> Option<i64> {
     let (seconds, micros) = text.split_once(['.', ','])?;
     let micros: i64 = format!("{micros:0<6}").get(..6)?.parse().ok()?;

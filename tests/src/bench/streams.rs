@@ -7,56 +7,56 @@ use knoc_proto::pb;
 
 use super::bed::{Bed, FOLDER};
 use super::machine::{Clock, Spent};
-use super::relay::{Chain, Place};
+use super::relay::{Chain, Location};
 use super::{exec, kubernetes};
 use crate::{PodBuilder, wait_for};
 
-/// Of a pod that writes the bytes.
+/// The time limit for the pod that writes the bytes.
 const WRITTEN: Duration = Duration::from_mins(5);
 
-/// Where the pod serves bytes; nobody else of the node does.
+/// The port at which the pod serves bytes. No other process of the node uses it.
 const PORT: u16 = 19_099;
 
 /// One stream, each series in megabytes a second.
 #[derive(Debug, Default)]
 pub(super) struct Stream {
     pub(super) name: &'static str,
-    /// TLS connections that a byte passes.
+    /// The number of TLS connections that a byte passes.
     pub(super) hops: usize,
     pub(super) bytes: u64,
-    /// What the rate must be of the floor's, where a bound stands.
+    /// The target: the rate as a share of the floor's, if there is a target.
     pub(super) share: Option<f64>,
     pub(super) knoc: super::Series,
     pub(super) floor: super::Series,
-    /// Processor time of all rounds: through KNoC, and by the relays.
+    /// The processor time of all rounds: through KNoC, and through the relays.
     pub(super) spent: (Spent, Spent),
 }
 
-/// How much is measured.
+/// The number of rounds and the sizes of the streams.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sizes {
-    /// Of each stream, and of the large ones.
+    /// The rounds of each stream, and those of the large ones.
     pub(super) rounds: (usize, usize),
-    /// Of each stream, in whole lines of 80.
+    /// The size of each stream, in whole lines of 80 bytes.
     pub(super) bytes: u64,
-    /// Of the large log and the copies.
+    /// The size of the large log and of the copies.
     pub(super) large: u64,
 }
 
-/// Which way the bytes come.
+/// How the bytes are transferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// `kubectl logs`' own: API server, kubelet, agent, shim.
+    /// The log as `kubectl logs` reads it: through API server, kubelet, agent and shim.
     LogsByKubernetes,
-    /// `kubectl exec`'s own: the same.
+    /// A command's output as `kubectl exec` reads it, through the same parts.
     ExecByKubernetes,
-    /// `kubectl port-forward`'s own: the same.
+    /// A connection as `kubectl port-forward` makes it, through the same parts.
     ForwardByKubernetes,
-    /// `kubectl cp` from the pod: the same.
+    /// `kubectl cp` from the pod, through the same parts.
     CopyDown,
-    /// And to it.
+    /// `kubectl cp` to the pod, through the same parts.
     CopyUp,
-    /// The same without what kubectl itself costs.
+    /// The same copy without the cost of kubectl itself.
     CopyUpByLibrary,
     /// `ReadLogs` of the agent, relayed from the shim.
     LogsByAgent,
@@ -64,24 +64,29 @@ enum Way {
     ExecByAgent,
 }
 
-/// Of the floor, through the API server (issue and design).
+/// The target for streams through the API server, as a share of the floor.
 const SHARE: Option<f64> = Some(0.7);
 
-/// The parts of KNoC and Kubernetes that a byte passes, from the pod on; one TLS connection leaves each.
-const ALL: &[Place] = &[Place::Compute, Place::Login, Place::Host, Place::Host];
-const TO_AGENT: &[Place] = &[Place::Compute, Place::Login];
+/// The parts of KNoC and Kubernetes that a byte passes, beginning at the pod. Each sends it over a TLS connection.
+const ALL: &[Location] = &[
+    Location::Compute,
+    Location::Login,
+    Location::Host,
+    Location::Host,
+];
+const TO_AGENT: &[Location] = &[Location::Compute, Location::Login];
 
 /// One stream to be measured.
 struct Kind {
     name: &'static str,
     way: Way,
-    places: &'static [Place],
+    locations: &'static [Location],
     share: Option<f64>,
     large: bool,
 }
 
 const fn kind(name: &'static str, way: Way, large: bool) -> Kind {
-    let (places, share) = match way {
+    let (locations, share) = match way {
         Way::LogsByAgent | Way::ExecByAgent => (TO_AGENT, None),
         Way::LogsByKubernetes
         | Way::ExecByKubernetes
@@ -93,7 +98,7 @@ const fn kind(name: &'static str, way: Way, large: bool) -> Kind {
     Kind {
         name,
         way,
-        places,
+        locations,
         share,
         large,
     }
@@ -119,13 +124,13 @@ const STREAMS: [Kind; 9] = [
     kind("the same copy by a library", Way::CopyUpByLibrary, true),
 ];
 
-/// Alternates each stream that has the words in its name with its floor.
-pub(super) async fn measure(bed: &Bed, sizes: Sizes, words: &str) -> anyhow::Result<Vec<Stream>> {
+/// Measures each stream whose name contains `name`, alternating with its floor.
+pub(super) async fn measure(bed: &Bed, sizes: Sizes, name: &str) -> anyhow::Result<Vec<Stream>> {
     let kinds: Vec<_> = STREAMS
         .iter()
-        .filter(|kind| kind.name.contains(words))
+        .filter(|kind| kind.name.contains(name))
         .collect();
-    anyhow::ensure!(!kinds.is_empty(), "no stream has {words:?} in its name");
+    anyhow::ensure!(!kinds.is_empty(), "no stream has {name:?} in its name");
     let uid = talker(bed, sizes).await?;
     let mut streams = Vec::new();
     for kind in kinds {
@@ -136,7 +141,7 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes, words: &str) -> anyhow::Res
         };
         let mut stream = Stream {
             name: kind.name,
-            hops: kind.places.len(),
+            hops: kind.locations.len(),
             bytes,
             share: kind.share,
             ..Stream::default()
@@ -152,8 +157,8 @@ pub(super) async fn measure(bed: &Bed, sizes: Sizes, words: &str) -> anyhow::Res
     Ok(streams)
 }
 
-/// A pod that has written the large log and files of both sizes, and serves the small one on its port; the same files
-/// lie where the floor's programs find them. Answers its UID.
+/// Creates a pod that writes the large log and files of both sizes, and serves the small file on its port. The same files
+/// are put on the nodes for the floor's programs. Returns the pod's UID.
 async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
     let Sizes { bytes, large, .. } = sizes;
     let files = format!("head -c {bytes} /dev/zero >small; head -c {large} /dev/zero >large");
@@ -163,14 +168,14 @@ async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
     )
     .ok()
     .await?;
-    // Lines of 80 bytes, and whole ones only: what has no end is held back until it has one.
+    // Only whole lines of 80 bytes, because the agent holds an unfinished line back until it ends.
     let line = "x".repeat(79);
     let script = format!(
         "cd /data; mkdir lib; {files}; nc -ll -p {PORT} -e cat /data/small & yes {line} | head -c {large}; wait"
     );
     let pod = PodBuilder::new("stream")
         .image(&Bed::image_path())
-        // Or it is the node's disk that is measured: what the pod has written counts as its memory.
+        // With less memory the node's disk would be measured: the pod's files in the page cache count as its memory.
         .memory("4Gi")
         .set(
             "volumeMounts",
@@ -209,7 +214,7 @@ impl Stream {
     ) -> anyhow::Result<()> {
         let bytes = self.bytes;
         let folder = tempfile::tempdir()?;
-        // Sent by a copy to the pod, and taken from a copy of the pod's.
+        // The source of the copy to the pod, and of the floor of the copy from it.
         std::fs::File::create(folder.path().join("large"))?.set_len(bytes)?;
         let local = folder.path().display().to_string();
         let floor = Floor::start(bed, kind, &local).await?;
@@ -235,15 +240,15 @@ impl Stream {
     }
 }
 
-/// What arrived.
+/// The result of a transfer.
 enum Moved {
-    /// So many bytes.
+    /// The client counted this many bytes.
     Counted(u64),
-    /// What lies there in the pod.
+    /// The bytes are in this file in the pod.
     Lies(&'static str),
 }
 
-/// Moves the bytes once.
+/// Transfers the bytes once.
 async fn through_knoc(
     bed: &Bed,
     uid: &str,
@@ -275,12 +280,12 @@ async fn through_knoc(
     Ok(Moved::Counted(counted))
 }
 
-/// The same bytes by bare relays, from where KNoC has them: those of a log lie in a file, those of an exec and of a copy
-/// are made and taken by the programs that make and take them in the pod and at the client, those of a forwarded port
-/// come from the pod's own listener.
+/// The same bytes through plain relays, from the same sources as through KNoC: a log comes from a file; the bytes of an exec
+/// or a copy are produced and consumed by the same programs as in the pod and at the client; a forwarded port leads to
+/// the pod's own listener.
 struct Floor {
     chain: Chain,
-    /// At our end; without it the bytes are counted.
+    /// The local program at the near end; if it is missing, the bytes are counted.
     program: Option<Vec<String>>,
 }
 
@@ -302,24 +307,24 @@ impl Floor {
                 Some(format!("tar -cf - -C {local} large")),
             ),
         };
-        let program = near.map(|words| words.split(' ').map(str::to_owned).collect());
-        let chain = Chain::start(bed, kind.places, far).await?;
+        let program = near.map(|command| command.split(' ').map(str::to_owned).collect());
+        let chain = Chain::start(bed, kind.locations, far).await?;
         Ok(Self { chain, program })
     }
 
-    /// Answers how many bytes passed; a tar is somewhat more than what it holds.
+    /// Returns the number of bytes transferred. A tar archive is slightly larger than its contents.
     async fn run(&self) -> anyhow::Result<u64> {
         match &self.program {
             None => self.chain.read().await,
-            Some(words) => {
-                let (came, went) = self.chain.run(words).await?;
+            Some(command) => {
+                let (came, went) = self.chain.run(command).await?;
                 Ok(came.max(went))
             }
         }
     }
 }
 
-/// Reads so many bytes of the log from the agent.
+/// Reads `bytes` bytes of the log from the agent.
 async fn logs(bed: &Bed, uid: &str, bytes: u64) -> anyhow::Result<u64> {
     let request = pb::ReadLogsRequest {
         uid: uid.to_owned(),
@@ -336,7 +341,7 @@ async fn logs(bed: &Bed, uid: &str, bytes: u64) -> anyhow::Result<u64> {
     Ok(bytes)
 }
 
-/// Megabytes a second.
+/// The rate in megabytes per second.
 #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
 fn rate(bytes: u64, took: Duration) -> f64 {
     bytes as f64 / 1e6 / took.as_secs_f64()

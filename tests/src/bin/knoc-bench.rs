@@ -1,5 +1,5 @@
 //! `knoc-bench [--quick] [PAGE]` measures the running stack and writes docs/performance.md;
-//! `knoc-bench [--quick] streams [WORDS]` measures only the streams whose names contain the words, and prints the results;
+//! `knoc-bench [--quick] streams [NAME]` measures only the streams whose names contain NAME, and prints the results;
 //! `knoc-bench pods COUNT [ROUNDS]` measures T1 to T3 of that many pods at once, and prints the results;
 //! `knoc-bench relay PORT ROLE KEYS` is one of the relays that serve as the lower bound of streams.
 
@@ -13,7 +13,7 @@ fn main() -> anyhow::Result<()> {
     if arguments.first().is_some_and(|word| word == "relay") {
         let [_, port, role, keys] = arguments.as_slice() else {
             anyhow::bail!(
-                "usage: knoc-bench relay PORT file=PATH|program=WORDS|listener=ADDRESS|relay=ADDRESS KEYS"
+                "usage: knoc-bench relay PORT file=PATH|program=COMMAND|listener=ADDRESS|relay=ADDRESS KEYS"
             );
         };
         let role = relay::Role::parse(role)?;
@@ -41,8 +41,8 @@ fn main() -> anyhow::Result<()> {
         return runtime.block_on(bench::pods(count.parse()?, rounds));
     }
     if streams {
-        let words = arguments.get(1).map_or("", String::as_str);
-        return runtime.block_on(bench::streams(quick.is_some(), words));
+        let name = arguments.get(1).map_or("", String::as_str);
+        return runtime.block_on(bench::streams(quick.is_some(), name));
     }
     runtime.block_on(bench::run(&page, quick.is_some()))
 }

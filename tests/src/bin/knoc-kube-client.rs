@@ -16,12 +16,12 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy};
 const FAILED: u8 = 125;
 
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = tokio::runtime::Runtime::new()
         .context("starting the runtime")
         .and_then(|runtime| {
-            let outcome = runtime.block_on(run(&words));
+            let outcome = runtime.block_on(run(&arguments));
             // A thread may still read standard input.
             runtime.shutdown_background();
             outcome
@@ -35,8 +35,8 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(words: &[&str]) -> anyhow::Result<u8> {
-    let [verb, namespace, pod, what, command @ ..] = words else {
+async fn run(arguments: &[&str]) -> anyhow::Result<u8> {
+    let [verb, namespace, pod, what, command @ ..] = arguments else {
         bail!("usage: knoc-kube-client VERB NAMESPACE POD CONTAINER|PORT [COMMAND...]");
     };
     drop(rustls::crypto::ring::default_provider().install_default());
@@ -123,7 +123,7 @@ fn code_of(status: &Status) -> anyhow::Result<u8> {
         .and_then(|cause| cause.message.as_deref());
     match code {
         Some(code) => Ok(code.parse()?),
-        None => bail!("{}", status.message.as_deref().unwrap_or("no words")),
+        None => bail!("{}", status.message.as_deref().unwrap_or("no message")),
     }
 }
 
@@ -145,7 +145,7 @@ async fn forward(pods: &Api<Pod>, pod: &str, port: u16) -> anyhow::Result<u8> {
     stdout.flush().await?;
     drop((reader, writer));
     match error.await {
-        Some(words) => bail!(words),
+        Some(message) => bail!(message),
         None => Ok(0),
     }
 }

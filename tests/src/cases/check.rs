@@ -15,40 +15,40 @@ pub enum Mismatch {
     Truncated {
         /// `cmdline` or `environ`.
         part: &'static str,
-        /// Of the output.
+        /// The length of the output in bytes.
         length: usize,
     },
     /// The number of arguments.
     #[error("{found} arguments instead of {expected}")]
     Count {
-        /// Arguments behind `argv[0]`.
+        /// The number of arguments after `argv[0]`.
         found: usize,
-        /// Of the cases.
+        /// The number of arguments in the cases.
         expected: usize,
     },
-    /// An argument.
+    /// An argument is different.
     #[error("argument {at} is {found}, must be {expected}")]
     Argument {
-        /// Counted from 1.
+        /// The position of the argument, counted from 1.
         at: usize,
-        /// Escaped and shortened.
+        /// The text that was found, escaped and shortened.
         found: String,
-        /// Escaped and shortened.
+        /// The text that was expected, escaped and shortened.
         expected: String,
     },
     /// A variable that is missing, there more than once, or has another value.
     #[error("variable {name:?} is {found}, must be {expected}")]
     Variable {
-        /// Its name.
+        /// The variable's name.
         name: String,
-        /// Escaped and shortened, all of them.
+        /// All values that were found, escaped and shortened.
         found: String,
-        /// Escaped and shortened.
+        /// The text that was expected, escaped and shortened.
         expected: String,
     },
 }
 
-/// Compares all arguments and variables; answers the names of the variables that no case set.
+/// Compares all arguments and variables; returns the names of the variables that no case has set.
 pub fn check(container: &Container, output: &[u8]) -> Result<BTreeSet<String>, Mismatch> {
     let cmdline = part(output, "cmdline")?;
     let mut arguments = strings(&cmdline);
@@ -100,7 +100,7 @@ fn variables(container: &Container, environ: &[u8]) -> Result<BTreeSet<String>, 
         .collect())
 }
 
-/// The strings of a block where each ends with a NUL.
+/// Splits a block of strings that each end with a NUL.
 fn strings(block: &[u8]) -> Vec<&[u8]> {
     let block = block.strip_suffix(b"\0").unwrap_or(block);
     if block.is_empty() {

@@ -56,8 +56,8 @@ pub const NAME_CLASSES: [(&str, &str); 20] = [
     ("tilde", "~!@^:/+"),
 ];
 
-/// Kubernetes' rule: `$(NAME)` becomes the variable where there is one and stays where there is
-/// none, `$$` becomes `$`, any other `$` stays. What was put in is not looked at again.
+/// Expands references by Kubernetes' rule: `$(NAME)` becomes the value of the variable, or stays if there is no such
+/// variable; `$$` becomes `$`; any other `$` stays. Inserted values are not expanded again.
 pub fn expand(text: &str, lookup: impl Fn(&str) -> Option<String>) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -91,7 +91,7 @@ pub fn expand(text: &str, lookup: impl Fn(&str) -> Option<String>) -> String {
     out
 }
 
-/// All Unicode scalars but NUL, in order, cut into so many pieces.
+/// All Unicode scalars except NUL, in order, divided into a number of pieces.
 pub(super) struct Scalars {
     pieces: Vec<String>,
 }
@@ -105,13 +105,13 @@ impl Scalars {
         }
     }
 
-    /// The piece of that number; rounding may leave the last numbers without one.
+    /// The piece of that number, which may be empty for the last numbers because of rounding.
     pub(super) fn piece(&self, number: usize) -> &str {
         self.pieces.get(number).map_or("", String::as_str)
     }
 }
 
-/// `SplitMix64`: small, and reproducible.
+/// The random generator `SplitMix64`, which is small and reproducible.
 pub(super) struct Random(u64);
 
 impl Random {
@@ -136,7 +136,7 @@ impl Random {
         CLASSES[self.below(CLASSES.len())].1
     }
 
-    /// Puts a nasty class before or behind the text, or leaves it alone.
+    /// Puts a nasty class before or after the text, or returns the text unchanged.
     pub(super) fn decorate(&mut self, text: &str) -> String {
         match self.below(4) {
             0 => format!("{}{text}", self.class()),
@@ -145,7 +145,7 @@ impl Random {
         }
     }
 
-    /// A name of printable ASCII without `=`.
+    /// A random name of printable ASCII characters without `=`.
     pub(super) fn name(&mut self) -> String {
         if self.below(10) == 0 {
             return NAME_CLASSES[self.below(NAME_CLASSES.len())].1.to_owned();
@@ -162,7 +162,7 @@ impl Random {
         name
     }
 
-    /// A text of references of every kind.
+    /// A random text with references of every kind.
     pub(super) fn references(&mut self, known: &[&str]) -> String {
         let mut text = String::new();
         for _ in 0..=self.below(6) {
@@ -184,7 +184,7 @@ impl Random {
         text
     }
 
-    /// A text of so many bytes.
+    /// A random text of `bytes` bytes.
     pub(super) fn long(&mut self, bytes: usize) -> String {
         let mut text = String::with_capacity(bytes);
         while text.len() < bytes {

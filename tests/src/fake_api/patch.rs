@@ -1,4 +1,4 @@
-//! Merging of patches: JSON merge patch, and so much of strategic merge as a kubelet uses.
+//! Merging of patches: JSON merge patch, and the part of strategic merge patch that a kubelet uses.
 
 use serde_json::{Map, Value};
 
@@ -19,7 +19,7 @@ pub(super) enum Kind {
     Strategic,
 }
 
-/// Merges `patch` into `target`; null removes.
+/// Merges `patch` into `target`; null removes a value.
 pub(super) fn merge(target: &mut Value, patch: &Value, kind: Kind) {
     let Value::Object(patch) = patch else {
         target.clone_from(patch);

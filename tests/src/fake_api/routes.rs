@@ -15,14 +15,14 @@ use serde_json::{Value, json};
 
 use super::Shared;
 use super::patch::Kind;
-use super::store::{Change, Refusal, Target, belongs};
+use super::store::{ApiError, Change, Target, belongs};
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
-/// Longest life of a watch, as the real server bounds it.
+/// The maximum duration of a watch; the real server has a similar limit.
 const WATCH_LIMIT: Duration = Duration::from_mins(10);
 
-/// Answers one request.
+/// Handles one request and returns its response.
 pub(super) async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Response<Body> {
     let method = request.method().clone();
     let query: BTreeMap<String, String> = query(request.uri().query().unwrap_or(""));
@@ -50,7 +50,7 @@ pub(super) async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> R
     }
     let Some((target, part)) = parse(&path) else {
         let message = format!("no such path: {path}");
-        return refuse(&Refusal {
+        return error_response(&ApiError {
             code: 404,
             reason: "NotFound",
             message,
@@ -68,7 +68,7 @@ pub(super) async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> R
         (&body, kind, apply),
     ) {
         Ok((code, object)) => reply(code, &typed(&target, object)),
-        Err(refusal) => refuse(&refusal),
+        Err(error) => error_response(&error),
     }
 }
 
@@ -79,7 +79,7 @@ fn act(
     part: &str,
     query: &BTreeMap<String, String>,
     (body, kind, apply): (&Value, Kind, bool),
-) -> Result<(u16, Value), Refusal> {
+) -> Result<(u16, Value), ApiError> {
     match (method.as_str(), part) {
         ("GET", _) if target.name.is_empty() => Ok((200, list(shared, target, query))),
         ("GET", _) => shared.store().get(target).map(|object| (200, object)),
@@ -96,7 +96,7 @@ fn act(
             .change(|store| store.replace(target, body.clone(), part))
             .map(|object| (200, object)),
         ("PATCH", _) => shared.change(|store| match store.patch(target, body, kind, part) {
-            Err(Refusal { code: 404, .. }) if apply => {
+            Err(ApiError { code: 404, .. }) if apply => {
                 store.create(target, body.clone()).map(created)
             }
             answer => answer.map(|object| (200, object)),
@@ -113,7 +113,7 @@ fn act(
                 .change(|store| store.delete(target, &options))
                 .map(|object| (200, object))
         }
-        _ => Err(Refusal {
+        _ => Err(ApiError {
             code: 405,
             reason: "MethodNotAllowed",
             message: format!("{method} is not known here"),
@@ -135,7 +135,7 @@ fn list(shared: &Shared, target: &Target, query: &BTreeMap<String, String>) -> V
     })
 }
 
-/// A token that nobody can check, with the expiry that was asked for.
+/// A response with an invalid token that has the requested expiry.
 fn token(target: &Target, body: &Value) -> Value {
     let seconds = body["spec"]["expirationSeconds"].as_i64().unwrap_or(3600);
     let expiry = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
@@ -182,7 +182,7 @@ fn watch(shared: Arc<Shared>, target: Target, query: &BTreeMap<String, String>) 
     response(200, StreamBody::new(frames).boxed_unsync())
 }
 
-/// Each change of the collection after that version, one line of JSON each.
+/// The changes of the collection after that version, one line of JSON each.
 fn changes(
     shared: Arc<Shared>,
     target: Target,
@@ -216,7 +216,7 @@ fn event(kind: &str, object: &Value) -> Bytes {
     Bytes::from(format!("{}\n", json!({"type": kind, "object": object})))
 }
 
-/// Objects of a list carry no kind in our store; clients that read single ones want it.
+/// Adds apiVersion and kind, which stored objects lack and clients expect in a single object.
 fn typed(target: &Target, mut object: Value) -> Value {
     if object.get("kind").is_none() {
         let kind = match target.resource.as_str() {
@@ -241,7 +241,7 @@ fn typed(target: &Target, mut object: Value) -> Value {
     object
 }
 
-/// `/api/v1/…` and `/apis/GROUP/VERSION/…`: the target and its subresource.
+/// Parses `/api/v1/…` and `/apis/GROUP/VERSION/…`; returns the target and its subresource.
 fn parse(path: &str) -> Option<(Target, String)> {
     let mut parts: VecDeque<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     let mut target = Target::default();
@@ -262,7 +262,7 @@ fn parse(path: &str) -> Option<(Target, String)> {
     Some((target, parts.pop_front().unwrap_or_default().to_owned()))
 }
 
-/// The field selector, `a.b=c` joined by commas; label selectors are not looked at.
+/// Whether the object matches the field selector (`a.b=c`, separated by commas); label selectors are ignored.
 fn matches(object: &Value, query: &BTreeMap<String, String>) -> bool {
     let selector = query.get("fieldSelector").map_or("", String::as_str);
     selector
@@ -316,12 +316,12 @@ fn reply(code: u16, object: &Value) -> Response<Body> {
     response(code, Full::from(object.to_string()).boxed_unsync())
 }
 
-fn refuse(refusal: &Refusal) -> Response<Body> {
+fn error_response(error: &ApiError) -> Response<Body> {
     let status = json!({
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-        "message": refusal.message, "reason": refusal.reason, "code": refusal.code,
+        "message": error.message, "reason": error.reason, "code": error.code,
     });
-    reply(refusal.code, &status)
+    reply(error.code, &status)
 }
 
 fn response(code: u16, body: Body) -> Response<Body> {

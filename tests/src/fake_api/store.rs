@@ -10,35 +10,35 @@ use super::patch::{self, Kind};
 
 /// An error: the HTTP status, the machine-readable reason, and a message.
 #[derive(Debug)]
-pub(super) struct Refusal {
+pub(super) struct ApiError {
     pub(super) code: u16,
     pub(super) reason: &'static str,
     pub(super) message: String,
 }
 
-/// What a request is about.
+/// The object or collection of a request.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Target {
-    /// `v1` or `coordination.k8s.io/v1`.
+    /// The API group and version, such as `v1` or `coordination.k8s.io/v1`.
     pub(super) version: String,
-    /// Plural, as in the path.
+    /// The plural name of the kind, as in the path.
     pub(super) resource: String,
     pub(super) namespace: String,
-    /// Empty for a collection.
+    /// The object's name, or an empty string for a collection.
     pub(super) name: String,
 }
 
-/// One change, for watches.
+/// A change of an object, as watches report it.
 #[derive(Debug, Clone)]
 pub(super) struct Change {
     pub(super) version: u64,
     pub(super) kind: &'static str,
     pub(super) target: Target,
-    /// None where a watch that is far behind sees the next change of the object instead.
+    /// `None` if it was discarded; a watch that is far behind then sees the next change of the object instead.
     pub(super) object: Option<Arc<Value>>,
 }
 
-/// How many changes keep their objects, though there are newer ones: pods can be large.
+/// How many changes keep their object although there is a newer one. The number is limited because pods can be large.
 const REMEMBERED: usize = 64;
 
 #[derive(Debug, Default)]
@@ -49,9 +49,9 @@ pub(super) struct Store {
 }
 
 impl Store {
-    pub(super) fn get(&self, target: &Target) -> Result<Value, Refusal> {
+    pub(super) fn get(&self, target: &Target) -> Result<Value, ApiError> {
         let found = self.objects.get(target).map(|object| Value::clone(object));
-        found.ok_or_else(|| Refusal {
+        found.ok_or_else(|| ApiError {
             code: 404,
             reason: "NotFound",
             message: format!("{} {:?} not found", target.resource, target.name),
@@ -67,7 +67,7 @@ impl Store {
         items.map(|(_, object)| Value::clone(object)).collect()
     }
 
-    pub(super) fn create(&mut self, target: &Target, mut object: Value) -> Result<Value, Refusal> {
+    pub(super) fn create(&mut self, target: &Target, mut object: Value) -> Result<Value, ApiError> {
         let mut target = target.clone();
         if target.name.is_empty() {
             let given = object["metadata"]["name"].as_str().map(str::to_owned);
@@ -77,7 +77,7 @@ impl Store {
             target.name = given.unwrap_or_else(|| format!("{prefix}{:05}", self.version));
         }
         if self.objects.contains_key(&target) {
-            return Err(Refusal {
+            return Err(ApiError {
                 code: 409,
                 reason: "AlreadyExists",
                 message: format!("{} {:?} already exists", target.resource, target.name),
@@ -100,7 +100,7 @@ impl Store {
         target: &Target,
         mut object: Value,
         part: &str,
-    ) -> Result<Value, Refusal> {
+    ) -> Result<Value, ApiError> {
         let old = self.get(target)?;
         let wanted = object["metadata"]["resourceVersion"].as_str();
         if wanted.is_some_and(|wanted| Some(wanted) != old["metadata"]["resourceVersion"].as_str())
@@ -135,7 +135,7 @@ impl Store {
         body: &Value,
         kind: Kind,
         part: &str,
-    ) -> Result<Value, Refusal> {
+    ) -> Result<Value, ApiError> {
         let old = self.get(target)?;
         let uid = body["metadata"]["uid"].as_str();
         if uid.is_some_and(|uid| Some(uid) != old["metadata"]["uid"].as_str()) {
@@ -154,8 +154,8 @@ impl Store {
         Ok(self.put("MODIFIED", target.clone(), object))
     }
 
-    /// Pods on a node end in two steps, as with a real API server; anything else at once.
-    pub(super) fn delete(&mut self, target: &Target, options: &Value) -> Result<Value, Refusal> {
+    /// Deletes an object: pods on a node in two steps, as in a real API server, and all other objects at once.
+    pub(super) fn delete(&mut self, target: &Target, options: &Value) -> Result<Value, ApiError> {
         let mut object = self.get(target)?;
         let uid = options["preconditions"]["uid"].as_str();
         if uid.is_some_and(|uid| Some(uid) != object["metadata"]["uid"].as_str()) {
@@ -211,16 +211,16 @@ impl Store {
     }
 }
 
-/// Does the object belong to the collection?
+/// Whether the object belongs to the collection.
 pub(super) fn belongs(target: &Target, collection: &Target) -> bool {
     target.version == collection.version
         && target.resource == collection.resource
         && (collection.namespace.is_empty() || target.namespace == collection.namespace)
 }
 
-fn conflict(target: &Target, words: &str) -> Refusal {
-    let message = format!("{} {:?}: {words}", target.resource, target.name);
-    Refusal {
+fn conflict(target: &Target, detail: &str) -> ApiError {
+    let message = format!("{} {:?}: {detail}", target.resource, target.name);
+    ApiError {
         code: 409,
         reason: "Conflict",
         message,

@@ -10,25 +10,25 @@ use super::clients::{Client, Verb};
 use super::target::Target;
 use crate::{Background, PodBuilder, Run, Terminal, World, pod::some_port, wait_for, world::SOON};
 
-/// Bytes of the streams.
+/// The number of bytes in each stream.
 const SIZE: usize = 1 << 20;
 
-/// The pod.
+/// The pod's name.
 const POD: &str = "target";
 
-/// Of what a stream says next.
-const WORDS: Duration = Duration::from_secs(30);
+/// The time limit for the next output of a stream.
+const OUTPUT_LIMIT: Duration = Duration::from_secs(30);
 
 /// A client and its pod.
 #[derive(Debug)]
 pub struct Scene {
-    /// Its namespace.
+    /// The test's namespace, in which the pod runs.
     pub world: World,
-    /// Who does it.
+    /// The client under test.
     pub client: Client,
-    /// Answers a line `N` with N bytes, and closes.
+    /// The port of a server that answers a line `N` with N bytes, and closes.
     request_port: u16,
-    /// Answers the end of its input with the sum of it, and closes.
+    /// The port of a server that answers the end of its input with its checksum, and closes.
     sum_port: u16,
 }
 
@@ -106,7 +106,7 @@ impl Scene {
             output.code == 9 && output.stdout == b"out\n",
             "9, out and err were expected: {output}"
         );
-        // kubectl adds a line of its own.
+        // kubectl appends a line about the exit code.
         ensure!(output.stderr.starts_with("err\n"), "{output}");
         let missing = self.call("exec", "main", &["/no/such/program"]).output();
         let missing = missing.await?;
@@ -134,11 +134,13 @@ impl Scene {
     }
 
     async fn terminal(&self) -> anyhow::Result<()> {
-        let words = self.client.words("exec-tty", self.target("main"), &["sh"]);
-        let args: Vec<&str> = words[1..].iter().map(String::as_str).collect();
-        let mut terminal = Terminal::start(&words[0], &args, 33, 101)?;
-        // Sizes travel beside the input: asked until it has arrived.
-        wait_for("the terminal's size", WORDS, async || {
+        let command = self
+            .client
+            .command_line("exec-tty", self.target("main"), &["sh"]);
+        let args: Vec<&str> = command[1..].iter().map(String::as_str).collect();
+        let mut terminal = Terminal::start(&command[0], &args, 33, 101)?;
+        // The size is not ordered with the input, so the question is repeated until the size has arrived.
+        wait_for("the terminal's size", OUTPUT_LIMIT, async || {
             terminal.type_text("stty size; tty\n")?;
             tokio::time::sleep(Duration::from_millis(300)).await;
             let shown = terminal.shown();
@@ -184,7 +186,7 @@ impl Scene {
             .kubectl(["exec", POD, "-c", "main", "--", "touch", "/shared/go"])
             .ok()
             .await?;
-        let code = follower.exit_code(WORDS).await?;
+        let code = follower.exit_code(OUTPUT_LIMIT).await?;
         let shown = follower.shown();
         ensure!(
             code == 0 && shown == "first\n1\n2\n3\n4\n5\nlast\n",

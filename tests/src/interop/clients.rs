@@ -11,12 +11,12 @@ use crate::Run;
 /// The time limit of one call, so that a verb that hangs does not block the suite.
 const CALL: Duration = Duration::from_secs(45);
 
-/// What a client is to do; a column of the table.
+/// A verb that clients are tested with; a column of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
     /// Output and errors apart, exit code.
     Exec,
-    /// Bytes both ways.
+    /// Bytes in both directions.
     Input,
     /// A command that reads to the end of its input.
     EndOfInput,
@@ -35,7 +35,7 @@ pub enum Verb {
 }
 
 impl Verb {
-    /// In the order of the table.
+    /// All verbs in the order of the table.
     pub const ALL: [Self; 9] = [
         Self::Exec,
         Self::Input,
@@ -48,7 +48,7 @@ impl Verb {
         Self::Copy,
     ];
 
-    /// Its column's head.
+    /// The heading of its column.
     #[must_use]
     pub fn title(self) -> &'static str {
         match self {
@@ -65,17 +65,17 @@ impl Verb {
     }
 }
 
-/// One client.
+/// A client, and how it is called.
 #[derive(Clone, Debug)]
 pub struct Client {
-    /// As its row is called.
+    /// The name of its row.
     pub name: &'static str,
     /// How its streams travel to the API server.
     pub transport: &'static str,
-    /// kubectl's own words instead of the contract of tests/interop/README.md.
+    /// Whether it has kubectl's command line instead of that of tests/interop/README.md.
     kubectl: bool,
-    /// `env`, its variables, the program and its first words.
-    words: Vec<String>,
+    /// `env`, its variables, the program and its first arguments.
+    command: Vec<String>,
     lacks: &'static [(Verb, &'static str)],
 }
 
@@ -96,14 +96,14 @@ fn all(bed: &Path) -> Vec<Client> {
         name,
         transport,
         kubectl: true,
-        words: vec!["env".into(), installed(&format!("kubectl-{minor}"))],
+        command: vec!["env".into(), installed(&format!("kubectl-{minor}"))],
         lacks: &[],
     };
-    let program = |name, transport, words: Vec<String>, lacks| Client {
+    let program = |name, transport, command: Vec<String>, lacks| Client {
         name,
         transport,
         kubectl: false,
-        words: [vec!["env".into()], words].concat(),
+        command: [vec!["env".into()], command].concat(),
         lacks,
     };
     let go = |transport| {
@@ -149,7 +149,7 @@ fn all(bed: &Path) -> Vec<Client> {
     ]
 }
 
-/// A program of this package, which cargo puts beside the folder of the test that runs.
+/// A program of this package, which cargo puts next to the folder of the running test.
 fn built(name: &str) -> String {
     let test = std::env::current_exe().unwrap_or_default();
     let folder = test.parent().and_then(Path::parent);
@@ -169,7 +169,7 @@ impl Client {
             .into_iter()
             .find(|one| one.name == name);
         let client = found.with_context(|| format!("no client is called {name:?}"))?;
-        let files = client.words.iter().filter(|word| word.starts_with('/'));
+        let files = client.command.iter().filter(|word| word.starts_with('/'));
         let missing: Vec<_> = files.filter(|file| !Path::new(file).exists()).collect();
         ensure!(
             missing.is_empty(),
@@ -178,14 +178,14 @@ impl Client {
         Ok(client)
     }
 
-    /// One without a program.
+    /// A client without a program, for unit tests.
     #[cfg(test)]
     pub(super) fn sample(name: &'static str) -> Self {
         Self {
             name,
             transport: "any",
             kubectl: false,
-            words: Vec::new(),
+            command: Vec::new(),
             lacks: &[],
         }
     }
@@ -199,9 +199,9 @@ impl Client {
 
     /// The command line of a call, beginning with the program; `verb` and `rest` are those of the contract.
     #[must_use]
-    pub fn words(&self, verb: &str, target: Target<'_>, rest: &[&str]) -> Vec<String> {
+    pub fn command_line(&self, verb: &str, target: Target<'_>, rest: &[&str]) -> Vec<String> {
         let call = if self.kubectl {
-            kubectl::words(verb, target, rest)
+            kubectl::arguments(verb, target, rest)
         } else {
             let Target {
                 namespace,
@@ -211,18 +211,18 @@ impl Client {
             let fixed = [verb, namespace, pod, container];
             fixed.iter().chain(rest).map(|&word| word.into()).collect()
         };
-        [self.words.clone(), call].concat()
+        [self.command.clone(), call].concat()
     }
 
     /// The call as a process.
     #[must_use]
     pub fn call(&self, verb: &str, target: Target<'_>, rest: &[&str]) -> Run {
-        let words = self.words(verb, target, rest);
-        Run::new(&words[0]).args(&words[1..]).deadline(CALL)
+        let command = self.command_line(verb, target, rest);
+        Run::new(&command[0]).args(&command[1..]).deadline(CALL)
     }
 
-    /// Sends bytes to a port of the pod, ends them where the client can, and answers what came back until the other
-    /// side closed.
+    /// Sends bytes to a port of the pod, and their end if the client supports it; returns what came back until the other side
+    /// closed.
     pub async fn forward(
         &self,
         target: Target<'_>,
@@ -230,8 +230,8 @@ impl Client {
         bytes: Vec<u8>,
     ) -> anyhow::Result<Vec<u8>> {
         if self.kubectl {
-            let words = self.words("port-forward", target, &[&format!(":{port}")]);
-            let forwarded = kubectl::forward(&words, &bytes);
+            let command = self.command_line("port-forward", target, &[&format!(":{port}")]);
+            let forwarded = kubectl::forward(&command, &bytes);
             return timeout(CALL, forwarded)
                 .await
                 .context("no end of kubectl port-forward")?;
@@ -259,18 +259,19 @@ mod tests {
         };
         let bed = Path::new("/bed");
         let clients = all(bed);
-        let words =
-            |client: &Client, verb, rest: &[&str]| client.words(verb, target, rest).join(" ");
+        let command = |client: &Client, verb, rest: &[&str]| {
+            client.command_line(verb, target, rest).join(" ")
+        };
         assert_eq!(
-            words(&clients[0], "exec-stdin", &["cat"]),
+            command(&clients[0], "exec-stdin", &["cat"]),
             "env /bed/interop/kubectl-1.30 --namespace n exec -i p -c c -- cat"
         );
         assert_eq!(
-            words(&clients[0], "cp-from", &["/tmp/cp", "/here", "data"]),
+            command(&clients[0], "cp-from", &["/tmp/cp", "/here", "data"]),
             "env /bed/interop/kubectl-1.30 --namespace n cp --retries=0 -c c p:/tmp/cp/data /here/data"
         );
         assert_eq!(
-            words(&clients[4], "exec", &["true"]),
+            command(&clients[4], "exec", &["true"]),
             "env KNOC_TRANSPORT=spdy /bed/interop/go-client exec n p c true"
         );
     }

@@ -5,13 +5,13 @@ use crate::{Forward, Run};
 
 /// Runs `kubectl port-forward` with these arguments, sends bytes and their end through it, and returns what came back until
 /// the other side closed. kubectl would continue to serve, so it is stopped.
-pub(super) async fn forward(words: &[String], bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
-    let run = Run::new(&words[0]).args(&words[1..]);
+pub(super) async fn forward(command: &[String], bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
+    let run = Run::new(&command[0]).args(&command[1..]);
     Forward::start(run).await?.exchange(bytes).await
 }
 
 /// kubectl's arguments for a verb of the contract.
-pub(super) fn words(verb: &str, target: Target<'_>, rest: &[&str]) -> Vec<String> {
+pub(super) fn arguments(verb: &str, target: Target<'_>, rest: &[&str]) -> Vec<String> {
     let Target {
         namespace,
         pod,
@@ -19,8 +19,8 @@ pub(super) fn words(verb: &str, target: Target<'_>, rest: &[&str]) -> Vec<String
     } = target;
     let cp = ["cp", "--retries=0", "-c", container];
     let remote = |folder: &str, name: &str| format!("{pod}:{folder}/{name}");
-    let mut words: Vec<String> = vec!["--namespace".into(), namespace.into()];
-    let mut add = |more: &[&str]| words.extend(more.iter().map(|&word| word.into()));
+    let mut arguments: Vec<String> = vec!["--namespace".into(), namespace.into()];
+    let mut add = |more: &[&str]| arguments.extend(more.iter().map(|&word| word.into()));
     match (verb, rest) {
         ("exec", _) => add(&["exec", pod, "-c", container, "--"]),
         ("exec-stdin", _) => add(&["exec", "-i", pod, "-c", container, "--"]),
@@ -43,5 +43,5 @@ pub(super) fn words(verb: &str, target: Target<'_>, rest: &[&str]) -> Vec<String
     if !verb.starts_with("cp-") {
         add(rest);
     }
-    words
+    arguments
 }

@@ -10,20 +10,20 @@ use anyhow::Context as _;
 
 use super::clients::{Client, Verb};
 
-/// Names the page; unset: none is written.
+/// The variable with the path of the page. If it is not set, no page is written.
 const PAGE: &str = "KNOC_INTEROP_PAGE";
 
-/// Rows come from tests that run at once.
+/// A lock, because tests that run at the same time write rows.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// What a client showed of a verb.
+/// The result of a client and a verb.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cell {
-    /// As it should.
+    /// The client and the verb work.
     Works,
-    /// Not as it should; the test says how.
+    /// They do not work; the test's error says how.
     Fails,
-    /// The client cannot, and why.
+    /// The client does not support the verb, for this reason.
     Lacking(&'static str),
 }
 
@@ -39,7 +39,7 @@ pub(super) fn write(server: &str, client: &Client, row: &[Cell]) -> anyhow::Resu
     crate::site::write(page, &new).with_context(|| page.display().to_string())
 }
 
-/// The page with the row in it: rows keep the order of their names within a table, tables that of their versions.
+/// The page with the row inserted. Rows are sorted by name, and tables by version.
 fn with_row(page: &str, server: &str, client: &Client, row: &[Cell]) -> anyhow::Result<String> {
     let mut tables = parse(page);
     if tables.iter().all(|(version, _)| version != server) {
@@ -64,7 +64,7 @@ fn with_row(page: &str, server: &str, client: &Client, row: &[Cell]) -> anyhow::
     render(&tables)
 }
 
-/// Versions and their rows.
+/// The rows of each version of the API server.
 type Tables = Vec<(String, Vec<String>)>;
 
 fn parse(page: &str) -> Tables {

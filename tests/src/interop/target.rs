@@ -5,8 +5,8 @@
 pub struct Target<'a> {
     /// The pod's namespace.
     pub namespace: &'a str,
-    /// The pod.
+    /// The pod's name.
     pub pod: &'a str,
-    /// Its container.
+    /// The container's name.
     pub container: &'a str,
 }

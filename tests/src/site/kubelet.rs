@@ -15,7 +15,7 @@ pub const NODE: &str = "knoc-test";
 /// The API server, and the files that its kubelet needs to start any number of times.
 #[derive(Debug)]
 pub struct Kubelet {
-    /// The API server.
+    /// The fake API server of this kubelet.
     pub api: FakeApi,
     port: u16,
 }

@@ -93,7 +93,7 @@ impl Pod {
         self
     }
 
-    /// The pod's uid.
+    /// The uid of the pod.
     #[must_use]
     pub fn uid(&self) -> &str {
         self.request.spec.as_ref().map_or("", |spec| &spec.uid)

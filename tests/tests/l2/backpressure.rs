@@ -54,7 +54,7 @@ async fn readers_that_stall_block_no_other_stream() -> anyhow::Result<()> {
     wait_for("every writer stands still", SOON, async || {
         let pids: Vec<i32> = processes_naming(&marked)
             .into_iter()
-            .filter(|(_, words)| words.starts_with("yes "))
+            .filter(|(_, line)| line.starts_with("yes "))
             .map(|(pid, _)| pid)
             .collect();
         let now = written(&pids)?;

@@ -332,20 +332,20 @@ async fn renewals_are_for_certificates_past_half_of_their_life_and_bounded() -> 
         anyhow::Ok((ErrorReason::of(&status), status.message().to_owned()))
     };
     let mut late = site.client_with(site.issue(&ctl("late"), ending_in(600)?)?)?;
-    let (why, words) = reason(&mut late).await?;
+    let (why, message) = reason(&mut late).await?;
     ensure!(
-        why == Some(ErrorReason::Unsupported) && words.contains("ca.key"),
-        "{words}"
+        why == Some(ErrorReason::Unsupported) && message.contains("ca.key"),
+        "{message}"
     );
     site.put_ca_key()?;
     let mut early = site.client_with(site.issue(&ctl("early"), hours())?)?;
-    let (why, words) = reason(&mut early).await?;
+    let (why, message) = reason(&mut early).await?;
     ensure!(
-        why == Some(ErrorReason::Unsupported) && words.contains("from"),
-        "{words}"
+        why == Some(ErrorReason::Unsupported) && message.contains("from"),
+        "{message}"
     );
-    let (why, words) = reason(&mut site.socket_client()?).await?;
-    ensure!(why == Some(ErrorReason::PermissionDenied), "{words}");
+    let (why, message) = reason(&mut site.socket_client()?).await?;
+    ensure!(why == Some(ErrorReason::PermissionDenied), "{message}");
     let mut given = 0;
     let refused = loop {
         match late.renew_certificate(asked()?).await {

@@ -22,9 +22,9 @@ const SOON: Duration = Duration::from_secs(20);
 /// Text that begins a line like one of ours, and clears a terminal.
 const FORGED: &str = "\n2026-11-28T00:00:00.000000Z  INFO knoc: forged\r\u{1b}[2J";
 
-/// Checks that the log contains these words, and no line that the peer forged.
-fn harmless(log: &str, words: &str) -> anyhow::Result<()> {
-    ensure!(log.contains(words), "the peer is not in the log: {log}");
+/// Checks that the log contains the expected text, and no line that the peer forged.
+fn harmless(log: &str, expected: &str) -> anyhow::Result<()> {
+    ensure!(log.contains(expected), "the peer is not in the log: {log}");
     for line in log.lines() {
         ensure!(!line.contains(is_unshown), "a raw character: {line:?}");
         ensure!(!line.starts_with("2026-11-28T00:00:00"), "forged: {line:?}");
@@ -80,7 +80,7 @@ async fn a_certificate_cannot_forge_a_line_of_a_log() -> anyhow::Result<()> {
         ];
         let _kubelet = kubelet.start(&site, &env).await?;
         // The agent names an identity only if it is valid.
-        for (address, log, words) in [
+        for (address, log, expected) in [
             (kubelet.address(), "kubelet.log", "forged"),
             (site.address(), "agent.log", "connection refused"),
         ] {
@@ -88,7 +88,7 @@ async fn a_certificate_cannot_forge_a_line_of_a_log() -> anyhow::Result<()> {
             wait_for(log, SOON, async || call(&site, address).await).await?;
             wait_for("the refusal in the log", SOON, async || {
                 let log = std::fs::read_to_string(site.path(log))?;
-                harmless(&log, words)
+                harmless(&log, expected)
             })
             .await?;
         }

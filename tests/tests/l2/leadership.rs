@@ -33,7 +33,7 @@ fn now() -> i64 {
 
 /// A `ctl` certificate could once store 2^63 - 1 with an invalid request, which locked every kubelet out.
 #[tokio::test]
-async fn nobody_but_a_nodes_kubelet_claims_its_epochs() -> anyhow::Result<()> {
+async fn only_a_nodes_kubelet_claims_its_epochs() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let _agent = site.agent(&[]).await?;
     let (ctl, socket) = (site.client()?, site.socket_client()?);

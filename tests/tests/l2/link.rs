@@ -78,7 +78,7 @@ async fn an_agent_is_no_client() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn without_tls_nobody_is_answered() -> anyhow::Result<()> {
+async fn connections_without_tls_get_no_answer() -> anyhow::Result<()> {
     let site = Site::new(Options::default())?;
     let _agent = site.agent(&[]).await?;
     let mut plain = tokio::net::TcpStream::connect(site.address()).await?;
@@ -122,7 +122,7 @@ async fn a_mistake_in_the_site_file_is_named_before_anything_starts() -> anyhow:
         let line = text.lines().position(|line| line.starts_with(name));
         line.map(|line| line + 1).context("the line")
     };
-    for (name, words) in [
+    for (name, expected) in [
         ("sbatch_rat", "expected one of `sbatch_rate`"),
         ("stop_slack", "\"90s\""),
         ("image_concurrency", "must be above 0"),
@@ -130,7 +130,7 @@ async fn a_mistake_in_the_site_file_is_named_before_anything_starts() -> anyhow:
         let place = format!("agent.toml:{}: limits.{name}: ", line(&format!("{name} "))?);
         let said = log.lines().find(|line| line.contains(&place));
         let said = said.with_context(|| format!("{place} is not in {log}"))?;
-        ensure!(said.contains(words), "{words} is not in {said}");
+        ensure!(said.contains(expected), "{expected} is not in {said}");
     }
     Ok(())
 }

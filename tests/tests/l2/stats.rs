@@ -107,7 +107,7 @@ async fn cpu_and_memory_of_each_container_are_measured() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
-async fn the_last_counters_stay_though_nobody_asked() -> anyhow::Result<()> {
+async fn the_last_counters_stay_although_nothing_asked_for_them() -> anyhow::Result<()> {
     let (site, agent, client) = Site::start(Options::default()).await?;
     let pod = Pod::new(
         "brief",

@@ -1,7 +1,7 @@
-//! Files that are either wholly there or not at all, also after a crash.
+//! Writes files so that readers see either all of a file or none of it, even after a crash.
 //!
-//! Blocking file work: callers on a runtime use `spawn_blocking`. Never follows a half-written file: a temporary
-//! file beside the target is written, synced and renamed over it, then the folder is synced.
+//! All functions block on file I/O: async callers use `spawn_blocking`. A temporary file beside the
+//! target is written, synced and renamed over it; then the folder is synced.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -11,21 +11,21 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// What could not be done on which path.
+/// A file operation that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{action} {}", path.display())]
 pub struct FileError {
-    /// Verb phrase: "write", "rename over" …
+    /// The operation, as a verb: "write", "rename over" …
     pub action: &'static str,
-    /// The file it was about.
+    /// The file's path.
     pub path: PathBuf,
-    /// The system's words.
+    /// The system's error.
     #[source]
     pub source: io::Error,
 }
 
 impl FileError {
-    /// For `map_err`: names the action and the path.
+    /// For `map_err`: adds the operation and the path.
     pub fn on(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self {
@@ -35,17 +35,19 @@ impl FileError {
         }
     }
 
-    /// Is it that the file is not there?
+    /// Whether the file does not exist.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         self.source.kind() == io::ErrorKind::NotFound
     }
 }
 
-/// Distinguishes temporary files of one process; the process id does it between processes of one host.
+/// Distinguishes the temporary files of one process. The process ID distinguishes those of
+/// processes on one host.
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 
-/// A name beside `path` that no other writer uses: the hosts of one shared file system meet in one folder.
+/// A name beside `path` that no other writer uses, on this host or on another that shares the file
+/// system.
 pub(crate) fn temporary(path: &Path) -> PathBuf {
     let n = COUNTER.fetch_add(1, Ordering::Relaxed);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -53,7 +55,7 @@ pub(crate) fn temporary(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}.{}.{n}.{random:016x}", std::process::id()))
 }
 
-/// Creates `path` anew with `mode` and the contents `bytes`, synced. Fails where it exists.
+/// Creates `path` with `mode` and the contents `bytes`, synced. Fails if it exists.
 pub(crate) fn create_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     let mut file = OpenOptions::new()
         .write(true)
@@ -61,38 +63,35 @@ pub(crate) fn create_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), 
         .mode(mode)
         .open(path)
         .map_err(FileError::on("create", path))?;
-    bytes
-        .chunks(PAGE)
-        .try_for_each(|page| file.write_all(page))
+    file.write_all(bytes)
         .map_err(FileError::on("write", path))?;
     file.sync_all().map_err(FileError::on("sync", path))
 }
 
-/// Replaces `path` by `bytes` with permission bits `mode`: temporary file, fsync, rename, fsync of the folder.
+/// Replaces `path` with a file that has the contents `bytes` and the permission bits `mode`. File
+/// and folder are synced.
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     replace(path, bytes, mode)?;
     sync_parent(path)
 }
 
-/// Files are written page by page. Newer kernels keep what is written at once in one large piece of the page cache and
-/// map all of it at the first touch: a program written in one go has two thirds of itself resident in every process that
-/// runs it, and a shim runs in every job.
-const PAGE: usize = 4096;
-
-/// As [`write()`], but without the sync of the folder: for several files in one folder, whose last one calls [`write()`].
+/// Like [`write()`], but does not sync the folder: for several files in one folder, the last of
+/// which is written with [`write()`].
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     let temporary = temporary(path);
     let written = create_synced(&temporary, bytes, mode)
         .and_then(|()| fs::rename(&temporary, path).map_err(FileError::on("rename over", path)));
     if written.is_err() {
-        // The first error is what matters; a left-over temporary file is swept with the folder.
+        // The first error is the one to report; a leftover temporary file is removed together with
+        // the folder.
         drop(fs::remove_file(&temporary));
     }
     written
 }
 
-/// Writes `files` that nobody reads yet, and syncs them and `folders` at the same time: a file system then needs about
-/// one commit for all. Not atomic: the caller knows how to tell a half-written set.
+/// Writes `files` that nobody reads yet, and syncs them and `folders` concurrently, which takes a
+/// file system about one commit. This is not atomic: the caller must be able to recognise an
+/// incomplete set.
 pub fn create_together(
     files: &[(PathBuf, Vec<u8>)],
     folders: &[&Path],
@@ -115,7 +114,8 @@ pub fn create_together(
     std::thread::scope(|scope| {
         let mut syncing = Vec::with_capacity(open.len());
         for (file, path) in open {
-            // Login nodes bound the threads of a user: what gets none is synced here, one after the other.
+            // Login nodes limit the number of threads per user. A file without a thread is synced
+            // here, one after the other.
             let own = file.try_clone().map_err(FileError::on("sync", path))?;
             let spawned =
                 std::thread::Builder::new().spawn_scoped(scope, move || sync((own, path)));
@@ -132,7 +132,7 @@ pub fn create_together(
     })
 }
 
-/// Makes the entry of `path` in its folder durable.
+/// Syncs the parent folder of `path`, so that its entry is durable.
 pub fn sync_parent(path: &Path) -> Result<(), FileError> {
     let parent = path.parent().unwrap_or_else(|| Path::new("/"));
     File::open(parent)
@@ -140,7 +140,7 @@ pub fn sync_parent(path: &Path) -> Result<(), FileError> {
         .map_err(FileError::on("sync", parent))
 }
 
-/// Makes `path` and its parents, 0700; those that exist are left as they are.
+/// Creates `path` and its parents with mode 0700; existing folders are not changed.
 pub fn create_dir(path: &Path) -> Result<(), FileError> {
     DirBuilder::new()
         .recursive(true)
@@ -154,7 +154,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     fs::read(path).map_err(FileError::on("read", path))
 }
 
-/// Reads a whole file, `None` where it is not there.
+/// Reads a whole file; `None` if it does not exist.
 pub fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
     match read(path) {
         Ok(bytes) => Ok(Some(bytes)),
@@ -163,7 +163,8 @@ pub fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
     }
 }
 
-/// As [`read_optional`], but no more than one byte above `most`, so that the caller sees that it is too long.
+/// Like [`read_optional`], but reads at most `most` + 1 bytes, so that the caller can tell that the
+/// file is too long.
 pub fn read_bounded(path: &Path, most: usize) -> Result<Option<Vec<u8>>, FileError> {
     let file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -1,11 +1,13 @@
-//! The claim of a job directory: at most one job of a pod ever runs its containers.
+//! The claim of a job directory, which ensures that at most one job of a pod runs its containers.
 //!
-//! `sbatch` may time out although the job was accepted, and two agents may meet on one shared home, so two jobs may
-//! be started for one pod. Before anything else the shim calls [`claim`]: `link(2)` of a file that names the job and
-//! its restart count to `claim.<n>`, which succeeds for exactly one process on one file system. A job takes
-//! `claim.<n+1>` only where the newest claim names its own job id and a lower restart count (Slurm requeued it), and
-//! only of a pod that may run again: others are submitted with `--no-requeue`, which an administrator can override.
-//! Claims are never removed while the directory lives. Blocking file work.
+//! `sbatch` may time out although the job was accepted, and two agents may share one home
+//! directory, so two jobs may be started for one pod. Before anything else the shim calls
+//! [`claim`]. It uses `link(2)` to give a file with the job ID and restart count the name
+//! `claim.<n>`, which succeeds for exactly one process on one file system. A job takes
+//! `claim.<n+1>` only if the newest claim has its own job ID and a lower restart count (Slurm has
+//! requeued the job), and only if the pod may run again. Other pods are submitted with
+//! `--no-requeue`, but an administrator can override that. Claims are never removed during the life
+//! of the directory. All functions block on file I/O.
 
 use std::{
     fs, io,
@@ -19,19 +21,19 @@ use super::{
     decode::{self, DecodeError, MAX_CLAIM},
 };
 
-/// Why the caller may not run the containers.
+/// Why the caller must not run the containers.
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// Another job, or an equal or newer restart of this one, holds the directory: this job is surplus.
+    /// Another job, or an equal or newer restart of this one, holds the claim: this job is surplus.
     #[error("job {} (restart {}) on {} holds the claim", holder.job_id, holder.restart, holder.host)]
     Surplus {
         /// The newest claim.
         holder: Claim,
     },
-    /// The file system refused.
+    /// A file operation failed.
     #[error("claim the job directory")]
     File(#[from] FileError),
-    /// A claim file exists that cannot be understood. It might be another's: nothing is run.
+    /// A claim file cannot be parsed. It may be another job's, so nothing is run.
     #[error("{} is not a claim", path.display())]
     Malformed {
         /// The file.
@@ -42,8 +44,9 @@ pub enum ClaimError {
     },
 }
 
-/// Claims `folder` for `wanted`. Returns the claim's number; 2 and above mean that an earlier run of the same job
-/// began the containers before, which is refused unless the pod may run `again`.
+/// Claims `folder` for `wanted`, and returns the claim's number. A number of 2 or more means that
+/// an earlier run of the same job has started the containers; this is an error unless the pod may
+/// run `again`.
 pub fn claim(folder: &Path, wanted: &Claim, again: bool) -> Result<u32, ClaimError> {
     let mine = atomic::temporary(&folder.join("claim"));
     let bytes = serde_json::to_vec(wanted).map_err(|source| ClaimError::Malformed {
@@ -52,15 +55,16 @@ pub fn claim(folder: &Path, wanted: &Claim, again: bool) -> Result<u32, ClaimErr
     })?;
     atomic::create_synced(&mine, &bytes, 0o600)?;
     let outcome = take(folder, &mine, wanted, again);
-    // Its name has served; whether or not it can be removed changes nothing of the outcome.
+    // The temporary name is no longer needed. The outcome is the same if it cannot be removed.
     drop(fs::remove_file(&mine));
     outcome
 }
 
-/// The newest claim and its number, where there is one.
+/// The newest claim and its number, if there is one.
 pub fn newest(folder: &Path) -> Result<Option<(u32, Claim)>, ClaimError> {
     let mut found = None;
-    // Not by listing the folder, which a shared file system may show late: by opening one name after the other.
+    // Opens one name after the other. A listing of the folder may be out of date on a shared file
+    // system.
     for n in 1.. {
         let path = path(folder, n);
         let Some(bytes) = atomic::read_bounded(&path, MAX_CLAIM)? else {
@@ -87,7 +91,7 @@ fn take(folder: &Path, mine: &Path, wanted: &Claim, again: bool) -> Result<u32, 
         let target = path(folder, n);
         match fs::hard_link(mine, &target) {
             Ok(()) => {}
-            // An NFS client may repeat a request that was done already; the link count tells.
+            // An NFS client may repeat a request that has succeeded; the link count tells.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 if fs::metadata(mine)
                     .map_err(FileError::on("stat", mine))?
@@ -150,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_at_once_exactly_one_wins() {
+    fn exactly_one_of_many_concurrent_claims_wins() {
         const RACERS: usize = 16;
         for _ in 0..20 {
             let folder = tempfile::tempdir().unwrap();

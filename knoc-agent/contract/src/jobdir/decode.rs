@@ -1,7 +1,8 @@
-//! PURE: what the claim and report files of a job directory say, within bounds.
+//! PURE: decodes the claim and report files of a job directory, within bounds.
 //!
-//! They are read by another process than the one that wrote them, often on another host, and on a file system that
-//! others may fill: whatever the bytes are, reading them takes little memory and no panic, and an error of one line.
+//! The reader is another process than the writer, often on another host, and others may be able to
+//! write to the file system. Whatever the bytes are, decoding uses little memory and does not
+//! panic, and an error fits on one line.
 
 use knoc_proto::pb;
 use prost::{
@@ -11,59 +12,61 @@ use prost::{
 };
 use serde::{Deserialize, Serialize};
 
-/// A claim is some 100 bytes.
+/// The maximum size of a claim in bytes; a usual one has about 100.
 pub const MAX_CLAIM: usize = 4 << 10;
 
-/// A report holds two messages of 4 KiB of each container, and a few notes.
+/// The maximum size of a report in bytes. It holds two messages of 4 KiB for each container, and a
+/// few notes.
 pub const MAX_REPORT: usize = 4 << 20;
 
-/// Top-level fields of a report: an empty one has two bytes in the file and some hundred in memory.
+/// The maximum number of a report's top-level fields. An empty field has two bytes in the file and
+/// some hundred in memory.
 pub const MAX_REPORT_FIELDS: usize = 8 << 10;
 
-/// As long as a host name may be; job ids are much shorter.
+/// The maximum length of a host name, in bytes; job IDs are much shorter.
 const MAX_WORD: usize = 253;
 
-/// Who may run the containers of a job directory. The content of `claim.<n>`.
+/// The job that may run the containers of a job directory: the content of `claim.<n>`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claim {
     /// The scheduler's job id.
     pub job_id: String,
     /// The scheduler's restart count of that job (`SLURM_RESTART_COUNT`).
     pub restart: u32,
-    /// Where the claimant ran: for people.
+    /// The host on which the claimant ran, for messages.
     pub host: String,
 }
 
-/// Bytes that are not what was expected.
+/// Why bytes are not a claim or a report.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// More than any file of this kind has.
+    /// The file is larger than any file of its kind.
     #[error("it has more than {most} bytes")]
     TooLong {
-        /// The bound.
+        /// The limit in bytes.
         most: usize,
     },
-    /// As [`Self::TooLong`].
+    /// The file has more fields than any file of its kind.
     #[error("it has more than {most} fields")]
     TooMany {
-        /// The bound.
+        /// The limit.
         most: usize,
     },
-    /// No JSON, or other JSON.
+    /// The bytes are not JSON, or not the JSON of a claim.
     #[error("its JSON is not that of a claim")]
     Json(#[from] serde_json::Error),
-    /// A value that cannot be meant.
+    /// A value is not a plausible job ID or host name.
     #[error("its {field} is not a word of 1 to {MAX_WORD} printable ASCII characters")]
     Word {
         /// The field.
         field: &'static str,
     },
-    /// No protocol buffer of this kind.
+    /// The bytes are not a protocol buffer of this kind.
     #[error("its protocol buffer is not that of a report")]
     Protobuf(#[from] prost::DecodeError),
 }
 
-/// The content of `claim.<n>`.
+/// Decodes the content of `claim.<n>`.
 pub fn claim(bytes: &[u8]) -> Result<Claim, DecodeError> {
     if bytes.len() > MAX_CLAIM {
         return Err(DecodeError::TooLong { most: MAX_CLAIM });
@@ -82,7 +85,7 @@ fn is_word(text: &str) -> bool {
     (1..=MAX_WORD).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
-/// The content of `report.pb`.
+/// Decodes the content of `report.pb`.
 pub fn report(bytes: &[u8]) -> Result<pb::Report, DecodeError> {
     if bytes.len() > MAX_REPORT {
         return Err(DecodeError::TooLong { most: MAX_REPORT });

@@ -1,5 +1,5 @@
-//! What the fuzz targets and the tests run alike: any bytes as a claim file and as a report file, and what must hold
-//! whatever they are. A broken promise is a panic here.
+//! Shared by the fuzz targets and the tests: any bytes as a claim file and as a report file, and
+//! what must hold for them. A violation panics.
 //!
 //! Compiled for tests, and with the feature `fuzzed` for the targets in `knoc-agent/fuzz`.
 
@@ -14,10 +14,10 @@ use prost::Message as _;
 
 use super::decode::{DecodeError, MAX_CLAIM, MAX_REPORT, MAX_REPORT_FIELDS, claim, report};
 
-/// Any bytes as `claim.<n>`.
+/// Decodes any bytes as `claim.<n>`.
 ///
 /// # Panics
-/// Where what is read is not what would be written, or is not fit for a log line.
+/// If the decoded claim would be written differently, or is not fit for a log line.
 pub fn claim_file(data: &[u8]) {
     match claim(data) {
         Ok(read) => {
@@ -33,10 +33,10 @@ pub fn claim_file(data: &[u8]) {
     }
 }
 
-/// Any bytes as `report.pb`.
+/// Decodes any bytes as `report.pb`.
 ///
 /// # Panics
-/// Where more is held than the bounds allow, or what is read is not what would be written.
+/// If the report exceeds the bounds, or would be written differently.
 pub fn report_file(data: &[u8]) {
     match report(data) {
         Ok(read) => {
@@ -53,7 +53,7 @@ pub fn report_file(data: &[u8]) {
     }
 }
 
-/// Errors go into a log and into a pod's message.
+/// Errors are written to a log and to a pod's message.
 fn one_line(error: &DecodeError, data: &[u8]) {
     let text = knoc_proto::error::chain(error);
     assert!(!text.chars().any(char::is_control), "{text:?}");
@@ -86,8 +86,8 @@ mod tests {
     }
 
     #[test]
-    fn small_bytes_that_would_be_large_in_memory_are_refused() {
-        // An empty status of a container, and a note: two bytes each.
+    fn small_bytes_that_would_be_large_in_memory_are_rejected() {
+        // An empty container status, and a note: two bytes each.
         for field in [0x42, 0x8a] {
             let part: &[u8] = if field == 0x42 {
                 &[0x42, 0]
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_whose_words_would_spoil_a_log_is_refused_by_field() {
+    fn a_claim_that_would_garble_a_log_is_rejected_with_its_field() {
         let text = |job: &str, host: &str| {
             let (job_id, host) = (job.to_owned(), host.to_owned());
             serde_json::to_vec(&super::super::decode::Claim {
@@ -126,7 +126,7 @@ mod tests {
         }
     }
 
-    /// Bytes that get past the first checks more often than any bytes do.
+    /// Bytes that pass the first checks more often than random bytes do.
     fn likely() -> impl Strategy<Value = Vec<u8>> {
         let note = |(message, at): (String, i64)| pb::PodNote {
             message,
@@ -150,7 +150,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_bytes(
+        fn any_bytes_keep_the_promises(
             data in likely(),
             place in any::<prop::sample::Index>(),
             byte in any::<u8>(),

@@ -1,46 +1,50 @@
-//! The JSON files of the state directory, other than the pod's record.
+//! The JSON files of the state directory, except the pods' records.
 //!
-//! They are a versioned protocol between agents and shims of different releases: fields are only ever added, with
-//! a default that means "as before"; unknown ones are ignored.
+//! They are a versioned protocol between agents and shims of different releases. Fields are only
+//! ever added, with a default that keeps the old behaviour; unknown fields are ignored.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// `endpoint.json`: where a shim finds the agent. Atomically replaced; read at every reconnect.
+/// `endpoint.json`: how a shim reaches the agent. It is replaced atomically; shims read it before
+/// each connection attempt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
-    /// `host:port` of the shim hop, in the order to be tried.
+    /// The agent's addresses for shims, as `host:port`, in the order in which to try them.
     pub addresses: Vec<String>,
-    /// SHA-256 (hex) of the agent's public key on the shim hop.
+    /// SHA-256 (hex) of the public key that the agent uses with shims.
     pub spki: String,
 }
 
-/// `agent.lease`: which agent may submit jobs from this state directory. Atomically replaced.
+/// `agent.lease`: which agent may submit jobs from this state directory. It is replaced atomically.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
-    /// Host name of the holder.
+    /// The holder's host name.
     pub host: String,
     /// `/proc/sys/kernel/random/boot_id` of the holder's host.
     pub boot_id: String,
-    /// Process id on that host.
+    /// The holder's process ID on that host.
     pub pid: u32,
-    /// Grows with every start of an agent on this directory; the newer one fences the older.
+    /// Incremented by every agent that starts on this directory; an agent with a higher epoch
+    /// fences the others.
     pub epoch: i64,
-    /// Unix seconds of the last sign of life.
+    /// When the holder last renewed the lease, in Unix seconds.
     pub heartbeat: i64,
 }
 
-/// `cluster.json`: the Kubernetes cluster this agent serves, pinned at first use, and its leadership.
+/// `cluster.json`: the Kubernetes cluster that this agent serves, pinned at first use, and its
+/// leadership.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cluster {
     /// UID of the namespace `kube-system`.
     #[serde(default)]
     pub cluster_id: String,
-    /// The highest leadership epoch seen (`leaseTransitions`), of all kubelets: what agents of before judge by.
+    /// The highest leadership epoch (`leaseTransitions`) of all kubelets. Only older agents judge
+    /// by it.
     #[serde(default)]
     pub leadership_epoch: i64,
-    /// The same by node, since each has its own Lease.
+    /// The highest leadership epoch by node, since each node has its own Lease.
     #[serde(default)]
     pub leaders: BTreeMap<String, i64>,
 }

@@ -1,4 +1,4 @@
-//! Layout and round trips of the job directory.
+//! Tests of the layout and of round trips of the job directory.
 
 use super::*;
 
@@ -28,7 +28,7 @@ fn the_newest_values_are_read_and_all_are_removed() {
     assert_eq!(dir.values().unwrap(), None);
 }
 
-/// What an agent that was killed had half written is as secret as the rest.
+/// Values that a killed agent has half written are as secret as the others.
 #[test]
 fn half_written_values_are_removed_with_the_others() {
     let (_root, dir) = pod();
@@ -40,7 +40,7 @@ fn half_written_values_are_removed_with_the_others() {
 }
 
 #[test]
-fn what_is_staged_after_the_shim_took_its_values_stays() {
+fn values_staged_after_the_shim_took_older_ones_stay() {
     let (_root, dir) = pod();
     let values = |revision| pb::PodValues {
         revision,

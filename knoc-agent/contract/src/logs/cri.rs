@@ -1,19 +1,20 @@
 //! PURE: the CRI log format, `TIME stdout|stderr F|P text`.
 //!
-//! A line longer than [`MAX_TEXT`] is cut into pieces tagged `P`, the last one `F`. What a program leaves without a
-//! newline at its end is a piece `P`, so that the text is given back byte for byte.
+//! A line longer than [`MAX_TEXT`] is split into pieces tagged `P`, the last one tagged `F`. Output
+//! that does not end with a newline is a piece tagged `P`, so that a reader gets it back byte for
+//! byte.
 
 use std::io::BufRead as _;
 
 use jiff::Timestamp;
 
-/// The longest text of one piece, as containerd's.
+/// The maximum length of one piece's text in bytes, the same as containerd's.
 pub const MAX_TEXT: usize = 16 << 10;
 
-/// `2026-11-22T18:01:56.123456789Z`
+/// The length of a time stamp, such as `2026-11-22T18:01:56.123456789Z`.
 pub const STAMP_LEN: usize = 30;
 
-/// Where a piece came from.
+/// The stream that a piece came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stream {
     /// Standard output.
@@ -34,17 +35,17 @@ impl Stream {
 /// One parsed piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece<'a> {
-    /// RFC 3339 with nanoseconds, UTC: comparable as bytes.
+    /// The time in RFC 3339 with nanoseconds, UTC. Stamps compare as bytes.
     pub stamp: &'a [u8; STAMP_LEN],
-    /// Where it came from.
+    /// The stream that it came from.
     pub stream: Stream,
-    /// Not the end of a line.
+    /// The piece is not the end of a line.
     pub partial: bool,
-    /// Without the newline.
+    /// The text without the newline.
     pub text: &'a [u8],
 }
 
-/// Reads one line of a log file, without its newline. `None` for what is not in the format.
+/// Parses one line of a log file, given without its newline. `None` if it is not in the CRI format.
 #[must_use]
 pub fn parse(line: &[u8]) -> Option<Piece<'_>> {
     let (stamp, rest) = line.split_first_chunk::<STAMP_LEN>()?;
@@ -68,17 +69,17 @@ pub fn parse(line: &[u8]) -> Option<Piece<'_>> {
     })
 }
 
-/// The time as it stands in a log.
+/// Formats a time as log files state it.
 #[must_use]
 pub fn stamp(at: Timestamp) -> String {
     format!("{at:.9}")
 }
 
-/// Cuts one stream of bytes into pieces.
+/// Splits one stream of bytes into pieces.
 #[derive(Debug)]
 pub struct Cutter {
     stream: Stream,
-    /// Text since the last newline or cut: always shorter than [`MAX_TEXT`].
+    /// Text since the last newline or split; always shorter than [`MAX_TEXT`].
     held: Vec<u8>,
 }
 
@@ -92,7 +93,7 @@ impl Cutter {
         }
     }
 
-    /// Appends the pieces that `data` completes to `out`; returns how many.
+    /// Appends the pieces that `data` completes to `out`, and returns their number.
     pub fn push(&mut self, mut data: &[u8], stamp: &str, out: &mut Vec<u8>) -> u64 {
         let mut pieces = 0;
         while !data.is_empty() {
@@ -127,7 +128,8 @@ impl Cutter {
         pieces
     }
 
-    /// Appends what is held as a last piece without a newline; returns how many pieces.
+    /// Appends the text that is left as a last piece without a newline, and returns the number of
+    /// pieces.
     pub fn finish(&mut self, stamp: &str, out: &mut Vec<u8>) -> u64 {
         if self.held.is_empty() {
             return 0;
@@ -183,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_and_what_is_left() {
+    fn lines_and_the_rest_are_split() {
         let (mut cutter, mut out) = (Cutter::new(Stream::Stderr), Vec::new());
         assert_eq!(cutter.push(b"a b\n\nrest", STAMP, &mut out), 2);
         assert_eq!(cutter.finish(STAMP, &mut out), 1);
@@ -222,7 +224,7 @@ mod tests {
         }
 
         #[test]
-        fn any_line_is_read_or_refused(line in proptest::collection::vec(any::<u8>(), 0..80)) {
+        fn any_line_is_parsed_or_rejected(line in proptest::collection::vec(any::<u8>(), 0..80)) {
             prop_assert!(parse(&line).is_none_or(|piece| piece.text.len() < line.len()));
         }
     }

@@ -1,5 +1,5 @@
-//! PURE: from pieces of a log to the bytes that a reader asked for (since, stream, timestamps, byte limit), and where
-//! the last `n` lines begin.
+//! PURE: selects from a log's pieces the bytes that a reader asked for (since, stream, timestamps,
+//! byte limit), and finds the beginning of the last `n` lines.
 
 use jiff::Timestamp;
 use knoc_proto::pb;
@@ -7,33 +7,33 @@ use memchr::memchr;
 
 use super::cri::{self, STAMP_LEN, Stream};
 
-/// What of a log a reader wants.
+/// Which part of a log a reader asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Options {
-    /// Lines of this stream only.
+    /// Only lines of this stream; `None` means both.
     pub stream: Option<Stream>,
-    /// Not what is older than this stamp.
+    /// Only lines with this time stamp or a newer one.
     pub since: Option<String>,
-    /// The last so many lines; `None`: all.
+    /// Only the last lines, this many; `None` means all.
     pub tail_lines: Option<u64>,
-    /// Stop after so many bytes; `None`: never.
+    /// Stop after this many bytes; `None` means no limit.
     pub limit_bytes: Option<u64>,
-    /// Begin each line with its time.
+    /// Prefix each line with its time.
     pub timestamps: bool,
-    /// Go on where another reader stopped.
+    /// Continue at the position that another reader has reached.
     pub from: Option<Position>,
 }
 
-/// A place in a series, as one reader leaves it for the next.
+/// A position in a series, which one reader hands to the next.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Position {
-    /// The file, whatever rotation calls it meanwhile.
+    /// The inode of the file, whose name changes with each rotation.
     pub inode: u64,
-    /// The byte in it where the next line begins.
+    /// The offset in the file at which the next line begins.
     pub offset: u64,
-    /// Of the last line before it.
+    /// The time stamp of the last line before it.
     pub stamp: Vec<u8>,
-    /// By stream: is the next piece the beginning of a line?
+    /// For each stream, whether the next piece begins a line.
     pub at_start: [bool; 2],
 }
 
@@ -58,7 +58,7 @@ impl From<&pb::ReadLogsRequest> for Options {
 }
 
 impl Position {
-    /// As it travels; `attempt` is whose log it is.
+    /// The position as a message; `attempt` is the attempt whose log it is.
     #[must_use]
     pub fn to_wire(&self, attempt: u32) -> pb::LogPosition {
         let [stdout, stderr] = self.at_start;
@@ -90,21 +90,21 @@ impl Options {
     }
 }
 
-/// Turns log lines into output bytes.
+/// Turns log lines into the bytes for a reader.
 #[derive(Debug)]
 pub struct Filter {
     options: Options,
     left: u64,
-    /// By stream: is the next piece the beginning of a line?
+    /// For each stream, whether the next piece begins a line.
     at_start: [bool; 2],
-    /// Of the last piece seen, wanted or not.
+    /// The time stamp of the last piece seen, wanted or not.
     stamp: Option<[u8; STAMP_LEN]>,
-    /// Pieces up to this stamp were sent by another reader.
+    /// Another reader has sent the pieces up to this time stamp.
     sent: Option<[u8; STAMP_LEN]>,
 }
 
 impl Filter {
-    /// A filter that has seen nothing yet.
+    /// A filter at the beginning of a log.
     #[must_use]
     pub fn new(options: Options) -> Self {
         let left = options.limit_bytes.unwrap_or(u64::MAX);
@@ -118,12 +118,14 @@ impl Filter {
         }
     }
 
-    /// The file where another reader stopped is not there: what is not newer than its last line was sent.
+    /// For use if the file in which another reader stopped no longer exists: skips lines that are
+    /// not newer than the last line which that reader sent.
     pub fn skip_sent(&mut self) {
         self.sent = self.stamp;
     }
 
-    /// The last stamp, and by stream whether a line begins: what the next reader must know beside the place.
+    /// The last time stamp, and for each stream whether a line begins: together with the offset,
+    /// all that the next reader must know.
     #[must_use]
     pub fn state(&self) -> (&[u8], [bool; 2]) {
         (
@@ -132,14 +134,14 @@ impl Filter {
         )
     }
 
-    /// Has the byte limit been reached?
+    /// Whether the byte limit has been reached.
     #[must_use]
     pub fn done(&self) -> bool {
         self.left == 0
     }
 
-    /// Appends what is wanted of whole lines to `kept`. What is not in the format is left out, and so is what follows
-    /// the last newline.
+    /// Appends the wanted part of whole lines to `kept`. Lines that are not in the CRI format are
+    /// skipped, and so is text after the last newline.
     pub fn keep(&mut self, lines: &[u8], kept: &mut Vec<u8>) {
         let mut rest = lines;
         while self.left > 0
@@ -151,7 +153,7 @@ impl Filter {
         }
     }
 
-    /// The same of one line, which has its newline.
+    /// Does the same for one line, which includes its newline.
     fn line(&mut self, line: &[u8], kept: &mut Vec<u8>) {
         let Some(piece) = cri::parse(line) else {
             return;
@@ -181,7 +183,7 @@ impl Filter {
             kept.extend_from_slice(&stamp);
             kept.push(b' ');
         }
-        // A part of a line ends without the newline that stands in the file.
+        // A partial line ends without the newline that the file has.
         let newline = usize::from(piece.partial);
         let text = piece.text.len().saturating_sub(newline);
         kept.extend_from_slice(piece.text.get(..text).unwrap_or_default());
@@ -192,7 +194,7 @@ impl Filter {
     }
 }
 
-/// Finds where the last `n` lines begin, block by block from the end of a series.
+/// Finds the beginning of the last `n` lines, block by block from the end of a series.
 #[derive(Debug)]
 pub struct TailSearch {
     options: Options,
@@ -202,7 +204,7 @@ pub struct TailSearch {
 }
 
 impl TailSearch {
-    /// `None` where all lines are wanted.
+    /// `None` if all lines are wanted.
     #[must_use]
     pub fn new(options: &Options) -> Option<Self> {
         let wanted = options.tail_lines?;
@@ -214,7 +216,7 @@ impl TailSearch {
         })
     }
 
-    /// Takes the next older line (without newline). `true` where reading must begin after this one.
+    /// Takes the next older line (without newline). Returns `true` if reading must begin after it.
     pub fn is_before(&mut self, line: &[u8]) -> bool {
         if self.wanted == 0 {
             return true;
@@ -225,7 +227,8 @@ impl TailSearch {
         if !self.options.wants(piece.stream) {
             return false;
         }
-        // A line ends with its F piece; P pieces before it belong to it. A P at the very end is a line too.
+        // A line ends with its F piece; the P pieces before belong to it. A P piece at the very end
+        // also ends a line.
         let ends_line = !piece.partial || !self.seen_any;
         self.seen_any = true;
         if ends_line {

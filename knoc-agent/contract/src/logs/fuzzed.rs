@@ -1,5 +1,5 @@
-//! What the fuzz target and the tests run alike: any bytes as log files and as a program's output, and what must hold
-//! whatever they are. A broken promise is a panic here.
+//! Shared by the fuzz target and the tests: any bytes as log files and as a program's output, and
+//! what must hold for them. A violation panics.
 //!
 //! Compiled for tests, and with the feature `fuzzed` for the targets in `knoc-agent/fuzz`.
 
@@ -9,15 +9,17 @@
     reason = "public for the fuzz targets; a harness says what it found by a panic"
 )]
 
-use super::cri::{Cutter, MAX_TEXT, STAMP_LEN, Stream, parse};
-use super::filter::{Filter, Options};
+use super::{
+    cri::{Cutter, MAX_TEXT, STAMP_LEN, Stream, parse},
+    filter::{Filter, Options},
+};
 
 const STAMP: &str = "2026-11-22T18:01:56.123456789Z";
 
-/// Any bytes: as a log file that a reader filters, and as the output of a program, cut and read back.
+/// Filters any bytes as a log file, and splits and reads them as the output of a program.
 ///
 /// # Panics
-/// Where a limit is passed, more comes out than is there, or a byte of the output is lost.
+/// If a limit is exceeded, the output is longer than the input, or a byte is lost.
 pub fn log_lines(data: &[u8]) {
     let (flags, data) = match data.split_first() {
         Some((first, rest)) => (*first, rest),
@@ -37,7 +39,7 @@ fn read(flags: u8, data: &[u8]) {
         ..Options::default()
     });
     let mut out = Vec::new();
-    // However the lines come, together or alone.
+    // The result must be the same whether the lines come together or one at a time.
     for block in data.chunk_by(|byte, _| *byte != b'\n' || flags & 16 != 0) {
         filter.keep(block, &mut out);
     }
@@ -101,7 +103,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_bytes(flags in any::<u8>(), lines in prop::collection::vec(
+        fn any_bytes_keep_the_promises(flags in any::<u8>(), lines in prop::collection::vec(
             prop_oneof![
                 "[0-9TZ:.-]{0,30} (stdout|stderr) [FPX] [ -~]{0,20}",
                 "\\PC{0,60}",

@@ -1,10 +1,13 @@
-//! Task: sends what a reader asked for of one log series, and follows it across rotation.
+//! A task that sends a reader the requested part of one log series, and follows the series across
+//! rotations.
 //!
-//! Reads in blocks: on this thread what is in the page cache, else on the runtime's blocking threads, as many at once as
-//! the reader has room for: the channel to it is bounded, so a slow reader slows only this task. Follows by the writer's
-//! own signal where there is one (the shim), else by looking at the file every [`POLL`] (the agent, on a shared file
-//! system). Ends with the instance, the byte limit, or the reader. Each chunk says where the next one begins, so that
-//! another reader, on another host, can go on from there ([`Position`]).
+//! It reads in blocks: data in the page cache on its own thread, other data on the runtime's
+//! blocking threads, several blocks at once if the channel has room. The channel to the reader is
+//! bounded, so a slow reader slows down only this task. In the shim, the writer's own signal wakes
+//! a follower; the agent, which reads on a shared file system, checks the file every [`POLL`]. The
+//! task ends when the container instance has ended, the byte limit is reached, or the reader is
+//! gone. Each chunk says where the next one begins, so that another reader, on another host, can
+//! continue from there ([`Position`]).
 
 mod files;
 
@@ -25,28 +28,29 @@ use tonic::Status;
 use self::files::{Identity, Open, open, tail_start};
 use super::filter::{Filter, Options, Position, TailSearch};
 
-/// The first read, and what a follower keeps while it waits.
+/// The size of the first read, and of the buffer that an idle follower keeps.
 const SMALL: usize = 8 << 10;
 
-/// The largest read.
+/// The maximum size of a read.
 const BLOCK: usize = 192 << 10;
 
-/// What a read should leave when the heads of lines are taken off: with its place in the log one message, and so one
-/// frame, of the link.
+/// How many bytes a read should leave once the time stamps are removed. Together with its position
+/// this fits into one message, and so into one frame of the link.
 const PIECE: usize = knoc_proto::CHUNK - 256;
 
-/// How often a file that another host writes is looked at.
+/// How often to check a file that another host writes.
 const POLL: Duration = Duration::from_millis(100);
 
-/// How many chunks may wait for the reader.
+/// How many chunks may be queued for the reader.
 pub const CHUNKS: usize = 4;
 
-/// How a follower learns of news.
+/// How a follower learns of new output.
 #[derive(Debug, Clone)]
 pub struct Follow {
-    /// Changes with each batch written; `None`: look at the file.
+    /// Changes with each batch that is written; `None` if the file must be checked.
     pub written: Option<watch::Receiver<u64>>,
-    /// `true` once the instance has ended and all its output is written. A dropped sender counts as ended.
+    /// `true` once the instance has ended and all its output is written. A dropped sender counts as
+    /// ended.
     pub ended: watch::Receiver<bool>,
 }
 
@@ -56,17 +60,18 @@ pub type Output = mpsc::Sender<Result<pb::LogChunk, Status>>;
 /// The series of one attempt.
 #[derive(Debug, Clone)]
 pub struct Series {
-    /// Its live file.
+    /// The path of its live file.
     pub live: PathBuf,
-    /// Whose it is.
+    /// The attempt whose log it is.
     pub attempt: u32,
 }
 
-/// Sends a series, at last a chunk that says `end`. Returns when all was sent, or the reader is gone.
+/// Sends a series, and then a chunk with `end` set. Returns when everything was sent or the reader
+/// is gone.
 pub async fn read(series: Series, options: Options, follow: Option<Follow>, output: Output) {
     if let Err(error) = run(series, options, follow, &output).await {
         let message = format!("read the container's log: {error}");
-        // Where the reader is gone nobody is left to be told.
+        // If the reader is gone, nobody needs the error.
         drop(
             output
                 .send(Err(ErrorReason::Internal.status(message)))
@@ -83,15 +88,15 @@ async fn run(
 ) -> io::Result<()> {
     let mut reader = blocking(move || Reader::begin(live, options)).await?;
     loop {
-        // Before the read: what is written after it wakes the wait below.
+        // Checked before the read: whatever is written after this point wakes the wait below.
         let ended = follow.as_mut().is_none_or(Follow::observe);
         let (mut pieces, at_end);
-        if let Some(piece) = reader.at_hand()? {
+        if let Some(piece) = reader.next_cached()? {
             (pieces, at_end) = (vec![piece], false);
         } else {
             let room = output.capacity().max(1);
             (reader, pieces, at_end) = blocking(move || {
-                let (pieces, at_end) = reader.several(room)?;
+                let (pieces, at_end) = reader.next_pieces(room)?;
                 Ok((reader, pieces, at_end))
             })
             .await?;
@@ -125,7 +130,7 @@ async fn run(
 }
 
 impl Follow {
-    /// Marks all news as seen. `true` where the instance has ended.
+    /// Marks all news as seen. Returns `true` if the instance has ended.
     fn observe(&mut self) -> bool {
         if let Some(written) = &mut self.written {
             written.mark_unchanged();
@@ -135,7 +140,7 @@ impl Follow {
     }
 
     async fn news(&mut self) {
-        // A dropped sender ends the wait as well: then `observe` says that it is over.
+        // A dropped sender also ends the wait; `observe` then reports the end.
         let Self { written, ended } = self;
         match written {
             Some(written) => {
@@ -160,7 +165,7 @@ async fn blocking<T: Send + 'static>(
         .map_err(io::Error::other)?
 }
 
-/// The last lines of a series, cut to the last `bytes`. Blocking.
+/// The last lines of a series, reduced to the last `bytes`. Blocks on file I/O.
 pub fn last_text(live: &Path, lines: u64, bytes: usize) -> io::Result<Vec<u8>> {
     let options = Options {
         tail_lines: Some(lines),
@@ -176,7 +181,7 @@ pub fn last_text(live: &Path, lines: u64, bytes: usize) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// The length of an open file; none where another host has removed it.
+/// The length of an open file; `None` if another host has removed it.
 fn length_of(file: &File) -> io::Result<Option<u64>> {
     match file.metadata() {
         Ok(metadata) => Ok(Some(metadata.len())),
@@ -185,7 +190,7 @@ fn length_of(file: &File) -> io::Result<Option<u64>> {
     }
 }
 
-/// Output, and where the next one begins.
+/// Output, and the position of the next piece.
 #[derive(Debug)]
 struct Piece {
     data: Bytes,
@@ -199,9 +204,9 @@ struct Reader {
     filter: Filter,
     file: Option<Open>,
     offset: u64,
-    /// Where files are read into; as long as the next read is large.
+    /// The buffer for reads; its length is the size of the next read.
     block: Vec<u8>,
-    /// So many bytes of it are the beginning of a line whose end was not read yet.
+    /// How many bytes of it are the beginning of a line whose end has not been read yet.
     held: usize,
 }
 
@@ -233,7 +238,7 @@ impl Reader {
         })
     }
 
-    /// Where the first line begins that was not sent; none before the series has begun.
+    /// The position of the first line that was not sent; `None` if the series has not begun.
     fn position(&self) -> Option<Position> {
         let open = self.file.as_ref()?;
         let held = u64::try_from(self.held).unwrap_or_default();
@@ -246,9 +251,10 @@ impl Reader {
         })
     }
 
-    /// The next piece, where it takes neither waiting nor long: the open file has more, that is in the page cache, and
-    /// something of it is wanted. `None` says nothing of what [`Self::several`] would find.
-    fn at_hand(&mut self) -> io::Result<Option<Piece>> {
+    /// The next piece, if it can be had without waiting: the open file has more data in the page
+    /// cache, and some of it is wanted. `None` does not mean that [`Self::next_pieces`] would find
+    /// nothing.
+    fn next_cached(&mut self) -> io::Result<Option<Piece>> {
         let Some(open) = &self.file else {
             return Ok(None);
         };
@@ -257,8 +263,8 @@ impl Reader {
         let at_once = ReadWriteFlags::NOWAIT;
         let count = match rustix::io::preadv2(&open.file, &mut room, self.offset, at_once) {
             Ok(count) => count,
-            // It would wait; or the file system, or the kernel, cannot tell.
-            // Or the shim on another host has removed the file.
+            // The read would wait, or the file system or the kernel cannot tell, or the shim on
+            // another host has removed the file.
             Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::STALE) => 0,
             Err(error) => return Err(error.into()),
         };
@@ -269,8 +275,9 @@ impl Reader {
         Ok((!data.is_empty()).then(|| self.piece(data)))
     }
 
-    /// At most so many pieces, none of them empty. `true` where there is nothing more at the moment. Blocking.
-    fn several(&mut self, most: usize) -> io::Result<(Vec<Piece>, bool)> {
+    /// At most `most` pieces, none of them empty. The flag is `true` if there is no more data at
+    /// the moment. Blocks on file I/O.
+    fn next_pieces(&mut self, most: usize) -> io::Result<(Vec<Piece>, bool)> {
         let mut pieces = Vec::new();
         while let Some(data) = self.next()? {
             if !data.is_empty() {
@@ -280,7 +287,7 @@ impl Reader {
                 return Ok((pieces, false));
             }
         }
-        // Whoever waits does it with little.
+        // An idle follower keeps only a small buffer.
         if self.held < SMALL && self.block.len() > SMALL {
             self.block.truncate(SMALL);
             self.block.shrink_to_fit();
@@ -295,7 +302,7 @@ impl Reader {
         }
     }
 
-    /// What is wanted of the next block; `None` where there is nothing more at the moment.
+    /// The wanted part of the next block; `None` if there is no more data at the moment.
     fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
             let Some(Open { file, .. }) = &self.file else {
@@ -307,7 +314,8 @@ impl Reader {
                 continue;
             };
             let room = self.block.get_mut(self.held..).unwrap_or_default();
-            // The shim on another host may have removed the file: on NFS nothing can be read of it any more.
+            // The shim on another host may have removed the file. On NFS it can no longer be read
+            // then.
             let count = match rustix::io::pread(file, room, self.offset) {
                 Err(Errno::STALE) => 0,
                 count => count?,
@@ -315,13 +323,14 @@ impl Reader {
             if count > 0 {
                 return Ok(Some(self.lines(count)));
             }
-            // The writer took back what it could not write whole.
+            // The writer removed a batch that it could not write completely.
             let length = length_of(file)?.unwrap_or(self.offset);
             if length < self.offset {
                 self.offset = length;
                 self.held = 0;
             }
-            // The writer renames only after its last write: a name that leads elsewhere means this file is whole.
+            // The writer renames a file only after its last write, so if the name leads to another
+            // file, this one is complete.
             let Some(next) = self.newer()? else {
                 return Ok(None);
             };
@@ -336,13 +345,15 @@ impl Reader {
         }
     }
 
-    /// Takes so many bytes that were read: what is wanted of whole lines. The rest is held.
+    /// Takes `count` bytes that were read, and returns the wanted part of the whole lines. The rest
+    /// stays in the buffer.
     fn lines(&mut self, count: usize) -> Vec<u8> {
         self.offset += u64::try_from(count).unwrap_or_default();
         let filled = self.held + count;
         let came = self.block.get(..filled).unwrap_or_default();
         let whole = memrchr(b'\n', came).map_or(0, |last| last + 1);
-        // A whole block does not wait for a slow reader with a few bytes in it.
+        // A large block with only a few wanted bytes must not stay allocated while it waits for a
+        // slow reader.
         let mut kept = Vec::with_capacity(whole.min(PIECE));
         self.filter
             .keep(came.get(..whole).unwrap_or_default(), &mut kept);
@@ -357,16 +368,17 @@ impl Reader {
         kept
     }
 
-    /// There is more: the next read is as large as one piece takes, by what the last one left of its bytes.
+    /// There is more data: chooses the size of the next read so that one piece takes it, judging by
+    /// the share that the last read left.
     fn size(&mut self, whole: usize, kept: usize) {
         let wanted = (PIECE * whole).checked_div(kept).unwrap_or(BLOCK);
         let step = self.block.len() * 2;
-        // A line that is no line, and has no end, must not be read with no room.
+        // A line that never ends must not reduce the room for the next read to nothing.
         let least = self.held + SMALL;
         self.block.resize(wanted.min(step).min(BLOCK).max(least), 0);
     }
 
-    /// The file after the open one, where rotation made one.
+    /// The file after the open one, if a rotation has created one.
     fn newer(&self) -> io::Result<Option<Open>> {
         let Some(Open { identity: own, .. }) = self.file else {
             return Ok(None);
@@ -376,7 +388,8 @@ impl Reader {
         }
         open(&self.live, |files| {
             let at = files.iter().position(|file| *file == own);
-            // Not there any more: it was dropped for the limit, the oldest that is left comes next.
+            // The file no longer exists, because it was dropped for the limit: the oldest remaining
+            // file is next.
             at.map_or(0, |index| index + 1)
         })
     }

@@ -1,8 +1,10 @@
-//! The writer of one log series: appends batches, rotates, and survives a file system that refuses.
+//! The writer of one log series. It appends batches, rotates the files, and tolerates failing
+//! writes.
 //!
-//! Blocking file work: the shim calls it on a blocking thread. A batch that cannot be written whole is taken
-//! back, so no torn line stays; its lines are counted, and once writing works again a line in the log says how many
-//! are missing. Never stops the program whose output it is.
+//! It blocks on file I/O: the shim calls it on a blocking thread. A batch that cannot be written
+//! completely is removed again, so that no line is torn. The lost lines are counted, and once
+//! writing works again a line in the log says how many are missing. A failing write never stops the
+//! program whose output this is.
 
 use std::{
     ffi::OsStr,
@@ -19,29 +21,32 @@ use super::{
     rotated,
 };
 
-/// How many attempts of a container keep their logs: the current one and the one before, as a kubelet does.
+/// How many attempts of a container keep their logs: the current one and the one before, as with a
+/// kubelet.
 pub const KEPT_ATTEMPTS: usize = 2;
 
-/// How large one file and how long the series may grow.
+/// The maximum size of one file and of the series.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// A file is rotated once it is larger.
+    /// A file is rotated once it is larger than this, in bytes.
     pub max_bytes: u64,
-    /// Files of a series, the live one included.
+    /// The maximum number of files in a series, including the live one.
     pub max_files: u32,
-    /// All files of a series, but for what is written at once.
+    /// The maximum size of all files of a series in bytes, not counting the batch that is being
+    /// written.
     pub max_total: u64,
 }
 
 impl Limits {
-    /// A file is rotated once it is larger: there must be something to drop before the whole series is too large.
+    /// The size at which a file is rotated. It leaves something to drop before the whole series is
+    /// too large.
     fn file(&self) -> u64 {
         self.max_bytes.min(self.max_total / 2)
     }
 }
 
-/// Removes the logs of the attempts that came before the one before `live`. Who reads one of them keeps what it has
-/// open.
+/// Removes the logs of all attempts before the previous one; `live` is the current attempt's log.
+/// Readers keep the files that they have open.
 pub fn forget_older(live: &Path) -> io::Result<()> {
     let current = live.file_name().and_then(attempt_of);
     let (Some(folder), Some(current)) = (live.parent(), current) else {
@@ -64,7 +69,7 @@ pub fn forget_older(live: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// PURE: the attempt of `3.log` and `3.log.17`.
+/// PURE: the attempt number in `3.log` and `3.log.17`.
 fn attempt_of(name: &OsStr) -> Option<u32> {
     let (attempt, rest) = name.to_str()?.split_once(".log")?;
     let rotated = |rest: &str| rest.strip_prefix('.')?.parse::<u32>().ok();
@@ -75,18 +80,18 @@ fn attempt_of(name: &OsStr) -> Option<u32> {
     }
 }
 
-/// What was lost so far.
+/// What has been lost so far.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Losses {
     /// Lines that could not be written.
     pub lines: u64,
-    /// Rotated files that were dropped for the limit.
+    /// Rotated files that were dropped because of the limit.
     pub files: u64,
-    /// The system's last words.
+    /// The system's last error message.
     pub error: Option<String>,
 }
 
-/// See the module.
+/// Appends to and rotates one series; see the module's documentation.
 #[derive(Debug)]
 pub struct Writer {
     live: PathBuf,
@@ -99,7 +104,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Opens the live file; a failure is kept for the first batch.
+    /// Opens the live file. A failure is not reported before the first batch.
     #[must_use]
     pub fn open(live: &Path, limits: Limits) -> Self {
         let mut writer = Self {
@@ -124,19 +129,19 @@ impl Writer {
         }
     }
 
-    /// Counts lines that never came to be written.
+    /// Counts lines that were lost before they could be written.
     pub fn lose(&mut self, lines: u64) {
         self.unmarked += lines;
         self.losses.lines += lines;
     }
 
-    /// What was lost so far.
+    /// What has been lost so far.
     #[must_use]
     pub fn losses(&self) -> &Losses {
         &self.losses
     }
 
-    /// The last attempt to mark what was lost.
+    /// Tries for the last time to note in the log what was lost.
     pub fn finish(&mut self) {
         if self.unmarked > 0 {
             self.append(&[], 0);
@@ -156,7 +161,7 @@ impl Writer {
         };
         let written = file.write_all(&mark).and_then(|()| file.write_all(batch));
         if let Err(error) = written {
-            // No torn line may stay; where even that fails the file is opened anew.
+            // No line may stay torn. If even this fails, the file is opened again.
             if file.set_len(self.size).is_err() {
                 self.file = None;
             }
@@ -201,7 +206,7 @@ impl Writer {
             .map_while(|n| fs::metadata(rotated(&self.live, n)).ok())
             .map(|metadata| metadata.len())
             .collect();
-        // The live file becomes one of them, and a new one grows beside.
+        // The live file becomes a rotated one, and a new live file grows beside it.
         let room = self.limits.max_total.saturating_sub(self.limits.file());
         let mut last = u32::try_from(sizes.len()).unwrap_or(u32::MAX);
         for _ in kept(&sizes, self.size, keep, room)..sizes.len() {
@@ -218,8 +223,9 @@ impl Writer {
     }
 }
 
-/// PURE: how many of the rotated files, whose `sizes` are given from the newest on, stay when one of the size `next` is
-/// put before them: no more than `most` files with it, which fit into `room`.
+/// PURE: how many of the rotated files stay if a file of the size `next` is added. `sizes` are
+/// given newest first. Together with the added one, at most `most` files with at most `room` bytes
+/// may remain.
 fn kept(sizes: &[u64], next: u64, most: usize, room: u64) -> usize {
     let mut total = next;
     let fits = |size: &&u64| {
@@ -296,7 +302,8 @@ mod tests {
         assert_eq!(writer.losses().lines, 3);
     }
 
-    /// Whatever is written, a series is never larger than its share and one batch for the live and one for a rotated file.
+    /// A series never exceeds its limit by more than one batch for the live file and one for a
+    /// rotated file.
     #[test]
     fn a_series_stays_within_its_share_however_large_its_files_may_be() {
         let folder = tempfile::tempdir().unwrap();
@@ -319,7 +326,7 @@ mod tests {
         assert!((2000..=4000 + 2 * length).contains(&most), "{most}");
         assert!(writer.losses().files > 0);
         assert_eq!(writer.losses().lines, 0);
-        // Many small files do as well.
+        // The same holds for many small files.
         let limits = Limits {
             max_bytes: 500,
             ..limits
@@ -343,7 +350,7 @@ mod tests {
             made.push(format!("{attempt}.log.1"));
             made.push(format!("{attempt}.log.12"));
         }
-        // None of them is one of ours.
+        // None of these names is a log of ours.
         made.extend(["x.log", "1.log.old", "1.txt", "-1.log"].map(str::to_owned));
         for name in &made {
             File::create(folder.path().join(name)).unwrap();
@@ -363,7 +370,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_kept_fits(
+        fn kept_files_fit(
             sizes in prop::collection::vec(0_u64..1000, 0..30),
             next in 0_u64..1000,
             most in 1_usize..30,
@@ -373,7 +380,7 @@ mod tests {
             prop_assert!(kept < most && kept <= sizes.len());
             let total = next + sizes[..kept].iter().sum::<u64>();
             prop_assert!(kept == 0 || total <= room);
-            // The next older one would not fit.
+            // The next older file would not fit.
             let more = sizes.get(kept).is_none_or(|size| total + size > room);
             prop_assert!(more || kept + 1 == most);
         }

@@ -1,8 +1,8 @@
-//! The attached clients of one running program: its output is handed to each, their input comes to it.
+//! The attached clients of one running program: each gets the program's output, and their input goes to the program.
 //!
-//! The program's output never waits for a client: [`Hub::publish`] copies what is wanted into the client's own [`Queue`],
-//! which holds at most [`LAG`]; a client that falls further behind has lagged, and its queue takes nothing any more.
-//! Input goes the other way with back-pressure, through one bounded channel to [`Keeper::feed`].
+//! The program's output never waits for a client. [`Hub::publish`] copies the output into each client's own [`Queue`],
+//! which holds at most [`LAG`] bytes. A client that falls further behind has lagged, and its queue takes no more output.
+//! Input goes the other way through one bounded channel to [`Keeper::feed`], so it has back-pressure.
 
 use std::{
     collections::VecDeque,
@@ -19,19 +19,19 @@ use tokio::{
 
 use super::super::{children::Exit, fdio::Stream};
 
-/// How far an attached client may fall behind: some seconds of a chatty program over a slow link.
+/// How many bytes an attached client may fall behind: some seconds of a chatty program over a slow link.
 pub(crate) const LAG: usize = 4 << 20;
 
-/// Clients of one program: each may hold [`LAG`] of the job's memory.
+/// How many clients may attach to one program: each may hold [`LAG`] bytes of the job's memory.
 pub(crate) const MAX_CLIENTS: usize = 16;
 
-/// One message to a client; smaller pieces that wait are joined up to this.
+/// The size of a message to a client. Smaller pieces that wait are joined up to this size.
 const PIECE: usize = 64 << 10;
 
-/// Messages of input on the way to the program, at most one message of the link each.
+/// How many messages of input may be on the way to the program.
 const INPUTS: usize = 4;
 
-/// See the module.
+/// Connects one program with its attached clients.
 #[derive(Debug)]
 pub(crate) struct Hub {
     clients: Mutex<Vec<Weak<Queue>>>,
@@ -43,39 +43,39 @@ pub(crate) struct Hub {
 /// The program's standard input.
 #[derive(Debug)]
 enum Stdin {
-    /// The container was made without.
+    /// The container was created without standard input.
     None,
     /// Any number of clients, one after the other or at once.
     Shared(mpsc::Sender<Bytes>),
-    /// One client; its end closes the program's input.
+    /// One client only. When it detaches, the program's input is closed.
     Once(Mutex<Option<mpsc::Sender<Bytes>>>),
 }
 
-/// Why a client cannot have what it asks for.
+/// Why a client cannot attach, or cannot have the program's standard input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum AttachError {
-    /// As the pod's spec has it.
     #[error("it was started without standard input (stdin: true is not set)")]
     NoStdin,
-    /// By the program, or after the one client.
+    /// The program has closed it, or the one client of `stdinOnce` has detached.
     #[error("its standard input is closed")]
     StdinClosed,
     /// The first client has it.
-    #[error("its standard input has its one client (stdinOnce: true is set)")]
+    #[error(
+        "its standard input is for one client only (stdinOnce: true is set), which has attached already"
+    )]
     StdinTaken,
-    /// [`MAX_CLIENTS`].
     #[error("{MAX_CLIENTS} clients are attached already")]
     TooMany,
 }
 
-/// The attempt's end of the hub. Its drop ends all attached clients.
+/// The attempt's side of the hub. Dropping it detaches all clients.
 pub(crate) struct Keeper {
     hub: Arc<Hub>,
     ended: watch::Sender<Option<Exit>>,
     input: Option<(mpsc::Receiver<Bytes>, Arc<Stream>)>,
 }
 
-/// Makes the hub of one attempt. `stdin` is our end of a pipe; a terminal takes its place.
+/// Creates the hub of one attempt. `stdin` is the shim's end of the pipe; a terminal is used instead of it if there is one.
 pub(crate) fn open(
     wants_stdin: bool,
     once: bool,
@@ -89,7 +89,7 @@ pub(crate) fn open(
         None => (Stdin::None, None),
         Some(sink) => {
             let (sender, receiver) = mpsc::channel(INPUTS);
-            // A terminal cannot be closed for one direction: as in other runtimes, its input stays.
+            // A terminal cannot be closed in one direction: as with other runtimes, its input stays open.
             let stdin = if once && terminal.is_none() {
                 Stdin::Once(Mutex::new(Some(sender)))
             } else {
@@ -116,13 +116,13 @@ impl Keeper {
         Arc::clone(&self.hub)
     }
 
-    /// Gives the clients' input to the program, and closes it after a single client. Never returns: the end of the
-    /// program ends it.
+    /// Writes the clients' input to the program, and closes the program's input after a single client. Never returns: the
+    /// caller drops it when the program has ended.
     pub(crate) async fn feed(&mut self) -> Infallible {
         if let Some((mut receiver, sink)) = self.input.take() {
             while let Some(data) = receiver.recv().await {
                 if sink.write_all(&data).await.is_err() {
-                    // The program has closed it.
+                    // The program has closed its standard input.
                     break;
                 }
             }
@@ -130,14 +130,14 @@ impl Keeper {
         std::future::pending().await
     }
 
-    /// The program has ended, and all its output is published.
+    /// To be called once the program has ended and all its output is published.
     pub(crate) fn end(self, exit: Exit) {
         self.ended.send_replace(Some(exit));
     }
 }
 
 impl Hub {
-    /// Hands output of the program to those who want it. Does not wait.
+    /// Queues output of the program for each client that wants it. Does not wait.
     pub(crate) fn publish(&self, kind: cri::Stream, data: &[u8]) {
         let mut clients = lock(&self.clients);
         clients.retain(|client| match client.upgrade() {
@@ -146,7 +146,7 @@ impl Hub {
         });
     }
 
-    /// A new client, which gets the output from now on.
+    /// Attaches a new client, which gets the output from now on.
     pub(crate) fn attach(&self, stdout: bool, stderr: bool) -> Result<Arc<Queue>, AttachError> {
         let mut clients = lock(&self.clients);
         clients.retain(|client| client.strong_count() > 0);
@@ -163,7 +163,7 @@ impl Hub {
         Ok(queue)
     }
 
-    /// The way to the program's standard input.
+    /// Gives a client the program's standard input.
     pub(crate) fn stdin(&self) -> Result<Input, AttachError> {
         let (sender, once) = match &self.stdin {
             Stdin::None => return Err(AttachError::NoStdin),
@@ -176,25 +176,25 @@ impl Hub {
         Ok(Input { sender, once })
     }
 
-    /// Where the program has one.
+    /// The program's terminal, if it has one.
     pub(crate) fn terminal(&self) -> Option<&Arc<Stream>> {
         self.terminal.as_ref()
     }
 
-    /// `Some` once the program has ended; a dropped sender: its end was not seen.
+    /// Becomes `Some` once the program has ended. If the sender is dropped before, the exit status is not known.
     pub(crate) fn ended(&self) -> watch::Receiver<Option<Exit>> {
         self.ended.clone()
     }
 }
 
-/// The way to the program's standard input; where `once`, its drop closes that.
+/// A client's way to the program's standard input. If `once` is set, dropping it closes the program's input.
 #[derive(Debug)]
 pub(crate) struct Input {
     pub(crate) sender: mpsc::Sender<Bytes>,
     pub(crate) once: bool,
 }
 
-/// What waits for one client.
+/// The output that waits for one client.
 #[derive(Debug)]
 pub(crate) struct Queue {
     stdout: bool,
@@ -208,7 +208,7 @@ struct Pending {
     pieces: VecDeque<(cri::Stream, BytesMut)>,
     bytes: usize,
     lagged: bool,
-    /// When output came last.
+    /// When the program wrote last, to any stream.
     at: Instant,
 }
 
@@ -216,7 +216,7 @@ struct Pending {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Next {
     Data(cri::Stream, Bytes),
-    /// It was too slow: what waited for it is lost to it.
+    /// The client was too slow, and the output that waited for it was discarded.
     Lagged,
 }
 
@@ -241,7 +241,7 @@ impl Pending {
 }
 
 impl Queue {
-    /// `false`: this client has lagged, and gets nothing any more.
+    /// Returns `false` if this client has lagged and gets no more output.
     fn push(&self, kind: cri::Stream, data: &[u8]) -> bool {
         let wanted = match kind {
             cri::Stream::Stdout => self.stdout,
@@ -267,7 +267,7 @@ impl Queue {
         !pending.lagged
     }
 
-    /// What is there at once.
+    /// Returns what waits, if anything does.
     pub(crate) fn try_next(&self) -> Option<Next> {
         lock(&self.pending).take()
     }
@@ -282,7 +282,7 @@ impl Queue {
         }
     }
 
-    /// When the program wrote last, or the client was attached.
+    /// When the program wrote last; if it has not written since, when the client was attached.
     pub(crate) fn last(&self) -> Instant {
         lock(&self.pending).at
     }
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn output_reaches_those_who_want_it_from_now_on() {
+    async fn output_reaches_the_clients_that_want_it_from_now_on() {
         let (keeper, _theirs) = keeper(false);
         let hub = keeper.hub();
         hub.publish(Kind::Stdout, b"before");
@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_end_is_told_and_so_is_one_that_nobody_saw() {
+    async fn clients_learn_of_the_end_even_if_the_exit_status_is_lost() {
         let (keeper, _theirs) = keeper(false);
         let mut ended = keeper.hub().ended();
         keeper.end(Exit { code: 3, signal: 0 });

@@ -1,4 +1,4 @@
-//! The node-local folders and files of one attempt. Blocking file work, also on what the pod mounts.
+//! The node-local folders and files of one attempt. All functions block on file work, also in what the pod mounts.
 
 use std::{
     fs::{self, File},
@@ -26,7 +26,7 @@ use crate::{
     runtime::{INSIDE, RuntimeError},
 };
 
-/// The temporary folders of a container, and what the runtime calls them in its work folder.
+/// The temporary folders of a container, and their names in the runtime's work folder.
 const TEMPORARY: [(&str, &str); 2] = [("/tmp", "tmp"), ("/var/tmp", "var_tmp")];
 
 const PASSWD: &str = "/etc/passwd";
@@ -40,7 +40,7 @@ pub(super) enum PrepareError {
     File(#[from] FileError),
     #[error("mount a volume")]
     Volume(#[from] VolumeError),
-    /// The helper's message.
+    /// Holds the helper's message.
     #[error("mount {0}")]
     Mount(String),
     #[error("mount")]
@@ -53,23 +53,24 @@ pub(super) enum PrepareError {
     Pipes(#[source] io::Error),
 }
 
-/// See the module. When dropped they go into the trash, so it takes no time whatever the container wrote.
+/// The folders of one attempt. When dropped they are moved into the trash, which takes no time however much the container
+/// wrote.
 #[derive(Debug)]
 pub(super) struct Folders {
-    /// What the container sees as `/.knoc`: it can change all that is in it.
+    /// What the container sees as `/.knoc`. It can change everything in it.
     pub(super) shared: PathBuf,
-    /// What the container writes to its root.
+    /// Receives what the container writes to its root.
     pub(super) root: PathBuf,
-    /// Its `/tmp` and `/var/tmp` if its root has no folder of ours.
+    /// Holds `/tmp` and `/var/tmp` if what is written to the root does not go to `root`.
     pub(super) work: PathBuf,
-    /// What the container cannot reach: files of ours that are mounted, and the places of [`Mounts`].
+    /// Out of the container's reach: files that are mounted into it, and what [`Mounts`] mounts on.
     private: PathBuf,
     mounts: Mounts,
-    /// To be made in the container.
+    /// Links that the launcher creates in the container.
     pub(super) links: Vec<Link>,
-    /// Folders of the image that everybody may write to.
+    /// Folders of the image that every user may write to.
     pub(super) temporary: Vec<String>,
-    /// Is the container's `/etc/passwd` the runtime's, and no volume's?
+    /// Whether the container's `/etc/passwd` comes from the runtime, and not from a volume.
     pub(super) settle: bool,
     pub(super) termination: TerminationLog,
     /// The volume that the termination message lies in.
@@ -105,7 +106,7 @@ impl Folders {
             message: None,
             trash: pod.scratch.trash(),
         };
-        let message = message_place(&folders.termination, &volumes);
+        let message = message_in_volume(&folders.termination, &volumes);
         let mut message_at = None;
         if pod.runtime.isolates() {
             folders.add_files(pod, &mut volumes)?;
@@ -120,7 +121,7 @@ impl Folders {
         Ok(folders)
     }
 
-    /// Files of ours that every container has unless the pod mounts its own.
+    /// Adds the files that every container gets unless the pod mounts its own.
     fn add_files(&self, pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareError> {
         touch(&self.shared, "agent")?;
         match &self.termination {
@@ -143,7 +144,7 @@ impl Folders {
             let source = self.write("hosts", &text)?;
             volumes.push(own_file(source, Path::new(HOSTS), false));
         }
-        // A volume at `/etc` covers the runtime's own, but pods have this file everywhere.
+        // A volume at `/etc` covers the file that the runtime mounts, but every pod has one in Kubernetes.
         if mounts(volumes, "/etc")
             && !mounts(volumes, RESOLVER)
             && let Ok(text) = fs::read_to_string(RESOLVER)
@@ -154,7 +155,8 @@ impl Folders {
         Ok(())
     }
 
-    /// What the container needs for its mounts, which are in their order. Those below `/dev` move.
+    /// Prepares what the mounts need: temporary folders, links and mount points. `volumes` are in the order of mounting;
+    /// those below `/dev` are moved.
     fn arrange(
         &mut self,
         container: &pb::Container,
@@ -167,7 +169,7 @@ impl Folders {
         self.settle = !places::of_the_image(&[PASSWD], volumes).is_empty();
         self.links = places::leave_devices(volumes);
         let mut parents = vec![(PathBuf::from(INSIDE), self.shared.clone())];
-        // Mounted if the root has no folder of ours.
+        // The runtime mounts these if the root has no folder on disk.
         for (target, name) in TEMPORARY {
             let source = self.work.join(name);
             fs::create_dir(&source)
@@ -179,7 +181,7 @@ impl Folders {
         Ok(())
     }
 
-    /// A file of ours that the container sees, and cannot replace.
+    /// Writes a file that the container sees and cannot replace.
     fn write(&self, name: &str, text: &str) -> Result<PathBuf, FileError> {
         let path = touch(&self.private, name)?;
         let mut file = File::options()
@@ -191,23 +193,23 @@ impl Folders {
         Ok(path)
     }
 
-    /// What the helper and the runtime are to mount.
+    /// What the helper and the runtime mount.
     pub(super) fn mounts(&self) -> &Mounts {
         &self.mounts
     }
 
-    /// The descriptor of the volume that the termination message lies in.
+    /// Sets the descriptor of the volume that the termination message lies in.
     pub(super) fn message_below(&mut self, base: Option<OwnedFd>) {
         self.message = base;
     }
 
-    /// The socket that the launcher connects to.
+    /// Listens on the socket that the launcher connects to.
     pub(super) fn listen(&self) -> Result<UnixListener, PrepareError> {
         let path = self.shared.join("launch.sock");
         Ok(UnixListener::bind(&path).map_err(FileError::on("listen on", &path))?)
     }
 
-    /// The last `limit` bytes of what the program left as its message; nothing if it is not a regular file.
+    /// The last `limit` bytes of the program's termination message; empty if it is not a regular file.
     pub(super) fn termination_message(&self, limit: usize) -> Vec<u8> {
         let read = match &self.termination {
             TerminationLog::Mounted { rest, .. } => match &self.message {
@@ -225,14 +227,14 @@ impl Folders {
     }
 }
 
-/// As with other runtimes, the containers of a pod have one `/dev/shm`, unless they mount a volume there.
+/// Adds the `/dev/shm` that the containers of a pod share, as with other runtimes, unless they mount a volume there.
 fn share_memory(pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareError> {
     let target = Path::new(places::SHARED_MEMORY);
     if volumes.iter().any(|volume| volume.target == target) {
         return Ok(());
     }
     let source = match pod.scratch.memory("shm") {
-        // The runtime's own stays: nothing of it is a secret of ours.
+        // The container keeps the runtime's own `/dev/shm`, which holds nothing of the shim's.
         Err(ScratchError::NoMemory(_)) => return Ok(()),
         Err(ScratchError::File(error)) => return Err(error.into()),
         Ok(source) => source,
@@ -243,7 +245,7 @@ fn share_memory(pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareErro
     Ok(())
 }
 
-/// A file or folder of ours, whose place on the host no container can change.
+/// A file or folder of the shim, which no container can replace.
 fn own_file(source: PathBuf, target: &Path, read_only: bool) -> Mounted {
     Mounted {
         what: format!("{}", target.display()),
@@ -255,15 +257,18 @@ fn own_file(source: PathBuf, target: &Path, read_only: bool) -> Mounted {
     }
 }
 
-/// PURE: in the container, the target of the volume that the termination message lies in, and its path there.
-fn message_place(termination: &TerminationLog, volumes: &[Mounted]) -> Option<(PathBuf, PathBuf)> {
+/// PURE: the mount path of the volume that the termination message lies in, and the message's path in it.
+fn message_in_volume(
+    termination: &TerminationLog,
+    volumes: &[Mounted],
+) -> Option<(PathBuf, PathBuf)> {
     let TerminationLog::Mounted { mount, rest } = termination else {
         return None;
     };
     Some((volumes.get(*mount)?.target.clone(), rest.clone()))
 }
 
-/// An empty file of ours.
+/// Creates an empty file.
 fn touch(folder: &Path, name: &str) -> Result<PathBuf, FileError> {
     let path = folder.join(name);
     File::create(&path).map_err(FileError::on("create", &path))?;
@@ -285,8 +290,8 @@ mod tests {
 
     use super::*;
 
-    fn termination(place: &str) -> TerminationLog {
-        match place {
+    fn termination(kind: &str) -> TerminationLog {
+        match kind {
             "own" => TerminationLog::Bind("/srv/x".into()),
             "link" => TerminationLog::Link {
                 name: "/dev/termination-log".to_owned(),
@@ -299,7 +304,7 @@ mod tests {
         }
     }
 
-    /// `/.knoc` is the container's: what it puts in the place of its message is not read through.
+    /// The container can write to `/.knoc`: a link or a pipe that it puts there as its message is not read.
     #[test]
     fn a_message_is_a_plain_file_of_the_container() {
         let base = tempfile::tempdir().unwrap();
@@ -312,9 +317,9 @@ mod tests {
             path
         };
         let trash = Trash::create(base.join("trash")).unwrap();
-        for place in ["own", "link", "volume/dir"] {
+        for kind in ["own", "link", "volume/dir"] {
             let (private, shared) = (folder("private"), folder("shared"));
-            let termination = termination(place);
+            let termination = termination(kind);
             let log = match &termination {
                 TerminationLog::Bind(_) => private.join("termination-log"),
                 TerminationLog::Link { .. } => shared.join("termination-log"),
@@ -338,13 +343,13 @@ mod tests {
                 message: None,
                 trash: trash.clone(),
             };
-            if place == "volume/dir" {
+            if kind == "volume/dir" {
                 fs::write(&log, "hello").unwrap();
                 assert_eq!(folders.termination_message(4096), b"", "not mounted yet");
                 folders.message_below(Some(volume.into()));
             }
             fs::write(&log, "hello").unwrap();
-            assert_eq!(folders.termination_message(4096), b"hello", "{place}");
+            assert_eq!(folders.termination_message(4096), b"hello", "{kind}");
             only_a_plain_file_is_read(&folders, &log, &secret);
         }
     }

@@ -1,4 +1,5 @@
-//! The runtime's process: started with the best root that works, until the launcher inside connects; and its end.
+//! Starts the runtime's process with the best root that works, waits until the launcher inside connects, and ends the
+//! runtime.
 
 use std::{
     io,
@@ -35,31 +36,31 @@ use crate::{
     runtime::{Root, Sandbox},
 };
 
-/// How much of the runtime's own words is kept.
+/// How many bytes of the runtime's standard error are kept, counted from its end.
 const STDERR_BYTES: usize = 4096;
 
-/// How long a runtime may live on after it was told to end, or its program was killed.
+/// How long a runtime may live on after it was sent TERM, or after its program was killed.
 const RUNTIME_GRACE: Duration = Duration::from_secs(5);
 
-/// How long the runtime's helpers may hold its standard error after its end.
+/// How long the runtime's helpers may keep its standard error open after the runtime has ended.
 const STDERR_GRACE: Duration = Duration::from_millis(500);
 
-/// The runtime's process, and what it says.
+/// The runtime's process and its standard error.
 pub(super) struct Runtime {
     pub(super) child: Child,
     stderr: Arc<Mutex<Vec<u8>>>,
-    /// Reads the words.
+    /// Reads standard error.
     tasks: JoinSet<io::Result<()>>,
-    /// Does it lead a process group?
+    /// Whether it leads a process group.
     group: bool,
 }
 
-/// A runtime whose launcher waits for what to become.
+/// A runtime whose launcher has connected and waits for its specification.
 pub(super) struct Up {
     pub(super) runtime: Runtime,
     pub(super) socket: UnixStream,
     pub(super) identity: Identity,
-    /// What the termination message lies below, if that is a volume.
+    /// The volume that holds the termination message, if it lies in one.
     pub(super) message: Option<OwnedFd>,
 }
 
@@ -72,7 +73,7 @@ pub(super) async fn bring_up(
 ) -> Result<Up, AttemptError> {
     let listener = folders.listen()?;
     if pod.runtime.isolates() && !pod.mounting.by_name() {
-        let named = folders.mounts().places();
+        let named = folders.mounts().staged();
         let starting = Starting {
             pod,
             attempt,
@@ -103,13 +104,13 @@ pub(super) async fn bring_up(
     starting.with_best_root(container, named).await
 }
 
-/// On a blocking thread: what the pod mounts may hang.
+/// Resolves the names on a blocking thread: a file system that the pod mounts may hang.
 async fn by_name(pod: &Pod, attempt: &Attempt, folders: &Folders) -> Result<Named, AttemptError> {
     if !pod.runtime.isolates() {
-        // Nothing is mounted: the launcher is started from where it is.
+        // Nothing is mounted, so the launcher is started by its path on the host.
         return Ok(Named {
             agent: pod.agent.clone(),
-            ..folders.mounts().places()
+            ..folders.mounts().staged()
         });
     }
     let mounts = folders.mounts().clone();
@@ -124,13 +125,13 @@ async fn by_name(pod: &Pod, attempt: &Attempt, folders: &Folders) -> Result<Name
     }
 }
 
-/// What every try needs.
+/// What every try to start the runtime needs.
 struct Starting<'a> {
     pod: &'a Pod,
     attempt: &'a Attempt,
     folders: &'a Folders,
     listener: &'a UnixListener,
-    /// What the helper mounts first; `None`: the runtime is started without it.
+    /// What the helper mounts first; `None` if the runtime is started without the helper.
     specs: Option<Vec<MountSpec>>,
 }
 
@@ -167,7 +168,7 @@ impl Starting<'_> {
             match self.start(&sandbox).await {
                 Err(AttemptError::Runtime(message)) => {
                     let message = folders.mounts().with_own_names(&message);
-                    tracing::warn!(root = ?sandbox.root, %message, "the runtime gave up");
+                    tracing::warn!(root = ?sandbox.root, %message, "the runtime failed; the next kind of root is tried, if there is one");
                     first_message.get_or_insert(message);
                 }
                 Ok(up) => {
@@ -218,7 +219,7 @@ impl Starting<'_> {
         }
     }
 
-    /// Has the helper make the mounts and become the runtime.
+    /// Starts the helper, which mounts the volumes and then executes the runtime.
     async fn contain(
         &self,
         spec: &ContainSpec,
@@ -247,13 +248,13 @@ impl Starting<'_> {
                 AttemptError::Start(error)
             }
         };
-        // It has said why, and ends.
+        // The helper has reported the error, and exits.
         runtime.end().await;
         Err(error)
     }
 }
 
-/// The launcher, if it is one of ours.
+/// The process at the other end, if it belongs to this user.
 fn peer(socket: &UnixStream) -> Option<Identity> {
     let credentials = rustix::net::sockopt::socket_peercred(socket).ok()?;
     if credentials.uid != rustix::process::getuid() {
@@ -279,10 +280,10 @@ fn spawn(pod: &Pod, argv: &[std::ffi::OsString], stdin: Stdio) -> io::Result<Run
         .stdin(stdin)
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
-    // A launcher that is the program itself must be able to lead a session.
+    // Without isolation the launcher becomes the program, which must be able to create a session.
     let group = pod.runtime.isolates();
     let mut child = pod.children.spawn(&mut command, group)?;
-    // It still holds the helper's end of the socket: the shim would see no end of file.
+    // The command still holds the helper's end of the socket, and the shim would never see the end of file.
     drop(command);
     let stderr = Arc::new(Mutex::new(Vec::new()));
     let mut tasks = JoinSet::new();
@@ -299,7 +300,7 @@ fn spawn(pod: &Pod, argv: &[std::ffi::OsString], stdin: Stdio) -> io::Result<Run
 }
 
 impl Runtime {
-    /// Waits for the end of the container. Once aborted, a runtime that outlives its program is killed too.
+    /// Waits for the end of the container. Once aborted, kills a runtime that outlives its program.
     pub(super) async fn ended(&mut self, abort: &CancellationToken, program: Identity) -> Exit {
         tokio::select! {
             biased;
@@ -316,7 +317,7 @@ impl Runtime {
 
     /// Ends a runtime whose program does not run.
     pub(super) async fn end(&mut self) {
-        // Killing it at once would leave its file system helpers behind.
+        // SIGKILL would leave its file system helpers behind, so TERM comes first.
         self.signal(Signal::TERM);
         if tokio::time::timeout(RUNTIME_GRACE, self.child.wait())
             .await
@@ -336,14 +337,17 @@ impl Runtime {
     }
 
     async fn end_message(&mut self, exit: Exit) -> String {
-        // Its helpers may hold the pipe: what they would say is not waited for.
+        // The runtime's helpers may keep the pipe open, so the wait for the end of file is short.
         tokio::time::timeout(STDERR_GRACE, self.tasks.join_next())
             .await
             .ok();
         let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner);
         let message = String::from_utf8_lossy(&stderr).trim().to_owned();
         if message.is_empty() {
-            format!("the runtime ended with code {}", exit.code)
+            format!(
+                "the container runtime exited with code {} and no message",
+                exit.code
+            )
         } else {
             message
         }

@@ -1,13 +1,12 @@
-//! Whom a container's program takes itself for: HOME as container runtimes set it, and the own line of `/etc/passwd`.
+//! The user account that a container's program sees: HOME as container runtimes set it, and its line in `/etc/passwd`.
 //!
-//! Every program runs as the HPC user, whatever user the image or the pod names. What it has of that user is the home
-//! folder and the shell in the image's `/etc/passwd`. The container runtime adds the HPC user to that file, with the home
-//! folder and the shell that it has on the host; neither need be there in the container, so its line gets those of the
-//! user whom the program would be.
+//! Every program runs as the HPC user, whatever user the image or the pod names. It gets the home folder and the shell that
+//! the image's `/etc/passwd` has for the named user. The container runtime adds the HPC user to that file, with the home
+//! folder and the shell of the host. Neither may exist in the container, so that line gets those of the named user.
 //!
 //! If a line of the image has the HPC user's uid, the container runtime has overwritten its name and home folder, and
-//! mounted the result over the image's own file. That one is read where the mount can be taken away without the
-//! container's knowing: in a copy of its mount namespace ([`send_images_own`]).
+//! mounted the result over the image's own file. The image's own file is then read in a copy of the container's mount
+//! namespace, in which the mount can be removed without affecting the container ([`send_images_own`]).
 
 use std::{
     fs::File,
@@ -22,24 +21,24 @@ use nix::{
 use rustix::fs::OFlags;
 
 const PASSWD: &str = "/etc/passwd";
-/// A `passwd` file that is longer is not looked at.
+/// A longer `passwd` file is not read.
 pub(crate) const PASSWD_BYTES: u64 = 1 << 20;
 
-/// What the program has of its user.
+/// The fields of a `passwd` line that the program gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Account {
     home: Vec<u8>,
-    /// Empty: not known.
+    /// Empty if it is not known.
     shell: Vec<u8>,
 }
 
-/// Is `user` one whose line the container runtime may have overwritten?
+/// Whether the container runtime may have overwritten the line of `user`.
 pub(crate) fn may_be_overwritten(user: &[u8]) -> bool {
     let name = user.split(|byte| *byte == b':').next().unwrap_or_default();
     number(name).map_or(!name.is_empty(), |uid| uid == own_uid())
 }
 
-/// HOME for a program of `user` (of the process's own where it is `None`), by the image's own file where it is known.
+/// HOME for a program of `user` (of the process's own user if it is `None`), from the image's own file if it is known.
 pub(super) fn home(user: Option<&[u8]>, images_own: Option<&[u8]>) -> Vec<u8> {
     match images_own {
         Some(passwd) => account(passwd, user).home,
@@ -47,8 +46,8 @@ pub(super) fn home(user: Option<&[u8]>, images_own: Option<&[u8]>) -> Vec<u8> {
     }
 }
 
-/// Gives the own line of the container's `/etc/passwd` the home folder and the shell of `user`. Best effort: the file may
-/// be the image's own, and not writable.
+/// Writes the home folder and the shell of `user` into this process's line of the container's `/etc/passwd`. Best effort:
+/// the file may be the image's own, and not writable.
 pub(super) fn settle(user: &[u8], images_own: Option<&[u8]>) {
     let passwd = passwd();
     let account = account(images_own.unwrap_or(&passwd), Some(user));
@@ -57,28 +56,28 @@ pub(super) fn settle(user: &[u8], images_own: Option<&[u8]>) {
     }
 }
 
-/// In the namespaces of a container, with rights over them: writes the image's own `passwd` file to `reader`. The process
-/// is of no other use afterwards.
+/// Writes the image's own `passwd` file to `reader`. The caller must be in the namespaces of the container and have rights
+/// over them; afterwards the process must exit.
 pub(super) fn send_images_own(reader: BorrowedFd<'_>) -> io::Result<()> {
     let none = None::<&str>;
     unshare(CloneFlags::CLONE_NEWNS)?;
-    // What is taken away here stays in the container.
+    // The unmount below must not reach the container.
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-    // Where the runtime has mounted none it is the image's own.
+    // If the runtime has mounted nothing there, the file is the image's own.
     umount2(PASSWD, MntFlags::MNT_DETACH).ok();
     File::from(reader.try_clone_to_owned()?).write_all(&passwd())
 }
 
-/// In place, for it is a mount: nothing can be renamed over it.
+/// Writes in place: the file is a mount point, over which nothing can be renamed.
 fn rewrite(text: &[u8]) -> io::Result<()> {
     let mut file = File::options().write(true).truncate(true).open(PASSWD)?;
     file.write_all(text)
 }
 
-/// The text of the file; empty where there is none that can be one.
+/// The text of `/etc/passwd`; empty if there is no regular file of an acceptable size.
 fn passwd() -> Vec<u8> {
     let read = || -> io::Result<Vec<u8>> {
-        // It is the image's, and may be a pipe.
+        // The file is the image's, and may be a pipe.
         let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
         let file = File::options()
             .read(true)
@@ -120,7 +119,7 @@ fn number(field: &[u8]) -> Option<u32> {
 }
 
 /// PURE: the uid that `user` means, in the form of an image's `User`: a name or a number, with or without a group. A
-/// number is never a name.
+/// number is always a uid, never a name.
 fn uid_of(passwd: &[u8], user: &[u8]) -> Option<u32> {
     let user = user.split(|byte| *byte == b':').next().unwrap_or_default();
     if user.is_empty() {
@@ -132,7 +131,7 @@ fn uid_of(passwd: &[u8], user: &[u8]) -> Option<u32> {
     })
 }
 
-/// PURE: what the text of a `passwd` file says of `uid`; its first line counts.
+/// PURE: the account of `uid` in the text of a `passwd` file; the first line with that uid counts.
 fn account_of(passwd: &[u8], uid: u32) -> Option<Account> {
     let mut own = lines(passwd)
         .filter(|fields| fields.len() >= 6 && fields.get(2).copied().and_then(number) == Some(uid));
@@ -144,7 +143,7 @@ fn account_of(passwd: &[u8], uid: u32) -> Option<Account> {
     })
 }
 
-/// PURE: the text of a `passwd` file with the home folder and the shell of `account` in the line of `uid`; `None` where
+/// PURE: the text of a `passwd` file with the home folder and the shell of `account` in the line of `uid`; `None` if
 /// that changes nothing.
 fn with_own_line(passwd: &[u8], uid: u32, account: &Account) -> Option<Vec<u8>> {
     let own = account_of(passwd, uid)?;
@@ -187,12 +186,12 @@ mod tests {
     }
 
     #[test]
-    fn home_is_what_the_image_says_of_its_user() {
+    fn home_is_the_one_in_the_images_passwd_file() {
         for (user, home) in [
             ("", "/root"),
             ("0", "/root"),
             ("root", "/root"),
-            // Of two lines of one uid the first counts, whichever was named.
+            // Of two lines with one uid the first counts, whichever name was given.
             ("toor", "/root"),
             ("1000", "/home/jovyan"),
             ("1000:100", "/home/jovyan"),
@@ -231,10 +230,10 @@ mod tests {
         let new = old.replace("/home/hpc:/bin/tcsh", "/home/jovyan:/bin/zsh");
         assert_eq!(String::from_utf8(text.clone()).unwrap(), new);
         assert_eq!(with_own_line(&text, 2001, &jovyan), None);
-        // Nobody knows that user: the shell that every image has.
+        // The user is unknown: it gets the shell that every image has.
         let text = with_own_line(PASSWD, 2001, &account(PASSWD, Some(b"1234"))).unwrap();
         assert!(text.ends_with(b"hpc:x:2001:2001:An HPC user:/:/bin/sh\n"));
-        // No line of its own is added.
+        // If there is no line, none is added.
         assert_eq!(with_own_line(PASSWD, 3000, &jovyan), None);
     }
 }

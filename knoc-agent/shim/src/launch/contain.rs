@@ -1,21 +1,22 @@
-//! `knoc-agent contain`: mounts what a container gets, each from the descriptor that was checked, and becomes the
-//! container runtime.
+//! `knoc-agent contain`: mounts the image and the volumes of a container, each from the descriptor that was checked, and
+//! becomes the container runtime.
 //!
-//! The runtime takes paths, and a path that was checked may lead elsewhere when it is mounted: a container may swap a
-//! folder of its volume for a link, another user a file of a shared folder. So this helper enters a user and a mount
-//! namespace of its own, resolves each source there ([`knoc_contract::walk`]), and binds the descriptor that it ends with to a place
-//! below the shim's scratch folder, which no container sees. The runtime mounts those places. Nothing is mounted on the
-//! host, and all of it goes with the runtime's last process.
+//! The runtime takes paths, and a path that was checked may lead elsewhere when it is mounted: a container may replace a
+//! folder of its volume with a link, and another user may replace a file of a shared folder. So this helper enters a user
+//! and a mount namespace of its own, resolves each source there ([`knoc_contract::walk`]), and binds the resulting
+//! descriptor to a staging path below the shim's scratch folder, which no container sees. The runtime mounts the staging
+//! paths. Nothing is mounted on the host, and all mounts disappear with the runtime's last process.
 //!
 //! ```text
 //! shim ──ContainSpec──► unshare, map ids ──► walk + bind each source ──► exec runtime (end of file: it runs)
-//!      ◄─ descriptor of the termination message's mount ─┘   └─ Failed, NoNamespaces: says why, and exits
+//!      ◄─ descriptor of the termination message's mount ─┘   └─ Failed, NoNamespaces: reports why, and exits
 //! ```
 //!
-//! What is read-only is so here already: not even root of the container's own user namespace can undo that. The walk
-//! is made after the namespaces, since the kernel binds only what was opened in the mount namespace that it is bound in.
+//! Read-only mounts are read-only here already, so not even root in the container's user namespace can make them writable.
+//! The sources are resolved after the namespaces were entered, since the kernel binds a descriptor only in the mount
+//! namespace in which it was opened.
 //!
-//! Standard input is one end of a socket pair, the other is the shim's. Single-threaded: `unshare(2)` demands it.
+//! Standard input is one end of a socket pair; the shim has the other. Single-threaded, as `unshare(2)` requires.
 
 mod ids;
 pub(crate) mod spec;
@@ -32,12 +33,13 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use knoc_contract::launch::Reply;
-use knoc_contract::walk::Found;
+use knoc_contract::{launch::Reply, walk::Found};
 use knoc_proto::private::while_dumpable;
 use nix::mount::{MsFlags, mount};
-use rustix::fs::{StatVfsMountFlags, fstatvfs};
-use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use rustix::{
+    fs::{StatVfsMountFlags, fstatvfs},
+    thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities},
+};
 
 use self::{
     ids::Isolated,
@@ -46,10 +48,10 @@ use self::{
 use super::{fds, sys};
 use crate::nofollow;
 
-/// What the helper exits with if the runtime was not executed.
+/// The helper's exit code if the runtime was not executed.
 const FAILED: u8 = 125;
 
-/// A specification larger than this is refused: each mount is a few hundred bytes.
+/// A larger specification is rejected: each mount takes a few hundred bytes.
 const MAX_SPEC: usize = 8 << 20;
 
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +72,7 @@ enum ContainError {
         #[source]
         source: SourceError,
     },
-    #[error("make user and mount namespaces")]
+    #[error("create user and mount namespaces")]
     Namespaces(#[source] io::Error),
 }
 
@@ -103,7 +105,7 @@ pub fn main() -> ExitCode {
         }
     };
     match run(&shim) {
-        // The child that wrote the maps of ids.
+        // This is the child that wrote the id maps.
         Ok(code) => code,
         Err(error) => {
             let what = knoc_proto::error::chain(&error);
@@ -115,7 +117,7 @@ pub fn main() -> ExitCode {
                 | ContainError::TooLong(_)
                 | ContainError::Source { .. } => Reply::Failed { errno, what },
             };
-            // If the shim is gone nobody is left to be told.
+            // If the shim has ended, nobody receives the reply.
             fds::send(&shim, &reply.encode(), &[]).ok();
             ExitCode::from(FAILED)
         }
@@ -131,9 +133,9 @@ fn run(shim: &UnixStream) -> Result<ExitCode, ContainError> {
         Isolated::Mapper(code) => return Ok(code),
         Isolated::Done(ids) => ids,
     };
-    // New credentials may have reset it.
+    // The change of credentials may have reset it.
     super::die_with_parent();
-    // Mounts of the host still arrive, for automounters; ours never go there.
+    // The host's new mounts still appear here, for automounters; mounts made here never appear on the host.
     mount(
         None::<&str>,
         "/",
@@ -141,7 +143,7 @@ fn run(shim: &UnixStream) -> Result<ExitCode, ContainError> {
         MsFlags::MS_SLAVE | MsFlags::MS_REC,
         None::<&str>,
     )
-    // A security module may give an unknown program a user namespace without any rights in it (AppArmor on Ubuntu).
+    // A security module may give a program a user namespace without any rights in it (AppArmor on Ubuntu).
     .map_err(|errno| ContainError::Namespaces(errno.into()))?;
     let mut opened = Vec::new();
     for mount in &spec.mounts {
@@ -151,13 +153,14 @@ fn run(shim: &UnixStream) -> Result<ExitCode, ContainError> {
     if spec.root {
         match while_dumpable(|| ids::become_root(ids))
             .flatten()
-            .map_err(ContainError::on("make the container's root"))?
-        {
+            .map_err(ContainError::on(
+                "enter the container's user namespace as root",
+            ))? {
             Isolated::Mapper(code) => return Ok(code),
             Isolated::Done(_) => super::die_with_parent(),
         }
     }
-    keep_capabilities().map_err(ContainError::on("keep the capabilities"))?;
+    keep_capabilities().map_err(ContainError::on("pass on the capabilities"))?;
     let Err(error) = become_runtime(&spec);
     Err(error)
 }
@@ -175,7 +178,7 @@ fn receive(mut shim: &UnixStream) -> Result<ContainSpec, ContainError> {
     serde_json::from_slice(&body).map_err(ContainError::Spec)
 }
 
-/// Binds one source to its place. `opened` are those before it.
+/// Binds one source to its staging path. `opened` are the sources before it.
 fn stage(shim: &UnixStream, spec: &MountSpec, opened: &[Found]) -> Result<Found, ContainError> {
     let found = spec.source.open().map_err(|source| ContainError::Source {
         what: spec.what.clone(),
@@ -183,24 +186,25 @@ fn stage(shim: &UnixStream, spec: &MountSpec, opened: &[Found]) -> Result<Found,
     })?;
     let on = |step: &str| ContainError::on(format!("{}: {step}", spec.what));
     if let Some(point) = &spec.point {
-        // It may be there in another form, or be a container's: then the runtime has its say.
+        // If this fails, the mount point may exist already. If it does not, the runtime reports the error.
         point.make(found.is_folder(), opened).ok();
     }
-    place(&spec.place, found.is_folder()).map_err(on("make its place"))?;
+    create_staging(&spec.staging, found.is_folder()).map_err(on("create its staging path"))?;
     let source = PathBuf::from(format!("/proc/self/fd/{}", found.fd.as_raw_fd()));
-    bind(&source, &spec.place, MsFlags::MS_BIND | MsFlags::MS_REC).map_err(on("mount"))?;
+    bind(&source, &spec.staging, MsFlags::MS_BIND | MsFlags::MS_REC).map_err(on("mount"))?;
     if spec.read_only {
         let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        let locked = locked_flags(&found.fd).map_err(on("look at its mount"))?;
-        bind(Path::new("none"), &spec.place, flags | locked).map_err(on("mount read-only"))?;
+        let locked = locked_flags(&found.fd).map_err(on("read the flags of its mount"))?;
+        bind(Path::new("none"), &spec.staging, flags | locked).map_err(on("mount read-only"))?;
     }
     if let Some(rest) = &spec.message {
         if !spec.read_only {
-            // A folder that cannot be written gives no message.
+            // If the folder is not writable, there is no termination message.
             nofollow::touch_in(&found.fd, rest).ok();
         }
         let sent = fds::send(shim, &Reply::Master.encode(), &[found.fd.as_fd()]);
-        sent.map_err(io::Error::from).map_err(on("pass it on"))?;
+        sent.map_err(io::Error::from)
+            .map_err(on("send its descriptor"))?;
     }
     Ok(found)
 }
@@ -215,25 +219,25 @@ fn bind(source: &Path, target: &Path, flags: MsFlags) -> io::Result<()> {
     )?)
 }
 
-/// What is mounted on: a folder or a file, as the source is.
-fn place(place: &Path, folder: bool) -> io::Result<()> {
+/// Creates the staging path: a folder or a file, as the source is.
+fn create_staging(staging: &Path, folder: bool) -> io::Result<()> {
     let made = if folder {
-        std::fs::create_dir(place)
+        std::fs::create_dir(staging)
     } else {
         File::options()
             .write(true)
             .create_new(true)
-            .open(place)
+            .open(staging)
             .map(drop)
     };
     match made {
-        // Of an earlier try with another kind of root.
+        // An earlier try with another kind of root has created it.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         other => other,
     }
 }
 
-/// Those flags of the mount that a remount in another user namespace may not clear.
+/// The flags of the mount that a remount in another user namespace must not clear.
 fn locked_flags(fd: &OwnedFd) -> io::Result<MsFlags> {
     let has = fstatvfs(fd)?.f_flag;
     let pairs = [
@@ -248,8 +252,8 @@ fn locked_flags(fd: &OwnedFd) -> io::Result<MsFlags> {
     Ok(set.fold(MsFlags::empty(), |all, (_, flag)| all | flag))
 }
 
-/// Lets the runtime have what this process may do in its own user namespace, as `unshare --keep-caps` does: it maps
-/// the ids of a container with it.
+/// Passes this process's capabilities in its user namespace on to the runtime, as `unshare --keep-caps` does. The runtime
+/// needs them to map the ids of a container.
 fn keep_capabilities() -> io::Result<()> {
     let own = capabilities(None)?;
     let inheritable = own.permitted;
@@ -262,7 +266,7 @@ fn keep_capabilities() -> io::Result<()> {
 
 fn ambient(capability: CapabilitySet) -> io::Result<()> {
     match rustix::thread::configure_capability_in_ambient_set(capability, true) {
-        // One that this kernel does not know.
+        // This kernel does not know the capability.
         Err(rustix::io::Errno::INVAL) | Ok(()) => Ok(()),
         Err(errno) => Err(errno.into()),
     }

@@ -1,9 +1,9 @@
-//! `knoc-agent enter PID START`: a process in the namespaces of a running container, by `setns(2)`.
+//! `knoc-agent enter PID START`: starts a process in the namespaces of a running container, by `setns(2)`.
 //!
-//! Standard input is one end of a socket pair, the other is the shim's; the launch protocol runs over it. The process
-//! joins the user namespace first (which gives it the rights for the others), then the rest, takes the container's
-//! root, forks into the PID namespace; the child becomes the program, the parent waits and ends as the child did.
-//! Namespaces that are the same already are left out, so without isolation nothing is joined.
+//! Standard input is one end of a socket pair, over which the launch protocol runs; the shim has the other end. The process
+//! joins the user namespace first (which gives it the rights for the others), then the rest, changes to the container's
+//! root, and forks into the PID namespace. The child becomes the program; the parent waits and exits as the child did.
+//! Namespaces that the helper shares with the container already are left out, so without isolation it joins none.
 //!
 //! `knoc-agent enter PID START passwd` writes the image's own `/etc/passwd` to its standard input instead (see
 //! [`account`]).
@@ -44,7 +44,7 @@ const NAMESPACES: [(&str, LinkNameSpaceType); 7] = [
     ("cgroup", LinkNameSpaceType::ControlGroup),
 ];
 
-/// What the helper exits with where it fails before the program runs.
+/// The helper's exit code if it fails before the program runs.
 const FAILED: u8 = 125;
 
 #[derive(Debug, thiserror::Error)]
@@ -54,8 +54,8 @@ enum EnterError {
     #[error("the container has ended")]
     Ended,
     #[error(
-        "exec is not possible into this container: its runtime set it up as root (setuid), and the kernel lets nobody \
-         else join it; the site needs Apptainer, or `allow setuid = no` in the runtime's configuration"
+        "exec is not possible into this container: its runtime set it up as root (setuid), and the kernel lets no \
+         other user join it; the site needs Apptainer, or `allow setuid = no` in the runtime's configuration"
     )]
     Setuid,
     #[error("{what}")]
@@ -73,15 +73,15 @@ impl EnterError {
     }
 }
 
-/// The third argument of one who only reads.
+/// The third argument if the image's `/etc/passwd` is to be read.
 pub(crate) const PASSWD: &str = "passwd";
 
 /// Entry point of the hidden subcommand.
 #[must_use]
 pub fn main(arguments: &[String]) -> ExitCode {
     super::die_with_parent();
-    if let [container @ .., word] = arguments
-        && word == PASSWD
+    if let [container @ .., mode] = arguments
+        && mode == PASSWD
     {
         return read_passwd(container);
     }
@@ -93,7 +93,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
         }
     };
     if let Err(error) = join(arguments) {
-        return refuse(&shim, &error);
+        return report_failure(&shim, &error);
     }
     match sys::fork_single_threaded() {
         Ok(ForkResult::Child) => {
@@ -110,7 +110,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
         }
         Err(errno) => {
             let source = io::Error::from(errno);
-            refuse(
+            report_failure(
                 &shim,
                 &EnterError::Io {
                     what: "fork".to_owned(),
@@ -121,7 +121,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
     }
 }
 
-/// Its reader takes the end of file for nothing, and the container for one that has ended.
+/// Sends the image's `/etc/passwd`. On failure it sends nothing, and the exit code tells the shim.
 fn read_passwd(container: &[String]) -> ExitCode {
     let read = join(container).is_ok() && account::send_images_own(rustix::stdio::stdin()).is_ok();
     if read {
@@ -131,7 +131,7 @@ fn read_passwd(container: &[String]) -> ExitCode {
     }
 }
 
-fn refuse(shim: &UnixStream, error: &EnterError) -> ExitCode {
+fn report_failure(shim: &UnixStream, error: &EnterError) -> ExitCode {
     let errno = match error {
         EnterError::Io { source, .. } => source.raw_os_error().unwrap_or_default(),
         EnterError::Setuid => nix::libc::EPERM,
@@ -145,7 +145,7 @@ fn refuse(shim: &UnixStream, error: &EnterError) -> ExitCode {
     ExitCode::from(FAILED)
 }
 
-/// What was opened of the container before its mount namespace hid it.
+/// What is opened of the container before its mount namespace hides `/proc`.
 struct Target {
     namespaces: Vec<(&'static str, LinkNameSpaceType, OwnedFd)>,
     no_new_privileges: bool,
@@ -157,7 +157,7 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     };
     let pid: u32 = pid.parse().map_err(|_| EnterError::Usage)?;
     let target = open(pid)?;
-    // The descriptors hold what they were opened on: checking afterwards, another process with that pid is noticed.
+    // The start time is compared after the descriptors were opened, so a pid that was given to another process is noticed.
     if crate::proc::start_time(pid)
         .map(|time| time.to_string())
         .as_ref()
@@ -169,7 +169,7 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     let mut root = None;
     for (name, kind, fd) in &target.namespaces {
         if *name == "mnt" {
-            // Not before the user namespace is joined: a FUSE root is closed to those outside of it.
+            // Opened after the user namespace was joined: a FUSE root is accessible only inside of it.
             let path = format!("/proc/{pid}/root");
             root = Some(File::open(&path).map_err(EnterError::on(format!("open {path}")))?);
         }
@@ -181,7 +181,7 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
         fchdir(&root)
             .and_then(|()| rustix::process::chroot("."))
             .map_err(io::Error::from)
-            .map_err(EnterError::on("take the container's root"))?;
+            .map_err(EnterError::on("change to the container's root"))?;
     }
     if target.no_new_privileges {
         set_no_new_privs(true).ok();
@@ -189,7 +189,8 @@ fn join(arguments: &[String]) -> Result<(), EnterError> {
     Ok(())
 }
 
-/// PURE: why a namespace was not joined. Without a user namespace of its own the container belongs to root.
+/// PURE: the error for a namespace that was not joined. If the container has no user namespace of its own, root set it
+/// up.
 fn not_joined(name: &str, pid: u32, own_user: bool, source: io::Error) -> EnterError {
     if own_user && source.kind() == io::ErrorKind::PermissionDenied {
         return EnterError::Setuid;
@@ -201,7 +202,7 @@ fn open(pid: u32) -> Result<Target, EnterError> {
     let mut namespaces = Vec::new();
     for (name, kind) in NAMESPACES {
         let theirs = format!("/proc/{pid}/ns/{name}");
-        // A kernel without this kind of namespace has no such file: there is nothing to join.
+        // A kernel without this kind of namespace has no such file, and there is nothing to join.
         let Ok(ours) = std::fs::metadata(format!("/proc/self/ns/{name}")) else {
             continue;
         };
@@ -221,7 +222,7 @@ fn open(pid: u32) -> Result<Target, EnterError> {
     })
 }
 
-/// Waits for the program and ends in the same way, so that the shim sees code or signal.
+/// Waits for the program and ends in the same way, so that the shim sees its exit code or signal.
 fn end_as(child: Pid) -> ExitCode {
     loop {
         match waitpid(child, None) {
@@ -236,7 +237,7 @@ fn end_as(child: Pid) -> ExitCode {
 }
 
 fn raise_same(signal: Signal) -> ExitCode {
-    // The program dumped core, or not; its helper never does.
+    // The program may have dumped core; this helper must not.
     setrlimit(
         Resource::Core,
         Rlimit {
@@ -255,7 +256,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_container_of_root_is_refused_by_name_with_its_cure() {
+    fn the_error_for_a_setuid_container_says_what_the_site_can_do() {
         let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
         let setuid = not_joined("mnt", 7, true, denied());
         let text = knoc_proto::error::chain(&setuid);
@@ -263,7 +264,7 @@ mod tests {
             text.contains("setuid") && text.contains("allow setuid = no"),
             "{text}"
         );
-        // With a user namespace, or for another reason, the kernel's own words stand.
+        // With a user namespace, or for another reason, the kernel's own message is shown.
         for (own_user, source) in [(false, denied()), (true, io::ErrorKind::NotFound.into())] {
             let text = knoc_proto::error::chain(&not_joined("mnt", 7, own_user, source));
             assert!(

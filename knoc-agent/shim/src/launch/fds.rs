@@ -1,4 +1,5 @@
-//! Descriptors over a unix socket (`SCM_RIGHTS`): used by the launcher, blocking, and by the shim, non-blocking.
+//! Sends descriptors over a unix socket (`SCM_RIGHTS`). The launcher uses it on a blocking socket, the shim on a
+//! non-blocking one.
 
 use std::{
     io::{IoSlice, IoSliceMut},
@@ -14,7 +15,7 @@ use rustix::net::{
 /// How many descriptors a message carries at most: standard input, output and error.
 pub(crate) const MAX_FDS: usize = 3;
 
-/// Sends `bytes` with `fds` on their first byte; returns how many bytes went.
+/// Sends `bytes`, with `fds` attached to the first byte; returns how many bytes were sent.
 pub(crate) fn send(
     socket: impl AsFd,
     bytes: &[u8],
@@ -33,7 +34,7 @@ pub(crate) fn send(
     )
 }
 
-/// Receives bytes into `buffer` and descriptors, close-on-exec, into `fds`; returns how many bytes came.
+/// Receives bytes into `buffer` and descriptors, close-on-exec, into `fds`; returns how many bytes were received.
 pub(crate) fn receive(
     socket: impl AsFd,
     buffer: &mut [u8],

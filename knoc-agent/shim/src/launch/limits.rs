@@ -1,18 +1,18 @@
-//! The resource limits of a container's program: what its job may have, whoever set which soft limit on the way.
+//! The resource limits of a container's program: what its job allows, whatever soft limits the shim inherited.
 //!
-//! A hard limit is what the job, and so Slurm and the site, allows. A soft one is an accident: the login shell from which
-//! the agent was started, slurmd's unit, our own processes (which dump no core and open many files). So the program gets
-//! every soft limit equal to the hard one, as a container runtime gives it, but for two whose usual value programs
-//! rely on; they may raise it themselves.
+//! The job, and so Slurm and the site, set the hard limits. The soft limits that the shim inherits are accidental: they come
+//! from the login shell in which the agent was started, from slurmd's unit, or from KNoC's own processes (which dump no
+//! core and open many files). So the program gets every soft limit equal to the hard one, as with other container
+//! runtimes, except for two on whose usual value programs rely. Programs may raise those themselves.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Open files: above it `select(2)` corrupts memory, and programs that close or look through all possible descriptors
-/// take seconds. It is the soft limit that systemd gives, and by it containerd 2 and Docker.
+/// Open files. Above it `select(2)` corrupts memory, and programs that close or check all possible descriptors take
+/// seconds. It is the soft limit that systemd sets, and that containers of containerd 2 and Docker inherit.
 const OPEN_FILES: u64 = 1024;
 
-/// Stack: the kernel's own default. Without a limit it lays out the address space in the old way, and the C library
-/// takes the limit as the size of the stack of every thread.
+/// Stack: the kernel's default. Without a limit the kernel uses its legacy address space layout, and the C library takes
+/// the limit as the stack size of every thread.
 const STACK: u64 = 8 << 20;
 
 const ALL: [Resource; 16] = [
@@ -39,12 +39,12 @@ pub(super) fn set() {
     for resource in ALL {
         let limit = getrlimit(resource);
         let current = soft(resource, limit.maximum);
-        // Up to the hard limit nobody is refused.
+        // A soft limit up to the hard one is always allowed.
         setrlimit(resource, Rlimit { current, ..limit }).ok();
     }
 }
 
-/// PURE: the soft limit under the hard one; `None` is no limit.
+/// PURE: the soft limit for this hard one; `None` means unlimited.
 fn soft(resource: Resource, hard: Option<u64>) -> Option<u64> {
     let usual = [(Resource::Nofile, OPEN_FILES), (Resource::Stack, STACK)];
     match usual.into_iter().find(|(one, _)| *one == resource) {

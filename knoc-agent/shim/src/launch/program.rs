@@ -1,4 +1,5 @@
-//! Becoming the program: stdio, session, terminal, limits, directory, signals, `execve`. Runs inside the container.
+//! Turns this process, which runs inside the container, into the program: session, stdio, terminal, limits, working
+//! directory, signals, and then `execve`.
 
 use std::{
     ffi::{CString, OsStr},
@@ -25,13 +26,13 @@ use rustix::{
 
 use super::{account, fds, limits, pty, sys};
 
-/// As a shell: the program cannot be executed, or was not found.
+/// Exit codes as a shell uses them: the program cannot be executed, or was not found.
 const CANNOT_EXECUTE: u8 = 126;
 const NOT_FOUND: u8 = 127;
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Why the program did not start: goes to the shim as [`Reply::Failed`].
+/// Why the program did not start; sent to the shim as [`Reply::Failed`].
 #[derive(Debug)]
 struct Failure {
     errno: i32,
@@ -48,7 +49,8 @@ impl Failure {
     }
 }
 
-/// Takes the specification from `shim` and becomes the program. Returns only on failure, which it has told the shim.
+/// Receives the specification from `shim` and becomes the program. Returns only on failure, which it has reported to the
+/// shim.
 pub(super) fn run(shim: &UnixStream) -> ExitCode {
     let Err(failure) = receive(shim).and_then(|(spec, stdio)| start(shim, &spec, stdio));
     let code = if failure.errno == Errno::NOENT.raw_os_error() {
@@ -60,7 +62,7 @@ pub(super) fn run(shim: &UnixStream) -> ExitCode {
         errno: failure.errno,
         what: failure.what,
     };
-    // Where the shim is gone nobody is left to be told.
+    // If the shim has ended, nobody receives the reply.
     fds::send(shim, &reply.encode(), &[]).ok();
     ExitCode::from(code)
 }
@@ -98,7 +100,7 @@ fn start(
     spec: &LaunchSpec,
     stdio: Vec<OwnedFd>,
 ) -> Result<std::convert::Infallible, Failure> {
-    // Fails where the process leads a group already (PID 1 of a new namespace may): then it leads a session.
+    // Fails if the process leads a group already (as PID 1 of a new namespace may): it then leads a session, too.
     setsid().ok();
     attach_stdio(shim, spec, stdio)?;
     umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -128,7 +130,7 @@ fn start(
     })
 }
 
-/// Go's words, which people know from `kubectl describe`: they begin in lower case.
+/// The error text as Go writes it, in lower case, which users know from `kubectl describe`.
 fn message_of(errno: nix::errno::Errno) -> String {
     errno.desc().to_lowercase()
 }
@@ -174,8 +176,8 @@ fn path_of(env: &[Vec<u8>]) -> &[u8] {
         .unwrap_or(DEFAULT_PATH)
 }
 
-/// What a container has besides the image's files. Best effort: where something cannot be made, the program says what
-/// it misses.
+/// Creates what a container has besides the image's files. Best effort: if something cannot be created, the program runs
+/// without it.
 fn prepare_files(spec: &LaunchSpec) {
     for folder in &spec.temporary {
         open_to_all(path_from(folder));
@@ -185,7 +187,7 @@ fn prepare_files(spec: &LaunchSpec) {
         if let Some(parent) = name.parent() {
             make_folders(parent, 0o755);
         }
-        // A container that has such a file already keeps it.
+        // If the file exists already, it stays.
         drop(std::os::unix::fs::symlink(path_from(target), name));
     }
     if let Some(user) = spec.user.as_ref().filter(|_| spec.settle) {
@@ -197,25 +199,25 @@ fn make_folders(folder: &Path, mode: u32) {
     drop(DirBuilder::new().recursive(true).mode(mode).create(folder));
 }
 
-/// A temporary folder is everybody's, whatever the image or a mount below it made of its mode.
+/// Makes a temporary folder writable for every user, whatever mode it has from the image or from a mount below it.
 fn open_to_all(folder: &Path) {
     make_folders(folder, 0o777);
-    let everybody = 0o1777;
+    let sticky = 0o1777;
     let mode = |meta: fs::Metadata| meta.permissions().mode() & 0o7777;
-    if fs::metadata(folder).is_ok_and(|meta| meta.is_dir() && mode(meta) != everybody) {
+    if fs::metadata(folder).is_ok_and(|meta| meta.is_dir() && mode(meta) != sticky) {
         drop(fs::set_permissions(
             folder,
-            fs::Permissions::from_mode(everybody),
+            fs::Permissions::from_mode(sticky),
         ));
     }
 }
 
-/// HOME as container runtimes set it if nobody else did.
+/// The environment, with HOME added as container runtimes do it if neither the image nor the pod sets it.
 fn with_home(spec: &LaunchSpec) -> Vec<Vec<u8>> {
     let env = &spec.env;
     let is_home = |entry: &[u8]| entry.starts_with(b"HOME=");
     let last = env.iter().rev().find(|entry| is_home(entry));
-    // An empty one counts as none.
+    // An empty HOME counts as unset.
     if last.is_some_and(|entry| entry != b"HOME=") {
         return env.clone();
     }
@@ -228,14 +230,14 @@ fn with_home(spec: &LaunchSpec) -> Vec<Vec<u8>> {
 fn change_directory(spec: &LaunchSpec) -> Result<(), Failure> {
     let cwd = path_from(&spec.cwd);
     if spec.create_cwd && !cwd.exists() {
-        // Where the root is read-only, chdir says what is wrong.
+        // If the root is read-only, chdir below reports the error.
         drop(DirBuilder::new().recursive(true).mode(0o755).create(cwd));
     }
     std::env::set_current_dir(cwd)
         .map_err(Failure::on(format!("chdir to cwd ({})", quote(&spec.cwd))))
 }
 
-/// Finds the program as runc does: a name with a slash as it is, else in `path`.
+/// Finds the program as runc does: a name with a slash is a path, any other is looked up in `path`.
 fn resolve(program: &[u8], path: &[u8]) -> Result<PathBuf, Failure> {
     let failed = |errno: Errno, what: String| Failure {
         errno: errno.raw_os_error(),
@@ -330,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn home_is_set_if_nobody_else_did() {
+    fn home_is_set_unless_the_image_or_the_pod_sets_it() {
         let passwd = b"root:x:0:0::/root:/bin/sh\n";
         let home = b"HOME=/root";
         let env = |entries: &[&[u8]]| -> Vec<Vec<u8>> {
@@ -353,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn temporary_folders_are_everybodys() {
+    fn temporary_folders_are_writable_for_every_user() {
         let base = tempfile::tempdir().unwrap();
         let (old, new) = (base.path().join("old"), base.path().join("a/new"));
         fs::create_dir(&old).unwrap();

@@ -1,5 +1,5 @@
-//! A terminal inside the container: its slave becomes the program's stdio and controlling terminal, its master goes
-//! to the shim. It must be opened here, from the container's own devpts, or `tty` and job control would not work.
+//! A terminal inside the container. The slave becomes the program's stdio and controlling terminal; the master is sent to
+//! the shim. It must be opened from the container's own devpts, or `tty` and job control would not work.
 
 use std::os::fd::OwnedFd;
 
@@ -14,7 +14,7 @@ use rustix::{
 /// Opens a new terminal of the given size: master and slave.
 pub(super) fn open_pair(window: Window) -> Result<(OwnedFd, OwnedFd), Errno> {
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    // A container's own devpts has its ptmx inside; hosts often forbid that one.
+    // A container's devpts has its own ptmx. On hosts that one is often not accessible.
     let master = open("/dev/pts/ptmx", flags, Mode::empty())
         .or_else(|_| open("/dev/ptmx", flags, Mode::empty()))?;
     unlockpt(&master)?;
@@ -23,7 +23,7 @@ pub(super) fn open_pair(window: Window) -> Result<(OwnedFd, OwnedFd), Errno> {
     Ok((master, slave))
 }
 
-/// Sets the window's size; 0 × 0 leaves it.
+/// Sets the window size; 0 × 0 leaves it unchanged.
 pub(crate) fn set_size(master: &OwnedFd, window: Window) -> Result<(), Errno> {
     if window.cols == 0 && window.rows == 0 {
         return Ok(());

@@ -1,5 +1,5 @@
-//! The audited unsafe calls of the launcher: `fork(2)`, resetting signal dispositions, and marking descriptors that
-//! others left open. Nothing else.
+//! The audited unsafe calls of the launcher: `fork(2)`, resetting signal dispositions, and marking inherited descriptors
+//! close-on-exec.
 #![expect(
     unsafe_code,
     reason = "these have no safe form; each states why it is sound"
@@ -23,13 +23,13 @@ pub(super) fn fork_single_threaded() -> nix::Result<ForkResult> {
 pub(super) fn reset_signals() {
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
     for signal in Signal::iterator() {
-        // SAFETY: SIG_DFL runs no code of ours. KILL and STOP refuse it, which is as good.
+        // SAFETY: SIG_DFL runs no code of ours. For KILL and STOP it fails, and they need none.
         unsafe { sigaction(signal, &default) }.ok();
     }
     SigSet::empty().thread_set_mask().ok();
 }
 
-/// Marks all descriptors but stdio close-on-exec: runtimes leave some of theirs open.
+/// Marks all descriptors except stdio close-on-exec: container runtimes leave some of theirs open.
 pub(super) fn close_on_exec() {
     let open = std::fs::read_dir("/proc/self/fd")
         .into_iter()
@@ -39,7 +39,7 @@ pub(super) fn close_on_exec() {
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .collect();
     for number in numbers.into_iter().filter(|number| *number > 2) {
-        // SAFETY: the number is only used within this call; where it is closed by now, the kernel says EBADF.
+        // SAFETY: the number is only used within this call; if it is closed by now, the kernel answers EBADF.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).ok();
     }

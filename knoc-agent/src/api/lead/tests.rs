@@ -1,4 +1,4 @@
-use knoc_link::{Origin, Shown, pki::Ca};
+use knoc_link::{Origin, PeerCertificate, pki::Ca};
 use proptest::prelude::*;
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 
@@ -12,7 +12,7 @@ fn tls(identity: Identity) -> Peer {
     Peer::Tls {
         identity,
         origin: Origin::ThisHost,
-        certificate: Shown::of(Some(&[der])).unwrap(),
+        certificate: PeerCertificate::of(Some(&[der])).unwrap(),
     }
 }
 

@@ -66,6 +66,8 @@ fn urls_are_read_or_refused() {
         "https://a.b:0/",
         "https://a.b:x/",
         "unix:/run/x.sock",
+        "http://0[=]/",
+        "https://[=]/",
     ] {
         assert!(Url::parse(text).is_err(), "{text}: {:?}", Url::parse(text));
     }

@@ -1,18 +1,22 @@
 //! Tests against a fake registry with one image, and a fake apptainer that writes a file and logs
 //! its calls.
 
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::{
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use knoc_contract::jobdir::StateDir;
 
 use super::super::Bounds;
 use super::super::digest::Digest;
 use super::*;
-use crate::config::{Policy, Registry};
-use crate::policy::Live;
+use crate::{
+    config::{Policy, Registry},
+    policy::Live,
+};
 
 mod cached;
 mod fake;
@@ -297,7 +301,7 @@ async fn without_a_runtime_an_image_is_only_a_name() {
 }
 
 #[tokio::test]
-async fn a_source_is_refused_before_the_pod_is_taken_and_a_bad_name_waits() {
+async fn a_source_is_rejected_before_the_pod_is_accepted_and_a_bad_name_waits() {
     let world = World::new().await;
     let error = world.images.check("oras://x/y").unwrap_err();
     assert_eq!(error.kind, ImageErrorKind::Unsupported);

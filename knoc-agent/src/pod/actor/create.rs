@@ -1,8 +1,8 @@
 //! Creates the actor's pod: from disk after a restart, or for `EnsurePod`.
 //!
-//! What `EnsurePod` promises to be on disk is written in one go: all files beside each other, then all synced at the
-//! same time, since each sync waits for the disk and this is the way to `sbatch`. Where the images are at hand the
-//! record says at once that a job is being submitted.
+//! All files that `EnsurePod` promises are written first and then synced concurrently, since each
+//! sync waits for the disk and delays `sbatch`. If the images are at hand, the first record already
+//! says that a job is being submitted.
 
 use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, pb, pod::PodValues, reason::ErrorReason};
@@ -19,14 +19,14 @@ use crate::{
     },
 };
 
-/// A pod as it begins, and what is to be done for it.
+/// A new pod, and its first effects.
 struct Begun {
     pod: Pod,
     effects: Vec<Effect>,
 }
 
 impl NewActor {
-    /// Takes up a pod that was found on disk.
+    /// Restores a pod that was found on disk.
     pub(super) async fn adopt(self, restored: Restored) -> (Actor, Pod) {
         let Restored {
             pod,
@@ -41,7 +41,7 @@ impl NewActor {
         (actor, pod)
     }
 
-    /// The first input must create the pod; any other is answered that there is none.
+    /// The first input must create the pod; any other is answered with "not found".
     pub(super) async fn create(self, inputs: &mut mpsc::Receiver<Input>) -> Option<(Actor, Pod)> {
         loop {
             match inputs.recv().await? {
@@ -94,7 +94,7 @@ impl Actor {
         }
         let now = Timestamp::now();
         let pod = Pod::new(facts(&self.spec, &self.site.config), now);
-        let images = stage::at_hand(&self.site, &self.spec).await;
+        let images = stage::cached_images(&self.site, &self.spec).await;
         let begun = match &images {
             Some(found) => self.begin(pod, found.images(), now),
             None => Begun {
@@ -117,7 +117,7 @@ impl Actor {
         Some(self.apply(pod, Event::Begin).await)
     }
 
-    /// Up to the submission, whose record is written with all the rest.
+    /// Steps the pod up to the submission, whose record is written together with the other files.
     fn begin(&self, pod: Pod, images: &[pb::ResolvedImage], now: Timestamp) -> Begun {
         let (pod, _) = step(pod, Event::Begin, now);
         let notes = self.spec.all_containers().zip(images);
@@ -139,18 +139,18 @@ impl Actor {
         self.values.revision = values.revision;
         let record = Record::of(pod, &self.cluster_id, self.values.revision);
         let cluster_id = self.cluster_id.clone();
-        // What was found stays in the cache until the job file names it.
+        // The images stay in the cache until the job file names them.
         let found = found.unwrap_or_default();
         let images = found.images().to_vec();
         let job = stage::job_file(&self.site, &self.spec, images, cluster_id);
         let staged = (at_rest == AtRest::File).then(|| (*values).clone());
         let dir = self.dir.clone();
-        // Never closed: an error would only mean that there is no bound.
-        let place = self.site.accepting.acquire().await;
+        // The semaphore is never closed; an error would only mean that there is no bound.
+        let permit = self.site.accepting.acquire().await;
         crash::point("agent.record.before");
         let written =
             tokio::task::spawn_blocking(move || stage::accept(&dir, &job, &record, staged)).await;
-        drop(place);
+        drop(permit);
         drop(found);
         crash::point("agent.record.after");
         let failed = |error: &(dyn std::error::Error + 'static)| {

@@ -1,10 +1,12 @@
-//! What the actor does: each effect of the machine.
+//! Performs the machine's effects.
 
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use knoc_contract::capability::STOP_SIGNAL;
-use knoc_contract::jobdir::{JobDir, atomic::FileError};
+use knoc_contract::{
+    capability::STOP_SIGNAL,
+    jobdir::{JobDir, atomic::FileError},
+};
 use knoc_proto::{crash, error::chain, ids::JobId, pb, pod::PodSpec, reason::ErrorReason};
 use tokio::task::{AbortHandle, JoinError};
 use tonic::Request;
@@ -23,14 +25,14 @@ use crate::{
     site::Site,
 };
 
-/// By how much the pause grows after each try to write a record, and the longest one.
+/// The step by which the pause between two tries to write a record grows, and the longest pause.
 const SAVE_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
-/// The end of `batch.out` that becomes part of a message.
+/// How many bytes of the end of `batch.out` become part of a message.
 const TAIL: u64 = 1024;
 
 impl Actor {
-    /// Performs `effects` in their order, after those that a failed write held back. What takes long runs beside the
-    /// actor and answers with an event.
+    /// Performs `effects` in their order, after those that a failed write has held back. Long work
+    /// runs in tasks of its own and answers with an event.
     pub(super) async fn perform(&mut self, pod: &Pod, effects: Vec<Effect>) {
         let unsaved = self.unsaved.take();
         let tries = unsaved.as_ref().map_or(0, |unsaved| unsaved.tries);
@@ -38,7 +40,8 @@ impl Actor {
             let again = std::iter::once(Effect::Persist);
             again.chain(unsaved.held)
         });
-        // What is forgotten has no record: the machine's state would be written as that of a pod just accepted.
+        // A forgotten pod has no record: the machine's state would be written as that of a newly
+        // accepted pod.
         let forgotten = matches!(pod.state, State::Forgotten);
         let recorded = |effect: &Effect| !forgotten || *effect != Effect::Persist;
         let mut effects = held.chain(effects).filter(recorded);
@@ -52,9 +55,9 @@ impl Actor {
         }
     }
 
-    /// What follows a record that could not be written relies on it, and waits until it can be.
+    /// Effects that follow a record rely on it, so they wait until it can be written.
     fn hold_back(&mut self, mut held: Vec<Effect>, message: String, tries: u32) {
-        // No job without its intent on disk: the machine decides anew.
+        // No job is submitted without its intent on disk: the machine decides again.
         if held.contains(&Effect::Submit) {
             let kind = SubmitErrorKind::Throttled;
             let failed = Event::SubmitFailed { kind, message };
@@ -108,7 +111,7 @@ impl Actor {
                     self.reading = Some(self.effects.spawn(read_files(self.dir.clone())));
                 }
             }
-            // Done by the caller, who knows what waits for it.
+            // The caller does this, because it knows which effects wait for it.
             Effect::Persist => {}
             Effect::CleanUp => self.clean_up().await,
             Effect::PollSoon => self.site.poll_soon.notify_one(),
@@ -119,11 +122,11 @@ impl Actor {
         }
     }
 
-    /// What ends a job is not cut off by the pod's being forgotten: after that nobody knows the job. Each has its
-    /// deadline.
+    /// An effect that ends a job is not aborted when the pod is forgotten, because afterwards
+    /// nobody knows the job. Each one has its own deadline.
     async fn finish_cancels(&mut self) {
         while self.cancels.iter().any(|cancel| !cancel.is_finished()) {
-            // What else runs has nobody left to answer to.
+            // Nobody waits for the other effects' answers.
             if self.effects.join_next().await.is_none() {
                 return;
             }
@@ -142,7 +145,7 @@ impl Actor {
         let record = Record::of(pod, &self.cluster_id, self.values.revision);
         let (dir, lease) = (self.dir.clone(), self.site.lease.clone());
         let written = tokio::task::spawn_blocking(move || {
-            // The newer agent's records are not ours to write.
+            // The records belong to the newer agent; this one must not write them.
             match lease.fenced() {
                 Some(fenced) => Err(chain(&fenced)),
                 None => write_record(&dir, &record).map_err(|error| chain(&error)),
@@ -158,7 +161,7 @@ impl Actor {
     /// The error for every request once a newer agent has taken over the pods, else `None`.
     pub(super) async fn fenced(&self) -> Option<RequestError> {
         let lease = self.site.lease.clone();
-        // A look that failed says nothing.
+        // A check that failed tells nothing.
         let looked = tokio::task::spawn_blocking(move || lease.fenced()).await;
         let fenced = looked.ok().flatten()?;
         Some(RequestError::new(ErrorReason::ShuttingDown, chain(&fenced)))
@@ -184,7 +187,8 @@ impl Actor {
         }
     }
 
-    /// Staging has ended: completes `job.pb`, with the shape as it is by now. `None` where it was given up.
+    /// Staging has ended: completes `job.pb` with the present shape. `None` if staging was given
+    /// up.
     pub(super) async fn resolved(&mut self, done: Result<Resolved, JoinError>) -> Option<Event> {
         let resolved = match done {
             Err(error) if error.is_cancelled() => return None,
@@ -211,7 +215,8 @@ impl Actor {
         })
     }
 
-    /// What is staged by us runs our version; the one that an older agent named may go.
+    /// A pod that this agent stages runs this agent's version, so the version of an older agent may
+    /// be removed.
     async fn name_own_version(&mut self) {
         let own = self.site.versions.own().to_owned();
         let before = std::mem::replace(&mut self.version, own);
@@ -240,7 +245,7 @@ impl Actor {
             .unwrap_or_else(|error| Err(StageError::of_pod(&error)))
     }
 
-    /// A newer generation: the shape in `job.pb` follows, the rest of it stays.
+    /// Writes the newer generation of the shape into `job.pb`; the rest of the file stays.
     pub(super) async fn rewrite_spec(&self, spec: Arc<PodSpec>) -> Result<(), RequestError> {
         let dir = self.dir.clone();
         let written = tokio::task::spawn_blocking(move || {
@@ -284,7 +289,7 @@ async fn find(site: Arc<Site>, uid: knoc_proto::ids::PodUid, since: Timestamp) -
 async fn cancel(site: Arc<Site>, job: JobRef, how: Cancel) -> Event {
     let event = match site.scheduler.cancel(&job, how).await {
         Ok(()) => Event::Tick,
-        // The state's deadline tries again.
+        // The state's deadline leads to another try.
         Err(error) => Event::Note(Note {
             warning: true,
             reason: "SlurmCancelFailed",
@@ -296,7 +301,8 @@ async fn cancel(site: Arc<Site>, job: JobRef, how: Cancel) -> Event {
     event
 }
 
-/// Tells the containers by the link; where there is none, by a signal to the batch script.
+/// Tells the containers to stop through the shim's link or, without a link, with a signal to the
+/// batch script.
 async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Cancel) -> Event {
     if let Some(mut client) = site.shim_links.client(&job.uid) {
         let mut request = Request::new(request);
@@ -311,7 +317,7 @@ async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Ca
     cancel(site, job, signal).await
 }
 
-/// The reason for the stop that the shim is told.
+/// The reason that the shim is given for the stop.
 fn why_stopped(pod: &Pod) -> String {
     if pod.is_overdue() {
         return OVERDUE.to_owned();
@@ -320,9 +326,10 @@ fn why_stopped(pod: &Pod) -> String {
     deletion.map_or_else(String::new, |deletion| deletion.reason.clone())
 }
 
-/// The signal that tells this shim to stop. USR1 leaves it the whole grace, but would end a shim that does not know it
-/// (or be ignored, see the batch script): one of an older version, or whose word is not known, gets TERM, after which it
-/// takes the shorter grace that Slurm leaves.
+/// The signal that tells this shim to stop. After USR1 a shim takes the whole grace period. An
+/// older shim would be killed by USR1, or would ignore it (see the batch script), so a shim whose
+/// capabilities are old or not known gets TERM; it then takes the shorter grace period that Slurm
+/// allows.
 fn stop_signal(report: Option<&pb::Report>) -> Cancel {
     let knows = report.is_some_and(|report| {
         let mut all = report.capabilities.iter();
@@ -335,7 +342,7 @@ fn stop_signal(report: Option<&pb::Report>) -> Cancel {
     }
 }
 
-/// The report file, else what the batch script printed.
+/// Reads the report file or, without one, the output of the batch script.
 async fn read_files(dir: JobDir) -> Event {
     let read = tokio::task::spawn_blocking(move || match dir.report() {
         Ok(Some(report)) if report.r#final => Event::Report(Box::new(report)),
@@ -367,7 +374,7 @@ fn tail(dir: &JobDir) -> String {
         file.take(TAIL).read_to_end(&mut bytes)?;
         Ok::<_, std::io::Error>(String::from_utf8_lossy(&bytes).trim().to_owned())
     };
-    // No output is as good as none that can be read: it only explains.
+    // The output only explains the end, so an unreadable file counts as empty.
     read().unwrap_or_default()
 }
 

@@ -1,4 +1,4 @@
-//! Actors over a real state directory and a scheduler of scripts.
+//! Tests of actors with a real state directory and scripts in the place of Slurm's commands.
 
 use std::{
     os::unix::fs::PermissionsExt as _,
@@ -8,8 +8,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use knoc_contract::capability::STOP_SIGNAL;
-use knoc_contract::jobdir::atomic;
+use knoc_contract::{capability::STOP_SIGNAL, jobdir::atomic};
 use knoc_proto::{
     ids::PodUid,
     pb::{self, PodPhase},
@@ -31,7 +30,8 @@ use crate::{
     registry::Registry,
 };
 
-/// Slurm's commands as scripts that note what they were asked, and so many submissions a second, one at a time.
+/// Slurm's commands as scripts that log their calls. Submissions run one at a time, at most `rate`
+/// in a second.
 async fn slurm(rate: f32) -> Fake {
     let fake = Fake::new(&format!(
         "[env]\nPATH = \"{{dir}}:/usr/bin:/bin\"\n\
@@ -59,36 +59,36 @@ fn program(fake: &Fake, name: &str, script: &str) {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// How often a command was asked with these words in its arguments.
-fn calls(fake: &Fake, name: &str, words: &str) -> usize {
+/// How many calls of a command have this text in their arguments.
+fn calls(fake: &Fake, name: &str, part: &str) -> usize {
     let text = std::fs::read_to_string(fake.path().join("calls")).unwrap_or_default();
     let lines = text.lines().filter(|line| line.starts_with(name));
-    lines.filter(|line| line.contains(words)).count()
+    lines.filter(|line| line.contains(part)).count()
 }
 
-/// Waits until a command was asked with these words.
-async fn called(fake: &Fake, name: &str, words: &str) {
+/// Waits for a call of a command with this text in its arguments.
+async fn called(fake: &Fake, name: &str, part: &str) {
     let asked = async {
-        while calls(fake, name, words) == 0 {
+        while calls(fake, name, part) == 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
     let waited = tokio::time::timeout(SOON, asked).await;
-    waited.unwrap_or_else(|_| panic!("never: {name} {words}"));
+    waited.unwrap_or_else(|_| panic!("never: {name} {part}"));
 }
 
 fn uid(name: &str) -> PodUid {
     PodUid::try_from(name).unwrap()
 }
 
-/// Something happens to a pod.
+/// Sends an event to a pod's actor.
 fn happens(fake: &Fake, uid: &PodUid, event: Event) {
     let handles = fake.registry.handles();
     let (_, handle) = handles.iter().find(|(known, _)| known == uid).unwrap();
     assert!(handle.offer(Input::Event(event)));
 }
 
-/// What the shim of a pod says that runs.
+/// The report of a shim whose pod runs.
 fn report(uid: &PodUid) -> pb::Report {
     pb::Report {
         uid: uid.to_string(),
@@ -99,7 +99,7 @@ fn report(uid: &PodUid) -> pb::Report {
     }
 }
 
-/// A pod whose shim said that it runs.
+/// A pod whose shim has reported that it runs.
 async fn running(fake: &Fake, name: &str) -> PodUid {
     let uid = uid(name);
     fake.ensure(&uid).await;
@@ -111,7 +111,7 @@ async fn running(fake: &Fake, name: &str) -> PodUid {
     uid
 }
 
-/// A pod that has succeeded; its job is still there.
+/// A pod that has succeeded; its job still exists.
 async fn finished(fake: &Fake, name: &str) -> PodUid {
     let uid = running(fake, name).await;
     let last = pb::Report {
@@ -123,12 +123,12 @@ async fn finished(fake: &Fake, name: &str) -> PodUid {
     happens(fake, &uid, Event::Report(Box::new(last)));
     fake.seen(&uid, |seen| seen.phase() == PodPhase::Finished)
         .await;
-    // It is seen before its record is written; what is asked after it is answered after it.
+    // The pod is published before its record is written; this request is answered after both.
     fake.ensure(&uid).await;
     uid
 }
 
-/// What an agent that died left of a pod which it was staging.
+/// The files of a pod that an agent was staging when it died.
 fn half_staged(fake: &Fake, spec: &pb::PodSpec, version: &str) {
     let uid = uid(&spec.uid);
     let spec = PodSpec::try_from(spec.clone()).unwrap();
@@ -148,7 +148,7 @@ fn newer(uid: &PodUid) -> pb::PodSpec {
     }
 }
 
-/// Another host's agent takes over, as if we had been silent for too long.
+/// An agent on another host takes over, as if this one had been silent for too long.
 fn fence(fake: &Fake) {
     let other = Process {
         host: "elsewhere".to_owned(),
@@ -166,7 +166,7 @@ async fn an_agent_that_is_fenced_while_it_waits_for_its_rate_submits_nothing() {
     fake.seen(&first, |seen| seen.phase() == PodPhase::Queued)
         .await;
     fake.ensure(&second).await;
-    // Into the wait of two seconds: only there a check that came too early shows.
+    // The wait takes two seconds; only during it would a check that came too early show.
     tokio::time::sleep(Duration::from_millis(300)).await;
     fence(&fake);
     fake.seen(&second, |seen| {
@@ -178,13 +178,14 @@ async fn an_agent_that_is_fenced_while_it_waits_for_its_rate_submits_nothing() {
     assert_eq!(calls(&fake, "sbatch", ""), 1);
 }
 
-/// Nothing can be renamed over a folder.
+/// Puts a folder at the path, which no rename can replace.
 fn block(path: &Path) {
     std::fs::remove_file(path).unwrap();
     std::fs::create_dir(path).unwrap();
 }
 
-/// The containers of a pod that is deleted while its record cannot be written have their whole grace all the same.
+/// If a pod is deleted while its record cannot be written, its containers still get their whole
+/// grace period.
 #[tokio::test]
 async fn what_a_failed_write_held_back_is_done_once_it_succeeds() {
     let fake = slurm(100.0).await;
@@ -201,7 +202,8 @@ async fn what_a_failed_write_held_back_is_done_once_it_succeeds() {
     assert!(deleted.unwrap().deleting);
 }
 
-/// The answer of an sbatch that runs is awaited, whatever else cannot be written meanwhile: its job would be lost.
+/// The answer of a running sbatch is awaited even if records cannot be written meanwhile. Its job
+/// would be lost otherwise.
 #[tokio::test]
 async fn a_record_that_cannot_be_written_during_sbatch_loses_no_job() {
     let fake = slurm(100.0).await;
@@ -222,12 +224,12 @@ async fn a_record_that_cannot_be_written_during_sbatch_loses_no_job() {
     called(&fake, "scancel", "--state=PENDING 7").await;
 }
 
-/// Who takes the handle off the map when the end is told finds the actor's end of it closed already.
+/// Whoever removes the handle after the end was announced finds the actor's channel closed.
 #[tokio::test]
 async fn a_pod_that_has_ended_leaves_no_handle() {
     let fake = slurm(100.0).await;
     let pod = finished(&fake, "a").await;
-    // Its end cannot be told yet: the actor stands right where it tells.
+    // The end cannot be announced yet: the actor waits in that very call.
     while fake.site.ended.try_send(uid("another")).is_ok() {}
     fake.registry.forget(&pod).await.unwrap();
     fake.gone(&pod).await;
@@ -235,7 +237,7 @@ async fn a_pod_that_has_ended_leaves_no_handle() {
     assert!(fake.registry.is_empty());
 }
 
-/// A pod whose job outlived its report by an hour, as an agent finds it that has just started.
+/// A pod whose job has outlived its report by an hour, as a newly started agent finds it.
 async fn outlived(fake: &Fake, name: &str) -> (PodUid, Arc<Registry>) {
     let pod = finished(fake, name).await;
     let record = fake.site.state.pod(&pod).record_path();
@@ -249,7 +251,7 @@ async fn outlived(fake: &Fake, name: &str) -> (PodUid, Arc<Registry>) {
     (pod, restarted)
 }
 
-/// A command that begins, waits for `open` and ends.
+/// A command that begins, waits for `open` and then ends.
 struct Gate {
     begun: PathBuf,
     open: PathBuf,
@@ -282,7 +284,7 @@ impl Gate {
     }
 }
 
-/// Nobody knows the job of a forgotten pod any more: what ends it is not cut off.
+/// Nobody knows the job of a forgotten pod, so its cancellation is not aborted.
 #[tokio::test]
 async fn a_job_that_is_being_cancelled_when_its_pod_is_forgotten_is_cancelled() {
     let fake = slurm(100.0).await;
@@ -299,7 +301,8 @@ async fn a_job_that_is_being_cancelled_when_its_pod_is_forgotten_is_cancelled() 
     assert!(!fake.site.state.pod(&pod).path().exists());
 }
 
-/// A record that could not be written before is not written then: it would be that of a pod just accepted.
+/// A record that could not be written before is not written now: it would be that of a newly
+/// accepted pod.
 #[tokio::test]
 async fn a_pod_that_is_being_forgotten_is_not_recorded_as_a_new_one() {
     let fake = slurm(100.0).await;
@@ -321,7 +324,7 @@ async fn a_pod_that_is_being_forgotten_is_not_recorded_as_a_new_one() {
     assert!(!fake.site.state.pod(&pod).path().exists());
 }
 
-/// What a newer agent has taken over is its own: no record is changed, and no job ended.
+/// The pods belong to the newer agent: no record is changed, and no job is ended.
 #[tokio::test]
 async fn an_agent_that_is_fenced_changes_nothing() {
     let fake = slurm(100.0).await;
@@ -341,7 +344,7 @@ async fn an_agent_that_is_fenced_changes_nothing() {
     let rejected = fake.registry.forget(&done).await;
     assert_eq!(rejected.map_err(reason), Err(ErrorReason::ShuttingDown));
     record(&done);
-    // What happens to the pod is still seen.
+    // Events of the pod are still published.
     let last = pb::Report {
         sequence: 2,
         r#final: true,
@@ -350,7 +353,7 @@ async fn an_agent_that_is_fenced_changes_nothing() {
     happens(&fake, &pod, Event::Report(Box::new(last)));
     fake.seen(&pod, |seen| seen.phase() == PodPhase::Finished)
         .await;
-    // Asked after it, answered after it.
+    // This request is sent and answered after it.
     fake.registry.forget(&pod).await.unwrap_err();
     assert_eq!(record(&pod), before);
     assert_eq!(calls(&fake, "scancel", ""), 0);
@@ -369,7 +372,8 @@ async fn a_newer_shape_that_comes_during_staging_is_what_the_job_runs() {
     let pod = uid("a");
     half_staged(&fake, &of_two(spec(&pod)), fake.site.versions.own());
     fake.registry.recover().await.unwrap();
-    // Staging notes each image. For that of the second one there is no place in the queue before the newer shape is taken.
+    // Staging notes each image. The queue has no room for the note of the second one before the
+    // newer shape is taken.
     let filled = async {
         let (_, handle) = &fake.registry.handles()[0];
         while handle.offer(Input::Event(Event::Tick)) {}
@@ -401,9 +405,10 @@ async fn a_newer_shape_that_cannot_be_written_is_not_taken_for_written() {
     assert_eq!(fake.site.board.get("a").unwrap().spec_generation, 2);
 }
 
-/// What is staged again runs our own version: no job directory names the older one any more.
+/// A pod that is staged again runs this agent's version, so no job directory names the older one
+/// any more.
 #[tokio::test]
-async fn a_version_is_let_go_when_the_pod_that_named_it_is_staged_again() {
+async fn a_version_is_released_when_its_pod_is_staged_again() {
     let fake = slurm(100.0).await;
     let older = fake.site.state.versions().join("0.0.1");
     atomic::create_dir(&older).unwrap();

@@ -1,9 +1,12 @@
-//! The values of a pod: the newest that were accepted reach its shim, whatever is cut or dies in between.
+//! The values of a pod. The newest accepted revision reaches the shim, whatever is interrupted or
+//! restarted in between.
 //!
-//! A level, not an edge: the newest accepted revision against the one that the shim's report names. While the shim lacks
-//! it and its link is up, a task gives it, with pauses. Until then it lies in `JOBDIR/values`, where the shim takes it at
-//! its start and looks again while it has no link, or (`at_rest = "none"`) in memory. What was lost with the memory is
-//! shown as wanted: the kubelet then sends its newest.
+//! The actor compares levels, not edges: the newest accepted revision and the revision in the
+//! shim's report. While the shim's is older and its link is up, a task pushes the values and
+//! repeats that after pauses. Until the shim has them, they are in `JOBDIR/values`, which a shim
+//! reads at its start and polls while it has no link, or (`at_rest = "none"`) in memory. If an
+//! agent's restart loses values in memory, the pod is published as wanting values, and the kubelet
+//! sends its newest.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,10 +26,10 @@ use crate::{
     site::Site,
 };
 
-/// First and longest pause after a shim did not take its values.
+/// The first and the longest pause after a shim did not take its values.
 const PUSH_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_mins(1)];
 
-/// The newest values that were accepted, and their way to the shim.
+/// The newest accepted values, and the push to the shim.
 #[derive(Debug, Default)]
 pub(super) struct Held {
     /// Their revision.
@@ -39,13 +42,13 @@ pub(super) struct Held {
 /// The task that pushes values to the shim until it has them.
 #[derive(Debug)]
 struct ValuesPush {
-    /// It pushes at least this revision.
+    /// The revision that it pushes, or a newer one.
     revision: i64,
     task: AbortHandle,
 }
 
 impl Actor {
-    /// `UpdateValues`: newer values are checked against the pod's shape before they are used.
+    /// Handles `UpdateValues`: checks newer values against the pod's shape before they are used.
     pub(super) async fn check_and_update_values(
         &mut self,
         pod: &Pod,
@@ -60,7 +63,7 @@ impl Actor {
         self.update_values(pod, values).await
     }
 
-    /// Gives newer values to the shim at once if its link is up, and keeps them for it otherwise.
+    /// Pushes newer values to the shim if its link is up; keeps them for it otherwise.
     pub(super) async fn update_values(
         &mut self,
         pod: &Pod,
@@ -80,7 +83,7 @@ impl Actor {
                 self.hold(values);
                 Ok(())
             }
-            // One of an older version does not say what it has, and never looks again for what is staged.
+            // An older shim does not report its revision, and never polls for staged values.
             Err(message) if pod.report.is_some() && revision_of_shim(pod).is_none() => {
                 Err(RequestError::new(ErrorReason::ShimUnreachable, message))
             }
@@ -88,7 +91,8 @@ impl Actor {
         }
     }
 
-    /// For a shim that cannot be reached now: on disk, or in memory with a record of it.
+    /// Keeps values for a shim that cannot be reached now: on disk, or in memory with a record of
+    /// the revision.
     async fn keep(&mut self, pod: &Pod, values: PodValues) -> Result<(), RequestError> {
         let revision = values.revision;
         let failed = |error: &(dyn std::error::Error + 'static)| {
@@ -110,19 +114,19 @@ impl Actor {
         Ok(())
     }
 
-    /// A job that runs again asks for them again.
+    /// A job that runs again asks for its values again.
     pub(super) fn hold(&mut self, values: PodValues) {
         let held = self.site.config.values.at_rest == AtRest::None;
         self.values.memory = held.then_some(values);
     }
 
-    /// A link came up: nothing was given on it yet.
+    /// A link came up, and nothing has been pushed on it yet.
     pub(super) fn linked(&mut self) {
         self.values.push.take_if(|push| push.task.is_finished());
     }
 
-    /// Begins to give the shim what it lacks, where its link is up and that is not under way. `reported`: it has just
-    /// said what it has.
+    /// Pushes the values that the shim lacks, if its link is up and no push is under way.
+    /// `reported`: the shim has just reported its revision.
     pub(super) fn push_values(&mut self, pod: &Pod, reported: bool) {
         let given = self.values.push.as_ref().map(|push| push.revision);
         let busy = self.values.push.as_ref();
@@ -143,19 +147,19 @@ impl Actor {
         });
     }
 
-    /// Does the shim lack what was accepted, or have none, and we neither?
+    /// Whether the shim lacks the accepted values, or has none, and the agent has lost them.
     pub(super) fn wants_values(&self, pod: &Pod) -> bool {
         if self.values.memory.is_some() {
             return false;
         }
-        // What was staged is on disk until the shim has it.
+        // Staged values stay on disk until the shim has them.
         let lost = self.site.config.values.at_rest == AtRest::None
             && revision_of_shim(pod).is_some_and(|has| has < self.values.revision);
         let waits = |report: &pb::Report| report.waits_for_values;
         lost || pod.report.as_ref().is_some_and(waits)
     }
 
-    /// Nothing secret outlives the pod.
+    /// Removes the values: nothing secret outlives the pod.
     pub(super) async fn clean_up(&mut self) {
         self.values.memory = None;
         self.values.push.take().inspect(|push| push.task.abort());
@@ -168,20 +172,23 @@ impl Actor {
     }
 }
 
-/// What the shim says that it has; `None`: nothing yet, or its version does not say.
+/// The revision that the shim has reported; `None` if there is no report, or an older shim wrote
+/// it.
 fn revision_of_shim(pod: &Pod) -> Option<i64> {
     pod.report.as_ref()?.values_revision
 }
 
-/// PURE: is the shim, which has revision `has`, to be given `newest`? One that does not say gets what is `held` in
-/// memory, once a link. What was `given` is not given again before a report says that it is lacked all the same.
+/// PURE: whether to push `newest` to the shim, which has revision `has`. A shim that does not
+/// report its revision gets what is `held` in memory, once for each link. The revision `given` is
+/// not pushed again before a report shows that the shim lacks it.
 fn due(has: Option<i64>, newest: i64, held: bool, reported: bool, given: Option<i64>) -> bool {
     let lacks = has.map_or(held, |has| has < newest);
     let contradicted = reported && has.is_some();
     lacks && (contradicted || given.is_none_or(|given| given < newest))
 }
 
-/// Gives a shim its values, from memory or the job directory, until it takes them or its link is gone.
+/// Pushes the values, from memory or from the job directory, until the shim acknowledges them or
+/// its link is gone.
 async fn push_until_acked(
     site: Arc<Site>,
     uid: PodUid,
@@ -209,7 +216,7 @@ async fn push_until_acked(
         tokio::time::sleep(jittered).await;
         pause = (pause * 2).min(longest);
     }
-    // The report says what the shim has.
+    // The shim's report says what it has.
     Event::Tick
 }
 
@@ -222,7 +229,7 @@ async fn give(mut client: Client, values: pb::PodValues) -> Result<(), String> {
         .map_err(|status| status.message().to_owned())
 }
 
-/// What lies in the job directory; what cannot be read is as good as not there.
+/// Reads the staged values. Values that cannot be read count as missing.
 async fn staged(dir: &JobDir) -> Option<pb::PodValues> {
     let dir = dir.clone();
     let error = match tokio::task::spawn_blocking(move || dir.values()).await {
@@ -234,7 +241,7 @@ async fn staged(dir: &JobDir) -> Option<pb::PodValues> {
     None
 }
 
-/// The shim has them: they need not lie on disk any more.
+/// The shim has the values, so they need not stay on disk.
 async fn unstage(dir: &JobDir, revision: i64) {
     let dir = dir.clone();
     let removed = tokio::task::spawn_blocking(move || dir.remove_values_up_to(revision)).await;
@@ -251,13 +258,13 @@ mod tests {
     use super::due;
 
     #[test]
-    fn a_shim_is_given_what_it_lacks_and_nothing_twice() {
+    fn a_shim_gets_the_values_that_it_lacks_and_none_twice() {
         let reports = |has| move |given| due(Some(has), 2, false, true, given);
         assert!(reports(1)(None), "it took what was staged first");
         assert!(reports(0)(Some(2)), "it runs again and has none");
         assert!(!reports(2)(None));
         assert!(!reports(3)(Some(1)));
-        // Between its reports.
+        // Between two reports of the shim.
         assert!(due(Some(1), 2, false, false, None));
         assert!(due(Some(1), 2, false, false, Some(1)), "newer ones came");
         assert!(

@@ -1,4 +1,4 @@
-//! The table of outcomes.
+//! Tests of the table of outcomes.
 
 use knoc_proto::ids::{JobId, PodUid};
 
@@ -106,7 +106,7 @@ fn after_a_signal_the_reason_is_slurms() {
     assert_eq!(fine.reason, "");
 }
 
-/// What stands before the shim in the batch script is the site's prelude.
+/// The site's prelude runs before the shim in the batch script.
 #[test]
 fn a_prelude_that_fails_is_cannot_start() {
     for (state, exit, unclaimed) in [
@@ -130,7 +130,7 @@ fn a_job_that_ended_in_another_way_has_another_reason() {
     let begun = pb::Report::default();
     let cancelled = JobState::Cancelled { by: None };
     for (state, exit, report, unclaimed, reason) in [
-        // A shim that was there and left no report.
+        // A shim has claimed the directory and left no report.
         (
             JobState::Completed,
             (0, 0),
@@ -205,7 +205,7 @@ fn a_requeued_job_whose_containers_had_begun_is_named() {
 }
 
 #[test]
-fn a_time_limit_is_the_pods_deadline_only_where_that_was_the_limit() {
+fn a_time_limit_is_the_pods_deadline_only_if_that_was_the_limit() {
     let ended = report(pb::EndedBy::Signal, pb::OutcomeKind::Failed);
     let timeout = view(JobState::Timeout, None);
     for (deadline, reason) in [
@@ -285,7 +285,7 @@ fn without_a_report_success_is_never_guessed() {
 }
 
 #[test]
-fn what_we_ended_says_so() {
+fn jobs_that_the_agent_ended_say_so() {
     let deleted = Cause::Deleted("by Kubernetes".to_owned());
     let cancelled = view(JobState::Cancelled { by: None }, None);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! What outsiders see, state by state.
+//! Tests of what the API shows of a pod, state by state.
 
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ fn waiting(status: &pb::ContainerStatus) -> (&str, &str) {
 }
 
 #[test]
-fn before_the_shim_speaks_all_containers_wait() {
+fn before_the_first_report_all_containers_wait() {
     let job = JobId::try_from("7").unwrap();
     let shown = observed(&pod(queued(job)), &spec(), "c");
     assert_eq!(shown.phase(), pb::PodPhase::Queued);

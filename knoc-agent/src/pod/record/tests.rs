@@ -1,4 +1,4 @@
-//! Records of the agents before placements, one for each state, as those agents wrote them.
+//! Tests of records from agents before placements, one for each state, as those agents wrote them.
 
 use super::*;
 use crate::pod::state::Timeouts;
@@ -60,7 +60,7 @@ fn settling(cause: Cause, until: &str, look_at: &str) -> State {
     })
 }
 
-/// Reads an old record, and what this version writes in its place.
+/// Reads an old record, and writes it as this version does.
 fn restored(json: &str) -> Pod {
     let record: Record = serde_json::from_str(json).unwrap();
     assert_eq!(
@@ -159,9 +159,9 @@ fn records_of_the_previous_version_bring_finished_pods_back() {
     assert!(lingering.poll_soon());
 }
 
-/// An agent that is downgraded finds the job where it looks for it.
+/// An agent that is downgraded finds the job in the field that it reads.
 #[test]
-fn the_job_still_stands_where_the_previous_version_reads_it() {
+fn the_previous_version_still_finds_the_job() {
     let pod = restored(old!("running"));
     let json = serde_json::to_value(Record::of(&pod, "c", 3)).unwrap();
     assert_eq!(json["job"], "1");
@@ -169,9 +169,9 @@ fn the_job_still_stands_where_the_previous_version_reads_it() {
     assert_eq!(json["phase"], "running");
 }
 
-/// Never written by us: the agent looks for the job by name.
+/// This version never writes such a record: the agent looks for the job by name.
 #[test]
-fn a_phase_with_a_job_but_without_a_placement_is_looked_into() {
+fn a_phase_with_a_job_but_without_a_placement_starts_a_search() {
     let json = old!("running").replace("\"job\": \"1\"", "\"job\": null");
     let record: Record = serde_json::from_str(&json).unwrap();
     let pod = record.restore(facts(), None);

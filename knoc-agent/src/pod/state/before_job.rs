@@ -35,7 +35,7 @@ pub(super) fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             *trouble = None;
             vec![Effect::Stage]
         }
-        // The agent died between the intent and the answer: the job may exist.
+        // The agent died after it wrote the intent and before sbatch answered: the job may exist.
         BeforeJob::Submitting { look } => {
             let message = "the agent was restarted during the submission".to_owned();
             *look = Some(first_look(message, Otherwise::Submit, now));
@@ -95,7 +95,8 @@ pub(super) fn stage_failed(
 pub(super) fn submitted(pod: &mut Pod, submitted: Submitted, now: Timestamp) -> Vec<Effect> {
     let call = Some((submitted.began, submitted.ended));
     let State::BeforeJob(BeforeJob::Submitting { .. }) = pod.state else {
-        // Nobody waits for this answer: the machine has learnt of the job in another way, or the round will find it.
+        // Nobody waits for this answer: the machine has learnt of the job in another way, or the
+        // next round will find it.
         if pod.job().is_some_and(|job| job.id == submitted.job) {
             pod.sbatch = call;
         }
@@ -128,7 +129,7 @@ pub(super) fn submit_failed(
         SubmitErrorKind::Ambiguous => Otherwise::Submit,
         SubmitErrorKind::NoJobId => Otherwise::Reject,
         SubmitErrorKind::Throttled => return back_off(pod, "Throttled", message, None, now),
-        // Nothing tells when the controller is back, and asking one that is away costs little.
+        // Nothing announces that the controller is back, and a call while it is away costs little.
         SubmitErrorKind::ControllerAway => {
             let longest = Some(AWAY_PAUSE_MAX);
             return back_off(pod, "SchedulerUnavailable", message, longest, now);
@@ -139,7 +140,7 @@ pub(super) fn submit_failed(
     vec![Effect::Find]
 }
 
-/// The same request would be rejected again: the pod has failed.
+/// Fails the pod, because the same request would be rejected again.
 pub(super) fn rejected(pod: &mut Pod, message: String, now: Timestamp) -> Vec<Effect> {
     if pod.deletion.is_some() {
         return deleted_before_job(pod, now);
@@ -206,7 +207,7 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     }
 }
 
-/// After a failed pull the error is shown first, then that the agent waits: once, however often it ticks.
+/// After a failed pull, shows the error first and then the back-off, once for each failure.
 fn show_back_off(pod: &mut Pod, now: Timestamp) {
     let State::BeforeJob(BeforeJob::Staging {
         trouble: Some(trouble),

@@ -160,7 +160,7 @@ pub(super) fn still_there(pod: &mut Pod, phase: JobPhase, now: Timestamp) -> Vec
 }
 
 /// The deadline of a measure against the job has passed: takes the next, harder one.
-pub(super) fn harder(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
+pub(super) fn escalate(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let Some(job) = pod.job() else {
         return Vec::new();
     };

@@ -1,4 +1,4 @@
-//! PURE: what can happen to a pod, and what the actor is told to do.
+//! PURE: the events of a pod, and the effects that the actor performs.
 
 use std::time::Duration;
 
@@ -7,18 +7,19 @@ use knoc_proto::pb;
 use super::pod::Facts;
 use crate::scheduler::{Cancel, JobRef, JobView, SubmitErrorKind, Submitted};
 
-/// All that can happen to a pod.
+/// An event of a pod.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// The actor has started: do what the state asks for. First event, also after a restart.
+    /// The actor has started. This is the first event, also after a restart; it repeats what the
+    /// state needs.
     Begin,
     /// The job directory is complete.
     Staged,
-    /// Staging failed for now.
+    /// Staging failed; it will be tried again.
     StageFailed {
-        /// The container it is about; empty: the pod.
+        /// The container that failed; empty for the pod as a whole.
         container: String,
-        /// `ErrImagePull` …
+        /// `ErrImagePull` and other reasons in CamelCase.
         reason: String,
         /// The message for users.
         message: String,
@@ -27,45 +28,46 @@ pub enum Event {
     Submitted(Submitted),
     /// The scheduler did not accept the job, or did not say whether it did.
     SubmitFailed {
-        /// What to do next.
+        /// Decides what to do next.
         kind: SubmitErrorKind,
         /// The scheduler's message.
         message: String,
     },
-    /// Jobs of this pod, by name, newest first.
+    /// The search by name found these jobs, newest first.
     Found(Vec<JobView>),
-    /// The look by name failed.
+    /// The search by name failed.
     FindFailed(String),
-    /// One round of questions to the scheduler: the jobs of this pod, and whether it surely does not know ours.
+    /// One poll of the scheduler: the jobs of this pod, and whether it definitely does not know the
+    /// placement's job.
     Round {
-        /// All of this pod that it knows.
+        /// All jobs of this pod that the scheduler knows.
         jobs: Vec<JobView>,
         /// Neither the queue nor the accounting knows the job of the pod's placement.
         missing: bool,
     },
-    /// The shim's report, by link or file.
+    /// The shim's report, from the link or the file.
     Report(Box<pb::Report>),
-    /// The shim's link came or went.
+    /// The shim's link came up (`true`) or went down.
     Link(bool),
-    /// The files were read: no final report there.
+    /// The files were read, and there is no final report.
     Files {
         /// The end of `batch.out`.
         batch_tail: String,
-        /// A shim has claimed the job directory, or it is not known.
+        /// Whether a shim has claimed the job directory; `true` if that cannot be determined.
         claimed: bool,
     },
-    /// The pod shall end.
+    /// The pod is to end.
     Delete {
-        /// Time for the containers; `None`: the pod's own.
+        /// The grace period for the containers; `None` means the pod's own.
         grace: Option<Duration>,
         /// The message for users.
         reason: String,
     },
     /// A newer generation of the shape.
     Update(Facts),
-    /// Something worth an Event, from the actor's own work.
+    /// The actor's own work produced something worth an Event.
     Note(Note),
-    /// The time that [`super::pod::Pod::wake`] named has come.
+    /// The time that [`super::pod::Pod::wake`] returned has come.
     Tick,
     /// The pod may be forgotten.
     Forget,
@@ -74,44 +76,44 @@ pub enum Event {
 /// Something worth an Event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Note {
-    /// Warning, or normal.
+    /// A warning, or a normal Event.
     pub warning: bool,
-    /// CamelCase.
+    /// A reason in CamelCase.
     pub reason: &'static str,
     /// The message for users.
     pub message: String,
-    /// The container it is about, or empty.
+    /// The container that it concerns; empty for the pod as a whole.
     pub container: String,
 }
 
-/// What the actor is to do, in this order.
+/// What the actor is to do. Effects are performed in their order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
     /// Write the record, synced, before any later effect.
     Persist,
-    /// Make the job directory complete; answers `Staged` or `StageFailed`.
+    /// Complete the job directory; answers `Staged` or `StageFailed`.
     Stage,
-    /// `sbatch`; answers `Submitted` or `SubmitFailed`.
+    /// Call `sbatch`; answers `Submitted` or `SubmitFailed`.
     Submit,
-    /// Look by name; answers `Found` or `FindFailed`.
+    /// Search for the job by name; answers `Found` or `FindFailed`.
     Find,
-    /// End a job.
+    /// End a job with Slurm.
     Cancel {
         /// The job.
         job: JobRef,
-        /// How hard.
+        /// The signal to send, or a cancellation.
         how: Cancel,
     },
-    /// Tell the containers to end: by the link, else by a signal to the batch script.
+    /// Tell the containers to end, through the link or with a signal to the batch script.
     Stop {
-        /// Which job.
+        /// The job.
         job: JobRef,
-        /// Time for the containers.
+        /// The grace period for the containers.
         grace: Duration,
     },
-    /// Read report and batch output; answers `Report` or `Files`.
+    /// Read the report and the batch output; answers `Report` or `Files`.
     ReadFiles,
-    /// Unlink the values.
+    /// Remove the staged values.
     CleanUp,
     /// Ask the scheduler soon, because a change is expected.
     PollSoon,

@@ -46,8 +46,8 @@ pub(super) fn found(pod: &mut Pod, jobs: Vec<JobView>, now: Timestamp) -> Vec<Ef
     effects
 }
 
-/// Of several jobs: one that surely is ours; then one that runs before one that waits before one that has ended; then
-/// the newest. Never one that lost the claim.
+/// Picks one of several jobs: first one that is definitely ours; then a running job before a queued
+/// one before one that has ended; then the newest. Never one that lost the claim.
 fn best(jobs: &[JobView]) -> Option<&JobView> {
     let surplus = ShimExit::Surplus.code();
     let lost_claim = |view: &JobView| view.exit.is_some_and(|exit| exit.code == surplus);
@@ -63,7 +63,7 @@ fn best(jobs: &[JobView]) -> Option<&JobView> {
     best.map(|(_, view)| view)
 }
 
-/// The search found no job that may be alive. `others`: it found jobs that lost the claim.
+/// The search found no job that may be alive. `others` is set if it found jobs that lost the claim.
 fn not_found(pod: &mut Pod, look: Look, others: bool, now: Timestamp) -> Vec<Effect> {
     let tries = look.tries + 1;
     if tries < LOOKS {
@@ -73,7 +73,7 @@ fn not_found(pod: &mut Pod, look: Look, others: bool, now: Timestamp) -> Vec<Eff
         return Vec::new();
     }
     if surplus(pod) || others {
-        // Submitted again it would find the claim taken again.
+        // Another job holds the claim, so a further submission would fail in the same way.
         let cause = deletion_cause(pod);
         return conclude(pod, cause.as_ref(), now);
     }
@@ -93,7 +93,7 @@ fn found_by(view: &JobView) -> &'static str {
     }
 }
 
-/// The search itself failed. That says nothing, so it does not count.
+/// The search itself failed. That tells nothing about the job, so it does not count as a search.
 pub(super) fn find_failed(pod: &mut Pod, message: String, now: Timestamp) -> Vec<Effect> {
     let pause = pod.pause(0);
     if let State::BeforeJob(BeforeJob::Submitting { look: Some(look) }) = &mut pod.state {

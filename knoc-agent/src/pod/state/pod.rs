@@ -36,7 +36,7 @@ pub(super) const NOTES: usize = 32;
 /// What the machine must know of the pod and the site.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
-    /// The pod.
+    /// The pod's UID.
     pub uid: PodUid,
     /// Its termination grace.
     pub grace: Duration,
@@ -49,7 +49,7 @@ pub struct Facts {
 /// One pod: the state, and what was seen of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pod {
-    /// What does not change by itself.
+    /// The facts, which do not change by themselves.
     pub facts: Facts,
     /// The state of the machine.
     pub state: State,
@@ -57,7 +57,7 @@ pub struct Pod {
     pub since: Timestamp,
     /// Submissions so far.
     pub attempt: u32,
-    /// What the scheduler said last of the placement's job.
+    /// The scheduler's last view of the placement's job.
     pub view: Option<JobView>,
     /// When `sbatch` was called, and when it had answered with the id of the placement's job. Together with the id these
     /// tell the job from somebody else's that got the same id later.
@@ -76,7 +76,7 @@ pub struct Pod {
     pub batch_tail: String,
     /// No shim had claimed the job directory when the files were last read.
     pub unclaimed: bool,
-    /// What becomes Events.
+    /// The notes, which become Events.
     pub notes: Vec<pb::PodNote>,
 }
 

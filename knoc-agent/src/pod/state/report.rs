@@ -28,7 +28,7 @@ pub(super) fn report(pod: &mut Pod, report: pb::Report, now: Timestamp) -> Vec<E
     take_notes(pod, &report);
     let is_final = report.r#final;
     pod.report = Some(report);
-    heard(pod, job, is_final, now)
+    job_reported(pod, job, is_final, now)
 }
 
 /// After a restart of the agent: the report on disk goes before any question to the scheduler.
@@ -40,11 +40,11 @@ pub(super) fn resume(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let Ok(job) = JobId::try_from(report.job_id.as_str()) else {
         return Vec::new();
     };
-    heard(pod, job, is_final, now)
+    job_reported(pod, job, is_final, now)
 }
 
 /// The shim of `job` holds the claim, so the job runs; with its final report it is about to end.
-fn heard(pod: &mut Pod, job: JobId, is_final: bool, now: Timestamp) -> Vec<Effect> {
+fn job_reported(pod: &mut Pod, job: JobId, is_final: bool, now: Timestamp) -> Vec<Effect> {
     let mut effects = if is_news(&pod.state) {
         // During a submission this is the answer that sbatch, or the search by name, has not given yet.
         let submitting = matches!(pod.state, State::BeforeJob(_));

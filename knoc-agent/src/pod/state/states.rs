@@ -42,7 +42,7 @@ pub enum State {
 /// The states of a pod without a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BeforeJob {
-    /// The record is on disk, and nothing else was done yet.
+    /// The record is on disk, and nothing else has been done yet.
     Accepted,
     /// Job directory, values and images are being prepared.
     Staging {
@@ -103,7 +103,7 @@ pub enum JobStage {
     },
     /// The scheduler does not know the job.
     Lost {
-        /// Since when.
+        /// Since when it has been unknown.
         since: Timestamp,
         /// When to read the files again.
         look_at: Timestamp,

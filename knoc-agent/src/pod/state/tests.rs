@@ -1,4 +1,4 @@
-//! The machine against its rules: scenarios edge by edge, then random events.
+//! Tests of the machine's rules: scenarios for each edge, then random events.
 
 mod deadline;
 mod identity;
@@ -160,7 +160,7 @@ fn missing() -> Event {
     }
 }
 
-/// The pod after a round that lacks its job, and one that still does when it should have shown it.
+/// The pod after a round that lacks its job, and another one after the job should have been shown.
 fn lost(pod: Pod, now: i64) -> Pod {
     let (pod, _) = step(pod, missing(), at(now));
     step(pod, missing(), at(now + 60)).0
@@ -248,7 +248,7 @@ fn the_claimant_is_the_pods_job() {
 }
 
 #[test]
-fn where_the_claim_is_anothers_that_job_is_the_pods() {
+fn the_job_that_holds_the_claim_is_the_pods() {
     let mut lost = view("1", JobState::Failed);
     lost.exit = Some(JobExit {
         code: 66,
@@ -282,7 +282,7 @@ fn without_a_link_a_running_pods_report_is_read_now_and_then() {
     assert_eq!(pod.wake(), Some(due));
     let (pod, effects) = step(pod, Event::Tick, due);
     assert_eq!(effects, [Effect::ReadFiles]);
-    // What was read says how the containers are; then it is read again.
+    // The report that was read shows the containers' state; then it is read again.
     let (pod, _) = step(pod, report("1", 1, false), due);
     assert_eq!(pod.state, runs_as("1"));
     assert_eq!(pod.report.as_ref().map(|report| report.sequence), Some(1));
@@ -516,7 +516,7 @@ fn by_signal() -> Event {
 }
 
 #[test]
-fn a_signal_from_outside_waits_for_slurms_word() {
+fn a_signal_from_outside_waits_for_slurms_state() {
     let (pod, _) = feed(and(running(), [by_signal()]));
     assert!(matches!(pod.stage(), Some(JobStage::Settling { .. })));
     let (pod, _) = step(pod, seen("1", JobState::Running), at(6));

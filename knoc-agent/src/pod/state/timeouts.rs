@@ -11,11 +11,11 @@ const LAG: Duration = Duration::from_mins(1);
 /// The site's timeouts, from the site file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timeouts {
-    /// How long the report of an ended job may take to show.
+    /// How long after the end of a job its report may appear.
     pub report_grace: Duration,
     /// How long a job may wait for a reason that never ends.
     pub never_ends_after: Duration,
-    /// How long a job that nobody knows may stay undecided.
+    /// How long a job that the scheduler does not know may stay undecided.
     pub lost_after: Duration,
     /// How long after the grace period the job is cancelled.
     pub stop_slack: Duration,
@@ -26,8 +26,8 @@ pub struct Timeouts {
 }
 
 impl Timeouts {
-    /// The pause before try `tries + 1`: it grows, and differs from pod to pod, so that what failed for many of them at
-    /// the same time is not tried again by all of them at the same time.
+    /// The pause before try `tries + 1`. It grows, and it differs from pod to pod, so that pods
+    /// which failed at the same time do not all try again at the same time.
     pub(super) fn pause(&self, uid: &PodUid, tries: u32) -> Duration {
         let factor = 2_u32.saturating_pow(tries.min(16));
         let pause = self.backoff_initial.saturating_mul(factor);
@@ -40,7 +40,7 @@ impl Timeouts {
     }
 }
 
-/// Between 0.8 and 1, from the pod and the try: the machine has no source of chance of its own.
+/// Between 0.8 and 1, derived from the pod and the try, because the machine has no random numbers.
 fn jitter(uid: &PodUid, tries: u32) -> f64 {
     let bytes = uid.as_str().bytes().chain(tries.to_le_bytes());
     // FNV-1a.

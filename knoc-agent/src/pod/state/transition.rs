@@ -16,18 +16,18 @@ use crate::{
     scheduler::JobPhase,
 };
 
-/// The final report of the shim is there.
+/// Whether the shim's final report has arrived.
 pub(super) fn reported(pod: &Pod) -> bool {
     pod.report.as_ref().is_some_and(|report| report.r#final)
 }
 
-/// The scheduler has said that the job has ended.
+/// Whether the scheduler has said that the job has ended.
 pub(super) fn job_ended(pod: &Pod) -> bool {
     let phase = pod.view.as_ref().map(|view| view.state.phase());
     phase == Some(JobPhase::Ended)
 }
 
-/// The shim of our job found that another job holds the claim. Then that other job of this pod runs, or ran.
+/// Whether the shim of our job found that another job of this pod holds the claim.
 pub(super) fn surplus(pod: &Pod) -> bool {
     let exit = pod.view.as_ref().and_then(|view| view.exit);
     pod.report.is_none() && exit.is_some_and(|exit| exit.code == ShimExit::Surplus.code())

@@ -21,7 +21,7 @@ const NANOS_PER_SECOND: i64 = 1_000_000_000;
 /// By how many seconds the clocks of the controller and of a compute node may differ if their times are compared.
 const CLOCKS_APART: i64 = 2;
 
-/// After a restart of the agent: the files may say more than the record.
+/// After a restart of the agent the files may tell more than the record.
 pub(super) fn begin(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     if let Some(JobStage::Stopping { deadline, .. }) = pod.stage_mut() {
         *deadline = now;
@@ -51,8 +51,9 @@ pub(super) fn round(
     effects
 }
 
-/// Cancels surplus jobs that have not started; one that runs ends by the claim. A job that hardly names the pod is left
-/// alone: a program of the pod may have submitted it.
+/// Cancels surplus jobs that have not started; a running one ends because it does not get the
+/// claim. A job that matches the pod only weakly is left alone, because a program in the pod may
+/// have submitted it.
 fn cancel_surplus(pod: &mut Pod, jobs: &[JobView], now: Timestamp) -> Vec<Effect> {
     let Some(own) = pod.job() else {
         return Vec::new();
@@ -114,13 +115,13 @@ fn seen_alive(
             running(pod, before, now);
             Vec::new()
         }
-        // The job is known again. One that had ended may also have been requeued by hand.
+        // The job is known again. A job that had ended may also have been requeued by hand.
         JobStage::Lost { .. } => {
             pod.enter_stage(JobStage::Queued { never: None }, now);
             vec![Effect::Persist]
         }
         JobStage::Settling { cause: None, .. } if runs && !reported(pod) => started(pod, now),
-        // It went from its nodes back into the queue: somebody requeued it.
+        // The job went from its nodes back to the queue: it was requeued.
         JobStage::Settling { cause: None, .. } if reported(pod) && went_back(pod, before) => {
             end_requeued(pod, now)
         }
@@ -137,8 +138,9 @@ fn started(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     }
 }
 
-/// Whether the scheduler shows a job in the queue that is known to have started. Then its answer is from before the start:
-/// it comes from a cache, or another answer overtook it. Slurm always gives a job that it requeues a later submit time.
+/// Whether the scheduler shows a job in the queue that is known to have started. Its answer then
+/// predates the start: it comes from a cache, or another answer overtook it. Slurm always gives a
+/// requeued job a later submit time.
 fn out_of_date(pod: &Pod, view: &JobView) -> bool {
     if !matches!(view.state, JobState::Pending | JobState::Configuring) {
         return false;
@@ -150,7 +152,7 @@ fn out_of_date(pod: &Pod, view: &JobView) -> bool {
     let began = report.map(|report| report.started_at / NANOS_PER_SECOND);
     let known = match (ran, began) {
         (Some(before), _) => before.submitted_at,
-        // The clocks of two hosts.
+        // The two times come from clocks of different hosts.
         (None, Some(began)) if began > 0 => Some(began.saturating_add(CLOCKS_APART)),
         (None, _) => None,
     };
@@ -185,7 +187,7 @@ fn pending(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
         } else {
             "SlurmJobPending"
         };
-        // Reasons come and go; each is worth one Event.
+        // Reasons come and go; each one gets one Event.
         if !pod.notes.iter().any(|note| note.message == text) {
             pod.note(never_starts, reason, text, now);
         }
@@ -214,7 +216,7 @@ fn running(pod: &mut Pod, before: Option<&JobView>, now: Timestamp) {
     pod.note(warning, reason, text, now);
 }
 
-/// The job has ended. The report says how; it may take a while to show.
+/// The job has ended. The report says how, but may take a while to appear.
 fn ended(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     if let State::Finished { lingering, .. } = &mut pod.state {
         *lingering = None;
@@ -245,7 +247,7 @@ fn ended(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     vec![Effect::Persist, Effect::ReadFiles]
 }
 
-/// How long to wait for a final report. If none can come, the files are read once nevertheless.
+/// How long to wait for a final report. If none can come, the files are still read once.
 fn report_grace(pod: &Pod) -> Duration {
     let Some(view) = &pod.view else {
         return pod.facts.timeouts.report_grace;
@@ -287,7 +289,7 @@ fn gone(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
         State::BeforeJob(_) | State::Forgotten => return Vec::new(),
     };
     match stage {
-        // Its report may be there already, and says it all.
+        // Its final report may already be on disk.
         JobStage::Queued { .. } | JobStage::Running if soon => vec![Effect::ReadFiles],
         JobStage::Queued { .. } | JobStage::Running => {
             let text = format!("the scheduler does not know job {job}");
@@ -344,7 +346,7 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             let cause = cause.clone();
             conclude(pod, cause.as_ref(), now)
         }
-        // As long as its shim speaks, the job lives, whatever the scheduler says.
+        // While its shim reports, the job lives, whatever the scheduler says.
         JobStage::Lost { since, .. } if now >= *since + timeouts.lost_after && !link => {
             pod.view = None;
             conclude(pod, None, now)
@@ -353,7 +355,7 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
             *look_at = now + FILES_AGAIN;
             vec![Effect::ReadFiles]
         }
-        JobStage::Stopping { .. } => ending::harder(pod, now),
+        JobStage::Stopping { .. } => ending::escalate(pod, now),
         JobStage::Running
         | JobStage::Queued { .. }
         | JobStage::Settling { .. }
@@ -361,7 +363,7 @@ pub(super) fn tick(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     }
 }
 
-/// Cancels a job that outlives its final report: no job leaks.
+/// Cancels a job that outlives its final report, so that no job leaks.
 fn linger(pod: &mut Pod, now: Timestamp) -> Vec<Effect> {
     let Some(job) = pod.job() else {
         return Vec::new();

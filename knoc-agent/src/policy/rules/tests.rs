@@ -17,8 +17,8 @@ fn kubelet() -> Identity {
     Identity::Kubelet { name: "k".into() }
 }
 
-fn shown(pem: &str) -> Shown {
-    Shown::of(Some(&[
+fn shown(pem: &str) -> PeerCertificate {
+    PeerCertificate::of(Some(&[
         CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()
     ]))
     .unwrap()
@@ -30,7 +30,7 @@ fn trust(ca: &Ca) -> Trust {
     credentials.unwrap().trust().unwrap()
 }
 
-fn certificate(ca: &Ca, life: u64) -> Shown {
+fn certificate(ca: &Ca, life: u64) -> PeerCertificate {
     let dates = Validity::starting(Timestamp::now(), Duration::from_secs(life));
     shown(&ca.issue_for(&kubelet(), &[], dates).unwrap().cert_pem)
 }
@@ -46,7 +46,7 @@ fn rules(ca: &Ca, clients: &[&str], denied: &[&str]) -> Rules {
 }
 
 #[test]
-fn each_rule_refuses_by_its_own_name() {
+fn each_rule_denies_by_its_own_name() {
     let (ca, other) = (Ca::generate("ca").unwrap(), Ca::generate("other").unwrap());
     let held = certificate(&ca, 100);
     let key = format!("sha256/{}", held.info().spki);

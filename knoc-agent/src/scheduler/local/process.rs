@@ -1,10 +1,11 @@
 //! Processes of this host, read from /proc.
 
-use std::collections::HashSet;
-use std::fs;
+use std::{collections::HashSet, fs};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use super::record::{Identity, Stat};
 

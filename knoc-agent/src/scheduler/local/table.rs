@@ -1,20 +1,29 @@
 //! The table of local jobs, and what each of them does next. Blocking; one caller at a time.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    sync::Arc,
+};
 
-use knoc_contract::jobdir::atomic::{self, FileError};
-use knoc_contract::jobdir::{JobDirError, read_json, write_json};
+use knoc_contract::jobdir::{
+    JobDirError,
+    atomic::{self, FileError},
+    read_json, write_json,
+};
 use knoc_proto::ids::JobId;
 use nix::sys::signal::Signal;
 
-use super::record::{Ending, EndingKind, Identity, Progress, Record, WRAPPER, ended_state, view};
-use super::{Settings, process};
-use crate::command::{Command, CommandError};
-use crate::scheduler::{Cancel, JobRef, JobState, JobView, SchedulerError, SubmitRequest};
+use super::{
+    Settings, process,
+    record::{Ending, EndingKind, Identity, Progress, Record, WRAPPER, ended_state, view},
+};
+use crate::{
+    command::{Command, CommandError},
+    scheduler::{Cancel, JobRef, JobState, JobView, SchedulerError, SubmitRequest},
+};
 
 #[derive(Debug)]
 struct Job {
@@ -244,7 +253,7 @@ impl Job {
         } else if self.progress == Progress::Queued && run.exists() {
             // Another agent started the job, and the job has not written its id yet, or never will.
             let at = modified(&run).unwrap_or(now);
-            if now - at > START_PATIENCE_SECONDS {
+            if now - at > START_TIMEOUT_SECONDS {
                 self.over(Some(at), "JobLaunchFailure", None, now);
             }
         }
@@ -349,7 +358,7 @@ impl Job {
 
 /// The job writes its id microseconds after it creates the run directory; a slow file system may
 /// take longer.
-const START_PATIENCE_SECONDS: i64 = 30;
+const START_TIMEOUT_SECONDS: i64 = 30;
 
 fn time_limit(request: &SubmitRequest, site: &Settings) -> Option<i64> {
     let asked = request.spec.job.as_ref().map_or(0, |job| job.time_minutes);

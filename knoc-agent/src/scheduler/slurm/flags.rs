@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_print_help_are_refused_by_name() {
+    fn values_that_print_help_are_rejected_by_name() {
         let allowed = ["hint", "mem-bind", "gpus", "distribution", "constraint"];
         let allowed = allowed.map(str::to_owned);
         for flag in [

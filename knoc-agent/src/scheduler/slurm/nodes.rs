@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use knoc_proto::pb;
 
-use super::Settings;
-use super::parse::{minutes, unexpected};
-use super::shape::PartitionLimits;
+use super::{
+    Settings,
+    parse::{minutes, unexpected},
+    shape::PartitionLimits,
+};
 
 /// `sinfo -N -o`: node, partition, up or down, time limits, state, CPUs, MiB of memory, MiB of tmp,
 /// gres, features.

@@ -8,8 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
-use jiff::civil::DateTime;
-use jiff::tz::TimeZone;
+use jiff::{civil::DateTime, tz::TimeZone};
 use knoc_proto::ids::{JobId, PodUid};
 
 use super::script::{parse_comment, uid_of_comment, uid_of_name};

@@ -6,10 +6,10 @@ use std::collections::{HashMap, HashSet};
 use jiff::Timestamp;
 use knoc_proto::ids::{JobId, PodUid};
 
-use super::{Slurm, parse, parse::Row, whose, whose::Whose};
-use crate::command::CommandError;
-use crate::scheduler::{
-    Accounting, JobPhase, JobRef, JobState, JobView, Marks, Round, SchedulerError,
+use super::{Slurm, ownership, ownership::Ownership, parse, parse::Row};
+use crate::{
+    command::CommandError,
+    scheduler::{Accounting, JobPhase, JobRef, JobState, JobView, Marks, Round, SchedulerError},
 };
 
 /// The number of job IDs in one sacct call, which keeps its arguments far below the limit.
@@ -94,10 +94,10 @@ fn sort(rows: Vec<Row>, known: &[JobRef], pods: &std::path::Path) -> Sorted {
     let mut sorted = Sorted::default();
     for row in rows {
         let wanted = by_id.get(&row.id).map_or(&[][..], Vec::as_slice);
-        let judged = |job: &JobRef| whose::judge(&row, job, pods);
+        let judged = |job: &JobRef| ownership::judge(&row, job, pods);
         let ours = wanted.iter().find_map(|job| match judged(job) {
-            Whose::Ours(marks) => Some((job.uid.clone(), marks)),
-            Whose::Stranger | Whose::Doubt => None,
+            Ownership::Ours(marks) => Some((job.uid.clone(), marks)),
+            Ownership::Stranger | Ownership::Doubt => None,
         });
         if let Some((uid, marks)) = ours {
             sorted.jobs.push(row.view(uid, marks));
@@ -106,7 +106,7 @@ fn sort(rows: Vec<Row>, known: &[JobRef], pods: &std::path::Path) -> Sorted {
                 .jobs
                 .push(row.view(uid.clone(), row.marks(&uid, pods)));
         } else {
-            let doubtful = wanted.iter().filter(|job| judged(job) == Whose::Doubt);
+            let doubtful = wanted.iter().filter(|job| judged(job) == Ownership::Doubt);
             let doubts = doubtful.map(|job| (row.clone(), (*job).clone()));
             sorted.doubts.extend(doubts);
         }
@@ -125,16 +125,16 @@ async fn examine(
     let mut ahead = None;
     for (n, (row, job)) in doubts.into_iter().enumerate() {
         let decided = if n < SCONTROL_BATCH {
-            look_closer(slurm, &row, &job, &mut ahead).await
+            resolve_doubt(slurm, &row, &job, &mut ahead).await
         } else {
             None
         };
         match decided {
-            Some(Whose::Ours(marks)) => jobs.push(row.view(job.uid, marks)),
-            Some(Whose::Stranger) => {
+            Some(Ownership::Ours(marks)) => jobs.push(row.view(job.uid, marks)),
+            Some(Ownership::Stranger) => {
                 tracing::info!(job = %job.id, uid = %job.uid, "the ID belongs to another job by now");
             }
-            Some(Whose::Doubt) | None => {
+            Some(Ownership::Doubt) | None => {
                 undecided.insert((job.id, job.uid));
             }
         }
@@ -144,12 +144,12 @@ async fn examine(
 
 /// Decides whose the doubtful job is; `None` if the controller did not answer. `ahead` caches the
 /// offset of its clock.
-pub(super) async fn look_closer(
+pub(super) async fn resolve_doubt(
     slurm: &Slurm,
     row: &Row,
     job: &JobRef,
     ahead: &mut Option<i64>,
-) -> Option<Whose> {
+) -> Option<Ownership> {
     let command = slurm.question(&slurm.settings.scontrol);
     let command = command.args(["show", "job", "-o", job.id.as_str()]);
     let text = slurm.answer("scontrol", command).await.ok()?;
@@ -161,7 +161,7 @@ pub(super) async fn look_closer(
     if ahead.is_none() {
         *ahead = clock(slurm).await;
     }
-    Some(whose::decide(row, &detail, job, slurm.pods(), *ahead))
+    Some(ownership::decide(row, &detail, job, slurm.pods(), *ahead))
 }
 
 /// How many seconds the controller's clock is ahead of ours.
@@ -233,10 +233,10 @@ fn newest_life(lives: &[&Row], job: &JobRef, pods: &std::path::Path) -> Option<J
     let mut newest: Option<JobView> = None;
     let mut restarts = 0;
     for row in lives {
-        let marks = match whose::judge(row, job, pods) {
-            Whose::Ours(marks) => marks,
-            Whose::Doubt if newest.as_ref().is_some_and(was_requeued) => Marks::default(),
-            Whose::Doubt | Whose::Stranger => continue,
+        let marks = match ownership::judge(row, job, pods) {
+            Ownership::Ours(marks) => marks,
+            Ownership::Doubt if newest.as_ref().is_some_and(was_requeued) => Marks::default(),
+            Ownership::Doubt | Ownership::Stranger => continue,
         };
         let view = row.view(job.uid.clone(), marks);
         newest = Some(JobView { restarts, ..view });

@@ -6,14 +6,16 @@
 
 use std::path::Path;
 
-use knoc_proto::ids::PodUid;
-use knoc_proto::pb;
+use knoc_proto::{ids::PodUid, pb};
 
-use super::Settings;
-use super::flags;
-use super::shape::{PartitionLimits, Shape, partition};
-use crate::config::Policy;
-use crate::scheduler::{Rendered, SubmitError, SubmitRequest};
+use super::{
+    Settings, flags,
+    shape::{PartitionLimits, Shape, partition},
+};
+use crate::{
+    config::Policy,
+    scheduler::{Rendered, SubmitError, SubmitRequest},
+};
 
 /// The first word of every comment: the version of its format.
 const COMMENT_VERSION: &str = "knoc/1";

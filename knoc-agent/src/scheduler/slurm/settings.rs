@@ -1,12 +1,16 @@
 //! What the Slurm commands need from the site file. The defaults suit a plain Slurm.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use crate::command::login_environment;
-use crate::config::{Config, Policy, text};
-use crate::policy::Live;
+use crate::{
+    command::login_environment,
+    config::{Config, Policy, text},
+    policy::Live,
+};
 
 /// How this site's Slurm is called, and the defaults for jobs.
 #[derive(Debug, Clone, PartialEq)]

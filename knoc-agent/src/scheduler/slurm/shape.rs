@@ -6,8 +6,7 @@ use std::collections::BTreeMap;
 use knoc_contract::requeue::may_run_again;
 use knoc_proto::pb;
 
-use super::Settings;
-use super::flags;
+use super::{Settings, flags};
 use crate::scheduler::SubmitError;
 
 const MIB: i64 = 1 << 20;
@@ -429,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gres_that_prints_help_is_refused_by_name() {
+    fn a_gres_that_prints_help_is_rejected_by_name() {
         for gres in ["help", "List", "gpu:1,help"] {
             let job = pb::JobRequest {
                 gres: gres.to_owned(),
@@ -467,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resource_without_a_mapping_is_refused_by_name() {
+    fn a_resource_without_a_mapping_is_rejected_by_name() {
         let mut one = container(0, 0, 0);
         let fpga = BTreeMap::from([("example.com/fpga".to_owned(), 1)]);
         one.limits = Some(pb::Resources {

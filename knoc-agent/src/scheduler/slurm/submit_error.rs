@@ -4,8 +4,10 @@
 //! recorded in the fixtures. A message that matches no row is permanent: it is better that a pod
 //! fails with Slurm's message than that it is submitted forever.
 
-use crate::command::{CommandError, CommandErrorKind};
-use crate::scheduler::{SubmitError, SubmitErrorKind};
+use crate::{
+    command::{CommandError, CommandErrorKind},
+    scheduler::{SubmitError, SubmitErrorKind},
+};
 
 use SubmitErrorKind::{Ambiguous, ControllerAway, Permanent, Throttled};
 
@@ -127,8 +129,7 @@ fn trim_message(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::PathBuf;
-    use std::time::Duration;
+    use std::{path::PathBuf, time::Duration};
 
     #[test]
     fn messages_of_slurm_are_classified() {

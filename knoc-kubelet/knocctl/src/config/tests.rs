@@ -17,9 +17,9 @@ address = "unix:/run/knoc/agent.sock"
 fn here() -> Surroundings {
     Surroundings {
         home: Some("/home/ann".into()),
-        places: Places {
+        places: SocketLocations {
             state_dir: "/home/ann/.local/state/knoc".into(),
-            ..Places::default()
+            ..SocketLocations::default()
         },
         ..Surroundings::default()
     }
@@ -29,7 +29,7 @@ fn parsed(text: &str, context: Option<&str>) -> Result<Context, ConfigError> {
     parse(text, Path::new("/c/knocctl.toml"), context, &here(), None)
 }
 
-fn refusal(text: &str) -> String {
+fn mistakes_of(text: &str) -> String {
     knoc_proto::error::chain(&parsed(text, None).unwrap_err())
 }
 
@@ -47,7 +47,7 @@ fn the_current_context_with_its_paths() {
 
 #[test]
 fn mistakes_are_named_with_line_and_allowed_values() {
-    let words = refusal(
+    let mistakes = mistakes_of(
         "current-contxt = 'a'\n\n[contexts.a]\nadress = 'x:1'\n\n[contexts.b]\naddress = 7\n\n\
          [contexts.c]\naddress = 'x'\n",
     );
@@ -58,7 +58,7 @@ fn mistakes_are_named_with_line_and_allowed_values() {
         "/c/knocctl.toml:7: contexts.b.address: invalid type: integer `7`, expected a string",
         "/c/knocctl.toml:10: contexts.c.address: \"x\" is not HOST:PORT (an IPv6 address stands in brackets)",
     ];
-    assert_eq!(words.lines().collect::<Vec<_>>(), expected);
+    assert_eq!(mistakes.lines().collect::<Vec<_>>(), expected);
 }
 
 #[test]
@@ -68,10 +68,10 @@ fn wrong_contexts_are_named_with_those_there_are() {
         error,
         "/c/knocctl.toml has no context \"hcp\"; it has here, hpc"
     );
-    let words = refusal(&GOOD.replace("\"hpc\"", "\"hcp\""));
+    let mistakes = mistakes_of(&GOOD.replace("\"hpc\"", "\"hcp\""));
     let expected =
         "/c/knocctl.toml:2: current-context: there is no context \"hcp\"; there are: here, hpc";
-    assert_eq!(words, expected);
+    assert_eq!(mistakes, expected);
     let two = GOOD.replace("current-context = \"hpc\"", "");
     let error = parsed(&two, None).unwrap_err();
     assert!(matches!(error, ConfigError::NoneChosen { .. }));
@@ -80,18 +80,18 @@ fn wrong_contexts_are_named_with_those_there_are() {
 
 #[test]
 fn files_go_with_tcp_and_only_with_tcp() {
-    let words = refusal("[contexts.a]\naddress = \"x:1\"\nca = \"ca\"\n");
+    let mistakes = mistakes_of("[contexts.a]\naddress = \"x:1\"\nca = \"ca\"\n");
     let expected = "/c/knocctl.toml:1: contexts.a.cert: is missing: a TCP address needs it\n\
                     /c/knocctl.toml:1: contexts.a.key: is missing: a TCP address needs it";
-    assert_eq!(words, expected);
-    let words = refusal("[contexts.a]\naddress = \"unix:/x\"\nkey = \"k\"\nsite = \"s\"\n");
+    assert_eq!(mistakes, expected);
+    let mistakes = mistakes_of("[contexts.a]\naddress = \"unix:/x\"\nkey = \"k\"\nsite = \"s\"\n");
     let expected = "/c/knocctl.toml:3: contexts.a.key: a unix socket takes none: its peer is known by its user\n\
                     /c/knocctl.toml:4: contexts.a.site: a unix socket takes none: its peer is known by its user";
-    assert_eq!(words, expected);
+    assert_eq!(mistakes, expected);
 }
 
 #[test]
-fn the_socket_goes_before_a_context_that_nobody_asked_for() {
+fn the_socket_takes_precedence_over_a_context_that_was_not_chosen() {
     let socket = || Some(PathBuf::from("/run/knoc/agent.sock"));
     let name = |text: &str, context: Option<&str>, socket: Option<PathBuf>| {
         let path = Path::new("/c/knocctl.toml");
@@ -107,7 +107,7 @@ fn the_socket_goes_before_a_context_that_nobody_asked_for() {
 }
 
 #[test]
-fn without_a_file_the_socket() {
+fn without_a_file_the_socket_is_used() {
     let context = load(None, None, &here()).unwrap();
     assert_eq!(
         context.route.to_string(),

@@ -1,4 +1,4 @@
-//! Blocking: packs a file or a folder as messages for `tar` at the other end.
+//! Packs a file or a folder into messages for the remote `tar`. Blocking.
 
 use std::{
     ffi::OsString,
@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::{super::CtlError, LeftOut};
 
-/// Is there something to send?
+/// Checks that the file or folder exists before a command is started for it.
 pub(super) fn look(from: &Path) -> Result<(), CtlError> {
     let found = std::fs::symlink_metadata(from);
     found
@@ -22,8 +22,8 @@ pub(super) fn look(from: &Path) -> Result<(), CtlError> {
         .map_err(|source| failed("read", from, source))
 }
 
-/// Sends `from` as `name`, then the end of input. Answers what was left out (sockets, devices). A receiver that is gone
-/// is no error here: the other end's exit says why.
+/// Sends `from` as `name`, then the end of input. Returns what was left out (sockets, devices). If the receiver is gone,
+/// that is not an error here: the exit of the remote `tar` gives the reason.
 pub(super) fn send(
     from: &Path,
     name: &Path,
@@ -44,7 +44,7 @@ pub(super) fn send(
         Err(CtlError::Copy { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {}
         other => other?,
     }
-    // Where nobody listens any more it has ended already.
+    // If the receiver is gone, the command has ended already.
     drop(sender.blocking_send(message(Input::StdinClosed(true))));
     Ok(left_out)
 }
@@ -63,7 +63,7 @@ struct Level {
     entries: std::vec::IntoIter<OsString>,
 }
 
-/// Packs a whole tree, entries in the order of their names. How deep it is matters only to the file system.
+/// Packs a whole tree, entries in the order of their names. Its depth is not limited, because this does not recurse.
 fn pack(
     archive: &mut tar::Builder<Pipe<'_>>,
     path: &Path,
@@ -88,7 +88,7 @@ fn pack(
     Ok(())
 }
 
-/// Packs one entry; answers what is below it, where it is a folder.
+/// Packs one entry; returns the entries in it if it is a folder.
 fn pack_one(
     archive: &mut tar::Builder<Pipe<'_>>,
     path: PathBuf,
@@ -135,7 +135,7 @@ fn pack_one(
     Ok(None)
 }
 
-/// A file that must have as many bytes as its header says: one that shrinks meanwhile would break the archive.
+/// A file that must have as many bytes as its header says. If it shrank while it was read, the archive would be corrupt.
 struct Exact {
     file: io::Take<File>,
 }
@@ -151,7 +151,7 @@ impl io::Read for Exact {
     }
 }
 
-/// Bytes as messages.
+/// A writer that sends the bytes of the archive as exec messages.
 struct Pipe<'a> {
     sender: &'a mpsc::Sender<ExecInput>,
     buffer: BytesMut,

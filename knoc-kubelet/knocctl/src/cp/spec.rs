@@ -1,4 +1,4 @@
-//! PURE: the two sides of a copy, in kubectl's forms.
+//! PURE: parses the two sides of a copy, which have the same forms as in `kubectl cp`.
 
 use std::{
     convert::Infallible,
@@ -11,7 +11,7 @@ use super::super::CtlError;
 /// One side of a copy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Place {
-    /// Here.
+    /// A path of this machine.
     Local(PathBuf),
     /// `POD:PATH`.
     Remote(Remote),
@@ -28,7 +28,7 @@ impl FromStr for Place {
     type Err = Infallible;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        // `./a:b` and `/a:b` are files; `ns/pod:path` is none.
+        // `./a:b` and `/a:b` are local files; `ns/pod:path` is not.
         let local = text.starts_with(['.', '/']);
         Ok(match text.split_once(':') {
             Some((pod, path)) if !local && !pod.is_empty() => Self::Remote(Remote {
@@ -51,7 +51,7 @@ pub(super) fn base(path: &str) -> Result<String, CtlError> {
     }
 }
 
-/// What `tar` packs of `path`, and where.
+/// The folder in which `tar` packs `path`, and the name that it packs there.
 pub(super) fn member(path: &str) -> (String, String) {
     let path = path.trim_end_matches('/');
     match path.rsplit_once('/') {
@@ -61,7 +61,8 @@ pub(super) fn member(path: &str) -> (String, String) {
     }
 }
 
-/// Where `from` goes in the container: the folder to unpack in, and the name. `into`: `path` is a folder that takes it.
+/// Where `from` is written in the container: the folder to unpack in, and the name. If `into` is set, `path` is an
+/// existing folder, and `from` is copied into it.
 pub(super) fn destination(
     path: &str,
     from: &Path,
@@ -72,7 +73,7 @@ pub(super) fn destination(
         let (folder, name) = member(path);
         return Ok((folder, name.into()));
     }
-    // `.` has no name of its own: its contents go into the folder.
+    // `.` has no name of its own: its contents are copied into the folder.
     let name = from.file_name().map_or_else(|| ".".into(), PathBuf::from);
     let folder = match path.trim_end_matches('/') {
         "" if path.starts_with('/') => "/",
@@ -87,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sides() {
+    fn both_sides_of_a_copy_are_parsed() {
         let place = |text: &str| text.parse::<Place>().unwrap_or_else(|never| match never {});
         let remote = |pod: &str, path: &str| {
             Place::Remote(Remote {

@@ -1,8 +1,8 @@
-//! Blocking: unpacks what `tar` at the other end sends, never outside of the destination.
+//! Unpacks the archive of the remote `tar`, never outside of the destination. Blocking.
 //!
-//! Links are not made at all, so no entry can lead elsewhere; a name with `..` or a root in it is refused, and so is
-//! one that is not below what was asked for: the image's `tar` is not trusted. For the same reason the names that come
-//! before an entry, which the library reads into memory, are bounded.
+//! The image's `tar` is not trusted. Links are not created, so that no entry can lead outside. A name that is absolute,
+//! contains `..` or is not below the requested path is an error. The long names that come before an entry are
+//! bounded, because the library reads them into memory.
 
 use std::{
     cell::Cell,
@@ -18,10 +18,10 @@ use tokio::sync::mpsc;
 
 use super::{super::CtlError, LeftOut};
 
-/// What may come between the data of two entries: headers, and names of up to 4 KiB that do not fit into one.
+/// The most bytes between the data of two entries: headers, and long names of up to 4 KiB that do not fit into a header.
 const MAX_HEAD: u64 = 256 << 10;
 
-/// Unpacks `member` of the archive as `to`. Answers what was left out (links, devices).
+/// Unpacks `member` of the archive as `to`. Returns what was left out (links, devices).
 pub(super) fn receive(
     receiver: mpsc::Receiver<Bytes>,
     member: &str,
@@ -51,7 +51,7 @@ pub(super) fn receive(
         let kind = entry.header().entry_type();
         if kind.is_dir() {
             fs::create_dir_all(&place).map_err(failed)?;
-            // What is inside comes after it, so we must be able to write.
+            // Its entries follow, so the folder must be writable for us.
             let rights = fs::Permissions::from_mode(mode | 0o700);
             fs::set_permissions(&place, rights).map_err(failed)?;
         } else if kind.is_file() {
@@ -59,14 +59,14 @@ pub(super) fn receive(
         } else {
             left_out.add(place.clone());
         }
-        // Whatever its kind, it may have data, which is read here and not with the next head.
+        // An entry of any kind may have data. It is read here, so that it does not count as part of the next header.
         io::copy(&mut entry, &mut io::sink()).map_err(failed)?;
         allowed.set(MAX_HEAD);
     }
     Ok(left_out)
 }
 
-/// PURE: where an entry goes.
+/// PURE: the path at which an entry is written.
 fn place(name: &Path, member: &str, to: &Path) -> Result<PathBuf, CtlError> {
     let refused = || CtlError::Archive {
         name: name.to_owned(),
@@ -86,7 +86,7 @@ fn place(name: &Path, member: &str, to: &Path) -> Result<PathBuf, CtlError> {
     Ok(place)
 }
 
-/// A file for the user, who may look at it while it grows.
+/// Writes a file in place, so that the user can see it grow.
 fn write(place: &Path, mode: u32, data: &mut impl Read) -> io::Result<()> {
     let mut options = fs::OpenOptions::new();
     let options = options.write(true).create(true).truncate(true).mode(mode);
@@ -95,11 +95,11 @@ fn write(place: &Path, mode: u32, data: &mut impl Read) -> io::Result<()> {
     Ok(())
 }
 
-/// The channel as a file.
+/// A reader of the bytes that arrive through a channel.
 struct Pipe {
     receiver: mpsc::Receiver<Bytes>,
     left: Bytes,
-    /// How much may be read until this is set again.
+    /// How many bytes may be read before this is reset.
     allowed: Rc<Cell<u64>>,
 }
 
@@ -190,9 +190,9 @@ mod tests {
         assert!(cut.is_err(), "a cut archive is whole");
     }
 
-    /// A `tar` that is not one may say that a name has gigabytes.
+    /// A program that pretends to be `tar` may announce a name of gigabytes.
     #[test]
-    fn a_name_without_end_is_refused_before_it_fills_the_memory() {
+    fn an_endless_name_is_an_error_before_it_fills_the_memory() {
         let folder = tempfile::tempdir().unwrap();
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::GNULongName);

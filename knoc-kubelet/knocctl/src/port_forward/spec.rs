@@ -1,14 +1,14 @@
-//! PURE: what `port-forward` is told, in kubectl's forms.
+//! PURE: parses the ports and addresses of `port-forward`, which have the same forms as in kubectl.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     str::FromStr,
 };
 
-/// `[LOCAL:]REMOTE`.
+/// A pair of ports, `[LOCAL:]REMOTE`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ports {
-    /// 0: any free one.
+    /// 0 stands for any free port.
     pub(super) local: u16,
     pub(super) remote: u16,
 }
@@ -33,7 +33,7 @@ impl FromStr for Ports {
     }
 }
 
-/// Where to listen.
+/// The local addresses to listen on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Addresses(Vec<Address>);
 
@@ -49,7 +49,7 @@ const LOCALHOST: [IpAddr; 2] = [
 ];
 
 impl Addresses {
-    /// The addresses in groups; `true`: all of the group must work, `false`: one is enough.
+    /// The addresses in groups. If the flag is true, all addresses of the group must work; otherwise one is enough.
     pub(super) fn groups(&self) -> impl Iterator<Item = (&[IpAddr], bool)> {
         self.0.iter().map(|address| match address {
             Address::Localhost => (LOCALHOST.as_slice(), false),

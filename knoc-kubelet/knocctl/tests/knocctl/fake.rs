@@ -1,4 +1,4 @@
-//! A scripted agent: three pods, an `exec` that does as it is told, and a memory of what it was asked.
+//! A fake agent with three pods and a few commands for `exec`. It records the requests that it gets.
 use std::{
     path::Path,
     pin::Pin,
@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// What was asked of the agent, one line each.
+/// The requests that the agent got, one line each.
 #[derive(Clone, Default)]
 pub(crate) struct Asked(Arc<Mutex<Vec<String>>>);
 
@@ -43,7 +43,7 @@ struct Fake {
     asked: Asked,
 }
 
-/// Serves on a socket until the tasks are dropped.
+/// Serves the fake agent on a socket until the tasks are dropped.
 pub(crate) fn serve(socket: &Path) -> (JoinSet<()>, Asked) {
     let incoming: Incoming = knoc_link::listen::unix(socket).unwrap();
     let asked = Asked::default();
@@ -95,7 +95,7 @@ fn answers<T: Send + 'static>(list: Vec<T>) -> Response<Answers<T>> {
     Response::new(Box::pin(futures::stream::iter(list.into_iter().map(Ok))))
 }
 
-/// What `run` says: driven by the answer's own stream, no task of its own.
+/// A response stream of what `run` sends. The stream itself drives `run`, so no task is needed.
 fn driven<T: Send + 'static>(
     receiver: mpsc::Receiver<Result<T, Status>>,
     run: impl Future<Output = ()> + Send + 'static,
@@ -240,7 +240,7 @@ impl Agent for Fake {
 
     type GetStatsStream = Answers<pb::PodStats>;
 
-    /// `web` of `default` burns one core; `team/web` is silent.
+    /// `default/web` uses one core; `team/web` has no measurements.
     async fn get_stats(
         &self,
         request: Request<pb::GetStatsRequest>,
@@ -316,7 +316,7 @@ impl Agent for Fake {
 
     type PortForwardStream = Answers<pb::PortForwardOutput>;
 
-    /// Port 80 gives back what it gets, then `-end`; nobody listens on the others.
+    /// Port 80 echoes its input and then sends `-end`; no program listens on the other ports.
     async fn port_forward(
         &self,
         request: Request<Streaming<pb::PortForwardInput>>,
@@ -328,8 +328,8 @@ impl Agent for Fake {
             return Err(ErrorReason::InvalidRequest.status("the first message is `start`"));
         };
         if start.port != 80 {
-            let words = format!("failed to connect to localhost:{}", start.port);
-            return Err(ErrorReason::NotListening.status(words));
+            let message = format!("failed to connect to localhost:{}", start.port);
+            return Err(ErrorReason::NotListening.status(message));
         }
         let (sender, receiver) = mpsc::channel(4);
         let asked = self.asked.clone();
@@ -396,7 +396,7 @@ impl Agent for Fake {
     }
 }
 
-/// The command's output.
+/// Sends the output of a command.
 struct Say(mpsc::Sender<Result<pb::ExecOutput, Status>>);
 
 impl Say {
@@ -411,7 +411,8 @@ impl Say {
 }
 
 impl Fake {
-    /// `cat`: input comes back, then exit 0. `exit N`. `nix`: cannot be started. `size`: each size, until `q`.
+    /// Runs a command: `cat` echoes its input and exits with 0; `exit N` exits with N; `nix` cannot be started; `size` prints
+    /// each size of the terminal until it reads `q`.
     async fn command(
         &self,
         mut input: Streaming<pb::ExecInput>,
@@ -435,7 +436,7 @@ impl Fake {
                 say.out(Output::Stderr(Bytes::from_static(b"bye\n"))).await;
                 exit.code = start.command[1].parse().unwrap();
             }
-            // No folder, and no `tar`.
+            // No path is a folder, and the container has no `tar`.
             "test" => exit.code = 1,
             "nix" | "tar" => {
                 exit = pb::ExecExit {

@@ -1,4 +1,4 @@
-//! The real `knocctl` against a scripted agent, over the agent's unix socket.
+//! Runs the real `knocctl` against a fake agent, over the agent's unix socket.
 #![expect(
     clippy::unwrap_used,
     reason = "a test: clippy exempts only #[test] functions and their modules"
@@ -22,7 +22,7 @@ use rustix::{
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 
-/// More than any buffer on the way.
+/// More bytes than all buffers on the way hold.
 static INPUT: [u8; 300_000] = {
     let mut bytes = [0; 300_000];
     let mut value = 0u8;
@@ -43,7 +43,7 @@ spec:
   containers: [{name: main, image: busybox, command: [sleep, '1']}]
 ";
 
-/// An agent, and a folder whose `knoc/agent.sock` is its socket.
+/// A fake agent, and the folder in which `knoc/agent.sock` is its socket.
 struct World {
     folder: TempDir,
     asked: fake::Asked,
@@ -108,7 +108,7 @@ impl World {
         let output = tokio::task::spawn_blocking(move || {
             let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
             let mut stdin = child.stdin.take().unwrap();
-            // Both ways at once. A program that reads no input closes its end.
+            // Write and read at once. If the program reads no input, it closes its end.
             std::thread::scope(|threads| {
                 threads.spawn(move || stdin.write_all(input).unwrap_or_default());
                 child.wait_with_output().unwrap()
@@ -235,7 +235,7 @@ async fn pods_are_run_and_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_is_its_bytes() {
+async fn the_bytes_of_a_log_are_printed_unchanged() {
     let world = world();
     let got = world.run(&["logs", "default/web", "--tail", "3"]).await;
     assert_eq!(got.stdout, b"u1 main tail=3\n\x00\xff\x1b[31m no newline");
@@ -311,7 +311,7 @@ async fn doctor_says_what_is_broken() {
     );
 }
 
-/// A terminal, and what came out of it so far.
+/// A pseudo-terminal, and its output so far.
 struct Pty {
     master: std::fs::File,
     slave: OwnedFd,
@@ -355,7 +355,7 @@ impl Pty {
             .contains(LocalModes::ECHO | LocalModes::ISIG)
     }
 
-    /// Reads until `wanted` was seen; a deadline says what was there instead.
+    /// Reads until `wanted` was seen. At the deadline it fails with the output so far.
     fn expect(&mut self, wanted: &[u8]) {
         let deadline = Instant::now() + Duration::from_secs(20);
         while !self.seen.windows(wanted.len()).any(|part| part == wanted) {
@@ -409,7 +409,7 @@ async fn a_terminal_is_raw_resized_and_restored() {
         assert!(!pty.is_raw());
         let mut child = pty.start(&folder, &["exec", "-it", "u1", "-c", "main", "--", "size"]);
         pty.expect(b"80x24");
-        // `^C` is a byte for the program, not a signal for us.
+        // `^C` is a byte for the program, not a signal for knocctl.
         pty.type_in(b"\x03\x1a");
         pty.expect(b"\x03\x1a");
         assert!(pty.is_raw());

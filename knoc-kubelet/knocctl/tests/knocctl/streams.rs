@@ -1,4 +1,4 @@
-//! Attach, port-forward and cp: what is asked of the agent, and what the user sees.
+//! attach, port-forward and cp: the requests that the agent gets, and the output that the user sees.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -31,7 +31,7 @@ async fn attach_passes_input_output_and_the_programs_code() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_is_detached_hears_why_and_what_to_do() {
+async fn a_detached_client_prints_why_and_what_to_do() {
     let world = world();
     let got = world.run(&["attach", "u1", "-c", "main"]).await;
     assert_eq!(got.code, 1);
@@ -52,7 +52,7 @@ async fn who_is_detached_hears_why_and_what_to_do() {
 
 #[expect(clippy::disallowed_methods, reason = "a file of the test's own")]
 #[tokio::test(flavor = "multi_thread")]
-async fn copies_that_cannot_be_say_what_to_do() {
+async fn a_failed_copy_says_what_to_do() {
     let world = world();
     let file = world.folder.path().join("file");
     std::fs::write(&file, "text").unwrap();
@@ -63,7 +63,7 @@ async fn copies_that_cannot_be_say_what_to_do() {
         "{}",
         got.stderr
     );
-    for (arguments, words) in [
+    for (arguments, expected) in [
         (
             ["cp", "a", "b"],
             "one of source and destination must be POD:PATH",
@@ -82,7 +82,11 @@ async fn copies_that_cannot_be_say_what_to_do() {
     ] {
         let got = world.run(&arguments).await;
         assert_eq!(got.code, 1, "{arguments:?}");
-        assert!(got.stderr.contains(words), "{arguments:?}: {}", got.stderr);
+        assert!(
+            got.stderr.contains(expected),
+            "{arguments:?}: {}",
+            got.stderr
+        );
         assert!(
             got.stderr.contains("hint: "),
             "{arguments:?}: {}",
@@ -91,7 +95,7 @@ async fn copies_that_cannot_be_say_what_to_do() {
     }
 }
 
-/// `port-forward` under way, and the local ports it says.
+/// A running `port-forward`, and the local ports that it printed.
 struct Forwarding {
     child: Child,
     ports: Vec<u16>,
@@ -103,13 +107,13 @@ impl Forwarding {
         let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
         let ports = (0..lines).map(|_| {
             let line = said.next().unwrap().unwrap();
-            let words: Vec<&str> = line.split(' ').collect();
+            let parts: Vec<&str> = line.split(' ').collect();
             assert_eq!(
-                (words[0], words[1], words[3]),
+                (parts[0], parts[1], parts[3]),
                 ("Forwarding", "from", "->"),
                 "{line}"
             );
-            words[2].rsplit(':').next().unwrap().parse().unwrap()
+            parts[2].rsplit(':').next().unwrap().parse().unwrap()
         });
         Self {
             ports: ports.collect(),
@@ -117,7 +121,7 @@ impl Forwarding {
         }
     }
 
-    /// Ends it as `^C` does; answers what it said to people.
+    /// Ends it as `^C` does; returns its exit code and stderr.
     fn end(mut self) -> (i32, String) {
         rustix::process::kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
         let code = self.child.wait().unwrap().code().unwrap_or(-1);
@@ -156,7 +160,7 @@ async fn connections_are_forwarded_with_their_half_close() {
             stream.read_to_end(&mut answer).unwrap();
             assert!(answer.strip_suffix(b"-end") == Some(&super::INPUT[..100_000]));
         }
-        // Nobody listens there: the connection is reset, and the reason said.
+        // No program listens there: the connection is reset, and the reason is printed.
         let mut refused = TcpStream::connect(("127.0.0.1", forwarding.ports[1])).unwrap();
         assert!(refused.read(&mut [0]).is_err());
         (world.asked.all(), forwarding.end())
@@ -185,9 +189,9 @@ async fn ports_that_cannot_be_forwarded_are_named() {
         .run(&["port-forward", "--address", "127.0.0.1", "u1", &pair])
         .await;
     assert_eq!(got.code, 1);
-    let words = format!("listen on 127.0.0.1:{port}");
+    let expected = format!("listen on 127.0.0.1:{port}");
     assert!(
-        got.stderr.contains(&words) && got.stderr.contains("hint: "),
+        got.stderr.contains(&expected) && got.stderr.contains("hint: "),
         "{}",
         got.stderr
     );

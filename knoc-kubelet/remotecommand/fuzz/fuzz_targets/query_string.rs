@@ -1,4 +1,4 @@
-//! See `knoc_remotecommand::fuzzed::query_string`.
+//! Runs `knoc_remotecommand::fuzzed::query_string` with arbitrary bytes.
 
 #![no_main]
 

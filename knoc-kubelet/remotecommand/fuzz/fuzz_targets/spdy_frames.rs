@@ -1,4 +1,4 @@
-//! See `knoc_remotecommand::fuzzed::spdy_frames`.
+//! Runs `knoc_remotecommand::fuzzed::spdy_frames` with arbitrary bytes.
 
 #![no_main]
 

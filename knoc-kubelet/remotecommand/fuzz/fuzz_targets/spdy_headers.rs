@@ -1,4 +1,4 @@
-//! See `knoc_remotecommand::fuzzed::spdy_headers`.
+//! Runs `knoc_remotecommand::fuzzed::spdy_headers` with arbitrary bytes.
 
 #![no_main]
 

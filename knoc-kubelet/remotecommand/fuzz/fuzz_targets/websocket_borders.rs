@@ -1,4 +1,4 @@
-//! See `knoc_remotecommand::fuzzed::websocket_borders`.
+//! Runs `knoc_remotecommand::fuzzed::websocket_borders` with arbitrary bytes.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! See `knoc_remotecommand::fuzzed::websocket_messages`.
+//! Runs `knoc_remotecommand::fuzzed::websocket_messages` with arbitrary bytes.
 
 #![no_main]
 

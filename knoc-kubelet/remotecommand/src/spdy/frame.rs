@@ -1,34 +1,34 @@
-//! PURE: SPDY/3.1 frames, cut out of a stream of bytes and put into one. Knows no headers, streams or sockets.
+//! PURE: reads SPDY/3.1 frames from a stream of bytes and writes them. It knows no headers, streams or sockets.
 //!
-//! Data frames are handed on in pieces as they arrive, so that the 16 MiB a frame may hold are never held. Control
-//! frames are held whole and bounded. Never panics, whatever the bytes (property-tested below).
+//! Data frames are passed on in pieces as they arrive, so that the up to 16 MiB of a frame are never buffered. Control
+//! frames are buffered whole and bounded. It never panics (property tests below).
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use thiserror::Error;
 
-/// The longest control frame that is taken: a compressed header block of Kubernetes has some hundred bytes.
+/// The longest control frame that is accepted, in bytes: a compressed header block of Kubernetes has some hundred.
 pub(crate) const MAX_CONTROL: usize = 64 << 10;
-/// The longest data frame that is written; the peer must hold a frame whole.
+/// The longest data frame that is written, in bytes: the peer must buffer a frame whole.
 pub(super) const MAX_DATA: usize = 64 << 10;
 
 const VERSION: u16 = 3;
 const FLAG_FIN: u8 = 1;
 const HEAD: usize = 8;
-/// Stream ids and their kin have 31 bits.
+/// Stream ids and similar numbers have 31 bits.
 const ID: u32 = 0x7fff_ffff;
 
-/// Why the peer cannot be understood; the connection ends.
+/// The rule of the protocol that the peer violates, which ends the connection.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum FrameError {
     #[error("a control frame of SPDY version {version}")]
     Version { version: u16 },
-    #[error("a control frame of type {kind} with {length} bytes, over {MAX_CONTROL}")]
+    #[error("a control frame of type {kind} with {length} bytes, more than {MAX_CONTROL}")]
     TooLong { kind: u16, length: usize },
-    #[error("a control frame of type {kind} with {length} bytes, too few")]
+    #[error("a control frame of type {kind} with only {length} bytes")]
     TooShort { kind: u16, length: usize },
 }
 
-/// Why a stream is refused or ended; the numbers of the protocol.
+/// Why a stream is refused or ended; the status codes of RST_STREAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reset {
     Protocol = 1,
@@ -46,59 +46,59 @@ pub(super) enum Reset {
 pub enum Frame {
     /// Opens a stream.
     SynStream {
-        /// The stream.
+        /// The id of the stream.
         id: u32,
-        /// The opener writes nothing on it.
+        /// The opener sends no data on it.
         fin: bool,
-        /// Its headers, compressed.
+        /// The compressed header block.
         block: Bytes,
     },
     /// Accepts a stream.
     SynReply {
-        /// Headers, compressed.
+        /// The compressed header block.
         block: Bytes,
     },
     /// Ends a stream in both directions.
     Reset {
-        /// The stream.
+        /// The id of the stream.
         id: u32,
     },
-    /// Asks for the same frame in return.
+    /// Requests the same frame in return.
     Ping {
         /// The number to return.
         id: u32,
     },
-    /// The sender opens no more streams.
+    /// The sender opens no more streams (GOAWAY).
     GoAway,
-    /// More headers of a stream.
+    /// Further headers of a stream.
     Headers {
-        /// The stream.
+        /// The id of the stream.
         id: u32,
-        /// The sender writes no more on it.
+        /// The sender sends no more data on it.
         fin: bool,
-        /// The headers, compressed.
+        /// The compressed header block.
         block: Bytes,
     },
-    /// SETTINGS, WINDOW_UPDATE and what is unknown: nothing depends on it.
+    /// SETTINGS, WINDOW_UPDATE or an unknown frame, all of which are ignored.
     Other,
-    /// Bytes of a stream; `fin` only with the last piece of its frame.
+    /// Data of a stream; `fin` is set only with the last piece of a frame.
     Data {
-        /// The stream.
+        /// The id of the stream.
         id: u32,
-        /// What arrived of the frame.
+        /// The bytes of the frame that have arrived.
         data: Bytes,
-        /// The sender writes no more on the stream.
+        /// The sender sends no more data on the stream.
         fin: bool,
     },
 }
 
-/// Cuts frames.
+/// Splits a stream of bytes into frames.
 #[derive(Debug, Default)]
 pub(crate) struct Decoder {
     data: Option<OpenData>,
 }
 
-/// A data frame whose bytes are still coming.
+/// A data frame that has not arrived completely.
 #[derive(Debug)]
 struct OpenData {
     id: u32,
@@ -107,7 +107,7 @@ struct OpenData {
 }
 
 impl Decoder {
-    /// Takes the next frame or piece off the front of `buffer`; `None` where more bytes are needed.
+    /// Takes the next frame or piece from the front of `buffer`; `None` if more bytes are needed.
     pub(crate) fn decode(&mut self, buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
         if let Some(open) = self.data.take() {
             return Ok(self.piece(open, buffer));
@@ -177,7 +177,7 @@ fn control(kind: u16, fin: bool, mut payload: Bytes) -> Result<Frame, FrameError
     Ok(match kind {
         1 => {
             let id = payload.get_u32() & ID;
-            // Associated stream, priority and slot mean nothing here.
+            // The associated stream, the priority and the slot are ignored.
             payload.advance(6);
             Frame::SynStream {
                 id,
@@ -210,34 +210,35 @@ fn head(out: &mut BytesMut, kind: u16, length: u32) {
     out.put_u32(length);
 }
 
-/// Accepts a stream; `block` is a compressed header block.
+/// Writes a SYN_REPLY, which accepts a stream; `block` is a compressed header block.
 pub(super) fn syn_reply(out: &mut BytesMut, id: u32, block: &[u8]) {
     head(out, 2, u32::try_from(block.len() + 4).unwrap_or(u32::MAX));
     out.put_u32(id);
     out.put_slice(block);
 }
 
-/// Refuses or ends a stream.
+/// Writes a RST_STREAM, which refuses or ends a stream.
 pub(super) fn reset(out: &mut BytesMut, id: u32, status: Reset) {
     head(out, 3, 8);
     out.put_u32(id);
     out.put_u32(status as u32);
 }
 
-/// Answers a ping.
+/// Writes a PING, which answers the peer's.
 pub(super) fn ping(out: &mut BytesMut, id: u32) {
     head(out, 6, 4);
     out.put_u32(id);
 }
 
-/// Says that no more streams are taken.
+/// Writes a GOAWAY: no more streams are accepted.
 pub(super) fn go_away(out: &mut BytesMut, last: u32) {
     head(out, 7, 8);
     out.put_u32(last);
     out.put_u32(0);
 }
 
-/// Data in frames of at most [`MAX_DATA`], the last with FIN if asked; no data and FIN is one empty frame.
+/// Writes data in frames of at most [`MAX_DATA`], the last one with FIN if requested; no data with FIN is one empty
+/// frame.
 pub(super) fn data(out: &mut BytesMut, id: u32, bytes: &[u8], fin: bool) {
     let mut pieces = bytes.chunks(MAX_DATA).peekable();
     if bytes.is_empty() && fin {
@@ -255,7 +256,7 @@ fn data_frame(out: &mut BytesMut, id: u32, piece: &[u8], fin: bool) {
     out.put_slice(piece);
 }
 
-/// Opens a stream: the client's side, for tests.
+/// Writes a SYN_STREAM, which opens a stream: the client's side, for tests.
 #[cfg(any(test, feature = "test-peer"))]
 pub(super) fn syn_stream(out: &mut BytesMut, id: u32, block: &[u8]) {
     head(out, 1, u32::try_from(block.len() + 10).unwrap_or(u32::MAX));
@@ -270,7 +271,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Decodes bytes that arrive in the given pieces, joining the pieces of data frames.
+    /// Decodes bytes that arrive in the given pieces, and joins the pieces of data frames.
     fn decode_all<'a>(
         pieces: impl IntoIterator<Item = &'a [u8]>,
     ) -> Result<Vec<Frame>, FrameError> {
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_it_must_not_hold() {
+    fn rejects_frames_that_it_must_not_buffer() {
         let long = [0x80, 3, 0, 1, 0, 0xff, 0xff, 0xff];
         let expected = FrameError::TooLong {
             kind: 1,
@@ -349,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_data_frame_is_never_held() {
+    fn a_large_data_frame_is_never_buffered() {
         let mut decoder = Decoder::default();
         let mut buffer = BytesMut::from(&[0, 0, 0, 1, 1, 0xff, 0xff, 0xff][..]);
         let mut seen = 0;
@@ -378,7 +379,7 @@ mod tests {
         }
 
         #[test]
-        fn borders_of_arrival_mean_nothing(
+        fn frames_are_read_in_pieces_of_any_size(
             payloads in prop::collection::vec((1u32..9, prop::collection::vec(any::<u8>(), 0..200), any::<bool>()), 1..8),
             step in 1usize..50,
         ) {

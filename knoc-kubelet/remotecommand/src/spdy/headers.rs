@@ -1,8 +1,9 @@
-//! PURE: SPDY/3.1 header blocks. One zlib stream a direction for the life of the connection, with a preset dictionary
-//! and a sync flush after each block: so every block that arrives must be inflated, in order, refused streams included.
+//! PURE: SPDY/3.1 header blocks. Each direction of a connection is one zlib stream with a preset dictionary and a sync
+//! flush after each block. Therefore every block that arrives must be inflated, in order, including those of refused
+//! streams.
 //!
-//! Bounded: a block that inflates to more than [`MAX_INFLATED`] or holds more than [`MAX_HEADERS`] is refused, and the
-//! connection with it, since its state is lost. Never panics, whatever the bytes.
+//! A block that inflates to more than [`MAX_INFLATED`] bytes or has more than [`MAX_HEADERS`] headers ends the
+//! connection, because the state of the compression is lost. It never panics (property tests below).
 
 use bytes::{Buf as _, BufMut as _, BytesMut};
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
@@ -14,10 +15,10 @@ const DICTIONARY: &[u8] = include_bytes!("dictionary.bin");
 pub(crate) const MAX_INFLATED: usize = 1 << 20;
 /// The most headers of one block.
 const MAX_HEADERS: usize = 100;
-/// What inflates in one step.
+/// How many bytes are inflated in one step.
 const STEP: usize = 4 << 10;
 
-/// Why a header block cannot be read; the connection ends.
+/// Why a header block cannot be read, which ends the connection.
 #[derive(Debug, Error)]
 pub enum HeaderError {
     #[error("inflate a header block")]
@@ -27,11 +28,11 @@ pub enum HeaderError {
     },
     #[error("the header compression's dictionary is not SPDY/3's")]
     Dictionary,
-    #[error("a header block of over {MAX_INFLATED} bytes")]
+    #[error("a header block of more than {MAX_INFLATED} bytes")]
     TooLarge,
-    #[error("{count} headers in a block, over {MAX_HEADERS}")]
+    #[error("a header block with {count} headers, more than {MAX_HEADERS}")]
     TooMany { count: u32 },
-    #[error("a header block that is cut short")]
+    #[error("a header block that is truncated")]
     Cut,
     #[error("a header that is not text")]
     NotText,
@@ -42,18 +43,18 @@ pub enum HeaderError {
     },
 }
 
-/// The headers of a stream: lower-case names; several values of one name are several pairs.
+/// The headers of a stream: names in lower case; several values of one name are several pairs.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Headers(pub(crate) Vec<(String, String)>);
 
 impl Headers {
-    /// Of pairs with names in lower case.
+    /// Creates headers from pairs whose names are in lower case.
     #[cfg(any(test, feature = "test-peer"))]
     pub fn of(pairs: impl Iterator<Item = (String, String)>) -> Self {
         Self(pairs.collect())
     }
 
-    /// The first value of a name, given in lower case.
+    /// The first value of a name, which must be in lower case.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&str> {
         let mut pairs = self.0.iter();
@@ -72,7 +73,7 @@ impl Inflater {
         Self(Decompress::new(true))
     }
 
-    /// Reads one block.
+    /// Reads one header block.
     pub(crate) fn headers(&mut self, block: &[u8]) -> Result<Headers, HeaderError> {
         parse(&self.inflate(block)?)
     }
@@ -103,7 +104,7 @@ impl Inflater {
             if out.len() > MAX_INFLATED {
                 return Err(HeaderError::TooLarge);
             }
-            // Room was left over: there is no more in this block.
+            // The output buffer was not filled, so the block has no more data.
             if block.is_empty() && out.len() < out.capacity() {
                 return Ok(out);
             }
@@ -150,7 +151,7 @@ impl Deflater {
         Ok(Self(deflate))
     }
 
-    /// Writes one block.
+    /// Writes one header block.
     pub(super) fn block(&mut self, headers: &Headers) -> Result<Vec<u8>, HeaderError> {
         let mut plain = BytesMut::new();
         let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_a_bomb_within_its_bounds() {
+    fn rejects_a_decompression_bomb_within_its_bounds() {
         let mut deflate = Compress::new(Compression::best(), true);
         deflate.set_dictionary(DICTIONARY).unwrap();
         let zeros = vec![0; 4 << 20];
@@ -225,14 +226,14 @@ mod tests {
             .compress_vec(&zeros, &mut bomb, FlushCompress::Sync)
             .unwrap();
         assert!(bomb.len() < 100 << 10);
-        let refused = Inflater::new().headers(&bomb);
-        assert!(matches!(refused, Err(HeaderError::TooLarge)), "{refused:?}");
+        let error = Inflater::new().headers(&bomb);
+        assert!(matches!(error, Err(HeaderError::TooLarge)), "{error:?}");
     }
 
     #[test]
-    fn refuses_too_many_and_cut_headers() {
-        let refused = parse(&u32::MAX.to_be_bytes());
-        assert!(matches!(refused, Err(HeaderError::TooMany { .. })));
+    fn rejects_too_many_and_truncated_headers() {
+        let error = parse(&u32::MAX.to_be_bytes());
+        assert!(matches!(error, Err(HeaderError::TooMany { .. })));
         assert!(matches!(parse(&[]), Err(HeaderError::Cut)));
         let beyond = [0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff, 1];
         assert!(matches!(parse(&beyond), Err(HeaderError::Cut)));

@@ -4,7 +4,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::missing_panics_doc,
-    reason = "for tests only: what goes wrong fails the test"
+    reason = "for tests only: any error fails the test"
 )]
 
 use std::time::Duration;
@@ -16,10 +16,10 @@ pub use super::frame::Frame;
 use super::frame::{self, Decoder};
 use super::headers::{Deflater, Headers};
 
-/// How long a frame may take to arrive.
+/// How long [`Peer::next`] waits for a frame.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The other end: writes and reads frames by hand.
+/// A client that writes and reads single frames.
 #[derive(Debug)]
 pub struct Peer<Io> {
     pub(super) io: Io,
@@ -31,7 +31,7 @@ pub struct Peer<Io> {
 }
 
 impl<Io: AsyncRead + AsyncWrite + Unpin> Peer<Io> {
-    /// A client on a connection that has been upgraded.
+    /// Creates a client on a connection that has been upgraded.
     pub fn new(io: Io) -> Self {
         Self {
             io,
@@ -82,21 +82,21 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> Peer<Io> {
         self.write(&wire).await;
     }
 
-    /// Says that it opens no more streams.
+    /// Sends a GOAWAY: it opens no more streams.
     pub async fn go_away(&mut self) {
         let mut wire = BytesMut::new();
         frame::go_away(&mut wire, 0);
         self.write(&wire).await;
     }
 
-    /// The next frame; `None` where the session has closed.
+    /// The next frame; `None` once the session has closed. Panics if none arrives in time.
     pub async fn next(&mut self) -> Option<Frame> {
         let read = async {
             loop {
                 if let Some(frame) = self.decoder.decode(&mut self.buffer).unwrap() {
                     return Some(frame);
                 }
-                // A connection that is cut has no end of TLS.
+                // A connection that is cut has no TLS close message.
                 if self.io.read_buf(&mut self.buffer).await.unwrap_or(0) == 0 {
                     return None;
                 }

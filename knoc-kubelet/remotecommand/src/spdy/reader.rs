@@ -1,40 +1,49 @@
-//! The receiving direction of a session: frames to streams.
+//! The receiving direction of a session, which distributes frames to streams.
 
-use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::time::Instant;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _},
+    sync::{Semaphore, mpsc},
+    time::Instant,
+};
 
-use super::frame::{Decoder, Frame, Reset};
-use super::headers::Inflater;
-use super::writer::Out;
-use super::{MAX_STREAMS, OPEN_BURST, OPEN_RATE, SessionError, Slot, Stream};
+use super::{
+    MAX_STREAMS, OPEN_BURST, OPEN_RATE, SessionError, Slot, Stream,
+    frame::{Decoder, Frame, Reset},
+    headers::Inflater,
+    writer::Out,
+};
 use crate::streams::{self, Activity, Budget, StreamSender};
 
-/// What is read from the socket at once, and so the largest piece of a data frame.
+/// How many bytes are read from the socket at once, and so the size of the largest piece of a data frame.
 const CHUNK: usize = 64 << 10;
-/// With less room than this the buffer is made anew.
+/// If the buffer has less free space than this, it is reallocated.
 const LEAST_ROOM: usize = CHUNK / 4;
 
-/// Owned by the session's task.
+/// The state of the receiving direction, owned by the session's task.
 #[derive(Debug)]
 pub(super) struct Reader {
     decoder: Decoder,
     inflater: Inflater,
-    /// Streams whose peer half is open, each with its place among [`MAX_STREAMS`]. Ours may have ended: see `sweep`.
+    /// The streams whose half the peer has not closed, each with its permit of [`MAX_STREAMS`]. Our half may have
+    /// ended: see `sweep`.
     streams: HashMap<u32, (StreamSender, Slot)>,
     slots: Arc<Semaphore>,
     budget: Budget,
-    pace: Pace,
+    pace: OpenRate,
     last: Arc<AtomicU32>,
-    /// None after the peer's GOAWAY.
+    /// `None` after the peer's GOAWAY.
     incoming: Option<mpsc::Sender<Stream>>,
-    /// Weak: the reader must not keep the session open.
+    /// Weak, because the reader must not keep the session open.
     queue: mpsc::WeakSender<Out>,
     activity: Activity,
 }
@@ -52,7 +61,7 @@ impl Reader {
             streams: HashMap::new(),
             slots: Arc::new(Semaphore::new(MAX_STREAMS)),
             budget,
-            pace: Pace::new(),
+            pace: OpenRate::new(),
             last: Arc::default(),
             incoming: Some(incoming),
             queue,
@@ -65,12 +74,12 @@ impl Reader {
         self.budget.clone()
     }
 
-    /// The highest stream id seen so far, for GOAWAY.
+    /// The highest stream id that the peer has used, for our GOAWAY.
     pub(super) fn last_id(&self) -> Arc<AtomicU32> {
         Arc::clone(&self.last)
     }
 
-    /// Reads until the peer closes or cannot be understood.
+    /// Reads until the peer closes the connection or violates the protocol.
     pub(super) async fn run(mut self, input: impl AsyncRead) -> Result<(), SessionError> {
         let mut input = std::pin::pin!(input);
         let mut buffer = BytesMut::new();
@@ -117,7 +126,8 @@ impl Reader {
                     sender.reset().await;
                 }
             }
-            // Odd ones are the peer's. One that finds the queue full is not answered: bytes are moving then.
+            // Odd ids are the peer's pings. A ping is not answered if the queue is full: then data is being transferred
+            // anyway.
             Frame::Ping { id } => {
                 if id % 2 == 1
                     && let Some(queue) = self.queue.upgrade()
@@ -164,7 +174,7 @@ impl Reader {
             slot: Arc::clone(&slot),
         };
         if let Err(mpsc::error::SendError(stream)) = incoming.send(stream).await {
-            // Nobody takes streams any more.
+            // Nobody accepts streams any more.
             stream.refuse().await;
         } else if fin {
             sender.finish().await;
@@ -173,8 +183,8 @@ impl Reader {
         }
     }
 
-    /// Lets go of streams of which we hold neither half, such as those that we have reset: a peer such as spdystream
-    /// says nothing more of them. What still comes on them is let go.
+    /// Forgets streams of which nobody holds a half, such as those that we have reset: a peer such as spdystream sends
+    /// nothing more about them. Data that still arrives on them is dropped.
     fn sweep(&mut self) {
         self.streams
             .retain(|_, (sender, slot)| !sender.is_closed() || Arc::strong_count(slot) > 1);
@@ -200,21 +210,21 @@ impl Reader {
     }
 }
 
-/// A bucket of streams that may be opened: [`OPEN_BURST`] deep, filled at [`OPEN_RATE`].
+/// A token bucket that limits how fast streams are opened: [`OPEN_BURST`] deep, refilled at [`OPEN_RATE`].
 #[derive(Debug)]
-struct Pace {
+struct OpenRate {
     /// When the bucket would be full again.
     full_at: Instant,
 }
 
-impl Pace {
+impl OpenRate {
     fn new() -> Self {
         Self {
             full_at: Instant::now(),
         }
     }
 
-    /// Takes one, waiting for it where the bucket is empty.
+    /// Takes a token, and waits for one if the bucket is empty.
     async fn wait(&mut self) {
         let each = Duration::from_secs(1) / OPEN_RATE;
         let now = Instant::now();
@@ -233,7 +243,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_burst_of_streams_then_the_rate() {
         let start = Instant::now();
-        let mut pace = Pace::new();
+        let mut pace = OpenRate::new();
         for _ in 0..OPEN_BURST {
             pace.wait().await;
         }

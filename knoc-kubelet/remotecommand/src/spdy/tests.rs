@@ -1,14 +1,19 @@
-//! Sessions against a client that speaks frames, over an in-memory pipe.
+//! Tests sessions with a client that writes frames, over an in-memory pipe.
 
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncWriteExt as _, DuplexStream};
-use tokio::task::JoinSet;
+use tokio::{
+    io::{AsyncWriteExt as _, DuplexStream},
+    task::JoinSet,
+};
 
-use super::frame::{self, Frame};
-use super::peer::Peer;
-use super::{IDLE, Incoming, SessionError, session};
+use super::{
+    IDLE, Incoming, SessionError,
+    frame::{self, Frame},
+    peer::Peer,
+    session,
+};
 use crate::streams::{End, RECEIVE_BYTES};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -25,11 +30,11 @@ fn connected() -> (Peer<DuplexStream>, Incoming, Ended) {
 
 async fn ended(mut tasks: Ended) -> Result<(), SessionError> {
     let joined = tokio::time::timeout(PATIENCE, tasks.join_next()).await;
-    joined.expect("the session goes on").unwrap().unwrap()
+    joined.expect("the session did not end").unwrap().unwrap()
 }
 
 #[tokio::test]
-async fn bytes_pass_both_ways_and_the_end_is_in_order() {
+async fn bytes_pass_both_ways_and_the_session_ends_normally() {
     let (mut peer, mut incoming, tasks) = connected();
     peer.open(1, &[("streamtype", "data")]).await;
     let stream = incoming.next().await.unwrap();
@@ -62,7 +67,7 @@ async fn bytes_pass_both_ways_and_the_end_is_in_order() {
 }
 
 #[tokio::test]
-async fn pings_are_echoed_and_answers_to_ours_are_not() {
+async fn pings_are_answered_and_answers_are_not() {
     let (mut peer, _incoming, _tasks) = connected();
     let mut wire = BytesMut::new();
     frame::ping(&mut wire, 2);
@@ -72,12 +77,12 @@ async fn pings_are_echoed_and_answers_to_ours_are_not() {
 }
 
 #[tokio::test]
-async fn a_refused_stream_does_not_spoil_the_header_compression() {
+async fn a_refused_stream_does_not_break_the_header_compression() {
     let (mut peer, mut incoming, _tasks) = connected();
     peer.open(1, &[("streamtype", "nonsense")]).await;
     incoming.next().await.unwrap().refuse().await;
     assert_eq!(peer.next().await, Some(Frame::Reset { id: 1 }));
-    // An id that does not grow, and an even one, are refused by the session itself.
+    // The session itself refuses an id that does not grow, and an even one.
     peer.open(1, &[("streamtype", "again")]).await;
     assert_eq!(peer.next().await, Some(Frame::Reset { id: 1 }));
     peer.open(4, &[("streamtype", "even")]).await;
@@ -87,9 +92,9 @@ async fn a_refused_stream_does_not_spoil_the_header_compression() {
     assert_eq!(stream.headers().get("streamtype"), Some("error"));
 }
 
-/// As spdystream behaves, which says nothing of a stream that was reset.
+/// spdystream behaves in this way: it sends nothing about a stream that was reset.
 #[tokio::test]
-async fn streams_that_we_reset_leave_their_places() {
+async fn streams_that_we_reset_release_their_permits() {
     let (mut peer, mut incoming, _tasks) = connected();
     let opened = u32::try_from(super::MAX_STREAMS).unwrap() + 1;
     let ids = (0..opened).map(|number| 2 * number + 1);
@@ -110,14 +115,14 @@ async fn streams_that_we_reset_leave_their_places() {
     assert_eq!(stream.headers().get("streamtype"), Some("error"));
     let (mut reader, _sender) = stream.accept().await;
     assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
-    // What still comes on one of the others is let go.
+    // Data that still arrives on one of the others is dropped.
     peer.data(1, b"late", true).await;
     peer.data(9001, b"good", true).await;
     assert_eq!(reader.next().await.unwrap(), "good");
 }
 
 #[tokio::test]
-async fn a_reader_that_waits_stops_the_socket_and_loses_nothing() {
+async fn a_full_queue_stops_reading_and_loses_nothing() {
     const PIECES: usize = 100;
     let (mut peer, mut incoming, _tasks) = connected();
     peer.open(1, &[]).await;
@@ -148,7 +153,7 @@ async fn a_reader_that_waits_stops_the_socket_and_loses_nothing() {
         peer.io.write_all(&wire[sent..]).await.unwrap();
         (stopped_at, peer)
     });
-    // Nobody reads until the peer is stuck.
+    // Nobody reads until the peer is stalled.
     tokio::time::sleep(Duration::from_millis(600)).await;
     let mut whole = BytesMut::new();
     while let Ok(piece) = receiver.next().await {
@@ -191,7 +196,7 @@ async fn ten_thousand_streams_are_refused_past_the_limit() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_understood_ends_the_session_and_its_streams() {
+async fn a_protocol_violation_ends_the_session_and_its_streams() {
     let (mut peer, mut incoming, tasks) = connected();
     peer.open(1, &[]).await;
     let (mut receiver, sender) = incoming.next().await.unwrap().accept().await;
@@ -216,7 +221,7 @@ async fn a_peer_that_leaves_ends_everything() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_session_in_which_nothing_moves_ends_in_time() {
+async fn an_idle_session_ends_in_time() {
     let (mut peer, _incoming, tasks) = connected();
     let almost = IDLE.checked_sub(Duration::from_mins(1)).unwrap();
     tokio::time::sleep(almost).await;
@@ -230,7 +235,7 @@ async fn a_session_in_which_nothing_moves_ends_in_time() {
 }
 
 #[tokio::test]
-async fn what_a_client_sends_to_nobody_is_bounded_over_all_streams() {
+async fn unread_data_of_a_client_is_bounded_over_all_streams() {
     let (near, far) = tokio::io::duplex(64 << 10);
     let (session, mut incoming) = session(near);
     let budget = session.budget();
@@ -246,7 +251,7 @@ async fn what_a_client_sends_to_nobody_is_bounded_over_all_streams() {
     for number in 0..500 {
         frame::data(&mut wire, 2 * number + 1, &vec![7; 32 << 10], false);
     }
-    // Half of each stream's queue, and more than all may hold: the writing stops.
+    // This is half of each stream's queue, but more than the budget of all: the client is stalled.
     let stuck = tokio::time::timeout(Duration::from_millis(500), peer.io.write_all(&wire));
     assert!(stuck.await.is_err(), "{} bytes went to nobody", wire.len());
     assert!(budget.held() <= RECEIVE_BYTES, "{}", budget.held());
@@ -262,7 +267,7 @@ async fn what_a_client_sends_to_nobody_is_bounded_over_all_streams() {
 }
 
 #[tokio::test]
-async fn a_client_that_never_reads_holds_up_the_writer_and_no_memory() {
+async fn a_client_that_never_reads_stalls_the_writer_and_uses_no_memory() {
     let (mut peer, mut incoming, _tasks) = connected();
     peer.open(1, &[]).await;
     let (_inlet, sender) = incoming.next().await.unwrap().accept().await;
@@ -301,7 +306,7 @@ async fn streams_that_the_client_has_ended_count_while_we_hold_them() {
 }
 
 #[tokio::test]
-async fn a_goaway_of_the_peer_ends_the_coming_of_streams_and_nothing_else() {
+async fn a_goaway_of_the_peer_ends_only_the_opening_of_streams() {
     let (mut peer, mut incoming, tasks) = connected();
     peer.open(1, &[]).await;
     let (mut reader, sender) = incoming.next().await.unwrap().accept().await;

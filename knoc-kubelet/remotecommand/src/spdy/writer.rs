@@ -1,20 +1,26 @@
-//! The sending direction of a session: queued frames to the socket, many at once where many wait.
+//! The sending direction of a session: writes queued frames to the socket, several at once if several wait.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncWrite, AsyncWriteExt as _, WriteHalf};
-use tokio::sync::mpsc;
+use tokio::{
+    io::{AsyncWrite, AsyncWriteExt as _, WriteHalf},
+    sync::mpsc,
+};
 
-use super::frame::{self, Reset};
-use super::headers::{Deflater, Headers};
-use super::{Activity, SessionError};
+use super::{
+    Activity, SessionError,
+    frame::{self, Reset},
+    headers::{Deflater, Headers},
+};
 
-/// When so much is encoded, it is written before more is taken.
+/// Once this many bytes are encoded, they are written before more frames are taken.
 const BATCH: usize = 128 << 10;
 
-/// A frame to be written.
+/// A frame that is to be written.
 #[derive(Debug)]
 pub(super) enum Out {
     Reply(u32),
@@ -23,7 +29,7 @@ pub(super) enum Out {
     Data { id: u32, data: Bytes, fin: bool },
 }
 
-/// Writes until nobody can queue any more, then GOAWAY. The socket is the caller's to close in good time.
+/// Writes until no sender is left, then a GOAWAY. The caller must close the socket within a bounded time.
 pub(super) async fn run<Io>(
     output: &mut WriteHalf<Io>,
     mut queue: mpsc::Receiver<Out>,

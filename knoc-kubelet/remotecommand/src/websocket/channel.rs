@@ -1,34 +1,33 @@
-//! PURE: Kubernetes' channels in WebSocket messages: the first byte says the channel, the rest belongs to it.
+//! PURE: Kubernetes' channels in WebSocket messages: the first byte is the number of the channel, the rest its data.
 //!
-//! In the base64 forms a message is text: the channel as a character counted from `0`, then base64. With v5 the message
-//! `[255, n]` closes channel `n`. Messages are taken in pieces, as they arrive; at most three characters are held.
+//! In the base64 encodings a message is text: the channel as a digit, then base64. With v5, the message `[255, n]`
+//! closes channel `n`. Messages are read in pieces as they arrive; at most three characters are buffered.
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::{BufMut, Bytes};
 use thiserror::Error;
 
 use super::frame::{Kind, MAX_MESSAGE, put_head};
 
-/// The channel that closes others (v5).
+/// The channel on which the client closes other channels (v5).
 const CLOSE: u8 = 255;
-/// Characters of base64 that stand for [`QUANTUM_BYTES`] bytes.
+/// The number of base64 characters that encode [`QUANTUM_BYTES`] bytes.
 const QUANTUM: usize = 4;
 const QUANTUM_BYTES: usize = 3;
 
-/// How channels stand in messages.
+/// How channels are encoded in messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
     /// A byte for the channel, then the data.
     Binary,
     /// A digit for the channel, then the data in base64.
     Base64,
-    /// Binary, and the client may close a channel.
+    /// Like binary, but the client may close a channel.
     BinaryWithClose,
 }
 
 impl Encoding {
-    /// The most data of one message that is written: it fits [`MAX_MESSAGE`], as base64 in whole quanta.
+    /// The most data of one message that is written, in bytes: it fits [`MAX_MESSAGE`], for base64 in whole quanta.
     pub(super) fn most(self) -> usize {
         match self {
             Self::Binary | Self::BinaryWithClose => MAX_MESSAGE - 1,
@@ -37,33 +36,33 @@ impl Encoding {
     }
 }
 
-/// The connection ends.
+/// A message is not valid base64, which ends the connection.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("a message that is not base64")]
 pub struct NotBase64;
 
-/// What a message says.
+/// The meaning of a message.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Said {
-    /// Bytes for a channel.
+pub(crate) enum Meaning {
+    /// Data for a channel.
     Data { channel: u8, data: Bytes },
-    /// The client will say no more on it.
+    /// The client will send no more data on the channel.
     Close { channel: u8 },
 }
 
-/// The message that is being taken.
+/// How much of the current message has been read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Within {
-    /// Nothing of it has come.
+    /// Nothing of it has arrived.
     Start,
     Channel(u8),
-    /// A closing one, of which this channel has come.
+    /// A message that closes a channel; the number of the channel if that has arrived.
     Closing(Option<u8>),
-    /// A closing one that is too long: it means nothing.
+    /// A closing message that is too long and therefore ignored.
     Nonsense,
 }
 
-/// Takes messages in pieces.
+/// Reads messages in pieces.
 #[derive(Debug)]
 pub(crate) struct Messages {
     encoding: Encoding,
@@ -81,25 +80,29 @@ impl Messages {
         }
     }
 
-    /// What a piece says, if anything; `last` where its message ends with it.
-    pub(crate) fn piece(&mut self, mut data: Bytes, last: bool) -> Result<Option<Said>, NotBase64> {
+    /// Reads a piece and returns its meaning, if it has one; `last` says that the message ends with it.
+    pub(crate) fn piece(
+        &mut self,
+        mut data: Bytes,
+        last: bool,
+    ) -> Result<Option<Meaning>, NotBase64> {
         if self.within == Within::Start && !data.is_empty() {
             let first = data.split_to(1).first().copied().unwrap_or_default();
             self.within = match self.encoding {
-                // Wraps for what is no digit, to a channel that nobody has.
+                // A byte that is not a digit wraps around to a channel that does not exist.
                 Encoding::Base64 => Within::Channel(first.wrapping_sub(b'0')),
                 Encoding::BinaryWithClose if first == CLOSE => Within::Closing(None),
                 Encoding::Binary | Encoding::BinaryWithClose => Within::Channel(first),
             };
         }
-        let said = match self.within {
+        let meaning = match self.within {
             Within::Start | Within::Nonsense => None,
             Within::Channel(channel) => {
                 let data = match self.encoding {
                     Encoding::Base64 => self.decoded(&data)?,
                     Encoding::Binary | Encoding::BinaryWithClose => data,
                 };
-                (!data.is_empty()).then_some(Said::Data { channel, data })
+                (!data.is_empty()).then_some(Meaning::Data { channel, data })
             }
             Within::Closing(closed) => {
                 self.within = match (closed, &data[..]) {
@@ -110,7 +113,7 @@ impl Messages {
                 if let Within::Closing(Some(channel)) = self.within
                     && last
                 {
-                    Some(Said::Close { channel })
+                    Some(Meaning::Close { channel })
                 } else {
                     None
                 }
@@ -122,7 +125,7 @@ impl Messages {
                 return Err(NotBase64);
             }
         }
-        Ok(said)
+        Ok(meaning)
     }
 
     fn decoded(&mut self, text: &[u8]) -> Result<Bytes, NotBase64> {
@@ -166,9 +169,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// What messages say that arrive in pieces of this size, data of a message joined.
-    fn said(encoding: Encoding, messages: &[&[u8]], step: usize) -> Result<Vec<Said>, NotBase64> {
-        let mut all: Vec<Said> = Vec::new();
+    /// The meanings of messages that arrive in pieces of this size; the data of each message is joined.
+    fn meanings(
+        encoding: Encoding,
+        messages: &[&[u8]],
+        step: usize,
+    ) -> Result<Vec<Meaning>, NotBase64> {
+        let mut all: Vec<Meaning> = Vec::new();
         let mut taker = Messages::new(encoding);
         for message in messages {
             let mut whole: Option<(u8, BytesMut)> = None;
@@ -177,7 +184,7 @@ mod tests {
                 let (piece, rest) = left.split_at(step.min(left.len()));
                 left = rest;
                 match taker.piece(Bytes::copy_from_slice(piece), rest.is_empty())? {
-                    Some(Said::Data { channel, data }) => {
+                    Some(Meaning::Data { channel, data }) => {
                         let (_, whole) = whole.get_or_insert_with(|| (channel, BytesMut::new()));
                         whole.extend_from_slice(&data);
                     }
@@ -188,7 +195,7 @@ mod tests {
                     break;
                 }
             }
-            all.extend(whole.map(|(channel, data)| Said::Data {
+            all.extend(whole.map(|(channel, data)| Meaning::Data {
                 channel,
                 data: data.freeze(),
             }));
@@ -196,20 +203,27 @@ mod tests {
         Ok(all)
     }
 
-    fn data(channel: u8, data: &'static str) -> Said {
+    fn data(channel: u8, data: &'static str) -> Meaning {
         let data = Bytes::from(data);
-        Said::Data { channel, data }
+        Meaning::Data { channel, data }
     }
 
     #[test]
-    fn the_first_byte_says_the_channel() {
+    fn the_first_byte_is_the_channel() {
         let messages: [&[u8]; 5] = [b"\x00hello", b"", b"\x04", b"\x04{}", b"\xff\x00"];
         for step in 1..7 {
             let expected = [data(0, "hello"), data(4, "{}"), data(255, "\0")];
-            assert_eq!(said(Encoding::Binary, &messages, step).unwrap(), expected);
-            let closed = [data(0, "hello"), data(4, "{}"), Said::Close { channel: 0 }];
             assert_eq!(
-                said(Encoding::BinaryWithClose, &messages, step).unwrap(),
+                meanings(Encoding::Binary, &messages, step).unwrap(),
+                expected
+            );
+            let closed = [
+                data(0, "hello"),
+                data(4, "{}"),
+                Meaning::Close { channel: 0 },
+            ];
+            assert_eq!(
+                meanings(Encoding::BinaryWithClose, &messages, step).unwrap(),
                 closed
             );
         }
@@ -219,9 +233,9 @@ mod tests {
     fn only_two_bytes_close() {
         let messages: [&[u8]; 4] = [b"\xff", b"\xff\x00\x00", b"\xff\x00 ", b"\xff\x01"];
         for step in 1..4 {
-            let expected = [Said::Close { channel: 1 }];
+            let expected = [Meaning::Close { channel: 1 }];
             assert_eq!(
-                said(Encoding::BinaryWithClose, &messages, step).unwrap(),
+                meanings(Encoding::BinaryWithClose, &messages, step).unwrap(),
                 expected
             );
         }
@@ -232,9 +246,12 @@ mod tests {
         let messages: [&[u8]; 4] = [b"0aGVsbG8=", b"", b"4e30=", b"0"];
         for step in 1..10 {
             let expected = [data(0, "hello"), data(4, "{}")];
-            assert_eq!(said(Encoding::Base64, &messages, step).unwrap(), expected);
+            assert_eq!(
+                meanings(Encoding::Base64, &messages, step).unwrap(),
+                expected
+            );
             for broken in [&b"0aGVsbG8"[..], b"0a", b"0!!!!", b"0\xff\xff\xff\xff"] {
-                assert_eq!(said(Encoding::Base64, &[broken], step), Err(NotBase64));
+                assert_eq!(meanings(Encoding::Base64, &[broken], step), Err(NotBase64));
             }
         }
     }
@@ -254,7 +271,7 @@ mod tests {
         assert_eq!(
             &out[..],
             b"\x82\x01\x01",
-            "the empty message that says ready"
+            "the empty message that signals readiness"
         );
     }
 
@@ -263,15 +280,15 @@ mod tests {
         fn never_panics(messages in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..60), 0..6), step in 1usize..60) {
             for encoding in [Encoding::Binary, Encoding::Base64, Encoding::BinaryWithClose] {
                 let messages: Vec<&[u8]> = messages.iter().map(Vec::as_slice).collect();
-                drop(said(encoding, &messages, step));
+                drop(meanings(encoding, &messages, step));
             }
         }
 
         #[test]
         fn base64_round_trips(bytes in prop::collection::vec(any::<u8>(), 1..200), step in 1usize..60) {
             let message = format!("0{}", STANDARD.encode(&bytes));
-            let expected = Said::Data { channel: 0, data: bytes.into() };
-            prop_assert_eq!(said(Encoding::Base64, &[message.as_bytes()], step).unwrap(), [expected]);
+            let expected = Meaning::Data { channel: 0, data: bytes.into() };
+            prop_assert_eq!(meanings(Encoding::Base64, &[message.as_bytes()], step).unwrap(), [expected]);
         }
     }
 }

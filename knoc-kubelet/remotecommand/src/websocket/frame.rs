@@ -1,22 +1,22 @@
-//! PURE: WebSocket frames (RFC 6455) as a server reads and writes them. Knows no channels, handshakes or sockets.
+//! PURE: reads and writes the WebSocket frames (RFC 6455) of a server. It knows no channels, handshakes or sockets.
 //!
-//! Messages are handed on in pieces as they arrive, unmasked, so that no message is ever held, whatever it weighs: some
-//! clients send a whole file as one. Control frames are held whole; they have at most [`MAX_CONTROL`] bytes. Never
-//! panics, whatever the bytes (property-tested below).
+//! Messages are unmasked and passed on in pieces as they arrive, so that no message is buffered, however large: some
+//! clients send a whole file as one. Control frames are buffered whole; they have at most [`MAX_CONTROL`] bytes. It
+//! never panics (property tests below).
 
 use bytes::{Buf as _, BufMut, Bytes, BytesMut};
 use thiserror::Error;
 
-/// The longest payload of a control frame, by the protocol.
+/// The longest payload of a control frame in bytes (RFC 6455, section 5.5).
 pub(crate) const MAX_CONTROL: usize = 125;
-/// The longest payload of a message that is written: a peer must hold it whole.
+/// The longest payload of a message that is written, in bytes: a peer must buffer it whole.
 pub(super) const MAX_MESSAGE: usize = 64 << 10;
 
 const FIN: u8 = 0x80;
 const RESERVED: u8 = 0x70;
 const MASKED: u8 = 0x80;
 
-/// Why the peer cannot be understood; the connection ends.
+/// The rule of the protocol that the peer violates, which ends the connection.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum FrameError {
     #[error("a frame with reserved bits")]
@@ -25,32 +25,32 @@ pub enum FrameError {
     Unmasked,
     #[error("a frame with opcode {opcode}")]
     Opcode { opcode: u8 },
-    #[error("a control frame in pieces or over {MAX_CONTROL} bytes")]
+    #[error("a control frame that is fragmented or longer than {MAX_CONTROL} bytes")]
     Control,
-    #[error("a message within another, or the rest of none")]
+    #[error("a message within another one, or a continuation without a beginning")]
     Order,
     #[error("a frame of over 2^63 bytes")]
     TooLong,
 }
 
-/// What the peer sends.
+/// What the peer has sent.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// A piece of a message; whether of text or of bytes makes no difference here.
+    /// A piece of a message. Text and binary messages are not distinguished.
     Data {
         data: Bytes,
-        /// The message begins with it.
+        /// Whether the message begins with it.
         first: bool,
-        /// The message ends with it.
+        /// Whether the message ends with it.
         last: bool,
     },
     Ping(Bytes),
     Pong,
-    /// The peer closes, with its code where it gives one.
+    /// The peer closes the connection, with its code if it sends one.
     Close(Option<u16>),
 }
 
-/// A frame whose payload is still coming.
+/// A frame whose payload has not arrived completely.
 #[derive(Debug)]
 struct Open {
     fin: bool,
@@ -59,11 +59,11 @@ struct Open {
     mask: [u8; 4],
 }
 
-/// Cuts frames.
+/// Splits a stream of bytes into frames.
 #[derive(Debug, Default)]
 pub(crate) struct Decoder {
     open: Option<Open>,
-    /// A message has begun and not ended.
+    /// Whether a message has begun and not ended.
     within: bool,
 }
 
@@ -73,12 +73,12 @@ struct Head {
     opcode: u8,
     length: u64,
     mask: [u8; 4],
-    /// Its own bytes.
+    /// The length of the head itself in bytes.
     size: usize,
 }
 
 impl Decoder {
-    /// Takes the next event off the front of `buffer`; `None` where more bytes are needed.
+    /// Takes the next event from the front of `buffer`; `None` if more bytes are needed.
     pub(crate) fn decode(&mut self, buffer: &mut BytesMut) -> Result<Option<Event>, FrameError> {
         if let Some(open) = self.open.take() {
             return Ok(self.piece(open, buffer));
@@ -182,23 +182,23 @@ fn control(head: &Head, buffer: &mut BytesMut) -> Result<Option<Event>, FrameErr
     }
 }
 
-/// In words of eight bytes, since every byte that a client sends comes by here.
+/// Works in units of eight bytes, because every byte that a client sends passes here.
 fn unmask(data: &mut [u8], mask: [u8; 4]) {
     let [a, b, c, d] = mask;
     let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
-    let mut words = data.chunks_exact_mut(8);
-    for word in &mut words {
+    let mut chunks = data.chunks_exact_mut(8);
+    for chunk in &mut chunks {
         let mut bytes = [0; 8];
-        bytes.copy_from_slice(word);
-        word.copy_from_slice(&(u64::from_ne_bytes(bytes) ^ wide).to_ne_bytes());
+        bytes.copy_from_slice(chunk);
+        chunk.copy_from_slice(&(u64::from_ne_bytes(bytes) ^ wide).to_ne_bytes());
     }
-    let rest = words.into_remainder();
+    let rest = chunks.into_remainder();
     for (byte, key) in rest.iter_mut().zip(mask.into_iter().cycle()) {
         *byte ^= key;
     }
 }
 
-/// What kind of frame is written.
+/// The kinds of frames that are written.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Kind {
     Text = 1,
@@ -207,7 +207,7 @@ pub(super) enum Kind {
     Pong = 10,
 }
 
-/// The head of a whole message or control frame of `length` bytes, to be followed by them.
+/// Writes the head of a whole message or control frame of `length` bytes, which must follow.
 pub(super) fn put_head(out: &mut impl BufMut, kind: Kind, length: usize) {
     out.put_u8(FIN | kind as u8);
     if let Ok(short) = u8::try_from(length)
@@ -252,7 +252,7 @@ mod tests {
         out
     }
 
-    /// Messages whole, and the rest as it is.
+    /// Decodes all events, and joins the pieces of messages.
     fn decode_all<'a>(
         pieces: impl IntoIterator<Item = &'a [u8]>,
     ) -> Result<Vec<Event>, FrameError> {
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_huge_message_is_never_held() {
+    fn a_huge_message_is_never_buffered() {
         let mut buffer = BytesMut::from(&[0x82, 0xff, 0, 0, 0, 1, 0, 0, 0, 0, 9, 9, 9, 9][..]);
         let mut decoder = Decoder::default();
         assert_eq!(decoder.decode(&mut buffer), Ok(None));
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_the_protocol_forbids() {
+    fn rejects_what_the_protocol_forbids() {
         let key = [0; 4];
         let long = [&[0x82, 0xff][..], &[0xff; 8], &[0; 4]].concat();
         let cases = [
@@ -377,7 +377,7 @@ mod tests {
         }
 
         #[test]
-        fn borders_of_arrival_mean_nothing(
+        fn frames_are_read_in_pieces_of_any_size(
             payloads in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..400), any::<[u8; 4]>()), 1..6),
             step in 1usize..50,
         ) {

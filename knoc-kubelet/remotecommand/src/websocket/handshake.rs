@@ -1,34 +1,33 @@
-//! PURE: the opening handshake of a WebSocket (RFC 6455, section 4.2), and which subprotocol is spoken.
+//! PURE: the opening handshake of a WebSocket (RFC 6455, section 4.2), and the choice of the subprotocol.
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http::{HeaderMap, HeaderValue, header};
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use thiserror::Error;
 
-/// Joined to the client's key before it is hashed, by the protocol.
+/// The GUID that is appended to the client's key before it is hashed (RFC 6455, section 1.3).
 const MAGIC: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
-/// The only version of the protocol.
+/// The only version of the protocol (RFC 6455).
 pub const VERSION: &str = "13";
 
-/// Why there is no handshake.
+/// Why the handshake is rejected.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BadHandshake {
-    /// 400, with our version.
+    /// The version is not supported: HTTP status 400, with our version in the response.
     #[error("unable to upgrade: Sec-WebSocket-Version must be {VERSION}")]
     Version,
-    /// 400.
+    /// The key is missing or malformed: HTTP status 400.
     #[error("unable to upgrade: Sec-WebSocket-Key is missing or not 16 bytes of base64")]
     Key,
-    /// 403: clients that can do SPDY fall back to it on any answer but 101.
-    #[error("unable to upgrade: none of the WebSocket subprotocols {offered} is spoken here")]
+    /// No subprotocol is supported: HTTP status 403. Clients that support SPDY fall back to it on any response but 101.
+    #[error("unable to upgrade: none of the WebSocket subprotocols {offered} is supported")]
     Subprotocol {
-        /// The client's, joined.
+        /// The subprotocols of the client, joined by commas.
         offered: String,
     },
 }
 
-/// The value of `Sec-WebSocket-Accept`, where the request is right.
+/// The value of `Sec-WebSocket-Accept` for a valid request.
 pub fn accept(headers: &HeaderMap) -> Result<HeaderValue, BadHandshake> {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
     if text(header::SEC_WEBSOCKET_VERSION).map(str::trim) != Some(VERSION) {
@@ -54,8 +53,8 @@ pub fn offered(headers: &HeaderMap) -> Vec<&str> {
         .collect()
 }
 
-/// The first of the client's subprotocols that is in `ours`, with what it stands for; the first of `ours` without a name
-/// for a client that offers none.
+/// The client's first subprotocol that is in `ours`, with its meaning. A client that offers none gets the first of
+/// `ours`, without a name.
 pub fn agree<T: Copy>(
     headers: &HeaderMap,
     ours: &[(&'static str, T)],
@@ -96,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_other_versions_and_keys() {
+    fn rejects_other_versions_and_keys() {
         let key = ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==");
         let version = ("sec-websocket-version", "13");
         let old = headers(&[("sec-websocket-version", "8"), key]);
@@ -108,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn agrees_on_the_first_of_the_client() {
+    fn agrees_on_the_first_subprotocol_of_the_client() {
         let ours = [("a", 1), ("b", 2)];
         let agreed = |pairs: &[_]| agree(&headers(pairs), &ours, 0);
         let protocol = "sec-websocket-protocol";
@@ -117,10 +116,10 @@ mod tests {
             agreed(&[(protocol, "x, b"), (protocol, "a")]),
             Ok((Some("b"), 2))
         );
-        let refused = agreed(&[(protocol, "x, v9.channel.k8s.io")]).unwrap_err();
+        let error = agreed(&[(protocol, "x, v9.channel.k8s.io")]).unwrap_err();
         assert!(
-            refused.to_string().contains("x, v9.channel.k8s.io"),
-            "{refused}"
+            error.to_string().contains("x, v9.channel.k8s.io"),
+            "{error}"
         );
     }
 }

@@ -1,13 +1,14 @@
-//! Bounds of a session, against a client that speaks frames, over an in-memory pipe.
+//! Tests the bounds of a session with a client that writes frames, over an in-memory pipe.
 
 use std::time::Duration;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
-use tokio::task::JoinSet;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
+    task::JoinSet,
+};
 
-use super::channel::Encoding;
-use super::{Channels, SocketError, session};
+use super::{Channels, SocketError, channel::Encoding, session};
 use crate::streams::{Budget, End, IDLE, RECEIVE_BYTES};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -23,7 +24,7 @@ fn connected() -> (DuplexStream, Channels, Budget, Ended) {
     (far, channels, budget, tasks)
 }
 
-/// A message with a mask that changes nothing.
+/// A message whose mask changes nothing.
 fn message(payload: &[u8]) -> BytesMut {
     let mut wire = BytesMut::from(&[0x82, 0xff][..]);
     wire.put_u64(u64::try_from(payload.len()).unwrap());
@@ -33,7 +34,7 @@ fn message(payload: &[u8]) -> BytesMut {
 }
 
 #[tokio::test]
-async fn what_a_client_sends_to_nobody_is_bounded() {
+async fn unread_data_of_a_client_is_bounded() {
     let (mut far, mut channels, budget, _tasks) = connected();
     let _nobody = (channels.reader(0), channels.reader(2));
     let wire = message(&vec![0; 64 << 20]);
@@ -43,7 +44,7 @@ async fn what_a_client_sends_to_nobody_is_bounded() {
 }
 
 #[tokio::test]
-async fn a_client_that_never_reads_holds_up_the_writer_and_no_memory() {
+async fn a_client_that_never_reads_stalls_the_writer_and_uses_no_memory() {
     let (_far, channels, _, _tasks) = connected();
     let sender = channels.sender(1);
     let mut accepted = 0;
@@ -60,17 +61,17 @@ async fn a_client_that_never_reads_holds_up_the_writer_and_no_memory() {
 }
 
 #[tokio::test]
-async fn pings_that_are_never_read_cost_nothing() {
+async fn pings_whose_answers_are_not_read_cost_nothing() {
     let (mut far, _channels, _, mut tasks) = connected();
     let ping = [0x89, 0x84, 0, 0, 0, 0, 1, 2, 3, 4];
     let wire = ping.repeat(200_000);
-    // All are taken although no answer is: they are never queued without bound.
+    // All pings are read although the peer reads no answer: answers are never queued without bound.
     let taken = tokio::time::timeout(PATIENCE, far.write_all(&wire)).await;
     assert!(taken.is_ok() && tasks.try_join_next().is_none());
 }
 
 #[tokio::test]
-async fn channels_end_apart_and_with_the_connection() {
+async fn channels_end_separately_and_with_the_connection() {
     let (mut far, mut channels, _, mut tasks) = connected();
     let mut first = channels.reader(0).unwrap();
     let mut second = channels.reader(2).unwrap();
@@ -92,7 +93,7 @@ async fn channels_end_apart_and_with_the_connection() {
 }
 
 #[tokio::test]
-async fn the_end_loses_nothing_and_says_so() {
+async fn the_end_loses_no_data_and_sends_a_close_frame() {
     let (mut far, channels, _, mut tasks) = connected();
     let sender = channels.sender(1);
     drop(channels);
@@ -106,7 +107,7 @@ async fn the_end_loses_nothing_and_says_so() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pings_keep_no_session_open() {
+async fn pings_do_not_keep_a_session_open() {
     let (mut far, _channels, _, mut tasks) = connected();
     let ping = [0x89, 0x80, 0, 0, 0, 0];
     let began = tokio::time::Instant::now();

@@ -1,23 +1,26 @@
-//! A stream of bytes within the binary messages of a WebSocket: SPDY tunnelled in it. Borders of messages mean nothing.
+//! A stream of bytes in the binary messages of a WebSocket, through which SPDY is tunnelled (KEP-4006). The boundaries
+//! of messages have no meaning.
 //!
-//! Reads answer pings and take the peer's close frame for the end of the bytes; shutting down sends one. The reader
-//! writes pongs where the socket takes them, and is never held up by a writer that waits. Both halves must be polled by
-//! one task, as a session does: they wake the same one.
+//! Reading answers pings and treats the peer's close frame as the end of the bytes; shutting down sends a close frame.
+//! The reader writes pongs if the socket accepts them, and a waiting writer never blocks it. One task must poll both
+//! halves, as a session does, because they wake the same task.
 
-use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frame::{self, Decoder, Event, Kind};
 
-/// What is read from the socket at once.
+/// How many bytes are read from the socket at once.
 const CHUNK: usize = 64 << 10;
-/// With less room than this the buffer is made anew.
+/// If the buffer has less free space than this, it is reallocated.
 const LEAST_ROOM: usize = CHUNK / 4;
-/// The code of an end in order.
+/// The close code of a normal end (RFC 6455, section 7.4.1).
 const NORMAL: u16 = 1000;
 
 /// Reads and writes the payload of a WebSocket's binary messages.
@@ -26,16 +29,16 @@ pub struct Tunnel<Io> {
     io: Io,
     decoder: Decoder,
     received: BytesMut,
-    /// Of the message that is being read.
+    /// The unread payload of the current message.
     piece: Bytes,
-    /// Encoded and not yet written: at most one message and what answers the peer.
+    /// Bytes that are encoded and not written yet: at most one message and the answers to the peer.
     wire: BytesMut,
     ended: bool,
     closing: bool,
 }
 
 impl<Io: AsyncRead + AsyncWrite + Unpin> Tunnel<Io> {
-    /// A tunnel on a connection that has been upgraded.
+    /// Creates a tunnel on a connection that has been upgraded.
     pub fn new(io: Io) -> Self {
         Self {
             io,
@@ -48,7 +51,7 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> Tunnel<Io> {
         }
     }
 
-    /// Decodes until there are bytes or an end; false where the socket must be read first.
+    /// Decodes until there are bytes or an end. Returns false if more must be read from the socket first.
     fn decode(&mut self) -> io::Result<bool> {
         while self.piece.is_empty() && !self.ended {
             let decoded = self.decoder.decode(&mut self.received);
@@ -56,7 +59,8 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> Tunnel<Io> {
                 None => return Ok(false),
                 Some(Event::Data { data, .. }) => self.piece = data,
                 Some(Event::Close(_)) => self.ended = true,
-                // One that comes while others wait to be answered goes without: bounded, whatever the peer does.
+                // A ping that arrives while other answers wait is not answered, so that they are bounded whatever the
+                // peer does.
                 Some(Event::Ping(payload)) if self.wire.len() < frame::MAX_MESSAGE => {
                     frame::put_head(&mut self.wire, Kind::Pong, payload.len());
                     self.wire.put_slice(&payload);
@@ -67,7 +71,7 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> Tunnel<Io> {
         Ok(true)
     }
 
-    /// Writes what waits, as far as the socket takes it.
+    /// Writes waiting bytes as far as the socket accepts them.
     fn answer(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if self.wire.is_empty() {
             return Ok(());
@@ -125,7 +129,7 @@ impl<Io: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Tunnel<Io> {
         let piece = data.get(..take).unwrap_or(data);
         frame::put_head(&mut this.wire, Kind::Binary, take);
         this.wire.put_slice(piece);
-        // Accepted; what the socket does not take now goes with the next write or flush.
+        // The bytes are accepted; those that the socket does not take now are written by the next write or flush.
         match this.poll_wire(cx) {
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
             Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(take)),

@@ -8,7 +8,7 @@ fn at(seconds: i64) -> Timestamp {
 }
 
 #[test]
-fn what_is_due_is_not_waited_for() {
+fn a_due_renewal_does_not_wait() {
     assert_eq!(before(at(5), at(3)), Some(Duration::from_secs(2)));
     assert_eq!(before(at(5), at(5)), None);
     assert_eq!(before(at(5), at(9)), None);
@@ -29,7 +29,7 @@ impl Bundle {
         bundle
     }
 
-    /// Writes a new bundle, half of whose life is over.
+    /// Writes a new bundle, half of whose lifetime is over.
     fn issue(&self) {
         let now = Timestamp::now();
         let hour = SignedDuration::from_hours(1);
@@ -72,14 +72,14 @@ async fn a_kept_pair_counts_until_another_bundle_is_mounted() {
     let keep = Keep::Folder(bundle.folder.path().to_owned());
     let pair = bundle.renewed(&bundle.credentials());
     keep.put_link_pair(&pair).await.unwrap();
-    // The next start.
+    // The kubelet starts again.
     let credentials = bundle.credentials();
     let mounted = credentials.info();
     restore(&credentials, &keep).await;
     let renewed = credentials.info();
     assert!(renewed.validity.until > mounted.validity.until);
     assert_eq!(renewed.ancestors[0].spki, mounted.spki);
-    // Somebody mounts another bundle, as after a theft: it counts at once, and at the start after.
+    // Another bundle is mounted, as after a theft of the key: it counts at once, and at the next start.
     bundle.issue();
     credentials.reread().unwrap();
     let now = credentials.info();
@@ -95,7 +95,7 @@ async fn a_pair_of_another_ca_or_identity_is_not_used() {
     let credentials = bundle.credentials();
     let foreign = other.renewed(&other.credentials());
     assert!(!credentials.would_renew(&foreign).unwrap());
-    // The other CA signs a renewal of ours.
+    // The other CA signs a renewal of our certificate.
     let forged = other.renewed(&credentials);
     assert!(!credentials.renew(&forged).unwrap());
     let mut mixed = bundle.renewed(&credentials);

@@ -1,4 +1,4 @@
-//! From the first certificate to later ones, through restarts, refusals and failures.
+//! From the first certificate to later ones, through restarts, denied requests and failures.
 
 use std::os::unix::fs::PermissionsExt as _;
 
@@ -23,7 +23,11 @@ async fn a_self_signed_certificate_survives_a_restart_and_is_renewed() {
     assert_eq!(mode.permissions().mode() & 0o777, 0o600);
     first.kill().await;
     let mut second = start().await;
-    assert_eq!(second.pair().unwrap(), pair, "there at once, and the same");
+    assert_eq!(
+        second.pair().unwrap(),
+        pair,
+        "available at once, and the same"
+    );
     let old = second.valid().await;
     let newer = second.until("renewed", |health| *health != old).await;
     let Health::Valid { .. } = newer else {
@@ -65,8 +69,8 @@ async fn a_request_waits_through_restarts_for_its_approval() {
     let name = first.waits().await;
     let note = first.notes.recv().await.unwrap();
     assert_eq!(note.reason, "CertificateAwaitsApproval");
-    let words = format!("kubectl certificate approve {name}");
-    assert!(note.message.contains(&words), "{}", note.message);
+    let command = format!("kubectl certificate approve {name}");
+    assert!(note.message.contains(&command), "{}", note.message);
     let provisional = first.pair().unwrap();
     assert!(Facts::of(&provisional).unwrap().fits(&wanted));
     first.kill().await;
@@ -77,7 +81,7 @@ async fn a_request_waits_through_restarts_for_its_approval() {
         "the same key, so the same request"
     );
     assert_eq!(authority.names(), std::slice::from_ref(&name));
-    assert_ne!(second.pair().unwrap(), provisional, "kept nowhere");
+    assert_ne!(second.pair().unwrap(), provisional, "not stored");
     authority.approve(&name);
     second.valid().await;
     let kept = second.pair().unwrap();
@@ -100,7 +104,11 @@ async fn a_node_has_no_client_certificate_before_its_approval_and_renews_without
     let old = task.pair().unwrap();
     let second = task.waits().await;
     assert_ne!(first, second, "a new key for each certificate");
-    assert_eq!(task.pair().unwrap(), old, "in use meanwhile");
+    assert_eq!(
+        task.pair().unwrap(),
+        old,
+        "the old certificate stays in use"
+    );
     let condition = task.health.borrow().condition().unwrap();
     assert_eq!(condition.0, "True");
     authority.approve(&second);
@@ -136,14 +144,14 @@ async fn over_ten_years_of_approvals_there_is_always_a_valid_certificate() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_denied_request_is_told_and_followed_by_another_later() {
+async fn a_denied_request_is_reported_and_repeated_later() {
     let (folder, began) = (folder(), Instant::now());
     let authority = FakeAuthority::new();
     let issuer = Issuer::Authority(authority.clone());
     let wanted = wanted(Purpose::Serving, &["10.0.0.7"]);
     let mut task = Running::start(wanted, folder.path(), issuer, began).await;
     let first = task.waits().await;
-    authority.answer(&first, Answer::Refused("Denied: not this one".to_owned()));
+    authority.answer(&first, Answer::Rejected("Denied: not this one".to_owned()));
     let failing = |health: &Health| matches!(health, Health::Failing { .. });
     let health = task.until("failing", failing).await;
     let (_, _, text) = health.condition().unwrap();
@@ -155,7 +163,7 @@ async fn a_denied_request_is_told_and_followed_by_another_later() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_issued_for_other_names_is_not_used() {
+async fn a_certificate_for_other_names_is_not_used() {
     let (folder, began) = (folder(), Instant::now());
     let authority = FakeAuthority::new();
     let issuer = Issuer::Authority(authority.clone());
@@ -170,7 +178,7 @@ async fn what_was_issued_for_other_names_is_not_used() {
     let failing = |health: &Health| matches!(health, Health::Failing { .. });
     let health = task.until("failing", failing).await;
     assert!(
-        format!("{health:?}").contains("not the certificate's"),
+        format!("{health:?}").contains("the key does not belong to the certificate"),
         "{health:?}"
     );
     assert!(task.pair().is_none());
@@ -199,7 +207,7 @@ async fn while_the_authority_is_away_the_old_one_stays_and_it_is_asked_less_ofte
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_used_that_could_not_be_kept() {
+async fn a_certificate_that_could_not_be_stored_is_not_used() {
     let (folder, began) = (folder(), Instant::now());
     let missing = folder.path().join("later");
     let wanted = wanted(Purpose::Serving, &["10.0.0.7"]);
@@ -215,7 +223,7 @@ async fn nothing_is_used_that_could_not_be_kept() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_spoiled_file_counts_as_none() {
+async fn a_damaged_file_counts_as_none() {
     let (folder, began) = (folder(), Instant::now());
     let whole = {
         let wanted = wanted(Purpose::Serving, &["10.0.0.7"]);

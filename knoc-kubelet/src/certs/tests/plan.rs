@@ -1,4 +1,4 @@
-//! When to renew, and what is asked for.
+//! When certificates are renewed, and what is requested.
 
 use jiff::SignedDuration;
 use proptest::prelude::*;
@@ -84,8 +84,8 @@ fn other_names_or_another_node_want_another_certificate() {
     assert_eq!(step(None, &same, now), Step::Obtain(Why::None));
 }
 
-/// What the signers of Kubernetes require of a request, see
-/// [Kubernetes signers](https://kubernetes.io/docs/reference/access-authn-authz/certificate-signing-requests/#kubernetes-signers).
+/// What the signers of Kubernetes require of a request, see [Kubernetes
+/// signers](https://kubernetes.io/docs/reference/access-authn-authz/certificate-signing-requests/#kubernetes-signers).
 #[test]
 fn requests_are_as_the_signers_take_them() {
     let cases: [(Purpose, &[&str], &[&str]); 2] = [
@@ -143,7 +143,7 @@ fn a_requests_name_follows_from_key_and_contents() {
 }
 
 #[test]
-fn a_name_that_cannot_stand_in_a_certificate_is_refused() {
+fn a_name_that_a_certificate_cannot_hold_is_rejected() {
     let wanted = wanted(Purpose::Serving, &["n\u{e4}me"]);
     let error = request::request(&wanted, &request::key().unwrap()).unwrap_err();
     assert!(error.to_string().contains("n\u{e4}me"), "{error}");
@@ -158,9 +158,9 @@ fn what_became_of_a_request_is_read_from_its_conditions() {
     let condition = |kind: &str| serde_json::json!({"conditions": [{"type": kind, "status": "True", "reason": "R", "message": "m"}]});
     assert_eq!(with(serde_json::json!({})), Answer::Waiting);
     assert_eq!(with(condition("Approved")), Answer::Waiting);
-    let refused = |kind: &str| Answer::Refused(format!("{kind}: R: m"));
-    assert_eq!(with(condition("Denied")), refused("Denied"));
-    assert_eq!(with(condition("Failed")), refused("Failed"));
+    let rejected = |kind: &str| Answer::Rejected(format!("{kind}: R: m"));
+    assert_eq!(with(condition("Denied")), rejected("Denied"));
+    assert_eq!(with(condition("Failed")), rejected("Failed"));
     let mut issued = condition("Approved");
     issued["certificate"] = "UEVN".into();
     assert_eq!(with(issued), Answer::Issued("PEM".to_owned()));
@@ -186,7 +186,7 @@ fn conditions_say_what_to_do() {
         "{text}"
     );
     let (status, _, text) = waiting(Some(until));
-    assert_eq!(status, "True", "the old one does");
+    assert_eq!(status, "True", "the old certificate is valid");
     assert!(text.contains("2027-01-01"), "{text}");
     let message = "Denied: no".to_owned();
     let (status, reason, text) = Health::Failing {

@@ -5,7 +5,7 @@ use super::*;
 
 const GI: i64 = 1 << 30;
 
-/// 4 CPUs and 8 GiB in Slurm, queued tenfold; 3 pods.
+/// A node with 4 CPUs and 8 GiB in Slurm, a queue factor of 10, and room for 3 pods.
 fn node() -> Allocatable {
     let total = pb::NodeInfo {
         cpu: 4,
@@ -84,7 +84,7 @@ fn requests_are_summed_and_the_largest_init_container_counts() {
 }
 
 #[test]
-fn each_resource_is_refused_by_its_name_in_the_words_of_kubernetes() {
+fn each_resource_is_named_in_the_message_of_kubernetes() {
     for (used, asked, expected) in [
         (json!({}), json!({"cpu": "40"}), None),
         (
@@ -115,7 +115,7 @@ fn each_resource_is_refused_by_its_name_in_the_words_of_kubernetes() {
             Some("example.com/fpga, requested: 1, used: 0, capacity: 0"),
         ),
         (json!({}), json!({"ephemeral-storage": "1Ti"}), None),
-        // Of several, the first in the order of Kubernetes.
+        // If several are short, the first in the order of Kubernetes.
         (
             json!({}),
             json!({"memory": "81Gi", "cpu": "41", "a.b/c": "1"}),
@@ -124,7 +124,7 @@ fn each_resource_is_refused_by_its_name_in_the_words_of_kubernetes() {
     ] {
         let mut room = Allocations::default();
         room.hold(&uid("before"), asks(&used));
-        let said = room.ask(&uid("new"), asks(&asked), &node());
+        let said = room.allocate(&uid("new"), asks(&asked), &node());
         let said = said.map_err(|short| short.to_string()).err();
         let expected = expected.map(|text| format!("Node didn't have enough resource: {text}"));
         assert_eq!(said, expected, "{used} then {asked}");
@@ -135,9 +135,9 @@ fn each_resource_is_refused_by_its_name_in_the_words_of_kubernetes() {
 fn pods_are_counted_before_anything_else() {
     let mut room = Allocations::default();
     for name in ["a", "b", "c"] {
-        room.ask(&uid(name), amounts(&[]), &node()).unwrap();
+        room.allocate(&uid(name), amounts(&[]), &node()).unwrap();
     }
-    let short = room.ask(&uid("d"), asks(&json!({"cpu": "100"})), &node());
+    let short = room.allocate(&uid("d"), asks(&json!({"cpu": "100"})), &node());
     assert_eq!(
         short.unwrap_err().to_string(),
         "Node didn't have enough resource: pods, requested: 1, used: 3, capacity: 3"
@@ -151,22 +151,26 @@ fn the_site_may_have_fewer_jobs_than_the_node_has_pods() {
         ..pb::NodeInfo::default()
     };
     let of = Allocatable::of(Some(&total), 3, 10);
-    assert_eq!((of.pods, of.amounts), (2, None), "not told yet: not judged");
+    assert_eq!(
+        (of.pods, of.amounts),
+        (2, None),
+        "not known yet, so not checked"
+    );
     assert_eq!(Allocatable::of(None, 3, 10).pods, 3);
 }
 
 #[test]
-fn what_ended_frees_its_room_and_a_refused_pod_holds_none() {
+fn an_ended_pod_frees_its_allocation_and_a_rejected_pod_has_none() {
     let mut room = Allocations::default();
     let all = asks(&json!({"cpu": "40"}));
-    room.ask(&uid("a"), all.clone(), &node()).unwrap();
-    room.ask(&uid("b"), all.clone(), &node()).unwrap_err();
+    room.allocate(&uid("a"), all.clone(), &node()).unwrap();
+    room.allocate(&uid("b"), all.clone(), &node()).unwrap_err();
     room.release(&uid("b"));
-    room.ask(&uid("b"), asks(&json!({"cpu": "1m"})), &node())
+    room.allocate(&uid("b"), asks(&json!({"cpu": "1m"})), &node())
         .unwrap_err();
     room.release(&uid("a"));
     room.release(&uid("a"));
-    room.ask(&uid("b"), all, &node()).unwrap();
+    room.allocate(&uid("b"), all, &node()).unwrap();
 }
 
 #[test]
@@ -174,41 +178,43 @@ fn the_same_pod_counts_once() {
     let mut room = Allocations::default();
     for _ in 0..3 {
         room.hold(&uid("a"), asks(&json!({"cpu": "20"})));
-        room.ask(&uid("b"), asks(&json!({"cpu": "20"})), &node())
+        room.allocate(&uid("b"), asks(&json!({"cpu": "20"})), &node())
             .unwrap();
     }
 }
 
 #[test]
-fn what_was_accepted_stays_though_the_node_shrank() {
+fn accepted_pods_stay_if_the_node_shrinks() {
     let mut room = Allocations::default();
     room.hold(&uid("a"), asks(&json!({"cpu": "100"})));
     let short = room
-        .ask(&uid("b"), asks(&json!({"cpu": "1"})), &node())
+        .allocate(&uid("b"), asks(&json!({"cpu": "1"})), &node())
         .unwrap_err();
     assert_eq!((short.used, short.capacity), (100_000, 40_000));
-    room.ask(&uid("b"), asks(&json!({"memory": "1Gi"})), &node())
+    room.allocate(&uid("b"), asks(&json!({"memory": "1Gi"})), &node())
         .unwrap();
 }
 
 #[test]
-fn sums_beyond_all_measure_come_back_to_zero() {
+fn huge_sums_return_to_zero() {
     let mut room = Allocations::default();
     let huge = amounts(&[("cpu", i64::MAX)]);
     room.hold(&uid("a"), huge.clone());
     room.hold(&uid("b"), huge);
     room.release(&uid("a"));
     room.release(&uid("b"));
-    room.ask(&uid("c"), asks(&json!({"cpu": "40"})), &node())
+    room.allocate(&uid("c"), asks(&json!({"cpu": "40"})), &node())
         .unwrap();
 }
 
 #[test]
-fn before_slurm_has_told_only_pods_are_counted() {
+fn before_slurm_has_answered_only_pods_are_counted() {
     let mut room = Allocations::default();
     let unknown = Allocatable::of(None, 1, 10);
-    room.ask(&uid("a"), asks(&json!({"cpu": "1000"})), &unknown)
+    room.allocate(&uid("a"), asks(&json!({"cpu": "1000"})), &unknown)
         .unwrap();
-    let short = room.ask(&uid("b"), amounts(&[]), &unknown).unwrap_err();
+    let short = room
+        .allocate(&uid("b"), amounts(&[]), &unknown)
+        .unwrap_err();
     assert_eq!(short.resource, "pods");
 }

@@ -74,9 +74,9 @@ fn facts<'a>(
     }
 }
 
-/// Most sites leave TmpDisk at 0: a node without the resource is passed over for all pods that ask for some.
+/// Most sites leave TmpDisk at 0. The scheduler places no pod that requests local disk on a node without the resource.
 #[test]
-fn a_site_that_tells_of_no_local_disk_refuses_no_pod_for_it() {
+fn a_site_without_known_local_disk_rejects_no_pod_for_it() {
     let (identity, link) = (identity(), up());
     let shown = |bytes| {
         let capacity = pb::NodeInfo {
@@ -139,7 +139,7 @@ fn features_are_declared_and_taken_back() {
 }
 
 #[test]
-fn a_capacity_that_is_not_known_yet_is_not_shown_as_none() {
+fn an_unknown_capacity_is_not_published_as_zero() {
     let (identity, link) = (identity(), up());
     let capacity = pb::NodeInfo {
         scheduler: Some(pb::SchedulerHealth::default()),
@@ -193,7 +193,7 @@ async fn a_cut_link_leaves_the_node_ready() {
 }
 
 #[test]
-fn what_others_wrote_over_is_sent_again() {
+fn a_condition_that_others_overwrote_is_sent_again() {
     let (identity, link, capacity) = (identity(), up(), capacity());
     let facts = facts(&identity, &link, Some(&capacity));
     let wanted = status(&facts);
@@ -212,7 +212,7 @@ fn what_others_wrote_over_is_sent_again() {
     let mut bare = live(&wanted);
     bare.capacity = None;
     assert!(!stands(&wanted, Some(&bare)));
-    // What others add is theirs.
+    // Conditions that others add are ignored.
     let mut more = live(&wanted);
     let extra = live(&wanted).conditions.unwrap()[0].clone();
     more.conditions

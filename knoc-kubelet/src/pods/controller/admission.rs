@@ -1,28 +1,28 @@
-//! PURE: may this pod run here at all? Asked once, before the agent has it. Whether it belongs on this node:
-//! [`mod@crate::node::place`]. Whether the node has enough for it:
-//! [`mod@crate::node::allocations`].
+//! PURE: whether a new pod is admitted, judged from its spec alone and once, before the agent has the pod. Whether it
+//! fits this node's labels and taints is judged in [`mod@crate::node::predicates`], whether the node has enough left
+//! for it in [`mod@crate::node::allocations`].
 
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::pb;
 use knoc_translate::verdict::Findings;
 
 use crate::{
-    node::{allocations::Short, place::Misfit},
+    node::{allocations::Insufficient, predicates::Mismatch},
     pods::status::Rejection,
 };
 
-/// The operating system of the nodes.
+/// The operating system of the nodes, as in `spec.os.name`.
 const OS: &str = "linux";
 const OS_LABEL: &str = "kubernetes.io/os";
 
-/// The shape of the pod, or why it will never run here, whatever room there is: all reasons at once. A pod for another
-/// operating system is told that alone, in Kubernetes' words: tools look for them.
+/// Returns the shape of the pod, or one rejection with all reasons why it can never run here, however empty the node
+/// is. A pod for another operating system gets only Kubernetes' own message about that, which tools look for.
 pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejection> {
     other_system(pod)?;
-    let mut problems = findings.refused.clone();
+    let mut problems = findings.rejected.clone();
     if tolerates_everything(pod) {
         problems.push(
-            "spec.tolerations: pods of a DaemonSet that tolerates everything do not run here; spare the node by affinity: \
+            "spec.tolerations: pods of a DaemonSet that tolerates everything are not run on this node; exclude the node by node affinity: \
              `type` NotIn [virtual-kubelet]"
                 .to_owned(),
         );
@@ -31,7 +31,7 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
     if let Err(more) = &shape {
         let new = more
             .iter()
-            .filter(|problem| !is_told(problem, &findings.refused));
+            .filter(|problem| !already_reported(problem, &findings.rejected));
         problems.extend(new.cloned());
     }
     match shape {
@@ -40,14 +40,14 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
     }
 }
 
-/// Does a refusal of the same field, or of one inside it, stand already?
-fn is_told(problem: &str, refused: &[String]) -> bool {
+/// Was this field, or a field inside it, rejected already?
+fn already_reported(problem: &str, refused: &[String]) -> bool {
     let path = problem.split_once(": ").map_or(problem, |(path, _)| path);
     refused.iter().any(|refusal| refusal.starts_with(path))
 }
 
-/// As `rejectPodAdmissionBasedOnOSSelector` and `…OnOSField` of the kubelet, in their order. The first looks at the pod's
-/// own labels; a node selector is judged with all others, by [`mod@crate::node::place`].
+/// Does the same as `rejectPodAdmissionBasedOnOSSelector` and `…OnOSField` of the kubelet, in their order. The first
+/// looks at the pod's own labels; node selectors are judged in [`mod@crate::node::predicates`].
 fn other_system(pod: &Pod) -> Result<(), Rejection> {
     let label = pod
         .metadata
@@ -70,13 +70,13 @@ fn other_system(pod: &Pod) -> Result<(), Rejection> {
     Ok(())
 }
 
-/// The pod does not belong on this node.
-pub(super) fn misfit(misfit: Misfit) -> Rejection {
-    Rejection::new(misfit.reason(), &misfit.to_string())
+/// The rejection of a pod that does not match the node's labels or taints.
+pub(super) fn mismatch(mismatch: Mismatch) -> Rejection {
+    Rejection::new(mismatch.reason(), &mismatch.to_string())
 }
 
-/// There is no room for the pod.
-pub(super) fn out_of(short: &Short) -> Rejection {
+/// The rejection of a pod for which the node has not enough left.
+pub(super) fn out_of(short: &Insufficient) -> Rejection {
     Rejection::new(&format!("OutOf{}", short.resource), &short.to_string())
 }
 
@@ -114,11 +114,11 @@ mod tests {
     }
 
     #[test]
-    fn refusals_and_bad_numbers_come_in_one_message() {
+    fn unsupported_fields_and_bad_numbers_come_in_one_message() {
         let mut pod = pod(&json!({"cpu": "much"}));
         pod.metadata.annotations = Some([("knoc.io/time".to_owned(), "soon".to_owned())].into());
         let findings = Findings {
-            refused: vec!["spec.x: no".to_owned()],
+            rejected: vec!["spec.x: no".to_owned()],
             mapped: Vec::new(),
         };
         let rejection = admit(&pod, &findings).unwrap_err();
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_of_an_unknown_kind_is_refused_once() {
+    fn a_volume_of_an_unknown_kind_is_rejected_once() {
         let json = |volume: serde_json::Value| {
             let mut json = serde_json::to_value(pod(&json!({}))).unwrap();
             json["spec"]["volumes"] = json!([volume]);
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_for_another_system_is_told_so_in_kubernetes_words() {
+    fn a_pod_for_another_os_is_rejected_with_the_message_of_kubernetes() {
         let judged = |label: Option<&str>, os: Option<&str>| {
             let mut json = serde_json::to_value(pod(&json!({"cpu": "much"}))).unwrap();
             if let Some(label) = label {
@@ -169,7 +169,7 @@ mod tests {
             }
             let pod: Pod = serde_json::from_value(json).unwrap();
             let findings = Findings {
-                refused: vec!["spec.os.name: no".to_owned()],
+                rejected: vec!["spec.os.name: no".to_owned()],
                 mapped: Vec::new(),
             };
             admit(&pod, &findings).unwrap_err()
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_set_that_tolerates_everything_is_refused() {
+    fn a_daemon_set_that_tolerates_everything_is_rejected() {
         let mut json = serde_json::to_value(pod(&json!({}))).unwrap();
         json["spec"]["tolerations"] = json!([{"operator": "Exists"}]);
         let alone: Pod = serde_json::from_value(json.clone()).unwrap();

@@ -1,4 +1,4 @@
-//! What all workers of one node share, by concept.
+//! What all workers of one node share, grouped by concept.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,70 +13,70 @@ use crate::{
     agent::{Agent, Link},
     metrics::Metrics,
     node::unit::Unit,
-    pods::{events::Events, presence::Ask, queue::Queue, services::Services, store::Store},
+    pods::{events::Events, presence::PodLookup, queue::Queue, services::Services, store::Store},
 };
 
-/// Readiness is taken only after the link was down this long: a restarted agent is back sooner.
+/// Pods turn unready only after the link was down for this long: a restarted agent is back sooner.
 pub(crate) const UNREACHABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// What all workers of one node share.
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct Context {
-    /// The cluster's side.
+    /// Clients of the API server.
     pub api: ApiServer,
-    /// The agent's side.
+    /// The agent and the link to it.
     pub site: Site,
     /// The node that the pods run on.
     pub node: Arc<Unit>,
-    /// What is known about the pods of both sides.
+    /// What is known about the pods from Kubernetes and from the agent.
     pub pods: KnownPods,
-    /// This process.
+    /// The state of this process.
     pub process: Process,
 }
 
-/// The ways to the API server.
+/// How the workers reach the API server.
 #[expect(missing_debug_implementations, reason = "kube::Client has none")]
 pub struct ApiServer {
-    /// The API server.
+    /// The client with the kubelet's credentials.
     pub client: Client,
-    /// How the API server may be asked whether a pod exists.
-    pub ask: Ask,
-    /// Where Events go.
+    /// How the API server is asked whether a pod still exists.
+    pub pod_lookup: PodLookup,
+    /// The channel to the task that writes Events.
     pub events: Events,
-    /// The Services that environment variables are made of.
+    /// The Services from which environment variables are made.
     pub services: Services,
 }
 
 /// The agent and the link to it.
 #[derive(Debug)]
 pub struct Site {
-    /// The agent.
+    /// The client of the agent.
     pub agent: Agent,
     /// Whether the link is up.
     pub link: watch::Receiver<Link>,
 }
 
-/// The pods of both sides, and which of them to look at next.
+/// The pods as Kubernetes and the agent know them, and which of them to reconcile next.
 #[derive(Debug)]
 pub struct KnownPods {
-    /// Both sides.
+    /// The pods as Kubernetes wants them and as the agent observed them.
     pub store: Store,
-    /// The pods to look at.
+    /// The pods to reconcile next.
     pub queue: Queue,
-    /// Whether the first list of pods is complete.
+    /// Whether the first list of pods has been read completely.
     pub listed: watch::Receiver<bool>,
 }
 
 /// This process: its start, its end, and what it reports about itself.
 #[derive(Debug)]
 pub struct Process {
-    /// When this process began: an earlier one sent the Events of older notes.
+    /// When this process started: Events of older notes were written by an earlier process.
     pub started: Timestamp,
-    /// Cancelled when another kubelet leads.
+    /// Cancelled when another kubelet has become the leader.
     pub deposed: CancellationToken,
-    /// Whether the controller's loop turns.
+    /// Whether the controller's loop progresses.
     pub health: LoopHealth,
-    /// Counts what is written.
+    /// The kubelet's own metrics.
     pub metrics: Metrics,
 }
 
@@ -86,7 +86,7 @@ impl Context {
         *self.pods.listed.borrow() && self.site.link.borrow().is_up()
     }
 
-    /// What a container without a limit may use: all that the node has.
+    /// What a container without a limit may use: the total of the node.
     pub(super) fn allocatable(&self) -> pb::Resources {
         self.node.total()
     }

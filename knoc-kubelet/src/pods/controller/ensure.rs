@@ -1,4 +1,5 @@
-//! `EnsurePod` and `UpdateValues`: resolve, translate, call, and what a refusal means.
+//! Sends a pod and its values to the agent (`EnsurePod`, `UpdateValues`): resolves, translates, calls, and handles
+//! errors.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -18,10 +19,10 @@ use crate::pods::{
     store::PodView,
 };
 
-/// Between two answers to the agent's wish for values.
-const WISH_PAUSE: SignedDuration = SignedDuration::from_secs(5);
+/// How long to wait before values are sent again that the agent asked for.
+const RESEND_PAUSE: SignedDuration = SignedDuration::from_secs(5);
 
-/// Why there are no values.
+/// Why the values of a pod could not be made.
 #[derive(Debug, thiserror::Error)]
 enum NoValues {
     #[error(transparent)]
@@ -31,13 +32,13 @@ enum NoValues {
 }
 
 impl Worker<'_> {
-    /// Makes the agent have the pod, or remembers why it has not.
+    /// Sends the pod to the agent; if that fails, records why the pod waits or was rejected.
     pub(super) async fn ensure(&mut self, pod: &Pod) {
         let shape = match knoc_translate::shape(pod) {
             Ok(shape) => shape,
             Err(problems) => {
                 let generation = pod.metadata.generation.unwrap_or(1);
-                self.refused(pod, generation, "UnsupportedPodSpec", &problems.join("; "));
+                self.reject(pod, generation, "UnsupportedPodSpec", &problems.join("; "));
                 return;
             }
         };
@@ -70,12 +71,12 @@ impl Worker<'_> {
         let message = knoc_proto::error::chain(error);
         if let NoValues::Missing(Missing::Mounts(mounts)) = error {
             for mount in mounts {
-                self.tell_once(pod, "FailedMount", mount);
+                self.record_once(pod, "FailedMount", mount);
             }
             self.hold("", &message);
             return;
         }
-        self.tell_once(pod, "Failed", &format!("Error: {message}"));
+        self.record_once(pod, "Failed", &format!("Error: {message}"));
         self.hold("CreateContainerConfigError", &message);
     }
 
@@ -84,44 +85,46 @@ impl Worker<'_> {
         let message = status.message();
         match R::of(status) {
             Some(R::InvalidSpec | R::InvalidRequest | R::Unsupported) => {
-                self.refused(pod, generation, "UnsupportedPodSpec", message);
+                self.reject(pod, generation, "UnsupportedPodSpec", message);
             }
-            Some(R::PermissionDenied) => self.refused(pod, generation, "NotAllowed", message),
+            Some(R::PermissionDenied) => self.reject(pod, generation, "NotAllowed", message),
             Some(R::SpecConflict) => {
                 self.memory.agent.ensured = generation;
-                self.tell(pod, true, "SpecConflict", message);
+                self.record(pod, true, "SpecConflict", message);
             }
             _ => {
-                self.hold("", &format!("the agent does not take the pod: {message}"));
+                self.hold("", &format!("the agent did not accept the pod: {message}"));
                 self.failed("EnsurePod", status);
             }
         }
     }
 
-    /// The pod is not taken as it is. What was accepted before goes on as it was accepted: then only the change is refused.
-    fn refused(&mut self, pod: &Pod, generation: i64, reason: &str, message: &str) {
+    /// The agent or the translation rejects the pod. If an earlier generation was accepted only the change is rejected,
+    /// and the pod goes on as it was accepted.
+    fn reject(&mut self, pod: &Pod, generation: i64, reason: &str, message: &str) {
         if self.accepted(pod) {
             self.memory.agent.ensured = self.memory.agent.ensured.max(generation);
-            self.tell_unsupported_change(pod, message);
+            self.record_unsupported_change(pod, message);
             if self.context.pods.store.observed(self.uid).is_none() {
-                // The agent lost it before it ran: it may take it again when the site file or its version changes.
-                self.hold("", &format!("the agent does not take the pod: {message}"));
+                // The agent lost the pod before it ran. It may accept it again after its site file or its version
+                // changed.
+                self.hold("", &format!("the agent did not accept the pod: {message}"));
                 self.retry();
             }
             return;
         }
         let rejection = Rejection::new(reason, message);
-        self.tell(pod, true, reason, &rejection.message);
+        self.record(pod, true, reason, &rejection.message);
         self.memory.admission.rejection = Some(rejection);
     }
 
-    /// Sends the values again where they changed.
+    /// Sends the values again if they changed.
     pub(super) async fn refresh(&mut self, pod: &Pod) {
         let values = match self.values(pod).await {
             Ok(values) => values,
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::warn!(uid = %self.uid, %error, "values not refreshed, the old ones stay");
+                tracing::warn!(uid = %self.uid, %error, "could not refresh the values of a pod, its old ones stay");
                 self.refresh_later(Duration::from_mins(1));
                 return;
             }
@@ -168,7 +171,7 @@ impl Worker<'_> {
                 "Keys [{}] were skipped since they are considered invalid environment variable names.",
                 skipped.join(", ")
             );
-            self.tell_once(pod, "InvalidEnvironmentVariableNames", &text);
+            self.record_once(pod, "InvalidEnvironmentVariableNames", &text);
         }
         self.memory.values.revision = self.memory.values.revision.max(now.as_millisecond() - 1) + 1;
         values.revision = self.memory.values.revision;
@@ -179,8 +182,8 @@ impl Worker<'_> {
         Ok(values)
     }
 
-    /// When the values are to be looked at: as planned; soon for a pod of an earlier process; at once where labels or
-    /// annotations changed that the pod may read.
+    /// Plans when to resolve the values again: as planned before; within a minute if an earlier process sent them; at
+    /// once if labels or annotations changed that the pod reads.
     pub(super) fn plan_refresh(&mut self, view: &PodView, now: Timestamp) {
         let Some(observed) = &view.observed else {
             return;
@@ -190,9 +193,9 @@ impl Worker<'_> {
             return;
         }
         if observed.values_wanted {
-            self.answer_wish(now);
+            self.resend_values(now);
         } else {
-            self.memory.values.wish_answered = None;
+            self.memory.values.resent_at = None;
         }
         match self.memory.values.metadata {
             None => {
@@ -210,14 +213,14 @@ impl Worker<'_> {
         self.plan(now);
     }
 
-    /// The agent has lost the values (it keeps them in memory, or the job runs again): they are sent whatever was sent
-    /// before, but not again and again before the job can have taken them.
-    fn answer_wish(&mut self, now: Timestamp) {
+    /// The agent has lost the values (it keeps them in memory, or the job was requeued). They are sent again even if
+    /// they did not change, but at most every [`RESEND_PAUSE`], so that the job has time to take them.
+    fn resend_values(&mut self, now: Timestamp) {
         let again = self
             .memory
             .values
-            .wish_answered
-            .and_then(|at| at.checked_add(WISH_PAUSE).ok());
+            .resent_at
+            .and_then(|at| at.checked_add(RESEND_PAUSE).ok());
         if let Some(again) = again.filter(|again| *again > now) {
             let soonest = self
                 .memory
@@ -226,7 +229,7 @@ impl Worker<'_> {
                 .map_or(again, |at| at.min(again));
             self.memory.values.refresh_at = Some(soonest);
         } else {
-            self.memory.values.wish_answered = Some(now);
+            self.memory.values.resent_at = Some(now);
             self.memory.values.sent = None;
             self.memory.values.refresh_at = Some(now);
         }
@@ -239,16 +242,16 @@ impl Worker<'_> {
         self.plan(now);
     }
 
-    /// Comes back when the refresh is due.
+    /// Schedules the next round for when the refresh is due.
     fn plan(&mut self, now: Timestamp) {
         if let Some(at) = self.memory.values.refresh_at {
             let wait = at.duration_since(now).max(SignedDuration::ZERO);
-            self.look_after(Duration::try_from(wait).unwrap_or_default());
+            self.revisit_in(Duration::try_from(wait).unwrap_or_default());
         }
     }
 }
 
-/// What the values hold, whatever their revision.
+/// A hash of the values, without their revision.
 fn contents(values: &pb::PodValues) -> u64 {
     let mut hasher = DefaultHasher::new();
     let bare = pb::PodValues {

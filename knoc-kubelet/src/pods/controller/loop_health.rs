@@ -1,16 +1,16 @@
-//! Does the controller's loop go on? A level that the loop sets and `/healthz/syncloop` reads.
+//! Whether the controller's loop progresses: the loop sets a time that `/healthz/syncloop` reads.
 
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use tokio::{sync::watch, time::Instant};
 
-/// Between beats of a loop that has nothing to do.
+/// How often the loop beats if it has nothing to do.
 pub(super) const BEAT: Duration = Duration::from_secs(10);
-/// Longer than any round of one pod may take with all its deadlines: then something stands still.
+/// Longer than any round of one pod may take with all its deadlines. A loop without a beat for so long is stuck.
 const STALE: Duration = Duration::from_mins(2);
 
-/// When the controller's loop last went on; clones are handles on the same level.
+/// When the controller's loop last progressed; clones are handles on the same time.
 #[derive(Clone, Debug)]
 pub struct LoopHealth(watch::Sender<Instant>);
 
@@ -21,21 +21,21 @@ impl Default for LoopHealth {
 }
 
 impl LoopHealth {
-    /// The loop goes on.
+    /// Records that the loop progressed just now.
     pub(super) fn beat(&self) {
         self.0.send_replace(Instant::now());
     }
 
-    /// Does it go on?
+    /// Did the loop progress recently?
     ///
     /// # Errors
-    /// Since when it does not, for people.
+    /// Returns a message with the time of the last progress if the loop is stuck.
     pub fn check(&self) -> Result<(), String> {
         judge(self.0.borrow().elapsed(), Timestamp::now())
     }
 }
 
-/// PURE: is a beat that is so old one too old?
+/// PURE: is a loop stuck whose last beat is this old?
 fn judge(age: Duration, now: Timestamp) -> Result<(), String> {
     if age <= STALE {
         return Ok(());
@@ -45,7 +45,7 @@ fn judge(age: Duration, now: Timestamp) -> Result<(), String> {
         .and_then(|age| now.checked_sub(age).ok())
         .unwrap_or(now);
     Err(format!(
-        "sync Loop took longer than expected: no pod was looked at since {}",
+        "sync Loop took longer than expected: no pod was synced since {}",
         since.strftime("%Y-%m-%dT%H:%M:%SZ")
     ))
 }
@@ -62,7 +62,7 @@ mod tests {
         let told = judge(Duration::from_secs(121), now).unwrap_err();
         assert_eq!(
             told,
-            "sync Loop took longer than expected: no pod was looked at since 2026-11-22T11:57:59Z"
+            "sync Loop took longer than expected: no pod was synced since 2026-11-22T11:57:59Z"
         );
     }
 

@@ -1,4 +1,4 @@
-//! What a worker remembers of a pod between rounds, by concept. After a restart an empty memory does.
+//! What a worker remembers of a pod between rounds, grouped by concept. It starts empty after a restart, which is safe.
 
 use std::collections::HashSet;
 
@@ -18,14 +18,14 @@ pub(super) struct Memory {
     pub(super) agent: AgentSide,
     pub(super) values: Values,
     pub(super) status: Status,
-    pub(super) told: Told,
-    /// When the last DELETE was answered.
+    pub(super) events: SentEvents,
+    /// When the last DELETE request was answered.
     pub(super) released: Option<Instant>,
     /// Failed attempts in a row.
     pub(super) attempts: u32,
 }
 
-/// The verdict on the pod.
+/// What admission decided about the pod.
 #[derive(Debug, Default)]
 pub(super) struct Admission {
     pub(super) rejection: Option<Rejection>,
@@ -38,9 +38,9 @@ pub(super) struct Admission {
 pub(super) struct AgentSide {
     /// The newest generation that the agent answered for.
     pub(super) ensured: i64,
-    /// The shortest grace period that it was told.
+    /// The shortest grace period that the agent was sent.
     pub(super) stop: Option<Grace>,
-    /// The pod ran or is being deleted, and the agent does not know it (any more).
+    /// The pod ran or is being deleted, but the agent does not know it, or no longer.
     pub(super) lost: bool,
 }
 
@@ -52,26 +52,26 @@ pub(super) struct Values {
     /// Hash of the values that the agent accepted last.
     pub(super) sent: Option<u64>,
     pub(super) refresh_at: Option<Timestamp>,
-    /// When values that the agent asked for were last sent.
-    pub(super) wish_answered: Option<Timestamp>,
-    /// Hash of the labels and annotations that the values were made of.
+    /// When values that the agent asked for were last sent again.
+    pub(super) resent_at: Option<Timestamp>,
+    /// Hash of the labels and annotations from which the values were made.
     pub(super) metadata: Option<u64>,
 }
 
-/// What the API server was told.
+/// What the API server was sent.
 #[derive(Debug, Default)]
 pub(super) struct Status {
-    /// Why the pod waits.
+    /// Why the pod waits before the agent has it.
     pub(super) hold: Option<Hold>,
     /// The last status patch, and the resourceVersion that it led to.
     pub(super) sent: Option<(serde_json::Value, Option<String>)>,
 }
 
-/// The Events that were sent.
+/// Which Events were recorded.
 #[derive(Debug, Default)]
-pub(super) struct Told {
-    /// Sequence number of the newest note.
+pub(super) struct SentEvents {
+    /// Sequence number of the newest note of the agent that was recorded.
     pub(super) note: Option<i64>,
-    /// Hashes of the attempts and failures of containers, and of warnings, each of which is told once.
+    /// Hashes of Events that are recorded only once: starts and failures of containers, and warnings.
     pub(super) once: HashSet<u64>,
 }

@@ -1,7 +1,7 @@
-//! What the agent tells of a pod as Events, each once: its notes, and the changes of containers.
+//! Records what the agent reports of a pod as Events, each once: its notes, and the changes of containers.
 //!
-//! Changes of containers are read from levels: a container's id names one attempt, so `Created` and `Started` are told
-//! once an attempt however many observations were missed.
+//! Changes of containers are read from their current state: a container's id names one attempt, so `Created` and
+//! `Started` are recorded once for each attempt, however many observations were missed.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -15,23 +15,23 @@ use crate::pods::{
     store::PodView,
 };
 
-/// Reasons of a waiting container that are failures. Those of images are notes of the agent.
+/// Reasons of a waiting container that are failures. For failures of images the agent sends notes.
 const FAILURES: &[&str] = &[
     "CreateContainerConfigError",
     "CreateContainerError",
     "RunContainerError",
 ];
 
-/// Notes older than this at the start of the process were told by an earlier one.
+/// Notes older than this at the start of the process were recorded by an earlier process.
 const EARLIER: SignedDuration = SignedDuration::from_secs(120);
 
 impl Worker<'_> {
-    pub(super) fn tell_notes(&mut self, view: &PodView) {
+    pub(super) fn record_notes(&mut self, view: &PodView) {
         let Some(observed) = &view.observed else {
             return;
         };
-        let first = self.memory.told.note.is_none();
-        let told = self.memory.told.note.unwrap_or(i64::MIN);
+        let first = self.memory.events.note.is_none();
+        let told = self.memory.events.note.unwrap_or(i64::MIN);
         let since = self
             .context
             .process
@@ -40,12 +40,12 @@ impl Worker<'_> {
             .unwrap_or(Timestamp::MIN);
         for note in observed.notes.iter().filter(|note| note.sequence > told) {
             let at = Timestamp::from_nanosecond(i128::from(note.at)).unwrap_or_default();
-            self.memory.told.note = Some(note.sequence);
+            self.memory.events.note = Some(note.sequence);
             if first && at < since {
                 continue;
             }
             let salt = hash(&(note.sequence, note.at));
-            self.context.api.events.tell(Note {
+            self.context.api.events.record(Note {
                 object: about_pod(&view.pod, &note.container),
                 warning: note.warning,
                 reason: note.reason.clone(),
@@ -56,8 +56,8 @@ impl Worker<'_> {
         }
     }
 
-    /// `Created`, `Started`, `BackOff` and `Failed` of containers.
-    pub(super) fn tell_containers(&mut self, view: &PodView) {
+    /// Records `Created`, `Started`, `BackOff` and `Failed` of containers.
+    pub(super) fn record_containers(&mut self, view: &PodView) {
         let Some(observed) = &view.observed else {
             return;
         };
@@ -70,18 +70,18 @@ impl Worker<'_> {
         for status in observed.init_containers.iter().chain(&observed.containers) {
             match &status.state {
                 Some(State::Running(running)) => {
-                    self.tell_start(view, status, running.started_at, since);
+                    self.record_start(view, status, running.started_at, since);
                 }
                 Some(State::Terminated(ended)) => {
-                    self.tell_start(view, status, ended.started_at, since);
+                    self.record_start(view, status, ended.started_at, since);
                 }
-                Some(State::Waiting(waiting)) => self.tell_waiting(view, status, waiting, since),
+                Some(State::Waiting(waiting)) => self.record_waiting(view, status, waiting, since),
                 None => {}
             }
         }
     }
 
-    fn tell_start(
+    fn record_start(
         &mut self,
         view: &PodView,
         status: &pb::ContainerStatus,
@@ -92,17 +92,17 @@ impl Worker<'_> {
             return;
         };
         let salt = hash(&(&status.name, &status.container_id));
-        if started_at == 0 || at < since || !self.memory.told.once.insert(salt) {
+        if started_at == 0 || at < since || !self.memory.events.once.insert(salt) {
             return;
         }
         let name = &status.name;
         for (reason, verb) in [("Created", "Created"), ("Started", "Started")] {
             let message = format!("{verb} container {name}");
-            self.tell_container(view, name, false, (reason, message), at, salt);
+            self.record_container(view, name, false, (reason, message), at, salt);
         }
     }
 
-    fn tell_waiting(
+    fn record_waiting(
         &mut self,
         view: &PodView,
         status: &pb::ContainerStatus,
@@ -110,7 +110,7 @@ impl Worker<'_> {
         since: Timestamp,
     ) {
         if let Some(last) = &status.last_termination {
-            // A quick one was seen in neither of its states.
+            // A short attempt was seen neither running nor terminated.
             let last = pb::ContainerStatus {
                 container_id: last.container_id.clone(),
                 name: status.name.clone(),
@@ -118,7 +118,7 @@ impl Worker<'_> {
                 ..pb::ContainerStatus::default()
             };
             if let Some(State::Terminated(ended)) = &last.state {
-                self.tell_start(view, &last, ended.started_at, since);
+                self.record_start(view, &last, ended.started_at, since);
             }
         }
         let reason = match waiting.reason.as_str() {
@@ -132,7 +132,7 @@ impl Worker<'_> {
             &waiting.message,
             status.restart_count,
         ));
-        if self.memory.told.once.insert(salt) {
+        if self.memory.events.once.insert(salt) {
             let message = match waiting.reason.as_str() {
                 "CrashLoopBackOff" => {
                     let pod = &view.pod.metadata;
@@ -146,12 +146,12 @@ impl Worker<'_> {
                 other => format!("Error: {other}: {}", waiting.message),
             };
             let now = Timestamp::now();
-            self.tell_container(view, &status.name, true, (reason, message), now, salt);
+            self.record_container(view, &status.name, true, (reason, message), now, salt);
         }
     }
 
-    /// `Killing`, for each container that runs.
-    pub(super) fn tell_killing(&mut self, view: &PodView) {
+    /// Records `Killing` for each container that runs.
+    pub(super) fn record_killing(&mut self, view: &PodView) {
         let Some(observed) = &view.observed else {
             return;
         };
@@ -159,27 +159,27 @@ impl Worker<'_> {
         for status in observed.init_containers.iter().chain(&observed.containers) {
             let salt = hash(&("Killing", &status.name, &status.container_id));
             let runs = matches!(status.state, Some(State::Running(_)));
-            if runs && self.memory.told.once.insert(salt) {
+            if runs && self.memory.events.once.insert(salt) {
                 let message = format!("Stopping container {}", status.name);
-                self.tell_container(view, &status.name, false, ("Killing", message), now, salt);
+                self.record_container(view, &status.name, false, ("Killing", message), now, salt);
             }
         }
     }
 
-    /// A warning that each further round would only repeat: once a pod, and again where the words change.
-    pub(super) fn tell_once(&mut self, pod: &Pod, reason: &str, message: &str) {
-        if self.memory.told.once.insert(hash(&(reason, message))) {
-            self.tell(pod, true, reason, message);
+    /// Records a warning that each further round would repeat: once for each pod and message.
+    pub(super) fn record_once(&mut self, pod: &Pod, reason: &str, message: &str) {
+        if self.memory.events.once.insert(hash(&(reason, message))) {
+            self.record(pod, true, reason, message);
         }
     }
 
-    /// An accepted pod was changed to something that does not run here: it goes on as it was.
-    pub(super) fn tell_unsupported_change(&mut self, pod: &Pod, message: &str) {
-        let message = format!("the change is not taken over: {message}");
-        self.tell_once(pod, "UnsupportedChange", &message);
+    /// An accepted pod was changed to something that does not run here. It goes on as it was accepted.
+    pub(super) fn record_unsupported_change(&mut self, pod: &Pod, message: &str) {
+        let message = format!("the change is not applied, the pod goes on as before: {message}");
+        self.record_once(pod, "UnsupportedChange", &message);
     }
 
-    fn tell_container(
+    fn record_container(
         &self,
         view: &PodView,
         container: &str,
@@ -188,7 +188,7 @@ impl Worker<'_> {
         at: Timestamp,
         salt: u64,
     ) {
-        self.context.api.events.tell(Note {
+        self.context.api.events.record(Note {
             object: about_pod(&view.pod, container),
             warning,
             reason: reason.to_owned(),

@@ -3,26 +3,20 @@
 mod agent;
 mod api;
 mod changes;
-mod place;
+mod predicates;
 mod vanish;
 
 use std::{collections::BTreeMap, time::Duration};
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use knoc_proto::{
     ids::PodUid,
-    pb::{OutcomeKind, PodPhase},
+    pb::{self, OutcomeKind, PodPhase},
 };
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinSet};
 
-use jiff::Timestamp;
-use knoc_proto::pb;
-
-use super::{
-    super::{events::Events, presence::Ask, queue::Queue, services::Services, store::Store},
-    *,
-};
 use crate::{
     agent::{Link, watch::AgentWatch},
     metrics::Metrics,
@@ -32,6 +26,11 @@ use crate::{
 use agent::FakeAgent;
 use api::FakeApi;
 
+use super::{
+    super::{events::Events, presence::PodLookup, queue::Queue, services::Services, store::Store},
+    *,
+};
+
 const UID: &str = "0f0f0f0f-0000-4000-8000-000000000001";
 
 fn uid() -> PodUid {
@@ -39,7 +38,7 @@ fn uid() -> PodUid {
 }
 const SOON: Duration = Duration::from_secs(10);
 
-/// One kubelet without Node and Lease: controller, agent watch, Events.
+/// A kubelet without Node and Lease: controller, agent watch, Events.
 struct Kubelet {
     api: FakeApi,
     agent: FakeAgent,
@@ -82,7 +81,7 @@ impl Kubelet {
         let context = Arc::new(Context {
             api: ApiServer {
                 client: client.clone(),
-                ask: Ask::Get,
+                pod_lookup: PodLookup::Get,
                 events,
                 services,
             },
@@ -123,7 +122,7 @@ impl Kubelet {
         }
     }
 
-    /// What the watch of pods does.
+    /// Does what the watch of pods does when the pod changes.
     fn apply(&mut self, change: impl FnOnce(&mut Value)) {
         self.version += 1000;
         let mut json = json!({
@@ -248,7 +247,7 @@ async fn a_pod_from_the_watch_to_succeeded_and_away() {
 }
 
 #[tokio::test]
-async fn a_refused_pod_fails_with_all_reasons_and_no_job() {
+async fn a_rejected_pod_fails_with_all_reasons_and_no_job() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|pod| {
         pod["spec"]["hostPID"] = true.into();
@@ -312,7 +311,7 @@ async fn a_deleted_pod_is_stopped_and_released_only_after_its_job_has_ended() {
 }
 
 #[tokio::test]
-async fn a_status_that_is_refused_is_tried_later_and_holds_up_no_deletion() {
+async fn a_status_that_fails_is_retried_and_delays_no_deletion() {
     // Tries, and how soon they are too many: the first pauses are 0.25, 0.5 and 1 s, less a quarter.
     const TRIES: usize = 5;
     const TOO_SOON: Duration = Duration::from_millis(500);
@@ -323,7 +322,7 @@ async fn a_status_that_is_refused_is_tried_later_and_holds_up_no_deletion() {
         .await;
     kubelet.api.refuse_statuses();
     let (before, began) = (kubelet.called("PATCH"), tokio::time::Instant::now());
-    // Due at once, but after the status.
+    // Due at once, but only after the status.
     kubelet.agent.change(UID, |pod| {
         pod.phase = PodPhase::Running.into();
         pod.values_wanted = true;
@@ -383,7 +382,7 @@ async fn a_missing_config_map_holds_the_pod_until_it_is_there() {
         })
         .await;
     assert_eq!(kubelet.called("EnsurePod"), 0);
-    // Each round asks for it again; only the first tells.
+    // Each round asks for it again; only the first one records an Event.
     let asked = |kubelet: &Kubelet| {
         let calls = kubelet.api.calls();
         calls
@@ -440,7 +439,7 @@ async fn a_newer_leader_ends_this_one() {
     kubelet.stop().await;
 }
 
-/// The node's ten pods are there.
+/// Fills the node with ten pods.
 fn fill(kubelet: &Kubelet) {
     let mut allocations = kubelet.context.node.allocations();
     for number in 0..10 {
@@ -449,7 +448,7 @@ fn fill(kubelet: &Kubelet) {
 }
 
 #[tokio::test]
-async fn a_pod_for_which_there_is_no_room_fails_as_on_any_node() {
+async fn a_pod_that_does_not_fit_fails_as_on_any_node() {
     let mut kubelet = Kubelet::start().await;
     fill(&kubelet);
     kubelet.apply(|_| ());
@@ -503,7 +502,7 @@ async fn a_pod_that_ended_makes_room_for_the_next() {
         let allocatable = Allocatable::of(None, 11, 10);
         let mut allocations = kubelet.context.node.allocations();
         allocations
-            .ask(&next, BTreeMap::new(), &allocatable)
+            .allocate(&next, BTreeMap::new(), &allocatable)
             .is_err()
     };
     assert!(short(&kubelet), "ten others and this one");

@@ -1,4 +1,4 @@
-//! One round for one pod: look at both sides, decide, publish, act.
+//! One round for one pod: read what both sides know, decide, publish the status, act.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,27 +13,29 @@ use super::{
     context::{Context, UNREACHABLE_AFTER},
     memory::Memory,
 };
-use crate::metrics::Patched;
-use crate::node::{self, allocations, place::Misfit};
-use crate::pods::{
-    decide::{self, AgentSide, Decision, Desired, Done, Present},
-    events::{Note, about_pod},
-    publish::{self, PublishError},
-    status::{self, Hold, Input, Rejection},
-    store::PodView,
+use crate::{
+    metrics::PatchResult,
+    node::{self, allocations, predicates::Mismatch},
+    pods::{
+        decide::{self, AgentSide, Decision, Desired, Done, Present},
+        events::{Note, about_pod},
+        publish::{self, PublishError},
+        status::{self, Hold, Input, Rejection},
+        store::PodView,
+    },
 };
 
-/// The first retry comes after this, each further one after twice as long.
+/// The pause before the first retry; each further one is twice as long.
 const BACKOFF: Duration = Duration::from_millis(250);
 const BACKOFF_MOST: Duration = Duration::from_secs(10);
-/// The last DELETE is sent again after this, for an API server that lost it: a finalizer may keep the object for days.
+/// When the last DELETE is sent again, if an API server lost it. A finalizer may keep the object for days.
 const RELEASE_AGAIN: Duration = Duration::from_mins(10);
 
-/// What a worker gives back.
+/// What a worker returns.
 pub(super) struct Round {
-    /// None: nothing is left of the pod.
+    /// None if nothing is left of the pod.
     pub(super) memory: Option<Memory>,
-    /// Look again after this.
+    /// When the pod is to be reconciled again at the latest.
     pub(super) again: Option<Duration>,
 }
 
@@ -60,7 +62,7 @@ pub(super) struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// False where nothing is left of the pod.
+    /// One round. Returns false if nothing is left of the pod.
     async fn round(&mut self) -> bool {
         let now = Timestamp::now();
         let agent = self.agent_side();
@@ -69,8 +71,8 @@ impl Worker<'_> {
             if !self.judge(view, agent).await {
                 return true;
             }
-            self.tell_notes(view);
-            self.tell_containers(view);
+            self.record_notes(view);
+            self.record_containers(view);
             self.plan_refresh(view, now);
         }
         let decision = decide::decide(self.desired(view.as_ref()), agent, self.done(now));
@@ -82,10 +84,10 @@ impl Worker<'_> {
                 return false;
             }
             (Decision::Ensure, Some(view)) => self.ensure(&view.pod).await,
-            (Decision::Lose, _) => self.memory.agent.lost = true,
+            (Decision::MarkLost, _) => self.memory.agent.lost = true,
             (_, _) => {}
         }
-        // A status that cannot be written holds up no deletion.
+        // A status that cannot be written does not delay a deletion.
         if let Some(view) = &view
             && !self.publish(view).await
             && !matches!(decision, Decision::Stop(_))
@@ -94,7 +96,7 @@ impl Worker<'_> {
         }
         if matches!(
             decision,
-            Decision::Reject | Decision::Lose | Decision::Settle
+            Decision::Reject | Decision::MarkLost | Decision::Settle
         ) {
             self.go_on_when_terminal();
         }
@@ -102,7 +104,7 @@ impl Worker<'_> {
             (Decision::Refresh, Some(view)) => self.refresh(&view.pod).await,
             (Decision::Stop(grace), _) => {
                 if let Some(view) = &view {
-                    self.tell_killing(view);
+                    self.record_killing(view);
                 }
                 self.stop(grace, view.is_none()).await;
             }
@@ -113,7 +115,7 @@ impl Worker<'_> {
         true
     }
 
-    /// The terminal phase is published: what waited for it need not wait for the watch.
+    /// If the terminal phase is published, the next step follows at once instead of when the watch brings the change.
     fn go_on_when_terminal(&self) {
         let view = self.context.pods.store.by_uid(self.uid);
         if view.is_some_and(|view| status::is_terminal(&view.pod)) {
@@ -123,7 +125,7 @@ impl Worker<'_> {
 
     fn desired(&self, view: Option<&PodView>) -> Desired {
         let Some(view) = view else {
-            let seen = self.context.pods.store.was_seen(self.uid);
+            let seen = self.context.pods.store.has_seen(self.uid);
             return if seen { Desired::Gone } else { Desired::Unseen };
         };
         let meta = &view.pod.metadata;
@@ -136,7 +138,7 @@ impl Worker<'_> {
                 .deletion_timestamp
                 .is_some()
                 .then(|| Grace::of_field(meta.deletion_grace_period_seconds)),
-            refused: self.memory.admission.rejection.is_some(),
+            rejected: self.memory.admission.rejection.is_some(),
             mirror: annotations.is_some_and(|map| map.contains_key("kubernetes.io/config.mirror")),
         })
     }
@@ -163,8 +165,8 @@ impl Worker<'_> {
         }
     }
 
-    /// Admission: only for pods that were never accepted, so only when the agent has said which ones it has. False: it could
-    /// not be judged, and is tried again.
+    /// Admits the pod. Only a pod that was never accepted can be rejected, so this waits until the agent has reported
+    /// its pods. Returns false if the pod could not be judged, and schedules a retry.
     async fn judge(&mut self, view: &PodView, agent: AgentSide) -> bool {
         let terminal = status::is_terminal(&view.pod);
         if terminal || observed_phase(view) == Some(pb::PodPhase::Finished) {
@@ -185,9 +187,9 @@ impl Worker<'_> {
             .findings(self.uid)
             .unwrap_or_default();
         let admitted = match admission::admit(&view.pod, &findings) {
-            Ok(shape) if !accepted && !terminal => match self.place(&view.pod).await {
+            Ok(shape) if !accepted && !terminal => match self.fits_node(&view.pod).await {
                 Some(Ok(())) => self.allocate(&shape),
-                Some(Err(misfit)) => Err(admission::misfit(misfit)),
+                Some(Err(mismatch)) => Err(admission::mismatch(mismatch)),
                 None => return false,
             },
             Ok(_) => Ok(()),
@@ -196,18 +198,18 @@ impl Worker<'_> {
         self.memory.admission.judged = generation;
         match admitted {
             Ok(()) if !accepted && !terminal && !findings.mapped.is_empty() => {
-                self.tell(&view.pod, false, "Mapped", &findings.mapped.join("; "));
+                self.record(&view.pod, false, "Mapped", &findings.mapped.join("; "));
             }
             Ok(()) => {}
             Err(rejection) if accepted => {
                 let known = view.observed.as_ref().map_or(0, |one| one.spec_generation);
                 if !terminal && known < generation {
-                    self.tell_unsupported_change(&view.pod, rejection.why());
+                    self.record_unsupported_change(&view.pod, rejection.why());
                 }
             }
             Err(rejection) => {
                 if !terminal {
-                    self.tell(&view.pod, true, &rejection.reason, &rejection.message);
+                    self.record(&view.pod, true, &rejection.reason, &rejection.message);
                 }
                 self.memory.admission.rejection = Some(rejection);
             }
@@ -215,15 +217,15 @@ impl Worker<'_> {
         true
     }
 
-    /// Does the agent have the pod, or had it once? Then it is never rejected any more, whatever it is changed to.
+    /// Does the agent have the pod, or did it once? Such a pod is never rejected, whatever it is changed to.
     pub(super) fn accepted(&self, pod: &Pod) -> bool {
         let known = self.context.pods.store.observed(self.uid).is_some();
         known || self.memory.agent.ensured > 0 || ran(pod)
     }
 
-    /// Does a new pod belong on this node? Before one fails for it the Node is read again: its labels may be newer than what
-    /// was last seen. None: it cannot be read.
-    async fn place(&mut self, pod: &Pod) -> Option<Result<(), Misfit>> {
+    /// Does a new pod match this node's labels and taints? Before a pod is rejected the Node is read again, since its
+    /// labels may be newer than those last seen. None if it cannot be read.
+    async fn fits_node(&mut self, pod: &Pod) -> Option<Result<(), Mismatch>> {
         let Some(spec) = &pod.spec else {
             return Some(Ok(()));
         };
@@ -231,18 +233,19 @@ impl Worker<'_> {
             return Some(Ok(()));
         }
         let client = self.context.api.client.clone();
-        match node::place(client, self.context.node.name()).await {
-            Ok(place) => Some(place.fits(spec)),
+        match node::attributes(client, self.context.node.name()).await {
+            Ok(attributes) => Some(attributes.fits(spec)),
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::warn!(uid = %self.uid, %error, "a new pod is not judged yet, trying again");
+                tracing::warn!(uid = %self.uid, %error, "could not read the Node to admit a new pod, trying again");
                 self.retry();
                 None
             }
         }
     }
 
-    /// What a new pod requests, beside all that was accepted before, by this process or an earlier one.
+    /// Allocates what a new pod requests, if the node has it beside all pods that this process or an earlier one
+    /// accepted.
     fn allocate(&self, shape: &pb::PodSpec) -> Result<(), Rejection> {
         let allocatable = self.context.node.allocatable();
         let mut allocations = self.context.node.allocations();
@@ -258,13 +261,13 @@ impl Worker<'_> {
             }
         }
         allocations
-            .ask(self.uid, allocations::requests(shape), &allocatable)
+            .allocate(self.uid, allocations::requests(shape), &allocatable)
             .map_err(|short| admission::out_of(&short))
     }
 
-    /// Writes the status where it differs; false where there is no point in going on.
+    /// Writes the status if it differs. Returns false if the round must not continue.
     async fn publish(&mut self, view: &PodView) -> bool {
-        // What this round did may have changed both.
+        // This round may have changed both.
         let observed = match self.context.pods.store.observed(self.uid) {
             None if self.memory.agent.lost => Some(Arc::new(lost(view))),
             observed => observed,
@@ -273,7 +276,7 @@ impl Worker<'_> {
             pod: &view.pod,
             observed: observed.as_deref(),
             hold: self.memory.status.hold.as_ref(),
-            // What the agent has says itself how it goes.
+            // A pod that the agent has reports its state itself.
             rejection: self
                 .memory
                 .admission
@@ -291,15 +294,15 @@ impl Worker<'_> {
         };
         let sent = (patch, view.pod.metadata.resource_version.clone());
         if self.memory.status.sent.as_ref() == Some(&sent) {
-            // The API server does not keep all that we say (an older one).
+            // An older API server does not store all fields that we send.
             return true;
         }
         let began = Instant::now();
         let answer = publish::send(&self.context.api.client, &view.pod, &sent.0).await;
         let result = match &answer {
-            Ok(_) => Patched::Ok,
-            Err(PublishError::Gone) => Patched::Gone,
-            Err(_) => Patched::Error,
+            Ok(_) => PatchResult::Ok,
+            Err(PublishError::Gone) => PatchResult::Gone,
+            Err(_) => PatchResult::Error,
         };
         self.context
             .process
@@ -312,14 +315,14 @@ impl Worker<'_> {
                 true
             }
             Err(PublishError::Gone) => {
-                // The watch will say so; if it does not, look again.
-                self.look_after(Duration::from_secs(1));
+                // The watch will bring the deletion; look again in case it does not.
+                self.revisit_in(Duration::from_secs(1));
                 false
             }
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::warn!(uid = %self.uid, %error, "status not written, trying again");
-                // What else is due comes after the status, so no earlier than the next try.
+                tracing::warn!(uid = %self.uid, %error, "could not write the status of a pod, trying again");
+                // Everything else comes after the status, so no earlier than the next try.
                 self.again = None;
                 self.retry();
                 false
@@ -327,7 +330,7 @@ impl Worker<'_> {
         }
     }
 
-    /// The pod's generation, where it was judged: not while the link is down.
+    /// The pod's generation if it was judged, which needs the link.
     fn judged(&self, pod: &Pod) -> Option<i64> {
         let generation = pod.metadata.generation;
         generation.filter(|generation| self.memory.admission.judged >= *generation)
@@ -356,8 +359,9 @@ impl Worker<'_> {
         }
     }
 
-    /// The last DELETE. The agent is told first: where we die before `ForgetPod`, its record says by itself that it is
-    /// nobody's any more. Sent once: the API server itself removes the object when its last finalizer goes.
+    /// Sends the last DELETE. The agent is told of the deletion before: if this process dies before `ForgetPod`, the
+    /// agent's record says that the pod is being deleted. Sent only once: the API server removes the object with its
+    /// last finalizer.
     async fn release(&mut self, pod: &Pod) {
         let known = self.context.pods.store.observed(self.uid);
         if known.is_some_and(|observed| !observed.deleting) {
@@ -365,16 +369,16 @@ impl Worker<'_> {
         }
         let waited = self.memory.released.map(|at| at.elapsed());
         if let Some(left) = waited.and_then(|waited| RELEASE_AGAIN.checked_sub(waited)) {
-            return self.look_after(left);
+            return self.revisit_in(left);
         }
         match publish::release(&self.context.api.client, pod).await {
             Ok(()) | Err(PublishError::Gone) => {
                 self.memory.released = Some(Instant::now());
-                self.look_after(RELEASE_AGAIN);
+                self.revisit_in(RELEASE_AGAIN);
             }
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::warn!(uid = %self.uid, %error, "the last delete failed, trying again");
+                tracing::warn!(uid = %self.uid, %error, "could not delete the pod from Kubernetes, trying again");
                 self.retry();
             }
         }
@@ -394,27 +398,27 @@ impl Worker<'_> {
         }
     }
 
-    /// What the agent answered, and the next round at once.
+    /// Stores what the agent answered.
     pub(super) fn answered(&self, pod: Option<pb::PodObserved>) {
         if let Some(pod) = pod {
             self.context.pods.store.answer_observed(self.uid, pod);
         }
     }
 
-    /// A call to the agent failed: log it once, and see when to try again.
+    /// A call to the agent failed: logs it and schedules the retry.
     pub(super) fn failed(&mut self, call: &str, status: &tonic::Status) {
         let error = knoc_proto::error::chain(status);
         match ErrorReason::of(status) {
             Some(ErrorReason::StaleLeader) => {
-                tracing::error!(%error, "another kubelet leads");
+                tracing::error!(%error, "another kubelet has become the leader, this one stops");
                 self.context.process.deposed.cancel();
             }
             Some(ErrorReason::NotFound) => {
-                // The watch is behind or ahead; it will say what is.
-                self.look_after(Duration::from_secs(1));
+                // The watch is behind or ahead, and will bring the current state.
+                self.revisit_in(Duration::from_secs(1));
             }
             _ => {
-                tracing::warn!(uid = %self.uid, call, %error, "the agent refused or failed, trying again");
+                tracing::warn!(uid = %self.uid, call, %error, "a call to the agent failed, trying again");
                 self.retry();
             }
         }
@@ -431,15 +435,15 @@ impl Worker<'_> {
         let shift = self.memory.attempts.min(6);
         self.memory.attempts = self.memory.attempts.saturating_add(1);
         let delay = BACKOFF.saturating_mul(1 << shift).min(BACKOFF_MOST);
-        self.look_after(delay.mul_f64(rand::random_range(0.75..1.25)));
+        self.revisit_in(delay.mul_f64(rand::random_range(0.75..1.25)));
     }
 
-    pub(super) fn look_after(&mut self, after: Duration) {
+    pub(super) fn revisit_in(&mut self, after: Duration) {
         self.again = Some(self.again.map_or(after, |again| again.min(after)));
     }
 
-    pub(super) fn tell(&self, pod: &Pod, warning: bool, reason: &str, message: &str) {
-        self.context.api.events.tell(Note {
+    pub(super) fn record(&self, pod: &Pod, warning: bool, reason: &str, message: &str) {
+        self.context.api.events.record(Note {
             object: about_pod(pod, ""),
             warning,
             reason: reason.to_owned(),
@@ -450,18 +454,18 @@ impl Worker<'_> {
     }
 }
 
-/// Where the pod stands, as the agent last said.
+/// The pod's phase as the agent last reported it.
 fn observed_phase(view: &PodView) -> Option<pb::PodPhase> {
     view.observed.as_ref().map(|observed| observed.phase())
 }
 
-/// What stands for a pod that the agent does not know (any more) and that will not be sent again: it ran, or it is being
-/// deleted.
+/// Stands for the observation of a pod that the agent does not know and that will not be sent again, since it ran or is
+/// being deleted.
 fn lost(view: &PodView) -> pb::PodObserved {
     let message = if ran(&view.pod) {
-        "the agent does not know this pod any more, although it ran"
+        "the agent no longer knows this pod, although it ran"
     } else {
-        "the pod was deleted before it ran, the agent does not know it"
+        "the pod was deleted before it ran"
     };
     pb::PodObserved {
         uid: view.uid.to_string(),

@@ -41,10 +41,10 @@ fn graces() -> impl Strategy<Value = Grace> {
 
 prop_compose! {
     fn presents()(
-        generation in 1..4i64, terminal: bool, ran: bool, refused: bool, mirror in prop::bool::weighted(0.1),
+        generation in 1..4i64, terminal: bool, ran: bool, rejected: bool, mirror in prop::bool::weighted(0.1),
         deletion in prop::option::of(graces()),
     ) -> Present {
-        Present { generation, terminal, ran, deletion, refused, mirror }
+        Present { generation, terminal, ran, deletion, rejected, mirror }
     }
 }
 
@@ -64,20 +64,20 @@ prop_compose! {
 
 proptest! {
     #[test]
-    fn a_pod_runs_only_where_it_may(desired in desireds(), agent in agents(), done in dones()) {
+    fn a_pod_is_ensured_only_if_it_may_run(desired in desireds(), agent in agents(), done in dones()) {
         if decide(desired, agent, done) == Decision::Ensure {
             let Desired::Present(pod) = desired else { panic!("not there") };
             prop_assert!(!pod.terminal && pod.deletion.is_none() && !pod.mirror);
             prop_assert!(agent != AgentSide::Unknown);
-            // What the agent does not know and what ran already never runs again.
-            prop_assert!(agent != AgentSide::Absent || (!pod.ran && !pod.refused));
+            // A pod that ran and that the agent does not know never runs again.
+            prop_assert!(agent != AgentSide::Absent || (!pod.ran && !pod.rejected));
         }
     }
 
     #[test]
-    fn nothing_is_let_go_while_a_job_may_live(desired in desireds(), agent in agents(), done in dones()) {
+    fn nothing_is_released_while_a_job_may_run(desired in desireds(), agent in agents(), done in dones()) {
         let lives = match agent {
-            AgentSide::Unknown => !matches!(desired, Desired::Present(Present { refused: true, .. })),
+            AgentSide::Unknown => !matches!(desired, Desired::Present(Present { rejected: true, .. })),
             AgentSide::Absent => false,
             AgentSide::Known { phase, .. } => phase != PodPhase::Finished,
         };
@@ -87,9 +87,9 @@ proptest! {
         }
     }
 
-    /// Who waits for the end of a pod (a Job, a drain) must see how it ended before the object is gone.
+    /// Clients that wait for the end of a pod (a Job, a drain) must see how it ended before the object is gone.
     #[test]
-    fn nothing_is_let_go_before_its_terminal_phase_is_published(pod in presents(), agent in agents(), done in dones()) {
+    fn nothing_is_released_before_its_terminal_phase_is_published(pod in presents(), agent in agents(), done in dones()) {
         if decide(Desired::Present(pod), agent, done) == Decision::Release {
             prop_assert!(pod.terminal, "{pod:?} {agent:?}");
         }
@@ -107,7 +107,7 @@ proptest! {
         prop_assert!(matches!(decision, Decision::Wait | Decision::Reject | Decision::Release), "{decision:?}");
     }
 
-    /// The API server, the agent and decide in a loop: a deleted pod always ends on neither side.
+    /// The API server, the agent and decide in a loop: a deleted pod always disappears from both sides.
     #[test]
     fn deletion_always_ends(pod in presents(), agent in agents(), done in dones(), force: bool) {
         let grace = pod.deletion.unwrap_or_else(|| Grace::of_field(None));
@@ -121,7 +121,7 @@ proptest! {
         for _ in 0..9 {
             match decide(desired, agent, done) {
                 Decision::Wait => {
-                    // Time passes: a job told to stop ends.
+                    // Time passes: a job that was stopped ends.
                     let AgentSide::Known { deleting: true, generation, .. } = agent else {
                         panic!("waits for nothing: {desired:?} {agent:?} {done:?}");
                     };
@@ -135,7 +135,7 @@ proptest! {
                 Decision::Release => desired = Desired::Gone,
                 Decision::Forget => agent = AgentSide::Absent,
                 Decision::Drop => return Ok(()),
-                Decision::Reject | Decision::Lose | Decision::Settle => {
+                Decision::Reject | Decision::MarkLost | Decision::Settle => {
                     let Desired::Present(pod) = desired else { panic!("a phase of nothing") };
                     desired = Desired::Present(Present { terminal: true, ..pod });
                 }
@@ -155,7 +155,7 @@ fn a_shorter_grace_is_told_again() {
         terminal: false,
         ran: true,
         deletion: Some(seconds(5)),
-        refused: false,
+        rejected: false,
         mirror: false,
     };
     let agent = AgentSide::Known {

@@ -1,11 +1,11 @@
-//! PURE: the conditions that are the kubelet's. `lastTransitionTime` moves only with the status.
+//! PURE: the conditions that the kubelet owns. `lastTransitionTime` changes only with the condition's status.
 
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition};
 use knoc_proto::pb::{self, PodPhase};
 
 use super::{Input, containers::Statuses, observed_generation, phase::Phase, seconds};
 
-/// Why a condition is False (or, for a finished pod, True); none: True and nothing to say.
+/// Status, reason and message of a condition; None means True without a reason.
 type Why = Option<(bool, &'static str, String)>;
 
 pub(super) fn conditions(
@@ -18,7 +18,7 @@ pub(super) fn conditions(
         Some((
             false,
             "AgentUnreachable",
-            "the link to the agent is down; the job goes on".to_owned(),
+            "the link to the agent is down, the job continues".to_owned(),
         ))
     } else {
         containers_ready.clone().or_else(|| gates(input))
@@ -74,7 +74,7 @@ fn condition(input: &Input<'_>, type_: &str, why: Why) -> PodCondition {
     }
 }
 
-/// True while the pod's allocation is there.
+/// True while the pod has an allocation.
 fn start_containers(input: &Input<'_>) -> Why {
     let phase = input.observed.map(pb::PodObserved::phase);
     match phase {
@@ -134,7 +134,7 @@ fn containers_ready(phase: Phase, regular: &[ContainerStatus]) -> Why {
     }
 }
 
-/// The pod's readiness gates: conditions that others set.
+/// The pod's readiness gates, conditions that other controllers set.
 fn gates(input: &Input<'_>) -> Why {
     let gates = input.pod.spec.as_ref()?.readiness_gates.as_ref()?;
     let conditions = input
@@ -165,7 +165,7 @@ fn gates(input: &Input<'_>) -> Why {
     }
 }
 
-/// The names of those that fit, as `a b`; none where none does.
+/// The names of the containers that fit, separated by spaces; None if none fits.
 fn names(list: &[ContainerStatus], fits: impl Fn(&ContainerStatus) -> bool) -> Option<String> {
     let names: Vec<_> = list
         .iter()

@@ -1,4 +1,4 @@
-//! PURE: containerStatuses and initContainerStatuses. Every container of the spec is there from the first status on.
+//! PURE: containerStatuses and initContainerStatuses. The first status already has every container of the spec.
 
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
@@ -14,7 +14,7 @@ pub(super) struct Statuses {
     pub(super) regular: Vec<ContainerStatus>,
 }
 
-/// Reasons of a pod that are reasons of its waiting containers.
+/// Reasons of a pod that become reasons of its waiting containers.
 const WAITING_REASONS: &[&str] = &[
     "CreateContainerConfigError",
     "CreateContainerError",
@@ -24,10 +24,10 @@ const WAITING_REASONS: &[&str] = &[
     "InvalidImageName",
 ];
 
-/// Exit code of a container whose end nobody saw.
+/// Exit code of a container whose end was not observed.
 const UNKNOWN_EXIT_CODE: i32 = 137;
 
-/// Exit code of a container that was never started, as container runtimes have it.
+/// Exit code of a container that was never started, as container runtimes report it.
 const NEVER_STARTED_EXIT_CODE: i32 = 128;
 
 pub(super) fn statuses(input: &Input<'_>) -> Statuses {
@@ -85,7 +85,7 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     statuses
 }
 
-/// A pod with init containers is initializing until each of its containers has been started once, as Kubernetes has it.
+/// As in Kubernetes, a pod with init containers is initializing until each of its containers has been started once.
 fn initializing(status: &mut ContainerStatus) {
     let never_started = status.restart_count == 0 && status.last_state.is_none();
     let waiting = status
@@ -99,8 +99,8 @@ fn initializing(status: &mut ContainerStatus) {
     }
 }
 
-/// Ephemeral containers never start. Each is said to have ended, with the reason: whoever waits for it (kubectl debug)
-/// stops waiting and hears it.
+/// Ephemeral containers never start. Each is reported as terminated with the reason, so that a client that waits for
+/// one (kubectl debug) stops waiting and shows it.
 pub(super) fn ephemeral(pod: &Pod) -> Option<Vec<ContainerStatus>> {
     let containers = pod.spec.as_ref()?.ephemeral_containers.as_deref()?;
     let refused = |container: &EphemeralContainer| ContainerStatus {
@@ -137,7 +137,7 @@ fn status(
 ) -> ContainerStatus {
     match (seen, before) {
         (Some(seen), before) => of(container, seen, before),
-        // Nothing new is known: what was published stands.
+        // Nothing new is known, so the published status stays.
         (None, Some(before)) if started(before) => before.clone(),
         (None, _) => waiting(input, container),
     }
@@ -213,7 +213,7 @@ fn terminated_state(terminated: &pb::Terminated) -> ContainerState {
 }
 
 fn waiting(input: &Input<'_>, container: &Container) -> ContainerStatus {
-    let (reason, message) = waiting_words(input);
+    let (reason, message) = waiting_reason(input);
     ContainerStatus {
         name: container.name.clone(),
         ready: false,
@@ -230,7 +230,7 @@ fn waiting(input: &Input<'_>, container: &Container) -> ContainerStatus {
     }
 }
 
-fn waiting_words(input: &Input<'_>) -> (String, String) {
+fn waiting_reason(input: &Input<'_>) -> (String, String) {
     let usual = "ContainerCreating";
     match (input.observed, input.hold) {
         (Some(observed), _) if WAITING_REASONS.contains(&observed.reason.as_str()) => {
@@ -252,22 +252,22 @@ fn waiting_words(input: &Input<'_>) -> (String, String) {
     }
 }
 
-/// Settles what may have been started: as in Kubernetes, regular containers of a pod that was never initialized still wait,
-/// and so do the last init containers, before which the pod ended.
+/// Settles the containers that may have been started. As in Kubernetes, the regular containers of a pod that was never
+/// initialized stay waiting, and so do the init containers after the one in which the pod ended.
 fn settle_all(input: &Input<'_>, statuses: &mut Statuses) {
     if initialized(statuses) {
         let regular = statuses.regular.iter_mut();
         regular.for_each(|status| settle(input, status));
     }
     let begun = statuses.init.iter().rposition(|status| !never_ran(status));
-    // Where nothing is known, at least the first was tried.
+    // If nothing is known, at least the first one was tried.
     let begun = begun.map_or(1, |last| last + 1).min(statuses.init.len());
     for status in &mut statuses.init[..begun] {
         settle(input, status);
     }
 }
 
-/// Was a regular container ever started, or the last init container ever done?
+/// Was a regular container ever started, or did the last init container ever succeed?
 fn initialized(statuses: &Statuses) -> bool {
     let ended_well_before = |status: &ContainerStatus| {
         let last = status.last_state.as_ref();
@@ -283,8 +283,8 @@ fn never_ran(status: &ContainerStatus) -> bool {
     !started(status)
 }
 
-/// The pod has ended: nothing runs any more. What was last seen running ended unseen; what never started stays waiting,
-/// unless nobody can know.
+/// The pod has ended, so no container runs. One that was last seen running ended unobserved; one that never started
+/// stays waiting, unless its state is unknown.
 fn settle(input: &Input<'_>, status: &mut ContainerStatus) {
     status.started = Some(false);
     let outcome = input

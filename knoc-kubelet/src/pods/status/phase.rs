@@ -1,10 +1,10 @@
-//! PURE: the phase function of Kubernetes, in its exact order, without sidecars (refused at admission).
+//! PURE: Kubernetes' phase function, in its exact order, without sidecars, which admission rejects.
 
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus};
 
 use super::containers::Statuses;
 
-/// A pod's phase.
+/// The phase of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Pending,
@@ -34,7 +34,7 @@ struct Count {
     succeeded: usize,
 }
 
-/// The phase of a pod that is not terminal by other means.
+/// The phase that follows from the container statuses alone.
 pub(super) fn of(restart_policy: &str, statuses: &Statuses) -> Phase {
     let mut count = Count::default();
     for status in &statuses.init {

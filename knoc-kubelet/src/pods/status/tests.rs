@@ -161,7 +161,7 @@ type Case = (
     &'static str,
 );
 
-/// Restart policy, phase in the API server, the agent's phase, both containers, the phase that follows.
+/// Restart policy, phase in the API server, the agent's phase, the states of both containers, the resulting phase.
 #[rustfmt::skip]
 fn phase_cases() -> Vec<Case> {
     use PodPhase::{Finished, Lost, Queued, Running, Throttled};
@@ -170,7 +170,7 @@ fn phase_cases() -> Vec<Case> {
         ("Never", "Pending", Running, two(running(), running()), "Running"),
         ("Never", "Pending", Running, two(waiting("ContainerCreating"), running()), "Pending"),
         ("Never", "Running", Running, two(ended(0), running()), "Running"),
-        // The containers have ended; the pod has not, until the agent says so.
+        // The containers have ended, but the pod has not until the agent reports it.
         ("Never", "Running", Running, two(ended(0), ended(0)), "Running"),
         ("Never", "Running", Running, two(ended(0), ended(1)), "Running"),
         ("OnFailure", "Running", Running, two(ended(1), ended(0)), "Running"),
@@ -181,7 +181,7 @@ fn phase_cases() -> Vec<Case> {
         ("Never", "Pending", Lost, [None, None], "Pending"),
         ("Never", "Pending", Throttled, [None, None], "Pending"),
         ("Always", "Running", Queued, [None, None], "Running"),
-        // No outcome is never a success.
+        // Without an outcome a pod never succeeds.
         ("Always", "Running", Finished, two(ended(0), ended(0)), "Failed"),
     ]
 }
@@ -306,7 +306,7 @@ fn a_terminal_phase_is_never_left() {
 }
 
 #[test]
-fn a_refused_pod_failed_and_says_everything() {
+fn a_rejected_pod_fails_with_its_whole_message() {
     let pod = pod("Always", false, &json!({"phase": "Pending"}));
     let rejection = Rejection {
         reason: "UnsupportedPodSpec".to_owned(),
@@ -327,7 +327,7 @@ fn a_refused_pod_failed_and_says_everything() {
 }
 
 #[test]
-fn a_missing_config_map_is_told_by_the_containers() {
+fn a_missing_config_map_is_shown_by_the_containers() {
     let pod = pod("Always", false, &json!({"phase": "Pending"}));
     let hold = Hold {
         reason: "CreateContainerConfigError".to_owned(),
@@ -386,7 +386,7 @@ fn a_generation_counts_once_it_was_judged_whether_it_is_taken_over_or_not() {
         ],
     });
     let pod = pod("Always", false, &before);
-    // The agent goes on with the first generation: it refused the second.
+    // The agent goes on with the first generation, because it rejected the second.
     let observed = pb::PodObserved {
         spec_generation: 1,
         ..observed(PodPhase::Running, vec![container("a", running())])
@@ -411,7 +411,7 @@ fn a_generation_counts_once_it_was_judged_whether_it_is_taken_over_or_not() {
         (status.observed_generation, of)
     };
     assert_eq!(said(Some(2)), (Some(2), [Some(2); 3]));
-    // The link is down: what is said is said of the first.
+    // The link is down: the status is still about the first generation.
     assert_eq!(said(None), (Some(1), [Some(1), Some(1), None]));
 }
 
@@ -426,7 +426,7 @@ fn restart_counts_never_fall() {
 }
 
 #[test]
-fn ephemeral_containers_are_said_to_have_ended_and_why() {
+fn ephemeral_containers_are_reported_as_terminated_with_a_reason() {
     let mut pod = pod("Always", false, &json!({"phase": "Running"}));
     let said = |pod: &Pod| {
         let input = Input {

@@ -1,29 +1,29 @@
-//! PURE: which tokens that nobody has seen yet may be shown to the API server now.
+//! PURE: which tokens that are not known yet may be reviewed by the API server now.
 //!
-//! Anybody who reaches the port can send tokens, and each new one is a `TokenReview`. Each source gets a rate and a number
-//! at the same time, all sources together a larger one. A token that the cluster has known within [`super::KNOWN_TTL`]
-//! does not count: there is a bounded number of those, each is asked about once in two minutes, and a flood of guesses
-//! holds none of them up.
+//! Anybody who reaches the port can send tokens, and each new one costs a `TokenReview`. Each source has a rate and a
+//! number of reviews at a time, and all sources together have larger ones. A token that the cluster has known within
+//! [`super::KNOWN_TTL`] does not count: there is a bounded number of those, each is reviewed once in two minutes, and a
+//! flood of guesses does not delay them.
 
 use std::collections::HashMap;
 
 use knoc_link::admission::Source;
 use tokio::time::Instant;
 
-/// Reviews a second of one source in the long run; the API server itself brings few tokens, most callers have one.
+/// Reviews per second of one source in the long run. The API server itself sends few tokens, most callers have one.
 const RATE_OF_ONE: f64 = 10.0;
-/// At once, after a pause.
+/// Reviews that a source may start at once after a pause.
 const BURST_OF_ONE: f64 = 20.0;
-/// In flight for one source: an API server that does not answer holds up each source apart.
+/// Running reviews of one source: if the API server does not answer, each source waits only for its own.
 const RUNNING_OF_ONE: u32 = 8;
-/// The same for all sources.
+/// The same limits for all sources together.
 const RATE_OF_ALL: f64 = 50.0;
 const BURST_OF_ALL: f64 = 100.0;
 const RUNNING_OF_ALL: u32 = 32;
-/// Sources that are remembered. One whose bucket is full again is forgotten first.
+/// How many sources are remembered. Those whose bucket is full again are forgotten first.
 const SOURCES: usize = 1024;
 
-/// A token bucket, and how many reviews that came out of it go on.
+/// A token bucket, and how many reviews that it granted are running.
 #[derive(Debug)]
 struct Bucket {
     left: f64,
@@ -52,7 +52,7 @@ impl Bucket {
     }
 }
 
-/// The reviews of unknown tokens.
+/// The running reviews of unknown tokens, and the rates at which new ones may start.
 #[derive(Debug, Default)]
 pub(super) struct Reviews {
     all: Option<Bucket>,
@@ -60,7 +60,7 @@ pub(super) struct Reviews {
 }
 
 impl Reviews {
-    /// May a review for this source begin? Then [`Self::end`] has to follow.
+    /// May a review for this source start? If so, [`Self::end`] must be called when it ends.
     pub(super) fn begin(&mut self, now: Instant, source: Source) -> bool {
         let all = self
             .all
@@ -91,7 +91,7 @@ impl Reviews {
         true
     }
 
-    /// A review that was begun has ended, with or without an answer.
+    /// A review that was started has ended, with or without an answer.
     pub(super) fn end(&mut self, source: Source) {
         let all = self.all.iter_mut();
         for bucket in all.chain(self.sources.get_mut(&source)) {

@@ -1,17 +1,17 @@
-//! How long answers are kept, that none is kept of what failed, and that the caches stay bounded. Time is paused.
+//! How long answers are cached, that errors are not cached, and that the caches stay bounded. Time is paused.
 
 use std::sync::Mutex;
 
-use futures::FutureExt as _;
-use futures::future::BoxFuture;
+use futures::{FutureExt as _, future::BoxFuture};
 use http::Method;
 use k8s_openapi::api::authorization::v1::SubjectAccessReviewSpec;
 use knoc_link::Origin;
 
-use super::*;
 use crate::server::ClusterError;
 
-/// Answers as it is told, and notes what it was asked.
+use super::*;
+
+/// Answers as the test sets it, and records the reviews.
 #[derive(Default)]
 struct Scripted {
     asked: Mutex<Vec<String>>,
@@ -81,13 +81,13 @@ async fn may(access: &Access, cluster: &Scripted, path: &str) -> Result<bool, Cl
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_allowance_counts_five_minutes_and_a_refusal_thirty_seconds() {
+async fn allowed_requests_are_cached_five_minutes_and_denied_ones_thirty_seconds() {
     let (access, cluster) = (Access::default(), Scripted::default());
     assert!(!may(&access, &cluster, "/pods").await.unwrap());
     assert_eq!(cluster.asked(), ["pods", "proxy"]);
     tokio::time::advance(Duration::from_secs(29)).await;
     assert!(!may(&access, &cluster, "/pods").await.unwrap());
-    assert!(cluster.asked().is_empty(), "a refusal is kept");
+    assert!(cluster.asked().is_empty(), "the denial is cached");
     cluster.allowed.lock().unwrap().push("proxy");
     tokio::time::advance(Duration::from_secs(1)).await;
     assert!(may(&access, &cluster, "/pods").await.unwrap());
@@ -104,20 +104,30 @@ async fn an_allowance_counts_five_minutes_and_a_refusal_thirty_seconds() {
     assert_eq!(cluster.asked(), ["pods", "proxy"]);
 }
 
-async fn who(access: &Access, cluster: &Arc<Scripted>, token: &str) -> Result<User, Refusal> {
+async fn who(
+    access: &Access,
+    cluster: &Arc<Scripted>,
+    token: &str,
+) -> Result<User, Unauthenticated> {
     let cluster: Arc<dyn Cluster> = Arc::clone(cluster) as _;
     let token = Some(token.to_owned());
     access.authenticate(&cluster, &None, None, token).await
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_counts_two_minutes_whether_it_is_known_or_not() {
+async fn tokens_are_cached_two_minutes_known_or_not() {
     let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
-    assert!(who(&access, &cluster, "t").await.is_err(), "not known");
+    assert!(
+        who(&access, &cluster, "t").await.is_err(),
+        "the token is not known"
+    );
     *cluster.known.lock().unwrap() = true;
     tokio::time::advance(Duration::from_secs(119)).await;
     let known = who(&access, &cluster, "t").await;
-    assert!(known.is_err(), "a refusal is kept as long as upstream's");
+    assert!(
+        known.is_err(),
+        "the unknown token is cached as long as in Kubernetes"
+    );
     tokio::time::advance(Duration::from_secs(1)).await;
     let user = who(&access, &cluster, "t").await.unwrap();
     assert_eq!(user.groups, ["system:authenticated"]);
@@ -126,7 +136,10 @@ async fn a_token_counts_two_minutes_whether_it_is_known_or_not() {
     assert_eq!(who(&access, &cluster, "t").await.unwrap(), user);
     tokio::time::advance(Duration::from_secs(1)).await;
     let withdrawn = who(&access, &cluster, "t").await;
-    assert!(withdrawn.is_err(), "it ends within two minutes");
+    assert!(
+        withdrawn.is_err(),
+        "a withdrawn token ends within two minutes"
+    );
     assert_eq!(cluster.asked(), ["t", "t", "t"]);
 }
 
@@ -138,19 +151,26 @@ async fn of_one_token_there_is_one_review_at_a_time() {
     let users = all.await;
     assert!(users.iter().all(Result::is_ok), "{users:?}");
     assert_eq!(cluster.asked(), ["t"]);
-    // One that nobody waits for any more holds up none that comes later.
+    // A review that nobody waits for any more does not delay a later one.
     let left = "left".to_owned();
     drop(access.review(&(Arc::clone(&cluster) as _), [0; 32], left, Source::Local));
     *cluster.broken.lock().unwrap() = true;
     let all = futures::future::join_all((0..50).map(|_| who(&access, &cluster, "u")));
     assert!(all.await.iter().all(Result::is_err));
-    assert_eq!(cluster.asked(), ["u"], "an error is everybody's who waited");
+    assert_eq!(
+        cluster.asked(),
+        ["u"],
+        "all requests that waited get the error"
+    );
     *cluster.broken.lock().unwrap() = false;
-    assert!(who(&access, &cluster, "u").await.is_ok(), "and is not kept");
+    assert!(
+        who(&access, &cluster, "u").await.is_ok(),
+        "the error is not cached"
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_flood_of_unknown_tokens_drives_out_no_known_one() {
+async fn a_flood_of_unknown_tokens_displaces_no_known_one() {
     let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
     *cluster.known.lock().unwrap() = true;
     who(&access, &cluster, "known").await.unwrap();
@@ -165,20 +185,20 @@ async fn a_flood_of_unknown_tokens_drives_out_no_known_one() {
     assert!(access.unknown.0.lock().unwrap().len() <= CACHE_ENTRIES);
 }
 
-/// From this address.
+/// A request with this token from this address.
 async fn who_at(
     access: &Access,
     cluster: &Arc<Scripted>,
     token: &str,
     address: u8,
-) -> Result<User, Refusal> {
+) -> Result<User, Unauthenticated> {
     let cluster: Arc<dyn Cluster> = Arc::clone(cluster) as _;
-    let standings = crate::server::standing::Standings::own();
+    let slots = crate::server::connections::ConnectionSlots::own();
     let origin = Origin::Address(([10, 0, 0, address], 1).into());
     let peer = Peer {
         origin,
         certificates: Arc::new([]),
-        standing: Arc::new(standings.enter(origin.into(), false).unwrap()),
+        slot: Arc::new(slots.enter(origin.into(), false).unwrap()),
     };
     let token = Some(token.to_owned());
     access
@@ -187,7 +207,7 @@ async fn who_at(
 }
 
 #[tokio::test(start_paused = true)]
-async fn guesses_hold_up_neither_a_known_token_nor_another_address() {
+async fn guesses_delay_neither_a_known_token_nor_another_address() {
     let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
     *cluster.known.lock().unwrap() = true;
     who_at(&access, &cluster, "scraper", 1).await.unwrap();
@@ -205,14 +225,14 @@ async fn guesses_hold_up_neither_a_known_token_nor_another_address() {
     assert!(told.busy, "{told}");
     assert_eq!(told.into_response().status(), StatusCode::TOO_MANY_REQUESTS);
     assert!(cluster.asked().len() <= 21);
-    // Its answer has expired, its address is flooded, and it is asked about all the same.
+    // The known token's entry has expired and its address is flooded, and it is still reviewed.
     tokio::time::advance(TOKEN_TTL).await;
     flood().await;
     *cluster.known.lock().unwrap() = true;
     who_at(&access, &cluster, "scraper", 1).await.unwrap();
-    // So is a token that nobody has seen yet, at another address.
+    // So is a token that was never seen, from another address.
     who_at(&access, &cluster, "new", 2).await.unwrap();
-    // One that was withdrawn is a guess from then on.
+    // A token that was withdrawn counts as a guess from then on.
     tokio::time::advance(TOKEN_TTL).await;
     *cluster.known.lock().unwrap() = false;
     assert!(who_at(&access, &cluster, "scraper", 1).await.is_err());
@@ -225,7 +245,7 @@ async fn guesses_hold_up_neither_a_known_token_nor_another_address() {
 }
 
 #[tokio::test]
-async fn reviews_that_get_no_answer_hold_up_neither_a_known_token_nor_another_address() {
+async fn reviews_without_an_answer_delay_neither_a_known_token_nor_another_address() {
     let access = Access::default();
     let silent: Arc<dyn Cluster> = Arc::new(Silent);
     let begin = |token: &str, address: u8| {
@@ -268,7 +288,7 @@ impl Cluster for Silent {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_error_is_no_answer_and_is_not_kept() {
+async fn errors_are_not_cached() {
     let (access, cluster) = (Access::default(), Scripted::default());
     *cluster.broken.lock().unwrap() = true;
     assert!(may(&access, &cluster, "/pods").await.is_err());
@@ -282,7 +302,7 @@ async fn a_flood_of_tokens_leaves_the_caches_bounded() {
     let (access, cluster) = (Access::default(), Arc::new(Scripted::default()));
     *cluster.known.lock().unwrap() = true;
     for number in 0..3 * CACHE_ENTRIES {
-        // As fast as unknown tokens are taken of one source.
+        // As fast as unknown tokens of one source are reviewed.
         tokio::time::advance(Duration::from_millis(100)).await;
         let user = who(&access, &cluster, &number.to_string()).await.unwrap();
         let attributes = authz::attributes(&Method::GET, "/stats");

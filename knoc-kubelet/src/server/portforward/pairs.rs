@@ -1,47 +1,48 @@
-//! Port-forward over SPDY: for each connection the client opens two streams, `error` and `data`, which find each other by
-//! their `requestid`; without one the data stream's id follows the error stream's. Many run at once on a connection.
+//! Port-forward over SPDY: for each connection the client opens two streams, `error` and `data`, with the same
+//! `requestid`. Without one, the data stream's id follows the error stream's. Many pairs share one connection.
 
-use std::collections::{BTreeMap, HashMap};
-use std::convert::Infallible;
+use std::{
+    collections::{BTreeMap, HashMap},
+    convert::Infallible,
+};
 
-use futures::StreamExt as _;
-use futures::stream::FuturesUnordered;
+use futures::{StreamExt as _, stream::FuturesUnordered};
+use knoc_remotecommand::{
+    ports,
+    spdy::{Headers, Incoming, Stream},
+    stream_writer::StreamWriter,
+    streams::StreamReader,
+};
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use knoc_remotecommand::ports;
-use knoc_remotecommand::spdy::{Headers, Incoming, Stream};
-use knoc_remotecommand::stream_writer::StreamWriter;
-use knoc_remotecommand::streams::StreamReader;
+use super::relay::{Connection, ForwardTarget};
+use crate::server::{remote::STREAMS_DEADLINE, stop::Stop};
 
-use super::super::remote::STREAMS_DEADLINE;
-use super::super::stop::Stop;
-use super::relay::{Connection, Goal};
-
-/// The most bytes of a stream's `port` and `requestid`, which are kept and logged: clients count, or write a UUID.
+/// The longest `port` and `requestid` headers in bytes, which are kept and logged. Clients send a counter or a UUID.
 const MAX_VALUE: usize = 64;
 
-/// What half a pair is told whose partner does not come, as upstream.
+/// The error for half a pair whose partner does not come, as in Kubernetes.
 const LATE: &str = "timed out waiting for streams";
 
-/// Which of a pair.
+/// Which stream of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Error,
     Data,
 }
 
-/// What a stream's headers say.
+/// The parsed headers of a stream.
 #[derive(Debug, PartialEq, Eq)]
-struct Asked {
+struct StreamHeaders {
     id: u32,
     role: Role,
     port: u16,
     request: String,
 }
 
-/// Reads the headers of stream `id`; the text says what is wrong with them, in upstream's words (save for the bound).
-fn asked(id: u32, headers: &Headers) -> Result<Asked, String> {
+/// Parses the headers of stream `id`. The errors are those of the Kubernetes kubelet, except for the length limit.
+fn parse_headers(id: u32, headers: &Headers) -> Result<StreamHeaders, String> {
     let bounded = |name: &str| match headers.get(name) {
         Some(value) if value.len() > MAX_VALUE => {
             Err(format!("{name:?} header is longer than {MAX_VALUE} bytes"))
@@ -63,10 +64,10 @@ fn asked(id: u32, headers: &Headers) -> Result<Asked, String> {
             Role::Error => id,
             Role::Data => id.saturating_sub(2),
         };
-        // Never the name that a client gave to another pair.
+        // This name cannot be equal to one that a client gave to another pair.
         format!("stream {first}")
     };
-    Ok(Asked {
+    Ok(StreamHeaders {
         id,
         role,
         port,
@@ -80,30 +81,30 @@ enum Half {
     Data(u16, StreamReader, StreamWriter),
 }
 
-/// Halves that wait for their partner.
+/// The halves that wait for their partner.
 #[derive(Default)]
 struct Waiting {
-    /// By the name of their pair, each with the id of its stream.
+    /// The halves by the name of their pair, each with the id of its stream.
     halves: HashMap<String, (Half, u32)>,
-    /// Since when each waits, by the id of its stream: ids grow, so this is the order of their deadlines.
+    /// Since when each half waits, by the id of its stream. Ids grow, so this is the order of their deadlines.
     order: BTreeMap<u32, (String, Instant)>,
 }
 
 impl Waiting {
-    /// Takes a stream; a connection where its partner is there already.
+    /// Adds a stream; returns the connection if its partner is already there.
     async fn take(
         &mut self,
-        asked: Asked,
+        asked: StreamHeaders,
         reader: StreamReader,
         writer: StreamWriter,
     ) -> Option<Connection> {
-        let Asked {
+        let StreamHeaders {
             id,
             role,
             port,
             request,
         } = asked;
-        let (first, place) = match (self.remove(&request), role) {
+        let (first, key) = match (self.remove(&request), role) {
             (Some((Half::Error(error), _)), Role::Data) => {
                 let data = writer;
                 return Some(Connection {
@@ -122,18 +123,18 @@ impl Waiting {
                     error,
                 });
             }
-            (Some((Half::Error(first), place)), Role::Error) => {
+            (Some((Half::Error(first), key)), Role::Error) => {
                 writer.reset().await;
                 let text = format!(
                     "error processing stream for request {request}: error stream already assigned"
                 );
                 drop(first.send(text.into()).await);
-                (Half::Error(first), place)
+                (Half::Error(first), key)
             }
-            (Some((first @ Half::Data(..), place)), Role::Data) => {
+            (Some((first @ Half::Data(..), key)), Role::Data) => {
                 debug!(request, "data stream already assigned");
                 writer.reset().await;
-                (first, place)
+                (first, key)
             }
             (None, role) => {
                 let half = match role {
@@ -143,7 +144,7 @@ impl Waiting {
                 (half, (id, Instant::now()))
             }
         };
-        self.insert(request, first, place);
+        self.insert(request, first, key);
         None
     }
 
@@ -152,14 +153,14 @@ impl Waiting {
         self.halves.insert(request, (half, id));
     }
 
-    /// A half, with what it is ordered by.
+    /// Removes a half, and returns it with its key in the order.
     fn remove(&mut self, request: &str) -> Option<(Half, (u32, Instant))> {
         let (half, id) = self.halves.remove(request)?;
         let (_, since) = self.order.remove(&id)?;
         Some((half, (id, since)))
     }
 
-    /// Waits until the oldest half has waited too long, and takes it out; pending while there is none. Cancel safe.
+    /// Waits until the oldest half has waited too long and removes it; pending while there is none. Cancel safe.
     async fn expired(&mut self) -> (String, Half) {
         if let Some((_, (request, since))) = self.order.first_key_value() {
             let request = request.clone();
@@ -172,33 +173,33 @@ impl Waiting {
     }
 }
 
-/// Serves pairs until the client opens no more and all have ended, or we end the session.
+/// Serves pairs until the client opens no more and all have ended, or until the session is stopped.
 pub(super) async fn serve(
     mut incoming: Incoming,
-    goal: &Goal,
+    target: &ForwardTarget,
     stop: &Stop,
 ) -> Result<(), Infallible> {
     let mut waiting = Waiting::default();
     let mut relays = FuturesUnordered::new();
     loop {
-        // The end first, then new streams, so that a busy relay holds up none.
+        // The stop comes first, then new streams, so that a busy relay does not delay them.
         tokio::select! {
             biased;
             why = stop.why() => {
                 for (request, (half, _)) in waiting.halves.drain() {
-                    beside(&mut relays, give_up(&request, half, &why)).await;
+                    while_polling(&mut relays, give_up(&request, half, &why)).await;
                 }
                 break;
             }
             stream = incoming.next() => match stream {
                 None => break,
                 Some(stream) => {
-                    let connection = beside(&mut relays, taken(&mut waiting, stream)).await;
-                    relays.extend(connection.map(|connection| connection.serve(goal, stop)));
+                    let connection = while_polling(&mut relays, taken(&mut waiting, stream)).await;
+                    relays.extend(connection.map(|connection| connection.serve(target, stop)));
                 }
             },
             (request, half) = waiting.expired() => {
-                beside(&mut relays, give_up(&request, half, LATE)).await;
+                while_polling(&mut relays, give_up(&request, half, LATE)).await;
             }
             Some(()) = relays.next() => {}
         }
@@ -207,9 +208,9 @@ pub(super) async fn serve(
     Ok(())
 }
 
-/// Does something that may wait for a place in the session's queue, which relays wait for too: they are first, and would
-/// keep the places that they are given without using them, were they not polled meanwhile.
-async fn beside<T>(
+/// Runs `work`, which may wait for a slot in the session's queue, and polls the relays meanwhile. The relays wait for
+/// slots of the same queue: a relay that was given a slot but is not polled would keep it without using it.
+async fn while_polling<T>(
     relays: &mut FuturesUnordered<impl Future<Output = ()>>,
     work: impl Future<Output = T>,
 ) -> T {
@@ -224,9 +225,9 @@ async fn beside<T>(
 }
 
 async fn taken(waiting: &mut Waiting, stream: Stream) -> Option<Connection> {
-    match asked(stream.id(), stream.headers()) {
+    match parse_headers(stream.id(), stream.headers()) {
         Err(error) => {
-            info!(%error, "refused a stream of a port-forward");
+            info!(%error, "rejected a stream of a port-forward");
             stream.refuse().await;
             None
         }
@@ -239,9 +240,12 @@ async fn taken(waiting: &mut Waiting, stream: Stream) -> Option<Connection> {
     }
 }
 
-/// Tells the client, where it has opened what it could hear it on.
+/// Reports the reason to the client, if it has opened the error stream.
 async fn give_up(request: &str, half: Half, why: &str) {
-    info!(request, why, "half a pair of a port-forward's streams");
+    info!(
+        request,
+        why, "a port-forward has only half a pair of streams"
+    );
     match half {
         Half::Error(error) => {
             let text = format!("(request={request}) {why}");
@@ -265,25 +269,25 @@ mod tests {
     #[test]
     fn reads_pairs_with_and_without_an_id() {
         let with = headers(&[("streamtype", "data"), ("port", "80"), ("requestid", "7")]);
-        let expected = Asked {
+        let expected = StreamHeaders {
             id: 9,
             role: Role::Data,
             port: 80,
             request: "7".to_owned(),
         };
-        assert_eq!(asked(9, &with), Ok(expected));
+        assert_eq!(parse_headers(9, &with), Ok(expected));
         let without = |kind| headers(&[("streamtype", kind), ("port", "80")]);
-        let error = asked(5, &without("error")).unwrap();
-        let data = asked(7, &without("data")).unwrap();
+        let error = parse_headers(5, &without("error")).unwrap();
+        let data = parse_headers(7, &without("data")).unwrap();
         assert_eq!(error.request, data.request);
         assert_ne!(
             error.request, "5",
-            "a client may have named another pair so"
+            "a client may have given this name to another pair"
         );
     }
 
     #[test]
-    fn says_what_is_wrong_in_upstreams_words() {
+    fn reports_what_is_wrong_with_the_texts_of_a_kubelet() {
         let long = "7".repeat(MAX_VALUE + 1);
         let cases: [(&[(&str, &str)], &str); 7] = [
             (&[("streamtype", "data")], "\"port\" header is required"),
@@ -304,7 +308,7 @@ mod tests {
             ),
         ];
         for (pairs, text) in cases {
-            assert_eq!(asked(1, &headers(pairs)), Err(text.to_owned()));
+            assert_eq!(parse_headers(1, &headers(pairs)), Err(text.to_owned()));
         }
     }
 

@@ -1,37 +1,42 @@
-//! One forwarded connection: a pair of the client's streams and a call to the agent, half-closes kept.
+//! One forwarded connection: relays between a pair of the client's streams and a call to the agent, including
+//! half-closes.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
-use knoc_proto::ids::PodUid;
-use knoc_proto::pb;
-use knoc_proto::pb::{port_forward_input::Input, port_forward_output::Output};
+use knoc_proto::{
+    ids::PodUid,
+    pb::{self, port_forward_input::Input, port_forward_output::Output},
+};
+use knoc_remotecommand::{
+    stream_writer::StreamWriter,
+    streams::{End, StreamReader},
+};
 use tokio::sync::mpsc;
 use tracing::info;
 
-use knoc_remotecommand::stream_writer::StreamWriter;
-use knoc_remotecommand::streams::{End, StreamReader};
+use super::super::{
+    Backend,
+    limits::{Busy, Limit},
+    remote::client_message,
+    stop::Stop,
+};
 
-use super::super::Backend;
-use super::super::limits::{Busy, Limit};
-use super::super::remote::shown;
-use super::super::stop::Stop;
-
-/// Messages to the agent that wait; the next ones stop the reading from the client.
+/// Messages that may wait for the agent; when the queue is full the client is not read.
 const INPUT_QUEUE: usize = 4;
 
-/// Whose ports.
-pub(super) struct Goal {
+/// The pod to whose ports the session connects.
+pub(super) struct ForwardTarget {
     pub(super) backend: Arc<dyn Backend>,
-    /// The pod's name, for people.
+    /// The pod's name, for messages.
     pub(super) pod: String,
     pub(super) uid: PodUid,
-    /// Where each connection takes its place.
+    /// The limit on calls, of which each connection is one.
     pub(super) calls: Limit,
 }
 
-/// A pair of streams and the port that they are for.
+/// A pair of streams and the port that they connect to.
 pub(super) struct Connection {
     pub(super) port: u16,
     pub(super) reader: StreamReader,
@@ -39,17 +44,17 @@ pub(super) struct Connection {
     pub(super) error: StreamWriter,
 }
 
-/// Why a connection came to no end of its own.
+/// Why a connection ended early.
 enum Broken {
-    /// The client's affair: it has gone, or wants no more.
+    /// The client has gone or closed its streams.
     Client,
-    /// The pod's side, or our own end; the text is for the client.
+    /// The pod's side failed or the session was stopped; the text is for the client.
     Pod(String),
 }
 
 impl Connection {
-    /// Relays until both directions have ended, or one has failed, or we end it.
-    pub(super) async fn serve(self, goal: &Goal, stop: &Stop) {
+    /// Relays until both directions have ended, one of them has failed, or the session is stopped.
+    pub(super) async fn serve(self, target: &ForwardTarget, stop: &Stop) {
         let Self {
             port,
             reader,
@@ -59,7 +64,7 @@ impl Connection {
         let mut data = Some(data);
         let relayed = tokio::select! {
             biased;
-            relayed = relay(goal, port, reader, &mut data) => relayed,
+            relayed = relay(target, port, reader, &mut data) => relayed,
             why = stop.why() => Err(Broken::Pod(why)),
         };
         match relayed {
@@ -68,14 +73,14 @@ impl Connection {
             Err(Broken::Pod(reason)) => {
                 let text = format!(
                     "error forwarding port {port} to pod {}, uid {}: {reason}",
-                    goal.pod, goal.uid
+                    target.pod, target.uid
                 );
                 info!("{text}");
-                // With an end and not a reset, which may overtake the text at the client's.
+                // Finished instead of reset, since a reset may reach the client before the text.
                 drop(error.finish(text.into()).await);
             }
         }
-        // What is still open has not come to its end.
+        // The data stream is still open only if the connection ended early.
         if let Some(data) = data {
             data.reset().await;
         }
@@ -83,23 +88,23 @@ impl Connection {
 }
 
 async fn relay(
-    goal: &Goal,
+    target: &ForwardTarget,
     port: u16,
     reader: StreamReader,
     data: &mut Option<StreamWriter>,
 ) -> Result<(), Broken> {
     let busy = |busy: Busy| Broken::Pod(busy.to_string());
-    let _call = goal.calls.take().map_err(busy)?;
+    let _call = target.calls.take().map_err(busy)?;
     let (queue, input) = mpsc::channel(INPUT_QUEUE);
     let start = Input::Start(pb::PortForwardStart {
-        uid: goal.uid.to_string(),
+        uid: target.uid.to_string(),
         port: port.into(),
     });
     if queue.send(message(start)).await.is_err() {
         return Ok(());
     }
     let up = feed(reader, queue);
-    let down = drain(&*goal.backend, input, data);
+    let down = drain(&*target.backend, input, data);
     tokio::select! {
         biased;
         ended = down => ended,
@@ -107,14 +112,14 @@ async fn relay(
     }
 }
 
-/// From the pod to the client. The call's end is the connection's; so is the end of the pod's bytes where the client cannot
-/// be told of it in any other way, and could not end its own.
+/// Relays from the pod to the client until the call ends. If the client's stream cannot be half-closed, the end of the
+/// pod's bytes ends the connection too, since the client could not be told of it in another way.
 async fn drain(
     backend: &dyn Backend,
     input: mpsc::Receiver<pb::PortForwardInput>,
     data: &mut Option<StreamWriter>,
 ) -> Result<(), Broken> {
-    let failed = |status: tonic::Status| Broken::Pod(shown(&status));
+    let failed = |status: tonic::Status| Broken::Pod(client_message(&status));
     let half_closes = matches!(data, Some(StreamWriter::Spdy(_)));
     let mut output = backend.port_forward(input).await.map_err(failed)?;
     while let Some(next) = output.next().await {
@@ -143,14 +148,14 @@ async fn finish(data: &mut Option<StreamWriter>) -> Result<(), Broken> {
     }
 }
 
-/// From the client to the pod, then its end. Stays pending after an end in order: the pod may go on.
+/// Relays from the client to the pod, then its end. Stays pending after a clean end, since the pod may go on.
 async fn feed(
     mut reader: StreamReader,
     queue: mpsc::Sender<pb::PortForwardInput>,
 ) -> Result<(), Broken> {
     let end = loop {
         match reader.next().await {
-            // A call that takes no more has ended, which the other direction says.
+            // If the call takes no more it has ended, which the other direction reports.
             Ok(bytes) => drop(queue.send(message(Input::Data(bytes))).await),
             Err(end) => break end,
         }

@@ -1,22 +1,22 @@
-//! Pairs without HTTP and TLS, for tests whose time stands still.
+//! Pairs without HTTP and TLS, for tests with paused time.
 
 use std::sync::Arc;
 
+use knoc_remotecommand::spdy;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
-use knoc_remotecommand::spdy;
-
-use super::pairs;
-use super::relay::Goal;
-use crate::server::limits::Limit;
-use crate::server::stop::Stop;
-use crate::server::tests::harness::{FakeBackend, Port};
-use crate::server::upgrade::together;
+use super::{pairs, relay::ForwardTarget};
+use crate::server::{
+    limits::Limit,
+    stop::Stop,
+    tests::harness::{FakeBackend, Port},
+    upgrade::run_session,
+};
 
 /// Serves one connection until its end.
 pub(in crate::server) async fn serve<Io: AsyncRead + AsyncWrite>(io: Io, port: Port) {
-    let goal = Goal {
+    let target = ForwardTarget {
         backend: Arc::new(FakeBackend {
             ports: Some(port),
             ..FakeBackend::default()
@@ -27,6 +27,6 @@ pub(in crate::server) async fn serve<Io: AsyncRead + AsyncWrite>(io: Io, port: P
     };
     let (session, incoming) = spdy::session(io);
     let stop = Stop::new(CancellationToken::new(), session.activity());
-    let relay = pairs::serve(incoming, &goal, &stop);
-    together(session.run(), relay, &stop, "ns/pod").await;
+    let relay = pairs::serve(incoming, &target, &stop);
+    run_session(session.run(), relay, &stop, "ns/pod").await;
 }

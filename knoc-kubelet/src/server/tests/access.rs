@@ -1,4 +1,4 @@
-//! Who gets in, and what is said to those who do not.
+//! Which requests get in, and how the others are answered.
 
 use super::harness::*;
 use crate::server::User;

@@ -1,16 +1,16 @@
-//! Commands of fake containers, and servers whose containers run them.
+//! Commands of fake containers, and servers with containers that run them.
 
 use std::sync::Arc;
 
 use futures::{StreamExt as _, stream};
 use k8s_openapi::api::core::v1::EphemeralContainer;
-use knoc_proto::pb;
-use knoc_proto::pb::{exec_input::Input, exec_output::Output};
+use knoc_proto::pb::{self, exec_input::Input, exec_output::Output};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::harness::*;
 use crate::server::PodView;
+
+use super::harness::*;
 
 /// `ns/pod` runs `c`, `ns/terminal` runs `c` with input and a terminal, `ns/queued` does not run.
 pub(super) async fn with_command(command: Command) -> Fixture {
@@ -34,7 +34,7 @@ pub(super) async fn with_command(command: Command) -> Fixture {
     Fixture::new(backend, FakeCluster::default()).await
 }
 
-/// Ends at once, without a word.
+/// A command that ends at once without output.
 pub(super) fn nothing() -> Command {
     Box::new(|_| stream::empty().boxed())
 }
@@ -55,14 +55,14 @@ pub(super) fn exit(code: i32) -> Output {
     })
 }
 
-/// How a command was begun.
+/// How a command was started.
 #[derive(Debug)]
 pub(super) enum Begun {
     Exec(pb::ExecStart),
     Attach(pb::AttachStart),
 }
 
-/// A command that sends its input back, and ends with its input: an exec with 0, an attached program with 7.
+/// A command that echoes its input and ends with it: an exec with 0, an attached program with 7.
 pub(super) fn echo(seen: oneshot::Sender<Begun>) -> Command {
     Box::new(move |mut input| {
         let (sender, receiver) = mpsc::channel(1);
@@ -101,11 +101,11 @@ pub(super) fn echo(seen: oneshot::Sender<Begun>) -> Command {
     })
 }
 
-/// A command that neither speaks nor takes input; the other end is told when it is let go.
+/// A command that neither writes nor reads; the returned receiver learns when it is dropped.
 pub(super) fn deaf() -> (Command, oneshot::Receiver<()>) {
     let (gone, ended) = oneshot::channel::<()>();
     let command: Command = Box::new(move |input| {
-        // Dropped with the call.
+        // Dropped together with the call.
         let held = (gone, input);
         stream::pending()
             .inspect(move |_: &Result<pb::ExecOutput, tonic::Status>| {

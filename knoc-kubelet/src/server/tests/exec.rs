@@ -1,29 +1,32 @@
-//! Exec by a SPDY client over TLS: refusals before the upgrade, bytes both ways, codes, and ends of all kinds.
+//! Exec by a SPDY client over TLS: errors before the upgrade, bytes both ways, exit codes, and all kinds of ends.
 
-use std::collections::BTreeMap;
-use std::sync::Mutex;
-use std::time::Duration;
+use std::{collections::BTreeMap, sync::Mutex, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use knoc_proto::pb;
-use knoc_proto::pb::exec_output::Output;
-use tokio::io::DuplexStream;
-use tokio::sync::oneshot;
+use knoc_proto::pb::{self, exec_output::Output};
+use knoc_remotecommand::{
+    protocol::{Version, Wanted},
+    query::Query,
+    spdy::{
+        self,
+        peer::{Frame, Peer},
+    },
+};
+use tokio::{io::DuplexStream, sync::oneshot};
 use tokio_util::sync::CancellationToken;
+
+use crate::server::{
+    remote::{self, RemoteError, Start, Streams},
+    stop::Stop,
+    upgrade::run_session,
+};
 
 use super::commands::*;
 use super::harness::*;
-use crate::server::remote::{self, RemoteError, Start, Streams};
-use crate::server::stop::Stop;
-use crate::server::upgrade::together;
-use knoc_remotecommand::protocol::{Version, Wanted};
-use knoc_remotecommand::query::Query;
-use knoc_remotecommand::spdy;
-use knoc_remotecommand::spdy::peer::{Frame, Peer};
 
 pub(super) const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),
@@ -46,7 +49,7 @@ async fn streams_of(fixture: &Fixture, path: &str, streams: &[&str]) -> Exec {
     spoken(fixture, path, UPGRADE[2].1, streams).await
 }
 
-/// By a client that speaks this version and no other.
+/// Does the same as a client that offers only this version.
 async fn spoken(fixture: &Fixture, path: &str, version: &str, streams: &[&str]) -> Exec {
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let headers = [UPGRADE[0], UPGRADE[1], (UPGRADE[2].0, version)];
@@ -67,7 +70,7 @@ async fn spoken(fixture: &Fixture, path: &str, version: &str, streams: &[&str]) 
 }
 
 impl Exec {
-    /// All that comes until every stream of ours has ended, by id; and the order in which they ended.
+    /// Reads until every stream has ended; returns the bytes by id, and the ids in the order of their ends.
     async fn output(&mut self, open: usize) -> (BTreeMap<u32, BytesMut>, Vec<u32>) {
         let (mut bytes, mut ended) = (BTreeMap::<u32, BytesMut>::new(), Vec::new());
         while ended.len() < open {
@@ -200,25 +203,25 @@ async fn a_client_that_leaves_ends_the_command() {
     let exec = exec(&fixture, "command=x&output=1", &["error", "stdout"]).await;
     drop(exec);
     let told = tokio::time::timeout(PATIENCE, ended).await;
-    assert!(told.expect("the command goes on").is_err());
+    assert!(told.expect("the command has ended").is_err());
 }
 
 #[tokio::test]
-async fn so_does_one_that_leaves_while_its_input_waits() {
+async fn a_client_that_leaves_while_its_input_waits_ends_the_command() {
     let (command, ended) = deaf();
     let fixture = with_command(command).await;
     let mut exec = exec(&fixture, "command=x&input=1", &["error", "stdin"]).await;
-    // More pieces than all queues hold: its socket is not read any more, nor is its end.
+    // More pieces than all queues hold: the socket is not read any more, and neither is its end.
     for _ in 0..500 {
         exec.peer.data(3, b"input", false).await;
     }
     drop(exec);
     let told = tokio::time::timeout(PATIENCE, ended).await;
-    assert!(told.expect("the command goes on").is_err());
+    assert!(told.expect("the command has ended").is_err());
 }
 
 #[tokio::test]
-async fn shutdown_tells_an_exec_that_goes_on() {
+async fn shutdown_is_reported_to_a_running_exec() {
     let command: Command = Box::new(|_| stream::pending().boxed());
     let mut fixture = with_command(command).await;
     let mut exec = exec(&fixture, "command=x&output=1", &["error", "stdout"]).await;
@@ -231,7 +234,7 @@ async fn shutdown_tells_an_exec_that_goes_on() {
     assert!(joined.unwrap().unwrap().is_ok(), "the server has ended");
 }
 
-/// The reason that a status of an exec gives for its failure.
+/// The reason of the failure in an exec's status.
 fn failure(status: &[u8]) -> String {
     let status: serde_json::Value = serde_json::from_slice(status).unwrap();
     assert_eq!(status["status"], "Failure");
@@ -240,8 +243,8 @@ fn failure(status: &[u8]) -> String {
     message.strip_prefix(about).unwrap().to_owned()
 }
 
-/// An exec of a silent command, not over TLS: time stands still, and only the session's own clock moves it. Ends with
-/// the session.
+/// An exec of a silent command without TLS and with paused time, which only the session's own timers advance. Returns
+/// at the end of the session.
 async fn still<C: Future>(client: impl FnOnce(Peer<DuplexStream>) -> C) -> C::Output {
     let backend = FakeBackend {
         command: Mutex::new(Some(Box::new(|_| stream::pending().boxed()))),
@@ -259,13 +262,13 @@ async fn still<C: Future>(client: impl FnOnce(Peer<DuplexStream>) -> C) -> C::Ou
     };
     let mut peer = Peer::new(far);
     peer.patience = Duration::from_hours(5);
-    let session = together(session.run(), relay, &stop, "ns/pod/c");
+    let session = run_session(session.run(), relay, &stop, "ns/pod/c");
     let ((), said) = tokio::join!(session, client(peer));
     said
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_exec_on_which_nothing_moves_is_told() {
+async fn an_idle_exec_is_ended_with_a_reason() {
     let told = still(async |mut peer| {
         for (id, kind) in [(1, "error"), (3, "stdout")] {
             peer.open(id, &[("streamtype", kind)]).await;
@@ -299,8 +302,8 @@ async fn streams_are_waited_for_and_the_same_one_twice_is_none() {
     assert!((30..33).contains(&took.as_secs()), "{took:?}");
 }
 
-/// Path, upgrade headers, status, and what the text holds.
-type Refused = (
+/// Path, upgrade headers, status, and a part of the text.
+type RejectedCase = (
     &'static str,
     &'static [(&'static str, &'static str)],
     u16,
@@ -309,7 +312,7 @@ type Refused = (
 
 const FOREIGN: [(&str, &str); 3] = [UPGRADE[0], UPGRADE[1], ("x-stream-protocol-version", "v9")];
 
-const REFUSED: [Refused; 8] = [
+const REJECTED: [RejectedCase; 8] = [
     (
         "ns/pod/c?command=x",
         &UPGRADE,
@@ -356,10 +359,10 @@ const REFUSED: [Refused; 8] = [
 ];
 
 #[tokio::test]
-async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
+async fn rejects_before_the_upgrade_with_the_texts_of_a_kubelet() {
     let fixture = with_command(nothing()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
-    for (path, headers, status, text) in REFUSED {
+    for (path, headers, status, text) in REJECTED {
         let path = format!("/exec/{path}");
         let response = client.send_with("POST", &path, headers).await;
         assert_eq!(response.status().as_u16(), status, "{path}");
@@ -395,7 +398,7 @@ async fn an_attach_takes_the_terminal_of_the_container_and_ends_with_success() {
     attach.peer.data(3, b"hi", true).await;
     let (bytes, _) = attach.output(2).await;
     assert_eq!(bytes[&5], "hi");
-    // The container's own code, 7 here, is told by the pod's status.
+    // The pod's status has the container's own exit code, which is 7 here.
     assert_eq!(bytes[&1], r#"{"metadata":{},"status":"Success"}"#);
 }
 
@@ -414,13 +417,13 @@ async fn an_attach_without_the_containers_input_lets_the_clients_go() {
     };
     assert!(!start.stdin && start.stderr && !start.tty);
     attach.peer.data(3, &vec![0; 4 << 20], true).await;
-    // Still answered: what nobody wants has not stopped the reading.
+    // Still answered: discarded input does not stop the reading.
     attach.peer.ping(9).await;
     assert_eq!(attach.peer.next().await, Some(Frame::Ping { id: 9 }));
 }
 
 #[tokio::test]
-async fn an_attach_says_why_not_in_the_words_of_a_kubelet() {
+async fn an_attach_is_rejected_with_the_texts_of_a_kubelet() {
     let fixture = with_command(nothing()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let cases = [

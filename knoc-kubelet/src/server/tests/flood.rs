@@ -1,23 +1,30 @@
-//! One address keeps connections open that come to nothing; the API server and a scraper are served.
+//! One address keeps useless connections open, and the API server and a scraper are still served.
 
-use std::net::Ipv4Addr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::{
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::pki_types::ServerName;
-use tokio::io::AsyncReadExt as _;
-use tokio::net::{TcpSocket, TcpStream};
-use tokio::task::JoinSet;
+use tokio::{
+    io::AsyncReadExt as _,
+    net::{TcpSocket, TcpStream},
+    task::JoinSet,
+};
 
-use super::harness::*;
 use crate::server::User;
 
+use super::harness::*;
+
 const ATTACKER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
-/// One flood at a time: they would measure each other.
+/// Allows one flood at a time, since they would disturb each other's measurements.
 static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-/// What a connection that was closed waits before it is opened again.
+/// The pause before a closed connection is opened again.
 const AGAIN: Duration = Duration::from_secs(1);
 
 async fn from(address: Ipv4Addr, fixture: &Fixture) -> std::io::Result<TcpStream> {
@@ -35,7 +42,7 @@ trait Stream: tokio::io::AsyncRead + Send + Unpin {}
 
 impl<S: tokio::io::AsyncRead + Send + Unpin> Stream for S {}
 
-/// With its handshake, if there is to be one and the server does not close it meanwhile.
+/// Opens a connection, with a handshake if wanted and if the server does not close it before.
 async fn begin(
     stream: TcpStream,
     connector: Option<&tokio_rustls::TlsConnector>,
@@ -48,7 +55,7 @@ async fn begin(
     Some(Box::new(stream))
 }
 
-/// Keeps `count` connections open until dropped, silent ones or ones that finish their handshake and ask nothing.
+/// Keeps `count` connections open until dropped: silent ones, or ones that finish their handshake and send no request.
 async fn flood(fixture: &Fixture, count: usize, handshake: bool) -> JoinSet<()> {
     let maximum = getrlimit(Resource::Nofile).maximum;
     let raised = Rlimit {
@@ -73,11 +80,11 @@ async fn flood(fixture: &Fixture, count: usize, handshake: bool) -> JoinSet<()> 
                     tried.fetch_add(1, Ordering::Relaxed);
                 }
                 if let Some(stream) = &mut stream {
-                    // Until the server has had enough of it.
+                    // Until the server closes it.
                     stream.read_u8().await.ok();
                 }
                 drop(stream);
-                // A handshake costs both sides computing time, of which a test machine has little.
+                // A handshake takes CPU time on both sides, which is scarce on a test machine.
                 tokio::time::sleep(if handshake { 5 * AGAIN } else { AGAIN }).await;
             }
         });
@@ -108,7 +115,7 @@ async fn both_are_served(fixture: &Fixture) {
     let master = fixture.master();
     for (address, goal) in [(Ipv4Addr::LOCALHOST, 1), (ATTACKER, 3)] {
         for (identity, token) in [(Some(&master), None), (None, Some("t"))] {
-            // At the best of several times: tests run side by side.
+            // The best of several attempts, since tests run in parallel.
             let mut best = PATIENCE;
             for _ in 0..3 {
                 let began = Instant::now();
@@ -126,7 +133,7 @@ async fn both_are_served(fixture: &Fixture) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn five_thousand_silent_connections_keep_nobody_out() {
+async fn five_thousand_silent_connections_lock_nobody_out() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let fixture = fixture().await;
     let _flood = flood(&fixture, 5000, false).await;
@@ -134,10 +141,10 @@ async fn five_thousand_silent_connections_keep_nobody_out() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_that_never_show_an_identity_keep_nobody_out() {
+async fn clients_that_never_show_an_identity_lock_nobody_out() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let fixture = fixture().await;
-    // They were there before, and stay: who is known is closed for nobody.
+    // These were connected before and stay connected: identified clients are never closed for others.
     let master = fixture.master();
     let mut api_server = fixture.connect(Some(&master)).await;
     let mut scraper = fixture.connect(None).await;
@@ -150,7 +157,7 @@ async fn clients_that_never_show_an_identity_keep_nobody_out() {
 }
 
 #[tokio::test]
-async fn a_flood_of_unknown_tokens_costs_few_reviews_and_holds_up_no_known_one() {
+async fn a_flood_of_unknown_tokens_costs_few_reviews_and_delays_no_known_one() {
     let fixture = fixture().await;
     let mut scraper = fixture.connect(None).await;
     assert_eq!(scraper.get_as("/healthz", Some("t")).await.0, 200);

@@ -1,38 +1,41 @@
-//! A CA of its own, a server on a free port, and a client that speaks HTTP/1.1 over TLS.
+//! A CA, a server on a free port, and a client that speaks HTTP/1.1 over TLS.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::path::Path;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use futures::FutureExt as _;
-use futures::future::BoxFuture;
+use futures::{FutureExt as _, future::BoxFuture};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use k8s_openapi::api::authorization::v1::SubjectAccessReviewSpec;
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use k8s_openapi::api::{
+    authorization::v1::SubjectAccessReviewSpec,
+    core::v1::{Container, Pod, PodSpec},
+};
 use knoc_proto::pb;
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer};
-use rcgen::{KeyPair, date_time_ymd};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use tokio::net::TcpStream;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    date_time_ymd,
+};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _};
+use tokio::{net::TcpStream, sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::records::{Lengths, Records};
-use crate::certs::Pairs;
-use crate::metrics::{Gauges, Metrics};
-use crate::server::limits::Limit;
-use crate::server::{
-    Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView, PortForwardStream,
-    Server, Serving, Settings, User,
+use crate::{
+    certs::Pairs,
+    metrics::{Gauges, Metrics},
+    server::{
+        Backend, ByteStream, ClientCa, Cluster, ClusterError, ExecStream, PodView,
+        PortForwardStream, Server, Serving, Settings, User, limits::Limit,
+    },
+    stats::Snapshot,
 };
-use crate::stats::Snapshot;
 
 /// Long enough for a loaded machine, short enough to end a hang.
 pub(in crate::server) const PATIENCE: Duration = Duration::from_secs(20);
@@ -79,7 +82,7 @@ impl TestCa {
         self.issue(params, name, groups)
     }
 
-    /// A certificate that is for servers.
+    /// A certificate for servers.
     pub(in crate::server) fn no_client(&self, name: &str, groups: &[&str]) -> Pair {
         let mut params = CertificateParams::default();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
@@ -106,7 +109,7 @@ pub(in crate::server) struct FakeBackend {
     pub(in crate::server) asked: Mutex<Vec<pb::ReadLogsRequest>>,
     pub(in crate::server) log: Mutex<Option<Result<ByteStream, tonic::Status>>>,
     pub(in crate::server) stuck: bool,
-    /// Of an exec or an attach.
+    /// Runs the command of an exec or an attach.
     pub(in crate::server) command: Mutex<Option<Command>>,
     /// Answers every connection to a port.
     pub(in crate::server) ports: Option<Port>,
@@ -114,14 +117,14 @@ pub(in crate::server) struct FakeBackend {
     pub(in crate::server) metrics: Metrics,
 }
 
-/// What listens on the ports of a fake pod.
+/// Listens on the ports of a fake pod.
 pub(in crate::server) type Port = Box<
     dyn Fn(mpsc::Receiver<pb::PortForwardInput>) -> Result<PortForwardStream, tonic::Status>
         + Send
         + Sync,
 >;
 
-/// What a fake command says to what it is given.
+/// The output of a fake command for its input.
 pub(in crate::server) type Command =
     Box<dyn FnOnce(mpsc::Receiver<pb::ExecInput>) -> ExecStream + Send>;
 
@@ -200,13 +203,13 @@ impl Backend for FakeBackend {
     }
 }
 
-/// Knows tokens, and lets users do what stands in `allowed` as `user verb subresource`.
+/// Knows tokens, and allows users what `allowed` lists as `user verb subresource`.
 #[derive(Default)]
 pub(in crate::server) struct FakeCluster {
     pub(in crate::server) tokens: HashMap<String, User>,
     pub(in crate::server) allowed: Vec<&'static str>,
     pub(in crate::server) broken: bool,
-    /// The ConfigMap's CA; none: it is not to be had.
+    /// The ConfigMap's CA; None makes the ConfigMap unreadable.
     pub(in crate::server) ca: Mutex<Option<String>>,
     pub(in crate::server) reviews: Mutex<Vec<String>>,
 }
@@ -313,7 +316,7 @@ fn settings(serving: Serving, client_ca: ClientCa) -> Settings {
     }
 }
 
-/// Trusts `ca`, and shows a client certificate or none.
+/// The TLS configuration of a client that trusts `ca`, with or without a client certificate.
 pub(in crate::server) fn client_config(ca: &str, identity: Option<&Pair>) -> rustls::ClientConfig {
     let mut roots = rustls::RootCertStore::empty();
     roots
@@ -351,7 +354,7 @@ impl Fixture {
         Self::start(ca, folder, settings, backend, cluster).await
     }
 
-    /// With a certificate that the kubelet has made, and the cluster's CA of clients.
+    /// With a certificate of the kubelet's own, and the cluster's client CA.
     pub(super) async fn with_own(ca: TestCa, pairs: Pairs, cluster: FakeCluster) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let settings = settings(Serving::Own(pairs), ClientCa::Cluster);
@@ -395,7 +398,7 @@ impl Fixture {
         }
     }
 
-    /// The sessions that were counted, as `{verb="…",protocol="…"} N` each.
+    /// The counted sessions, each as `{verb="…",protocol="…"} N`.
     pub(in crate::server) fn sessions(&self) -> Vec<String> {
         let text = self.backend.metrics.render(&Gauges::default());
         text.lines()
@@ -408,7 +411,7 @@ impl Fixture {
         self.ca.client("kube-apiserver", &["system:masters"])
     }
 
-    /// A connection that notes in `lengths` which TLS records it reads.
+    /// A connection that records in `lengths` which TLS records it reads.
     pub(in crate::server) async fn connect_noting(
         &self,
         identity: &Pair,
@@ -423,7 +426,7 @@ impl Fixture {
             .unwrap()
     }
 
-    /// Connects, trusting `ca`, with a client certificate or none.
+    /// Connects, trusting `ca`, with or without a client certificate.
     pub(in crate::server) async fn connect_trusting(
         &self,
         ca: &str,
@@ -433,7 +436,7 @@ impl Fixture {
         Self::connect_over(stream, ca, identity).await
     }
 
-    /// The same over a connection that is there.
+    /// The same over an existing connection.
     pub(in crate::server) async fn connect_over(
         stream: TcpStream,
         ca: &str,
@@ -463,7 +466,7 @@ impl Fixture {
     }
 }
 
-/// One connection.
+/// One connection of a client.
 pub(in crate::server) struct Client {
     sender: hyper::client::conn::http1::SendRequest<Empty<Bytes>>,
     pub(in crate::server) served_by: Vec<u8>,
@@ -505,7 +508,7 @@ impl Client {
             .unwrap()
     }
 
-    /// Status and whole text of a request by any method.
+    /// Sends a request with any method; returns status and whole text.
     pub(in crate::server) async fn ask(&mut self, method: &str, path: &str) -> (u16, String) {
         let response = self.send(method, path, None).await;
         let status = response.status().as_u16();
@@ -518,7 +521,7 @@ impl Client {
         drop(response.into_body().collect().await.unwrap());
     }
 
-    /// Status and whole text.
+    /// Sends a GET; returns status and whole text.
     pub(in crate::server) async fn get(&mut self, path: &str) -> (u16, String) {
         self.get_as(path, None).await
     }

@@ -1,4 +1,5 @@
-//! The renewed client of a node, against a server that says who it takes it for; and a server with a certificate of its own.
+//! The client of a node with renewed certificates, against a server that answers which user it sees; and a server with
+//! a certificate of its own.
 
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ fn certified(pair: &Pair) -> Arc<CertifiedKey> {
     })
 }
 
-/// What the server says to this client.
+/// The server's answer to this client.
 async fn said(client: &kube::Client) -> String {
     let request = http::Request::get("/pods").body(Vec::new()).unwrap();
     match client.request_text(request).await {
@@ -41,7 +42,7 @@ async fn a_new_client_certificate_counts_from_the_next_request_on() {
         let text = said(&client).await;
         assert!(text.contains(&format!("user={name}")), "{text}");
     }
-    // What cannot be used changes nothing.
+    // A certificate that cannot be used changes nothing.
     let bad = Pair {
         certificate: "none".to_owned(),
         key: "none".to_owned(),
@@ -70,7 +71,7 @@ async fn a_certificate_of_its_own_is_swapped_as_soon_as_there_is_a_newer_one() {
         }
     };
     let waited = tokio::time::timeout(PATIENCE, wait).await;
-    assert!(waited.is_ok(), "still the old certificate");
+    assert!(waited.is_ok(), "the server still has the old certificate");
     assert_eq!(open.get("/healthz").await.0, 200, "open connections stay");
 }
 
@@ -95,11 +96,11 @@ async fn the_ca_of_the_cluster_counts_from_when_it_is_known_and_changes() {
             }
         };
         let waited = tokio::time::timeout(PATIENCE, wait).await;
-        assert!(waited.is_ok(), "the CA is not taken");
+        assert!(waited.is_ok(), "the CA is not used");
         let mut other = fixture.connect(Some(refused)).await;
         assert_eq!(other.get("/healthz").await.0, 401);
     }
-    // While the cluster does not answer, the last one stays.
+    // While the cluster does not answer, the last CA stays.
     *fixture.cluster.ca.lock().unwrap() = None;
     let mut client = fixture.connect(Some(&new)).await;
     assert_eq!(client.get("/healthz").await.0, 200);

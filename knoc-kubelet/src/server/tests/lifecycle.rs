@@ -1,7 +1,6 @@
 //! Certificates that are replaced, mistakes at start, and the end of the server.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -9,10 +8,11 @@ use http_body_util::BodyExt as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::harness::*;
 use crate::server::{ClientCa, Server, ServerError, Serving, Settings};
 
-/// Asks until the answer has the wanted status; a level, not an edge.
+use super::harness::*;
+
+/// Repeats a request until the answer has this status.
 async fn until_status(fixture: &Fixture, identity: &Pair, status: u16) {
     let mut last = 0;
     let wait = async {
@@ -55,7 +55,7 @@ async fn the_serving_certificate_is_replaced_without_a_restart() {
     let identity = fixture.master();
     let before = fixture.connect(Some(&identity)).await.served_by;
     let renewed = fixture.ca.server();
-    // Certificate and key are two files: between them they do not fit, and the old pair stays.
+    // Certificate and key are two files: until both are replaced they do not match, and the old pair stays.
     put(&fixture.folder.path().join("tls.crt"), &renewed.certificate);
     put(&fixture.folder.path().join("tls.key"), &renewed.key);
     let wait = async {
@@ -64,7 +64,7 @@ async fn the_serving_certificate_is_replaced_without_a_restart() {
         }
     };
     let waited = tokio::time::timeout(PATIENCE, wait).await;
-    assert!(waited.is_ok(), "still the old certificate");
+    assert!(waited.is_ok(), "the server still has the old certificate");
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
-//! What is bounded over all connections: refused by name when there is no place, and taken again when there is one.
+//! The limits over all connections: further requests are rejected with the reason, and accepted again when a slot is
+//! free.
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
@@ -60,7 +61,7 @@ async fn calls_to_the_agent_are_bounded_and_a_follower_that_leaves_gives_its_pla
     assert_eq!(reset, [3]);
     drop((response, follower));
     let told = tokio::time::timeout(PATIENCE, left).await;
-    assert!(told.expect("the agent's stream goes on").is_err());
+    assert!(told.expect("the agent's stream has ended").is_err());
     portforward::pair(&mut peer, 5, "80").await;
     peer.data(7, b"", true).await;
     let (bytes, _) = portforward::until(&mut peer, &[5, 7]).await;
@@ -88,7 +89,7 @@ async fn sessions_are_bounded_before_the_upgrade() {
         }
     };
     let freed = tokio::time::timeout(PATIENCE, freed).await;
-    assert!(freed.is_ok(), "an ended session keeps its place");
+    assert!(freed.is_ok(), "an ended session frees its slot");
 }
 
 #[tokio::test]

@@ -1,18 +1,23 @@
-//! Logs: what is asked of the agent, what of its answer reaches the client, and when.
+//! Logs: what the agent is asked, and which parts of its answer reach the client, and when.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use http_body_util::BodyExt as _;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::sync::mpsc;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    sync::mpsc,
+};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::harness::*;
 use super::records::Lengths;
 use crate::server::{ByteStream, PodView};
+
+use super::harness::*;
 
 async fn with_log(log: ByteStream) -> Fixture {
     let waiting = PodView {
@@ -54,7 +59,7 @@ async fn relays_every_byte() {
     assert_eq!((asked[0].tail_lines, asked[0].timestamps), (5, true));
 }
 
-/// The API server loses what comes in one read together with the end (see `separate_end`).
+/// The API server discards bytes that it reads together with the end (see `separate_end`).
 #[tokio::test]
 async fn the_end_of_a_log_is_a_record_of_its_own() {
     for chunks in [0, 1, 3, 200] {
@@ -72,7 +77,7 @@ async fn the_end_of_a_log_is_a_record_of_its_own() {
         let read = tokio::time::timeout(PATIENCE, connection.read_to_end(&mut answer));
         read.await.unwrap().unwrap();
         assert!(answer.ends_with(b"\r\n0\r\n\r\n"), "{chunks} chunks");
-        // TLS 1.3 adds a type and a tag. After the terminating chunk comes the alert that closes, of two bytes.
+        // TLS 1.3 adds a type and a tag. The terminating chunk is followed by the close alert, of two bytes.
         let (chunk, alert) = (b"0\r\n\r\n".len() + 17, 2 + 17);
         let lengths = lengths.lock().unwrap();
         assert!(
@@ -116,7 +121,7 @@ async fn a_log_that_breaks_off_is_not_taken_for_a_whole_one() {
 }
 
 #[tokio::test]
-async fn a_reader_that_stops_holds_up_its_own_stream() {
+async fn a_reader_that_stops_delays_only_its_own_stream() {
     let pulled = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&pulled);
     let endless = stream::repeat_with(move || {
@@ -127,8 +132,8 @@ async fn a_reader_that_stops_holds_up_its_own_stream() {
     let identity = fixture.master();
     let mut client = fixture.connect(Some(&identity)).await;
     let response = client.send("GET", "/containerLogs/ns/pod/c", None).await;
-    // Nobody reads the body. Others are served meanwhile, and what was pulled from the source stays bounded by the
-    // socket's buffers.
+    // Nobody reads the body. Others are still served, and what was read from the source is bounded by the socket's
+    // buffers.
     let mut other = fixture.connect(Some(&identity)).await;
     for _ in 0..200 {
         assert_eq!(other.get("/healthz").await.0, 200);
@@ -142,7 +147,7 @@ async fn a_reader_that_stops_holds_up_its_own_stream() {
 }
 
 #[tokio::test]
-async fn refuses_in_the_words_of_a_kubelet() {
+async fn rejects_with_the_texts_of_a_kubelet() {
     let fixture = with_log(stream::empty().boxed()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let undecodable = r#"{"message": "Unable to decode query."}"#;

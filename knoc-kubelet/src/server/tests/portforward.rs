@@ -1,26 +1,27 @@
-//! Port-forward over all its carriers: pairs in any order, half-closes, what fails, and what never gets its partner.
+//! Port-forward over all its carriers: pairs in any order, half-closes, errors, and halves without a partner.
 
 mod channels;
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures::{FutureExt as _, StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use knoc_proto::pb;
-use knoc_proto::pb::{port_forward_input::Input, port_forward_output::Output};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::mpsc;
+use knoc_proto::pb::{self, port_forward_input::Input, port_forward_output::Output};
+use knoc_remotecommand::spdy::peer::{Frame, Peer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::mpsc,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::harness::*;
 use super::websocket::{self, Socket};
 use crate::server::PortForwardStream;
-use knoc_remotecommand::spdy::peer::{Frame, Peer};
+
+use super::harness::*;
 
 pub(super) const UPGRADE: [(&str, &str); 3] = [
     ("connection", "Upgrade"),
@@ -34,7 +35,8 @@ fn answer(output: Output) -> Result<pb::PortForwardOutput, tonic::Status> {
     Ok(pb::PortForwardOutput { output })
 }
 
-/// Listens on every port but 81, greets with the port, and sends back what it hears; after the client's end it says "bye".
+/// Listens on every port but 81, greets with the port, and echoes what it receives; after the client's end it sends
+/// "bye".
 pub(super) fn echo(
     mut input: mpsc::Receiver<pb::PortForwardInput>,
 ) -> Result<PortForwardStream, tonic::Status> {
@@ -118,7 +120,7 @@ pub(super) async fn pair<Io: AsyncRead + AsyncWrite + Unpin>(
     peer.open(id + 2, &headers("data")).await;
 }
 
-/// All that comes by stream until these have ended, with FIN or reset.
+/// Reads until these streams have ended, with FIN or reset; returns the bytes by stream.
 pub(super) async fn until<Io: AsyncRead + AsyncWrite + Unpin>(
     peer: &mut Peer<Io>,
     ends: &[u32],
@@ -158,7 +160,7 @@ async fn a_pair_carries_a_connection_with_its_half_closes() {
         bytes[&1].is_empty() && reset.is_empty(),
         "{bytes:?} {reset:?}"
     );
-    // The connection stays open with no stream, for the next.
+    // The connection stays open without a stream, for the next pair.
     pair(&mut peer, 5, "8080").await;
     peer.data(7, b"again", true).await;
     let (bytes, _) = until(&mut peer, &[5, 7]).await;
@@ -198,7 +200,7 @@ async fn pairs_find_each_other_in_any_order_and_without_an_id() {
 }
 
 #[tokio::test]
-async fn a_port_that_refuses_is_told_on_its_error_stream_and_harms_no_other() {
+async fn a_refused_connection_is_reported_on_its_error_stream_only() {
     let fixture = with_ports(Box::new(echo)).await;
     let (mut peer, _client) = spdy(&fixture).await;
     pair(&mut peer, 1, "80").await;
@@ -259,11 +261,11 @@ async fn a_reset_or_a_lost_client_ends_the_connection_to_the_port() {
     // The fixture itself holds the last sender.
     drop(fixture);
     let gone = tokio::time::timeout(PATIENCE, live.recv()).await;
-    assert_eq!(gone.expect("a connection goes on"), None);
+    assert_eq!(gone.expect("all connections have ended"), None);
 }
 
 #[tokio::test]
-async fn streams_with_wrong_headers_are_refused_alone() {
+async fn only_streams_with_wrong_headers_are_rejected() {
     let fixture = with_ports(Box::new(echo)).await;
     let (mut peer, _client) = spdy(&fixture).await;
     let wrong: [&[(&str, &str)]; 4] = [
@@ -310,7 +312,7 @@ async fn spdy_runs_through_a_websocket() {
     let offered = format!("{protocol}, v4.channel.k8s.io");
     let Socket { socket, .. } =
         &mut websocket::open(&fixture, "/portForward/ns/pod", &offered, Some(protocol)).await;
-    // Our side of the pipe speaks SPDY, its other end is carried in messages with borders in odd places.
+    // Our side of the pipe speaks SPDY, its other end is carried in messages that are cut in odd places.
     let (near, far) = tokio::io::duplex(1 << 20);
     let carry = carry(socket, far);
     let client = async {
@@ -328,7 +330,7 @@ async fn spdy_runs_through_a_websocket() {
     let both = async { tokio::join!(carry, client) };
     tokio::time::timeout(PATIENCE, both)
         .await
-        .expect("the tunnel is stuck");
+        .expect("the tunnel moves");
     let counted = format!("{{verb=\"portforward\",protocol=\"websocket/{protocol}\"}} 1");
     assert_eq!(fixture.sessions(), [counted]);
 }
@@ -352,7 +354,7 @@ async fn carry(
                 }
             }
         }
-        // Still answered when nothing else is on its way.
+        // Still answered when nothing else is sent.
         drop(sink.send(Message::Ping(Bytes::new())).await);
     };
     let down = async {
@@ -386,7 +388,7 @@ async fn a_tunnel_whose_client_closes_first_is_closed_in_order() {
 type Headers<'a> = &'a [(&'a str, &'a str)];
 
 #[tokio::test]
-async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
+async fn rejects_before_the_upgrade_with_the_texts_of_a_kubelet() {
     let fixture = with_ports(Box::new(echo)).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let foreign = [
@@ -439,7 +441,7 @@ async fn refuses_before_the_upgrade_in_the_words_of_a_kubelet() {
 }
 
 #[tokio::test]
-async fn a_stream_whose_headers_are_too_long_is_refused_and_no_other() {
+async fn only_the_stream_whose_headers_are_too_long_is_rejected() {
     let fixture = with_ports(Box::new(echo)).await;
     let (mut peer, _client) = spdy(&fixture).await;
     let (most, more) = ("r".repeat(64), "r".repeat(65));
@@ -467,7 +469,7 @@ async fn a_stream_whose_headers_are_too_long_is_refused_and_no_other() {
     assert_eq!(bytes[&7], "80:bye");
 }
 
-/// Not over TLS: time stands still, and only the session's own clock moves it.
+/// Without TLS and with paused time, which only the session's own timers advance.
 #[tokio::test(start_paused = true)]
 async fn half_a_pair_is_given_up_after_thirty_seconds() {
     use crate::server::portforward::tests::serve;
@@ -485,7 +487,7 @@ async fn half_a_pair_is_given_up_after_thirty_seconds() {
         assert_eq!(reset, [3]);
         let took = began.elapsed();
         assert!((30..31).contains(&took.as_secs()), "{took:?}");
-        // One that comes too late begins anew.
+        // One that comes too late starts a new pair.
         peer.open(5, &named("data", "lonely")).await;
         peer.open(7, &named("error", "lonely")).await;
         peer.data(5, b"", true).await;
@@ -519,7 +521,7 @@ async fn shutdown_is_told_on_every_error_stream() {
     assert!(joined.unwrap().unwrap().is_ok(), "the server has ended");
 }
 
-/// As [`until`], with more patience than the deadline of halves.
+/// Like [`until`], with a timeout longer than the deadline of halves.
 async fn until_patient<Io: AsyncRead + AsyncWrite + Unpin>(
     peer: &mut Peer<Io>,
     ends: &[u32],

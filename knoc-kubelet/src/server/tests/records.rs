@@ -1,14 +1,18 @@
-//! A socket that notes the TLS records which it reads.
+//! A socket that records the lengths of the TLS records that it reads.
 
-use std::io;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, ready};
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll, ready},
+};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
 
-/// What comes before each record: its type, a version, its length.
+/// The header of each record: its type, a version, its length.
 const HEADER: usize = 5;
 
 /// The lengths of all records so far, without their headers.
@@ -17,7 +21,7 @@ pub(in crate::server) type Lengths = Arc<Mutex<Vec<usize>>>;
 pub(in crate::server) struct Records {
     stream: TcpStream,
     lengths: Lengths,
-    /// As far as the header of the next record was read.
+    /// The part of the next record's header that was read.
     header: Vec<u8>,
     /// What is left of the record whose header was read.
     left: usize,

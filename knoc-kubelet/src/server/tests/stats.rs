@@ -1,12 +1,15 @@
-//! Metrics, stats and the like, over real TLS with a fake backend.
+//! Metrics, stats, `/configz` and `/runningpods/` over real TLS, with a fake backend.
 
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use crate::{
+    server::PodView,
+    stats::{Snapshot, tests::snapshot},
+};
+
 use super::harness::*;
-use crate::server::PodView;
-use crate::stats::{Snapshot, tests::snapshot};
 
 async fn json_of(client: &mut Client, path: &str) -> Value {
     let (status, body) = client.get(path).await;
@@ -40,7 +43,7 @@ async fn usage_is_served_as_text_and_as_json() {
 }
 
 #[tokio::test]
-async fn own_metrics_count_also_what_was_refused() {
+async fn own_metrics_count_rejected_requests_too() {
     let fixture = Fixture::new(FakeBackend::default(), FakeCluster::default()).await;
     let mut stranger = fixture.connect(None).await;
     assert_eq!(stranger.get("/metrics").await.0, 401);
@@ -63,7 +66,7 @@ async fn own_metrics_count_also_what_was_refused() {
 
 #[tokio::test]
 async fn running_pods_are_those_with_a_running_container() {
-    // Known to both sides, and nothing of it runs.
+    // This pod is known to both sides, and none of its containers runs.
     let waiting = PodView {
         observed: Some(Arc::default()),
         ..running("a", "queued", &["c"])
@@ -92,7 +95,7 @@ async fn running_pods_are_those_with_a_running_container() {
 }
 
 #[tokio::test]
-async fn the_configuration_is_shown_and_a_checkpoint_refused_by_name() {
+async fn the_configuration_is_shown_and_a_checkpoint_rejected_by_name() {
     let fixture = Fixture::new(FakeBackend::default(), FakeCluster::default()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let shown = json_of(&mut client, "/configz").await;

@@ -1,4 +1,4 @@
-//! Exec and attach by a WebSocket client (tungstenite's own) over TLS: every subprotocol, refusals, ends.
+//! Exec and attach by a WebSocket client (tungstenite) over TLS: every subprotocol, errors, and ends.
 
 use bytes::Bytes;
 use futures::{SinkExt as _, StreamExt as _, stream};
@@ -7,9 +7,13 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use knoc_proto::pb::exec_output::Output;
 use tokio::sync::oneshot;
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        Message,
+        protocol::{Role, WebSocketConfig},
+    },
+};
 
 use super::commands::*;
 use super::harness::*;
@@ -21,13 +25,13 @@ pub(super) const UPGRADE: [(&str, &str); 4] = [
     ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
 ];
 
-/// The client's side.
+/// The client's side of a session.
 pub(super) struct Socket {
     pub(super) socket: WebSocketStream<TokioIo<Upgraded>>,
     _client: Client,
 }
 
-/// Upgrades, offering `protocols`; `agreed` must be answered.
+/// Upgrades and offers `protocols`; the server must agree on `agreed`.
 pub(super) async fn open(
     fixture: &Fixture,
     path: &str,
@@ -65,7 +69,7 @@ pub(super) async fn upgraded(
 }
 
 impl Socket {
-    /// The next message that is no ping or pong; `None` after the close.
+    /// The next message that is not a ping or pong; `None` after the close.
     pub(super) async fn next(&mut self) -> Option<Message> {
         let next = async {
             loop {
@@ -90,7 +94,7 @@ impl Socket {
         self.socket.send(message.into()).await.unwrap();
     }
 
-    /// All that comes until the close, by channel.
+    /// Reads until the close; returns the bytes by channel.
     pub(super) async fn rest(&mut self) -> [Vec<u8>; 5] {
         let mut all = <[Vec<u8>; 5]>::default();
         while let Some(message) = self.next().await {
@@ -108,7 +112,7 @@ fn binary(bytes: &'static [u8]) -> Message {
 const V5: &str = "v5.channel.k8s.io";
 
 #[tokio::test]
-async fn shutdown_tells_an_exec_that_goes_on() {
+async fn shutdown_is_reported_to_a_running_exec() {
     let fixture = with_command(Box::new(|_| stream::pending().boxed())).await;
     let mut socket = open(&fixture, "/exec/ns/pod/c?output=1", V5, Some(V5)).await;
     fixture.shutdown.cancel();
@@ -133,7 +137,8 @@ async fn v5_carries_bytes_sizes_and_the_end_of_the_input() {
         panic!("no exec");
     };
     assert!(start.tty && start.stdin && start.stdout && !start.stderr);
-    // For nobody: a channel that the client reads, one that is none, none at all, and an end of such.
+    // These are ignored: a channel that the client reads, one that does not exist, an empty message, and an end of
+    // such.
     for nothing in [&b"\x01x"[..], b"\x09x", b"", b"\xff\x01", b"\xff\x09"] {
         exec.say(binary(nothing)).await;
     }
@@ -149,7 +154,7 @@ async fn v5_carries_bytes_sizes_and_the_end_of_the_input() {
 
 #[tokio::test]
 async fn older_forms_frame_and_tell_ends_in_their_own_way() {
-    // Subprotocol, what says ready, what says "out", and what tells code 3.
+    // The subprotocol, its ready message, its message for "out", and its status for exit code 3.
     let text = "command terminated with non-zero exit code: command terminated with exit code 3";
     let cases: [(&str, &[u8], &[u8], &str); 5] = [
         ("v4.channel.k8s.io", b"\x01", b"\x01out", "\x03{"),
@@ -274,7 +279,7 @@ async fn what_goes_wrong_later_is_on_the_error_channel() {
 }
 
 #[tokio::test]
-async fn a_client_that_closes_ends_the_command_and_hears_a_close() {
+async fn a_client_that_closes_ends_the_command_and_gets_a_close() {
     let (command, ended) = deaf();
     let fixture = with_command(command).await;
     let mut exec = open(&fixture, "/exec/ns/pod/c?output=1", V5, Some(V5)).await;
@@ -282,11 +287,11 @@ async fn a_client_that_closes_ends_the_command_and_hears_a_close() {
     exec.socket.close(None).await.unwrap();
     assert_eq!(exec.next().await, None);
     let told = tokio::time::timeout(PATIENCE, ended).await;
-    assert!(told.expect("the command goes on").is_err());
+    assert!(told.expect("the command has ended").is_err());
 }
 
 #[tokio::test]
-async fn a_client_that_cannot_be_understood_hears_a_protocol_error() {
+async fn a_client_that_breaks_the_protocol_gets_a_protocol_error() {
     for nonsense in [Message::text("0a"), Message::text("0!!!!")] {
         let command: Command = Box::new(|_| stream::pending().boxed());
         let fixture = with_command(command).await;
@@ -314,7 +319,7 @@ fn with(name: &'static str, value: &'static str) -> Vec<(&'static str, &'static 
     headers
 }
 
-/// Method, path, headers, status, and what the text holds.
+/// Method, path, headers, status, and a part of the text.
 type Case = (
     &'static str,
     &'static str,
@@ -380,7 +385,7 @@ fn refused() -> Vec<Case> {
 }
 
 #[tokio::test]
-async fn refuses_before_the_upgrade() {
+async fn rejects_before_the_upgrade() {
     let fixture = with_command(nothing()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     for (method, path, headers, status, text) in refused() {

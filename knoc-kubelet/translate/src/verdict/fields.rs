@@ -1,19 +1,19 @@
-//! PURE: what the table says of a field, as constant functions, so that the translation is checked against it while it
-//! compiles (`carried`).
+//! PURE: constant functions that query the table about a field, so that `carried` can check the translation against it
+//! at compile time.
 
 use super::{Row, Verdict, table::TABLE};
 
-/// Does a row judge the field of this type? `field` is its name in Rust: `host_pid` for `hostPID`.
-pub(crate) const fn is_judged(kind: &str, field: &str) -> bool {
+/// Whether a row of this type names the field. `field` is its name in Rust: `host_pid` for `hostPID`.
+pub(crate) const fn has_verdict(kind: &str, field: &str) -> bool {
     has(kind, field, Question::Judged)
 }
 
-/// Is there a value with which the field is not refused?
+/// Whether the field is admitted with at least one value.
 pub(crate) const fn is_admitted(kind: &str, field: &str) -> bool {
     has(kind, field, Question::Admitted)
 }
 
-/// Is the field, or a field inside it, honoured with some value?
+/// Whether the field, or a field inside it, is honoured with at least one value.
 pub(crate) const fn is_honoured(kind: &str, field: &str) -> bool {
     has(kind, field, Question::Honoured)
 }
@@ -29,7 +29,7 @@ impl Question {
     const fn answered_by(self, row: &Row) -> bool {
         match (self, row.verdict) {
             (Self::Judged, _) => true,
-            (Self::Admitted, verdict) => !matches!(verdict, Verdict::Refused),
+            (Self::Admitted, verdict) => !matches!(verdict, Verdict::Rejected),
             (Self::Honoured, Verdict::Inside(inner)) => any_honoured(inner),
             (Self::Honoured, verdict) => matches!(verdict, Verdict::Honoured),
         }
@@ -72,7 +72,7 @@ const fn rows(kind: &str) -> &'static [Row] {
     &[]
 }
 
-/// Is `field` one of `fields`, which are separated by blanks?
+/// Whether `field` is one of `fields`, which are separated by blanks.
 const fn names(fields: &str, field: &str) -> bool {
     let fields = fields.as_bytes();
     let (mut start, mut at) = (0, 0);
@@ -88,7 +88,7 @@ const fn names(fields: &str, field: &str) -> bool {
     false
 }
 
-/// Is `json[from..to]` the name of the Rust field? Letters count without their case, and `_` does not count.
+/// Whether `json[from..to]` is the name of the Rust field. The comparison ignores case and `_`.
 const fn same(json: &[u8], mut from: usize, to: usize, rust: &[u8]) -> bool {
     let mut at = 0;
     while at < rust.len() {
@@ -103,7 +103,7 @@ const fn same(json: &[u8], mut from: usize, to: usize, rust: &[u8]) -> bool {
     from == to
 }
 
-/// The values of `fieldPath` that are honoured, with the type that has them; a key stands for all keys.
+/// The values of `fieldPath` that are honoured, with their types; one key stands for all keys.
 #[cfg(test)]
 pub(crate) fn honoured_field_paths() -> Vec<(&'static str, String)> {
     use super::When;
@@ -131,15 +131,15 @@ mod tests {
 
     #[test]
     fn a_field_is_found_by_its_name_in_rust() {
-        assert!(is_judged("PodSpec", "host_pid"), "hostPID");
-        assert!(is_judged("PodSpec", "set_hostname_as_fqdn"));
-        assert!(!is_judged("PodSpec", "host"));
-        assert!(!is_judged("PodSpec", "host_pid_x"));
-        assert!(!is_judged("NoSuchType", "name"));
+        assert!(has_verdict("PodSpec", "host_pid"), "hostPID");
+        assert!(has_verdict("PodSpec", "set_hostname_as_fqdn"));
+        assert!(!has_verdict("PodSpec", "host"));
+        assert!(!has_verdict("PodSpec", "host_pid_x"));
+        assert!(!has_verdict("NoSuchType", "name"));
     }
 
     #[test]
-    fn the_rows_inside_a_field_speak_for_it() {
+    fn a_field_is_honoured_if_a_field_inside_it_is() {
         assert!(is_honoured("Container", "resources"));
         assert!(!is_honoured("Container", "ports"), "informative");
         assert!(is_admitted("Container", "ports"));

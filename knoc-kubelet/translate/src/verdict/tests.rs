@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::*;
 
-/// Takes the list of fields that a generated `Deserialize` asks for.
+/// Records the fields that a generated `Deserialize` asks for.
 struct Fields<'a>(&'a mut Vec<&'static str>);
 
 impl<'de> Deserializer<'de> for Fields<'_> {
@@ -46,7 +46,7 @@ fn check<T: DeserializeOwned>(kind: &str, problems: &mut Vec<String>) {
         }
     }
     for field in known.iter().filter(|field| !fields.contains(field)) {
-        problems.push(format!("{kind}.{field} is no field of Kubernetes"));
+        problems.push(format!("{kind}.{field} is not a field of Kubernetes"));
     }
 }
 
@@ -115,18 +115,18 @@ fn the_guide_is_the_table() {
     if std::env::var_os("KNOC_UPDATE_DOCS").is_some() {
         #[expect(
             clippy::disallowed_methods,
-            reason = "a test that renews a document of the repository"
+            reason = "a test that updates a document of the repository"
         )]
         std::fs::write(path, table()).unwrap();
     }
     let guide = std::fs::read_to_string(path).unwrap_or_default();
     assert!(
         guide == table(),
-        "renew it: KNOC_UPDATE_DOCS=1 cargo test -p knoc-translate the_guide"
+        "update it: KNOC_UPDATE_DOCS=1 cargo test -p knoc-translate the_guide"
     );
 }
 
-/// What the API server makes of `kubectl run`.
+/// The pod that the API server stores for `kubectl run`.
 fn ordinary() -> Value {
     json!({
         "metadata": {"name": "p", "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}"}},
@@ -152,12 +152,12 @@ fn ordinary() -> Value {
 }
 
 #[test]
-fn an_ordinary_pod_is_admitted_without_a_word() {
+fn an_ordinary_pod_is_admitted_without_findings() {
     assert_eq!(judge(&ordinary()), Findings::default());
 }
 
 #[test]
-fn all_refusals_come_in_one_go() {
+fn all_rejected_fields_are_reported_at_once() {
     let mut pod = ordinary();
     pod["spec"]["hostPID"] = json!(true);
     pod["spec"]["fromTheFuture"] = json!({"a": 1});
@@ -171,7 +171,7 @@ fn all_refusals_come_in_one_go() {
     pod["spec"]["imagePullSecrets"] = json!([{"name": "s"}]);
     pod["metadata"]["annotations"]["knoc.io/colour"] = json!("blue");
     let findings = judge(&pod);
-    insta::assert_snapshot!(findings.refused.join("\n"));
+    insta::assert_snapshot!(findings.rejected.join("\n"));
     assert_eq!(
         findings.mapped,
         [
@@ -181,7 +181,7 @@ fn all_refusals_come_in_one_go() {
 }
 
 #[test]
-fn what_asks_for_nothing_is_admitted() {
+fn fields_that_request_nothing_special_are_admitted() {
     let mut pod = ordinary();
     pod["spec"]["hostNetwork"] = json!(false);
     pod["spec"]["imagePullSecrets"] = json!([]);

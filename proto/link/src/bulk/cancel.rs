@@ -1,18 +1,19 @@
-//! Dropping an answer cancels the whole call, even while its request waits for the peer's flow control.
+//! Dropping a response cancels its whole call, even while the request waits for the peer's flow control.
 //!
 //! hyper sends the body of a request in a task of its own, and HTTP/2 resets a stream when its last handle is dropped.
-//! While the peer's flow control gives no room, that task waits for room and for nothing else: it holds the stream, and
-//! the peer keeps a command running for nobody as long as that command does not read its input. Therefore these tasks
-//! are spawned by [`CancellableExecutor`], and the task of a request ends when the answer to that request is dropped.
+//! While the peer's flow-control window is full, that task waits for nothing but the window: it holds the stream, and
+//! the peer keeps a command running that nobody uses until the command reads its input. Therefore
+//! [`CancellableExecutor`] spawns these tasks, and the task of a request ends when the response to that request is
+//! dropped.
 //!
 //! ```text
 //!  request ─► RequestBody ──polled in──► CancellableTask of CancellableExecutor ──┐
 //!                Call ◄──── learns the task's AbortFlag ◄─────────────────────────┘
-//!  answer  ◄─ CancelOnDrop ──dropped──► Call::Cancelled ─► AbortFlag ─► the task ends, and with it the stream
+//!  response ◄─ CancelOnDrop ──dropped──► Call::Cancelled ─► AbortFlag ─► the task ends, and with it the stream
 //! ```
 //!
-//! A request is polled for the first time in the connection's own task, which must not be ended: the body is not ready
-//! then, and that task is never taken for the request's own.
+//! A request is first polled in the connection's own task, which must not be aborted. The body is not ready then, and
+//! that task is never recorded as the request's own.
 use std::{
     future::Future,
     pin::Pin,
@@ -36,7 +37,7 @@ tokio::task_local! {
     static TASK: Arc<AbortFlag>;
 }
 
-/// Ends a task from outside when it is set.
+/// Ends a task when it is set by another task.
 #[derive(Debug, Default)]
 struct AbortFlag {
     set: AtomicBool,
@@ -50,8 +51,8 @@ impl AbortFlag {
     }
 }
 
-/// The executor of a channel whose calls can be cancelled. Its tasks are hyper's, and each ends with its call or with the
-/// connection.
+/// The executor of a channel whose calls can be cancelled. It runs hyper's tasks, each of which ends with its call or
+/// with the connection.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CancellableExecutor;
 
@@ -83,12 +84,12 @@ impl<F: Future<Output = ()> + Unpin> Future for CancellableTask<F> {
     }
 }
 
-/// The state of a call, shared by its request and its answer.
+/// The state of a call, shared by its request and its response.
 #[derive(Debug, Default)]
 enum Call {
     #[default]
     Begun,
-    /// This task sends its request.
+    /// The task with this flag sends the request.
     SentBy(Arc<AbortFlag>),
     Cancelled,
 }
@@ -120,7 +121,7 @@ impl SharedCall {
     }
 }
 
-/// The body of a request that can be cancelled, and the guard that cancels it.
+/// Makes the body of a request cancellable, and returns it with the guard that cancels it.
 pub(super) fn cancellable(body: Body) -> (Body, CancelOnDrop) {
     let call = SharedCall::default();
     let request = RequestBody {
@@ -141,7 +142,7 @@ impl Drop for CancelOnDrop {
 }
 
 impl CancelOnDrop {
-    /// The body of an answer that cancels its call when it is dropped.
+    /// The body of a response that cancels its call when it is dropped.
     pub(super) fn with(self, body: Body) -> Body {
         Body::new(body.map_err(move |status| {
             let _held = &self;
@@ -153,7 +154,7 @@ impl CancelOnDrop {
 /// Which task has polled a request.
 enum Polled {
     Never,
-    /// The connection's own task, if that is known.
+    /// The connection's own task, if it is known.
     ByConnection(Option<Arc<AbortFlag>>),
     ByOwnTask,
 }

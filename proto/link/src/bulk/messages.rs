@@ -1,7 +1,8 @@
-//! Between messages and the body of an HTTP/2 stream: gRPC's framing, a flag and a length before each message.
+//! Converts between messages and the body of an HTTP/2 stream by gRPC's framing: a flag and a length before each
+//! message.
 //!
-//! See the [protocol](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md), "Length-Prefixed-Message" and
-//! "Trailers".
+//! See "Length-Prefixed-Message" and "Trailers" in the
+//! [protocol](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md).
 use std::{
     collections::VecDeque,
     fmt,
@@ -20,23 +21,23 @@ use tonic::{Code, Status, body::Body};
 use super::segments::Segments;
 use crate::MAX_MESSAGE;
 
-/// Flag and length.
+/// The bytes before a message: a flag (one byte) and the length (four bytes).
 const HEAD: usize = 5;
 
-/// Who is the reader of a body?
+/// The side that reads a body, or writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
-    /// Of requests: they end without a word.
+    /// Reads requests, which end without a status, and writes responses.
     Server,
-    /// Of answers: they end with a status.
+    /// Reads responses, which end with a status, and writes requests.
     Client,
 }
 
-/// The messages of a body, as they come.
+/// The messages of a body, as they arrive.
 pub struct Messages<T> {
     body: Body,
     side: Side,
-    came: Segments,
+    received: Segments,
     ended: bool,
     message: PhantomData<fn() -> T>,
 }
@@ -45,7 +46,7 @@ impl<T> fmt::Debug for Messages<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Messages")
             .field("side", &self.side)
-            .field("waiting", &self.came.remaining())
+            .field("waiting", &self.received.remaining())
             .field("ended", &self.ended)
             .finish_non_exhaustive()
     }
@@ -56,13 +57,13 @@ impl<T: Message + Default> Messages<T> {
         Self {
             body,
             side,
-            came: Segments::default(),
+            received: Segments::default(),
             ended: false,
             message: PhantomData,
         }
     }
 
-    /// The answer that has no messages.
+    /// A response without messages.
     pub(super) fn none() -> Self {
         Self {
             ended: true,
@@ -70,51 +71,52 @@ impl<T: Message + Default> Messages<T> {
         }
     }
 
-    /// The next message; `None` at the end in order. Cancel safe.
+    /// The next message; `None` if the stream has ended successfully. Fails with the peer's status, or if the bytes are
+    /// not valid messages of at most [`MAX_MESSAGE`] bytes; after an error the stream has ended. Cancel safe.
     pub async fn message(&mut self) -> Result<Option<T>, Status> {
         std::future::poll_fn(|cx| self.poll_message(cx, Self::take))
             .await
             .transpose()
     }
 
-    /// What [`Self::message`] will give, without taking it. Cancel safe.
+    /// The message that [`Self::message`] will return, without taking it. Cancel safe.
     pub async fn peek(&mut self) -> Result<Option<T>, Status> {
-        let look = |came: &mut Segments| Self::take(&mut came.clone());
+        let look = |received: &mut Segments| Self::take(&mut received.clone());
         std::future::poll_fn(|cx| self.poll_message(cx, look))
             .await
             .transpose()
     }
 
-    /// What was not taken of it, as a body.
+    /// The rest of the stream, from the first message that was not taken, as a body.
     #[must_use]
     pub fn into_body(mut self) -> Body {
-        let mut came = std::mem::take(&mut self.came);
+        let mut received = std::mem::take(&mut self.received);
         Body::new(Joined {
-            first: std::iter::from_fn(|| came.pop()).collect(),
+            first: std::iter::from_fn(|| received.pop()).collect(),
             rest: self.body,
         })
     }
 
-    /// The first message of what came, where it is whole.
-    fn take(came: &mut Segments) -> Result<Option<T>, Status> {
-        let Some([flag, length @ ..]) = came.first::<HEAD>() else {
+    /// Takes the first message, if it has arrived completely.
+    fn take(received: &mut Segments) -> Result<Option<T>, Status> {
+        let Some([flag, length @ ..]) = received.first::<HEAD>() else {
             return Ok(None);
         };
         let length = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
         if flag != 0 {
             return Err(Status::internal(
-                "a compressed message, which was not agreed on",
+                "received a compressed message, although no compression was negotiated",
             ));
         }
         if length > MAX_MESSAGE {
             let text = format!("a message of {length} bytes; the limit is {MAX_MESSAGE}");
             return Err(Status::out_of_range(text));
         }
-        if came.remaining() - HEAD < length {
+        if received.remaining() - HEAD < length {
             return Ok(None);
         }
-        came.advance(HEAD);
-        let message = T::decode(came.take(length));
+        received.advance(HEAD);
+        let message = T::decode(received.take(length));
         let undecodable = |error: prost::DecodeError| Status::internal(error.to_string());
         message.map(Some).map_err(undecodable)
     }
@@ -125,20 +127,20 @@ impl<T: Message + Default> Messages<T> {
         mut take: impl FnMut(&mut Segments) -> Result<Option<T>, Status>,
     ) -> Poll<Option<Result<T, Status>>> {
         loop {
-            match take(&mut self.came) {
+            match take(&mut self.received) {
                 Ok(Some(message)) => return Poll::Ready(Some(Ok(message))),
                 Ok(None) if self.ended => return Poll::Ready(None),
                 Ok(None) => {}
                 Err(status) => {
                     self.ended = true;
-                    self.came = Segments::default();
+                    self.received = Segments::default();
                     return Poll::Ready(Some(Err(status)));
                 }
             }
             let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
             if let Err(status) = self.frame(frame) {
                 self.ended = true;
-                self.came = Segments::default();
+                self.received = Segments::default();
                 return Poll::Ready(Some(Err(status)));
             }
         }
@@ -147,34 +149,35 @@ impl<T: Message + Default> Messages<T> {
     fn frame(&mut self, frame: Option<Result<Frame<Bytes>, Status>>) -> Result<(), Status> {
         match frame {
             Some(Ok(frame)) => match frame.into_data() {
-                Ok(data) => self.came.push(data),
+                Ok(data) => self.received.push(data),
                 Err(frame) => {
                     let trailers = frame.into_trailers().unwrap_or_default();
                     return self.end(Some(&trailers));
                 }
             },
             None => return self.end(None),
-            // A client that has gone: the end of what it says.
+            // The client has cancelled the call: its messages end here.
             Some(Err(status)) if self.side == Side::Server && status.code() == Code::Cancelled => {
                 self.ended = true;
-                self.came = Segments::default();
+                self.received = Segments::default();
             }
             Some(Err(status)) => return Err(status),
         }
         Ok(())
     }
 
-    /// The body has ended.
+    /// Handles the end of the body.
     fn end(&mut self, trailers: Option<&HeaderMap>) -> Result<(), Status> {
         self.ended = true;
         if self.side == Side::Client {
             let status = trailers.and_then(Status::from_header_map);
-            let status = status.unwrap_or_else(|| Status::unknown("the answer ended unfinished"));
+            let status =
+                status.unwrap_or_else(|| Status::unknown("the response ended without a status"));
             if status.code() != Code::Ok {
                 return Err(status);
             }
         }
-        if self.came.has_remaining() {
+        if self.received.has_remaining() {
             return Err(Status::internal("the stream ended within a message"));
         }
         Ok(())
@@ -189,7 +192,7 @@ impl<T: Message + Default> Stream for Messages<T> {
     }
 }
 
-/// Slices, then the rest.
+/// A body that yields slices first, and then the rest of another body.
 struct Joined {
     first: VecDeque<Bytes>,
     rest: Body,
@@ -214,7 +217,7 @@ impl http_body::Body for Joined {
     }
 }
 
-/// The body of a request that says these messages.
+/// The body of a request with these messages.
 pub(super) fn encode_request<S>(messages: S) -> Body
 where
     S: Stream<Item: Message> + Send + 'static,
@@ -227,7 +230,7 @@ where
     })
 }
 
-/// The body of an answer: the messages, and the status with which they end.
+/// The body of a response with these messages. It ends with the first error as its status, or with a success.
 pub fn encode<T, S>(messages: S) -> Body
 where
     T: Message,
@@ -243,7 +246,7 @@ where
 
 struct Encoding<S> {
     messages: Pin<Box<S>>,
-    /// Who writes it.
+    /// The side that writes the body.
     side: Side,
     waiting: Segments,
     ended: bool,
@@ -300,7 +303,7 @@ fn trailers(status: &Status) -> Result<Frame<Bytes>, Status> {
     Ok(Frame::trailers(trailers))
 }
 
-/// The body of an answer, passed on. A status that is not a success, or a missing one, is replaced by `map` of it.
+/// Passes on the body of a response. If its status is an error or missing, `map` replaces the status.
 pub fn map_status(body: Body, map: impl Fn(Status) -> Status + Send + Unpin + 'static) -> Body {
     Body::new(MappedStatus {
         body,
@@ -339,7 +342,8 @@ impl<F: Fn(Status) -> Status + Unpin> http_body::Body for MappedStatus<F> {
             None => None,
         };
         self.ended = true;
-        let status = status.unwrap_or_else(|| Status::unknown("the answer ended unfinished"));
+        let status =
+            status.unwrap_or_else(|| Status::unknown("the response ended without a status"));
         Poll::Ready(Some(trailers(&(self.map)(status))))
     }
 

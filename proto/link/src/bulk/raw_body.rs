@@ -1,4 +1,4 @@
-//! Carries the bodies of requests and answers past tonic, as extensions of the messages that it knows.
+//! Passes the bodies of requests and responses around tonic, as extensions of its own requests and responses.
 use std::{
     future::Future,
     pin::Pin,
@@ -12,11 +12,11 @@ use tonic::{Request, Response, Status, Streaming, body::Body, server::NamedServi
 use tower::Service;
 
 use super::{
-    bytes_come, bytes_go, cancel,
+    cancel, has_raw_request, has_raw_response,
     messages::{Messages, Side, encode_request},
 };
 
-/// A body that is taken once. Extensions have to be clonable.
+/// A body that can be taken once. It is shared because extensions must implement `Clone`.
 #[derive(Clone)]
 struct RawBody(Arc<Mutex<Option<Body>>>);
 
@@ -30,12 +30,12 @@ impl RawBody {
     }
 }
 
-/// What tonic sees of an answer of one of these methods: a stream of messages that has none.
+/// The stream of a response as tonic sees it: it never has a message.
 pub type NoMessages<T> = Empty<Result<T, Status>>;
 
 type Answering<E> = Pin<Box<dyn Future<Output = Result<http::Response<Body>, E>> + Send>>;
 
-/// Wraps a generated server: streams of bytes reach its handlers, and leave them, as raw bodies.
+/// Wraps a generated server, so that streams of bytes reach its handlers and leave them as raw bodies.
 #[derive(Clone, Debug)]
 pub struct RawServer<S>(S);
 
@@ -64,7 +64,7 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        if bytes_come(request.uri().path()) {
+        if has_raw_request(request.uri().path()) {
             let body = std::mem::take(request.body_mut());
             request.extensions_mut().insert(RawBody::new(body));
         }
@@ -80,8 +80,8 @@ where
     }
 }
 
-/// Wraps the channel of a generated client: streams of bytes go and come as raw bodies. Dropping an answer cancels its
-/// call, if the channel's executor is [`super::CancellableExecutor`].
+/// Wraps the channel of a generated client, so that streams of bytes are sent and received as raw bodies. Dropping a
+/// response cancels its call, if the channel's executor is [`super::CancellableExecutor`].
 #[derive(Clone, Debug)]
 pub struct RawClient<S>(S);
 
@@ -110,7 +110,7 @@ where
         if let Some(body) = raw.and_then(|raw| raw.take()) {
             *request.body_mut() = body;
         }
-        if !bytes_go(request.uri().path()) {
+        if !has_raw_response(request.uri().path()) {
             return Box::pin(self.0.call(request));
         }
         let (body, cancel_on_drop) = cancel::cancellable(std::mem::take(request.body_mut()));
@@ -118,7 +118,7 @@ where
         let answering = self.0.call(request);
         Box::pin(async move {
             let mut response = answering.await?;
-            // A status in the head is the whole answer.
+            // A status in the headers is the whole response ("Trailers-Only").
             if !response.headers().contains_key(Status::GRPC_STATUS) {
                 let body = cancel_on_drop.with(std::mem::take(response.body_mut()));
                 response.extensions_mut().insert(RawBody::new(body));
@@ -128,7 +128,8 @@ where
     }
 }
 
-/// The messages that a handler behind [`RawServer`] receives. Fails if the method is not one of ours.
+/// The messages that a handler behind [`RawServer`] receives. Fails if the server is not wrapped, or the method is not
+/// a stream of bytes.
 pub fn input<T: Message + Default>(request: Request<Streaming<T>>) -> Result<Messages<T>, Status> {
     let (_, extensions, _) = request.into_parts();
     let body = extensions.get::<RawBody>().and_then(RawBody::take);
@@ -136,7 +137,7 @@ pub fn input<T: Message + Default>(request: Request<Streaming<T>>) -> Result<Mes
     Ok(Messages::new(body, Side::Server))
 }
 
-/// The answer of a handler: a body of [`super::encode`], or one that is passed on.
+/// The response of a handler, with a body from [`super::encode`] or one that is passed on.
 #[must_use]
 pub fn answer<T>(body: Body) -> Response<NoMessages<T>> {
     let mut response = Response::new(futures::stream::empty());
@@ -144,7 +145,7 @@ pub fn answer<T>(body: Body) -> Response<NoMessages<T>> {
     response
 }
 
-/// The request of a caller behind [`RawClient`], with messages of its own.
+/// The request of a caller behind [`RawClient`], with these messages.
 pub fn request<S>(messages: S) -> Request<Empty<S::Item>>
 where
     S: Stream<Item: Message> + Send + 'static,
@@ -152,7 +153,7 @@ where
     request_body(encode_request(messages))
 }
 
-/// The same with a body that is passed on.
+/// The request of a caller behind [`RawClient`], with a body that is passed on.
 #[must_use]
 pub fn request_body<T>(body: Body) -> Request<Empty<T>> {
     let mut request = Request::new(futures::stream::empty());
@@ -160,7 +161,7 @@ pub fn request_body<T>(body: Body) -> Request<Empty<T>> {
     request
 }
 
-/// The messages of an answer.
+/// The messages of a response.
 #[must_use]
 pub fn output<T: Message + Default>(response: &Response<Streaming<T>>) -> Messages<T> {
     match output_body(response) {
@@ -169,7 +170,7 @@ pub fn output<T: Message + Default>(response: &Response<Streaming<T>>) -> Messag
     }
 }
 
-/// The body of an answer, to be passed on; none if the answer was a success without messages.
+/// The body of a response, to be passed on; `None` if the response was a success without messages.
 #[must_use]
 pub fn output_body<T>(response: &Response<Streaming<T>>) -> Option<Body> {
     response

@@ -1,29 +1,29 @@
-//! Bytes in slices that are not joined: what prost reads and writes without a copy of large fields.
+//! Bytes in slices that are not joined, so that prost reads and writes large fields without copying them.
 use std::{collections::VecDeque, io::IoSlice};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut, buf::UninitSlice};
 
-/// Smaller slices are copied together: a slice of its own costs more than their copy.
+/// Slices of fewer bytes are copied together: a slice of its own costs more than the copy.
 const SMALL: usize = 256;
 
-/// A queue of slices. What is written is read in the same order.
+/// A queue of slices. Bytes are read in the order in which they were written.
 #[derive(Debug, Default, Clone)]
 pub struct Segments {
     slices: VecDeque<Bytes>,
-    /// Written last, not a slice yet.
+    /// The bytes that were written last and are not a slice yet.
     open: BytesMut,
-    /// In `slices`.
+    /// The number of bytes in `slices`.
     sealed: usize,
 }
 
 impl Segments {
-    /// Appends a slice as it is.
+    /// Appends a slice without copying it.
     pub fn push(&mut self, slice: Bytes) {
         self.seal();
         self.append(slice);
     }
 
-    /// The next slice as it is.
+    /// Removes the next slice; `None` if the queue is empty.
     pub fn pop(&mut self) -> Option<Bytes> {
         self.seal();
         let slice = self.slices.pop_front()?;
@@ -31,7 +31,7 @@ impl Segments {
         Some(slice)
     }
 
-    /// The first bytes, without taking them; `None` where there are fewer.
+    /// The first bytes, without taking them; `None` if there are fewer.
     pub(super) fn first<const COUNT: usize>(&self) -> Option<[u8; COUNT]> {
         let mut first = [0; COUNT];
         let mut found = self.slices.iter().flatten().chain(&self.open);
@@ -55,7 +55,7 @@ impl Segments {
         }
     }
 
-    /// No empty slice stands in front.
+    /// Removes empty slices from the front.
     fn tidy(&mut self) {
         while self.slices.front().is_some_and(Bytes::is_empty) {
             self.slices.pop_front();
@@ -87,7 +87,7 @@ impl Buf for Segments {
         self.open.advance(left);
     }
 
-    // The provided one knows of one slice only.
+    // The default implementation yields only one slice.
     fn chunks_vectored<'a>(&'a self, into: &mut [IoSlice<'a>]) -> usize {
         let open = std::iter::once(&self.open[..]).filter(|open| !open.is_empty());
         let slices = self.slices.iter().map(|slice| &slice[..]).chain(open);
@@ -99,7 +99,7 @@ impl Buf for Segments {
         filled
     }
 
-    // The provided one copies.
+    // The default implementation copies.
     fn copy_to_bytes(&mut self, count: usize) -> Bytes {
         match self.slices.front_mut() {
             Some(front) if count <= front.len() => {
@@ -117,10 +117,10 @@ impl Buf for Segments {
     }
 }
 
-// SAFETY: room and its filling are those of the BytesMut, which is written to directly.
+// SAFETY: the remaining capacity and the writable chunk are those of the BytesMut, which is written to directly.
 #[expect(
     unsafe_code,
-    reason = "the trait asks for it; both functions are BytesMut's own"
+    reason = "the trait requires it; both functions are BytesMut's own"
 )]
 unsafe impl BufMut for Segments {
     fn remaining_mut(&self) -> usize {
@@ -128,7 +128,7 @@ unsafe impl BufMut for Segments {
     }
 
     unsafe fn advance_mut(&mut self, count: usize) {
-        // SAFETY: the caller has filled so many bytes of `chunk_mut`, which is this one's.
+        // SAFETY: the caller has initialized this many bytes of `chunk_mut`, which belong to this BytesMut.
         unsafe { self.open.advance_mut(count) }
     }
 
@@ -136,7 +136,7 @@ unsafe impl BufMut for Segments {
         self.open.chunk_mut()
     }
 
-    // The provided one copies.
+    // The default implementation copies.
     fn put<T: Buf>(&mut self, mut source: T) {
         while source.has_remaining() {
             let count = source.chunk().len();

@@ -31,8 +31,8 @@ fn stdout(data: Bytes) -> ExecOutput {
     ExecOutput { output }
 }
 
-/// Echoes what is exec'd, a failure at last; its `attach` is never answered with a byte, takes input up to a size of the
-/// terminal, and tells when it is let go.
+/// `exec` echoes its input and ends with an error. `attach` sends no message, reads its input up to a change of the
+/// terminal's size, and reports when it is dropped.
 struct Echo {
     tasks: TaskTracker,
     left: mpsc::Sender<()>,
@@ -136,7 +136,7 @@ impl Shim for Echo {
     }
 }
 
-/// A channel to an [`Echo`], and what tells that its `attach` was let go.
+/// A channel to an [`Echo`], and a receiver that is notified when its `attach` is dropped.
 fn echo() -> (Channel, mpsc::Receiver<()>) {
     let (left, gone) = mpsc::channel(1);
     let (near, far) = tokio::io::duplex(1 << 16);
@@ -158,7 +158,7 @@ fn echo() -> (Channel, mpsc::Receiver<()>) {
     (endpoint.connect_with_connector_lazy(connector), gone)
 }
 
-/// Of all sizes that matter: nothing, small, a frame, more than a window of ours, more than one of tonic's buffers.
+/// Pieces of all relevant sizes: empty, small, a frame, larger than our window, larger than a buffer of tonic.
 fn pieces() -> Vec<Bytes> {
     let sizes = [0, 1, 255, 256, 16_384, 65_472, 65_536, 300_000];
     let piece = |(number, size): (usize, usize)| vec![u8::try_from(number).unwrap(); size].into();
@@ -204,7 +204,7 @@ async fn bytes_and_the_status_come_whole_from_either_client() {
 }
 
 #[tokio::test]
-async fn a_relay_passes_bodies_on_and_has_its_own_word_for_failures() {
+async fn a_relay_passes_bodies_on_and_maps_their_status() {
     let (channel, _gone) = echo();
     let mut shim = ShimClient::new(RawClient::new(channel));
     let said = super::messages::encode_request(stream::iter(pieces().into_iter().map(stdin)));
@@ -233,7 +233,7 @@ async fn a_relay_passes_bodies_on_and_has_its_own_word_for_failures() {
 }
 
 #[tokio::test]
-async fn answers_to_a_single_message_and_refusals() {
+async fn responses_to_a_single_message_and_errors() {
     let (channel, _gone) = echo();
     let mut shim = ShimClient::new(RawClient::new(channel));
     let request = pb::ReadLogsRequest {
@@ -248,26 +248,26 @@ async fn answers_to_a_single_message_and_refusals() {
     assert_eq!(output.message().await.unwrap(), None);
     let refused = shim.read_logs(pb::ReadLogsRequest::default()).await;
     assert_eq!(refused.unwrap_err().code(), Code::NotFound);
-    // Methods that are not streams of bytes are tonic's own.
+    // Methods that are not streams of bytes are served by tonic itself.
     shim.stop(pb::StopRequest::default()).await.unwrap();
 }
 
 #[tokio::test]
-async fn who_drops_an_answer_lets_go_of_the_call() {
+async fn dropping_a_response_cancels_its_call() {
     let (channel, mut gone) = echo();
     let mut shim = ShimClient::new(RawClient::new(channel));
     let (input, said) = mpsc::channel(1);
     input.send(stdin("a")).await.unwrap();
     let request = super::request(ReceiverStream::new(said));
     let answer = shim.attach(request).await.unwrap();
-    // There is more to say, and nobody says it.
+    // The request has not ended, but sends nothing more.
     drop(super::output(&answer));
     gone.recv().await.unwrap();
     assert!(input.is_closed());
 }
 
 #[tokio::test]
-async fn also_of_one_whose_request_waits_for_room() {
+async fn dropping_a_response_cancels_a_call_whose_request_waits_for_the_window() {
     let (channel, mut gone) = echo();
     let mut shim = ShimClient::new(RawClient::new(channel));
     let (input, said) = mpsc::channel(1);
@@ -277,18 +277,18 @@ async fn also_of_one_whose_request_waits_for_room() {
     input.send(ExecInput { input: size }).await.unwrap();
     let more = Bytes::from(vec![7; 10_000]);
     let waits = std::time::Duration::from_secs(1);
-    // Until nothing is taken any more.
+    // Sends until the window is full.
     while let Ok(sent) = tokio::time::timeout(waits, input.send(stdin(more.clone()))).await {
         sent.unwrap();
     }
     drop(super::output(&answer));
     gone.recv().await.unwrap();
-    // Other calls of the connection go on.
+    // Other calls of the same connection continue.
     shim.stop(pb::StopRequest::default()).await.unwrap();
 }
 
 #[tokio::test]
-async fn bodies_that_are_no_messages_are_refused() {
+async fn bodies_that_are_not_messages_are_rejected() {
     let cases: [(&[u8], Side, Code); 5] = [
         (b"\0\0\0\0\x05ab", Side::Server, Code::Internal),
         (b"\x01\0\0\0\x01a", Side::Server, Code::Internal),
@@ -316,7 +316,7 @@ async fn bodies_that_are_no_messages_are_refused() {
 
 proptest! {
     #[test]
-    fn however_a_body_is_cut(sizes in prop::collection::vec(0_usize..2000, 0..6), step in 1_usize..700) {
+    fn messages_are_read_however_their_body_is_split(sizes in prop::collection::vec(0_usize..2000, 0..6), step in 1_usize..700) {
         let said: Vec<_> = sizes.iter().map(|size| stdin(vec![7; *size])).collect();
         let body = super::messages::encode_request(stream::iter(said.clone()));
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();

@@ -1,4 +1,4 @@
-//! The carrier `tcp:HOST:PORT`.
+//! The carrier `tcp:HOST:PORT`, which always carries TLS.
 use std::{
     io,
     net::SocketAddr,
@@ -11,11 +11,11 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use super::{Carrier, Dial, InvalidCarrier, Unverified};
 use crate::{LinkError, origin::Origin};
 
-/// What the kernel may keep for us between two polls. Connections that do not fit are tried again by their clients only
-/// after a second, so this is what the system allows by default.
+/// How many connections the kernel may queue between two polls (listen(2)). A client whose connection does not fit
+/// retries only after a second, so this is the system's default maximum.
 const BACKLOG: u32 = 4096;
 
-/// The carrier that `HOST:PORT` names.
+/// Parses `HOST:PORT`.
 pub(super) fn parse(address: &str) -> Result<Carrier, InvalidCarrier> {
     let wrong = || InvalidCarrier::Address {
         address: address.to_owned(),
@@ -32,7 +32,7 @@ pub(super) fn parse(address: &str) -> Result<Carrier, InvalidCarrier> {
 /// Dials `HOST:PORT`.
 #[derive(Debug)]
 pub struct Dialler<'a> {
-    /// `HOST:PORT`
+    /// A host name or IP address and a port, as `HOST:PORT`.
     pub address: &'a str,
 }
 
@@ -51,12 +51,12 @@ impl Dial for Dialler<'_> {
     }
 }
 
-/// Listens on an address of this host.
+/// A TCP listener on an address of this host.
 #[derive(Debug)]
 pub struct Listener(TcpListener);
 
 impl Listener {
-    /// Listens on `addr`. Has to be called inside a runtime.
+    /// Listens on `addr`. Must be called within a tokio runtime.
     pub fn bind(addr: SocketAddr) -> io::Result<Self> {
         let socket = if addr.is_ipv4() {
             TcpSocket::new_v4()?
@@ -84,17 +84,18 @@ impl super::Listener for Listener {
         self.0.local_addr().ok()
     }
 
-    /// A connection that is dropped before its first byte came is reset: a flood must not leave thousands of half-closed
-    /// connections to the kernel either.
+    /// Resets a connection that is dropped before its first byte has arrived, so that a flood does not leave thousands
+    /// of half-closed connections in the kernel.
     async fn first_byte(io: &TcpStream) -> bool {
-        // If this fails the connection is gone, which the next call reports.
+        // If this fails, the connection has ended, which the next call reports.
         drop(io.set_zero_linger());
-        let came = matches!(io.peek(&mut [0]).await, Ok(1..));
-        if came {
-            // From now on the last bytes, such as a TLS alert, are to arrive, and small messages go out at once.
+        let arrived = matches!(io.peek(&mut [0]).await, Ok(1..));
+        if arrived {
+            // From now on the last bytes, such as a TLS alert, must reach the peer, and small messages are sent at
+            // once.
             sockopt::set_socket_linger(io, None).ok();
             io.set_nodelay(true).ok();
         }
-        came
+        arrived
     }
 }

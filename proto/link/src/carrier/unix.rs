@@ -1,13 +1,13 @@
-//! The carrier `unix:/PATH`: a socket that is bound and connected to without trusting anybody else.
+//! The carrier `unix:/PATH`: a unix socket in a folder that only its user can enter.
 //!
-//! The socket may carry no TLS, and then whoever answers on it is believed. Therefore each of its users, on either side,
-//! opens the folder first, checks that it is a folder of its own user with mode 0700 and not a link, and then uses the
-//! socket *within the folder it has opened* (`/proc/self/fd/N/agent.sock`): what was checked is what is used, and the
-//! length of the folder's path does not count against the 107 bytes that a socket's address may have. After that the
-//! kernel says whose process is at the other end ([`identify`]).
+//! If the socket carries no TLS, each side believes whoever is at its other end. Therefore both sides first open the
+//! socket's folder, check that it is a folder (not a link) of their own user with mode 0700, and then use the socket
+//! *within the opened folder* (`/proc/self/fd/N/agent.sock`): the folder that was checked is the one that is used, and
+//! the length of its path does not count against the 107 bytes of a socket address (unix(7)). Then the kernel tells
+//! which user's process is at the other end ([`identify`]).
 //!
-//! A socket belongs to one host even if its folder is on a file system that several hosts share. On the others, and after
-//! an agent was killed, connections to it are refused.
+//! A socket works only on the host that created it, even if its folder is on a shared file system. On other hosts, and
+//! after the agent was killed, connections to it are refused.
 use std::{
     ffi::OsStr,
     fs, io,
@@ -26,7 +26,7 @@ use tokio::net::{UnixListener, UnixStream};
 use super::{Carrier, Dial, InvalidCarrier, Unverified};
 use crate::{LinkError, Peer, origin::Origin, own_uid};
 
-/// The carrier that `/PATH` names.
+/// Parses `/PATH`.
 pub(super) fn parse(path: &str) -> Result<Carrier, InvalidCarrier> {
     if path.starts_with('/') {
         return Ok(Carrier::Unix(path.into()));
@@ -36,10 +36,10 @@ pub(super) fn parse(path: &str) -> Result<Carrier, InvalidCarrier> {
     })
 }
 
-/// Connects to the socket at a path, whose folder has to be ours.
+/// Connects to the socket at a path, whose folder must be ours.
 #[derive(Debug)]
 pub struct Dialler<'a> {
-    /// Where the socket is.
+    /// The path of the socket.
     pub path: &'a Path,
 }
 
@@ -49,7 +49,7 @@ impl Dial for Dialler<'_> {
     async fn dial(&self) -> Result<Unverified<UnixStream>, LinkError> {
         let carrier = Carrier::Unix(self.path.to_owned());
         let folder = match Folder::open_parent(self.path) {
-            // Nothing is there: there is no agent, which is the same as without its socket.
+            // Without the folder there is no agent, which is the same as without its socket.
             Err(LinkError::Folder { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 return Err(LinkError::Connect { carrier, source });
             }
@@ -68,14 +68,15 @@ impl Dial for Dialler<'_> {
     }
 }
 
-/// Connects to the socket at `path`, whose folder and whose process have to be ours.
+/// Connects to the socket at `path`. Its folder and the process that serves it must belong to our own user. Cancel
+/// safe.
 pub async fn connect(path: &Path) -> Result<(UnixStream, Peer), LinkError> {
     let Unverified { io, .. } = Dialler { path }.dial().await?;
     let peer = identify(&io, path)?;
     Ok((io, peer))
 }
 
-/// Listens on a socket in a folder of ours, and removes the socket in the end.
+/// A listener on a socket in a folder of our own user. It removes the socket when it is dropped.
 #[derive(Debug)]
 pub struct Listener {
     listener: UnixListener,
@@ -83,8 +84,8 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens on the socket at `path`. Its folder is created with mode 0700, or has to have it; a socket that no process of
-    /// this host serves is replaced. Has to be called inside a runtime.
+    /// Listens on the socket at `path`. Its folder is created with mode 0700, or must have that mode; a socket that no
+    /// process of this host serves is replaced. Must be called within a tokio runtime.
     pub fn bind(path: &Path) -> Result<Self, LinkError> {
         let carrier = Carrier::Unix(path.to_owned());
         let failed = |source| LinkError::Listen {
@@ -123,7 +124,7 @@ impl Listener {
 impl super::Listener for Listener {
     type Io = UnixStream;
 
-    /// The folder lets nobody else in.
+    /// Nobody else can enter the folder.
     const STRANGERS: bool = false;
 
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Unverified<UnixStream>>> {
@@ -137,12 +138,12 @@ impl super::Listener for Listener {
     }
 }
 
-/// Removes the socket when nobody listens any more, unless another process has put its own there.
+/// Removes the socket when it is dropped, unless another process has replaced it by its own.
 #[derive(Debug)]
 struct SocketFile {
     path: PathBuf,
     inode: Option<u64>,
-    /// What the path begins with.
+    /// Keeps open the descriptor that `path` refers to.
     _folder: Folder,
 }
 
@@ -161,7 +162,7 @@ impl Drop for SocketFile {
     }
 }
 
-/// Is there a socket of ours at `path`, in a folder of ours?
+/// Whether there is a socket of our own user at `path`, in a folder of our own user.
 pub(crate) fn is_ours(path: &Path) -> bool {
     let Ok(folder) = Folder::open_parent(path) else {
         return false;
@@ -170,12 +171,12 @@ pub(crate) fn is_ours(path: &Path) -> bool {
         .is_ok_and(|found| found.file_type().is_socket() && found.uid() == own_uid())
 }
 
-/// A folder that was checked, and that is used through its descriptor from then on.
+/// A folder that has passed the checks, and is used only through this descriptor.
 #[derive(Debug)]
 struct Folder(OwnedFd);
 
 impl Folder {
-    /// Opens the folder of the socket at `path`.
+    /// Opens and checks the folder of the socket at `path`.
     fn open_parent(path: &Path) -> Result<Self, LinkError> {
         let folder = parent(path);
         let named = || folder.display().to_string();
@@ -183,7 +184,7 @@ impl Folder {
             path: named(),
             source: error.into(),
         };
-        // O_PATH opens a link itself if it must not be followed, so that it can be told from a folder.
+        // With O_NOFOLLOW, O_PATH opens a link itself, so that the error can say that it is a link.
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let opened = rustix::fs::open(folder, flags, Mode::empty()).map_err(failed)?;
         let stat = rustix::fs::fstat(&opened).map_err(failed)?;
@@ -194,14 +195,14 @@ impl Folder {
             } else {
                 "not a folder"
             };
-            return Err(LinkError::NoFolder {
+            return Err(LinkError::NotAFolder {
                 path: named(),
                 found,
             });
         }
         let mode = stat.st_mode & 0o7777;
         if stat.st_uid != own_uid() || mode & 0o077 != 0 {
-            return Err(LinkError::OpenFolder {
+            return Err(LinkError::UnsafeFolder {
                 path: named(),
                 uid: own_uid(),
                 found_uid: stat.st_uid,
@@ -211,7 +212,7 @@ impl Folder {
         Ok(Self(opened))
     }
 
-    /// A short path to the file of the same name as `path` in this very folder.
+    /// A short path to the file with the name of `path` in this folder, valid while `self` lives.
     fn within(&self, path: &Path) -> PathBuf {
         let name = path.file_name().unwrap_or_else(|| OsStr::new("agent.sock"));
         PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd())).join(name)
@@ -222,7 +223,8 @@ fn parent(path: &Path) -> &Path {
     path.parent().unwrap_or_else(|| Path::new("/"))
 }
 
-/// The user and process at the other end of a connection over the socket at `path`; an error if the user is not ours.
+/// The user and process at the other end of a connection over the socket at `path` (`SO_PEERCRED`, unix(7)). Fails if
+/// the user is not our own.
 pub fn identify(stream: &UnixStream, path: &Path) -> Result<Peer, LinkError> {
     let name = Carrier::Unix(path.to_owned()).to_string();
     let failed = |source| LinkError::Handshake {

@@ -1,9 +1,9 @@
-//! Renewal of a certificate over the link: the request, what the CA makes of it, and when it is time.
+//! Renewal of a certificate over the link: the request, the CA's answer to it, and the time for it.
 //!
-//! The CA looks at nothing of a request but its public key and its signature. Identity and life are those of the
-//! certificate that the peer proved to hold, so a renewal never widens anything. The new certificate names every
-//! certificate that it descends from (a URI among its subject alternative names for each), so that a denial of any of
-//! them covers it. See ADR 0075.
+//! Of a request, the CA uses only the public key and the signature. Identity and validity period are those of the
+//! certificate that the peer has proved to hold, so a renewal never grants anything new. The new certificate names
+//! every certificate that it descends from (each by a URI among its subject alternative names), so denying any of them
+//! denies it too. See ADR 0075.
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -15,27 +15,27 @@ use rustls_pki_types::CertificateSigningRequestDer;
 use super::{BACKDATE, Ca, CertificateInfo, LEAF_LIFE, PkiError, Validity, common_name, leaf};
 use crate::InvalidIdentity;
 
-/// How often a certificate can be renewed before a new one has to be made by hand: it names all that went before, and
-/// the list must not grow without limit, nor be cut, which would lose a denial.
+/// How often a certificate can be renewed before a new one must be created by hand. Each certificate names all its
+/// ancestors; that list must neither grow without limit nor be shortened, which would lose a denial.
 pub const MAX_ANCESTORS: usize = 64;
-/// A certificate that ends sooner is worth a warning.
+/// A certificate that ends within this time is worth a warning.
 pub const WARN_BEFORE: Duration = Duration::from_hours(30 * 24);
-/// What a URI that names an ancestor begins with.
+/// The prefix of a URI that names an ancestor.
 const RENEWED_FROM: &str = "knoc://renewed-from/";
-/// Larger requests are not looked at; one of ours has some 200 bytes.
+/// The largest request in bytes; one of ours has about 200 bytes.
 const MAX_REQUEST: usize = 4096;
 
-/// A certificate that another one was renewed from.
+/// A certificate from which another one was renewed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ancestor {
-    /// Its serial number.
+    /// The serial number, written as by [`serial_text`](super::serial_text).
     pub serial: String,
-    /// SHA-256 of its public key.
+    /// SHA-256 of the public key, written as by [`spki_sha256`](super::spki_sha256).
     pub spki: String,
 }
 
 impl Ancestor {
-    /// Those among the URIs of a certificate.
+    /// The ancestors among the URIs of a certificate.
     pub(super) fn of(uris: &[&str]) -> Vec<Self> {
         let named = uris.iter().filter_map(|uri| uri.strip_prefix(RENEWED_FROM));
         let split = named.filter_map(|rest| rest.split_once('/'));
@@ -52,77 +52,79 @@ impl Ancestor {
     }
 }
 
-/// Why a certificate is not renewed.
+/// Why a certificate cannot be renewed.
 #[derive(Debug, thiserror::Error)]
 pub enum RenewError {
-    /// The request is none, is too large, or is not signed by its own key.
+    /// The bytes are not a certificate signing request (PKCS#10), or it is not signed by its own key.
     #[error("read the certificate signing request")]
     Request {
-        /// What rcgen said.
+        /// rcgen's error.
         #[source]
         source: rcgen::Error,
     },
-    /// Too large to be a request.
+    /// The request is too large.
     #[error("the certificate signing request has {size} bytes; the limit is {MAX_REQUEST}")]
     Large {
-        /// Its size.
+        /// The size of the request in bytes.
         size: usize,
     },
-    /// Another kind of key.
+    /// The key of the request is of an unsupported kind.
     #[error("the key of the request is not ECDSA P-256")]
     Key,
-    /// The held certificate has no identity.
+    /// The certificate that the peer holds has no identity.
     #[error("find the identity of the certificate")]
     Identity {
         /// What is wrong with it.
         #[source]
         source: InvalidIdentity,
     },
-    /// Half of its life is still to come.
+    /// The certificate has not reached half of its validity period.
     #[error(
         "the certificate is valid from {from} until {until}: it can be renewed from {after} on"
     )]
     Early {
-        /// `notBefore`
+        /// The certificate's `notBefore`.
         from: Timestamp,
-        /// `notAfter`
+        /// The certificate's `notAfter`.
         until: Timestamp,
-        /// From when on it can.
+        /// The time from which on the certificate can be renewed.
         after: Timestamp,
     },
-    /// Its life is over.
-    #[error("the certificate ended at {until}: make a new one with `knoc-agent init --site SITE`")]
+    /// The certificate has expired.
+    #[error(
+        "the certificate expired at {until}: create a new one with `knoc-agent init --site SITE`"
+    )]
     Expired {
-        /// `notAfter`
+        /// The certificate's `notAfter`.
         until: Timestamp,
     },
-    /// It was renewed too often.
+    /// The certificate has been renewed [`MAX_ANCESTORS`] times.
     #[error(
-        "the certificate was renewed {MAX_ANCESTORS} times, which is the limit: make a new one with `knoc-agent init --site SITE`"
+        "the certificate was renewed {MAX_ANCESTORS} times, which is the limit: create a new one with `knoc-agent init --site SITE`"
     )]
     Often,
-    /// The CA is about to end, or has ended.
+    /// The CA would expire before the renewed certificate.
     #[error(
         "the CA ends at {until}: a new CA is needed (move the tls folder away and run `knoc-agent init --site SITE`)"
     )]
     CaEnds {
-        /// Its `notAfter`.
+        /// The CA's `notAfter`.
         until: Timestamp,
     },
-    /// The certificate cannot be made.
+    /// The new certificate cannot be created.
     #[error("issue the certificate")]
     Issue {
-        /// Why not.
+        /// The cause.
         #[from]
         source: PkiError,
     },
 }
 
-/// A key and the request for a certificate of it.
+/// A new key and the request for a certificate of it.
 pub struct Request {
-    /// PKCS#8 PEM. Secret.
+    /// The private key as PKCS#8 PEM. Secret.
     pub key_pem: String,
-    /// The request, PKCS#10 DER.
+    /// The request as PKCS#10 in DER.
     pub der: Vec<u8>,
 }
 
@@ -133,16 +135,16 @@ impl std::fmt::Debug for Request {
 }
 
 impl Request {
-    /// A new key, and a request signed by it. `name` is only for people: the CA does not look at it.
+    /// Generates a key, and a request signed by it. `name` becomes the subject's common name, which the CA ignores.
     pub fn generate(name: &str) -> Result<Self, PkiError> {
-        let made = |source| PkiError::Make {
+        let failed = |source| PkiError::Create {
             subject: name.to_owned(),
             source,
         };
-        let key = KeyPair::generate().map_err(made)?;
+        let key = KeyPair::generate().map_err(failed)?;
         let mut params = rcgen::CertificateParams::default();
         params.distinguished_name = common_name(name);
-        let request = params.serialize_request(&key).map_err(made)?;
+        let request = params.serialize_request(&key).map_err(failed)?;
         Ok(Self {
             key_pem: key.serialize_pem(),
             der: request.der().to_vec(),
@@ -150,8 +152,9 @@ impl Request {
     }
 }
 
-/// When this part of a certificate's life is over, back-dating aside. Of a longer life than [`LEAF_LIFE`] the last part of
-/// that length counts, so that the renewal never ends before what it renews.
+/// The time at which `percent` of a certificate's validity period are over, without the back-dating. Of a period longer
+/// than [`LEAF_LIFE`] only the last part of that length counts, so that the renewed certificate never ends before the
+/// old one.
 fn share(validity: Validity, percent: u32) -> Timestamp {
     let left = life(validity).min(LEAF_LIFE) / 100 * (100 - percent.min(100));
     validity
@@ -160,25 +163,25 @@ fn share(validity: Validity, percent: u32) -> Timestamp {
         .unwrap_or(validity.until)
 }
 
-/// When a certificate should be renewed: at 70 % of its life.
+/// When the holder of a certificate should renew it: after 70 % of its validity period.
 #[must_use]
 pub fn due(validity: Validity) -> Timestamp {
     share(validity, 70)
 }
 
-/// From when on the agent renews it: after half of its life.
+/// From when on the agent renews a certificate: after half of its validity period.
 #[must_use]
 pub fn renewable(validity: Validity) -> Timestamp {
     share(validity, 50)
 }
 
-/// Is it worth a warning: does it end within [`WARN_BEFORE`]?
+/// Whether a certificate that is still valid ends within [`WARN_BEFORE`].
 #[must_use]
 pub fn is_expiring(validity: Validity, now: Timestamp) -> bool {
     ends_soon(validity.until, now)
 }
 
-/// The same by its end alone.
+/// Whether the time `until` is less than [`WARN_BEFORE`] after `now`.
 #[must_use]
 pub fn ends_soon(until: Timestamp, now: Timestamp) -> bool {
     let left = until.duration_since(now);
@@ -186,8 +189,8 @@ pub fn ends_soon(until: Timestamp, now: Timestamp) -> bool {
 }
 
 impl Ca {
-    /// A new certificate for the key of `request`, with the identity of the certificate that the peer holds and no
-    /// other name, that lives as long as that one was made for, at most [`LEAF_LIFE`]. Answers the PEM text.
+    /// Issues a certificate for the key of `request`, with the identity of the certificate that the peer holds and no
+    /// other name. It is valid as long as that one originally was, but at most [`LEAF_LIFE`]. Returns it as PEM.
     pub fn renew(
         &self,
         held: &CertificateInfo,
@@ -229,7 +232,7 @@ impl Ca {
         params.use_authority_key_identifier_extension = true;
         validity.apply(&mut params)?;
         let signed = params.signed_by(&public_key, &self.issuer);
-        let signed = signed.map_err(|source| PkiError::Make {
+        let signed = signed.map_err(|source| PkiError::Create {
             subject: identity.to_string(),
             source,
         })?;
@@ -238,8 +241,8 @@ impl Ca {
 }
 
 impl Ca {
-    /// A new certificate for the holder of the CA's key itself: for the same key, identity and names as `held`, that lives
-    /// as long as that one was made for. Answers the PEM text.
+    /// Issues a certificate to the holder of the CA's key itself: with the key, identity and names of `held`, and valid
+    /// as long as that one originally was. Returns it as PEM.
     pub fn renew_own(&self, held: &str, key: &str, now: Timestamp) -> Result<String, RenewError> {
         let info = super::inspect_pem(held)?;
         let identity = info.identity.clone();
@@ -251,13 +254,13 @@ impl Ca {
         if validity.until <= info.validity.until {
             return Err(RenewError::CaEnds { until: ca_ends });
         }
-        let key = KeyPair::from_pem(key).map_err(|source| PkiError::Make {
+        let key = KeyPair::from_pem(key).map_err(|source| PkiError::Create {
             subject: identity.to_string(),
             source,
         })?;
         let params = super::named(&identity, &names, validity)?;
         let signed = params.signed_by(&key, &self.issuer);
-        let signed = signed.map_err(|source| PkiError::Make {
+        let signed = signed.map_err(|source| PkiError::Create {
             subject: identity.to_string(),
             source,
         })?;
@@ -265,7 +268,7 @@ impl Ca {
     }
 }
 
-/// The key of a request that is signed by it.
+/// The public key of a request, whose signature by that key has been checked.
 fn public_key(request: &[u8]) -> Result<rcgen::PublicKey, RenewError> {
     if request.len() > MAX_REQUEST {
         let size = request.len();
@@ -275,7 +278,7 @@ fn public_key(request: &[u8]) -> Result<rcgen::PublicKey, RenewError> {
     let request = CertificateSigningRequestParams::from_der(&der)
         .map_err(|source| RenewError::Request { source })?;
     let key = request.public_key;
-    // An uncompressed point of the curve.
+    // An uncompressed point of the curve (SEC 1, section 2.3.3).
     if *key.algorithm() == PKCS_ECDSA_P256_SHA256 && key.der_bytes().len() == 65 {
         Ok(key)
     } else {
@@ -283,7 +286,7 @@ fn public_key(request: &[u8]) -> Result<rcgen::PublicKey, RenewError> {
     }
 }
 
-/// For how long a certificate was made, without its back-dating.
+/// The length of a validity period without its back-dating.
 fn life(validity: Validity) -> Duration {
     let whole = validity.until.duration_since(validity.from);
     let whole = Duration::try_from(whole).unwrap_or_default();

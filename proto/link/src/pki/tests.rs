@@ -29,7 +29,7 @@ fn an_issued_certificate_says_who_it_is() {
 }
 
 #[test]
-fn a_ca_comes_back_from_pem() {
+fn a_ca_is_read_back_from_pem() {
     let ca = Ca::generate("site").unwrap();
     let again = Ca::from_pem(ca.cert_pem(), &ca.key_pem()).unwrap();
     let pair = again.issue(&kubelet(), &[]).unwrap();
@@ -37,12 +37,12 @@ fn a_ca_comes_back_from_pem() {
 }
 
 #[test]
-fn bad_names_are_refused_by_name() {
+fn invalid_names_are_rejected_by_name() {
     let ca = Ca::generate("site").unwrap();
     let error = ca.issue(&kubelet(), &["bäd".into()]).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "\"bäd\" can be no subject alternative name"
+        "\"bäd\" cannot be a subject alternative name: it is neither a DNS name nor an IP address"
     );
 }
 

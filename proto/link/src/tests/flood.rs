@@ -1,4 +1,4 @@
-//! One address keeps thousands of connections open that come to nothing, and everybody else is served.
+//! One address keeps thousands of useless connections open, and everybody else is still served.
 
 use std::{
     net::Ipv4Addr,
@@ -16,19 +16,19 @@ use super::*;
 
 const ATTACKER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const CONNECTIONS: usize = 5000;
-/// What a connection that was closed waits before it is opened again.
-const AGAIN: Duration = Duration::from_secs(1);
-/// One flood at a time: they would measure each other.
+/// How long the attacker waits before it reopens a connection that was closed.
+const REOPEN_AFTER: Duration = Duration::from_secs(1);
+/// Only one flood runs at a time; otherwise they would disturb each other's measurements.
 static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-const PATIENCE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(20);
 
-/// What the attacker's connections do.
+/// How the attacker's connections behave.
 #[derive(Clone)]
-enum Habit {
+enum Behaviour {
     Silent,
-    /// A byte now and then, of a record that never ends.
+    /// Sends single bytes of a record that never ends.
     Trickle,
-    /// The handshake with a certificate that is accepted, and nothing after it.
+    /// Finishes the handshake with a certificate that is accepted, and then sends nothing.
     Mute(Credentials),
 }
 
@@ -38,20 +38,25 @@ async fn from(address: Ipv4Addr, target: SocketAddr) -> std::io::Result<TcpStrea
     socket.connect(target).await
 }
 
-/// Sends what its habit is until the other side has had enough.
-async fn bother(mut stream: TcpStream, habit: &Habit) -> std::io::Result<()> {
-    match habit {
-        Habit::Silent => stream.read_u8().await.map(drop),
-        Habit::Trickle => loop {
+/// Behaves as told until the server closes the connection.
+async fn attack(mut stream: TcpStream, behaviour: &Behaviour) -> std::io::Result<()> {
+    match behaviour {
+        Behaviour::Silent => stream.read_u8().await.map(drop),
+        Behaviour::Trickle => loop {
             for byte in [0x16, 3, 1, 0x40, 0] {
                 stream.write_all(&[byte]).await?;
                 tokio::time::sleep(Duration::from_millis(300)).await;
             }
         },
-        Habit::Mute(credentials) => {
+        Behaviour::Mute(credentials) => {
             let material = credentials.material();
             let (roots, key) = (&material.roots, &material.key);
-            let config = tls::client(roots, key, ExpectPeer::AnyAgent, tls::Seen::default());
+            let config = tls::client(
+                roots,
+                key,
+                ExpectPeer::AnyAgent,
+                tls::ClaimedIdentity::default(),
+            );
             let connector = tokio_rustls::TlsConnector::from(Arc::new(config.unwrap()));
             let name = rustls_pki_types::ServerName::IpAddress(ATTACKER.into());
             let mut stream = connector.connect(name, stream).await?;
@@ -60,7 +65,7 @@ async fn bother(mut stream: TcpStream, habit: &Habit) -> std::io::Result<()> {
     }
 }
 
-/// For both ends of thousands of connections in one process.
+/// Raises the limit of open files, since this process has both ends of thousands of connections.
 fn raise_limit() {
     let maximum = getrlimit(Resource::Nofile).maximum;
     let raised = Rlimit {
@@ -70,12 +75,12 @@ fn raise_limit() {
     setrlimit(Resource::Nofile, raised).unwrap();
 }
 
-/// Keeps connections open until dropped; returns once all of them have been tried.
-async fn flood(target: SocketAddr, count: usize, habit: Habit) -> JoinSet<()> {
+/// Keeps `count` connections open until the returned set is dropped. Returns once each has been tried.
+async fn flood(target: SocketAddr, count: usize, behaviour: Behaviour) -> JoinSet<()> {
     let tried = Arc::new(AtomicUsize::new(0));
     let mut tasks = JoinSet::new();
     for _ in 0..count {
-        let (tried, habit) = (Arc::clone(&tried), habit.clone());
+        let (tried, behaviour) = (Arc::clone(&tried), behaviour.clone());
         tasks.spawn(async move {
             let mut first = true;
             loop {
@@ -84,22 +89,22 @@ async fn flood(target: SocketAddr, count: usize, habit: Habit) -> JoinSet<()> {
                     tried.fetch_add(1, Ordering::Relaxed);
                 }
                 if let Ok(stream) = opened {
-                    // Closed by the other side, which is what an attacker has to expect.
-                    bother(stream, &habit).await.ok();
+                    // The server closes it, as an attacker must expect.
+                    attack(stream, &behaviour).await.ok();
                 }
-                // A handshake costs both sides computing time, of which a test machine has little.
-                let again = match habit {
-                    Habit::Silent | Habit::Trickle => AGAIN,
-                    Habit::Mute(_) => 5 * AGAIN,
+                // A handshake costs both sides CPU time, of which a test machine has little.
+                let pause = match behaviour {
+                    Behaviour::Silent | Behaviour::Trickle => REOPEN_AFTER,
+                    Behaviour::Mute(_) => 5 * REOPEN_AFTER,
                 };
-                tokio::time::sleep(again).await;
+                tokio::time::sleep(pause).await;
             }
         });
     }
     let began = Instant::now();
     while tried.load(Ordering::Relaxed) < count {
         assert!(
-            began.elapsed() < PATIENCE,
+            began.elapsed() < DEADLINE,
             "{tried:?} of {count} connections"
         );
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -107,9 +112,9 @@ async fn flood(target: SocketAddr, count: usize, habit: Habit) -> JoinSet<()> {
     tasks
 }
 
-/// How long a client at this address takes until it is answered, at the best of several times: tests run side by side.
+/// How long a client at this address waits for its response: the best of several attempts, since tests run in parallel.
 async fn answered(address: Ipv4Addr, target: SocketAddr, credentials: &Credentials) -> Duration {
-    let mut best = PATIENCE;
+    let mut best = DEADLINE;
     for _ in 0..3 {
         let began = Instant::now();
         let (client, dialled) = (credentials.clone(), ExpectPeer::AnyAgent);
@@ -119,7 +124,7 @@ async fn answered(address: Ipv4Addr, target: SocketAddr, credentials: &Credentia
                 let stream = from(address, target).await?;
                 let material = client.material();
                 let (roots, key) = (&material.roots, &material.key);
-                let config = tls::client(roots, key, dialled, tls::Seen::default());
+                let config = tls::client(roots, key, dialled, tls::ClaimedIdentity::default());
                 let connector = tokio_rustls::TlsConnector::from(Arc::new(config.unwrap()));
                 let name = rustls_pki_types::ServerName::IpAddress(address.into());
                 let stream = connector.connect(name, stream).await?;
@@ -133,8 +138,8 @@ async fn answered(address: Ipv4Addr, target: SocketAddr, credentials: &Credentia
     best
 }
 
-/// The goal, against a flood of this habit.
-async fn both_are_served(count: usize, habit: impl FnOnce(Credentials) -> Habit) {
+/// Checks that clients at another and at the attacker's own address are served during a flood of this behaviour.
+async fn both_are_served(count: usize, behaviour: impl FnOnce(Credentials) -> Behaviour) {
     let _alone = ONE_AT_A_TIME.lock().await;
     raise_limit();
     let ca = Ca::generate("ca").unwrap();
@@ -144,39 +149,39 @@ async fn both_are_served(count: usize, habit: impl FnOnce(Credentials) -> Habit)
     };
     let target: SocketAddr = address.parse().unwrap();
     let credentials = issued(&ca, &kubelet());
-    let _flood = flood(target, count, habit(credentials.clone())).await;
+    let _flood = flood(target, count, behaviour(credentials.clone())).await;
     let elsewhere = answered(Ipv4Addr::LOCALHOST, target, &credentials).await;
     assert!(
         elsewhere < Duration::from_secs(1),
         "at another address: {elsewhere:?}"
     );
-    let beside = answered(ATTACKER, target, &credentials).await;
+    let same_address = answered(ATTACKER, target, &credentials).await;
     assert!(
-        beside < Duration::from_secs(3),
-        "at the same address: {beside:?}"
+        same_address < Duration::from_secs(3),
+        "at the same address: {same_address:?}"
     );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn five_thousand_silent_connections_keep_nobody_out() {
-    both_are_served(CONNECTIONS, |_| Habit::Silent).await;
+    both_are_served(CONNECTIONS, |_| Behaviour::Silent).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_trickle_bytes_keep_nobody_out() {
-    both_are_served(1500, |_| Habit::Trickle).await;
+    both_are_served(1500, |_| Behaviour::Trickle).await;
 }
 
-/// They have a certificate that is accepted, and are closed all the same.
+/// They present an accepted certificate and are closed nevertheless.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_never_ask_anything_after_their_handshake_keep_nobody_out() {
-    both_are_served(100, Habit::Mute).await;
+    both_are_served(100, Behaviour::Mute).await;
     let ca = Ca::generate("ca").unwrap();
     let (_server, carrier) = bound(issued(&ca, &agent())).await;
     let credentials = issued(&ca, &kubelet());
     let mute = connect(&carrier, Some(&credentials), &ExpectPeer::AnyAgent);
     let mut mute = mute.await.unwrap();
-    let closed = tokio::time::timeout(PATIENCE, mute.read_u8()).await;
+    let closed = tokio::time::timeout(DEADLINE, mute.read_u8()).await;
     assert!(closed.is_ok(), "it is still open");
 }
 
@@ -197,8 +202,8 @@ async fn five_thousand_silent_connections_keep_no_shim_out() {
             links.push(link);
         }
     });
-    let _flood = flood(target, CONNECTIONS, Habit::Silent).await;
-    let mut best = PATIENCE;
+    let _flood = flood(target, CONNECTIONS, Behaviour::Silent).await;
+    let mut best = DEADLINE;
     for _ in 0..3 {
         let began = Instant::now();
         pinned::dial(&target.to_string(), &shim, &spki)
@@ -209,7 +214,7 @@ async fn five_thousand_silent_connections_keep_no_shim_out() {
     assert!(best < Duration::from_secs(1), "{best:?}");
 }
 
-/// What the listener has open of connections that come to nothing stays within its bounds, and none of it stays for good.
+/// The useless connections that a listener has open stay within its bounds, and each is closed in the end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_connections_are_bounded_and_end() {
     let _alone = ONE_AT_A_TIME.lock().await;
@@ -221,7 +226,7 @@ async fn silent_connections_are_bounded_and_end() {
     };
     let target: SocketAddr = address.parse().unwrap();
     let mut streams = Vec::new();
-    // More than any listener takes of one source.
+    // More connections than any listener admits of one source.
     for _ in 0..3200 {
         streams.push(from(ATTACKER, target).await.unwrap());
     }
@@ -232,7 +237,7 @@ async fn silent_connections_are_bounded_and_end() {
         "the oldest is closed for a newer one"
     );
     let newest = streams.last_mut().unwrap();
-    let closed = tokio::time::timeout(PATIENCE, newest.read_u8()).await;
+    let closed = tokio::time::timeout(DEADLINE, newest.read_u8()).await;
     assert!(closed.unwrap().is_err());
     let took = began.elapsed();
     let expected = Duration::from_secs(3)..Duration::from_secs(10);

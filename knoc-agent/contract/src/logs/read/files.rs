@@ -1,4 +1,5 @@
-//! The files of a series, which are renamed while they are read: found by what they are, not by their names. Blocking.
+//! Finds the files of a series by their identity, because they are renamed while they are read. All
+//! functions block on file I/O.
 
 use std::{
     fs::{self, File},
@@ -17,7 +18,7 @@ pub(super) struct Open {
     pub(super) identity: Identity,
 }
 
-/// A file, whatever rotation calls it.
+/// The identity of a file, which does not change when it is renamed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Identity {
     device: u64,
@@ -37,10 +38,11 @@ impl Identity {
     }
 }
 
-/// How often a rotation may come in between: each moves all files, in far less time than one is filled.
+/// How often a rotation may come in between. Each one renames all files, which takes far less time
+/// than filling one.
 const TRIES: usize = 100;
 
-/// The files of a series, oldest first, as they stood at one moment.
+/// The files of a series, oldest first, as they were at one moment.
 fn files(live: &Path) -> Vec<(PathBuf, Identity)> {
     let look = || {
         let files = series(live).into_iter();
@@ -49,7 +51,8 @@ fn files(live: &Path) -> Vec<(PathBuf, Identity)> {
             .map(|(file, path)| (path, file))
             .collect::<Vec<_>>()
     };
-    // A rotation while we look shows a file twice, or not at all; one that stands still in the middle shows each once.
+    // During a rotation a file may be seen twice or not at all. An interrupted rotation shows each
+    // file once.
     let mut found = look();
     for _ in 0..TRIES {
         let again = look();
@@ -61,7 +64,8 @@ fn files(live: &Path) -> Vec<(PathBuf, Identity)> {
     found
 }
 
-/// Opens the file that `choose` points at among those there are, oldest first; `None` where it points past them.
+/// Opens the file whose index `choose` returns, given the existing files, oldest first. `None` if
+/// there is no such index.
 pub(super) fn open(live: &Path, choose: impl Fn(&[Identity]) -> usize) -> io::Result<Option<Open>> {
     for _ in 0..TRIES {
         let (paths, files): (Vec<_>, Vec<_>) = files(live).into_iter().unzip();
@@ -75,7 +79,7 @@ pub(super) fn open(live: &Path, choose: impl Fn(&[Identity]) -> usize) -> io::Re
                 return Ok(Some(Open { file, identity }));
             }
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            // It was rotated in between.
+            // The file was rotated in between.
             Ok(_) | Err(_) => {}
         }
     }
@@ -84,14 +88,14 @@ pub(super) fn open(live: &Path, choose: impl Fn(&[Identity]) -> usize) -> io::Re
     ))
 }
 
-/// Where the wanted tail begins; `None`: at the beginning of the series.
+/// The beginning of the wanted tail; `None` if it is the beginning of the series.
 pub(super) fn tail_start(live: &Path, mut search: TailSearch) -> io::Result<Option<(Open, u64)>> {
     for (_, wanted) in files(live).into_iter().rev() {
         let file = open(live, |files| {
             let at = files.iter().position(|file| *file == wanted);
             at.unwrap_or(files.len())
         })?;
-        // Dropped for the limit meanwhile.
+        // The file was dropped because of the limit in the meantime.
         let Some(open) = file else { continue };
         if let Some(offset) = search_file(&open.file, &mut search)? {
             return Ok(Some((open, offset)));
@@ -100,7 +104,7 @@ pub(super) fn tail_start(live: &Path, mut search: TailSearch) -> io::Result<Opti
     Ok(None)
 }
 
-/// Walks the lines of one file from its end, block by block.
+/// Walks backwards over the lines of one file, block by block.
 fn search_file(file: &File, search: &mut TailSearch) -> io::Result<Option<u64>> {
     let mut end = file.metadata()?.len();
     // The bytes from `end` to the end of the line that begins before it.

@@ -1,4 +1,4 @@
-//! Reading and following a series while it grows and rotates.
+//! Tests of reading and following a series while it grows and rotates.
 
 use std::fs::{self, File};
 
@@ -170,7 +170,7 @@ fn varied() -> [Options; 5] {
     ]
 }
 
-/// Both streams, long lines in pieces, many files, each batch with a time of its own.
+/// Writes both streams, long lines in pieces and many files; each batch has a time of its own.
 fn fill(live: &Path) -> Writer {
     let mut writer = writer(live, 300_000, 100);
     let mut cutters = [Cutter::new(Stream::Stdout), Cutter::new(Stream::Stderr)];
@@ -220,7 +220,7 @@ async fn another_reader_goes_on_at_any_chunk_with_nothing_lost_and_nothing_twice
 }
 
 #[tokio::test]
-async fn where_the_file_was_dropped_meanwhile_only_what_is_newer_follows() {
+async fn only_newer_lines_follow_if_the_file_was_dropped() {
     let folder = tempfile::tempdir().unwrap();
     let live = folder.path().join("0.log");
     fill(&live);
@@ -240,7 +240,7 @@ async fn where_the_file_was_dropped_meanwhile_only_what_is_newer_follows() {
     };
     let left = text(&chunks(&live, Options::default()).await);
     assert!(text(&rest(next).await) == left, "all that is left is newer");
-    // A file that this host does not see yet: what it sees is older, and was sent.
+    // A file that this host does not see yet: everything that it does see is older, and was sent.
     let unseen = pb::LogPosition {
         inode: u64::MAX,
         ..all.last().and_then(|chunk| chunk.next.clone()).unwrap()
@@ -258,7 +258,7 @@ fn a_rotation_between_looking_and_opening_gives_no_other_file() {
     let rotations = std::cell::Cell::new(0);
     let opened = open(&live, |files| {
         let wanted = Identity::of(&fs::metadata(rotated(&live, rotations.get() + 1)).unwrap());
-        // By the time that the chosen name is opened it is the newer file's.
+        // By the time that the chosen name is opened it belongs to the newer file.
         if rotations.replace(1) == 0 {
             fs::rename(rotated(&live, 1), rotated(&live, 2)).unwrap();
             fs::rename(&live, rotated(&live, 1)).unwrap();
@@ -269,7 +269,8 @@ fn a_rotation_between_looking_and_opening_gives_no_other_file() {
     assert_eq!(text, "older");
 }
 
-/// A message of the link is a frame and whole TLS records, whatever the lines weigh.
+/// Each chunk is one frame of the link and fills whole TLS records, whatever the length of the
+/// lines.
 #[tokio::test]
 async fn a_long_log_comes_in_pieces_of_one_message() {
     use prost::Message as _;
@@ -282,7 +283,7 @@ async fn a_long_log_comes_in_pieces_of_one_message() {
         let chunks = chunks(&live, Options::default()).await;
         assert!(text(&chunks) == all, "{width}");
         let lengths: Vec<_> = chunks.iter().map(pb::LogChunk::encoded_len).collect();
-        // The first ones grow, the last ones are what is left.
+        // The first ones grow; the last ones are what is left.
         let third = lengths.len() / 3;
         for length in lengths.iter().skip(third).take(third) {
             assert!(
@@ -294,12 +295,12 @@ async fn a_long_log_comes_in_pieces_of_one_message() {
 }
 
 #[tokio::test]
-async fn what_is_no_log_and_has_no_end_is_passed_over() {
+async fn an_endless_line_that_is_not_a_log_is_skipped() {
     let folder = tempfile::tempdir().unwrap();
     let live = folder.path().join("0.log");
     let mut writer = writer(&live, 1 << 30, 1);
     write(&mut writer, "before\n");
-    // What a host leaves that lost its power: a hole.
+    // A host that lost power leaves a hole of zeros.
     writer.append(&[vec![0; 3 * BLOCK], b"\n".to_vec()].concat(), 1);
     write(&mut writer, "after\n");
     assert_eq!(
@@ -308,7 +309,8 @@ async fn what_is_no_log_and_has_no_end_is_passed_over() {
     );
 }
 
-/// An older attempt is forgotten while somebody reads it: what is open is read to its end, and nothing fails.
+/// The log of an older attempt is removed while somebody reads it: open files are read to their
+/// end, and nothing fails.
 #[tokio::test]
 async fn a_reader_whose_series_is_removed_ends_with_what_it_has_open() {
     let folder = tempfile::tempdir().unwrap();
@@ -340,7 +342,7 @@ async fn a_reader_whose_series_is_removed_ends_with_what_it_has_open() {
         String::from_utf8(text).unwrap().lines().collect::<Vec<_>>(),
         lines
     );
-    // Who asks for all of it now is given nothing, and no error.
+    // A reader that asks for all of the log now gets nothing, and no error.
     let following = collect(&live, Options::default(), Some(follow));
     let end = async {
         written.send_modify(|batches| *batches += 1);

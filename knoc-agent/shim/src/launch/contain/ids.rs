@@ -1,12 +1,12 @@
-//! The helper's user and mount namespace, and the ids that exist in it.
+//! The helper's user and mount namespace, and the ids that are mapped into it.
 //!
-//! Only this user exists in it, as itself. If the site gave the user further ids (`/etc/subuid`, `/etc/subgid`) and the
-//! tools that map them, these exist too, as themselves. The tools have root's rights on the host, not in the namespace,
-//! so a child that stays outside runs them.
+//! This user is mapped to itself. If the site gave the user subordinate ids (`/etc/subuid`, `/etc/subgid`) and installed the
+//! tools that map them, they are mapped to themselves, too. The tools have root's rights on the host, not in the
+//! namespace, so a child that stays outside runs them.
 //!
-//! A container that wants root's rights gets a second pair of namespaces inside the first: there this user is root, and
-//! the further ids are the other users. Apptainer would make them itself, but wants tools that belong to root for it, and
-//! the host's root does not exist in the first. What is mounted read-only in the first stays so in the second.
+//! A container that asks for root's rights gets a second pair of namespaces inside the first, in which this user is root
+//! and the subordinate ids are the other users. Apptainer would create them itself, but needs tools that belong to root,
+//! and the host's root does not exist in the first pair. Read-only mounts of the first stay read-only in the second.
 
 use std::{
     fmt::Write as _,
@@ -25,26 +25,26 @@ use rustix::process::{getgid, getuid};
 
 use super::{super::sys, FAILED};
 
-/// More ranges than that are not mapped.
+/// How many ranges are mapped at most.
 const MAX_RANGES: usize = 8;
 
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER.union(CloneFlags::CLONE_NEWNS);
 
-/// Larger files are not looked at.
+/// How many bytes of a file are read at most.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Where the tools are, if `PATH` does not say.
+/// Folders in which the tools are looked for after those of `PATH`.
 const FOLDERS: &str = "/usr/bin:/bin:/usr/sbin:/usr/local/bin";
 
-/// Which of two processes this is, after [`isolate`] or [`become_root`].
+/// Which of two processes the caller is, after [`isolate`] or [`become_root`].
 pub(super) enum Isolated {
-    /// In the namespaces.
+    /// The process in the namespaces.
     Done(Ids),
-    /// The child outside; it has done its work, and exits with this.
+    /// The child outside, which has written the maps and must exit with this code.
     Mapper(ExitCode),
 }
 
-/// The ids that exist in the namespace.
+/// The ids that are mapped into the namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Ids {
     uid: u32,
@@ -53,21 +53,21 @@ pub(super) struct Ids {
     gids: Vec<Range>,
 }
 
-/// First id and how many.
+/// A range of ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Range {
     first: u32,
     count: u32,
 }
 
-/// The tools and what they are to map.
+/// The tools, and the ranges that they are to map.
 struct Mapping {
     uids: (PathBuf, Vec<Range>),
     gids: (PathBuf, Vec<Range>),
 }
 
 impl Mapping {
-    /// `None` if the site has no further ids for this user.
+    /// `None` if the site has no subordinate ids for this user, or no tools to map them.
     fn find(users: &[String]) -> Option<Self> {
         let ranges = |file: &str, own: u32| {
             let mut text = String::new();
@@ -95,7 +95,8 @@ impl Mapping {
     }
 }
 
-/// PURE: the ranges that a line of `text` gives to one of `users`; none that has `own`, which is mapped anyway.
+/// PURE: the ranges that the lines of `text` give to one of `users`, without those that contain `own`, which is mapped
+/// in any case.
 fn ranges(text: &str, users: &[String], own: u32) -> Vec<Range> {
     let own = u64::from(own);
     text.lines()
@@ -137,7 +138,7 @@ fn map((tool, ranges): &(PathBuf, Vec<Range>), pid: u32, own: u32) -> bool {
         let first = range.first.to_string();
         command.args([&first, &first, &range.count.to_string()]);
     }
-    // A refusal costs the further ids, not the container.
+    // If the tool fails, the container runs without the subordinate ids.
     command.stdin(Stdio::null()).stdout(Stdio::null());
     let status = command.stderr(Stdio::null()).status();
     status.is_ok_and(|status| status.success())
@@ -161,20 +162,20 @@ pub(super) fn isolate(users: &[String]) -> io::Result<Isolated> {
     } else {
         unshare(NAMESPACES)?;
     }
-    // Each map can be written once: what no tool has written gets only ourselves.
+    // Each map can be written once. One that no tool has written maps this user only.
     if !is_mapped("uid_map") {
         write("self", "uid_map", &format!("{0} {0} 1", ids.uid))?;
     }
     if !is_mapped("gid_map") {
-        // The kernel's condition; older ones have no such file and no such condition.
+        // The kernel requires it. Old kernels have neither the file nor the requirement.
         write("self", "setgroups", "deny").ok();
         write("self", "gid_map", &format!("{0} {0} 1", ids.gid))?;
     }
     Ok(Isolated::Done(ids))
 }
 
-/// Enters the second namespaces, as root of them; without further ids nothing is done, and the runtime finds its own
-/// way. The child that maps ids returns as well, and must exit.
+/// Enters the second namespaces as their root. Without subordinate ids it does nothing, and the runtime maps what it can
+/// by itself. The child that maps ids returns as well, and must exit.
 pub(super) fn become_root(ids: Ids) -> io::Result<Isolated> {
     if ids.uids.is_empty() || ids.gids.is_empty() {
         return Ok(Isolated::Done(ids));
@@ -194,7 +195,7 @@ pub(super) fn become_root(ids: Ids) -> io::Result<Isolated> {
     Err(io::Error::other("the ids of the container were not mapped"))
 }
 
-/// PURE: this user is root, the others follow.
+/// PURE: the map in which this user is root and the ids of `ranges` follow.
 fn root_map(own: u32, ranges: &[Range]) -> String {
     let mut text = format!("0 {own} 1\n");
     let mut next: u64 = 1;
@@ -206,8 +207,8 @@ fn root_map(own: u32, ranges: &[Range]) -> String {
     text
 }
 
-/// Enters new namespaces while a child that stays outside waits, and then writes the maps of this process. Answers the
-/// child's exit code in the child.
+/// Enters new namespaces, while a child that stays outside waits and then writes the maps of this process. In the child,
+/// returns the child's exit code.
 fn unshare_mapped(map: impl FnOnce(u32) -> bool) -> io::Result<Option<ExitCode>> {
     let (mut reader, mut writer) = io::pipe()?;
     let pid = std::process::id();
@@ -224,7 +225,7 @@ fn unshare_mapped(map: impl FnOnce(u32) -> bool) -> io::Result<Option<ExitCode>>
             drop(reader);
             let isolated = unshare(NAMESPACES);
             if isolated.is_ok() {
-                // A child that is gone mapped nothing, which the caller sees.
+                // If the child has ended, it mapped nothing, which the caller notices.
                 writer.write_all(b"m").ok();
             }
             drop(writer);

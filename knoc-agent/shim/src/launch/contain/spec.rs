@@ -1,4 +1,4 @@
-//! What [`super`] is told: the runtime's arguments, and what is to be mounted where before it is executed.
+//! What the shim sends to [`super`]: the runtime's arguments, and the mounts to make before the runtime is executed.
 
 use std::{
     ffi::OsString,
@@ -14,14 +14,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::nofollow;
 
-/// See the module. Both ends are the same binary, so there is no version in it.
+/// The message to the helper. Both ends are the same binary, so it needs no version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ContainSpec {
-    /// The runtime, program first.
+    /// The runtime's arguments, program first.
     pub argv: Vec<OsString>,
-    /// How `/etc/subuid` may name this user.
+    /// The names that `/etc/subuid` may have for this user.
     pub users: Vec<String>,
-    /// The container's programs have root's rights inside: `--fakeroot`.
+    /// Whether the container's programs have root's rights inside: `--fakeroot`.
     pub root: bool,
     /// In the order of mounting.
     pub mounts: Vec<MountSpec>,
@@ -30,41 +30,42 @@ pub(crate) struct ContainSpec {
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MountSpec {
-    /// For messages: `volume "data", path "a/b"`.
+    /// What error messages call it: `volume "data", path "a/b"`.
     pub what: String,
     /// What is mounted.
     pub source: Source,
-    /// Where: nothing is there yet, and no container sees it.
-    pub place: PathBuf,
-    /// What the runtime will mount it on, if that lies in another mount.
+    /// The path that the helper binds the source to, and from which the runtime mounts it. It does not exist yet, and no
+    /// container sees it.
+    pub staging: PathBuf,
+    /// The mount point in the container, if it lies in another mount.
     pub point: Option<Point>,
-    /// Nobody can write through it.
+    /// Whether the mount is read-only.
     pub read_only: bool,
-    /// The termination message lies here, below the source: its file is made, and the source's descriptor goes to the
-    /// shim.
+    /// The path of the termination message below the source, if it lies there. The helper creates the file and sends the
+    /// source's descriptor to the shim.
     pub message: Option<PathBuf>,
 }
 
-/// A mount point that lies in another mount: made there if it is missing, as a folder or a file as its source is.
+/// A mount point that lies in another mount. It is created if it is missing, as a folder or a file, as its source is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Point {
-    /// What it lies in.
+    /// The mount that it lies in.
     pub base: PointBase,
-    /// Its path there.
+    /// Its path in that mount.
     pub rest: PathBuf,
 }
 
 /// What a mount point lies in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum PointBase {
-    /// A folder of ours on the host.
+    /// A folder of the shim on the host.
     Folder(PathBuf),
     /// The source of an earlier mount, by its index.
     Mount(usize),
 }
 
 impl Point {
-    /// Makes it. `opened` are the sources of the earlier mounts.
+    /// Creates the mount point. `opened` are the sources of the earlier mounts.
     pub(crate) fn make(&self, folder: bool, opened: &[Found]) -> io::Result<()> {
         let own;
         let base = match &self.base {
@@ -82,21 +83,21 @@ impl Point {
     }
 }
 
-/// What is mounted.
+/// The source of a mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Source {
-    /// `path` inside the folder `root` of ours, which it never leaves.
+    /// `path` inside the shim's folder `root`. Links in it cannot lead out of `root`.
     Inside {
-        /// Canonical.
+        /// The folder's canonical path.
         root: PathBuf,
-        /// Relative; empty: the folder itself.
+        /// Relative to `root`; empty for `root` itself.
         path: PathBuf,
-        /// Make folders that are missing.
+        /// Whether missing folders are created.
         make: bool,
     },
     /// An image file or sandbox.
     Image {
-        /// Absolute.
+        /// The image's absolute path.
         path: PathBuf,
         /// What the agent found there, if others might have changed it since.
         expected: Option<FileId>,
@@ -139,10 +140,10 @@ impl Source {
 
 fn open_image(path: &Path, expected: Option<&FileId>) -> Result<Found, SourceError> {
     let Some(expected) = expected else {
-        // Of our own cache.
+        // The image lies in the agent's own cache.
         return Ok(walk::own(path)?);
     };
-    // Who owns the way was the agent's question. What is there must be what it saw, whoever owns it.
+    // The agent has checked who owns the folders above. Here the file must be the one that the agent saw, whoever owns it.
     let found = walk::owned(path, true)?;
     let here = FileId::of(&found);
     match expected.differs(&here) {

@@ -3,8 +3,7 @@
 //!
 //! Each test uses a real socket and asserts what has reached the other end.
 
-use std::io::Write as _;
-use std::time::Instant;
+use std::{io::Write as _, time::Instant};
 
 use super::fake::{Ask, MANIFEST_TYPE, Seen, manifest};
 use super::*;
@@ -395,7 +394,7 @@ async fn redirects_end_and_carry_no_token() {
 }
 
 #[tokio::test]
-async fn another_content_than_announced_is_refused() {
+async fn content_other_than_announced_is_rejected() {
     let config = digest(CONFIG);
     let layer_digest = Digest::of(&layer()).to_string();
     let other = CONFIG.replace("/bin/sh", "/bin/xx");
@@ -437,7 +436,7 @@ fn text_of(name: &str, text: String) -> impl Fn(&Ask) -> Reply + Send + Sync + '
 }
 
 #[tokio::test]
-async fn what_no_honest_image_has_is_refused_by_its_name() {
+async fn content_that_no_honest_image_has_is_rejected_by_its_name() {
     let digest = digest("x");
     let huge = manifest(&[(digest.clone(), 1 << 40)]);
     let many = manifest(&vec![(digest.clone(), 1); 501]);

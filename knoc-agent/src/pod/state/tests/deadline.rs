@@ -1,8 +1,8 @@
-//! A deadline that is lowered while the pod runs.
+//! Tests of a deadline that is lowered while the pod runs.
 
 use super::*;
 
-/// The report of a shim that has begun at `began` and ends nothing.
+/// The report of a shim that began at `began` and ends nothing.
 pub(super) fn first_report(id: &str, sequence: i64, began: Timestamp) -> Event {
     let Event::Report(mut first) = report(id, sequence, false) else {
         panic!()
@@ -49,7 +49,7 @@ fn a_deadline_that_was_lowered_while_the_pod_runs_ends_it() {
             Effect::PollSoon
         ]
     );
-    // The whole grace, then the job goes.
+    // The containers get the whole grace period; then the job is cancelled.
     assert_eq!(pod.wake(), Some(due + grace + Duration::from_secs(15)));
     for outcome_of_containers in [pb::OutcomeKind::Failed, pb::OutcomeKind::Succeeded] {
         let last = ended_by(pb::EndedBy::Stop, outcome_of_containers);
@@ -96,7 +96,7 @@ fn a_shim_that_ends_its_pod_is_not_told_of_the_deadline() {
 fn a_job_that_waits_again_or_is_suspended_has_no_deadline() {
     for state in [JobState::Pending, JobState::Suspended] {
         let mut now = view("1", state);
-        // Slurm gives what it requeues a later submit time.
+        // Slurm gives a requeued job a later submit time.
         now.submitted_at = Some(19);
         let round = Event::Round {
             jobs: vec![now],

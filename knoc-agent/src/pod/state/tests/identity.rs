@@ -1,4 +1,4 @@
-//! Which job is the pod's while the scheduler is late, or answers in part.
+//! Tests of which job is the pod's while the scheduler answers late or in part.
 
 use super::*;
 
@@ -18,12 +18,12 @@ fn reasons(pod: &Pod) -> Vec<&str> {
 }
 
 #[test]
-fn success_without_a_job_id_is_looked_into_twice_and_then_rejected() {
+fn success_without_a_job_id_is_searched_for_twice_and_then_rejected() {
     let (pod, effects) = feed(rejected(SubmitErrorKind::NoJobId));
     assert_eq!(effects, [Effect::Find]);
     let (pod, effects) = step(pod, Event::Found(Vec::new()), at(3));
     assert!(effects.is_empty() && !pod.is_finished());
-    // A wrapper that prints no id.
+    // A wrapper around sbatch that prints no ID.
     let (found, _) = step(
         pod.clone(),
         Event::Found(vec![view("7", JobState::Pending)]),
@@ -39,7 +39,8 @@ fn success_without_a_job_id_is_looked_into_twice_and_then_rejected() {
     assert!(message.contains("Valid gres options"), "{message}");
 }
 
-/// Whatever the reason: a submission that is repeated waits longer each time, and pods do not wait alike.
+/// A repeated submission waits longer each time, whatever the reason, and the pauses of two pods
+/// differ.
 #[test]
 fn every_repeated_submission_backs_off() {
     let pauses = |uid: &str| {
@@ -109,9 +110,9 @@ fn a_job_that_was_never_shown_has_not_ended_because_its_pod_is_deleted() {
     assert_eq!(outcome(&pod), (false, "Deleted"));
 }
 
-/// sbatch timed out, the shim said hello, and then the queue answers with what was before.
+/// sbatch timed out, the shim connected, and then the queue shows the state from before.
 #[test]
-fn an_answer_from_before_the_start_is_no_requeue() {
+fn an_answer_from_before_the_start_is_not_a_requeue() {
     let [begin, staged, timed_out] = rejected(SubmitErrorKind::Ambiguous);
     let Event::Report(mut first) = report("1", 1, false) else {
         panic!()
@@ -134,7 +135,7 @@ fn an_answer_from_before_the_start_is_no_requeue() {
         pod.notes
     );
     assert_eq!(pod.view, None, "what is out of date is not shown either");
-    // It ran, as the scheduler said too; a round that was asked before that comes late.
+    // The job ran, as the scheduler said too; the answer to an earlier round comes late.
     let (pod, _) = step(pod, seen("1", JobState::Running), at(6));
     let (pod, _) = step(pod, waits(1), at(7));
     assert!(!reasons(&pod).contains(&"SlurmJobRequeued"));
@@ -143,7 +144,7 @@ fn an_answer_from_before_the_start_is_no_requeue() {
 }
 
 #[test]
-fn what_tells_the_job_from_a_strangers_is_kept_with_it() {
+fn a_job_reference_has_what_tells_the_job_from_a_strangers() {
     let (pod, _) = feed(queued());
     let own = pod.job().unwrap();
     assert_eq!(
@@ -164,7 +165,7 @@ fn what_tells_the_job_from_a_strangers_is_kept_with_it() {
     let (pod, _) = step(pod, round, at(5));
     assert!(!pod.job().unwrap().named);
     assert!(!reasons(&pod).contains(&"SlurmJobLost"));
-    // Another job holds the claim: the call was not for it.
+    // Another job holds the claim, so the call was not for it.
     let (pod, _) = step(pod, report("9", 1, false), at(6));
     assert_eq!(pod.job().unwrap(), JobRef::new(job("9"), uid()));
 }

@@ -1,4 +1,4 @@
-//! The machine's rules under random events.
+//! Tests of the machine's rules under random events.
 
 use proptest::prelude::*;
 
@@ -71,7 +71,8 @@ fn any_event() -> impl Strategy<Value = Event> {
 }
 
 proptest! {
-    /// Terminal absorbs; a submission follows only the record; at most one job is the pod's; notes stay in order.
+    /// A terminal state is final; a submission follows only a written record; at most one job is
+    /// the pod's; notes stay in order.
     #[test]
     fn rules_hold_under_any_events(events in prop::collection::vec((any_event(), 0..40_i64), 0..60)) {
         let mut pod = new();
@@ -99,7 +100,7 @@ proptest! {
         }
     }
 
-    /// Whatever came before: once deleted, answered honestly and given time, a pod ends.
+    /// Whatever came before: a pod ends once it is deleted, given answers and given time.
     #[test]
     fn deletion_always_ends(events in prop::collection::vec(any_event(), 0..40)) {
         let mut pod = new();
@@ -113,7 +114,7 @@ proptest! {
         }
         for _ in 0..40 {
             now += 100;
-            // A world that answers: nothing is known by name, every job is gone.
+            // Everything answers: no job is known by name, and every job is gone.
             let answers = std::mem::take(&mut effects).into_iter().filter_map(|effect| match effect {
                 Effect::Stage => Some(Event::Staged),
                 Effect::Submit => Some(submitted("3")),

@@ -1,4 +1,4 @@
-//! A job that somebody makes Slurm requeue.
+//! Tests of a job that somebody requeues.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn a_job_that_goes_back_into_the_queue_is_taken_out_and_its_pod_has_failed() {
     let odd = JobState::Unknown("DANCING".to_owned());
     let (same, _) = step(pod.clone(), seen("1", odd), at(9));
     assert!(matches!(same.stage(), Some(JobStage::Settling { .. })));
-    // Slurm gives what it requeues a later submit time.
+    // Slurm gives a requeued job a later submit time.
     let mut back = view("1", JobState::Pending);
     back.submitted_at = Some(9);
     let round = Event::Round {

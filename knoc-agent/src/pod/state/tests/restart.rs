@@ -1,4 +1,4 @@
-//! What a restarted agent makes of what it finds.
+//! Tests of what a restarted agent does with the state that it finds.
 
 use super::{deadline::lowered, *};
 
@@ -25,7 +25,7 @@ fn a_final_report_that_was_written_meanwhile_finishes_after_the_restart() {
     );
 }
 
-/// The agent may have died between the record and the values.
+/// The agent may have died after it wrote the record and before it removed the values.
 #[test]
 fn the_values_of_a_finished_pod_are_removed_after_a_restart_too() {
     let (pod, _) = feed(and(running(), [report("1", 2, true)]));
@@ -37,7 +37,7 @@ fn the_values_of_a_finished_pod_are_removed_after_a_restart_too() {
 }
 
 #[test]
-fn a_record_brings_the_pod_back() {
+fn a_record_restores_the_pod() {
     use crate::pod::record::Record;
     let (overdue, _) = step(lowered(60), Event::Tick, at(100));
     let (settling, _) = step(overdue.clone(), seen("1", JobState::Completed), at(101));
@@ -59,7 +59,7 @@ fn a_record_brings_the_pod_back() {
         let json = serde_json::to_string(&record).unwrap();
         let back: Record = serde_json::from_str(&json).unwrap();
         let back = back.restore(pod.facts.clone(), pod.report.clone());
-        // Times at which files are looked at again, trouble and the link are not kept.
+        // The times of the next file reads, trouble and the link are not kept.
         let since = pod.since;
         match pod.stage_mut() {
             Some(JobStage::Lost {

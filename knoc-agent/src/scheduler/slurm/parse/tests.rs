@@ -1,8 +1,7 @@
 //! Tests with recorded output of the real programs of three versions:
 //! `tests/testbed/record-slurm.sh`.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use proptest::prelude::*;
 

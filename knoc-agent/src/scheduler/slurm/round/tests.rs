@@ -2,16 +2,18 @@
 
 mod identity;
 
-use std::future::ready;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::{
+    future::ready,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
 
 use knoc_proto::ids::PodUid;
 
 use super::*;
-use crate::scheduler::slurm::Settings;
 use crate::scheduler::{
     Cancel, JobExit, JobState, Scheduler, SubmitError, SubmitErrorKind, SubmitRequest,
+    slurm::Settings,
 };
 
 /// A directory with scripts in place of Slurm's commands.
@@ -178,7 +180,7 @@ async fn without_an_answer_of_the_accounting_nothing_is_missing() {
     let round = round(&fake.slurm(), &[failed.clone(), job("99", "gone")])
         .await
         .unwrap();
-    assert!(matches!(&round.accounting, Accounting::Away(words) if words.contains("refused")));
+    assert!(matches!(&round.accounting, Accounting::Away(message) if message.contains("refused")));
     assert_eq!(round.missing, []);
     assert_eq!(
         find(&round, &failed).exit,

@@ -1,5 +1,4 @@
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use knoc_proto::pod::PodSpec;
 use proptest::prelude::*;
@@ -135,7 +134,7 @@ fn a_comment_says_whose_job_it_is() {
 }
 
 #[test]
-fn paths_that_no_shell_line_can_carry_are_refused() {
+fn paths_that_no_shell_line_can_carry_are_rejected() {
     for path in ["relative", "/new\nline"] {
         assert!(
             script("", Path::new(path), Path::new("/x")).is_err(),
@@ -196,9 +195,9 @@ fn a_site_that_lists_choices_allows_no_others() {
     };
     assert!(rendered("", "", "").is_ok());
     assert!(rendered("short,long", "proj", "normal").is_ok());
-    let words = rendered("short,debug", "other", "high").unwrap_err();
+    let message = rendered("short,debug", "other", "high").unwrap_err();
     let expected = "partition \"debug\" is not among policy.partitions of this site (short, long); \
                     account \"other\" is not among policy.accounts of this site (proj); \
                     qos \"high\" is not among policy.qos of this site (normal)";
-    assert_eq!(words, expected);
+    assert_eq!(message, expected);
 }

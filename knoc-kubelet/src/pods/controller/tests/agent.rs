@@ -1,4 +1,4 @@
-//! A fake agent on a unix socket: keeps pods as it is told, and what it was asked.
+//! A fake agent on a unix socket. It stores the pods that it is sent, and records the calls.
 
 use std::{
     collections::BTreeMap,

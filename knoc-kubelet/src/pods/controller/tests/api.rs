@@ -1,4 +1,4 @@
-//! A fake API server behind `tower_test::mock`: what the controller asks, and no more.
+//! A fake API server behind `tower_test::mock`, which answers only what the controller asks.
 
 use std::sync::{Arc, Mutex};
 
@@ -53,22 +53,22 @@ impl FakeApi {
         self.state.lock().unwrap().calls.clone()
     }
 
-    /// The pod as it is applied.
+    /// Sets the pod to `pod`.
     pub(super) fn pod(&self, pod: &Value) {
         self.state.lock().unwrap().pod = pod.clone();
     }
 
-    /// Null: it cannot be read.
+    /// Sets the Node; null makes it unreadable.
     pub(super) fn node(&self, node: Value) {
         self.state.lock().unwrap().node = node;
     }
 
-    /// From now on no status is taken.
+    /// Fails all further status patches.
     pub(super) fn refuse_statuses(&self) {
         self.state.lock().unwrap().refuses = true;
     }
 
-    /// There is no pod any more.
+    /// Removes the pod.
     pub(super) fn no_pod(&self) {
         self.state.lock().unwrap().pod = Value::Null;
     }
@@ -126,14 +126,14 @@ impl State {
         (200, json!({"metadata": {"name": "p"}}))
     }
 
-    /// Is it the pod that was applied last?
+    /// Is it the pod that was set last?
     fn has_pod(&self, path: &str) -> bool {
         let name = path.split("/pods/").nth(1).unwrap_or_default();
         let name = name.split('/').next().unwrap_or_default();
         self.pod["metadata"]["name"] == name
     }
 
-    /// Field by field, conditions by their type.
+    /// Merges field by field, and conditions by their type.
     fn merge(&mut self, patch: &Value) {
         let status = &mut self.pod["status"];
         for (field, value) in patch.as_object().unwrap() {

@@ -1,13 +1,13 @@
-//! What goes on with an accepted pod that is changed, deleted or kept by a finalizer.
+//! What happens to an accepted pod that is changed, deleted or kept by a finalizer.
 
 use super::*;
 
 impl Kubelet {
-    /// Calls of the API server and the agent in which all these words stand.
-    pub(super) fn said(&self, words: &[&str]) -> usize {
+    /// How many calls of the API server and the agent contain all of `parts`.
+    pub(super) fn said(&self, parts: &[&str]) -> usize {
         let calls = self.api.calls().into_iter().chain(self.agent.calls());
         calls
-            .filter(|line| words.iter().all(|word| line.contains(word)))
+            .filter(|line| parts.iter().all(|word| line.contains(word)))
             .count()
     }
 
@@ -19,7 +19,7 @@ impl Kubelet {
         });
     }
 
-    /// A round that began after this was called has begun.
+    /// Waits until a round has begun that started after this call.
     pub(super) async fn round(&self, marker: &str) {
         self.agent.change(UID, |pod| {
             let sequence = i64::try_from(pod.notes.len()).unwrap() + 1;
@@ -34,7 +34,7 @@ impl Kubelet {
             .await;
     }
 
-    /// It runs at the agent.
+    /// Waits until the pod runs at the agent.
     pub(super) async fn running(&mut self) {
         self.apply(|_| ());
         self.wait("EnsurePod", |kubelet| kubelet.called("EnsurePod") == 1)
@@ -51,7 +51,7 @@ impl Kubelet {
         self.phase("Running").await;
     }
 
-    /// The generation that the status is of, and each of its conditions.
+    /// The observedGeneration of the status and of each of its conditions.
     fn observed_generations(&self) -> Vec<Option<i64>> {
         let status = self.store.by_uid(&uid()).unwrap().pod.status.clone();
         let status = status.unwrap();
@@ -62,7 +62,7 @@ impl Kubelet {
             .collect()
     }
 
-    /// The phase with which the object was let go: the last one written before the last DELETE.
+    /// The last status that was written before the last DELETE.
     fn written_before_the_last_delete(&self) -> Value {
         let calls = self.api.calls();
         let last = calls.iter().position(|line| line.starts_with("DELETE"));
@@ -75,7 +75,7 @@ impl Kubelet {
 }
 
 #[tokio::test]
-async fn a_change_that_the_agent_refuses_leaves_the_pod_running() {
+async fn a_change_that_the_agent_rejects_leaves_the_pod_running() {
     let mut kubelet = Kubelet::start().await;
     kubelet.running().await;
     kubelet
@@ -100,7 +100,7 @@ async fn a_change_that_the_agent_refuses_leaves_the_pod_running() {
 }
 
 #[tokio::test]
-async fn a_change_that_cannot_be_translated_is_no_rejection() {
+async fn a_change_that_cannot_be_translated_does_not_reject_the_pod() {
     let mut kubelet = Kubelet::start().await;
     kubelet.running().await;
     kubelet.apply(|pod| {
@@ -112,7 +112,7 @@ async fn a_change_that_cannot_be_translated_is_no_rejection() {
             kubelet.said(&[
                 "/events",
                 "UnsupportedChange",
-                "the change is not taken over: ",
+                "the change is not applied, the pod goes on as before: ",
             ]) == 1
         })
         .await;
@@ -144,7 +144,7 @@ async fn a_pod_deleted_before_it_began_is_failed_first() {
 }
 
 #[tokio::test]
-async fn a_refused_pod_that_is_being_deleted_is_failed_first() {
+async fn a_rejected_pod_that_is_being_deleted_is_failed_first() {
     let mut kubelet = Kubelet::start().await;
     kubelet.apply(|pod| {
         pod["spec"]["hostPID"] = true.into();
@@ -184,7 +184,7 @@ async fn a_finalizer_that_stays_brings_no_further_delete() {
 }
 
 #[tokio::test]
-async fn skipped_names_are_told_once_a_set() {
+async fn skipped_names_are_reported_once_for_each_set() {
     let mut kubelet = Kubelet::start().await;
     kubelet.api.config_map("odd", json!({"K": "v"}));
     kubelet.apply(|pod| {

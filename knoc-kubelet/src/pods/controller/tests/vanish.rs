@@ -1,4 +1,4 @@
-//! Pods that a list lacks, between the watch of pods, the API server and the agent.
+//! Pods that a list lacks, with the watch of pods, the API server and the agent.
 
 use futures::channel::mpsc;
 use kube::runtime::watcher::Event;
@@ -6,7 +6,7 @@ use kube::runtime::watcher::Event;
 use super::*;
 use crate::pods::watch::{PodWatch, Watched};
 
-/// The watch of pods, fed by hand.
+/// The watch of pods, with events from the test.
 struct Fed {
     events: mpsc::UnboundedSender<kube::runtime::watcher::Result<Event<Watched>>>,
     halted: watch::Receiver<usize>,
@@ -115,17 +115,17 @@ async fn a_list_that_lacks_too_many_ends_no_job() {
     let halted = fed.halted.wait_for(|jobs| *jobs == 7);
     tokio::time::timeout(SOON, halted).await.unwrap().unwrap();
     assert_eq!(kubelet.called("GET /api/v1/namespaces/ns/pods"), 0);
-    // The operator ends one: its job is no danger any more, and the API server may be asked for it.
+    // The operator ends one: its job is no longer at risk, so the API server may be asked for its pod.
     kubelet.agent.change("u0", finish);
     let halted = fed.halted.wait_for(|jobs| *jobs == 6);
     tokio::time::timeout(SOON, halted).await.unwrap().unwrap();
     kubelet
-        .wait("the ended one is let go", |kubelet| {
+        .wait("the ended pod is removed", |kubelet| {
             kubelet.store.by_uid(&"u0".parse().unwrap()).is_none()
         })
         .await;
     assert_eq!(kubelet.store.desired_uids().len(), 6);
-    // The next list is right again.
+    // The next list is complete again.
     fed.list(&pods);
     let halted = fed.halted.wait_for(|jobs| *jobs == 0);
     tokio::time::timeout(SOON, halted).await.unwrap().unwrap();

@@ -37,7 +37,7 @@ async fn channels_carry_a_connection_for_each_port() {
     );
 }
 
-/// Answers and closes, as a web server does; and waits for the client's end, which never comes.
+/// Answers and closes, as a web server does, and waits for the client's end, which never comes.
 #[expect(clippy::unnecessary_wraps, reason = "as the fixture calls it")]
 fn answers_and_closes(
     mut input: mpsc::Receiver<pb::PortForwardInput>,

@@ -11,8 +11,8 @@ fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// The message of a refused connection, and that of a refused listener, at the same path.
-async fn refusals(path: &Path) -> [String; 2] {
+/// The errors of a client and of a listener at the same path.
+async fn errors_at(path: &Path) -> [String; 2] {
     let connected = connect(path).await.unwrap_err();
     let bound = Listener::bind(path).unwrap_err();
     [&connected, &bound].map(|error| chain(error))
@@ -35,10 +35,10 @@ async fn a_folder_that_others_can_enter_is_used_by_neither_side() {
     assert_eq!(fs::metadata(&folder).unwrap().mode() & 0o7777, 0o700);
     assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
     connect(&path).await.unwrap();
-    // Others may enter it: somebody else may have put the socket there.
+    // If others can enter the folder, somebody else may have created the socket.
     for open in [0o701, 0o710, 0o770, 0o1777] {
         mode(&folder, open);
-        for message in refusals(&path).await {
+        for message in errors_at(&path).await {
             assert!(message.contains(&format!("mode {open:04o}")), "{message}");
         }
     }
@@ -53,7 +53,7 @@ async fn a_link_in_place_of_the_folder_is_followed_by_neither_side() {
     let (elsewhere, folder) = (root.path().join("elsewhere"), root.path().join("knoc"));
     let _bound = Listener::bind(&elsewhere.join(NAME)).unwrap();
     symlink(&elsewhere, &folder).unwrap();
-    for message in refusals(&folder.join(NAME)).await {
+    for message in errors_at(&folder.join(NAME)).await {
         assert!(message.contains("symbolic link"), "{message}");
     }
     fs::remove_file(&folder).unwrap();
@@ -64,7 +64,7 @@ async fn a_link_in_place_of_the_folder_is_followed_by_neither_side() {
 
 #[tokio::test]
 async fn a_folder_of_another_user_is_used_by_neither_side() {
-    // Only root can give a folder away; an ordinary user finds one of root's instead.
+    // Only root can change the owner of a folder; an ordinary user takes one of root's instead.
     let root = tempfile::tempdir().unwrap();
     let folder = root.path().join("knoc");
     fs::create_dir(&folder).unwrap();
@@ -75,13 +75,13 @@ async fn a_folder_of_another_user_is_used_by_neither_side() {
     } else {
         PathBuf::from("/root")
     };
-    for message in refusals(&foreign.join(NAME)).await {
+    for message in errors_at(&foreign.join(NAME)).await {
         assert!(message.contains("must belong to uid"), "{message}");
     }
 }
 
 #[tokio::test]
-async fn a_long_folder_is_no_obstacle() {
+async fn a_socket_in_a_folder_with_a_long_path_works() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("x".repeat(120)).join("socket").join(NAME);
     assert!(path.as_os_str().len() > 107);
@@ -108,7 +108,8 @@ async fn a_socket_that_no_process_of_this_host_serves_is_replaced_and_refuses_cl
     let root = tempfile::tempdir().unwrap();
     mode(root.path(), 0o700);
     let path = root.path().join(NAME);
-    // Bound and closed, but never removed: what a killed agent leaves, and what a socket of another host looks like.
+    // A socket that was bound and closed, but not removed: a killed agent leaves one, and a socket of another host
+    // looks the same.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let error = connect(&path).await.unwrap_err();
     assert!(

@@ -48,14 +48,14 @@ fn a_renewal_has_the_same_identity_no_other_name_and_the_same_life() {
         spki: held.spki.clone(),
     };
     assert_eq!(new.ancestors, std::slice::from_ref(&parent));
-    // The next one names both.
+    // The next renewal names both.
     let next = ca.renew(&new, &Request::generate("k").unwrap().der, at(145 * 864));
     let next = info(&next.unwrap());
     assert_eq!(next.ancestors[0], parent);
     assert_eq!(next.ancestors[1].spki, new.spki);
 }
 
-/// What a request asks for beside its key is not looked at.
+/// Everything in a request but its key is ignored.
 #[test]
 fn a_request_widens_nothing() {
     let ca = ca();
@@ -67,7 +67,7 @@ fn a_request_widens_nothing() {
     params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
     let uri = "spiffe://knoc/agent/site".try_into().unwrap();
     params.subject_alt_names.push(SanType::URI(uri));
-    // rcgen takes no request for a CA; the other wishes stay.
+    // rcgen does not accept a request for a CA certificate; the other attributes stay.
     params.is_ca = rcgen::IsCa::NoCa;
     let request = params.serialize_request(&key).unwrap();
     let early = ca.renew(&held, request.der(), at(4 * 365 * 86_400));
@@ -88,20 +88,20 @@ fn a_request_widens_nothing() {
 }
 
 #[test]
-fn what_is_no_request_of_ours_is_refused_by_name() {
+fn invalid_requests_are_rejected_by_name() {
     let ca = ca();
     let held = held(&ca, LEAF_LIFE);
     let now = at(300 * 86_400);
-    let words = |request: &[u8]| ca.renew(&held, request, now).unwrap_err().to_string();
-    assert!(words(b"nonsense").contains("signing request"));
-    assert!(words(&[0; 5000]).contains("5000 bytes"));
+    let message = |request: &[u8]| ca.renew(&held, request, now).unwrap_err().to_string();
+    assert!(message(b"nonsense").contains("signing request"));
+    assert!(message(&[0; 5000]).contains("5000 bytes"));
     let other = KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).unwrap();
     let request = CertificateParams::default().serialize_request(&other);
-    assert!(words(request.unwrap().der()).contains("P-256"));
+    assert!(message(request.unwrap().der()).contains("P-256"));
     // Signed by another key: the last byte of the signature differs.
     let mut forged = Request::generate("k").unwrap().der;
     *forged.last_mut().unwrap() ^= 1;
-    assert!(words(&forged).contains("signing request"));
+    assert!(message(&forged).contains("signing request"));
     let request = Request::generate("k").unwrap().der;
     let early = ca.renew(&held, &request, at(100)).unwrap_err();
     assert!(matches!(early, RenewError::Early { .. }), "{early}");
@@ -122,12 +122,12 @@ fn no_certificate_outlives_its_ca() {
     let request = Request::generate("k").unwrap().der;
     let new = info(&ca.renew(&held, &request, at(700)).unwrap());
     assert_eq!(new.validity.until, at(1000));
-    let refused = ca.renew(&new, &request, at(999)).unwrap_err();
-    assert!(matches!(refused, RenewError::CaEnds { .. }), "{refused}");
+    let error = ca.renew(&new, &request, at(999)).unwrap_err();
+    assert!(matches!(error, RenewError::CaEnds { .. }), "{error}");
 }
 
 #[test]
-fn the_key_finds_its_certificate_in_a_bundle() {
+fn the_certificate_of_a_key_is_found_in_a_bundle() {
     let (old, new) = (ca(), ca());
     let bundle = format!("{}{}", old.cert_pem(), new.cert_pem());
     let found = Ca::from_bundle(&bundle, &new.key_pem()).unwrap();
@@ -138,7 +138,7 @@ fn the_key_finds_its_certificate_in_a_bundle() {
 }
 
 proptest! {
-    /// Over any life: first it may be renewed, then it is due, then it ends.
+    /// For any validity period: first the certificate may be renewed, then it is due, then it ends.
     #[test]
     fn dates_are_in_order(life in 1_u64..=400 * 86_400) {
         let validity = Validity::starting(at(0), Duration::from_secs(life));

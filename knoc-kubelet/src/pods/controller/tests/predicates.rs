@@ -1,7 +1,7 @@
-//! Which new pods belong on the node.
+//! Which new pods match the node.
 
 use super::*;
-use crate::node::place::Place;
+use crate::node::predicates::NodeAttributes;
 
 const MESSAGE: &str = "Pod was rejected: Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector";
 
@@ -39,21 +39,21 @@ async fn a_pod_that_does_not_belong_here_fails_as_on_any_node() {
 }
 
 #[tokio::test]
-async fn a_taint_that_evicts_refuses_what_does_not_tolerate_it() {
+async fn a_pod_that_does_not_tolerate_a_no_execute_taint_is_rejected() {
     let mut kubelet = Kubelet::start().await;
     let node = node(
         &json!({}),
         &json!([{"key": "broken", "effect": "NoExecute"}]),
     );
-    let known = Place::of(&serde_json::from_value(node.clone()).unwrap());
-    kubelet.context.node.set_place(known);
+    let known = NodeAttributes::of(&serde_json::from_value(node.clone()).unwrap());
+    kubelet.context.node.set_attributes(known);
     kubelet.api.node(node);
     kubelet.apply(|_| ());
     kubelet.phase("Failed").await;
     let (reason, message) = kubelet.why();
     assert_eq!(reason.as_deref(), Some("TaintToleration"));
-    let words = "Pod was rejected: Predicate TaintToleration failed: node(s) had taints that the pod didn't tolerate";
-    assert_eq!(message.as_deref(), Some(words));
+    let expected = "Pod was rejected: Predicate TaintToleration failed: node(s) had taints that the pod didn't tolerate";
+    assert_eq!(message.as_deref(), Some(expected));
     kubelet.stop().await;
 }
 

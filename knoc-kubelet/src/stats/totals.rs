@@ -1,4 +1,4 @@
-//! PURE: what all pods of the node ever used, since this kubelet began. It never falls, also when pods go.
+//! PURE: what all pods of the node have used since this kubelet started. The totals never fall, even if pods disappear.
 
 use std::collections::HashMap;
 
@@ -7,16 +7,16 @@ use knoc_proto::{ids::PodUid, pb};
 /// Counters that only grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// CPU time, nanoseconds.
+    /// CPU time in nanoseconds.
     pub cpu: u64,
-    /// Page faults without and with disk.
+    /// Page faults of both kinds.
     pub faults: u64,
-    /// Of those, the ones that read from disk.
+    /// The page faults that read from disk.
     pub major: u64,
 }
 
 impl Totals {
-    /// Those of a measurement.
+    /// The counters of a measurement.
     #[must_use]
     pub fn of(usage: &pb::Usage) -> Self {
         Self {
@@ -43,15 +43,15 @@ impl Totals {
     }
 }
 
-/// See the module. Holds one entry a pod that is still known to the agent.
+/// The counters of all pods, with one entry for each pod that the agent still knows.
 #[derive(Debug, Default)]
-pub struct Ledger {
+pub struct NodeTotals {
     gone: Totals,
     pods: HashMap<PodUid, Totals>,
 }
 
-impl Ledger {
-    /// A pod is said to have used so much. Less than was said before is not believed.
+impl NodeTotals {
+    /// Records the counters of a pod. Values below the recorded ones are ignored.
     pub fn observe(&mut self, uid: &PodUid, used: Totals) {
         match self.pods.get_mut(uid) {
             Some(known) => *known = known.max(used),
@@ -61,14 +61,14 @@ impl Ledger {
         }
     }
 
-    /// Nothing will be said of the pod any more; what it used stays.
+    /// Removes a pod that will not be measured again; what it used stays in the total.
     pub fn close(&mut self, uid: &PodUid) {
         if let Some(used) = self.pods.remove(uid) {
             self.gone = self.gone.plus(used);
         }
     }
 
-    /// Of all pods.
+    /// The sum over all pods.
     #[must_use]
     pub fn total(&self) -> Totals {
         self.pods
@@ -92,32 +92,32 @@ mod tests {
 
     #[test]
     fn what_a_pod_used_stays_when_it_goes() {
-        let mut ledger = Ledger::default();
+        let mut totals = NodeTotals::default();
         let [a, b] = ["a", "b"].map(|uid| PodUid::try_from(uid).unwrap());
-        ledger.observe(&a, cpu(5));
-        ledger.observe(&b, cpu(7));
-        ledger.observe(&a, cpu(6));
-        assert_eq!(ledger.total().cpu, 13);
-        ledger.close(&a);
-        ledger.close(&a);
-        assert_eq!(ledger.total().cpu, 13);
-        assert_eq!(ledger.pods.len(), 1);
+        totals.observe(&a, cpu(5));
+        totals.observe(&b, cpu(7));
+        totals.observe(&a, cpu(6));
+        assert_eq!(totals.total().cpu, 13);
+        totals.close(&a);
+        totals.close(&a);
+        assert_eq!(totals.total().cpu, 13);
+        assert_eq!(totals.pods.len(), 1);
     }
 
     proptest! {
         #[test]
         fn the_total_never_falls(steps in prop::collection::vec((0..4_u8, 0..100_u64, any::<bool>()), 0..100)) {
-            let mut ledger = Ledger::default();
+            let mut totals = NodeTotals::default();
             let mut before = 0;
             for (pod, used, closes) in steps {
                 let uid = PodUid::try_from(pod.to_string()).unwrap();
                 if closes {
-                    ledger.close(&uid);
+                    totals.close(&uid);
                 } else {
-                    ledger.observe(&uid, cpu(used));
+                    totals.observe(&uid, cpu(used));
                 }
-                prop_assert!(ledger.total().cpu >= before);
-                before = ledger.total().cpu;
+                prop_assert!(totals.total().cpu >= before);
+                before = totals.total().cpu;
             }
         }
     }

@@ -1,17 +1,19 @@
-//! What a real kubelet answers here and KNoC does not have: each is refused by name, so that nobody looks for a mistake
-//! of his own.
+//! Parts of the kubelet API that KNoC does not have. Each is rejected by name, so that clients do not look for a
+//! mistake of their own.
 
 use std::sync::Arc;
 
-use axum::Router;
-use axum::routing::{get, post};
+use axum::{
+    Router,
+    routing::{get, post},
+};
 use http::StatusCode;
 
 use super::Context;
 
-type Refused = (StatusCode, &'static str);
+type Unsupported = (StatusCode, &'static str);
 
-/// The routes that are refused.
+/// The routes that are rejected.
 pub(super) fn routes() -> Router<Arc<Context>> {
     Router::new()
         .route("/run/{namespace}/{pod}/{container}", post(run))
@@ -24,28 +26,28 @@ pub(super) fn routes() -> Router<Arc<Context>> {
         .route("/debug/flags/v", axum::routing::put(flags))
 }
 
-async fn run() -> Refused {
+async fn run() -> Unsupported {
     let text = "run is not supported by this node, use exec\n";
     (StatusCode::NOT_IMPLEMENTED, text)
 }
 
-/// As a real kubelet whose `enableSystemLogHandler` is off.
-async fn node_logs() -> Refused {
+/// Answers like a Kubernetes kubelet with `enableSystemLogHandler` off.
+async fn node_logs() -> Unsupported {
     (
         StatusCode::METHOD_NOT_ALLOWED,
         "logs endpoint is disabled.\n",
     )
 }
 
-/// As a real kubelet whose `enableProfilingHandler` is off.
-async fn profile() -> Refused {
+/// Answers like a Kubernetes kubelet with `enableProfilingHandler` off.
+async fn profile() -> Unsupported {
     (
         StatusCode::METHOD_NOT_ALLOWED,
         "profiling endpoint is disabled.\n",
     )
 }
 
-async fn flags() -> Refused {
+async fn flags() -> Unsupported {
     let text = "the log level is set by the kubelet's configuration (log.level)\n";
     (StatusCode::METHOD_NOT_ALLOWED, text)
 }

@@ -1,5 +1,5 @@
-//! PURE: does a pod belong on this node? By its node selector, its required node affinity, and the node's `NoExecute`
-//! taints: what the scheduler sees to, for pods that were bound past it. As in Kubernetes, to the words.
+//! PURE: does a pod match this node? Checks its node selector, its required node affinity, and the node's `NoExecute`
+//! taints, for pods that were bound without the scheduler. The rules and the messages are those of Kubernetes.
 
 use std::collections::BTreeMap;
 
@@ -7,27 +7,27 @@ use k8s_openapi::api::core::v1::{
     Node, NodeSelectorRequirement, NodeSelectorTerm, PodSpec, Taint, Toleration,
 };
 
-/// What of a Node decides which pods belong on it.
+/// The attributes of a Node that decide which pods match it.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Place {
+pub struct NodeAttributes {
     name: String,
     labels: BTreeMap<String, String>,
     taints: Vec<Taint>,
 }
 
-/// A pod does not belong here. Tools look for these words.
+/// Why a pod does not match the node. Tools look for these texts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Misfit {
-    /// By its selector or affinity.
+pub enum Mismatch {
+    /// The pod's selector or affinity does not match.
     #[error("Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector")]
     Affinity,
-    /// By a `NoExecute` taint, for which it would be evicted at once.
+    /// The pod does not tolerate a `NoExecute` taint, for which it would be evicted at once.
     #[error("Predicate TaintToleration failed: node(s) had taints that the pod didn't tolerate")]
     Taint,
 }
 
-impl Misfit {
-    /// For `status.reason`.
+impl Mismatch {
+    /// The value of `status.reason`.
     #[must_use]
     pub fn reason(self) -> &'static str {
         match self {
@@ -37,8 +37,8 @@ impl Misfit {
     }
 }
 
-impl Place {
-    /// Of this Node, as the API server has it: labels and taints of others count.
+impl NodeAttributes {
+    /// The attributes of this Node, which includes labels and taints that others set.
     #[must_use]
     pub fn of(node: &Node) -> Self {
         let taints = node.spec.as_ref().and_then(|spec| spec.taints.clone());
@@ -49,15 +49,15 @@ impl Place {
         }
     }
 
-    /// Does the pod belong here?
-    pub fn fits(&self, pod: &PodSpec) -> Result<(), Misfit> {
+    /// Does the pod match this node?
+    pub fn fits(&self, pod: &PodSpec) -> Result<(), Mismatch> {
         if !self.is_selected(pod) {
-            return Err(Misfit::Affinity);
+            return Err(Mismatch::Affinity);
         }
         let tolerations = pod.tolerations.as_deref().unwrap_or_default();
         let mut taints = self.taints.iter().filter(|one| one.effect == "NoExecute");
         if taints.any(|taint| !tolerations.iter().any(|one| tolerates(one, taint))) {
-            return Err(Misfit::Taint);
+            return Err(Mismatch::Taint);
         }
         Ok(())
     }
@@ -81,7 +81,7 @@ impl Place {
         })
     }
 
-    /// An empty term matches nothing.
+    /// Does the node match this term? An empty term matches nothing.
     fn matches(&self, term: &NodeSelectorTerm) -> bool {
         let labels = term.match_expressions.as_deref().unwrap_or_default();
         let fields = term.match_fields.as_deref().unwrap_or_default();
@@ -93,7 +93,7 @@ impl Place {
             && fields.iter().all(|one| self.by_field(one))
     }
 
-    /// The only field is the name.
+    /// Does the node match this requirement? The only field is the name.
     fn by_field(&self, requirement: &NodeSelectorRequirement) -> bool {
         let field = match requirement.key.as_str() {
             "metadata.name" => self.name.as_str(),
@@ -107,7 +107,7 @@ impl Place {
     }
 }
 
-/// What Kubernetes could not parse matches nothing.
+/// Does a label match this requirement? A requirement that Kubernetes would not parse matches nothing.
 fn by_label(requirement: &NodeSelectorRequirement, label: Option<&str>) -> bool {
     let values = values(requirement);
     let is_listed = || label.is_some_and(|label| values.iter().any(|value| value == label));
@@ -126,7 +126,7 @@ fn values(requirement: &NodeSelectorRequirement) -> &[String] {
     requirement.values.as_deref().unwrap_or_default()
 }
 
-/// Compared as numbers; what is none compares with nothing.
+/// Compares both as numbers; false if one of them is not a number.
 fn numbers(one: &str, other: &str, compare: impl Fn(i64, i64) -> bool) -> bool {
     matches!((one.parse(), other.parse()), (Ok(one), Ok(other)) if compare(one, other))
 }
@@ -155,12 +155,12 @@ mod tests {
 
     use super::*;
 
-    fn place(taints: &Value) -> Place {
+    fn attributes(taints: &Value) -> NodeAttributes {
         let node = json!({
             "metadata": {"name": "knoc-t", "labels": {"disk": "ssd", "gpus": "4", "type": "virtual-kubelet"}},
             "spec": {"taints": taints},
         });
-        Place::of(&serde_json::from_value(node).unwrap())
+        NodeAttributes::of(&serde_json::from_value(node).unwrap())
     }
 
     fn spec(fields: &Value) -> PodSpec {
@@ -172,7 +172,7 @@ mod tests {
     }
 
     fn selected(fields: &Value) -> bool {
-        place(&json!([])).fits(&spec(fields)).is_ok()
+        attributes(&json!([])).fits(&spec(fields)).is_ok()
     }
 
     /// A pod that requires one of these terms.
@@ -218,7 +218,7 @@ mod tests {
             ("gpus", "Lt", &["4"], false),
             ("disk", "Gt", &["3"], false),
             ("zone", "Lt", &["3"], false),
-            // Not valid.
+            // These are not valid.
             ("disk", "In", &[], false),
             ("zone", "NotIn", &[], false),
             ("disk", "Exists", &["ssd"], false),
@@ -263,12 +263,12 @@ mod tests {
         assert!(!required(&json!([term(&[&no], &[&here])])));
         assert!(!required(&json!([])), "no term");
         assert!(!required(&json!([{}])), "an empty term");
-        // The selector counts beside the affinity.
+        // The selector must match as well as the affinity.
         let both = json!({"nodeSelector": {"disk": "hdd"}, "affinity": {"nodeAffinity": {
             "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term(&[&yes], &[])]},
         }}});
         assert!(!selected(&both));
-        // What is only preferred, and other pods, are the scheduler's.
+        // Preferences and affinities to other pods are the scheduler's task.
         assert!(selected(&json!({"affinity": {
             "nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [
                 {"weight": 1, "preference": term(&[&no], &[])},
@@ -310,11 +310,15 @@ mod tests {
             ),
         ] {
             let spec = spec(&json!({"tolerations": [toleration]}));
-            assert_eq!(place(&evicting).fits(&spec).is_ok(), fits, "{toleration}");
+            assert_eq!(
+                attributes(&evicting).fits(&spec).is_ok(),
+                fits,
+                "{toleration}"
+            );
         }
         let spec = spec(&json!({}));
-        assert_eq!(place(&evicting).fits(&spec), Err(Misfit::Taint));
+        assert_eq!(attributes(&evicting).fits(&spec), Err(Mismatch::Taint));
         let mild = json!([{"key": "broken", "effect": "NoSchedule"}, {"key": "x", "effect": "PreferNoSchedule"}]);
-        assert_eq!(place(&mild).fits(&spec), Ok(()));
+        assert_eq!(attributes(&mild).fits(&spec), Ok(()));
     }
 }

@@ -1,9 +1,9 @@
-//! What there is not: refused by name, and other methods than those that there are.
+//! Unsupported routes, which are rejected by name, and methods that a route does not have.
 
 use super::harness::*;
 
 #[tokio::test]
-async fn what_is_not_there_is_refused_by_name() {
+async fn unsupported_routes_are_rejected_by_name() {
     let fixture = Fixture::new(FakeBackend::default(), FakeCluster::default()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let cases = [
@@ -39,7 +39,7 @@ async fn what_is_not_there_is_refused_by_name() {
 }
 
 #[tokio::test]
-async fn other_methods_are_told_which_there_are() {
+async fn other_methods_are_answered_with_the_allowed_ones() {
     let fixture = Fixture::new(FakeBackend::default(), FakeCluster::default()).await;
     let mut client = fixture.connect(Some(&fixture.master())).await;
     let cases = [

@@ -19,9 +19,9 @@ use crate::scheduler::{JobRef, Marks};
 /// Submit times are whole seconds, and the controller's clock is known to the second.
 const TOLERANCE: i64 = 1;
 
-/// Whose a job is that has the ID of one of ours.
+/// The owner of a job that has the ID of one of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Whose {
+pub(super) enum Ownership {
     /// It is the pod's job.
     Ours(Marks),
     /// It is another job: the ID was reused.
@@ -32,17 +32,17 @@ pub(super) enum Whose {
 
 /// Decides whether `row`, which has the ID of `job`, is the job of this pod.
 #[must_use]
-pub(super) fn judge(row: &Row, job: &JobRef, pods: &Path) -> Whose {
+pub(super) fn judge(row: &Row, job: &JobRef, pods: &Path) -> Ownership {
     let marks = row.marks(&job.uid, pods);
     if row.id != job.id {
-        return Whose::Stranger;
+        return Ownership::Stranger;
     }
     if marks.any() {
-        return Whose::Ours(marks);
+        return Ownership::Ours(marks);
     }
     // A later job of another pod of ours.
     if row.names(pods).is_some() {
-        return Whose::Stranger;
+        return Ownership::Stranger;
     }
     let ours = match (job.submitted_at, row.submitted_at) {
         (_, None) => false,
@@ -50,9 +50,9 @@ pub(super) fn judge(row: &Row, job: &JobRef, pods: &Path) -> Whose {
         (None, Some(at)) => job.call.is_some_and(|call| within(call, at, 0)),
     };
     if ours {
-        Whose::Ours(marks)
+        Ownership::Ours(marks)
     } else {
-        Whose::Doubt
+        Ownership::Doubt
     }
 }
 
@@ -65,7 +65,7 @@ pub(super) fn decide(
     job: &JobRef,
     pods: &Path,
     ahead: Option<i64>,
-) -> Whose {
+) -> Ownership {
     let own = pods.join(job.uid.as_str());
     let marks = Marks {
         directory: detail.directory.as_ref() == Some(&own),
@@ -79,9 +79,9 @@ pub(super) fn decide(
             .is_some_and(|call| within(call, at, ahead.unwrap_or(0))),
     };
     if marks.any() || ours {
-        Whose::Ours(marks)
+        Ownership::Ours(marks)
     } else {
-        Whose::Stranger
+        Ownership::Stranger
     }
 }
 

@@ -29,11 +29,11 @@ fn detail() -> Detail {
 #[test]
 fn the_id_and_the_time_or_any_mark() {
     let pods = Path::new(PODS);
-    let ours = |whose| matches!(whose, Whose::Ours(_));
+    let ours = |ownership| matches!(ownership, Ownership::Ours(_));
     let nothing = own(None, None);
     assert!(ours(judge(&row("knoc-u"), &nothing, pods)));
-    assert_eq!(judge(&row("mine"), &nothing, pods), Whose::Doubt);
-    assert_eq!(judge(&row("knoc-v"), &nothing, pods), Whose::Stranger);
+    assert_eq!(judge(&row("mine"), &nothing, pods), Ownership::Doubt);
+    assert_eq!(judge(&row("knoc-v"), &nothing, pods), Ownership::Stranger);
     for (began, ended, expected) in [
         (0, 0, true),
         (1, 60, true),
@@ -50,7 +50,7 @@ fn the_id_and_the_time_or_any_mark() {
     }
     // Once the job was seen, only its own submit time counts.
     let seen = own(Some((SUBMITTED, SUBMITTED)), Some(SUBMITTED - 1));
-    assert_eq!(judge(&row("mine"), &seen, pods), Whose::Doubt);
+    assert_eq!(judge(&row("mine"), &seen, pods), Ownership::Doubt);
     assert!(ours(judge(&row("mine"), &own(None, Some(SUBMITTED)), pods)));
 }
 
@@ -62,7 +62,7 @@ fn the_call_is_compared_by_the_controllers_clock() {
         let job = own(Some((call, call)), None);
         matches!(
             decide(&row("mine"), &detail(), &job, pods, ahead),
-            Whose::Ours(_)
+            Ownership::Ours(_)
         )
     };
     assert!(ours(Some(120), SUBMITTED - 120));
@@ -82,7 +82,7 @@ fn a_requeued_job_has_a_later_submit_time_and_a_count() {
         let job = own(None, Some(known));
         matches!(
             decide(&row("mine"), &detail, &job, pods, None),
-            Whose::Ours(_)
+            Ownership::Ours(_)
         )
     };
     assert!(decided(1, SUBMITTED - 10));
