@@ -1,8 +1,8 @@
-//! Who listens on a port, and is it the pod? PURE reading of `/proc/net/tcp` and the choice of an address; beside it
-//! the look at `/proc` (blocking, but memory only).
+//! Finds out which process listens on a port, and whether it belongs to the pod.
 //!
-//! Containers share the node's network, where other users' programs and other pods listen too: only what a process of
-//! this job holds open counts, at both ends of the time that a connection takes: [`choose`] before it, [`is_own`] after.
+//! Containers share the node's network, in which other users' programs and other pods listen, too. Only sockets that a
+//! process of this job holds open count. This is checked before a connection is made ([`choose`]) and after ([`is_own`]).
+//! Parsing and choosing are pure; the functions that read `/proc` block, but touch no disk.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,11 +19,11 @@ use rustix::{
 
 use super::proc;
 
-/// `st` of a listening socket, and of a connection both of whose ends are open.
+/// Values of the column `st`: a listening socket, and a connection that is open at both ends.
 const LISTEN: &str = "0A";
 const ESTABLISHED: &str = "01";
 
-/// How often the listeners of one port may change while we look at them.
+/// How often the listeners of a port are read again because they changed meanwhile.
 const LOOKS: u32 = 20;
 
 /// A listening TCP socket.
@@ -36,7 +36,7 @@ pub(crate) struct Listener {
 /// The far end of a connection to a listener of this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FarEnd {
-    /// 0: no process has accepted it yet, or the one that did has closed it.
+    /// 0 if no process has accepted the connection yet, or if the one that did has closed it.
     pub(crate) inode: u64,
     pub(crate) established: bool,
 }
@@ -45,25 +45,25 @@ pub(crate) struct FarEnd {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Table {
     pub(crate) listeners: Vec<Listener>,
-    /// Of the connection that was asked for.
+    /// The far end of the connection that was asked for.
     pub(crate) far_end: Option<FarEnd>,
 }
 
 /// Where a connection may go.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Choice {
-    /// Loopback addresses at which only the pod's own answer, in the order to try.
+    /// Loopback addresses at which only the pod listens, in the order in which to try them.
     Own(Vec<IpAddr>),
-    /// Somebody answers at the loopback address, but it is not the pod.
+    /// Another process listens on the loopback address.
     Foreign,
-    /// The pod listens on this port, but at these addresses only.
+    /// The pod listens on this port, but on these addresses only.
     Elsewhere(Vec<IpAddr>),
-    /// Nobody.
+    /// No process listens.
     Nobody,
 }
 
-/// PURE: of the text of `/proc/net/tcp` or `tcp6` the listeners on `port`, and the far end of the connection from
-/// `client` to `port`.
+/// PURE: the listeners on `port` in the text of `/proc/net/tcp` or `tcp6`, and the far end of the connection from `client`
+/// to `port`.
 pub(crate) fn parse(text: &str, port: u16, client: Option<SocketAddr>) -> Table {
     let mut table = Table::default();
     for line in text.lines().skip(1) {
@@ -88,7 +88,7 @@ pub(crate) fn parse(text: &str, port: u16, client: Option<SocketAddr>) -> Table 
     table
 }
 
-/// One line.
+/// One line of the table.
 struct Socket<'a> {
     local: SocketAddr,
     remote: SocketAddr,
@@ -108,18 +108,18 @@ impl<'a> Socket<'a> {
     }
 }
 
-/// A socket of IPv6 shows an IPv4 address as one of its own.
+/// Whether the addresses are the same. An IPv6 socket shows an IPv4 address in its mapped form.
 fn same(one: SocketAddr, other: SocketAddr) -> bool {
     one.port() == other.port() && one.ip().to_canonical() == other.ip().to_canonical()
 }
 
-/// PURE: does the connection that was made to `address` belong to the pod? `before` is what listened when it was dialled,
-/// with all at that address the pod's; `after` is what was found once it stood, and `own` the pod's sockets among these.
-/// Where this cannot be told the answer is no.
+/// PURE: whether the connection that was made to `address` leads to the pod. `before` are the listeners when it was dialled,
+/// all of which at that address were the pod's. `after` is what was found once the connection was made, and `own` are the
+/// pod's sockets in it. If the answer is not certain, it is no.
 ///
-/// - If the same sockets listen as before, one of them has it.
-/// - If a process has accepted it, that one must be the pod's, whatever became of the listener.
-/// - If nobody has accepted it, it waits at a listener that still is there, and all of these must be the pod's.
+/// - If the same sockets listen as before, one of them has the connection.
+/// - If a process has accepted the connection, it must be the pod's, whatever became of the listener.
+/// - If no process has accepted it, it waits at a listener that still exists, and all of these must be the pod's.
 pub(crate) fn is_own(
     before: &[Listener],
     after: &Table,
@@ -148,7 +148,7 @@ pub(crate) fn is_own(
     }
 }
 
-/// PURE: `0100007F:1F90`; the words of the address are in the machine's byte order.
+/// PURE: parses `0100007F:1F90`. Each group of eight digits is a number in the machine's byte order.
 fn address(text: &str) -> Option<SocketAddr> {
     let (ip, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
@@ -168,10 +168,10 @@ fn address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, port))
 }
 
-/// PURE: where to connect, given who listens and which sockets are the pod's.
+/// PURE: where to connect, given all listeners and those that are the pod's.
 ///
-/// The kernel gives a connection to the socket with the narrowest address, so of all that would answer only those
-/// decide; several of the same address share it (`SO_REUSEPORT`), then all must be the pod's.
+/// The kernel gives a connection to the socket with the most specific address, so only those sockets decide. If several
+/// have the same address they share it (`SO_REUSEPORT`), and all must be the pod's.
 pub(crate) fn choose(listeners: &[Listener], own: &HashSet<u64>) -> Choice {
     let at = |ip: IpAddr| {
         let same = listeners.iter().filter(move |one| one.address.ip() == ip);
@@ -221,7 +221,7 @@ pub(crate) fn choose(listeners: &[Listener], own: &HashSet<u64>) -> Choice {
     }
 }
 
-/// Who listens on `port` now, and who has the far end of the connection to it from `client`.
+/// The listeners on `port` now, and the far end of the connection to it from `client`.
 pub(crate) fn on(port: u16, client: Option<SocketAddr>) -> Table {
     let read =
         |name: &str| fs::read_to_string(Path::new("/proc/net").join(name)).unwrap_or_default();
@@ -232,13 +232,13 @@ pub(crate) fn on(port: u16, client: Option<SocketAddr>) -> Table {
     all
 }
 
-/// Which of these sockets a process below `root` holds open.
+/// Those sockets of `table` that a process below `root` holds open.
 pub(crate) fn owned(table: &Table, root: u32) -> HashSet<u64> {
     holders(table, root).into_keys().collect()
 }
 
-/// Who listens on `port`, and which of these sockets a process below `root` holds open. One that is closed while we look
-/// for its owner would seem to be somebody else's, so the answer is of a time when nothing changed, if there is one.
+/// The listeners on `port`, and those of them that a process below `root` holds open. A socket that is closed during the
+/// search for its owner would seem to be foreign, so the search is repeated, within limits, until nothing changes.
 pub(crate) fn look(port: u16, root: u32) -> (Table, HashSet<u64>) {
     let mut all = on(port, None);
     for _ in 0..LOOKS {
@@ -253,21 +253,22 @@ pub(crate) fn look(port: u16, root: u32) -> (Table, HashSet<u64>) {
     (all, own)
 }
 
-/// Descriptors of our own of the listeners that processes below `root` hold open: as long as they are there a listener
-/// stays one, also if its process closes it. Fewer where the kernel (before Linux 5.6) or its configuration refuses.
+/// Copies of the descriptors of the listeners that processes below `root` hold open. While the shim holds them the sockets
+/// keep listening, even if their process closes them. Some are missing if the kernel (before Linux 5.6) or its
+/// configuration does not allow it.
 pub(crate) fn hold(table: &Table, root: u32) -> HashMap<u64, OwnedFd> {
     let held = holders(table, root).into_iter();
     held.filter_map(|(inode, (pid, number))| {
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
         let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         let socket = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).ok()?;
-        // The number may be another file's by now.
+        // The descriptor's number may belong to another file by now.
         (fstat(&socket).ok()?.st_ino == inode).then_some((inode, socket))
     })
     .collect()
 }
 
-/// By inode the process, and its number for it.
+/// The process that holds each socket, and its descriptor's number, by the socket's inode.
 fn holders(table: &Table, root: u32) -> HashMap<u64, (u32, i32)> {
     let listeners = table.listeners.iter().map(|one| one.inode);
     let far_end = table.far_end.map(|far_end| far_end.inode);
@@ -279,7 +280,7 @@ fn holders(table: &Table, root: u32) -> HashMap<u64, (u32, i32)> {
         return found;
     }
     for pid in proc::below(root) {
-        // Another user's processes do not show theirs; the pod's do.
+        // The descriptors of other users' processes cannot be read; those of the pod can.
         let entries = fs::read_dir(format!("/proc/{pid}/fd"))
             .into_iter()
             .flatten();
@@ -304,7 +305,7 @@ fn holders(table: &Table, root: u32) -> HashMap<u64, (u32, i32)> {
     found
 }
 
-/// PURE: `socket:[4711]`.
+/// PURE: the inode in a link such as `socket:[4711]`.
 fn inode(link: &str) -> Option<u64> {
     link.strip_prefix("socket:[")?
         .strip_suffix(']')?
@@ -413,14 +414,14 @@ mod tests {
         let cases: [(&[Listener], Option<FarEnd>, bool); 16] = [
             (&[ours], accepted(5), true),
             (&[ours], waiting, true),
-            // A listener that stays has all that came meanwhile, also what is over by now.
+            // A listener that stays has all connections made meanwhile, including those that have ended.
             (&[ours], closed, true),
             (&[ours], None, true),
             // It listened once.
             (&[], accepted(5), true),
             (&[other], accepted(5), true),
             (&[foreign], accepted(5), true),
-            // Who has it is not the pod, wherever it came from.
+            // A process outside the pod has it, whichever listener it came from.
             (&[], accepted(95), false),
             (&[other], accepted(95), false),
             // Not accepted yet: it is at one of those that listen now.
@@ -429,7 +430,7 @@ mod tests {
             (&[foreign], waiting, false),
             (&[ours, foreign], waiting, false),
             (&[], waiting, false),
-            // Over, and nobody knows whose it was.
+            // It has ended, and whose it was is not known.
             (&[other], closed, false),
             (&[], None, false),
         ];

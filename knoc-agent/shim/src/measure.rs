@@ -1,4 +1,4 @@
-//! Measuring processes: `/proc` as samples for [`super::usage`]. Blocking, but memory only; nothing runs here by itself.
+//! Measures processes: reads `/proc` into samples for [`super::usage`]. The calls block, but touch no disk.
 
 use std::{fs, os::unix::fs::MetadataExt as _};
 
@@ -9,13 +9,13 @@ use super::{
 
 const NANOS: u64 = 1_000_000_000;
 
-/// All processes of the pod: those below the shim, to which orphans fall.
+/// All processes of the pod: those below the shim, which also inherits orphans.
 pub(crate) fn pod() -> Vec<Sample> {
     let below = proc::descendants(&proc::all(), std::process::id());
     below.into_iter().filter_map(sample).collect()
 }
 
-/// What a process used so far. One that has ended but was not waited for still says it.
+/// What a process used so far. Also works for one that has ended but was not waited for.
 pub(crate) fn used(pid: u32) -> Option<Used> {
     let ticks = rustix::param::clock_ticks_per_second();
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -26,7 +26,8 @@ fn sample(pid: u32) -> Option<Sample> {
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).ok();
     let (process, start, mut used) =
         parse(&read("stat")?, rustix::param::clock_ticks_per_second())?;
-    // Ticks are coarse: a program that mostly sleeps would show no time at all. This file knows the first thread only.
+    // Ticks are coarse: a program that mostly sleeps would show no time. `schedstat` is precise, but has only the first
+    // thread.
     let precise = read("schedstat").and_then(|text| first(&text));
     used.own.cpu = used.own.cpu.max(precise.unwrap_or_default());
     let (resident, shared) = read("statm")
@@ -45,10 +46,10 @@ fn sample(pid: u32) -> Option<Sample> {
     })
 }
 
-/// PURE: process (its pid left 0), start time and use of `/proc/PID/stat`.
+/// PURE: the process (with pid 0), its start time and what it used, from `/proc/PID/stat`.
 fn parse(stat: &str, ticks: u64) -> Option<(Process, u64, Used)> {
     let (_, rest) = stat.rsplit_once(") ")?;
-    // From the state on, which is 0.
+    // Index 0 is the process's state.
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
     let small = |index: usize| fields.get(index)?.parse::<u32>().ok();
@@ -76,12 +77,12 @@ fn parse(stat: &str, ticks: u64) -> Option<(Process, u64, Used)> {
     Some((process, number(19)?, used))
 }
 
-/// PURE: the first number of a file.
+/// PURE: the first number of a text.
 fn first(text: &str) -> Option<u64> {
     text.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// PURE: bytes in memory, and those of files or shared, of `/proc/PID/statm`.
+/// PURE: resident bytes, and those of them that belong to files or are shared, from `/proc/PID/statm`.
 fn memory(statm: &str, page: u64) -> Option<(u64, u64)> {
     let mut pages = statm
         .split_ascii_whitespace()
@@ -91,7 +92,7 @@ fn memory(statm: &str, page: u64) -> Option<(u64, u64)> {
     Some((resident * page, shared * page))
 }
 
-/// PURE: bytes swapped out, of `/proc/PID/status`.
+/// PURE: bytes swapped out, from `/proc/PID/status`.
 fn swapped(status: &str) -> Option<u64> {
     let rest = status
         .lines()
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn we_see_ourselves() {
+    fn the_own_process_can_be_measured() {
         let own = sample(std::process::id()).unwrap();
         assert!(own.resident > 1 << 20, "{own:?}");
         assert!(own.resident >= own.shared);

@@ -1,8 +1,8 @@
-//! How a container's volumes and its image are given to the runtime: by descriptor, or by name.
+//! How the runtime gets a container's image and volumes: by descriptor, or by name.
 //!
-//! By descriptor, the helper ([`crate::launch::contain`]) resolves and mounts each in namespaces of its own, so that
-//! what is checked is what is mounted. A runtime that is set up as root (setuid), or a node without user namespaces,
-//! leaves only names: what a container could change in between is refused then.
+//! By descriptor, the helper ([`crate::launch::contain`]) resolves and mounts each in namespaces of its own, so that what is
+//! checked is what is mounted. If the runtime is set up as root (setuid), or the node has no user namespaces, the runtime
+//! can only be given names; volumes whose path a container could change in between are then rejected.
 
 use std::{
     os::fd::OwnedFd,
@@ -20,7 +20,7 @@ use crate::{
     runtime::Bind,
 };
 
-/// How many user namespaces a user may have.
+/// The file with the number of user namespaces that a user may have.
 const MOST_NAMESPACES: &str = "/proc/sys/user/max_user_namespaces";
 
 /// Why something cannot be mounted by name.
@@ -40,13 +40,13 @@ pub(crate) enum NameError {
     NeedsNamespaces { what: String },
 }
 
-/// What this node can do.
+/// Whether this node can mount by descriptor.
 #[derive(Debug)]
 pub(crate) struct Mounting {
     by_name: AtomicBool,
-    /// A container of this pod was started with namespaces.
+    /// Whether a container of this pod was started with namespaces.
     by_descriptor: AtomicBool,
-    /// How `/etc/subuid` may name this user.
+    /// The names that `/etc/subuid` may have for this user.
     pub(crate) users: Vec<String>,
 }
 
@@ -55,7 +55,7 @@ impl Mounting {
         let setuid = setuid::starter(&job.runtime, job.runtime_path.as_ref()).is_some();
         let uid = rustix::process::getuid();
         let entry = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid.as_raw()));
-        // Where the accounts of a site are known only to its directory service, the job's environment has the name.
+        // If only the site's directory service knows its accounts, the job's environment has the name.
         let named = ["USER", "LOGNAME"].map(|name| std::env::var(name).ok());
         let known = entry.ok().flatten().map(|entry| entry.name);
         let mut users = vec![uid.as_raw().to_string()];
@@ -71,13 +71,13 @@ impl Mounting {
         self.by_name.load(Ordering::Relaxed)
     }
 
-    /// Namespaces can be made here.
+    /// Notes that namespaces can be created on this node.
     pub(crate) fn worked(&self) {
         self.by_descriptor.store(true, Ordering::Relaxed);
     }
 
-    /// Does the error say that this node never lets us make namespaces? The number of a user's namespaces and processes is
-    /// limited, so a container can provoke the others: they fail one start, and nothing is mounted by name for them.
+    /// Whether the error means that this node never allows namespaces. Other errors come from limits of a user's namespaces
+    /// and processes, which a container can provoke: they fail one start, and never lead to mounts by name.
     pub(crate) fn is_final(&self, errno: i32) -> bool {
         if self.by_descriptor.load(Ordering::Relaxed) {
             return false;
@@ -89,7 +89,7 @@ impl Mounting {
         never.iter().any(is) || is(&Errno::NOSPC) && none_allowed()
     }
 
-    /// This node has no user namespaces, which does not change.
+    /// Notes that this node has no user namespaces, which does not change.
     pub(crate) fn only_by_name(&self) {
         self.by_name.store(true, Ordering::Relaxed);
     }
@@ -101,22 +101,22 @@ pub(crate) struct Mounts {
     image: Source,
     image_path: String,
     volumes: Vec<Mounted>,
-    /// The index among the volumes, and the path below, of the termination message.
+    /// The index of the volume that the termination message lies in, and its path there.
     message: Option<(usize, PathBuf)>,
-    /// Our own program, which the container's launcher is started from.
+    /// The agent's executable, from which the container's launcher is started.
     agent: PathBuf,
-    /// Holds what is mounted on.
+    /// The folder of the staging paths.
     staging: PathBuf,
 }
 
-/// What the runtime is told.
+/// The paths that the runtime is given.
 #[derive(Debug)]
 pub(crate) struct Named {
     pub(crate) image: PathBuf,
-    /// Our own program.
+    /// The agent's executable.
     pub(crate) agent: PathBuf,
     pub(crate) binds: Vec<Bind>,
-    /// Of the termination message.
+    /// The volume that the termination message lies in.
     pub(crate) base: Option<OwnedFd>,
 }
 
@@ -139,7 +139,7 @@ impl Mounts {
         }
     }
 
-    /// What is mounted beside the image, in its order, and where in it the termination message lies.
+    /// Sets the volumes, in the order of mounting, and where among them the termination message lies.
     pub(crate) fn set(&mut self, volumes: Vec<Mounted>, message: Option<(usize, PathBuf)>) {
         (self.volumes, self.message) = (volumes, message);
     }
@@ -156,7 +156,7 @@ impl Mounts {
         self.staging.join("agent")
     }
 
-    /// For the helper: all that it mounts.
+    /// Everything that the helper mounts.
     pub(crate) fn specs(&self) -> Vec<MountSpec> {
         let image = MountSpec {
             what: self.image_what(),
@@ -177,7 +177,7 @@ impl Mounts {
                 message: message.map(|(_, rest)| rest.clone()),
             }
         });
-        // The runtime's own read-only mount of it could be undone by root of the container's user namespace.
+        // Root in the container's user namespace could undo a read-only mount that the runtime makes.
         let agent = MountSpec {
             what: "KNoC's launcher".to_owned(),
             source: Source::Own(self.agent.clone()),
@@ -190,7 +190,7 @@ impl Mounts {
         first.chain(volumes).chain([agent]).collect()
     }
 
-    /// For the runtime, once the helper has mounted all.
+    /// The paths for the runtime once the helper has mounted everything.
     pub(crate) fn staged(&self) -> Named {
         let volumes = self.volumes.iter().enumerate();
         Named {
@@ -203,11 +203,11 @@ impl Mounts {
         }
     }
 
-    /// What the runtime says of a place, said of what is mounted there: nobody knows the place.
+    /// Replaces the staging paths in a message of the runtime by the names of what is mounted there, which users know.
     pub(crate) fn with_own_names(&self, message: &str) -> String {
         let image = self.staging.join("image");
         let mut message = message.replace(&*image.to_string_lossy(), &self.image_path);
-        // From the last one: m1 begins m10.
+        // In reverse order, as `m1` is a prefix of `m10`.
         for (index, mounted) in self.volumes.iter().enumerate().rev() {
             let staged = self.staging_of(index);
             message = message.replace(&*staged.to_string_lossy(), &mounted.what);
@@ -215,7 +215,7 @@ impl Mounts {
         message
     }
 
-    /// For the runtime, by the names that the sources have now. Blocking file work.
+    /// The paths for the runtime if there is no helper: those that the sources have now. Blocks on file work.
     pub(crate) fn names(&self) -> Result<Named, NameError> {
         let failed = |what: &str| {
             let what = what.to_owned();
@@ -235,13 +235,13 @@ impl Mounts {
             }
             let found = mounted.source.open().map_err(failed(&mounted.what))?;
             if let Some(point) = &mounted.point {
-                // It may be there in another form: then the runtime has its say.
+                // If this fails, the mount point may exist already. If it does not, the runtime reports the error.
                 point.make(found.is_folder(), &opened).ok();
             }
             named.binds.push(bind(mounted, found.path.clone()));
             if let Some((_, rest)) = self.message.as_ref().filter(|(mount, _)| *mount == index) {
                 if !mounted.read_only {
-                    // A folder that cannot be written gives no message.
+                    // If the folder is not writable, there is no termination message.
                     nofollow::touch_in(&found.fd, rest).ok();
                 }
                 named.base = found.fd.try_clone().ok();
@@ -252,7 +252,7 @@ impl Mounts {
     }
 }
 
-/// The helper mounts the image first, so its volumes have other indices.
+/// Shifts the index of a volume by one, as the helper mounts the image first.
 fn after_image(point: Point) -> Point {
     let base = match point.base {
         PointBase::Mount(index) => PointBase::Mount(index + 1),
@@ -307,7 +307,7 @@ mod tests {
             text.starts_with("volume \"v\", path \"sub\": ") && text.contains("user namespaces"),
             "{text}"
         );
-        // Nothing was made, and what no container can change is mounted as before.
+        // Nothing was created, and what no container can change is mounted by name.
         assert!(!root.join("sub").exists());
         let named = mounts(&root, "", false).names().unwrap();
         assert_eq!((&named.image, &named.binds[0].source), (&root, &root));
@@ -315,10 +315,10 @@ mod tests {
     }
 
     #[test]
-    fn no_container_can_have_its_pod_mount_by_name() {
+    fn no_container_can_make_its_pod_mount_by_name() {
         let mounting = Mounting::of(&pb::JobFile::default());
         let never = [Errno::PERM, Errno::ACCESS, Errno::NOSYS, Errno::INVAL];
-        // Too many processes, open files, or namespaces of this user; no memory; and what has no number.
+        // Too many processes, open files or namespaces of this user, and too little memory.
         let passing = [Errno::AGAIN, Errno::MFILE, Errno::NOSPC, Errno::NOMEM];
         for errno in never {
             assert!(mounting.is_final(errno.raw_os_error()), "{errno}");

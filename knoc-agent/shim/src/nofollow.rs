@@ -1,8 +1,9 @@
-//! Files and folders at places that a container can write: no link on the way is followed, nothing is waited for.
+//! Access to files and folders that a container can write: no link is followed, and no pipe or device blocks the shim.
 //!
-//! A container may put a link, a pipe or a device wherever its volumes are, also while we look. So each component is
-//! opened from the one before (`openat`, `O_NOFOLLOW`), from `/` on: paths are canonical where they were taken, and a
-//! link in them was put there since. Blocking file work. `openat2` would do it in one call, but needs Linux 5.6.
+//! A container may put a link, a pipe or a device anywhere in its volumes, at any time. So each component of a path is
+//! opened relative to the one before (`openat`, `O_NOFOLLOW`), starting at `/`. The paths were canonical when they were
+//! taken, so a link in one was put there since. All functions block on file work. `openat2` would do this in one call, but
+//! needs Linux 5.6.
 
 use std::{
     fs::File,
@@ -16,7 +17,7 @@ use rustix::{
     io::Errno,
 };
 
-/// What a new folder or file allows, less the umask.
+/// The modes of new folders and files, before the umask.
 const FOLDER: Mode = Mode::from_raw_mode(0o777);
 const FILE: Mode = Mode::from_raw_mode(0o666);
 
@@ -33,13 +34,13 @@ const FOLDERS: OFlags = OFlags::PATH
 
 /// The last `limit` bytes of the regular file `path`, an absolute path.
 pub(crate) fn read_end(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
-    end_of(open_file(path, READ, Missing::Fails)?, limit)
+    end_of(open_file(path, READ, Missing::Fail)?, limit)
 }
 
-/// The last `limit` bytes of the regular file `path` below the folder `base`; of `base` itself if `path` is empty. Only
-/// `base` needs to be open (`O_PATH`).
+/// The last `limit` bytes of the regular file `path` below the folder `base`, or of `base` itself if `path` is empty.
+/// `base` may be open with `O_PATH`.
 pub(crate) fn read_end_in(base: impl AsFd, path: &Path, limit: usize) -> io::Result<Vec<u8>> {
-    end_of(open_file_in(base, path, READ, Missing::Fails)?, limit)
+    end_of(open_file_in(base, path, READ, Missing::Fail)?, limit)
 }
 
 fn end_of(mut file: File, limit: usize) -> io::Result<Vec<u8>> {
@@ -51,24 +52,24 @@ fn end_of(mut file: File, limit: usize) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Makes the file `path` below the folder `base` if nothing is there, and the folders on the way.
+/// Creates the file `path` below the folder `base` if it does not exist, and its parent folders.
 pub(crate) fn touch_in(base: impl AsFd, path: &Path) -> io::Result<()> {
     if path.as_os_str().is_empty() {
         return Ok(());
     }
-    open_file_in(base, path, APPEND, Missing::Made).map(drop)
+    open_file_in(base, path, APPEND, Missing::Create).map(drop)
 }
 
-/// Makes the folder `path` below the folder `base` if nothing is there, and those on the way.
+/// Creates the folder `path` below the folder `base` if it does not exist, and its parent folders.
 pub(crate) fn make_folder_in(base: impl AsFd, path: &Path) -> io::Result<()> {
-    folder(base, path, Missing::Made).map(drop)
+    folder(base, path, Missing::Create).map(drop)
 }
 
-/// What becomes of a folder on the way that is not there.
+/// What to do about a folder that does not exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Missing {
-    Made,
-    Fails,
+    Create,
+    Fail,
 }
 
 fn open_file(path: &Path, flags: OFlags, missing: Missing) -> io::Result<File> {
@@ -85,10 +86,10 @@ fn open_file(path: &Path, flags: OFlags, missing: Missing) -> io::Result<File> {
 fn open_file_in(base: impl AsFd, path: &Path, flags: OFlags, missing: Missing) -> io::Result<File> {
     let flags = flags | OFlags::CLOEXEC;
     let file = if path.as_os_str().is_empty() {
-        // What it leads to is checked first: opening anything else may have effects.
+        // The type is checked first, as opening a pipe or a device may have effects.
         regular(&base)?;
-        let again = format!("/proc/self/fd/{}", base.as_fd().as_raw_fd());
-        open(again, flags, Mode::empty())?
+        let reopened = format!("/proc/self/fd/{}", base.as_fd().as_raw_fd());
+        open(reopened, flags, Mode::empty())?
     } else {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -107,7 +108,7 @@ fn regular(file: impl AsFd) -> io::Result<()> {
     Err(io::Error::other("not a regular file"))
 }
 
-/// The folder `path` below `base`, reached without any link.
+/// Opens the folder `path` below `base` without following links.
 fn folder(base: impl AsFd, path: &Path, missing: Missing) -> io::Result<OwnedFd> {
     let mut at = openat(&base, ".", FOLDERS, Mode::empty())?;
     for component in path.components() {
@@ -115,7 +116,7 @@ fn folder(base: impl AsFd, path: &Path, missing: Missing) -> io::Result<OwnedFd>
             return Err(io::ErrorKind::InvalidInput.into());
         };
         at = match openat(&at, name, FOLDERS, Mode::empty()) {
-            Err(Errno::NOENT) if missing == Missing::Made => {
+            Err(Errno::NOENT) if missing == Missing::Create => {
                 match mkdirat(&at, name, FOLDER) {
                     Ok(()) | Err(Errno::EXIST) => {}
                     Err(error) => return Err(error.into()),
@@ -129,7 +130,7 @@ fn folder(base: impl AsFd, path: &Path, missing: Missing) -> io::Result<OwnedFd>
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "files of the test's own")]
+#[expect(clippy::disallowed_methods, reason = "the test's own files")]
 mod tests {
     use std::{fs, os::unix::fs::symlink, time::Instant};
 
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_file_is_made_and_its_end_is_read() {
+    fn a_regular_file_is_created_and_its_end_is_read() {
         let (_root, path) = world();
         let log = path.join("volume/a/b/log");
         touch(&log).unwrap();
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn no_link_is_followed_wherever_it_stands() {
+    fn no_link_is_followed_anywhere_in_a_path() {
         let (_root, path) = world();
         symlink(path.join("home/key"), path.join("volume/log")).unwrap();
         symlink(path.join("home"), path.join("volume/dir")).unwrap();
@@ -187,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_holds_nobody_up() {
+    fn a_pipe_does_not_block() {
         let (_root, path) = world();
         let pipe = path.join("volume/log");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();

@@ -1,10 +1,10 @@
-//! How often the kernel's OOM killer struck in the job's memory cgroup. Reads `/proc` and the cgroup file system.
+//! Counts the kernel's OOM kills in the job's memory cgroup. Reads `/proc` and the cgroup file system.
 //!
-//! cgroup v1 has the count in `memory.oom_control` (`oom_kill N`, Linux 4.13), v2 in `memory.events`. Without it the
-//! count stays 0 and a killed container is an Error like any other.
+//! cgroup v1 has the count in `memory.oom_control` (`oom_kill N`, since Linux 4.13), v2 in `memory.events`. If neither can
+//! be read, the count stays 0, and a killed container has the reason `Error` instead of `OOMKilled`.
 //!
-//! The count is the job's, not a container's. So a container that was killed claims one strike of those that came in its
-//! time, and what is claimed is no other's.
+//! The count is the job's, not a container's. So a container that was killed claims one of the kills that happened while it
+//! ran, and no other container can claim the same one.
 
 use std::{
     fs,
@@ -17,12 +17,12 @@ use std::{
 
 use super::cgroup::{self, Version};
 
-/// Where the job's counters are.
+/// The job's counters.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct OomCounter {
-    /// Of the cgroup of this process and those above it, up to the job's.
+    /// The files of the cgroup of this process and those above it, up to the job's.
     files: Vec<PathBuf>,
-    /// Strikes that a container's end was laid to.
+    /// Kills that containers have claimed.
     claimed: Arc<AtomicU64>,
 }
 
@@ -35,7 +35,7 @@ impl OomCounter {
         let folders = cgroup.folders.iter();
         Self::of(match cgroup.version {
             Version::V1 => folders.map(|f| f.join("memory.oom_control")).collect(),
-            // Each counts those below it as well: the job's has them all.
+            // Each also counts the cgroups below it, so the job's has all kills.
             Version::V2 => folders
                 .last()
                 .map(|f| f.join("memory.events"))
@@ -51,19 +51,19 @@ impl OomCounter {
         }
     }
 
-    /// Strikes so far that were laid to no container's end.
+    /// Kills so far that no container has claimed.
     pub(crate) fn unclaimed(&self) -> u64 {
         let claimed = self.claimed.load(Ordering::Relaxed);
         self.kills().saturating_sub(claimed)
     }
 
-    /// Takes a strike for a container that began when `before` were unclaimed; `false`: there was none in its time.
+    /// Claims a kill for a container that started when `before` kills were unclaimed. Returns `false` if there was none since.
     pub(crate) fn claim(&self, before: u64) -> bool {
-        let struck = self.unclaimed() > before;
-        if struck {
+        let killed = self.unclaimed() > before;
+        if killed {
             self.claimed.fetch_add(1, Ordering::Relaxed);
         }
-        struck
+        killed
     }
 
     /// The sum of all kills seen so far.
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts() {
+    fn both_formats_are_read() {
         let count = |text| cgroup::value(text, "oom_kill");
         assert_eq!(
             count("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"),

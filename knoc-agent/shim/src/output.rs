@@ -1,8 +1,8 @@
-//! Task: drains a container's output into its log, and hands it to attached clients. One per attempt.
+//! Task: writes the output of one attempt into the container's log, and passes it to attached clients.
 //!
-//! The pipes are always drained: while a batch is being written (on a blocking thread) the next one fills; when that
-//! is full too the program waits, but not longer than [`STALL`]: then lines are dropped and counted. A batch goes as
-//! soon as the writer is free, so an idle pipe's line is written at once.
+//! While a batch is being written (on a blocking thread) the next one fills. If that is full too, the program has to wait,
+//! but no longer than [`STALL`]: then the waiting lines are dropped and counted. A batch is written as soon as the writer
+//! is free, so a single line of an idle program is written at once.
 
 use std::{io, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
@@ -16,16 +16,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::{attach::hub::Hub, fdio::Stream};
 
-/// How much may wait for the writer.
+/// How many bytes may wait for the writer.
 const BATCH: usize = 256 << 10;
 
 /// How long a full batch waits for a file system that hangs.
 const STALL: Duration = Duration::from_secs(10);
 
-/// How long silence must last, after the program has ended, before what it left behind is not waited for.
+/// How long the streams must be silent, after the program has ended, before they are closed although a process that it left
+/// behind still holds them.
 const DRAIN: Duration = Duration::from_secs(1);
 
-/// Lost lines are told at once, then not more often than this.
+/// Lost lines are reported at once, and then no more often than this.
 const TELL_AGAIN: Duration = Duration::from_mins(5);
 
 /// Where the output goes.
@@ -33,16 +34,16 @@ pub(crate) struct Log<'a> {
     /// The live file; opened on a blocking thread.
     pub(crate) live: PathBuf,
     pub(crate) limits: Limits,
-    /// Where the log's readers hear of news.
+    /// Counts written batches, which wakes the readers of the log.
     pub(crate) written: watch::Sender<u64>,
-    /// Hears of lost lines while the program runs, all so far; false where it could not listen.
+    /// Is called with all losses so far if lines were lost while the program runs; returns `false` if it could not take them.
     pub(crate) lost: Box<dyn Fn(&Losses) -> bool + Send + Sync + 'a>,
 }
 
 /// One of the program's streams.
 #[derive(Debug)]
 pub(crate) struct Source {
-    /// A terminal is input as well.
+    /// Shared, as a terminal is used for input as well.
     stream: Arc<Stream>,
     kind: knoc_contract::logs::cri::Stream,
     cutter: Cutter,
@@ -65,7 +66,7 @@ impl Source {
 
 type Writing = JoinHandle<(Writer, Vec<u8>)>;
 
-/// Drains `sources` until all have ended, or until silence once `ended` is cancelled.
+/// Reads `sources` until all have ended, or until they are silent after `ended` was cancelled.
 pub(crate) async fn pump(
     sources: Vec<Source>,
     log: Log<'_>,
@@ -76,10 +77,10 @@ pub(crate) async fn pump(
     let mut told = Told::default();
     let mut idle = None;
     let (live, limits) = (log.live, log.limits);
-    // A program that says nothing has a log too.
+    // The log exists even if the program writes nothing.
     let opening = move || {
         if let Err(error) = forget_older(&live) {
-            tracing::warn!(%error, "logs of older attempts stay");
+            tracing::warn!(%error, "logs of older attempts could not be removed");
         }
         (Writer::open(&live, limits), Vec::new())
     };
@@ -145,7 +146,7 @@ async fn silent(ended: &CancellationToken, until: Instant) {
     tokio::time::sleep_until(until).await;
 }
 
-/// What was told of lost lines.
+/// What was reported about lost lines.
 #[derive(Debug, Default)]
 struct Told {
     lines: u64,
@@ -167,13 +168,13 @@ struct Pump<'a> {
     hub: &'a Hub,
     batch: Vec<u8>,
     lines: u64,
-    /// Lines given up since the last write.
+    /// Lines dropped since the last write.
     dropped: u64,
-    /// What was lost up to the last write.
+    /// All losses up to the last write.
     lost_before: Losses,
-    /// Given up before the write that is under way.
+    /// Lines dropped before the write that is under way.
     dropping: u64,
-    /// Memory of the last batch, for the next.
+    /// The buffer of the last batch, to be used for the next.
     spare: Vec<u8>,
     buffer: Vec<u8>,
 }
@@ -207,7 +208,7 @@ impl<'a> Pump<'a> {
         })
     }
 
-    /// All that is known to be lost.
+    /// All losses known so far.
     fn losses(&self) -> Losses {
         Losses {
             lines: self.lost_before.lines + self.dropping + self.dropped,
@@ -218,7 +219,7 @@ impl<'a> Pump<'a> {
     async fn readable(&self) {
         let [first, second] = [self.sources.first(), self.sources.get(1)];
         let wait = async |source: Option<&Source>| match source.filter(|source| source.open) {
-            // A failure shows at the read.
+            // A failure is noticed at the read.
             Some(source) => drop(source.stream.readable().await),
             None => std::future::pending().await,
         };
@@ -228,7 +229,7 @@ impl<'a> Pump<'a> {
         }
     }
 
-    /// Takes what is there from all sources in turn, until the batch is full.
+    /// Reads what is there from all sources in turn, until the batch is full.
     fn read(&mut self) {
         let stamp = stamp(Timestamp::now());
         let mut more = true;
@@ -252,7 +253,7 @@ impl<'a> Pump<'a> {
         }
     }
 
-    /// Gives up what waits, so that the program goes on.
+    /// Drops the lines that wait, so that the program can go on.
     fn lose(&mut self) {
         tracing::warn!(
             lines = self.lines,
@@ -308,7 +309,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn lost_lines_are_told_at_once_and_then_now_and_then() {
+    async fn lost_lines_are_reported_at_once_and_then_at_intervals() {
         let heard = Mutex::new(Vec::new());
         let hear = |losses: &Losses| {
             heard.lock().unwrap().push(losses.lines);
@@ -326,11 +327,11 @@ mod tests {
         assert_eq!(*heard.lock().unwrap(), [3, 9]);
     }
 
-    /// Where the log cannot be written that is told while the program runs, not when it ends.
+    /// If the log cannot be written, that is reported while the program runs, not when it ends.
     #[tokio::test]
-    async fn a_log_that_cannot_be_written_is_told_while_it_lasts() {
+    async fn a_log_that_cannot_be_written_is_reported_while_the_program_runs() {
         let folder = tempfile::tempdir().unwrap();
-        // A folder in its place.
+        // A folder has the name of the log file.
         let live = folder.path().join("0.log");
         std::fs::create_dir(&live).unwrap();
         let (ours, theirs) = super::super::fdio::output_pipe().unwrap();
@@ -356,7 +357,7 @@ mod tests {
             rustix::io::write(&theirs, b"one\ntwo\n").unwrap();
             let told = told.wait_for(|lines| *lines == 2);
             let wait = tokio::time::timeout(Duration::from_secs(20), told);
-            drop(wait.await.expect("not told").unwrap());
+            drop(wait.await.expect("the loss was not reported").unwrap());
             drop(theirs);
         };
         let (losses, ()) = tokio::join!(pump, program);

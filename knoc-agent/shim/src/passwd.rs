@@ -1,5 +1,5 @@
-//! The image's own `/etc/passwd`, from a container that is up: by a helper in its namespaces, as exec has one. Asked for
-//! only where the container's file may differ in what matters (see [`account`]).
+//! Reads the image's own `/etc/passwd` from a running container, by a helper in its namespaces like that of exec. This is
+//! done only if the container's file may differ in what matters (see [`account`]).
 
 use std::{
     io,
@@ -28,7 +28,7 @@ use crate::launch::{
 /// How long the helper may take: the image may lie on a file system that hangs.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// The text, where `spec` needs it and it can be had: not in a container that root has set up.
+/// The text of the file, if `spec` needs it. `None` if it cannot be read, as in a container that root has set up.
 pub(crate) async fn of_image(pod: &Pod, container: Identity, spec: &LaunchSpec) -> Option<Vec<u8>> {
     let user = spec.user.as_ref().filter(|_| spec.settle)?;
     if !account::may_be_overwritten(user) {
@@ -38,7 +38,7 @@ pub(crate) async fn of_image(pod: &Pod, container: Identity, spec: &LaunchSpec) 
         Ok(text) if !text.is_empty() => Some(text),
         Ok(_) => None,
         Err(error) => {
-            tracing::warn!(%error, "the image's own /etc/passwd");
+            tracing::warn!(%error, "cannot read the image's own /etc/passwd; HOME comes from the container's file");
             None
         }
     }
@@ -63,7 +63,7 @@ async fn read(pod: &Pod, container: Identity) -> io::Result<Vec<u8>> {
     match code? {
         0 => Ok(text),
         code => Err(io::Error::other(format!(
-            "the helper ended with code {code}"
+            "the helper exited with code {code}"
         ))),
     }
 }

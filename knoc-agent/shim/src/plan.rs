@@ -48,7 +48,7 @@ use std::time::Duration;
 
 use super::role::{RestartRule, Role, SlotId};
 
-/// Since the shim's start, by the monotonic clock.
+/// A point in time, as the time since the shim's start by the monotonic clock.
 pub(crate) type Time = Duration;
 
 /// Where a container is in its life.
@@ -68,7 +68,7 @@ pub(crate) enum Phase {
     },
 }
 
-/// What is known about how the running program does. A container without probes has [`Health::unprobed`].
+/// What is known about the health of the running program. A container without probes has [`Health::unprobed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Health {
     /// Its startup probe has passed.

@@ -1,4 +1,4 @@
-//! What stays the same for the shim's life: the pod, its folders, its runtime, facts of the node.
+//! What stays the same for the life of the shim: the pod, its folders, its runtime, and facts about the node.
 
 use std::{
     net::{IpAddr, ToSocketAddrs as _, UdpSocket},
@@ -30,7 +30,7 @@ const LOG_MAX_BYTES: u64 = 100 << 20;
 const LOG_MAX_FILES: u32 = 20;
 const LOG_MAX_POD_BYTES: u64 = 4 << 30;
 
-/// See the module.
+/// The pod that the shim runs.
 #[derive(Debug)]
 pub(crate) struct Pod {
     pub(crate) jobdir: JobDir,
@@ -50,7 +50,7 @@ pub(crate) struct Pod {
 }
 
 impl Pod {
-    /// Reads the job file and makes the folders.
+    /// Reads the job file and creates the folders.
     pub(crate) fn open(
         jobdir: JobDir,
         claim: Claim,
@@ -96,7 +96,7 @@ impl Pod {
         &self.spec
     }
 
-    /// The settings; zeros are defaults.
+    /// The agent's settings for the shim; a zero stands for the default.
     pub(crate) fn settings(&self) -> pb::ShimSettings {
         self.job.settings.clone().unwrap_or_default()
     }
@@ -117,7 +117,7 @@ impl Pod {
     }
 }
 
-/// PURE: of each attempt of each of so many containers.
+/// PURE: the limits of the log of one attempt, in a pod with so many containers.
 fn log_limits(settings: &pb::ShimSettings, containers: usize) -> Limits {
     let pod = positive(settings.log_max_pod_bytes).unwrap_or(LOG_MAX_POD_BYTES);
     let attempts = u64::try_from(containers * KEPT_ATTEMPTS).unwrap_or(u64::MAX);
@@ -139,7 +139,7 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
     let host_ip = host_ip(endpoint)
         .map(|ip| ip.to_string())
         .unwrap_or_default();
-    // Containers share the node's network: what listens in them listens on the node's address.
+    // Containers share the node's network, so they listen on the node's address.
     let fields = RuntimeFields {
         pod_ip: host_ip.clone(),
         host_ip,
@@ -158,7 +158,7 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
     }
 }
 
-/// The address by which this node reaches the agent, else the one its name has.
+/// The address from which this node reaches the agent, or else the one that its name resolves to.
 fn host_ip(endpoint: Option<&Endpoint>) -> Option<IpAddr> {
     let toward = |address: &String| {
         let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
@@ -183,7 +183,7 @@ fn host_ip(endpoint: Option<&Endpoint>) -> Option<IpAddr> {
         })
 }
 
-/// Raises the soft limit for many exec streams. The containers' programs get one of their own ([`crate::launch`]).
+/// Raises the soft limit of open files, for many exec streams. The containers' programs get their own ([`crate::launch`]).
 fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
     let raised = rustix::process::Rlimit {
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kept_attempts_of_all_containers_share_what_a_pods_logs_may_take() {
+    fn the_kept_attempts_of_all_containers_share_the_limit_of_a_pods_logs() {
         let settings = pb::ShimSettings {
             log_max_pod_bytes: 6 << 20,
             ..Default::default()
@@ -206,7 +206,7 @@ mod tests {
         let limits = log_limits(&settings, 3);
         assert_eq!(limits.max_total, 1 << 20);
         assert_eq!((limits.max_bytes, limits.max_files), (100 << 20, 20));
-        // What an agent of before wrote says nothing of it.
+        // The job file of an older agent does not have the setting.
         let limits = log_limits(&pb::ShimSettings::default(), 1);
         assert_eq!(limits.max_total, 2 << 30);
     }

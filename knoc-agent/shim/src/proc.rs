@@ -1,4 +1,4 @@
-//! Reading `/proc`: identity of processes, the tree below one, the host's own facts. Blocking, but memory only.
+//! Reads `/proc`: the identity of processes and the tree below one. The calls block, but touch no disk.
 
 use std::{collections::HashMap, fs};
 
@@ -10,18 +10,18 @@ pub(crate) struct Process {
     pub(crate) session: u32,
 }
 
-/// When `pid` started, in clock ticks since boot: with the pid it names a process for good.
+/// When `pid` started, in clock ticks since boot: together with the pid it identifies a process.
 pub(crate) fn start_time(pid: u32) -> Option<u64> {
     field(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?, 19)
 }
 
-/// Does `pid` see the same network as we do?
+/// Whether `pid` is in the network namespace of this process.
 pub(crate) fn same_network(pid: u32) -> bool {
     let name = |of: &str| fs::read_link(format!("/proc/{of}/ns/net")).ok();
     name("self").is_some_and(|own| name(&pid.to_string()) == Some(own))
 }
 
-/// All processes that can be seen.
+/// All processes that `/proc` shows.
 pub(crate) fn all() -> Vec<Process> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
@@ -37,13 +37,14 @@ pub(crate) fn all() -> Vec<Process> {
         .collect()
 }
 
-/// The processes below `root`, `root` not included. Cheap where the kernel lists children, whatever else the node runs.
+/// The processes below `root`, `root` not included. Cheap if the kernel lists children, even on a
+/// node with many processes.
 pub(crate) fn below(root: u32) -> Vec<u32> {
     let mut found = Vec::new();
     let mut queue = vec![root];
     while let Some(parent) = queue.pop() {
         let Some(below) = children(parent) else {
-            // Gone meanwhile; or a kernel without these lists, which shows at the root.
+            // The process has ended. If it is the root, the kernel has no such lists.
             if parent == root {
                 return descendants(&all(), root);
             }
@@ -55,13 +56,13 @@ pub(crate) fn below(root: u32) -> Vec<u32> {
     found
 }
 
-/// Of all threads of `pid`.
+/// The children of all threads of `pid`; `None` if the kernel does not list them.
 fn children(pid: u32) -> Option<Vec<u32>> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
     let mut all = Vec::new();
     let mut listed = false;
     for thread in threads {
-        // A thread may have ended meanwhile.
+        // The thread may have ended in the meantime.
         let Ok(list) = fs::read_to_string(thread.path().join("children")) else {
             continue;
         };
@@ -86,7 +87,7 @@ pub(crate) fn descendants(all: &[Process], root: u32) -> Vec<u32> {
     let mut found = Vec::new();
     let mut queue = vec![root];
     while let Some(parent) = queue.pop() {
-        // Taken out, so that nothing is walked twice whatever the table says.
+        // Removed, so that no process is visited twice even if the table has a circle.
         for child in children.remove(&parent).unwrap_or_default() {
             found.push(child);
             queue.push(child);
@@ -115,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_find_the_same_tree() {
+    fn the_lists_of_children_and_the_table_give_the_same_tree() {
         let parent = std::os::unix::process::parent_id();
         let own = std::process::id();
         assert!(below(parent).contains(&own));

@@ -1,7 +1,7 @@
-//! The pod's report: PURE building of container states, and the task that keeps the newest one on disk.
+//! The pod's report: how container statuses are built, and the task that keeps the newest report on disk.
 //!
-//! The supervisor is the only one to publish. Readers (the link) see each newer report in a watch channel at once; the
-//! durable copy follows as fast as the file system allows, the newest only.
+//! Only the supervisor publishes reports. Readers (the link) see each newer report in a watch channel at once. The copy on
+//! disk follows as fast as the file system allows, and may skip reports.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 const FINAL_TRIES: u32 = 5;
 const FINAL_PAUSE: Duration = Duration::from_secs(2);
 
-/// Unix nanoseconds.
+/// A time in Unix nanoseconds.
 pub(crate) fn nanos(at: Timestamp) -> i64 {
     i64::try_from(at.as_nanosecond()).unwrap_or(i64::MAX)
 }
@@ -42,14 +42,14 @@ pub(crate) struct History {
     /// The number of the running attempt, or of the last one.
     pub(crate) attempt: u32,
     pub(crate) started_at: Option<Timestamp>,
-    /// Between the last attempt and the next one.
+    /// The back-off between the last attempt and the next one.
     pub(crate) pause: Duration,
-    /// The last attempt's end, and the one before.
+    /// How the last attempt ended, and the one before.
     pub(crate) ended: Option<pb::Terminated>,
     pub(crate) ended_before: Option<pb::Terminated>,
 }
 
-/// How far one container is.
+/// The current state of one container.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Situation<'a> {
     pub(crate) phase: Phase,
@@ -185,7 +185,7 @@ pub(crate) fn terminated(
     }
 }
 
-/// Publishes reports: see the module.
+/// Holds the current report and publishes each change of it.
 #[derive(Debug)]
 pub(crate) struct Publisher {
     current: pb::Report,
@@ -213,7 +213,7 @@ impl Publisher {
         receiver
     }
 
-    /// Applies `change` and publishes where something did change.
+    /// Applies `change`, and publishes the report if it did change.
     pub(crate) fn update(&mut self, change: impl FnOnce(&mut pb::Report)) {
         let before = self.current.clone();
         change(&mut self.current);
@@ -223,7 +223,7 @@ impl Publisher {
         }
     }
 
-    /// Adds a note; the oldest gives way.
+    /// Adds a note; beyond a limit the oldest note is removed.
     pub(crate) fn note(&mut self, reason: &str, message: String, container: &str) {
         self.update(|report| {
             let sequence = report.notes.last().map_or(1, |note| note.sequence + 1);
@@ -241,13 +241,13 @@ impl Publisher {
     }
 }
 
-/// Task: keeps the newest report on disk; ends with the final one. `false` where that could not be written.
+/// Task: keeps the newest report on disk; ends with the final one. Returns `false` if that could not be written.
 pub(crate) async fn keep(jobdir: JobDir, mut reports: watch::Receiver<pb::Report>) -> bool {
     let mut pause: Option<Duration> = None;
     loop {
         let news = match pause {
             None => reports.changed().await,
-            // What could not be written is tried again, whether there is news or not.
+            // A report that could not be written is tried again, even if there is no newer one.
             Some(pause) => {
                 let jittered = pause.mul_f64(rand::random_range(0.5..1.5));
                 let waited = tokio::time::timeout(jittered, reports.changed()).await;
@@ -272,7 +272,7 @@ pub(crate) async fn keep(jobdir: JobDir, mut reports: watch::Receiver<pb::Report
     }
 }
 
-/// The job ends with it, so it is tried for a while only.
+/// Writes the final report. The job waits for this, so the number of tries is limited.
 async fn keep_final(jobdir: &JobDir, report: pb::Report) -> bool {
     for left in (0..FINAL_TRIES).rev() {
         match write(jobdir, report.clone()).await {
@@ -327,7 +327,7 @@ mod tests {
             }
         };
         let looked = tokio::time::timeout(SOON, looking).await;
-        looked.unwrap_or_else(|_| panic!("never written"))
+        looked.unwrap_or_else(|_| panic!("no report was written"))
     }
 
     fn spec(role: Role) -> ContainerSpec {

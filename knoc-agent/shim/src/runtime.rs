@@ -1,7 +1,7 @@
-//! Container runtimes: PURE argv of the process that brings up a container and runs our launcher in it.
+//! PURE: container runtimes, as the argv of the process that creates a container and runs KNoC's launcher in it.
 //!
-//! The trait is as narrow as the shim needs: what a container is, as a command line. The program's own argv,
-//! environment, directory and stdio travel by the launch protocol and never appear here.
+//! The trait is as narrow as the shim needs: it turns the description of a container into a command line. The program's own
+//! argv, environment, working directory and stdio go by the launch protocol and never appear here.
 
 mod apptainer;
 mod process;
@@ -14,87 +14,83 @@ use std::{
 /// Where the launcher and its socket lie inside a container.
 pub(crate) const INSIDE: &str = knoc_proto::pod::KNOC_FOLDER;
 
-/// A path of the host seen in the container.
+/// A path of the host that is mounted into the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Bind {
-    /// On the host.
+    /// The path on the host.
     pub source: PathBuf,
-    /// In the container.
+    /// The path in the container.
     pub target: PathBuf,
-    /// Not writable there.
+    /// Whether the mount is read-only.
     pub read_only: bool,
 }
 
 /// How the container sees the image's files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Root {
-    /// Writable; what is written goes to this node-local folder.
+    /// Writable; changes go to this node-local folder.
     Overlay(PathBuf),
-    /// Writable; what is written goes to memory, 64 MB at most by default.
+    /// Writable; changes go to memory, 64 MB at most by default.
     Memory,
-    /// Not writable.
+    /// Read-only.
     ReadOnly,
 }
 
-/// Whose GPUs a container sees.
+/// The vendors whose GPUs a container sees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Gpus {
-    /// NVIDIA's.
     pub nvidia: bool,
-    /// AMD's.
     pub amd: bool,
 }
 
-/// A container to be brought up.
+/// The container to create.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Sandbox {
-    /// SIF file or sandbox folder; empty where the runtime needs none.
+    /// SIF file or sandbox folder; empty if the runtime needs none.
     pub image: PathBuf,
-    /// Our own executable on the host.
+    /// The agent's executable on the host.
     pub agent: PathBuf,
-    /// Node-local folder of this attempt: holds `launch.sock`, and an empty file `agent` to bind over.
+    /// Node-local folder of this attempt: holds `launch.sock`, and the empty file `agent` as a mount point.
     pub folder: PathBuf,
-    /// In the order of mounting.
+    /// The mounts, in the order of mounting.
     pub binds: Vec<Bind>,
-    /// The pod's host name; empty: the node's.
+    /// The pod's host name; empty if the container keeps the node's.
     pub hostname: String,
     /// How the container sees the image's files.
     pub root: Root,
-    /// Node-local folder that holds `/tmp` and `/var/tmp` where what is written to the root goes to no folder; `None`:
-    /// they are the image's, and as writable as its root.
+    /// Node-local folder for `/tmp` and `/var/tmp` if changes of the root do not go to a folder. If it is `None` they are the
+    /// image's own, and as writable as its root.
     pub work: Option<PathBuf>,
-    /// Root's rights inside, by a mapped user namespace.
+    /// Whether the program has root's rights inside, by a mapped user namespace.
     pub fakeroot: bool,
-    /// The driver's files and devices that it sees.
+    /// The GPUs whose devices and driver files the container sees.
     pub gpus: Gpus,
 }
 
 /// Why a container cannot be brought up with this runtime.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum RuntimeError {
-    /// No runtime of this name.
     #[error("there is no container runtime {0:?}")]
     Unknown(String),
-    /// The runtime's option syntax has no form for it.
+    /// The runtime's option syntax cannot express the path.
     #[error("the path {0:?} cannot be given to the container runtime")]
     Path(PathBuf),
-    /// The runtime has no mounts.
-    #[error("the process runtime mounts nothing: {0:?}")]
+    #[error("the runtime \"process\" cannot mount volumes, but the pod mounts one at {0:?}")]
     NoMounts(PathBuf),
 }
 
-/// A runtime: see the module.
+/// A container runtime.
 pub(crate) trait Runtime: std::fmt::Debug + Send + Sync {
-    /// Its stable name.
+    /// Its stable name, which is the prefix of container ids.
     fn name(&self) -> &'static str;
 
-    /// Does each container have a PID namespace of its own?
+    /// Whether each container has a PID namespace of its own.
     fn isolates(&self) -> bool;
 
-    /// The roots to try for a writable one, best first: not every site allows each.
+    /// The kinds of root to try if it should be writable, best first: not every site allows each.
     fn writable_roots(&self, overlay: &Path) -> Vec<Root>;
 
-    /// The arguments, program first.
+    /// The arguments of the runtime's process, program first.
     fn argv(&self, sandbox: &Sandbox) -> Result<Vec<OsString>, RuntimeError>;
 }
 

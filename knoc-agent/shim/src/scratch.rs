@@ -1,12 +1,12 @@
-//! The pod's node-local folders: on disk for sockets, roots and emptyDir, in memory for secrets and emptyDir of the
-//! medium Memory. Blocking file work.
+//! The pod's node-local folders: on disk for sockets, roots and `emptyDir`, in memory for secrets and `emptyDir` volumes of
+//! the medium `Memory`. Most functions block on file work.
 //!
-//! Both are 0700, named after this host and process so that a later shim of the same user can tell a leftover, and
-//! removed at the end, whatever the containers made of them. The folder may lie on a file system that
-//! nodes share: whether a process lives is known on its own host only.
+//! Both folders have mode 0700 and are removed at the end, whatever the containers did to them. Their names contain the
+//! host and the process, so that a later shim of the same user recognises leftovers. The folder on disk may lie on a file
+//! system that nodes share, and only the host of a process knows whether it lives.
 //!
-//! No removal holds anybody up. What an ended attempt leaves is moved into the [`Trash`], which a task of its own
-//! empties; the removal at the end of the job is bounded in time, and what it leaves the next shim on this host sweeps.
+//! Nothing waits long for a removal. What an ended attempt wrote is moved into the [`Trash`], which a task of its own
+//! empties. The removal at the end of the job is bounded in time; the next shim on this host removes the rest.
 
 use std::{
     fs::{self, DirBuilder},
@@ -17,8 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use knoc_contract::host::node_name;
-use knoc_contract::{jobdir::atomic::FileError, tree, walk};
+use knoc_contract::{host::node_name, jobdir::atomic::FileError, tree, walk};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Notify;
@@ -29,25 +28,25 @@ const PREFIX: &str = "knoc-shim";
 const MEMORY: &str = "/dev/shm";
 const DEFAULT: &str = "/tmp";
 
-/// A file system in memory, as tmpfs, but without a limit.
+/// ramfs: a file system in memory like tmpfs, but without a size limit.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// How long the end of the job waits for the removal of what the pod's containers wrote.
 pub(crate) const LAST_REMOVAL: Duration = Duration::from_secs(10);
 
-/// How long a leftover of another shim is swept before the pod's own trash is looked at again.
+/// How long leftovers of other shims are removed before the pod's own trash is emptied again.
 const SWEEP: Duration = Duration::from_secs(30);
 
 /// Where secrets and volumes in memory go if the node has no usable `/dev/shm`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fallback {
-    /// Nowhere: the pod fails.
+    /// They are not stored, and the pod fails.
     Error,
-    /// To the disk, with a warning.
+    /// They are stored on disk, with a warning.
     Disk,
 }
 
-/// The node cannot keep in memory what must not lie on a disk.
+/// The node has no usable file system in memory for what must not be stored on a disk.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error(
     "Secrets, tokens and volumes of the medium Memory are kept in memory only, and {} cannot be used on node {node}: \
@@ -60,7 +59,7 @@ pub(crate) struct NoMemory {
     why: String,
 }
 
-/// Why a folder could not be made.
+/// Why a folder could not be created.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ScratchError {
     #[error(transparent)]
@@ -69,7 +68,7 @@ pub(crate) enum ScratchError {
     NoMemory(#[from] NoMemory),
 }
 
-/// See the module.
+/// The pod's node-local folders.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     base: PathBuf,
@@ -81,7 +80,7 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// Makes the folders for this process; `base` empty: `/tmp`.
+    /// Creates the folders for this process; if `base` is empty, in `/tmp`.
     pub(crate) fn create(base: &str, fallback: Fallback) -> Result<Self, FileError> {
         let base = Path::new(if base.is_empty() { DEFAULT } else { base });
         Self::create_at(base, Path::new(MEMORY), fallback)
@@ -90,7 +89,7 @@ impl Scratch {
     fn create_at(base: &Path, memory: &Path, fallback: Fallback) -> Result<Self, FileError> {
         let host = host_tag(&node_name());
         let pid = std::process::id();
-        // The last part is for nobody to guess: who has taken the name would keep the pod from starting.
+        // The random part keeps other users from taking the name first, which would keep the pod from starting.
         let name = format!(
             "{PREFIX}-{host}-{pid}-{}-{:06x}",
             proc::start_time(pid).unwrap_or_default(),
@@ -98,7 +97,7 @@ impl Scratch {
         );
         let disk = base.join(&name);
         make(&disk)?;
-        // Later a link in a path below can only be a container's: nobody else may replace a folder above.
+        // No other user may replace a folder above, so a link that appears in a path below can only be a container's.
         let walked = walk::owned(&disk, false).map_err(|error| {
             fs::remove_dir(&disk).ok();
             let cure = "name another folder in job.scratch of the site file";
@@ -121,7 +120,7 @@ impl Scratch {
         })
     }
 
-    /// Removes both, secrets first, for as long as [`LAST_REMOVAL`]; the first call alone does it.
+    /// Removes both folders, secrets first, for at most [`LAST_REMOVAL`]. Only the first call does anything.
     pub(crate) fn remove(&self) {
         self.removal.call_once(|| {
             let until = Some(Instant::now() + LAST_REMOVAL);
@@ -140,23 +139,23 @@ impl Scratch {
         });
     }
 
-    /// A sub-folder on disk, made where it is missing.
+    /// A folder on disk, created if it is missing.
     pub(crate) fn disk(&self, name: &str) -> Result<PathBuf, FileError> {
         subfolder(&self.disk, name)
     }
 
-    /// A sub-folder in memory for what containers write, made where it is missing.
+    /// A folder in memory that containers write to, created if it is missing.
     pub(crate) fn memory(&self, name: &str) -> Result<PathBuf, ScratchError> {
         Ok(subfolder(self.memory_folder()?, name)?)
     }
 
-    /// A sub-folder in memory for what only the shim writes, made where it is missing.
+    /// A folder in memory that only the shim writes to, created if it is missing.
     pub(crate) fn secrets(&self, name: &str) -> Result<PathBuf, ScratchError> {
         let secrets = subfolder(self.memory_folder()?, SECRETS)?;
         Ok(subfolder(&secrets, name)?)
     }
 
-    /// Why secrets lie on the node's disk, where they do.
+    /// Why secrets are stored on the node's disk, if they are.
     pub(crate) fn on_disk(&self) -> Option<String> {
         match (&self.memory, self.fallback) {
             (Err(no), Fallback::Disk) => Some(format!(
@@ -183,7 +182,7 @@ impl Scratch {
     }
 }
 
-/// Of the folder in memory: what only the shim writes.
+/// The folder, in the folder in memory, that only the shim writes to.
 const SECRETS: &str = "secrets";
 
 impl Drop for Scratch {
@@ -192,11 +191,11 @@ impl Drop for Scratch {
     }
 }
 
-/// Makes the folder `name` in `parent`, which must be a file system in memory; else says why not.
+/// Creates the folder `name` in `parent`, which must be a file system in memory. Otherwise returns the reason.
 fn in_memory(parent: &Path, name: &str) -> Result<PathBuf, String> {
     let kind = statfs(parent).map_err(|errno| errno.desc().to_owned())?;
     if ![TMPFS_MAGIC, RAMFS_MAGIC].contains(&kind.filesystem_type()) {
-        return Err("it is no tmpfs".to_owned());
+        return Err("it is not a tmpfs".to_owned());
     }
     let folder = parent.join(name);
     let made = DirBuilder::new().mode(0o700).create(&folder);
@@ -204,7 +203,8 @@ fn in_memory(parent: &Path, name: &str) -> Result<PathBuf, String> {
     Ok(folder)
 }
 
-/// Where folders go that are to be removed: a folder beside them, so that a rename is enough. Emptied by its task.
+/// The folder into which folders are moved that are to be removed. It is on the same file system, so that a rename is
+/// enough. [`keep_clean`] empties it.
 #[derive(Debug, Clone)]
 pub(crate) struct Trash {
     folder: Arc<Path>,
@@ -220,7 +220,7 @@ impl Trash {
         })
     }
 
-    /// Takes `path` out of the way. Where that fails it stays until the end of the job.
+    /// Moves `path` into the trash. If that fails, it stays until the end of the job.
     pub(crate) fn take(&self, path: &Path) {
         let new = format!("{:016x}", rand::random::<u64>());
         match fs::rename(path, self.folder.join(new)) {
@@ -228,12 +228,12 @@ impl Trash {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => {
                 let path = path.display();
-                tracing::warn!(%path, %error, "stays until the end of the job");
+                tracing::warn!(%path, %error, "cannot be moved to the trash; it is removed at the end of the job");
             }
         }
     }
 
-    /// Removes what was taken. `false` where some of it is left.
+    /// Removes what is in the trash. Returns `false` if some of it is left.
     fn empty(&self, until: Option<Instant>) -> bool {
         match tree::empty_until(&self.folder, until) {
             Ok(()) => true,
@@ -246,8 +246,8 @@ impl Trash {
     }
 }
 
-/// Task: empties the trash whenever something is put into it, and meanwhile sweeps what killed shims left behind. It
-/// takes one blocking thread at most, whatever there is to remove. Ends when it is dropped.
+/// Task: empties the trash whenever something is put into it, and otherwise removes what killed shims left behind. It uses
+/// one blocking thread at most. Ends when it is dropped.
 pub(crate) async fn keep_clean(scratch: Cleaner) {
     let mut leftovers = true;
     loop {
@@ -256,7 +256,7 @@ pub(crate) async fn keep_clean(scratch: Cleaner) {
             cleaner.trash.empty(None);
             leftovers && !cleaner.sweep(Instant::now() + SWEEP)
         };
-        // A panic of the removal is no reason to stop the pod.
+        // A panic during the removal must not stop the pod.
         leftovers = tokio::task::spawn_blocking(round).await.unwrap_or(false);
         if !leftovers {
             scratch.trash.news.notified().await;
@@ -279,7 +279,7 @@ impl Cleaner {
         }
     }
 
-    /// `false` where the time did not suffice.
+    /// Removes leftovers of other shims. Returns `false` if the time was not sufficient.
     fn sweep(&self, until: Instant) -> bool {
         let host = host_tag(&node_name());
         let folders = [self.base.as_path(), Path::new(MEMORY)];
@@ -300,7 +300,7 @@ fn subfolder(parent: &Path, name: &str) -> Result<PathBuf, FileError> {
     }
 }
 
-/// A host's name, short: sockets lie in the folder, and their paths are limited to 107 bytes.
+/// A short form of a host's name: sockets lie in the folder, and their paths are limited to 107 bytes.
 fn host_tag(name: &str) -> String {
     let digest = Sha256::digest(name.as_bytes());
     let bytes: Vec<String> = digest
@@ -311,8 +311,8 @@ fn host_tag(name: &str) -> String {
     bytes.concat()
 }
 
-/// Removes what killed shims of this user left on this host. `false` where the time did not suffice; what cannot be
-/// removed for another reason is left to the node's own cleaning.
+/// Removes what killed shims of this user left on this host. Returns `false` if the time was not sufficient. What cannot
+/// be removed for another reason is left to the node's own clean-up.
 fn sweep(base: &Path, host: &str, until: Instant) -> bool {
     let own = rustix::process::getuid().as_raw();
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
@@ -336,7 +336,7 @@ fn sweep(base: &Path, host: &str, until: Instant) -> bool {
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => return false,
                 Err(error) => {
                     let path = entry.path();
-                    tracing::warn!(path = %path.display(), %error, "a leftover of another shim stays");
+                    tracing::warn!(path = %path.display(), %error, "cannot remove what another shim left behind");
                 }
                 Ok(()) => {}
             }
@@ -353,7 +353,7 @@ mod tests {
 
     use super::*;
 
-    /// Makes so many folders, one in the other, below `top`.
+    /// Creates `depth` nested folders below `top`.
     fn nest(top: &Path, depth: usize) {
         let folder = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let mut at = openat(CWD, top, folder, Mode::empty()).unwrap();
@@ -389,7 +389,7 @@ mod tests {
             base.path().join(format!("knoc-shim-{tag}-4194305-1"))
         };
         let dead = named(&node_name());
-        // There it may live.
+        // Its shim may still run on that node.
         let elsewhere = named("another-node");
         fs::create_dir(&elsewhere).unwrap();
         let locked = dead.join("locked");
@@ -412,7 +412,7 @@ mod tests {
         assert!(!folder.exists() && !memory.exists() && !secrets.exists());
     }
 
-    /// Neither the task that restarts a container nor the other containers' wait for the removal.
+    /// Neither the restart of a container nor other containers wait for the removal.
     #[tokio::test]
     async fn what_an_attempt_wrote_is_out_of_the_way_at_once_and_removed_by_the_task() {
         let base = tempfile::tempdir().unwrap();

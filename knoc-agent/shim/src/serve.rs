@@ -1,5 +1,5 @@
-//! The `Shim` service over the link: finds the container, hands the work to the supervisor or a task of its own.
-//! Decides nothing.
+//! The `Shim` service over the link. It finds the container and passes the request to the supervisor or to a task of its
+//! own; it decides nothing.
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,16 +28,16 @@ use super::{
     supervisor::Command,
 };
 
-/// How many processes may be exec'd into the pod at once: each costs a handful of descriptors.
+/// How many exec processes the pod may have at once: each uses several descriptors.
 const MAX_EXECS: usize = 256;
 
-/// How many connections may be forwarded into the pod at once: browsers open six a page.
+/// How many connections may be forwarded into the pod at once: browsers open six for each page.
 const MAX_FORWARDS: usize = 256;
 
-/// How many outputs may wait for a slow reader of exec, attach or port-forward.
+/// How many messages of output may wait for a slow reader of exec, attach or port-forward.
 const OUTPUTS: usize = 4;
 
-/// The bounds of streams into the pod.
+/// The limits of streams into the pod.
 #[derive(Debug, Clone)]
 pub(crate) struct Slots {
     execs: Arc<Semaphore>,
@@ -53,7 +53,7 @@ impl Default for Slots {
     }
 }
 
-/// See the module.
+/// What the service needs to answer requests.
 #[derive(Debug, Clone)]
 pub(crate) struct Service {
     pub(crate) pod: Arc<Pod>,
@@ -102,7 +102,7 @@ impl Service {
         Ok((name, program))
     }
 
-    /// Do the pod's programs live in the network that the shim sees?
+    /// Fails if the pod's programs are not in the network namespace of the shim.
     fn check_network(&self) -> Result<(), Status> {
         let directory = Arc::clone(&self.directory.borrow());
         let program = directory.running().next().ok_or_else(|| {
@@ -112,7 +112,7 @@ impl Service {
         if proc::same_network(program.identity.pid) {
             return Ok(());
         }
-        let message = "the pod has a network of its own: port-forward works in the node's only";
+        let message = "the pod has a network namespace of its own: port-forward works only for pods in the node's network";
         Err(ErrorReason::Unsupported.status(message))
     }
 
@@ -192,7 +192,7 @@ impl Shim for Service {
         &self,
         _request: Request<pb::ShimGetStatsRequest>,
     ) -> Result<Response<pb::PodStats>, Status> {
-        // On a busy node there are many processes to look at.
+        // On a busy node there are many processes to read.
         let samples = tokio::task::spawn_blocking(measure::pod).await;
         let samples = samples.map_err(|error| ErrorReason::Internal.status(error.to_string()))?;
         let (answer, stats) = oneshot::channel();
@@ -233,7 +233,9 @@ impl Shim for Service {
         let slot = Arc::clone(&self.slots.execs)
             .try_acquire_owned()
             .map_err(|_| {
-                let message = format!("{MAX_EXECS} processes are exec'd into this pod already");
+                let message = format!(
+                    "{MAX_EXECS} exec processes run in this pod already: wait until one has ended"
+                );
                 ErrorReason::Overloaded.status(message)
             })?;
         let (output, stream) = mpsc::channel(OUTPUTS);
@@ -294,7 +296,7 @@ impl Shim for Service {
         self.check_network()?;
         let slot = Arc::clone(&self.slots.forwards);
         let slot = slot.try_acquire_owned().map_err(|_| {
-            let message = format!("{MAX_FORWARDS} connections are forwarded into this pod already");
+            let message = format!("{MAX_FORWARDS} connections are forwarded into this pod already: wait until one has ended");
             ErrorReason::Overloaded.status(message)
         })?;
         let connection = forward::connect(port, std::process::id()).await?;
@@ -307,14 +309,14 @@ impl Shim for Service {
     }
 }
 
-/// What tasks send, as the answer to a stream of bytes.
+/// The response that streams what a task sends.
 fn answer<T: prost::Message + 'static>(
     stream: mpsc::Receiver<Result<T, Status>>,
 ) -> Response<NoMessages<T>> {
     bulk::answer(bulk::encode(ReceiverStream::new(stream)))
 }
 
-/// Sends the report as it is, then each newer one, until the final one.
+/// Sends the current report, then each newer one, until the final one.
 async fn watch(
     mut reports: watch::Receiver<pb::Report>,
     output: mpsc::Sender<Result<pb::Report, Status>>,
@@ -335,7 +337,7 @@ async fn watch(
             return;
         }
         if last {
-            // The one place of the channel is free again: the stream has taken the report.
+            // The channel has one slot. If it is free again, the stream has taken the final report.
             if output.reserve().await.is_ok() {
                 delivered.send_replace(true);
             }

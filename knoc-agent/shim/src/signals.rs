@@ -1,10 +1,10 @@
-//! Signals to a container: to its program, or to all that belongs to it.
+//! Sends signals to a container: to its program, or to all its processes.
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use super::proc;
 
-/// A running program, named for good: a pid alone may be given again.
+/// Identifies a running program: a pid alone may be given to another process later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) pid: u32,
@@ -17,7 +17,7 @@ impl Identity {
         proc::start_time(pid).map(|start| Self { pid, start })
     }
 
-    /// Is it still there?
+    /// Whether the process still exists.
     pub(crate) fn lives(self) -> bool {
         proc::start_time(self.pid) == Some(self.start)
     }
@@ -30,7 +30,7 @@ pub(crate) fn to_program(program: Identity, signal: Signal) {
     }
 }
 
-/// Kills the program and, where no PID namespace does it for us, all that it started.
+/// Kills the program and, if there is no PID namespace that ends with it, all processes that it started.
 pub(crate) fn kill_all(program: Identity, isolated: bool) {
     let below = if isolated {
         Vec::new()
@@ -43,7 +43,8 @@ pub(crate) fn kill_all(program: Identity, isolated: bool) {
     }
 }
 
-/// Kills what a program without PID namespace left behind. Its number cannot be another's yet: its session has it.
+/// Kills what a program without a PID namespace left behind. While its session exists, its pid is not given to another
+/// process.
 pub(crate) fn kill_left(pid: u32) {
     for pid in belongings(pid) {
         send(pid, Signal::KILL);
@@ -66,7 +67,7 @@ pub(crate) fn send(pid: u32, signal: Signal) {
     }
 }
 
-/// Those below `pid` in the tree, and those of its session (orphans leave the tree, not the session).
+/// The processes below `pid` in the tree, and those of its session (orphans leave the tree, but not the session).
 fn belongings(pid: u32) -> Vec<u32> {
     let all = proc::all();
     let mut found = proc::descendants(&all, pid);

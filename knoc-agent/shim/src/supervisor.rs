@@ -1,8 +1,8 @@
-//! Task: the pod's supervisor. Owns the state of all containers; the only one to start and end them.
+//! Task: the pod's supervisor. It owns the state of all containers; nothing else starts or ends them.
 //!
-//! It wakes on events of its attempts, on [`Command`]s (from the link, from signals), and on time. Each time it asks
-//! [`plan::decide`] and performs the answer, then publishes the report and the [`Directory`]. What is known about a
-//! container is in its [`slot`]; whoever works for a container (an attempt today) names it by its [`SlotId`].
+//! It wakes up for events of its attempts, for [`Command`]s (from the link and from signals), and at points in time that
+//! the plan names. Each time it performs the actions of [`plan::decide`], then publishes the report and the [`Directory`].
+//! What is known about a container is in its [`slot`], which attempts refer to by its [`SlotId`].
 
 mod slot;
 mod slots;
@@ -45,12 +45,13 @@ const BACKOFF_MAX: Duration = Duration::from_mins(5);
 /// Job files of older agents do not say how long to wait for values.
 const VALUES_WAIT: Duration = Duration::from_mins(10);
 
-const VALUES_EXPIRED: &str = "the values have expired; waits for fresh ones from the agent";
+const VALUES_EXPIRED: &str =
+    "the values have expired; the container waits for new ones from the agent";
 
-/// Nothing to wake for: far enough that it never comes.
+/// Used if there is nothing to wake up for: so far away that it never comes.
 const NEVER: Duration = Duration::from_hours(24 * 365);
 
-/// What others ask of the supervisor.
+/// A request to the supervisor.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Ends the pod. Idempotent: an earlier end of the grace period counts.
@@ -59,7 +60,7 @@ pub(crate) enum Command {
         by: EndedBy,
         reason: String,
     },
-    /// What the containers use, by a measurement of just now.
+    /// Asks what the containers use, given a measurement of their processes.
     Stats(Vec<Sample>, oneshot::Sender<pb::PodStats>),
     /// Newer values, not checked yet; the answer comes when they are written.
     Values(pb::PodValues, oneshot::Sender<Result<(), String>>),
@@ -71,13 +72,13 @@ struct Stop {
     reason: String,
 }
 
-/// See the module.
+/// The state of the supervisor's task.
 pub(crate) struct Supervisor {
     pod: Arc<Pod>,
     began: Instant,
     slots: Slots,
     values: Option<Arc<PodValues>>,
-    /// Why there are none, for people.
+    /// Why there are no values, or none that are still valid; shown in container statuses.
     values_missing: String,
     timeouts: Timeouts,
     stop: Option<Stop>,
@@ -86,7 +87,7 @@ pub(crate) struct Supervisor {
     commands: mpsc::Receiver<Command>,
     publisher: Publisher,
     directory: watch::Sender<Arc<Directory>>,
-    /// The pod's counters as they were last shown.
+    /// The pod's counters as they were last reported: they never decrease.
     shown: Counters,
 }
 
@@ -121,7 +122,7 @@ impl Supervisor {
             began: Instant::now(),
             slots,
             values: None,
-            values_missing: "waits for its values from the agent".to_owned(),
+            values_missing: "the container waits for its values from the agent".to_owned(),
             timeouts,
             stop: None,
             attempts: JoinSet::new(),
@@ -175,11 +176,11 @@ impl Supervisor {
                     reason.to_owned(),
                 );
             }
-            // A pod that never gets its values gives its nodes back.
+            // A pod that does not get its values must not keep its nodes.
             Some(Expired::Values(waited)) => {
                 let reason = format!(
-                    "gave up after {} s: {}; see that kubelet, agent and the link to the job work, then create the pod \
-                     again",
+                    "gave up after {} s: {}; check that the kubelet, the agent and the link to the job work, then create the \
+                     pod again",
                     waited.as_secs(),
                     self.values_missing
                 );
@@ -188,7 +189,8 @@ impl Supervisor {
         }
     }
 
-    /// How old values may be matters before the pod's first start only: what runs has them, and starts again with them.
+    /// Whether containers can be started. Expired values count only until the pod's first start: containers that have run are
+    /// restarted with the values they had.
     fn has_values(&self) -> bool {
         let expired = |values: &PodValues| {
             values.not_after > 0 && values.not_after <= Timestamp::now().as_second()
@@ -220,20 +222,20 @@ impl Supervisor {
                 Ok((id, ended)) => self.ended(id, &ended),
                 Err(error) => tracing::error!("an attempt's task failed: {error}"),
             },
-            Some(command) = self.commands.recv() => self.obey(command),
+            Some(command) = self.commands.recv() => self.execute(command),
             () = sleep_until(self.began + wake) => {}
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    fn execute(&mut self, command: Command) {
         match command {
             Command::Stop { grace, by, reason } => self.order_stop(grace, by, reason),
             Command::Stats(samples, answer) => {
-                // Who asked may be gone.
+                // The caller may have gone away.
                 answer.send(self.stats(&samples)).ok();
             }
             Command::Values(values, answer) => {
-                // Who asked may be gone.
+                // The caller may have gone away.
                 answer.send(self.take_values(values)).ok();
             }
         }
@@ -447,7 +449,7 @@ impl Supervisor {
     }
 }
 
-/// Says how many lines of this attempt's log were lost so far, if these are more than was said before.
+/// Adds a note on how many lines of this attempt's log were lost so far, if more were lost since the last note.
 fn note_lost_lines(slot: &mut Slot, publisher: &mut Publisher, losses: &Losses) {
     if losses.lines <= slot.lost_lines {
         return;

@@ -1,9 +1,9 @@
-//! PURE: the accounts of what containers use, made of samples of their processes.
+//! PURE: computes what containers use from samples of their processes.
 //!
-//! The kernel adds the time of a child that was waited for to its parent, so the sum over the living processes of what
-//! they and their waited-for children used holds everything — except what was reaped by somebody outside: a process
-//! that was exec'd into the container, or one whose parent ignores SIGCHLD. An [`Account`] keeps that, and so never
-//! falls while its attempt lasts.
+//! The kernel adds the time of a child to its parent when the parent waits for it. So the sum over the living processes, of
+//! what they and the children they waited for used, has everything except what was reaped from outside the container: a
+//! process that was started by exec, or one whose parent ignores SIGCHLD. An [`Account`] remembers that, so its counters
+//! never decrease while the attempt lasts.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -12,10 +12,10 @@ use std::{
 
 use super::{proc::Process, signals::Identity};
 
-/// What only grows.
+/// Counters, which only grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counters {
-    /// CPU time, user and system, nanoseconds.
+    /// CPU time, user and system, in nanoseconds.
     pub(crate) cpu: u64,
     /// Page faults that needed no disk, and those that did.
     pub(crate) faults: u64,
@@ -23,7 +23,7 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    /// The larger of each.
+    /// The larger value of each counter.
     pub(crate) fn max(self, other: Self) -> Self {
         Self {
             cpu: self.cpu.max(other.cpu),
@@ -45,7 +45,7 @@ impl Add for Counters {
     }
 }
 
-/// Never below zero.
+/// Saturates at zero.
 impl Sub for Counters {
     type Output = Self;
 
@@ -67,9 +67,9 @@ impl std::iter::Sum for Counters {
 /// What one process used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Used {
-    /// Its threads.
+    /// What its own threads used.
     pub(crate) own: Counters,
-    /// Children it waited for, with theirs.
+    /// What the children used that it waited for, including their children.
     pub(crate) kids: Counters,
 }
 
@@ -77,15 +77,15 @@ pub(crate) struct Used {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sample {
     pub(crate) process: Process,
-    /// With the pid it names the process for good.
+    /// The start time, which together with the pid identifies the process.
     pub(crate) start: u64,
     pub(crate) used: Used,
-    /// Bytes in memory, and those of them that are of files or shared.
+    /// Resident bytes, and those of them that belong to files or are shared.
     pub(crate) resident: u64,
     pub(crate) shared: u64,
     /// Bytes swapped out.
     pub(crate) swapped: u64,
-    /// The inode of its PID namespace; `None` where it may not be seen.
+    /// The inode of its PID namespace; `None` if it cannot be read.
     pub(crate) namespace: Option<u64>,
 }
 
@@ -100,7 +100,7 @@ impl Sample {
 }
 
 /// The processes of one container among all of the pod: its program, those of its PID namespace (without one: of its
-/// session), and all below them. Nothing where the program is not there.
+/// session), and all below them. Empty if the program does not exist.
 pub(crate) fn members(all: &[Sample], program: Identity, isolated: bool) -> Vec<Sample> {
     let Some(first) = all
         .iter()
@@ -127,7 +127,7 @@ pub(crate) fn members(all: &[Sample], program: Identity, isolated: bool) -> Vec<
     let roots = all.iter().filter(|sample| is_root(sample));
     let mut queue: Vec<u32> = roots.map(|sample| sample.process.pid).collect();
     let mut inside: HashSet<u32> = queue.iter().copied().collect();
-    // Each process is looked at once, whatever tree a container makes of them.
+    // Each process is visited once, whatever tree a container makes of its processes.
     while let Some(parent) = queue.pop() {
         for child in children.remove(&parent).unwrap_or_default() {
             if inside.insert(child) {
@@ -139,7 +139,7 @@ pub(crate) fn members(all: &[Sample], program: Identity, isolated: bool) -> Vec<
     all.iter().filter(is_member).copied().collect()
 }
 
-/// Memory of processes, bytes.
+/// The memory of processes, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Resident {
     /// Anonymous memory and the largest shared part.
@@ -150,7 +150,7 @@ pub(crate) struct Resident {
     pub(crate) swapped: u64,
 }
 
-/// Shared parts are mostly the same pages: they count once, by the largest.
+/// The memory of all `members` together. Their shared parts are mostly the same pages, so only the largest is counted.
 pub(crate) fn resident(members: &[Sample]) -> Resident {
     let anonymous = members
         .iter()
@@ -176,13 +176,13 @@ struct Seen {
 pub(crate) struct Account {
     /// The processes of the last sample, by pid.
     known: BTreeMap<u32, Seen>,
-    /// Of processes that are gone and in nobody's account of children.
+    /// What processes used that have ended and that no living process waited for.
     gone: Counters,
     shown: Counters,
 }
 
 impl Account {
-    /// Takes the container's processes as they are now; answers the counters, which are never below the last answer.
+    /// Takes the container's processes as they are now, and returns the counters, which are never below those returned before.
     pub(crate) fn take(&mut self, members: &[Sample]) -> Counters {
         let now: BTreeMap<u32, Seen> = members
             .iter()
@@ -205,27 +205,27 @@ impl Account {
         self.show(living)
     }
 
-    /// The attempt has ended; `total`: what its runtime's account of children says of all of them.
+    /// Ends the attempt. `total` is what the kernel counted for all children of its runtime.
     pub(crate) fn end(&mut self, total: Counters) -> Counters {
         self.known.clear();
         self.show(total)
     }
 
-    /// The last answer.
+    /// The counters as they were last returned.
     pub(crate) fn shown(&self) -> Counters {
         self.shown
     }
 
     fn show(&mut self, counted: Counters) -> Counters {
         let sum = self.gone + counted;
-        // What nobody told us of is kept, so that later growth shows.
+        // If the count has fallen, the difference is remembered, so that later growth shows.
         self.gone = self.gone + (self.shown - sum);
         self.shown = self.shown.max(sum);
         self.shown
     }
 
-    /// Did a process that lives wait for one that was there, by its parent or through parents that ended too? `told` has
-    /// the answers so far by parent, so that a long chain that ends at once is walked once.
+    /// Whether a living process waited for `gone`, directly or through parents that ended, too. `told` caches the answers by
+    /// parent, so that a long chain that ends at once is walked only once.
     fn absorbed(
         &self,
         now: &BTreeMap<u32, Seen>,
@@ -244,7 +244,7 @@ impl Account {
             if lives(now, parent, seen) {
                 break true;
             }
-            // Should the parents be a circle, whatever the reason, nobody waited.
+            // If the parents form a circle, no living process waited.
             told.insert(parent, false);
             passed.push(parent);
             parent = seen.parent;

@@ -1,8 +1,9 @@
-//! The pod's volumes on the node: `emptyDir`, and files of `ConfigMaps`, Secrets and projections. Blocking file work.
+//! The pod's volumes on the node: `emptyDir`, and files of `ConfigMaps`, Secrets and projections. Functions block on file
+//! work.
 //!
-//! Files are laid out as a kubelet's atomic writer does: they lie in a folder of their revision, `..data` leads to it,
-//! and each name leads through `..data`. A new revision is written beside, then `..data` is renamed over: a reader sees
-//! all of the old or all of the new.
+//! Files have the layout of a kubelet's atomic writer: they lie in a folder for their revision, `..data` is a link to it,
+//! and each name is a link through `..data`. A new revision is written into a new folder, then `..data` is replaced by a
+//! rename, so a reader sees either all of the old or all of the new revision.
 
 use std::{
     collections::BTreeSet,
@@ -28,25 +29,23 @@ const DATA: &str = "..data";
 /// Why a volume could not be given to a container.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum VolumeError {
-    /// The file system refused.
     #[error("volume {volume:?}")]
     File {
         volume: String,
         #[source]
         source: FileError,
     },
-    /// The node has no memory for it.
+    /// The node has no usable file system in memory.
     #[error("volume {volume:?}")]
     NoMemory {
         volume: String,
         #[source]
         source: NoMemory,
     },
-    /// The shape names none.
-    #[error("no volume is called {0:?}")]
+    /// The pod has no such volume, or this version does not know its source.
+    #[error("the pod has no volume {0:?} with a known source")]
     Unknown(String),
-    /// A path that cannot be one.
-    #[error("volume {volume:?}: the path {path:?}")]
+    #[error("volume {volume:?}: the path {path:?} is not valid")]
     Malformed {
         volume: String,
         path: String,
@@ -66,18 +65,18 @@ impl VolumeError {
     }
 }
 
-/// What a container sees of a volume or a file of ours.
+/// One mount of a container: a volume, or a file of the shim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mounted {
-    /// For messages.
+    /// What error messages call it.
     pub(crate) what: String,
     pub(crate) source: spec::Source,
-    /// In the container.
+    /// The path in the container.
     pub(crate) target: PathBuf,
     pub(crate) read_only: bool,
-    /// A container can change what its path leads to: a check of the name says nothing.
+    /// Whether a container can change what the source's path leads to, so that it must be mounted by descriptor.
     pub(crate) needs_descriptor: bool,
-    /// Set by [`super::places`].
+    /// Where the mount point lies; set by [`super::mount_points`].
     pub(crate) point: Option<Point>,
 }
 
@@ -91,14 +90,14 @@ pub(crate) struct Volumes {
 struct Root {
     name: String,
     path: PathBuf,
-    /// Written by [`Volumes::write`], and never by containers.
+    /// Whether it holds files, which only [`Volumes::write`] writes, never a container.
     files: bool,
-    /// Not ours: nothing is made in it.
+    /// Whether it is a folder of the host, in which the shim creates nothing.
     foreign: bool,
 }
 
 impl Volumes {
-    /// Makes the folders; those of files are empty until [`Self::write`].
+    /// Creates the folders. Those for files are empty until [`Self::write`].
     pub(crate) fn create(volumes: &[pb::Volume], scratch: &Scratch) -> Result<Self, VolumeError> {
         let mut roots = Vec::new();
         for (index, volume) in volumes.iter().enumerate() {
@@ -143,7 +142,7 @@ impl Volumes {
         Ok(Self { roots })
     }
 
-    /// Writes the files of all volumes that `values` has.
+    /// Writes the files that `values` has into their volumes.
     pub(crate) fn write(&self, values: &PodValues) -> Result<(), VolumeError> {
         for root in self.roots.iter().filter(|root| root.files) {
             let files = values.files.iter().find(|files| files.volume == root.name);
@@ -157,7 +156,7 @@ impl Volumes {
         Ok(())
     }
 
-    /// What a container's mounts are of. Nothing is resolved yet: that is for whoever mounts it.
+    /// The sources and targets of a container's mounts. The sources are resolved later, when they are mounted.
     pub(crate) fn mounts(&self, mounts: &[pb::Mount]) -> Result<Vec<Mounted>, VolumeError> {
         mounts.iter().map(|mount| self.mount(mount)).collect()
     }
@@ -202,7 +201,7 @@ impl Volumes {
 
 fn replace(folder: &Path, revision: &str, files: &[pb::VolumeFile]) -> Result<(), FileError> {
     let new = folder.join(revision);
-    // An earlier try may have left a part of it.
+    // An earlier try may have left a partial folder.
     tree::remove(&new).map_err(FileError::on("remove", &new))?;
     make(&new)?;
     for file in files {
@@ -231,7 +230,7 @@ fn replace(folder: &Path, revision: &str, files: &[pb::VolumeFile]) -> Result<()
     Ok(())
 }
 
-/// PURE: is it the name of a folder that [`replace`] makes, and not a path to somewhere else?
+/// PURE: whether it is the name of a folder that [`replace`] creates, and not a path to somewhere else.
 fn is_revision(link: &Path) -> bool {
     let name = link.to_str().unwrap_or_default();
     name.len() > 2 && name.starts_with("..") && !name.contains('/')
@@ -246,7 +245,7 @@ fn remove_stale(folder: &Path, names: &BTreeSet<&str>) -> Result<(), FileError> 
         let keep = name
             .to_str()
             .is_some_and(|name| name.starts_with("..") || names.contains(name));
-        // All names that we made are links: another file is the mount point of what a container mounts below.
+        // All names that the shim created are links; any other file is a mount point for a container's mount.
         let ours = entry.file_type().is_ok_and(|kind| kind.is_symlink());
         if ours && !keep {
             fs::remove_file(entry.path()).ok();
@@ -268,15 +267,15 @@ fn write(path: &Path, data: &[u8], mode: u32) -> Result<(), FileError> {
             .mode(0o600)
             .open(path)?;
         file.write_all(data)?;
-        // Not by open's mode, from which the umask takes.
+        // Set explicitly, as the umask applies to the mode of `open`.
         file.set_permissions(fs::Permissions::from_mode(mode & 0o777))
     };
     write().map_err(FileError::on("write", path))
 }
 
-/// Makes `name` in `folder` a link to `target`, in one step.
+/// Replaces `name` in `folder` by a link to `target`, atomically.
 fn relink(folder: &Path, target: &str, name: &str) -> Result<(), FileError> {
-    // One writer makes one link after the other. A name made of `name` could be longer than a file's may be.
+    // There is one writer, so the name is free. A name derived from `name` could be longer than a file name may be.
     let temporary = folder.join("..tmp");
     fs::remove_file(&temporary).ok();
     symlink(target, &temporary).map_err(FileError::on("link", &temporary))?;
@@ -346,7 +345,7 @@ mod tests {
         (base, scratch, volumes)
     }
 
-    /// What such a mount leads to.
+    /// The path that such a mount leads to.
     fn opened(volumes: &Volumes, volume: &str, path: &str) -> Result<PathBuf, String> {
         let mounts = volumes.mounts(&[mount(volume, path)]);
         let mounted = mounts.map_err(|error| error.to_string())?.remove(0);
@@ -439,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_made_outside_of_a_volume() {
+    fn nothing_is_created_outside_of_a_volume() {
         let (base, _scratch, volumes) = volumes();
         let home = base.path().join("home");
         fs::create_dir(&home).unwrap();

@@ -7,10 +7,10 @@
 //! that side is the TLS client. There are two kinds of links:
 //!
 //! - **kubelet or knocctl → agent**: [`dial()`] and [`listen`]. Both sides have certificates of one CA, and each checks
-//! the other's [`Identity`] (a URI SAN) whatever its TLS role. Over a unix socket without TLS, the peer's uid replaces
-//! both.
+//!   the other's [`Identity`] (a URI SAN) whatever its TLS role. Over a unix socket without TLS, the peer's uid replaces
+//!   both.
 //! - **agent → shim**: [`pinned`]. The shim dials the agent, and each side pins the other's self-signed key.
-//! [`near_side`] and [`far_side`] run HTTP/2 on such a connection.
+//!   [`near_side`] and [`far_side`] run HTTP/2 on such a connection.
 //!
 //! This crate spawns no task except hyper's own: handshakes make progress while the server polls its stream of
 //! connections. Every handshake is a full one (no resumption, no session tickets), so a replaced certificate is used

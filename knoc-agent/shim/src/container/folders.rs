@@ -13,9 +13,9 @@ use tokio::net::UnixListener;
 
 use super::super::{
     environment::{self, TerminationLog},
+    mount_points::{self, Link},
     mounts::{Mounts, NameError},
     nofollow,
-    places::{self, Link},
     pod::Pod,
     role::ContainerSpec,
     scratch::{ScratchError, Trash},
@@ -110,7 +110,7 @@ impl Folders {
         let mut message_at = None;
         if pod.runtime.isolates() {
             folders.add_files(pod, &mut volumes)?;
-            places::order(&mut volumes);
+            mount_points::order(&mut volumes);
             message_at = message.and_then(|(target, rest)| {
                 let mut targets = volumes.iter().map(|volume| &volume.target);
                 Some((targets.position(|other| *other == target)?, rest))
@@ -163,11 +163,11 @@ impl Folders {
         volumes: &mut [Mounted],
     ) -> Result<(), PrepareError> {
         if !container.read_only_root {
-            let own = places::of_the_image(&TEMPORARY.map(|(folder, _)| folder), volumes);
+            let own = mount_points::of_the_image(&TEMPORARY.map(|(folder, _)| folder), volumes);
             self.temporary.extend(own.into_iter().map(str::to_owned));
         }
-        self.settle = !places::of_the_image(&[PASSWD], volumes).is_empty();
-        self.links = places::leave_devices(volumes);
+        self.settle = !mount_points::of_the_image(&[PASSWD], volumes).is_empty();
+        self.links = mount_points::leave_devices(volumes);
         let mut parents = vec![(PathBuf::from(INSIDE), self.shared.clone())];
         // The runtime mounts these if the root has no folder on disk.
         for (target, name) in TEMPORARY {
@@ -177,7 +177,7 @@ impl Folders {
                 .map_err(FileError::on("create", &source))?;
             parents.push((target.into(), source));
         }
-        places::set_mount_points(&parents, volumes);
+        mount_points::set_mount_points(&parents, volumes);
         Ok(())
     }
 
@@ -229,7 +229,7 @@ impl Folders {
 
 /// Adds the `/dev/shm` that the containers of a pod share, as with other runtimes, unless they mount a volume there.
 fn share_memory(pod: &Pod, volumes: &mut Vec<Mounted>) -> Result<(), PrepareError> {
-    let target = Path::new(places::SHARED_MEMORY);
+    let target = Path::new(mount_points::SHARED_MEMORY);
     if volumes.iter().any(|volume| volume.target == target) {
         return Ok(());
     }

@@ -150,7 +150,7 @@ fn term_waits_for_the_pre_stop_hook_and_kill_does_not() {
     assert_eq!(decide(&late).actions, [Action::Kill(id(0))]);
     view.containers[0].pre_stop_pending = false;
     assert_eq!(decide(&view).actions, [Action::Term(id(0))]);
-    // There is nothing to run a hook in before the program runs.
+    // A hook cannot run before the program runs.
     view.containers[0] = Container {
         phase: Phase::Starting,
         stop: StopStage::NotStopped,
@@ -169,7 +169,7 @@ fn a_sidecar_opens_its_gate_when_it_has_started_and_not_when_it_runs() {
     assert_eq!(decide(&view), Plan::default());
     view.containers[0].health.started = true;
     assert_eq!(decide(&view).actions, [Action::Start(id(1))]);
-    // Once what stands behind it was started, its failure closes no gate.
+    // Once a container behind its gate was started, its failure closes no gate.
     let mut view = pod(
         NEVER,
         &[

@@ -1,11 +1,11 @@
-//! Apptainer and Singularity: PURE argv of `exec`. Their differences are in this one place.
+//! PURE: the argv of `apptainer exec` and `singularity exec`. All differences between the two are here.
 //!
-//! - `--no-init`: our launcher, and so the program, is PID 1 of the container's PID namespace.
-//! - `--no-eval`: values are not evaluated by a shell (Apptainer only; we give it none anyway).
-//! - `--no-mount`: `/tmp` and `/var/tmp` are the image's, with what it has there, wherever they can be written to.
-//!   `/etc/localtime` is the image's too.
-//! - A bind of a path with `,` or `:` goes by `--mount`, whose fields are CSV and can be quoted.
-//! - A bind from below `/dev` to below `/dev` is taken for a device and dropped, so its source gets another name.
+//! - `--no-init`: KNoC's launcher, and so the program, is PID 1 of the container's PID namespace.
+//! - `--no-eval`: no shell evaluates values (Apptainer only; it is given none in any case).
+//! - `--no-mount`: `/tmp` and `/var/tmp` are the image's, with their content, if they are writable. `/etc/localtime` is
+//!   the image's, too.
+//! - A path with `,` or `:` is mounted with `--mount`, whose fields are CSV and can be quoted.
+//! - The runtime takes a bind from below `/dev` to below `/dev` for a device and drops it, so its source gets another name.
 
 use std::{
     borrow::Cow,
@@ -16,7 +16,7 @@ use std::{
 
 use super::{Bind, INSIDE, Root, Runtime, RuntimeError, Sandbox};
 
-/// Which of the two relatives.
+/// Which of the two programs it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Flavour {
     Apptainer,
@@ -39,18 +39,18 @@ impl Apptainer {
 }
 
 impl Apptainer {
-    /// What its `/tmp` and `/var/tmp` are.
+    /// The options that decide what `/tmp` and `/var/tmp` are.
     fn temporary(&self, sandbox: &Sandbox) -> Result<Vec<OsString>, RuntimeError> {
         let mut argv = Vec::new();
         let mut left_out = Vec::new();
         match (&sandbox.root, &sandbox.work) {
             (Root::Overlay(_), _) | (_, None) => left_out.push("tmp"),
-            // In memory there is too little room, and a read-only root has none.
+            // A root in memory is too small for temporary files, and a read-only one takes none.
             (Root::Memory | Root::ReadOnly, Some(work)) => {
                 argv.extend(["--workdir".into(), plain(work)?.to_owned()]);
             }
         }
-        // Singularity leaves out none by its path.
+        // Singularity's option does not take paths.
         if self.flavour == Flavour::Apptainer {
             left_out.push("/etc/localtime");
         }
@@ -75,7 +75,7 @@ impl Runtime for Apptainer {
 
     fn writable_roots(&self, overlay: &Path) -> Vec<Root> {
         match self.flavour {
-            // Its folder option would take a colon as the start of options.
+            // In `--overlay` a colon would begin the options of the folder.
             Flavour::Apptainer if !overlay.as_os_str().as_bytes().contains(&b':') => {
                 vec![
                     Root::Overlay(overlay.to_owned()),
@@ -83,7 +83,7 @@ impl Runtime for Apptainer {
                     Root::ReadOnly,
                 ]
             }
-            // The setuid starter takes no folder from a user.
+            // Singularity's setuid starter accepts no folder from a user.
             Flavour::Apptainer | Flavour::Singularity => vec![Root::Memory, Root::ReadOnly],
         }
     }
@@ -111,7 +111,7 @@ impl Runtime for Apptainer {
         if sandbox.fakeroot {
             argv.push("--fakeroot".into());
         }
-        // A host without the driver's files only costs a warning.
+        // On a host without the driver's files these only cause a warning.
         if sandbox.gpus.nvidia {
             argv.push("--nv".into());
         }
@@ -125,7 +125,7 @@ impl Runtime for Apptainer {
                 sandbox.hostname.clone().into(),
             ]);
         }
-        // The initial directory is the launcher's business.
+        // The launcher changes to the program's working directory.
         argv.extend(["--pwd".into(), "/".into()]);
         let inside = |name: &str| Path::new(INSIDE).join(name);
         let own = [
@@ -177,9 +177,9 @@ fn bind_option(bind: &Bind) -> Result<[OsString; 2], RuntimeError> {
     Ok(["--bind".into(), value])
 }
 
-/// The source of a bind, by a name that does not begin with `/dev` where the target's does.
+/// The source of a bind, by a path that does not begin with `/dev` if the target's does.
 fn no_device(bind: &Bind) -> Cow<'_, Path> {
-    // It compares the bytes, not the components.
+    // The runtime compares the bytes, not the components.
     let below = |path: &Path| path.as_os_str().as_bytes().starts_with(b"/dev");
     if !below(&bind.source) || !below(&bind.target) {
         return Cow::Borrowed(&bind.source);
@@ -242,10 +242,9 @@ mod tests {
     fn argv_by_flavour() {
         let argv = |flavour| {
             let runtime = Apptainer::new(Path::new("/usr/bin/x"), flavour);
-            let words = runtime.argv(&sandbox(vec![bind("/a b", "/c")])).unwrap();
-            words
-                .iter()
-                .map(|word| word.to_str().unwrap().to_owned())
+            let argv = runtime.argv(&sandbox(vec![bind("/a b", "/c")])).unwrap();
+            argv.iter()
+                .map(|argument| argument.to_str().unwrap().to_owned())
                 .collect::<Vec<_>>()
                 .join("|")
         };
@@ -260,16 +259,16 @@ mod tests {
     }
 
     #[test]
-    fn temporary_folders_are_the_images_where_they_can_be_written_to() {
-        let words = |flavour, root, work: Option<&str>| {
+    fn temporary_folders_are_the_images_if_they_are_writable() {
+        let options = |flavour, root, work: Option<&str>| {
             let sandbox = Sandbox {
                 root,
                 work: work.map(PathBuf::from),
                 ..sandbox(Vec::new())
             };
             let runtime = Apptainer::new(Path::new("/usr/bin/x"), flavour);
-            let words = runtime.temporary(&sandbox).unwrap();
-            words.join(OsStr::new(" ")).into_string().unwrap()
+            let options = runtime.temporary(&sandbox).unwrap();
+            options.join(OsStr::new(" ")).into_string().unwrap()
         };
         let (new, old) = (Flavour::Apptainer, Flavour::Singularity);
         let overlay = Root::Overlay("/o".into());
@@ -281,12 +280,12 @@ mod tests {
                 Some("/w"),
                 "--workdir /w --no-mount /etc/localtime",
             ),
-            // As the pod wishes, and as every runtime does it.
+            // The pod asks for a read-only root, which includes the folders, as with other runtimes.
             (new, Root::ReadOnly, None, "--no-mount tmp,/etc/localtime"),
             (old, Root::Memory, Some("/w"), "--workdir /w"),
             (old, Root::ReadOnly, None, "--no-mount tmp"),
         ] {
-            assert_eq!(words(flavour, root, work), wanted);
+            assert_eq!(options(flavour, root, work), wanted);
         }
     }
 
@@ -305,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn gpus_are_seen_only_where_asked_for() {
+    fn gpus_are_seen_only_if_the_container_asks_for_them() {
         for (nvidia, amd, wanted) in [
             (false, false, &[][..]),
             (true, false, &["--nv"]),

@@ -1,6 +1,7 @@
-//! No container: the launcher runs as a plain process of the job. For tests, and for sites that forbid runtimes.
+//! PURE: the runtime without containers, in which the launcher is a plain process of the job. It is for tests, and for
+//! sites that forbid container runtimes.
 //!
-//! There is no namespace and no mount, so a pod with volumes is refused by name. PURE.
+//! There are no namespaces and no mounts, so a pod that mounts volumes fails with an error that names the mount.
 
 use std::{ffi::OsString, path::Path};
 

@@ -1,4 +1,4 @@
-//! One container as the supervisor keeps it: what the pod asks for, how its attempts went, and how its stop goes.
+//! One container as the supervisor keeps it: its spec, the history of its attempts, and the state of its stop.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use super::super::{
     usage::{Account, Counters},
 };
 
-/// See the module.
+/// One container of the pod.
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) spec: Arc<ContainerSpec>,
@@ -31,16 +31,16 @@ pub(super) struct Slot {
     pub(super) history: History,
     pub(super) program: Option<Arc<Program>>,
     pub(super) abort: CancellationToken,
-    /// What the running attempt used.
+    /// Counts what the running attempt uses.
     pub(super) account: Account,
     /// What the attempts before it used.
     pub(super) used_before: Counters,
-    /// How many lost lines of the running attempt's log were told.
+    /// How many lost lines of the running attempt's log were reported.
     pub(super) lost_lines: u64,
     backoff: Backoff,
-    /// Has any attempt begun, in this job or before?
+    /// Whether any attempt has begun, in this job or in an earlier run of it.
     tried: bool,
-    /// Held while the attempt lasts: its end ends the log's followers.
+    /// Held while the attempt lasts; when it ends, the followers of its log stop.
     ending: Option<watch::Sender<bool>>,
     log: Option<Log>,
     previous_log: Option<Log>,
@@ -179,7 +179,7 @@ impl Slot {
         };
     }
 
-    /// What streams may know of it.
+    /// What exec, attach and logs need to know about it.
     pub(super) fn entry(&self) -> Entry {
         Entry {
             program: self.program.clone(),
@@ -189,7 +189,7 @@ impl Slot {
                 .as_ref()
                 .map(|log| log.attempt)
                 .or_else(|| {
-                    // Before this job's first attempt: that of an earlier run.
+                    // The attempt before this job's first one belongs to an earlier run.
                     self.log.as_ref().and_then(|log| log.attempt.checked_sub(1))
                 }),
         }

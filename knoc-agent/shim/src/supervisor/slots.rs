@@ -1,4 +1,4 @@
-//! All containers of the pod, by their ids. Containers are only ever added, also while others run.
+//! All containers of the pod, by their ids. Containers are never removed, and can be added while others run.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use super::{
     slot::Slot,
 };
 
-/// See the module.
+/// The containers of the pod.
 #[derive(Debug)]
 pub(super) struct Slots {
     by_id: BTreeMap<SlotId, Slot>,
@@ -28,7 +28,7 @@ pub(crate) struct DuplicateName {
 }
 
 impl Slots {
-    /// For a pod with this restart policy; `backoff` is where that of each container begins.
+    /// For a pod with this restart policy; `backoff` is the initial back-off of each container.
     pub(super) fn new(policy: pb::RestartPolicy, backoff: Backoff) -> Self {
         Self {
             by_id: BTreeMap::new(),
@@ -66,7 +66,7 @@ impl Slots {
         self.by_id.get_mut(&id)
     }
 
-    /// In the order in which they were added.
+    /// All containers, in the order in which they were added.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Slot> {
         self.by_id.values()
     }

@@ -1,4 +1,4 @@
-//! What the pod and its containers use, from a measurement and the job's cgroup.
+//! What the pod and its containers use, computed from a measurement of processes and from the job's cgroup.
 
 use jiff::Timestamp;
 use knoc_proto::pb;
@@ -12,7 +12,7 @@ use super::{
 };
 
 impl Supervisor {
-    /// The answer to a measurement.
+    /// What the containers and the pod use, given a measurement.
     pub(super) fn stats(&mut self, samples: &[Sample]) -> pb::PodStats {
         let isolated = self.pod.runtime.isolates();
         let time = nanos(Timestamp::now());
@@ -23,7 +23,7 @@ impl Supervisor {
             };
             let members = usage::members(samples, program.identity, isolated);
             if members.is_empty() {
-                // It ended since; its last counters come with its end.
+                // It has ended since; its last counters come with its end.
                 continue;
             }
             let counters = slot.account.take(&members);
@@ -44,7 +44,7 @@ impl Supervisor {
         }
     }
 
-    /// Of the whole pod: the job's cgroup says it, else the containers together.
+    /// What the whole pod uses: from the job's cgroup, or else the sum over the containers.
     pub(super) fn usage(&mut self, samples: &[Sample]) -> pb::Usage {
         let isolated = self.pod.runtime.isolates();
         let time = nanos(Timestamp::now());
@@ -67,7 +67,7 @@ impl Supervisor {
                 ..faults
             };
         }
-        // One source may take the other's place between two questions.
+        // The source may change between two calls, but counters must not decrease.
         self.shown = self.shown.max(counters);
         let mut usage = of_processes(time, self.shown, &members);
         if let Some((memory, _)) = memory {
@@ -80,7 +80,7 @@ impl Supervisor {
     }
 }
 
-/// PURE: as far as processes tell; the file cache is nobody's then.
+/// PURE: the usage as far as processes show it, which is without the file cache.
 fn of_processes(time: i64, counters: Counters, members: &[Sample]) -> pb::Usage {
     let Resident {
         working_set,

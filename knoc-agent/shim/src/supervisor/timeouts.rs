@@ -1,5 +1,5 @@
-//! PURE: what the whole pod may take: its active deadline, and how long it may wait for its values. A job that waits
-//! holds nodes that others want.
+//! PURE: the time limits of the whole pod: its active deadline, and how long it may wait for its values, since a job that
+//! waits keeps nodes from others.
 
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ impl Timeouts {
     }
 }
 
-/// Nothing lives, and something would be started if there were values.
+/// Whether no container lives, and one would be started if there were values.
 fn lacks_values(view: &View) -> bool {
     if view.values || view.kill_at.is_some() || view.containers.iter().any(Container::lives) {
         return false;

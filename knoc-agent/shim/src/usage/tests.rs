@@ -42,7 +42,7 @@ fn a_child_that_was_waited_for_counts_once() {
 #[test]
 fn what_was_reaped_outside_is_kept() {
     let mut account = Account::default();
-    // 9 was exec'd into the container: its parent is none of us. 10 is its child.
+    // 9 was started by exec, so its parent is outside the container. 10 is its child.
     let exec = [
         sample(1, 0, 10, 0),
         sample(9, 77, 5, 0),
@@ -54,7 +54,7 @@ fn what_was_reaped_outside_is_kept() {
 }
 
 #[test]
-fn what_nobody_waits_for_is_no_fall_and_hides_no_growth() {
+fn a_child_that_nobody_waits_for_makes_no_counter_fall_and_hides_no_growth() {
     let mut account = Account::default();
     assert_eq!(
         account
@@ -62,7 +62,7 @@ fn what_nobody_waits_for_is_no_fall_and_hides_no_growth() {
             .cpu,
         40
     );
-    // 1 ignores SIGCHLD: the time of 2 is in nobody's account.
+    // 1 ignores SIGCHLD, so the time of 2 is not added to any process.
     assert_eq!(account.take(&[sample(1, 0, 12, 0)]).cpu, 40);
     assert_eq!(account.take(&[sample(1, 0, 20, 0)]).cpu, 48);
 }
@@ -95,7 +95,7 @@ fn members_are_of_the_namespace_and_below() {
         // A container inside the container, out of order.
         of(90, 102, Some(9)),
         of(102, 101, Some(8)),
-        // Exec'd into it; its helper is outside.
+        // Started by exec; its helper is outside.
         of(201, 200, Some(7)),
         of(200, 50, Some(1)),
         // Another container.
@@ -132,7 +132,7 @@ fn without_a_namespace_members_are_of_the_session_and_below() {
     let all = [
         of(100, 50, 100),
         of(101, 100, 101),
-        // An orphan, which fell to the shim.
+        // An orphan, which the shim has inherited.
         of(102, 50, 100),
         of(200, 50, 200),
     ];
@@ -158,10 +158,10 @@ fn shared_memory_counts_once() {
     assert_eq!(resident(&[]), Resident::default());
 }
 
-/// A kernel of our own: processes that fork, run, exit and are waited for.
+/// A simulated kernel: processes fork, run, exit and are waited for.
 #[derive(Debug, Clone)]
 struct Kernel {
-    /// pid, parent, own, kids.
+    /// For each process its pid, parent, own time, and the time of children it waited for.
     living: Vec<(u32, u32, u64, u64)>,
     next: u32,
     /// All time that was ever used.
@@ -199,7 +199,7 @@ impl Kernel {
         None
     }
 
-    /// The parent waits at once; orphans fall to process 1, which never ends.
+    /// The parent waits at once. Process 1, which never ends, inherits orphans.
     fn exit(&mut self, index: usize) {
         if self.living[index].0 == 1 {
             return;

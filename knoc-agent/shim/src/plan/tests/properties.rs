@@ -31,7 +31,7 @@ fn any_startup_role() -> impl Strategy<Value = Role> {
     prop_oneof![Just(Role::Init), Just(Role::Sidecar)]
 }
 
-/// As the API server lets them be: the startup sequence, at least one main container, ephemeral ones added at the end.
+/// The roles that the API server accepts: a startup sequence, at least one main container, and ephemeral ones at the end.
 fn any_roles() -> impl Strategy<Value = Vec<Role>> {
     let startup = proptest::collection::vec(any_startup_role(), 0..4);
     (startup, 1_usize..3, 0_usize..3).prop_map(|(startup, main, ephemeral)| {
@@ -185,7 +185,7 @@ proptest! {
             Progress::Completed => {
                 prop_assert!(plan.actions.is_empty() && lives && view.kill_at.is_none());
             }
-            // Otherwise the pod would hang for ever: something lives, or values are missing.
+            // Otherwise the pod would hang: a container lives, or values are missing.
             Progress::Running => prop_assert!(
                 !plan.actions.is_empty() || plan.wake.is_some() || lives || !view.values
             ),
@@ -216,7 +216,7 @@ struct Simulation {
     view: View,
     /// What was started, in order; a restart counts again.
     started: Vec<SlotId>,
-    /// What was sent TERM or KILL first, in order.
+    /// The containers that were sent TERM or KILL, in the order of the first signal.
     stopped: Vec<SlotId>,
 }
 
@@ -326,7 +326,7 @@ proptest! {
         }
         let stopped = pod.view.kill_at.get_or_insert(pod.view.now + Time::from_secs(30));
         pod.view.now = *stopped;
-        // Everything was sent KILL: it ends.
+        // Every container was sent KILL, so all end.
         for _ in 0..4 {
             pod.settle();
             for number in 0..pod.view.containers.len() {

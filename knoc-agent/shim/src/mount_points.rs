@@ -1,10 +1,8 @@
-//! PURE: the places in a container at which something is mounted: their order, the mount points that lie in another
-//! mount, and those below `/dev`.
+//! PURE: the mount points in a container: their order, those that lie in another mount, and those below `/dev`.
 //!
-//! A container runtime mounts parents before what lies below them, whatever their order in the pod. The mount point of a
-//! child is a folder (or file) of its parent, made there if it is missing, as the kubelet does it. Below `/dev` the
-//! runtime has a file system of its own in which it makes no mount points: such a volume is mounted elsewhere, and a
-//! link leads to it.
+//! A container runtime mounts parents before their children, whatever their order in the pod. The mount point of a child is
+//! a folder (or file) in its parent, which is created if it is missing, as other runtimes do. Below `/dev` the runtime has
+//! a file system of its own and creates no mount points: such a volume is mounted elsewhere, and a link leads to it.
 
 use std::path::{Path, PathBuf};
 
@@ -14,24 +12,24 @@ use crate::{
     runtime::INSIDE,
 };
 
-/// Has a file system of the runtime's own.
+/// The runtime mounts a file system of its own here.
 const DEVICES: &str = "/dev";
-/// Shared by the containers of a pod.
+/// Memory shared by the containers of a pod.
 pub(crate) const SHARED_MEMORY: &str = "/dev/shm";
-/// Folders of the runtime's `/dev`, over which something can be mounted.
+/// Folders of the runtime's `/dev` on which a volume can be mounted.
 const FOLDERS: [&str; 2] = ["/dev/mqueue", "/dev/pts"];
 
 /// A symbolic link in the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Link {
-    /// What the pod asked for.
+    /// The path that the pod asked for.
     pub(crate) name: PathBuf,
-    /// Where it is mounted.
+    /// The path at which the volume is mounted.
     pub(crate) target: PathBuf,
 }
 
-/// Orders `binds` as they are to be mounted: parents before children, otherwise as the pod has them. Of two at one place
-/// only the last is seen.
+/// Puts `binds` in the order of mounting: parents before children, otherwise as the pod has them. Of two with the same
+/// target only the last one stays.
 pub(crate) fn order(binds: &mut Vec<Mounted>) {
     let mut seen = Vec::new();
     binds.reverse();
@@ -46,10 +44,10 @@ pub(crate) fn order(binds: &mut Vec<Mounted>) {
     binds.sort_by_key(|bind| bind.target.components().count());
 }
 
-/// Moves what is to be mounted below `/dev` into [`INSIDE`], where mount points can be made; answers the links that lead
-/// there. `binds` are in order.
+/// Moves what is to be mounted below `/dev` into [`INSIDE`], in which mount points can be created, and returns the links
+/// that lead there. `binds` are in the order of mounting.
 pub(crate) fn leave_devices(binds: &mut [Mounted]) -> Vec<Link> {
-    // Over a `/dev` of the pod's own everything can be mounted.
+    // If the pod mounts its own `/dev`, mount points can be created in it.
     if binds.iter().any(|bind| bind.target == Path::new(DEVICES)) {
         return Vec::new();
     }
@@ -76,8 +74,8 @@ pub(crate) fn leave_devices(binds: &mut [Mounted]) -> Vec<Link> {
     links
 }
 
-/// Tells each of `binds` where its mount point is to be made: in the nearest of `parents` (target and folder on the host)
-/// and earlier binds that it lies in. `binds` are in order.
+/// Sets where the mount point of each of `binds` is created: in the nearest of `parents` (target, and folder on the host)
+/// and of the earlier binds that it lies in. `binds` are in the order of mounting.
 pub(crate) fn set_mount_points(parents: &[(PathBuf, PathBuf)], binds: &mut [Mounted]) {
     let mut covers: Vec<(PathBuf, PointBase)> = parents
         .iter()
@@ -113,16 +111,16 @@ mod tests {
     use super::*;
     use crate::launch::contain::spec::Source;
 
-    fn binds(places: &[&str]) -> Vec<Mounted> {
-        let bind = |(index, place): (usize, &&str)| Mounted {
+    fn binds(targets: &[&str]) -> Vec<Mounted> {
+        let bind = |(index, target): (usize, &&str)| Mounted {
             what: format!("v{index}"),
             source: Source::Own(format!("/v{index}").into()),
-            target: place.into(),
+            target: target.into(),
             read_only: false,
             needs_descriptor: false,
             point: None,
         };
-        places.iter().enumerate().map(bind).collect()
+        targets.iter().enumerate().map(bind).collect()
     }
 
     fn targets(binds: &[Mounted]) -> Vec<&str> {
@@ -143,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_at_one_place_the_last_is_seen() {
+    fn of_two_binds_with_one_target_the_last_stays() {
         let mut all = binds(&["/a", "/b", "/a"]);
         order(&mut all);
         assert_eq!(targets(&all), ["/b", "/a"]);
