@@ -5,6 +5,7 @@
 //! the HPC user decides about [`Policy`].
 
 mod check;
+mod serve;
 pub mod text;
 
 use std::{
@@ -18,6 +19,8 @@ use std::{
 
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
+
+pub use serve::Serve;
 
 /// The maximum size in bytes; the file is read again every few seconds.
 const MAX_SIZE: u64 = 1 << 20;
@@ -512,23 +515,6 @@ pub enum MemoryFallback {
     Error,
     /// They are stored on the node's disk, and the pod gets a warning.
     Disk,
-}
-
-/// An agent that is started on demand.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Serve {
-    /// How long it goes on without any link.
-    #[serde(deserialize_with = "text::duration")]
-    pub linger: Duration,
-}
-
-impl Default for Serve {
-    fn default() -> Self {
-        Self {
-            linger: Duration::from_mins(10),
-        }
-    }
 }
 
 /// The environment in which the file is read. It is an argument, so that tests need no global state.
