@@ -23,6 +23,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use futures::{StreamExt as _, stream::BoxStream};
 use knoc_link::{Peer, bulk};
 use knoc_proto::{
+    capability,
     error::chain,
     ids::PodUid,
     pb::{self, agent_server::AgentServer},
@@ -64,6 +65,7 @@ const CAPABILITIES: &[&str] = &[
 fn capabilities(exec: bool) -> Vec<String> {
     let possible = |name: &&str| exec || *name != "exec";
     let names = CAPABILITIES.iter().copied().filter(possible);
+    let names = names.chain(capability::OF_PODS);
     names.map(str::to_owned).collect()
 }
 

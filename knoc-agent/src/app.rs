@@ -86,6 +86,7 @@ impl App {
         let (node, watched) = watch::channel(pb::NodeInfo {
             pid_isolation: site.runtime.name != "process",
             pod_limit: pod_limit.try_into().unwrap_or(i32::MAX),
+            maps_privileged: site.policy.now().maps_privileged(),
             ..pb::NodeInfo::default()
         });
         let registry = Registry::new(Arc::clone(&site), pod_limit, actors.clone());

@@ -5,6 +5,7 @@
 //! the HPC user decides about [`Policy`].
 
 mod check;
+mod privileged;
 mod serve;
 pub mod text;
 
@@ -20,6 +21,7 @@ use std::{
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
+pub use privileged::Privileged;
 pub use serve::Serve;
 
 /// The maximum size in bytes; the file is read again every few seconds.
@@ -311,6 +313,8 @@ pub struct Policy {
     pub qos: Vec<String>,
     /// Prefixes of the image names that pods may use, such as `docker.io/library`. If empty: all.
     pub registries: Vec<String>,
+    /// What becomes of a pod with a container that asks for `privileged`.
+    pub privileged: Privileged,
 }
 
 impl Default for Policy {
@@ -334,6 +338,7 @@ impl Default for Policy {
             accounts: Vec::new(),
             qos: Vec::new(),
             registries: Vec::new(),
+            privileged: Privileged::Reject,
         }
     }
 }

@@ -47,6 +47,7 @@
 
 pub mod actor;
 pub mod input;
+mod non_root;
 pub mod outcome;
 pub mod placement;
 pub mod publish;

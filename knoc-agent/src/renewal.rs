@@ -88,9 +88,13 @@ impl Renewal {
         let until = self.credentials.as_ref();
         let until = until.map_or(0, |one| one.info().validity.until.as_second());
         let problem = self.site.policy.problem().unwrap_or_default();
+        let maps_privileged = self.site.policy.now().maps_privileged();
         self.node.send_if_modified(|node| {
-            let news = node.certificate_until != until || node.policy_problem != problem;
+            let news = node.certificate_until != until
+                || node.policy_problem != problem
+                || node.maps_privileged != maps_privileged;
             node.certificate_until = until;
+            node.maps_privileged = maps_privileged;
             node.policy_problem.clone_from(&problem);
             news
         });

@@ -247,6 +247,7 @@ impl App {
             labels: config.labels.clone(),
             pods: config.pods,
             queue_factor: config.queue_factor,
+            cluster_domain: config.cluster_domain.clone(),
             taint: config.taint,
             websockets: self.config.server.websockets,
         }

@@ -134,6 +134,8 @@ pub struct NodeConfig {
     pub queue_factor: u32,
     /// Whether the node carries the provider's taint.
     pub taint: bool,
+    /// The DNS domain of the cluster.
+    pub cluster_domain: String,
 }
 
 /// The kubelet's HTTPS API.

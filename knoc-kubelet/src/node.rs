@@ -10,6 +10,7 @@ pub(crate) mod allocations;
 mod condition;
 mod expiry;
 pub mod features;
+pub(crate) mod foreign;
 mod identity;
 mod lease;
 pub mod predicates;
@@ -213,6 +214,8 @@ impl NodeTask {
         let link = self.link.borrow().clone();
         self.taint(&node, link.down_for() >= TAINT_AFTER).await?;
         let capacity = self.capacity.borrow().clone();
+        let foreign = foreign::resources(node.status.as_ref(), capacity.as_deref());
+        self.unit.set_foreign(foreign);
         let orphans = *self.orphans.borrow();
         let certificates: Vec<_> = self
             .certificates
@@ -327,9 +330,13 @@ impl NodeTask {
 
 /// Reads the attributes of the Node that decide which pods fit it.
 pub async fn attributes(client: kube::Client, name: &str) -> Result<NodeAttributes, NodeError> {
+    Ok(NodeAttributes::of(&read(client, name).await?))
+}
+
+/// Reads the Node.
+pub(crate) async fn read(client: kube::Client, name: &str) -> Result<Node, NodeError> {
     let api: Api<Node> = Api::all(client);
-    let node = within(name, "get", api.get(name)).await?;
-    Ok(NodeAttributes::of(&node))
+    within(name, "get", api.get(name)).await
 }
 
 async fn within<T>(

@@ -5,9 +5,15 @@
 //! `$$(NAME)` becomes `$(NAME)`; a reference without `)` and a `$` before any other character stay as they are. The
 //! inserted value is not expanded again. A variable can refer only to the pod's variables before it, never to the
 //! image's own environment, as on a real node.
-use std::collections::HashMap;
+use std::{
+    cell::RefCell,
+    collections::{BTreeSet, HashMap},
+};
 
-use crate::pb::{self, RuntimeField, env_var};
+use crate::{
+    paths::{self, PathError},
+    pb::{self, RuntimeField, env_var},
+};
 
 /// The name and value of a variable.
 pub type Variable = (Vec<u8>, Vec<u8>);
@@ -81,6 +87,48 @@ pub fn argv(templates: &[String], env: &[Variable]) -> Vec<Vec<u8>> {
         .iter()
         .map(|template| expand(template.as_bytes(), |name| known.get(name).copied()))
         .collect()
+}
+
+/// Why a `subPathExpr` is no path in a volume.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubPathError {
+    /// A variable is not there, or is empty.
+    #[error("missing value for {0}")]
+    Missing(String),
+    /// The value of a variable is no text.
+    #[error("the expanded subPath is not UTF-8")]
+    Encoding,
+    /// What it became is no path in a volume.
+    #[error("unable to provision SubPath `{path}`")]
+    Path {
+        /// The expanded path.
+        path: String,
+        /// Why.
+        #[source]
+        source: PathError,
+    },
+}
+
+/// A `subPathExpr` with its references replaced, as a clean path in a volume (`ExpandContainerVolumeMounts` of the kubelet);
+/// `env` is [`pod_environment`]'s answer.
+pub fn sub_path(template: &str, env: &[Variable]) -> Result<String, SubPathError> {
+    let missing = RefCell::new(BTreeSet::new());
+    let expanded = expand(template.as_bytes(), |name| {
+        let known = env.iter().rev().find(|(known, _)| known == name);
+        let value = known.map(|(_, value)| value.as_slice());
+        let value = value.filter(|value| !value.is_empty());
+        if value.is_none() {
+            let name = String::from_utf8_lossy(name).into_owned();
+            missing.borrow_mut().insert(name);
+        }
+        value
+    });
+    let missing: Vec<_> = missing.into_inner().into_iter().collect();
+    if !missing.is_empty() {
+        return Err(SubPathError::Missing(missing.join(", ")));
+    }
+    let path = String::from_utf8(expanded).map_err(|_| SubPathError::Encoding)?;
+    paths::in_volume(&path).map_err(|source| SubPathError::Path { path, source })
 }
 
 /// Expands the references in one string.

@@ -5,6 +5,7 @@
 //! [`log_limit`] (where log lines go, and how many), [`private`] (protects the memory of a process) and [`crash`] (lets
 //! tests kill a process at a named point). `knoc-link` connects processes with each other.
 
+pub mod capability;
 pub mod crash;
 pub mod error;
 pub mod expand;

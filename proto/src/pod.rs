@@ -11,6 +11,10 @@ use crate::{
     text::quote,
 };
 
+mod network;
+
+pub use network::{Hostname, MAX_HOSTNAME};
+
 /// The folder in a container that holds KNoC's launcher and its socket.
 pub const KNOC_FOLDER: &str = "/.knoc";
 
@@ -114,6 +118,7 @@ impl TryFrom<pb::PodSpec> for PodSpec {
         let mut problems = Vec::new();
         let uid = PodUid::try_from(spec.uid.as_str()).map_err(|e| problems.push(e.to_string()));
         check_names(&spec, &mut problems);
+        network::check_network(&spec, &mut problems);
         check_numbers(&spec, &mut problems);
         check_volumes(&spec, &mut problems);
         if spec.containers.is_empty() {
@@ -155,6 +160,8 @@ fn check_names(spec: &pb::PodSpec, problems: &mut Vec<String>) {
             &spec.hostname,
             names::is_host_name as fn(&str) -> Result<(), BadName>,
         ),
+        ("subdomain", &spec.subdomain, names::dns_label),
+        ("cluster domain", &spec.cluster_domain, names::dns_subdomain),
         ("node name", &spec.node_name, names::dns_subdomain),
         (
             "service account",
@@ -300,6 +307,17 @@ fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Ve
         {
             problems.push(format!("container {name:?}: subPath {sub_path:?} {error}"));
         }
+        let template = &mount.sub_path_expr;
+        if !template.is_empty() && !sub_path.is_empty() {
+            problems.push(format!(
+                "container {name:?}: mountPath {path:?} has both a subPath and a subPathExpr"
+            ));
+        }
+        if has_control(template) {
+            problems.push(format!(
+                "container {name:?}: subPathExpr {template:?} must not contain control characters"
+            ));
+        }
     }
 }
 
@@ -414,6 +432,15 @@ fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>)
             "container {container:?}: the value of {name} contains a NUL byte"
         ));
     }
+}
+
+/// Why a container that asks for `privileged` is refused.
+#[must_use]
+pub fn no_privileges(container: &str) -> String {
+    format!(
+        "spec.containers[{container}].securityContext.privileged (`true`): an ordinary user cannot give privileges; leave it \
+         out, or have the site run such containers without privileges (`policy.privileged` of its site file)"
+    )
 }
 
 fn has_control(text: &str) -> bool {

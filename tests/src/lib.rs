@@ -7,6 +7,7 @@ pub mod background;
 pub mod bench;
 pub mod cases;
 pub mod command;
+pub mod conformance;
 pub mod doctor;
 pub mod fake_api;
 pub mod flood;

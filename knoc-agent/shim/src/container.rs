@@ -345,7 +345,9 @@ async fn launch(
 /// Creates the folders on a blocking thread: a file system that the pod mounts may hang.
 async fn prepare(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Folders, AttemptError> {
     let (pod, spec, number) = (Arc::clone(pod), Arc::clone(&attempt.spec), attempt.number);
-    let making = tokio::task::spawn_blocking(move || Folders::prepare(&pod, &spec, number));
+    let values = Arc::clone(&attempt.values);
+    let making =
+        tokio::task::spawn_blocking(move || Folders::prepare(&pod, &spec, number, &values));
     tokio::select! {
         biased;
         made = making => match made {

@@ -8,9 +8,9 @@ use std::{
 
 use knoc_contract::launch::{LaunchSpec, Window};
 use knoc_proto::{
-    expand::{self, RuntimeFields},
+    expand::{self, RuntimeFields, SubPathError},
     paths, pb,
-    pod::PodValues,
+    pod::{Hostname, PodValues},
 };
 
 use super::gpus;
@@ -25,8 +25,8 @@ const TERMINAL: Window = Window { cols: 80, rows: 24 };
 /// What is the same for all containers of a pod.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Facts {
-    /// The pod's host name.
-    pub(crate) hostname: String,
+    /// The pod's names.
+    pub(crate) hostname: Hostname,
     /// The addresses of the pod, which are known only on the node.
     pub(crate) fields: RuntimeFields,
     /// The job's variables by which Slurm says which GPUs it chose.
@@ -44,11 +44,7 @@ pub(crate) fn launch_spec(
     values: &PodValues,
     facts: &Facts,
 ) -> LaunchSpec {
-    let own = values
-        .env
-        .iter()
-        .find(|env| env.container == container.name);
-    let vars = own.map_or(&[][..], |env| &env.vars);
+    let vars = variables(container, values);
     let gpus = gpus::asked(container);
     let mut given = image.env.clone();
     given.extend(gpus::variables(gpus, &facts.devices));
@@ -62,7 +58,7 @@ pub(crate) fn launch_spec(
         }
     };
     default(b"PATH", DEFAULT_PATH);
-    default(b"HOSTNAME", facts.hostname.as_bytes());
+    default(b"HOSTNAME", facts.hostname.kernel.as_bytes());
     if container.tty {
         default(b"TERM", b"xterm");
     }
@@ -88,6 +84,30 @@ pub(crate) fn launch_spec(
         passwd: None,
         settle: false,
     }
+}
+
+fn variables<'a>(container: &pb::Container, values: &'a pb::PodValues) -> &'a [pb::EnvVar] {
+    let mut all = values.env.iter();
+    let own = all.find(|env| env.container == container.name);
+    own.map_or(&[], |env| &env.vars)
+}
+
+/// What the container mounts, with a `subPathExpr` as the path that it stands for now.
+pub(crate) fn mounts(
+    container: &pb::Container,
+    values: &pb::PodValues,
+    facts: &Facts,
+) -> Result<Vec<pb::Mount>, SubPathError> {
+    let env = expand::pod_environment(variables(container, values), &facts.fields);
+    let expanded = |mount: &pb::Mount| {
+        let mut mount = mount.clone();
+        let template = std::mem::take(&mut mount.sub_path_expr);
+        if !template.is_empty() {
+            mount.sub_path = expand::sub_path(&template, &env)?;
+        }
+        Ok(mount)
+    };
+    container.mounts.iter().map(expanded).collect()
 }
 
 /// The user whose home folder the program has: the pod's `runAsUser`, else the image's user, else root.
@@ -126,8 +146,13 @@ pub(crate) fn hosts(node: &str, facts: &Facts, aliases: &[pb::HostAlias]) -> Str
     let mut text = node.trim_end().to_owned();
     text.push_str("\n\n# Entries added by KNoC.\n");
     // Writing to a string cannot fail.
-    if !facts.hostname.is_empty() && !facts.fields.host_ip.is_empty() {
-        writeln!(text, "{}\t{}", facts.fields.host_ip, facts.hostname).ok();
+    let Hostname {
+        short, qualified, ..
+    } = &facts.hostname;
+    if !short.is_empty() && !facts.fields.host_ip.is_empty() {
+        let names = qualified.iter().chain([short]);
+        let names: Vec<_> = names.map(String::as_str).collect();
+        writeln!(text, "{}\t{}", facts.fields.host_ip, names.join("\t")).ok();
     }
     for alias in aliases {
         writeln!(text, "{}\t{}", alias.ip, alias.hostnames.join("\t")).ok();
@@ -180,6 +205,14 @@ mod tests {
 
     use super::*;
 
+    fn hostname(name: &str) -> Hostname {
+        Hostname {
+            short: name.to_owned(),
+            qualified: None,
+            kernel: name.to_owned(),
+        }
+    }
+
     fn strings(list: &[&str]) -> Vec<String> {
         list.iter().map(|item| (*item).to_owned()).collect()
     }
@@ -209,13 +242,52 @@ mod tests {
     }
 
     #[test]
+    fn a_sub_path_comes_from_the_containers_variables() {
+        let var = |name: &str, value| pb::EnvVar {
+            name: name.to_owned(),
+            value: Some(value),
+        };
+        let host_ip = pb::env_var::Value::Runtime(pb::RuntimeField::HostIp.into());
+        let vars = vec![
+            var("NAME", pb::env_var::Value::Literal(b"foo".to_vec().into())),
+            var("NODE", host_ip),
+        ];
+        let values = pb::PodValues {
+            env: vec![pb::ContainerEnv {
+                container: "c".to_owned(),
+                vars,
+            }],
+            ..Default::default()
+        };
+        let mut facts = Facts::default();
+        "10.0.0.7".clone_into(&mut facts.fields.host_ip);
+        let of = |name: &str, template: &str| {
+            let mount = pb::Mount {
+                sub_path_expr: template.to_owned(),
+                ..Default::default()
+            };
+            let container = pb::Container {
+                name: name.to_owned(),
+                mounts: vec![mount],
+                ..Default::default()
+            };
+            let mounts = mounts(&container, &values, &facts);
+            mounts.map(|mut mounts| mounts.remove(0).sub_path)
+        };
+        assert_eq!(of("c", "$(NODE)/$(NAME)"), Ok("10.0.0.7/foo".to_owned()));
+        assert_eq!(of("c", ""), Ok(String::new()));
+        let missing = SubPathError::Missing("NAME".to_owned());
+        assert_eq!(of("another", "$(NAME)"), Err(missing));
+    }
+
+    #[test]
     fn defaults_fill_what_nobody_set() {
         let image = pb::ImageConfig {
             env: strings(&["PATH=/i"]),
             ..Default::default()
         };
         let facts = Facts {
-            hostname: "pod".to_owned(),
+            hostname: hostname("pod"),
             ..Facts::default()
         };
         let container = pb::Container {
@@ -309,7 +381,7 @@ mod tests {
     #[test]
     fn the_hosts_file_has_the_pods_names() {
         let mut facts = Facts {
-            hostname: "pod".to_owned(),
+            hostname: hostname("pod"),
             ..Facts::default()
         };
         facts.fields.host_ip = "10.0.0.1".to_owned();

@@ -38,6 +38,7 @@ mod plan;
 mod pod;
 mod proc;
 mod report;
+mod resolver;
 mod role;
 mod runtime;
 mod scratch;

@@ -10,7 +10,12 @@ use knoc_contract::{
     jobdir::{JobDir, claim::Claim, schema::Endpoint},
     logs::writer::{KEPT_ATTEMPTS, Limits},
 };
-use knoc_proto::{expand::RuntimeFields, ids::PodUid, names, pb, pod::PodSpec};
+use knoc_proto::{
+    expand::RuntimeFields,
+    ids::PodUid,
+    pb,
+    pod::{Hostname, PodSpec},
+};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::{
@@ -144,13 +149,8 @@ fn facts(spec: &pb::PodSpec, endpoint: Option<&Endpoint>, isolated: bool) -> Fac
         pod_ip: host_ip.clone(),
         host_ip,
     };
-    let hostname = if spec.hostname.is_empty() {
-        names::host_name(&spec.name).to_owned()
-    } else {
-        spec.hostname.clone()
-    };
     Facts {
-        hostname,
+        hostname: Hostname::of(spec),
         fields,
         devices: gpus::devices(|name| std::env::var(name).ok()),
         binds_libraries: isolated,

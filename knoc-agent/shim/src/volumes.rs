@@ -335,6 +335,7 @@ mod tests {
             path: "/data".to_owned(),
             sub_path,
             read_only: false,
+            ..pb::Mount::default()
         }
     }
 

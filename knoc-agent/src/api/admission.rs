@@ -1,6 +1,9 @@
 //! Admission: judges whether the site's policy, which the cluster cannot widen, accepts a new pod.
 
-use knoc_proto::{pod::PodSpec, reason::ErrorReason};
+use knoc_proto::{
+    pod::{self, PodSpec},
+    reason::ErrorReason,
+};
 use tonic::Status;
 
 use super::host_paths::HostPaths;
@@ -27,6 +30,9 @@ pub(super) async fn admit(
         .filter_map(|container| site.images.check(&container.image).err())
         .map(|error| error.to_string())
         .collect();
+    if !policy.maps_privileged() {
+        problems.extend(privileged(spec));
+    }
     let roots = &site.config.host_paths;
     problems.extend(host_paths.outside(&spec.volumes, roots).await?);
     if let Err(error) = site
@@ -41,4 +47,14 @@ pub(super) async fn admit(
     } else {
         Err(ErrorReason::InvalidSpec.status(problems.join("; ")))
     }
+}
+
+/// PURE: the containers that ask for privileges.
+fn privileged(spec: &PodSpec) -> Vec<String> {
+    let asking = spec
+        .all_containers()
+        .filter(|container| container.privileged);
+    asking
+        .map(|container| pod::no_privileges(&container.name))
+        .collect()
 }

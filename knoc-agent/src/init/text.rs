@@ -191,6 +191,9 @@ accounts = []
 qos = []
 # Prefixes of the image names that pods can use, such as "docker.io/library" or "quay.io". If empty, all.
 registries = []
+# What happens to a pod with a `privileged` container, because nobody on a compute node can give it privileges: "reject", or
+# "unprivileged" to run the container without them, as pods expect that ask for more than they need.
+# privileged = "reject"  # default
 # Additional sbatch flags that pods can pass with the annotation knoc.io/flags.
 # flags = ["--mail-type", "--mail-user", "--mem-per-cpu", "--cores-per-socket", "--hint"]  # default
 

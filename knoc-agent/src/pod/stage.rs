@@ -18,14 +18,11 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     input::Input,
+    non_root,
     record::Record,
     state::{Event, Note},
 };
-use crate::{
-    config::MemoryFallback,
-    image::{Hold, ImageError},
-    site::Site,
-};
+use crate::{config::MemoryFallback, image::Hold, site::Site};
 
 /// Why staging cannot continue, with Kubernetes' reasons where they exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,6 +81,7 @@ impl Found {
 /// The location of the image of `container`, pulled if necessary. Tells the actor about pulls.
 async fn image(
     site: &Site,
+    spec: &PodSpec,
     container: pb::Container,
     own: &mpsc::WeakSender<Input>,
 ) -> Result<(pb::ResolvedImage, Option<Hold>), StageError> {
@@ -120,7 +118,11 @@ async fn image(
     } else {
         tell(own, present(container)).await;
     }
-    Ok(answer(container, resolved))
+    answer(spec, container, resolved).map_err(|message| StageError {
+        container: container.name.clone(),
+        reason: "CreateContainerConfigError".to_owned(),
+        message,
+    })
 }
 
 async fn note(
@@ -162,14 +164,15 @@ pub(crate) fn present(container: &pb::Container) -> Note {
     }
 }
 
-/// The location of the image of `container`, without a note.
+/// The location of the image of `container`, without a note. `None`: staging as usual says why not.
 async fn image_without_note(
     site: &Site,
+    spec: &PodSpec,
     container: pb::Container,
-) -> Result<(pb::ResolvedImage, Option<Hold>), ImageError> {
+) -> Option<(pb::ResolvedImage, Option<Hold>)> {
     let policy = container.pull_policy();
-    let resolved = site.images.resolve(&container.image, policy).await?;
-    Ok(answer(&container, resolved))
+    let resolved = site.images.resolve(&container.image, policy).await.ok()?;
+    answer(spec, &container, resolved).ok()
 }
 
 /// The images of a pod if all of them are found within [`CACHE_LOOKUP`]. Otherwise the pod is staged as
@@ -177,17 +180,22 @@ async fn image_without_note(
 pub(crate) async fn cached_images(site: &Site, spec: &PodSpec) -> Option<Found> {
     let resolving = spec
         .all_containers()
-        .map(|container| image_without_note(site, container.clone()));
+        .map(|container| image_without_note(site, spec, container.clone()));
     let resolving: Vec<_> = resolving.collect();
     let resolving = stream::iter(resolving).buffered(IMAGES_AT_ONCE);
-    let found = tokio::time::timeout(CACHE_LOOKUP, resolving.try_collect());
-    found.await.ok()?.ok().map(Found::new)
+    let found = tokio::time::timeout(CACHE_LOOKUP, resolving.collect::<Vec<_>>());
+    let found: Option<Vec<_>> = found.await.ok()?.into_iter().collect();
+    found.map(Found::new)
 }
 
+/// The image of a container that may be started with it, or why not.
 fn answer(
+    spec: &PodSpec,
     container: &pb::Container,
     resolved: crate::image::ResolvedImage,
-) -> (pb::ResolvedImage, Option<Hold>) {
+) -> Result<(pb::ResolvedImage, Option<Hold>), String> {
+    let own_file = resolved.file.is_some();
+    non_root::check(spec, container, &resolved.config.user, own_file)?;
     let image = pb::ResolvedImage {
         container: container.name.clone(),
         path: resolved.path.to_string_lossy().into_owned(),
@@ -195,7 +203,7 @@ fn answer(
         config: Some(resolved.config),
         file: resolved.file,
     };
-    (image, resolved.hold)
+    Ok((image, resolved.hold))
 }
 
 /// Why the job directory of a new pod could not be created.
@@ -275,7 +283,7 @@ pub(crate) async fn resolve(
 ) -> Result<Found, StageError> {
     let images = spec
         .all_containers()
-        .map(|container| image(&site, container.clone(), &own));
+        .map(|container| image(&site, &spec, container.clone(), &own));
     // Collected, because a stream over the borrowing iterator is not `Send` and could not be
     // spawned.
     let images: Vec<_> = images.collect();

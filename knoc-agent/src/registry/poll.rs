@@ -269,6 +269,7 @@ pub async fn capacity(site: Arc<Site>, node: watch::Sender<pb::NodeInfo>, stop: 
                         pod_limit: kept.pod_limit,
                         certificate_until: kept.certificate_until,
                         policy_problem: kept.policy_problem.clone(),
+                        maps_privileged: kept.maps_privileged,
                         ..info
                     };
                     *known != kept

@@ -192,6 +192,10 @@ impl Resolver<'_> {
                 self.wrong("node.labels", what);
             }
         }
+        if let Err(why) = names::dns_subdomain(&node.cluster_domain) {
+            let what = format!("`{}`: {why}", node.cluster_domain);
+            self.wrong("node.clusterDomain", what);
+        }
         Some(NodeConfig {
             name: node.name.clone()?,
             internal_ip: node.internal_ip,
@@ -199,6 +203,7 @@ impl Resolver<'_> {
             pods: node.pods,
             queue_factor: node.queue_factor,
             taint: node.taint,
+            cluster_domain: node.cluster_domain.clone(),
         })
     }
 

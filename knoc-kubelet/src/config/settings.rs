@@ -156,6 +156,8 @@ pub struct Node {
     pub queue_factor: u32,
     /// Whether the node has the taint `virtual-kubelet.io/provider=knoc:NoSchedule`.
     pub taint: bool,
+    /// The DNS domain of the cluster, which the names of pods with a `subdomain` end with.
+    pub cluster_domain: String,
 }
 
 impl Default for Node {
@@ -167,6 +169,7 @@ impl Default for Node {
             pods: 1000,
             queue_factor: 10,
             taint: true,
+            cluster_domain: "cluster.local".to_owned(),
         }
     }
 }

@@ -72,7 +72,7 @@ fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
     for expected in [
         "$KNOC_NODE_NAEM: unknown variable; known: KNOC_AGENT_ADDRESS, ",
         "; did you mean KNOC_NODE_NAME?",
-        "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`",
+        "kubelet.yaml:13: node.colour: unknown field `colour`, expected one of `name`, `internalIP`, `labels`, `pods`, `queueFactor`, `taint`, `clusterDomain`",
         "kubelet.yaml:18: extra: unknown field `extra`, expected one of `agent`, `identity`, `keys`, `kubernetes`, `log`, `node`, `server`",
         "kubelet.yaml:17: log.format: unknown variant `xml`, expected `text` or `json`",
         "kubelet.yaml:12: node.queueFactor: invalid type: string \"lots\", expected a number from 1 to 10000",
@@ -209,6 +209,7 @@ fn the_charts_values_are_the_defaults() {
         "node.pods",
         "node.queueFactor",
         "node.taint",
+        "node.clusterDomain",
         "server.websockets",
         "identity.kind",
         "log.level",

@@ -94,6 +94,16 @@ impl Allocatable {
     }
 }
 
+impl Allocatable {
+    /// With resources that somebody else put into the Node's capacity.
+    pub(crate) fn with(mut self, foreign: Amounts) -> Self {
+        if let Some(amounts) = &mut self.amounts {
+            amounts.extend(foreign);
+        }
+        self
+    }
+}
+
 /// PURE: the pods with an allocation, and the sum of their allocations.
 #[derive(Debug, Default)]
 pub(crate) struct Allocations {

@@ -19,6 +19,8 @@ pub struct Identity {
     pub queue_factor: u32,
     /// Whether the node carries the provider's taint.
     pub taint: bool,
+    /// The DNS domain of the cluster.
+    pub cluster_domain: String,
     /// Whether the node declares that the API server may pass WebSockets on to it.
     pub websockets: bool,
 }

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Identity,
     condition::Condition,
-    expiry, features,
+    expiry, features, foreign,
     release::{self, Release},
 };
 use crate::{
@@ -94,12 +94,9 @@ pub fn status(facts: &Facts<'_>) -> Value {
     }
     let told = facts.capacity.filter(|capacity| tells_capacity(capacity));
     if let (Some(capacity), Value::Object(fields)) = (told, &mut status) {
-        fields.insert("capacity".to_owned(), resources(identity, capacity, 1));
+        fields.insert("capacity".to_owned(), resources(facts, capacity, 1));
         let factor = i64::from(identity.queue_factor);
-        fields.insert(
-            "allocatable".to_owned(),
-            resources(identity, capacity, factor),
-        );
+        fields.insert("allocatable".to_owned(), resources(facts, capacity, factor));
     }
     status
 }
@@ -174,8 +171,8 @@ pub fn ephemeral_storage(capacity: &pb::NodeInfo) -> i64 {
     }
 }
 
-fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value {
-    let pods = pod_limit(identity.pods, capacity);
+fn resources(facts: &Facts<'_>, capacity: &pb::NodeInfo, factor: i64) -> Value {
+    let pods = pod_limit(facts.identity.pods, capacity);
     let mut list = Map::new();
     let mut put = |name: &str, amount: i64| {
         list.insert(
@@ -186,8 +183,15 @@ fn resources(identity: &Identity, capacity: &pb::NodeInfo, factor: i64) -> Value
     put("cpu", capacity.cpu);
     put("memory", capacity.memory_bytes);
     put("ephemeral-storage", ephemeral_storage(capacity));
-    for (name, amount) in &capacity.extended {
+    for (name, amount) in capacity.extended.iter().filter(|(_, amount)| **amount > 0) {
         put(name, *amount);
+    }
+    for name in foreign::gone(facts.previous, capacity) {
+        list.insert(name, Value::Null);
+    }
+    // They do not wait in Slurm's queue.
+    for (name, amount) in foreign::resources(facts.previous, Some(capacity)) {
+        list.insert(name, amount.to_string().into());
     }
     list.insert("pods".to_owned(), pods.to_string().into());
     list.into()

@@ -6,12 +6,13 @@
 
 use std::sync::{Arc, MutexGuard};
 
-use k8s_openapi::api::core::v1::PodSpec;
+use k8s_openapi::api::core::v1::{Node, PodSpec};
 use knoc_proto::pb;
 use tokio::sync::watch;
 
 use super::{
-    allocations::{Allocatable, Allocations, SharedAllocations},
+    allocations::{Allocatable, Allocations, Amounts, SharedAllocations},
+    foreign,
     identity::Identity,
     predicates::{Mismatch, NodeAttributes},
     status,
@@ -26,6 +27,8 @@ pub struct Unit {
     identity: Identity,
     capacity: Capacity,
     attributes: watch::Sender<NodeAttributes>,
+    /// Resources of the Node that are not Slurm's.
+    foreign: watch::Sender<Amounts>,
     allocations: SharedAllocations,
 }
 
@@ -37,6 +40,7 @@ impl Unit {
             identity,
             capacity,
             attributes: watch::Sender::new(NodeAttributes::default()),
+            foreign: watch::Sender::default(),
             allocations: SharedAllocations::default(),
         }
     }
@@ -53,6 +57,19 @@ impl Unit {
         &self.identity
     }
 
+    /// The shape, with what only the node's configuration and the site know.
+    pub(crate) fn of_this_cluster(&self, mut shape: pb::PodSpec) -> pb::PodSpec {
+        if !shape.subdomain.is_empty() {
+            shape
+                .cluster_domain
+                .clone_from(&self.identity.cluster_domain);
+        }
+        if let Some(site) = self.capacity.borrow().as_deref() {
+            foreign::leave_out(&mut shape, site);
+        }
+        shape
+    }
+
     pub(super) fn capacity(&self) -> Capacity {
         self.capacity.clone()
     }
@@ -60,6 +77,17 @@ impl Unit {
     /// Stores the attributes of the Node as just read.
     pub(crate) fn set_attributes(&self, attributes: NodeAttributes) {
         self.attributes.send_replace(attributes);
+    }
+
+    /// The resources that somebody else put into the Node's capacity, as they were just seen.
+    pub(crate) fn set_foreign(&self, foreign: Amounts) {
+        self.foreign.send_replace(foreign);
+    }
+
+    /// The same, from the Node as it is now.
+    pub(crate) fn see_foreign(&self, node: &Node) {
+        let site = self.capacity.borrow().clone();
+        self.set_foreign(foreign::resources(node.status.as_ref(), site.as_deref()));
     }
 
     /// Does a new pod match this node, by the labels and taints as last seen?
@@ -73,7 +101,14 @@ impl Unit {
         let Identity {
             pods, queue_factor, ..
         } = self.identity;
-        Allocatable::of(total.as_deref(), pods, queue_factor)
+        let foreign = self.foreign.borrow().clone();
+        Allocatable::of(total.as_deref(), pods, queue_factor).with(foreign)
+    }
+
+    /// Do containers that ask for privileges run without them, by the site's policy as last heard? None: not heard yet.
+    pub(crate) fn maps_privileged(&self) -> Option<bool> {
+        let capacity = self.capacity.borrow();
+        capacity.as_ref().map(|site| site.maps_privileged)
     }
 
     /// The allocations of the node's pods. Hold the lock for map operations only.

@@ -4,7 +4,7 @@
 //! pattern and puts each field into one of three groups:
 //!
 //! - `taken`: the translation reads it. The generated struct has only these fields, so the translation cannot read a
-//! field of another group, and the compiler reports a field that nothing reads as dead code.
+//!   field of another group, and the compiler reports a field that nothing reads as dead code.
 //! - `elsewhere`: another part of the kubelet, or the API server, does what the field asks for.
 //! - `left`: nothing reads it.
 //!
@@ -71,13 +71,18 @@ carried! {
         taken {
             active_deadline_seconds: Option<i64>,
             containers: Vec<core::Container>,
+            dns_config: Option<core::PodDNSConfig>,
+            dns_policy: Option<String>,
             host_aliases: Option<Vec<core::HostAlias>>,
             hostname: Option<String>,
+            hostname_override: Option<String>,
             init_containers: Option<Vec<core::Container>>,
             node_name: Option<String>,
             restart_policy: Option<String>,
             security_context: Option<core::PodSecurityContext>,
             service_account_name: Option<String>,
+            set_hostname_as_fqdn: Option<bool>,
+            subdomain: Option<String>,
             termination_grace_period_seconds: Option<i64>,
             volumes: Option<Vec<core::Volume>>,
         }
@@ -86,26 +91,43 @@ carried! {
             service_account, tolerations,
         }
         left {
-            dns_config, dns_policy, ephemeral_containers, eviction_responders, host_ipc, host_network, host_pid, host_users,
-            hostname_override, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
+            ephemeral_containers, eviction_responders, host_ipc, host_network, host_pid, host_users, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
             resource_claims, resources, runtime_class_name, scheduler_name, scheduling_gates, scheduling_group,
-            set_hostname_as_fqdn, share_process_namespace, subdomain, topology_spread_constraints,
+            share_process_namespace, topology_spread_constraints,
         }
     }
 
     /// The `securityContext` of a pod.
     PodSecurityContext of core::PodSecurityContext, judged as "PodSecurityContext" {
-        taken { run_as_user: Option<i64> }
+        taken { run_as_non_root: Option<bool>, run_as_user: Option<i64> }
         elsewhere {}
         left {
-            app_armor_profile, fs_group, fs_group_change_policy, run_as_group, run_as_non_root, se_linux_change_policy,
-            se_linux_options, seccomp_profile, supplemental_groups, supplemental_groups_policy, sysctls, windows_options,
+            app_armor_profile, fs_group, fs_group_change_policy, run_as_group, se_linux_change_policy, se_linux_options,
+            seccomp_profile, supplemental_groups, supplemental_groups_policy, sysctls, windows_options,
         }
     }
 
     /// An entry of `hostAliases`, which becomes a line of `/etc/hosts`.
     HostAlias of core::HostAlias, judged as "HostAlias" {
         taken { ip: String, hostnames: Option<Vec<String>> }
+        elsewhere {}
+        left {}
+    }
+
+    /// What `/etc/resolv.conf` has.
+    DnsConfig of core::PodDNSConfig, judged as "PodDNSConfig" {
+        taken {
+            nameservers: Option<Vec<String>>,
+            options: Option<Vec<core::PodDNSConfigOption>>,
+            searches: Option<Vec<String>>,
+        }
+        elsewhere {}
+        left {}
+    }
+
+    /// An option of the resolver library.
+    DnsOption of core::PodDNSConfigOption, judged as "PodDNSConfigOption" {
+        taken { name: Option<String>, value: Option<String> }
         elsewhere {}
         left {}
     }
@@ -146,19 +168,30 @@ carried! {
 
     /// The `securityContext` of a container.
     SecurityContext of core::SecurityContext, judged as "SecurityContext" {
-        taken { read_only_root_filesystem: Option<bool>, run_as_user: Option<i64> }
+        taken {
+            privileged: Option<bool>,
+            read_only_root_filesystem: Option<bool>,
+            run_as_non_root: Option<bool>,
+            run_as_user: Option<i64>,
+        }
         elsewhere {}
         left {
-            allow_privilege_escalation, app_armor_profile, capabilities, privileged, proc_mount, run_as_group,
-            run_as_non_root, se_linux_options, seccomp_profile, windows_options,
+            allow_privilege_escalation, app_armor_profile, capabilities, proc_mount, run_as_group,
+            se_linux_options, seccomp_profile, windows_options,
         }
     }
 
     /// The mount of a volume in a container.
     VolumeMount of core::VolumeMount, judged as "VolumeMount" {
-        taken { mount_path: String, name: String, read_only: Option<bool>, sub_path: Option<String> }
+        taken {
+            mount_path: String,
+            name: String,
+            read_only: Option<bool>,
+            sub_path: Option<String>,
+            sub_path_expr: Option<String>,
+        }
         elsewhere {}
-        left { bind_mount_options, mount_propagation, recursive_read_only, sub_path_expr }
+        left { bind_mount_options, mount_propagation, recursive_read_only }
     }
 
     /// An environment variable.

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Pod, Service};
 use knoc_proto::{
+    expand::{self, RuntimeFields},
     names,
     pb::{self, env_var::Value},
 };
 
 use super::carried::{
     ConfigMapEnv, ConfigMapKey, Container, EnvFieldRef, EnvFromSource, EnvVar, EnvVarSource,
-    ResourceFieldSelector, SecretEnv, SecretKey,
+    ResourceFieldSelector, SecretEnv, SecretKey, VolumeMount,
 };
 use super::{Needs, Resolved, files};
 
@@ -68,6 +69,26 @@ pub(super) fn variables(
         }
     }
     vars
+}
+
+/// What is wrong with the container's `subPathExpr`s, in the words of a kubelet. What only the compute node knows stands
+/// for itself: any address is a path.
+pub(super) fn bad_sub_paths(container: Container<'_>, vars: &[pb::EnvVar]) -> Vec<String> {
+    let mounts = container.volume_mounts.iter().flatten();
+    let templates = mounts.filter_map(|mount| VolumeMount::from(mount).sub_path_expr.as_deref());
+    let mut templates = templates.filter(|template| !template.is_empty()).peekable();
+    if templates.peek().is_none() {
+        return Vec::new();
+    }
+    let unknown = RuntimeFields {
+        host_ip: "hostIP".to_owned(),
+        pod_ip: "podIP".to_owned(),
+    };
+    let env = expand::pod_environment(vars, &unknown);
+    templates
+        .filter_map(|template| expand::sub_path(template, &env).err())
+        .map(|error| knoc_proto::error::chain(&error))
+        .collect()
 }
 
 fn push(vars: &mut Vec<pb::EnvVar>, name: &str, value: Value) {

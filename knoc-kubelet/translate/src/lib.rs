@@ -27,8 +27,8 @@ use k8s_openapi::{
 use knoc_proto::{names, paths, pb};
 
 use carried::{
-    Container, HostAlias, PodSecurityContext, PodSpec, ResourceRequirements, SecurityContext,
-    VolumeMount,
+    Container, DnsConfig, DnsOption, HostAlias, PodSecurityContext, PodSpec, ResourceRequirements,
+    SecurityContext, VolumeMount,
 };
 use volume::Source;
 
@@ -151,6 +151,11 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
             .in_seconds(),
         active_deadline_seconds: spec.active_deadline_seconds.unwrap_or(0),
         hostname: hostname(spec, &name),
+        subdomain: subdomain(spec),
+        // The kubelet's configuration has it.
+        cluster_domain: String::new(),
+        set_hostname_as_fqdn: *spec.set_hostname_as_fqdn == Some(true),
+        resolver: resolver(spec),
         name,
         volumes,
         job: Some(job),
@@ -181,6 +186,7 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
     };
     for container in spec.all_containers() {
         let vars = env::variables(pod, container, resolved, &mut values.skipped, &mut missing);
+        missing.extend(env::bad_sub_paths(container, &vars));
         values.values.env.push(pb::ContainerEnv {
             container: container.name.clone(),
             vars,
@@ -266,10 +272,49 @@ fn restart_policy(spec: PodSpec<'_>) -> pb::RestartPolicy {
 }
 
 fn hostname(spec: PodSpec<'_>, name: &str) -> String {
+    if let Some(replaced) = hostname_override(spec) {
+        return names::host_name(replaced).to_owned();
+    }
     match spec.hostname.as_deref() {
         None | Some("") => names::host_name(name).to_owned(),
         Some(hostname) => hostname.to_owned(),
     }
+}
+
+fn hostname_override(spec: PodSpec<'_>) -> Option<&str> {
+    let replaced = spec.hostname_override.as_deref();
+    replaced.filter(|name| !name.is_empty())
+}
+
+/// A pod whose host name is replaced has no domain.
+fn subdomain(spec: PodSpec<'_>) -> String {
+    match hostname_override(spec) {
+        Some(_) => String::new(),
+        None => spec.subdomain.clone().unwrap_or_default(),
+    }
+}
+
+/// What the pod says about `/etc/resolv.conf`. Every policy but None means the node's: pods are in its network.
+fn resolver(spec: PodSpec<'_>) -> Option<pb::Resolver> {
+    let only_own = spec.dns_policy.as_deref() == Some("None");
+    let config = spec.dns_config.as_ref().map(DnsConfig::from);
+    if config.is_none() && !only_own {
+        return None;
+    }
+    let list = |list: Option<&Option<Vec<String>>>| list.cloned().flatten().unwrap_or_default();
+    let options = config.and_then(|config| config.options.as_ref());
+    let options = options.into_iter().flatten().map(DnsOption::from);
+    Some(pb::Resolver {
+        only_own,
+        nameservers: list(config.map(|config| config.nameservers)),
+        searches: list(config.map(|config| config.searches)),
+        options: options
+            .map(|option| pb::ResolverOption {
+                name: option.name.clone().unwrap_or_default(),
+                value: option.value.clone(),
+            })
+            .collect(),
+    })
 }
 
 fn shape_alias(alias: HostAlias<'_>) -> pb::HostAlias {
@@ -331,7 +376,18 @@ fn shape_container(
             .is_some_and(|context| *context.read_only_root_filesystem == Some(true)),
         fakeroot: false,
         run_as_user: run_as_user(spec, security),
+        run_as_non_root: run_as_non_root(spec, security),
+        privileged: security.is_some_and(|context| *context.privileged == Some(true)),
     }
+}
+
+/// The container's setting overrides the pod's.
+fn run_as_non_root(spec: PodSpec<'_>, own: Option<SecurityContext<'_>>) -> bool {
+    let of_pod = spec.security_context.as_ref().map(PodSecurityContext::from);
+    let of_pod = || of_pod.and_then(|context| *context.run_as_non_root);
+    own.and_then(|context| *context.run_as_non_root)
+        .or_else(of_pod)
+        .unwrap_or_default()
 }
 
 /// The container's setting overrides the pod's.
@@ -353,6 +409,7 @@ fn shape_mount(mount: VolumeMount<'_>) -> pb::Mount {
             Ok(clean) => clean,
             Err(_) => sub_path,
         },
+        sub_path_expr: mount.sub_path_expr.clone().unwrap_or_default(),
     }
 }
 

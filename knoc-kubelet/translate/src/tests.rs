@@ -364,3 +364,120 @@ fn every_field_path_with_a_verdict_is_translated_and_no_other() {
     }
     assert_eq!(files::field(&pod(), "spec.hostname"), None);
 }
+
+/// The shape of a pod with one container, with these fields of `spec` too.
+fn with(change: impl FnOnce(&mut serde_json::Value)) -> pb::PodSpec {
+    let mut json = json!({
+        "metadata": {"name": "web-0", "namespace": "ns", "uid": "u-1"},
+        "spec": {"containers": [{"name": "main", "image": "busybox"}]},
+    });
+    change(&mut json);
+    shape(&serde_json::from_value(json).unwrap()).unwrap()
+}
+
+#[test]
+fn the_names_of_a_pod_are_those_a_kubelet_gives_it() {
+    let names = |fields: serde_json::Value| {
+        let shape = with(|json| {
+            for (key, value) in fields.as_object().unwrap() {
+                json["spec"][key] = value.clone();
+            }
+        });
+        (shape.hostname, shape.subdomain, shape.set_hostname_as_fqdn)
+    };
+    let expect =
+        |hostname: &str, subdomain: &str, fqdn| (hostname.to_owned(), subdomain.to_owned(), fqdn);
+    assert_eq!(names(json!({})), expect("web-0", "", false));
+    let all = json!({"hostname": "h", "subdomain": "web", "setHostnameAsFQDN": true});
+    assert_eq!(names(all), expect("h", "web", true));
+    // It takes the place of all others, and the pod has no domain.
+    let replaced =
+        json!({"hostname": "h", "subdomain": "web", "hostnameOverride": "my.own.example"});
+    assert_eq!(names(replaced), expect("my.own.example", "", false));
+    let long = json!({"hostnameOverride": format!("{}.{}", "a".repeat(62), "b".repeat(9))});
+    assert_eq!(names(long), expect(&"a".repeat(62), "", false));
+    let long = with(|json| json["metadata"]["name"] = "n".repeat(80).into());
+    assert_eq!(long.hostname, "n".repeat(63));
+}
+
+#[test]
+fn what_a_pod_says_about_names_reaches_its_resolver() {
+    let resolver = |policy: &str, config: serde_json::Value| {
+        with(|json| {
+            json["spec"]["dnsPolicy"] = policy.into();
+            json["spec"]["dnsConfig"] = config;
+        })
+        .resolver
+    };
+    for policy in ["ClusterFirst", "ClusterFirstWithHostNet", "Default"] {
+        assert_eq!(resolver(policy, json!(null)), None, "the node's file stays");
+    }
+    let config = json!({
+        "nameservers": ["1.1.1.1"], "searches": ["a.example"],
+        "options": [{"name": "ndots", "value": "2"}, {"name": "edns0"}],
+    });
+    let own = resolver("None", config.clone()).unwrap();
+    assert!(own.only_own);
+    assert_eq!((own.nameservers.len(), own.searches.len()), (1, 1));
+    let options: Vec<_> = own
+        .options
+        .iter()
+        .map(|one| (one.name.as_str(), one.value.as_deref()))
+        .collect();
+    assert_eq!(options, [("ndots", Some("2")), ("edns0", None)]);
+    assert!(!resolver("ClusterFirst", config).unwrap().only_own);
+}
+
+#[test]
+fn a_sub_path_is_expanded_before_a_pod_is_given_to_the_agent() {
+    let pod = |value: &str, template: &str| -> Pod {
+        serde_json::from_value(json!({
+            "metadata": {"name": "p", "namespace": "ns", "uid": "u-1", "annotations": {"there": "x"}},
+            "spec": {
+                "containers": [{
+                    "name": "main", "image": "busybox",
+                    "env": [
+                        {"name": "A", "value": value},
+                        {"name": "NOTE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.annotations['missing']"}}},
+                        {"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+                    ],
+                    "volumeMounts": [{"name": "v", "mountPath": "/v", "subPathExpr": template}],
+                }],
+                "volumes": [{"name": "v", "emptyDir": {}}],
+            },
+        }))
+        .unwrap()
+    };
+    let why =
+        |value: &str, template: &str| match values(&pod(value, template), &Resolved::default()) {
+            Ok(_) => String::new(),
+            Err(Missing::Variables(missing)) => missing.join("; "),
+            Err(other) => panic!("{other:?}"),
+        };
+    assert_eq!(why("foo", "$(A)/$(IP)"), "");
+    assert_eq!(why("foo", "$(NOTE)/$(A)"), "missing value for NOTE");
+    assert!(why("..", "$(A)").contains("must not contain '..'"));
+    assert!(why("/tmp", "$(A)").contains("must be a relative path"));
+    let shape = shape(&pod("foo", "$(A)")).unwrap();
+    assert_eq!(shape.containers[0].mounts[0].sub_path_expr, "$(A)");
+    assert_eq!(shape.containers[0].mounts[0].sub_path, "");
+}
+
+#[test]
+fn a_containers_word_about_root_comes_before_the_pods() {
+    let said = |pod: serde_json::Value, container: serde_json::Value| {
+        let shape = with(|json| {
+            json["spec"]["securityContext"] = pod;
+            json["spec"]["containers"][0]["securityContext"] = container;
+        });
+        shape.containers[0].run_as_non_root
+    };
+    let (yes, no) = (
+        json!({"runAsNonRoot": true}),
+        json!({"runAsNonRoot": false}),
+    );
+    assert!(said(json!({}), yes.clone()));
+    assert!(said(yes.clone(), json!({})));
+    assert!(!said(yes, no));
+    assert!(!said(json!({}), json!({})));
+}

@@ -287,7 +287,9 @@ the image's `/etc/passwd`, of the user that the pod (`runAsUser`) or the image n
 does not know the user. The container's `/etc/passwd` has a line for the HPC user with the user's name on the node, that home directory
 and that user's shell. With a setuid runtime, the home directory of a user that has the HPC user's own uid in the image is not known.
 
-**From the node.** `/etc/hosts` and `/etc/resolv.conf`, unless the pod mounts something there. `/etc/localtime` is the image's.
+**Names.** `/etc/hosts` has the lines of the compute node, then the pod's own name (first `HOSTNAME.SUBDOMAIN.NAMESPACE.svc.CLUSTERDOMAIN`
+if the pod has a `subdomain`) and its `hostAliases`. `/etc/resolv.conf` is the compute node's, or with `dnsConfig` has its lines and those
+of the pod; with `dnsPolicy: None` only those of the pod. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
 ";
 
 impl Verdict {

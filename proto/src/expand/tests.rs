@@ -163,3 +163,34 @@ proptest! {
         prop_assert_eq!(all, got.len());
     }
 }
+
+#[test]
+fn a_sub_path_is_expanded_and_never_leads_out() {
+    let env = [
+        ("NAME", "foo"),
+        ("UP", ".."),
+        ("ROOT", "/tmp"),
+        ("EMPTY", ""),
+    ]
+    .map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec()));
+    let expanded =
+        |template: &str| sub_path(template, &env).map_err(|error| crate::error::chain(&error));
+    assert_eq!(expanded("$(NAME)"), Ok("foo".to_owned()));
+    assert_eq!(
+        expanded("a//$(NAME)/./$$(NAME)/"),
+        Ok("a/foo/$(NAME)".to_owned())
+    );
+    let refused = |template: &str, words: &str| {
+        let error = expanded(template).unwrap_err();
+        assert!(error.contains(words), "{template}: {error}");
+    };
+    refused("$(B)/$(A)/$(EMPTY)", "missing value for A, B, EMPTY");
+    refused(
+        "$(UP)",
+        "unable to provision SubPath `..`: must not contain '..'",
+    );
+    refused("$(NAME)/$(UP)", "must not contain '..'");
+    refused("$(ROOT)", "must be a relative path");
+    let binary = [(b"NAME".to_vec(), b"\xff".to_vec())];
+    assert_eq!(sub_path("$(NAME)", &binary), Err(SubPathError::Encoding));
+}

@@ -1,8 +1,9 @@
 #!/bin/bash
 # Builds into $KUBE_PREFIX/bin what is missing there; the versions are in go.mod and go-VERSION.mod:
-#   setup.sh [control-plane] [helm] [metrics-server] [kubectl]
+#   setup.sh [control-plane] [helm] [metrics-server] [kubectl] [conformance]
 # control-plane: main.go (etcd, Kubernetes $KUBE_VERSION, kubectl; about 6 minutes on 2 cores). metrics-server: unmodified, with its
-# own go.mod. kubectl: only kubectl, for a given cluster.
+# own go.mod. kubectl: only kubectl, for a given cluster. conformance: the upstream end-to-end suite, ginkgo's test binary e2e.test, and
+# agnhost, the program of its test image.
 . "$(dirname "$0")/../lib.sh"
 here=$testbed/kube
 bin=$KUBE_PREFIX/bin
@@ -78,6 +79,18 @@ build_metrics_server() {
     (cd "$module" && go_build metrics-server build -ldflags "-s -w" -o "$bin/metrics-server" sigs.k8s.io/metrics-server/cmd/metrics-server)
     echo "$stamp" >"$bin/.metrics-server"
 }
+build_conformance() {
+    local module=$testbed/conformance stamp
+    [ "$KUBE_VERSION" = 1.36 ] || die "the conformance suite is that of Kubernetes 1.36, and KUBE_VERSION is $KUBE_VERSION"
+    stamp=$(cat "$module"/go.mod "$module"/go.sum | sha256sum | cut -c1-16)
+    [ "$(cat "$bin/.conformance" 2>/dev/null)" != "$stamp" ] || return 0
+    install_go
+    kubernetes
+    say "building the end-to-end suite of Kubernetes $version (about 10 minutes, once)"
+    (cd "$module" && go_build agnhost build -ldflags "-s -w" -o "$bin/agnhost" k8s.io/kubernetes/test/images/agnhost \
+        && go_build "the end-to-end suite" test -c -ldflags "$version_flags" -o "$bin/e2e.test" k8s.io/kubernetes/test/e2e)
+    echo "$stamp" >"$bin/.conformance"
+}
 exec 9>"$KUBE_PREFIX/.setup.lock"
 flock 9
 for part in "$@"; do
@@ -86,6 +99,7 @@ for part in "$@"; do
     helm) build_helm ;;
     metrics-server) build_metrics_server ;;
     kubectl) build_kubectl ;;
-    *) die "$part: control-plane, helm, metrics-server and kubectl are known" ;;
+    conformance) build_conformance ;;
+    *) die "$part: control-plane, helm, metrics-server, kubectl and conformance are known" ;;
     esac
 done

@@ -8,7 +8,7 @@ use std::{
 };
 
 use knoc_contract::jobdir::atomic::FileError;
-use knoc_proto::pb;
+use knoc_proto::{expand::SubPathError, pb};
 use tokio::net::UnixListener;
 
 use super::super::{
@@ -17,6 +17,7 @@ use super::super::{
     mounts::{Mounts, NameError},
     nofollow,
     pod::Pod,
+    resolver,
     role::ContainerSpec,
     scratch::{ScratchError, Trash},
     volumes::{Mounted, VolumeError},
@@ -40,6 +41,8 @@ pub(super) enum PrepareError {
     File(#[from] FileError),
     #[error("mount a volume")]
     Volume(#[from] VolumeError),
+    #[error("mount a volume")]
+    SubPath(#[from] SubPathError),
     /// Holds the helper's message.
     #[error("mount {0}")]
     Mount(String),
@@ -83,11 +86,13 @@ impl Folders {
         pod: &Pod,
         spec: &ContainerSpec,
         number: u32,
+        values: &pb::PodValues,
     ) -> Result<Self, PrepareError> {
         let (id, container) = (spec.id, &spec.container);
         let folder = |kind: &str| pod.scratch.disk(&format!("{kind}{id}-{number}"));
         let private = folder("p")?;
-        let mut volumes = pod.volumes.mounts(&container.mounts)?;
+        let mounts = environment::mounts(container, values, &pod.facts)?;
+        let mut volumes = pod.volumes.mounts(&mounts)?;
         if pod.runtime.isolates() {
             share_memory(pod, &mut volumes)?;
         }
@@ -144,11 +149,15 @@ impl Folders {
             let source = self.write("hosts", &text)?;
             volumes.push(own_file(source, Path::new(HOSTS), false));
         }
-        // A volume at `/etc` covers the file that the runtime mounts, but every pod has one in Kubernetes.
-        if mounts(volumes, "/etc")
-            && !mounts(volumes, RESOLVER)
-            && let Ok(text) = fs::read_to_string(RESOLVER)
-        {
+        let node = fs::read_to_string(RESOLVER);
+        let text = match &pod.spec().resolver {
+            _ if mounts(volumes, RESOLVER) => None,
+            Some(wanted) => Some(resolver::resolv_conf(&node.unwrap_or_default(), wanted)),
+            // A volume at `/etc` covers the file that the runtime mounts, but every pod has one in Kubernetes.
+            None if mounts(volumes, "/etc") => node.ok(),
+            None => None,
+        };
+        if let Some(text) = text {
             let source = self.write("resolv.conf", &text)?;
             volumes.push(own_file(source, Path::new(RESOLVER), true));
         }

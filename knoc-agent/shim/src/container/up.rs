@@ -153,7 +153,7 @@ impl Starting<'_> {
             agent: named.agent,
             folder: folders.shared.clone(),
             hostname: if pod.runtime.isolates() {
-                pod.facts.hostname.clone()
+                pod.facts.hostname.kernel.clone()
             } else {
                 String::new()
             },

@@ -154,6 +154,9 @@ pub(super) fn node_info(text: &str, site: &Settings) -> pb::NodeInfo {
         let usable = line.available && line.up == "up";
         *seen.entry(line.node).or_insert(false) |= usable;
     }
+    // Those of which there is none too: by them the kubelet knows which resources are the site's.
+    let mapped = site.gres.keys().map(|resource| (resource.clone(), 0));
+    info.extended.extend(mapped);
     let mut counted = BTreeSet::new();
     for line in lines.iter().filter(offered) {
         if !counted.insert(line.node) {
@@ -167,9 +170,7 @@ pub(super) fn node_info(text: &str, site: &Settings) -> pb::NodeInfo {
             info.ephemeral_storage_bytes += line.tmp;
             for (resource, name) in &site.gres {
                 let amount = line.gres.get(name).copied().unwrap_or(0);
-                if amount > 0 {
-                    *info.extended.entry(resource.clone()).or_default() += amount;
-                }
+                *info.extended.entry(resource.clone()).or_default() += amount;
             }
         }
     }

@@ -56,7 +56,7 @@ fn mistakes_are_named_with_line_and_allowed_values() {
         "/c/knocctl.toml:3: contexts.a.address: is missing: HOST:PORT or unix:/PATH",
         "/c/knocctl.toml:4: contexts.a.adress: unknown field `adress`, expected one of `address`, `ca`, `cert`, `key`, `site`; did you mean `address`?",
         "/c/knocctl.toml:7: contexts.b.address: invalid type: integer `7`, expected a string",
-        "/c/knocctl.toml:10: contexts.c.address: \"x\" is not HOST:PORT (an IPv6 address stands in brackets)",
+        "/c/knocctl.toml:10: contexts.c.address: \"x\" is not HOST:PORT (write an IPv6 address in brackets)",
     ];
     assert_eq!(mistakes.lines().collect::<Vec<_>>(), expected);
 }

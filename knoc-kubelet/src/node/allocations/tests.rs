@@ -218,3 +218,23 @@ fn before_slurm_has_answered_only_pods_are_counted() {
         .unwrap_err();
     assert_eq!(short.resource, "pods");
 }
+
+#[test]
+fn what_somebody_else_put_into_the_capacity_is_counted() {
+    let mut room = Allocations::default();
+    let licences = |count: &str| asks(&json!({"example.com/licence": count}));
+    let short = room
+        .allocate(&uid("a"), licences("2"), &node())
+        .unwrap_err();
+    assert_eq!(
+        (short.resource.as_str(), short.capacity),
+        ("example.com/licence", 0)
+    );
+    let node = node().with(amounts(&[("example.com/licence", 5)]));
+    room.allocate(&uid("a"), licences("2"), &node).unwrap();
+    room.allocate(&uid("b"), licences("2"), &node).unwrap();
+    let short = room.allocate(&uid("c"), licences("2"), &node).unwrap_err();
+    assert_eq!((short.used, short.capacity), (4, 5));
+    room.release(&uid("a"));
+    room.allocate(&uid("c"), licences("2"), &node).unwrap();
+}

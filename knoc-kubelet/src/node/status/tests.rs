@@ -17,6 +17,7 @@ fn identity() -> Identity {
         labels: BTreeMap::new(),
         pods: 100,
         queue_factor: 10,
+        cluster_domain: "cluster.local".to_owned(),
         taint: true,
         websockets: true,
     }
@@ -232,4 +233,31 @@ fn a_heartbeat_is_no_change() {
     let one = status(&facts);
     facts.now = at(200);
     assert!(same(&one, &status(&facts)));
+}
+
+#[test]
+fn what_somebody_else_put_into_the_capacity_is_kept_and_what_slurm_lost_goes() {
+    let (identity, link) = (identity(), up());
+    let previous: NodeStatus = serde_json::from_value(serde_json::json!({"capacity": {
+        "cpu": "12", "example.com/licence": "5", "amd.com/gpu": "1",
+    }}))
+    .unwrap();
+    let mut capacity = capacity();
+    capacity.extended.insert("amd.com/gpu".to_owned(), 0);
+    let facts = Facts {
+        previous: Some(&previous),
+        ..facts(&identity, &link, Some(&capacity))
+    };
+    let status = status(&facts);
+    for list in ["capacity", "allocatable"] {
+        assert_eq!(status[list]["example.com/licence"], "5", "{list}");
+        assert!(
+            status[list]
+                .as_object()
+                .unwrap()
+                .contains_key("amd.com/gpu")
+        );
+        assert!(status[list]["amd.com/gpu"].is_null(), "{list}");
+    }
+    assert_eq!(status["allocatable"]["nvidia.com/gpu"], "40");
 }

@@ -11,14 +11,23 @@ use crate::{
     pods::status::Rejection,
 };
 
+mod sysctls;
+
 /// The operating system of the nodes, as in `spec.os.name`.
 const OS: &str = "linux";
 const OS_LABEL: &str = "kubernetes.io/os";
 
 /// Returns the shape of the pod, or one rejection with all reasons why it can never run here, however empty the node
 /// is. A pod for another operating system gets only Kubernetes' own message about that, which tools look for.
-pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejection> {
+///
+/// `maps_privileged`: whether containers that ask for privileges run without them; `None` if only the agent knows.
+pub(super) fn admit(
+    pod: &Pod,
+    findings: &Findings,
+    maps_privileged: Option<bool>,
+) -> Result<pb::PodSpec, Rejection> {
     other_system(pod)?;
+    sysctls::admit(pod)?;
     let mut problems = findings.rejected.clone();
     if tolerates_everything(pod) {
         problems.push(
@@ -26,6 +35,9 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
              `type` NotIn [virtual-kubelet]"
                 .to_owned(),
         );
+    }
+    if maps_privileged == Some(false) {
+        problems.extend(privileged(pod));
     }
     let shape = knoc_translate::shape(pod);
     if let Err(more) = &shape {
@@ -38,6 +50,21 @@ pub(super) fn admit(pod: &Pod, findings: &Findings) -> Result<pb::PodSpec, Rejec
         Ok(shape) if problems.is_empty() => Ok(shape),
         Ok(_) | Err(_) => Err(Rejection::new("UnsupportedPodSpec", &problems.join("; "))),
     }
+}
+
+/// The containers that ask for privileges.
+fn privileged(pod: &Pod) -> Vec<String> {
+    let spec = pod.spec.as_ref();
+    let init = spec.and_then(|spec| spec.init_containers.as_deref());
+    let init = init.unwrap_or_default().iter();
+    let containers = spec.map_or(&[][..], |spec| &spec.containers);
+    let asking = init.chain(containers).filter(|container| {
+        let context = container.security_context.as_ref();
+        context.is_some_and(|context| context.privileged == Some(true))
+    });
+    asking
+        .map(|container| knoc_proto::pod::no_privileges(&container.name))
+        .collect()
 }
 
 /// Was this field, or a field inside it, rejected already?
@@ -121,10 +148,38 @@ mod tests {
             rejected: vec!["spec.x: no".to_owned()],
             mapped: Vec::new(),
         };
-        let rejection = admit(&pod, &findings).unwrap_err();
+        let rejection = admit(&pod, &findings, None).unwrap_err();
         assert_eq!(rejection.reason, "UnsupportedPodSpec");
         for part in ["spec.x: no", "`much`", "`soon`"] {
             assert!(rejection.message.contains(part), "{}", rejection.message);
+        }
+    }
+
+    #[test]
+    fn privileges_are_refused_with_all_else_unless_the_site_maps_them() {
+        let mut json = serde_json::to_value(pod(&json!({}))).unwrap();
+        json["spec"]["initContainers"] = json!([
+            {"name": "i", "image": "i", "securityContext": {"privileged": true}},
+            {"name": "j", "image": "i", "securityContext": {"privileged": false}},
+        ]);
+        json["spec"]["containers"][0]["securityContext"] = json!({"privileged": true});
+        let pod: Pod = serde_json::from_value(json).unwrap();
+        let findings = Findings {
+            rejected: vec!["spec.x: no".to_owned()],
+            mapped: Vec::new(),
+        };
+        let message = admit(&pod, &findings, Some(false)).unwrap_err().message;
+        for part in [
+            "spec.x: no",
+            "containers[i]",
+            "containers[a].securityContext.privileged",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
+        assert!(!message.contains("containers[j]"), "{message}");
+        for maps in [None, Some(true)] {
+            let shape = admit(&pod, &Findings::default(), maps).unwrap();
+            assert!(shape.containers[0].privileged && !shape.init_containers[1].privileged);
         }
     }
 
@@ -152,7 +207,7 @@ mod tests {
             let json = json(volume);
             let findings = knoc_translate::verdict::judge(&json);
             let pod: Pod = serde_json::from_value(json).unwrap();
-            let rejection = admit(&pod, &findings).unwrap_err();
+            let rejection = admit(&pod, &findings, None).unwrap_err();
             assert_eq!(rejection.message, format!("Pod was rejected: {message}"));
         }
     }
@@ -172,7 +227,7 @@ mod tests {
                 rejected: vec!["spec.os.name: no".to_owned()],
                 mapped: Vec::new(),
             };
-            admit(&pod, &findings).unwrap_err()
+            admit(&pod, &findings, None).unwrap_err()
         };
         let windows = judged(None, Some("windows"));
         assert_eq!(windows.reason, "PodOSNotSupported");
@@ -196,7 +251,7 @@ mod tests {
         json["metadata"]["ownerReferences"] =
             json!([{"apiVersion": "apps/v1", "kind": "DaemonSet", "name": "d", "uid": "d"}]);
         let owned: Pod = serde_json::from_value(json).unwrap();
-        assert!(admit(&alone, &Findings::default()).is_ok());
-        assert!(admit(&owned, &Findings::default()).is_err());
+        assert!(admit(&alone, &Findings::default(), None).is_ok());
+        assert!(admit(&owned, &Findings::default(), None).is_err());
     }
 }

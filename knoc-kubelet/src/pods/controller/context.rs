@@ -86,6 +86,24 @@ impl Context {
         *self.pods.listed.borrow() && self.site.link.borrow().is_up()
     }
 
+    /// What of the pod the agent is too old for, as a sentence.
+    pub(super) fn lacking(&self, shape: &pb::PodSpec) -> Option<String> {
+        let link = self.site.link.borrow();
+        let Link::Up { info, .. } = &*link else {
+            return None;
+        };
+        let mut needed = knoc_proto::capability::needed(shape);
+        needed.retain(|name| info.capabilities.iter().all(|known| known != name));
+        if needed.is_empty() {
+            return None;
+        }
+        Some(format!(
+            "the agent on the login node ({}) does not know {}, which the pod needs: upgrade it",
+            info.version,
+            needed.join(", ")
+        ))
+    }
+
     /// What a container without a limit may use: the total of the node.
     pub(super) fn allocatable(&self) -> pb::Resources {
         self.node.total()

@@ -35,13 +35,19 @@ impl Worker<'_> {
     /// Sends the pod to the agent; if that fails, records why the pod waits or was rejected.
     pub(super) async fn ensure(&mut self, pod: &Pod) {
         let shape = match knoc_translate::shape(pod) {
-            Ok(shape) => shape,
+            Ok(shape) => self.context.node.of_this_cluster(shape),
             Err(problems) => {
                 let generation = pod.metadata.generation.unwrap_or(1);
                 self.reject(pod, generation, "UnsupportedPodSpec", &problems.join("; "));
                 return;
             }
         };
+        if let Some(lacking) = self.context.lacking(&shape) {
+            // The agent may be upgraded.
+            self.hold("", &lacking);
+            self.retry();
+            return;
+        }
         let values = match self.values(pod).await {
             Ok(values) => values,
             Err(error) => {

@@ -2,6 +2,7 @@
 
 mod agent;
 mod api;
+mod capabilities;
 mod changes;
 mod predicates;
 mod vanish;
@@ -60,6 +61,7 @@ fn identity() -> Identity {
         labels: BTreeMap::new(),
         pods: 10,
         queue_factor: 10,
+        cluster_domain: "cluster.local".to_owned(),
         taint: true,
         websockets: true,
     }

@@ -186,9 +186,10 @@ impl Worker<'_> {
             .store
             .findings(self.uid)
             .unwrap_or_default();
-        let admitted = match admission::admit(&view.pod, &findings) {
+        let maps_privileged = self.context.node.maps_privileged();
+        let admitted = match admission::admit(&view.pod, &findings, maps_privileged) {
             Ok(shape) if !accepted && !terminal => match self.fits_node(&view.pod).await {
-                Some(Ok(())) => self.allocate(&shape),
+                Some(Ok(())) => self.allocate_with_fresh_node(&shape).await,
                 Some(Err(mismatch)) => Err(admission::mismatch(mismatch)),
                 None => return false,
             },
@@ -242,6 +243,27 @@ impl Worker<'_> {
                 None
             }
         }
+    }
+
+    /// Before a new pod fails for a resource that Slurm has no part in, the Node is read again: it may have more of it than
+    /// what was last seen.
+    async fn allocate_with_fresh_node(&mut self, shape: &pb::PodSpec) -> Result<(), Rejection> {
+        let answer = self.allocate(shape);
+        let Err(rejection) = &answer else {
+            return answer;
+        };
+        if !rejection.reason.contains('/') {
+            return answer;
+        }
+        let client = self.context.api.client.clone();
+        match node::read(client, self.context.node.name()).await {
+            Ok(node) => self.context.node.see_foreign(&node),
+            Err(error) => {
+                let error = knoc_proto::error::chain(&error);
+                tracing::warn!(uid = %self.uid, %error, "a new pod is judged by what was last seen of the node");
+            }
+        }
+        self.allocate(shape)
     }
 
     /// Allocates what a new pod requests, if the node has it beside all pods that this process or an earlier one

@@ -13,6 +13,8 @@ const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user o
 const OWNER: &str = "files belong to the HPC user";
 const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
 const WINDOWS: &str = "compute nodes run Linux";
+const NON_ROOT: &str = "checked against `runAsUser`, else the image's user, as on any node; a container that would be root waits with `CreateContainerConfigError`. An image that is a SIF file or a sandbox and names no user runs as the HPC user, who is never root";
+const SE_LINUX: &str = "ignored, as on any node without SELinux";
 const SCHEDULER: &str = "handled by the Kubernetes scheduler";
 
 const fn row(fields: &'static str, when: When, verdict: Verdict, note: &'static str) -> Row {
@@ -83,38 +85,36 @@ pub(super) const TABLE: &[Type] = &[
     ]),
     of("VolumeMount", "`volumeMounts[]`", &[
         row("name mountPath readOnly subPath", Any, Honoured, "see [files](#files-in-a-container) for what a path may be"),
+        row("subPathExpr", Any, Honoured, "`$(VAR)` is expanded from the container's environment when it starts; until all variables have values, and the path stays in the volume, the container waits with `CreateContainerConfigError`"),
         row("mountPropagation", Is(&["None"]), Satisfied, ""),
         row("mountPropagation", Any, Rejected, "mounts are not propagated"),
         row("recursiveReadOnly", Is(&["Disabled", "IfPossible"]), Satisfied, ""),
         row("recursiveReadOnly", Any, Rejected, LATER),
-        row("subPathExpr", Empty, Satisfied, ""),
-        row("subPathExpr bindMountOptions", Any, Rejected, LATER),
+        row("bindMountOptions", Any, Rejected, LATER),
     ]),
     of("PodSecurityContext", "`spec.securityContext`", &[
         row("runAsUser runAsGroup supplementalGroups supplementalGroupsPolicy", Any, Mapped, IS_HPC_USER),
         row("fsGroup fsGroupChangePolicy", Any, Mapped, OWNER),
-        row("runAsNonRoot", Any, Satisfied, "the HPC user is never root"),
+        row("runAsNonRoot", Any, Honoured, NON_ROOT),
         row("seccompProfile appArmorProfile", Any, Inside("Profile"), ""),
         row("seLinuxChangePolicy", Any, Satisfied, ""),
-        row("seLinuxOptions", Empty, Satisfied, ""),
-        row("seLinuxOptions", Any, Rejected, "an ordinary user cannot set SELinux labels"),
+        row("seLinuxOptions", Any, Satisfied, SE_LINUX),
         row("sysctls", Empty, Satisfied, ""),
-        row("sysctls", Any, Rejected, "an ordinary user cannot set kernel parameters"),
+        row("sysctls", Any, Rejected, "kernel parameters cannot be set by an ordinary user; a pod with one that is not safe fails with `SysctlForbidden`, as on any node"),
         row("windowsOptions", Any, Rejected, WINDOWS),
     ]),
     of("SecurityContext", "`securityContext` of a container", &[
         row("runAsUser runAsGroup", Any, Mapped, IS_HPC_USER),
-        row("runAsNonRoot", Any, Satisfied, "the HPC user is never root"),
+        row("runAsNonRoot", Any, Honoured, NON_ROOT),
         row("privileged", Is(&["false"]), Satisfied, ""),
-        row("privileged", Any, Rejected, "an ordinary user cannot run privileged containers"),
+        row("privileged", Any, Mapped, "the container runs without privileges, which an ordinary user cannot give. Only if the site allows it (`policy.privileged` of the site file is `unprivileged`); otherwise the pod is rejected"),
         row("allowPrivilegeEscalation", Any, Satisfied, "no_new_privs is always set"),
         row("readOnlyRootFilesystem", Any, Honoured, "`/tmp` and `/var/tmp` too, unless a volume is mounted there"),
         row("capabilities", Any, Inside("Capabilities"), ""),
         row("procMount", Is(&["Default"]), Satisfied, ""),
         row("procMount", Any, Rejected, "only `Default` is supported"),
         row("seccompProfile appArmorProfile", Any, Inside("Profile"), ""),
-        row("seLinuxOptions", Empty, Satisfied, ""),
-        row("seLinuxOptions", Any, Rejected, "an ordinary user cannot set SELinux labels"),
+        row("seLinuxOptions", Any, Satisfied, SE_LINUX),
         row("windowsOptions", Any, Rejected, WINDOWS),
     ]),
     of("Capabilities", "`capabilities`", &[
@@ -128,6 +128,11 @@ pub(super) const TABLE: &[Type] = &[
         row("localhostProfile", Any, Rejected, "profiles of the compute node cannot be loaded"),
     ]),
     of("HostAlias", "`hostAliases[]`", &[row("ip hostnames", Any, Honoured, "")]),
+    of("PodDNSConfig", "`dnsConfig`", &[
+        row("nameservers searches", Any, Honoured, "in `/etc/resolv.conf`, after those of the compute node unless the policy is `None`; with the `process` runtime the compute node's file stays"),
+        row("options", Any, Inside("PodDNSConfigOption"), ""),
+    ]),
+    of("PodDNSConfigOption", "`dnsConfig.options[]`", &[row("name value", Any, Honoured, "")]),
     of("ReadinessGate", "`readinessGates[]`", &[row("conditionType", Any, Honoured, "")]),
     of("PodOS", "`os`", &[
         row("name", Is(&["linux"]), Satisfied, ""),
@@ -218,13 +223,11 @@ const POD: &[Row] = &[
     row("evictionResponders", Any, Satisfied, "handled by the eviction API"),
     row("securityContext", Any, Inside("PodSecurityContext"), ""),
     row("dnsPolicy", Is(&["ClusterFirst", "ClusterFirstWithHostNet", "Default"]), Satisfied, "names resolve as on the compute node"),
-    row("dnsPolicy", Any, Rejected, LATER),
-    row("dnsConfig", Empty, Satisfied, ""),
-    row("dnsConfig", Any, Rejected, LATER),
-    row("subdomain hostnameOverride", Empty, Satisfied, ""),
-    row("subdomain hostnameOverride", Any, Rejected, LATER),
-    row("setHostnameAsFQDN", Is(&["false"]), Satisfied, ""),
-    row("setHostnameAsFQDN", Any, Rejected, LATER),
+    row("dnsPolicy", Is(&["None"]), Honoured, "only what `dnsConfig` has"),
+    row("dnsPolicy", Any, Rejected, "this policy is not known"),
+    row("dnsConfig", Any, Inside("PodDNSConfig"), ""),
+    row("subdomain", Any, Honoured, "in `/etc/hosts`; with the cluster domain of the kubelet's `node.clusterDomain`"),
+    row("hostnameOverride setHostnameAsFQDN", Any, Honoured, "as `hostname`"),
     row("hostNetwork hostPID hostIPC", Is(&["false"]), Satisfied, ""),
     row("hostNetwork", Any, Rejected, LATER),
     row("hostPID hostIPC", Any, Rejected, "namespaces of the compute node are not shared with pods"),

@@ -75,6 +75,8 @@ fn every_field_of_a_pod_has_a_verdict() {
     check::<core::SeccompProfile>("Profile", p);
     check::<core::AppArmorProfile>("Profile", p);
     check::<core::HostAlias>("HostAlias", p);
+    check::<core::PodDNSConfig>("PodDNSConfig", p);
+    check::<core::PodDNSConfigOption>("PodDNSConfigOption", p);
     check::<core::PodReadinessGate>("ReadinessGate", p);
     check::<core::PodOS>("PodOS", p);
     check::<core::Volume>("Volume", p);
@@ -172,11 +174,15 @@ fn all_rejected_fields_are_reported_at_once() {
     pod["metadata"]["annotations"]["knoc.io/colour"] = json!("blue");
     let findings = judge(&pod);
     insta::assert_snapshot!(findings.rejected.join("\n"));
+    let [privileged, user] = findings.mapped.as_slice() else {
+        panic!("{:?}", findings.mapped);
+    };
+    assert!(
+        privileged.contains("securityContext.privileged: the container runs without privileges")
+    );
     assert_eq!(
-        findings.mapped,
-        [
-            "spec.containers[main].securityContext.runAsUser: containers run as the HPC user of the agent"
-        ]
+        user,
+        "spec.containers[main].securityContext.runAsUser: containers run as the HPC user of the agent"
     );
 }
 
@@ -190,6 +196,14 @@ fn fields_that_request_nothing_special_are_admitted() {
         "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
     });
     pod["spec"]["containers"][0]["lifecycle"] = json!({});
+    pod["spec"]["securityContext"]["seLinuxOptions"] = json!({"level": "s0:c1"});
+    pod["spec"]["containers"][0]["securityContext"]["seLinuxOptions"] = json!({"type": "t"});
+    pod["spec"]["subdomain"] = json!("web");
+    pod["spec"]["setHostnameAsFQDN"] = json!(true);
+    pod["spec"]["dnsPolicy"] = json!("None");
+    pod["spec"]["dnsConfig"] =
+        json!({"nameservers": ["1.1.1.1"], "options": [{"name": "ndots", "value": "2"}]});
+    pod["spec"]["containers"][0]["volumeMounts"][0]["subPathExpr"] = json!("$(A)");
     pod["metadata"]["annotations"]["knoc.io/partition"] = json!("gpu");
     assert_eq!(judge(&pod), Findings::default());
 }

@@ -1,0 +1,186 @@
+//! PURE: the text of a container's `/etc/resolv.conf`: the node's, and what the pod adds.
+
+use std::fmt::Write as _;
+
+use knoc_proto::pb;
+
+/// What the resolver library reads; a kubelet leaves out the others too.
+const MAX_NAMESERVERS: usize = 3;
+const MAX_SEARCHES: usize = 32;
+/// Of all search domains with the blanks between them.
+const MAX_SEARCH_BYTES: usize = 2048;
+
+/// What a file has.
+#[derive(Debug, Default)]
+struct Config {
+    nameservers: Vec<String>,
+    searches: Vec<String>,
+    /// Name, and `:value` if it has one.
+    options: Vec<(String, String)>,
+}
+
+/// The file of a pod that says something about it. As `GetPodDNS` of the kubelet.
+pub(crate) fn resolv_conf(node: &str, wanted: &pb::Resolver) -> String {
+    let mut config = if wanted.only_own {
+        Config::default()
+    } else {
+        parse(node)
+    };
+    for server in &wanted.nameservers {
+        add(&mut config.nameservers, server);
+    }
+    for search in &wanted.searches {
+        add(&mut config.searches, search);
+    }
+    for option in &wanted.options {
+        let value = option.value.as_deref().filter(|value| !value.is_empty());
+        let value = value.map(|value| format!(":{value}"));
+        set(&mut config.options, &option.name, value.unwrap_or_default());
+    }
+    render(&config)
+}
+
+fn add(list: &mut Vec<String>, word: &str) {
+    if !list.iter().any(|known| known == word) {
+        list.push(word.to_owned());
+    }
+}
+
+/// A later value of an option takes the place of an earlier one.
+fn set(options: &mut Vec<(String, String)>, name: &str, value: String) {
+    match options.iter_mut().find(|(known, _)| known == name) {
+        Some((_, old)) => *old = value,
+        None => options.push((name.to_owned(), value)),
+    }
+}
+
+/// Of several `search` lines the last one counts, of options of one name the last one.
+fn parse(text: &str) -> Config {
+    let mut config = Config::default();
+    for line in text.lines().map(str::trim) {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("nameserver") => {
+                if let Some(server) = words.next() {
+                    add(&mut config.nameservers, server);
+                }
+            }
+            Some("search" | "domain") => {
+                let names = words.map(|name| name.strip_suffix('.').unwrap_or(name));
+                config.searches.clear();
+                for name in names.filter(|name| !name.is_empty()) {
+                    add(&mut config.searches, name);
+                }
+            }
+            Some("options") => {
+                for word in words {
+                    let (name, value) = match word.split_once(':') {
+                        Some((name, value)) => (name, format!(":{value}")),
+                        None => (word, String::new()),
+                    };
+                    set(&mut config.options, name, value);
+                }
+            }
+            Some(_) | None => {}
+        }
+    }
+    config
+}
+
+fn render(config: &Config) -> String {
+    let mut text = String::new();
+    let mut searches = String::new();
+    for search in config.searches.iter().take(MAX_SEARCHES) {
+        if searches.len() + 1 + search.len() > MAX_SEARCH_BYTES {
+            break;
+        }
+        searches.push(' ');
+        searches.push_str(search);
+    }
+    // Writing to a string cannot fail.
+    if !searches.is_empty() {
+        writeln!(text, "search{searches}").ok();
+    }
+    for server in config.nameservers.iter().take(MAX_NAMESERVERS) {
+        writeln!(text, "nameserver {server}").ok();
+    }
+    let options: Vec<_> = config
+        .options
+        .iter()
+        .map(|(name, value)| format!("{name}{value}"))
+        .collect();
+    if !options.is_empty() {
+        writeln!(text, "options {}", options.join(" ")).ok();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NODE: &str = "# of the site\nnameserver 10.0.0.1\nsearch old.example\n search hpc.example. .\n\
+        options ndots:1 rotate\nsortlist 1.2.3.4\n";
+
+    fn wanted() -> pb::Resolver {
+        let option = |name: &str, value: Option<&str>| pb::ResolverOption {
+            name: name.to_owned(),
+            value: value.map(str::to_owned),
+        };
+        pb::Resolver {
+            only_own: false,
+            nameservers: ["1.1.1.1", "10.0.0.1"].map(str::to_owned).to_vec(),
+            searches: ["my.example", "hpc.example"].map(str::to_owned).to_vec(),
+            options: vec![option("ndots", Some("5")), option("edns0", None)],
+        }
+    }
+
+    #[test]
+    fn the_pods_lines_follow_those_of_the_node() {
+        assert_eq!(
+            resolv_conf(NODE, &wanted()),
+            "search hpc.example my.example\nnameserver 10.0.0.1\nnameserver 1.1.1.1\noptions ndots:5 rotate edns0\n"
+        );
+    }
+
+    #[test]
+    fn with_the_policy_none_only_the_pods_lines_count() {
+        let only_own = pb::Resolver {
+            only_own: true,
+            ..wanted()
+        };
+        assert_eq!(
+            resolv_conf(NODE, &only_own),
+            "search my.example hpc.example\nnameserver 1.1.1.1\nnameserver 10.0.0.1\noptions ndots:5 edns0\n"
+        );
+        assert_eq!(
+            resolv_conf(
+                NODE,
+                &pb::Resolver {
+                    only_own: true,
+                    ..pb::Resolver::default()
+                }
+            ),
+            ""
+        );
+    }
+
+    #[test]
+    fn no_more_is_written_than_the_resolver_reads() {
+        let many = pb::Resolver {
+            nameservers: (0..9).map(|n| format!("10.1.1.{n}")).collect(),
+            searches: (0..40)
+                .map(|n| format!("{n}.{}", "x".repeat(100)))
+                .collect(),
+            ..pb::Resolver::default()
+        };
+        let text = resolv_conf(NODE, &many);
+        assert_eq!(text.matches("nameserver ").count(), MAX_NAMESERVERS);
+        let search = text.lines().next().unwrap();
+        assert!(
+            search.len() <= "search".len() + MAX_SEARCH_BYTES,
+            "{search}"
+        );
+        assert!(search.split(' ').count() > 15, "{search}");
+    }
+}

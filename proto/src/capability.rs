@@ -1,0 +1,78 @@
+//! PURE: what an agent must know of to run a pod as it is meant. An older agent does not see fields that are newer than it is, so
+//! the near side asks for these names before it sends a pod that uses them.
+
+use crate::pb;
+
+/// The agent expands `subPathExpr`.
+pub const SUB_PATH_EXPR: &str = "sub-path-expr";
+/// The agent gives pods a domain: `subdomain` and `setHostnameAsFQDN`.
+pub const POD_DOMAIN: &str = "pod-domain";
+/// The agent writes `/etc/resolv.conf`: `dnsConfig` and `dnsPolicy: None`.
+pub const RESOLVER: &str = "resolver";
+/// The agent checks `runAsNonRoot`.
+pub const RUN_AS_NON_ROOT: &str = "run-as-non-root";
+/// The agent decides about `privileged`.
+pub const PRIVILEGED: &str = "privileged";
+
+/// All that a pod may need.
+pub const OF_PODS: [&str; 5] = [
+    SUB_PATH_EXPR,
+    POD_DOMAIN,
+    RESOLVER,
+    RUN_AS_NON_ROOT,
+    PRIVILEGED,
+];
+
+/// Those that this pod needs.
+#[must_use]
+pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
+    let containers = || spec.init_containers.iter().chain(&spec.containers);
+    let expanded = |container: &pb::Container| {
+        let mut mounts = container.mounts.iter();
+        mounts.any(|mount| !mount.sub_path_expr.is_empty())
+    };
+    let asked = [
+        (SUB_PATH_EXPR, containers().any(expanded)),
+        (
+            POD_DOMAIN,
+            !spec.subdomain.is_empty() || spec.set_hostname_as_fqdn,
+        ),
+        (RESOLVER, spec.resolver.is_some()),
+        (
+            RUN_AS_NON_ROOT,
+            containers().any(|container| container.run_as_non_root),
+        ),
+        (
+            PRIVILEGED,
+            containers().any(|container| container.privileged),
+        ),
+    ];
+    let needed = asked.into_iter().filter(|(_, asked)| *asked);
+    needed.map(|(name, _)| name).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_needs_what_its_fields_ask_for() {
+        let container = pb::Container::default();
+        let mut spec = pb::PodSpec {
+            init_containers: vec![container.clone()],
+            containers: vec![container],
+            ..pb::PodSpec::default()
+        };
+        assert!(needed(&spec).is_empty());
+        spec.containers[0].mounts = vec![pb::Mount {
+            sub_path_expr: "$(A)".to_owned(),
+            ..pb::Mount::default()
+        }];
+        assert_eq!(needed(&spec), [SUB_PATH_EXPR]);
+        spec.subdomain = "web".to_owned();
+        spec.resolver = Some(pb::Resolver::default());
+        spec.init_containers[0].run_as_non_root = true;
+        spec.init_containers[0].privileged = true;
+        assert_eq!(needed(&spec), OF_PODS);
+    }
+}

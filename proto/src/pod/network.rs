@@ -1,0 +1,228 @@
+//! PURE: the names of a pod in the network, and how it resolves names.
+
+use crate::{names, pb, text::quote};
+
+use super::{SHOWN, check};
+
+/// The most bytes of a host name that Linux takes.
+pub const MAX_HOSTNAME: usize = 64;
+/// What the resolver library reads (`MAXNS`); the API server accepts no more.
+const MAX_NAMESERVERS: usize = 3;
+/// The most search domains that the API server accepts.
+const MAX_SEARCHES: usize = 32;
+/// More than any pod has.
+const MAX_OPTIONS: usize = 64;
+
+/// The domain of clusters that name none.
+const CLUSTER_DOMAIN: &str = "cluster.local";
+
+/// The names of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hostname {
+    /// Without the domain.
+    pub short: String,
+    /// With it, if the pod has a domain.
+    pub qualified: Option<String>,
+    /// What the kernel says: one of the two.
+    pub kernel: String,
+}
+
+impl Hostname {
+    /// As `GeneratePodHostNameAndDomain` and `GetNodenameForKernel` of the kubelet.
+    #[must_use]
+    pub fn of(spec: &pb::PodSpec) -> Self {
+        let short = if spec.hostname.is_empty() {
+            names::host_name(&spec.name)
+        } else {
+            &spec.hostname
+        };
+        let domain = match spec.cluster_domain.as_str() {
+            "" => CLUSTER_DOMAIN,
+            domain => domain,
+        };
+        let (subdomain, namespace) = (&spec.subdomain, &spec.namespace);
+        let qualified = (!subdomain.is_empty())
+            .then(|| format!("{short}.{subdomain}.{namespace}.svc.{domain}"));
+        let kernel = match &qualified {
+            Some(qualified) if spec.set_hostname_as_fqdn => qualified.clone(),
+            Some(_) | None => short.to_owned(),
+        };
+        Self {
+            short: short.to_owned(),
+            qualified,
+            kernel,
+        }
+    }
+}
+
+/// Notes what is wrong with them.
+pub(super) fn check_network(spec: &pb::PodSpec, problems: &mut Vec<String>) {
+    let Hostname { kernel, .. } = Hostname::of(spec);
+    if kernel.len() > MAX_HOSTNAME {
+        problems.push(format!(
+            "setHostnameAsFQDN: the host name {} is too long ({MAX_HOSTNAME} characters is the max, {} characters requested)",
+            quote(&kernel, SHOWN),
+            kernel.len()
+        ));
+    }
+    if let Some(resolver) = &spec.resolver {
+        check_resolver(resolver, problems);
+    }
+}
+
+fn check_resolver(resolver: &pb::Resolver, problems: &mut Vec<String>) {
+    for (what, count, most) in [
+        ("nameservers", resolver.nameservers.len(), MAX_NAMESERVERS),
+        ("searches", resolver.searches.len(), MAX_SEARCHES),
+        ("options", resolver.options.len(), MAX_OPTIONS),
+    ] {
+        if count > most {
+            problems.push(format!(
+                "dnsConfig has {count} {what}, and at most {most} are possible"
+            ));
+        }
+    }
+    for server in &resolver.nameservers {
+        check(
+            "nameserver of dnsConfig",
+            server,
+            names::ip_address(server),
+            problems,
+        );
+    }
+    for search in &resolver.searches {
+        // As the API server: `.` is the root, and an underscore stands where a letter may stand.
+        let name = search.strip_suffix('.').unwrap_or(search).replace('_', "x");
+        if search != "." {
+            check(
+                "search domain of dnsConfig",
+                search,
+                names::dns_subdomain(&name),
+                problems,
+            );
+        }
+    }
+    for option in &resolver.options {
+        for word in [Some(&option.name), option.value.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            let broken = word.chars().any(|c| c.is_whitespace() || c.is_control());
+            if broken || (word.is_empty() && *word == option.name) {
+                problems.push(format!(
+                    "the option {} of dnsConfig must be one word",
+                    quote(word, SHOWN)
+                ));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(change: impl FnOnce(&mut pb::PodSpec)) -> pb::PodSpec {
+        let mut spec = pb::PodSpec {
+            name: "web-0".to_owned(),
+            namespace: "shop".to_owned(),
+            ..pb::PodSpec::default()
+        };
+        change(&mut spec);
+        spec
+    }
+
+    fn problems(spec: &pb::PodSpec) -> Vec<String> {
+        let mut problems = Vec::new();
+        check_network(spec, &mut problems);
+        problems
+    }
+
+    #[test]
+    fn a_pod_with_a_subdomain_has_a_qualified_name() {
+        let names = |change: fn(&mut pb::PodSpec)| {
+            let Hostname {
+                short,
+                qualified,
+                kernel,
+            } = Hostname::of(&spec(change));
+            format!("{short} {} {kernel}", qualified.unwrap_or_default())
+        };
+        assert_eq!(names(|_| {}), "web-0  web-0");
+        assert_eq!(names(|spec| spec.hostname = "a".into()), "a  a");
+        assert_eq!(
+            names(|spec| spec.subdomain = "web".into()),
+            "web-0 web-0.web.shop.svc.cluster.local web-0"
+        );
+        assert_eq!(
+            names(|spec| {
+                spec.hostname = "a".into();
+                spec.subdomain = "web".into();
+                spec.cluster_domain = "k8s.example".into();
+                spec.set_hostname_as_fqdn = true;
+            }),
+            "a a.web.shop.svc.k8s.example a.web.shop.svc.k8s.example"
+        );
+        // Without a subdomain there is no domain.
+        assert_eq!(
+            names(|spec| spec.set_hostname_as_fqdn = true),
+            "web-0  web-0"
+        );
+    }
+
+    #[test]
+    fn a_host_name_that_linux_does_not_take_is_refused() {
+        let long = |as_fqdn| {
+            spec(|spec| {
+                spec.hostname = "h".repeat(63);
+                spec.subdomain = "web".into();
+                spec.set_hostname_as_fqdn = as_fqdn;
+            })
+        };
+        assert!(problems(&long(false)).is_empty());
+        let said = problems(&long(true)).join("; ");
+        assert!(
+            said.contains("64 characters is the max, 90 characters"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn nothing_but_words_reaches_the_resolver() {
+        let with = |change: fn(&mut pb::Resolver)| {
+            let mut resolver = pb::Resolver {
+                nameservers: vec!["10.1.2.3".to_owned(), "2001:db8::1".to_owned()],
+                searches: vec![".".to_owned(), "a.example.".to_owned(), "_tcp.b".to_owned()],
+                options: vec![pb::ResolverOption {
+                    name: "ndots".to_owned(),
+                    value: Some("2".to_owned()),
+                }],
+                ..pb::Resolver::default()
+            };
+            change(&mut resolver);
+            problems(&spec(|spec| spec.resolver = Some(resolver)))
+        };
+        assert_eq!(with(|_| {}), Vec::<String>::new());
+        let bad: [(fn(&mut pb::Resolver), &str); 6] = [
+            (|it| it.nameservers[0] = "dns.example".into(), "nameserver"),
+            (
+                |it| it.nameservers.extend(["1.1.1.1".into(), "1.1.1.2".into()]),
+                "at most 3",
+            ),
+            (|it| it.searches[0] = "a b".into(), "search domain"),
+            (
+                |it| it.searches[0] = "a\nnameserver 6.6.6.6".into(),
+                "search domain",
+            ),
+            (|it| it.options[0].name = String::new(), "one word"),
+            (
+                |it| it.options[0].value = Some("2\nsearch x".into()),
+                "one word",
+            ),
+        ];
+        for (change, words) in bad {
+            let said = with(change).join("; ");
+            assert!(said.contains(words), "{words}: {said}");
+        }
+    }
+}
