@@ -30,8 +30,12 @@ pub mod carrier;
 mod connect;
 mod connection;
 mod credentials;
+mod cut;
 mod dial;
+pub mod dial_in;
+pub mod dial_out;
 mod finished;
+mod greeting;
 mod identity;
 pub mod listen;
 mod origin;
@@ -39,6 +43,7 @@ mod peer;
 mod peer_certificate;
 pub mod pinned;
 pub mod pki;
+pub mod proxy;
 mod route;
 mod serve;
 mod single_connection;
@@ -167,6 +172,15 @@ pub enum LinkError {
         /// The failure.
         error: String,
     },
+    /// A proxy gives no way to the peer.
+    #[error("connect to {carrier} through a proxy")]
+    Proxy {
+        /// The way behind the proxy.
+        carrier: Carrier,
+        /// What the proxy did.
+        #[source]
+        source: Box<carrier::http_connect::ProxyError>,
+    },
     /// The link was not established within [`CONNECT_TIMEOUT`].
     #[error("no answer from {carrier} within {} s", CONNECT_TIMEOUT.as_secs())]
     Timeout {
@@ -247,6 +261,44 @@ pub enum LinkError {
         /// The permission bits of the folder.
         mode: u32,
     },
+    /// The peer of a link that the far side dials said something else than such a peer says, or nothing.
+    #[error("greeting of {peer}{}", claim(claimed.as_deref()))]
+    Greeting {
+        /// Its address.
+        peer: String,
+        /// Who it is.
+        claimed: Option<String>,
+        /// What happened.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A newer agent of this site serves the kubelet.
+    #[error(
+        "another agent of this site, on {hostname} with the lease epoch {epoch}, serves the kubelet at {carrier}; restart \
+         this agent if it is to serve instead"
+    )]
+    Superseded {
+        /// The way.
+        carrier: Carrier,
+        /// The host of the other agent.
+        hostname: String,
+        /// Its epoch.
+        epoch: i64,
+    },
+    /// The kubelets hold more connections than there may be.
+    #[error("the kubelets hold {most} connections of this agent, the most that there may be")]
+    TooMany {
+        /// The bound.
+        most: usize,
+    },
+    /// The agent has to dial, and does not.
+    #[error("no agent has dialled in at {listen} for {} s{}", CONNECT_TIMEOUT.as_secs(), refused(refusal.as_deref()))]
+    NobodyDialledIn {
+        /// Where we listen.
+        listen: std::net::SocketAddr,
+        /// The last one that was refused.
+        refusal: Option<String>,
+    },
     /// The connection of the channel has ended, and this side does not dial.
     #[error("the link has ended")]
     Ended,
@@ -255,6 +307,12 @@ pub enum LinkError {
 fn claim(claimed: Option<&str>) -> String {
     claimed.map_or_else(String::new, |identity| {
         format!(" (it calls itself {identity})")
+    })
+}
+
+fn refused(refusal: Option<&str>) -> String {
+    refusal.map_or_else(String::new, |refusal| {
+        format!("; the last connection that was refused: {refusal}")
     })
 }
 
