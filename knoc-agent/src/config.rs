@@ -317,7 +317,7 @@ pub struct Policy {
     pub qos: Vec<String>,
     /// Prefixes of the image names that pods may use, such as `docker.io/library`. If empty: all.
     pub registries: Vec<String>,
-    /// What becomes of a pod with a container that asks for `privileged`.
+    /// What happens to a pod with a container that asks for privileges.
     pub privileged: Privileged,
 }
 

@@ -1,4 +1,4 @@
-//! Tasks: dial the kubelets of `[[dial_out]]`, for which the agent then serves as for those that dial it.
+//! Tasks: dial the kubelets of `[[dial_out]]`, which are then served like those that dial the agent.
 //!
 //! For each kubelet one connection waits until the kubelet takes it, and then the next one is dialled. A failure is tried
 //! again after a pause that doubles and is jittered, since all agents of a site may lose a kubelet at the same time.
@@ -26,14 +26,14 @@ use crate::{config::Config, lease::Process};
 const PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause: after an outage, every agent is back within it.
 const PAUSE_MOST: Duration = Duration::from_secs(15);
-/// The pause after another agent of this site was preferred. Only a restart of this one changes that.
+/// The pause after the kubelet preferred another agent of this site, which only a restart of this one changes.
 const SUPERSEDED: Duration = Duration::from_mins(1);
-/// Between two connections that are taken at once.
+/// The pause before the next connection if one was taken at once.
 const BETWEEN: Duration = Duration::from_millis(20);
-/// A connection that lived for so long was no failure.
+/// A connection that lasted this long does not count as a failure.
 const LIVED: Duration = Duration::from_secs(10);
 
-/// How it stands with one kubelet.
+/// The state of the link to one kubelet.
 #[derive(Debug, Clone)]
 struct Status {
     address: String,
@@ -43,7 +43,7 @@ struct Status {
 #[derive(Debug, Clone)]
 enum State {
     Dialling,
-    /// A connection waits, or was taken; with whom.
+    /// A connection waits, or was taken by `peer`.
     Up {
         peer: String,
         since: Timestamp,
@@ -55,7 +55,7 @@ enum State {
     },
 }
 
-/// How it stands with the kubelets that are dialled. Clones share one state.
+/// The states of the links to the kubelets that are dialled. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Board(Arc<Mutex<Vec<Status>>>);
 
@@ -89,7 +89,7 @@ fn finding(status: &Status) -> Finding {
     }
 }
 
-/// What leads to the kubelets of a site file.
+/// How the kubelets of the site file are reached.
 pub fn targets(config: &Config) -> Result<Vec<Target>, InvalidEnvironment> {
     let variable = |name: &str| {
         let of_site = config.env.get(name).cloned();

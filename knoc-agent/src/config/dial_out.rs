@@ -9,7 +9,7 @@ use knoc_link::{
 };
 use serde::Deserialize;
 
-/// More kubelets than any agent serves.
+/// The most entries: more kubelets than any agent serves.
 pub(super) const MOST: usize = 16;
 
 /// One kubelet, or a load balancer or an Ingress in front of it that passes TLS through.
@@ -25,7 +25,7 @@ pub struct DialOut {
     /// The name in the kubelet's certificate; unset: any kubelet of the CA.
     #[serde(default)]
     pub kubelet: Option<String>,
-    /// `http://HOST:PORT` of a proxy, or `none`; unset: that of the environment.
+    /// `http://HOST:PORT` of a proxy, or `none`; if not set, the environment decides.
     #[serde(default)]
     pub proxy: Option<String>,
     /// A file with `user:password` for that proxy.
@@ -34,12 +34,12 @@ pub struct DialOut {
 }
 
 impl DialOut {
-    /// Which proxy is configured.
+    /// The configured choice of a proxy.
     pub fn via(&self) -> Result<Via, InvalidProxy> {
         Via::of_settings(self.proxy.as_deref(), self.proxy_credentials.as_deref())
     }
 
-    /// Whom the agent expects there; none if `kubelet` is no name.
+    /// The peer that is expected there; `None` if `kubelet` is not a valid name.
     #[must_use]
     pub fn expect(&self) -> Option<ExpectPeer> {
         let Some(name) = &self.kubelet else {

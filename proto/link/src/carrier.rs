@@ -79,11 +79,11 @@ pub trait Listener: fmt::Debug + Send + Sync + Unpin + 'static {
 pub enum Carrier {
     /// TLS over TCP to `HOST:PORT`.
     Tcp(String),
-    /// The same through a proxy.
+    /// TLS over TCP to `HOST:PORT` through an HTTP proxy.
     HttpConnect {
         /// `host:port`
         address: String,
-        /// Through which.
+        /// The proxy.
         proxy: Proxy,
     },
     /// A unix socket without TLS, whose peer is identified by its uid.
@@ -115,7 +115,8 @@ impl Carrier {
 }
 
 impl Carrier {
-    /// The same carrier through a proxy, if the settings or the environment name one for it.
+    /// This carrier through the proxy that the settings or the environment name for it, if any. `variable` reads the
+    /// environment.
     pub fn via(
         self,
         via: &Via,

@@ -91,8 +91,8 @@ async fn over_command(
     }
 }
 
-/// Opens a connection by `dialler`, and runs TLS over it with our certificate. A TLS
-/// server chooses by `name` if several share its address.
+/// Opens a connection by `dialler`, and runs TLS over it with our certificate. `name` is sent in the handshake (SNI), for
+/// a proxy that chooses the server by it.
 pub(super) async fn over_tls(
     dialler: &impl Dial,
     carrier: &Carrier,

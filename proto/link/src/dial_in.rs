@@ -45,15 +45,15 @@ use leader::{Leader, Verdict, judge};
 
 mod leader;
 
-/// Connections that wait. One is enough; more come if one is lost and the kubelet does not know it yet.
+/// The most connections that wait. One is enough; there are more if one was lost and the kubelet does not know it yet.
 const MOST_WAITING: usize = 8;
-/// Connections that are looked after: those that wait, and those that are just being refused.
+/// The most connections that are attended: those that wait, and those that are being refused.
 const MOST_ATTENDED: usize = 64;
-/// Requests for connections that wait for an agent.
+/// The most requests that wait for a connection.
 const MOST_REQUESTS: usize = 16;
 /// How long an agent may take to answer when its connection is about to be taken.
 const PROBE: Duration = Duration::from_secs(5);
-/// A refusal that is older explains nothing.
+/// How long a refusal is remembered for an error: an older one explains nothing.
 const REMEMBERED: Duration = Duration::from_mins(5);
 
 /// Gives out connections of agents that have dialled in. Clones share them.
@@ -64,7 +64,7 @@ pub struct DialIn {
     refusal: Arc<Mutex<Option<(Instant, String)>>>,
 }
 
-/// What [`Reception`] is made of.
+/// A [`Reception`] that does not listen yet.
 #[derive(Debug)]
 pub struct Desk {
     listen: SocketAddr,
@@ -74,7 +74,7 @@ pub struct Desk {
     refusal: Arc<Mutex<Option<(Instant, String)>>>,
 }
 
-/// For agents that `expect` describes, which dial `listen`. Nothing listens before [`Desk::open`].
+/// Prepares to receive agents that `expect` allows, at `listen`. Nothing listens before [`Desk::open`].
 #[must_use]
 pub fn prepare(listen: SocketAddr, credentials: Credentials, expect: ExpectPeer) -> (DialIn, Desk) {
     let (requests, requested) = mpsc::channel(MOST_REQUESTS);
@@ -128,14 +128,14 @@ impl DialIn {
 struct Arrived {
     connection: Connection,
     hello: pb::DialOutHello,
-    /// Which certificate of ours the agent has seen.
+    /// The pin of our certificate that the agent has seen.
     shown: String,
 }
 
 type Arrivals = Accept<tcp::Listener, Arrived>;
 
 impl Desk {
-    /// Listens. Has to be called inside a runtime.
+    /// Starts to listen. Must be called within a tokio runtime.
     pub fn open(self) -> Result<Reception, LinkError> {
         let failed = |source| LinkError::Listen {
             carrier: Carrier::Tcp(self.listen.to_string()),
@@ -198,15 +198,15 @@ struct Waiting {
     number: u64,
     shown: String,
     until: Timestamp,
-    /// Asks for it.
+    /// Asks its attendant to hand it out.
     ask: oneshot::Sender<()>,
 }
 
-/// How looking after a connection ended.
+/// How the attendance of a connection ended.
 enum Attended {
     /// It was asked for, and its agent is there.
     Ready(Connection),
-    /// It is gone.
+    /// It was lost.
     Lost(io::Error),
     /// Its agent was told that another one serves.
     Refused,
@@ -241,10 +241,10 @@ pub struct Reception {
     arrivals: Arrivals,
     credentials: Credentials,
     requests: mpsc::Receiver<oneshot::Sender<Connection>>,
-    /// Those who want a connection, oldest first.
+    /// The requests for a connection, oldest first.
     requested: VecDeque<oneshot::Sender<Connection>>,
     serving: Option<Leader>,
-    /// Oldest first.
+    /// The connections that wait, oldest first.
     waiting: VecDeque<Waiting>,
     attended: FuturesUnordered<BoxFuture<'static, (u64, u64, Attended)>>,
     /// Connections that were asked for and have not answered yet.

@@ -1,7 +1,7 @@
 //! The carrier `accept`, from the agent's side: it dials the kubelet, and is the gRPC server on that connection.
 //!
 //! One connection waits until the kubelet takes it; then the agent dials the next one, so that the kubelet opens
-//! connections whenever it needs them, as if it dialled itself. What is said meanwhile stands in `link.proto`.
+//! connections whenever it needs them, as if it dialled itself. `link.proto` describes what they exchange before that.
 use std::{
     collections::BTreeSet,
     fmt,
@@ -24,8 +24,8 @@ use super::{
     tls::readable_error,
 };
 
-/// The most connections that an agent holds to all its kubelets, those that wait included. Two are in use, and a few more
-/// while streams go on that were opened before the kubelet renewed its certificate.
+/// The most connections that an agent holds to all its kubelets, including those that wait. Each kubelet uses two, and a
+/// few more while older streams outlive a renewal of its certificate.
 pub const MOST: usize = 64;
 
 /// The agent process, as it presents itself to kubelets. Clones share the numbers of its connections.
@@ -35,7 +35,7 @@ pub struct Caller {
     held: Arc<Held>,
 }
 
-/// The connections that the process has.
+/// The numbers of all connections of the process, to whichever kubelet.
 #[derive(Debug, Default)]
 struct Held {
     next: AtomicU64,
@@ -49,7 +49,7 @@ impl Held {
     }
 }
 
-/// The number of one connection, given back when dropped.
+/// The number of one connection; it is removed from [`Held`] when dropped.
 #[derive(Debug)]
 struct Number {
     number: u64,
@@ -80,7 +80,7 @@ impl Caller {
         }
     }
 
-    /// The hello of a new connection, and its number. None if there are too many.
+    /// The hello of a new connection, and its number; `None` at [`MOST`] connections.
     fn next(&self) -> Option<(pb::DialOutHello, Number)> {
         let number = self.held.next.fetch_add(1, Ordering::Relaxed);
         let held: Option<Vec<u64>> = self.held.with(|numbers| {
@@ -100,20 +100,20 @@ impl Caller {
     }
 }
 
-/// The way to one kubelet.
+/// How one kubelet is reached.
 #[derive(Debug, Clone)]
 pub struct Target {
-    /// The way.
+    /// The carrier.
     pub carrier: Carrier,
     /// The host name that is sent in the TLS handshake, by which an Ingress or a load balancer chooses the service; none:
     /// the host of the address.
     pub server_name: Option<String>,
-    /// Whom we expect there.
+    /// The peer that is expected there.
     pub expect: ExpectPeer,
 }
 
 impl Target {
-    /// Can this be sent as the name of a host?
+    /// Whether this can be sent as a host name.
     #[must_use]
     pub fn is_server_name(name: &str) -> bool {
         ServerName::try_from(name).is_ok()
@@ -184,7 +184,7 @@ pub async fn dial(
         greeting::receive::<pb::DialOutWelcome>(&mut connection).await
     };
     let greeted = tokio::time::timeout(CONNECT_TIMEOUT, greeted).await;
-    // In TLS 1.3 the side that dials learns only here that its certificate was refused.
+    // In TLS 1.3 the side that dials learns only here that its certificate was rejected.
     let welcome = greeted
         .unwrap_or_else(|_| Err(greeting::late()))
         .map_err(failed)?;
@@ -228,7 +228,7 @@ impl Waiting {
         }
     }
 
-    /// Who will take it.
+    /// The kubelet that will take it.
     #[must_use]
     pub fn peer(&self) -> &Peer {
         self.connection.peer()

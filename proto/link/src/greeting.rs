@@ -1,5 +1,5 @@
-//! What the two sides of a link say between TLS and HTTP/2, if the far side dialled: the messages of `link.proto`, each
-//! after its length, and then single bytes.
+//! What the two sides of a link exchange between TLS and HTTP/2, if the far side dialled: the messages of `link.proto`,
+//! each preceded by its length, and then single bytes.
 use std::io;
 
 use prost::Message;
@@ -7,7 +7,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 /// The longest message: a hello with the numbers of some hundred connections.
 const MAX: usize = 4096;
-/// Asks whether the other side is there, and answers.
+/// The byte by which the near side asks whether the far side is still there. The far side echoes it.
 pub(super) const PING: u8 = 0;
 /// How the near side's HTTP/2 begins (RFC 9113, section 3.4).
 pub(super) const HTTP2: u8 = b'P';

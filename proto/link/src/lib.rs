@@ -6,9 +6,9 @@
 //! The near side is always the gRPC client and the far side the gRPC server. Configuration decides which side *dials*;
 //! that side is the TLS client. There are two kinds of links:
 //!
-//! - **kubelet or knocctl → agent**: [`dial()`] and [`listen`]. Both sides have certificates of one CA, and each checks
-//!   the other's [`Identity`] (a URI SAN) whatever its TLS role. Over a unix socket without TLS, the peer's uid replaces
-//!   both.
+//! - **kubelet or knocctl → agent**: [`dial()`] and [`listen`]; if the agent dials its kubelet, [`dial_out`] and
+//!   [`dial_in`]. Both sides have certificates of one CA, and each checks the other's [`Identity`] (a URI SAN) whatever
+//!   its TLS role. Over a unix socket without TLS, the peer's uid replaces both.
 //! - **agent → shim**: [`pinned`]. The shim dials the agent, and each side pins the other's self-signed key.
 //!   [`near_side`] and [`far_side`] run HTTP/2 on such a connection.
 //!
@@ -172,12 +172,12 @@ pub enum LinkError {
         /// The failure.
         error: String,
     },
-    /// A proxy gives no way to the peer.
+    /// The proxy did not connect to the peer.
     #[error("connect to {carrier} through a proxy")]
     Proxy {
-        /// The way behind the proxy.
+        /// The carrier that was dialled.
         carrier: Carrier,
-        /// What the proxy did.
+        /// What the proxy answered, or why it could not be asked.
         #[source]
         source: Box<carrier::http_connect::ProxyError>,
     },
@@ -261,12 +261,12 @@ pub enum LinkError {
         /// The permission bits of the folder.
         mode: u32,
     },
-    /// The peer of a link that the far side dials said something else than such a peer says, or nothing.
+    /// On a link that the far side dials, the peer sent no valid greeting (`link.proto`).
     #[error("greeting of {peer}{}", claim(claimed.as_deref()))]
     Greeting {
-        /// Its address.
+        /// The peer's address.
         peer: String,
-        /// Who it is.
+        /// The identity in the peer's certificate.
         claimed: Option<String>,
         /// What happened.
         #[source]
@@ -278,25 +278,25 @@ pub enum LinkError {
          this agent if it is to serve instead"
     )]
     Superseded {
-        /// The way.
+        /// The carrier to the kubelet.
         carrier: Carrier,
         /// The host of the other agent.
         hostname: String,
-        /// Its epoch.
+        /// The epoch of the other agent's lease.
         epoch: i64,
     },
-    /// The kubelets hold more connections than there may be.
+    /// The agent already holds the maximum number of connections to kubelets.
     #[error("the kubelets hold {most} connections of this agent, the most that there may be")]
     TooMany {
-        /// The bound.
+        /// The maximum.
         most: usize,
     },
-    /// The agent has to dial, and does not.
+    /// No agent has dialled in, and this side does not dial.
     #[error("no agent has dialled in at {listen} for {} s{}", CONNECT_TIMEOUT.as_secs(), refused(refusal.as_deref()))]
     NobodyDialledIn {
-        /// Where we listen.
+        /// The address on which this side listens.
         listen: std::net::SocketAddr,
-        /// The last one that was refused.
+        /// Why the last connection was refused.
         refusal: Option<String>,
     },
     /// The connection of the channel has ended, and this side does not dial.

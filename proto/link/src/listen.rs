@@ -72,7 +72,7 @@ fn incoming<L: Listener>(
     Incoming::new(accept.local_addr(), Bounded::new(accept, bounds.finished))
 }
 
-/// The TLS handshake of the side that is dialled, with a peer as expected.
+/// The TLS handshake of the side that is dialled. The peer must be one that `expect` allows.
 pub(super) async fn shake_hands<I: Io>(
     Unverified { io, origin }: Unverified<I>,
     credentials: &Credentials,
@@ -114,8 +114,8 @@ async fn accept_tls<I: Io>(
         } => (origin.to_string(), Some(identity.to_string())),
         Peer::Unix { .. } | Peer::Pinned { .. } | Peer::Command => (peer.to_string(), None),
     };
-    // A client speaks first. One that has a certificate and says nothing is not finished yet: it counts as, and is
-    // closed like, one that never ended its handshake.
+    // A client sends first. A peer that has presented a certificate but sends nothing has not finished its handshake:
+    // it is counted and closed like one that has not.
     let mut preface = [0; PREFACE.len()];
     if let Err(source) = stream.read_exact(&mut preface).await {
         return Err(LinkError::Handshake {
@@ -152,7 +152,7 @@ impl Incoming {
         }
     }
 
-    /// Connections that were opened in another way than by a listener, as the far side of a link has them that dials.
+    /// Connections that no listener accepted: those that a far side has dialled itself.
     pub fn of(connections: impl Stream<Item = Connection> + Send + 'static) -> Self {
         Self::new(None, connections.map(Ok))
     }

@@ -32,7 +32,7 @@ pub const CA_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
 pub const LEAF_LIFE: Duration = Duration::from_hours(365 * 24);
 /// The validity period of a pair of the shim's link. Peers pin its key and do not check its dates.
 const PINNED_LIFE: Duration = Duration::from_hours(20 * 365 * 24);
-/// The most characters that are shown of the names in somebody else's certificate.
+/// How many characters an error shows of the names in a foreign certificate.
 const SUBJECT: usize = 200;
 
 /// Why a certificate or key cannot be created or read.
@@ -434,7 +434,7 @@ pub fn identity(der: &[u8]) -> Result<Identity, PkiError> {
         .map_err(|source| PkiError::Identity { source })
 }
 
-/// Whose a certificate is that may be of anybody, for people to read: its subject and its issuer.
+/// The subject and the issuer of a foreign certificate, as text for an error.
 pub(crate) fn subject(der: &[u8]) -> String {
     let Ok(certificate) = parse(der) else {
         return "unreadable".to_owned();

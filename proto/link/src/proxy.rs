@@ -1,5 +1,5 @@
-//! PURE: which HTTP proxy a connection goes through, if any: the one that a setting names, else the one that the
-//! environment names (`HTTPS_PROXY`, and `NO_PROXY` for what is connected to directly), as curl and Go read them.
+//! PURE: which HTTP proxy a connection goes through, if any: that of a setting, else that of the environment
+//! (`HTTPS_PROXY`, and `NO_PROXY` for peers that are connected to directly), which is read as curl and Go read it.
 //!
 //! [`NoProxy`] knows these forms, separated by commas: `*` (everything), an IP address, a network (`10.0.0.0/8`), a name
 //! (`example.org`, which covers its subdomains), `.example.org` (its subdomains only); an address or a name may have a
@@ -15,10 +15,10 @@ use percent_encoding::percent_decode_str;
 /// The variables that are read.
 pub const VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
 
-/// The port of an `http://` address that names none.
+/// The port of an `http://` address without one.
 const HTTP_PORT: u16 = 80;
 
-/// An HTTP proxy that is asked to `CONNECT`.
+/// An HTTP proxy that supports `CONNECT`.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Proxy {
     /// `host:port`
@@ -26,7 +26,7 @@ pub struct Proxy {
     login: Login,
 }
 
-/// What the proxy is told about us.
+/// The credentials that the proxy gets.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Login {
     Nothing,
@@ -52,24 +52,24 @@ impl fmt::Display for Proxy {
 /// Why a text names no proxy. The text is not repeated, since it may contain a password.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidProxy {
-    /// Not `http://HOST:PORT`.
+    /// The text does not have the form `http://HOST:PORT`.
     #[error("is not like http://proxy.example.org:3128")]
     Form,
-    /// A scheme that is not supported.
+    /// The scheme is not supported.
     #[error("begins with {scheme}://, and only http:// proxies are supported")]
     Scheme {
-        /// As given.
+        /// The scheme as configured.
         scheme: String,
     },
-    /// User and password where they would be shown.
+    /// The setting contains a user or a password, which would be shown with it.
     #[error(
         "contains a user or a password: write `user:password` into a file of mode 0600 and name that file instead"
     )]
     Login,
-    /// A file with credentials, and no proxy to which they belong.
+    /// A file with credentials is configured, but no proxy.
     #[error("belongs to a proxy, and `proxy` names none")]
     NeedlessCredentials,
-    /// User and password that no header can carry.
+    /// The user or the password contains characters that a header cannot carry.
     #[error("contains a user or a password with characters that are not allowed")]
     LoginText,
 }
@@ -141,7 +141,7 @@ fn decoded(login: &str) -> Result<String, InvalidProxy> {
     })
 }
 
-/// Host and port; an IPv6 address may stand in brackets, and has to if a port follows.
+/// Host and port. An IPv6 address may be in brackets; if a port follows, it must be.
 fn split(authority: &str) -> Option<(&str, Option<u16>)> {
     if let Some(rest) = authority.strip_prefix('[') {
         let (host, after) = rest.split_once(']')?;
@@ -157,13 +157,13 @@ fn split(authority: &str) -> Option<(&str, Option<u16>)> {
     }
 }
 
-/// The value of a setting that leaves the environment's proxy out.
+/// The value of the setting that overrides a proxy of the environment.
 const NONE: &str = "none";
 
-/// What the settings say about proxies.
+/// The choice of a proxy by the settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Via {
-    /// Nothing: the environment decides.
+    /// There is no setting: the environment decides.
     #[default]
     Environment,
     /// No proxy is used.
@@ -173,7 +173,7 @@ pub enum Via {
 }
 
 impl Via {
-    /// From the settings `proxy` (`http://HOST:PORT` or `none`) and that of the file with its credentials.
+    /// Parses the setting `proxy` (`http://HOST:PORT` or `none`) and the one that names the file with its credentials.
     pub fn of_settings(
         proxy: Option<&str>,
         credentials: Option<&Path>,
@@ -213,11 +213,11 @@ struct Environment {
     no_proxy: NoProxy,
 }
 
-/// A variable that names no usable proxy.
+/// An environment variable does not name a usable proxy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the variable {variable} {wrong}; the setting `proxy = \"{NONE}\"` ignores it")]
 pub struct InvalidEnvironment {
-    /// Its name.
+    /// The variable's name.
     pub variable: &'static str,
     /// What is wrong with its value.
     pub wrong: InvalidProxy,
@@ -257,7 +257,7 @@ fn is_loopback(host: &str) -> bool {
         || address.is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
-/// What is connected to directly.
+/// The peers that are connected to directly.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct NoProxy(Vec<Rule>);
 

@@ -74,8 +74,8 @@ pub(super) async fn connect<I: Io>(io: I, config: ClientConfig) -> io::Result<Tl
     Ok(stream.await?.into())
 }
 
-/// The same, sending `name`, by which an Ingress or a load balancer that passes TLS through chooses the service. It is not
-/// checked: the identity is. An IP address is not sent (RFC 6066, section 3).
+/// Like [`connect`], and sends `name` (SNI), by which an Ingress or a load balancer that passes TLS through chooses the
+/// service. The name is not checked; the peer's identity is. An IP address is not sent (RFC 6066, section 3).
 pub(super) async fn connect_by_name<I: Io>(
     io: I,
     mut config: ClientConfig,
@@ -148,7 +148,7 @@ struct WrongPeer {
     expected: ExpectPeer,
 }
 
-/// The peer has a certificate, but none of KNoC's.
+/// The peer's certificate is not one of KNoC's.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the peer showed a foreign certificate ({subject}): either it is another service, or something on the way terminates TLS \
@@ -173,7 +173,7 @@ impl CheckIdentity {
         }
     }
 
-    /// The chain does not lead to the CA. If the certificate is not one of KNoC's at all, that is said instead.
+    /// The error for a chain that does not lead to the CA: [`Foreign`] if the certificate is not one of KNoC's at all.
     fn untrusted(&self, certificate: &CertificateDer<'_>, error: rustls::Error) -> rustls::Error {
         let unknown = matches!(
             error,

@@ -1,7 +1,7 @@
 //! The carrier `http-connect`: `HOST:PORT` through an HTTP proxy that is asked to `CONNECT` (RFC 9110, section 9.3.6).
 //!
 //! The proxy only relays bytes; TLS with our identities runs through it. Its answer is bounded in size and time, and
-//! every way in which it can fail has a name of its own, because the cure is with different people.
+//! each way to fail has an error of its own, because different people can fix it.
 use std::{
     fs, io,
     io::Read as _,
@@ -24,19 +24,20 @@ use crate::{
     proxy::{Login, Proxy},
 };
 
-/// From the connection to the end of the proxy's answer; less than `CONNECT_TIMEOUT`, so that the proxy is named.
+/// The limit from connecting to the end of the proxy's answer. It is below `CONNECT_TIMEOUT`, so that the error names the
+/// proxy.
 const ANSWER: Duration = Duration::from_secs(8);
-/// The largest head of an answer, as in most HTTP clients.
+/// The largest head of an answer, in bytes, as in most HTTP clients.
 const MAX_HEAD: usize = 8 << 10;
-/// The largest file with credentials.
+/// The largest file with credentials, in bytes.
 const MAX_CREDENTIALS: u64 = 1 << 10;
-/// The most characters that are shown of what a proxy says.
+/// How many characters an error shows of what a proxy sent.
 const SHOWN: usize = 80;
 
-/// Why a proxy gave no way to the peer.
+/// Why no connection was made through a proxy.
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {
-    /// Nobody answers at its address, or there is no such name.
+    /// The proxy cannot be connected to, or its name does not resolve.
     #[error("connect to the proxy {proxy}")]
     Unreachable {
         /// The proxy.
@@ -45,13 +46,13 @@ pub enum ProxyError {
         #[source]
         source: io::Error,
     },
-    /// It said nothing for too long.
+    /// The proxy did not answer in time.
     #[error("the proxy {proxy} did not answer within {} s", ANSWER.as_secs())]
     Silent {
         /// The proxy.
         proxy: Proxy,
     },
-    /// The connection to it broke before the answer.
+    /// The connection to the proxy broke before its answer.
     #[error("the proxy {proxy} ended the connection before it answered")]
     Closed {
         /// The proxy.
@@ -60,13 +61,13 @@ pub enum ProxyError {
         #[source]
         source: io::Error,
     },
-    /// The answer has no end, or is no answer.
+    /// The head of the answer is too long.
     #[error("the proxy {proxy} sent an answer whose head is longer than {MAX_HEAD} bytes")]
     TooLong {
         /// The proxy.
         proxy: Proxy,
     },
-    /// Something else than HTTP.
+    /// The answer is not HTTP.
     #[error("{proxy} does not answer like an HTTP proxy: {answer:?}")]
     NotHttp {
         /// The proxy.
@@ -74,7 +75,7 @@ pub enum ProxyError {
         /// The beginning of its answer.
         answer: String,
     },
-    /// 407 without credentials.
+    /// The proxy answered 407, and no credentials are configured.
     #[error(
         "the proxy {proxy} asks for a user and a password (407): name a file with `user:password` as its credentials"
     )]
@@ -82,7 +83,7 @@ pub enum ProxyError {
         /// The proxy.
         proxy: Proxy,
     },
-    /// 407 with credentials.
+    /// The proxy answered 407 to our credentials.
     #[error("the proxy {proxy} does not accept the user and password of {origin} (407)")]
     WrongCredentials {
         /// The proxy.
@@ -90,7 +91,7 @@ pub enum ProxyError {
         /// Where they come from.
         origin: String,
     },
-    /// 403 or 405.
+    /// The proxy answered 403 or 405.
     #[error(
         "the proxy {proxy} forbids connections to {target} ({status}): its operator has to allow this host and port"
     )]
@@ -102,7 +103,7 @@ pub enum ProxyError {
         /// Its status line.
         status: String,
     },
-    /// Any other status.
+    /// The proxy answered with any other status.
     #[error("the proxy {proxy} cannot connect to {target}: {status}")]
     Failed {
         /// The proxy.
@@ -112,7 +113,7 @@ pub enum ProxyError {
         /// Its status line.
         status: String,
     },
-    /// The file with credentials.
+    /// The file with credentials cannot be read.
     #[error("read the proxy's credentials from {}", path.display())]
     ReadCredentials {
         /// The file.
@@ -121,19 +122,19 @@ pub enum ProxyError {
         #[source]
         source: io::Error,
     },
-    /// Others could read the file.
+    /// Other users can read the file with credentials.
     #[error("{} must belong to uid {uid} with mode 0600 or less, or to root without access for others; it belongs to uid {found_uid} and has mode {mode:04o}", path.display())]
     OpenCredentials {
         /// The file.
         path: PathBuf,
-        /// Us.
+        /// Our own uid.
         uid: u32,
-        /// Its owner.
+        /// The uid of its owner.
         found_uid: u32,
-        /// Its mode.
+        /// Its permission bits.
         mode: u32,
     },
-    /// Something else is in the file.
+    /// The file does not contain `user:password`.
     #[error("{} must contain one line `user:password` and nothing else", path.display())]
     FormOfCredentials {
         /// The file.
@@ -146,7 +147,7 @@ pub enum ProxyError {
 pub struct Dialler<'a> {
     /// `HOST:PORT`
     pub address: &'a str,
-    /// The way.
+    /// The proxy.
     pub proxy: &'a Proxy,
 }
 
@@ -187,7 +188,7 @@ impl Dialler<'_> {
             if head.len() >= MAX_HEAD {
                 return Err(ProxyError::TooLong { proxy: proxy() });
             }
-            // A byte at a time: what follows the head belongs to TLS.
+            // Read byte by byte, because what follows the head belongs to TLS.
             head.push(io.read_u8().await.map_err(closed)?);
             if !could_be_http(&head) {
                 return Err(self.not_http(&head));
@@ -248,7 +249,7 @@ fn request(target: &str, authorization: Option<&str>) -> String {
     format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{login}\r\n")
 }
 
-/// Is this how an answer begins?
+/// Whether an HTTP answer can begin like this.
 fn could_be_http(head: &[u8]) -> bool {
     let known = head.len().min(b"HTTP/1.".len());
     head[..known] == b"HTTP/1."[..known]
@@ -268,8 +269,8 @@ fn authorization(login: &Login) -> Result<Option<String>, ProxyError> {
     Ok(Some(BASE64_STANDARD.encode(text)))
 }
 
-/// `user:password` of a file that nobody else can read. A file of root is one that Kubernetes mounts from a Secret; its
-/// group may read it.
+/// Reads `user:password` from a file that nobody else can read. The group may read a file of root: Kubernetes mounts Secrets
+/// so.
 fn credentials(path: &Path) -> Result<String, ProxyError> {
     let failed = |source| ProxyError::ReadCredentials {
         path: path.to_owned(),
