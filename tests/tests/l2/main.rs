@@ -17,6 +17,7 @@ mod link;
 mod logs;
 mod old_kernel;
 mod packages;
+mod probes;
 mod secrets;
 mod socket;
 mod ssh;
