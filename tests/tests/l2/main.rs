@@ -14,6 +14,7 @@ mod knocctl;
 mod leadership;
 mod lifecycle;
 mod link;
+mod links;
 mod logs;
 mod old_kernel;
 mod packages;
