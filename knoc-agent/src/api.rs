@@ -37,6 +37,7 @@ use tonic::{Request, Response, Status, Streaming, service::interceptor::Intercep
 use self::host_paths::HostPaths;
 use crate::{
     doctor,
+    linger::Links,
     pod::input::RequestError,
     policy::nodes::may_lead,
     registry::{
@@ -206,7 +207,12 @@ impl Checked {
 }
 
 /// Task: serves one listener until `stop` is cancelled.
-pub async fn serve(service: Service, incoming: knoc_link::Incoming, stop: CancellationToken) {
+pub async fn serve(
+    service: Service,
+    incoming: knoc_link::Incoming,
+    links: Links,
+    stop: CancellationToken,
+) {
     let gate = service.0.gate.clone();
     let agent = AgentServer::new(service)
         .max_decoding_message_size(knoc_link::MAX_MESSAGE)
@@ -225,7 +231,8 @@ pub async fn serve(service: Service, incoming: knoc_link::Incoming, stop: Cancel
         }
     };
     let health = InterceptedService::new(health, gate.clone());
-    let guarded = incoming.map(move |conn| conn.map(|conn| gate.guard(conn)));
+    let guarded =
+        incoming.map(move |conn| conn.map(|conn| gate.guard(conn.holding(links.count()))));
     let router = knoc_link::server()
         .add_service(agent)
         .add_service(health)

@@ -30,7 +30,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::{self, gate::Gate},
     config::Config,
-    dial_out, lease, policy,
+    dial_out, lease,
+    linger::Links,
+    policy,
     registry::{self, Registry, cluster::Pin, poll},
     renewal, shim_carry, shim_links, shim_route, shim_steps,
     site::Site,
@@ -57,6 +59,9 @@ pub struct App {
     policy: policy::watch::Watcher,
     gate: Gate,
     credentials: Option<knoc_link::Credentials>,
+    links: Links,
+    /// For how long it goes on without a link; `None`: until it is stopped.
+    linger: Option<Duration>,
     dial_out: Vec<knoc_link::dial_out::Target>,
 }
 
@@ -120,8 +125,19 @@ impl App {
             policy,
             gate,
             credentials,
+            links: Links::default(),
+            linger: None,
             dial_out,
         })
+    }
+
+    /// The same agent, which ends once it had no link for this long.
+    #[must_use]
+    pub fn lingering(self, linger: Duration) -> Self {
+        Self {
+            linger: Some(linger),
+            ..self
+        }
     }
 
     /// Runs until `shutdown` is cancelled, then ends everything in order.
@@ -139,6 +155,8 @@ impl App {
             policy,
             gate,
             credentials,
+            links,
+            linger,
             dial_out,
         } = self;
         let mut tasks = JoinSet::new();
@@ -169,10 +187,15 @@ impl App {
             ended,
             background.clone(),
         ));
+        if let Some(linger) = linger {
+            let (links, stop) = (links.clone(), background.clone());
+            tasks.spawn(links.end_without(linger, shutdown.clone(), stop));
+        }
         tasks.spawn(heartbeat(Arc::clone(&site), background, shutdown.clone()));
         let mut servers = JoinSet::new();
         for incoming in near.into_iter().chain(dialled) {
-            servers.spawn(api::serve(service.clone(), incoming, stop.child_token()));
+            let (links, stop) = (links.clone(), stop.child_token());
+            servers.spawn(api::serve(service.clone(), incoming, links, stop));
         }
         drop(service);
         site.poll_soon.notify_one();

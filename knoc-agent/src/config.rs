@@ -7,14 +7,15 @@
 mod check;
 pub mod dial_out;
 mod limits;
+mod listen;
 mod privileged;
+mod serve;
 pub mod text;
 
 use std::{
     collections::BTreeMap,
     fs,
     io::{self, Read as _},
-    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -23,7 +24,9 @@ pub use self::limits::Limits;
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
+pub use listen::Listen;
 pub use privileged::Privileged;
+pub use serve::Serve;
 
 /// The maximum size in bytes; the file is read again every few seconds.
 const MAX_SIZE: u64 = 1 << 20;
@@ -114,6 +117,9 @@ pub struct Config {
     /// How the values of pods are stored.
     #[serde(default)]
     pub values: Values,
+    /// An agent that `serve --stdio` starts.
+    #[serde(default)]
+    pub serve: Serve,
     /// The file that this was read from.
     #[serde(skip)]
     pub source: Option<Source>,
@@ -175,33 +181,6 @@ impl RuntimeKind {
             Self::Apptainer => "apptainer",
             Self::Singularity => "singularity",
             Self::Process => "process",
-        }
-    }
-}
-
-/// The addresses that the agent listens on.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Listen {
-    /// The address for kubelets and knocctl, which use mutual TLS.
-    #[serde(deserialize_with = "text::address")]
-    pub kubelet: SocketAddr,
-    /// The address for shims, whose keys are pinned.
-    #[serde(deserialize_with = "text::address")]
-    pub shim: SocketAddr,
-    /// The addresses that shims connect to, as `host:port`. If empty: this host's addresses, with the port of `shim`.
-    pub shim_addresses: Vec<String>,
-    /// The unix socket. If unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else `STATE_DIR/socket/agent.sock`.
-    pub socket: Option<PathBuf>,
-}
-
-impl Default for Listen {
-    fn default() -> Self {
-        Self {
-            kubelet: SocketAddr::from(([0, 0, 0, 0], 10350)),
-            shim: SocketAddr::from(([0, 0, 0, 0], 10351)),
-            shim_addresses: Vec::new(),
-            socket: None,
         }
     }
 }

@@ -1,19 +1,36 @@
-//! `knoc-agent connect [JOBDIR]`: relays standard input and output to the running agent's unix socket, for
-//! transports that start a command (`ssh login knoc-agent connect`). It does not interpret what it
-//! relays, and it relays nothing to a process of another user.
+//! `knoc-agent connect`: relays standard input and output to a socket of the running agent, for links that start a command
+//! on the login node (`ssh login knoc-agent connect`). It does not interpret what it relays, and it relays nothing to a
+//! process of another user.
 //!
-//! With a job directory it relays to the shim of that pod instead: the agent runs it as a step of
-//! the pod's job if compute nodes cannot reach the agent ([`crate::shim_steps`]). The shim's report
-//! names its socket, which only works on the shim's own node.
+//! By default it relays to the agent's TLS socket, where every client shows a certificate and `[policy]` decides who is
+//! served. Only `--plain` relays to the socket without TLS, which serves whoever logs in as this user; that is for knocctl.
+//!
+//! The agent may run on another login node that shares the state directory. TLS is relayed to its port there; the plain
+//! socket belongs to one host, so that host is named instead.
+//!
+//! A marker line precedes the relayed bytes: the near side discards what a login shell has printed before it.
 
-use std::{path::Path, time::Duration};
-
-use knoc_contract::{
-    host::node_name,
-    jobdir::{JobDir, JobDirError},
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::{AsFd as _, OwnedFd},
+    time::Duration,
 };
-use knoc_link::{LinkError, carrier::unix, socket::SocketLocations};
-use tokio::io::{self, AsyncWriteExt as _};
+
+use knoc_contract::jobdir::schema::Lease;
+use knoc_link::{
+    LinkError,
+    carrier::{exec::marker::Speaks, unix},
+    socket::SocketLocations,
+};
+use tokio::net::TcpStream;
+
+use crate::config::Config;
+
+/// How long the holder's host may take to accept a connection.
+const DIAL: Duration = Duration::from_secs(5);
+/// What is moved at once: more than a socket buffers by default.
+const CHUNK: usize = 256 << 10;
 
 /// Why nothing was relayed, or why the relay ended.
 #[derive(Debug, thiserror::Error)]
@@ -21,11 +38,18 @@ pub enum ConnectError {
     /// No agent of this user answers.
     #[error("relay to the agent")]
     Link(#[source] LinkError),
+    /// The agent has no certificate.
+    #[error(
+        "relay to the agent: it has no [tls] in its site file, so only `knoc-agent connect --plain` reaches it"
+    )]
+    NoTls,
     /// The state directory is in use on another host.
-    #[error("relay to the agent: it runs on {host}, log in there")]
+    #[error("relay to the agent: it runs on {host}, log in there{}", tried.as_ref().map_or_else(String::new, |tried| format!(" ({tried})")))]
     Elsewhere {
         /// The name of that host.
         host: String,
+        /// The attempt to relay to that host.
+        tried: Option<String>,
         /// Why this host's socket could not be used.
         #[source]
         source: LinkError,
@@ -33,108 +57,166 @@ pub enum ConnectError {
     /// The connection, standard input or standard output broke.
     #[error("relay to the agent")]
     Broken(#[source] io::Error),
-    /// The relay to a shim broke, or its report cannot be read.
-    #[error("relay to the shim")]
-    Stream(#[from] io::Error),
-    /// The job directory or its report cannot be read.
-    #[error("find the shim")]
-    JobDir(#[from] JobDirError),
-    /// The shim has written no report.
-    #[error("the shim of this job directory has written no report yet")]
-    NoReport,
-    /// The shim has no socket.
-    #[error(
-        "the shim of this job directory has no socket: it is of an older version, or could not create one"
-    )]
-    NoSocket,
-    /// The shim's socket does not answer.
-    #[error("relay to the shim on {shim}, from {here}")]
-    Shim {
-        /// The shim's host.
-        shim: String,
-        /// This host.
-        here: String,
-        /// What failed.
-        #[source]
-        source: LinkError,
-    },
 }
 
-/// What `connect JOBDIR` writes before the stream begins, so that the agent can skip what others
-/// print first.
-pub const MARKER: &[u8; 13] = b"\nknoc-stream\n";
+/// A connection to the agent that nothing was sent over yet.
+#[derive(Debug)]
+pub struct Reached {
+    socket: OwnedFd,
+    speaks: Speaks,
+}
 
-/// How long the shim may take to end the connection after the end of standard input.
-const FAREWELL: Duration = Duration::from_secs(5);
-
-/// Relays to the shim of the pod with this job directory, until either side ends.
-pub async fn to_shim(path: &Path) -> Result<(), ConnectError> {
-    let dir = JobDir::open(path)?;
-    let report = tokio::task::spawn_blocking(move || dir.report());
-    let report = report.await.map_err(io::Error::other)??;
-    let report = report.ok_or(ConnectError::NoReport)?;
-    let socket = report.route.map(|route| route.socket).unwrap_or_default();
-    if !socket.starts_with('/') {
-        return Err(ConnectError::NoSocket);
+/// Connects to the agent of this state directory.
+pub async fn reach(
+    config: &Config,
+    places: &SocketLocations,
+    speaks: Speaks,
+) -> Result<Reached, ConnectError> {
+    if speaks == Speaks::Tls && config.tls.is_none() {
+        return Err(ConnectError::NoTls);
     }
-    let here = node_name();
-    let connected = unix::connect(Path::new(&socket)).await;
-    let (stream, _) = connected.map_err(|source| ConnectError::Shim {
-        shim: report.hostname,
-        here,
+    let source = match local(places, speaks).await {
+        Ok(socket) => return Ok(Reached { socket, speaks }),
+        Err(error) => error,
+    };
+    let absent = match &source {
+        LinkError::NotServed { .. } => true,
+        LinkError::Connect { source, .. } => source.kind() == io::ErrorKind::NotFound,
+        _ => false,
+    };
+    let Some(host) = places.other_host().filter(|_| absent) else {
+        return Err(ConnectError::Link(source));
+    };
+    if speaks == Speaks::Plain {
+        return Err(ConnectError::Elsewhere {
+            host,
+            tried: None,
+            source,
+        });
+    }
+    // The link is TLS from end to end, so the network between the login nodes is not trusted.
+    let tried = match config.listen.kubelet.map(|address| address.port()) {
+        Some(port) => match dial(&host, port).await {
+            Ok(socket) => return Ok(Reached { socket, speaks }),
+            Err(error) => Some(format!(
+                "its port {port} does not answer from here: {error}"
+            )),
+        },
+        None => None,
+    };
+    Err(ConnectError::Elsewhere {
+        host,
+        tried,
         source,
-    })?;
-    let mut stdout = io::stdout();
-    stdout.write_all(MARKER).await?;
-    stdout.flush().await?;
-    let (mut from_shim, mut to_shim) = stream.into_split();
-    let upstream = async {
-        let copied = io::copy(&mut io::stdin(), &mut to_shim).await;
-        let closed = to_shim.shutdown().await.and(copied);
-        // The shim ends the connection when it sees the end. If it does not, nobody is left who
-        // would end this process.
-        tokio::time::sleep(FAREWELL).await;
-        closed.map(drop)
+    })
+}
+
+/// The first of the sockets that is served; the error of the first otherwise. An agent that was started in another
+/// environment may serve another one than that of this login.
+async fn local(places: &SocketLocations, speaks: Speaks) -> Result<OwnedFd, LinkError> {
+    let candidates = match speaks {
+        Speaks::Plain => places.candidates(),
+        Speaks::Tls => places.tls_candidates(),
     };
-    let downstream = async {
-        io::copy(&mut from_shim, &mut stdout).await?;
-        stdout.flush().await
-    };
-    tokio::select! {
-        done = downstream => Ok(done?),
-        done = upstream => Ok(done?),
+    let mut first = None;
+    for path in candidates {
+        match unix::connect(&path).await {
+            Ok((stream, _)) => return blocking(stream.into_std(), &path),
+            Err(error) => {
+                // A dead socket says more than one that is not there.
+                let better = matches!(error, LinkError::NotServed { .. });
+                if better || first.is_none() {
+                    first = Some(error);
+                }
+            }
+        }
+    }
+    Err(first.unwrap_or(LinkError::Ended))
+}
+
+fn blocking(
+    stream: io::Result<std::os::unix::net::UnixStream>,
+    path: &std::path::Path,
+) -> Result<OwnedFd, LinkError> {
+    let stream = stream.and_then(|stream| {
+        stream.set_nonblocking(false)?;
+        Ok(OwnedFd::from(stream))
+    });
+    stream.map_err(|source| LinkError::Connect {
+        carrier: knoc_link::Carrier::Unix(path.to_owned()),
+        source,
+    })
+}
+
+async fn dial(host: &str, port: u16) -> io::Result<OwnedFd> {
+    let dialled = tokio::time::timeout(DIAL, TcpStream::connect((host, port))).await;
+    let stream = dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+    stream.set_nodelay(true)?;
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    Ok(stream.into())
+}
+
+/// Whether an agent on another host of this state directory has shown recently that it lives.
+#[must_use]
+pub fn lives_elsewhere(lease: Option<&Lease>, own_host: &str, now: i64) -> bool {
+    let stale = i64::try_from(crate::lease::STALE.as_secs()).unwrap_or(60);
+    lease.is_some_and(|lease| lease.host != own_host && now - lease.heartbeat <= stale)
+}
+
+impl Reached {
+    /// Writes the marker and relays until the agent closes the connection. Blocking.
+    pub fn relay(self) -> Result<(), ConnectError> {
+        self.run().map_err(ConnectError::Broken)
+    }
+
+    fn run(self) -> io::Result<()> {
+        // Descriptors of their own: the standard library's handles buffer by lines.
+        let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let mut output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        output.write_all(self.speaks.marker())?;
+        let mut from_agent = File::from(self.socket);
+        let mut to_agent = from_agent.try_clone()?;
+        // It may wait for input for ever: the relay ends when the agent closes the connection, and the process with it. The
+        // end of standard input alone does not end it.
+        std::thread::Builder::new().spawn(move || {
+            copy(&mut input, &mut to_agent).ok();
+            // The agent sees the end of input, and may still answer.
+            rustix::net::shutdown(&to_agent, rustix::net::Shutdown::Write).ok();
+        })?;
+        copy(&mut from_agent, &mut output)
     }
 }
 
-/// Relays until either side ends.
-pub async fn run(places: &SocketLocations) -> Result<(), ConnectError> {
-    let path = places.find().unwrap_or_else(|| places.choose().0);
-    let (stream, _) = unix::connect(&path).await.map_err(|source| {
-        let not_served = matches!(source, LinkError::NotServed { .. });
-        match places.other_host().filter(|_| not_served) {
-            Some(host) => ConnectError::Elsewhere { host, source },
-            None => ConnectError::Link(source),
-        }
-    })?;
-    relay(stream).await.map_err(ConnectError::Broken)
+fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let read = match from.read(&mut chunk) {
+            Ok(0) => return Ok(()),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        to.write_all(chunk.get(..read).unwrap_or_default())?;
+    }
 }
 
-async fn relay(stream: tokio::net::UnixStream) -> io::Result<()> {
-    let (mut from_agent, mut to_agent) = stream.into_split();
-    let upstream = async {
-        let copied = io::copy(&mut io::stdin(), &mut to_agent).await;
-        // A half-close is passed on: the agent sees the end of input and may still answer.
-        to_agent.shutdown().await.and(copied)
-    };
-    let downstream = async {
-        let mut stdout = io::stdout();
-        io::copy(&mut from_agent, &mut stdout).await?;
-        stdout.flush().await
-    };
-    tokio::select! {
-        // The relay ends when the agent closes the connection; the end of standard input alone does
-        // not end it.
-        done = downstream => done,
-        Err(error) = upstream => Err(error),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_elsewhere_counts_while_its_heartbeat_is_fresh() {
+        let lease = Lease {
+            host: "login1".into(),
+            boot_id: String::new(),
+            pid: 1,
+            epoch: 1,
+            heartbeat: 1000,
+        };
+        assert!(lives_elsewhere(Some(&lease), "login2", 1060));
+        assert!(!lives_elsewhere(Some(&lease), "login2", 1061));
+        assert!(!lives_elsewhere(Some(&lease), "login1", 1000));
+        assert!(!lives_elsewhere(None, "login2", 0));
     }
 }

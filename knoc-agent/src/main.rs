@@ -8,8 +8,9 @@ use clap::{Parser, Subcommand};
 use knoc_agent::{
     app::{App, socket_places},
     config::{Config, Home},
-    connect, init,
+    connect, init, on_demand, shim_connect,
 };
+use knoc_link::carrier::exec::marker::Speaks;
 use knoc_memory as _;
 use knoc_proto::{
     error::chain,
@@ -37,16 +38,9 @@ enum Command {
     /// Creates certificates, the kubelet's bundle and a commented site file; never overwrites a file.
     Init(init::Options),
     /// Runs the agent on the login node.
-    Serve(ConfigFile),
-    /// Connects standard input and output to the unix socket of the running agent, or of a shim.
-    Connect {
-        /// A job directory: connects to the shim of that pod, which must run on this host. The agent runs this as a
-        /// step of the pod's job if compute nodes cannot reach the agent.
-        #[arg(conflicts_with = "config")]
-        jobdir: Option<PathBuf>,
-        #[command(flatten)]
-        config: ConfigFile,
-    },
+    Serve(Serve),
+    /// Connects standard input and output to the running agent, for a link over SSH.
+    Connect(Connect),
     /// Runs the containers of one pod inside its job.
     Shim {
         /// The job directory.
@@ -89,6 +83,38 @@ impl ConfigFile {
     }
 }
 
+#[derive(Debug, clap::Args)]
+struct Serve {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// Starts an agent only if none runs, in the background, and connects standard input and output to it
+    #[arg(long)]
+    stdio: bool,
+    /// With --stdio: connects to the socket without TLS, for knocctl without a certificate
+    #[arg(long, requires = "stdio")]
+    plain: bool,
+    /// Ends once there was no link for `serve.linger` of the site file.
+    #[arg(long, hide = true, conflicts_with = "stdio")]
+    on_demand: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Connect {
+    /// Connects to the shim of the pod with this job directory instead, which must run on this host; the agent runs this
+    /// as a step of the pod's job if compute nodes cannot reach the agent
+    #[arg(conflicts_with = "plain")]
+    jobdir: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigFile,
+    /// Connects to the socket without TLS, for knocctl without a certificate; kubelets are refused there
+    #[arg(long)]
+    plain: bool,
+}
+
+fn speaks(plain: bool) -> Speaks {
+    if plain { Speaks::Plain } else { Speaks::Tls }
+}
+
 fn main() -> ExitCode {
     // Done before anything is read, and in the helpers before they enter a container.
     if let Err(error) = keep_memory_private() {
@@ -108,14 +134,22 @@ fn main() -> ExitCode {
             let found = init::Found::look(init::Environment::own());
             home().and_then(|home| say(&init::run(&options, &home.home, &found)?))
         }
-        Command::Serve(config) => config.load().and_then(serve),
-        Command::Connect {
+        Command::Serve(options) if options.stdio => options
+            .config
+            .load()
+            .and_then(|config| relay(&config, speaks(options.plain), true)),
+        Command::Serve(options) => options
+            .config
+            .load()
+            .and_then(|config| serve(config, options.on_demand)),
+        Command::Connect(Connect {
             jobdir: Some(jobdir),
             ..
-        } => relay(connect::to_shim(&jobdir)),
-        Command::Connect { config, .. } => config
+        }) => relay_to_shim(&jobdir),
+        Command::Connect(options) => options
+            .config
             .load()
-            .and_then(|config| relay(connect::run(&socket_places(&config)))),
+            .and_then(|config| relay(&config, speaks(options.plain), false)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -148,7 +182,7 @@ fn filter(wanted: Option<&OsStr>) -> anyhow::Result<EnvFilter> {
     })
 }
 
-fn serve(config: Config) -> anyhow::Result<()> {
+fn serve(config: Config, on_demand: bool) -> anyhow::Result<()> {
     let filter = filter(std::env::var_os("KNOC_LOG").as_deref())?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -165,7 +199,11 @@ fn serve(config: Config) -> anyhow::Result<()> {
         let shutdown = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let app = App::build(config).await?;
+        let linger = config.serve.linger;
+        let mut app = App::build(config).await?;
+        if on_demand {
+            app = app.lingering(linger);
+        }
         let token = shutdown.clone();
         let signals = async move {
             tokio::select! {
@@ -183,11 +221,33 @@ fn serve(config: Config) -> anyhow::Result<()> {
     })
 }
 
-fn relay(relaying: impl Future<Output = Result<(), connect::ConnectError>>) -> anyhow::Result<()> {
+/// Relays to the running agent; `start`: starts one if none runs.
+fn relay(config: &Config, speaks: Speaks, start: bool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let relayed = runtime.block_on(relaying);
+    let places = socket_places(config);
+    let reached = runtime.block_on(async {
+        if !start {
+            return anyhow::Ok(connect::reach(config, &places, speaks).await?);
+        }
+        let source = config.source.as_ref().context("no site file")?;
+        let start = on_demand::Start {
+            site_file: source.path.clone(),
+            environment: std::env::vars_os().collect(),
+        };
+        Ok(on_demand::reach(config, &places, speaks, &start).await?)
+    })?;
+    runtime.shutdown_background();
+    Ok(reached.relay()?)
+}
+
+/// Relays to the shim of a job directory.
+fn relay_to_shim(jobdir: &std::path::Path) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let relayed = runtime.block_on(shim_connect::to_shim(jobdir));
     // A read from standard input cannot be cancelled; waiting for it would delay the exit.
     runtime.shutdown_background();
     Ok(relayed?)

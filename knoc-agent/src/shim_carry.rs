@@ -22,7 +22,7 @@ use crate::{
         CommandError, CommandErrorKind,
         relay::{Relay, Stream},
     },
-    connect::MARKER,
+    shim_connect::MARKER,
     shim_links::Carried,
     shim_steps::{Phase, Request, START},
     site::Site,

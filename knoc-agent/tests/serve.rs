@@ -86,7 +86,7 @@ async fn connect_carries_bytes_both_ways() {
     let home = site();
     let _agent = serve(home.path());
     connected(home.path()).await;
-    let mut relay = agent(home.path(), &["connect"]);
+    let mut relay = agent(home.path(), &["connect", "--plain"]);
     let mut relay = relay
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -98,13 +98,15 @@ async fn connect_carries_bytes_both_ways() {
         .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
         .await
         .unwrap();
-    let mut header = [0; 9];
+    let mut answer = [0; 18 + 9];
     let mut stdout = relay.stdout.take().unwrap();
-    let reading = stdout.read_exact(&mut header);
+    let reading = stdout.read_exact(&mut answer);
     tokio::time::timeout(PATIENCE, reading)
         .await
         .unwrap()
         .unwrap();
+    let (marker, header) = answer.split_at(18);
+    assert_eq!(marker, b"KNOC-LINK/1 plain\n");
     assert_eq!(
         header[3], 4,
         "the agent answers with its SETTINGS: {header:?}"

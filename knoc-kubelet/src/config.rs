@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_link::{Carrier, proxy::Via};
+use knoc_link::{Carrier, Route, proxy::Via};
 use knoc_proto::settings::{Document, Mistakes};
 
 use settings::Settings;
@@ -60,9 +60,19 @@ pub struct AgentConfig {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AgentWay {
     /// The kubelet dials the agent.
-    Dial(Carrier, Via),
+    Dial(Route, Via),
     /// The agent dials this address of the kubelet.
     Accept(SocketAddr),
+}
+
+impl AgentWay {
+    /// Whether the only address is a unix socket, which takes no certificates.
+    pub(super) fn is_unix(&self) -> bool {
+        match self {
+            Self::Dial(route, _) => matches!(route.carriers(), [Carrier::Unix(_)]),
+            Self::Accept(_) => false,
+        }
+    }
 }
 
 /// The PEM files of one side of a TLS connection.

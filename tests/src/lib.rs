@@ -17,6 +17,7 @@ pub mod pod;
 pub mod proxy;
 pub mod relay;
 pub mod site;
+pub mod sshd;
 pub mod terminal;
 pub mod wait;
 pub mod world;

@@ -47,6 +47,8 @@ pub struct Options {
     pub tables: String,
     /// Leaves `listen.socket` out of the site file.
     pub default_socket: bool,
+    /// The agent listens on no port for kubelets.
+    pub ssh_only: bool,
     /// The address that shims dial instead of the agent's, such as that of a [`crate::relay::Relay`].
     pub shims_dial: Option<SocketAddr>,
 }
@@ -302,6 +304,11 @@ impl Site {
 
     fn config(&self) -> String {
         let (dir, shim) = (self.dir.path().display(), self.shim);
+        let kubelet = if self.options.ssh_only {
+            "none".to_owned()
+        } else {
+            self.address.to_string()
+        };
         let dialled = self.options.shims_dial.unwrap_or(shim);
         let socket = if self.options.default_socket {
             String::new()
@@ -324,7 +331,7 @@ prelude = '''
 {prelude}'''
 
 [listen]
-kubelet = "{address}"
+kubelet = "{kubelet}"
 shim = "{shim}"
 shim_addresses = ["{dialled}"]
 {socket}
@@ -355,7 +362,6 @@ scratch = "{dir}/scratch"
 
 {tables}
 "#,
-            address = self.address,
         )
     }
 }
@@ -439,7 +445,7 @@ fn identities() -> [(&'static str, Identity); 3] {
     ]
 }
 
-fn loopback(port: u16) -> SocketAddr {
+pub(crate) fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 

@@ -124,7 +124,7 @@ impl Gate {
                 certificate,
                 ..
             }) => (identity, certificate),
-            Some(Peer::Pinned { .. }) | None => {
+            Some(Peer::Pinned { .. } | Peer::Command) | None => {
                 return Err(ErrorReason::PeerDenied.status("the peer is not known"));
             }
         };

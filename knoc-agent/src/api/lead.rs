@@ -65,7 +65,9 @@ pub(super) fn kubelet(peer: Option<&Peer>) -> Option<&str> {
             identity: Identity::Kubelet { name },
             ..
         }) => Some(name),
-        Some(Peer::Tls { .. } | Peer::Unix { .. } | Peer::Pinned { .. }) | None => None,
+        Some(Peer::Tls { .. } | Peer::Unix { .. } | Peer::Pinned { .. } | Peer::Command) | None => {
+            None
+        }
     }
 }
 
@@ -74,6 +76,7 @@ fn who(peer: &Peer) -> String {
         Peer::Tls { identity, .. } => identity.to_string(),
         Peer::Unix { .. } => "a process at the unix socket".to_owned(),
         Peer::Pinned { .. } => "a shim".to_owned(),
+        Peer::Command => "the far side of a command".to_owned(),
     }
 }
 

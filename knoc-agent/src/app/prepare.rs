@@ -17,7 +17,9 @@ use knoc_contract::{
     },
     setuid,
 };
-use knoc_link::{Credentials, CredentialsError, LinkError, pinned::KeyPair};
+use knoc_link::{
+    Credentials, CredentialsError, LinkError, carrier::unix, pinned::KeyPair, socket::tls_beside,
+};
 use knoc_proto::{error::chain, ids::PodUid};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
@@ -282,9 +284,17 @@ pub(super) async fn near_listeners(
     let mut near = vec![knoc_link::listen::unix(&socket).map_err(listen)?];
     tracing::info!(socket = %socket.display(), "serving knocctl");
     if let Some(credentials) = credentials {
-        let incoming = knoc_link::listen::tcp(config.listen.kubelet, credentials).await;
-        near.push(incoming.map_err(listen)?);
-        tracing::info!(address = %config.listen.kubelet, "serving kubelets");
+        // For `knoc-agent connect`: clients over SSH show the same certificates as those over TCP.
+        let tls_socket = tls_beside(&socket);
+        let listener = unix::Listener::bind(&tls_socket).map_err(listen)?;
+        near.push(knoc_link::listen::over_tls(listener, credentials.clone()));
+        if let Some(address) = config.listen.kubelet {
+            let incoming = knoc_link::listen::tcp(address, credentials).await;
+            near.push(incoming.map_err(listen)?);
+            tracing::info!(%address, socket = %tls_socket.display(), "serving kubelets");
+        } else {
+            tracing::info!(socket = %tls_socket.display(), "serving kubelets over SSH only");
+        }
     } else {
         tracing::warn!("no [tls] in the site file: only the unix socket is served");
     }

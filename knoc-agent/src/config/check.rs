@@ -211,6 +211,7 @@ impl Check<'_> {
             ("limits.pods", limits.pods != Some(0)),
             ("limits.poll_min", !limits.poll_min.is_zero()),
             ("limits.srun_idle", !limits.srun_idle.is_zero()),
+            ("serve.linger", !config.serve.linger.is_zero()),
             ("backoff.initial", !config.backoff.initial.is_zero()),
             ("logs.max_files", config.logs.max_files > 0),
             ("job.time_minutes", config.job.time_minutes != Some(0)),

@@ -15,7 +15,7 @@ fn a_site_name_is_enough() {
     let config = parse("site = 'trixie'").unwrap();
     assert_eq!(config.state_dir, Path::new("/home/u/.local/state/knoc"));
     assert_eq!(config.limits.report_grace, Duration::from_secs(90));
-    assert_eq!(config.listen.kubelet.port(), 10350);
+    assert_eq!(config.listen.kubelet.unwrap().port(), 10350);
     assert_eq!(config.scheduler, SchedulerKind::Slurm);
 }
 

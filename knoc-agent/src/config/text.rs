@@ -49,6 +49,21 @@ pub(super) fn address<'de, D: Deserializer<'de>>(input: D) -> Result<SocketAddr,
     })
 }
 
+/// Reads `"0.0.0.0:10350"`, or `"none"`.
+pub(super) fn address_or_none<'de, D: Deserializer<'de>>(
+    input: D,
+) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(input)?;
+    if text == "none" {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| {
+        D::Error::custom(format!(
+            "{text:?} is neither an IP address with a port such as \"0.0.0.0:10350\" or \"[::]:10350\", nor \"none\""
+        ))
+    })
+}
+
 /// The default mapping of extended resources.
 pub(crate) fn gres() -> BTreeMap<String, String> {
     BTreeMap::from([("nvidia.com/gpu".to_owned(), "gpu".to_owned())])

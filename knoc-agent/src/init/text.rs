@@ -280,4 +280,8 @@ registries = []
 # memory_fallback = "error"  # default
 # How long a job waits, holding its nodes, for values that are missing or have expired before its pod fails.
 # wait = "10m"  # default
+
+[serve]
+# How long an agent that was started on demand (`knoc-agent serve --stdio`) goes on without any link.
+# linger = "10m"  # default
 "#;

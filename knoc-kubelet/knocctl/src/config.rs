@@ -9,7 +9,8 @@ use std::{
 };
 
 use knoc_link::{
-    Carrier,
+    Addresses, Carrier, Route,
+    carrier::ssh::{self, Login},
     proxy::{self, InvalidProxy, Via},
     socket::{SiteFile, SocketLocations},
 };
@@ -74,14 +75,19 @@ struct File {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct RawContext {
-    /// Required; the default only lets [`resolve`] report its absence together with the other mistakes.
-    #[serde(default)]
-    address: String,
+    /// It has no default.
+    address: Option<Addresses>,
     ca: Option<PathBuf>,
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
     /// The site whose agent is expected. If it is missing, any agent that the CA has signed is accepted.
     site: Option<String>,
+    /// A folder with key and host keys for `ssh:` addresses; unset: the user's own OpenSSH configuration.
+    ssh_folder: Option<PathBuf>,
+    /// The path of `knoc-agent` at the far side of an `ssh:` address.
+    ssh_program: Option<String>,
+    /// Whether an `ssh:` address starts an agent if none runs.
+    ssh_on_demand: Option<bool>,
     /// `http://HOST:PORT` of the proxy to a TCP address, or `none`; unset: that of the environment.
     proxy: Option<String>,
     /// A file with `user:password` for that proxy.
@@ -95,9 +101,9 @@ pub(crate) struct Context {
     pub name: String,
     /// The file that defines it; `None` for the agent's socket.
     pub file: Option<PathBuf>,
-    /// The way to the agent.
-    pub carrier: Carrier,
-    /// The certificates that a TCP address needs; `None` for a socket.
+    /// The addresses of the agent, in the order in which they are tried.
+    pub route: Route,
+    /// Over TCP, and over SSH if there are any.
     pub files: Option<PemFiles>,
     /// The site whose agent is expected.
     pub site: Option<String>,
@@ -200,7 +206,7 @@ fn local(socket: PathBuf) -> Context {
     Context {
         name: "local".to_owned(),
         file: None,
-        carrier: Carrier::Unix(socket),
+        route: Carrier::Unix(socket).into(),
         files: None,
         site: None,
     }
@@ -259,68 +265,153 @@ fn resolve(
     here: &Surroundings,
     document: &mut Document,
 ) -> Option<(String, Context)> {
-    let mut wrong = |key: &str, what: &str| document.wrong(&["contexts", name, key], what);
-    if raw.address.is_empty() {
-        wrong("address", "is missing: HOST:PORT or unix:/PATH");
+    let mut mistakes = Faults::default();
+    let carriers = carriers(raw, path, here, &mut mistakes);
+    let files = carriers
+        .as_deref()
+        .and_then(|carriers| files(carriers, raw, path, here, &mut mistakes));
+    for (key, what) in &mistakes.0 {
+        document.wrong(&["contexts", name, key], what);
+    }
+    let context = Context {
+        name: name.to_owned(),
+        file: Some(path.to_owned()),
+        route: carriers.and_then(Route::new)?,
+        files,
+        site: raw.site.clone(),
+    };
+    mistakes.0.is_empty().then(|| (name.to_owned(), context))
+}
+
+/// What is wrong with a context, by key.
+#[derive(Debug, Default)]
+struct Faults(Vec<(&'static str, String)>);
+
+impl Faults {
+    fn add(&mut self, key: &'static str, what: impl Into<String>) {
+        self.0.push((key, what.into()));
+    }
+}
+
+/// The carriers, with what the context says about logins.
+fn carriers(
+    raw: &RawContext,
+    path: &Path,
+    here: &Surroundings,
+    mistakes: &mut Faults,
+) -> Option<Vec<Carrier>> {
+    let Some(addresses) = &raw.address else {
+        mistakes.add(
+            "address",
+            "is missing: HOST:PORT, ssh:[USER@]HOST[:PORT], exec:COMMAND or unix:/PATH",
+        );
+        return None;
+    };
+    let carriers = match addresses.carriers() {
+        Ok(carriers) => carriers,
+        Err(error) => {
+            mistakes.add("address", error.to_string());
+            return None;
+        }
+    };
+    let over_ssh = carriers.iter().any(|one| matches!(one, Carrier::Ssh(_)));
+    let given = [
+        ("ssh-folder", raw.ssh_folder.is_some()),
+        ("ssh-program", raw.ssh_program.is_some()),
+        ("ssh-on-demand", raw.ssh_on_demand.is_some()),
+    ];
+    for (key, _) in given.iter().filter(|(_, given)| *given && !over_ssh) {
+        mistakes.add(key, "belongs to an ssh: address, and there is none");
+    }
+    let program = raw.ssh_program.clone();
+    if program
+        .as_deref()
+        .is_some_and(|text| !ssh::is_program(text))
+    {
+        mistakes.add(
+            "ssh-program",
+            "must be a path of letters, digits and `_./+-`, which may begin with `~/`",
+        );
+    }
+    let login = Login {
+        folder: raw
+            .ssh_folder
+            .as_ref()
+            .map(|folder| absolute(folder, path, here)),
+        program,
+        on_demand: raw.ssh_on_demand.unwrap_or_default(),
+    };
+    let with_login = carriers
+        .into_iter()
+        .map(|one| one.with_login(login.clone()));
+    match via(with_login.collect(), raw, path, here) {
+        Ok(carriers) => Some(carriers),
+        Err((key, what)) => {
+            mistakes.add(key, what);
+            None
+        }
+    }
+}
+
+/// The certificates that these carriers need, or may have.
+fn files(
+    carriers: &[Carrier],
+    raw: &RawContext,
+    path: &Path,
+    here: &Surroundings,
+    mistakes: &mut Faults,
+) -> Option<PemFiles> {
+    let any = |kind: fn(&Carrier) -> bool| carriers.iter().any(kind);
+    let (tcp, unix) = (
+        any(|one| one.address().is_some()),
+        any(|one| matches!(one, Carrier::Unix(_))),
+    );
+    if unix && carriers.len() > 1 {
+        mistakes.add(
+            "address",
+            "a unix socket is the only address of its context",
+        );
         return None;
     }
-    let carrier: Carrier = match raw.address.parse() {
-        Ok(carrier) => carrier,
-        Err(error) => {
-            wrong("address", &error.to_string());
-            return None;
-        }
-    };
-    let carrier = match via(carrier, raw, path, here) {
-        Ok(carrier) => carrier,
-        Err((key, what)) => {
-            wrong(key, &what);
-            return None;
-        }
-    };
-    let files = match (&carrier, &raw.ca, &raw.cert, &raw.key) {
-        (Carrier::Tcp(_) | Carrier::HttpConnect { .. }, Some(ca), Some(cert), Some(key)) => {
-            let [ca, cert, key] = [ca, cert, key].map(|file| absolute(file, path, here));
-            Some(PemFiles { ca, cert, key })
-        }
-        _ => None,
-    };
+    let with_certificate = raw.ca.is_some() || raw.cert.is_some() || raw.key.is_some();
     let given = [
         ("ca", raw.ca.is_some()),
         ("cert", raw.cert.is_some()),
         ("key", raw.key.is_some()),
         ("site", raw.site.is_some()),
     ];
-    let mut right = true;
     for (key, given) in given {
-        let what = match &carrier {
-            Carrier::Unix(_) if given => "a unix socket takes none: its peer is known by its user",
-            Carrier::Tcp(_) | Carrier::HttpConnect { .. } if !given && key != "site" => {
-                "is missing: a TCP address needs it"
-            }
-            _ => continue,
-        };
-        wrong(key, what);
-        right = false;
+        if unix && given {
+            mistakes.add(
+                key,
+                "a unix socket takes none: its peer is known by its user",
+            );
+        } else if tcp && !given && key != "site" {
+            mistakes.add(key, "is missing: a TCP address needs it");
+        } else if with_certificate && !given && key != "site" {
+            mistakes.add(key, "is missing: ca, cert and key, all or none");
+        } else if !unix && !tcp && !with_certificate && given {
+            mistakes.add(
+                key,
+                "is of no use without ca, cert and key, which prove the site",
+            );
+        }
     }
-    let context = Context {
-        name: name.to_owned(),
-        file: Some(path.to_owned()),
-        carrier,
-        files,
-        site: raw.site.clone(),
+    let (Some(ca), Some(cert), Some(key)) = (&raw.ca, &raw.cert, &raw.key) else {
+        return None;
     };
-    right.then(|| (name.to_owned(), context))
+    let [ca, cert, key] = [ca, cert, key].map(|file| absolute(file, path, here));
+    Some(PemFiles { ca, cert, key })
 }
 
-/// The carrier through the proxy that the context or the environment names. Otherwise the key of the wrong setting, and what
+/// The carriers through the proxy that the context or the environment names. Otherwise the key of the wrong setting, and what
 /// is wrong.
 fn via(
-    carrier: Carrier,
+    carriers: Vec<Carrier>,
     raw: &RawContext,
     path: &Path,
     here: &Surroundings,
-) -> Result<Carrier, (&'static str, String)> {
+) -> Result<Vec<Carrier>, (&'static str, String)> {
     let credentials = raw.proxy_credentials.as_ref();
     let credentials = credentials.map(|file| absolute(file, path, here));
     let via = Via::of_settings(raw.proxy.as_deref(), credentials.as_deref());
@@ -328,11 +419,14 @@ fn via(
         InvalidProxy::NeedlessCredentials => ("proxy-credentials", error.to_string()),
         _ => ("proxy", error.to_string()),
     })?;
-    if raw.proxy.is_some() && carrier.address().is_none() {
-        return Err(("proxy", format!("does not lead to {carrier}")));
+    if raw.proxy.is_some() && carriers.iter().all(|one| one.address().is_none()) {
+        return Err(("proxy", "does not lead to any of the addresses".to_owned()));
     }
-    let carrier = carrier.via(&via, |name| here.proxies.get(name).cloned());
-    carrier.map_err(|error| ("address", error.to_string()))
+    let through = carriers.into_iter().map(|carrier| {
+        let carrier = carrier.via(&via, |name| here.proxies.get(name).cloned());
+        carrier.map_err(|error| ("address", error.to_string()))
+    });
+    through.collect()
 }
 
 /// Expands `~/` to the home directory; other relative paths start at the configuration file's folder.

@@ -201,11 +201,11 @@ fn configured(context: &Context) -> String {
             "context {} of {}: {}",
             context.name,
             file.display(),
-            context.carrier
+            context.route
         ),
         None => format!(
             "no context was asked for, so the agent's socket: {}",
-            context.carrier
+            context.route
         ),
     }
 }
@@ -250,33 +250,44 @@ fn check_dates(
     Ok(true)
 }
 
-/// Connects over TCP and TLS, or to the socket. Returns false if no further step can be checked.
+/// Each address: the network, SSH or the socket, and TLS. False where the walk ends here, because none answers.
 async fn check_carrier(
     report: &mut Report,
     context: &Context,
     credentials: Option<&Credentials>,
 ) -> Result<bool, CtlError> {
-    let began = tokio::time::Instant::now();
-    match knoc_link::connect(&context.carrier, credentials, &expect(context)).await {
-        Ok(conn) => {
-            let took = began.elapsed().as_millis();
-            report.good(
-                "link",
-                format!("{} answers in {took} ms: {}", context.carrier, conn.peer()),
-            )?;
-            Ok(true)
-        }
-        Err(error) => {
-            let not_served = matches!(error, LinkError::NotServed { .. });
-            let host = Surroundings::here().places.other_host();
-            let host = host.filter(|_| not_served);
-            let elsewhere =
-                |host| format!("the agent of this state directory is on {host}: log in there");
-            let cure = host.map_or_else(|| cure_of_link(&error).to_owned(), elsewhere);
-            report.bad("link", &chain(&error), &cure)?;
-            Ok(false)
+    let mut failed = Vec::new();
+    let mut answers = false;
+    for carrier in context.route.carriers() {
+        let began = tokio::time::Instant::now();
+        match knoc_link::connect(carrier, credentials, &expect(context)).await {
+            Ok(conn) => {
+                let took = began.elapsed().as_millis();
+                let found = format!("{carrier} answers in {took} ms: {}", conn.peer());
+                report.good("link", found)?;
+                answers = true;
+            }
+            Err(error) => failed.push(error),
         }
     }
+    for error in failed {
+        // Of several login nodes one is enough.
+        if answers {
+            report.good(
+                "link",
+                format!("{}; another address answers", chain(&error)),
+            )?;
+            continue;
+        }
+        let not_served = matches!(error, LinkError::NotServed { .. });
+        let host = Surroundings::here().places.other_host();
+        let host = host.filter(|_| not_served);
+        let elsewhere =
+            |host| format!("the agent of this state directory is on {host}: log in there");
+        let cure = host.map_or_else(|| cure_of_link(&error).to_owned(), elsewhere);
+        report.bad("link", &chain(&error), &cure)?;
+    }
+    Ok(answers)
 }
 
 fn cure_of_link(error: &LinkError) -> &'static str {
@@ -314,7 +325,12 @@ fn cure_of_link(error: &LinkError) -> &'static str {
         LinkError::NoCredentials { .. }
         | LinkError::NeedlessCredentials { .. }
         | LinkError::Credentials { .. } => "fix ca, cert and key of the context",
-        LinkError::Listen { .. }
+        // These say themselves what to do.
+        LinkError::Command { .. }
+        | LinkError::Secret { .. }
+        | LinkError::NoAddress { .. }
+        | LinkError::TooEarly { .. }
+        | LinkError::Listen { .. }
         | LinkError::InUse { .. }
         | LinkError::NotHttp2 { .. }
         | LinkError::Greeting { .. }
@@ -476,7 +492,7 @@ mod tests {
         let context = Context {
             name: "local".into(),
             file: None,
-            carrier: knoc_link::Carrier::Unix(folder.path().join("knoc/none.sock")),
+            route: knoc_link::Carrier::Unix(folder.path().join("knoc/none.sock")).into(),
             files: None,
             site: None,
         };

@@ -64,7 +64,7 @@ impl Session {
 
     pub(super) fn of(context: &Context) -> Result<Self, CtlError> {
         let credentials = credentials(context)?;
-        let channel = knoc_link::dial(context.carrier.clone(), credentials, expect(context))
+        let channel = knoc_link::dial(context.route.clone(), credentials, expect(context))
             .map_err(|source| CtlError::Link { source })?;
         let client = AgentClient::new(channel)
             .max_decoding_message_size(knoc_link::MAX_MESSAGE)

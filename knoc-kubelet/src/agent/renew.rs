@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use knoc_link::{
-    Carrier, Credentials, CredentialsError, ExpectPeer, LinkError,
+    Credentials, CredentialsError, ExpectPeer, LinkError, Route,
     dial_in::DialIn,
     pki::{self, CertificateInfo, CertifiedKey, PkiError, Request, Validity},
 };
@@ -35,8 +35,8 @@ const RETRY_MOST: Duration = Duration::from_hours(1);
 /// Which side opens the connections to the agent.
 #[derive(Clone, Debug)]
 pub enum Way {
-    /// The kubelet dials this address.
-    Dial(Carrier),
+    /// The kubelet dials one of these addresses.
+    Dial(Route),
     /// The agent dials the kubelet.
     DialIn(DialIn),
 }
@@ -56,9 +56,9 @@ impl Dialer {
     /// Two new connections, which are opened by their first request.
     pub fn dial(&self) -> Result<Channels, LinkError> {
         let dial = || match &self.way {
-            Way::Dial(carrier) => {
-                let (carrier, credentials) = (carrier.clone(), self.credentials.clone());
-                knoc_link::dial(carrier, credentials, self.expect.clone())
+            Way::Dial(route) => {
+                let (route, credentials) = (route.clone(), self.credentials.clone());
+                knoc_link::dial(route, credentials, self.expect.clone())
             }
             Way::DialIn(dial_in) => Ok(dial_in.channel()),
         };

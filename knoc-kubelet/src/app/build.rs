@@ -8,8 +8,10 @@ use std::{
 
 use k8s_openapi::api::core::v1::Namespace;
 use knoc_link::{
-    Carrier, Credentials, ExpectPeer, LinkError,
+    Carrier, Credentials, ExpectPeer, LinkError, Route,
+    carrier::ssh::SecretError,
     dial_in::{self, Desk},
+    proxy::Via,
 };
 use kube::{
     Api, Client,
@@ -54,6 +56,15 @@ pub enum BuildError {
     Late {
         /// The URL of the API server.
         server: String,
+    },
+    /// The folder for logins over SSH.
+    #[error("agent.sshFolder, for the address {carrier}")]
+    Login {
+        /// The address.
+        carrier: Carrier,
+        /// Why not.
+        #[source]
+        source: Box<SecretError>,
     },
     /// A variable names no usable proxy.
     #[error("find the way to the agent")]
@@ -189,12 +200,10 @@ fn dialer(config: &AgentConfig) -> Result<(Dialer, Option<Desk>), BuildError> {
         None => ExpectPeer::AnyAgent,
     };
     let (way, desk) = match (&config.way, &credentials) {
-        (AgentWay::Dial(carrier, via), _) => {
-            let variable = |name: &str| std::env::var(name).ok();
-            let carrier = carrier.clone().via(via, variable);
-            let carrier = carrier.map_err(|source| BuildError::Proxy { source })?;
-            tracing::info!(agent = %carrier, "the kubelet dials the agent");
-            (Way::Dial(carrier), None)
+        (AgentWay::Dial(route, via), _) => {
+            let route = dialled(route, via)?;
+            tracing::info!(agent = %route, "the kubelet dials the agent");
+            (Way::Dial(route), None)
         }
         (AgentWay::Accept(listen), Some(credentials)) => {
             let expect = expect.clone();
@@ -213,6 +222,23 @@ fn dialer(config: &AgentConfig) -> Result<(Dialer, Option<Desk>), BuildError> {
         expect,
     };
     Ok((dialer, desk))
+}
+
+/// The addresses through the proxy that the settings or the environment name, with the folder for logins checked.
+fn dialled(route: &Route, via: &Via) -> Result<Route, BuildError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let mut carriers = Vec::new();
+    for carrier in route.carriers() {
+        if let Carrier::Ssh(ssh) = carrier {
+            ssh.check().map_err(|source| BuildError::Login {
+                carrier: carrier.clone(),
+                source: Box::new(source),
+            })?;
+        }
+        let carrier = carrier.clone().via(via, variable);
+        carriers.push(carrier.map_err(|source| BuildError::Proxy { source })?);
+    }
+    Ok(Route::new(carriers).unwrap_or_else(|| route.clone()))
 }
 
 /// An agent lets a kubelet lead the node of its certificate's name; other nodes must be allowed in the site file.

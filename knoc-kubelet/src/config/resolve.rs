@@ -7,7 +7,8 @@ use std::{
 };
 
 use knoc_link::{
-    Carrier,
+    Addresses, Carrier, Route,
+    carrier::ssh::{self, Login},
     proxy::{InvalidProxy, Via},
 };
 use knoc_proto::{ids::SiteName, names, settings::Document};
@@ -116,7 +117,7 @@ impl Resolver<'_> {
                 cert: cert.clone(),
                 key: key.clone(),
             }),
-            (None, None, None) if matches!(way, AgentWay::Dial(Carrier::Unix(_), _)) => None,
+            (None, None, None) if way.is_unix() => None,
             (ca, cert, key) => {
                 let files = [
                     ("agent.ca", ca.is_none()),
@@ -137,15 +138,58 @@ impl Resolver<'_> {
         })
     }
 
+    /// The carriers of `agent.address`, with what the other settings say about logins.
+    fn carriers(&mut self, addresses: &Addresses) -> Option<Vec<Carrier>> {
+        let agent = &self.settings.agent;
+        let carriers = match addresses.carriers() {
+            Ok(carriers) => carriers,
+            Err(error) => {
+                self.wrong("agent.address", error);
+                return None;
+            }
+        };
+        let over_ssh = carriers.iter().any(|one| matches!(one, Carrier::Ssh(_)));
+        let given = [
+            ("agent.sshFolder", agent.ssh_folder.is_some()),
+            ("agent.sshProgram", agent.ssh_program.is_some()),
+            ("agent.sshOnDemand", agent.ssh_on_demand),
+        ];
+        for (key, _) in given.iter().filter(|(_, given)| *given && !over_ssh) {
+            self.wrong(key, "belongs to an `ssh:` address, and there is none");
+        }
+        if over_ssh && agent.ssh_folder.is_none() {
+            let what = "is missing: an `ssh:` address needs a folder with `ssh-privatekey` and `known_hosts`, usually of a \
+                        mounted Secret";
+            self.wrong("agent.sshFolder", what);
+        }
+        let program = agent.ssh_program.as_deref();
+        if program.is_some_and(|text| !ssh::is_program(text)) {
+            let what = "is not a path of letters, digits and `_./+-`, which may begin with `~/`";
+            self.wrong("agent.sshProgram", what);
+        }
+        let login = Login {
+            folder: agent.ssh_folder.clone(),
+            program: agent.ssh_program.clone(),
+            on_demand: agent.ssh_on_demand,
+        };
+        let with_login = carriers.into_iter();
+        Some(
+            with_login
+                .map(|one| one.with_login(login.clone()))
+                .collect(),
+        )
+    }
+
     /// Which side dials, and where.
     fn way(&mut self) -> Option<AgentWay> {
         let agent = &self.settings.agent;
         let credentials = agent.proxy_credentials.as_deref();
         let via = Via::of_settings(agent.proxy.as_deref(), credentials);
-        let Some(address) = agent.address.clone() else {
+        let Some(addresses) = agent.address.clone() else {
             self.wrong(
                 "agent.address",
-                "is missing and has no default: set it to `host:port`, `unix:/path`, or `accept` if the agent dials out",
+                "is missing and has no default: set it to `host:port`, `ssh:user@host`, `exec:command`, `unix:/path`, or `accept` if the \
+                 agent dials out",
             );
             return None;
         };
@@ -160,20 +204,27 @@ impl Resolver<'_> {
                 return None;
             }
         };
-        if let Some(listen) = address.strip_prefix(ACCEPT) {
-            return self.accept(&address, listen);
+        if let Some(address) = addresses.only()
+            && let Some(listen) = address.strip_prefix(ACCEPT)
+        {
+            return self.accept(address, listen);
         }
-        match address.parse() {
-            Ok(carrier @ Carrier::Unix(_)) if agent.proxy.is_some() => {
-                self.wrong("agent.proxy", format!("does not lead to {carrier}"));
-                None
-            }
-            Ok(carrier) => Some(AgentWay::Dial(carrier, via)),
-            Err(error) => {
-                self.wrong("agent.address", error);
-                None
-            }
+        let carriers = self.carriers(&addresses)?;
+        let unix = carriers.iter().any(|one| matches!(one, Carrier::Unix(_)));
+        if unix && carriers.len() > 1 {
+            let what = "a `unix:` address is the only one: it takes no certificate, and the others need one";
+            self.wrong("agent.address", what);
+            return None;
         }
+        let proxied = carriers.iter().any(|one| one.address().is_some());
+        if self.settings.agent.proxy.is_some() && !proxied {
+            self.wrong(
+                "agent.proxy",
+                "does not lead to any address of agent.address",
+            );
+            return None;
+        }
+        Some(AgentWay::Dial(Route::new(carriers)?, via))
     }
 
     /// The agent dials. `listen` is what follows the word `accept` in `address`.

@@ -8,6 +8,7 @@ use std::{
     path::PathBuf,
 };
 
+use knoc_link::Addresses;
 use serde::{
     Deserialize, Deserializer, Serialize,
     de::{self, MapAccess, Visitor},
@@ -44,8 +45,9 @@ pub struct Settings {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Agent {
-    /// `host:port`, `tcp:host:port` or `unix:/path`; `accept` or `accept:address:port` if the agent dials out. Required.
-    pub address: Option<String>,
+    /// `host:port`, `ssh:user@host:port`, `exec:command` or `unix:/path`, or a list that is tried in order; `accept` or
+    /// `accept:address:port` if the agent dials out. Required.
+    pub address: Option<Addresses>,
     /// PEM file: the CA of the link's certificates.
     pub ca: Option<PathBuf>,
     /// PEM file: our certificate on the link.
@@ -58,6 +60,13 @@ pub struct Agent {
     pub proxy_credentials: Option<PathBuf>,
     /// The site that the agent's certificate must name; unset: any agent of our CA.
     pub site: Option<String>,
+    /// For `ssh:` addresses: a folder, usually of a mounted Secret, with `ssh-privatekey` and `known_hosts`, and optionally
+    /// `remote_user`, `host`, `port`, `proxy_jump` and `ssh-certificate`.
+    pub ssh_folder: Option<PathBuf>,
+    /// For `ssh:` addresses: the path of `knoc-agent` on the login node; unset: it is looked up in PATH and `~/.local/bin`.
+    pub ssh_program: Option<String>,
+    /// For `ssh:` addresses: whether an agent is started if none runs.
+    pub ssh_on_demand: bool,
 }
 
 /// Who the kubelet is towards the API server.

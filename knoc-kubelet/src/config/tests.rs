@@ -189,11 +189,11 @@ fn every_kind_of_wrong_value_is_reported_with_the_allowed_ones() {
         assert!(error.contains(expected), "{expected}\nis not in\n{error}");
     }
     let error = load(
-        &GOOD.replace("address: login:10350", "address: [a, b]"),
+        &GOOD.replace("address: login:10350", "address: {a: b}"),
         &[],
     )
     .unwrap_err();
-    let expected = "kubelet.yaml:3: agent.address: invalid type: sequence, expected a string";
+    let expected = "kubelet.yaml:3: agent.address: invalid type: map, expected an address or a list of addresses";
     assert_eq!(error, expected);
 }
 

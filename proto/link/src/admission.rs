@@ -42,7 +42,7 @@ impl From<Origin> for Source {
     fn from(origin: Origin) -> Self {
         match origin {
             Origin::Address(address) => address.into(),
-            Origin::ThisHost => Self::Local,
+            Origin::ThisHost | Origin::Command => Self::Local,
         }
     }
 }

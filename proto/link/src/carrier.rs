@@ -2,7 +2,7 @@
 //!
 //! Each carrier is a file under this module. It implements [`Dial`] if it opens connections and [`Listener`] if it
 //! accepts them; both yield [`Unverified`] connections. Admission, TLS and HTTP/2 know only these traits. [`Carrier`]
-//! is the form in configuration: `tcp:HOST:PORT` or `unix:/PATH`.
+//! is the form in configuration, such as `tcp:HOST:PORT`, `ssh:USER@HOST` or `unix:/PATH`.
 //!
 //! To add a carrier, add its file, a variant of [`Carrier`] with its textual form, and an arm in
 //! [`connect`](super::connect) that says how its peer is verified. The compiler points at these places.
@@ -24,7 +24,9 @@ use super::{
     proxy::{InvalidEnvironment, Proxy, Via},
 };
 
+pub mod exec;
 pub mod http_connect;
+pub mod ssh;
 pub mod tcp;
 pub mod unix;
 
@@ -86,6 +88,30 @@ pub enum Carrier {
     },
     /// A unix socket without TLS, whose peer is identified by its uid.
     Unix(PathBuf),
+    /// Standard input and output of a command, spoken TLS over.
+    Exec(exec::Argv),
+    /// A login over SSH, spoken TLS over.
+    Ssh(ssh::Ssh),
+}
+
+impl Carrier {
+    /// The same carrier, with these options if it is a login over SSH.
+    #[must_use]
+    pub fn with_login(self, login: ssh::Login) -> Self {
+        match self {
+            Self::Ssh(ssh) => Self::Ssh(ssh::Ssh { login, ..ssh }),
+            Self::Tcp(_) | Self::HttpConnect { .. } | Self::Unix(_) | Self::Exec(_) => self,
+        }
+    }
+
+    /// Whether each connection starts a process, and perhaps a login at another host.
+    #[must_use]
+    pub fn starts_a_process(&self) -> bool {
+        match self {
+            Self::Exec(_) | Self::Ssh(_) => true,
+            Self::Tcp(_) | Self::HttpConnect { .. } | Self::Unix(_) => false,
+        }
+    }
 }
 
 impl Carrier {
@@ -110,7 +136,7 @@ impl Carrier {
     pub fn address(&self) -> Option<&str> {
         match self {
             Self::Tcp(address) | Self::HttpConnect { address, .. } => Some(address),
-            Self::Unix(_) => None,
+            Self::Unix(_) | Self::Exec(_) | Self::Ssh(_) => None,
         }
     }
 }
@@ -130,11 +156,27 @@ pub enum InvalidCarrier {
         /// The path as configured.
         path: String,
     },
-    /// This version does not support the scheme.
-    #[error("the carrier {scheme:?} is not supported; use tcp:HOST:PORT or unix:/PATH")]
+    /// A scheme that this version does not know.
+    #[error(
+        "the carrier {scheme:?} is not supported; use tcp:HOST:PORT, ssh:[USER@]HOST[:PORT], exec:COMMAND or unix:/PATH"
+    )]
     Scheme {
         /// The text before the first colon.
         scheme: String,
+    },
+    /// A command that would not be run as it is written.
+    #[error("the command {command:?}: {why}")]
+    Command {
+        /// As given.
+        command: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Not a login.
+    #[error("{login:?} is not [USER@]HOST[:PORT] (an IPv6 address stands in brackets)")]
+    Login {
+        /// As given.
+        login: String,
     },
 }
 
@@ -145,11 +187,11 @@ impl FromStr for Carrier {
         match text.split_once(':') {
             Some(("unix", path)) => unix::parse(path),
             Some(("tcp", address)) => tcp::parse(address),
-            Some((scheme, rest)) if scheme == "exec" || rest.starts_with("//") => {
-                Err(InvalidCarrier::Scheme {
-                    scheme: scheme.to_owned(),
-                })
-            }
+            Some(("exec", command)) => exec::parse(command),
+            Some(("ssh", login)) => ssh::parse(login),
+            Some((scheme, rest)) if rest.starts_with("//") => Err(InvalidCarrier::Scheme {
+                scheme: scheme.to_owned(),
+            }),
             Some(_) | None => tcp::parse(text),
         }
     }
@@ -163,6 +205,8 @@ impl fmt::Display for Carrier {
                 write!(f, "tcp:{address} through the proxy {proxy}")
             }
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Exec(argv) => write!(f, "exec:{argv}"),
+            Self::Ssh(ssh) => write!(f, "ssh:{ssh}"),
         }
     }
 }
@@ -178,6 +222,9 @@ mod tests {
             ("tcp:10.0.0.1:1", "tcp:10.0.0.1:1"),
             ("[::1]:10350", "tcp:[::1]:10350"),
             ("unix:/run/knoc/agent.sock", "unix:/run/knoc/agent.sock"),
+            ("ssh:ann@login:2222", "ssh:ann@login:2222"),
+            ("exec:ssh login", "exec:ssh login"),
+            ("exec:[\"a b\"]", "exec:[\"a b\"]"),
         ] {
             let carrier: Carrier = text.parse().unwrap();
             assert_eq!(carrier.to_string(), shown);
@@ -193,7 +240,8 @@ mod tests {
             ("::1:10350", "brackets"),
             ("unix:agent.sock", "not absolute"),
             ("https://x:1", "not supported"),
-            ("exec:ssh login", "not supported"),
+            ("ssh://login", "not [USER@]HOST"),
+            ("exec:ssh 'login'", "as a list"),
         ] {
             let error = text.parse::<Carrier>().unwrap_err().to_string();
             assert!(error.contains(message), "{text}: {error}");

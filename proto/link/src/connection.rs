@@ -48,7 +48,7 @@ impl<P> Connection<P> {
 
     /// Drops `guard` when the connection is dropped.
     #[must_use]
-    pub(super) fn holding(self, guard: impl Send + Sync + 'static) -> Self {
+    pub fn holding(self, guard: impl Send + Sync + 'static) -> Self {
         Self {
             _held: Some(Box::new(guard)),
             ..self

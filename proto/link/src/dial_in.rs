@@ -377,7 +377,7 @@ impl Reception {
         let (ask, asked) = oneshot::channel();
         let until = match connection.peer() {
             Peer::Tls { certificate, .. } => certificate.info().validity.until,
-            Peer::Unix { .. } | Peer::Pinned { .. } => Timestamp::MAX,
+            Peer::Unix { .. } | Peer::Pinned { .. } | Peer::Command => Timestamp::MAX,
         };
         self.waiting.push_back(Waiting {
             ticket,

@@ -19,7 +19,7 @@ use super::{
     CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, KEEPALIVE, KEEPALIVE_TIMEOUT,
     LinkError, Peer,
     carrier::{http_connect, tcp},
-    dial::over_tls,
+    connect::over_tls,
     greeting::{self, HTTP2, PING},
     tls::readable_error,
 };
@@ -139,9 +139,12 @@ impl Target {
                 let dialler = http_connect::Dialler { address, proxy };
                 over_tls(&dialler, carrier, credentials, expect, self.name()).await
             }
-            Carrier::Unix(_) => Err(LinkError::NeedlessCredentials {
-                carrier: carrier.clone(),
-            }),
+            // The site file's check refuses these: the kubelet is reached over a network.
+            Carrier::Unix(_) | Carrier::Exec(_) | Carrier::Ssh(_) => {
+                Err(LinkError::NeedlessCredentials {
+                    carrier: carrier.clone(),
+                })
+            }
         }
     }
 }
@@ -210,7 +213,7 @@ fn greeting_of(carrier: &Carrier, peer: &Peer) -> impl Fn(std::io::Error) -> Lin
 fn claimed(peer: &Peer) -> Option<String> {
     match peer {
         Peer::Tls { identity, .. } => Some(identity.to_string()),
-        Peer::Unix { .. } | Peer::Pinned { .. } => None,
+        Peer::Unix { .. } | Peer::Pinned { .. } | Peer::Command => None,
     }
 }
 

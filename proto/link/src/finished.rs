@@ -104,7 +104,7 @@ impl PeerLimits {
             }
             // Only our own user can connect to the socket.
             Peer::Unix { uid, .. } => ((Kind::Others, uid.to_string()), self.most),
-            Peer::Pinned { .. } => ((Kind::Others, String::new()), half),
+            Peer::Pinned { .. } | Peer::Command => ((Kind::Others, String::new()), half),
         };
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.take(&key, of_peer, self.most)?;
@@ -144,7 +144,7 @@ impl<S> Bounded<S> {
     fn refuse(&mut self, peer: &Peer, full: Full) {
         let who = match peer {
             Peer::Tls { identity, .. } => identity.to_string(),
-            Peer::Unix { .. } | Peer::Pinned { .. } => String::new(),
+            Peer::Unix { .. } | Peer::Pinned { .. } | Peer::Command => String::new(),
         };
         let verdict = self.log.event(Instant::now(), who);
         accept::left_out(verdict.left_out);

@@ -22,9 +22,12 @@ use tonic::transport::{Endpoint, Server};
 use crate::bulk::CancellableExecutor;
 
 pub mod accept;
+mod addresses;
 pub mod admission;
+mod backoff;
 pub mod bulk;
 pub mod carrier;
+mod connect;
 mod connection;
 mod credentials;
 mod cut;
@@ -42,6 +45,7 @@ mod peer_certificate;
 pub mod pinned;
 pub mod pki;
 pub mod proxy;
+mod route;
 mod serve;
 mod single_connection;
 pub mod socket;
@@ -49,15 +53,18 @@ mod tls;
 pub mod verifier;
 
 pub use self::{
+    addresses::{Addresses, InvalidAddresses},
     carrier::{Carrier, InvalidCarrier},
+    connect::connect,
     connection::Connection,
     credentials::{Credentials, CredentialsError},
-    dial::{connect, dial},
+    dial::dial,
     identity::{ExpectPeer, Identity, InvalidIdentity},
     listen::Incoming,
     origin::Origin,
     peer::Peer,
     peer_certificate::{PeerCertificate, Trust, Untrusted},
+    route::Route,
     serve::serve,
     single_connection::{FarSide, far_side, near_side},
 };
@@ -136,6 +143,36 @@ pub enum LinkError {
         /// The error of connect(2).
         #[source]
         source: std::io::Error,
+    },
+    /// The command, or ssh, gave no link.
+    #[error("connect to {carrier}")]
+    Command {
+        /// The way.
+        carrier: Carrier,
+        /// What the command said.
+        #[source]
+        source: Box<carrier::exec::CommandFailure>,
+    },
+    /// The folder for a login over SSH is no good.
+    #[error("log in to {carrier}")]
+    Secret {
+        /// The way.
+        carrier: Carrier,
+        /// What is wrong with it.
+        #[source]
+        source: Box<carrier::ssh::SecretError>,
+    },
+    /// No address of several answers.
+    #[error("no address answers: {}", errors.join("; "))]
+    NoAddress {
+        /// Each with its error.
+        errors: Vec<String>,
+    },
+    /// An address failed a moment ago, and it is too early to try again. The message is that of the failure.
+    #[error("{error}")]
+    TooEarly {
+        /// The failure.
+        error: String,
     },
     /// The proxy did not connect to the peer.
     #[error("connect to {carrier} through a proxy")]

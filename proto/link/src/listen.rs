@@ -112,7 +112,7 @@ async fn accept_tls<I: Io>(
         Peer::Tls {
             identity, origin, ..
         } => (origin.to_string(), Some(identity.to_string())),
-        Peer::Unix { .. } | Peer::Pinned { .. } => (peer.to_string(), None),
+        Peer::Unix { .. } | Peer::Pinned { .. } | Peer::Command => (peer.to_string(), None),
     };
     // A client sends first. A peer that has presented a certificate but sends nothing has not finished its handshake:
     // it is counted and closed like one that has not.

@@ -8,6 +8,8 @@ pub enum Origin {
     Address(SocketAddr),
     /// A process on this host.
     ThisHost,
+    /// The far side of a command that this process started.
+    Command,
 }
 
 impl fmt::Display for Origin {
@@ -15,6 +17,7 @@ impl fmt::Display for Origin {
         match self {
             Self::Address(address) => address.fmt(f),
             Self::ThisHost => f.write_str("this host"),
+            Self::Command => f.write_str("the far side of a command"),
         }
     }
 }

@@ -22,6 +22,8 @@ pub enum Peer {
         /// The pid of the process, if the kernel tells it.
         pid: Option<i32>,
     },
+    /// Whoever a command reaches, such as a login over SSH; proved by that command alone.
+    Command,
     /// The other side of a shim's link, verified by its pinned key.
     Pinned {
         /// SHA-256 of its public key (`SubjectPublicKeyInfo`), in hexadecimal digits.
@@ -42,6 +44,7 @@ impl fmt::Display for Peer {
                 pid: Some(pid),
             } => write!(f, "uid {uid}, pid {pid}"),
             Self::Unix { uid, pid: None } => write!(f, "uid {uid}"),
+            Self::Command => f.write_str("the agent of that login"),
             Self::Pinned { .. } => f.write_str("the pinned peer"),
         }
     }

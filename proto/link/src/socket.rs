@@ -1,6 +1,7 @@
 //! Where the agent creates its unix socket, and where clients look for it. The carrier [`super::carrier::unix`] binds
 //! it and connects to it.
 use std::{
+    ffi::{OsStr, OsString},
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -12,6 +13,8 @@ use super::{carrier::unix::is_ours, own_uid};
 
 /// The file name of the socket that knocctl uses.
 const NAME: &str = "agent.sock";
+/// How the name of the socket that speaks TLS begins; the rest is that of the other one, so the two always differ.
+const TLS: &str = "tls-";
 
 /// The settings that decide where the agent's socket is.
 #[derive(Debug, Clone, Default)]
@@ -66,6 +69,13 @@ impl SocketLocations {
         all
     }
 
+    /// Where the sockets that speak TLS lie, for the relay between a command and the agent.
+    #[must_use]
+    pub fn tls_candidates(&self) -> Vec<PathBuf> {
+        let candidates = self.candidates();
+        candidates.iter().map(|path| tls_beside(path)).collect()
+    }
+
     /// The first candidate at which there is a socket of our own user in a folder of our own user.
     #[must_use]
     pub fn find(&self) -> Option<PathBuf> {
@@ -84,6 +94,15 @@ impl SocketLocations {
         let here = rustix::system::uname();
         (lease.host != here.nodename().to_string_lossy()).then_some(lease.host)
     }
+}
+
+/// The socket that speaks TLS, beside the one at `path`.
+#[must_use]
+pub fn tls_beside(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_else(|| OsStr::new(NAME));
+    let mut tls = OsString::from(TLS);
+    tls.push(name);
+    path.with_file_name(tls)
 }
 
 /// The settings of the agent's site file that a client needs. All others are ignored here.

@@ -373,7 +373,7 @@ async fn tls_runs_over_any_carrier() {
     let asked = async |credentials: Credentials| {
         let dialler = carrier::unix::Dialler { path: &path };
         let expect = ExpectPeer::Exactly(agent());
-        let connection = dial::over_tls(&dialler, &carrier, &credentials, &expect, None).await;
+        let connection = connect::over_tls(&dialler, &carrier, &credentials, &expect, None).await;
         ask(near_side(connection.unwrap())).await
     };
     let status = asked(issued(&ca, &kubelet())).await;

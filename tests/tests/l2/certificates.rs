@@ -287,7 +287,7 @@ async fn health_and_reflection_answer_only_those_who_are_served() -> anyhow::Res
     })?;
     let _agent = site.agent(&[]).await?;
     let asked = async |credentials: Credentials, path: &'static str| {
-        let carrier = site.address().to_string().parse()?;
+        let carrier = site.address().to_string().parse::<knoc_link::Carrier>()?;
         let expect = knoc_link::ExpectPeer::AnyAgent;
         let channel = knoc_link::dial(carrier, Some(credentials), expect)?;
         let mut grpc = tonic::client::Grpc::new(channel);

@@ -22,6 +22,7 @@ mod packages;
 mod probes;
 mod secrets;
 mod socket;
+mod ssh;
 mod state;
 mod stats;
 mod streams;

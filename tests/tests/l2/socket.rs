@@ -30,7 +30,7 @@ fn program(site: &Site, name: &str, runtime_dir: Option<&Path>) -> anyhow::Resul
 /// The messages of `knocctl info` and `knoc-agent connect`; both must fail.
 async fn refusals(site: &Site, runtime_dir: Option<&Path>) -> anyhow::Result<[String; 2]> {
     let info = program(site, "knocctl", runtime_dir)?.arg("info");
-    let connect = program(site, "knoc-agent", runtime_dir)?.arg("connect");
+    let connect = program(site, "knoc-agent", runtime_dir)?.args(["connect", "--plain"]);
     let mut said = Vec::new();
     for run in [info, connect] {
         let output = run.output().await?;
@@ -49,9 +49,11 @@ async fn reach(site: &Site, runtime_dir: Option<&Path>) -> anyhow::Result<()> {
     ensure!(info.text().contains("test"), "{info}");
     // An HTTP/2 client's first bytes, and an empty SETTINGS frame; the end of input ends the relay.
     let hello = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\u{4}\0\0\0\0\0";
-    let connect = program(site, "knoc-agent", runtime_dir)?.arg("connect");
+    let connect = program(site, "knoc-agent", runtime_dir)?.args(["connect", "--plain"]);
     let answer = connect.stdin(hello).ok().await?;
-    ensure!(answer.stdout.get(3) == Some(&4), "no SETTINGS: {answer}");
+    let link = answer.stdout.strip_prefix(b"KNOC-LINK/1 plain\n");
+    let link = link.with_context(|| format!("no marker: {answer}"))?;
+    ensure!(link.get(3) == Some(&4), "no SETTINGS: {answer}");
     Ok(())
 }
 
@@ -165,7 +167,7 @@ async fn a_socket_of_another_host_names_that_host() -> anyhow::Result<()> {
     let path = lease.strip_prefix(site.path(""))?.display().to_string();
     site.put(&path, &parsed.to_string())?;
     let connect = program(&site, "knoc-agent", None)?
-        .arg("connect")
+        .args(["connect", "--plain"])
         .output()
         .await?;
     let doctor = program(&site, "knocctl", None)?

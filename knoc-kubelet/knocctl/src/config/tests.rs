@@ -42,7 +42,7 @@ fn the_current_context_with_its_paths() {
     assert_eq!(files.cert, Path::new("/home/ann/me.crt"));
     assert_eq!(files.key, Path::new("/etc/me.key"));
     let context = parsed(GOOD, Some("here")).unwrap();
-    assert_eq!(context.carrier.to_string(), "unix:/run/knoc/agent.sock");
+    assert_eq!(context.route.to_string(), "unix:/run/knoc/agent.sock");
 }
 
 #[test]
@@ -53,7 +53,7 @@ fn mistakes_are_named_with_line_and_allowed_values() {
     );
     let expected = [
         "/c/knocctl.toml:1: current-contxt: unknown field `current-contxt`, expected `current-context` or `contexts`; did you mean `current-context`?",
-        "/c/knocctl.toml:3: contexts.a.address: is missing: HOST:PORT or unix:/PATH",
+        "/c/knocctl.toml:3: contexts.a.address: is missing: HOST:PORT, ssh:[USER@]HOST[:PORT], exec:COMMAND or unix:/PATH",
         "/c/knocctl.toml:4: contexts.a.adress: unknown field `adress`, expected one of `address`, `ca`, `cert`, `key`, `site`; did you mean `address`?",
         "/c/knocctl.toml:7: contexts.b.address: invalid type: integer `7`, expected a string",
         "/c/knocctl.toml:10: contexts.c.address: \"x\" is not HOST:PORT (write an IPv6 address in brackets)",
@@ -110,7 +110,7 @@ fn the_socket_takes_precedence_over_a_context_that_was_not_chosen() {
 fn without_a_file_the_socket_is_used() {
     let context = load(None, None, &here()).unwrap();
     assert_eq!(
-        context.carrier.to_string(),
+        context.route.to_string(),
         "unix:/home/ann/.local/state/knoc/socket/agent.sock"
     );
     let folder = tempfile::tempdir().unwrap();
@@ -118,7 +118,7 @@ fn without_a_file_the_socket_is_used() {
     run.places.runtime_dir = Some(folder.path().to_owned());
     let context = load(None, None, &run).unwrap();
     let place = folder.path().join("knoc/agent.sock");
-    assert_eq!(context.carrier, Carrier::Unix(place));
+    assert_eq!(context.route, Carrier::Unix(place).into());
     let error = load(None, Some("x"), &here()).unwrap_err();
     assert!(matches!(error, ConfigError::NoFile { .. }));
 }

@@ -1,0 +1,78 @@
+use std::time::Duration;
+
+use super::*;
+
+/// A command that appends a line to a file and then ends with this message and code.
+fn failing(log: &std::path::Path, name: &str, said: &str, code: i32) -> Carrier {
+    let script = format!(
+        "echo {name} >> '{}'; echo '{said}' >&2; exit {code}",
+        log.display()
+    );
+    let words = serde_json::to_string(&["/bin/sh", "-c", &script]).unwrap();
+    format!("exec:{words}").parse().unwrap()
+}
+
+fn attempts(log: &std::path::Path) -> Vec<String> {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
+}
+
+async fn attempt(route: &Route) -> String {
+    let error = route.connect(None, &ExpectPeer::AnyAgent).await;
+    chain(&error.unwrap_err())
+}
+
+#[tokio::test]
+async fn addresses_are_tried_in_order_and_a_refused_login_is_not_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let route = Route::new(vec![
+        failing(&log, "first", "u@a: Permission denied (publickey).", 255),
+        failing(
+            &log,
+            "second",
+            "ssh: connect to host b port 22: Connection refused",
+            255,
+        ),
+    ])
+    .unwrap();
+    let error = attempt(&route).await;
+    assert!(
+        error.contains("no address answers") && error.contains("Permission denied"),
+        "{error}"
+    );
+    assert_eq!(attempts(&log), ["first", "second"]);
+    // The other connection, and every request meanwhile: the same message, and no further login.
+    assert_eq!(attempt(&route.clone()).await, error);
+    assert_eq!(attempts(&log), ["first", "second"]);
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while attempts(&log).len() < 3 {
+            attempt(&route).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(attempts(&log), ["first", "second", "second"]);
+}
+
+#[tokio::test]
+async fn the_address_that_worked_last_comes_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let script = format!(
+        "echo third >> '{}'; printf 'KNOC-LINK/1 plain\\n'; cat",
+        log.display()
+    );
+    let words = serde_json::to_string(&["/bin/sh", "-c", &script]).unwrap();
+    let route = Route::new(vec![
+        failing(&log, "first", "nothing", 1),
+        failing(&log, "second", "nothing", 1),
+        format!("exec:{words}").parse().unwrap(),
+    ])
+    .unwrap();
+    for _ in 0..2 {
+        let connection = route.connect(None, &ExpectPeer::AnyAgent).await.unwrap();
+        assert_eq!(connection.peer(), &crate::Peer::Command);
+    }
+    assert_eq!(attempts(&log), ["first", "second", "third", "third"]);
+}
