@@ -90,12 +90,7 @@ impl App {
         let gate = Gate::new(ruling);
         let told = prepare::tell_shims(&site, &shim_hop, &pair)?;
         let pin = Arc::new(Pin::load(&site.state)?);
-        let (node, watched) = watch::channel(pb::NodeInfo {
-            pid_isolation: site.runtime.name != "process",
-            pod_limit: pod_limit.try_into().unwrap_or(i32::MAX),
-            maps_privileged: site.policy.now().maps_privileged(),
-            ..pb::NodeInfo::default()
-        });
+        let (node, watched) = watch::channel(node_info(&site, pod_limit));
         let registry = Registry::new(Arc::clone(&site), pod_limit, actors.clone());
         let count = registry.recover().await?;
         tracing::info!(count, epoch = site.lease.epoch(), "pods were restored");
@@ -169,24 +164,11 @@ impl App {
         let dialled = credentials
             .as_ref()
             .filter(|_| !dial_out.is_empty())
-            .map(|credentials| {
-                let (epoch, stop) = (site.lease.epoch(), stop.child_token());
-                dial_out::start(
-                    dial_out,
-                    credentials,
-                    epoch,
-                    &site.dial_out,
-                    &stop,
-                    &mut tasks,
-                )
-            });
+            .map(|keys| start_dialling(&site, keys, dial_out, &stop, &mut tasks));
         let renewal = renewal::Renewal::new(Arc::clone(&site), credentials, node);
         watch_certificates(&mut tasks, policy, gate, renewal, &background);
-        tasks.spawn(registry::sweep(
-            Arc::clone(&registry),
-            ended,
-            background.clone(),
-        ));
+        let (swept, until) = (Arc::clone(&registry), background.clone());
+        tasks.spawn(registry::sweep(swept, ended, until));
         if let Some(linger) = linger {
             let (links, stop) = (links.clone(), background.clone());
             tasks.spawn(links.end_without(linger, shutdown.clone(), stop));
@@ -206,19 +188,46 @@ impl App {
             Some(_) = servers.join_next() => tracing::error!("a listener has ended"),
         }
         stop.cancel();
-        let drained = tokio::time::timeout(DRAIN, async {
-            while servers.join_next().await.is_some() {}
-        });
-        if drained.await.is_err() {
-            tracing::info!("streams that were still open were closed");
-            servers.shutdown().await;
-        }
+        drain(servers).await;
         actors.cancel();
         registry.join().await;
         while tasks.join_next().await.is_some() {}
         let lease = site.lease.clone();
         release(lease).await;
         tracing::info!("stopped");
+    }
+}
+
+/// What a watch of the node shows before Slurm was asked.
+fn node_info(site: &Site, pod_limit: usize) -> pb::NodeInfo {
+    pb::NodeInfo {
+        pid_isolation: site.runtime.name != "process",
+        pod_limit: pod_limit.try_into().unwrap_or(i32::MAX),
+        maps_privileged: site.policy.now().maps_privileged(),
+        ..pb::NodeInfo::default()
+    }
+}
+
+/// Starts the tasks that dial the kubelets of `[[dial_out]]`.
+fn start_dialling(
+    site: &Site,
+    credentials: &knoc_link::Credentials,
+    targets: Vec<knoc_link::dial_out::Target>,
+    stop: &CancellationToken,
+    tasks: &mut JoinSet<()>,
+) -> knoc_link::Incoming {
+    let (epoch, stop) = (site.lease.epoch(), stop.child_token());
+    dial_out::start(targets, credentials, epoch, &site.dial_out, &stop, tasks)
+}
+
+/// Waits until the servers have ended, or ends them and their streams after [`DRAIN`].
+async fn drain(mut servers: JoinSet<()>) {
+    let drained = tokio::time::timeout(DRAIN, async {
+        while servers.join_next().await.is_some() {}
+    });
+    if drained.await.is_err() {
+        tracing::info!("streams that were still open were closed");
+        servers.shutdown().await;
     }
 }
 

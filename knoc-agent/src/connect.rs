@@ -52,7 +52,7 @@ pub enum ConnectError {
         tried: Option<String>,
         /// Why this host's socket could not be used.
         #[source]
-        source: LinkError,
+        source: Box<LinkError>,
     },
     /// The connection, standard input or standard output broke.
     #[error("relay to the agent")]
@@ -79,10 +79,10 @@ pub async fn reach(
         Ok(socket) => return Ok(Reached { socket, speaks }),
         Err(error) => error,
     };
-    let absent = match &source {
-        LinkError::NotServed { .. } => true,
-        LinkError::Connect { source, .. } => source.kind() == io::ErrorKind::NotFound,
-        _ => false,
+    let absent = if let LinkError::Connect { source, .. } = &source {
+        source.kind() == io::ErrorKind::NotFound
+    } else {
+        matches!(source, LinkError::NotServed { .. })
     };
     let Some(host) = places.other_host().filter(|_| absent) else {
         return Err(ConnectError::Link(source));
@@ -91,7 +91,7 @@ pub async fn reach(
         return Err(ConnectError::Elsewhere {
             host,
             tried: None,
-            source,
+            source: Box::new(source),
         });
     }
     // The link is TLS from end to end, so the network between the login nodes is not trusted.
@@ -107,7 +107,7 @@ pub async fn reach(
     Err(ConnectError::Elsewhere {
         host,
         tried,
-        source,
+        source: Box::new(source),
     })
 }
 

@@ -231,6 +231,10 @@ impl Board {
 }
 
 /// What to do about it.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "every other error is explained by its own text"
+)]
 fn cure(error: &LinkError) -> &'static str {
     match error {
         LinkError::Connect { .. } => {

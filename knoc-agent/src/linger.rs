@@ -65,7 +65,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn it_ends_only_after_a_whole_pause_without_any_link() {
         let (links, shutdown) = (Links::default(), CancellationToken::new());
-        let linger = Duration::from_secs(600);
+        let linger = Duration::from_mins(10);
         let ending = links.clone();
         let ending = ending.end_without(linger, shutdown.clone(), CancellationToken::new());
         let life = async {

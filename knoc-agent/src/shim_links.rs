@@ -253,13 +253,10 @@ pub async fn serve(
         let client = ShimClient::new(RawClient::new(knoc_link::near_side(connection)))
             .max_decoding_message_size(knoc_link::MAX_MESSAGE)
             .max_encoding_message_size(knoc_link::MAX_MESSAGE);
-        let opened = match carried {
-            Some((_, opened)) => Some(opened),
-            None => {
-                dialled.linked();
-                None
-            }
-        };
+        let opened = carried.map(|(_, opened)| opened);
+        if opened.is_none() {
+            dialled.linked();
+        }
         let following = follow(links.clone(), route, client, opened, stop.clone());
         tasks.spawn(following.map(|()| drop(permit)));
     }

@@ -102,7 +102,7 @@ impl ShimRoute {
     pub(crate) fn way(&self, route: &pb::ShimRoute) -> Way {
         match self.lock().way(route) {
             Way::Step if !self.0.steps => Way::Wait,
-            way => way,
+            way @ (Way::Wait | Way::Step | Way::Refused(_)) => way,
         }
     }
 
@@ -163,9 +163,11 @@ pub async fn keep(
             () = until(wake) => route.change(|route| route.tick(Timestamp::now())),
         }
         let (told, known, may_write) = (told.clone(), route.clone(), may_write.clone());
-        let written = tokio::task::spawn_blocking(move || match may_write() {
-            true => told.write(&known).map_err(|error| chain(&error)),
-            false => Ok(()),
+        let written = tokio::task::spawn_blocking(move || {
+            if !may_write() {
+                return Ok(());
+            }
+            told.write(&known).map_err(|error| chain(&error))
         });
         let error = match written.await {
             Ok(Ok(())) => continue,

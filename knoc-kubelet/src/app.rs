@@ -86,7 +86,7 @@ pub enum RunError {
     Listen {
         /// The error of the link.
         #[source]
-        source: Box<LinkError>,
+        source: LinkError,
     },
     /// The Node object could not be written.
     #[error("register the node")]
@@ -152,8 +152,8 @@ impl App {
         let listening = self.listen_for_agent(&mut tasks, &inner);
         // The start may wait for days until a certificate is approved; the kubelet leads the node meanwhile.
         let start = Box::pin(async {
-            if let Err(error) = listening {
-                return error;
+            if let Err(source) = listening {
+                return RunError::Listen { source };
             }
             match self.start(&mut tasks, &inner, &deposed).await {
                 Ok(()) => std::future::pending().await,
@@ -186,13 +186,11 @@ impl App {
         &mut self,
         tasks: &mut JoinSet<()>,
         shutdown: &CancellationToken,
-    ) -> Result<(), RunError> {
+    ) -> Result<(), LinkError> {
         let Some(desk) = self.desk.take() else {
             return Ok(());
         };
-        let reception = desk.open().map_err(|source| RunError::Listen {
-            source: Box::new(source),
-        })?;
+        let reception = desk.open()?;
         if let Some(address) = reception.local_addr() {
             tracing::info!(%address, "listening for the agent");
         }

@@ -279,10 +279,10 @@ async fn one(test: &Test, limit: Duration, log: &Path) -> anyhow::Result<Row> {
             });
         }
     };
-    let text = format!("{}\n{}", output.text(), output.stderr);
+    let said = format!("{}\n{}", output.text(), output.stderr);
     #[expect(clippy::disallowed_methods, reason = "the log of a test")]
-    std::fs::write(log, &text).with_context(|| log.display().to_string())?;
-    let (passed, reason) = match outcome::of(output.code, &text) {
+    std::fs::write(log, &said).with_context(|| log.display().to_string())?;
+    let (passed, reason) = match outcome::of(output.code, &said) {
         Outcome::Passed => (true, String::new()),
         Outcome::Failed(reason) => (false, reason),
     };

@@ -125,7 +125,7 @@ impl Pair<'_> {
         );
         ensure!(seen.contains("\n1\n"), "one claim was expected: {seen}");
         ensure!(seen.matches("the-program-ran").count() == 1, "{seen}");
-        let told = format!("surplus: job {winner} (restart 0) on");
+        let told = format!("another one runs the pod: job {winner} (restart 0) on");
         ensure!(seen.contains(&told), "{told:?} is not in {seen}");
         Ok(())
     }

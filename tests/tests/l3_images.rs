@@ -18,7 +18,7 @@ const PULLED: Duration = Duration::from_mins(3);
 const STORE: &str = "/var/spool/registry/docker/registry/v2/repositories/library";
 
 /// The configuration of the image `own:1` as its script prints it: entrypoint, arguments, folder, variables.
-const OWN: &str = "[/bin/show][entry][cmd][two expected] in /srv/own, colour=blue size=7\n";
+const OWN: &str = "[/bin/show][entry][cmd][two words] in /srv/own, colour=blue size=7\n";
 
 fn image(name: &str) -> String {
     PodBuilder::image_name().replace("busybox:latest", name)
@@ -126,7 +126,7 @@ async fn an_image_runs_as_it_says_and_a_pod_overrides_each_part() -> anyhow::Res
         ("both", format!("[/bin/show][x][y]{rest}")),
         (
             "values",
-            "[/bin/show][entry][cmd][two expected] in /tmp, colour=green size=7\n".to_owned(),
+            "[/bin/show][entry][cmd][two words] in /tmp, colour=green size=7\n".to_owned(),
         ),
         ("file", OWN.to_owned()),
     ] {

@@ -35,7 +35,7 @@ async fn reach(site: &Site, uid: &PodUid) -> Result<Option<Use>, Status> {
         return Ok(site.shim_steps.held(uid));
     }
     let runs = site.board.get(uid.as_str());
-    if !runs.is_some_and(|pod| pod.outcome.is_none()) || suspended(site, uid).is_some() {
+    if runs.is_none_or(|pod| pod.outcome.is_some()) || suspended(site, uid).is_some() {
         return Ok(None);
     }
     site.shim_steps.reach(uid).await

@@ -125,15 +125,7 @@ pub(super) async fn prepare(
     let (name, path) = runtime(&config)?;
     let program = (name != "process").then(|| path.clone());
     let settings = image::Settings::of_site(&config, program, state.clone(), live.clone());
-    let version = image::runtime_version(&settings)
-        .await
-        .unwrap_or_else(|error| {
-            tracing::warn!(
-                error = chain(&error),
-                "the container runtime does not report its version"
-            );
-            "unknown".to_owned()
-        });
+    let version = runtime_version(&settings).await;
     let images = Images::new(settings);
     images.sweep();
     let limit = pod_limit(&config);
@@ -171,6 +163,17 @@ pub(super) async fn prepare(
         pair,
         policy: publisher,
         step_requests,
+    })
+}
+
+async fn runtime_version(settings: &image::Settings) -> String {
+    let version = image::runtime_version(settings).await;
+    version.unwrap_or_else(|error| {
+        tracing::warn!(
+            error = chain(&error),
+            "the container runtime does not report its version"
+        );
+        "unknown".to_owned()
     })
 }
 

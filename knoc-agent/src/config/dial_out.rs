@@ -85,7 +85,7 @@ impl DialOut {
             Err(error) => wrong.push(("proxy", error.to_string())),
         }
         if let Some(path) = self.proxy_credentials.as_ref().filter(|p| !p.is_absolute()) {
-            let what = format!("must be absolute or begin with `~/`: {path:?}");
+            let what = format!("must be absolute or begin with `~/`: {}", path.display());
             wrong.push(("proxy_credentials", what));
         }
         wrong

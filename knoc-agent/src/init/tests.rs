@@ -154,17 +154,15 @@ fn a_line_marked_default_changes_nothing_and_an_example_does() {
             .lines()
             .enumerate()
             .map(|(at, line)| {
-                // A table of an array is given as a whole or not at all.
-                let together = section == "[[registry]]"
-                    && (line == "# [[registry]]" || line.starts_with("# prefix = "));
-                if at == number || together {
+                if at == number {
                     line.trim_start_matches("# ")
                 } else {
                     line
                 }
             })
             .collect();
-        let same = if section == "[[registry]]" {
+        // A table of an array is given as a whole or not at all, which is tested below.
+        let same = if section.starts_with("[[") {
             mark == "default"
         } else {
             in_force(&uncommented.join("\n")) == before
@@ -180,6 +178,20 @@ fn a_line_marked_default_changes_nothing_and_an_example_does() {
         .replace("# prefix = ", "prefix = ");
     let plain_http = with_registry.replace("# insecure = false", "insecure = false");
     assert_eq!(in_force(&with_registry), in_force(&plain_http));
+    let mut section = "";
+    let with_dial_out: Vec<_> = template
+        .lines()
+        .map(|line| {
+            let bare = line.trim_start_matches("# ");
+            if bare.starts_with('[') {
+                section = bare;
+            }
+            let whole =
+                section == "[[dial_out]]" && (bare == section || bare.contains("# example"));
+            if whole { bare } else { line }
+        })
+        .collect();
+    assert_ne!(in_force(&with_dial_out.join("\n")), before);
 }
 
 #[test]

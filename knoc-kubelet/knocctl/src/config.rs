@@ -388,7 +388,7 @@ fn files(
             );
         } else if tcp && !given && key != "site" {
             mistakes.add(key, "is missing: a TCP address needs it");
-        } else if with_certificate && !given && key != "site" {
+        } else if with_certificate && !unix && !given && key != "site" {
             mistakes.add(key, "is missing: ca, cert and key, all or none");
         } else if !unix && !tcp && !with_certificate && given {
             mistakes.add(

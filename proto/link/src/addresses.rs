@@ -129,7 +129,7 @@ mod tests {
         assert_eq!(shown("a:1, b:2"), ["tcp:a:1", "tcp:b:2"]);
         assert_eq!(
             shown("ssh:u@a,exec:[\"ssh\",\"-o\",\"A=b,c\"]"),
-            ["ssh:u@a", "exec:[\"ssh\",\"-o\",\"A=b,c\"]"]
+            ["ssh:u@a", "exec:ssh -o A=b,c"]
         );
         assert_eq!(
             shown("exec:ssh -o A=b,c login"),

@@ -65,7 +65,7 @@ pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> 
     let mut copies = 0;
     for round in 1..=rounds {
         alone.measure(bed, round).await.context("without a copy")?;
-        let copied = async {
+        let copy_again = async {
             loop {
                 if let Err(error) = kubernetes::copy(bed, "beside:/data/large", &target).await {
                     return error;
@@ -75,7 +75,7 @@ pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> 
         };
         tokio::select! {
             measured = copying.measure(bed, round) => measured.context("beside a copy")?,
-            error = copied => return Err(error.context("the copy")),
+            error = copy_again => return Err(error.context("the copy")),
         }
     }
     bed.world.delete("beside", Some(0)).await?;

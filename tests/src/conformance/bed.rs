@@ -78,8 +78,8 @@ pub(super) async fn is_empty() -> anyhow::Result<()> {
 
 /// Removes the finalizers that a failed test left on its pods, which nobody else would remove.
 async fn let_go(namespace: &str) -> anyhow::Result<()> {
-    let path = "jsonpath={range .items[?(@.metadata.finalizers)]}{.metadata.name} {end}";
-    let words = ["get", "pods", "-n", namespace, "-o", path];
+    let names = "jsonpath={range .items[?(@.metadata.finalizers)]}{.metadata.name} {end}";
+    let words = ["get", "pods", "-n", namespace, "-o", names];
     let held = kubectl(words).await?.text();
     for pod in held.split_whitespace() {
         let patch = r#"{"metadata": {"finalizers": null}}"#;

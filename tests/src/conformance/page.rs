@@ -145,16 +145,16 @@ fn parse(text: &str, lists: &[List]) -> Page {
             }
             continue;
         }
-        let Some((test, row)) = parse_row(line) else {
+        let Some((name, row)) = parse_row(line) else {
             continue;
         };
         // A list that is not given has the tests of its rows.
         if lists.iter().all(|known| known.name != list)
             && let Some(other) = page.lists.iter_mut().find(|other| other.name == list)
         {
-            other.tests.push(test.clone());
+            other.tests.push(name.clone());
         }
-        page.set(&list, &test, row);
+        page.set(&list, &name, row);
     }
     page.lists.sort_by(|left, right| left.name.cmp(&right.name));
     page

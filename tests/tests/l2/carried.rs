@@ -98,12 +98,11 @@ async fn a_step_carries_the_link_on_demand_and_ends_when_it_is_idle() -> anyhow:
     // A stream in use keeps its step far longer than the idle time.
     let args = [
         "exec",
-        "-i",
         "carried",
         "--",
         "sh",
         "-c",
-        "echo in; cat; exit 7",
+        "echo in; exec sleep 1000",
     ];
     let mut open = Background::start(site.knocctl(args)?)?;
     open.expect("in").await?;
@@ -166,7 +165,14 @@ async fn the_number_of_steps_is_bounded_and_an_idle_one_gives_way() -> anyhow::R
         runs(&site, pod, &client).await?;
     }
     isolated(&site, &client).await?;
-    let args = ["exec", "-i", "first", "--", "sh", "-c", "echo in; cat"];
+    let args = [
+        "exec",
+        "first",
+        "--",
+        "sh",
+        "-c",
+        "echo in; exec sleep 1000",
+    ];
     let mut open = Background::start(site.knocctl(args)?)?;
     open.expect("in").await.with_context(|| site.log())?;
     let error = echoes(&second, &client)

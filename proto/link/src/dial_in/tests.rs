@@ -108,6 +108,7 @@ async fn of_two_agents_of_a_site_the_one_with_the_higher_epoch_serves() {
 }
 
 /// The agent judges the kubelet by the certificate that it has seen, so the connection that waits is of no use after a renewal.
+#[expect(clippy::disallowed_methods, reason = "a file of the test itself")]
 #[tokio::test]
 async fn a_connection_that_was_opened_before_a_renewal_is_not_taken() {
     let ca = Ca::generate("ca").unwrap();
@@ -226,7 +227,7 @@ async fn those_who_are_refused_are_named_where_an_agent_is_missed() {
     let cases = [
         ("no certificate of the peer arrived", None),
         ("does not speak TLS", None),
-        ("expected is spiffe://knoc/agent/site", Some("another")),
+        ("not the expected spiffe://knoc/agent/site", Some("another")),
         ("the peer does not trust the CA", Some("site")),
     ];
     let mut asked = JoinSet::new();
@@ -283,7 +284,7 @@ async fn ingress_without_certificate(address: SocketAddr) {
 #[tokio::test]
 async fn an_agent_says_why_it_does_not_reach_its_kubelet() {
     let ca = Ca::generate("ca").unwrap();
-    let (config, _) = ingress_config();
+    let (config, ()) = ingress_config();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let ingress = listener.local_addr().unwrap();
     let mut task = JoinSet::new();

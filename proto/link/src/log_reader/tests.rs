@@ -30,6 +30,10 @@ impl Source for Script {
         Ok(stream::iter(answer).boxed())
     }
 
+    #[expect(
+        clippy::unwrap_in_result,
+        reason = "no thread of a test panics with the lock"
+    )]
     fn wanted(&self) -> Result<(), Status> {
         if self.0.lock().unwrap().gone {
             return Err(Status::not_found("the pod was deleted"));
@@ -42,6 +46,10 @@ impl Source for Script {
     }
 }
 
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "an item of a script, like `broken`"
+)]
 fn at(offset: u64, data: &'static str, end: bool) -> Result<pb::LogChunk, Status> {
     Ok(pb::LogChunk {
         data: Bytes::from_static(data.as_bytes()),
@@ -54,6 +62,10 @@ fn at(offset: u64, data: &'static str, end: bool) -> Result<pb::LogChunk, Status
     })
 }
 
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "an item of a script, like `broken`"
+)]
 fn bare(data: &'static str) -> Result<pb::LogChunk, Status> {
     Ok(pb::LogChunk {
         data: Bytes::from_static(data.as_bytes()),

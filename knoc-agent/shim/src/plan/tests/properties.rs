@@ -176,7 +176,8 @@ proptest! {
                 Liveness::Live => None,
                 Liveness::Failed { kill_at } => Some(kill_at),
             }];
-            let late = container.stop == StopStage::PreStop
+            let spared = container.stop == StopStage::PreStop || view.now < container.spared_until;
+            let late = spared
                 && ends.into_iter().flatten().any(|end| view.now >= end);
             if stage < StopStage::Kill && !failed && !late {
                 prop_assert!(!view.is_needed_by_others(container), "stopped before its turn");

@@ -59,7 +59,7 @@ mod tests {
 
     use super::*;
 
-    fn judged(names: &[&str]) -> Result<(), Rejection> {
+    fn pod_with(names: &[&str]) -> Pod {
         let sysctls: Vec<_> = names
             .iter()
             .map(|name| json!({"name": name, "value": "1"}))
@@ -68,7 +68,11 @@ mod tests {
             "metadata": {"name": "p"},
             "spec": {"containers": [], "securityContext": {"sysctls": sysctls}},
         });
-        admit(&serde_json::from_value(pod).expect("a pod"))
+        serde_json::from_value(pod).unwrap()
+    }
+
+    fn judged(names: &[&str]) -> Result<(), Rejection> {
+        admit(&pod_with(names))
     }
 
     #[test]

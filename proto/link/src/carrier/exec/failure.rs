@@ -273,6 +273,7 @@ fn last_lines(text: &str) -> String {
 mod tests {
     use super::*;
 
+    #[expect(clippy::too_many_lines, reason = "one table of texts and causes")]
     #[test]
     fn what_openssh_and_shells_say_is_recognised() {
         for (code, said, expected) in [

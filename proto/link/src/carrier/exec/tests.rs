@@ -49,10 +49,10 @@ async fn dial(script: &str, speaks: Speaks) -> Result<Unverified<CommandIo>, Lin
 async fn cause(script: &str) -> (Cause, String) {
     let error = dial(script, Speaks::Tls).await.unwrap_err();
     let text = chain(&error);
-    match error {
-        LinkError::Command { source, .. } => (source.cause, text),
-        other => panic!("{other}"),
-    }
+    let LinkError::Command { source, .. } = error else {
+        panic!("{error}");
+    };
+    (source.cause, text)
 }
 
 #[tokio::test]

@@ -118,6 +118,7 @@ async fn a_proxy_that_never_answers_is_named() {
     assert!(text.contains("did not answer within 8 s"), "{text}");
 }
 
+#[expect(clippy::disallowed_methods, reason = "a file of the test itself")]
 #[tokio::test]
 async fn credentials_come_from_a_file_that_nobody_else_can_read() {
     let folder = tempfile::tempdir().unwrap();
