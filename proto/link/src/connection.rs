@@ -17,8 +17,8 @@ pub struct Connection<P = Peer> {
     peer: P,
     /// Bytes that the handshake has read ahead and that the reader gets first.
     replay: &'static [u8],
-    /// A guard that is dropped with the connection.
-    _held: Option<Box<dyn Send + Sync>>,
+    /// Guards that are dropped with the connection.
+    held: Vec<Box<dyn Send + Sync>>,
 }
 
 impl<P: fmt::Debug> fmt::Debug for Connection<P> {
@@ -36,7 +36,7 @@ impl<P> Connection<P> {
             io: Box::new(io),
             peer,
             replay: &[],
-            _held: None,
+            held: Vec::new(),
         }
     }
 
@@ -46,13 +46,11 @@ impl<P> Connection<P> {
         Self { replay, ..self }
     }
 
-    /// Drops `guard` when the connection is dropped.
+    /// Drops `guard` when the connection is dropped, as well as the guards that it holds already.
     #[must_use]
-    pub fn holding(self, guard: impl Send + Sync + 'static) -> Self {
-        Self {
-            _held: Some(Box::new(guard)),
-            ..self
-        }
+    pub fn holding(mut self, guard: impl Send + Sync + 'static) -> Self {
+        self.held.push(Box::new(guard));
+        self
     }
 
     /// The verified peer at the other end.
@@ -115,5 +113,30 @@ impl<P: Unpin> AsyncWrite for Connection<P> {
 
     fn is_write_vectored(&self) -> bool {
         self.io.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn every_guard_lives_as_long_as_the_connection() {
+        let (first, second) = (Arc::new(()), Arc::new(()));
+        let connection = Connection::new(tokio::io::empty(), ())
+            .holding(Arc::clone(&first))
+            .holding(Arc::clone(&second))
+            .replaying(b"x");
+        assert_eq!(
+            [Arc::strong_count(&first), Arc::strong_count(&second)],
+            [2, 2]
+        );
+        drop(connection);
+        assert_eq!(
+            [Arc::strong_count(&first), Arc::strong_count(&second)],
+            [1, 1]
+        );
     }
 }

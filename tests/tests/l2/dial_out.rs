@@ -115,7 +115,8 @@ async fn both_dial_through_a_proxy_that_asks_for_a_password() -> anyhow::Result<
     let running = kubelet.start(&site, &as_env(&accepting(address))).await?;
     connected(&kubelet).await?;
     kubelet.create_pod("pod", program("exit 0"))?;
-    kubelet.phase("pod", "Succeeded", SOON).await?;
+    let ended = kubelet.phase("pod", "Succeeded", SOON).await;
+    ended.with_context(|| site.log())?;
     let requests = proxy.requests();
     let first = requests.first().context("no request")?;
     ensure!(
@@ -131,7 +132,12 @@ async fn both_dial_through_a_proxy_that_asks_for_a_password() -> anyhow::Result<
         ("KNOC_AGENT_PROXY_CREDENTIALS", file.clone()),
     ];
     let _running = kubelet.start(&site, &as_env(&settings)).await?;
-    connected(&kubelet).await?;
+    // The node's condition may still be that of the kubelet before.
+    wait_for("the kubelet asks for a connection", SOON, async || {
+        ensure!(!way.requests().is_empty(), "it has not");
+        Ok(())
+    })
+    .await?;
     let dir = site.path("").display().to_string();
     site.put(
         "knocctl.toml",
@@ -142,7 +148,6 @@ async fn both_dial_through_a_proxy_that_asks_for_a_password() -> anyhow::Result<
         ),
     )?;
     let before = way.requests().len();
-    ensure!(before >= 1, "the kubelet asked for no connection");
     site.knocctl(["info"])?.ok().await?;
     ensure!(way.requests().len() > before, "knocctl asked for none");
     for log in ["agent.log", "kubelet.log"] {
