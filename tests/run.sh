@@ -129,7 +129,7 @@ fi
 echo
 printf '%-5s %-46s %7s %7s %8s %8s\n' level what passed failed skipped time
 row unit "decisions, parsers, protocols, in one process"
-row L2 "real binaries, TLS, local scheduler, $l2_user" 60
+row L2 "real binaries, TLS, local scheduler, $l2_user" 90
 row L3 "Kubernetes, Slurm, Apptainer"
 [ ! -f "$results/node" ] || row node "the core of L3 with the identity of a node"
 grep -h '^test .* ignored, ' "$results"/* | sed 's/^test \(.*\) \.\.\. ignored, /skipped: \1: /' || true
