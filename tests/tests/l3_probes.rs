@@ -34,7 +34,7 @@ async fn wait_event(world: &World, name: &str, reason: &str, text: &str) -> anyh
             let message = event.message.as_deref().unwrap_or_default();
             event.reason.as_deref() == Some(reason) && message.contains(text)
         });
-        found.cloned().ok_or_else(|| anyhow::anyhow!("{:?}", all))
+        found.cloned().ok_or_else(|| anyhow::anyhow!("{all:?}"))
     })
     .await
 }

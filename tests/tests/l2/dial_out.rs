@@ -41,7 +41,7 @@ async fn logged(site: &Site, file: &str, words: &[&str]) -> anyhow::Result<Strin
         let line = log
             .lines()
             .find(|line| words.iter().all(|word| line.contains(word)));
-        line.map(str::to_owned).ok_or(log.clone())
+        line.map(str::to_owned).ok_or_else(|| log.clone())
     })
     .await
 }
@@ -204,6 +204,7 @@ async fn the_environments_proxy_is_used_unless_no_proxy_or_a_setting_says_otherw
 }
 
 /// The agent has one kubelet behind each of these proxies, and names each fault in its log and to `knocctl doctor`.
+#[expect(clippy::too_many_lines, reason = "one table of faults")]
 #[tokio::test]
 async fn every_fault_of_a_proxy_is_named_with_its_cure() -> anyhow::Result<()> {
     let endless = [b"HTTP/1.1 200 OK\r\n".to_vec(), vec![b'x'; 1 << 20]].concat();
@@ -231,10 +232,14 @@ async fn every_fault_of_a_proxy_is_named_with_its_cure() -> anyhow::Result<()> {
     let mut tables = String::new();
     for (index, (behaviour, _)) in faults.iter().enumerate() {
         let proxy = Proxy::start(behaviour.clone()).await?;
-        tables += &format!(
-            "[[dial_out]]\naddress = \"kubelet{index}.example.org:443\"\nproxy = \"{}\"\n",
-            proxy.url()
-        );
+        tables += "[[dial_out]]\n";
+        tables += &[
+            "address = \"kubelet",
+            &index.to_string(),
+            ".example.org:443\"\n",
+        ]
+        .concat();
+        tables += &["proxy = \"", &proxy.url(), "\"\n"].concat();
         proxies.push(proxy);
     }
     let site = Site::new(Options {

@@ -18,7 +18,7 @@ use serde_json::json;
 use tokio_tungstenite::tungstenite::Message;
 use tonic::transport::Channel;
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_mins(1);
 
 /// The real kubelet, whose link leads through a relay.
 struct Linked {
