@@ -43,6 +43,18 @@ row() { # row LEVEL WHAT [SECONDS-IT-MAY-TAKE]
 }
 tests_named() { (cd tests/tests && ls $1 2>/dev/null | sed 's/\.rs$//; s/^/--test /'); }
 
+# The tests of links over SSH start an sshd of their own. That of the machine was not asked for: it is neither started (apt_get) nor
+# enabled.
+install_sshd() {
+    local unit
+    [ ! -x /usr/sbin/sshd ] || return 0
+    apt_get openssh-server sshd
+    if type -P systemctl >/dev/null; then
+        for unit in ssh.service ssh.socket; do systemctl --quiet disable --now $unit 2>/dev/null || true; done
+    fi
+    update-rc.d ssh disable 2>/dev/null || true
+}
+
 # Level 2 needs no root: cargo starts its tests as an ordinary user, if that user can read this folder.
 l2_user="no root"
 l2() {
@@ -63,6 +75,7 @@ l2() {
 profile() {
     local core='l3_pods.rs l3_logs.rs l3_streams.rs l3_kubectl.rs l3_delete.rs l3_knocctl.rs'
     if "$testbed/up.sh" && "$testbed/sweep.sh"; then
+        eval "$("$testbed/env.sh")"
         suite "$PROFILE" -p knoc-tests $(tests_named "$core") -- --test-threads=4
         suite "$PROFILE" -p knoc-tests --test l3_faults -- --test-threads=1 an_agent_that_is_down a_kubelet_that_was_killed
     else
@@ -82,7 +95,9 @@ if [ "$PROFILE" != direct ]; then
     exit
 fi
 
-# The other programs that level 3 needs are built while the unit tests are compiled; a failure is reported when they are needed.
+# The other programs that levels 2 and 3 need are installed and built while the unit tests are compiled; a failure is reported when they
+# are needed.
+install_sshd &
 [ "$STACK" != full ] || { nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh"; } &
 suite unit --workspace --exclude knoc-tests
 suite unit -p knoc-tests --lib --bins $(tests_named 'tidy*.rs')

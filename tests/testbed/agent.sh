@@ -52,7 +52,7 @@ serve_this_cluster() {
 }
 # The link of this profile; the agent is restarted if it had another one.
 follow_profile() {
-    [ "$STACK" = full ] || return 0
+    [ "$STACK" != local ] || return 0 # its agent is another one
     profile_prepare
     profile_changed "$run/profile-agent" || return 0
     say "PROFILE=$PROFILE: restarting the agent"

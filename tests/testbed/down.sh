@@ -3,6 +3,7 @@
 # scheduler continue to their own end. --wipe also removes all state.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
+export PROFILE=direct # stops the processes however the agent was reached
 "$testbed/kubelet.sh" down
 for STACK in full slurm local; do STACK=$STACK "$testbed/agent.sh" down; done
 for prefix in "$KNOC_BED"/kube*; do KUBE_PREFIX=$prefix "$testbed/kube/stop.sh"; done

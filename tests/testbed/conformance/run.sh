@@ -14,7 +14,8 @@ taint() { "$testbed/kubelet.sh" down; KNOC_NODE_TAINT=$1 "$testbed/kubelet.sh" u
 privileged() { # privileged reject|unprivileged: the agent reads its policy again by itself
     sed -i -e '/^privileged *=/d' -e "s/^\[policy\]$/&\nprivileged = \"$1\"/" "$agent_home_here/.config/knoc/agent.toml"
 }
-trap 'taint true; privileged reject' EXIT
+# If this script is killed, sweep.sh does the same.
+trap 'privileged reject; taint true' EXIT
 privileged unprivileged
 taint false
 cd "$repository"
