@@ -39,6 +39,7 @@ fn text(info: &pb::AgentInfo, node: &pb::NodeInfo, wide: bool) -> String {
         ),
         ("Health", health),
         ("Runtime", version(&info.runtime, &info.runtime_version)),
+        ("Shims", info.shim_route.clone()),
         ("Nodes", nodes),
         ("CPUs", node.cpu.to_string()),
         ("Memory", size(node.memory_bytes)),
@@ -151,6 +152,7 @@ mod tests {
             hostname: "login".into(),
             user: "ann".into(),
             pod_limit: 900,
+            shim_route: "shims dial the agent".into(),
             ..pb::AgentInfo::default()
         };
         let partition = pb::Partition {

@@ -233,6 +233,7 @@ pub(crate) fn info(info: &pb::AgentInfo) -> Value {
         "pidIsolation": info.pid_isolation,
         "podLimit": info.pod_limit,
         "policyProblem": info.policy_problem,
+        "shimRoute": info.shim_route,
     }))
 }
 
