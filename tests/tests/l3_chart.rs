@@ -35,6 +35,11 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
         ("server.certificate=acme", "'self-signed', 'csr', 'files'"),
         ("identity.kind=root", "'serviceaccount', 'node'"),
         ("identity.approve=1", "/identity/approve"),
+        ("agent.address=ssh:", "agent.ssh.secret is missing"),
+        ("agent.ssh.secret=s", "names no ssh: address"),
+        ("agent.address={accept,a:1}", "/agent/address"),
+        ("agent.proxy=https://p:1", "/agent/proxy"),
+        ("dialIn.service.type=ExternalName", "/dialIn/service/type"),
     ];
     for (mistake, named) in cases {
         let output = helm(["template", "x", "--kube-version", "1.36.0"])
@@ -50,6 +55,58 @@ async fn mistakes_in_values_are_named() -> anyhow::Result<()> {
             .await?;
         ensure!(output.code != 0, "{mistake} was taken");
         ensure!(output.stderr.contains(named), "{mistake}: {output}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn each_way_to_the_agent_is_rendered() -> anyhow::Result<()> {
+    let cases = [
+        (
+            vec!["agent.address=ssh:", "agent.ssh.secret=login"],
+            vec!["-ssh\"", "sshFolder: /etc/knoc/ssh", "secretName: login"],
+        ),
+        (
+            vec!["agent.address={ssh:a,exec:b c}", "agent.ssh.secret=login"],
+            vec!["address: [\"ssh:a\",\"exec:b c\"]"],
+        ),
+        (
+            vec!["agent.address=accept", "dialIn.service.type=NodePort"],
+            vec!["address: \"accept\"", "type: NodePort", "targetPort: agent"],
+        ),
+        (
+            vec![
+                "agent.address=a:1",
+                "agent.proxy=p:2",
+                "agent.proxySecret=s",
+            ],
+            vec![
+                "proxy: \"p:2\"",
+                "proxyCredentials: /etc/knoc/proxy/credentials",
+                "secretName: s",
+            ],
+        ),
+    ];
+    for (values, expected) in cases {
+        let mut run = helm([
+            "template",
+            "x",
+            "--kube-version",
+            "1.36.0",
+            "--set",
+            "agent.site=s",
+        ])
+        .arg(deploy().join("chart/knoc"));
+        for value in &values {
+            run = run.args(["--set", *value]);
+        }
+        let rendered = run.ok().await?;
+        for text in expected {
+            ensure!(
+                rendered.text().contains(text),
+                "{values:?}: no {text} in {rendered}"
+            );
+        }
     }
     Ok(())
 }

@@ -142,7 +142,7 @@ image_roots = []
 # host_paths = []  # default
 
 [listen]
-# The address for kubelets and knocctl (mutual TLS).
+# The address for kubelets and knocctl (mutual TLS). "none" opens no port, for links over SSH and for [[dial_out]].
 kubelet = "0.0.0.0:@PORT@"
 # The address for shims of running jobs (TLS with pinned keys).
 # shim = "0.0.0.0:10351"  # default

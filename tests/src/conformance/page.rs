@@ -34,7 +34,7 @@ Slurm and Apptainer. `tests/conformance` has the lists: A are the conformance an
 network and no privilege; B are those that need Services, pod addresses that others reach, or the user ids that pods ask for. Each
 test is a process of its own, several at once; those marked `[Serial]` or `[Disruptive]` run alone. A test passes if the suite says so. A test
 that fails has the first reason that its log gives. The time includes the removal of the test's namespace and the time that the other tests
-take from the machine.
+take from the machine. A run writes the rows of the tests that it ran, so rows can be from earlier runs and earlier versions of KNoC.
 ";
 
 impl Page {

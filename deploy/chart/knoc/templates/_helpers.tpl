@@ -35,7 +35,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if hasPrefix "ssh:" . }}{{ $over = "yes" }}{{ end -}}
 {{- end -}}
 {{- if and $over (not .Values.agent.ssh.secret) }}{{ fail "agent.ssh.secret is missing: an ssh: address needs a Secret with ssh-privatekey and known_hosts" }}{{ end -}}
-{{- if and .Values.agent.ssh.secret (not $over) }}{{ fail "agent.ssh.secret is of no use: agent.address has no ssh: address" }}{{ end -}}
+{{- if and .Values.agent.ssh.secret (not $over) }}{{ fail "agent.ssh.secret is set, but agent.address names no ssh: address" }}{{ end -}}
 {{- $over -}}
 {{- end -}}
 
@@ -67,12 +67,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- .Values.keys.secret | default (printf "%s-keys" (include "knoc.fullname" .)) -}}
 {{- end -}}
 
-{{- /* Non-empty where the kubelet has keys of its own to keep: always, since it renews its certificate on the link. */ -}}
+{{- /* Non-empty if the kubelet has keys of its own to store: always, because it renews its certificate for the link. */ -}}
 {{- define "knoc.ownKeys" -}}
 yes
 {{- end -}}
 
-{{- /* Non-empty where the ServiceAccount makes CertificateSigningRequests. */ -}}
+{{- /* Non-empty if the ServiceAccount makes CertificateSigningRequests. */ -}}
 {{- define "knoc.asks" -}}
 {{- if eq .Values.identity.kind "node" }}
 {{- if not .Values.identity.bootstrapSecret }}yes{{ end }}
