@@ -10,7 +10,7 @@ use super::text;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Listen {
-    /// The address for kubelets and knocctl, which use mutual TLS. If `None`, they connect over SSH only.
+    /// The address for kubelets and knocctl, which use mutual TLS. If `None`, the agent opens no port for them.
     #[serde(deserialize_with = "text::address_or_none")]
     pub kubelet: Option<SocketAddr>,
     /// The address for shims, whose keys are pinned.
