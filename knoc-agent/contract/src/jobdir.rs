@@ -1,5 +1,5 @@
 //! The state directory and each pod's job directory: the contract between the agent, which writes
-//! what shall run, and the shim, which writes what happened. Only this module knows their file
+//! what to run, and the shim, which writes what happened. Only this module knows their file
 //! names and modes.
 //!
 //! ```text

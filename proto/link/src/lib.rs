@@ -153,12 +153,12 @@ pub enum LinkError {
         #[source]
         source: Box<carrier::exec::CommandFailure>,
     },
-    /// The folder for a login over SSH is no good.
+    /// The folder for a login over SSH cannot be used.
     #[error("log in to {carrier}")]
     Secret {
-        /// The way.
+        /// The address.
         carrier: Carrier,
-        /// What is wrong with it.
+        /// What is wrong with the folder.
         #[source]
         source: Box<carrier::ssh::SecretError>,
     },

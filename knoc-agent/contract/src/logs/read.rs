@@ -89,7 +89,7 @@ async fn run(
     let positions = options.positions;
     let mut reader = blocking(move || Reader::begin(live, options)).await?;
     if positions {
-        // A reader whose link is lost before there is a line must not choose the last lines anew.
+        // A reader whose link is lost before the first line must not choose the last lines a second time.
         let next = reader.position().unwrap_or(Position::BEGINNING);
         let chunk = pb::LogChunk {
             next: Some(next.to_wire(attempt)),

@@ -194,7 +194,7 @@ async fn an_older_agent_ends_a_log_as_before_and_never_doubles_it() {
     let script = Script::default().answering(vec![bare("one\n"), broken()]);
     assert!(script.read(0).await.1.is_some());
     assert_eq!(script.offsets(), [None]);
-    // Older than the one before the cut: it would begin anew.
+    // Older than the one before the cut: it would start from the beginning.
     let script = Script::default()
         .answering(vec![at(4, "one\n", false), broken()])
         .answering(vec![bare("one\n")]);
