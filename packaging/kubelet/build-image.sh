@@ -4,8 +4,10 @@
 #   --ssh   the variant with OpenSSH for `ssh:` addresses: VERSION-ssh. It contains ssh, dash (through which ssh reaches a jump
 #           host) and their libraries from this machine, with their copyright files.
 # Writes OUTPUT/knoc-kubelet-oci (an OCI layout: skopeo copy oci:…:VERSION docker://…) and OUTPUT/knoc-kubelet-VERSION.oci.tar
-# (an oci-archive: podman load, ctr images import, docker load with containerd's image store).
-# KNOC_BIN names the folder of the binary (default: the release build of `make build`). Needs only python3.
+# (an oci-archive: podman load, ctr images import, docker load with containerd's image store); with --ssh, knoc-kubelet-ssh-oci and
+# knoc-kubelet-VERSION-ssh.oci.tar.
+# KNOC_BIN names the folder of the binary (default: the release build of `make build`). Needs only python3; --ssh also needs a Debian
+# machine with openssh-client and dash.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 ssh=

@@ -148,16 +148,9 @@ impl Resolver<'_> {
                 return None;
             }
         };
-        let over_ssh = carriers.iter().any(|one| matches!(one, Carrier::Ssh(_)));
-        let given = [
-            ("agent.sshFolder", agent.ssh_folder.is_some()),
-            ("agent.sshProgram", agent.ssh_program.is_some()),
-            ("agent.sshOnDemand", agent.ssh_on_demand),
-        ];
-        for (key, _) in given.iter().filter(|(_, given)| *given && !over_ssh) {
-            self.wrong(key, "belongs to an `ssh:` address, and there is none");
-        }
-        if over_ssh && agent.ssh_folder.is_none() {
+        if !carriers.iter().any(|one| matches!(one, Carrier::Ssh(_))) {
+            self.no_ssh();
+        } else if agent.ssh_folder.is_none() {
             let what = "is missing: an `ssh:` address needs a folder with `ssh-privatekey` and `known_hosts`, usually of a \
                         mounted Secret";
             self.wrong("agent.sshFolder", what);
@@ -178,6 +171,19 @@ impl Resolver<'_> {
                 .map(|one| one.with_login(login.clone()))
                 .collect(),
         )
+    }
+
+    /// No address is a login: its settings would be ignored.
+    fn no_ssh(&mut self) {
+        let agent = &self.settings.agent;
+        let given = [
+            ("agent.sshFolder", agent.ssh_folder.is_some()),
+            ("agent.sshProgram", agent.ssh_program.is_some()),
+            ("agent.sshOnDemand", agent.ssh_on_demand),
+        ];
+        for (key, _) in given.iter().filter(|(_, given)| *given) {
+            self.wrong(key, "belongs to an `ssh:` address, and there is none");
+        }
     }
 
     /// Which side dials, and where.
@@ -238,6 +244,7 @@ impl Resolver<'_> {
             let what = "is of no use with `agent.address: accept`: the agent dials, and its site file names its proxy";
             self.wrong("agent.proxy", what);
         }
+        self.no_ssh();
         if listen.is_empty() {
             return Some(AgentWay::Accept(ACCEPT_AT));
         }

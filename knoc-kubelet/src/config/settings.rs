@@ -63,7 +63,8 @@ pub struct Agent {
     /// For `ssh:` addresses: a folder, usually of a mounted Secret, with `ssh-privatekey` and `known_hosts`, and optionally
     /// `remote_user`, `host`, `port`, `proxy_jump` and `ssh-certificate`.
     pub ssh_folder: Option<PathBuf>,
-    /// For `ssh:` addresses: the path of `knoc-agent` on the login node; unset: it is looked up in PATH and `~/.local/bin`.
+    /// For `ssh:` addresses: the path of `knoc-agent` on the login node; unset: it is looked up in PATH,
+    /// `~/.local/bin` and `~/bin`.
     pub ssh_program: Option<String>,
     /// For `ssh:` addresses: whether an agent is started if none runs.
     pub ssh_on_demand: bool,

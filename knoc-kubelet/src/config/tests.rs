@@ -103,6 +103,13 @@ fn which_side_dials_and_through_which_proxy() {
             "agent.proxy: is of no use with `agent.address: accept`",
         ),
         (
+            &[
+                ("KNOC_AGENT_ADDRESS", "accept"),
+                ("KNOC_AGENT_SSH_FOLDER", "/s"),
+            ],
+            "agent.sshFolder: belongs to an `ssh:` address, and there is none",
+        ),
+        (
             &[("KNOC_AGENT_PROXY", "socks5://p:1")],
             "agent.proxy: begins with socks5://, and only http:// proxies are supported",
         ),

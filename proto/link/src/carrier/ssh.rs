@@ -37,7 +37,7 @@ pub struct Ssh {
 pub struct Login {
     /// A folder with key and host keys; unset: the user's own OpenSSH configuration.
     pub folder: Option<PathBuf>,
-    /// The path of `knoc-agent` on the login node; unset: it is looked up in PATH and `~/.local/bin`.
+    /// The path of `knoc-agent` on the login node; unset: it is looked up in PATH, `~/.local/bin` and `~/bin`.
     pub program: Option<String>,
     /// Starts an agent if none runs.
     pub on_demand: bool,
