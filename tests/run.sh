@@ -43,8 +43,8 @@ row() { # row LEVEL WHAT [SECONDS-IT-MAY-TAKE]
 }
 tests_named() { (cd tests/tests && ls $1 2>/dev/null | sed 's/\.rs$//; s/^/--test /'); }
 
-# The tests of links over SSH start an sshd of their own. That of the machine was not asked for: it is neither started (apt_get) nor
-# enabled.
+# The tests of links over SSH start an sshd of their own. The service that comes with the package must not run on this machine: it is
+# neither started (apt_get) nor enabled.
 install_sshd() {
     local unit
     [ ! -x /usr/sbin/sshd ] || return 0
