@@ -35,7 +35,6 @@ use super::{
     accept::Accept,
     admission::Bounds,
     carrier::{Carrier, Unverified, tcp},
-    cut::Cuttable,
     dial,
     greeting::{self, PING},
     listen::shake_hands,
@@ -416,10 +415,8 @@ impl Reception {
                 ticket,
                 taken: Arc::clone(&self.taken),
             };
-            let peer = connection.peer().clone();
             let why = "the agent has replaced this connection";
-            let cuttable = Cuttable::new(connection, cut, why);
-            let connection = Connection::new(cuttable, peer).holding(in_use);
+            let connection = connection.cut_by(cut, why).holding(in_use);
             // Whoever has given up in this instant lets it fall, and the agent dials again.
             drop(request.send(connection));
             return;
