@@ -149,13 +149,8 @@ impl Resolver<'_> {
             }
         };
         let over_ssh = carriers.iter().any(|one| matches!(one, Carrier::Ssh(_)));
-        let given = [
-            ("agent.sshFolder", agent.ssh_folder.is_some()),
-            ("agent.sshProgram", agent.ssh_program.is_some()),
-            ("agent.sshOnDemand", agent.ssh_on_demand),
-        ];
-        for (key, _) in given.iter().filter(|(_, given)| *given && !over_ssh) {
-            self.wrong(key, "belongs to an `ssh:` address, and there is none");
+        if !over_ssh {
+            self.no_login();
         }
         if over_ssh && agent.ssh_folder.is_none() {
             let what = "is missing: an `ssh:` address needs a folder with `ssh-privatekey` and `known_hosts`, usually of a \
@@ -178,6 +173,19 @@ impl Resolver<'_> {
                 .map(|one| one.with_login(login.clone()))
                 .collect(),
         )
+    }
+
+    /// No address is reached over SSH: the settings for logins would have no effect.
+    fn no_login(&mut self) {
+        let agent = &self.settings.agent;
+        let given = [
+            ("agent.sshFolder", agent.ssh_folder.is_some()),
+            ("agent.sshProgram", agent.ssh_program.is_some()),
+            ("agent.sshOnDemand", agent.ssh_on_demand),
+        ];
+        for (key, _) in given.iter().filter(|(_, given)| *given) {
+            self.wrong(key, "belongs to an `ssh:` address, and there is none");
+        }
     }
 
     /// Which side dials, and where.
@@ -206,6 +214,8 @@ impl Resolver<'_> {
         };
         if let Some(address) = addresses.only()
             && let Some(listen) = address.strip_prefix(ACCEPT)
+            // A host may have a name that begins like this.
+            && (listen.is_empty() || listen.starts_with(':'))
         {
             return self.accept(address, listen);
         }
@@ -238,6 +248,7 @@ impl Resolver<'_> {
             let what = "is of no use with `agent.address: accept`: the agent dials, and its site file names its proxy";
             self.wrong("agent.proxy", what);
         }
+        self.no_login();
         if listen.is_empty() {
             return Some(AgentWay::Accept(ACCEPT_AT));
         }
