@@ -77,6 +77,7 @@ async fn the_address_that_worked_last_comes_first() {
     assert_eq!(attempts(&log), ["first", "second", "third", "third"]);
 }
 
+#[expect(clippy::disallowed_methods, reason = "a file of the test itself")]
 #[tokio::test]
 async fn a_request_that_was_cancelled_does_not_keep_the_turn() {
     let folder = tempfile::tempdir().unwrap();
@@ -98,7 +99,6 @@ async fn a_request_that_was_cancelled_does_not_keep_the_turn() {
         () = async { while attempts(&log).is_empty() { tokio::task::yield_now().await } } => true,
     };
     assert!(asked);
-    #[expect(clippy::disallowed_methods, reason = "a file of the test itself")]
     std::fs::write(&go, "").unwrap();
     let answer = tokio::time::timeout(Duration::from_secs(10), crate::tests::ask(control)).await;
     assert_eq!(answer.unwrap().code(), tonic::Code::Unavailable);
