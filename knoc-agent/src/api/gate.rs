@@ -8,21 +8,15 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::{self, IoSlice},
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
 use knoc_link::{Connection, Identity, Peer, PeerCertificate, pki::CertificateInfo};
 use knoc_proto::reason::ErrorReason;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::watch::Receiver,
-};
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio::sync::watch::Receiver;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status, service::Interceptor};
 
 use crate::policy::{PeerDenied, Renewals, Rules};
@@ -105,13 +99,9 @@ impl Gate {
         state.next += 1;
         state.open.insert(id, open);
         drop(state);
-        let watched = Watched {
-            gate: self.clone(),
-            id,
-            cut: Box::pin(cut.cancelled_owned()),
-        };
-        let peer = conn.peer().clone();
-        Connection::new(Guarded { conn, watched }, peer)
+        let gate = self.clone();
+        conn.cut_by(cut, "the peer is no longer served")
+            .holding(Registered { gate, id })
     }
 
     /// Checks whether this peer is served now.
@@ -218,79 +208,15 @@ impl Interceptor for Gate {
     }
 }
 
-/// A connection that ends when its peer is no longer served.
+/// Removes a connection from those that are open when it is dropped.
 #[derive(Debug)]
-struct Guarded {
-    conn: Connection,
-    watched: Watched,
-}
-
-#[derive(Debug)]
-struct Watched {
+struct Registered {
     gate: Gate,
     id: u64,
-    cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
-impl Drop for Watched {
+impl Drop for Registered {
     fn drop(&mut self) {
         self.gate.state().open.remove(&self.id);
-    }
-}
-
-impl Guarded {
-    /// Fails once the connection was closed by the gate, which also wakes the caller's task.
-    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        match self.watched.cut.as_mut().poll(cx) {
-            Poll::Pending => Ok(()),
-            Poll::Ready(()) => {
-                let text = "the peer is no longer served";
-                Err(io::Error::new(io::ErrorKind::ConnectionAborted, text))
-            }
-        }
-    }
-}
-
-impl AsyncRead for Guarded {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        self.check(cx)?;
-        Pin::new(&mut self.conn).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Guarded {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.check(cx)?;
-        Pin::new(&mut self.conn).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.check(cx)?;
-        Pin::new(&mut self.conn).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.conn).poll_shutdown(cx)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.conn.is_write_vectored()
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.check(cx)?;
-        Pin::new(&mut self.conn).poll_write_vectored(cx, bufs)
     }
 }

@@ -41,8 +41,8 @@ use crate::{
 const FILES_A_POD: u64 = 4;
 /// Open files that the agent needs for itself, the connections among them that it opens to kubelets.
 const FILES_OWN: u64 = 128 + 64;
-/// Listeners with bounded connections: the ports of kubelets and of shims. The unix socket needs no
-/// bound, since only the user can reach it. Links of shims are counted with their pods, which
+/// Listeners whose connections are counted here: the ports of kubelets and of shims. Those of the unix sockets, and of
+/// logins over SSH through them, take the place of kubelets at the port. Links of shims are counted with their pods, which
 /// leaves enough connections on their port.
 const LISTENERS: u64 = 2;
 /// More pods than any agent was tested with.

@@ -148,9 +148,11 @@ impl Resolver<'_> {
                 return None;
             }
         };
-        if !carriers.iter().any(|one| matches!(one, Carrier::Ssh(_))) {
-            self.no_ssh();
-        } else if agent.ssh_folder.is_none() {
+        let over_ssh = carriers.iter().any(|one| matches!(one, Carrier::Ssh(_)));
+        if !over_ssh {
+            self.no_login();
+        }
+        if over_ssh && agent.ssh_folder.is_none() {
             let what = "is missing: an `ssh:` address needs a folder with `ssh-privatekey` and `known_hosts`, usually of a \
                         mounted Secret";
             self.wrong("agent.sshFolder", what);
@@ -173,8 +175,8 @@ impl Resolver<'_> {
         )
     }
 
-    /// No address is a login: its settings would be ignored.
-    fn no_ssh(&mut self) {
+    /// No address is reached over SSH: the settings for logins would have no effect.
+    fn no_login(&mut self) {
         let agent = &self.settings.agent;
         let given = [
             ("agent.sshFolder", agent.ssh_folder.is_some()),
@@ -212,6 +214,8 @@ impl Resolver<'_> {
         };
         if let Some(address) = addresses.only()
             && let Some(listen) = address.strip_prefix(ACCEPT)
+            // A host may have a name that begins like this.
+            && (listen.is_empty() || listen.starts_with(':'))
         {
             return self.accept(address, listen);
         }
@@ -244,7 +248,7 @@ impl Resolver<'_> {
             let what = "is of no use with `agent.address: accept`: the agent dials, and its site file names its proxy";
             self.wrong("agent.proxy", what);
         }
-        self.no_ssh();
+        self.no_login();
         if listen.is_empty() {
             return Some(AgentWay::Accept(ACCEPT_AT));
         }

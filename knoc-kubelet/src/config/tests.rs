@@ -90,7 +90,16 @@ fn which_side_dials_and_through_which_proxy() {
         let listen = AgentWay::Accept(listen.parse().unwrap());
         assert_eq!(way(&[("KNOC_AGENT_ADDRESS", address)]), listen, "{address}");
     }
+    let named = way(&[("KNOC_AGENT_ADDRESS", "acceptance.example.org:10350")]);
+    assert!(matches!(named, AgentWay::Dial(..)), "{named:?}");
     for (variables, expected) in [
+        (
+            &[
+                ("KNOC_AGENT_ADDRESS", "accept"),
+                ("KNOC_AGENT_SSH_FOLDER", "/ssh"),
+            ],
+            "agent.sshFolder: belongs to an `ssh:` address, and there is none",
+        ),
         (
             &[("KNOC_AGENT_ADDRESS", "accept:443")][..],
             "agent.address: `accept:443` is not `accept`, or like `accept:0.0.0.0:10350`",
@@ -101,13 +110,6 @@ fn which_side_dials_and_through_which_proxy() {
                 ("KNOC_AGENT_PROXY", "p:1"),
             ],
             "agent.proxy: is of no use with `agent.address: accept`",
-        ),
-        (
-            &[
-                ("KNOC_AGENT_ADDRESS", "accept"),
-                ("KNOC_AGENT_SSH_FOLDER", "/s"),
-            ],
-            "agent.sshFolder: belongs to an `ssh:` address, and there is none",
         ),
         (
             &[("KNOC_AGENT_PROXY", "socks5://p:1")],

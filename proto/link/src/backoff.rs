@@ -54,8 +54,12 @@ impl Kind {
 /// The failures of one address since it worked last.
 #[derive(Debug, Default)]
 pub(super) struct Backoff {
+    /// How the last ones counted, and how many of that kind there were in a row before the last.
     kind: Option<Kind>,
     failures: u32,
+    /// The refused logins. A site counts them whatever lies between them: the name of several hosts may lead to one that
+    /// refuses the login and to one that has no agent.
+    refused: u32,
     until: Option<Instant>,
 }
 
@@ -73,8 +77,14 @@ impl Backoff {
         };
         self.kind = Some(kind);
         let (first, most) = kind.pauses();
+        let before = if kind == Kind::Authentication {
+            self.refused += 1;
+            self.refused - 1
+        } else {
+            self.failures
+        };
         let pause = first
-            .saturating_mul(1 << self.failures.min(16))
+            .saturating_mul(1 << before.min(16))
             .min(most)
             .mul_f64(1.0 + 0.25 * jitter.clamp(0.0, 1.0));
         self.until = Some(now + pause);
@@ -125,5 +135,22 @@ mod tests {
         }
         backoff.failed(Kind::Command, now, 0.0);
         assert!(backoff.allows(now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn refused_logins_count_whatever_lies_between_them() {
+        let (mut backoff, begin) = (Backoff::default(), Instant::now());
+        let (mut now, mut refused) = (begin, Vec::new());
+        for number in 0..20 {
+            let kind = [Kind::Authentication, Kind::Command][number % 2];
+            if kind == Kind::Authentication {
+                refused.push(now);
+            }
+            backoff.failed(kind, now, 0.0);
+            now = backoff.until.unwrap();
+        }
+        for five in refused.windows(5) {
+            assert!(five[4] - five[0] > Duration::from_mins(10), "{refused:?}");
+        }
     }
 }

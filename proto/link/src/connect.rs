@@ -5,7 +5,6 @@ use rustls_pki_types::ServerName;
 
 use super::{
     CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer,
-    PeerCertificate,
     carrier::{
         Dial, Unverified,
         exec::{self, COMMAND_TIMEOUT, marker::Speaks},
@@ -116,15 +115,6 @@ pub(super) async fn over_tls(
         None => tls::connect(io, config).await,
     };
     let stream = stream.map_err(failed)?;
-    let Some(identity) = claimed.identity() else {
-        return Err(failed(io::Error::other("the peer presented no identity")));
-    };
-    let certificate = PeerCertificate::of(tls::peer_chain(&stream));
-    let certificate = certificate.map_err(|error| failed(io::Error::other(error)))?;
-    let peer = Peer::Tls {
-        identity,
-        origin,
-        certificate,
-    };
+    let peer = tls::verified(&stream, &claimed, origin).map_err(failed)?;
     Ok(Connection::new(stream, peer))
 }

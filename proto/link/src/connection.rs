@@ -6,9 +6,10 @@ use std::{
 };
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
-use super::{Peer, carrier::Io};
+use super::{Peer, carrier::Io, cut::Cuttable};
 
 /// A stream of bytes and the verified peer `P` at its other end. The stream is boxed once, after the handshake, so that
 /// users of connections do not depend on carriers.
@@ -51,6 +52,13 @@ impl<P> Connection<P> {
     pub fn holding(mut self, guard: impl Send + Sync + 'static) -> Self {
         self.held.push(Box::new(guard));
         self
+    }
+
+    /// Ends the connection once `cut` is cancelled: whoever reads or writes then gets an error that says `why`.
+    #[must_use]
+    pub fn cut_by(self, cut: CancellationToken, why: &'static str) -> Self {
+        let io = Box::new(Cuttable::new(self.io, cut, why));
+        Self { io, ..self }
     }
 
     /// The verified peer at the other end.

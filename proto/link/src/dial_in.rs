@@ -11,7 +11,7 @@
 //! Nothing that has not finished its handshake changes anything here. An agent with a higher epoch replaces the one that
 //! served, whose connections are cut; a hello also names the connections that its agent still has, and others are cut.
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
@@ -35,7 +35,6 @@ use super::{
     accept::Accept,
     admission::Bounds,
     carrier::{Carrier, Unverified, tcp},
-    cut::Cuttable,
     dial,
     greeting::{self, PING},
     listen::shake_hands,
@@ -165,7 +164,7 @@ impl Desk {
             serving: None,
             waiting: VecDeque::new(),
             attended: FuturesUnordered::new(),
-            asked: HashSet::new(),
+            asked: HashMap::new(),
             taken: Arc::default(),
             next: 0,
         })
@@ -247,8 +246,8 @@ pub struct Reception {
     /// The connections that wait, oldest first.
     waiting: VecDeque<Waiting>,
     attended: FuturesUnordered<BoxFuture<'static, (u64, u64, Attended)>>,
-    /// Connections that were asked for and have not answered yet.
-    asked: HashSet<u64>,
+    /// Connections that were asked for and have not answered yet, with the pin of our certificate that the agent has seen.
+    asked: HashMap<u64, String>,
     taken: AllTaken,
     next: u64,
 }
@@ -392,16 +391,16 @@ impl Reception {
     }
 
     fn ended(&mut self, ticket: u64, number: u64, ended: Attended) {
-        self.asked.remove(&ticket);
+        let shown = self.asked.remove(&ticket).unwrap_or_default();
         self.waiting.retain(|waiting| waiting.ticket != ticket);
         match ended {
-            Attended::Ready(connection) => self.hand_over(connection, number),
+            Attended::Ready(connection) => self.hand_over(connection, number, shown),
             Attended::Lost(error) => tracing::debug!(%error, "a connection of an agent was lost"),
             Attended::Refused => {}
         }
     }
 
-    fn hand_over(&mut self, connection: Connection, number: u64) {
+    fn hand_over(&mut self, connection: Connection, number: u64, shown: String) {
         while let Some(request) = self.requested.pop_front() {
             if request.is_closed() {
                 continue;
@@ -416,15 +415,12 @@ impl Reception {
                 ticket,
                 taken: Arc::clone(&self.taken),
             };
-            let peer = connection.peer().clone();
             let why = "the agent has replaced this connection";
-            let cuttable = Cuttable::new(connection, cut, why);
-            let connection = Connection::new(cuttable, peer).holding(in_use);
+            let connection = connection.cut_by(cut, why).holding(in_use);
             // Whoever has given up in this instant lets it fall, and the agent dials again.
             drop(request.send(connection));
             return;
         }
-        let shown = self.credentials.info().spki;
         self.wait(connection, number, shown, false);
     }
 
@@ -443,7 +439,7 @@ impl Reception {
             // opened before a renewal is closed, and the agent opens a new one.
             let fresh = waiting.shown == shown && waiting.until > now;
             if fresh && waiting.ask.send(()).is_ok() {
-                self.asked.insert(waiting.ticket);
+                self.asked.insert(waiting.ticket, waiting.shown);
             }
         }
     }

@@ -12,8 +12,8 @@
 //! - **agent → shim**: [`pinned`]. The shim dials the agent, and each side pins the other's self-signed key.
 //!   [`near_side`] and [`far_side`] run HTTP/2 on such a connection.
 //!
-//! This crate spawns no task except hyper's own: handshakes make progress while the server polls its stream of
-//! connections. Every handshake is a full one (no resumption, no session tickets), so a replaced certificate is used
+//! This crate spawns no task except hyper's own and one for each attempt of a channel to connect: handshakes of the side
+//! that is dialled make progress while the server polls its stream of connections. Every handshake is a full one (no resumption, no session tickets), so a replaced certificate is used
 //! from the next connection on.
 use std::time::Duration;
 

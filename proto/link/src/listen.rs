@@ -17,7 +17,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio_rustls::TlsStream;
 
 use super::{
-    Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer, PeerCertificate,
+    Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer,
     accept::{Accept, Handshake},
     admission::Bounds,
     carrier::{Io, Listener, Unverified, tcp, unix},
@@ -89,16 +89,7 @@ pub(super) async fn shake_hands<I: Io>(
     let config = tls::server(roots, key, expect, claimed.clone())
         .map_err(|error| failed(io::Error::other(error)))?;
     let stream = tls::accept(io, config).await.map_err(failed)?;
-    let Some(identity) = claimed.identity() else {
-        return Err(failed(io::Error::other("the peer presented no identity")));
-    };
-    let certificate = PeerCertificate::of(tls::peer_chain(&stream));
-    let certificate = certificate.map_err(|error| failed(io::Error::other(error)))?;
-    let peer = Peer::Tls {
-        identity,
-        origin,
-        certificate,
-    };
+    let peer = tls::verified(&stream, &claimed, origin).map_err(failed)?;
     Ok((stream, peer))
 }
 

@@ -21,7 +21,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use super::{
-    ExpectPeer, Identity,
+    ExpectPeer, Identity, Origin, Peer, PeerCertificate,
     carrier::Io,
     verifier::{CheckCertificate, Tls13Verifier, provider},
 };
@@ -95,6 +95,22 @@ pub(super) async fn accept<I: Io>(io: I, config: ServerConfig) -> io::Result<Tls
 /// The chain that the peer presented in its handshake, its own certificate first.
 pub(super) fn peer_chain<I>(stream: &TlsStream<I>) -> Option<&[CertificateDer<'static>]> {
     stream.get_ref().1.peer_certificates()
+}
+
+/// The peer of a handshake that has succeeded, whose verifier has noted its identity in `claimed`.
+pub(super) fn verified<I>(
+    stream: &TlsStream<I>,
+    claimed: &ClaimedIdentity,
+    origin: Origin,
+) -> io::Result<Peer> {
+    let identity = claimed.identity();
+    let identity = identity.ok_or_else(|| io::Error::other("the peer presented no identity"))?;
+    let certificate = PeerCertificate::of(peer_chain(stream)).map_err(io::Error::other)?;
+    Ok(Peer::Tls {
+        identity,
+        origin,
+        certificate,
+    })
 }
 
 pub(super) fn client_config(

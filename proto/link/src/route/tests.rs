@@ -76,3 +76,31 @@ async fn the_address_that_worked_last_comes_first() {
     }
     assert_eq!(attempts(&log), ["first", "second", "third", "third"]);
 }
+
+#[expect(clippy::disallowed_methods, reason = "a file of the test itself")]
+#[tokio::test]
+async fn a_request_that_was_cancelled_does_not_keep_the_turn() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, go) = (folder.path().join("log"), folder.path().join("go"));
+    let script = format!(
+        "echo try >> '{}'; while [ ! -e '{}' ]; do sleep 0.05; done; exit 1",
+        log.display(),
+        go.display()
+    );
+    let words = serde_json::to_string(&["/bin/sh", "-c", &script]).unwrap();
+    let carrier: Carrier = format!("exec:{words}").parse().unwrap();
+    let route = Route::from(carrier);
+    let channel = || crate::dial(route.clone(), None, ExpectPeer::AnyAgent).unwrap();
+    // As control and bulk of one kubelet. Somebody asks over bulk, and gives up while the login goes on.
+    let (control, bulk) = (channel(), channel());
+    let asked = tokio::select! {
+        biased;
+        _ = crate::tests::ask(bulk.clone()) => false,
+        () = async { while attempts(&log).is_empty() { tokio::task::yield_now().await } } => true,
+    };
+    assert!(asked);
+    std::fs::write(&go, "").unwrap();
+    let answer = tokio::time::timeout(Duration::from_secs(10), crate::tests::ask(control)).await;
+    assert_eq!(answer.unwrap().code(), tonic::Code::Unavailable);
+    drop(bulk);
+}

@@ -41,8 +41,8 @@ impl fmt::Display for Speaks {
 /// What the bytes so far contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Found {
-    /// No whole marker yet.
-    NotYet,
+    /// No whole marker yet, and none that begins before this index.
+    NotYet(usize),
     /// The marker; the link begins at this index.
     Link(Speaks, usize),
     /// A marker of another version, or one whose line end was changed on the way.
@@ -51,14 +51,17 @@ pub(super) enum Found {
     TooMuch,
 }
 
-/// Looks for the marker in all bytes so far.
-pub(super) fn find(bytes: &[u8]) -> Found {
-    let begin = bytes.windows(BEGIN.len()).position(|part| part == BEGIN);
+/// Looks for the marker in all bytes so far. None begins before `searched`, as the last call has found: without it, a far
+/// side that sends byte by byte would cost a look at all bytes each time.
+pub(super) fn find(bytes: &[u8], searched: usize) -> Found {
+    let rest = bytes.get(searched..).unwrap_or_default();
+    let begin = rest.windows(BEGIN.len()).position(|part| part == BEGIN);
+    let begin = begin.map(|begin| searched + begin);
     let Some(begin) = begin.filter(|begin| *begin <= MAX_BANNER) else {
         return if bytes.len() > MAX_BANNER + BEGIN.len() {
             Found::TooMuch
         } else {
-            Found::NotYet
+            Found::NotYet(searched.max((bytes.len() + 1).saturating_sub(BEGIN.len())))
         };
     };
     let rest = &bytes[begin..];
@@ -68,13 +71,13 @@ pub(super) fn find(bytes: &[u8]) -> Found {
             return Found::Link(speaks, begin + marker.len());
         }
         if marker.starts_with(rest) {
-            return Found::NotYet;
+            return Found::NotYet(begin);
         }
     }
     if rest.len() > BEGIN.len() + MAX_REST || rest[BEGIN.len()..].contains(&b'\n') {
         return Found::Unknown;
     }
-    Found::NotYet
+    Found::NotYet(begin)
 }
 
 #[cfg(test)]
@@ -88,21 +91,37 @@ mod tests {
         all.extend_from_slice(Speaks::Tls.marker());
         let whole = all.len();
         all.extend_from_slice(b"\x16\x03\x01");
+        let mut searched = 0;
         for end in 0..whole {
-            assert_eq!(find(&all[..end]), Found::NotYet, "{end}");
+            assert!(matches!(find(&all[..end], 0), Found::NotYet(_)), "{end}");
+            let Found::NotYet(next) = find(&all[..end], searched) else {
+                panic!("{end}");
+            };
+            assert!(next + BEGIN.len() + MAX_REST > end, "{end}: {next}");
+            assert!(next >= searched, "{end}: {next}");
+            searched = next;
         }
         for end in whole..=all.len() {
-            assert_eq!(find(&all[..end]), Found::Link(Speaks::Tls, whole), "{end}");
+            for from in [0, searched] {
+                assert_eq!(
+                    find(&all[..end], from),
+                    Found::Link(Speaks::Tls, whole),
+                    "{end}"
+                );
+            }
         }
-        assert_eq!(find(b"KNOC-LINK/1 plain\n"), Found::Link(Speaks::Plain, 18));
+        assert_eq!(
+            find(b"KNOC-LINK/1 plain\n", 0),
+            Found::Link(Speaks::Plain, 18)
+        );
     }
 
     #[test]
     fn a_line_end_that_a_terminal_changed_and_another_version_are_no_link() {
-        assert_eq!(find(b"KNOC-LINK/1 tls\r\n"), Found::Unknown);
-        assert_eq!(find(b"KNOC-LINK/1 quic\n"), Found::Unknown);
+        assert_eq!(find(b"KNOC-LINK/1 tls\r\n", 0), Found::Unknown);
+        assert_eq!(find(b"KNOC-LINK/1 quic\n", 0), Found::Unknown);
         assert_eq!(
-            find(b"KNOC-LINK/1 and so on without an end"),
+            find(b"KNOC-LINK/1 and so on without an end", 0),
             Found::Unknown
         );
     }
@@ -110,13 +129,13 @@ mod tests {
     #[test]
     fn a_banner_is_bounded() {
         let mut endless = vec![b'x'; MAX_BANNER];
-        assert_eq!(find(&endless), Found::NotYet);
+        assert!(matches!(find(&endless, 0), Found::NotYet(_)));
         let mut whole = endless.clone();
         whole.extend_from_slice(Speaks::Tls.marker());
-        assert!(matches!(find(&whole), Found::Link(..)));
+        assert!(matches!(find(&whole, 0), Found::Link(..)));
         endless.extend_from_slice(&[b'x'; 13]);
-        assert_eq!(find(&endless), Found::TooMuch);
+        assert_eq!(find(&endless, 0), Found::TooMuch);
         endless.extend_from_slice(Speaks::Tls.marker());
-        assert_eq!(find(&endless), Found::TooMuch);
+        assert_eq!(find(&endless, 0), Found::TooMuch);
     }
 }

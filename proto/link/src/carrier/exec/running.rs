@@ -124,9 +124,10 @@ impl CommandIo {
 
     async fn find_marker(&mut self) -> Result<Speaks, CommandFailure> {
         let mut seen = Vec::new();
+        let mut searched = 0;
         loop {
-            match marker::find(&seen) {
-                Found::NotYet => {}
+            match marker::find(&seen, searched) {
+                Found::NotYet(next) => searched = next,
                 Found::Link(speaks, begin) => {
                     self.replay.extend(&seen[begin..]);
                     return Ok(speaks);
@@ -231,6 +232,18 @@ impl CommandIo {
         let ended = ready!(self.running.poll_ended(cx));
         Poll::Ready(ended.map_err(io::Error::other).and(end))
     }
+
+    /// The result of a write; if it failed, with the cause that the command gives.
+    fn poll_written(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        match written {
+            Ok(written) => Poll::Ready(Ok(written)),
+            Err(error) => self.poll_end(cx, Err(error)).map_ok(|()| 0),
+        }
+    }
 }
 
 impl AsyncRead for CommandIo {
@@ -262,10 +275,8 @@ impl AsyncWrite for CommandIo {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        match ready!(Pin::new(&mut this.stream).poll_write(cx, buf)) {
-            Ok(written) => Poll::Ready(Ok(written)),
-            Err(error) => this.poll_end(cx, Err(error)).map_ok(|()| 0),
-        }
+        let written = ready!(Pin::new(&mut this.stream).poll_write(cx, buf));
+        this.poll_written(cx, written)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

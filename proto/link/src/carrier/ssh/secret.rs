@@ -2,8 +2,9 @@
 //! `ssh-certificate`, `remote_user`, `host`, `port` and `proxy_jump`.
 //!
 //! It is read for each connection, so a replaced Secret counts at once. ssh refuses a key that others can read, as they can
-//! in a mounted Secret, so key and host keys are copied into a private folder in memory, which is removed once the login has succeeded.
-//! The options stand in a configuration file there, because only that also counts for the hop to a jump host.
+//! in a mounted Secret, so key and host keys are copied into a private folder in memory, which is removed once the login has
+//! succeeded or failed, or by the next login if this process is killed meanwhile. The options stand in a configuration file
+//! there, because only that also counts for the hop to a jump host.
 use std::{
     fmt::Write as _,
     fs::{self, File, OpenOptions, Permissions},
@@ -16,6 +17,7 @@ use std::{
 use tempfile::TempDir;
 
 use super::{is_host, is_user};
+use crate::own_uid;
 
 /// The most bytes of a file other than `known_hosts`.
 const MAX_FILE: u64 = 64 << 10;
@@ -138,7 +140,7 @@ impl Secret {
         if let Some(certificate) = &self.certificate {
             private.put("certificate", &unix_lines(certificate))?;
         }
-        let config = self.config(private.0.path());
+        let config = self.config(private.folder.path());
         private.put("config", config.as_bytes())?;
         Ok(private)
     }
@@ -192,34 +194,57 @@ RequestTTY no
 Compression no
 ";
 
-/// A folder that only this user can read; it is removed when this is dropped.
+/// How the name of a private folder begins.
+const PREFIX: &str = "knoc-ssh-";
+/// How often a private folder is made, at most: another process may sweep it before it is locked.
+const ATTEMPTS: u32 = 3;
+
+/// A folder that only this user can read; it is removed when this is dropped. Its lock tells [`sweep`] that it is in use.
 #[derive(Debug)]
-pub(super) struct Private(TempDir);
+pub(super) struct Private {
+    folder: TempDir,
+    _lock: File,
+}
 
 impl Private {
-    /// In memory if possible. The name has no characters that ssh's configuration would read.
+    /// In memory if possible.
     fn new() -> Result<Self, SecretError> {
-        let mut builder = tempfile::Builder::new();
-        let builder = builder
-            .prefix("knoc-ssh-")
-            .permissions(Permissions::from_mode(0o700));
-        let in_memory = builder.tempdir_in("/dev/shm");
-        let made = in_memory.or_else(|_| builder.tempdir());
-        let made = made.map_err(|source| SecretError::File {
+        let in_memory = Self::within(Path::new("/dev/shm"));
+        let made = in_memory.or_else(|_| Self::within(&std::env::temp_dir()));
+        made.map_err(|source| SecretError::File {
             what: "make a private folder in",
             path: std::env::temp_dir(),
             source,
-        })?;
-        Ok(Self(made))
+        })
+    }
+
+    /// The name has no characters that ssh's configuration would read.
+    fn within(base: &Path) -> io::Result<Self> {
+        sweep(base);
+        for _ in 0..ATTEMPTS {
+            let folder = tempfile::Builder::new()
+                .prefix(PREFIX)
+                .permissions(Permissions::from_mode(0o700))
+                .tempdir_in(base)?;
+            if let Some(lock) = locked(folder.path())
+                && folder.path().exists()
+            {
+                return Ok(Self {
+                    folder,
+                    _lock: lock,
+                });
+            }
+        }
+        Err(io::Error::other("another process removes it each time"))
     }
 
     /// The configuration file for ssh.
     pub(super) fn config(&self) -> PathBuf {
-        self.0.path().join("config")
+        self.folder.path().join("config")
     }
 
     fn put(&self, name: &str, bytes: &[u8]) -> Result<(), SecretError> {
-        let path = self.0.path().join(name);
+        let path = self.folder.path().join(name);
         let mut options = OpenOptions::new();
         let options = options.write(true).create_new(true).mode(0o600);
         let written = options
@@ -230,6 +255,31 @@ impl Private {
             path,
             source,
         })
+    }
+}
+
+/// The folder with its lock, which ends with the process; `None` if another process has it, or the folder is gone.
+fn locked(folder: &Path) -> Option<File> {
+    let lock = File::open(folder).ok()?;
+    lock.try_lock().ok()?;
+    Some(lock)
+}
+
+/// Removes the private folders that processes of this user have left, because they were killed during a login.
+fn sweep(base: &Path) {
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let named = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        // Others may put anything into this folder, but cannot replace what is ours.
+        let ours = |meta: fs::Metadata| meta.is_dir() && meta.uid() == own_uid();
+        if named
+            && fs::symlink_metadata(&path).is_ok_and(ours)
+            && let Some(_lock) = locked(&path)
+            && let Err(error) = fs::remove_dir_all(&path)
+        {
+            let path = path.display();
+            tracing::warn!(%path, %error, "remove the copy of a key that a process has left");
+        }
     }
 }
 
@@ -308,4 +358,28 @@ pub(super) fn fingerprint(folder: &Path) -> u64 {
         seen.hash(&mut hasher);
     }
     hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_login_removes_what_a_killed_process_left_and_nothing_else() {
+        let base = tempfile::tempdir().unwrap();
+        let at = |name: &str| base.path().join(name);
+        for name in ["knoc-ssh-left", "other"] {
+            fs::create_dir(at(name)).unwrap();
+            File::create(at(name).join("key")).unwrap();
+        }
+        std::os::unix::fs::symlink(at("other"), at("knoc-ssh-link")).unwrap();
+        let used = Private::within(base.path()).unwrap();
+        used.put("key", b"").unwrap();
+        assert!(!at("knoc-ssh-left").exists());
+        let next = Private::within(base.path()).unwrap();
+        assert!(used.folder.path().join("key").exists());
+        assert!(at("other").join("key").exists());
+        drop((used, next));
+        assert_eq!(fs::read_dir(base.path()).unwrap().count(), 2);
+    }
 }
