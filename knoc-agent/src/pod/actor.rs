@@ -207,7 +207,7 @@ impl Actor {
                     Ok(event) => Input::Event(event),
                     Err(error) if error.is_cancelled() => continue,
                     Err(error) => {
-                        tracing::error!(uid = %self.uid, error = chain(&error), "an effect failed");
+                        tracing::error!(uid = %self.uid, error = chain(&error), "a task of the pod panicked");
                         continue;
                     }
                 },

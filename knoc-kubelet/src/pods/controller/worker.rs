@@ -264,7 +264,7 @@ impl Worker<'_> {
             Ok(node) => self.context.node.see_foreign(&node),
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::warn!(uid = %self.uid, %error, "a new pod is judged by what was last seen of the node");
+                tracing::warn!(uid = %self.uid, %error, "could not read the Node to admit a new pod, which is judged by the resources last seen");
             }
         }
         self.allocate(shape)
