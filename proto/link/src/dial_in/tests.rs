@@ -20,8 +20,8 @@ struct Kubelet {
 
 fn kubelet_with(credentials: Credentials) -> Kubelet {
     let expect = ExpectPeer::Exactly(agent());
-    let (dial_in, desk) = prepare(([127, 0, 0, 1], 0).into(), credentials, expect);
-    let reception = desk.open().unwrap();
+    let (dial_in, prepared) = prepare(([127, 0, 0, 1], 0).into(), credentials, expect);
+    let reception = prepared.open().unwrap();
     let address = reception.local_addr().unwrap();
     let mut task = JoinSet::new();
     task.spawn(reception.run(CancellationToken::new()));
