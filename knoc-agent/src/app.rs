@@ -90,7 +90,8 @@ impl App {
         let gate = Gate::new(ruling);
         let told = prepare::tell_shims(&site, &shim_hop, &pair)?;
         let pin = Arc::new(Pin::load(&site.state)?);
-        let (node, watched) = watch::channel(node_info(&site, pod_limit));
+        let info = node_info(&site, pod_limit, credentials.as_ref());
+        let (node, watched) = watch::channel(info);
         let registry = Registry::new(Arc::clone(&site), pod_limit, actors.clone());
         let count = registry.recover().await?;
         tracing::info!(count, epoch = site.lease.epoch(), "pods were restored");
@@ -199,8 +200,13 @@ impl App {
 }
 
 /// What a watch of the node shows before Slurm was asked.
-fn node_info(site: &Site, pod_limit: usize) -> pb::NodeInfo {
+fn node_info(
+    site: &Site,
+    pod_limit: usize,
+    credentials: Option<&knoc_link::Credentials>,
+) -> pb::NodeInfo {
     pb::NodeInfo {
+        certificate_until: renewal::until(credentials),
         pid_isolation: site.runtime.name != "process",
         pod_limit: pod_limit.try_into().unwrap_or(i32::MAX),
         maps_privileged: site.policy.now().maps_privileged(),

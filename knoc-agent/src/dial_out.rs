@@ -57,14 +57,40 @@ enum State {
 
 /// The states of the links to the kubelets that are dialled. Clones share them.
 #[derive(Debug, Clone, Default)]
-pub struct Board(Arc<Mutex<Vec<Status>>>);
+pub struct DialStates(Arc<Mutex<Vec<Status>>>);
 
-impl Board {
-    fn set(&self, index: usize, state: State) {
+impl DialStates {
+    fn change(&self, index: usize, change: impl FnOnce(&State) -> State) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(status) = all.get_mut(index) {
-            status.state = state;
+            status.state = change(&status.state);
         }
+    }
+
+    fn is_first(&self, index: usize) -> bool {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(index)
+            .is_some_and(|status| matches!(status.state, State::Dialling))
+    }
+
+    fn up(&self, index: usize, peer: String) {
+        self.change(index, |state| {
+            let since = match state {
+                State::Up { since, .. } => *since,
+                State::Dialling | State::Down { .. } => Timestamp::now(),
+            };
+            State::Up { peer, since }
+        });
+    }
+
+    fn down(&self, index: usize, error: String, cure: &'static str) {
+        self.change(index, |state| {
+            let since = match state {
+                State::Down { since, .. } => *since,
+                State::Dialling | State::Up { .. } => Timestamp::now(),
+            };
+            State::Down { error, cure, since }
+        });
     }
 
     /// One finding for each kubelet.
@@ -78,7 +104,7 @@ impl Board {
 fn finding(status: &Status) -> Finding {
     let (ok, detail, cure) = match &status.state {
         State::Dialling => (true, "not tried yet".to_owned(), ""),
-        State::Up { peer, since } => (true, format!("{peer} is reached since {since:.0}"), ""),
+        State::Up { peer, since } => (true, format!("connected to {peer} since {since:.0}"), ""),
         State::Down { error, cure, since } => (false, format!("since {since:.0}: {error}"), *cure),
     };
     Finding {
@@ -112,7 +138,7 @@ pub fn start(
     targets: Vec<Target>,
     credentials: &Credentials,
     epoch: i64,
-    board: &Board,
+    states: &DialStates,
     stop: &CancellationToken,
     tasks: &mut JoinSet<()>,
 ) -> Incoming {
@@ -123,7 +149,7 @@ pub fn start(
         address: target.carrier.address().unwrap_or_default().to_owned(),
         state: State::Dialling,
     });
-    *board.0.lock().unwrap_or_else(PoisonError::into_inner) = statuses.collect();
+    *states.0.lock().unwrap_or_else(PoisonError::into_inner) = statuses.collect();
     let (taken_to, taken) = mpsc::channel(1);
     for (index, target) in targets.into_iter().enumerate() {
         let dialling = Dialling {
@@ -131,7 +157,7 @@ pub fn start(
             index,
             credentials: credentials.clone(),
             caller: caller.clone(),
-            board: board.clone(),
+            states: states.clone(),
             taken: taken_to.clone(),
         };
         tasks.spawn(
@@ -149,7 +175,7 @@ struct Dialling {
     index: usize,
     credentials: Credentials,
     caller: Caller,
-    board: Board,
+    states: DialStates,
     taken: mpsc::Sender<Connection>,
 }
 
@@ -185,11 +211,11 @@ impl Dialling {
     async fn once(&self, last: &mut String) -> Result<Connection, LinkError> {
         let waiting = dial_out::dial(&self.target, &self.credentials, &self.caller).await?;
         let peer = waiting.peer().to_string();
-        if !last.is_empty() || self.board.is_first(self.index) {
-            tracing::info!(kubelet = peer, "the kubelet is reached");
+        if !last.is_empty() || self.states.is_first(self.index) {
+            tracing::info!(kubelet = peer, "connected to the kubelet");
         }
         last.clear();
-        self.board.up(self.index, peer);
+        self.states.up(self.index, peer);
         waiting.taken().await
     }
 
@@ -197,36 +223,10 @@ impl Dialling {
         let text = chain(error);
         if *last != text {
             let target = &self.target.carrier;
-            tracing::warn!(%target, error = text, "the kubelet is not reached; trying again");
+            tracing::warn!(%target, error = text, "cannot connect to the kubelet; trying again");
             last.clone_from(&text);
         }
-        self.board.down(self.index, text, cure(error));
-    }
-}
-
-impl Board {
-    fn is_first(&self, index: usize) -> bool {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.get(index)
-            .is_some_and(|status| matches!(status.state, State::Dialling))
-    }
-
-    fn up(&self, index: usize, peer: String) {
-        let now = Timestamp::now();
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(status) = all.get_mut(index) else {
-            return;
-        };
-        let since = match &status.state {
-            State::Up { since, .. } => *since,
-            State::Dialling | State::Down { .. } => now,
-        };
-        status.state = State::Up { peer, since };
-    }
-
-    fn down(&self, index: usize, error: String, cure: &'static str) {
-        let since = Timestamp::now();
-        self.set(index, State::Down { error, cure, since });
+        self.states.down(self.index, text, cure(error));
     }
 }
 

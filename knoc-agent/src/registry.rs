@@ -83,7 +83,9 @@ impl Registry {
         })
     }
 
-    /// Restores the pods that are on disk. A pod that cannot be read is logged and left as it is.
+    /// Restores the pods that are on disk, and returns once each of them is on the board: a
+    /// snapshot that lacked one would mean that this agent does not know it. A pod that cannot be
+    /// read is logged and left as it is.
     pub async fn recover(&self) -> Result<usize, JobDirError> {
         let state = self.site.state.clone();
         let site = Arc::clone(&self.site);
@@ -118,11 +120,18 @@ impl Registry {
         let Ok(found) = read.await else { return Ok(0) };
         let found = found?;
         let count = found.len();
+        let mut published = Vec::with_capacity(count);
         for (dir, restored) in found {
             if let Ok(uid) = PodUid::try_from(dir.uid()) {
-                let handle = self.start(&uid, Some(restored));
+                let (publishes, on_board) = oneshot::channel();
+                let handle = self.start(&uid, Some((restored, publishes)));
                 self.lock().insert(uid, handle);
+                published.push(on_board);
             }
+        }
+        for on_board in published {
+            // Fails only if the actor's task has ended, and its pod with it.
+            on_board.await.ok();
         }
         Ok(count)
     }
@@ -229,7 +238,7 @@ impl Registry {
         found.ok_or_else(|| RequestError::new(ErrorReason::NotFound, format!("no pod {uid}")))
     }
 
-    fn start(&self, uid: &PodUid, restored: Option<Restored>) -> Handle {
+    fn start(&self, uid: &PodUid, restored: Option<(Restored, oneshot::Sender<()>)>) -> Handle {
         let (input, inputs) = mpsc::channel(INPUTS);
         let (wants, wanted) = watch::channel(Wanted::default());
         let site = Arc::clone(&self.site);

@@ -85,8 +85,7 @@ impl Renewal {
         if let (Some(credentials), Some(tls)) = (credentials, tls) {
             self.look(credentials, tls).await;
         }
-        let until = self.credentials.as_ref();
-        let until = until.map_or(0, |one| one.info().validity.until.as_second());
+        let until = until(self.credentials.as_ref());
         let problem = self.site.policy.problem().unwrap_or_default();
         let maps_privileged = self.site.policy.now().maps_privileged();
         self.node.send_if_modified(|node| {
@@ -148,6 +147,11 @@ fn renew(credentials: &Credentials, tls: &Tls, now: Timestamp) -> Result<Timesta
         tracing::error!(error = chain(&error), "cannot read the renewed certificate");
     }
     Ok(until)
+}
+
+/// When the agent's certificate expires, as a watch of the node shows it.
+pub(crate) fn until(credentials: Option<&Credentials>) -> i64 {
+    credentials.map_or(0, |one| one.info().validity.until.as_second())
 }
 
 #[cfg(test)]

@@ -133,7 +133,7 @@ pub enum Cancel {
 #[derive(Debug, thiserror::Error)]
 pub enum SchedulerError {
     /// A command failed; the message is Slurm's.
-    #[error("ask the scheduler")]
+    #[error("call the scheduler")]
     Command(#[from] CommandError),
     /// The answer does not have the form of any known version.
     #[error("read the answer of {program}: {problem}")]
@@ -144,7 +144,7 @@ pub enum SchedulerError {
         problem: String,
     },
     /// A file of the local scheduler cannot be read or written.
-    #[error("keep the jobs of this host")]
+    #[error("read or write the records of the jobs on this host")]
     State(#[from] JobDirError),
     /// The agent is stopping.
     #[error("the agent is stopping")]

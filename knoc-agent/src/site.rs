@@ -59,8 +59,8 @@ pub struct Site {
     pub versions: Versions,
     /// The published state of the pods.
     pub board: Board,
-    /// Which of the kubelets of `[[dial_out]]` are reached.
-    pub dial_out: crate::dial_out::Board,
+    /// The links to the kubelets of `[[dial_out]]`.
+    pub dial_out: crate::dial_out::DialStates,
     /// The links of running shims.
     pub shim_links: ShimLinks,
     /// How shims are reached.

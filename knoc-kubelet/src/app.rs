@@ -11,7 +11,7 @@ mod certificates;
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use knoc_link::{LinkError, dial_in::Desk};
+use knoc_link::{LinkError, dial_in::PreparedReception};
 use kube::Client;
 use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -110,7 +110,7 @@ pub struct App {
     agent: Agent,
     dialer: Dialer,
     /// What listens for the agent, if the agent dials; taken when the kubelet leads.
-    desk: Option<Desk>,
+    reception: Option<PreparedReception>,
     namespace: String,
     identity: String,
     internal_ip: String,
@@ -187,10 +187,10 @@ impl App {
         tasks: &mut JoinSet<()>,
         shutdown: &CancellationToken,
     ) -> Result<(), LinkError> {
-        let Some(desk) = self.desk.take() else {
+        let Some(prepared) = self.reception.take() else {
             return Ok(());
         };
-        let reception = desk.open()?;
+        let reception = prepared.open()?;
         if let Some(address) = reception.local_addr() {
             tracing::info!(%address, "listening for the agent");
         }

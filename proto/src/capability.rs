@@ -95,4 +95,35 @@ mod tests {
         spec.containers[0].pre_stop = Some(pb::Hook::default());
         assert_eq!(needed(&spec), OF_PODS);
     }
+
+    #[test]
+    fn each_field_alone_is_enough() {
+        let of = |change: fn(&mut pb::PodSpec, &mut pb::Container)| {
+            let (mut spec, mut container) = <(pb::PodSpec, pb::Container)>::default();
+            change(&mut spec, &mut container);
+            spec.containers.push(container);
+            needed(&spec)
+        };
+        assert_eq!(of(|spec, _| spec.set_hostname_as_fqdn = true), [POD_DOMAIN]);
+        assert_eq!(
+            of(|_, main| main.startup_probe = Some(pb::Probe::default())),
+            [PROBES]
+        );
+        assert_eq!(
+            of(|_, main| main.liveness_probe = Some(pb::Probe::default())),
+            [PROBES]
+        );
+        assert_eq!(
+            of(|_, main| main.readiness_probe = Some(pb::Probe::default())),
+            [PROBES]
+        );
+        assert_eq!(
+            of(|_, main| main.post_start = Some(pb::Hook::default())),
+            [HOOKS]
+        );
+        assert_eq!(
+            of(|_, main| main.pre_stop = Some(pb::Hook::default())),
+            [HOOKS]
+        );
+    }
 }

@@ -112,6 +112,13 @@ impl PodBuilder {
         self.set("command", json!(command.as_slice()))
     }
 
+    /// Mounts an emptyDir at this path of the container, as the pod's only volume.
+    #[must_use]
+    pub fn empty_dir(self, path: &str) -> Self {
+        self.set("volumeMounts", json!([{"name": "data", "mountPath": path}]))
+            .spec("volumes", json!([{"name": "data", "emptyDir": {}}]))
+    }
+
     /// Makes the container run a shell script.
     #[must_use]
     pub fn sh(self, script: &str) -> Self {

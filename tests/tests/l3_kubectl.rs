@@ -5,7 +5,6 @@ use std::{ffi::OsStr, path::Path, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use knoc_tests::{PodBuilder, Run, Terminal, World, wait_for, world::SOON};
-use serde_json::json;
 
 const MINUTES: Duration = Duration::from_mins(3);
 const SIZE: usize = 20 << 20;
@@ -106,11 +105,7 @@ async fn a_gibibyte_is_copied_both_ways() -> anyhow::Result<()> {
     let world = World::new("kubectl-gib").await?;
     let pod = PodBuilder::new("target")
         .sh("sleep 3600")
-        .spec("volumes", json!([{"name": "data", "emptyDir": {}}]))
-        .set(
-            "volumeMounts",
-            json!([{"name": "data", "mountPath": "/data"}]),
-        );
+        .empty_dir("/data");
     world.running(&pod).await?;
     let folder = tempfile::tempdir()?;
     let (up, down) = (folder.path().join("up"), folder.path().join("down"));

@@ -141,7 +141,7 @@ pub(super) async fn prepare(
             path,
             version,
         },
-        dial_out: crate::dial_out::Board::default(),
+        dial_out: crate::dial_out::DialStates::default(),
         shim_links: ShimLinks::default(),
         shim_route,
         shim_steps,

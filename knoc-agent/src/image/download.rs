@@ -24,7 +24,7 @@ use super::{
     manifest::{self, Descriptor, Image, Packing},
     reference::Source,
     registry::{RegistryClient, describe},
-    slots::Slots,
+    slots::FairSlots,
 };
 
 /// How many layers of one image are downloaded at the same time, as in other container runtimes.
@@ -91,7 +91,7 @@ pub(super) struct Download<'a> {
     pub(super) source: &'a Source,
     pub(super) layout: &'a Layout,
     /// The slots, one of which this download holds.
-    pub(super) slots: &'a Slots,
+    pub(super) slots: &'a FairSlots,
     pub(super) stall: Duration,
 }
 

@@ -24,7 +24,7 @@ use super::{
     download::{Download, Layout},
     reference::Source,
     registry::{Found, RegistryClient, describe},
-    slots::Slots,
+    slots::FairSlots,
     unpacked::{self, Budget, LayerError},
     untrusted::shown,
 };
@@ -48,9 +48,9 @@ pub(super) struct Puller {
     pub(super) cache: Arc<Cache>,
     pub(super) registry: Arc<RegistryClient>,
     /// Slots for whole pulls.
-    pub(super) pulls: Arc<Slots>,
+    pub(super) pulls: Arc<FairSlots>,
     /// Slots for conversions, which use the login node's processors.
-    pub(super) conversions: Arc<Slots>,
+    pub(super) conversions: Arc<FairSlots>,
 }
 
 impl Puller {

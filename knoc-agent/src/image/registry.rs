@@ -23,7 +23,7 @@ use super::{
     http::{Answer, Client, Request},
     manifest::{self, Descriptor, Image, MAX_CONFIG, MAX_MANIFEST, Manifest},
     reference::Source,
-    slots::Slots,
+    slots::FairSlots,
     untrusted::shown,
 };
 
@@ -59,7 +59,7 @@ pub(super) struct Config {
 #[derive(Debug)]
 pub(super) struct RegistryClient {
     http: Client,
-    questions: Arc<Slots>,
+    questions: Arc<FairSlots>,
     /// Tokens by origin and repository.
     tokens: Mutex<HashMap<(String, String), (HeaderValue, Instant)>>,
     timeout: Duration,
@@ -69,7 +69,7 @@ impl RegistryClient {
     pub(super) fn new(settings: &Settings) -> Self {
         Self {
             http: Client::new(settings),
-            questions: Slots::new(QUESTIONS, QUESTIONS_EACH),
+            questions: FairSlots::new(QUESTIONS, QUESTIONS_EACH),
             tokens: Mutex::default(),
             timeout: settings.registry_timeout,
         }

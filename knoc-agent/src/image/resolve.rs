@@ -15,7 +15,7 @@ use super::{
     reference::{self, Reference, Source},
     registry::{Found, RegistryClient},
     sif::Sifs,
-    slots::Slots,
+    slots::FairSlots,
 };
 
 /// The registry's answer about a name.
@@ -33,8 +33,8 @@ pub struct Images {
     settings: Arc<Settings>,
     cache: Arc<Cache>,
     registry: Arc<RegistryClient>,
-    places: Arc<Slots>,
-    conversions: Arc<Slots>,
+    pull_slots: Arc<FairSlots>,
+    conversions: Arc<FairSlots>,
     resolutions: Flights<Result<Resolution, String>>,
     pulls: Flights<Result<(), String>>,
     sifs: Sifs,
@@ -48,9 +48,9 @@ impl Images {
         Self {
             cache: Arc::new(Cache::new(settings.state.clone())),
             registry: Arc::new(RegistryClient::new(&settings)),
-            places: Slots::new(PULLS, PULLS_EACH),
+            pull_slots: FairSlots::new(PULLS, PULLS_EACH),
             // Conversions use processors and are short: those of one registry may have all slots.
-            conversions: Slots::new(settings.concurrency, settings.concurrency),
+            conversions: FairSlots::new(settings.concurrency, settings.concurrency),
             resolutions: Flights::default(),
             pulls: Flights::default(),
             sifs: Sifs::default(),
@@ -232,7 +232,7 @@ impl Images {
             settings: Arc::clone(&self.settings),
             cache: Arc::clone(&self.cache),
             registry: Arc::clone(&self.registry),
-            pulls: Arc::clone(&self.places),
+            pulls: Arc::clone(&self.pull_slots),
             conversions: Arc::clone(&self.conversions),
         };
         let key = found.digest.to_string();

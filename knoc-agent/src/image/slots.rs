@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 /// The slots.
 #[derive(Debug)]
-pub(super) struct Slots {
+pub(super) struct FairSlots {
     overall: usize,
     /// The limit for one registry.
     each: usize,
@@ -43,7 +43,7 @@ impl State {
 /// One slot, which is held until it is dropped.
 #[derive(Debug)]
 pub(super) struct Slot {
-    slots: Arc<Slots>,
+    slots: Arc<FairSlots>,
     key: String,
 }
 
@@ -53,7 +53,7 @@ impl Drop for Slot {
     }
 }
 
-impl Slots {
+impl FairSlots {
     pub(super) fn new(overall: usize, each: usize) -> Arc<Self> {
         Arc::new(Self {
             overall: overall.max(1),
@@ -137,7 +137,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_registry_has_its_share_and_the_others_theirs() {
-        let slots = Slots::new(3, 2);
+        let slots = FairSlots::new(3, 2);
         let (a, _b) = (slots.acquire("a").await, slots.acquire("a").await);
         let mut third = Box::pin(slots.acquire("a"));
         assert!(third.as_mut().now_or_never().is_none(), "its share is two");
@@ -157,7 +157,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_task_that_stops_waiting_takes_no_slot() {
-        let slots = Slots::new(1, 1);
+        let slots = FairSlots::new(1, 1);
         let held = slots.acquire("a").await;
         let mut gone = Box::pin(slots.acquire("a"));
         assert!(gone.as_mut().now_or_never().is_none());
@@ -173,7 +173,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_slot_that_was_given_and_never_taken_is_free_again() {
-        let slots = Slots::new(1, 1);
+        let slots = FairSlots::new(1, 1);
         let held = slots.acquire("a").await;
         let mut given = Box::pin(slots.acquire("a"));
         assert!(given.as_mut().now_or_never().is_none());

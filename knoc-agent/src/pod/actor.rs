@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use knoc_contract::jobdir::{JobDir, JobDirError};
 use knoc_proto::{crash, error::chain, ids::PodUid, pb, pod::PodSpec, reason::ErrorReason};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     task::{AbortHandle, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
@@ -133,16 +133,17 @@ impl NewActor {
     }
 
     /// Runs until the pod is forgotten, or until `stop`. It stops only between inputs, so no record
-    /// is left half written.
+    /// is left half written. A pod that was `restored` comes with a sender, which is answered once
+    /// the pod is on the board.
     pub async fn run(
         self,
-        restored: Option<Restored>,
+        restored: Option<(Restored, oneshot::Sender<()>)>,
         mut inputs: mpsc::Receiver<Input>,
         stop: CancellationToken,
     ) {
         let (site, uid) = (Arc::clone(&self.site), self.uid.clone());
         let begun = match restored {
-            Some(restored) => Some(self.adopt(restored).await),
+            Some((restored, published)) => Some(self.adopt(restored, published).await),
             None => self.create(&mut inputs).await,
         };
         if let Some((actor, pod)) = begun {
@@ -206,7 +207,7 @@ impl Actor {
                     Ok(event) => Input::Event(event),
                     Err(error) if error.is_cancelled() => continue,
                     Err(error) => {
-                        tracing::error!(uid = %self.uid, error = chain(&error), "an effect failed");
+                        tracing::error!(uid = %self.uid, error = chain(&error), "a task of the pod panicked");
                         continue;
                     }
                 },

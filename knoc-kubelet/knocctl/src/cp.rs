@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use self::spec::{Place, Remote};
+use self::spec::{Remote, Side};
 use super::{
     CtlError, Global,
     converse::QUEUE,
@@ -64,9 +64,9 @@ impl LeftOut {
 #[command(after_help = HELP)]
 pub(super) struct Cp {
     /// A local path, or POD:PATH
-    source: Place,
+    source: Side,
     /// A local path, or POD:PATH
-    destination: Place,
+    destination: Side,
     /// The container, if the pod has several
     #[arg(short, long)]
     container: Option<String>,
@@ -98,15 +98,15 @@ impl Cp {
     pub(super) async fn run(self, global: &Global) -> Result<ExitCode, CtlError> {
         let container = self.container.as_deref();
         match (self.source, self.destination) {
-            (Place::Local(from), Place::Remote(to)) => {
+            (Side::Local(from), Side::Remote(to)) => {
                 let target = Target::find(global, to, container).await?;
                 upload(from, target).await?;
             }
-            (Place::Remote(from), Place::Local(to)) => {
+            (Side::Remote(from), Side::Local(to)) => {
                 let source = Target::find(global, from, container).await?;
                 download(source, to).await?;
             }
-            (Place::Local(_), Place::Local(_)) | (Place::Remote(_), Place::Remote(_)) => {
+            (Side::Local(_), Side::Local(_)) | (Side::Remote(_), Side::Remote(_)) => {
                 return Err(CtlError::CopySides);
             }
         }

@@ -237,15 +237,19 @@ impl AgentWatch {
     }
 }
 
-/// PURE: the new capacity, or the last one known if this agent does not know it yet: a node must not shrink to nothing
-/// because its agent was restarted.
+/// PURE: what the agent says of the node, with the last capacity known if this agent does not know it yet: a node must
+/// not shrink to nothing because its agent was restarted.
 fn newest(known: Option<&pb::NodeInfo>, new: pb::NodeInfo) -> pb::NodeInfo {
     match known {
         Some(known) if !tells_capacity(&new) => pb::NodeInfo {
-            scheduler: new.scheduler,
-            pid_isolation: new.pid_isolation,
-            pod_limit: new.pod_limit,
-            ..known.clone()
+            cpu: known.cpu,
+            memory_bytes: known.memory_bytes,
+            ephemeral_storage_bytes: known.ephemeral_storage_bytes,
+            extended: known.extended.clone(),
+            nodes_total: known.nodes_total,
+            nodes_available: known.nodes_available,
+            partitions: known.partitions.clone(),
+            ..new
         },
         Some(_) | None => new,
     }
@@ -273,11 +277,17 @@ mod tests {
         let away = pb::NodeInfo {
             scheduler: Some(pb::SchedulerHealth::default()),
             pod_limit: 9,
+            policy_problem: "x".to_owned(),
+            maps_privileged: true,
             ..pb::NodeInfo::default()
         };
         let both = newest(Some(&known), away.clone());
-        assert_eq!((both.cpu, both.nodes_total, both.pod_limit), (96, 3, 9));
-        assert!(both.scheduler.is_some());
+        let expected = pb::NodeInfo {
+            cpu: 96,
+            nodes_total: 3,
+            ..away.clone()
+        };
+        assert_eq!(both, expected);
         assert_eq!(newest(None, away.clone()), away);
         // A capacity with all nodes down is known too.
         let none = pb::NodeInfo {

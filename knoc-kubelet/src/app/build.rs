@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Namespace;
 use knoc_link::{
     Carrier, Credentials, ExpectPeer, LinkError, Route,
     carrier::ssh::SecretError,
-    dial_in::{self, Desk},
+    dial_in::{self, PreparedReception},
     proxy::Via,
 };
 use kube::{
@@ -110,7 +110,7 @@ impl App {
             IdentityConfig::ServiceAccount => None,
         };
         let cluster_id = cluster_id(&account, &server).await?;
-        let (dialer, desk) = dialer(&config.agent)?;
+        let (dialer, reception) = dialer(&config.agent)?;
         let link = |source| BuildError::Link { source };
         let channels = dialer.dial().map_err(link)?;
         let agent = Agent::new(channels.control, channels.bulk, &cluster_id);
@@ -130,7 +130,7 @@ impl App {
             bootstrap,
             agent,
             dialer,
-            desk,
+            reception,
             config,
         };
         if let Some(credentials) = &app.dialer.credentials {
@@ -187,7 +187,7 @@ async fn cluster_id(client: &Client, server: &str) -> Result<String, BuildError>
 }
 
 /// How to connect to the agent; with what listens for it, if it dials.
-fn dialer(config: &AgentConfig) -> Result<(Dialer, Option<Desk>), BuildError> {
+fn dialer(config: &AgentConfig) -> Result<(Dialer, Option<PreparedReception>), BuildError> {
     let credentials = match &config.credentials {
         None => None,
         Some(files) => Some(
@@ -199,7 +199,7 @@ fn dialer(config: &AgentConfig) -> Result<(Dialer, Option<Desk>), BuildError> {
         Some(site) => ExpectPeer::Exactly(knoc_link::Identity::Agent { site: site.clone() }),
         None => ExpectPeer::AnyAgent,
     };
-    let (way, desk) = match (&config.way, &credentials) {
+    let (way, reception) = match (&config.way, &credentials) {
         (AgentWay::Dial(route, via), _) => {
             let route = dialled(route, via)?;
             tracing::info!(agent = %route, "the kubelet dials the agent");
@@ -207,8 +207,8 @@ fn dialer(config: &AgentConfig) -> Result<(Dialer, Option<Desk>), BuildError> {
         }
         (AgentWay::Accept(listen), Some(credentials)) => {
             let expect = expect.clone();
-            let (dial_in, desk) = dial_in::prepare(*listen, credentials.clone(), expect);
-            (Way::DialIn(dial_in), Some(desk))
+            let (dial_in, reception) = dial_in::prepare(*listen, credentials.clone(), expect);
+            (Way::DialIn(dial_in), Some(reception))
         }
         (AgentWay::Accept(listen), None) => {
             let carrier = Carrier::Tcp(listen.to_string());
@@ -221,7 +221,7 @@ fn dialer(config: &AgentConfig) -> Result<(Dialer, Option<Desk>), BuildError> {
         credentials,
         expect,
     };
-    Ok((dialer, desk))
+    Ok((dialer, reception))
 }
 
 /// The addresses through the proxy that the settings or the environment name, with the folder for logins checked.

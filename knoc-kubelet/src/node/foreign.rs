@@ -6,16 +6,19 @@ use std::collections::BTreeMap;
 use k8s_openapi::{api::core::v1::NodeStatus, apimachinery::pkg::api::resource::Quantity};
 use knoc_proto::pb;
 
+use crate::agent::tells_capacity;
+
 /// Amounts by the name of the resource.
 type Pieces = BTreeMap<String, i64>;
 
 /// Resources that are always the node's own.
 const OWN: [&str; 4] = ["cpu", "memory", "ephemeral-storage", "pods"];
 
-/// The foreign resources of a Node's status. Empty as long as the agent has not reported which resources are the site's.
+/// The foreign resources of a Node's status. Empty as long as the agent has not reported which resources are the site's:
+/// an agent that was just started does not know it.
 pub(crate) fn resources(status: Option<&NodeStatus>, site: Option<&pb::NodeInfo>) -> Pieces {
     let capacity = status.and_then(|status| status.capacity.as_ref());
-    let (Some(capacity), Some(site)) = (capacity, site) else {
+    let (Some(capacity), Some(site)) = (capacity, site.filter(|site| tells_capacity(site))) else {
         return Pieces::new();
     };
     let foreign = capacity.iter().filter(|(name, _)| is_foreign(name, site));
@@ -48,7 +51,15 @@ pub(crate) fn gone(status: Option<&NodeStatus>, site: &pb::NodeInfo) -> Vec<Stri
     none.map(|(name, _)| name.clone()).filter(shown).collect()
 }
 
+/// Does the pod ask for extended resources, whoever has them?
+pub(crate) fn asks_for_extended(shape: &pb::PodSpec) -> bool {
+    let all = shape.init_containers.iter().chain(&shape.containers);
+    let mut lists = all.flat_map(|container| [&container.requests, &container.limits]);
+    lists.any(|list| list.as_ref().is_some_and(|list| !list.extended.is_empty()))
+}
+
 /// Removes the foreign resources from the shape, because the agent does not know them. They were counted at admission.
+/// `site` must have told its capacity.
 pub(crate) fn leave_out(shape: &mut pb::PodSpec, site: &pb::NodeInfo) {
     let all = shape
         .init_containers
@@ -79,6 +90,7 @@ mod tests {
 
     fn site() -> pb::NodeInfo {
         pb::NodeInfo {
+            nodes_total: 1,
             extended: [
                 ("nvidia.com/gpu".to_owned(), 2),
                 ("amd.com/gpu".to_owned(), 0),
@@ -93,6 +105,8 @@ mod tests {
         let found = resources(Some(&status()), Some(&site()));
         assert_eq!(found, Pieces::from([("example.com/licence".to_owned(), 5)]));
         assert!(resources(Some(&status()), None).is_empty());
+        let just_started = pb::NodeInfo::default();
+        assert!(resources(Some(&status()), Some(&just_started)).is_empty());
         assert!(resources(None, Some(&site())).is_empty());
     }
 

@@ -17,6 +17,7 @@ use super::{
     predicates::{Mismatch, NodeAttributes},
     status,
 };
+use crate::agent::tells_capacity;
 
 /// What Slurm has for the node, as the agent last reported it.
 pub type Capacity = watch::Receiver<Option<Arc<pb::NodeInfo>>>;
@@ -64,10 +65,18 @@ impl Unit {
                 .cluster_domain
                 .clone_from(&self.identity.cluster_domain);
         }
-        if let Some(site) = self.capacity.borrow().as_deref() {
-            foreign::leave_out(&mut shape, site);
+        let site = self.capacity.borrow().clone();
+        if let Some(site) = site.filter(|site| tells_capacity(site)) {
+            foreign::leave_out(&mut shape, &site);
         }
         shape
+    }
+
+    /// Is it known which of the pod's extended resources are the site's? Until then such a pod is neither judged nor sent:
+    /// without those that the site has, its job would run without them.
+    pub(crate) fn knows_resources(&self, shape: &pb::PodSpec) -> bool {
+        let site = self.capacity.borrow();
+        site.as_deref().is_some_and(tells_capacity) || !foreign::asks_for_extended(shape)
     }
 
     pub(super) fn capacity(&self) -> Capacity {

@@ -2,7 +2,8 @@
 //!
 //! In: a bounded channel. If it is full, or if an object exceeds its rate, the Event is dropped and logged. The name of
 //! an Event is derived from its contents: after a restart the same Event is not written twice (the API server answers
-//! `AlreadyExists`), and a repetition within this process increases its count instead.
+//! `AlreadyExists`), and a repetition within this process increases its count instead, or
+//! creates it again if the API server has removed it meanwhile.
 
 use std::{
     collections::HashMap,
@@ -195,13 +196,9 @@ impl Recorder {
             self.counts.clear();
         }
         let count = self.counts.entry(name.clone()).or_default();
-        let times = note.times.max(1);
         let known = *count > 0;
-        *count = count.saturating_add(times);
-        if known {
-            let patch = json!({"count": *count, "lastTimestamp": Time(note.at)});
-            return (namespace, name, Body::Count(patch));
-        }
+        *count = count.saturating_add(note.times.max(1));
+        let count = *count;
         let event = Event {
             metadata: ObjectMeta {
                 name: Some(name.clone()),
@@ -220,16 +217,22 @@ impl Recorder {
             reporting_instance: Some(self.node.clone()),
             first_timestamp: Some(Time(note.at)),
             last_timestamp: Some(Time(note.at)),
-            count: Some(times),
+            count: Some(count),
             ..Event::default()
         };
-        (namespace, name, Body::New(Box::new(event)))
+        let event = Box::new(event);
+        if known {
+            let patch = json!({"count": count, "lastTimestamp": Time(note.at)});
+            return (namespace, name, Body::Count(patch, event));
+        }
+        (namespace, name, Body::New(event))
     }
 }
 
 enum Body {
     New(Box<Event>),
-    Count(serde_json::Value),
+    /// The Event is created again if the API server has removed it, usually an hour after the last write.
+    Count(serde_json::Value, Box<Event>),
 }
 
 fn name(note: &Note) -> String {
@@ -253,15 +256,20 @@ async fn write(client: Client, namespace: &str, name: &str, body: Body) {
     let api: Api<Event> = Api::namespaced(client, namespace);
     let written = async {
         match body {
-            Body::New(event) => api.create(&PostParams::default(), &event).await.map(drop),
-            Body::Count(patch) => api
-                .patch(name, &PatchParams::default(), &Patch::Merge(patch))
-                .await
-                .map(drop),
+            Body::New(event) => api.create(&PostParams::default(), &event).await,
+            Body::Count(patch, event) => {
+                let params = PatchParams::default();
+                match api.patch(name, &params, &Patch::Merge(patch)).await {
+                    Err(kube::Error::Api(status)) if status.code == 404 => {
+                        api.create(&PostParams::default(), &event).await
+                    }
+                    other => other,
+                }
+            }
         }
     };
     match tokio::time::timeout(DEADLINE, written).await {
-        Ok(Ok(())) => {}
+        Ok(Ok(_)) => {}
         // Written before a restart, or its namespace is being removed.
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 403 | 404 | 409) => {
             tracing::debug!(name, %status.message, "could not write an Event");
@@ -276,7 +284,9 @@ async fn write(client: Client, namespace: &str, name: &str, body: Body) {
 
 #[cfg(test)]
 mod tests {
+    use http::{Request, Response};
     use knoc_proto::names;
+    use kube::client::Body as HttpBody;
 
     use super::*;
 
@@ -306,5 +316,43 @@ mod tests {
             let name = name(&note);
             assert_eq!(names::dns_subdomain(&name), Ok(()), "{name}");
         }
+    }
+    /// A probe that fails again after hours has an Event then too.
+    #[tokio::test]
+    async fn a_repetition_of_a_removed_event_is_a_new_one() {
+        let (service, mut server) =
+            tower_test::mock::pair::<Request<HttpBody>, Response<HttpBody>>();
+        let mut recorder = Recorder::new(Client::new(service, "default"), "n");
+        let note = Note {
+            object: ObjectReference::default(),
+            warning: true,
+            reason: "Unhealthy".to_owned(),
+            message: "it failed".to_owned(),
+            at: Timestamp::UNIX_EPOCH,
+            salt: 0,
+            times: 2,
+        };
+        recorder.event(&note);
+        let (namespace, name, body) = recorder.event(&note);
+        let writing = write(recorder.client.clone(), &namespace, &name, body);
+        let answering = async {
+            let mut methods = Vec::new();
+            for code in [404, 201] {
+                let (request, send) = server.next_request().await.unwrap();
+                methods.push(request.method().clone());
+                let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code,
+                    "reason": "NotFound", "message": "m", "metadata": {}, "involvedObject": {}});
+                let body = HttpBody::from(serde_json::to_vec(&status).unwrap());
+                send.send_response(Response::builder().status(code).body(body).unwrap());
+                if code == 201 {
+                    let sent = request.into_body().collect_bytes().await.unwrap();
+                    let sent: serde_json::Value = serde_json::from_slice(&sent).unwrap();
+                    assert_eq!(sent["count"], 4);
+                }
+            }
+            methods
+        };
+        let ((), methods) = tokio::join!(writing, answering);
+        assert_eq!(methods, ["PATCH", "POST"]);
     }
 }

@@ -18,16 +18,16 @@ pub(crate) struct Probes {
     pub(crate) pre_stop: Option<pb::Hook>,
 }
 
-/// Where a probe or hook stands in the pod: what its problems begin with, and the container whose ports have names.
+/// The field of a container that is a probe or hook. Problems name it, and ports are looked up in its container.
 #[derive(Clone, Copy)]
-struct Place<'a> {
+struct Field<'a> {
     container: Container<'a>,
-    field: &'a str,
+    name: &'a str,
 }
 
 /// Translates them; adds what is wrong to `problems`.
 pub(crate) fn shape(container: Container<'_>, problems: &mut Vec<String>) -> Probes {
-    let at = |field| Place { container, field };
+    let at = |name| Field { container, name };
     let mut probe = |field, probe: &Option<core::Probe>| {
         let probe = Probe::from(probe.as_ref()?);
         Some(at(field).probe(probe, problems))
@@ -49,7 +49,7 @@ pub(crate) fn shape(container: Container<'_>, problems: &mut Vec<String>) -> Pro
     }
 }
 
-impl Place<'_> {
+impl Field<'_> {
     fn probe(self, probe: Probe<'_>, problems: &mut Vec<String>) -> pb::Probe {
         use pb::probe::Action;
         let mut actions = Vec::new();
@@ -159,8 +159,8 @@ impl Place<'_> {
     }
 
     fn wrong(self, what: &str, problems: &mut Vec<String>) {
-        let Self { container, field } = self;
-        problems.push(format!("spec.containers[{}].{field}{what}", container.name));
+        let Self { container, name } = self;
+        problems.push(format!("spec.containers[{}].{name}{what}", container.name));
     }
 }
 

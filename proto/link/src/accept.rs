@@ -198,7 +198,7 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
         let evicted = if L::STRANGERS {
             self.silent.push(source, first_byte::<L>(arrived).boxed())
         } else {
-            self.shake_hands(source, arrived)
+            self.start_handshake(source, arrived)
         };
         self.note_eviction(evicted);
     }
@@ -208,7 +208,7 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
         while let Poll::Ready((source, done)) = self.silent.poll(cx) {
             match done {
                 Ok(spoke) => {
-                    let evicted = self.shake_hands(source, spoke);
+                    let evicted = self.start_handshake(source, spoke);
                     self.note_eviction(evicted);
                 }
                 Err(error) => self.log_refused(source, error),
@@ -216,7 +216,7 @@ impl<L: Listener, T: Send + 'static> Accept<L, T> {
         }
     }
 
-    fn shake_hands(&mut self, source: Source, connection: Unverified<L::Io>) -> Option<Source> {
+    fn start_handshake(&mut self, source: Source, connection: Unverified<L::Io>) -> Option<Source> {
         let peer = connection.origin.to_string();
         let handshake = tokio::time::timeout(CONNECT_TIMEOUT, (self.begin)(connection));
         let handshake = handshake.map(move |done| {

@@ -65,7 +65,7 @@ pub struct DialIn {
 
 /// A [`Reception`] that does not listen yet.
 #[derive(Debug)]
-pub struct Desk {
+pub struct PreparedReception {
     listen: SocketAddr,
     credentials: Credentials,
     expect: ExpectPeer,
@@ -73,9 +73,13 @@ pub struct Desk {
     refusal: Arc<Mutex<Option<(Instant, String)>>>,
 }
 
-/// Prepares to receive agents that `expect` allows, at `listen`. Nothing listens before [`Desk::open`].
+/// Prepares to receive agents that `expect` allows, at `listen`. Nothing listens before [`PreparedReception::open`].
 #[must_use]
-pub fn prepare(listen: SocketAddr, credentials: Credentials, expect: ExpectPeer) -> (DialIn, Desk) {
+pub fn prepare(
+    listen: SocketAddr,
+    credentials: Credentials,
+    expect: ExpectPeer,
+) -> (DialIn, PreparedReception) {
     let (requests, requested) = mpsc::channel(MOST_REQUESTS);
     let refusal = Arc::new(Mutex::new(None));
     let dial_in = DialIn {
@@ -83,14 +87,14 @@ pub fn prepare(listen: SocketAddr, credentials: Credentials, expect: ExpectPeer)
         requests,
         refusal: Arc::clone(&refusal),
     };
-    let desk = Desk {
+    let prepared = PreparedReception {
         listen,
         credentials,
         expect,
         requests: requested,
         refusal,
     };
-    (dial_in, desk)
+    (dial_in, prepared)
 }
 
 impl DialIn {
@@ -133,7 +137,7 @@ struct Arrived {
 
 type Arrivals = Accept<tcp::Listener, Arrived>;
 
-impl Desk {
+impl PreparedReception {
     /// Starts to listen. Must be called within a tokio runtime.
     pub fn open(self) -> Result<Reception, LinkError> {
         let failed = |source| LinkError::Listen {

@@ -34,14 +34,7 @@ pub(super) async fn measure(bed: &Bed, rounds: usize) -> anyhow::Result<Beside> 
     let source = PodBuilder::new("beside")
         .image(&Bed::image_path())
         .memory("2Gi")
-        .set(
-            "volumeMounts",
-            serde_json::json!([{"name": "data", "mountPath": "/data"}]),
-        )
-        .spec(
-            "volumes",
-            serde_json::json!([{"name": "data", "emptyDir": {}}]),
-        )
+        .empty_dir("/data")
         .sh(&format!(
             "head -c {BYTES} /dev/zero >/data/new; mv /data/new /data/large; exec sleep 36000"
         ));

@@ -177,14 +177,7 @@ async fn talker(bed: &Bed, sizes: Sizes) -> anyhow::Result<String> {
         .image(&Bed::image_path())
         // With less memory the node's disk would be measured: the pod's files in the page cache count as its memory.
         .memory("4Gi")
-        .set(
-            "volumeMounts",
-            serde_json::json!([{"name": "data", "mountPath": "/data"}]),
-        )
-        .spec(
-            "volumes",
-            serde_json::json!([{"name": "data", "emptyDir": {}}]),
-        )
+        .empty_dir("/data")
         .sh(&script);
     let uid = bed.world.create(&pod).await?;
     bed.world.wait_phase("stream", "Running", WRITTEN).await?;

@@ -8,7 +8,7 @@ use knoc_link::{Identity, pki::Validity};
 use knoc_tests::{
     proxy::{Behaviour, Proxy},
     site::{Daemon, Kubelet, NODE, Options, Site, binary, spare_address},
-    stays, wait_for,
+    wait_for,
 };
 use serde_json::json;
 
@@ -133,11 +133,9 @@ async fn both_dial_through_a_proxy_that_asks_for_a_password() -> anyhow::Result<
     ];
     let _running = kubelet.start(&site, &as_env(&settings)).await?;
     // The node's condition may still be that of the kubelet before.
-    wait_for("the kubelet asks for a connection", SOON, async || {
-        ensure!(!way.requests().is_empty(), "it has not");
-        Ok(())
-    })
-    .await?;
+    kubelet.create_pod("dialled", program("exit 0"))?;
+    kubelet.phase("dialled", "Succeeded", SOON).await?;
+    ensure!(!way.requests().is_empty(), "not through the proxy");
     let dir = site.path("").display().to_string();
     site.put(
         "knocctl.toml",
@@ -152,10 +150,9 @@ async fn both_dial_through_a_proxy_that_asks_for_a_password() -> anyhow::Result<
     ensure!(way.requests().len() > before, "knocctl asked for none");
     for log in ["agent.log", "kubelet.log"] {
         let text = std::fs::read_to_string(site.path(log))?;
-        ensure!(
-            !text.contains("quite-secret"),
-            "{dir}{log} has the password"
-        );
+        for secret in ["quite-secret", "YW5uOnF1aXRl"] {
+            ensure!(!text.contains(secret), "{dir}{log} has the password");
+        }
     }
     Ok(())
 }
@@ -268,9 +265,10 @@ async fn every_fault_of_a_proxy_is_named_with_its_cure() -> anyhow::Result<()> {
     let log = std::fs::read_to_string(site.path("agent.log"))?;
     let lines = log
         .lines()
-        .filter(|line| line.contains("is not reached"))
+        .filter(|line| line.contains("cannot connect to the kubelet"))
         .count();
-    ensure!(lines < 40, "{lines} lines in the log");
+    let few = faults.len()..40;
+    ensure!(few.contains(&lines), "{lines} lines in the log");
     Ok(())
 }
 
@@ -330,7 +328,7 @@ async fn of_two_agents_that_dial_in_the_newer_one_serves_and_the_other_says_so()
         &["a second agent of this site dialled in and was refused"],
     )
     .await?;
-    logged(&site, "second.log", &["the kubelet is reached"]).await?;
+    logged(&site, "second.log", &["connected to the kubelet"]).await?;
     connected(&kubelet).await?;
     kubelet.create_pod("pod", program("exit 0"))?;
     kubelet.phase("pod", "Succeeded", SOON).await?;
@@ -340,18 +338,6 @@ async fn of_two_agents_that_dial_in_the_newer_one_serves_and_the_other_says_so()
         uids.len() == 1,
         "the pod is not the newer agent's: {uids:?}"
     );
-    // While the newer one is away, the older one is not preferred: it does not know the pods.
-    second.kill().await?;
-    stays(
-        "the older agent has no pod",
-        Duration::from_secs(5),
-        async || {
-            let pods = std::fs::read_dir(site.path("state/pods"))?.count();
-            ensure!(pods == 0, "{pods}");
-            Ok(())
-        },
-    )
-    .await?;
     let report = site.knocctl(["doctor"])?.output().await?.text();
     ensure!(report.contains("stop one of the two agents"), "{report}");
     Ok(())
@@ -389,7 +375,7 @@ async fn a_link_that_flaps_once_a_second_costs_no_pod_and_makes_no_duplicate() -
     }
     // About two dials for each cut, and no storm.
     let dials = proxy.requests().len();
-    ensure!(dials < 100, "{dials} connections for 12 cuts");
+    ensure!((7..100).contains(&dials), "{dials} connections for 12 cuts");
     agent.still_runs().map_err(anyhow::Error::msg)
 }
 

@@ -282,7 +282,14 @@ async fn a_command_that_does_not_exist_is_told_and_counts_for_nothing() -> anyho
     let pod = Pod::new("absent", vec![main]);
     pod.ensure(&client).await?;
     let text = "Liveness probe errored and resulted in unknown state: exec failed";
-    wait_for_note(&pod, &client, "Unhealthy", text).await?;
+    let first = wait_for_note(&pod, &client, "Unhealthy", text).await?;
+    // The second one comes only if the first has not killed the container.
+    wait_for("the probe is tried again", SOON, async || {
+        let note = wait_for_note(&pod, &client, "Unhealthy", text).await?;
+        ensure!(note.sequence > first.sequence, "{note:?}");
+        Ok(())
+    })
+    .await?;
     wait_for_health(&pod, &client, (true, true)).await?;
     pod.remove(&client).await
 }
@@ -372,14 +379,19 @@ async fn a_pre_stop_hook_that_never_ends_takes_the_grace_period_and_no_more() ->
 #[tokio::test]
 async fn a_pod_that_is_being_stopped_is_not_ready_and_is_probed_no_more() -> anyhow::Result<()> {
     let (site, _agent, client) = Site::start(Options::default()).await?;
+    let tries = site.path("tries");
+    let script = format!("echo >> {}", tries.display());
     let mut main = shell("trap '' TERM; while :; do sleep 0.1; done");
-    main.readiness_probe = Some(exists(&site.path("there")));
-    site.put("there", "")?;
+    main.readiness_probe = Some(probe(pb::probe::Action::Exec(exec(&script))));
     let pod = Pod::new("leaving", vec![main]);
     pod.ensure(&client).await?;
     wait_for_health(&pod, &client, (true, true)).await?;
     pod.delete(&client, 5).await?;
     wait_for_health(&pod, &client, (true, false)).await?;
+    let count = || anyhow::Ok(fs::read_to_string(&tries)?.lines().count());
+    let before = count()?;
     pod.finished(&client, SOON).await?;
+    // One may have been under way. The grace period would have had five.
+    ensure!(count()? <= before + 1, "{before} tries, then {}", count()?);
     Ok(())
 }

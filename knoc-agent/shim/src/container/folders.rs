@@ -41,7 +41,7 @@ pub(super) enum PrepareError {
     File(#[from] FileError),
     #[error("mount a volume")]
     Volume(#[from] VolumeError),
-    #[error("mount a volume")]
+    #[error("expand a subPathExpr")]
     SubPath(#[from] SubPathError),
     /// Holds the helper's message.
     #[error("mount {0}")]

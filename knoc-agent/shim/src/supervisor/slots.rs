@@ -22,7 +22,7 @@ pub(super) struct Slots {
 
 /// All containers of a pod, whatever their roles, have different names.
 #[derive(Debug, thiserror::Error)]
-#[error("the pod has a container \"{name}\" already")]
+#[error("the pod already has a container \"{name}\"")]
 pub(crate) struct DuplicateName {
     name: String,
 }
@@ -157,7 +157,7 @@ mod tests {
         let error = add(&mut slots, Role::Ephemeral, "main").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the pod has a container \"main\" already"
+            "the pod already has a container \"main\""
         );
         assert_eq!(slots.iter().count(), 1);
     }

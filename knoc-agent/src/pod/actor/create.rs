@@ -6,7 +6,7 @@
 
 use jiff::Timestamp;
 use knoc_proto::{crash, error::chain, pb, pod::PodValues, reason::ErrorReason};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::{Actor, NewActor, Restored, facts, not_found};
 use crate::{
@@ -27,7 +27,11 @@ struct Begun {
 
 impl NewActor {
     /// Restores a pod that was found on disk.
-    pub(super) async fn adopt(self, restored: Restored) -> (Actor, Pod) {
+    pub(super) async fn adopt(
+        self,
+        restored: Restored,
+        published: oneshot::Sender<()>,
+    ) -> (Actor, Pod) {
         let Restored {
             pod,
             spec,
@@ -37,7 +41,10 @@ impl NewActor {
         } = restored;
         let mut actor = self.of(spec, cluster_id);
         actor.version = version;
-        let pod = actor.take_up(pod, values_revision).await;
+        actor.take_up(&pod, values_revision).await;
+        // The registry may have stopped waiting.
+        published.send(()).ok();
+        let pod = actor.apply(pod, Event::Begin).await;
         (actor, pod)
     }
 
@@ -66,7 +73,8 @@ impl NewActor {
 }
 
 impl Actor {
-    async fn take_up(&mut self, pod: Pod, values_revision: i64) -> Pod {
+    /// Reads what the record does not state, and publishes the pod.
+    async fn take_up(&mut self, pod: &Pod, values_revision: i64) {
         let dir = self.dir.clone();
         if !pod.is_finished() {
             let read = tokio::task::spawn_blocking(move || (stage::link_pin(&dir), dir.values()));
@@ -79,8 +87,7 @@ impl Actor {
                 Err(error) => tracing::error!(uid = %self.uid, error = chain(&error), "restore"),
             }
         }
-        self.show(&pod);
-        self.apply(pod, Event::Begin).await
+        self.show(pod);
     }
 
     async fn accept(

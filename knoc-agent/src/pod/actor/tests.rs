@@ -422,3 +422,26 @@ async fn a_version_is_released_when_its_pod_is_staged_again() {
     assert_eq!(job.version, fake.site.versions.own());
     assert!(!older.exists());
 }
+
+/// A pod that is not in a snapshot is one that the agent does not know: the kubelet fails it if it
+/// ran.
+#[tokio::test]
+async fn every_restored_pod_is_on_the_board_before_a_snapshot_can_be_sent() {
+    let fake = slurm(100.0).await;
+    let pod = running(&fake, "a").await;
+    // As after a restart, when nothing is published yet.
+    fake.site.board.remove("a");
+    let restarted = Registry::new(Arc::clone(&fake.site), 100, CancellationToken::new());
+    assert_eq!(restarted.recover().await.unwrap(), 1);
+    let (shown, _) = fake.site.board.snapshot();
+    let shown: Vec<_> = shown
+        .iter()
+        .map(|seen| (&*seen.uid, seen.phase()))
+        .collect();
+    assert_eq!(shown, [(pod.as_str(), PodPhase::Running)]);
+    let (_, handle) = &restarted.handles()[0];
+    assert!(
+        handle.wanted().job.is_some(),
+        "the first round asks about its job"
+    );
+}

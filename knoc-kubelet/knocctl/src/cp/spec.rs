@@ -10,7 +10,7 @@ use super::super::CtlError;
 
 /// One side of a copy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Side {
     /// A path of this machine.
     Local(PathBuf),
     /// `POD:PATH`.
@@ -24,7 +24,7 @@ pub(super) struct Remote {
     pub(super) path: String,
 }
 
-impl FromStr for Place {
+impl FromStr for Side {
     type Err = Infallible;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -89,17 +89,17 @@ mod tests {
 
     #[test]
     fn both_sides_of_a_copy_are_parsed() {
-        let place = |text: &str| text.parse::<Place>().unwrap_or_else(|never| match never {});
+        let side = |text: &str| text.parse::<Side>().unwrap_or_else(|never| match never {});
         let remote = |pod: &str, path: &str| {
-            Place::Remote(Remote {
+            Side::Remote(Remote {
                 pod: pod.into(),
                 path: path.into(),
             })
         };
-        assert_eq!(place("web:/tmp/x"), remote("web", "/tmp/x"));
-        assert_eq!(place("ns/web:x:y"), remote("ns/web", "x:y"));
+        assert_eq!(side("web:/tmp/x"), remote("web", "/tmp/x"));
+        assert_eq!(side("ns/web:x:y"), remote("ns/web", "x:y"));
         for local in ["x", "./a:b", "/a:b", "../a:b", ":x", "."] {
-            assert_eq!(place(local), Place::Local(local.into()));
+            assert_eq!(side(local), Side::Local(local.into()));
         }
     }
 

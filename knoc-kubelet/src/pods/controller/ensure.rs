@@ -42,6 +42,13 @@ impl Worker<'_> {
                 return;
             }
         };
+        let judged = self.memory.admission.judged >= shape.generation;
+        if !judged || !self.context.node.knows_resources(&shape) {
+            let message = "the agent has not reported yet which extended resources the site has";
+            self.hold("", message);
+            self.retry();
+            return;
+        }
         if let Some(lacking) = self.context.lacking(&shape) {
             // The pod waits and does not fail, because the agent may be upgraded.
             self.hold("", &lacking);

@@ -188,6 +188,10 @@ impl Worker<'_> {
             .unwrap_or_default();
         let maps_privileged = self.context.node.maps_privileged();
         let admitted = match admission::admit(&view.pod, &findings, maps_privileged) {
+            // [`Self::ensure`] waits too, and says for what.
+            Ok(shape) if !accepted && !terminal && !self.context.node.knows_resources(&shape) => {
+                return true;
+            }
             Ok(shape) if !accepted && !terminal => match self.fits_node(&view.pod).await {
                 Some(Ok(())) => self.allocate_with_fresh_node(&shape).await,
                 Some(Err(mismatch)) => Err(admission::mismatch(mismatch)),
@@ -260,7 +264,7 @@ impl Worker<'_> {
             Ok(node) => self.context.node.see_foreign(&node),
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
-                tracing::warn!(uid = %self.uid, %error, "a new pod is judged by what was last seen of the node");
+                tracing::warn!(uid = %self.uid, %error, "could not read the Node to admit a new pod, which is judged by the resources last seen");
             }
         }
         self.allocate(shape)

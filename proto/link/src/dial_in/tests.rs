@@ -20,8 +20,8 @@ struct Kubelet {
 
 fn kubelet_with(credentials: Credentials) -> Kubelet {
     let expect = ExpectPeer::Exactly(agent());
-    let (dial_in, desk) = prepare(([127, 0, 0, 1], 0).into(), credentials, expect);
-    let reception = desk.open().unwrap();
+    let (dial_in, prepared) = prepare(([127, 0, 0, 1], 0).into(), credentials, expect);
+    let reception = prepared.open().unwrap();
     let address = reception.local_addr().unwrap();
     let mut task = JoinSet::new();
     task.spawn(reception.run(CancellationToken::new()));
@@ -94,17 +94,23 @@ async fn of_two_agents_of_a_site_the_one_with_the_higher_epoch_serves() {
     let (served, taken) = tokio::join!(take_and_begin(&kubelet.dial_in), waiting.taken());
     let (mut near, mut far) = (served, taken.unwrap());
     assert_eq!(far.read_u8().await.unwrap(), greeting::HTTP2);
-    let _waiting = dial(&new).await.unwrap();
+    let waiting = dial(&new).await.unwrap();
     // Both ends of the older agent's connection end.
     near.read_u8().await.unwrap_err();
     drop(near);
     far.read_u8().await.unwrap_err();
-    let error = dial(&old).await.unwrap_err();
-    let text = error.to_string();
-    assert!(
-        matches!(error, LinkError::Superseded { epoch: 2, .. }) && text.contains("login2"),
-        "{text}"
-    );
+    let refused = async || {
+        let error = dial(&old).await.unwrap_err();
+        let text = error.to_string();
+        assert!(
+            matches!(error, LinkError::Superseded { epoch: 2, .. }) && text.contains("login2"),
+            "{text}"
+        );
+    };
+    refused().await;
+    // The older one does not know the pods, so it does not serve while the newer one is away either.
+    drop(waiting);
+    refused().await;
 }
 
 /// The agent judges the kubelet by the certificate that it has seen, so the connection that waits is of no use after a renewal.

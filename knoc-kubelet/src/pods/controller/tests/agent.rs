@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use knoc_link::{Carrier, ExpectPeer};
 use knoc_proto::{
     pb::{
@@ -16,7 +16,11 @@ use knoc_proto::{
     },
     reason::ErrorReason,
 };
-use tokio::{sync::broadcast, task::JoinSet};
+use tokio::{
+    sync::{broadcast, watch},
+    task::JoinSet,
+};
+use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::agent::Agent;
@@ -27,6 +31,7 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 struct State {
     pods: BTreeMap<String, pb::PodObserved>,
     calls: Vec<String>,
+    spec: Option<pb::PodSpec>,
     values: Option<pb::PodValues>,
     refuse: Option<ErrorReason>,
 }
@@ -43,6 +48,7 @@ impl State {
 struct Fake {
     state: Arc<Mutex<State>>,
     changes: broadcast::Sender<Event>,
+    node: watch::Sender<Option<pb::NodeInfo>>,
 }
 
 pub(super) struct FakeAgent {
@@ -59,6 +65,7 @@ impl FakeAgent {
         let fake = Fake {
             state: Arc::default(),
             changes,
+            node: watch::Sender::default(),
         };
         let service = AgentServer::new(fake.clone());
         let mut tasks = JoinSet::new();
@@ -84,6 +91,16 @@ impl FakeAgent {
 
     pub(super) fn calls(&self) -> Vec<String> {
         self.fake.state.lock().unwrap().calls.clone()
+    }
+
+    /// The spec of the last EnsurePod.
+    pub(super) fn spec(&self) -> pb::PodSpec {
+        self.fake.state.lock().unwrap().spec.clone().unwrap()
+    }
+
+    /// Sends this to the watch of the node.
+    pub(super) fn report(&self, node: pb::NodeInfo) {
+        self.fake.node.send_replace(Some(node));
     }
 
     pub(super) fn values(&self) -> pb::PodValues {
@@ -150,7 +167,9 @@ impl Service for Fake {
         &self,
         _: Request<pb::WatchNodeRequest>,
     ) -> Result<Response<Self::WatchNodeStream>, Status> {
-        Ok(Response::new(Box::pin(futures::stream::pending())))
+        let reports = WatchStream::new(self.node.subscribe());
+        let reports = reports.filter_map(async |report| report.map(Ok));
+        Ok(Response::new(Box::pin(reports)))
     }
 
     async fn ensure_pod(
@@ -162,6 +181,7 @@ impl Service for Fake {
         self.state().called(format!("EnsurePod {}", spec.name))?;
         {
             let mut state = self.state.lock().unwrap();
+            state.spec = Some(spec.clone());
             state.values = request.values;
             state
                 .pods
@@ -223,8 +243,7 @@ impl Service for Fake {
         let later = futures::stream::unfold(changes, |mut changes| async {
             Some((Ok(event(changes.recv().await.ok()?)), changes))
         });
-        let all =
-            futures::StreamExt::chain(futures::stream::iter(snapshot.collect::<Vec<_>>()), later);
+        let all = futures::stream::iter(snapshot.collect::<Vec<_>>()).chain(later);
         Ok(Response::new(Box::pin(all)))
     }
 
