@@ -18,7 +18,7 @@ mod stats;
 mod streams;
 mod watch;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc};
 
 use futures::{StreamExt as _, stream::BoxStream};
 use knoc_link::{Peer, bulk};
@@ -27,7 +27,7 @@ use knoc_proto::{
     error::chain,
     ids::PodUid,
     pb::{self, agent_server::AgentServer},
-    pod::{InvalidPod, PodSpec, PodValues},
+    pod::{self, InvalidPod, PodSpec, PodValues},
     reason::ErrorReason,
 };
 use tokio::sync::watch::Receiver;
@@ -355,9 +355,7 @@ impl pb::agent_server::Agent for Service {
         let (cluster_id, epoch) = (&request.cluster_id, request.leadership_epoch);
         self.check_pod(peer.as_ref(), &uid, cluster_id, epoch)
             .await?;
-        let grace = u64::try_from(request.grace_seconds)
-            .ok()
-            .map(Duration::from_secs);
+        let grace = pod::duration(request.grace_seconds);
         let deleted = self.0.registry.delete(&uid, grace, request.reason).await;
         Ok(Response::new(pb::DeletePodResponse {
             pod: Some(deleted.map_err(status)?),

@@ -260,7 +260,7 @@ impl Scheduler {
     #[must_use]
     pub fn is_refusal(&self, text: &str) -> bool {
         match self {
-            Self::Slurm(_) => slurm::is_refusal(text),
+            Self::Slurm(slurm) => slurm.is_refusal(text),
             Self::Local(_) => false,
         }
     }

@@ -6,7 +6,10 @@ use std::{io, sync::Arc, time::Duration};
 
 use knoc_link::{
     Connection, Origin, Peer,
-    carrier::Unverified,
+    carrier::{
+        Unverified,
+        exec::marker::{MAX_BANNER, Speaks},
+    },
     pinned::{self, KeyPair},
 };
 use knoc_proto::{error::chain, ids::PodUid};
@@ -22,14 +25,10 @@ use crate::{
         CommandError, CommandErrorKind,
         relay::{Relay, Stream},
     },
-    shim_connect::MARKER,
     shim_links::Carried,
     shim_steps::{Phase, Request, START},
     site::Site,
 };
-
-/// The most bytes that others may print before the stream begins, for example a task prolog.
-const NOISE: u64 = 64 << 10;
 
 /// How long steps may take to end when the agent stops.
 const LAST: Duration = Duration::from_secs(3);
@@ -90,21 +89,26 @@ impl Carrier {
         let closer = relay.closer();
         let mut ended = std::pin::pin!(relay.ended());
         let opening = tokio::time::timeout(START, self.open(uid, stream));
+        let mut said = None;
         let opened = tokio::select! {
             opened = opening => opened.unwrap_or_else(|_| Err(format!("not within {} s", START.as_secs()))),
             () = request.close.cancelled() => Err("another pod needed its place".to_owned()),
-            text = &mut ended => Err(format!("the step ended: {text}")),
+            text = &mut ended => {
+                said = Some(text);
+                Err("the step ended".to_owned())
+            }
         };
         if let Err(mut why) = opened {
             closer.cancel();
             // What the step printed says why, for example that steps are not permitted.
-            if !ended_already(&why) {
-                let text = ended.await;
-                if !text.is_empty() {
-                    why = format!("{why}: {text}");
-                }
+            let said = match said {
+                Some(said) => said,
+                None => ended.await,
+            };
+            if !said.is_empty() {
+                why = format!("{why}: {}", one_line(&said));
             }
-            if self.site.scheduler.is_refusal(&why) {
+            if self.site.scheduler.is_refusal(&said) {
                 self.site.shim_route.refused(&why);
             }
             tracing::warn!(%uid, %job, "the job step carries no link: {why}");
@@ -116,7 +120,7 @@ impl Carrier {
         request.phase.send_replace(Phase::Up);
         tokio::select! {
             text = &mut ended => {
-                tracing::debug!(%uid, %job, "the job step has ended: {text}");
+                tracing::debug!(%uid, %job, "the job step has ended: {}", one_line(&text));
                 return;
             }
             () = request.close.cancelled() => {}
@@ -188,14 +192,17 @@ pub async fn serve(
     }
 }
 
-fn ended_already(why: &str) -> bool {
-    why.starts_with("the step ended: ")
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Reads up to and including [`MARKER`], which `connect` writes first.
+/// Reads up to and including the marker that `connect` writes first: a task prolog may print before
+/// it.
 async fn skip_noise(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
-    let mut read = stream.take(NOISE);
-    let mut last = [0_u8; MARKER.len()];
+    let marker = Speaks::Tls.marker();
+    let most = MAX_BANNER + marker.len();
+    let mut read = stream.take(u64::try_from(most).unwrap_or(u64::MAX));
+    let mut last = vec![0; marker.len()];
     loop {
         let byte = match read.read_u8().await {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
@@ -208,7 +215,7 @@ async fn skip_noise(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
         if let Some(end) = last.last_mut() {
             *end = byte;
         }
-        if last == *MARKER {
+        if last == marker {
             return Ok(());
         }
     }
@@ -221,14 +228,15 @@ mod tests {
     #[tokio::test]
     async fn what_a_prolog_prints_is_skipped_up_to_the_marker() {
         let mut bytes = b"Welcome\nknoc\n".to_vec();
-        bytes.extend_from_slice(MARKER);
+        bytes.extend_from_slice(Speaks::Tls.marker());
         bytes.extend_from_slice(b"stream");
         let mut from = bytes.as_slice();
         skip_noise(&mut from).await.unwrap();
         assert_eq!(from, b"stream");
         let error = skip_noise(&mut &b"no marker"[..]).await.unwrap_err();
         assert!(error.to_string().contains("connect"), "{error}");
-        let endless = vec![b'x'; usize::try_from(NOISE).unwrap() + MARKER.len()];
+        let mut endless = vec![b'x'; MAX_BANNER + 1];
+        endless.extend_from_slice(Speaks::Tls.marker());
         skip_noise(&mut endless.as_slice()).await.unwrap_err();
     }
 }

@@ -9,7 +9,10 @@ use knoc_contract::{
     host::node_name,
     jobdir::{JobDir, JobDirError},
 };
-use knoc_link::{LinkError, carrier::unix};
+use knoc_link::{
+    LinkError,
+    carrier::{exec::marker::Speaks, unix},
+};
 use tokio::io::{self, AsyncWriteExt as _};
 
 /// Why nothing was relayed, or why the relay ended.
@@ -42,10 +45,6 @@ pub enum ConnectError {
     },
 }
 
-/// What `connect JOBDIR` writes before the stream begins, so that the agent can skip what others
-/// print first.
-pub const MARKER: &[u8; 13] = b"\nknoc-stream\n";
-
 /// How long the shim may take to end the connection after the end of standard input.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -67,7 +66,8 @@ pub async fn to_shim(path: &Path) -> Result<(), ConnectError> {
         source,
     })?;
     let mut stdout = io::stdout();
-    stdout.write_all(MARKER).await?;
+    // The agent skips what others print first, such as a task prolog.
+    stdout.write_all(Speaks::Tls.marker()).await?;
     stdout.flush().await?;
     let (mut from_shim, mut to_shim) = stream.into_split();
     let upstream = async {

@@ -99,9 +99,20 @@ impl PodSpec {
     }
 }
 
-/// Converts seconds of a message; a negative number becomes zero.
+/// The longest grace period or deadline. A century is longer than any job and can be added to any present time; the largest
+/// number that the API server accepts cannot.
+pub const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// The duration of seconds in a message, at most [`LONGEST`]. `None` if they are negative.
+#[must_use]
+pub fn duration(seconds: i64) -> Option<Duration> {
+    let seconds = u64::try_from(seconds).ok()?;
+    Some(Duration::from_secs(seconds).min(LONGEST))
+}
+
+/// As [`duration`]; a negative number becomes zero.
 fn seconds(seconds: i64) -> Duration {
-    Duration::from_secs(seconds.try_into().unwrap_or(0))
+    duration(seconds).unwrap_or_default()
 }
 
 impl Deref for PodSpec {

@@ -37,8 +37,10 @@ impl Stream {
         self.0.get_ref()
     }
 
-    /// Waits until a read may give something.
+    /// Waits until a read may give something. Each call counts against the task's budget, so that a program which always has
+    /// more to say cannot keep the other tasks from running.
     pub(crate) async fn readable(&self) -> io::Result<()> {
+        tokio::task::coop::consume_budget().await;
         self.0
             .readable()
             .await
@@ -122,4 +124,33 @@ pub(crate) fn input_pipe() -> io::Result<(OwnedFd, Stream)> {
 fn enlarge(pipe: impl AsFd) {
     // The kernel refuses if the user's pipes are too large already: the pipe then keeps its size.
     nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(PIPE_BYTES)).ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    };
+
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_that_never_runs_dry_lets_other_tasks_run() {
+        let (stream, writer) = output_pipe().unwrap();
+        let mut byte = [0];
+        assert_eq!(rustix::io::write(&writer, &[0; 4096]).unwrap(), 4096);
+        // From now on it is known that there is something to read.
+        stream.read(&mut byte).await.unwrap();
+        let ran = Arc::new(AtomicBool::new(false));
+        let runs = Arc::clone(&ran);
+        let mut other = JoinSet::new();
+        other.spawn(async move { runs.store(true, Ordering::Relaxed) });
+        for _ in 1..4096 {
+            stream.read(&mut byte).await.unwrap();
+        }
+        assert!(ran.load(Ordering::Relaxed), "the reader never gave way");
+    }
 }

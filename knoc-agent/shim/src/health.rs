@@ -3,7 +3,8 @@
 //! - Until the startup probe has passed, no other probe is tried. It is tried no more once it has.
 //! - A result counts once it came as often in a row as its threshold says. A try that could not be made counts for
 //!   nothing.
-//! - Startup and liveness probes that failed end the container; no probe is tried from then on.
+//! - Startup and liveness probes that failed end the container. From then on, or once it is to stop for another reason, only
+//!   the readiness probe is tried, until the program has ended.
 //! - No probe is tried twice at the same time. A try that takes longer than the period is followed by the next at once.
 //!
 //! Times count from the start of the program.
@@ -153,7 +154,8 @@ pub(crate) struct Checks {
     watches: Vec<Watch>,
     started: bool,
     ready: bool,
-    failed: bool,
+    /// The container is to stop, because a probe failed or for another reason.
+    ending: bool,
 }
 
 impl Checks {
@@ -166,7 +168,7 @@ impl Checks {
         (!watches.is_empty()).then(|| Self {
             started: container.startup_probe.is_none(),
             ready: false,
-            failed: false,
+            ending: false,
             watches,
         })
     }
@@ -176,8 +178,22 @@ impl Checks {
         !self.watches.iter().any(|watch| self.wanted(watch.kind))
     }
 
+    /// The container is to stop.
+    pub(crate) fn stop(&mut self) {
+        self.ending = true;
+    }
+
+    /// Whether only readiness is probed.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending
+    }
+
     fn wanted(&self, kind: Kind) -> bool {
-        !self.failed && (kind == Kind::Startup) != self.started
+        match kind {
+            Kind::Startup => !self.started && !self.ending,
+            Kind::Liveness => self.started && !self.ending,
+            Kind::Readiness => self.started,
+        }
     }
 
     fn waiting(&self) -> impl Iterator<Item = &Watch> {
@@ -218,7 +234,7 @@ impl Checks {
                 Some(Change::Started)
             }
             (Kind::Startup | Kind::Liveness, false) => {
-                self.failed = true;
+                self.ending = true;
                 Some(Change::Failed(kind))
             }
             (Kind::Liveness, true) => None,

@@ -31,7 +31,8 @@
 //! take the whole grace period; its program still gets a moment between TERM and KILL.
 //!
 //! A container is stopped because the pod is, or alone if a probe found that it is not live any more. In the second case
-//! its restart rule decides what comes after.
+//! it is restarted whatever its exit code, unless its restart rule is `Never`: a program that ends well on TERM was not well
+//! before.
 //!
 //! # The pod
 //!
@@ -69,9 +70,23 @@ pub(crate) enum Phase {
     /// Its last attempt has ended.
     Exited {
         code: i32,
+        /// It was stopped because a startup or liveness probe failed.
+        unhealthy: bool,
         /// It is not restarted before this time, if it is restarted at all.
         restart_at: Time,
     },
+}
+
+impl Phase {
+    /// Whether a container with this rule has ended and will never be restarted.
+    pub(crate) fn is_final(self, rule: RestartRule) -> bool {
+        match self {
+            Self::Exited {
+                code, unhealthy, ..
+            } => !rule.restarts(code, unhealthy),
+            Self::Idle | Self::Starting | Self::Running => false,
+        }
+    }
 }
 
 /// What is known about the health of the running program. A container without probes has [`Health::unprobed`].
@@ -162,7 +177,7 @@ impl Container {
 
     /// It has ended and will never be restarted.
     fn ended_for_good(&self) -> bool {
-        matches!(self.phase, Phase::Exited { code, .. } if !self.restart.restarts(code))
+        self.phase.is_final(self.restart)
     }
 }
 
@@ -280,7 +295,7 @@ impl Plan {
     fn start(&mut self, view: &View, container: &Container) {
         let start_at = match container.phase {
             Phase::Starting | Phase::Running => return,
-            Phase::Exited { code, .. } if !container.restart.restarts(code) => return,
+            Phase::Exited { .. } if container.ended_for_good() => return,
             Phase::Exited { restart_at, .. } => restart_at,
             Phase::Idle => Time::ZERO,
         };

@@ -23,6 +23,7 @@ use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use self::known::Known;
 use super::{
@@ -64,18 +65,21 @@ impl Probed {
         container.post_start.is_some() || Checks::of(container).is_some()
     }
 
-    /// Runs the postStart hook, and then the probes until none will be tried again.
-    pub(crate) async fn run(self) {
+    /// Runs the postStart hook, and then the probes until none will be tried again. `stop` is cancelled when the container is
+    /// to stop: then the hook ends, and only readiness is probed.
+    pub(crate) async fn run(self, stop: CancellationToken) {
         let began = Instant::now();
         if let Some(hook) = &self.spec.container.post_start {
-            let succeeded = self.hook(hook).await;
+            let Some(succeeded) = stop.run_until_cancelled(self.hook(hook)).await else {
+                return;
+            };
             self.send(News::PostStarted { succeeded }).await;
             if !succeeded {
                 return;
             }
         }
         if let Some(checks) = Checks::of(&self.spec.container) {
-            self.probe(checks, began).await;
+            self.probe(checks, began, &stop).await;
         }
     }
 
@@ -87,7 +91,7 @@ impl Probed {
         }
     }
 
-    async fn probe(&self, mut checks: Checks, began: Instant) {
+    async fn probe(&self, mut checks: Checks, began: Instant, stop: &CancellationToken) {
         let mut tellings = Kind::ALL.map(|_| Telling::new());
         let known = &Known::default();
         let mut tries = FuturesUnordered::new();
@@ -104,6 +108,7 @@ impl Probed {
             let wake = next.map_or(NO_LIMIT, |(_, at)| at);
             tokio::select! {
                 biased;
+                () = stop.cancelled(), if !checks.is_ending() => checks.stop(),
                 Some((kind, outcome)) = tries.next() => {
                     let [startup, liveness, readiness] = &mut tellings;
                     let telling = match kind {

@@ -89,8 +89,8 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
         Phase::Running => State::Running(pb::Running {
             started_at: history.started_at.map(nanos).unwrap_or_default(),
         }),
-        Phase::Exited { code, restart_at } => {
-            if context.stopping || !spec.restart.restarts(code) {
+        Phase::Exited { restart_at, .. } => {
+            if context.stopping || phase.is_final(spec.restart) {
                 return State::Terminated(history.ended.clone().unwrap_or_default());
             }
             if context.now < restart_at {
@@ -383,6 +383,7 @@ mod tests {
         };
         let succeeded = Phase::Exited {
             code: 0,
+            unhealthy: false,
             restart_at: Duration::ZERO,
         };
         for role in [Role::Main, Role::Sidecar] {
@@ -410,6 +411,7 @@ mod tests {
         };
         let phase = Phase::Exited {
             code: 1,
+            unhealthy: false,
             restart_at: Duration::from_secs(100),
         };
         let said = |pause, now| {

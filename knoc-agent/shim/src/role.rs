@@ -56,11 +56,12 @@ impl RestartRule {
         }
     }
 
-    /// Whether the container is restarted after its program ended with `code`.
-    pub(crate) fn restarts(self, code: i32) -> bool {
+    /// Whether the container is restarted after its program ended with `code`. `unhealthy`: it was stopped because a probe
+    /// failed.
+    pub(crate) fn restarts(self, code: i32, unhealthy: bool) -> bool {
         match self {
             Self::Always => true,
-            Self::OnFailure => code != 0,
+            Self::OnFailure => code != 0 || unhealthy,
             Self::Never => false,
         }
     }

@@ -1,7 +1,7 @@
 //! The `Shim` service over the link. It finds the container and passes the request to the supervisor or to a task of its
 //! own; it decides nothing.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use knoc_contract::logs::{
     filter::Options,
@@ -175,10 +175,10 @@ impl Shim for Service {
         request: Request<pb::StopRequest>,
     ) -> Result<Response<pb::StopResponse>, Status> {
         let request = request.into_inner();
-        let asked = u64::try_from(request.grace_seconds).map(Duration::from_secs);
+        let asked = knoc_proto::pod::duration(request.grace_seconds);
         let stop = Command::Stop {
             // A negative number asks for the pod's own grace.
-            grace: asked.unwrap_or_else(|_| self.pod.spec().grace()),
+            grace: asked.unwrap_or_else(|| self.pod.spec().grace()),
             by: EndedBy::Stop,
             reason: request.reason,
         };

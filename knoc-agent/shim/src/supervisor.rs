@@ -265,7 +265,7 @@ impl Supervisor {
             reason,
         });
         for slot in self.slots.iter_mut() {
-            slot.end_probing();
+            slot.stop_probing();
         }
     }
 

@@ -105,8 +105,8 @@ impl Relay {
     }
 
     /// Waits until the child has ended, or the stream was dropped; then ends the child if it does
-    /// not end by itself. Returns what it wrote to standard error and how it ended, as one text
-    /// without line breaks. Call it once.
+    /// not end by itself. Returns what it wrote to standard error, and how it ended if it failed.
+    /// Call it once.
     pub async fn ended(&mut self) -> String {
         let status = self.status().await;
         let mut text = self.errors.message();
@@ -115,7 +115,7 @@ impl Relay {
             Ok(status) => text = format!("{text} ({status})"),
             Err(error) => text = format!("{text} ({error})"),
         }
-        text.split_whitespace().collect::<Vec<_>>().join(" ")
+        text
     }
 
     /// Waits for the end, and reads standard error meanwhile.

@@ -15,6 +15,7 @@ use jiff::Timestamp;
 use knoc_proto::{
     ids::{JobId, PodUid},
     pb,
+    pod::LONGEST,
 };
 use serde::{Deserialize, Serialize};
 
@@ -217,7 +218,8 @@ impl Record {
         pod.attempt = self.attempt;
         pod.sbatch = self.sbatch;
         pod.deletion = self.deletion.map(|deletion| Deletion {
-            grace: Duration::from_secs(deletion.grace_seconds),
+            // An older agent accepted any number.
+            grace: Duration::from_secs(deletion.grace_seconds).min(LONGEST),
             reason: deletion.reason,
         });
         pod.batch_tail = self.batch_tail;

@@ -38,7 +38,6 @@ mod settings;
 mod shape;
 mod submit_error;
 
-pub use enter::is_refusal;
 use ownership::Ownership;
 pub use settings::Settings;
 

@@ -49,8 +49,7 @@ impl pb::Probe {
     /// The grace period of a container that this probe stops, if it has one of its own.
     #[must_use]
     pub fn grace(&self) -> Option<Duration> {
-        let seconds = self.termination_grace_period_seconds?;
-        Some(Duration::from_secs(seconds.try_into().unwrap_or(0)))
+        self.termination_grace_period_seconds.map(super::seconds)
     }
 }
 

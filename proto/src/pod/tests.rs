@@ -34,6 +34,24 @@ fn problems(change: impl FnOnce(&mut pb::PodSpec)) -> Vec<String> {
 }
 
 #[test]
+fn a_grace_period_that_is_too_long_for_a_clock_is_a_century() {
+    let spec = pb::PodSpec {
+        termination_grace_period_seconds: i64::MAX,
+        active_deadline_seconds: i64::MAX,
+        ..valid()
+    };
+    let spec = PodSpec::try_from(spec).unwrap();
+    assert_eq!((spec.grace(), spec.deadline()), (LONGEST, Some(LONGEST)));
+    let probe = pb::Probe {
+        termination_grace_period_seconds: Some(i64::MAX),
+        ..pb::Probe::default()
+    };
+    assert_eq!(probe.grace(), Some(LONGEST));
+    assert_eq!(duration(30), Some(Duration::from_secs(30)));
+    assert_eq!(duration(-1), None);
+}
+
+#[test]
 fn a_valid_pod_passes() {
     let spec = PodSpec::try_from(valid()).unwrap();
     assert_eq!(spec.uid().as_str(), "u-1");

@@ -204,6 +204,20 @@ async fn deletion_gives_grace_and_then_kills() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn a_grace_period_longer_than_any_clock_ends_nobody_else() -> anyhow::Result<()> {
+    let (_site, _agent, client) = Site::start(Options::default()).await?;
+    let script = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
+    let pod = Pod::new("patient", vec![shell("main", script)]);
+    let pod = change(&pod, |spec| spec.termination_grace_period_seconds = i64::MAX);
+    pod.ensure(&client).await?;
+    pod.running(&client, SOON).await?;
+    pod.delete(&client, i64::MAX).await?;
+    pod.finished(&client, SOON).await?;
+    ensure!(pod.terminated(&client, "main").await?.exit_code == 0);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_restarted_agent_finds_what_runs_and_what_ended_meanwhile() -> anyhow::Result<()> {
     let (site, agent, client) = Site::start(Options::default()).await?;
     let short = Pod::counting(&site, "short", 1.0)?;

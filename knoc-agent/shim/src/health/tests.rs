@@ -65,12 +65,12 @@ fn the_startup_probe_comes_before_the_others_and_is_tried_no_more_once_it_passed
 }
 
 #[test]
-fn a_startup_or_liveness_probe_that_fails_ends_all_probing() {
+fn after_a_startup_or_liveness_probe_that_failed_only_readiness_is_probed() {
     let mut checks = Checks::of(&all_three()).unwrap();
     assert_eq!(once(&mut checks, Kind::Startup, 0, &failed()), None);
     let end = once(&mut checks, Kind::Startup, 10, &failed());
     assert_eq!(end, Some(Change::Failed(Kind::Startup)));
-    assert!(checks.over());
+    assert!(checks.over(), "it has never started");
     assert_eq!(checks.next(), None);
 
     let mut checks = Checks::of(&all_three()).unwrap();
@@ -80,7 +80,27 @@ fn a_startup_or_liveness_probe_that_fails_ends_all_probing() {
     }
     let end = once(&mut checks, Kind::Liveness, 50, &failed());
     assert_eq!(end, Some(Change::Failed(Kind::Liveness)));
-    assert!(checks.over());
+    assert_eq!(checks.next(), Some((Kind::Readiness, Duration::ZERO)));
+    checks.begin(Kind::Readiness, seconds(50));
+    assert_eq!(checks.next(), None);
+    assert!(!checks.over());
+}
+
+#[test]
+fn a_container_that_is_to_stop_fails_no_more_but_its_readiness_is_probed() {
+    let mut checks = Checks::of(&all_three()).unwrap();
+    once(&mut checks, Kind::Startup, 0, &Outcome::Passed);
+    for now in [30, 40] {
+        once(&mut checks, Kind::Liveness, now, &failed());
+    }
+    checks.begin(Kind::Liveness, seconds(50));
+    checks.stop();
+    assert_eq!(checks.end(Kind::Liveness, &failed()), None);
+    assert_eq!(once(&mut checks, Kind::Readiness, 50, &Outcome::Passed), None);
+    let ready = once(&mut checks, Kind::Readiness, 60, &Outcome::Passed);
+    assert_eq!(ready, Some(Change::Ready(true)));
+    let unready = once(&mut checks, Kind::Readiness, 70, &failed());
+    assert_eq!(unready, Some(Change::Ready(false)));
 }
 
 #[test]
@@ -129,12 +149,14 @@ fn failures_are_told_at_once_and_then_rarely_with_their_count() {
 enum Step {
     Begin,
     End(usize, u8),
+    Stop,
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        Just(Step::Begin),
-        (0_usize..3, 0_u8..3).prop_map(|(kind, result)| Step::End(kind, result)),
+        8 => Just(Step::Begin),
+        8 => (0_usize..3, 0_u8..3).prop_map(|(kind, result)| Step::End(kind, result)),
+        1 => Just(Step::Stop),
     ]
 }
 
@@ -167,7 +189,7 @@ proptest! {
         let mut health = at_start(&container);
         let mut results: [Vec<bool>; 3] = Default::default();
         let mut running = [false; 3];
-        let mut over = false;
+        let mut ending = false;
         for (at, step) in steps.into_iter().enumerate() {
             match step {
                 // As the task does: only what is next begins.
@@ -175,7 +197,7 @@ proptest! {
                     let Some((kind, _)) = checks.next() else { continue };
                     let index = Kind::ALL.iter().position(|one| *one == kind).unwrap();
                     prop_assert!(!running[index], "tried twice at a time");
-                    prop_assert!(!over, "tried after the end");
+                    prop_assert!(!ending || kind == Kind::Readiness, "tried after the end");
                     prop_assert_eq!(kind == Kind::Startup, !health.started);
                     running[index] = true;
                     checks.begin(kind, Duration::from_secs(at as u64));
@@ -196,7 +218,8 @@ proptest! {
                     let passes = last_are(&results[index], probe.success_threshold, true);
                     let fails = last_are(&results[index], probe.failure_threshold, false);
                     let expected = match kind {
-                        _ if over || result == 2 => None,
+                        _ if result == 2 => None,
+                        Kind::Startup | Kind::Liveness if ending => None,
                         Kind::Startup if passes => Some(Change::Started),
                         Kind::Startup | Kind::Liveness if fails => Some(Change::Failed(kind)),
                         Kind::Readiness if passes && !health.ready => Some(Change::Ready(true)),
@@ -206,8 +229,12 @@ proptest! {
                     prop_assert_eq!(change, expected);
                     if let Some(change) = change {
                         health = after(health, change, &container);
-                        over = matches!(change, Change::Failed(_));
+                        ending |= matches!(change, Change::Failed(_));
                     }
+                }
+                Step::Stop => {
+                    checks.stop();
+                    ending = true;
                 }
             }
             prop_assert!(!health.ready || health.started, "ready before it has started");

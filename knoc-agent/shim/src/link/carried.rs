@@ -5,14 +5,18 @@
 //! the kernel names the user at the other end. Even those prove nothing by that. The handshake inside is the same as
 //! over TCP: the shim is the TLS client, and only the agent whose key `endpoint.json` names can answer.
 
-use std::{future::poll_fn, path::PathBuf};
+use std::path::{Path, PathBuf};
 
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use knoc_link::{
-    carrier::{Listener as _, Unverified, unix},
-    pinned::KeyPair,
+    Connection,
+    accept::Accept,
+    admission::Bounds,
+    carrier::{Unverified, unix},
+    pinned::{self, KeyPair},
 };
 use knoc_proto::error::chain;
-use tokio::{net::UnixStream, sync::Semaphore};
+use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{Serving, endpoint};
@@ -23,8 +27,6 @@ const FOLDER: &str = "link";
 const NAME: &str = "shim.sock";
 /// The most connections at a time: the present one, and one that replaces it before its loss was noticed.
 const CONNECTIONS: usize = 4;
-/// The pause after a failure of accept(2).
-const AFTER_FAILURE: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Listens on the shim's socket.
 #[derive(Debug)]
@@ -56,72 +58,48 @@ impl Listener {
     pub(super) async fn run(
         self,
         serving: &Serving,
-        file: &std::path::Path,
+        file: &Path,
         pair: &KeyPair,
         shutdown: &CancellationToken,
     ) {
-        let places = Semaphore::new(CONNECTIONS);
-        let mut open = futures::stream::FuturesUnordered::new();
+        let Self { listener, path } = self;
+        let (file, pair) = (file.to_owned(), pair.clone());
+        let mut accepted = Accept::new(listener, Bounds::of(0), move |connection| {
+            let (path, file, pair) = (path.clone(), file.clone(), pair.clone());
+            Box::pin(async move { verify(connection, &path, &file, &pair).await })
+        });
+        let mut open = FuturesUnordered::new();
         loop {
-            let accepted = tokio::select! {
+            let connection = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
-                Some(()) = futures::StreamExt::next(&mut open), if !open.is_empty() => continue,
-                accepted = poll_fn(|cx| self.listener.poll_accept(cx)) => accepted,
+                Some(()) = open.next(), if !open.is_empty() => continue,
+                Some(Ok(connection)) = accepted.next() => connection,
             };
-            match (accepted, places.try_acquire()) {
-                (Ok(connection), Ok(place)) => {
-                    let path = &self.path;
-                    open.push(async move {
-                        serve_one(serving, connection, Context { path, file, pair }, shutdown)
-                            .await;
-                        drop(place);
-                    });
-                }
-                (Ok(_), Err(_)) => tracing::warn!("too many connections to the shim's socket"),
-                (Err(error), _) => {
-                    tracing::warn!("accept on the shim's socket: {}", chain(&error));
-                    tokio::time::sleep(AFTER_FAILURE).await;
-                }
+            if open.len() >= CONNECTIONS {
+                tracing::warn!("too many connections to the shim's socket");
+                continue;
             }
-        }
-        while futures::StreamExt::next(&mut open).await.is_some() {}
-    }
-}
-
-/// What each connection needs.
-struct Context<'a> {
-    path: &'a std::path::Path,
-    /// `endpoint.json`, which names the agent's key.
-    file: &'a std::path::Path,
-    pair: &'a KeyPair,
-}
-
-async fn serve_one(
-    serving: &Serving,
-    connection: Unverified<UnixStream>,
-    context: Context<'_>,
-    shutdown: &CancellationToken,
-) {
-    let verified = async {
-        unix::identify(&connection.io, context.path).map_err(|error| chain(&error))?;
-        let endpoint = endpoint(context.file)
-            .await
-            .map_err(|error| error.unwrap_or_else(|| "there is no endpoint.json".to_owned()))?;
-        let peer = "the agent behind `connect`";
-        let made = knoc_link::pinned::over(connection, peer, context.pair, &endpoint.spki).await;
-        made.map_err(|error| chain(&error))
-    };
-    let verified = tokio::select! {
-        biased;
-        () = shutdown.cancelled() => return,
-        verified = verified => verified,
-    };
-    match verified {
-        Ok(connection) => {
             tracing::debug!("linked to the agent, which carries the connection");
-            serving.serve(connection, shutdown).await;
+            open.push(serving.serve(connection, shutdown));
         }
-        Err(error) => tracing::warn!("no link by the shim's socket: {error}"),
+        while open.next().await.is_some() {}
     }
+}
+
+/// The handshake: the process at the other end must be of our own user, and behind it must be the agent whose key `file`
+/// names (`endpoint.json`).
+async fn verify(
+    connection: Unverified<UnixStream>,
+    path: &Path,
+    file: &Path,
+    pair: &KeyPair,
+) -> Result<Connection, String> {
+    unix::identify(&connection.io, path).map_err(|error| chain(&error))?;
+    let endpoint = endpoint(file).await;
+    let endpoint =
+        endpoint.map_err(|error| error.unwrap_or_else(|| "there is no endpoint.json".to_owned()))?;
+    let peer = "the agent behind `connect`";
+    let made = pinned::over(connection, peer, pair, &endpoint.spki).await;
+    made.map_err(|error| chain(&error))
 }

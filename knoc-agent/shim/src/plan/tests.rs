@@ -29,6 +29,7 @@ fn container(index: usize, role: Role, policy: RestartPolicy, phase: Phase) -> C
 fn exited(code: i32) -> Phase {
     Phase::Exited {
         code,
+        unhealthy: false,
         restart_at: Time::ZERO,
     }
 }
@@ -95,6 +96,7 @@ fn a_failed_init_container_ends_the_pod_or_is_tried_again() {
 fn back_off_is_waited_for() {
     let failed = Phase::Exited {
         code: 1,
+        unhealthy: false,
         restart_at: Time::from_secs(9),
     };
     let mut view = with_policy(RestartPolicy::OnFailure, &[], &[failed]);
@@ -284,6 +286,28 @@ fn a_container_that_is_not_live_is_stopped_alone_and_then_restarted_by_its_rule(
     view.containers[1].health = Health::down();
     view.containers[1].phase = exited(137);
     assert_eq!(decide(&view).actions, [Action::Start(id(1))]);
+}
+
+#[test]
+fn a_container_that_a_probe_stopped_is_restarted_even_if_its_program_ended_well() {
+    let unhealthy = Phase::Exited {
+        code: 0,
+        unhealthy: true,
+        restart_at: Time::ZERO,
+    };
+    for (policy, restarts) in [
+        (RestartPolicy::Always, true),
+        (RestartPolicy::OnFailure, true),
+        (NEVER, false),
+    ] {
+        let plan = decide(&with_policy(policy, &[], &[unhealthy]));
+        let starts = plan.actions == [Action::Start(id(0))];
+        assert_eq!(starts, restarts, "{policy:?}");
+        assert_eq!(plan.progress == Progress::Finished, !restarts, "{policy:?}");
+    }
+    // One that ended well by itself is done.
+    let done = with_policy(RestartPolicy::OnFailure, &[], &[exited(0)]);
+    assert_eq!(decide(&done), finished());
 }
 
 #[test]

@@ -151,8 +151,8 @@ fn headers(get: &pb::HttpGetAction, agent: &'static str) -> Result<HeaderMap, St
 #[derive(Debug)]
 pub(super) enum Ending {
     Status(StatusCode),
-    /// A redirect to another host, with the beginning of its body.
-    Foreign(String),
+    /// A redirect to another host or to nowhere, with the beginning of its body.
+    NotFollowed(String),
 }
 
 /// A response as far as it is read.
@@ -171,7 +171,7 @@ pub(super) fn name(get: &pb::HttpGetAction) -> String {
 pub(super) async fn probe(get: &pb::HttpGetAction, known: &Known) -> Outcome {
     match request_of(get, PROBE_AGENT, known).await {
         Ok(Ending::Status(status)) => judge(status),
-        Ok(Ending::Foreign(body)) => {
+        Ok(Ending::NotFollowed(body)) => {
             Outcome::Warned(format!("Probe terminated redirects, Response body: {body}"))
         }
         Err(outcome) => outcome,
@@ -201,14 +201,14 @@ async fn request_of(
             .location
             .as_deref()
             .filter(|_| matches!(answer.status.as_u16(), 301 | 302 | 303 | 307 | 308));
-        let Some(location) = location else {
-            return Ok(Ending::Status(answer.status));
-        };
-        let Some(next) = url.redirected(location) else {
-            let body = String::from_utf8_lossy(&answer.body).into_owned();
-            return Ok(Ending::Foreign(body));
-        };
-        url = next;
+        match location.and_then(|location| url.redirected(location)) {
+            Some(next) => url = next,
+            None if answer.status.is_redirection() => {
+                let body = String::from_utf8_lossy(&answer.body).into_owned();
+                return Ok(Ending::NotFollowed(body));
+            }
+            None => return Ok(Ending::Status(answer.status)),
+        }
     }
     Err(Outcome::Failed(format!(
         "Get {:?}: stopped after {REDIRECTS} redirects",
@@ -218,7 +218,7 @@ async fn request_of(
 
 fn judge(status: StatusCode) -> Outcome {
     match status.as_u16() {
-        200..=399 => Outcome::Passed,
+        200..=299 => Outcome::Passed,
         code => Outcome::Failed(format!("HTTP probe failed with statuscode: {code}")),
     }
 }

@@ -26,9 +26,9 @@ impl Supervisor {
             return;
         };
         if Probed::needs(&slot.spec.container) {
-            let token = slot.begin_probing();
+            let (stop, end) = slot.begin_probing();
             self.helpers.spawn(async move {
-                token.run_until_cancelled(probed.run()).await;
+                end.run_until_cancelled(probed.run(stop)).await;
             });
         }
     }

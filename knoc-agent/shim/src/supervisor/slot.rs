@@ -32,8 +32,11 @@ pub(super) struct Slot {
     pre_stop_pending: bool,
     /// See [`Container::spared_until`].
     spared_until: Time,
-    /// Held while the postStart hook and the probes of the running program may go on, and while its preStop hook may.
-    probing: Option<DropGuard>,
+    /// The postStart hook and the probes of the running program.
+    probing: Option<Probing>,
+    /// A startup or liveness probe of the running program has failed.
+    unhealthy: bool,
+    /// Held while the preStop hook may go on.
     stopping: Option<DropGuard>,
     /// How far the stop of the running attempt has gone.
     stop: StopStage,
@@ -53,6 +56,15 @@ pub(super) struct Slot {
     ending: Option<watch::Sender<bool>>,
     log: Option<Log>,
     previous_log: Option<Log>,
+}
+
+/// What the task of the postStart hook and the probes is told.
+#[derive(Debug)]
+struct Probing {
+    /// The container is to stop.
+    stop: CancellationToken,
+    /// The program has ended.
+    _end: DropGuard,
 }
 
 impl Slot {
@@ -80,6 +92,7 @@ impl Slot {
             pre_stop_pending: spec.container.pre_stop.is_some(),
             spared_until: Time::ZERO,
             probing: None,
+            unhealthy: false,
             stopping: None,
             spec: Arc::new(spec),
             phase: Phase::Idle,
@@ -121,6 +134,7 @@ impl Slot {
         self.tried = true;
         self.phase = Phase::Starting;
         self.health = Health::down();
+        self.unhealthy = false;
         self.stop = StopStage::NotStopped;
         self.post_start_pending = self.spec.container.post_start.is_some();
         self.pre_stop_pending = self.spec.container.pre_stop.is_some();
@@ -157,11 +171,15 @@ impl Slot {
         self.program = Some(program);
     }
 
-    /// The postStart hook and the probes of the running program begin. They go on until the token is cancelled.
-    pub(super) fn begin_probing(&mut self) -> CancellationToken {
-        let token = CancellationToken::new();
-        self.probing = Some(token.clone().drop_guard());
-        token
+    /// The postStart hook and the probes of the running program begin. Returns what is cancelled when the container is to
+    /// stop, and what is cancelled when the program has ended, and the task with it.
+    pub(super) fn begin_probing(&mut self) -> (CancellationToken, CancellationToken) {
+        let (stop, end) = (CancellationToken::new(), CancellationToken::new());
+        self.probing = Some(Probing {
+            stop: stop.clone(),
+            _end: end.clone().drop_guard(),
+        });
+        (stop, end)
     }
 
     /// The preStop hook begins. It goes on until the token is cancelled.
@@ -171,29 +189,36 @@ impl Slot {
         token
     }
 
-    /// Ends the postStart hook and the probes. What the readiness probe said does not hold any more.
-    pub(super) fn end_probing(&mut self) {
-        self.probing = None;
-        if self.spec.container.readiness_probe.is_some() {
-            self.health.ready = false;
+    /// The container is to stop: of its probes only that of readiness goes on, as in Kubernetes.
+    pub(super) fn stop_probing(&mut self) {
+        if let Some(probing) = &self.probing {
+            probing.stop.cancel();
         }
     }
 
-    /// A probe has changed what is known. Returns whether it still counts. `failed`: what follows if the change is a failure.
+    /// Whether a result of a hook or probe counts: the program runs and, if the result is a failure, is not told to stop yet.
+    fn counts(&self, fails: bool) -> bool {
+        let probing = self.probing.as_ref();
+        probing.is_some_and(|probing| !(fails && probing.stop.is_cancelled()))
+    }
+
+    /// A probe has changed what is known. Returns whether that counts. `failed`: what follows if the change is a failure.
     pub(super) fn probed(&mut self, change: Change, failed: Liveness) -> bool {
-        if self.probing.is_none() {
+        let fails = matches!(change, Change::Failed(_));
+        if !self.counts(fails) {
             return false;
         }
         self.health = health::after(self.health, change, &self.spec.container);
-        if matches!(change, Change::Failed(_)) {
+        if fails {
             self.health.live = failed;
+            self.unhealthy = true;
         }
         true
     }
 
-    /// The postStart hook has ended. Returns whether that still counts.
+    /// The postStart hook has ended. Returns whether that counts.
     pub(super) fn post_started(&mut self, succeeded: bool, failed: Liveness) -> bool {
-        if self.probing.is_none() {
+        if !self.counts(!succeeded) {
             return false;
         }
         self.post_start_pending = false;
@@ -219,7 +244,7 @@ impl Slot {
             self.stopping = None;
         }
         self.stop = stage;
-        self.end_probing();
+        self.stop_probing();
         match stage {
             // The supervisor starts the hook, whose end lets the plan send TERM.
             StopStage::NotStopped | StopStage::PreStop => {}
@@ -257,6 +282,7 @@ impl Slot {
         self.history.pause = self.backoff.after(ran);
         self.phase = Phase::Exited {
             code: ended.exit.code,
+            unhealthy: self.unhealthy,
             restart_at: now + self.history.pause,
         };
     }

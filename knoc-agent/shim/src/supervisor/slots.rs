@@ -127,6 +127,7 @@ mod tests {
         let main = add(&mut slots, Role::Main, "main").unwrap();
         let done = Phase::Exited {
             code: 0,
+            unhealthy: false,
             restart_at: Duration::ZERO,
         };
         set(&mut slots, init, done);

@@ -112,6 +112,7 @@ mod tests {
     fn only_a_pod_that_could_start_waits_too_long_for_values() {
         let failed = |restart_at| Phase::Exited {
             code: 1,
+            unhealthy: false,
             restart_at,
         };
         for (what, phase, values, expected) in [

@@ -36,13 +36,23 @@ impl Slurm {
         let command = command.arg(format!("--jobid={job}")).arg(program);
         command.args(args)
     }
+
+    /// Whether the standard error of such a step means that this site permits none. Any other
+    /// failure may pass: a node or the controller that does not answer, or a job that is just
+    /// ending. Only srun's own lines count: what the program or a task prolog cannot do in one job
+    /// says nothing about other jobs.
+    pub(in crate::scheduler) fn is_refusal(&self, text: &str) -> bool {
+        let srun = self.settings().srun.file_name();
+        let own = |line: &str| {
+            let (program, message) = line.split_once(": ")?;
+            (Path::new(program).file_name() == srun).then(|| message.to_lowercase())
+        };
+        text.lines().filter_map(own).any(|message| refuses(&message))
+    }
 }
 
-/// PURE: whether srun's message means that this site permits no such step. Any other failure may
-/// pass: a node or the controller that does not answer, or a job that is just ending.
-#[must_use]
-pub fn is_refusal(text: &str) -> bool {
-    let text = text.to_lowercase();
+/// PURE: whether this message of srun, in lower case, is a refusal.
+fn refuses(message: &str) -> bool {
     [
         "access/permission denied",
         "permission denied",
@@ -55,9 +65,9 @@ pub fn is_refusal(text: &str) -> bool {
         "invalid option",
     ]
     .iter()
-    .any(|refusal| text.contains(refusal))
+    .any(|refusal| message.contains(refusal))
         // Slurm's words while a step waits for resources.
-        && !text.contains("temporarily disabled")
+        && !message.contains("temporarily disabled")
 }
 
 #[cfg(test)]
@@ -65,12 +75,16 @@ mod tests {
     use super::*;
     use crate::scheduler::slurm::Settings;
 
-    #[test]
-    fn srun_enters_the_job_beside_whatever_runs_in_it() {
-        let slurm = Slurm::new(Settings {
+    fn slurm() -> Slurm {
+        Slurm::new(Settings {
             srun: "/opt/slurm/bin/srun".into(),
             ..Settings::default()
-        });
+        })
+    }
+
+    #[test]
+    fn srun_enters_the_job_beside_whatever_runs_in_it() {
+        let slurm = slurm();
         let job = JobId::try_from("4711").unwrap();
         let args = ["connect".as_ref(), "/state/pods/u".as_ref()];
         let command = slurm.enter(&job, Path::new("/v/knoc-agent"), args);
@@ -90,9 +104,10 @@ mod tests {
         for refusal in [
             "srun: error: Unable to create step for job 7: Access/permission denied",
             "srun: error: interactive steps are disabled at this site",
-            "srun: unrecognized option '--overlap'",
+            "/opt/slurm/bin/srun: unrecognized option '--overlap'",
+            "Welcome\nsrun: error: prohibited\nsrun: error: see the manual (exit status: 1)",
         ] {
-            assert!(is_refusal(refusal), "{refusal}");
+            assert!(slurm().is_refusal(refusal), "{refusal}");
         }
         for passing in [
             "srun: error: Task launch for StepId=7.1 failed on node c1: Communication connection failure",
@@ -100,8 +115,13 @@ mod tests {
             "srun: error: Unable to confirm allocation for job 7: Invalid job id specified",
             "srun: Job 7 step creation temporarily disabled, retrying (Requested nodes are busy)",
             "",
+            // One pod whose folder cannot be entered says nothing about the others.
+            "Error: relay to the shim on c1, from c1: connect to unix:/tmp/k/shim.sock: Permission denied (os error 13)\n\
+             srun: error: c1: task 0: Exited with exit code 1",
+            "prolog: X11 forwarding is disabled\nsrun: error: Unable to confirm allocation for job 7",
+            "slurmstepd: error: execve(): /v/knoc-agent: Permission denied",
         ] {
-            assert!(!is_refusal(passing), "{passing}");
+            assert!(!slurm().is_refusal(passing), "{passing}");
         }
     }
 }

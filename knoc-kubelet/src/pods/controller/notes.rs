@@ -32,24 +32,14 @@ impl Worker<'_> {
         };
         let first = self.memory.events.note.is_none();
         let told = self.memory.events.note.unwrap_or(i64::MIN);
-        let since = self
-            .context
-            .process
-            .started
-            .checked_sub(EARLIER)
-            .unwrap_or(Timestamp::MIN);
+        let started = self.context.process.started;
         for note in observed.notes.iter().filter(|note| note.sequence > told) {
             let at = Timestamp::from_nanosecond(i128::from(note.at)).unwrap_or_default();
             self.memory.events.note = Some(note.sequence);
+            let (since, salt) = since_and_salt(note, started);
             if first && at < since {
                 continue;
             }
-            // What is counted is one Event as long as its text is the same.
-            let salt = if note.count > 0 {
-                0
-            } else {
-                hash(&(note.sequence, note.at))
-            };
             self.context.api.events.record(Note {
                 object: about_pod(&view.pod, &note.container),
                 warning: note.warning,
@@ -206,8 +196,42 @@ impl Worker<'_> {
     }
 }
 
+/// PURE: from when on a process that started at `started` records a note, and what distinguishes the note's Event from others
+/// of the same text.
+///
+/// What is counted is one Event. As with a real kubelet a new process begins a new one, because it does not know how far the
+/// earlier one has counted.
+fn since_and_salt(note: &pb::PodNote, started: Timestamp) -> (Timestamp, u64) {
+    if note.count > 0 {
+        return (started, hash(&started));
+    }
+    let since = started.checked_sub(EARLIER).unwrap_or(Timestamp::MIN);
+    (since, hash(&(note.sequence, note.at)))
+}
+
 fn hash(what: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     what.hash(&mut hasher);
     hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_process_counts_in_a_new_event_and_repeats_no_other() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let note = |count| pb::PodNote {
+            sequence: 7,
+            count,
+            ..pb::PodNote::default()
+        };
+        let salt = |count, started| since_and_salt(&note(count), at(started)).1;
+        assert_eq!(salt(0, 1000), salt(0, 2000));
+        assert_eq!(salt(3, 1000), salt(1, 1000));
+        assert_ne!(salt(3, 1000), salt(3, 2000));
+        assert_eq!(since_and_salt(&note(3), at(1000)).0, at(1000));
+        assert_eq!(since_and_salt(&note(0), at(1000)).0, at(880));
+    }
 }

@@ -12,9 +12,12 @@ fn any_phase() -> impl Strategy<Value = Phase> {
         Just(Phase::Idle),
         Just(Phase::Starting),
         Just(Phase::Running),
-        (prop_oneof![Just(0), Just(1)], 0_u64..20).prop_map(|(code, at)| Phase::Exited {
-            code,
-            restart_at: Time::from_secs(at)
+        (prop_oneof![Just(0), Just(1)], any::<bool>(), 0_u64..20).prop_map(|(code, unhealthy, at)| {
+            Phase::Exited {
+                code,
+                unhealthy,
+                restart_at: Time::from_secs(at),
+            }
         }),
     ]
 }
@@ -126,23 +129,53 @@ fn its_gate_is_open(view: &View, started: &Container) -> bool {
 }
 
 fn is_to_be_killed(view: &View, container: &Container) -> bool {
+    // Its hook, or what came of it, gives it a moment more.
+    let spared = container.stop == StopStage::PreStop || view.now < container.spared_until;
+    !spared && end(view, container).is_some_and(|end| view.now >= end)
+}
+
+/// A main container behind one whose postStart hook has not ended.
+fn waits_for_a_hook(view: &View, container: &Container) -> bool {
+    let mut before = view.of_role(Role::Main).filter(|one| one.id < container.id);
+    container.role == Role::Main
+        && before.any(|one| one.post_start_pending && !matches!(one.phase, Phase::Exited { .. }))
+}
+
+/// A sidecar or main container that has ended and that its rule restarts, in a pod that goes on.
+fn is_to_be_restarted(view: &View, container: &Container) -> bool {
+    let Phase::Exited {
+        code,
+        unhealthy,
+        restart_at,
+    } = container.phase
+    else {
+        return false;
+    };
+    let wanted = match container.restart {
+        RestartRule::Always => true,
+        RestartRule::OnFailure => code != 0 || unhealthy,
+        RestartRule::Never => false,
+    };
+    let turn = match container.role {
+        Role::Sidecar => true,
+        Role::Main => !waits_for_a_hook(view, container),
+        Role::Init | Role::Ephemeral => false,
+    };
+    let goes_on = view.values && view.kill_at.is_none() && !view.completed();
+    let due = view.now >= restart_at;
+    wanted && turn && due && goes_on && its_gate_is_open(view, container)
+}
+
+/// When a container that lives must end at the latest, if it must.
+fn end(view: &View, container: &Container) -> Option<Time> {
     let own = match container.health.live {
         Liveness::Live => None,
         // The stop that is due comes first.
         Liveness::Failed { .. } if view.completed() && view.kill_at.is_none() => None,
         Liveness::Failed { kill_at } => Some(kill_at),
     };
-    // Its hook, or what came of it, gives it a moment more.
-    let spared = container.stop == StopStage::PreStop || view.now < container.spared_until;
-    let over = |kill_at: Time| view.now >= kill_at;
-    container.lives() && !spared && (view.kill_at.is_some_and(over) || own.is_some_and(over))
-}
-
-/// A sidecar that has ended, in a pod that goes on.
-fn is_to_be_restarted(view: &View, container: &Container) -> bool {
-    let due = matches!(container.phase, Phase::Exited { restart_at, .. } if view.now >= restart_at);
-    let goes_on = view.values && view.kill_at.is_none() && !view.completed();
-    container.role == Role::Sidecar && due && goes_on && its_gate_is_open(view, container)
+    let end = [view.kill_at, own].into_iter().flatten().min();
+    end.filter(|_| container.lives())
 }
 
 proptest! {
@@ -159,6 +192,7 @@ proptest! {
                     prop_assert!(!container.lives(), "started twice");
                     prop_assert!(view.values && view.kill_at.is_none());
                     prop_assert!(its_gate_is_open(&view, container), "too early");
+                    prop_assert!(!waits_for_a_hook(&view, container), "before a hook has ended");
                     if container.role == Role::Ephemeral {
                         prop_assert_eq!(container.phase, Phase::Idle, "restarted");
                     }
@@ -190,7 +224,13 @@ proptest! {
             let killed = container.stop == StopStage::Kill || plan.actions.contains(&Action::Kill(container.id));
             prop_assert!(killed || !is_to_be_killed(&view, container), "outlives its grace period");
             let restarted = plan.actions.contains(&Action::Start(container.id));
-            prop_assert!(restarted || !is_to_be_restarted(&view, container), "a sidecar stays down");
+            prop_assert!(restarted || !is_to_be_restarted(&view, container), "stays down");
+            let Some(end) = end(&view, container).filter(|_| !killed) else { continue };
+            // Something happens to it in time, even if nothing else does.
+            let told = container.stop == StopStage::PreStop && view.now >= end;
+            prop_assert!(!told || plan.actions.contains(&Action::Term(container.id)), "a hook has no end");
+            let latest = if told { view.now + AFTER_HOOK } else { end.max(container.spared_until) };
+            prop_assert!(plan.wake.is_some_and(|at| at <= latest), "nobody wakes to kill it");
         }
         let lives = view.containers.iter().any(Container::lives);
         match plan.progress {
@@ -231,6 +271,8 @@ struct Simulation {
     started: Vec<SlotId>,
     /// The containers that were sent TERM or KILL, in the order of the first signal.
     stopped: Vec<SlotId>,
+    /// Which containers have a preStop hook.
+    hooks: [bool; 8],
 }
 
 impl Simulation {
@@ -240,6 +282,7 @@ impl Simulation {
             view: pod(policy, &roles),
             started: Vec::new(),
             stopped: Vec::new(),
+            hooks: [false; 8],
         }
     }
 
@@ -269,26 +312,31 @@ impl Simulation {
     fn perform(&mut self, action: Action) {
         let (Action::Start(id) | Action::PreStop(id) | Action::Term(id) | Action::Kill(id)) =
             action;
-        let mut containers = self.view.containers.iter_mut();
-        let container = containers.find(|one| one.id == id).expect("a known id");
+        let mut containers = self.view.containers.iter_mut().zip(self.hooks);
+        let (container, hook) = containers.find(|(one, _)| one.id == id).expect("a known id");
         let stage = match action {
             Action::Start(_) => {
                 self.started.push(id);
                 container.phase = Phase::Starting;
                 container.stop = StopStage::NotStopped;
+                container.pre_stop_pending = hook;
+                container.spared_until = Time::ZERO;
                 return;
             }
             Action::PreStop(_) => StopStage::PreStop,
             Action::Term(_) => StopStage::Term,
             Action::Kill(_) => StopStage::Kill,
         };
+        if container.stop == StopStage::PreStop {
+            container.spared_until = self.view.now + AFTER_HOOK;
+        }
         container.stop = stage;
         if stage > StopStage::PreStop && !self.stopped.contains(&id) {
             self.stopped.push(id);
         }
     }
 
-    /// Something happens to the container of this number: its program runs, has started, or ends.
+    /// Something happens to the container of this number: its program runs, has started, or ends, or its preStop hook ends.
     fn happens(&mut self, number: usize, code: i32) {
         let count = self.view.containers.len();
         let now = self.view.now;
@@ -297,6 +345,11 @@ impl Simulation {
         };
         match container.phase {
             Phase::Starting => container.phase = Phase::Running,
+            Phase::Running
+                if container.stop == StopStage::PreStop && container.pre_stop_pending && code == 0 =>
+            {
+                container.pre_stop_pending = false;
+            }
             Phase::Running if !container.health.started && container.stop < StopStage::Term => {
                 container.health = Health::unprobed();
             }
@@ -304,6 +357,7 @@ impl Simulation {
                 container.health = Health::down();
                 container.phase = Phase::Exited {
                     code,
+                    unhealthy: false,
                     restart_at: now + Time::from_secs(1),
                 };
             }
@@ -325,8 +379,10 @@ proptest! {
         events in proptest::collection::vec((0_usize..8, 0..2), 0..60),
         add_at in 0_usize..60,
         stop_at in 0_usize..60,
+        hooks in any::<[bool; 8]>(),
     ) {
         let mut pod = Simulation::new(policy, &roles);
+        pod.hooks = hooks;
         for (at, (number, code)) in events.into_iter().enumerate() {
             pod.settle();
             pod.happens(number, code);
@@ -338,8 +394,13 @@ proptest! {
             }
         }
         let stopped = pod.view.kill_at.get_or_insert(pod.view.now + Time::from_secs(30));
-        pod.view.now = *stopped;
-        // Every container was sent KILL, so all end.
+        pod.view.now = pod.view.now.max(*stopped);
+        pod.settle();
+        pod.view.now += AFTER_HOOK;
+        pod.settle();
+        let killed = |one: &Container| one.stop == StopStage::Kill;
+        prop_assert!(pod.view.living().all(killed), "outlives its grace period");
+        // So all end.
         for _ in 0..4 {
             pod.settle();
             for number in 0..pod.view.containers.len() {
