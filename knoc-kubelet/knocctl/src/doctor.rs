@@ -82,11 +82,11 @@ impl Report {
     }
 }
 
-fn finding_json(finding: &pb::Finding) -> Value {
+pub(super) fn finding_json(finding: &pb::Finding) -> Value {
     json!({"check": finding.check, "ok": finding.ok, "detail": finding.detail, "cure": finding.cure})
 }
 
-fn line(finding: &pb::Finding) -> String {
+pub(super) fn line(finding: &pb::Finding) -> String {
     let mark = if finding.ok { '✓' } else { '✗' };
     let cause = format!(
         "{mark} {}: {}\n",

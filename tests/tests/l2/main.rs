@@ -9,6 +9,7 @@ mod certificates;
 mod crash;
 mod flood;
 mod injection;
+mod install;
 mod knocctl;
 mod leadership;
 mod lifecycle;

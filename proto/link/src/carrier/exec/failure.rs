@@ -203,7 +203,7 @@ pub struct CommandFailure {
     pub(super) stderr: String,
     /// The system's message, if it could not be started.
     #[source]
-    pub(super) source: Option<io::Error>,
+    pub(in crate::carrier) source: Option<io::Error>,
 }
 
 impl fmt::Display for CommandFailure {
@@ -225,7 +225,7 @@ impl fmt::Display for CommandFailure {
 
 impl CommandFailure {
     /// A failure of this side, before the command has ended.
-    pub(super) fn of(cause: Cause, stderr: String) -> Self {
+    pub(in crate::carrier) fn of(cause: Cause, stderr: String) -> Self {
         Self {
             cause,
             ended: None,

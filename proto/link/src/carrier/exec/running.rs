@@ -70,7 +70,7 @@ struct Running {
 
 impl CommandIo {
     /// Starts a command in a process group of its own. It inherits the environment.
-    pub(super) fn start(words: &[String], held: Held) -> Result<Self, CommandFailure> {
+    pub(in crate::carrier) fn start(words: &[String], held: Held) -> Result<Self, CommandFailure> {
         let start = || {
             let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
             ours.set_nonblocking(true)?;
