@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! listener unix ─┐                        ┌─ poller ──rounds────┐
-//! listener tcp  ─┴─► api ──► registry ──► actors (one per pod) ─┴─► board ──► WatchPods
+//! listener tcp  ─┤
+//! dial out      ─┴─► api ──► registry ──► actors (one per pod) ─┴─► board ──► WatchPods
 //! listener shim ───► links ──reports──────┘                        node ───► WatchNode
 //! site file, CA ───► policy ──rules─► gate: checks every request, closes connections
 //! ```
@@ -28,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::{self, gate::Gate},
     config::Config,
-    lease,
+    dial_out, lease,
     linger::Links,
     policy,
     registry::{self, Registry, cluster::Pin, poll},
@@ -58,6 +59,7 @@ pub struct App {
     links: Links,
     /// For how long it goes on without a link; `None`: until it is stopped.
     linger: Option<Duration>,
+    dial_out: Vec<knoc_link::dial_out::Target>,
 }
 
 impl App {
@@ -77,6 +79,7 @@ impl App {
             .await
             .map_err(prepare::listen)?;
         let credentials = prepare::credentials(&site.config)?;
+        let dial_out = dial_out::targets(&site.config)?;
         let near = prepare::near_listeners(&site.config, credentials.clone()).await?;
         let (rules, ruling) = watch::channel(Arc::default());
         let policy = policy::watch::Watcher::new(&site.config, credentials.clone(), policy, rules);
@@ -115,6 +118,7 @@ impl App {
             credentials,
             links: Links::default(),
             linger: None,
+            dial_out,
         })
     }
 
@@ -144,6 +148,7 @@ impl App {
             credentials,
             links,
             linger,
+            dial_out,
         } = self;
         let mut tasks = JoinSet::new();
         let background = actors.child_token();
@@ -156,6 +161,20 @@ impl App {
         tasks.spawn(poller.run(background.clone()));
         let capacity = poll::capacity(Arc::clone(&site), node.clone(), background.clone());
         tasks.spawn(capacity);
+        let dialled = credentials
+            .as_ref()
+            .filter(|_| !dial_out.is_empty())
+            .map(|credentials| {
+                let (epoch, stop) = (site.lease.epoch(), stop.child_token());
+                dial_out::start(
+                    dial_out,
+                    credentials,
+                    epoch,
+                    &site.dial_out,
+                    &stop,
+                    &mut tasks,
+                )
+            });
         let renewal = renewal::Renewal::new(Arc::clone(&site), credentials, node);
         watch_certificates(&mut tasks, policy, gate, renewal, &background);
         tasks.spawn(registry::sweep(
@@ -169,7 +188,7 @@ impl App {
         }
         tasks.spawn(heartbeat(Arc::clone(&site), background, shutdown.clone()));
         let mut servers = JoinSet::new();
-        for incoming in near {
+        for incoming in near.into_iter().chain(dialled) {
             let (links, stop) = (links.clone(), stop.child_token());
             servers.spawn(api::serve(service.clone(), incoming, links, stop));
         }

@@ -5,6 +5,7 @@
 //! the HPC user decides about [`Policy`].
 
 mod check;
+pub mod dial_out;
 mod privileged;
 mod serve;
 pub mod text;
@@ -80,6 +81,9 @@ pub struct Config {
     /// The agent's certificate, and the CA of the kubelets' certificates. Without it, only the unix socket is served.
     #[serde(default)]
     pub tls: Option<Tls>,
+    /// The kubelets that the agent dials.
+    #[serde(default)]
+    pub dial_out: Vec<dial_out::DialOut>,
     /// The paths of the tools; those that are not set are looked up in `env.PATH`.
     #[serde(default)]
     pub tools: Tools,
@@ -313,7 +317,7 @@ pub struct Policy {
     pub qos: Vec<String>,
     /// Prefixes of the image names that pods may use, such as `docker.io/library`. If empty: all.
     pub registries: Vec<String>,
-    /// What becomes of a pod with a container that asks for `privileged`.
+    /// What happens to a pod with a container that asks for privileges.
     pub privileged: Privileged,
 }
 
@@ -556,6 +560,9 @@ impl Config {
     }
 
     fn expand(&mut self, home: &Path) {
+        for entry in &mut self.dial_out {
+            entry.expand(home);
+        }
         let tls = self.tls.iter_mut().flat_map(|tls| {
             let named = [&mut tls.ca, &mut tls.cert, &mut tls.key];
             named.into_iter().chain(&mut tls.ca_key)

@@ -61,13 +61,15 @@ pub fn examine(
         Box::pin(async move { for_scheduler.scheduler.checks().await }),
         Box::pin(async move { for_images.images.checks().await }),
         Box::pin(async move {
-            vec![
+            let mut found = for_shims.dial_out.findings();
+            found.extend([
                 policy(&for_shims),
                 leadership(&for_shims, &leaders),
                 kubelets(&leaders.kubelets, Timestamp::now()),
                 pods(&registry, &node),
                 shims(&for_shims),
-            ]
+            ]);
+            found
         }),
     ];
     if with_probe {

@@ -17,6 +17,7 @@ pub mod app;
 pub mod command;
 pub mod config;
 pub mod connect;
+pub mod dial_out;
 pub mod doctor;
 pub mod image;
 pub mod init;

@@ -72,7 +72,7 @@ pub struct Rendered {
 /// What a failed submission means for the next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SubmitErrorKind {
-    /// The same request will be rejected again: the pod fails with the scheduler's message.
+    /// The same request will be refused again: the pod fails with the scheduler's message.
     Permanent,
     /// A limit is reached at the moment: wait and try again.
     Throttled,

@@ -57,6 +57,8 @@ pub struct Site {
     pub versions: Versions,
     /// The published state of the pods.
     pub board: Board,
+    /// Which of the kubelets of `[[dial_out]]` are reached.
+    pub dial_out: crate::dial_out::Board,
     /// The links of running shims.
     pub shim_links: ShimLinks,
     /// Wakes the poller if a change is expected.

@@ -11,6 +11,7 @@ mod certificates;
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
+use knoc_link::{LinkError, dial_in::Desk};
 use kube::Client;
 use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -80,6 +81,13 @@ pub enum RunError {
         #[source]
         source: ServerError,
     },
+    /// The kubelet cannot listen for its agent.
+    #[error("listen for the agent")]
+    Listen {
+        /// The error of the link.
+        #[source]
+        source: LinkError,
+    },
     /// The Node object could not be written.
     #[error("register the node")]
     Node {
@@ -101,6 +109,8 @@ pub struct App {
     bootstrap: Option<Client>,
     agent: Agent,
     dialer: Dialer,
+    /// What listens for the agent, if the agent dials; taken when the kubelet leads.
+    desk: Option<Desk>,
     namespace: String,
     identity: String,
     internal_ip: String,
@@ -115,7 +125,7 @@ impl App {
     }
 
     /// Runs until `shutdown`, or until leadership is lost.
-    pub async fn run(self, shutdown: CancellationToken) -> Result<(), RunError> {
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), RunError> {
         let name = self.config.node.name.clone();
         let lead = Leader::acquire(
             self.account.clone(),
@@ -139,8 +149,12 @@ impl App {
         let inner = shutdown.child_token();
         let deposed = CancellationToken::new();
         let mut tasks = JoinSet::new();
+        let listening = self.listen_for_agent(&mut tasks, &inner);
         // The start may wait for days until a certificate is approved; the kubelet leads the node meanwhile.
         let start = Box::pin(async {
+            if let Err(error) = listening {
+                return error;
+            }
             match self.start(&mut tasks, &inner, &deposed).await {
                 Ok(()) => std::future::pending().await,
                 Err(error) => error,
@@ -165,6 +179,23 @@ impl App {
             tracing::warn!(%error, "could not release the leadership Lease, the next kubelet waits until it expires");
         }
         ended
+    }
+
+    /// Listens for the agent, if the agent dials. A kubelet that does not lead listens for nobody.
+    fn listen_for_agent(
+        &mut self,
+        tasks: &mut JoinSet<()>,
+        shutdown: &CancellationToken,
+    ) -> Result<(), RunError> {
+        let Some(desk) = self.desk.take() else {
+            return Ok(());
+        };
+        let reception = desk.open().map_err(|source| RunError::Listen { source })?;
+        if let Some(address) = reception.local_addr() {
+            tracing::info!(%address, "listening for the agent");
+        }
+        tasks.spawn(reception.run(shutdown.clone()));
+        Ok(())
     }
 
     async fn start(

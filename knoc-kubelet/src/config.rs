@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use knoc_link::Route;
+use knoc_link::{Carrier, Route, proxy::Via};
 use knoc_proto::settings::{Document, Mistakes};
 
 use settings::Settings;
@@ -48,12 +48,31 @@ pub struct Config {
 /// The link to the agent.
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
-    /// The addresses, in the order in which they are tried.
-    pub route: Route,
-    /// CA, certificate and key; none on a unix socket.
+    /// Which side dials, and where.
+    pub way: AgentWay,
+    /// CA, certificate and key; None on a unix socket.
     pub credentials: Option<CredentialFiles>,
     /// The site that the agent's certificate must name; None accepts any agent of our CA.
     pub site: Option<String>,
+}
+
+/// Which side of the link to the agent dials.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AgentWay {
+    /// The kubelet dials the agent.
+    Dial(Route, Via),
+    /// The agent dials this address of the kubelet.
+    Accept(SocketAddr),
+}
+
+impl AgentWay {
+    /// Whether the only address is a unix socket, which takes no certificates.
+    pub(super) fn is_unix(&self) -> bool {
+        match self {
+            Self::Dial(route, _) => matches!(route.carriers(), [Carrier::Unix(_)]),
+            Self::Accept(_) => false,
+        }
+    }
 }
 
 /// The PEM files of one side of a TLS connection.

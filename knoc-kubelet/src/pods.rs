@@ -1,13 +1,16 @@
 //! The lifecycle of a pod on the cluster's side. This file only declares the modules.
 //!
 //! ```text
-//!  watch ──► Store ──► queue ──► controller ── decide (pure) ──┬─ Reject    verdict: all reasons, phase Failed, no job
+//!  watch ──► Store ──► queue ──► controller ── decide (pure) ──┬─ Reject    phase Failed with all reasons, no job
 //!  (desired)  ▲                  (one worker per pod)          ├─ Ensure    resolve ► translate ► EnsurePod
-//!             │                                                ├─ Refresh   resolve ► UpdateValues
-//!  agent::watch (observed)                                     ├─ Stop      DeletePod(grace)
+//!             │                                                ├─ MarkLost  phase Failed: it ran, and is gone
+//!  agent::watch (observed)                                     ├─ Refresh   resolve ► UpdateValues
+//!                                                              ├─ Stop      DeletePod(grace)
+//!                                                              ├─ Settle    publish the terminal phase first
 //!                                                              ├─ Release   DELETE pod, grace 0, UID precondition
 //!                                                              ├─ Forget    ForgetPod
-//!                                                              └─ Rest
+//!                                                              ├─ Drop      nothing is left: forget the pod here
+//!                                                              └─ Wait
 //!                     every round: status (pure) ► publish (PATCH iff changed)
 //! ```
 

@@ -1,5 +1,5 @@
-//! PURE: what an agent must know of to run a pod as it is meant. An older agent does not see fields that are newer than it is, so
-//! the near side asks for these names before it sends a pod that uses them.
+//! PURE: the capabilities that an agent needs to run a pod as its spec says. An older agent ignores fields that are newer
+//! than itself, so the kubelet checks that the agent announces these names before it sends a pod that uses the fields.
 
 use crate::pb;
 
@@ -7,14 +7,14 @@ use crate::pb;
 pub const SUB_PATH_EXPR: &str = "sub-path-expr";
 /// The agent gives pods a domain: `subdomain` and `setHostnameAsFQDN`.
 pub const POD_DOMAIN: &str = "pod-domain";
-/// The agent writes `/etc/resolv.conf`: `dnsConfig` and `dnsPolicy: None`.
+/// The agent's shims write `/etc/resolv.conf`: `dnsConfig` and `dnsPolicy: None`.
 pub const RESOLVER: &str = "resolver";
 /// The agent checks `runAsNonRoot`.
 pub const RUN_AS_NON_ROOT: &str = "run-as-non-root";
-/// The agent decides about `privileged`.
+/// The agent applies the site's policy to `privileged`.
 pub const PRIVILEGED: &str = "privileged";
 
-/// All that a pod may need.
+/// All capabilities that a pod can need.
 pub const OF_PODS: [&str; 5] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
@@ -23,7 +23,7 @@ pub const OF_PODS: [&str; 5] = [
     PRIVILEGED,
 ];
 
-/// Those that this pod needs.
+/// The capabilities that this pod needs.
 #[must_use]
 pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
     let containers = || spec.init_containers.iter().chain(&spec.containers);

@@ -89,28 +89,28 @@ pub fn argv(templates: &[String], env: &[Variable]) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Why a `subPathExpr` is no path in a volume.
+/// Why a `subPathExpr` does not expand to a path in a volume.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubPathError {
-    /// A variable is not there, or is empty.
+    /// Variables are not set, or empty.
     #[error("missing value for {0}")]
     Missing(String),
-    /// The value of a variable is no text.
+    /// The value of a variable is not UTF-8.
     #[error("the expanded subPath is not UTF-8")]
     Encoding,
-    /// What it became is no path in a volume.
+    /// The expanded text is not a path in a volume.
     #[error("unable to provision SubPath `{path}`")]
     Path {
         /// The expanded path.
         path: String,
-        /// Why.
+        /// What is wrong with it.
         #[source]
         source: PathError,
     },
 }
 
-/// A `subPathExpr` with its references replaced, as a clean path in a volume (`ExpandContainerVolumeMounts` of the kubelet);
-/// `env` is [`pod_environment`]'s answer.
+/// Expands a `subPathExpr` to a clean path in a volume, as `ExpandContainerVolumeMounts` of the kubelet does. `env` is the
+/// result of [`pod_environment`].
 pub fn sub_path(template: &str, env: &[Variable]) -> Result<String, SubPathError> {
     let missing = RefCell::new(BTreeSet::new());
     let expanded = expand(template.as_bytes(), |name| {

@@ -434,7 +434,7 @@ fn check_variable(container: &str, var: &pb::EnvVar, problems: &mut Vec<String>)
     }
 }
 
-/// Why a container that asks for `privileged` is refused.
+/// Why a pod with a container that asks for `privileged` is rejected.
 #[must_use]
 pub fn no_privileges(container: &str) -> String {
     format!(

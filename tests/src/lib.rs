@@ -14,6 +14,7 @@ pub mod flood;
 pub mod image;
 pub mod interop;
 pub mod pod;
+pub mod proxy;
 pub mod relay;
 pub mod site;
 pub mod sshd;

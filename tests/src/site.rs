@@ -440,6 +440,11 @@ pub(crate) fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
+/// An address of loopback on which nobody listens.
+pub fn spare_address() -> anyhow::Result<SocketAddr> {
+    Ok(loopback(free_port()?))
+}
+
 /// A port below the ephemeral range, so that it stays free while an agent is down; no port is returned twice.
 pub(crate) fn free_port() -> anyhow::Result<u16> {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());

@@ -25,7 +25,7 @@ const TERMINAL: Window = Window { cols: 80, rows: 24 };
 /// What is the same for all containers of a pod.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Facts {
-    /// The pod's names.
+    /// The pod's host names.
     pub(crate) hostname: Hostname,
     /// The addresses of the pod, which are known only on the node.
     pub(crate) fields: RuntimeFields,
@@ -92,7 +92,7 @@ fn variables<'a>(container: &pb::Container, values: &'a pb::PodValues) -> &'a [p
     own.map_or(&[], |env| &env.vars)
 }
 
-/// What the container mounts, with a `subPathExpr` as the path that it stands for now.
+/// The container's mounts, each `subPathExpr` expanded to a path.
 pub(crate) fn mounts(
     container: &pb::Container,
     values: &pb::PodValues,

@@ -10,7 +10,8 @@
 //! - [`job_signals`]: turns signals to the job into a stop of its containers.
 //! - the reaper ([`children`]), and [`scratch::keep_clean`], which removes what ended attempts wrote.
 //!
-//! The shim does its work whether the agent is alive or not. Its exit code is part of the protocol: see [`main`].
+//! The shim does its work whether the agent is alive or not. Its exit code is part of the protocol
+//! with the agent: see [`ShimExit`].
 
 mod attach;
 mod cgroup;
@@ -293,7 +294,7 @@ fn link_up(service: Service, endpoint: std::path::PathBuf) -> (Farewell, JoinSet
     (farewell, linked)
 }
 
-/// PURE: the exit code, which is part of the protocol: see [`main`].
+/// PURE: the exit code, by which the agent learns how far the shim came.
 fn exit_code(reported: bool, outcome: OutcomeKind) -> ExitCode {
     match outcome {
         _ if !reported => ShimExit::NotReported.into(),

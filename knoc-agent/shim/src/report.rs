@@ -23,11 +23,11 @@ use super::{
 /// How many notes are kept.
 const NOTES: usize = 32;
 
-/// Between two tries to write a report that is not the final one, at first and at most.
+/// The first and the longest pause between two tries to write a report that is not the final one.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
-/// How often the final report is tried, and how long between.
+/// How often the shim tries to write the final report, and the pause in between.
 const FINAL_TRIES: u32 = 5;
 const FINAL_PAUSE: Duration = Duration::from_secs(2);
 
@@ -36,7 +36,7 @@ pub(crate) fn nanos(at: Timestamp) -> i64 {
     i64::try_from(at.as_nanosecond()).unwrap_or(i64::MAX)
 }
 
-/// What is known of one container beside its [`Phase`].
+/// What the supervisor knows of one container besides its [`Phase`].
 #[derive(Debug, Clone, Default)]
 pub(crate) struct History {
     /// The number of the running attempt, or of the last one.
@@ -57,7 +57,7 @@ pub(crate) struct Situation<'a> {
     pub(crate) history: &'a History,
 }
 
-/// What a container's status depends on beside the container itself.
+/// What a container's status depends on besides the container itself.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StatusContext<'a> {
     pub(crate) pod: &'a pb::PodSpec,

@@ -1,25 +1,25 @@
-//! PURE: the text of a container's `/etc/resolv.conf`: the node's, and what the pod adds.
+//! PURE: the text of a container's `/etc/resolv.conf`: the settings of the compute node and those of the pod.
 
 use std::fmt::Write as _;
 
 use knoc_proto::pb;
 
-/// What the resolver library reads; a kubelet leaves out the others too.
+/// The most entries that the C library's resolver uses; a kubelet leaves out any others too.
 const MAX_NAMESERVERS: usize = 3;
 const MAX_SEARCHES: usize = 32;
-/// Of all search domains with the blanks between them.
+/// The longest list of search domains, with the blanks between them.
 const MAX_SEARCH_BYTES: usize = 2048;
 
-/// What a file has.
+/// The settings of a `resolv.conf`.
 #[derive(Debug, Default)]
 struct Config {
     nameservers: Vec<String>,
     searches: Vec<String>,
-    /// Name, and `:value` if it has one.
+    /// Each option's name, and `:value` or nothing.
     options: Vec<(String, String)>,
 }
 
-/// The file of a pod that says something about it. As `GetPodDNS` of the kubelet.
+/// The file for a pod with a DNS configuration, as `GetPodDNS` of the kubelet makes it. `node` is the compute node's file.
 pub(crate) fn resolv_conf(node: &str, wanted: &pb::Resolver) -> String {
     let mut config = if wanted.only_own {
         Config::default()
@@ -46,7 +46,7 @@ fn add(list: &mut Vec<String>, word: &str) {
     }
 }
 
-/// A later value of an option takes the place of an earlier one.
+/// Sets an option; a later value replaces an earlier one.
 fn set(options: &mut Vec<(String, String)>, name: &str, value: String) {
     match options.iter_mut().find(|(known, _)| known == name) {
         Some((_, old)) => *old = value,
@@ -54,7 +54,7 @@ fn set(options: &mut Vec<(String, String)>, name: &str, value: String) {
     }
 }
 
-/// Of several `search` lines the last one counts, of options of one name the last one.
+/// Parses a `resolv.conf`. The last `search` line counts, and the last option of each name.
 fn parse(text: &str) -> Config {
     let mut config = Config::default();
     for line in text.lines().map(str::trim) {

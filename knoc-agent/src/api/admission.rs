@@ -49,7 +49,7 @@ pub(super) async fn admit(
     }
 }
 
-/// PURE: the containers that ask for privileges.
+/// PURE: one problem for each container that asks for privileges.
 fn privileged(spec: &PodSpec) -> Vec<String> {
     let asking = spec
         .all_containers()

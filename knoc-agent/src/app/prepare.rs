@@ -38,8 +38,8 @@ use crate::{
 
 /// Open files per pod in the worst case: the shim's socket, a record being written, and a stream or two.
 const FILES_A_POD: u64 = 4;
-/// Open files that the agent needs for itself.
-const FILES_OWN: u64 = 128;
+/// Open files that the agent needs for itself, the connections among them that it opens to kubelets.
+const FILES_OWN: u64 = 128 + 64;
 /// Listeners with bounded connections: the ports of kubelets and of shims. The unix socket needs no
 /// bound, since only the user can reach it. Links of shims are counted with their pods, which
 /// leaves enough connections on their port.
@@ -72,6 +72,11 @@ pub enum PrepareError {
     /// The certificates or keys cannot be loaded.
     #[error("load keys")]
     Keys(#[from] CredentialsError),
+    /// A variable names no usable proxy.
+    #[error(
+        "find the way to the kubelets of [[dial_out]]; `proxy = \"none\"` leaves the environment's proxy out"
+    )]
+    Proxy(#[from] knoc_link::proxy::InvalidEnvironment),
     /// No container runtime was found.
     #[error(
         "no apptainer or singularity in {path:?}; name one in `tools`, or set runtime = \"process\""
@@ -138,6 +143,7 @@ pub(super) async fn prepare(
             path,
             version,
         },
+        dial_out: crate::dial_out::Board::default(),
         shim_links: ShimLinks::default(),
         poll_soon: Arc::new(Notify::new()),
         accepting: Semaphore::new(ACCEPTING),

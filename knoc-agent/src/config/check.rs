@@ -9,7 +9,7 @@ use std::{
 use knoc_link::{Carrier, Identity};
 use knoc_proto::{ids::SiteName, settings::Document};
 
-use super::Config;
+use super::{Config, dial_out};
 use crate::policy::{denied::Denied, nodes::assigned};
 
 /// Less would not hold what a program writes at once.
@@ -48,6 +48,7 @@ impl Check<'_> {
         }
         self.paths();
         self.addresses();
+        self.dial_out();
         self.gres();
         self.limits();
         let flags = self.config.policy.flags.iter();
@@ -135,9 +136,7 @@ impl Check<'_> {
         for address in &config.listen.shim_addresses {
             let what = match address.parse() {
                 Ok(Carrier::Tcp(_)) => continue,
-                Ok(Carrier::Unix(_) | Carrier::Exec(_) | Carrier::Ssh(_)) => {
-                    format!("{address:?} is not HOST:PORT")
-                }
+                Ok(_) => format!("{address:?} is not HOST:PORT"),
                 Err(error) => error.to_string(),
             };
             self.wrong("listen.shim_addresses", what);
@@ -161,6 +160,24 @@ impl Check<'_> {
         if !wrong.is_empty() {
             let what = format!("must be like `HOST[:PORT][/FOLDER]`, without a scheme: {wrong:?}");
             self.wrong("policy.registries", what);
+        }
+    }
+
+    fn dial_out(&mut self) {
+        let config = self.config;
+        let count = config.dial_out.len();
+        if count > dial_out::MOST {
+            let what = format!("has {count} entries; the limit is {}", dial_out::MOST);
+            self.wrong("dial_out", what);
+        }
+        if count > 0 && config.tls.is_none() {
+            let what = "needs [tls]: kubelets are known by their certificates";
+            self.wrong("dial_out", what);
+        }
+        for entry in &config.dial_out {
+            for (key, what) in entry.mistakes() {
+                self.wrong(&format!("dial_out.{key}"), what);
+            }
         }
     }
 

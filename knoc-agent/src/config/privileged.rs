@@ -1,14 +1,14 @@
-//! `policy.privileged`.
+//! `policy.privileged` of the site file: what happens to containers that ask for privileges.
 
 use serde::Deserialize;
 
 use super::Policy;
 
-/// What becomes of a pod with a container that asks for `privileged`, which no ordinary user can give.
+/// What happens to a pod with a `privileged` container: an ordinary user cannot give it privileges.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Privileged {
-    /// It is rejected.
+    /// The pod is rejected.
     #[default]
     Reject,
     /// The container runs without privileges.
@@ -16,7 +16,7 @@ pub enum Privileged {
 }
 
 impl Policy {
-    /// Do containers that ask for `privileged` run without privileges?
+    /// Whether containers that ask for privileges run without them.
     #[must_use]
     pub fn maps_privileged(&self) -> bool {
         self.privileged == Privileged::Unprivileged

@@ -1,10 +1,10 @@
-//! PURE: `runAsNonRoot`, checked as a kubelet checks it (`verifyRunAsNonRoot`): against the user that the pod names, else
-//! against the image's.
+//! PURE: checks `runAsNonRoot` as `verifyRunAsNonRoot` of the kubelet does: against `runAsUser`, else against the image's
+//! user.
 
 use knoc_proto::pb;
 
-/// Why the container must not be started, if it would be root. `own_file` is true for a SIF file or a sandbox: one that
-/// names no user runs as whoever starts it, and that is the HPC user.
+/// Returns why the container must not be started, if it would run as root. `own_file` is true for a SIF file or a sandbox:
+/// if it names no user, it runs as whoever starts it, which is the HPC user.
 pub(super) fn check(
     pod: &pb::PodSpec,
     container: &pb::Container,

@@ -164,7 +164,7 @@ pub(crate) fn present(container: &pb::Container) -> Note {
     }
 }
 
-/// The location of the image of `container`, without a note. `None`: staging as usual says why not.
+/// The image of `container`, without a note. `None` if there is none yet; the usual staging then reports the reason.
 async fn image_without_note(
     site: &Site,
     spec: &PodSpec,
@@ -188,7 +188,7 @@ pub(crate) async fn cached_images(site: &Site, spec: &PodSpec) -> Option<Found> 
     found.map(Found::new)
 }
 
-/// The image of a container that may be started with it, or why not.
+/// The resolved image as the job file has it, or why the container must not be started with it.
 fn answer(
     spec: &PodSpec,
     container: &pb::Container,

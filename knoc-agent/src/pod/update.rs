@@ -28,16 +28,22 @@ pub(super) fn allowed(old: &pb::PodSpec, new: &pb::PodSpec) -> Result<(), String
     }
 }
 
-/// Whether they are the same request. A field that older kubelets did not send, and that cannot
-/// change in Kubernetes, makes no difference.
+/// Whether they are the same request. These make no difference: a field that older kubelets did not
+/// send although they accepted its pods, and that cannot change in Kubernetes; and what comes from
+/// the kubelet's configuration, which may change while a pod runs.
 pub(super) fn same(old: &pb::PodSpec, new: &pb::PodSpec) -> bool {
-    let without_newer_fields = |spec: &pb::PodSpec| {
+    let comparable = |spec: &pb::PodSpec| {
         let mut spec = spec.clone();
         let containers = spec.init_containers.iter_mut().chain(&mut spec.containers);
-        containers.for_each(|container| container.run_as_user = None);
+        containers.for_each(|container| {
+            container.run_as_user = None;
+            container.run_as_non_root = false;
+        });
+        spec.cluster_domain.clear();
+        spec.resolver = None;
         spec
     };
-    old == new || without_newer_fields(old) == without_newer_fields(new)
+    old == new || comparable(old) == comparable(new)
 }
 
 #[cfg(test)]
@@ -73,5 +79,24 @@ mod tests {
         allowed(&of(None), &of(Some(1000))).unwrap();
         assert!(same(&of(None), &of(Some(1000))));
         assert!(!same(&of(None), &old));
+    }
+
+    #[test]
+    fn what_an_older_kubelet_left_out_is_no_conflict() {
+        let old = pb::PodSpec {
+            uid: "u".into(),
+            active_deadline_seconds: 60,
+            containers: vec![pb::Container::default()],
+            ..Default::default()
+        };
+        let mut new = old.clone();
+        new.generation = 2;
+        new.active_deadline_seconds = 30;
+        new.containers[0].run_as_non_root = true;
+        new.cluster_domain = "cluster.local".into();
+        new.resolver = Some(pb::Resolver::default());
+        allowed(&old, &new).unwrap();
+        new.containers[0].privileged = true;
+        allowed(&old, &new).unwrap_err();
     }
 }

@@ -11,6 +11,7 @@ use std::{
 use knoc_link::{
     Addresses, Carrier, Route,
     carrier::ssh::{self, Login},
+    proxy::{self, InvalidProxy, Via},
     socket::{SiteFile, SocketLocations},
 };
 use knoc_proto::settings::{Document, Mistakes};
@@ -87,6 +88,10 @@ struct RawContext {
     ssh_program: Option<String>,
     /// Whether an `ssh:` address starts an agent if none runs.
     ssh_on_demand: Option<bool>,
+    /// `http://HOST:PORT` of the proxy to a TCP address, or `none`; unset: that of the environment.
+    proxy: Option<String>,
+    /// A file with `user:password` for that proxy.
+    proxy_credentials: Option<PathBuf>,
 }
 
 /// One agent and how to reach it.
@@ -122,6 +127,8 @@ pub(crate) struct Surroundings {
     pub home: Option<PathBuf>,
     /// `$XDG_CONFIG_HOME`
     pub config_home: Option<PathBuf>,
+    /// The variables that decide about proxies.
+    pub proxies: BTreeMap<String, String>,
     /// Where this user's agent may have its socket.
     pub places: SocketLocations,
 }
@@ -141,9 +148,14 @@ impl Surroundings {
         let usual = || in_home.join(".config/knoc/agent.toml");
         let site_file = path("KNOC_AGENT_CONFIG").unwrap_or_else(usual);
         let places = SiteFile::load(&site_file).socket_locations(&in_home, path("XDG_RUNTIME_DIR"));
+        let proxies = proxy::VARIABLES.into_iter().filter_map(|name| {
+            let value = std::env::var(name).ok()?;
+            Some((name.to_owned(), value))
+        });
         Self {
             home,
             config_home: path("XDG_CONFIG_HOME"),
+            proxies: proxies.collect(),
             places,
         }
     }
@@ -329,12 +341,16 @@ fn carriers(
         program,
         on_demand: raw.ssh_on_demand.unwrap_or_default(),
     };
-    let with_login = carriers.into_iter();
-    Some(
-        with_login
-            .map(|one| one.with_login(login.clone()))
-            .collect(),
-    )
+    let with_login = carriers
+        .into_iter()
+        .map(|one| one.with_login(login.clone()));
+    match via(with_login.collect(), raw, path, here) {
+        Ok(carriers) => Some(carriers),
+        Err((key, what)) => {
+            mistakes.add(key, what);
+            None
+        }
+    }
 }
 
 /// The certificates that these carriers need, or may have.
@@ -347,7 +363,7 @@ fn files(
 ) -> Option<PemFiles> {
     let any = |kind: fn(&Carrier) -> bool| carriers.iter().any(kind);
     let (tcp, unix) = (
-        any(|one| matches!(one, Carrier::Tcp(_))),
+        any(|one| one.address().is_some()),
         any(|one| matches!(one, Carrier::Unix(_))),
     );
     if unix && carriers.len() > 1 {
@@ -386,6 +402,31 @@ fn files(
     };
     let [ca, cert, key] = [ca, cert, key].map(|file| absolute(file, path, here));
     Some(PemFiles { ca, cert, key })
+}
+
+/// The carriers through the proxy that the context or the environment names. Otherwise the key of the wrong setting, and what
+/// is wrong.
+fn via(
+    carriers: Vec<Carrier>,
+    raw: &RawContext,
+    path: &Path,
+    here: &Surroundings,
+) -> Result<Vec<Carrier>, (&'static str, String)> {
+    let credentials = raw.proxy_credentials.as_ref();
+    let credentials = credentials.map(|file| absolute(file, path, here));
+    let via = Via::of_settings(raw.proxy.as_deref(), credentials.as_deref());
+    let via = via.map_err(|error| match error {
+        InvalidProxy::NeedlessCredentials => ("proxy-credentials", error.to_string()),
+        _ => ("proxy", error.to_string()),
+    })?;
+    if raw.proxy.is_some() && carriers.iter().all(|one| one.address().is_none()) {
+        return Err(("proxy", "does not lead to any of the addresses".to_owned()));
+    }
+    let through = carriers.into_iter().map(|carrier| {
+        let carrier = carrier.via(&via, |name| here.proxies.get(name).cloned());
+        carrier.map_err(|error| ("address", error.to_string()))
+    });
+    through.collect()
 }
 
 /// Expands `~/` to the home directory; other relative paths start at the configuration file's folder.

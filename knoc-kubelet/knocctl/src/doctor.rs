@@ -304,7 +304,12 @@ fn cure_of_link(error: &LinkError) -> &'static str {
             }
             _ => "check host name, route and firewall between here and the login node",
         },
-        LinkError::Timeout { .. } => "a firewall swallows the packets, or the host is down",
+        LinkError::Timeout { .. } => {
+            "a firewall drops the packets, or the host is down; if only a proxy leads there, name it in `proxy`"
+        }
+        LinkError::Proxy { .. } => {
+            "check `proxy` and `proxy-credentials` of the context, or the variables HTTPS_PROXY and NO_PROXY"
+        }
         LinkError::Handshake { source, .. } => cure_of_handshake(&source.to_string()),
         LinkError::NotServed { .. } => {
             "start the agent (`knoc-agent serve`), or log in to the host on which it runs"
@@ -328,6 +333,10 @@ fn cure_of_link(error: &LinkError) -> &'static str {
         | LinkError::Listen { .. }
         | LinkError::InUse { .. }
         | LinkError::NotHttp2 { .. }
+        | LinkError::Greeting { .. }
+        | LinkError::Superseded { .. }
+        | LinkError::TooMany { .. }
+        | LinkError::NobodyDialledIn { .. }
         | LinkError::Ended => "",
     }
 }
@@ -335,15 +344,21 @@ fn cure_of_link(error: &LinkError) -> &'static str {
 /// Advice for a failed handshake, chosen by the text of the TLS error: the other side sends nothing else.
 fn cure_of_handshake(error: &str) -> &'static str {
     let has = |part: &str| error.contains(part);
-    if has("UnknownIssuer") || has("UnknownCA") || has("BadSignature") || has("DecryptError") {
+    if has("terminates TLS") {
+        "let TLS pass through to the agent's port, or fix the address"
+    } else if has("of the CA that is trusted here")
+        || has("does not trust the CA")
+        || has("UnknownIssuer")
+        || has("UnknownCA")
+        || has("BadSignature")
+        || has("DecryptError")
+    {
         "the two sides trust different CAs: take ca, cert and key from one bundle of this agent"
-    } else if has("xpired") {
-        "a certificate has expired, or a clock is wrong: compare `date` on both sides"
-    } else if has("NotValidYet") {
-        "a clock is wrong: compare `date` on both sides"
+    } else if has("clock") || has("xpired") || has("NotValidYet") {
+        "renew the certificate, or correct the clock that is wrong: compare `date` on both sides"
     } else if has("not the expected") {
         "this is another agent: fix the context's address or its site"
-    } else if has("alert") {
+    } else if has("alert") || has("refused our certificate") {
         "the agent refused our certificate; its log says why"
     } else {
         "is it the agent that listens there? Its log says more"

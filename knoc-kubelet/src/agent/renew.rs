@@ -16,6 +16,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use knoc_link::{
     Credentials, CredentialsError, ExpectPeer, LinkError, Route,
+    dial_in::DialIn,
     pki::{self, CertificateInfo, CertifiedKey, PkiError, Request, Validity},
 };
 use knoc_proto::{error::chain, reason::ErrorReason};
@@ -31,12 +32,21 @@ const LOOK: Duration = Duration::from_mins(1);
 const RETRY: Duration = Duration::from_secs(5);
 const RETRY_MOST: Duration = Duration::from_hours(1);
 
+/// Which side opens the connections to the agent.
+#[derive(Clone, Debug)]
+pub enum Way {
+    /// The kubelet dials one of these addresses.
+    Dial(Route),
+    /// The agent dials the kubelet.
+    DialIn(DialIn),
+}
+
 /// How to connect to the agent.
 #[derive(Clone, Debug)]
 pub struct Dialer {
-    /// The addresses.
-    pub route: Route,
-    /// Who we are; none over a unix socket.
+    /// Which side opens connections, and how.
+    pub way: Way,
+    /// Our certificate and CA; None on a unix socket.
     pub credentials: Option<Credentials>,
     /// The identity that the agent must have.
     pub expect: ExpectPeer,
@@ -45,9 +55,12 @@ pub struct Dialer {
 impl Dialer {
     /// Two new connections, which are opened by their first request.
     pub fn dial(&self) -> Result<Channels, LinkError> {
-        let dial = || {
-            let (route, credentials) = (self.route.clone(), self.credentials.clone());
-            knoc_link::dial(route, credentials, self.expect.clone())
+        let dial = || match &self.way {
+            Way::Dial(route) => {
+                let (route, credentials) = (route.clone(), self.credentials.clone());
+                knoc_link::dial(route, credentials, self.expect.clone())
+            }
+            Way::DialIn(dial_in) => Ok(dial_in.channel()),
         };
         Ok(Channels {
             control: dial()?,

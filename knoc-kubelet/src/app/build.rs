@@ -7,7 +7,12 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Namespace;
-use knoc_link::{Carrier, Credentials, ExpectPeer, LinkError, carrier::ssh::SecretError};
+use knoc_link::{
+    Carrier, Credentials, ExpectPeer, LinkError, Route,
+    carrier::ssh::SecretError,
+    dial_in::{self, Desk},
+    proxy::Via,
+};
 use kube::{
     Api, Client,
     config::{KubeConfigOptions, Kubeconfig},
@@ -17,10 +22,10 @@ use super::App;
 use crate::{
     agent::{
         Agent,
-        renew::{self, Dialer},
+        renew::{self, Dialer, Way},
     },
     certs::{Keep, Pairs},
-    config::{AgentConfig, Config, IdentityConfig, KeysConfig, ServingConfig},
+    config::{AgentConfig, AgentWay, Config, IdentityConfig, KeysConfig, ServingConfig},
     pods::Store,
     server::{ClientCa, Serving, Settings},
 };
@@ -61,6 +66,13 @@ pub enum BuildError {
         #[source]
         source: Box<SecretError>,
     },
+    /// A variable names no usable proxy.
+    #[error("find the way to the agent")]
+    Proxy {
+        /// What is wrong with it.
+        #[source]
+        source: knoc_link::proxy::InvalidEnvironment,
+    },
     /// The certificates of the link cannot be used.
     #[error("read agent.ca, agent.cert and agent.key")]
     Credentials {
@@ -98,7 +110,7 @@ impl App {
             IdentityConfig::ServiceAccount => None,
         };
         let cluster_id = cluster_id(&account, &server).await?;
-        let dialer = dialer(&config.agent)?;
+        let (dialer, desk) = dialer(&config.agent)?;
         let link = |source| BuildError::Link { source };
         let channels = dialer.dial().map_err(link)?;
         let agent = Agent::new(channels.control, channels.bulk, &cluster_id);
@@ -118,6 +130,7 @@ impl App {
             bootstrap,
             agent,
             dialer,
+            desk,
             config,
         };
         if let Some(credentials) = &app.dialer.credentials {
@@ -173,15 +186,8 @@ async fn cluster_id(client: &Client, server: &str) -> Result<String, BuildError>
     }
 }
 
-fn dialer(config: &AgentConfig) -> Result<Dialer, BuildError> {
-    for carrier in config.route.carriers() {
-        if let Carrier::Ssh(ssh) = carrier {
-            ssh.check().map_err(|source| BuildError::Login {
-                carrier: carrier.clone(),
-                source: Box::new(source),
-            })?;
-        }
-    }
+/// How to connect to the agent; with what listens for it, if it dials.
+fn dialer(config: &AgentConfig) -> Result<(Dialer, Option<Desk>), BuildError> {
     let credentials = match &config.credentials {
         None => None,
         Some(files) => Some(
@@ -193,11 +199,46 @@ fn dialer(config: &AgentConfig) -> Result<Dialer, BuildError> {
         Some(site) => ExpectPeer::Exactly(knoc_link::Identity::Agent { site: site.clone() }),
         None => ExpectPeer::AnyAgent,
     };
-    Ok(Dialer {
-        route: config.route.clone(),
+    let (way, desk) = match (&config.way, &credentials) {
+        (AgentWay::Dial(route, via), _) => {
+            let route = dialled(route, via)?;
+            tracing::info!(agent = %route, "the kubelet dials the agent");
+            (Way::Dial(route), None)
+        }
+        (AgentWay::Accept(listen), Some(credentials)) => {
+            let expect = expect.clone();
+            let (dial_in, desk) = dial_in::prepare(*listen, credentials.clone(), expect);
+            (Way::DialIn(dial_in), Some(desk))
+        }
+        (AgentWay::Accept(listen), None) => {
+            let carrier = Carrier::Tcp(listen.to_string());
+            let source = LinkError::NoCredentials { carrier };
+            return Err(BuildError::Link { source });
+        }
+    };
+    let dialer = Dialer {
+        way,
         credentials,
         expect,
-    })
+    };
+    Ok((dialer, desk))
+}
+
+/// The addresses through the proxy that the settings or the environment name, with the folder for logins checked.
+fn dialled(route: &Route, via: &Via) -> Result<Route, BuildError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let mut carriers = Vec::new();
+    for carrier in route.carriers() {
+        if let Carrier::Ssh(ssh) = carrier {
+            ssh.check().map_err(|source| BuildError::Login {
+                carrier: carrier.clone(),
+                source: Box::new(source),
+            })?;
+        }
+        let carrier = carrier.clone().via(via, variable);
+        carriers.push(carrier.map_err(|source| BuildError::Proxy { source })?);
+    }
+    Ok(Route::new(carriers).unwrap_or_else(|| route.clone()))
 }
 
 /// An agent lets a kubelet lead the node of its certificate's name; other nodes must be allowed in the site file.

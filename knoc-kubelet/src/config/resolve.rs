@@ -1,19 +1,29 @@
 //! PURE: from the settings as they are written to the effective configuration. Settings that are missing or contradict
 //! each other are noted as mistakes in the document from which the settings were read.
 
-use std::fmt::Display;
+use std::{
+    fmt::Display,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+};
 
 use knoc_link::{
-    Carrier, Route,
+    Addresses, Carrier, Route,
     carrier::ssh::{self, Login},
+    proxy::{InvalidProxy, Via},
 };
 use knoc_proto::{ids::SiteName, names, settings::Document};
 
 use super::{
-    AgentConfig, Config, CredentialFiles, IdentityConfig, KeysConfig, KubernetesConfig, LogConfig,
-    NodeConfig, ServerConfig, ServingConfig,
+    AgentConfig, AgentWay, Config, CredentialFiles, IdentityConfig, KeysConfig, KubernetesConfig,
+    LogConfig, NodeConfig, ServerConfig, ServingConfig,
     settings::{CertificateSource, IdentityKind, LogFormat, Settings},
 };
+
+/// The address of the agent if the agent dials; an address to listen on may follow.
+const ACCEPT: &str = "accept";
+
+/// Where the kubelet listens for its agent by default.
+const ACCEPT_AT: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 10350));
 
 /// The longest name of a node, which is also the value of its label `kubernetes.io/hostname`.
 const NODE_NAME: usize = 63;
@@ -99,20 +109,15 @@ impl Resolver<'_> {
             let what = format!("`{site}` is not a DNS label of at most 58 characters");
             self.wrong("agent.site", what);
         }
-        let carriers = self.carriers()?;
-        let unix = carriers.iter().any(|one| matches!(one, Carrier::Unix(_)));
-        if unix && carriers.len() > 1 {
-            let what = "a `unix:` address is the only one: it takes no certificate, and the others need one";
-            self.wrong("agent.address", what);
-            return None;
-        }
+        let way = self.way()?;
+        let agent = &self.settings.agent;
         let credentials = match (&agent.ca, &agent.cert, &agent.key) {
             (Some(ca), Some(cert), Some(key)) => Some(CredentialFiles {
                 ca: ca.clone(),
                 cert: cert.clone(),
                 key: key.clone(),
             }),
-            (None, None, None) if unix => None,
+            (None, None, None) if way.is_unix() => None,
             (ca, cert, key) => {
                 let files = [
                     ("agent.ca", ca.is_none()),
@@ -127,22 +132,15 @@ impl Resolver<'_> {
             }
         };
         Some(AgentConfig {
-            route: Route::new(carriers)?,
+            way,
             credentials,
             site: agent.site.clone(),
         })
     }
 
     /// The carriers of `agent.address`, with what the other settings say about logins.
-    fn carriers(&mut self) -> Option<Vec<Carrier>> {
+    fn carriers(&mut self, addresses: &Addresses) -> Option<Vec<Carrier>> {
         let agent = &self.settings.agent;
-        let Some(addresses) = &agent.address else {
-            self.wrong(
-                "agent.address",
-                "is missing: `host:port`, `ssh:user@host`, `exec:command` or `unix:/path`; it has no default",
-            );
-            return None;
-        };
         let carriers = match addresses.carriers() {
             Ok(carriers) => carriers,
             Err(error) => {
@@ -180,6 +178,75 @@ impl Resolver<'_> {
                 .map(|one| one.with_login(login.clone()))
                 .collect(),
         )
+    }
+
+    /// Which side dials, and where.
+    fn way(&mut self) -> Option<AgentWay> {
+        let agent = &self.settings.agent;
+        let credentials = agent.proxy_credentials.as_deref();
+        let via = Via::of_settings(agent.proxy.as_deref(), credentials);
+        let Some(addresses) = agent.address.clone() else {
+            self.wrong(
+                "agent.address",
+                "is missing and has no default: set it to `host:port`, `ssh:user@host`, `exec:command`, `unix:/path`, or `accept` if the \
+                 agent dials out",
+            );
+            return None;
+        };
+        let via = match via {
+            Ok(via) => via,
+            Err(error @ InvalidProxy::NeedlessCredentials) => {
+                self.wrong("agent.proxyCredentials", error);
+                return None;
+            }
+            Err(error) => {
+                self.wrong("agent.proxy", error);
+                return None;
+            }
+        };
+        if let Some(address) = addresses.only()
+            && let Some(listen) = address.strip_prefix(ACCEPT)
+        {
+            return self.accept(address, listen);
+        }
+        let carriers = self.carriers(&addresses)?;
+        let unix = carriers.iter().any(|one| matches!(one, Carrier::Unix(_)));
+        if unix && carriers.len() > 1 {
+            let what = "a `unix:` address is the only one: it takes no certificate, and the others need one";
+            self.wrong("agent.address", what);
+            return None;
+        }
+        let proxied = carriers.iter().any(|one| one.address().is_some());
+        if self.settings.agent.proxy.is_some() && !proxied {
+            self.wrong(
+                "agent.proxy",
+                "does not lead to any address of agent.address",
+            );
+            return None;
+        }
+        Some(AgentWay::Dial(Route::new(carriers)?, via))
+    }
+
+    /// The agent dials. `listen` is what follows the word `accept` in `address`.
+    fn accept(&mut self, address: &str, listen: &str) -> Option<AgentWay> {
+        if self.settings.agent.site.is_none() {
+            let what =
+                "is missing: with `agent.address: accept` it decides which agent is expected";
+            self.wrong("agent.site", what);
+        }
+        if self.settings.agent.proxy.is_some() {
+            let what = "is of no use with `agent.address: accept`: the agent dials, and its site file names its proxy";
+            self.wrong("agent.proxy", what);
+        }
+        if listen.is_empty() {
+            return Some(AgentWay::Accept(ACCEPT_AT));
+        }
+        let listen = listen.strip_prefix(':').and_then(|text| text.parse().ok());
+        if listen.is_none() {
+            let what = format!("`{address}` is not `accept`, or like `accept:0.0.0.0:10350`");
+            self.wrong("agent.address", what);
+        }
+        listen.map(AgentWay::Accept)
     }
 
     fn node(&mut self) -> Option<NodeConfig> {

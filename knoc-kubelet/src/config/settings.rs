@@ -45,7 +45,8 @@ pub struct Settings {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Agent {
-    /// `host:port`, `ssh:user@host:port`, `exec:command` or `unix:/path`, or a list that is tried in order. Required.
+    /// `host:port`, `ssh:user@host:port`, `exec:command` or `unix:/path`, or a list that is tried in order; `accept` or
+    /// `accept:address:port` if the agent dials out. Required.
     pub address: Option<Addresses>,
     /// PEM file: the CA of the link's certificates.
     pub ca: Option<PathBuf>,
@@ -53,6 +54,10 @@ pub struct Agent {
     pub cert: Option<PathBuf>,
     /// PEM file: its key.
     pub key: Option<PathBuf>,
+    /// The proxy to the agent, `http://host:port`, or `none`; unset: that of `HTTPS_PROXY`, except for `NO_PROXY`.
+    pub proxy: Option<String>,
+    /// File with `user:password` for that proxy.
+    pub proxy_credentials: Option<PathBuf>,
     /// The site that the agent's certificate must name; unset: any agent of our CA.
     pub site: Option<String>,
     /// For `ssh:` addresses: a folder, usually of a mounted Secret, with `ssh-privatekey` and `known_hosts`, and optionally

@@ -95,7 +95,7 @@ impl Allocatable {
 }
 
 impl Allocatable {
-    /// With resources that somebody else put into the Node's capacity.
+    /// Adds the foreign resources of the Node.
     pub(crate) fn with(mut self, foreign: Amounts) -> Self {
         if let Some(amounts) = &mut self.amounts {
             amounts.extend(foreign);

@@ -1,5 +1,5 @@
-//! PURE: extended resources that somebody else put into the Node's capacity, such as an administrator. As on any node they are
-//! kept, allocatable too, and counted; Slurm has no part in them.
+//! PURE: extended resources that somebody else, such as an administrator, added to the Node's capacity. As on any node they
+//! are kept, become allocatable and are counted at admission; nothing of them is requested from Slurm (ADR 0098).
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ type Pieces = BTreeMap<String, i64>;
 /// Resources that are always the node's own.
 const OWN: [&str; 4] = ["cpu", "memory", "ephemeral-storage", "pods"];
 
-/// Those of the status that are not the site's. None while Slurm has not told which ones are.
+/// The foreign resources of a Node's status. Empty as long as the agent has not reported which resources are the site's.
 pub(crate) fn resources(status: Option<&NodeStatus>, site: Option<&pb::NodeInfo>) -> Pieces {
     let capacity = status.and_then(|status| status.capacity.as_ref());
     let (Some(capacity), Some(site)) = (capacity, site) else {
@@ -24,13 +24,13 @@ pub(crate) fn resources(status: Option<&NodeStatus>, site: Option<&pb::NodeInfo>
         .collect()
 }
 
-/// Is it a resource that Slurm has no part in?
+/// Is it a foreign resource?
 fn is_foreign(name: &str, site: &pb::NodeInfo) -> bool {
-    // Only extended resources have a domain. Those of Kubernetes itself are a kubelet's own.
+    // Only extended resources have a domain in their names; a kubelet reports those under `kubernetes.io/` itself.
     name.contains('/') && !name.starts_with("kubernetes.io/") && !is_sites(name, site)
 }
 
-/// Is it the node's own, or one that the site file maps to Slurm's?
+/// Is it a resource of every node, or one that the site file maps to a resource of Slurm?
 fn is_sites(name: &str, site: &pb::NodeInfo) -> bool {
     OWN.contains(&name) || site.extended.contains_key(name)
 }
@@ -40,7 +40,7 @@ fn pieces(amount: &Quantity) -> Option<i64> {
     (pieces > 0).then_some(pieces)
 }
 
-/// Those of the status that the site maps but has none of any more: null takes them away.
+/// The resources of the Node's status that the site maps but no longer has: a patch removes them with null.
 pub(crate) fn gone(status: Option<&NodeStatus>, site: &pb::NodeInfo) -> Vec<String> {
     let capacity = status.and_then(|status| status.capacity.as_ref());
     let shown = |name: &String| capacity.is_some_and(|capacity| capacity.contains_key(name));
@@ -48,7 +48,7 @@ pub(crate) fn gone(status: Option<&NodeStatus>, site: &pb::NodeInfo) -> Vec<Stri
     none.map(|(name, _)| name.clone()).filter(shown).collect()
 }
 
-/// The shape without what Slurm has no part in: the agent is not asked for it. It was counted when the pod was admitted.
+/// Removes the foreign resources from the shape, because the agent does not know them. They were counted at admission.
 pub(crate) fn leave_out(shape: &mut pb::PodSpec, site: &pb::NodeInfo) {
     let all = shape
         .init_containers

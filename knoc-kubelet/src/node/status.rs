@@ -189,7 +189,7 @@ fn resources(facts: &Facts<'_>, capacity: &pb::NodeInfo, factor: i64) -> Value {
     for name in foreign::gone(facts.previous, capacity) {
         list.insert(name, Value::Null);
     }
-    // They do not wait in Slurm's queue.
+    // Without the queue factor, because they do not wait in Slurm's queue.
     for (name, amount) in foreign::resources(facts.previous, Some(capacity)) {
         list.insert(name, amount.to_string().into());
     }

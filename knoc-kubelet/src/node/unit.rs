@@ -27,7 +27,7 @@ pub struct Unit {
     identity: Identity,
     capacity: Capacity,
     attributes: watch::Sender<NodeAttributes>,
-    /// Resources of the Node that are not Slurm's.
+    /// The foreign resources of the Node ([`foreign`]).
     foreign: watch::Sender<Amounts>,
     allocations: SharedAllocations,
 }
@@ -57,7 +57,7 @@ impl Unit {
         &self.identity
     }
 
-    /// The shape, with what only the node's configuration and the site know.
+    /// The shape as it is sent to the agent: with the cluster domain, and without foreign resources.
     pub(crate) fn of_this_cluster(&self, mut shape: pb::PodSpec) -> pb::PodSpec {
         if !shape.subdomain.is_empty() {
             shape
@@ -79,12 +79,12 @@ impl Unit {
         self.attributes.send_replace(attributes);
     }
 
-    /// The resources that somebody else put into the Node's capacity, as they were just seen.
+    /// Stores the foreign resources of the Node as just read.
     pub(crate) fn set_foreign(&self, foreign: Amounts) {
         self.foreign.send_replace(foreign);
     }
 
-    /// The same, from the Node as it is now.
+    /// Stores the foreign resources of this Node object.
     pub(crate) fn see_foreign(&self, node: &Node) {
         let site = self.capacity.borrow().clone();
         self.set_foreign(foreign::resources(node.status.as_ref(), site.as_deref()));
@@ -105,7 +105,7 @@ impl Unit {
         Allocatable::of(total.as_deref(), pods, queue_factor).with(foreign)
     }
 
-    /// Do containers that ask for privileges run without them, by the site's policy as last heard? None: not heard yet.
+    /// Whether the site runs containers that ask for privileges without them; `None` until the agent has reported it.
     pub(crate) fn maps_privileged(&self) -> Option<bool> {
         let capacity = self.capacity.borrow();
         capacity.as_ref().map(|site| site.maps_privileged)

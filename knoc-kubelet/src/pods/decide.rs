@@ -1,19 +1,25 @@
 //! PURE: decides what to do next for one pod. The whole policy of the controller is here.
 //!
 //! ```text
-//!              ┌────────────── not both lists read, or link down ──────────────► Wait
-//!  present ────┤ rejected, never accepted ─────────────────────────────────────► Reject
-//!              │ agent does not know it ── it ran already, or is being deleted ► MarkLost   (never run twice)
-//!              │                        └── else ──────────────────────────────► Ensure
-//!              │ newer generation ─────────────────────────────────────────────► Ensure
-//!              │ values due ───────────────────────────────────────────────────► Refresh
-//!              │ deletionTimestamp ── job not ended ───────────────────────────► Stop(grace)
-//!              │                  └── job ended, or never was ── not terminal ─► Settle (or Reject, MarkLost: terminal first)
-//!              │                                              └── terminal ─────► Release
-//!  gone ───────┤ agent knows it ── not ended ──────────────────────────────────► Stop(0)
-//!              │                └── ended ─────────────────────────────────────► Forget
-//!              └ on neither side ──────────────────────────────────────────────► Drop
+//!  present ────┬ rejected, and the agent is not known to have it ── not terminal ────► Reject
+//!              │                                               └── terminal ────────► Release if it is being deleted
+//!              │ not both lists read, or link down ────────────────────────────────► Wait
+//!              │ agent does not know it ── terminal ───────────────────────────────► Release if it is being deleted
+//!              │                       ├── it ran already, or is being deleted ────► MarkLost   (never run twice)
+//!              │                       └── else ───────────────────────────────────► Ensure
+//!              │ finished at the agent ── being deleted, not terminal ─────────────► Settle
+//!              │                      └── being deleted, terminal ─────────────────► Release
+//!              │ not finished there ── being deleted ──────────────────────────────► Stop(grace)
+//!              │                   ├── terminal in the API server ─────────────────► Stop(0)
+//!              │                   ├── newer generation ───────────────────────────► Ensure
+//!              │                   └── values due ─────────────────────────────────► Refresh
+//!  gone ───────┬ agent knows it ── not ended ──────────────────────────────────────► Stop(0)
+//!              │               └── ended ──────────────────────────────────────────► Forget
+//!              └ on neither side ──────────────────────────────────────────────────► Drop
 //! ```
+//!
+//! The first line that applies decides; if none does, the worker waits. A pod that is rejected, lost or ended gets its
+//! terminal phase before it is released. Mirror pods are left alone.
 //!
 //! Nothing here ends the job of a pod that this process has never seen; [`super::orphans`] does.
 

@@ -114,7 +114,7 @@ carried! {
         left {}
     }
 
-    /// What `/etc/resolv.conf` has.
+    /// The pod's DNS configuration.
     DnsConfig of core::PodDNSConfig, judged as "PodDNSConfig" {
         taken {
             nameservers: Option<Vec<String>>,

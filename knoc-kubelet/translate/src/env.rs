@@ -71,8 +71,8 @@ pub(super) fn variables(
     vars
 }
 
-/// What is wrong with the container's `subPathExpr`s, in the words of a kubelet. What only the compute node knows stands
-/// for itself: any address is a path.
+/// What is wrong with the container's `subPathExpr`s, in the words of a kubelet. Placeholders stand for addresses that only
+/// the compute node knows, because any address is a valid path.
 pub(super) fn bad_sub_paths(container: Container<'_>, vars: &[pb::EnvVar]) -> Vec<String> {
     let mounts = container.volume_mounts.iter().flatten();
     let templates = mounts.filter_map(|mount| VolumeMount::from(mount).sub_path_expr.as_deref());

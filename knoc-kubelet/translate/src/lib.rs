@@ -152,7 +152,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         active_deadline_seconds: spec.active_deadline_seconds.unwrap_or(0),
         hostname: hostname(spec, &name),
         subdomain: subdomain(spec),
-        // The kubelet's configuration has it.
+        // Set by the kubelet from its configuration.
         cluster_domain: String::new(),
         set_hostname_as_fqdn: *spec.set_hostname_as_fqdn == Some(true),
         resolver: resolver(spec),
@@ -286,7 +286,7 @@ fn hostname_override(spec: PodSpec<'_>) -> Option<&str> {
     replaced.filter(|name| !name.is_empty())
 }
 
-/// A pod whose host name is replaced has no domain.
+/// The subdomain; empty if `hostnameOverride` is set, because such a pod has no domain.
 fn subdomain(spec: PodSpec<'_>) -> String {
     match hostname_override(spec) {
         Some(_) => String::new(),
@@ -294,7 +294,8 @@ fn subdomain(spec: PodSpec<'_>) -> String {
     }
 }
 
-/// What the pod says about `/etc/resolv.conf`. Every policy but None means the node's: pods are in its network.
+/// What the pod changes in `/etc/resolv.conf`. Every DNS policy except `None` starts from the compute node's file, because
+/// pods are in its network.
 fn resolver(spec: PodSpec<'_>) -> Option<pb::Resolver> {
     let only_own = spec.dns_policy.as_deref() == Some("None");
     let config = spec.dns_config.as_ref().map(DnsConfig::from);

@@ -57,6 +57,15 @@ impl Addresses {
         Ok(carriers)
     }
 
+    /// The address, if there is only one.
+    #[must_use]
+    pub fn only(&self) -> Option<&str> {
+        match self.0.as_slice() {
+            [only] => Some(only),
+            _ => None,
+        }
+    }
+
     fn split(text: &str) -> Self {
         let mut found = Vec::new();
         let mut rest = text.trim();

@@ -18,9 +18,14 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{LinkError, origin::Origin};
+use super::{
+    LinkError,
+    origin::Origin,
+    proxy::{InvalidEnvironment, Proxy, Via},
+};
 
 pub mod exec;
+pub mod http_connect;
 pub mod ssh;
 pub mod tcp;
 pub mod unix;
@@ -74,6 +79,13 @@ pub trait Listener: fmt::Debug + Send + Sync + Unpin + 'static {
 pub enum Carrier {
     /// TLS over TCP to `HOST:PORT`.
     Tcp(String),
+    /// TLS over TCP to `HOST:PORT` through an HTTP proxy.
+    HttpConnect {
+        /// `host:port`
+        address: String,
+        /// The proxy.
+        proxy: Proxy,
+    },
     /// A unix socket without TLS, whose peer is identified by its uid.
     Unix(PathBuf),
     /// Standard input and output of a command, spoken TLS over.
@@ -88,7 +100,7 @@ impl Carrier {
     pub fn with_login(self, login: ssh::Login) -> Self {
         match self {
             Self::Ssh(ssh) => Self::Ssh(ssh::Ssh { login, ..ssh }),
-            Self::Tcp(_) | Self::Unix(_) | Self::Exec(_) => self,
+            Self::Tcp(_) | Self::HttpConnect { .. } | Self::Unix(_) | Self::Exec(_) => self,
         }
     }
 
@@ -97,7 +109,34 @@ impl Carrier {
     pub fn starts_a_process(&self) -> bool {
         match self {
             Self::Exec(_) | Self::Ssh(_) => true,
-            Self::Tcp(_) | Self::Unix(_) => false,
+            Self::Tcp(_) | Self::HttpConnect { .. } | Self::Unix(_) => false,
+        }
+    }
+}
+
+impl Carrier {
+    /// This carrier through the proxy that the settings or the environment name for it, if any. `variable` reads the
+    /// environment.
+    pub fn via(
+        self,
+        via: &Via,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, InvalidEnvironment> {
+        let Self::Tcp(address) = self else {
+            return Ok(self);
+        };
+        Ok(match via.proxy_for(&address, variable)? {
+            Some(proxy) => Self::HttpConnect { address, proxy },
+            None => Self::Tcp(address),
+        })
+    }
+
+    /// `host:port` of the peer, if it is reached over a network.
+    #[must_use]
+    pub fn address(&self) -> Option<&str> {
+        match self {
+            Self::Tcp(address) | Self::HttpConnect { address, .. } => Some(address),
+            Self::Unix(_) | Self::Exec(_) | Self::Ssh(_) => None,
         }
     }
 }
@@ -162,6 +201,9 @@ impl fmt::Display for Carrier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => write!(f, "tcp:{address}"),
+            Self::HttpConnect { address, proxy } => {
+                write!(f, "tcp:{address} through the proxy {proxy}")
+            }
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Exec(argv) => write!(f, "exec:{argv}"),
             Self::Ssh(ssh) => write!(f, "ssh:{ssh}"),

@@ -1,13 +1,15 @@
 //! One connection to one address, with its peer checked.
 use std::io;
 
+use rustls_pki_types::ServerName;
+
 use super::{
     CONNECT_TIMEOUT, Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer,
     PeerCertificate,
     carrier::{
         Dial, Unverified,
         exec::{self, COMMAND_TIMEOUT, marker::Speaks},
-        ssh, tcp, unix,
+        http_connect, ssh, tcp, unix,
     },
     tls::{self, ClaimedIdentity, readable_error},
 };
@@ -26,11 +28,18 @@ pub async fn connect(
     let connecting = async {
         match (carrier, credentials) {
             (Carrier::Tcp(address), Some(credentials)) => {
-                over_tls(&tcp::Dialler { address }, carrier, credentials, expect).await
+                let dialler = tcp::Dialler { address };
+                over_tls(&dialler, carrier, credentials, expect, None).await
             }
-            (Carrier::Tcp(_), None) => Err(LinkError::NoCredentials {
-                carrier: carrier.clone(),
-            }),
+            (Carrier::HttpConnect { address, proxy }, Some(credentials)) => {
+                let dialler = http_connect::Dialler { address, proxy };
+                over_tls(&dialler, carrier, credentials, expect, None).await
+            }
+            (Carrier::Tcp(_) | Carrier::HttpConnect { .. }, None) => {
+                Err(LinkError::NoCredentials {
+                    carrier: carrier.clone(),
+                })
+            }
             (Carrier::Unix(path), _) => {
                 let (stream, peer) = unix::connect(path).await?;
                 Ok(Connection::new(stream, peer))
@@ -77,17 +86,19 @@ async fn over_command(
     expect: &ExpectPeer,
 ) -> Result<Connection, LinkError> {
     match credentials {
-        Some(credentials) => over_tls(dialler, carrier, credentials, expect).await,
+        Some(credentials) => over_tls(dialler, carrier, credentials, expect, None).await,
         None => Ok(Connection::new(dialler.dial().await?.io, Peer::Command)),
     }
 }
 
-/// A connection of a dialler, over TLS with our certificate.
+/// Opens a connection by `dialler`, and runs TLS over it with our certificate. `name` is sent in the handshake (SNI), for
+/// a proxy that chooses the server by it.
 pub(super) async fn over_tls(
     dialler: &impl Dial,
     carrier: &Carrier,
     credentials: &Credentials,
     expect: &ExpectPeer,
+    name: Option<ServerName<'static>>,
 ) -> Result<Connection, LinkError> {
     let Unverified { io, origin } = dialler.dial().await?;
     let claimed = ClaimedIdentity::default();
@@ -100,7 +111,11 @@ pub(super) async fn over_tls(
     let (roots, key) = (&material.roots, &material.key);
     let config = tls::client(roots, key, expect.clone(), claimed.clone())
         .map_err(|error| failed(io::Error::other(error)))?;
-    let stream = tls::connect(io, config).await.map_err(failed)?;
+    let stream = match name {
+        Some(name) => tls::connect_by_name(io, config, name).await,
+        None => tls::connect(io, config).await,
+    };
+    let stream = stream.map_err(failed)?;
     let Some(identity) = claimed.identity() else {
         return Err(failed(io::Error::other("the peer presented no identity")));
     };

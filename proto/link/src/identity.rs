@@ -107,6 +107,8 @@ impl FromStr for Identity {
 pub enum ExpectPeer {
     /// The agent of any site: what kubelet and knocctl expect if no site is configured.
     AnyAgent,
+    /// Any kubelet: what an agent expects that dials out. Its policy then decides by name.
+    AnyKubelet,
     /// A kubelet or a knocctl: what the agent expects. Its policy then decides by name.
     NearSide,
     /// Only this identity.
@@ -119,9 +121,12 @@ impl ExpectPeer {
     pub fn accepts(&self, identity: &Identity) -> bool {
         match (self, identity) {
             (Self::AnyAgent, Identity::Agent { .. })
+            | (Self::AnyKubelet, Identity::Kubelet { .. })
             | (Self::NearSide, Identity::Kubelet { .. } | Identity::Ctl { .. }) => true,
             (Self::Exactly(expected), found) => expected == found,
-            (Self::AnyAgent, _) | (Self::NearSide, Identity::Agent { .. }) => false,
+            (Self::AnyAgent | Self::AnyKubelet, _) | (Self::NearSide, Identity::Agent { .. }) => {
+                false
+            }
         }
     }
 }
@@ -130,6 +135,7 @@ impl fmt::Display for ExpectPeer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AnyAgent => write!(f, "{PREFIX}agent/…"),
+            Self::AnyKubelet => write!(f, "{PREFIX}kubelet/…"),
             Self::NearSide => write!(f, "{PREFIX}kubelet/… or {PREFIX}ctl/…"),
             Self::Exactly(identity) => identity.fmt(f),
         }

@@ -6,9 +6,9 @@
 //! The near side is always the gRPC client and the far side the gRPC server. Configuration decides which side *dials*;
 //! that side is the TLS client. There are two kinds of links:
 //!
-//! - **kubelet or knocctl → agent**: [`dial()`] and [`listen`]. Both sides have certificates of one CA, and each checks
-//!   the other's [`Identity`] (a URI SAN) whatever its TLS role. Over a unix socket without TLS, the peer's uid replaces
-//!   both.
+//! - **kubelet or knocctl → agent**: [`dial()`] and [`listen`]; if the agent dials its kubelet, [`dial_out`] and
+//!   [`dial_in`]. Both sides have certificates of one CA, and each checks the other's [`Identity`] (a URI SAN) whatever
+//!   its TLS role. Over a unix socket without TLS, the peer's uid replaces both.
 //! - **agent → shim**: [`pinned`]. The shim dials the agent, and each side pins the other's self-signed key.
 //!   [`near_side`] and [`far_side`] run HTTP/2 on such a connection.
 //!
@@ -30,8 +30,12 @@ pub mod carrier;
 mod connect;
 mod connection;
 mod credentials;
+mod cut;
 mod dial;
+pub mod dial_in;
+pub mod dial_out;
 mod finished;
+mod greeting;
 mod identity;
 pub mod listen;
 mod origin;
@@ -39,6 +43,7 @@ mod peer;
 mod peer_certificate;
 pub mod pinned;
 pub mod pki;
+pub mod proxy;
 mod route;
 mod serve;
 mod single_connection;
@@ -167,6 +172,15 @@ pub enum LinkError {
         /// The failure.
         error: String,
     },
+    /// The proxy did not connect to the peer.
+    #[error("connect to {carrier} through a proxy")]
+    Proxy {
+        /// The carrier that was dialled.
+        carrier: Carrier,
+        /// What the proxy answered, or why it could not be asked.
+        #[source]
+        source: Box<carrier::http_connect::ProxyError>,
+    },
     /// The link was not established within [`CONNECT_TIMEOUT`].
     #[error("no answer from {carrier} within {} s", CONNECT_TIMEOUT.as_secs())]
     Timeout {
@@ -247,6 +261,44 @@ pub enum LinkError {
         /// The permission bits of the folder.
         mode: u32,
     },
+    /// On a link that the far side dials, the peer sent no valid greeting (`link.proto`).
+    #[error("greeting of {peer}{}", claim(claimed.as_deref()))]
+    Greeting {
+        /// The peer's address.
+        peer: String,
+        /// The identity in the peer's certificate.
+        claimed: Option<String>,
+        /// What happened.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A newer agent of this site serves the kubelet.
+    #[error(
+        "another agent of this site, on {hostname} with the lease epoch {epoch}, serves the kubelet at {carrier}; restart \
+         this agent if it is to serve instead"
+    )]
+    Superseded {
+        /// The carrier to the kubelet.
+        carrier: Carrier,
+        /// The host of the other agent.
+        hostname: String,
+        /// The epoch of the other agent's lease.
+        epoch: i64,
+    },
+    /// The agent already holds the maximum number of connections to kubelets.
+    #[error("the kubelets hold {most} connections of this agent, the most that there may be")]
+    TooMany {
+        /// The maximum.
+        most: usize,
+    },
+    /// No agent has dialled in, and this side does not dial.
+    #[error("no agent has dialled in at {listen} for {} s{}", CONNECT_TIMEOUT.as_secs(), refused(refusal.as_deref()))]
+    NobodyDialledIn {
+        /// The address on which this side listens.
+        listen: std::net::SocketAddr,
+        /// Why the last connection was refused.
+        refusal: Option<String>,
+    },
     /// The connection of the channel has ended, and this side does not dial.
     #[error("the link has ended")]
     Ended,
@@ -255,6 +307,12 @@ pub enum LinkError {
 fn claim(claimed: Option<&str>) -> String {
     claimed.map_or_else(String::new, |identity| {
         format!(" (it calls itself {identity})")
+    })
+}
+
+fn refused(refusal: Option<&str>) -> String {
+    refusal.map_or_else(String::new, |refusal| {
+        format!("; the last connection that was refused: {refusal}")
     })
 }
 

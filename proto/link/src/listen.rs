@@ -11,9 +11,10 @@ use std::{
     task::{Context, Poll},
 };
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use knoc_proto::error::chain;
 use tokio::io::AsyncReadExt as _;
+use tokio_rustls::TlsStream;
 
 use super::{
     Carrier, Connection, Credentials, ExpectPeer, LinkError, Peer, PeerCertificate,
@@ -71,10 +72,12 @@ fn incoming<L: Listener>(
     Incoming::new(accept.local_addr(), Bounded::new(accept, bounds.finished))
 }
 
-async fn accept_tls<I: Io>(
+/// The TLS handshake of the side that is dialled. The peer must be one that `expect` allows.
+pub(super) async fn shake_hands<I: Io>(
     Unverified { io, origin }: Unverified<I>,
     credentials: &Credentials,
-) -> Result<Connection, LinkError> {
+    expect: ExpectPeer,
+) -> Result<(TlsStream<I>, Peer), LinkError> {
     let claimed = ClaimedIdentity::default();
     let failed = |source| LinkError::Handshake {
         peer: origin.to_string(),
@@ -83,29 +86,50 @@ async fn accept_tls<I: Io>(
     };
     let material = credentials.material();
     let (roots, key) = (&material.roots, &material.key);
-    let config = tls::server(roots, key, ExpectPeer::NearSide, claimed.clone())
+    let config = tls::server(roots, key, expect, claimed.clone())
         .map_err(|error| failed(io::Error::other(error)))?;
-    let mut stream = tls::accept(io, config).await.map_err(failed)?;
+    let stream = tls::accept(io, config).await.map_err(failed)?;
     let Some(identity) = claimed.identity() else {
         return Err(failed(io::Error::other("the peer presented no identity")));
     };
     let certificate = PeerCertificate::of(tls::peer_chain(&stream));
     let certificate = certificate.map_err(|error| failed(io::Error::other(error)))?;
-    // A client sends first. A peer that has presented a certificate but sends nothing has not finished its handshake:
-    // it is counted and closed like one that has not.
-    let mut preface = [0; PREFACE.len()];
-    stream.read_exact(&mut preface).await.map_err(failed)?;
-    if preface != *PREFACE {
-        return Err(LinkError::NotHttp2 {
-            peer: origin.to_string(),
-            claimed: identity.to_string(),
-        });
-    }
     let peer = Peer::Tls {
         identity,
         origin,
         certificate,
     };
+    Ok((stream, peer))
+}
+
+async fn accept_tls<I: Io>(
+    unverified: Unverified<I>,
+    credentials: &Credentials,
+) -> Result<Connection, LinkError> {
+    let expect = ExpectPeer::NearSide;
+    let (mut stream, peer) = shake_hands(unverified, credentials, expect).await?;
+    let (origin, claimed) = match &peer {
+        Peer::Tls {
+            identity, origin, ..
+        } => (origin.to_string(), Some(identity.to_string())),
+        Peer::Unix { .. } | Peer::Pinned { .. } | Peer::Command => (peer.to_string(), None),
+    };
+    // A client sends first. A peer that has presented a certificate but sends nothing has not finished its handshake:
+    // it is counted and closed like one that has not.
+    let mut preface = [0; PREFACE.len()];
+    if let Err(source) = stream.read_exact(&mut preface).await {
+        return Err(LinkError::Handshake {
+            peer: origin,
+            claimed,
+            source: readable_error(source),
+        });
+    }
+    if preface != *PREFACE {
+        return Err(LinkError::NotHttp2 {
+            peer: origin,
+            claimed: claimed.unwrap_or_default(),
+        });
+    }
     Ok(Connection::new(stream, peer).replaying(PREFACE))
 }
 
@@ -126,6 +150,11 @@ impl Incoming {
             connections: Box::pin(connections),
             local_addr,
         }
+    }
+
+    /// Connections that no listener accepted: those that a far side has dialled itself.
+    pub fn of(connections: impl Stream<Item = Connection> + Send + 'static) -> Self {
+        Self::new(None, connections.map(Ok))
     }
 
     /// The network address that is listened on, with the actual port if port 0 was requested; `None` for a unix socket.

@@ -32,6 +32,8 @@ pub const CA_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
 pub const LEAF_LIFE: Duration = Duration::from_hours(365 * 24);
 /// The validity period of a pair of the shim's link. Peers pin its key and do not check its dates.
 const PINNED_LIFE: Duration = Duration::from_hours(20 * 365 * 24);
+/// How many characters an error shows of the names in a foreign certificate.
+const SUBJECT: usize = 200;
 
 /// Why a certificate or key cannot be created or read.
 #[derive(Debug, thiserror::Error)]
@@ -430,6 +432,23 @@ pub fn identity(der: &[u8]) -> Result<Identity, PkiError> {
     inspect(der)?
         .identity
         .map_err(|source| PkiError::Identity { source })
+}
+
+/// The subject and the issuer of a foreign certificate, as text for an error.
+pub(crate) fn subject(der: &[u8]) -> String {
+    let Ok(certificate) = parse(der) else {
+        return "unreadable".to_owned();
+    };
+    let mut text = format!(
+        "subject {:?}, issuer {:?}",
+        certificate.subject().to_string(),
+        certificate.issuer().to_string()
+    );
+    if let Some((cut, _)) = text.char_indices().nth(SUBJECT) {
+        text.truncate(cut);
+        text.push('…');
+    }
+    text
 }
 
 /// SHA-256 of the certificate's `SubjectPublicKeyInfo` in hexadecimal digits: the value that the shim's link pins.

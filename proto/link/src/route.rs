@@ -184,7 +184,7 @@ impl Route {
 fn fingerprint(carrier: &Carrier) -> u64 {
     match carrier {
         Carrier::Ssh(ssh) => ssh.fingerprint(),
-        Carrier::Tcp(_) | Carrier::Unix(_) | Carrier::Exec(_) => 0,
+        Carrier::Tcp(_) | Carrier::HttpConnect { .. } | Carrier::Unix(_) | Carrier::Exec(_) => 0,
     }
 }
 

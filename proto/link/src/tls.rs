@@ -8,7 +8,6 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use knoc_proto::error::chain;
 use rustls::{
     CertificateError, ClientConfig, DistinguishedName, OtherError, RootCertStore, ServerConfig,
     client::{Resumption, danger::ServerCertVerifier, verify_server_cert_signed_by_trust_anchor},
@@ -27,6 +26,10 @@ use super::{
     verifier::{CheckCertificate, Tls13Verifier, provider},
 };
 use crate::pki;
+
+mod words;
+
+pub(super) use words::readable_error;
 
 /// The ALPN protocol of every link: HTTP/2 only.
 pub(super) const ALPN: &[u8] = b"h2";
@@ -67,6 +70,18 @@ pub(super) fn server(
 pub(super) async fn connect<I: Io>(io: I, config: ClientConfig) -> io::Result<TlsStream<I>> {
     // The server name is neither sent nor checked: the identity is checked instead.
     let name = ServerName::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    let stream = TlsConnector::from(Arc::new(config)).connect(name, io);
+    Ok(stream.await?.into())
+}
+
+/// Like [`connect`], and sends `name` (SNI), by which an Ingress or a load balancer that passes TLS through chooses the
+/// service. The name is not checked; the peer's identity is. An IP address is not sent (RFC 6066, section 3).
+pub(super) async fn connect_by_name<I: Io>(
+    io: I,
+    mut config: ClientConfig,
+    name: ServerName<'static>,
+) -> io::Result<TlsStream<I>> {
+    config.enable_sni = true;
     let stream = TlsConnector::from(Arc::new(config)).connect(name, io);
     Ok(stream.await?.into())
 }
@@ -133,6 +148,16 @@ struct WrongPeer {
     expected: ExpectPeer,
 }
 
+/// The peer's certificate is not one of KNoC's.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the peer showed a foreign certificate ({subject}): either it is another service, or something on the way terminates TLS \
+     (an Ingress or a load balancer that does not pass TLS through)"
+)]
+struct Foreign {
+    subject: String,
+}
+
 /// Accepts a certificate with an expected identity. webpki checks the chain to the CA, the dates and the key usage.
 #[derive(Debug)]
 struct CheckIdentity {
@@ -146,6 +171,22 @@ impl CheckIdentity {
         if let Ok(identity) = pki::identity(certificate) {
             self.claimed.0.get_or_init(|| identity);
         }
+    }
+
+    /// The error for a chain that does not lead to the CA: [`Foreign`] if the certificate is not one of KNoC's at all.
+    fn untrusted(&self, certificate: &CertificateDer<'_>, error: rustls::Error) -> rustls::Error {
+        let unknown = matches!(
+            error,
+            rustls::Error::InvalidCertificate(
+                CertificateError::UnknownIssuer | CertificateError::BadEncoding
+            )
+        );
+        if unknown && self.claimed.0.get().is_none() {
+            return other(Foreign {
+                subject: pki::subject(certificate),
+            });
+        }
+        error
     }
 
     fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
@@ -165,19 +206,6 @@ pub(super) fn other(error: impl std::error::Error + Send + Sync + 'static) -> ru
     rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
 }
 
-/// Replaces an error of ours in the error of a failed handshake by its message: rustls would print its `Debug` form.
-pub(super) fn readable_error(error: io::Error) -> io::Error {
-    let inner = error
-        .get_ref()
-        .and_then(|inner| inner.downcast_ref::<rustls::Error>());
-    if let Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(ours)))) =
-        inner
-    {
-        return io::Error::new(error.kind(), chain(ours.as_ref()));
-    }
-    error
-}
-
 /// Checks the certificate of a server: webpki verifies the chain, then the identity is checked.
 #[derive(Debug)]
 struct ServerChain {
@@ -193,15 +221,17 @@ impl CheckCertificate for ServerChain {
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
         self.identity.note(end_entity);
-        let certificate = ParsedCertificate::try_from(end_entity)?;
         let algorithms = provider().signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(
-            &certificate,
-            &self.roots,
-            intermediates,
-            now,
-            algorithms,
-        )?;
+        let verified = ParsedCertificate::try_from(end_entity).and_then(|certificate| {
+            verify_server_cert_signed_by_trust_anchor(
+                &certificate,
+                &self.roots,
+                intermediates,
+                now,
+                algorithms,
+            )
+        });
+        verified.map_err(|error| self.identity.untrusted(end_entity, error))?;
         self.identity.check(end_entity)
     }
 }
@@ -221,8 +251,10 @@ impl CheckCertificate for ClientChain {
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
         self.identity.note(end_entity);
-        self.chain
-            .verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self
+            .chain
+            .verify_client_cert(end_entity, intermediates, now);
+        verified.map_err(|error| self.identity.untrusted(end_entity, error))?;
         self.identity.check(end_entity)
     }
 

@@ -1,34 +1,34 @@
-//! PURE: the names of a pod in the network, and how it resolves names.
+//! PURE: the host names of a pod, and the bounds of its DNS configuration.
 
 use crate::{names, pb, text::quote};
 
 use super::{SHOWN, check};
 
-/// The most bytes of a host name that Linux takes.
+/// The longest host name that Linux accepts, in bytes (sethostname(2)).
 pub const MAX_HOSTNAME: usize = 64;
-/// What the resolver library reads (`MAXNS`); the API server accepts no more.
+/// The most name servers that the C library's resolver uses (`MAXNS`); the API server accepts no more.
 const MAX_NAMESERVERS: usize = 3;
 /// The most search domains that the API server accepts.
 const MAX_SEARCHES: usize = 32;
-/// More than any pod has.
+/// A bound of our own, larger than any pod needs.
 const MAX_OPTIONS: usize = 64;
 
-/// The domain of clusters that name none.
+/// The cluster domain if the kubelet sends none.
 const CLUSTER_DOMAIN: &str = "cluster.local";
 
-/// The names of a pod.
+/// The host names of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hostname {
-    /// Without the domain.
+    /// The name without the domain.
     pub short: String,
-    /// With it, if the pod has a domain.
+    /// The name with the domain; `None` if the pod has no domain.
     pub qualified: Option<String>,
-    /// What the kernel says: one of the two.
+    /// The name that the kernel reports in a container: one of the two.
     pub kernel: String,
 }
 
 impl Hostname {
-    /// As `GeneratePodHostNameAndDomain` and `GetNodenameForKernel` of the kubelet.
+    /// The host names of a pod, by the rules of `GeneratePodHostNameAndDomain` and `GetNodenameForKernel` of the kubelet.
     #[must_use]
     pub fn of(spec: &pb::PodSpec) -> Self {
         let short = if spec.hostname.is_empty() {
@@ -55,7 +55,7 @@ impl Hostname {
     }
 }
 
-/// Notes what is wrong with them.
+/// Checks host name and DNS configuration; adds what is wrong with them to `problems`.
 pub(super) fn check_network(spec: &pb::PodSpec, problems: &mut Vec<String>) {
     let Hostname { kernel, .. } = Hostname::of(spec);
     if kernel.len() > MAX_HOSTNAME {
@@ -91,7 +91,7 @@ fn check_resolver(resolver: &pb::Resolver, problems: &mut Vec<String>) {
         );
     }
     for search in &resolver.searches {
-        // As the API server: `.` is the root, and an underscore stands where a letter may stand.
+        // As in the API server, `.` is the root, and an underscore is allowed wherever a letter is.
         let name = search.strip_suffix('.').unwrap_or(search).replace('_', "x");
         if search != "." {
             check(

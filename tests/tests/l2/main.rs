@@ -7,6 +7,7 @@ mod argv;
 mod backpressure;
 mod certificates;
 mod crash;
+mod dial_out;
 mod flood;
 mod injection;
 mod install;

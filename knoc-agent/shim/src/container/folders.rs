@@ -153,7 +153,7 @@ impl Folders {
         let text = match &pod.spec().resolver {
             _ if mounts(volumes, RESOLVER) => None,
             Some(wanted) => Some(resolver::resolv_conf(&node.unwrap_or_default(), wanted)),
-            // A volume at `/etc` covers the file that the runtime mounts, but every pod has one in Kubernetes.
+            // A volume at `/etc` hides the file that the runtime mounts, but in Kubernetes every container has one.
             None if mounts(volumes, "/etc") => node.ok(),
             None => None,
         };

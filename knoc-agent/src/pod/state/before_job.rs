@@ -140,7 +140,7 @@ pub(super) fn submit_failed(
     vec![Effect::Find]
 }
 
-/// Fails the pod, because the same request would be rejected again.
+/// Fails the pod, because the scheduler would refuse the same request again.
 pub(super) fn rejected(pod: &mut Pod, message: String, now: Timestamp) -> Vec<Effect> {
     if pod.deletion.is_some() {
         return deleted_before_job(pod, now);

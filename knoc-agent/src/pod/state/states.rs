@@ -51,9 +51,9 @@ pub enum BeforeJob {
         /// Why the last attempt failed, and when the next one is due.
         trouble: Option<Trouble>,
     },
-    /// The scheduler rejected the job for now.
+    /// The scheduler refused the job for now.
     Throttled {
-        /// Rejections in a row.
+        /// Refusals in a row.
         tries: u32,
         /// A reason in CamelCase.
         reason: String,

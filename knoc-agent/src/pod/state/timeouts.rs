@@ -19,7 +19,7 @@ pub struct Timeouts {
     pub lost_after: Duration,
     /// How long after the grace period the job is cancelled.
     pub stop_slack: Duration,
-    /// The first pause after a rejection or a failed pull.
+    /// The first pause after the scheduler refused a job, or after a failed pull.
     pub backoff_initial: Duration,
     /// The longest such pause.
     pub backoff_max: Duration,

@@ -154,7 +154,7 @@ pub(super) fn node_info(text: &str, site: &Settings) -> pb::NodeInfo {
         let usable = line.available && line.up == "up";
         *seen.entry(line.node).or_insert(false) |= usable;
     }
-    // Those of which there is none too: by them the kubelet knows which resources are the site's.
+    // Resources that the site has none of are included too: from these names the kubelet knows which ones are the site's.
     let mapped = site.gres.keys().map(|resource| (resource.clone(), 0));
     info.extended.extend(mapped);
     let mut counted = BTreeSet::new();

@@ -177,7 +177,7 @@ fn gres(
 }
 
 /// The value of `--tmp`, and what the user should know about it. Slurm knows only the local disk
-/// that its administrators configured: most leave TmpDisk at 0, and then sbatch rejects every
+/// that its administrators configured: most leave TmpDisk at 0, and then sbatch refuses every
 /// `--tmp`, whatever disk there is.
 fn local_disk(
     asked: i64,

@@ -283,7 +283,7 @@ mod tests {
             for (case, kind) in cases {
                 let text = std::fs::read_to_string(root.join(format!("{case}.txt"))).unwrap();
                 let (head, message) = text.split_once('\n').unwrap();
-                // Some versions accept what others reject; 124 means that the recorder's own
+                // Some versions accept what others refuse; 124 means that the recorder's own
                 // time-out expired.
                 if ["exit 0", "exit 124"].contains(&head) {
                     continue;

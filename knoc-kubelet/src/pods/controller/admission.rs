@@ -52,7 +52,7 @@ pub(super) fn admit(
     }
 }
 
-/// The containers that ask for privileges.
+/// One problem for each container that asks for privileges.
 fn privileged(pod: &Pod) -> Vec<String> {
     let spec = pod.spec.as_ref();
     let init = spec.and_then(|spec| spec.init_containers.as_deref());

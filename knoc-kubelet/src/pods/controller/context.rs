@@ -86,7 +86,7 @@ impl Context {
         *self.pods.listed.borrow() && self.site.link.borrow().is_up()
     }
 
-    /// What of the pod the agent is too old for, as a sentence.
+    /// If the agent is too old for the pod: a sentence that says what it does not know.
     pub(super) fn lacking(&self, shape: &pb::PodSpec) -> Option<String> {
         let link = self.site.link.borrow();
         let Link::Up { info, .. } = &*link else {

@@ -43,7 +43,7 @@ impl Worker<'_> {
             }
         };
         if let Some(lacking) = self.context.lacking(&shape) {
-            // The agent may be upgraded.
+            // The pod waits and does not fail, because the agent may be upgraded.
             self.hold("", &lacking);
             self.retry();
             return;

@@ -245,8 +245,8 @@ impl Worker<'_> {
         }
     }
 
-    /// Before a new pod fails for a resource that Slurm has no part in, the Node is read again: it may have more of it than
-    /// what was last seen.
+    /// Allocates the pod's resources. Before a new pod fails for a foreign resource, the Node is read again: its capacity may
+    /// have been raised since it was last seen.
     async fn allocate_with_fresh_node(&mut self, shape: &pb::PodSpec) -> Result<(), Rejection> {
         let answer = self.allocate(shape);
         let Err(rejection) = &answer else {

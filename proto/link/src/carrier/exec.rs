@@ -117,22 +117,24 @@ impl Dial for Dialler<'_> {
     type Io = CommandIo;
 
     async fn dial(&self) -> Result<Unverified<CommandIo>, LinkError> {
-        start(self.argv, self.carrier, self.speaks, Held::default()).await
+        start(self.argv, self.carrier, self.speaks, Held::default(), &[]).await
     }
 }
 
-/// Starts the command and waits for its marker. `held` is dropped with the connection.
+/// Starts the command, with these variables beside those of this process, and waits for its marker. `held` is dropped with the
+/// connection.
 pub(super) async fn start(
     argv: &Argv,
     carrier: &Carrier,
     speaks: Speaks,
     held: Held,
+    variables: &[(&str, &str)],
 ) -> Result<Unverified<CommandIo>, LinkError> {
     let failed = |source| LinkError::Command {
         carrier: carrier.clone(),
         source: Box::new(source),
     };
-    let io = CommandIo::start(argv.words(), held).map_err(failed)?;
+    let io = CommandIo::start(argv.words(), held, variables).map_err(failed)?;
     let io = io
         .after_marker(speaks, COMMAND_TIMEOUT)
         .await

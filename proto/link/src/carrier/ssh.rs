@@ -224,7 +224,12 @@ impl Dial for Dialler<'_> {
             carrier: self.carrier.clone(),
             source: Box::new(source),
         })?;
-        exec::start(&argv, self.carrier, self.speaks, held).await
+        // ssh starts the hop to a jump host through this shell, which may be anything, or not be in an image.
+        let variables: &[_] = match &self.ssh.login.folder {
+            Some(_) => &[("SHELL", "/bin/sh")],
+            None => &[],
+        };
+        exec::start(&argv, self.carrier, self.speaks, held, variables).await
     }
 }
 

@@ -1,5 +1,5 @@
-//! PURE: kernel parameters that a pod asks for, judged as a kubelet with the default allow-list judges them: one that is not
-//! safe is forbidden. Those that are safe are refused by the verdict table, because an ordinary user cannot set them.
+//! PURE: judges the kernel parameters that a pod asks for as a kubelet with the default allow-list does: unsafe ones are
+//! forbidden. Safe ones are rejected by their verdict, because an ordinary user cannot set them.
 
 use k8s_openapi::api::core::v1::Pod;
 
@@ -21,7 +21,7 @@ const SAFE: [&str; 12] = [
     "net.ipv4.tcp_wmem",
 ];
 
-/// The first that is not safe, in Kubernetes' words: tools look for them.
+/// Rejects the first unsafe parameter, with Kubernetes' own reason and message, which tools look for.
 pub(super) fn admit(pod: &Pod) -> Result<(), Rejection> {
     let spec = pod.spec.as_ref();
     let context = spec.and_then(|spec| spec.security_context.as_ref());
@@ -36,8 +36,8 @@ pub(super) fn admit(pod: &Pod) -> Result<(), Rejection> {
     Ok(())
 }
 
-/// `NormalizeName`: of dots and slashes the first decides which one separates; the separator becomes a dot, and the other
-/// one, which is part of a name, a slash.
+/// The name as `NormalizeName` of the kubelet writes it. The first dot or slash is the separator. If it is a slash, dots and
+/// slashes are exchanged, so that the separator is always a dot.
 fn normalized(name: &str) -> String {
     if name
         .find(['.', '/'])

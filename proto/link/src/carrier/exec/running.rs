@@ -69,13 +69,18 @@ struct Running {
 }
 
 impl CommandIo {
-    /// Starts a command in a process group of its own. It inherits the environment.
-    pub(in crate::carrier) fn start(words: &[String], held: Held) -> Result<Self, CommandFailure> {
+    /// Starts a command in a process group of its own. It inherits the environment, and gets these variables.
+    pub(in crate::carrier) fn start(
+        words: &[String],
+        held: Held,
+        variables: &[(&str, &str)],
+    ) -> Result<Self, CommandFailure> {
         let start = || {
             let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
             ours.set_nonblocking(true)?;
             let input = OwnedFd::from(theirs.try_clone()?);
             let mut child = command(words)
+                .envs(variables.iter().copied())
                 .stdin(Stdio::from(input))
                 .stdout(Stdio::from(OwnedFd::from(theirs)))
                 .stderr(Stdio::piped())

@@ -54,7 +54,7 @@ impl Ssh {
             carrier: carrier.clone(),
             source: Box::new(source),
         };
-        let io = CommandIo::start(argv.words(), held).map_err(failed)?;
+        let io = CommandIo::start(argv.words(), held, &[]).map_err(failed)?;
         let (mut from, mut to) = tokio::io::split(io);
         let send = async {
             let mut chunk = vec![0; CHUNK];
