@@ -183,13 +183,14 @@ fn wait_for<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
     Ok(runtime.block_on(work))
 }
 
-fn initialise(
-    options: &init::Options,
-    home: &Home,
-    found: &init::Found,
-) -> anyhow::Result<()> {
+fn initialise(options: &init::Options, home: &Home, found: &init::Found) -> anyhow::Result<()> {
     say(&init::run(options, &home.home, found)?)?;
-    say(&wait_for(run_mode::cli::after_init(options, home))??)
+    let folder = options.dir.clone();
+    let folder = folder.unwrap_or_else(|| home.home.join(".config/knoc"));
+    let site_file = folder.join("agent.toml");
+    let partition = options.partition.as_deref();
+    let after = run_mode::cli::after_init(&site_file, options.run_mode, partition, home);
+    say(&wait_for(after)??)
 }
 
 fn on_demand_start(config: &Config, lingers: bool) -> anyhow::Result<on_demand::Start> {

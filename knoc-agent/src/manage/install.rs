@@ -61,8 +61,13 @@ impl Account {
         let options = checked.map_err(|failed| steps.bad("options", failed))?;
         steps.add("program", self.put_program(wanted.length))?;
         let config = self.configure(&options, steps)?;
-        let bundle = self.bundle().map_err(|failed| steps.bad("bundle", failed))?;
-        steps.add("run mode", self.keep_running(mode, wanted, &config, &found).await)?;
+        let bundle = self
+            .bundle()
+            .map_err(|failed| steps.bad("bundle", failed))?;
+        steps.add(
+            "run mode",
+            self.keep_running(mode, wanted, &config, &found).await,
+        )?;
         if matches!(mode, RunMode::Systemd | RunMode::Cron) {
             steps.add("agent", wait_for_newer(0, &config).await)?;
         }
@@ -85,7 +90,10 @@ impl Account {
             return Ok(());
         }
         Err(Failed::new(
-            format!("--site: this account already has the agent of site {}", config.site),
+            format!(
+                "--site: this account already has the agent of site {}",
+                config.site
+            ),
             "use that name, or another account",
         ))
     }
@@ -102,8 +110,8 @@ impl Account {
         let config = done.map_err(|failed| steps.bad("configuration", failed))?;
         let path = self.site_file();
         let text = if there {
-            let other = !options.namespaces.is_empty()
-                && options.namespaces != config.policy.namespaces;
+            let other =
+                !options.namespaces.is_empty() && options.namespaces != config.policy.namespaces;
             let note = if other {
                 "; its namespaces are others than those of --allow-namespace: change [policy] there"
             } else {
@@ -111,7 +119,10 @@ impl Account {
             };
             format!("{} is kept as it is{note}", path.display())
         } else {
-            format!("{} and the certificates beside it are written", path.display())
+            format!(
+                "{} and the certificates beside it are written",
+                path.display()
+            )
         };
         steps.good("configuration", text);
         Ok(config)
@@ -174,7 +185,10 @@ impl Account {
                 continue;
             }
             return if mode.is_in_job() {
-                Ok("the job with the old version ends, and the next one starts the new version".to_owned())
+                Ok(
+                    "the job with the old version ends, and the next one starts the new version"
+                        .to_owned(),
+                )
             } else {
                 wait_for_newer(before.epoch(), config).await
             };
@@ -183,7 +197,10 @@ impl Account {
             Running::No => Ok("no agent runs; the next start uses the new version".to_owned()),
             Running::Elsewhere(lease) => Err(Failed::new(
                 before.describe(),
-                &format!("log in to that host to restart it: knocctl agent upgrade --ssh {}", lease.host),
+                &format!(
+                    "log in to that host to restart it: knocctl agent upgrade --ssh {}",
+                    lease.host
+                ),
             )),
             Running::Here { .. } => {
                 stop(before, &config.state_dir).await?;
@@ -195,7 +212,10 @@ impl Account {
     }
 
     /// Replaces the unit by that of this version, unless the user has changed it.
-    fn renew_unit(&self, agent: &crate::run_mode::Agent) -> Result<(), crate::run_mode::RunModeError> {
+    fn renew_unit(
+        &self,
+        agent: &crate::run_mode::Agent,
+    ) -> Result<(), crate::run_mode::RunModeError> {
         self.keep_unit(&text::unit(agent)?)?;
         crate::run_mode::write_unit(agent).map(drop)
     }
@@ -217,7 +237,10 @@ mod tests {
         };
         assert!(wanted(|_| ()).unwrap().no_port);
         for (change, name) in [
-            ((|it: &mut Install| it.site = "Not a label".into()) as fn(&mut Install), "--site"),
+            (
+                (|it: &mut Install| it.site = "Not a label".into()) as fn(&mut Install),
+                "--site",
+            ),
             (|it| it.namespaces = vec!["A/b".into()], "--allow-namespace"),
             (|it| it.scheduler = Some("pbs".into()), "--scheduler"),
             (|it| it.runtime = Some("docker".into()), "--runtime"),

@@ -48,7 +48,10 @@ impl Account {
         moved().map_err(Failed::of(SPACE))?;
         if !uploaded && own != target {
             return Err(Failed::new(
-                format!("{} is not a program that was sent to be installed", own.display()),
+                format!(
+                    "{} is not a program that was sent to be installed",
+                    own.display()
+                ),
                 "run `knocctl agent install` or `knocctl agent upgrade`",
             ));
         }

@@ -97,11 +97,17 @@ impl Running {
                 let version = program.as_deref().and_then(version_of);
                 let version = version.map_or_else(String::new, |version| format!(" {version}"));
                 let since = since(lease);
-                format!("knoc-agent{version} is process {pid} on {} since {since}", lease.host)
+                format!(
+                    "knoc-agent{version} is process {pid} on {} since {since}",
+                    lease.host
+                )
             }
             Self::Elsewhere(lease) => {
                 let since = since(lease);
-                format!("an agent is process {} on {} since {since}", lease.pid, lease.host)
+                format!(
+                    "an agent is process {} on {} since {since}",
+                    lease.pid, lease.host
+                )
             }
         }
     }
@@ -185,7 +191,11 @@ pub(super) async fn wait_for_newer(before: i64, config: &Config) -> Result<Strin
         if Instant::now() >= deadline {
             let log = config.state_dir.join("agent.log");
             return Err(Failed::new(
-                format!("{}, {} s after its start", running.describe(), PATIENCE.as_secs()),
+                format!(
+                    "{}, {} s after its start",
+                    running.describe(),
+                    PATIENCE.as_secs()
+                ),
                 &format!(
                     "its log is {} or in `journalctl --user --unit knoc-agent`; `knoc-agent serve` on the login node shows the \
                      error",
@@ -201,14 +211,22 @@ impl Account {
     /// What is installed and how it runs.
     pub(super) async fn status(&self, steps: &mut Steps) {
         let installed = match self.linked() {
-            Some(version) => Ok(format!("knoc-agent {version} is installed in {}", self.store().display())),
+            Some(version) => Ok(format!(
+                "knoc-agent {version} is installed in {}",
+                self.store().display()
+            )),
             None => Err(Failed::new(
-                format!("{} is not a link to an installed version", self.link().display()),
+                format!(
+                    "{} is not a link to an installed version",
+                    self.link().display()
+                ),
                 "run `knocctl agent install`",
             )),
         };
         steps.add("program", installed).ok();
-        let config = self.config().map_err(Failed::of("fix the site file, or run `knocctl agent install`"));
+        let config = self.config().map_err(Failed::of(
+            "fix the site file, or run `knocctl agent install`",
+        ));
         let config = match config {
             Ok(config) => config,
             Err(failed) => {
@@ -272,13 +290,19 @@ mod tests {
         };
         jobdir::write_json(&state.lease(), &there).unwrap();
         let running = Running::look(folder.path()).unwrap();
-        assert!(running.describe().contains("on login2 since 1970"), "{running:?}");
+        assert!(
+            running.describe().contains("on login2 since 1970"),
+            "{running:?}"
+        );
     }
 
     #[test]
     fn a_version_is_read_from_the_path_of_a_program_of_ours_only() {
         let of = |path: &str| version_of(Path::new(path)).map(str::to_owned);
-        assert_eq!(of("/home/a/.local/lib/knoc/1.2.3/knoc-agent").as_deref(), Some("1.2.3"));
+        assert_eq!(
+            of("/home/a/.local/lib/knoc/1.2.3/knoc-agent").as_deref(),
+            Some("1.2.3")
+        );
         assert_eq!(of("/usr/bin/knoc-agent"), None);
     }
 

@@ -21,7 +21,10 @@ impl Account {
             steps.add("run mode", self.take_away(&config).await)?;
             steps.add("agent", halt(&config).await)?;
             let folder = self.home.home.join(".config/knoc");
-            left.push(format!("{} with the site file and the CA's key", folder.display()));
+            left.push(format!(
+                "{} with the site file and the CA's key",
+                folder.display()
+            ));
             let state = config.state_dir.display();
             left.push(format!("{state} with records, logs and images"));
         }

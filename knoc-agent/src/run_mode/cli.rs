@@ -5,10 +5,7 @@ use std::path::{Path, PathBuf};
 use knoc_proto::manage::RunMode;
 
 use super::{Agent, Login, Possible, RunModeError, choose, detect, is_set_up, set_up, tear_down};
-use crate::{
-    config::{Config, ConfigError, Home},
-    init,
-};
+use crate::config::{Config, ConfigError, Home};
 
 /// The options of `run-mode`.
 #[derive(Debug, clap::Args)]
@@ -132,18 +129,20 @@ pub async fn run(options: &Options, home: &Home) -> Result<String, CliError> {
 }
 
 /// What `init` says and does about run modes, after it has written its files.
-pub async fn after_init(options: &init::Options, home: &Home) -> Result<String, CliError> {
-    let folder = options.dir.clone();
-    let folder = folder.unwrap_or_else(|| home.home.join(".config/knoc"));
-    let site_file = folder.join("agent.toml");
-    let config = Config::load(&site_file, home)?;
-    let agent = agent(&config, &site_file, home);
+pub async fn after_init(
+    site_file: &Path,
+    wanted: Option<Wanted>,
+    partition: Option<&str>,
+    home: &Home,
+) -> Result<String, CliError> {
+    let config = Config::load(site_file, home)?;
+    let agent = agent(&config, site_file, home);
     let login = Login::own();
     let listed = list(&detect(&login).await, &agent, &login).await;
-    let Some(wanted) = options.run_mode else {
+    let Some(wanted) = wanted else {
         return Ok(format!("\n{listed}"));
     };
-    let (mode, done) = change(wanted, &agent, options.partition.as_deref(), &login).await?;
+    let (mode, done) = change(wanted, &agent, partition, &login).await?;
     Ok(format!("\n{listed}\n{mode}: {done}\n"))
 }
 
@@ -157,7 +156,11 @@ async fn list(found: &[Possible], agent: &Agent, login: &Login) -> String {
         } else {
             ""
         };
-        text += &format!("  {:<10} {allowed:<4} {set_up}{}\n", it.mode.as_str(), it.why);
+        text += &format!(
+            "  {:<10} {allowed:<4} {set_up}{}\n",
+            it.mode.as_str(),
+            it.why
+        );
     }
     text + &format!("To set one up: knoc-agent run-mode {best}\n")
 }

@@ -28,10 +28,7 @@ pub struct Possible {
 pub fn choose(found: &[Possible]) -> RunMode {
     let allowed = |mode: &RunMode| found.iter().any(|it| it.mode == *mode && it.allowed);
     let order = [RunMode::Systemd, RunMode::Cron];
-    order
-        .into_iter()
-        .find(allowed)
-        .unwrap_or(RunMode::OnDemand)
+    order.into_iter().find(allowed).unwrap_or(RunMode::OnDemand)
 }
 
 /// Asks the site's programs. Nothing is changed.
@@ -99,7 +96,10 @@ async fn cron(login: &Login) -> (bool, String) {
         return (false, said(&error));
     }
     if cron_runs() {
-        (true, "crontab is allowed, and a cron daemon runs".to_owned())
+        (
+            true,
+            "crontab is allowed, and a cron daemon runs".to_owned(),
+        )
     } else {
         (
             false,
@@ -110,7 +110,13 @@ async fn cron(login: &Login) -> (bool, String) {
 
 /// The user's crontab; empty if there is none.
 pub(super) async fn crontab(login: &Login) -> Result<String, CommandError> {
-    match login.command("crontab").arg("-l").deadline(PATIENCE).run().await {
+    match login
+        .command("crontab")
+        .arg("-l")
+        .deadline(PATIENCE)
+        .run()
+        .await
+    {
         Ok(output) => Ok(output.text()),
         Err(error) if has_none(&error) => Ok(String::new()),
         Err(error) => Err(error),
@@ -119,7 +125,13 @@ pub(super) async fn crontab(login: &Login) -> Result<String, CommandError> {
 
 /// The user's scrontab; empty if there is none.
 pub(super) async fn scrontab_text(login: &Login) -> Result<String, CommandError> {
-    match login.command("scrontab").arg("-l").deadline(PATIENCE).run().await {
+    match login
+        .command("scrontab")
+        .arg("-l")
+        .deadline(PATIENCE)
+        .run()
+        .await
+    {
         Ok(output) => Ok(output.text()),
         Err(error) if has_none(&error) => Ok(String::new()),
         Err(error) => Err(error),
@@ -145,7 +157,10 @@ fn cron_runs() -> bool {
 
 async fn scrontab(login: &Login) -> (bool, String) {
     match scrontab_text(login).await {
-        Ok(_) => (true, "scrontab is allowed; name a partition for it".to_owned()),
+        Ok(_) => (
+            true,
+            "scrontab is allowed; name a partition for it".to_owned(),
+        ),
         Err(error) => (false, said(&error)),
     }
 }

@@ -7,7 +7,8 @@ pub const JOB: &str = "knoc-agent-service";
 /// The name of the unit.
 pub const UNIT: &str = "knoc-agent.service";
 /// The line before ours in a crontab.
-const CRON_BEGIN: &str = "# knoc-agent: starts the agent if it does not run (`knoc-agent run-mode` wrote these lines)";
+const CRON_BEGIN: &str =
+    "# knoc-agent: starts the agent if it does not run (`knoc-agent run-mode` wrote these lines)";
 /// The line after ours.
 const CRON_END: &str = "# knoc-agent: end";
 /// The unit of the package.
@@ -147,21 +148,29 @@ mod tests {
         let lines = cron(&agent()).unwrap();
         let other = "MAILTO=ann\n0 3 * * * backup";
         let once = with_lines(other, &lines);
-        assert!(once.starts_with("MAILTO=ann\n0 3 * * * backup\n# knoc-agent:"), "{once}");
+        assert!(
+            once.starts_with("MAILTO=ann\n0 3 * * * backup\n# knoc-agent:"),
+            "{once}"
+        );
         assert!(once.contains("*/5 * * * * /home/ann/.local/bin/knoc-agent serve --detach"));
         assert_eq!(with_lines(&once, &lines), once);
         assert!(has_lines(&once) && !has_lines(other));
         assert_eq!(with_lines(&once, &[]), format!("{other}\n"));
         // Somebody has removed the end and added a line of their own.
         let edited = once.replace(CRON_END, "5 * * * * mine");
-        assert_eq!(with_lines(&edited, &[]), format!("{other}\n5 * * * * mine\n"));
+        assert_eq!(
+            with_lines(&edited, &[]),
+            format!("{other}\n5 * * * * mine\n")
+        );
     }
 
     #[test]
     fn a_job_submits_its_successor_and_then_becomes_the_agent() {
         let text = job(&agent(), Some("service"), "/usr/bin/sbatch").unwrap();
         assert!(text.contains("#SBATCH --partition=service\n"), "{text}");
-        assert!(text.contains("--dependency=singleton --begin=now+60 /home/ann/.local/state/knoc/agent-job.sh"));
+        assert!(text.contains(
+            "--dependency=singleton --begin=now+60 /home/ann/.local/state/knoc/agent-job.sh"
+        ));
         assert!(text.ends_with("exec /home/ann/.local/bin/knoc-agent serve --config /home/ann/.config/knoc/agent.toml\n"));
         let lines = scrontab(&agent(), Some("cron")).unwrap().join("\n");
         assert!(lines.contains("#SCRON --partition=cron\n"), "{lines}");
@@ -170,20 +179,32 @@ mod tests {
     #[test]
     fn what_a_shell_or_cron_would_read_differently_is_refused() {
         for bad in ["a b", "a%b", "$(id)", "a\nb", "-p", "ä", ""] {
-            assert!(job(&agent(), Some(bad), "/usr/bin/sbatch").is_err(), "{bad:?}");
+            assert!(
+                job(&agent(), Some(bad), "/usr/bin/sbatch").is_err(),
+                "{bad:?}"
+            );
             assert!(scrontab(&agent(), Some(bad)).is_err(), "{bad:?}");
             let mut agent = agent();
             agent.program = format!("/home/{bad} /knoc-agent").into();
             assert!(cron(&agent).is_err() && unit(&agent).is_err(), "{bad:?}");
         }
-        assert!(matches!(job(&agent(), None, "/sbatch"), Err(RunModeError::NoPartition)));
+        assert!(matches!(
+            job(&agent(), None, "/sbatch"),
+            Err(RunModeError::NoPartition)
+        ));
     }
 
     #[test]
     fn the_unit_is_that_of_the_package_with_the_path_of_the_program() {
         let text = unit(&agent()).unwrap();
-        assert!(text.contains("ExecStart=/home/ann/.local/bin/knoc-agent serve\n"), "{text}");
-        assert!(text.contains("KillMode=process") && !text.contains('@'), "{text}");
+        assert!(
+            text.contains("ExecStart=/home/ann/.local/bin/knoc-agent serve\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("KillMode=process") && !text.contains('@'),
+            "{text}"
+        );
         let mut other = agent();
         other.site_file = "/srv/agent.toml".into();
         let text = unit(&other).unwrap();

@@ -300,7 +300,9 @@ fn last_of(output: &[u8]) -> String {
     let text = text.trim();
     let begin = text.len().saturating_sub(200);
     let begin = (begin..text.len()).find(|at| text.is_char_boundary(*at));
-    text.get(begin.unwrap_or(0)..).unwrap_or_default().to_owned()
+    text.get(begin.unwrap_or(0)..)
+        .unwrap_or_default()
+        .to_owned()
 }
 
 fn finding(step: &Step) -> pb::Finding {

@@ -109,7 +109,14 @@ impl Far {
 
     async fn install(&self, further: &[&str]) -> anyhow::Result<Output> {
         let bundle = self.site.path("bundle.yaml").display().to_string();
-        let fixed = ["--site", "hpc", "--scheduler", "local", "--runtime", "process"];
+        let fixed = [
+            "--site",
+            "hpc",
+            "--scheduler",
+            "local",
+            "--runtime",
+            "process",
+        ];
         let mut all = fixed.to_vec();
         all.extend(["--bundle", &bundle, "--allow-namespace", "default"]);
         all.extend(further);
@@ -169,22 +176,39 @@ async fn an_agent_is_installed_looked_at_upgraded_and_removed_over_ssh() -> anyh
     let first = far.install(&["--run-mode", "on-demand"]).await?;
     ensure!(first.code == 0, "{first}");
     let said = first.text();
-    for part in ["helm install", "agent.sshOnDemand=true", "serve --stdio", "Everybody who can create a pod"] {
+    for part in [
+        "helm install",
+        "agent.sshOnDemand=true",
+        "serve --stdio",
+        "Everybody who can create a pod",
+    ] {
         ensure!(said.contains(part), "{part}: {said}");
     }
     let bundle = fs::read_to_string(far.site.path("bundle.yaml"))?;
     ensure!(bundle.contains("kind: Secret"), "no Secret");
-    ensure!(mode_of(&far.site.path("bundle.yaml"))? == 0o600, "others can read the bundle");
-    ensure!(!said.contains("tls.key") && !first.stderr.contains("tls.key"), "the bundle is printed");
+    ensure!(
+        mode_of(&far.site.path("bundle.yaml"))? == 0o600,
+        "others can read the bundle"
+    );
+    ensure!(
+        !said.contains("tls.key") && !first.stderr.contains("tls.key"),
+        "the bundle is printed"
+    );
     let site_file = fs::read_to_string(far.home().join(".config/knoc/agent.toml"))?;
-    ensure!(site_file.contains("kubelet = \"none\""), "a port is open: {site_file}");
+    ensure!(
+        site_file.contains("kubelet = \"none\""),
+        "a port is open: {site_file}"
+    );
     far.own_ports()?;
 
     // Again, with another run mode: what is there is kept, and the agent starts.
     let again = far.install(&["--run-mode", "cron"]).await?;
     ensure!(again.code == 0, "{again}\n{}", far.log());
     ensure!(again.text().contains("is kept as it is"), "{again}");
-    ensure!(fs::read_to_string(far.site.path("bundle.yaml"))? == bundle, "another bundle");
+    ensure!(
+        fs::read_to_string(far.site.path("bundle.yaml"))? == bundle,
+        "another bundle"
+    );
     let lines = fs::read_to_string(&table)?;
     ensure!(
         lines.starts_with("0 3 * * * backup\n") && lines.contains("knoc-agent serve --detach"),
@@ -192,14 +216,21 @@ async fn an_agent_is_installed_looked_at_upgraded_and_removed_over_ssh() -> anyh
     );
     let before = far.pid()?;
     let status = far.ok("status", &[]).await?;
-    for part in ["site hpc", "run mode: cron", &format!("process {before} on"), "0 pods"] {
+    for part in [
+        "site hpc",
+        "run mode: cron",
+        &format!("process {before} on"),
+        "0 pods",
+    ] {
         ensure!(status.contains(part), "{part}: {status}");
     }
     let left = fs::read_dir(far.home().join(".local/lib/knoc"))?.count();
     ensure!(left == 1, "uploads are left: {left}");
 
     // The line of the crontab does nothing while the agent runs.
-    let line = lines.lines().find_map(|line| line.strip_prefix("*/5 * * * * "));
+    let line = lines
+        .lines()
+        .find_map(|line| line.strip_prefix("*/5 * * * * "));
     let words: Vec<&str> = line.context("no line")?.split(' ').collect();
     let cron = far.there(words[0]).args(&words[1..]).ok().await?;
     ensure!(cron.text().is_empty() && far.pid()? == before, "{cron}");
@@ -209,7 +240,11 @@ async fn an_agent_is_installed_looked_at_upgraded_and_removed_over_ssh() -> anyh
                image: process\n    command: [/bin/sleep, '600']\n";
     far.site.put("pod.yaml", pod)?;
     let knocctl = || anyhow::Ok(far.there(binary("knocctl")?));
-    knocctl()?.arg("run").arg(far.site.path("pod.yaml")).ok().await?;
+    knocctl()?
+        .arg("run")
+        .arg(far.site.path("pod.yaml"))
+        .ok()
+        .await?;
     wait_for("the pod runs", SOON, async || {
         let pods = knocctl()?.arg("pods").ok().await?.text();
         ensure!(pods.contains("Running"), "{pods}");
@@ -218,24 +253,47 @@ async fn an_agent_is_installed_looked_at_upgraded_and_removed_over_ssh() -> anyh
     .await
     .with_context(|| far.log())?;
     let upgraded = far.ok("upgrade", &[]).await?;
-    ensure!(upgraded.contains("is process") && far.pid()? != before, "{upgraded}");
+    ensure!(
+        upgraded.contains("is process") && far.pid()? != before,
+        "{upgraded}"
+    );
     let pods = knocctl()?.arg("pods").ok().await?.text();
     ensure!(pods.contains("Running"), "{pods}");
 
     let refused = far.ctl("uninstall", &[]).await?;
     ensure!(
-        refused.code == 1 && refused.text().contains("1 of 1 pods") && refused.text().contains("--force"),
+        refused.code == 1
+            && refused.text().contains("1 of 1 pods")
+            && refused.text().contains("--force"),
         "{refused}"
     );
     ensure!(far.installed().exists(), "it was removed all the same");
     knocctl()?.args(["delete", "one", "--now"]).ok().await?;
-    let removed = wait_for("it can be removed", SOON, async || far.ok("uninstall", &[]).await).await?;
-    ensure!(removed.contains("has ended") && removed.contains("CA's key"), "{removed}");
-    ensure!(fs::read_to_string(&table)? == "0 3 * * * backup\n", "the crontab is another one");
-    ensure!(fs::symlink_metadata(far.installed()).is_err(), "the link is left");
-    ensure!(far.home().join(".config/knoc/tls/ca.key").exists(), "the CA's key is gone");
+    let removed = wait_for("it can be removed", SOON, async || {
+        far.ok("uninstall", &[]).await
+    })
+    .await?;
+    ensure!(
+        removed.contains("has ended") && removed.contains("CA's key"),
+        "{removed}"
+    );
+    ensure!(
+        fs::read_to_string(&table)? == "0 3 * * * backup\n",
+        "the crontab is another one"
+    );
+    ensure!(
+        fs::symlink_metadata(far.installed()).is_err(),
+        "the link is left"
+    );
+    ensure!(
+        far.home().join(".config/knoc/tls/ca.key").exists(),
+        "the CA's key is gone"
+    );
     let gone = far.ctl("status", &[]).await?;
-    ensure!(gone.code == 1 && gone.stderr.contains("knocctl agent install"), "{gone}");
+    ensure!(
+        gone.code == 1 && gone.stderr.contains("knocctl agent install"),
+        "{gone}"
+    );
     Ok(())
 }
 
@@ -260,7 +318,11 @@ async fn each_failure_of_an_installation_names_its_cause_and_its_cure() -> anyho
             "No space left",
             "make room",
         ),
-        ("cat >/dev/null; exit 0", "has not answered", "forced command"),
+        (
+            "cat >/dev/null; exit 0",
+            "has not answered",
+            "forced command",
+        ),
     ] {
         far.ssh(first)?;
         let output = far.install(&on_demand).await?;
@@ -273,34 +335,56 @@ async fn each_failure_of_an_installation_names_its_cause_and_its_cure() -> anyho
     let cut = "case $1 in *cat*) { cat; echo more; } | env HOME=\"$KNOC_FAR\" /bin/sh -c \"$1\"; exit ;; esac";
     far.ssh(&cut.replace("$KNOC_FAR", &far.home().display().to_string()))?;
     let output = far.install(&on_demand).await?;
-    ensure!(output.code == 1 && output.text().contains("bytes of the program have arrived"), "{output}");
-    ensure!(!far.home().join(".config/knoc").exists() && !far.installed().exists(), "it was installed");
+    ensure!(
+        output.code == 1 && output.text().contains("bytes of the program have arrived"),
+        "{output}"
+    );
+    ensure!(
+        !far.home().join(".config/knoc").exists() && !far.installed().exists(),
+        "it was installed"
+    );
     far.ssh("")?;
     // Something else has the name.
     fs::create_dir_all(far.home().join(".local/bin"))?;
     fs::write(far.installed(), "mine")?;
     let output = far.install(&on_demand).await?;
-    ensure!(output.code == 1 && output.text().contains("was not installed by KNoC"), "{output}");
-    ensure!(fs::read_to_string(far.installed())? == "mine", "it was replaced");
+    ensure!(
+        output.code == 1 && output.text().contains("was not installed by KNoC"),
+        "{output}"
+    );
+    ensure!(
+        fs::read_to_string(far.installed())? == "mine",
+        "it was replaced"
+    );
     fs::remove_file(far.installed())?;
     // A partition that a batch script would read differently, and none.
     far.tool("sbatch", "exit 0")?;
-    for (partition, cause) in [(&["--partition", "a b"][..], "\"a b\""), (&[], "--partition")] {
+    for (partition, cause) in [
+        (&["--partition", "a b"][..], "\"a b\""),
+        (&[], "--partition"),
+    ] {
         let mut all = vec!["--run-mode", "job"];
         all.extend(partition);
         let output = far.install(&all).await?;
-        ensure!(output.code == 1 && output.text().contains(cause), "{output}");
+        ensure!(
+            output.code == 1 && output.text().contains(cause),
+            "{output}"
+        );
     }
     ensure!(far.asked("sbatch").is_empty(), "it was submitted");
     let mut other = on_demand.to_vec();
     other.extend(["--site", "other"]);
     let output = far.ctl("install", &other).await?;
-    ensure!(output.code == 1 && output.text().contains("already has the agent of site hpc"), "{output}");
+    ensure!(
+        output.code == 1 && output.text().contains("already has the agent of site hpc"),
+        "{output}"
+    );
     Ok(())
 }
 
 #[tokio::test]
-async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_before() -> anyhow::Result<()> {
+async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_before()
+-> anyhow::Result<()> {
     let far = Far::new()?;
     let cron = far.crontab("crontab")?;
     let scron = far.crontab("scrontab")?;
@@ -313,44 +397,93 @@ async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_befo
     let agent = binary("knoc-agent")?;
     let listed = far
         .there(&agent)
-        .args(["init", "--site", "hpc", "--scheduler", "local", "--runtime", "process", "--no-port"])
+        .args([
+            "init",
+            "--site",
+            "hpc",
+            "--scheduler",
+            "local",
+            "--runtime",
+            "process",
+            "--no-port",
+        ])
         .ok()
         .await?
         .text();
-    for part in ["systemd    yes", "linger is off", "scrontab   yes", "service (infinite)", "run-mode systemd"] {
+    for part in [
+        "systemd    yes",
+        "linger is off",
+        "scrontab   yes",
+        "service (infinite)",
+        "run-mode systemd",
+    ] {
         ensure!(listed.contains(part), "{part}: {listed}");
     }
-    let set_up = async |words: &[&str]| far.there(&agent).arg("run-mode").args(words).ok().await.map(|it| it.text());
+    let set_up = async |words: &[&str]| {
+        far.there(&agent)
+            .arg("run-mode")
+            .args(words)
+            .ok()
+            .await
+            .map(|it| it.text())
+    };
     let said = set_up(&["auto"]).await?;
     let unit = far.home().join(".config/systemd/user/knoc-agent.service");
     let text = fs::read_to_string(&unit)?;
-    ensure!(text.contains(&format!("ExecStart={} serve\n", agent.display())), "{text}");
+    ensure!(
+        text.contains(&format!("ExecStart={} serve\n", agent.display())),
+        "{text}"
+    );
     ensure!(said.contains("linger is switched on"), "{said}");
     let asked = far.asked("systemctl");
-    ensure!(asked.contains("--user enable --now knoc-agent.service"), "{asked}");
+    ensure!(
+        asked.contains("--user enable --now knoc-agent.service"),
+        "{asked}"
+    );
 
     set_up(&["scrontab", "--partition", "service"]).await?;
     let asked = far.asked("systemctl");
-    ensure!(asked.contains("--user disable --now") && !unit.exists(), "{asked}");
+    ensure!(
+        asked.contains("--user disable --now") && !unit.exists(),
+        "{asked}"
+    );
     let table = fs::read_to_string(&scron)?;
     ensure!(table.contains("#SCRON --partition=service\n"), "{table}");
 
     set_up(&["job", "--partition", "service"]).await?;
-    ensure!(!fs::read_to_string(&scron)?.contains("knoc-agent"), "both start the agent");
+    ensure!(
+        !fs::read_to_string(&scron)?.contains("knoc-agent"),
+        "both start the agent"
+    );
     let script = far.state().join("agent-job.sh");
     let text = fs::read_to_string(&script)?;
     ensure!(text.contains("#SBATCH --partition=service\n"), "{text}");
-    ensure!(far.asked("sbatch").contains("--parsable"), "{}", far.asked("sbatch"));
+    ensure!(
+        far.asked("sbatch").contains("--parsable"),
+        "{}",
+        far.asked("sbatch")
+    );
     far.there("/bin/sh").arg("-n").arg(&script).ok().await?;
 
     let listed = set_up(&[]).await?;
     ensure!(listed.contains("job        yes  set up;"), "{listed}");
     set_up(&["on-demand"]).await?;
     ensure!(!script.exists(), "jobs go on");
-    ensure!(far.asked("scancel").contains("--name=knoc-agent-service"), "{}", far.asked("scancel"));
+    ensure!(
+        far.asked("scancel").contains("--name=knoc-agent-service"),
+        "{}",
+        far.asked("scancel")
+    );
     ensure!(!cron.exists(), "the crontab was written");
-    let wrong = far.there(&agent).args(["run-mode", "cron", "--partition", "x"]).output().await?;
-    ensure!(wrong.code == 1 && wrong.stderr.contains("--partition is for"), "{wrong}");
+    let wrong = far
+        .there(&agent)
+        .args(["run-mode", "cron", "--partition", "x"])
+        .output()
+        .await?;
+    ensure!(
+        wrong.code == 1 && wrong.stderr.contains("--partition is for"),
+        "{wrong}"
+    );
     Ok(())
 }
 
@@ -381,9 +514,15 @@ async fn a_real_sshd_takes_the_same_words() -> anyhow::Result<()> {
     let bundle = far.site.path("bundle.yaml");
     let install = ctl("install")?.args(["--site", "hpc", "--run-mode", "on-demand", "--bundle"]);
     let said = install.arg(&bundle).ok().await?.text();
-    ensure!(said.contains("is installed in") && bundle.exists(), "{said}");
+    ensure!(
+        said.contains("is installed in") && bundle.exists(),
+        "{said}"
+    );
     let status = ctl("status")?.ok().await?.text();
-    ensure!(status.contains("site hpc") && status.contains("no agent runs now"), "{status}");
+    ensure!(
+        status.contains("site hpc") && status.contains("no agent runs now"),
+        "{status}"
+    );
     let removed = ctl("uninstall")?.ok().await?.text();
     ensure!(removed.contains("no pod has a job"), "{removed}");
     Ok(())

@@ -57,7 +57,9 @@ pub(super) fn commands(
             .to_owned()
     } else {
         let names = installed.namespaces.join(", ");
-        format!("\nEverybody who can create a pod in one of these namespaces runs programs as this account: {names}\n")
+        format!(
+            "\nEverybody who can create a pod in one of these namespaces runs programs as this account: {names}\n"
+        )
     };
     let begin = format!(
         "{access}\nIn the cluster:\n\n    kubectl create namespace knoc-system\n    kubectl -n knoc-system apply -f {bundle}\n"
@@ -66,7 +68,9 @@ pub(super) fn commands(
     match address {
         Some(address) => {
             let port = if address.contains(':') { "" } else { ":10350" };
-            format!("{begin}{install} \\\n        --set agent.site={site} --set agent.address={address}{port}\n")
+            format!(
+                "{begin}{install} \\\n        --set agent.site={site} --set agent.address={address}{port}\n"
+            )
         }
         None => {
             let key = over_ssh(ssh, installed);
@@ -93,7 +97,9 @@ fn over_ssh(ssh: &Ssh, installed: &Installed) -> String {
         "connect"
     };
     let host = ssh.host.as_deref().unwrap_or_default();
-    let port = ssh.port.map_or_else(String::new, |port| format!("-p {port} "));
+    let port = ssh
+        .port
+        .map_or_else(String::new, |port| format!("-p {port} "));
     format!(
         "\nA key for the kubelet, which may do nothing but the link. Append the line that `echo` prints to ~/.ssh/authorized_keys on\n\
          the login node:\n\n    ssh-keygen -t ed25519 -N '' -C knoc-kubelet -f knoc-ssh\n    \

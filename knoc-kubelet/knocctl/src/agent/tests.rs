@@ -61,7 +61,10 @@ fn the_commands_that_follow_name_the_way_and_not_the_key() {
     let text = over(None, RunMode::OnDemand);
     assert!(text.contains("serve --stdio") && text.contains("agent.sshOnDemand=true"));
     let text = over(Some("login.example.org"), RunMode::Cron);
-    assert!(text.contains("agent.address=login.example.org:10350") && !text.contains("ssh"), "{text}");
+    assert!(
+        text.contains("agent.address=login.example.org:10350") && !text.contains("ssh"),
+        "{text}"
+    );
 }
 
 #[test]

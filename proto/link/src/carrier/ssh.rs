@@ -14,8 +14,8 @@ use crate::LinkError;
 mod run;
 mod secret;
 
-use secret::Secret;
 pub use run::Script;
+use secret::Secret;
 pub use secret::SecretError;
 
 /// Where to look for `knoc-agent` if no path is configured. Every login shell passes a single-quoted text on as it is.
