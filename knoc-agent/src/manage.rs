@@ -46,7 +46,7 @@ impl Failed {
         }
     }
 
-    fn of<E: std::error::Error>(cure: &'static str) -> impl FnOnce(E) -> Self {
+    fn of<E: std::error::Error + 'static>(cure: &'static str) -> impl FnOnce(E) -> Self {
         move |error| Self::new(chain(&error), cure)
     }
 }

@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn every_run_mode_has_the_same_name_everywhere() {
         for mode in RunMode::ALL {
-            assert_eq!(mode.as_str().parse(), Ok(mode));
+            assert_eq!(mode.as_str().parse::<RunMode>(), Ok(mode));
             let json = serde_json::to_string(&mode).unwrap();
             assert_eq!(json, format!("\"{mode}\""));
         }

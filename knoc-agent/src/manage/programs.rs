@@ -35,6 +35,15 @@ impl Account {
         }
         let folder = self.store().join(version);
         let target = folder.join("knoc-agent");
+        if !uploaded && own != target {
+            return Err(Failed::new(
+                format!(
+                    "{} is not a program that was sent to be installed",
+                    own.display()
+                ),
+                "run `knocctl agent install` or `knocctl agent upgrade`",
+            ));
+        }
         let moved = || {
             fs::create_dir_all(&folder).map_err(FileError::on("create", &folder))?;
             if uploaded {
@@ -46,15 +55,6 @@ impl Account {
             Ok::<_, FileError>(())
         };
         moved().map_err(Failed::of(SPACE))?;
-        if !uploaded && own != target {
-            return Err(Failed::new(
-                format!(
-                    "{} is not a program that was sent to be installed",
-                    own.display()
-                ),
-                "run `knocctl agent install` or `knocctl agent upgrade`",
-            ));
-        }
         let before = self.put_link(version)?;
         Ok(match before {
             Some(before) if before != version => {

@@ -111,12 +111,13 @@ pub fn with_lines(table: &str, lines: &[String]) -> String {
     let mut text = String::new();
     for line in table.lines() {
         ours |= line == CRON_BEGIN;
+        // Without an end, as after an edit, nothing but our own lines may be taken away.
+        ours &= is_ours(line);
         if !ours {
             text.push_str(line);
             text.push('\n');
         }
-        // Without an end, as after an edit, nothing but our own lines may be taken away.
-        ours &= line != CRON_END && is_ours(line);
+        ours &= line != CRON_END;
     }
     if !lines.is_empty() {
         let lines = lines.join("\n");
@@ -126,7 +127,9 @@ pub fn with_lines(table: &str, lines: &[String]) -> String {
 }
 
 fn is_ours(line: &str) -> bool {
-    line == CRON_BEGIN || line.starts_with("#SCRON ") || line.contains("knoc-agent serve")
+    [CRON_BEGIN, CRON_END].contains(&line)
+        || line.starts_with("#SCRON ")
+        || line.contains("knoc-agent serve")
 }
 
 #[cfg(test)]

@@ -148,6 +148,10 @@ fn login(text: &str) -> Result<Ssh, String> {
     }
 }
 
+fn run_mode(text: &str) -> Result<RunMode, String> {
+    text.parse()
+}
+
 #[derive(Debug, clap::Args)]
 struct Binary {
     /// The agent's program for the login node [default: knoc-agent beside knocctl]
@@ -178,7 +182,7 @@ struct InstallOptions {
     #[arg(long, value_name = "NAME")]
     runtime: Option<String>,
     /// How to keep the agent running: systemd, cron, scrontab, job or on-demand [default: systemd, else cron, else on-demand]
-    #[arg(long, value_name = "MODE", value_parser = |text: &str| text.parse::<RunMode>())]
+    #[arg(long, value_name = "MODE", value_parser = run_mode)]
     run_mode: Option<RunMode>,
     /// With --run-mode scrontab or job: the partition in which the agent runs
     #[arg(long, value_name = "NAME", requires = "run_mode")]

@@ -87,6 +87,7 @@ const RULES: &[(Rung, &[&str], &str)] = &[
         &["knoc-agent on the login node does not reach the agent"],
         "",
     ),
+    (Rung::Name, &["Could not resolve hostname"], ""),
     (
         Rung::Ssh,
         &[
@@ -104,7 +105,7 @@ const RULES: &[(Rung, &[&str], &str)] = &[
     ),
     (
         Rung::Name,
-        &["failed to lookup address", "Could not resolve hostname"],
+        &["failed to lookup address"],
         "fix the host's name in the address, or the name server",
     ),
     (

@@ -159,8 +159,7 @@ impl Far {
         let shim = format!("shim = \"127.0.0.1:{}\"", free_port()?);
         let changed = text.replace("# shim = \"0.0.0.0:10351\"  # default", &shim);
         ensure!(changed != text, "{text}");
-        fs::write(&path, changed)?;
-        Ok(())
+        self.site.put("login/.config/knoc/agent.toml", &changed)
     }
 }
 
@@ -169,10 +168,11 @@ fn mode_of(path: &Path) -> anyhow::Result<u32> {
 }
 
 #[tokio::test]
-async fn an_agent_is_installed_looked_at_upgraded_and_removed_over_ssh() -> anyhow::Result<()> {
+async fn an_agent_is_installed_over_ssh_and_a_second_run_completes_the_first() -> anyhow::Result<()>
+{
     let far = Far::new()?;
     let table = far.crontab("crontab")?;
-    fs::write(&table, "0 3 * * * backup\n")?;
+    far.site.put("tools/crontab.table", "0 3 * * * backup\n")?;
     let first = far.install(&["--run-mode", "on-demand"]).await?;
     ensure!(first.code == 0, "{first}");
     let said = first.text();
@@ -234,7 +234,26 @@ async fn an_agent_is_installed_looked_at_upgraded_and_removed_over_ssh() -> anyh
     let words: Vec<&str> = line.context("no line")?.split(' ').collect();
     let cron = far.there(words[0]).args(&words[1..]).ok().await?;
     ensure!(cron.text().is_empty() && far.pid()? == before, "{cron}");
+    Ok(())
+}
 
+/// The same, in short: an agent that runs and is kept running by cron.
+async fn with_agent(far: &Far) -> anyhow::Result<PathBuf> {
+    let table = far.crontab("crontab")?;
+    far.site.put("tools/crontab.table", "0 3 * * * backup\n")?;
+    let first = far.install(&["--run-mode", "on-demand"]).await?;
+    ensure!(first.code == 0, "{first}");
+    far.own_ports()?;
+    let again = far.install(&["--run-mode", "cron"]).await?;
+    ensure!(again.code == 0, "{again}\n{}", far.log());
+    Ok(table)
+}
+
+#[tokio::test]
+async fn an_upgrade_is_not_noticed_by_pods_and_a_removal_waits_for_them() -> anyhow::Result<()> {
+    let far = Far::new()?;
+    let table = with_agent(&far).await?;
+    let before = far.pid()?;
     // A pod runs; the upgrade restarts the agent, and the pod does not notice.
     let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: one, namespace: default}\nspec:\n  containers:\n  - name: main\n    \
                image: process\n    command: [/bin/sleep, '600']\n";
@@ -346,7 +365,7 @@ async fn each_failure_of_an_installation_names_its_cause_and_its_cure() -> anyho
     far.ssh("")?;
     // Something else has the name.
     fs::create_dir_all(far.home().join(".local/bin"))?;
-    fs::write(far.installed(), "mine")?;
+    far.site.put("login/.local/bin/knoc-agent", "mine")?;
     let output = far.install(&on_demand).await?;
     ensure!(
         output.code == 1 && output.text().contains("was not installed by KNoC"),
@@ -382,10 +401,8 @@ async fn each_failure_of_an_installation_names_its_cause_and_its_cure() -> anyho
     Ok(())
 }
 
-#[tokio::test]
-async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_before()
--> anyhow::Result<()> {
-    let far = Far::new()?;
+/// systemd, cron and Slurm; returns the files of crontab and scrontab.
+fn site_programs(far: &Far) -> anyhow::Result<(PathBuf, PathBuf)> {
     let cron = far.crontab("crontab")?;
     let scron = far.crontab("scrontab")?;
     far.tool("systemctl", "exit 0")?;
@@ -394,6 +411,14 @@ async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_befo
     far.tool("sbatch", "echo 77")?;
     far.tool("squeue", "echo 77")?;
     far.tool("scancel", "")?;
+    Ok((cron, scron))
+}
+
+#[tokio::test]
+async fn a_run_mode_is_set_up_in_the_words_of_the_site_and_replaces_the_one_before()
+-> anyhow::Result<()> {
+    let far = Far::new()?;
+    let (cron, scron) = site_programs(&far)?;
     let agent = binary("knoc-agent")?;
     let listed = far
         .there(&agent)
@@ -498,7 +523,7 @@ async fn a_real_sshd_takes_the_same_words() -> anyhow::Result<()> {
         "near/ssh",
         &format!(
             "#!/bin/sh\nexec /usr/bin/ssh -F none -o UserKnownHostsFile={folder}/secret/known_hosts \
-             -o HostName=127.0.0.1 -o Port={port} -o HostKeyAlias='[127.0.0.1]:{port}' \
+             -o HostName=127.0.0.1 -o Port={port} \
              -o IdentityFile={folder}/login -o IdentitiesOnly=yes -o User={user} \"$@\"\n",
             user = fs::read_to_string(far.site.path("sshd/secret/remote_user"))?,
         ),

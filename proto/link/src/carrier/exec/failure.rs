@@ -203,7 +203,7 @@ pub struct CommandFailure {
     pub(super) stderr: String,
     /// The system's message, if it could not be started.
     #[source]
-    pub(in crate::carrier) source: Option<io::Error>,
+    pub(super) source: Option<io::Error>,
 }
 
 impl fmt::Display for CommandFailure {
@@ -245,6 +245,14 @@ impl CommandFailure {
             ended: None,
             stderr: String::new(),
             source: Some(source),
+        }
+    }
+
+    /// The command's input or output broke, and it did not say why.
+    pub(in crate::carrier) fn broken(source: io::Error) -> Self {
+        Self {
+            source: Some(source),
+            ..Self::of(Cause::Other, String::new())
         }
     }
 

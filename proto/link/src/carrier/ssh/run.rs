@@ -81,10 +81,7 @@ impl Ssh {
         done.map_err(|error| {
             failed(match error.downcast::<CommandFailure>() {
                 Ok(failure) => failure,
-                Err(error) => CommandFailure {
-                    source: Some(error),
-                    ..CommandFailure::of(Cause::Other, String::new())
-                },
+                Err(error) => CommandFailure::broken(error),
             })
         })
     }
