@@ -15,7 +15,8 @@ help: ## lists all targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  STACK=full|slurm|local selects the stack of demo, test and up; HPC_SUITE=trixie|sid selects Slurm 24.11 or 26.05 (bookworm,"
 	@echo "  22.05, has no Apptainer and serves only record-slurm.sh); KUBE_VERSION=1.36|1.34 selects Kubernetes (1.34 is built once in"
-	@echo "  addition, in 7 minutes); KUBECONFIG=… uses your cluster instead; QUICK=1 shortens bench"
+	@echo "  addition, in 7 minutes); KUBECONFIG=… uses your cluster instead; QUICK=1 shortens bench;"
+	@echo "  PROFILE=direct|ssh-only says how up and test reach the agent (any but direct: test runs only the core of level 3)"
 
 .PHONY: tools
 tools:
@@ -100,8 +101,9 @@ agent: build ## builds the static knoc-agent and its tarball
 	@packaging/agent/build-tarball.sh
 
 .PHONY: container
-container: build ## builds the kubelet's OCI image without a container engine
+container: build ## builds the kubelet's OCI images, plain and with OpenSSH, without a container engine
 	@packaging/kubelet/build-image.sh
+	@packaging/kubelet/build-image.sh --ssh
 
 .PHONY: chart
 chart: ## checks the chart and renders the plain manifests in deploy/

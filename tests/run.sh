@@ -5,9 +5,10 @@
 given_stack=${STACK:-}
 . "$(dirname "$0")/testbed/lib.sh"
 . "$testbed/stack.sh"
+. "$testbed/profile.sh"
 cd "$repository"
 export RUST_BACKTRACE=0 RUST_LIB_BACKTRACE=0 # the error already describes what was seen
-say "STACK=$STACK ($why)"
+say "STACK=$STACK ($why), PROFILE=$PROFILE"
 results=$log/tests
 mkdir -p "$results"
 rm -f "$results"/*
@@ -45,7 +46,7 @@ tests_named() { (cd tests/tests && ls $1 2>/dev/null | sed 's/\.rs$//; s/^/--tes
 # Level 2 needs no root: cargo starts its tests as an ordinary user, if that user can read this folder.
 l2_user="no root"
 l2() {
-    local ordinary="setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs env HOME=/nonexistent"
+    local ordinary="$testbed/ordinary.sh"
     if [ "$(id -u)" = 0 ]; then
         if $ordinary "$KNOC_BIN/knoc-agent" version >/dev/null 2>&1 && $ordinary cat tests/tests/tidy.rs >/dev/null 2>&1; then
             local -x CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$ordinary
@@ -57,6 +58,29 @@ l2() {
     suite L2 -p knoc-tests --test l2 -- --test-threads=16 --skip flood::
     suite L2 -p knoc-tests --test l2 flood:: -- --test-threads=1
 }
+
+# Another way to the agent: what depends on it, and a kill of each side. The rest does not know how the agent is reached.
+profile() {
+    local core='l3_pods.rs l3_logs.rs l3_streams.rs l3_kubectl.rs l3_delete.rs l3_knocctl.rs'
+    if "$testbed/up.sh" && "$testbed/sweep.sh"; then
+        suite "$PROFILE" -p knoc-tests $(tests_named "$core") -- --test-threads=4
+        suite "$PROFILE" -p knoc-tests --test l3_faults -- --test-threads=1 an_agent_that_is_down a_kubelet_that_was_killed
+    else
+        echo "test result: FAILED. 0 passed; 1 failed; 0 ignored" >>"$results/$PROFILE"
+    fi
+    "$testbed/kubelet.sh" down
+    "$testbed/agent.sh" down
+    echo
+    printf '%-9s %-46s %7s %7s %8s %8s\n' level what passed failed skipped time
+    row "$PROFILE" "the core of L3, PROFILE=$PROFILE"
+    grep -h '^test .* FAILED$' "$results"/* | sed 's/^test \(.*\) \.\.\. FAILED/failed: \1/' || true
+    echo "$total_passed passed, $total_failed failed, $total_skipped skipped"
+    [ $total_failed = 0 ]
+}
+if [ "$PROFILE" != direct ]; then
+    profile
+    exit
+fi
 
 # The other programs that level 3 needs are built while the unit tests are compiled; a failure is reported when they are needed.
 [ "$STACK" != full ] || { nice "$testbed/kube/setup.sh" metrics-server && nice "$testbed/interop.sh"; } &

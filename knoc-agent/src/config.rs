@@ -6,6 +6,7 @@
 
 mod check;
 pub mod dial_out;
+mod listen;
 mod privileged;
 mod serve;
 pub mod text;
@@ -14,7 +15,6 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{self, Read as _},
-    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -22,6 +22,7 @@ use std::{
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
+pub use listen::Listen;
 pub use privileged::Privileged;
 pub use serve::Serve;
 
@@ -178,33 +179,6 @@ impl RuntimeKind {
             Self::Apptainer => "apptainer",
             Self::Singularity => "singularity",
             Self::Process => "process",
-        }
-    }
-}
-
-/// The addresses that the agent listens on.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Listen {
-    /// The address for kubelets and knocctl, which use mutual TLS. If `None`, they connect over SSH only.
-    #[serde(deserialize_with = "text::address_or_none")]
-    pub kubelet: Option<SocketAddr>,
-    /// The address for shims, whose keys are pinned.
-    #[serde(deserialize_with = "text::address")]
-    pub shim: SocketAddr,
-    /// The addresses that shims connect to, as `host:port`. If empty: this host's addresses, with the port of `shim`.
-    pub shim_addresses: Vec<String>,
-    /// The unix socket. If unset: `$XDG_RUNTIME_DIR/knoc/agent.sock`, else `STATE_DIR/socket/agent.sock`.
-    pub socket: Option<PathBuf>,
-}
-
-impl Default for Listen {
-    fn default() -> Self {
-        Self {
-            kubelet: Some(SocketAddr::from(([0, 0, 0, 0], 10350))),
-            shim: SocketAddr::from(([0, 0, 0, 0], 10351)),
-            shim_addresses: Vec::new(),
-            socket: None,
         }
     }
 }

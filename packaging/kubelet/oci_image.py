@@ -1,4 +1,5 @@
-"""Writes an OCI image of one static binary, as a layout and as an archive. Uses only the standard library; the output is reproducible."""
+"""Writes an OCI image of one static binary, as a layout and as an archive, optionally with a layer of further files. Uses only the
+standard library; the output is reproducible."""
 
 import argparse
 import gzip
@@ -29,6 +30,24 @@ def tar(files, epoch):
     return out.getvalue()
 
 
+def tree(folder, epoch):
+    """An uncompressed tar of all files and links below a folder, sorted by name and owned by root."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path in sorted(pathlib.Path(folder).rglob("*")):
+            info = archive.gettarinfo(str(path), str(path.relative_to(folder)))
+            info.uid = info.gid = 0
+            info.uname = info.gname = ""
+            info.mtime = epoch
+            info.mode = 0o755 if path.is_dir() or info.mode & 0o100 else 0o644
+            if info.isreg():
+                with path.open("rb") as file:
+                    archive.addfile(info, file)
+            else:
+                archive.addfile(info)
+    return out.getvalue()
+
+
 def digest(data):
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
@@ -41,7 +60,7 @@ def descriptor(media_type, data, **more):
     return {"mediaType": media_type, "digest": digest(data), "size": len(data), **more}
 
 
-def config(version, layer_tar, created):
+def config(version, layer_tars, created):
     return {
         "architecture": "amd64",
         "os": "linux",
@@ -58,22 +77,24 @@ def config(version, layer_tar, created):
                 "org.opencontainers.image.version": version,
             },
         },
-        "rootfs": {"type": "layers", "diff_ids": [digest(layer_tar)]},
-        "history": [{"created": created, "created_by": "packaging/kubelet/oci_image.py"}],
+        "rootfs": {"type": "layers", "diff_ids": [digest(layer) for layer in layer_tars]},
+        "history": [{"created": created, "created_by": "packaging/kubelet/oci_image.py"} for _ in layer_tars],
     }
 
 
-def build(binary, licence, version, epoch):
+def build(binary, licence, version, epoch, further=None):
     """The files of the OCI layout, by path."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch))
-    layer_tar = tar([("LICENSE", licence, 0o644), ("knoc-kubelet", binary, 0o755)], epoch)
-    layer = gzip.compress(layer_tar, 9, mtime=0)
-    image_config = encode(config(version, layer_tar, created))
+    layer_tars = [tar([("LICENSE", licence, 0o644), ("knoc-kubelet", binary, 0o755)], epoch)]
+    if further:
+        layer_tars.append(tree(further, epoch))
+    layers = [gzip.compress(layer, 9, mtime=0) for layer in layer_tars]
+    image_config = encode(config(version, layer_tars, created))
     manifest = encode({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": descriptor("application/vnd.oci.image.config.v1+json", image_config),
-        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar+gzip", layer)],
+        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar+gzip", layer) for layer in layers],
     })
     index = encode({
         "schemaVersion": 2,
@@ -87,7 +108,7 @@ def build(binary, licence, version, epoch):
             )
         ],
     })
-    blobs = {"blobs/sha256/" + digest(data).split(":")[1]: data for data in (image_config, layer, manifest)}
+    blobs = {"blobs/sha256/" + digest(data).split(":")[1]: data for data in (image_config, *layers, manifest)}
     return {"oci-layout": encode({"imageLayoutVersion": "1.0.0"}), "index.json": index, **blobs}, digest(manifest)
 
 
@@ -95,13 +116,16 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__)
     for name in ("binary", "license", "version", "output"):
         arguments.add_argument(f"--{name}", required=True)
+    arguments.add_argument("--files", help="a folder whose files become a second layer")
+    arguments.add_argument("--suffix", default="", help="is added to the image's version and to the names of the output")
     given = arguments.parse_args()
+    given.version += given.suffix
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
     read = lambda path: pathlib.Path(path).read_bytes()
-    files, manifest = build(read(given.binary), read(given.license), given.version, epoch)
+    files, manifest = build(read(given.binary), read(given.license), given.version, epoch, given.files)
 
     output = pathlib.Path(given.output)
-    layout, fresh = output / "knoc-kubelet-oci", output / "knoc-kubelet-oci.new"
+    layout, fresh = output / f"knoc-kubelet{given.suffix}-oci", output / f"knoc-kubelet{given.suffix}-oci.new"
     for folder in (layout, fresh):
         shutil.rmtree(folder, ignore_errors=True)
     for name, data in files.items():

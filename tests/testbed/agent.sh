@@ -2,6 +2,7 @@
 # The agent of the stack: agent.sh up | down | kill (-9) | running
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
+. "$testbed/profile.sh"
 # The stacks full and slurm have one agent.
 of=$STACK; [ "$of" != slurm ] || of=full
 pidfile=$run/agent-$of.pid
@@ -49,9 +50,19 @@ serve_this_cluster() {
     sed -i "s|^#* *cluster_id *=.*|cluster_id = \"$id\"|" "$config/agent.toml"
     stop "$pidfile"
 }
+# The link of this profile; the agent is restarted if it had another one.
+follow_profile() {
+    [ "$STACK" = full ] || return 0
+    profile_prepare
+    profile_changed "$run/profile-agent" || return 0
+    say "PROFILE=$PROFILE: restarting the agent"
+    sed -i "s|^kubelet = .*|kubelet = \"$(profile_agent)\"|" "$config/agent.toml"
+    stop "$pidfile"
+}
 # knocctl's configuration for the host, derived from the one that `init` wrote.
 configure_knocctl() {
     sed "s|$agent_home/|$agent_home_here/|g" "$config/knocctl.toml" >"$run/knocctl.toml"
+    [ "$STACK" != full ] || profile_knocctl "$run/knocctl.toml"
 }
 # `hpc exec` stays as the parent of the process that it started on the node: the agent is that process, or its child.
 agent_of() {
@@ -66,6 +77,7 @@ up() {
     install_binaries
     configure
     serve_this_cluster
+    follow_profile
     configure_knocctl
     if alive "$pidfile"; then
         read -r pid _ <"$pidfile"

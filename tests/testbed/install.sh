@@ -2,6 +2,8 @@
 # Installs and builds once what the stack needs, and prints each step: Debian packages, Go, the control plane, the Slurm root.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
+# The tests of links over SSH start an sshd of their own.
+[ -x /usr/sbin/sshd ] || [ "$(id -u)" != 0 ] || apt_get openssh-server
 [ "$STACK" != local ] || exit 0
 [ "$(id -u)" = 0 ] || die "STACK=$STACK makes its own Slurm cluster of network namespaces, which needs root (sudo make ... STACK=$STACK).
 Without root: STACK=local, the agent with its embedded scheduler. On a login node that has Slurm: docs/guide/install.md, which needs no root."

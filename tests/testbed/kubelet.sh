@@ -4,6 +4,7 @@
 # certificate of the cluster's signer. KNOC_NODE_TAINT=false: the node is without its taint.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
+. "$testbed/profile.sh"
 pidfile=$run/kubelet.pid
 state=$run/kubelet
 [ "$KUBE_VERSION" = 1.36 ] || state=$state-$KUBE_VERSION # certificates and tokens belong to one control plane
@@ -19,8 +20,9 @@ install_chart() {
     local part
     kubectl create namespace $namespace --dry-run=client -o yaml | kubectl apply -f - >/dev/null
     kubectl apply -n $namespace -f "$agent_home_here/.config/knoc/kubelet-bundle.yaml" >/dev/null
+    profile_chart
     # The kubelet's own pod cannot run on any node here, so there is no --wait.
-    helm upgrade --install knoc "$repository/deploy/chart/knoc" --namespace $namespace --set agent.address="$agent_address" \
+    helm upgrade --install knoc "$repository/deploy/chart/knoc" --namespace $namespace "${chart_values[@]}" \
         --set agent.site=$site --set identity.kind="$identity" --set server.certificate="$serving" >"$log/helm.log" 2>&1 || { cat "$log/helm.log" >&2; die "helm could not install the chart"; }
     mkdir -p "$state"
     for part in ca.crt tls.crt tls.key; do
@@ -68,7 +70,11 @@ meet_the_cluster() {
     esac
 }
 up() {
-    local pid server settings
+    local pid server settings chart_values link_settings
+    if profile_changed "$run/profile-kubelet"; then
+        say "PROFILE=$PROFILE: restarting the kubelet"
+        stop "$pidfile"
+    fi
     if alive "$pidfile"; then
         read -r pid _ <"$pidfile"
         ! cmp -s "/proc/$pid/exe" "$KNOC_BIN/knoc-kubelet" || return 0
@@ -79,8 +85,9 @@ up() {
     install_chart
     kubeconfig
     meet_the_cluster
+    profile_kubelet
     start "$pidfile" "$log/kubelet.log" env -i PATH="$PATH" HOME="$state" ${KNOC_CRASH_AT:+KNOC_CRASH_AT="$KNOC_CRASH_AT"} \
-        KNOC_AGENT_ADDRESS="$agent_address" KNOC_AGENT_SITE=$site \
+        "${link_settings[@]}" KNOC_AGENT_SITE=$site \
         KNOC_AGENT_CA="$state/agent-ca.crt" KNOC_AGENT_CERT="$state/agent-tls.crt" KNOC_AGENT_KEY="$state/agent-tls.key" \
         KNOC_KUBERNETES_KUBECONFIG="$state/kubeconfig" KNOC_KUBERNETES_NAMESPACE=$namespace KNOC_KUBERNETES_IDENTITY=testbed \
         KNOC_NODE_NAME=$node KNOC_NODE_TAINT="${KNOC_NODE_TAINT:-true}" KNOC_IDENTITY_KIND="$identity" KNOC_KEYS_SECRET=knoc-kubelet-keys "${settings[@]}" \

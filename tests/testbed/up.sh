@@ -2,7 +2,8 @@
 # Starts the stack and leaves it running; if called again, starts only the parts that are not running.
 . "$(dirname "$0")/lib.sh"
 . "$testbed/stack.sh"
-say "STACK=$STACK ($why)"
+. "$testbed/profile.sh"
+say "STACK=$STACK ($why), PROFILE=$PROFILE"
 [ "$STACK" = local ] || [ "$HPC_SUITE" != bookworm ] \
     || die "HPC_SUITE=bookworm has Slurm 22.05 and no Apptainer and is used only by record-slurm.sh; trixie and sid run pods"
 "$testbed/install.sh"

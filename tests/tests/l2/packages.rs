@@ -17,10 +17,16 @@ fn root() -> PathBuf {
 /// Runs a packaging script into a fresh folder.
 async fn package(script: &str) -> anyhow::Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
-    Run::new(root().join("packaging").join(script))
-        .arg(folder.path())
-        .ok()
-        .await?;
+    let mut words = script.split(' ');
+    Run::new(
+        root()
+            .join("packaging")
+            .join(words.next().unwrap_or_default()),
+    )
+    .args(words)
+    .arg(folder.path())
+    .ok()
+    .await?;
     Ok(folder)
 }
 
@@ -89,5 +95,34 @@ async fn the_image_is_reproducible_and_runs_as_nobody() -> anyhow::Result<()> {
         .text();
     ensure!(names == "LICENSE\nknoc-kubelet", "{names}");
     only(first.path(), ".oci.tar")?;
+    Ok(())
+}
+
+/// ssh refuses to run as a user without a line in /etc/passwd, and reaches a jump host through /bin/sh.
+#[tokio::test]
+async fn the_variant_with_openssh_contains_what_ssh_needs() -> anyhow::Result<()> {
+    let built = package("kubelet/build-image.sh --ssh").await?;
+    let layout = built.path().join("knoc-kubelet-ssh-oci");
+    let index: Value = serde_json::from_slice(&std::fs::read(layout.join("index.json"))?)?;
+    let entry = &index["manifests"][0];
+    let manifest: Value = serde_json::from_slice(&blob(&layout, &entry["digest"])?)?;
+    let tag = &entry["annotations"]["org.opencontainers.image.ref.name"];
+    ensure!(
+        tag.as_str().is_some_and(|tag| tag.ends_with("-ssh")),
+        "{tag}"
+    );
+    let layer = blob(&layout, &manifest["layers"][1]["digest"])?;
+    let tar = |arguments: &[&str]| Run::new("tar").args(arguments).stdin(layer.clone());
+    let names = tar(&["-tzf", "-"]).ok().await?.text();
+    for name in ["usr/bin/ssh", "bin/sh", "etc/nsswitch.conf"] {
+        ensure!(names.lines().any(|found| found == name), "{name}: {names}");
+    }
+    ensure!(
+        names.contains("libcrypto") && names.contains("/copyright"),
+        "{names}"
+    );
+    let passwd = tar(&["-xzOf", "-", "etc/passwd"]).ok().await?.text();
+    ensure!(passwd.starts_with("nonroot:x:65532:65532:"), "{passwd}");
+    only(built.path(), "-ssh.oci.tar")?;
     Ok(())
 }

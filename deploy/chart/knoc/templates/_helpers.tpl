@@ -28,11 +28,22 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
+{{- /* Non-empty if an address is a login over SSH. */ -}}
+{{- define "knoc.overSsh" -}}
+{{- $over := "" -}}
+{{- range (kindIs "slice" .Values.agent.address | ternary .Values.agent.address (list .Values.agent.address)) -}}
+{{- if hasPrefix "ssh:" . }}{{ $over = "yes" }}{{ end -}}
+{{- end -}}
+{{- if and $over (not .Values.agent.ssh.secret) }}{{ fail "agent.ssh.secret is missing: an ssh: address needs a Secret with ssh-privatekey and known_hosts" }}{{ end -}}
+{{- if and .Values.agent.ssh.secret (not $over) }}{{ fail "agent.ssh.secret is of no use: agent.address has no ssh: address" }}{{ end -}}
+{{- $over -}}
+{{- end -}}
+
 {{- define "knoc.image" -}}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}
 {{- else -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default (printf "%s%s" .Chart.AppVersion (ternary "-ssh" "" (not (empty .Values.agent.ssh.secret)))) }}
 {{- end -}}
 {{- end -}}
 

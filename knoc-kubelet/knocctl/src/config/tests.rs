@@ -53,7 +53,7 @@ fn mistakes_are_named_with_line_and_allowed_values() {
     );
     let expected = [
         "/c/knocctl.toml:1: current-contxt: unknown field `current-contxt`, expected `current-context` or `contexts`; did you mean `current-context`?",
-        "/c/knocctl.toml:3: contexts.a.address: is missing: HOST:PORT or unix:/PATH",
+        "/c/knocctl.toml:3: contexts.a.address: is missing: HOST:PORT, ssh:[USER@]HOST[:PORT], exec:COMMAND or unix:/PATH",
         "/c/knocctl.toml:4: contexts.a.adress: unknown field `adress`, expected one of `address`, `ca`, `cert`, `key`, `site`; did you mean `address`?",
         "/c/knocctl.toml:7: contexts.b.address: invalid type: integer `7`, expected a string",
         "/c/knocctl.toml:10: contexts.c.address: \"x\" is not HOST:PORT (write an IPv6 address in brackets)",

@@ -121,8 +121,8 @@ impl Dial for Dialler<'_> {
     }
 }
 
-/// Starts the command, with these variables beside those of this process, and waits for its marker. `held` is dropped with the
-/// connection.
+/// Starts the command, with these variables beside those of this process, and waits for its marker. `held` is dropped
+/// once that has come.
 pub(super) async fn start(
     argv: &Argv,
     carrier: &Carrier,

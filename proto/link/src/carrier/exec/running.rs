@@ -31,7 +31,7 @@ const KEPT: usize = 4 << 10;
 /// How long a command whose output has ended may take to end itself.
 const ENDING: Duration = Duration::from_secs(2);
 
-/// What has to live as long as the command, such as a folder with its key.
+/// What the command needs until its marker has come, such as a folder with its key.
 #[derive(Default)]
 pub(crate) struct Held(Option<Box<dyn Any + Send + Sync>>);
 
@@ -65,7 +65,7 @@ struct Running {
     said: VecDeque<u8>,
     /// Runs since the command's output has ended.
     ending: Option<Pin<Box<Sleep>>>,
-    _held: Held,
+    held: Held,
 }
 
 impl CommandIo {
@@ -96,7 +96,7 @@ impl CommandIo {
             stderr,
             said: VecDeque::new(),
             ending: None,
-            _held: held,
+            held,
         };
         Ok(Self {
             stream,
@@ -114,6 +114,8 @@ impl CommandIo {
         let found = tokio::time::timeout(limit, self.find_marker()).await;
         let found = found.unwrap_or_else(|_| Err(self.failure(Cause::Late)))?;
         if found == speaks {
+            // It has read its files: no copy of a key outlives the login.
+            self.running.held = Held::default();
             Ok(self)
         } else {
             Err(self.failure(Cause::OtherSpeech(found)))

@@ -2,7 +2,7 @@
 //! `ssh-certificate`, `remote_user`, `host`, `port` and `proxy_jump`.
 //!
 //! It is read for each connection, so a replaced Secret counts at once. ssh refuses a key that others can read, as they can
-//! in a mounted Secret, so key and host keys are copied into a private folder in memory that ends with the connection.
+//! in a mounted Secret, so key and host keys are copied into a private folder in memory, which is removed once the login has succeeded.
 //! The options stand in a configuration file there, because only that also counts for the hop to a jump host.
 use std::{
     fmt::Write as _,
