@@ -178,7 +178,7 @@ async fn an_agent_is_installed_over_ssh_and_a_second_run_completes_the_first() -
     let said = first.text();
     for part in [
         "helm install",
-        "agent.sshOnDemand=true",
+        "agent.ssh.onDemand=true",
         "serve --stdio",
         "Everybody who can create a pod",
     ] {

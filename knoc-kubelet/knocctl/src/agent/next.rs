@@ -75,14 +75,14 @@ pub(super) fn commands(
         None => {
             let key = over_ssh(ssh, installed);
             let further = if installed.run_mode == Some(RunMode::OnDemand) {
-                " --set agent.sshOnDemand=true"
+                " --set agent.ssh.onDemand=true"
             } else {
                 ""
             };
             format!(
                 "{key}{begin}    kubectl -n knoc-system create secret generic knoc-ssh --from-file=ssh-privatekey=knoc-ssh \\\n        \
                  --from-file=known_hosts{literals}\n{install} \\\n        --set agent.site={site} --set agent.address=ssh: \
-                 --set agent.ssh.secret=knoc-ssh \\\n        --set image.tag=VERSION-ssh{further}\n",
+                 --set agent.ssh.secret=knoc-ssh{further}\n",
                 literals = literals(ssh),
             )
         }

@@ -57,9 +57,9 @@ fn the_commands_that_follow_name_the_way_and_not_the_key() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    assert!(!text.contains("SECRET") && !text.contains("sshOnDemand"));
+    assert!(!text.contains("SECRET") && !text.contains("onDemand"));
     let text = over(None, RunMode::OnDemand);
-    assert!(text.contains("serve --stdio") && text.contains("agent.sshOnDemand=true"));
+    assert!(text.contains("serve --stdio") && text.contains("agent.ssh.onDemand=true"));
     let text = over(Some("login.example.org"), RunMode::Cron);
     assert!(
         text.contains("agent.address=login.example.org:10350") && !text.contains("ssh"),
