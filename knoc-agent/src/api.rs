@@ -59,6 +59,7 @@ const CAPABILITIES: &[&str] = &[
     "script",
     "stats",
     "renew",
+    "log-positions",
 ];
 
 /// The capabilities that hold on this site.

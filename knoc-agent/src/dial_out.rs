@@ -164,6 +164,7 @@ impl Dialling {
                     if self.taken.send(connection).await.is_err() {
                         return;
                     }
+                    pause = PAUSE;
                     tokio::time::sleep(BETWEEN).await;
                     continue;
                 }

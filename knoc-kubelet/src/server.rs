@@ -117,7 +117,8 @@ pub trait Backend: Send + Sync + 'static {
     /// The pod with this namespace and name.
     fn pod(&self, namespace: &str, name: &str) -> Option<PodView>;
 
-    /// The log of a container, from the agent; returns when the agent has accepted the request.
+    /// The log of a container, from the agent; returns when the agent has accepted the request. The stream survives the
+    /// loss of the link to the agent.
     fn read_logs(
         &self,
         request: pb::ReadLogsRequest,

@@ -14,13 +14,20 @@ pub const RUN_AS_NON_ROOT: &str = "run-as-non-root";
 /// The agent applies the site's policy to `privileged`.
 pub const PRIVILEGED: &str = "privileged";
 
+/// The agent's shims run probes.
+pub const PROBES: &str = "probes";
+/// The agent's shims run the hooks of containers.
+pub const HOOKS: &str = "hooks";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 5] = [
+pub const OF_PODS: [&str; 7] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
     RUN_AS_NON_ROOT,
     PRIVILEGED,
+    PROBES,
+    HOOKS,
 ];
 
 /// The capabilities that this pod needs.
@@ -46,9 +53,20 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             PRIVILEGED,
             containers().any(|container| container.privileged),
         ),
+        (PROBES, containers().any(has_probe)),
+        (HOOKS, containers().any(has_hook)),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
+}
+
+fn has_probe(container: &pb::Container) -> bool {
+    let (startup, liveness) = (&container.startup_probe, &container.liveness_probe);
+    startup.is_some() || liveness.is_some() || container.readiness_probe.is_some()
+}
+
+fn has_hook(container: &pb::Container) -> bool {
+    container.post_start.is_some() || container.pre_stop.is_some()
 }
 
 #[cfg(test)]
@@ -73,6 +91,8 @@ mod tests {
         spec.resolver = Some(pb::Resolver::default());
         spec.init_containers[0].run_as_non_root = true;
         spec.init_containers[0].privileged = true;
+        spec.containers[0].readiness_probe = Some(pb::Probe::default());
+        spec.containers[0].pre_stop = Some(pb::Hook::default());
         assert_eq!(needed(&spec), OF_PODS);
     }
 }

@@ -12,6 +12,7 @@ use crate::{
 };
 
 mod network;
+mod probe;
 
 pub use network::{Hostname, MAX_HOSTNAME};
 
@@ -269,6 +270,7 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
         }
     }
     check_mounts(spec, container, problems);
+    probe::check(container, problems);
 }
 
 fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Vec<String>) {

@@ -7,6 +7,7 @@
 //! | T2 | pod created → first line executed in the container | `sbatch` + `apptainer exec` |
 //! | T3 | last line of the program → a watch shows the terminal phase | a watch's own delay |
 //! | T4 | `exec true` by a warm client | `apptainer exec instance://… true` on the compute node |
+//! | status beside a cp | T3 while `kubectl cp` runs at full speed | T3 without it |
 //! | follow | the program writes a line → a client of the API server has it | none |
 //! | streams | log, exec, cp and port-forward bytes | the same bytes through as many TLS relays, one process each |
 //!
@@ -14,6 +15,7 @@
 //! relays' reader does at its TLS connection. Only cp uses kubectl itself.
 
 mod bed;
+mod beside;
 mod exec;
 mod floor;
 mod follow;
@@ -44,6 +46,9 @@ const STREAMS: usize = 5;
 /// A short stream takes a third of a second, so it is measured this many times as often.
 const SHORT: usize = 3;
 
+/// Rounds of pods without and beside a copy.
+const BESIDE: usize = 25;
+
 /// The number of lines in the log that is followed.
 const FOLLOWED: usize = 300;
 
@@ -61,6 +66,7 @@ struct Figures {
     watch_delay: Series,
     exec: exec::Exec,
     follow: Series,
+    beside: beside::Beside,
     streams: Vec<streams::Stream>,
     load: load::Load,
 }
@@ -89,6 +95,8 @@ pub async fn run(page: &Path, quick: bool) -> anyhow::Result<()> {
     figures.exec = exec::measure(&bed, if quick { 30 } else { EXECS }).await?;
     say("a followed log");
     figures.follow = follow::measure(&bed, if quick { 60 } else { FOLLOWED }).await?;
+    say("status beside a cp");
+    figures.beside = beside::measure(&bed, if quick { 3 } else { BESIDE }).await?;
     say("memory and RPCs at 50 running pods");
     figures.load = load::measure(&bed, 50, if quick { 15 } else { 60 }).await?;
     say("streams");

@@ -1,17 +1,28 @@
 //! A link that can be cut: a TCP relay on loopback that does not look at the bytes.
 
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 /// A relay. Dropping it cuts all connections and refuses new ones.
 #[derive(Debug)]
 pub struct Relay {
     address: SocketAddr,
     target: Option<oneshot::Sender<SocketAddr>>,
+    state: Arc<Mutex<State>>,
     _task: JoinSet<()>,
+}
+
+/// Never held across an await.
+#[derive(Debug, Default)]
+struct State {
+    refuses: bool,
+    /// Cut one connection each, in the order in which they came.
+    connections: Vec<CancellationToken>,
 }
 
 impl Relay {
@@ -25,11 +36,13 @@ impl Relay {
         let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let (target, told) = oneshot::channel();
+        let state = Arc::default();
         let mut task = JoinSet::new();
-        task.spawn(serve(listener, source, told));
+        task.spawn(serve(listener, source, told, Arc::clone(&state)));
         Ok(Self {
             address,
             target: Some(target),
+            state,
             _task: task,
         })
     }
@@ -52,12 +65,44 @@ impl Relay {
     pub fn cut(self) {
         drop(self);
     }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes new connections at once from now on, or relays them again.
+    pub fn refuse(&self, refuses: bool) {
+        self.state().refuses = refuses;
+    }
+
+    /// How many connections have been relayed so far.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.state().connections.len()
+    }
+
+    /// Cuts one connection; 0 is the one that came first.
+    pub fn cut_one(&self, number: usize) -> anyhow::Result<()> {
+        use anyhow::Context as _;
+        let state = self.state();
+        let connection = state.connections.get(number);
+        connection.context("no such connection")?.cancel();
+        Ok(())
+    }
+
+    /// Cuts all connections that there are. New ones are relayed, unless they are refused.
+    pub fn cut_all(&self) {
+        for connection in &self.state().connections {
+            connection.cancel();
+        }
+    }
 }
 
 async fn serve(
     listener: TcpListener,
     source: std::net::Ipv4Addr,
     told: oneshot::Receiver<SocketAddr>,
+    state: Arc<Mutex<State>>,
 ) {
     let Ok(target) = told.await else { return };
     let mut connections = JoinSet::new();
@@ -66,7 +111,14 @@ async fn serve(
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => {
                 let Ok((near, _)) = accepted else { return };
-                connections.spawn(pass(near, source, target));
+                let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+                if !state.refuses {
+                    let cut = CancellationToken::new();
+                    state.connections.push(cut.clone());
+                    connections.spawn(async move {
+                        cut.run_until_cancelled(pass(near, source, target)).await;
+                    });
+                }
             }
         }
     }

@@ -1,7 +1,7 @@
 # How the kubelet and knocctl reach the agent of the full stack. Sourced after stack.sh.
 #   PROFILE=direct    over TCP (default)
 #   PROFILE=ssh-only  over SSH only: the agent opens no port for kubelets
-# A profile is a file profiles/NAME.sh, which may define these functions; the defaults are those of `direct`:
+# A profile is a file of its name in the folder `profiles`, which may define these functions; the defaults are those of `direct`:
 #   profile_agent     prints the value of listen.kubelet in the agent's site file
 #   profile_prepare   prepares the login node, after the agent was configured
 #   profile_kubelet   sets the array link_settings: variables of the kubelet that name the link

@@ -75,7 +75,7 @@ async fn a_sub_path_waits_for_its_variables_and_stays_in_the_volume() -> anyhow:
     let world = World::new("sub-path").await?;
     let pod = |name: &str, value: &str| {
         PodBuilder::new(name)
-            .sh("echo hello >/sub/file; ls /all/*/*")
+            .sh("echo hello >/sub/file; ls /all/*/*/*")
             .set(
                 "env",
                 json!([

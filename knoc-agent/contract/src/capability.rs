@@ -7,9 +7,11 @@ pub const ATTACH: &str = "attach";
 pub const PORT_FORWARD: &str = "port-forward";
 /// The shim serves `GetStats`.
 pub const STATS: &str = "stats";
+/// The shim continues a log at a position, and sends the first position at once.
+pub const LOG_POSITIONS: &str = "log-positions";
 /// The shim handles SIGUSR1 as the agent's request to stop the pod. An older shim would be killed
 /// by the signal.
 pub const STOP_SIGNAL: &str = "stop-signal";
 
 /// All capabilities of this version's shim.
-pub const ALL: [&str; 4] = [ATTACH, PORT_FORWARD, STATS, STOP_SIGNAL];
+pub const ALL: [&str; 5] = [ATTACH, LOG_POSITIONS, PORT_FORWARD, STATS, STOP_SIGNAL];

@@ -38,6 +38,7 @@ use super::{
     environment::{self, TerminationLog},
     fdio::{self, Stream},
     handshake::{self, HandshakeError, Launched},
+    health::Change,
     measure,
     output::{self, Log, Source},
     passwd,
@@ -81,10 +82,12 @@ pub(crate) struct Ended {
     pub(crate) used: Counters,
 }
 
-/// What an attempt tells the supervisor while it lasts.
+/// What an attempt, or a task that works for it, tells the supervisor while it lasts.
 #[derive(Debug)]
 pub(crate) struct Event {
     pub(crate) id: SlotId,
+    /// The number of the attempt: news of an earlier one come too late.
+    pub(crate) attempt: u32,
     pub(crate) news: News,
 }
 
@@ -98,6 +101,22 @@ pub(crate) enum News {
     },
     /// Log lines were lost. Counts all that this attempt has lost so far.
     Lost(Losses),
+    /// The postStart hook has ended.
+    PostStarted { succeeded: bool },
+    /// The preStop hook has ended.
+    PreStopped { succeeded: bool },
+    /// A probe has changed what is known about the program.
+    Probed(Change),
+    /// A probe did not go as it should.
+    Told(Told),
+}
+
+/// What becomes an Event with a count.
+#[derive(Debug)]
+pub(crate) struct Told {
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
+    pub(crate) count: i32,
 }
 
 /// One attempt to run a container.
@@ -266,7 +285,7 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
         spec,
         hub: Arc::clone(&hub),
     };
-    let event = running(attempt.spec.id, program);
+    let event = running(attempt, program);
     // The supervisor outlives its attempts.
     attempt.events.send(event).await.ok();
     let live = pod.jobdir.log_path(&container.name, attempt.number);
@@ -296,12 +315,16 @@ async fn try_run(pod: &Arc<Pod>, attempt: &Attempt) -> Result<Done, AttemptError
     Ok((exit, message, losses, killed, used))
 }
 
-fn running(id: SlotId, program: Program) -> Event {
+fn running(attempt: &Attempt, program: Program) -> Event {
     let news = News::Running {
         program: Arc::new(program),
         started_at: Timestamp::now(),
     };
-    Event { id, news }
+    Event {
+        id: attempt.spec.id,
+        attempt: attempt.number,
+        news,
+    }
 }
 
 /// Where the output goes, and how the supervisor learns of lines that could not be written.
@@ -311,9 +334,13 @@ fn log<'a>(pod: &Pod, attempt: &'a Attempt, live: &Path) -> Log<'a> {
         limits: pod.limits,
         written: attempt.written.clone(),
         lost: Box::new(|losses| {
-            let (id, news) = (attempt.spec.id, News::Lost(losses.clone()));
+            let event = Event {
+                id: attempt.spec.id,
+                attempt: attempt.number,
+                news: News::Lost(losses.clone()),
+            };
             // If the supervisor's channel is full, a later event reports the same lines.
-            attempt.events.try_send(Event { id, news }).is_ok()
+            attempt.events.try_send(event).is_ok()
         }),
     }
 }

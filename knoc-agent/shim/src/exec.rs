@@ -4,6 +4,8 @@
 //! the helper's standard input. Bytes go both ways with back-pressure, each direction can be closed alone, and the exit
 //! status comes last. When the client disconnects, the process gets HUP, then TERM, then KILL, and is always reaped.
 
+mod capture;
+
 use std::{
     convert::Infallible,
     io,
@@ -40,6 +42,8 @@ use super::{
 };
 use crate::launch::set_terminal_size;
 
+pub(crate) use self::capture::{Captured, capture};
+
 /// How long processes that a program left behind may keep its streams open without writing.
 const DRAIN: Duration = Duration::from_secs(1);
 
@@ -63,8 +67,9 @@ pub(crate) struct Session {
     pub(crate) output: mpsc::Sender<Result<ExecOutput, Status>>,
 }
 
+/// Why a command was not started.
 #[derive(Debug, thiserror::Error)]
-enum ExecError {
+pub(crate) enum ExecError {
     #[error("start the exec helper")]
     Spawn(#[source] io::Error),
     #[error("exec failed: unable to start container process")]

@@ -95,13 +95,23 @@ fn dial_errors(tried: &[(IpAddr, io::Error)]) -> String {
 /// out which process has it. If the shim cannot tell whether a connection leads to the pod, it drops it before anything was
 /// sent, and dials again while it holds the listener open, which makes the owner known.
 pub(crate) async fn connect(port: u16, root: u32) -> Result<TcpStream, ForwardError> {
-    if let Some(stream) = dial(port, root, Hold::No).await? {
-        return Ok(stream);
+    let reached = connect_within(port, root, Reach::Loopback).await?;
+    Ok(reached.stream)
+}
+
+/// As [`connect`], but if nothing listens on the loopback interface, to the address where the pod listens.
+pub(crate) async fn connect_anywhere(port: u16, root: u32) -> Result<Reached, ForwardError> {
+    connect_within(port, root, Reach::Anywhere).await
+}
+
+async fn connect_within(port: u16, root: u32, reach: Reach) -> Result<Reached, ForwardError> {
+    if let Some(reached) = dial(port, root, Hold::No, reach).await? {
+        return Ok(reached);
     }
     let dialling = async {
         loop {
-            match dial(port, root, Hold::Yes).await {
-                Ok(Some(stream)) => return Ok(stream),
+            match dial(port, root, Hold::Yes, reach).await {
+                Ok(Some(reached)) => return Ok(reached),
                 // A program that listens once, again and again, has no listener in between.
                 Ok(None) | Err(ForwardError::ConnectionRefused { .. }) => {}
                 Err(error) => return Err(error),
@@ -120,8 +130,29 @@ enum Hold {
     Yes,
 }
 
+/// A connection to the pod.
+#[derive(Debug)]
+pub(crate) struct Reached {
+    pub(crate) stream: TcpStream,
+    pub(crate) address: IpAddr,
+    /// All that listened on the port when it was dialled. As long as the same do, the address leads to the pod.
+    pub(crate) listeners: Vec<Listener>,
+}
+
+/// Where the shim connects to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Loopback,
+    Anywhere,
+}
+
 /// Dials once. `None` if a connection was made, but the shim cannot tell whether it leads to the pod.
-async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, ForwardError> {
+async fn dial(
+    port: u16,
+    root: u32,
+    mode: Hold,
+    reach: Reach,
+) -> Result<Option<Reached>, ForwardError> {
     let mut tried = Vec::new();
     let (before, own, held) = look(port, move || {
         let held = match mode {
@@ -136,14 +167,15 @@ async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, For
         // The program has closed it in the meantime, so nobody would accept the connection.
         return Ok(None);
     }
-    for address in choose(&before, &own, port)? {
+    for address in choose(&before, &own, port, reach)? {
         match TcpStream::connect(SocketAddr::new(address, port)).await {
             Ok(stream) => {
                 let client = stream.local_addr().ok();
+                let known = before.clone();
                 let whose = move || {
                     let after = listeners::on(port, client);
                     let own = listeners::owned(&after, root);
-                    listeners::is_own(&before, &after, &own, address)
+                    listeners::is_own(&known, &after, &own, address)
                 };
                 let is_own = look(port, whose).await?;
                 drop(held);
@@ -152,7 +184,11 @@ async fn dial(port: u16, root: u32, mode: Hold) -> Result<Option<TcpStream>, For
                 }
                 // The connection works without it, too.
                 stream.set_nodelay(true).ok();
-                return Ok(Some(stream));
+                return Ok(Some(Reached {
+                    stream,
+                    address,
+                    listeners: before,
+                }));
             }
             Err(error) => tried.push((address, error)),
         }
@@ -169,10 +205,27 @@ async fn look<T: Send + 'static>(
     looked.map_err(|_| ForwardError::Changed { port })
 }
 
-fn choose(all: &[Listener], own: &HashSet<u64>, port: u16) -> Result<Vec<IpAddr>, ForwardError> {
+fn choose(
+    all: &[Listener],
+    own: &HashSet<u64>,
+    port: u16,
+    reach: Reach,
+) -> Result<Vec<IpAddr>, ForwardError> {
     match listeners::choose(all, own) {
         Choice::Own(addresses) => Ok(addresses),
         Choice::Foreign => Err(ForwardError::Foreign { port }),
+        Choice::Elsewhere(mut addresses) if reach == Reach::Anywhere => {
+            // An address may be shared with another process of the same user.
+            let foreign = |ip: &IpAddr| {
+                let mut at = all.iter().filter(|one| one.address.ip() == *ip);
+                at.any(|one| !own.contains(&one.inode))
+            };
+            addresses.retain(|ip| !foreign(ip));
+            if addresses.is_empty() {
+                return Err(ForwardError::Foreign { port });
+            }
+            Ok(addresses)
+        }
         Choice::Elsewhere(addresses) => Err(ForwardError::Elsewhere { port, addresses }),
         Choice::Nobody => Err(ForwardError::ConnectionRefused {
             port,

@@ -2,8 +2,8 @@
 //!
 //! It is one process with one thread (and a few more for file work). Its tasks, all owned by [`run`]:
 //!
-//! - [`supervisor`]: owns the containers' states, and one [`container`] task for each attempt. It takes commands over a
-//!   bounded channel, and publishes the report and the [`directory`] over watch channels.
+//! - [`supervisor`]: owns the containers' states, one [`container`] task for each attempt, and one [`probes`] task for each
+//!   running program that has probes or a postStart hook, or runs its preStop hook. It takes commands over a bounded channel, and publishes the report and the [`directory`] over watch channels.
 //! - [`report::keep`]: keeps a durable copy of the newest report.
 //! - [`link`]: dials the agent and serves [`serve`] over the connection, with one task for each stream.
 //! - [`values_poll`]: looks for newer values in the job directory while the link is down.
@@ -24,6 +24,7 @@ mod fdio;
 mod forward;
 mod gpus;
 mod handshake;
+mod health;
 mod job_signals;
 pub mod launch;
 mod link;
@@ -37,6 +38,7 @@ mod output;
 mod passwd;
 mod plan;
 mod pod;
+mod probes;
 mod proc;
 mod report;
 mod resolver;

@@ -27,6 +27,9 @@
 //!          └─── without a hook ─────▲
 //! ```
 //!
+//! A main container with a postStart hook holds up those behind it in the list until the hook has ended. A preStop hook may
+//! take the whole grace period; its program still gets a moment between TERM and KILL.
+//!
 //! A container is stopped because the pod is, or alone if a probe found that it is not live any more. In the second case
 //! its restart rule decides what comes after.
 //!
@@ -47,6 +50,9 @@
 use std::time::Duration;
 
 use super::role::{RestartRule, Role, SlotId};
+
+/// How long a program has between TERM and KILL at least if a preStop hook came before, as in Kubernetes.
+pub(crate) const AFTER_HOOK: Duration = Duration::from_secs(2);
 
 /// A point in time, as the time since the shim's start by the monotonic clock.
 pub(crate) type Time = Duration;
@@ -83,7 +89,6 @@ pub(crate) struct Health {
 pub(crate) enum Liveness {
     Live,
     /// A probe failed too often: the container is stopped, at the latest at the end of the probe's grace period.
-    #[cfg_attr(not(test), expect(dead_code, reason = "pod.proto has no probes yet"))]
     Failed {
         kill_at: Time,
     },
@@ -132,6 +137,10 @@ pub(crate) struct Container {
     pub(crate) stop: StopStage,
     /// It has a preStop hook that has not ended in this attempt. TERM waits for it.
     pub(crate) pre_stop_pending: bool,
+    /// It has a postStart hook that has not ended in this attempt.
+    pub(crate) post_start_pending: bool,
+    /// KILL waits until then, whatever the grace period: TERM came late because of a preStop hook.
+    pub(crate) spared_until: Time,
 }
 
 impl Container {
@@ -144,6 +153,11 @@ impl Container {
 
     pub(crate) fn succeeded(&self) -> bool {
         matches!(self.phase, Phase::Exited { code: 0, .. })
+    }
+
+    /// Those behind it in the list wait for its postStart hook.
+    fn holds_up_others(&self) -> bool {
+        self.post_start_pending && !matches!(self.phase, Phase::Exited { .. })
     }
 
     /// It has ended and will never be restarted.
@@ -279,6 +293,12 @@ impl Plan {
 
     /// Takes the next step of the stop of `container`, which lives.
     fn stop(&mut self, now: Time, container: &Container, kill_at: Time) {
+        if now >= kill_at && container.stop == StopStage::PreStop {
+            self.actions.push(Action::Term(container.id));
+            self.wake_at(now + AFTER_HOOK);
+            return;
+        }
+        let kill_at = kill_at.max(container.spared_until);
         if now >= kill_at {
             if container.stop < StopStage::Kill {
                 self.actions.push(Action::Kill(container.id));
@@ -353,6 +373,9 @@ fn go_on(view: &View) -> Plan {
     if view.initialized() {
         for container in view.of_role(Role::Main) {
             plan.start(view, container);
+            if container.holds_up_others() {
+                break;
+            }
         }
     }
     for container in view.living() {

@@ -223,17 +223,31 @@ impl Publisher {
         }
     }
 
-    /// Adds a note; beyond a limit the oldest note is removed.
+    /// Adds a warning.
     pub(crate) fn note(&mut self, reason: &str, message: String, container: &str) {
+        self.add_note(pb::PodNote {
+            warning: true,
+            reason: reason.to_owned(),
+            message,
+            container: container.to_owned(),
+            ..pb::PodNote::default()
+        });
+    }
+
+    /// Adds a note of now; beyond a limit the oldest note is removed. A note with a count takes the place of the one before
+    /// of the same text.
+    pub(crate) fn add_note(&mut self, note: pb::PodNote) {
         self.update(|report| {
             let sequence = report.notes.last().map_or(1, |note| note.sequence + 1);
+            let repeats = |one: &pb::PodNote| {
+                let texts = (&one.reason, &one.message, &one.container);
+                one.count > 0 && texts == (&note.reason, &note.message, &note.container)
+            };
+            report.notes.retain(|one| !repeats(one));
             report.notes.push(pb::PodNote {
                 sequence,
-                warning: true,
-                reason: reason.to_owned(),
-                message,
-                container: container.to_owned(),
                 at: nanos(Timestamp::now()),
+                ..note
             });
             let excess = report.notes.len().saturating_sub(NOTES);
             report.notes.drain(..excess);

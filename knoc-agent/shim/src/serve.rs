@@ -138,6 +138,18 @@ impl Service {
             attempt,
         })
     }
+
+    /// The attempt whose log a reader continues.
+    fn series_at(&self, name: &str, from: &pb::LogPosition) -> Result<Series, Status> {
+        let attempt = u32::try_from(from.attempt).map_err(|_| {
+            let message = format!("from.attempt is {}, which is below 0", from.attempt);
+            ErrorReason::InvalidRequest.status(message)
+        })?;
+        Ok(Series {
+            live: self.pod.jobdir.log_path(name, attempt),
+            attempt,
+        })
+    }
 }
 
 type Stream<T> = ReceiverStream<Result<T, Status>>;
@@ -208,9 +220,13 @@ impl Shim for Service {
     ) -> Result<Response<Self::ReadLogsStream>, Status> {
         let request = request.into_inner();
         let (name, entry) = self.entry(&request.container)?;
-        let series = self.series(&name, &entry, request.previous)?;
-        let follow = entry.log.filter(|_| request.follow && !request.previous);
-        let follow = follow.map(|log| log.follow);
+        let series = match &request.from {
+            Some(from) => self.series_at(&name, from)?,
+            None => self.series(&name, &entry, request.previous)?,
+        };
+        // An attempt that is not the newest has ended.
+        let newest = entry.log.filter(|log| log.attempt == series.attempt);
+        let follow = newest.filter(|_| request.follow).map(|log| log.follow);
         let (output, stream) = mpsc::channel(CHUNKS);
         self.streams
             .spawn(read::read(series, Options::from(&request), follow, output));

@@ -4,6 +4,7 @@
 //! the plan names. Each time it performs the actions of [`plan::decide`], then publishes the report and the [`Directory`].
 //! What is known about a container is in its [`slot`], which attempts refer to by its [`SlotId`].
 
+mod probing;
 mod slot;
 mod slots;
 mod stats;
@@ -83,6 +84,8 @@ pub(crate) struct Supervisor {
     timeouts: Timeouts,
     stop: Option<Stop>,
     attempts: JoinSet<(SlotId, Ended)>,
+    /// The tasks of probes and hooks. Each ends with the attempt that it belongs to.
+    helpers: JoinSet<()>,
     events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
     commands: mpsc::Receiver<Command>,
     publisher: Publisher,
@@ -126,6 +129,7 @@ impl Supervisor {
             timeouts,
             stop: None,
             attempts: JoinSet::new(),
+            helpers: JoinSet::new(),
             events: mpsc::channel(EVENTS),
             commands,
             publisher,
@@ -222,6 +226,11 @@ impl Supervisor {
                 Ok((id, ended)) => self.ended(id, &ended),
                 Err(error) => tracing::error!("an attempt's task failed: {error}"),
             },
+            Some(helped) = self.helpers.join_next() => {
+                if let Err(error) = helped {
+                    tracing::error!("a task of probes or hooks failed: {error}");
+                }
+            }
             Some(command) = self.commands.recv() => self.execute(command),
             () = sleep_until(self.began + wake) => {}
         }
@@ -251,6 +260,9 @@ impl Supervisor {
                     by,
                     reason,
                 });
+                for slot in self.slots.iter_mut() {
+                    slot.end_probing();
+                }
             }
         }
     }
@@ -293,9 +305,12 @@ impl Supervisor {
     }
 
     fn stop_container(&mut self, id: SlotId, stage: StopStage) {
-        let isolated = self.pod.runtime.isolates();
+        let (isolated, now) = (self.pod.runtime.isolates(), self.now());
         if let Some(slot) = self.slots.get_mut(id) {
-            slot.stop(stage, isolated);
+            slot.stop(stage, isolated, now);
+        }
+        if stage == StopStage::PreStop {
+            self.run_pre_stop(id);
         }
     }
 
@@ -328,8 +343,14 @@ impl Supervisor {
             News::Running {
                 program,
                 started_at,
-            } => slot.running(program, started_at),
+            } => {
+                slot.running(program, started_at);
+                self.watch_health(event.id);
+            }
             News::Lost(losses) => note_lost_lines(slot, &mut self.publisher, &losses),
+            // An earlier attempt's tasks may still have had something to tell.
+            news if event.attempt == slot.history.attempt => self.health_news(event.id, news),
+            _ => {}
         }
     }
 

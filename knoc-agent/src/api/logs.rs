@@ -1,5 +1,6 @@
 //! `ReadLogs`: reads through the shim's link while the pod runs, and from the log files otherwise.
-//! If the link is lost on the way, the rest comes from the files.
+//! If the link is lost on the way, the rest comes from the files. A reader whose own link was lost
+//! continues at the position that it has reached; a shim that is too old for that is not asked.
 
 use std::{future::ready, sync::Arc};
 
@@ -7,9 +8,13 @@ use futures::{
     Stream, StreamExt as _,
     stream::{self, BoxStream},
 };
-use knoc_contract::logs::{
-    filter::Options,
-    read::{self, Series},
+use knoc_contract::{
+    capability,
+    logs::{
+        self,
+        filter::Options,
+        read::{self, Series},
+    },
 };
 use knoc_link::bulk::{self, Messages};
 use knoc_proto::{
@@ -36,14 +41,24 @@ pub(super) async fn read(
     let uid = super::uid(&request.uid)?;
     let container = ContainerName::try_from(request.container.as_str())
         .map_err(|error| ErrorReason::InvalidRequest.status(error.to_string()))?;
-    let attempt = attempt(site, &uid, &container, request.previous)?;
+    let attempt = match &request.from {
+        Some(from) => attempt_of(site, &uid, &container, from)?,
+        None => attempt(site, &uid, &container, request.previous)?,
+    };
     let log = Log {
         site: Arc::clone(site),
         uid,
         container,
         attempt,
     };
-    if let Some(mut client) = site.shim_links.client(&log.uid) {
+    let shim = match request.from {
+        Some(_) => {
+            let able = site.shim_links.able(&log.uid, capability::LOG_POSITIONS);
+            able.and_then(Result::ok)
+        }
+        None => site.shim_links.client(&log.uid),
+    };
+    if let Some(mut client) = shim {
         match client.read_logs(request.clone()).await {
             Ok(chunks) => return Ok(relay(log, tasks, &request, bulk::output(&chunks)).boxed()),
             // The link has just closed: the files have the same log.
@@ -52,12 +67,44 @@ pub(super) async fn read(
         }
     }
     let live = log.series().live;
-    if !request.follow && !tokio::fs::try_exists(&live).await.unwrap_or(false) {
+    let exists = async |path| tokio::fs::try_exists(path).await.unwrap_or(false);
+    // During a rotation one name at a time is missing.
+    let written = exists(live.clone()).await || exists(logs::rotated(&live, 1)).await;
+    if let Some(from) = &request.from
+        && from.inode != 0
+        && !written
+    {
+        let message = format!(
+            "the log of instance {attempt} of container {} no longer exists",
+            log.container
+        );
+        return Err(ErrorReason::ContainerNotFound.status(message));
+    }
+    if !request.follow && !written {
         let message = format!("container {} has written no log yet", log.container);
         return Err(ErrorReason::NotRunning.status(message));
     }
     let options = Options::from(&request);
     Ok(log.read_files(tasks, options, request.follow).boxed())
+}
+
+/// The attempt at which a reader continues, whatever has become of the container since then.
+fn attempt_of(
+    site: &Site,
+    uid: &PodUid,
+    container: &ContainerName,
+    from: &pb::LogPosition,
+) -> Result<u32, Status> {
+    let pod = site.board.get(uid.as_str());
+    let pod = pod.ok_or_else(|| ErrorReason::NotFound.status(format!("no pod {uid}")))?;
+    if find(&pod, container).is_none() {
+        let message = format!("pod {uid} has no container {container}");
+        return Err(ErrorReason::ContainerNotFound.status(message));
+    }
+    u32::try_from(from.attempt).map_err(|_| {
+        let message = format!("from.attempt is {}, which is below 0", from.attempt);
+        ErrorReason::InvalidRequest.status(message)
+    })
 }
 
 /// The log of one attempt of one container.
@@ -74,6 +121,8 @@ struct Log {
 struct Progress {
     bytes: u64,
     next: Option<pb::LogPosition>,
+    /// Whether the reader wants to know the positions.
+    positions: bool,
 }
 
 /// What to do with a chunk.
@@ -96,8 +145,8 @@ impl Progress {
         ErrorReason::of(status).is_some() || (self.bytes > 0 && self.next.is_none())
     }
 
-    /// What a chunk, or the end of the stream, means to the reader, without the fields that only a
-    /// relay needs.
+    /// What a chunk, or the end of the stream, means to the reader, with positions only if it wants
+    /// them.
     fn next(&mut self, chunk: Option<Result<pb::LogChunk, Status>>) -> Next {
         let chunk = match chunk {
             Some(Ok(chunk)) => chunk,
@@ -107,15 +156,20 @@ impl Progress {
         };
         self.bytes += u64::try_from(chunk.data.len()).unwrap_or_default();
         if chunk.next.is_some() {
-            self.next = chunk.next;
+            self.next.clone_from(&chunk.next);
         }
-        let bare = (!chunk.data.is_empty()).then(|| pb::LogChunk {
-            data: chunk.data,
-            ..pb::LogChunk::default()
-        });
-        match bare {
-            bare if chunk.end => Next::End(bare.map(Ok)),
-            Some(bare) => Next::Pass(bare),
+        let end = chunk.end;
+        let passed = if self.positions {
+            Some(chunk)
+        } else {
+            (!chunk.data.is_empty()).then(|| pb::LogChunk {
+                data: chunk.data,
+                ..pb::LogChunk::default()
+            })
+        };
+        match passed {
+            passed if end => Next::End(passed.map(Ok)),
+            Some(passed) => Next::Pass(passed),
             None => Next::Skip,
         }
     }
@@ -137,9 +191,13 @@ fn relay(
     chunks: Messages<pb::LogChunk>,
 ) -> impl Stream<Item = Result<pb::LogChunk, Status>> + use<> {
     let (options, follow, tasks) = (Options::from(request), request.follow, tasks.clone());
+    let progress = Progress {
+        positions: options.positions,
+        ..Progress::default()
+    };
     let files =
         move |progress: &Progress| log.clone().rest(&tasks, options.clone(), follow, progress);
-    let start = (From::Shim(chunks), Progress::default(), files);
+    let start = (From::Shim(chunks), progress, files);
     stream::unfold(start, async |(mut from, mut progress, files)| {
         loop {
             let chunks = match &mut from {
@@ -209,6 +267,10 @@ impl Log {
             written: None,
             ended,
         });
+        let mut progress = Progress {
+            positions: options.positions,
+            ..Progress::default()
+        };
         let (output, chunks) = mpsc::channel(read::CHUNKS);
         let reading = read::read(self.series(), options, follow, output);
         tasks.spawn(async move {
@@ -217,7 +279,6 @@ impl Log {
                 () = tell_end(&self, ended_by) => {}
             }
         });
-        let mut progress = Progress::default();
         ReceiverStream::new(chunks).filter_map(move |chunk| {
             ready(match progress.next(Some(chunk)) {
                 Next::Pass(chunk) => Some(Ok(chunk)),

@@ -165,6 +165,18 @@ key = @KEY@
 # the extension .key.
 # ca_key = "~/.config/knoc/ca.key"  # example
 
+# Kubelets that cannot connect to this agent: the agent connects to them. Each entry is one kubelet with `agent.address: accept`, or the
+# Ingress or load balancer in front of it, which must pass TLS through. server_name is the host name in the TLS handshake, if it
+# is not the host of the address; kubelet is the name in the kubelet's certificate. proxy is the HTTP proxy on the way, or "none"; if
+# unset, HTTPS_PROXY and NO_PROXY of [env] or of the agent's own environment decide. proxy_credentials is a file of mode 0600
+# with `user:password`.
+# [[dial_out]]
+# address = "knoc.example.org:443"  # example
+# server_name = "knoc.example.org"  # example
+# kubelet = "knoc-site"  # example
+# proxy = "http://proxy.example.org:3128"  # example
+# proxy_credentials = "~/.config/knoc/proxy"  # example
+
 # Tools that `init` found. A tool that is not listed is looked up in env.PATH.
 [tools]
 @TOOLS@

@@ -135,6 +135,16 @@ struct RecordedNote {
     message: String,
     container: String,
     at: i64,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    count: i32,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the form that serde calls"
+)]
+fn is_zero(count: &i32) -> bool {
+    *count == 0
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -466,6 +476,7 @@ fn note(note: &pb::PodNote) -> RecordedNote {
         message: note.message.clone(),
         container: note.container.clone(),
         at: note.at,
+        count: note.count,
     }
 }
 
@@ -477,6 +488,7 @@ fn unnote(note: RecordedNote) -> pb::PodNote {
         message: note.message,
         container: note.container,
         at: note.at,
+        count: note.count,
     }
 }
 

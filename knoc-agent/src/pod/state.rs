@@ -74,7 +74,7 @@ pub fn step(mut pod: Pod, event: Event, now: Timestamp) -> (Pod, Vec<Effect>) {
                 message: note.message,
                 container: note.container,
                 at: nanos(now),
-                sequence: 0,
+                ..pb::PodNote::default()
             });
             Vec::new()
         }

@@ -1,13 +1,15 @@
-//! `knocctl logs`: prints the bytes of one container's log unchanged.
+//! `knocctl logs`: prints the bytes of one container's log unchanged. A log continues after the link to the agent was lost.
 
-use std::process::ExitCode;
+use std::{pin::pin, process::ExitCode};
 
 use futures::StreamExt as _;
 use jiff::{SignedDuration, Timestamp};
+use knoc_link::log_reader;
 use knoc_proto::{
-    pb::{self, LogStream, PodPhase, ReadLogsRequest},
+    pb::{self, LogStream, PodPhase, ReadLogsRequest, agent_client::AgentClient},
     reason::ErrorReason,
 };
+use tonic::{Response, Status, Streaming, transport::Channel};
 
 use super::{
     CtlError, Global, find, output,
@@ -76,7 +78,7 @@ impl Logs {
         let pod = find::one(&mut session, global.namespace.as_deref(), &self.pod).await?;
         let container = container(&pod, self.container.as_deref());
         let request = self.request(&pod.uid, container, Timestamp::now());
-        copy(&mut session, request).await?;
+        copy(&session, request).await?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -100,6 +102,7 @@ impl Logs {
             tail_lines: self.tail.unwrap_or(-1),
             limit_bytes: self.limit_bytes.unwrap_or(0),
             stream: stream.into(),
+            ..ReadLogsRequest::default()
         }
     }
 }
@@ -122,16 +125,34 @@ pub(super) fn container(pod: &pb::PodObserved, asked: Option<&str>) -> String {
         .map_or_else(String::new, |first| (*first).to_owned())
 }
 
+/// The log of a container, which continues after the link to the agent was lost.
+struct PodLog(AgentClient<Channel>);
+
+impl log_reader::Source for PodLog {
+    type Chunks = Streaming<pb::LogChunk>;
+
+    async fn open(&self, request: ReadLogsRequest) -> Result<Self::Chunks, Status> {
+        let answer = self.0.clone().read_logs(request).await?;
+        Ok(answer.into_inner())
+    }
+
+    fn interrupted(&self, _: &Status) {
+        output::complain("the link to the agent was lost; the log continues once it is back");
+    }
+}
+
 /// Copies a log to standard output.
-async fn copy(session: &mut Session, request: ReadLogsRequest) -> Result<(), CtlError> {
+async fn copy(session: &Session, request: ReadLogsRequest) -> Result<(), CtlError> {
     let what = format!("read the log of {}", request.container);
-    let mut stream = asked(&what, session.client.read_logs(request)).await?;
-    while let Some(chunk) = stream.next().await {
-        let chunk = chunk.map_err(|source| CtlError::Agent {
+    let log = PodLog(session.client.clone());
+    let opened = async { log_reader::read(log, request).await.map(Response::new) };
+    let mut bytes = pin!(asked(&what, opened).await?);
+    while let Some(bytes) = bytes.next().await {
+        let bytes = bytes.map_err(|source| CtlError::Agent {
             what: what.clone(),
             source,
         })?;
-        output::pass(&chunk.data).await?;
+        output::pass(&bytes).await?;
     }
     Ok(())
 }
@@ -222,6 +243,7 @@ mod tests {
             tail_lines: 5,
             limit_bytes: 9,
             stream: LogStream::Stderr.into(),
+            ..ReadLogsRequest::default()
         };
         assert_eq!(request, wanted);
     }

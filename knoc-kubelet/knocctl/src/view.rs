@@ -354,6 +354,7 @@ pub(super) mod tests {
                 message: "restarts in 10 s".into(),
                 container: "side".into(),
                 at: 1_700_000_061_000_000_000,
+                count: 0,
             }],
             ..pb::PodObserved::default()
         }

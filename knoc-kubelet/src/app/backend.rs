@@ -5,10 +5,14 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use futures::{StreamExt as _, future::BoxFuture, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use knoc_link::bulk;
-use knoc_proto::pb;
+use knoc_link::{
+    bulk::{self, Messages},
+    log_reader,
+};
+use knoc_proto::{error::chain, ids::PodUid, pb};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tracing::info;
 
 use crate::{
     agent::{Agent, Link, renew::LinkCertificate},
@@ -60,6 +64,37 @@ fn sent<T: prost::Message + 'static>(input: mpsc::Receiver<T>) -> tonic::Request
     bulk::request(ReceiverStream::new(input))
 }
 
+/// The log of a container, which continues after the link to the agent was lost.
+struct PodLog {
+    agent: Agent,
+    store: Store,
+    uid: PodUid,
+    container: String,
+}
+
+impl log_reader::Source for PodLog {
+    type Chunks = Messages<pb::LogChunk>;
+
+    async fn open(&self, request: pb::ReadLogsRequest) -> Result<Self::Chunks, tonic::Status> {
+        let answer = self.agent.bulk().read_logs(request).await?;
+        Ok(bulk::output(&answer))
+    }
+
+    fn wanted(&self) -> Result<(), tonic::Status> {
+        match self.store.by_uid(&self.uid) {
+            Some(_) => Ok(()),
+            None => Err(tonic::Status::not_found(
+                "the link to the agent was lost, and the pod was deleted before it came back",
+            )),
+        }
+    }
+
+    fn interrupted(&self, status: &tonic::Status) {
+        let (uid, container) = (&self.uid, &self.container);
+        info!(%uid, container, error = chain(status), "a log stream was interrupted; continuing it where it stopped");
+    }
+}
+
 impl Backend for KubeletBackend {
     fn pods(&self) -> Vec<Arc<Pod>> {
         self.store.pods().into_iter().map(|view| view.pod).collect()
@@ -78,8 +113,14 @@ impl Backend for KubeletBackend {
         request: pb::ReadLogsRequest,
     ) -> BoxFuture<'_, Result<ByteStream, tonic::Status>> {
         Box::pin(async move {
-            let answer = self.agent.bulk().read_logs(request).await?;
-            let bytes = bulk::output(&answer).map(|chunk| chunk.map(|chunk| chunk.data));
+            let log = PodLog {
+                agent: self.agent.clone(),
+                store: self.store.clone(),
+                uid: PodUid::try_from(request.uid.as_str())
+                    .map_err(|error| tonic::Status::invalid_argument(error.to_string()))?,
+                container: request.container.clone(),
+            };
+            let bytes = log_reader::read(log, request).await?;
             Ok(bytes.boxed() as ByteStream)
         })
     }

@@ -376,6 +376,7 @@ impl Rotator {
             message: message.to_owned(),
             at: self.now(),
             salt: 0,
+            times: 1,
         });
     }
 }

@@ -65,6 +65,69 @@ fn the_environment_alone_is_enough() {
 }
 
 #[test]
+fn which_side_dials_and_through_which_proxy() {
+    let way = |variables: &[(&str, &str)]| load(GOOD, variables).unwrap().agent.way;
+    assert!(matches!(
+        way(&[]),
+        AgentWay::Dial(Carrier::Tcp(_), Via::Environment)
+    ));
+    assert!(matches!(
+        way(&[("KNOC_AGENT_PROXY", "none")]),
+        AgentWay::Dial(_, Via::Direct)
+    ));
+    assert!(matches!(
+        way(&[
+            ("KNOC_AGENT_PROXY", "http://p:3128"),
+            ("KNOC_AGENT_PROXY_CREDENTIALS", "/p")
+        ]),
+        AgentWay::Dial(_, Via::Proxy(_))
+    ));
+    for (address, listen) in [
+        ("accept", "0.0.0.0:10350"),
+        ("accept:127.0.0.1:443", "127.0.0.1:443"),
+        ("accept:[::]:443", "[::]:443"),
+    ] {
+        let listen = AgentWay::Accept(listen.parse().unwrap());
+        assert_eq!(way(&[("KNOC_AGENT_ADDRESS", address)]), listen, "{address}");
+    }
+    for (variables, expected) in [
+        (
+            &[("KNOC_AGENT_ADDRESS", "accept:443")][..],
+            "agent.address: `accept:443` is not `accept`, or like `accept:0.0.0.0:10350`",
+        ),
+        (
+            &[
+                ("KNOC_AGENT_ADDRESS", "accept"),
+                ("KNOC_AGENT_PROXY", "p:1"),
+            ],
+            "agent.proxy: is of no use with `agent.address: accept`",
+        ),
+        (
+            &[("KNOC_AGENT_PROXY", "socks5://p:1")],
+            "agent.proxy: begins with socks5://, and only http:// proxies are supported",
+        ),
+        (
+            &[("KNOC_AGENT_PROXY_CREDENTIALS", "/p")],
+            "agent.proxyCredentials: belongs to a proxy, and `proxy` names none",
+        ),
+        (
+            &[
+                ("KNOC_AGENT_ADDRESS", "unix:/a"),
+                ("KNOC_AGENT_PROXY", "p:1"),
+            ],
+            "agent.proxy: does not lead to unix:/a",
+        ),
+    ] {
+        let error = load(GOOD, variables).unwrap_err();
+        assert!(error.contains(expected), "{expected}\nis not in\n{error}");
+    }
+    let text = GOOD.replace("  site: trixie\n", "");
+    let text = text.replace("node:\n", "node:\n  name: n\n");
+    let error = load(&text, &[("KNOC_AGENT_ADDRESS", "accept")]).unwrap_err();
+    assert!(error.contains("agent.site: is missing"), "{error}");
+}
+
+#[test]
 fn all_mistakes_are_named_at_once_with_line_and_allowed_values() {
     let text = GOOD.replace("queueFactor: 3", "queueFactor: lots\n  colour: blue")
         + "log:\n  format: xml\nextra: 1\n";

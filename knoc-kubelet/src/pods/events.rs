@@ -54,6 +54,8 @@ pub struct Note {
     pub at: Timestamp,
     /// Notes with the same text and different salts are different Events.
     pub salt: u64,
+    /// How often it happened: what the Event's count grows by, at least 1.
+    pub times: i32,
 }
 
 /// The sending end of the channel of Events; clones share the channel.
@@ -193,8 +195,10 @@ impl Recorder {
             self.counts.clear();
         }
         let count = self.counts.entry(name.clone()).or_default();
-        *count += 1;
-        if *count > 1 {
+        let times = note.times.max(1);
+        let known = *count > 0;
+        *count = count.saturating_add(times);
+        if known {
             let patch = json!({"count": *count, "lastTimestamp": Time(note.at)});
             return (namespace, name, Body::Count(patch));
         }
@@ -216,7 +220,7 @@ impl Recorder {
             reporting_instance: Some(self.node.clone()),
             first_timestamp: Some(Time(note.at)),
             last_timestamp: Some(Time(note.at)),
-            count: Some(1),
+            count: Some(times),
             ..Event::default()
         };
         (namespace, name, Body::New(Box::new(event)))
@@ -297,6 +301,7 @@ mod tests {
                 message: String::new(),
                 at: Timestamp::UNIX_EPOCH,
                 salt: 0,
+                times: 1,
             };
             let name = name(&note);
             assert_eq!(names::dns_subdomain(&name), Ok(()), "{name}");

@@ -1,8 +1,9 @@
 //! `GET /containerLogs/{namespace}/{pod}/{container}`: a container's log, as `kubectl logs` reads it.
 //!
 //! The agent filters at the source. Bytes are relayed chunk by chunk, and a client that reads slowly delays only its
-//! own stream. Errors before the first byte are a status with the text of the Kubernetes kubelet; a later error breaks
-//! the connection, so that an incomplete log is never taken for a complete one.
+//! own stream. A log whose link to the agent is lost continues once the link is back, where it stopped
+//! ([`knoc_link::log_reader`]). Errors before the first byte are a status with the text of the Kubernetes kubelet; a later
+//! error breaks the connection, so that an incomplete log is never taken for a complete one.
 
 use std::sync::Arc;
 

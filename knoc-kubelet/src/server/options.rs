@@ -95,6 +95,7 @@ impl LogOptions {
             tail_lines: self.tail_lines.unwrap_or(-1),
             limit_bytes: self.limit_bytes.unwrap_or(0),
             stream: self.stream.into(),
+            ..pb::ReadLogsRequest::default()
         }
     }
 }

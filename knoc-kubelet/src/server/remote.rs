@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures::{StreamExt as _, future};
 use knoc_proto::{
     pb::{self, exec_input::Input, exec_output::Output},
+    reason::ErrorReason,
     text,
 };
 use knoc_remotecommand::{
@@ -234,7 +235,7 @@ async fn run(backend: &dyn Backend, start: &Start, streams: &mut Streams) -> End
                 Ok(Some(Output::Stderr(data))) => send_output(streams.stderr.as_ref(), data).await,
                 Ok(Some(Output::Exit(exit))) => return start.ending(exit),
                 Ok(Some(Output::Started(_)) | None) => Ok(()),
-                Err(status) => return lost(&client_message(&status)),
+                Err(status) => return lost(&broken_off(&status)),
             };
             if handed.is_err() {
                 return lost("the client has gone");
@@ -252,6 +253,16 @@ async fn run(backend: &dyn Backend, start: &Start, streams: &mut Streams) -> End
 /// The message of the agent, made safe for the client's terminal.
 pub(super) fn client_message(status: &tonic::Status) -> String {
     text::message(status.message(), MESSAGE)
+}
+
+/// Why a stream that was open has ended. A status without a reason is not the agent's own word: it is what HTTP/2 makes of
+/// a connection that was lost.
+fn broken_off(status: &tonic::Status) -> String {
+    let message = client_message(status);
+    match ErrorReason::of(status) {
+        Some(_) => message,
+        None => format!("the link to the agent was lost: {message}"),
+    }
 }
 
 fn message(input: Input) -> pb::ExecInput {

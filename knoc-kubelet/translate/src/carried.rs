@@ -13,7 +13,10 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::api::resource::Quantity};
+use k8s_openapi::{
+    api::core::v1 as core,
+    apimachinery::pkg::{api::resource::Quantity, util::intstr::IntOrString},
+};
 
 use crate::verdict::fields::{has_verdict, is_admitted, is_honoured};
 
@@ -141,9 +144,14 @@ carried! {
             env_from: Option<Vec<core::EnvFromSource>>,
             image: Option<String>,
             image_pull_policy: Option<String>,
+            lifecycle: Option<core::Lifecycle>,
+            liveness_probe: Option<core::Probe>,
             name: String,
+            ports: Option<Vec<core::ContainerPort>>,
+            readiness_probe: Option<core::Probe>,
             resources: Option<core::ResourceRequirements>,
             security_context: Option<core::SecurityContext>,
+            startup_probe: Option<core::Probe>,
             stdin: Option<bool>,
             stdin_once: Option<bool>,
             termination_message_path: Option<String>,
@@ -153,10 +161,93 @@ carried! {
             working_dir: Option<String>,
         }
         elsewhere {}
-        left {
-            lifecycle, liveness_probe, ports, readiness_probe, resize_policy, restart_policy, restart_policy_rules,
-            startup_probe, volume_devices,
+        left { resize_policy, restart_policy, restart_policy_rules, volume_devices }
+    }
+
+    /// A port of a container, to which probes and hooks may refer by its name.
+    ContainerPort of core::ContainerPort, judged as "ContainerPort" {
+        taken { container_port: i32, name: Option<String> }
+        elsewhere {}
+        left { host_ip, host_port, protocol }
+    }
+
+    /// A startup, liveness or readiness probe.
+    Probe of core::Probe, judged as "Probe" {
+        taken {
+            exec: Option<core::ExecAction>,
+            failure_threshold: Option<i32>,
+            grpc: Option<core::GRPCAction>,
+            http_get: Option<core::HTTPGetAction>,
+            initial_delay_seconds: Option<i32>,
+            period_seconds: Option<i32>,
+            success_threshold: Option<i32>,
+            tcp_socket: Option<core::TCPSocketAction>,
+            termination_grace_period_seconds: Option<i64>,
+            timeout_seconds: Option<i32>,
         }
+        elsewhere {}
+        left {}
+    }
+
+    /// The hooks of a container.
+    Lifecycle of core::Lifecycle, judged as "Lifecycle" {
+        taken { post_start: Option<core::LifecycleHandler>, pre_stop: Option<core::LifecycleHandler> }
+        elsewhere {}
+        left { stop_signal }
+    }
+
+    /// A hook.
+    LifecycleHandler of core::LifecycleHandler, judged as "LifecycleHandler" {
+        taken { exec: Option<core::ExecAction>, http_get: Option<core::HTTPGetAction>, sleep: Option<core::SleepAction> }
+        elsewhere {}
+        left { tcp_socket }
+    }
+
+    /// A command that a probe or hook runs in the container.
+    ExecAction of core::ExecAction, judged as "ExecAction" {
+        taken { command: Option<Vec<String>> }
+        elsewhere {}
+        left {}
+    }
+
+    /// A request that a probe or hook sends to the pod. It always goes to the pod itself, so its host is not read.
+    HttpGetAction of core::HTTPGetAction, judged as "HTTPGetAction" {
+        taken {
+            http_headers: Option<Vec<core::HTTPHeader>>,
+            path: Option<String>,
+            port: IntOrString,
+            scheme: Option<String>,
+        }
+        elsewhere {}
+        left { host, protocol }
+    }
+
+    /// A header of such a request.
+    HttpHeader of core::HTTPHeader, judged as "HTTPHeader" {
+        taken { name: String, value: String }
+        elsewhere {}
+        left {}
+    }
+
+    /// A connection that a probe makes to the pod.
+    TcpSocketAction of core::TCPSocketAction, judged as "TCPSocketAction" {
+        taken { port: IntOrString }
+        elsewhere {}
+        left { host }
+    }
+
+    /// A call that a probe makes to the pod.
+    GrpcAction of core::GRPCAction, judged as "GRPCAction" {
+        taken { mode: Option<String>, port: i32, service: Option<String> }
+        elsewhere {}
+        left {}
+    }
+
+    /// A hook that only waits.
+    SleepAction of core::SleepAction, judged as "SleepAction" {
+        taken { seconds: i64 }
+        elsewhere {}
+        left {}
     }
 
     /// The `resources` of a container.

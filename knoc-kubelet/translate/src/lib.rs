@@ -13,6 +13,7 @@ mod env;
 mod files;
 mod grace;
 mod job;
+mod probe;
 pub mod quantity;
 pub mod verdict;
 mod volume;
@@ -348,6 +349,7 @@ fn shape_container(
             container.name
         ));
     }
+    let probes = probe::shape(container, problems);
     pb::Container {
         name: container.name.clone(),
         pull_policy: pull_policy(container.image_pull_policy.as_deref(), &image).into(),
@@ -377,6 +379,11 @@ fn shape_container(
             .is_some_and(|context| *context.read_only_root_filesystem == Some(true)),
         fakeroot: false,
         run_as_user: run_as_user(spec, security),
+        startup_probe: probes.startup,
+        liveness_probe: probes.liveness,
+        readiness_probe: probes.readiness,
+        post_start: probes.post_start,
+        pre_stop: probes.pre_stop,
         run_as_non_root: run_as_non_root(spec, security),
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),
     }

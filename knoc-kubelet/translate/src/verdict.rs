@@ -290,6 +290,19 @@ and that user's shell. With a setuid runtime, the home directory of a user that 
 **Names.** `/etc/hosts` has the lines of the compute node, then the pod's own name (first `HOSTNAME.SUBDOMAIN.NAMESPACE.svc.CLUSTERDOMAIN`
 if the pod has a `subdomain`) and its `hostAliases`. `/etc/resolv.conf` is the compute node's, or with `dnsConfig` has its lines and those
 of the pod; with `dnsPolicy: None` only those of the pod. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
+
+## Probes and hooks
+
+They run inside the job, also while the agent or the kubelet is away, by Kubernetes' rules for delays, thresholds, the startup probe,
+grace periods and Events. What is particular here:
+
+- They reach only what the pod itself listens on: at the loopback address or, if nothing listens there, at the address where the pod
+  does. If another pod or the node listens on the port, the probe fails and says so, and nothing is sent there.
+- A port that is given by its name must be among the `ports` of the same container.
+- A container is not ready while its `postStart` hook runs, and the containers behind it in the list wait for the hook.
+- Once its pod is being stopped, a container with a readiness probe is not ready, and its probes end.
+- Redirects are followed on the same host only, at most ten. Of a response or an output, 10 KiB are read.
+- A probe that fails again and again gives one Event whose count grows, every 30 seconds at most.
 ";
 
 impl Verdict {

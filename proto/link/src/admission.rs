@@ -77,7 +77,8 @@ impl Bounds {
         Self {
             silent: share(12).clamp(64, 4096),
             handshakes: share(32).clamp(64, 1024),
-            finished: share(32).clamp(64, 1024),
+            // With a limit of 4096 files, 50 kubelets fit into their half with two connections each.
+            finished: share(16).clamp(64, 1024),
         }
     }
 

@@ -110,7 +110,8 @@ impl Batch {
         Ok(())
     }
 
-    async fn measure(&mut self, bed: &Bed, round: usize) -> anyhow::Result<()> {
+    /// The pods of one round, without their floors.
+    pub(super) async fn measure(&mut self, bed: &Bed, round: usize) -> anyhow::Result<()> {
         let pods: Api<Pod> = bed.world.api();
         let sightings = Sightings::default();
         let mut watching = JoinSet::new();

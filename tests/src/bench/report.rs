@@ -105,6 +105,13 @@ fn all_bounds(figures: &Figures) -> Vec<Bound> {
         bounds.push(bound(&format!("{at}, p50"), t3.median(), 100.0, " ms"));
         bounds.push(bound(&format!("{at}, p99"), t3.at(99), 500.0, " ms"));
     }
+    let beside = &figures.beside;
+    bounds.push(bound(
+        "status beside a cp at full speed, p99, over that without",
+        beside.copying.at(99) - beside.alone.at(99),
+        20.0,
+        " ms",
+    ));
     stream_bounds(figures, &mut bounds);
     let load = &figures.load;
     let memory = [
@@ -244,6 +251,11 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
             "logs -f: line written → seen by a client of the API server",
             &figures.follow,
         ),
+        (
+            "T3 beside a kubectl cp at full speed, 4 pods at once",
+            &figures.beside.copying,
+        ),
+        ("the same without the cp", &figures.beside.alone),
         ("floor of T3: a watch's own delay", &figures.watch_delay),
     ] {
         writeln!(
@@ -254,6 +266,11 @@ fn others(out: &mut String, figures: &Figures) -> anyhow::Result<()> {
             series.count()
         )?;
     }
+    writeln!(
+        out,
+        "\nBeside these pods, 1 GiB was copied completely {} times.",
+        figures.beside.copies
+    )?;
     streams(out, &figures.streams)?;
     let load = &figures.load;
     writeln!(

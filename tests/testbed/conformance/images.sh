@@ -2,12 +2,13 @@
 # Makes the images of the upstream end-to-end suite from Debian packages and from agnhost (kube/setup.sh conformance), and pushes them
 # to http://ctl:5000 under the names and tags of k8s.io/kubernetes/test/utils/image/manifest.go; does nothing if they are there.
 #
-# All images but pause have one layer in common: busybox, bash, curl, dig, nc and nginx; sh.c says which shell its `sh` is. It calls itself
-# Alpine Linux, as those of upstream do, because a test looks for that name.
+# All images but pause have one layer in common: busybox, bash, curl, dig, hostname, nc and nginx; sh.c says which shell its `sh` is. It
+# calls itself Alpine Linux, as those of upstream do, because a test looks for that name. An agent that has an older image of the same name
+# keeps it for pods that do not ask for `imagePullPolicy: Always`.
 . "$(dirname "$0")/../lib.sh"
 images=$HPC_PREFIX/shared/images/conformance
 layout=/images/conformance/layout # as the nodes see it
-packages=bash-static,busybox-static,curl,bind9-dnsutils,netcat-openbsd,iproute2,nginx-light,ca-certificates
+packages=bash-static,busybox-static,curl,bind9-dnsutils,hostname,netcat-openbsd,iproute2,nginx-light,ca-certificates
 node() { hpc exec login "$@"; }
 
 base() {
@@ -59,7 +60,7 @@ make_images() {
     local animal upstream
     upstream=$(cd "$testbed/conformance" && go list -m -f '{{.Dir}}' k8s.io/kubernetes)
     base
-    push base e2e-test-images/busybox:1.37.0-1
+    push base e2e-test-images/busybox:1.37.0-1 e2e-test-images/glibc-dns-testing:2.0.0
 
     install -D -m 755 "$KUBE_PREFIX/bin/agnhost" "$images/agnhost/agnhost"
     ln -s agnhost "$images/agnhost/agnhost-2"

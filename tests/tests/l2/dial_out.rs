@@ -141,9 +141,10 @@ async fn both_dial_through_a_proxy_that_asks_for_a_password() -> anyhow::Result<
             way.url()
         ),
     )?;
+    let before = way.requests().len();
+    ensure!(before >= 1, "the kubelet asked for no connection");
     site.knocctl(["info"])?.ok().await?;
-    let count = way.requests().len();
-    ensure!(count >= 3, "{count} requests");
+    ensure!(way.requests().len() > before, "knocctl asked for none");
     for log in ["agent.log", "kubelet.log"] {
         let text = std::fs::read_to_string(site.path(log))?;
         ensure!(

@@ -22,12 +22,14 @@ pub struct Options {
     pub timestamps: bool,
     /// Continue at the position that another reader has reached.
     pub from: Option<Position>,
+    /// Send the first position before there is anything to send.
+    pub positions: bool,
 }
 
 /// A position in a series, which one reader hands to the next.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Position {
-    /// The inode of the file, whose name changes with each rotation.
+    /// The inode of the file, whose name changes with each rotation; 0 before the first file.
     pub inode: u64,
     /// The offset in the file at which the next line begins.
     pub offset: u64,
@@ -52,12 +54,21 @@ impl From<&pb::ReadLogsRequest> for Options {
                 .ok()
                 .filter(|limit| *limit > 0),
             timestamps: request.timestamps,
-            from: None,
+            from: request.from.as_ref().map(Position::from),
+            positions: request.positions,
         }
     }
 }
 
 impl Position {
+    /// The beginning of a series, which may not exist yet.
+    pub const BEGINNING: Self = Self {
+        inode: 0,
+        offset: 0,
+        stamp: Vec::new(),
+        at_start: [true; 2],
+    };
+
     /// The position as a message; `attempt` is the attempt whose log it is.
     #[must_use]
     pub fn to_wire(&self, attempt: u32) -> pb::LogPosition {

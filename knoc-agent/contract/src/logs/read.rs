@@ -86,7 +86,19 @@ async fn run(
     mut follow: Option<Follow>,
     output: &Output,
 ) -> io::Result<()> {
+    let positions = options.positions;
     let mut reader = blocking(move || Reader::begin(live, options)).await?;
+    if positions {
+        // A reader whose link is lost before there is a line must not choose the last lines anew.
+        let next = reader.position().unwrap_or(Position::BEGINNING);
+        let chunk = pb::LogChunk {
+            next: Some(next.to_wire(attempt)),
+            ..pb::LogChunk::default()
+        };
+        if output.send(Ok(chunk)).await.is_err() {
+            return Ok(());
+        }
+    }
     loop {
         // Checked before the read: whatever is written after this point wakes the wait below.
         let ended = follow.as_mut().is_none_or(Follow::observe);

@@ -21,6 +21,8 @@ fn container(index: usize, role: Role, policy: RestartPolicy, phase: Phase) -> C
         },
         stop: StopStage::NotStopped,
         pre_stop_pending: false,
+        post_start_pending: false,
+        spared_until: Time::ZERO,
     }
 }
 
@@ -134,7 +136,7 @@ fn a_stop_sends_term_then_kill_then_ends() {
 }
 
 #[test]
-fn term_waits_for_the_pre_stop_hook_and_kill_does_not() {
+fn term_waits_for_the_pre_stop_hook_until_the_grace_period_is_over() {
     let mut view = view(&[], &[Phase::Running]);
     view.kill_at = Some(Time::from_secs(10));
     view.containers[0].pre_stop_pending = true;
@@ -147,6 +149,18 @@ fn term_waits_for_the_pre_stop_hook_and_kill_does_not() {
     assert_eq!(decide(&view), waits);
     let mut late = view.clone();
     late.now = Time::from_secs(10);
+    let plan = decide(&late);
+    assert_eq!(plan.actions, [Action::Term(id(0))]);
+    assert_eq!(plan.wake, Some(Time::from_secs(12)), "a moment for TERM");
+    late.containers[0].stop = StopStage::Term;
+    late.containers[0].spared_until = Time::from_secs(12);
+    late.now = Time::from_secs(11);
+    let plan = decide(&late);
+    assert_eq!(
+        (plan.actions, plan.wake),
+        (vec![], Some(Time::from_secs(12)))
+    );
+    late.now = Time::from_secs(12);
     assert_eq!(decide(&late).actions, [Action::Kill(id(0))]);
     view.containers[0].pre_stop_pending = false;
     assert_eq!(decide(&view).actions, [Action::Term(id(0))]);
@@ -158,6 +172,23 @@ fn term_waits_for_the_pre_stop_hook_and_kill_does_not() {
         ..view.containers[0]
     };
     assert_eq!(decide(&view).actions, [Action::Term(id(0))]);
+}
+
+#[test]
+fn main_containers_wait_for_the_post_start_hook_of_those_before_them() {
+    let mut view = view(&[], &[Phase::Idle, Phase::Idle]);
+    view.containers[0].post_start_pending = true;
+    assert_eq!(decide(&view).actions, [Action::Start(id(0))]);
+    for phase in [Phase::Starting, Phase::Running] {
+        view.containers[0].phase = phase;
+        assert_eq!(decide(&view).actions, [], "{phase:?}");
+    }
+    // It ended without it, or the hook has.
+    view.containers[0].phase = exited(1);
+    assert_eq!(decide(&view).actions, [Action::Start(id(1))]);
+    view.containers[0].phase = Phase::Running;
+    view.containers[0].post_start_pending = false;
+    assert_eq!(decide(&view).actions, [Action::Start(id(1))]);
 }
 
 #[test]

@@ -7,12 +7,13 @@ use knoc_contract::logs::read::Follow;
 use knoc_proto::pb::{self, container_status::State};
 use rustix::process::Signal;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::super::{
     container::{Ended, Program},
     directory::{Entry, Log},
-    plan::{Backoff, Container, Health, Phase, StopStage, Time},
+    health::{self, Change},
+    plan::{AFTER_HOOK, Backoff, Container, Health, Liveness, Phase, StopStage, Time},
     report::{self, History},
     role::ContainerSpec,
     signals,
@@ -24,8 +25,16 @@ use super::super::{
 pub(super) struct Slot {
     pub(super) spec: Arc<ContainerSpec>,
     pub(super) phase: Phase,
-    /// What its probes say. A container without probes is healthy as soon as its program runs.
+    /// What its hook and its probes say. A container without any is healthy as soon as its program runs.
     pub(super) health: Health,
+    /// Whether the postStart hook and the preStop hook of the running attempt have not ended yet.
+    post_start_pending: bool,
+    pre_stop_pending: bool,
+    /// See [`Container::spared_until`].
+    spared_until: Time,
+    /// Held while the postStart hook and the probes of the running program may go on, and while its preStop hook may.
+    probing: Option<DropGuard>,
+    stopping: Option<DropGuard>,
     /// How far the stop of the running attempt has gone.
     stop: StopStage,
     pub(super) history: History,
@@ -67,6 +76,11 @@ impl Slot {
             };
         }
         Self {
+            post_start_pending: spec.container.post_start.is_some(),
+            pre_stop_pending: spec.container.pre_stop.is_some(),
+            spared_until: Time::ZERO,
+            probing: None,
+            stopping: None,
             spec: Arc::new(spec),
             phase: Phase::Idle,
             health: Health::down(),
@@ -93,8 +107,9 @@ impl Slot {
             phase: self.phase,
             health: self.health,
             stop: self.stop,
-            // No container has a hook: pod.proto has no field for one.
-            pre_stop_pending: false,
+            pre_stop_pending: self.pre_stop_pending,
+            post_start_pending: self.post_start_pending,
+            spared_until: self.spared_until,
         }
     }
 
@@ -107,6 +122,9 @@ impl Slot {
         self.phase = Phase::Starting;
         self.health = Health::down();
         self.stop = StopStage::NotStopped;
+        self.post_start_pending = self.spec.container.post_start.is_some();
+        self.pre_stop_pending = self.spec.container.pre_stop.is_some();
+        self.spared_until = Time::ZERO;
         self.abort = CancellationToken::new();
         self.history.started_at = None;
         self.lost_lines = 0;
@@ -128,7 +146,9 @@ impl Slot {
     /// The program runs.
     pub(super) fn running(&mut self, program: Arc<Program>, started_at: Timestamp) {
         self.phase = Phase::Running;
-        self.health = Health::unprobed();
+        if !self.post_start_pending {
+            self.health = health::at_start(&self.spec.container);
+        }
         self.history.started_at = Some(started_at);
         // A stop may have come before there was a program to send TERM to. The next plan sends it again.
         if self.stop == StopStage::Term {
@@ -137,11 +157,71 @@ impl Slot {
         self.program = Some(program);
     }
 
+    /// The postStart hook and the probes of the running program begin. They go on until the token is cancelled.
+    pub(super) fn begin_probing(&mut self) -> CancellationToken {
+        let token = CancellationToken::new();
+        self.probing = Some(token.clone().drop_guard());
+        token
+    }
+
+    /// The preStop hook begins. It goes on until the token is cancelled.
+    pub(super) fn begin_pre_stop(&mut self) -> CancellationToken {
+        let token = CancellationToken::new();
+        self.stopping = Some(token.clone().drop_guard());
+        token
+    }
+
+    /// Ends the postStart hook and the probes. What the readiness probe said does not hold any more.
+    pub(super) fn end_probing(&mut self) {
+        self.probing = None;
+        if self.spec.container.readiness_probe.is_some() {
+            self.health.ready = false;
+        }
+    }
+
+    /// A probe has changed what is known. Returns whether it still counts. `failed`: what follows if the change is a failure.
+    pub(super) fn probed(&mut self, change: Change, failed: Liveness) -> bool {
+        if self.probing.is_none() {
+            return false;
+        }
+        self.health = health::after(self.health, change, &self.spec.container);
+        if matches!(change, Change::Failed(_)) {
+            self.health.live = failed;
+        }
+        true
+    }
+
+    /// The postStart hook has ended. Returns whether that still counts.
+    pub(super) fn post_started(&mut self, succeeded: bool, failed: Liveness) -> bool {
+        if self.probing.is_none() {
+            return false;
+        }
+        self.post_start_pending = false;
+        if succeeded {
+            self.health = health::at_start(&self.spec.container);
+        } else {
+            self.health.live = failed;
+        }
+        true
+    }
+
+    /// The preStop hook has ended, so the plan sends TERM.
+    pub(super) fn pre_stopped(&mut self) {
+        self.pre_stop_pending = false;
+    }
+
     /// Takes a step of the stop. `isolated`: the container has a PID namespace of its own.
-    pub(super) fn stop(&mut self, stage: StopStage, isolated: bool) {
+    pub(super) fn stop(&mut self, stage: StopStage, isolated: bool, now: Time) {
+        if stage > StopStage::PreStop {
+            if self.stop == StopStage::PreStop {
+                self.spared_until = now + AFTER_HOOK;
+            }
+            self.stopping = None;
+        }
         self.stop = stage;
+        self.end_probing();
         match stage {
-            // A hook starts here, as a task of the supervisor; its end is an event that lets the plan send TERM.
+            // The supervisor starts the hook, whose end lets the plan send TERM.
             StopStage::NotStopped | StopStage::PreStop => {}
             StopStage::Term => match &self.program {
                 Some(program) => signals::to_program(program.identity, Signal::TERM),
@@ -161,6 +241,8 @@ impl Slot {
     pub(super) fn end(&mut self, ended: &Ended, id: String, now: Time) {
         let started_at = self.history.started_at;
         self.program = None;
+        self.probing = None;
+        self.stopping = None;
         self.health = Health::down();
         let mut account = std::mem::take(&mut self.account);
         self.used_before = self.used_before + account.end(ended.used);

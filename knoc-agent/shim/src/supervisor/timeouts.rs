@@ -97,6 +97,8 @@ mod tests {
             health: Health::down(),
             stop: StopStage::NotStopped,
             pre_stop_pending: false,
+            post_start_pending: false,
+            spared_until: Time::ZERO,
         };
         View {
             containers: vec![container],

@@ -296,6 +296,14 @@ impl Pod {
 
     pub(in crate::pod) fn push_note(&mut self, mut note: pb::PodNote) {
         note.sequence = self.notes.last().map_or(1, |last| last.sequence + 1);
+        if note.count > 0 {
+            // What repeats itself takes one place.
+            let same = |one: &pb::PodNote| {
+                let texts = (&one.reason, &one.message, &one.container);
+                one.count > 0 && texts == (&note.reason, &note.message, &note.container)
+            };
+            self.notes.retain(|one| !same(one));
+        }
         self.notes.push(note);
         let surplus = self.notes.len().saturating_sub(NOTES);
         self.notes.drain(..surplus);

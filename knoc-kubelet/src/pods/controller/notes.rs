@@ -44,7 +44,12 @@ impl Worker<'_> {
             if first && at < since {
                 continue;
             }
-            let salt = hash(&(note.sequence, note.at));
+            // What is counted is one Event as long as its text is the same.
+            let salt = if note.count > 0 {
+                0
+            } else {
+                hash(&(note.sequence, note.at))
+            };
             self.context.api.events.record(Note {
                 object: about_pod(&view.pod, &note.container),
                 warning: note.warning,
@@ -52,6 +57,7 @@ impl Worker<'_> {
                 message: note.message.clone(),
                 at,
                 salt,
+                times: note.count,
             });
         }
     }
@@ -195,6 +201,7 @@ impl Worker<'_> {
             message,
             at,
             salt,
+            times: 1,
         });
     }
 }

@@ -472,6 +472,7 @@ impl Worker<'_> {
             message: message.to_owned(),
             at: Timestamp::now(),
             salt: 0,
+            times: 1,
         });
     }
 }

@@ -7,7 +7,10 @@ use futures::{StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use knoc_proto::pb::{self, exec_output::Output};
+use knoc_proto::{
+    pb::{self, exec_output::Output},
+    reason::ErrorReason,
+};
 use knoc_remotecommand::{
     protocol::{Version, Wanted},
     query::Query,
@@ -173,7 +176,11 @@ async fn input_arrives_with_its_end_and_sizes_too() {
 #[tokio::test]
 async fn what_goes_wrong_later_is_on_the_error_stream() {
     let broken: Command = Box::new(|_| {
-        let status = tonic::Status::unavailable("the shim's link is down");
+        let status = ErrorReason::ShimUnreachable.status("the shim's link is down");
+        stream::iter([Err(status)]).boxed()
+    });
+    let cut: Command = Box::new(|_| {
+        let status = tonic::Status::unknown("h2 protocol error");
         stream::iter([Err(status)]).boxed()
     });
     let no_program = Output::Exit(pb::ExecExit {
@@ -182,7 +189,8 @@ async fn what_goes_wrong_later_is_on_the_error_stream() {
         ..pb::ExecExit::default()
     });
     for (command, text) in [
-        (broken, "the shim's link is down"),
+        (broken, "container: the shim's link is down"),
+        (cut, "the link to the agent was lost: h2 protocol error"),
         (says(vec![no_program]), "no such file or directory"),
         (nothing(), "ended before the command"),
     ] {

@@ -5,7 +5,7 @@ use futures::{SinkExt as _, StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use knoc_proto::pb::exec_output::Output;
+use knoc_proto::{pb::exec_output::Output, reason::ErrorReason};
 use tokio::sync::oneshot;
 use tokio_tungstenite::{
     WebSocketStream,
@@ -264,7 +264,7 @@ async fn pings_are_answered_while_nothing_else_happens() {
 #[tokio::test]
 async fn what_goes_wrong_later_is_on_the_error_channel() {
     let broken: Command = Box::new(|_| {
-        let status = tonic::Status::unavailable("the shim's link is down");
+        let status = ErrorReason::ShimUnreachable.status("the shim's link is down");
         stream::iter([Err(status)]).boxed()
     });
     let fixture = with_command(broken).await;

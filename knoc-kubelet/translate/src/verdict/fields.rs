@@ -143,7 +143,8 @@ mod tests {
         assert!(is_honoured("Container", "resources"));
         assert!(!is_honoured("Container", "ports"), "informative");
         assert!(is_admitted("Container", "ports"));
-        assert!(!is_admitted("Container", "liveness_probe"));
+        assert!(is_honoured("Container", "liveness_probe"));
+        assert!(!is_admitted("LifecycleHandler", "tcp_socket"));
         assert!(!is_honoured("PodSpec", "host_network"));
         assert!(is_admitted("PodSpec", "host_network"), "false is admitted");
     }

@@ -13,6 +13,7 @@ const CSI: &str = "a volume of this kind cannot be mounted by an ordinary user o
 const OWNER: &str = "files belong to the HPC user";
 const IS_HPC_USER: &str = "containers run as the HPC user of the agent";
 const WINDOWS: &str = "compute nodes run Linux";
+const FOREIGN: &str = "a probe or hook goes to the pod's own listeners only; leave it out (for a virtual host, set the header `Host`)";
 const NON_ROOT: &str = "checked against `runAsUser`, else the image's user, as on any node; a container that would be root waits with `CreateContainerConfigError`. An image that is a SIF file or a sandbox and names no user runs as the HPC user, who is never root";
 const SE_LINUX: &str = "ignored, as on any node without SELinux";
 const SCHEDULER: &str = "handled by the Kubernetes scheduler";
@@ -83,6 +84,45 @@ pub(super) const TABLE: &[Type] = &[
         row("hostIP", Empty, Satisfied, ""),
         row("hostIP", Any, Rejected, "ports of a compute node cannot be reserved for a pod"),
     ]),
+    of("Probe", "`startupProbe`, `livenessProbe`, `readinessProbe`", &[
+        row("initialDelaySeconds periodSeconds timeoutSeconds successThreshold failureThreshold terminationGracePeriodSeconds", Any, Honoured, "see [probes and hooks](#probes-and-hooks)"),
+        row("exec", Any, Inside("ExecAction"), ""),
+        row("httpGet", Any, Inside("HTTPGetAction"), ""),
+        row("tcpSocket", Any, Inside("TCPSocketAction"), ""),
+        row("grpc", Any, Inside("GRPCAction"), ""),
+    ]),
+    of("Lifecycle", "`lifecycle`", &[
+        row("postStart preStop", Any, Inside("LifecycleHandler"), ""),
+        row("stopSignal", Any, Rejected, LATER),
+    ]),
+    of("LifecycleHandler", "`lifecycle.postStart`, `lifecycle.preStop`", &[
+        row("exec", Any, Inside("ExecAction"), ""),
+        row("httpGet", Any, Inside("HTTPGetAction"), ""),
+        row("sleep", Any, Inside("SleepAction"), ""),
+        row("tcpSocket", Any, Rejected, "a hook cannot be a TCP connection on any node: use `exec`, `httpGet` or `sleep`"),
+    ]),
+    of("ExecAction", "`exec` of a probe or hook", &[row("command", Any, Honoured, "in the container, without a shell")]),
+    of("HTTPGetAction", "`httpGet` of a probe or hook", &[
+        row("path port", Any, Honoured, ""),
+        row("scheme", Is(&["HTTP", "HTTPS"]), Honoured, "with `HTTPS` the certificate is not verified"),
+        row("scheme", Any, Rejected, "must be `HTTP` or `HTTPS`"),
+        row("httpHeaders", Any, Inside("HTTPHeader"), ""),
+        row("host", Is(&["", "localhost", "127.0.0.1", "::1"]), Satisfied, ""),
+        row("host", Any, Rejected, FOREIGN),
+        row("protocol", Any, Rejected, LATER),
+    ]),
+    of("HTTPHeader", "`httpHeaders[]`", &[row("name value", Any, Honoured, "")]),
+    of("TCPSocketAction", "`tcpSocket` of a probe", &[
+        row("port", Any, Honoured, ""),
+        row("host", Is(&["", "localhost", "127.0.0.1", "::1"]), Satisfied, ""),
+        row("host", Any, Rejected, FOREIGN),
+    ]),
+    of("GRPCAction", "`grpc` of a probe", &[
+        row("port service", Any, Honoured, ""),
+        row("mode", Is(&["Plaintext", "TLS"]), Honoured, "with `TLS` the certificate is not verified"),
+        row("mode", Any, Rejected, "must be `Plaintext` or `TLS`"),
+    ]),
+    of("SleepAction", "`sleep` of a hook", &[row("seconds", Any, Honoured, "")]),
     of("VolumeMount", "`volumeMounts[]`", &[
         row("name mountPath readOnly subPath", Any, Honoured, "see [files](#files-in-a-container) for what a path may be"),
         row("subPathExpr", Any, Honoured, "`$(VAR)` is expanded from the container's environment when it starts; until all variables have values, and the path stays in the volume, the container waits with `CreateContainerConfigError`"),
@@ -274,9 +314,8 @@ const CONTAINER: &[Row] = &[
     row("stdin stdinOnce tty", Any, Honoured, ""),
     row("terminationMessagePath terminationMessagePolicy", Any, Honoured, ""),
     row("securityContext", Any, Inside("SecurityContext"), ""),
-    row("livenessProbe readinessProbe startupProbe", Any, Rejected, "probes are not supported yet"),
-    row("lifecycle", Empty, Satisfied, ""),
-    row("lifecycle", Any, Rejected, "lifecycle hooks are not supported yet"),
+    row("livenessProbe readinessProbe startupProbe", Any, Inside("Probe"), ""),
+    row("lifecycle", Any, Inside("Lifecycle"), ""),
     row("restartPolicy", Any, Rejected, "sidecars and restart policies of a container are not supported yet"),
     row("restartPolicyRules", Empty, Satisfied, ""),
     row("restartPolicyRules", Any, Rejected, LATER),

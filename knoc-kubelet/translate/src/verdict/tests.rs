@@ -68,6 +68,15 @@ fn every_field_of_a_pod_has_a_verdict() {
     check::<core::SecretEnvSource>("Reference", p);
     check::<core::ResourceRequirements>("ResourceRequirements", p);
     check::<core::ContainerPort>("ContainerPort", p);
+    check::<core::Probe>("Probe", p);
+    check::<core::Lifecycle>("Lifecycle", p);
+    check::<core::LifecycleHandler>("LifecycleHandler", p);
+    check::<core::ExecAction>("ExecAction", p);
+    check::<core::HTTPGetAction>("HTTPGetAction", p);
+    check::<core::HTTPHeader>("HTTPHeader", p);
+    check::<core::TCPSocketAction>("TCPSocketAction", p);
+    check::<core::GRPCAction>("GRPCAction", p);
+    check::<core::SleepAction>("SleepAction", p);
     check::<core::VolumeMount>("VolumeMount", p);
     check::<core::PodSecurityContext>("PodSecurityContext", p);
     check::<core::SecurityContext>("SecurityContext", p);
@@ -163,7 +172,9 @@ fn all_rejected_fields_are_reported_at_once() {
     let mut pod = ordinary();
     pod["spec"]["hostPID"] = json!(true);
     pod["spec"]["fromTheFuture"] = json!({"a": 1});
-    pod["spec"]["containers"][0]["livenessProbe"] = json!({"exec": {"command": ["true"]}});
+    pod["spec"]["containers"][0]["livenessProbe"] =
+        json!({"httpGet": {"port": 80, "host": "10.0.0.1"}});
+    pod["spec"]["containers"][0]["lifecycle"] = json!({"preStop": {"tcpSocket": {"port": 80}}});
     pod["spec"]["containers"][0]["securityContext"] = json!({"privileged": true, "runAsUser": 0, "capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN"]}});
     pod["spec"]["containers"][0]["ports"] = json!([{"containerPort": 80, "hostPort": 8080}]);
     pod["spec"]["volumes"]

@@ -107,6 +107,43 @@ async fn of_two_agents_of_a_site_the_one_with_the_higher_epoch_serves() {
     );
 }
 
+/// The agent judges the kubelet by the certificate that it has seen, so the connection that waits is of no use after a renewal.
+#[tokio::test]
+async fn a_connection_that_was_opened_before_a_renewal_is_not_taken() {
+    let ca = Ca::generate("ca").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let [ca_file, cert, key] = ["ca", "cert", "key"].map(|name| folder.path().join(name));
+    let renew = || {
+        let pair = ca.issue(&crate::tests::kubelet(), &[]).unwrap();
+        std::fs::write(&ca_file, ca.cert_pem()).unwrap();
+        std::fs::write(&cert, &pair.cert_pem).unwrap();
+        std::fs::write(&key, &pair.key_pem).unwrap();
+    };
+    renew();
+    let kubelet = kubelet_with(Credentials::from_files(&ca_file, &cert, &key).unwrap());
+    let credentials = issued(&ca, &agent());
+    let caller = Caller::new("a/1", 1, "login1");
+    let target = target(kubelet.address);
+    let dial = async || {
+        dial_out::dial(&target, &credentials, &caller)
+            .await
+            .unwrap()
+    };
+    let shown = |peer: &Peer| match peer {
+        Peer::Tls { certificate, .. } => certificate.info().spki.clone(),
+        Peer::Unix { .. } | Peer::Pinned { .. } => panic!("{peer}"),
+    };
+    let old = dial().await;
+    let seen = shown(old.peer());
+    renew();
+    let again = async {
+        old.taken().await.unwrap_err();
+        dial().await.taken().await.unwrap()
+    };
+    let (_near, far) = tokio::join!(take_and_begin(&kubelet.dial_in), again);
+    assert_ne!(shown(far.peer()), seen);
+}
+
 /// Takes a connection and begins HTTP/2 on it.
 async fn take_and_begin(dial_in: &DialIn) -> Connection {
     let mut near = dial_in.take().await.unwrap();

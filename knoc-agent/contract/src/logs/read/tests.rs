@@ -219,6 +219,35 @@ async fn another_reader_goes_on_at_any_chunk_with_nothing_lost_and_nothing_twice
     }
 }
 
+/// Of a reader of the last lines, or of none: what is written after the first position is new to it, and nothing else is.
+#[tokio::test]
+async fn the_first_position_comes_before_the_first_line() {
+    for written in [0, 20] {
+        let folder = tempfile::tempdir().unwrap();
+        let live = folder.path().join("0.log");
+        let mut log = None;
+        if written > 0 {
+            write(log.insert(writer(&live, 1 << 20, 3)), &numbered(0..written));
+        }
+        let options = Options {
+            tail_lines: Some(0),
+            positions: true,
+            ..Options::default()
+        };
+        let silent = chunks(&live, options.clone()).await;
+        let first = silent.first().unwrap();
+        assert!(first.data.is_empty() && !first.end, "{first:?}");
+        assert_eq!(text(&silent), "");
+        let more = numbered(written..written + 5);
+        write(log.get_or_insert_with(|| writer(&live, 1 << 20, 3)), &more);
+        let rest = Options {
+            from: first.next.as_ref().map(Into::into),
+            ..options
+        };
+        assert_eq!(text(&chunks(&live, rest).await), more, "{written} before");
+    }
+}
+
 #[tokio::test]
 async fn only_newer_lines_follow_if_the_file_was_dropped() {
     let folder = tempfile::tempdir().unwrap();

@@ -68,10 +68,11 @@ prop_compose! {
         phase in any_phase(),
         health in any_health(),
         stop in any_stop(),
-        pre_stop_pending in any::<bool>(),
-    ) -> (Phase, Health, StopStage, bool) {
+        pending in any::<[bool; 2]>(),
+        spared_until in prop_oneof![Just(0), 0_u64..20],
+    ) -> (Phase, Health, StopStage, [bool; 2], Time) {
         let health = if phase == Phase::Running { health } else { Health::down() };
-        (phase, health, stop, pre_stop_pending)
+        (phase, health, stop, pending, Time::from_secs(spared_until))
     }
 }
 
@@ -89,10 +90,12 @@ prop_compose! {
         let containers = roles.into_iter().zip(states).enumerate();
         View {
             containers: containers
-                .map(|(index, (role, (phase, health, stop, pre_stop_pending)))| Container {
+                .map(|(index, (role, (phase, health, stop, [pre, post], spared_until)))| Container {
                     health,
                     stop,
-                    pre_stop_pending,
+                    pre_stop_pending: pre,
+                    post_start_pending: post,
+                    spared_until,
                     ..container(index, role, policy, phase)
                 })
                 .collect(),
@@ -129,8 +132,10 @@ fn is_to_be_killed(view: &View, container: &Container) -> bool {
         Liveness::Failed { .. } if view.completed() && view.kill_at.is_none() => None,
         Liveness::Failed { kill_at } => Some(kill_at),
     };
+    // Its hook, or what came of it, gives it a moment more.
+    let spared = container.stop == StopStage::PreStop || view.now < container.spared_until;
     let over = |kill_at: Time| view.now >= kill_at;
-    container.lives() && (view.kill_at.is_some_and(over) || own.is_some_and(over))
+    container.lives() && !spared && (view.kill_at.is_some_and(over) || own.is_some_and(over))
 }
 
 /// A sidecar that has ended, in a pod that goes on.
@@ -169,7 +174,13 @@ proptest! {
             if stage < StopStage::Kill && !failed {
                 prop_assert!(!view.is_needed_by_others(container), "stopped before its turn");
             }
-            if stage == StopStage::Term && container.phase == Phase::Running {
+            let ends = [view.kill_at, match container.health.live {
+                Liveness::Live => None,
+                Liveness::Failed { kill_at } => Some(kill_at),
+            }];
+            let late = container.stop == StopStage::PreStop
+                && ends.into_iter().flatten().any(|end| view.now >= end);
+            if stage == StopStage::Term && container.phase == Phase::Running && !late {
                 prop_assert!(!container.pre_stop_pending, "the hook has not ended");
             }
         }

@@ -1,0 +1,153 @@
+//! Connections of probes and hooks to what the pod itself listens on.
+//!
+//! Finding out whose the listeners of a port are takes a look at all files of all processes of the pod. Probes connect again
+//! and again, so what was found is remembered: as long as the same sockets listen, the same address leads to the pod.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::net::TcpStream;
+
+use super::LOCALHOST;
+use crate::{
+    forward::{self, ForwardError, Reached},
+    listeners::{self, Listener},
+};
+
+/// How many ports are remembered. A container has three probes; redirects may lead to more.
+const PORTS: usize = 8;
+
+/// The ports that a program's probes have connected to.
+#[derive(Debug, Default)]
+pub(super) struct Known(Mutex<HashMap<u16, Way>>);
+
+/// How a port was reached.
+#[derive(Debug, Clone)]
+struct Way {
+    address: IpAddr,
+    listeners: HashSet<Listener>,
+}
+
+impl Way {
+    /// Connects in the same way if the same sockets listen, before and after.
+    async fn again(&self, port: u16) -> Option<TcpStream> {
+        let same = || listeners::listening(port) == self.listeners;
+        if !same() {
+            return None;
+        }
+        let stream = TcpStream::connect(SocketAddr::new(self.address, port));
+        let stream = stream.await.ok()?;
+        same().then_some(stream)
+    }
+}
+
+impl Known {
+    fn ways(&self) -> MutexGuard<'_, HashMap<u16, Way>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection to a listener of the pod. The error is for users.
+    pub(super) async fn connect(&self, port: u16) -> Result<TcpStream, String> {
+        let way = self.ways().get(&port).cloned();
+        if let Some(way) = way
+            && let Some(stream) = way.again(port).await
+        {
+            return Ok(stream);
+        }
+        let reached = forward::connect_anywhere(port, std::process::id()).await;
+        let Reached {
+            stream,
+            address,
+            listeners,
+        } = reached.map_err(|error| text(&error))?;
+        let mut ways = self.ways();
+        if ways.len() >= PORTS {
+            ways.clear();
+        }
+        let listeners = listeners.into_iter().collect();
+        ways.insert(port, Way { address, listeners });
+        Ok(stream)
+    }
+}
+
+/// As a real kubelet writes it, if it has such an error.
+fn text(error: &ForwardError) -> String {
+    match error {
+        ForwardError::ConnectionRefused { port, .. } => {
+            format!("dial tcp {LOCALHOST}:{port}: connect: connection refused")
+        }
+        ForwardError::Foreign { .. }
+        | ForwardError::Changed { .. }
+        | ForwardError::Elsewhere { .. } => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{Ipv4Addr, TcpListener},
+        time::Duration,
+    };
+
+    use super::*;
+
+    /// A program that another test starts inherits a listener until its exec closes it, so some answers come late.
+    async fn at_last<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+        let looking = async {
+            loop {
+                if let Some(found) = look().await {
+                    return found;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        let found = tokio::time::timeout(Duration::from_secs(20), looking).await;
+        found.unwrap_or_else(|_| panic!("{what}"))
+    }
+
+    #[tokio::test]
+    async fn a_way_leads_to_the_same_listeners_or_nowhere() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let way = Way {
+            address: Ipv4Addr::LOCALHOST.into(),
+            listeners: listeners::listening(port),
+        };
+        assert!(way.again(port).await.is_some());
+        drop(listener);
+        at_last("a closed listener is reached", async || {
+            way.again(port).await.is_none().then_some(())
+        })
+        .await;
+        // Another one has the port by now.
+        let other = at_last("the port stays taken", async || {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).ok()
+        })
+        .await;
+        assert!(way.again(port).await.is_none());
+        drop(other);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_the_pods_is_not_reached() {
+        // The test's process is not below itself.
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let known = Known::default();
+        let error = at_last("a foreign listener is reached", async || {
+            known.connect(port).await.err()
+        })
+        .await;
+        assert!(error.contains("outside the pod"), "{error}");
+        drop(listener);
+        let refused = format!("dial tcp 127.0.0.1:{port}: connect: connection refused");
+        at_last("a closed port is no refusal", async || {
+            let refusal = known.connect(port).await;
+            (refusal.err().as_ref() == Some(&refused)).then_some(())
+        })
+        .await;
+    }
+}
