@@ -72,6 +72,7 @@ pub async fn run(
                 message,
                 at: Timestamp::now(),
                 salt: 0,
+                times: 1,
             });
         }
         tokio::select! {
