@@ -260,7 +260,7 @@ async fn an_upgrade_is_not_noticed_by_pods_and_a_removal_waits_for_them() -> any
     far.site.put("pod.yaml", pod)?;
     let knocctl = || anyhow::Ok(far.there(binary("knocctl")?));
     knocctl()?
-        .arg("run")
+        .args(["run", "--file"])
         .arg(far.site.path("pod.yaml"))
         .ok()
         .await?;
