@@ -298,6 +298,7 @@ impl pb::agent_server::Agent for Service {
             pid_isolation: node.pid_isolation,
             pod_limit: node.pod_limit,
             policy_problem: site.policy.problem().unwrap_or_default(),
+            shim_route: site.shim_route.describe().0,
         }))
     }
 

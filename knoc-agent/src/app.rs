@@ -18,6 +18,7 @@ mod prepare;
 
 use std::{sync::Arc, time::Duration};
 
+use knoc_link::pinned::KeyPair;
 use knoc_proto::{error::chain, pb};
 pub use prepare::{PrepareError, socket_places};
 use tokio::{
@@ -33,12 +34,14 @@ use crate::{
     linger::Links,
     policy,
     registry::{self, Registry, cluster::Pin, poll},
-    renewal, shim_links,
+    renewal, shim_carry, shim_links, shim_route, shim_steps,
     site::Site,
 };
 
 /// How long open streams may go on after shutdown was requested.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How many carried connections may wait to be accepted.
+const CARRIED: usize = 16;
 
 /// An agent whose sockets are bound, ready to run.
 #[derive(Debug)]
@@ -49,7 +52,7 @@ pub struct App {
     ended: mpsc::Receiver<knoc_proto::ids::PodUid>,
     service: api::Service,
     near: Vec<knoc_link::Incoming>,
-    shim_hop: knoc_link::Incoming,
+    shims: Shims,
     /// Stops the tasks that accept requests; the registry's own token stops the actors after them.
     stop: CancellationToken,
     actors: CancellationToken,
@@ -74,6 +77,7 @@ impl App {
             pod_limit,
             pair,
             policy,
+            step_requests,
         } = prepared;
         let shim_hop = knoc_link::pinned::listen(site.config.listen.shim, pair.clone())
             .await
@@ -84,7 +88,7 @@ impl App {
         let (rules, ruling) = watch::channel(Arc::default());
         let policy = policy::watch::Watcher::new(&site.config, credentials.clone(), policy, rules);
         let gate = Gate::new(ruling);
-        prepare::tell_shims(&site, &shim_hop, &pair)?;
+        let told = prepare::tell_shims(&site, &shim_hop, &pair)?;
         let pin = Arc::new(Pin::load(&site.state)?);
         let (node, watched) = watch::channel(pb::NodeInfo {
             pid_isolation: site.runtime.name != "process",
@@ -110,7 +114,12 @@ impl App {
             ended,
             service,
             near,
-            shim_hop,
+            shims: Shims {
+                incoming: shim_hop,
+                pair,
+                step_requests,
+                told,
+            },
             stop,
             actors,
             policy,
@@ -140,7 +149,7 @@ impl App {
             ended,
             service,
             near,
-            shim_hop,
+            shims,
             stop,
             actors,
             policy,
@@ -152,11 +161,7 @@ impl App {
         } = self;
         let mut tasks = JoinSet::new();
         let background = actors.child_token();
-        tasks.spawn(shim_links::serve(
-            site.shim_links.clone(),
-            shim_hop,
-            background.clone(),
-        ));
+        shims.serve(&mut tasks, &site, &background);
         let poller = poll::Poller::new(Arc::clone(&site), Arc::clone(&registry), node.clone());
         tasks.spawn(poller.run(background.clone()));
         let capacity = poll::capacity(Arc::clone(&site), node.clone(), background.clone());
@@ -214,6 +219,43 @@ impl App {
         let lease = site.lease.clone();
         release(lease).await;
         tracing::info!("stopped");
+    }
+}
+
+/// What the tasks around the shims' links need.
+#[derive(Debug)]
+struct Shims {
+    incoming: knoc_link::Incoming,
+    pair: KeyPair,
+    step_requests: mpsc::Receiver<shim_steps::Request>,
+    told: shim_route::Told,
+}
+
+impl Shims {
+    /// Starts the tasks that accept links, carry links, and tell the shims where the agent is.
+    fn serve(self, tasks: &mut JoinSet<()>, site: &Arc<Site>, stop: &CancellationToken) {
+        let (connections, carried) = mpsc::channel(CARRIED);
+        tasks.spawn(shim_links::serve(
+            site.shim_links.clone(),
+            self.incoming,
+            carried,
+            site.shim_route.clone(),
+            stop.clone(),
+        ));
+        tasks.spawn(shim_carry::serve(
+            Arc::clone(site),
+            self.pair,
+            self.step_requests,
+            connections,
+            stop.clone(),
+        ));
+        let lease = site.lease.clone();
+        tasks.spawn(shim_route::keep(
+            site.shim_route.clone(),
+            self.told,
+            move || lease.fenced().is_none(),
+            stop.clone(),
+        ));
     }
 }
 

@@ -7,6 +7,8 @@
 //! Owner task: none; the task that awaits [`Command::run`] owns the child. Cancel safety: dropping
 //! the future kills the process group.
 
+pub mod relay;
+
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},

@@ -6,6 +6,7 @@
 
 mod check;
 pub mod dial_out;
+mod limits;
 mod listen;
 mod privileged;
 mod serve;
@@ -19,6 +20,7 @@ use std::{
     time::Duration,
 };
 
+pub use self::limits::Limits;
 use knoc_proto::settings::{Document, Mistakes};
 use serde::Deserialize;
 
@@ -219,17 +221,16 @@ pub struct Tools {
     pub scancel: Option<PathBuf>,
     pub sinfo: Option<PathBuf>,
     pub scontrol: Option<PathBuf>,
+    pub srun: Option<PathBuf>,
     pub apptainer: Option<PathBuf>,
     pub singularity: Option<PathBuf>,
     /// Not used, but `init` of earlier versions wrote it.
     sacctmgr: Option<PathBuf>,
-    /// Not used, but `init` of earlier versions wrote it.
-    srun: Option<PathBuf>,
 }
 
 impl Tools {
     /// The tools that are used, with their names.
-    fn named(&self) -> [(&'static str, &Option<PathBuf>); 8] {
+    fn named(&self) -> [(&'static str, &Option<PathBuf>); 9] {
         [
             ("sbatch", &self.sbatch),
             ("squeue", &self.squeue),
@@ -237,6 +238,7 @@ impl Tools {
             ("scancel", &self.scancel),
             ("sinfo", &self.sinfo),
             ("scontrol", &self.scontrol),
+            ("srun", &self.srun),
             ("apptainer", &self.apptainer),
             ("singularity", &self.singularity),
         ]
@@ -244,7 +246,7 @@ impl Tools {
 
     /// The names of tools that are set but not used.
     pub(crate) fn unused(&self) -> impl Iterator<Item = &'static str> {
-        let unused = [("sacctmgr", &self.sacctmgr), ("srun", &self.srun)];
+        let unused = [("sacctmgr", &self.sacctmgr)];
         let named = unused.into_iter().filter(|(_, path)| path.is_some());
         named.map(|(name, _)| name)
     }
@@ -335,79 +337,6 @@ pub struct JobDefaults {
     pub time_minutes: Option<u32>,
     /// A node-local folder for the shim.
     pub scratch: Option<String>,
-}
-
-/// Rates, limits and timeouts.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Limits {
-    /// The sustained number of submissions per second.
-    pub sbatch_rate: f64,
-    /// The number of submissions in a burst after an idle period.
-    pub sbatch_burst: u32,
-    /// The number of concurrent `sbatch` processes.
-    pub sbatch_concurrency: usize,
-    /// The number of concurrent image conversions.
-    pub image_concurrency: usize,
-    /// The maximum size of an image according to its manifest, in bytes.
-    #[serde(deserialize_with = "text::size")]
-    pub image_size: u64,
-    /// The maximum size of an unpacked image, in bytes.
-    #[serde(deserialize_with = "text::size")]
-    pub image_unpacked: u64,
-    /// The maximum size of all cached images, in bytes. The least recently used ones are removed first.
-    #[serde(deserialize_with = "text::size")]
-    pub image_cache: u64,
-    /// How long a layer may deliver less than 64 KiB, or less than 1 MiB while other images wait, before its pull
-    /// fails.
-    #[serde(deserialize_with = "text::duration")]
-    pub image_stall: Duration,
-    /// The shortest interval between two rounds of `squeue`.
-    #[serde(deserialize_with = "text::duration")]
-    pub poll_min: Duration,
-    /// The longest interval between two rounds while there are pods.
-    #[serde(deserialize_with = "text::duration")]
-    pub poll_max: Duration,
-    /// How long the report of an ended job may take to appear on the shared file system.
-    #[serde(deserialize_with = "text::duration")]
-    pub report_grace: Duration,
-    /// How long a job may be pending for a reason that never goes away (PartitionTimeLimit …) before its pod fails.
-    #[serde(deserialize_with = "text::duration")]
-    pub never_ends_after: Duration,
-    /// How long a job that the scheduler does not know may stay undecided.
-    #[serde(deserialize_with = "text::duration")]
-    pub lost_after: Duration,
-    /// How long to wait after a pod's grace period before its job is cancelled.
-    #[serde(deserialize_with = "text::duration")]
-    pub stop_slack: Duration,
-    /// The maximum number of pods. If unset: as many as the process limits allow.
-    pub pods: Option<u32>,
-    /// The number of threads that move the bytes of streams. One moves several hundred MB/s; several pass the same
-    /// bytes between each other.
-    pub threads: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            sbatch_rate: 50.0,
-            sbatch_burst: 100,
-            sbatch_concurrency: 4,
-            image_concurrency: 2,
-            image_size: 64 << 30,
-            image_unpacked: 128 << 30,
-            image_cache: 256 << 30,
-            image_stall: Duration::from_mins(1),
-            poll_min: Duration::from_secs(1),
-            poll_max: Duration::from_secs(30),
-            report_grace: Duration::from_secs(90),
-            never_ends_after: Duration::from_mins(10),
-            lost_after: Duration::from_mins(5),
-            stop_slack: Duration::from_secs(15),
-            pods: None,
-            threads: 1,
-        }
-    }
 }
 
 /// The containers' logs.

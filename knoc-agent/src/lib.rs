@@ -5,7 +5,7 @@
 //! - `serve` (module [`app`]): an ordinary user's process on the login node. It owns the life of each
 //!   pod from accepted to finished, with one actor for each pod ([`pod`]).
 //! - `init`: creates certificates and the site file. `connect`: relays stdio to the agent's unix
-//!   socket.
+//!   socket, or, in a job, to the shim's.
 //! - `shim JOBDIR`, and the hidden `contain`, `launch` and `enter`, in and around a job's containers.
 //!   They are in the crate `knoc-shim`, which only `main.rs` calls.
 //!
@@ -33,7 +33,11 @@ pub mod registry;
 pub mod renewal;
 pub mod run_mode;
 pub mod scheduler;
+pub mod shim_carry;
+pub mod shim_connect;
 pub mod shim_links;
+pub mod shim_route;
+pub mod shim_steps;
 pub mod site;
 pub mod stats;
 pub mod versions;

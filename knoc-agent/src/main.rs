@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use knoc_agent::{
     app::{App, socket_places},
     config::{Config, Home},
-    connect, init, manage, on_demand, run_mode,
+    connect, init, manage, on_demand, run_mode, shim_connect,
 };
 use knoc_link::carrier::exec::marker::Speaks;
 use knoc_memory as _;
@@ -108,6 +108,10 @@ struct Serve {
 
 #[derive(Debug, clap::Args)]
 struct Connect {
+    /// Connects to the shim of the pod with this job directory instead, which must run on this host; the agent runs this
+    /// as a step of the pod's job if compute nodes cannot reach the agent
+    #[arg(conflicts_with = "plain")]
+    jobdir: Option<PathBuf>,
     #[command(flatten)]
     config: ConfigFile,
     /// Connects to the socket without TLS, for knocctl without a certificate; kubelets are refused there
@@ -154,6 +158,10 @@ fn main() -> ExitCode {
             .config
             .load()
             .and_then(|config| serve(config, options.on_demand)),
+        Command::Connect(Connect {
+            jobdir: Some(jobdir),
+            ..
+        }) => relay_to_shim(&jobdir),
         Command::Connect(options) => options
             .config
             .load()
@@ -278,6 +286,17 @@ fn relay(config: &Config, speaks: Speaks, start: bool) -> anyhow::Result<()> {
     })?;
     runtime.shutdown_background();
     Ok(reached.relay()?)
+}
+
+/// Relays to the shim of a job directory.
+fn relay_to_shim(jobdir: &std::path::Path) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let relayed = runtime.block_on(shim_connect::to_shim(jobdir));
+    // A read from standard input cannot be cancelled; waiting for it would delay the exit.
+    runtime.shutdown_background();
+    Ok(relayed?)
 }
 
 #[cfg(test)]

@@ -8,7 +8,12 @@
 //! `node_info`) and `doctor`. This module decides nothing about a pod, and it never identifies a
 //! job by its ID alone, because Slurm may reuse an ID: see [`JobRef`].
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use knoc_contract::jobdir::JobDirError;
@@ -18,7 +23,7 @@ use knoc_proto::{
     pod::PodSpec,
 };
 
-use crate::command::CommandError;
+use crate::command::{Command, CommandError};
 
 pub mod local;
 pub mod slurm;
@@ -237,6 +242,26 @@ impl Scheduler {
         match self {
             Self::Slurm(slurm) => slurm.node_info().await,
             Self::Local(local) => Ok(local.node_info()),
+        }
+    }
+
+    /// The command that runs `program` inside a running job, as one process on the job's first node,
+    /// whose standard input and output are its own. The job is not disturbed.
+    #[must_use]
+    pub fn enter(&self, job: &JobId, program: &Path, args: [&OsStr; 2]) -> Command {
+        match self {
+            Self::Slurm(slurm) => slurm.enter(job, program, args),
+            Self::Local(local) => local.enter(program, args),
+        }
+    }
+
+    /// Whether this text, of a command of [`Self::enter`] that failed, means that the site permits
+    /// no such command.
+    #[must_use]
+    pub fn is_refusal(&self, text: &str) -> bool {
+        match self {
+            Self::Slurm(_) => slurm::is_refusal(text),
+            Self::Local(_) => false,
         }
     }
 

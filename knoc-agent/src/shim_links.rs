@@ -17,7 +17,7 @@ use std::{
 };
 
 use futures::{FutureExt as _, StreamExt as _};
-use knoc_link::{Incoming, Peer, admission::Source, bulk::RawClient};
+use knoc_link::{Connection, Incoming, Peer, admission::Source, bulk::RawClient};
 use knoc_proto::{
     error::chain,
     ids::PodUid,
@@ -26,13 +26,16 @@ use knoc_proto::{
     reason::ErrorReason,
 };
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 
-use crate::pod::{input::Input, state::Event};
+use crate::{
+    pod::{input::Input, state::Event},
+    shim_route::ShimRoute,
+};
 
 /// The deadline of a short request to a shim.
 pub const DEADLINE: Duration = Duration::from_secs(5);
@@ -81,6 +84,17 @@ struct Link {
 pub struct About {
     version: String,
     capabilities: Vec<String>,
+}
+
+/// A connection that a step carries, on demand.
+#[derive(Debug)]
+pub struct Carried {
+    /// The connection, whose peer has proved a key.
+    pub connection: Connection,
+    /// The pod to which it must belong.
+    pub uid: PodUid,
+    /// Answered once the link is open.
+    pub opened: oneshot::Sender<()>,
 }
 
 impl About {
@@ -143,6 +157,26 @@ impl ShimLinks {
         lock(&self.0.links).len()
     }
 
+    /// The pod to which the key `spki` belongs, and a place for its link. If a step has carried the
+    /// connection, the pod must be the `wanted` one. `open`: how many links there are.
+    fn admit(
+        &self,
+        spki: &str,
+        wanted: Option<&PodUid>,
+        open: usize,
+    ) -> Result<(Route, OwnedSemaphorePermit), &'static str> {
+        let route = lock(&self.0.pins).get(spki).cloned();
+        let route = route.ok_or("its key is not known")?;
+        if wanted.is_some_and(|uid| *uid != route.uid) {
+            return Err("its key is that of another pod");
+        }
+        match Arc::clone(&route.permits).try_acquire_owned() {
+            Ok(permit) if open < LINKS => Ok((route, permit)),
+            Ok(_) => Err("too many links are open"),
+            Err(_) => Err("its pod has too many links"),
+        }
+    }
+
     fn open(&self, uid: &PodUid, client: Client, about: About) -> u64 {
         let number = self.0.counter.fetch_add(1, Ordering::Relaxed);
         let link = Link {
@@ -169,8 +203,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Accepts links until `stop` is cancelled.
-pub async fn serve(links: ShimLinks, mut incoming: Incoming, stop: CancellationToken) {
+/// Accepts links until `stop` is cancelled: those that shims dial, and those that steps carry.
+pub async fn serve(
+    links: ShimLinks,
+    mut incoming: Incoming,
+    mut carried: mpsc::Receiver<Carried>,
+    dialled: ShimRoute,
+    stop: CancellationToken,
+) {
     let mut tasks = JoinSet::new();
     let mut log = LogLimit::default();
     loop {
@@ -178,10 +218,11 @@ pub async fn serve(links: ShimLinks, mut incoming: Incoming, stop: CancellationT
             biased;
             () = stop.cancelled() => break,
             Some(_) = tasks.join_next() => continue,
-            accepted = incoming.next() => accepted,
+            accepted = incoming.next() => accepted.map(|made| made.map(|connection| (connection, None))),
+            Some(made) = carried.recv() => Some(Ok((made.connection, Some((made.uid, made.opened))))),
         };
-        let connection = match accepted {
-            Some(Ok(connection)) => connection,
+        let (connection, carried) = match accepted {
+            Some(Ok(accepted)) => accepted,
             Some(Err(error)) => {
                 tracing::warn!(
                     error = chain(&error),
@@ -195,15 +236,8 @@ pub async fn serve(links: ShimLinks, mut incoming: Incoming, stop: CancellationT
             tracing::warn!(peer = %connection.peer(), "a connection on the port for shims is not from a shim");
             continue;
         };
-        let route = lock(&links.0.pins).get(&*spki).cloned();
-        let admitted = route.ok_or("its key is not known").and_then(|route| {
-            match Arc::clone(&route.permits).try_acquire_owned() {
-                Ok(permit) if tasks.len() < LINKS => Ok((route, permit)),
-                Ok(_) => Err("too many links are open"),
-                Err(_) => Err("its pod has too many links"),
-            }
-        });
-        let (route, permit) = match admitted {
+        let wanted = carried.as_ref().map(|(uid, _)| uid);
+        let (route, permit) = match links.admit(&spki, wanted, tasks.len()) {
             Ok(admitted) => admitted,
             Err(why) => {
                 let verdict = log.event(tokio::time::Instant::now(), Source::from(origin));
@@ -219,7 +253,14 @@ pub async fn serve(links: ShimLinks, mut incoming: Incoming, stop: CancellationT
         let client = ShimClient::new(RawClient::new(knoc_link::near_side(connection)))
             .max_decoding_message_size(knoc_link::MAX_MESSAGE)
             .max_encoding_message_size(knoc_link::MAX_MESSAGE);
-        let following = follow(links.clone(), route, client, stop.clone());
+        let opened = match carried {
+            Some((_, opened)) => Some(opened),
+            None => {
+                dialled.linked();
+                None
+            }
+        };
+        let following = follow(links.clone(), route, client, opened, stop.clone());
         tasks.spawn(following.map(|()| drop(permit)));
     }
     tasks.shutdown().await;
@@ -227,7 +268,13 @@ pub async fn serve(links: ShimLinks, mut incoming: Incoming, stop: CancellationT
 
 /// Follows one link: every report becomes an event, until the link is gone. The link is open from
 /// its first report on, which names the shim's capabilities.
-async fn follow(links: ShimLinks, route: Route, mut client: Client, stop: CancellationToken) {
+async fn follow(
+    links: ShimLinks,
+    route: Route,
+    mut client: Client,
+    opened: Option<oneshot::Sender<()>>,
+    stop: CancellationToken,
+) {
     let uid = &route.uid;
     let begun = async {
         let watched = client.watch_report(pb::WatchReportRequest {}).await?;
@@ -250,6 +297,10 @@ async fn follow(links: ShimLinks, route: Route, mut client: Client, stop: Cancel
     let about = next.as_ref().map(About::of).unwrap_or_default();
     let number = links.open(uid, client, about);
     tracing::debug!(%uid, "the shim's link is up");
+    if let Some(opened) = opened {
+        // Whoever waited for the link may have given up.
+        opened.send(()).ok();
+    }
     let mut input_open = route.input.send(Input::Link).await.is_ok();
     // After the final report there are no more.
     while input_open && let Some(report) = next.take() {

@@ -14,6 +14,8 @@ use crate::{
     registry::board::Board,
     scheduler::{Scheduler, SubmitError, SubmitErrorKind},
     shim_links::ShimLinks,
+    shim_route::ShimRoute,
+    shim_steps::ShimSteps,
     versions::Versions,
 };
 
@@ -61,6 +63,10 @@ pub struct Site {
     pub dial_out: crate::dial_out::Board,
     /// The links of running shims.
     pub shim_links: ShimLinks,
+    /// How shims are reached.
+    pub shim_route: ShimRoute,
+    /// The links that job steps carry.
+    pub shim_steps: ShimSteps,
     /// Wakes the poller if a change is expected.
     pub poll_soon: Arc<Notify>,
     /// Bounds how many new pods are put on disk at the same time: each one syncs its files with

@@ -56,10 +56,19 @@ pub struct Options {
 impl Options {
     /// Shims never reach the agent: they dial a port where nobody listens.
     #[must_use]
-    pub fn without_link() -> Self {
+    pub fn cut_off() -> Self {
         Self {
             shims_dial: Some((Ipv4Addr::LOCALHOST, 1).into()),
             ..Self::default()
+        }
+    }
+
+    /// Shims never reach the agent, and no job step may carry their link.
+    #[must_use]
+    pub fn without_link() -> Self {
+        Self {
+            limits: "srun_links = 0".to_owned(),
+            ..Self::cut_off()
         }
     }
 }

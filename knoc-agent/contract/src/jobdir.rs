@@ -6,6 +6,7 @@
 //! state_dir/                  0700
 //!   agent.lease               who may submit (schema::Lease)
 //!   endpoint.json             where shims find the agent (schema::Endpoint)
+//!   shim-route.json           how shims are reached (schema::FoundRoute)
 //!   cluster.json              the pinned cluster id and leadership epoch (schema::Cluster)
 //!   shim-hop.crt, .key        the agent's self-signed certificate and key for shims
 //!   images/<digest>.sif|.json
@@ -137,6 +138,12 @@ impl StateDir {
     #[must_use]
     pub fn endpoint(&self) -> PathBuf {
         self.root.join("endpoint.json")
+    }
+
+    /// The path of the file that remembers how shims are reached.
+    #[must_use]
+    pub fn shim_route(&self) -> PathBuf {
+        self.root.join("shim-route.json")
     }
 
     /// The path of the file with the pinned cluster and its leadership epoch.

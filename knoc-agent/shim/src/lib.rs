@@ -87,7 +87,7 @@ use tracing_subscriber::{
 use self::{
     children::Children,
     directory::Directory,
-    link::{Link, State},
+    link::{Link, Serving, State, carried},
     pod::Pod,
     report::Publisher,
     scratch::{Cleaner, LAST_REMOVAL},
@@ -233,7 +233,16 @@ async fn run(
     let (commands, orders) = mpsc::channel(COMMANDS);
     let signals = job_signals::Signals::listen()?;
     background.spawn(signals.obey(pod.spec().grace(), commands.clone()));
-    let mut publisher = Publisher::new(first_report(&pod, previous.as_ref()));
+    let listener = carried::Listener::bind(&pod);
+    let route = pb::ShimRoute {
+        socket: listener.as_ref().map_or_else(String::new, |listener| {
+            listener.path.to_string_lossy().into_owned()
+        }),
+        ..pb::ShimRoute::default()
+    };
+    let mut first = first_report(&pod, previous.as_ref());
+    first.route = Some(route.clone());
+    let mut publisher = Publisher::new(first);
     if let Some(why) = pod.scratch.on_disk() {
         tracing::warn!("{why}");
         publisher.note("MemoryOnDisk", why, "");
@@ -252,7 +261,12 @@ async fn run(
         delivered: watch::Sender::new(false),
         slots: Slots::default(),
     };
-    let (farewell, mut linked) = link_up(service, endpoint);
+    let up = Up {
+        endpoint,
+        listener,
+        route,
+    };
+    let (farewell, mut linked) = link_up(service, up);
     let link_state = farewell.link.subscribe();
     background.spawn(values_poll::watch(pod.jobdir.clone(), link_state, commands));
     Supervisor::new(
@@ -278,18 +292,27 @@ async fn run(
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
 }
 
+/// What the link starts from.
+struct Up {
+    endpoint: std::path::PathBuf,
+    listener: Option<carried::Listener>,
+    route: pb::ShimRoute,
+}
+
 /// Starts to serve over the link, until the farewell hangs up.
-fn link_up(service: Service, endpoint: std::path::PathBuf) -> (Farewell, JoinSet<()>) {
+fn link_up(service: Service, up: Up) -> (Farewell, JoinSet<()>) {
     let farewell = Farewell {
         delivered: service.delivered.subscribe(),
         link: watch::Sender::new(State::Dialling),
         hang_up: CancellationToken::new(),
     };
     let link = Link {
-        endpoint,
+        endpoint: up.endpoint,
         pair: service.pod.jobdir.link_pair(),
-        service,
-        state: farewell.link.clone(),
+        commands: service.commands.clone(),
+        serving: Serving::new(service, farewell.link.clone()),
+        listener: up.listener,
+        route: up.route,
     };
     let mut linked = JoinSet::new();
     linked.spawn(link.run(farewell.hang_up.clone()));

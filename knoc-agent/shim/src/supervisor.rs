@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Stats(Vec<Sample>, oneshot::Sender<pb::PodStats>),
     /// Newer values, not checked yet; the answer comes when they are written.
     Values(pb::PodValues, oneshot::Sender<Result<(), String>>),
+    /// How the shim and the agent reach each other, for the report.
+    Route(pb::ShimRoute),
 }
 
 struct Stop {
@@ -247,6 +249,7 @@ impl Supervisor {
                 // The caller may have gone away.
                 answer.send(self.take_values(values)).ok();
             }
+            Command::Route(route) => self.publisher.update(|report| report.route = Some(route)),
         }
     }
 

@@ -18,7 +18,7 @@ use knoc_proto::{
 use tonic::{Code, Response, Status, Streaming};
 
 use super::shim_link;
-use crate::site::Site;
+use crate::{shim_steps::Use, site::Site};
 
 /// A shim answers within milliseconds, even if its job was resumed after the last poll.
 const RESUMED: Duration = Duration::from_millis(500);
@@ -32,9 +32,9 @@ pub(super) async fn exec(site: &Site, mut inputs: Messages<ExecInput>) -> Answer
         return Err(misplaced("start"));
     };
     let uid = super::uid(&start.uid)?;
-    let mut client = shim_link::client(site, &uid)?;
+    let (mut client, used) = shim_link::client(site, &uid).await?;
     let outputs = client.exec(bulk::request_body(inputs.into_body()));
-    begin(site, uid, outputs).await
+    begin(site, uid, used, outputs).await
 }
 
 pub(super) async fn attach(site: &Site, mut inputs: Messages<ExecInput>) -> Answer<ExecOutput> {
@@ -42,9 +42,9 @@ pub(super) async fn attach(site: &Site, mut inputs: Messages<ExecInput>) -> Answ
         return Err(misplaced("attach"));
     };
     let uid = super::uid(&start.uid)?;
-    let mut client = shim_link::client_with(site, &uid, "attach")?;
+    let (mut client, used) = shim_link::client_with(site, &uid, "attach").await?;
     let outputs = client.attach(bulk::request_body(inputs.into_body()));
-    begin(site, uid, outputs).await
+    begin(site, uid, used, outputs).await
 }
 
 pub(super) async fn port_forward(
@@ -56,9 +56,9 @@ pub(super) async fn port_forward(
         return Err(misplaced("start"));
     };
     let uid = super::uid(&start.uid)?;
-    let mut client = shim_link::client_with(site, &uid, "port-forward")?;
+    let (mut client, used) = shim_link::client_with(site, &uid, "port-forward").await?;
     let outputs = client.port_forward(bulk::request_body(inputs.into_body()));
-    begin(site, uid, outputs).await
+    begin(site, uid, used, outputs).await
 }
 
 /// Waits for the shim's answer. Fails if Slurm has suspended the job, because the shim of a
@@ -66,12 +66,13 @@ pub(super) async fn port_forward(
 async fn begin<T: Send + 'static>(
     site: &Site,
     uid: PodUid,
+    used: Option<Use>,
     outputs: impl Future<Output = Result<Response<Streaming<T>>, Status>>,
 ) -> Answer<T> {
     tokio::select! {
         // If both are ready, the job was resumed in the meantime, and the answer counts.
         biased;
-        outputs = outputs => relay(uid, outputs),
+        outputs = outputs => relay(uid, used, outputs),
         suspended = until_suspended(site, &uid) => Err(suspended),
     }
 }
@@ -106,12 +107,17 @@ fn misplaced(name: &str) -> Status {
 /// names the pod.
 fn relay<T: Send + 'static>(
     uid: PodUid,
+    used: Option<Use>,
     outputs: Result<Response<Streaming<T>>, Status>,
 ) -> Answer<T> {
     let outputs = outputs.map_err(|status| broken(&uid, status))?;
     let body = bulk::output_body(&outputs)
         .ok_or_else(|| ErrorReason::Internal.status("the shim answered with no stream"))?;
-    let named = bulk::map_status(body, move |status| broken(&uid, status));
+    let named = bulk::map_status(body, move |status| {
+        // Held as long as the stream: a job step that carries the link goes on.
+        let _used = &used;
+        broken(&uid, status)
+    });
     Ok(bulk::answer(named))
 }
 

@@ -12,9 +12,8 @@ use std::{
 use jiff::Timestamp;
 use knoc_contract::{
     jobdir::{
-        self, JobDirError, StateDir,
+        JobDirError, StateDir,
         atomic::{self, FileError},
-        schema::Endpoint,
     },
     setuid,
 };
@@ -32,6 +31,8 @@ use crate::{
     registry::board::Board,
     scheduler::{Scheduler, local, slurm},
     shim_links::ShimLinks,
+    shim_route::{ShimRoute, Told},
+    shim_steps::{self, ShimSteps},
     site::{ACCEPTING, RuntimeInfo, Site},
     versions::Versions,
 };
@@ -103,6 +104,7 @@ pub(super) struct Prepared {
     pub(super) pod_limit: usize,
     pub(super) pair: KeyPair,
     pub(super) policy: policy::Publisher,
+    pub(super) step_requests: mpsc::Receiver<shim_steps::Request>,
 }
 
 pub(super) async fn prepare(
@@ -135,6 +137,10 @@ pub(super) async fn prepare(
     let images = Images::new(settings);
     images.sweep();
     let limit = pod_limit(&config);
+    let limits = &config.limits;
+    let shim_route = ShimRoute::load(&state, limits.srun_links > 0, Timestamp::now());
+    let (shim_steps, step_requests) =
+        ShimSteps::new(shim_route.clone(), limits.srun_links, limits.srun_idle);
     let site = Arc::new(Site {
         board: Board::new(lease.epoch()),
         runtime: RuntimeInfo {
@@ -145,6 +151,8 @@ pub(super) async fn prepare(
         },
         dial_out: crate::dial_out::Board::default(),
         shim_links: ShimLinks::default(),
+        shim_route,
+        shim_steps,
         poll_soon: Arc::new(Notify::new()),
         accepting: Semaphore::new(ACCEPTING),
         config,
@@ -162,6 +170,7 @@ pub(super) async fn prepare(
         pod_limit: limit,
         pair,
         policy: publisher,
+        step_requests,
     })
 }
 
@@ -319,17 +328,18 @@ pub(super) fn tell_shims(
     site: &Site,
     shim_hop: &knoc_link::Incoming,
     pair: &KeyPair,
-) -> Result<(), PrepareError> {
+) -> Result<Told, PrepareError> {
     let port = shim_hop
         .local_addr()
         .map_or_else(|| site.config.listen.shim.port(), |a| a.port());
-    let endpoint = Endpoint {
+    let told = Told {
+        state: site.state.clone(),
         addresses: advertised(&site.config, port),
         spki: pair.spki().to_owned(),
     };
-    tracing::info!(addresses = ?endpoint.addresses, "shims will connect to these addresses");
-    jobdir::write_json(&site.state.endpoint(), &endpoint)?;
-    Ok(())
+    tracing::info!(addresses = ?told.addresses, "shims will connect to these addresses");
+    told.write(&site.shim_route)?;
+    Ok(told)
 }
 
 /// The addresses that shims connect to: as configured, else every address of this host except

@@ -17,6 +17,8 @@ const LEAST_POD_LOGS: i64 = 1 << 20;
 
 /// More threads than a login node allows one user.
 const MAX_THREADS: usize = 256;
+/// More job steps than any login node should carry for one user.
+const MAX_SRUN_LINKS: usize = 1000;
 
 /// Reports every mistake of `config` in the document that it was read from.
 pub(super) fn check(config: &Config, document: &mut Document) {
@@ -208,6 +210,7 @@ impl Check<'_> {
             ("limits.image_stall", !limits.image_stall.is_zero()),
             ("limits.pods", limits.pods != Some(0)),
             ("limits.poll_min", !limits.poll_min.is_zero()),
+            ("limits.srun_idle", !limits.srun_idle.is_zero()),
             ("serve.linger", !config.serve.linger.is_zero()),
             ("backoff.initial", !config.backoff.initial.is_zero()),
             ("logs.max_files", config.logs.max_files > 0),
@@ -231,6 +234,10 @@ impl Check<'_> {
         if !(1..=MAX_THREADS).contains(&limits.threads) {
             let what = format!("must be between 1 and {MAX_THREADS}");
             self.wrong("limits.threads", what);
+        }
+        if limits.srun_links > MAX_SRUN_LINKS {
+            let what = format!("must be at most {MAX_SRUN_LINKS}, because each is a process");
+            self.wrong("limits.srun_links", what);
         }
         if config.logs.max_bytes < 4096 {
             self.wrong("logs.max_bytes", "must be at least 4096");

@@ -145,8 +145,8 @@ fn mirrors_are_hosts_with_an_optional_path() {
 
 #[test]
 fn tools_that_earlier_versions_named_are_accepted() {
-    let config = parse("site = 'x'\n[tools]\nsrun = '/usr/bin/srun'").unwrap();
-    assert_eq!(config.tools.unused().collect::<Vec<_>>(), ["srun"]);
+    let config = parse("site = 'x'\n[tools]\nsacctmgr = '/usr/bin/sacctmgr'").unwrap();
+    assert_eq!(config.tools.unused().collect::<Vec<_>>(), ["sacctmgr"]);
 }
 
 #[test]

@@ -258,6 +258,10 @@ registries = []
 # lost_after = "5m"  # default
 # How long to wait after a pod's grace period before its job is cancelled.
 # stop_slack = "15s"  # default
+# If compute nodes cannot reach the agent: how many job steps (srun --overlap, one process on the login node each) may carry links
+# to pods at the same time (0: none), and how long a step goes on after its last use.
+# srun_links = 16  # default
+# srun_idle = "1m"  # default
 # The largest number of pods at the same time. If unset, it follows from the limit of open files.
 # pods = 1000  # example
 # Threads that move the bytes of streams. One thread moves several hundred MB/s; use more if many large streams run at once.

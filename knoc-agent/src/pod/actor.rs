@@ -150,6 +150,7 @@ impl NewActor {
         }
         if !stop.is_cancelled() {
             site.shim_links.forget(&uid);
+            site.shim_steps.forget(&uid);
             site.board.remove(uid.as_str());
             // Closed before the end is announced: whoever learns of the end removes a handle that
             // nobody serves any more.
@@ -240,6 +241,9 @@ impl Actor {
             Input::Link => self.relink(pod).await,
             Input::Event(event) => {
                 let reported = matches!(event, Event::Report(_));
+                if let Event::Report(report) = &event {
+                    self.site.shim_steps.reported(&self.uid, report);
+                }
                 let pod = self.apply(pod, event).await;
                 self.push_values(&pod, reported);
                 pod

@@ -10,7 +10,8 @@
 //! thread.
 
 use std::{
-    path::PathBuf,
+    ffi::OsStr,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -22,7 +23,10 @@ use super::{
     Accounting, Cancel, JobRef, JobView, Rendered, Round, SchedulerError, SubmitError,
     SubmitErrorKind, SubmitRequest, Submitted, slurm::script::script,
 };
-use crate::{command::login_environment, config::Config};
+use crate::{
+    command::{Command, login_environment},
+    config::Config,
+};
 use table::Table;
 
 mod process;
@@ -96,6 +100,12 @@ impl Local {
         let settings = Arc::new(settings);
         let table = Arc::new(Mutex::new(Table::new(Arc::clone(&settings))));
         Self { settings, table }
+    }
+
+    /// Jobs run on this host, so `program` does too.
+    pub(super) fn enter(&self, program: &Path, args: [&OsStr; 2]) -> Command {
+        let command = Command::new(program).args(args).capture(4096);
+        command.env("PATH", &self.settings.path)
     }
 
     pub(super) fn render(&self, request: &SubmitRequest) -> Result<Rendered, SubmitError> {

@@ -27,6 +27,7 @@ use crate::command::{Command, CommandError, Output};
 
 mod bucket;
 mod checks;
+mod enter;
 mod flags;
 mod nodes;
 mod ownership;
@@ -37,6 +38,7 @@ mod settings;
 mod shape;
 mod submit_error;
 
+pub use enter::is_refusal;
 use ownership::Ownership;
 pub use settings::Settings;
 

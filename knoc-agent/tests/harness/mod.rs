@@ -255,6 +255,8 @@ impl Job {
         let endpoint = Endpoint {
             addresses: vec![address],
             spki: pair.spki().to_owned(),
+            trial: 1,
+            isolated: false,
         };
         write_json(&self.state.endpoint(), &endpoint).unwrap();
         let shim = KeyPair::generate("shim").unwrap();

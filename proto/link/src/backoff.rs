@@ -24,6 +24,10 @@ pub(super) enum Kind {
 
 impl Kind {
     /// How this error of an attempt over `carrier` counts.
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "every other error counts by its carrier"
+    )]
     pub(super) fn of(error: &LinkError, carrier: &Carrier) -> Self {
         match error {
             LinkError::Command { source, .. } if source.cause.is_authentication() => {

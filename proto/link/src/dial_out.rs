@@ -194,7 +194,7 @@ pub async fn dial(
             carrier: carrier.clone(),
         }),
         Some(rival) => Err(LinkError::Superseded {
-            carrier: carrier.clone(),
+            carrier: Box::new(carrier.clone()),
             hostname: rival.hostname,
             epoch: rival.epoch,
         }),

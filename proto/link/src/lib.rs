@@ -282,7 +282,7 @@ pub enum LinkError {
     )]
     Superseded {
         /// The carrier to the kubelet.
-        carrier: Carrier,
+        carrier: Box<Carrier>,
         /// The host of the other agent.
         hostname: String,
         /// The epoch of the other agent's lease.

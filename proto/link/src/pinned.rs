@@ -3,7 +3,7 @@
 //! The shim dials with the key pair in its job directory and expects the agent's key, which `endpoint.json` names. The
 //! agent accepts any key, learns its pin, and looks up which pod it belongs to. Neither side checks dates or names: the
 //! pin is kept in a 0700 folder for the lifetime of the pod.
-use std::{fmt, io, net::SocketAddr, path::Path, sync::Arc};
+use std::{fmt, future::Future, io, net::SocketAddr, path::Path, sync::Arc};
 
 use knoc_proto::error::chain;
 use rustls::{CertificateError, sign::CertifiedKey};
@@ -191,9 +191,56 @@ async fn dial_over(
     pair: &KeyPair,
     expect_spki: &str,
 ) -> Result<Connection, LinkError> {
-    let Unverified { io, origin } = dialler.dial().await?;
+    let connection = dialler.dial().await?;
+    connect_over(connection, &carrier.to_string(), pair, expect_spki).await
+}
+
+/// The shim's side of the handshake over a connection that somebody else has carried to it: accepts only a peer that
+/// holds the key with the pin `expect_spki`. `peer` names it in errors. Takes at most [`CONNECT_TIMEOUT`]. Cancel safe.
+pub async fn over(
+    connection: Unverified<impl Io>,
+    peer: &str,
+    pair: &KeyPair,
+    expect_spki: &str,
+) -> Result<Connection, LinkError> {
+    in_time(peer, connect_over(connection, peer, pair, expect_spki)).await
+}
+
+/// The agent's side of the handshake over a connection that it has carried to a shim itself. The connection has the pin
+/// of the key that its peer proved to hold as its [`Peer::Pinned`]. `peer` names it in errors. Takes at most
+/// [`CONNECT_TIMEOUT`]. Cancel safe.
+pub async fn accept_over(
+    connection: Unverified<impl Io>,
+    peer: &str,
+    pair: &KeyPair,
+) -> Result<Connection, LinkError> {
+    in_time(peer, accept(connection, pair)).await
+}
+
+async fn in_time(
+    peer: &str,
+    handshake: impl Future<Output = Result<Connection, LinkError>>,
+) -> Result<Connection, LinkError> {
+    let late = |_| {
+        Err(LinkError::Handshake {
+            peer: peer.to_owned(),
+            claimed: None,
+            source: io::ErrorKind::TimedOut.into(),
+        })
+    };
+    tokio::time::timeout(CONNECT_TIMEOUT, handshake)
+        .await
+        .unwrap_or_else(late)
+}
+
+async fn connect_over(
+    Unverified { io, origin }: Unverified<impl Io>,
+    peer: &str,
+    pair: &KeyPair,
+    expect_spki: &str,
+) -> Result<Connection, LinkError> {
     let failed = |source| LinkError::Handshake {
-        peer: carrier.to_string(),
+        peer: peer.to_owned(),
         claimed: None,
         source: readable_error(source),
     };

@@ -187,6 +187,8 @@ mod tests {
         );
     }
 
+    type Change = fn(&mut pb::Resolver);
+
     #[test]
     fn nothing_but_words_reaches_the_resolver() {
         let with = |change: fn(&mut pb::Resolver)| {
@@ -203,7 +205,7 @@ mod tests {
             problems(&spec(|spec| spec.resolver = Some(resolver)))
         };
         assert_eq!(with(|_| {}), Vec::<String>::new());
-        let bad: [(fn(&mut pb::Resolver), &str); 6] = [
+        let bad: [(Change, &str); 6] = [
             (|it| it.nameservers[0] = "dns.example".into(), "nameserver"),
             (
                 |it| it.nameservers.extend(["1.1.1.1".into(), "1.1.1.2".into()]),

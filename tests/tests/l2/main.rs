@@ -5,6 +5,7 @@
 
 mod argv;
 mod backpressure;
+mod carried;
 mod certificates;
 mod crash;
 mod dial_out;

@@ -15,6 +15,41 @@ pub struct Endpoint {
     pub addresses: Vec<String>,
     /// SHA-256 (hex) of the public key that the agent uses with shims.
     pub spki: String,
+    /// Identifies these addresses: it grows whenever the agent starts or tries again whether compute
+    /// nodes can reach it. What a shim reports about the addresses counts for this trial only.
+    #[serde(default)]
+    pub trial: i64,
+    /// Compute nodes are known not to reach the addresses, so a shim dials seldom and does not report
+    /// that it failed.
+    #[serde(default)]
+    pub isolated: bool,
+}
+
+/// `shim-route.json`: what the agent has found out about the way to its shims. It is replaced
+/// atomically.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundRoute {
+    /// The newest [`Endpoint::trial`].
+    #[serde(default)]
+    pub trial: i64,
+    /// The address that worked although it was not the first one.
+    #[serde(default)]
+    pub preferred: String,
+    /// Since when compute nodes are known not to reach the agent.
+    #[serde(default)]
+    pub isolated: Option<Cause>,
+    /// Since when the scheduler is known to refuse steps that enter a running job.
+    #[serde(default)]
+    pub refused: Option<Cause>,
+}
+
+/// Why something does not work, and when that was found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cause {
+    /// Unix seconds.
+    pub at: i64,
+    /// One line.
+    pub detail: String,
 }
 
 /// `agent.lease`: which agent may submit jobs from this state directory. It is replaced atomically.

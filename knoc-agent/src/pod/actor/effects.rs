@@ -22,6 +22,7 @@ use crate::{
     },
     scheduler::{Cancel, JobRef, SubmitErrorKind, SubmitRequest},
     shim_links::DEADLINE,
+    shim_steps::Use,
     site::Site,
 };
 
@@ -304,6 +305,7 @@ async fn cancel(site: Arc<Site>, job: JobRef, how: Cancel) -> Event {
 /// Tells the containers to stop through the shim's link or, without a link, with a signal to the
 /// batch script.
 async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Cancel) -> Event {
+    let _used = link_for_stop(&site, &job).await;
     if let Some(mut client) = site.shim_links.client(&job.uid) {
         let mut request = Request::new(request);
         request.set_timeout(DEADLINE);
@@ -315,6 +317,23 @@ async fn stop(site: Arc<Site>, job: JobRef, request: pb::StopRequest, signal: Ca
         }
     }
     cancel(site, job, signal).await
+}
+
+/// If compute nodes cannot reach the agent, a job step carries the link; the signal is slower and
+/// cannot carry the grace period of a deletion. If the step takes long, the signal has to do.
+async fn link_for_stop(site: &Site, job: &JobRef) -> Option<Use> {
+    if site.shim_links.client(&job.uid).is_some() {
+        return site.shim_steps.held(&job.uid);
+    }
+    let reaching = tokio::time::timeout(DEADLINE, site.shim_steps.reach(&job.uid));
+    match reaching.await {
+        Ok(Ok(used)) => used,
+        Ok(Err(status)) => {
+            tracing::info!(uid = %job.uid, error = status.message(), "stop by a signal");
+            None
+        }
+        Err(_) => None,
+    }
 }
 
 /// The reason that the shim is given for the stop.

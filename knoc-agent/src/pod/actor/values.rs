@@ -29,6 +29,9 @@ use crate::{
 /// The first and the longest pause after a shim did not take its values.
 const PUSH_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_mins(1)];
 
+/// The pause after no job step could carry the link for values.
+const CARRY_AGAIN: Duration = Duration::from_secs(15);
+
 /// The newest accepted values, and the push to the shim.
 #[derive(Debug, Default)]
 pub(super) struct Held {
@@ -37,6 +40,8 @@ pub(super) struct Held {
     /// The values themselves; kept only if values must not lie on disk.
     memory: Option<PodValues>,
     push: Option<ValuesPush>,
+    /// The task that has a job step carry the link.
+    carrying: Option<AbortHandle>,
 }
 
 /// The task that pushes values to the shim until it has them.
@@ -137,7 +142,7 @@ impl Actor {
             return;
         }
         if self.site.shim_links.client(&self.uid).is_none() {
-            return;
+            return self.have_link_carried();
         }
         let (site, uid, dir) = (Arc::clone(&self.site), self.uid.clone(), self.dir.clone());
         let work = push_until_acked(site, uid, dir, self.values.memory.clone());
@@ -145,6 +150,27 @@ impl Actor {
             revision: self.values.revision,
             task: self.effects.spawn(work),
         });
+    }
+
+    /// Values that are in memory only can reach the shim over its link alone. If compute nodes cannot
+    /// reach the agent, a job step carries it; the push follows once it is up.
+    fn have_link_carried(&mut self) {
+        let busy = self.values.carrying.as_ref();
+        if self.values.memory.is_none() || busy.is_some_and(|task| !task.is_finished()) {
+            return;
+        }
+        let (site, uid) = (Arc::clone(&self.site), self.uid.clone());
+        self.values.carrying = Some(self.effects.spawn(async move {
+            match site.shim_steps.reach(&uid).await {
+                // The step goes on for `srun_idle` after this use, which is enough for the push.
+                Ok(_used) => {}
+                Err(status) => {
+                    tracing::warn!(%uid, error = status.message(), "the shim lacks its values");
+                    tokio::time::sleep(CARRY_AGAIN).await;
+                }
+            }
+            Event::Tick
+        }));
     }
 
     /// Whether the shim lacks the accepted values, or has none, and the agent has lost them.
@@ -163,6 +189,7 @@ impl Actor {
     pub(super) async fn clean_up(&mut self) {
         self.values.memory = None;
         self.values.push.take().inspect(|push| push.task.abort());
+        self.values.carrying.take().inspect(AbortHandle::abort);
         let dir = self.dir.clone();
         match tokio::task::spawn_blocking(move || dir.remove_values()).await {
             Ok(Ok(())) => {}

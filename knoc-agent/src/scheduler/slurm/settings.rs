@@ -27,6 +27,8 @@ pub struct Settings {
     pub sinfo: PathBuf,
     /// Path of scontrol, like `sbatch`.
     pub scontrol: PathBuf,
+    /// Path of srun, like `sbatch`.
+    pub srun: PathBuf,
     /// PATH of the commands.
     pub path: String,
     /// `SLURM_CONF` of the commands, if it is not Slurm's built-in path.
@@ -74,6 +76,7 @@ impl Default for Settings {
             scancel: PathBuf::from("scancel"),
             sinfo: PathBuf::from("sinfo"),
             scontrol: PathBuf::from("scontrol"),
+            srun: PathBuf::from("srun"),
             path: "/usr/local/bin:/usr/bin:/bin".to_owned(),
             conf: None,
             env: BTreeMap::new(),
@@ -111,6 +114,7 @@ impl From<&Config> for Settings {
             scancel: tool(&site.tools.scancel, default.scancel),
             sinfo: tool(&site.tools.sinfo, default.sinfo),
             scontrol: tool(&site.tools.scontrol, default.scontrol),
+            srun: tool(&site.tools.srun, default.srun),
             path: env.remove("PATH").unwrap_or(default.path),
             conf: env.remove("SLURM_CONF").map(PathBuf::from),
             env,

@@ -279,8 +279,8 @@ fn credentials(path: &Path) -> Result<String, ProxyError> {
     let file = fs::File::open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
     let mode = meta.mode() & 0o7777;
-    let private =
-        (meta.uid() == own_uid() && mode & 0o077 == 0) || (meta.uid() == 0 && mode & 0o027 == 0);
+    let private = (meta.uid() == own_uid() && mode.trailing_zeros() >= 6)
+        || (meta.uid() == 0 && mode & 0o027 == 0);
     if !private {
         return Err(ProxyError::OpenCredentials {
             path: path.to_owned(),

@@ -17,6 +17,10 @@ pub(crate) fn readable_error(error: io::Error) -> io::Error {
     }
 }
 
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "rustls adds errors; those without a text of ours keep its own"
+)]
 fn words(error: &Error) -> Option<String> {
     match error {
         Error::InvalidCertificate(wrong) => of_certificate(wrong),
@@ -35,6 +39,10 @@ fn words(error: &Error) -> Option<String> {
     }
 }
 
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "rustls adds errors; those without a text of ours keep its own"
+)]
 fn of_certificate(wrong: &CertificateError) -> Option<String> {
     match wrong {
         CertificateError::Other(OtherError(ours)) => Some(chain(ours.as_ref())),
@@ -58,6 +66,10 @@ fn of_certificate(wrong: &CertificateError) -> Option<String> {
 }
 
 /// The peer's complaint about us. Its own log has the details.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "rustls adds alerts; those without a text of ours keep its own"
+)]
 fn of_alert(alert: AlertDescription) -> Option<&'static str> {
     match alert {
         AlertDescription::CertificateExpired => Some(

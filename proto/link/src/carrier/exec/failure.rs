@@ -236,9 +236,10 @@ impl CommandFailure {
 
     /// The program could not be started.
     pub(super) fn not_started(source: io::Error) -> Self {
-        let cause = match source.kind() {
-            io::ErrorKind::NotFound => Cause::NoProgram,
-            _ => Cause::Other,
+        let cause = if source.kind() == io::ErrorKind::NotFound {
+            Cause::NoProgram
+        } else {
+            Cause::Other
         };
         Self {
             cause,
