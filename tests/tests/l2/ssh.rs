@@ -241,7 +241,7 @@ async fn a_refused_key_is_not_tried_again_for_a_minute_but_a_new_one_is() -> any
     sshd.put_secret(&site, "ssh-privatekey", &right)?;
     wait_for("the new key is used", SOON, async || {
         let log = log();
-        ensure!(log.contains("agent connected"), log);
+        ensure!(log.contains("connected to the agent"), log);
         Ok(())
     })
     .await
