@@ -87,7 +87,7 @@ pub enum RunError {
     Listen {
         /// The error of the link.
         #[source]
-        source: LinkError,
+        source: Box<LinkError>,
     },
     /// The Node object could not be written.
     #[error("register the node")]
@@ -191,7 +191,9 @@ impl App {
         let Some(desk) = self.desk.take() else {
             return Ok(());
         };
-        let reception = desk.open().map_err(|source| RunError::Listen { source })?;
+        let reception = desk.open().map_err(|source| RunError::Listen {
+            source: Box::new(source),
+        })?;
         if let Some(address) = reception.local_addr() {
             tracing::info!(%address, "listening for the agent");
         }

@@ -234,12 +234,7 @@ async fn run(
     let signals = job_signals::Signals::listen()?;
     background.spawn(signals.obey(pod.spec().grace(), commands.clone()));
     let listener = carried::Listener::bind(&pod);
-    let route = pb::ShimRoute {
-        socket: listener.as_ref().map_or_else(String::new, |listener| {
-            listener.path.to_string_lossy().into_owned()
-        }),
-        ..pb::ShimRoute::default()
-    };
+    let route = route_to(listener.as_ref());
     let mut first = first_report(&pod, previous.as_ref());
     first.route = Some(route.clone());
     let mut publisher = Publisher::new(first);
@@ -290,6 +285,16 @@ async fn run(
     tokio::time::timeout(LAST_REMOVAL * 2, removal).await.ok();
     let reported = matches!(written, Some(Ok(true)));
     Ok(exit_code(reported, reports.borrow_and_update().outcome()))
+}
+
+/// How the agent reaches the shim if the shim cannot reach the agent.
+fn route_to(listener: Option<&carried::Listener>) -> pb::ShimRoute {
+    pb::ShimRoute {
+        socket: listener.map_or_else(String::new, |listener| {
+            listener.path.to_string_lossy().into_owned()
+        }),
+        ..pb::ShimRoute::default()
+    }
 }
 
 /// What the link starts from.

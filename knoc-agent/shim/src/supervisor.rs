@@ -255,18 +255,17 @@ impl Supervisor {
 
     fn order_stop(&mut self, grace: Duration, by: EndedBy, reason: String) {
         let kill_at = self.now() + grace;
-        match &mut self.stop {
-            Some(stop) => stop.kill_at = stop.kill_at.min(kill_at),
-            None => {
-                self.stop = Some(Stop {
-                    kill_at,
-                    by,
-                    reason,
-                });
-                for slot in self.slots.iter_mut() {
-                    slot.end_probing();
-                }
-            }
+        if let Some(stop) = &mut self.stop {
+            stop.kill_at = stop.kill_at.min(kill_at);
+            return;
+        }
+        self.stop = Some(Stop {
+            kill_at,
+            by,
+            reason,
+        });
+        for slot in self.slots.iter_mut() {
+            slot.end_probing();
         }
     }
 
@@ -353,7 +352,10 @@ impl Supervisor {
             News::Lost(losses) => note_lost_lines(slot, &mut self.publisher, &losses),
             // An earlier attempt's tasks may still have had something to tell.
             news if event.attempt == slot.history.attempt => self.health_news(event.id, news),
-            _ => {}
+            News::PostStarted { .. }
+            | News::PreStopped { .. }
+            | News::Probed(_)
+            | News::Told(_) => {}
         }
     }
 

@@ -415,9 +415,14 @@ fn via(
     let credentials = raw.proxy_credentials.as_ref();
     let credentials = credentials.map(|file| absolute(file, path, here));
     let via = Via::of_settings(raw.proxy.as_deref(), credentials.as_deref());
-    let via = via.map_err(|error| match error {
-        InvalidProxy::NeedlessCredentials => ("proxy-credentials", error.to_string()),
-        _ => ("proxy", error.to_string()),
+    let via = via.map_err(|error| {
+        let credentials = matches!(error, InvalidProxy::NeedlessCredentials);
+        let setting = if credentials {
+            "proxy-credentials"
+        } else {
+            "proxy"
+        };
+        (setting, error.to_string())
     })?;
     if raw.proxy.is_some() && carriers.iter().all(|one| one.address().is_none()) {
         return Err(("proxy", "does not lead to any of the addresses".to_owned()));

@@ -174,6 +174,8 @@ fn of_exec(exec: ExecAction<'_>) -> pb::ExecAction {
 mod tests {
     use serde_json::{Value, json};
 
+    use pb::{hook, probe::Action};
+
     use super::*;
 
     fn shaped(container: Value) -> (Probes, Vec<String>) {
@@ -183,6 +185,10 @@ mod tests {
         (probes, problems)
     }
 
+    #[expect(
+        clippy::too_many_lines,
+        reason = "one example that has every kind of probe and hook"
+    )]
     #[test]
     fn probes_and_hooks_are_carried_with_their_ports_by_number() {
         let (probes, problems) = shaped(json!({
@@ -198,7 +204,6 @@ mod tests {
             },
         }));
         assert_eq!(problems, Vec::<String>::new());
-        use pb::{hook, probe::Action};
         let startup = probes.startup.unwrap();
         let command = vec!["cat".to_owned(), "/ready".to_owned()];
         assert_eq!(

@@ -91,7 +91,7 @@ pub enum Carrier {
     /// Standard input and output of a command, spoken TLS over.
     Exec(exec::Argv),
     /// A login over SSH, spoken TLS over.
-    Ssh(ssh::Ssh),
+    Ssh(Box<ssh::Ssh>),
 }
 
 impl Carrier {
@@ -99,7 +99,7 @@ impl Carrier {
     #[must_use]
     pub fn with_login(self, login: ssh::Login) -> Self {
         match self {
-            Self::Ssh(ssh) => Self::Ssh(ssh::Ssh { login, ..ssh }),
+            Self::Ssh(ssh) => Self::Ssh(Box::new(ssh::Ssh { login, ..*ssh })),
             Self::Tcp(_) | Self::HttpConnect { .. } | Self::Unix(_) | Self::Exec(_) => self,
         }
     }

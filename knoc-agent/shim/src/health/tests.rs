@@ -201,7 +201,7 @@ proptest! {
                         Kind::Startup | Kind::Liveness if fails => Some(Change::Failed(kind)),
                         Kind::Readiness if passes && !health.ready => Some(Change::Ready(true)),
                         Kind::Readiness if fails && health.ready => Some(Change::Ready(false)),
-                        _ => None,
+                        Kind::Startup | Kind::Liveness | Kind::Readiness => None,
                     };
                     prop_assert_eq!(change, expected);
                     if let Some(change) = change {

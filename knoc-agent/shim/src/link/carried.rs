@@ -47,7 +47,7 @@ impl Listener {
             });
         bound
             .inspect_err(|error| {
-                tracing::warn!("no socket for connections that the agent carries: {error}")
+                tracing::warn!("no socket for connections that the agent carries: {error}");
             })
             .ok()
     }

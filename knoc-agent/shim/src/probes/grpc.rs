@@ -47,7 +47,9 @@ async fn call(channel: Channel, service: &str) -> Outcome {
     match client.check(request).await {
         Ok(response) => match response.into_inner().status() {
             ServingStatus::Serving => Outcome::Passed,
-            other => {
+            other @ (ServingStatus::Unknown
+            | ServingStatus::NotServing
+            | ServingStatus::ServiceUnknown) => {
                 let status = other.as_str_name();
                 Outcome::Failed(format!("service unhealthy (responded with {status:?})"))
             }

@@ -204,13 +204,11 @@ async fn request_of(
         let Some(location) = location else {
             return Ok(Ending::Status(answer.status));
         };
-        match url.redirected(location) {
-            Some(next) => url = next,
-            None => {
-                let body = String::from_utf8_lossy(&answer.body).into_owned();
-                return Ok(Ending::Foreign(body));
-            }
-        }
+        let Some(next) = url.redirected(location) else {
+            let body = String::from_utf8_lossy(&answer.body).into_owned();
+            return Ok(Ending::Foreign(body));
+        };
+        url = next;
     }
     Err(Outcome::Failed(format!(
         "Get {:?}: stopped after {REDIRECTS} redirects",
@@ -406,7 +404,7 @@ mod tests {
             ..pb::HttpGetAction::default()
         };
         let (url, headers) = (Url::of(&get).unwrap(), headers(&get, PROBE_AGENT).unwrap());
-        let endless = [&b"HTTP/1.1 200 OK\r\n\r\n"[..], &[b'x'; 1 << 20]].concat();
+        let endless = [&b"HTTP/1.1 200 OK\r\n\r\n"[..], &vec![b'x'; 1 << 20]].concat();
         let (answer, request) =
             tokio::join!(exchange(ours, &url, &headers), serve_once(theirs, &endless),);
         let answer = answer.unwrap();

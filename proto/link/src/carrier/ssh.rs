@@ -120,7 +120,7 @@ impl fmt::Display for Ssh {
 
 /// The carrier that the text after `ssh:` names.
 pub(super) fn parse(text: &str) -> Result<Carrier, InvalidCarrier> {
-    text.parse().map(Carrier::Ssh)
+    text.parse().map(|ssh| Carrier::Ssh(Box::new(ssh)))
 }
 
 impl Ssh {

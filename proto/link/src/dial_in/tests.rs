@@ -131,7 +131,7 @@ async fn a_connection_that_was_opened_before_a_renewal_is_not_taken() {
     };
     let shown = |peer: &Peer| match peer {
         Peer::Tls { certificate, .. } => certificate.info().spki.clone(),
-        Peer::Unix { .. } | Peer::Pinned { .. } => panic!("{peer}"),
+        Peer::Unix { .. } | Peer::Command | Peer::Pinned { .. } => panic!("{peer}"),
     };
     let old = dial().await;
     let seen = shown(old.peer());
@@ -374,10 +374,10 @@ async fn a_proxy_that_cuts_silent_connections_cuts_none_of_ours() {
     let (near, far, _proxy) = through_an_impatient_proxy();
     let _server = {
         let mut server = crate::server();
-        let served = server
+        let serving = server
             .add_routes(tonic::service::Routes::default())
             .serve_with_incoming(far_side(far));
-        tasks.spawn(served.map(drop))
+        tasks.spawn(serving.map(drop))
     };
     // This side cannot connect again.
     let channel = near_side(near);

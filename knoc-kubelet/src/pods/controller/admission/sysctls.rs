@@ -68,7 +68,7 @@ mod tests {
             "metadata": {"name": "p"},
             "spec": {"containers": [], "securityContext": {"sysctls": sysctls}},
         });
-        admit(&serde_json::from_value(pod).unwrap())
+        admit(&serde_json::from_value(pod).expect("a pod"))
     }
 
     #[test]
