@@ -40,7 +40,7 @@ impl Ssh {
         most: usize,
         limit: Duration,
     ) -> Result<Vec<u8>, LinkError> {
-        let carrier = Carrier::Ssh(self.clone());
+        let carrier = Carrier::Ssh(Box::new(self.clone()));
         let secret = || {
             let folder = self.login.folder.as_deref();
             let secret = folder.map(Secret::read).transpose()?;
