@@ -116,9 +116,12 @@ impl Login {
 
     /// A program of the site; the error of running it names it if it is not there.
     fn command(&self, program: &str) -> Command {
-        let path = self.find(program);
-        let path = path.unwrap_or_else(|| PathBuf::from(program));
-        Command::new(path).envs(self.0.iter().map(|(name, value)| (name, value)))
+        let variables = self.0.iter().map(|(name, value)| (name, value));
+        match self.find(program) {
+            Some(path) => Command::new(path).envs(variables),
+            // The system has a default for PATH, where nobody has asked to look.
+            None => Command::new(program).envs(variables).env("PATH", "/"),
+        }
     }
 }
 
