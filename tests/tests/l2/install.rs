@@ -270,14 +270,18 @@ async fn an_upgrade_is_not_noticed_by_pods_and_a_removal_waits_for_them() -> any
         Ok(())
     })
     .await
-    .with_context(|| far.log())?;
+    .with_context(|| format!("the agent's log: {}", far.log()))?;
     let upgraded = far.ok("upgrade", &[]).await?;
     ensure!(
         upgraded.contains("is process") && far.pid()? != before,
         "{upgraded}"
     );
     let pods = knocctl()?.arg("pods").ok().await?.text();
-    ensure!(pods.contains("Running"), "{pods}");
+    ensure!(
+        pods.contains("Running"),
+        "after the upgrade: {pods:?}\n{}",
+        far.log()
+    );
 
     let refused = far.ctl("uninstall", &[]).await?;
     ensure!(
