@@ -276,12 +276,14 @@ async fn an_upgrade_is_not_noticed_by_pods_and_a_removal_waits_for_them() -> any
         upgraded.contains("is process") && far.pid()? != before,
         "{upgraded}"
     );
-    let pods = knocctl()?.arg("pods").ok().await?.text();
-    ensure!(
-        pods.contains("Running"),
-        "after the upgrade: {pods:?}\n{}",
-        far.log()
-    );
+    // The agent answers before it has published the pods that it restored.
+    wait_for("the pod runs after the upgrade", SOON, async || {
+        let pods = knocctl()?.arg("pods").ok().await?.text();
+        ensure!(pods.contains("Running"), "{pods:?}");
+        Ok(())
+    })
+    .await
+    .with_context(|| format!("the agent's log: {}", far.log()))?;
 
     let refused = far.ctl("uninstall", &[]).await?;
     ensure!(
