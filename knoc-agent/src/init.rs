@@ -50,23 +50,33 @@ pub struct Options {
     /// The container runtime: auto, apptainer, singularity or process [default: auto, or process if none is in PATH]
     #[arg(long, value_name = "NAME", value_parser = runtime)]
     pub runtime: Option<RuntimeKind>,
+    /// Opens no port for kubelets: they connect over SSH only
+    #[arg(long, conflicts_with = "address")]
+    pub no_port: bool,
+    /// Keeps the agent running in this way from now on: systemd, cron, scrontab, job, on-demand, or auto to choose one [default:
+    /// nothing is set up, and what the site allows is listed]
+    #[arg(long, value_name = "MODE", value_parser = crate::run_mode::cli::wanted)]
+    pub run_mode: Option<crate::run_mode::cli::Wanted>,
+    /// With --run-mode scrontab or job: the partition in which the agent runs
+    #[arg(long, value_name = "NAME", requires = "run_mode")]
+    pub partition: Option<String>,
 }
 
-fn site_name(text: &str) -> Result<String, InvalidId> {
+pub(crate) fn site_name(text: &str) -> Result<String, InvalidId> {
     SiteName::try_from(text).map(String::from)
 }
 
-fn namespace(text: &str) -> Result<String, BadName> {
+pub(crate) fn namespace(text: &str) -> Result<String, BadName> {
     names::dns_label(text).map(|()| text.to_owned())
 }
 
-fn scheduler(text: &str) -> Result<SchedulerKind, String> {
+pub(crate) fn scheduler(text: &str) -> Result<SchedulerKind, String> {
     let known = [SchedulerKind::Slurm, SchedulerKind::Local];
     let found = known.into_iter().find(|kind| kind.as_str() == text);
     found.ok_or_else(|| "slurm or local".to_owned())
 }
 
-fn runtime(text: &str) -> Result<RuntimeKind, String> {
+pub(crate) fn runtime(text: &str) -> Result<RuntimeKind, String> {
     use RuntimeKind::{Apptainer, Auto, Process, Singularity};
     let found = [Auto, Apptainer, Singularity, Process]
         .into_iter()

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use knoc_agent::{
     app::{App, socket_places},
     config::{Config, Home},
-    connect, init, on_demand, shim_connect,
+    connect, init, manage, on_demand, run_mode, shim_connect,
 };
 use knoc_link::carrier::exec::marker::Speaks;
 use knoc_memory as _;
@@ -41,6 +41,11 @@ enum Command {
     Serve(Serve),
     /// Connects standard input and output to the running agent, for a link over SSH.
     Connect(Connect),
+    /// Tells how the site lets the agent be kept running, or sets one of these ways up
+    RunMode(run_mode::cli::Options),
+    /// Answers `knocctl agent` over SSH: a request as JSON on standard input
+    #[command(hide = true)]
+    Manage,
     /// Runs the containers of one pod inside its job.
     Shim {
         /// The job directory.
@@ -96,6 +101,9 @@ struct Serve {
     /// Ends once there was no link for `serve.linger` of the site file.
     #[arg(long, hide = true, conflicts_with = "stdio")]
     on_demand: bool,
+    /// Starts an agent in the background and returns; does nothing if one runs, on this host or another one
+    #[arg(long, conflicts_with_all = ["stdio", "on_demand"])]
+    detach: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -132,7 +140,15 @@ fn main() -> ExitCode {
         Command::Version => say(&format!("knoc-agent {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Init(options) => {
             let found = init::Found::look(init::Environment::own());
-            home().and_then(|home| say(&init::run(&options, &home.home, &found)?))
+            home().and_then(|home| initialise(&options, &home, &found))
+        }
+        Command::RunMode(options) => home().and_then(|home| {
+            let told = wait_for(run_mode::cli::run(&options, &home))??;
+            say(&told)
+        }),
+        Command::Manage => home().and_then(|home| wait_for(manage::run(&home))?),
+        Command::Serve(options) if options.detach => {
+            options.config.load().and_then(|config| detach(&config))
         }
         Command::Serve(options) if options.stdio => options
             .config
@@ -165,6 +181,40 @@ fn main() -> ExitCode {
 fn home() -> anyhow::Result<Home> {
     let home = std::env::var_os("HOME").context("HOME is not set")?;
     Ok(Home { home: home.into() })
+}
+
+/// Runs something that asks the site's programs, on this thread.
+fn wait_for<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    Ok(runtime.block_on(work))
+}
+
+fn initialise(options: &init::Options, home: &Home, found: &init::Found) -> anyhow::Result<()> {
+    say(&init::run(options, &home.home, found)?)?;
+    let folder = options.dir.clone();
+    let folder = folder.unwrap_or_else(|| home.home.join(".config/knoc"));
+    let site_file = folder.join("agent.toml");
+    let partition = options.partition.as_deref();
+    let after = run_mode::cli::after_init(&site_file, options.run_mode, partition, home);
+    say(&wait_for(after)??)
+}
+
+fn on_demand_start(config: &Config, lingers: bool) -> anyhow::Result<on_demand::Start> {
+    let source = config.source.as_ref().context("no site file")?;
+    Ok(on_demand::Start {
+        site_file: source.path.clone(),
+        environment: std::env::vars_os().collect(),
+        lingers,
+    })
+}
+
+/// Starts an agent in the background if none runs.
+fn detach(config: &Config) -> anyhow::Result<()> {
+    let start = on_demand_start(config, false)?;
+    let places = socket_places(config);
+    Ok(wait_for(on_demand::ensure(config, &places, &start))??)
 }
 
 fn say(text: &str) -> anyhow::Result<()> {
@@ -231,11 +281,7 @@ fn relay(config: &Config, speaks: Speaks, start: bool) -> anyhow::Result<()> {
         if !start {
             return anyhow::Ok(connect::reach(config, &places, speaks).await?);
         }
-        let source = config.source.as_ref().context("no site file")?;
-        let start = on_demand::Start {
-            site_file: source.path.clone(),
-            environment: std::env::vars_os().collect(),
-        };
+        let start = on_demand_start(config, true)?;
         Ok(on_demand::reach(config, &places, speaks, &start).await?)
     })?;
     runtime.shutdown_background();

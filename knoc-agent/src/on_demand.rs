@@ -89,6 +89,24 @@ pub struct Start {
     pub site_file: PathBuf,
     /// The environment of this process.
     pub environment: Vec<(OsString, OsString)>,
+    /// Whether the agent ends once it had no link for `serve.linger`.
+    pub lingers: bool,
+}
+
+/// `serve --detach`: starts an agent in the background, unless one of this state directory lives, on whichever host.
+pub async fn ensure(
+    config: &Config,
+    places: &SocketLocations,
+    start: &Start,
+) -> Result<(), OnDemandError> {
+    let state = StateDir::new(&config.state_dir);
+    let lease: Option<Lease> = jobdir::read_json(&state.lease())?;
+    let own = Process::own();
+    if connect::lives_elsewhere(lease.as_ref(), &own.host, Timestamp::now().as_second()) {
+        return Ok(());
+    }
+    // The agent itself closes a connection that nothing is sent over.
+    reach(config, places, Speaks::Plain, start).await.map(drop)
 }
 
 /// A connection to the agent of this login, which is started if none answers.
@@ -158,7 +176,9 @@ fn spawn(log: &Path, start: &Start) -> Result<i32, OnDemandError> {
         name != "XDG_RUNTIME_DIR" && !name.starts_with("SSH_")
     });
     let command = Command::new(program)
-        .args(["serve", "--on-demand", "--config"])
+        .arg("serve")
+        .args(start.lingers.then_some("--on-demand"))
+        .arg("--config")
         .arg(&start.site_file)
         .envs(kept.map(|(name, value)| (name, value)))
         .current_dir("/");

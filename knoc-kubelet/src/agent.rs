@@ -23,6 +23,7 @@ use tokio::time::Instant;
 use tonic::transport::Channel;
 
 pub mod renew;
+pub mod report;
 pub mod watch;
 
 /// The value in `DeletePodRequest` for the pod's own grace period.
@@ -63,13 +64,16 @@ pub enum Link {
 }
 
 impl Link {
+    /// The message before the first attempt.
+    const NOT_YET: &str = "not connected yet";
+
     /// The state before the first attempt.
     #[must_use]
     pub fn never() -> Self {
         Self::Down {
             since: Timestamp::now(),
             at: Instant::now(),
-            message: "not connected yet".to_owned(),
+            message: Self::NOT_YET.to_owned(),
         }
     }
 

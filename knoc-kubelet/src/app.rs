@@ -20,6 +20,7 @@ use crate::{
     agent::{
         Agent, Link,
         renew::{Dialer, LinkCertificate, Renewer},
+        report,
         watch::AgentWatch,
     },
     certs::StartError,
@@ -222,6 +223,7 @@ impl App {
         let backend = self.backend(&process, &link, &capacity, certificate.clone());
         let port = self.serve(tasks, shutdown, &own, backend).await?;
         let unit = Arc::new(Unit::new(self.node_identity(port), capacity));
+        tasks.spawn(self.report(&link, &events, shutdown));
         let context = Arc::new(Context {
             api: ApiServer {
                 client: client.clone(),
@@ -282,6 +284,17 @@ impl App {
             taint: config.taint,
             websockets: self.config.server.websockets,
         }
+    }
+
+    /// The task that tells as Events of the node why there is no link.
+    fn report(
+        &self,
+        link: &watch::Receiver<Link>,
+        events: &Events,
+        shutdown: &CancellationToken,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let node = self.config.node.name.clone();
+        report::run(link.clone(), events.clone(), node, shutdown.clone())
     }
 
     /// Starts the task that writes Events, as the ServiceAccount: the first Event may come before the node has a

@@ -455,7 +455,7 @@ pub fn spare_address() -> anyhow::Result<SocketAddr> {
 }
 
 /// A port below the ephemeral range, so that it stays free while an agent is down; no port is returned twice.
-pub(crate) fn free_port() -> anyhow::Result<u16> {
+pub fn free_port() -> anyhow::Result<u16> {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     for _ in 0..1000 {
         let port = rand::random_range(20_000..32_000);

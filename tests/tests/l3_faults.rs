@@ -85,7 +85,7 @@ async fn an_agent_that_is_down_ends_no_pod_and_the_node_reports_it() -> anyhow::
         world.wait_node_condition("AgentConnected", "False").await?;
         world.wait_node_condition("Ready", "True").await?;
         let doctor = world.knocctl(["doctor"]).output().await?;
-        let cause = "✗ link: connect to tcp:10.77.0.2:10350: Connection refused";
+        let cause = "✗ link: port: connect to tcp:10.77.0.2:10350: Connection refused";
         let cure = "\n  → nobody listens there: start the agent (`knoc-agent serve`)";
         ensure!(doctor.code == 1, "{doctor}");
         ensure!(

@@ -15,6 +15,9 @@ fn options(folder: &Path) -> Options {
         dir: Some(folder.to_owned()),
         scheduler: None,
         runtime: None,
+        no_port: false,
+        run_mode: None,
+        partition: None,
     }
 }
 

@@ -43,6 +43,11 @@ pub(super) fn site_file(
     };
     let runtime = options.runtime.unwrap_or(runtime);
     let port = addresses.first().map_or(super::PORT, |(_, port)| *port);
+    let listen = if options.no_port {
+        "none".to_owned()
+    } else {
+        format!("0.0.0.0:{port}")
+    };
     let tls = |name: &str| quoted(&folder.join("tls").join(name).to_string_lossy());
     let mut env = format!("PATH = {}\n", quoted(&found.environment.path));
     let conf = found
@@ -67,7 +72,7 @@ pub(super) fn site_file(
         .replace("@SITE@", &quoted(&options.site))
         .replace("@SCHEDULER@", scheduler.as_str())
         .replace("@RUNTIME@", runtime.as_str())
-        .replace("@PORT@", &port.to_string())
+        .replace("@LISTEN@", &listen)
         .replace("@CA@", &tls("ca.crt"))
         .replace("@CERT@", &tls("agent.crt"))
         .replace("@KEY@", &tls("agent.key"))
@@ -143,7 +148,7 @@ image_roots = []
 
 [listen]
 # The address for kubelets and knocctl (mutual TLS). "none" opens no port, for links over SSH and for [[dial_out]].
-kubelet = "0.0.0.0:@PORT@"
+kubelet = "@LISTEN@"
 # The address for shims of running jobs (TLS with pinned keys).
 # shim = "0.0.0.0:10351"  # default
 # The addresses that shims connect to. If empty, all addresses of this host.

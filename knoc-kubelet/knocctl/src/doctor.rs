@@ -6,7 +6,7 @@ use std::{process::ExitCode, time::Duration};
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
-use knoc_link::{Credentials, LinkError};
+use knoc_link::{Credentials, LinkError, ladder};
 use knoc_proto::{error::chain, pb};
 use serde_json::{Value, json};
 
@@ -82,11 +82,11 @@ impl Report {
     }
 }
 
-fn finding_json(finding: &pb::Finding) -> Value {
+pub(super) fn finding_json(finding: &pb::Finding) -> Value {
     json!({"check": finding.check, "ok": finding.ok, "detail": finding.detail, "cure": finding.cure})
 }
 
-fn line(finding: &pb::Finding) -> String {
+pub(super) fn line(finding: &pb::Finding) -> String {
     let mark = if finding.ok { '✓' } else { '✗' };
     let cause = format!(
         "{mark} {}: {}\n",
@@ -146,7 +146,7 @@ impl Doctor {
             }
             Err(error) => {
                 let detail = chain(&error);
-                return report.bad("agent", &detail, cure_of_handshake(&detail));
+                return report.bad("agent", &detail, cure_by_rung(&detail));
             }
         }
         self.diagnose(report, &mut session).await
@@ -285,34 +285,28 @@ async fn check_carrier(
         let elsewhere =
             |host| format!("the agent of this state directory is on {host}: log in there");
         let cure = host.map_or_else(|| cure_of_link(&error).to_owned(), elsewhere);
-        report.bad("link", &chain(&error), &cure)?;
+        report.bad("link", &with_rung(&error), &cure)?;
     }
     Ok(answers)
 }
 
+/// What to do about a link that failed: about a socket or the files of the context by the error itself, else by its rung.
 fn cure_of_link(error: &LinkError) -> &'static str {
     match error {
         LinkError::Connect { source, carrier } => match (source.kind(), carrier) {
             (std::io::ErrorKind::NotFound, knoc_link::Carrier::Unix(_)) => {
                 "start the agent on this machine (`knoc-agent serve`), or configure a context with its address"
             }
-            (std::io::ErrorKind::ConnectionRefused, _) => {
-                "nobody listens there: start the agent (`knoc-agent serve`), or fix the address"
-            }
-            (std::io::ErrorKind::PermissionDenied, _) => {
+            (std::io::ErrorKind::PermissionDenied, knoc_link::Carrier::Unix(_)) => {
                 "the socket is another user's: log in as the agent's user"
             }
-            _ => "check host name, route and firewall between here and the login node",
+            _ => cure_by_rung(&chain(error)),
         },
         LinkError::Timeout { .. } => {
             "a firewall drops the packets, or the host is down; if only a proxy leads there, name it in `proxy`"
         }
         LinkError::Proxy { .. } => {
             "check `proxy` and `proxy-credentials` of the context, or the variables HTTPS_PROXY and NO_PROXY"
-        }
-        LinkError::Handshake { source, .. } => cure_of_handshake(&source.to_string()),
-        LinkError::NotServed { .. } => {
-            "start the agent (`knoc-agent serve`), or log in to the host on which it runs"
         }
         LinkError::WrongUser { .. } => {
             "somebody else has taken the socket's path: tell your administrators"
@@ -325,8 +319,9 @@ fn cure_of_link(error: &LinkError) -> &'static str {
         LinkError::NoCredentials { .. }
         | LinkError::NeedlessCredentials { .. }
         | LinkError::Credentials { .. } => "fix ca, cert and key of the context",
-        // These say themselves what to do.
-        LinkError::Command { .. }
+        LinkError::Handshake { .. }
+        | LinkError::NotServed { .. }
+        | LinkError::Command { .. }
         | LinkError::Secret { .. }
         | LinkError::NoAddress { .. }
         | LinkError::TooEarly { .. }
@@ -337,31 +332,20 @@ fn cure_of_link(error: &LinkError) -> &'static str {
         | LinkError::Superseded { .. }
         | LinkError::TooMany { .. }
         | LinkError::NobodyDialledIn { .. }
-        | LinkError::Ended => "",
+        | LinkError::Ended => cure_by_rung(&chain(error)),
     }
 }
 
-/// Advice for a failed handshake, chosen by the text of the TLS error: the other side sends nothing else.
-fn cure_of_handshake(error: &str) -> &'static str {
-    let has = |part: &str| error.contains(part);
-    if has("terminates TLS") {
-        "let TLS pass through to the agent's port, or fix the address"
-    } else if has("of the CA that is trusted here")
-        || has("does not trust the CA")
-        || has("UnknownIssuer")
-        || has("UnknownCA")
-        || has("BadSignature")
-        || has("DecryptError")
-    {
-        "the two sides trust different CAs: take ca, cert and key from one bundle of this agent"
-    } else if has("clock") || has("xpired") || has("NotValidYet") {
-        "renew the certificate, or correct the clock that is wrong: compare `date` on both sides"
-    } else if has("not the expected") {
-        "this is another agent: fix the context's address or its site"
-    } else if has("alert") || has("refused our certificate") {
-        "the agent refused our certificate; its log says why"
-    } else {
-        "is it the agent that listens there? Its log says more"
+fn cure_by_rung(error: &str) -> &'static str {
+    ladder::look(error).map_or("", |(_, cure)| cure)
+}
+
+/// The error with the rung of the ladder to the agent before it.
+fn with_rung(error: &LinkError) -> String {
+    let said = chain(error);
+    match ladder::look(&said) {
+        Some((rung, _)) => format!("{rung}: {said}"),
+        None => said,
     }
 }
 
@@ -529,7 +513,7 @@ mod tests {
             ("received fatal alert: CertificateUnknown", "its log"),
             ("tls handshake eof", "listens there"),
         ] {
-            assert!(cure_of_handshake(detail).contains(cure), "{detail}");
+            assert!(cure_by_rung(detail).contains(cure), "{detail}");
         }
     }
 }

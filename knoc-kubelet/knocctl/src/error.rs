@@ -6,7 +6,7 @@ use knoc_link::{CredentialsError, LinkError};
 use knoc_proto::reason::ErrorReason;
 use tonic::{Code, Status};
 
-use super::{config::ConfigError, manifest::ManifestError};
+use super::{agent::ManageError, config::ConfigError, manifest::ManifestError};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +37,9 @@ pub(crate) enum CtlError {
     CutShort { what: String },
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// An agent cannot be installed or managed over SSH.
+    #[error(transparent)]
+    Manage(#[from] ManageError),
     #[error("read {}", path.display())]
     Read {
         path: PathBuf,
@@ -148,6 +151,7 @@ impl CtlError {
                 "try again, or run `knocctl doctor` to check the whole chain"
             }
             Self::Manifest(error) => return error.hint(),
+            Self::Manage(error) => return error.hint(),
             Self::NoPod { .. } => "`knocctl pods` lists the pods that the agent knows",
             Self::Ambiguous { .. } => "use the uid, or NAMESPACE/NAME",
             Self::Exists { name, .. } => {

@@ -13,6 +13,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use knoc_memory as _;
 use knoc_proto::private::keep_memory_private;
 
+mod agent;
 mod attach;
 mod completions;
 mod config;
@@ -102,6 +103,8 @@ enum Command {
     Delete(delete::Delete),
     /// Checks the whole chain from configuration to Slurm and images, and says how to fix each problem
     Doctor(doctor::Doctor),
+    /// Installs, upgrades and removes the agent on a login node over SSH
+    Agent(agent::Agent),
     /// Prints the completion script for a shell
     Completions(completions::Completions),
 }
@@ -161,6 +164,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CtlError> {
         Command::Script(command) => command.run(global).await,
         Command::Delete(command) => command.run(global).await,
         Command::Doctor(command) => Box::pin(command.run(global)).await,
+        Command::Agent(command) => Box::pin(command.run(global)).await,
         Command::Completions(command) => command.run(),
     }
 }

@@ -297,8 +297,9 @@ fn agent_connected(facts: &Facts<'_>) -> Condition {
         }
         Link::Down { since, message, .. } => {
             let text = format!(
-                "no link since {}: {message}",
-                since.strftime("%Y-%m-%dT%H:%M:%SZ")
+                "no link since {}: {}",
+                since.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                knoc_link::ladder::explain(message)
             );
             ("AgentConnected", "False", "LinkDown", text)
         }

@@ -37,6 +37,7 @@ pub mod dial_out;
 mod finished;
 mod greeting;
 mod identity;
+pub mod ladder;
 pub mod listen;
 pub mod log_reader;
 mod origin;

@@ -142,7 +142,7 @@ async fn doctor_names_an_agent_that_is_down_with_the_cause_and_the_fix() -> anyh
     let site = Site::new(Options::default())?;
     let by_tcp = site.knocctl(["doctor"])?.output().await?;
     let cause = format!(
-        "✗ link: connect to tcp:{}: Connection refused",
+        "✗ link: port: connect to tcp:{}: Connection refused",
         site.address()
     );
     let cure = "\n  → nobody listens there: start the agent (`knoc-agent serve`)";

@@ -10,7 +10,7 @@ use knoc_link::{
 };
 use knoc_proto::pb;
 use knoc_tests::{
-    site::{Options, Site},
+    site::{Kubelet, NODE, Options, Site},
     wait_for,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -133,4 +133,47 @@ async fn a_mistake_in_the_site_file_is_named_before_anything_starts() -> anyhow:
         ensure!(said.contains(expected), "{expected} is not in {said}");
     }
     Ok(())
+}
+
+/// For people who have only kubectl.
+#[tokio::test]
+async fn the_node_says_on_which_rung_its_link_fails_and_that_it_is_back() -> anyhow::Result<()> {
+    let site = Site::new(Options::default())?;
+    let api = Kubelet::prepare(&site).await?;
+    let _kubelet = api.process(&site, &[])?;
+    let limit = Duration::from_secs(40);
+    let event = |reason: &str| {
+        let events = api.api.list("v1", "events", "default");
+        let found = events
+            .into_iter()
+            .find(|event| event["reason"] == reason && event["involvedObject"]["name"] == NODE);
+        found.with_context(|| format!("no Event {reason}"))
+    };
+    wait_for("the rung is told", limit, async || {
+        let node = api.api.get("v1", "nodes", "", NODE)?;
+        let conditions = node["status"]["conditions"].as_array();
+        let mut conditions = conditions.into_iter().flatten();
+        let link = conditions.find(|condition| condition["type"] == "AgentConnected");
+        let said = link.and_then(|link| link["message"].as_str());
+        let said = said.unwrap_or_default();
+        ensure!(
+            said.contains(": port: ") && said.contains("start the agent"),
+            "{node}"
+        );
+        let told = event("AgentUnreachable")?;
+        let message = told["message"].as_str().unwrap_or_default();
+        ensure!(
+            told["type"] == "Warning" && message.starts_with("port: "),
+            "{told}"
+        );
+        Ok(())
+    })
+    .await?;
+    let _agent = site.agent_process(&[])?;
+    wait_for("the end is told", limit, async || {
+        let told = event("AgentConnected")?;
+        ensure!(told["type"] == "Normal", "{told}");
+        Ok(())
+    })
+    .await
 }

@@ -11,6 +11,7 @@ mod crash;
 mod dial_out;
 mod flood;
 mod injection;
+mod install;
 mod knocctl;
 mod leadership;
 mod lifecycle;

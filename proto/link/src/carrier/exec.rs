@@ -50,7 +50,7 @@ impl Argv {
         Ok(Self(words))
     }
 
-    fn words(&self) -> &[String] {
+    pub(super) fn words(&self) -> &[String] {
         &self.0
     }
 }

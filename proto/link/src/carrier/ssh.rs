@@ -11,8 +11,10 @@ use super::{
 };
 use crate::LinkError;
 
+mod run;
 mod secret;
 
+pub use run::Script;
 use secret::Secret;
 pub use secret::SecretError;
 
@@ -139,8 +141,8 @@ impl Ssh {
         named.ok_or(SecretError::NoHost)
     }
 
-    /// The command, with the options of the folder if there is one.
-    fn argv(&self, secret: Option<&Secret>, speaks: Speaks) -> Result<(Argv, Held), SecretError> {
+    /// ssh with the options of the folder if there is one, and what the login shell is to run.
+    fn argv(&self, secret: Option<&Secret>, remote: String) -> Result<(Argv, Held), SecretError> {
         let mut words: Vec<String> = vec!["ssh".into()];
         let mut held = Held::default();
         if let Some(secret) = secret {
@@ -175,7 +177,7 @@ impl Ssh {
             words.extend(["-J".into(), jump.clone()]);
         }
         let host = self.host_of(secret)?.to_owned();
-        words.extend(["--".into(), host, self.remote(speaks)]);
+        words.extend(["--".into(), host, remote]);
         let argv = Argv::new(words).map_err(|_| SecretError::NoHost)?;
         Ok((argv, held))
     }
@@ -216,7 +218,7 @@ impl Dial for Dialler<'_> {
         let made = || {
             let folder = self.ssh.login.folder.as_deref();
             let secret = folder.map(Secret::read).transpose()?;
-            self.ssh.argv(secret.as_ref(), self.speaks)
+            self.ssh.argv(secret.as_ref(), self.ssh.remote(self.speaks))
         };
         let (argv, held) = made().map_err(|source| LinkError::Secret {
             carrier: self.carrier.clone(),

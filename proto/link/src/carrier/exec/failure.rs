@@ -225,7 +225,7 @@ impl fmt::Display for CommandFailure {
 
 impl CommandFailure {
     /// A failure of this side, before the command has ended.
-    pub(super) fn of(cause: Cause, stderr: String) -> Self {
+    pub(in crate::carrier) fn of(cause: Cause, stderr: String) -> Self {
         Self {
             cause,
             ended: None,
@@ -246,6 +246,14 @@ impl CommandFailure {
             ended: None,
             stderr: String::new(),
             source: Some(source),
+        }
+    }
+
+    /// The command's input or output broke, and it did not say why.
+    pub(in crate::carrier) fn broken(source: io::Error) -> Self {
+        Self {
+            source: Some(source),
+            ..Self::of(Cause::Other, String::new())
         }
     }
 

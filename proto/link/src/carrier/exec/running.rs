@@ -70,7 +70,7 @@ struct Running {
 
 impl CommandIo {
     /// Starts a command in a process group of its own. It inherits the environment, and gets these variables.
-    pub(super) fn start(
+    pub(in crate::carrier) fn start(
         words: &[String],
         held: Held,
         variables: &[(&str, &str)],

@@ -80,7 +80,7 @@ fn a_secret_becomes_a_private_copy_that_ends_with_the_connection() {
     let ssh = with(folder.path(), "");
     ssh.check().unwrap();
     let secret = Secret::read(folder.path()).unwrap();
-    let (argv, held) = ssh.argv(Some(&secret), Speaks::Tls).unwrap();
+    let (argv, held) = ssh.argv(Some(&secret), ssh.remote(Speaks::Tls)).unwrap();
     let shown = words(&argv);
     assert!(
         shown.contains(
@@ -117,7 +117,7 @@ fn the_address_goes_before_the_secret() {
     let folder = folder(&GOOD);
     let secret = Secret::read(folder.path()).unwrap();
     let ssh = with(folder.path(), "eve@other:2");
-    let (argv, _held) = ssh.argv(Some(&secret), Speaks::Tls).unwrap();
+    let (argv, _held) = ssh.argv(Some(&secret), ssh.remote(Speaks::Tls)).unwrap();
     let shown = words(&argv);
     assert!(
         shown.contains(r#""-l","eve","-p","2","--","other""#),
@@ -197,7 +197,7 @@ fn every_login_shell_reads_the_remote_command_alike() {
 #[test]
 fn without_a_folder_the_users_own_configuration_counts_and_nothing_is_asked() {
     let ssh: Ssh = "login".parse().unwrap();
-    let (argv, _held) = ssh.argv(None, Speaks::Plain).unwrap();
+    let (argv, _held) = ssh.argv(None, ssh.remote(Speaks::Plain)).unwrap();
     let shown = words(&argv);
     assert!(
         shown.contains("BatchMode=yes") && shown.contains("StrictHostKeyChecking=yes"),

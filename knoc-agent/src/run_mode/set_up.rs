@@ -1,0 +1,270 @@
+//! Writes the unit, the lines or the batch script of a run mode, and takes them away.
+
+use std::{path::PathBuf, time::Duration};
+
+use knoc_contract::jobdir::atomic::{self, FileError};
+use knoc_proto::manage::RunMode;
+
+use super::{
+    Agent, Login, RunModeError,
+    detect::{crontab, lingers, scrontab_text},
+    text, user_name,
+};
+use crate::command::CommandError;
+
+/// How long systemd or Slurm may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether this mode is set up for this user.
+pub async fn is_set_up(mode: RunMode, agent: &Agent, login: &Login) -> bool {
+    match mode {
+        RunMode::Systemd => {
+            let ask = ["--user", "--quiet", "is-enabled", text::UNIT];
+            let ask = login.command("systemctl").args(ask);
+            unit_file(agent).exists() && ask.deadline(PATIENCE).run().await.is_ok()
+        }
+        RunMode::Cron => crontab(login)
+            .await
+            .is_ok_and(|table| text::has_lines(&table)),
+        RunMode::Scrontab => scrontab_text(login)
+            .await
+            .is_ok_and(|table| text::has_lines(&table)),
+        RunMode::Job => text::script(agent).is_ok_and(|path| PathBuf::from(path).exists()),
+        RunMode::OnDemand => false,
+    }
+}
+
+fn unit_file(agent: &Agent) -> PathBuf {
+    agent.config_home.join("systemd/user").join(text::UNIT)
+}
+
+/// Sets up the mode and starts the agent with it, unless it starts by itself later. Returns what was done.
+pub async fn set_up(
+    mode: RunMode,
+    agent: &Agent,
+    partition: Option<&str>,
+    login: &Login,
+) -> Result<String, RunModeError> {
+    if partition.is_some() && !mode.is_in_job() {
+        return Err(RunModeError::NeedlessPartition { mode });
+    }
+    match mode {
+        RunMode::Systemd => systemd(agent, login).await,
+        RunMode::Cron => {
+            let lines = text::cron(agent)?;
+            put_table("crontab", &lines, login).await?;
+            start_detached(agent, login).await?;
+            Ok(format!("the crontab has the line {}", lines.join(" / ")))
+        }
+        RunMode::Scrontab => {
+            let lines = text::scrontab(agent, partition)?;
+            create_state(agent)?;
+            put_table("scrontab", &lines, login).await?;
+            Ok(format!(
+                "the scrontab has the lines {}; Slurm starts the agent within minutes",
+                lines.join(" / ")
+            ))
+        }
+        RunMode::Job => job(agent, partition, login).await,
+        RunMode::OnDemand => Ok("nothing is set up: each link starts the agent".to_owned()),
+    }
+}
+
+fn create_state(agent: &Agent) -> Result<(), FileError> {
+    atomic::create_dir(&agent.state_dir)
+}
+
+/// Writes the unit. `false` if the user has changed it, so that it is kept.
+pub fn write_unit(agent: &Agent) -> Result<bool, RunModeError> {
+    let unit = text::unit(agent)?;
+    let path = unit_file(agent);
+    let known = atomic::read_optional(&path)?;
+    if known.is_some_and(|known| known != unit.as_bytes() && !was_ours(agent, &known)) {
+        return Ok(false);
+    }
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(FileError::on("create", folder))?;
+    }
+    atomic::write(&path, unit.as_bytes(), 0o644)?;
+    Ok(true)
+}
+
+async fn systemd(agent: &Agent, login: &Login) -> Result<String, RunModeError> {
+    let path = unit_file(agent);
+    let theirs = !write_unit(agent)?;
+    systemctl(login, &["daemon-reload"]).await?;
+    systemctl(login, &["enable", "--now", text::UNIT]).await?;
+    let mut done = format!(
+        "{} {}",
+        path.display(),
+        if theirs {
+            "is kept as you have changed it, and is enabled"
+        } else {
+            "is written and enabled"
+        }
+    );
+    if lingers(login).await != Ok(true) {
+        let ask = login.command("loginctl").arg("enable-linger");
+        match ask.deadline(PATIENCE).run().await {
+            Ok(_) => done += "; linger is switched on",
+            Err(error) => {
+                let refused = format!(
+                    "; the site does not switch linger on, so the agent ends with your last login: {}",
+                    error.message().unwrap_or_default()
+                );
+                done += &refused;
+            }
+        }
+    }
+    Ok(done)
+}
+
+/// Whether an installed version has written this unit.
+fn was_ours(agent: &Agent, unit: &[u8]) -> bool {
+    let versions = agent.home.join(".local/lib/knoc");
+    let Ok(versions) = std::fs::read_dir(versions) else {
+        return false;
+    };
+    versions.filter_map(Result::ok).any(|version| {
+        std::fs::read(version.path().join(text::UNIT)).is_ok_and(|known| known == unit)
+    })
+}
+
+async fn systemctl(login: &Login, args: &[&str]) -> Result<(), RunModeError> {
+    let ask = login.command("systemctl").arg("--user").args(args);
+    let done = ask.deadline(PATIENCE).run().await;
+    done.map(drop)
+        .map_err(RunModeError::of("ask the user's systemd"))
+}
+
+async fn put_table(
+    program: &'static str,
+    lines: &[String],
+    login: &Login,
+) -> Result<(), RunModeError> {
+    let known = match program {
+        "crontab" => crontab(login).await,
+        _ => scrontab_text(login).await,
+    };
+    let doing = "change the crontab";
+    let known = known.map_err(RunModeError::of(doing))?;
+    let wanted = text::with_lines(&known, lines);
+    if wanted == known {
+        return Ok(());
+    }
+    let put = login.command(program).arg("-").stdin(wanted.into_bytes());
+    let put: Result<_, CommandError> = put.deadline(PATIENCE).run().await;
+    put.map(drop).map_err(RunModeError::of(doing))
+}
+
+/// Starts the agent in the background, unless it runs.
+pub async fn start_detached(agent: &Agent, login: &Login) -> Result<(), RunModeError> {
+    let start = login
+        .command(&agent.program.to_string_lossy())
+        .args(["serve", "--detach", "--config"])
+        .arg(&agent.site_file);
+    let done = start.deadline(PATIENCE).run().await;
+    done.map(drop).map_err(RunModeError::of("start the agent"))
+}
+
+async fn job(
+    agent: &Agent,
+    partition: Option<&str>,
+    login: &Login,
+) -> Result<String, RunModeError> {
+    let sbatch = login.find("sbatch").unwrap_or_else(|| "sbatch".into());
+    let script = text::job(agent, partition, &sbatch.to_string_lossy())?;
+    let path = PathBuf::from(text::script(agent)?);
+    create_state(agent)?;
+    if atomic::read_optional(&path)?.as_deref() == Some(script.as_bytes()) && has_job(login).await {
+        return Ok("the job of the agent is there already".to_owned());
+    }
+    cancel(agent, login).await?;
+    atomic::write(&path, script.as_bytes(), 0o700)?;
+    let submit = login.command("sbatch").arg("--parsable").arg(&path);
+    let done = submit.deadline(PATIENCE).run().await;
+    let done = done.map_err(RunModeError::of("submit the job of the agent"))?;
+    Ok(format!(
+        "job {} runs {}; each submits its successor",
+        done.text().trim(),
+        path.display()
+    ))
+}
+
+async fn has_job(login: &Login) -> bool {
+    let name = format!("--name={}", text::JOB);
+    let ask = login.command("squeue").args(["--me", "--noheader", &name]);
+    let found = ask.deadline(PATIENCE).run().await;
+    found.is_ok_and(|output| !output.text().trim().is_empty())
+}
+
+/// Removes the batch script, so that no successor is submitted any more, and cancels the jobs.
+async fn cancel(agent: &Agent, login: &Login) -> Result<(), RunModeError> {
+    let path = PathBuf::from(text::script(agent)?);
+    if path.exists() {
+        std::fs::remove_file(&path).map_err(FileError::on("remove", &path))?;
+    }
+    if !has_job(login).await {
+        return Ok(());
+    }
+    scancel(login, &[]).await
+}
+
+async fn scancel(login: &Login, further: &[&str]) -> Result<(), RunModeError> {
+    let user = user_name().map(|user| format!("--user={user}"));
+    let ask = login
+        .command("scancel")
+        .arg(format!("--name={}", text::JOB))
+        .args(user)
+        .args(further);
+    let done = ask.deadline(PATIENCE).run().await;
+    done.map(drop)
+        .map_err(RunModeError::of("cancel the job of the agent"))
+}
+
+/// Takes the mode away and stops what it has started. Nothing happens if it is not set up.
+pub async fn tear_down(mode: RunMode, agent: &Agent, login: &Login) -> Result<(), RunModeError> {
+    if !is_set_up(mode, agent, login).await {
+        return Ok(());
+    }
+    match mode {
+        RunMode::Systemd => {
+            systemctl(login, &["disable", "--now", text::UNIT]).await?;
+            let path = unit_file(agent);
+            let ours = text::unit(agent)?;
+            let known = atomic::read_optional(&path)?.unwrap_or_default();
+            if known == ours.as_bytes() || was_ours(agent, &known) {
+                std::fs::remove_file(&path).map_err(FileError::on("remove", &path))?;
+            }
+            systemctl(login, &["daemon-reload"]).await
+        }
+        RunMode::Cron => put_table("crontab", &[], login).await,
+        RunMode::Scrontab => {
+            put_table("scrontab", &[], login).await?;
+            if has_job(login).await {
+                scancel(login, &[]).await?;
+            }
+            Ok(())
+        }
+        RunMode::Job => cancel(agent, login).await,
+        RunMode::OnDemand => Ok(()),
+    }
+}
+
+/// Restarts the agent in the way of its mode. `Ok(false)` if the mode leaves that to the caller.
+pub async fn restart_by_mode(mode: RunMode, login: &Login) -> Result<bool, RunModeError> {
+    match mode {
+        RunMode::Systemd => {
+            systemctl(login, &["daemon-reload"]).await?;
+            systemctl(login, &["restart", text::UNIT]).await?;
+            Ok(true)
+        }
+        RunMode::Scrontab | RunMode::Job => {
+            // The next job starts the new version. Those that wait are not touched.
+            let running = ["--state=RUNNING", "--signal=TERM", "--batch"];
+            scancel(login, &running).await?;
+            Ok(true)
+        }
+        RunMode::Cron | RunMode::OnDemand => Ok(false),
+    }
+}

@@ -1,0 +1,124 @@
+//! What follows an installation: the bundle's file, and the commands for the cluster.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+};
+
+use knoc_link::carrier::ssh::Ssh;
+use knoc_proto::manage::{Installed, RunMode};
+
+use super::ManageError;
+
+/// Writes the bundle with mode 0600. A file with the same contents is kept; one with others is never replaced.
+pub(super) fn write_bundle(path: &Path, bundle: &str) -> Result<String, ManageError> {
+    let failed = |source| ManageError::Bundle {
+        path: path.to_owned(),
+        source,
+    };
+    let mut options = OpenOptions::new();
+    match options.write(true).create_new(true).mode(0o600).open(path) {
+        Ok(mut file) => {
+            let written = file
+                .write_all(bundle.as_bytes())
+                .and_then(|()| file.sync_all());
+            written.map_err(failed)?;
+            Ok(format!(
+                "{} has the kubelet's certificate and its private key: keep it secret",
+                path.display()
+            ))
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            if fs::read(path).map_err(failed)? != bundle.as_bytes() {
+                return Err(ManageError::OtherBundle {
+                    path: path.to_owned(),
+                });
+            }
+            Ok(format!("{} is there already", path.display()))
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// PURE: the commands that follow. `address` is where kubelets reach the login node over TCP, if they do.
+pub(super) fn commands(
+    site: &str,
+    ssh: &Ssh,
+    address: Option<&str>,
+    bundle: &Path,
+    installed: &Installed,
+) -> String {
+    let bundle = bundle.display();
+    let access = if installed.namespaces.is_empty() {
+        "\nEverybody who can create a pod in ANY namespace of the cluster runs programs as this account: name the allowed\n\
+         namespaces in [policy] of ~/.config/knoc/agent.toml on the login node before you apply the bundle.\n"
+            .to_owned()
+    } else {
+        let names = installed.namespaces.join(", ");
+        format!(
+            "\nEverybody who can create a pod in one of these namespaces runs programs as this account: {names}\n"
+        )
+    };
+    let begin = format!(
+        "{access}\nIn the cluster:\n\n    kubectl create namespace knoc-system\n    kubectl -n knoc-system apply -f {bundle}\n"
+    );
+    let install = "    helm install knoc deploy/chart/knoc --namespace knoc-system";
+    match address {
+        Some(address) => {
+            let port = if address.contains(':') { "" } else { ":10350" };
+            format!(
+                "{begin}{install} \\\n        --set agent.site={site} --set agent.address={address}{port}\n"
+            )
+        }
+        None => {
+            let key = over_ssh(ssh, installed);
+            let further = if installed.run_mode == Some(RunMode::OnDemand) {
+                " --set agent.ssh.onDemand=true"
+            } else {
+                ""
+            };
+            format!(
+                "{key}{begin}    kubectl -n knoc-system create secret generic knoc-ssh --from-file=ssh-privatekey=knoc-ssh \\\n        \
+                 --from-file=known_hosts{literals}\n{install} \\\n        --set agent.site={site} --set agent.address=ssh: \
+                 --set agent.ssh.secret=knoc-ssh{further}\n",
+                literals = literals(ssh),
+            )
+        }
+    }
+}
+
+/// The kubelet's own key, which may do nothing but this.
+fn over_ssh(ssh: &Ssh, installed: &Installed) -> String {
+    let verb = if installed.run_mode == Some(RunMode::OnDemand) {
+        "serve --stdio"
+    } else {
+        "connect"
+    };
+    let host = ssh.host.as_deref().unwrap_or_default();
+    let port = ssh
+        .port
+        .map_or_else(String::new, |port| format!("-p {port} "));
+    format!(
+        "\nA key for the kubelet, which may do nothing but the link. Append the line that `echo` prints to ~/.ssh/authorized_keys on\n\
+         the login node:\n\n    ssh-keygen -t ed25519 -N '' -C knoc-kubelet -f knoc-ssh\n    \
+         echo \"restrict,command=\\\"{program} {verb}\\\" $(cat knoc-ssh.pub)\"\n\n\
+         The host's key; compare the fingerprint with the one that the site publishes:\n\n    \
+         ssh-keyscan {port}{host} > known_hosts\n    ssh-keygen -lf known_hosts\n",
+        program = installed.program,
+    )
+}
+
+fn literals(ssh: &Ssh) -> String {
+    let mut text = format!(
+        " \\\n        --from-literal=host={}",
+        ssh.host.as_deref().unwrap_or_default()
+    );
+    let user = ssh.user.as_deref().unwrap_or("USER");
+    text += &format!(" --from-literal=remote_user={user}");
+    if let Some(port) = ssh.port {
+        text += &format!(" --from-literal=port={port}");
+    }
+    text
+}
