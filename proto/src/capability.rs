@@ -18,9 +18,13 @@ pub const PRIVILEGED: &str = "privileged";
 pub const PROBES: &str = "probes";
 /// The agent's shims run the hooks of containers.
 pub const HOOKS: &str = "hooks";
+/// The agent's shims know sidecars: init containers that run beside the others.
+pub const SIDECARS: &str = "sidecars";
+/// The agent's shims know restart policies of containers, and their rules.
+pub const RESTART_RULES: &str = "restart-rules";
 
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 7] = [
+pub const OF_PODS: [&str; 9] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -28,6 +32,8 @@ pub const OF_PODS: [&str; 7] = [
     PRIVILEGED,
     PROBES,
     HOOKS,
+    SIDECARS,
+    RESTART_RULES,
 ];
 
 /// The capabilities that this pod needs.
@@ -55,6 +61,11 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
         ),
         (PROBES, containers().any(has_probe)),
         (HOOKS, containers().any(has_hook)),
+        (
+            SIDECARS,
+            spec.init_containers.iter().any(pb::Container::is_sidecar),
+        ),
+        (RESTART_RULES, has_restart_rule(spec)),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -63,6 +74,18 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
 fn has_probe(container: &pb::Container) -> bool {
     let (startup, liveness) = (&container.startup_probe, &container.liveness_probe);
     startup.is_some() || liveness.is_some() || container.readiness_probe.is_some()
+}
+
+/// Whether a container has a restart policy of its own, or rules. That of a sidecar is what makes it one.
+fn has_restart_rule(spec: &pb::PodSpec) -> bool {
+    let own = |container: &pb::Container| {
+        container.restart_policy() != pb::RestartPolicy::Unspecified
+            || !container.restart_rules.is_empty()
+    };
+    let init = spec.init_containers.iter();
+    init.filter(|one| !one.is_sidecar() || !one.restart_rules.is_empty())
+        .chain(&spec.containers)
+        .any(own)
 }
 
 fn has_hook(container: &pb::Container) -> bool {
@@ -93,6 +116,8 @@ mod tests {
         spec.init_containers[0].privileged = true;
         spec.containers[0].readiness_probe = Some(pb::Probe::default());
         spec.containers[0].pre_stop = Some(pb::Hook::default());
+        spec.init_containers[0].restart_policy = pb::RestartPolicy::Always.into();
+        spec.containers[0].restart_policy = pb::RestartPolicy::Never.into();
         assert_eq!(needed(&spec), OF_PODS);
     }
 
@@ -125,5 +150,18 @@ mod tests {
             of(|_, main| main.pre_stop = Some(pb::Hook::default())),
             [HOOKS]
         );
+        assert_eq!(
+            of(|_, main| main.restart_rules = vec![pb::RestartRule::default()]),
+            [RESTART_RULES]
+        );
+        let sidecar = pb::Container {
+            restart_policy: pb::RestartPolicy::Always.into(),
+            ..pb::Container::default()
+        };
+        let spec = pb::PodSpec {
+            init_containers: vec![sidecar],
+            ..pb::PodSpec::default()
+        };
+        assert_eq!(needed(&spec), [SIDECARS]);
     }
 }

@@ -13,6 +13,7 @@ use crate::{
 
 mod network;
 mod probe;
+mod restart;
 
 pub use network::{Hostname, MAX_HOSTNAME};
 
@@ -282,6 +283,7 @@ fn check_container(spec: &pb::PodSpec, container: &pb::Container, problems: &mut
     }
     check_mounts(spec, container, problems);
     probe::check(container, problems);
+    restart::check(container, problems);
 }
 
 fn check_mounts(spec: &pb::PodSpec, container: &pb::Container, problems: &mut Vec<String>) {

@@ -110,7 +110,14 @@ impl Pod {
     pub(crate) fn containers(&self) -> impl Iterator<Item = (Role, &pb::Container)> {
         let init = self.spec.init_containers.iter();
         let main = self.spec.containers.iter();
-        init.map(|container| (Role::Init, container))
+        let role = |container: &pb::Container| {
+            if container.is_sidecar() {
+                Role::Sidecar
+            } else {
+                Role::Init
+            }
+        };
+        init.map(move |container| (role(container), container))
             .chain(main.map(|container| (Role::Main, container)))
     }
 

@@ -90,7 +90,7 @@ fn state(spec: &ContainerSpec, now: Situation<'_>, context: &StatusContext<'_>) 
             started_at: history.started_at.map(nanos).unwrap_or_default(),
         }),
         Phase::Exited { restart_at, .. } => {
-            if context.stopping || phase.is_final(spec.restart) {
+            if context.stopping || phase.is_final(spec.restart_after(phase.code())) {
                 return State::Terminated(history.ended.clone().unwrap_or_default());
             }
             if context.now < restart_at {

@@ -150,6 +150,8 @@ carried! {
             ports: Option<Vec<core::ContainerPort>>,
             readiness_probe: Option<core::Probe>,
             resources: Option<core::ResourceRequirements>,
+            restart_policy: Option<String>,
+            restart_policy_rules: Option<Vec<core::ContainerRestartRule>>,
             security_context: Option<core::SecurityContext>,
             startup_probe: Option<core::Probe>,
             stdin: Option<bool>,
@@ -161,7 +163,21 @@ carried! {
             working_dir: Option<String>,
         }
         elsewhere {}
-        left { resize_policy, restart_policy, restart_policy_rules, volume_devices }
+        left { resize_policy, volume_devices }
+    }
+
+    /// A rule about the exit codes of a container.
+    RestartRule of core::ContainerRestartRule, judged as "ContainerRestartRule" {
+        taken { exit_codes: Option<core::ContainerRestartRuleOnExitCodes> }
+        elsewhere {}
+        left { action }
+    }
+
+    /// The exit codes of such a rule.
+    ExitCodes of core::ContainerRestartRuleOnExitCodes, judged as "ContainerRestartRuleOnExitCodes" {
+        taken { operator: String, values: Option<Vec<i32>> }
+        elsewhere {}
+        left {}
     }
 
     /// A port of a container, to which probes and hooks may refer by its name.

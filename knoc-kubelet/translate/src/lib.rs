@@ -28,8 +28,8 @@ use k8s_openapi::{
 use knoc_proto::{names, paths, pb};
 
 use carried::{
-    Container, DnsConfig, DnsOption, HostAlias, PodSecurityContext, PodSpec, ResourceRequirements,
-    SecurityContext, VolumeMount,
+    Container, DnsConfig, DnsOption, ExitCodes, HostAlias, PodSecurityContext, PodSpec,
+    ResourceRequirements, RestartRule, SecurityContext, VolumeMount,
 };
 use volume::Source;
 
@@ -386,7 +386,33 @@ fn shape_container(
         pre_stop: probes.pre_stop,
         run_as_non_root: run_as_non_root(spec, security),
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),
+        restart_policy: own_restart_policy(container).into(),
+        restart_rules: restart_rules(container),
     }
+}
+
+fn own_restart_policy(container: Container<'_>) -> pb::RestartPolicy {
+    match container.restart_policy.as_deref() {
+        Some("Always") => pb::RestartPolicy::Always,
+        Some("OnFailure") => pb::RestartPolicy::OnFailure,
+        Some("Never") => pb::RestartPolicy::Never,
+        // The verdicts admit no other.
+        Some(_) | None => pb::RestartPolicy::Unspecified,
+    }
+}
+
+fn restart_rules(container: Container<'_>) -> Vec<pb::RestartRule> {
+    let rules = container.restart_policy_rules.iter().flatten();
+    let codes = rules.filter_map(|rule| RestartRule::from(rule).exit_codes.as_ref());
+    codes
+        .map(|codes| {
+            let codes = ExitCodes::from(codes);
+            pb::RestartRule {
+                not_in: codes.operator == "NotIn",
+                exit_codes: codes.values.clone().unwrap_or_default(),
+            }
+        })
+        .collect()
 }
 
 /// The container's setting overrides the pod's.

@@ -291,6 +291,17 @@ and that user's shell. With a setuid runtime, the home directory of a user that 
 if the pod has a `subdomain`) and its `hostAliases`. `/etc/resolv.conf` is the compute node's, or with `dnsConfig` has its lines and those
 of the pod; with `dnsPolicy: None` only those of the pod. A file that the pod mounts there comes before both. `/etc/localtime` is the image's.
 
+## Containers
+
+**Sidecars** are init containers with `restartPolicy: Always`. They start in the order of the list; what comes after one starts once it
+has started (its `startupProbe` has passed, if it has one). They are restarted whenever they end, do not keep a pod from completing, and
+are stopped one after the other in reverse order, each with what is left of the grace period, after the containers have ended. Their
+readiness counts for the pod's.
+
+**Restarts** happen in the running job, which keeps its allocation. The first restart comes at once, the next one after 10 s, then the wait
+doubles up to 5 minutes; it starts over once a container has run for 10 minutes. Meanwhile the container waits with `CrashLoopBackOff`. A
+site may choose other times (`[backoff]` of its site file).
+
 ## Probes and hooks
 
 They run inside the job, also while the agent or the kubelet is away, by Kubernetes' rules for delays, thresholds, the startup probe,

@@ -116,7 +116,7 @@ impl Slot {
         Container {
             id: self.spec.id,
             role: self.spec.role,
-            restart: self.spec.restart,
+            restart: self.spec.restart_after(self.phase.code()),
             phase: self.phase,
             health: self.health,
             stop: self.stop,

@@ -12,6 +12,34 @@ use super::{Input, NO_EPHEMERAL, nanoseconds, seconds, waiting_message};
 pub(super) struct Statuses {
     pub(super) init: Vec<ContainerStatus>,
     pub(super) regular: Vec<ContainerStatus>,
+    /// The names of the init containers that are sidecars.
+    sidecars: Vec<String>,
+}
+
+impl Statuses {
+    /// Whether it is the status of a sidecar: an init container that runs beside the others.
+    pub(super) fn is_sidecar(&self, status: &ContainerStatus) -> bool {
+        self.sidecars.contains(&status.name)
+    }
+
+    /// Whether what comes after this init container may start.
+    pub(super) fn has_opened(&self, status: &ContainerStatus) -> bool {
+        if self.is_sidecar(status) {
+            status.started == Some(true)
+        } else {
+            ended_well(status)
+        }
+    }
+
+    /// Whether a regular container was ever started.
+    pub(super) fn any_regular_started(&self) -> bool {
+        !self.regular.iter().all(never_ran)
+    }
+}
+
+/// Whether an init container of the spec is a sidecar.
+fn is_sidecar(container: &Container) -> bool {
+    container.restart_policy.as_deref() == Some("Always")
 }
 
 /// Reasons of a pod that become reasons of its waiting containers.
@@ -62,6 +90,11 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
     let mut statuses = Statuses {
         init: list(init, init_before, init_seen),
         regular: list(regular, regular_before, regular_seen),
+        sidecars: init
+            .iter()
+            .filter(|one| is_sidecar(one))
+            .map(|one| one.name.clone())
+            .collect(),
     };
     if input
         .observed
@@ -74,13 +107,14 @@ pub(super) fn statuses(input: &Input<'_>) -> Statuses {
         all.for_each(initializing);
     }
     for status in &mut statuses.init {
-        status.ready = ended_well(status);
+        if statuses.sidecars.contains(&status.name) {
+            status.ready &= is_running(status);
+        } else {
+            status.ready = ended_well(status);
+        }
     }
     for status in &mut statuses.regular {
-        status.ready &= status
-            .state
-            .as_ref()
-            .is_some_and(|state| state.running.is_some());
+        status.ready &= is_running(status);
     }
     statuses
 }
@@ -119,6 +153,11 @@ pub(super) fn ephemeral(pod: &Pod) -> Option<Vec<ContainerStatus>> {
         ..ContainerStatus::default()
     };
     Some(containers.iter().map(refused).collect::<Vec<_>>()).filter(|list| !list.is_empty())
+}
+
+fn is_running(status: &ContainerStatus) -> bool {
+    let state = status.state.as_ref();
+    state.is_some_and(|state| state.running.is_some())
 }
 
 fn ended_well(status: &ContainerStatus) -> bool {
@@ -267,7 +306,7 @@ fn settle_all(input: &Input<'_>, statuses: &mut Statuses) {
     }
 }
 
-/// Was a regular container ever started, or did the last init container ever succeed?
+/// Was a regular container ever started, or did the last init container ever succeed, or start if it is a sidecar?
 fn initialized(statuses: &Statuses) -> bool {
     let ended_well_before = |status: &ContainerStatus| {
         let last = status.last_state.as_ref();
@@ -275,8 +314,14 @@ fn initialized(statuses: &Statuses) -> bool {
             .is_some_and(|terminated| terminated.exit_code == 0)
     };
     let last = statuses.init.last();
-    last.is_none_or(|last| ended_well(last) || ended_well_before(last))
-        || !statuses.regular.iter().all(never_ran)
+    let opened = |last: &ContainerStatus| {
+        if statuses.is_sidecar(last) {
+            !never_ran(last)
+        } else {
+            ended_well(last) || ended_well_before(last)
+        }
+    };
+    last.is_none_or(opened) || statuses.any_regular_started()
 }
 
 fn never_ran(status: &ContainerStatus) -> bool {

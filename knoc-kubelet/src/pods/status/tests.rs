@@ -2,6 +2,8 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod sidecars;
+
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
 }

@@ -91,6 +91,16 @@ pub(super) const TABLE: &[Type] = &[
         row("tcpSocket", Any, Inside("TCPSocketAction"), ""),
         row("grpc", Any, Inside("GRPCAction"), ""),
     ]),
+    of("ContainerRestartRule", "`restartPolicyRules[]`", &[
+        row("action", Is(&["Restart"]), Satisfied, ""),
+        row("action", Any, Rejected, "only `Restart` is supported"),
+        row("exitCodes", Any, Inside("ContainerRestartRuleOnExitCodes"), ""),
+    ]),
+    of("ContainerRestartRuleOnExitCodes", "`restartPolicyRules[].exitCodes`", &[
+        row("operator", Is(&["In", "NotIn"]), Honoured, ""),
+        row("operator", Any, Rejected, "must be `In` or `NotIn`"),
+        row("values", Any, Honoured, ""),
+    ]),
     of("Lifecycle", "`lifecycle`", &[
         row("postStart preStop", Any, Inside("LifecycleHandler"), ""),
         row("stopSignal", Any, Rejected, LATER),
@@ -316,9 +326,9 @@ const CONTAINER: &[Row] = &[
     row("securityContext", Any, Inside("SecurityContext"), ""),
     row("livenessProbe readinessProbe startupProbe", Any, Inside("Probe"), ""),
     row("lifecycle", Any, Inside("Lifecycle"), ""),
-    row("restartPolicy", Any, Rejected, "sidecars and restart policies of a container are not supported yet"),
-    row("restartPolicyRules", Empty, Satisfied, ""),
-    row("restartPolicyRules", Any, Rejected, LATER),
+    row("restartPolicy", Is(&["Always", "OnFailure", "Never"]), Honoured, "of an init container, `Always` makes it a sidecar: see [containers](#containers)"),
+    row("restartPolicy", Any, Rejected, "must be `Always`, `OnFailure` or `Never`"),
+    row("restartPolicyRules", Any, Inside("ContainerRestartRule"), ""),
 ];
 
 #[rustfmt::skip]
