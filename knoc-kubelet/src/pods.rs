@@ -32,5 +32,4 @@ pub use controller::{ApiServer, Context, Controller, KnownPods, LoopHealth, Proc
 pub(crate) use orphans::run as watch_orphans;
 pub use presence::PodLookup;
 pub use services::Services;
-pub use status::NO_EPHEMERAL;
 pub use store::{PodView, Store};

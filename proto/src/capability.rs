@@ -23,8 +23,11 @@ pub const SIDECARS: &str = "sidecars";
 /// The agent's shims know restart policies of containers, and their rules.
 pub const RESTART_RULES: &str = "restart-rules";
 
+/// The agent adds ephemeral containers to running pods.
+pub const EPHEMERAL: &str = "ephemeral-containers";
+
 /// All capabilities that a pod can need.
-pub const OF_PODS: [&str; 9] = [
+pub const OF_PODS: [&str; 10] = [
     SUB_PATH_EXPR,
     POD_DOMAIN,
     RESOLVER,
@@ -34,6 +37,7 @@ pub const OF_PODS: [&str; 9] = [
     HOOKS,
     SIDECARS,
     RESTART_RULES,
+    EPHEMERAL,
 ];
 
 /// The capabilities that this pod needs.
@@ -66,6 +70,7 @@ pub fn needed(spec: &pb::PodSpec) -> Vec<&'static str> {
             spec.init_containers.iter().any(pb::Container::is_sidecar),
         ),
         (RESTART_RULES, has_restart_rule(spec)),
+        (EPHEMERAL, !spec.ephemeral_containers.is_empty()),
     ];
     let needed = asked.into_iter().filter(|(_, asked)| *asked);
     needed.map(|(name, _)| name).collect()
@@ -118,6 +123,7 @@ mod tests {
         spec.containers[0].pre_stop = Some(pb::Hook::default());
         spec.init_containers[0].restart_policy = pb::RestartPolicy::Always.into();
         spec.containers[0].restart_policy = pb::RestartPolicy::Never.into();
+        spec.ephemeral_containers = vec![pb::Container::default()];
         assert_eq!(needed(&spec), OF_PODS);
     }
 

@@ -11,10 +11,12 @@ use crate::{
     text::quote,
 };
 
+mod ephemeral;
 mod network;
 mod probe;
 mod restart;
 
+pub use ephemeral::MAX_EPHEMERAL;
 pub use network::{Hostname, MAX_HOSTNAME};
 
 /// The folder in a container that holds KNoC's launcher and its socket.
@@ -144,6 +146,7 @@ impl TryFrom<pb::PodSpec> for PodSpec {
             }
             check_container(&spec, container, &mut problems);
         }
+        ephemeral::check(&spec, &mut problems);
         match uid {
             Ok(uid) if problems.is_empty() => Ok(Self { uid, spec }),
             Ok(_) | Err(()) => Err(InvalidPod { problems }),
@@ -352,6 +355,12 @@ impl PodValues {
                     env.container
                 ));
             }
+            for var in &env.vars {
+                check_variable(&env.container, var, &mut problems);
+            }
+        }
+        // An ephemeral container may be added later than its environment.
+        for env in &values.ephemeral_env {
             for var in &env.vars {
                 check_variable(&env.container, var, &mut problems);
             }

@@ -4,6 +4,7 @@
 //! the plan names. Each time it performs the actions of [`plan::decide`], then publishes the report and the [`Directory`].
 //! What is known about a container is in its [`slot`], which attempts refer to by its [`SlotId`].
 
+mod ephemeral;
 mod probing;
 mod slot;
 mod slots;
@@ -67,6 +68,12 @@ pub(crate) enum Command {
     Values(pb::PodValues, oneshot::Sender<Result<(), String>>),
     /// How the shim and the agent reach each other, for the report.
     Route(pb::ShimRoute),
+    /// An ephemeral container, which was checked against the pod's shape.
+    AddEphemeral {
+        container: Box<pb::Container>,
+        image: Box<pb::ResolvedImage>,
+        answer: oneshot::Sender<Result<(), String>>,
+    },
 }
 
 struct Stop {
@@ -250,6 +257,14 @@ impl Supervisor {
                 answer.send(self.take_values(values)).ok();
             }
             Command::Route(route) => self.publisher.update(|report| report.route = Some(route)),
+            Command::AddEphemeral {
+                container,
+                image,
+                answer,
+            } => {
+                // The caller may have gone away.
+                answer.send(self.add_ephemeral(*container, *image)).ok();
+            }
         }
     }
 
@@ -320,6 +335,10 @@ impl Supervisor {
         let Some(values) = self.values.clone() else {
             return;
         };
+        let Ok(_target) = self.target_of(id) else {
+            // The status says so; the start of the target wakes the supervisor.
+            return;
+        };
         let Some(slot) = self.slots.get_mut(id) else {
             return;
         };
@@ -374,9 +393,8 @@ impl Supervisor {
         }
     }
 
-    /// The statuses of init containers and sidecars, and those of the main containers. A report has no field for
-    /// ephemeral containers yet.
-    fn statuses(&self) -> (Vec<pb::ContainerStatus>, Vec<pb::ContainerStatus>) {
+    /// The statuses of all containers.
+    fn statuses(&self) -> Statuses {
         let view = self.view();
         let context = StatusContext {
             pod: self.pod.spec(),
@@ -385,26 +403,28 @@ impl Supervisor {
             values_missing: (!view.values).then_some(self.values_missing.as_str()),
             now: view.now,
         };
-        let (mut init, mut main) = (Vec::new(), Vec::new());
+        let mut all = Statuses::default();
         for slot in self.slots.iter() {
             let statuses = match slot.spec.role {
-                Role::Init | Role::Sidecar => &mut init,
-                Role::Main => &mut main,
-                Role::Ephemeral => continue,
+                Role::Init | Role::Sidecar => &mut all.init,
+                Role::Main => &mut all.main,
+                Role::Ephemeral => &mut all.ephemeral,
             };
+            let missing = self.target_of(slot.spec.id).err();
             let situation = Situation {
                 phase: slot.phase,
                 health: slot.health,
                 history: &slot.history,
+                target_missing: missing.as_deref(),
             };
             let id = container_id(&self.pod, slot);
             statuses.push(report::status(&slot.spec, situation, &context, id));
         }
-        (init, main)
+        all
     }
 
     fn publish(&mut self) {
-        let (init, main) = self.statuses();
+        let statuses = self.statuses();
         let waits = !self.view().values && self.stop.is_none();
         let revision = self.values.as_ref().map_or(0, |values| values.revision);
         let stop = self
@@ -412,8 +432,7 @@ impl Supervisor {
             .as_ref()
             .map(|stop| (stop.by, stop.reason.clone()));
         self.publisher.update(|report| {
-            report.init_containers = init;
-            report.containers = main;
+            statuses.put_into(report);
             report.waits_for_values = waits;
             report.values_revision = Some(revision);
             if let Some((by, message)) = stop {
@@ -432,7 +451,7 @@ impl Supervisor {
     }
 
     fn finish(&mut self) {
-        let (init, main) = self.statuses();
+        let statuses = self.statuses();
         let by = self
             .stop
             .as_ref()
@@ -457,8 +476,7 @@ impl Supervisor {
         };
         self.publisher.update(|report| {
             report.usage = Some(usage);
-            report.init_containers = init;
-            report.containers = main;
+            statuses.put_into(report);
             report.r#final = true;
             report.waits_for_values = false;
             report.ended_by = by.into();
@@ -472,6 +490,23 @@ impl Supervisor {
             report.message = message;
         });
         self.publish_directory();
+    }
+}
+
+/// The statuses of containers, by their place in the report.
+#[derive(Default)]
+struct Statuses {
+    /// Those of init containers and sidecars.
+    init: Vec<pb::ContainerStatus>,
+    main: Vec<pb::ContainerStatus>,
+    ephemeral: Vec<pb::ContainerStatus>,
+}
+
+impl Statuses {
+    fn put_into(self, report: &mut pb::Report) {
+        report.init_containers = self.init;
+        report.containers = self.main;
+        report.ephemeral_containers = self.ephemeral;
     }
 }
 

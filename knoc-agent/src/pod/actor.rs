@@ -8,6 +8,7 @@
 
 mod create;
 mod effects;
+mod ephemeral;
 mod values;
 
 use std::{cmp::Ordering, sync::Arc, time::Duration};
@@ -69,6 +70,7 @@ struct Actor {
     /// The version that its job execs, as its job directory states it.
     version: String,
     values: values::Held,
+    ephemeral: ephemeral::Adding,
     effects: JoinSet<Event>,
     /// The effects that are ending a job.
     cancels: Vec<AbortHandle>,
@@ -179,6 +181,7 @@ impl NewActor {
             own,
             wants,
             values: values::Held::default(),
+            ephemeral: ephemeral::Adding::default(),
             unsaved: None,
             effects: JoinSet::new(),
             cancels: Vec::new(),
@@ -215,6 +218,10 @@ impl Actor {
                     Some(event) => Input::Event(event),
                     None => continue,
                 },
+                Some(step) = self.ephemeral.next() => {
+                    self.ephemeral_step(&pod, step).await;
+                    continue;
+                }
                 input = inputs.recv() => match input {
                     Some(input) => input,
                     None => break,
@@ -230,6 +237,7 @@ impl Actor {
         // the restart.
         self.effects.shutdown().await;
         self.staging.shutdown().await;
+        self.ephemeral.end().await;
     }
 
     async fn take(&mut self, pod: Pod, input: Input) -> Pod {
@@ -247,6 +255,7 @@ impl Actor {
                 }
                 let pod = self.apply(pod, event).await;
                 self.push_values(&pod, reported);
+                self.add_ephemeral(&pod);
                 pod
             }
             Input::Ensure {
@@ -260,6 +269,7 @@ impl Actor {
                     Ok(()) => self.update_values(&pod, *values).await,
                     Err(error) => Err(error),
                 };
+                self.add_ephemeral(&pod);
                 drop(reply.send(answer.map(|()| (self.observed(&pod), false))));
                 pod
             }
@@ -298,6 +308,7 @@ impl Actor {
         }
         let pod = self.apply(pod, Event::Link(up)).await;
         self.push_values(&pod, false);
+        self.add_ephemeral(&pod);
         pod
     }
 
@@ -332,7 +343,7 @@ impl Actor {
                 Err(RequestError::new(ErrorReason::SpecConflict, message)),
             );
         }
-        let spec = Arc::new(spec);
+        let spec = Arc::new(super::update::merged(&self.spec, spec));
         if let Err(error) = self.rewrite_spec(Arc::clone(&spec)).await {
             return (pod, Err(error));
         }
@@ -351,6 +362,7 @@ impl Actor {
         if pod.is_finished() || pod.deletion.is_some() {
             // The images are for a pod that is no longer wanted.
             self.staging.abort_all();
+            self.ephemeral.abort();
         }
         if final_report {
             self.show(&pod);
@@ -381,6 +393,7 @@ impl Actor {
     fn observed(&self, pod: &Pod) -> pb::PodObserved {
         let mut observed = observed(pod, &self.spec, &self.cluster_id);
         observed.values_wanted = self.wants_values(pod);
+        observed.ephemeral_containers = self.ephemeral.statuses(pod, &self.spec);
         observed
     }
 

@@ -70,6 +70,8 @@ pub fn observed(pod: &Pod, spec: &pb::PodSpec, cluster_id: &str) -> pb::PodObser
         message,
         generation: 0,
         last_usage: pod.report.as_ref().and_then(|report| report.usage),
+        // The actor knows those that the shim does not have yet.
+        ephemeral_containers: Vec::new(),
     }
 }
 
@@ -300,7 +302,7 @@ fn waiting(pod: &Pod, container: &pb::Container, message: &str) -> pb::Waiting {
 }
 
 /// A container of a finished pod that was last seen running: nobody knows how it ended.
-fn settle_one(status: &mut pb::ContainerStatus, outcome: &Outcome, since: Timestamp) {
+pub(super) fn settle_one(status: &mut pb::ContainerStatus, outcome: &Outcome, since: Timestamp) {
     let started_at = match &status.state {
         Some(Status::Terminated(_)) => return,
         Some(Status::Running(running)) => running.started_at,

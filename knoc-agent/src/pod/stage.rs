@@ -164,6 +164,18 @@ pub(crate) fn present(container: &pb::Container) -> Note {
     }
 }
 
+/// The image of one ephemeral container.
+pub(crate) async fn image_of(
+    site: &Site,
+    spec: &PodSpec,
+    name: &str,
+    own: &mpsc::WeakSender<Input>,
+) -> Result<Found, StageError> {
+    let container = spec.ephemeral_container(name).cloned();
+    let found = image(site, spec, container.unwrap_or_default(), own).await?;
+    Ok(Found::new(vec![found]))
+}
+
 /// The image of `container`, without a note. `None` if there is none yet; the usual staging then reports the reason.
 async fn image_without_note(
     site: &Site,

@@ -82,13 +82,20 @@ impl Events {
 /// A pod, or a container of it, as the object of an Event.
 #[must_use]
 pub fn about_pod(pod: &Pod, container: &str) -> ObjectReference {
-    let init = pod.spec.as_ref().is_some_and(|spec| {
-        spec.init_containers
-            .iter()
-            .flatten()
-            .any(|candidate| candidate.name == container)
-    });
-    let kind = if init { "initContainers" } else { "containers" };
+    let spec = pod.spec.as_ref();
+    let mut init = spec
+        .into_iter()
+        .flat_map(|spec| spec.init_containers.iter().flatten());
+    let mut ephemeral = spec
+        .into_iter()
+        .flat_map(|spec| spec.ephemeral_containers.iter().flatten());
+    let kind = if init.any(|one| one.name == container) {
+        "initContainers"
+    } else if ephemeral.any(|one| one.name == container) {
+        "ephemeralContainers"
+    } else {
+        "containers"
+    };
     ObjectReference {
         api_version: Some("v1".to_owned()),
         kind: Some("Pod".to_owned()),

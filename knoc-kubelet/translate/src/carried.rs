@@ -76,6 +76,7 @@ carried! {
             containers: Vec<core::Container>,
             dns_config: Option<core::PodDNSConfig>,
             dns_policy: Option<String>,
+            ephemeral_containers: Option<Vec<core::EphemeralContainer>>,
             host_aliases: Option<Vec<core::HostAlias>>,
             hostname: Option<String>,
             hostname_override: Option<String>,
@@ -94,7 +95,7 @@ carried! {
             service_account, tolerations,
         }
         left {
-            ephemeral_containers, eviction_responders, host_ipc, host_network, host_pid, host_users, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
+            eviction_responders, host_ipc, host_network, host_pid, host_users, image_pull_secrets, os, overhead, preemption_policy, priority, priority_class_name,
             resource_claims, resources, runtime_class_name, scheduler_name, scheduling_gates, scheduling_group,
             share_process_namespace, topology_spread_constraints,
         }
@@ -164,6 +165,33 @@ carried! {
         }
         elsewhere {}
         left { resize_policy, volume_devices }
+    }
+
+    /// An ephemeral container.
+    EphemeralContainer of core::EphemeralContainer, judged as "EphemeralContainer" {
+        taken {
+            args: Option<Vec<String>>,
+            command: Option<Vec<String>>,
+            env: Option<Vec<core::EnvVar>>,
+            env_from: Option<Vec<core::EnvFromSource>>,
+            image: Option<String>,
+            image_pull_policy: Option<String>,
+            name: String,
+            security_context: Option<core::SecurityContext>,
+            stdin: Option<bool>,
+            stdin_once: Option<bool>,
+            target_container_name: Option<String>,
+            termination_message_path: Option<String>,
+            termination_message_policy: Option<String>,
+            tty: Option<bool>,
+            volume_mounts: Option<Vec<core::VolumeMount>>,
+            working_dir: Option<String>,
+        }
+        elsewhere {}
+        left {
+            lifecycle, liveness_probe, ports, readiness_probe, resize_policy, resources, restart_policy,
+            restart_policy_rules, startup_probe, volume_devices,
+        }
     }
 
     /// A rule about the exit codes of a container.

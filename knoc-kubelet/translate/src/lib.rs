@@ -10,6 +10,7 @@
 
 mod carried;
 mod env;
+mod ephemeral;
 mod files;
 mod grace;
 mod job;
@@ -111,6 +112,8 @@ pub struct Values {
     pub values: pb::PodValues,
     /// The skipped names, for the Event `InvalidEnvironmentVariableNames`.
     pub skipped: Vec<String>,
+    /// What the variables of ephemeral containers lack. It does not hold up the pod, which runs without them.
+    pub lacking: Vec<String>,
 }
 
 /// Translates the shape of the pod, or returns everything that is wrong with it.
@@ -128,6 +131,14 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
     };
     let init_containers = containers(spec.init_containers.as_deref().unwrap_or_default());
     let regular = containers(spec.containers);
+    let ephemeral_containers = ephemeral::containers(spec);
+    let ephemeral_containers = ephemeral_containers
+        .iter()
+        .map(|one| pb::Container {
+            target: one.target.clone(),
+            ..shape_container(spec, (&one.container).into(), &mut problems)
+        })
+        .collect();
     let volumes = spec.volumes.iter().flatten();
     let volumes = volumes
         .filter_map(|volume| volume::shape(volume, &mut problems))
@@ -147,6 +158,7 @@ pub fn shape(pod: &Pod) -> Result<pb::PodSpec, Vec<String>> {
         generation: meta.generation.unwrap_or(1),
         init_containers,
         containers: regular,
+        ephemeral_containers,
         restart_policy: restart_policy(spec).into(),
         termination_grace_period_seconds: Grace::of_field(*spec.termination_grace_period_seconds)
             .in_seconds(),
@@ -189,6 +201,15 @@ pub fn values(pod: &Pod, resolved: &Resolved) -> Result<Values, Missing> {
         let vars = env::variables(pod, container, resolved, &mut values.skipped, &mut missing);
         missing.extend(env::bad_sub_paths(container, &vars));
         values.values.env.push(pb::ContainerEnv {
+            container: container.name.clone(),
+            vars,
+        });
+    }
+    for one in ephemeral::containers(spec) {
+        let (container, lacking) = ((&one.container).into(), &mut values.lacking);
+        let vars = env::variables(pod, container, resolved, &mut values.skipped, lacking);
+        values.lacking.extend(env::bad_sub_paths(container, &vars));
+        values.values.ephemeral_env.push(pb::ContainerEnv {
             container: container.name.clone(),
             vars,
         });
@@ -240,6 +261,9 @@ pub fn needs(pod: &Pod) -> Needs {
     };
     for container in spec.all_containers() {
         env::needs(container, &mut needs);
+    }
+    for one in ephemeral::containers(spec) {
+        env::needs((&one.container).into(), &mut needs);
     }
     for volume in spec.volumes.iter().flatten() {
         // A pod with a volume of an unknown kind has no shape, so it never starts.
@@ -388,6 +412,8 @@ fn shape_container(
         privileged: security.is_some_and(|context| *context.privileged == Some(true)),
         restart_policy: own_restart_policy(container).into(),
         restart_rules: restart_rules(container),
+        // Of an ephemeral container, the caller sets it.
+        target: String::new(),
     }
 }
 

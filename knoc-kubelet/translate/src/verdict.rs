@@ -32,7 +32,7 @@ enum Verdict {
 #[derive(Clone, Copy, Debug)]
 enum When {
     Any,
-    /// The value, as text, is one of these.
+    /// The value, as text, is one of these; of a list, each value is.
     Is(&'static [&'static str]),
     /// The value is a string that begins with one of these.
     Starts(&'static [&'static str]),
@@ -171,7 +171,10 @@ impl When {
             Self::Is(allowed) => match value {
                 Value::String(text) => allowed.contains(&text.as_str()),
                 Value::Bool(_) | Value::Number(_) => allowed.contains(&value.to_string().as_str()),
-                Value::Null | Value::Array(_) | Value::Object(_) => false,
+                Value::Array(items) => {
+                    !items.is_empty() && items.iter().all(|item| self.matches(item))
+                }
+                Value::Null | Value::Object(_) => false,
             },
             Self::Starts(allowed) => value
                 .as_str()
@@ -256,8 +259,7 @@ that is not in the table (a field of a newer Kubernetes) is rejected too. If a f
 its value applies.
 
 A running pod is not ended by an update that would be rejected: it continues unchanged and gets the Event `UnsupportedChange`. An
-ephemeral container that is added to it (`kubectl debug`) is therefore rejected alone: its own status, its log and an attach to it
-give the reason.
+ephemeral container that has a rejected field is therefore rejected alone: its own status gives the reason.
 ";
 
 const TAIL: &str = "
@@ -301,6 +303,11 @@ readiness counts for the pod's.
 **Restarts** happen in the running job, which keeps its allocation. The first restart comes at once, the next one after 10 s, then the wait
 doubles up to 5 minutes; it starts over once a container has run for 10 minutes. Meanwhile the container waits with `CrashLoopBackOff`. A
 site may choose other times (`[backoff]` of its site file).
+
+**Ephemeral containers** (`kubectl debug`) start in the running job, within its allocation, and are never restarted. They share the pod's
+volumes and network; one with a target waits with `CreateContainerConfigError` while the target does not run. Once the containers of the
+pod have ended, they are stopped with it. They reach only pods whose job was started by a KNoC that knows them, and need Kubernetes 1.33,
+where adding one raises `metadata.generation`.
 
 ## Probes and hooks
 

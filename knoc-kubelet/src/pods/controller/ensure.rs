@@ -15,7 +15,7 @@ use prost::Message as _;
 use super::worker::Worker;
 use crate::pods::{
     resolve::{self, ResolveError},
-    status::Rejection,
+    status::{self, Rejection},
     store::PodView,
 };
 
@@ -35,7 +35,7 @@ impl Worker<'_> {
     /// Sends the pod to the agent; if that fails, records why the pod waits or was rejected.
     pub(super) async fn ensure(&mut self, pod: &Pod) {
         let shape = match knoc_translate::shape(pod) {
-            Ok(shape) => self.context.node.of_this_cluster(shape),
+            Ok(shape) => self.without_refused(self.context.node.of_this_cluster(shape)),
             Err(problems) => {
                 let generation = pod.metadata.generation.unwrap_or(1);
                 self.reject(pod, generation, "UnsupportedPodSpec", &problems.join("; "));
@@ -55,7 +55,7 @@ impl Worker<'_> {
             self.retry();
             return;
         }
-        let values = match self.values(pod).await {
+        let (values, lacking) = match self.values(pod).await {
             Ok(values) => values,
             Err(error) => {
                 self.no_values(pod, &error);
@@ -63,6 +63,10 @@ impl Worker<'_> {
                 return;
             }
         };
+        if !lacking.is_empty() {
+            self.ephemeral_waits(pod, &lacking).await;
+            return;
+        }
         let generation = shape.generation;
         let hash = contents(&values);
         knoc_proto::crash::point("kubelet.ensure.before");
@@ -77,6 +81,29 @@ impl Worker<'_> {
                 self.answered(answer.pod);
             }
             Err(status) => self.not_ensured(pod, generation, &status),
+        }
+    }
+
+    /// The shape without the ephemeral containers that are rejected: each is rejected alone.
+    fn without_refused(&self, mut shape: pb::PodSpec) -> pb::PodSpec {
+        if !shape.ephemeral_containers.is_empty() {
+            let findings = self.context.pods.store.findings(self.uid);
+            let rejected = findings.unwrap_or_default();
+            let refused = |name: &str| status::refused(&rejected.rejected, name).is_some();
+            shape.ephemeral_containers.retain(|one| !refused(&one.name));
+        }
+        shape
+    }
+
+    /// An ephemeral container waits for what its variables refer to. The pod runs without it.
+    async fn ephemeral_waits(&mut self, pod: &Pod, lacking: &[String]) {
+        let message = lacking.join("; ");
+        self.record_once(pod, "Failed", &format!("Error: {message}"));
+        self.hold("CreateContainerConfigError", &message);
+        self.retry();
+        let due = self.memory.values.refresh_at;
+        if due.is_some_and(|at| at <= Timestamp::now()) {
+            self.refresh(pod).await;
         }
     }
 
@@ -134,7 +161,8 @@ impl Worker<'_> {
     /// Sends the values again if they changed.
     pub(super) async fn refresh(&mut self, pod: &Pod) {
         let values = match self.values(pod).await {
-            Ok(values) => values,
+            // The ephemeral containers that lack something are not at the agent yet.
+            Ok((values, _lacking)) => values,
             Err(error) => {
                 let error = knoc_proto::error::chain(&error);
                 tracing::warn!(uid = %self.uid, %error, "could not refresh the values of a pod, its old ones stay");
@@ -161,7 +189,8 @@ impl Worker<'_> {
         }
     }
 
-    async fn values(&mut self, pod: &Pod) -> Result<pb::PodValues, NoValues> {
+    /// The values, and what the variables of ephemeral containers lack.
+    async fn values(&mut self, pod: &Pod) -> Result<(pb::PodValues, Vec<String>), NoValues> {
         let now = Timestamp::now();
         let needs = knoc_translate::needs(pod);
         let allocatable = self.context.allocatable();
@@ -178,6 +207,7 @@ impl Worker<'_> {
         let knoc_translate::Values {
             mut values,
             skipped,
+            lacking,
         } = knoc_translate::values(pod, &resolved)?;
         if !skipped.is_empty() {
             let text = format!(
@@ -192,7 +222,7 @@ impl Worker<'_> {
             resolve::refresh_at(&needs, &self.memory.values.tokens, now);
         self.memory.values.metadata = Some(metadata(pod));
         self.plan(now);
-        Ok(values)
+        Ok((values, lacking))
     }
 
     /// Plans when to resolve the values again: as planned before; within a minute if an earlier process sent them; at

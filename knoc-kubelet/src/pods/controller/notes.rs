@@ -63,7 +63,7 @@ impl Worker<'_> {
             .started
             .checked_sub(EARLIER)
             .unwrap_or(Timestamp::MIN);
-        for status in observed.init_containers.iter().chain(&observed.containers) {
+        for status in observed_containers(observed) {
             match &status.state {
                 Some(State::Running(running)) => {
                     self.record_start(view, status, running.started_at, since);
@@ -152,7 +152,7 @@ impl Worker<'_> {
             return;
         };
         let now = Timestamp::now();
-        for status in observed.init_containers.iter().chain(&observed.containers) {
+        for status in observed_containers(observed) {
             let salt = hash(&("Killing", &status.name, &status.container_id));
             let runs = matches!(status.state, Some(State::Running(_)));
             if runs && self.memory.events.once.insert(salt) {
@@ -194,6 +194,12 @@ impl Worker<'_> {
             times: 1,
         });
     }
+}
+
+/// PURE: the statuses of all containers, of whatever kind.
+fn observed_containers(pod: &pb::PodObserved) -> impl Iterator<Item = &pb::ContainerStatus> {
+    let lasting = pod.init_containers.iter().chain(&pod.containers);
+    lasting.chain(&pod.ephemeral_containers)
 }
 
 /// PURE: from when on a process that started at `started` records a note, and what distinguishes the note's Event from others

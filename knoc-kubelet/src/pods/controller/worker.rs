@@ -298,7 +298,10 @@ impl Worker<'_> {
             None if self.memory.agent.lost => Some(Arc::new(lost(view))),
             observed => observed,
         };
+        let findings = self.context.pods.store.findings(self.uid);
+        let findings = findings.unwrap_or_default();
         let input = Input {
+            refused: &findings.rejected,
             pod: &view.pod,
             observed: observed.as_deref(),
             hold: self.memory.status.hold.as_ref(),

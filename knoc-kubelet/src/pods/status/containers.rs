@@ -2,11 +2,11 @@
 
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
-    ContainerStateWaiting, ContainerStatus, EphemeralContainer, Pod,
+    ContainerStateWaiting, ContainerStatus, EphemeralContainer,
 };
 use knoc_proto::pb::{self, PodPhase, container_status::State};
 
-use super::{Input, NO_EPHEMERAL, nanoseconds, seconds, waiting_message};
+use super::{Input, nanoseconds, refused, seconds, waiting_message};
 
 /// The statuses of a pod's containers, in the order of the spec.
 pub(super) struct Statuses {
@@ -133,11 +133,55 @@ fn initializing(status: &mut ContainerStatus) {
     }
 }
 
-/// Ephemeral containers never start. Each is reported as terminated with the reason, so that a client that waits for
-/// one (kubectl debug) stops waiting and shows it.
-pub(super) fn ephemeral(pod: &Pod) -> Option<Vec<ContainerStatus>> {
-    let containers = pod.spec.as_ref()?.ephemeral_containers.as_deref()?;
-    let refused = |container: &EphemeralContainer| ContainerStatus {
+/// The statuses of the ephemeral containers; None if there are none.
+pub(super) fn ephemeral(input: &Input<'_>) -> Option<Vec<ContainerStatus>> {
+    let containers = input.pod.spec.as_ref()?.ephemeral_containers.as_deref()?;
+    let status = |container: &EphemeralContainer| ephemeral_status(input, container);
+    Some(containers.iter().map(status).collect::<Vec<_>>()).filter(|list| !list.is_empty())
+}
+
+fn ephemeral_status(input: &Input<'_>, ephemeral: &EphemeralContainer) -> ContainerStatus {
+    let container = Container {
+        name: ephemeral.name.clone(),
+        image: ephemeral.image.clone(),
+        ..Container::default()
+    };
+    let before = input
+        .pod
+        .status
+        .iter()
+        .flat_map(|status| status.ephemeral_container_statuses.iter().flatten())
+        .find(|one| one.name == ephemeral.name);
+    let mut seen = input
+        .observed
+        .into_iter()
+        .flat_map(|observed| &observed.ephemeral_containers);
+    let seen = seen.find(|one| one.name == ephemeral.name);
+    if let Some(why) = refused(input.refused, &ephemeral.name)
+        && seen.is_none()
+    {
+        return never_started(&container, why);
+    }
+    let mut status = status(input, &container, before, seen);
+    // Nobody waits for it to be ready.
+    status.ready = false;
+    let waiting = status
+        .state
+        .as_mut()
+        .and_then(|state| state.waiting.as_mut());
+    if seen.is_none()
+        && let (Some(waiting), Some(hold)) = (waiting, input.hold)
+    {
+        // The pod runs, and only the container is held up.
+        waiting.reason = text(&hold.reason).or(waiting.reason.take());
+        waiting.message = text(&hold.message);
+    }
+    status
+}
+
+/// Reported as terminated, so that a client that waits for it (kubectl debug) stops waiting and shows the reason.
+fn never_started(container: &Container, why: String) -> ContainerStatus {
+    ContainerStatus {
         name: container.name.clone(),
         image: container.image.clone().unwrap_or_default(),
         started: Some(false),
@@ -145,14 +189,13 @@ pub(super) fn ephemeral(pod: &Pod) -> Option<Vec<ContainerStatus>> {
             terminated: Some(ContainerStateTerminated {
                 exit_code: NEVER_STARTED_EXIT_CODE,
                 reason: Some("ContainerCannotRun".to_owned()),
-                message: Some(NO_EPHEMERAL.to_owned()),
+                message: Some(why),
                 ..ContainerStateTerminated::default()
             }),
             ..ContainerState::default()
         }),
         ..ContainerStatus::default()
-    };
-    Some(containers.iter().map(refused).collect::<Vec<_>>()).filter(|list| !list.is_empty())
+    }
 }
 
 fn is_running(status: &ContainerStatus) -> bool {

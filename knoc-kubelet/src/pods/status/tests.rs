@@ -2,6 +2,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod ephemeral;
 mod sidecars;
 
 fn at(second: i64) -> Timestamp {
@@ -88,6 +89,7 @@ fn compute(pod: &Pod, observed: Option<&pb::PodObserved>) -> PodStatus {
         observed,
         hold: None,
         rejection: None,
+        refused: &[],
         unreachable: false,
         judged: pod.metadata.generation,
         now: at(1000),
@@ -300,6 +302,7 @@ fn a_terminal_phase_is_never_left() {
         observed: Some(&observed),
         hold: None,
         rejection: None,
+        refused: &[],
         unreachable: false,
         judged: pod.metadata.generation,
         now: at(1),
@@ -319,6 +322,7 @@ fn a_rejected_pod_fails_with_its_whole_message() {
         observed: None,
         hold: None,
         rejection: Some(&rejection),
+        refused: &[],
         unreachable: false,
         judged: pod.metadata.generation,
         now: at(1),
@@ -340,6 +344,7 @@ fn a_missing_config_map_is_shown_by_the_containers() {
         observed: None,
         hold: Some(&hold),
         rejection: None,
+        refused: &[],
         unreachable: false,
         judged: pod.metadata.generation,
         now: at(1),
@@ -370,6 +375,7 @@ fn a_cut_link_only_takes_readiness() {
         observed: None,
         hold: None,
         rejection: None,
+        refused: &[],
         unreachable: true,
         judged: pod.metadata.generation,
         now: at(1000),
@@ -399,6 +405,7 @@ fn a_generation_counts_once_it_was_judged_whether_it_is_taken_over_or_not() {
             observed: Some(&observed),
             hold: None,
             rejection: None,
+            refused: &[],
             unreachable: judged.is_none(),
             judged,
             now: at(1000),
@@ -425,34 +432,6 @@ fn restart_counts_never_fall() {
     let observed = observed(PodPhase::Running, vec![container("a", running())]);
     let status = compute(&pod("Always", false, &before), Some(&observed));
     assert_eq!(status.container_statuses.unwrap()[0].restart_count, 3);
-}
-
-#[test]
-fn ephemeral_containers_are_reported_as_terminated_with_a_reason() {
-    let mut pod = pod("Always", false, &json!({"phase": "Running"}));
-    let said = |pod: &Pod| {
-        let input = Input {
-            pod,
-            observed: None,
-            hold: None,
-            rejection: None,
-            unreachable: false,
-            judged: pod.metadata.generation,
-            now: at(100),
-        };
-        status(&input).unwrap().ephemeral_container_statuses
-    };
-    assert_eq!(said(&pod), None);
-    let spec = pod.spec.as_mut().unwrap();
-    spec.ephemeral_containers =
-        serde_json::from_value(json!([{"name": "debugger", "image": "busybox"}])).unwrap();
-    let statuses = said(&pod).unwrap();
-    let [debugger] = &statuses[..] else {
-        panic!("one status");
-    };
-    let ended = debugger.state.as_ref().unwrap().terminated.as_ref();
-    assert_eq!(debugger.name, "debugger");
-    assert_eq!(ended.unwrap().message.as_deref(), Some(NO_EPHEMERAL));
 }
 
 #[test]
@@ -484,6 +463,7 @@ fn messages_are_shown_safely_and_bounded_and_a_programs_own_stays() {
         observed: None,
         hold: None,
         rejection: Some(&rejection),
+        refused: &[],
         unreachable: false,
         judged: None,
         now: Timestamp::UNIX_EPOCH,

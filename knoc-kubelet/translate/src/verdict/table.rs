@@ -39,6 +39,7 @@ const fn of(name: &'static str, heading: &'static str, rows: &'static [Row]) -> 
 pub(super) const TABLE: &[Type] = &[
     of("PodSpec", "The pod: `spec`", POD),
     of("Container", "A container: `spec.containers[]`, `spec.initContainers[]`", CONTAINER),
+    of("EphemeralContainer", "An ephemeral container: `spec.ephemeralContainers[]`", EPHEMERAL),
     of("EnvVar", "Environment: `env[]`", &[
         row("name value", Any, Honoured, "any printable ASCII name without `=`; `$(VAR)` is expanded"),
         row("valueFrom", Any, Inside("EnvVarSource"), ""),
@@ -170,6 +171,7 @@ pub(super) const TABLE: &[Type] = &[
     of("Capabilities", "`capabilities`", &[
         row("drop", Any, Satisfied, "containers have none"),
         row("add", Empty, Satisfied, ""),
+        row("add", Is(&["SYS_PTRACE"]), Mapped, "not granted: a program may trace those of its own user, as far as the node allows it (`kubectl debug` asks for it)"),
         row("add", Any, Rejected, "an ordinary user cannot grant capabilities"),
     ]),
     of("Profile", "`seccompProfile`, `appArmorProfile`", &[
@@ -257,8 +259,7 @@ pub(super) const TABLE: &[Type] = &[
 #[rustfmt::skip]
 const POD: &[Row] = &[
     row("containers initContainers", Any, Inside("Container"), ""),
-    row("ephemeralContainers", Empty, Satisfied, ""),
-    row("ephemeralContainers", Any, Rejected, LATER),
+    row("ephemeralContainers", Any, Inside("EphemeralContainer"), ""),
     row("restartPolicy terminationGracePeriodSeconds", Any, Honoured, ""),
     row("activeDeadlineSeconds", Any, Honoured, "counted from the start of the allocation, not from its submission; also part of `--time`; may be lowered while the pod runs"),
     row("volumes", Any, Inside("Volume"), ""),
@@ -329,6 +330,21 @@ const CONTAINER: &[Row] = &[
     row("restartPolicy", Is(&["Always", "OnFailure", "Never"]), Honoured, "of an init container, `Always` makes it a sidecar: see [containers](#containers)"),
     row("restartPolicy", Any, Rejected, "must be `Always`, `OnFailure` or `Never`"),
     row("restartPolicyRules", Any, Inside("ContainerRestartRule"), ""),
+];
+
+#[rustfmt::skip]
+const EPHEMERAL: &[Row] = &[
+    row("name image command args workingDir", Any, Honoured, "byte for byte, without a shell"),
+    row("targetContainerName", Any, Honoured, "see [containers](#containers)"),
+    row("imagePullPolicy", Any, Honoured, "pulled on the login node"),
+    row("env", Any, Inside("EnvVar"), ""),
+    row("envFrom", Any, Inside("EnvFromSource"), ""),
+    row("volumeMounts", Any, Inside("VolumeMount"), ""),
+    row("stdin stdinOnce tty", Any, Honoured, ""),
+    row("terminationMessagePath terminationMessagePolicy", Any, Honoured, ""),
+    row("securityContext", Any, Inside("SecurityContext"), ""),
+    row("resources ports volumeDevices resizePolicy restartPolicyRules", Empty, Satisfied, ""),
+    row("resources ports volumeDevices resizePolicy restartPolicy restartPolicyRules livenessProbe readinessProbe startupProbe lifecycle", Any, Rejected, "an ephemeral container has none on any node"),
 ];
 
 #[rustfmt::skip]
